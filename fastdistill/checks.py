@@ -1,0 +1,178 @@
+"""What the public functions refuse: each error names the argument, what it expected and what came.
+
+Checks of shapes, types, devices and scalars always run. Checks of values (`values_readable`) read
+the data: they run on CPU tensors, and on a GPU only with check=True, since they stall its stream.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTS = (torch.int32, torch.int64)
+ROUNDING = 1e-2  # a logprob that 16-bit storage lifted above 0, not a logit
+
+
+def fail(name: str, expected: str, got: Any, hint: str = "") -> None:
+    raise ValueError(f"{name}: expected {expected}, got {got}" + (f"; {hint}" if hint else ""))
+
+
+def values_readable(tensor: Tensor, check: bool) -> bool:
+    """Whether reading values is wanted here: never inside a traced graph."""
+    if torch.compiler.is_compiling():
+        return False
+    return check or tensor.device.type == "cpu"
+
+
+def tensor(name: str, value: Any, dtypes: Sequence[torch.dtype]) -> None:
+    wanted = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor of {wanted}, got {type(value).__name__}")
+    if value.dtype not in dtypes:
+        raise TypeError(f"{name}: expected dtype {wanted}, got {value.dtype}")
+
+
+def like_tokens(name: str, value: Tensor, hidden: Tensor) -> None:
+    """`value` has one entry per position of `hidden`, on the same device."""
+    if value.shape != hidden.shape[:-1]:
+        fail(name, f"shape {list(hidden.shape[:-1])} as hidden's positions", list(value.shape))
+    same_device(name, value, hidden)
+
+
+def same_device(name: str, value: Tensor, hidden: Tensor) -> None:
+    if value.device != hidden.device:
+        fail(name, f"device {hidden.device} as hidden", value.device)
+
+
+def positive(name: str, value: float) -> None:
+    if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
+        fail(name, "a finite number above 0", repr(value))
+
+
+def within(name: str, value: float, low: float, high: float, below: bool = False) -> None:
+    inside = low <= value < high if below else low <= value <= high
+    if not inside:
+        fail(name, f"a number in [{low:g}, {high:g}{')' if below else ']'}", repr(value))
+
+
+def choice(name: str, value: Any, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        fail(name, f"one of {', '.join(map(repr, allowed))}", repr(value))
+
+
+def head(
+    hidden: Any,
+    weight: Any,
+    bias: Any,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    valid_vocab: int | None,
+    prefix: str = "",
+) -> int:
+    """Check hidden [..., H] against an LM head [V, H]; returns the number of real tokens."""
+    names = {n: prefix + n for n in ("hidden", "weight", "bias", "logit_scale", "softcap")}
+    tensor(names["hidden"], hidden, FLOATS)
+    tensor(names["weight"], weight, FLOATS)
+    if hidden.dim() not in (2, 3):
+        fail(names["hidden"], "shape [N, H] or [B, T, H]", list(hidden.shape))
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+        fail(names["weight"], f"shape [V, {hidden.shape[-1]}] (hidden's last dimension)",
+             list(weight.shape))  # fmt: skip
+    if weight.dtype != hidden.dtype:
+        hint = "cast one of them, or call under torch.autocast"
+        fail(names["weight"], f"dtype {hidden.dtype} as {names['hidden']}", weight.dtype, hint)
+    same_device(names["weight"], weight, hidden)
+    if bias is not None:
+        tensor(names["bias"], bias, FLOATS)
+        if bias.shape != weight.shape[:1]:
+            fail(names["bias"], f"shape [{weight.shape[0]}]", list(bias.shape))
+        same_device(names["bias"], bias, hidden)
+    if not math.isfinite(logit_scale) or logit_scale == 0:
+        fail(names["logit_scale"], "a finite number other than 0", repr(logit_scale))
+    if softcap is not None:
+        positive(names["softcap"], softcap)
+    positive("temperature", temperature)
+    V = weight.shape[0]
+    if valid_vocab is None:
+        return V
+    if not isinstance(valid_vocab, int) or not 0 < valid_vocab <= V:
+        fail("valid_vocab", f"an integer in 1..{V} (rows of weight)", repr(valid_vocab))
+    return valid_vocab
+
+
+def ids(name: str, value: Any, hidden: Tensor, vocab: int, check: bool) -> None:
+    """ids int32/int64 [..., K] over hidden's positions, each −1 or a token."""
+    tensor(name, value, INTS)
+    if value.shape[:-1] != hidden.shape[:-1] or value.dim() != hidden.dim():
+        fail(name, f"shape {[*hidden.shape[:-1], 'K']}", list(value.shape))
+    if value.shape[-1] > vocab:
+        fail(name, f"K ≤ V = {vocab}", f"K = {value.shape[-1]}")
+    same_device(name, value, hidden)
+    if value.numel() and values_readable(value, check):
+        low, high = int(value.min()), int(value.max())
+        if low < -1 or high >= vocab:
+            bad = low if low < -1 else high
+            fail(name, f"ids in 0..{vocab - 1}, or −1 for an empty slot", f"{bad}",
+                 "a teacher with another vocabulary needs its ids mapped first")  # fmt: skip
+
+
+def teacher(
+    ids_: Tensor,
+    logprobs: Any,
+    log_tail: Any,
+    taken_at: float,
+    hidden: Tensor,
+    active: Tensor | None,
+    *,
+    vocab: int,
+    tail: str,
+    temperature: float,
+    check: bool,
+) -> None:
+    """The payload of a TopK against the loss it is used in; `active` bool [...] or None for all."""
+    ids("teacher.ids", ids_, hidden, vocab, check)
+    tensor("teacher.logprobs", logprobs, FLOATS)
+    if logprobs.shape != ids_.shape:
+        fail("teacher.logprobs", f"shape {list(ids_.shape)} as teacher.ids", list(logprobs.shape))
+    same_device("teacher.logprobs", logprobs, hidden)
+    if log_tail is not None:
+        tensor("teacher.log_tail", log_tail, FLOATS)
+        like_tokens("teacher.log_tail", log_tail, hidden)
+    positive("teacher.temperature", taken_at)
+    if tail == "renorm_both":
+        if ids_.shape[-1] == 1:
+            fail("tail", "another tail when K = 1", "'renorm_both'",
+                 "one outcome renormalised over itself is 1: the loss is always 0")  # fmt: skip
+    elif not math.isclose(taken_at, temperature, rel_tol=1e-6):
+        fail("temperature", f"{taken_at:g}, at which the teacher's payload was taken",
+             f"{temperature:g}", "take the payload at the loss temperature: its normaliser at "
+             "another one is not known (tail='renorm_both' needs none)")  # fmt: skip
+    if not logprobs.numel() or not values_readable(logprobs, check):
+        return
+    used = ids_ >= 0 if active is None else (ids_ >= 0) & active.unsqueeze(-1)
+    seen = logprobs[used]
+    if seen.isnan().any():
+        fail("teacher.logprobs", "numbers in every used slot", f"{int(seen.isnan().sum())} NaN")
+    if seen.numel() and float(seen.max()) > ROUNDING:
+        fail("teacher.logprobs", "log-probabilities ≤ 0", f"{float(seen.max()):.4g}",
+             "pass log_softmax(logits / T), not logits")  # fmt: skip
+    if log_tail is not None:
+        tails = log_tail if active is None else log_tail[active]
+        if tails.isnan().any() or (tails.numel() and float(tails.max()) > ROUNDING):
+            fail("teacher.log_tail", "log-probabilities ≤ 0", f"{float(tails.max()):.4g}")
+
+
+def labels(value: Any, hidden: Tensor, vocab: int, ignore_index: int, check: bool) -> None:
+    tensor("labels", value, INTS)
+    like_tokens("labels", value, hidden)
+    if value.numel() and values_readable(value, check):
+        wrong = (value != ignore_index) & ((value < 0) | (value >= vocab))
+        if wrong.any():
+            fail("labels", f"tokens in 0..{vocab - 1} or ignore_index = {ignore_index}",
+                 int(value[wrong][0]))  # fmt: skip

@@ -1,0 +1,51 @@
+"""Drop-in faces for other libraries' losses, over ours."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .dense import linear_distill_loss
+
+
+class FusedLinearJSD(nn.Module):
+    """Generalised JSD between two LM heads, in Liger Kernel's call order.
+
+        JSD_β = β·KL(p‖m) + (1−β)·KL(q‖m),  m = βp + (1−β)q;  β = 0, 1 mean forward, reverse KL
+
+    One import line swaps it: from fastdistill.compat import FusedLinearJSD as LigerFusedLinearJSD.
+    The loss is the mean over positions whose label is not ignore_index (over all without labels).
+
+    Args:
+        jsd_beta: β in [0, 1]. ignore_index: label of positions to leave out.
+        temperature: divides both logits.
+    """
+
+    def __init__(
+        self, jsd_beta: float = 0.5, ignore_index: int = -100, temperature: float = 1.0
+    ) -> None:
+        super().__init__()
+        self.jsd_beta = jsd_beta
+        self.ignore_index = ignore_index
+        self.temperature = temperature
+
+    def forward(
+        self,
+        student_input: Tensor,
+        student_weight: Tensor,
+        teacher_input: Tensor,
+        teacher_weight: Tensor,
+        shift_labels: Tensor | None = None,
+    ) -> Tensor:
+        """student_input [N, H], student_weight [V, H], teacher_input [N, G], teacher_weight [V, G],
+        shift_labels [N] or None -> scalar."""
+        return linear_distill_loss(
+            student_input,
+            student_weight,
+            teacher_input,
+            teacher_weight,
+            labels=shift_labels,
+            divergence="jsd",
+            beta=self.jsd_beta,
+            ignore_index=self.ignore_index,
+            temperature=self.temperature,
+        )

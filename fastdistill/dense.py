@@ -1,0 +1,205 @@
+"""linear_distill_loss: a teacher given by its own hidden states and LM head; never [N, V]."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .backend import resolve_impl
+from .fused import keep_gradients, needs
+from .kernels.op_dense import dense_loss, dense_rows
+from .kernels.rows import RowOptions
+from .kernels.torch_dense_loss import dense as torch_dense
+from .kernels.torch_slabs import Head
+from .losses import Divergence
+from .operands import check_mix, check_reduction, counting, operands
+
+
+def linear_distill_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    *,
+    labels: Tensor | None = None,
+    divergence: Divergence = "forward_kl",
+    beta: float = 0.5,
+    skew: float = 0.1,
+    temperature: float = 1.0,
+    t2_scale: bool = False,
+    ce_weight: float = 0.0,
+    z_loss: float = 0.0,
+    token_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    num_items: int | float | Tensor | None = None,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    teacher_bias: Tensor | None = None,
+    teacher_logit_scale: float = 1.0,
+    teacher_softcap: float | None = None,
+    valid_vocab: int | None = None,
+    impl: str = "auto",
+    backward: str = "auto",
+) -> Tensor:
+    """ℓ = (1 − ce_weight)·D(p, q) [·T² if t2_scale] + ce_weight·CE(label) + z_loss·LSE²
+
+    over the whole vocabulary, with p the softmax of the teacher's own head at T, computed slab by
+    slab beside the student's: no [N, V] of either. Options as in `topk_distill`; no tail is needed.
+
+    Args:
+        hidden: [N, H] or [B, T, H] of the student; weight: [V, H], the same dtype.
+        teacher_hidden: [..., G], the same positions; G may differ from H. No gradient reaches it.
+        teacher_weight: [V', G]. Both heads are cut at the smaller of V, V' and valid_vocab: rows
+            beyond it are padding and do not exist.
+        divergence: a name, or a callable (log_p [n, V], log_q [n, V]) -> [n] on whole rows.
+        backward: "fused" (gradients in the forward pass, scalar losses), "recompute" (any
+            upstream), "auto".
+
+    Returns:
+        A scalar, or [...] for reduction="none" (zero at ignored positions).
+
+    Raises:
+        ValueError or TypeError naming the argument, what was expected and what came.
+    """
+    impl = resolve_impl(impl)
+    ops = operands(hidden, weight, bias, logit_scale, softcap, temperature, valid_vocab)
+    teacher = operands(
+        teacher_hidden,
+        teacher_weight,
+        teacher_bias,
+        teacher_logit_scale,
+        teacher_softcap,
+        temperature,
+        None,
+        prefix="teacher_",
+    )
+    if teacher.lead != ops.lead:
+        checks.fail("teacher_hidden", f"positions {list(ops.lead)}", list(teacher.lead))
+    checks.same_device("teacher_hidden", teacher_hidden, hidden)
+    check_mix(divergence, beta, skew, ce_weight, z_loss)
+    checks.choice("backward", backward, ("auto", "fused", "recompute"))
+    check_reduction(reduction, num_items, token_weight, hidden)
+    vocab = min(ops.head.vocab, teacher.head.vocab)
+    ops = ops._replace(head=ops.head._replace(vocab=vocab))
+    if labels is not None:
+        checks.labels(labels, hidden, vocab, ignore_index, check=False)
+    elif ce_weight:
+        checks.fail("labels", "a tensor when ce_weight > 0", "None")
+    count = counting(ops, labels, token_weight, ignore_index, reduction, num_items)
+    x, t = ops.hidden, teacher.hidden.detach()
+    label_N = None if labels is None else labels.reshape(-1).long()
+    if label_N is not None:
+        label_N = torch.where(label_N == ignore_index, -1, label_N)
+    if count.rows is not None:
+        x, t = x[count.rows], t[count.rows]
+        label_N = None if label_N is None else label_N[count.rows]
+    elif count.active is not None:
+        x, t = (torch.where(count.active.unsqueeze(-1), h, 0) for h in (x, t))
+    options = RowOptions(divergence, beta, skew, "bucket", temperature, t2_scale, ce_weight, z_loss)
+    other = teacher.head._replace(
+        weight=teacher.head.weight.detach(),
+        bias=None if teacher.head.bias is None else teacher.head.bias.detach(),
+        vocab=vocab,
+    )
+    if x.shape[0] == 0:
+        loss = x.sum() + ops.head.weight[:0].sum()
+        return loss if reduction != "none" else torch.zeros(ops.lead, dtype=ops.head.dtype) + loss
+    per_row = reduction == "none" or backward == "recompute"
+    if reduction == "none" and backward == "fused":
+        checks.fail("backward", "'recompute' or 'auto' with reduction='none'", "'fused'",
+                    "gradients taken in the forward pass need a scalar loss")  # fmt: skip
+    total, rows = _run(x, ops.head, t, other, label_N, count.coef, options, impl, per_row)
+    if reduction != "none":
+        return (count.coef * rows).sum() if total is None else total
+    rows = count.coef * rows
+    if count.rows is not None:
+        rows = rows.new_zeros(ops.hidden.shape[0]).index_copy(0, count.rows, rows)
+    return ops.unflatten(rows)
+
+
+def _run(
+    x: Tensor,
+    head: Head,
+    teacher_x: Tensor,
+    teacher: Head,
+    label_N: Tensor | None,
+    coef_N: Tensor,
+    options: RowOptions,
+    impl: str,
+    per_row: bool,
+) -> tuple[Tensor | None, Tensor]:
+    """(Σ coef · ℓ or None, ℓ [N]); the gradient is on the first, or on the second if per_row."""
+    if impl == "reference":
+        return _reference(x, head, teacher_x, teacher, label_N, coef_N, options)
+    if callable(options.divergence):
+        if per_row:
+            checks.fail("divergence", "a name with reduction='none' or backward='recompute'",
+                        "a callable", "with a dense teacher it needs the fused pass")  # fmt: skip
+
+        def run(coef: Tensor, x: Tensor, head: Head, need: list[bool]) -> Any:
+            return torch_dense(
+                head,
+                x,
+                teacher,
+                teacher_x,
+                label_N,
+                coef,
+                options,
+                need_hidden=need[0],
+                need_weight=need[1],
+                need_bias=need[2],
+            )
+
+        loss, out = keep_gradients(run, coef_N, x, head)
+        return loss, out.per_token
+    left = (x, head.weight, head.bias)
+    right = (teacher_x, teacher.weight, teacher.bias, label_N)
+    scalars = (
+        options.divergence,
+        options.beta,
+        options.skew,
+        options.t2_scale,
+        options.ce_weight,
+        options.z_loss,
+        head.logit_scale,
+        head.softcap,
+        teacher.logit_scale,
+        teacher.softcap,
+        head.temperature,
+        head.vocab,
+    )
+    if per_row:
+        return None, dense_rows(*left, *right, *scalars)
+    loss, rows, *_ = dense_loss(*left, coef_N, *right, *scalars, needs(x, head))
+    return loss, rows
+
+
+def _reference(
+    x: Tensor,
+    head: Head,
+    teacher_x: Tensor,
+    teacher: Head,
+    label_N: Tensor | None,
+    coef_N: Tensor,
+    options: RowOptions,
+) -> tuple[Tensor, Tensor]:
+    from . import reference
+
+    def scalars(h: Head) -> dict[str, Any]:
+        return {
+            "bias": h.bias,
+            "logit_scale": h.logit_scale,
+            "softcap": h.softcap,
+            "valid_vocab": h.vocab,
+        }
+
+    with torch.no_grad():
+        theirs = reference.logits(teacher_x, teacher.weight, **scalars(teacher))
+    return reference.linear_distill(
+        x, head.weight, theirs, label_N, coef_N, options, **scalars(head)
+    )

@@ -1,0 +1,213 @@
+"""The ways a sparse loss reaches its gradient: one mathematics, chosen by what the caller needs.
+
+fused       gradients in the forward pass, scaled in backward: 6NVH FLOPs, scalar losses only
+recomputed  ordinary autograd on [N, K], the head through the primitive: 8NVH, any upstream
+by_rows     K gathered rows, no pass over the head: tail="renorm_both" alone
+by_reference  the materialised specification
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .kernels.op_common import or_none
+from .kernels.op_gather import gather_logits, lse_gather
+from .kernels.op_losses import scale_saved, topk_loss
+from .kernels.rows import Gathered, RowOptions, entropy_of, first_slots, rows_forward
+from .kernels.torch_slabs import Head
+from .kernels.torch_topk_loss import callable_rows
+from .kernels.torch_topk_loss import fused as torch_fused
+from .operands import Payload
+
+
+class Computed(NamedTuple):
+    """[N] each. `loss` is Σ coef · ℓ where the route sums itself, else None and per_token carries
+    the gradient."""
+
+    loss: Tensor | None
+    per_token: Tensor
+    divergence: Tensor
+    student_mass: Tensor | None
+    lse: Tensor | None
+    nll: Tensor | None
+    entropy: Tensor | None
+
+
+def slots_of(given: Payload, label_N: Tensor | None) -> Tensor:
+    """The teacher's ids with the label's slot last, [N, K] or [N, K+1]."""
+    ids = given.teacher.ids
+    return ids if label_N is None else torch.cat([ids, label_N.unsqueeze(-1)], -1)
+
+
+def wanted_label(label_N: Tensor | None, options: RowOptions, statistics: bool) -> Tensor | None:
+    """The label's slot costs a little; without statistics it is asked for only when CE is."""
+    return label_N if statistics or options.ce_weight else None
+
+
+def recomputed(
+    x: Tensor,
+    head: Head,
+    given: Payload,
+    label_N: Tensor | None,
+    options: RowOptions,
+    statistics: bool,
+) -> Computed:
+    label_N = wanted_label(label_N, options, statistics)
+    ids = slots_of(given, label_N)
+    base = head.temperature != 1.0 and (statistics or options.needs_base)
+    z, lse_rest, mean_rest, lse_base = lse_gather(
+        x,
+        head.weight,
+        head.bias,
+        ids,
+        head.logit_scale,
+        head.softcap,
+        head.temperature,
+        head.vocab,
+        statistics,
+        base,
+    )
+    seen = Gathered(z, lse_rest, lse_base if base else None)
+    rows = rows_forward(seen, given.teacher, label_N, options)
+    entropy = entropy_of(seen, mean_rest, first_slots(ids))[0] if statistics else None
+    return Computed(None, *rows, entropy)
+
+
+def by_rows(x: Tensor, head: Head, given: Payload, options: RowOptions) -> Computed:
+    z = gather_logits(
+        x,
+        head.weight,
+        head.bias,
+        given.teacher.ids,
+        head.logit_scale,
+        head.softcap,
+        head.temperature,
+    )
+    rows = rows_forward(Gathered(z, None, None), given.teacher, None, options)
+    return Computed(None, *rows, None)
+
+
+def fused(
+    x: Tensor,
+    head: Head,
+    given: Payload,
+    label_N: Tensor | None,
+    coef_N: Tensor,
+    options: RowOptions,
+    statistics: bool,
+) -> Computed:
+    label_N = wanted_label(label_N, options, statistics)
+    ids = slots_of(given, label_N)
+    base = head.temperature != 1.0 and (statistics or options.needs_base)
+    if callable(options.divergence):
+        if torch.compiler.is_compiling():
+            checks.fail("backward", "'recompute' or 'auto' under torch.compile", "'fused'",
+                        "a callable divergence cannot enter an operator")  # fmt: skip
+
+        def run(coef: Tensor, x: Tensor, head: Head, need: list[bool]) -> Any:
+            return torch_fused(
+                head,
+                x,
+                ids,
+                given.teacher,
+                label_N,
+                coef,
+                callable_rows(options),
+                base=base,
+                entropy=statistics,
+                need_hidden=need[0],
+                need_weight=need[1],
+                need_bias=need[2],
+            )
+
+        loss, out = keep_gradients(run, coef_N, x, head)
+        return Computed._make((loss, *out.rows, out.entropy))
+    loss, per_token, D, mass, lse, nll, entropy, *_ = topk_loss(
+        x,
+        head.weight,
+        head.bias,
+        coef_N,
+        ids,
+        *given.teacher,
+        label_N,
+        options.divergence,
+        options.beta,
+        options.skew,
+        options.tail,
+        options.t2_scale,
+        options.ce_weight,
+        options.z_loss,
+        head.logit_scale,
+        head.softcap,
+        head.temperature,
+        head.vocab,
+        base,
+        statistics,
+        needs(x, head),
+    )
+    return Computed(loss, per_token, D, mass, or_none(lse), or_none(nll), or_none(entropy))
+
+
+def needs(x: Tensor, head: Head) -> list[bool]:
+    """Which of hidden, weight and bias want a gradient now."""
+    on = torch.is_grad_enabled()
+    return [on and t is not None and t.requires_grad for t in (x, head.weight, head.bias)]
+
+
+def keep_gradients(
+    run: Callable[[Tensor, Tensor, Head, list[bool]], Any], coef_N: Tensor, x: Tensor, head: Head
+) -> tuple[Tensor, Any]:
+    """A gradient-in-forward computation that cannot be an operator (it calls the user's code)."""
+    box: list[Any] = []
+    loss = _KeptGradients.apply(run, box, head, needs(x, head), coef_N, x, head.weight, head.bias)
+    return loss, box[0]
+
+
+class _KeptGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, run, box, head, need, coef, x, weight, bias):
+        head = head._replace(weight=weight, bias=bias)
+        with torch.autocast(x.device.type, enabled=False):
+            out = run(coef, x, head, need)
+        kept = [t if t is not None else x.new_empty(0) for t in (out.dx, out.dw, out.db)]
+        per_token = out.per_token if hasattr(out, "per_token") else out.rows.per_token
+        ctx.save_for_backward(per_token, *kept)
+        # The box would keep dW alive after backward has freed it.
+        box.append(out._replace(dx=None, dw=None, db=None))
+        return out.loss
+
+    @staticmethod
+    def backward(ctx, grad):
+        per_token, *kept = ctx.saved_tensors
+        d_coef = grad * per_token if ctx.needs_input_grad[4] else None
+        return None, None, None, None, d_coef, *scale_saved(kept, grad, ctx.needs_input_grad[5:])
+
+
+def by_reference(
+    x: Tensor,
+    head: Head,
+    given: Payload,
+    label_N: Tensor | None,
+    coef_N: Tensor,
+    options: RowOptions,
+) -> Computed:
+    from . import reference
+
+    out = reference.topk_distill(
+        x,
+        head.weight,
+        *given.teacher,
+        label_N,
+        coef_N,
+        options,
+        bias=head.bias,
+        logit_scale=head.logit_scale,
+        softcap=head.softcap,
+        valid_vocab=head.vocab,
+    )
+    return Computed(*out)

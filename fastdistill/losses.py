@@ -1,0 +1,277 @@
+"""Sparse distillation losses from hidden states and the LM head, never [N, V].
+
+    ℓ = (1 − ce_weight) · D(p, q) [· T² if t2_scale] + ce_weight · CE(label) + z_loss · LSE²
+
+CE and LSE at T=1. The teacher p is known on K tokens per position and on its tail; D and the four
+tails are kernels/rows.py and kernels/divergences.py. Three ways to the gradient, one mathematics
+(fused.py): gradients in the forward pass, recomputation through the primitive, or K rows only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .backend import resolve_impl
+from .fused import Computed, by_reference, by_rows, fused, recomputed
+from .kernels.rows import TAILS, RowOptions
+from .operands import (
+    Counting,
+    Operands,
+    Payload,
+    check_mix,
+    check_reduction,
+    counting,
+    operands,
+    payload,
+)
+from .outputs import DistillOutput, TopK
+from .primitive import no_group
+
+Divergence = str | Callable[[Tensor, Tensor], Tensor]
+
+
+def topk_distill_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    teacher: TopK,
+    *,
+    labels: Tensor | None = None,
+    divergence: Divergence = "forward_kl",
+    beta: float = 0.5,
+    skew: float = 0.1,
+    tail: str = "bucket",
+    temperature: float = 1.0,
+    t2_scale: bool = False,
+    ce_weight: float = 0.0,
+    z_loss: float = 0.0,
+    token_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    num_items: int | float | Tensor | None = None,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    valid_vocab: int | None = None,
+    group: None = None,
+    impl: str = "auto",
+    backward: str = "auto",
+    check: bool = False,
+) -> Tensor:
+    """The loss of `topk_distill` alone, without the statistics that only it reports.
+
+    The same arguments and errors. Returns a scalar, or [...] for reduction="none".
+    """
+    options = RowOptions(divergence, beta, skew, tail, temperature, t2_scale, ce_weight, z_loss)
+    return _distill(
+        hidden,
+        weight,
+        teacher,
+        labels,
+        options,
+        token_weight,
+        ignore_index,
+        reduction,
+        num_items,
+        (bias, logit_scale, softcap, temperature, valid_vocab),
+        group,
+        impl,
+        backward,
+        check,
+        statistics=False,
+    ).loss
+
+
+def topk_distill(
+    hidden: Tensor,
+    weight: Tensor,
+    teacher: TopK,
+    *,
+    labels: Tensor | None = None,
+    divergence: Divergence = "forward_kl",
+    beta: float = 0.5,
+    skew: float = 0.1,
+    tail: str = "bucket",
+    temperature: float = 1.0,
+    t2_scale: bool = False,
+    ce_weight: float = 0.0,
+    z_loss: float = 0.0,
+    token_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    num_items: int | float | Tensor | None = None,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    valid_vocab: int | None = None,
+    group: None = None,
+    impl: str = "auto",
+    backward: str = "auto",
+    check: bool = False,
+) -> DistillOutput:
+    """Distil a teacher known on K tokens per position into hidden states and an LM head.
+
+        ℓ = (1 − ce_weight)·D(p, q) [·T² if t2_scale] + ce_weight·CE(label) + z_loss·LSE²
+
+    q = softmax(z), z = softcap·tanh(s / softcap) / T, s = logit_scale·(x Wᵀ + b); CE and LSE at
+    T=1. Nothing is shifted: hidden, teacher and labels are aligned position by position.
+
+    Args:
+        hidden: [N, H] or [B, T, H], float16, bfloat16, float32 or float64.
+        weight: [V, H], the same dtype; bias: [V] or None. Frozen ones cost no gradient.
+        teacher: TopK over the same positions; no gradient flows to it.
+        labels: int32/int64 [...]; positions equal to ignore_index contribute nothing.
+        divergence: "forward_kl" KL(p‖q) (Hinton et al., arXiv 1503.02531), "reverse_kl" KL(q‖p),
+            "jsd" β·KL(p‖m) + (1−β)·KL(q‖m), m = βp + (1−β)q (GKD, arXiv 2306.13649; β = 0 and 1
+            mean forward and reverse KL), "tvd" ½Σ|p−q|, "hellinger" 1 − Σ√(pq),
+            "skew_forward_kl" KL(p ‖ skew·p + (1−skew)·q), "skew_reverse_kl"
+            KL(q ‖ (1−skew)·p + skew·q) (DistiLLM, arXiv 2402.03898), or a callable
+            (log_p [..., K(+1)], log_q [..., K(+1)]) -> [...]; empty slots hold the same tiny
+            probability on both sides.
+        tail: "bucket": one more outcome, the mass outside the K ids on each side. "truncate": the
+            teacher is zero outside them. "renorm_teacher": the same with p/M. "renorm_both": both
+            renormalised over the K ids, which needs no pass over the LM head.
+        temperature: T > 0; the payload must have been taken at it (renorm_both excepted).
+        token_weight: [...] multiplies ℓ. reduction: "mean" Σwℓ / (num_items or the number of
+            non-ignored positions), "sum", or "none" -> [...].
+        valid_vocab: rows of weight from here on are padding and do not exist.
+        impl: "auto", "torch" (chunked) or "reference" (materialises; the specification).
+        backward: "fused" computes gradients in the forward pass (6NVH FLOPs; scalar losses),
+            "recompute" afterwards (8NVH, any upstream); "auto" is fused for mean and sum.
+        check: read and check values on a GPU too, which stalls its stream (on CPU always).
+
+    Returns:
+        DistillOutput; only `.loss` carries a gradient. An all-ignored batch gives 0 with zero
+        gradients.
+
+    Raises:
+        ValueError or TypeError naming the argument, what was expected and what came.
+    """
+    options = RowOptions(divergence, beta, skew, tail, temperature, t2_scale, ce_weight, z_loss)
+    return _distill(
+        hidden,
+        weight,
+        teacher,
+        labels,
+        options,
+        token_weight,
+        ignore_index,
+        reduction,
+        num_items,
+        (bias, logit_scale, softcap, temperature, valid_vocab),
+        group,
+        impl,
+        backward,
+        check,
+        statistics=True,
+    )
+
+
+def _distill(
+    hidden: Tensor,
+    weight: Tensor,
+    teacher: TopK,
+    labels: Tensor | None,
+    options: RowOptions,
+    token_weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    num_items: int | float | Tensor | None,
+    head: tuple[Tensor | None, float, float | None, float, int | None],
+    group: None,
+    impl: str,
+    backward: str,
+    check: bool,
+    *,
+    statistics: bool,
+) -> DistillOutput:
+    no_group(group)
+    impl = resolve_impl(impl)
+    ops = operands(hidden, weight, *head)
+    check_mix(options.divergence, options.beta, options.skew, options.ce_weight, options.z_loss)
+    checks.choice("tail", options.tail, TAILS)
+    checks.choice("backward", backward, ("auto", "fused", "recompute"))
+    check_reduction(reduction, num_items, token_weight, hidden)
+    if labels is not None:
+        checks.labels(labels, hidden, ops.head.vocab, ignore_index, check)
+    elif options.ce_weight:
+        checks.fail("labels", "a tensor when ce_weight > 0", "None")
+    if not isinstance(teacher, TopK):
+        raise TypeError(f"teacher: expected a fastdistill.TopK, got {type(teacher).__name__}")
+    checks.teacher(
+        *teacher,
+        hidden,
+        None if labels is None else labels != ignore_index,
+        vocab=ops.head.vocab,
+        tail=options.tail,
+        temperature=options.temperature,
+        check=check,
+    )
+    count = counting(ops, labels, token_weight, ignore_index, reduction, num_items)
+    label_N = None
+    if labels is not None:
+        label_N = labels.reshape(-1).long()
+        label_N = torch.where(label_N == ignore_index, -1, label_N)
+    given = payload(teacher, options.tail, options.temperature, ops.head.dtype, count.active)
+    x = ops.hidden
+    if count.rows is not None:
+        x, label_N = x[count.rows], None if label_N is None else label_N[count.rows]
+        given = given.take(count.rows)
+    elif count.active is not None:
+        x = torch.where(count.active.unsqueeze(-1), x, 0)  # NaN at an ignored position stays there
+    if x.shape[0] == 0:
+        return _nothing(ops, x, reduction)
+    compiled_callable = callable(options.divergence) and torch.compiler.is_compiling()
+    if impl == "reference":
+        out = by_reference(x, ops.head, given, label_N, count.coef, options)
+    elif options.tail == "renorm_both" and not options.needs_base:
+        out = by_rows(x, ops.head, given, options)
+    elif backward == "recompute" or (
+        backward == "auto" and (reduction == "none" or compiled_callable)
+    ):
+        out = recomputed(x, ops.head, given, label_N, options, statistics)
+    elif reduction == "none":
+        checks.fail("backward", "'recompute' or 'auto' with reduction='none'", "'fused'",
+                    "gradients taken in the forward pass need a scalar loss")  # fmt: skip
+    else:
+        out = fused(x, ops.head, given, label_N, count.coef, options, statistics)
+    return _assemble(ops, out, given, count, reduction)
+
+
+def _nothing(ops: Operands, x: Tensor, reduction: str) -> DistillOutput:
+    """No position counts: 0, with zero gradients rather than none."""
+    zero = torch.zeros(ops.lead, dtype=ops.head.dtype, device=x.device)
+    parts = [x, ops.head.weight[:0], *([] if ops.head.bias is None else [ops.head.bias[:0]])]
+    loss = sum((p.sum().to(zero.dtype) for p in parts), start=zero.sum())
+    return DistillOutput(loss if reduction != "none" else zero + loss, *[zero] * 7)
+
+
+def _assemble(
+    ops: Operands, out: Computed, given: Payload, count: Counting, reduction: str
+) -> DistillOutput:
+    """Sum or weigh, put dropped positions back as zeros, detach what carries no gradient."""
+
+    def place(values_n: Tensor | None) -> Tensor | None:
+        if values_n is None:
+            return None
+        if count.rows is not None:
+            blank = values_n.new_zeros(ops.hidden.shape[0])
+            values_n = blank.index_copy(0, count.rows, values_n)
+        elif count.active is not None:
+            values_n = torch.where(count.active, values_n, 0.0)
+        return ops.unflatten(values_n)
+
+    if reduction == "none":
+        loss = place(count.coef * out.per_token)
+    else:
+        loss = (count.coef * out.per_token).sum() if out.loss is None else out.loss
+    assert loss is not None
+    fields = (out.per_token, out.divergence, given.mass, *out[3:])
+    per_token, D, mass, *rest = (None if f is None else place(f.detach()) for f in fields)
+    assert per_token is not None
+    assert D is not None
+    assert mass is not None
+    return DistillOutput(loss, per_token, D, mass, *rest)

@@ -1,0 +1,56 @@
+"""nn.Module faces of the losses: options at construction, tensors at the call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from .dense import linear_distill_loss
+from .losses import topk_distill_loss
+from .outputs import TopK
+
+
+class TopKDistillLoss(nn.Module):
+    """`topk_distill_loss` with its options fixed: TopKDistillLoss(divergence="jsd", beta=0.1).
+
+    forward(hidden [..., H], weight [V, H], teacher: TopK, **tensors) -> Tensor, where tensors are
+    labels, token_weight, num_items and bias; a call may override any option.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.options = options
+
+    def forward(self, hidden: Tensor, weight: Tensor, teacher: TopK, **tensors: Any) -> Tensor:
+        return topk_distill_loss(hidden, weight, teacher, **{**self.options, **tensors})
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{k}={v!r}" for k, v in self.options.items())
+
+
+class LinearDistillLoss(nn.Module):
+    """`linear_distill_loss` with its options fixed.
+
+    forward(hidden [..., H], weight [V, H], teacher_hidden [..., G], teacher_weight [V', G],
+    **tensors) -> Tensor; a call may override any option.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.options = options
+
+    def forward(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        teacher_hidden: Tensor,
+        teacher_weight: Tensor,
+        **tensors: Any,
+    ) -> Tensor:
+        return linear_distill_loss(
+            hidden, weight, teacher_hidden, teacher_weight, **{**self.options, **tensors}
+        )
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{k}={v!r}" for k, v in self.options.items())

@@ -1,0 +1,171 @@
+"""From what a caller passes to what the kernels take: checked, cast, flattened, floored, merged.
+
+Shared by every public function, so that an option means the same everywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .kernels.divergences import NAMES, floor_of
+from .kernels.rows import Teacher, merge_repeats
+from .kernels.torch_slabs import Head
+from .outputs import TopK
+
+TAIL_FLOOR = 2.0**-24  # 1 − Σp below this is rounding of the payload, not mass
+
+
+class Operands(NamedTuple):
+    """hidden [N, H] and the head behind it, with the shape [...] that N came from."""
+
+    hidden: Tensor
+    head: Head
+    lead: torch.Size
+
+    def unflatten(self, rows_N: Tensor) -> Tensor:
+        return rows_N.reshape(self.lead + rows_N.shape[1:])
+
+
+def operands(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    valid_vocab: int | None,
+    prefix: str = "",
+) -> Operands:
+    """Check, cast as F.linear would under autocast, flatten [..., H] to [N, H]."""
+    checks.tensor(prefix + "hidden", hidden, checks.FLOATS)
+    checks.tensor(prefix + "weight", weight, checks.FLOATS)
+    kind = hidden.device.type
+    if torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64:
+        low = torch.get_autocast_dtype(kind)
+        hidden, weight = hidden.to(low), weight.to(low)
+    vocab = checks.head(
+        hidden, weight, bias, logit_scale, softcap, temperature, valid_vocab, prefix
+    )
+    head = Head(
+        weight.contiguous(),
+        None if bias is None else bias.contiguous(),
+        float(logit_scale),
+        None if softcap is None else float(softcap),
+        float(temperature),
+        vocab,
+    )
+    flat = hidden.reshape(-1, hidden.shape[-1]).contiguous()
+    return Operands(flat, head, hidden.shape[:-1])
+
+
+class Payload(NamedTuple):
+    """A teacher as the kernels take it, and the mass of its slots before any renormalisation."""
+
+    teacher: Teacher
+    mass: Tensor
+
+    def take(self, rows: Tensor) -> Payload:
+        return Payload(Teacher(*(t[rows] for t in self.teacher)), self.mass[rows])
+
+
+def payload(
+    teacher: TopK, tail: str, temperature: float, dtype: torch.dtype, active_N: Tensor | None
+) -> Payload:
+    """Flatten a checked TopK; rows outside active_N become all-empty slots."""
+    K = teacher.ids.shape[-1]
+    ids = teacher.ids.detach().reshape(-1, K).long()
+    if active_N is not None:
+        ids = torch.where(active_N.unsqueeze(-1), ids, -1)
+    floor, empty = floor_of(dtype), ids < 0
+    lp = teacher.logprobs.detach().reshape(-1, K).to(dtype)
+    lp = torch.where(empty, floor, lp).clamp(min=floor, max=0.0)
+    ids, lp = merge_repeats(ids, lp)
+    empty = ids < 0
+    lp = lp.masked_fill(empty, floor)
+    mass = lp.exp().sum(-1)
+    if teacher.log_tail is None:
+        inside = lp.double().exp().sum(-1).clamp(max=1 - TAIL_FLOOR)
+        log_tail = torch.log1p(-inside).to(dtype)
+    else:
+        log_tail = teacher.log_tail.detach().reshape(-1).to(dtype).clamp(min=floor, max=0.0)
+    if active_N is not None:
+        log_tail = torch.where(active_N, log_tail, 0.0)
+    if tail == "renorm_both" and teacher.temperature != temperature:
+        # Over S alone p at T is the payload's p to the power T_payload / T, renormalised.
+        lp = (lp * (teacher.temperature / temperature)).clamp(min=floor).masked_fill(empty, floor)
+    return Payload(Teacher(ids, lp, log_tail), mass)
+
+
+class Counting(NamedTuple):
+    """Which of N tokens count, by how much, and where they come from.
+
+    coef_n is each token's factor in the returned sum. rows_n are the tokens kept out of N: on CPU
+    the ignored ones are dropped before the head, elsewhere all stay (None) and are masked.
+    """
+
+    coef: Tensor
+    rows: Tensor | None
+    active: Tensor | None
+
+
+def counting(
+    ops: Operands,
+    labels: Tensor | None,
+    token_weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    num_items: int | float | Tensor | None,
+) -> Counting:
+    """Token factors: w_n / (num_items or the number of non-ignored) for a mean, else w_n."""
+    N, wide = ops.hidden.shape[0], ops.head.dtype
+    coef = torch.ones(N, dtype=wide, device=ops.hidden.device)
+    active = None if labels is None else labels.reshape(-1) != ignore_index
+    if token_weight is not None:
+        coef = token_weight.reshape(-1).to(wide)
+    if active is not None:
+        coef = torch.where(active, coef, 0.0)
+    if reduction == "mean":
+        if num_items is None:
+            num_items = N if active is None else active.sum()
+        if isinstance(num_items, Tensor):
+            coef = coef / num_items.to(coef).clamp(
+                min=1e-12 if num_items.is_floating_point() else 1
+            )
+        else:
+            coef = coef / max(num_items, 1e-12)
+    if active is None or ops.hidden.device.type != "cpu" or torch.compiler.is_compiling():
+        return Counting(coef, None, active)
+    if bool(active.all()):
+        return Counting(coef, None, None)
+    rows = active.nonzero()[:, 0]
+    return Counting(coef[rows], rows, None)
+
+
+def check_reduction(
+    reduction: str, num_items: int | float | Tensor | None, token_weight: Tensor | None,
+    hidden: Tensor,
+) -> None:  # fmt: skip
+    checks.choice("reduction", reduction, ("mean", "sum", "none"))
+    if token_weight is not None:
+        checks.tensor("token_weight", token_weight, checks.FLOATS)
+        checks.like_tokens("token_weight", token_weight, hidden)
+    if num_items is not None:
+        if reduction != "mean":
+            checks.fail("num_items", "None unless reduction='mean'", f"with {reduction!r}")
+        if not isinstance(num_items, Tensor):
+            checks.positive("num_items", num_items)
+
+
+def check_mix(divergence, beta: float, skew: float, ce_weight: float, z_loss: float) -> None:
+    """The scalars that shape a per-token loss."""
+    if not callable(divergence):
+        checks.choice("divergence", divergence, NAMES)
+    checks.within("beta", beta, 0, 1)
+    checks.within("skew", skew, 0, 1, below=True)
+    checks.within("ce_weight", ce_weight, 0, 1)
+    checks.within("z_loss", z_loss, 0, math.inf)

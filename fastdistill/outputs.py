@@ -1,0 +1,91 @@
+"""What the public functions take and return: structured, never a tensor or a tuple by flag."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class TopK(NamedTuple):
+    """A teacher known on K tokens per position.
+
+    Args:
+        ids: int32 or int64 [..., K]; −1 marks an empty slot, whose logprob is ignored. A repeated
+            id is one outcome whose probability is the sum over its slots.
+        logprobs: float [..., K], log p(id), normalised over the teacher's whole vocabulary at
+            `temperature`.
+        log_tail: float32 [...], log of the mass outside `ids` at `temperature`. None means
+            log(1 − Σ exp logprobs), floored at log 2⁻²⁴ (the resolution of 1 − Σ in fp32).
+        temperature: the temperature T at which softmax(logits / T) was taken.
+    """
+
+    ids: Tensor
+    logprobs: Tensor
+    log_tail: Tensor | None = None
+    temperature: float = 1.0
+
+    def to(self, device: torch.device | str) -> TopK:
+        """The same payload on another device."""
+        tail = None if self.log_tail is None else self.log_tail.to(device)
+        return TopK(self.ids.to(device), self.logprobs.to(device), tail, self.temperature)
+
+
+class SelectedLogits(NamedTuple):
+    """Logits of the K asked ids and the log-sum-exp of all the others (fp32; fp64 from fp64).
+
+    logits [..., K] (−inf in empty slots), lse_rest [...] over every v ∉ ids (−inf where ids cover
+    the vocabulary), entropy [...] of the full softmax in nats or None, lse [...] over everything.
+    """
+
+    logits: Tensor
+    lse_rest: Tensor
+    entropy: Tensor | None
+    lse: Tensor
+
+
+class DistillOutput(NamedTuple):
+    """The loss and the statistics that the same pass gave; only `loss` carries a gradient.
+
+    loss: scalar, or [...] for reduction="none" (weighted, zero at ignored positions).
+    per_token [...]: the loss before token_weight and reduction; zero at ignored positions.
+    divergence [...]: D(p, q) alone, without T², mixing weight or cross-entropy.
+    teacher_mass [...]: Σ p over the payload. student_mass [...]: Σ q over the same ids.
+    lse [...]: log-sum-exp of the logits at T=1. nll [...]: −log q(label) at T=1, or None.
+    entropy [...]: H(q) in nats at the loss temperature.
+    With tail="renorm_both" and neither ce_weight nor z_loss no LM-head pass is made, and
+    student_mass, lse, nll and entropy are None.
+    """
+
+    loss: Tensor
+    per_token: Tensor
+    divergence: Tensor
+    teacher_mass: Tensor
+    student_mass: Tensor | None
+    lse: Tensor | None
+    nll: Tensor | None
+    entropy: Tensor | None
+
+
+class TokenScores(NamedTuple):
+    """Per-position scores of one streamed pass, fp32 [...], no gradient.
+
+    Of softmax(logits / temperature): entropy, varentropy (variance of −log q), max_logprob,
+    argmax (int64), margin (top-1 minus top-2 logprob), lse. With labels, at T=1: nll, and
+    label_rank (int64, 0 = top). With a teacher, bucket tail: forward_kl, teacher_mass,
+    student_mass, hellinger = √(1 − Σ√(pq)).
+    """
+
+    lse: Tensor
+    entropy: Tensor
+    varentropy: Tensor
+    max_logprob: Tensor
+    argmax: Tensor
+    margin: Tensor
+    nll: Tensor | None = None
+    label_rank: Tensor | None = None
+    forward_kl: Tensor | None = None
+    teacher_mass: Tensor | None = None
+    student_mass: Tensor | None = None
+    hellinger: Tensor | None = None

@@ -1,0 +1,161 @@
+"""linear_lse_gather, the primitive every sparse loss is made of, and linear_topk, its teacher."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .backend import resolve_impl
+from .kernels.op_gather import lse_gather
+from .kernels.rows import ABSENT, Gathered, entropy_of, first_slots
+from .kernels.torch_topk import topk as torch_topk
+from .operands import operands
+from .outputs import SelectedLogits, TopK
+
+
+def no_group(group: object) -> None:
+    if group is not None:
+        checks.fail("group", "None", type(group).__name__,
+                    "vocabulary-parallel heads are not in this version")  # fmt: skip
+
+
+def linear_lse_gather(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    valid_vocab: int | None = None,
+    with_entropy: bool = False,
+    group: None = None,
+    impl: str = "auto",
+    check: bool = False,
+) -> SelectedLogits:
+    """z = softcap·tanh(s / softcap) / T with s = logit_scale · (x Wᵀ + b); returns z at `ids` and
+
+        lse_rest = log Σ_{v ∉ ids} e^{z_v}
+
+    without materialising [N, V]. Differentiable in hidden, weight and bias, by recomputation:
+    2NVH FLOPs forward, 6NVH backward, O(N·K) memory beyond one slab of logits.
+
+    Args:
+        hidden: [N, H] or [B, T, H], float16, bfloat16, float32 or float64.
+        weight: [V, H], the same dtype. bias: [V] or None.
+        ids: int32/int64 [..., K]. They may repeat: each slot gets its logit and its gradient,
+            lse_rest leaves the id out once. −1 is an empty slot: −inf, and no gradient.
+        logit_scale, softcap, temperature: see the equation.
+        valid_vocab: rows of weight from here on are padding and do not exist.
+        with_entropy: also return H(softmax(z)) in nats.
+        impl: "auto", "torch" (chunked) or "reference" (materialises; the specification).
+        check: read and check values on a GPU too, which stalls its stream (on CPU always).
+
+    Returns:
+        SelectedLogits, fp32 (fp64 from fp64): logits [..., K], lse_rest [...], entropy [...] or
+        None, lse [...].
+
+    Raises:
+        ValueError or TypeError, naming the argument: ids outside the vocabulary, K > V, shapes,
+        dtypes or devices that do not match, temperature ≤ 0.
+    """
+    no_group(group)
+    impl = resolve_impl(impl)
+    ops = operands(hidden, weight, bias, logit_scale, softcap, temperature, valid_vocab)
+    checks.ids("ids", ids, hidden, ops.head.vocab, check)
+    ids_NK = ids.reshape(-1, ids.shape[-1]).long()
+    head = ops.head
+    if impl == "reference":
+        from . import reference
+
+        found = reference.linear_lse_gather(
+            ops.hidden,
+            head.weight,
+            ids_NK,
+            bias=head.bias,
+            logit_scale=head.logit_scale,
+            softcap=head.softcap,
+            temperature=head.temperature,
+            valid_vocab=head.vocab,
+            with_entropy=with_entropy,
+        )
+        return SelectedLogits._make(None if t is None else ops.unflatten(t) for t in found)
+    z, lse_rest, mean_rest, _ = lse_gather(
+        ops.hidden,
+        head.weight,
+        head.bias,
+        ids_NK,
+        head.logit_scale,
+        head.softcap,
+        head.temperature,
+        head.vocab,
+        with_entropy,
+        False,
+    )
+    unique = first_slots(ids_NK)
+    seen = Gathered(z, lse_rest, None)
+    zero = torch.zeros_like(lse_rest)
+    entropy, lse = entropy_of(seen, mean_rest if with_entropy else zero, unique)
+    return SelectedLogits(
+        ops.unflatten(z.masked_fill(ids_NK < 0, -torch.inf)),
+        ops.unflatten(lse_rest.masked_fill(lse_rest < ABSENT, -torch.inf)),
+        ops.unflatten(entropy) if with_entropy else None,
+        ops.unflatten(lse),
+    )
+
+
+@torch.no_grad()
+def linear_topk(
+    hidden: Tensor,
+    weight: Tensor,
+    k: int,
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    valid_vocab: int | None = None,
+    impl: str = "auto",
+) -> TopK:
+    """The k most probable tokens of softmax(z), their log-probabilities and the exact log tail.
+
+    z as in `linear_lse_gather`. No [N, V] tensor, no gradient.
+
+    Args:
+        hidden: [N, H] or [B, T, H]. weight: [V, H]. k: 1 ≤ k ≤ V (valid_vocab).
+
+    Returns:
+        TopK(ids int64 [..., k] by falling probability, logprobs fp32 [..., k], log_tail fp32 [...],
+        temperature). log_tail is summed over the tokens left out, not 1 − Σ; −inf when k = V.
+
+    Raises:
+        ValueError or TypeError naming the argument.
+    """
+    impl = resolve_impl(impl)
+    ops = operands(hidden, weight, bias, logit_scale, softcap, temperature, valid_vocab)
+    if not isinstance(k, int) or not 1 <= k <= ops.head.vocab:
+        checks.fail("k", f"an integer in 1..{ops.head.vocab} (V)", repr(k))
+    head = ops.head
+    if impl == "reference":
+        from . import reference
+
+        best = reference.linear_topk(
+            ops.hidden,
+            head.weight,
+            k,
+            bias=head.bias,
+            logit_scale=head.logit_scale,
+            softcap=head.softcap,
+            temperature=head.temperature,
+            valid_vocab=head.vocab,
+        )
+        ids, logprobs, log_tail = best.ids, best.logprobs, best.log_tail
+    else:
+        with torch.autocast(hidden.device.type, enabled=False):
+            ids, logprobs, log_tail = torch_topk(head, ops.hidden, k)
+    assert log_tail is not None
+    return TopK(
+        ops.unflatten(ids), ops.unflatten(logprobs), ops.unflatten(log_tail), float(temperature)
+    )

@@ -1,0 +1,216 @@
+"""The specification: every public operation on materialised [N, V] logits, by its definition.
+
+Imported by tests, benchmarks and an explicit impl="reference" only; no other file may. Arguments
+are those of the public functions with leading dimensions flattened to N; computed in fp32, or fp64
+for fp64 inputs, and differentiable by plain autograd. Written from the formulas, not from
+kernels/: a divergence here is a sum over all V tokens of a dense p and q.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .kernels.rows import RowOptions
+from .outputs import SelectedLogits, TokenScores, TopK
+
+Fn = Callable[[Tensor, Tensor], Tensor]
+
+
+def logits(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    valid_vocab: int | None = None,
+) -> Tensor:
+    """[N, V] at T=1: softcap · tanh(logit_scale · (x Wᵀ + b) / softcap)."""
+    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    V = weight.shape[0] if valid_vocab is None else valid_vocab
+    s = hidden.to(wide) @ weight[:V].to(wide).t()
+    if bias is not None:
+        s = s + bias[:V].to(wide)
+    s = s * logit_scale
+    return s if softcap is None else softcap * torch.tanh(s / softcap)
+
+
+def linear_lse_gather(
+    hidden: Tensor, weight: Tensor, ids: Tensor, *, temperature: float, with_entropy: bool, **head
+) -> SelectedLogits:
+    z = logits(hidden, weight, **head) / temperature
+    empty = ids < 0
+    selected = z.gather(-1, ids.clamp(min=0)).masked_fill(empty, -math.inf)
+    rest = z.masked_fill(_support(ids, z.shape[-1]), -math.inf)
+    lse = z.logsumexp(-1)
+    entropy = -(z.softmax(-1) * z.log_softmax(-1)).sum(-1) if with_entropy else None
+    return SelectedLogits(selected, rest.logsumexp(-1), entropy, lse)
+
+
+def _support(ids: Tensor, V: int) -> Tensor:
+    """bool [N, V]: the ids of each row."""
+    hits = torch.zeros(ids.shape[0], V + 1, dtype=torch.bool, device=ids.device)
+    return hits.scatter(-1, torch.where(ids < 0, V, ids), True)[:, :V]
+
+
+def _xlogx_over(p: Tensor, log_ratio: Tensor) -> Tensor:
+    """p · log_ratio with 0 · anything = 0, in value and gradient."""
+    return p * torch.where(p > 0, log_ratio, torch.zeros_like(log_ratio))
+
+
+def _terms(name: str, p: Tensor, q: Tensor, beta: float, skew: float) -> Tensor:
+    """The summands of D over tokens; p may be zero."""
+    tiny = torch.finfo(q.dtype).tiny
+
+    def log(x: Tensor) -> Tensor:
+        return x.clamp(min=tiny).log()
+
+    if name == "forward_kl":
+        return _xlogx_over(p, log(p) - log(q))
+    if name == "reverse_kl":
+        return q * (log(q) - log(p))
+    if name == "jsd":
+        m = beta * p + (1 - beta) * q
+        return beta * _xlogx_over(p, log(p) - log(m)) + (1 - beta) * q * (log(q) - log(m))
+    if name == "tvd":
+        return 0.5 * (p - q).abs()
+    if name == "skew_forward_kl":
+        return _xlogx_over(p, log(p) - log(skew * p + (1 - skew) * q))
+    if name == "skew_reverse_kl":
+        return q * (log(q) - log((1 - skew) * p + skew * q))
+    raise ValueError(name)
+
+
+def divergence(
+    name: str, p: Tensor, q: Tensor, beta: float, skew: float, only: Tensor | None = None
+) -> Tensor:
+    """D(p, q) [N] over the last dimension. `only` marks the support where D cannot leave it."""
+    if name == "jsd" and beta in (0.0, 1.0):
+        name = "reverse_kl" if beta else "forward_kl"
+    if name == "skew_reverse_kl" and skew == 0.0:
+        name = "reverse_kl"
+    if name == "hellinger":
+        # √ has an infinite slope at 0: where p = 0 the product is 0 whatever q is.
+        return 1 - torch.where(p > 0, torch.where(p > 0, p * q, 1.0).sqrt(), 0.0).sum(-1)
+    terms = _terms(name, p, q, beta, skew)
+    if name == "reverse_kl" and only is not None:
+        terms = terms.masked_fill(~only, 0.0)
+    return terms.sum(-1)
+
+
+def topk_distill(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    logprobs: Tensor,
+    log_tail: Tensor,
+    labels: Tensor | None,
+    coef: Tensor,
+    options: RowOptions,
+    **head,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+    """(Σ coef · ℓ, ℓ, D, student mass, lse at T=1, nll, entropy at T), [N] but the first.
+
+    ids [N, K] (−1 empty, none repeated), logprobs and log_tail finite, labels −1 where absent.
+    """
+    u = logits(hidden, weight, **head)
+    z = u / options.temperature
+    q_NV = z.softmax(-1)
+    V = u.shape[-1]
+    S = _support(ids, V)
+    p_slots = logprobs.to(u.dtype).exp().masked_fill(ids < 0, 0.0)
+    p_NV = torch.zeros_like(u).scatter_add(-1, ids.clamp(min=0), p_slots)
+    if options.tail in ("renorm_teacher", "renorm_both"):
+        p_NV = p_NV / p_NV.sum(-1, keepdim=True).clamp(min=torch.finfo(u.dtype).tiny)
+    if options.tail == "bucket":
+        # Where the ids are the whole vocabulary there is no outcome outside them.
+        rest = log_tail.to(u.dtype).exp().masked_fill(S.all(-1), 0.0)
+        p = torch.cat([p_NV, rest.unsqueeze(-1)], -1)
+        q = torch.cat([q_NV * S, (q_NV * ~S).sum(-1, keepdim=True)], -1)
+    elif options.tail == "renorm_both":
+        p, q = p_NV, z.masked_fill(~S, -1e30).softmax(-1) * S
+    else:
+        p, q = p_NV, q_NV
+    if isinstance(options.divergence, str):
+        only = S if options.tail in ("truncate", "renorm_teacher") else None
+        D = divergence(options.divergence, p, q, options.beta, options.skew, only)
+        if options.tail == "renorm_both":
+            D = D.masked_fill(~S.any(-1), 0.0)
+    else:
+        tiny = torch.finfo(u.dtype).tiny
+
+        def columns(x: Tensor) -> Tensor:
+            picked = x.gather(-1, ids.clamp(min=0)).masked_fill(ids < 0, tiny)
+            return torch.cat([picked, x[:, V:]], -1).clamp(min=tiny).log()
+
+        D = options.divergence(columns(p), columns(q))
+    lse = u.logsumexp(-1)
+    per_token = options.on_divergence * D + options.z_loss * lse.square()
+    nll = None
+    if labels is not None:
+        label_u = u.gather(-1, labels.clamp(min=0).unsqueeze(-1))[:, 0]
+        nll = (lse - label_u).masked_fill(labels < 0, 0.0)
+        per_token = per_token + options.ce_weight * nll
+    entropy = -(q_NV * z.log_softmax(-1)).sum(-1)
+    return (coef * per_token).sum(), per_token, D, (q_NV * S).sum(-1), lse, nll, entropy
+
+
+def linear_distill(
+    hidden: Tensor,
+    weight: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None,
+    coef: Tensor,
+    options: RowOptions,
+    **head,
+) -> tuple[Tensor, Tensor]:
+    """(Σ coef · ℓ, ℓ [N]) for a dense teacher's [N, V] logits at T=1."""
+    u, T = logits(hidden, weight, **head), options.temperature
+    lq, lp = (u / T).log_softmax(-1), (teacher_logits / T).log_softmax(-1)
+    if isinstance(options.divergence, str):
+        D = divergence(options.divergence, lp.exp(), lq.exp(), options.beta, options.skew)
+    else:
+        D = options.divergence(lp, lq)
+    lse = u.logsumexp(-1)
+    per_token = options.on_divergence * D + options.z_loss * lse.square()
+    if labels is not None:
+        nll = lse - u.gather(-1, labels.clamp(min=0).unsqueeze(-1))[:, 0]
+        per_token = per_token + options.ce_weight * nll.masked_fill(labels < 0, 0.0)
+    return (coef * per_token).sum(), per_token
+
+
+def linear_topk(hidden: Tensor, weight: Tensor, k: int, *, temperature: float, **head) -> TopK:
+    z = logits(hidden, weight, **head) / temperature
+    lp = z.log_softmax(-1)
+    best = lp.topk(k, -1)
+    rest = z.scatter(-1, best.indices, -math.inf).logsumexp(-1) - z.logsumexp(-1)
+    return TopK(best.indices, best.values, rest, temperature)
+
+
+def token_scores(
+    hidden: Tensor, weight: Tensor, *, labels: Tensor | None, temperature: float, **head
+) -> TokenScores:
+    """The scores that need no teacher."""
+    u = logits(hidden, weight, **head)
+    lq = (u / temperature).log_softmax(-1)
+    q = lq.exp()
+    entropy = -(q * lq).sum(-1)
+    top2 = lq.topk(2, -1)
+    nll = rank = None
+    if labels is not None:
+        label_u = u.gather(-1, labels.clamp(min=0).unsqueeze(-1))
+        nll = (u.logsumexp(-1) - label_u[:, 0]).masked_fill(labels < 0, 0.0)
+        rank = (u > label_u).sum(-1).masked_fill(labels < 0, 0)
+    return TokenScores(
+        (u / temperature).logsumexp(-1),
+        entropy,
+        (q * (lq + entropy.unsqueeze(-1)).square()).sum(-1),
+        top2.values[:, 0],
+        top2.indices[:, 0],
+        top2.values[:, 0] - top2.values[:, 1],
+        nll,
+        rank,
+    )

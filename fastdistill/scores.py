@@ -1,0 +1,160 @@
+"""token_scores: every per-token statistic that filtering and selection use, from one pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .backend import resolve_impl
+from .kernels.op_gather import gather_logits
+from .kernels.rows import Gathered, RowOptions, Teacher, rows_forward
+from .kernels.torch_scores import scores as torch_scores
+from .operands import Operands, Payload, operands, payload
+from .outputs import TokenScores, TopK
+
+
+@torch.no_grad()
+def token_scores(
+    hidden: Tensor,
+    weight: Tensor,
+    *,
+    labels: Tensor | None = None,
+    teacher: TopK | None = None,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    valid_vocab: int | None = None,
+    ignore_index: int = -100,
+    impl: str = "auto",
+    check: bool = False,
+) -> TokenScores:
+    """Scores of q = softmax(z) per position, z as in `linear_lse_gather`, in one streamed pass.
+
+        entropy −Σ q log q      varentropy Σ q (log q + H)²      margin log q₁ − log q₂
+
+    lse and entropies at `temperature`. With labels, at T=1: nll = −log q(label), and label_rank =
+    the number of more probable tokens (0 = top); both 0 at ignored positions. With a teacher taken
+    at `temperature`, bucket tail: forward_kl, teacher_mass, student_mass and hellinger =
+    √(1 − Σ√(pq)).
+
+    Args:
+        hidden: [N, H] or [B, T, H]. weight: [V, H], the same dtype. labels: int [...].
+        teacher: TopK over the same positions.
+
+    Returns:
+        TokenScores, fp32 (fp64 from fp64) and int64, [...] each; no gradient, no [N, V].
+
+    Raises:
+        ValueError or TypeError naming the argument, what was expected and what came.
+    """
+    impl = resolve_impl(impl)
+    ops = operands(hidden, weight, bias, logit_scale, softcap, temperature, valid_vocab)
+    head = ops.head
+    label_N = None
+    if labels is not None:
+        checks.labels(labels, hidden, head.vocab, ignore_index, check)
+        label_N = labels.reshape(-1).long()
+        label_N = torch.where(label_N == ignore_index, -1, label_N)
+    given = None
+    if teacher is not None:
+        if not isinstance(teacher, TopK):
+            raise TypeError(f"teacher: expected a fastdistill.TopK, got {type(teacher).__name__}")
+        checks.teacher(
+            *teacher, hidden, None, vocab=head.vocab, tail="bucket", temperature=temperature,
+            check=check,
+        )  # fmt: skip
+        given = payload(teacher, "bucket", temperature, head.dtype, None)
+    ids = ops.hidden.new_empty(ops.hidden.shape[0], 0, dtype=torch.int64)
+    if given is not None:
+        ids = given.teacher.ids
+    label_u = None
+    if label_N is not None:
+        ids = torch.cat([ids, label_N.unsqueeze(-1)], -1)
+        label_u = gather_logits(
+            ops.hidden, head.weight, head.bias, label_N.unsqueeze(-1), head.logit_scale,
+            head.softcap, 1.0,
+        )[:, 0]  # fmt: skip
+    if impl == "reference":
+        return _reference(ops, label_N, given)
+    with torch.autocast(hidden.device.type, enabled=False):
+        s = torch_scores(head, ops.hidden, ids, label_u)
+    nll = rank = None
+    seen = Gathered(s.z_ids, s.lse_rest, s.lse_rest_base)
+    kl = hellinger = mass = None
+    if given is not None:
+        kl, mass, nll = _rows(seen, given.teacher, label_N, "forward_kl", temperature)
+        squared = _rows(seen, given.teacher, label_N, "hellinger", temperature)[0]
+        hellinger = squared.clamp(min=0).sqrt()
+    elif label_N is not None:
+        nll = torch.logaddexp(s.lse_rest_base, s.z_ids[:, -1] * temperature)
+        nll = (nll - s.z_ids[:, -1] * temperature).masked_fill(label_N < 0, 0.0)
+    if label_N is not None:
+        # The label's own logit came from another product; being the top settles its rank.
+        rank = torch.where((s.argmax == label_N) | (label_N < 0), 0, s.above_label)
+    found = TokenScores(
+        s.lse,
+        s.entropy,
+        s.varentropy,
+        s.max_logprob,
+        s.argmax,
+        s.margin,
+        nll,
+        rank,
+        kl,
+        None if given is None else given.mass,
+        mass,
+        hellinger,
+    )
+    return TokenScores._make(None if f is None else ops.unflatten(f) for f in found)
+
+
+def _options(name: str, temperature: float) -> RowOptions:
+    return RowOptions(name, 0.5, 0.1, "bucket", temperature, False, 0.0, 0.0)
+
+
+def _rows(
+    seen: Gathered, teacher: Teacher, label_N: Tensor | None, name: str, temperature: float
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(D, student mass, nll) [N] of a named divergence with the bucket tail."""
+    rows = rows_forward(seen, teacher, label_N, _options(name, temperature))
+    return rows.divergence, rows.student_mass, rows.nll
+
+
+def _reference(ops: Operands, label_N: Tensor | None, given: Payload | None) -> TokenScores:
+    from . import reference
+
+    head = ops.head
+    scalars: dict[str, Any] = {
+        "bias": head.bias,
+        "logit_scale": head.logit_scale,
+        "softcap": head.softcap,
+        "valid_vocab": head.vocab,
+    }
+    found = reference.token_scores(
+        ops.hidden, head.weight, labels=label_N, temperature=head.temperature, **scalars
+    )
+    if given is not None:
+        one = torch.ones_like(found.lse)
+        kl, hellinger = (
+            reference.topk_distill(
+                ops.hidden,
+                head.weight,
+                *given.teacher,
+                None,
+                one,
+                _options(name, head.temperature),
+                **scalars,
+            )
+            for name in ("forward_kl", "hellinger")
+        )
+        found = found._replace(
+            forward_kl=kl[2],
+            teacher_mass=given.mass,
+            student_mass=kl[3],
+            hellinger=hellinger[2].clamp(min=0).sqrt(),
+        )
+    return TokenScores._make(None if f is None else ops.unflatten(f) for f in found)

@@ -1,0 +1,49 @@
+"""What every operator of this package shares: empty for absent, fp32 inside, shapes of gradients.
+
+Operators return tensors only, so one that was not asked for comes back empty (numel 0).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def or_empty(value: Tensor | None, like: Tensor) -> Tensor:
+    return like.new_empty(0) if value is None else value
+
+
+def or_none(value: Tensor) -> Tensor | None:
+    return value if value.numel() else None
+
+
+def chosen(grads: Iterable[Tensor | None], need: Iterable[bool]) -> list[Tensor | None]:
+    """The gradients that were asked for, None in place of the others."""
+    return [g if n else None for g, n in zip(grads, need, strict=True)]
+
+
+def full_precision(tensor: Tensor) -> Any:
+    """Autocast off: callers cast their operands once, at the public boundary."""
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
+def accumulator(weight: Tensor) -> torch.dtype:
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
+def needed(ctx: Any) -> list[bool]:
+    """Which of hidden, weight and bias (an operator's first inputs) want a gradient."""
+    return [bool(n) for n in ctx.needs_input_grad[:3]]
+
+
+def fake_grads(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, need: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        torch.empty_like(hidden) if need[0] else hidden.new_empty(0),
+        torch.empty_like(weight) if need[1] else hidden.new_empty(0),
+        torch.empty_like(bias) if need[2] and bias is not None else hidden.new_empty(0),
+    )

@@ -1,0 +1,141 @@
+"""torch.library operator of the fused sparse loss: schema, shapes for tracing, autograd.
+
+    fastdistill::topk_loss   Σ coef · ℓ and its gradients, sparse teacher     (torch_topk_loss.py)
+
+The backward pass only scales what the forward pass left; coef [N] gets its own gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import torch_topk_loss
+from .op_common import chosen, fake_grads, full_precision, needed, or_empty
+from .rows import RowOptions, Teacher
+from .torch_slabs import Head
+
+
+@torch.library.custom_op("fastdistill::topk_loss", mutates_args=())
+def topk_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    coef: Tensor,
+    ids: Tensor,
+    teacher_ids: Tensor,
+    teacher_lp: Tensor,
+    teacher_log_tail: Tensor,
+    labels: Tensor | None,
+    divergence: str,
+    beta: float,
+    skew: float,
+    tail: str,
+    t2_scale: bool,
+    ce_weight: float,
+    z_loss: float,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    vocab: int,
+    base: bool,
+    entropy: bool,
+    need: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, per_token, divergence, student_mass, lse, nll, entropy, dx, dw, db)."""
+    options = RowOptions(divergence, beta, skew, tail, temperature, t2_scale, ce_weight, z_loss)
+    with full_precision(hidden):
+        out = torch_topk_loss.fused(
+            Head(weight, bias, logit_scale, softcap, temperature, vocab),
+            hidden,
+            ids,
+            Teacher(teacher_ids, teacher_lp, teacher_log_tail),
+            labels,
+            coef,
+            torch_topk_loss.named_rows(options),
+            base=base,
+            entropy=entropy,
+            need_hidden=need[0],
+            need_weight=need[1],
+            need_bias=need[2],
+        )
+    given = (*out.rows, out.entropy, out.dx, out.dw, out.db)
+    per_token, D, mass, lse, nll, H, dx, dw, db = (or_empty(t, coef) for t in given)
+    if D.data_ptr() == per_token.data_ptr():
+        D = D.clone()  # an operator's outputs may not share memory
+    return out.loss, per_token, D, mass, lse, nll, H, dx, dw, db
+
+
+@topk_loss.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    coef: Tensor,
+    ids: Tensor,
+    teacher_ids: Tensor,
+    teacher_lp: Tensor,
+    teacher_log_tail: Tensor,
+    labels: Tensor | None,
+    divergence: str,
+    beta: float,
+    skew: float,
+    tail: str,
+    t2_scale: bool,
+    ce_weight: float,
+    z_loss: float,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    vocab: int,
+    base: bool,
+    entropy: bool,
+    need: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    row, none = torch.empty_like(coef), coef.new_empty(0)
+    has_base = temperature == 1.0 or base
+    return (
+        coef.new_empty(()),
+        row,
+        torch.empty_like(row),
+        torch.empty_like(row),
+        torch.empty_like(row) if has_base else none,
+        torch.empty_like(row) if has_base and labels is not None else coef.new_empty(0),
+        torch.empty_like(row) if entropy else coef.new_empty(0),
+        *fake_grads(hidden, weight, bias, need),
+    )
+
+
+def scale_saved(saved: list[Tensor], grad: Tensor, need: list[bool]) -> list[Tensor | None]:
+    """Gradients kept from the forward pass, times the upstream scalar.
+
+    A plain `loss.backward()` on CPU has upstream 1 and gets the kept tensors themselves: no second
+    dW. With retain_graph they must outlive the call, on a GPU reading the scalar would stall the
+    stream, and a traced graph cannot branch on it: there the product is taken.
+    """
+    hand_over = (
+        type(grad) is Tensor
+        and grad.device.type == "cpu"
+        and not torch._C._autograd._get_current_graph_task_keep_graph()
+        and grad.item() == 1.0
+    )
+    return chosen((g if hand_over or not g.numel() else g * grad for g in saved), need)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(output[1], *output[7:])
+    ctx.count = len(inputs)
+
+
+def kept_grads(ctx: Any, grad: Tensor, *others: Tensor) -> tuple[Any, ...]:
+    """Backward of an operator (hidden, weight, bias, coef, ...) -> (loss, ...), from what it saved:
+    per_token, dx, dw, db. The statistics carry no gradient."""
+    per_token, *saved = ctx.saved_tensors
+    found = scale_saved(saved, grad, needed(ctx))
+    d_coef = grad * per_token if ctx.needs_input_grad[3] else None
+    return (*found, d_coef, *[None] * (ctx.count - 4))
+
+
+topk_loss.register_autograd(kept_grads, setup_context=_setup)

@@ -1,0 +1,269 @@
+"""From K logits and the log-sum-exp of the rest to a loss per token, and back: [N, K] work only.
+
+    log q_k = z_k − lse,   log q_tail = lse_tail − lse,   lse = log(e^lse_tail + Σ_S e^z)
+    ℓ = (1 − ce) · D(p, q) [· T²] + ce · (lse₁ − u_y) + z_loss · lse₁²
+
+D sums φ over S, plus φ of the tail (bucket) or f(0) · q_tail (truncate, renorm_teacher), or runs
+over a softmax on S alone (renorm_both). With ψ = ∂φ/∂log q and Ψ = Σψ the softmax gives
+dD/dz_k = ψ_k − q_k Ψ and dD/dlse_tail = ψ_tail − q_tail Ψ. Everything here is ordinary PyTorch;
+`rows_forward` is differentiable by autograd, `rows_backward` is the same derivative in closed form
+for the kernels that need it inside one operator.
+
+Letters: N tokens, K teacher slots, S = K or K+1 slots (the label appended), T temperature,
+z = u / T logits at T, u logits at T=1. Empty slots hold z = NEG, log p = floor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .divergences import Divergence, floor_of, resolve
+
+NEG = -1e30  # "no such token": finite, so that 0 · NEG is 0 and differences stay finite
+ABSENT = -1e20  # whatever lies below it is NEG, perhaps divided by a temperature
+TAILS = ("bucket", "truncate", "renorm_teacher", "renorm_both")
+
+
+class RowOptions(NamedTuple):
+    """The scalars of one loss call, in the order the operators take them."""
+
+    divergence: str | Callable[[Tensor, Tensor], Tensor]
+    beta: float
+    skew: float
+    tail: str
+    temperature: float
+    t2_scale: bool
+    ce_weight: float
+    z_loss: float
+
+    @property
+    def on_divergence(self) -> float:
+        """What multiplies D in the per-token loss."""
+        return (1 - self.ce_weight) * (self.temperature**2 if self.t2_scale else 1.0)
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether the log-sum-exp at T=1 is wanted beside the one at T."""
+        return bool(self.ce_weight or self.z_loss)
+
+
+class Teacher(NamedTuple):
+    """A checked payload: finite, floored, merged. ids_NK int64 (−1 empty), lp_NK, log_tail_N."""
+
+    ids: Tensor
+    lp: Tensor
+    log_tail: Tensor
+
+
+class Gathered(NamedTuple):
+    """What one pass over the LM head leaves: everything a sparse loss depends on.
+
+    z_NS logits at T, lse_rest_N over v ∉ slots at T, lse_base_N the same at T=1 (None when T = 1).
+    """
+
+    z: Tensor
+    lse_rest: Tensor | None
+    lse_base: Tensor | None
+
+
+class Rows(NamedTuple):
+    per_token: Tensor
+    divergence: Tensor
+    student_mass: Tensor | None
+    lse: Tensor | None
+    nll: Tensor | None
+
+
+class _Columns(NamedTuple):
+    lp: Tensor  # (N, K) or (N, K+1)
+    lq: Tensor  # the same
+    empty: Tensor  # (N, K)
+    lse: Tensor  # (N,) over everything at T; over S alone for renorm_both
+    lse_tail: Tensor | None  # (N,)
+    log_q_tail: Tensor | None  # (N,)
+
+
+def outside_label(ids_NK: Tensor, labels_N: Tensor) -> Tensor:
+    """Where the label is a real token that no teacher slot holds. bool [N]."""
+    return (labels_N >= 0) & ~(ids_NK == labels_N.unsqueeze(-1)).any(-1)
+
+
+def _columns(seen: Gathered, teacher: Teacher, label_N: Tensor | None, tail: str) -> _Columns:
+    K = teacher.ids.shape[-1]
+    empty = teacher.ids < 0
+    floor = floor_of(teacher.lp.dtype)
+    z_S = seen.z[:, :K]
+    lse_S = torch.logsumexp(z_S, -1)
+    lp = teacher.lp
+    if tail in ("renorm_teacher", "renorm_both"):
+        lp = (lp - torch.logsumexp(lp, -1, keepdim=True)).clamp(min=floor)
+        lp = lp.masked_fill(empty, floor)
+    if tail == "renorm_both":
+        lq = (z_S - lse_S.unsqueeze(-1)).masked_fill(empty, floor)
+        return _Columns(lp, lq, empty, lse_S, None, None)
+    assert seen.lse_rest is not None
+    lse_tail = seen.lse_rest
+    if label_N is not None:
+        z_y = seen.z[:, K].masked_fill(~outside_label(teacher.ids, label_N), NEG)
+        lse_tail = torch.logaddexp(lse_tail, z_y)
+    lse = torch.logaddexp(lse_tail, lse_S)
+    lq = (z_S - lse.unsqueeze(-1)).masked_fill(empty, floor)
+    log_q_tail = lse_tail - lse
+    if tail == "bucket":
+        # Ids that cover the vocabulary leave no token for the bucket, whatever rounding left in it.
+        log_tail = torch.where(lse_tail < ABSENT, floor, teacher.log_tail)
+        lp = torch.cat([lp, log_tail.unsqueeze(-1)], -1)
+        lq = torch.cat([lq, log_q_tail.unsqueeze(-1)], -1)
+    return _Columns(lp, lq, empty, lse, lse_tail, log_q_tail)
+
+
+def _outside(divergence: Divergence, tail: str) -> float:
+    return (divergence.outside or 0.0) if tail in ("truncate", "renorm_teacher") else 0.0
+
+
+def _base(seen: Gathered, teacher: Teacher, label_N: Tensor | None, T: float) -> Tensor:
+    """lse₁ [N]: log-sum-exp of the logits at T=1."""
+    u_S = seen.z * T
+    if label_N is not None:
+        repeated = ~outside_label(teacher.ids, label_N)
+        u_S = torch.cat([u_S[:, :-1], u_S[:, -1:].masked_fill(repeated.unsqueeze(-1), NEG)], -1)
+    rest = seen.lse_rest if seen.lse_base is None else seen.lse_base
+    assert rest is not None
+    return torch.logaddexp(rest, torch.logsumexp(u_S, -1))
+
+
+def rows_forward(
+    seen: Gathered, teacher: Teacher, label_N: Tensor | None, options: RowOptions
+) -> Rows:
+    """Per-token loss and statistics, [N] each; differentiable in `seen`.
+
+    label_N int64 [N], negative where there is none; with it, seen.z has the label's slot last.
+    """
+    tail = options.tail
+    cols = _columns(seen, teacher, label_N, tail)
+    if isinstance(options.divergence, str):
+        rule = resolve(options.divergence, options.beta, options.skew)
+        D = rule.phi(cols.lp, cols.lq).sum(-1)
+        if cols.log_q_tail is not None and _outside(rule, tail):
+            D = D + _outside(rule, tail) * cols.log_q_tail.exp()
+        if rule.constant and tail in ("truncate", "renorm_teacher"):
+            D = D + rule.constant * (1 - cols.lp.exp().sum(-1)).clamp(min=0)
+    else:
+        D = options.divergence(cols.lp, cols.lq)
+        if D.shape != cols.lp.shape[:-1]:
+            raise ValueError(
+                f"divergence: expected the callable to map two {list(cols.lp.shape)} tensors to "
+                f"{list(cols.lp.shape[:-1])}, got {list(D.shape)}; sum over the last dimension"
+            )
+    per_token = D * options.on_divergence
+    mass = lse = nll = None
+    if seen.lse_rest is not None:
+        mass = (torch.logsumexp(seen.z[:, : teacher.ids.shape[-1]], -1) - cols.lse).exp()
+        if tail == "renorm_both":
+            full = _columns(seen, teacher, label_N, "truncate").lse
+            mass = (cols.lse - full).exp()
+        if options.temperature == 1.0 or seen.lse_base is not None:
+            lse = _base(seen, teacher, label_N, options.temperature)
+        if label_N is not None and lse is not None:
+            nll = (lse - seen.z[:, -1] * options.temperature).masked_fill(label_N < 0, 0.0)
+            per_token = per_token + options.ce_weight * nll
+        if options.z_loss and lse is not None:
+            per_token = per_token + options.z_loss * lse.square()
+    return Rows(per_token, D, mass, lse, nll)
+
+
+def rows_backward(
+    seen: Gathered, teacher: Teacher, label_N: Tensor | None, options: RowOptions, coef_N: Tensor
+) -> Gathered:
+    """d(Σ coef · per_token) / d(z, lse_rest, lse_base) for a named divergence, in closed form."""
+    assert isinstance(options.divergence, str)
+    K, tail, T = teacher.ids.shape[-1], options.tail, options.temperature
+    cols = _columns(seen, teacher, label_N, tail)
+    rule = resolve(options.divergence, options.beta, options.skew)
+    psi, q = rule.psi(cols.lp, cols.lq), cols.lq.exp()
+    total = psi.sum(-1, keepdim=True)
+    g_tail = None
+    if cols.log_q_tail is not None:
+        q_tail = cols.log_q_tail.exp()
+        psi_tail = psi[:, K] if tail == "bucket" else _outside(rule, tail) * q_tail
+        if tail != "bucket":
+            total = total + psi_tail.unsqueeze(-1)
+        g_tail = psi_tail - q_tail * total[:, 0]
+    scale = (coef_N * options.on_divergence).unsqueeze(-1)
+    g_z = torch.zeros_like(seen.z)
+    g_z[:, :K] = (scale * (psi[:, :K] - q[:, :K] * total)).masked_fill(cols.empty, 0.0)
+    g_rest = None if seen.lse_rest is None else torch.zeros_like(seen.lse_rest)
+    if g_tail is not None:
+        assert cols.lse_tail is not None
+        assert seen.lse_rest is not None
+        g_tail = g_tail * scale[:, 0]
+        g_rest = g_tail * (seen.lse_rest - cols.lse_tail).exp()
+        if label_N is not None:
+            new = outside_label(teacher.ids, label_N)
+            g_z[:, K] = (g_tail * (seen.z[:, K] - cols.lse_tail).exp()).masked_fill(~new, 0.0)
+    g_base = None
+    if options.needs_base:
+        lse = _base(seen, teacher, label_N, T)
+        has_label = 0.0 if label_N is None else (label_N >= 0).to(coef_N.dtype)
+        on_ce = coef_N * options.ce_weight * has_label
+        on_lse = on_ce + coef_N * 2 * options.z_loss * lse
+        q1 = (seen.z * T - lse.unsqueeze(-1)).exp()
+        if label_N is not None:
+            q1[:, -1].masked_fill_(~outside_label(teacher.ids, label_N), 0.0)
+        g_z = g_z + T * on_lse.unsqueeze(-1) * q1
+        if label_N is not None:
+            g_z[:, -1] -= T * on_ce
+        rest = seen.lse_rest if seen.lse_base is None else seen.lse_base
+        assert rest is not None
+        assert g_rest is not None
+        g_base = on_lse * (rest - lse).exp()
+        if seen.lse_base is None:
+            g_rest, g_base = g_rest + g_base, None
+    return Gathered(g_z, g_rest, g_base)
+
+
+def entropy_of(seen: Gathered, mean_rest_N: Tensor, unique_NS: Tensor) -> tuple[Tensor, Tensor]:
+    """(entropy_N, lse_N) of the full softmax at T from its K logits and the rest's mean logit.
+
+    H = lse − E_q[z], E_q[z] = q_rest · mean_rest + Σ_unique q_k z_k. unique_NS marks the slots that
+    count (not empty, not a repeat).
+    """
+    assert seen.lse_rest is not None
+    z = torch.where(unique_NS, seen.z, NEG)
+    lse = torch.logaddexp(seen.lse_rest, torch.logsumexp(z, -1))
+    q = (z - lse.unsqueeze(-1)).exp()
+    expected = (q * torch.where(unique_NS, seen.z, 0.0)).sum(-1)
+    expected = expected + (seen.lse_rest - lse).exp() * mean_rest_N
+    return lse - expected, lse
+
+
+def first_slots(ids_NK: Tensor) -> Tensor:
+    """bool [N, K]: where a slot is not empty and its id stands in no slot before it."""
+    order = torch.sort(ids_NK, dim=-1, stable=True)
+    new = torch.ones_like(order.values, dtype=torch.bool)
+    new[:, 1:] = order.values[:, 1:] != order.values[:, :-1]
+    first = torch.zeros_like(new).scatter(-1, order.indices, new)
+    return first & (ids_NK >= 0)
+
+
+def merge_repeats(ids_NK: Tensor, lp_NK: Tensor) -> tuple[Tensor, Tensor]:
+    """Repeated ids become one slot with the summed probability; the other slots become empty."""
+    order = torch.sort(ids_NK, dim=-1, stable=True)
+    lp = lp_NK.gather(-1, order.indices)
+    new = torch.ones_like(order.values, dtype=torch.bool)
+    new[:, 1:] = order.values[:, 1:] != order.values[:, :-1]
+    group = new.cumsum(-1) - 1
+    floor = floor_of(lp.dtype)
+    top = torch.full_like(lp, floor).scatter_reduce(-1, group, lp, "amax")
+    total = torch.zeros_like(lp).scatter_add(-1, group, (lp - top.gather(-1, group)).exp())
+    merged = torch.where(new, (top + total.clamp(min=math.exp(floor)).log()).gather(-1, group), lp)
+    merged_ids = order.values.masked_fill(~new, -1)
+    inverse = torch.empty_like(order.indices).scatter_(
+        -1, order.indices, torch.arange(ids_NK.shape[-1], device=ids_NK.device).expand_as(ids_NK)
+    )
+    return merged_ids.gather(-1, inverse), merged.gather(-1, inverse)
