@@ -176,16 +176,17 @@ class _KeptGradients(torch.autograd.Function):
             out = run(coef, x, head, need)
         kept = [t if t is not None else x.new_empty(0) for t in (out.dx, out.dw, out.db)]
         per_token = out.per_token if hasattr(out, "per_token") else out.rows.per_token
-        ctx.save_for_backward(per_token, *kept)
+        ctx.save_for_backward(per_token, out.lift, *kept)
         # The box would keep dW alive after backward has freed it.
         box.append(out._replace(dx=None, dw=None, db=None))
         return out.loss
 
     @staticmethod
     def backward(ctx, grad):
-        per_token, *kept = ctx.saved_tensors
+        per_token, lift, *kept = ctx.saved_tensors
         d_coef = grad * per_token if ctx.needs_input_grad[4] else None
-        return None, None, None, None, d_coef, *scale_saved(kept, grad, ctx.needs_input_grad[5:])
+        found = scale_saved(kept, grad, lift, ctx.needs_input_grad[5:])
+        return None, None, None, None, d_coef, *found
 
 
 def by_reference(

@@ -45,7 +45,7 @@ class Divergence(NamedTuple):
     phi: Elementwise
     psi: Elementwise
     outside: float | None
-    constant: float = 0.0  # × (1 − M), added where the teacher is zero outside S
+    constant: float = 0.0  # × (1 − Σp), what φ lacks where the teacher's masses do not sum to 1
 
 
 def floor_of(dtype: torch.dtype) -> float:

@@ -41,8 +41,8 @@ def dense_loss(
     temperature: float,
     vocab: int,
     need: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, per_token, dx, dw, db)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, per_token, lift, dx, dw, db)."""
     options = RowOptions(divergence, beta, skew, "bucket", temperature, t2_scale, ce_weight, z_loss)
     with full_precision(hidden):
         out = torch_dense_loss.dense(
@@ -65,7 +65,7 @@ def dense_loss(
             need_bias=need[2],
         )
     dx, dw, db = (or_empty(t, coef) for t in (out.dx, out.dw, out.db))
-    return out.loss, out.per_token, dx, dw, db
+    return out.loss, out.per_token, out.lift, dx, dw, db
 
 
 @dense_loss.register_fake
@@ -91,10 +91,11 @@ def _(
     temperature: float,
     vocab: int,
     need: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     return (
         coef.new_empty(()),
         torch.empty_like(coef),
+        coef.new_empty(()),
         *fake_grads(hidden, weight, bias, need),
     )
 
@@ -188,7 +189,10 @@ def _rows_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _rows_grad(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     hidden, weight, bias, *teacher = ctx.saved_tensors
     need = needed(ctx)
-    found = dense_loss(hidden, weight, bias, grad.contiguous(), *teacher, *ctx.scalars, need)[2:]
+    _, _, lift, *lifted = dense_loss(
+        hidden, weight, bias, grad.contiguous(), *teacher, *ctx.scalars, need
+    )
+    found = [g / lift if g.numel() else g for g in lifted]
     return (*chosen(found, need), *[None] * (4 + len(ctx.scalars)))
 
 

@@ -43,8 +43,8 @@ def topk_loss(
     base: bool,
     entropy: bool,
     need: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, per_token, divergence, student_mass, lse, nll, entropy, dx, dw, db)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, per_token, divergence, student_mass, lse, nll, entropy, lift, dx, dw, db)."""
     options = RowOptions(divergence, beta, skew, tail, temperature, t2_scale, ce_weight, z_loss)
     with full_precision(hidden):
         out = torch_topk_loss.fused(
@@ -65,7 +65,7 @@ def topk_loss(
     per_token, D, mass, lse, nll, H, dx, dw, db = (or_empty(t, coef) for t in given)
     if D.data_ptr() == per_token.data_ptr():
         D = D.clone()  # an operator's outputs may not share memory
-    return out.loss, per_token, D, mass, lse, nll, H, dx, dw, db
+    return out.loss, per_token, D, mass, lse, nll, H, out.lift, dx, dw, db
 
 
 @topk_loss.register_fake
@@ -93,7 +93,7 @@ def _(
     base: bool,
     entropy: bool,
     need: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     row, none = torch.empty_like(coef), coef.new_empty(0)
     has_base = temperature == 1.0 or base
     return (
@@ -104,24 +104,28 @@ def _(
         torch.empty_like(row) if has_base else none,
         torch.empty_like(row) if has_base and labels is not None else coef.new_empty(0),
         torch.empty_like(row) if entropy else coef.new_empty(0),
+        coef.new_empty(()),
         *fake_grads(hidden, weight, bias, need),
     )
 
 
-def scale_saved(saved: list[Tensor], grad: Tensor, need: list[bool]) -> list[Tensor | None]:
-    """Gradients kept from the forward pass, times the upstream scalar.
+def scale_saved(
+    saved: list[Tensor], grad: Tensor, lift: Tensor, need: list[bool]
+) -> list[Tensor | None]:
+    """Gradients kept from the forward pass, times the upstream scalar over their lift.
 
     A plain `loss.backward()` on CPU has upstream 1 and gets the kept tensors themselves: no second
     dW. With retain_graph they must outlive the call, on a GPU reading the scalar would stall the
     stream, and a traced graph cannot branch on it: there the product is taken.
     """
+    factor = grad / lift
     hand_over = (
         type(grad) is Tensor
         and grad.device.type == "cpu"
         and not torch._C._autograd._get_current_graph_task_keep_graph()
-        and grad.item() == 1.0
+        and factor.item() == 1.0
     )
-    return chosen((g if hand_over or not g.numel() else g * grad for g in saved), need)
+    return chosen((g if hand_over or not g.numel() else g * factor for g in saved), need)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -131,9 +135,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 def kept_grads(ctx: Any, grad: Tensor, *others: Tensor) -> tuple[Any, ...]:
     """Backward of an operator (hidden, weight, bias, coef, ...) -> (loss, ...), from what it saved:
-    per_token, dx, dw, db. The statistics carry no gradient."""
-    per_token, *saved = ctx.saved_tensors
-    found = scale_saved(saved, grad, needed(ctx))
+    per_token, lift, dx, dw, db. The statistics carry no gradient."""
+    per_token, lift, *saved = ctx.saved_tensors
+    found = scale_saved(saved, grad, lift, needed(ctx))
     d_coef = grad * per_token if ctx.needs_input_grad[3] else None
     return (*found, d_coef, *[None] * (ctx.count - 4))
 

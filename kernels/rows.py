@@ -151,8 +151,9 @@ def rows_forward(
         D = rule.phi(cols.lp, cols.lq).sum(-1)
         if cols.log_q_tail is not None and _outside(rule, tail):
             D = D + _outside(rule, tail) * cols.log_q_tail.exp()
-        if rule.constant and tail in ("truncate", "renorm_teacher"):
-            D = D + rule.constant * (1 - cols.lp.exp().sum(-1)).clamp(min=0)
+        if rule.constant and tail != "renorm_both":
+            # Also under the bucket tail: payloads stored in 16 bits do not quite sum to 1.
+            D = D + rule.constant * (1 - cols.lp.double().exp().sum(-1)).to(D.dtype)
     else:
         D = options.divergence(cols.lp, cols.lq)
         if D.shape != cols.lp.shape[:-1]:

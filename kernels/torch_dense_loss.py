@@ -18,18 +18,18 @@ from torch import Tensor
 
 from .divergences import floor_of, resolve
 from .rows import RowOptions
-from .torch_slabs import Head, Matmul, RunningLSE, blocks, chunk_tokens, logits, slabs
-from .torch_topk_loss import add_weight_grad
+from .torch_slabs import Head, Matmul, RunningLSE, blocks, chunk_tokens, lift_of, logits, slabs
 
 
 class Dense(NamedTuple):
-    """loss scalar, per-token [N] pieces, gradients of Σ coef · per_token (None unless asked)."""
+    """loss scalar, per_token [N], `lift` times the gradients of the loss (None unless asked)."""
 
     loss: Tensor
     per_token: Tensor
     dx: Tensor | None
     dw: Tensor | None
     db: Tensor | None
+    lift: Tensor
 
 
 class _Kept(NamedTuple):
@@ -76,13 +76,14 @@ def dense(
     if need_bias and head.bias is not None:
         db = torch.zeros_like(head.bias, dtype=head.dtype)
     per_token = hidden_NH.new_empty(N, dtype=head.dtype)
+    lift = lift_of(head, coef_N)
     for at in blocks(N, chunk):
         student = _keep(head, hidden_NH[at])
         teacher = _keep(teacher_head, teacher_hidden_NG[at])
         D, total = _divergence(student, teacher, options, grad)
         loss = D * options.on_divergence
         on_lse = on_ce = None
-        coef, label = coef_N[at], None if label_N is None else label_N[at]
+        coef, label = coef_N[at] * lift, None if label_N is None else label_N[at]
         if options.z_loss:
             loss = loss + options.z_loss * student.lse_base.square()
             on_lse = 2 * options.z_loss * coef * student.lse_base
@@ -119,6 +120,7 @@ def dense(
         None if dx_NH is None else dx_NH.to(hidden_NH.dtype),
         dw,
         None if db is None or head.bias is None else db.to(head.bias.dtype),
+        lift,
     )
 
 
@@ -170,7 +172,7 @@ def _chunk_grads(
 ) -> None:
     """dz = on_D ψ − q Σψ, plus the cross-entropy's and z-loss's, through scale, cap and T."""
     n = hidden_nH.shape[0]
-    T, low = head.temperature, head.weight.dtype
+    T = head.temperature
     matmul = Matmul(head, hidden_nH)
     dx_Hn = None
     if dx_nH is not None:
@@ -194,6 +196,6 @@ def _chunk_grads(
         if dx_Hn is not None:
             matmul.add_hidden_grad(at, d, dx_Hn)
         if dw is not None:
-            add_weight_grad(d.to(low), hidden_nH, dw[at], first)
+            matmul.add_weight_grad(d, dw[at], first)
     if dx_Hn is not None and dx_nH is not None:
         dx_nH.copy_(dx_Hn.t())

@@ -43,6 +43,14 @@ def forward(head: Head, hidden_NH: Tensor, ids_NS: Tensor) -> Tensor:
     return (z_NS / head.temperature).masked_fill(ids_NS < 0, NEG)
 
 
+def hidden_grad(head: Head, ids_NS: Tensor, g_NS: Tensor) -> Tensor:
+    """Σ_s g_ns W[ids_ns], [N, H] in fp32; g is d(W x) and 0 in empty slots."""
+    dx_NH = g_NS.new_empty(ids_NS.shape[0], head.weight.shape[1])
+    for at in _blocks(head, ids_NS):
+        dx_NH[at] = torch.bmm(g_NS[at].unsqueeze(1), _rows(head, ids_NS[at])).squeeze(1)
+    return dx_NH
+
+
 def backward(
     head: Head,
     hidden_NH: Tensor,
@@ -58,9 +66,7 @@ def backward(
     g_NS = torch.where(z_NS < ABSENT, 0.0, slot_grads(head, z_NS, g_z_NS))
     dx = dw = db = None
     if need_hidden:
-        dx = torch.empty_like(hidden_NH)
-        for at in _blocks(head, ids_NS):
-            dx[at] = torch.bmm(g_NS[at].unsqueeze(1), _rows(head, ids_NS[at])).squeeze(1)
+        dx = hidden_grad(head, ids_NS, g_NS).to(hidden_NH.dtype)
     flat = ids_NS.flatten()
     order = torch.argsort(flat, stable=True)
     order = order[flat[order] >= 0]

@@ -60,8 +60,8 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dX [N, H], dW like weight, db like bias), each None unless asked for.
 
-    Vocabulary slabs outermost, all tokens inside: each dW slab is one product over all N, in fp32
-    where the type allows, rounded once; dX is summed in fp32.
+    Vocabulary slabs outermost, all tokens inside: each dW slab is one product over all N,
+    summed in fp32 and rounded once; dX is summed in fp32.
     """
     N, H = hidden_NH.shape
     dx_HN = hidden_NH.new_zeros(H, N, dtype=head.dtype) if need_hidden else None
@@ -78,16 +78,15 @@ def backward(
             d_vN1 = d_vN1.new_empty(rows + 1, N)
         u_vN = logits(head, matmul, at, d_vN1[:rows])
         ds_vN = grad_slab_(head, u_vN, stats, grads.lse_rest, grads.mean_rest, grads.lse_base)
+        slots.clear(at, d_vN1[: rows + 1])
         slots.put(at, d_vN1[: rows + 1], g_SN)
         if dx_HN is not None:
             matmul.add_hidden_grad(at, ds_vN, dx_HN)
         if dw is not None:
-            torch.mm(ds_vN.to(dw.dtype), hidden_NH, out=dw[at])
+            matmul.add_weight_grad(ds_vN, dw[at], first=True)
         if db is not None:
             db[at] = ds_vN.sum(1)
-    dx = (
-        None
-        if dx_HN is None
-        else dx_HN.t().to(hidden_NH.dtype, memory_format=torch.contiguous_format)
-    )
+    dx = None
+    if dx_HN is not None:
+        dx = dx_HN.t().to(hidden_NH.dtype, memory_format=torch.contiguous_format)
     return dx, dw, db

@@ -117,10 +117,24 @@ class Matmul:
     def add_hidden_grad(self, at: slice, ds_vn: Tensor, dx_Hn: Tensor) -> None:
         """dx += W[v]ᵀ ds, accumulated in fp32."""
         if self.mixed:
-            W = self.head.weight[at].t()
-            dx_Hn += torch.mm(W, ds_vn.to(W.dtype), out_dtype=dx_Hn.dtype)
+            W, lift = self.head.weight[at].t(), lift_of(self.head, ds_vn)
+            part = torch.mm(W, (ds_vn * lift).to(W.dtype), out_dtype=dx_Hn.dtype)
+            dx_Hn += part / lift
         else:
             dx_Hn.addmm_(self.weight(at).t(), ds_vn)
+
+    def add_weight_grad(self, ds_vn: Tensor, dw_vH: Tensor, first: bool) -> None:
+        """dw = (first) or += ds x, summed over the block in fp32 and rounded to dw's type."""
+        x_nH = self.hidden_Hn.t()
+        if self.native:
+            dw_vH.addmm_(ds_vn, x_nH, beta=0 if first else 1)
+            return
+        if self.mixed:
+            lift = lift_of(self.head, ds_vn)
+            part = torch.mm((ds_vn * lift).to(x_nH.dtype), x_nH, out_dtype=self.head.dtype) / lift
+        else:
+            part = torch.mm(ds_vn, x_nH)
+        dw_vH.copy_(part if first else part.add_(dw_vH))
 
 
 def logits(head: Head, matmul: Matmul, at: slice, u_vn: Tensor) -> Tensor:
@@ -158,13 +172,15 @@ class Slots:
         torch.where(here, values, self.gathered, out=self.gathered)
         u_vn1.scatter_(0, index, NEG)
 
+    def clear(self, at: slice, ds_vn1: Tensor) -> None:
+        """Zero the slots of this slab."""
+        if self.ids_Sn.shape[0]:
+            ds_vn1.scatter_(0, self.index(at)[0], 0.0)
+
     def put(self, at: slice, ds_vn1: Tensor, g_Sn: Tensor) -> None:
-        """Overwrite the slots' gradients (repeats add up)."""
-        if self.ids_Sn.shape[0] == 0:
-            return
-        index, _ = self.index(at)
-        ds_vn1.scatter_(0, index, 0.0)
-        ds_vn1.scatter_add_(0, index, g_Sn)
+        """Add the slots' gradients where `clear` left zeros (repeats add up)."""
+        if self.ids_Sn.shape[0]:
+            ds_vn1.scatter_add_(0, self.index(at)[0], g_Sn)
 
 
 class RunningLSE:
@@ -288,6 +304,18 @@ def grad_slab_(
     if at_one is not None:
         d += at_one
     return d if cap is None else d.mul_(cap)
+
+
+def lift_of(head: Head, grad: Tensor) -> Tensor:
+    """A power of two, 0-dim, that keeps dz inside float16 (1 for every other type).
+
+    float16 ends at 6e-8, where most of a softmax over a vocabulary lies once it is divided by the
+    number of tokens. Gradients are linear in `grad`: it is lifted before 16-bit products and the
+    lift taken out of their result, or with the upstream scalar.
+    """
+    if head.weight.dtype != torch.float16 or not grad.numel():
+        return torch.ones((), dtype=grad.dtype, device=grad.device)
+    return torch.exp2(7 - torch.ceil(torch.log2(grad.abs().amax().clamp(min=1e-30))))
 
 
 def slot_grads(head: Head, z_ids_nS: Tensor, g_z_nS: Tensor) -> Tensor:

@@ -5,8 +5,8 @@
 For each chunk of tokens the logits are computed once and kept ([V, n] fp32, a chunk at a time);
 once ℓ is known they become dz in place, the K entries are overwritten in fp32, and both gradient
 GEMMs follow: 6NVH FLOPs (4NVH with a frozen head), as if the logits had been materialised, at the
-memory of one chunk. 16-bit heads take dz in 16 bits into those GEMMs; dX has one rounding, dW is
-accumulated in fp32, or in its own type when there are at most two chunks (one rounding more).
+memory of one chunk. With a 16-bit head dX takes dz in 16 bits off the slots and in fp32 at them;
+dW is summed over a chunk in fp32, and over chunks in fp32, or in its own type if there are but two.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .rows import Gathered, RowOptions, Rows, Teacher, entropy_of, first_slots, rows_backward
 from .rows import rows_forward as _rows_forward
+from .torch_gather import hidden_grad
 from .torch_slabs import (
     Head,
     Matmul,
@@ -27,6 +28,7 @@ from .torch_slabs import (
     blocks,
     chunk_tokens,
     grad_slab_,
+    lift_of,
     scan,
     slabs,
     slot_grads,
@@ -38,7 +40,8 @@ RowFunction = Callable[
 
 
 class Fused(NamedTuple):
-    """Sums, per-token statistics [N] and the gradients of the sum (None unless asked for)."""
+    """The sum, per-token statistics [N], and `lift` times the gradients of the sum (None unless
+    asked for)."""
 
     loss: Tensor
     rows: Rows
@@ -46,6 +49,7 @@ class Fused(NamedTuple):
     dx: Tensor | None
     dw: Tensor | None
     db: Tensor | None
+    lift: Tensor
 
 
 def named_rows(options: RowOptions) -> RowFunction:
@@ -110,6 +114,7 @@ def fused(
         dw = torch.empty_like(head.weight, dtype=None if carried else head.dtype)
     if need_bias and head.bias is not None:
         db = torch.zeros_like(head.bias, dtype=head.dtype)
+    lift = lift_of(head, coef_N)
     keep_V1n = hidden_NH.new_empty((head.vocab + 1) * min(chunk, N), dtype=head.dtype)
     seen_rows, seen_entropy = [], []
     loss = torch.zeros((), dtype=head.dtype, device=hidden_NH.device)
@@ -122,7 +127,7 @@ def fused(
         )
         gathered = Gathered(stats.z_ids, stats.lse_rest, stats.lse_base)
         part = Teacher(*(t[at] for t in teacher))
-        rows, g = row_function(gathered, part, label, coef, grad)
+        rows, g = row_function(gathered, part, label, coef * lift, grad)
         loss += (coef * rows.per_token).sum()
         seen_rows.append(rows)
         if entropy and stats.mean_rest is not None:
@@ -143,6 +148,7 @@ def fused(
         dx,
         dw,
         None if db is None or head.bias is None else db.to(head.bias.dtype),
+        lift,
     )
 
 
@@ -161,50 +167,36 @@ def _chunk_grads(
 ) -> None:
     """Turn a chunk's kept logits into dz, slab by slab, and add its share of the gradients."""
     assert g.lse_rest is not None
-    n, H = hidden_nH.shape
-    low = head.weight.dtype
+    n, low = hidden_nH.shape[0], head.weight.dtype
     packed = low != head.dtype
-    g_Sn = slot_grads(head, stats.z_ids, g.z).t().contiguous()
+    g_nS = slot_grads(head, stats.z_ids, g.z)
+    g_Sn = g_nS.t().contiguous()
     matmul, slots = Matmul(head, hidden_nH), Slots(ids_nS)
     dx_Hn = None
     if dx is not None and not packed:
-        dx_Hn = torch.zeros(H, n, dtype=head.dtype, device=dx.device)
+        dx_Hn = torch.zeros(hidden_nH.shape[::-1], dtype=head.dtype, device=dx.device)
+    dz_Vn = keep_V1n.view(-1).view(low)[: head.vocab * n].view(head.vocab, n)
     for at in slabs(head.vocab, n, head.dtype.itemsize):
-        after = keep_V1n[at.stop].clone()
+        ds1, after = keep_V1n[at.start : at.stop + 1], keep_V1n[at.stop].clone()
         ds = grad_slab_(head, keep_V1n[at], stats, g.lse_rest, None, g.lse_base)
-        slots.put(at, keep_V1n[at.start : at.stop + 1], g_Sn)
+        slots.clear(at, ds1)
+        off_slots = ds.to(low) if packed and dx is not None else None
+        slots.put(at, ds1, g_Sn)
         keep_V1n[at.stop] = after
         if db is not None:
             db[at] += ds.sum(1)
-        if packed:
-            # 16-bit dz moves to the front of the chunk's own memory, behind the slabs still unread.
-            narrow = keep_V1n.view(-1).view(low)[: head.vocab * n].view(head.vocab, n)[at]
-            ds = narrow.copy_(ds.to(low))
-        if dx_Hn is not None:
-            matmul.add_hidden_grad(at, ds, dx_Hn)
         if dw is not None:
-            add_weight_grad(ds, hidden_nH, dw[at], first)
-    if dx_Hn is not None and dx is not None:
-        dx[at_tokens] = dx_Hn.t()
-    elif dx is not None:
-        dz = keep_V1n.view(-1).view(low)[: head.vocab * n].view(head.vocab, n)
-        torch.mm(dz.t(), head.weight[: head.vocab], out=dx[at_tokens])
-
-
-def add_weight_grad(ds_vn: Tensor, hidden_nH: Tensor, dw_vH: Tensor, first: bool) -> None:
-    """dw = or += ds x, in the type of dw."""
-    if dw_vH.dtype == ds_vn.dtype:
-        if first:
-            torch.mm(ds_vn, hidden_nH, out=dw_vH)
-        else:
-            dw_vH.addmm_(ds_vn, hidden_nH)
+            matmul.add_weight_grad(ds, dw[at], first)
+        if off_slots is not None:
+            # 16-bit dz moves to the front of the chunk's own memory, behind the slabs still unread.
+            dz_Vn[at] = off_slots
+        elif dx_Hn is not None:
+            matmul.add_hidden_grad(at, ds, dx_Hn)
+    if dx is None:
         return
-    part = (
-        torch.mm(ds_vn, hidden_nH, out_dtype=dw_vH.dtype)
-        if ds_vn.is_cuda
-        else torch.mm(ds_vn, hidden_nH)
-    )
-    if first:
-        dw_vH.copy_(part)
+    if dx_Hn is not None:
+        dx[at_tokens] = dx_Hn.t()
     else:
-        dw_vH += part
+        # The slots' dz is the largest by far and stays in fp32: rounded, it would be the error.
+        off_slots = torch.mm(dz_Vn.t(), head.weight[: head.vocab])
+        dx[at_tokens] = hidden_grad(head, ids_nS, g_nS).add_(off_slots)

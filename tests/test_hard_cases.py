@@ -1,0 +1,204 @@
+"""What random logits hide, by name: each of these has been a bug somewhere in this field."""
+
+import pytest
+import torch
+from cases import case, leaves, top_k
+from tolerances import GRADIENT, VALUE, assert_close, relative
+
+import fastdistill as fd
+from fastdistill.kernels.divergences import NAMES
+from fastdistill.kernels.rows import TAILS
+
+
+def run(c, teacher, dtype=torch.float64, impl="torch", **options):
+    """(loss, dX, dW) with operands in `dtype`."""
+    x, w = leaves(c.hidden, c.weight, dtype=dtype)
+    loss = fd.topk_distill_loss(x, w, teacher, impl=impl, **options)
+    loss.sum().backward()
+    return loss, x.grad, w.grad
+
+
+def check(c, teacher, dtype, **options):
+    found = run(c, teacher, dtype, **options)
+    options.pop("backward", None)
+    truth = run(c, teacher, impl="reference", **options)
+    eager = run(c, teacher, dtype, impl="reference", **options)
+    for a, b, e, budget in zip(found, truth, eager, (VALUE, GRADIENT, GRADIENT), strict=True):
+        assert a.isfinite().all()
+        # Logits of 100 carry 1e-5 of fp32 rounding into anybody's loss: eager has the same.
+        allowed = max(budget[dtype], 2 * relative(e, b), 1e-4 if dtype == torch.float32 else 0)
+        assert_close(a, b, allowed)
+
+
+@pytest.mark.parametrize("dtype", list(GRADIENT), ids=str)
+@pytest.mark.parametrize("backward", ["fused", "recompute"])
+@pytest.mark.parametrize("divergence", NAMES)
+def test_near_converged_teacher(divergence, backward, dtype):
+    """Teacher = student + 0.1 noise: rounding logits to bf16 would cost 11–30 % here."""
+    c = case(dtype, N=32, H=64, V=1000, near=0.1)
+    teacher = top_k(c.teacher_logits, 16)
+    found = run(c, teacher, dtype, divergence=divergence, backward=backward)
+    truth = run(c, teacher, impl="reference", divergence=divergence)
+    budget = GRADIENT[dtype] if dtype != torch.float32 else 2e-4  # differences of p ≈ q
+    assert relative(found[1], truth[1]) <= budget
+    assert relative(found[2], truth[2]) <= budget
+
+
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("divergence", NAMES)
+def test_confident_rows(divergence, tail):
+    """q → 1 on one token, and a teacher as sure: tails of 1e-13 and less."""
+    c = case(torch.float32, std=25.0, near=0.5)
+    check(c, top_k(c.teacher_logits, 5), torch.float32, divergence=divergence, tail=tail)
+
+
+@pytest.mark.parametrize("divergence", NAMES)
+def test_tail_near_zero_is_exact(divergence):
+    """M → 1: the student's tail is summed directly, so it is right where 1 − Σq is not."""
+    c = case(torch.float32, std=12.0, near=1.0)
+    check(c, top_k(c.teacher_logits, 30), torch.float32, divergence=divergence)
+
+
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_all_masked_batch(tail, reduction):
+    c = case()
+    x, w = leaves(c.hidden, c.weight)
+    loss = fd.topk_distill_loss(
+        x, w, top_k(c.teacher_logits, 5), labels=torch.full((12,), -100), tail=tail,
+        reduction=reduction,
+    )  # fmt: skip
+    assert (loss == 0).all()
+    loss.sum().backward()
+    assert (x.grad == 0).all()
+    assert (w.grad == 0).all()
+
+
+def test_nan_at_ignored_positions_stays_there():
+    c = case()
+    teacher = top_k(c.teacher_logits, 5)
+    labels = c.labels.clone()
+    labels[2] = -100
+    x, w = leaves(c.hidden, c.weight)
+    x.data[2] = torch.nan
+    teacher.logprobs[2] = torch.nan
+    fd.topk_distill_loss(x, w, teacher, labels=labels).backward()
+    assert w.grad.isfinite().all()
+    assert (x.grad[2] == 0).all()
+    assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("divergence", NAMES)
+@pytest.mark.parametrize("backward", ["fused", "recompute"])
+def test_duplicate_and_empty_ids(divergence, tail, backward):
+    """A repeated id is one outcome with the summed probability; −1 never contributes."""
+    c = case()
+    t = top_k(c.teacher_logits, 6)
+    split = torch.log(torch.tensor(0.25, dtype=torch.float64))
+    lp = torch.cat([t.logprobs, t.logprobs[:, :1] + split, torch.zeros(12, 2)], -1)
+    lp[:, 0] += torch.log(torch.tensor(0.75, dtype=torch.float64))
+    ids = torch.cat([t.ids, t.ids[:, :1], torch.full((12, 2), -1)], -1)
+    lp[:, -1] = torch.nan  # ignored
+    ids[3] = -1  # a row whose teacher has all its mass elsewhere
+    t.log_tail[3] = 0
+    plain = t.ids.clone()
+    plain[3] = -1
+    options = {"divergence": divergence, "tail": tail, "backward": backward}
+    found = run(c, fd.TopK(ids, lp, t.log_tail), **options)
+    merged = run(c, fd.TopK(plain, t.logprobs, t.log_tail), **options)
+    for a, b in zip(found, merged, strict=True):
+        assert_close(a, b, 1e-9)
+    check(c, fd.TopK(ids, lp, t.log_tail), torch.float64, **options)
+
+
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("divergence", NAMES)
+@pytest.mark.parametrize("with_tail", [True, False])
+def test_k_is_the_vocabulary(divergence, tail, with_tail):
+    """No token is outside: the bucket is empty, and every tail is the full divergence."""
+    c = case(V=20, std=2.0)
+    teacher = top_k(c.teacher_logits, 20, tail=with_tail)
+    found = run(c, teacher, divergence=divergence, tail=tail)
+    x, w = leaves(c.hidden, c.weight)
+    from fastdistill import reference
+
+    q, p = (x @ w.t()).softmax(-1), c.teacher_logits.softmax(-1)
+    truth = reference.divergence(divergence, p, q, 0.5, 0.1).mean()
+    truth.backward()
+    for a, b in zip(found, (truth, x.grad, w.grad), strict=True):
+        assert_close(a, b, 1e-8)
+
+
+def test_padded_vocabulary():
+    """Rows beyond valid_vocab do not exist: not a logit 0, no mass, no gradient."""
+    c = case(V=80)
+    x, w = leaves(c.hidden, c.weight)
+    teacher = top_k(c.teacher_logits[:, :67], 7)
+    loss = fd.topk_distill_loss(x, w, teacher, valid_vocab=67)
+    loss.backward()
+    y, v = leaves(c.hidden, c.weight[:67])
+    truth = fd.topk_distill_loss(y, v, teacher, impl="reference")
+    truth.backward()
+    torch.testing.assert_close(loss, truth)
+    assert_close(x.grad, y.grad, 1e-9)
+    assert_close(w.grad[:67], v.grad, 1e-9)
+    assert (w.grad[67:] == 0).all()
+
+
+@pytest.mark.parametrize("tail", TAILS)
+def test_ragged_top_p(tail):
+    """Rows keep as many ids as top-p needs; the others are empty slots."""
+    c = case()
+    t = top_k(c.teacher_logits, 9)
+    kept = torch.arange(9) < torch.arange(1, 13).clamp(max=9).unsqueeze(-1)
+    rest = torch.log1p(-(t.logprobs.exp() * kept).sum(-1))
+    ragged = fd.TopK(t.ids.masked_fill(~kept, -1), t.logprobs, rest)
+    for divergence in NAMES:
+        check(c, ragged, torch.float64, tail=tail, divergence=divergence)
+
+
+@pytest.mark.parametrize("backward", ["fused", "recompute"])
+def test_upstream_gradient_and_backward_twice(backward):
+    c = case()
+    teacher = top_k(c.teacher_logits, 5)
+    once = run(c, teacher)
+    x, w = leaves(c.hidden, c.weight)
+    loss = fd.topk_distill_loss(x, w, teacher, backward=backward)
+    for upstream in (1.0, 1.0, -3.5):
+        first = torch.autograd.grad(loss, (x, w), torch.tensor(upstream).double(), True)
+        assert_close(first[0], upstream * once[1], 1e-9)
+        assert_close(first[1], upstream * once[2], 1e-9)
+    loss.backward(retain_graph=True)
+    x.grad.zero_(), w.grad.zero_()  # in place: a kept gradient must not share this memory
+    loss.backward(retain_graph=True)
+    loss.backward()
+    assert_close(x.grad, 2 * once[1], 1e-9)
+    assert_close(w.grad, 2 * once[2], 1e-9)
+
+
+def test_float16_with_many_tokens():
+    """dz of a mean over many tokens lies below float16's smallest number unless it is lifted."""
+    c = case(torch.float16, N=64, H=16, V=5000, std=0.5)
+    teacher = top_k(c.teacher_logits, 4)
+    for backward in ("fused", "recompute"):
+        x, w = leaves(c.hidden, c.weight)
+        loss = fd.topk_distill_loss(x, w, teacher, num_items=1e6, backward=backward)
+        (loss * 2.0**20).backward()  # as a gradient scaler would
+        truth = run(c, teacher, impl="reference", num_items=1e6)
+        assert_close(x.grad.double() / 2.0**20, truth[1], 2e-3)
+        assert_close(w.grad.double() / 2.0**20, truth[2], 2e-3)
+
+
+@pytest.mark.slow
+def test_more_than_2_to_the_31_logits():
+    """N·V = 2.2e9: offsets beyond 32 bits; checked on the last rows against the dense answer."""
+    N, V = 33_000, 66_000
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(N, 2, generator=g), torch.randn(V, 2, generator=g)
+    ids = torch.randint(V, (N, 2), generator=g)
+    ids[-1] = V - 1
+    out = fd.linear_lse_gather(hidden, weight, ids)
+    truth = fd.linear_lse_gather(hidden[-5:], weight, ids[-5:], impl="reference")
+    torch.testing.assert_close(out.logits[-5:], truth.logits)
+    torch.testing.assert_close(out.lse_rest[-5:], truth.lse_rest)

@@ -1,0 +1,218 @@
+"""The operators inside PyTorch: opcheck, torch.compile, autocast, checkpointing, odd memory."""
+
+import pytest
+import torch
+from cases import case, leaves, top_k
+from tolerances import assert_close
+from torch._library.custom_ops import OPDEFS
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+import fastdistill as fd
+from fastdistill.kernels.op_dense import dense_rows
+from fastdistill.kernels.op_gather import gather_logits, lse_gather
+
+CALLS = {
+    "fused": {"labels": True, "ce_weight": 0.2},
+    "recompute": {"reduction": "none"},
+    "rows": {"tail": "renorm_both"},
+    "callable": {"divergence": lambda lp, lq: (lp.exp() * (lp - lq)).sum(-1)},
+}
+
+
+def call(name, x, w, c, t):
+    options = dict(CALLS[name])
+    if options.pop("labels", False):
+        options["labels"] = c.labels
+    return fd.topk_distill_loss(x, w, t, **options).sum()
+
+
+def grads(function, *tensors):
+    tensors = leaves(*tensors)
+    loss = function(*tensors)
+    loss.backward()
+    return [loss.detach(), *[t.grad for t in tensors]]
+
+
+@pytest.mark.parametrize("name", list(CALLS))
+def test_compile_fullgraph(name):
+    c = case(torch.float32)
+    t = top_k(c.teacher_logits, 5)
+
+    def run(x, w):
+        return call(name, x * 1.5, w, c, t) * 2
+
+    torch._dynamo.reset()
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for a, b in zip(grads(compiled, *c[:2]), grads(run, *c[:2]), strict=True):
+        assert_close(a, b, 1e-6)
+
+
+def test_compile_fullgraph_of_the_others():
+    c = case(torch.float32)
+    t = top_k(c.teacher_logits, 5)
+
+    def run(x, w):
+        out = fd.linear_lse_gather(x, w, t.ids, with_entropy=True)
+        dense = fd.linear_distill_loss(x, w, c.hidden, c.weight * 0.9, divergence="jsd")
+        return out.logits.sum() + out.lse_rest.sum() + out.entropy.sum() + dense
+
+    torch._dynamo.reset()
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for a, b in zip(grads(compiled, *c[:2]), grads(run, *c[:2]), strict=True):
+        assert_close(a, b, 1e-6)
+
+
+def test_opcheck():
+    c = case(torch.float32, V=70)
+    x, w, b = leaves(c.hidden, c.weight, c.bias)
+    ids = top_k(c.teacher_logits, 5).ids
+    torch.library.opcheck(lse_gather, (x, w, b, ids, 1.0, None, 2.0, 67, True, True))
+    torch.library.opcheck(lse_gather, (x, w, None, ids, 0.7, 5.0, 1.0, 70, False, False))
+    torch.library.opcheck(gather_logits, (x, w, b, ids, 1.0, None, 2.0))
+    torch.library.opcheck(
+        dense_rows,
+        (x, w, b, c.hidden, c.weight, None, c.labels, "jsd", 0.5, 0.1, False, 0.1, 0.0, 1.0, None,
+         1.0, None, 1.0, 70),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("op", ["topk_loss", "dense_loss"])
+def test_opcheck_of_gradient_in_forward(op):
+    """Their backward hands over or scales kept tensors, which opcheck's gradient test covers."""
+    c = case(torch.float32)
+    x, w, b = leaves(c.hidden, c.weight, c.bias)
+    (coef,) = leaves(torch.full((12,), 1 / 12))
+    t = top_k(c.teacher_logits, 5)
+    need = [True] * 3
+    if op == "topk_loss":
+        args = (x, w, b, coef, t.ids, t.ids, t.logprobs.float(), t.log_tail.float(), None,
+                "forward_kl", 0.5, 0.1, "bucket", False, 0.0, 0.0, 1.0, None, 1.0, 67, False, True,
+                need)  # fmt: skip
+    else:
+        args = (x, w, b, coef, c.hidden, c.weight * 0.9, None, None, "jsd", 0.5, 0.1, False, 0.0,
+                0.0, 1.0, None, 1.0, None, 1.0, 67, need)  # fmt: skip
+    function = getattr(torch.ops.fastdistill, op).default
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(function, args, test_utils=tests)
+
+
+@pytest.mark.parametrize("name", list(CALLS))
+def test_autocast(name):
+    """fp32 parameters under bf16 autocast: the operands are cast once, as F.linear casts them."""
+    c = case(torch.float32)
+    t = top_k(c.teacher_logits, 5)
+
+    def under_autocast(x, w):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return call(name, x, w, c, t)
+
+    def by_hand(x, w):
+        return call(name, x.bfloat16(), w.bfloat16(), c, t)
+
+    found = grads(under_autocast, *c[:2])
+    for a, b in zip(found, grads(by_hand, *c[:2]), strict=True):
+        assert_close(a, b, 1e-6)
+    assert found[0].dtype == torch.float32
+    assert found[2].dtype == torch.float32
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("name", list(CALLS))
+def test_gradient_checkpointing(name, reentrant):
+    c = case(torch.float64)
+    t = top_k(c.teacher_logits, 5)
+
+    def plain(x, w):
+        return call(name, torch.tanh(x), w, c, t)
+
+    def checkpointed(x, w):
+        return checkpoint(plain, x, w, use_reentrant=reentrant)
+
+    for a, b in zip(grads(checkpointed, *c[:2]), grads(plain, *c[:2]), strict=True):
+        assert_close(a, b, 1e-12)
+
+
+@pytest.mark.parametrize("name", list(CALLS))
+def test_strided_and_non_contiguous(name):
+    c = case(torch.float64)
+    t = top_k(c.teacher_logits, 5)
+    wide_x, wide_w = torch.zeros(12, 3, 16).double(), torch.zeros(16, 67).double()
+    wide_x[:, 1], wide_w[:] = c.hidden, c.weight.t()
+    strided_t = fd.TopK(
+        t.ids.t().contiguous().t(), t.logprobs.repeat(1, 2)[:, :5], t.log_tail.repeat(2)[:12]
+    )
+
+    def strided(x, w):
+        return call(name, x[:, 1], w.t(), c, strided_t)
+
+    plain = grads(lambda x, w: call(name, x, w, c, t), c.hidden, c.weight)
+    loss, dx, dw = grads(strided, wide_x, wide_w)
+    assert_close(loss, plain[0], 1e-12)
+    assert_close(dx[:, 1], plain[1], 1e-12)
+    assert_close(dw.t(), plain[2], 1e-12)
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight"])
+@pytest.mark.parametrize("name", list(CALLS))
+def test_a_frozen_operand_costs_and_gets_nothing(name, frozen):
+    c = case(torch.float64)
+    t = top_k(c.teacher_logits, 5)
+    x, w = leaves(c.hidden, c.weight)
+    (w if frozen == "weight" else x).requires_grad_(False)
+    with Largest() as seen:
+        call(name, x, w, c, t).backward()
+    full = grads(lambda x, w: call(name, x, w, c, t), c.hidden, c.weight)
+    assert (w if frozen == "weight" else x).grad is None
+    assert_close((x if frozen == "weight" else w).grad, full[1 if frozen == "weight" else 2], 1e-9)
+    if frozen == "weight":
+        assert (67, 16) not in seen.shapes  # no dW, not even for a moment
+
+
+class Largest(TorchDispatchMode):
+    """The shapes of all tensors that operations return."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        inside = OPDEFS.get(function.name().split(".")[0])
+        if inside is None:
+            out = function(*args, **kwargs)
+        else:  # an operator is opaque to a mode: run its body under it
+            with self:
+                out = inside._init_fn(*args, **kwargs)
+        made = "view" not in str(function) and "detach" not in str(function)
+        for tensor in torch.utils._pytree.tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and made:
+                self.shapes.add(tuple(tensor.shape))
+        return out
+
+    def most(self):
+        return max(int(torch.Size(s).numel()) for s in self.shapes)
+
+
+@pytest.mark.parametrize("name", [*CALLS, "primitive", "dense", "scores", "topk"])
+def test_never_n_by_v(name):
+    """No operation returns as many numbers as N·V; a dense loss would show up here at once."""
+    N, V, H = 96, 4096, 4
+    c = case(torch.float32, N=N, V=V, H=H)
+    t = top_k(c.teacher_logits, 5)
+    x, w = leaves(c.hidden, c.weight)
+    with Largest() as seen:
+        if name in CALLS:
+            call(name, x, w, c, t).backward()
+        elif name == "primitive":
+            fd.linear_lse_gather(x, w, t.ids).lse.sum().backward()
+        elif name == "dense":
+            fd.linear_distill_loss(x, w, x.detach(), w.detach() * 0.9).backward()
+        elif name == "scores":
+            fd.token_scores(x, w, labels=c.labels, teacher=t)
+        else:
+            fd.linear_topk(x, w, 5)
+    assert N * V // 50 < seen.most() < N * V  # it did see slabs
+    with Largest() as seen:
+        fd.topk_distill_loss(x, w, t, impl="reference").backward()
+    assert seen.most() >= N * V

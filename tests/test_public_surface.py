@@ -1,0 +1,78 @@
+"""What `fastdistill` exports, with which arguments: outside code calls these by name."""
+
+import inspect
+
+import fastdistill as fd
+
+SPARSE = [
+    "hidden", "weight", "teacher", "labels", "divergence", "beta", "skew", "tail", "temperature",
+    "t2_scale", "ce_weight", "z_loss", "token_weight", "ignore_index", "reduction", "num_items",
+    "bias", "logit_scale", "softcap", "valid_vocab", "group", "impl", "backward", "check",
+]  # fmt: skip
+SIGNATURES = {
+    "topk_distill_loss": SPARSE,
+    "topk_distill": SPARSE,
+    "linear_lse_gather": [
+        "hidden", "weight", "ids", "bias", "logit_scale", "softcap", "temperature", "valid_vocab",
+        "with_entropy", "group", "impl", "check",
+    ],
+    "linear_distill_loss": [
+        "hidden", "weight", "teacher_hidden", "teacher_weight", "labels", "divergence", "beta",
+        "skew", "temperature", "t2_scale", "ce_weight", "z_loss", "token_weight", "ignore_index",
+        "reduction", "num_items", "bias", "logit_scale", "softcap", "teacher_bias",
+        "teacher_logit_scale", "teacher_softcap", "valid_vocab", "impl", "backward",
+    ],
+    "linear_topk": [
+        "hidden", "weight", "k", "bias", "logit_scale", "softcap", "temperature", "valid_vocab",
+        "impl",
+    ],
+    "token_scores": [
+        "hidden", "weight", "labels", "teacher", "bias", "logit_scale", "softcap", "temperature",
+        "valid_vocab", "ignore_index", "impl", "check",
+    ],
+}  # fmt: skip
+DEFAULTS = {
+    "divergence": "forward_kl", "beta": 0.5, "skew": 0.1, "tail": "bucket", "temperature": 1.0,
+    "t2_scale": False, "ce_weight": 0.0, "z_loss": 0.0, "ignore_index": -100, "reduction": "mean",
+    "impl": "auto", "backward": "auto", "logit_scale": 1.0, "softcap": None,
+}  # fmt: skip
+EXPORTED = {
+    *SIGNATURES, "DistillConfig", "DistillOutput", "DistillTrainer", "LinearDistillLoss",
+    "SelectedLogits", "TokenScores", "TopK", "TopKDistillLoss", "compat",
+}  # fmt: skip
+
+
+def test_exports():
+    assert set(fd.__all__) == EXPORTED
+    assert all(getattr(fd, name) is not None for name in EXPORTED)
+    assert set(dir(fd)) >= EXPORTED
+
+
+def test_signatures():
+    for name, expected in SIGNATURES.items():
+        parameters = inspect.signature(getattr(fd, name)).parameters
+        assert list(parameters) == expected, name
+        for argument, default in DEFAULTS.items():
+            if argument in parameters:
+                assert parameters[argument].default == default, (name, argument)
+
+
+def test_outputs():
+    assert fd.TopK._fields == ("ids", "logprobs", "log_tail", "temperature")
+    assert fd.SelectedLogits._fields == ("logits", "lse_rest", "entropy", "lse")
+    assert fd.DistillOutput._fields[:6] == (
+        "loss", "per_token", "divergence", "teacher_mass", "student_mass", "lse",
+    )  # fmt: skip
+    assert fd.TokenScores._fields == (
+        "lse", "entropy", "varentropy", "max_logprob", "argmax", "margin", "nll", "label_rank",
+        "forward_kl", "teacher_mass", "student_mass", "hellinger",
+    )  # fmt: skip
+
+
+def test_every_public_callable_says_what_it_takes():
+    for name in SIGNATURES:
+        doc = inspect.getdoc(getattr(fd, name))
+        assert doc, name
+        if name != "topk_distill_loss":  # which points at topk_distill
+            assert "Returns:" in doc, name
+            assert "Raises:" in doc, name

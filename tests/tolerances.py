@@ -1,0 +1,33 @@
+"""The error budget of every test, in one place: relative to fp64 truth on the same operands.
+
+‖a − b‖ / ‖b‖ for gradients; the same for values. 16-bit gradients: dz rounded once, the result
+rounded once (2⁻⁹ each, uniform), so 0.3 % is the bound asked for near convergence too.
+"""
+
+import torch
+from torch import Tensor
+
+VALUE = {
+    torch.float64: 1e-10,
+    torch.float32: 2e-5,
+    torch.bfloat16: 2e-5,  # operands are exact, logits fp32
+    torch.float16: 2e-5,
+}
+GRADIENT = {
+    torch.float64: 1e-9,
+    torch.float32: 2e-5,
+    torch.bfloat16: 3e-3,
+    torch.float16: 1e-3,
+}
+
+
+def relative(found: Tensor, truth: Tensor) -> float:
+    """‖found − truth‖ / ‖truth‖ in fp64; absolute where the truth is zero."""
+    found, truth = found.detach().double(), truth.detach().double()
+    size = truth.norm()
+    return float((found - truth).norm() / (size if size > 0 else 1.0))
+
+
+def assert_close(found: Tensor, truth: Tensor, budget: float, what: str = "") -> None:
+    error = relative(found, truth)
+    assert error <= budget, f"{what}: relative error {error:.3g} > {budget:.3g}"
