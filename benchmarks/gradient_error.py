@@ -1,0 +1,83 @@
+"""Gradient error of every divergence with bf16 operands against fp64, near convergence included.
+
+    error = ‖g − g₆₄‖ / ‖g₆₄‖, the worse of hidden's and weight's
+
+on logits of standard deviation 4, H=1024, V=32000, K=64; the teacher is independent, student + 1.0
+or student + 0.1 noise. Beside it, the same loss on logits rounded to bf16, as eager code has them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import torch
+
+import fastdistill as fd
+from fastdistill.kernels.divergences import NAMES
+
+from .registry import Gradients, Row, Shape, gradient_error
+
+SHAPE = Shape(N=64, H=1024, V=32000, K=64)
+TEACHERS = {"independent": None, "student + 1.0": 1.0, "student + 0.1": 0.1}
+
+
+def _grads(hidden, weight, teacher, divergence: str, impl: str, **options) -> Gradients:
+    leaves = [hidden.detach().requires_grad_(), weight.detach().requires_grad_()]
+    loss = fd.topk_distill_loss(*leaves, teacher, divergence=divergence, impl=impl, **options)
+    return dict(zip(("hidden", "weight"), torch.autograd.grad(loss, leaves), strict=True))
+
+
+def _rounded(hidden, weight, teacher, divergence: str) -> Gradients:
+    """The same loss on bf16 logits: the identity as LM head, logits as hidden states."""
+    x, w = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
+    z = x @ w.t()
+    wide = z.float()
+    rest = wide.scatter(-1, teacher.ids, -torch.inf).logsumexp(-1)
+    from fastdistill.kernels.rows import Gathered, RowOptions, Teacher, rows_forward
+
+    options = RowOptions(divergence, 0.5, 0.1, "bucket", 1.0, False, 0.0, 0.0)
+    given = Teacher(teacher.ids, teacher.logprobs.float(), teacher.log_tail.float())
+    rows = rows_forward(Gathered(wide.gather(-1, teacher.ids), rest, None), given, None, options)
+    grads = torch.autograd.grad(rows.per_token.mean(), (x, w))
+    return dict(zip(("hidden", "weight"), grads, strict=True))
+
+
+def rows(shape: Shape = SHAPE) -> list[Row]:
+    found = []
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(shape.N, shape.H, generator=g).bfloat16()
+    weight = (torch.randn(shape.V, shape.H, generator=g) * 4 / shape.H**0.5).bfloat16()
+    z = hidden.double() @ weight.double().t()
+    noise = torch.randn(shape.N, shape.V, generator=g, dtype=torch.float64)
+    for name, near in TEACHERS.items():
+        lp = (4 * noise if near is None else z + near * noise).log_softmax(-1)
+        best = lp.topk(shape.K, -1)
+        tail = lp.scatter(-1, best.indices, -torch.inf).logsumexp(-1)
+        teacher = fd.TopK(best.indices, best.values, tail)
+        for divergence in NAMES:
+            wide = (hidden.double(), weight.double())
+            truth = _grads(*wide, teacher, divergence, "reference")
+            contenders = {
+                "torch fused": _grads(
+                    hidden, weight, teacher, divergence, "torch", backward="fused"
+                ),
+                "torch recompute": _grads(
+                    hidden, weight, teacher, divergence, "torch", backward="recompute"
+                ),
+                "eager, bf16 logits": _rounded(hidden, weight, teacher, divergence),
+            }
+            for impl, grads in contenders.items():
+                row = Row(f"{divergence}, teacher {name}", impl, "both", **asdict(shape),
+                          dtype="bfloat16")  # fmt: skip
+                row.grad_error = gradient_error(grads, truth)
+                found.append(row)
+    return found
+
+
+def table(rows: list[Row]) -> str:
+    impls = list(dict.fromkeys(r.impl for r in rows))
+    lines = [f"{'gradient error, bf16 operands':45}" + "".join(f"{i:>20}" for i in impls)]
+    for op in dict.fromkeys(r.op for r in rows):
+        errors = {r.impl: r.grad_error for r in rows if r.op == op}
+        lines.append(f"{op:45}" + "".join(f"{errors[i]:>20.3%}" for i in impls))
+    return "\n".join(lines)

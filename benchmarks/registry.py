@@ -1,0 +1,246 @@
+"""Cases, a correctness gate before any timing, and rows that say where their numbers come from.
+
+A case names what is computed and on which shape; its contenders compute it in different ways. They
+are timed in turns (A B C A B C …) in one process, so that a ratio between them survives a machine
+whose speed drifts; peak memory is what a call adds to the resident set, or to the CUDA allocator.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdistill.backend import describe, package_versions
+
+RESULTS = Path(__file__).parent / "results"
+Gradients = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Shape:
+    N: int
+    H: int
+    V: int
+    K: int
+
+
+@dataclass(frozen=True)
+class Contender:
+    """`run(shape's data)` computes the case once; None means not available on this machine."""
+
+    impl: str
+    run: Callable[[Any], Gradients | None] | None
+    exact: bool = True  # held to the case's budget; a peer that rounds logits is shown, not gated
+
+
+@dataclass(frozen=True)
+class Case:
+    op: str
+    mode: str  # "forward" | "backward" | "both"
+    shape: Shape
+    dtype: torch.dtype
+    make: Callable[[Shape, torch.dtype], Any]
+    truth: Callable[[Any], Gradients]
+    contenders: tuple[Contender, ...]
+    gate_shape: Shape
+    budget: float = 3e-3
+
+
+@dataclass
+class Row:
+    op: str
+    impl: str
+    mode: str
+    N: int
+    H: int
+    V: int
+    K: int
+    dtype: str
+    missing: bool = False
+    ms_median: float | None = None
+    ms_p20: float | None = None
+    ms_p80: float | None = None
+    peak_mb: float | None = None
+    grad_error: float | None = None
+    roofline_share: float | None = None
+    machine: str = field(default_factory=lambda: machine())
+    versions: dict[str, str | None] = field(default_factory=package_versions)
+    commit: str = field(default_factory=lambda: commit())
+    command: str = field(default_factory=lambda: command())
+
+
+class GateError(RuntimeError):
+    """A contender's gradients are wrong; no figure of the case is reported."""
+
+
+def machine() -> str:
+    """The kind of machine, without its name."""
+    here = describe()
+    if here["cuda"]:
+        return str(here["cuda"][0]["name"])
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [x for x in cpuinfo.read_text().splitlines() if x.startswith("model name")]
+        model = names[0].split(":", 1)[1].strip() if names else model
+    return f"{model}, {here['threads']} threads, {here['cpu_capability']}"
+
+
+def commit() -> str:
+    """The commit measured, marked when the working tree differs from it."""
+
+    def git(*args: str) -> str:
+        found = subprocess.run(
+            ["git", *args], cwd=RESULTS.parent, capture_output=True, text=True, check=False
+        )
+        return found.stdout.strip()
+
+    dirty = git("status", "--porcelain", "--untracked-files=no")
+    return (git("rev-parse", "HEAD") or "unknown") + (" with changes" if dirty else "")
+
+
+def command() -> str:
+    return shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]])
+
+
+def relative(found: Tensor, truth: Tensor) -> float:
+    truth = truth.double()
+    return float((found.double() - truth).norm() / truth.norm().clamp(min=1e-300))
+
+
+def gradient_error(found: Gradients, truth: Gradients) -> float:
+    """The worst relative error ‖g − g₆₄‖ / ‖g₆₄‖ over the gradients."""
+    return max(relative(found[name], truth[name]) for name in truth)
+
+
+def gate(case: Case) -> dict[str, float]:
+    """Gradient error of each contender on the gate's shape; raises if an exact one is wrong."""
+    data = case.make(case.gate_shape, case.dtype)
+    truth = case.truth(data)
+    errors = {}
+    for contender in case.contenders:
+        found = None if contender.run is None else contender.run(data)
+        if found is None:
+            continue
+        errors[contender.impl] = error = gradient_error(found, truth)
+        if contender.exact and not error <= case.budget:
+            raise GateError(
+                f"{case.op} {contender.impl} {case.dtype}: gradient error {error:.3g} against fp64 "
+                f"exceeds {case.budget:.3g}; nothing of this case is reported"
+            )
+    return errors
+
+
+class PeakMemory:
+    """MB that the body of a `with` adds at its peak; None where it cannot be read."""
+
+    mb: float | None = None
+
+    def __enter__(self) -> PeakMemory:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_allocated() / 1e6
+            return self
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+            self.before = _status("VmRSS")
+        except OSError:
+            self.before = None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if torch.cuda.is_available():
+            self.mb = torch.cuda.max_memory_allocated() / 1e6 - self.before
+        elif self.before is not None:
+            self.mb = _status("VmHWM") - self.before
+
+
+def _status(key: str) -> float:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key):
+            return int(line.split()[1]) * 1024 / 1e6
+    raise OSError(key)
+
+
+def measure(case: Case, repeats: int, say: Callable[[str], None] = print) -> list[Row]:
+    """Gate, then time every contender in turns."""
+    errors = gate(case)
+    data = case.make(case.shape, case.dtype)
+    running = [c for c in case.contenders if c.impl in errors]
+    times: dict[str, list[float]] = {c.impl: [] for c in running}
+    peaks: dict[str, list[float]] = {c.impl: [] for c in running}
+    for turn in range(repeats + 1):  # the first warms up
+        for contender in running:
+            assert contender.run is not None
+            with PeakMemory() as memory:
+                started = time.perf_counter()
+                contender.run(data)
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
+                elapsed = time.perf_counter() - started
+            if turn:
+                times[contender.impl].append(elapsed * 1e3)
+                if memory.mb is not None:
+                    peaks[contender.impl].append(memory.mb)
+        say(f"  {case.op} {str(case.dtype)[6:]} turn {turn} of {repeats}")
+    rows = []
+    for contender in case.contenders:
+        row = Row(
+            case.op, contender.impl, case.mode, **asdict(case.shape), dtype=str(case.dtype)[6:]
+        )
+        rows.append(row)
+        if contender.impl not in errors:
+            row.missing = True
+            continue
+        ms = times[contender.impl]
+        row.ms_median = statistics.median(ms)
+        quantiles = statistics.quantiles(ms, n=5, method="inclusive") if len(ms) > 1 else ms * 4
+        row.ms_p20, row.ms_p80 = quantiles[0], quantiles[3]
+        row.peak_mb = statistics.median(peaks[contender.impl]) if peaks[contender.impl] else None
+        row.grad_error = errors[contender.impl]
+    return rows
+
+
+def write(rows: list[Row], path: Path) -> None:
+    """JSON, through a temporary name: an interrupted run leaves the old file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".tmp")
+    with draft.open("w") as file:
+        json.dump([asdict(r) for r in rows], file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)
+
+
+def table(rows: list[Row]) -> str:
+    """Plain text, each row's time and memory beside the case's first contender."""
+    lines = [
+        f"{'op':10} {'impl':18} {'dtype':9} {'ms':>9} {'ratio':>6} {'MB':>8} {'ratio':>6}  error"
+    ]
+    first: dict[tuple[Any, ...], Row] = {}
+    for r in rows:
+        base = first.setdefault((r.op, r.dtype, r.N, r.V), r)
+        if r.missing or r.ms_median is None or base.ms_median is None:
+            lines.append(f"{r.op:10} {r.impl:18} {r.dtype:9} missing on this machine")
+            continue
+        share = r.peak_mb / base.peak_mb if r.peak_mb and base.peak_mb else float("nan")
+        lines.append(
+            f"{r.op:10} {r.impl:18} {r.dtype:9} {r.ms_median:9.1f} "
+            f"{r.ms_median / base.ms_median:6.2f} {r.peak_mb or float('nan'):8.0f} {share:6.2f}  "
+            f"{r.grad_error:.2%}"
+        )
+    return "\n".join(lines)
