@@ -1,0 +1,49 @@
+# make venv | demo | test | lint | bench | clean. Each target makes .venv first when it is missing.
+# ARGS are passed on: make demo ARGS="--out out/demo", make test ARGS="tests/test_ext.py".
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.made-by-make
+# Two test processes with one torch thread each. More threads per process would fight for the cores:
+# torch starts one per core in each of them. A file stays in one process, and so do its fixtures.
+WORKERS ?= 2
+ARGS ?=
+NEWER_PYTHON = fastdistill needs Python 3.10 or newer; name one: make PYTHON=python3.11 $(MAKECMDGOALS)
+
+.DEFAULT_GOAL := test
+.PHONY: venv demo test lint bench clean
+
+venv: $(STAMP)
+
+# Remade only when something that it installs changes; Python sources are used in place.
+$(STAMP): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
+	@test -x $(BIN)/python || command -v $(PYTHON) >/dev/null || \
+	  { echo "error: no '$(PYTHON)' here. $(NEWER_PYTHON)" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "error: '$(PYTHON)' is $$($(PYTHON) -V 2>&1). $(NEWER_PYTHON)" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt torch
+	$(BIN)/python -m pip install -c constraints.txt setuptools wheel pybind11
+	$(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/fastdistill demo $(ARGS)
+
+test: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile $(or $(ARGS),tests)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks $(ARGS)
+
+# Leaves .venv, but has it checked again: the compiled extension goes away with the rest.
+clean:
+	rm -rf build dist out fastdistill-demo *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -f fastdistill/_ext*.so $(STAMP)
+	find fastdistill kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,252 @@
+"""The demo: does learning from a teacher's top k beat learning from the labels? Measured, here.
+
+Two students per seed start from the same weights and see the same text in the same order for the
+same number of steps. One learns from the teacher's top k, the other from the labels. What differs
+on held-out text is the teacher's doing.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from . import __version__, corpus
+from .backend import describe
+from .config import DistillConfig
+from .corpus import Corpus, Windows
+from .demo_models import STUDENT, TEACHER, WINDOW, new_llama, shipped_teacher, train_model
+from .demo_result import ARMS, METRICS, DemoResult, DemoRun
+from .intervals import Estimate, bootstrap_ratio, mean_of_runs, paired_difference
+from .objective import EVAL_COLUMNS
+from .progress import Steps
+from .remembering import RememberingTeacher
+from .report import write_json
+from .teacher import Teacher
+from .trainer import DistillTrainer
+
+STUDENT_LEARNING_RATE = 6e-3
+
+
+class _Setting(NamedTuple):
+    teacher: RememberingTeacher
+    train: Windows
+    held_out: Windows
+    facts: dict[str, Any]
+
+
+def run_demo(
+    *,
+    out: str | Path,
+    data: str | Path | None = None,
+    seeds: int = 3,
+    steps: int = 300,
+    k: int = 32,
+    batch_size: int = 8,
+    teacher_steps: int = 400,
+) -> DemoResult:
+    """Train, measure, and write out/report.html and out/results.json.
+
+    Args:
+        out: the folder to write to.
+        data: a text file or folder. None uses the standard library's source and the teacher inside
+            the package; with data, a tokenizer and a teacher are trained there first.
+        seeds: independent repetitions; an interval needs two.
+        steps, batch_size: of each student, in windows of 128 tokens.
+        k: how many of the teacher's tokens the distilled student sees per position.
+        teacher_steps: how long to train the teacher, with data.
+    """
+    sizes = {"seeds": seeds, "steps": steps, "k": k, "batch_size": batch_size}
+    for name, value in {**sizes, "teacher_steps": teacher_steps}.items():
+        if value < 1:
+            raise ValueError(f"{name}: expected 1 or more, got {value}")
+    folder = Path(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:  # now, and not after minutes of training
+        raise ValueError(
+            f"out: expected a folder that can be made, got {folder}: {error}"
+        ) from None
+    start = time.perf_counter()
+    with _quiet_transformers(), Steps() as progress:
+        setting = _prepare(data, steps * batch_size, k, teacher_steps, progress)
+        runs = [_run(arm, seed, setting, sizes, progress) for seed in range(seeds) for arm in ARMS]
+        teacher_sums = _held_out_sums(setting.teacher.teacher.model, setting, k)
+    options = "".join(f" --{name.replace('_', '-')} {value}" for name, value in sizes.items())
+    result = DemoResult(
+        estimates={**_of_students(runs), **_of_teacher(teacher_sums, setting.held_out)},
+        runs=runs,
+        teacher_mass=_covered_mass(setting, k),
+        facts={
+            "command": "fastdistill demo" + (" --data …" if data else "") + options,
+            "versions": _versions(),
+            "machine": _machine(),
+            "setting": {**sizes, **setting.facts},
+        },
+        seconds=time.perf_counter() - start,
+    )
+    _write(result, folder)
+    return result
+
+
+def _prepare(
+    data: str | Path | None, n_windows: int, k: int, teacher_steps: int, progress: Steps
+) -> _Setting:
+    text = corpus.standard_library() if data is None else corpus.from_path(data)
+    if data is None:
+        teacher, tokenizer, made = shipped_teacher()
+        about = f"{made['steps']:,} steps on {made['tokens']:,} tokens, inside the package"
+    else:
+        teacher, tokenizer = _teacher_from(text, teacher_steps, progress)
+        about = f"{teacher_steps:,} steps on this text, trained for this report"
+    if k > teacher.vocab_size:
+        raise ValueError(f"k: expected at most the vocabulary's {teacher.vocab_size}, got {k}")
+    train = corpus.packed_windows(text.train, tokenizer, length=WINDOW, max_windows=n_windows)
+    held_out = corpus.document_windows(text.held_out, tokenizer, length=WINDOW, per_document=4)
+    facts = {
+        "text": text.name if data is None else "a text of your own",
+        "teacher": about,
+        "teacher_parameters": _size(teacher.model),
+        "student_parameters": _size(new_llama(STUDENT, vocab_size=teacher.vocab_size, seed=0)),
+        "vocabulary": teacher.vocab_size,
+        "train_tokens": train.ids.numel(),
+        "held_out_tokens": held_out.ids.numel(),
+        "held_out_documents": len(held_out.document.unique()),
+        "bytes_per_token": held_out.bytes_per_token,
+        "learning_rate": STUDENT_LEARNING_RATE,
+    }
+    return _Setting(RememberingTeacher(teacher), train, held_out, facts)
+
+
+def _teacher_from(
+    text: Corpus, steps: int, progress: Steps
+) -> tuple[Teacher, PreTrainedTokenizerBase]:
+    tokenizer = corpus.train_tokenizer(text.train)
+    windows = corpus.packed_windows(text.train, tokenizer, length=WINDOW)
+    trained = train_model(
+        new_llama(TEACHER, vocab_size=len(tokenizer), seed=0),
+        windows.ids,
+        teacher=None,
+        steps=steps,
+        batch_size=16,
+        learning_rate=3e-3,
+        seed=0,
+        callbacks=progress.phase("training the teacher", total=steps),
+    )
+    return Teacher(trained.model, tokenizer=tokenizer), tokenizer
+
+
+def _run(arm: str, seed: int, setting: _Setting, sizes: dict[str, int], progress: Steps) -> DemoRun:
+    trained = train_model(
+        new_llama(STUDENT, vocab_size=setting.teacher.vocab_size, seed=seed),
+        setting.train.ids,
+        teacher=setting.teacher if arm == "distilled" else None,
+        steps=sizes["steps"],
+        batch_size=sizes["batch_size"],
+        learning_rate=STUDENT_LEARNING_RATE,
+        seed=seed,
+        k=sizes["k"],
+        callbacks=progress.phase(f"seed {seed + 1}, {arm}", total=sizes["steps"]),
+    )
+    sums = _held_out_sums(trained.model, setting, sizes["k"])
+    metrics = {
+        name: float(sums[metric.column].sum() / sums["tokens"].sum())
+        * _unit(name, setting.held_out)
+        for name, metric in METRICS.items()
+    }
+    return DemoRun(
+        arm=arm, seed=seed, history=trained.history, seconds=trained.seconds, metrics=metrics
+    )
+
+
+def _held_out_sums(model: nn.Module, setting: _Setting, k: int) -> dict[str, np.ndarray]:
+    """EVAL_COLUMNS, summed within each held-out window."""
+    with tempfile.TemporaryDirectory(prefix="fastdistill-") as folder:
+        args = DistillConfig(
+            folder,
+            k=k,
+            per_device_eval_batch_size=32,
+            use_cpu=True,
+            disable_tqdm=True,
+            report_to=[],
+        )
+        trainer = DistillTrainer(model, setting.teacher, args)
+        rows = trainer.predict([{"input_ids": row} for row in setting.held_out.ids]).predictions
+    return dict(zip(EVAL_COLUMNS, rows.astype(np.float64).T, strict=True))
+
+
+def _of_students(runs: list[DemoRun]) -> dict[str, Estimate]:
+    found = {}
+    for name in METRICS:
+        by_arm = {arm: [run.metrics[name] for run in runs if run.arm == arm] for arm in ARMS}
+        for arm, values in by_arm.items():
+            found[f"{name}/{arm}"] = mean_of_runs(values)
+        found[f"{name}/difference"] = paired_difference(*(by_arm[arm] for arm in ARMS))
+    for arm in ARMS:
+        found[f"train_seconds/{arm}"] = mean_of_runs([r.seconds for r in runs if r.arm == arm])
+    return found
+
+
+def _of_teacher(sums: dict[str, np.ndarray], held_out: Windows) -> dict[str, Estimate]:
+    """One teacher: its interval is over documents, not over seeds."""
+    found = {}
+    for name in ("nll", "bits_per_byte", "top1"):
+        values = sums[METRICS[name].column] * _unit(name, held_out)
+        documents = held_out.document.tolist()
+        found[f"{name}/teacher"] = bootstrap_ratio(
+            values.tolist(), sums["tokens"].tolist(), documents
+        )
+    return found
+
+
+def _unit(name: str, held_out: Windows) -> float:
+    return 1 / (math.log(2) * held_out.bytes_per_token) if name == "bits_per_byte" else 1.0
+
+
+def _covered_mass(setting: _Setting, k: int) -> np.ndarray:
+    answers = setting.teacher.topk(setting.held_out.ids, k=k)
+    return answers.logprobs[:, :-1].float().exp().sum(-1).flatten().numpy()
+
+
+def _size(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _versions() -> dict[str, str]:
+    found = {"fastdistill": __version__, "python": platform.python_version()}
+    return found | {name: v for name, v in describe()["packages"].items() if v is not None}
+
+
+def _machine() -> str:
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{platform.machine()} CPU ({capability}), {torch.get_num_threads()} threads"
+
+
+def _write(result: DemoResult, folder: Path) -> None:
+    from .demo_report import demo_report  # matplotlib is slow to import, and only wanted at the end
+
+    demo_report(result).write(folder / "report.html")
+    write_json(folder / "results.json", result.as_json())
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Loading bars of transformers are noise beside the demo's own."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,187 @@
+"""What the demo says: one table, three pictures, and what they do not show."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from .demo_result import ARMS, METRICS, DemoResult
+from .intervals import Estimate
+from .report import Report
+
+# Colours that stay apart for every kind of colour vision (Okabe and Ito).
+_COLOUR = {"distilled": "#0072b2", "labels only": "#d55e00", "teacher": "#777777"}
+_HEADER = ("held-out text", "teacher", "distilled", "labels only", "difference")
+
+
+def table_rows(result: DemoResult) -> list[tuple[str, ...]]:
+    """Cells of the result table: a value with half its interval's width."""
+    rows = []
+    for name, metric in METRICS.items():
+        cells = [
+            result.estimates.get(f"{name}/{column}") for column in ("teacher", *ARMS, "difference")
+        ]
+        texts = [_cell(cell, name, signed=i == 3) for i, cell in enumerate(cells)]
+        rows.append((metric.title, *texts))
+    return rows
+
+
+def verdict(result: DemoResult) -> str:
+    """One sentence that follows from the figures, whichever way they fell."""
+    difference = result.estimates["nll/difference"]
+    gain = -difference.value
+    if not difference.known:
+        return (
+            "One seed: no interval, so no conclusion. The distilled student's held-out NLL is "
+            f"{abs(gain):.3f} nats {'lower' if gain > 0 else 'higher'}."
+        )
+    interval = f"95 % interval {difference.low:+.3f} to {difference.high:+.3f}, n = {difference.n}"
+    if not difference.excludes(0.0):
+        return f"No clear difference in held-out NLL: {difference.value:+.3f} nats ({interval})."
+    side = "predicts held-out text better" if gain > 0 else "predicts held-out text worse"
+    return (
+        f"The distilled student {side} than its twin trained on labels: {difference.value:+.3f} "
+        f"nats per token ({interval} seeds)."
+    )
+
+
+def print_table(result: DemoResult, console: Any) -> None:
+    from rich.table import Table
+
+    table = Table(title="fastdistill demo", title_justify="left", box=None, pad_edge=False)
+    for index, name in enumerate(_HEADER):
+        table.add_column(name, justify="right" if index else "left", no_wrap=True)
+    for row in table_rows(result):
+        table.add_row(*row)
+    console.print(table)
+    console.print(verdict(result), soft_wrap=True)
+
+
+def demo_report(result: DemoResult) -> Report:
+    facts = result.facts["setting"]
+    report = Report("Distillation against labels, measured on this machine", verdict(result))
+    report.paragraph(
+        f"Text: {facts['text']}. Per seed, two students of {facts['student_parameters']:,} "
+        "parameters start from the same weights and read the same "
+        f"{facts['train_tokens']:,} tokens in the same order, {facts['steps']} steps each. One "
+        f"learns from the {facts['k']} likeliest tokens of a teacher of "
+        f"{facts['teacher_parameters']:,} parameters ({facts['teacher']}), by forward KL with the "
+        "remaining mass as one more outcome; the other learns from the labels."
+    )
+    report.table(_HEADER, table_rows(result), caption=_caption(result))
+    with matplotlib.rc_context(_RC):
+        report.picture(
+            _curves(result),
+            alt="Training NLL falls with the steps, for every seed of both kinds of student",
+            caption="NLL of the training text by step, each seed drawn on its own.",
+        )
+        report.picture(
+            _bars(result),
+            alt="Held-out figures of teacher, distilled students and students of labels",
+            caption="Held-out text. Bars are means over seeds, whiskers 95 % intervals, dots the "
+            "single seeds; the teacher's whisker is over documents.",
+        )
+        report.picture(
+            _mass(result),
+            alt="Histogram of the share of teacher probability inside its top k",
+            caption=f"How much of the teacher's probability its top {facts['k']} tokens hold, at "
+            "each held-out position. The rest reaches the student as a single figure.",
+        )
+    report.heading("What this shows, and what it does not")
+    report.paragraph(
+        "It shows what a teacher's top k adds at equal steps on equal text, on held-out "
+        f"{'modules' if facts['text'].startswith('Python') else 'files'} that neither teacher nor "
+        "students have read. It does not show that distillation is free (the teacher was trained "
+        "on more text, and its answers cost a forward pass), that the gap stays as large when both "
+        "students train for longer, or anything about large models."
+    )
+    seconds = {arm: result.estimates[f"train_seconds/{arm}"].value for arm in ARMS}
+    report.paragraph(
+        f"Training one student took {seconds['distilled']:.1f} s by distillation and "
+        f"{seconds['labels only']:.1f} s on labels (the teacher answers each window once; later "
+        f"seeds reuse it). Everything together: {result.seconds:.0f} s.",
+        soft=True,
+    )
+    report.heading("How to repeat it")
+    versions = ", ".join(f"{name} {v}" for name, v in result.facts["versions"].items())
+    report.code(result.facts["command"])
+    report.paragraph(f"{result.facts['machine']}. {versions}.", soft=True)
+    return report
+
+
+_RC: Any = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 9,
+    "axes.titlelocation": "left",
+    "legend.frameon": False,
+}
+
+
+def _caption(result: DemoResult) -> str:
+    facts = result.facts["setting"]
+    n = result.estimates["nll/difference"].n
+    return (
+        f"{facts['held_out_tokens']:,} tokens of {facts['held_out_documents']} held-out documents. "
+        f"± is half a 95 % interval: Student's t over {n} seeds for students and their paired "
+        "difference, bootstrap over documents for the teacher."
+    )
+
+
+def _cell(estimate: Estimate | None, name: str, *, signed: bool) -> str:
+    if estimate is None:
+        return "—"
+    share = name in ("top1", "agreement")
+    digits, factor, unit = (1, 100.0, " %") if share else (3, 1.0, "")
+    text = f"{estimate.value * factor:{'+' if signed else ''}.{digits}f}"
+    if estimate.known:
+        text += f" ± {(estimate.high - estimate.low) / 2 * factor:.{digits}f}"
+    return text + unit
+
+
+def _curves(result: DemoResult) -> Figure:
+    figure = Figure(figsize=(7, 3))
+    axes = figure.subplots()
+    for run in result.runs:
+        steps = [entry["step"] for entry in run.history]
+        nll = [entry["nll"] for entry in run.history]
+        label = run.arm if run.seed == 0 else None
+        axes.plot(steps, nll, color=_COLOUR[run.arm], lw=1, alpha=0.75, label=label)
+    axes.set_xlabel("step")
+    axes.set_ylabel("training NLL (nats per token)")
+    axes.legend()
+    return figure
+
+
+def _bars(result: DemoResult) -> Figure:
+    shown = ("bits_per_byte", "top1", "agreement", "kl")
+    figure = Figure(figsize=(7, 2.6))
+    for axes, name in zip(figure.subplots(1, len(shown)), shown, strict=True):
+        columns = [c for c in ("teacher", *ARMS) if f"{name}/{c}" in result.estimates]
+        for x, column in enumerate(columns):
+            estimate = result.estimates[f"{name}/{column}"]
+            axes.bar(x, estimate.value, width=0.7, color=_COLOUR[column], alpha=0.85)
+            if estimate.known:
+                error = [[estimate.value - estimate.low], [estimate.high - estimate.value]]
+                axes.errorbar(x, estimate.value, yerr=error, color="black", capsize=3, lw=1)
+            dots = [run.metrics[name] for run in result.runs if run.arm == column]
+            axes.scatter([x] * len(dots), dots, s=8, color="black", zorder=3)
+        axes.set_title(METRICS[name].title)
+        axes.set_xticks(range(len(columns)), [c.replace(" ", "\n") for c in columns], fontsize=7)
+    figure.tight_layout()
+    return figure
+
+
+def _mass(result: DemoResult) -> Figure:
+    figure = Figure(figsize=(7, 2.2))
+    axes = figure.subplots()
+    axes.hist(result.teacher_mass, bins=[i / 40 for i in range(41)], color=_COLOUR["distilled"])
+    mean = float(result.teacher_mass.mean())
+    axes.axvline(mean, color="black", lw=1)
+    axes.annotate(f"mean {mean:.3f} ", (mean, axes.get_ylim()[1]), ha="right", va="top")
+    axes.set_xlabel("covered teacher mass")
+    axes.set_ylabel("positions")
+    return figure

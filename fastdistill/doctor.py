@@ -1,0 +1,135 @@
+"""What is on this machine, what fastdistill makes of it, and the one command that would mend it."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from dataclasses import dataclass
+from typing import Any
+
+from .backend import describe
+
+_OPTIONAL = {
+    "peft": ("LoRA and QLoRA students", "pip install 'fastdistill[peft]'"),
+    "bitsandbytes": ("NF4 teachers on older GPUs", "pip install 'fastdistill[bnb]'"),
+    "flash-attn": ("faster attention on long sequences", "pip install 'fastdistill[flash]'"),
+}
+_REQUIRED = {"torch": (2, 8), "transformers": (5, 0), "accelerate": (1, 10)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One line: status is "ok", "missing" (optional), or "broken" (fastdistill cannot work)."""
+
+    name: str
+    status: str
+    detail: str
+    mend: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Findings:
+    findings: list[Finding]
+    impl: str
+    impl_why: str
+    machine: dict[str, Any]
+
+    @property
+    def ok(self) -> bool:
+        return all(finding.status != "broken" for finding in self.findings)
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "ok": self.ok,
+            "impl": self.impl,
+            "impl_why": self.impl_why,
+            "findings": [vars(finding) for finding in self.findings],
+            "machine": self.machine,
+        }
+
+
+def examine() -> Findings:
+    seen = describe()
+    packages = seen["packages"]
+    found = [_python(seen), *(_required(name, packages.get(name)) for name in _REQUIRED)]
+    found.append(_gpu(seen))
+    found.append(_triton(seen, packages.get("triton")))
+    found.append(_extension(seen))
+    for name, (use, mend) in _OPTIONAL.items():
+        version = packages.get(name)
+        if version is None:
+            found.append(Finding(name=name, status="missing", detail=f"only for {use}", mend=mend))
+        else:
+            found.append(Finding(name=name, status="ok", detail=version))
+    return Findings(findings=found, impl=seen["impl"], impl_why=seen["impl_why"], machine=seen)
+
+
+def _python(seen: dict[str, Any]) -> Finding:
+    return Finding(name="python", status="ok", detail=f"{seen['python']}, {seen['machine']}")
+
+
+def _required(name: str, version: str | None) -> Finding:
+    mend = f"pip install -U '{name}>={'.'.join(map(str, _REQUIRED[name]))}'"
+    if version is None:
+        return Finding(name=name, status="broken", detail="not installed", mend=mend)
+    if _numbers(version) < _REQUIRED[name]:
+        return Finding(name=name, status="broken", detail=f"{version} is too old", mend=mend)
+    return Finding(name=name, status="ok", detail=version)
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split("+")[0].split(".")[:2] if part.isdigit())
+
+
+def _gpu(seen: dict[str, Any]) -> Finding:
+    if seen["cuda"]:
+        each = (f"{gpu['name']} ({gpu['memory_gib']} GiB)" for gpu in seen["cuda"])
+        return Finding(name="GPU", status="ok", detail=", ".join(each))
+    if shutil.which("nvidia-smi"):
+        return Finding(
+            name="GPU",
+            status="missing",
+            detail="a driver is here, but this torch sees no GPU: probably a CPU build",
+            mend="pip install -U torch  # from the index for your CUDA, see pytorch.org",
+        )
+    detail = f"none; the CPU is used ({seen['cpu_capability']}, {seen['threads']} threads)"
+    return Finding(name="GPU", status="ok", detail=detail)
+
+
+def _triton(seen: dict[str, Any], version: str | None) -> Finding:
+    if version is not None and importlib.util.find_spec("triton") is not None:
+        return Finding(name="triton", status="ok", detail=version)
+    if not seen["cuda"]:
+        return Finding(name="triton", status="ok", detail="not installed, and not used on a CPU")
+    return Finding(
+        name="triton",
+        status="missing",
+        detail="the GPU runs the slower torch implementation",
+        mend="pip install -U triton",
+    )
+
+
+def _extension(seen: dict[str, Any]) -> Finding:
+    if seen["extension"] is not None:
+        return Finding(name="fastdistill._ext", status="ok", detail=str(seen["extension"]))
+    return Finding(
+        name="fastdistill._ext",
+        status="missing",
+        detail="the C++ extension was not built; everything runs on PyTorch instead",
+        mend="pip install --force-reinstall --no-deps fastdistill  # with a C++ compiler at hand",
+    )
+
+
+def print_findings(found: Findings, console: Any) -> None:
+    from rich.markup import escape
+
+    mark = {"ok": "[green]ok[/green]", "missing": "[yellow]–[/yellow] ", "broken": "[red]no[/red]"}
+    width = max(len(finding.name) for finding in found.findings)
+    for finding in found.findings:
+        name = escape(finding.name.ljust(width))
+        # soft_wrap: a command that the console broke in two could not be copied.
+        console.print(f"{mark[finding.status]}  {name}  {escape(finding.detail)}", soft_wrap=True)
+        if finding.mend is not None:
+            indent = " " * (width + 6)
+            console.print(f"{indent}[bold]{escape(finding.mend)}[/bold]", soft_wrap=True)
+    console.print(f"\nimpl: {found.impl}, because {found.impl_why}", soft_wrap=True)

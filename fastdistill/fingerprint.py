@@ -1,0 +1,40 @@
+"""Whether two tokenizers give a token id the same meaning."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """sha256 of the map from token to id, added and special tokens included.
+
+    The map alone decides whether distillation is meaningful. Which of those tokens a tokenizer
+    calls its end or its padding differs between a base model and its chat version (Qwen, Llama),
+    and the two distil into each other perfectly well.
+    """
+    get_vocab = getattr(tokenizer, "get_vocab", None)
+    if not callable(get_vocab):
+        raise TypeError(
+            f"tokenizer: expected an object with get_vocab(), got {type(tokenizer).__name__}. "
+            "Pass the tokenizer, or leave it out"
+        )
+    pairs = sorted(get_vocab().items(), key=lambda pair: (pair[1], pair[0]))
+    return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
+
+
+def refuse_different_tokenizers(student: Any, teacher: Any) -> None:
+    """Raise unless both tokenizers map tokens to ids in the same way. Sizes alone prove nothing."""
+    ours, theirs = tokenizer_fingerprint(student), tokenizer_fingerprint(teacher)
+    if ours == theirs:
+        return
+    a, b = student.get_vocab(), teacher.get_vocab()
+    differing = [token for token in a.keys() | b.keys() if a.get(token) != b.get(token)]
+    example = min(differing, key=lambda token: min(a.get(token, 1 << 60), b.get(token, 1 << 60)))
+    raise ValueError(
+        f"processing_class: expected the teacher's tokenizer, got one in which {len(differing):,} "
+        f"tokens have another id (first: {example!r} is {a.get(example)} for the student and "
+        f"{b.get(example)} for the teacher). Top-k distillation compares probabilities id by id: "
+        "use a teacher and a student of one tokenizer"
+    )

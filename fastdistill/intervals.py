@@ -1,0 +1,148 @@
+"""Intervals for what we report: no figure without its uncertainty and the number it rests on.
+
+Wilson for shares, Student's t for a few independent runs, the bootstrap over clusters where the
+tokens of one document move together. Written out here (and compared with scipy in the tests), so
+that reporting needs nothing beyond numpy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A value, its interval, and how many independent units it rests on.
+
+    low and high are NaN where n is too small to know (one run has no spread).
+    """
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    @property
+    def known(self) -> bool:
+        return not (math.isnan(self.low) or math.isnan(self.high))
+
+    def excludes(self, value: float) -> bool:
+        return self.known and not self.low <= value <= self.high
+
+
+def wilson(successes: int, n: int, *, confidence: float = 0.95) -> Estimate:
+    """A share: right for small n and near 0 and 1, where value ± 2 standard errors is not."""
+    if not 0 <= successes <= n or n < 1:
+        raise ValueError(f"successes: expected 0 ≤ successes ≤ n and n ≥ 1, got {successes} of {n}")
+    z = NormalDist().inv_cdf(0.5 + _level(confidence) / 2)
+    share = successes / n
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    # At the ends the bound is exact, and rounding must not push it past the share itself.
+    low = 0.0 if successes == 0 else centre - half
+    high = 1.0 if successes == n else centre + half
+    return Estimate(value=share, low=low, high=high, n=n)
+
+
+def mean_of_runs(values: Sequence[float], *, confidence: float = 0.95) -> Estimate:
+    """The mean of independent runs (seeds), by Student's t."""
+    n = len(values)
+    if n == 0:
+        raise ValueError("values: expected one or more, got none")
+    mean = math.fsum(values) / n
+    if n == 1:
+        return Estimate(value=mean, low=math.nan, high=math.nan, n=1)
+    variance = math.fsum((value - mean) ** 2 for value in values) / (n - 1)
+    half = student_t_quantile(0.5 + _level(confidence) / 2, n - 1) * math.sqrt(variance / n)
+    return Estimate(value=mean, low=mean - half, high=mean + half, n=n)
+
+
+def paired_difference(
+    a: Sequence[float], b: Sequence[float], *, confidence: float = 0.95
+) -> Estimate:
+    """mean(a − b) where a[i] and b[i] shared their seed: what they have in common cancels."""
+    if len(a) != len(b):
+        raise ValueError(f"b: expected {len(a)} values, one per value of a, got {len(b)}")
+    return mean_of_runs([x - y for x, y in zip(a, b, strict=True)], confidence=confidence)
+
+
+def bootstrap_ratio(
+    sums: Sequence[float],
+    weights: Sequence[float],
+    clusters: Sequence[int],
+    *,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Estimate:
+    """Σ sums / Σ weights, whole clusters resampled: a mean per token whose units are documents."""
+    totals, counts = _by_cluster(sums, clusters), _by_cluster(weights, clusters)
+    n = len(totals)
+    value = float(totals.sum() / counts.sum())
+    if n < 2:
+        return Estimate(value=value, low=math.nan, high=math.nan, n=n)
+    picks = np.random.default_rng(seed).integers(0, n, size=(resamples, n))
+    ratios = totals[picks].sum(1) / counts[picks].sum(1)
+    low, high = np.quantile(ratios, [0.5 - _level(confidence) / 2, 0.5 + confidence / 2])
+    return Estimate(value=value, low=float(low), high=float(high), n=n)
+
+
+def _by_cluster(values: Sequence[float], clusters: Sequence[int]) -> np.ndarray:
+    if len(values) != len(clusters) or len(values) == 0:
+        raise ValueError(
+            f"clusters: expected one per value, got {len(clusters)} for {len(values)} values"
+        )
+    _, index = np.unique(np.asarray(clusters), return_inverse=True)
+    return np.bincount(index.ravel(), weights=np.asarray(values, dtype=np.float64))
+
+
+def _level(confidence: float) -> float:
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence: expected a number between 0 and 1, got {confidence!r}")
+    return confidence
+
+
+def student_t_quantile(probability: float, degrees: int) -> float:
+    """The inverse of Student's t distribution function, to about 1e-12."""
+    if not 0 < probability < 1 or degrees < 1:
+        raise ValueError(
+            "probability: expected 0 < probability < 1 with 1 degree of freedom or more, got "
+            f"{probability!r} and {degrees!r}"
+        )
+    if probability < 0.5:
+        return -student_t_quantile(1 - probability, degrees)
+    low, high = 0.0, 1.0
+    while _student_t_cdf(high, degrees) < probability:
+        low, high = high, 2 * high
+    for _ in range(200):
+        middle = (low + high) / 2
+        if middle in (low, high):
+            break
+        if _student_t_cdf(middle, degrees) < probability:
+            low = middle
+        else:
+            high = middle
+    return (low + high) / 2
+
+
+def _student_t_cdf(t: float, degrees: int) -> float:
+    """For t ≥ 0, by the finite sums for integer degrees (Abramowitz & Stegun 26.7.3 and 26.7.4)."""
+    theta = math.atan2(t, math.sqrt(degrees))
+    cos2 = math.cos(theta) ** 2
+    if degrees % 2 == 0:
+        term = total = 1.0
+        for i in range(1, degrees // 2):
+            term *= (2 * i - 1) / (2 * i) * cos2
+            total += term
+        return 0.5 + 0.5 * math.sin(theta) * total
+    total, term = 0.0, math.cos(theta)
+    for i in range((degrees - 1) // 2):
+        if i:
+            term *= 2 * i / (2 * i + 1) * cos2
+        total += term
+    return 0.5 + (theta + math.sin(theta) * total) / math.pi

@@ -1,0 +1,129 @@
+"""One HTML file that needs nothing else: text, tables and pictures, in light and dark."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_STYLE = """
+:root { --ink: #1c1e21; --soft: #5d6570; --line: #d9dde3; --paper: #ffffff; --wash: #f5f6f8; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6e8eb; --soft: #9aa3ae; --line: #363b42; --paper: #16181b; --wash: #1f2226; }
+}
+* { box-sizing: border-box; }
+html { color-scheme: light dark; }
+body { margin: 0 auto; max-width: 46rem; padding: 3rem 1.25rem 5rem; background: var(--paper);
+  color: var(--ink); font: 16px/1.6 system-ui, -apple-system, "Segoe UI", sans-serif; }
+h1 { font-size: 1.75rem; line-height: 1.25; letter-spacing: -0.01em; margin: 0 0 0.5rem; }
+h2 { font-size: 1.15rem; margin: 2.75rem 0 0.5rem; }
+p { margin: 0.5rem 0 1rem; }
+.lead { font-size: 1.1rem; }
+.soft, figcaption, caption { color: var(--soft); font-size: 0.9rem; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; margin: 1rem 0; font-size: 0.92rem;
+  font-variant-numeric: tabular-nums; }
+caption { text-align: left; padding-bottom: 0.4rem; }
+th, td { padding: 0.4rem 0.75rem 0.4rem 0; text-align: right; border-top: 1px solid var(--line);
+  white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; white-space: normal; }
+thead th { border-top: 0; color: var(--soft); font-weight: 500; }
+figure { margin: 1.25rem 0; }
+/* Pictures keep their own white ground, so their colours stay the ones that were chosen. */
+figure img { display: block; width: 100%; background: #fff; border-radius: 6px;
+  border: 1px solid var(--line); }
+figcaption { margin-top: 0.4rem; }
+pre { background: var(--wash); padding: 0.75rem 1rem; border-radius: 6px; overflow-x: auto;
+  font-size: 0.85rem; }
+"""
+
+
+class Report:
+    """Collects blocks in reading order; every text is escaped."""
+
+    def __init__(self, title: str, lead: str) -> None:
+        self._title = title
+        self._blocks = [f"<h1>{_text(title)}</h1>", f'<p class="lead">{_text(lead)}</p>']
+
+    def heading(self, text: str) -> None:
+        self._blocks.append(f"<h2>{_text(text)}</h2>")
+
+    def paragraph(self, text: str, *, soft: bool = False) -> None:
+        kind = ' class="soft"' if soft else ""
+        self._blocks.append(f"<p{kind}>{_text(text)}</p>")
+
+    def table(
+        self, header: Sequence[str], rows: Sequence[Sequence[str]], *, caption: str = ""
+    ) -> None:
+        head = "".join(f'<th scope="col">{_text(cell)}</th>' for cell in header)
+        body = "".join(
+            "<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>" for row in rows
+        )
+        title = f"<caption>{_text(caption)}</caption>" if caption else ""
+        self._blocks.append(
+            f'<div class="scroll"><table>{title}<thead><tr>{head}</tr></thead>'
+            f"<tbody>{body}</tbody></table></div>"
+        )
+
+    def picture(self, figure: Figure, *, alt: str, caption: str) -> None:
+        """Embed a matplotlib figure; `alt` says in words what it shows."""
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=160, bbox_inches="tight")
+        data = base64.b64encode(buffer.getvalue()).decode()
+        self._blocks.append(
+            f'<figure><img alt="{_text(alt)}" src="data:image/png;base64,{data}">'
+            f"<figcaption>{_text(caption)}</figcaption></figure>"
+        )
+
+    def code(self, text: str) -> None:
+        self._blocks.append(f"<pre>{_text(text)}</pre>")
+
+    def html(self) -> str:
+        body = "\n".join(self._blocks)
+        return (
+            '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+            f"<title>{_text(self._title)}</title>\n<style>{_STYLE}</style>\n</head>\n"
+            f"<body>\n{body}\n</body>\n</html>\n"
+        )
+
+    def write(self, path: Path) -> None:
+        write_atomically(path, self.html())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """NaN is not JSON: pass None for what is not known."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    write_atomically(path, text + "\n")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Readers see the old file or the new one, never half of it, whatever is interrupted."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes the file private; a report is as readable as other new files.
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _text(value: str) -> str:
+    return html.escape(str(value), quote=True)

@@ -1,0 +1,114 @@
+"""The command line is short, quick, and keeps stdout for what was asked."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from fastdistill.doctor import Finding, Findings, examine
+
+RUN = [sys.executable, "-c", "from fastdistill.cli import main; main()"]
+
+
+def run(*arguments, **environment):
+    return subprocess.run(
+        [*RUN, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **environment},
+    )
+
+
+def test_help_is_short_and_quick():
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        found = run("--help")
+        seconds.append(time.perf_counter() - start)
+    assert found.returncode == 0
+    assert len(found.stdout.splitlines()) <= 40
+    for verb in ("demo", "doctor"):
+        assert verb in found.stdout
+    # 0.5 s on a quiet machine; a busy one must not turn this red.
+    assert min(seconds) < 1.0
+
+
+def test_importing_the_command_line_imports_nothing_heavy():
+    heavy = ("torch", "transformers", "matplotlib", "numpy")
+    code = f"import sys, fastdistill.cli; print([m for m in {heavy} if m in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+def test_doctor_prints_one_json_document():
+    found = run("doctor", "--json")
+    assert found.returncode == 0
+    document = json.loads(found.stdout)
+    assert document["ok"] is True
+    assert document["impl"] in ("torch", "triton")
+    assert document["impl_why"]
+    names = [finding["name"] for finding in document["findings"]]
+    assert {"python", "torch", "transformers", "accelerate", "GPU", "triton"} <= set(names)
+
+
+def test_doctor_is_plain_without_a_terminal():
+    found = run("doctor")
+    assert found.returncode == 0
+    assert "\x1b" not in found.stdout
+    assert "impl: " in found.stdout
+    assert found.stderr == ""
+
+
+def test_what_is_missing_comes_with_one_command():
+    for finding in examine().findings:
+        assert (finding.status == "ok") == (finding.mend is None), finding
+        assert "\n" not in (finding.mend or "")
+
+
+def test_broken_is_not_ok():
+    broken = Finding(name="torch", status="broken", detail="1.0 is too old", mend="pip install")
+    found = Findings(findings=[broken], impl="torch", impl_why="", machine={})
+    assert not found.ok
+    assert found.as_json()["ok"] is False
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("demo", "--stepz", "3"), "--steps"),
+        (("demos",), "demo"),
+        (("demo", "--steps", "0"), "--steps"),
+        (("demo", "--seeds", "many"), "--seeds"),
+        (("demo", "--data", "/does/not/exist", "--out", "{tmp}"), "expected a text file"),
+    ],
+)
+def test_bad_input_is_exit_2_and_no_traceback(tmp_path, arguments, words):
+    found = run(*(a.format(tmp=tmp_path) for a in arguments), COLUMNS="200")
+    assert found.returncode == 2
+    assert words in found.stderr
+    assert "Traceback" not in found.stderr
+    assert found.stdout == ""
+
+
+def test_demo_json_is_pure_and_files_are_written(tmp_path):
+    found = run(
+        *("demo", "--out", str(tmp_path), "--seeds", "1", "--steps", "2", "--batch-size", "2"),
+        *("--k", "8", "--json"),
+    )
+    assert found.returncode == 0, found.stderr
+    document = json.loads(found.stdout)
+    assert document == json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert "\x1b" not in found.stderr
+    assert (tmp_path / "report.html").is_file()
+
+
+def test_version():
+    found = run("--version")
+    assert found.returncode == 0
+    assert found.stdout.strip().count(".") >= 1

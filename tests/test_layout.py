@@ -1,0 +1,202 @@
+"""The shape of the repository, read from the sources: which way imports point, how big files get.
+
+A new module fails here until it has a place in LAYERS: the lowest layer that it can live in.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE, KERNELS = ROOT / "fastdistill", ROOT / "kernels"
+
+# Low to high. A module of fastdistill imports from its own layer and from those above it in this
+# table, never from those below. kernels/ is under them all and imports only its siblings.
+LAYERS = {
+    "mathematics": "backend checks compat dense fused losses modules operands outputs primitive"
+    " reference scores",
+    "models": "cache corpus data fingerprint heads intervals quant remembering teacher",
+    "training": "audits config objective panel progress report trainer",
+    "studies": "demo demo_models demo_report demo_result experiment organisms strategies",
+    "commands": "__main__ cli doctor plan",
+}
+# Beside each other in one layer, and still never imported by the one on the left.
+NEVER = {
+    "audits": "objective panel trainer",
+    "trainer": "audits report",
+}
+# What the kernels may import from outside, and where the rest of the rules apply.
+KERNEL_DEPENDENCIES = {"torch", "triton"}
+READS_ENVIRONMENT = {"fastdistill/backend.py"}
+LINE_BUDGET = {"kernels": 400, "fastdistill": 300, "tests": 250, "benchmarks": 300}
+
+RANK = {name: i for i, names in enumerate(LAYERS.values()) for name in names.split()}
+LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names.split()}
+
+
+class Import(NamedTuple):
+    target: str  # absolute dotted name; of `from a import b`, a.b
+    line: int
+    in_function: bool
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    if parts[0] == "kernels":
+        parts = ("fastdistill", *parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(source: str, name: str, is_package: bool = False) -> Iterator[Import]:
+    """Every import of a module, also those inside functions and under TYPE_CHECKING."""
+
+    def visit(node: ast.AST, in_function: bool) -> Iterator[Import]:
+        if isinstance(node, ast.Import):
+            yield from (Import(a.name, node.lineno, in_function) for a in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                up = node.level - is_package
+                package = name.split(".")[: -up or None]
+                base = ".".join([*package, *filter(None, [node.module])])
+            yield from (Import(f"{base}.{a.name}", node.lineno, in_function) for a in node.names)
+        function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        for child in ast.iter_child_nodes(node):
+            yield from visit(child, in_function or function)
+
+    yield from visit(ast.parse(source), False)
+
+
+def imports_of(path: Path) -> list[Import]:
+    return list(imports(path.read_text(), module_name(path), path.name == "__init__.py"))
+
+
+def sources(*folders: str) -> list[Path]:
+    """Python files under these folders; the symlink fastdistill/kernels is not entered."""
+    found = []
+    for folder in folders:
+        for at, directories, files in os.walk(ROOT / folder):
+            directories[:] = [d for d in directories if d != "__pycache__"]
+            found += [Path(at, f) for f in files if f.endswith(".py")]
+    return sorted(found)
+
+
+def own(name: str) -> str | None:
+    """Which module of ours a dotted name means: `fastdistill.quant.lut4.pack` -> `quant`."""
+    head, _, rest = name.partition(".")
+    return rest.partition(".")[0] if head == "fastdistill" else None
+
+
+def where(path: Path, line: int) -> str:
+    return f"{path.relative_to(ROOT)}:{line}"
+
+
+def ids(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+MODULES = [p for p in sources("fastdistill") if p != PACKAGE / "__init__.py"]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=ids)
+def test_imports_point_down(path: Path):
+    me = own(module_name(path))
+    assert me in RANK, f"{ids(path)}: give `{me}` a place in LAYERS of tests/test_layout.py"
+    for target, line, _ in imports_of(path):
+        other = own(target)
+        if other in (None, me, "kernels", "_ext", "__version__"):
+            continue
+        assert other in RANK, (
+            f"{where(path, line)} imports {target}: inside the package, import a name from the "
+            f"module that owns it"
+        )
+        assert RANK[other] <= RANK[me], (
+            f"{where(path, line)}: {me} ({LAYER_OF[me]}) imports {other} ({LAYER_OF[other]}), "
+            f"a higher layer"
+        )
+        assert other not in NEVER.get(me, "").split(), (
+            f"{where(path, line)}: {me} must not import {other}"
+        )
+
+
+@pytest.mark.parametrize("path", sources("kernels"), ids=ids)
+def test_kernels_import_torch_triton_and_siblings_only(path: Path):
+    for target, line, _ in imports_of(path):
+        if own(target) is not None:
+            assert target.startswith("fastdistill.kernels."), f"{where(path, line)}: {target}"
+        else:
+            top = target.partition(".")[0]
+            allowed = top in KERNEL_DEPENDENCIES or top in sys.stdlib_module_names
+            assert allowed, f"{where(path, line)}: kernels may not import {target}"
+
+
+def test_reference_is_imported_only_when_asked_for():
+    for path in MODULES:
+        for target, line, in_function in imports_of(path):
+            if own(target) == "reference":
+                me = own(module_name(path))
+                assert LAYER_OF[me] == "mathematics", f"{where(path, line)} imports the reference"
+                assert in_function, f"{where(path, line)}: import the reference inside the function"
+
+
+def test_only_backend_reads_the_environment():
+    for path in sources("fastdistill", "kernels", "benchmarks", "examples"):
+        if ids(path) in READS_ENVIRONMENT:
+            continue
+        reads = [
+            node.lineno
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Attribute)
+            and isinstance(node.value, ast.Name)
+            and node.value.id == "os"
+            and node.attr in ("environ", "getenv", "putenv", "unsetenv")
+        ]
+        reads += [i.line for i in imports_of(path) if i.target in ("os.environ", "os.getenv")]
+        assert not reads, f"{where(path, reads[0])}: read the environment in fastdistill/backend.py"
+
+
+@pytest.mark.parametrize("folder", LINE_BUDGET)
+def test_files_stay_small(folder: str):
+    sizes = {ids(p): len(p.read_text().splitlines()) for p in sources(folder)}
+    over = {name: n for name, n in sizes.items() if n > LINE_BUDGET[folder]}
+    assert not over, f"over {LINE_BUDGET[folder]} lines: {over}"
+
+
+def test_kernels_is_one_folder_reached_through_a_relative_link():
+    assert not (KERNELS / "__init__.py").exists(), "it would shadow the PyPI package `kernels`"
+    link = PACKAGE / "kernels"
+    assert link.is_symlink()
+    assert os.readlink(link) == "../kernels"
+    assert link.resolve() == KERNELS
+
+
+def test_every_package_is_listed_in_setup_py():
+    tree = ast.parse((ROOT / "setup.py").read_text())
+    listed = next(
+        ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "PACKAGES"
+    )
+    here = [module_name(p) for p in sources("fastdistill") if p.name == "__init__.py"]
+    assert sorted(listed) == sorted([*here, "fastdistill.kernels"])
+
+
+def test_the_import_reader_sees_every_form():
+    source = (
+        "import a.b\nfrom . import c\nfrom ..d import e\ndef f():\n    from fastdistill import g"
+    )
+    assert [i.target for i in imports(source, "fastdistill.x.y")] == [
+        "a.b",
+        "fastdistill.x.c",
+        "fastdistill.d.e",
+        "fastdistill.g",
+    ]
+    assert [i.in_function for i in imports(source, "fastdistill.x.y")] == [False] * 3 + [True]
+    assert next(imports("from . import c", "fastdistill.x", True)).target == "fastdistill.x.c"
