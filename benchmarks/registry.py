@@ -117,8 +117,9 @@ def command() -> str:
 
 
 def relative(found: Tensor, truth: Tensor) -> float:
-    truth = truth.double()
-    return float((found.double() - truth).norm() / truth.norm().clamp(min=1e-300))
+    truth = truth.detach().double()
+    error = (found.detach().double() - truth).norm() / truth.norm().clamp(min=1e-300)
+    return error.item()
 
 
 def gradient_error(found: Gradients, truth: Gradients) -> float:
@@ -227,20 +228,18 @@ def write(rows: list[Row], path: Path) -> None:
 
 
 def table(rows: list[Row]) -> str:
-    """Plain text, each row's time and memory beside the case's first contender."""
-    lines = [
-        f"{'op':10} {'impl':18} {'dtype':9} {'ms':>9} {'ratio':>6} {'MB':>8} {'ratio':>6}  error"
-    ]
+    """Plain text; time and memory also as a ratio to the first row of the same shape and dtype."""
+    form = "{:12} {:16} {:9} {:>9} {:>7} {:>7} {:>6} {:>7}"
+    lines = [form.format("op", "impl", "dtype", "ms", "ratio", "MB", "ratio", "error")]
     first: dict[tuple[Any, ...], Row] = {}
     for r in rows:
-        base = first.setdefault((r.op, r.dtype, r.N, r.V), r)
+        base = first.setdefault((r.dtype, r.N, r.V), r)
         if r.missing or r.ms_median is None or base.ms_median is None:
-            lines.append(f"{r.op:10} {r.impl:18} {r.dtype:9} missing on this machine")
+            lines.append(f"{r.op:12} {r.impl:16} {r.dtype:9} missing on this machine")
             continue
-        share = r.peak_mb / base.peak_mb if r.peak_mb and base.peak_mb else float("nan")
-        lines.append(
-            f"{r.op:10} {r.impl:18} {r.dtype:9} {r.ms_median:9.1f} "
-            f"{r.ms_median / base.ms_median:6.2f} {r.peak_mb or float('nan'):8.0f} {share:6.2f}  "
-            f"{r.grad_error:.2%}"
-        )
+        time, ratio = f"{r.ms_median:.1f}", f"{r.ms_median / base.ms_median:.3f}"
+        memory = "—" if r.peak_mb is None else f"{r.peak_mb:.0f}"
+        share = f"{r.peak_mb / base.peak_mb:.2f}" if r.peak_mb and base.peak_mb else "—"
+        error = f"{r.grad_error:.2%}"
+        lines.append(form.format(r.op, r.impl, r.dtype, time, ratio, memory, share, error))
     return "\n".join(lines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from .dense import linear_distill_loss
@@ -18,10 +19,15 @@ class FusedLinearJSD(nn.Module):
     Args:
         jsd_beta: β in [0, 1]. ignore_index: label of positions to leave out.
         temperature: divides both logits.
+        accum_dtype: taken for the call's sake; gradients are summed in fp32 whatever it says.
     """
 
     def __init__(
-        self, jsd_beta: float = 0.5, ignore_index: int = -100, temperature: float = 1.0
+        self,
+        jsd_beta: float = 0.5,
+        ignore_index: int = -100,
+        temperature: float = 1.0,
+        accum_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.jsd_beta = jsd_beta

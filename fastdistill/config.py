@@ -77,6 +77,8 @@ class DistillConfig(TrainingArguments):
                 raise ValueError(
                     f"{name}: expected it unset, got {getattr(self, name)!r}: {reason}"
                 )
+        if self.use_cpu:
+            self.dataloader_pin_memory = False
         super().__post_init__()
 
 

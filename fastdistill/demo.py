@@ -52,7 +52,7 @@ def run_demo(
     data: str | Path | None = None,
     seeds: int = 3,
     steps: int = 300,
-    k: int = 32,
+    k: int = 64,
     batch_size: int = 8,
     teacher_steps: int = 400,
 ) -> DemoResult:

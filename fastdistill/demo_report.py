@@ -6,6 +6,7 @@ from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from .demo_result import ARMS, METRICS, DemoResult
 from .intervals import Estimate
@@ -170,8 +171,10 @@ def _bars(result: DemoResult) -> Figure:
             dots = [run.metrics[name] for run in result.runs if run.arm == column]
             axes.scatter([x] * len(dots), dots, s=8, color="black", zorder=3)
         axes.set_title(METRICS[name].title)
-        axes.set_xticks(range(len(columns)), [c.replace(" ", "\n") for c in columns], fontsize=7)
+        axes.set_xticks([])
+    handles = [Patch(color=_COLOUR[c], alpha=0.85, label=c) for c in ("teacher", *ARMS)]
     figure.tight_layout()
+    figure.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, -0.08), ncols=3)
     return figure
 
 

@@ -96,6 +96,11 @@ class Teacher:
 
 
 def _tokenizer_beside(path: Path) -> Any:
-    if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+    """The tokenizer stored with the weights, or None where there is none."""
+    files = ("tokenizer.json", "tokenizer_config.json")
+    if path.is_dir() and not any((path / name).is_file() for name in files):
         return None
-    return AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+    try:
+        return AutoTokenizer.from_pretrained(path.as_posix(), trust_remote_code=False)
+    except OSError:  # a repository of weights alone
+        return None

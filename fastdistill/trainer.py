@@ -31,6 +31,11 @@ from .teacher import Teacher, TopKTeacher
 
 logger = logging.getLogger(__name__)
 
+_UNPROVED = (
+    " Pass processing_class and the teacher's tokenizer to have it proved that they share a "
+    "vocabulary."
+)
+
 Examples = Dataset | list[dict[str, Any]]
 
 
@@ -50,8 +55,8 @@ class DistillTrainer(Trainer):
 
     `evaluate` gives loss, nll, perplexity and top1 (accuracy), and with a teacher kl (bucket tail),
     agreement (share of positions where both rank the same token first), teacher_mass and
-    student_mass; all are means over target tokens, and no logits are gathered. Router losses of
-    mixture-of-experts models are not added.
+    student_mass; all are means over target tokens, and no logits are gathered. `predict` gives the
+    sums behind them, one row of EVAL_COLUMNS per sequence.
     """
 
     loss_is_scaled_for_ga = True  # read by transformers >= 5.19
@@ -72,6 +77,8 @@ class DistillTrainer(Trainer):
             raise TypeError(f"args: expected a DistillConfig, got {type(args).__name__}")
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a causal language model, got {type(model).__name__}")
+        if teacher is model:
+            raise ValueError("teacher: expected another model, got the student itself")
         if teacher is None and args.ce_weight != 1.0:
             raise ValueError(
                 f"teacher: expected one, got None with ce_weight={args.ce_weight:g}. Pass a "
@@ -87,7 +94,7 @@ class DistillTrainer(Trainer):
                 "model: expected config.output_router_logits=False, got True: the router's loss "
                 "would be dropped, since the loss is taken at the output head"
             )
-        verify_head(model)
+        head_of(model)  # an adapted or quantised head is refused before anything is built
         super().__init__(
             model=model,
             args=args,
@@ -99,6 +106,7 @@ class DistillTrainer(Trainer):
             compute_metrics=_summarise,
             compute_loss_func=_never_called,
         )
+        verify_head(self.model)
         # With a compute_loss_func and without loss kwargs, every version from 5.0 counts the
         # targets of the accumulated batch, hands the number over, and divides by nothing itself.
         self.model_accepts_loss_kwargs = False
@@ -109,7 +117,8 @@ class DistillTrainer(Trainer):
 
     def _admit(self, teacher: TopKTeacher | PreTrainedModel | str | Path) -> TopKTeacher:
         """Load, place and compare: what can be refused is refused before the first step."""
-        if isinstance(teacher, (nn.Module, str, Path)):
+        loadable = isinstance(teacher, (nn.Module, str, Path))
+        if loadable and not isinstance(teacher, TopKTeacher):
             teacher = Teacher(teacher, impl=self.args.impl)
         if not isinstance(teacher, TopKTeacher):
             raise TypeError(
@@ -127,11 +136,7 @@ class DistillTrainer(Trainer):
             logger.warning(
                 "The student's head has %d rows and the teacher's %d: both are cut to the first "
                 "%d, the others count as padding.%s",
-                *(ours, vocab, self._valid_vocab),
-                ""
-                if compared
-                else " Pass processing_class and the teacher's tokenizer to have "
-                "it proved that they share a vocabulary.",
+                *(ours, vocab, self._valid_vocab, "" if compared else _UNPROVED),
             )
         if self.args.k > min(vocab, ours):
             raise ValueError(

@@ -23,7 +23,7 @@ CALLS = {
 def call(name, x, w, c, t):
     options = dict(CALLS[name])
     if options.pop("labels", False):
-        options["labels"] = c.labels
+        options["labels"] = c.labels.masked_fill(torch.arange(len(c.labels)) % 5 == 1, -100)
     return fd.topk_distill_loss(x, w, t, **options).sum()
 
 
