@@ -101,6 +101,7 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)  # or autograd would make zeros the size of dW for its own slot
     ctx.save_for_backward(output[1], *output[2:])
     ctx.count = len(inputs)
 

@@ -129,6 +129,7 @@ def scale_saved(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)  # or autograd would make zeros the size of dW for its own slot
     ctx.save_for_backward(output[1], *output[7:])
     ctx.count = len(inputs)
 

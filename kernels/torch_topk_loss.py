@@ -134,7 +134,7 @@ def fused(
             seen_entropy.append(entropy_of(gathered, stats.mean_rest, first_slots(ids))[0])
         if g is not None:
             _chunk_grads(head, hidden_NH[at], ids, stats, g, keep, i == 0, at, dx, dw, db)
-    del keep_V1n  # before dW is rounded: the peak is a chunk or a rounded copy, not both
+    del keep_V1n, keep  # before dW is rounded: the peak is a chunk or a rounded copy, not both
     if dw is not None:
         dw[head.vocab :] = 0
         dw = dw.to(head.weight.dtype)
