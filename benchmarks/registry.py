@@ -2,11 +2,13 @@
 
 A case names what is computed and on which shape; its contenders compute it in different ways. They
 are timed in turns (A B C A B C …) in one process, so that a ratio between them survives a machine
-whose speed drifts; peak memory is what a call adds to the resident set, or to the CUDA allocator.
+whose speed drifts; peak memory is what a call adds to torch's allocator.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import os
 import platform
@@ -22,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from fastdistill.backend import describe, package_versions
 
@@ -145,36 +148,22 @@ def gate(case: Case) -> dict[str, float]:
     return errors
 
 
-class PeakMemory:
-    """MB that the body of a `with` adds at its peak; None where it cannot be read."""
+def peak_mb(run: Callable[[], object]) -> float:
+    """MB that `run` adds to what torch has allocated, at its peak.
 
-    mb: float | None = None
-
-    def __enter__(self) -> PeakMemory:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            self.before = torch.cuda.memory_allocated() / 1e6
-            return self
-        try:
-            Path("/proc/self/clear_refs").write_text("5")
-            self.before = _status("VmRSS")
-        except OSError:
-            self.before = None
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if torch.cuda.is_available():
-            self.mb = torch.cuda.max_memory_allocated() / 1e6 - self.before
-        elif self.before is not None:
-            self.mb = _status("VmHWM") - self.before
-
-
-def _status(key: str) -> float:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key):
-            return int(line.split()[1]) * 1024 / 1e6
-    raise OSError(key)
+    On CPU from the allocator's own events: the resident set would also count what the C library
+    kept from before, or miss what it takes from there.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        run()
+    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
+    return max(held, default=0) / 1e6
 
 
 def measure(case: Case, repeats: int, say: Callable[[str], None] = print) -> list[Row]:
@@ -183,21 +172,17 @@ def measure(case: Case, repeats: int, say: Callable[[str], None] = print) -> lis
     data = case.make(case.shape, case.dtype)
     running = [c for c in case.contenders if c.impl in errors]
     times: dict[str, list[float]] = {c.impl: [] for c in running}
-    peaks: dict[str, list[float]] = {c.impl: [] for c in running}
-    for turn in range(repeats + 1):  # the first warms up
+    # The memory pass warms up, and is not timed: recording allocations takes time of its own.
+    peaks = {c.impl: peak_mb(functools.partial(c.run, data)) for c in running if c.run}
+    for turn in range(repeats):
         for contender in running:
             assert contender.run is not None
-            with PeakMemory() as memory:
-                started = time.perf_counter()
-                contender.run(data)
-                if torch.cuda.is_available():
-                    torch.cuda.synchronize()
-                elapsed = time.perf_counter() - started
-            if turn:
-                times[contender.impl].append(elapsed * 1e3)
-                if memory.mb is not None:
-                    peaks[contender.impl].append(memory.mb)
-        say(f"  {case.op} {str(case.dtype)[6:]} turn {turn} of {repeats}")
+            started = time.perf_counter()
+            contender.run(data)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            times[contender.impl].append((time.perf_counter() - started) * 1e3)
+        say(f"  {case.op} {str(case.dtype)[6:]} turn {turn + 1} of {repeats}")
     rows = []
     for contender in case.contenders:
         row = Row(
@@ -211,7 +196,7 @@ def measure(case: Case, repeats: int, say: Callable[[str], None] = print) -> lis
         row.ms_median = statistics.median(ms)
         quantiles = statistics.quantiles(ms, n=5, method="inclusive") if len(ms) > 1 else ms * 4
         row.ms_p20, row.ms_p80 = quantiles[0], quantiles[3]
-        row.peak_mb = statistics.median(peaks[contender.impl]) if peaks[contender.impl] else None
+        row.peak_mb = peaks[contender.impl]
         row.grad_error = errors[contender.impl]
     return rows
 

@@ -97,7 +97,7 @@ def train_model(
                 per_device_train_batch_size=batch_size,
                 learning_rate=learning_rate,
                 lr_scheduler_type="cosine",
-                warmup_steps=max(1, min(100, steps // 20)),
+                warmup_steps=max(1, min(100, steps // 10)),
                 adam_beta2=0.95,
                 weight_decay=0.1,
                 seed=seed,
