@@ -27,6 +27,7 @@ SLAB_BYTES = 8 << 20  # stays in the last-level cache of a CPU and the L2 of a d
 SLAB_ROWS = (64, 4096)
 BLOCK_TOKENS = 1024
 CHUNK_BYTES = (32 << 20, 512 << 20)
+MIN_CHUNK_TOKENS = 96
 SHARE_OF_MATERIALISED = 0.38  # the fused loss's target; materialising holds three fp32 [N, V]
 
 
@@ -70,21 +71,25 @@ def blocks(tokens: int, size: int) -> Iterator[slice]:
 
 def chunk_tokens(head: Head, tokens: int, weight_grad: bool) -> int:
     """Tokens per chunk of the fused loss: its kept logits plus the weight gradient stay below
-    SHARE_OF_MATERIALISED of three fp32 [N, V], within CHUNK_BYTES, and below all tokens.
+    SHARE_OF_MATERIALISED of three fp32 [N, V], within CHUNK_BYTES, and below all tokens, but are
+    never so few that reading W dominates.
 
-    Two chunks are preferred, since then a 16-bit dW needs no fp32 accumulator beside it.
+    Two chunks are preferred where they fit or need no more, since then a 16-bit dW needs no fp32
+    accumulator beside it.
     """
     row_bytes = head.vocab * head.dtype.itemsize
     share = int(SHARE_OF_MATERIALISED * 3 * tokens * row_bytes)
+    floor = max(CHUNK_BYTES[0], MIN_CHUNK_TOKENS * row_bytes)
 
     def fits(gradient_bytes: int) -> int:
         budget = share - weight_grad * head.weight.numel() * gradient_bytes
-        return max(CHUNK_BYTES[0], min(CHUNK_BYTES[1], budget)) // row_bytes
+        return max(floor, min(CHUNK_BYTES[1], budget)) // row_bytes
 
-    half = -(-tokens // 2)
-    if fits(head.weight.element_size()) >= half:
-        return half
+    half, stored = -(-tokens // 2), head.weight.element_size()
     chunk = fits(head.dtype.itemsize)
+    saved = weight_grad * head.weight.numel() * (head.dtype.itemsize - stored)
+    if half <= fits(stored) or half * row_bytes <= min(CHUNK_BYTES[1], chunk * row_bytes + saved):
+        return half
     return max(1, chunk - chunk % 32 if chunk > 32 else chunk)  # whole tiles of the library GEMM
 
 
