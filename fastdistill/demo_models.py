@@ -41,7 +41,7 @@ class Size:
 
 
 TEACHER = Size(hidden=256, layers=4, heads=4)
-STUDENT = Size(hidden=96, layers=2, heads=3)
+STUDENT = Size(hidden=128, layers=2, heads=4)
 
 
 def new_llama(size: Size, *, vocab_size: int, seed: int) -> LlamaForCausalLM:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 from dataclasses import dataclass
 from typing import Any
@@ -10,9 +9,7 @@ from typing import Any
 from .backend import describe
 
 _OPTIONAL = {
-    "peft": ("LoRA and QLoRA students", "pip install 'fastdistill[peft]'"),
-    "bitsandbytes": ("NF4 teachers on older GPUs", "pip install 'fastdistill[bnb]'"),
-    "flash-attn": ("faster attention on long sequences", "pip install 'fastdistill[flash]'"),
+    "flash-attn": ("models loaded with attn_implementation", "pip install flash-attn"),
 }
 _REQUIRED = {"torch": (2, 8), "transformers": (5, 0), "accelerate": (1, 10)}
 
@@ -53,7 +50,7 @@ def examine() -> Findings:
     packages = seen["packages"]
     found = [_python(seen), *(_required(name, packages.get(name)) for name in _REQUIRED)]
     found.append(_gpu(seen))
-    found.append(_triton(seen, packages.get("triton")))
+    found.append(_triton(packages.get("triton")))
     found.append(_extension(seen))
     for name, (use, mend) in _OPTIONAL.items():
         version = packages.get(name)
@@ -96,17 +93,9 @@ def _gpu(seen: dict[str, Any]) -> Finding:
     return Finding(name="GPU", status="ok", detail=detail)
 
 
-def _triton(seen: dict[str, Any], version: str | None) -> Finding:
-    if version is not None and importlib.util.find_spec("triton") is not None:
-        return Finding(name="triton", status="ok", detail=version)
-    if not seen["cuda"]:
-        return Finding(name="triton", status="ok", detail="not installed, and not used on a CPU")
-    return Finding(
-        name="triton",
-        status="missing",
-        detail="the GPU runs the slower torch implementation",
-        mend="pip install -U triton",
-    )
+def _triton(version: str | None) -> Finding:
+    here = "not installed" if version is None else version
+    return Finding(name="triton", status="ok", detail=f"{here}; this version does not use it yet")
 
 
 def _extension(seen: dict[str, Any]) -> Finding:
@@ -116,7 +105,7 @@ def _extension(seen: dict[str, Any]) -> Finding:
         name="fastdistill._ext",
         status="missing",
         detail="the C++ extension was not built; everything runs on PyTorch instead",
-        mend="pip install --force-reinstall --no-deps fastdistill  # with a C++ compiler at hand",
+        mend="pip install --force-reinstall --no-deps .  # in the checkout, with a C++ compiler",
     )
 
 
