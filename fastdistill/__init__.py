@@ -1,22 +1,21 @@
 """Distillation losses straight from hidden states and the LM head, and a trainer around them.
 
-Importing this costs what importing torch costs: the trainer, which needs transformers, is loaded
-when it is first named.
+Importing this imports nothing else: every name below is loaded when it is first used, so that the
+command line answers at once and the losses do not wait for transformers.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from . import compat
-from .dense import linear_distill_loss
-from .losses import topk_distill, topk_distill_loss
-from .modules import LinearDistillLoss, TopKDistillLoss
-from .outputs import DistillOutput, SelectedLogits, TokenScores, TopK
-from .primitive import linear_lse_gather, linear_topk
-from .scores import token_scores
-
 if TYPE_CHECKING:
+    from . import compat
     from .config import DistillConfig
+    from .dense import linear_distill_loss
+    from .losses import topk_distill, topk_distill_loss
+    from .modules import LinearDistillLoss, TopKDistillLoss
+    from .outputs import DistillOutput, SelectedLogits, TokenScores, TopK
+    from .primitive import linear_lse_gather, linear_topk
+    from .scores import token_scores
     from .trainer import DistillTrainer
 
 __version__ = "0.1.0"
@@ -39,13 +38,32 @@ __all__ = [
     "topk_distill_loss",
 ]
 
-_LATER = {"DistillConfig": "config", "DistillTrainer": "trainer"}
+_MODULE_OF = {
+    "DistillConfig": "config",
+    "DistillOutput": "outputs",
+    "DistillTrainer": "trainer",
+    "LinearDistillLoss": "modules",
+    "SelectedLogits": "outputs",
+    "TokenScores": "outputs",
+    "TopK": "outputs",
+    "TopKDistillLoss": "modules",
+    "linear_distill_loss": "dense",
+    "linear_lse_gather": "primitive",
+    "linear_topk": "primitive",
+    "token_scores": "scores",
+    "topk_distill": "losses",
+    "topk_distill_loss": "losses",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LATER:
+    if name == "compat":
+        return import_module(".compat", __name__)
+    if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_LATER[name]}", __name__), name)
+    found = getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
+    globals()[name] = found
+    return found
 
 
 def __dir__() -> list[str]:
