@@ -59,6 +59,7 @@ class Case:
     truth: Callable[[Any], Gradients]
     contenders: tuple[Contender, ...]
     gate_shape: Shape
+    reset: Callable[[Any], None]  # before every run, and not timed
     budget: float = 3e-3
 
 
@@ -136,6 +137,7 @@ def gate(case: Case) -> dict[str, float]:
     truth = case.truth(data)
     errors = {}
     for contender in case.contenders:
+        case.reset(data)
         found = None if contender.run is None else contender.run(data)
         if found is None:
             continue
@@ -177,6 +179,7 @@ def measure(case: Case, repeats: int, say: Callable[[str], None] = print) -> lis
     for turn in range(repeats):
         for contender in running:
             assert contender.run is not None
+            case.reset(data)
             started = time.perf_counter()
             contender.run(data)
             if torch.cuda.is_available():

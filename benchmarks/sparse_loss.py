@@ -42,12 +42,16 @@ def make(shape: Shape, dtype: torch.dtype) -> Data:
     return Data(hidden, weight, fd.TopK(ids, near - lse.unsqueeze(-1), z.lse_rest - lse))
 
 
+def reset(data: Data) -> None:
+    for leaf in data[:2]:
+        assert leaf.grad is not None
+        leaf.grad.zero_()
+
+
 def backward(data: Data, loss: Tensor) -> Gradients:
+    loss.backward()
     assert data.hidden.grad is not None
     assert data.weight.grad is not None
-    data.hidden.grad.zero_()
-    data.weight.grad.zero_()
-    loss.backward()
     return {"hidden": data.hidden.grad, "weight": data.weight.grad}
 
 
@@ -86,7 +90,7 @@ def cases(shape: Shape = ISSUE_SHAPE) -> list[Case]:
             Contender("torch fused", ours(backward="fused")),
             Contender("torch recompute", ours(backward="recompute")),
         )
-        common = {"mode": "both", "shape": shape, "dtype": dtype, "make": make}
+        common = {"mode": "both", "shape": shape, "dtype": dtype, "make": make, "reset": reset}
         found.append(
             Case("topk_loss", truth=truth(), contenders=contenders, gate_shape=GATE_SHAPE, **common)
         )

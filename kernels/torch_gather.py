@@ -45,6 +45,9 @@ def forward(head: Head, hidden_NH: Tensor, ids_NS: Tensor) -> Tensor:
 
 def hidden_grad(head: Head, ids_NS: Tensor, g_NS: Tensor) -> Tensor:
     """Σ_s g_ns W[ids_ns], [N, H] in fp32; g is d(W x) and 0 in empty slots."""
+    if head.weight.dtype == head.dtype:
+        ids_NS = ids_NS.clamp(min=0)
+        return F.embedding_bag(ids_NS, head.weight, mode="sum", per_sample_weights=g_NS)
     dx_NH = g_NS.new_empty(ids_NS.shape[0], head.weight.shape[1])
     for at in _blocks(head, ids_NS):
         dx_NH[at] = torch.bmm(g_NS[at].unsqueeze(1), _rows(head, ids_NS[at])).squeeze(1)
