@@ -53,9 +53,9 @@ def demo(
         Path | None, typer.Option(help="Your own text file or folder; trains a teacher there.")
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Independent repetitions.")] = 3,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of each student.")] = 250,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of each student.")] = 320,
     k: Annotated[int, typer.Option("--k", min=1, help="Teacher tokens per position.")] = 64,
-    batch_size: Annotated[int, typer.Option(min=1, help="Windows of 128 tokens per step.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows of 128 tokens per step.")] = 4,
     teacher_steps: Annotated[int, typer.Option(min=1, help="Teacher steps, with --data.")] = 400,
     as_json: Json = False,
 ) -> None:
