@@ -246,7 +246,7 @@ def _write(result: DemoResult, folder: Path) -> None:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """More threads are a third faster on an idle machine, and several times slower on a busy one."""
+    """A second thread gains little here, and on a busy machine it costs several times the time."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
