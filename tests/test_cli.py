@@ -96,6 +96,7 @@ def test_bad_input_is_exit_2_and_no_traceback(tmp_path, arguments, words):
     assert found.stdout == ""
 
 
+@pytest.mark.slow
 def test_demo_json_is_pure_and_files_are_written(tmp_path):
     found = run(
         *("demo", "--out", str(tmp_path), "--seeds", "1", "--steps", "2", "--batch-size", "2"),
