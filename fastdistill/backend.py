@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import platform
@@ -23,16 +24,57 @@ PACKAGES = (
 )
 
 
-def resolve_impl(impl: str) -> str:
-    """The implementation behind `impl`; an explicit choice that cannot run raises."""
+TRITON_CAPABILITY = (8, 0)  # bf16 matrix instructions
+
+
+@functools.cache
+def no_triton(device_type: str, index: int | None) -> str | None:
+    """Why the Triton kernels cannot run on this device, or None if they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    if device_type == "cpu":
+        from triton import knobs
+
+        if knobs.runtime.interpret:
+            return None
+        return (
+            "they need CUDA tensors; on a CPU they run, slowly, in Triton's interpreter only "
+            "(TRITON_INTERPRET=1 before the first import)"
+        )
+    if device_type != "cuda":
+        return f"they run on CUDA devices, not on {device_type!r}"
+    capability = torch.cuda.get_device_capability(index)
+    if capability < TRITON_CAPABILITY:
+        return f"compute capability {capability} is below {TRITON_CAPABILITY}"
+    return None
+
+
+def automatic(device_type: str, index: int | None) -> str:
+    """What impl="auto" means on a device: Triton on a GPU that can, else chunked PyTorch."""
+    return "triton" if device_type == "cuda" and no_triton(device_type, index) is None else "torch"
+
+
+@torch.compiler.assume_constant_result
+def _resolve(impl: str, device_type: str, index: int | None) -> str:
     if impl not in IMPLS:
         raise ValueError(f"impl: expected one of {IMPLS}, got {impl!r}")
-    if impl == "triton":
+    if impl == "auto":
+        return automatic(device_type, index)
+    why = no_triton(device_type, index) if impl == "triton" else None
+    if why is not None:
         raise ValueError(
-            "impl: 'triton' cannot run, because this version has no Triton kernels yet; "
-            "use impl='torch' (chunked, on CPU and CUDA) or impl='auto'"
+            f"impl: 'triton' cannot run, because {why}; use impl='torch' (chunked, on CPU and "
+            f"CUDA) or impl='auto'"
         )
-    return "torch" if impl == "auto" else impl
+    return impl
+
+
+def resolve_impl(impl: str, device: torch.device | None = None) -> str:
+    """The implementation behind `impl` for tensors on `device` (by default, on the first GPU or
+    the CPU); an explicit choice that cannot run raises."""
+    if device is None:
+        device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    return _resolve(impl, device.type, device.index)
 
 
 def package_versions() -> dict[str, str | None]:
@@ -64,6 +106,9 @@ def describe() -> dict[str, Any]:
         for i in range(torch.cuda.device_count())
     ]
     ext = extension()
+    chosen = resolve_impl("auto")
+    kind = "cuda" if cuda else "cpu"
+    why = no_triton(kind, 0 if cuda else None) or "this GPU runs the Triton kernels"
     return {
         "python": platform.python_version(),
         "machine": platform.machine(),
@@ -73,6 +118,6 @@ def describe() -> dict[str, Any]:
         "packages": package_versions(),
         "extension": None if ext is None else ext.build_info(),
         "cpu_features": {} if ext is None else ext.cpu_features(),
-        "impl": resolve_impl("auto"),
-        "impl_why": "the chunked PyTorch backend is the only one in this version",
+        "impl": chosen,
+        "impl_why": why,
     }

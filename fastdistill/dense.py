@@ -10,10 +10,11 @@ from torch import Tensor
 from . import checks
 from .backend import resolve_impl
 from .fused import keep_gradients, needs
+from .kernels.dense_loss import dense
+from .kernels.engines import engine
+from .kernels.head import Head
 from .kernels.op_dense import dense_loss, dense_rows
 from .kernels.rows import RowOptions
-from .kernels.torch_dense_loss import dense as torch_dense
-from .kernels.torch_slabs import Head
 from .losses import Divergence
 from .operands import check_mix, check_reduction, counting, operands
 
@@ -66,8 +67,8 @@ def linear_distill_loss(
     Raises:
         ValueError or TypeError naming the argument, what was expected and what came.
     """
-    impl = resolve_impl(impl)
     ops = operands(hidden, weight, bias, logit_scale, softcap, temperature, valid_vocab)
+    impl = resolve_impl(impl, hidden.device)
     teacher = operands(
         teacher_hidden,
         teacher_weight,
@@ -142,7 +143,8 @@ def _run(
                         "a callable", "with a dense teacher it needs the fused pass")  # fmt: skip
 
         def run(coef: Tensor, x: Tensor, head: Head, need: list[bool]) -> Any:
-            return torch_dense(
+            return dense(
+                engine(impl),
                 head,
                 x,
                 teacher,
@@ -174,8 +176,8 @@ def _run(
         head.vocab,
     )
     if per_row:
-        return None, dense_rows(*left, *right, *scalars)
-    loss, rows, *_ = dense_loss(*left, coef_N, *right, *scalars, needs(x, head))
+        return None, dense_rows(*left, *right, *scalars, impl)
+    loss, rows, *_ = dense_loss(*left, coef_N, *right, *scalars, needs(x, head), impl)
     return loss, rows
 
 

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from . import checks
+from .kernels.engines import engine
+from .kernels.head import Head
 from .kernels.op_common import or_none
 from .kernels.op_gather import gather_logits, lse_gather
 from .kernels.op_losses import scale_saved, topk_loss
 from .kernels.rows import Gathered, RowOptions, entropy_of, first_slots, rows_forward
-from .kernels.torch_slabs import Head
-from .kernels.torch_topk_loss import callable_rows
-from .kernels.torch_topk_loss import fused as torch_fused
+from .kernels.topk_loss import callable_rows
+from .kernels.topk_loss import fused as fused_loss
 from .operands import Payload
 
 
@@ -56,6 +57,7 @@ def recomputed(
     label_N: Tensor | None,
     options: RowOptions,
     statistics: bool,
+    impl: str,
 ) -> Computed:
     label_N = wanted_label(label_N, options, statistics)
     ids = slots_of(given, label_N)
@@ -71,6 +73,7 @@ def recomputed(
         head.vocab,
         statistics,
         base,
+        impl,
     )
     seen = Gathered(z, lse_rest, lse_base if base else None)
     rows = rows_forward(seen, given.teacher, label_N, options)
@@ -78,7 +81,7 @@ def recomputed(
     return Computed(None, *rows, entropy)
 
 
-def by_rows(x: Tensor, head: Head, given: Payload, options: RowOptions) -> Computed:
+def by_rows(x: Tensor, head: Head, given: Payload, options: RowOptions, impl: str) -> Computed:
     z = gather_logits(
         x,
         head.weight,
@@ -87,6 +90,7 @@ def by_rows(x: Tensor, head: Head, given: Payload, options: RowOptions) -> Compu
         head.logit_scale,
         head.softcap,
         head.temperature,
+        impl,
     )
     rows = rows_forward(Gathered(z, None, None), given.teacher, None, options)
     return Computed(None, *rows, None)
@@ -100,6 +104,7 @@ def fused(
     coef_N: Tensor,
     options: RowOptions,
     statistics: bool,
+    impl: str,
 ) -> Computed:
     label_N = wanted_label(label_N, options, statistics)
     ids = slots_of(given, label_N)
@@ -110,7 +115,8 @@ def fused(
                         "a callable divergence cannot enter an operator")  # fmt: skip
 
         def run(coef: Tensor, x: Tensor, head: Head, need: list[bool]) -> Any:
-            return torch_fused(
+            return fused_loss(
+                engine(impl),
                 head,
                 x,
                 ids,
@@ -149,6 +155,7 @@ def fused(
         base,
         statistics,
         needs(x, head),
+        impl,
     )
     return Computed(loss, per_token, D, mass, or_none(lse), or_none(nll), or_none(entropy))
 

@@ -189,8 +189,8 @@ def _distill(
     statistics: bool,
 ) -> DistillOutput:
     no_group(group)
-    impl = resolve_impl(impl)
     ops = operands(hidden, weight, *head)
+    impl = resolve_impl(impl, hidden.device)
     check_mix(options.divergence, options.beta, options.skew, options.ce_weight, options.z_loss)
     checks.choice("tail", options.tail, TAILS)
     checks.choice("backward", backward, ("auto", "fused", "recompute"))
@@ -228,16 +228,16 @@ def _distill(
     if impl == "reference":
         out = by_reference(x, ops.head, given, label_N, count.coef, options)
     elif options.tail == "renorm_both" and not options.needs_base:
-        out = by_rows(x, ops.head, given, options)
+        out = by_rows(x, ops.head, given, options, impl)
     elif backward == "recompute" or (
         backward == "auto" and (reduction == "none" or compiled_callable)
     ):
-        out = recomputed(x, ops.head, given, label_N, options, statistics)
+        out = recomputed(x, ops.head, given, label_N, options, statistics, impl)
     elif reduction == "none":
         checks.fail("backward", "'recompute' or 'auto' with reduction='none'", "'fused'",
                     "gradients taken in the forward pass need a scalar loss")  # fmt: skip
     else:
-        out = fused(x, ops.head, given, label_N, count.coef, options, statistics)
+        out = fused(x, ops.head, given, label_N, count.coef, options, statistics, impl)
     return _assemble(ops, out, given, count, reduction)
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from . import checks
 from .kernels.divergences import NAMES, floor_of
+from .kernels.head import Head
 from .kernels.rows import Teacher, merge_repeats
-from .kernels.torch_slabs import Head
 from .outputs import TopK
 
 TAIL_FLOOR = 2.0**-24  # 1 − Σp below this is rounding of the payload, not mass

@@ -7,9 +7,10 @@ from torch import Tensor
 
 from . import checks
 from .backend import resolve_impl
+from .kernels.engines import engine
 from .kernels.op_gather import lse_gather
 from .kernels.rows import ABSENT, Gathered, entropy_of, first_slots
-from .kernels.torch_topk import topk as torch_topk
+from .kernels.topk import topk
 from .operands import operands
 from .outputs import SelectedLogits, TopK
 
@@ -62,8 +63,8 @@ def linear_lse_gather(
         dtypes or devices that do not match, temperature ≤ 0.
     """
     no_group(group)
-    impl = resolve_impl(impl)
     ops = operands(hidden, weight, bias, logit_scale, softcap, temperature, valid_vocab)
+    impl = resolve_impl(impl, hidden.device)
     checks.ids("ids", ids, hidden, ops.head.vocab, check)
     ids_NK = ids.reshape(-1, ids.shape[-1]).long()
     head = ops.head
@@ -93,6 +94,7 @@ def linear_lse_gather(
         head.vocab,
         with_entropy,
         False,
+        impl,
     )
     unique = first_slots(ids_NK)
     seen = Gathered(z, lse_rest, None)
@@ -133,8 +135,8 @@ def linear_topk(
     Raises:
         ValueError or TypeError naming the argument.
     """
-    impl = resolve_impl(impl)
     ops = operands(hidden, weight, bias, logit_scale, softcap, temperature, valid_vocab)
+    impl = resolve_impl(impl, hidden.device)
     if not isinstance(k, int) or not 1 <= k <= ops.head.vocab:
         checks.fail("k", f"an integer in 1..{ops.head.vocab} (V)", repr(k))
     head = ops.head
@@ -154,7 +156,7 @@ def linear_topk(
         ids, logprobs, log_tail = best.ids, best.logprobs, best.log_tail
     else:
         with torch.autocast(hidden.device.type, enabled=False):
-            ids, logprobs, log_tail = torch_topk(head, ops.hidden, k)
+            ids, logprobs, log_tail = topk(engine(impl), head, ops.hidden, k)
     assert log_tail is not None
     return TopK(
         ops.unflatten(ids), ops.unflatten(logprobs), ops.unflatten(log_tail), float(temperature)

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from . import checks
 from .backend import resolve_impl
+from .kernels.engines import engine
 from .kernels.op_gather import gather_logits
+from .kernels.row_scores import scores
 from .kernels.rows import Gathered, RowOptions, Teacher, rows_forward
-from .kernels.torch_scores import scores as torch_scores
 from .operands import Operands, Payload, operands, payload
 from .outputs import TokenScores, TopK
 
@@ -51,8 +52,8 @@ def token_scores(
     Raises:
         ValueError or TypeError naming the argument, what was expected and what came.
     """
-    impl = resolve_impl(impl)
     ops = operands(hidden, weight, bias, logit_scale, softcap, temperature, valid_vocab)
+    impl = resolve_impl(impl, hidden.device)
     head = ops.head
     label_N = None
     if labels is not None:
@@ -71,17 +72,17 @@ def token_scores(
     ids = ops.hidden.new_empty(ops.hidden.shape[0], 0, dtype=torch.int64)
     if given is not None:
         ids = given.teacher.ids
+    if impl == "reference":
+        return _reference(ops, label_N, given)
     label_u = None
     if label_N is not None:
         ids = torch.cat([ids, label_N.unsqueeze(-1)], -1)
         label_u = gather_logits(
             ops.hidden, head.weight, head.bias, label_N.unsqueeze(-1), head.logit_scale,
-            head.softcap, 1.0,
+            head.softcap, 1.0, impl,
         )[:, 0]  # fmt: skip
-    if impl == "reference":
-        return _reference(ops, label_N, given)
     with torch.autocast(hidden.device.type, enabled=False):
-        s = torch_scores(head, ops.hidden, ids, label_u)
+        s = scores(engine(impl), head, ops.hidden, ids, label_u)
     nll = rank = None
     seen = Gathered(s.z_ids, s.lse_rest, s.lse_rest_base)
     kl = hellinger = mass = None

@@ -1,6 +1,6 @@
 """torch.library operators of the dense-teacher loss: schema, shapes for tracing, autograd.
 
-fastdistill::dense_loss  Σ coef · ℓ and its gradients                    (torch_dense_loss.py)
+fastdistill::dense_loss  Σ coef · ℓ and its gradients                    (dense_loss.py)
 fastdistill::dense_rows  ℓ [N]; its backward is dense_loss with coef = the upstream gradient
 """
 
@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import torch_dense_loss
+from . import dense_loss as losses
+from .engines import engine
+from .head import Head
 from .op_common import accumulator, chosen, fake_grads, full_precision, needed, or_empty
 from .op_losses import kept_grads
 from .rows import RowOptions
-from .torch_slabs import Head
 
 
 @torch.library.custom_op("fastdistill::dense_loss", mutates_args=())
@@ -41,11 +42,13 @@ def dense_loss(
     temperature: float,
     vocab: int,
     need: list[bool],
+    impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, per_token, lift, dx, dw, db)."""
     options = RowOptions(divergence, beta, skew, "bucket", temperature, t2_scale, ce_weight, z_loss)
     with full_precision(hidden):
-        out = torch_dense_loss.dense(
+        out = losses.dense(
+            engine(impl),
             Head(weight, bias, logit_scale, softcap, temperature, vocab),
             hidden,
             Head(
@@ -91,6 +94,7 @@ def _(
     temperature: float,
     vocab: int,
     need: list[bool],
+    impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     return (
         coef.new_empty(()),
@@ -130,6 +134,7 @@ def dense_rows(
     teacher_softcap: float | None,
     temperature: float,
     vocab: int,
+    impl: str,
 ) -> Tensor:
     coef = hidden.new_ones(hidden.shape[0], dtype=accumulator(weight))
     return dense_loss(
@@ -154,6 +159,7 @@ def dense_rows(
         temperature,
         vocab,
         [False] * 3,
+        impl,
     )[1]
 
 
@@ -178,6 +184,7 @@ def _(
     teacher_softcap: float | None,
     temperature: float,
     vocab: int,
+    impl: str,
 ) -> Tensor:
     return hidden.new_empty(hidden.shape[0], dtype=accumulator(weight))
 
@@ -190,8 +197,9 @@ def _rows_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _rows_grad(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     hidden, weight, bias, *teacher = ctx.saved_tensors
     need = needed(ctx)
+    *scalars, impl = ctx.scalars
     _, _, lift, *lifted = dense_loss(
-        hidden, weight, bias, grad.contiguous(), *teacher, *ctx.scalars, need
+        hidden, weight, bias, grad.contiguous(), *teacher, *scalars, need, impl
     )
     found = [g / lift if g.numel() else g for g in lifted]
     return (*chosen(found, need), *[None] * (4 + len(ctx.scalars)))

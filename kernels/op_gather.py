@@ -1,7 +1,7 @@
 """torch.library operators of the primitives: schema, shapes for tracing, autograd.
 
-    fastdistill::lse_gather     z_ids, lse_rest, E_rest[z], lse_rest at T=1    (torch_lse_gather.py)
-    fastdistill::gather_logits  z_ids alone, no LM-head pass                   (torch_gather.py)
+    fastdistill::lse_gather     z_ids, lse_rest, E_rest[z], lse_rest at T=1    (lse_gather.py)
+    fastdistill::gather_logits  z_ids alone, no LM-head pass                   (*_gather.py)
 
 An operator is opaque to torch.compile: one call is one node of the graph.
 """
@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import torch_gather, torch_lse_gather
+from . import lse_gather as primitive
+from .engines import engine
+from .head import Head, Stats
 from .op_common import accumulator, chosen, fake_grads, full_precision, needed, or_empty, or_none
-from .torch_slabs import Head, Stats
 
 
 @torch.library.custom_op("fastdistill::lse_gather", mutates_args=())
@@ -30,10 +31,11 @@ def lse_gather(
     vocab: int,
     moment: bool,
     base: bool,
+    impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     head = Head(weight, bias, logit_scale, softcap, temperature, vocab)
     with full_precision(hidden):
-        stats = torch_lse_gather.forward(head, hidden, ids, moment=moment, base=base)
+        stats = primitive.lse_gather(engine(impl), head, hidden, ids, moment=moment, base=base)
     z_ids = stats.z_ids.contiguous()
     return (
         z_ids,
@@ -55,6 +57,7 @@ def _(
     vocab: int,
     moment: bool,
     base: bool,
+    impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     z_ids = hidden.new_empty(ids.shape, dtype=accumulator(weight))
     row = z_ids.new_empty(ids.shape[0])
@@ -79,11 +82,12 @@ def lse_gather_backward(
     temperature: float,
     vocab: int,
     need: list[bool],
+    impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     head = Head(weight, bias, logit_scale, softcap, temperature, vocab)
     z_ids, lse_rest, mean_rest, lse_base = stats
     with full_precision(hidden):
-        found = torch_lse_gather.backward(
+        found = engine(impl).recompute(
             head,
             hidden,
             ids,
@@ -110,6 +114,7 @@ def _(
     temperature: float,
     vocab: int,
     need: list[bool],
+    impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return fake_grads(hidden, weight, bias, need)
 
@@ -134,8 +139,9 @@ def _lse_gather_grad(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         temperature,
         vocab,
         need := needed(ctx),
+        ctx.scalars[-1],
     )
-    return (*chosen((dx, dw, db), need), *[None] * 7)
+    return (*chosen((dx, dw, db), need), *[None] * 8)
 
 
 lse_gather.register_autograd(_lse_gather_grad, setup_context=_lse_gather_setup)
@@ -150,10 +156,11 @@ def gather_logits(
     logit_scale: float,
     softcap: float | None,
     temperature: float,
+    impl: str,
 ) -> Tensor:
     head = Head(weight, bias, logit_scale, softcap, temperature, weight.shape[0])
     with full_precision(hidden):
-        return torch_gather.forward(head, hidden, ids)
+        return engine(impl).gather(head, hidden, ids)
 
 
 @gather_logits.register_fake
@@ -165,6 +172,7 @@ def _(
     logit_scale: float,
     softcap: float | None,
     temperature: float,
+    impl: str,
 ) -> Tensor:
     return hidden.new_empty(ids.shape, dtype=accumulator(weight))
 
@@ -181,10 +189,11 @@ def gather_logits_backward(
     softcap: float | None,
     temperature: float,
     need: list[bool],
+    impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     head = Head(weight, bias, logit_scale, softcap, temperature, weight.shape[0])
     with full_precision(hidden):
-        found = torch_gather.backward(
+        found = engine(impl).gather_grads(
             head,
             hidden,
             ids,
@@ -210,6 +219,7 @@ def _(
     softcap: float | None,
     temperature: float,
     need: list[bool],
+    impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return fake_grads(hidden, weight, bias, need)
 
@@ -221,8 +231,9 @@ def _gather_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _gather_grad(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     need = needed(ctx)
-    found = gather_logits_backward(*ctx.saved_tensors, grad.contiguous(), *ctx.scalars, need)
-    return (*chosen(found, need), *[None] * 4)
+    *scalars, impl = ctx.scalars
+    found = gather_logits_backward(*ctx.saved_tensors, grad.contiguous(), *scalars, need, impl)
+    return (*chosen(found, need), *[None] * 5)
 
 
 gather_logits.register_autograd(_gather_grad, setup_context=_gather_setup)

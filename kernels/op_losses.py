@@ -1,6 +1,6 @@
 """torch.library operator of the fused sparse loss: schema, shapes for tracing, autograd.
 
-    fastdistill::topk_loss   Σ coef · ℓ and its gradients, sparse teacher     (torch_topk_loss.py)
+    fastdistill::topk_loss   Σ coef · ℓ and its gradients, sparse teacher     (topk_loss.py)
 
 The backward pass only scales what the forward pass left; coef [N] gets its own gradient.
 """
@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import torch_topk_loss
+from . import topk_loss as losses
+from .engines import engine
+from .head import Head
 from .op_common import chosen, fake_grads, full_precision, needed, or_empty
 from .rows import RowOptions, Teacher
-from .torch_slabs import Head
 
 
 @torch.library.custom_op("fastdistill::topk_loss", mutates_args=())
@@ -43,18 +44,20 @@ def topk_loss(
     base: bool,
     entropy: bool,
     need: list[bool],
+    impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, per_token, divergence, student_mass, lse, nll, entropy, lift, dx, dw, db)."""
     options = RowOptions(divergence, beta, skew, tail, temperature, t2_scale, ce_weight, z_loss)
     with full_precision(hidden):
-        out = torch_topk_loss.fused(
+        out = losses.fused(
+            engine(impl),
             Head(weight, bias, logit_scale, softcap, temperature, vocab),
             hidden,
             ids,
             Teacher(teacher_ids, teacher_lp, teacher_log_tail),
             labels,
             coef,
-            torch_topk_loss.named_rows(options),
+            losses.named_rows(options),
             base=base,
             entropy=entropy,
             need_hidden=need[0],
@@ -93,6 +96,7 @@ def _(
     base: bool,
     entropy: bool,
     need: list[bool],
+    impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     row, none = torch.empty_like(coef), coef.new_empty(0)
     has_base = temperature == 1.0 or base

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .head import Head, blocks, slot_grads
 from .rows import ABSENT, NEG
-from .torch_slabs import Head, blocks, slot_grads
 
 GATHER_BYTES = 16 << 20
 

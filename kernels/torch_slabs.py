@@ -16,44 +16,15 @@ not exist), v rows of this slab, S slots. `*_T` is a transposed view.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .head import Best, Head, RunningLSE, Scanned, Stats, lift_of
 from .rows import ABSENT, NEG
 
 SLAB_BYTES = 8 << 20  # stays in the last-level cache of a CPU and the L2 of a data-centre GPU
 SLAB_ROWS = (64, 4096)
-BLOCK_TOKENS = 1024
-CHUNK_BYTES = (32 << 20, 512 << 20)
-MIN_CHUNK_TOKENS = 96
-SHARE_OF_MATERIALISED = 0.38  # the fused loss's target; materialising holds three fp32 [N, V]
-
-
-class Head(NamedTuple):
-    """An LM head: weight [≥V, H], bias [≥V] or None, and the scalars that shape its logits."""
-
-    weight: Tensor
-    bias: Tensor | None
-    logit_scale: float
-    softcap: float | None
-    temperature: float
-    vocab: int
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The type of logits, statistics and accumulators."""
-        return torch.float64 if self.weight.dtype == torch.float64 else torch.float32
-
-
-class Stats(NamedTuple):
-    """One pass over the head for n tokens. z_ids_nS at T; mean_rest is E_rest[z]; [n] each."""
-
-    z_ids: Tensor
-    lse_rest: Tensor
-    mean_rest: Tensor | None
-    lse_base: Tensor | None
 
 
 def slabs(vocab: int, tokens: int, itemsize: int) -> Iterator[slice]:
@@ -62,35 +33,6 @@ def slabs(vocab: int, tokens: int, itemsize: int) -> Iterator[slice]:
     rows = max(low, min(high, SLAB_BYTES // (itemsize * max(tokens, 1)), -(-vocab // 4)))
     for start in range(0, vocab, rows):
         yield slice(start, min(start + rows, vocab))
-
-
-def blocks(tokens: int, size: int) -> Iterator[slice]:
-    for start in range(0, tokens, size):
-        yield slice(start, min(start + size, tokens))
-
-
-def chunk_tokens(head: Head, tokens: int, weight_grad: bool) -> int:
-    """Tokens per chunk of the fused loss: its kept logits plus the weight gradient stay below
-    SHARE_OF_MATERIALISED of three fp32 [N, V], within CHUNK_BYTES, and below all tokens, but are
-    never so few that reading W dominates.
-
-    Two chunks are preferred where they fit or need no more, since then a 16-bit dW needs no fp32
-    accumulator beside it.
-    """
-    row_bytes = head.vocab * head.dtype.itemsize
-    share = int(SHARE_OF_MATERIALISED * 3 * tokens * row_bytes)
-    floor = max(CHUNK_BYTES[0], MIN_CHUNK_TOKENS * row_bytes)
-
-    def fits(gradient_bytes: int) -> int:
-        budget = share - weight_grad * head.weight.numel() * gradient_bytes
-        return max(floor, min(CHUNK_BYTES[1], budget)) // row_bytes
-
-    half, stored = -(-tokens // 2), head.weight.element_size()
-    chunk = fits(head.dtype.itemsize)
-    saved = weight_grad * head.weight.numel() * (head.dtype.itemsize - stored)
-    if half <= fits(stored) or half * row_bytes <= min(CHUNK_BYTES[1], chunk * row_bytes + saved):
-        return half
-    return max(1, chunk - chunk % 32 if chunk > 32 else chunk)  # whole tiles of the library GEMM
 
 
 class Matmul:
@@ -197,53 +139,14 @@ class Slots:
             ds_vn1.scatter_add_(0, self.index(at)[0], g_Sn)
 
 
-class RunningLSE:
-    """Online log-sum-exp over slabs at one temperature, with moments of z on request.
+def new_keep(head: Head, tokens: int) -> Tensor:
+    """Memory for the logits of a chunk of up to `tokens` tokens, one spare row included."""
+    return head.weight.new_empty((head.vocab + 1) * tokens, dtype=head.dtype)
 
-    Sums are of e^{z − top} (z − top)^i, i = 0 .. moments, and shift with the running maximum `top`,
-    so that mean and variance come from small numbers.
-    """
 
-    def __init__(self, tokens: int, like: Tensor, temperature: float, moments: int) -> None:
-        self.top = torch.full((tokens,), NEG, dtype=like.dtype, device=like.device)
-        self.sums = [torch.zeros_like(self.top) for _ in range(moments + 1)]
-        self.temperature = temperature
-
-    def add(self, u_vn: Tensor) -> None:
-        z = u_vn if self.temperature == 1.0 else u_vn / self.temperature
-        top = torch.maximum(self.top, z.amax(0))
-        d = z - top
-        if len(self.sums) == 1:
-            self.merge(top, [d.exp_().sum(0)])
-            return
-        d = d.clamp_(min=-1e4)  # NEG squared would be infinite, and e^-1e4 is zero
-        term = d.exp()
-        sums = [term.sum(0)]
-        for _ in self.sums[1:]:
-            term = term.mul_(d)
-            sums.append(term.sum(0))
-        self.merge(top, sums)
-
-    def merge(self, top: Tensor, sums: list[Tensor]) -> None:
-        """Add sums taken about `top` ≥ self.top."""
-        down = torch.where(self.top < ABSENT, 0.0, self.top - top)
-        fade = torch.where(self.top < ABSENT, 0.0, down.exp())
-        old = self.sums
-        shifted = [old[0]]
-        if len(old) > 1:
-            shifted.append(old[1] + down * old[0])
-        if len(old) > 2:
-            shifted.append(old[2] + 2 * down * old[1] + down.square() * old[0])
-        self.sums = [fade * a + b for a, b in zip(shifted, sums, strict=True)]
-        self.top = top
-
-    def lse(self) -> Tensor:
-        """[n]; NEG where no token was left."""
-        return torch.where(self.top < ABSENT, NEG, self.top + self.sums[0].log())
-
-    def mean(self) -> Tensor:
-        """E[z] [n]; 0 where no token was left."""
-        return torch.where(self.top < ABSENT, 0.0, self.top + self.sums[1] / self.sums[0])
+def kept(head: Head, keep: Tensor, tokens: int) -> Tensor:
+    """[V + 1, n] view of it."""
+    return keep[: (head.vocab + 1) * tokens].view(head.vocab + 1, tokens)
 
 
 def scan(
@@ -251,24 +154,28 @@ def scan(
     hidden_nH: Tensor,
     ids_nS: Tensor,
     *,
-    moment: bool,
-    base: bool,
-    keep_V1n: Tensor | None = None,
-) -> Stats:
+    moments: int = 0,
+    base: bool = False,
+    best: bool = False,
+    label_u_n: Tensor | None = None,
+    keep: Tensor | None = None,
+) -> Scanned:
     """One pass over the head for one block of tokens.
 
-    keep_V1n, when given, receives every slab's u (slots masked with NEG): row v of token n, with
-    one spare row at the end.
+    keep, when given, receives every slab's u (slots masked with NEG).
     """
     n = hidden_nH.shape[0]
     matmul, slots = Matmul(head, hidden_nH), Slots(ids_nS)
     u_1n = hidden_nH.new_empty(0, n, dtype=head.dtype)
-    running = RunningLSE(n, u_1n, head.temperature, int(moment))
-    at_one = RunningLSE(n, u_1n, 1.0, 0) if base and head.temperature != 1.0 else None
+    running = RunningLSE.empty(n, u_1n, head.temperature, moments)
+    at_one = None
+    if base and head.temperature != 1.0:
+        at_one = RunningLSE.empty(n, u_1n, 1.0, 0)
+    top = _no_best(n, u_1n) if best else None
     for at in slabs(head.vocab, n, head.dtype.itemsize):
         rows = at.stop - at.start
-        if keep_V1n is not None:
-            u_vn1 = keep_V1n[at.start : at.stop + 1]
+        if keep is not None:
+            u_vn1 = kept(head, keep, n)[at.start : at.stop + 1]
         else:
             if u_1n.shape[0] < rows + 1:
                 u_1n = u_1n.new_empty(rows + 1, n)
@@ -278,16 +185,31 @@ def scan(
         running.add(u_vn)
         if at_one is not None:
             at_one.add(u_vn)
-    u_Sn = slots.gathered
-    if u_Sn is None:
-        u_Sn = u_1n.new_full((ids_nS.shape[1], n), NEG)
-    z_ids = torch.where(u_Sn.t() < ABSENT, NEG, u_Sn.t() / head.temperature)
-    return Stats(
-        z_ids,
-        running.lse(),
-        running.mean() if moment else None,
-        at_one.lse() if at_one is not None else None,
-    )
+        if top is not None:
+            top = _better(top, at, u_vn, label_u_n)
+    u_nS = u_1n.new_full((n, ids_nS.shape[1]), NEG)
+    if slots.gathered is not None:
+        u_nS = slots.gathered.t().contiguous()
+    return Scanned(u_nS, running, at_one, top)
+
+
+def _no_best(n: int, like: Tensor) -> Best:
+    nothing = torch.zeros(n, dtype=torch.int64, device=like.device)
+    return Best(torch.full((n, 2), NEG, dtype=like.dtype, device=like.device), nothing, nothing)
+
+
+def _better(best: Best, at: slice, u_vn: Tensor, label_u_n: Tensor | None) -> Best:
+    """The best two with this slab's; overwrites what it finds in the slab."""
+    u, first, above = best
+    if label_u_n is not None:
+        above = above + (u_vn > label_u_n).sum(0)
+    for i in range(min(2, u_vn.shape[0])):
+        value, index = u_vn.max(0)
+        if i == 0:
+            first = torch.where(value > u[:, 0], index + at.start, first)
+        u = torch.cat([u, value.unsqueeze(-1)], -1).topk(2, -1).values
+        u_vn.scatter_(0, index.unsqueeze(0), NEG)
+    return Best(u, first, above)
 
 
 def grad_slab_(
@@ -320,21 +242,16 @@ def grad_slab_(
     return d if cap is None else d.mul_(cap)
 
 
-def lift_of(head: Head, grad: Tensor) -> Tensor:
-    """A power of two, 0-dim, that keeps dz inside float16 (1 for every other type).
-
-    float16 ends at 6e-8, where most of a softmax over a vocabulary lies once it is divided by the
-    number of tokens. Gradients are linear in `grad`: it is lifted before 16-bit products and the
-    lift taken out of their result, or with the upstream scalar.
-    """
-    if head.weight.dtype != torch.float16 or not grad.numel():
-        return torch.ones((), dtype=grad.dtype, device=grad.device)
-    return torch.exp2(7 - torch.ceil(torch.log2(grad.abs().amax().clamp(min=1e-30))))
-
-
-def slot_grads(head: Head, z_ids_nS: Tensor, g_z_nS: Tensor) -> Tensor:
-    """d(W x) of the slots from d z, [n, S]."""
-    g = g_z_nS * (head.logit_scale / head.temperature)
-    if head.softcap is not None:
-        g = g * (1 - (z_ids_nS * (head.temperature / head.softcap)).square())
-    return torch.where(z_ids_nS < ABSENT, 0.0, g)
+def topk(head: Head, hidden_nH: Tensor, k: int, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(z [n, k] at T by falling value, ids int64 [n, k], lse_rest [n]); overwrites keep."""
+    n = hidden_nH.shape[0]
+    matmul = Matmul(head, hidden_nH)
+    z_Vn = kept(head, keep, n)[:-1]
+    for rows in slabs(head.vocab, n, head.dtype.itemsize):
+        logits(head, matmul, rows, z_Vn[rows]).div_(head.temperature)
+    best = z_Vn.t().contiguous().topk(k, dim=-1)
+    z_Vn.scatter_(0, best.indices.t(), NEG)
+    rest = RunningLSE.empty(n, z_Vn, 1.0, 0)
+    for rows in slabs(head.vocab, n, head.dtype.itemsize):
+        rest.add(z_Vn[rows])
+    return best.values, best.indices, rest.lse()

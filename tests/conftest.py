@@ -1,7 +1,43 @@
-"""Uninitialised memory is NaN in every test: a kernel that reads what it never wrote shows it."""
+"""Uninitialised memory is NaN in every test: a kernel that reads what it never wrote shows it.
+
+The modules in ON_EVERY_BACKEND run once per backend: what they leave at impl="auto" is chunked
+PyTorch the first time and the Triton kernels the second, on this machine's GPU or, where there is
+none, in Triton's interpreter.
+"""
+
+import os
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
+
+ON_EVERY_BACKEND = {
+    "test_dense_loss",
+    "test_hard_cases",
+    "test_integration",
+    "test_primitive",
+    "test_scores",
+    "test_topk_loss",
+}
+
+
+def pytest_generate_tests(metafunc):
+    if metafunc.module.__name__ in ON_EVERY_BACKEND:
+        metafunc.parametrize("impl_of_auto", ["torch", "triton"], indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def impl_of_auto(request, monkeypatch):
+    impl = getattr(request, "param", None)
+    if impl is not None:
+        from fastdistill import backend
+
+        monkeypatch.setattr(backend, "automatic", lambda *device: impl)
+        if impl == "triton" and not torch.cuda.is_available():
+            hide_the_interpreter(monkeypatch)
+    return impl
 
 
 @pytest.fixture(autouse=True)
@@ -17,3 +53,17 @@ def poisoned_memory():
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+def hide_the_interpreter(monkeypatch):
+    """Triton's interpreter copies operands with torch: no dispatch mode of a test should see it."""
+    from torch.utils._python_dispatch import _disable_current_modes
+    from triton.runtime.interpreter import GridExecutor
+
+    run = GridExecutor.__call__
+
+    def unseen(self, *args, **kwargs):
+        with _disable_current_modes():
+            return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(GridExecutor, "__call__", unseen)

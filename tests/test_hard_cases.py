@@ -3,14 +3,14 @@
 import pytest
 import torch
 from cases import case, leaves, top_k
-from tolerances import GRADIENT, VALUE, assert_close, relative
+from tolerances import GRADIENT, PROMISED, VALUE, assert_close, relative
 
 import fastdistill as fd
 from fastdistill.kernels.divergences import NAMES
 from fastdistill.kernels.rows import TAILS
 
 
-def run(c, teacher, dtype=torch.float64, impl="torch", **options):
+def run(c, teacher, dtype=torch.float64, impl="auto", **options):
     """(loss, dX, dW) with operands in `dtype`."""
     x, w = leaves(c.hidden, c.weight, dtype=dtype)
     loss = fd.topk_distill_loss(x, w, teacher, impl=impl, **options)
@@ -39,7 +39,7 @@ def test_near_converged_teacher(divergence, backward, dtype):
     teacher = top_k(c.teacher_logits, 16)
     found = run(c, teacher, dtype, divergence=divergence, backward=backward)
     truth = run(c, teacher, impl="reference", divergence=divergence)
-    budget = GRADIENT[dtype] if dtype != torch.float32 else 2e-4  # differences of p ≈ q
+    budget = PROMISED[dtype] if dtype != torch.float32 else 2e-4  # differences of p ≈ q
     assert relative(found[1], truth[1]) <= budget
     assert relative(found[2], truth[2]) <= budget
 
@@ -191,8 +191,10 @@ def test_float16_with_many_tokens():
 
 
 @pytest.mark.slow
-def test_more_than_2_to_the_31_logits():
+def test_more_than_2_to_the_31_logits(impl_of_auto):
     """N·V = 2.2e9: offsets beyond 32 bits; checked on the last rows against the dense answer."""
+    if impl_of_auto == "triton" and not torch.cuda.is_available():
+        pytest.skip("half a million programs are hours in Triton's interpreter")
     N, V = 33_000, 66_000
     g = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(N, 2, generator=g), torch.randn(V, 2, generator=g)

@@ -68,13 +68,13 @@ def test_opcheck():
     c = case(torch.float32, V=70)
     x, w, b = leaves(c.hidden, c.weight, c.bias)
     ids = top_k(c.teacher_logits, 5).ids
-    torch.library.opcheck(lse_gather, (x, w, b, ids, 1.0, None, 2.0, 67, True, True))
-    torch.library.opcheck(lse_gather, (x, w, None, ids, 0.7, 5.0, 1.0, 70, False, False))
-    torch.library.opcheck(gather_logits, (x, w, b, ids, 1.0, None, 2.0))
+    torch.library.opcheck(lse_gather, (x, w, b, ids, 1.0, None, 2.0, 67, True, True, "torch"))
+    torch.library.opcheck(lse_gather, (x, w, None, ids, 0.7, 5.0, 1.0, 70, False, False, "torch"))
+    torch.library.opcheck(gather_logits, (x, w, b, ids, 1.0, None, 2.0, "torch"))
     torch.library.opcheck(
         dense_rows,
         (x, w, b, c.hidden, c.weight, None, c.labels, "jsd", 0.5, 0.1, False, 0.1, 0.0, 1.0, None,
-         1.0, None, 1.0, 70),
+         1.0, None, 1.0, 70, "torch"),
     )  # fmt: skip
 
 
@@ -89,10 +89,10 @@ def test_opcheck_of_gradient_in_forward(op):
     if op == "topk_loss":
         args = (x, w, b, coef, t.ids, t.ids, t.logprobs.float(), t.log_tail.float(), None,
                 "forward_kl", 0.5, 0.1, "bucket", False, 0.0, 0.0, 1.0, None, 1.0, 67, False, True,
-                need)  # fmt: skip
+                need, "torch")  # fmt: skip
     else:
         args = (x, w, b, coef, c.hidden, c.weight * 0.9, None, None, "jsd", 0.5, 0.1, False, 0.0,
-                0.0, 1.0, None, 1.0, None, 1.0, 67, need)  # fmt: skip
+                0.0, 1.0, None, 1.0, None, 1.0, 67, need, "torch")  # fmt: skip
     function = getattr(torch.ops.fastdistill, op).default
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(function, args, test_utils=tests)
@@ -185,7 +185,9 @@ class Largest(TorchDispatchMode):
         else:  # an operator is opaque to a mode: run its body under it
             with self:
                 out = inside._init_fn(*args, **kwargs)
-        made = "view" not in str(function) and "detach" not in str(function)
+        made = not any(
+            r.alias_info is not None and not r.alias_info.is_write for r in function._schema.returns
+        )
         for tensor in torch.utils._pytree.tree_leaves(out):
             if isinstance(tensor, torch.Tensor) and made:
                 self.shapes.add(tuple(tensor.shape))
@@ -219,8 +221,10 @@ def test_never_n_by_v(name):
     assert seen.most() >= N * V
 
 
-def test_backward_makes_no_second_weight_gradient():
+def test_backward_makes_no_second_weight_gradient(impl_of_auto):
     """The kept dW is handed over: autograd's zeros for unused outputs once doubled the peak."""
+    if impl_of_auto == "triton" and not torch.cuda.is_available():
+        pytest.skip("Triton's interpreter copies every operand, which is not what is measured")
     N, V, H = 8, 65536, 256
     c = case(torch.float32, N=N, V=V, H=H)
     t = top_k(c.teacher_logits, 5)

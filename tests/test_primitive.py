@@ -34,7 +34,7 @@ def test_against_dense_fp64(dtype, head):
     up_z = torch.randn(12, 6, generator=g).masked_fill(ids < 0, 0)
     up = torch.randn(3, 12, generator=g).double()
     results = []
-    for run_dtype, impl in ((dtype, "torch"), (torch.float64, "reference")):
+    for run_dtype, impl in ((dtype, "auto"), (torch.float64, "reference")):
         x, w, b = leaves(c.hidden, c.weight, c.bias, dtype=run_dtype)
         out = fd.linear_lse_gather(x, w, ids, bias=b, with_entropy=True, impl=impl, **head)
         assert (out.logits[ids < 0] == -torch.inf).all()
@@ -85,7 +85,9 @@ def test_ids_covering_the_vocabulary_leave_no_rest():
 
 
 @pytest.mark.parametrize("head", HEADS, ids=str)
-def test_gradcheck(head):
+def test_gradcheck(head, impl_of_auto):
+    if impl_of_auto == "triton" and "softcap" not in head and not torch.cuda.is_available():
+        pytest.skip("half a minute in Triton's interpreter; the head with every option stands in")
     torch.manual_seed(0)
     x, w, b = leaves(torch.randn(3, 4), torch.randn(60, 4), torch.randn(60), dtype=torch.float64)
     ids = torch.tensor([[0, 5, 0], [-1, 2, 7], [8, 1, 4]])

@@ -15,7 +15,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 def both(c, teacher, *, dtype, upstream=1.0, bias=True, **options):
     """((loss, dX, dW, db), the fp64 truth) of one call."""
     found = []
-    for run_dtype, impl in ((dtype, "torch"), (torch.float64, "reference")):
+    for run_dtype, impl in ((dtype, "auto"), (torch.float64, "reference")):
         x, w, b = leaves(c.hidden, c.weight, c.bias, dtype=run_dtype)
         given = dict(options)
         if impl == "reference":
@@ -130,7 +130,7 @@ def test_gradient_reaches_token_weights():
     c = case()
     t = top_k(c.teacher_logits, 7)
     found = []
-    for impl, backward in (("reference", "auto"), ("torch", "fused"), ("torch", "recompute")):
+    for impl, backward in (("reference", "auto"), ("auto", "fused"), ("auto", "recompute")):
         (w,) = leaves(torch.rand(12, dtype=torch.float64, generator=torch.manual_seed(1)))
         (x,) = leaves(c.hidden)
         loss = fd.topk_distill_loss(x, c.weight, t, token_weight=w, impl=impl, backward=backward)

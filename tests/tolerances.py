@@ -1,7 +1,8 @@
 """The error budget of every test, in one place: relative to fp64 truth on the same operands.
 
-‖a − b‖ / ‖b‖ for gradients; the same for values. 16-bit gradients: dz rounded once, the result
-rounded once (2⁻⁹ each, uniform), so 0.3 % is the bound asked for near convergence too.
+‖a − b‖ / ‖b‖ for gradients; the same for values. bfloat16 gradients: dz rounded once and the
+result rounded once, 2⁻⁹ each at worst. Shapes of a few numbers come close to that sum; where there
+is something to average over, near convergence too, PROMISED holds.
 """
 
 import torch
@@ -16,9 +17,11 @@ VALUE = {
 GRADIENT = {
     torch.float64: 1e-9,
     torch.float32: 2e-5,
-    torch.bfloat16: 3e-3,
+    torch.bfloat16: 2 * 2**-9,
     torch.float16: 1e-3,
 }
+
+PROMISED = GRADIENT | {torch.bfloat16: 3e-3}
 
 
 def relative(found: Tensor, truth: Tensor) -> float:

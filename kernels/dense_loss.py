@@ -1,0 +1,119 @@
+"""Distillation from a dense teacher: two LM heads, every divergence, no [N, V].
+
+    ℓ_n = (1 − ce) · Σ_v φ(log p_v, log q_v) [· T²] + ce · CE + z_loss · lse₁²
+    dz = ψ − q Σψ,  ψ = ∂φ/∂log q
+
+Per chunk of tokens the logits of both heads are kept (fp32). A first sweep sums φ and Ψ = Σψ, a
+second turns the student's logits into dz and feeds both gradient GEMMs: 4NVH forward, 4NVH
+backward. A callable divergence takes whole rows and gets ψ by autograd.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .engines import Engine
+from .head import DenseRows, Head, blocks, chunk_tokens, lift_of
+from .rows import RowOptions
+
+
+class Dense(NamedTuple):
+    """loss scalar, per_token [N], `lift` times the gradients of the loss (None unless asked)."""
+
+    loss: Tensor
+    per_token: Tensor
+    dx: Tensor | None
+    dw: Tensor | None
+    db: Tensor | None
+    lift: Tensor
+
+
+def dense(
+    engine: Engine,
+    head: Head,
+    hidden_NH: Tensor,
+    teacher_head: Head,
+    teacher_hidden_NG: Tensor,
+    label_N: Tensor | None,
+    coef_N: Tensor,
+    options: RowOptions,
+    *,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> Dense:
+    """Loss Σ coef · ℓ, ℓ [N] and gradients. label_N is negative where a token has no label."""
+    N = hidden_NH.shape[0]
+    grad = need_hidden or need_weight or need_bias
+    chunk = max(1, chunk_tokens(head, N, need_weight) // 2)
+    dx_NH = torch.zeros_like(hidden_NH, dtype=head.dtype) if need_hidden else None
+    dw = torch.empty_like(head.weight, dtype=head.dtype) if need_weight else None
+    db = None
+    if need_bias and head.bias is not None:
+        db = torch.zeros_like(head.bias, dtype=head.dtype)
+    per_token = hidden_NH.new_empty(N, dtype=head.dtype)
+    lift = lift_of(head, coef_N)
+    size = min(chunk, N)
+    keeps = engine.new_keep(head, size), engine.new_keep(teacher_head, size)
+    no_ids = hidden_NH.new_empty(N, 0, dtype=torch.int64)
+    for at in blocks(N, chunk):
+        x_nH, none = hidden_NH[at], no_ids[at]
+        seen = engine.scan(head, x_nH, none, base=True, keep=keeps[0])
+        theirs = engine.scan(teacher_head, teacher_hidden_NG[at], none, keep=keeps[1])
+        lse = seen.rest.lse()
+        lse_base = lse if seen.rest_base is None else seen.rest_base.lse()
+        label = None if label_N is None else label_N[at]
+        D, total, u_label = engine.dense_sums(
+            head, teacher_head, keeps, lse, theirs.rest.lse(), label, options, grad=grad
+        )
+        loss = D * options.on_divergence
+        on_lse = on_ce = None
+        coef = coef_N[at] * lift
+        if options.z_loss:
+            loss = loss + options.z_loss * lse_base.square()
+            on_lse = 2 * options.z_loss * coef * lse_base
+        if label is not None and options.ce_weight:
+            assert u_label is not None
+            given = label >= 0
+            loss = loss + options.ce_weight * (lse_base - u_label).masked_fill(~given, 0.0)
+            on_ce = options.ce_weight * coef * given
+            on_lse = on_ce if on_lse is None else on_lse + on_ce
+        per_token[at] = loss
+        if not grad:
+            continue
+        engine.dense_grads(
+            head,
+            teacher_head,
+            x_nH,
+            keeps,
+            DenseRows(
+                lse,
+                theirs.rest.lse(),
+                lse_base,
+                coef * options.on_divergence,
+                total * (coef * options.on_divergence),
+                on_lse,
+                on_ce,
+                label,
+            ),
+            options,
+            first=at.start == 0,
+            dx=None if dx_NH is None else dx_NH[at],
+            dw=dw,
+            db=db,
+        )
+    del keeps
+    if dw is not None:
+        dw[head.vocab :] = 0
+        dw = dw.to(head.weight.dtype)
+    return Dense(
+        (coef_N * per_token).sum(),
+        per_token,
+        None if dx_NH is None else dx_NH.to(hidden_NH.dtype),
+        dw,
+        None if db is None or head.bias is None else db.to(head.bias.dtype),
+        lift,
+    )

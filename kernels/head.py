@@ -1,0 +1,197 @@
+"""An LM head, and what one pass over it leaves: shared by every backend.
+
+    u = c · tanh(s / c),   s = logit_scale · (W x + b),   z = u / T          (c: softcap, optional)
+
+A pass sees the logits slab by slab and keeps, per token, the log-sum-exp of those outside the asked
+slots, on request with moments of z, the best two tokens and how many outrank the label; and the
+slots' own logits. Everything else follows from these on [N, S] tensors.
+
+Letters: N tokens, n tokens of this block, H hidden, V vocabulary (columns from valid_vocab on do
+not exist), S slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .rows import ABSENT, NEG
+
+CHUNK_BYTES = {"cpu": (32 << 20, 512 << 20), "cuda": (64 << 20, 1 << 30)}
+MIN_CHUNK_TOKENS = 96
+SHARE_OF_MATERIALISED = 0.38  # the fused loss's target; materialising holds three fp32 [N, V]
+
+
+class Head(NamedTuple):
+    """An LM head: weight [≥V, H], bias [≥V] or None, and the scalars that shape its logits."""
+
+    weight: Tensor
+    bias: Tensor | None
+    logit_scale: float
+    softcap: float | None
+    temperature: float
+    vocab: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of logits, statistics and accumulators."""
+        return torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+
+
+class Stats(NamedTuple):
+    """One pass over the head for n tokens. z_ids_nS at T; mean_rest is E_rest[z]; [n] each."""
+
+    z_ids: Tensor
+    lse_rest: Tensor
+    mean_rest: Tensor | None
+    lse_base: Tensor | None
+
+
+class RunningLSE:
+    """Online log-sum-exp over slabs at one temperature, with moments of z on request.
+
+    Sums are of e^{z − top} (z − top)^i, i = 0 .. moments, and shift with the running maximum `top`,
+    so that mean and variance come from small numbers.
+    """
+
+    def __init__(self, top: Tensor, sums: list[Tensor], temperature: float) -> None:
+        self.top, self.sums, self.temperature = top, sums, temperature
+
+    @classmethod
+    def empty(cls, tokens: int, like: Tensor, temperature: float, moments: int) -> RunningLSE:
+        top = torch.full((tokens,), NEG, dtype=like.dtype, device=like.device)
+        return cls(top, [torch.zeros_like(top) for _ in range(moments + 1)], temperature)
+
+    def add(self, u_vn: Tensor) -> None:
+        z = u_vn if self.temperature == 1.0 else u_vn / self.temperature
+        top = torch.maximum(self.top, z.amax(0))
+        d = z - top
+        if len(self.sums) == 1:
+            self.merge(top, [d.exp_().sum(0)])
+            return
+        d = d.clamp_(min=-1e4)  # NEG squared would be infinite, and e^-1e4 is zero
+        term = d.exp()
+        sums = [term.sum(0)]
+        for _ in self.sums[1:]:
+            term = term.mul_(d)
+            sums.append(term.sum(0))
+        self.merge(top, sums)
+
+    def merge(self, top: Tensor, sums: list[Tensor]) -> None:
+        """Add sums taken about `top` ≥ self.top."""
+        down = torch.where(self.top < ABSENT, 0.0, self.top - top)
+        fade = torch.where(self.top < ABSENT, 0.0, down.exp())
+        old = self.sums
+        shifted = [old[0]]
+        if len(old) > 1:
+            shifted.append(old[1] + down * old[0])
+        if len(old) > 2:
+            shifted.append(old[2] + 2 * down * old[1] + down.square() * old[0])
+        self.sums = [fade * a + b for a, b in zip(shifted, sums, strict=True)]
+        self.top = top
+
+    def lse(self) -> Tensor:
+        """[n]; NEG where no token was left."""
+        return torch.where(self.top < ABSENT, NEG, self.top + self.sums[0].log())
+
+    def mean(self) -> Tensor:
+        """E[z] [n]; 0 where no token was left."""
+        return torch.where(self.top < ABSENT, 0.0, self.top + self.sums[1] / self.sums[0])
+
+
+class Best(NamedTuple):
+    """Over the tokens outside the slots: the two largest u [n, 2], whose id is first [n] int64, and
+    how many exceed the label's u [n] int64."""
+
+    u: Tensor
+    id: Tensor
+    above: Tensor
+
+
+class Scanned(NamedTuple):
+    """u_nS of the slots at T=1 (NEG in empty ones), and the running sums of everything else."""
+
+    u_nS: Tensor
+    rest: RunningLSE
+    rest_base: RunningLSE | None
+    best: Best | None
+
+    def stats(self) -> Stats:
+        T = self.rest.temperature
+        return Stats(
+            torch.where(self.u_nS < ABSENT, NEG, self.u_nS / T),
+            self.rest.lse(),
+            self.rest.mean() if len(self.rest.sums) > 1 else None,
+            None if self.rest_base is None else self.rest_base.lse(),
+        )
+
+
+class DenseRows(NamedTuple):
+    """What dz of a chunk with a dense teacher needs, [n] each:
+
+    dz = on_D ψ − on_q q  [+ on_lse q₁ − on_ce at the label]
+    """
+
+    lse: Tensor
+    teacher_lse: Tensor
+    lse_base: Tensor
+    on_D: Tensor
+    on_q: Tensor
+    on_lse: Tensor | None
+    on_ce: Tensor | None
+    label: Tensor | None
+
+
+def blocks(tokens: int, size: int) -> Iterator[slice]:
+    for start in range(0, tokens, size):
+        yield slice(start, min(start + size, tokens))
+
+
+def chunk_tokens(head: Head, tokens: int, weight_grad: bool) -> int:
+    """Tokens per chunk of the fused loss: its kept logits plus the weight gradient stay below
+    SHARE_OF_MATERIALISED of three fp32 [N, V], within CHUNK_BYTES, and below all tokens, but are
+    never so few that reading W dominates.
+
+    Two chunks are preferred where they fit or need no more, since then a 16-bit dW needs no fp32
+    accumulator beside it.
+    """
+    low, high = CHUNK_BYTES.get(head.weight.device.type, CHUNK_BYTES["cuda"])
+    row_bytes = head.vocab * head.dtype.itemsize
+    share = int(SHARE_OF_MATERIALISED * 3 * tokens * row_bytes)
+    floor = max(low, MIN_CHUNK_TOKENS * row_bytes)
+
+    def fits(gradient_bytes: int) -> int:
+        budget = share - weight_grad * head.weight.numel() * gradient_bytes
+        return max(floor, min(high, budget)) // row_bytes
+
+    half, stored = -(-tokens // 2), head.weight.element_size()
+    chunk = fits(head.dtype.itemsize)
+    saved = weight_grad * head.weight.numel() * (head.dtype.itemsize - stored)
+    if half <= fits(stored) or half * row_bytes <= min(high, chunk * row_bytes + saved):
+        return half
+    return max(1, chunk - chunk % 32 if chunk > 32 else chunk)  # whole tiles of the library GEMM
+
+
+def lift_of(head: Head, *grads: Tensor | None) -> Tensor:
+    """A power of two, 0-dim, that keeps dz inside float16 (1 for every other type).
+
+    float16 ends at 6e-8, where most of a softmax over a vocabulary lies once it is divided by the
+    number of tokens. Gradients are linear in `grads`: they are lifted before 16-bit products and
+    the lift taken out of their result, or with the upstream scalar.
+    """
+    given = [g for g in grads if g is not None and g.numel()]
+    if head.weight.dtype != torch.float16 or not given:
+        return torch.ones((), dtype=head.dtype, device=head.weight.device)
+    top = torch.stack([g.abs().amax() for g in given]).amax()
+    return torch.exp2(7 - torch.ceil(torch.log2(top.clamp(min=1e-30)))).to(head.dtype)
+
+
+def slot_grads(head: Head, z_ids_nS: Tensor, g_z_nS: Tensor) -> Tensor:
+    """d(W x) of the slots from d z, [n, S]."""
+    g = g_z_nS * (head.logit_scale / head.temperature)
+    if head.softcap is not None:
+        g = g * (1 - (z_ids_nS * (head.temperature / head.softcap)).square())
+    return torch.where(z_ids_nS < ABSENT, 0.0, g)

@@ -1,0 +1,35 @@
+"""linear_topk: the k largest log-probabilities of softmax(logits / T), and exact tails.
+
+A chunk of tokens keeps its logits (never [N, V]), so that the tail is summed over what is left
+after the k are taken out: 1 − Σ exp would lose it in fp32 when the k hold almost everything.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .engines import Engine
+from .head import Head, blocks
+from .rows import ABSENT
+
+# On CPU no more than last-level caches and small machines bear; on a GPU enough tokens for W's
+# reading to hide behind the products.
+CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
+
+
+def topk(engine: Engine, head: Head, hidden_NH: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(ids int64 [N, k] by falling probability, logprobs [N, k], log_tail [N], −inf if k = V)."""
+    N, V = hidden_NH.shape[0], head.vocab
+    ids = hidden_NH.new_empty(N, k, dtype=torch.int64)
+    logprobs = hidden_NH.new_empty(N, k, dtype=head.dtype)
+    log_tail = hidden_NH.new_empty(N, dtype=head.dtype)
+    limit = CHUNK_BYTES.get(hidden_NH.device.type, CHUNK_BYTES["cuda"])
+    step = max(1, min(limit // (V * head.dtype.itemsize), -(-N // 2)))
+    keep = engine.new_keep(head, min(step, N))
+    for at in blocks(N, step):
+        z, ids[at], lse_rest = engine.topk(head, hidden_NH[at], k, keep)
+        lse = torch.logaddexp(lse_rest, torch.logsumexp(z, -1))
+        logprobs[at] = z - lse.unsqueeze(-1)
+        log_tail[at] = torch.where(lse_rest < ABSENT, -torch.inf, lse_rest - lse)
+    return ids, logprobs, log_tail

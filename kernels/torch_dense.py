@@ -1,0 +1,104 @@
+"""The dense teacher's sums and gradients in PyTorch, on chunks kept vocabulary-major.
+
+    D = Σ φ(log p, log q),  Ψ = Σψ,  dz = on_D ψ − q Ψ [+ on_lse q₁ − on_ce at the label]
+
+ψ takes the place of the teacher's logits between the two sweeps. A callable divergence takes whole
+rows and gets ψ by autograd.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .divergences import floor_of, resolve
+from .head import DenseRows, Head, blocks
+from .rows import RowOptions
+from .torch_slabs import Matmul, kept, slabs
+
+
+def dense_sums(
+    head: Head,
+    teacher_head: Head,
+    keeps: tuple[Tensor, Tensor],
+    lse_n: Tensor,
+    teacher_lse_n: Tensor,
+    label_n: Tensor | None,
+    options: RowOptions,
+    *,
+    grad: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(D [n], Σψ [n], the label's u [n]); with grad, ψ takes the place of the teacher's logits."""
+    n, V = len(lse_n), head.vocab
+    u_Vn, psi_Vn = kept(head, keeps[0], n)[:-1], kept(teacher_head, keeps[1], n)[:-1]
+    T, floor = options.temperature, floor_of(u_Vn.dtype)
+    D = torch.zeros_like(lse_n)
+    total = torch.zeros_like(lse_n)
+    rows = V if callable(options.divergence) else 4096
+    for at in blocks(V, rows):
+        lq = (u_Vn[at] / T).sub_(lse_n)
+        lp = (psi_Vn[at] / T).sub_(teacher_lse_n).clamp_(min=floor)
+        if isinstance(options.divergence, str):
+            rule = resolve(options.divergence, options.beta, options.skew)
+            D += rule.phi(lp, lq).sum(0)
+            psi = rule.psi(lp, lq) if grad else None
+        else:
+            psi = None
+            with torch.enable_grad():
+                leaf = lq.t().detach().requires_grad_(grad)
+                value = options.divergence(lp.t(), leaf)
+                if grad:
+                    psi = torch.autograd.grad(value.sum(), leaf)[0].t()
+            D += value.detach()
+        if psi is not None:
+            total += psi.sum(0)
+            psi_Vn[at] = psi
+    u_label = None
+    if label_n is not None:
+        u_label = u_Vn.gather(0, label_n.clamp(min=0).unsqueeze(0))[0]
+    return D, total, u_label
+
+
+def dense_grads(
+    head: Head,
+    teacher_head: Head,
+    hidden_nH: Tensor,
+    keeps: tuple[Tensor, Tensor],
+    rows: DenseRows,
+    options: RowOptions,
+    *,
+    first: bool,
+    dx: Tensor | None,
+    dw: Tensor | None,
+    db: Tensor | None,
+) -> None:
+    """The chunk's share of the gradients."""
+    n = hidden_nH.shape[0]
+    T = head.temperature
+    matmul = Matmul(head, hidden_nH)
+    u_Vn, psi_Vn = kept(head, keeps[0], n)[:-1], kept(teacher_head, keeps[1], n)[:-1]
+    dx_Hn = None
+    if dx is not None:
+        dx_Hn = torch.zeros(dx.shape[::-1], dtype=head.dtype, device=dx.device)
+    for at in slabs(head.vocab, n, head.dtype.itemsize):
+        u = u_Vn[at]
+        d = psi_Vn[at].mul_(rows.on_D)
+        d -= (u / T).sub_(rows.lse).exp_().mul_(rows.on_q)
+        d /= T
+        if rows.on_lse is not None:
+            d += (u - rows.lse_base).exp_().mul_(rows.on_lse)
+        if rows.on_ce is not None and rows.label is not None:
+            here = (rows.label >= at.start) & (rows.label < at.stop)
+            index = torch.where(here, rows.label - at.start, 0).unsqueeze(0)
+            d.scatter_add_(0, index, torch.where(here, -rows.on_ce, 0.0).unsqueeze(0))
+        if head.softcap is not None:
+            d *= 1 - (u / head.softcap).square_()
+        d *= head.logit_scale
+        if db is not None:
+            db[at] += d.sum(1)
+        if dx_Hn is not None:
+            matmul.add_hidden_grad(at, d, dx_Hn)
+        if dw is not None:
+            matmul.add_weight_grad(d, dw[at], first)
+    if dx_Hn is not None and dx is not None:
+        dx.copy_(dx_Hn.t())

@@ -1,0 +1,118 @@
+"""Gradients of the head in PyTorch, from dz slab by slab: of a kept chunk, or with logits again.
+
+    dz[n, v] = g_rest_n · e^{z − lse_rest} for v ∉ ids_n, and g_z[n, s] at ids_ns
+    dX = dz W,  dW = dzᵀ X
+
+chunk_grads   a chunk's kept logits become dz in place (4NVH FLOPs beyond the forward pass). With a
+              16-bit head dX takes dz in 16 bits off the slots and in fp32 at them.
+recompute     the logits once more (2NVH), vocabulary slabs outermost, each dW slab written once in
+              a fixed order: deterministic, no [N, V], no [V, H] accumulator.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .head import Head, Stats, slot_grads
+from .rows import Gathered
+from .torch_gather import hidden_grad
+from .torch_slabs import Matmul, Slots, grad_slab_, kept, logits, slabs
+
+
+def chunk_grads(
+    head: Head,
+    hidden_nH: Tensor,
+    ids_nS: Tensor,
+    stats: Stats,
+    g: Gathered,
+    keep: Tensor,
+    first: bool,
+    dx: Tensor | None,
+    dw: Tensor | None,
+    db: Tensor | None,
+) -> None:
+    """Turn a chunk's kept logits into dz, slab by slab, and add its share of the gradients.
+
+    dx [n, H] is this chunk's part; dw and db are of the whole head, started when `first`.
+    """
+    assert g.lse_rest is not None
+    n, low = hidden_nH.shape[0], head.weight.dtype
+    keep_V1n = kept(head, keep, n)
+    packed = low != head.dtype
+    g_nS = slot_grads(head, stats.z_ids, g.z)
+    g_Sn = g_nS.t().contiguous()
+    matmul, slots = Matmul(head, hidden_nH), Slots(ids_nS)
+    dx_Hn = None
+    if dx is not None and not packed:
+        dx_Hn = torch.zeros(hidden_nH.shape[::-1], dtype=head.dtype, device=dx.device)
+    dz_Vn = keep_V1n.view(-1).view(low)[: head.vocab * n].view(head.vocab, n)
+    for at in slabs(head.vocab, n, head.dtype.itemsize):
+        ds1, after = keep_V1n[at.start : at.stop + 1], keep_V1n[at.stop].clone()
+        ds = grad_slab_(head, keep_V1n[at], stats, g.lse_rest, None, g.lse_base)
+        slots.clear(at, ds1)
+        off_slots = ds.to(low) if packed and dx is not None else None
+        slots.put(at, ds1, g_Sn)
+        keep_V1n[at.stop] = after
+        if db is not None:
+            db[at] += ds.sum(1)
+        if dw is not None:
+            matmul.add_weight_grad(ds, dw[at], first)
+        if off_slots is not None:
+            # 16-bit dz moves to the front of the chunk's own memory, behind the slabs still unread.
+            dz_Vn[at] = off_slots
+        elif dx_Hn is not None:
+            matmul.add_hidden_grad(at, ds, dx_Hn)
+    if dx is None:
+        return
+    if dx_Hn is not None:
+        dx.copy_(dx_Hn.t())
+    else:
+        # The slots' dz is the largest by far and stays in fp32: rounded, it would be the error.
+        off_slots = torch.mm(dz_Vn.t(), head.weight[: head.vocab])
+        dx.copy_(hidden_grad(head, ids_nS, g_nS).add_(off_slots))
+
+
+def recompute(
+    head: Head,
+    hidden_NH: Tensor,
+    ids_NS: Tensor,
+    stats: Stats,
+    grads: Stats,
+    *,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(dX [N, H], dW like weight, db like bias), each None unless asked for.
+
+    Vocabulary slabs outermost, all tokens inside: each dW slab is one product over all N,
+    summed in fp32 and rounded once; dX is summed in fp32.
+    """
+    N, H = hidden_NH.shape
+    dx_HN = hidden_NH.new_zeros(H, N, dtype=head.dtype) if need_hidden else None
+    dw = torch.zeros_like(head.weight) if need_weight else None
+    db = None
+    if need_bias and head.bias is not None:
+        db = torch.zeros_like(head.bias)
+    g_SN = slot_grads(head, stats.z_ids, grads.z_ids).t().contiguous()
+    matmul, slots = Matmul(head, hidden_NH), Slots(ids_NS)
+    d_vN1 = hidden_NH.new_empty(0, N, dtype=head.dtype)
+    for at in slabs(head.vocab, N, head.dtype.itemsize):
+        rows = at.stop - at.start
+        if d_vN1.shape[0] < rows + 1:
+            d_vN1 = d_vN1.new_empty(rows + 1, N)
+        u_vN = logits(head, matmul, at, d_vN1[:rows])
+        ds_vN = grad_slab_(head, u_vN, stats, grads.lse_rest, grads.mean_rest, grads.lse_base)
+        slots.clear(at, d_vN1[: rows + 1])
+        slots.put(at, d_vN1[: rows + 1], g_SN)
+        if dx_HN is not None:
+            matmul.add_hidden_grad(at, ds_vN, dx_HN)
+        if dw is not None:
+            matmul.add_weight_grad(ds_vN, dw[at], first=True)
+        if db is not None:
+            db[at] = ds_vN.sum(1)
+    dx = None
+    if dx_HN is not None:
+        dx = dx_HN.t().to(hidden_NH.dtype, memory_format=torch.contiguous_format)
+    return dx, dw, db

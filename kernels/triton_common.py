@@ -1,0 +1,104 @@
+"""What every Triton kernel of this package shares: how a logit is shaped, tiles, launching.
+
+    u = c · tanh(s / c),   s = logit_scale · (raw + b)        (raw = W x from the library GEMM)
+
+Slabs are token-major here, [n, v]: a program owns a row. Scalars of a head are fp64 arguments, cast
+to the type of the logits inside, so that a new temperature or scale compiles nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .head import Head
+from .rows import ABSENT as _ABSENT
+from .rows import NEG as _NEG
+
+NEG = tl.constexpr(_NEG)
+ABSENT = tl.constexpr(_ABSENT)
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+SLAB_COLUMNS = (64, 4096)
+# Columns one program holds at once, and its warps: 16 fp32 per thread.
+ROW_TILE = {"BV": 4096, "num_warps": 8}
+SLOT_TILE = 64  # slots one program looks at together
+
+
+@triton.jit
+def shaped(raw, bias, at, mask, scale, cap):
+    """u of raw products, with the bias at `at`; raw and u in the same type."""
+    s = raw
+    if bias is not None:
+        s += tl.load(bias + at, mask=mask, other=0.0).to(raw.dtype)
+    s *= scale
+    if cap is not None:
+        c = tl.full([], cap, raw.dtype)
+        e = tl.exp(-2.0 * tl.abs(s) / c)  # tanh |y| = (1 − e) / (1 + e): no overflow
+        s = tl.where(s < 0.0, -c, c) * ((1.0 - e) / (1.0 + e))
+    return s
+
+
+@triton.jit
+def narrowed(x, to: tl.constexpr):
+    """x in the type `to`, rounded to nearest even: the interpreter cuts bfloat16 off instead."""
+    if INTERPRETED and to == tl.bfloat16:
+        bits = x.to(tl.float32).to(tl.int32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        return bits.to(tl.float32, bitcast=True).to(to)
+    else:
+        return x.to(to)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], like: Tensor, *args: Any, **options: Any) -> None:
+    """Run `kernel` on the device of `like`; an empty grid is no launch."""
+    if 0 in grid:
+        return
+    with torch.cuda.device_of(like):
+        kernel[grid](*args, **options)
+
+
+def scalars(head: Head) -> dict[str, float | None]:
+    return {
+        "scale": float(head.logit_scale),
+        "cap": None if head.softcap is None else float(head.softcap),
+        "inv_T": 1.0 / head.temperature,
+    }
+
+
+def slab_columns(vocab: int) -> int:
+    """A power of two that one program holds, and never the whole of a vocabulary."""
+    low, high = SLAB_COLUMNS
+    return max(low, min(high, 1 << max(0, (vocab // 2).bit_length() - 1)))
+
+
+def product(left: Tensor, right: Tensor, out: Tensor) -> None:
+    """out = left @ right in fp32 (fp64 from fp64), whatever the operands.
+
+    Without a GPU, that is under the interpreter, the library has no such product of 16-bit
+    operands: they are widened first, which changes no bit of the result's operands.
+    """
+    if left.dtype == out.dtype:
+        torch.mm(left, right, out=out)
+    elif left.is_cuda:
+        torch.mm(left, right, out_dtype=out.dtype, out=out)
+    else:
+        torch.mm(left.to(out.dtype), right.to(out.dtype), out=out)
+
+
+def add_product(left: Tensor, right: Tensor, out: Tensor, first: bool) -> None:
+    """out = (first) or += left @ right, summed in fp32 and rounded to out's type once."""
+    if first and out.dtype != left.dtype:
+        product(left, right, out)
+    elif left.is_cuda and out.dtype == left.dtype:
+        torch.addmm(out, left, right, beta=0 if first else 1, out=out)
+    elif left.is_cuda:
+        torch.addmm(out, left, right, out_dtype=out.dtype, out=out)
+    else:
+        wide = torch.promote_types(out.dtype, torch.float32)
+        part = torch.mm(left.to(wide), right.to(wide))
+        out.copy_(part if first else part.add_(out))

@@ -1,0 +1,88 @@
+"""Separable divergences inside a kernel: (log p, log q) -> (φ, ψ = ∂φ/∂log q), one functor each.
+
+The table is that of divergences.py, which says what each is and where it comes from; a kernel takes
+one of these as a constexpr, so there is one kernel and no copy per divergence. `w` is β or the
+skew, a run-time number. log-probabilities are finite.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def log_mix(lp, lq, on_p):
+    """log(on_p · p + (1 − on_p) · q) for 0 < on_p < 1."""
+    a = lp + tl.log(on_p)
+    b = lq + tl.log(1.0 - on_p)
+    top = tl.maximum(a, b)
+    return top + tl.log(1.0 + tl.exp(tl.minimum(a, b) - top))
+
+
+@triton.jit
+def forward_kl(lp, lq, w):
+    p = tl.exp(lp)
+    return p * (lp - lq), -p
+
+
+@triton.jit
+def reverse_kl(lp, lq, w):
+    q = tl.exp(lq)
+    phi = q * (lq - lp)
+    return phi, phi + q
+
+
+@triton.jit
+def jsd(lp, lq, w):
+    lm = log_mix(lp, lq, w)
+    psi = (1.0 - w) * tl.exp(lq) * (lq - lm)
+    return w * tl.exp(lp) * (lp - lm) + psi, psi
+
+
+@triton.jit
+def tvd(lp, lq, w):
+    p = tl.exp(lp)
+    q = tl.exp(lq)
+    sign = tl.where(q > p, 1.0, tl.where(q < p, -1.0, 0.0))
+    return 0.5 * tl.abs(p - q), 0.5 * q * sign
+
+
+@triton.jit
+def hellinger(lp, lq, w):
+    root_q = tl.exp(0.5 * lq)
+    apart = root_q - tl.exp(0.5 * lp)
+    return 0.5 * apart * apart, 0.5 * root_q * apart
+
+
+@triton.jit
+def skew_forward_kl(lp, lq, w):
+    lm = log_mix(lp, lq, w)
+    return tl.exp(lp) * (lp - lm), -(1.0 - w) * tl.exp(lp + lq - lm)
+
+
+@triton.jit
+def skew_reverse_kl(lp, lq, w):
+    lm = log_mix(lp, lq, 1.0 - w)
+    q = tl.exp(lq)
+    return q * (lq - lm), q * (lq - lm + 1.0 - w * tl.exp(lq - lm))
+
+
+def functor(name: str, beta: float, skew: float) -> tuple[Any, float]:
+    """(the functor of divergence `name`, its w); ends of β and skew are the KLs they mean."""
+    if name == "jsd" and beta in (0.0, 1.0):
+        name = "reverse_kl" if beta else "forward_kl"
+    if name in ("skew_forward_kl", "skew_reverse_kl") and skew == 0.0:
+        name = name.removeprefix("skew_")
+    functions = {
+        "forward_kl": forward_kl,
+        "reverse_kl": reverse_kl,
+        "jsd": jsd,
+        "tvd": tvd,
+        "hellinger": hellinger,
+        "skew_forward_kl": skew_forward_kl,
+        "skew_reverse_kl": skew_reverse_kl,
+    }
+    return functions[name], beta if name == "jsd" else skew

@@ -1,0 +1,197 @@
+"""The Triton backend's passes over the head: library GEMM into a slab, Triton between the GEMMs.
+
+scan         slabs of 2048 tokens × 4096 columns fp32 (32 MiB) stay in L2 between the GEMM that
+             writes them and the reduction that reads them: 2NVH FLOPs, 4 bytes per logit from L2
+chunk_grads  a kept chunk [n, V] fp32 becomes dz in place; two GEMMs: 4NVH, 10–14 bytes per logit
+recompute    vocabulary slabs outermost, the logits once more: 8NVH in all; each dW slab is written
+             once, dX is summed in fp32
+topk         the library's top-k on a kept chunk, then the reduction without the k
+
+With a 16-bit head the slots' dz is rounded in the GEMMs' operand, and what the rounding lost is
+added to dX in fp32: they are the largest entries by far.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import triton_gather
+from .head import Head, RunningLSE, Scanned, Stats, blocks, lift_of, slot_grads
+from .rows import Gathered
+from .triton_common import add_product, product, slab_columns
+from .triton_grad import grad_rows_
+from .triton_reduce import Running
+
+BLOCK_TOKENS = 2048
+RECOMPUTE_BYTES = 64 << 20
+
+
+def new_keep(head: Head, tokens: int) -> Tensor:
+    """Memory for the raw logits of a chunk of up to `tokens` tokens; rows start on 64-byte lines,
+    whatever the vocabulary."""
+    return head.weight.new_empty(tokens, -(-head.vocab // 16) * 16, dtype=head.dtype)
+
+
+def kept(head: Head, keep: Tensor, tokens: int) -> Tensor:
+    """[n, V] view of it."""
+    return keep[:tokens, : head.vocab]
+
+
+def scan(
+    head: Head,
+    hidden_nH: Tensor,
+    ids_nS: Tensor,
+    *,
+    moments: int = 0,
+    base: bool = False,
+    best: bool = False,
+    label_u_n: Tensor | None = None,
+    keep: Tensor | None = None,
+) -> Scanned:
+    """One pass over the head; keep, when given, receives the raw products (slots are NEG)."""
+    n = hidden_nH.shape[0]
+    running = Running(head, ids_nS, moments, base, best, label_u_n)
+    columns = slab_columns(head.vocab)
+    slab = None
+    for rows in blocks(n, BLOCK_TOKENS):
+        x = hidden_nH[rows]
+        for at in blocks(head.vocab, columns):
+            if keep is not None:
+                raw = kept(head, keep, n)[rows, at]
+            else:
+                if slab is None:
+                    slab = head.weight.new_empty(min(n, BLOCK_TOKENS), columns, dtype=head.dtype)
+                raw = slab[: x.shape[0], : at.stop - at.start]
+            product(x, head.weight[at].t(), raw)
+            running.add(rows, at, raw)
+    return running.scanned()
+
+
+def distinct(ids_nS: Tensor, g_nS: Tensor) -> tuple[Tensor, Tensor]:
+    """Repeated ids of a row become one slot with the summed gradient; the others become empty."""
+    ids, order = torch.sort(ids_nS, dim=-1, stable=True)
+    g = g_nS.gather(-1, order)
+    shift = 1
+    while shift < ids.shape[-1]:  # a segmented scan: sums in a fixed order
+        same = ids[:, shift:] == ids[:, :-shift]
+        g = torch.cat([g[:, :shift], g[:, shift:] + torch.where(same, g[:, :-shift], 0.0)], -1)
+        shift *= 2
+    last = torch.ones_like(ids, dtype=torch.bool)
+    last[:, :-1] = ids[:, 1:] != ids[:, :-1]
+    return ids.masked_fill(~last, -1), g
+
+
+def chunk_grads(
+    head: Head,
+    hidden_nH: Tensor,
+    ids_nS: Tensor,
+    stats: Stats,
+    g: Gathered,
+    keep: Tensor,
+    *,
+    first: bool,
+    dx: Tensor | None,
+    dw: Tensor | None,
+    db: Tensor | None,
+) -> None:
+    """Turn a chunk's kept logits into dz, and add its share of the gradients.
+
+    dx [n, H] is this chunk's part; dw and db are of the whole head, started when `first`.
+    """
+    assert g.lse_rest is not None
+    ids, g_nS = distinct(ids_nS, slot_grads(head, stats.z_ids, g.z))
+    upstream = Stats(g.z, g.lse_rest, None, g.lse_base)
+    dz = grad_rows_(head, kept(head, keep, len(hidden_nH)), 0, ids, g_nS, stats, upstream)
+    weight = head.weight[: head.vocab]
+    if db is not None:
+        db[: head.vocab] += dz.sum(0, dtype=db.dtype)
+    if dw is not None:
+        add_product(dz.t(), hidden_nH, dw[: head.vocab], first)
+    if dx is None:
+        return
+    if dx.dtype == head.dtype:
+        product(dz, weight, dx)
+        return
+    wide = hidden_nH.new_empty(hidden_nH.shape, dtype=head.dtype)
+    product(dz, weight, wide)
+    triton_gather.hidden_grad(head, ids, g_nS - g_nS.to(dz.dtype).to(g_nS.dtype), dx, base=wide)
+
+
+def recompute(
+    head: Head,
+    hidden_NH: Tensor,
+    ids_NS: Tensor,
+    stats: Stats,
+    grads: Stats,
+    *,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(dX [N, H], dW like weight, db like bias), each None unless asked for."""
+    N, V = hidden_NH.shape[0], head.vocab
+    dw = torch.zeros_like(head.weight) if need_weight else None
+    db = None
+    if need_bias and head.bias is not None:
+        db = torch.zeros_like(head.bias)
+    dx = torch.zeros_like(hidden_NH, dtype=head.dtype) if need_hidden else None
+    lift = lift_of(head, *grads)
+    lifted = Stats._make(None if t is None else t * lift for t in grads)
+    ids, g_NS = distinct(ids_NS, slot_grads(head, stats.z_ids, lifted.z_ids))
+    lost_NS = g_NS - g_NS.to(head.weight.dtype).to(g_NS.dtype)
+    columns = min(slab_columns(V), max(64, RECOMPUTE_BYTES // (max(N, 1) * head.dtype.itemsize)))
+    slab = hidden_NH.new_empty(N, columns, dtype=head.dtype)
+    for i, at in enumerate(blocks(V, columns)):
+        raw = slab[:, : at.stop - at.start]
+        for rows in blocks(N, BLOCK_TOKENS):
+            part = Stats._make(None if t is None else t[rows] for t in stats)
+            up = Stats._make(None if t is None else t[rows] for t in lifted)
+            product(hidden_NH[rows], head.weight[at].t(), raw[rows])
+            dz = grad_rows_(head, raw[rows], at.start, ids[rows], g_NS[rows], part, up)
+            if dx is not None:
+                add_product(dz, head.weight[at], dx[rows], first=i == 0)
+        dz = raw if head.weight.dtype == raw.dtype else raw.view(head.weight.dtype)
+        dz = dz[:, : at.stop - at.start]
+        if dw is not None:
+            _store(dz.t(), hidden_NH, lift, dw[at])
+        if db is not None:
+            db[at] = dz.sum(0, dtype=head.dtype) / lift
+    if dx is None or dx.dtype == hidden_NH.dtype:
+        return dx, dw, db
+    # float16 keeps its lift until it is narrowed, or it would overflow; bfloat16 has none.
+    narrow = dx if head.weight.dtype == torch.float16 else torch.empty_like(hidden_NH)
+    triton_gather.hidden_grad(head, ids, lost_NS, narrow, base=dx)
+    return narrow if narrow is not dx else (dx / lift).to(hidden_NH.dtype), dw, db
+
+
+def _store(left: Tensor, right: Tensor, lift: Tensor, out: Tensor) -> None:
+    """out = left @ right / lift."""
+    if out.dtype != torch.float16:
+        add_product(left, right, out, first=True)
+        return
+    wide = out.new_empty(out.shape, dtype=lift.dtype)
+    product(left, right, wide)
+    out.copy_(wide / lift)
+
+
+def topk(head: Head, hidden_nH: Tensor, k: int, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(z [n, k] at T by falling value, ids int64 [n, k], lse_rest [n]); overwrites keep."""
+    n = hidden_nH.shape[0]
+    z_nV = kept(head, keep, n)
+    product(hidden_nH, head.weight[: head.vocab].t(), z_nV)
+    if head.bias is not None:
+        z_nV += head.bias[: head.vocab].to(z_nV.dtype)
+    if head.logit_scale != 1.0:
+        z_nV *= head.logit_scale
+    if head.softcap is not None:
+        z_nV.div_(head.softcap).tanh_().mul_(head.softcap)
+    if head.temperature != 1.0:
+        z_nV /= head.temperature
+    best = z_nV.topk(k, dim=-1)
+    plain = Head(head.weight, None, 1.0, None, 1.0, head.vocab)
+    running = Running(plain, best.indices, 0, False, False, None)
+    for at in blocks(head.vocab, slab_columns(head.vocab)):
+        running.add(slice(0, n), at, z_nV[:, at])
+    rest: RunningLSE = running.scanned().rest
+    return best.values, best.indices, rest.lse()

@@ -1,0 +1,53 @@
+"""Which implementation `impl` means, and that an explicit one is never replaced by another."""
+
+import pytest
+import torch
+from cases import case, top_k
+from triton import knobs
+
+import fastdistill as fd
+from fastdistill import backend
+
+
+@pytest.fixture
+def no_interpreter(monkeypatch):
+    monkeypatch.setattr(knobs.runtime, "interpret", False)
+    backend.no_triton.cache_clear()
+    yield
+    backend.no_triton.cache_clear()
+
+
+@pytest.mark.usefixtures("no_interpreter")
+def test_triton_on_a_cpu_is_refused_and_auto_is_torch():
+    assert backend.resolve_impl("auto", torch.device("cpu")) == "torch"
+    with pytest.raises(ValueError, match=r"impl: 'triton' cannot run, because they need CUDA"):
+        backend.resolve_impl("triton", torch.device("cpu"))
+    c = case()
+    with pytest.raises(ValueError, match="use impl='torch'"):
+        fd.topk_distill_loss(c.hidden, c.weight, top_k(c.teacher_logits, 5), impl="triton")
+
+
+def test_auto_is_torch_on_a_cpu_even_under_the_interpreter():
+    assert backend.resolve_impl("auto", torch.device("cpu")) == "torch"
+
+
+def test_other_devices_and_old_gpus_are_named(monkeypatch):
+    backend.no_triton.cache_clear()
+    with pytest.raises(ValueError, match=r"they run on CUDA devices, not on 'mps'"):
+        backend.resolve_impl("triton", torch.device("mps"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    with pytest.raises(ValueError, match=r"compute capability \(7, 5\) is below \(8, 0\)"):
+        backend.resolve_impl("triton", torch.device("cuda", 0))
+    assert backend.resolve_impl("auto", torch.device("cuda", 0)) == "torch"
+    backend.no_triton.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    assert backend.resolve_impl("auto", torch.device("cuda", 0)) == "triton"
+    backend.no_triton.cache_clear()
+
+
+def test_without_triton_it_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None)
+    backend.no_triton.cache_clear()
+    with pytest.raises(ValueError, match="triton is not installed"):
+        backend.resolve_impl("triton", torch.device("cuda", 0))
+    backend.no_triton.cache_clear()
