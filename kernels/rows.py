@@ -93,6 +93,13 @@ def outside_label(ids_NK: Tensor, labels_N: Tensor) -> Tensor:
     return (labels_N >= 0) & ~(ids_NK == labels_N.unsqueeze(-1)).any(-1)
 
 
+def log_share_left(log_q_S: Tensor, log_q_tail: Tensor) -> Tensor:
+    """log(1 − Σ_S q) [N]: `log_q_tail`, a difference of two log-sum-exps, where little is left, and
+    log1p(−Σ_S q) where S holds little: there the difference is rounding of numbers near 10."""
+    inside = log_q_S.exp().sum(-1)
+    return torch.where(inside < 0.5, torch.log1p(-inside.clamp(max=0.5)), log_q_tail)
+
+
 def _columns(seen: Gathered, teacher: Teacher, label_N: Tensor | None, tail: str) -> _Columns:
     K = teacher.ids.shape[-1]
     empty = teacher.ids < 0
@@ -113,7 +120,7 @@ def _columns(seen: Gathered, teacher: Teacher, label_N: Tensor | None, tail: str
         lse_tail = torch.logaddexp(lse_tail, z_y)
     lse = torch.logaddexp(lse_tail, lse_S)
     lq = (z_S - lse.unsqueeze(-1)).masked_fill(empty, floor)
-    log_q_tail = lse_tail - lse
+    log_q_tail = log_share_left(lq, lse_tail - lse)
     if tail == "bucket":
         # Ids that cover the vocabulary leave no token for the bucket, whatever rounding left in it.
         log_tail = torch.where(lse_tail < ABSENT, floor, teacher.log_tail)
@@ -197,7 +204,11 @@ def rows_backward(
         g_tail = psi_tail - q_tail * total[:, 0]
     scale = (coef_N * options.on_divergence).unsqueeze(-1)
     g_z = torch.zeros_like(seen.z)
-    g_z[:, :K] = (scale * (psi[:, :K] - q[:, :K] * total)).masked_fill(cols.empty, 0.0)
+    g_S = (psi[:, :K] - q[:, :K] * total).masked_fill(cols.empty, 0.0)
+    g_z[:, :K] = scale * g_S
+    if g_tail is not None:
+        # The gradients of a softmax sum to 0; the smaller side of that sum is the exact one.
+        g_tail = torch.where(q_tail > 0.5, -g_S.sum(-1), g_tail)
     g_rest = None if seen.lse_rest is None else torch.zeros_like(seen.lse_rest)
     if g_tail is not None:
         assert cols.lse_tail is not None

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .engines import Engine
 from .head import Head, blocks
-from .rows import ABSENT
+from .rows import ABSENT, log_share_left
 
 # On CPU no more than last-level caches and small machines bear; on a GPU enough tokens for W's
 # reading to hide behind the products.
@@ -31,5 +31,6 @@ def topk(engine: Engine, head: Head, hidden_NH: Tensor, k: int) -> tuple[Tensor,
         z, ids[at], lse_rest = engine.topk(head, hidden_NH[at], k, keep)
         lse = torch.logaddexp(lse_rest, torch.logsumexp(z, -1))
         logprobs[at] = z - lse.unsqueeze(-1)
-        log_tail[at] = torch.where(lse_rest < ABSENT, -torch.inf, lse_rest - lse)
+        left = log_share_left(logprobs[at], lse_rest - lse)
+        log_tail[at] = torch.where(lse_rest < ABSENT, -torch.inf, left)
     return ids, logprobs, log_tail

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from .head import Best, Head, RunningLSE, Scanned
 from .rows import NEG as _NEG
-from .triton_common import ABSENT, NEG, ROW_TILE, SLOT_TILE, launch, scalars, shaped
+from .triton_common import ABSENT, NEG, SLOT_TILE, launch, scalars, shaped
+
+REDUCE_TILE = {"num_warps": 16}  # with 8 warps ptxas spills to keep more of them resident
 
 
 @triton.jit
@@ -164,7 +166,7 @@ class Running:
             BEST=self.best,
             BV=triton.next_power_of_2(at.stop - at.start),
             SB=min(SLOT_TILE, triton.next_power_of_2(max(S, 1))),
-            num_warps=ROW_TILE["num_warps"],
+            num_warps=REDUCE_TILE["num_warps"],
         )
 
     def scanned(self) -> Scanned:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import triton_gather
+from . import triton_gather, triton_stream
 from .head import Head, RunningLSE, Scanned, Stats, blocks, lift_of, slot_grads
 from .rows import Gathered
 from .triton_common import add_product, product, slab_columns
@@ -51,6 +51,16 @@ def scan(
 ) -> Scanned:
     """One pass over the head; keep, when given, receives the raw products (slots are NEG)."""
     n = hidden_nH.shape[0]
+    if keep is None and triton_stream.pays(head, hidden_nH):
+        return triton_stream.scan(
+            head,
+            hidden_nH,
+            ids_nS,
+            moments=moments,
+            base=base,
+            best=best,
+            label_u_n=label_u_n,
+        )
     running = Running(head, ids_nS, moments, base, best, label_u_n)
     columns = slab_columns(head.vocab)
     slab = None

@@ -52,6 +52,23 @@ def test_confident_rows(divergence, tail):
     check(c, top_k(c.teacher_logits, 5), torch.float32, divergence=divergence, tail=tail)
 
 
+@pytest.mark.parametrize("backward", ["fused", "recompute"])
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd", "hellinger"])
+def test_tail_near_one_is_exact(divergence, backward):
+    """M → 0, teacher near the student: log-sum-exps near 10 differ by 1e-3, and so do p and q."""
+    c = case(torch.float32, N=24, H=32, V=4000, std=2.0, near=0.2)
+    lp = c.teacher_logits.log_softmax(-1)
+    ids = torch.randint(4000, (24, 8), generator=torch.Generator().manual_seed(5)).sort(-1).values
+    ids[:, 1:][ids[:, 1:] == ids[:, :-1]] = -1
+    chosen = lp.gather(-1, ids.clamp(min=0)).masked_fill(ids < 0, -torch.inf)
+    teacher = fd.TopK(ids, chosen, torch.log1p(-chosen.exp().sum(-1)))
+    options = {"divergence": divergence, "backward": backward}
+    found = run(c, teacher, torch.float32, **options)
+    truth = run(c, teacher, impl="reference", divergence=divergence)
+    for a, b, allowed in zip(found, truth, (2e-3, 3e-5, 3e-5), strict=True):
+        assert_close(a, b, allowed, divergence)
+
+
 @pytest.mark.parametrize("divergence", NAMES)
 def test_tail_near_zero_is_exact(divergence):
     """M → 1: the student's tail is summed directly, so it is right where 1 − Σq is not."""
