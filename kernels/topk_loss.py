@@ -94,13 +94,15 @@ def fused(
     need_weight: bool,
     need_bias: bool,
     combine: Callable[[Stats], Stats] | None = None,
+    chunk: int | None = None,
 ) -> Fused:
     """ids_NS are the teacher's ids with the label's appended when label_N is given; coef_N [N] is
     each token's factor in the sum (0 drops it). `combine` turns the statistics of a shard of the
-    vocabulary into those of the whole."""
+    vocabulary into those of the whole; ids_NS are then the shard's own, −1 where another one has
+    the id, and `chunk` is how many tokens every shard takes at a time."""
     N, _H = hidden_NH.shape
     grad = need_hidden or need_weight or need_bias
-    chunk = chunk_tokens(head, N, need_weight)
+    chunk = chunk or chunk_tokens(head, N, need_weight)
     few = CARRIED_CHUNKS.get(hidden_NH.device.type, 4)
     carried = head.weight.dtype == head.dtype or chunk * few >= N
     dx = torch.empty_like(hidden_NH) if need_hidden else None
@@ -117,16 +119,19 @@ def fused(
         ids, coef = ids_NS[at], coef_N[at]
         label = None if label_N is None else label_N[at]
         scanned = engine.scan(head, hidden_NH[at], ids, moments=int(entropy), base=base, keep=keep)
-        stats = scanned.stats() if combine is None else combine(scanned.stats())
+        mine = scanned.stats()
+        stats = mine if combine is None else combine(mine)
         gathered = Gathered(stats.z_ids, stats.lse_rest, stats.lse_base)
         part = Teacher(*(t[at] for t in teacher))
         rows, g = row_function(gathered, part, label, coef * lift, grad)
         loss += (coef * rows.per_token).sum()
         seen_rows.append(rows)
         if entropy and stats.mean_rest is not None:
-            seen_entropy.append(entropy_of(gathered, stats.mean_rest, first_slots(ids))[0])
+            asked = part.ids if label is None else torch.cat([part.ids, label.unsqueeze(-1)], -1)
+            seen_entropy.append(entropy_of(gathered, stats.mean_rest, first_slots(asked))[0])
         if g is not None:
             part_dx = None if dx is None else dx[at]
+            stats = stats._replace(z_ids=mine.z_ids)  # slots of other shards take no gradient here
             engine.chunk_grads(
                 head, hidden_NH[at], ids, stats, g, keep, first=i == 0, dx=part_dx, dw=dw, db=db
             )

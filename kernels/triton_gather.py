@@ -19,7 +19,7 @@ from .head import Head, slot_grads
 from .rows import ABSENT
 from .triton_common import NEG, launch, narrowed, scalars, shaped
 
-GATHER_TILE = {"SB": 16, "BH": 256, "num_warps": 4}
+GATHER_TILE = {"SB": 16, "BH": 256, "num_warps": 4, "maxnreg": 128}
 RUN_TILE = {"BE": 32, "BH": 512, "num_warps": 4}
 
 
@@ -126,6 +126,7 @@ def forward(head: Head, hidden_NH: Tensor, ids_NS: Tensor) -> Tensor:
         SB=SB,
         BH=min(GATHER_TILE["BH"], triton.next_power_of_2(H)),
         num_warps=GATHER_TILE["num_warps"],
+        maxnreg=GATHER_TILE["maxnreg"],
     )
     return z_NS
 
@@ -154,6 +155,7 @@ def hidden_grad(
         SB=min(GATHER_TILE["SB"], triton.next_power_of_2(max(S, 1))),
         BH=BH,
         num_warps=GATHER_TILE["num_warps"],
+        maxnreg=GATHER_TILE["maxnreg"],
     )
 
 

@@ -18,7 +18,8 @@ from .head import Best, Head, RunningLSE, Scanned
 from .rows import NEG as _NEG
 from .triton_common import ABSENT, NEG, SLOT_TILE, launch, scalars, shaped
 
-REDUCE_TILE = {"num_warps": 16}  # with 8 warps ptxas spills to keep more of them resident
+# A bound on registers keeps ptxas from spilling two of them to fit one more program.
+REDUCE_TILE = {"num_warps": 16, "maxnreg": 64}
 
 
 @triton.jit
@@ -166,7 +167,7 @@ class Running:
             BEST=self.best,
             BV=triton.next_power_of_2(at.stop - at.start),
             SB=min(SLOT_TILE, triton.next_power_of_2(max(S, 1))),
-            num_warps=REDUCE_TILE["num_warps"],
+            **REDUCE_TILE,
         )
 
     def scanned(self) -> Scanned:

@@ -21,10 +21,11 @@ def streamed(monkeypatch):
         launch(*args, **options)
 
     monkeypatch.setattr(stream, "launch", counted)
-    monkeypatch.setattr(stream, "STREAM_UP_TO", dict.fromkeys([8, 9, 10, "interpreted"], 10**6))
+    monkeypatch.setattr(stream, "STREAM_UP_TO", dict.fromkeys([9, 10, "interpreted"], 10**6))
     if not torch.cuda.is_available():
         small = {"BN": 16, "BV": 32, "BH": 16, "num_warps": 4, "num_stages": 2}
-        monkeypatch.setattr(stream, "STREAM_TILE", small)
+        monkeypatch.setattr(stream, "LIGHT", small)
+        monkeypatch.setattr(stream, "HEAVY", small | {"BV": 64})
     return launches
 
 
