@@ -1,37 +1,220 @@
-"""python -m benchmarks [sparse_loss] [gradient_error]: run, print, write benchmarks/results/."""
+"""python -m benchmarks, and `fastdistill bench`: measure, print, write results.
+
+Names are ops (each at --shape, --tokens and --k), suites with shapes of their own, or
+gradient_error. Without names: sparse_loss and gradient_error, what the README reports from a CPU.
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from . import gradient_error, registry, sparse_loss
+if TYPE_CHECKING:
+    from .rows import Row
+    from .run import Measured
+
+DEFAULT = ("gradient_error", "sparse_loss")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("names", nargs="*", default=["gradient_error", "sparse_loss"],
-                        help="gradient_error, sparse_loss (default: both)")  # fmt: skip
-    parser.add_argument("--repeats", type=int, default=7, help="timed turns of each contender")
-    parser.add_argument("--quick", action="store_true", help="small shapes, nothing written")
-    parser.add_argument("--out", type=Path, default=registry.RESULTS, help="where JSON goes")
-    args = parser.parse_args()
-    for name in args.names:
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 1 up, got {text}")
+    return value
+
+
+def parser(prog: str) -> argparse.ArgumentParser:
+    from .shapes import DTYPES, HEADS
+
+    found = argparse.ArgumentParser(
+        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    found.add_argument("names", nargs="*", metavar="NAME", help="see --list")
+    found.add_argument("--shape", choices=HEADS, help="the model whose head it is (qwen3-0.6b)")
+    found.add_argument("--tokens", type=positive, metavar="N", help="tokens (1024)")
+    found.add_argument("--k", type=positive, help="teacher ids per token (64)")
+    found.add_argument("--dtype", choices=DTYPES, help="of hidden states and head (bf16)")
+    found.add_argument("--quick", action="store_true",
+                       help="small shapes, nothing compiled, written only with --out")  # fmt: skip
+    found.add_argument("--repeats", type=positive, default=7, help="turns of each contender (7)")
+    found.add_argument("--budget-seconds", type=float, default=float("inf"), metavar="S",
+                       help="start no case after this long")  # fmt: skip
+    found.add_argument("--out", type=Path, metavar="DIR", help="(benchmarks/results)")
+    found.add_argument("--commit", help="what to record where git cannot say")
+    found.add_argument("--json", action="store_true", help="print one JSON document, no table")
+    found.add_argument("--list", action="store_true", help="say what can be measured, and stop")
+    return found
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "python -m benchmarks") -> int:
+    """0: measured. 1: the gate refused a case. 2 (raised by argparse): a request that is wrong."""
+    parse = parser(prog)
+    args = parse.parse_args(argv)
+    started = time.monotonic()
+
+    from .ops import OPS
+    from .shapes import FIXED_K, SUITES
+
+    if args.list:
+        _list(args.json)
+        return 0
+    known = {*OPS, *SUITES, "gradient_error"}
+    names = list(dict.fromkeys(args.names or DEFAULT))
+    for name in names:
+        if name not in known:
+            parse.error(f"unknown benchmark {name!r}; --list names them")
+    given = [o for o in ("shape", "tokens", "k", "dtype") if getattr(args, o) is not None]
+    own = [name for name in names if name not in OPS]
+    if given and own:
+        parse.error(f"--{given[0]} is for ops; {own[0]} has shapes of its own")
+    fixed = [name for name in names if name in FIXED_K]
+    if args.k is not None and fixed:
+        parse.error(f"--k is not for {fixed[0]}, whose K is {FIXED_K[fixed[0]]}")
+    if args.k == 1 and "renorm_both" in names:
+        parse.error("renorm_both needs --k 2 or more: one token renormalised over itself is 1")
+
+    from . import gradient_error, rows
+
+    rows.given_commit = args.commit
+    bench = _Bench(args, names, started + args.budget_seconds)
+    all_rows, refused, not_run = [], [], []
+    for name in names:
+        found = bench.measure(name)
+        all_rows += found.rows
+        refused += found.refused
+        not_run += found.not_run
+        if not args.json:
+            show = gradient_error.table if name == "gradient_error" else rows.table
+            print(show(found.rows), end="\n\n")
+    if args.json:
+        document = {
+            "rows": [asdict(row) for row in all_rows],
+            "refused": refused,
+            "not_run": not_run,
+        }
+        print(json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False))
+    for line in refused:
+        _say(f"refused: {line}")
+    for line in not_run:
+        _say(f"not run, out of time: {line}")
+    return 1 if refused else 0
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+class _Bench:
+    """What one command measures: rates first, once, then each name into files of its own."""
+
+    def __init__(self, args: argparse.Namespace, names: list[str], deadline: float) -> None:
+        from .ops import OPS
+        from .registry import cases
+        from .roofline import measure_rates
+        from .run import clock
+        from .shapes import SUITES, entry
+
+        self.args, self.deadline = args, deadline
+        self.cases = {}
+        for name in names:
+            if name == "gradient_error":
+                continue
+            at = (args.shape or "qwen3-0.6b", args.tokens or 1024, args.k or 64)
+            entries = SUITES.get(name) or (entry(name, *at, args.dtype or "bf16"),)
+            self.cases[name] = list(dict.fromkeys(cases(entries, OPS, args.quick)))
+        if self.cases:
+            self.timer = clock()
+            dtypes = [case.dtype for found in self.cases.values() for case in found]
+            self.rates = measure_rates(dtypes, self.timer.time)
+            _say(f"measured here: {self.rates}")
+
+    def measure(self, name: str) -> Measured:
+        import torch
+
+        from .registry import Missing
+        from .rows import RESULTS, write
+        from .run import Measured, measure_all
+
+        folder = self.args.out or (None if self.args.quick else RESULTS)
+        # A CPU's results on record are not overwritten by a GPU's.
+        file = name + "_cuda" * torch.cuda.is_available()
         if name == "gradient_error":
-            shape = registry.Shape(32, 64, 2000, 16) if args.quick else gradient_error.SHAPE
-            rows = gradient_error.rows(shape)
-            print(gradient_error.table(rows))
-        elif name == "sparse_loss":
-            shape = registry.Shape(128, 64, 8000, 16) if args.quick else sparse_loss.ISSUE_SHAPE
-            rows = []
-            for case in sparse_loss.cases(shape):
-                rows += registry.measure(case, args.repeats)
-            print(registry.table(rows))
-        else:
-            parser.error(f"unknown benchmark {name!r}")
-        if not args.quick:
-            registry.write(rows, args.out / f"{name}.json")
+            from . import gradient_error
+            from .shapes import GATE
+
+            if time.monotonic() >= self.deadline:
+                return Measured([], [], [name])
+            found = gradient_error.rows(GATE if self.args.quick else gradient_error.SHAPE)
+            if folder is not None:
+                write(found, folder / file)
+            return Measured(found, [], [])
+
+        def save(found: list[Row]) -> None:
+            if folder is not None:
+                write(found, folder / file)
+
+        measured = measure_all(
+            self.cases[name],
+            self.args.repeats,
+            deadline=self.deadline,
+            say=_say,
+            save=save,
+            rates=self.rates,
+            timer=self.timer,
+        )
+        if folder is not None:
+            from .plot import png
+
+            try:
+                _say(f"  {png(measured.rows, folder / (file + '.png'))}")
+            except Missing as why:
+                _say(f"  {why}")
+        return measured
+
+
+def _list(as_json: bool) -> None:
+    from .ops import OPS
+    from .shapes import HEADS, SUITES, label
+
+    if as_json:
+        document = {
+            "ops": {
+                name: {
+                    "about": op.about,
+                    "mode": op.mode,
+                    "implementations": [c.impl for c in op.contenders],
+                }
+                for name, op in OPS.items()
+            },
+            "suites": {
+                name: [
+                    {"op": e.op, **asdict(e.shape), "dtype": e.dtype, "compiled": e.compiled}
+                    for e in entries
+                ]
+                for name, entries in SUITES.items()
+            },
+            "shapes": {name: head._asdict() for name, head in HEADS.items()},
+            "other": ["gradient_error"],
+        }
+        print(json.dumps(document, indent=1, ensure_ascii=False))
+        return
+    print("ops, each at --shape, --tokens, --k and --dtype")
+    for name, op in OPS.items():
+        print(f"  {name:14} {op.about}")
+        print(f"  {'':14} {', '.join(c.impl for c in op.contenders)}")
+    for name, entries in SUITES.items():
+        print(f"{name}: a suite of {len(entries)} cases")
+        for e in entries:
+            print(f"  {e.op:14} {label(e.shape)} {e.dtype}")
+    print("gradient_error: every divergence with bf16 operands against fp64")
+    print("shapes: " + ", ".join(f"{n} (H={h.H}, V={h.V})" for n, h in HEADS.items()))
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -8,27 +8,36 @@ or student + 0.1 noise. Beside it, the same loss on logits rounded to bf16, as e
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 
 import torch
 
 import fastdistill as fd
+from fastdistill.backend import resolve_impl
 from fastdistill.kernels.divergences import NAMES
 
-from .registry import Gradients, Row, Shape, gradient_error
+from .data import device
+from .registry import Missing, Outputs, attempt, deviations, worst
+from .rows import Row
+from .shapes import Shape
 
 SHAPE = Shape(N=64, H=1024, V=32000, K=64)
 TEACHERS = {"independent": None, "student + 1.0": 1.0, "student + 0.1": 0.1}
 
 
-def _grads(hidden, weight, teacher, divergence: str, impl: str, **options) -> Gradients:
+def _grads(hidden, weight, teacher, divergence: str, impl: str, **options) -> Outputs:
+    try:
+        resolve_impl(impl)
+    except ValueError as error:
+        raise Missing(str(error)) from None
     leaves = [hidden.detach().requires_grad_(), weight.detach().requires_grad_()]
     loss = fd.topk_distill_loss(*leaves, teacher, divergence=divergence, impl=impl, **options)
     return dict(zip(("hidden", "weight"), torch.autograd.grad(loss, leaves), strict=True))
 
 
-def _rounded(hidden, weight, teacher, divergence: str) -> Gradients:
-    """The same loss on bf16 logits: the identity as LM head, logits as hidden states."""
+def _rounded(hidden, weight, teacher, divergence: str) -> Outputs:
+    """The same loss on bf16 logits: K gathered and the rest summed from the materialised ones."""
     x, w = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
     z = x @ w.t()
     wide = z.float()
@@ -42,13 +51,26 @@ def _rounded(hidden, weight, teacher, divergence: str) -> Gradients:
     return dict(zip(("hidden", "weight"), grads, strict=True))
 
 
+def _contenders(hidden, weight, teacher, divergence: str) -> dict[str, Callable[[], Outputs]]:
+    given = (hidden, weight, teacher, divergence)
+    impls = ("torch", "triton") if hidden.is_cuda else ("torch",)
+    found: dict[str, Callable[[], Outputs]] = {}
+    for impl in impls:
+        for method in ("fused", "recompute"):
+            found[f"{impl} {method}"] = lambda i=impl, m=method: _grads(*given, i, backward=m)
+    found["eager, bf16 logits"] = lambda: _rounded(*given)
+    return found
+
+
 def rows(shape: Shape = SHAPE) -> list[Row]:
     found = []
-    g = torch.Generator().manual_seed(0)
-    hidden = torch.randn(shape.N, shape.H, generator=g).bfloat16()
-    weight = (torch.randn(shape.V, shape.H, generator=g) * 4 / shape.H**0.5).bfloat16()
+    at = device()
+    g = torch.Generator(at).manual_seed(0)
+    hidden = torch.randn(shape.N, shape.H, generator=g, device=at).bfloat16()
+    weight = torch.randn(shape.V, shape.H, generator=g, device=at).mul_(4 / shape.H**0.5)
+    weight = weight.bfloat16()
     z = hidden.double() @ weight.double().t()
-    noise = torch.randn(shape.N, shape.V, generator=g, dtype=torch.float64)
+    noise = torch.randn(shape.N, shape.V, generator=g, dtype=torch.float64, device=at)
     for name, near in TEACHERS.items():
         lp = (4 * noise if near is None else z + near * noise).log_softmax(-1)
         best = lp.topk(shape.K, -1)
@@ -57,19 +79,12 @@ def rows(shape: Shape = SHAPE) -> list[Row]:
         for divergence in NAMES:
             wide = (hidden.double(), weight.double())
             truth = _grads(*wide, teacher, divergence, "reference")
-            contenders = {
-                "torch fused": _grads(
-                    hidden, weight, teacher, divergence, "torch", backward="fused"
-                ),
-                "torch recompute": _grads(
-                    hidden, weight, teacher, divergence, "torch", backward="recompute"
-                ),
-                "eager, bf16 logits": _rounded(hidden, weight, teacher, divergence),
-            }
-            for impl, grads in contenders.items():
+            for impl, work in _contenders(hidden, weight, teacher, divergence).items():
+                grads, why = attempt(work)
                 row = Row(f"{divergence}, teacher {name}", impl, "both", **asdict(shape),
-                          dtype="bfloat16")  # fmt: skip
-                row.grad_error = gradient_error(grads, truth)
+                          dtype="bfloat16", missing=why is not None, reason=why)  # fmt: skip
+                if why is None:
+                    row.grad_error = worst(deviations(grads, truth))
                 found.append(row)
     return found
 
@@ -79,5 +94,7 @@ def table(rows: list[Row]) -> str:
     lines = [f"{'gradient error, bf16 operands':45}" + "".join(f"{i:>20}" for i in impls)]
     for op in dict.fromkeys(r.op for r in rows):
         errors = {r.impl: r.grad_error for r in rows if r.op == op}
-        lines.append(f"{op:45}" + "".join(f"{errors[i]:>20.3%}" for i in impls))
-    return "\n".join(lines)
+        cells = ["missing" if e is None else f"{e:.3%}" for e in map(errors.get, impls)]
+        lines.append(f"{op:45}" + "".join(f"{c:>20}" for c in cells))
+    reasons = dict.fromkeys(f"{r.impl}: {r.reason}" for r in rows if r.missing)
+    return "\n".join([*lines, *reasons])

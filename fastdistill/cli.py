@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -92,6 +93,26 @@ def doctor(as_json: Json = False) -> None:
         print_findings(findings, _console())
     if not findings.ok:
         raise typer.Exit(1)
+
+
+@app.command(
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def bench(context: typer.Context) -> None:
+    """Measure the losses beside their peers, correctness first (from a checkout; bench --help)."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / "benchmarks" / "registry.py").is_file():
+        print(
+            "fastdistill bench: the benchmarks are in the repository, not in the installed package;"
+            " run it from a checkout (git clone, then make venv)",
+            file=sys.stderr,
+        )
+        raise typer.Exit(2)
+    if str(root) not in sys.path:
+        sys.path.insert(0, str(root))
+    run = import_module("benchmarks.__main__").main
+    raise typer.Exit(run(context.args, "fastdistill bench"))
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fastdistill as fd
-from benchmarks.registry import peak_mb
+from benchmarks.memory import peak_mb
 from fastdistill.kernels.op_dense import dense_rows
 from fastdistill.kernels.op_gather import gather_logits, lse_gather
 

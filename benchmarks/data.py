@@ -1,0 +1,74 @@
+"""Inputs of one case, drawn on the device that is measured."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import fastdistill as fd
+
+from .shapes import Shape
+
+
+class Data(NamedTuple):
+    """hidden [N, H] and weight [V, H] are leaves; each op reads what it needs of the rest."""
+
+    hidden: Tensor
+    weight: Tensor
+    labels: Tensor
+    teacher: fd.TopK | None = None
+    teacher_hidden: Tensor | None = None
+    teacher_weight: Tensor | None = None
+
+    def wide(self) -> Data:
+        """The same numbers in fp64, as fresh leaves."""
+        dense = [None if t is None else t.double() for t in self[4:]]
+        leaves = [t.detach().double().requires_grad_() for t in self[:2]]
+        return Data(*leaves, self.labels, self.teacher, *dense)
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _base(shape: Shape, dtype: torch.dtype) -> tuple[Data, torch.Generator]:
+    """Logits of standard deviation 4: confident rows and flat ones."""
+    at = device()
+    g = torch.Generator(at).manual_seed(0)
+    hidden = torch.randn(shape.N, shape.H, generator=g, device=at).to(dtype).requires_grad_()
+    weight = torch.randn(shape.V, shape.H, generator=g, device=at).mul_(4 / shape.H**0.5)
+    labels = torch.randint(shape.V, (shape.N,), generator=g, device=at)
+    return Data(hidden, weight.to(dtype).requires_grad_(), labels), g
+
+
+def labelled(shape: Shape, dtype: torch.dtype) -> Data:
+    """Labels alone, and the one-hot teacher that says the same."""
+    data, _ = _base(shape, dtype)
+    certain = torch.zeros(shape.N, 1, device=data.hidden.device)
+    nothing = torch.full((shape.N,), -torch.inf, device=data.hidden.device)
+    return data._replace(teacher=fd.TopK(data.labels.unsqueeze(-1), certain, nothing))
+
+
+def sparse(shape: Shape, dtype: torch.dtype) -> Data:
+    """A teacher 0.5 away from the student's logits, known on the student's K most probable tokens.
+
+    As a real teacher's, they hold most of the mass. K random tokens would hold next to none, and
+    the loss would be what rounding leaves of it.
+    """
+    data, g = _base(shape, dtype)
+    with torch.no_grad():
+        ids = fd.linear_topk(data.hidden, data.weight, shape.K, impl="torch").ids
+        z = fd.linear_lse_gather(data.hidden, data.weight, ids, impl="torch")
+        near = z.logits + 0.5 * torch.randn(z.logits.shape, generator=g, device=ids.device)
+        lse = torch.logaddexp(near.logsumexp(-1), z.lse_rest)
+    return data._replace(teacher=fd.TopK(ids, near - lse.unsqueeze(-1), z.lse_rest - lse))
+
+
+def dense(shape: Shape, dtype: torch.dtype) -> Data:
+    """A teacher with a head of its own, its logits about 0.5 away from the student's."""
+    data, g = _base(shape, dtype)
+    noise = torch.randn(shape.V, shape.H, generator=g, device=data.hidden.device)
+    weight = noise.mul_(0.5 / shape.H**0.5).add_(data.weight.detach()).to(dtype)
+    return data._replace(teacher_hidden=data.hidden.detach().clone(), teacher_weight=weight)

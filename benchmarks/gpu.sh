@@ -1,0 +1,72 @@
+#!/usr/bin/env bash
+# Correctness on the GPU, then the registry, in under ten minutes on one GPU. It needs this
+# repository and a python with torch and triton; it installs nothing and fetches nothing.
+#
+#   benchmarks/gpu.sh [--dry-run]
+#
+# PYTHON  the interpreter (python3)      OUT  the folder for results (benchmarks/results)
+# COMMIT  what the rows record where git cannot say
+#
+# A step that fails or runs out of time does not stop the next one: device time is scarce, and the
+# registry has a gate of its own. The exit status is 1 if any of them failed.
+set -euo pipefail
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+python=${PYTHON:-python3}
+out=${OUT:-benchmarks/results}
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+
+case "${1:-}" in
+    "") dry=false ;;
+    --dry-run) dry=true ;;
+    *) echo "usage: benchmarks/gpu.sh [--dry-run]" >&2; exit 2 ;;
+esac
+
+status=0
+if ! $dry; then
+    mkdir -p "$out"
+    exec 3>&1 > >(tee "$out/gpu.log" >&3) 2>&1
+    log=$!
+fi
+
+# step SECONDS NAME COMMAND...
+step() {
+    local limit=$1 name=$2 code=0
+    shift 2
+    echo "== $name, at most $limit s: $*"
+    if $dry; then return; fi
+    local started=$SECONDS
+    timeout --kill-after=5 "$limit" "$@" || code=$?
+    case $code in
+        0) ;;
+        124 | 137) echo "!! $name was stopped after $limit s"; status=1 ;;
+        *) echo "!! $name failed with exit code $code"; status=1 ;;
+    esac
+    echo "== $name took $((SECONDS - started)) s"
+}
+
+# The project's pytest settings ask for plugins that an image need not have.
+if "$python" -c "import pytest" 2>/dev/null; then
+    tests=("$python" -m pytest -c /dev/null --rootdir "$PWD" -p no:cacheprovider -q)
+else
+    echo "no pytest here: tests/test_gpu.py runs as a script"
+    tests=("$python")
+fi
+commit=()
+if [[ -n ${COMMIT:-} ]]; then commit=(--commit "$COMMIT"); fi
+
+step 15 machine nvidia-smi
+step 30 versions "$python" -c "
+import torch
+from fastdistill.backend import describe
+print(torch.version.cuda, describe())"
+step 150 correctness "${tests[@]}" tests/test_gpu.py
+step 60 'gradient error' "$python" -m benchmarks gradient_error --out "$out" "${commit[@]}"
+step 300 registry "$python" -m benchmarks heads --repeats 5 --budget-seconds 250 --out "$out" \
+    "${commit[@]}"
+
+if ! $dry; then
+    exec 1>&- 2>&-
+    wait "$log"  # it writes the last lines
+fi
+exit "$status"

@@ -1,0 +1,178 @@
+"""The registry: every op that is measured, with its contenders and what it cannot cost less than.
+
+FLOPs in units of N·V·H: one pass over a head is 2, gradients taken in the forward pass 6, by
+recomputation 8, a dense teacher's own pass 2 more. Bytes: the heads and hidden states read once,
+their gradients written once.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import fastdistill as fd
+from fastdistill.backend import resolve_impl
+
+from . import data, peers
+from .data import Data
+from .registry import Contender, Missing, Op
+from .shapes import Shape
+
+
+def _topk_loss(d: Data, **options: Any) -> Any:
+    return fd.topk_distill_loss(d.hidden, d.weight, d.teacher, **options)
+
+
+def _renorm_both(d: Data, **options: Any) -> Any:
+    return fd.topk_distill_loss(d.hidden, d.weight, d.teacher, tail="renorm_both", **options)
+
+
+def _dense(d: Data, divergence: str, **options: Any) -> Any:
+    return fd.linear_distill_loss(
+        d.hidden,
+        d.weight,
+        d.teacher_hidden,
+        d.teacher_weight,
+        divergence=divergence,
+        beta=peers.BETA,
+        **options,
+    )
+
+
+def _scoring(d: Data, **options: Any) -> Any:
+    scores = fd.token_scores(d.hidden, d.weight, labels=d.labels, teacher=d.teacher, **options)
+    return scores._asdict()
+
+
+def _linear_topk(d: Data, **options: Any) -> Any:
+    assert d.teacher is not None
+    best = fd.linear_topk(d.hidden, d.weight, d.teacher.ids.shape[-1], **options)
+    return {"ids": best.ids, "logprobs": best.logprobs, "log_tail": best.log_tail}
+
+
+def _eager_topk(d: Data) -> Any:
+    assert d.teacher is not None
+    return peers.linear_topk(d, d.teacher.ids.shape[-1])
+
+
+def ours(
+    compute: Callable[..., Any], methods: dict[str, float] | None = None
+) -> tuple[Contender, ...]:
+    """Both backends of one function, for each backward method (name: passes) if it has several."""
+
+    def one(impl: str, method: str | None, passes: float | None) -> Contender:
+        options = {"impl": impl} | ({} if method is None else {"backward": method})
+
+        def run(d: Data) -> Any:
+            if impl == "triton" and not d.hidden.is_cuda:
+                raise Missing("triton: needs a GPU; its interpreter on a CPU says nothing of speed")
+            try:
+                resolve_impl(impl)
+            except ValueError as error:
+                raise Missing(str(error)) from None
+            return compute(d, **options)
+
+        return Contender(" ".join(filter(None, (impl, method))), run, passes=passes)
+
+    wanted: dict[str | None, float | None] = {**methods} if methods else {None: None}
+    return tuple(
+        one(impl, method, passes)
+        for impl in ("torch", "triton")
+        for method, passes in wanted.items()
+    )
+
+
+def truth(compute: Callable[..., Any]) -> Callable[[Data], Any]:
+    return functools.partial(compute, impl="reference")
+
+
+def _scan_bytes(s: Shape, size: int) -> float:
+    return (s.V + s.N) * s.H * size
+
+
+def _grad_bytes(s: Shape, size: int) -> float:
+    return 2 * _scan_bytes(s, size)
+
+
+def _dense_bytes(s: Shape, size: int) -> float:
+    return 3 * _scan_bytes(s, size)
+
+
+def _gather_bytes(s: Shape, size: int) -> float:
+    """K rows per token gathered twice, their gradients read and written.
+
+    No row is counted as shared between tokens: where ids repeat, a cache can beat this.
+    """
+    return 4 * s.N * s.K * s.H * size
+
+
+BACKWARD = {"fused": 6.0, "recompute": 8.0}
+_kl = functools.partial(_dense, divergence="forward_kl")
+_jsd = functools.partial(_dense, divergence="jsd")
+
+OPS = {
+    "topk_loss": Op(
+        "forward KL to K teacher tokens and a tail bucket, with both gradients",
+        "both",
+        data.sparse,
+        truth(_topk_loss),
+        (*peers.pytorch(peers.topk_loss), *ours(_topk_loss, BACKWARD)),
+        6,
+        _grad_bytes,
+    ),
+    "renorm_both": Op(
+        "forward KL renormalised over the K tokens, with both gradients; no pass over the head",
+        "both",
+        data.sparse,
+        truth(_renorm_both),
+        (*peers.pytorch(peers.renorm_both), *ours(_renorm_both)),
+        0,
+        _gather_bytes,
+    ),
+    "scoring": Op(
+        "every per-token score, with labels and a teacher; no gradient",
+        "forward",
+        data.sparse,
+        truth(_scoring),
+        (*peers.pytorch(peers.scoring), *ours(_scoring)),
+        2,
+        _scan_bytes,
+    ),
+    "linear_topk": Op(
+        "the K most probable tokens and the tail; no gradient",
+        "forward",
+        data.sparse,
+        truth(_linear_topk),
+        (*peers.pytorch(_eager_topk), *ours(_linear_topk)),
+        2,
+        _scan_bytes,
+    ),
+    "dense_loss": Op(
+        "forward KL to a teacher with a head of its own, with both gradients",
+        "both",
+        data.dense,
+        truth(_kl),
+        (*peers.pytorch(peers.dense_loss), *ours(_kl, {"fused": 8.0}), *peers.DENSE_KL),
+        8,
+        _dense_bytes,
+    ),
+    "dense_jsd": Op(
+        "generalised JSD (β = ½) to a teacher with a head of its own, with both gradients",
+        "both",
+        data.dense,
+        truth(_jsd),
+        (*peers.pytorch(peers.dense_jsd), *ours(_jsd, {"fused": 8.0}), *peers.DENSE_JSD),
+        8,
+        _dense_bytes,
+    ),
+    "label_loss": Op(
+        "cross-entropy of labels, with both gradients; ours as top-1 with a one-hot teacher",
+        "both",
+        data.labelled,
+        truth(_topk_loss),
+        (*peers.pytorch(peers.label_loss), *ours(_topk_loss, BACKWARD), *peers.LABEL),
+        6,
+        _grad_bytes,
+    ),
+}

@@ -1,0 +1,62 @@
+"""One picture of a result file: time of every contender per case, and the floor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .registry import Missing
+from .rows import Row
+from .shapes import label
+
+
+def png(rows: list[Row], path: Path) -> Path:
+    """A panel per op, a line per case, a dot per contender from p20 to p80; log scale.
+
+    Raises:
+        Missing: matplotlib is not installed, or no row carries a figure.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import LogLocator, NullFormatter
+    except ImportError as error:
+        raise Missing(f"no picture: {error} (pip install matplotlib)") from None
+    shown = [row for row in rows if row.ms_median is not None]
+    if not shown:
+        raise Missing("no picture: no row carries a time")
+    panels: dict[str, dict[str, list[Row]]] = {}
+    for row in shown:
+        case = f"{label(row.shape)} {row.dtype}"
+        panels.setdefault(row.op, {}).setdefault(case, []).append(row)
+    impls = list(dict.fromkeys(row.impl for row in shown))
+    marks = "osD^vP*X<>"
+    heights = [len(cases) + 1.5 for cases in panels.values()]
+    figure = Figure(figsize=(9, 0.36 * sum(heights) + 1.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for ax, (op, cases) in zip(axes, panels.items(), strict=True):
+        for y, of_case in enumerate(cases.values()):
+            floors = [row.floor_ms for row in of_case if row.floor_ms]
+            if floors:
+                ax.plot([min(floors)] * 2, [y - 0.35, y + 0.35], color="black", lw=1.2)
+            for row in of_case:
+                i = impls.index(row.impl)
+                ax.plot([row.ms_p20, row.ms_p80], [y, y], color=f"C{i % 10}", lw=2, alpha=0.5)
+                ax.plot(row.ms_median, y, marks[i % len(marks)], color=f"C{i % 10}", ms=6)
+        ax.set_yticks(range(len(cases)), cases)
+        ax.set_ylim(len(cases) - 0.4, -0.6)
+        ax.set_xscale("log")
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.xaxis.set_minor_formatter(NullFormatter())
+        ax.set_title(op, loc="left", fontsize=10)
+        ax.grid(axis="x", alpha=0.3)
+    axes[-1].set_xlabel(f"ms on {shown[0].machine}; black: the floor")
+    for i, impl in enumerate(impls):
+        axes[0].plot([], [], marks[i % len(marks)], color=f"C{i % 10}", label=impl)
+    figure.legend(loc="outside upper center", ncols=4, fontsize=8, frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(path.name + ".tmp")
+    figure.savefig(draft, format="png", dpi=120)
+    draft.replace(path)
+    return path

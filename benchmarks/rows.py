@@ -1,0 +1,189 @@
+"""Result rows that say where their numbers come from, and how they are written and shown."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import io
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, field, fields
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from fastdistill.backend import describe, package_versions
+
+from .shapes import Shape, label
+
+RESULTS = Path(__file__).parent / "results"
+PEERS = ("liger-kernel", "trl", "cut-cross-entropy")
+given_commit: str | None = None  # what --commit said, for machines without git or its folder
+
+
+@dataclass
+class Row:
+    """One contender on one case. A missing one says why in `reason` and carries no figure.
+
+    grad_error is ‖g − g₆₄‖ / ‖g₆₄‖ on the gate's shape, the worse of hidden's and weight's (in
+    forward mode the worst of the outputs'). peak_mb counts what a call adds to torch's allocator;
+    output_mb of it are the results themselves. roofline_share is floor_ms / ms_median, with the
+    floor from the rates below, measured in the same process.
+    """
+
+    op: str
+    impl: str
+    mode: str
+    N: int
+    H: int
+    V: int
+    K: int
+    dtype: str
+    missing: bool = False
+    reason: str | None = None
+    ms_median: float | None = None
+    ms_p20: float | None = None
+    ms_p80: float | None = None
+    runs: int | None = None
+    timer: str | None = None
+    peak_mb: float | None = None
+    output_mb: float | None = None
+    grad_error: float | None = None
+    roofline_share: float | None = None
+    floor_ms: float | None = None
+    gemm_tflops: float | None = None
+    copy_gb_s: float | None = None
+    machine: str = field(default_factory=lambda: machine())
+    versions: dict[str, str | None] = field(default_factory=lambda: versions())
+    commit: str = field(default_factory=lambda: commit())
+    command: str = field(default_factory=lambda: command())
+
+    @property
+    def shape(self) -> Shape:
+        return Shape(self.N, self.H, self.V, self.K)
+
+
+@functools.cache
+def machine() -> str:
+    """The kind of machine, without its name."""
+    here = describe()
+    if here["cuda"]:
+        return str(here["cuda"][0]["name"])
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [x for x in cpuinfo.read_text().splitlines() if x.startswith("model name")]
+        model = names[0].split(":", 1)[1].strip() if names else model
+    return f"{model}, {here['threads']} threads, {here['cpu_capability']}"
+
+
+@functools.cache
+def versions() -> dict[str, str | None]:
+    found = package_versions()
+    for name in PEERS:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+@functools.cache
+def commit() -> str:
+    """The commit measured, marked when the working tree differed from it at the first row."""
+
+    def git(*args: str) -> str:
+        found = subprocess.run(
+            ["git", *args], cwd=RESULTS.parent, capture_output=True, text=True, check=False
+        )
+        return found.stdout.strip()
+
+    try:
+        head = git("rev-parse", "HEAD")
+        dirty = git("status", "--porcelain", "--untracked-files=no")
+    except OSError:
+        head = dirty = ""
+    return head + (" with changes" if dirty else "") if head else given_commit or "unknown"
+
+
+def command() -> str:
+    if sys.argv[1:2] == ["bench"]:
+        return shlex.join(["fastdistill", *sys.argv[1:]])
+    return shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]])
+
+
+def _replace(path: Path, text: str) -> None:
+    """Through a temporary name: an interrupted run leaves the old file whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(path.name + ".tmp")
+    with draft.open("w", encoding="utf-8", newline="") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)
+
+
+def cell(value: Any) -> str:
+    """A CSV cell: text as it is, nothing for null, the rest as JSON has it."""
+    if value is None:
+        return ""
+    return value if isinstance(value, str) else json.dumps(value, allow_nan=False)
+
+
+def write(rows: list[Row], stem: Path) -> list[Path]:
+    """stem.json, and the same rows as stem.csv."""
+    records = [asdict(row) for row in rows]
+    table = io.StringIO()
+    names = [f.name for f in fields(Row)]
+    lines = csv.writer(table, lineterminator="\n")
+    lines.writerow(names)
+    lines.writerows([cell(record[name]) for name in names] for record in records)
+    texts = {
+        ".json": json.dumps(records, indent=1, allow_nan=False) + "\n",
+        ".csv": table.getvalue(),
+    }
+    for ending, text in texts.items():
+        _replace(stem.with_name(stem.name + ending), text)
+    return [stem.with_name(stem.name + ending) for ending in texts]
+
+
+def table(rows: list[Row]) -> str:
+    """Plain text; time and memory also as a ratio to the first row of the same case with both."""
+    form = "{:12} {:22} {:>10} {:>7} {:>8} {:>7} {:>8} {:>9}"
+    heads = ("op", "impl", "ms", "ratio", "MB", "ratio", "error", "roofline")
+    lines = []
+    first: dict[tuple[Any, ...], Row] = {}
+    for row in rows:
+        case = (row.op, row.dtype, row.shape)
+        if case not in first:
+            lines += ["", f"{row.op}, {label(row.shape)}, {row.dtype}", form.format(*heads)]
+            first[case] = row
+        elif first[case].ms_median is None:
+            first[case] = row
+        base = first[case]
+        if row.ms_median is None or base.ms_median is None:
+            why = (row.reason or "").partition(";")[0]
+            lines.append(f"{row.op:12} {row.impl:22} missing: {why}")
+            continue
+        memory, saved = ("—" if r.peak_mb is None else f"{r.peak_mb:.0f}" for r in (row, base))
+        if saved not in ("—", "0"):
+            saved = f"{(row.peak_mb or 0) / (base.peak_mb or 1):.2f}"
+        share = "—" if row.roofline_share is None else f"{row.roofline_share:.1%}"
+        error = "—" if row.grad_error is None else f"{row.grad_error:.1e}"
+        lines.append(
+            form.format(
+                row.op,
+                row.impl,
+                f"{row.ms_median:.2f}",
+                f"{row.ms_median / base.ms_median:.3f}",
+                memory,
+                saved,
+                error,
+                share,
+            )
+        )
+    return "\n".join(lines[1:])

@@ -1,0 +1,236 @@
+"""Measuring: contenders in turns, time and memory, rows written after every case.
+
+Contenders take turns (A B C A B C …) in one process, so that a ratio between them survives a
+machine whose speed drifts. On a GPU each takes several runs per turn, until a slot of time is full.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any, NamedTuple
+
+import torch
+
+from .memory import peak_mb
+from .registry import (
+    Case,
+    Contender,
+    DeviceLost,
+    GateError,
+    Outputs,
+    allowed,
+    attempt,
+    gate,
+    run,
+)
+from .roofline import Rates
+from .rows import Row
+
+SLOT_MS = 100.0
+MOST_RUNS_PER_TURN = 20
+
+
+class WallClock:
+    name = "wall clock"
+
+    def time(self, work: Callable[[], object]) -> float:
+        started = time.perf_counter()
+        work()
+        return (time.perf_counter() - started) * 1e3
+
+    def runs_per_turn(self, work: Callable[[], object]) -> int:
+        return 1
+
+
+class CudaClock:
+    """Events around one run. A buffer larger than L2 is written before, outside the events."""
+
+    name = "CUDA events, L2 flushed before every run"
+
+    def __init__(self) -> None:
+        cache = torch.cuda.get_device_properties().L2_cache_size
+        self.flush = torch.empty(max(4 * cache, 256 << 20), dtype=torch.uint8, device="cuda")
+
+    def time(self, work: Callable[[], object]) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.flush.zero_()
+        start.record()
+        work()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+
+    def runs_per_turn(self, work: Callable[[], object]) -> int:
+        self.time(work)
+        fit = int(SLOT_MS / max(self.time(work), 1e-3))
+        return min(max(fit, 1), MOST_RUNS_PER_TURN)
+
+
+def clock() -> WallClock | CudaClock:
+    return CudaClock() if torch.cuda.is_available() else WallClock()
+
+
+class First(NamedTuple):
+    """What a first run at full size shows; it is not timed, as recording memory takes time."""
+
+    peak_mb: float
+    output_mb: float
+    norms: dict[str, float]
+
+
+def first_run(work: Callable[[], Outputs]) -> First:
+    kept: dict[str, Outputs] = {}
+
+    def keep() -> None:
+        kept["found"] = work()
+
+    peak = peak_mb(keep)
+    found = kept.pop("found")
+    size = sum(t.nbytes for t in found.values()) / 1e6
+    norms = {
+        name: torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32)).item()
+        for name, t in found.items()
+        if t.is_floating_point()
+    }
+    return First(peak, size, norms)
+
+
+def agree(case: Case, firsts: dict[str, First]) -> None:
+    """Exact contenders at full size, where the gate's shape says nothing about index overflow.
+
+    Norms only: a second copy of dW would count as memory.
+    """
+    exact = [c.impl for c in case.op.contenders if c.exact and c.impl in firsts]
+    for impl in exact:
+        for name, norm in firsts[impl].norms.items():
+            other = firsts[exact[0]].norms[name]
+            if not abs(norm - other) <= 2 * allowed(name, case.dtype) * abs(other):
+                raise GateError(
+                    f"{case}: the norm of {name} is {norm:.6g} with {impl} and {other:.6g} with "
+                    f"{exact[0]}; nothing of this case is reported"
+                )
+
+
+def measure(
+    case: Case,
+    repeats: int,
+    rates: Rates,
+    timer: WallClock | CudaClock,
+    say: Callable[[str], None],
+) -> list[Row]:
+    """Gate, then memory, then every contender in turns; one row for each, the missing included."""
+    errors, failures = gate(case)
+    data, why = attempt(lambda: case.op.make(case.shape, case.dtype))
+    if why is not None:
+        failures.update(dict.fromkeys(errors, f"its inputs could not be made: {why}"))
+    firsts: dict[str, First] = {}
+    works: dict[str, Callable[[], Outputs]] = {}
+    runs: dict[str, int] = {}
+    times: dict[str, list[float]] = {}
+
+    def until_it_fails(impl: str, work: Callable[[], Any]) -> Any:
+        found, why = attempt(work)
+        if why is not None:
+            failures[impl] = why
+            works.pop(impl, None)
+        return found
+
+    for contender in case.op.contenders:
+        impl = contender.impl
+        if impl in failures:
+            continue
+        works[impl] = work = functools.partial(run, contender, case, data)
+        if contender.compiles or torch.cuda.is_available():
+            until_it_fails(impl, work)  # compiling and tuning allocate; they are not the call's
+        first = None if impl in failures else until_it_fails(impl, lambda w=work: first_run(w))
+        if first is not None:
+            firsts[impl] = first
+            count = until_it_fails(impl, functools.partial(timer.runs_per_turn, work))
+            runs[impl], times[impl] = count or 0, []
+    agree(case, firsts)
+    for turn in range(repeats):
+        for impl, work in list(works.items()):
+            for _ in range(runs[impl]):
+                ms = until_it_fails(impl, functools.partial(timer.time, work))
+                if ms is None:
+                    break
+                times[impl].append(ms)
+        say(f"  {case} turn {turn + 1} of {repeats}")
+    rows = []
+    for contender in case.op.contenders:
+        row = Row(case.name, contender.impl, case.op.mode, **asdict(case.shape),
+                  dtype=str(case.dtype)[6:])  # fmt: skip
+        rows.append(row)
+        if contender.impl in failures:
+            row.missing, row.reason = True, failures[contender.impl]
+            continue
+        first = firsts[contender.impl]
+        row.peak_mb, row.output_mb = first.peak_mb, first.output_mb
+        row.grad_error, row.timer = errors[contender.impl], timer.name
+        fill_times(row, times[contender.impl])
+        fill_roofline(row, case, contender, rates)
+    return rows
+
+
+def fill_times(row: Row, ms: list[float]) -> None:
+    row.ms_median, row.runs = statistics.median(ms), len(ms)
+    quantiles = statistics.quantiles(ms, n=5, method="inclusive") if len(ms) > 1 else ms * 4
+    row.ms_p20, row.ms_p80 = quantiles[0], quantiles[3]
+
+
+def fill_roofline(row: Row, case: Case, contender: Contender, rates: Rates) -> None:
+    assert row.ms_median is not None
+    s = case.shape
+    passes = case.op.passes if contender.passes is None else contender.passes
+    moved = case.op.bytes(s, case.dtype.itemsize)
+    row.floor_ms = rates.floor_ms(passes * s.N * s.V * s.H, moved, case.dtype)
+    row.roofline_share = row.floor_ms / row.ms_median
+    row.gemm_tflops = rates.gemm[case.dtype] / 1e12
+    row.copy_gb_s = rates.copy / 1e9
+
+
+class Measured(NamedTuple):
+    """refused: what the gate said; not_run: cases the time budget, or a lost GPU, left out."""
+
+    rows: list[Row]
+    refused: list[str]
+    not_run: list[str]
+
+
+def measure_all(
+    cases: list[Case],
+    repeats: int,
+    *,
+    deadline: float,
+    say: Callable[[str], None],
+    save: Callable[[list[Row]], None],
+    rates: Rates,
+    timer: WallClock | CudaClock,
+    now: Callable[[], float] = time.monotonic,
+) -> Measured:
+    """Cases in order until `deadline` on the clock `now`; `save` gets all rows after each."""
+    found = Measured([], [], [])
+    lost = False
+    for case in cases:
+        if lost or now() >= deadline:
+            found.not_run.append(str(case))
+            continue
+        try:
+            found.rows.extend(measure(case, repeats, rates, timer, say))
+        except GateError as error:
+            found.refused.append(str(error))
+            say(f"  refused: {error}")
+        except Exception as error:  # of the reference, or of the inputs: the other cases go on
+            lost = isinstance(error, DeviceLost)
+            found.refused.append(f"{case}: {type(error).__name__}: {error}")
+            say(f"  {found.refused[-1]}")
+        save(found.rows)
+        gc.collect()  # what a failed contender's frames hold would count as memory in the next case
+        if case.compiled and not lost:
+            torch.compiler.reset()  # what one shape compiled does not count for the next
+    return found

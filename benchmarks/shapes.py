@@ -1,0 +1,104 @@
+"""The shapes that are measured: LM heads of published models, and the suites made of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+@dataclass(frozen=True)
+class Shape:
+    """N tokens, H hidden, V vocabulary, K teacher ids per token (0: a dense teacher)."""
+
+    N: int
+    H: int
+    V: int
+    K: int
+
+
+class Head(NamedTuple):
+    H: int
+    V: int
+
+
+HEADS = {
+    "qwen3-0.6b": Head(1024, 151936),
+    "qwen3-1.7b": Head(2048, 151936),
+    "qwen3-8b": Head(4096, 151936),
+    "llama-3.1-8b": Head(4096, 128256),
+    "gemma-3-4b": Head(2560, 262208),
+}
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+# A dense teacher is known on every token, labels are one each; the other ops take any K.
+FIXED_K = {"dense_loss": 0, "dense_jsd": 0, "label_loss": 1}
+QUICK = Shape(N=128, H=64, V=8000, K=16)
+GATE = Shape(N=96, H=128, V=4000, K=16)
+
+
+class Entry(NamedTuple):
+    """One line of a suite; `compiled` also runs the contenders that compile for the shape."""
+
+    op: str
+    shape: Shape
+    dtype: str
+    compiled: bool = True
+
+
+def entry(
+    op: str, head: str, tokens: int, k: int, dtype: str = "bf16", *, compiled: bool = True
+) -> Entry:
+    H, V = HEADS[head]
+    return Entry(op, Shape(tokens, H, V, FIXED_K.get(op, k)), dtype, compiled)
+
+
+def label(of: Shape) -> str:
+    """The model whose head it is, with N and K."""
+    names = [name for name, head in HEADS.items() if head == (of.H, of.V)]
+    head = names[0] if names else f"H={of.H} V={of.V}"
+    return f"{head} N={of.N}" + (f" K={of.K}" if of.K else "")
+
+
+def _sparse_loss() -> tuple[Entry, ...]:
+    """What the README reports from a CPU: both sparse losses in both precisions."""
+    ops = ("topk_loss", "renorm_both")
+    return tuple(
+        entry(op, "qwen3-0.6b", 1024, 64, dtype) for dtype in ("bf16", "fp32") for op in ops
+    )
+
+
+def _heads() -> tuple[Entry, ...]:
+    """Every op at the main shape, then the other heads, then N and K, most telling first.
+
+    Compiling takes longer than measuring, so it is done at the main shape only.
+    """
+    main = "llama-3.1-8b"
+    found = [
+        entry(op, main, 8192, 64)
+        for op in (
+            "topk_loss",
+            "scoring",
+            "renorm_both",
+            "label_loss",
+            "dense_jsd",
+            "linear_topk",
+            "dense_loss",
+        )
+    ]
+    sweep: list[tuple[str, str, int, int]] = []
+    others = [head for head in HEADS if head != main]
+    sweep += [("topk_loss", head, 8192, 64) for head in others]
+    sweep += [("topk_loss", main, n, 64) for n in (512, 2048, 32768)]
+    sweep += [("topk_loss", main, 8192, k) for k in (1, 8, 256)]
+    sweep += [("scoring", head, 8192, 64) for head in others]
+    sweep += [("label_loss", head, 8192, 1) for head in others]
+    sweep += [("renorm_both", head, 8192, 64) for head in others]
+    sweep += [("dense_jsd", head, 8192, 0) for head in others]
+    sweep += [("linear_topk", "qwen3-8b", 8192, k) for k in (64, 256)]
+    sweep += [("scoring", main, n, 64) for n in (512, 32768)]
+    sweep += [("topk_loss", "gemma-3-4b", 32768, 64), ("topk_loss", "qwen3-0.6b", 512, 64)]
+    found += [entry(*line, compiled=False) for line in sweep]
+    found.append(entry("topk_loss", "qwen3-0.6b", 2048, 64, "fp32", compiled=False))
+    return tuple(found)
+
+
+SUITES = {"sparse_loss": _sparse_loss(), "heads": _heads()}
