@@ -72,10 +72,9 @@ def head(
     logit_scale: float,
     softcap: float | None,
     temperature: float,
-    valid_vocab: int | None,
     prefix: str = "",
-) -> int:
-    """Check hidden [..., H] against an LM head [V, H]; returns the number of real tokens."""
+) -> None:
+    """Check hidden [..., H] against an LM head [V, H]."""
     names = {n: prefix + n for n in ("hidden", "weight", "bias", "logit_scale", "softcap")}
     tensor(names["hidden"], hidden, FLOATS)
     tensor(names["weight"], weight, FLOATS)
@@ -98,11 +97,14 @@ def head(
     if softcap is not None:
         positive(names["softcap"], softcap)
     positive("temperature", temperature)
-    V = weight.shape[0]
+
+
+def vocabulary(valid_vocab: int | None, rows: int) -> int:
+    """The number of real tokens among the rows of a head."""
     if valid_vocab is None:
-        return V
-    if not isinstance(valid_vocab, int) or not 0 < valid_vocab <= V:
-        fail("valid_vocab", f"an integer in 1..{V} (rows of weight)", repr(valid_vocab))
+        return rows
+    if not isinstance(valid_vocab, int) or not 0 < valid_vocab <= rows:
+        fail("valid_vocab", f"an integer in 1..{rows} (rows of weight)", repr(valid_vocab))
     return valid_vocab
 
 

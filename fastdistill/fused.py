@@ -18,12 +18,12 @@ from . import checks
 from .kernels.engines import engine
 from .kernels.head import Head
 from .kernels.op_common import or_none
-from .kernels.op_gather import gather_logits, lse_gather
 from .kernels.op_losses import scale_saved, topk_loss
 from .kernels.rows import Gathered, RowOptions, entropy_of, first_slots, rows_forward
-from .kernels.topk_loss import callable_rows
+from .kernels.topk_loss import Fused, callable_rows, named_rows
 from .kernels.topk_loss import fused as fused_loss
 from .operands import Payload
+from .parallel import Shard, backend_of, gather_logits, lse_gather
 
 
 class Computed(NamedTuple):
@@ -58,40 +58,22 @@ def recomputed(
     options: RowOptions,
     statistics: bool,
     impl: str,
+    shard: Shard | None,
 ) -> Computed:
     label_N = wanted_label(label_N, options, statistics)
     ids = slots_of(given, label_N)
     base = head.temperature != 1.0 and (statistics or options.needs_base)
-    z, lse_rest, mean_rest, lse_base = lse_gather(
-        x,
-        head.weight,
-        head.bias,
-        ids,
-        head.logit_scale,
-        head.softcap,
-        head.temperature,
-        head.vocab,
-        statistics,
-        base,
-        impl,
-    )
+    z, lse_rest, mean_rest, lse_base = lse_gather(x, head, ids, statistics, base, impl, shard)
     seen = Gathered(z, lse_rest, lse_base if base else None)
     rows = rows_forward(seen, given.teacher, label_N, options)
     entropy = entropy_of(seen, mean_rest, first_slots(ids))[0] if statistics else None
     return Computed(None, *rows, entropy)
 
 
-def by_rows(x: Tensor, head: Head, given: Payload, options: RowOptions, impl: str) -> Computed:
-    z = gather_logits(
-        x,
-        head.weight,
-        head.bias,
-        given.teacher.ids,
-        head.logit_scale,
-        head.softcap,
-        head.temperature,
-        impl,
-    )
+def by_rows(
+    x: Tensor, head: Head, given: Payload, options: RowOptions, impl: str, shard: Shard | None
+) -> Computed:
+    z = gather_logits(x, head, given.teacher.ids, impl, shard)
     rows = rows_forward(Gathered(z, None, None), given.teacher, None, options)
     return Computed(None, *rows, None)
 
@@ -105,31 +87,38 @@ def fused(
     options: RowOptions,
     statistics: bool,
     impl: str,
+    shard: Shard | None,
 ) -> Computed:
     label_N = wanted_label(label_N, options, statistics)
     ids = slots_of(given, label_N)
     base = head.temperature != 1.0 and (statistics or options.needs_base)
-    if callable(options.divergence):
-        if torch.compiler.is_compiling():
+    named = isinstance(options.divergence, str)
+    if not named or shard is not None:
+        if not named and torch.compiler.is_compiling():
             checks.fail("backward", "'recompute' or 'auto' under torch.compile", "'fused'",
                         "a callable divergence cannot enter an operator")  # fmt: skip
 
-        def run(coef: Tensor, x: Tensor, head: Head, need: list[bool]) -> Any:
-            return fused_loss(
-                engine(impl),
+        def run(coef: Tensor, x: Tensor, head: Head, need: list[bool]) -> Fused:
+            out = fused_loss(
+                engine(impl if shard is None else backend_of(impl, head)),
                 head,
                 x,
-                ids,
+                ids if shard is None else shard.slots(ids, head),
                 given.teacher,
                 label_N,
                 coef,
-                callable_rows(options),
+                named_rows(options) if named else callable_rows(options),
                 base=base,
                 entropy=statistics,
                 need_hidden=need[0],
                 need_weight=need[1],
                 need_bias=need[2],
+                combine=None if shard is None else shard.combined,
+                chunk=None if shard is None else shard.chunk(head, x.shape[0], need[1]),
             )
+            if shard is None or out.dx is None:
+                return out
+            return out._replace(dx=shard.summed(out.dx))
 
         loss, out = keep_gradients(run, coef_N, x, head)
         return Computed._make((loss, *out.rows, out.entropy))
@@ -169,7 +158,8 @@ def needs(x: Tensor, head: Head) -> list[bool]:
 def keep_gradients(
     run: Callable[[Tensor, Tensor, Head, list[bool]], Any], coef_N: Tensor, x: Tensor, head: Head
 ) -> tuple[Tensor, Any]:
-    """A gradient-in-forward computation that cannot be an operator (it calls the user's code)."""
+    """A gradient-in-forward computation that cannot be an operator: it calls the user's code or
+    talks to other ranks."""
     box: list[Any] = []
     loss = _KeptGradients.apply(run, box, head, needs(x, head), coef_N, x, head.weight, head.bias)
     return loss, box[0]

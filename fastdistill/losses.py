@@ -10,6 +10,7 @@ tails are kernels/rows.py and kernels/divergences.py. Three ways to the gradient
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -29,7 +30,10 @@ from .operands import (
     payload,
 )
 from .outputs import DistillOutput, TopK
-from .primitive import no_group
+from .parallel import place, refuse_different
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Divergence = str | Callable[[Tensor, Tensor], Tensor]
 
@@ -56,7 +60,7 @@ def topk_distill_loss(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     valid_vocab: int | None = None,
-    group: None = None,
+    group: ProcessGroup | None = None,
     impl: str = "auto",
     backward: str = "auto",
     check: bool = False,
@@ -107,7 +111,7 @@ def topk_distill(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     valid_vocab: int | None = None,
-    group: None = None,
+    group: ProcessGroup | None = None,
     impl: str = "auto",
     backward: str = "auto",
     check: bool = False,
@@ -138,6 +142,11 @@ def topk_distill(
         token_weight: [...] multiplies ℓ. reduction: "mean" Σwℓ / (num_items or the number of
             non-ignored positions), "sum", or "none" -> [...].
         valid_vocab: rows of weight from here on are padding and do not exist.
+        group: ranks that hold the head together: weight [V_r, H] and bias [V_r] are this rank's
+            rows, in rank order; all else is the same on every rank, ids and valid_vocab count the
+            whole vocabulary, and so do the loss and hidden's gradient. A DTensor weight sharded
+            on dim 0 brings its own group. torch.compile leaves such a call to eager and refuses
+            it with fullgraph=True.
         impl: "auto", "torch" (chunked) or "reference" (materialises; the specification).
         backward: "fused" computes gradients in the forward pass (6NVH FLOPs; scalar losses),
             "recompute" afterwards (8NVH, any upstream); "auto" is fused for mean and sum.
@@ -181,22 +190,23 @@ def _distill(
     reduction: str,
     num_items: int | float | Tensor | None,
     head: tuple[Tensor | None, float, float | None, float, int | None],
-    group: None,
+    group: ProcessGroup | None,
     impl: str,
     backward: str,
     check: bool,
     *,
     statistics: bool,
 ) -> DistillOutput:
-    no_group(group)
-    ops = operands(hidden, weight, *head)
+    weight, bias, placement = place(weight, head[0], group, impl)
+    ops = operands(hidden, weight, bias, *head[1:], placement=placement)
     impl = resolve_impl(impl, hidden.device)
     check_mix(options.divergence, options.beta, options.skew, options.ce_weight, options.z_loss)
     checks.choice("tail", options.tail, TAILS)
     checks.choice("backward", backward, ("auto", "fused", "recompute"))
     check_reduction(reduction, num_items, token_weight, hidden)
     if labels is not None:
-        checks.labels(labels, hidden, ops.head.vocab, ignore_index, check)
+        checks.labels(labels, hidden, ops.vocab, ignore_index, check)
+        refuse_different(ops.shard, "labels", labels, check)
     elif options.ce_weight:
         checks.fail("labels", "a tensor when ce_weight > 0", "None")
     if not isinstance(teacher, TopK):
@@ -205,11 +215,12 @@ def _distill(
         *teacher,
         hidden,
         None if labels is None else labels != ignore_index,
-        vocab=ops.head.vocab,
+        vocab=ops.vocab,
         tail=options.tail,
         temperature=options.temperature,
         check=check,
     )
+    refuse_different(ops.shard, "teacher.ids", teacher.ids, check)
     count = counting(ops, labels, token_weight, ignore_index, reduction, num_items)
     label_N = None
     if labels is not None:
@@ -228,16 +239,16 @@ def _distill(
     if impl == "reference":
         out = by_reference(x, ops.head, given, label_N, count.coef, options)
     elif options.tail == "renorm_both" and not options.needs_base:
-        out = by_rows(x, ops.head, given, options, impl)
+        out = by_rows(x, ops.head, given, options, impl, ops.shard)
     elif backward == "recompute" or (
         backward == "auto" and (reduction == "none" or compiled_callable)
     ):
-        out = recomputed(x, ops.head, given, label_N, options, statistics, impl)
+        out = recomputed(x, ops.head, given, label_N, options, statistics, impl, ops.shard)
     elif reduction == "none":
         checks.fail("backward", "'recompute' or 'auto' with reduction='none'", "'fused'",
                     "gradients taken in the forward pass need a scalar loss")  # fmt: skip
     else:
-        out = fused(x, ops.head, given, label_N, count.coef, options, statistics, impl)
+        out = fused(x, ops.head, given, label_N, count.coef, options, statistics, impl, ops.shard)
     return _assemble(ops, out, given, count, reduction)
 
 

@@ -16,16 +16,22 @@ from .kernels.divergences import NAMES, floor_of
 from .kernels.head import Head
 from .kernels.rows import Teacher, merge_repeats
 from .outputs import TopK
+from .parallel import Placement, Shard, filled, is_dtensor, shard_of
 
 TAIL_FLOOR = 2.0**-24  # 1 − Σp below this is rounding of the payload, not mass
 
 
 class Operands(NamedTuple):
-    """hidden [N, H] and the head behind it, with the shape [...] that N came from."""
+    """hidden [N, H] and the head behind it, with the shape [...] that N came from.
+
+    vocab is the number of real tokens; of a vocabulary-parallel head, over all ranks.
+    """
 
     hidden: Tensor
     head: Head
     lead: torch.Size
+    vocab: int
+    shard: Shard | None
 
     def unflatten(self, rows_N: Tensor) -> Tensor:
         return rows_N.reshape(self.lead + rows_N.shape[1:])
@@ -40,27 +46,35 @@ def operands(
     temperature: float,
     valid_vocab: int | None,
     prefix: str = "",
+    placement: Placement | None = None,
 ) -> Operands:
-    """Check, cast as F.linear would under autocast, flatten [..., H] to [N, H]."""
-    checks.tensor(prefix + "hidden", hidden, checks.FLOATS)
-    checks.tensor(prefix + "weight", weight, checks.FLOATS)
+    """Check, cast as F.linear would under autocast, flatten [..., H] to [N, H].
+
+    With a placement, weight and bias are this rank's rows and valid_vocab counts those of all.
+    """
+    for name, value in (("hidden", hidden), ("weight", weight)):
+        checks.tensor(prefix + name, value, checks.FLOATS)
+        if is_dtensor(value):
+            checks.fail(prefix + name, "a plain tensor", "a DTensor",
+                        f"pass {prefix}{name}.full_tensor()")  # fmt: skip
     kind = hidden.device.type
     if torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64:
         low = torch.get_autocast_dtype(kind)
         hidden, weight = hidden.to(low), weight.to(low)
-    vocab = checks.head(
-        hidden, weight, bias, logit_scale, softcap, temperature, valid_vocab, prefix
-    )
+    checks.head(hidden, weight, bias, logit_scale, softcap, temperature, prefix)
+    shard = None if placement is None else shard_of(placement, weight)
+    rows, offset = (weight.shape[0], 0) if shard is None else (shard.rows, shard.offset)
+    vocab = checks.vocabulary(valid_vocab, rows)
     head = Head(
-        weight.contiguous(),
-        None if bias is None else bias.contiguous(),
+        filled(weight).contiguous(),
+        None if bias is None else filled(bias).contiguous(),
         float(logit_scale),
         None if softcap is None else float(softcap),
         float(temperature),
-        vocab,
+        max(0, min(weight.shape[0], vocab - offset)),
     )
     flat = hidden.reshape(-1, hidden.shape[-1]).contiguous()
-    return Operands(flat, head, hidden.shape[:-1])
+    return Operands(flat, head, hidden.shape[:-1], vocab, shard)
 
 
 class Payload(NamedTuple):

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from . import checks
 from .backend import resolve_impl
 from .kernels.engines import engine
-from .kernels.op_gather import lse_gather
 from .kernels.rows import ABSENT, Gathered, entropy_of, first_slots
 from .kernels.topk import topk
 from .operands import operands
 from .outputs import SelectedLogits, TopK
+from .parallel import lse_gather, place, refuse_different
 
-
-def no_group(group: object) -> None:
-    if group is not None:
-        checks.fail("group", "None", type(group).__name__,
-                    "vocabulary-parallel heads are not in this version")  # fmt: skip
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def linear_lse_gather(
@@ -32,7 +31,7 @@ def linear_lse_gather(
     temperature: float = 1.0,
     valid_vocab: int | None = None,
     with_entropy: bool = False,
-    group: None = None,
+    group: ProcessGroup | None = None,
     impl: str = "auto",
     check: bool = False,
 ) -> SelectedLogits:
@@ -51,6 +50,11 @@ def linear_lse_gather(
         logit_scale, softcap, temperature: see the equation.
         valid_vocab: rows of weight from here on are padding and do not exist.
         with_entropy: also return H(softmax(z)) in nats.
+        group: ranks that hold the head together: weight [V_r, H] and bias [V_r] are this rank's
+            rows, in rank order; all else is the same on every rank, ids and valid_vocab count the
+            whole vocabulary, and so do the results and hidden's gradient. A DTensor weight sharded
+            on dim 0 brings its own group. torch.compile leaves such a call to eager and refuses
+            it with fullgraph=True.
         impl: "auto", "torch" (chunked) or "reference" (materialises; the specification).
         check: read and check values on a GPU too, which stalls its stream (on CPU always).
 
@@ -62,10 +66,13 @@ def linear_lse_gather(
         ValueError or TypeError, naming the argument: ids outside the vocabulary, K > V, shapes,
         dtypes or devices that do not match, temperature ≤ 0.
     """
-    no_group(group)
-    ops = operands(hidden, weight, bias, logit_scale, softcap, temperature, valid_vocab)
+    weight, bias, placement = place(weight, bias, group, impl)
+    ops = operands(
+        hidden, weight, bias, logit_scale, softcap, temperature, valid_vocab, placement=placement
+    )
     impl = resolve_impl(impl, hidden.device)
-    checks.ids("ids", ids, hidden, ops.head.vocab, check)
+    checks.ids("ids", ids, hidden, ops.vocab, check)
+    refuse_different(ops.shard, "ids", ids, check)
     ids_NK = ids.reshape(-1, ids.shape[-1]).long()
     head = ops.head
     if impl == "reference":
@@ -84,17 +91,7 @@ def linear_lse_gather(
         )
         return SelectedLogits._make(None if t is None else ops.unflatten(t) for t in found)
     z, lse_rest, mean_rest, _ = lse_gather(
-        ops.hidden,
-        head.weight,
-        head.bias,
-        ids_NK,
-        head.logit_scale,
-        head.softcap,
-        head.temperature,
-        head.vocab,
-        with_entropy,
-        False,
-        impl,
+        ops.hidden, head, ids_NK, with_entropy, False, impl, ops.shard
     )
     unique = first_slots(ids_NK)
     seen = Gathered(z, lse_rest, None)

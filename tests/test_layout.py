@@ -20,8 +20,8 @@ PACKAGE, KERNELS = ROOT / "fastdistill", ROOT / "kernels"
 # Low to high. A module of fastdistill imports from its own layer and from those above it in this
 # table, never from those below. kernels/ is under them all and imports only its siblings.
 LAYERS = {
-    "mathematics": "backend checks compat dense fused losses modules operands outputs primitive"
-    " reference scores",
+    "mathematics": "backend checks compat dense fused losses modules operands outputs parallel"
+    " primitive reference scores",
     "models": "cache corpus data fingerprint heads intervals quant remembering teacher",
     "training": "audits config objective panel progress report trainer",
     "studies": "demo demo_models demo_report demo_result experiment organisms strategies",

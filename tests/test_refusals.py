@@ -86,7 +86,6 @@ LOSS = [
     ({"teacher": T, "softcap": 0.0}, r"softcap: expected a finite number above 0, got 0.0"),
     ({"teacher": T, "logit_scale": 0.0}, r"logit_scale: expected a finite number other than 0"),
     ({"teacher": T, "valid_vocab": 90}, r"valid_vocab: expected an integer in 1..67 .*, got 90"),
-    ({"teacher": T, "group": object()}, r"group: expected None, got object; vocabulary-parallel"),
     (
         {"teacher": T, "divergence": lambda p, q: p},
         r"divergence: expected the callable to map two",
@@ -102,6 +101,14 @@ def test_topk_loss_refuses(options, words):
 
 
 TYPES = [
+    (
+        lambda: fd.topk_distill_loss(C.hidden, C.weight, T, group=object()),
+        r"group: expected a torch.distributed.ProcessGroup or None, got object; of a DeviceMesh",
+    ),
+    (
+        lambda: fd.linear_lse_gather(C.hidden, C.weight, T.ids, group=0),
+        r"group: expected a torch.distributed.ProcessGroup or None, got int",
+    ),
     (lambda: fd.topk_distill_loss(C.hidden.int(), C.weight, T), r"hidden: expected dtype float16"),
     (lambda: fd.topk_distill_loss([1.0], C.weight, T), r"hidden: expected a tensor .* got list"),
     (

@@ -1,0 +1,296 @@
+"""Vocabulary-parallel heads: rank r of a group holds rows [offset_r, offset_r + V_r) of W and b.
+
+    lse_rest = log Σ_r e^{L_r},   mean_rest = Σ_r e^{L_r − lse_rest} m_r,   z_ids = max_r z_ids_r
+
+with L_r and m_r the log-sum-exp and mean logit outside the slots on rank r, and z_ids_r the logits
+of the slots whose id rank r holds (NEG elsewhere). Hidden states, ids, teacher and labels are the
+same on every rank, so everything behind the combined statistics is too and its gradient needs no
+communication. What does: an all-reduce (max) of the packed tops and slots and one (sum) of the
+packed sums per pass over the head (per chunk of tokens in the fused loss), and one of dX, of which
+each rank has its shard's part. The kernels see a shard as a head of its own, with ids counted from
+its first row and −1 for the ids of other ranks.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch import distributed as dist
+from torch.autograd.function import once_differentiable
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from . import checks
+from .kernels import op_gather
+from .kernels.head import Head, Stats, chunk_tokens
+from .kernels.op_common import or_empty, or_none
+from .kernels.rows import ABSENT, NEG
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+class Placement(NamedTuple):
+    """Which shard this rank holds. `rows` is the whole vocabulary where a DTensor states it; by the
+    identity of `given`, the caller's own tensor, the sizes of the shards are remembered."""
+
+    group: ProcessGroup
+    position: int
+    rows: int | None
+    given: Tensor
+
+
+class Shard(NamedTuple):
+    """Rows [offset, …) of a vocabulary of `rows` rows; no rank holds more than `largest`."""
+
+    group: ProcessGroup
+    offset: int
+    rows: int
+    largest: int
+
+    def slots(self, ids: Tensor, head: Head) -> Tensor:
+        """Ids counted from this shard's first row; −1 for empty slots and ids of other ranks."""
+        local = ids - self.offset
+        return torch.where((local >= 0) & (local < head.vocab), local, -1)
+
+    def chunk(self, head: Head, tokens: int, weight_grad: bool) -> int:
+        """Tokens per chunk of the fused loss, from the largest shard: every rank has to combine
+        the same chunks, whatever its own size."""
+        weight = head.weight.new_empty(1, 1).expand(self.largest, head.weight.shape[1])
+        whole = head._replace(weight=weight, vocab=self.largest)
+        return chunk_tokens(whole, tokens, weight_grad)
+
+    def reduced(self, parts: list[Tensor], op: Any) -> list[Tensor]:
+        """All-reduce of [n, ·] columns, packed into one message."""
+        dist.all_reduce(packed := torch.cat(parts, -1), op, group=self.group)
+        return list(packed.split([p.shape[-1] for p in parts], -1))
+
+    def combined(self, local: Stats) -> Stats:
+        """The statistics of the whole vocabulary from those of this shard."""
+        lses = [t for t in (local.lse_rest, local.lse_base) if t is not None]
+        lse_nL = torch.stack(lses, -1)
+        top_nL, z_nS = self.reduced([lse_nL, local.z_ids], dist.ReduceOp.MAX)
+        share_nL = torch.where(lse_nL < ABSENT, 0.0, (lse_nL - top_nL).exp())
+        moments = [] if local.mean_rest is None else [share_nL[:, :1] * local.mean_rest[:, None]]
+        sum_nL, *sums = self.reduced([share_nL, *moments], dist.ReduceOp.SUM)
+        nothing = top_nL < ABSENT
+        whole_nL = torch.where(nothing, NEG, top_nL + sum_nL.log())
+        mean = torch.where(nothing[:, 0], 0.0, sums[0][:, 0] / sum_nL[:, 0]) if sums else None
+        base = None if local.lse_base is None else whole_nL[:, 1].contiguous()
+        return Stats(z_nS.contiguous(), whole_nL[:, 0].contiguous(), mean, base)
+
+    def summed(self, dx: Tensor) -> Tensor:
+        """dX of the whole vocabulary; 16-bit parts are added in fp32 and rounded once more."""
+        wide = torch.promote_types(dx.dtype, torch.float32)
+        total = dx.to(wide, copy=True, memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=self.group)
+        return total.to(dx.dtype)
+
+
+def backend_of(impl: str, head: Head) -> str:
+    """The Triton kernels count on a vocabulary; a shard that is all padding has none."""
+    return impl if head.vocab else "torch"
+
+
+def is_dtensor(value: object) -> bool:
+    module = sys.modules.get("torch.distributed.tensor")  # importing it takes a while
+    return module is not None and isinstance(value, module.DTensor)
+
+
+def _local(name: str, value: Any) -> Tensor:
+    """A DTensor's rows on this rank; their gradient goes back to it."""
+    from torch.distributed.tensor import Shard as Sharded
+
+    if tuple(value.placements) != (Sharded(0),):
+        hint = f"redistribute it, or pass {name}.full_tensor() without a group"
+        checks.fail(name, "a DTensor sharded on dim 0 over a 1-D mesh",
+                    tuple(value.placements), hint)  # fmt: skip
+    return value.to_local()
+
+
+def _checked(group: Any) -> ProcessGroup:
+    if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            f"group: expected a torch.distributed.ProcessGroup or None, got {type(group).__name__};"
+            " of a DeviceMesh pass mesh.get_group(), and only on ranks that belong to it"
+        )
+    if not dist.is_initialized():
+        checks.fail("group", "a group of the running torch.distributed",
+                    "one while it is not initialised", "call init_process_group first")  # fmt: skip
+    return group
+
+
+def place(
+    weight: Any, bias: Any, group: Any, impl: str
+) -> tuple[Tensor, Tensor | None, Placement | None]:
+    """(this rank's weight [V_r, H] and bias [V_r], where they belong): the tensors themselves and
+    None for a head that this process holds alone."""
+    if group is not None:
+        group = _checked(group)
+    if is_dtensor(bias) and not is_dtensor(weight):
+        checks.fail("bias", "a tensor, as weight is", "a DTensor", "pass bias.to_local()")
+    if group is None and not is_dtensor(weight):
+        return weight, bias, None
+    if torch.compiler.is_compiling():
+        checks.fail("group", "None in one graph of torch.compile", "a vocabulary-parallel head",
+                    "compile without fullgraph=True: the call then runs in eager")  # fmt: skip
+    if impl == "reference":
+        checks.fail("impl", "'auto', 'torch' or 'triton' with a vocabulary-parallel head",
+                    "'reference'", "gather the weight: it takes the whole head")  # fmt: skip
+    if not is_dtensor(weight):
+        return weight, bias, Placement(group, dist.get_rank(group), None, weight)
+    mesh, rows = weight.device_mesh, weight.shape[0]
+    local = _local("weight", weight)
+    if group is not None and group != mesh.get_group():
+        checks.fail("group", "None, or the group of the weight's mesh", "another group")
+    if is_dtensor(bias):
+        if bias.device_mesh != mesh:
+            checks.fail("bias", f"the mesh of weight, {mesh}", bias.device_mesh)
+        bias = _local("bias", bias)
+    placement = Placement(mesh.get_group(), mesh.get_coordinate()[0], rows, weight)
+    return local, bias, placement
+
+
+# {weight: {(group, V_r): Shard}}. Asking the other ranks is a collective that the host waits for:
+# once per weight, and by identity, so that all ranks find or miss it together.
+_SHARDS = WeakTensorKeyDictionary()
+
+
+def shard_of(placement: Placement, weight: Tensor) -> Shard:
+    """Where `weight` [V_r, H] lies in the vocabulary of its group."""
+    known: dict[Any, Shard] = _SHARDS.setdefault(placement.given, {})
+    key = (placement.group, weight.shape[0])
+    if key not in known:
+        known[key] = _ask(placement, weight)
+    return known[key]
+
+
+def _gathered(group: ProcessGroup, mine: Tensor) -> list[list[int]]:
+    """What every rank holds in `mine`, int64, in rank order."""
+    rows = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(rows, mine, group=group)
+    return torch.stack(rows).tolist()
+
+
+def _ask(placement: Placement, weight: Tensor) -> Shard:
+    mine = [placement.position, *weight.shape]
+    rows = sorted(_gathered(placement.group, torch.tensor(mine, device=weight.device)))
+    sizes, widths = [size for _, size, _ in rows], {width for _, _, width in rows}
+    if len(widths) > 1:
+        checks.fail("weight", "shape [V_r, H] with one H on every rank of the group",
+                    f"H = {sorted(widths)}")  # fmt: skip
+    if not sum(sizes):
+        checks.fail("weight", "a vocabulary of at least one row over the ranks of the group",
+                    f"0 rows on each of {len(sizes)}")  # fmt: skip
+    if placement.rows not in (None, sum(sizes)):
+        checks.fail("weight", f"shards of its {placement.rows} rows in all", f"{sizes}",
+                    "build it with distribute_tensor or pass from_local its shape")  # fmt: skip
+    before = sum(sizes[: placement.position])
+    return Shard(placement.group, before, sum(sizes), max(sizes))
+
+
+def refuse_different(shard: Shard | None, name: str, ids: Tensor, check: bool) -> None:
+    """Ids or labels that differ between the ranks: their group shares a head but not a batch.
+
+    It reads values, and so runs where `checks.values_readable` says.
+    """
+    if shard is None or not checks.values_readable(ids, check):
+        return
+    flat = ids.reshape(-1).long()
+    place = torch.arange(flat.numel(), device=flat.device)
+    mine = torch.stack([flat.new_tensor(flat.numel()), flat.sum(), (flat * place).sum()])
+    if len({tuple(row) for row in _gathered(shard.group, mine)}) > 1:
+        checks.fail(name, "the same on every rank of group", "ranks that differ",
+                    "group joins ranks that share a batch and split the vocabulary; ranks with "
+                    "batches of their own are data-parallel")  # fmt: skip
+
+
+def filled(rows: Tensor) -> Tensor:
+    """A shard without rows gets one, which valid_vocab leaves out: kernels index what is there."""
+    return rows if rows.shape[0] else F.pad(rows, [0, 0] * (rows.dim() - 1) + [0, 1])
+
+
+class _Replicated(torch.autograd.Function):
+    """The same hidden states on every rank: identity, whose gradient is summed over the ranks."""
+
+    @staticmethod
+    def forward(ctx, x, shard):
+        ctx.shard = shard
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return ctx.shard.summed(grad), None
+
+
+class _Combined(torch.autograd.Function):
+    """Statistics of a shard -> of the whole vocabulary. Upstream gradients are the same on every
+    rank: with w = e^{L_r − lse_rest},
+
+    dL_r = w · (g_lse + g_mean · (m_r − mean_rest)),   dm_r = w · g_mean,   dz_r = g_z where held
+    """
+
+    @staticmethod
+    def forward(ctx, shard, z, lse, mean, base):
+        whole = shard.combined(Stats(z, lse, or_none(mean), or_none(base)))
+        share = torch.where(lse < ABSENT, 0.0, (lse - whole.lse_rest).exp())
+        off_mean = mean if whole.mean_rest is None else mean - whole.mean_rest
+        base_share = base
+        if whole.lse_base is not None:
+            base_share = torch.where(base < ABSENT, 0.0, (base - whole.lse_base).exp())
+        ctx.save_for_backward(z < ABSENT, share, off_mean, base_share)
+        rest = (or_empty(t, z) for t in (whole.mean_rest, whole.lse_base))
+        return whole.z_ids, whole.lse_rest, *rest
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g_z, g_lse, g_mean, g_base):
+        absent, share, off_mean, base_share = ctx.saved_tensors
+        on_lse, on_mean = g_lse, g_mean
+        if off_mean.numel():
+            on_lse, on_mean = g_lse + g_mean * off_mean, g_mean * share
+        on_base = g_base * base_share
+        return None, g_z.masked_fill(absent, 0.0), on_lse * share, on_mean, on_base
+
+
+class _CombinedSlots(torch.autograd.Function):
+    """The slots' logits alone, each held by one rank."""
+
+    @staticmethod
+    def forward(ctx, shard, z):
+        ctx.save_for_backward(z < ABSENT)
+        return shard.reduced([z], dist.ReduceOp.MAX)[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return None, grad.masked_fill(ctx.saved_tensors[0], 0.0)
+
+
+def lse_gather(
+    x: Tensor, head: Head, ids: Tensor, moment: bool, base: bool, impl: str, shard: Shard | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(z_ids, lse_rest, mean_rest, lse_base) over the whole vocabulary, differentiable; the last
+    two are empty unless asked for. Ids are global."""
+    weight, bias, *scalars = head
+    if shard is None:
+        return op_gather.lse_gather(x, weight, bias, ids, *scalars, moment, base, impl)
+    local, impl = shard.slots(ids, head), backend_of(impl, head)
+    x = _Replicated.apply(x, shard)
+    stats = op_gather.lse_gather(x, weight, bias, local, *scalars, moment, base, impl)
+    return _Combined.apply(shard, *stats)
+
+
+def gather_logits(x: Tensor, head: Head, ids: Tensor, impl: str, shard: Shard | None) -> Tensor:
+    """z at global ids [N, K], NEG in empty slots, without a pass over the head."""
+    weight, bias, *scalars, _ = head
+    if shard is None:
+        return op_gather.gather_logits(x, weight, bias, ids, *scalars, impl)
+    local, impl = shard.slots(ids, head), backend_of(impl, head)
+    x = _Replicated.apply(x, shard)
+    z = op_gather.gather_logits(x, weight, bias, local, *scalars, impl)
+    return _CombinedSlots.apply(shard, z)
