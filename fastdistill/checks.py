@@ -170,6 +170,21 @@ def teacher(
             fail("teacher.log_tail", "log-probabilities ≤ 0", f"{float(tails.max()):.4g}")
 
 
+def grad_filter(options: Any, impl: str, backward: str, reduction: str, dtype: Any) -> None:
+    """`grad_filter_eps` against the one pass that can skip tiles."""
+    name, eps = "grad_filter_eps", options.filter_eps
+    if not (isinstance(eps, (int, float)) and math.isfinite(eps) and eps >= 0):
+        fail(name, "a number ≥ 0 or None", repr(eps))
+    if impl != "triton":
+        fail(name, f"None with impl={impl!r}", repr(eps), "only the Triton kernels skip tiles")
+    by_rows = options.tail == "renorm_both" and not options.needs_base
+    if backward == "recompute" or reduction == "none" or by_rows:
+        fail(name, "None unless the loss takes the fused pass", repr(eps),
+             "use reduction='mean' or 'sum', backward='auto', another tail")  # fmt: skip
+    if dtype not in (torch.float16, torch.bfloat16):
+        fail(name, "a float16 or bfloat16 head", dtype)
+
+
 def labels(value: Any, hidden: Tensor, vocab: int, ignore_index: int, check: bool) -> None:
     tensor("labels", value, INTS)
     like_tokens("labels", value, hidden)

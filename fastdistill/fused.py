@@ -115,10 +115,11 @@ def fused(
                 need_bias=need[2],
                 combine=None if shard is None else shard.combined,
                 chunk=None if shard is None else shard.chunk(head, x.shape[0], need[1]),
+                filter_eps=options.filter_eps,
             )
             if shard is None or out.dx is None:
                 return out
-            return out._replace(dx=shard.summed(out.dx))
+            return out._replace(dx=shard.summed(out.dx).to(x.dtype))
 
         loss, out = keep_gradients(run, coef_N, x, head)
         return Computed._make((loss, *out.rows, out.entropy))
@@ -145,6 +146,7 @@ def fused(
         statistics,
         needs(x, head),
         impl,
+        options.filter_eps,
     )
     return Computed(loss, per_token, D, mass, or_none(lse), or_none(nll), or_none(entropy))
 

@@ -63,13 +63,16 @@ def topk_distill_loss(
     group: ProcessGroup | None = None,
     impl: str = "auto",
     backward: str = "auto",
+    grad_filter_eps: float | None = None,
     check: bool = False,
 ) -> Tensor:
     """The loss of `topk_distill` alone, without the statistics that only it reports.
 
     The same arguments and errors. Returns a scalar, or [...] for reduction="none".
     """
-    options = RowOptions(divergence, beta, skew, tail, temperature, t2_scale, ce_weight, z_loss)
+    options = RowOptions(
+        divergence, beta, skew, tail, temperature, t2_scale, ce_weight, z_loss, grad_filter_eps
+    )
     return _distill(
         hidden,
         weight,
@@ -114,6 +117,7 @@ def topk_distill(
     group: ProcessGroup | None = None,
     impl: str = "auto",
     backward: str = "auto",
+    grad_filter_eps: float | None = None,
     check: bool = False,
 ) -> DistillOutput:
     """Distil a teacher known on K tokens per position into hidden states and an LM head.
@@ -150,6 +154,9 @@ def topk_distill(
         impl: "auto", "torch" (chunked) or "reference" (materialises; the specification).
         backward: "fused" computes gradients in the forward pass (6NVH FLOPs; scalar losses),
             "recompute" afterwards (8NVH, any upstream); "auto" is fused for mean and sum.
+        grad_filter_eps: in the fused pass of impl="triton", leave 128 × 128 tiles out of the
+            gradient products where |∂loss/∂z| off the K ids stays below it times the largest
+            token factor (after arXiv 2411.09009); None leaves out nothing.
         check: read and check values on a GPU too, which stalls its stream (on CPU always).
 
     Returns:
@@ -159,7 +166,9 @@ def topk_distill(
     Raises:
         ValueError or TypeError naming the argument, what was expected and what came.
     """
-    options = RowOptions(divergence, beta, skew, tail, temperature, t2_scale, ce_weight, z_loss)
+    options = RowOptions(
+        divergence, beta, skew, tail, temperature, t2_scale, ce_weight, z_loss, grad_filter_eps
+    )
     return _distill(
         hidden,
         weight,
@@ -235,6 +244,8 @@ def _distill(
         x = torch.where(count.active.unsqueeze(-1), x, 0)  # NaN at an ignored position stays there
     if x.shape[0] == 0:
         return _nothing(ops, x, reduction)
+    if options.filter_eps is not None:
+        checks.grad_filter(options, impl, backward, reduction, ops.head.weight.dtype)
     compiled_callable = callable(options.divergence) and torch.compiler.is_compiling()
     if impl == "reference":
         out = by_reference(x, ops.head, given, label_N, count.coef, options)

@@ -172,7 +172,8 @@ def chunk_tokens(head: Head, tokens: int, weight_grad: bool) -> int:
     saved = weight_grad * head.weight.numel() * (head.dtype.itemsize - stored)
     if half <= fits(stored) or half * row_bytes <= min(high, chunk * row_bytes + saved):
         return half
-    return max(1, chunk - chunk % 32 if chunk > 32 else chunk)  # whole tiles of the library GEMM
+    even = -(-tokens // -(-tokens // max(1, chunk)))  # as many chunks, of equal size
+    return max(1, min(chunk, even + -even % 32))  # and of whole tiles of the library GEMM
 
 
 def lift_of(head: Head, *grads: Tensor | None) -> Tensor:

@@ -45,6 +45,7 @@ def topk_loss(
     entropy: bool,
     need: list[bool],
     impl: str,
+    filter_eps: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, per_token, divergence, student_mass, lse, nll, entropy, lift, dx, dw, db)."""
     options = RowOptions(divergence, beta, skew, tail, temperature, t2_scale, ce_weight, z_loss)
@@ -63,6 +64,7 @@ def topk_loss(
             need_hidden=need[0],
             need_weight=need[1],
             need_bias=need[2],
+            filter_eps=filter_eps,
         )
     given = (*out.rows, out.entropy, out.dx, out.dw, out.db)
     per_token, D, mass, lse, nll, H, dx, dw, db = (or_empty(t, coef) for t in given)
@@ -97,6 +99,7 @@ def _(
     entropy: bool,
     need: list[bool],
     impl: str,
+    filter_eps: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     row, none = torch.empty_like(coef), coef.new_empty(0)
     has_base = temperature == 1.0 or base

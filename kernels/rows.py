@@ -40,6 +40,7 @@ class RowOptions(NamedTuple):
     t2_scale: bool
     ce_weight: float
     z_loss: float
+    filter_eps: float | None = None  # skip gradient tiles below it, times the largest token factor
 
     @property
     def on_divergence(self) -> float:

@@ -95,6 +95,7 @@ def fused(
     need_bias: bool,
     combine: Callable[[Stats], Stats] | None = None,
     chunk: int | None = None,
+    filter_eps: float | None = None,
 ) -> Fused:
     """ids_NS are the teacher's ids with the label's appended when label_N is given; coef_N [N] is
     each token's factor in the sum (0 drops it). `combine` turns the statistics of a shard of the
@@ -105,13 +106,18 @@ def fused(
     chunk = chunk or chunk_tokens(head, N, need_weight)
     few = CARRIED_CHUNKS.get(hidden_NH.device.type, 4)
     carried = head.weight.dtype == head.dtype or chunk * few >= N
-    dx = torch.empty_like(hidden_NH) if need_hidden else None
+    # Parts of dX that shards of the vocabulary hold are added before they are rounded.
+    part_type = None if combine is None else head.dtype
+    dx = torch.empty_like(hidden_NH, dtype=part_type) if need_hidden else None
     dw = db = None
     if need_weight:
         dw = torch.empty_like(head.weight, dtype=None if carried else head.dtype)
     if need_bias and head.bias is not None:
         db = torch.zeros_like(head.bias, dtype=head.dtype)
     lift = lift_of(head, coef_N)
+    skip: dict[str, Tensor] = {}
+    if filter_eps is not None:
+        skip["filter_bar"] = coef_N.abs().amax() * lift * filter_eps
     keep = engine.new_keep(head, min(chunk, N)) if grad else None
     seen_rows, seen_entropy = [], []
     loss = torch.zeros((), dtype=head.dtype, device=hidden_NH.device)
@@ -133,7 +139,17 @@ def fused(
             part_dx = None if dx is None else dx[at]
             stats = stats._replace(z_ids=mine.z_ids)  # slots of other shards take no gradient here
             engine.chunk_grads(
-                head, hidden_NH[at], ids, stats, g, keep, first=i == 0, dx=part_dx, dw=dw, db=db
+                head,
+                hidden_NH[at],
+                ids,
+                stats,
+                g,
+                keep,
+                first=i == 0,
+                dx=part_dx,
+                dw=dw,
+                db=db,
+                **skip,
             )
     del keep  # before dW is rounded: the peak is a chunk or a rounded copy, not both
     if dw is not None:

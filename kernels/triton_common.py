@@ -49,6 +49,7 @@ def narrowed(x, to: tl.constexpr):
     if INTERPRETED and to == tl.bfloat16:
         bits = x.to(tl.float32).to(tl.int32, bitcast=True)
         bits += 0x7FFF + ((bits >> 16) & 1)
+        bits &= -65536
         return bits.to(tl.float32, bitcast=True).to(to)
     else:
         return x.to(to)

@@ -77,7 +77,7 @@ def scatter_hidden(
 @triton.jit
 def sum_runs(
     hidden, ids, entries, g, starts, dw, db, E, S, H, ldx, ldw,
-    BE: tl.constexpr, BH: tl.constexpr,
+    ADD: tl.constexpr, BE: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0)
     h = tl.program_id(1) * BH + tl.arange(0, BH)
@@ -95,11 +95,17 @@ def sum_runs(
         total += factor
         last = (e + 1 == E) | (tl.load(ids + e + 1, mask=e + 1 < E, other=-1) != at)
         if dw is not None:
-            tl.store(dw + at * ldw + h, narrowed(acc, dw.dtype.element_ty), mask=last & (h < H))
+            done = last & (h < H)
+            row = acc
+            if ADD:
+                row += tl.load(dw + at * ldw + h, mask=done, other=0.0).to(DT)
+            tl.store(dw + at * ldw + h, narrowed(row, dw.dtype.element_ty), mask=done)
         if db is not None:
-            tl.store(
-                db + at, narrowed(total, db.dtype.element_ty), mask=last & (tl.program_id(1) == 0)
-            )
+            once = last & (tl.program_id(1) == 0)
+            one = total
+            if ADD:
+                one += tl.load(db + at, mask=once, other=0.0).to(DT)
+            tl.store(db + at, narrowed(one, db.dtype.element_ty), mask=once)
         acc = tl.where(last, 0.0, acc)
         total = tl.where(last, 0.0, total)
 
@@ -160,9 +166,15 @@ def hidden_grad(
 
 
 def weight_grad(
-    hidden_NH: Tensor, ids_NS: Tensor, g_NS: Tensor, dw: Tensor | None, db: Tensor | None
+    hidden_NH: Tensor,
+    ids_NS: Tensor,
+    g_NS: Tensor,
+    dw: Tensor | None,
+    db: Tensor | None,
+    *,
+    add: bool = False,
 ) -> None:
-    """Write Σ g x into the rows of dw, and Σ g into db, whose ids occur; the rest stays."""
+    """Write (or add) Σ g x into dw's rows, and Σ g into db, whose ids occur; the rest stays."""
     (N, H), S = hidden_NH.shape, ids_NS.shape[1]
     E = N * S
     ids, entries = torch.sort(ids_NS.reshape(-1), stable=True)
@@ -191,6 +203,7 @@ def weight_grad(
         H,
         hidden_NH.stride(0),
         0 if dw is None else dw.stride(0),
+        ADD=add,
         BE=BE,
         BH=BH,
         num_warps=RUN_TILE["num_warps"],

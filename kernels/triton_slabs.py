@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import triton_gather, triton_stream
+from . import triton_filter, triton_gather, triton_stream
 from .head import Head, RunningLSE, Scanned, Stats, blocks, lift_of, slot_grads
 from .rows import Gathered
 from .triton_common import add_product, product, slab_columns
@@ -104,27 +104,43 @@ def chunk_grads(
     dx: Tensor | None,
     dw: Tensor | None,
     db: Tensor | None,
+    filter_bar: Tensor | None = None,
 ) -> None:
     """Turn a chunk's kept logits into dz, and add its share of the gradients.
 
-    dx [n, H] is this chunk's part; dw and db are of the whole head, started when `first`.
+    dx [n, H] is this chunk's part; dw and db are of the whole head, started when `first`. Tiles in
+    which |dz| stays below filter_bar (0-dim, optional) are left out of both products.
     """
     assert g.lse_rest is not None
     ids, g_nS = distinct(ids_nS, slot_grads(head, stats.z_ids, g.z))
     upstream = Stats(g.z, g.lse_rest, None, g.lse_base)
-    dz = grad_rows_(head, kept(head, keep, len(hidden_nH)), 0, ids, g_nS, stats, upstream)
+    in_place = g_nS if filter_bar is None else torch.zeros_like(g_nS)
+    dz = grad_rows_(head, kept(head, keep, len(hidden_nH)), 0, ids, in_place, stats, upstream)
     weight = head.weight[: head.vocab]
+    if filter_bar is not None:
+        live = triton_filter.live_tiles(dz, filter_bar)
+        if db is not None:
+            db[: head.vocab] += dz.sum(0, dtype=db.dtype)
+        if dw is not None:
+            triton_filter.add_weight_product(dz, hidden_nH, live, dw[: head.vocab], first)
+        if dw is not None or db is not None:
+            triton_gather.weight_grad(hidden_nH, ids, g_nS, dw, db, add=True)
+        if dx is not None:
+            part = triton_filter.hidden_product(dz, weight, live)
+            triton_gather.hidden_grad(head, ids, g_nS, dx, base=part)
+        return
     if db is not None:
         db[: head.vocab] += dz.sum(0, dtype=db.dtype)
     if dw is not None:
         add_product(dz.t(), hidden_nH, dw[: head.vocab], first)
     if dx is None:
         return
-    if dx.dtype == head.dtype:
-        product(dz, weight, dx)
-        return
-    wide = hidden_nH.new_empty(hidden_nH.shape, dtype=head.dtype)
+    wide = dx
+    if dx.dtype != head.dtype:
+        wide = hidden_nH.new_empty(hidden_nH.shape, dtype=head.dtype)
     product(dz, weight, wide)
+    if head.weight.dtype == head.dtype:
+        return
     triton_gather.hidden_grad(head, ids, g_nS - g_nS.to(dz.dtype).to(g_nS.dtype), dx, base=wide)
 
 

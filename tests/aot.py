@@ -134,6 +134,8 @@ def run_everything() -> None:
             teacher = fd.TopK(ids, lp, None, options.get("temperature", 1.0))
             common = options | {"labels": labels, "ce_weight": 0.1, "z_loss": 1e-3}
             fd.topk_distill_loss(x, w, teacher, **common).backward()
+            if dtype != torch.float32:
+                fd.topk_distill_loss(x, w, teacher, grad_filter_eps=1e-3, **common).backward()
             fd.topk_distill_loss(x, w, teacher, backward="recompute", **common).backward()
             fd.topk_distill_loss(x, w, teacher, tail="renorm_both", **options).backward()
             fd.linear_lse_gather(x, w, ids, with_entropy=True, **options).entropy.sum().backward()

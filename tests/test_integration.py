@@ -89,7 +89,7 @@ def test_opcheck_of_gradient_in_forward(op):
     if op == "topk_loss":
         args = (x, w, b, coef, t.ids, t.ids, t.logprobs.float(), t.log_tail.float(), None,
                 "forward_kl", 0.5, 0.1, "bucket", False, 0.0, 0.0, 1.0, None, 1.0, 67, False, True,
-                need, "torch")  # fmt: skip
+                need, "torch", None)  # fmt: skip
     else:
         args = (x, w, b, coef, c.hidden, c.weight * 0.9, None, None, "jsd", 0.5, 0.1, False, 0.0,
                 0.0, 1.0, None, 1.0, None, 1.0, 67, need, "torch")  # fmt: skip

@@ -7,7 +7,8 @@ import fastdistill as fd
 SPARSE = [
     "hidden", "weight", "teacher", "labels", "divergence", "beta", "skew", "tail", "temperature",
     "t2_scale", "ce_weight", "z_loss", "token_weight", "ignore_index", "reduction", "num_items",
-    "bias", "logit_scale", "softcap", "valid_vocab", "group", "impl", "backward", "check",
+    "bias", "logit_scale", "softcap", "valid_vocab", "group", "impl", "backward",
+    "grad_filter_eps", "check",
 ]  # fmt: skip
 SIGNATURES = {
     "topk_distill_loss": SPARSE,

@@ -1,0 +1,50 @@
+"""Every operator on a CUDA device against fp64: `pytest tests/test_gpu.py`, or without pytest
+`python tests/test_gpu.py [check…]` on an image that has only torch and triton.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+import traceback
+from pathlib import Path
+
+if __name__ == "__main__":
+    root = Path(__file__).resolve().parent
+    sys.path[:0] = [str(root), str(root.parent)]
+
+import torch
+from gpu_checks import CHECKS
+
+try:
+    import pytest
+except ImportError:
+    pytest = None
+else:
+
+    @pytest.mark.gpu
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+    @pytest.mark.parametrize("check_on_gpu", CHECKS, ids=lambda f: f.__name__)
+    def test_on_gpu(check_on_gpu):
+        check_on_gpu()
+
+
+def main(names: list[str]) -> int:
+    failed = []
+    for run in CHECKS:
+        if names and run.__name__ not in names:
+            continue
+        started = time.perf_counter()
+        try:
+            run()
+            verdict = "ok"
+        except Exception:
+            failed.append(run.__name__)
+            verdict = "FAILED\n" + traceback.format_exc()
+        print(f"{run.__name__}: {verdict} ({time.perf_counter() - started:.1f} s)", flush=True)
+    print(f"{len(failed)} failed: {', '.join(failed)}" if failed else "all checks passed")
+    return bool(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
