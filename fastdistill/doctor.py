@@ -50,7 +50,7 @@ def examine() -> Findings:
     packages = seen["packages"]
     found = [_python(seen), *(_required(name, packages.get(name)) for name in _REQUIRED)]
     found.append(_gpu(seen))
-    found.append(_triton(packages.get("triton")))
+    found.append(_triton(packages.get("triton"), bool(seen["cuda"])))
     found.append(_extension(seen))
     for name, (use, mend) in _OPTIONAL.items():
         version = packages.get(name)
@@ -93,9 +93,13 @@ def _gpu(seen: dict[str, Any]) -> Finding:
     return Finding(name="GPU", status="ok", detail=detail)
 
 
-def _triton(version: str | None) -> Finding:
+def _triton(version: str | None, gpu: bool) -> Finding:
+    if version is None and gpu:
+        detail = "not installed; the GPU runs chunked PyTorch instead"
+        return Finding(name="triton", status="missing", detail=detail, mend="pip install triton")
     here = "not installed" if version is None else version
-    return Finding(name="triton", status="ok", detail=f"{here}; this version does not use it yet")
+    use = "for the kernels on this GPU" if gpu else "for GPUs only, and there is none"
+    return Finding(name="triton", status="ok", detail=f"{here}; {use}")
 
 
 def _extension(seen: dict[str, Any]) -> Finding:

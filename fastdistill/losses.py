@@ -151,7 +151,8 @@ def topk_distill(
             whole vocabulary, and so do the loss and hidden's gradient. A DTensor weight sharded
             on dim 0 brings its own group. torch.compile leaves such a call to eager and refuses
             it with fullgraph=True.
-        impl: "auto", "torch" (chunked) or "reference" (materialises; the specification).
+        impl: "triton" (GPUs), "torch" (chunked), "reference" (materialises; the specification),
+            or "auto": triton on a GPU that runs it, else torch. Nothing falls back silently.
         backward: "fused" computes gradients in the forward pass (6NVH FLOPs; scalar losses),
             "recompute" afterwards (8NVH, any upstream); "auto" is fused for mean and sum.
         grad_filter_eps: in the fused pass of impl="triton", leave 128 × 128 tiles out of the

@@ -55,7 +55,8 @@ def linear_lse_gather(
             whole vocabulary, and so do the results and hidden's gradient. A DTensor weight sharded
             on dim 0 brings its own group. torch.compile leaves such a call to eager and refuses
             it with fullgraph=True.
-        impl: "auto", "torch" (chunked) or "reference" (materialises; the specification).
+        impl: "triton" (GPUs), "torch" (chunked), "reference" (materialises; the specification),
+            or "auto": triton on a GPU that runs it, else torch. Nothing falls back silently.
         check: read and check values on a GPU too, which stalls its stream (on CPU always).
 
     Returns:

@@ -121,18 +121,17 @@ def scale_saved(
 ) -> list[Tensor | None]:
     """Gradients kept from the forward pass, times the upstream scalar over their lift.
 
-    A plain `loss.backward()` on CPU has upstream 1 and gets the kept tensors themselves: no second
-    dW. With retain_graph they must outlive the call, on a GPU reading the scalar would stall the
-    stream, and a traced graph cannot branch on it: there the product is taken.
+    They are scaled in place: no second dW. A plain `loss.backward()` on CPU has upstream 1 and
+    gets them as they are; on a GPU reading the scalar would stall the stream. With retain_graph
+    they must outlive the call, and a traced graph owns no memory: there the product is new.
     """
     factor = grad / lift
-    hand_over = (
-        type(grad) is Tensor
-        and grad.device.type == "cpu"
-        and not torch._C._autograd._get_current_graph_task_keep_graph()
-        and factor.item() == 1.0
-    )
-    return chosen((g if hand_over or not g.numel() else g * factor for g in saved), need)
+    ours = type(grad) is Tensor and not torch._C._autograd._get_current_graph_task_keep_graph()
+    if not ours:
+        return chosen((g * factor if g.numel() else g for g in saved), need)
+    if grad.device.type == "cpu" and factor.item() == 1.0:
+        return chosen(saved, need)
+    return chosen((g.mul_(factor) if g.numel() else g for g in saved), need)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -65,7 +65,7 @@ def scan(
     columns = slab_columns(head.vocab)
     slab = None
     for rows in blocks(n, BLOCK_TOKENS):
-        x = hidden_nH[rows]
+        x, reduce = hidden_nH[rows], running.block(rows)
         for at in blocks(head.vocab, columns):
             if keep is not None:
                 raw = kept(head, keep, n)[rows, at]
@@ -74,7 +74,7 @@ def scan(
                     slab = head.weight.new_empty(min(n, BLOCK_TOKENS), columns, dtype=head.dtype)
                 raw = slab[: x.shape[0], : at.stop - at.start]
             product(x, head.weight[at].t(), raw)
-            running.add(rows, at, raw)
+            reduce(at, raw)
     return running.scanned()
 
 
@@ -217,7 +217,8 @@ def topk(head: Head, hidden_nH: Tensor, k: int, keep: Tensor) -> tuple[Tensor, T
     best = z_nV.topk(k, dim=-1)
     plain = Head(head.weight, None, 1.0, None, 1.0, head.vocab)
     running = Running(plain, best.indices, 0, False, False, None)
+    reduce = running.block(slice(0, n))
     for at in blocks(head.vocab, slab_columns(head.vocab)):
-        running.add(slice(0, n), at, z_nV[:, at])
+        reduce(at, z_nV[:, at])
     rest: RunningLSE = running.scanned().rest
     return best.values, best.indices, rest.lse()

@@ -76,7 +76,7 @@ def compiled(kernel: Any, target: int, pretend: Pretend, args: Any, options: Any
 
 
 def describe(args: Any, options: Any) -> str:
-    """The types of the tensors, which arguments are absent, and the constants."""
+    """The types of the tensors, which arguments are absent or 1, and the constants."""
     types = [
         str(a.dtype).removeprefix("torch.") if isinstance(a, torch.Tensor) else "-"
         for a in args
@@ -84,7 +84,8 @@ def describe(args: Any, options: Any) -> str:
     ]
     constants = {k: getattr(v, "__name__", v) for k, v in options.items() if k[0].isupper()}
     absent = [k for k, v in options.items() if v is None]
-    return " ".join(types) + f" {constants} {absent} warps={options.get('num_warps')}"
+    ones = [i for i, a in enumerate(args) if type(a) is int and a == 1]
+    return " ".join(types) + f" {constants} {absent} {ones} warps={options.get('num_warps')}"
 
 
 def record(targets: list[int]) -> list[dict[str, Any]]:
@@ -141,6 +142,9 @@ def run_everything() -> None:
             fd.linear_lse_gather(x, w, ids, with_entropy=True, **options).entropy.sum().backward()
             fd.token_scores(x, w, labels=labels, teacher=teacher, **options)
             fd.linear_topk(x, w, K, **options)
+            # Triton folds arguments that are 1 into constants: one token, one slot.
+            one = fd.TopK(ids[:1, :1], lp[:1, :1], None, options.get("temperature", 1.0))
+            fd.topk_distill_loss(x[:1], w, one, **options).backward()
             names = NAMES if options is plain and dtype == torch.bfloat16 else ("jsd",)
             for name in names:
                 fd.linear_distill_loss(x, w, x, w, divergence=name, **options).backward()

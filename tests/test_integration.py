@@ -64,22 +64,24 @@ def test_compile_fullgraph_of_the_others():
         assert_close(a, b, 1e-6)
 
 
-def test_opcheck():
+def test_opcheck(impl_of_auto):
     c = case(torch.float32, V=70)
     x, w, b = leaves(c.hidden, c.weight, c.bias)
     ids = top_k(c.teacher_logits, 5).ids
-    torch.library.opcheck(lse_gather, (x, w, b, ids, 1.0, None, 2.0, 67, True, True, "torch"))
-    torch.library.opcheck(lse_gather, (x, w, None, ids, 0.7, 5.0, 1.0, 70, False, False, "torch"))
-    torch.library.opcheck(gather_logits, (x, w, b, ids, 1.0, None, 2.0, "torch"))
+    torch.library.opcheck(lse_gather, (x, w, b, ids, 1.0, None, 2.0, 67, True, True, impl_of_auto))
+    torch.library.opcheck(
+        lse_gather, (x, w, None, ids, 0.7, 5.0, 1.0, 70, False, False, impl_of_auto)
+    )
+    torch.library.opcheck(gather_logits, (x, w, b, ids, 1.0, None, 2.0, impl_of_auto))
     torch.library.opcheck(
         dense_rows,
         (x, w, b, c.hidden, c.weight, None, c.labels, "jsd", 0.5, 0.1, False, 0.1, 0.0, 1.0, None,
-         1.0, None, 1.0, 70, "torch"),
+         1.0, None, 1.0, 70, impl_of_auto),
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("op", ["topk_loss", "dense_loss"])
-def test_opcheck_of_gradient_in_forward(op):
+def test_opcheck_of_gradient_in_forward(op, impl_of_auto):
     """Their backward hands over or scales kept tensors, which opcheck's gradient test covers."""
     c = case(torch.float32)
     x, w, b = leaves(c.hidden, c.weight, c.bias)
@@ -89,10 +91,10 @@ def test_opcheck_of_gradient_in_forward(op):
     if op == "topk_loss":
         args = (x, w, b, coef, t.ids, t.ids, t.logprobs.float(), t.log_tail.float(), None,
                 "forward_kl", 0.5, 0.1, "bucket", False, 0.0, 0.0, 1.0, None, 1.0, 67, False, True,
-                need, "torch", None)  # fmt: skip
+                need, impl_of_auto, None)  # fmt: skip
     else:
         args = (x, w, b, coef, c.hidden, c.weight * 0.9, None, None, "jsd", 0.5, 0.1, False, 0.0,
-                0.0, 1.0, None, 1.0, None, 1.0, 67, need, "torch")  # fmt: skip
+                0.0, 1.0, None, 1.0, None, 1.0, 67, need, impl_of_auto)  # fmt: skip
     function = getattr(torch.ops.fastdistill, op).default
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(function, args, test_utils=tests)

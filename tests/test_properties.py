@@ -46,17 +46,19 @@ def test_topk_loss_of_any_shape(
     t.ids[torch.rand(t.ids.shape) < 0.1] = -1
     t = t._replace(log_tail=None)
     found = []
-    for impl in ("torch", "reference"):
+    for impl in ("torch", "triton", "reference"):
         x, w, b = leaves(c.hidden, c.weight, c.bias)
         loss = fd.topk_distill_loss(
             x, w, t, labels=labels, divergence=divergence, tail=tail, temperature=temperature,
             beta=beta, skew=skew, ce_weight=ce_weight, bias=b, impl=impl,
-            backward=backward if impl == "torch" else "auto",
+            backward="auto" if impl == "reference" else backward,
         )  # fmt: skip
         loss.backward()
         found.append((loss, x.grad, w.grad, b.grad))
-    for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-10)
+    *backends, truth = found
+    for one in backends:
+        for a, b in zip(one, truth, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-10)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
