@@ -10,8 +10,8 @@ from torch import Tensor
 from . import checks
 from .backend import resolve_impl
 from .fused import keep_gradients, needs
+from .kernels.backends import engine
 from .kernels.dense_loss import dense
-from .kernels.engines import engine
 from .kernels.head import Head
 from .kernels.op_dense import dense_loss, dense_rows
 from .kernels.rows import RowOptions

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .kernels.engines import engine
+from .kernels.backends import engine
 from .kernels.head import Head
 from .kernels.op_common import or_none
 from .kernels.op_losses import scale_saved, topk_loss

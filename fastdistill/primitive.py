@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import checks
 from .backend import resolve_impl
-from .kernels.engines import engine
+from .kernels.backends import engine
 from .kernels.rows import ABSENT, Gathered, entropy_of, first_slots
 from .kernels.topk import topk
 from .operands import operands

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import checks
 from .backend import resolve_impl
-from .kernels.engines import engine
+from .kernels.backends import engine
 from .kernels.op_gather import gather_logits
 from .kernels.row_scores import scores
 from .kernels.rows import Gathered, RowOptions, Teacher, rows_forward

@@ -1,4 +1,4 @@
-"""What a backend provides. Losses are written once, over an Engine; `impl=` picks which.
+"""What a backend provides. Losses are written once, over an Engine (`backends.py` picks which).
 
     torch    vocabulary-major slabs, library GEMMs, ordinary PyTorch    (torch_*.py; CPU, CUDA)
     triton   token-major slabs, library GEMMs, Triton between them      (triton_*.py; CUDA)
@@ -8,7 +8,6 @@ Every function takes tensors of one block or chunk of tokens and the Head behind
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -41,15 +40,3 @@ class Engine(NamedTuple):
     dense_sums: Callable[..., tuple[Tensor, Tensor, Tensor | None]]
     dense_grads: Callable[..., None]
     block_tokens: int
-
-
-@functools.cache
-def engine(impl: str) -> Engine:
-    """The backend called `impl`; it is imported when first asked for."""
-    if impl == "triton":
-        from .triton_engine import TRITON
-
-        return TRITON
-    from .torch_engine import TORCH
-
-    return TORCH

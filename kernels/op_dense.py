@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import dense_loss as losses
-from .engines import engine
+from .backends import engine
 from .head import Head
 from .op_common import accumulator, chosen, fake_grads, full_precision, needed, or_empty
 from .op_losses import kept_grads

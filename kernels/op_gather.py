@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import lse_gather as primitive
-from .engines import engine
+from .backends import engine
 from .head import Head, Stats
 from .op_common import accumulator, chosen, fake_grads, full_precision, needed, or_empty, or_none
 

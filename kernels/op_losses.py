@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import topk_loss as losses
-from .engines import engine
+from .backends import engine
 from .head import Head
 from .op_common import chosen, fake_grads, full_precision, needed, or_empty
 from .rows import RowOptions, Teacher

@@ -97,7 +97,10 @@ def record(targets: list[int]) -> list[dict[str, Any]]:
         if 0 not in grid:
             seen.setdefault((kernel.__name__, describe(args, options)), (kernel, args, options))
 
-    from fastdistill.kernels import triton_engine, triton_stream  # noqa: F401  # load them all
+    from fastdistill.kernels import triton_stream
+    from fastdistill.kernels.backends import engine
+
+    engine("triton")
 
     modules = [m for n, m in sys.modules.items() if n.startswith("fastdistill.kernels.triton_")]
     for module in modules:

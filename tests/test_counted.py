@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdistill as fd
 from fastdistill.kernels import dense_loss, head, lse_gather, row_scores, topk, topk_loss
-from fastdistill.kernels.engines import engine
+from fastdistill.kernels.backends import engine
 from fastdistill.kernels.head import Head, Stats
 from fastdistill.kernels.rows import RowOptions
 from fastdistill.operands import payload
