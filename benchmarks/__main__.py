@@ -1,25 +1,30 @@
 """python -m benchmarks, and `fastdistill bench`: measure, print, write results.
 
-Names are ops (each at --shape, --tokens and --k), suites with shapes of their own, or
-gradient_error. Without names: sparse_loss and gradient_error, what the README reports from a CPU.
+Names are ops (each at --shape, --tokens and --k), suites with shapes of their own, or studies:
+gradient_error and tile_skipping. Without names: sparse_loss and gradient_error, for the README.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .rows import Row
     from .run import Measured
 
 DEFAULT = ("gradient_error", "sparse_loss")
+STUDIES = {
+    "gradient_error": "every divergence with bf16 operands against fp64",
+    "tile_skipping": "what grad_filter_eps saves and costs",
+}
 
 
 def positive(text: str) -> int:
@@ -27,6 +32,10 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected a number from 1 up, got {text}")
     return value
+
+
+def study(name: str) -> Any:
+    return importlib.import_module(f".{name}", __package__)
 
 
 def parser(prog: str) -> argparse.ArgumentParser:
@@ -64,7 +73,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m benchmarks") 
     if args.list:
         _list(args.json)
         return 0
-    known = {*OPS, *SUITES, "gradient_error"}
+    known = {*OPS, *SUITES, *STUDIES}
     names = list(dict.fromkeys(args.names or DEFAULT))
     for name in names:
         if name not in known:
@@ -79,7 +88,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m benchmarks") 
     if args.k == 1 and "renorm_both" in names:
         parse.error("renorm_both needs --k 2 or more: one token renormalised over itself is 1")
 
-    from . import gradient_error, rows
+    from . import rows
 
     rows.given_commit = args.commit
     bench = _Bench(args, names, started + args.budget_seconds)
@@ -90,7 +99,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m benchmarks") 
         refused += found.refused
         not_run += found.not_run
         if not args.json:
-            show = gradient_error.table if name == "gradient_error" else rows.table
+            show = study(name).table if name in STUDIES else rows.table
             print(show(found.rows), end="\n\n")
     if args.json:
         document = {
@@ -123,7 +132,7 @@ class _Bench:
         self.args, self.deadline = args, deadline
         self.cases = {}
         for name in names:
-            if name == "gradient_error":
+            if name in STUDIES:
                 continue
             at = (args.shape or "qwen3-0.6b", args.tokens or 1024, args.k or 64)
             entries = SUITES.get(name) or (entry(name, *at, args.dtype or "bf16"),)
@@ -144,13 +153,13 @@ class _Bench:
         folder = self.args.out or (None if self.args.quick else RESULTS)
         # A CPU's results on record are not overwritten by a GPU's.
         file = name + "_cuda" * torch.cuda.is_available()
-        if name == "gradient_error":
-            from . import gradient_error
+        if name in STUDIES:
             from .shapes import GATE
 
             if time.monotonic() >= self.deadline:
                 return Measured([], [], [name])
-            found = gradient_error.rows(GATE if self.args.quick else gradient_error.SHAPE)
+            asked = study(name)
+            found = asked.rows(GATE if self.args.quick else asked.SHAPE)
             if folder is not None:
                 write(found, folder / file)
             return Measured(found, [], [])
@@ -200,7 +209,7 @@ def _list(as_json: bool) -> None:
                 for name, entries in SUITES.items()
             },
             "shapes": {name: head._asdict() for name, head in HEADS.items()},
-            "other": ["gradient_error"],
+            "other": list(STUDIES),
         }
         print(json.dumps(document, indent=1, ensure_ascii=False))
         return
@@ -212,7 +221,8 @@ def _list(as_json: bool) -> None:
         print(f"{name}: a suite of {len(entries)} cases")
         for e in entries:
             print(f"  {e.op:14} {label(e.shape)} {e.dtype}")
-    print("gradient_error: every divergence with bf16 operands against fp64")
+    for name, about in STUDIES.items():
+        print(f"{name}: {about}")
     print("shapes: " + ", ".join(f"{n} (H={h.H}, V={h.V})" for n, h in HEADS.items()))
 
 

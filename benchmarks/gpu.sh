@@ -61,7 +61,8 @@ import torch
 from fastdistill.backend import describe
 print(torch.version.cuda, describe())"
 step 150 correctness "${tests[@]}" tests/test_gpu.py
-step 60 'gradient error' "$python" -m benchmarks gradient_error --out "$out" "${commit[@]}"
+step 60 'gradient error' "$python" -m benchmarks gradient_error tile_skipping --out "$out" \
+    "${commit[@]}"
 step 300 registry "$python" -m benchmarks heads --repeats 5 --budget-seconds 250 --out "$out" \
     "${commit[@]}"
 

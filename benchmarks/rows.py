@@ -53,6 +53,7 @@ class Row:
     peak_mb: float | None = None
     output_mb: float | None = None
     grad_error: float | None = None
+    products_share: float | None = None  # of the gradient's tiles, where some are skipped
     roofline_share: float | None = None
     floor_ms: float | None = None
     gemm_tflops: float | None = None

@@ -156,18 +156,24 @@ def recompute(
     need_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dX [N, H], dW like weight, db like bias), each None unless asked for."""
-    N, V = hidden_NH.shape[0], head.vocab
+    (N, H), V = hidden_NH.shape, head.vocab
     dw = torch.zeros_like(head.weight) if need_weight else None
     db = None
     if need_bias and head.bias is not None:
         db = torch.zeros_like(head.bias)
     dx = torch.zeros_like(hidden_NH, dtype=head.dtype) if need_hidden else None
+    narrow = None  # dX as it is returned, where that is not the type it is summed in
+    if need_hidden and hidden_NH.dtype != head.dtype:
+        narrow = torch.empty_like(hidden_NH)
     lift = lift_of(head, *grads)
     lifted = Stats._make(None if t is None else t * lift for t in grads)
     ids, g_NS = distinct(ids_NS, slot_grads(head, stats.z_ids, lifted.z_ids))
     lost_NS = g_NS - g_NS.to(head.weight.dtype).to(g_NS.dtype)
     columns = min(slab_columns(V), max(64, RECOMPUTE_BYTES // (max(N, 1) * head.dtype.itemsize)))
-    slab = hidden_NH.new_empty(N, columns, dtype=head.dtype)
+    if narrow is not None and H % 2 == 0 and columns <= H // 2:
+        slab = narrow.view(head.dtype)  # its memory is not needed until the sum is complete
+    else:
+        slab = hidden_NH.new_empty(N, columns, dtype=head.dtype)
     for i, at in enumerate(blocks(V, columns)):
         raw = slab[:, : at.stop - at.start]
         for rows in blocks(N, BLOCK_TOKENS):
@@ -183,12 +189,14 @@ def recompute(
             _store(dz.t(), hidden_NH, lift, dw[at])
         if db is not None:
             db[at] = dz.sum(0, dtype=head.dtype) / lift
-    if dx is None or dx.dtype == hidden_NH.dtype:
+    if dx is None or narrow is None:
         return dx, dw, db
-    # float16 keeps its lift until it is narrowed, or it would overflow; bfloat16 has none.
-    narrow = dx if head.weight.dtype == torch.float16 else torch.empty_like(hidden_NH)
-    triton_gather.hidden_grad(head, ids, lost_NS, narrow, base=dx)
-    return narrow if narrow is not dx else (dx / lift).to(hidden_NH.dtype), dw, db
+    if narrow.dtype == torch.float16:  # it keeps its lift until it is narrowed, or would overflow
+        triton_gather.hidden_grad(head, ids, lost_NS, dx, base=dx)
+        narrow.copy_(dx / lift)
+    else:
+        triton_gather.hidden_grad(head, ids, lost_NS, narrow, base=dx)
+    return narrow, dw, db
 
 
 def _store(left: Tensor, right: Tensor, lift: Tensor, out: Tensor) -> None:

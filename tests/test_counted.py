@@ -119,7 +119,7 @@ def dense(e, h, x, t, coef):
     ("run", "limit_mb", "passes"),
     [
         (fused, 1102, 6),
-        (recompute, 222, 8),
+        (recompute, 159, 8),
         (rows_alone, 37, 0),
         (scoring, 64 * 1.048576, 2),
         (streamed_topk, 545, 2),

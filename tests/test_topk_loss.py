@@ -149,3 +149,11 @@ def test_modules_are_the_functions():
         fd.topk_distill_loss(c.hidden, c.weight, t, divergence="jsd", beta=0.2),
     )
     assert "divergence='jsd'" in repr(module)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_recompute_where_hidden_is_wider_than_a_slab(dtype):
+    """Slabs then live in the memory that dX is written to at the end."""
+    c = case(dtype, H=256, V=200)
+    found, truth = both(c, top_k(c.teacher_logits, 7), dtype=dtype, backward="recompute")
+    check(found, truth, dtype)

@@ -1,0 +1,97 @@
+"""What grad_filter_eps saves and costs: the share of gradient tiles multiplied, and the error.
+
+    products_share = live 128 × 128 tiles of dz / all of them        error = ‖g − g₆₄‖ / ‖g₆₄‖
+
+with bf16 operands, forward KL, bucket tail, on logits of standard deviation 4, 8 and 16: the wider,
+the more peaked the student. Without a GPU it needs Triton's interpreter (TRITON_INTERPRET=1), which
+multiplies the same tiles. On a GPU, `topk_loss` shows the time beside it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import torch
+from torch import Tensor
+
+import fastdistill as fd
+from fastdistill.backend import resolve_impl
+
+from .data import device
+from .registry import Missing, Outputs, attempt, deviations, worst
+from .rows import Row
+from .shapes import Shape
+
+SHAPE = Shape(N=256, H=128, V=16000, K=16)  # minutes in the interpreter, as it is
+WIDTHS = (4.0, 8.0, 16.0)
+EPS = (2.0**-16, 2.0**-12, 2.0**-9)
+
+
+def _grads(hidden: Tensor, weight: Tensor, teacher: fd.TopK, **options) -> Outputs:
+    leaves = [hidden.detach().requires_grad_(), weight.detach().requires_grad_()]
+    loss = fd.topk_distill_loss(*leaves, teacher, **options)
+    return dict(zip(("hidden", "weight"), torch.autograd.grad(loss, leaves), strict=True))
+
+
+def _skipping(
+    hidden: Tensor, weight: Tensor, teacher: fd.TopK, eps: float
+) -> tuple[Outputs, float]:
+    """(gradients, the share of tiles that were multiplied)."""
+    try:
+        resolve_impl("triton", hidden.device)
+    except ValueError as error:
+        raise Missing(str(error)) from None
+    from fastdistill.kernels import triton_filter
+
+    seen = []
+    find = triton_filter.live_tiles
+
+    def counted(*args):
+        seen.append(find(*args))
+        return seen[-1]
+
+    triton_filter.live_tiles = counted
+    try:
+        grads = _grads(hidden, weight, teacher, impl="triton", grad_filter_eps=eps)
+    finally:
+        triton_filter.live_tiles = find
+    return grads, torch.cat([t.flatten() for t in seen]).double().mean().item()
+
+
+def rows(shape: Shape = SHAPE) -> list[Row]:
+    found = []
+    at = device()
+    for width in WIDTHS:
+        g = torch.Generator(at).manual_seed(0)
+        hidden = torch.randn(shape.N, shape.H, generator=g, device=at).bfloat16()
+        weight = torch.randn(shape.V, shape.H, generator=g, device=at)
+        weight = weight.mul_(width / shape.H**0.5).bfloat16()
+        z = hidden.double() @ weight.double().t()
+        noise = torch.randn(z.shape, generator=g, dtype=torch.float64, device=at)
+        lp = (z + noise).log_softmax(-1)
+        best = lp.topk(shape.K, -1)
+        tail = lp.scatter(-1, best.indices, -torch.inf).logsumexp(-1)
+        teacher = fd.TopK(best.indices, best.values, tail)
+        truth = _grads(hidden.double(), weight.double(), teacher, impl="reference")
+        for eps in EPS:
+            result, why = attempt(
+                lambda e=eps, x=hidden, w=weight, t=teacher: _skipping(x, w, t, e)
+            )
+            row = Row(f"grad_filter_eps {eps:.3g}, logits of width {width:g}", "triton fused",
+                      "both", **asdict(shape), dtype="bfloat16", missing=why is not None,
+                      reason=why)  # fmt: skip
+            if result is not None:
+                row.grad_error = worst(deviations(result[0], truth))
+                row.products_share = result[1]
+            found.append(row)
+    return found
+
+
+def table(rows: list[Row]) -> str:
+    lines = [f"{'tile skipping, bf16 operands':45}{'tiles':>10}{'error':>10}"]
+    for row in rows:
+        if row.missing or row.products_share is None:
+            lines.append(f"{row.op:45} missing: {row.reason}")
+        else:
+            lines.append(f"{row.op:45}{row.products_share:>10.1%}{row.grad_error:>10.3%}")
+    return "\n".join(lines)
