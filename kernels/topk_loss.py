@@ -22,7 +22,7 @@ from .head import Head, Stats, blocks, chunk_tokens, lift_of
 from .rows import Gathered, RowOptions, Rows, Teacher, entropy_of, first_slots, rows_backward
 from .rows import rows_forward as _rows_forward
 
-# A 16-bit dW is rounded once per chunk: 0.15 % after four, as much as one rounding of dz.
+# A 16-bit dW is rounded once more with every chunk; beyond these many it is summed in fp32.
 CARRIED_CHUNKS = {"cpu": 2, "cuda": 4}
 
 RowFunction = Callable[

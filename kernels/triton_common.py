@@ -30,13 +30,13 @@ SLOT_TILE = 64  # slots one program looks at together
 
 
 @triton.jit
-def shaped(raw, bias, at, mask, scale, cap):
+def shaped(raw, bias, at, mask, scale, cap, CAP: tl.constexpr):
     """u of raw products, with the bias at `at`; raw and u in the same type."""
     s = raw
     if bias is not None:
         s += tl.load(bias + at, mask=mask, other=0.0).to(raw.dtype)
     s *= scale
-    if cap is not None:
+    if CAP:
         c = tl.full([], cap, raw.dtype)
         e = tl.exp(-2.0 * tl.abs(s) / c)  # tanh |y| = (1 − e) / (1 + e): no overflow
         s = tl.where(s < 0.0, -c, c) * ((1.0 - e) / (1.0 + e))
@@ -63,10 +63,11 @@ def launch(kernel: Any, grid: tuple[int, ...], like: Tensor, *args: Any, **optio
         kernel[grid](*args, **options)
 
 
-def scalars(head: Head) -> dict[str, float | None]:
+def scalars(head: Head) -> dict[str, float | bool]:
     return {
         "scale": float(head.logit_scale),
-        "cap": None if head.softcap is None else float(head.softcap),
+        "cap": 0.0 if head.softcap is None else float(head.softcap),
+        "CAP": head.softcap is not None,
         "inv_T": 1.0 / head.temperature,
     }
 

@@ -29,8 +29,9 @@ CALLABLE_BYTES = 64 << 20
 @triton.jit
 def sum_divergence(
     raws, t_raws, bias, t_bias, lse, t_lse, D, total, ld, t_ld, v,
-    scale: tl.float64, cap, inv_T: tl.float64,
-    t_scale: tl.float64, t_cap, w: tl.float64, floor: tl.float64,
+    scale: tl.float64, cap: tl.float64, inv_T: tl.float64, CAP: tl.constexpr,
+    t_scale: tl.float64, t_cap: tl.float64, T_CAP: tl.constexpr,
+    w: tl.float64, floor: tl.float64,
     PHI: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0)
@@ -49,9 +50,9 @@ def sum_divergence(
     for c in range(0, v, BV):
         cols = c + tl.arange(0, BV)
         there = cols < v
-        u = shaped(tl.load(raws + cols, mask=there, other=0.0), bias, cols, there, scale, cap)
+        u = shaped(tl.load(raws + cols, mask=there, other=0.0), bias, cols, there, scale, cap, CAP)
         raw = tl.load(t_raws + cols, mask=there, other=0.0).to(DT)
-        t = shaped(raw, t_bias, cols, there, t_scale, t_cap)
+        t = shaped(raw, t_bias, cols, there, t_scale, t_cap, T_CAP)
         lq = tl.where(there, u * inv_T - my_lse, 0.0)
         lp = tl.where(there, tl.maximum(t * inv_T - my_t_lse, floor), 0.0)
         phi, psi = PHI(lp, lq, w)
@@ -65,8 +66,9 @@ def sum_divergence(
 def grad_divergence(
     raws, t_raws, out, bias, t_bias, lse, t_lse, lse_base, on_D, on_q, on_lse, on_ce, label,
     ld, t_ld, out_ld, v,
-    scale: tl.float64, cap, inv_T: tl.float64,
-    t_scale: tl.float64, t_cap, w: tl.float64, floor: tl.float64,
+    scale: tl.float64, cap: tl.float64, inv_T: tl.float64, CAP: tl.constexpr,
+    t_scale: tl.float64, t_cap: tl.float64, T_CAP: tl.constexpr,
+    w: tl.float64, floor: tl.float64,
     PHI: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0)
@@ -86,12 +88,12 @@ def grad_divergence(
     for c in range(0, v, BV):
         cols = c + tl.arange(0, BV)
         there = cols < v
-        u = shaped(tl.load(raws + cols, mask=there, other=0.0), bias, cols, there, scale, cap)
+        u = shaped(tl.load(raws + cols, mask=there, other=0.0), bias, cols, there, scale, cap, CAP)
         raw = tl.load(t_raws + cols, mask=there, other=0.0).to(DT)
         if PHI is None:
             psi = raw
         else:
-            t = shaped(raw, t_bias, cols, there, t_scale, t_cap)
+            t = shaped(raw, t_bias, cols, there, t_scale, t_cap, T_CAP)
             lp = tl.where(there, tl.maximum(t * inv_T - my_t_lse, floor), 0.0)
             lq = tl.where(there, u * inv_T - my_lse, 0.0)
             _phi, psi = PHI(lp, lq, w)
@@ -102,7 +104,7 @@ def grad_divergence(
             d += tl.load(on_lse + i) * at_one
         if on_ce is not None:
             d -= tl.where(cols == tl.load(label + i), tl.load(on_ce + i), 0.0)
-        if cap is not None:
+        if CAP:
             y = u / tl.full([], cap, DT)
             d *= 1.0 - y * y
         d *= scale
@@ -110,10 +112,10 @@ def grad_divergence(
         tl.store(out + cols, narrowed(d, out.dtype.element_ty), mask=there)
 
 
-def _numbers(head: Head, teacher: Head, w: float) -> dict[str, float | None]:
+def _numbers(head: Head, teacher: Head, w: float) -> dict[str, float | bool]:
     theirs = scalars(teacher)
-    numbers = scalars(head) | {"t_scale": theirs["scale"], "t_cap": theirs["cap"]}
-    return numbers | {"w": float(w), "floor": floor_of(head.dtype)}
+    given = {"t_scale": theirs["scale"], "t_cap": theirs["cap"], "T_CAP": theirs["CAP"]}
+    return scalars(head) | given | {"w": float(w), "floor": floor_of(head.dtype)}
 
 
 def _shaped_rows(head: Head, raw_nV: Tensor) -> Tensor:

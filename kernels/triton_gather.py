@@ -26,7 +26,7 @@ RUN_TILE = {"BE": 32, "BH": 512, "num_warps": 4}
 @triton.jit
 def gather_rows(
     hidden, weight, bias, ids, z, S, H, ldx, ldw,
-    scale: tl.float64, cap, inv_T: tl.float64,
+    scale: tl.float64, cap: tl.float64, inv_T: tl.float64, CAP: tl.constexpr,
     SB: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0).to(tl.int64)
@@ -44,7 +44,7 @@ def gather_rows(
             other=0.0,
         )
         acc += tl.sum(w.to(DT) * x[None, :], 1)
-    u = shaped(acc, bias, at, there, tl.full([], scale, DT), cap)
+    u = shaped(acc, bias, at, there, tl.full([], scale, DT), cap, CAP)
     u = tl.where(there, u * tl.full([], inv_T, DT), NEG)
     tl.store(z + i * S + slot, u, mask=slot < S)
 

@@ -22,7 +22,7 @@ from .triton_common import ABSENT, ROW_TILE, SLOT_TILE, launch, narrowed, scalar
 def grad_rows(
     raws, out, bias, ids, g_slots, lse_rest, g_rest, mean_rest, g_mean, lse_base, g_base,
     ld, out_ld, v, v0, S,
-    scale: tl.float64, cap, inv_T: tl.float64,
+    scale: tl.float64, cap: tl.float64, inv_T: tl.float64, CAP: tl.constexpr,
     BV: tl.constexpr, SB: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0)
@@ -37,7 +37,7 @@ def grad_rows(
         cols = c + tl.arange(0, BV)
         raw = tl.load(raws + cols, mask=cols < v, other=0.0)
         there = (raw > ABSENT) & (cols < v)
-        u = shaped(raw, bias, v0 + cols, there, scale, cap)
+        u = shaped(raw, bias, v0 + cols, there, scale, cap, CAP)
         z = u * inv_T
         d = tl.exp(tl.minimum(z - lse, 0.0))  # above 0 only at slots, overwritten below
         if g_mean is not None:
@@ -47,7 +47,7 @@ def grad_rows(
         if g_base is not None:
             at_one = tl.exp(tl.minimum(u - tl.load(lse_base + i), 0.0))
             d += tl.load(g_base + i) * at_one
-        if cap is not None:
+        if CAP:
             y = u / tl.full([], cap, DT)
             d *= 1.0 - y * y
         tl.debug_barrier()

@@ -37,7 +37,7 @@ def reduce_slab(
     slab, bias, ids, label_u,
     u_slots, top, sums, base_top, base_sum, best, best_id, above,
     ld, v, v0, n, S,
-    scale: tl.float64, cap, inv_T: tl.float64,
+    scale: tl.float64, cap: tl.float64, inv_T: tl.float64, CAP: tl.constexpr,
     MOMENTS: tl.constexpr, BASE: tl.constexpr, BEST: tl.constexpr,
     BV: tl.constexpr, SB: tl.constexpr,
 ):  # fmt: skip
@@ -54,7 +54,7 @@ def reduce_slab(
             at = tl.load(my_ids + slot, mask=slot < S, other=-1)
             here = (at >= v0) & (at < v0 + v)
             raw = tl.load(row + (at - v0), mask=here, other=0.0)
-            tl.store(my_slots + slot, shaped(raw, bias, at, here, scale, cap), mask=here)
+            tl.store(my_slots + slot, shaped(raw, bias, at, here, scale, cap, CAP), mask=here)
         tl.debug_barrier()  # an id may repeat: every slot has read before any is overwritten
         for j in range(0, S, SB):
             slot = j + tl.arange(0, SB)
@@ -65,7 +65,7 @@ def reduce_slab(
     cols = tl.arange(0, BV)
     raw = tl.load(row + cols, mask=cols < v, other=NEG)
     there = raw > ABSENT
-    u = tl.where(there, shaped(raw, bias, v0 + cols, there, scale, cap), NEG)
+    u = tl.where(there, shaped(raw, bias, v0 + cols, there, scale, cap, CAP), NEG)
     z = tl.where(there, u * inv_T, NEG)
     first = v0 == 0
     old = tl.load(top + i, mask=not first, other=NEG)

@@ -42,7 +42,7 @@ def stream(
     x, w, bias, ids, label_u,
     u_slots, top, sums, base_top, base_sum, best, best_id, above,
     n, v, H, S, tiles,
-    scale: tl.float64, cap, inv_T: tl.float64,
+    scale: tl.float64, cap: tl.float64, inv_T: tl.float64, CAP: tl.constexpr,
     MOMENTS: tl.constexpr, BASE: tl.constexpr, BEST: tl.constexpr,
     BN: tl.constexpr, BV: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
@@ -90,7 +90,7 @@ def stream(
             acc = tl.dot(a, b.T, acc)
         cols = v0 + tl.arange(0, BV)
         real = cols < v
-        u = shaped(acc, bias, cols, real, scale, cap)
+        u = shaped(acc, bias, cols, real, scale, cap, CAP)
         u = tl.where(real[None, :], u, NEG)
         while tl.min(waiting, 0) < v0 + BV:
             hit = waiting < v0 + BV

@@ -6,6 +6,7 @@ from cases import case, leaves, top_k
 from tolerances import GRADIENT, PROMISED, VALUE, assert_close, relative
 
 import fastdistill as fd
+from fastdistill.kernels import topk_loss
 from fastdistill.kernels.divergences import NAMES
 from fastdistill.kernels.rows import TAILS
 
@@ -42,6 +43,18 @@ def test_near_converged_teacher(divergence, backward, dtype):
     budget = PROMISED[dtype] if dtype != torch.float32 else 2e-4  # differences of p ≈ q
     assert relative(found[1], truth[1]) <= budget
     assert relative(found[2], truth[2]) <= budget
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
+def test_four_chunks_whose_weight_gradient_is_carried_in_bf16(divergence, monkeypatch):
+    """As on a GPU at full size: dW is rounded with every chunk, and keeps the promise."""
+    monkeypatch.setattr(topk_loss, "chunk_tokens", lambda *args: 16)
+    monkeypatch.setitem(topk_loss.CARRIED_CHUNKS, "cpu", 4)
+    c = case(torch.bfloat16, N=64, H=64, V=1000, near=0.1)
+    teacher = top_k(c.teacher_logits, 16)
+    found = run(c, teacher, torch.bfloat16, divergence=divergence)
+    truth = run(c, teacher, impl="reference", divergence=divergence)
+    assert relative(found[2], truth[2]) <= PROMISED[torch.bfloat16]
 
 
 @pytest.mark.parametrize("tail", TAILS)
