@@ -1,16 +1,24 @@
-"""The package list and the optional C++ extension; everything else is in pyproject.toml.
+"""The package list and the optional compiled modules; everything else is in pyproject.toml.
 
-The extension must never stop an installation: without a compiler (or with FASTDISTILL_NO_EXT=1)
-the package installs without it, says so in one line, and runs on pure PyTorch.
+They must never stop an installation: without a compiler (or with FASTDISTILL_NO_EXT=1) the package
+installs without them, says so in one line, and runs on pure PyTorch and Triton. The CUDA kernels
+are a module of their own, compiled where there is an nvcc, with or without a GPU:
+
+    FASTDISTILL_CUDA=auto | 0 | 1        if nvcc is here (the default) | never | or fail
+    FASTDISTILL_CUDA_ARCHS="80;89;90"    compute capabilities; the newest as PTX too, for later GPUs
 """
 
 from __future__ import annotations
 
 import os
+import re
+import shutil
+import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
 from textwrap import shorten
+from typing import Any
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -20,9 +28,19 @@ from setuptools.command.build_ext import build_ext
 PACKAGES = [
     "fastdistill",
     "fastdistill.kernels",
+    "fastdistill.quant",
 ]
 
-
+CPU_SOURCES = [
+    f"csrc/{name}.cpp"
+    for name in ("bind", "isa_scalar", "isa_avx2", "isa_avx512", "isa_vnni", "topk_row")
+]
+DEVICE_CODE = "csrc/cuda_quant.cu"
+CUDA_ARCHS = "80;89;90;100"
+MISSED = {  # a compiled module, and what runs in its place
+    "fastdistill._ext": ("the C++ extension", "pure PyTorch"),
+    "fastdistill._cuda": ("the CUDA kernels", "Triton"),
+}
 KERNELS_LINK = Path(__file__).parent / "fastdistill" / "kernels"
 
 
@@ -30,8 +48,15 @@ def say(line: str) -> None:
     print(f"fastdistill: {line}", file=sys.stderr)
 
 
+def drop(name: str, reason: str, required: bool = False) -> None:
+    if required:
+        raise SystemExit(f"fastdistill: FASTDISTILL_CUDA=1 asks for the CUDA kernels, but {reason}")
+    what, instead = MISSED[name]
+    say(f"installing WITHOUT {what} ({reason}); {instead} is used in its place")
+
+
 class OptionalBuildExt(build_ext):
-    """build_ext that drops what it cannot build instead of failing."""
+    """build_ext that drops what it cannot build instead of failing; .cu sources go to nvcc."""
 
     def run(self) -> None:
         # Any exception: a broken toolchain fails in many ways (no compiler, no headers, a linker
@@ -39,7 +64,8 @@ class OptionalBuildExt(build_ext):
         try:
             super().run()
         except Exception as error:
-            self._drop(error)
+            for extension in self.extensions:
+                self._drop(extension, error)
             self.extensions: list[Extension] = []
 
     def build_extensions(self) -> None:
@@ -48,34 +74,137 @@ class OptionalBuildExt(build_ext):
             try:
                 self.build_extension(extension)
             except Exception as error:
-                self._drop(error)
+                self._drop(extension, error)
             else:
                 built.append(extension)
         self.extensions = built
 
-    def _drop(self, error: Exception) -> None:
+    def build_extension(self, extension: Any) -> None:
+        if hasattr(extension, "nvcc"):
+            device_code = Path(self.build_temp, "cuda_quant.o")
+            device_code.parent.mkdir(parents=True, exist_ok=True)
+            subprocess.run([*extension.nvcc, "-o", str(device_code)], check=True)
+            extension.extra_objects = [str(device_code)]
+            extension.depends = [*extension.depends, str(device_code)]  # newer: linked again
+        super().build_extension(extension)
+
+    def _drop(self, extension: Any, error: Exception) -> None:
         # A compiler that fails is reported with its whole command line: keep the telling start.
         reason = shorten(str(error), width=80) or type(error).__name__
-        say(f"installing WITHOUT the C++ extension ({reason}); pure PyTorch is used in its place")
+        drop(extension.name, reason, getattr(extension, "required", False))
+
+
+def cuda_archs() -> list[int]:
+    asked = os.environ.get("FASTDISTILL_CUDA_ARCHS", CUDA_ARCHS)
+    if not re.fullmatch(r"\d+(;\d+)*", asked):
+        raise SystemExit(
+            f"fastdistill: FASTDISTILL_CUDA_ARCHS: expected compute capabilities like "
+            f"{CUDA_ARCHS!r}, got {asked!r}"
+        )
+    return sorted({int(arch) for arch in asked.split(";")})
+
+
+def known_to(nvcc: str, archs: list[int]) -> list[int]:
+    """Those of `archs` that this nvcc compiles for; one that was asked for by name has to be."""
+    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True)
+    known = [int(arch) for arch in re.findall(r"compute_(\d+)\b", listed.stdout)]
+    unknown = ", ".join(str(arch) for arch in archs if arch not in known)
+    if unknown and "FASTDISTILL_CUDA_ARCHS" in os.environ:
+        raise SystemExit(
+            f"fastdistill: FASTDISTILL_CUDA_ARCHS: {nvcc} does not compile for {unknown}; it knows "
+            f"{';'.join(map(str, sorted(known)))}"
+        )
+    if unknown:
+        say(f"no CUDA kernels for compute capability {unknown}, which this nvcc does not know")
+    return [arch for arch in archs if arch in known]
+
+
+def nvcc_command(nvcc: str, archs: list[int]) -> list[str]:
+    flags = ["--threads=0", "-O3", "--fmad=false", "-std=c++17"]
+    flags.append("-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra")
+    flags += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    flags.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+    if os.environ.get("CXX") and "NVCC_CCBIN" not in os.environ:
+        flags.append(f"-ccbin={os.environ['CXX']}")
+    return [nvcc, *flags, "-c", DEVICE_CODE]
+
+
+def cuda_extension(Pybind11Extension: Any) -> list[Any]:
+    """The CUDA module, where it is wanted and can be built."""
+    wanted = os.environ.get("FASTDISTILL_CUDA", "auto")
+    if wanted not in ("auto", "0", "1"):
+        raise SystemExit(f"fastdistill: FASTDISTILL_CUDA: expected auto, 0 or 1, got {wanted!r}")
+    name, required = "fastdistill._cuda", wanted == "1"
+    if wanted == "0":
+        drop(name, "FASTDISTILL_CUDA=0")
+        return []
+    archs = cuda_archs()
+    home = os.environ.get("CUDA_HOME")
+    nvcc = (home and shutil.which("nvcc", path=Path(home, "bin"))) or shutil.which("nvcc")
+    if nvcc is None or sys.platform != "linux":
+        where = "no nvcc on PATH or in CUDA_HOME/bin; install the CUDA toolkit or set CUDA_HOME"
+        drop(name, where if nvcc is None else "they are built on Linux only", required)
+        return []
+    try:
+        archs = known_to(nvcc, archs)
+        # Where nvcc itself would look for the runtime: toolkits keep it in different places.
+        dry = [nvcc, "--dryrun", "-x", "cu", os.devnull]
+        plan = subprocess.run(dry, capture_output=True, text=True, check=True).stderr
+    except (OSError, subprocess.CalledProcessError) as error:
+        drop(name, shorten(str(error), width=80), required)
+        return []
+    if not archs:
+        drop(name, f"{nvcc} knows none of the compute capabilities {CUDA_ARCHS}", required)
+        return []
+    extension = Pybind11Extension(
+        name,
+        ["csrc/bind_cuda.cpp"],
+        depends=[DEVICE_CODE, "csrc/lut4.h"],
+        cxx_std=17,
+        library_dirs=list(dict.fromkeys(re.findall(r'"-L([^"]+)"', plan))),
+        libraries=["cudart_static", "dl", "rt", "pthread"],
+        # torch brings a CUDA runtime too, perhaps another version: neither must see the other's.
+        extra_link_args=["-Wl,--exclude-libs,ALL"],
+    )
+    extension.nvcc, extension.required = nvcc_command(nvcc, archs), required
+    return [extension]
+
+
+def cpu_flags() -> tuple[list[str], list[str]]:
+    """Compiler and linker flags of the CPU kernels.
+
+    No contraction: a * b + c must round twice wherever it is written so, for results to be the same
+    on every instruction set. Apple's compiler has no OpenMP; there the kernels run on one thread.
+    """
+    if sys.platform == "win32":
+        return ["/O2", "/fp:precise", "/openmp"], []
+    openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
+    return ["-O3", "-ffp-contract=off", *openmp], openmp
 
 
 def extensions() -> list[Extension]:
     if os.environ.get("FASTDISTILL_NO_EXT") == "1":
-        say("installing WITHOUT the C++ extension, as FASTDISTILL_NO_EXT=1 asks")
+        say("installing WITHOUT the C++ extension and CUDA kernels, as FASTDISTILL_NO_EXT=1 asks")
         return []
     try:
         from pybind11.setup_helpers import Pybind11Extension
     except ImportError:
-        say("installing WITHOUT the C++ extension (pybind11 is not installed)")
+        for name in MISSED:
+            required = name.endswith("_cuda") and os.environ.get("FASTDISTILL_CUDA") == "1"
+            drop(name, "pybind11 is not installed", required)
         return []
+    compile_args, link_args = cpu_flags()
     return [
         Pybind11Extension(
             "fastdistill._ext",
-            ["csrc/bind.cpp"],
-            depends=["csrc/cpu_features.h"],
+            CPU_SOURCES,
+            depends=sorted(str(path) for path in Path("csrc").glob("*.h")),
             cxx_std=17,
+            extra_compile_args=compile_args,
+            extra_link_args=link_args,
             optional=True,
-        )
+        ),
+        *cuda_extension(Pybind11Extension),
     ]
 
 

@@ -1,10 +1,16 @@
 // fastdistill._ext: raw pointers and plain values only, no torch header. That keeps the build at a
 // few seconds and makes one binary serve every torch version.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <algorithm>
+#include <chrono>
+#include <new>
 #include <string>
+#include <vector>
 
 #include "cpu_features.h"
+#include "cpu_kernels.h"
 
 namespace py = pybind11;
 
@@ -52,6 +58,168 @@ py::dict cpu_features() {
   return features;
 }
 
+// ---- the kernels of cpu_kernels.h, per instruction set
+
+struct Isa {
+  const char* name;
+  std::vector<std::string> needs;
+  const fastdistill::Kernels* kernels;
+};
+
+const std::vector<Isa>& isas() {
+  static const std::vector<Isa> all = {
+      {"scalar", {}, &fastdistill::kScalarKernels},
+#ifdef FASTDISTILL_X86_64
+      {"avx2", {"avx2", "fma", "f16c"}, &fastdistill::kAvx2Kernels},
+      {"avx512",
+       {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl"},
+       &fastdistill::kAvx512Kernels},
+      {"avx512_vnni",
+       {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"},
+       &fastdistill::kVnniKernels},
+#else
+      {"avx2", {}, nullptr},
+      {"avx512", {}, nullptr},
+      {"avx512_vnni", {}, nullptr},
+#endif
+  };
+  return all;
+}
+
+bool runs_here(const Isa& isa) {
+  static const fastdistill::FeatureList features = fastdistill::cpu_features();
+  if (!isa.kernels) return false;
+  for (const std::string& need : isa.needs) {
+    bool present = false;
+    for (const auto& [name, here] : features) present = present || (here && name == need);
+    if (!present) return false;
+  }
+  return true;
+}
+
+int best_isa() {
+  int best = 0;
+  for (size_t i = 0; i < isas().size(); ++i)
+    if (runs_here(isas()[i])) best = static_cast<int>(i);
+  return best;
+}
+
+std::vector<std::string> isa_names() {
+  std::vector<std::string> names;
+  for (const Isa& isa : isas()) names.emplace_back(isa.name);
+  return names;
+}
+
+const fastdistill::Kernels& kernels_of(int isa, int threads) {
+  if (threads < 1)
+    throw py::value_error("threads must be at least 1, got " + std::to_string(threads));
+  if (isa < 0 || isa >= static_cast<int>(isas().size()))
+    throw py::value_error("isa must be an index into isa_names(), got " + std::to_string(isa));
+  const Isa& chosen = isas()[static_cast<size_t>(isa)];
+  if (!runs_here(chosen))
+    throw py::value_error(std::string("this CPU cannot run the ") + chosen.name +
+                          " kernels; best_isa() names the widest it can");
+  return *chosen.kernels;
+}
+
+// Addresses arrive as integers (Tensor.data_ptr()), dtypes as the numbers of lut4.h.
+template <class T>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+fastdistill::Dtype dtype_of(int dtype) {
+  if (dtype < 0 || dtype > 2)
+    throw py::value_error("dtype must be 0 (fp32), 1 (bf16) or 2 (fp16), got " +
+                          std::to_string(dtype));
+  return static_cast<fastdistill::Dtype>(dtype);
+}
+
+void check(bool fine, const char* what) {
+  if (!fine) throw py::value_error(what);
+}
+
+void lut4_dequant(int isa, int threads, uintptr_t qdata, uintptr_t scale, uintptr_t offset,
+                  uintptr_t lut, uintptr_t out, int out_dtype, int64_t count, int64_t block) {
+  const auto& kernels = kernels_of(isa, threads);
+  check(count >= 0 && block >= 1, "lut4_dequant needs count >= 0 and block >= 1");
+  kernels.lut4_dequant(threads, at<uint8_t>(qdata), at<float>(scale), at<float>(offset),
+                       at<float>(lut), at<void>(out), dtype_of(out_dtype), count, block);
+}
+
+void int8_dequant(int isa, int threads, uintptr_t qdata, uintptr_t scale, uintptr_t out,
+                  int out_dtype, int64_t count, int64_t block) {
+  const auto& kernels = kernels_of(isa, threads);
+  check(count >= 0 && block >= 1, "int8_dequant needs count >= 0 and block >= 1");
+  kernels.int8_dequant(threads, at<int8_t>(qdata), at<float>(scale), at<void>(out),
+                       dtype_of(out_dtype), count, block);
+}
+
+void quantize_groups(int isa, int threads, uintptr_t x, int x_dtype, uintptr_t q, uintptr_t scale,
+                     uintptr_t sum, int64_t rows, int64_t cols, int64_t group) {
+  const auto& kernels = kernels_of(isa, threads);
+  check(rows >= 0 && group >= 1 && cols % group == 0,
+        "quantize_groups needs cols to be a multiple of group");
+  kernels.quantize_groups(threads, at<void>(x), dtype_of(x_dtype), at<int8_t>(q), at<float>(scale),
+                          at<int32_t>(sum), rows, cols, group);
+}
+
+void gemm(int isa, int threads, uintptr_t x, int x_dtype, const fastdistill::GemmWeights& weights,
+          uintptr_t out, int64_t M, int64_t N, int64_t K, int64_t act_group) {
+  const auto& kernels = kernels_of(isa, threads);
+  check(act_group >= 8 && act_group % 8 == 0, "a GEMM needs agroup to be a multiple of 8");
+  check(weights.group >= 1 && weights.group % act_group == 0 && K % weights.group == 0,
+        "a GEMM needs K to be a multiple of wgroup, and wgroup one of agroup");
+  // 2^31 / (255 * 127): where the int32 sum of a group could wrap for good.
+  check(act_group <= 65536, "a GEMM needs agroup <= 65536");
+  if (M < 1 || N < 1) return;
+  if (!kernels.gemm(threads, at<void>(x), dtype_of(x_dtype), weights, at<void>(out), M, N, K,
+                    act_group))
+    throw std::bad_alloc();
+}
+
+void lut4_gemm(int isa, int threads, uintptr_t x, int x_dtype, uintptr_t qdata, uintptr_t codes,
+               float unit, uintptr_t scale, uintptr_t offset, uintptr_t bias, uintptr_t out,
+               int64_t M, int64_t N, int64_t K, int64_t wgroup, int64_t agroup) {
+  const fastdistill::GemmWeights weights{at<void>(qdata),    at<int8_t>(codes), unit,
+                                         at<float>(scale), at<float>(offset), at<float>(bias),
+                                         wgroup};
+  gemm(isa, threads, x, x_dtype, weights, out, M, N, K, agroup);
+}
+
+void int8_gemm(int isa, int threads, uintptr_t x, int x_dtype, uintptr_t qdata, uintptr_t scale,
+               uintptr_t bias, uintptr_t out, int64_t M, int64_t N, int64_t K, int64_t wgroup,
+               int64_t agroup) {
+  const fastdistill::GemmWeights weights{at<void>(qdata), nullptr,         1.0f,  at<float>(scale),
+                                         nullptr,         at<float>(bias), wgroup};
+  gemm(isa, threads, x, x_dtype, weights, out, M, N, K, agroup);
+}
+
+void lse_topk(int isa, int threads, uintptr_t z, int64_t rows, int64_t cols, int64_t row_stride,
+              float inv_temperature, int64_t k, uintptr_t ids, uintptr_t values,
+              uintptr_t lse_rest) {
+  const auto& kernels = kernels_of(isa, threads);
+  check(k >= 1 && k <= cols, "lse_topk needs 1 <= k <= cols");
+  check(cols <= 0xffffffff, "lse_topk needs cols < 2**32");
+  check(inv_temperature > 0, "lse_topk needs inv_temperature > 0");
+  if (!kernels.lse_topk(threads, at<float>(z), rows, cols, row_stride, inv_temperature, k,
+                        at<int64_t>(ids), at<float>(values), at<float>(lse_rest)))
+    throw std::bad_alloc();
+}
+
+double vnni_peak(int isa, int threads) {
+  const auto& kernels = kernels_of(isa, threads);
+  check(kernels.peak != nullptr, "vnni_peak measures isa avx512_vnni only");
+  double best = 0;
+  for (int run = 0; run < 5; ++run) {
+    const auto start = std::chrono::steady_clock::now();
+    const double operations = kernels.peak(threads, 1000000);
+    const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
+    best = std::max(best, operations / took.count());
+  }
+  return best / 1e9;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_ext, m) {
@@ -59,4 +227,33 @@ PYBIND11_MODULE(_ext, m) {
   m.def("cpu_features", &cpu_features,
         "Instruction sets that CPU and OS both support, by their /proc/cpuinfo names.");
   m.def("build_info", &build_info, "Compiler, C++ standard and OpenMP of this binary.");
+
+  m.def("isa_names", &isa_names, "Instruction sets of the kernels; `isa` is an index into this.");
+  m.def("best_isa", &best_isa, "The widest of them that this CPU runs.");
+
+  // The GIL is released: none of these touches a Python object.
+  const auto def = [&m](const char* name, auto* function, const char* doc, auto... args) {
+    m.def(name, function, doc, py::arg("isa"), py::arg("threads"), args...,
+          py::call_guard<py::gil_scoped_release>());
+  };
+  using py::operator""_a;
+  def("lut4_dequant", &lut4_dequant,
+      "out[i] = lut[q[i]] * scale[i / block] (+ offset[i / block]) in fp32, rounded once.",
+      "qdata"_a, "scale"_a, "offset"_a, "lut"_a, "out"_a, "out_dtype"_a, "count"_a, "block"_a);
+  def("int8_dequant", &int8_dequant, "out[i] = q[i] * scale[i / block] in fp32, rounded once.",
+      "qdata"_a, "scale"_a, "out"_a, "out_dtype"_a, "count"_a, "block"_a);
+  def("quantize_groups", &quantize_groups,
+      "Per group: scale = max|x| / 127, q = round(x * (127 / max|x|)), sum = sum of q.", "x"_a,
+      "x_dtype"_a, "q"_a, "scale"_a, "sum"_a, "rows"_a, "cols"_a, "group"_a);
+  def("lut4_gemm", &lut4_gemm,
+      "out [M, N] = quantised x [M, K] times weights codes[q] * unit * scale (+ offset), + bias.",
+      "x"_a, "x_dtype"_a, "qdata"_a, "codes"_a, "unit"_a, "scale"_a, "offset"_a, "bias"_a, "out"_a,
+      "M"_a, "N"_a, "K"_a, "wgroup"_a, "agroup"_a);
+  def("int8_gemm", &int8_gemm, "The same for int8 weights q * scale.", "x"_a, "x_dtype"_a,
+      "qdata"_a, "scale"_a, "bias"_a, "out"_a, "M"_a, "N"_a, "K"_a, "wgroup"_a, "agroup"_a);
+  def("lse_topk", &lse_topk,
+      "The k largest of z * inv_temperature per row, and the log-sum-exp of all the others.", "z"_a,
+      "rows"_a, "cols"_a, "row_stride"_a, "inv_temperature"_a, "k"_a, "ids"_a, "values"_a,
+      "lse_rest"_a);
+  def("vnni_peak", &vnni_peak, "GOP/s of the int8 dot product in registers, best of five runs.");
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -88,11 +89,41 @@ def package_versions() -> dict[str, str | None]:
     return found
 
 
+@functools.cache
 def extension() -> Any | None:
-    """The compiled module `fastdistill._ext`, or None where it was not built."""
-    if importlib.util.find_spec("fastdistill._ext") is None:
+    """The compiled module `fastdistill._ext`; None where it was not built, or where
+    FASTDISTILL_NO_EXT=1 turns it off."""
+    return _compiled("fastdistill._ext")
+
+
+@functools.cache
+def cuda_extension() -> Any | None:
+    """The CUDA module `fastdistill._cuda`, under the same conditions."""
+    return _compiled("fastdistill._cuda")
+
+
+def _compiled(name: str) -> Any | None:
+    off = os.environ.get("FASTDISTILL_NO_EXT") == "1"
+    if off or importlib.util.find_spec(name) is None:
         return None
-    return importlib.import_module("fastdistill._ext")
+    return importlib.import_module(name)
+
+
+@functools.cache
+def cpu_isa() -> int:
+    """Which of the extension's instruction sets its kernels use: the best that this CPU has, or the
+    one FASTDISTILL_CPU_ISA names (an index into `isa_names()`)."""
+    ext = extension()
+    if ext is None:
+        return 0
+    names, best = ext.isa_names(), ext.best_isa()
+    wanted = os.environ.get("FASTDISTILL_CPU_ISA", names[best])
+    if wanted not in names[: best + 1]:
+        raise ValueError(
+            f"FASTDISTILL_CPU_ISA: expected one of {', '.join(names[: best + 1])} on this CPU, got "
+            f"{wanted!r}"
+        )
+    return int(names.index(wanted))
 
 
 def describe() -> dict[str, Any]:
@@ -105,7 +136,7 @@ def describe() -> dict[str, Any]:
         }
         for i in range(torch.cuda.device_count())
     ]
-    ext = extension()
+    ext, cuda_ext = extension(), cuda_extension()
     chosen = resolve_impl("auto")
     kind = "cuda" if cuda else "cpu"
     why = no_triton(kind, 0 if cuda else None) or "this GPU runs the Triton kernels"
@@ -118,6 +149,8 @@ def describe() -> dict[str, Any]:
         "packages": package_versions(),
         "extension": None if ext is None else ext.build_info(),
         "cpu_features": {} if ext is None else ext.cpu_features(),
+        "cpu_isa": None if ext is None else ext.isa_names()[cpu_isa()],
+        "cuda_extension": None if cuda_ext is None else cuda_ext.build_info(),
         "impl": chosen,
         "impl_why": why,
     }

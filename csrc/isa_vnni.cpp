@@ -1,0 +1,45 @@
+// The kernels for AVX512 with VNNI. System headers come before the pragma, so that no inline
+// function of theirs is compiled for these instructions.
+#include "cpu_kernels.h"
+
+#ifdef FASTDISTILL_X86_64
+#if defined(__GNUC__) && !defined(__clang__)
+// GCC PR105593: its own headers write `__m512i y = y` for a register whose content does not matter.
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+#include <immintrin.h>
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#if defined(__clang__)
+#pragma clang attribute push( \
+    __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"))), \
+    apply_to = function)
+#elif defined(__GNUC__)
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
+#endif
+
+#define FASTDISTILL_ISA vnni
+#define FASTDISTILL_AVX512
+#define FASTDISTILL_VNNI
+#include "cpu_gemm.h"
+#include "cpu_quant.h"
+#include "cpu_topk.h"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#elif defined(__GNUC__)
+#pragma GCC pop_options
+#endif
+
+namespace fastdistill {
+const Kernels kVnniKernels = {vnni::lut4_dequant, vnni::int8_dequant, vnni::quantize_groups,
+                          vnni::gemm,         vnni::lse_topk,     vnni::peak};
+}  // namespace fastdistill
+#endif
