@@ -45,5 +45,5 @@ bench: $(STAMP)
 # Leaves .venv, but has it checked again: the compiled extension goes away with the rest.
 clean:
 	rm -rf build dist out fastdistill-demo *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
-	rm -f fastdistill/_ext*.so $(STAMP)
+	rm -f fastdistill/_ext*.so fastdistill/_cuda*.so $(STAMP)
 	find fastdistill kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -59,6 +59,7 @@ def disassembled(cubin: bytes) -> dict[str, Any]:
         "registers": found["REG"],
         "stack": found["STACK"] + found["LOCAL"],
         "local_memory": len(re.findall(r"\b(?:LDL|STL)\b", code)),
+        "fma": len(re.findall(r"\bFFMA2?\b", code)),
         "matrix": sorted(set(re.findall(r"\b(HGMMA|HMMA|UTCHMMA|DMMA)\b", code))),
     }
 
@@ -97,7 +98,7 @@ def record(targets: list[int]) -> list[dict[str, Any]]:
         if 0 not in grid:
             seen.setdefault((kernel.__name__, describe(args, options)), (kernel, args, options))
 
-    from fastdistill.kernels import triton_stream
+    from fastdistill.kernels import triton_quant, triton_stream
     from fastdistill.kernels.backends import engine
 
     engine("triton")
@@ -109,6 +110,7 @@ def record(targets: list[int]) -> list[dict[str, Any]]:
     run_everything()
     triton_stream.STREAM_UP_TO["interpreted"] = 10**6
     run_streamed()
+    run_quantised(triton_quant)
     return [
         compiled(kernel, target, pretend, args, options)
         for kernel, args, options in seen.values()
@@ -172,6 +174,29 @@ def run_streamed() -> None:
                 fd.linear_lse_gather(x, w, ids, with_entropy=entropy, impl="triton", **options)
             fd.token_scores(x, w, labels=labels, impl="triton", **options)
             fd.token_scores(x, w, impl="triton", **options)
+
+
+def run_quantised(kernels: Any) -> None:
+    """Weights expanded to every type, plain and nested, and rows of every type quantised."""
+    N, K = 8, 4096
+    floats, codes = (
+        (torch.float32, torch.bfloat16, torch.float16),
+        (torch.int8, torch.float8_e4m3fn),
+    )
+    qdata, absmax = torch.zeros(N * K // 2).byte(), torch.zeros(N * K // 64).byte()
+    scale, lut, code = torch.ones(N * K // 48 + 1), torch.ones(16), torch.ones(256)
+    nested, mean = torch.ones(2), torch.ones(1)
+    for dtype in floats + codes:
+        out, row_inv = torch.empty(N, K, dtype=dtype), torch.ones(N) if dtype in codes else None
+        for block, offset in ((64, None), (64, scale), (48, scale)):
+            kernels.lut4_dequant(qdata, scale, offset, lut, out, block, row_inv, K)
+        kernels.lut4_dequant_nested(
+            qdata, absmax, code, nested, mean, 256, None, lut, out, 64, row_inv, K
+        )
+    for dtype in floats:
+        for to in codes:
+            q = torch.empty(N, K, dtype=to)
+            kernels.quantize_rows(torch.zeros(N, K, dtype=dtype), q, torch.empty(N))
 
 
 def table(rows: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, int]]]:

@@ -66,6 +66,12 @@ def test_the_gemms_use_the_matrix_units(rows):
         assert row["matrix"] == [MATRIX[row["target"]]], name(row)
 
 
+def test_quantised_weights_are_not_contracted(rows):
+    """A product fused with a sum would differ in bits from the CPU and from PyTorch."""
+    fused = [name(r) for r in rows if r["kernel"] == "expand" and r["fma"]]
+    assert not fused
+
+
 def test_registers_are_those_recorded(rows):
     """More of them means fewer programs at once; `python tests/aot.py 80 90 100 --record` after a
     change that is meant."""
