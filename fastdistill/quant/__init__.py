@@ -1,0 +1,42 @@
+"""Quantised teachers: 4- and 8-bit weights, the layers over them, and the checkpoints they come in.
+
+Importing this imports nothing else: every name below is loaded when it is first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .checkpoint import CheckpointError, is_quantized_checkpoint
+    from .linear import Int8Linear, LUT4Linear
+    from .loading import load_quantized
+    from .model import quantize_model
+    from .saving import save_quantized
+
+__all__ = [
+    "CheckpointError",
+    "Int8Linear",
+    "LUT4Linear",
+    "is_quantized_checkpoint",
+    "load_quantized",
+    "quantize_model",
+    "save_quantized",
+]
+
+_MODULE_OF = {
+    "CheckpointError": "checkpoint",
+    "Int8Linear": "linear",
+    "LUT4Linear": "linear",
+    "is_quantized_checkpoint": "checkpoint",
+    "load_quantized": "loading",
+    "quantize_model": "model",
+    "save_quantized": "saving",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
+    globals()[name] = found
+    return found

@@ -1,0 +1,141 @@
+"""A checkpoint of any supported kind, as its config and one thunk per weight.
+
+Nothing but headers is read until a thunk is called, so a loader can stream a model of any size
+through the memory of its largest tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import own_format, read_awq, read_bitsandbytes, read_gptq
+from .gguf_header import MAGIC
+from .read_gguf import read_gguf
+from .tensor_files import (
+    CheckpointError,
+    TensorFiles,
+    Thunk,
+    read_json,
+    reading,
+    with_plain,
+)
+
+__all__ = ["Checkpoint", "CheckpointError", "TensorFiles", "is_quantized_checkpoint"]
+__all__ += ["open_checkpoint"]
+
+_READERS: dict[str, Callable[[TensorFiles, dict[str, Any]], dict[str, Thunk]]] = {
+    "bitsandbytes": read_bitsandbytes.weights,
+    "gptq": read_gptq.weights,
+    "awq": read_awq.weights,
+    own_format.KEY: own_format.weights,
+}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    path: Path  # the folder or file; of a folder with one .gguf file, that file
+    config: dict[str, Any]  # config.json, or what a .gguf file says of the same; {} without either
+    method: str | None  # "bitsandbytes" | "gptq" | "awq" | "gguf" | "fastdistill"; None: plain
+    weights: dict[str, Thunk]  # by parameter name
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Open a folder of safetensors, a .safetensors or a .gguf file, quantised or not.
+
+    Raises:
+        CheckpointError: it is missing, damaged, a pickle, or quantised in an unsupported way.
+    """
+    path = Path(path)
+    gguf = _gguf_file(path)
+    if gguf is not None:
+        config, weights = read_gguf(gguf)
+        return Checkpoint(gguf, config, "gguf", weights)
+    files = TensorFiles(path)
+    config = read_json(files.config_file) if files.config_file.is_file() else {}
+    method = _method(files, config)
+    weights = _READERS[method](files, config) if method else with_plain(files, {}, ())
+    return Checkpoint(path, config, method, weights)
+
+
+def is_quantized_checkpoint(path: str | Path) -> bool:
+    """Whether there is a quantised checkpoint at `path`, supported or not; False where there is
+    none at all, so also for a name on the Hugging Face hub.
+
+    Raises:
+        CheckpointError: its headers are damaged.
+    """
+    path = Path(path)
+    if _gguf_file(path) is not None:
+        return True
+    config_file = path / "config.json"
+    if config_file.is_file() and read_json(config_file).get("quantization_config") is not None:
+        return True
+    stored = (
+        path.suffix == ".safetensors" if path.is_file() else any(path.glob("model*.safetensors"))
+    )
+    return stored and bool(_stored_as(TensorFiles(path)))
+
+
+def _gguf_file(path: Path) -> Path | None:
+    """The .gguf file that `path` is, or the only one in it beside no safetensors."""
+    if path.is_dir():
+        found = sorted(path.glob("*.gguf"))
+        if not found or any(path.glob("*.safetensors*")):
+            return None
+        if len(found) > 1:
+            names = ", ".join(file.name for file in found)
+            raise CheckpointError(
+                f"{path}: expected one .gguf file, got {len(found)} ({names}). Give the path of one"
+            )
+        return found[0]
+    if not path.is_file():
+        return None
+    with reading(path), path.open("rb") as stream:
+        return path if path.suffix == ".gguf" or stream.read(4) == MAGIC else None
+
+
+def _stored_as(files: TensorFiles) -> tuple[str, ...]:
+    """The methods whose tensors these are, by name; GPTQ and AWQ have the same names."""
+    names = files.names()
+    if own_format.stored_here(files):
+        return (own_format.KEY,)
+    if read_bitsandbytes.stored_here(names):
+        return ("bitsandbytes",)
+    return ("gptq", "awq") if any(name.endswith(".qweight") for name in names) else ()
+
+
+def _method(files: TensorFiles, config: dict[str, Any]) -> str | None:
+    """How the weights are quantised: config.json and the tensors must agree."""
+    settings = config.get("quantization_config")
+    stored = _stored_as(files)
+    if settings is None:
+        if len(stored) > 1:
+            raise CheckpointError(
+                f"{files.config_file}: expected a quantization_config, because the tensors are "
+                "GPTQ's or AWQ's, got none. Older checkpoints keep it in quantize_config.json or "
+                'quant_config.json: copy it here, with "quant_method": "gptq" or "awq"'
+            )
+        return stored[0] if stored else None
+    if not isinstance(settings, dict):
+        raise CheckpointError(
+            f"{files.config_file}: quantization_config: expected an object, got "
+            f"{type(settings).__name__}"
+        )
+    method = settings.get("quant_method")
+    if method is None and (settings.get("load_in_4bit") or settings.get("load_in_8bit")):
+        method = "bitsandbytes"  # as transformers wrote it before there were others
+    if not isinstance(method, str) or method not in _READERS:
+        raise CheckpointError(
+            f"{files.config_file}: quant_method: expected one of {tuple(_READERS)}, or a .gguf "
+            f"file, got {method!r}. Use the unquantised checkpoint, and quantise it here"
+        )
+    if method not in stored:
+        raise CheckpointError(
+            f"{files.path}: expected the tensors of {method}, because config.json says so, got "
+            f"{' or '.join(stored) if stored else 'plain'} ones. The config belongs to another "
+            "checkpoint"
+        )
+    return method

@@ -1,0 +1,115 @@
+"""Experts of a mixture: one stacked weight [E, N, K], of which a token's forward uses a few.
+
+transformers keeps the experts of a layer in 3-D parameters and, in its plain ("eager") forward,
+asks for them one by one: F.linear(x, self.gate_up_proj[e]). An ExpertStack answers that subscript
+with a handle that F.linear takes for a weight, so that no model family is patched here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from .formats import Int8Weight, Lut4Weight, QuantWeight
+from .linear import QuantizedWeight, check_compute, product, row_scale
+
+
+class ExpertStack(QuantizedWeight):
+    """E weights [N, K] in one QuantWeight [E · N, K]; stack[e] stands for the e-th."""
+
+    def __init__(self, weight: QuantWeight, experts: int, *, compute: str = "auto") -> None:
+        check_compute(compute)
+        rows, K = weight.shape
+        if rows % experts or (rows // experts * K) % (2 * weight.block):
+            raise ValueError(
+                f"weight: expected {experts} experts of whole blocks of {weight.block}, got "
+                f"{list(weight.shape)}"
+            )
+        if isinstance(weight, Lut4Weight):
+            weight = weight.expanded()  # blocks of nested scales may span two experts
+        super().__init__(weight)
+        self.experts, self.compute = experts, compute
+        self.register_buffer("row_scale", row_scale(weight, compute), persistent=False)
+
+    def __len__(self) -> int:
+        return self.experts
+
+    def __getitem__(self, expert: int | Tensor) -> Expert:
+        return Expert(self, int(expert))
+
+    def weight_of(self, expert: int) -> QuantWeight:
+        """One expert's weight, a view."""
+        whole, (rows, K) = self.quantized, self.shape
+        N = rows // self.experts
+        qdata, blocks = whole.qdata.view(self.experts, -1)[expert], N * K // self.block
+        at = slice(expert * blocks, (expert + 1) * blocks)
+        if isinstance(whole, Int8Weight):
+            scale = whole.scale.view(-1)[at]
+            return Int8Weight(shape=(N, K), block=self.block, qdata=qdata, scale=scale)
+        assert isinstance(whole.scale, Tensor)
+        return Lut4Weight(
+            shape=(N, K),
+            block=self.block,
+            qdata=qdata,
+            scale=whole.scale.view(-1)[at],
+            lut=whole.lut,
+            offset=None if whole.offset is None else whole.offset.view(-1)[at],
+        )
+
+    def extra_repr(self) -> str:
+        rows, K = self.shape
+        return f"experts={self.experts}, shape={(rows // self.experts, K)}, block={self.block}"
+
+
+class Expert:
+    """stack[e], good for F.linear(x, stack[e]) and nothing else."""
+
+    def __init__(self, stack: ExpertStack, index: int) -> None:
+        self.stack, self.index = stack, index
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Tensor:
+        given = dict(zip(("input", "weight", "bias"), args, strict=False), **(kwargs or {}))
+        expert = given.get("weight")
+        if function is not nn.functional.linear or not isinstance(expert, Expert):
+            raise TypeError(
+                f"quantised experts: expected torch.nn.functional.linear(x, experts[e]), got "
+                f"{getattr(function, '__name__', function)}. Set the model's experts "
+                "implementation to 'eager'"
+            )
+        return expert.product(given["input"], given.get("bias"))
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        stack, steps = self.stack, self.stack._buffers["row_scale"]
+        if steps is not None:
+            steps = steps.view(stack.experts, -1)[self.index]
+        return product(stack.weight_of(self.index), x, bias, steps, stack.compute)
+
+
+def expert_parameters(module: nn.Module) -> list[str]:
+    """Names of a module's stacked [E, N, K] weights; empty where it is no such module, or where its
+    weights are stored transposed."""
+    if not hasattr(module, "num_experts") or getattr(module, "is_transposed", False):
+        return []
+    return [
+        name
+        for name, p in module.named_parameters(recurse=False)
+        if p.dim() == 3 and p.is_floating_point() and p.shape[0] == module.num_experts
+    ]
+
+
+def put_experts(module: nn.Module, name: str, stack: ExpertStack) -> None:
+    """Put a stack in the place of a 3-D parameter and ask for the forward that goes expert by
+    expert."""
+    del module._parameters[name]
+    module.add_module(name, stack)
+    config = getattr(module, "config", None)
+    if config is not None:
+        config._experts_implementation = "eager"
+
+
+def flat_rows(stacked: Tensor) -> Tensor:  # [E, N, K] -> [E · N, K]
+    return stacked.reshape(-1, stacked.shape[-1]).contiguous() if stacked.dim() == 3 else stacked

@@ -1,0 +1,261 @@
+"""Two weight formats that every checkpoint maps onto, and how a tensor is brought into them.
+
+    LUT4   w[i] = lut[q[i]] · scale[i / block] (+ offset[i / block])     4 bits and a table of 16
+    INT8   w[i] = q[i] · scale[i / block]                                8 bits
+
+computed in fp32, product and sum rounded one after the other, and rounded once more to the type
+asked for. i runs over the flattened [N, K] tensor and blocks do too: where K is no multiple of the
+block they cross rows, as bitsandbytes' do. Element 2j is the high nibble of byte j, 2j + 1 the
+low.
+
+NF4 and FP4 (Dettmers et al. 2023, QLoRA), GPTQ, AWQ and GGUF Q4_0 are LUT4 with other tables,
+scales and offsets; GGUF Q8_0 is INT8 with a block of 32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Quantiles of the normal distribution (QLoRA, appendix E), as bitsandbytes stores them.
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+    0.7229568362236023, 1.0,
+)  # fmt: skip
+# 1 sign, 2 exponent and 1 mantissa bit over 12, in the order of bitsandbytes' codes.
+_FP4_MAGNITUDES = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
+FP4 = tuple(m / 12 for m in _FP4_MAGNITUDES) + tuple(0 - m / 12 for m in _FP4_MAGNITUDES)
+UNSIGNED = tuple(float(i) for i in range(16))  # GPTQ, AWQ and own int4: scale · q + offset
+CENTRED = tuple(float(i - 8) for i in range(16))  # GGUF Q4_0
+
+SCHEMES = ("nf4", "fp4", "int4", "int8")
+BLOCK = 64
+_CHUNK = 1 << 18  # weights quantised at a time: their fp32 copies stay in cache
+
+
+class Nested(NamedTuple):
+    """Scales that are quantised themselves:
+
+    scale of block b = code[codes[b]] · scale[b / block] + offset
+    """
+
+    codes: Tensor  # uint8 [B]
+    code: Tensor  # fp32 [256]
+    scale: Tensor  # fp32 [B / block], rounded up
+    offset: Tensor  # fp32 []
+    block: int
+
+    @classmethod
+    def of(cls, codes: Tensor, parts: Sequence[Tensor], block: int) -> Nested:
+        code, scale, offset = parts
+        return cls(codes, code, scale, offset, block)
+
+    @property
+    def parts(self) -> list[Tensor]:
+        return [self.code, self.scale, self.offset]
+
+    def expand(self) -> Tensor:  # fp32 [B]
+        blocks = torch.arange(self.codes.numel(), device=self.codes.device) // self.block
+        return self.code[self.codes.long()] * self.scale[blocks] + self.offset
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lut4Weight:
+    """A [N, K] weight in 4 bits. `perm` [K]: column j here is column perm[j] of the layer's input
+    (GPTQ's act-order); tensors share one device."""
+
+    shape: tuple[int, int]
+    block: int
+    qdata: Tensor  # uint8 [N·K / 2], rounded up
+    scale: Tensor | Nested  # fp32 [N·K / block], rounded up
+    lut: Tensor  # fp32 [16]
+    offset: Tensor | None = None  # fp32, as scale
+    perm: Tensor | None = None  # int64 [K]
+
+    def __post_init__(self) -> None:
+        count, (_, K) = math.prod(self.shape), self.shape
+        _positive("block", self.block)
+        blocks = -(-count // self.block)
+        _expect("qdata", self.qdata, torch.uint8, -(-count // 2))
+        _expect("lut", self.lut, torch.float32, 16)
+        if isinstance(self.scale, Nested):
+            _positive("scale block", self.scale.block)
+            _expect("scale codes", self.scale.codes, torch.uint8, blocks)
+            _expect("scale code", self.scale.code, torch.float32, 256)
+            _expect("scale scale", self.scale.scale, torch.float32, -(-blocks // self.scale.block))
+            _expect("scale offset", self.scale.offset, torch.float32, 1)
+        else:
+            _expect("scale", self.scale, torch.float32, blocks)
+        if self.offset is not None:
+            _expect("offset", self.offset, torch.float32, blocks)
+        if self.perm is not None:
+            _expect("perm", self.perm, torch.int64, K)
+
+    def expanded(self) -> Lut4Weight:
+        """The same with plain fp32 scales."""
+        return replace(self, scale=self.scale.expand()) if isinstance(self.scale, Nested) else self
+
+
+@dataclass(frozen=True, kw_only=True)
+class Int8Weight:
+    """A [N, K] weight in 8 bits, one scale per row (block = K) or per block of a row."""
+
+    shape: tuple[int, int]
+    block: int
+    qdata: Tensor  # int8 [N, K]
+    scale: Tensor  # fp32 [N·K / block]
+
+    def __post_init__(self) -> None:
+        N, K = self.shape
+        _positive("block", self.block)
+        if K % self.block:
+            raise ValueError(f"block: expected a divisor of the row length {K}, got {self.block}")
+        _expect("qdata", self.qdata, torch.int8, N * K)
+        _expect("scale", self.scale, torch.float32, N * K // self.block)
+
+
+QuantWeight = Lut4Weight | Int8Weight
+
+
+def _positive(name: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"{name}: expected a positive number, got {value}")
+
+
+def _expect(name: str, tensor: Tensor, dtype: torch.dtype, count: int) -> None:
+    if tensor.numel() != count or tensor.dtype != dtype:
+        want, got = (str(d).removeprefix("torch.") for d in (dtype, tensor.dtype))
+        raise ValueError(
+            f"{name}: expected {count} values of {want}, got {list(tensor.shape)} of {got}"
+        )
+
+
+def table(name: str, device: torch.device | str | None = None) -> Tensor:  # fp32 [16]
+    values = {"nf4": NF4, "fp4": FP4, "int4": UNSIGNED, "q4_0": CENTRED}[name]
+    return torch.tensor(values, dtype=torch.float32, device=device)
+
+
+def int8_table(lut: Tensor) -> tuple[Tensor, float]:
+    """(codes int8 [16], unit) with lut ≈ unit · codes: exact for integers, else to 1/254 of the
+    largest entry."""
+    if bool((lut == lut.round()).all()) and lut.abs().max() <= 127:
+        return lut.to(torch.int8), 1.0
+    top = lut.abs().max().item()
+    return (lut * (127 / top)).round().to(torch.int8), top / 127
+
+
+def quantize(weight: Tensor, scheme: str, *, block: int = BLOCK) -> QuantWeight:
+    """Bring a floating-point [N, K] weight into `scheme`.
+
+    nf4, fp4: bitsandbytes' bytes, bit for bit (absmax of each block of the flattened tensor,
+    nearest table entry). int4: 16 equal steps from the block's least to its greatest value. int8:
+    255 steps, symmetric, one scale per row.
+
+    Raises:
+        ValueError: an unknown scheme, a weight that is not floating point and 2-D, an odd block.
+    """
+    if scheme not in SCHEMES:
+        raise ValueError(f"scheme: expected one of {SCHEMES}, got {scheme!r}")
+    if weight.dim() != 2 or not weight.is_floating_point():
+        raise ValueError(
+            f"weight: expected a floating-point [N, K], got {list(weight.shape)} of {weight.dtype}"
+        )
+    if block < 2 or block % 2:
+        raise ValueError(f"block: expected an even number of at least 2, got {block}")
+    if scheme == "int8":
+        return _int8(weight)
+    N, K = weight.shape
+    flat = weight.detach().reshape(-1)
+    lut = table(scheme, weight.device)
+    qdata = torch.empty(-(-flat.numel() // 2), dtype=torch.uint8, device=weight.device)
+    scales, offsets = [], []
+    step = max(block, _CHUNK // block * block)
+    for start in range(0, flat.numel(), step):
+        values = flat[start : start + step].float()
+        q, scale, offset = _chunk(values, scheme, lut, block)
+        scales.append(scale)
+        offsets.append(offset)
+        packed = pack_nibbles(q)
+        qdata[start // 2 : start // 2 + packed.numel()] = packed
+    _finite(torch.cat(scales))
+    return Lut4Weight(
+        shape=(N, K),
+        block=block,
+        qdata=qdata,
+        scale=torch.cat(scales),
+        lut=lut,
+        offset=torch.cat(offsets) if scheme == "int4" else None,
+    )
+
+
+def _chunk(values: Tensor, scheme: str, lut: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(q uint8, scale, offset) of some whole blocks, the last perhaps short."""
+    count = values.numel()
+    short = -count % block
+    if short:  # the last value again changes neither the extremes nor, cut off, the codes
+        values = torch.cat([values, values[-1:].expand(short)])
+    by_block = values.view(-1, block)
+    if scheme == "int4":
+        low, high = by_block.amin(-1), by_block.amax(-1)
+        scale = (high - low) / 15
+        least = torch.finfo(torch.float32).tiny  # a block of equal values has no steps
+        steps = (by_block - low[:, None]) / scale.clamp(min=least)[:, None]
+        return steps.round().clamp_(0, 15).to(torch.uint8).view(-1)[:count], scale, low
+    scale = by_block.abs().amax(-1)
+    # Multiplied by the reciprocal, as bitsandbytes does: a division would round otherwise.
+    unit = by_block.mul(scale.clamp(min=1e-38).reciprocal()[:, None]).clamp_(-1, 1).view(-1)[:count]
+    return _nearest(unit, lut), scale, scale
+
+
+def _nearest(unit: Tensor, lut: Tensor) -> Tensor:
+    """Codes of the nearest entries; halfway goes to the lower one.
+
+    FP4 has two zeros: as in bitsandbytes, small positive values get the second one's code.
+    """
+    values, codes = lut.sort(stable=True)
+    rank = torch.zeros(unit.shape, dtype=torch.uint8, device=unit.device)
+    for halfway in ((values[:-1] + values[1:]) / 2).unbind():
+        rank += unit > halfway  # fifteen comparisons in cache beat a search
+    return rank if torch.equal(values, lut) else codes.to(torch.uint8)[rank.int()]
+
+
+def _int8(weight: Tensor) -> Int8Weight:
+    N, K = weight.shape
+    qdata = torch.empty(N, K, dtype=torch.int8, device=weight.device)
+    scale = torch.empty(N, dtype=torch.float32, device=weight.device)
+    rows = max(1, _CHUNK // max(K, 1))
+    for start in range(0, N, rows):
+        values = weight[start : start + rows].detach().float()
+        top = values.abs().amax(-1)
+        inverse = torch.full_like(top, 127) / top  # a number over a tensor would round twice
+        usable = inverse.isfinite() | ~top.isfinite()
+        scale[start : start + rows] = torch.where(usable, top / 127, 0.0)
+        inverse = torch.where(usable, inverse, 0.0)
+        qdata[start : start + rows] = (values * inverse[:, None]).round_().to(torch.int8)
+    _finite(scale)
+    return Int8Weight(shape=(N, K), block=K, qdata=qdata, scale=scale)
+
+
+def _finite(scale: Tensor) -> None:
+    """A NaN or infinity among the weights shows in its block's scale."""
+    if not bool(scale.isfinite().all()):
+        raise ValueError("weight: expected finite values, got NaN or infinity")
+
+
+def pack_nibbles(q: Tensor) -> Tensor:
+    """uint8 codes below 16, flattened -> two per byte, the first in the high nibble."""
+    q = q.reshape(-1)
+    if q.numel() % 2:
+        q = torch.cat([q, q.new_zeros(1)])
+    return q[::2] << 4 | q[1::2]
+
+
+def unpack_nibbles(qdata: Tensor, count: int) -> Tensor:  # uint8 [count]
+    return torch.stack([qdata >> 4, qdata & 15], -1).reshape(-1)[:count]

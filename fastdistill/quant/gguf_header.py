@@ -1,0 +1,146 @@
+"""The header of a .gguf file (GGUF version 2 and 3, little-endian), walked within its bounds.
+
+    "GGUF" | u32 version | u64 tensors | u64 fields
+    field    string key | u32 type | value          string: u64 length | bytes
+    tensor   string name | u32 n | u64 dims[n], the innermost first | u32 type | u64 offset
+    padding to general.alignment, then the data, where each tensor begins at its offset
+
+The reader of the gguf package trusts the counts and lengths that it finds, so a flipped bit may
+send it allocating without end. This walk comes first: after it, every length fits into the file.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import struct
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from .tensor_files import CheckpointError, reading, refuse_pickle
+
+MAGIC = b"GGUF"
+# Far above what models have (vocabularies of 300,000 words, chat templates of 100 kB).
+_MOST_FIELDS, _MOST_TENSORS, _MOST_ITEMS, _LONGEST = 1 << 12, 1 << 16, 1 << 22, 1 << 22
+_SCALARS = dict(enumerate("BbHhIif?", start=0)) | {10: "Q", 11: "q", 12: "d"}
+_STRING, _ARRAY = 8, 9
+
+
+class GGUFTensor(NamedTuple):
+    type: Any  # gguf.GGMLQuantizationType
+    shape: tuple[int, ...]  # outermost first, as in PyTorch
+    start: int  # first byte in the file
+    bytes: int
+
+
+class GGUFHeader(NamedTuple):
+    fields: dict[str, Any]  # scalars and strings; None for arrays
+    tensors: dict[str, GGUFTensor]
+
+
+def gguf_package(file: Path) -> Any:
+    try:
+        return importlib.import_module("gguf")
+    except ImportError as error:
+        raise CheckpointError(
+            f"{file}: a .gguf file is read with the package gguf, which is not installed: "
+            "pip install gguf"
+        ) from error
+
+
+def read_header(file: Path) -> GGUFHeader:
+    refuse_pickle(file)
+    sizes = gguf_package(file).GGML_QUANT_SIZES
+    with (
+        reading(file, advice="Not a whole .gguf file: download it again"),
+        file.open("rb") as stream,
+    ):
+        walk = _Walk(stream, file.stat().st_size)
+        if walk.take(4) != MAGIC:
+            raise ValueError("expected the first bytes 'GGUF', got others")
+        version = walk.number("I")
+        if version not in (2, 3):
+            raise ValueError(f"GGUF version: expected 2 or 3, little-endian, got {version}")
+        count = walk.count("number of tensors", _MOST_TENSORS)
+        fields = {}
+        for _ in range(walk.count("number of fields", _MOST_FIELDS)):
+            key = walk.string()
+            fields[key] = walk.value(walk.number("I"))
+        found = [_tensor(walk, sizes) for _ in range(count)]
+        alignment = fields.get("general.alignment", 32)
+        if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
+            raise ValueError(f"general.alignment: expected a power of 2, got {alignment!r}")
+        data = -(-walk.at // alignment) * alignment
+        tensors = {}
+        for name, tensor in found:
+            start = data + tensor.start
+            if start + tensor.bytes > walk.size or name in tensors:
+                raise ValueError(
+                    f"tensor {name!r}: expected once, and bytes {start:,} to "
+                    f"{start + tensor.bytes:,} in the file, which has {walk.size:,}"
+                )
+            tensors[name] = tensor._replace(start=start)
+    return GGUFHeader(fields, tensors)
+
+
+def _tensor(walk: _Walk, sizes: dict[Any, tuple[int, int]]) -> tuple[str, GGUFTensor]:
+    name = walk.string()
+    n = walk.number("I")
+    if not 1 <= n <= 4:
+        raise ValueError(f"tensor {name!r}: expected 1 to 4 dimensions, got {n}")
+    shape = tuple(reversed([walk.number("Q") for _ in range(n)]))
+    kind, offset = walk.number("I"), walk.number("Q")
+    known = {int(t): t for t in sizes}
+    if kind not in known:
+        raise ValueError(f"tensor {name!r}: expected a type that gguf knows, got {kind}")
+    per_block, block_bytes = sizes[known[kind]]
+    if 0 in shape or shape[-1] % per_block:
+        raise ValueError(
+            f"tensor {name!r}: expected rows of whole blocks of {per_block}, got {list(shape)}"
+        )
+    size = math.prod(shape) // per_block * block_bytes
+    return name, GGUFTensor(known[kind], shape, offset, size)
+
+
+class _Walk:
+    """A position in a file that cannot leave it."""
+
+    def __init__(self, stream: BinaryIO, size: int) -> None:
+        self.stream, self.size, self.at, self.items = stream, size, 0, 0
+
+    def take(self, count: int) -> bytes:
+        if count > self.size - self.at:
+            raise ValueError(
+                f"expected {count:,} more bytes at {self.at:,}, got the end of the file"
+            )
+        self.at += count
+        return self.stream.read(count)
+
+    def number(self, code: str) -> Any:
+        return struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))[0]
+
+    def count(self, what: str, most: int) -> int:
+        count = self.number("Q")
+        if count > most:
+            raise ValueError(f"{what}: expected at most {most:,}, got {count:,}")
+        return count
+
+    def string(self) -> str:
+        return self.take(self.count("length of a string", _LONGEST)).decode()
+
+    def value(self, kind: int) -> Any:
+        if kind == _STRING:
+            return self.string()
+        if kind in _SCALARS:
+            return self.number(_SCALARS[kind])
+        if kind != _ARRAY:
+            raise ValueError(f"type of a field: expected 0 to 12, got {kind}")
+        of, count = self.number("I"), self.count("length of an array", _MOST_ITEMS)
+        self.items += count
+        if self.items > _MOST_ITEMS or (of != _STRING and of not in _SCALARS):
+            raise ValueError(f"array: expected a short one of scalars or strings, got type {of}")
+        for _ in range(count if of == _STRING else 0):
+            self.string()
+        if of != _STRING:
+            self.take(count * struct.calcsize("<" + _SCALARS[of]))
+        return None

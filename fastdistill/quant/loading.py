@@ -1,0 +1,254 @@
+"""Load a checkpoint one tensor at a time, quantising on the way: the peak is the quantised model
+and one layer.
+
+The model is built without memory for its weights. Each stored tensor is then read, renamed and
+merged by transformers' own conversion rules (which stack the experts of a mixture), quantised on
+the target device if it belongs to a linear layer, and put into its place.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+)
+
+from ..progress import track
+from .checkpoint import Checkpoint, CheckpointError, open_checkpoint
+from .experts import ExpertStack, flat_rows, put_experts
+from .formats import SCHEMES, QuantWeight, quantize
+from .linear import QuantizedWeight, check_compute
+from .model import is_conv1d, put, stacks, targets, warn_about_full_precision
+
+Read = Callable[[], Any]
+
+
+@torch.no_grad()
+def load_quantized(
+    path: str | Path,
+    *,
+    quant: str | None = None,
+    compute: str = "auto",
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str = "cpu",
+    attn_implementation: str | None = None,
+    skip: tuple[str, ...] = ("lm_head",),
+) -> PreTrainedModel:
+    """A frozen causal language model from a folder of safetensors or a .gguf file.
+
+    Args:
+        path: full-precision weights (then `quant` says what to make of them), or a checkpoint that
+            is quantised: by `save_quantized`, bitsandbytes (NF4, FP4, 8-bit), GPTQ, AWQ, or GGUF
+            Q4_0 and Q8_0; those keep their bits.
+        quant: "nf4", "fp4", "int4" or "int8" for full-precision weights; None keeps them.
+        compute: how quantised layers multiply: "exact", "int8", "fp8" or "auto" (ops.py).
+        dtype: of everything that is not quantised; "auto" takes the checkpoint's.
+        device: where the model goes. skip: as in quantize_model.
+
+    Raises:
+        CheckpointError (a ValueError) naming the file and the tensor: damaged, truncated, of
+        another shape, missing, or in an unknown format. Nothing in a checkpoint is executed.
+    """
+    if quant is not None and quant not in SCHEMES:
+        raise ValueError(f"quant: expected one of {SCHEMES} or None, got {quant!r}")
+    check_compute(compute)
+    checkpoint = open_checkpoint(path)
+    if checkpoint.method is not None and quant is not None:
+        raise ValueError(
+            f"quant: expected None, since {checkpoint.path} is quantised already "
+            f"({checkpoint.method}), got {quant!r}"
+        )
+    model = _skeleton(checkpoint, dtype, attn_implementation)
+    loader = _Loader(checkpoint, model, quant, compute, torch.device(device), skip)
+    for read in track(loader.steps(), "loading weights"):
+        read()
+    loader.finish()
+    return model.eval().requires_grad_(False)
+
+
+def _skeleton(
+    checkpoint: Checkpoint, dtype: torch.dtype | str, attn_implementation: str | None
+) -> PreTrainedModel:
+    """The model on the meta device; buffers that no checkpoint holds are real."""
+    folder = Path(checkpoint.path)
+    try:
+        if folder.is_dir():
+            config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+        else:
+            config = AutoConfig.for_model(**checkpoint.config)
+    except (KeyError, TypeError, ValueError, OSError) as error:
+        raise CheckpointError(
+            f"{folder}: expected the configuration of a model that transformers knows, got "
+            f"model_type {checkpoint.config.get('model_type')!r} ({error})"
+        ) from None
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # or transformers would load it its own way
+    if dtype == "auto":
+        dtype = config.dtype or torch.float32
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=attn_implementation
+        )
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(str(folder))
+    return model
+
+
+class _Loader:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        model: PreTrainedModel,
+        quant: str | None,
+        compute: str,
+        device: torch.device,
+        skip: tuple[str, ...],
+    ) -> None:
+        self.checkpoint, self.model, self.device = checkpoint, model, device
+        self.quant, self.compute = quant, compute
+        self.linears = {f"{name}.weight": name for name, _ in targets(model, skip)}
+        self.experts = {f"{name}.{p}" for name, _, p in stacks(model, skip)}
+        self.empty = model.state_dict()  # on the meta device: names, shapes and types
+
+    def steps(self) -> list[Callable[[], None]]:
+        """One call per parameter of the model, each reading what it needs when it is called."""
+        if self.checkpoint.method in ("fastdistill", "gguf"):
+            named = self.checkpoint.weights.items()  # stored by the names of the model itself
+            return [partial(self._read, name, read) for name, read in named if name in self.empty]
+        return [partial(self._merged, name, merge) for name, merge in self._conversions().items()]
+
+    def _read(self, name: str, read: Read) -> None:
+        self.place(name, read())
+
+    def _conversions(self) -> dict[str, Any]:
+        """Model name -> how transformers makes it from the stored tensors."""
+        rules = get_model_conversion_mapping(self.model)
+        renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+        converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+        by_pattern = {p: rule for rule in converters for p in rule.source_patterns}
+        prefix = self.model.base_model_prefix
+        plan: dict[str, Any] = {}
+        for stored in sorted(self.checkpoint.weights, key=_natural):
+            name, pattern = rename_source_key(stored, renamings, converters, prefix, self.empty)
+            if name not in self.empty:
+                name, pattern = rename_source_key(stored, [], [], prefix, self.empty)
+            if name not in self.empty:
+                continue  # tied copies, caches of older versions: transformers drops them too
+            if name not in plan:
+                rule = None if pattern is None else copy.deepcopy(by_pattern[pattern])
+                plan[name] = rule or WeightRenaming(stored, name)
+            read = self.checkpoint.weights[stored]
+            if pattern is not None:
+                read = self._dense_only(stored, read)
+            plan[name].add_tensor(name, stored, pattern or stored, read)
+        return plan
+
+    def _dense_only(self, stored: str, read: Read) -> Read:
+        def dense() -> Tensor:
+            value = read()
+            if not isinstance(value, Tensor):
+                raise CheckpointError(
+                    f"{self.checkpoint.path}: tensor {stored}: a quantised weight that the model "
+                    "stores merged with others (experts of a mixture) can be read from "
+                    "fastdistill's own format only. Load the full-precision checkpoint with quant="
+                )
+            return value
+
+        return dense
+
+    def _merged(self, target: str, merge: Any) -> None:
+        made = merge.convert(target, model=self.model, config=self.model.config)
+        for name, value in made.items():
+            self.place(name, value[0] if isinstance(value, list) else value)
+
+    def place(self, name: str, value: Tensor | QuantWeight) -> None:
+        """Put one value where the model has it."""
+        empty = self.empty[name]
+        module_name, _, leaf = name.rpartition(".")
+        module = self.model.get_submodule(module_name)
+        if not isinstance(value, Tensor):
+            self._shape(name, self._rows_shape(module, empty), value.shape)
+            self._put(name, _moved(value, self.device))
+            return
+        self._shape(name, tuple(empty.shape), tuple(value.shape))
+        value = value.to(self.device, empty.dtype if value.is_floating_point() else value.dtype)
+        if self.quant is not None and name in self.linears:
+            rows = value.t().contiguous() if is_conv1d(module) else value
+            self._put(name, self._quantized(name, rows))
+        elif self.quant is not None and name in self.experts:
+            self._put(name, self._quantized(name, flat_rows(value)))
+        elif leaf in module._buffers:
+            module._buffers[leaf] = value
+        else:
+            setattr(module, leaf, nn.Parameter(value, requires_grad=False))
+
+    def _quantized(self, name: str, value: Tensor) -> QuantWeight:
+        try:
+            return quantize(value, self.quant or "")
+        except ValueError as error:
+            raise CheckpointError(f"{self.checkpoint.path}: tensor {name}: {error}") from None
+
+    def _put(self, name: str, weight: QuantWeight) -> None:
+        if name in self.experts or self.empty[name].dim() == 3:
+            module_name, _, leaf = name.rpartition(".")
+            stack = ExpertStack(weight, self.empty[name].shape[0], compute=self.compute)
+            put_experts(self.model.get_submodule(module_name), leaf, stack)
+            return
+        layer = name.removesuffix(".weight")
+        module = self.model.get_submodule(layer)
+        if not (isinstance(module, nn.Linear) or is_conv1d(module)):
+            raise CheckpointError(
+                f"{self.checkpoint.path}: tensor {name}: expected full precision for a "
+                f"{type(module).__name__}, got a quantised weight"
+            )
+        bias = module._parameters.get("bias")
+        put(self.model, layer, weight, bias, self.compute)
+
+    def _rows_shape(self, module: nn.Module, empty: Tensor) -> tuple[int, ...]:
+        if empty.dim() == 3:
+            return (empty.shape[0] * empty.shape[1], empty.shape[2])
+        return tuple(reversed(empty.shape)) if is_conv1d(module) else tuple(empty.shape)
+
+    def _shape(self, name: str, expected: tuple[int, ...], got: tuple[int, ...]) -> None:
+        if tuple(got) != tuple(expected):
+            raise CheckpointError(
+                f"{self.checkpoint.path}: tensor {name}: expected the shape {list(expected)} that "
+                f"config.json asks for, got {list(got)}"
+            )
+
+    def finish(self) -> None:
+        """Tie what is tied, and see that nothing is missing."""
+        self.model.tie_weights()
+        missing = [
+            name
+            for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers())
+            if tensor.is_meta
+        ]
+        if missing:
+            raise CheckpointError(
+                f"{self.checkpoint.path}: expected every weight of a {type(self.model).__name__}, "
+                f"{len(missing)} are missing, {missing[0]} among them"
+            )
+        self.model.to(self.device)
+        warn_about_full_precision(self.model)
+
+
+def _natural(name: str) -> list[tuple[int, int | str]]:
+    """layers.2 before layers.10, so that experts stack in order."""
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in name.split(".")]
+
+
+def _moved(weight: QuantWeight, device: torch.device) -> QuantWeight:
+    return QuantizedWeight(weight).to(device).quantized

@@ -1,0 +1,144 @@
+"""quantize_model: every linear layer of a model into 4 or 8 bits, in place."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .experts import ExpertStack, expert_parameters, flat_rows, put_experts
+from .formats import SCHEMES, QuantWeight, quantize
+from .linear import check_compute, linear_of
+from .ops import why_not
+
+# They choose experts: a few rows, and a rounding there changes which expert a token sees.
+_ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """GPT-2's linear layer, whose weight is [K, N]."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def targets(
+    model: nn.Module, skip: Sequence[str] = ("lm_head",)
+) -> Iterator[tuple[str, nn.Module]]:
+    """The linear layers to quantise: all but the output head, routers and those named in `skip`
+    (a whole name, or its last part, or a parent's)."""
+    find = getattr(model, "get_output_embeddings", None)
+    head = find() if callable(find) else None
+    find = getattr(model, "get_input_embeddings", None)
+    embedding = find() if callable(find) else None
+    tied = {id(getattr(m, "weight", None)) for m in (head, embedding) if m is not None}
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear) and not is_conv1d(module):
+            continue
+        if id(module.weight) in tied or skipped(name, skip):
+            continue
+        yield name, module
+
+
+def skipped(name: str, skip: Sequence[str]) -> bool:
+    parts = name.split(".")
+    return parts[-1] in _ROUTERS or any(
+        entry in (name, parts[-1]) or name.startswith(f"{entry}.") for entry in skip
+    )
+
+
+def stacks(model: nn.Module, skip: Sequence[str] = ()) -> Iterator[tuple[str, nn.Module, str]]:
+    """(name, module, parameter) of the stacked experts to quantise."""
+    for name, module in model.named_modules():
+        for parameter in expert_parameters(module):
+            if not skipped(f"{name}.{parameter}", skip):
+                yield name, module, parameter
+
+
+def dense_rows(module: nn.Module) -> Tensor:  # [N, K]
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    return weight.t().contiguous() if is_conv1d(module) else weight
+
+
+def put(
+    model: nn.Module, name: str, weight: QuantWeight, bias: Tensor | None, compute: str
+) -> None:
+    """Put a quantised layer in the place of the one called `name`."""
+    why = why_not(compute, weight.qdata.device, *weight.shape, weight.block)
+    if why is not None:
+        raise ValueError(f"compute: {compute!r} cannot run on {name}: {why}, or name it in skip=")
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, linear_of(weight, bias, compute))
+
+
+@torch.no_grad()
+def quantize_model(
+    model: nn.Module,
+    scheme: str,
+    *,
+    compute: str = "auto",
+    skip: Sequence[str] = ("lm_head",),
+) -> nn.Module:
+    """Replace the linear layers of a loaded model by quantised ones, one after the other, in place.
+
+    The output head, embeddings, norms and the routers of mixtures keep their type. The model is put
+    into eval mode and frozen: quantised layers are forward only.
+
+    Args:
+        model: a Hugging Face causal LM, or any nn.Module with nn.Linear layers, on any device.
+        scheme: "nf4", "fp4", "int4" (blocks of 64) or "int8" (one scale per row); formats.py.
+        compute: "exact", "int8", "fp8" or "auto"; ops.py.
+        skip: layers to leave alone, by full name, last part of the name, or a parent's name.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: an unknown scheme or compute, weights that are not finite, a layer whose shape
+            the asked compute cannot run, or a model without anything to quantise.
+    """
+    if scheme not in SCHEMES:
+        raise ValueError(f"scheme: expected one of {SCHEMES}, got {scheme!r}")
+    check_compute(compute)
+    if isinstance(skip, str):
+        skip = (skip,)
+    done = 0
+    for name, module in list(targets(model, skip)):
+        weight = _named(name, dense_rows(module), scheme)
+        put(model, name, weight, module.bias, compute)  # type: ignore[arg-type]
+        done += 1
+    for name, module, parameter in list(stacks(model, skip)):
+        stacked: Tensor = getattr(module, parameter)
+        weight = _named(f"{name}.{parameter}", flat_rows(stacked), scheme)
+        put_experts(module, parameter, ExpertStack(weight, stacked.shape[0], compute=compute))
+        done += 1
+    if not done:
+        raise ValueError(
+            f"model: expected linear layers to quantise, found none in {type(model).__name__} "
+            f"outside skip={tuple(skip)}"
+        )
+    warn_about_full_precision(model)
+    return model.eval().requires_grad_(False)
+
+
+def _named(name: str, weight: Tensor, scheme: str) -> QuantWeight:
+    try:
+        return quantize(weight, scheme)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def warn_about_full_precision(model: nn.Module) -> None:
+    """Say which stacked experts were left, since they are most of such a model's memory."""
+    left = [
+        name
+        for name, module in model.named_modules()
+        if getattr(module, "is_transposed", False)
+        and any(p.dim() == 3 for p in module.parameters(recurse=False))
+    ]
+    if left:
+        warnings.warn(
+            f"model: {len(left)} groups of experts are stored transposed and stay in full "
+            f"precision ({left[0]}, …)",
+            stacklevel=3,
+        )

@@ -1,0 +1,281 @@
+"""torch.library operators of quantised inference: schema, shapes for tracing, dispatch.
+
+fastdistill::lut4_linear    x Wᵀ + b with W in 4 bits
+fastdistill::int8_linear    x Wᵀ + b with W in 8 bits
+fastdistill::lut4_dequant, int8_dequant    W itself, in a floating-point type
+
+`compute` is how the product is made:
+
+    exact   W is expanded into one reused piece of memory per device, then multiplied by the
+            library: the arithmetic of bitsandbytes, GPTQ and AWQ
+    int8    8-bit integers on both sides; activations are rounded per token and group of at most 64
+            columns on a CPU, per token on a GPU
+    fp8     8-bit floats (e4m3) on both sides, per token and per row of W; GPUs from sm_89 on
+    auto    int8 on a CPU with VNNI instructions where the shape allows it, else exact
+
+Forward only: a teacher has no gradient, and a reused W could not give one.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .engines import QuantEngine, engine_for, fast_int8_on_cpu
+from .formats import Nested
+from .native import FLOATS
+from .torch_ops import FP8
+
+COMPUTE = ("auto", "exact", "int8", "fp8")
+GROUP = 64  # columns that share one activation scale on a CPU
+_LEAST_GROUP = 8  # below it, scaling costs more than multiplying
+
+_library = torch.library.Library("fastdistill", "FRAGMENT")
+_library.define(
+    "lut4_linear(Tensor x, Tensor qdata, Tensor scale, Tensor[] nested, int nested_block, "
+    "Tensor? offset, Tensor lut, Tensor? row_scale, Tensor? bias, int rows, int block, "
+    "str compute) -> Tensor"
+)
+_library.define(
+    "int8_linear(Tensor x, Tensor qdata, Tensor scale, Tensor? row_scale, Tensor? bias, int block, "
+    "str compute) -> Tensor"
+)
+_library.define(
+    "lut4_dequant(Tensor qdata, Tensor scale, Tensor[] nested, int nested_block, Tensor? offset, "
+    "Tensor lut, int rows, int cols, int block, ScalarType dtype) -> Tensor"
+)
+_library.define("int8_dequant(Tensor qdata, Tensor scale, int block, ScalarType dtype) -> Tensor")
+
+
+class _Scratch(threading.local):
+    """One growing piece of memory per thread, device and stream, where W is expanded.
+
+    Fresh memory for each layer costs more than the expansion: the pages have to be found first.
+    """
+
+    def __init__(self) -> None:
+        self.of: dict[tuple, Tensor] = {}
+
+    def take(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        key: tuple = (device,)
+        if device.type == "cuda":
+            key = (device, torch.cuda.current_stream(device).cuda_stream)
+        size = math.prod(shape) * dtype.itemsize
+        found = self.of.get(key)
+        if found is None or found.numel() < size:
+            self.of.pop(key, None)
+            found = None  # the old one goes before the new one comes
+            found = self.of[key] = torch.empty(size, dtype=torch.uint8, device=device)
+        return found[:size].view(dtype).view(shape)
+
+
+scratch = _Scratch()
+
+
+def groups(K: int, block: int) -> tuple[int, int] | None:
+    """(columns per weight scale, columns per activation scale) of 8-bit products on a CPU, None
+    where blocks that cross rows would leave groups too small."""
+    weight_group = math.gcd(K, block)
+    group = math.gcd(weight_group, GROUP)
+    return (weight_group, group) if group >= _LEAST_GROUP else None
+
+
+def why_not(compute: str, device: torch.device, rows: int, K: int, block: int) -> str | None:
+    """What keeps a [rows, K] weight from this compute on this device, None if nothing does."""
+    if compute in ("auto", "exact"):
+        return None
+    if device.type == "cpu":
+        if compute == "fp8":
+            return "it needs a GPU (sm_89 or later); a CPU has compute='int8' and 'exact'"
+        if groups(K, block) is None:
+            return f"blocks of {block} cross its rows of {K}; use compute='exact' or 'auto'"
+        return None
+    if rows % 16 or K % 16:
+        return f"a GPU's 8-bit products need multiples of 16, not {rows} x {K}; use compute='exact'"
+    if compute == "fp8" and torch.cuda.get_device_capability(device) < (8, 9):
+        return "fp8 products need a GPU of sm_89 or later; use compute='int8' or 'exact'"
+    return None
+
+
+def _resolved(compute: str, device: torch.device, rows: int, K: int, block: int) -> str:
+    if compute == "auto":
+        fast = device.type == "cpu" and fast_int8_on_cpu() and groups(K, block) is not None
+        return "int8" if fast else "exact"
+    why = why_not(compute, device, rows, K, block)
+    if why is not None:
+        raise ValueError(f"compute: {compute!r} cannot run on this layer: {why}")
+    return compute
+
+
+def regrouped(values: Tensor, rows: int, K: int, block: int, group: int) -> Tensor:
+    """Scales or offsets of the flattened blocks as [N, K / group], where group divides K."""
+    if group == block:
+        return values.view(rows, -1)
+    at = torch.arange(0, rows * K, group, device=values.device) // block
+    return values.view(-1)[at].view(rows, -1)
+
+
+def _lut4_linear(
+    x: Tensor,  # [M, K]
+    qdata: Tensor,
+    scale: Tensor,
+    nested: list[Tensor],
+    nested_block: int,
+    offset: Tensor | None,
+    lut: Tensor,
+    row_scale: Tensor | None,
+    bias: Tensor | None,
+    rows: int,
+    block: int,
+    compute: str,
+) -> Tensor:  # [M, N]
+    K, engine = x.shape[1], engine_for(x.device)
+    compute = _resolved(compute, x.device, rows, K, block)
+    scales = Nested.of(scale, nested, nested_block) if nested else scale
+    x = x.contiguous()
+    if compute == "exact":
+        W = scratch.take((rows, K), _storage(x.dtype), x.device)
+        engine.lut4_dequant(qdata, scales, offset, lut, W, block)
+        return _exact(x, W, bias)
+    if x.device.type == "cpu":
+        weight_group, group = groups(K, block) or (block, GROUP)
+        plain = scales.expand() if isinstance(scales, Nested) else scales
+        plain = regrouped(plain, rows, K, block, weight_group)
+        if offset is not None:
+            offset = regrouped(offset, rows, K, block, weight_group)
+        return engine.lut4_products(
+            _floats(x), qdata, lut, plain, offset, _fp32(bias), rows, weight_group, group
+        ).to(x.dtype)
+    kind = FP8 if compute == "fp8" else torch.int8
+    W = scratch.take((rows, K), kind, x.device)
+    engine.lut4_dequant(qdata, scales, offset, lut, W, block, _inverse(row_scale))
+    return row_products(engine, x, W, row_scale, bias)
+
+
+def _int8_linear(
+    x: Tensor,
+    qdata: Tensor,
+    scale: Tensor,
+    row_scale: Tensor | None,
+    bias: Tensor | None,
+    block: int,
+    compute: str,
+) -> Tensor:
+    (rows, K), engine = qdata.shape, engine_for(x.device)
+    compute = _resolved(compute, x.device, rows, K, block)
+    x = x.contiguous()
+    if compute == "int8" and x.device.type == "cpu":
+        _, group = groups(K, block) or (block, GROUP)
+        return engine.int8_products(
+            _floats(x), qdata, scale.view(rows, -1), None, _fp32(bias), block, group
+        ).to(x.dtype)
+    if compute == "int8" and block == K:
+        return row_products(engine, x, qdata, scale.view(-1), bias)
+    W = scratch.take((rows, K), _storage(x.dtype), x.device)
+    engine.int8_dequant(qdata, scale, W, block)
+    if compute == "exact":
+        return _exact(x, W, bias)
+    kind = FP8 if compute == "fp8" else torch.int8
+    w, row_scale = engine.quantize_rows(W, kind)
+    return row_products(engine, x, w, row_scale, bias)
+
+
+def row_products(
+    engine: QuantEngine,
+    x: Tensor,  # [M, K]
+    w: Tensor,  # int8 or fp8 [N, K]
+    row_scale: Tensor | None,  # fp32 [N]
+    bias: Tensor | None,
+) -> Tensor:  # [M, N] in x's type
+    """The GPU's 8-bit products: activations rounded per token, the library's GEMM, both scales."""
+    assert row_scale is not None
+    q, sx = engine.quantize_rows(_floats(x), w.dtype)
+    if w.dtype == FP8:
+        out = torch._scaled_mm(
+            q, w.t(), scale_a=sx[:, None], scale_b=row_scale[None], out_dtype=torch.bfloat16
+        ).to(x.dtype)
+    else:
+        # The library takes more than 16 rows.
+        padded = q if len(q) > 16 else torch.cat([q, q.new_zeros(32 - len(q), q.shape[1])])
+        exact = torch._int_mm(padded, w.t())[: len(q)]
+        out = (exact * sx[:, None] * row_scale).to(x.dtype)
+    return out if bias is None else out + bias.to(out.dtype)
+
+
+def _inverse(row_scale: Tensor | None) -> Tensor:
+    assert row_scale is not None
+    return torch.where(row_scale > 0, 1 / row_scale, 0.0)
+
+
+def _storage(dtype: torch.dtype) -> torch.dtype:
+    return dtype if dtype in FLOATS else torch.float32
+
+
+def _floats(x: Tensor) -> Tensor:
+    return x if x.dtype in FLOATS else x.float()
+
+
+def _fp32(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.float().contiguous()
+
+
+def _exact(x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, W.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def _lut4_dequant(
+    qdata: Tensor,
+    scale: Tensor,
+    nested: list[Tensor],
+    nested_block: int,
+    offset: Tensor | None,
+    lut: Tensor,
+    rows: int,
+    cols: int,
+    block: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    out = qdata.new_empty(rows, cols, dtype=dtype)
+    scales = Nested.of(scale, nested, nested_block) if nested else scale
+    engine_for(qdata.device).lut4_dequant(qdata, scales, offset, lut, out, block)
+    return out
+
+
+def _int8_dequant(qdata: Tensor, scale: Tensor, block: int, dtype: torch.dtype) -> Tensor:
+    out = torch.empty_like(qdata, dtype=dtype)
+    engine_for(qdata.device).int8_dequant(qdata, scale, out, block)
+    return out
+
+
+for _name, _kernel in (
+    ("lut4_linear", _lut4_linear),
+    ("int8_linear", _int8_linear),
+    ("lut4_dequant", _lut4_dequant),
+    ("int8_dequant", _int8_dequant),
+):
+    for _key in ("CPU", "CUDA"):
+        _library.impl(_name, _kernel, _key)
+
+
+@torch.library.register_fake("fastdistill::lut4_linear", lib=_library)
+def _(x, qdata, scale, nested, nested_block, offset, lut, row_scale, bias, rows, block, compute):
+    return x.new_empty(x.shape[0], rows)
+
+
+@torch.library.register_fake("fastdistill::int8_linear", lib=_library)
+def _(x, qdata, scale, row_scale, bias, block, compute):
+    return x.new_empty(x.shape[0], qdata.shape[0])
+
+
+@torch.library.register_fake("fastdistill::lut4_dequant", lib=_library)
+def _(qdata, scale, nested, nested_block, offset, lut, rows, cols, block, dtype):
+    return qdata.new_empty(rows, cols, dtype=dtype)
+
+
+@torch.library.register_fake("fastdistill::int8_dequant", lib=_library)
+def _(qdata, scale, block, dtype):
+    return torch.empty_like(qdata, dtype=dtype)

@@ -1,0 +1,148 @@
+"""Our own checkpoints: the tensors of formats.py under their own names, in safetensors.
+
+A quantised weight W ("model.layers.0.mlp.up_proj.weight") is stored as
+
+    W.qdata    LUT4: uint8 [N·K / 2], element 2j in the high nibble; INT8: int8 [N, K]
+    W.scale    fp32 [N·K / block], or, quantised themselves:
+               W.scale.codes uint8, W.scale.code fp32 [256], W.scale.scale fp32, W.scale.offset fp32
+    W.lut      fp32 [16]            LUT4
+    W.offset   fp32, as scale       LUT4, optional
+    W.perm     int64 [K]            LUT4, optional
+
+and each file's metadata, under "fastdistill", is a JSON that says of its weights
+
+    {"version": 1,
+     "weights": {W: {"format": "lut4" | "int8", "shape": [N, K], "block": …, "nested_block": …,
+                     "optional": ["offset", "perm"]}}}
+
+with nested_block where there are W.scale.codes, and those of the optional tensors that there are.
+
+Layouts that depend on a CPU or a GPU are never stored: what is read here is read everywhere.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .formats import Int8Weight, Lut4Weight, Nested, QuantWeight
+from .tensor_files import TensorFiles, Thunk, block_of, integer, reading, shape_of, with_plain
+
+VERSION = 1
+KEY = "fastdistill"  # of the files' metadata, and the quant_method of config.json
+_NESTED = ("scale.codes", "scale.code", "scale.scale", "scale.offset")
+_PARTS = ("qdata", "scale", "lut", "offset", "perm", *_NESTED)
+
+
+def tensors_of(name: str, weight: QuantWeight) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors to store, what the metadata says of weight `name`); `weights` is the inverse."""
+    says: dict[str, Any] = {"shape": list(weight.shape), "block": weight.block}
+    if isinstance(weight, Int8Weight):
+        tensors = {"qdata": weight.qdata, "scale": weight.scale}
+        says["format"] = "int8"
+    else:
+        tensors = {"qdata": weight.qdata, "lut": weight.lut}
+        says["format"] = "lut4"
+        if isinstance(weight.scale, Nested):
+            *values, says["nested_block"] = weight.scale
+            tensors |= dict(zip(_NESTED, values, strict=True))
+        else:
+            tensors["scale"] = weight.scale
+        optional = {"offset": weight.offset, "perm": weight.perm}
+        given = {part: tensor for part, tensor in optional.items() if tensor is not None}
+        tensors |= given
+        says["optional"] = list(given)
+    for table in tensors.keys() & {"lut", "scale.code"}:
+        # Layers share their tables, and safetensors refuses tensors that share memory.
+        tensors[table] = tensors[table].clone()
+    return {f"{name}.{part}": t.detach().contiguous() for part, t in tensors.items()}, says
+
+
+def metadata(says: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """The safetensors metadata of a file with these weights: {name: what tensors_of said}."""
+    return {"format": "pt", KEY: json.dumps({"version": VERSION, "weights": says})}
+
+
+def stored_here(files: TensorFiles) -> bool:
+    return any(KEY in values for values in files.metadata().values())
+
+
+def weights(files: TensorFiles, config: dict[str, Any]) -> dict[str, Thunk]:
+    check_version(files, config)
+    found: dict[str, Thunk] = {}
+    for file, values in files.metadata().items():
+        if KEY not in values:
+            continue
+        with reading(file, f"metadata of {KEY}"):
+            header = json.loads(values[KEY])
+            _refuse_newer(header)
+            for name, says in header["weights"].items():
+                parts = _parts_of(says)
+                for part in parts:
+                    files.file_of(f"{name}.{part}")
+                found[name] = functools.partial(_read, files, name, says, parts)
+    return with_plain(files, found, [f"{name}.{part}" for name in found for part in _PARTS])
+
+
+def check_version(files: TensorFiles, config: dict[str, Any]) -> None:
+    settings = config.get("quantization_config")
+    if settings is not None:
+        with reading(files.config_file, "quantization_config"):
+            _refuse_newer(settings)
+
+
+def _refuse_newer(values: dict[str, Any]) -> None:
+    version = integer(values, "version")
+    if not 1 <= version <= VERSION:
+        raise ValueError(
+            f"version: expected at most {VERSION}, got {version}. A newer fastdistill wrote this: "
+            "update with pip install -U fastdistill"
+        )
+
+
+def _parts_of(says: dict[str, Any]) -> list[str]:
+    """What must be stored for this weight. Inside `reading`."""
+    if says["format"] == "int8":
+        return ["qdata", "scale"]
+    if says["format"] != "lut4":
+        raise ValueError(f"format: expected 'lut4' or 'int8', got {says['format']!r}")
+    optional = says["optional"]
+    if not isinstance(optional, list) or not set(optional) <= {"offset", "perm"}:
+        raise ValueError(f"optional: expected some of 'offset' and 'perm', got {optional!r}")
+    return ["qdata", "lut", *(_NESTED if "nested_block" in says else ["scale"]), *optional]
+
+
+def _read(files: TensorFiles, name: str, says: dict[str, Any], parts: list[str]) -> QuantWeight:
+    stored = {part: files.read(f"{name}.{part}") for part in parts}
+    with reading(files.file_of(f"{name}.qdata"), name):
+        shape, block = shape_of(says), block_of(says, "block")
+        if says["format"] == "int8":
+            if tuple(stored["qdata"].shape) != shape:
+                raise ValueError(
+                    f"qdata: expected {list(shape)}, got {list(stored['qdata'].shape)}"
+                )
+            return Int8Weight(shape=shape, block=block, **stored)
+        scale: Tensor | Nested
+        if "nested_block" in says:
+            codes, code, scales, offset = (stored[part] for part in _NESTED)
+            scale = Nested(codes, code, scales, offset, block_of(says, "nested_block"))
+        else:
+            scale = stored["scale"]
+        optional = {part: stored.get(part) for part in ("offset", "perm")}
+        weight = Lut4Weight(
+            shape=shape,
+            block=block,
+            qdata=stored["qdata"],
+            scale=scale,
+            lut=stored["lut"],
+            offset=optional.get("offset"),
+            perm=optional.get("perm"),
+        )
+        perm = weight.perm
+        if perm is not None and not torch.equal(perm.sort().values, torch.arange(shape[1])):
+            raise ValueError(f"perm: expected each of 0 to {shape[1] - 1} once")
+        return weight

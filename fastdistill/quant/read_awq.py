@@ -1,0 +1,68 @@
+"""Checkpoints of AWQ (Lin et al. 2023) with 4 bits, in AutoAWQ's layout "gemm".
+
+    w[n, k] = (q[n, k] − zero[g, n]) · scale[g, n],    g = k / group_size
+
+A layer X is stored as
+
+    X.qweight   int32 [K, N/8]   bits 4r … 4r+3 of word [k, i] are q[8i + ORDER[r], k]
+    X.qzeros    int32 [G, N/8]   the same of zero
+    X.scales    fp16  [G, N]
+
+and becomes X.weight like a GPTQ layer (read_gptq). The other layouts ("gemv", "gemv_fast",
+"llm-awq") hold the same numbers in other places, for one kernel each.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .formats import Lut4Weight
+from .read_gptq import by_layer, group_size, grouped, nibbles_of, scales_of
+from .tensor_files import CheckpointError, TensorFiles, Thunk, matrix, reading
+
+ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+_PLACE = [ORDER.index(n) for n in range(8)]  # which nibble of a word holds its n-th row
+
+
+def weights(files: TensorFiles, config: dict[str, Any]) -> dict[str, Thunk]:
+    with reading(files.config_file, "quantization_config"):
+        settings = config["quantization_config"]
+        layout = settings.get("version") or settings.get("format") or "gemm"
+        if str(layout).lower() != "gemm":
+            raise ValueError(
+                f"version: expected 'gemm', got {layout!r}. Save it as 'gemm', or use the "
+                "unquantised checkpoint"
+            )
+        group = group_size(settings)
+    return by_layer(files, functools.partial(_read, files, group=group))
+
+
+def _read(files: TensorFiles, layer: str, *, group: int) -> Lut4Weight:
+    name = f"{layer}.qweight"
+    file = files.file_of(name)
+    words = matrix(file, name, files.read(name), torch.int32, None, None)
+    K, N = words.shape[0], 8 * words.shape[1]
+    if not N or not K or K % 2:
+        raise CheckpointError(
+            f"{file}: tensor {name!r}: expected [K, N/8] with an even K, got {list(words.shape)}"
+        )
+    scale = scales_of(files, layer, N)
+    groups = torch.arange(K) // (K if group == -1 else group)
+    if len(scale) != groups[-1] + 1:
+        raise CheckpointError(
+            f"{files.file_of(layer + '.scales')}: tensor '{layer}.scales': expected "
+            f"{groups[-1].item() + 1} rows for {K} columns in groups of {group}, got {len(scale)}"
+        )
+    zero = _in_order(nibbles_of(files, f"{layer}.qzeros", len(scale), N))
+    # Of two columns k and k + 1: their low nibbles into one byte, their high ones into the next.
+    even, odd = words.contiguous().view(torch.uint8).view(K // 2, 2, N // 2).unbind(1)
+    pairs = torch.stack([even << 4 | odd & 15, even & 240 | odd >> 4], -1).view(K // 2, N)
+    return grouped(file, f"{layer}.weight", _in_order(pairs).t(), groups, scale, zero, None)
+
+
+def _in_order(stored: Tensor) -> Tensor:  # [any, N], in the order of the words' nibbles
+    return stored.view(len(stored), -1, 8)[..., _PLACE].reshape(stored.shape)

@@ -1,0 +1,139 @@
+"""Checkpoints of bitsandbytes, as transformers saves them: 4 bits (NF4, FP4) and LLM.int8.
+
+    4 bits   w[i] = quant_map[q[i]] · absmax[i / blocksize]      i over the flattened [N, K]
+    nested   absmax[b] = nested_quant_map[absmax[b]] · nested_absmax[b / nested_blocksize]
+                         + nested_offset
+    8 bits   w[n, k] = q[n, k] · SCB[n] / 127
+
+A layer X with 4 bits is stored (bitsandbytes 0.50, QuantState.as_dict) as
+
+    X.weight                   u8 [N·K/2, 1], element 2j in the high nibble of byte j; or the same
+                               bytes under another type (bnb_4bit_quant_storage)
+    X.weight.absmax            fp32 [blocks]; nested: u8 codes
+    X.weight.quant_map         fp32 [16]
+    X.weight.nested_absmax     fp32 [blocks / nested_blocksize]
+    X.weight.nested_quant_map  fp32 [256]
+    X.weight.quant_state.bitsandbytes__nf4 | __fp4
+                               u8, a JSON: quant_type, blocksize, dtype, shape, nested_blocksize,
+                               nested_dtype, nested_offset
+
+This is Lut4Weight already, so nothing is recomputed. The table is the checkpoint's own. With
+8 bits X.weight is int8 [N, K], X.SCB holds
+the fp32 absolute maxima of its rows and X.weight_format, where there is one, says 0: row-major.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .formats import Int8Weight, Lut4Weight, Nested
+from .tensor_files import (
+    CheckpointError,
+    TensorFiles,
+    Thunk,
+    block_of,
+    matrix,
+    reading,
+    shape_of,
+    with_plain,
+)
+
+STATE = ".quant_state.bitsandbytes__"
+TYPES = ("nf4", "fp4")
+_PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
+
+
+def stored_here(names: list[str]) -> bool:
+    """Whether these tensor names are a bitsandbytes checkpoint's."""
+    return any(STATE in name or name.endswith(".SCB") for name in names)
+
+
+def weights(files: TensorFiles, config: dict[str, Any]) -> dict[str, Thunk]:
+    found: dict[str, Thunk] = {}
+    parts: set[str] = set()
+    for name in files.names():
+        if STATE in name:
+            weight, _, kind = name.partition(STATE)
+            if kind not in TYPES:
+                raise CheckpointError(
+                    f"{files.file_of(name)}: tensor {weight!r}: expected one of the 4-bit types "
+                    f"{TYPES}, got {kind!r}"
+                )
+            found[weight] = functools.partial(_four_bits, files, weight, name, kind)
+            parts |= {name, *(weight + part for part in _PARTS)}
+        elif name.endswith(".SCB"):
+            weight = name.removesuffix("SCB") + "weight"
+            found[weight] = functools.partial(_eight_bits, files, weight, name)
+            parts |= {name, weight + "_format"}
+    return with_plain(files, found, parts)
+
+
+def _four_bits(files: TensorFiles, weight: str, state_name: str, kind: str) -> Lut4Weight:
+    file, packed = files.file_of(weight), files.read(weight)
+    state_bytes = files.read(state_name)
+    with reading(files.file_of(state_name), state_name):
+        state = json.loads(_bytes_of(state_bytes).numpy().tobytes())
+        shape, block = shape_of(state), block_of(state, "blocksize")
+        if state["quant_type"] != kind:
+            raise ValueError(f"quant_type: expected {kind!r}, got {state['quant_type']!r}")
+    absmax, lut = files.read(weight + ".absmax"), files.read(weight + ".quant_map")
+    with reading(file, weight):
+        return Lut4Weight(
+            shape=shape,
+            block=block,
+            qdata=_bytes_of(packed),
+            scale=_nested(files, weight, absmax, state)
+            if "nested_blocksize" in state
+            else _floats(absmax, "absmax"),
+            lut=_floats(lut, "quant_map"),
+        )
+
+
+def _nested(
+    files: TensorFiles, weight: str, codes: Tensor, state: dict[str, Any]
+) -> Nested:  # inside `reading`
+    offset = state["nested_offset"]
+    if not isinstance(offset, float | int):
+        raise TypeError(f"nested_offset: expected a number, got {offset!r}")
+    return Nested(
+        codes=codes.reshape(-1),
+        code=_floats(files.read(weight + ".nested_quant_map"), "nested_quant_map"),
+        scale=_floats(files.read(weight + ".nested_absmax"), "nested_absmax"),
+        offset=torch.tensor(offset, dtype=torch.float32),
+        block=block_of(state, "nested_blocksize"),
+    )
+
+
+def _eight_bits(files: TensorFiles, weight: str, scale_name: str) -> Int8Weight:
+    file = files.file_of(weight)
+    q = matrix(file, weight, files.read(weight), torch.int8, None, None)
+    N, K = q.shape
+    if weight + "_format" in files:
+        order = files.read(weight + "_format")
+        if order.numel() != 1 or order.item() != 0:
+            raise CheckpointError(
+                f"{file}: tensor {weight + '_format'!r}: expected 0, rows one after the other, got "
+                f"{order.flatten()[:4].tolist()}: the order of an old bitsandbytes for one GPU. "
+                "Load and save the model with a newer one"
+            )
+    top = files.read(scale_name)
+    with reading(file, weight):
+        shape = shape_of({"shape": [N, K]})
+        scale = _floats(top, "SCB") / 127
+        return Int8Weight(shape=shape, block=K, qdata=q, scale=scale)
+
+
+def _bytes_of(stored: Tensor) -> Tensor:
+    """The bytes of a tensor whose type is only how they were stored."""
+    return stored.contiguous().reshape(-1).view(torch.uint8)
+
+
+def _floats(stored: Tensor, what: str) -> Tensor:
+    if not stored.is_floating_point():
+        raise TypeError(f"{what}: expected floating point, got {stored.dtype}")
+    return stored.reshape(-1).float()

@@ -1,0 +1,232 @@
+"""Models in one .gguf file (llama.cpp), with weights of type Q4_0 and Q8_0, F32, F16 and BF16.
+
+    Q4_0   w = (q − 8) · d    blocks of 32 in 18 bytes: fp16 d, then 16 bytes, byte j with element j
+                              in its low nibble and element j + 16 in its high one
+    Q8_0   w = q · d          blocks of 32 in 34 bytes: fp16 d, then 32 int8
+
+become Lut4Weight and Int8Weight; both multiply in fp32 as llama.cpp does. Embedding, head and norms
+are not quantised here: they may be of any type that the gguf package can expand, and come as fp32
+(files called Q4_0 often hold a Q6_K output.weight).
+
+A .gguf file names tensors otherwise than transformers and, for some families, reorders their rows.
+The names that each family has are below. Llama's query and key projections, and Mistral's,
+which is "llama" here, are stored with the two halves of each head's rotary dimensions interleaved
+(LlamaModel.permute of llama.cpp's convert_hf_to_gguf.py): row (h, i, half) there is row
+(h, half, i) of the model. Whatever is not understood is refused: a weight is right or an error.
+
+The config is the one that transformers derives (load_gguf_checkpoint), and what it leaves out.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .formats import Int8Weight, Lut4Weight, QuantWeight, pack_nibbles, table
+from .gguf_header import GGUFHeader, GGUFTensor, gguf_package, read_header
+from .tensor_files import CheckpointError, Thunk, reading
+
+_MODEL = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+_COMMON = {
+    "attn_norm.weight": "input_layernorm.weight",
+    "attn_output.weight": "self_attn.o_proj.weight",
+    "ffn_norm.weight": "post_attention_layernorm.weight",
+    "ffn_down.weight": "mlp.down_proj.weight",
+}
+_LLAMA = _COMMON | {
+    "attn_q.weight": "self_attn.q_proj.weight",
+    "attn_k.weight": "self_attn.k_proj.weight",
+    "attn_v.weight": "self_attn.v_proj.weight",
+    "ffn_gate.weight": "mlp.gate_proj.weight",
+    "ffn_up.weight": "mlp.up_proj.weight",
+}
+_LAYER = {  # the tensors of a layer, by general.architecture
+    "llama": _LLAMA,
+    "qwen2": _LLAMA | {f"attn_{x}.bias": f"self_attn.{x}_proj.bias" for x in "qkv"},
+    "qwen3": _LLAMA | {f"attn_{x}_norm.weight": f"self_attn.{x}_norm.weight" for x in "qk"},
+    "phi3": _COMMON
+    | {"attn_qkv.weight": "self_attn.qkv_proj.weight", "ffn_up.weight": "mlp.gate_up_proj.weight"},
+}
+FAMILIES = tuple(_LAYER)
+_ROPE = "rope_freqs.weight"
+BLOCK = 32
+
+
+def read_gguf(file: Path) -> tuple[dict[str, Any], dict[str, Thunk]]:
+    """(the config of transformers, a thunk for each of the model's parameters)."""
+    header = read_header(file)
+    family = header.fields.get("general.architecture")
+    if family not in FAMILIES:
+        raise CheckpointError(
+            f"{file}: general.architecture: expected one of {FAMILIES}, whose layout is known, got "
+            f"{family!r}. Use the model's safetensors checkpoint"
+        )
+    if header.fields.get("split.count", 1) != 1:
+        raise CheckpointError(
+            f"{file}: expected a model in one file, got one of {header.fields['split.count']}. "
+            "Join them with llama-gguf-split --merge"
+        )
+    config = _config(file, header, family)
+    weights: dict[str, Thunk] = {}
+    for name, tensor in header.tensors.items():
+        if name != _ROPE:
+            heads = _interleaved_heads(name, config) if family == "llama" else None
+            read = functools.partial(_read, file, name, tensor, heads)
+            weights[_parameter(file, name, family)] = read
+    return config, weights
+
+
+def _parameter(file: Path, name: str, family: str) -> str:
+    """transformers' name."""
+    found = re.fullmatch(r"blk\.(\d+)\.(.+)", name)
+    names, part = (_LAYER[family], found[2]) if found else (_MODEL, name)
+    if part not in names:
+        raise CheckpointError(
+            f"{file}: tensor {name!r}: expected a tensor of a {family} model as transformers has "
+            "it, got an unknown one (of a mixture of experts, of rescaled rotary frequencies, a "
+            "bias). Use the model's safetensors checkpoint"
+        )
+    return f"model.layers.{found[1]}.{names[part]}" if found else names[part]
+
+
+def _interleaved_heads(name: str, config: dict[str, Any]) -> int | None:
+    if name.endswith(".attn_q.weight"):
+        return config["num_attention_heads"]
+    return config["num_key_value_heads"] if name.endswith(".attn_k.weight") else None
+
+
+def _read(file: Path, name: str, tensor: GGUFTensor, heads: int | None) -> Tensor | QuantWeight:
+    with reading(file, name):
+        data = np.fromfile(file, np.uint8, tensor.bytes, offset=tensor.start)
+        if data.size != tensor.bytes:
+            raise ValueError(f"expected {tensor.bytes:,} bytes, got {data.size:,}")
+        weight = _expand(file, name, data, tensor)
+        return weight if heads is None else _halves_together(weight, tensor.shape[0], heads)
+
+
+def _expand(file: Path, name: str, data: Any, tensor: GGUFTensor) -> Tensor | QuantWeight:
+    kind, bits = tensor.type.name, torch.from_numpy(data)
+    plain = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    if kind in plain:
+        return bits.view(plain[kind]).view(tensor.shape)
+    if name.startswith("blk.") and not name.endswith(("_norm.weight", ".bias")):
+        if kind in ("Q4_0", "Q8_0") and len(tensor.shape) == 2:
+            return (q4_0 if kind == "Q4_0" else q8_0)(bits, (tensor.shape[0], tensor.shape[1]))
+        raise ValueError(
+            f"expected a matrix of type Q4_0, Q8_0, F32, F16 or BF16, got {list(tensor.shape)} of "
+            f"{kind}. Make one with llama-quantize --pure, or use the safetensors checkpoint"
+        )
+    rows = data.reshape(*tensor.shape[:-1], -1)
+    with np.errstate(all="ignore"):  # NaN and infinity come as they are stored
+        return torch.from_numpy(np.array(gguf_package(file).dequantize(rows, tensor.type)))
+
+
+def q4_0(data: Tensor, shape: tuple[int, int]) -> Lut4Weight:  # data uint8 [N·K / 32 · 18]
+    blocks = data.view(-1, 18)
+    low_then_high = torch.cat([blocks[:, 2:] & 15, blocks[:, 2:] >> 4], 1)
+    return Lut4Weight(
+        shape=shape,
+        block=BLOCK,
+        qdata=pack_nibbles(low_then_high),
+        scale=blocks[:, :2].contiguous().view(torch.float16).view(-1).float(),
+        lut=table("q4_0"),
+    )
+
+
+def q8_0(data: Tensor, shape: tuple[int, int]) -> Int8Weight:  # data uint8 [N·K / 32 · 34]
+    blocks = data.view(-1, 34)
+    return Int8Weight(
+        shape=shape,
+        block=BLOCK,
+        qdata=blocks[:, 2:].contiguous().view(torch.int8).view(shape),
+        scale=blocks[:, :2].contiguous().view(torch.float16).view(-1).float(),
+    )
+
+
+def _halves_together(
+    weight: Tensor | QuantWeight, rows: int, heads: int
+) -> Tensor | QuantWeight:  # inside `reading`
+    """Rows (h, i, half) to (h, half, i)."""
+    if heads < 1 or rows % (2 * heads):
+        raise ValueError(f"expected {heads} heads of an even number of rows each, got {rows} rows")
+    order = torch.arange(rows).view(heads, -1, 2).transpose(1, 2).reshape(-1)
+    if isinstance(weight, Tensor):
+        return weight[order]
+    assert isinstance(weight.scale, Tensor)  # as q4_0 and q8_0 make it
+    scale = weight.scale.view(rows, -1)[order].view(-1)
+    qdata = weight.qdata.view(rows, -1)[order]
+    flat = isinstance(weight, Lut4Weight)
+    return replace(weight, qdata=qdata.view(-1) if flat else qdata, scale=scale)
+
+
+def _config(file: Path, header: GGUFHeader, family: str) -> dict[str, Any]:
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+    fields = header.fields
+    with reading(file, advice="Use the model's safetensors checkpoint"):
+        scaling = fields.get(f"{family}.rope.scaling.type") or "none"
+        if scaling != "none":
+            raise ValueError(
+                f"{family}.rope.scaling.type: expected none, as transformers' config of a .gguf "
+                f"file knows no other, got {scaling!r}"
+            )
+        config: dict[str, Any] = dict(load_gguf_checkpoint(str(file))["config"])
+        blocks = {name.split(".")[1] for name in header.tensors if name.startswith("blk.")}
+        if config["num_hidden_layers"] != len(blocks):
+            raise ValueError(
+                f"{family}.block_count: expected {len(blocks)}, as many as there are tensors of, "
+                f"got {config['num_hidden_layers']!r}"
+            )
+        heads = config["num_attention_heads"]
+        config.setdefault("num_key_value_heads", heads)
+        for key in ("num_attention_heads", "num_key_value_heads", "hidden_size"):
+            if type(config[key]) is not int or config[key] < 1:
+                raise ValueError(f"{key}: expected a positive integer, got {config[key]!r}")
+        width = fields.get(f"{family}.attention.key_length") or config["hidden_size"] // heads
+        if type(width) is not int or fields.get(f"{family}.rope.dimension_count", width) != width:
+            raise ValueError(
+                f"{family}.rope.dimension_count: expected the {width} dimensions of a head, got "
+                f"{fields.get(f'{family}.rope.dimension_count')}"
+            )
+        if family == "qwen3":
+            config["head_dim"] = width
+        if family == "phi3" and f"{family}.attention.sliding_window" in fields:
+            config["sliding_window"] = fields[f"{family}.attention.sliding_window"] or None
+        if _ROPE in header.tensors:
+            stored = _read(file, _ROPE, header.tensors[_ROPE], None)
+            config["rope_scaling"] = _llama3_scaling(stored, float(config["rope_theta"]))
+    return config
+
+
+def _llama3_scaling(stored: Any, theta: float) -> dict[str, Any]:  # inside `reading`
+    """The setting of Llama 3.1 and later that these divisors of the rotary frequencies came from.
+
+    Wavelengths below context / 4 stay, those above context / 1 grow by `factor`, and between them
+    1 / divisor is linear in context / wavelength, with context = 8192.
+    """
+    divisors = stored.double().view(-1)
+    inverse = theta ** -(torch.arange(len(divisors)).double() / len(divisors))
+    factor, context = divisors.max().item(), 8192
+    smooth = ((context * inverse / (2 * math.pi) - 1) / (4 - 1)).clamp(0, 1)
+    expected = 1 / ((1 - smooth) / factor + smooth)
+    if not torch.allclose(divisors, expected, rtol=1e-5, atol=0):
+        raise ValueError(f"{_ROPE}: expected the rotary frequencies of Llama 3.1, got others")
+    return {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": context,
+    }

@@ -1,0 +1,168 @@
+"""Checkpoints of GPTQ (Frantar et al. 2022) with 4 bits, as AutoGPTQ and GPTQModel write them.
+
+    w[n, k] = (q[n, k] − zero[g(k), n]) · scale[g(k), n],    g(k) = g_idx[k], or k / group_size
+
+A layer X is stored as
+
+    X.qweight   int32 [K/8, N]   bits 4r … 4r+3 of word [i, n] are q[n, 8i + r]
+    X.qzeros    int32 [G, N/8]   bits 4r … 4r+3 of word [g, i] are zero[g, 8i + r], less 1 (modulo
+                                 16) unless checkpoint_format is "gptq_v2"
+    X.scales    fp16  [G, N]
+    X.g_idx     int32 [K]        may be missing; with act-order (desc_act) not in order
+    X.bias      as in a plain layer
+
+and becomes X.weight, a Lut4Weight over the integers with offset = −zero · scale. Both products and
+their sum have at most 16 significant bits, so in fp32 q · scale + offset is (q − zero) · scale
+exactly.
+
+A word's bytes, least significant first, hold two consecutive columns each, the earlier one in the
+low nibble: nibbles swapped and bytes transposed they are ours. Columns in act-order are sorted by
+group, once, and `perm` says where they came from.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .formats import Lut4Weight, table
+from .tensor_files import CheckpointError, TensorFiles, Thunk, integer, matrix, reading, with_plain
+
+PARTS = ("qweight", "qzeros", "scales", "g_idx")
+FORMATS = ("gptq", "gptq_v2")
+
+
+def weights(files: TensorFiles, config: dict[str, Any]) -> dict[str, Thunk]:
+    with reading(files.config_file, "quantization_config"):
+        settings = config["quantization_config"]
+        layout = settings.get("checkpoint_format") or settings.get("format") or "gptq"
+        if layout not in FORMATS:
+            raise ValueError(
+                f"checkpoint_format: expected one of {FORMATS}, got {layout!r}. Convert the "
+                "checkpoint with GPTQModel, or use the unquantised one"
+            )
+        group = group_size(settings)
+    read = functools.partial(_read, files, group=group, stored_less=int(layout == "gptq"))
+    return by_layer(files, read)
+
+
+def group_size(settings: dict[str, Any]) -> int:
+    """Columns that share a scale, −1 for all; checks that there are 4 bits. Inside `reading`."""
+    bits = integer(settings, "w_bit" if "w_bit" in settings else "bits")
+    if bits != 4:
+        raise ValueError(f"bits: expected 4, got {bits}. Use a 4-bit or the unquantised checkpoint")
+    group = integer(settings, "q_group_size" if "q_group_size" in settings else "group_size")
+    if group < 1 and group != -1:
+        raise ValueError(f"group_size: expected a positive number or -1, got {group}")
+    return group
+
+
+def by_layer(files: TensorFiles, read: Any) -> dict[str, Thunk]:
+    """{X.weight: read(X)} for the layers X with a qweight, and the plain tensors."""
+    names = (name for name in files.names() if name.endswith(".qweight"))
+    layers = [name.removesuffix(".qweight") for name in names]
+    for layer in layers:
+        for part in PARTS[:3]:
+            files.file_of(f"{layer}.{part}")
+    found: dict[str, Thunk] = {f"{x}.weight": functools.partial(read, x) for x in layers}
+    return with_plain(files, found, [f"{layer}.{part}" for layer in layers for part in PARTS])
+
+
+def _read(files: TensorFiles, layer: str, *, group: int, stored_less: int) -> Lut4Weight:
+    name = f"{layer}.qweight"
+    file = files.file_of(name)
+    words = matrix(file, name, files.read(name), torch.int32, None, None)
+    K, N = 8 * words.shape[0], words.shape[1]
+    if not N or N % 8 or not K:
+        raise CheckpointError(
+            f"{file}: tensor {name!r}: expected [K/8, N] with N a multiple of 8, got "
+            f"{list(words.shape)}"
+        )
+    scale = scales_of(files, layer, N)
+    zero = nibbles_of(files, f"{layer}.qzeros", len(scale), N)
+    zero = (zero + stored_less) & 15
+    groups = _groups(files, layer, K, len(scale), group)
+    pairs = words.contiguous().view(torch.uint8).view(K // 8, N, 4).transpose(1, 2).reshape(-1, N)
+    perm = None
+    if bool((groups[1:] < groups[:-1]).any()):
+        groups, perm = groups.sort(stable=True)
+        first, second = _columns(pairs, perm[::2]), _columns(pairs, perm[1::2])
+        packed = first << 4 | second
+    else:
+        packed = pairs << 4 | pairs >> 4
+    return grouped(file, f"{layer}.weight", packed.t(), groups, scale, zero, perm)
+
+
+def _columns(pairs: Tensor, which: Tensor) -> Tensor:
+    """Columns of the weight, one per row [len(which), N], from two per byte, low nibble first."""
+    return pairs[which // 2] >> (which % 2 * 4).to(torch.uint8)[:, None] & 15
+
+
+def _groups(files: TensorFiles, layer: str, K: int, count: int, group: int) -> Tensor:
+    """The row of `scales` that each column uses: int64 [K]."""
+    name = f"{layer}.g_idx"
+    if name in files:
+        file = files.file_of(name)
+        groups = matrix(file, name, files.read(name), torch.int32, K).long()
+    else:
+        name, file = f"{layer}.scales", files.file_of(f"{layer}.scales")
+        groups = torch.arange(K) // (K if group == -1 else group)
+    if groups.min() < 0 or groups.max() >= count:
+        raise CheckpointError(
+            f"{file}: tensor {name!r}: expected groups 0 to {count - 1}, the rows of "
+            f"'{layer}.scales', got {groups.min().item()} to {groups.max().item()}"
+        )
+    return groups
+
+
+def grouped(
+    file: Path,
+    name: str,
+    qdata: Tensor,  # uint8 [N, K/2]
+    groups: Tensor,  # int64 [K], ascending
+    scale: Tensor,  # fp32 [G, N]
+    zero: Tensor,  # uint8 [G, N]
+    perm: Tensor | None,
+) -> Lut4Weight:
+    """The weight in blocks of one size: that of the groups or, if one is shorter (the last, where
+    K % group_size ≠ 0), the largest that they are all made of, with scales repeated."""
+    K, N = len(groups), scale.shape[1]
+    block = math.gcd(*torch.unique_consecutive(groups, return_counts=True)[1].tolist())
+    if block % 2:
+        raise CheckpointError(
+            f"{file}: tensor {name!r}: expected groups of columns whose sizes share an even "
+            f"divisor, got a greatest common divisor of {block}. Use the unquantised checkpoint"
+        )
+    with reading(file, name):
+        of_block = groups[::block]
+        return Lut4Weight(
+            shape=(N, K),
+            block=block,
+            qdata=qdata.reshape(-1),
+            scale=scale[of_block].t().reshape(-1),
+            lut=table("int4"),
+            offset=(zero.float() * -scale)[of_block].t().reshape(-1),
+            perm=perm,
+        )
+
+
+def scales_of(files: TensorFiles, layer: str, N: int) -> Tensor:
+    """fp32 [G, N]."""
+    name = f"{layer}.scales"
+    file, stored = files.file_of(name), files.read(name)
+    # A scale with the 24 bits of fp32 would make q · scale and its sum with offset inexact.
+    dtype = torch.bfloat16 if stored.dtype == torch.bfloat16 else torch.float16
+    return matrix(file, name, stored, dtype, None, N).float()
+
+
+def nibbles_of(files: TensorFiles, name: str, rows: int, columns: int) -> Tensor:
+    """uint8 [rows, columns] of int32 words with the first of eight in the lowest bits."""
+    file = files.file_of(name)
+    words = matrix(file, name, files.read(name), torch.int32, rows, columns // 8)
+    pairs = words.contiguous().view(torch.uint8)
+    return torch.stack([pairs & 15, pairs >> 4], -1).reshape(rows, columns)

@@ -1,0 +1,135 @@
+"""Save a quantised model as a folder that load_quantized and load_teacher read on any machine."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .experts import ExpertStack
+from .linear import QuantizedWeight
+from .own_format import KEY, VERSION, metadata, tensors_of
+
+_INDEX = "model.safetensors.index.json"
+
+
+@torch.no_grad()
+def save_quantized(
+    model: PreTrainedModel,
+    path: str | Path,
+    *,
+    tokenizer: Any = None,
+    max_shard_bytes: int = 2 << 30,
+) -> Path:
+    """Write a model of quantize_model or load_quantized: safetensors in the canonical formats, the
+    configuration, and the tokenizer if given.
+
+    The folder appears whole or not at all: it is written beside its place, synced and renamed.
+
+    Raises:
+        ValueError: nothing in the model is quantised. FileExistsError: the folder is there already.
+    """
+    path = Path(path)
+    if not any(isinstance(m, QuantizedWeight) for m in model.modules()):
+        raise ValueError("model: expected quantised layers, found none; use model.save_pretrained")
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise FileExistsError(f"path: expected a new or empty folder, got {path} with content")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        _write_weights(model, temporary, max_shard_bytes)
+        config = copy.deepcopy(model.config)
+        config.quantization_config = {"quant_method": KEY, "version": VERSION}
+        config.save_pretrained(str(temporary))
+        if model.can_generate() and model.generation_config is not None:
+            model.generation_config.save_pretrained(str(temporary))
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(temporary))
+        for file in temporary.iterdir():
+            _sync(file)
+        temporary.chmod(0o755)  # mkdtemp's are for their owner alone
+        if path.is_dir():
+            path.rmdir()
+        os.rename(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _sync(path.parent)
+    return path
+
+
+def _write_weights(model: nn.Module, folder: Path, limit: int) -> None:
+    """Shards of about `limit` bytes, and an index where there is more than one."""
+    shards: list[tuple[Path, list[str]]] = []
+    tensors: dict[str, Tensor] = {}
+    says: dict[str, Any] = {}
+
+    def close() -> None:
+        file = folder / f"{len(shards)}.safetensors"
+        save_file(tensors, file, metadata=metadata(says))
+        shards.append((file, list(tensors)))
+        tensors.clear()
+        says.clear()
+
+    size = total = 0
+    for more, description in _stored(model):
+        bytes_here = sum(t.nbytes for t in more.values())
+        if tensors and size + bytes_here > limit:
+            close()
+            size = 0
+        tensors |= more
+        says |= description
+        size += bytes_here
+        total += bytes_here
+    close()
+    if len(shards) == 1:
+        shards[0][0].rename(folder / "model.safetensors")
+        return
+    index: dict[str, Any] = {"metadata": {"total_size": total}, "weight_map": {}}
+    for i, (file, names) in enumerate(shards):
+        final = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+        file.rename(folder / final)
+        index["weight_map"] |= dict.fromkeys(names, final)
+    (folder / _INDEX).write_text(json.dumps(index, indent=2))
+
+
+def _stored(model: nn.Module) -> Iterator[tuple[dict[str, Tensor], dict[str, Any]]]:
+    """(tensors, what the metadata says of them), layer by layer; tied weights once."""
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedWeight):
+            stored = name if isinstance(module, ExpertStack) else f"{name}.weight"
+            tensors, says = tensors_of(stored, module.quantized)
+            bias = module._buffers.get("bias")
+            if bias is not None:
+                tensors[f"{name}.bias"] = bias.contiguous()
+            yield {k: t.cpu() for k, t in tensors.items()}, {stored: says}
+            continue
+        own = dict(module.named_parameters(recurse=False)) | {
+            k: b
+            for k, b in module.named_buffers(recurse=False)
+            if k not in module._non_persistent_buffers_set
+        }
+        for leaf, tensor in own.items():
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                full = f"{name}.{leaf}" if name else leaf
+                yield {full: tensor.detach().cpu().contiguous()}, {}
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

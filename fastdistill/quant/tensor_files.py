@@ -1,0 +1,239 @@
+"""Tensors by name from one .safetensors file or a folder of them, one at a time.
+
+Nothing here executes what it reads: safetensors is a JSON header and raw bytes, while a pickle
+(pytorch_model.bin, *.pt) is a program, and is refused whatever its file is called.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .formats import QuantWeight
+
+Thunk = Callable[[], Tensor | QuantWeight]  # reads one weight when called
+
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_LARGEST_JSON = 1 << 28  # bytes: an index of a million tensors has half of that
+# What reading damaged bytes may raise. RuntimeError is torch's and TypeError a JSON of other
+# kinds than expected; a MemoryError stays one, since no check here lets damage cause it.
+_DAMAGE = (
+    *(SafetensorError, OSError, ValueError, TypeError, LookupError, ArithmeticError),
+    *(AttributeError, RecursionError, RuntimeError, AssertionError),
+)
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read. Names the file and the tensor, what was expected, what
+    came, and what to do."""
+
+
+@contextlib.contextmanager
+def reading(file: Path, tensor: str | None = None, advice: str = "") -> Iterator[None]:
+    """Whatever goes wrong inside becomes a CheckpointError that says where."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except _DAMAGE as error:
+        at = f"{file}: tensor {tensor!r}: " if tensor else f"{file}: "
+        why = str(error) or type(error).__name__
+        if isinstance(error, KeyError):
+            why = f"expected an entry {error}, got none"
+        raise CheckpointError(f"{at}{why}{'. ' + advice if advice else ''}") from error
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    with reading(file, advice="Expected a JSON object: download the file again"):
+        size = file.stat().st_size
+        if size > _LARGEST_JSON:
+            raise ValueError(f"expected at most {_LARGEST_JSON:,} bytes of JSON, got {size:,}")
+        value = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise TypeError(f"expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def integer(values: dict[str, Any], key: str) -> int:
+    """values[key], which must be there and an integer; inside `reading`."""
+    value = values[key]
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{key}: expected an integer, got {value!r}")
+    return value
+
+
+def shape_of(values: dict[str, Any]) -> tuple[int, int]:
+    """values["shape"], a matrix with something in it; inside `reading`."""
+    shape = values["shape"]
+    if (
+        not isinstance(shape, list)
+        or len(shape) != 2
+        or not all(type(n) is int and 0 < n < 1 << 40 for n in shape)
+    ):
+        raise ValueError(f"shape: expected two positive integers [N, K], got {shape!r}")
+    return shape[0], shape[1]
+
+
+def block_of(values: dict[str, Any], key: str) -> int:
+    """values[key], a positive integer; inside `reading`."""
+    block = integer(values, key)
+    if not 0 < block < 1 << 40:
+        raise ValueError(f"{key}: expected a positive block size, got {block}")
+    return block
+
+
+def refuse_pickle(file: Path) -> None:
+    """Raise if `file`, which is there, is a pickle by its name or by its first bytes."""
+    with reading(file), file.open("rb") as stream:
+        head = stream.read(9)
+    is_zip, is_bare = head[:4] == b"PK\x03\x04", head[:1] == b"\x80" and head[1:2] <= b"\x05"
+    # Such bytes may also be the length of a safetensors header, which "{" then follows.
+    pickled = (is_zip or is_bare) and head[8:9] != b"{"
+    if pickled or file.suffix.lower() in PICKLE_SUFFIXES:
+        raise CheckpointError(
+            f"{file}: expected a .safetensors or .gguf file, got a pickle, which runs code when it "
+            "is loaded and is never opened here. Convert it where you trust it: load the model "
+            "with transformers and call save_pretrained(folder), which writes safetensors"
+        )
+
+
+class TensorFiles:
+    """The tensors of one .safetensors file, or of a folder holding model.safetensors or
+    model.safetensors.index.json with its shards.
+
+    Headers are read at once, which finds damage early; a tensor's bytes only by `read`.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._open: dict[Path, Any] = {}
+        self._file_of: dict[str, Path] = {}
+        if self.path.is_file():
+            self._add(self.path)
+        elif not self.path.is_dir():
+            raise CheckpointError(
+                f"{self.path}: expected a .safetensors file or a folder with {_SINGLE} or "
+                f"{_INDEX}, got nothing at this path"
+            )
+        elif (self.path / _INDEX).is_file():
+            self._read_index(self.path / _INDEX)
+        elif (self.path / _SINGLE).is_file():
+            self._add(self.path / _SINGLE)
+        else:
+            for file in sorted(self.path.glob("*")):
+                if file.suffix.lower() in PICKLE_SUFFIXES:
+                    refuse_pickle(file)
+            raise CheckpointError(
+                f"{self.path}: expected {_SINGLE} or {_INDEX} in this folder, got neither"
+            )
+
+    def names(self) -> list[str]:
+        return list(self._file_of)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._file_of
+
+    @property
+    def config_file(self) -> Path:
+        """Where config.json is, or would be."""
+        return (self.path if self.path.is_dir() else self.path.parent) / "config.json"
+
+    def file_of(self, name: str) -> Path:
+        if name not in self._file_of:
+            raise CheckpointError(
+                f"{self.path}: tensor {name!r}: expected in this checkpoint, got none of that "
+                "name. It is incomplete: download or save it again"
+            )
+        return self._file_of[name]
+
+    def read(self, name: str) -> Tensor:
+        """The tensor, on the CPU. Its bytes may be the file's own, mapped: do not write to it."""
+        file = self.file_of(name)
+        with reading(file, name):
+            return self._open[file].get_tensor(name)
+
+    def metadata(self) -> dict[Path, dict[str, str]]:
+        """What each file's header says beside its tensors."""
+        found = {}
+        for file, opened in self._open.items():
+            with reading(file):
+                found[file] = dict(opened.metadata() or {})
+        return found
+
+    def _read_index(self, index: Path) -> None:
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict):
+            raise CheckpointError(
+                f"{index}: expected a 'weight_map' of tensor names to files, got "
+                f"{type(shards).__name__}"
+            )
+        here: dict[str, set[str]] = {}
+        for name, shard in shards.items():
+            # A name with a folder in it could point anywhere on this machine.
+            if not isinstance(shard, str) or Path(shard).name != shard or "\0" in shard:
+                raise CheckpointError(
+                    f"{index}: tensor {name!r}: expected the name of a file in the same folder, "
+                    f"got {shard!r}"
+                )
+            file = index.parent / shard
+            if shard not in here:
+                with reading(index, name):  # a name may be too long to look for
+                    there = file.is_file()
+                if not there:
+                    raise CheckpointError(
+                        f"{file}: expected this shard, because {index.name} names it for tensor "
+                        f"{name!r}, got no such file. Download it"
+                    )
+                here[shard] = self._header(file)
+            if name not in here[shard]:
+                raise CheckpointError(
+                    f"{file}: tensor {name!r}: expected in this file, because {index.name} says "
+                    "so, got a file without it. Index and shards are of different versions: "
+                    "download both again"
+                )
+            self._file_of[name] = file
+
+    def _add(self, file: Path) -> None:
+        self._file_of |= dict.fromkeys(sorted(self._header(file)), file)
+
+    def _header(self, file: Path) -> set[str]:
+        refuse_pickle(file)
+        with reading(file, advice="Not a whole .safetensors file: download it again"):
+            opened = self._open[file] = safe_open(file, framework="pt", device="cpu")
+            return set(opened.keys())
+
+
+def with_plain(
+    files: TensorFiles, quantised: dict[str, Thunk], parts: Iterable[str]
+) -> dict[str, Thunk]:
+    """`quantised` and every other tensor of `files` but their `parts`, as it is stored."""
+    skipped = {*quantised, *parts}
+    plain = [name for name in files.names() if name not in skipped]
+    return {**{name: functools.partial(files.read, name) for name in plain}, **quantised}
+
+
+def matrix(file: Path, name: str, tensor: Tensor, dtype: torch.dtype, *shape: int | None) -> Tensor:
+    """`tensor`, after checking its type and shape; None stands for any length."""
+    fits = tensor.dim() == len(shape) and all(
+        want in (None, got) for want, got in zip(shape, tensor.shape, strict=True)
+    )
+    if tensor.dtype != dtype or not fits:
+        expected = ["any" if n is None else n for n in shape]
+        raise CheckpointError(
+            f"{file}: tensor {name!r}: expected {expected} of {_short(dtype)}, got "
+            f"{list(tensor.shape)} of {_short(tensor.dtype)}"
+        )
+    return tensor
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

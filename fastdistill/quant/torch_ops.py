@@ -1,0 +1,132 @@
+"""The operations of quantised inference in plain PyTorch: what runs without a compiled module, and
+what the compiled ones are tested against, bit for bit."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .formats import Nested, int8_table, unpack_nibbles
+
+_CHUNK = 1 << 22
+FP8 = torch.float8_e4m3fn
+TOP = {torch.int8: 127.0, FP8: 448.0}  # the largest value that rows are scaled to
+
+
+def expand_blocks(values: Tensor, start: int, stop: int, block: int) -> Tensor:
+    """values[i / block] for start ≤ i < stop; start is a multiple of block."""
+    per_block = values[start // block : -(-stop // block)]
+    return per_block.repeat_interleave(block)[: stop - start]
+
+
+def lut4_dequant(
+    qdata: Tensor,
+    scale: Tensor | Nested,
+    offset: Tensor | None,
+    lut: Tensor,
+    out: Tensor,  # [N, K] fp32 | bf16 | fp16 | fp8 | int8
+    block: int,
+    row_inverse: Tensor | None = None,  # fp32 [N], with fp8 and int8
+) -> None:
+    """out = lut[q] · scale + offset, times row_inverse for 8-bit results."""
+    if isinstance(scale, Nested):
+        scale = scale.expand()
+    flat, count, cols = out.view(-1), out.numel(), out.shape[-1]
+    step = max(1, _CHUNK // (2 * block)) * 2 * block  # whole blocks and whole bytes
+    for start in range(0, count, step):
+        stop = min(start + step, count)
+        q = unpack_nibbles(qdata[start // 2 : -(-stop // 2)], stop - start)
+        w = lut[q.long()] * expand_blocks(scale.view(-1), start, stop, block)
+        if offset is not None:
+            w = w + expand_blocks(offset.view(-1), start, stop, block)
+        if row_inverse is not None:
+            w *= row_inverse[torch.arange(start, stop, device=w.device) // cols]
+        flat[start:stop] = rounded(w, out.dtype)
+
+
+def int8_dequant(qdata: Tensor, scale: Tensor, out: Tensor, block: int) -> None:
+    """out = q · scale."""
+    rows, per_row = max(1, _CHUNK // qdata.shape[1]), qdata.shape[1] // block
+    for start in range(0, qdata.shape[0], rows):
+        some = qdata[start : start + rows]
+        w = some.view(-1, block) * scale.view(-1)[start * per_row :][: some.numel() // block, None]
+        out[start : start + rows] = w.view(some.shape)
+
+
+def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """To `dtype`; int8 to nearest even within ±127, fp8 within ±448."""
+    if dtype == torch.int8:
+        return values.round().clamp(-127, 127).to(dtype)
+    if dtype == FP8:
+        return values.clamp(-448, 448).to(dtype)
+    return values.to(dtype)
+
+
+def quantize_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(q [M, K] of `dtype`, scale fp32 [M]) with x ≈ q · scale.
+
+    A row holding NaN or infinity gets the scale NaN, so that everything made from it is NaN.
+    """
+    q, scale, _ = quantize_groups(x, x.shape[1], dtype)
+    return q, scale.view(-1)
+
+
+def quantize_groups(
+    x: Tensor, group: int, dtype: torch.dtype = torch.int8
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(q [M, K], scale fp32 [M, K/group], Σq [M, K/group] int32 of int8) per group of columns."""
+    groups = x.float().view(x.shape[0], -1, group)
+    top = groups.abs().amax(-1)
+    fine = top.isfinite()
+    limit = torch.full_like(top, TOP[dtype])  # a number over a tensor would be rounded twice
+    inverse = limit / top
+    usable = fine & inverse.isfinite()  # not zero, nor so small that the inverse overflows
+    scale = torch.where(fine, torch.where(usable, top / limit, 0.0), torch.nan)
+    inverse = torch.where(usable, inverse, 0.0).unsqueeze(-1)
+    # 0 · inf is NaN, which no integer can be: such groups are zeroed first.
+    q = rounded(torch.where(fine.unsqueeze(-1), groups, 0.0) * inverse, dtype)
+    total = q.sum(-1, dtype=torch.int32) if dtype == torch.int8 else scale.new_empty(0)
+    return q.view(x.shape), scale, total
+
+
+def lut4_products(
+    x: Tensor,  # [M, K]
+    qdata: Tensor,  # uint8 [rows · K / 2]
+    lut: Tensor,
+    scale: Tensor,
+    offset: Tensor | None,
+    bias: Tensor | None,
+    rows: int,
+    weight_group: int,
+    group: int,
+) -> Tensor:  # [M, rows]
+    """int8_products of the table in 8 bits: lut ≈ unit · codes."""
+    table, unit = int8_table(lut)
+    codes = table[unpack_nibbles(qdata.view(-1), rows * x.shape[1]).long()].view(rows, -1)
+    return int8_products(x, codes, scale * unit, offset, bias, weight_group, group)
+
+
+def int8_products(
+    x: Tensor,  # [M, K]
+    codes: Tensor,  # int8 [N, K]
+    scale: Tensor,  # fp32 [N, K / weight_group]
+    offset: Tensor | None,
+    bias: Tensor | None,
+    weight_group: int,
+    group: int,
+) -> Tensor:  # [M, N] in x's type
+    """Σ_g (Σ_{k ∈ g} qx · codes) · sx · scale (+ sx · Σ qx · offset) + bias.
+
+    Groups are summed in order, in fp32; within a group the sum is exact, since it stays below 2^24.
+    """
+    q, sx, total = quantize_groups(x, group)
+    out = x.new_zeros(x.shape[0], codes.shape[0], dtype=torch.float32)
+    for g in range(sx.shape[1]):
+        at, w = slice(g * group, (g + 1) * group), g * group // weight_group
+        exact = q[:, at].float() @ codes[:, at].float().t()
+        out += exact * (sx[:, g, None] * scale[None, :, w])
+        if offset is not None:
+            out += (sx[:, g] * total[:, g])[:, None] * offset[None, :, w]
+    if bias is not None:
+        out += bias.float()
+    return out.to(x.dtype)

@@ -1,0 +1,52 @@
+"""Every implementation of quantised inference that this machine can run, to choose from."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from fastdistill import backend
+from fastdistill.quant import engines, ops
+
+if TYPE_CHECKING:
+    import pytest
+
+EXT = backend.extension()
+ISAS = ["scalar", "avx2", "avx512", "avx512_vnni"]
+NAMES = ["torch", "triton", *ISAS]
+
+
+def use(monkeypatch: pytest.MonkeyPatch, name: str) -> engines.QuantEngine:
+    """Let `name` do the work from here on; skips what is not here."""
+    import pytest  # not on every machine with a GPU, where flat_reference is all that is needed
+
+    if name in ISAS:
+        if EXT is None:
+            pytest.skip("the C++ extension was not built")
+        if ISAS.index(name) > EXT.best_isa():
+            pytest.skip(f"this CPU has no {name}")
+        monkeypatch.setattr(backend, "extension", lambda: EXT)
+        monkeypatch.setattr(backend, "cpu_isa", lambda: ISAS.index(name))
+        chosen = engines.CPU
+    elif name == "triton":
+        chosen = engines.triton()
+    else:
+        chosen = engines.TORCH
+        monkeypatch.setattr(backend, "extension", lambda: None)
+    for module in (engines, ops):
+        monkeypatch.setattr(module, "engine_for", lambda device: chosen)
+    return chosen
+
+
+def flat_reference(weight, dtype: torch.dtype) -> torch.Tensor:
+    """lut[q]·scale + offset by the definition, one value at a time over the flattened tensor."""
+    weight = weight.expanded()
+    N, K = weight.shape
+    i = torch.arange(N * K)
+    byte = weight.qdata.view(-1)[i // 2]
+    q = torch.where(i % 2 == 0, byte >> 4, byte & 15)
+    w = weight.lut[q.long()] * weight.scale.view(-1)[i // weight.block]
+    if weight.offset is not None:
+        w = w + weight.offset.view(-1)[i // weight.block]
+    return w.view(N, K).to(dtype)
