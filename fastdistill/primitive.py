@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import checks
+from . import native_topk as native_topk  # registers a kernel of the C++ extension
 from .backend import resolve_impl
 from .kernels.backends import engine
 from .kernels.rows import ABSENT, Gathered, entropy_of, first_slots

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from .head import Best, Head, RunningLSE, Scanned, Stats, lift_of
+from .row_topk import row_topk
 from .rows import ABSENT, NEG
 
 SLAB_BYTES = 8 << 20  # stays in the last-level cache of a CPU and the L2 of a data-centre GPU
@@ -249,9 +250,4 @@ def topk(head: Head, hidden_nH: Tensor, k: int, keep: Tensor) -> tuple[Tensor, T
     z_Vn = kept(head, keep, n)[:-1]
     for rows in slabs(head.vocab, n, head.dtype.itemsize):
         logits(head, matmul, rows, z_Vn[rows]).div_(head.temperature)
-    best = z_Vn.t().contiguous().topk(k, dim=-1)
-    z_Vn.scatter_(0, best.indices.t(), NEG)
-    rest = RunningLSE.empty(n, z_Vn, 1.0, 0)
-    for rows in slabs(head.vocab, n, head.dtype.itemsize):
-        rest.add(z_Vn[rows])
-    return best.values, best.indices, rest.lse()
+    return row_topk(z_Vn.t().contiguous(), k)

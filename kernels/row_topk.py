@@ -1,0 +1,46 @@
+"""fastdistill::row_topk, what is left of a teacher's row of logits: its k largest and the rest.
+
+    values, ids   the k largest of z [n, V], by falling value
+    lse_rest      log Σ e^z over all others; −inf if there are none
+
+An operator, so that a compiled kernel can stand in for it on its own device: for the CPU,
+fastdistill/native_topk.py registers that of the C++ extension. What follows is everybody's.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .head import blocks
+from .rows import ABSENT, NEG
+
+_AT_ONCE = 8 << 20  # bytes of exponentials that logsumexp keeps
+
+library = torch.library.Library("fastdistill", "FRAGMENT")
+library.define("row_topk(Tensor(a!) z, int k) -> (Tensor values, Tensor ids, Tensor lse_rest)")
+
+
+def row_topk(z_nV: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(values [n, k], ids int64 [n, k], lse_rest [n]) in z's type; z may be overwritten."""
+    return torch.ops.fastdistill.row_topk(z_nV, k)
+
+
+def by_sorting(z_nV: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The library's top-k; then a log-sum-exp without them: 1 − Σ would lose a small rest."""
+    best = z_nV.topk(k, dim=-1)
+    z_nV.scatter_(-1, best.indices, NEG)
+    rest = z_nV.new_empty(z_nV.shape[0])
+    rows = max(1, _AT_ONCE // (z_nV.shape[1] * z_nV.element_size()))
+    for at in blocks(z_nV.shape[0], rows):
+        rest[at] = z_nV[at].logsumexp(-1)
+    return best.values, best.indices, torch.where(rest < ABSENT, -torch.inf, rest)
+
+
+library.impl("row_topk", by_sorting, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("fastdistill::row_topk", lib=library)
+def _(z: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    values = z.new_empty(z.shape[0], k)
+    return values, torch.empty_like(values, dtype=torch.int64), z.new_empty(z.shape[0])
