@@ -11,11 +11,14 @@ if TYPE_CHECKING:
     from . import compat
     from .config import DistillConfig
     from .dense import linear_distill_loss
+    from .fidelity import FidelityReport
     from .losses import topk_distill, topk_distill_loss
     from .modules import LinearDistillLoss, TopKDistillLoss
     from .outputs import DistillOutput, SelectedLogits, TokenScores, TopK
     from .primitive import linear_lse_gather, linear_topk
+    from .quant import Int8Linear, LUT4Linear, quantize_model, save_quantized
     from .scores import token_scores
+    from .teacher import Teacher, load_teacher
     from .trainer import DistillTrainer
 
 __version__ = "0.1.0"
@@ -24,8 +27,12 @@ __all__ = [
     "DistillConfig",
     "DistillOutput",
     "DistillTrainer",
+    "FidelityReport",
+    "Int8Linear",
+    "LUT4Linear",
     "LinearDistillLoss",
     "SelectedLogits",
+    "Teacher",
     "TokenScores",
     "TopK",
     "TopKDistillLoss",
@@ -33,6 +40,9 @@ __all__ = [
     "linear_distill_loss",
     "linear_lse_gather",
     "linear_topk",
+    "load_teacher",
+    "quantize_model",
+    "save_quantized",
     "token_scores",
     "topk_distill",
     "topk_distill_loss",
@@ -42,14 +52,21 @@ _MODULE_OF = {
     "DistillConfig": "config",
     "DistillOutput": "outputs",
     "DistillTrainer": "trainer",
+    "FidelityReport": "fidelity",
+    "Int8Linear": "quant",
+    "LUT4Linear": "quant",
     "LinearDistillLoss": "modules",
     "SelectedLogits": "outputs",
+    "Teacher": "teacher",
     "TokenScores": "outputs",
     "TopK": "outputs",
     "TopKDistillLoss": "modules",
     "linear_distill_loss": "dense",
     "linear_lse_gather": "primitive",
     "linear_topk": "primitive",
+    "load_teacher": "teacher",
+    "quantize_model": "quant",
+    "save_quantized": "quant",
     "token_scores": "scores",
     "topk_distill": "losses",
     "topk_distill_loss": "losses",

@@ -51,7 +51,7 @@ def examine() -> Findings:
     found = [_python(seen), *(_required(name, packages.get(name)) for name in _REQUIRED)]
     found.append(_gpu(seen))
     found.append(_triton(packages.get("triton"), bool(seen["cuda"])))
-    found.append(_extension(seen))
+    found += [_extension(seen), _cuda_extension(seen)]
     for name, (use, mend) in _OPTIONAL.items():
         version = packages.get(name)
         if version is None:
@@ -103,13 +103,33 @@ def _triton(version: str | None, gpu: bool) -> Finding:
 
 
 def _extension(seen: dict[str, Any]) -> Finding:
-    if seen["extension"] is not None:
-        return Finding(name="fastdistill._ext", status="ok", detail=str(seen["extension"]))
+    built = seen["extension"]
+    if built is not None:
+        detail = f"{built['compiler']}; quantised layers on CPUs use {seen['cpu_isa']}"
+        return Finding(name="fastdistill._ext", status="ok", detail=detail)
     return Finding(
         name="fastdistill._ext",
         status="missing",
         detail="the C++ extension was not built; everything runs on PyTorch instead",
         mend="pip install --force-reinstall --no-deps .  # in the checkout, with a C++ compiler",
+    )
+
+
+def _cuda_extension(seen: dict[str, Any]) -> Finding:
+    built = seen["cuda_extension"]
+    if built is not None:
+        archs = ", ".join(f"sm_{arch}" for arch in built["archs"])
+        return Finding(
+            name="fastdistill._cuda", status="ok", detail=f"CUDA {built['cuda']}, {archs}"
+        )
+    if not seen["cuda"]:
+        detail = "not built; only for quantised teachers on GPUs, and there is none"
+        return Finding(name="fastdistill._cuda", status="ok", detail=detail)
+    return Finding(
+        name="fastdistill._cuda",
+        status="missing",
+        detail="not built; quantised teachers use Triton on this GPU",
+        mend="FASTDISTILL_CUDA=1 pip install --force-reinstall --no-deps .  # with nvcc on PATH",
     )
 
 

@@ -149,9 +149,10 @@ def hidden_states(
     model: nn.Module,
     input_ids: Tensor,  # (B, T)
     attention_mask: Tensor | None = None,  # (B, T)
+    **more: Tensor,  # other inputs of the model, such as position_ids
 ) -> Tensor:  # (B, T, H), as they enter the head
     with at_head(model, lambda hidden: hidden):
-        return model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        return model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **more)
 
 
 @torch.no_grad()

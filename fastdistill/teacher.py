@@ -4,15 +4,25 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from .heads import LMHead, head_of, hidden_states, verify_head
+from . import checks
+from .fidelity import FidelityReport, measure
+from .heads import LMHead, head_of, verify_head
 from .outputs import TopK
+from .packing import RowReader, read_rows
 from .primitive import linear_topk
+from .stored_model import StoredModel
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+QUANTS = ("nf4", "fp4", "int4", "int8")
+COMPUTES = ("auto", "exact", "int8", "fp8")
 
 
 @runtime_checkable
@@ -39,6 +49,13 @@ class Teacher:
             from the path when there is one.
         dtype: how to load the weights from a path; "auto" keeps the stored one.
         impl: which implementation of linear_topk to use.
+        tokens_per_batch: tokens in one forward pass. None: 4096 on a CPU; on a GPU a quarter of
+            the free memory, at 32 values of the hidden size per token, between 1024 and 16384. A
+            longer row runs alone.
+
+    Raises:
+        ValueError: the model is not causal, or transforms its logits in an unknown way.
+        TypeError: not a causal language model.
     """
 
     def __init__(
@@ -48,6 +65,7 @@ class Teacher:
         tokenizer: Any = None,
         dtype: torch.dtype | str = "auto",
         impl: str = "auto",
+        tokens_per_batch: int | None = None,
     ) -> None:
         if isinstance(model, (str, Path)):
             if tokenizer is None:
@@ -55,7 +73,7 @@ class Teacher:
             model = AutoModelForCausalLM.from_pretrained(
                 str(model), use_safetensors=True, trust_remote_code=False, dtype=dtype
             )
-        if not isinstance(model, torch.nn.Module):
+        if not isinstance(model, nn.Module):
             raise TypeError(
                 "teacher: expected a causal language model, or the path of one, "
                 f"got {type(model).__name__}"
@@ -64,7 +82,10 @@ class Teacher:
         self.tokenizer = tokenizer
         self.impl = impl
         self.valid_vocab: int | None = None
+        self.quant: str | None = None  # this and the next are set by load_teacher
+        self.source: StoredModel | None = None
         verify_head(self.model, self.head)
+        self.reader = RowReader(self.model, tokens_per_batch)
 
     @property
     def head(self) -> LMHead:
@@ -88,17 +109,178 @@ class Teacher:
         k: int,
         temperature: float = 1.0,
     ) -> TopK:  # [B, T, K]
-        hidden = hidden_states(self.model, input_ids, attention_mask)
+        """The k likeliest next tokens at every attended position, and the exact log tail.
+
+        Rows are taken out of their padding and regrouped by length under `tokens_per_batch`, packed
+        behind each other where the model allows it: positions count attended tokens, so left and
+        right padding answer alike.
+
+        Args:
+            input_ids: int32/int64 [B, T]. attention_mask: bool or 0/1 [B, T], None for all ones.
+            k: 1 ≤ k ≤ vocab. temperature: T of softmax(logits / T).
+
+        Returns:
+            TopK on input_ids' device: ids int64 [B, T, k], logprobs fp32 (fp64 from fp64), log_tail
+            [B, T]. Where attention_mask is 0 the payload is empty: ids −1, logprobs −inf, log_tail
+            0 (all mass outside), which every loss accepts and none learns from at ignored labels.
+
+        Raises:
+            ValueError or TypeError naming the argument, what was expected and what came.
+        """
+        rows = read_rows(input_ids, attention_mask, self.reader.vocab)
         head = self.head
-        return linear_topk(
-            hidden, head.weight, k, temperature=temperature, impl=self.impl, **head.options()
+        if not isinstance(k, int) or not 1 <= k <= head.vocab_size:
+            checks.fail("k", f"an integer in 1..{head.vocab_size} (V)", repr(k))
+        checks.positive("temperature", temperature)
+        n, device = input_ids.numel(), input_ids.device
+        dtype = torch.float64 if head.weight.dtype == torch.float64 else torch.float32
+        ids = torch.full((n, k), -1, device=device)
+        logprobs = torch.full((n, k), -torch.inf, dtype=dtype, device=device)
+        log_tail = torch.zeros(n, dtype=dtype, device=device)
+        for where, hidden in self.reader.read(rows):
+            hidden = hidden.to(head.weight.device)
+            best = linear_topk(
+                hidden, head.weight, k, temperature=temperature, impl=self.impl, **head.options()
+            )
+            assert best.log_tail is not None
+            ids[where] = best.ids.to(device)
+            logprobs[where] = best.logprobs.to(device)
+            log_tail[where] = best.log_tail.to(device)
+        lead = tuple(input_ids.shape)
+        return TopK(
+            ids.view(*lead, k), logprobs.view(*lead, k), log_tail.view(lead), float(temperature)
         )
+
+    @torch.no_grad()
+    def hidden(
+        self,
+        input_ids: Tensor,  # (B, T)
+        attention_mask: Tensor | None = None,  # (B, T)
+    ) -> Tensor:  # (B, T, H), in the model's dtype
+        """Hidden states as they enter the head, for dense divergences with `head`; batched as in
+        `topk`, and zero where attention_mask is 0. The same errors."""
+        return self.reader.hidden(read_rows(input_ids, attention_mask, self.reader.vocab))
+
+    def fidelity(
+        self,
+        batch: Mapping[str, Tensor] | Sequence[Mapping[str, Any]],
+        *,
+        against: Teacher | PreTrainedModel | str | Path | None = None,
+        student: PreTrainedModel | float | None = None,
+    ) -> FidelityReport:
+        """What quantising this teacher cost on a calibration batch; see `fidelity.measure`."""
+        return measure(self, batch, against=against, student=student)
+
+
+def load_teacher(
+    path_or_model: PreTrainedModel | str | Path,
+    *,
+    quant: str | None = None,
+    compute: str = "auto",
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str = "auto",
+    attn_implementation: str | None = None,
+    tokens_per_batch: int | None = None,
+    tokenizer: Any = None,
+    impl: str = "auto",
+) -> Teacher:
+    """A frozen teacher, quantised on request, on the device it will answer from.
+
+    Args:
+        path_or_model: the directory of a safetensors checkpoint, or its name on the hub, plain or
+            already quantised (own, bitsandbytes, GPTQ, AWQ); a .gguf file; or a loaded model, which
+            is frozen, and quantised, in place. Nothing in a checkpoint is executed.
+        quant: "nf4", "fp4", "int4" or "int8" quantises the linear layers but the output head while
+            they load; None keeps what is stored.
+        compute: how quantised layers multiply: "exact" (weights expanded), "int8", "fp8" (GPU), or
+            "auto", which chooses.
+        device: None is the current GPU, or the CPU where there is none; a loaded model stays.
+        dtype: of what is not quantised; "auto" keeps the stored one.
+        attn_implementation: passed on to transformers. None is flash_attention_2 where flash-attn
+            is installed, the model has it, the device is CUDA and the dtype 16-bit; else what
+            transformers chooses, which is sdpa where the model has it.
+        tokens_per_batch, impl: see `Teacher`.
+        tokenizer: None reads the one beside the weights.
+
+    Returns:
+        Teacher. From a path it remembers where its full precision lies, for `fidelity`.
+
+    Raises:
+        FileNotFoundError: nothing there. ValueError: an unknown quant or compute, quant for what is
+        quantised already, a pickle instead of safetensors. TypeError: not a model or path.
+    """
+    if quant is not None:
+        checks.choice("quant", quant, QUANTS)
+    checks.choice("compute", compute, COMPUTES)
+    source = None
+    if isinstance(path_or_model, nn.Module):
+        model = _from_model(path_or_model, quant, compute, device, dtype, attn_implementation)
+    elif isinstance(path_or_model, (str, Path)):
+        source = StoredModel.at(path_or_model, dtype, attn_implementation)
+        place = _default_device() if device is None else torch.device(device)
+        model = _from_checkpoint(source, quant, compute, place)
+        tokenizer = _tokenizer_beside(source.path) if tokenizer is None else tokenizer
+    else:
+        raise TypeError(
+            "path_or_model: expected a causal language model, or the path of one, "
+            f"got {type(path_or_model).__name__}"
+        )
+    teacher = Teacher(model, tokenizer=tokenizer, impl=impl, tokens_per_batch=tokens_per_batch)
+    teacher.quant, teacher.source = quant, source
+    return teacher
+
+
+def _from_checkpoint(source: StoredModel, quant: str | None, compute: str, device: Any) -> Any:
+    if source.quantised and quant is not None:
+        checks.fail("quant", f"None, since {source.path} is quantised already", repr(quant),
+                    "or pass the full-precision checkpoint")  # fmt: skip
+    if quant is None and not source.quantised:
+        _refuse_compute(compute)
+        return source.load(device)
+    from .quant import load_quantized
+
+    return load_quantized(
+        source.path,
+        quant=quant,
+        compute=compute,
+        dtype=source.dtype,
+        device=device,
+        attn_implementation=source.attention_on(device),
+    )
+
+
+def _from_model(
+    model: Any, quant: str | None, compute: str, device: Any, dtype: Any, attention: str | None
+) -> Any:
+    if dtype != "auto":
+        checks.fail("dtype", "'auto' with a loaded model", dtype, "load it in that dtype")
+    if attention is not None:
+        model.set_attn_implementation(attention)
+    if quant is None:
+        _refuse_compute(compute)
+    else:
+        from .quant import quantize_model
+
+        model = quantize_model(model, quant, compute=compute)
+    return model if device is None else model.to(device)
+
+
+def _refuse_compute(compute: str) -> None:
+    if compute != "auto":
+        checks.fail("compute", "'auto' for a teacher in full precision", repr(compute),
+                    "pass quant='nf4', 'fp4', 'int4' or 'int8' with it")  # fmt: skip
+
+
+def _default_device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def _tokenizer_beside(path: Path) -> Any:
     """The tokenizer stored with the weights, or None where there is none."""
     files = ("tokenizer.json", "tokenizer_config.json")
-    if path.is_dir() and not any((path / name).is_file() for name in files):
+    if path.is_file() or (path.is_dir() and not any((path / n).is_file() for n in files)):
         return None
     try:
         return AutoTokenizer.from_pretrained(path.as_posix(), trust_remote_code=False)

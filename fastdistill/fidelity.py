@@ -1,0 +1,248 @@
+"""What quantising a teacher cost: its distance from the full-precision weights on a few texts.
+
+An error of 0.01 nats per token is nothing beside a student that is 1 nat away, and half of what
+there is to learn beside one that is 0.02 away: hence the ratio to KL(teacher ‖ student).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from . import checks
+from .data import IGNORE_INDEX, DistillCollator
+from .dense import linear_distill_loss
+from .heads import LMHead, head_of, verify_head
+from .intervals import bootstrap_ratio, wilson
+from .packing import RowReader, Rows, evaluating, read_rows
+from .primitive import linear_topk
+from .stored_model import StoredModel
+
+if TYPE_CHECKING:
+    from .teacher import Teacher
+
+RATIO_LIMIT = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class FidelityReport:
+    """KL in nats per token at T = 1 over the whole vocabulary; intervals are 95 %.
+
+    kl: the mean of KL(full ‖ quantised). top1_agreement: share of tokens where both rank the same
+    first. The intervals resample whole sequences, whose tokens err together, and are NaN for one
+    alone; top1's is at least Wilson's, since no resampling shows what has not occurred. student_kl:
+    the mean of KL(quantised teacher ‖ student); ratio = kl / student_kl; None without a student.
+    warning: what to do where the ratio is above 5 %, or None.
+    """
+
+    kl: float
+    kl_interval: tuple[float, float]
+    top1_agreement: float
+    top1_interval: tuple[float, float]
+    tokens: int
+    sequences: int
+    student_kl: float | None = None
+    ratio: float | None = None
+    warning: str | None = None
+
+    def __str__(self) -> str:
+        (low, high), (low1, high1) = self.kl_interval, self.top1_interval
+        line = (
+            f"KL(full ‖ quantised) {self.kl:.3g} nats/token [{low:.3g}, {high:.3g}], same top "
+            f"token {self.top1_agreement:.2%} [{low1:.2%}, {high1:.2%}], {self.tokens:,} tokens of "
+            f"{self.sequences:,} sequences"
+        )
+        if self.ratio is not None:
+            line += f"; {self.ratio:.1%} of KL(teacher ‖ student) {self.student_kl:.3g}"
+        return line
+
+
+@torch.no_grad()
+def measure(
+    teacher: Teacher,
+    batch: Mapping[str, Tensor] | Sequence[Mapping[str, Any]],
+    *,
+    against: Teacher | PreTrainedModel | str | Path | None = None,
+    student: PreTrainedModel | float | None = None,
+) -> FidelityReport:
+    """KL(full ‖ quantised) and top-1 agreement of `teacher` on a calibration batch.
+
+    Exact over the whole vocabulary, streamed: no [N, V] tensor. Positions are those a training
+    would count: each attended token but a row's first is predicted from the one before, where its
+    label, if there are labels, is not −100.
+
+    Args:
+        batch: a dict with input_ids [B, T] and optionally attention_mask and labels [B, T], or a
+            list of dicts with one sequence each, as for training. Eight sequences or more give a
+            useful interval.
+        against: the full-precision model, teacher or path. None loads it from where the teacher
+            came from: whole, beside the teacher, on its device and in the dtype given to
+            load_teacher, and freed when this returns. Where both do not fit, pass
+            load_teacher(path, device="cpu").
+        student: a model, which is left as it is, or its known mean KL from the teacher in nats.
+
+    Returns:
+        FidelityReport; str() of it is one line.
+
+    Warns:
+        UserWarning: kl is more than 5 % of KL(teacher ‖ student).
+
+    Raises:
+        ValueError: no full-precision weights to compare with, no position to count, vocabularies
+        that differ. ValueError or TypeError for a malformed batch, naming the argument.
+    """
+    ids, mask, labels = _columns(batch)
+    counted = _counted(read_rows(ids, mask, teacher.reader.vocab), labels)
+    sides = [_Side(teacher.reader, teacher.head, teacher.impl), _full_precision(teacher, against)]
+    if isinstance(student, nn.Module):
+        sides.append(_side(student, teacher))
+    elif student is not None:
+        checks.positive("student", student)
+    sides = [side.on(sides[0].head.weight.device) for side in sides]
+    columns = [
+        _compare(sides, ids[at], None if mask is None else mask[at], counted[at])
+        for at in torch.arange(len(ids)).split(max(1, teacher.reader.budget // ids.shape[1]))
+    ]
+    kl, same, learnt = (torch.cat(column).double().cpu() for column in zip(*columns, strict=True))
+    student_kl = learnt.mean().item() if len(learnt) else student
+    report = _report(kl.tolist(), same.tolist(), counted.nonzero()[:, 0].tolist(), student_kl)
+    if report.warning is not None:
+        warnings.warn(report.warning, UserWarning, stacklevel=3)
+    return report
+
+
+@dataclass(frozen=True)
+class _Side:
+    """One of the models compared, as it is: neither frozen nor moved."""
+
+    reader: RowReader
+    head: LMHead
+    impl: str
+
+    def on(self, device: torch.device) -> _Side:
+        """The head elsewhere; the model stays where it is."""
+        bias = None if self.head.bias is None else self.head.bias.to(device)
+        return replace(self, head=replace(self.head, weight=self.head.weight.to(device), bias=bias))
+
+    def hidden(self, ids: Tensor, mask: Tensor | None, counted: Tensor) -> Tensor:  # (n, H)
+        hidden = self.reader.hidden(read_rows(ids, mask, self.reader.vocab))
+        return hidden[:, :-1][counted].to(self.head.weight.device)
+
+    def first(self, hidden: Tensor, vocab: int) -> Tensor:
+        options = self.head.options() | {"valid_vocab": vocab}
+        return linear_topk(hidden, self.head.weight, 1, impl=self.impl, **options).ids[:, 0]
+
+    def kl_to(self, hidden: Tensor, other: _Side, other_hidden: Tensor, vocab: int) -> Tensor:
+        """KL(self ‖ other) per token over the first `vocab` ids."""
+        mine, theirs = self.head, other.head
+        options = theirs.options() | {"valid_vocab": vocab, "reduction": "none", "impl": self.impl}
+        return linear_distill_loss(
+            *(other_hidden, theirs.weight, hidden, mine.weight),
+            teacher_bias=mine.bias,
+            teacher_logit_scale=mine.logit_scale,
+            teacher_softcap=mine.softcap,
+            **options,
+        )
+
+
+def _compare(
+    sides: list[_Side], ids: Tensor, mask: Tensor | None, counted: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Per counted token: KL(full ‖ quantised), whether the top token is the same, and
+    KL(quantised ‖ student), empty without one."""
+    ours, full, *others = sides
+    vocab = ours.head.vocab_size
+    ours_NH, full_NG = (side.hidden(ids, mask, counted) for side in (ours, full))
+    kl = full.kl_to(full_NG, ours, ours_NH, vocab)
+    same = ours.first(ours_NH, vocab) == full.first(full_NG, vocab)
+    learnt = kl[:0]
+    for student in others:
+        shared = min(vocab, student.head.vocab_size)
+        learnt = ours.kl_to(ours_NH, student, student.hidden(ids, mask, counted), shared)
+    return kl, same, learnt
+
+
+def _report(
+    kl: list[float], same: list[float], sequences: list[int], student_kl: float | None
+) -> FidelityReport:
+    distance, top1 = (bootstrap_ratio(x, [1.0] * len(kl), sequences) for x in (kl, same))
+    apart = wilson(int(sum(same)), len(same))
+    ratio = None if student_kl is None else distance.value / max(student_kl, 1e-30)
+    warning = None
+    if ratio is not None and ratio > RATIO_LIMIT:
+        warning = (
+            f"teacher: quantising moved it by {distance.value:.3g} nats per token, {ratio:.1%} of "
+            f"the {student_kl:.3g} between it and the student; more than {RATIO_LIMIT:.0%} is "
+            "taught as if it were the teacher's knowledge. Use quant='int8', compute='exact', or "
+            "the full-precision teacher"
+        )
+    return FidelityReport(
+        kl=distance.value,
+        kl_interval=(distance.low, distance.high),
+        top1_agreement=top1.value,
+        # min and max keep their first argument beside a NaN: one sequence leaves no interval.
+        top1_interval=(min(top1.low, apart.low), max(top1.high, apart.high)),
+        tokens=len(kl),
+        sequences=distance.n,
+        student_kl=student_kl,
+        ratio=ratio,
+        warning=warning,
+    )
+
+
+def _columns(batch: Any) -> Any:  # input_ids, attention_mask, labels
+    if not isinstance(batch, Mapping):
+        if not isinstance(batch, (list, tuple)) or not batch:
+            raise TypeError(f"batch: expected a dict with input_ids, or several, got {batch!r:.80}")
+        batch = DistillCollator()(batch)
+    return batch.get("input_ids"), batch.get("attention_mask"), batch.get("labels")
+
+
+def _counted(rows: Rows, labels: Tensor | None) -> Tensor:  # (B, T − 1) bool
+    """Positions whose next token is there to be predicted, from a position that is attended."""
+    attended = rows.attended
+    counted = attended[:, :-1] & attended[:, 1:]
+    if labels is not None:
+        checks.tensor("labels", labels, checks.INTS)
+        if labels.shape != attended.shape:
+            checks.fail("labels", f"shape {[*attended.shape]} as input_ids", [*labels.shape])
+        counted &= labels[:, 1:].to(counted.device) != IGNORE_INDEX
+    if not counted.any():
+        checks.fail("batch", "sequences of two tokens or more with a target in them", "none")
+    return counted
+
+
+def _side(model: nn.Module, teacher: Teacher) -> _Side:
+    with evaluating(model):
+        verify_head(model)
+        reader = RowReader(model, teacher.reader.tokens_per_batch)
+        return _Side(reader, head_of(model), teacher.impl)
+
+
+def _full_precision(teacher: Teacher, against: Any) -> _Side:
+    """`against`, or the weights that the teacher was quantised from."""
+    if against is None:
+        against = teacher.source
+        if against is None or against.quantised or teacher.quant is None:
+            checks.fail("against", "the full-precision model or its path, as this teacher was not "
+                        "quantised from a path by load_teacher", None)  # fmt: skip
+    if isinstance(against, (str, Path)):
+        against = StoredModel.at(against)
+    if isinstance(against, StoredModel):
+        against = against.load(teacher.head.weight.device)
+    model = against.reader.model if hasattr(against, "reader") else against  # of a Teacher
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"against: expected a model, Teacher or path, got {type(model).__name__}")
+    if model is teacher.model:
+        checks.fail("against", "the full-precision model", "the teacher's own")
+    full, vocab = _side(model, teacher), teacher.vocab_size
+    if full.head.vocab_size != vocab:
+        checks.fail("against", f"a head of {vocab} tokens as the teacher's", full.head.vocab_size)
+    return full

@@ -1,0 +1,298 @@
+"""Rows of unequal length through a causal language model, with as little padding as there can be.
+
+The attended tokens of a batch are taken out of their padding, rows are sorted by length and
+grouped under a budget of tokens, and each group runs in the cheaper of two layouts:
+
+    padded    rows below each other, filled up on the right. A causal model looks to the left only,
+              so neither a mask nor a pad token is needed, and attention takes its fast causal path.
+    packed    rows behind each other in one, positions restarting at 0. Transformers keeps them
+              apart by those positions: FlashAttention by its varlen kernel, which costs nothing,
+              SDPA by a block-diagonal mask, which multiplies what it then masks.
+
+Positions count attended tokens, from 0 at the first: left padding, right padding and none are the
+same text, and get the same answers.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import checks
+from .heads import head_of, hidden_states
+
+CPU_TOKENS = 4096
+GPU_TOKENS = (1024, 16384)  # fewer leaves a GPU idle, more gains nothing
+_FREE_SHARE = 0.25
+# Residual stream, queries, keys, values and the MLP's inner activations of one layer, in units of
+# the hidden size: what is alive at once in a forward pass without gradients.
+_VALUES_PER_TOKEN = 32
+
+# Attention that restarting positions keep apart; anything with a state runs on across rows.
+_PACKABLE_LAYERS = {"full_attention", "sliding_attention"}
+_LENGTH_DEPENDENT_ROPE = ("longrope", "dynamic")
+
+# Relative errors of hidden states, medians over tokens: a mixture of experts may send a single
+# token elsewhere by a rounding, a wrong mask or position moves nearly all. The same layout with
+# other neighbours must agree far better than another layout, whose sums run in another order.
+_TOUCHED = {torch.float64: 1e-6, torch.float32: 1e-4}
+_MOVED = {torch.float64: 1e-6, torch.float32: 1e-3}
+_TOUCHED_HALF, _MOVED_HALF = 1e-2, 1e-1
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The attended tokens of a batch [B, T], row after row."""
+
+    tokens: Tensor  # (N,) int64
+    where: Tensor  # (N,) positions in the flattened batch
+    lengths: list[int]  # B of them, Σ = N
+    shape: tuple[int, int]
+
+    @property
+    def attended(self) -> Tensor:  # (B, T) bool
+        flat = torch.zeros(self.shape, dtype=torch.bool, device=self.where.device).view(-1)
+        return flat.index_fill(0, self.where, True).view(self.shape)
+
+
+def read_rows(input_ids: Any, attention_mask: Any, vocab: int) -> Rows:
+    """Check a batch and take it out of its padding; values are read on a GPU too, a short stall
+    where an id outside the embedding would end the process by a device-side assertion."""
+    checks.tensor("input_ids", input_ids, checks.INTS)
+    if input_ids.dim() != 2:
+        checks.fail("input_ids", "shape [B, T]", list(input_ids.shape),
+                    "add a dimension with input_ids[None]")  # fmt: skip
+    B, T = input_ids.shape
+    flat = input_ids.reshape(-1)
+    if attention_mask is None:
+        where = torch.arange(B * T, device=flat.device)
+        lengths = [T] * B
+    else:
+        checks.tensor("attention_mask", attention_mask, (torch.bool, *checks.INTS))
+        if attention_mask.shape != input_ids.shape:
+            checks.fail("attention_mask", f"shape {[B, T]} as input_ids",
+                        list(attention_mask.shape))  # fmt: skip
+        mask = attention_mask.to(flat.device)
+        odd = mask[(mask != 0) & (mask != 1)]
+        if odd.numel():
+            checks.fail("attention_mask", "1 for a token and 0 for padding", int(odd[0]))
+        where = mask.reshape(-1).nonzero()[:, 0]
+        lengths = mask.bool().sum(-1).tolist()
+    tokens = flat[where].long()
+    if tokens.numel():
+        low, high = torch.stack(tokens.aminmax()).tolist()
+        if low < 0 or high >= vocab:
+            checks.fail("input_ids", f"tokens in 0..{vocab - 1} wherever attention_mask is 1",
+                        low if low < 0 else high)  # fmt: skip
+    return Rows(tokens, where, lengths, (B, T))
+
+
+class RowReader:
+    """Runs the rows of a batch through `model`, at most about `tokens_per_batch` tokens at a time.
+
+    Whether the model may be packed is decided here, by `can_pack`.
+
+    Raises:
+        ValueError: the model is not causal; tokens_per_batch is no positive integer.
+    """
+
+    def __init__(self, model: nn.Module, tokens_per_batch: int | None = None) -> None:
+        if tokens_per_batch is not None and (
+            not isinstance(tokens_per_batch, int) or tokens_per_batch < 1
+        ):
+            checks.fail("tokens_per_batch", "an integer above 0, or None", repr(tokens_per_batch))
+        self.model = model
+        self.tokens_per_batch = tokens_per_batch
+        self.packs = can_pack(model)
+        config = _text_config(model)
+        self._hidden_size = int(getattr(config, "hidden_size", 0))
+        self._alone_above = _rope_limit(config)
+
+    @property
+    def vocab(self) -> int:
+        """Tokens that the model can read: rows of its input embedding."""
+        return _embedding(self.model).weight.shape[0]
+
+    @property
+    def budget(self) -> int:
+        """Tokens in one forward pass, padding included."""
+        device = _embedding(self.model).weight.device
+        if self.tokens_per_batch is not None:
+            return self.tokens_per_batch
+        if device.type != "cuda":
+            return CPU_TOKENS
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free = torch.cuda.mem_get_info(device)[0] + unused
+        item = _embedding(self.model).weight.element_size()
+        fits = int(free * _FREE_SHARE) // (_VALUES_PER_TOKEN * item * max(self._hidden_size, 1))
+        return min(max(fits, GPU_TOKENS[0]), GPU_TOKENS[1])
+
+    def read(self, rows: Rows) -> Iterator[tuple[Tensor, Tensor]]:
+        """(positions in the flattened batch (n,), hidden states there (n, H)), group by group."""
+        varlen = self.packs and _is_varlen(self.model)
+        starts = torch.tensor([0, *rows.lengths]).cumsum(0).tolist()
+        for group in groups(rows.lengths, self.budget, varlen, self._alone_above):
+            lengths = [rows.lengths[i] for i in group]
+            at = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in group])
+            at = at.to(rows.tokens.device)
+            run = _packed if self._packed_is_cheaper(lengths, varlen) else _padded
+            yield rows.where[at], run(self.model, rows.tokens[at], lengths)
+
+    def hidden(self, rows: Rows) -> Tensor:  # (B, T, H), zero where nothing is attended
+        """Every hidden state at its place, on the device the batch came from."""
+        weight = head_of(self.model).weight
+        out = weight.new_zeros(*rows.shape, weight.shape[1], device=rows.where.device)
+        flat = out.flatten(0, 1)
+        for where, hidden in self.read(rows):
+            flat[where] = hidden.to(out)
+        return out
+
+    def _packed_is_cheaper(self, lengths: list[int], varlen: bool) -> bool:
+        """A layer's products take about 24 H² FLOPs a token, its attention 4 H a pair of them."""
+        tokens, padded = sum(lengths), len(lengths) * max(lengths)
+        if not self.packs or tokens == padded:
+            return False
+        product = 6 * self._hidden_size
+        return varlen or tokens * (product + tokens) < padded * (product + max(lengths))
+
+
+def groups(
+    lengths: Sequence[int], budget: int, varlen: bool, alone_above: float
+) -> list[list[int]]:
+    """Row indices by falling length, cut where the next row would exceed the budget.
+
+    The longest come first: a budget too large for the memory fails at once. Without a varlen kernel
+    a group that fills a quarter of the budget takes no row below ¾ of its longest. Empty rows are
+    left out; one above the budget, or longer than `alone_above`, runs alone.
+    """
+    found: list[list[int]] = []
+    longest = total = 0
+    for i in sorted((i for i, n in enumerate(lengths) if n), key=lambda i: -lengths[i]):
+        group = found[-1] if found else []
+        size = total + lengths[i] if varlen else longest * (len(group) + 1)
+        wasteful = not varlen and 4 * total >= budget and 4 * lengths[i] < 3 * longest
+        if not group or size > budget or wasteful or longest > alone_above:
+            group, longest, total = [], lengths[i], 0
+            found.append(group)
+        group.append(i)
+        total += lengths[i]
+    return found
+
+
+def _packed(model: nn.Module, tokens: Tensor, lengths: list[int]) -> Tensor:
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    return _forward(model, tokens[None], positions[None])[0]
+
+
+def _padded(model: nn.Module, tokens: Tensor, lengths: list[int]) -> Tensor:
+    longest = max(lengths)
+    inside = torch.cat([torch.arange(n) + row * longest for row, n in enumerate(lengths)])
+    ids = tokens.new_zeros(len(lengths) * longest)
+    ids[inside.to(ids.device)] = tokens
+    hidden = _forward(model, ids.view(-1, longest), None)
+    return hidden.flatten(0, 1)[inside.to(hidden.device)]
+
+
+def _forward(model: nn.Module, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
+    device = _embedding(model).weight.device
+    more = {} if position_ids is None else {"position_ids": position_ids.to(device)}
+    with evaluating(model):
+        return hidden_states(model, input_ids.to(device), **more)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while; each module then gets back the mode it had."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@torch.no_grad()
+def can_pack(model: nn.Module) -> bool:
+    """Whether several rows can share one without any of them noticing.
+
+    By rule: the model takes position_ids, keeps no state along the row, and all its layers are full
+    or sliding attention. And by trial: the second of two packed rows may neither change with the
+    first one's tokens nor differ from what it is in front.
+
+    Raises:
+        ValueError: the model is not causal, so what it says of a token has seen that token.
+    """
+    vocab = _embedding(model).weight.shape[0]
+    first, other, second = (torch.arange(s, s + n) * 7 % vocab for s, n in ((1, 5), (3, 5), (2, 7)))
+    by_rule = _packable_by_rule(model)
+
+    def run(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        positions = torch.cat([torch.arange(len(left)), torch.arange(len(right))])[None]
+        hidden = _forward(model, torch.cat([left, right])[None], positions if by_rule else None)[0]
+        return hidden[: len(left)], hidden[len(left) :]
+
+    in_front, behind = run(first, second)
+    touched = _TOUCHED.get(in_front.dtype, _TOUCHED_HALF)
+    if not _error(run(first, second.flip(0))[0], in_front) <= touched:
+        raise ValueError(
+            f"model: expected a causal language model, but what {type(model).__name__} says of a "
+            "token depends on the tokens behind it. A teacher that has seen the next token cannot "
+            "teach to predict it: load a decoder with AutoModelForCausalLM"
+        )
+    if not by_rule:
+        return False
+    moved = _MOVED.get(in_front.dtype, _MOVED_HALF)
+    return (
+        _error(run(other, second)[1], behind) <= touched
+        and _error(run(second, first)[0], behind) <= moved
+    )
+
+
+def _packable_by_rule(model: nn.Module) -> bool:
+    config = _text_config(model)
+    layers = set(getattr(config, "layer_types", None) or ())
+    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+    stateful = bool(getattr(model, "_is_stateful", False))
+    return takes_positions and not stateful and layers <= _PACKABLE_LAYERS
+
+
+def _error(actual: Tensor, expected: Tensor) -> float:
+    """The median over tokens of |actual − expected| / |expected|."""
+    off = (actual.double() - expected.double()).norm(dim=-1)
+    size = expected.double().norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
+    return (off / size).median().item()
+
+
+def _is_varlen(model: nn.Module) -> bool:
+    attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    return "flash" in str(attention)
+
+
+def _rope_limit(config: Any) -> float:
+    """The length from which rotary frequencies depend on the longest row of a batch, if they do:
+    beyond it rows run alone, so that no row's answers depend on another's length."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    nested = [r for r in rope.values() if isinstance(r, dict)] or [rope]
+    limits = [
+        r.get("original_max_position_embeddings") or getattr(config, "max_position_embeddings", 0)
+        for r in nested
+        if r.get("rope_type") in _LENGTH_DEPENDENT_ROPE
+    ]
+    return min(limits, default=float("inf"))
+
+
+def _text_config(model: nn.Module) -> Any:
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _embedding(model: nn.Module) -> Any:
+    return model.get_input_embeddings()  # type: ignore[operator]
