@@ -24,6 +24,7 @@ DEFAULT = ("gradient_error", "sparse_loss")
 STUDIES = {
     "gradient_error": "every divergence with bf16 operands against fp64",
     "tile_skipping": "what grad_filter_eps saves and costs",
+    "quant_fidelity": "what each quantisation does to a trained model",
 }
 
 

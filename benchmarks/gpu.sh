@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Correctness on the GPU, then the registry, in under ten minutes on one GPU. It needs this
-# repository and a python with torch and triton; it installs nothing and fetches nothing.
+# repository and a python with torch and triton; it installs nothing and fetches nothing. The C++
+# and CUDA extensions are built in place where nvcc, a C++ compiler and pybind11 are found.
 #
 #   benchmarks/gpu.sh [--dry-run]
 #
@@ -60,10 +61,13 @@ step 30 versions "$python" -c "
 import torch
 from fastdistill.backend import describe
 print(torch.version.cuda, describe())"
+step 60 build "$python" setup.py -q build_ext --inplace
 step 150 correctness "${tests[@]}" tests/test_gpu.py
 step 60 'gradient error' "$python" -m benchmarks gradient_error tile_skipping --out "$out" \
     "${commit[@]}"
-step 300 registry "$python" -m benchmarks heads --repeats 5 --budget-seconds 250 --out "$out" \
+step 60 'quantised layers' "$python" -m benchmarks quantized_gpu --repeats 5 \
+    --budget-seconds 45 --out "$out" "${commit[@]}"
+step 190 registry "$python" -m benchmarks heads --repeats 5 --budget-seconds 145 --out "$out" \
     "${commit[@]}"
 
 if ! $dry; then

@@ -14,7 +14,7 @@ from typing import Any
 import fastdistill as fd
 from fastdistill.backend import resolve_impl
 
-from . import data, peers
+from . import data, peers, quantized
 from .data import Data
 from .registry import Contender, Missing, Op
 from .shapes import Shape
@@ -186,4 +186,5 @@ OPS = {
         6,
         _grad_bytes,
     ),
+    **quantized.OPS,
 }

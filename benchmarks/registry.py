@@ -42,13 +42,16 @@ class DeviceLost(RuntimeError):
 
 @dataclass(frozen=True)
 class Contender:
-    """passes: FLOPs of its method in units of N·V·H, where they differ from the op's."""
+    """passes: FLOPs of its method in units of N·V·H, where they differ from the op's.
+    rate: "int8" or "fp8" where its products are held to that peak and not to the dtype's."""
 
     impl: str
     compute: Compute
     exact: bool = True  # held to the budget; a peer that rounds logits is shown, not gated
     passes: float | None = None
     compiles: bool = False  # for every shape anew, which takes longer than measuring
+    prepares: bool = False  # its first call makes what later calls use, as loading a model does
+    rate: str = ""
 
 
 @dataclass(frozen=True)

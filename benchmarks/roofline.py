@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
+from fastdistill import backend
+
 from .data import device
 
 GEMM_SIZE = {"cuda": 8192, "cpu": 1024}
@@ -21,17 +23,20 @@ COPY_BYTES = {"cuda": 2 << 30, "cpu": 128 << 20}
 
 @dataclass(frozen=True)
 class Rates:
-    """FLOP/s of a large square GEMM by dtype, and bytes/s of a copy, read plus written."""
+    """FLOP/s of a large square GEMM by dtype; bytes/s of a copy, read plus written; 8-bit peak."""
 
     gemm: dict[torch.dtype, float]
     copy: float
+    int8: float | None = None  # multiply-adds of 8-bit integers, counted twice; None: not known
 
-    def floor_ms(self, flops: float, moved: float, dtype: torch.dtype) -> float:
-        return max(flops / self.gemm[dtype], moved / self.copy) * 1e3
+    def of(self, rate: str, dtype: torch.dtype) -> float | None:
+        """The peak that a contender is held to."""
+        return {"": self.gemm.get(dtype), "int8": self.int8}.get(rate)
 
     def __str__(self) -> str:
         gemm = ", ".join(f"{str(d)[6:]} {r / 1e12:.3g} TFLOP/s" for d, r in self.gemm.items())
-        return f"GEMM {gemm}; copy {self.copy / 1e9:.3g} GB/s"
+        int8 = "" if self.int8 is None else f", int8 {self.int8 / 1e12:.3g} TOP/s"
+        return f"GEMM {gemm}{int8}; copy {self.copy / 1e9:.3g} GB/s"
 
 
 def measure_rates(
@@ -54,4 +59,14 @@ def measure_rates(
     size = COPY_BYTES[at.type]
     source = torch.randn(size // 4, device=at)
     target = torch.empty_like(source)
-    return Rates(gemm, 2 * size / median_s(lambda: target.copy_(source)))
+    copy = 2 * size / median_s(lambda: target.copy_(source))
+    return Rates(gemm, copy, _int8_peak() if at.type == "cpu" else None)
+
+
+def _int8_peak() -> float | None:
+    """The CPU's 8-bit dot-product instructions in a loop over registers, on all its threads."""
+    ext = backend.extension()
+    if ext is None:
+        return None
+    rate = ext.vnni_peak(backend.cpu_isa(), torch.get_num_threads())
+    return max(rate, ext.vnni_peak(backend.cpu_isa(), torch.get_num_threads())) * 1e9

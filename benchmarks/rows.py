@@ -54,6 +54,10 @@ class Row:
     output_mb: float | None = None
     grad_error: float | None = None
     products_share: float | None = None  # of the gradient's tiles, where some are skipped
+    kl: float | None = None  # KL(full ‖ quantised), nats per token, and its 95 % interval
+    kl_low: float | None = None
+    kl_high: float | None = None
+    top1_agreement: float | None = None
     roofline_share: float | None = None
     floor_ms: float | None = None
     gemm_tflops: float | None = None

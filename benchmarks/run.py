@@ -1,7 +1,7 @@
 """Measuring: contenders in turns, time and memory, rows written after every case.
 
 Contenders take turns (A B C A B C …) in one process, so that a ratio between them survives a
-machine whose speed drifts. On a GPU each takes several runs per turn, until a slot of time is full.
+machine whose speed drifts. Short ones take several runs per turn, until a slot of time is full.
 """
 
 from __future__ import annotations
@@ -44,7 +44,11 @@ class WallClock:
         return (time.perf_counter() - started) * 1e3
 
     def runs_per_turn(self, work: Callable[[], object]) -> int:
-        return 1
+        return runs_that_fit(min(self.time(work) for _ in range(2)))
+
+
+def runs_that_fit(ms: float) -> int:
+    return min(max(int(SLOT_MS / max(ms, 1e-3)), 1), MOST_RUNS_PER_TURN)
 
 
 class CudaClock:
@@ -67,8 +71,7 @@ class CudaClock:
 
     def runs_per_turn(self, work: Callable[[], object]) -> int:
         self.time(work)
-        fit = int(SLOT_MS / max(self.time(work), 1e-3))
-        return min(max(fit, 1), MOST_RUNS_PER_TURN)
+        return runs_that_fit(self.time(work))
 
 
 def clock() -> WallClock | CudaClock:
@@ -145,8 +148,8 @@ def measure(
         if impl in failures:
             continue
         works[impl] = work = functools.partial(run, contender, case, data)
-        if contender.compiles or torch.cuda.is_available():
-            until_it_fails(impl, work)  # compiling and tuning allocate; they are not the call's
+        if contender.compiles or contender.prepares or torch.cuda.is_available():
+            until_it_fails(impl, work)  # compiling and preparing allocate; they are not the call's
         first = None if impl in failures else until_it_fails(impl, lambda w=work: first_run(w))
         if first is not None:
             firsts[impl] = first
@@ -188,9 +191,11 @@ def fill_roofline(row: Row, case: Case, contender: Contender, rates: Rates) -> N
     s = case.shape
     passes = case.op.passes if contender.passes is None else contender.passes
     moved = case.op.bytes(s, case.dtype.itemsize)
-    row.floor_ms = rates.floor_ms(passes * s.N * s.V * s.H, moved, case.dtype)
-    row.roofline_share = row.floor_ms / row.ms_median
-    row.gemm_tflops = rates.gemm[case.dtype] / 1e12
+    gemm = rates.of(contender.rate, case.dtype)
+    if gemm is not None:
+        row.floor_ms = max(passes * s.N * s.V * s.H / gemm, moved / rates.copy) * 1e3
+        row.roofline_share = row.floor_ms / row.ms_median
+        row.gemm_tflops = gemm / 1e12
     row.copy_gb_s = rates.copy / 1e9
 
 

