@@ -20,6 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastdistill import backend
 from fastdistill.kernels.row_topk import by_sorting
+from fastdistill.native_topk import row_topk
 from fastdistill.quant import Int8Linear, LUT4Linear
 from fastdistill.quant.engines import engine_for
 from fastdistill.quant.formats import quantize
@@ -30,7 +31,7 @@ from .data import Data, device
 from .registry import Contender, Missing, Op
 from .shapes import Shape
 
-COLD_BYTES = 96 << 20  # more than the last-level cache of a CPU
+COLD_BYTES = 96 << 20  # of 4-bit weights: more than the last-level cache of a CPU
 FEW_TOKENS = 16
 
 _prepared = WeakTensorKeyDictionary()
@@ -68,7 +69,7 @@ def _layers(data: Data, make: Callable[[Tensor], Any]) -> Iterator[Any]:
     if make not in made:
         copies = 1
         if data.hidden.shape[0] <= FEW_TOKENS:
-            copies = math.ceil(COLD_BYTES / data.weight.nbytes)
+            copies = math.ceil(COLD_BYTES / (data.weight.numel() / 2))
         made[make] = itertools.cycle([make(data.weight) for _ in range(copies)])
     return made[make]
 
@@ -128,7 +129,7 @@ def _weight(make: Callable[[Tensor], Any]) -> Callable[[Data], Any]:
 def _row_topk(data: Data) -> dict[str, Tensor]:
     if data.hidden.device.type == "cpu" and backend.extension() is None:
         raise Missing("the C++ extension was not built")
-    return _named(torch.ops.fastdistill.row_topk(data.hidden, int(data.labels[0])))
+    return _named(row_topk(data.hidden, int(data.labels[0])))
 
 
 def _row_topk_truth(data: Data) -> dict[str, Tensor]:

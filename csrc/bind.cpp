@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <chrono>
 #include <new>
+#include <cmath>
 #include <string>
 #include <vector>
 
@@ -178,6 +179,22 @@ void gemm(int isa, int threads, uintptr_t x, int x_dtype, const fastdistill::Gem
     throw std::bad_alloc();
 }
 
+// A table of 16 values as int8 codes times a unit: integers stay exact, others are rounded to 1/254
+// of the largest.
+float int8_table(uintptr_t lut, uintptr_t codes) {
+  const float* const value = at<float>(lut);
+  bool integers = true;
+  float top = 0;
+  for (int i = 0; i < fastdistill::kLutSize; ++i) {
+    integers = integers && value[i] == std::nearbyint(value[i]) && std::fabs(value[i]) <= 127;
+    top = std::fmax(top, std::fabs(value[i]));
+  }
+  const float factor = integers ? 1.0f : static_cast<float>(127.0 / top);
+  for (int i = 0; i < fastdistill::kLutSize; ++i)
+    at<int8_t>(codes)[i] = static_cast<int8_t>(std::nearbyint(value[i] * factor));
+  return integers ? 1.0f : static_cast<float>(static_cast<double>(top) / 127.0);
+}
+
 void lut4_gemm(int isa, int threads, uintptr_t x, int x_dtype, uintptr_t qdata, uintptr_t codes,
                float unit, uintptr_t scale, uintptr_t offset, uintptr_t bias, uintptr_t out,
                int64_t M, int64_t N, int64_t K, int64_t wgroup, int64_t agroup) {
@@ -245,6 +262,7 @@ PYBIND11_MODULE(_ext, m) {
   def("quantize_groups", &quantize_groups,
       "Per group: scale = max|x| / 127, q = round(x * (127 / max|x|)), sum = sum of q.", "x"_a,
       "x_dtype"_a, "q"_a, "scale"_a, "sum"_a, "rows"_a, "cols"_a, "group"_a);
+  def("int8_table", &int8_table, "Writes the int8 codes of a table of 16 floats; returns their unit.");
   def("lut4_gemm", &lut4_gemm,
       "out [M, N] = quantised x [M, K] times weights codes[q] * unit * scale (+ offset), + bias.",
       "x"_a, "x_dtype"_a, "qdata"_a, "codes"_a, "unit"_a, "scale"_a, "offset"_a, "bias"_a, "out"_a,

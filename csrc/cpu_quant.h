@@ -18,6 +18,9 @@ struct Output<float> {
   using Table = Table32;
 };
 
+// Where a result no longer fits a last-level cache, storing past it saves reading what is written.
+constexpr int64_t kCacheBytes = 24 << 20;
+
 // body(block index, begin, end) over the parts of blocks, in spans large enough for a thread to
 // keep its own stream of memory. `begin` of a span is even, that of a run inside it need not be.
 template <class Body>
@@ -28,10 +31,11 @@ inline void for_each_run(int threads, int64_t count, int64_t block, const Body& 
     int64_t begin = span * kSpan, b = begin / block;
     for (int64_t next = (b + 1) * block; begin < end; begin = next, next += block, ++b)
       body(b, begin, min64(next, end));
+    fence();
   });
 }
 
-template <class T>
+template <bool streaming, class T>
 inline void lut4_run(const uint8_t* qdata, F32 values, T* out, int64_t begin, int64_t end) {
   T entries[kLutSize];
   store(entries, values);
@@ -41,7 +45,7 @@ inline void lut4_run(const uint8_t* qdata, F32 values, T* out, int64_t begin, in
     ++i;
   }
   const typename Output<T>::Table table(entries);
-  for (; i + 32 <= end; i += 32) table.expand(qdata + i / 2, out + i);
+  for (; i + 32 <= end; i += 32) table.template expand<streaming>(qdata + i / 2, out + i);
   for (; i < end; ++i) out[i] = entries[lut4_at(qdata, i)];
 }
 
@@ -49,10 +53,14 @@ inline void lut4_dequant(int threads, const uint8_t* qdata, const float* scale, 
                          const float* lut, void* out, Dtype out_dtype, int64_t count,
                          int64_t block) {
   with_dtype(out_dtype, out, [&](auto* to) {
+    const bool streaming = count * static_cast<int64_t>(sizeof *to) > kCacheBytes;
     for_each_run(threads, count, block, [&](int64_t b, int64_t begin, int64_t end) {
       F32 values = load(lut) * splat(scale[b]);
       if (offset) values = values + splat(offset[b]);
-      lut4_run(qdata, values, to, begin, end);
+      if (streaming)
+        lut4_run<true>(qdata, values, to, begin, end);
+      else
+        lut4_run<false>(qdata, values, to, begin, end);
     });
   });
 }

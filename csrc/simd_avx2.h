@@ -132,6 +132,8 @@ inline void split_nibbles(const uint8_t* bytes, __m128i* first, __m128i* second)
   *second = _mm_unpackhi_epi8(high, low);
 }
 
+inline void fence() {}  // nothing here is stored past the caches
+
 // 16-bit entries as a table of low bytes and one of high bytes.
 struct Table16 {
   explicit Table16(const void* entries) {
@@ -140,6 +142,7 @@ struct Table16 {
     low = _mm_packus_epi16(_mm_and_si128(a, mask), _mm_and_si128(b, mask));
     high = _mm_packus_epi16(_mm_srli_epi16(a, 8), _mm_srli_epi16(b, 8));
   }
+  template <bool streaming>
   void expand(const uint8_t* bytes, void* out) const {
     __m128i index[2];
     split_nibbles(bytes, &index[0], &index[1]);
@@ -155,6 +158,7 @@ struct Table16 {
 
 struct Table32 {
   explicit Table32(const void* entries) : half(load(static_cast<const float*>(entries))) {}
+  template <bool streaming>
   void expand(const uint8_t* bytes, void* out) const {
     __m128i index[2];
     split_nibbles(bytes, &index[0], &index[1]);

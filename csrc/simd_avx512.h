@@ -79,23 +79,36 @@ inline void store_i8(int8_t* p, I32 a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a.v));
 }
 
+// Before anybody else reads what was stored with `streaming`.
+inline void fence() { _mm_sfence(); }
+
+template <bool streaming>
+inline void store_line(void* out, __m512i v) {
+  if (streaming && reinterpret_cast<uintptr_t>(out) % 64 == 0)
+    _mm512_stream_si512(static_cast<__m512i*>(out), v);
+  else
+    _mm512_storeu_si512(out, v);
+}
+
 // 32 weights from 16 bytes. As 16-bit lanes the nibbles need no unpacking: vpermw reads the low 5
 // bits of a lane, and a table that is there twice makes the fifth irrelevant.
 struct Table16 {
   explicit Table16(const void* entries)
       : twice(_mm512_broadcast_i64x4(
             _mm256_loadu_si256(static_cast<const __m256i*>(entries)))) {}
+  template <bool streaming>
   void expand(const uint8_t* bytes, void* out) const {
     const __m512i b =
         _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
     const __m512i index = _mm512_or_si512(_mm512_srli_epi32(b, 4), _mm512_slli_epi32(b, 16));
-    _mm512_storeu_si512(out, _mm512_permutexvar_epi16(index, twice));
+    store_line<streaming>(out, _mm512_permutexvar_epi16(index, twice));
   }
   __m512i twice;
 };
 
 struct Table32 {
   explicit Table32(const void* entries) : table(_mm512_loadu_ps(entries)) {}
+  template <bool streaming>
   void expand(const uint8_t* bytes, void* out) const {
     // Each byte lands in two neighbouring lanes, the first of which wants its high nibble.
     const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes));
@@ -103,8 +116,8 @@ struct Table32 {
     const __m512i first = _mm512_srlv_epi32(_mm512_cvtepu8_epi32(_mm_unpacklo_epi8(b, b)), shift);
     const __m512i second = _mm512_srlv_epi32(_mm512_cvtepu8_epi32(_mm_unpackhi_epi8(b, b)), shift);
     float* const p = static_cast<float*>(out);
-    _mm512_storeu_ps(p, _mm512_permutexvar_ps(first, table));
-    _mm512_storeu_ps(p + 16, _mm512_permutexvar_ps(second, table));
+    store_line<streaming>(p, _mm512_castps_si512(_mm512_permutexvar_ps(first, table)));
+    store_line<streaming>(p + 16, _mm512_castps_si512(_mm512_permutexvar_ps(second, table)));
   }
   __m512 table;
 };

@@ -137,9 +137,12 @@ inline void store_i8(int8_t* p, const I32& a) {
   for (int i = 0; i < 16; ++i) p[i] = static_cast<int8_t>(a.v[i]);
 }
 
+inline void fence() {}  // nothing here is stored past the caches
+
 template <class T>
 struct Table {
   explicit Table(const void* source) { memcpy(entries, source, sizeof entries); }
+  template <bool streaming>
   void expand(const uint8_t* bytes, void* out) const {
     T* const p = static_cast<T*>(out);
     for (int i = 0; i < 16; ++i) {

@@ -41,6 +41,10 @@ def quantize_groups(
     cols: int,
     group: int,
 ) -> None: ...
+def int8_table(
+    lut: int,  # fp32 [16]
+    codes: int,  # int8 [16], written
+) -> float: ...  # the unit
 def lut4_gemm(
     isa: int,
     threads: int,

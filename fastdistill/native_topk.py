@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import backend
-from .kernels.row_topk import by_sorting, library
+from .kernels.row_topk import by_sorting, library, row_topk
 
 
 def _on_cpu(z: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -25,3 +25,5 @@ def _on_cpu(z: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 library.impl("row_topk", _on_cpu, "CPU")
+
+__all__ = ["row_topk"]

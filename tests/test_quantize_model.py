@@ -197,19 +197,29 @@ def test_compiles_into_one_graph(compute):
         assert torch.equal(found, block(x))
 
 
-@pytest.mark.parametrize("compute", ["exact", "int8"])
-def test_operators_pass_opcheck(compute):
-    layer = LUT4Linear.from_linear(nn.Linear(128, 64), compute=compute)
-    w, x = layer.quantized, torch.randn(5, 128)
-    checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(
-        torch.ops.fastdistill.lut4_linear.default,
-        (x, w.qdata, w.scale, [], 0, None, w.lut, None, layer.bias, 64, 64, compute),
-        test_utils=checks,
+def test_operators_pass_opcheck():
+    four, eight = (
+        LUT4Linear.from_linear(nn.Linear(128, 64)),
+        Int8Linear.from_linear(nn.Linear(128, 64)),
     )
-    eight = Int8Linear.from_linear(nn.Linear(128, 64)).quantized
-    torch.library.opcheck(
-        torch.ops.fastdistill.int8_linear.default,
-        (x, eight.qdata, eight.scale, None, None, 128, compute),
-        test_utils=checks,
-    )
+    w, e, x = four.quantized, eight.quantized, torch.randn(5, 128)
+    given = {
+        "lut4_dequant": [(w.qdata, w.scale, [], 0, None, w.lut, 64, 128, 64, torch.bfloat16)],
+        "int8_dequant": [(e.qdata, e.scale, 128, torch.float16)],
+        "quantize_rows": [(x, torch.int8), (x, torch.float8_e4m3fn)],
+        "row_topk": [(torch.randn(3, 50), 4)],
+        "lut4_linear": [
+            (x, w.qdata, w.scale, [], 0, None, w.lut, None, four.bias, 64, 64, compute)
+            for compute in ("exact", "int8")
+        ],
+        "int8_linear": [
+            (x, e.qdata, e.scale, None, None, 128, compute) for compute in ("exact", "int8")
+        ],
+    }
+    for name, calls in given.items():
+        for arguments in calls:
+            torch.library.opcheck(
+                getattr(torch.ops.fastdistill, name).default,
+                arguments,
+                test_utils=("test_schema", "test_faketensor"),
+            )

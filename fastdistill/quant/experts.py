@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .formats import Int8Weight, Lut4Weight, QuantWeight
-from .linear import QuantizedWeight, check_compute, product, row_scale
+from .formats import Lut4Weight, QuantWeight
+from .linear import Parts, QuantizedWeight, check_compute, product, row_scale
 
 
 class ExpertStack(QuantizedWeight):
@@ -38,23 +38,18 @@ class ExpertStack(QuantizedWeight):
     def __getitem__(self, expert: int | Tensor) -> Expert:
         return Expert(self, int(expert))
 
-    def weight_of(self, expert: int) -> QuantWeight:
+    def parts_of(self, expert: int) -> Parts:
         """One expert's weight, a view."""
-        whole, (rows, K) = self.quantized, self.shape
+        whole, (rows, K) = self.parts, self.shape
         N = rows // self.experts
-        qdata, blocks = whole.qdata.view(self.experts, -1)[expert], N * K // self.block
+        blocks = N * K // self.block
         at = slice(expert * blocks, (expert + 1) * blocks)
-        if isinstance(whole, Int8Weight):
-            scale = whole.scale.view(-1)[at]
-            return Int8Weight(shape=(N, K), block=self.block, qdata=qdata, scale=scale)
-        assert isinstance(whole.scale, Tensor)
-        return Lut4Weight(
+        offset = None if whole.offset is None else whole.offset.view(-1)[at]
+        return whole._replace(
             shape=(N, K),
-            block=self.block,
-            qdata=qdata,
+            qdata=whole.qdata.view(self.experts, -1)[expert],
             scale=whole.scale.view(-1)[at],
-            lut=whole.lut,
-            offset=None if whole.offset is None else whole.offset.view(-1)[at],
+            offset=offset,
         )
 
     def extra_repr(self) -> str:
@@ -86,7 +81,7 @@ class Expert:
         stack, steps = self.stack, self.stack._buffers["row_scale"]
         if steps is not None:
             steps = steps.view(stack.experts, -1)[self.index]
-        return product(stack.weight_of(self.index), x, bias, steps, stack.compute)
+        return product(stack.parts_of(self.index), x, bias, steps, stack.compute)
 
 
 def expert_parameters(module: nn.Module) -> list[str]:

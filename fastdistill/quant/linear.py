@@ -7,7 +7,7 @@ after a forward pass, and on every machine.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -51,24 +51,29 @@ class QuantizedWeight(nn.Module):
         return self
 
     @property
+    def parts(self) -> Parts:
+        held: Any = self._buffers
+        nested = [held[name] for name in _NESTED] if self.nested_block else []
+        return Parts(
+            self.shape, self.block, held["qdata"], held["scale"], nested, self.nested_block,
+            held.get("lut"), held.get("offset"), held.get("perm"),
+        )  # fmt: skip
+
+    @property
     def quantized(self) -> QuantWeight:
         """The weight, sharing this module's memory."""
-        held: Any = self._buffers
-        if "lut" not in held:
-            return Int8Weight(
-                shape=self.shape, block=self.block, qdata=held["qdata"], scale=held["scale"]
-            )
-        scale = held["scale"]
-        if self.nested_block:
-            scale = Nested.of(scale, [held[name] for name in _NESTED], self.nested_block)
+        w = self.parts
+        if w.lut is None:
+            return Int8Weight(shape=w.shape, block=w.block, qdata=w.qdata, scale=w.scale)
+        scale = Nested.of(w.scale, w.nested, w.nested_block) if w.nested else w.scale
         return Lut4Weight(
-            shape=self.shape,
-            block=self.block,
-            qdata=held["qdata"],
+            shape=w.shape,
+            block=w.block,
+            qdata=w.qdata,
             scale=scale,
-            lut=held["lut"],
-            offset=held["offset"],
-            perm=held["perm"],
+            lut=w.lut,
+            offset=w.offset,
+            perm=w.perm,
         )
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:  # [N, K]
@@ -76,23 +81,41 @@ class QuantizedWeight(nn.Module):
         return dequantize(self.quantized, dtype)
 
 
+class Parts(NamedTuple):
+    """A QuantWeight as the operators take it: tensors and numbers, nothing to be checked again."""
+
+    shape: tuple[int, int]
+    block: int
+    qdata: Tensor
+    scale: Tensor  # fp32, or the uint8 codes of nested scales
+    nested: list[Tensor]
+    nested_block: int
+    lut: Tensor | None  # None: INT8
+    offset: Tensor | None
+    perm: Tensor | None
+
+
+def parts_of(weight: QuantWeight) -> Parts:
+    scale, lut, offset, perm = weight.scale, None, None, None
+    nested, nested_block = [], 0
+    if isinstance(scale, Nested):
+        nested, nested_block, scale = scale.parts, scale.block, scale.codes
+    if isinstance(weight, Lut4Weight):
+        lut, offset, perm = weight.lut, weight.offset, weight.perm
+    return Parts(
+        weight.shape, weight.block, weight.qdata, scale, nested, nested_block, lut, offset, perm
+    )
+
+
 def dequantize(weight: QuantWeight, dtype: torch.dtype = torch.float32) -> Tensor:  # [N, K]
     """The dense weight, columns in the order of the layer's input."""
-    if isinstance(weight, Int8Weight):
-        qdata = weight.qdata.view(weight.shape)
-        return torch.ops.fastdistill.int8_dequant(qdata, weight.scale, weight.block, dtype)
-    scale, nested, nested_block = _flat(weight.scale)
+    w = parts_of(weight)
+    if w.lut is None:
+        return torch.ops.fastdistill.int8_dequant(w.qdata.view(w.shape), w.scale, w.block, dtype)
     dense = torch.ops.fastdistill.lut4_dequant(
-        weight.qdata, scale, nested, nested_block, weight.offset, weight.lut, *weight.shape,
-        weight.block, dtype,
-    )  # fmt: skip
-    return dense if weight.perm is None else dense[:, weight.perm.argsort()]
-
-
-def _flat(scale: Tensor | Nested) -> tuple[Tensor, list[Tensor], int]:
-    if isinstance(scale, Nested):
-        return scale.codes, scale.parts, scale.block
-    return scale, [], 0
+        w.qdata, w.scale, w.nested, w.nested_block, w.offset, w.lut, *w.shape, w.block, dtype
+    )
+    return dense if w.perm is None else dense[:, w.perm.argsort()]
 
 
 def row_scale(weight: QuantWeight, compute: str) -> Tensor | None:  # fp32 [N]
@@ -104,7 +127,7 @@ def row_scale(weight: QuantWeight, compute: str) -> Tensor | None:  # fp32 [N]
 
 
 def product(
-    weight: QuantWeight,
+    w: Parts,
     x: Tensor,  # [..., K]
     bias: Tensor | None,
     steps: Tensor | None,  # row_scale(weight, compute)
@@ -115,7 +138,7 @@ def product(
     Raises:
         RuntimeError: where a gradient would be needed; quantised weights are forward only.
     """
-    N, K = weight.shape
+    N, K = w.shape
     if x.shape[-1] != K:
         raise ValueError(f"x: expected [..., {K}], got {list(x.shape)}")
     if x.requires_grad and torch.is_grad_enabled():
@@ -123,18 +146,17 @@ def product(
             "x: a quantised layer is forward only and gives no gradient, but x requires one. Run "
             "the teacher under torch.no_grad()"
         )
-    if isinstance(weight, Int8Weight):
+    if w.perm is not None:
+        x = x.index_select(-1, w.perm)
+    rows = x.reshape(-1, K)
+    if w.lut is None:
         out = torch.ops.fastdistill.int8_linear(
-            x.reshape(-1, K), weight.qdata.view(N, K), weight.scale, steps, bias, weight.block,
-            compute,
-        )  # fmt: skip
+            rows, w.qdata.view(N, K), w.scale, steps, bias, w.block, compute
+        )
     else:
-        if weight.perm is not None:
-            x = x.index_select(-1, weight.perm)
-        scale, nested, nested_block = _flat(weight.scale)
         out = torch.ops.fastdistill.lut4_linear(
-            x.reshape(-1, K), weight.qdata, scale, nested, nested_block, weight.offset, weight.lut,
-            steps, bias, N, weight.block, compute,
+            rows, w.qdata, w.scale, w.nested, w.nested_block, w.offset, w.lut, steps, bias, N,
+            w.block, compute,
         )  # fmt: skip
     return out.view(*x.shape[:-1], N)
 
@@ -158,8 +180,8 @@ class _QuantLinear(QuantizedWeight):
         return self.shape[0]
 
     def forward(self, x: Tensor) -> Tensor:  # [..., K] -> [..., N], in x's type
-        bias, steps = self._buffers["bias"], self._buffers["row_scale"]
-        return product(self.quantized, x, bias, steps, self.compute)
+        held = self._buffers
+        return product(self.parts, x, held["bias"], held["row_scale"], self.compute)
 
     def extra_repr(self) -> str:
         bias = self._buffers["bias"] is not None

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import backend
 from . import torch_ops
-from .formats import Nested, int8_table
+from .formats import Nested
 from .torch_ops import FP8
 
 KIND = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, FP8: 3, torch.int8: 4}
@@ -84,7 +84,8 @@ def cpu_lut4_products(
     group: int,
 ) -> Tensor:
     ext, isa, threads = _cpu()
-    codes, unit = int8_table(lut)
+    codes = lut.new_empty(16, dtype=torch.int8)
+    unit = ext.int8_table(_at(lut), _at(codes))
     out = x.new_empty(x.shape[0], rows)
     ext.lut4_gemm(
         isa, threads, _at(x), KIND[x.dtype], _at(qdata), _at(codes), unit, _at(scale), _at(offset),

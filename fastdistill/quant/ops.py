@@ -3,6 +3,7 @@
 fastdistill::lut4_linear    x Wᵀ + b with W in 4 bits
 fastdistill::int8_linear    x Wᵀ + b with W in 8 bits
 fastdistill::lut4_dequant, int8_dequant    W itself, in a floating-point type
+fastdistill::quantize_rows  activations in 8 bits, a scale per token
 
 `compute` is how the product is made:
 
@@ -48,6 +49,7 @@ _library.define(
     "lut4_dequant(Tensor qdata, Tensor scale, Tensor[] nested, int nested_block, Tensor? offset, "
     "Tensor lut, int rows, int cols, int block, ScalarType dtype) -> Tensor"
 )
+_library.define("quantize_rows(Tensor x, ScalarType dtype) -> (Tensor q, Tensor scale)")
 _library.define("int8_dequant(Tensor qdata, Tensor scale, int block, ScalarType dtype) -> Tensor")
 
 
@@ -251,11 +253,17 @@ def _int8_dequant(qdata: Tensor, scale: Tensor, block: int, dtype: torch.dtype) 
     return out
 
 
+def _quantize_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(q [M, K] int8 or fp8-e4m3fn, scale fp32 [M]) with x ≈ q · scale."""
+    return engine_for(x.device).quantize_rows(x.contiguous(), dtype)
+
+
 for _name, _kernel in (
     ("lut4_linear", _lut4_linear),
     ("int8_linear", _int8_linear),
     ("lut4_dequant", _lut4_dequant),
     ("int8_dequant", _int8_dequant),
+    ("quantize_rows", _quantize_rows),
 ):
     for _key in ("CPU", "CUDA"):
         _library.impl(_name, _kernel, _key)
@@ -274,6 +282,11 @@ def _(x, qdata, scale, row_scale, bias, block, compute):
 @torch.library.register_fake("fastdistill::lut4_dequant", lib=_library)
 def _(qdata, scale, nested, nested_block, offset, lut, rows, cols, block, dtype):
     return qdata.new_empty(rows, cols, dtype=dtype)
+
+
+@torch.library.register_fake("fastdistill::quantize_rows", lib=_library)
+def _(x, dtype):
+    return torch.empty_like(x, dtype=dtype), x.new_empty(x.shape[0], dtype=torch.float32)
 
 
 @torch.library.register_fake("fastdistill::int8_dequant", lib=_library)
