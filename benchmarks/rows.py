@@ -48,6 +48,7 @@ class Row:
     ms_median: float | None = None
     ms_p20: float | None = None
     ms_p80: float | None = None
+    ms_min: float | None = None
     runs: int | None = None
     timer: str | None = None
     peak_mb: float | None = None

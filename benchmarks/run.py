@@ -181,7 +181,7 @@ def measure(
 
 
 def fill_times(row: Row, ms: list[float]) -> None:
-    row.ms_median, row.runs = statistics.median(ms), len(ms)
+    row.ms_median, row.ms_min, row.runs = statistics.median(ms), min(ms), len(ms)
     quantiles = statistics.quantiles(ms, n=5, method="inclusive") if len(ms) > 1 else ms * 4
     row.ms_p20, row.ms_p80 = quantiles[0], quantiles[3]
 
