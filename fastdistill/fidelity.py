@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,10 +25,23 @@ from .packing import RowReader, Rows, evaluating, read_rows
 from .primitive import linear_topk
 from .stored_model import StoredModel
 
-if TYPE_CHECKING:
-    from .teacher import Teacher
-
 RATIO_LIMIT = 0.05
+
+
+class QuantisedTeacher(Protocol):
+    """What is measured: a Teacher, and where its full precision lies if it came from a path."""
+
+    model: Any
+    reader: RowReader
+    impl: str
+    quant: str | None
+    source: StoredModel | None
+
+    @property
+    def head(self) -> LMHead: ...
+
+    @property
+    def vocab_size(self) -> int: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,10 +79,10 @@ class FidelityReport:
 
 @torch.no_grad()
 def measure(
-    teacher: Teacher,
+    teacher: QuantisedTeacher,
     batch: Mapping[str, Tensor] | Sequence[Mapping[str, Any]],
     *,
-    against: Teacher | PreTrainedModel | str | Path | None = None,
+    against: QuantisedTeacher | PreTrainedModel | str | Path | None = None,
     student: PreTrainedModel | float | None = None,
 ) -> FidelityReport:
     """KL(full ‖ quantised) and top-1 agreement of `teacher` on a calibration batch.
@@ -219,14 +232,14 @@ def _counted(rows: Rows, labels: Tensor | None) -> Tensor:  # (B, T − 1) bool
     return counted
 
 
-def _side(model: nn.Module, teacher: Teacher) -> _Side:
+def _side(model: nn.Module, teacher: QuantisedTeacher) -> _Side:
     with evaluating(model):
         verify_head(model)
         reader = RowReader(model, teacher.reader.tokens_per_batch)
         return _Side(reader, head_of(model), teacher.impl)
 
 
-def _full_precision(teacher: Teacher, against: Any) -> _Side:
+def _full_precision(teacher: QuantisedTeacher, against: Any) -> _Side:
     """`against`, or the weights that the teacher was quantised from."""
     if against is None:
         against = teacher.source
