@@ -25,6 +25,7 @@ STUDIES = {
     "gradient_error": "every divergence with bf16 operands against fp64",
     "tile_skipping": "what grad_filter_eps saves and costs",
     "quant_fidelity": "what each quantisation does to a trained model",
+    "teacher_topk": "a whole teacher answering with its top k",
 }
 
 

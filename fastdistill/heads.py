@@ -3,8 +3,7 @@
 Families differ in what happens around the head: Granite divides the logits, Cohere and Falcon-H1
 multiply them, Gemma squashes them with tanh, GPT-J and Phi add a bias. None is patched here.
 `at_head` watches one forward pass through the hooks of torch.nn.Module: it takes the hidden states
-where they enter the head and lets the head itself see one position only, so [N, V] logits never
-exist. `verify_head` compares with the model's own logits, so a multiplier that is not known here
+where they enter the head and lets the head itself see no position at all, so no logits exist. `verify_head` compares with the model's own logits, so a multiplier that is not known here
 ends in an error and never in a wrong loss.
 """
 
@@ -123,7 +122,7 @@ def at_head(model: nn.Module, use: Callable[[Tensor], Any]) -> Iterator[None]:
     def enter_head(module: nn.Module, args: tuple) -> tuple:
         hidden = args[0]
         found.append(use(hidden))
-        return (hidden[:, :1].detach(), *args[1:])
+        return (hidden[:, :0].detach(), *args[1:])
 
     def leave_model(module: nn.Module, args: tuple, output: Any) -> Any:
         if len(found) != 1:

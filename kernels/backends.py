@@ -27,6 +27,7 @@ def engine(impl: str) -> Engine:
             triton_dense.dense_sums,
             triton_dense.dense_grads,
             triton_slabs.BLOCK_TOKENS,
+            topk_keeps=True,
         )
     return Engine(
         torch_slabs.scan,
@@ -39,4 +40,5 @@ def engine(impl: str) -> Engine:
         torch_dense.dense_sums,
         torch_dense.dense_grads,
         CPU_BLOCK_TOKENS,
+        topk_keeps=False,
     )

@@ -28,6 +28,7 @@ class Engine(NamedTuple):
     dense_sums      D, Σψ and the label's logit of a chunk kept for both heads
     dense_grads     the same chunk becomes dz, and dX, dW, db get its share
     block_tokens    how many tokens one scan takes
+    topk_keeps      whether topk wants memory for a chunk's logits, or makes do with slabs
     """
 
     scan: Callable[..., Scanned]
@@ -40,3 +41,4 @@ class Engine(NamedTuple):
     dense_sums: Callable[..., tuple[Tensor, Tensor, Tensor | None]]
     dense_grads: Callable[..., None]
     block_tokens: int
+    topk_keeps: bool

@@ -1,7 +1,8 @@
 """linear_topk: the k largest log-probabilities of softmax(logits / T), and exact tails.
 
-A chunk of tokens keeps its logits (never [N, V]), so that the tail is summed over what is left
-after the k are taken out: 1 − Σ exp would lose it in fp32 when the k hold almost everything.
+The tail is summed over what is left after the k are taken out: 1 − Σ exp would lose it in fp32
+when the k hold almost everything. A chunk of tokens keeps its logits for that (never [N, V]), or
+each slab takes out its own k.
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ def topk(engine: Engine, head: Head, hidden_NH: Tensor, k: int) -> tuple[Tensor,
     ids = hidden_NH.new_empty(N, k, dtype=torch.int64)
     logprobs = hidden_NH.new_empty(N, k, dtype=head.dtype)
     log_tail = hidden_NH.new_empty(N, dtype=head.dtype)
-    limit = CHUNK_BYTES.get(hidden_NH.device.type, CHUNK_BYTES["cuda"])
-    step = max(1, min(limit // (V * head.dtype.itemsize), -(-N // 2)))
-    keep = engine.new_keep(head, min(step, N))
+    step, keep = engine.block_tokens, None
+    if engine.topk_keeps:
+        limit = CHUNK_BYTES.get(hidden_NH.device.type, CHUNK_BYTES["cuda"])
+        step = max(1, min(limit // (V * head.dtype.itemsize), -(-N // 2)))
+        keep = engine.new_keep(head, min(step, N))
     for at in blocks(N, step):
         z, ids[at], lse_rest = engine.topk(head, hidden_NH[at], k, keep)
         lse = torch.logaddexp(lse_rest, torch.logsumexp(z, -1))

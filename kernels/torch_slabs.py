@@ -243,11 +243,28 @@ def grad_slab_(
     return d if cap is None else d.mul_(cap)
 
 
-def topk(head: Head, hidden_nH: Tensor, k: int, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(z [n, k] at T by falling value, ids int64 [n, k], lse_rest [n]); overwrites keep."""
+def topk(
+    head: Head, hidden_nH: Tensor, k: int, keep: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(z [n, k] at T by falling value, ids int64 [n, k], lse_rest [n]); keeps one slab at a time.
+
+    The k best so far compete with each slab's; those that lose join the rest, so that the rest is
+    summed over what is left and never taken as a difference.
+    """
     n = hidden_nH.shape[0]
     matmul = Matmul(head, hidden_nH)
-    z_Vn = kept(head, keep, n)[:-1]
-    for rows in slabs(head.vocab, n, head.dtype.itemsize):
-        logits(head, matmul, rows, z_Vn[rows]).div_(head.temperature)
-    return row_topk(z_Vn.t().contiguous(), k)
+    u_1n = hidden_nH.new_empty(0, n, dtype=head.dtype)
+    best_nk, ids_nk = u_1n.new_empty(n, 0), u_1n.new_empty(n, 0, dtype=torch.int64)
+    rest_n = u_1n.new_full((n,), -torch.inf)
+    for at in slabs(head.vocab, n, head.dtype.itemsize):
+        rows = at.stop - at.start
+        if u_1n.shape[0] < rows:
+            u_1n = u_1n.new_empty(rows, n)
+        z_vn = logits(head, matmul, at, u_1n[:rows]).div_(head.temperature)
+        values, ids, rest = row_topk(z_vn.t().contiguous(), min(k, rows))
+        both, found = torch.cat([best_nk, values], -1), torch.cat([ids_nk, ids + at.start], -1)
+        best_nk, where = both.topk(min(k, both.shape[1]), -1)
+        ids_nk = found.gather(-1, where)
+        lost = both.scatter(-1, where, -torch.inf).logsumexp(-1)
+        rest_n = torch.logaddexp(torch.logaddexp(rest_n, rest), lost)
+    return best_nk, ids_nk, rest_n

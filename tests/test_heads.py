@@ -95,13 +95,13 @@ def _stop(hidden):
     raise RuntimeError("stop")
 
 
-def test_the_head_itself_sees_one_position():
+def test_the_head_itself_sees_no_position():
     model = build("llama")
     seen = []
     handle = model.lm_head.register_forward_hook(lambda module, args, out: seen.append(out.shape))
     hidden_states(model, torch.arange(3, 23)[None])
     handle.remove()
-    assert [tuple(shape) for shape in seen] == [(1, 1, 61)]
+    assert [tuple(shape) for shape in seen] == [(1, 0, 61)]
 
 
 def test_gradients_through_at_head_are_the_models():
@@ -131,3 +131,17 @@ def test_quantised_head_and_non_model_are_refused():
         head_of(model)
     with pytest.raises(TypeError, match="AutoModelForCausalLM"):
         head_of(torch.nn.Linear(2, 2))
+
+
+def test_reading_hidden_states_costs_nothing_at_the_head():
+    """One position per row once made torch copy the head's weight for every row of the batch."""
+    config = CONFIG_MAPPING["llama"](
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, vocab_size=50_000,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    ids = torch.zeros(4, 8, dtype=torch.int64)
+    with torch.no_grad(), torch.profiler.profile(profile_memory=True) as seen:
+        hidden_states(model, ids)
+    largest = max(event.self_cpu_memory_usage for event in seen.key_averages())
+    assert largest < model.lm_head.weight.nbytes / 4

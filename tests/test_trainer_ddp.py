@@ -38,6 +38,7 @@ if trainer.is_world_process_zero():
     model = trainer.accelerator.unwrap_model(trainer.model)
     torch.save(torch.cat([p.detach().flatten() for p in model.parameters()]), out / "weights.pt")
     (out / "figures.json").write_text(json.dumps({"metrics": metrics, "logs": logs}))
+trainer.accelerator.end_training()  # or the processes race each other to the end
 """
 
 

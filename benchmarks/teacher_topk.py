@@ -1,0 +1,119 @@
+"""A teacher's whole answer: K ids, logprobs and the tail of a batch of tokens, from token ids.
+
+A causal language model of Qwen3-0.6B's shape with random weights (time and memory do not depend on
+them), 4 rows of 256 tokens. The first two materialise the logits, as one would with transformers;
+ours stream the head. Contenders take turns; memory is that of one answer, `output_mb` the model's.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, Qwen3Config
+
+import fastdistill as fd
+from fastdistill.kernels.row_topk import row_topk
+from fastdistill.quant.model import targets
+
+from . import quant_peers
+from .data import device
+from .memory import peak_mb
+from .registry import attempt
+from .rows import Row
+from .rows import table as table_of
+from .run import clock, fill_times
+from .shapes import Shape
+
+SHAPE = Shape(N=1024, H=1024, V=151936, K=64)
+ROW = 256
+TURNS = 3
+CONFIG = Qwen3Config(
+    hidden_size=1024,
+    intermediate_size=3072,
+    num_hidden_layers=28,
+    num_attention_heads=16,
+    num_key_value_heads=8,
+    head_dim=128,
+    vocab_size=151936,
+    tie_word_embeddings=True,
+)
+
+
+def _materialised(model: nn.Module) -> Callable[[torch.Tensor], Any]:
+    """log_softmax of all logits, its top K and what the others hold."""
+
+    def answer(ids: torch.Tensor) -> Any:
+        z = model(input_ids=ids, use_cache=False).logits.float().view(-1, CONFIG.vocab_size)
+        return row_topk(z.log_softmax(-1), SHAPE.K)
+
+    return answer
+
+
+def _bitsandbytes(model: nn.Module) -> Callable[[torch.Tensor], Any]:
+    for name, linear in list(targets(model)):
+        parent, _, leaf = name.rpartition(".")
+        made = quant_peers.bnb4_eval(linear.weight.detach())  # type: ignore[arg-type]
+        setattr(model.get_submodule(parent), leaf, made)
+    return _materialised(model)
+
+
+def _ours(quant: str | None, compute: str) -> Callable[[nn.Module], Callable[[torch.Tensor], Any]]:
+    def make(model: nn.Module) -> Callable[[torch.Tensor], Any]:
+        teacher = fd.load_teacher(model, quant=quant, compute=compute)
+        return lambda ids: teacher.topk(ids, k=SHAPE.K)
+
+    return make
+
+
+CONTENDERS: dict[str, Callable[[Any], Callable[[torch.Tensor], Any]]] = {
+    "transformers": _materialised,
+    "transformers, bnb NF4": _bitsandbytes,
+    "ours": _ours(None, "auto"),
+    "ours, nf4 exact": _ours("nf4", "exact"),
+    "ours, nf4 int8": _ours("nf4", "int8"),
+    "ours, int8 int8": _ours("int8", "int8"),
+}
+
+
+@torch.no_grad()
+def rows(shape: Shape = SHAPE) -> list[Row]:
+    """`shape` smaller than SHAPE: two layers and two rows, to try it out."""
+    config = copy.deepcopy(CONFIG)
+    if shape != SHAPE:
+        config.num_hidden_layers = 2
+    torch.manual_seed(0)
+    full = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).to(device()).eval()
+    ids = torch.randint(config.vocab_size, (shape.N // ROW or 2, ROW), device=device())
+    found, works, times = [], {}, {}
+    for name, make in CONTENDERS.items():
+        row = Row("teacher_topk", name, "forward", ids.numel(), config.hidden_size,
+                  config.vocab_size, SHAPE.K, "bfloat16")  # fmt: skip
+        found.append(row)
+        model = copy.deepcopy(full)
+        made, row.reason = attempt(lambda m=make, model=model: m(model))
+        if row.reason is None:
+            held = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
+            row.output_mb = sum(held.values()) / 1e6
+            peak, row.reason = attempt(lambda m=made: (m(ids), peak_mb(lambda: m(ids)))[1])
+            row.peak_mb = peak
+        row.missing = row.reason is not None
+        if not row.missing:
+            works[name], times[name] = made, []
+        gc.collect()
+    timer = clock()
+    for _ in range(TURNS if shape == SHAPE else 1):
+        for name, work in works.items():
+            times[name].append(timer.time(lambda w=work: w(ids)))
+    for row in found:
+        if not row.missing:
+            fill_times(row, times[row.impl])
+            row.timer = timer.name
+    return found
+
+
+table = table_of
