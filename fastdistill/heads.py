@@ -3,8 +3,9 @@
 Families differ in what happens around the head: Granite divides the logits, Cohere and Falcon-H1
 multiply them, Gemma squashes them with tanh, GPT-J and Phi add a bias. None is patched here.
 `at_head` watches one forward pass through the hooks of torch.nn.Module: it takes the hidden states
-where they enter the head and lets the head itself see no position at all, so no logits exist. `verify_head` compares with the model's own logits, so a multiplier that is not known here
-ends in an error and never in a wrong loss.
+where they enter the head and lets the head itself see no position at all, so no logits exist.
+`verify_head` compares with the model's own logits, so a multiplier that is not known here ends in
+an error and never in a wrong loss.
 """
 
 from __future__ import annotations
