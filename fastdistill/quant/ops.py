@@ -10,7 +10,7 @@ fastdistill::quantize_rows  activations in 8 bits, a scale per token
     exact   W is expanded into one reused piece of memory per device, then multiplied by the
             library: the arithmetic of bitsandbytes, GPTQ and AWQ
     int8    8-bit integers on both sides; activations are rounded per token and group of at most 64
-            columns on a CPU, per token on a GPU
+            columns (beside 8-bit weights 128) on a CPU, per token on a GPU
     fp8     8-bit floats (e4m3) on both sides, per token and per row of W; GPUs from sm_89 on
     auto    int8 on a CPU with VNNI instructions where the shape allows it, else exact
 
@@ -32,7 +32,9 @@ from .native import FLOATS
 from .torch_ops import FP8
 
 COMPUTE = ("auto", "exact", "int8", "fp8")
-GROUP = 64  # columns that share one activation scale on a CPU
+# Columns that share one activation scale on a CPU. Beside 4-bit weights no more than share one of
+# the weights'; beside 8-bit ones twice as many cost 5 % more KL and take 7 % less time.
+GROUP, INT8_GROUP = 64, 128
 _LEAST_GROUP = 8  # below it, scaling costs more than multiplying
 
 _library = torch.library.Library("fastdistill", "FRAGMENT")
@@ -78,11 +80,11 @@ class _Scratch(threading.local):
 scratch = _Scratch()
 
 
-def groups(K: int, block: int) -> tuple[int, int] | None:
+def groups(K: int, block: int, most: int = GROUP) -> tuple[int, int] | None:
     """(columns per weight scale, columns per activation scale) of 8-bit products on a CPU, None
     where blocks that cross rows would leave groups too small."""
     weight_group = math.gcd(K, block)
-    group = math.gcd(weight_group, GROUP)
+    group = math.gcd(weight_group, most)
     return (weight_group, group) if group >= _LEAST_GROUP else None
 
 
@@ -171,7 +173,7 @@ def _int8_linear(
     compute = _resolved(compute, x.device, rows, K, block)
     x = x.contiguous()
     if compute == "int8" and x.device.type == "cpu":
-        _, group = groups(K, block) or (block, GROUP)
+        _, group = groups(K, block, INT8_GROUP) or (block, INT8_GROUP)
         return engine.int8_products(
             _floats(x), qdata, scale.view(rows, -1), None, _fp32(bias), block, group
         ).to(x.dtype)
