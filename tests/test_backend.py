@@ -1,5 +1,9 @@
 """Which implementation `impl` means, and that an explicit one is never replaced by another."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from cases import case, top_k
@@ -51,3 +55,31 @@ def test_without_triton_it_says_what_to_install(monkeypatch):
     with pytest.raises(ValueError, match="triton is not installed"):
         backend.resolve_impl("triton", torch.device("cuda", 0))
     backend.no_triton.cache_clear()
+
+
+@pytest.mark.skipif(backend.extension() is None, reason="the C++ extension was not built")
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"FASTDISTILL_CPU_ISA": "scalar"}, "scalar CPU"),
+        ({"FASTDISTILL_NO_EXT": "1"}, "None TORCH"),
+        ({"FASTDISTILL_CPU_ISA": "sse9"}, "FASTDISTILL_CPU_ISA: expected one of scalar"),
+    ],
+    ids=str,
+)
+def test_the_environment_chooses_the_cpu_kernels(variables, expected):
+    code = (
+        "import torch\n"
+        "from fastdistill import backend\n"
+        "from fastdistill.quant import engines\n"
+        "chosen = engines.engine_for(torch.device('cpu'))\n"
+        "name = 'CPU' if chosen is engines.CPU else 'TORCH'\n"
+        "print(backend.describe()['cpu_isa'], name)\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+    )
+    assert expected in ran.stdout + ran.stderr

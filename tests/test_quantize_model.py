@@ -125,6 +125,15 @@ def test_state_dict_is_the_same_before_and_after_a_forward_pass_and_loads_back()
         assert torch.equal(logits(other), expected)
 
 
+def test_row_steps_follow_the_weights_that_are_loaded():
+    first, second = (LUT4Linear.from_linear(nn.Linear(64, 32), compute="int8") for _ in "ab")
+    second.load_state_dict(first.state_dict())
+    assert "row_scale" not in first.state_dict()
+    assert torch.equal(second.row_scale, first.row_scale)
+    top = first.dequantize().abs().amax(-1)
+    assert torch.equal(first.row_scale, top / 127)
+
+
 def _noise(module: nn.Module) -> None:
     for p in module.parameters(recurse=False):
         p.data.normal_(0, 0.1)

@@ -23,6 +23,7 @@ class QuantizedWeight(nn.Module):
 
     shape: tuple[int, int]
     block: int
+    compute: str = "auto"
 
     def __init__(self, weight: QuantWeight) -> None:
         super().__init__()
@@ -49,6 +50,11 @@ class QuantizedWeight(nn.Module):
             if after is not None and after.dtype != buffer.dtype:
                 self._buffers[name] = buffer.to(after.device)
         return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        if self._buffers.get("row_scale") is not None:  # made of the weights that were replaced
+            self._buffers["row_scale"] = row_scale(self.quantized, self.compute)
 
     @property
     def parts(self) -> Parts:
