@@ -16,13 +16,12 @@ from .heads import LMHead, head_of, verify_head
 from .outputs import TopK
 from .packing import RowReader, read_rows
 from .primitive import linear_topk
+from .quant.formats import SCHEMES
+from .quant.ops import COMPUTE
 from .stored_model import StoredModel
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-
-QUANTS = ("nf4", "fp4", "int4", "int8")
-COMPUTES = ("auto", "exact", "int8", "fp8")
 
 
 @runtime_checkable
@@ -210,8 +209,8 @@ def load_teacher(
         quantised already, a pickle instead of safetensors. TypeError: not a model or path.
     """
     if quant is not None:
-        checks.choice("quant", quant, QUANTS)
-    checks.choice("compute", compute, COMPUTES)
+        checks.choice("quant", quant, SCHEMES)
+    checks.choice("compute", compute, COMPUTE)
     source = None
     if isinstance(path_or_model, nn.Module):
         model = _from_model(path_or_model, quant, compute, device, dtype, attn_implementation)

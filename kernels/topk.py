@@ -14,9 +14,8 @@ from .engines import Engine
 from .head import Head, blocks
 from .rows import ABSENT, log_share_left
 
-# On CPU no more than last-level caches and small machines bear; on a GPU enough tokens for W's
-# reading to hide behind the products.
-CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
+# Of a chunk's logits, where they are kept: enough tokens for W's reading to hide behind products.
+CHUNK_BYTES = 512 << 20
 
 
 def topk(engine: Engine, head: Head, hidden_NH: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -27,8 +26,7 @@ def topk(engine: Engine, head: Head, hidden_NH: Tensor, k: int) -> tuple[Tensor,
     log_tail = hidden_NH.new_empty(N, dtype=head.dtype)
     step, keep = engine.block_tokens, None
     if engine.topk_keeps:
-        limit = CHUNK_BYTES.get(hidden_NH.device.type, CHUNK_BYTES["cuda"])
-        step = max(1, min(limit // (V * head.dtype.itemsize), -(-N // 2)))
+        step = max(1, min(CHUNK_BYTES // (V * head.dtype.itemsize), -(-N // 2)))
         keep = engine.new_keep(head, min(step, N))
     for at in blocks(N, step):
         z, ids[at], lse_rest = engine.topk(head, hidden_NH[at], k, keep)

@@ -24,8 +24,7 @@ from benchmarks.shapes import FIXED_K, HEADS, QUICK, SUITES, Shape, entry
 
 ROOT = Path(__file__).resolve().parent.parent
 RATES = Rates({torch.float32: 1e12, torch.bfloat16: 2e12}, 1e10)
-RIGHT = Contender("right", peers.label_loss)
-LOSSES = sorted(set(OPS) - set(quantized.OPS))
+RIGHT, LOSSES = Contender("right", peers.label_loss), sorted(set(OPS) - set(quantized.OPS))
 SCHEMA = """op impl mode N H V K dtype ms_median ms_p20 ms_p80 peak_mb grad_error roofline_share
     machine versions commit command""".split()
 FIGURES = "ms_median ms_p20 ms_p80 peak_mb output_mb grad_error roofline_share floor_ms".split()
@@ -167,6 +166,7 @@ def test_picture(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib", reason="the picture needs matplotlib")
     found = measured(RIGHT, Contender("gone", not_installed))
     assert plot.png(found, tmp_path / "some.png").read_bytes().startswith(b"\x89PNG")
+    assert [p.name for p in tmp_path.iterdir()] == ["some.png"]
     with pytest.raises(Missing, match="no row carries a time"):
         plot.png(found[1:], tmp_path / "none.png")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from benchmarks import data, quant_peers, quantized
+from benchmarks import data, quant_fidelity, quant_peers, quantized, teacher_topk
 from benchmarks.ops import OPS
 from benchmarks.registry import Case, Contender, GateError, Op, cases, gate
 from benchmarks.roofline import Rates
@@ -91,3 +93,32 @@ def test_the_suites_are_there():
     assert set(names) == set(quantized.OPS)
     assert {e.shape.N for e in SUITES["quantized"] if e.op == "linear_nf4"} == {1, 16, 256, 512}
     assert len(cases(SUITES["quantized_gpu"], OPS)) == 5
+
+
+def test_a_teacher_with_wrong_answers_is_refused(monkeypatch):
+    monkeypatch.setattr(teacher_topk.CONFIG, "vocab_size", 500)
+    monkeypatch.setattr(teacher_topk, "ROW", 16)
+    kept = {n: c for n, c in teacher_topk.CONTENDERS.items() if n in ("transformers", "ours")}
+    monkeypatch.setattr(teacher_topk, "CONTENDERS", kept)
+    small = Shape(N=32, H=0, V=0, K=0)
+    theirs, ours = teacher_topk.rows(small)
+    assert theirs.grad_error == 0
+    assert ours.grad_error is not None
+    assert ours.grad_error < teacher_topk.MOST_MISPLACED
+    wrong = kept | {"ours": lambda model: lambda ids: torch.zeros(ids.numel(), 64).long()}
+    monkeypatch.setattr(teacher_topk, "CONTENDERS", wrong)
+    with pytest.raises(GateError, match="of our ids are not transformers'"):
+        teacher_topk.rows(small)
+
+
+def test_fidelity_of_ours_is_that_of_bitsandbytes(monkeypatch):
+    pytest.importorskip("bitsandbytes", reason="compares with bitsandbytes")
+    names = ("bitsandbytes NF4, train", "nf4, exact", "int8, exact")
+    some = {name: quant_fidelity.CONTENDERS[name] for name in names}
+    monkeypatch.setattr(quant_fidelity, "CONTENDERS", some)
+    monkeypatch.setattr(quant_fidelity, "SHAPE", replace(quant_fidelity.SHAPE, N=8))
+    theirs, ours, eight = quant_fidelity.rows()
+    assert ours.kl == pytest.approx(theirs.kl, rel=0.02)
+    assert eight.kl is not None
+    assert ours.kl is not None
+    assert eight.kl < 0.3 * ours.kl

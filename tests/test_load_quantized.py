@@ -136,6 +136,17 @@ def test_errors_name_file_and_tensor(change, message, folders, tmp_path):
     with pytest.raises(CheckpointError, match=message) as error:
         load_quantized(path, quant=None if "config" in change else "nf4")
     assert "edited" in str(error.value)
+    assert "expected the shape" not in message or "model.safetensors: tensor" in str(error.value)
+
+
+def test_an_expert_that_does_not_fit_the_others_is_an_error_with_a_name(folders, tmp_path):
+    def shortened(stored):
+        name = "model.layers.0.block_sparse_moe.experts.2.w1.weight"
+        return stored | {name: stored[name][:-1].contiguous()}
+
+    path = edited(folders["mixtral"], tmp_path / "edited", tensors=shortened)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: tensor .*experts.gate_up_proj"):
+        load_quantized(path, quant="nf4")
 
 
 def test_arguments(folders, tmp_path):

@@ -189,6 +189,15 @@ def test_errors(call, error):
         call(model_of("llama"))
 
 
+def test_experts_that_share_a_block_are_named():
+    sizes = SIZES | dict(hidden_size=48)
+    model = AutoModelForCausalLM.from_config(
+        MixtralConfig(**sizes | dict(intermediate_size=9), num_local_experts=4)
+    )
+    with pytest.raises(ValueError, match=r"experts\.gate_up_proj: weight: expected 4 experts of"):
+        fd.quantize_model(model, "nf4")
+
+
 def test_weights_that_are_not_finite_are_named():
     model = model_of("llama")
     model.model.layers[1].mlp.up_proj.weight.data[3, 4] = torch.nan

@@ -40,6 +40,7 @@ class Checkpoint:
     config: dict[str, Any]  # config.json, or what a .gguf file says of the same; {} without either
     method: str | None  # "bitsandbytes" | "gptq" | "awq" | "gguf" | "fastdistill"; None: plain
     weights: dict[str, Thunk]  # by parameter name
+    files: TensorFiles | None = None  # None: a .gguf file
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -57,7 +58,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     config = read_json(files.config_file) if files.config_file.is_file() else {}
     method = _method(files, config)
     weights = _READERS[method](files, config) if method else with_plain(files, {}, ())
-    return Checkpoint(path, config, method, weights)
+    return Checkpoint(path, config, method, weights, files)
 
 
 def is_quantized_checkpoint(path: str | Path) -> bool:

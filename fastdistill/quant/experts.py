@@ -107,4 +107,4 @@ def put_experts(module: nn.Module, name: str, stack: ExpertStack) -> None:
 
 
 def flat_rows(stacked: Tensor) -> Tensor:  # [E, N, K] -> [E · N, K]
-    return stacked.reshape(-1, stacked.shape[-1]).contiguous() if stacked.dim() == 3 else stacked
+    return stacked.reshape(-1, stacked.shape[-1]).contiguous()

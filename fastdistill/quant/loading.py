@@ -27,10 +27,11 @@ from transformers.core_model_loading import (
 
 from ..progress import track
 from .checkpoint import Checkpoint, CheckpointError, open_checkpoint
-from .experts import ExpertStack, flat_rows, put_experts
+from .experts import flat_rows
 from .formats import SCHEMES, QuantWeight, quantize
 from .linear import QuantizedWeight, check_compute
-from .model import is_conv1d, put, stacks, targets, warn_about_full_precision
+from .model import is_conv1d, put, put_stack, stacks, targets, warn_about_full_precision
+from .tensor_files import reading
 
 Read = Callable[[], Any]
 
@@ -121,6 +122,7 @@ class _Loader:
         self.linears = {f"{name}.weight": name for name, _ in targets(model, skip)}
         self.experts = {f"{name}.{p}" for name, _, p in stacks(model, skip)}
         self.empty = model.state_dict()  # on the meta device: names, shapes and types
+        self.stored: dict[str, str] = {}  # model name -> (first) name in the checkpoint
 
     def steps(self) -> list[Callable[[], None]]:
         """One call per parameter of the model, each reading what it needs when it is called."""
@@ -153,6 +155,7 @@ class _Loader:
             if pattern is not None:
                 read = self._dense_only(stored, read)
             plan[name].add_tensor(name, stored, pattern or stored, read)
+            self.stored.setdefault(name, stored)
         return plan
 
     def _dense_only(self, stored: str, read: Read) -> Read:
@@ -169,7 +172,8 @@ class _Loader:
         return dense
 
     def _merged(self, target: str, merge: Any) -> None:
-        made = merge.convert(target, model=self.model, config=self.model.config)
+        with reading(self._file(target), target):  # parts that do not fit each other
+            made = merge.convert(target, model=self.model, config=self.model.config)
         for name, value in made.items():
             self.place(name, value[0] if isinstance(value, list) else value)
 
@@ -194,23 +198,27 @@ class _Loader:
         else:
             setattr(module, leaf, nn.Parameter(value, requires_grad=False))
 
+    def _file(self, name: str) -> Path:
+        """Where a weight of the model is stored; the checkpoint where it is in several parts."""
+        files, stored = self.checkpoint.files, self.stored.get(name, name)
+        whole = files is not None and stored in files
+        return files.file_of(stored) if files is not None and whole else self.checkpoint.path
+
     def _quantized(self, name: str, value: Tensor) -> QuantWeight:
         try:
             return quantize(value, self.quant or "")
         except ValueError as error:
-            raise CheckpointError(f"{self.checkpoint.path}: tensor {name}: {error}") from None
+            raise CheckpointError(f"{self._file(name)}: tensor {name}: {error}") from None
 
     def _put(self, name: str, weight: QuantWeight) -> None:
-        if name in self.experts or self.empty[name].dim() == 3:
-            module_name, _, leaf = name.rpartition(".")
-            stack = ExpertStack(weight, self.empty[name].shape[0], compute=self.compute)
-            put_experts(self.model.get_submodule(module_name), leaf, stack)
+        if self.empty[name].dim() == 3:
+            put_stack(self.model, name, weight, self.empty[name].shape[0], self.compute)
             return
         layer = name.removesuffix(".weight")
         module = self.model.get_submodule(layer)
         if not (isinstance(module, nn.Linear) or is_conv1d(module)):
             raise CheckpointError(
-                f"{self.checkpoint.path}: tensor {name}: expected full precision for a "
+                f"{self._file(name)}: tensor {name}: expected full precision for a "
                 f"{type(module).__name__}, got a quantised weight"
             )
         bias = module._parameters.get("bias")
@@ -224,7 +232,7 @@ class _Loader:
     def _shape(self, name: str, expected: tuple[int, ...], got: tuple[int, ...]) -> None:
         if tuple(got) != tuple(expected):
             raise CheckpointError(
-                f"{self.checkpoint.path}: tensor {name}: expected the shape {list(expected)} that "
+                f"{self._file(name)}: tensor {name}: expected the shape {list(expected)} that "
                 f"config.json asks for, got {list(got)}"
             )
 

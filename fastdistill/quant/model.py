@@ -71,6 +71,16 @@ def put(
     setattr(model.get_submodule(parent), child, linear_of(weight, bias, compute))
 
 
+def put_stack(model: nn.Module, name: str, weight: QuantWeight, experts: int, compute: str) -> None:
+    """Put a stack of quantised experts in the place of the 3-D parameter called `name`."""
+    try:
+        stack = ExpertStack(weight, experts, compute=compute)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}, or name it in skip=") from None
+    parent, _, parameter = name.rpartition(".")
+    put_experts(model.get_submodule(parent), parameter, stack)
+
+
 @torch.no_grad()
 def quantize_model(
     model: nn.Module,
@@ -109,8 +119,9 @@ def quantize_model(
         done += 1
     for name, module, parameter in list(stacks(model, skip)):
         stacked: Tensor = getattr(module, parameter)
-        weight = _named(f"{name}.{parameter}", flat_rows(stacked), scheme)
-        put_experts(module, parameter, ExpertStack(weight, stacked.shape[0], compute=compute))
+        full = f"{name}.{parameter}"
+        weight = _named(full, flat_rows(stacked), scheme)
+        put_stack(model, full, weight, stacked.shape[0], compute)
         done += 1
     if not done:
         raise ValueError(
