@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from transformers import TrainingArguments
@@ -11,13 +13,13 @@ from transformers import TrainingArguments
 from .backend import resolve_impl
 from .kernels.divergences import NAMES as DIVERGENCES
 from .kernels.rows import TAILS
+from .selection import Selection, TokenSelection, selection_of
 
 # Options of TrainingArguments that change or replace the model's own loss. Here that loss is never
 # computed, so each of these would be ignored without a word.
 _WITHOUT_EFFECT = {
     "label_smoothing_factor": "the teacher's distribution already smooths the labels",
     "use_liger_kernel": "the loss here is fused already",
-    "torch_compile": "the loss is taken at the output head by hooks, which would recompile it",
 }
 
 
@@ -26,18 +28,41 @@ class DistillConfig(TrainingArguments):
     """How to train a student. Everything of TrainingArguments, and:
 
     Args:
-        k: how many of the teacher's likeliest tokens to compare at each position.
+        k: how many of the teacher's likeliest tokens to compare at each position. None compares the
+            whole vocabulary, with a teacher that has hidden states and a head.
         divergence: D(teacher, student); "forward_kl" is KL(teacher ‖ student).
         beta: the mixture weight of "jsd". skew: the mixture weight of the skewed divergences.
         tail: what becomes of the mass outside the k tokens; "bucket" compares it as one outcome.
         temperature: softens both distributions. t2_scale: multiply the divergence by T².
         ce_weight: c in (1 − c)·divergence + c·cross-entropy of the labels.
         z_loss: weight of the squared log-sum-exp.
+        token_selection: train on some tokens only, by a score of token_scores: "entropy top 0.2",
+            "nll bottom 0.5", "margin <= 1.5", "forward_kl weight"; a TokenSelection; or a function
+            (TokenScores [N]) -> weights [N]. The others are dropped before the loss.
+
+        lmbda: share of optimiser steps whose completions the student samples itself (GKD, arXiv
+            2306.13649); the others train on the data. A prompt is what comes before the first
+            target, or the whole row where there is none.
+        max_new_tokens: of a sampled completion. sampling_temperature, top_p: how it is sampled.
+
+        max_length: longer examples are cut. None cuts none.
+        completion_only_loss: of messages and prompt + completion, only what the assistant says is a
+            target.
+        packing: a batch's sequences run behind each other in one row, without padding, and apart by
+            their positions. The same update, for models whose attention allows it; others are
+            refused.
+        model_init_kwargs: for from_pretrained, where the student is given as a path.
+
         impl: "auto", or one implementation that is then used or refused, never replaced.
         show_panel: print what the teacher says about the first batch, before the first update.
+        check_data: refuse datasets that a look at a few examples shows to teach nothing.
+        check_signal: stop where the first batch shows answers that are not about this text.
     """
 
-    k: int = 64
+    # What the command line gives as JSON.
+    _VALID_DICT_FIELDS: ClassVar = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
+
+    k: int | None = 64
     divergence: str = "forward_kl"
     beta: float = 0.5
     skew: float = 0.1
@@ -46,8 +71,22 @@ class DistillConfig(TrainingArguments):
     t2_scale: bool = False
     ce_weight: float = 0.0
     z_loss: float = 0.0
+    token_selection: str | TokenSelection | Callable[..., Any] | None = None  # argparse: words
+
+    lmbda: float = 0.0
+    max_new_tokens: int = 128
+    sampling_temperature: float = 1.0
+    top_p: float = 1.0
+
+    max_length: int | None = None
+    completion_only_loss: bool = True
+    packing: bool = False
+    model_init_kwargs: dict[str, Any] | str | None = None
+
     impl: str = "auto"
     show_panel: bool = True
+    check_data: bool = True
+    check_signal: bool = True
 
     # Changed defaults: evaluation that gathered logits would need [tokens, V]; examples may carry
     # columns that the model's forward does not name; pinning needs a GPU and warns without one.
@@ -56,22 +95,34 @@ class DistillConfig(TrainingArguments):
     dataloader_pin_memory: bool = field(default_factory=torch.cuda.is_available)
 
     def __post_init__(self) -> None:
-        if isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 1:
-            raise ValueError(f"k: expected an integer of 1 or more, got {self.k!r}")
+        for name, least in (("k", 1), ("max_length", 2), ("max_new_tokens", 1)):
+            _integer(name, getattr(self, name), least, optional=name != "max_new_tokens")
         _one_of("divergence", self.divergence, DIVERGENCES)
         _one_of("tail", self.tail, TAILS)
         resolve_impl(self.impl)
-        for name in ("beta", "skew", "ce_weight"):
+        for name in ("beta", "skew", "ce_weight", "lmbda", "top_p"):
             _between(name, getattr(self, name), 0.0, 1.0)
         _between("z_loss", self.z_loss, 0.0, math.inf)
-        _between("temperature", self.temperature, 0.0, math.inf)
-        if self.temperature == 0.0:
-            raise ValueError("temperature: expected a number above 0, got 0.0")
+        for name in ("temperature", "sampling_temperature", "top_p"):
+            _between(name, getattr(self, name), 0.0, math.inf)
+            if getattr(self, name) == 0.0:
+                raise ValueError(f"{name}: expected a number above 0, got 0.0")
         if self.tail == "renorm_both" and self.k == 1:
             raise ValueError(
                 "tail: expected something else than 'renorm_both' with k=1, where both "
                 "distributions are the constant 1. Raise k, or use tail='bucket'"
             )
+        if self.k is None and self.tail != "bucket":
+            raise ValueError(
+                f"tail: expected 'bucket' with k=None, got {self.tail!r}: over the whole "
+                "vocabulary there is no tail"
+            )
+        if self.lmbda == 1.0 and self.ce_weight:
+            raise ValueError(
+                f"ce_weight: expected 0 with lmbda=1, got {self.ce_weight:g}: tokens that the "
+                "student sampled are no labels"
+            )
+        selection_of(self.token_selection)
         for name, reason in _WITHOUT_EFFECT.items():
             if getattr(self, name):
                 raise ValueError(
@@ -80,6 +131,31 @@ class DistillConfig(TrainingArguments):
         if self.use_cpu:
             self.dataloader_pin_memory = False
         super().__post_init__()
+
+    @property
+    def selection(self) -> Selection | None:
+        """`token_selection` as a rule."""
+        return selection_of(self.token_selection)
+
+    def to_dict(self) -> dict[str, Any]:
+        return super().to_dict() | {"token_selection": _in_words(self.token_selection)}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Checkpoints hold the arguments; a caller's function is kept there as its name."""
+        return self.__dict__ | {"token_selection": _in_words(self.token_selection)}
+
+
+def _in_words(selection: Any) -> str | None:
+    if callable(selection) and not hasattr(selection, "score"):
+        return f"function {getattr(selection, '__qualname__', type(selection).__name__)}"
+    return None if selection is None else str(selection)
+
+
+def _integer(name: str, value: object, least: int, optional: bool) -> None:
+    if value is None and optional:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}: expected an integer of {least} or more, got {value!r}")
 
 
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:

@@ -28,11 +28,11 @@ from .config import DistillConfig
 from .corpus import Corpus, Windows
 from .demo_models import STUDENT, TEACHER, WINDOW, new_llama, shipped_teacher, train_model
 from .demo_result import ARMS, METRICS, DemoResult, DemoRun
+from .files import write_json
 from .intervals import Estimate, bootstrap_ratio, mean_of_runs, paired_difference
 from .objective import EVAL_COLUMNS
 from .progress import Steps
 from .remembering import RememberingTeacher
-from .report import write_json
 from .teacher import Teacher
 from .trainer import DistillTrainer
 

@@ -22,7 +22,8 @@ from transformers import (
 
 from .config import DistillConfig
 from .corpus import END_OF_TEXT
-from .teacher import Teacher, TopKTeacher
+from .protocols import TopKTeacher
+from .teacher import Teacher
 from .trainer import DistillTrainer
 
 SHIPPED = Path(__file__).with_name("demo_teacher")

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from . import checks
-from .data import IGNORE_INDEX, DistillCollator
+from .data import DistillCollator
 from .dense import linear_distill_loss
+from .examples import IGNORE_INDEX
 from .heads import LMHead, head_of, verify_head
 from .intervals import bootstrap_ratio, wilson
 from .packing import RowReader, Rows, evaluating, read_rows
@@ -140,9 +141,7 @@ class _Side:
     impl: str
 
     def on(self, device: torch.device) -> _Side:
-        """The head elsewhere; the model stays where it is."""
-        bias = None if self.head.bias is None else self.head.bias.to(device)
-        return replace(self, head=replace(self.head, weight=self.head.weight.to(device), bias=bias))
+        return replace(self, head=self.head.on(device))
 
     def hidden(self, ids: Tensor, mask: Tensor | None, counted: Tensor) -> Tensor:  # (n, H)
         hidden = self.reader.hidden(read_rows(ids, mask, self.reader.vocab))

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from .parallel import is_dtensor
 
 # The same name, `logits_scaling`, multiplies in these and divides everywhere else.
 _SCALING_MULTIPLIES = frozenset({"hyperclovax", "hyperclovax_vision_v2"})
@@ -41,6 +43,17 @@ class LMHead:
     @property
     def vocab_size(self) -> int:
         return self.weight.shape[0] if self.valid_vocab is None else self.valid_vocab
+
+    def whole(self) -> LMHead:
+        """This head, gathered where its rows lie on several ranks; without gradient there."""
+        parts: dict[str, Any] = {"weight": self.weight, "bias": self.bias}
+        gathered = {n: t.full_tensor().detach() for n, t in parts.items() if is_dtensor(t)}
+        return replace(self, **gathered)
+
+    def on(self, device: torch.device) -> LMHead:
+        """This head elsewhere; the model stays where it is."""
+        bias = None if self.bias is None else self.bias.to(device)
+        return replace(self, weight=self.weight.to(device), bias=bias)
 
     def options(self) -> dict[str, Any]:
         """The keywords that every loss and score takes beside hidden and weight."""
@@ -195,7 +208,7 @@ def _head_error(model: PreTrainedModel, head: LMHead, input_ids: Tensor, boost: 
         theirs = model(input_ids=input_ids, use_cache=False).logits.float()
     finally:
         handle.remove()
-    ours = head.logits(seen[-1]).float()
+    ours = head.whole().logits(seen[-1]).float()
     if ours.shape != theirs.shape:
         return float("inf")
     scale = theirs.abs().max().clamp(min=torch.finfo(torch.float32).tiny)

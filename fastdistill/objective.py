@@ -1,131 +1,256 @@
 """What the trainer computes where the hidden states meet the output head.
 
-    B sequences · T positions (already shifted) · H hidden size · V vocabulary · K teacher tokens
+    N targets · H hidden size · V vocabulary · K teacher tokens · B sequences
 
-Every function returns sums over tokens, so that whoever knows the number of tokens in the whole
-accumulated batch divides, once.
+The teacher's answers are its top K, or its hidden states and head for a divergence over the whole
+vocabulary, or nothing, for the labels alone. Every function returns sums over targets, so that
+whoever knows the number of targets in the whole accumulated batch divides, once.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .config import DistillConfig
-from .data import IGNORE_INDEX
+from .dense import linear_distill_loss
 from .heads import LMHead
 from .losses import topk_distill
-from .outputs import TopK
-from .primitive import linear_lse_gather
+from .outputs import TokenScores, TopK
+from .primitive import linear_topk
 from .scores import token_scores
+from .selection import Selection, TokenSelection, weights_of
+from .targets import Targets
 
 # Columns of the per-sequence sums that evaluation gathers, instead of logits.
 EVAL_COLUMNS = ("tokens", "loss", "nll", "top1", "kl", "agreement", "teacher_mass", "student_mass")
 _LOGGED = ("divergence", "teacher_mass", "student_mass", "nll", "entropy")
+DENSE_SCORED_BY = 64  # of a dense teacher, for scores that compare with a teacher's top K
+
+
+class Dense(NamedTuple):
+    """A teacher's hidden states at the targets, and its head."""
+
+    hidden: Tensor  # (N, G)
+    head: LMHead
+
+    def take(self, kept: Tensor) -> Dense:
+        return Dense(self.hidden[kept], self.head)
+
+    def topk(self, k: int, temperature: float, impl: str) -> TopK:
+        k = min(k, self.head.vocab_size)
+        options = {"temperature": temperature, "impl": impl, **self.head.options()}
+        return linear_topk(self.hidden, self.head.weight, k, **options)
+
+
+Answers = TopK | Dense | None  # of N targets; None for the labels alone
 
 
 class Objective(NamedTuple):
-    """The loss summed over tokens, and detached sums of what is logged beside it."""
+    """The loss summed over targets, and detached sums of what is logged beside it."""
 
     loss: Tensor  # scalar, carries the gradient
-    per_token: Tensor  # (B, T), zero at ignored positions
-    tokens: Tensor  # scalar, how many positions counted
+    per_token: Tensor | None  # (N,), before weights; None from a dense teacher's fused pass
     sums: dict[str, Tensor]
 
 
-def objective(
-    hidden: Tensor,  # (B, T, H)
+@dataclass(frozen=True)
+class Loss:
+    """The loss a configuration asks for, at one head.
+
+    ℓ_n = w_n · [(1 − c)·D(p_n, q_n) [·T²] + c·CE(label_n) + ζ·LSE_n²]
+
+    `labels_count`: False for tokens that the student sampled itself. Their labels are nobody's
+    truth, so c counts as 0.
+    """
+
+    config: DistillConfig
+    selection: Selection | None = None
+
+    def __call__(
+        self,
+        hidden: Tensor,  # (N, H)
+        head: LMHead,
+        targets: Targets,
+        answers: Answers,
+        *,
+        labels_count: bool = True,
+    ) -> Objective:
+        sums = {"tokens": torch.tensor(float(len(targets.labels)), device=hidden.device)}
+        weights = None
+        if self.selection is not None and len(targets.labels):
+            weights = self._weights(hidden.detach(), head, targets, answers)
+            kept = weights.nonzero()[:, 0]
+            sums["selected"] = torch.tensor(float(len(kept)), device=hidden.device)
+            hidden, targets, weights = hidden[kept], targets.take(kept), weights[kept]
+            answers = _take(answers, kept)
+        options = self._options(head, labels_count)
+        loss: Callable[..., Objective] = _dense if isinstance(answers, Dense) else _sparse
+        result = loss(hidden, head, targets.labels, answers, weights, options)
+        return result._replace(sums=sums | {"loss": result.loss.detach().float()} | result.sums)
+
+    def _weights(self, hidden: Tensor, head: LMHead, targets: Targets, answers: Answers) -> Tensor:
+        assert self.selection is not None
+        rule = self.selection
+        if isinstance(rule, TokenSelection) and not rule.asks_teacher:
+            answers = None
+        scores = self._scores(hidden, head.whole(), targets.labels, self._topk(answers))
+        return weights_of(rule, scores, targets)
+
+    def _topk(self, answers: Answers) -> TopK | None:
+        if isinstance(answers, Dense):
+            return answers.topk(DENSE_SCORED_BY, self.config.temperature, self.config.impl)
+        return answers
+
+    def _scores(
+        self, hidden: Tensor, head: LMHead, labels: Tensor, teacher: TopK | None
+    ) -> TokenScores:
+        return token_scores(
+            hidden,
+            head.weight,
+            labels=labels,
+            teacher=teacher,
+            temperature=self.config.temperature,
+            impl=self.config.impl,
+            **head.options(),
+        )
+
+    def _options(self, head: LMHead, labels_count: bool) -> dict[str, Any]:
+        config = self.config
+        return {
+            "divergence": config.divergence,
+            "beta": config.beta,
+            "skew": config.skew,
+            "tail": config.tail,
+            "temperature": config.temperature,
+            "t2_scale": config.t2_scale,
+            "ce_weight": config.ce_weight if labels_count else 0.0,
+            "z_loss": config.z_loss,
+            "impl": config.impl,
+            **head.options(),
+        }
+
+    @torch.no_grad()
+    def measure(
+        self, hidden: Tensor, head: LMHead, targets: Targets, answers: Answers
+    ) -> Tensor:  # (B, len(EVAL_COLUMNS)), NaN where there is no teacher to compare with
+        """Per-sequence sums of the training loss, over all targets, and of what a student is judged
+        by: nll and accuracy, and from the teacher KL (bucket tail of its K; of a dense teacher the
+        whole vocabulary), agreement of the first choice, and both masses on its K."""
+        head, labels, topk = head.whole(), targets.labels, self._topk(answers)
+        options = self._options(head, True) | {"reduction": "none"}
+        per_token = _per_token(hidden, head, labels, answers, options)
+        scores = self._scores(hidden, head, labels, topk)
+        kl = scores.forward_kl
+        if isinstance(answers, Dense):
+            plain = {"divergence": "forward_kl", "ce_weight": 0.0, "z_loss": 0.0, "t2_scale": False}
+            kl = _per_token(hidden, head, labels, answers, options | plain)
+        columns: dict[str, Tensor | None] = {
+            "tokens": torch.ones_like(scores.lse),
+            "loss": per_token,
+            "nll": scores.nll,
+            "top1": scores.argmax == labels,
+            "kl": kl,
+            "agreement": None if topk is None else scores.argmax == _first_choice(topk),
+            "teacher_mass": scores.teacher_mass,
+            "student_mass": scores.student_mass,
+        }
+        missing = torch.full(targets.shape[:1], torch.nan, device=labels.device)
+        sums = [columns[name] for name in EVAL_COLUMNS]
+        return torch.stack(
+            [missing if s is None else targets.per_row(s.float()) for s in sums], dim=-1
+        )
+
+
+def _sparse(
+    hidden: Tensor,
     head: LMHead,
-    labels: Tensor,  # (B, T)
-    teacher: TopK | None,  # [B, T, K]
-    config: DistillConfig,
+    labels: Tensor,
+    teacher: TopK | None,
+    weights: Tensor | None,
+    options: dict[str, Any],
 ) -> Objective:
-    counted = labels != IGNORE_INDEX
-    if teacher is None:
-        return _labels_only(hidden, head, labels, counted, config)
     out = topk_distill(
         hidden,
         head.weight,
-        teacher,
+        _nothing_known(labels) if teacher is None else teacher,
         labels=labels,
-        divergence=config.divergence,
-        beta=config.beta,
-        skew=config.skew,
-        tail=config.tail,
-        temperature=config.temperature,
-        t2_scale=config.t2_scale,
-        ce_weight=config.ce_weight,
-        z_loss=config.z_loss,
-        ignore_index=IGNORE_INDEX,
+        token_weight=weights,
         reduction="sum",
-        impl=config.impl,
-        **head.options(),
+        **_without_teacher(options) if teacher is None else options,
     )
-    logged = {name: getattr(out, name) for name in _LOGGED}
-    sums = {name: _sum(x, counted) for name, x in logged.items() if x is not None}
-    return Objective(out.loss, out.per_token, counted.sum(), sums)
+    logged = {name: getattr(out, name) for name in (_LOGGED if teacher is not None else ("nll",))}
+    sums = {name: x.float().sum() for name, x in logged.items() if x is not None}
+    return Objective(out.loss, out.per_token, sums)
 
 
-def _labels_only(
-    hidden: Tensor, head: LMHead, labels: Tensor, counted: Tensor, config: DistillConfig
-) -> Objective:
-    """Cross-entropy of the labels, from the one logit per position that it needs."""
-    ids = torch.where(counted, labels, -1).unsqueeze(-1)
-    selected = linear_lse_gather(hidden, head.weight, ids, impl=config.impl, **head.options())
-    label_logit = torch.where(counted, selected.logits[..., 0], 0.0)
-    lse = torch.where(counted, selected.lse, 0.0)
-    nll = lse - label_logit
-    per_token = config.ce_weight * nll + config.z_loss * lse.square()
-    sums = {"nll": _sum(nll.detach(), counted)}
-    return Objective(per_token.sum(), per_token.detach(), counted.sum(), sums)
-
-
-@torch.no_grad()
-def measure(
-    hidden: Tensor,  # (B, T, H)
+def _dense(
+    hidden: Tensor,
     head: LMHead,
-    labels: Tensor,  # (B, T)
-    teacher: TopK | None,  # [B, T, K]
-    config: DistillConfig,
-) -> Tensor:  # (B, len(EVAL_COLUMNS)), NaN where there is no teacher to compare with
-    """Per-sequence sums of the training loss and of what a student is judged by."""
-    loss = objective(hidden, head, labels, teacher, config).per_token
-    counted = labels != IGNORE_INDEX
-    scores = token_scores(
-        hidden,
-        head.weight,
+    labels: Tensor,
+    teacher: Dense,
+    weights: Tensor | None,
+    options: dict[str, Any],
+) -> Objective:
+    loss = _dense_loss(hidden, head, labels, teacher, options, "sum", weights)
+    return Objective(loss, None, {})
+
+
+def _dense_loss(
+    hidden: Tensor,
+    head: LMHead,
+    labels: Tensor,
+    teacher: Dense,
+    options: dict[str, Any],
+    reduction: str,
+    weights: Tensor | None = None,
+) -> Tensor:
+    theirs = teacher.head
+    shared = min(head.vocab_size, theirs.vocab_size)
+    return linear_distill_loss(
+        *(hidden, head.weight, teacher.hidden, theirs.weight),
         labels=labels,
-        teacher=teacher,
-        temperature=config.temperature,
-        ignore_index=IGNORE_INDEX,
-        impl=config.impl,
-        **head.options(),
+        token_weight=weights,
+        reduction=reduction,
+        teacher_bias=theirs.bias,
+        teacher_logit_scale=theirs.logit_scale,
+        teacher_softcap=theirs.softcap,
+        **{name: v for name, v in options.items() if name not in ("tail", "reduction")}
+        | {"valid_vocab": shared},
     )
-    columns: dict[str, Tensor | None] = {
-        "tokens": torch.ones_like(loss),
-        "loss": loss,
-        "nll": scores.nll,
-        "top1": scores.argmax == labels,
-        "kl": scores.forward_kl,
-        "agreement": None if teacher is None else scores.argmax == _first_choice(teacher),
-        "teacher_mass": scores.teacher_mass,
-        "student_mass": scores.student_mass,
-    }
-    missing = torch.full(labels.shape[:1], torch.nan, device=labels.device)
-    sums = []
-    for name in EVAL_COLUMNS:
-        values = columns[name]
-        counts = None if values is None else torch.where(counted, values.float(), 0.0)
-        sums.append(missing if counts is None else counts.sum(-1))
-    return torch.stack(sums, dim=-1)
+
+
+def _per_token(
+    hidden: Tensor, head: LMHead, labels: Tensor, answers: Answers, options: dict[str, Any]
+) -> Tensor:
+    if isinstance(answers, Dense):
+        return _dense_loss(hidden, head, labels, answers, options, "none")
+    options = _without_teacher(options) if answers is None else options
+    teacher = _nothing_known(labels) if answers is None else answers
+    return topk_distill(hidden, head.weight, teacher, labels=labels, **options).loss
+
+
+def _nothing_known(labels: Tensor) -> TopK:
+    """A teacher with one empty slot: under "bucket" it agrees with every student."""
+    ids = torch.full((*labels.shape, 1), -1, device=labels.device)
+    return TopK(ids, torch.zeros_like(ids, dtype=torch.float32), temperature=1.0)
+
+
+def _without_teacher(options: dict[str, Any]) -> dict[str, Any]:
+    return options | {"divergence": "forward_kl", "tail": "bucket", "temperature": 1.0}
+
+
+def _take(answers: Answers, kept: Tensor) -> Answers:
+    if answers is None or isinstance(answers, Dense):
+        return None if answers is None else answers.take(kept)
+    tail = None if answers.log_tail is None else answers.log_tail[kept]
+    return TopK(answers.ids[kept], answers.logprobs[kept], tail, answers.temperature)
 
 
 def _first_choice(teacher: TopK) -> Tensor:
     best = teacher.logprobs.masked_fill(teacher.ids < 0, -torch.inf).argmax(-1, keepdim=True)
     return teacher.ids.gather(-1, best)[..., 0]
-
-
-def _sum(values: Tensor, counted: Tensor) -> Tensor:
-    return torch.where(counted, values.detach().float(), 0.0).sum()

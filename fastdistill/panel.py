@@ -1,24 +1,23 @@
 """What the teacher says about the first batch, before the student has moved.
 
-Most failed distillations fail in the first batch: a payload of zeros, of another position or of
-another text trains a student smoothly towards nothing. Two controls tell: a teacher that answers
-knows the next token better than the same answers in another order, and better than the same
-answers one position early or late.
+A teacher that answers knows the next token better than the same answers in another order: the
+shuffled control stands beside every figure that it can change.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .answer_checks import Signal, half_away, mass_of, refuse_unreal, signal
 from .config import DistillConfig
-from .data import IGNORE_INDEX
 from .heads import LMHead
 from .outputs import TopK
+from .primitive import linear_topk
 from .scores import token_scores
+from .targets import Targets
 
 _DIRECTION = {
     "forward_kl": "KL(teacher ‖ student), forward",
@@ -36,10 +35,15 @@ _TAIL = {
     "renorm_both": "both renormalised over the k tokens",
 }
 
+_OVERLAP_TOKENS = 1024
+
 
 @dataclass(frozen=True, kw_only=True)
 class Panel:
-    """The first batch in figures; KL and NLL are means over its target tokens, in nats."""
+    """The first batch in figures; KL and NLL are means over its target tokens, in nats.
+
+    overlap: share of the teacher's k tokens that are among the student's k likeliest too.
+    """
 
     objective: str
     tail: str
@@ -50,10 +54,19 @@ class Panel:
     masked_share: float
     teacher_mass: float
     teacher_mass_p5: float
+    overlap: float
     kl: float
     kl_shuffled: float
-    teacher_nll: float
-    teacher_nll_shuffled: float
+    signal: Signal
+    sampled: bool = False
+
+    @property
+    def teacher_nll(self) -> float:
+        return self.signal.nll
+
+    @property
+    def teacher_nll_shuffled(self) -> float:
+        return self.signal.nll_shuffled
 
     @property
     def informative(self) -> bool:
@@ -62,15 +75,17 @@ class Panel:
 
     def lines(self) -> list[tuple[str, str]]:
         mass = f"{self.teacher_mass:.4f} mean, {self.teacher_mass_p5:.4f} 5th percentile"
+        text = "the student's own text" if self.sampled else "the text"
         return [
             ("objective", self.objective),
             ("temperature", f"T = {self.temperature:g}, divergence × {self.t2:g}"),
             ("teacher tokens", f"top {self.k}; the rest: {self.tail}"),
             ("covered teacher mass", mass),
+            (f"overlap@{self.k}", f"{self.overlap:.1%} of them are the student's top {self.k} too"),
             ("target tokens", f"{self.tokens:,} ({self.masked_share:.1%} of tokens are no target)"),
             ("KL to the teacher", f"{self.kl:.3f} (shuffled teacher {self.kl_shuffled:.3f})"),
             (
-                "teacher's NLL of the text",
+                f"teacher's NLL of {text}",
                 f"{self.teacher_nll:.3f} (shuffled {self.teacher_nll_shuffled:.3f})",
             ),
         ]
@@ -84,7 +99,7 @@ class Panel:
         for name, value in self.lines():
             table.add_row(f"[bold]{name}[/bold]", value)
         console.print(table)
-        if not self.informative:
+        if not self.informative and not self.sampled:
             console.print(
                 "The teacher fits this text no better than its own answers in another order. Is it "
                 "trained, and are these its tokens?",
@@ -94,127 +109,63 @@ class Panel:
 
 @torch.no_grad()
 def first_batch(
-    hidden: Tensor,  # (B, T, H)
+    hidden: Tensor,  # (N, H)
     head: LMHead,
-    labels: Tensor,  # (B, T)
-    teacher: TopK,  # [B, T, K]
-    attended: Tensor,  # (B, T) bool, False on padding
+    targets: Targets,
+    teacher: TopK,  # [N, K]
+    attended: int,
     config: DistillConfig,
     *,
-    aligned_by_construction: bool,
+    dense: bool,
+    sampled: bool,
 ) -> Panel:
-    """Measure the first batch; raises where the teacher's answers cannot be real."""
-    counted = labels != IGNORE_INDEX
-    hidden_NH, labels_N = hidden[counted], labels[counted]
-    teacher_N = _pick(teacher, counted)
-    refuse_unreal(teacher_N, labels_N)
-    if not aligned_by_construction:
-        refuse_misaligned(teacher, labels, head.vocab_size)
-    # Half a batch away rather than at random: the run's random stream must not move.
-    order = torch.arange(len(labels_N), device=labels.device).roll(len(labels_N) // 2)
-    shuffled_N = _pick(teacher_N, order)
-    kl, kl_shuffled = (
+    """Measure the first batch, of which `attended` tokens are no padding; raises where the
+    teacher's answers cannot be a language model's."""
+    labels, head, k = targets.labels, head.whole(), teacher.ids.shape[-1]
+    refuse_unreal(teacher, labels)
+    scoring = {"impl": config.impl, **head.options()}
+    # Students half a batch away from their teachers: the same pairs as shuffled teachers make.
+    beside, away = (
         token_scores(
-            hidden_NH,
+            hidden[order],
             head.weight,
-            teacher=answers,
+            labels=labels,
+            teacher=teacher,
             temperature=teacher.temperature,
-            impl=config.impl,
-            **head.options(),
-        ).forward_kl
-        for answers in (teacher_N, shuffled_N)
+            **scoring,
+        )
+        for order in (slice(None), half_away(len(labels), labels.device))
     )
-    assert kl is not None
-    assert kl_shuffled is not None
-    mass = _mass(teacher_N)
-    t2 = config.temperature**2 if config.t2_scale else 1.0
-    objective = _DIRECTION[config.divergence].format(beta=config.beta, skew=config.skew)
-    if config.ce_weight:
-        weight = config.ce_weight
-        objective = f"{1 - weight:g} · {objective} + {weight:g} · cross-entropy of the labels"
-    nll, nll_shuffled = (
-        -label_logprob(answers, labels_N, head.vocab_size).mean().item()
-        for answers in (teacher_N, shuffled_N)
-    )
+    assert beside.forward_kl is not None
+    assert away.forward_kl is not None
+    assert beside.nll is not None
+    assert away.nll is not None
+    few = slice(_OVERLAP_TOKENS)
+    ours = linear_topk(hidden[few], head.weight, min(k, head.vocab_size), **scoring).ids
+    theirs = teacher.ids[few]
+    shared = (theirs.unsqueeze(-1) == ours.unsqueeze(-2)).any(-1).sum()
+    mass = mass_of(teacher)
     return Panel(
-        objective=objective,
-        tail=_TAIL[config.tail],
-        k=teacher.ids.shape[-1],
+        objective=_objective(config, sampled),
+        tail="none, the whole vocabulary is compared" if dense else _TAIL[config.tail],
+        k=k,
         temperature=config.temperature,
-        t2=t2,
-        tokens=len(labels_N),
-        masked_share=1.0 - len(labels_N) / max(int(attended.sum()), 1),
+        t2=config.temperature**2 if config.t2_scale else 1.0,
+        tokens=len(labels),
+        masked_share=1.0 - len(labels) / max(attended, 1),
         teacher_mass=mass.mean().item(),
         teacher_mass_p5=mass.quantile(0.05).item(),
-        kl=kl.mean().item(),
-        kl_shuffled=kl_shuffled.mean().item(),
-        teacher_nll=nll,
-        teacher_nll_shuffled=nll_shuffled,
+        overlap=(shared / (theirs >= 0).sum().clamp(min=1)).item(),
+        kl=beside.forward_kl.mean().item(),
+        kl_shuffled=away.forward_kl.mean().item(),
+        signal=signal(teacher, labels, beside.nll, away.nll, head.vocab_size),
+        sampled=sampled,
     )
 
 
-def refuse_unreal(teacher: TopK, labels: Tensor) -> None:
-    """Payloads [N, K] that no language model gives: NaN, mass above 1, uniform, or constant."""
-    used = teacher.ids >= 0
-    logprobs = teacher.logprobs.float().masked_fill(~used, -torch.inf)
-    if torch.isnan(logprobs).any():
-        raise _unreal("its log-probabilities contain NaN")
-    mass = _mass(teacher)
-    if (mass > 1.001).any():
-        raise _unreal(f"its probabilities sum to {mass.max().item():.4g} at one position")
-    if len(labels) < 2 or (labels == labels[0]).all():
-        return  # one position, or one token over and over: an honest teacher may repeat itself
-    if (teacher.ids == teacher.ids[0]).all() and (logprobs == logprobs[0]).all():
-        raise _unreal(f"it gives the same answer at all {len(labels):,} positions")
-    values = logprobs[used]
-    if teacher.ids.shape[-1] > 1 and (values.max() - values.min()).item() < 1e-6:
-        raise _unreal("all its answers are equally likely, as from logits that are all zero")
-
-
-def refuse_misaligned(teacher: TopK, labels: Tensor, vocab: int) -> None:
-    """Compare with the neighbouring positions: answers that fit those much better are shifted."""
-    counted = labels != IGNORE_INDEX
-    common = counted & counted.roll(1, -1) & counted.roll(-1, -1)
-    common[..., :1] = common[..., -1:] = False  # what roll brought round the edge
-    if common.sum() < 64:
-        return
-    answers = _pick(teacher, common)
-    nll = {s: -label_logprob(answers, labels.roll(s, -1)[common], vocab) for s in (-1, 0, 1)}
-    for shift in (-1, 1):
-        gain = nll[0] - nll[shift]
-        error = gain.std().item() / math.sqrt(len(gain))
-        if gain.mean().item() > max(0.5, 5 * error):
-            side = "next" if shift == -1 else "previous"
-            raise ValueError(
-                "teacher: expected position t to answer for the token at t + 1, but its answers "
-                f"fit the {side} position better by {gain.mean().item():.2f} nats per token over "
-                f"{len(gain):,} tokens. Shift its ids and logprobs by one position"
-            )
-
-
-def label_logprob(teacher: TopK, labels: Tensor, vocab: int) -> Tensor:
-    """log p(label), the mass outside the payload spread evenly over the ids outside it. [...]"""
-    used = teacher.ids >= 0
-    hit = used & (teacher.ids == labels.unsqueeze(-1))
-    inside = teacher.logprobs.float().masked_fill(~hit, -torch.inf).logsumexp(-1)
-    tail = torch.log1p(-_mass(teacher).clamp(max=1 - 2**-24))
-    if teacher.log_tail is not None:
-        tail = teacher.log_tail
-    outside = (vocab - used.sum(-1)).clamp(min=1).log()
-    return torch.where(hit.any(-1), inside, tail - outside)
-
-
-def _mass(teacher: TopK) -> Tensor:
-    return teacher.logprobs.float().exp().masked_fill(teacher.ids < 0, 0.0).sum(-1)
-
-
-def _pick(teacher: TopK, where: Tensor) -> TopK:
-    tail = None if teacher.log_tail is None else teacher.log_tail[where]
-    return TopK(teacher.ids[where], teacher.logprobs[where], tail, teacher.temperature)
-
-
-def _unreal(reason: str) -> ValueError:
-    return ValueError(
-        f"teacher: expected the answers of a language model, but {reason}. Training would teach "
-        "the student nothing: check the weights, the cache, or the positions"
-    )
+def _objective(config: DistillConfig, sampled: bool) -> str:
+    divergence = _DIRECTION[config.divergence].format(beta=config.beta, skew=config.skew)
+    weight = 0.0 if sampled else config.ce_weight
+    if not weight:
+        return divergence
+    return f"{1 - weight:g} · {divergence} + {weight:g} · cross-entropy of the labels"

@@ -5,12 +5,11 @@ from __future__ import annotations
 import base64
 import html
 import io
-import json
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from .files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -98,31 +97,6 @@ class Report:
 
     def write(self, path: Path) -> None:
         write_atomically(path, self.html())
-
-
-def write_json(path: Path, value: Any) -> None:
-    """NaN is not JSON: pass None for what is not known."""
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
-    write_atomically(path, text + "\n")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Readers see the old file or the new one, never half of it, whatever is interrupted."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp makes the file private; a report is as readable as other new files.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def _text(value: str) -> str:

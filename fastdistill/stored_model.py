@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -63,10 +64,8 @@ class StoredModel:
         return is_quantized_checkpoint(self.path)
 
     def load(self, device: torch.device) -> PreTrainedModel:
-        return AutoModelForCausalLM.from_pretrained(
+        return load_whole(
             self.path,
-            use_safetensors=True,
-            trust_remote_code=False,
             dtype=self.dtype,
             device_map={"": device},
             attn_implementation=self.attention_on(device),
@@ -82,6 +81,23 @@ class StoredModel:
         half = (config.dtype if self.dtype == "auto" else self.dtype) in _HALF
         has_it = half and getattr(kind, "_supports_flash_attn", False)
         return "flash_attention_2" if has_it else None
+
+
+def load_whole(path: str | Path, **options: Any) -> PreTrainedModel:
+    """A causal language model from safetensors, without code that comes with it; raises where the
+    checkpoint lacks weights, which would be drawn at random instead."""
+    model, found = AutoModelForCausalLM.from_pretrained(
+        str(path),
+        use_safetensors=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+        **options,
+    )
+    if missing := sorted(found["missing_keys"]):
+        checks.fail("path_or_model", f"all weights of {type(model).__name__} in {str(path)!r}",
+                    f"{len(missing)} missing (first: {missing[0]})", "transformers would draw "
+                    "them at random; is this the checkpoint of another architecture?")  # fmt: skip
+    return model
 
 
 def _fetched(name: str) -> Path:

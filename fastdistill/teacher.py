@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from . import checks
 from .fidelity import FidelityReport, measure
@@ -18,28 +18,14 @@ from .packing import RowReader, read_rows
 from .primitive import linear_topk
 from .quant.formats import SCHEMES
 from .quant.ops import COMPUTE
-from .stored_model import StoredModel
+from .stored_model import StoredModel, load_whole
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 
-@runtime_checkable
-class TopKTeacher(Protocol):
-    """Whatever answers a batch of token ids with the teacher's k likeliest next tokens."""
-
-    def topk(
-        self,
-        input_ids: Tensor,  # (B, T)
-        attention_mask: Tensor | None = None,  # (B, T)
-        *,
-        k: int,
-        temperature: float = 1.0,
-    ) -> TopK: ...  # [B, T, K]; position t answers for the token at t + 1
-
-
 class Teacher:
-    """A Hugging Face causal LM as a TopKTeacher; its [N, V] logits are never formed.
+    """A Hugging Face causal LM as a TopKTeacher and a DenseTeacher, without [N, V] logits.
 
     Args:
         model: a loaded model, or the path or name of one: safetensors only, and never code that
@@ -69,9 +55,7 @@ class Teacher:
         if isinstance(model, (str, Path)):
             if tokenizer is None:
                 tokenizer = _tokenizer_beside(Path(model))
-            model = AutoModelForCausalLM.from_pretrained(
-                str(model), use_safetensors=True, trust_remote_code=False, dtype=dtype
-            )
+            model = load_whole(model, dtype=dtype)
         if not isinstance(model, nn.Module):
             raise TypeError(
                 "teacher: expected a causal language model, or the path of one, "
@@ -107,6 +91,7 @@ class Teacher:
         *,
         k: int,
         temperature: float = 1.0,
+        where: Tensor | None = None,  # (B, T) bool
     ) -> TopK:  # [B, T, K]
         """The k likeliest next tokens at every attended position, and the exact log tail.
 
@@ -117,6 +102,8 @@ class Teacher:
         Args:
             input_ids: int32/int64 [B, T]. attention_mask: bool or 0/1 [B, T], None for all ones.
             k: 1 ≤ k ≤ vocab. temperature: T of softmax(logits / T).
+            where: bool [B, T], the positions to answer; the head costs nothing at the others, whose
+                payload is empty. None answers wherever attention_mask is 1.
 
         Returns:
             TopK on input_ids' device: ids int64 [B, T, k], logprobs fp32 (fp64 from fp64), log_tail
@@ -131,20 +118,28 @@ class Teacher:
         if not isinstance(k, int) or not 1 <= k <= head.vocab_size:
             checks.fail("k", f"an integer in 1..{head.vocab_size} (V)", repr(k))
         checks.positive("temperature", temperature)
+        if where is not None:
+            checks.tensor("where", where, (torch.bool,))
+            if where.shape != input_ids.shape:
+                checks.fail("where", f"shape {list(input_ids.shape)} as input_ids",
+                            list(where.shape))  # fmt: skip
         n, device = input_ids.numel(), input_ids.device
         dtype = torch.float64 if head.weight.dtype == torch.float64 else torch.float32
         ids = torch.full((n, k), -1, device=device)
         logprobs = torch.full((n, k), -torch.inf, dtype=dtype, device=device)
         log_tail = torch.zeros(n, dtype=dtype, device=device)
-        for where, hidden in self.reader.read(rows):
+        for at, hidden in self.reader.read(rows):
+            if where is not None:
+                asked = where.flatten()[at]
+                at, hidden = at[asked], hidden[asked.to(hidden.device)]
             hidden = hidden.to(head.weight.device)
             best = linear_topk(
                 hidden, head.weight, k, temperature=temperature, impl=self.impl, **head.options()
             )
             assert best.log_tail is not None
-            ids[where] = best.ids.to(device)
-            logprobs[where] = best.logprobs.to(device)
-            log_tail[where] = best.log_tail.to(device)
+            ids[at] = best.ids.to(device)
+            logprobs[at] = best.logprobs.to(device)
+            log_tail[at] = best.log_tail.to(device)
         lead = tuple(input_ids.shape)
         return TopK(
             ids.view(*lead, k), logprobs.view(*lead, k), log_tail.view(lead), float(temperature)

@@ -7,148 +7,145 @@ switched off, since it either divides a second time or averages ragged batches u
 
 from __future__ import annotations
 
-import logging
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 
+from .admission import Given, admit
+from .answer_checks import refuse_foreign
+from .asking import answers_here, ask
+from .checkpoints import WholeCheckpoints
 from .config import DistillConfig
 from .data import DistillCollator
-from .fingerprint import refuse_different_tokenizers
-from .heads import LMHead, at_head, head_of, verify_head
-from .objective import EVAL_COLUMNS, Objective, measure, objective
-from .outputs import TopK
+from .data_checks import check_examples
+from .examples import Encoder
+from .figures import means, summarise
+from .heads import LMHead, verify_head
+from .model_card import write_card
+from .objective import DENSE_SCORED_BY, Answers, Dense, Loss, Objective
 from .panel import Panel, first_batch
-from .teacher import Teacher, TopKTeacher
-
-logger = logging.getLogger(__name__)
-
-_UNPROVED = (
-    " Pass processing_class and the teacher's tokenizer to have it proved that they share a "
-    "vocabulary."
-)
+from .run_log import RunLog
+from .sampling import ends_of, is_on_policy, sample
+from .student import compile_body, forward_to_head, prepare, refuse_unpackable, without_adapters
+from .targets import Targets
 
 Examples = Dataset | list[dict[str, Any]]
+_COMPILING = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
 
 
-class DistillTrainer(Trainer):
-    """Train `model` on the top k of `teacher`, or on the labels alone.
+class DistillTrainer(WholeCheckpoints):
+    """Train `model` on what `teacher` says of the data, or of what the student samples itself.
 
     Args:
-        model: the student, a Hugging Face causal LM with a plain (unadapted) output head.
-        teacher: a model, the path of one, or any object with topk(...) (see TopKTeacher). None
-            trains on the labels alone, through the same code, and needs ce_weight=1.0.
+        model: the student, a Hugging Face causal LM with a plain (unadapted) output head, with PEFT
+            adapters or without, or its path.
+        teacher: a model, the path of one, or any object with topk(...) or hidden(...) and head (see
+            protocols.py): a quantised Teacher, a cache, a server's client. None trains on the
+            labels alone, through the same code, and needs ce_weight=1.0.
         args: a DistillConfig.
-        train_dataset, eval_dataset: any torch Dataset or list of dicts with input_ids, and
-            optionally labels (−100 where a token is no target) and attention_mask.
-        processing_class: the student's tokenizer; with the teacher's it proves that both mean the
-            same by an id.
-        callbacks: as in transformers.Trainer.
+        train_dataset, eval_dataset: any torch Dataset or list of dicts with messages, prompt and
+            completion, text, or input_ids (see examples.py).
+        processing_class: the student's tokenizer; reads text, and with the teacher's proves that
+            both mean the same by an id.
+        peft_config: a PEFT configuration that puts adapters around the model.
+        callbacks, optimizers: as in transformers.Trainer.
 
     `evaluate` gives loss, nll, perplexity and top1 (accuracy), and with a teacher kl (bucket tail),
     agreement (share of positions where both rank the same token first), teacher_mass and
     student_mass; all are means over target tokens, and no logits are gathered. `predict` gives the
-    sums behind them, one row of EVAL_COLUMNS per sequence.
+    sums behind them, one row of EVAL_COLUMNS per sequence. `train` takes
+    resume_from_checkpoint="auto" too: the last finished checkpoint, if there is one.
     """
 
     loss_is_scaled_for_ga = True  # read by transformers >= 5.19
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        teacher: TopKTeacher | PreTrainedModel | str | Path | None = None,
+        model: PreTrainedModel | str | Path,
+        teacher: Given | None = None,
         args: DistillConfig | None = None,
         *,
         train_dataset: Examples | None = None,
         eval_dataset: Examples | dict[str, Examples] | None = None,
         processing_class: Any = None,
+        peft_config: Any = None,
         callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
         args = DistillConfig("trainer_output") if args is None else args
         if not isinstance(args, DistillConfig):
             raise TypeError(f"args: expected a DistillConfig, got {type(args).__name__}")
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model: expected a causal language model, got {type(model).__name__}")
-        if teacher is model:
-            raise ValueError("teacher: expected another model, got the student itself")
-        if teacher is None and args.ce_weight != 1.0:
-            raise ValueError(
-                f"teacher: expected one, got None with ce_weight={args.ce_weight:g}. Pass a "
-                "teacher, or ce_weight=1.0 to train on the labels alone"
-            )
         if args.n_gpu > 1:
             raise ValueError(
                 f"args: expected one GPU per process, got {args.n_gpu} in this one. Start with "
                 "`torchrun --nproc-per-node=N`, or choose one with CUDA_VISIBLE_DEVICES"
             )
-        if getattr(getattr(model, "config", None), "output_router_logits", False):
-            raise ValueError(
-                "model: expected config.output_router_logits=False, got True: the router's loss "
-                "would be dropped, since the loss is taken at the output head"
-            )
-        head_of(model)  # an adapted or quantised head is refused before anything is built
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=DistillCollator(pad_id=_pad_id(processing_class)),
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            callbacks=callbacks,
-            compute_metrics=_summarise,
-            compute_loss_func=_never_called,
+        if teacher is not None and teacher is model:
+            raise ValueError("teacher: expected another model, got the student itself")
+        student = prepare(model, args, peft_config)
+        encoder = Encoder(
+            tokenizer=processing_class,
+            completion_only=args.completion_only_loss,
+            max_length=args.max_length,
         )
+        if args.check_data:
+            _check_datasets(encoder, args, train_dataset, eval_dataset)
+        with _compiled_by_us(args):
+            super().__init__(
+                model=student,
+                args=args,
+                data_collator=DistillCollator(pad_id=_pad_id(processing_class), encoder=encoder),
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                callbacks=[*(callbacks or []), RunLog()],
+                optimizers=optimizers,
+                compute_metrics=summarise,
+                compute_loss_func=_never_called,
+            )
         verify_head(self.model)
+        if args.packing:
+            refuse_unpackable(self.model)
+        if args.torch_compile:
+            compile_body(self.model, args)
         # With a compute_loss_func and without loss kwargs, every version from 5.0 counts the
         # targets of the accumulated batch, hands the number over, and divides by nothing itself.
         self.model_accepts_loss_kwargs = False
         self.panel: Panel | None = None
-        self._valid_vocab: int | None = None
+        self._loss = Loss(args, args.selection)
         self._since_log: dict[str, Tensor] = {}
-        self.teacher = None if teacher is None else self._admit(teacher)
+        admitted = admit(teacher, self.model, args, processing_class)
+        self.teacher = None if admitted is None else admitted.teacher
+        self._valid_vocab = None if admitted is None else admitted.valid_vocab
 
-    def _admit(self, teacher: TopKTeacher | PreTrainedModel | str | Path) -> TopKTeacher:
-        """Load, place and compare: what can be refused is refused before the first step."""
-        loadable = isinstance(teacher, (nn.Module, str, Path))
-        if loadable and not isinstance(teacher, TopKTeacher):
-            teacher = Teacher(teacher, impl=self.args.impl)
-        if not isinstance(teacher, TopKTeacher):
-            raise TypeError(
-                "teacher: expected a model, a path, or an object with topk(input_ids, "
-                f"attention_mask, *, k, temperature), got {type(teacher).__name__}"
-            )
-        theirs = getattr(teacher, "tokenizer", None)
-        compared = self.processing_class is not None and theirs is not None
-        if compared:
-            refuse_different_tokenizers(self.processing_class, theirs)
-        ours = head_of(self.model).weight.shape[0]
-        vocab = getattr(teacher, "vocab_size", ours)
-        if vocab != ours:
-            self._valid_vocab = min(vocab, ours)
-            logger.warning(
-                "The student's head has %d rows and the teacher's %d: both are cut to the first "
-                "%d, the others count as padding.%s",
-                *(ours, vocab, self._valid_vocab, "" if compared else _UNPROVED),
-            )
-        if self.args.k > min(vocab, ours):
-            raise ValueError(
-                f"k: expected at most the vocabulary's {min(vocab, ours)} tokens, got {self.args.k}"
-            )
-        if isinstance(teacher, Teacher):
-            if teacher.model is self.model:
-                raise ValueError("teacher: expected another model, got the student itself")
-            teacher.valid_vocab = self._valid_vocab
-            if not hasattr(teacher.model, "hf_device_map"):
-                teacher.to(self.args.device)
-        return teacher
+    def get_batch_samples(
+        self, epoch_iterator: Any, num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """The batches of one update; on an on-policy step with completions of the student's own."""
+        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        step = self.state.global_step
+        if batches and is_on_policy(self.args, step):
+            model = without_adapters(self.accelerator.unwrap_model(self.model))
+            how = {
+                "config": self.args,
+                "step": step,
+                "pad_id": self.data_collator.pad_id,
+                "ends": ends_of(model, self.processing_class),
+                "vocab": self._valid_vocab,
+                "synced": self.is_fsdp_enabled or self.is_deepspeed_enabled,
+            }
+            with self.compute_loss_context_manager():
+                batches = [sample(model, batch, **how) for batch in batches]
+            count = self._get_num_items_in_batch(batches, device)
+            batches = [{**batch, "sampled": True} for batch in batches]
+        return batches, count
 
     def compute_loss(
         self,
@@ -157,9 +154,21 @@ class DistillTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        result: Objective = self._at_head(model, inputs, self._objective)
+        sampled = bool(inputs.get("sampled", False))
+        first = self.model.training and self.panel is None and not sampled
+        targets, answers = ask(self.teacher, inputs, self.args, check=first)
+
+        def use(hidden: Tensor, head: LMHead) -> Objective:
+            if self.model.training and self.panel is None:
+                self._first_batch(hidden, head, targets, answers, inputs)
+            return self._loss(hidden, head, targets, answers, labels_count=not sampled)
+
+        result: Objective = self._at_head(model, inputs, targets, use)
+        if self.model.training:
+            for name, value in result.sums.items():
+                self._since_log[name] = self._since_log.get(name, 0) + value
         if num_items_in_batch is None:
-            loss = result.loss / result.tokens.clamp(min=1)
+            loss = result.loss / max(len(targets.labels), 1)
         else:
             loss = result.loss / _at_least_one(num_items_in_batch)
             if self.args.average_tokens_across_devices:
@@ -171,65 +180,46 @@ class DistillTrainer(Trainer):
         self,
         model: nn.Module,
         inputs: dict[str, Any],
-        use: Callable[[Tensor, LMHead, Tensor, TopK | None], Any],
+        targets: Targets,
+        use: Callable[[Tensor, LMHead], Any],
     ) -> Any:
-        """use(hidden, head, labels, teacher), aligned, inside the student's forward."""
-        if "labels" not in inputs:
-            raise ValueError(
-                "inputs: expected labels in every batch, as DistillCollator makes them"
-            )
-        labels = inputs["labels"][:, 1:]
-        answers = None
-        if self.teacher is not None:
-            answers = _before_last(
-                self.teacher.topk(
-                    inputs["input_ids"],
-                    inputs.get("attention_mask"),
-                    k=self.args.k,
-                    temperature=self.args.temperature,
-                )
-            ).to(labels.device)
+        def with_vocabulary(hidden: Tensor, head: LMHead) -> Any:
+            return use(hidden, replace(head, valid_vocab=self._valid_vocab))
+
         # DDP and FSDP wrap the model that is called; the hooks belong on the one inside.
         student = self.accelerator.unwrap_model(model)
-
-        def with_hidden(hidden: Tensor) -> Any:
-            head = replace(head_of(student), valid_vocab=self._valid_vocab)
-            if self.model.training and self.panel is None and answers is not None:
-                self._first_batch(hidden[:, :-1], head, labels, answers, inputs)
-            return use(hidden[:, :-1], head, labels, answers)
-
-        forwarded = {name: value for name, value in inputs.items() if name != "labels"}
-        with at_head(student, with_hidden):
-            return model(**forwarded, use_cache=False)
-
-    def _objective(
-        self, hidden: Tensor, head: LMHead, labels: Tensor, answers: TopK | None
-    ) -> Objective:
-        result = objective(hidden, head, labels, answers, self.args)
-        if self.model.training:
-            for name, value in {"tokens": result.tokens, **result.sums}.items():
-                self._since_log[name] = self._since_log.get(name, 0) + value
-        return result
+        packed = self.args.packing
+        return forward_to_head(model, student, inputs, targets, with_vocabulary, packed=packed)
 
     def _first_batch(
-        self, hidden: Tensor, head: LMHead, labels: Tensor, answers: TopK, inputs: dict[str, Any]
+        self,
+        hidden: Tensor,
+        head: LMHead,
+        targets: Targets,
+        answers: Answers,
+        inputs: dict[str, Any],
     ) -> None:
-        if not (labels >= 0).any():
+        if answers is None or not len(targets.labels):
             return
-        attended = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))[:, 1:]
+        dense, sampled = isinstance(answers, Dense), "sampled" in inputs
+        if isinstance(answers, Dense):
+            answers = answers.topk(DENSE_SCORED_BY, self.args.temperature, self.args.impl)
+        attended = int(inputs["attention_mask"][:, 1:].sum())
         self.panel = first_batch(
-            *(hidden, head, labels, answers, attended.bool(), self.args),
-            aligned_by_construction=isinstance(self.teacher, Teacher),
+            *(hidden, head, targets, answers, attended, self.args), dense=dense, sampled=sampled
         )
         if self.args.show_panel and self.is_world_process_zero():
             self.panel.show()
+        if self.args.check_signal and not sampled:
+            refuse_foreign(self.panel.signal, surely_aligned=dense or answers_here(self.teacher))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._since_log:
             sums = self.accelerator.reduce(self._since_log, reduction="sum")
-            tokens = sums.pop("tokens").clamp(min=1)
-            logs |= {name: (value / tokens).item() for name, value in sums.items()}
             self._since_log = {}
+            logs |= means(
+                {name: value.item() for name, value in sums.items()}, self.state.global_step
+            )
         super().log(logs, start_time)
 
     def prediction_step(
@@ -241,28 +231,49 @@ class DistillTrainer(Trainer):
     ) -> tuple[None, Tensor, Tensor]:
         """Sums of each sequence in place of logits: gathered and counted exactly, and tiny."""
         inputs = self._prepare_inputs(inputs)
+        targets, answers = ask(self.teacher, inputs, self.args, check=False)
 
-        def sums(hidden: Tensor, head: LMHead, labels: Tensor, answers: TopK | None) -> Tensor:
-            return measure(hidden, head, labels, answers, self.args)
+        def sums(hidden: Tensor, head: LMHead) -> Tensor:
+            return self._loss.measure(hidden, head, targets, answers)
 
         with torch.no_grad(), self.compute_loss_context_manager():
-            rows = self._at_head(model, inputs, sums)
+            rows = self._at_head(model, inputs, targets, sums)
         return None, rows, rows[:, :1]
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save:
+            self._write_card(output_dir or self.args.output_dir)
 
-def _summarise(prediction: EvalPrediction) -> dict[str, float]:
-    rows = prediction.predictions
-    rows = np.concatenate(rows) if isinstance(rows, (list, tuple)) else rows
-    totals = dict(zip(EVAL_COLUMNS, rows.sum(0, dtype=np.float64), strict=True))
-    tokens = max(totals.pop("tokens"), 1.0)
-    metrics = {name: float(v / tokens) for name, v in totals.items() if not math.isnan(v)}
-    metrics["perplexity"] = math.exp(min(metrics["nll"], 700.0))
-    return metrics
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """README.md in the output folder: teacher, objective, covered mass and evaluation."""
+        if self.is_world_process_zero():
+            self._write_card(self.args.output_dir)
+
+    def _write_card(self, folder: str | Path) -> None:
+        student = without_adapters(self.accelerator.unwrap_model(self.model))
+        write_card(Path(folder), self.args, student, self.teacher, self.panel, self.state)
 
 
-def _before_last(answers: TopK) -> TopK:
-    tail = None if answers.log_tail is None else answers.log_tail[:, :-1]
-    return TopK(answers.ids[:, :-1], answers.logprobs[:, :-1], tail, answers.temperature)
+def _check_datasets(encoder: Encoder, args: DistillConfig, train: Any, evaluate: Any) -> None:
+    tokenizer, sampled = encoder.tokenizer, args.lmbda == 1.0
+    check_examples("train_dataset", train, encoder, tokenizer, prompts_only=sampled)
+    several = evaluate if isinstance(evaluate, dict) else {"": evaluate}
+    for name, dataset in several.items():
+        called = f"eval_dataset[{name!r}]" if name else "eval_dataset"
+        check_examples(called, dataset, encoder, tokenizer, prompts_only=False)
+
+
+@contextmanager
+def _compiled_by_us(args: DistillConfig) -> Iterator[None]:
+    """Accelerate would compile the whole model, with the loss in it."""
+    asked = {name: getattr(args, name) for name in _COMPILING}
+    args.torch_compile, args.torch_compile_backend, args.torch_compile_mode = False, None, None
+    try:
+        yield
+    finally:
+        for name, value in asked.items():
+            setattr(args, name, value)
 
 
 def _at_least_one(count: Tensor | int) -> Tensor | int:

@@ -45,7 +45,7 @@ def scores(
             ids_NS[at],
             None if label_u_N is None else label_u_N[at],
         )
-        for at in blocks(hidden_NH.shape[0], engine.block_tokens)
+        for at in blocks(max(1, hidden_NH.shape[0]), engine.block_tokens)
     ]
     return Scores._make(torch.cat(pieces) for pieces in zip(*parts, strict=True))
 

@@ -47,7 +47,8 @@ def test_length_is_rounded_up():
 @pytest.mark.parametrize(
     ("example", "words"),
     [
-        ({"text": "hello"}, r"train_dataset: expected dicts .* got \['text'\]"),
+        ({"words": "hello"}, r"train_dataset: expected dicts .* got \['words'\]"),
+        ({"text": "hello"}, r"processing_class: expected the tokenizer, to read \['text'\]"),
         ("hello", r"train_dataset: expected dicts .* got str"),
         ({"input_ids": []}, r"input_ids: expected a non-empty one-dimensional"),
         ({"input_ids": [[1, 2]]}, r"input_ids: expected a non-empty one-dimensional"),

@@ -20,11 +20,12 @@ PACKAGE, KERNELS = ROOT / "fastdistill", ROOT / "kernels"
 # Low to high. A module of fastdistill imports from its own layer and from those above it in this
 # table, never from those below. kernels/ is under them all and imports only its siblings.
 LAYERS = {
-    "mathematics": "backend checks compat dense fused losses modules native_topk operands outputs"
+    "mathematics": "backend checks dense files fused losses modules native_topk operands outputs"
     " parallel primitive reference scores",
-    "models": "cache corpus data fidelity fingerprint heads intervals packing progress quant"
-    " remembering stored_model teacher",
-    "training": "audits config objective panel report trainer",
+    "models": "cache corpus data examples fidelity fingerprint heads intervals packing progress"
+    " protocols quant remembering stored_model teacher",
+    "training": "admission answer_checks asking audits checkpoints compat config data_checks"
+    " figures model_card objective panel report run_log sampling selection student targets trainer",
     "studies": "demo demo_models demo_report demo_result experiment organisms strategies",
     "commands": "__main__ cli doctor plan",
 }

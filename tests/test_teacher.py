@@ -12,8 +12,9 @@ from transformers import BertConfig, BertLMHeadModel
 from fastdistill import topk_distill_loss
 from fastdistill.outputs import TopK
 from fastdistill.packing import groups
+from fastdistill.protocols import TopKTeacher
 from fastdistill.remembering import RememberingTeacher
-from fastdistill.teacher import Teacher, TopKTeacher
+from fastdistill.teacher import Teacher
 
 IDS = torch.randint(3, VOCAB, (3, 11), generator=torch.Generator().manual_seed(0))
 

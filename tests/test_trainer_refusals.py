@@ -150,7 +150,7 @@ def test_config_works_as_it_stands(tmp_path):
         ({"ce_weight": -0.1}, r"ce_weight: expected a number between 0 and 1"),
         ({"tail": "renorm_both", "k": 1}, r"tail: expected something else than 'renorm_both'"),
         ({"label_smoothing_factor": 0.1}, r"label_smoothing_factor: expected it unset"),
-        ({"torch_compile": True}, r"torch_compile: expected it unset"),
+        ({"use_liger_kernel": True}, r"use_liger_kernel: expected it unset"),
     ],
 )
 def test_config_says_what_it_expected(tmp_path, options, words):

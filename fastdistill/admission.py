@@ -1,0 +1,109 @@
+"""Which teachers a student can learn from: loaded, placed and compared before the first step."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from .config import DistillConfig
+from .fingerprint import refuse_different_tokenizers
+from .heads import head_of
+from .protocols import DenseTeacher, TopKTeacher
+from .teacher import Teacher
+
+logger = logging.getLogger(__name__)
+
+_UNPROVED = (
+    " Pass processing_class and the teacher's tokenizer to have it proved that they share a "
+    "vocabulary."
+)
+Given: TypeAlias = TopKTeacher | DenseTeacher | PreTrainedModel | str | Path
+
+
+@dataclass(frozen=True)
+class Admitted:
+    """A teacher that fits, and how many rows of the student's head are real tokens (None: all)."""
+
+    teacher: Any
+    valid_vocab: int | None
+
+    @property
+    def tokenizer(self) -> Any:
+        return getattr(self.teacher, "tokenizer", None)
+
+
+def admit(
+    teacher: Given | None, student: nn.Module, config: DistillConfig, processing_class: Any
+) -> Admitted | None:
+    """Raises ValueError or TypeError for what cannot teach this student."""
+    if teacher is None:
+        if config.ce_weight != 1.0:
+            raise ValueError(
+                f"teacher: expected one, got None with ce_weight={config.ce_weight:g}. Pass a "
+                "teacher, or ce_weight=1.0 to train on the labels alone"
+            )
+        if config.lmbda:
+            raise ValueError(
+                f"teacher: expected one to score what the student samples, got None with "
+                f"lmbda={config.lmbda:g}"
+            )
+        return None
+    if _same(teacher, student):
+        raise ValueError("teacher: expected another model, got the student itself")
+    loadable = isinstance(teacher, (nn.Module, str, Path))
+    if loadable and not isinstance(teacher, (TopKTeacher, DenseTeacher)):
+        teacher = Teacher(teacher, impl=config.impl)
+    _refuse_unfit(teacher, config)
+    vocab = _shared_vocabulary(teacher, student, processing_class)
+    rows = vocab if vocab is not None else head_of(student).weight.shape[0]
+    if config.k is not None and config.k > rows:
+        raise ValueError(
+            f"k: expected at most the vocabulary's {rows} tokens, got {config.k}. k=None compares "
+            "the whole vocabulary"
+        )
+    if isinstance(teacher, Teacher):
+        teacher.valid_vocab = vocab
+        if not hasattr(teacher.model, "hf_device_map"):
+            teacher.to(config.device)
+    return Admitted(teacher, vocab)
+
+
+def _same(teacher: Any, student: nn.Module) -> bool:
+    model = teacher.model if isinstance(teacher, Teacher) else teacher
+    return model is student
+
+
+def _refuse_unfit(teacher: Any, config: DistillConfig) -> None:
+    if config.k is None and not isinstance(teacher, DenseTeacher):
+        raise TypeError(
+            "teacher: expected a model, or an object with hidden(input_ids, attention_mask) and "
+            f"head, with k=None, got {type(teacher).__name__}. Give k to learn from its top k"
+        )
+    if config.k is not None and not isinstance(teacher, TopKTeacher):
+        raise TypeError(
+            "teacher: expected a model, a path, or an object with topk(input_ids, attention_mask, "
+            f"*, k, temperature), got {type(teacher).__name__}"
+        )
+
+
+def _shared_vocabulary(teacher: Any, student: nn.Module, processing_class: Any) -> int | None:
+    """The first so many ids, which both have; None where both heads have as many rows."""
+    theirs = getattr(teacher, "tokenizer", None)
+    compared = processing_class is not None and theirs is not None
+    if compared:
+        refuse_different_tokenizers(processing_class, theirs)
+    ours = head_of(student).weight.shape[0]
+    vocab = getattr(teacher, "vocab_size", ours)
+    if vocab == ours:
+        return None
+    logger.warning(
+        "The student's head has %d rows and the teacher's %d: both are cut to the first "
+        "%d, the others count as padding.%s",
+        *(ours, vocab, min(vocab, ours), "" if compared else _UNPROVED),
+    )
+    return min(vocab, ours)

@@ -1,0 +1,186 @@
+"""Whether a teacher's answers can be real, and whether they are about this text.
+
+Most failed distillations fail in the first batch: a payload of zeros, of another position or of
+another text trains a student smoothly towards nothing. All functions take the answers at N targets
+and the tokens that came there.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .examples import IGNORE_INDEX
+from .outputs import TopK
+
+ENOUGH = 64  # targets for a verdict
+_CLAIM = 0.25  # nats per token: below it a teacher claims to know nothing, and there is no lie
+_DELIVERED = 0.1  # share of its claim that an honest teacher delivers at the very least
+_COMPARED = 2048  # targets
+
+
+@dataclass(frozen=True, kw_only=True)
+class Signal:
+    """Means over targets, in nats, beside the same answers half a batch away.
+
+    nll, nll_shuffled: −log p(next token) of the teacher. claimed: KL(p ‖ shuffled p), how far apart
+    the two should be if the answers are right. delivered: nll_shuffled − nll, with its standard
+    error. student: the student's own nll_shuffled − nll, with its error.
+    """
+
+    nll: float
+    nll_shuffled: float
+    claimed: float
+    delivered: float
+    delivered_error: float
+    student: float
+    student_error: float
+    tokens: int
+
+    @property
+    def real(self) -> bool:
+        """False where the answers claim to know the text and clearly do not."""
+        enough = self.tokens >= ENOUGH and self.claimed >= _CLAIM
+        poor = self.delivered < _DELIVERED * self.claimed
+        sure = self.delivered + 3 * self.delivered_error < self.claimed / 2
+        return not (enough and poor and sure)
+
+    @property
+    def text_is_predictable(self) -> bool:
+        """Whether the student shows that there is something to know."""
+        return self.student > max(0.5, 5 * self.student_error)
+
+
+def half_away(n: int, device: torch.device) -> Tensor:
+    """Half a batch away rather than at random: the run's random stream must not move."""
+    return torch.arange(n, device=device).roll(n // 2)
+
+
+def signal(
+    teacher: TopK,  # [N, K]
+    labels: Tensor,  # (N,)
+    student_nll: Tensor,  # (N,)
+    student_nll_shuffled: Tensor,  # (N,), of the same tokens, half a batch away
+    vocab: int,
+) -> Signal:
+    at = half_away(len(labels), labels.device)
+    shuffled = pick(teacher, at)
+    gain = label_logprob(teacher, labels, vocab) - label_logprob(shuffled, labels, vocab)
+    learnt = student_nll_shuffled - student_nll
+    few = slice(_COMPARED)
+    return Signal(
+        nll=-label_logprob(teacher, labels, vocab).mean().item(),
+        nll_shuffled=-label_logprob(shuffled, labels, vocab).mean().item(),
+        claimed=_distance(pick(teacher, few), pick(shuffled, few), vocab),
+        delivered=gain.mean().item(),
+        delivered_error=_error(gain),
+        student=learnt.mean().item(),
+        student_error=_error(learnt),
+        tokens=len(labels),
+    )
+
+
+def _distance(p: TopK, other: TopK, vocab: int) -> float:
+    """KL(p ‖ other) over p's K tokens, where `other` spreads its tail evenly."""
+    total = torch.zeros(len(p.ids), device=p.ids.device)
+    for slot in range(p.ids.shape[-1]):
+        ids, logprobs = p.ids[:, slot], p.logprobs[:, slot].float()
+        gap = logprobs - label_logprob(other, ids, vocab)
+        total += torch.where(ids >= 0, logprobs.exp() * gap, 0.0).nan_to_num()
+    return total.mean().item()
+
+
+def _error(values: Tensor) -> float:
+    return values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.inf
+
+
+def refuse_unreal(teacher: TopK, labels: Tensor) -> None:
+    """Payloads [N, K] that no language model gives: NaN, mass above 1, uniform, or constant."""
+    used = teacher.ids >= 0
+    logprobs = teacher.logprobs.float().masked_fill(~used, -torch.inf)
+    if torch.isnan(logprobs).any():
+        raise _unreal("its log-probabilities contain NaN")
+    mass = mass_of(teacher)
+    if (mass > 1.001).any():
+        raise _unreal(f"its probabilities sum to {mass.max().item():.4g} at one position")
+    if len(labels) < 2 or (labels == labels[0]).all():
+        return  # one position, or one token over and over: an honest teacher may repeat itself
+    if (teacher.ids == teacher.ids[0]).all() and (logprobs == logprobs[0]).all():
+        raise _unreal(f"it gives the same answer at all {len(labels):,} positions")
+    values = logprobs[used]
+    if teacher.ids.shape[-1] > 1 and (values.max() - values.min()).item() < 1e-6:
+        raise _unreal("all its answers are equally likely, as from logits that are all zero")
+
+
+def refuse_misaligned(teacher: TopK, labels: Tensor, vocab: int) -> None:
+    """Answers [B, T, K] for labels [B, T] that fit a neighbouring position much better are shifted.
+
+    Positions without a target hold IGNORE_INDEX in labels.
+    """
+    counted = labels != IGNORE_INDEX
+    common = counted & counted.roll(1, -1) & counted.roll(-1, -1)
+    common[..., :1] = common[..., -1:] = False  # what roll brought round the edge
+    if common.sum() < ENOUGH:
+        return
+    answers = pick(teacher, common)
+    nll = {s: -label_logprob(answers, labels.roll(s, -1)[common], vocab) for s in (-1, 0, 1)}
+    for shift in (-1, 1):
+        gain = nll[0] - nll[shift]
+        if gain.mean().item() > max(0.5, 5 * _error(gain)):
+            side = "next" if shift == -1 else "previous"
+            raise ValueError(
+                "teacher: expected position t to answer for the token at t + 1, but its answers "
+                f"fit the {side} position better by {gain.mean().item():.2f} nats per token over "
+                f"{len(gain):,} tokens. Shift its ids and logprobs by one position"
+            )
+
+
+def refuse_foreign(found: Signal, *, surely_aligned: bool) -> None:
+    """Answers that claim to know this text and do not.
+
+    `surely_aligned`: a model in this process answers for the right positions by construction. It
+    may still be new to this text, or untrained; that it reads other tokens than it was trained on
+    is sure only where the student can predict the text.
+    """
+    if found.real or (surely_aligned and not found.text_is_predictable):
+        return
+    raise ValueError(
+        "teacher: expected answers about this text, but they fit it no better than the same "
+        f"answers half a batch away: −log p(next token) is {found.nll:.2f} against "
+        f"{found.nll_shuffled:.2f} nats, where by their own confidence {found.claimed:.2f} should "
+        f"lie between them ({found.tokens:,} tokens). Check that teacher and data have one "
+        "tokenizer, and that cached answers belong to these examples; check_signal=False trains "
+        "all the same"
+    )
+
+
+def label_logprob(teacher: TopK, labels: Tensor, vocab: int) -> Tensor:
+    """log p(label), the mass outside the payload spread evenly over the ids outside it. [...]"""
+    used = teacher.ids >= 0
+    hit = used & (teacher.ids == labels.unsqueeze(-1))
+    inside = teacher.logprobs.float().masked_fill(~hit, -torch.inf).logsumexp(-1)
+    tail = torch.log1p(-mass_of(teacher).clamp(max=1 - 2**-24))
+    if teacher.log_tail is not None:
+        tail = teacher.log_tail.float().clamp(min=-100.0)
+    outside = (vocab - used.sum(-1)).clamp(min=1).log()
+    return torch.where(hit.any(-1), inside, tail - outside)
+
+
+def mass_of(teacher: TopK) -> Tensor:
+    """Σ p over the payload, [...]."""
+    return teacher.logprobs.float().exp().masked_fill(teacher.ids < 0, 0.0).sum(-1)
+
+
+def pick(teacher: TopK, where: Tensor | slice) -> TopK:
+    tail = None if teacher.log_tail is None else teacher.log_tail[where]
+    return TopK(teacher.ids[where], teacher.logprobs[where], tail, teacher.temperature)
+
+
+def _unreal(reason: str) -> ValueError:
+    return ValueError(
+        f"teacher: expected the answers of a language model, but {reason}. Training would teach "
+        "the student nothing: check the weights, the cache, or the positions"
+    )

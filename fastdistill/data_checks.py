@@ -1,0 +1,108 @@
+"""What is wrong with a dataset is said before the first step, not shown by a student that fails.
+
+Each check stands for a mistake that trains smoothly: masks without a target, an end token that
+padding took away, labels that somebody else has already shifted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from .examples import IGNORE_INDEX, Encoder, Row
+
+LOOKED_AT = 64  # examples, evenly spread
+
+
+def check_examples(
+    name: str, dataset: Any, encoder: Encoder, tokenizer: Any, *, prompts_only: bool
+) -> None:
+    """Raises ValueError where a look at a few examples shows a dataset that cannot teach.
+
+    A dataset without a length (a stream) is not looked at: reading it would use it up.
+    `prompts_only`: all targets will be sampled, so that examples need none.
+    """
+    if dataset is None or not hasattr(dataset, "__len__") or len(dataset) == 0:
+        return
+    size = len(dataset)
+    at = sorted({i * (size - 1) // max(LOOKED_AT - 1, 1) for i in range(LOOKED_AT)})
+    examples = [dataset[i] for i in at]
+    rows = [encoder(example, i) for example, i in zip(examples, at, strict=True)]
+    if not prompts_only:
+        _refuse_no_target(name, examples, rows)
+    given = [row for example, row in zip(examples, rows, strict=True) if "labels" in example]
+    if given:
+        _refuse_shifted(name, given)
+        _refuse_lost_end(name, given, tokenizer)
+
+
+def _refuse_no_target(name: str, examples: list[Any], rows: list[Row]) -> None:
+    if any((row.targets[1:] != IGNORE_INDEX).any() for row in rows):
+        return
+    first, found = examples[0], f"none in {len(rows):,} examples"
+    why = "All labels are −100"
+    if "assistant_masks" in first or "messages" in first:
+        why = (
+            "The assistant masks are all zero, which is what a chat template without "
+            "{% generation %} gives (stock templates of Llama-3.1, Qwen3 and Gemma-3 among them). "
+            "Pass messages, or prompt and completion, and let the trainer find the turns; or a "
+            "chat template with {% generation %}"
+        )
+    elif "completion_mask" in first:
+        why = "The completion masks are all zero"
+    elif "prompt" in first:
+        why = "Prompts alone are for lmbda=1, where the student samples the rest"
+    elif all(len(row.ids) == 1 for row in rows):
+        why = "All examples are one token long, and the first token is predicted from nothing"
+    raise ValueError(f"{name}: expected tokens to learn, got {found}. {why}")
+
+
+def _refuse_shifted(name: str, rows: list[Row]) -> None:
+    """Labels that equal the neighbouring token, where they should equal their own."""
+    agree = {shift: _agreement(rows, shift) for shift in (-1, 0, 1)}
+    shift = max(agree, key=lambda s: agree[s])
+    if shift == 0 or agree[shift] < 0.9 or agree[0] > 0.5:
+        return
+    side = "next" if shift == 1 else "previous"
+    raise ValueError(
+        f"{name}: expected labels[t] to be input_ids[t] or −100, but {agree[shift]:.0%} of them "
+        f"are the {side} token: they are shifted already, and the trainer shifts once. Pass them "
+        "unshifted"
+    )
+
+
+def _agreement(rows: Iterable[Row], shift: int) -> float:
+    """Share of targets that are the token `shift` places on."""
+    same = total = 0
+    for ids, targets, _ in rows:
+        if len(ids) < 3:
+            continue
+        inner = slice(1, len(ids) - 1)  # where both neighbours are there
+        counted = targets[inner] != IGNORE_INDEX
+        moved = ids.roll(-shift)[inner]
+        same += int((moved == targets[inner])[counted].sum())
+        total += int(counted.sum())
+    return same / total if total >= 8 else 0.0
+
+
+def _refuse_lost_end(name: str, rows: list[Row], tokenizer: Any) -> None:
+    """pad == eos, and whatever masked the padding took every end token out of the labels too."""
+    end = getattr(tokenizer, "eos_token_id", None)
+    if end is None or end != getattr(tokenizer, "pad_token_id", None):
+        return
+    lost = kept = 0
+    for ids, targets, attended in rows:
+        follows = torch.zeros_like(attended, dtype=torch.bool)
+        follows[1:] = targets[:-1] != IGNORE_INDEX
+        ends = (ids == end) & follows & (attended != 0)
+        kept += int((ends & (targets == end)).sum())
+        lost += int((ends & (targets == IGNORE_INDEX)).sum())
+    if lost and not kept:
+        raise ValueError(
+            f"{name}: expected the end token (id {end}) among the labels, but all {lost} that "
+            "follow a target are −100. The padding token is the same token, and masking it masks "
+            "the end too: the student would never learn to stop. Leave padding to the trainer, "
+            "which goes by length, or give the tokenizer another pad_token"
+        )

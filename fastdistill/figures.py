@@ -1,0 +1,39 @@
+"""From sums over targets to the figures that are logged and returned."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from transformers import EvalPrediction
+
+from .objective import EVAL_COLUMNS
+
+
+def summarise(prediction: EvalPrediction) -> dict[str, float]:
+    """Of evaluation's rows [sequences, EVAL_COLUMNS]: means over targets, and perplexity."""
+    rows = prediction.predictions
+    rows = np.concatenate(rows) if isinstance(rows, (list, tuple)) else rows
+    totals = dict(zip(EVAL_COLUMNS, rows.sum(0, dtype=np.float64), strict=True))
+    tokens = max(totals.pop("tokens"), 1.0)
+    metrics = {name: float(v / tokens) for name, v in totals.items() if not math.isnan(v)}
+    metrics["perplexity"] = math.exp(min(metrics["nll"], 700.0))
+    return metrics
+
+
+def means(sums: dict[str, float], step: int) -> dict[str, float]:
+    """Means over the targets since the last log, over those trained on where some were selected;
+    raises where the loss has become NaN, which the Trainer's own log would hide."""
+    if not math.isfinite(sums.pop("loss")):
+        raise FloatingPointError(
+            f"loss: expected a number, got NaN or infinity in the steps up to {step}. "
+            "Look at the teacher's log-probabilities, lower the learning rate, or train in "
+            "bfloat16 instead of float16"
+        )
+    tokens = max(sums.pop("tokens"), 1.0)
+    found = {}
+    if "selected" in sums:
+        kept = sums.pop("selected")
+        found["selected"] = kept / tokens
+        tokens = max(kept, 1.0)
+    return {name: value / tokens for name, value in sums.items()} | found

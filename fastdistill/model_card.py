@@ -1,0 +1,103 @@
+"""README.md of a trained student: what it learnt from, how, and how far it got."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from . import __version__
+from .backend import describe
+from .config import DistillConfig
+from .files import write_atomically
+from .panel import Panel
+
+_EVALUATED = {
+    "eval_kl": "KL(teacher ‖ student), nats per token",
+    "eval_agreement": "same first choice as the teacher",
+    "eval_teacher_mass": "teacher's mass on its k tokens",
+    "eval_student_mass": "student's mass on them",
+    "eval_nll": "negative log-likelihood of the text, nats per token",
+    "eval_perplexity": "perplexity",
+    "eval_top1": "accuracy of the next token",
+}
+
+
+def write_card(
+    folder: Path, config: DistillConfig, student: Any, teacher: Any, panel: Panel | None, state: Any
+) -> None:
+    """README.md in `folder`, with the metadata that the Hugging Face hub reads.
+
+    `student` is the transformers model without adapters; `state` the trainer's, for its log.
+    """
+    name = _name_of(student)
+    rows = [("teacher", _teacher(teacher)), *_objective(config)]
+    if panel is not None:
+        mass = f"{panel.teacher_mass:.4f} mean, {panel.teacher_mass_p5:.4f} 5th percentile"
+        rows.append(("covered teacher mass, first batch", mass))
+    trained = _last(state.log_history, "teacher_mass")
+    if trained is not None:
+        rows.append(("covered teacher mass, last log", f"{trained['teacher_mass']:.4f} mean"))
+    rows.append(("steps", f"{state.global_step:,}"))
+    lines = [
+        "---",
+        *([] if name is None else [f"base_model: {name}"]),
+        *("library_name: transformers", "tags:", "- fastdistill", "- distillation", "---", ""),
+        "# Distilled model" if name is None else f"# {name}, distilled",
+        "",
+        "Trained with fastdistill's DistillTrainer.",
+        "",
+        *_table(rows),
+    ]
+    last = _last(state.log_history, "eval_loss")
+    if last is not None:
+        found = [(what, f"{last[n]:.4g}") for n, what in _EVALUATED.items() if n in last]
+        lines += ["", f"## Evaluation, step {last.get('step', 0):,}", "", *_table(found)]
+    versions = describe()["packages"]
+    used = [f"{n} {versions[n]}" for n in ("torch", "transformers", "peft") if versions.get(n)]
+    lines += ["", ", ".join([f"fastdistill {__version__}", *used]) + ".", ""]
+    write_atomically(folder / "README.md", "\n".join(lines))
+
+
+def _name_of(model: Any) -> str | None:
+    return getattr(getattr(model, "config", None), "_name_or_path", None) or None
+
+
+def _teacher(teacher: Any) -> str:
+    if teacher is None:
+        return "none: the labels alone"
+    name = getattr(teacher, "name", None) or _name_of(getattr(teacher, "model", None))
+    known = name or f"given as an object ({type(teacher).__name__})"
+    quant = getattr(teacher, "quant", None)
+    return known if quant is None else f"{known}, quantised to {quant}"
+
+
+def _objective(config: DistillConfig) -> list[tuple[str, str]]:
+    k = "the whole vocabulary" if config.k is None else f"{config.k} tokens per position"
+    values = config.to_dict()
+    schedule = getattr(config.lr_scheduler_type, "value", config.lr_scheduler_type)
+    shown = {
+        "beta": config.divergence == "jsd",
+        "skew": config.divergence.startswith("skew"),
+        "tail": config.k is not None,
+        "temperature": True,
+        "t2_scale": config.t2_scale,
+        "ce_weight": config.ce_weight > 0,
+        "z_loss": config.z_loss > 0,
+        "lmbda": config.lmbda > 0,
+        "token_selection": config.token_selection is not None,
+    }
+    return [
+        ("divergence", config.divergence),
+        ("compared", k),
+        *((name, str(values[name])) for name, wanted in shown.items() if wanted),
+        ("learning rate", f"{config.learning_rate:g}, {schedule}"),
+    ]
+
+
+def _last(history: Sequence[dict[str, Any]], name: str) -> dict[str, Any] | None:
+    return next((entry for entry in reversed(history) if name in entry), None)
+
+
+def _table(rows: Sequence[tuple[str, str]]) -> list[str]:
+    return ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]

@@ -1,0 +1,42 @@
+"""What the trainer asks of a teacher, whatever it is: a model here, a cache on disk, a server.
+
+A teacher may also have `tokenizer`, which proves that ids mean the same on both sides, and
+`vocab_size`, the columns of its head: where they are missing, nothing is compared.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor
+
+from .heads import LMHead
+from .outputs import TopK
+
+
+@runtime_checkable
+class TopKTeacher(Protocol):
+    """Whatever answers a batch of token ids with the teacher's k likeliest next tokens."""
+
+    def topk(
+        self,
+        input_ids: Tensor,  # (B, T)
+        attention_mask: Tensor | None = None,  # (B, T)
+        *,
+        k: int,
+        temperature: float = 1.0,
+    ) -> TopK: ...  # [B, T, K]; position t answers for the token at t + 1
+
+
+@runtime_checkable
+class DenseTeacher(Protocol):
+    """Whatever gives the hidden states that enter the teacher's head, and the head."""
+
+    @property
+    def head(self) -> LMHead: ...
+
+    def hidden(
+        self,
+        input_ids: Tensor,  # (B, T)
+        attention_mask: Tensor | None = None,  # (B, T)
+    ) -> Tensor: ...  # (B, T, G)

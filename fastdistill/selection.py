@@ -1,0 +1,168 @@
+"""Which tokens to train on, by any score of `token_scores`.
+
+    top share     w_n = n_b / m_b for the m_b = ⌈share · n_b⌉ targets of sequence b that score
+                  highest (or lowest), 0 for the others        (n_b: targets of the sequence)
+    threshold     w_n = 1 where the score is on the wanted side, else 0
+    weight        w_n = s_n / mean of s over the sequence's targets
+
+Everything is decided within a sequence, so that how a batch is cut, over micro-batches or
+processes, changes nothing. The weights of a sequence sum to n_b (a threshold's excepted): the loss
+stays a mean over targets, and a learning rate keeps its meaning at any share.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .outputs import TokenScores
+from .targets import Targets
+
+SCORES = (
+    "entropy", "varentropy", "max_logprob", "margin", "lse", "nll", "label_rank", "forward_kl",
+    "teacher_mass", "student_mass", "hellinger",
+)  # fmt: skip
+_OF_TEACHER = {"forward_kl", "teacher_mass", "student_mass", "hellinger"}
+_SIGNED = {"max_logprob", "lse"}  # no weights
+_WORDS = re.compile(
+    r"(?P<score>\w+)\s+(?:(?P<side>top|bottom)\s+(?P<share>\S+)"
+    r"|(?P<relation>>=|<=)\s*(?P<threshold>\S+)|(?P<weight>weight))"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenSelection:
+    """One rule. Exactly one of share, threshold and weight is given.
+
+    Args:
+        score: a field of TokenScores, of the student at the training temperature: "entropy" (after
+            arXiv 2506.01939), "nll", "margin", "forward_kl", "hellinger" (arXiv 2510.11615), …
+        share: train on this share of each sequence's targets, 0 < share ≤ 1.
+        threshold: train where the score is at least this (at most, with lowest).
+        weight: multiply each token's loss by its score, divided by the sequence's mean score.
+        lowest: prefer low scores.
+    """
+
+    score: str
+    share: float | None = None
+    threshold: float | None = None
+    weight: bool = False
+    lowest: bool = False
+
+    def __post_init__(self) -> None:
+        if self.score not in SCORES:
+            raise ValueError(
+                f"token_selection: expected a score among {', '.join(SCORES)}, got {self.score!r}"
+            )
+        given = (self.share is not None, self.threshold is not None, self.weight)
+        if sum(given) != 1:
+            raise ValueError(
+                "token_selection: expected one of share, threshold and weight, got "
+                f"share={self.share}, threshold={self.threshold}, weight={self.weight}"
+            )
+        if self.share is not None and not 0 < self.share <= 1:
+            raise ValueError(f"token_selection: expected a share in (0, 1], got {self.share}")
+        if self.threshold is not None and not math.isfinite(self.threshold):
+            raise ValueError(f"token_selection: expected a finite threshold, got {self.threshold}")
+        if self.weight and (self.score in _SIGNED or self.lowest):
+            raise ValueError(
+                "token_selection: expected a score that is never negative as a weight, got "
+                f"{self.score!r}{' with lowest=True' if self.lowest else ''}"
+            )
+
+    @classmethod
+    def parse(cls, words: str) -> TokenSelection:
+        """ "entropy top 0.2", "nll bottom 0.5", "margin <= 1.5", "forward_kl weight"."""
+        found = _WORDS.fullmatch(words.strip())
+        number = None if found is None else found["share"] or found["threshold"] or "0"
+        try:
+            value = float(number or "")
+        except ValueError:
+            raise ValueError(
+                "token_selection: expected '<score> top|bottom <share>', '<score> >=|<= "
+                f"<threshold>' or '<score> weight', got {words!r}"
+            ) from None
+        assert found is not None
+        return cls(
+            score=found["score"],
+            share=value if found["share"] else None,
+            threshold=value if found["threshold"] else None,
+            weight=bool(found["weight"]),
+            lowest=found["side"] == "bottom" or found["relation"] == "<=",
+        )
+
+    def __str__(self) -> str:
+        if self.weight:
+            return f"{self.score} weight"
+        if self.share is not None:
+            return f"{self.score} {'bottom' if self.lowest else 'top'} {self.share:g}"
+        return f"{self.score} {'<=' if self.lowest else '>='} {self.threshold:g}"
+
+    @property
+    def asks_teacher(self) -> bool:
+        return self.score in _OF_TEACHER
+
+    def __call__(self, scores: TokenScores, targets: Targets) -> Tensor:  # (N,) weights ≥ 0
+        values = getattr(scores, self.score).float()
+        if self.threshold is not None:
+            chosen = values <= self.threshold if self.lowest else values >= self.threshold
+            return chosen.float()
+        count = targets.per_row(torch.ones_like(values))
+        if self.weight:
+            values = values.clamp(min=0)
+            mean = (targets.per_row(values) / count.clamp(min=1))[targets.rows]
+            return torch.where(mean > 0, values / mean.clamp(min=1e-30), 1.0)
+        assert self.share is not None
+        # Rounded up, but never by what float arithmetic left above a whole number.
+        kept = (self.share * count - 1e-4).ceil().clamp(min=1)
+        place = _place_in_row(values if self.lowest else -values, targets.rows)
+        return torch.where(place < kept[targets.rows], (count / kept)[targets.rows], 0.0)
+
+
+Selection = TokenSelection | Callable[[TokenScores], Tensor]
+
+
+def selection_of(given: str | Selection | None) -> Selection | None:
+    """What a configuration may say, as a rule. A callable is one already: it takes TokenScores
+    [N] and returns weights [N], 0 where a token is left out."""
+    if given is None or isinstance(given, TokenSelection) or callable(given):
+        return given
+    if not isinstance(given, str):
+        raise TypeError(
+            "token_selection: expected words, a TokenSelection or a function of TokenScores, got "
+            f"{type(given).__name__}"
+        )
+    return TokenSelection.parse(given)
+
+
+def weights_of(rule: Selection, scores: TokenScores, targets: Targets) -> Tensor:
+    """Weights [N] of a rule; raises where a caller's own function gives something else."""
+    if isinstance(rule, TokenSelection):
+        return rule(scores, targets)
+    weights = torch.as_tensor(rule(scores))
+    N = len(targets.labels)
+    if weights.shape != (N,):
+        raise ValueError(
+            f"token_selection: expected weights of shape [{N}], one per target, got "
+            f"{list(weights.shape)}"
+        )
+    weights = weights.to(device=targets.labels.device, dtype=torch.float32)
+    if not bool((weights >= 0).all()) or not bool(weights.isfinite().all()):
+        raise ValueError("token_selection: expected finite weights of 0 or more, got others")
+    return weights
+
+
+def _place_in_row(values: Tensor, rows: Tensor) -> Tensor:
+    """Each value's place among those of its row, 0 for the smallest; equal ones keep their order.
+    `rows` is ascending."""
+    order = values.sort(stable=True).indices
+    order = order[rows[order].sort(stable=True).indices]
+    first = torch.searchsorted(rows, rows)
+    place = torch.empty_like(rows)
+    place[order] = torch.arange(len(rows), device=rows.device)
+    return place - first

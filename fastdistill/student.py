@@ -1,0 +1,148 @@
+"""The student: how it is loaded, adapted and compiled, and how its forward meets the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .config import DistillConfig
+from .heads import LMHead, at_head, head_of
+from .packing import can_pack, evaluating
+from .stored_model import StoredModel, load_whole
+from .targets import Targets
+
+# PEFT methods that put tokens of their own in front of the row's.
+_MOVES_POSITIONS = ("PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING")
+
+
+def prepare(
+    model: PreTrainedModel | str | Path, config: DistillConfig, peft_config: Any
+) -> nn.Module:
+    """The model to train: loaded from a path, with adapters around it where peft_config is given.
+
+    Raises ValueError or TypeError for a model whose loss cannot be taken at its head.
+    """
+    if isinstance(model, (str, Path)):
+        options = dict(config.model_init_kwargs or {})  # type: ignore[arg-type]
+        stored = StoredModel.at(model, attn_implementation=options.pop("attn_implementation", None))
+        options.setdefault("attn_implementation", stored.attention_on(config.device))
+        model = load_whole(stored.path, **options)
+    elif config.model_init_kwargs:
+        raise ValueError(
+            "model_init_kwargs: expected None with a model that is loaded already, got "
+            f"{config.model_init_kwargs!r}"
+        )
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model: expected a causal language model, or its path, got {type(model).__name__}"
+        )
+    if getattr(getattr(model, "config", None), "output_router_logits", False):
+        raise ValueError(
+            "model: expected config.output_router_logits=False, got True: the router's loss "
+            "would be dropped, since the loss is taken at the output head"
+        )
+    head_of(model)  # an adapted or quantised head is refused before anything is built
+    if peft_config is not None:
+        model = _adapted(model, peft_config)
+    if is_adapted(model):
+        _refuse_moved_positions(model)
+        head_of(model)
+        if getattr(config, "activation_checkpointing", False) or config.gradient_checkpointing:
+            # Reentrant checkpoints pass gradients on only where an input asks for one.
+            model.enable_input_require_grads()  # type: ignore[operator]
+    return model
+
+
+def _adapted(model: Any, peft_config: Any) -> nn.Module:
+    try:
+        import peft
+    except ImportError:
+        raise ImportError("peft_config: expected peft to be installed (pip install peft)") from None
+    if not isinstance(peft_config, peft.PeftConfig):
+        raise TypeError(
+            "peft_config: expected a peft.PeftConfig such as LoraConfig, got "
+            f"{type(peft_config).__name__}"
+        )
+    if is_adapted(model):
+        raise ValueError(
+            "peft_config: expected None with a model that has adapters already, got another "
+            "configuration. Merge the first ones, or leave peft_config out"
+        )
+    return peft.get_peft_model(model, peft_config)
+
+
+def is_adapted(model: nn.Module) -> bool:
+    return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+
+
+def without_adapters(model: nn.Module) -> Any:
+    """The transformers model inside."""
+    return model.get_base_model() if is_adapted(model) else model  # type: ignore[operator]
+
+
+def _refuse_moved_positions(model: Any) -> None:
+    for found in model.peft_config.values():
+        kind = str(getattr(found.peft_type, "value", found.peft_type))
+        if kind in _MOVES_POSITIONS:
+            raise ValueError(
+                f"peft_config: expected adapters on the model's layers, such as LoraConfig, got "
+                f"{kind}: it puts tokens of its own before the row's, and the loss would compare "
+                "other positions"
+            )
+
+
+def compile_body(model: nn.Module, config: DistillConfig) -> None:
+    """torch.compile for everything below the head, in place.
+
+    The loss is taken by hooks at the head, in eager mode around a compiled body: compiled with
+    them, the model would be traced anew for every batch.
+    """
+    body = without_adapters(model).base_model
+    body.compile(backend=config.torch_compile_backend or "inductor", mode=config.torch_compile_mode)
+
+
+def refuse_unpackable(model: nn.Module) -> None:
+    with evaluating(model):
+        fits = can_pack(without_adapters(model))
+    if not fits:
+        raise ValueError(
+            f"packing: expected False for {type(without_adapters(model)).__name__}: its layers "
+            "carry something along the row (a state, or positions of their own), so that one "
+            "sequence would be seen by the next"
+        )
+
+
+def forward_to_head(
+    wrapped: nn.Module,
+    model: nn.Module,
+    batch: Mapping[str, Tensor],
+    targets: Targets,
+    use: Callable[[Tensor, LMHead], Any],
+    *,
+    packed: bool,
+) -> Any:
+    """use(hidden at the targets [N, H], head), called inside the student's forward.
+
+    `wrapped` is what is called (DDP, FSDP); `model` is the one inside, where hooks belong. With
+    `packed` the attended tokens run in one row [1, Σ lengths], apart by positions that restart.
+    """
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    inputs, sources = {"input_ids": ids, "attention_mask": mask}, targets.sources
+    if packed:
+        attended = mask.bool()
+        positions = mask.long().cumsum(-1) - 1
+        sources = (attended.view(-1).long().cumsum(0) - 1)[sources]
+        inputs = {"input_ids": ids[attended][None], "position_ids": positions[attended][None]}
+
+    def at_targets(hidden: Tensor) -> Any:
+        rows = hidden.flatten(0, 1)
+        # All positions in order are a view: no copy of the hidden states.
+        everywhere = len(sources) == len(rows)
+        return use(rows if everywhere else rows[sources], head_of(model))
+
+    with at_head(model, at_targets):
+        return wrapped(**inputs, use_cache=False)
