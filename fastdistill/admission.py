@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from .config import DistillConfig
 from .fingerprint import refuse_different_tokenizers
-from .heads import head_of
+from .heads import rows_of_head
 from .protocols import DenseTeacher, TopKTeacher
 from .teacher import Teacher
 
@@ -60,7 +60,7 @@ def admit(
         teacher = Teacher(teacher, impl=config.impl)
     _refuse_unfit(teacher, config)
     vocab = _shared_vocabulary(teacher, student, processing_class)
-    rows = vocab if vocab is not None else head_of(student).weight.shape[0]
+    rows = vocab if vocab is not None else rows_of_head(student)
     if config.k is not None and config.k > rows:
         raise ValueError(
             f"k: expected at most the vocabulary's {rows} tokens, got {config.k}. k=None compares "
@@ -97,7 +97,7 @@ def _shared_vocabulary(teacher: Any, student: nn.Module, processing_class: Any) 
     compared = processing_class is not None and theirs is not None
     if compared:
         refuse_different_tokenizers(processing_class, theirs)
-    ours = head_of(student).weight.shape[0]
+    ours = rows_of_head(student)
     vocab = getattr(teacher, "vocab_size", ours)
     if vocab == ours:
         return None

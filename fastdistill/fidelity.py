@@ -20,9 +20,9 @@ from . import checks
 from .data import DistillCollator
 from .dense import linear_distill_loss
 from .examples import IGNORE_INDEX
-from .heads import LMHead, head_of, verify_head
+from .heads import LMHead, evaluating, head_of, verify_head
 from .intervals import bootstrap_ratio, wilson
-from .packing import RowReader, Rows, evaluating, read_rows
+from .packing import RowReader, Rows, read_rows
 from .primitive import linear_topk
 from .stored_model import StoredModel
 

@@ -17,6 +17,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers import PreTrainedModel
 
 from .parallel import is_dtensor
@@ -85,18 +86,23 @@ def head_module(model: nn.Module) -> nn.Module:
             "lm_head, which the fused loss would skip. Remove lm_head from target_modules and "
             "modules_to_save of the PEFT configuration"
         )
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point():
-        raise TypeError(
-            "model: expected an output head with a floating-point weight [V, H], got "
-            f"{type(module).__name__}. Leave the head out of quantisation (skip lm_head)"
-        )
     return module
 
 
 def head_of(model: nn.Module) -> LMHead:
-    """Read the head's weight, bias and multipliers from a Hugging Face causal LM."""
+    """Read the head's weight, bias and multipliers from a Hugging Face causal LM.
+
+    Of a model that is sharded over processes, the weight is what is there now: the whole of it
+    inside the head's own forward.
+    """
     module = head_module(model)
+    weight = getattr(module, "weight", None)
+    plain = isinstance(weight, Tensor) and weight.dim() == 2 and weight.is_floating_point()
+    if not plain and not is_partitioned(model):
+        raise TypeError(
+            "model: expected an output head with a floating-point weight [V, H], got "
+            f"{type(module).__name__}. Leave the head out of quantisation (skip lm_head)"
+        )
     scale, softcap = _multipliers(getattr(model, "config", None))
     return LMHead(
         weight=cast(Tensor, module.weight),
@@ -104,6 +110,17 @@ def head_of(model: nn.Module) -> LMHead:
         logit_scale=scale,
         softcap=softcap,
     )
+
+
+def is_partitioned(model: nn.Module) -> bool:
+    """Whether DeepSpeed's ZeRO-3 holds the parameters: empty but inside a module's forward."""
+    return any(hasattr(p, "ds_id") for p in model.parameters())
+
+
+def rows_of_head(model: nn.Module) -> int:
+    """Columns of the logits, padding included."""
+    weight: Any = head_module(model).weight
+    return getattr(weight, "ds_shape", weight.shape)[0]
 
 
 def _multipliers(config: Any) -> tuple[float, float | None]:
@@ -127,35 +144,88 @@ def _multipliers(config: Any) -> tuple[float, float | None]:
 def at_head(model: nn.Module, use: Callable[[Tensor], Any]) -> Iterator[None]:
     """While this is open, calling `model` gives use(hidden) in place of the model's output.
 
-    `use` runs inside the model's own forward, with the head's parameters as the wrapper (DDP, FSDP)
-    made them available, and what it returns leaves through the model's output, where wrappers
-    look for the tensors to differentiate. The model itself is unchanged afterwards.
+    `use` runs inside the model's own forward, with the head's parameters as the wrapper (DDP, FSDP,
+    ZeRO) made them available, and what it returns (tensors, or tuples and dicts of them) leaves
+    through the model's output, where wrappers look for the tensors to differentiate. The model
+    itself is unchanged afterwards.
     """
-    found: list[Any] = []
+    head, found = head_module(model), _Found()
 
     def enter_head(module: nn.Module, args: tuple) -> tuple:
         hidden = args[0]
-        found.append(use(hidden))
-        return (hidden[:, :0].detach(), *args[1:])
+        found.put(use(hidden))
+        # DTensor knows no shards of nothing: a head over several ranks sees one position.
+        left = hidden[:1, :1] if is_dtensor(head.weight) else hidden[:, :0]
+        return (left.detach(), *args[1:])
 
     def leave_model(module: nn.Module, args: tuple, output: Any) -> Any:
-        if len(found) != 1:
+        if found.calls != 1:
             raise RuntimeError(
                 f"model: expected {type(model).__name__} to call its output head once per forward, "
-                f"it called it {len(found)} times"
+                f"it called it {found.calls} times"
             )
-        return found.pop()
+        return found.result
+
+    def behind_wrappers(module: nn.Module, args: tuple, output: Any) -> Any:
+        found.seen(output)
+        return found.take()
 
     handles = [
-        head_module(model).register_forward_pre_hook(enter_head),
+        head.register_forward_pre_hook(enter_head),
         # First among the hooks, so that a wrapper's own hook sees the tensors that matter.
         model.register_forward_hook(leave_model, prepend=True),
+        model.register_forward_hook(behind_wrappers),
     ]
+    if is_partitioned(model):
+        handles += _shown_at_head(head, found)
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+class _Found:
+    """What `use` returned in one forward pass."""
+
+    def __init__(self) -> None:
+        self.result: Any = None
+        self.calls = 0
+
+    def put(self, result: Any) -> None:
+        self.result, self.calls = result, self.calls + 1
+
+    def seen(self, output: Any) -> None:
+        """A wrapper's hooks have seen the result and may have put nodes of theirs behind its
+        tensors. A copy in another type (FSDP's output_dtype) is not taken: the loss stays fp32."""
+        ours, spec = tree_flatten(self.result)
+        theirs = tree_flatten(output)[0]
+        kept = [
+            b if isinstance(b, Tensor) and b.dtype == a.dtype else a
+            for a, b in zip(ours, theirs, strict=True)
+        ]
+        self.result = tree_unflatten(kept, spec)
+
+    def take(self) -> Any:
+        result, self.result, self.calls = self.result, None, 0
+        return result
+
+
+def _shown_at_head(head: nn.Module, found: _Found) -> list[Any]:
+    """ZeRO-3 gathers a module's weights again for its backward when the gradient reaches what left
+    the module. Of the head that is what `use` returned: its hooks are shown that, and the model
+    then gets the logits (of no position) all the same."""
+    logits: list[Any] = []
+
+    def show(module: nn.Module, args: tuple, output: Any) -> Any:
+        logits.append(output)
+        return found.result
+
+    def hide(module: nn.Module, args: tuple, output: Any) -> Any:
+        found.seen(output)
+        return logits.pop()
+
+    return [head.register_forward_hook(show, prepend=True), head.register_forward_hook(hide)]
 
 
 def hidden_states(
@@ -168,6 +238,19 @@ def hidden_states(
         return model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **more)
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while; each module then gets back the mode it had."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 @torch.no_grad()
 def verify_head(model: PreTrainedModel, head: LMHead | None = None) -> float:
     """Compare `head` with the model's logits: the relative error, and an error beyond rounding.
@@ -175,15 +258,11 @@ def verify_head(model: PreTrainedModel, head: LMHead | None = None) -> float:
     The head is fed its natural input, then the same made a hundred times larger: at their natural
     size the logits of a small model would hide a tanh.
     """
-    head = head_of(model) if head is None else head
-    vocab = head.weight.shape[0]
-    input_ids = torch.arange(1, 9, device=head.weight.device)[None] % vocab
-    was_training = model.training
-    model.eval()
-    try:
+    device = cast(Tensor, head_module(model).weight).device
+    input_ids = torch.arange(1, 9, device=device)[None] % rows_of_head(model)
+    with evaluating(model):
         worst = max(_head_error(model, head, input_ids, boost) for boost in (1.0, 100.0))
-    finally:
-        model.train(was_training)
+    head = head_of(model) if head is None else head
     tolerance = _RELATIVE_TOLERANCE.get(head.weight.dtype, _HALF_TOLERANCE)
     if not worst <= tolerance:
         raise ValueError(
@@ -196,19 +275,22 @@ def verify_head(model: PreTrainedModel, head: LMHead | None = None) -> float:
     return worst
 
 
-def _head_error(model: PreTrainedModel, head: LMHead, input_ids: Tensor, boost: float) -> float:
+def _head_error(
+    model: PreTrainedModel, head: LMHead | None, input_ids: Tensor, boost: float
+) -> float:
     seen: list[Tensor] = []
 
     def enter_head(module: nn.Module, args: tuple) -> tuple:
-        seen.append(args[0] * boost)
-        return (seen[-1], *args[1:])
+        hidden = args[0] * boost
+        seen.append((head_of(model) if head is None else head).whole().logits(hidden).float())
+        return (hidden, *args[1:])
 
     handle = head_module(model).register_forward_pre_hook(enter_head)
     try:
         theirs = model(input_ids=input_ids, use_cache=False).logits.float()
     finally:
         handle.remove()
-    ours = head.whole().logits(seen[-1]).float()
+    ours = seen[-1]
     if ours.shape != theirs.shape:
         return float("inf")
     scale = theirs.abs().max().clamp(min=torch.finfo(torch.float32).tiny)

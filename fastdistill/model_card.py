@@ -67,7 +67,7 @@ def _teacher(teacher: Any) -> str:
     if teacher is None:
         return "none: the labels alone"
     name = getattr(teacher, "name", None) or _name_of(getattr(teacher, "model", None))
-    known = name or f"given as an object ({type(teacher).__name__})"
+    known = name or f"{type(getattr(teacher, 'model', teacher)).__name__}, given as an object"
     quant = getattr(teacher, "quant", None)
     return known if quant is None else f"{known}, quantised to {quant}"
 

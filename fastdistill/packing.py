@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checks
-from .heads import head_of, hidden_states
+from .heads import evaluating, head_of, hidden_states
 
 CPU_TOKENS = 4096
 GPU_TOKENS = (1024, 16384)  # fewer leaves a GPU idle, more gains nothing
@@ -204,19 +203,6 @@ def _forward(model: nn.Module, input_ids: Tensor, position_ids: Tensor | None) -
     more = {} if position_ids is None else {"position_ids": position_ids.to(device)}
     with evaluating(model):
         return hidden_states(model, input_ids.to(device), **more)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; each module then gets back the mode it had."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from transformers.generation.logits_process import TemperatureLogitsWarper, TopP
 from .config import DistillConfig
 from .data import padded
 from .examples import IGNORE_INDEX, Row
-from .packing import evaluating
+from .heads import evaluating
 
 
 def uniform(*key: object) -> float:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .config import DistillConfig
-from .heads import LMHead, at_head, head_of
-from .packing import can_pack, evaluating
+from .heads import LMHead, at_head, evaluating, head_of
+from .packing import can_pack
 from .stored_model import StoredModel, load_whole
 from .targets import Targets
 
@@ -46,6 +46,7 @@ def prepare(
             "would be dropped, since the loss is taken at the output head"
         )
     head_of(model)  # an adapted or quantised head is refused before anything is built
+    _keep_differentiable(model)
     if peft_config is not None:
         model = _adapted(model, peft_config)
     if is_adapted(model):
@@ -55,6 +56,17 @@ def prepare(
             # Reentrant checkpoints pass gradients on only where an input asks for one.
             model.enable_input_require_grads()  # type: ignore[operator]
     return model
+
+
+def _keep_differentiable(model: nn.Module) -> None:
+    """bitsandbytes on a CPU with AVX512-BF16 repacks a 4-bit layer's weights at its first forward
+    in evaluation mode, and its backward reads them as if it had not: gradients are then noise
+    (0.50.2). Its other kernel knows one layout only."""
+    name = "support_avx512bf16_for_cpu"
+    for module in model.modules():
+        if getattr(module, name, False):
+            setattr(module, name, False)
+            module.state_dict()  # puts back what an earlier evaluation repacked
 
 
 def _adapted(model: Any, peft_config: Any) -> nn.Module:

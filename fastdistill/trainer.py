@@ -27,7 +27,7 @@ from .data import DistillCollator
 from .data_checks import check_examples
 from .examples import Encoder
 from .figures import means, summarise
-from .heads import LMHead, verify_head
+from .heads import LMHead, is_partitioned, verify_head
 from .model_card import write_card
 from .objective import DENSE_SCORED_BY, Answers, Dense, Loss, Objective
 from .panel import Panel, first_batch
@@ -110,9 +110,10 @@ class DistillTrainer(WholeCheckpoints):
                 compute_metrics=summarise,
                 compute_loss_func=_never_called,
             )
-        verify_head(self.model)
-        if args.packing:
-            refuse_unpackable(self.model)
+        # Where the weights are not all here yet, the first batch is soon enough.
+        self._unverified = True
+        if not (self.is_fsdp_enabled or is_partitioned(self.model)):
+            self._verify()
         if args.torch_compile:
             compile_body(self.model, args)
         # With a compute_loss_func and without loss kwargs, every version from 5.0 counts the
@@ -124,6 +125,14 @@ class DistillTrainer(WholeCheckpoints):
         admitted = admit(teacher, self.model, args, processing_class)
         self.teacher = None if admitted is None else admitted.teacher
         self._valid_vocab = None if admitted is None else admitted.valid_vocab
+
+    def _verify(self) -> None:
+        """Whether the loss can be taken at this model's head, and its rows be packed."""
+        student = self.accelerator.unwrap_model(self.model)
+        verify_head(student)
+        if self.args.packing:
+            refuse_unpackable(student)
+        self._unverified = False
 
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device
@@ -186,6 +195,8 @@ class DistillTrainer(WholeCheckpoints):
         def with_vocabulary(hidden: Tensor, head: LMHead) -> Any:
             return use(hidden, replace(head, valid_vocab=self._valid_vocab))
 
+        if self._unverified:
+            self._verify()
         # DDP and FSDP wrap the model that is called; the hooks belong on the one inside.
         student = self.accelerator.unwrap_model(model)
         packed = self.args.packing
