@@ -30,8 +30,8 @@ SCORES = (
 _OF_TEACHER = {"forward_kl", "teacher_mass", "student_mass", "hellinger"}
 _SIGNED = {"max_logprob", "lse"}  # no weights
 _WORDS = re.compile(
-    r"(?P<score>\w+)\s+(?:(?P<side>top|bottom)\s+(?P<share>\S+)"
-    r"|(?P<relation>>=|<=)\s*(?P<threshold>\S+)|(?P<weight>weight))"
+    r"(?P<score>\w+)(?:\s+(?P<side>top|bottom)\s+(?P<share>\S+)"
+    r"|\s*(?P<relation>>=|<=)\s*(?P<threshold>\S+)|\s+(?P<weight>weight))"
 )
 
 

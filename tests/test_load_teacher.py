@@ -8,8 +8,8 @@ from fnmatch import fnmatch
 import pytest
 import torch
 from test_families import build
-from test_trainer import VOCAB, llama
 from tokenizers import Tokenizer, models
+from training import VOCAB, llama
 from transformers import PreTrainedTokenizerFast
 
 from fastdistill import load_teacher

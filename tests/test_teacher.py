@@ -6,7 +6,7 @@ from math import inf
 
 import pytest
 import torch
-from test_trainer import VOCAB, llama
+from training import VOCAB, llama
 from transformers import BertConfig, BertLMHeadModel
 
 from fastdistill import topk_distill_loss

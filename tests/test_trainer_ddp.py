@@ -23,7 +23,7 @@ WORKER = """
 import json, os, sys
 from pathlib import Path
 import torch
-from test_trainer import config, llama, ragged
+from training import config, llama, ragged
 from fastdistill import DistillTrainer
 
 out, size, accumulation = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])

@@ -6,8 +6,8 @@ import logging
 
 import pytest
 import torch
-from test_trainer import VOCAB, config, llama, ragged, train
 from tokenizers import Tokenizer, models
+from training import VOCAB, config, llama, ragged, train
 from transformers import PreTrainedTokenizerFast
 
 from fastdistill.config import DistillConfig

@@ -1,11 +1,11 @@
-"""Drop-in faces for other libraries' losses, over ours."""
+"""Liger Kernel's fused linear JSD, over ours."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from .dense import linear_distill_loss
+from ..dense import linear_distill_loss
 
 
 class FusedLinearJSD(nn.Module):

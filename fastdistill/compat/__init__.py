@@ -1,0 +1,32 @@
+"""Drop-in faces for other libraries' losses and trainers, over ours: one import line swaps them.
+
+    Liger     from fastdistill.compat import FusedLinearJSD as LigerFusedLinearJSD
+    axolotl   from fastdistill.compat import TopKLogprobLoss as LigerFusedLinearKLTopKLogprobLoss
+    TRL       from fastdistill.compat import GKDTrainer
+    TRL       from fastdistill.compat import DistillationTrainer
+
+The trainers take TRL's own configuration objects. What they cannot honour is refused by name.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .axolotl import TopKLogprobLoss
+    from .liger import FusedLinearJSD
+    from .trl import DistillationTrainer, GKDTrainer
+
+__all__ = ["DistillationTrainer", "FusedLinearJSD", "GKDTrainer", "TopKLogprobLoss"]
+
+_MODULE_OF = {
+    "DistillationTrainer": "trl",
+    "FusedLinearJSD": "liger",
+    "GKDTrainer": "trl",
+    "TopKLogprobLoss": "axolotl",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)

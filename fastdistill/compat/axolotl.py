@@ -1,0 +1,112 @@
+"""The top-k log-probability loss of axolotl's knowledge distillation, over ours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..losses import topk_distill_loss
+from ..outputs import TopK
+
+
+class TopKLogprobLoss(nn.Module):
+    """Call order and options of axolotl's LigerFusedLinearKLTopKLogprobLoss; a sum over positions.
+
+        weight_soft_loss · T² · Σ D(p, q) + weight_hard_loss · Σ CE(label), labels shifted by one
+
+    D is KL(p‖q) at beta=0, KL(q‖p) at beta=1, else β·KL(p‖m) + (1−β)·KL(q‖m), m = βp + (1−β)q, over
+    the K tokens of each position. With normalize_topk the student is renormalised over them, as
+    axolotl's data step does with the teacher (tail="renorm_both": no pass over the LM head);
+    without, it keeps its own probabilities.
+
+    Args:
+        weight_hard_loss, weight_soft_loss: factors of the two sums.
+        temperature: T, at which target_logprobs were taken; divides the student's logits.
+        beta, ignore_index, compute_ce_loss, normalize_topk: see above.
+        compiled, chunk_size: taken for the call's sake; the loss is fused and streamed anyway.
+    """
+
+    def __init__(
+        self,
+        weight_hard_loss: float = 0.5,
+        weight_soft_loss: float = 0.5,
+        temperature: float = 1.0,
+        beta: float = 1.0,
+        ignore_index: int = -100,
+        compiled: bool = True,
+        chunk_size: int = 1024,
+        compute_ce_loss: bool = True,
+        normalize_topk: bool = True,
+    ) -> None:
+        super().__init__()
+        self.weight_hard_loss = weight_hard_loss if compute_ce_loss else 0.0
+        self.weight_soft_loss = weight_soft_loss
+        self.temperature = temperature
+        self.beta = beta
+        self.ignore_index = ignore_index
+        self.normalize_topk = normalize_topk
+
+    def forward(
+        self,
+        lm_head_weight: Tensor,  # (V, H)
+        student_hidden_states: Tensor,  # (B, T, H)
+        target_token_ids: Tensor,  # (B, T, K), what position t says of the token at t + 1
+        target_logprobs: Tensor,  # (B, T, K)
+        target_mask: Tensor,  # (B, T, K), 0 where a slot is empty
+        true_labels: Tensor,  # (B, T), unshifted
+        student_bias: Tensor | None = None,  # (V,)
+    ) -> Tensor:  # scalar
+        used = target_mask.bool()
+        total = student_hidden_states.new_zeros((), dtype=torch.float32)
+        if self.weight_soft_loss:
+            teacher = TopK(
+                torch.where(used, target_token_ids, -1),
+                target_logprobs.float().clamp(max=0.0),
+                temperature=self.temperature,
+            )
+            soft = topk_distill_loss(
+                student_hidden_states,
+                lm_head_weight,
+                teacher,
+                divergence=self._divergence(),
+                beta=self.beta,
+                tail="renorm_both" if self.normalize_topk else "truncate",
+                temperature=self.temperature,
+                t2_scale=True,
+                token_weight=used.any(-1).float(),
+                reduction="sum",
+                bias=student_bias,
+            )
+            total = total + self.weight_soft_loss * soft
+        if self.weight_hard_loss:
+            labels = torch.full_like(true_labels, self.ignore_index)
+            labels[:, :-1] = true_labels[:, 1:]
+            empty = torch.full((*labels.shape, 1), -1, device=labels.device)
+            hard = topk_distill_loss(
+                student_hidden_states,
+                lm_head_weight,
+                TopK(empty, torch.zeros_like(empty, dtype=torch.float32)),
+                labels=labels,
+                ce_weight=1.0,
+                ignore_index=self.ignore_index,
+                reduction="sum",
+                bias=student_bias,
+            )
+            total = total + self.weight_hard_loss * hard
+        return total
+
+    def _divergence(self) -> Any:
+        """Without renormalisation axolotl sums over the K tokens alone, where our "truncate" adds
+        what a divergence is worth where the teacher is zero; KLs have nothing there."""
+        if self.normalize_topk or self.beta in (0.0, 1.0):
+            return {0.0: "forward_kl", 1.0: "reverse_kl"}.get(self.beta, "jsd")
+        beta = self.beta
+
+        def jsd(log_p: Tensor, log_q: Tensor) -> Tensor:
+            p, q = log_p.exp(), log_q.exp()
+            log_m = (beta * p + (1 - beta) * q).log()
+            return (beta * p * (log_p - log_m) + (1 - beta) * q * (log_q - log_m)).sum(-1)
+
+        return jsd

@@ -1,0 +1,184 @@
+"""TRL's GKDTrainer and DistillationTrainer, over ours: the same arguments, TRL's own configs.
+
+The loss is theirs, over the whole vocabulary and never in [N, V]; so is its normalisation. What
+differs: samples are drawn by hashing seed, step and prompt instead of from the random stream (so a
+run can be cut and resumed), whole optimiser steps are on- or off-policy, and a row longer than
+max_length loses its end, not its beginning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, ClassVar
+
+from torch import nn
+from transformers import TrainingArguments
+
+from ..config import DistillConfig
+from ..stored_model import StoredModel, load_whole
+from ..trainer import DistillTrainer
+
+# Not ours to set, or set below.
+_OWN = {"remove_unused_columns", "prediction_loss_only", "use_liger_kernel"}
+_OLD_NAMES = {
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
+
+
+class _FromTRL(DistillTrainer):
+    """What both trainers share: `options` says what their configuration means here."""
+
+    # Options of theirs that change the training and have no counterpart, with their "off".
+    refused: ClassVar[Mapping[str, Any]]
+
+    def __init__(
+        self,
+        model: Any = None,
+        teacher_model: Any = None,
+        args: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        callbacks: Any = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        peft_config: Any = None,
+        **others: Any,
+    ) -> None:
+        kind = type(self).__name__
+        if args is None or not isinstance(args, TrainingArguments):
+            raise TypeError(f"args: expected TRL's configuration, got {type(args).__name__}")
+        for name, value in others.items():
+            if value is not None:
+                raise ValueError(f"{name}: expected None in our {kind}, got {value!r:.80}")
+        for name, off in self.refused.items():
+            if getattr(args, name, off) not in (off, None):
+                raise ValueError(
+                    f"{name}: expected {off!r} in our {kind}, got "
+                    f"{getattr(args, name)!r}: it has no counterpart here"
+                )
+        if teacher_model is None:
+            teacher_model = getattr(args, "teacher_model_name_or_path", None)
+        model_kwargs = dict(getattr(args, "model_init_kwargs", None) or {})
+        if isinstance(model, str):
+            # TRL's default; transformers would take the stored type.
+            model = _loaded(model, {"dtype": "float32"} | model_kwargs)
+        teacher_kwargs = getattr(args, "teacher_model_init_kwargs", None)
+        if isinstance(teacher_model, str) and teacher_kwargs:
+            teacher_model = _loaded(teacher_model, teacher_kwargs)
+        if getattr(args, "disable_dropout", False) and isinstance(model, nn.Module):
+            for module in model.modules():
+                if isinstance(module, nn.Dropout):
+                    module.p = 0.0
+        super().__init__(
+            model,
+            teacher_model,
+            DistillConfig(**(_shared(args) | self.options(args))),
+            train_dataset=self.examples(train_dataset),
+            eval_dataset=self.examples(eval_dataset),
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            peft_config=peft_config,
+        )
+
+    def options(self, args: Any) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def examples(self, dataset: Any) -> Any:
+        return dataset
+
+
+class GKDTrainer(_FromTRL):
+    """trl.experimental.gkd.GKDTrainer: β·KL(teacher‖m) + (1−β)·KL(student‖m), m = β·teacher +
+    (1−β)·student, on data and, in a share lmbda of steps, on the student's own samples (GKD, arXiv
+    2306.13649). args.temperature is that of sampling; the divergence is taken at 1, as TRL does.
+    seq_kd is refused: let the teacher write the data first.
+    """
+
+    refused: ClassVar = {"seq_kd": False, "use_vllm": False}
+
+    def options(self, args: Any) -> dict[str, Any]:
+        return {
+            "k": None,
+            "divergence": "jsd",
+            "beta": args.beta,
+            "lmbda": args.lmbda,
+            "max_new_tokens": args.max_new_tokens,
+            "sampling_temperature": args.temperature,
+            "max_length": args.max_length,
+        }
+
+    def examples(self, dataset: Any) -> Any:
+        if isinstance(dataset, Mapping):
+            return {name: _by_last_turn(part) for name, part in dataset.items()}
+        return _by_last_turn(dataset)
+
+
+class DistillationTrainer(_FromTRL):
+    """trl.DistillationTrainer: the student continues every prompt, and learns the generalised
+    Jensen–Shannon divergence with args.beta from the teacher, both at args.temperature.
+    """
+
+    refused: ClassVar = {
+        "use_vllm": False,
+        "top_k": 0,
+        "min_p": None,
+        "repetition_penalty": 1.0,
+        "generation_kwargs": None,
+        "chat_template_kwargs": None,
+        "max_tool_calling_iterations": None,
+    }
+
+    def options(self, args: Any) -> dict[str, Any]:
+        return {
+            "k": None,
+            "divergence": "jsd",
+            "beta": args.beta,
+            "lmbda": 1.0,
+            "temperature": args.temperature,
+            "sampling_temperature": args.temperature,
+            "top_p": args.top_p,
+            "max_new_tokens": args.max_completion_length,
+        }
+
+
+class _LastTurns:
+    """Conversations as prompt and completion: GKD trains on the last turn alone."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        return _last_turn(self.dataset[index])
+
+
+def _last_turn(example: Mapping[str, Any]) -> Mapping[str, Any]:
+    if "messages" not in example or "input_ids" in example:
+        return example
+    *prompt, last = example["messages"]
+    rest = {name: value for name, value in example.items() if name != "messages"}
+    return rest | {"prompt": prompt, "completion": [last]}
+
+
+def _by_last_turn(dataset: Any) -> Any:
+    """A stream has no length and maps itself."""
+    if dataset is None or hasattr(dataset, "__len__"):
+        return None if dataset is None else _LastTurns(dataset)
+    return dataset.map(_last_turn)
+
+
+def _shared(args: TrainingArguments) -> dict[str, Any]:
+    """What every TrainingArguments has."""
+    names = {f.name for f in fields(TrainingArguments) if f.init}
+    old = {name for name, new in _OLD_NAMES.items() if new in names}
+    return {name: getattr(args, name) for name in names - old - _OWN}
+
+
+def _loaded(path: str, options: Mapping[str, Any]) -> Any:
+    stored = StoredModel.at(path)
+    return load_whole(stored.path, **options)

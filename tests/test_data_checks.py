@@ -1,0 +1,103 @@
+"""Datasets that would train smoothly towards nothing are refused before the first step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_examples import STOCK, TALK, tokenizer
+from torch.utils.data import IterableDataset
+
+from fastdistill.data_checks import check_examples
+from fastdistill.examples import Encoder
+
+END, CAT, DOG, IT = 0, 8, 9, 10
+PADDED = tokenizer(pad_token="<end>")
+
+
+def check(dataset, tokens=None, prompts_only=False):
+    encoder = Encoder(tokenizer=tokens)
+    check_examples("train_dataset", dataset, encoder, tokens, prompts_only=prompts_only)
+
+
+def rows(n=20, length=12):
+    g = torch.Generator().manual_seed(0)
+    return [torch.randint(1, 16, (length,), generator=g) for _ in range(n)]
+
+
+@pytest.mark.parametrize(
+    ("example", "why"),
+    [
+        ({"input_ids": [4, 5, 6], "labels": [-100] * 3}, "All labels are −100"),
+        ({"input_ids": [4, 5, 6], "assistant_masks": [0, 0, 0]}, "without {% generation %} gives"),
+        ({"input_ids": [4, 5, 6], "completion_mask": [0, 0, 0]}, "completion masks are all zero"),
+        ({"prompt": "a cat"}, "Prompts alone are for lmbda=1"),
+        ({"input_ids": [4]}, "one token long"),
+    ],
+)
+def test_data_without_a_target_is_refused(example, why):
+    with pytest.raises(
+        ValueError, match=r"train_dataset: expected tokens to learn, got none in"
+    ) as e:
+        check([example] * 9, tokenizer(STOCK))
+    assert why in str(e.value)
+    check([*[example] * 8, {"input_ids": [4, 5]}], tokenizer(STOCK))
+    check([example] * 9, tokenizer(STOCK), prompts_only=True)
+
+
+@pytest.mark.parametrize("shift", [1, -1])
+def test_labels_that_are_shifted_already_are_refused(shift):
+    data = [{"input_ids": ids, "labels": ids.roll(-shift)} for ids in rows()]
+    side = "next" if shift == 1 else "previous"
+    with pytest.raises(ValueError, match=rf"are the {side} token: they are shifted already"):
+        check(data)
+
+
+def test_unshifted_labels_pass_however_they_repeat():
+    check([{"input_ids": ids, "labels": ids} for ids in rows()])
+    check([{"input_ids": [5] * 12, "labels": [5] * 12}] * 9)
+    masked = [{"input_ids": i, "labels": torch.where(i % 3 == 0, i, -100)} for i in rows()]
+    check(masked)
+
+
+def test_an_end_token_lost_with_the_padding_is_refused():
+    lost = {"input_ids": [CAT, DOG, IT, END, END], "labels": [CAT, DOG, IT, -100, -100]}
+    with pytest.raises(ValueError, match=r"expected the end token \(id 0\) among the labels"):
+        check([lost] * 5, PADDED)
+    kept = {**lost, "labels": [CAT, DOG, IT, END, -100]}
+    check([kept, *[lost] * 4], PADDED)
+    check([lost] * 5, tokenizer())  # nothing says that the end token pads
+
+
+def test_padding_and_other_peoples_ends_are_no_lost_ends():
+    padding = {
+        "input_ids": [CAT, DOG, IT, END, END],
+        "labels": [CAT, DOG, IT, -100, -100],
+        "attention_mask": [1, 1, 1, 0, 0],
+    }
+    check([padding] * 5, PADDED)
+    prompt = {"input_ids": [CAT, END, DOG, IT], "labels": [-100, -100, DOG, IT]}
+    check([prompt] * 5, PADDED)
+
+
+def test_only_a_few_examples_are_looked_at_and_streams_are_left_alone():
+    class Counting(list):
+        seen = 0
+
+        def __getitem__(self, at):
+            Counting.seen += 1
+            return super().__getitem__(at)
+
+    check(Counting([{"input_ids": [4, 5, 6]}] * 10_000))
+    assert Counting.seen == 64
+
+    class Stream(IterableDataset):
+        def __iter__(self):
+            raise AssertionError("read")
+
+    check(Stream())
+    check(None)
+    check([])
+
+
+def test_conversations_of_a_stock_template_have_targets():
+    check([{"messages": TALK}] * 3, tokenizer(STOCK))

@@ -1,0 +1,112 @@
+"""Every form of example becomes the ids that the model will see, with the right targets."""
+
+from __future__ import annotations
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from fastdistill.examples import Encoder
+
+WORDS = "<end> <user> <assistant> <system> what is this a cat dog it and yes no . think".split()
+STOCK = (
+    "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} <end> {% endfor %}"
+    "{% if add_generation_prompt %}<assistant> {% endif %}"
+)
+MARKED = (
+    "{% for m in messages %}<{{ m['role'] }}> {% if m['role'] == 'assistant' %}{% generation %}"
+    "{{ m['content'] }} <end>{% endgeneration %} {% else %}{{ m['content'] }} <end> {% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<assistant> {% endif %}"
+)
+# As Qwen3's: what was thought is dropped from turns that are not the last.
+FORGETTING = (
+    "{% for m in messages %}<{{ m['role'] }}> {% if m['role'] == 'assistant' and loop.last %}think "
+    "{% endif %}{{ m['content'] }} <end> {% endfor %}"
+    "{% if add_generation_prompt %}<assistant> {% endif %}"
+)
+TALK = [
+    {"role": "user", "content": "what is this"},
+    {"role": "assistant", "content": "a cat"},
+    {"role": "user", "content": "a dog"},
+    {"role": "assistant", "content": "no it is a cat"},
+]
+
+
+def tokenizer(template=None, **special):
+    backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="no"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made = PreTrainedTokenizerFast(tokenizer_object=backend, **({"eos_token": "<end>"} | special))
+    made.chat_template = template
+    return made
+
+
+def read(example, template=None, **options):
+    """(all tokens, those that are targets), as words."""
+    row = Encoder(tokenizer=tokenizer(template), **options)(example)
+    said = row.targets != -100
+    assert (row.targets[said] == row.ids[said]).all()
+    assert row.attended.all()
+    words = [WORDS[i] for i in row.ids]
+    return " ".join(words), " ".join(w for w, s in zip(words, said.tolist(), strict=True) if s)
+
+
+def test_text_is_all_target_and_gets_its_end():
+    assert read({"text": "a cat"}) == ("a cat <end>", "a cat <end>")
+    assert read({"text": "a cat <end>"}) == ("a cat <end>", "a cat <end>")
+
+
+def test_completion_is_the_target():
+    example = {"prompt": "what is this", "completion": "a cat"}
+    assert read(example) == ("what is this a cat <end>", "a cat <end>")
+    assert read(example, completion_only=False)[1] == "what is this a cat <end>"
+    assert read({"prompt": "what is"}) == ("what is", "")
+
+
+@pytest.mark.parametrize("template", [STOCK, MARKED])
+def test_the_assistants_turns_are_the_targets(template):
+    whole, said = read({"messages": TALK}, template)
+    assert whole == (
+        "<user> what is this <end> <assistant> a cat <end> <user> a dog <end> <assistant> no it is "
+        "a cat <end>"
+    )
+    assert said == "a cat <end> no it is a cat <end>"
+    assert read({"messages": TALK}, template, completion_only=False)[1] == whole
+
+
+@pytest.mark.parametrize("template", [STOCK, MARKED, FORGETTING])
+def test_a_conversation_as_prompt_and_completion(template):
+    whole, said = read({"prompt": TALK[:3], "completion": TALK[3:]}, template)
+    assert said.removeprefix("think ") == "no it is a cat <end>"
+    assert whole.endswith(said)
+    assert read({"prompt": TALK[:3]}, template) == (
+        "<user> what is this <end> <assistant> a cat <end> <user> a dog <end> <assistant>",
+        "",
+    )
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused():
+    with pytest.raises(ValueError, match=r"renders turn 1 differently .* Pass prompt and"):
+        read({"messages": TALK}, FORGETTING)
+
+
+def test_given_masks_become_targets():
+    example = {"input_ids": [4, 5, 6, 7], "assistant_masks": [0, 0, 1, 1]}
+    assert Encoder()(example).targets.tolist() == [-100, -100, 6, 7]
+    example = {"input_ids": [4, 5, 6, 7], "completion_mask": [0, 1, 1, 0]}
+    assert Encoder()(example).targets.tolist() == [-100, 5, 6, -100]
+
+
+def test_long_examples_are_cut():
+    row = Encoder(max_length=3)({"input_ids": [4, 5, 6, 7], "labels": [-100, 5, 6, 7]})
+    assert row.ids.tolist() == [4, 5, 6]
+    assert row.targets.tolist() == [-100, 5, 6]
+    assert read({"text": "a cat and a dog"}, max_length=3)[0] == "a cat and"
+
+
+def test_what_cannot_be_read_is_named():
+    with pytest.raises(ValueError, match=r"expected dicts with input_ids, .* got \['x'\]"):
+        Encoder()({"x": 1})
+    with pytest.raises(ValueError, match=r"expected the tokenizer, to read \['text'\]"):
+        Encoder()({"text": "a"})
+    with pytest.raises(ValueError, match=r"text: expected at least one token"):
+        Encoder(tokenizer=tokenizer(eos_token=None))({"text": ""})
