@@ -10,10 +10,8 @@ from training import VOCAB, llama
 from transformers import BertConfig, BertLMHeadModel
 
 from fastdistill import topk_distill_loss
-from fastdistill.outputs import TopK
 from fastdistill.packing import groups
 from fastdistill.protocols import TopKTeacher
-from fastdistill.remembering import RememberingTeacher
 from fastdistill.teacher import Teacher
 
 IDS = torch.randint(3, VOCAB, (3, 11), generator=torch.Generator().manual_seed(0))
@@ -224,28 +222,3 @@ def test_teacher_is_frozen_in_eval_mode():
     assert not teacher.model.training
     assert not any(p.requires_grad for p in teacher.model.parameters())
     assert isinstance(teacher, TopKTeacher)
-
-
-class Counting(Teacher):
-    asked = 0
-
-    def topk(self, input_ids, attention_mask=None, *, k, temperature=1.0) -> TopK:
-        self.asked += len(input_ids)
-        return super().topk(input_ids, attention_mask, k=k, temperature=temperature)
-
-
-def test_remembering_asks_once_per_window():
-    teacher = Counting(llama(7, scale=20.0))
-    remembering = RememberingTeacher(teacher)
-    first = remembering.topk(IDS, k=4)
-    again = remembering.topk(IDS.flip(0), torch.ones_like(IDS), k=4)
-    assert teacher.asked == 3
-    plain = Teacher(teacher.model).topk(IDS, k=4)
-    for answers, expected in ((first, plain), (again, [t.flip(0) for t in plain[:3]])):
-        assert torch.equal(answers.ids, expected[0].long())
-        torch.testing.assert_close(answers.logprobs, expected[1])
-        torch.testing.assert_close(answers.log_tail, expected[2])
-    remembering.topk(IDS, k=5)
-    assert teacher.asked == 6
-    with pytest.raises(ValueError, match="windows without padding"):
-        remembering.topk(IDS, torch.zeros_like(IDS), k=4)
