@@ -104,7 +104,7 @@ def test_what_cannot_answer_is_refused(tmp_path):
     class OnlyTopK:
         def topk(self, input_ids, attention_mask=None, *, k, temperature=1.0): ...
 
-    with pytest.raises(TypeError, match="expected a model, or an object with hidden.* k=None"):
+    with pytest.raises(TypeError, match=r"expected a model, or an object with hidden.* k=None"):
         build(tmp_path, teacher=OnlyTopK(), k=None)
 
 

@@ -1,4 +1,4 @@
-"""Losses at the head are the dense ones: selected, weighted, of a dense teacher, of labels alone."""
+"""Losses at the head are the dense ones: selected, of a dense teacher, of labels alone."""
 
 from __future__ import annotations
 
