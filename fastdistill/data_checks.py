@@ -16,9 +16,16 @@ from .examples import IGNORE_INDEX, Encoder, Row
 LOOKED_AT = 64  # examples, evenly spread
 
 
-def check_examples(
-    name: str, dataset: Any, encoder: Encoder, tokenizer: Any, *, prompts_only: bool
-) -> None:
+def check_datasets(encoder: Encoder, train: Any, evaluate: Any, *, prompts_only: bool) -> None:
+    """`check_examples` for what a trainer is given; prompts may stand alone in training only."""
+    check_examples("train_dataset", train, encoder, prompts_only=prompts_only)
+    several = evaluate if isinstance(evaluate, dict) else {"": evaluate}
+    for name, dataset in several.items():
+        called = f"eval_dataset[{name!r}]" if name else "eval_dataset"
+        check_examples(called, dataset, encoder, prompts_only=False)
+
+
+def check_examples(name: str, dataset: Any, encoder: Encoder, *, prompts_only: bool) -> None:
     """Raises ValueError where a look at a few examples shows a dataset that cannot teach.
 
     A dataset without a length (a stream) is not looked at: reading it would use it up.
@@ -35,7 +42,7 @@ def check_examples(
     given = [row for example, row in zip(examples, rows, strict=True) if "labels" in example]
     if given:
         _refuse_shifted(name, given)
-        _refuse_lost_end(name, given, tokenizer)
+        _refuse_lost_end(name, given, encoder.tokenizer)
 
 
 def _refuse_no_target(name: str, examples: list[Any], rows: list[Row]) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
+import torch.distributed as dist
+from torch import Tensor
 from transformers import EvalPrediction
 
 from .objective import EVAL_COLUMNS
@@ -37,3 +40,10 @@ def means(sums: dict[str, float], step: int) -> dict[str, float]:
         found["selected"] = kept / tokens
         tokens = max(kept, 1.0)
     return {name: value / tokens for name, value in sums.items()} | found
+
+
+def one_each(shared: int, gathered: Any) -> Any:
+    """Of rows gathered over ranks, of which `shared` at a time have the same: those of one."""
+    if isinstance(gathered, Tensor):
+        return gathered.unflatten(0, (dist.get_world_size(), -1))[::shared].flatten(0, 1)
+    return type(gathered)(one_each(shared, part) for part in gathered)

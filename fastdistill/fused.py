@@ -22,7 +22,8 @@ from .kernels.op_losses import scale_saved, topk_loss
 from .kernels.rows import Gathered, RowOptions, entropy_of, first_slots, rows_forward
 from .kernels.topk_loss import Fused, callable_rows, named_rows
 from .kernels.topk_loss import fused as fused_loss
-from .operands import Payload
+from .operands import Operands, Payload
+from .outputs import DistillOutput
 from .parallel import Shard, backend_of, gather_logits, lse_gather
 
 
@@ -211,3 +212,17 @@ def by_reference(
         valid_vocab=head.vocab,
     )
     return Computed(*out)
+
+
+def no_positions(
+    ops: Operands, x: Tensor, reduction: str, options: RowOptions, label_N: Tensor | None
+) -> DistillOutput:
+    """No position counts: 0, with zero gradients rather than none."""
+    zero = torch.zeros(ops.lead, dtype=ops.head.dtype, device=x.device)
+    parts = [x, ops.head.weight[:0], *([] if ops.head.bias is None else [ops.head.bias[:0]])]
+    loss = sum((p.sum().to(zero.dtype) for p in parts), start=zero.sum())
+    by_rows = options.tail == "renorm_both" and not options.needs_base
+    of_head = None if by_rows else zero
+    nll = None if label_N is None else of_head
+    loss = loss if reduction != "none" else zero + loss
+    return DistillOutput(loss, zero, zero, zero, of_head, of_head, nll, of_head)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import checks
 from .backend import resolve_impl
-from .fused import Computed, by_reference, by_rows, fused, recomputed
+from .fused import Computed, by_reference, by_rows, fused, no_positions, recomputed
 from .kernels.rows import TAILS, RowOptions
 from .operands import (
     Counting,
@@ -244,7 +244,7 @@ def _distill(
     elif count.active is not None:
         x = torch.where(count.active.unsqueeze(-1), x, 0)  # NaN at an ignored position stays there
     if x.shape[0] == 0:
-        return _nothing(ops, x, reduction)
+        return no_positions(ops, x, reduction, options, label_N)
     if options.filter_eps is not None:
         checks.grad_filter(options, impl, backward, reduction, ops.head.weight.dtype)
     compiled_callable = callable(options.divergence) and torch.compiler.is_compiling()
@@ -262,14 +262,6 @@ def _distill(
     else:
         out = fused(x, ops.head, given, label_N, count.coef, options, statistics, impl, ops.shard)
     return _assemble(ops, out, given, count, reduction)
-
-
-def _nothing(ops: Operands, x: Tensor, reduction: str) -> DistillOutput:
-    """No position counts: 0, with zero gradients rather than none."""
-    zero = torch.zeros(ops.lead, dtype=ops.head.dtype, device=x.device)
-    parts = [x, ops.head.weight[:0], *([] if ops.head.bias is None else [ops.head.bias[:0]])]
-    loss = sum((p.sum().to(zero.dtype) for p in parts), start=zero.sum())
-    return DistillOutput(loss if reduction != "none" else zero + loss, *[zero] * 7)
 
 
 def _assemble(

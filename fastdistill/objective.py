@@ -82,8 +82,10 @@ class Loss:
     ) -> Objective:
         sums = {"tokens": torch.tensor(float(len(targets.labels)), device=hidden.device)}
         weights = None
-        if self.selection is not None and len(targets.labels):
-            weights = self._weights(hidden.detach(), head, targets, answers)
+        if self.selection is not None:
+            weights = torch.zeros_like(targets.labels, dtype=torch.float32)
+            if len(weights):
+                weights = self._weights(hidden.detach(), head, targets, answers)
             kept = weights.nonzero()[:, 0]
             sums["selected"] = torch.tensor(float(len(kept)), device=hidden.device)
             hidden, targets, weights = hidden[kept], targets.take(kept), weights[kept]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from .packing import can_pack
 from .stored_model import StoredModel, load_whole
 from .targets import Targets
 
+_COMPILING = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
 # PEFT methods that put tokens of their own in front of the row's.
 _MOVES_POSITIONS = ("PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING")
 
@@ -105,6 +107,20 @@ def _refuse_moved_positions(model: Any) -> None:
                 f"{kind}: it puts tokens of its own before the row's, and the loss would compare "
                 "other positions"
             )
+
+
+@contextmanager
+def compiled_by_us(config: DistillConfig) -> Iterator[None]:
+    """While the Trainer is built it does not see torch_compile: Accelerate would compile the whole
+    model, with the loss in it."""
+    asked = {name: getattr(config, name) for name in _COMPILING}
+    config.torch_compile = False
+    config.torch_compile_backend = config.torch_compile_mode = None
+    try:
+        yield
+    finally:
+        for name, value in asked.items():
+            setattr(config, name, value)
 
 
 def compile_body(model: nn.Module, config: DistillConfig) -> None:

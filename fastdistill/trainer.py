@@ -7,8 +7,7 @@ switched off, since it either divides a second time or averages ragged batches u
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,20 +23,26 @@ from .asking import answers_here, ask
 from .checkpoints import WholeCheckpoints
 from .config import DistillConfig
 from .data import DistillCollator
-from .data_checks import check_examples
+from .data_checks import check_datasets
 from .examples import Encoder
-from .figures import means, summarise
+from .figures import means, one_each, summarise
 from .heads import LMHead, is_partitioned, verify_head
 from .model_card import write_card
 from .objective import DENSE_SCORED_BY, Answers, Dense, Loss, Objective
 from .panel import Panel, first_batch
 from .run_log import RunLog
 from .sampling import ends_of, is_on_policy, sample
-from .student import compile_body, forward_to_head, prepare, refuse_unpackable, without_adapters
+from .student import (
+    compile_body,
+    compiled_by_us,
+    forward_to_head,
+    prepare,
+    refuse_unpackable,
+    without_adapters,
+)
 from .targets import Targets
 
 Examples = Dataset | list[dict[str, Any]]
-_COMPILING = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
 
 
 class DistillTrainer(WholeCheckpoints):
@@ -96,8 +101,9 @@ class DistillTrainer(WholeCheckpoints):
             max_length=args.max_length,
         )
         if args.check_data:
-            _check_datasets(encoder, args, train_dataset, eval_dataset)
-        with _compiled_by_us(args):
+            sampled = args.lmbda == 1.0
+            check_datasets(encoder, train_dataset, eval_dataset, prompts_only=sampled)
+        with compiled_by_us(args):
             super().__init__(
                 model=student,
                 args=args,
@@ -233,6 +239,13 @@ class DistillTrainer(WholeCheckpoints):
             )
         super().log(logs, start_time)
 
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's, but ranks that share a batch count it once."""
+        shared = self.get_tp_size()
+        if shared > 1:
+            self.gather_function = lambda rows: one_each(shared, self.accelerator.gather(rows))
+        return super().evaluation_loop(*args, **kwargs)
+
     def prediction_step(
         self,
         model: nn.Module,
@@ -264,27 +277,6 @@ class DistillTrainer(WholeCheckpoints):
     def _write_card(self, folder: str | Path) -> None:
         student = without_adapters(self.accelerator.unwrap_model(self.model))
         write_card(Path(folder), self.args, student, self.teacher, self.panel, self.state)
-
-
-def _check_datasets(encoder: Encoder, args: DistillConfig, train: Any, evaluate: Any) -> None:
-    tokenizer, sampled = encoder.tokenizer, args.lmbda == 1.0
-    check_examples("train_dataset", train, encoder, tokenizer, prompts_only=sampled)
-    several = evaluate if isinstance(evaluate, dict) else {"": evaluate}
-    for name, dataset in several.items():
-        called = f"eval_dataset[{name!r}]" if name else "eval_dataset"
-        check_examples(called, dataset, encoder, tokenizer, prompts_only=False)
-
-
-@contextmanager
-def _compiled_by_us(args: DistillConfig) -> Iterator[None]:
-    """Accelerate would compile the whole model, with the loss in it."""
-    asked = {name: getattr(args, name) for name in _COMPILING}
-    args.torch_compile, args.torch_compile_backend, args.torch_compile_mode = False, None, None
-    try:
-        yield
-    finally:
-        for name, value in asked.items():
-            setattr(args, name, value)
 
 
 def _at_least_one(count: Tensor | int) -> Tensor | int:

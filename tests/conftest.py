@@ -17,6 +17,7 @@ ON_EVERY_BACKEND = {
     "test_dense_loss",
     "test_hard_cases",
     "test_integration",
+    "test_no_positions",
     "test_primitive",
     "test_scores",
     "test_topk_loss",

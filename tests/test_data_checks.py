@@ -16,7 +16,7 @@ PADDED = tokenizer(pad_token="<end>")
 
 def check(dataset, tokens=None, prompts_only=False):
     encoder = Encoder(tokenizer=tokens)
-    check_examples("train_dataset", dataset, encoder, tokens, prompts_only=prompts_only)
+    check_examples("train_dataset", dataset, encoder, prompts_only=prompts_only)
 
 
 def rows(n=20, length=12):

@@ -59,7 +59,7 @@ LENGTHS = (11, 3, 0, 7, 1)
 
 def build(family: str, **changes):
     torch.manual_seed(0)
-    config = CONFIG_MAPPING[family](**(FAMILIES[family] | changes))
+    config = CONFIG_MAPPING[family](**(FAMILIES.get(family, SIZES) | changes))
     model = AutoModelForCausalLM.from_config(config).eval()
     bias = getattr(model.get_output_embeddings(), "bias", None)
     if bias is not None:

@@ -138,3 +138,29 @@ def test_labels_alone_with_z_loss(tmp_path, z_loss):
     loss = F.cross_entropy(z, labels) + z_loss * z.logsumexp(-1).square().mean()
     assert step_losses(trainer)[0] == pytest.approx(loss.item(), rel=1e-5)
     assert (weights(trainer) - step(loss, student)).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"k": None},
+        {"tail": "renorm_both"},
+        {"tail": "renorm_both", "ce_weight": 0.5},
+        {"token_selection": "entropy top 0.5"},
+        {"token_selection": lambda s: s.entropy * 0},
+        {"teacher": None, "ce_weight": 1.0},
+    ],
+    ids=lambda options: "-".join(options) or "plain",
+)
+def test_ranks_without_targets_report_what_the_others_do(tmp_path, options):
+    """Figures are summed over processes by name: one name less on a rank, and all of them hang."""
+    trainer = build(tmp_path, **options)
+    sums = []
+    for rows in (ragged(2), [{"input_ids": [5, 6], "labels": [-100, -100]}]):
+        inputs = trainer.data_collator(rows)
+        trainer._since_log = {}
+        trainer.compute_loss(trainer.model.train(), inputs).backward()
+        sums.append(trainer._since_log)
+    assert list(sums[0]) == list(sums[1])
+    assert all(value == 0 for value in sums[1].values())

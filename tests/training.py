@@ -12,7 +12,7 @@ from fastdistill.trainer import DistillTrainer
 VOCAB = 53
 
 
-def llama(seed: int, *, vocab: int = VOCAB, hidden: int = 32, scale: float = 1.0):
+def llama(seed: int, *, vocab=VOCAB, hidden=32, scale=1.0, tied=False):
     torch.manual_seed(seed)
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -23,6 +23,7 @@ def llama(seed: int, *, vocab: int = VOCAB, hidden: int = 32, scale: float = 1.0
             num_attention_heads=4,
             num_key_value_heads=2,
             max_position_embeddings=64,
+            tie_word_embeddings=tied,
         )
     )
     with torch.no_grad():

@@ -1,0 +1,120 @@
+"""The first batch tells answers about this text from answers about another one."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from training import VOCAB, build, llama, train
+
+from fastdistill.answer_checks import Signal, label_logprob, refuse_foreign, signal
+from fastdistill.outputs import TopK
+
+
+def following(n=12, length=24):
+    """Text in which each token tells the next, with a slip now and then."""
+    rows = []
+    for seed in range(n):
+        g = torch.Generator().manual_seed(seed)
+        ids = [int(torch.randint(3, VOCAB, (1,), generator=g))]
+        for _ in range(length - 1):
+            slip = torch.rand(1, generator=g).item() < 0.2
+            jump = int(torch.randint(3, VOCAB, (1,), generator=g))
+            ids.append(jump if slip else (ids[-1] - 3 + 7) % (VOCAB - 3) + 3)
+        rows.append({"input_ids": torch.tensor(ids), "labels": torch.tensor(ids)})
+    return rows
+
+
+class Knows:
+    """Answers with the rule; `of` maps the ids it thinks it reads."""
+
+    vocab_size = VOCAB
+
+    def __init__(self, of=lambda ids: ids):
+        self.of = of
+
+    def topk(self, input_ids, attention_mask=None, *, k, temperature=1.0):
+        nxt = (self.of(input_ids) - 3 + 7) % (VOCAB - 3) + 3
+        ids = torch.stack([nxt, (nxt - 2) % (VOCAB - 3) + 3], -1)
+        return TopK(ids, torch.tensor([0.8, 0.02]).log().expand(ids.shape))
+
+
+def run(tmp_path, teacher, **options):
+    return train(tmp_path, teacher=teacher, data=following(), k=2, max_steps=1, **options)
+
+
+def test_a_teacher_that_knows_the_text_passes(tmp_path):
+    found = run(tmp_path, Knows()).panel.signal
+    assert found.real
+    assert found.delivered > 0.5 * found.claimed > 1
+
+
+def test_answers_that_belong_to_other_rows_stop_the_run(tmp_path):
+    class Shuffled(Knows):
+        def topk(self, input_ids, attention_mask=None, *, k, temperature=1.0):
+            return super().topk(input_ids.roll(1, 0), k=k, temperature=temperature)
+
+    with pytest.raises(ValueError, match="no better than the same answers half a batch away"):
+        run(tmp_path, Shuffled())
+    run(tmp_path, Shuffled(), check_signal=False)
+
+
+def test_another_tokenizer_of_the_same_size_stops_the_run(tmp_path):
+    """Every id is valid, every answer confident, and nothing fits."""
+    mapping = torch.randperm(VOCAB, generator=torch.Generator().manual_seed(1))
+    with pytest.raises(ValueError, match="Check that teacher and data have one tokenizer"):
+        run(tmp_path, Knows(of=lambda ids: mapping[ids]))
+
+
+def figures(**changes):
+    base = {"nll": 5.0, "nll_shuffled": 5.0, "claimed": 2.0, "delivered": 0.0}
+    more = {"delivered_error": 0.05, "student": 0.0, "student_error": 0.05, "tokens": 500}
+    return Signal(**(base | more | changes))
+
+
+def test_what_is_no_lie_passes():
+    refuse_foreign(figures(claimed=0.1), surely_aligned=False)  # claims nothing
+    refuse_foreign(figures(delivered=0.5), surely_aligned=False)  # keeps a part
+    refuse_foreign(figures(delivered_error=0.5), surely_aligned=False)  # too noisy to tell
+    refuse_foreign(figures(tokens=63), surely_aligned=False)  # too few to tell
+    with pytest.raises(ValueError, match=r"5\.00 against 5\.00 nats, .* 2\.00 should"):
+        refuse_foreign(figures(), surely_aligned=False)
+
+
+def test_a_model_in_this_process_is_refused_only_where_the_text_can_be_known():
+    refuse_foreign(figures(), surely_aligned=True)
+    with pytest.raises(ValueError, match="no better than the same answers"):
+        refuse_foreign(figures(student=1.0), surely_aligned=True)
+
+
+def test_claim_and_delivery_are_what_they_say():
+    g = torch.Generator().manual_seed(0)
+    p = (torch.randn(400, VOCAB, generator=g) * 2).log_softmax(-1)
+    labels = torch.multinomial(p.exp(), 1, generator=g)[:, 0]
+    teacher = TopK(torch.arange(VOCAB).expand(400, -1), p, torch.full((400,), -100.0))
+    nll = torch.zeros(400)
+    found = signal(teacher, labels, nll, nll + 1, VOCAB)
+    away = p.roll(200, 0)
+    assert found.claimed == pytest.approx((p.exp() * (p - away)).sum(-1).mean().item(), rel=1e-4)
+    at = torch.arange(400)
+    assert found.nll == pytest.approx(-p[at, labels].mean().item(), rel=1e-5)
+    assert found.nll_shuffled == pytest.approx(-away[at, labels].mean().item(), rel=1e-5)
+    assert found.delivered == pytest.approx(found.nll_shuffled - found.nll, rel=1e-4)
+    assert abs(found.delivered - found.claimed) < 4 * found.delivered_error  # an honest teacher
+    assert found.student == 1.0
+
+
+def test_tokens_outside_the_payload_share_the_tail():
+    teacher = TopK(torch.tensor([[4, 7]]), torch.tensor([[0.5, 0.3]]).log())
+    expected = math.log(0.2 / (VOCAB - 2))
+    assert label_logprob(teacher, torch.tensor([9]), VOCAB).item() == pytest.approx(expected, 1e-4)
+    assert label_logprob(teacher, torch.tensor([7]), VOCAB).item() == pytest.approx(math.log(0.3))
+
+
+def test_overlap_is_the_share_of_common_tokens(tmp_path):
+    student = llama(0)
+    same = build(tmp_path, teacher=llama(0), k=5, check_signal=False)
+    same.train()
+    assert same.panel.overlap == 1.0
+    assert train(tmp_path, model=student, k=5).panel.overlap < 0.6
