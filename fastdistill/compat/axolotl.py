@@ -19,7 +19,8 @@ class TopKLogprobLoss(nn.Module):
     D is KL(p‖q) at beta=0, KL(q‖p) at beta=1, else β·KL(p‖m) + (1−β)·KL(q‖m), m = βp + (1−β)q, over
     the K tokens of each position. With normalize_topk the student is renormalised over them, as
     axolotl's data step does with the teacher (tail="renorm_both": no pass over the LM head);
-    without, it keeps its own probabilities.
+    without, it keeps its own probabilities. T² is in the gradient as in the loss (axolotl 0.19.0's
+    gradient leaves it out).
 
     Args:
         weight_hard_loss, weight_soft_loss: factors of the two sums.
