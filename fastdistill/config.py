@@ -54,6 +54,9 @@ class DistillConfig(TrainingArguments):
         model_init_kwargs: for from_pretrained, where the student is given as a path.
 
         impl: "auto", or one implementation that is then used or refused, never replaced.
+        backward: of the loss: "fused" makes the head's gradients in the forward pass, "recompute"
+            makes the logits again in the backward pass: a third more work at the head, less
+            memory. "auto" is fused.
         show_panel: print what the teacher says about the first batch, before the first update.
         check_data: refuse datasets that a look at a few examples shows to teach nothing.
         check_signal: stop where the first batch shows answers that are not about this text.
@@ -71,7 +74,8 @@ class DistillConfig(TrainingArguments):
     t2_scale: bool = False
     ce_weight: float = 0.0
     z_loss: float = 0.0
-    token_selection: str | TokenSelection | Callable[..., Any] | None = None  # argparse: words
+    # None second: a command line then reads the words that stand first.
+    token_selection: str | None | TokenSelection | Callable[..., Any] = None  # noqa: RUF036
 
     lmbda: float = 0.0
     max_new_tokens: int = 128
@@ -84,6 +88,7 @@ class DistillConfig(TrainingArguments):
     model_init_kwargs: dict[str, Any] | str | None = None
 
     impl: str = "auto"
+    backward: str = "auto"
     show_panel: bool = True
     check_data: bool = True
     check_signal: bool = True
@@ -99,6 +104,7 @@ class DistillConfig(TrainingArguments):
             _integer(name, getattr(self, name), least, optional=name != "max_new_tokens")
         _one_of("divergence", self.divergence, DIVERGENCES)
         _one_of("tail", self.tail, TAILS)
+        _one_of("backward", self.backward, ("auto", "fused", "recompute"))
         resolve_impl(self.impl)
         for name in ("beta", "skew", "ce_weight", "lmbda", "top_p"):
             _between(name, getattr(self, name), 0.0, 1.0)

@@ -133,6 +133,7 @@ class Loss:
             "ce_weight": config.ce_weight if labels_count else 0.0,
             "z_loss": config.z_loss,
             "impl": config.impl,
+            "backward": config.backward,
             **head.options(),
         }
 
@@ -144,7 +145,7 @@ class Loss:
         by: nll and accuracy, and from the teacher KL (bucket tail of its K; of a dense teacher the
         whole vocabulary), agreement of the first choice, and both masses on its K."""
         head, labels, topk = head.whole(), targets.labels, self._topk(answers)
-        options = self._options(head, True) | {"reduction": "none"}
+        options = self._options(head, True) | {"reduction": "none", "backward": "auto"}
         per_token = _per_token(hidden, head, labels, answers, options)
         scores = self._scores(hidden, head, labels, topk)
         kl = scores.forward_kl

@@ -170,8 +170,8 @@ class DistillTrainer(WholeCheckpoints):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         sampled = bool(inputs.get("sampled", False))
-        first = self.model.training and self.panel is None and not sampled
-        targets, answers = ask(self.teacher, inputs, self.args, check=first)
+        first = self.args.check_signal and self.panel is None and not sampled
+        targets, answers = ask(self.teacher, inputs, self.args, check=first and self.model.training)
 
         def use(hidden: Tensor, head: LMHead) -> Objective:
             if self.model.training and self.panel is None:

@@ -55,6 +55,13 @@ def test_a_dense_teacher_is_compared_over_the_whole_vocabulary(tmp_path, name):
     assert (weights(trainer) - step(loss, student)).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("k", [8, None])
+def test_recomputed_logits_make_the_same_update(tmp_path, k):
+    fused, again = (train(tmp_path, k=k, backward=b) for b in ("fused", "recompute"))
+    assert (weights(fused) - weights(again)).abs().max() < 1e-7
+    assert step_losses(fused) == pytest.approx(step_losses(again), rel=1e-6)
+
+
 def test_dense_evaluation_is_exact(tmp_path):
     trainer = build(tmp_path, k=None, divergence="reverse_kl", eval_dataset=ragged(5))
     found = trainer.evaluate()

@@ -1,0 +1,247 @@
+"""A whole training step of a student: forward, loss, backward, AdamW; 4 rows of 512 tokens.
+
+A Llama of H=512 with tied embeddings and Qwen's vocabulary, random weights (time and memory do not
+depend on them), in fp32. Two comparisons, each of the same step in turns:
+
+    top-64 answers that are there already    transformers' Trainer on materialised logits; ours,
+                                             with the loss fused and recomputed
+    a teacher of the same size in process    TRL's GKDTrainer; ours over the whole vocabulary (the
+                                             same loss); ours on the teacher's top 64
+
+peak_mb is what a step adds to what the allocator holds before it, gradients included; output_mb is
+what it holds: weights, AdamW's moments, and the teacher where there is one. grad_error is the
+distance of the step's gradient from the first contender's with the same loss, whose products round
+in another order; more than MOST_ERROR is refused.
+"""
+
+from __future__ import annotations
+
+import gc
+import tempfile
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+import fastdistill as fd
+from fastdistill.teacher import Teacher
+
+from .data import device
+from .memory import peak_mb
+from .registry import GateError, Missing, attempt
+from .rows import Row
+from .rows import table as table_of
+from .run import clock, fill_times
+from .shapes import Shape
+
+SHAPE = Shape(N=2048, H=512, V=151936, K=64)
+ROW = 512
+LAYERS = 4
+TURNS = 5
+MOST_ERROR = 1e-3
+
+
+class Work(NamedTuple):
+    """A step that can be repeated, the gradient that it makes, and the modules it keeps alive."""
+
+    step: Callable[[], object]
+    gradient: Callable[[], Tensor]
+    holds: list[nn.Module]
+
+
+def _llama(shape: Shape, seed: int) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=shape.V, hidden_size=shape.H, intermediate_size=11 * shape.H // 4,
+        num_hidden_layers=LAYERS, num_attention_heads=8, num_key_value_heads=8,
+        max_position_embeddings=2 * ROW, tie_word_embeddings=True,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).to(device())
+
+
+def _batch(shape: Shape) -> dict[str, Tensor]:
+    rows = max(1, shape.N // ROW)
+    g = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, shape.V, (rows, shape.N // rows), generator=g).to(device())
+    labels = ids.clone()
+    labels[:, 0] = -100
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+class _Known:
+    """Answers that were taken before."""
+
+    def __init__(self, answers: fd.TopK, vocab: int) -> None:
+        self.answers, self.vocab_size = answers, vocab
+
+    def topk(self, input_ids: Tensor, attention_mask: Any = None, **_: Any) -> fd.TopK:
+        return self.answers
+
+
+class _Materialised(Trainer):
+    """What one writes without a fused loss: log-softmax of all logits, K of them compared."""
+
+    answers: fd.TopK
+    loss_is_scaled_for_ga = True
+
+    def compute_loss(  # type: ignore[override]
+        self, model: Any, inputs: dict[str, Tensor], num_items_in_batch: Any = None, **_: Any
+    ) -> Tensor:
+        logits = model(
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
+        ).logits[:, :-1]
+        ids, logp, log_tail = (t[:, :-1] for t in self.answers[:3])
+        logq = logits.float().log_softmax(-1).gather(-1, ids)
+        tail_q = torch.log1p(-logq.exp().sum(-1).clamp(max=1 - 2**-24))
+        kl = (logp.exp() * (logp - logq)).sum(-1) + log_tail.exp() * (log_tail - tail_q)
+        return kl.sum() / num_items_in_batch
+
+
+def _settings(kind: Any, folder: str, **options: Any) -> Any:
+    shared = {
+        "report_to": [], "save_strategy": "no", "disable_tqdm": True, "optim": "adamw_torch",
+        "use_cpu": not torch.cuda.is_available(), "bf16": False, "max_steps": 1,
+        "dataloader_pin_memory": False, "remove_unused_columns": False,
+    }  # fmt: skip
+    return kind(folder, **(shared | options))
+
+
+def _work(trainer: Any, batch: dict[str, Tensor], *more: nn.Module) -> Work:
+    """Forward, backward and update as the trainer itself makes them."""
+    trainer.create_optimizer()
+    trainer.current_gradient_accumulation_steps = 1
+    count = (batch["labels"][:, 1:] != -100).sum()
+    model = trainer.model.train()
+
+    def backward() -> None:
+        trainer.training_step(model, dict(batch), count)
+
+    def step() -> None:
+        backward()
+        trainer.optimizer.step()
+        model.zero_grad()
+
+    def gradient() -> Tensor:
+        backward()
+        found = torch.cat([p.grad.flatten() for p in model.parameters()])
+        model.zero_grad()
+        return found
+
+    return Work(step, gradient, [model, *more])
+
+
+def _ours(shape: Shape, folder: str, teacher: Any, **options: Any) -> Any:
+    args = _settings(fd.DistillConfig, folder, show_panel=False, check_signal=False, **options)
+    return fd.DistillTrainer(_llama(shape, 0), teacher, args)
+
+
+def _with_answers(shape: Shape, folder: str, batch: dict[str, Tensor]) -> dict[str, Any]:
+    with torch.no_grad():
+        answers = Teacher(_llama(shape, 7)).topk(batch["input_ids"], k=shape.K)
+
+    def materialised() -> Work:
+        trainer = _Materialised(_llama(shape, 0), _settings(TrainingArguments, folder))
+        trainer.answers = answers
+        return _work(trainer, batch)
+
+    def ours(**options: Any) -> Callable[[], Work]:
+        known = _Known(answers, shape.V)
+        return lambda: _work(_ours(shape, folder, known, k=shape.K, **options), batch)
+
+    return {
+        "materialised": materialised,
+        "ours": ours(),
+        "ours, recompute": ours(backward="recompute"),
+    }
+
+
+def _with_teacher(shape: Shape, folder: str, batch: dict[str, Tensor]) -> dict[str, Any]:
+    def theirs() -> Work:
+        try:
+            from trl.experimental.gkd import GKDConfig, GKDTrainer
+        except ImportError as why:
+            raise Missing(f"pip install trl; {why}") from None
+        from fastdistill.demo_models import shipped_teacher
+
+        tokenizer = shipped_teacher()[1]
+        tokenizer.pad_token = tokenizer.eos_token
+        args = _settings(GKDConfig, folder, lmbda=0.0, beta=0.0, gradient_checkpointing=False)
+        teacher = _llama(shape, 7)
+        talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        trainer = GKDTrainer(
+            _llama(shape, 0), teacher, args, train_dataset=_dataset([{"messages": talk}]),
+            processing_class=tokenizer,
+        )  # fmt: skip
+        return _work(trainer, batch, teacher)
+
+    def ours(k: int | None) -> Callable[[], Work]:
+        def make() -> Work:
+            teacher = Teacher(_llama(shape, 7))
+            return _work(_ours(shape, folder, teacher, k=k), batch, teacher.model)
+
+        return make
+
+    return {"TRL GKDTrainer": theirs, "ours": ours(None), "ours, top 64": ours(shape.K)}
+
+
+def _dataset(rows: list[dict[str, Any]]) -> Any:
+    from datasets import Dataset
+
+    return Dataset.from_list(rows)
+
+
+CASES = {"train_step": _with_answers, "train_step_teacher": _with_teacher}
+SAME_LOSS = {"materialised", "TRL GKDTrainer", "ours", "ours, recompute"}
+
+
+def _held(modules: list[nn.Module]) -> float:
+    """MB of weights, and of AdamW's two moments of those that train."""
+    parameters = {p for module in modules for p in module.parameters()}
+    return sum(p.nbytes * (3 if p.requires_grad else 1) for p in parameters) / 1e6
+
+
+def rows(shape: Shape = SHAPE) -> list[Row]:
+    """`shape` smaller than SHAPE: one turn, to try it out."""
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        for op, case in CASES.items():
+            found += _measure(op, case(shape, folder, _batch(shape)), shape)
+            gc.collect()
+    return found
+
+
+def _measure(op: str, contenders: dict[str, Callable[[], Work]], shape: Shape) -> list[Row]:
+    found, works, times = [], {}, {}
+    truth: Tensor | None = None
+    for name, make in contenders.items():
+        row = Row(op, name, "both", shape.N, shape.H, shape.V, shape.K, "float32")
+        found.append(row)
+        work, row.reason = attempt(make)
+        row.missing = work is None
+        if work is None:
+            continue
+        if name in SAME_LOSS:
+            gradient = work.gradient()
+            truth = gradient if truth is None else truth
+            row.grad_error = float((gradient - truth).norm() / truth.norm())
+            if row.grad_error > MOST_ERROR:
+                raise GateError(f"{op}: the gradient of {name} is {row.grad_error:.1e} off")
+            del gradient
+        work.step()  # AdamW's moments are there from now on
+        row.output_mb = _held(work.holds)
+        row.peak_mb = peak_mb(work.step)
+        works[name], times[name] = work, []
+    timer = clock()
+    for _ in range(TURNS if shape == SHAPE else 1):
+        for name, work in works.items():
+            times[name].append(timer.time(work.step))
+    for row in found:
+        if not row.missing:
+            fill_times(row, times[row.impl])
+            row.timer = timer.name
+    return found
+
+
+table = table_of

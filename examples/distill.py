@@ -1,0 +1,73 @@
+"""Distil a student: on a laptop, one GPU, eight, or several nodes (many_gpus.md has the commands).
+
+    python examples/distill.py --student Qwen/Qwen3-0.6B --teacher Qwen/Qwen3-8B \\
+        --teacher_quant nf4 --data train.jsonl --output_dir out --bf16
+
+Lines of the data are objects with messages, prompt and completion, text, or input_ids. Every option
+of DistillConfig is one here. A run that was interrupted is started again with the same command and
+goes on from its last finished checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+
+from fastdistill import DistillConfig, DistillTrainer, load_teacher
+
+
+@dataclass
+class Script:
+    student: str = field(metadata={"help": "path or name of the model to train"})
+    teacher: str = field(metadata={"help": "path or name of the model to learn from"})
+    data: str = field(metadata={"help": "JSON lines to train on"})
+    eval_data: str | None = field(default=None, metadata={"help": "JSON lines to evaluate on"})
+    teacher_quant: str | None = field(default=None, metadata={"help": "nf4, fp4, int4 or int8"})
+    lora_rank: int | None = field(default=None, metadata={"help": "train adapters, not weights"})
+    tensor_parallel: int = field(default=1, metadata={"help": "ranks that share one student"})
+
+
+def lines(path: str | None) -> list[dict[str, Any]] | None:
+    if path is None:
+        return None
+    return [
+        json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line
+    ]
+
+
+def main() -> None:
+    script, config = HfArgumentParser((Script, DistillConfig)).parse_args_into_dataclasses()
+    student: Any = script.student
+    if script.tensor_parallel > 1:
+        from transformers.distributed import DistributedConfig
+
+        ranks = DistributedConfig(tp_size=script.tensor_parallel)
+        student = AutoModelForCausalLM.from_pretrained(student, distributed_config=ranks)
+    adapters = None
+    if script.lora_rank is not None:
+        from peft import LoraConfig
+
+        adapters = LoraConfig(
+            r=script.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM"
+        )
+    trainer = DistillTrainer(
+        student,
+        load_teacher(script.teacher, quant=script.teacher_quant, device=config.device),
+        config,
+        train_dataset=lines(script.data),
+        eval_dataset=lines(script.eval_data),
+        processing_class=AutoTokenizer.from_pretrained(script.student),
+        peft_config=adapters,
+    )
+    trainer.train(resume_from_checkpoint="auto")
+    trainer.save_model()
+    if script.eval_data is not None:
+        trainer.evaluate()
+
+
+if __name__ == "__main__":
+    main()
