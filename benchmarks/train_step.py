@@ -196,10 +196,10 @@ CASES = {"train_step": _with_answers, "train_step_teacher": _with_teacher}
 SAME_LOSS = {"materialised", "TRL GKDTrainer", "ours", "ours, recompute"}
 
 
-def _held(modules: list[nn.Module]) -> float:
-    """MB of weights, and of AdamW's two moments of those that train."""
-    parameters = {p for module in modules for p in module.parameters()}
-    return sum(p.nbytes * (3 if p.requires_grad else 1) for p in parameters) / 1e6
+def _held(student: nn.Module, *others: nn.Module) -> float:
+    """MB of all weights, and of AdamW's two moments of the student's."""
+    moments = 2 * sum(p.nbytes for p in student.parameters() if p.requires_grad)
+    return (moments + sum(p.nbytes for m in (student, *others) for p in m.parameters())) / 1e6
 
 
 def rows(shape: Shape = SHAPE) -> list[Row]:
@@ -230,7 +230,7 @@ def _measure(op: str, contenders: dict[str, Callable[[], Work]], shape: Shape) -
                 raise GateError(f"{op}: the gradient of {name} is {row.grad_error:.1e} off")
             del gradient
         work.step()  # AdamW's moments are there from now on
-        row.output_mb = _held(work.holds)
+        row.output_mb = _held(*work.holds)
         row.peak_mb = peak_mb(work.step)
         works[name], times[name] = work, []
     timer = clock()

@@ -1,16 +1,24 @@
 """The README's Python runs as printed, and the commands it names exist."""
 
+import importlib
 import re
 import warnings
 from pathlib import Path
 
+import pytest
 import torch
 from cases import case
+from test_compat_trl import TALKS, settings
+from test_compat_trl import model as small
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from fastdistill import DistillConfig
+from fastdistill.demo_models import shipped_teacher
+
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
 def test_the_losses_run_as_printed():
@@ -23,7 +31,7 @@ def test_the_losses_run_as_printed():
         "teacher_hidden": c.hidden.detach() * 1.1,
         "teacher_head": c.weight,
     }
-    blocks = [b for b in re.findall(r"```python\n(.*?)```", README, re.S) if "fd." in b]
+    blocks = [b for b in BLOCKS if "fd." in b]
     assert len(blocks) == 2
     for block in blocks:
         exec(block, names)
@@ -34,7 +42,7 @@ def test_the_commands_exist():
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))
     named = set(re.findall(r"make (\w+)", README))
     assert {"demo", "test"} <= named <= targets
-    for file in re.findall(r"\]\((\w+\.md)\)", README):
+    for file in re.findall(r"\]\(([\w/]+\.\w+)\)", README):
         assert (ROOT / file).exists()
 
 
@@ -54,9 +62,53 @@ def test_the_quantised_teacher_runs_as_printed(tmp_path, monkeypatch):
         "input_ids": input_ids,
         "attention_mask": torch.ones_like(input_ids),
     }
-    (block,) = (b for b in re.findall(r"```python\n(.*?)```", README, re.S) if "load_teacher" in b)
+    (block,) = (b for b in BLOCKS if "load_teacher" in b)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # random weights are not near their teacher
         exec(block.replace("k=64", "k=9"), names)
     assert names["best"].ids.shape == (8, 12, 9)
     assert (tmp_path / "qwen3-8b-nf4" / "model.safetensors").is_file()
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("config", ["DistillConfig", "GKDConfig", "DistillationConfig"])
+def test_the_trainers_run_as_printed(tmp_path, monkeypatch, config):
+    """Ours, and the drop-ins with their own configurations where TRL is installed."""
+    if config == "DistillConfig":
+        kind, more = DistillConfig, {"k": 8, "save_strategy": "steps"}
+    else:
+        trl = pytest.importorskip("trl")
+        gkd = importlib.import_module("trl.experimental.gkd")
+        kind = gkd.GKDConfig if config == "GKDConfig" else trl.DistillationConfig
+        more = {"lmbda": 0.0} if config == "GKDConfig" else {"max_completion_length": 3}
+    monkeypatch.chdir(tmp_path)
+    tokenizer = shipped_teacher()[1]
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+    names = {
+        "tokenizer": tokenizer,
+        "train": TALKS,
+        "prompts": [{"prompt": "a"}] * 4,
+        "student": small(tokenizer, 0),
+        "big": small(tokenizer, 7, hidden=48),
+        config: lambda folder, **given: settings(kind, folder, max_steps=1, **more),
+    }
+    (block,) = (b for b in BLOCKS if f" {config}(" in b or f"={config}(" in b)
+    exec(block.replace("import DistillConfig, ", "import "), names)
+    assert names["trainer"].state.global_step == 1
+
+
+def test_the_loss_for_axolotl_runs_as_printed():
+    (block,) = (b for b in BLOCKS if "LigerFusedLinear" in b)
+    g = torch.Generator().manual_seed(0)
+    names = {
+        "lm_head": nn.Linear(8, 20, bias=False),
+        "hidden": torch.randn(2, 5, 8, generator=g).requires_grad_(),
+        "target_token_ids": torch.arange(3).expand(2, 5, 3),
+        "target_logprobs": torch.tensor([0.5, 0.3, 0.2]).log().expand(2, 5, 3),
+        "target_mask": torch.ones(2, 5, 3),
+        "labels": torch.randint(20, (2, 5), generator=g),
+    }
+    exec(block, names)
+    names["loss"].backward()
+    assert names["hidden"].grad.abs().sum() > 0
