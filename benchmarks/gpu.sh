@@ -67,7 +67,8 @@ step 60 'gradient error' "$python" -m benchmarks gradient_error tile_skipping --
     "${commit[@]}"
 step 60 'quantised layers' "$python" -m benchmarks quantized_gpu --repeats 5 \
     --budget-seconds 45 --out "$out" "${commit[@]}"
-step 190 registry "$python" -m benchmarks heads --repeats 5 --budget-seconds 145 --out "$out" \
+step 45 'a training step' "$python" -m benchmarks train_step --out "$out" "${commit[@]}"
+step 145 registry "$python" -m benchmarks heads --repeats 5 --budget-seconds 105 --out "$out" \
     "${commit[@]}"
 
 if ! $dry; then

@@ -16,8 +16,9 @@ if __name__ == "__main__":
 import torch
 from gpu_checks import CHECKS as LOSSES
 from gpu_quant_checks import CHECKS as QUANTISED
+from gpu_training_checks import CHECKS as TRAINING
 
-CHECKS = [*LOSSES, *QUANTISED]
+CHECKS = [*LOSSES, *QUANTISED, *TRAINING]
 
 try:
     import pytest

@@ -8,6 +8,7 @@ import torch
 from test_families import EXPERTS, FAMILIES, SIZES
 from test_families import build as of_family
 from training import build, flat, ragged, step_losses
+from transformers import CONFIG_MAPPING
 
 MAMBA = {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8}
 DROPOUTS = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
@@ -42,6 +43,8 @@ def own_loss(model, rows):
 
 @pytest.mark.parametrize("name", sorted({*FAMILIES, *MORE}))
 def test_a_step_is_that_of_the_models_own_logits(tmp_path, name):
+    if name not in CONFIG_MAPPING:
+        pytest.skip(f"this transformers has no {name}")
     rows = ragged(6)
     reference = student(name).train()
     loss = own_loss(reference, rows)
