@@ -30,6 +30,7 @@ PACKAGES = [
     "fastdistill.compat",
     "fastdistill.kernels",
     "fastdistill.quant",
+    "fastdistill.training",
 ]
 
 CPU_SOURCES = [

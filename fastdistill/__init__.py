@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import compat
-    from .config import DistillConfig
     from .dense import linear_distill_loss
     from .fidelity import FidelityReport
     from .losses import topk_distill, topk_distill_loss
@@ -19,7 +18,8 @@ if TYPE_CHECKING:
     from .quant import Int8Linear, LUT4Linear, quantize_model, save_quantized
     from .scores import token_scores
     from .teacher import Teacher, load_teacher
-    from .trainer import DistillTrainer
+    from .training.config import DistillConfig
+    from .training.trainer import DistillTrainer
 
 __version__ = "0.1.0"
 
@@ -49,9 +49,9 @@ __all__ = [
 ]
 
 _MODULE_OF = {
-    "DistillConfig": "config",
+    "DistillConfig": "training.config",
     "DistillOutput": "outputs",
-    "DistillTrainer": "trainer",
+    "DistillTrainer": "training.trainer",
     "FidelityReport": "fidelity",
     "Int8Linear": "quant",
     "LUT4Linear": "quant",

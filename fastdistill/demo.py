@@ -24,17 +24,17 @@ from transformers.utils import logging as transformers_logging
 
 from . import __version__, corpus
 from .backend import describe
-from .config import DistillConfig
 from .corpus import Corpus, Windows
 from .demo_models import STUDENT, TEACHER, WINDOW, new_llama, shipped_teacher, train_model
 from .demo_result import ARMS, METRICS, DemoResult, DemoRun
 from .files import write_json
 from .intervals import Estimate, bootstrap_ratio, mean_of_runs, paired_difference
-from .objective import EVAL_COLUMNS
 from .progress import Steps
 from .remembering import RememberingTeacher
 from .teacher import Teacher
-from .trainer import DistillTrainer
+from .training.config import DistillConfig
+from .training.objective import EVAL_COLUMNS
+from .training.trainer import DistillTrainer
 
 # The best of 1e-3 to 7e-3 for the students of labels; it is also near the best for the distilled.
 STUDENT_LEARNING_RATE = 2e-3

@@ -20,11 +20,11 @@ from transformers import (
     TrainerCallback,
 )
 
-from .config import DistillConfig
 from .corpus import END_OF_TEXT
 from .protocols import TopKTeacher
 from .teacher import Teacher
-from .trainer import DistillTrainer
+from .training.config import DistillConfig
+from .training.trainer import DistillTrainer
 
 SHIPPED = Path(__file__).with_name("demo_teacher")
 WINDOW = 128

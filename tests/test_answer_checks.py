@@ -8,8 +8,8 @@ import pytest
 import torch
 from training import VOCAB, build, llama, train
 
-from fastdistill.answer_checks import Signal, label_logprob, refuse_foreign, signal
 from fastdistill.outputs import TopK
+from fastdistill.training.answer_checks import Signal, label_logprob, refuse_foreign, signal
 
 
 def following(n=12, length=24):

@@ -7,12 +7,12 @@ import torch
 from test_teacher import IDS
 from training import VOCAB, build, llama, peaked, train, weights
 
-from fastdistill.asking import ask
 from fastdistill.heads import head_of
-from fastdistill.objective import Dense
 from fastdistill.outputs import TopK
 from fastdistill.protocols import DenseTeacher
 from fastdistill.teacher import Teacher
+from fastdistill.training.asking import ask
+from fastdistill.training.objective import Dense
 
 MASK = torch.ones_like(IDS)
 LABELS = IDS.clone()

@@ -15,7 +15,7 @@ import torch
 from training import build, flat, llama, ragged, train, weights
 from transformers import LlamaForCausalLM
 
-from fastdistill import checkpoints
+from fastdistill.training import checkpoints
 
 SAVING = {"save_strategy": "steps", "save_steps": 1, "optim": "adamw_torch"}
 LONG = {**SAVING, "max_steps": 30, "save_total_limit": 2, "per_device_train_batch_size": 4}
@@ -138,7 +138,7 @@ def _run(place):
 def test_killed_at_ten_random_moments(tmp_path):
     """kill -9, start again, ten times; then the weights of a run that nobody touched."""
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["training", "fastdistill.trainer"])
+    processes.set_forkserver_preload(["training", "fastdistill.training.trainer"])
     moments = random.Random(7)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for place in (whole, killed):

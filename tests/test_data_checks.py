@@ -7,8 +7,8 @@ import torch
 from test_examples import STOCK, TALK, tokenizer
 from torch.utils.data import IterableDataset
 
-from fastdistill.data_checks import check_examples
 from fastdistill.examples import Encoder
+from fastdistill.training.data_checks import check_examples
 
 END, CAT, DOG, IT = 0, 8, 9, 10
 PADDED = tokenizer(pad_token="<end>")

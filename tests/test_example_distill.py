@@ -14,9 +14,9 @@ import torch
 import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fastdistill.checkpoints import last_finished
 from fastdistill.demo_models import SHIPPED, shipped_teacher
-from fastdistill.run_log import read_metrics
+from fastdistill.training.checkpoints import last_finished
+from fastdistill.training.run_log import read_metrics
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from training import build, flat, llama, peaked, ragged, step_losses, train, weights
 
 from fastdistill.kernels.divergences import NAMES
-from fastdistill.selection import TokenSelection
+from fastdistill.training.selection import TokenSelection
 
 
 def logits(model, rows):
@@ -110,7 +110,7 @@ def test_selected_tokens_are_trained_on_at_their_weights(tmp_path, k, words):
 
 
 def test_unselected_tokens_never_reach_the_loss(tmp_path, monkeypatch):
-    from fastdistill import objective
+    from fastdistill.training import objective
 
     seen = []
     whole = objective.topk_distill

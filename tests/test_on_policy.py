@@ -7,7 +7,7 @@ import torch
 from training import build, llama, peaked, ragged, step_losses, train, weights
 
 from fastdistill.outputs import TopK
-from fastdistill.sampling import is_on_policy, sample
+from fastdistill.training.sampling import is_on_policy, sample
 
 
 def prompts(n=12):

@@ -7,7 +7,7 @@ import json
 import pytest
 from training import build, ragged, train
 
-from fastdistill.run_log import NAME, read_metrics
+from fastdistill.training.run_log import NAME, read_metrics
 
 SAVING = {"save_strategy": "steps", "save_steps": 1, "max_steps": 4}
 

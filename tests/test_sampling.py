@@ -6,7 +6,7 @@ import pytest
 import torch
 from training import VOCAB, config, llama
 
-from fastdistill.sampling import (
+from fastdistill.training.sampling import (
     _KeyedChoice,
     ends_of,
     is_on_policy,

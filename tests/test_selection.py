@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from fastdistill.outputs import TokenScores
-from fastdistill.selection import SCORES, TokenSelection, selection_of, weights_of
-from fastdistill.targets import targets_of
+from fastdistill.training.selection import SCORES, TokenSelection, selection_of, weights_of
+from fastdistill.training.targets import targets_of
 
 LENGTHS = [7, 1, 0, 12]  # targets of each sequence
 T = 14

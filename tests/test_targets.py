@@ -7,7 +7,7 @@ import torch
 from fastdistill.data import padded
 from fastdistill.examples import Row
 from fastdistill.outputs import TopK
-from fastdistill.targets import targets_of
+from fastdistill.training.targets import targets_of
 
 IDS = torch.tensor([5, 6, 7, 8])
 

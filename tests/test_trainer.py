@@ -11,7 +11,7 @@ from transformers import LlamaForCausalLM
 
 from fastdistill.outputs import TopK
 from fastdistill.teacher import Teacher
-from fastdistill.trainer import DistillTrainer
+from fastdistill.training.trainer import DistillTrainer
 
 
 def test_logged_loss_is_the_dense_kl(tmp_path):

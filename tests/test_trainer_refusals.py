@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from training import VOCAB, config, llama
 
-from fastdistill.config import DistillConfig
-from fastdistill.trainer import DistillTrainer
+from fastdistill.training.config import DistillConfig
+from fastdistill.training.trainer import DistillTrainer
 
 
 def test_what_a_trainer_refuses(tmp_path):

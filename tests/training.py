@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fastdistill.config import DistillConfig
-from fastdistill.trainer import DistillTrainer
+from fastdistill.training.config import DistillConfig
+from fastdistill.training.trainer import DistillTrainer
 
 VOCAB = 53
 

@@ -15,9 +15,9 @@ from typing import Any, ClassVar
 from torch import nn
 from transformers import TrainingArguments
 
-from ..config import DistillConfig
 from ..stored_model import StoredModel, load_whole
-from ..trainer import DistillTrainer
+from ..training.config import DistillConfig
+from ..training.trainer import DistillTrainer
 
 # Not ours to set, or set below.
 _OWN = {"remove_unused_columns", "prediction_loss_only", "use_liger_kernel"}

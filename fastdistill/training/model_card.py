@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import __version__
-from .backend import describe
+from .. import __version__
+from ..backend import describe
+from ..files import write_atomically
 from .config import DistillConfig
-from .files import write_atomically
 from .panel import Panel
 
 _EVALUATED = {

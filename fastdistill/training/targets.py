@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .examples import IGNORE_INDEX
-from .outputs import TopK
+from ..examples import IGNORE_INDEX
+from ..outputs import TopK
 
 
 class Targets(NamedTuple):

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .outputs import TokenScores
+from ..outputs import TokenScores
 from .targets import Targets
 
 SCORES = (

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..heads import LMHead
+from ..outputs import TopK
+from ..primitive import linear_topk
+from ..scores import token_scores
 from .answer_checks import Signal, half_away, mass_of, refuse_unreal, signal
 from .config import DistillConfig
-from .heads import LMHead
-from .outputs import TopK
-from .primitive import linear_topk
-from .scores import token_scores
 from .targets import Targets
 
 _DIRECTION = {

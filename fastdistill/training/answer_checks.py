@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .examples import IGNORE_INDEX
-from .outputs import TopK
+from ..examples import IGNORE_INDEX
+from ..outputs import TopK
 
 ENOUGH = 64  # targets for a verdict
 _CLAIM = 0.25  # nats per token: below it a teacher claims to know nothing, and there is no lie

@@ -16,13 +16,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..dense import linear_distill_loss
+from ..heads import LMHead
+from ..losses import topk_distill
+from ..outputs import TokenScores, TopK
+from ..primitive import linear_topk
+from ..scores import token_scores
 from .config import DistillConfig
-from .dense import linear_distill_loss
-from .heads import LMHead
-from .losses import topk_distill
-from .outputs import TokenScores, TopK
-from .primitive import linear_topk
-from .scores import token_scores
 from .selection import Selection, TokenSelection, weights_of
 from .targets import Targets
 

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 
-from .files import sync, write_json
+from ..files import sync, write_json
 
 FINISHED = "finished.json"
 

@@ -10,11 +10,11 @@ from typing import Any, TypeAlias
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..fingerprint import refuse_different_tokenizers
+from ..heads import rows_of_head
+from ..protocols import DenseTeacher, TopKTeacher
+from ..teacher import Teacher
 from .config import DistillConfig
-from .fingerprint import refuse_different_tokenizers
-from .heads import rows_of_head
-from .protocols import DenseTeacher, TopKTeacher
-from .teacher import Teacher
 
 logger = logging.getLogger(__name__)
 

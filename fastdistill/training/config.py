@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 import torch
 from transformers import TrainingArguments
 
-from .backend import resolve_impl
-from .kernels.divergences import NAMES as DIVERGENCES
-from .kernels.rows import TAILS
+from ..backend import resolve_impl
+from ..kernels.divergences import NAMES as DIVERGENCES
+from ..kernels.rows import TAILS
 from .selection import Selection, TokenSelection, selection_of
 
 # Options of TrainingArguments that change or replace the model's own loss. Here that loss is never

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..outputs import TopK
+from ..teacher import Teacher
 from .answer_checks import refuse_misaligned
 from .config import DistillConfig
 from .objective import Answers, Dense
-from .outputs import TopK
 from .targets import Targets, targets_of
-from .teacher import Teacher
 
 
 def ask(

@@ -10,10 +10,10 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..heads import LMHead, at_head, evaluating, head_of
+from ..packing import can_pack
+from ..stored_model import StoredModel, load_whole
 from .config import DistillConfig
-from .heads import LMHead, at_head, evaluating, head_of
-from .packing import can_pack
-from .stored_model import StoredModel, load_whole
 from .targets import Targets
 
 _COMPILING = ("torch_compile", "torch_compile_backend", "torch_compile_mode")

@@ -21,10 +21,10 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
 
+from ..data import padded
+from ..examples import IGNORE_INDEX, Row
+from ..heads import evaluating
 from .config import DistillConfig
-from .data import padded
-from .examples import IGNORE_INDEX, Row
-from .heads import evaluating
 
 
 def uniform(*key: object) -> float:

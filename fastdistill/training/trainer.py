@@ -17,16 +17,16 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainerCallback
 
+from ..data import DistillCollator
+from ..examples import Encoder
+from ..heads import LMHead, is_partitioned, verify_head
 from .admission import Given, admit
 from .answer_checks import refuse_foreign
 from .asking import answers_here, ask
 from .checkpoints import WholeCheckpoints
 from .config import DistillConfig
-from .data import DistillCollator
 from .data_checks import check_datasets
-from .examples import Encoder
 from .figures import means, one_each, summarise
-from .heads import LMHead, is_partitioned, verify_head
 from .model_card import write_card
 from .objective import DENSE_SCORED_BY, Answers, Dense, Loss, Objective
 from .panel import Panel, first_batch

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .examples import IGNORE_INDEX, Encoder, Row
+from ..examples import IGNORE_INDEX, Encoder, Row
 
 LOOKED_AT = 64  # examples, evenly spread
 

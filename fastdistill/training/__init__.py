@@ -1,0 +1,1 @@
+"""The trainer: what an update is made of, from a batch to a checkpoint. DESIGN.md draws it."""
