@@ -186,6 +186,19 @@ def fill_times(row: Row, ms: list[float]) -> None:
     row.ms_p20, row.ms_p80 = quantiles[0], quantiles[3]
 
 
+def take_turns(rows: list[Row], works: dict[str, Callable[[], object]], turns: int) -> None:
+    """Time each row's work, one after the other, `turns` times over; rows without one are left."""
+    timer = clock()
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(turns):
+        for name, work in works.items():
+            times[name].append(timer.time(work))
+    for row in rows:
+        if row.impl in works:
+            fill_times(row, times[row.impl])
+            row.timer = timer.name
+
+
 def fill_roofline(row: Row, case: Case, contender: Contender, rates: Rates) -> None:
     assert row.ms_median is not None
     s = case.shape

@@ -28,7 +28,7 @@ from .memory import peak_mb
 from .registry import GateError, attempt, misplaced
 from .rows import Row
 from .rows import table as table_of
-from .run import clock, fill_times
+from .run import take_turns
 from .shapes import Shape
 
 SHAPE = Shape(N=1024, H=1024, V=151936, K=64)
@@ -92,7 +92,8 @@ def rows(shape: Shape = SHAPE) -> list[Row]:
     torch.manual_seed(0)
     full = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).to(device()).eval()
     ids = torch.randint(config.vocab_size, (shape.N // ROW or 2, ROW), device=device())
-    found, works, times = [], {}, {}
+    found: list[Row] = []
+    works: dict[str, Callable[[], Any]] = {}
     found_ids: dict[str, torch.Tensor] = {}
     for name, make in CONTENDERS.items():
         row = Row("teacher_topk", name, "forward", ids.numel(), config.hidden_size,
@@ -109,18 +110,11 @@ def rows(shape: Shape = SHAPE) -> list[Row]:
         if not row.missing:
             found_ids[name] = made(ids)
             row.grad_error = misplaced(found_ids[name], found_ids["transformers"])
-            works[name], times[name] = made, []
+            works[name] = lambda answer=made: answer(ids)
         if name == "ours" and not (row.grad_error or 0.0) <= MOST_MISPLACED:
             raise GateError(f"teacher_topk: {row.grad_error:.1%} of our ids are not transformers'")
         gc.collect()
-    timer = clock()
-    for _ in range(TURNS if shape == SHAPE else 1):
-        for name, work in works.items():
-            times[name].append(timer.time(lambda w=work: w(ids)))
-    for row in found:
-        if not row.missing:
-            fill_times(row, times[row.impl])
-            row.timer = timer.name
+    take_turns(found, works, TURNS if shape == SHAPE else 1)
     return found
 
 

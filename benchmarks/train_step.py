@@ -33,7 +33,7 @@ from .memory import peak_mb
 from .registry import GateError, Missing, attempt
 from .rows import Row
 from .rows import table as table_of
-from .run import clock, fill_times
+from .run import take_turns
 from .shapes import Shape
 
 SHAPE = Shape(N=2048, H=512, V=151936, K=64)
@@ -213,7 +213,8 @@ def rows(shape: Shape = SHAPE) -> list[Row]:
 
 
 def _measure(op: str, contenders: dict[str, Callable[[], Work]], shape: Shape) -> list[Row]:
-    found, works, times = [], {}, {}
+    found: list[Row] = []
+    works: dict[str, Callable[[], object]] = {}
     truth: Tensor | None = None
     for name, make in contenders.items():
         row = Row(op, name, "both", shape.N, shape.H, shape.V, shape.K, "float32")
@@ -232,15 +233,8 @@ def _measure(op: str, contenders: dict[str, Callable[[], Work]], shape: Shape) -
         work.step()  # AdamW's moments are there from now on
         row.output_mb = _held(*work.holds)
         row.peak_mb = peak_mb(work.step)
-        works[name], times[name] = work, []
-    timer = clock()
-    for _ in range(TURNS if shape == SHAPE else 1):
-        for name, work in works.items():
-            times[name].append(timer.time(work.step))
-    for row in found:
-        if not row.missing:
-            fill_times(row, times[row.impl])
-            row.timer = timer.name
+        works[name] = work.step
+    take_turns(found, works, TURNS if shape == SHAPE else 1)
     return found
 
 

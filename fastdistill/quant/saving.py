@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..files import sync
 from .experts import ExpertStack
 from .linear import QuantizedWeight
 from .own_format import KEY, VERSION, metadata, tensors_of
@@ -56,7 +57,7 @@ def save_quantized(
         if tokenizer is not None:
             tokenizer.save_pretrained(str(temporary))
         for file in temporary.iterdir():
-            _sync(file)
+            sync(file)
         temporary.chmod(0o755)  # mkdtemp's are for their owner alone
         if path.is_dir():
             path.rmdir()
@@ -64,7 +65,7 @@ def save_quantized(
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    _sync(path.parent)
+    sync(path.parent)
     return path
 
 
@@ -125,11 +126,3 @@ def _stored(model: nn.Module) -> Iterator[tuple[dict[str, Tensor], dict[str, Any
                 seen.add(id(tensor))
                 full = f"{name}.{leaf}" if name else leaf
                 yield {full: tensor.detach().cpu().contiguous()}, {}
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

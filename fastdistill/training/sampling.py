@@ -42,16 +42,14 @@ def prompts_of(batch: Mapping[str, Tensor]) -> list[Tensor]:
 
     A row whose every token is a target has no prompt of its own: it is continued from its end.
     """
+    columns = (batch[name].cpu() for name in ("input_ids", "attention_mask", "labels"))
     found = []
-    for ids, mask, labels in zip(*(batch[n].cpu() for n in _COLUMNS), strict=True):
+    for ids, mask, labels in zip(*columns, strict=True):
         ids, labels = ids[mask != 0], labels[mask != 0]
         at = (labels != IGNORE_INDEX).nonzero()[:, 0].tolist()
         first = at[0] if at and at[0] > 1 else len(ids)
         found.append(ids[:first])
     return found
-
-
-_COLUMNS = ("input_ids", "attention_mask", "labels")
 
 
 class _KeyedChoice(LogitsProcessor):
