@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 it ran and something is not right, 2 the request could not
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -61,6 +62,8 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Train students from a teacher and from labels, and compare them. No GPU, no network."""
+    # Where it is installed it says at import which kernels it could download.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from .demo import run_demo
     from .demo_report import print_table
 

@@ -106,6 +106,7 @@ def test_demo_json_is_pure_and_files_are_written(tmp_path):
     document = json.loads(found.stdout)
     assert document == json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     assert "\x1b" not in found.stderr
+    assert "kernels" not in found.stderr
     assert (tmp_path / "report.html").is_file()
 
 

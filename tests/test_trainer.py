@@ -109,3 +109,16 @@ def test_wrapped_teacher_object_gives_the_same_run(tmp_path):
     assert torch.equal(
         weights(train(tmp_path, teacher=model)), weights(train(tmp_path, teacher=Teacher(model)))
     )
+
+
+@pytest.mark.parametrize("k", [8, None])
+@pytest.mark.parametrize("scheme", ["nf4", "int8"])
+def test_a_quantised_teacher_teaches_nearly_the_same(tmp_path, scheme, k):
+    from fastdistill import load_teacher
+
+    teacher = load_teacher(llama(7, hidden=64, scale=20.0), quant=scheme)
+    full = train(tmp_path, teacher=llama(7, hidden=64, scale=20.0), k=k)
+    trainer = train(tmp_path, teacher=teacher, k=k, eval_dataset=ragged(3))
+    assert step_losses(trainer) == pytest.approx(step_losses(full), rel=0.05)
+    assert step_losses(trainer) != step_losses(full)
+    assert trainer.evaluate()["eval_kl"] > 0
