@@ -27,6 +27,7 @@ from setuptools.command.build_ext import build_ext
 # (which transformers imports) for everybody who runs Python from the repository root.
 PACKAGES = [
     "fastdistill",
+    "fastdistill.cache",
     "fastdistill.compat",
     "fastdistill.kernels",
     "fastdistill.quant",

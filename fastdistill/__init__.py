@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import compat
+    from .cache import CacheError, TeacherCache
     from .dense import linear_distill_loss
     from .fidelity import FidelityReport
     from .losses import topk_distill, topk_distill_loss
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "CacheError",
     "DistillConfig",
     "DistillOutput",
     "DistillTrainer",
@@ -33,6 +35,7 @@ __all__ = [
     "LinearDistillLoss",
     "SelectedLogits",
     "Teacher",
+    "TeacherCache",
     "TokenScores",
     "TopK",
     "TopKDistillLoss",
@@ -49,6 +52,7 @@ __all__ = [
 ]
 
 _MODULE_OF = {
+    "CacheError": "cache",
     "DistillConfig": "training.config",
     "DistillOutput": "outputs",
     "DistillTrainer": "training.trainer",
@@ -58,6 +62,7 @@ _MODULE_OF = {
     "LinearDistillLoss": "modules",
     "SelectedLogits": "outputs",
     "Teacher": "teacher",
+    "TeacherCache": "cache",
     "TokenScores": "outputs",
     "TopK": "outputs",
     "TopKDistillLoss": "modules",

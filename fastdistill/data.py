@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,10 +25,13 @@ class DistillCollator:
     pad_id: int = 0
     pad_to_multiple_of: int | None = None
     encoder: Encoder = field(default_factory=Encoder)
+    # What else belongs to a batch: the answers of a teacher that lie on disk.
+    more: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         rows = [self.encoder(example, index) for index, example in enumerate(examples)]
-        return padded(rows, self.pad_id, self.pad_to_multiple_of)
+        batch = padded(rows, self.pad_id, self.pad_to_multiple_of)
+        return batch if self.more is None else batch | self.more(batch)
 
 
 def padded(rows: Sequence[Row], pad_id: int, multiple_of: int | None = None) -> dict[str, Tensor]:

@@ -31,6 +31,50 @@ class TopK(NamedTuple):
         tail = None if self.log_tail is None else self.log_tail.to(device)
         return TopK(self.ids.to(device), self.logprobs.to(device), tail, self.temperature)
 
+    @classmethod
+    def empty(
+        cls,
+        shape: tuple[int, ...],
+        temperature: float = 1.0,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        id_dtype: torch.dtype = torch.int64,
+    ) -> TopK:
+        """Nothing known: ids −1 [*shape], logprobs −inf, and all mass in the tail."""
+        return cls(
+            torch.full(shape, -1, dtype=id_dtype, device=device),
+            torch.full(shape, -torch.inf, dtype=dtype, device=device),
+            torch.zeros(shape[:-1], dtype=dtype, device=device),
+            temperature,
+        )
+
+    def put(self, at: Tensor, answers: TopK) -> None:
+        """Write answers [n, K] to positions `at` (n,) of the flattened leading dimensions."""
+        assert self.log_tail is not None
+        assert answers.log_tail is not None
+        for own, given in (
+            (self.ids.flatten(0, -2), answers.ids),
+            (self.logprobs.flatten(0, -2), answers.logprobs),
+            (self.log_tail.flatten(), answers.log_tail),
+        ):
+            own.index_copy_(0, at, given.to(own))
+
+    def within(self, vocab: int) -> TopK:
+        """The distribution given that the id is below `vocab`: p(id | id < vocab).
+
+        Exact where every id from `vocab` on that has mass is in the payload: what the padding of a
+        head holds outside it stays in the tail. Slots of other ids become empty.
+        """
+        outside = self.ids >= vocab
+        if not outside.any():
+            return self
+        lost = self.logprobs.float().exp().masked_fill(~outside, 0.0).sum(-1, keepdim=True)
+        up = torch.log1p(-lost.clamp(max=1 - 2**-24))
+        tail = None if self.log_tail is None else self.log_tail - up[..., 0]
+        logprobs = (self.logprobs - up).masked_fill(outside, -torch.inf)
+        return TopK(self.ids.masked_fill(outside, -1), logprobs, tail, self.temperature)
+
 
 class SelectedLogits(NamedTuple):
     """Logits of the K asked ids and the log-sum-exp of all the others (fp32; fp64 from fp64).

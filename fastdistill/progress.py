@@ -8,17 +8,26 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from transformers import TrainerCallback
 
 T = TypeVar("T")
 
 
-def _bar() -> Progress:
+def _bar(*more: ProgressColumn) -> Progress:
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
+        *more,
         TimeElapsedColumn(),
         console=Console(stderr=True),
         disable=not sys.stderr.isatty(),
@@ -32,6 +41,36 @@ def track(items: Sequence[T], what: str) -> Iterator[T]:
         for item in items:
             yield item
             bar.advance(task)
+
+
+class Work:
+    """A bar over so many rows: those done, their size and the whole's, and the time left."""
+
+    def __init__(self, what: str, *, total: int, done: int = 0, size: int = 0) -> None:
+        """`done` of the rows were there before, with `size` bytes."""
+        self._bar = _bar(TextColumn("{task.fields[size]}"), TimeRemainingColumn())
+        self._bytes = size
+        self._task = self._bar.add_task(what, total=total, completed=done, size="")
+
+    def __enter__(self) -> Work:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bar.stop()
+
+    def advance(self, rows: int, size: int = 0) -> None:
+        self._bytes += size
+        task = self._bar.tasks[self._task]
+        whole = self._bytes * (task.total or 0) / max(task.completed + rows, 1)
+        self._bar.update(
+            self._task, advance=rows, size=f"{self._bytes / 1e6:,.0f} of {whole / 1e6:,.0f} MB"
+        )
 
 
 class Steps:

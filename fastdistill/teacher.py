@@ -83,7 +83,6 @@ class Teacher:
         self.model.to(device)
         return self
 
-    @torch.no_grad()
     def topk(
         self,
         input_ids: Tensor,  # (B, T)
@@ -113,37 +112,50 @@ class Teacher:
         Raises:
             ValueError or TypeError naming the argument, what was expected and what came.
         """
+        checks.positive("temperature", temperature)
+        return self.topk_at(
+            input_ids, attention_mask, k=k, temperatures=(temperature,), where=where
+        )[0]
+
+    @torch.no_grad()
+    def topk_at(
+        self,
+        input_ids: Tensor,  # (B, T)
+        attention_mask: Tensor | None = None,  # (B, T)
+        *,
+        k: int,
+        temperatures: Sequence[float],
+        where: Tensor | None = None,  # (B, T) bool
+    ) -> list[TopK]:  # [B, T, K] each
+        """`topk` at several temperatures, of one forward pass through the layers."""
         rows = read_rows(input_ids, attention_mask, self.reader.vocab)
         head = self.head
         if not isinstance(k, int) or not 1 <= k <= head.vocab_size:
             checks.fail("k", f"an integer in 1..{head.vocab_size} (V)", repr(k))
-        checks.positive("temperature", temperature)
         if where is not None:
             checks.tensor("where", where, (torch.bool,))
             if where.shape != input_ids.shape:
                 checks.fail("where", f"shape {list(input_ids.shape)} as input_ids",
                             list(where.shape))  # fmt: skip
-        n, device = input_ids.numel(), input_ids.device
+        shape, device = (*input_ids.shape, k), input_ids.device
         dtype = torch.float64 if head.weight.dtype == torch.float64 else torch.float32
-        ids = torch.full((n, k), -1, device=device)
-        logprobs = torch.full((n, k), -torch.inf, dtype=dtype, device=device)
-        log_tail = torch.zeros(n, dtype=dtype, device=device)
+        answers = [TopK.empty(shape, float(T), dtype=dtype, device=device) for T in temperatures]
         for at, hidden in self.reader.read(rows):
             if where is not None:
                 asked = where.flatten()[at]
                 at, hidden = at[asked], hidden[asked.to(hidden.device)]
             hidden = hidden.to(head.weight.device)
-            best = linear_topk(
-                hidden, head.weight, k, temperature=temperature, impl=self.impl, **head.options()
-            )
-            assert best.log_tail is not None
-            ids[at] = best.ids.to(device)
-            logprobs[at] = best.logprobs.to(device)
-            log_tail[at] = best.log_tail.to(device)
-        lead = tuple(input_ids.shape)
-        return TopK(
-            ids.view(*lead, k), logprobs.view(*lead, k), log_tail.view(lead), float(temperature)
-        )
+            for answer in answers:
+                best = linear_topk(
+                    hidden,
+                    head.weight,
+                    k,
+                    temperature=answer.temperature,
+                    impl=self.impl,
+                    **head.options(),
+                )
+                answer.put(at, best)
+        return answers
 
     @torch.no_grad()
     def hidden(

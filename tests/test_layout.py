@@ -22,8 +22,8 @@ PACKAGE, KERNELS = ROOT / "fastdistill", ROOT / "kernels"
 LAYERS = {
     "mathematics": "backend checks dense files fused losses modules native_topk operands outputs"
     " parallel primitive reference scores",
-    "models": "cache corpus data examples fidelity fingerprint heads intervals packing progress"
-    " protocols quant remembering stored_model teacher",
+    "models": "cache corpus data examples fidelity fingerprint heads identity intervals packing"
+    " progress protocols quant remembering stored_model teacher",
     "training": "audits compat report training",
     "studies": "demo demo_models demo_report demo_result experiment organisms strategies",
     "commands": "__main__ cli doctor plan",

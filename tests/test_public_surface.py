@@ -38,9 +38,10 @@ DEFAULTS = {
     "impl": "auto", "backward": "auto", "logit_scale": 1.0, "softcap": None,
 }  # fmt: skip
 EXPORTED = {
-    *SIGNATURES, "DistillConfig", "DistillOutput", "DistillTrainer", "FidelityReport", "Int8Linear",
-    "LUT4Linear", "LinearDistillLoss", "SelectedLogits", "Teacher", "TokenScores", "TopK",
-    "TopKDistillLoss", "compat", "load_teacher", "quantize_model", "save_quantized",
+    *SIGNATURES, "CacheError", "DistillConfig", "DistillOutput", "DistillTrainer", "FidelityReport",
+    "Int8Linear", "LUT4Linear", "LinearDistillLoss", "SelectedLogits", "Teacher", "TeacherCache",
+    "TokenScores", "TopK", "TopKDistillLoss", "compat", "load_teacher", "quantize_model",
+    "save_quantized",
 }  # fmt: skip
 
 

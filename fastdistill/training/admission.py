@@ -10,11 +10,13 @@ from typing import Any, TypeAlias
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..cache import TeacherCache
 from ..fingerprint import refuse_different_tokenizers
 from ..heads import rows_of_head
 from ..protocols import DenseTeacher, TopKTeacher
 from ..teacher import Teacher
 from .config import DistillConfig
+from .offline import refuse_unfit
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +61,8 @@ def admit(
     if loadable and not isinstance(teacher, (TopKTeacher, DenseTeacher)):
         teacher = Teacher(teacher, impl=config.impl)
     _refuse_unfit(teacher, config)
+    if isinstance(teacher, TeacherCache):
+        refuse_unfit(teacher, config, processing_class)
     vocab = _shared_vocabulary(teacher, student, processing_class)
     rows = vocab if vocab is not None else rows_of_head(student)
     if config.k is not None and config.k > rows:
@@ -66,10 +70,10 @@ def admit(
             f"k: expected at most the vocabulary's {rows} tokens, got {config.k}. k=None compares "
             "the whole vocabulary"
         )
-    if isinstance(teacher, Teacher):
+    if hasattr(teacher, "valid_vocab"):
         teacher.valid_vocab = vocab
-        if not hasattr(teacher.model, "hf_device_map"):
-            teacher.to(config.device)
+    if isinstance(teacher, Teacher) and not hasattr(teacher.model, "hf_device_map"):
+        teacher.to(config.device)
     return Admitted(teacher, vocab)
 
 
@@ -98,7 +102,7 @@ def _shared_vocabulary(teacher: Any, student: nn.Module, processing_class: Any) 
     if compared:
         refuse_different_tokenizers(processing_class, theirs)
     ours = rows_of_head(student)
-    vocab = getattr(teacher, "vocab_size", ours)
+    vocab = getattr(teacher, "vocab_size", None) or ours
     if vocab == ours:
         return None
     logger.warning(

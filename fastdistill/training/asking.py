@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..cache import TeacherCache
 from ..outputs import TopK
 from ..teacher import Teacher
 from .answer_checks import refuse_misaligned
 from .config import DistillConfig
 from .objective import Answers, Dense
+from .offline import answers_in
 from .targets import Targets, targets_of
 
 
@@ -35,8 +37,10 @@ def ask(
 
 
 def answers_here(teacher: Any) -> bool:
-    """Whether the answers are a model's in this process, whose positions are right by construction
-    (a subclass with a topk of its own may answer from anywhere)."""
+    """Whether the answers are a model's in this process, or kept from one, whose positions are
+    right by construction (a subclass with a topk of its own may answer from anywhere)."""
+    if isinstance(teacher, TeacherCache):
+        return teacher.of_a_model
     return isinstance(teacher, Teacher) and type(teacher).topk is Teacher.topk
 
 
@@ -66,10 +70,13 @@ def _topk(
         return TopK(none.long(), none, none[:, 0], config.temperature)
     asked = {}
     here = answers_here(teacher)
-    if here:
+    if isinstance(teacher, Teacher) and here:
         asked["where"] = torch.zeros_like(ids, dtype=torch.bool)
         asked["where"].view(-1)[targets.sources] = True
-    answers = teacher.topk(ids, mask, k=k, temperature=config.temperature, **asked).to(ids.device)
+    answers = answers_in(batch, config.temperature)
+    if answers is None:
+        answers = teacher.topk(ids, mask, k=k, temperature=config.temperature, **asked)
+        answers = answers.to(ids.device)
     if answers.ids.shape[:2] != ids.shape:
         raise ValueError(_wrong_shape("answers", ids, answers.ids))
     if check and not here:

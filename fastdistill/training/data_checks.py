@@ -18,25 +18,39 @@ LOOKED_AT = 64  # examples, evenly spread
 
 def check_datasets(encoder: Encoder, train: Any, evaluate: Any, *, prompts_only: bool) -> None:
     """`check_examples` for what a trainer is given; prompts may stand alone in training only."""
-    check_examples("train_dataset", train, encoder, prompts_only=prompts_only)
+    for name, dataset in named(train, evaluate).items():
+        sampled = prompts_only and name == "train_dataset"
+        check_examples(name, dataset, encoder, prompts_only=sampled)
+
+
+def named(train: Any, evaluate: Any) -> dict[str, Any]:
+    """What a trainer is given, by the names that errors use."""
     several = evaluate if isinstance(evaluate, dict) else {"": evaluate}
-    for name, dataset in several.items():
-        called = f"eval_dataset[{name!r}]" if name else "eval_dataset"
-        check_examples(called, dataset, encoder, prompts_only=False)
+    return {"train_dataset": train} | {
+        f"eval_dataset[{name!r}]" if name else "eval_dataset": dataset
+        for name, dataset in several.items()
+    }
+
+
+def some_of(dataset: Any) -> list[tuple[int, Any]]:
+    """(number, example) of a few, evenly spread; none of a stream, which reading would use up."""
+    if dataset is None or not hasattr(dataset, "__len__") or len(dataset) == 0:
+        return []
+    last, steps = len(dataset) - 1, max(LOOKED_AT - 1, 1)
+    at = sorted({i * last // steps for i in range(LOOKED_AT)})
+    return [(i, dataset[i]) for i in at]
 
 
 def check_examples(name: str, dataset: Any, encoder: Encoder, *, prompts_only: bool) -> None:
     """Raises ValueError where a look at a few examples shows a dataset that cannot teach.
 
-    A dataset without a length (a stream) is not looked at: reading it would use it up.
     `prompts_only`: all targets will be sampled, so that examples need none.
     """
-    if dataset is None or not hasattr(dataset, "__len__") or len(dataset) == 0:
+    looked_at = some_of(dataset)
+    if not looked_at:
         return
-    size = len(dataset)
-    at = sorted({i * (size - 1) // max(LOOKED_AT - 1, 1) for i in range(LOOKED_AT)})
-    examples = [dataset[i] for i in at]
-    rows = [encoder(example, i) for example, i in zip(examples, at, strict=True)]
+    examples = [example for _, example in looked_at]
+    rows = [encoder(example, i) for i, example in looked_at]
     if not prompts_only:
         _refuse_no_target(name, examples, rows)
     given = [row for example, row in zip(examples, rows, strict=True) if "labels" in example]

@@ -25,10 +25,11 @@ from .answer_checks import refuse_foreign
 from .asking import answers_here, ask
 from .checkpoints import WholeCheckpoints
 from .config import DistillConfig
-from .data_checks import check_datasets
+from .data_checks import check_datasets, named
 from .figures import means, one_each, summarise
 from .model_card import write_card
 from .objective import DENSE_SCORED_BY, Answers, Dense, Loss, Objective
+from .offline import in_workers, opened, refuse_unanswered
 from .panel import Panel, first_batch
 from .run_log import RunLog
 from .sampling import ends_of, is_on_policy, sample
@@ -51,9 +52,9 @@ class DistillTrainer(WholeCheckpoints):
     Args:
         model: the student, a Hugging Face causal LM with a plain (unadapted) output head, with PEFT
             adapters or without, or its path.
-        teacher: a model, the path of one, or any object with topk(...) or hidden(...) and head (see
-            protocols.py): a quantised Teacher, a cache, a server's client. None trains on the
-            labels alone, through the same code, and needs ce_weight=1.0.
+        teacher: a model, the path of one, a TeacherCache or its folder, or any object with
+            topk(...) or hidden(...) and head (see protocols.py). None trains on the labels alone,
+            through the same code, and needs ce_weight=1.0.
         args: a DistillConfig.
         train_dataset, eval_dataset: any torch Dataset or list of dicts with messages, prompt and
             completion, text, or input_ids (see examples.py).
@@ -100,6 +101,7 @@ class DistillTrainer(WholeCheckpoints):
             completion_only=args.completion_only_loss,
             max_length=args.max_length,
         )
+        teacher = opened(teacher)
         if args.check_data:
             sampled = args.lmbda == 1.0
             check_datasets(encoder, train_dataset, eval_dataset, prompts_only=sampled)
@@ -107,7 +109,11 @@ class DistillTrainer(WholeCheckpoints):
             super().__init__(
                 model=student,
                 args=args,
-                data_collator=DistillCollator(pad_id=_pad_id(processing_class), encoder=encoder),
+                data_collator=DistillCollator(
+                    pad_id=_pad_id(processing_class),
+                    encoder=encoder,
+                    more=in_workers(teacher, args),
+                ),
                 train_dataset=train_dataset,
                 eval_dataset=eval_dataset,
                 processing_class=processing_class,
@@ -130,6 +136,8 @@ class DistillTrainer(WholeCheckpoints):
         self._since_log: dict[str, Tensor] = {}
         admitted = admit(teacher, self.model, args, processing_class)
         self.teacher = None if admitted is None else admitted.teacher
+        if args.check_data:
+            refuse_unanswered(teacher, encoder, named(train_dataset, eval_dataset))
         self._valid_vocab = None if admitted is None else admitted.valid_vocab
 
     def _verify(self) -> None:

@@ -1,0 +1,171 @@
+"""A teacher's answers as they lie on disk: 4.2 bytes per slot.
+
+    n tokens · k slots · T temperatures, the first one T₀ · B = ⌈V / 65536⌉ blocks of ids
+
+    ids       uint16 [n, k]  id mod 65536, by rising id, used slots first
+    blocks    uint8 [n, B]   how many of a token's ids lie in each block (uint16 from k = 256 on)
+    logprobs  fp16 [n, k]    ln p at T₀
+    log_tail  fp32 [n, T]    ln of the mass outside the ids, at every temperature
+    shift     fp32 [n, T]    ln(1 − exp(log_tail_T)) − ln Σ_S exp(logprobs · T₀/T)
+
+Rising ids need no high bits, only how many there are of each, and that also tells the empty slots.
+One line gives every temperature, with the mass of ids and tail at 1 whatever fp16 rounded:
+
+    ln p_T = logprobs · T₀/T + shift_T
+
+Without the shift the KL of a student near its teacher would be off by the mass that rounding lost,
+which is of first order; what remains is of second.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..outputs import TopK
+
+BLOCK = 1 << 16
+_TABLE = 256  # slots
+Array = NDArray[np.generic]
+
+
+class Packed(NamedTuple):
+    """Answers of n tokens as they are stored; see the module for the types."""
+
+    ids: Array
+    blocks: Array
+    logprobs: Array
+    log_tail: Array
+    shift: Array
+
+    @classmethod
+    def zeros(cls, n: int, k: int, blocks: int, temperatures: int) -> Packed:
+        return cls(
+            np.zeros((n, k), np.uint16),
+            np.zeros((n, blocks), count_type(k)),
+            np.zeros((n, k), np.float16),
+            np.zeros((n, temperatures), np.float32),
+            np.zeros((n, temperatures), np.float32),
+        )
+
+
+def count_type(k: int) -> type[np.uint8] | type[np.uint16]:
+    return np.uint8 if k < 1 << 8 else np.uint16
+
+
+def bytes_per_token(k: int, blocks: int, temperatures: int) -> int:
+    return 4 * k + blocks * np.dtype(count_type(k)).itemsize + 8 * temperatures
+
+
+def pack(answers: list[TopK], k: int, blocks: int) -> Packed:
+    """Answers [n, ≤ k] of one pass at every temperature, on any device; see `why_unfit`."""
+    first = answers[0]
+    n, given = first.ids.shape
+    ids, order = torch.where(first.ids < 0, blocks * BLOCK, first.ids.long()).sort(-1)
+    logprobs = first.logprobs.float().gather(-1, order)
+    bounds = torch.arange(blocks + 1, device=ids.device) * BLOCK
+    below = torch.searchsorted(ids, bounds.expand(n, -1).contiguous())
+    unused = ids >= blocks * BLOCK
+    rounded = logprobs.half().masked_fill(unused, 0.0)
+    packed = Packed.zeros(n, k, blocks, len(answers))
+    packed.ids[:, :given] = (ids % BLOCK).to(torch.int32).cpu().numpy()
+    packed.blocks[:] = below.diff(dim=-1).cpu().numpy()
+    packed.logprobs[:, :given] = rounded.cpu().numpy()
+    for i, answer in enumerate(answers):
+        tail = log_tail_of(answer).double()
+        scaled = rounded.double() * (first.temperature / answer.temperature)
+        mass = scaled.masked_fill(unused, -torch.inf).logsumexp(-1)
+        shift = torch.where(mass.isfinite(), torch.log(-torch.expm1(tail)) - mass, 0.0)
+        packed.log_tail[:, i] = tail.float().cpu().numpy()
+        packed.shift[:, i] = shift.float().cpu().numpy()
+    return packed
+
+
+def log_tail_of(answer: TopK) -> Tensor:
+    """The tail that was given, or log(1 − Σ p), floored as everywhere at log 2⁻²⁴. fp32 [n]."""
+    if answer.log_tail is not None:
+        return answer.log_tail.float()
+    logprobs = answer.logprobs.double().masked_fill(answer.ids < 0, -torch.inf)
+    return (1 - logprobs.exp().sum(-1)).clamp(min=2.0**-24).log().float()
+
+
+def why_unfit(answers: list[TopK], k: int, vocab: int) -> str | None:
+    """What is wrong with answers [n, K] that no language model gives, or None."""
+    for answer in answers:
+        if answer.ids.shape[-1] > k:
+            return f"{answer.ids.shape[-1]} slots where {k} were asked for"
+        if answer.ids.numel() == 0:
+            continue
+        if int(answer.ids.max()) >= vocab:
+            return f"id {int(answer.ids.max())}, where the vocabulary ends at {vocab - 1}"
+        logprobs = answer.logprobs.double().masked_fill(answer.ids < 0, -torch.inf)
+        if logprobs.isnan().any() or log_tail_of(answer).isnan().any():
+            return "log-probabilities that are NaN"
+        mass = logprobs.exp().sum(-1)
+        if float(mass.max()) > 1.001:
+            return f"probabilities that sum to {float(mass.max()):.4g}"
+        if answer.log_tail is not None:
+            total = (mass + answer.log_tail.double().exp() - 1).abs().max().item()
+            if total > 1e-2:
+                return f"ids and log_tail whose mass differs from 1 by {total:.2g}"
+    ranked = answers[0].ids.sort(-1).values
+    if ((ranked.diff(dim=-1) == 0) & (ranked[..., 1:] >= 0)).any():
+        return "the same id twice at one position"
+    return None
+
+
+def unpack(packed: Packed, at: int, scale: float, draws: int | None, out: TopK) -> None:
+    """Write answers at temperature number `at`, with scale = T₀/T, to `out`: ids int32 [n, k],
+    logprobs and log_tail fp32.
+
+    `draws`: the logprobs are those of counts out of so many draws, and come back exactly.
+    """
+    ids, logprobs, log_tail, _ = out
+    assert log_tail is not None
+    n, k = packed.ids.shape
+    below = torch.from_numpy(packed.blocks.astype(np.int64)).cumsum(-1)
+    np.copyto(ids.numpy(), packed.ids)  # torch's cast of uint16 is not vectorised
+    for block in range(below.shape[-1] - 1):
+        ids += _steps(below[:, block], k)
+    logprobs.copy_(torch.from_numpy(packed.logprobs))
+    if draws is not None:
+        logprobs.copy_((logprobs.exp() * draws).round_().div_(draws).log_())
+    else:
+        if scale != 1.0:
+            logprobs *= scale
+        logprobs += torch.from_numpy(packed.shift[:, at : at + 1])
+    log_tail.copy_(torch.from_numpy(packed.log_tail[:, at]))
+    used = below[:, -1:]
+    if n and int(used.min()) < k:
+        empty = torch.arange(k) >= used
+        ids.masked_fill_(empty, -1)
+        logprobs.masked_fill_(empty, -torch.inf)
+
+
+def _steps(first: Tensor, k: int) -> Tensor:
+    """BLOCK from slot `first` (n,) on and 0 before it, int32 [n, k]."""
+    if k > _TABLE:
+        return (torch.arange(k) >= first[:, None]).int() * BLOCK
+    return _table(k).index_select(0, first)
+
+
+@functools.cache
+def _table(k: int) -> Tensor:
+    """Every row that `_steps` can give: looking one up is eight times faster than making it."""
+    return (torch.arange(k) >= torch.arange(k + 1)[:, None]).int() * BLOCK
+
+
+def narrowed(answer: TopK, k: int) -> TopK:
+    """The k likeliest slots; the mass of the others goes to the tail."""
+    if k == answer.ids.shape[-1]:
+        return answer
+    assert answer.log_tail is not None
+    kept, order = answer.logprobs.topk(k, dim=-1, sorted=False)
+    others = answer.logprobs.scatter(-1, order, -torch.inf)
+    tail = torch.logaddexp(answer.log_tail, others.logsumexp(-1))
+    return TopK(answer.ids.gather(-1, order.to(torch.int64)), kept, tail, answer.temperature)

@@ -1,0 +1,108 @@
+"""The answers of a shard's rows from a teacher: a model, a server, anything with topk or hidden."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..outputs import TopK
+from ..packing import groups
+from ..teacher import Teacher
+from .build import Asked
+from .manifest import CacheError, Settings
+from .sampled import draw
+
+_TOKENS = 16384  # asked for at a time, padding included; a Teacher regroups them by its own budget
+
+
+class FromTeacher:
+    """Groups of rows of similar length, the same for the same shard whatever happened before."""
+
+    def __init__(self, teacher: Any) -> None:
+        self.teacher = teacher
+        # Answers stay where the model is until they are packed: sorting them costs a CPU dearly.
+        self.device = teacher.head.weight.device if isinstance(teacher, Teacher) else "cpu"
+
+    def answers(
+        self, rows: list[Asked], settings: Settings, shard: int
+    ) -> Iterator[tuple[list[int], list[TopK]]]:
+        generator = _generator(settings.seed or 0, shard)
+        lengths = [len(row.tokens) if len(row.places) else 0 for row in rows]
+        for group in groups(lengths, _TOKENS, False, math.inf):
+            some = [rows[i] for i in group]
+            ids, mask, where = (x.to(self.device) for x in _batch(some))
+            with _same_batches(self.teacher, settings):
+                if settings.targets == "sampled":
+                    answers = self._drawn(ids, mask, where, settings, generator)
+                else:
+                    answers = self._asked(ids, mask, where, settings)
+            yield group, answers
+
+    def _asked(self, ids: Tensor, mask: Tensor, where: Tensor, settings: Settings) -> list[TopK]:
+        k, temperatures = settings.k, settings.temperatures
+        if isinstance(self.teacher, Teacher):
+            answers = self.teacher.topk_at(ids, mask, k=k, temperatures=temperatures, where=where)
+        else:
+            answers = [self.teacher.topk(ids, mask, k=k, temperature=T) for T in temperatures]
+        for answer in answers:
+            if answer.ids.shape[:2] != ids.shape or answer.logprobs.shape != answer.ids.shape:
+                raise CacheError(
+                    f"teacher: expected answers of shape {[*ids.shape, k]}, one per position of "
+                    f"input_ids, got {list(answer.ids.shape)}"
+                )
+        return [_at(answer, where.to(answer.ids.device)) for answer in answers]
+
+    def _drawn(
+        self, ids: Tensor, mask: Tensor, where: Tensor, settings: Settings, generator: Any
+    ) -> list[TopK]:
+        head = self.teacher.head
+        hidden = self.teacher.hidden(ids, mask)
+        hidden = hidden[where.to(hidden.device)].to(head.weight.device)
+        return [draw(hidden, head, settings.k, settings.temperatures[0], generator)]
+
+
+class _same_batches:
+    """A Teacher's budget of tokens depends on the memory that is free: here it stays what it was
+    when the build began, since other batches round differently."""
+
+    def __init__(self, teacher: Any, settings: Settings) -> None:
+        self._reader = getattr(teacher, "reader", None)
+        self._budget = settings.tokens_per_batch
+
+    def __enter__(self) -> None:
+        if self._reader is not None:
+            self._before = self._reader.tokens_per_batch
+            self._reader.tokens_per_batch = self._budget
+
+    def __exit__(self, *_: object) -> None:
+        if self._reader is not None:
+            self._reader.tokens_per_batch = self._before
+
+
+def _generator(seed: int, shard: int) -> torch.Generator:
+    """A stream of its own for every shard, so that a shard's draws do not depend on the others."""
+    # A hash of 32 bits: a CPU generator ignores the higher half of its seed.
+    digest = hashlib.blake2b(f"{seed} {shard}".encode(), digest_size=4).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+
+
+def _batch(rows: list[Asked]) -> tuple[Tensor, Tensor, Tensor]:
+    shape = (len(rows), max(len(row.tokens) for row in rows))
+    ids = torch.zeros(shape, dtype=torch.int64)
+    mask = torch.zeros(shape, dtype=torch.int64)
+    where = torch.zeros(shape, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        ids[i, : len(row.tokens)] = row.tokens
+        mask[i, : len(row.tokens)] = 1
+        where[i, row.places] = True
+    return ids, mask, where
+
+
+def _at(answer: TopK, where: Tensor) -> TopK:  # [B, T, K] -> [n, K]
+    tail = None if answer.log_tail is None else answer.log_tail[where]
+    return TopK(answer.ids[where], answer.logprobs[where], tail, answer.temperature)

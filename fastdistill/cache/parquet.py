@@ -1,0 +1,258 @@
+"""Teacher answers that DistillKit wrote to Parquet, read into a cache of our own.
+
+Two kinds of rows, both with `input_ids`, and lists with one entry per position:
+
+    token_ids, top_values                      the top k as they are
+    bytepacked_indices, compressed_logprobs    bytes, read by compression_config.yaml beside them
+
+A compressed position is, in this order: the first exact_k values; the coefficients of a curve
+through the others, t = 0, 1, …; and bins of residuals to that curve, each a scale and integers of
+so many bits. With delta_encoding the values are differences of one logprob to the one before. Ids
+have ⌈log₂ d⌉ bits. All bits are packed with the highest first.
+
+The entry of position t is the answer after input_ids[t]; behind the last token there may be none.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from numpy.typing import NDArray
+
+from .. import checks
+from ..outputs import TopK
+from .build import Asked
+from .manifest import CacheError, Settings
+
+logger = logging.getLogger(__name__)
+
+CONFIG = "compression_config.yaml"
+_RAW, _COMPRESSED = ("token_ids", "top_values"), ("bytepacked_indices", "compressed_logprobs")
+_FLOATS: dict[str, torch.dtype] = {
+    name: getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64")
+}
+_CURVES = {"sqrt": np.sqrt, "exp": np.exp}
+_LIMIT = 1.5  # mass that compression may make of 1 at the most
+Bytes = NDArray[np.uint8]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compression:
+    """compression_config.yaml."""
+
+    d: int
+    k: int
+    exact_k: int
+    exact_dtype: str = "float32"
+    polynomial_terms: tuple[int | str, ...] = ()
+    term_dtype: str = "float32"
+    residual_bins: tuple[dict[str, Any], ...] = ()
+    delta_encoding: bool = True
+    error_diffusion: bool = False  # of the writer
+    normalize_t: bool = False
+
+    @classmethod
+    def read(cls, file: Path) -> Compression:
+        said = yaml.safe_load(file.read_text(encoding="utf-8"))
+        try:
+            lists = {n: tuple(said.get(n) or ()) for n in ("polynomial_terms", "residual_bins")}
+            found = cls(**{**said, **lists})
+            kinds = [found.exact_dtype, found.term_dtype]
+            kinds += [str(a_bin["scale_dtype"]) for a_bin in found.residual_bins]
+            curves = {p for p in found.polynomial_terms if isinstance(p, str)}
+            if not set(kinds) <= _FLOATS.keys() or not curves <= _CURVES.keys():
+                raise ValueError("number types or curves that are not known here")
+            return found
+        except (TypeError, AttributeError, KeyError, ValueError) as error:
+            raise CacheError(f"{file}: expected DistillKit's settings, got {error}") from None
+
+    def ids(self, packed: Bytes) -> NDArray[np.int64]:  # [n, bytes] -> [n, k]
+        bits = math.ceil(np.log2(np.float32(self.d)))
+        return _integers(packed, bits, self.k)
+
+    def logprobs(self, packed: Bytes) -> NDArray[np.float64]:  # [n, bytes] -> [n, k]
+        rest = _Taker(packed)
+        exact = rest.floats(self.exact_dtype, self.exact_k)
+        size = self.k - self.exact_k
+        others = np.zeros((len(packed), size))
+        if self.polynomial_terms:
+            others += rest.floats(self.term_dtype, len(self.polynomial_terms)) @ self._curves(size)
+        start = 0
+        for a_bin in self.residual_bins:
+            bits, count = int(a_bin["element_bits"]), int(a_bin["num_elements"])
+            scale = rest.floats(a_bin["scale_dtype"], 1)
+            steps = rest.integers(bits, count).astype(np.float64)
+            # One bit is a sign; more are a two's complement that was shifted to start at 0.
+            steps = 2 * steps - 1 if bits == 1 else steps - 2 ** (bits - 1)
+            others[:, start : start + count] += steps * scale
+            start += count
+        values = np.concatenate([exact, others], -1)
+        return values.cumsum(-1) if self.delta_encoding else values
+
+    def _curves(self, size: int) -> NDArray[np.float64]:  # [terms, size]
+        t = np.linspace(0, 1, size) if self.normalize_t else np.arange(size, dtype=np.float64)
+        terms = self.polynomial_terms
+        return np.stack([_CURVES[p](t) if isinstance(p, str) else t**p for p in terms])
+
+
+class _Taker:
+    """The bytes of n positions, from the front."""
+
+    def __init__(self, packed: Bytes) -> None:
+        self._rest = packed
+
+    def _take(self, count: int) -> Bytes:
+        if self._rest.shape[1] < count:
+            raise CacheError(
+                f"compressed_logprobs: expected more bytes per position by {CONFIG} than there are"
+            )
+        taken, self._rest = self._rest[:, :count], self._rest[:, count:]
+        return taken.copy()
+
+    def floats(self, kind: str, count: int) -> NDArray[np.float64]:
+        dtype = _FLOATS[kind]
+        taken = torch.from_numpy(self._take(count * dtype.itemsize))
+        return taken.view(dtype).double().numpy().reshape(len(taken), count)
+
+    def integers(self, bits: int, count: int) -> NDArray[np.int64]:
+        return _integers(self._take(-(-bits * count // 8)), bits, count)
+
+
+def _integers(packed: Bytes, bits: int, count: int) -> NDArray[np.int64]:
+    if packed.shape[1] != -(-bits * count // 8):
+        raise CacheError(
+            f"bytepacked_indices: expected {-(-bits * count // 8)} bytes per position by {CONFIG} "
+            f"({count} values of {bits} bits), got {packed.shape[1]}"
+        )
+    each = np.unpackbits(packed, axis=1)[:, : bits * count].reshape(len(packed), count, bits)
+    return each.astype(np.int64) @ (1 << np.arange(bits - 1, -1, -1, dtype=np.int64))
+
+
+class ParquetRows:
+    """The rows of Parquet files as a dataset with input_ids, and as the source of their answers."""
+
+    def __init__(self, files: list[Path]) -> None:
+        self._pq = _pyarrow()
+        self.compression = None
+        if (config := files[0].parent / CONFIG).is_file():
+            self.compression = Compression.read(config)
+        self._groups: list[tuple[Path, int]] = []
+        self._starts = [0]
+        for file in files:
+            metadata = self._pq.ParquetFile(file).metadata
+            self.columns = self._check(file, set(metadata.schema.to_arrow_schema().names))
+            for group in range(metadata.num_row_groups):
+                self._groups.append((file, group))
+                self._starts.append(self._starts[-1] + metadata.row_group(group).num_rows)
+        self._open: tuple[int, Any] | None = None
+        if not len(self):
+            checks.fail("parquet", "at least one row", f"none in {files[0].parent}")
+        self.k = self.answer(0).ids.shape[1]
+        self.vocab_size = None if self.compression is None else self.compression.d
+        self.identity = {"kind": "DistillKit", "name": str(files[0].parent)}
+
+    def _check(self, file: Path, names: set[str]) -> tuple[str, str]:
+        for columns in (_RAW, _COMPRESSED):
+            if {"input_ids", *columns} <= names:
+                if columns == _COMPRESSED and self.compression is None:
+                    raise CacheError(f"{file}: expected {CONFIG} beside it, got none")
+                return columns
+        raise CacheError(
+            f"{file}: expected the columns input_ids and either {' and '.join(_RAW)} or "
+            f"{' and '.join(_COMPRESSED)}, got {', '.join(sorted(names))}"
+        )
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"input_ids": self._row(index)["input_ids"].astype(np.int64)}
+
+    def _row(self, index: int) -> dict[str, Any]:
+        group = int(np.searchsorted(self._starts, index, side="right")) - 1
+        if self._open is None or self._open[0] != group:
+            file, number = self._groups[group]
+            columns = ["input_ids", *self.columns]
+            table = self._pq.ParquetFile(file).read_row_group(number, columns=columns)
+            self._open = (group, table)
+        row = self._open[1].slice(index - self._starts[group], 1)
+        return {name: _array(row.column(name)) for name in row.column_names}
+
+    def answer(self, index: int) -> TopK:
+        """[P, k] of a row's first P tokens."""
+        row = self._row(index)
+        first, second = (row[name] for name in self.columns)
+        if self.compression is not None and self.columns == _COMPRESSED:
+            ids = self.compression.ids(first)
+            logprobs = self.compression.logprobs(second)
+        else:
+            ids, logprobs = first.astype(np.int64), second.astype(np.float64)
+        ids = np.where(np.isneginf(logprobs), -1, ids)
+        # Differences and curves may leave a little more mass than there is.
+        mass = np.exp(logprobs).sum(-1, keepdims=True)
+        if len(mass) and not mass.max() < _LIMIT:
+            raise CacheError(
+                f"row {index}: expected log-probabilities, got a mass of {mass.max():.4g} at one "
+                f"position. Do {CONFIG} and the files belong together?"
+            )
+        logprobs = logprobs - np.log(np.maximum(mass, 1.0))
+        return TopK(torch.from_numpy(ids), torch.from_numpy(logprobs))
+
+    def answers(
+        self, rows: list[Asked], settings: Settings, shard: int
+    ) -> Iterator[tuple[list[int], list[TopK]]]:
+        for at, row in enumerate(rows):
+            found = self.answer(row.index)
+            given, tokens = len(found.ids), len(row.tokens)
+            if given not in (tokens, tokens - 1):
+                raise CacheError(
+                    f"row {row.index}: expected {tokens - 1} or {tokens} answers to its {tokens} "
+                    f"tokens, got {given}"
+                )
+            whole = TopK.empty((tokens, found.ids.shape[1]), settings.temperatures[0])
+            whole = whole._replace(logprobs=whole.logprobs.double())
+            whole.put(torch.arange(given), found._replace(log_tail=_tail(found)))
+            yield [at], [whole]
+
+
+def _tail(answer: TopK) -> Any:
+    mass = answer.logprobs.exp().sum(-1)
+    return (1 - mass).clamp(min=2.0**-24).log()
+
+
+def _array(column: Any) -> NDArray[Any]:
+    """A list, or a list of lists of equal length, of one row."""
+    values = column.combine_chunks().flatten()
+    if not hasattr(values, "flatten") or values.type.num_fields == 0:
+        return np.asarray(values.to_numpy(zero_copy_only=False))
+    inner = values.flatten().to_numpy(zero_copy_only=False)
+    return np.asarray(inner).reshape(len(values), -1)
+
+
+def files_of(path: str | Path) -> list[Path]:
+    """One Parquet file, or those of a folder in order of their numbers."""
+    path = Path(path)
+    if path.is_file():
+        return [path]
+    numbered = sorted(path.glob("*.parquet"), key=lambda p: (len(p.name), p.name))
+    if not numbered:
+        checks.fail("parquet", "a Parquet file, or a folder with some", repr(str(path)))
+    return numbered
+
+
+def _pyarrow() -> Any:
+    try:
+        import pyarrow.parquet as pq
+    except ImportError:
+        raise ImportError(
+            "from_parquet: expected pyarrow to be installed (pip install pyarrow)"
+        ) from None
+    return pq

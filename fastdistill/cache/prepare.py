@@ -1,0 +1,120 @@
+"""From the arguments of a build to its settings: checked, and sized by a look at the examples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from .. import __version__, checks
+from ..examples import Encoder
+from ..fingerprint import refuse_different_tokenizers
+from ..identity import identity_of, tokenizer_identity
+from ..protocols import DenseTeacher, TopKTeacher
+from ..teacher import Teacher
+from .build import asked_of
+from .manifest import POSITIONS, TARGETS, Settings
+
+_LOOKED_AT = 256  # examples whose length tells the size of the whole
+
+
+def tokenizer_for(teacher: Any, given: Any) -> Any:
+    """The tokenizer that reads the text: the one given, else the teacher's; refuses two kinds."""
+    theirs = getattr(teacher, "tokenizer", None)
+    if given is not None and theirs is not None:
+        refuse_different_tokenizers(given, theirs)
+    return theirs if given is None else given
+
+
+def settings_for(
+    teacher: Any,
+    dataset: Any,
+    encoder: Encoder,
+    *,
+    vocab: int | None,
+    k: int,
+    temperatures: Sequence[float],
+    targets: str,
+    positions: str,
+    seed: int,
+    shard_mb: float,
+) -> tuple[Settings, float]:
+    """(settings, bytes that a row takes on average)."""
+    checks.choice("positions", positions, POSITIONS)
+    checks.positive("shard_mb", shard_mb)
+    _check_k(k, vocab)
+    _check_temperatures(temperatures, targets)
+    _check_dataset(dataset)
+    tokens, template = tokenizer_identity(encoder.tokenizer)
+    settings = Settings(
+        k=k,
+        temperatures=tuple(float(T) for T in temperatures),
+        targets=targets,
+        positions=positions,
+        seed=seed if targets == "sampled" else None,
+        vocab_size=vocab,
+        max_length=encoder.max_length,
+        completion_only=encoder.completion_only,
+        rows=len(dataset),
+        rows_per_shard=1,
+        tokens_per_batch=teacher.reader.budget if isinstance(teacher, Teacher) else None,
+        teacher=identity_of(teacher),
+        tokenizer_sha256=tokens,
+        chat_template_sha256=template,
+        library={"fastdistill": __version__, "torch": torch.__version__},
+    )
+    size = len(dataset)
+    at = sorted({i * (size - 1) // max(_LOOKED_AT - 1, 1) for i in range(_LOOKED_AT)})
+    places = sum(len(asked_of(dataset, encoder, i, settings).places) for i in at)
+    bytes_per_row = max(places / len(at), 1.0) * settings.bytes_per_token
+    rows = int(max(1, min(size, shard_mb * 1e6 // bytes_per_row)))
+    return replace(settings, rows_per_shard=rows), bytes_per_row
+
+
+def vocabulary_of(teacher: Any) -> int | None:
+    """How many ids the teacher can name, where it is known."""
+    rows, valid = getattr(teacher, "vocab_size", None), getattr(teacher, "valid_vocab", None)
+    return min(rows, valid) if rows and valid else rows
+
+
+def _check_k(k: Any, vocab: int | None) -> None:
+    limit = min(vocab or 65535, 65535)
+    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= limit:
+        checks.fail("k", f"an integer in 1..{limit}", repr(k))
+
+
+def _check_temperatures(temperatures: Any, targets: str) -> None:
+    if isinstance(temperatures, (int, float)) or not list(temperatures):
+        checks.fail("temperatures", "a list of at least one number", repr(temperatures))
+    for T in temperatures:
+        checks.positive("temperatures", T)
+    if len(set(temperatures)) != len(list(temperatures)):
+        checks.fail("temperatures", "different numbers", list(temperatures))
+    if targets == "sampled" and len(list(temperatures)) > 1:
+        checks.fail("temperatures", "one with targets='sampled'", list(temperatures),
+                    "draws at one say nothing of another: build a cache for each")  # fmt: skip
+
+
+def refuse_unfit(teacher: Any, targets: str) -> None:
+    """Raise TypeError for what cannot be asked for such targets."""
+    checks.choice("targets", targets, TARGETS)
+    wanted = DenseTeacher if targets == "sampled" else TopKTeacher
+    if not isinstance(teacher, wanted):
+        topk = "topk(input_ids, attention_mask, *, k, temperature)"
+        has = "hidden(...) and head, to draw from" if targets == "sampled" else topk
+        raise TypeError(
+            f"teacher: expected a model, a path, or an object with {has}, got "
+            f"{type(teacher).__name__}"
+        )
+
+
+def _check_dataset(dataset: Any) -> None:
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        raise TypeError(
+            "dataset: expected a list or Dataset with a length, so that a build can go on where it "
+            f"stopped, got {type(dataset).__name__}. Write a stream to disk first"
+        )
+    if len(dataset) == 0:
+        checks.fail("dataset", "at least one example", "none")

@@ -1,0 +1,71 @@
+"""Sampled targets: k draws from the teacher's whole distribution instead of its k likeliest tokens.
+
+    p̂(v) = (number of draws that gave v) / k        E[p̂] = p
+
+so the gradient q − p̂ of the forward KL is right on average, whatever lies outside any top k (Sparse
+Logit Sampling, arXiv 2503.16870). p̂ is no estimate of log p: other divergences would be biased.
+
+n tokens of this block · H hidden · V vocabulary
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..heads import LMHead
+from ..kernels.head import Head, blocks
+from ..kernels.torch_slabs import Matmul, logits, slabs
+from ..outputs import TopK
+
+_TOKENS = 256  # whose logits are there at a time
+_FP64_TOKENS = 16
+
+
+@torch.no_grad()
+def draw(
+    hidden: Tensor,  # (N, H)
+    head: LMHead,
+    k: int,
+    temperature: float,
+    generator: torch.Generator,
+) -> TopK:  # [N, k]
+    """k draws per position, equal ones merged: logprobs are ln(count / k), the tail has no mass.
+
+    The generator is a CPU's, so that a seed means the same draws for the same logits everywhere.
+    """
+    answer = TopK.empty((len(hidden), k), temperature, device=hidden.device)
+    for at in blocks(len(hidden), _TOKENS):
+        u_Vn = _logits(hidden[at], head)
+        for some in blocks(u_Vn.shape[1], _FP64_TOKENS):
+            # fp64: rounding in a sum over 150,000 tokens would move draws from one to the next.
+            below = (u_Vn[:, some].t().double() / temperature).softmax(-1).cumsum(-1)
+            u = torch.rand(len(below), k, generator=generator, dtype=torch.float64).to(below.device)
+            drawn = torch.searchsorted(below, u * below[:, -1:], right=True)
+            drawn = drawn.clamp(max=below.shape[-1] - 1).sort(-1).values
+            first = at.start + some.start
+            answer.put(
+                torch.arange(first, first + len(drawn), device=hidden.device), _merged(drawn, k)
+            )
+    return answer._replace(log_tail=torch.full_like(answer.logprobs[:, 0], -torch.inf))
+
+
+def _logits(hidden_nH: Tensor, head: LMHead) -> Tensor:
+    """[V, n], fp32 whatever the head's type."""
+    inner = Head(head.weight, head.bias, head.logit_scale, head.softcap, 1.0, head.vocab_size)
+    matmul, n = Matmul(inner, hidden_nH), len(hidden_nH)
+    u_Vn = hidden_nH.new_empty(inner.vocab, n, dtype=inner.dtype)
+    for at in slabs(inner.vocab, n, u_Vn.element_size()):
+        logits(inner, matmul, at, u_Vn[at])
+    return u_Vn
+
+
+def _merged(drawn_nk: Tensor, k: int) -> TopK:
+    """Each id once, with the logarithm of its share; the draws come sorted."""
+    new = torch.ones_like(drawn_nk, dtype=torch.bool)
+    new[:, 1:] = drawn_nk[:, 1:] != drawn_nk[:, :-1]
+    slot = new.cumsum(-1) - 1
+    one = torch.ones(drawn_nk.shape, device=drawn_nk.device)
+    counts = torch.zeros_like(one).scatter_add_(-1, slot, one)
+    ids = torch.full_like(drawn_nk, -1).scatter_(-1, slot, drawn_nk)
+    return TopK(ids, (counts / k).log(), one.new_zeros(len(one)))

@@ -1,0 +1,77 @@
+"""Whether the files are those that were built: sizes always, sha256 where that is not known yet.
+
+A shard that was compared and has not changed since (its size, time and inode are in .verified.json)
+is not read again when a cache is opened; `TeacherCache.verify` reads all of them, since a disk can
+lose bits without a file changing its time.
+"""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from ..files import write_json
+from ..progress import Work
+from .manifest import CacheError, Manifest, Shard, sha256_of
+
+_KNOWN = ".verified.json"
+
+
+def compare(folder: Path, manifest: Manifest, *, everything: bool, hashes: bool = True) -> None:
+    """Raises CacheError that names every shard that is missing or damaged."""
+    wrong = [why for s in manifest.shards if (why := _size_is_wrong(folder, s)) is not None]
+    if not wrong and hashes:
+        known = {} if everything else _known(folder)
+        unread = [s for s in manifest.shards if known.get(s.file) != _stamp(folder, s)]
+        wrong = _hashes_are_wrong(folder, unread)
+        if unread and not wrong:
+            remember(folder, manifest)
+    if wrong:
+        raise CacheError(
+            f"{folder}: {'; '.join(wrong)}. Delete {'it' if len(wrong) == 1 else 'them'} and build "
+            "the cache again with the same settings: only what is missing is made anew"
+        )
+
+
+def remember(folder: Path, manifest: Manifest) -> None:
+    """That the shards as they are now were compared; no more than a shortcut."""
+    try:
+        write_json(folder / _KNOWN, {s.file: _stamp(folder, s) for s in manifest.shards})
+    except OSError:
+        return  # a folder that cannot be written to is compared every time
+
+
+def _size_is_wrong(folder: Path, shard: Shard) -> str | None:
+    file = folder / shard.file
+    if not file.is_file():
+        return f"{shard.file} is missing"
+    size = file.stat().st_size
+    return None if size == shard.bytes else f"{shard.file} has {size:,} bytes, not {shard.bytes:,}"
+
+
+def _hashes_are_wrong(folder: Path, shards: list[Shard]) -> list[str]:
+    wrong = []
+    with (
+        Work("Reading the cache", total=len(shards)) as bar,
+        ThreadPoolExecutor(2) as pool,  # hashing lets go of the interpreter
+    ):
+        found = pool.map(lambda s: sha256_of(folder / s.file), shards)
+        for shard, sha256 in zip(shards, found, strict=True):
+            bar.advance(1, shard.bytes)
+            if sha256 != shard.sha256:
+                wrong.append(f"{shard.file} is damaged (its sha256 is not the manifest's)")
+    return wrong
+
+
+def _stamp(folder: Path, shard: Shard) -> list[int | str]:
+    stat = (folder / shard.file).stat()
+    return [shard.sha256, stat.st_size, stat.st_mtime_ns, stat.st_ino]
+
+
+def _known(folder: Path) -> dict[str, list[int | str]]:
+    try:
+        known = json.loads((folder / _KNOWN).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}

@@ -1,0 +1,81 @@
+"""Which teacher answers, and which tokenizer reads the text: what a cache is known by."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+from torch import nn
+
+from .fingerprint import tokenizer_fingerprint
+from .quant.linear import QuantizedWeight
+
+_SAMPLED = 4096  # values of each tensor that enter the fingerprint, evenly spread
+
+
+def identity_of(teacher: Any) -> dict[str, Any]:
+    """Name, configuration and weights of a teacher, as far as they can be known.
+
+    A teacher that is no model in this process may have `identity`, a dict; its type is known.
+    """
+    kind = type(teacher)
+    said: dict[str, Any] = {"kind": f"{kind.__module__}.{kind.__qualname__}"}
+    model = getattr(teacher, "model", None)
+    if isinstance(model, nn.Module):
+        config: Any = getattr(model, "config", None)
+        said["name"] = str(getattr(config, "_name_or_path", "") or type(model).__name__)
+        said["revision"] = getattr(config, "_commit_hash", None)
+        said["quantisation"] = getattr(teacher, "quant", None) or _quantised(config)
+        computes = {m.compute for m in model.modules() if isinstance(m, QuantizedWeight)}
+        said["compute"] = ", ".join(sorted(computes)) or None
+        said["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
+        said["config_sha256"] = _config_digest(config)
+        said["weights_sha256"] = weights_digest(model)
+    return {**said, **dict(getattr(teacher, "identity", None) or {})}
+
+
+def tokenizer_identity(tokenizer: Any) -> tuple[str | None, str | None]:
+    """(sha256 of the map from token to id, sha256 of the chat template), None for what is not
+    there."""
+    if tokenizer is None:
+        return None, None
+    template = getattr(tokenizer, "chat_template", None)
+    if isinstance(template, dict):
+        template = json.dumps(template, sort_keys=True)
+    digest = None if not template else hashlib.sha256(str(template).encode()).hexdigest()
+    return tokenizer_fingerprint(tokenizer), digest
+
+
+def weights_digest(model: nn.Module) -> str:
+    """sha256 over shapes, dtypes and some thousand values of every tensor: seconds, not minutes,
+    and no two checkpoints of a training run share it."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, torch.Tensor):
+            continue
+        flat = tensor.detach().reshape(-1)
+        step = max(1, flat.numel() // _SAMPLED)
+        some = flat[::step].cpu().contiguous()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
+        digest.update(some.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _config_digest(config: Any) -> str | None:
+    if config is None:
+        return None
+    said = config.to_dict()
+    # Where it was loaded from and by which version are no part of the function.
+    for name in ("_name_or_path", "transformers_version"):
+        said.pop(name, None)
+    return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _quantised(config: Any) -> str | None:
+    method = getattr(config, "quantization_config", None)
+    if method is None:
+        return None
+    said = method if isinstance(method, dict) else method.to_dict()
+    return str(said.get("quant_method"))
