@@ -26,6 +26,7 @@ STUDIES = {
     "tile_skipping": "what grad_filter_eps saves and costs",
     "quant_fidelity": "what each quantisation does to a trained model",
     "teacher_topk": "a whole teacher answering with its top k",
+    "teacher_cache": "what keeping a teacher's answers costs, and reading them",
     "train_step": "a whole training step, and its memory",
 }
 

@@ -1,0 +1,201 @@
+"""A teacher's answers on disk: what writing them adds to the teacher's own work, and how fast they
+are read.
+
+    cache_build   a whole build, folder to manifest, beside Teacher.topk of the same rows in the
+                  same batches: a Llama with Qwen's vocabulary, random weights
+    cache_read    rows in a random order, 16 a batch, as the trainer's workers read them: in this
+                  process, in two, in two with the answers handed over; and Parquet, whole row
+                  groups, which is the best case of it
+
+N is the tokens of one pass, so that N / ms is thousands of tokens a second. output_mb is the cache,
+peak_mb nothing. grad_error: the largest difference of a probability from the teacher's; above
+MOST_ERROR nothing is reported.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import fastdistill as fd
+from fastdistill import TopK
+
+from .data import device
+from .registry import GateError, Missing, attempt
+from .rows import Row
+from .rows import table as table_of
+from .run import take_turns
+from .shapes import Shape
+
+SHAPE = Shape(N=1 << 20, H=512, V=151936, K=64)
+ROW = 512
+BATCH = 16
+LAYERS = 8
+BUILT = 8  # rows of a build
+TURNS = 5
+MOST_ERROR = 1e-3  # fp16 log-probabilities
+
+
+class _Peaked:
+    """Answers without a model, the same for the same tokens: a peaked top k of the vocabulary."""
+
+    def __init__(self, shape: Shape) -> None:
+        self.vocab_size, self._k = shape.V, shape.K
+        self._stride = shape.V // shape.K
+        slots = torch.arange(1, shape.K + 1).float()
+        self._logprobs = (0.97 * slots**-1.5 / (slots**-1.5).sum()).log()
+
+    def topk(self, ids: Tensor, mask: Tensor | None = None, *, k: int, temperature: float) -> TopK:
+        first = (ids * 2654435761) % self._stride
+        named = first.unsqueeze(-1) + self._stride * torch.arange(k)
+        logprobs = self._logprobs.expand(*ids.shape, k)
+        tail = (1 - logprobs.exp().sum(-1)).log()
+        return TopK(named, logprobs, tail, temperature)
+
+
+def rows(shape: Shape = SHAPE) -> list[Row]:
+    """`shape` smaller than SHAPE: few rows and a small model, to try it out."""
+    with tempfile.TemporaryDirectory(prefix="fastdistill-") as folder:
+        return [*_build(shape, Path(folder)), *_read(shape, Path(folder))]
+
+
+def _build(shape: Shape, folder: Path) -> list[Row]:
+    torch.manual_seed(0)
+    small = shape != SHAPE
+    config = LlamaConfig(
+        vocab_size=shape.V, hidden_size=shape.H, intermediate_size=11 * shape.H // 4,
+        num_hidden_layers=1 if small else LAYERS, num_attention_heads=8, num_key_value_heads=8,
+        max_position_embeddings=2 * ROW, tie_word_embeddings=True,
+    )  # fmt: skip
+    teacher = fd.Teacher(LlamaForCausalLM(config).to(device()))
+    ids = torch.randint(shape.V, (2 if small else BUILT, ROW), device=device())
+    data = [{"input_ids": row.cpu()} for row in ids]
+    done: list[Path] = []
+
+    def build() -> None:
+        done.append(folder / f"build-{len(done)}")
+        fd.TeacherCache.build(teacher, data, done[-1], k=shape.K)
+
+    works: dict[str, Callable[[], object]] = {
+        "Teacher.topk": lambda: teacher.topk(ids, k=shape.K),
+        "TeacherCache.build": build,
+    }
+    found = [_row("cache_build", name, ids.numel(), shape) for name in works]
+    for work in works.values():
+        work()
+    cache = fd.TeacherCache(done[0])
+    found[1].output_mb = cache.manifest.bytes / 1e6
+    found[1].grad_error = _error(cache.topk(ids.cpu(), k=shape.K), teacher.topk(ids, k=shape.K))
+    take_turns(found, works, 1 if small else TURNS)
+    return found
+
+
+def _read(shape: Shape, folder: Path) -> list[Row]:
+    count = max(shape.N // ROW, BATCH)
+    ids = torch.randint(shape.V, (count, ROW), generator=torch.Generator().manual_seed(0))
+    teacher, data = _Peaked(shape), [{"input_ids": row} for row in ids]
+    cache = fd.TeacherCache.build(teacher, data, folder / "read", k=shape.K)
+    few = ids[:BATCH]
+    error = _error(cache.topk(few, k=shape.K), teacher.topk(few, k=shape.K, temperature=1.0))
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(1))
+    batches = [ids[some] for some in order.split(BATCH)]
+
+    def here() -> None:
+        for batch in batches:
+            cache.topk(batch, k=shape.K)
+
+    def handed(batch: list[Tensor]) -> TopK:
+        return cache.topk(batch[0], k=shape.K)
+
+    def counted(batch: list[Tensor]) -> int:
+        return cache.topk(batch[0], k=shape.K).ids.numel()
+
+    works: dict[str, Callable[[], object]] = {
+        "one process": here,
+        "two workers": _passes(batches, counted),
+        "two workers, handed over": _passes(batches, handed),
+    }
+    found = [_row("cache_read", name, ids.numel(), shape) for name in works]
+    found[0].output_mb = cache.manifest.bytes / 1e6
+    for row in found:
+        row.grad_error = error
+    parquet = _row("cache_read", "Parquet, two workers", ids.numel(), shape)
+    made, parquet.reason = attempt(lambda: _parquet(teacher, ids, folder / "p.parquet", shape.K))
+    parquet.missing = made is None
+    if made is not None:
+        works[parquet.impl] = made
+    for work in works.values():
+        work()
+    take_turns([*found, parquet], works, 1 if shape != SHAPE else TURNS)
+    return [*found, parquet]
+
+
+def _passes(batches: Any, collate: Callable[[Any], Any]) -> Callable[[], object]:
+    """One pass through a loader whose two workers stay."""
+    loader = DataLoader(
+        batches, batch_size=1, num_workers=2, persistent_workers=True, collate_fn=collate
+    )
+    return lambda: _exhausted(iter(loader))
+
+
+def _exhausted(items: Iterator[Any]) -> None:
+    for _ in items:
+        pass
+
+
+def _parquet(teacher: _Peaked, ids: Tensor, file: Path, k: int) -> Callable[[], object]:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError:
+        raise Missing("pyarrow is not installed") from None
+    writer = None
+    for some in ids.split(BATCH):
+        answers = teacher.topk(some, k=k, temperature=1.0)
+        columns = {
+            "input_ids": some.int(), "ids": answers.ids.int(), "logprobs": answers.logprobs
+        }  # fmt: skip
+        table = pa.table({name: list(c.flatten(1).numpy()) for name, c in columns.items()})
+        writer = writer or pq.ParquetWriter(file, table.schema)
+        writer.write_table(table)
+    assert writer is not None
+    writer.close()
+
+    def group(batch: list[int]) -> int:
+        table = pq.ParquetFile(file).read_row_group(batch[0], columns=["ids", "logprobs"])
+        return sum(
+            len(table[name].combine_chunks().flatten().to_numpy()) for name in table.column_names
+        )
+
+    order = torch.randperm(len(ids) // BATCH, generator=torch.Generator().manual_seed(1))
+    return _passes(order.tolist(), group)
+
+
+def _row(op: str, impl: str, tokens: int, shape: Shape) -> Row:
+    return Row(op, impl, "forward", tokens, shape.H, shape.V, shape.K, "float32")
+
+
+def _error(found: TopK, truth: TopK) -> float:
+    order = truth.ids.sort(-1)
+    if not torch.equal(found.ids.long(), order.values.cpu()):
+        raise GateError("teacher_cache: the ids are not the teacher's; nothing is reported")
+    exact = truth.logprobs.cpu().gather(-1, order.indices.cpu()).exp()
+    error = (found.logprobs.exp() - exact).abs().max().item()
+    if not error <= MOST_ERROR:
+        raise GateError(f"teacher_cache: a probability is {error:.2g} off; nothing is reported")
+    return error
+
+
+def table(found: list[Row]) -> str:
+    lines = [table_of(found), ""]
+    for row in found:
+        if row.ms_median is not None and row.op == "cache_read":
+            lines.append(f"{row.impl:26} {row.N / row.ms_median / 1e3:6.2f} million tokens/s")
+    return "\n".join(lines)
