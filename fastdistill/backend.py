@@ -22,6 +22,8 @@ PACKAGES = (
     "peft",
     "bitsandbytes",
     "flash-attn",
+    "uvicorn",
+    "pyarrow",
 )
 
 
@@ -154,3 +156,13 @@ def describe() -> dict[str, Any]:
         "impl": chosen,
         "impl_why": why,
     }
+
+
+def rank_and_world() -> tuple[int, int]:
+    """This process's number and how many there are, as torchrun says; alone, 0 of 1."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_rank() -> int:
+    """This process's number on this machine."""
+    return int(os.environ.get("LOCAL_RANK", "0"))

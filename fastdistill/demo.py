@@ -25,6 +25,7 @@ from transformers.utils import logging as transformers_logging
 from . import __version__, corpus
 from .backend import describe
 from .corpus import Corpus, Windows
+from .demo_files import leave
 from .demo_models import STUDENT, TEACHER, WINDOW, new_llama, shipped_teacher, train_model
 from .demo_result import ARMS, METRICS, DemoResult, DemoRun
 from .files import write_json
@@ -42,6 +43,7 @@ STUDENT_LEARNING_RATE = 2e-3
 
 class _Setting(NamedTuple):
     teacher: RememberingTeacher
+    tokenizer: PreTrainedTokenizerBase
     train: Windows
     held_out: Windows
     facts: dict[str, Any]
@@ -57,7 +59,8 @@ def run_demo(
     batch_size: int = 4,
     teacher_steps: int = 400,
 ) -> DemoResult:
-    """Train, measure, and write out/report.html and out/results.json.
+    """Train, measure, and write out/report.html and out/results.json, and what the demo was made
+    of beside them, for the other verbs (demo_files.py).
 
     Args:
         out: the folder to write to.
@@ -101,6 +104,7 @@ def run_demo(
         seconds=time.perf_counter() - start,
     )
     _write(result, folder)
+    leave(folder, setting.teacher.teacher.model, setting.tokenizer, setting.train, setting.held_out)
     return result
 
 
@@ -130,7 +134,7 @@ def _prepare(
         "bytes_per_token": held_out.bytes_per_token,
         "learning_rate": STUDENT_LEARNING_RATE,
     }
-    return _Setting(RememberingTeacher(teacher), train, held_out, facts)
+    return _Setting(RememberingTeacher(teacher), tokenizer, train, held_out, facts)
 
 
 def _teacher_from(

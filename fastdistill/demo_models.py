@@ -132,10 +132,7 @@ def save_teacher(
     model.to(torch.bfloat16).save_pretrained(folder)
     (folder / "generation_config.json").unlink(missing_ok=True)
     (folder / "model.safetensors").chmod(0o644)
-    tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
-    # Without the class name the model type would decide, and Llama's splits text otherwise.
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_OF_TEXT}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    save_tokenizer(folder, tokenizer)
     digests = {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.iterdir())
@@ -143,6 +140,13 @@ def save_teacher(
     }
     text = json.dumps(manifest | {"sha256": digests}, indent=2, ensure_ascii=False)
     (folder / "manifest.json").write_text(text + "\n", encoding="utf-8")
+
+
+def save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+    # Without the class name the model type would decide, and Llama's splits text otherwise.
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_OF_TEXT}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def shipped_teacher() -> tuple[Teacher, PreTrainedTokenizerFast, dict[str, Any]]:

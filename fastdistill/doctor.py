@@ -12,6 +12,8 @@ _OPTIONAL = {
     "flash-attn": ("models loaded with attn_implementation", "pip install flash-attn"),
     "peft": ("students with adapters", "pip install peft"),
     "bitsandbytes": ("students in 4 bits, and 8-bit optimisers", "pip install bitsandbytes"),
+    "uvicorn": ("fastdistill serve", "pip install 'fastdistill[serve]'"),
+    "pyarrow": ("DistillKit's files into a cache", "pip install pyarrow"),
 }
 _REQUIRED = {"torch": (2, 8), "transformers": (5, 0), "accelerate": (1, 10)}
 

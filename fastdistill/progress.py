@@ -104,3 +104,36 @@ class _Advance(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._bar.update(self._task, completed=state.global_step)
+
+
+class Training(TrainerCallback):
+    """A trainer's steps with the last loss and the time left; off a terminal, a line per log."""
+
+    def __init__(self) -> None:
+        self._bar = _bar(TextColumn("{task.fields[loss]}"), TimeRemainingColumn())
+        self._task: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero and not self._bar.disable:
+            steps = {"total": state.max_steps, "completed": state.global_step}
+            self._task = self._bar.add_task("training", loss="", **steps)
+            self._bar.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._task is not None:
+            self._bar.update(self._task, completed=state.global_step)
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
+    ) -> None:
+        figures = {k: v for k, v in (logs or {}).items() if k in ("loss", "eval_loss", "eval_kl")}
+        if not state.is_world_process_zero or not figures:
+            return
+        said = "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
+        if self._task is not None:
+            self._bar.update(self._task, loss=said)
+        elif self._bar.disable:
+            print(f"step {state.global_step:,} of {state.max_steps:,}  {said}", file=sys.stderr)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._bar.stop()

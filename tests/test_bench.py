@@ -230,8 +230,8 @@ def test_a_request_that_is_wrong_is_exit_2(arguments, words):
 
 def test_an_installed_package_says_where_the_benchmarks_are(tmp_path):
     (tmp_path / "fastdistill").mkdir()
-    for name in ("__init__.py", "cli.py"):
-        shutil.copy(ROOT / "fastdistill" / name, tmp_path / "fastdistill" / name)
+    shutil.copy(ROOT / "fastdistill" / "__init__.py", tmp_path / "fastdistill")
+    shutil.copytree(ROOT / "fastdistill" / "cli", tmp_path / "fastdistill" / "cli")
     elsewhere = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); "
     found = bench("--list", before=elsewhere)
     assert found.returncode == 2

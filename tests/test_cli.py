@@ -9,7 +9,10 @@ import sys
 import time
 
 import pytest
+import typer
+from command import call
 
+from fastdistill.cli.app import app
 from fastdistill.doctor import Finding, Findings, examine
 
 RUN = [sys.executable, "-c", "from fastdistill.cli import main; main()"]
@@ -37,6 +40,25 @@ def test_help_is_short_and_quick():
         assert verb in found.stdout
     # 0.5 s on a quiet machine; a busy one must not turn this red.
     assert min(seconds) < 1.0
+
+
+VERBS = [(), *((name,) for name in ("demo", "doctor", "report", "train", "cache")),
+         *(("cache", name) for name in ("build", "info", "verify"))]  # fmt: skip
+
+
+def test_every_verb_has_short_help(capsys, monkeypatch):
+    """At 80 columns, without importing what the verb needs."""
+    monkeypatch.setenv("COLUMNS", "80")
+    commands = typer.main.get_command(app).commands
+    named = {(name,) for name in commands} | {
+        ("cache", name) for name in commands["cache"].commands
+    }
+    assert {*VERBS, ("bench",)} == {(), *named}
+    for verb in VERBS:
+        code, out, _ = call(capsys, monkeypatch, *verb, "--help")
+        assert code == 0
+        assert len(out.splitlines()) <= 40, verb
+        assert max(map(len, out.splitlines())) <= 80, verb
 
 
 def test_importing_the_command_line_imports_nothing_heavy():

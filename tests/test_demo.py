@@ -10,13 +10,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from fastdistill import demo_models
+from fastdistill import Teacher, demo_models
 from fastdistill.demo import run_demo
 from fastdistill.demo_models import shipped_teacher
 from fastdistill.demo_report import demo_report, table_rows, verdict
 from fastdistill.demo_result import ARMS, METRICS
+from fastdistill.fingerprint import refuse_different_tokenizers
 from fastdistill.intervals import Estimate
+from fastdistill.json_lines import JsonLines
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +72,21 @@ def test_report_needs_nothing_from_outside(made):
     assert page.count("data:image/png;base64,") == 3
     assert "does not show" in page
     assert str(Path.home()) not in page
-    assert sorted(path.name for path in out.iterdir()) == ["report.html", "results.json"]
+
+
+def test_what_it_was_made_of_is_left_for_the_other_verbs(made):
+    _, out = made
+    assert sorted(path.name for path in out.iterdir()) == [
+        "held-out.jsonl", "report.html", "results.json", "student", "teacher", "train.jsonl",
+    ]  # fmt: skip
+    teacher = Teacher(str(out / "teacher"))
+    shipped, tokenizer, _ = shipped_teacher()
+    text = JsonLines(out / "train.jsonl")[0]["text"]
+    ids = torch.tensor([tokenizer(text)["input_ids"]])
+    assert torch.equal(teacher.topk(ids, k=4).logprobs, shipped.topk(ids, k=4).logprobs)
+    refuse_different_tokenizers(tokenizer, Teacher(str(out / "student")).tokenizer)
+    assert len(JsonLines(out / "train.jsonl")) == 32
+    assert ids.shape[1] == pytest.approx(demo_models.WINDOW, abs=2)
 
 
 def test_verdict_follows_the_figures(made):

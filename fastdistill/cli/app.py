@@ -5,7 +5,6 @@ Exit codes: 0 done, 1 it ran and something is not right, 2 the request could not
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 from importlib import import_module
@@ -14,7 +13,9 @@ from typing import Annotated, Any
 
 import typer
 
-from . import __version__
+from .. import __version__
+from .command import Json, add, print_json
+from .verbs import CacheBuild, Train
 
 app = typer.Typer(
     name="fastdistill",
@@ -22,10 +23,17 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # its boxes leave a third of the line to the words
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+cache = typer.Typer(
+    name="cache",
+    help="Keep a teacher's answers on disk, and look after them.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 
 
 def _print_version(wanted: bool) -> None:
@@ -43,7 +51,8 @@ def _root(
         ),
     ] = False,
 ) -> None:
-    pass
+    # Where it is installed it says at import which kernels it could download.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 @app.command()
@@ -61,11 +70,9 @@ def demo(
     teacher_steps: Annotated[int, typer.Option(min=1, help="Teacher steps, with --data.")] = 400,
     as_json: Json = False,
 ) -> None:
-    """Train students from a teacher and from labels, and compare them. No GPU, no network."""
-    # Where it is installed it says at import which kernels it could download.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    from .demo import run_demo
-    from .demo_report import print_table
+    """Compare students of a teacher with students of labels. No GPU, no network."""
+    from ..demo import run_demo
+    from ..demo_report import print_table
 
     result = run_demo(
         out=out,
@@ -77,7 +84,7 @@ def demo(
         teacher_steps=teacher_steps,
     )
     if as_json:
-        _print_json(result.as_json())
+        print_json(result.as_json())
         return
     console = _console()
     print_table(result, console)
@@ -86,16 +93,58 @@ def demo(
 
 @app.command()
 def doctor(as_json: Json = False) -> None:
-    """Say what is here, which backend was chosen and why, and what would mend what is missing."""
-    from .doctor import examine, print_findings
+    """Say what is here, what runs and why, and what would mend the rest."""
+    from ..doctor import examine, print_findings
 
     findings = examine()
     if as_json:
-        _print_json(findings.as_json())
+        print_json(findings.as_json())
     else:
         print_findings(findings, _console())
     if not findings.ok:
         raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="Where a run wrote its metrics.jsonl.")],
+    out: Annotated[Path | None, typer.Option(help="The file; FOLDER/report.html.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write one HTML file about a run: curves, scores, memory, settings."""
+    from ..run_report import write_run_report
+
+    path = write_run_report(folder, out)
+    if as_json:
+        print_json({"report": str(path)})
+    else:
+        print(path)
+
+
+@cache.command("info")
+def cache_info(
+    path: Annotated[Path, typer.Argument(help="The cache's folder.")], as_json: Json = False
+) -> None:
+    """Say what a cache holds, and of which teacher."""
+    from .run_cache import info, show
+
+    found = info(path)
+    print_json(found) if as_json else show(found)
+
+
+@cache.command("verify")
+def cache_verify(
+    path: Annotated[Path, typer.Argument(help="The cache's folder.")], as_json: Json = False
+) -> None:
+    """Read every file of a cache and compare its sha256; exit code 1 names those that differ."""
+    from .run_cache import verify
+
+    found = verify(path)
+    if as_json:
+        print_json(found)
+    else:
+        size = f"{found['tokens']:,} tokens, {found['bytes'] / 1e6:,.1f} MB"
+        print(f"{found['shards']} files are as they were built: {size}")
 
 
 @app.command(
@@ -103,8 +152,8 @@ def doctor(as_json: Json = False) -> None:
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
 )
 def bench(context: typer.Context) -> None:
-    """Measure the losses beside their peers, correctness first (from a checkout; bench --help)."""
-    root = Path(__file__).resolve().parent.parent
+    """Measure the losses beside their peers (from a checkout; bench --help)."""
+    root = Path(__file__).resolve().parents[2]
     if not (root / "benchmarks" / "registry.py").is_file():
         print(
             "fastdistill bench: the benchmarks are in the repository, not in the installed package;"
@@ -118,24 +167,38 @@ def bench(context: typer.Context) -> None:
     raise typer.Exit(run(context.args, "fastdistill bench"))
 
 
+add(cache, "build", CacheBuild, "run_cache_build")
+add(app, "train", Train, "run_train")
+app.add_typer(cache)
+
+
 def main() -> None:
     """The console script: bad input is one line on stderr and exit code 2, never a traceback."""
     try:
         app(prog_name="fastdistill")
-    except (ValueError, OSError) as error:
+    except KeyboardInterrupt:
+        print("fastdistill: interrupted; the same command goes on", file=sys.stderr)
+        raise SystemExit(1) from None
+    except Exception as error:
+        code = _code_of(error)
+        if code is None:
+            raise
         print(f"fastdistill: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        raise SystemExit(code) from None
+
+
+def _code_of(error: Exception) -> int | None:
+    """2 for a request that could not be met as it stands, 1 for work that went wrong, None for a
+    mistake of ours, whose traceback is wanted."""
+    # By name: torch and the verbs' modules are not imported unless a verb did it.
+    if type(error).__name__ in ("Failed", "OutOfMemoryError"):
+        return 1
+    ours = isinstance(error, TypeError) and ": expected " in str(error)
+    missing = isinstance(error, ImportError) and error.name is None
+    return 2 if isinstance(error, (ValueError, OSError)) or ours or missing else None
 
 
 def _console() -> Any:
     from rich.console import Console
 
     return Console()
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,5 @@
+"""The command line: `fastdistill`, or `python -m fastdistill`."""
+
+from .app import main
+
+__all__ = ["main"]

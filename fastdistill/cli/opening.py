@@ -1,0 +1,76 @@
+"""From names on a command line to a teacher, a tokenizer, data; and what ends a verb early."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from ..backend import local_rank
+from ..teacher import load_teacher
+from ..training.offline import opened
+
+
+class Failed(Exception):
+    """The request was understood, and what it asked for went wrong: exit code 1."""
+
+
+@contextmanager
+def running(what: str) -> Iterator[None]:
+    """From here on a disk, a network or arithmetic that fails is no mistake of the request."""
+    try:
+        yield
+    except (OSError, FloatingPointError) as error:
+        raise Failed(f"{what}: {error}") from error
+
+
+def quiet() -> None:
+    """Loading bars of transformers are for a terminal, and so is its advice."""
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+
+
+def device() -> torch.device:
+    """This process's GPU, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", local_rank() % torch.cuda.device_count())
+
+
+def teacher_of(name: str, quant: str | None, compute: str, place: torch.device) -> Any:
+    """A cache of its folder, a client of a server's URL, or else the model."""
+    found = opened(name)
+    if not isinstance(found, (str, Path)):
+        if quant is not None or compute != "auto":
+            raise ValueError(
+                f"teacher_quant: expected none with {name}, whose answers are made already, got "
+                f"{quant or compute!r}"
+            )
+        return found
+    return load_teacher(name, quant=quant, compute=compute, device=place)
+
+
+def tokenizer_of(name: str) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(f"tokenizer: expected one in {name}, got none: {first}") from None
+
+
+def config_of(name: str) -> Any:
+    """config.json alone; code that comes with it is never run."""
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(f"model: expected a config.json in {name}, got none: {first}") from None
+
+
+def is_url(name: str | None) -> bool:
+    return name is not None and name.startswith(("http://", "https://"))

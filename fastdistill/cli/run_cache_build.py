@@ -1,0 +1,77 @@
+"""`fastdistill cache build`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..backend import rank_and_world
+from ..cache import TeacherCache
+from ..cache.prepare import settings_for
+from ..examples import Encoder
+from ..json_lines import JsonLines
+from .opening import config_of, device, is_url, quiet, running, teacher_of, tokenizer_of
+from .run_cache import figures, show
+from .verbs import CacheBuild
+
+
+def run(own: CacheBuild, more: dict[str, Any]) -> dict[str, Any] | None:
+    quiet()
+    data = JsonLines(own.data)
+    teacher = teacher_of(own.teacher, own.teacher_quant, own.teacher_compute, device())
+    rank, world = rank_and_world()
+    with running(f"cache build: stopped, and what is finished stays in {own.out}"):
+        cache = TeacherCache.build(
+            teacher,
+            data,
+            own.out,
+            k=own.k,
+            temperatures=own.temperatures,
+            targets=own.targets,
+            positions=own.positions,
+            tokenizer=None if own.tokenizer is None else tokenizer_of(own.tokenizer),
+            max_length=own.max_length,
+            completion_only_loss=own.completion_only_loss,
+            seed=own.seed,
+            shard_mb=own.shard_mb,
+            rank=rank,
+            world=world,
+        )
+    return figures(cache) if rank == 0 else None
+
+
+def dry(own: CacheBuild, more: dict[str, Any]) -> dict[str, Any]:
+    """How many tokens and bytes it would be, from a look at some examples; no weights."""
+    quiet()
+    data = JsonLines(own.data)
+    teacher = None
+    if is_url(own.teacher):
+        teacher = teacher_of(own.teacher, own.teacher_quant, own.teacher_compute, device())
+        vocab, tokenizer = teacher.vocab_size, teacher.tokenizer
+    else:
+        vocab, tokenizer = config_of(own.teacher).get_text_config().vocab_size, None
+    name = own.tokenizer or (None if is_url(own.teacher) else own.teacher)
+    encoder = Encoder(
+        tokenizer=tokenizer if name is None else tokenizer_of(name),
+        completion_only=own.completion_only_loss,
+        max_length=own.max_length,
+    )
+    settings, bytes_per_row = settings_for(
+        teacher, data, encoder, vocab=vocab, k=own.k, temperatures=own.temperatures,
+        targets=own.targets, positions=own.positions, seed=own.seed, shard_mb=own.shard_mb,
+    )  # fmt: skip
+    size = bytes_per_row * settings.rows
+    return {
+        "dry_run": True,
+        "rows": settings.rows,
+        "tokens": round(size / settings.bytes_per_token),
+        "bytes": round(size),
+        "shards": settings.shards,
+    }
+
+
+def tell(found: dict[str, Any]) -> None:
+    if not found.get("dry_run"):
+        show(found)
+        return
+    size = f"{found['bytes'] / 1e6:,.1f} MB in {found['shards']} files"
+    print(f"{found['rows']:,} rows, about {found['tokens']:,} answers: {size}")

@@ -1,0 +1,165 @@
+"""`fastdistill train`."""
+
+from __future__ import annotations
+
+import math
+import time
+import typing
+from dataclasses import fields
+from typing import Any
+
+from rich.console import Console
+from transformers import PrinterCallback, TrainingArguments
+
+from ..cache import TeacherCache
+from ..examples import IGNORE_INDEX, Encoder
+from ..json_lines import JsonLines
+from ..progress import Training
+from ..run_report import write_run_report
+from ..training.config import DistillConfig
+from ..training.data_checks import check_datasets, named, some_of
+from ..training.offline import opened, refuse_unanswered, refuse_unfit
+from ..training.trainer import DistillTrainer
+from .opening import config_of, quiet, running, teacher_of, tokenizer_of
+from .settings import fit
+from .verbs import Train
+
+
+def MORE() -> list[str]:
+    """Settings of DistillConfig that key=value takes; its output_dir is ours."""
+    names = [field.name for field in fields(DistillConfig) if field.init]
+    return [name for name in names if name != "output_dir"]
+
+
+def shown(own: Train, more: dict[str, Any]) -> dict[str, Any]:
+    """What is ours, and of transformers' settings those that were given."""
+    config = _config(own, more)
+    inherited = {field.name for field in fields(TrainingArguments)}
+    ours = {name: getattr(config, name) for name in MORE() if name not in inherited}
+    return vars(own) | ours | _fitted(more)
+
+
+def run(own: Train, more: dict[str, Any]) -> dict[str, Any] | None:
+    quiet()
+    config, (data, held_out) = _config(own, more), _data(own)
+    tokenizer = tokenizer_of(own.tokenizer or own.student)
+    teacher = None
+    if own.teacher is not None:
+        teacher = teacher_of(own.teacher, own.teacher_quant, own.teacher_compute, config.device)
+    trainer = DistillTrainer(
+        own.student,
+        teacher,
+        config,
+        train_dataset=data,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        peft_config=_adapters(own.lora_rank),
+        callbacks=[Training()],
+    )
+    trainer.remove_callback(PrinterCallback)
+    start = time.perf_counter()
+    with running(f"train: stopped; the same command goes on from the last checkpoint in {own.out}"):
+        done = trainer.train(resume_from_checkpoint="auto" if own.resume else None)
+        trainer.save_model()
+        evaluated = {} if held_out is None else trainer.evaluate()
+        report = write_run_report(own.out) if trainer.is_world_process_zero() else None
+    if report is None:
+        return None
+    return {
+        "out": str(own.out),
+        "report": str(report),
+        "steps": done.global_step,
+        "loss": done.training_loss,
+        "evaluation": {name.removeprefix("eval_"): value for name, value in evaluated.items()},
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def dry(own: Train, more: dict[str, Any]) -> dict[str, Any]:
+    """Everything that can be known without weights: settings, data, tokenizers, a cache's rows."""
+    quiet()
+    config, (data, held_out) = _config(own, more), _data(own)
+    config_of(own.student)
+    tokenizer = tokenizer_of(own.tokenizer or own.student)
+    encoder = Encoder(
+        tokenizer=tokenizer,
+        completion_only=config.completion_only_loss,
+        max_length=config.max_length,
+    )
+    check_datasets(encoder, data, held_out, prompts_only=config.lmbda == 1.0)
+    teacher = own.teacher
+    if teacher is not None:
+        cache = opened(teacher)
+        if isinstance(cache, TeacherCache):
+            refuse_unfit(cache, config, tokenizer)
+            refuse_unanswered(cache, encoder, named(data, held_out))
+        elif isinstance(cache, str):
+            config_of(cache)
+    rows = [encoder(example, at) for at, example in some_of(data)]
+    targets = sum(int((row.targets[1:] != IGNORE_INDEX).sum()) for row in rows)
+    return {
+        "dry_run": True,
+        "examples": len(data),
+        "tokens": round(sum(len(row.ids) for row in rows) / len(rows) * len(data)),
+        "targets": round(targets / len(rows) * len(data)),
+        "longest": max(len(row.ids) for row in rows),
+        "steps": _steps(config, len(data)),
+    }
+
+
+def tell(found: dict[str, Any]) -> None:
+    console = Console()
+    if found.get("dry_run"):
+        lines = [
+            f"{found['examples']:,} examples, about {found['tokens']:,} tokens, of which "
+            f"{found['targets']:,} are targets; {found['steps']:,} steps.",
+            "Settings, data and tokenizers fit together. `fastdistill plan` says what memory it "
+            "takes.",
+        ]
+    else:
+        figures = "  ".join(
+            f"{name} {found['evaluation'][name]:.4f}"
+            for name in ("kl", "agreement", "perplexity")
+            if name in found["evaluation"]
+        )
+        lines = [
+            f"{found['steps']:,} steps, loss {found['loss']:.4f}, {found['seconds']:.0f} s.",
+            *([f"On the evaluation set: {figures}"] if figures else []),
+            f"The student is in {found['out']}, the report is {found['report']}",
+        ]
+    for line in lines:
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+def _config(own: Train, more: dict[str, Any]) -> DistillConfig:
+    defaults: dict[str, Any] = {"disable_tqdm": True, "eval_on_start": own.eval_data is not None}
+    if own.teacher is None:
+        defaults["ce_weight"] = 1.0
+    return DistillConfig(output_dir=str(own.out), **{**defaults, **_fitted(more)})
+
+
+def _fitted(more: dict[str, Any]) -> dict[str, Any]:
+    hints = typing.get_type_hints(DistillConfig)
+    return {name: fit(name, value, hints[name]) for name, value in more.items()}
+
+
+def _data(own: Train) -> tuple[JsonLines, JsonLines | None]:
+    held_out = None if own.eval_data is None else JsonLines(own.eval_data, "eval_data")
+    return JsonLines(own.data), held_out
+
+
+def _adapters(rank: int | None) -> Any:
+    if rank is None:
+        return None
+    try:
+        from peft import LoraConfig
+    except ImportError:
+        raise ImportError("lora_rank: expected peft to be installed: pip install peft") from None
+    return LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def _steps(config: DistillConfig, examples: int) -> int:
+    if config.max_steps > 0:
+        return config.max_steps
+    batches = math.ceil(examples / (config.train_batch_size * config.world_size))
+    return math.ceil(batches / config.gradient_accumulation_steps * config.num_train_epochs)

@@ -1,0 +1,67 @@
+"""The settings of the verbs that have many. One with a sentence beside its type is an option too.
+
+Importing this imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated as A
+from typing import ClassVar
+
+_DATA = "JSON lines: messages, prompt and completion, text, or input_ids."
+_QUANT = "Quantise the teacher: nf4, fp4, int4 or int8."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Train a student on what a teacher says of a dataset.
+
+    Started again after whatever stopped it, the same command goes on.
+
+    KEY=VALUE takes every setting of DistillConfig and of transformers' TrainingArguments:
+    k=64 divergence=jsd learning_rate=1e-4 num_train_epochs=3 bf16=true; and teacher_compute.
+    """
+
+    DRY_RUN: ClassVar = True
+
+    student: A[str, "The model to train: a folder, or a name on the hub."]
+    teacher: A[str | None, "A model, a cache's folder, a server's URL. None: labels."] = None
+    data: A[Path, _DATA]
+    eval_data: A[Path | None, "JSON lines to evaluate on, before and after."] = None
+    out: A[Path, "Folder for student, log and report."] = Path("fastdistill-out")
+    teacher_quant: A[str | None, _QUANT] = None
+    tokenizer: A[str | None, "Another tokenizer than the student's."] = None
+    lora_rank: A[int | None, "Train adapters of this rank, not the weights."] = None
+    resume: A[bool, "Go on from the last checkpoint in OUT."] = True
+    teacher_compute: str = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheBuild:
+    """Ask a teacher about every example, and keep its answers.
+
+    Started again after whatever stopped it, the same command goes on.
+
+    KEY=VALUE takes also teacher_compute, max_length, completion_only_loss (all three as in
+    training), seed of sampled targets, and shard_mb, the size of a file. Under torchrun each
+    process makes its share of the files.
+    """
+
+    DRY_RUN: ClassVar = True
+
+    teacher: A[str, "A model: a folder, a name on the hub, or a server's URL."]
+    data: A[Path, _DATA]
+    out: A[Path, "A new folder, or one in which this build was begun."]
+    k: A[int, "Tokens kept per position."] = 64
+    temperatures: A[tuple[float, ...], "Those to train at, as 1,2."] = (1.0,)
+    targets: A[str, "topk; or sampled, k draws from all tokens."] = "topk"
+    positions: A[str, "all; or targets, where the student is taught."] = "all"
+    teacher_quant: A[str | None, _QUANT] = None
+    tokenizer: A[str | None, "Another tokenizer than the teacher's."] = None
+    teacher_compute: str = "auto"
+    max_length: int | None = None
+    completion_only_loss: bool = True
+    seed: int = 0
+    shard_mb: float = 256.0

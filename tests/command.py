@@ -1,0 +1,38 @@
+"""The command line called in this process, and small files for it to work on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from transformers.utils import logging
+
+from fastdistill import corpus
+from fastdistill.cli import main
+from fastdistill.demo_files import leave
+from fastdistill.demo_models import shipped_teacher
+
+
+def call(capsys, monkeypatch, *arguments: object) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of `fastdistill …`."""
+    monkeypatch.setattr("sys.argv", ["fastdistill", *map(str, arguments)])
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    capsys.readouterr()
+    try:
+        with pytest.raises(SystemExit) as ended:
+            main()
+    finally:
+        logging.set_verbosity(verbosity)
+        (logging.enable_progress_bar if bars else logging.disable_progress_bar)()
+    found = capsys.readouterr()
+    return int(ended.value.code or 0), found.out, found.err
+
+
+def files(folder: Path, rows: int = 12) -> Path:
+    """A folder with teacher, student, train.jsonl and held-out.jsonl, as the demo leaves it."""
+    teacher, tokenizer, _ = shipped_teacher()
+    text = corpus.standard_library()
+    train = corpus.packed_windows(text.train[:20], tokenizer, length=32, max_windows=rows)
+    held_out = corpus.packed_windows(text.held_out[:5], tokenizer, length=32, max_windows=4)
+    leave(folder, teacher.model, tokenizer, train, held_out)
+    return folder

@@ -1,0 +1,109 @@
+"""fastdistill cache: built, looked at, verified; and what is wrong is said with the right code."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from command import call, files
+
+from fastdistill import TeacherCache
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return files(tmp_path_factory.mktemp("files"))
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    return lambda *arguments: call(capsys, monkeypatch, *arguments)
+
+
+def build(folder, out, *more):
+    given = ("--teacher", folder / "teacher", "--data", folder / "train.jsonl", "--out", out)
+    return ("cache", "build", *given, "--k", 8, *more)
+
+
+def test_build_info_verify(run, folder, tmp_path):
+    code, out, err = run(*build(folder, tmp_path / "c", "temperatures=1,2", "--json"))
+    assert code == 0
+    said = json.loads(out)
+    cache = TeacherCache(tmp_path / "c")
+    assert said["tokens"] == cache.manifest.tokens
+    assert said["temperatures"] == [1.0, 2.0]
+    assert "\x1b" not in err
+    assert run("cache", "info", tmp_path / "c", "--json")[:2] == (0, out)
+    code, out, _ = run("cache", "info", tmp_path / "c")
+    assert code == 0
+    assert "top 8 at T = 1, 2" in out
+    code, out, _ = run("cache", "verify", tmp_path / "c")
+    assert (code, out.startswith("1 files are as they were built")) == (0, True)
+    file = tmp_path / "c" / "00000.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-9] ^= 1
+    file.write_bytes(data)
+    code, out, err = run("cache", "verify", tmp_path / "c")
+    assert (code, out) == (1, "")
+    assert "00000.safetensors is damaged" in err
+
+
+def test_a_dry_run_says_the_size_and_writes_nothing(run, folder, tmp_path):
+    asked = build(folder, tmp_path / "c", "--json")
+    code, out, _ = run(*asked, "--dry-run")
+    assert code == 0
+    assert not (tmp_path / "c").exists()
+    promised = json.loads(out)
+    made = json.loads(run(*asked)[1])
+    assert promised["tokens"] == made["tokens"]
+    assert promised["bytes"] == pytest.approx(made["bytes"], rel=0.2)
+
+
+def test_what_is_printed_can_be_pasted_back(run, folder, tmp_path):
+    asked = build(folder, tmp_path / "c", "temperatures=1,2", "max-length=20", "--print-config")
+    code, printed, _ = run(*asked)
+    assert code == 0
+    (tmp_path / "c.yaml").write_text(printed)
+    again = run("cache", "build", "--config", tmp_path / "c.yaml", "--print-config")
+    assert again[:2] == (0, printed)
+    assert run("cache", "build", "--config", tmp_path / "c.yaml")[0] == 0
+    assert TeacherCache(tmp_path / "c").manifest.settings.max_length == 20
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (("--k", "0"), "k: expected an integer in 1"),
+        (("tmperatures=1",), "Did you mean temperatures?"),
+        (("--teacher", "/none/here"), "expected"),
+        (("--data", "/none/here.jsonl"), "data: expected a file of JSON lines"),
+        (("--targets", "best"), "targets: expected"),
+        (("targets",), "expected key=value, got 'targets'"),
+        (("--config", "/none.yaml"), "config: expected a YAML file"),
+    ],
+)
+def test_a_wrong_request_is_exit_2(run, folder, tmp_path, more, words):
+    code, out, err = run(*build(folder, tmp_path / "c", *more))
+    assert (code, out) == (2, "")
+    assert err.startswith("fastdistill: ")
+    assert words in err
+    assert len(err.splitlines()) == 1
+    assert not (tmp_path / "c").exists()
+
+
+def test_no_cache_there(run, tmp_path):
+    for verb in ("info", "verify"):
+        code, _, err = run("cache", verb, tmp_path)
+        assert (code, "expected the folder of a teacher cache" in err) == (2, True)
+
+
+def test_a_full_disk_is_exit_1(run, folder, tmp_path, monkeypatch):
+    import errno
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("fastdistill.cache.build.Writer.write", full)
+    code, _, err = run(*build(folder, tmp_path / "c"))
+    assert code == 1
+    assert "what is finished stays in" in err

@@ -1,0 +1,139 @@
+"""Settings reach a verb from a file, key=value and options, in one type and with one error."""
+
+from __future__ import annotations
+
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from fastdistill.cli.settings import as_yaml, fill, fit, gather, refuse_unknown
+from fastdistill.cli.verbs import CacheBuild, Train
+from fastdistill.training.config import DistillConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Some:
+    path: Path
+    k: int | None = 64
+    rate: float = 0.1
+    packing: bool = False
+    temperatures: tuple[float, ...] = (1.0,)
+    name: str | None = None
+    options: dict[str, typing.Any] | str | None = None
+
+
+@pytest.mark.parametrize(
+    ("pair", "value"),
+    [
+        ("k=8", 8),
+        ("k=null", None),
+        ("k=1e2", 100),
+        ("rate=1e-4", 1e-4),
+        ("rate=3", 3.0),
+        ("rate=.5", 0.5),
+        ("packing=true", True),
+        ("packing=False", False),
+        ("temperatures=1,2.5", (1.0, 2.5)),
+        ("temperatures=[1, 2]", (1.0, 2.0)),
+        ("temperatures=2", (2.0,)),
+        ("name=no", "no"),
+        ("name=on", "on"),
+        ("name=12", "12"),
+        ("name=entropy top 0.2", "entropy top 0.2"),
+        ("name=margin <= 1.5", "margin <= 1.5"),
+        ("name=a=b", "a=b"),
+        ("name=", None),
+        ("path=2024", Path("2024")),
+        ("path=007", Path("007")),
+        ("name=007", "007"),
+        ("name=1e3", "1e3"),
+        ("name=*.jsonl", "*.jsonl"),
+        ("options={}", {}),
+        ("options={a: 1e-3, b: [x, 2]}", {"a": 1e-3, "b": ["x", 2]}),
+    ],
+)
+def test_key_value(pair, value):
+    said = gather(None, ["path=x", pair])
+    found = getattr(fill(Some, said), pair.partition("=")[0])
+    assert found == value
+    assert type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("pair", "words"),
+    [
+        ("k=many", "k: expected an integer, got 'many'"),
+        ("k=1.5", r"k: expected an integer, got 1\.5"),
+        ("k=true", "k: expected an integer, got True"),
+        ("rate=fast", "rate: expected a number, got 'fast'"),
+        ("packing=yes", "packing: expected true or false, got 'yes'"),
+        ("temperatures=1,x", "temperatures: expected a number, got 'x'"),
+        ("rate=[", "rate.*expected YAML"),
+        ("justaword", "expected key=value, got 'justaword'"),
+        ("=3", "expected key=value"),
+    ],
+)
+def test_what_does_not_fit(pair, words):
+    with pytest.raises(ValueError, match=words):
+        fill(Some, gather(None, ["path=x", pair]))
+
+
+def test_a_file_comes_first_and_pairs_win(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("path: here\nk: 3\nrate: 1e-3\nname: no\npacking: true\n")
+    found = fill(Some, gather(file, ["k=4"]))
+    assert found == Some(path=Path("here"), k=4, rate=1e-3, name="no", packing=True)
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "just words", "a: [", "\tk: 1"])
+def test_a_file_that_is_none(tmp_path, text):
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=r"config: expected|expected YAML"):
+        gather(file, [])
+    with pytest.raises(ValueError, match="config: expected a YAML file, got"):
+        gather(tmp_path / "none.yaml", [])
+
+
+def test_unknown_and_missing_keys():
+    with pytest.raises(ValueError, match=r"learning_rte: .* Did you mean learning_rate\?"):
+        refuse_unknown(["learning_rte"], ["learning_rate", "k"])
+    with pytest.raises(ValueError, match=r"zzz: .* See --help"):
+        refuse_unknown(["zzz"], ["learning_rate", "k"])
+    with pytest.raises(ValueError, match=r"path: expected a value, got none\. Pass --path"):
+        fill(Some, {"k": 3})
+
+
+def test_dashes_are_underscores():
+    assert gather(None, ["teacher-quant=nf4"]) == {"teacher_quant": "nf4"}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        Some(path=Path("a b"), rate=1e-5, name="no", temperatures=(1.0, 0.5)),
+        Some(path=Path("1"), k=None, name="1e3", packing=True, options={"a": None}),
+        Train(student="12", data=Path("x.jsonl"), teacher="null"),
+        CacheBuild(teacher="true", data=Path("d"), out=Path("~/x"), temperatures=(1.0, 2.0)),
+    ],
+)
+def test_what_is_printed_is_read_back(tmp_path, settings):
+    file = tmp_path / "c.yaml"
+    file.write_text(as_yaml(vars(settings)))
+    assert fill(type(settings), gather(file, [])) == settings
+
+
+def test_every_setting_of_the_trainer_can_be_said():
+    """No annotation of transformers' that would make a key unreachable, and defaults fit it."""
+    hints = typing.get_type_hints(DistillConfig)
+    config = DistillConfig("x")
+    for name, hint in hints.items():
+        if name in ("token_selection", "_VALID_DICT_FIELDS"):
+            continue
+        if name in DistillConfig.__dataclass_fields__:
+            default = DistillConfig.__dataclass_fields__[name].default
+            if isinstance(default, (bool, int, float, str)):
+                assert fit(name, default, hint) == default
+    assert config.k == 64

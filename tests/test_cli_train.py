@@ -1,0 +1,166 @@
+"""fastdistill train: from a command line to a student, a log and a report, and on after a stop."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from command import call, files
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fastdistill import Teacher, TeacherCache
+
+RUN = [sys.executable, "-m", "fastdistill"]
+COLOUR = re.compile(rb"\x1b\[(?:\d+;)*(?:[349][0-7]|[34]8;[\d;]+)m")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = files(tmp_path_factory.mktemp("files"))
+    AutoTokenizer.from_pretrained(folder / "teacher")
+    return folder
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    return lambda *arguments: call(capsys, monkeypatch, *arguments)
+
+
+def train(folder, out, *more, teacher="teacher"):
+    return (
+        *("train", "--student", folder / "student", "--teacher", folder / teacher),
+        *("--data", folder / "train.jsonl", "--out", out),
+        *("k=8", "per_device_train_batch_size=4", "max_steps=4", "use_cpu=true", *more),
+    )
+
+
+def weights(path):
+    model = AutoModelForCausalLM.from_pretrained(path)
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def test_a_student_a_log_and_a_report(run, folder, tmp_path):
+    more = ("--eval-data", folder / "held-out.jsonl", "learning_rate=1e-3", "logging_steps=1")
+    code, out, err = run(*train(folder, tmp_path / "run", *more, "--json"))
+    assert code == 0, err
+    said = json.loads(out)
+    assert said["steps"] == 4
+    assert said["evaluation"]["kl"] == pytest.approx(said["evaluation"]["loss"])
+    assert "step 2 of 4  loss " in err
+    assert "\x1b[?25l" not in err  # no bar hides the cursor
+    assert (tmp_path / "run" / "report.html").stat().st_size > 10_000
+    assert (weights(tmp_path / "run") != weights(folder / "student")).any()
+    Teacher(str(tmp_path / "run"))
+    code, out, _ = run("report", tmp_path / "run", "--json")
+    assert (code, json.loads(out)["report"]) == (0, str(tmp_path / "run" / "report.html"))
+
+
+def test_stopped_and_started_again(run, folder, tmp_path):
+    whole = train(folder, tmp_path / "whole", "save_steps=2")
+    assert run(*whole)[0] == 0
+    part = train(folder, tmp_path / "part", "save_steps=2")
+    assert run(*part, "--no-resume", "lr_scheduler_type=constant")[0] == 0
+    # As a kill after the second step would leave it.
+    shutil.rmtree(tmp_path / "part" / "checkpoint-4")
+    shutil.copytree(
+        tmp_path / "whole" / "checkpoint-2", tmp_path / "part" / "checkpoint-2", dirs_exist_ok=True
+    )
+    code, out, _ = run(*part, "--json")
+    assert (code, json.loads(out)["steps"]) == (0, 4)
+    assert torch.equal(weights(tmp_path / "part"), weights(tmp_path / "whole"))
+
+
+def test_from_a_cache_and_from_labels(run, folder, tmp_path):
+    given = ("--teacher", folder / "teacher", "--data", folder / "train.jsonl", "--k", 8)
+    assert run("cache", "build", *given, "--out", tmp_path / "c")[0] == 0
+    assert TeacherCache(tmp_path / "c").manifest.settings.k == 8
+    live = run(*train(folder, tmp_path / "live", "--json"))[1]
+    kept = run(*train(folder, tmp_path / "kept", "--json", teacher=tmp_path / "c"))[1]
+    assert json.loads(kept)["loss"] == pytest.approx(json.loads(live)["loss"], rel=1e-4)
+    asked = train(folder, tmp_path / "labels", "--json")
+    at = asked.index("--teacher")
+    code, out, _ = run(*asked[:at], *asked[at + 2 :])
+    assert (code, json.loads(out)["loss"] > 5) == (0, True)  # ln 2048 = 7.6: cross-entropy
+
+
+def test_a_dry_run_checks_everything_and_writes_nothing(run, folder, tmp_path):
+    code, out, _ = run(*train(folder, tmp_path / "run", "--dry-run", "--json"))
+    said = json.loads(out)
+    assert (code, said["examples"], said["steps"]) == (0, 12, 4)
+    assert said["targets"] == said["tokens"] - 12
+    assert not (tmp_path / "run").exists()
+    asked = train(folder, tmp_path / "run", "--dry-run", "num_train_epochs=3", "max_steps=-1")
+    assert json.loads(run(*asked, "--json")[1])["steps"] == 9
+
+
+def test_what_is_printed_can_be_pasted_back(run, folder, tmp_path):
+    asked = ("learning_rate=1e-4", "eval_strategy=no", "temperature=2", "--lora-rank", 4)
+    code, printed, _ = run(*train(folder, tmp_path / "run", *asked, "--print-config"))
+    assert code == 0
+    assert "temperature: 2.0\n" in printed
+    (tmp_path / "c.yaml").write_text(printed)
+    again = run("train", "--config", tmp_path / "c.yaml", "--print-config")
+    assert again[:2] == (0, printed)
+    won = run("train", "--config", tmp_path / "c.yaml", "k=4", "--lora-rank", 2, "--print-config")
+    assert "\nk: 4\n" in won[1]
+    assert "lora_rank: 2\n" in won[1]
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "words"),
+    [
+        (("learning_rte=1",), 2, "Did you mean learning_rate?"),
+        (("divergence=kl",), 2, "divergence: expected one of forward_kl"),
+        (("lr_scheduler_type=cosin",), 2, "cosin"),
+        (("k=3000",), 2, "k: expected at most the vocabulary"),
+        (("--teacher-quant", "nf5"), 2, "quant: expected"),
+        (("--eval-data", "none.jsonl"), 2, "eval_data: expected a file of JSON lines"),
+        (("output_dir=x",), 2, "output_dir: expected a setting of this command"),
+        (("learning_rate=1e30", "logging_steps=1"), 1, "loss: expected a number, got NaN"),
+    ],
+)
+def test_exit_codes(run, folder, tmp_path, more, code, words):
+    found, out, err = run(*train(folder, tmp_path / "run", *more))
+    assert (found, out) == (code, "")
+    assert words in err
+    assert "Traceback" not in err
+
+
+def test_a_bar_on_a_terminal_and_no_colours_where_none_are_wanted(folder, tmp_path):
+    def on_terminal(**environment) -> tuple[str, bytes]:
+        here, there = pty.openpty()
+        asked = [*RUN, *map(str, train(folder, tmp_path / str(len(environment)), "--json"))]
+        with subprocess.Popen(
+            asked, stdout=subprocess.PIPE, stderr=there,
+            env={**os.environ, "TERM": "xterm-256color", "COLUMNS": "100", **environment},
+        ) as process:  # fmt: skip
+            os.close(there)
+            shown = b""
+            while True:
+                try:
+                    more = os.read(here, 65536)
+                except OSError:
+                    break
+                if not more:
+                    break
+                shown += more
+            out = process.stdout.read().decode()
+        os.close(here)
+        assert process.returncode == 0, shown
+        return out, shown
+
+    out, shown = on_terminal()
+    assert json.loads(out)["steps"] == 4
+    assert b"training" in shown
+    assert COLOUR.search(shown)
+    out, shown = on_terminal(NO_COLOR="1")
+    assert json.loads(out)["steps"] == 4
+    assert b"training" in shown
+    assert not COLOUR.search(shown)
