@@ -15,10 +15,11 @@ if __name__ == "__main__":
 
 import torch
 from gpu_checks import CHECKS as LOSSES
+from gpu_plan_checks import CHECKS as PLANS
 from gpu_quant_checks import CHECKS as QUANTISED
 from gpu_training_checks import CHECKS as TRAINING
 
-CHECKS = [*LOSSES, *QUANTISED, *TRAINING]
+CHECKS = [*LOSSES, *QUANTISED, *TRAINING, *PLANS]
 
 try:
     import pytest

@@ -1,0 +1,139 @@
+"""What the loss holds beside the gradients it returns, at its peak, in bytes.
+
+    N targets · H hidden size · V vocabulary · S slots of a token (its K answers and the label)
+    n tokens of a chunk, as the loss itself cuts them · v vocabulary rows of a slab · fp32 inside
+
+    fused        4nV + dW as it is summed + 4nH + 4nS · (tensors on a chunk's slots)
+    recompute    4vN + 4NH (dX as it is summed) + 4NS · (tensors on all slots)
+    dense        8nV + 4VH + 4NH, with n half a chunk
+    top k        4nV on a GPU, slabs on a CPU
+
+On a CPU the products of 16-bit heads want fp32 copies of the slab of W and of hidden states beside
+these, and what is at the slots is gathered in pieces. tests/test_plan_head.py compares each with
+the kernels' own code, run on tensors without data.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from ..kernels import topk as topk_kernel
+from ..kernels.backends import CPU_BLOCK_TOKENS
+from ..kernels.head import Head, chunk_tokens
+from ..kernels.topk_loss import CARRIED_CHUNKS
+from ..kernels.torch_gather import GATHER_BYTES
+from ..kernels.torch_slabs import slabs
+
+ACCUMULATOR = 4
+# As in kernels/triton_slabs.py and triton_common.py, which only import where Triton is installed.
+TRITON_BLOCK_TOKENS, TRITON_COLUMNS, TRITON_RECOMPUTE_BYTES = 2048, 4096, 64 << 20
+# How many fp32 tensors on a token's slots live at once, in the loss and in its recomputation.
+_ON_SLOTS, _ON_SLOTS_AGAIN = 20, 9
+# On a CPU, how many slabs a dense divergence makes of both heads' logits, and a pass of moments.
+_SLABS_OF_SUMS, _SLABS_OF_MOMENTS = 6, 5
+
+
+class HeadShape(NamedTuple):
+    """An output head that need not exist."""
+
+    V: int
+    H: int
+    dtype: torch.dtype
+    device: str  # "cpu" or "cuda"
+    trained: bool = True  # whether the loss makes its gradient
+
+    @property
+    def weight(self) -> int:
+        """Bytes of the weight, and of its gradient as it is returned."""
+        return self.V * self.H * self.dtype.itemsize
+
+    @property
+    def narrow(self) -> bool:
+        return self.dtype.itemsize < ACCUMULATOR
+
+    def chunk(self, N: int) -> int:
+        """Tokens that the fused loss takes at a time."""
+        device = self.device if self.device == "cpu" else "meta"  # its limits are a GPU's
+        weight = torch.empty(1, dtype=self.dtype, device=device).expand(self.V, self.H)
+        return min(N, chunk_tokens(Head(weight, None, 1.0, None, 1.0, self.V), N, self.trained))
+
+    def rows(self, tokens: int) -> int:
+        """Vocabulary rows of a slab on a CPU."""
+        return next(slabs(self.V, tokens, ACCUMULATOR)).stop
+
+
+class Work(NamedTuple):
+    """Bytes that live inside the loss, beside hidden states, weight and the gradients it returns.
+    `forward` may be taken before dW is there in its final type."""
+
+    forward: int
+    backward: int
+
+
+def fused(head: HeadShape, N: int, S: int) -> Work:
+    """4nV logits of a chunk, dW in fp32 unless it is carried in its own type, the slots' tensors;
+    or dW in both types, once the logits are gone."""
+    n = head.chunk(N)
+    carried = not head.narrow or n * CARRIED_CHUNKS[head.device] >= N
+    summed = head.trained * (head.weight if carried else head.V * head.H * ACCUMULATOR)
+    inside = n * head.V * ACCUMULATOR + summed + _ON_SLOTS * n * S * ACCUMULATOR
+    wide = n * head.H * ACCUMULATOR
+    if head.device == "cpu":
+        v = head.rows(n)
+        gathered = min(GATHER_BYTES, n * S * head.H * ACCUMULATOR)
+        inside += v * n * ACCUMULATOR if not head.narrow else 0
+        inside += wide if not head.narrow else 2 * wide + v * head.H * ACCUMULATOR
+        inside += gathered * 3 // 2 if head.narrow else 0
+    else:
+        inside += wide if head.narrow else 0
+    both = 0 if carried else summed + head.trained * head.weight
+    return Work(max(inside, both), 0)
+
+
+def recomputed(head: HeadShape, N: int, S: int) -> Work:
+    """Slabs alone in the forward pass; 4vN logits of a slab of all tokens, and dX in fp32, in the
+    backward pass."""
+    slots, wide = _ON_SLOTS_AGAIN * N * S * ACCUMULATOR, N * head.H * ACCUMULATOR
+    if head.device == "cpu":
+        v = head.rows(N)
+        again = v * N * ACCUMULATOR + slots
+        if head.narrow:
+            again += 2 * wide + 2 * v * head.H * ACCUMULATOR
+        n = min(N, CPU_BLOCK_TOKENS)
+        once = _SLABS_OF_MOMENTS * n * head.rows(n) * ACCUMULATOR
+        return Work(once + slots, again)
+    columns = min(_columns(head.V), max(64, TRITON_RECOMPUTE_BYTES // (N * ACCUMULATOR)))
+    # dX as it is returned lends its memory to the slab where that fits.
+    lent = head.narrow and columns <= head.H // 2
+    again = slots + (0 if lent else columns * N * ACCUMULATOR) + (wide if head.narrow else 0)
+    return Work(min(N, TRITON_BLOCK_TOKENS) * _columns(head.V) * ACCUMULATOR + slots, again)
+
+
+def dense(head: HeadShape, teacher: HeadShape, N: int) -> Work:
+    """Both heads' logits of half a chunk, dX and dW in fp32; or dW in both types at the end."""
+    n = max(1, head.chunk(N) // 2)
+    grads = N * head.H * ACCUMULATOR + head.trained * head.V * head.H * ACCUMULATOR
+    inside = n * (head.V + teacher.V) * ACCUMULATOR + grads
+    if head.device == "cpu":
+        inside += _SLABS_OF_SUMS * min(4096, head.V) * n * ACCUMULATOR
+    both = grads + head.trained * head.weight if head.narrow else 0
+    # dX as it is returned is made at the end, and not beside the logits.
+    return Work(max(inside - N * head.H * head.dtype.itemsize, both), 0)
+
+
+def topk(head: HeadShape, N: int, k: int) -> int:
+    """A chunk's logits on a GPU, slabs on a CPU; and the answers of N tokens."""
+    answers = N * k * (8 + 2 * ACCUMULATOR)
+    if head.device == "cpu":
+        n = min(N, CPU_BLOCK_TOKENS)
+        v = head.rows(n)
+        copied = v * head.H * ACCUMULATOR if head.narrow else 0
+        return answers + 3 * v * n * ACCUMULATOR + copied
+    step = max(1, min(topk_kernel.CHUNK_BYTES // (head.V * ACCUMULATOR), -(-N // 2)))
+    return answers + step * head.V * ACCUMULATOR
+
+
+def _columns(V: int) -> int:
+    return max(64, min(TRITON_COLUMNS, 1 << max(0, (V // 2).bit_length() - 1)))

@@ -1,0 +1,201 @@
+"""The memory of one update, by part and by phase, of a student and a teacher that need not exist.
+
+held      = student's weights + optimiser's state + teacher's weights and expanded layer
+teacher   = held [+ gradients so far] + max(its layers, hidden states + top k) + answers
+forward   = held + answers + peak of the body's forward pass      [gradients so far are in it]
+loss      = held + answers + activations + what the loss holds
+backward  = held + peak of activations that go and gradients that come
+update    = held + gradients + the optimiser's temporaries
+peak      = the largest of these five
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+from ..packing import _FREE_SHARE, _VALUES_PER_TOKEN, CPU_TOKENS, GPU_TOKENS
+from . import head
+from .optimisers import Optimiser, optimiser_of
+from .parts import Memory, Part, Phase, Settings
+from .rehearsal import Answering, Step, head_shape, rehearse_step, rehearse_teacher
+from .shapes import empty_model, held_by, quantised
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+# Outside torch's allocator: the CUDA context, its libraries and their workspaces, and kernels.
+CONTEXT = 700 * 10**6
+# Of the peak: what the allocator holds in pieces that no tensor fits.
+FRAGMENTS = 0.05
+_ID, _LOGPROB = 8, 4
+
+
+class Planner:
+    """Two configurations on one device; every pass is rehearsed once.
+
+    `card`: bytes of the GPU, by whose free memory a teacher's pass is sized, as in RowReader.
+    """
+
+    def __init__(self, student: Any, teacher: Any, device: str, card: int | None) -> None:
+        self.configs = {"student": student, "teacher": teacher}
+        self.device, self.card = device, card
+
+    @functools.cached_property
+    def teacher(self) -> Any:
+        config = self.configs["teacher"]
+        stored: Any = getattr(config, "dtype", None)
+        stored = stored if stored in DTYPES.values() else torch.bfloat16
+        return empty_model("teacher", config, stored)
+
+    @functools.cache  # noqa: B019  a planner lives as long as one plan
+    def student(self, dtype: str, lora_rank: int | None) -> Any:
+        model = empty_model("student", self.configs["student"], DTYPES[dtype])
+        return model if lora_rank is None else _adapted(model, lora_rank)
+
+    def memory(self, settings: Settings) -> Memory:
+        model = self.student(settings.dtype, settings.lora_rank)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimiser = optimiser_of(settings.optim, trained, self.device)
+        step = self.step(settings)
+        gradients = sum(p.nbytes for p in trained)
+        before = gradients if settings.accumulation > 1 else 0
+        weights, expanded = self.teacher_weights(settings)
+        held = held_by(model) + optimiser.state + weights + expanded
+        answers, passing = self.answers(settings), 0
+        if weights:
+            passing = self.teacher_pass(settings, held + before + answers)
+        phases = {
+            "teacher": held + before + answers + passing,
+            "forward": held + answers + step.forward,
+            "loss": held + answers + step.loss,
+            "backward": held + step.backward,
+            "update": held + gradients + optimiser.scratch,
+        }
+        if not weights:
+            del phases["teacher"]
+        peak = max(phases.values())
+        on_gpu = self.device == "cuda"
+        return Memory(
+            settings=settings,
+            parts=_parts(settings, held_by(model), gradients, optimiser, step, before)
+            + _teacher_parts(settings, weights, expanded, passing, answers),
+            phases=tuple(Phase(name=name, bytes=size) for name, size in phases.items()),
+            allowance=CONTEXT + int(FRAGMENTS * peak) if on_gpu else 0,
+        )
+
+    def step(self, settings: Settings) -> Step:
+        return self._step(
+            settings.dtype, settings.lora_rank, settings.batch, settings.seq, settings.k,
+            settings.backward, settings.gradient_checkpointing, settings.accumulation > 1,
+        )  # fmt: skip
+
+    @functools.cache  # noqa: B019
+    def _step(
+        self,
+        dtype: str,
+        lora_rank: int | None,
+        batch: int,
+        seq: int,
+        k: int | None,
+        backward: str,
+        checkpointing: bool,
+        accumulating: bool,
+    ) -> Step:
+        model = self.student(dtype, lora_rank)
+        shape, N = head_shape(model, self.device), batch * (seq - 1)
+        if k is None:
+            work = head.dense(shape, head_shape(self.teacher, self.device), N)
+        else:
+            run = head.recomputed if backward == "recompute" else head.fused
+            # Without a teacher one empty slot stands for its answer.
+            given = 1 if self.configs["teacher"] is None else min(k, shape.V)
+            work = run(shape, N, given + 1)
+        return rehearse_step(
+            "student", model, batch, seq, work, self.device,
+            checkpointing=checkpointing, accumulating=accumulating,
+        )  # fmt: skip
+
+    def teacher_weights(self, settings: Settings) -> tuple[int, int]:
+        """(weights, one layer expanded for its product, which stays), 0 where it is not here."""
+        if self.configs["teacher"] is None or settings.cached:
+            return 0, 0
+        if settings.teacher_quant is None:
+            return held_by(self.teacher), 0
+        found = quantised("teacher", self.teacher, settings.teacher_quant)
+        return found.weights, found.expanded
+
+    def teacher_pass(self, settings: Settings, held: int) -> int:
+        """Peak of the layers, or of hidden states and head, of the rows that run together."""
+        shape = head_shape(self.teacher, self.device)
+        tokens = self._tokens_in_pass(shape.H * shape.dtype.itemsize, held)
+        rows = max(1, min(settings.batch, tokens // settings.seq))
+        run = self._answering(rows, settings.seq)
+        if settings.k is None:
+            return run.forward + settings.batch * settings.seq * shape.H * shape.dtype.itemsize
+        N = rows * settings.seq
+        return max(run.forward, run.hidden + head.topk(shape, N, min(settings.k, shape.V)))
+
+    def _tokens_in_pass(self, hidden_bytes: int, held: int) -> int:
+        """RowReader's budget: on a GPU by a share of what is free."""
+        if self.device == "cpu":
+            return CPU_TOKENS
+        free = GPU_TOKENS[1] * _VALUES_PER_TOKEN * hidden_bytes / _FREE_SHARE
+        if self.card is not None:
+            free = max(0, self.card - CONTEXT - held)
+        fits = int(free * _FREE_SHARE) // (_VALUES_PER_TOKEN * hidden_bytes)
+        return min(max(fits, GPU_TOKENS[0]), GPU_TOKENS[1])
+
+    @functools.cache  # noqa: B019
+    def _answering(self, rows: int, seq: int) -> Answering:
+        return rehearse_teacher("teacher", self.teacher, rows, seq, self.device)
+
+    def answers(self, settings: Settings) -> int:
+        """k ids and log-probabilities of every target, or the teacher's hidden states there."""
+        N = settings.batch * (settings.seq - 1)
+        if self.configs["teacher"] is None:
+            return N * (_ID + _LOGPROB)
+        if settings.k is not None:
+            return N * settings.k * (_ID + _LOGPROB)
+        shape = head_shape(self.teacher, self.device)
+        return N * shape.H * shape.dtype.itemsize
+
+
+def _parts(
+    settings: Settings, weights: int, gradients: int, optimiser: Optimiser, step: Step, before: int
+) -> tuple[Part, ...]:
+    trained = settings.dtype if settings.lora_rank is None else "of adapters alone"
+    kept = "a layer's input each" if settings.gradient_checkpointing else "of every layer"
+    recompute = settings.backward == "recompute" and settings.k is not None
+    way = "dense" if settings.k is None else "recompute" if recompute else "fused"
+    return (
+        Part(name="student weights", bytes=weights, how=settings.dtype),
+        Part(name="gradients", bytes=gradients, how=trained),
+        Part(name="optimiser", bytes=optimiser.state + optimiser.scratch, how=settings.optim),
+        Part(name="activations", bytes=step.activations - before, how=kept),
+        Part(name="head and loss", bytes=step.loss - step.activations, how=way),
+    )
+
+
+def _teacher_parts(
+    settings: Settings, weights: int, expanded: int, passing: int, answers: int
+) -> tuple[Part, ...]:
+    what = "hidden states" if settings.k is None else f"top {settings.k} of every target"
+    found = (Part(name="answers", bytes=answers, how=what),)
+    if not weights:
+        return found
+    quant = settings.teacher_quant or "as stored"
+    return (
+        Part(name="teacher weights", bytes=weights, how=quant),
+        Part(name="teacher's pass", bytes=passing + expanded, how="its layers, or its head"),
+        *found,
+    )
+
+
+def _adapted(model: Any, rank: int) -> Any:
+    try:
+        import peft
+    except ImportError:
+        raise ImportError("lora_rank: expected peft to be installed: pip install peft") from None
+    how = peft.LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    return peft.get_peft_model(model, how)

@@ -1,0 +1,46 @@
+"""What an optimiser keeps between steps, and what it needs during one, in bytes.
+
+adamw_torch            two moments in the parameters' type; √v of all parameters at once on a
+                       GPU, two temporaries of the largest one on a CPU
+adamw_torch_fused      two moments in the parameters' type, nothing more
+adamw_8bit             two moments of 1 byte, and 4 bytes per block of 256 for each; fp32 for
+(adamw_bnb_8bit)       tensors of less than 4096 values
+sgd                    nothing, without momentum
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+OPTIMISERS = ("adamw_torch_fused", "adamw_torch", "adamw_8bit", "adamw_bnb_8bit", "sgd")
+_BLOCK, _LEAST = 256, 4096
+
+
+class Optimiser(NamedTuple):
+    state: int
+    scratch: int
+
+
+def optimiser_of(name: str, trained: Sequence[Tensor], device: str) -> Optimiser:
+    """Raises ValueError for an optimiser whose memory is not known here."""
+    if name not in OPTIMISERS:
+        raise ValueError(
+            f"optim: expected one of {', '.join(OPTIMISERS)}, got {name!r}, whose memory is not "
+            "known here"
+        )
+    sizes = [p.nbytes for p in trained]
+    if name == "sgd":
+        return Optimiser(0, 0)
+    if name.endswith("8bit"):
+        return Optimiser(sum(_in_8_bits(p.numel()) for p in trained), 0)
+    state = 2 * sum(sizes)
+    if name == "adamw_torch_fused":
+        return Optimiser(state, 0)
+    return Optimiser(state, sum(sizes) if device == "cuda" else 2 * max(sizes, default=0))
+
+
+def _in_8_bits(count: int) -> int:
+    return 2 * (4 * count if count < _LEAST else count + 4 * -(-count // _BLOCK))

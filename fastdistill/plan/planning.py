@@ -1,0 +1,147 @@
+"""plan_memory: from two config.json and a few settings to memory, cache, time and a proposal."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from .. import checks
+from ..cache.codec import BLOCK, bytes_per_token
+from .memory import CONTEXT, DTYPES, FRAGMENTS, Planner
+from .optimisers import OPTIMISERS
+from .parts import Plan, Settings
+from .proposal import propose
+from .shapes import config_of, held_by, quantised, shapes_of
+from .sizes import in_gb, read_bytes
+
+DEVICES = ("cuda", "cpu")
+BACKWARD = ("auto", "fused", "recompute")
+
+
+def plan_memory(
+    student: str | Path,
+    teacher: str | Path | None = None,
+    *,
+    seq: int,
+    batch: int = 1,
+    accumulation: int = 1,
+    k: int | None = 64,
+    gpu: str | int | None = None,
+    tokens: int | None = None,
+    throughput: float | None = None,
+    dtype: str = "bfloat16",
+    optim: str = "adamw_torch_fused",
+    gradient_checkpointing: bool = False,
+    backward: str = "auto",
+    teacher_quant: str | None = None,
+    cached: bool = False,
+    lora_rank: int | None = None,
+    device: str = "cuda",
+) -> Plan:
+    """The memory of a training run, from config.json alone: no weights, no GPU.
+
+    Args:
+        student, teacher: a folder, a config.json, or a hub's name, of which that one file is read.
+        seq: tokens of a row. batch: rows of a micro-batch; several are taken to be of unequal
+            length. accumulation: micro-batches of an update.
+        k: the teacher's answers at each position; None compares the whole vocabulary.
+        gpu: the card to fit, "24GB" (10⁹) or "24GiB" (2³⁰), or bytes. None proposes nothing.
+        tokens: of the dataset, for the size of a cache and the time of one pass.
+        throughput: tokens per second that you know from somewhere; nothing is guessed without.
+        dtype: of the student's weights, gradients and activations: "bfloat16", "float16",
+            "float32".
+        optim: adamw_torch_fused, adamw_torch, adamw_8bit (adamw_bnb_8bit) or sgd.
+        gradient_checkpointing, backward, lora_rank: as in training.
+        teacher_quant: nf4, fp4, int4 or int8. cached: the answers come from a cache, and no teacher
+            is in memory.
+        device: "cuda", or "cpu" for what a run without a GPU holds.
+
+    Returns:
+        Plan; `peak` is what torch's allocator holds, of one process that shares its model with no
+        other.
+
+    Raises:
+        ValueError naming the argument, what was expected and what came; also for a model whose
+        forward pass reads the values of its inputs, which are not there.
+        ImportError: lora_rank without peft.
+    """
+    for name, count, least in (
+        ("seq", seq, 2), ("batch", batch, 1), ("accumulation", accumulation, 1), ("k", k, 1),
+        ("tokens", tokens, 1), ("lora_rank", lora_rank, 1),
+    ):  # fmt: skip
+        optional = name in ("k", "tokens", "lora_rank")
+        if not (count is None and optional) and not _is_count(count, least):
+            checks.fail(name, f"an integer of {least} or more", repr(count))
+    for name, value, allowed in (
+        ("dtype", dtype, tuple(DTYPES)), ("optim", optim, OPTIMISERS),
+        ("backward", backward, BACKWARD), ("device", device, DEVICES),
+    ):  # fmt: skip
+        checks.choice(name, value, allowed)
+    if throughput is not None:
+        checks.positive("throughput", throughput)
+    for name, asked in (("teacher_quant", teacher_quant), ("cached", cached or None)):
+        if asked is not None and teacher is None:
+            checks.fail(name, "a teacher with it", repr(asked), "give one with teacher=")
+    if k is None and (teacher is None or cached):
+        checks.fail("k", "a number of answers without a teacher in memory", "None",
+                    "a cache keeps no whole vocabulary")  # fmt: skip
+    card = None if gpu is None else read_bytes("gpu", gpu)
+    settings = Settings(
+        seq=seq, batch=batch, accumulation=accumulation, k=k, dtype=dtype, optim=optim,
+        gradient_checkpointing=gradient_checkpointing, backward=backward,
+        teacher_quant=teacher_quant, cached=cached, lora_rank=lora_rank,
+    )  # fmt: skip
+    theirs = None if teacher is None else config_of("teacher", teacher)
+    planner = Planner(config_of("student", student), theirs, device, card)
+    return Plan(
+        student=shapes_of(str(student), planner.student(dtype, None)),
+        teacher=None if teacher is None else shapes_of(str(teacher), planner.teacher),
+        memory=planner.memory(settings),
+        activations=_activations(planner, settings),
+        teacher_weights={} if teacher is None else _each_way(planner.teacher),
+        cache_per_token=(per_token := _cache_per_token(planner, k)),
+        cache=None if tokens is None or per_token is None else tokens * per_token,
+        seconds=None if tokens is None or throughput is None else tokens / throughput,
+        card=card,
+        proposal=None if card is None else propose(planner, settings, card),
+        assumptions=_assumptions(settings, device),
+    )
+
+
+def _is_count(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _activations(planner: Planner, settings: Settings) -> dict[str, int]:
+    found = {}
+    for name, on in (("kept", False), ("checkpointed", True)):
+        alone = replace(settings, gradient_checkpointing=on, accumulation=1)
+        found[name] = planner.step(alone).activations
+    return found
+
+
+def _each_way(teacher: Any) -> dict[str, int]:
+    dtype = str(next(teacher.parameters()).dtype).removeprefix("torch.")
+    schemes = {scheme: quantised("teacher", teacher, scheme).weights for scheme in ("int8", "nf4")}
+    return {dtype: held_by(teacher)} | schemes
+
+
+def _cache_per_token(planner: Planner, k: int | None) -> int | None:
+    """Of a cache's answers at one temperature, as the codec lays them out."""
+    config = planner.configs["teacher"]
+    if config is None or k is None:
+        return None
+    vocab = config.get_text_config().vocab_size
+    return bytes_per_token(k, -(-vocab // BLOCK), 1)
+
+
+def _assumptions(settings: Settings, device: str) -> tuple[str, ...]:
+    rows = "rows are of unequal length" if settings.batch > 1 else "rows are whole"
+    said = [f"one process; {rows}; all tokens are targets; fused attention"]
+    if device == "cuda":
+        said.append(
+            f"the card also holds {in_gb(CONTEXT)} of CUDA context and libraries, and "
+            f"{FRAGMENTS:.0%} of the peak is lost between tensors"
+        )
+    return tuple(said)

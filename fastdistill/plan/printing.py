@@ -1,0 +1,95 @@
+"""A plan on a terminal, in less than a page."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from .parts import Memory, Plan
+from .shapes import Shapes
+from .sizes import in_gb
+
+
+def print_plan(plan: Plan, console: Any) -> None:
+    """At most 40 lines of 80 columns."""
+    _say(console, _model("student", plan.student))
+    if plan.teacher is not None:
+        _say(console, _model("teacher", plan.teacher))
+    console.print(_parts(plan))
+    console.print(_phases(plan.memory))
+    said = " · ".join(f"{name} {in_gb(size)}" for name, size in plan.activations.items())
+    _say(console, f"activations: {said}")
+    if plan.teacher_weights:
+        said = " · ".join(f"{name} {in_gb(size)}" for name, size in plan.teacher_weights.items())
+        _say(console, f"teacher: {said}")
+    if plan.cache_per_token is not None:
+        whole = "" if plan.cache is None else f", {in_gb(plan.cache)} in all"
+        _say(console, f"cache on disk: {plan.cache_per_token} bytes per token{whole}")
+    if plan.seconds is not None:
+        _say(console, f"time of one pass, at the throughput given: {plan.seconds / 3600:.1f} hours")
+    for line in plan.assumptions:
+        console.print(f"[dim]assumed: {escape(line)}[/dim]", highlight=False)
+    if plan.proposal is not None and plan.card is not None:
+        _verdict(plan, console)
+
+
+def _verdict(plan: Plan, console: Any) -> None:
+    proposal, card = plan.proposal, plan.card
+    assert proposal is not None
+    assert card is not None
+    needed = in_gb(proposal.memory.needed)
+    taken = ", ".join(proposal.measures)
+    if proposal.missing:
+        tried = f" with {taken}" if taken else ""
+        largest = proposal.memory.largest
+        console.print(
+            f"[red]does not fit {in_gb(card)}[/red]: {in_gb(proposal.missing)} are missing "
+            f"even{tried}; the largest part is {largest.name}, {in_gb(largest.bytes)}",
+            highlight=False,
+        )
+        return
+    how = f"with {taken}" if taken else "as it is"
+    console.print(f"[green]fits {in_gb(card)}[/green] {how}: {needed} needed", highlight=False)
+    # Words that hold together: a setting that was broken in two could not be copied.
+    _say(console, "  ".join(proposal.memory.settings.lines()))
+
+
+def _say(console: Any, line: str) -> None:
+    console.print(escape(line), highlight=False)
+
+
+def _model(role: str, shapes: Shapes) -> str:
+    head = "tied" if shapes.tied else _count(shapes.head)
+    return (
+        f"{role}: {shapes.model_type}, {shapes.layers} layers, {_count(shapes.total)} (body "
+        f"{_count(shapes.body)}, embedding {_count(shapes.embeddings)}, head {head})"
+    )
+
+
+def _count(parameters: int) -> str:
+    return f"{parameters / 1e9:.2f}B" if parameters >= 1e8 else f"{parameters / 1e6:.1f}M"
+
+
+def _parts(plan: Plan) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("part")
+    table.add_column("memory", justify="right")
+    table.add_column("how", style="dim")
+    for part in plan.parts:
+        table.add_row(part.name, in_gb(part.bytes), part.how)
+    return table
+
+
+def _phases(memory: Memory) -> Table:
+    """All that is there at once; the largest is the peak."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("at the peak of")
+    table.add_column("memory", justify="right")
+    for phase in memory.phases:
+        style = "bold" if phase.bytes == memory.peak else ""
+        table.add_row(phase.name, in_gb(phase.bytes), style=style)
+    if memory.allowance:
+        table.add_row("beside torch", in_gb(memory.allowance))
+    return table

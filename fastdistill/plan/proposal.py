@@ -1,0 +1,74 @@
+"""From settings that do not fit to ones that do: a short list of measures, the mildest first.
+
+Each is taken beside those before it until everything fits; then those that turn out not to be
+needed, or to save nothing, are taken back, the harshest first.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+from .memory import Planner
+from .parts import Proposal, Settings
+
+LORA_RANK = 16
+
+
+class Measure(NamedTuple):
+    name: str
+    changes: dict[str, object]
+
+
+def propose(planner: Planner, start: Settings, card: int) -> Proposal:
+    taken: list[Measure] = []
+    best = planner.memory(start)
+    for measure in () if best.needed <= card else measures(planner, start):
+        others = [m for m in taken if m.changes.keys() != measure.changes.keys()]
+        found = planner.memory(_with(start, [*others, measure]))
+        if found.needed < best.needed:
+            taken, best = [*others, measure], found
+        if best.needed <= card:
+            break
+    for measure in reversed(taken):
+        fewer = [m for m in taken if m is not measure]
+        found = planner.memory(_with(start, fewer))
+        if found.needed <= max(card, best.needed):
+            taken, best = fewer, found
+    return Proposal(
+        memory=best,
+        measures=tuple(measure.name for measure in taken),
+        missing=max(0, best.needed - card),
+    )
+
+
+def measures(planner: Planner, start: Settings) -> Iterator[Measure]:
+    """Those that change something, from no price to a price in quality."""
+    here = planner.configs["teacher"] is not None and not start.cached
+    if not start.gradient_checkpointing:
+        yield Measure("gradient checkpointing", {"gradient_checkpointing": True})
+    if start.backward != "recompute" and start.k is not None:
+        yield Measure("the loss recomputed in backward", {"backward": "recompute"})
+    if here and start.teacher_quant is None:
+        for scheme in ("int8", "nf4"):
+            yield Measure(f"teacher in {scheme}", {"teacher_quant": scheme})
+    batch = start.batch
+    while batch > 1:
+        batch = next(b for b in range(batch // 2, 0, -1) if start.batch % b == 0)
+        several = start.accumulation * start.batch // batch
+        yield Measure(
+            f"micro-batches of {batch}, accumulated", {"batch": batch, "accumulation": several}
+        )
+    if start.optim.startswith("adamw") and not start.optim.endswith("8bit"):
+        yield Measure("the optimiser in 8 bits", {"optim": "adamw_8bit"})
+    if here and start.k is not None:
+        yield Measure("the teacher's answers from a cache", {"cached": True})
+    if start.lora_rank is None and importlib.util.find_spec("peft") is not None:
+        yield Measure(f"adapters of rank {LORA_RANK}", {"lora_rank": LORA_RANK})
+
+
+def _with(start: Settings, taken: list[Measure]) -> Settings:
+    changes = {name: value for measure in taken for name, value in measure.changes.items()}
+    return replace(start, **changes)  # type: ignore[arg-type]

@@ -1,0 +1,175 @@
+"""A training step and a teacher's pass on tensors without data, for what each holds when.
+
+The model's own forward, backward and gradient checkpointing run; the loss is a stand-in with the
+memory of head.py. So no formula knows a model family: what transformers would save is counted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..heads import LMHead, evaluating, head_module, hidden_states
+from ..training.student import forward_to_head, without_adapters
+from ..training.targets import Targets
+from .head import HeadShape, Work
+from .tracking import Counted
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """Bytes beyond weights and optimiser, of one micro-batch.
+
+    activations: what the body keeps for its backward pass, when the hidden states meet the head.
+    forward, loss, backward: the peaks of the three phases; gradients: what is left at the end.
+    """
+
+    activations: int
+    forward: int
+    loss: int
+    backward: int
+    gradients: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answering:
+    """Bytes of a teacher's pass through its layers: at the peak, and the hidden states behind."""
+
+    forward: int
+    hidden: int
+
+
+def head_shape(model: Any, device: str) -> HeadShape:
+    weight = head_module(without_adapters(model)).weight
+    assert isinstance(weight, Tensor)
+    V, H = weight.shape
+    return HeadShape(V, H, weight.dtype, device, weight.requires_grad)
+
+
+def rehearse_step(
+    role: str,
+    model: Any,
+    batch: int,
+    seq: int,
+    work: Work,
+    device: str,
+    *,
+    checkpointing: bool,
+    accumulating: bool,
+) -> Step:
+    """One micro-batch [batch, seq] through a student without memory, all its tokens targets;
+    `accumulating`: the gradients of an earlier micro-batch are there already.
+
+    Raises:
+        ValueError: a model that cannot run without the values of its inputs.
+    """
+    model.train()
+    inside = without_adapters(model)
+    marks: dict[str, int] = {}
+    counted = Counted(model, device, padded=batch > 1)
+
+    if checkpointing:
+        how = {"use_reentrant": False, "context_fn": counted.in_recomputation}
+        _checkpointing(inside, "enable", how)
+
+    def use(hidden: Tensor, head: LMHead) -> Tensor:
+        marks["activations"], marks["forward"] = counted.now, counted.peak()
+        loss = _Loss.apply(hidden, head.weight, work)
+        marks["loss"] = counted.peak()
+        return loss
+
+    try:
+        with counted:
+            inputs, targets = _batch(batch, seq)
+            if accumulating:
+                _fill_gradients(model)
+            loss = forward_to_head(model, inside, inputs, targets, use, packed=False)
+            # Tensor.backward would be answered by the modes themselves, with the modes closed.
+            torch.autograd.backward(loss)
+            del loss, inputs, targets
+            marks["backward"], marks["gradients"] = counted.peak(), counted.now
+    except (RuntimeError, NotImplementedError) as error:
+        raise _impossible(role, model, error) from None
+    finally:
+        model.zero_grad()
+        if checkpointing:
+            _checkpointing(inside, "disable")
+            inside.disable_input_require_grads()
+    return Step(**marks)
+
+
+def rehearse_teacher(role: str, model: Any, rows: int, seq: int, device: str) -> Answering:
+    """Rows of equal length through a teacher without memory, as RowReader runs them."""
+    counted = Counted(model, device, padded=False)
+    try:
+        with counted, torch.no_grad(), evaluating(model):
+            ids = torch.zeros(rows, seq, dtype=torch.int64, device="meta")
+            hidden = hidden_states(model, ids)
+            size = hidden.nbytes
+    except (RuntimeError, NotImplementedError) as error:
+        raise _impossible(role, model, error) from None
+    return Answering(forward=counted.peak(), hidden=size)
+
+
+class _Loss(torch.autograd.Function):
+    """Gradients of the size and at the time at which the loss makes them."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, work):
+        ctx.work = work
+        grads: tuple = ()
+        if work.backward:
+            _hold(hidden, work.forward)
+        else:
+            dx = torch.empty_like(hidden)
+            _hold(hidden, work.forward)
+            # dW is summed in what was just given back, and is then of its own type.
+            grads = (dx, torch.empty_like(weight) if weight.requires_grad else None)
+        ctx.save_for_backward(hidden, weight, *grads)
+        return hidden.new_empty((), dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden, weight, *grads = ctx.saved_tensors
+        if not grads:
+            grads = [torch.empty_like(hidden)]
+            grads.append(torch.empty_like(weight) if ctx.needs_input_grad[1] else None)
+            _hold(hidden, ctx.work.backward)
+        return (*grads, None)
+
+
+def _hold(like: Tensor, size: int) -> None:
+    like.new_empty(size, dtype=torch.uint8)
+
+
+def _batch(rows: int, seq: int) -> tuple[dict[str, Tensor], Targets]:
+    ids = torch.zeros(rows, seq, dtype=torch.int64, device="meta")
+    at = torch.zeros(rows * (seq - 1), dtype=torch.int64, device="meta")
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return inputs, Targets(at, at, at, (rows, seq))
+
+
+def _checkpointing(model: Any, change: str, *how: Any) -> None:
+    """Under the name it has in this version of transformers."""
+    name = f"activation_checkpointing_{change}"
+    if not hasattr(model, name):
+        name = f"gradient_checkpointing_{change}"
+    getattr(model, name)(*how)
+
+
+def _fill_gradients(model: nn.Module) -> None:
+    for p in model.parameters():
+        if p.requires_grad:
+            p.grad = torch.empty_like(p)
+
+
+def _impossible(role: str, model: nn.Module, error: Exception) -> ValueError:
+    first = str(error).strip().partition("\n")[0]
+    return ValueError(
+        f"{role}: expected a model whose memory can be counted without weights, but "
+        f"{type(without_adapters(model)).__name__} cannot run on tensors without data ({first}). "
+        "Measure a short run instead: torch.cuda.max_memory_allocated()"
+    )

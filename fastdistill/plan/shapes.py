@@ -1,0 +1,164 @@
+"""A model's parameters from its config.json: built without memory, and counted.
+
+body · input embedding · output head (0 where it is the embedding) · what quantisation keeps
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from ..heads import head_module
+from ..quant.formats import BLOCK, SCHEMES, Int8Weight, Lut4Weight, QuantWeight
+from ..quant.model import stacks, targets
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shapes:
+    """Parameters of a causal language model, by part."""
+
+    name: str
+    model_type: str
+    layers: int
+    body: int
+    embeddings: int
+    head: int  # beyond the embedding: 0 where both are one
+    tied: bool
+
+    @property
+    def total(self) -> int:
+        return self.body + self.embeddings + self.head
+
+
+def config_of(role: str, source: str | Path) -> Any:
+    """The configuration in a folder, in a config.json, or on the hub (that one file is fetched).
+    Code that comes with it is never run.
+
+    Raises:
+        ValueError: there is none, or transformers does not know the model.
+    """
+    path = Path(source).expanduser()
+    local = path.exists()
+    try:
+        return AutoConfig.from_pretrained(
+            str(path) if local else str(source), trust_remote_code=False, local_files_only=local
+        )
+    except (OSError, ValueError) as error:
+        first = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"{role}: expected a folder with a config.json, the file itself, or a hub's name, got "
+            f"{str(source)!r}: {first}"
+        ) from None
+
+
+def empty_model(role: str, config: Any, dtype: torch.dtype) -> Any:
+    """The model on the meta device: shapes and types, no memory.
+
+    Raises:
+        ValueError: no causal language model, or one that transformers cannot build from this.
+    """
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    except (ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
+        first = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"{role}: expected the configuration of a causal language model, got model_type="
+            f"{getattr(config, 'model_type', None)!r}: {first}"
+        ) from None
+    model.tie_weights()
+    return model
+
+
+def shapes_of(name: str, model: Any) -> Shapes:
+    embedding = model.get_input_embeddings().weight
+    head: Any = head_module(model).weight
+    tied = head is embedding
+    total = sum(p.numel() for p in model.parameters())
+    beyond = 0 if tied else head.numel()
+    config = model.config.get_text_config()
+    return Shapes(
+        name=name,
+        model_type=config.model_type,
+        layers=int(getattr(config, "num_hidden_layers", 0)),
+        body=total - embedding.numel() - beyond,
+        embeddings=embedding.numel(),
+        head=beyond,
+        tied=tied,
+    )
+
+
+def held_by(model: nn.Module) -> int:
+    """Bytes of parameters and buffers, each once."""
+    return sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantised:
+    """Bytes of a model with its linear layers in a scheme, and of the largest of them as its
+    products expand it, in the type of the activations."""
+
+    weights: int
+    expanded: int
+
+
+def quantised(role: str, model: nn.Module, scheme: str) -> Quantised:
+    """What quantize_model would leave of the model, which is not changed.
+
+    Raises:
+        ValueError: an unknown scheme, or nothing to quantise.
+    """
+    if scheme not in SCHEMES:
+        raise ValueError(
+            f"{role}_quant: expected one of {', '.join(SCHEMES)}, or None, got {scheme!r}"
+        )
+    dense: list[Any] = [module.weight for _, module in targets(model)]
+    dense += [getattr(module, parameter) for _, module, parameter in stacks(model)]
+    if not dense:
+        raise ValueError(
+            f"{role}: expected linear layers to quantise, found none in {type(model).__name__}"
+        )
+    saved = sum(w.nbytes - stored_bytes(w, scheme) for w in dense)
+    largest = max(w.nbytes // (w.shape[0] if w.dim() == 3 else 1) for w in dense)
+    return Quantised(weights=held_by(model) - saved, expanded=largest)
+
+
+def stored_bytes(weight: Tensor, scheme: str) -> int:
+    """Bytes of a weight in a scheme, as quant/formats.py lays it out."""
+    w = _layout(math.prod(weight.shape[:-1]), weight.shape[-1], scheme)
+    parts: list[Any] = [w.qdata, w.scale]
+    if isinstance(w, Lut4Weight):
+        parts += [w.lut, w.offset]
+    return sum(p.nbytes for p in parts if isinstance(p, Tensor))
+
+
+def _layout(N: int, K: int, scheme: str) -> QuantWeight:
+    """Such a weight without memory; the format itself refuses parts of the wrong size."""
+
+    def part(count: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(count, dtype=dtype, device="meta")
+
+    if scheme == "int8":
+        return Int8Weight(
+            shape=(N, K),
+            block=K,
+            qdata=part(N * K, torch.int8),
+            scale=part(N, torch.float32),
+        )
+    blocks = -(-N * K // BLOCK)
+    return Lut4Weight(
+        shape=(N, K),
+        block=BLOCK,
+        qdata=part(-(-N * K // 2), torch.uint8),
+        scale=part(blocks, torch.float32),
+        lut=part(16, torch.float32),
+        offset=part(blocks, torch.float32) if scheme == "int4" else None,
+    )

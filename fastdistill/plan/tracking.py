@@ -1,0 +1,180 @@
+"""Tensors without data, their memory counted: what a forward and backward pass would hold.
+
+On the meta device every operation makes a tensor of the right size and no values. Three things
+need help there, and get it while `Counted` is open:
+
+    memory       bytes of the storages that live, and the peak of it
+    questions    a model that asks whether anything is padded is told what the plan assumes
+    attention    the fused kernel a device would choose, which never holds the scores
+"""
+
+from __future__ import annotations
+
+import weakref
+from contextlib import ExitStack, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+MOST_OPERATIONS = 150_000  # a layer that steps from token to token makes millions
+
+
+class Counted:
+    """While it is open: bytes that operations made and that still live, and their peak.
+
+    Args:
+        given: a model whose own tensors do not count.
+        device: "cpu" or "cuda", whose attention is meant.
+        padded: whether a batch's rows are of unequal length, which takes a mask.
+    """
+
+    def __init__(self, given: nn.Module, device: str, *, padded: bool) -> None:
+        self._alive = _Alive()
+        for tensor in (*given.parameters(), *given.buffers()):
+            self._alive.seen.add(tensor.untyped_storage()._cdata)
+        self._answers = _Answers(device, padded)
+        self._open = ExitStack()
+
+    def __enter__(self) -> Counted:
+        self._open.enter_context(self._answers)
+        self._open.enter_context(self._alive)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._open.close()
+
+    def in_recomputation(self) -> tuple[Any, Any]:
+        """Of a checkpoint's forward pass and of its recomputation, as context_fn: the engine runs
+        the second one without the modes for functions."""
+        return nullcontext(), self._answers
+
+    @property
+    def now(self) -> int:
+        return self._alive.now
+
+    def peak(self) -> int:
+        """Since it was last asked."""
+        peak, self._alive.peak = self._alive.peak, self._alive.now
+        return peak
+
+
+class _Alive(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = self.operations = 0
+        self.seen: set[int] = set()
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        self.operations += 1
+        if self.operations > MOST_OPERATIONS:
+            raise NotImplementedError(
+                f"more than {MOST_OPERATIONS} operations in one pass: its layers step from token "
+                "to token here"
+            )
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and tensor.is_meta:
+                storage = tensor.untyped_storage()
+                key, size = storage._cdata, storage.nbytes()
+                if key not in self.seen:
+                    self.seen.add(key)
+                    self.now += size
+                    self.peak = max(self.peak, self.now)
+                    weakref.finalize(storage, self._gone, key, size)
+        return out
+
+    def _gone(self, key: int, size: int) -> None:
+        self.seen.discard(key)
+        self.now -= size
+
+
+class _Answers(TorchFunctionMode):
+    def __init__(self, device: str, padded: bool) -> None:
+        super().__init__()
+        self.device, self.padded = device, padded
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function is Tensor.__bool__ and args[0].is_meta:
+            # "Is every token attended?", "is each row one sequence?"
+            return not self.padded
+        if function is Tensor.__contains__ and args[0].is_meta:
+            return False  # "is there a padding token among these?"
+        if function is F.scaled_dot_product_attention and args[0].is_meta:
+            asked = _attention(*args, **kwargs)
+            if _is_fused(self.device, *asked):
+                return _FusedAttention.apply(*asked[:4], self.device)
+        return function(*args, **kwargs)
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> tuple:
+    return query, key, value, attn_mask, dropout_p, is_causal, enable_gqa
+
+
+def _is_fused(
+    device: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    causal: bool,
+    gqa: bool,
+) -> bool:
+    """A GPU has a fused kernel for all that transformers asks of it; a CPU is asked itself."""
+    if device != "cpu":
+        return True
+
+    def small(t: Tensor) -> Tensor:
+        like = torch.empty(1, t.shape[1], 16, t.shape[-1], dtype=t.dtype, device="cpu")
+        return like.requires_grad_(t.requires_grad)
+
+    with torch.enable_grad():
+        given = None if mask is None else torch.ones(1, 1, 16, 16, dtype=mask.dtype, device="cpu")
+        chosen = torch._fused_sdp_choice(
+            small(query), small(key), small(value), given, dropout, causal, enable_gqa=gqa
+        )
+    return chosen != torch.nn.attention.SDPBackend.MATH.value
+
+
+class _FusedAttention(torch.autograd.Function):
+    """The tensors of a fused attention kernel: queries, keys, values, the mask as a bias of their
+    type, the output [B, T, heads, D] and a log-sum-exp per row; a GPU sums dQ in fp32."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, mask, device):
+        B, heads, T, _ = query.shape
+        bias = None
+        if mask is not None:
+            bias = mask if mask.dtype == query.dtype else mask.to(query.dtype)
+        out = query.new_empty(B, T, heads, value.shape[-1]).transpose(1, 2)
+        lse = query.new_empty(B, heads, T, dtype=torch.float32)
+        ctx.device = device
+        ctx.save_for_backward(query, key, value, bias, out, lse)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        query, key, value, *_ = ctx.saved_tensors
+        grads = [torch.empty_like(t) for t in (query, key, value)]
+        if ctx.device == "cuda":
+            torch.empty_like(query, dtype=torch.float32)
+        return *grads, None, None
