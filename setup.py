@@ -28,9 +28,12 @@ from setuptools.command.build_ext import build_ext
 PACKAGES = [
     "fastdistill",
     "fastdistill.cache",
+    "fastdistill.cli",
     "fastdistill.compat",
     "fastdistill.kernels",
+    "fastdistill.plan",
     "fastdistill.quant",
+    "fastdistill.served",
     "fastdistill.training",
 ]
 

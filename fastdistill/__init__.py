@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .primitive import linear_lse_gather, linear_topk
     from .quant import Int8Linear, LUT4Linear, quantize_model, save_quantized
     from .scores import token_scores
+    from .served import ServedTeacher
     from .teacher import Teacher, load_teacher
     from .training.config import DistillConfig
     from .training.trainer import DistillTrainer
@@ -34,6 +35,7 @@ __all__ = [
     "LUT4Linear",
     "LinearDistillLoss",
     "SelectedLogits",
+    "ServedTeacher",
     "Teacher",
     "TeacherCache",
     "TokenScores",
@@ -61,6 +63,7 @@ _MODULE_OF = {
     "LUT4Linear": "quant",
     "LinearDistillLoss": "modules",
     "SelectedLogits": "outputs",
+    "ServedTeacher": "served",
     "Teacher": "teacher",
     "TeacherCache": "cache",
     "TokenScores": "outputs",

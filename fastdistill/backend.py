@@ -166,3 +166,8 @@ def rank_and_world() -> tuple[int, int]:
 def local_rank() -> int:
     """This process's number on this machine."""
     return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def served_token() -> str | None:
+    """The token of a served teacher, FASTDISTILL_TOKEN, on both sides."""
+    return os.environ.get("FASTDISTILL_TOKEN") or None

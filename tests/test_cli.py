@@ -42,7 +42,7 @@ def test_help_is_short_and_quick():
     assert min(seconds) < 1.0
 
 
-VERBS = [(), *((name,) for name in ("demo", "doctor", "report", "train", "cache")),
+VERBS = [(), *((name,) for name in ("demo", "doctor", "report", "plan", "train", "serve", "cache")),
          *(("cache", name) for name in ("build", "info", "verify"))]  # fmt: skip
 
 

@@ -22,10 +22,11 @@ PACKAGE, KERNELS = ROOT / "fastdistill", ROOT / "kernels"
 LAYERS = {
     "mathematics": "backend checks dense files fused losses modules native_topk operands outputs"
     " parallel primitive reference scores",
-    "models": "cache corpus data examples fidelity fingerprint heads identity intervals packing"
-    " progress protocols quant remembering stored_model teacher",
-    "training": "audits compat report training",
-    "studies": "demo demo_models demo_report demo_result experiment organisms strategies",
+    "models": "cache corpus data examples fidelity fingerprint heads identity intervals json_lines"
+    " packing progress protocols quant remembering served stored_model teacher",
+    "training": "audits compat report run_pictures run_report run_series training",
+    "studies": "demo demo_files demo_models demo_report demo_result experiment organisms"
+    " strategies",
     "commands": "__main__ cli doctor plan",
 }
 # Beside each other in one layer, and still never imported by the one on the left.

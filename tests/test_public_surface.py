@@ -39,9 +39,9 @@ DEFAULTS = {
 }  # fmt: skip
 EXPORTED = {
     *SIGNATURES, "CacheError", "DistillConfig", "DistillOutput", "DistillTrainer", "FidelityReport",
-    "Int8Linear", "LUT4Linear", "LinearDistillLoss", "SelectedLogits", "Teacher", "TeacherCache",
-    "TokenScores", "TopK", "TopKDistillLoss", "compat", "load_teacher", "quantize_model",
-    "save_quantized",
+    "Int8Linear", "LUT4Linear", "LinearDistillLoss", "SelectedLogits", "ServedTeacher", "Teacher",
+    "TeacherCache", "TokenScores", "TopK", "TopKDistillLoss", "compat", "load_teacher",
+    "quantize_model", "save_quantized",
 }  # fmt: skip
 
 

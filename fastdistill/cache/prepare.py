@@ -25,6 +25,8 @@ def tokenizer_for(teacher: Any, given: Any) -> Any:
     theirs = getattr(teacher, "tokenizer", None)
     if given is not None and theirs is not None:
         refuse_different_tokenizers(given, theirs)
+    if given is not None and hasattr(teacher, "refuse_tokenizer"):  # a server knows its own
+        teacher.refuse_tokenizer(given)
     return theirs if given is None else given
 
 

@@ -15,7 +15,7 @@ import typer
 
 from .. import __version__
 from .command import Json, add, print_json
-from .verbs import CacheBuild, Train
+from .verbs import CacheBuild, Plan, Serve, Train
 
 app = typer.Typer(
     name="fastdistill",
@@ -168,7 +168,9 @@ def bench(context: typer.Context) -> None:
 
 
 add(cache, "build", CacheBuild, "run_cache_build")
+add(app, "plan", Plan, "run_plan")
 add(app, "train", Train, "run_train")
+add(app, "serve", Serve, "run_serve")
 app.add_typer(cache)
 
 

@@ -3,8 +3,8 @@
     defaults of the dataclass  <  --config FILE  <  KEY=VALUE  <  --option
 
 A verb's module is imported when the verb runs. It has run(own, more) and tell(found), and may have
-dry(own, more) for --dry-run, MORE() naming further settings that key=value takes, and
-shown(own, more) for what --print-config prints; `own` is the dataclass, `more` the others.
+dry(own, more) for --dry-run, as_json(found), MORE() naming further settings that key=value takes,
+and shown(own, more) for what --print-config prints; `own` is the dataclass, `more` the others.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def add(app: typer.Typer, name: str, kind: type, module: str) -> None:
         if found is None:  # another process of this run tells
             return
         if as_json:
-            print_json(found)
+            print_json(verb.as_json(found) if hasattr(verb, "as_json") else found)
         else:
             verb.tell(found)
 

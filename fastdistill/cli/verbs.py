@@ -65,3 +65,51 @@ class CacheBuild:
     completion_only_loss: bool = True
     seed: int = 0
     shard_mb: float = 256.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Say what memory a run takes, from config.json alone, and what would fit.
+
+    KEY=VALUE takes also accumulation, dtype of the student (bfloat16), optim (adamw_torch_fused,
+    adamw_8bit, sgd), backward (auto, fused, recompute), cached=true where the answers come from a
+    cache, and device=cpu for a run without a GPU.
+    """
+
+    student: A[str, "A folder, a config.json, or a name on the hub."]
+    teacher: A[str | None, "The same, of the teacher."] = None
+    seq: A[int, "Tokens of a row."] = 4096
+    batch: A[int, "Rows of a micro-batch."] = 1
+    k: A[int | None, "The teacher's answers per position."] = 64
+    gpu: A[str | None, "The card to fit, as 24GB: proposes settings."] = None
+    tokens: A[int | None, "Of the dataset: for a cache's size, and time."] = None
+    throughput: A[float | None, "Tokens per second that you know of."] = None
+    gradient_checkpointing: A[bool, "Activations made again, not kept."] = False
+    teacher_quant: A[str | None, "nf4, fp4, int4 or int8."] = None
+    lora_rank: A[int | None, "Adapters of this rank."] = None
+    accumulation: int = 1
+    dtype: str = "bfloat16"
+    optim: str = "adamw_torch_fused"
+    backward: str = "auto"
+    cached: bool = False
+    device: str = "cuda"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Serve:
+    """Answer for a teacher over HTTP, until Ctrl-C: vLLM's prompt_logprobs, and our own form.
+
+    Clients give http://HOST:PORT as their teacher. KEY=VALUE takes also teacher_compute, name of
+    the model, max_k and max_tokens of a request. The token travels unencrypted: across a network
+    that others use, put a tunnel in between.
+    """
+
+    teacher: A[str, "The model: a folder, or a name on the hub."]
+    teacher_quant: A[str | None, _QUANT] = None
+    host: A[str, "Where to listen; other machines need a token."] = "127.0.0.1"
+    port: A[int, "0 takes a free one."] = 8000
+    token: A[str | None, "What clients must say; or FASTDISTILL_TOKEN."] = None
+    teacher_compute: str = "auto"
+    name: str | None = None
+    max_k: int = 256
+    max_tokens: int = 65536

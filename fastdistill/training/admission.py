@@ -14,6 +14,7 @@ from ..cache import TeacherCache
 from ..fingerprint import refuse_different_tokenizers
 from ..heads import rows_of_head
 from ..protocols import DenseTeacher, TopKTeacher
+from ..served import ServedTeacher
 from ..teacher import Teacher
 from .config import DistillConfig
 from .offline import refuse_unfit
@@ -63,6 +64,8 @@ def admit(
     _refuse_unfit(teacher, config)
     if isinstance(teacher, TeacherCache):
         refuse_unfit(teacher, config, processing_class)
+    if isinstance(teacher, ServedTeacher) and processing_class is not None:
+        teacher.refuse_tokenizer(processing_class)
     vocab = _shared_vocabulary(teacher, student, processing_class)
     rows = vocab if vocab is not None else rows_of_head(student)
     if config.k is not None and config.k > rows:
@@ -98,8 +101,8 @@ def _refuse_unfit(teacher: Any, config: DistillConfig) -> None:
 def _shared_vocabulary(teacher: Any, student: nn.Module, processing_class: Any) -> int | None:
     """The first so many ids, which both have; None where both heads have as many rows."""
     theirs = getattr(teacher, "tokenizer", None)
-    compared = processing_class is not None and theirs is not None
-    if compared:
+    compared = processing_class is not None and (theirs is not None or _has_compared(teacher))
+    if processing_class is not None and theirs is not None:
         refuse_different_tokenizers(processing_class, theirs)
     ours = rows_of_head(student)
     vocab = getattr(teacher, "vocab_size", None) or ours
@@ -111,3 +114,11 @@ def _shared_vocabulary(teacher: Any, student: nn.Module, processing_class: Any) 
         *(ours, vocab, min(vocab, ours), "" if compared else _UNPROVED),
     )
     return min(vocab, ours)
+
+
+def _has_compared(teacher: Any) -> bool:
+    """Whether a cache or server knows its teacher's tokenizer, and so refused another one."""
+    if isinstance(teacher, TeacherCache):
+        return teacher.manifest.settings.tokenizer_sha256 is not None
+    described = getattr(teacher, "described", None)
+    return getattr(described, "tokenizer_sha256", None) is not None

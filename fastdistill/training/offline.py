@@ -1,5 +1,5 @@
-"""A teacher whose answers lie on disk: they are read where batches are made, in the DataLoader's
-workers, and travel in the batch."""
+"""A teacher that is elsewhere. Behind a URL it is asked like a model; answers on disk are read
+where batches are made, in the DataLoader's workers, and travel in the batch."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from ..cache import TeacherCache
 from ..cache.manifest import MANIFEST, SETTINGS
 from ..examples import IGNORE_INDEX, Encoder
 from ..outputs import TopK
+from ..served import ServedTeacher
 from .config import DistillConfig
 from .data_checks import some_of
 
@@ -21,7 +22,9 @@ _COLUMNS = ("teacher_ids", "teacher_logprobs", "teacher_log_tail")
 
 
 def opened(teacher: Any) -> Any:
-    """The cache in a folder, of a path to one; anything else as it is."""
+    """The server behind a URL, the cache in a folder; anything else as it is."""
+    if isinstance(teacher, str) and teacher.startswith(("http://", "https://")):
+        return ServedTeacher(teacher)
     if isinstance(teacher, (str, Path)):
         folder = Path(teacher).expanduser()
         if (folder / MANIFEST).is_file() or (folder / SETTINGS).is_file():

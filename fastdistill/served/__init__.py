@@ -1,0 +1,8 @@
+"""A teacher behind HTTP: a client for vLLM and its like, and our own small server."""
+
+from .client import ServedTeacher
+from .connection import NoAnswer
+from .server import make_app, serve
+from .verdict import WrongAnswer
+
+__all__ = ["NoAnswer", "ServedTeacher", "WrongAnswer", "make_app", "serve"]

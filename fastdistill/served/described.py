@@ -1,0 +1,61 @@
+"""What our server says of itself beside the list of models, and the client goes by."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .verdict import WrongAnswer
+
+PROTOCOL = 1
+TEACHER = "x-fastdistill-teacher"  # a header of every packed answer: whose it is
+
+
+@dataclass(frozen=True, kw_only=True)
+class Described:
+    """`identity` is that of the teacher (identity.py); the longest request has max_tokens."""
+
+    protocol: int = PROTOCOL
+    version: str
+    honours_temperature: bool
+    vocab_size: int
+    max_k: int
+    max_tokens: int
+    tokenizer_sha256: str | None
+    identity: dict[str, Any]
+
+    @property
+    def digest(self) -> str:
+        """Tells one teacher from another."""
+        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:32]
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def read(cls, said: Any, url: str) -> Described:
+        """Raises WrongAnswer for another protocol, or what cannot be."""
+        if not isinstance(said, dict) or said.get("protocol") != PROTOCOL:
+            found = said.get("protocol") if isinstance(said, dict) else said
+            raise WrongAnswer(
+                f"{url}: expected protocol {PROTOCOL} of fastdistill serve, got {found!r}. Use one "
+                "release of fastdistill on both machines"
+            )
+        try:
+            found = cls(**said)
+        except TypeError as error:
+            raise WrongAnswer(f"{url}: expected what fastdistill serve says, got {error}") from None
+        counts = (found.vocab_size, found.max_k, found.max_tokens)
+        sound = all(type(n) is int and n > 0 for n in counts)
+        digest = found.tokenizer_sha256
+        if (
+            not sound
+            or not isinstance(found.identity, dict)
+            or type(digest) not in (str, type(None))
+        ):
+            raise WrongAnswer(
+                f"{url}: expected counts above 0 and an identity, got {str(said)[:200]}"
+            )
+        return found

@@ -1,0 +1,141 @@
+"""fastdistill serve: one Teacher behind HTTP, for the machines that share it."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+from .. import __version__, backend, checks
+from ..identity import identity_of, tokenizer_identity
+from ..teacher import Teacher
+from .connection import check_token
+from .described import Described
+
+MAX_K, MAX_TOKENS = 256, 65536
+
+
+def make_app(
+    teacher: Teacher,
+    *,
+    token: str | None = None,
+    max_k: int = MAX_K,
+    max_tokens: int = MAX_TOKENS,
+    name: str | None = None,
+) -> Any:
+    """The ASGI application, for a server of one's own; arguments as in `serve`.
+
+    POST /v1/completions, GET /v1/models and GET /health are vLLM's, as far as prompt_logprobs need
+    them; POST /v1/topk is what ServedTeacher uses (wire.py).
+    """
+    for what, value in (("max_k", max_k), ("max_tokens", max_tokens)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            checks.fail(what, "an integer above 0", repr(value))
+    check_token(token)
+    if not isinstance(teacher, Teacher):
+        raise TypeError(f"teacher: expected a Teacher, got {type(teacher).__name__}")
+    try:
+        from .app import Application
+    except ImportError as error:
+        raise _missing(error) from None
+    identity = identity_of(teacher)
+    described = Described(
+        version=__version__,
+        honours_temperature=True,
+        vocab_size=teacher.vocab_size,
+        max_k=min(max_k, teacher.vocab_size),
+        max_tokens=max_tokens,
+        tokenizer_sha256=tokenizer_identity(teacher.tokenizer)[0],
+        identity=identity,
+    )
+    name = str(identity["name"]) if name is None else name
+    return Application(teacher, described, name=name, token=token).starlette
+
+
+def serve(
+    teacher: Teacher,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    token: str | None = None,
+    max_k: int = MAX_K,
+    max_tokens: int = MAX_TOKENS,
+    name: str | None = None,
+    ready: Callable[[str], object] | None = None,
+) -> None:
+    """Answer until Ctrl-C.
+
+    Args:
+        teacher: asked by one thread; requests that wait are put together.
+        host: the address to listen on; one that other machines reach needs a token.
+        port: 0 chooses a free one.
+        token: without it nobody is answered but at /health. None is the environment's
+            FASTDISTILL_TOKEN, or none. It travels unencrypted: across a network that others use,
+            put a tunnel or a TLS proxy in between.
+        max_k: the largest k that may be asked for.
+        max_tokens: in one request; four times as many may wait, then clients are told to ask again.
+        name: of the model, as clients ask for it. None is the model's own.
+        ready: called with the URL when connections are accepted.
+
+    Raises:
+        ValueError: another address than this machine's without a token. ImportError: starlette or
+        uvicorn is missing. OSError: the port is taken, the address none of this machine.
+    """
+    token = backend.served_token() if token is None else token
+    if not token and not _is_loopback(host):
+        checks.fail("token", f"one when host is not loopback (host={host!r})", "none",
+                    "pass token=, set FASTDISTILL_TOKEN, or leave host at 127.0.0.1")  # fmt: skip
+    app = make_app(teacher, token=token or None, max_k=max_k, max_tokens=max_tokens, name=name)
+    with listen(host, port) as listening:
+        server = make_server(app)
+        if ready is not None:
+            ready(url_of(listening))
+        with suppress(KeyboardInterrupt):
+            server.run(sockets=[listening])
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that accepts connections, which wait until a server takes them."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=128)
+    except OSError as error:
+        raise OSError(
+            f"port: expected a free one on {host}, got {port} ({error.strerror or error}). Choose "
+            "another with port=, or stop what listens there"
+        ) from None
+
+
+def make_server(app: Any) -> Any:
+    """A uvicorn server for `app`, silent but for warnings."""
+    try:
+        import uvicorn
+    except ImportError as error:
+        raise _missing(error) from None
+    return uvicorn.Server(
+        uvicorn.Config(
+            app, log_level="warning", access_log=False, ws="none", timeout_keep_alive=75,
+            timeout_graceful_shutdown=10, server_header=False,
+        )
+    )  # fmt: skip
+
+
+def url_of(listening: socket.socket) -> str:
+    host, port = listening.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _missing(error: ImportError) -> ImportError:
+    return ImportError(
+        f"serve: expected starlette and uvicorn to be installed ({error}). "
+        "pip install 'fastdistill[serve]'"
+    )

@@ -1,0 +1,135 @@
+"""The two ways in which answers travel; N are the tokens of a request's rows, one behind another.
+
+JSON     POST /v1/completions, as vLLM has it: choices[i].prompt_logprobs[t + 1] is
+         {"<id>": {"logprob", "rank", "decoded_token"}, …}, the k likeliest tokens after token t and
+         token t + 1 itself where it is none of them; entry 0 is null, and −inf is written −9999.
+packed   POST /v1/topk {"model", "prompt": [[id, …], …], "k", "temperature"}: safetensors with ids
+         int32 [N, k], logprobs [N, k] and log_tail [N] in the teacher's fp32 or fp64. A thirtieth
+         of the JSON, exact, and with the tail.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from ..outputs import TopK
+from .verdict import WrongAnswer
+
+_NEVER = -9999.0  # −inf in JSON
+_FLOOR = 2.0**-24
+
+
+def pack(answer: TopK) -> bytes:  # [N, K]
+    assert answer.log_tail is not None
+    return save(
+        {
+            "ids": answer.ids.int().contiguous(),
+            "logprobs": answer.logprobs.contiguous(),
+            "log_tail": answer.log_tail.contiguous(),
+        }
+    )
+
+
+def unpack(body: bytes, temperature: float, url: str) -> TopK:  # [N, K]
+    try:
+        found = load(body)
+        ids, logprobs, tail = (found[name] for name in ("ids", "logprobs", "log_tail"))
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise WrongAnswer(f"{url}: expected ids, logprobs and log_tail, got {error}") from None
+    floats = (torch.float32, torch.float64)
+    shapes = ids.dim() == 2 and tail.shape == ids.shape[:1]
+    if ids.dtype != torch.int32 or logprobs.dtype not in floats or tail.dtype not in floats:
+        raise WrongAnswer(f"{url}: expected int32 and floats, got {ids.dtype}, {logprobs.dtype}")
+    if not shapes:
+        raise WrongAnswer(f"{url}: expected ids [N, k], got {list(ids.shape)}, {list(tail.shape)}")
+    return TopK(ids.long(), logprobs, tail, temperature)
+
+
+def entries(
+    row: TopK,  # [T, K]
+    tokens: Sequence[int],  # T of them
+    logprobs: Sequence[float],  # T − 1: of tokens[1:], where they are none of the k
+    ranks: Sequence[int],
+    word: Callable[[int], str | None],
+) -> list[dict[str, Any] | None]:
+    """prompt_logprobs of one prompt."""
+    found: list[dict[str, Any] | None] = [None]
+    ids, values = row.ids.tolist(), row.logprobs.tolist()
+    for t, token in enumerate(tokens[1:]):
+        slots = zip(ids[t], values[t], range(1, len(ids[t]) + 1), strict=True)
+        entry = {str(i): _entry(p, rank, word(i)) for i, p, rank in slots}
+        if str(token) not in entry:
+            entry = {str(token): _entry(logprobs[t], ranks[t], word(token)), **entry}
+        found.append(entry)
+    return found
+
+
+def _entry(logprob: float, rank: int, word: str | None) -> dict[str, Any]:
+    return {"logprob": max(logprob, _NEVER), "rank": rank, "decoded_token": word}
+
+
+def read_choices(body: bytes, lengths: Sequence[int], k: int, temperature: float, url: str) -> TopK:
+    """[N, K] from the JSON for prompts with one token more than `lengths`; the tail is what is
+    missing to 1, at least 2⁻²⁴."""
+    try:
+        choices = json.loads(body)["choices"]
+        by_index = {choice["index"]: choice.get("prompt_logprobs") for choice in choices}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise WrongAnswer(f"{url}: expected JSON with choices, got {body[:80]!r}") from None
+    if len(choices) != len(lengths) or by_index.keys() != set(range(len(lengths))):
+        raise WrongAnswer(
+            f"{url}: expected {len(lengths)} choices, one for each prompt, got {len(choices)} with "
+            f"the indices {sorted(map(str, by_index))[:8]}"
+        )
+    ids: list[list[int]] = []
+    values: list[list[float]] = []
+    for row, length in enumerate(lengths):
+        for t, entry in enumerate(_positions(by_index[row], length, row, url)):
+            some = _best(entry, k, f"{url}: row {row}, position {t}")
+            ids.append([i for i, _ in some])
+            values.append([p for _, p in some])
+    exact = torch.tensor(values, dtype=torch.float64).view(-1, k)
+    tail = (1 - exact.exp().sum(-1)).clamp(min=_FLOOR).log()
+    where = torch.tensor(ids, dtype=torch.int64).view(-1, k)
+    return TopK(where, exact.float(), tail.float(), temperature)
+
+
+def _positions(found: Any, length: int, row: int, url: str) -> list[Any]:
+    got = len(found) if isinstance(found, list) else type(found).__name__
+    if got != length + 1:
+        raise WrongAnswer(
+            f"{url}: row {row}: expected prompt_logprobs with {length + 1} entries, one for each "
+            f"token of the prompt, got {got}. Older releases of vLLM leave out what is in their "
+            "prefix cache: start it with --no-enable-prefix-caching"
+        )
+    return list(found[1:])
+
+
+def _best(entry: Any, k: int, where: str) -> list[tuple[int, float]]:
+    """The k likeliest (id, logprob): the prompt's own token may be there beside them."""
+    try:
+        slots = [(int(i), float(said["logprob"]), said.get("rank")) for i, said in entry.items()]
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise WrongAnswer(f"{where}: expected ids with logprobs, got {str(entry)[:80]}") from None
+    if any(math.isnan(p) for _, p, _ in slots):
+        raise WrongAnswer(f"{where}: expected numbers for log-probabilities, got NaN")
+    if len(slots) not in (k, k + 1):
+        raise WrongAnswer(f"{where}: expected {k} or {k + 1} entries, got {len(slots)}")
+    slots.sort(key=lambda slot: (-slot[1], slot[2] if isinstance(slot[2], int) else math.inf))
+    return [(i, -math.inf if p <= _NEVER else p) for i, p, _ in slots[:k]]
+
+
+def rows_of(answer: TopK, mask: Tensor) -> list[TopK]:  # [B, T, K] -> B of [n, K]
+    assert answer.log_tail is not None
+    return [
+        TopK(answer.ids[b, on], answer.logprobs[b, on], answer.log_tail[b, on], answer.temperature)
+        for b, on in enumerate(mask)
+    ]

@@ -1,0 +1,164 @@
+"""One thread that owns the teacher: questions wait in a queue, and like ones are put together."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from concurrent.futures import Future
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..outputs import TopK
+from ..packing import groups
+from ..primitive import linear_lse_gather
+from ..scores import token_scores
+from ..teacher import Teacher
+from .requests import Question
+from .wire import rows_of
+
+logger = logging.getLogger(__name__)
+
+_TOKENS = 16384  # put together, padding included; the Teacher regroups them by its own budget
+
+
+class Full(Exception):
+    """Too much waits already."""
+
+
+class Answered(NamedTuple):
+    """A row's answers [n, K]; of its own tokens 1..n−1 the logprob and the rank, 1 the likeliest
+    (zeros where the question did not ask)."""
+
+    best: TopK
+    logprobs: list[float]
+    ranks: list[int]
+
+
+class _Waiting(NamedTuple):
+    question: Question
+    future: Future[list[Answered]]
+
+
+class Worker:
+    """Answers questions in order, but together with later ones of the same k and temperature.
+
+    Args:
+        teacher: asked by one thread only.
+        waiting: how many tokens may wait.
+    """
+
+    def __init__(self, teacher: Teacher, waiting: int) -> None:
+        self._teacher, self._limit = teacher, waiting
+        self._queue: deque[_Waiting] = deque()
+        self._changed = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="teacher", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self) -> None:
+        """Answer nothing more; returns when the question under way is answered."""
+        with self._changed:
+            self._closed = True
+            for waiting in self._queue:
+                waiting.future.cancel()
+            self._queue.clear()
+            self._changed.notify()
+        self._thread.join()
+
+    def submit(self, question: Question) -> Future[list[Answered]]:
+        """Raises Full."""
+        future: Future[list[Answered]] = Future()
+        with self._changed:
+            before = sum(waiting.question.tokens for waiting in self._queue)
+            if self._closed or (self._queue and before + question.tokens > self._limit):
+                raise Full
+            self._queue.append(_Waiting(question, future))
+            self._changed.notify()
+        return future
+
+    def _run(self) -> None:
+        while batch := self._next():
+            batch = [one for one in batch if one.future.set_running_or_notify_cancel()]
+            if batch:
+                self._serve(batch)
+
+    def _next(self) -> list[_Waiting]:
+        """The first in the queue and those like it that fit; nothing when closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._queue or self._closed)
+            if self._closed:
+                return []
+            batch = [self._queue.popleft()]
+            size = batch[0].question.tokens
+            for other in list(self._queue):
+                alike = other.question[1:] == batch[0].question[1:]
+                if alike and size + other.question.tokens <= _TOKENS:
+                    size += other.question.tokens
+                    batch.append(other)
+                    self._queue.remove(other)
+            return batch
+
+    def _serve(self, batch: list[_Waiting]) -> None:
+        rows = [row for waiting in batch for row in waiting.question.rows]
+        try:
+            answers = self._answers(rows, batch[0].question)
+        except Exception as error:
+            if len(batch) > 1:  # one of them may be the reason
+                for waiting in batch:
+                    self._serve([waiting])
+            else:
+                logger.exception("the teacher failed on %d tokens", batch[0].question.tokens)
+                batch[0].future.set_exception(error)
+            return
+        for waiting in batch:
+            waiting.future.set_result(answers[: len(waiting.question.rows)])
+            answers = answers[len(waiting.question.rows) :]
+
+    def _answers(self, rows: list[list[int]], asked: Question) -> list[Answered]:
+        found: dict[int, Answered] = {}
+        for group in groups([len(row) for row in rows], _TOKENS, False, float("inf")):
+            group.sort()
+            ids, mask = _padded([rows[i] for i in group])
+            best = self._teacher.topk(ids, mask, k=asked.k, temperature=asked.temperature)
+            logprobs, ranks = torch.zeros(ids.shape), torch.zeros_like(ids)
+            if asked.own_tokens:
+                self._own_tokens(ids, mask, best, logprobs, ranks)
+            for b, (i, row) in enumerate(zip(group, rows_of(best, mask), strict=True)):
+                n = len(rows[i]) - 1
+                found[i] = Answered(row, logprobs[b, :n].tolist(), ranks[b, :n].tolist())
+        return [found[i] for i in range(len(rows))]
+
+    def _own_tokens(
+        self, ids: Tensor, mask: Tensor, best: TopK, logprobs: Tensor, ranks: Tensor
+    ) -> None:
+        """Fill in what the teacher says of token t + 1 at t, where it is none of the k."""
+        following = ids.roll(-1, -1)
+        wanted = mask & mask.roll(-1, -1) & (best.ids != following[..., None]).all(-1)
+        wanted[:, -1] = False
+        if not wanted.any():
+            return
+        head, impl = self._teacher.head, self._teacher.impl
+        hidden = self._teacher.hidden(ids, mask)[wanted].to(head.weight.device)
+        tokens = following[wanted].to(hidden.device)
+        said = linear_lse_gather(
+            hidden, head.weight, tokens[:, None], temperature=best.temperature, impl=impl,
+            **head.options(),
+        )  # fmt: skip
+        scores = token_scores(hidden, head.weight, labels=tokens, impl=impl, **head.options())
+        assert scores.label_rank is not None
+        logprobs[wanted] = (said.logits[:, 0] - said.lse).float().detach().cpu()
+        ranks[wanted] = scores.label_rank.long().cpu() + 1
+
+
+def _padded(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
+    mask = torch.zeros(ids.shape, dtype=torch.bool)
+    for b, row in enumerate(rows):
+        ids[b, : len(row)] = torch.tensor(row)
+        mask[b, : len(row)] = True
+    return ids, mask

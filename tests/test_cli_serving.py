@@ -1,0 +1,84 @@
+"""fastdistill plan and serve, as they are typed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from command import call, files
+
+from fastdistill import ServedTeacher, Teacher
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return files(tmp_path_factory.mktemp("files"))
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    return lambda *arguments: call(capsys, monkeypatch, *arguments)
+
+
+def test_a_plan_from_two_configs(run, folder):
+    asked = ("plan", "--student", folder / "student", "--teacher", folder / "teacher",
+             "--seq", 128, "--batch", 2, "optim=sgd")  # fmt: skip
+    code, out, _ = run(*asked, "--json", "--gpu", "8GB")
+    assert code == 0
+    said = json.loads(out)
+    assert said["memory"]["peak"] > 0
+    assert said["proposal"]["missing"] == 0
+    code, out, _ = run(*asked, "--gpu", "0.5GB")
+    assert code == 0
+    assert "does not fit 0.50 GB" in out
+    assert len(out.splitlines()) <= 40
+    assert max(map(len, out.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (("--gpu", "24"), "gpu: expected"),
+        (("--seq", "1"), "seq: expected an integer of 2 or more"),
+        (("optim=adafactor",), "optim: expected"),
+        (("--student", "/none/here"), "expected"),
+    ],
+)
+def test_a_plan_that_cannot_be(run, folder, more, words):
+    code, out, err = run("plan", "--student", folder / "student", *more)
+    assert (code, out) == (2, "")
+    assert words in err
+
+
+def test_other_machines_need_a_token(run, folder, monkeypatch):
+    monkeypatch.delenv("FASTDISTILL_TOKEN", raising=False)
+    code, _, err = run("serve", "--teacher", folder / "teacher", "--host", "0.0.0.0")
+    assert code == 2
+    assert "token: expected one when host is not loopback" in err
+
+
+def test_served_until_it_is_interrupted(folder):
+    asked = ["serve", "--teacher", str(folder / "teacher"), "--port", "0", "--token", "s3cret"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "fastdistill", *asked, "--json"], stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    ) as process:  # fmt: skip
+        line = process.stderr.readline()
+        url = re.search(r"answers at (http://127\.0\.0\.1:\d+) until Ctrl-C", line).group(1)
+        with pytest.raises(ValueError, match="token"):
+            ServedTeacher(url, token="wrong")
+        teacher, ids = ServedTeacher(url, token="s3cret"), torch.arange(3, 20)[None]
+        here = Teacher(str(folder / "teacher")).topk(ids, k=8, temperature=2.0)
+        assert torch.equal(teacher.topk(ids, k=8, temperature=2.0).ids, here.ids)
+        teacher.close()
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+    assert (process.returncode, json.loads(out)) == (0, {"url": url})
+    assert "s3cret" not in line + err
+    assert "Traceback" not in err

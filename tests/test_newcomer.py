@@ -1,0 +1,59 @@
+"""The README's commands for a newcomer, typed as they stand there into a shell."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from command import files
+
+README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
+(BLOCK,) = re.findall(r"```sh\n(cd fastdistill-demo\n.*?)```", README, re.S)
+
+
+def free_port() -> str:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return str(server.getsockname()[1])
+
+
+@pytest.mark.slow
+def test_the_first_five_minutes(tmp_path):
+    """Every line ends with exit code 0, and a browser would find what the README says is there."""
+    files(tmp_path / "fastdistill-demo", rows=24)
+    port = free_port()
+    here = f"set -e; export PATH={Path(sys.executable).parent}:$PATH; trap 'kill 0' EXIT; set -v\n"
+    typed = BLOCK.replace(":8000", f":{port}").replace("int8 &", f"int8 --port {port} &")
+    assert typed.count(port) == 2
+    script = here + typed
+    started = time.monotonic()
+    with (tmp_path / "log").open("w") as log:
+        shell = subprocess.run(
+            ["bash", "-c", script], cwd=tmp_path, stdout=log, stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False, timeout=280,
+            start_new_session=True,
+        )  # fmt: skip
+    said = (tmp_path / "log").read_text()
+    assert "closed" in said or shell.returncode in (0, -15, 143), said
+    assert time.monotonic() - started < 300
+    folder = tmp_path / "fastdistill-demo"
+    for run in ("run", "run-2"):
+        assert (folder / run / "report.html").stat().st_size > 10_000, said
+        assert (folder / run / "model.safetensors").is_file(), said
+    assert (folder / "answers" / "manifest.json").is_file()
+    assert re.search(r"fits 8\.\d* ?GB", said), said
+    assert "files are as they were built" in said
+    assert "Traceback" not in said
+    assert "\x1b" not in said
+
+
+def test_its_commands_are_those_of_a_newcomer():
+    """Nothing is asked for that was not there before it."""
+    assert BLOCK.count("\n") <= 12
+    verbs = set(re.findall(r"^fastdistill (\w+)", BLOCK, re.M))
+    assert verbs == {"doctor", "plan", "cache", "train", "report", "serve"}
