@@ -22,7 +22,8 @@ _STYLE = """
 * { box-sizing: border-box; }
 html { color-scheme: light dark; }
 body { margin: 0 auto; max-width: 46rem; padding: 3rem 1.25rem 5rem; background: var(--paper);
-  color: var(--ink); font: 16px/1.6 system-ui, -apple-system, "Segoe UI", sans-serif; }
+  color: var(--ink); font: 16px/1.6 system-ui, -apple-system, "Segoe UI", sans-serif;
+  overflow-wrap: break-word; }
 h1 { font-size: 1.75rem; line-height: 1.25; letter-spacing: -0.01em; margin: 0 0 0.5rem; }
 h2 { font-size: 1.15rem; margin: 2.75rem 0 0.5rem; }
 p { margin: 0.5rem 0 1rem; }
@@ -35,12 +36,17 @@ caption { text-align: left; padding-bottom: 0.4rem; }
 th, td { padding: 0.4rem 0.75rem 0.4rem 0; text-align: right; border-top: 1px solid var(--line);
   white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; white-space: normal; }
-thead th { border-top: 0; color: var(--soft); font-weight: 500; }
+thead th { border-top: 0; color: var(--soft); font-weight: 500; white-space: normal;
+  vertical-align: bottom; }
 figure { margin: 1.25rem 0; }
 /* Pictures keep their own white ground, so their colours stay the ones that were chosen. */
 figure img { display: block; width: 100%; background: #fff; border-radius: 6px;
   border: 1px solid var(--line); }
 figcaption { margin-top: 0.4rem; }
+.gallery { display: grid; gap: 0 1.25rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(18rem, 100%), 1fr)); }
+.gallery figure { margin: 0.75rem 0; min-width: 0; }
+summary { cursor: pointer; color: var(--soft); font-size: 0.92rem; }
 pre { background: var(--wash); padding: 0.75rem 1rem; border-radius: 6px; overflow-x: auto;
   font-size: 0.85rem; }
 """
@@ -63,25 +69,21 @@ class Report:
     def table(
         self, header: Sequence[str], rows: Sequence[Sequence[str]], *, caption: str = ""
     ) -> None:
-        head = "".join(f'<th scope="col">{_text(cell)}</th>' for cell in header)
-        body = "".join(
-            "<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>" for row in rows
-        )
-        title = f"<caption>{_text(caption)}</caption>" if caption else ""
-        self._blocks.append(
-            f'<div class="scroll"><table>{title}<thead><tr>{head}</tr></thead>'
-            f"<tbody>{body}</tbody></table></div>"
-        )
+        self._blocks.append(_table(header, rows, caption))
+
+    def folded(self, summary: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """A table that is shown when its summary is clicked."""
+        table = _table(header, rows, "")
+        self._blocks.append(f"<details><summary>{_text(summary)}</summary>{table}</details>")
+
+    def gallery(self, pictures: Sequence[tuple[Figure, str, str]]) -> None:
+        """Small pictures (figure, alt, caption), two beside each other where there is room."""
+        shown = "".join(_picture(figure, alt, caption) for figure, alt, caption in pictures)
+        self._blocks.append(f'<div class="gallery">{shown}</div>')
 
     def picture(self, figure: Figure, *, alt: str, caption: str) -> None:
         """Embed a matplotlib figure; `alt` says in words what it shows."""
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=160, bbox_inches="tight")
-        data = base64.b64encode(buffer.getvalue()).decode()
-        self._blocks.append(
-            f'<figure><img alt="{_text(alt)}" src="data:image/png;base64,{data}">'
-            f"<figcaption>{_text(caption)}</figcaption></figure>"
-        )
+        self._blocks.append(_picture(figure, alt, caption, "tight"))
 
     def code(self, text: str) -> None:
         self._blocks.append(f"<pre>{_text(text)}</pre>")
@@ -97,6 +99,28 @@ class Report:
 
     def write(self, path: Path) -> None:
         write_atomically(path, self.html())
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> str:
+    head = "".join(f'<th scope="col">{_text(cell)}</th>' for cell in header)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>" for row in rows
+    )
+    title = f"<caption>{_text(caption)}</caption>" if caption else ""
+    return (
+        f'<div class="scroll"><table>{title}<thead><tr>{head}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
+    )
+
+
+def _picture(figure: Figure, alt: str, caption: str, cut: str | None = None) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=160 if cut else 200, bbox_inches=cut)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return (
+        f'<figure><img alt="{_text(alt)}" src="data:image/png;base64,{data}">'
+        f"<figcaption>{_text(caption)}</figcaption></figure>"
+    )
 
 
 def _text(value: str) -> str:

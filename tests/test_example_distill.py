@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from fastdistill.demo_models import SHIPPED, shipped_teacher
 from fastdistill.training.checkpoints import last_finished
-from fastdistill.training.run_log import read_metrics
+from fastdistill.training.run_files import read_metrics
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from training import build, flat, llama, peaked, ragged, step_losses, train, weights
 
 from fastdistill.kernels.divergences import NAMES
+from fastdistill.training.histograms import EDGES, SCORES
+from fastdistill.training.run_files import read_run
 from fastdistill.training.selection import TokenSelection
 
 
@@ -75,6 +77,40 @@ def test_dense_evaluation_is_exact(tmp_path):
     assert found["eval_nll"] == pytest.approx(F.cross_entropy(z, labels).item(), 1e-5)
     agree = (p.argmax(-1) == q.argmax(-1)).double().mean().item()
     assert found["eval_agreement"] == pytest.approx(agree)
+
+
+@pytest.mark.parametrize("options", [{}, {"k": None}, {"packing": True}], ids=str)
+def test_histograms_count_every_target_by_its_scores(tmp_path, options):
+    trainer = build(
+        tmp_path, **{"k": 53} | options, eval_dataset=ragged(9), per_device_eval_batch_size=4
+    )
+    trainer.evaluate()
+    z, labels, _ = logits(llama(0), ragged(9))
+    p, q = logits(peaked(), ragged(9))[0].softmax(-1), z.softmax(-1)
+    best = z.log_softmax(-1).topk(2).values
+    expected = {
+        "nll": F.cross_entropy(z, labels, reduction="none"),
+        "forward_kl": divergence(p, q, "forward_kl", 0),
+        "entropy": -(q * q.log()).sum(-1),
+        "margin": best[:, 0] - best[:, 1],
+    }
+    assert set(expected) == set(SCORES)
+    (event,) = read_run(tmp_path / "run").events("histograms")
+    assert (event["of"], event["step"], event["edges"]) == ("eval", 0, list(EDGES))
+    ends = torch.tensor([0.0, *EDGES, 1e9], dtype=torch.float64)
+    for name, score in expected.items():
+        counts = torch.histogram(score.detach().double(), ends).hist
+        assert event["counts"][name] == counts.int().tolist(), name
+        assert sum(event["counts"][name]) == len(labels)
+
+
+def test_histograms_of_labels_alone_have_no_divergence(tmp_path):
+    trainer = build(tmp_path, teacher=None, ce_weight=1.0, eval_dataset=ragged(3))
+    trainer.evaluate()
+    trainer.predict(ragged(5))
+    trainer.log({"eval_other": 1.0})
+    (event,) = read_run(tmp_path / "run").events("histograms")
+    assert set(event["counts"]) == {"nll", "entropy", "margin"}
 
 
 @pytest.mark.parametrize("k", [53, None])

@@ -31,6 +31,7 @@ from pathlib import Path
 import torch
 import on_cpu
 from training import build, llama, ragged
+from fastdistill.training.run_files import read_run
 
 out, kind = Path(sys.argv[1]), sys.argv[2]
 size, accumulation = int(sys.argv[3]), int(sys.argv[4])
@@ -50,7 +51,8 @@ logs = [entry for entry in trainer.state.log_history if "loss" in entry]
 weights = on_cpu.whole(trainer)
 if trainer.is_world_process_zero():
     torch.save(weights, out / "weights.pt")
-    figures = {"metrics": metrics, "logs": logs, "seen": seen}
+    counts = read_run(out / "run").events("histograms")[-1]["counts"]
+    figures = {"metrics": metrics, "logs": logs, "seen": seen, "counts": counts}
     (out / "figures.json").write_text(json.dumps(figures))
 trainer.accelerator.end_training()
 # Past this point only native threads of torch and gloo are torn down, and about one process in ten
@@ -92,9 +94,15 @@ def compare(one, two):
     (alone_weights, alone), (together_weights, together) = one, two
     assert (alone_weights - together_weights).abs().max() < 1e-6
     for ours, theirs in zip(alone["logs"], together["logs"], strict=True):
+        assert ours["target_tokens"] == theirs["target_tokens"]
         for name in ("loss", "divergence", "nll", "teacher_mass", "student_mass"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-5), name
     # Seven examples over two processes: one is read twice, and must be counted once.
+    for name, counts in alone["counts"].items():
+        # A score at an edge may fall on either side of it.
+        apart = sum(abs(a - b) for a, b in zip(counts, together["counts"][name], strict=True))
+        assert sum(counts) == sum(together["counts"][name])
+        assert apart <= 4, name
     for name in ("loss", "kl", "nll", "top1", "agreement", "teacher_mass"):
         ours, theirs = alone["metrics"][f"eval_{name}"], together["metrics"][f"eval_{name}"]
         assert ours == pytest.approx(theirs, rel=1e-5), name

@@ -24,22 +24,27 @@ def summarise(prediction: EvalPrediction) -> dict[str, float]:
     return metrics
 
 
-def means(sums: dict[str, float], step: int) -> dict[str, float]:
-    """Means over the targets since the last log, over those trained on where some were selected;
-    raises where the loss has become NaN, which the Trainer's own log would hide."""
+def means(sums: dict[str, float], step: int, shared: int) -> dict[str, float]:
+    """Means over the targets since the last log, over those trained on where some were selected,
+    and how many targets there were, where `shared` ranks at a time count the same ones; raises
+    where the loss has become NaN, which the Trainer's own log would hide."""
     if not math.isfinite(sums.pop("loss")):
         raise FloatingPointError(
             f"loss: expected a number, got NaN or infinity in the steps up to {step}. "
             "Look at the teacher's log-probabilities, lower the learning rate, or train in "
             "bfloat16 instead of float16"
         )
-    tokens = max(sums.pop("tokens"), 1.0)
-    found = {}
+    counted = sums.pop("tokens")
+    tokens, found = max(counted, 1.0), {"target_tokens": counted / shared}
     if "selected" in sums:
         kept = sums.pop("selected")
         found["selected"] = kept / tokens
         tokens = max(kept, 1.0)
     return {name: value / tokens for name, value in sums.items()} | found
+
+
+def at_least_one(count: Tensor | int) -> Tensor | int:
+    return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
 
 
 def one_each(shared: int, gathered: Any) -> Any:

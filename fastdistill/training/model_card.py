@@ -30,8 +30,8 @@ def write_card(
 
     `student` is the transformers model without adapters; `state` the trainer's, for its log.
     """
-    name = _name_of(student)
-    rows = [("teacher", _teacher(teacher)), *_objective(config)]
+    name = name_of(student)
+    rows = [("teacher", teacher_in_words(teacher)), *_objective(config)]
     if panel is not None:
         mass = f"{panel.teacher_mass:.4f} mean, {panel.teacher_mass_p5:.4f} 5th percentile"
         rows.append(("covered teacher mass, first batch", mass))
@@ -59,14 +59,14 @@ def write_card(
     write_atomically(folder / "README.md", "\n".join(lines))
 
 
-def _name_of(model: Any) -> str | None:
+def name_of(model: Any) -> str | None:
     return getattr(getattr(model, "config", None), "_name_or_path", None) or None
 
 
-def _teacher(teacher: Any) -> str:
+def teacher_in_words(teacher: Any) -> str:
     if teacher is None:
         return "none: the labels alone"
-    name = getattr(teacher, "name", None) or _name_of(getattr(teacher, "model", None))
+    name = getattr(teacher, "name", None) or name_of(getattr(teacher, "model", None))
     known = name or f"{type(getattr(teacher, 'model', teacher)).__name__}, given as an object"
     quant = getattr(teacher, "quant", None)
     return known if quant is None else f"{known}, quantised to {quant}"

@@ -23,6 +23,7 @@ from ..outputs import TokenScores, TopK
 from ..primitive import linear_topk
 from ..scores import token_scores
 from .config import DistillConfig
+from .histograms import histograms
 from .selection import Selection, TokenSelection, weights_of
 from .targets import Targets
 
@@ -140,10 +141,14 @@ class Loss:
     @torch.no_grad()
     def measure(
         self, hidden: Tensor, head: LMHead, targets: Targets, answers: Answers
-    ) -> Tensor:  # (B, len(EVAL_COLUMNS)), NaN where there is no teacher to compare with
+    ) -> tuple[Tensor, Tensor]:
         """Per-sequence sums of the training loss, over all targets, and of what a student is judged
         by: nll and accuracy, and from the teacher KL (bucket tail of its K; of a dense teacher the
-        whole vocabulary), agreement of the first choice, and both masses on its K."""
+        whole vocabulary), agreement of the first choice, and both masses on its K.
+
+        (B, len(EVAL_COLUMNS)), NaN where there is no teacher to compare with; and how nll, KL,
+        entropy and margin are spread, as `histograms` counts them.
+        """
         head, labels, topk = head.whole(), targets.labels, self._topk(answers)
         options = self._options(head, True) | {"reduction": "none", "backward": "auto"}
         per_token = _per_token(hidden, head, labels, answers, options)
@@ -164,9 +169,10 @@ class Loss:
         }
         missing = torch.full(targets.shape[:1], torch.nan, device=labels.device)
         sums = [columns[name] for name in EVAL_COLUMNS]
-        return torch.stack(
+        rows = torch.stack(
             [missing if s is None else targets.per_row(s.float()) for s in sums], dim=-1
         )
+        return rows, histograms(scores._asdict() | {"forward_kl": kl}, targets)
 
 
 def _sparse(

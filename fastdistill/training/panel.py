@@ -6,7 +6,7 @@ shuffled control stands beside every figure that it can change.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from ..primitive import linear_topk
 from ..scores import token_scores
 from .answer_checks import Signal, half_away, mass_of, refuse_unreal, signal
 from .config import DistillConfig
+from .histograms import histograms, summed
+from .objective import DENSE_SCORED_BY, Dense
 from .targets import Targets
 
 _DIRECTION = {
@@ -43,6 +45,7 @@ class Panel:
     """The first batch in figures; KL and NLL are means over its target tokens, in nats.
 
     overlap: share of the teacher's k tokens that are among the student's k likeliest too.
+    counts: how the student's token scores are spread, by score (see histograms.py).
     """
 
     objective: str
@@ -59,6 +62,7 @@ class Panel:
     kl_shuffled: float
     signal: Signal
     sampled: bool = False
+    counts: dict[str, list[int]] = field(default_factory=dict)
 
     @property
     def teacher_nll(self) -> float:
@@ -112,15 +116,20 @@ def first_batch(
     hidden: Tensor,  # (N, H)
     head: LMHead,
     targets: Targets,
-    teacher: TopK,  # [N, K]
+    answers: TopK | Dense,
     attended: int,
     config: DistillConfig,
     *,
-    dense: bool,
     sampled: bool,
 ) -> Panel:
     """Measure the first batch, of which `attended` tokens are no padding; raises where the
     teacher's answers cannot be a language model's."""
+    dense = isinstance(answers, Dense)
+    teacher = (
+        answers.topk(DENSE_SCORED_BY, config.temperature, config.impl)
+        if isinstance(answers, Dense)
+        else answers
+    )
     labels, head, k = targets.labels, head.whole(), teacher.ids.shape[-1]
     refuse_unreal(teacher, labels)
     scoring = {"impl": config.impl, **head.options()}
@@ -160,6 +169,7 @@ def first_batch(
         kl_shuffled=away.forward_kl.mean().item(),
         signal=signal(teacher, labels, beside.nll, away.nll, head.vocab_size),
         sampled=sampled,
+        counts=summed(histograms(beside._asdict(), targets).cpu()),
     )
 
 

@@ -1,32 +1,62 @@
-"""metrics.jsonl: everything a run logs, in its output folder, whatever `report_to` says.
-
-One JSON object a line, only ever appended to: {"run", "time", "step", "epoch", …figures}. A run
-that is resumed logs the steps behind its checkpoint a second time; readers take the later line.
-"""
+"""Writes metrics.jsonl and run.json: everything a run logs and was asked to do, in its output
+folder, whatever `report_to` says."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+import resource
+import sys
 import time
 import uuid
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerCallback
 
-NAME = "metrics.jsonl"
+from ..files import write_json
+from .histograms import EDGES, summed
+from .panel import Panel
+from .run_files import NAME, SETTINGS
+from .run_settings import settings_of
+
+_GIB = 2**30
 
 
 class RunLog(TrainerCallback):
-    """Appends what the trainer logs."""
+    """Appends what the trainer logs; `teacher` is what it learns from."""
 
     def __init__(self) -> None:
+        self.teacher: Any = None
         self._run = uuid.uuid4().hex[:12]
+        self._counts: dict[str, list[int]] = {}
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._append(args, state, {"event": "train_begin"})
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            settings = {"run": self._run} | settings_of(args, model, self.teacher)
+            write_json(Path(args.output_dir) / SETTINGS, settings)
+        self._append(args, state, {"event": "train_begin", "max_steps": state.max_steps})
+
+    def first_batch(self, args: Any, state: Any, panel: Panel) -> None:
+        self._append(args, state, {"event": "first_batch", "edges": EDGES} | asdict(panel))
+
+    def evaluated(self, rows: Any) -> None:
+        """Histograms of an evaluation, written when its figures are logged."""
+        self._counts = {} if rows is None else summed(rows)
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: dict[str, Any], **_: Any
+    ) -> None:
+        name = next((n[: -len("_nll")] for n in metrics if n.endswith("_nll")), None)
+        if self._counts and name is not None:
+            found = {"event": "histograms", "of": name, "edges": EDGES, "counts": self._counts}
+            self._append(args, state, found)
+        self._counts = {}
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._append(args, state, {"event": "train_end"})
@@ -34,7 +64,7 @@ class RunLog(TrainerCallback):
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
     ) -> None:
-        self._append(args, state, dict(logs or {}))
+        self._append(args, state, dict(logs or {}) | _peak_memory(args))
 
     def _append(self, args: Any, state: Any, entry: dict[str, Any]) -> None:
         if not state.is_world_process_zero:
@@ -51,22 +81,16 @@ class RunLog(TrainerCallback):
             file.write(line.encode())
 
 
-def read_metrics(output_dir: str | Path) -> list[dict[str, Any]]:
-    """The figures of the last run in a folder, resumed ones joined: one entry per step and kind of
-    line, in order of steps. Lines that were cut off are left out."""
-    entries: list[dict[str, Any]] = []
-    for line in (Path(output_dir) / NAME).read_text(encoding="utf-8").splitlines():
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        if entry.get("event") == "train_begin":
-            # A new run from step 0, or what an interrupted one had done beyond its checkpoint.
-            run, step = entry["run"], entry["step"]
-            entries = [e for e in entries if e["run"] == run or 0 < e["step"] <= step]
-        if "event" not in entry:
-            entries.append(entry)
-    return entries
+def _peak_memory(args: Any) -> dict[str, float]:
+    """The most this process has held so far; PyTorch's own counter on a GPU, which waits for no
+    kernel, and resident memory on a CPU."""
+    if args.device.type == "cuda":
+        return {
+            "peak_gpu_memory_gib": round(torch.cuda.max_memory_allocated(args.device) / _GIB, 3)
+        }
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return {"peak_process_memory_gib": round(peak / _GIB, 3)}
 
 
 def _last_byte(file: Any) -> bytes:
@@ -77,6 +101,8 @@ def _last_byte(file: Any) -> bytes:
 
 def _plain(value: Any) -> Any:
     """As JSON has it: numbers that are none become null."""
+    if isinstance(value, dict):
+        return {name: _plain(v) for name, v in value.items()}
     if hasattr(value, "item"):
         value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value

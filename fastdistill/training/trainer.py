@@ -26,9 +26,9 @@ from .asking import answers_here, ask
 from .checkpoints import WholeCheckpoints
 from .config import DistillConfig
 from .data_checks import check_datasets, named
-from .figures import means, one_each, summarise
+from .figures import at_least_one, means, one_each, summarise
 from .model_card import write_card
-from .objective import DENSE_SCORED_BY, Answers, Dense, Loss, Objective
+from .objective import Answers, Dense, Loss, Objective
 from .offline import in_workers, opened, refuse_unanswered
 from .panel import Panel, first_batch
 from .run_log import RunLog
@@ -52,9 +52,9 @@ class DistillTrainer(WholeCheckpoints):
     Args:
         model: the student, a Hugging Face causal LM with a plain (unadapted) output head, with PEFT
             adapters or without, or its path.
-        teacher: a model, the path of one, a TeacherCache or its folder, or any object with
-            topk(...) or hidden(...) and head (see protocols.py). None trains on the labels alone,
-            through the same code, and needs ce_weight=1.0.
+        teacher: a model or its path, a TeacherCache or its folder, a ServedTeacher or its URL, or
+            any object with topk(...) or hidden(...) and head (see protocols.py). None trains on the
+            labels alone, through the same code, and needs ce_weight=1.0.
         args: a DistillConfig.
         train_dataset, eval_dataset: any torch Dataset or list of dicts with messages, prompt and
             completion, text, or input_ids (see examples.py).
@@ -66,8 +66,9 @@ class DistillTrainer(WholeCheckpoints):
     `evaluate` gives loss, nll, perplexity and top1 (accuracy), and with a teacher kl (bucket tail),
     agreement (share of positions where both rank the same token first), teacher_mass and
     student_mass; all are means over target tokens, and no logits are gathered. `predict` gives the
-    sums behind them, one row of EVAL_COLUMNS per sequence. `train` takes
-    resume_from_checkpoint="auto" too: the last finished checkpoint, if there is one.
+    sums behind them, one row of EVAL_COLUMNS per sequence, and as label_ids the counts of
+    histograms.py. `train` takes resume_from_checkpoint="auto" too: the last finished checkpoint, if
+    there is one.
     """
 
     loss_is_scaled_for_ga = True  # read by transformers >= 5.19
@@ -105,6 +106,7 @@ class DistillTrainer(WholeCheckpoints):
         if args.check_data:
             sampled = args.lmbda == 1.0
             check_datasets(encoder, train_dataset, eval_dataset, prompts_only=sampled)
+        self._run_log = RunLog()
         with compiled_by_us(args):
             super().__init__(
                 model=student,
@@ -117,7 +119,7 @@ class DistillTrainer(WholeCheckpoints):
                 train_dataset=train_dataset,
                 eval_dataset=eval_dataset,
                 processing_class=processing_class,
-                callbacks=[*(callbacks or []), RunLog()],
+                callbacks=[*(callbacks or []), self._run_log],
                 optimizers=optimizers,
                 compute_metrics=summarise,
                 compute_loss_func=_never_called,
@@ -135,7 +137,7 @@ class DistillTrainer(WholeCheckpoints):
         self._loss = Loss(args, args.selection)
         self._since_log: dict[str, Tensor] = {}
         admitted = admit(teacher, self.model, args, processing_class)
-        self.teacher = None if admitted is None else admitted.teacher
+        self.teacher = self._run_log.teacher = None if admitted is None else admitted.teacher
         if args.check_data:
             refuse_unanswered(teacher, encoder, named(train_dataset, eval_dataset))
         self._valid_vocab = None if admitted is None else admitted.valid_vocab
@@ -193,7 +195,7 @@ class DistillTrainer(WholeCheckpoints):
         if num_items_in_batch is None:
             loss = result.loss / max(len(targets.labels), 1)
         else:
-            loss = result.loss / _at_least_one(num_items_in_batch)
+            loss = result.loss / at_least_one(num_items_in_batch)
             if self.args.average_tokens_across_devices:
                 # The count is over all processes, and their gradients are about to be averaged.
                 loss = loss * (self.accelerator.num_processes // self.get_tp_size())
@@ -226,25 +228,24 @@ class DistillTrainer(WholeCheckpoints):
     ) -> None:
         if answers is None or not len(targets.labels):
             return
-        dense, sampled = isinstance(answers, Dense), "sampled" in inputs
-        if isinstance(answers, Dense):
-            answers = answers.topk(DENSE_SCORED_BY, self.args.temperature, self.args.impl)
+        sampled = "sampled" in inputs
         attended = int(inputs["attention_mask"][:, 1:].sum())
         self.panel = first_batch(
-            *(hidden, head, targets, answers, attended, self.args), dense=dense, sampled=sampled
+            hidden, head, targets, answers, attended, self.args, sampled=sampled
         )
+        self._run_log.first_batch(self.args, self.state, self.panel)
         if self.args.show_panel and self.is_world_process_zero():
             self.panel.show()
         if self.args.check_signal and not sampled:
-            refuse_foreign(self.panel.signal, surely_aligned=dense or answers_here(self.teacher))
+            aligned = isinstance(answers, Dense) or answers_here(self.teacher)
+            refuse_foreign(self.panel.signal, surely_aligned=aligned)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._since_log:
             sums = self.accelerator.reduce(self._since_log, reduction="sum")
             self._since_log = {}
-            logs |= means(
-                {name: value.item() for name, value in sums.items()}, self.state.global_step
-            )
+            found = {name: value.item() for name, value in sums.items()}
+            logs |= means(found, self.state.global_step, self.get_tp_size())
         super().log(logs, start_time)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
@@ -252,7 +253,9 @@ class DistillTrainer(WholeCheckpoints):
         shared = self.get_tp_size()
         if shared > 1:
             self.gather_function = lambda rows: one_each(shared, self.accelerator.gather(rows))
-        return super().evaluation_loop(*args, **kwargs)
+        output = super().evaluation_loop(*args, **kwargs)
+        self._run_log.evaluated(output.label_ids)
+        return output
 
     def prediction_step(
         self,
@@ -261,16 +264,17 @@ class DistillTrainer(WholeCheckpoints):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[None, Tensor, Tensor]:
-        """Sums of each sequence in place of logits: gathered and counted exactly, and tiny."""
+        """Of each sequence sums in place of logits, and histograms in place of labels: gathered and
+        counted exactly, and small."""
         inputs = self._prepare_inputs(inputs)
         targets, answers = ask(self.teacher, inputs, self.args, check=False)
 
-        def sums(hidden: Tensor, head: LMHead) -> Tensor:
+        def sums(hidden: Tensor, head: LMHead) -> tuple[Tensor, Tensor]:
             return self._loss.measure(hidden, head, targets, answers)
 
         with torch.no_grad(), self.compute_loss_context_manager():
-            rows = self._at_head(model, inputs, targets, sums)
-        return None, rows, rows[:, :1]
+            rows, counts = self._at_head(model, inputs, targets, sums)
+        return None, rows, counts
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
@@ -285,10 +289,6 @@ class DistillTrainer(WholeCheckpoints):
     def _write_card(self, folder: str | Path) -> None:
         student = without_adapters(self.accelerator.unwrap_model(self.model))
         write_card(Path(folder), self.args, student, self.teacher, self.panel, self.state)
-
-
-def _at_least_one(count: Tensor | int) -> Tensor | int:
-    return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
 
 
 def _pad_id(processing_class: Any) -> int:

@@ -1,0 +1,224 @@
+"""Small pictures of a run: curves over steps, and histograms of token scores; their words too.
+
+Lines differ in colour, dash and marker, so that they stay apart for every kind of colour vision and
+in grey print.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+# Okabe and Ito, without the yellow that white swallows.
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+_DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)))
+_MARKERS = "osD^vPX"
+_FEW = 30  # points of a line that still are drawn one by one
+_WIDE = 20.0  # between its largest and smallest value, what falls is drawn over a logarithmic axis
+_RC: Any = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.labelcolor": "#444444",
+    "axes.edgecolor": "#888888",
+    "xtick.color": "#444444",
+    "ytick.color": "#444444",
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "legend.handlelength": 2.6,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """Values over steps."""
+
+    label: str
+    points: list[tuple[int, float]]
+
+    @property
+    def first(self) -> float:
+        return self.points[0][1]
+
+    @property
+    def last(self) -> float:
+        return self.points[-1][1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Histogram:
+    """Counts below the first edge, between edges, and from the last one on."""
+
+    label: str
+    edges: list[float]
+    counts: list[int]
+
+    def median(self) -> str:
+        """Between which edges half of the tokens are reached."""
+        reached = list(accumulate(self.counts))
+        i = bisect_left(reached, reached[-1] / 2)
+        if i == 0:
+            return f"below {self.edges[0]:.2g} nats"
+        if i == len(self.edges):
+            return f"above {self.edges[-1]:.2g} nats"
+        return f"between {self.edges[i - 1]:.2g} and {self.edges[i]:.2g} nats"
+
+
+class Picture(NamedTuple):
+    figure: Figure
+    alt: str
+    caption: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantity:
+    """How a figure is named, written and drawn: `share` in percent; `falls` towards 0 as a student
+    learns, by factors; `grounded` on an axis from 0."""
+
+    title: str
+    unit: str = ""
+    share: bool = False
+    falls: bool = False
+    grounded: bool = False
+
+    def text(self, value: float) -> str:
+        if self.share:
+            return f"{value * 100:.1f} %"
+        large = abs(value) >= 1000 and math.isfinite(value)
+        return f"{value:,.0f}" if large else f"{value:.4g}"
+
+
+def curves(quantity: Quantity, lines: Sequence[Line], *, resumed: Sequence[int] = ()) -> Picture:
+    """One picture of one quantity; `resumed`: steps at which the run was taken up again."""
+    with matplotlib.rc_context(_RC):
+        figure, axes = _canvas(len(lines))
+        for i, line in enumerate(lines):
+            steps, values = zip(*line.points, strict=True)
+            factor = 100.0 if quantity.share else 1.0
+            axes.plot(
+                steps,
+                [value * factor for value in values],
+                label=line.label,
+                color=_COLOURS[i % len(_COLOURS)],
+                linestyle=_DASHES[i % len(_DASHES)],
+                linewidth=1.4,
+                marker=_MARKERS[i % len(_MARKERS)],
+                markersize=3.5 if len(steps) <= _FEW else 0,
+            )
+        for step in resumed:
+            axes.axvline(step, color="#888888", linewidth=0.8, linestyle=(0, (2, 2)), zorder=0)
+        axes.set_xlabel("step")
+        axes.set_ylabel(quantity.unit)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+        if len({step for line in lines for step, _ in line.points}) == 1:
+            axes.set_xlim(steps[0] - 1, steps[0] + 1)
+        if quantity.share or quantity.grounded:
+            axes.set_ylim(bottom=0)
+        if quantity.falls and _spread(lines) > _WIDE:
+            axes.set_yscale("log")
+            _plain_ticks(axes.yaxis)
+        _legend(figure, axes, len(lines))
+    alt = f"{quantity.title} over steps. " + " ".join(_in_words(quantity, line) for line in lines)
+    return Picture(figure, alt, _caption(quantity, lines))
+
+
+def histogram(title: str, shown: Sequence[Histogram]) -> Picture:
+    """Shares of the tokens, the first of `shown` in outline where there is a second."""
+    with matplotlib.rc_context(_RC):
+        figure, axes = _canvas(2)
+        for i, found in enumerate(shown):
+            total, last = sum(found.counts), i == len(shown) - 1
+            shares = [100.0 * count / total for count in found.counts]
+            colour, dash = (_COLOURS[0], _DASHES[0]) if last else (_COLOURS[1], _DASHES[1])
+            if last:
+                axes.stairs(shares, _ends(found), fill=True, alpha=0.25, color=colour)
+            axes.stairs(
+                *(shares, _ends(found)), label=found.label, linewidth=1.4, ls=dash, color=colour
+            )
+        axes.set_xscale("log")
+        axes.set_xlim(*_range(shown))
+        _plain_ticks(axes.xaxis)
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("nats")
+        axes.set_ylabel("% of tokens")
+        _legend(figure, axes, 2)
+    medians = "; ".join(
+        f"{found.label}: half of the tokens reached {found.median()}" for found in shown
+    )
+    caption = f"{title}, median {shown[-1].median()}"
+    return Picture(figure, f"Histogram. {title}. {medians}.", caption)
+
+
+def _canvas(lines: int) -> tuple[Figure, Axes]:
+    rows = (lines + 1) // 2 if lines > 1 else 0
+    figure = Figure(figsize=(3.6, 2.3 + 0.17 * rows), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _plain_ticks(axis: Axis) -> None:
+    """0.01 and 1, not powers of ten; within two decades 2 and 5 too."""
+    low, high = axis.get_view_interval()
+    few = high / low < 100
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if few else (1.0,), numticks=8))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _legend(figure: Figure, axes: Axes, lines: int) -> None:
+    if lines > 1:
+        handles, labels = axes.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper left", ncols=2)
+
+
+def _in_words(quantity: Quantity, line: Line) -> str:
+    text, points = quantity.text, line.points
+    if len(points) == 1:
+        return f"{line.label}: {text(line.last)} at step {points[0][0]}."
+    values = [value for _, value in points]
+    return (
+        f"{line.label}: from {text(line.first)} at step {points[0][0]} to {text(line.last)} at "
+        f"step {points[-1][0]}, between {text(min(values))} and {text(max(values))}."
+    )
+
+
+def _caption(quantity: Quantity, lines: Sequence[Line]) -> str:
+    if len(lines) > 2:
+        return quantity.title
+    line = lines[-1]
+    what = f"{quantity.title}, {line.label} " if len(lines) > 1 else f"{quantity.title}, "
+    if len(line.points) == 1 or quantity.text(line.first) == quantity.text(line.last):
+        return what + quantity.text(line.last)
+    return f"{what}{quantity.text(line.first)} → {quantity.text(line.last)}"
+
+
+def _spread(lines: Sequence[Line]) -> float:
+    """The largest value over the smallest, 0 where one is not positive."""
+    values = [value for line in lines for _, value in line.points]
+    return max(values) / min(values) if min(values) > 0 else 0.0
+
+
+def _ends(found: Histogram) -> list[float]:
+    """Edges with ends for the bins that have none, as wide as their neighbours."""
+    low, high = found.edges[:2], found.edges[-2:]
+    return [low[0] * low[0] / low[1], *found.edges, high[1] * high[1] / high[0]]
+
+
+def _range(shown: Sequence[Histogram]) -> tuple[float, float]:
+    """Where there are tokens."""
+    lows, highs = [], []
+    for found in shown:
+        ends = _ends(found)
+        held = [i for i, count in enumerate(found.counts) if count]
+        lows.append(ends[max(held[0] - 1, 0)])
+        highs.append(ends[min(held[-1] + 2, len(ends) - 1)])
+    return min(lows), max(highs)

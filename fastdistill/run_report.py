@@ -1,0 +1,269 @@
+"""report.html of a run folder, from its files alone: what was trained, how far it got, and how.
+
+No PyTorch here: for a run on another machine, its metrics.jsonl and run.json are enough.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from .report import Report
+from .run_pictures import Line, Picture, Quantity, curves, histogram
+from .run_series import (
+    COSTS,
+    MASSES,
+    TRAINING,
+    evaluated,
+    evaluations,
+    learned,
+    lines,
+    missing,
+    name_of,
+    resumptions,
+    scores,
+    state,
+)
+from .training.run_files import NAME, RunRecord, read_run
+
+_COMPARED = ("kl", "agreement", "perplexity", "loss")
+
+
+def write_run_report(folder: str | Path, out: str | Path | None = None) -> Path:
+    """Write one self-contained HTML file about a run and return its path.
+
+    Args:
+        folder: a run's output folder, or one that has several of them: they are compared.
+        out: the file to write; report.html in `folder`.
+
+    Raises:
+        FileNotFoundError: no metrics.jsonl in the folder nor in the folders beneath it.
+    """
+    folder = Path(folder)
+    if (folder / NAME).is_file():
+        report = run_report(folder.resolve().name, read_run(folder))
+    else:
+        runs = {
+            path.parent.name: read_run(path.parent) for path in sorted(folder.glob(f"*/{NAME}"))
+        }
+        if not runs:
+            raise FileNotFoundError(
+                f"folder: expected a run's {NAME}, or folders that have one, in {str(folder)!r}, "
+                "got none. Give the output_dir of a DistillTrainer; it writes the file as it trains"
+            )
+        report = comparison(folder.resolve().name, runs)
+    path = folder / "report.html" if out is None else Path(out)
+    report.write(path)
+    return path
+
+
+def run_report(name: str, record: RunRecord) -> Report:
+    """The page of one run."""
+    report = Report(f"Training run: {name}", _lead(record))
+    again = resumptions(record)
+    text = "The upright lines are where the run was resumed." if again else ""
+    _gallery(report, "Curves", _curves(record, TRAINING, again), text)
+    masses = [
+        Line(label=who, points=found.points)
+        for key, who in (("teacher_mass", "teacher"), ("student_mass", "student"))
+        if (found := evaluated(record, key) or next(iter(lines(record, key)), None))
+    ]
+    if masses:
+        mass = Quantity(title="Mass on the teacher's k tokens", unit="%", share=True)
+        _gallery(
+            report,
+            "Covered mass",
+            [curves(mass, masses, resumed=again)],
+            "How much of each one's probability the teacher's k tokens hold. What the teacher's "
+            "lack, the student learns as one figure or not at all.",
+        )
+    shown = scores(record)
+    _gallery(
+        report,
+        "Token scores",
+        [histogram(title, found) for title, found in shown.items()],
+        "How target tokens are spread over each score, in half octaves of nats. A mean hides "
+        "whether many tokens are a little off or a few are far off; these do not.",
+    )
+    _gallery(report, "Memory and speed", _curves(record, COSTS, again))
+    _figures(report, record)
+    _first_batch(report, record)
+    _settings(report, record)
+    lacking = missing(record)
+    if lacking:
+        report.heading("What this folder does not have")
+        for sentence in lacking:
+            report.paragraph(sentence)
+    return report
+
+
+def _lead(record: RunRecord) -> str:
+    told = [learned(record), state(record)]
+    changes = [
+        _change(TRAINING[key], line)
+        for key in ("kl", "agreement", "perplexity")
+        if (line := evaluated(record, key)) is not None
+    ]
+    if changes:
+        told.append(f"In evaluation, {_joined(changes)}.")
+    elif loss := lines(record, "loss"):
+        told.append(f"In training, {_change(TRAINING['loss'], loss[0])}.")
+    return " ".join(told)
+
+
+def _change(quantity: Quantity, line: Line) -> str:
+    title = quantity.title if quantity.title[:2].isupper() else quantity.title.lower()
+    first, last = quantity.text(line.first), quantity.text(line.last)
+    unit = f" {quantity.unit}" if quantity.unit.startswith("nats") else ""
+    if len(line.points) == 1:
+        return f"{title} was {last}{unit} at step {line.points[0][0]:,}"
+    if first == last:
+        return f"{title} stayed at {last}{unit}"
+    return f"{title} {'rose' if line.last > line.first else 'fell'} from {first} to {last}{unit}"
+
+
+def _joined(parts: list[str]) -> str:
+    return ", ".join(parts[:-1]) + " and " + parts[-1] if len(parts) > 1 else parts[0]
+
+
+def _figures(report: Report, record: RunRecord) -> None:
+    """First and last value of everything that has a name here."""
+    rows = []
+    for key, quantity in (TRAINING | MASSES | COSTS).items():
+        found = lines(record, key)
+        for line in found:
+            whose = "" if len(found) == 1 and line.label == "training" else f", {line.label}"
+            told = quantity.share or quantity.unit in quantity.title.lower()
+            what = f"{quantity.title}{whose}" + ("" if told else f" ({quantity.unit})")
+            first, last = (quantity.text(value) for value in (line.first, line.last))
+            rows.append((what, first, last, f"{line.points[-1][0]:,}"))
+    if rows:
+        report.heading("First and last figures")
+        report.table(("figure", "first", "last", "at step"), rows)
+
+
+def _curves(
+    record: RunRecord, quantities: dict[str, Quantity], again: list[int]
+) -> Iterable[Picture]:
+    for key, quantity in quantities.items():
+        found = lines(record, key)
+        if found:
+            yield curves(quantity, found, resumed=again)
+
+
+def _gallery(report: Report, heading: str, pictures: Iterable[Picture], text: str = "") -> None:
+    shown = list(pictures)
+    if shown:
+        report.heading(heading)
+        if text:
+            report.paragraph(text, soft=True)
+        report.gallery(shown)
+
+
+def _first_batch(report: Report, record: RunRecord) -> None:
+    for panel in record.events("first_batch")[:1]:
+        report.heading("The first batch, before the student moved")
+        signal = panel["signal"]
+        rows = [
+            ("KL to the teacher, nats", f"{panel['kl']:.3f}", f"{panel['kl_shuffled']:.3f}"),
+            ("teacher's NLL, nats", f"{signal['nll']:.3f}", f"{signal['nll_shuffled']:.3f}"),
+            ("covered teacher mass", f"{panel['teacher_mass'] * 100:.1f} %", ""),
+            ("its 5th percentile", f"{panel['teacher_mass_p5'] * 100:.1f} %", ""),
+            (f"overlap of the top {panel['k']}", f"{panel['overlap'] * 100:.1f} %", ""),
+            ("target tokens", f"{panel['tokens']:,}", ""),
+        ]
+        caption = "The control is the same answers in another order: a teacher that knows this "
+        caption += "text does better than they do."
+        report.table(("", "measured", "shuffled"), rows, caption=caption)
+
+
+def _settings(report: Report, record: RunRecord) -> None:
+    settings = record.settings
+    if settings is None:
+        return
+    report.heading("Settings")
+    config, changed = settings["config"], settings["changed"]
+    student = settings["student"]
+    counted = student["parameters"]
+    size = "" if counted is None else f", {counted:,} parameters, {student['trainable']:,} trained"
+    rows = [
+        ("student", f"{name_of(student['name']) or student['class']}{size}"),
+        ("teacher", str(name_of(settings["teacher"]) or "none: the labels alone")),
+        *((name, _value(config[name])) for name in changed),
+    ]
+    report.table(("setting", "value"), rows, caption="What differs from the defaults.")
+    others = [(name, _value(v)) for name, v in sorted(config.items()) if name not in changed]
+    report.folded(f"{len(others)} settings at their defaults", ("setting", "value"), others)
+    machine, versions = settings["machine"], settings["versions"]
+    gpus = ", ".join(sorted(set(machine["gpus"]))) or f"CPU, {machine['cpu_capability']}"
+    processes = settings["processes"]
+    report.paragraph(
+        f"{gpus}, {machine['machine']}, {processes} process{'es' if processes > 1 else ''}, "
+        f"{machine['threads']} threads. {', '.join(f'{n} {v}' for n, v in versions.items())}.",
+        soft=True,
+    )
+
+
+def _value(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def comparison(name: str, runs: dict[str, RunRecord]) -> Report:
+    """One page of several runs: their curves over each other, and where their settings differ."""
+    told = [f"{len(runs)} runs: {', '.join(runs)}."]
+    kls = {run: line for run, r in runs.items() if (line := evaluated(r, "kl")) is not None}
+    if len(kls) > 1:
+        best = min(kls, key=lambda run: kls[run].last)
+        text = TRAINING["kl"].text(kls[best].last)
+        told.append(f"{best} has the lowest KL in its last evaluation: {text} nats per token.")
+    report = Report(f"Runs of {name}", " ".join(told))
+    held = any(evaluations(record) for record in runs.values())
+    by_key = {key: _of_each(runs, key, held) for key in _COMPARED}
+    rows = []
+    for run in runs:
+        cells = []
+        for key in _COMPARED:
+            line = next((at for at in by_key[key] if at.label == run), None)
+            cells.append("—" if line is None else TRAINING[key].text(line.last))
+        rows.append((run, *cells))
+    report.table(
+        ("run", *(TRAINING[key].title for key in _COMPARED)),
+        rows,
+        caption=f"Last figures in {'evaluation' if held else 'training'}.",
+    )
+    pictures = [
+        curves(TRAINING[key], found)._replace(caption=TRAINING[key].title)
+        for key, found in by_key.items()
+        if found
+    ]
+    _gallery(report, "Curves", pictures)
+    _differences(report, runs)
+    report.heading("The runs")
+    for run, record in runs.items():
+        report.paragraph(f"{run}: {_lead(record)}")
+    return report
+
+
+def _of_each(runs: dict[str, RunRecord], key: str, held: bool) -> list[Line]:
+    """A figure of every run that has it, `held` out or of training: like stands by like."""
+    found = []
+    for run, record in runs.items():
+        line = evaluated(record, key) if held else next(iter(lines(record, key)), None)
+        if line is not None:
+            found.append(Line(label=run, points=line.points))
+    return found
+
+
+def _differences(report: Report, runs: dict[str, RunRecord]) -> None:
+    configs = {run: r.settings["config"] for run, r in runs.items() if r.settings is not None}
+    names = sorted({name for config in configs.values() for name in config})
+    rows = []
+    for name in names:
+        values = [_value(config.get(name)) for config in configs.values()]
+        if len(set(values)) > 1:
+            rows.append((name, *values))
+    if rows:
+        report.heading("Where their settings differ")
+        report.table(("setting", *configs), rows)

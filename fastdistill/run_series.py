@@ -1,0 +1,209 @@
+"""From the lines of a run's log to the curves, histograms and sentences of its report."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from .run_pictures import Histogram, Line, Quantity
+from .training.run_files import SETTINGS, RunRecord
+
+TRAINING = {
+    "loss": Quantity(title="Loss", unit="per target token", falls=True),
+    "kl": Quantity(title="KL to the teacher", unit="nats per token", falls=True),
+    "agreement": Quantity(title="Agreement with the teacher", unit="% of tokens", share=True),
+    "perplexity": Quantity(title="Perplexity", unit="perplexity", falls=True),
+    "top1": Quantity(title="Next token right", unit="% of tokens", share=True),
+    "learning_rate": Quantity(title="Learning rate", unit="learning rate"),
+    "grad_norm": Quantity(title="Gradient norm", unit="norm", falls=True),
+    "selected": Quantity(title="Tokens trained on", unit="% of tokens", share=True),
+}
+MASSES = {
+    "teacher_mass": Quantity(title="Teacher's mass on its k tokens", unit="%", share=True),
+    "student_mass": Quantity(title="Student's mass on them", unit="%", share=True),
+}
+COSTS = {
+    "peak_gpu_memory_gib": Quantity(
+        title="Peak GPU memory (first process)", unit="GiB", grounded=True
+    ),
+    "peak_process_memory_gib": Quantity(
+        title="Peak resident memory (first process)", unit="GiB", grounded=True
+    ),
+    "throughput": Quantity(title="Throughput", unit="target tokens per second", grounded=True),
+}
+SCORES = {
+    "nll": "NLL of the text",
+    "forward_kl": "KL to the teacher",
+    "entropy": "Entropy of the student",
+    "margin": "Margin of its first choice over its second",
+}
+
+
+def points(record: RunRecord, name: str) -> list[tuple[int, float]]:
+    """(step, value) wherever a figure is a number; the later line where a step has two, as after
+    an evaluation at the start of a resumed run."""
+    found: dict[int, float] = {}
+    for line in record.figures:
+        value = line.get(name)
+        if isinstance(value, (int, float)) and math.isfinite(value):
+            found[line["step"]] = float(value)
+    return list(found.items())
+
+
+def evaluations(record: RunRecord) -> dict[str, str]:
+    """Prefixes of evaluations ("eval", or "eval_NAME" for each of several datasets), in words."""
+    found: dict[str, str] = {}
+    for line in record.figures:
+        for name in line:
+            if name.startswith("eval") and name.endswith("_nll"):
+                prefix = name[: -len("_nll")]
+                more = prefix[len("eval_") :]
+                found[prefix] = f"evaluation, {more}" if more else "evaluation"
+    return found
+
+
+def lines(record: RunRecord, name: str) -> list[Line]:
+    """A figure in training and in every evaluation, as far as it was logged."""
+    if name == "throughput":
+        found = [("training", throughput(record))]
+    elif name == "perplexity":
+        nll = points(record, "nll")
+        found = [("training", [(step, math.exp(min(value, 700.0))) for step, value in nll])]
+    else:
+        found = [("training", points(record, name))]
+    found += [(what, points(record, f"{prefix}_{name}")) for prefix, what in _of(record)]
+    return [Line(label=label, points=at) for label, at in found if at]
+
+
+def evaluated(record: RunRecord, name: str) -> Line | None:
+    """A figure in the first evaluation dataset."""
+    for prefix, what in _of(record)[:1]:
+        at = points(record, f"{prefix}_{name}")
+        if at:
+            return Line(label=what, points=at)
+    return None
+
+
+def _of(record: RunRecord) -> list[tuple[str, str]]:
+    return list(evaluations(record).items())
+
+
+def throughput(record: RunRecord) -> list[tuple[int, float]]:
+    """Target tokens per second between a line of training and the line before it: evaluations log
+    when they end, so their time does not count; saving does."""
+    found, since = [], None
+    for line in record.lines:
+        tokens, now = line.get("target_tokens"), line["time"]
+        if isinstance(tokens, (int, float)) and since is not None and now > since:
+            found.append((line["step"], tokens / (now - since)))
+        if line.get("event") != "first_batch":  # said in the middle of a step
+            since = now
+    return found
+
+
+def scores(record: RunRecord) -> dict[str, list[Histogram]]:
+    """By title: token scores of the first and last evaluation, or else of the first batch."""
+    found: dict[str, list[Histogram]] = {}
+    for prefix, what in _of(record):
+        events = [e for e in record.events("histograms") if e["of"] == prefix]
+        ends = events[:1] + events[1:][-1:]
+        several = "" if what == "evaluation" else f" ({what})"
+        for name, title in SCORES.items():
+            made = [_histogram(e, e["counts"], name, f"step {e['step']:,}") for e in ends]
+            found[title + several] = [one for one in made if one is not None]
+    if not any(found.values()):
+        for event in record.events("first_batch")[:1]:
+            label = f"first batch, step {event['step']:,}"
+            for name, title in SCORES.items():
+                made = [_histogram(event, event.get("counts", {}), name, label)]
+                found[title] = [one for one in made if one is not None]
+    return {title: shown for title, shown in found.items() if shown}
+
+
+def _histogram(
+    event: dict[str, Any], counts: dict[str, list[int]], name: str, label: str
+) -> Histogram | None:
+    if name not in counts:
+        return None
+    return Histogram(label=label, edges=event["edges"], counts=counts[name])
+
+
+def resumptions(record: RunRecord) -> list[int]:
+    """Steps from which the run was taken up again."""
+    return [event["step"] for event in record.events("train_begin") if event["step"]]
+
+
+def state(record: RunRecord) -> str:
+    """How the run ended, in a sentence."""
+    marks = [e for e in record.lines if e.get("event") in ("train_begin", "train_end")]
+    if not marks:
+        return "It was not trained: the log has no beginning."
+    step = max(line["step"] for line in record.lines)
+    planned = next((e["max_steps"] for e in reversed(marks) if e.get("max_steps")), None)
+    of = "" if planned is None else f" of {planned:,}"
+    again = resumptions(record)
+    taken_up = f" It was resumed from step {', '.join(f'{at:,}' for at in again)}." if again else ""
+    if marks[-1]["event"] == "train_end":
+        return f"It ended at step {step:,}{of}.{taken_up}"
+    return (
+        f"Its log stops at step {step:,}{of} without an end: it was interrupted, or still runs."
+        + taken_up
+    )
+
+
+def learned(record: RunRecord) -> str:
+    """Who learned from whom, by what; as much as the folder says."""
+    settings = record.settings
+    if settings is None:
+        return "A student was trained."
+    student = settings["student"]
+    who = name_of(student["name"]) or student["class"]
+    if settings["teacher"] is None:
+        return f"{who} was trained on the labels alone."
+    config = settings["config"]
+    k = config["k"]
+    over = "the whole vocabulary" if k is None else f"the teacher's top {k} tokens"
+    return f"{who} learned from {name_of(settings['teacher'])}: {config['divergence']} over {over}."
+
+
+def name_of(model: str | None) -> str | None:
+    """A model's name, or the folder's where it is a path."""
+    return Path(model).name if model is not None and Path(model).is_absolute() else model
+
+
+def missing(record: RunRecord) -> list[str]:
+    """What the folder does not have, and what would have recorded it."""
+    found, known = [], evaluations(record)
+    if record.settings is None:
+        found.append(
+            f"No readable {SETTINGS}, so models, settings and versions are not shown. The trainer "
+            "writes it beside metrics.jsonl when training begins."
+        )
+    if not record.figures:
+        found.append("No figure yet. The trainer logs every logging_steps=N steps.")
+    elif not known:
+        found.append(
+            "No evaluation, so no KL, agreement, perplexity and token scores on text that is not "
+            "trained on. Give the trainer an eval_dataset and eval_strategy='steps', eval_steps=N; "
+            "eval_on_start=True adds the student before its training."
+        )
+    elif not any(points(record, f"{prefix}_kl") for prefix in known):
+        found.append(
+            "No teacher in the evaluation, so no KL, agreement or covered mass. Give the trainer a "
+            "teacher."
+        )
+    if known and not record.events("histograms"):
+        found.append(
+            "No token scores of an evaluation. Every evaluation during training records them."
+        )
+    if record.figures and not any(points(record, name) for name in COSTS):
+        found.append("No memory in the log. The trainer of this version records its peak.")
+    if record.figures and not points(record, "target_tokens"):
+        found.append("No token counts in the log, so no throughput. The trainer records them.")
+    nulls = sorted({n for line in record.figures for n, v in line.items() if v is None})
+    if nulls:
+        found.append(f"Not numbers at some steps (NaN or infinity), left out: {', '.join(nulls)}.")
+    if record.damaged:
+        found.append(f"Lines of metrics.jsonl that were cut off, left out: {record.damaged}.")
+    return found

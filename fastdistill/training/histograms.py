@@ -1,0 +1,47 @@
+"""How token scores are spread: counts in fixed bins, which add up over batches and processes.
+
+bin 0: below 2⁻¹³ nats · half octaves 2^(i/2), i = −26 … 10 · last bin: from 2⁵ nats
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .targets import Targets
+
+SCORES = ("nll", "forward_kl", "entropy", "margin")
+EDGES = tuple(2.0 ** (i / 2) for i in range(-26, 11))
+BINS = len(EDGES) + 1
+
+
+@torch.no_grad()
+def histograms(scores: Mapping[str, Tensor | None], targets: Targets) -> Tensor:
+    """Counts of each sequence [B, len(SCORES) · BINS], fp32; all zero where a score is None."""
+    B = targets.shape[0]
+    counts = torch.zeros(B * len(SCORES) * BINS, device=targets.rows.device)
+    edges = torch.tensor(EDGES, device=targets.rows.device)
+    for i, name in enumerate(SCORES):
+        score = scores[name]
+        if score is not None:
+            bins = torch.bucketize(score.float(), edges, right=True)
+            at = (targets.rows * len(SCORES) + i) * BINS + bins
+            # Sums of ones are exact: the same bits every time, also on GPUs.
+            counts.index_add_(0, at, torch.ones_like(at, dtype=counts.dtype))
+    return counts.view(B, -1)
+
+
+def summed(rows: Any) -> dict[str, list[int]]:
+    """Counts over all sequences by score, of rows as `histograms` makes them or lists of such; a
+    score that no token has is left out."""
+    rows = np.concatenate(rows) if isinstance(rows, (list, tuple)) else np.asarray(rows)
+    totals = rows.reshape(-1, len(SCORES), BINS).sum(0, dtype=np.float64)
+    return {
+        name: [int(count) for count in total]
+        for name, total in zip(SCORES, totals, strict=True)
+        if total.any()
+    }

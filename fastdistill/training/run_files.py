@@ -1,0 +1,81 @@
+"""What a run leaves in its output folder, read without PyTorch.
+
+metrics.jsonl: one JSON object a line, only ever appended to: {"run", "time", "step", …figures}, or
+with "event": train_begin, first_batch, histograms, train_end. run.json: models, settings, versions
+and machine of the last start. A run that is resumed logs the steps behind its checkpoint a second
+time; readers take the later line.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+NAME = "metrics.jsonl"
+SETTINGS = "run.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """The last run in a folder, resumed ones joined.
+
+    lines: figures and events in the order they were written. settings: of run.json; None where it
+    is missing or damaged. damaged: lines that were cut off.
+    """
+
+    lines: list[dict[str, Any]]
+    settings: dict[str, Any] | None
+    damaged: int
+
+    def events(self, kind: str) -> list[dict[str, Any]]:
+        return [line for line in self.lines if line.get("event") == kind]
+
+    @property
+    def figures(self) -> list[dict[str, Any]]:
+        return [line for line in self.lines if "event" not in line]
+
+
+def read_run(output_dir: str | Path) -> RunRecord:
+    """The record of the last run in a folder.
+
+    Raises:
+        FileNotFoundError: the folder has no metrics.jsonl.
+    """
+    folder = Path(output_dir)
+    kept: list[dict[str, Any]] = []
+    begun: set[str] = set()
+    damaged = 0
+    for text in (folder / NAME).read_text(encoding="utf-8", errors="replace").splitlines():
+        if not text.strip():
+            continue
+        line = _object(text)
+        if line is None or not {"run", "step", "time"} <= line.keys():
+            damaged += 1
+            continue
+        if line.get("event") == "train_begin":
+            run, step = line["run"], line["step"]
+            # A new run from step 0, or what an interrupted one had done beyond its checkpoint. An
+            # evaluation before its own beginning belongs to it.
+            before = set() if run in begun else {run}
+            kept = [e for e in kept if e["run"] in before or (step and e["step"] <= step)]
+            begun.add(run)
+        kept.append(line)
+    path = folder / SETTINGS
+    settings = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    return RunRecord(lines=kept, settings=_object(settings), damaged=damaged)
+
+
+def read_metrics(output_dir: str | Path) -> list[dict[str, Any]]:
+    """The figures of the last run in a folder, resumed ones joined: one entry per step and kind of
+    line, in order of steps. Lines that were cut off are left out."""
+    return read_run(output_dir).figures
+
+
+def _object(text: str) -> dict[str, Any] | None:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
