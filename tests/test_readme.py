@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from cases import case
+from served import ours
 from test_compat_trl import TALKS, settings
 from test_compat_trl import model as small
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from fastdistill import DistillConfig
+from fastdistill import DistillConfig, Teacher
 from fastdistill.demo_models import shipped_teacher
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -96,6 +97,21 @@ def test_the_trainers_run_as_printed(tmp_path, monkeypatch, config):
     (block,) = (b for b in BLOCKS if f" {config}(" in b or f"={config}(" in b)
     exec(block.replace("import DistillConfig, ", "import "), names)
     assert names["trainer"].state.global_step == 1
+
+
+def test_teachers_that_are_elsewhere_run_as_printed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tokenizer = shipped_teacher()[1]
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+    big = small(tokenizer, 7, hidden=48)
+    names = {"tokenizer": tokenizer, "train": TALKS, "big": big}
+    built, served = (b for b in BLOCKS if "TeacherCache" in b or "ServedTeacher" in b)
+    exec(built, names)
+    assert names["cache"].manifest.settings.temperatures == (1.0, 2.0)
+    with ours(Teacher(big)) as url:
+        exec(served.replace("http://127.0.0.1:8000", url), names)
+        assert names["teacher"].vocab_size == len(tokenizer)
+        names["teacher"].close()
 
 
 def test_the_loss_for_axolotl_runs_as_printed():
