@@ -20,6 +20,7 @@ from rich.progress import (
 from transformers import TrainerCallback
 
 T = TypeVar("T")
+S = TypeVar("S", bound="_Shown")
 
 
 def _bar(*more: ProgressColumn) -> Progress:
@@ -43,16 +44,12 @@ def track(items: Sequence[T], what: str) -> Iterator[T]:
             bar.advance(task)
 
 
-class Work:
-    """A bar over so many rows: those done, their size and the whole's, and the time left."""
+class _Shown:
+    """A bar that is there within a `with`."""
 
-    def __init__(self, what: str, *, total: int, done: int = 0, size: int = 0) -> None:
-        """`done` of the rows were there before, with `size` bytes."""
-        self._bar = _bar(TextColumn("{task.fields[size]}"), TimeRemainingColumn())
-        self._bytes = size
-        self._task = self._bar.add_task(what, total=total, completed=done, size="")
+    _bar: Progress
 
-    def __enter__(self) -> Work:
+    def __enter__(self: S) -> S:
         self._bar.start()
         return self
 
@@ -63,6 +60,16 @@ class Work:
         trace: TracebackType | None,
     ) -> None:
         self._bar.stop()
+
+
+class Work(_Shown):
+    """A bar over so many rows: those done, their size and the whole's, and the time left."""
+
+    def __init__(self, what: str, *, total: int, done: int = 0, size: int = 0) -> None:
+        """`done` of the rows were there before, with `size` bytes."""
+        self._bar = _bar(TextColumn("{task.fields[size]}"), TimeRemainingColumn())
+        self._bytes = size
+        self._task = self._bar.add_task(what, total=total, completed=done, size="")
 
     def advance(self, rows: int, size: int = 0) -> None:
         self._bytes += size
@@ -73,24 +80,12 @@ class Work:
         )
 
 
-class Steps:
+class Steps(_Shown):
     """One bar per phase, on stderr; disabled when stderr is not a terminal."""
 
     def __init__(self) -> None:
         self._bar = _bar()
         self._task: Any = None
-
-    def __enter__(self) -> Steps:
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._bar.stop()
 
     def phase(self, what: str, *, total: int) -> list[TrainerCallback]:
         """Begin a phase; the callback advances it with the trainer's steps."""
