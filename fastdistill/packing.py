@@ -28,10 +28,10 @@ from .heads import evaluating, head_of, hidden_states
 
 CPU_TOKENS = 4096
 GPU_TOKENS = (1024, 16384)  # fewer leaves a GPU idle, more gains nothing
-_FREE_SHARE = 0.25
+FREE_SHARE = 0.25
 # Residual stream, queries, keys, values and the MLP's inner activations of one layer, in units of
 # the hidden size: what is alive at once in a forward pass without gradients.
-_VALUES_PER_TOKEN = 32
+VALUES_PER_TOKEN = 32
 
 # Attention that restarting positions keep apart; anything with a state runs on across rows.
 _PACKABLE_LAYERS = {"full_attention", "sliding_attention"}
@@ -129,7 +129,7 @@ class RowReader:
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         free = torch.cuda.mem_get_info(device)[0] + unused
         item = _embedding(self.model).weight.element_size()
-        fits = int(free * _FREE_SHARE) // (_VALUES_PER_TOKEN * item * max(self._hidden_size, 1))
+        fits = int(free * FREE_SHARE) // (VALUES_PER_TOKEN * item * max(self._hidden_size, 1))
         return min(max(fits, GPU_TOKENS[0]), GPU_TOKENS[1])
 
     def read(self, rows: Rows) -> Iterator[tuple[Tensor, Tensor]]:

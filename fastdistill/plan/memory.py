@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ..packing import _FREE_SHARE, _VALUES_PER_TOKEN, CPU_TOKENS, GPU_TOKENS
+from ..packing import CPU_TOKENS, FREE_SHARE, GPU_TOKENS, VALUES_PER_TOKEN
 from . import head
 from .optimisers import Optimiser, optimiser_of
 from .parts import Memory, Part, Phase, Settings
@@ -140,10 +140,10 @@ class Planner:
         """RowReader's budget: on a GPU by a share of what is free."""
         if self.device == "cpu":
             return CPU_TOKENS
-        free = GPU_TOKENS[1] * _VALUES_PER_TOKEN * hidden_bytes / _FREE_SHARE
+        free = GPU_TOKENS[1] * VALUES_PER_TOKEN * hidden_bytes / FREE_SHARE
         if self.card is not None:
             free = max(0, self.card - CONTEXT - held)
-        fits = int(free * _FREE_SHARE) // (_VALUES_PER_TOKEN * hidden_bytes)
+        fits = int(free * FREE_SHARE) // (VALUES_PER_TOKEN * hidden_bytes)
         return min(max(fits, GPU_TOKENS[0]), GPU_TOKENS[1])
 
     @functools.cache  # noqa: B019
