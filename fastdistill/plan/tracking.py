@@ -6,6 +6,9 @@ need help there, and get it while `Counted` is open:
     memory       bytes of the storages that live, and the peak of it
     questions    a model that asks whether anything is padded is told what the plan assumes
     attention    the fused kernel a device would choose, which never holds the scores
+
+and a fourth in early releases of transformers 5: whether autocast is on, which torch refuses to say
+of the meta device.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from __future__ import annotations
 import weakref
 from contextlib import ExitStack, nullcontext
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+_autocast = torch.is_autocast_enabled
 MOST_OPERATIONS = 150_000  # a layer that steps from token to token makes millions
 
 
@@ -41,6 +46,7 @@ class Counted:
         self._open = ExitStack()
 
     def __enter__(self) -> Counted:
+        self._open.enter_context(patch.object(torch, "is_autocast_enabled", _is_autocast_enabled))
         self._open.enter_context(self._answers)
         self._open.enter_context(self._alive)
         return self
@@ -61,6 +67,10 @@ class Counted:
         """Since it was last asked."""
         peak, self._alive.peak = self._alive.peak, self._alive.now
         return peak
+
+
+def _is_autocast_enabled(*device_type: str) -> bool:
+    return device_type != ("meta",) and _autocast(*device_type)
 
 
 class _Alive(TorchDispatchMode):
