@@ -76,6 +76,7 @@ def test_what_is_printed_can_be_pasted_back(run, folder, tmp_path):
         (("--k", "0"), "k: expected an integer in 1"),
         (("tmperatures=1",), "Did you mean temperatures?"),
         (("--teacher", "/none/here"), "expected"),
+        (("--teacher", "http://127.0.0.1:9"), "tokenizer: expected the teacher's, to read text"),
         (("--data", "/none/here.jsonl"), "data: expected a file of JSON lines"),
         (("--targets", "best"), "targets: expected"),
         (("targets",), "expected key=value, got 'targets'"),

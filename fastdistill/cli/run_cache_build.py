@@ -16,7 +16,7 @@ from .verbs import CacheBuild
 
 def run(own: CacheBuild, more: dict[str, Any]) -> dict[str, Any] | None:
     quiet()
-    data = JsonLines(own.data)
+    data = _data(own)
     teacher = teacher_of(own.teacher, own.teacher_quant, own.teacher_compute, device())
     rank, world = rank_and_world()
     with running(f"cache build: stopped, and what is finished stays in {own.out}"):
@@ -42,7 +42,7 @@ def run(own: CacheBuild, more: dict[str, Any]) -> dict[str, Any] | None:
 def dry(own: CacheBuild, more: dict[str, Any]) -> dict[str, Any]:
     """How many tokens and bytes it would be, from a look at some examples; no weights."""
     quiet()
-    data = JsonLines(own.data)
+    data = _data(own)
     teacher = None
     if is_url(own.teacher):
         teacher = teacher_of(own.teacher, own.teacher_quant, own.teacher_compute, device())
@@ -75,3 +75,13 @@ def tell(found: dict[str, Any]) -> None:
         return
     size = f"{found['bytes'] / 1e6:,.1f} MB in {found['shards']} files"
     print(f"{found['rows']:,} rows, about {found['tokens']:,} answers: {size}")
+
+
+def _data(own: CacheBuild) -> JsonLines:
+    data = JsonLines(own.data)
+    if is_url(own.teacher) and own.tokenizer is None and "input_ids" not in data[0]:
+        raise ValueError(
+            "tokenizer: expected the teacher's, to read text for a server, got none. Pass "
+            "--tokenizer, or lines with input_ids"
+        )
+    return data
