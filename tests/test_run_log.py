@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 
 import pytest
@@ -75,7 +76,7 @@ def test_settings_name_models_changes_and_versions(tmp_path):
     assert found["config"]["temperature"] == 2.0
     assert {"temperature", "k", "max_steps", "optim"} <= set(found["changed"])
     assert not {"accelerator_config", "report_to", "debug", "seed"} & set(found["changed"])
-    assert found["versions"]["torch"] == torch.__version__
+    assert found["versions"]["torch"] == importlib.metadata.version("torch")
     assert found["run"] == lines(tmp_path / "run")[0]["run"]
 
 

@@ -24,7 +24,7 @@ class Train:
     k=64 divergence=jsd learning_rate=1e-4 num_train_epochs=3 bf16=true; and teacher_compute.
     """
 
-    DRY_RUN: ClassVar = True
+    DRY_RUN: ClassVar[bool] = True
 
     student: A[str, "The model to train: a folder, or a name on the hub."]
     teacher: A[str | None, "A model, a cache's folder, a server's URL. None: labels."] = None
@@ -49,7 +49,7 @@ class CacheBuild:
     process makes its share of the files.
     """
 
-    DRY_RUN: ClassVar = True
+    DRY_RUN: ClassVar[bool] = True
 
     teacher: A[str, "A model: a folder, a name on the hub, or a server's URL."]
     data: A[Path, _DATA]
