@@ -6,7 +6,6 @@ import importlib.metadata
 import json
 
 import pytest
-import torch
 from training import build, config, llama, peaked, ragged, train
 
 from fastdistill.training.run_files import NAME, SETTINGS, read_metrics, read_run

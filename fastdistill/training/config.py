@@ -63,7 +63,10 @@ class DistillConfig(TrainingArguments):
     """
 
     # What the command line gives as JSON.
-    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [
+        *TrainingArguments._VALID_DICT_FIELDS,
+        "model_init_kwargs",
+    ]
 
     k: int | None = 64
     divergence: str = "forward_kl"
