@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import os
+import tempfile
+from pathlib import Path
+
 import pytest
 import torch
 from answers import Answers, spread
+from test_cache_build import OPTIONS, build, bytes_of
 from training import peaked, ragged
 
 from fastdistill import CacheError, Teacher, TeacherCache, TopK
-
-OPTIONS = {"k": 8, "temperatures": (1.0, 2.0), "shard_mb": 0.003}
-
-
-def bytes_of(folder):
-    return {p.name: p.read_bytes() for p in folder.iterdir() if not p.name.startswith(".")}
-
-
-def build(folder, data=None, teacher=None, **options):
-    teacher = Teacher(peaked()) if teacher is None else teacher
-    return TeacherCache.build(teacher, data or ragged(40), folder, **(OPTIONS | options))
 
 
 @pytest.mark.parametrize(
@@ -88,3 +84,33 @@ def test_refusals(tmp_path, change, error, words):
             **(OPTIONS | change),
         )
     assert not (tmp_path / "c").exists()
+
+
+def test_a_folder_without_permission():
+    """Also where the tests run as root, who would write everywhere."""
+    with tempfile.TemporaryDirectory() as shared:  # pytest's folders are closed to others
+        closed, control = (Path(shared) / name for name in ("closed", "control"))
+        Path(shared).chmod(0o755)
+        closed.mkdir(mode=0o555)
+        control.mkdir()
+        control.chmod(0o777)
+        with as_nobody(), pytest.raises(PermissionError) as said:
+            build(closed)
+        assert "path: expected a folder that can be written to, got" in str(said.value)
+        assert list(closed.iterdir()) == []
+        with as_nobody():
+            (control / "file").touch()
+
+
+@contextlib.contextmanager
+def as_nobody():
+    """This thread opens files as a user without rights; no change for one who has none."""
+    if os.geteuid() != 0:
+        yield
+        return
+    libc = ctypes.CDLL(None)
+    libc.setfsuid(65534)
+    try:
+        yield
+    finally:
+        libc.setfsuid(0)

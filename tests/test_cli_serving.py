@@ -12,6 +12,7 @@ import sys
 import pytest
 import torch
 from command import call, files
+from transformers import AutoTokenizer
 
 from fastdistill import ServedTeacher, Teacher
 
@@ -63,7 +64,7 @@ def test_other_machines_need_a_token(run, folder, monkeypatch):
     assert "token: expected one when host is not loopback" in err
 
 
-def test_served_until_it_is_interrupted(folder):
+def test_served_until_it_is_interrupted(run, folder, tmp_path, monkeypatch):
     asked = ["serve", "--teacher", str(folder / "teacher"), "--port", "0", "--token", "s3cret"]
     with subprocess.Popen(
         [sys.executable, "-m", "fastdistill", *asked, "--json"], stdout=subprocess.PIPE,
@@ -77,6 +78,15 @@ def test_served_until_it_is_interrupted(folder):
         here = Teacher(str(folder / "teacher")).topk(ids, k=8, temperature=2.0)
         assert torch.equal(teacher.topk(ids, k=8, temperature=2.0).ids, here.ids)
         teacher.close()
+        monkeypatch.setenv("FASTDISTILL_TOKEN", "s3cret")
+        given = ("--student", folder / "student", "--data", folder / "train.jsonl")
+        asked = ("train", *given, "--teacher", url, "--dry-run")
+        assert run(*asked)[0] == 0
+        other = AutoTokenizer.from_pretrained(folder / "teacher")
+        other.add_tokens(["<new>"])
+        other.save_pretrained(tmp_path / "other")
+        code, _, err = run(*asked, "--tokenizer", tmp_path / "other")
+        assert (code, "tokenizer: expected that of" in err) == (2, True)
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=30)
     assert (process.returncode, json.loads(out)) == (0, {"url": url})

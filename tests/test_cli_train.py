@@ -16,6 +16,7 @@ from command import call, files
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastdistill import Teacher, TeacherCache
+from fastdistill.training.run_files import read_run
 
 RUN = [sys.executable, "-m", "fastdistill"]
 COLOUR = re.compile(rb"\x1b\[(?:\d+;)*(?:[349][0-7]|[34]8;[\d;]+)m")
@@ -63,18 +64,19 @@ def test_a_student_a_log_and_a_report(run, folder, tmp_path):
 
 
 def test_stopped_and_started_again(run, folder, tmp_path):
-    whole = train(folder, tmp_path / "whole", "save_steps=2")
-    assert run(*whole)[0] == 0
-    part = train(folder, tmp_path / "part", "save_steps=2")
-    assert run(*part, "--no-resume", "lr_scheduler_type=constant")[0] == 0
-    # As a kill after the second step would leave it.
-    shutil.rmtree(tmp_path / "part" / "checkpoint-4")
-    shutil.copytree(
-        tmp_path / "whole" / "checkpoint-2", tmp_path / "part" / "checkpoint-2", dirs_exist_ok=True
-    )
-    code, out, _ = run(*part, "--json")
-    assert (code, json.loads(out)["steps"]) == (0, 4)
-    assert torch.equal(weights(tmp_path / "part"), weights(tmp_path / "whole"))
+    asked, out = train(folder, tmp_path / "run", "save_steps=2"), tmp_path / "run"
+    began = lambda: read_run(out).events("train_begin")[-1]["step"]  # noqa: E731
+    assert run(*asked)[0] == 0
+    assert began() == 0
+    undisturbed = weights(out)
+    # As a kill after the third step would leave it.
+    shutil.rmtree(out / "checkpoint-4")
+    (out / "model.safetensors").unlink()
+    code, said, _ = run(*asked, "--json")
+    assert (code, json.loads(said)["steps"], began()) == (0, 4, 2)
+    assert torch.equal(weights(out), undisturbed)
+    assert run(*asked, "--no-resume")[0] == 0
+    assert began() == 0
 
 
 def test_from_a_cache_and_from_labels(run, folder, tmp_path):

@@ -81,7 +81,7 @@ def build(
             with, answers that no language model gives, or another process that stopped.
         OSError: no space, no permission. What is finished stays, and the next build goes on there.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    _refuse_unwritable(folder, rank)
     with _alone(folder, rank):
         settings = _agree(folder, settings)
         mine = range(rank, settings.shards, world)
@@ -160,6 +160,20 @@ def _write(folder: Path, index: int, writer: Writer) -> None:
             "make room and build again with the same settings",
             str(folder),
         ) from error
+
+
+def _refuse_unwritable(folder: Path, rank: int) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / _LOCK.format(rank=rank)).touch()
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        raise PermissionError(
+            error.errno,
+            f"path: expected a folder that can be written to, got {str(folder)!r} "
+            f"({error.strerror}). Choose another, or let this user write there",
+        ) from None
 
 
 @contextlib.contextmanager

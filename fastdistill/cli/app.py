@@ -57,9 +57,9 @@ def _root(
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for report.html and results.json.")] = Path(
-        "fastdistill-demo"
-    ),
+    out: Annotated[
+        Path, typer.Option(help="Folder for the report and what it was made of.")
+    ] = Path("fastdistill-demo"),
     data: Annotated[
         Path | None, typer.Option(help="Your own text file or folder; trains a teacher there.")
     ] = None,
@@ -179,7 +179,7 @@ def main() -> None:
     try:
         app(prog_name="fastdistill")
     except KeyboardInterrupt:
-        print("fastdistill: interrupted; the same command goes on", file=sys.stderr)
+        print("fastdistill: interrupted", file=sys.stderr)
         raise SystemExit(1) from None
     except Exception as error:
         code = _code_of(error)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from ..backend import local_rank
@@ -42,17 +42,25 @@ def device() -> torch.device:
     return torch.device("cuda", local_rank() % torch.cuda.device_count())
 
 
-def teacher_of(name: str, quant: str | None, compute: str, place: torch.device) -> Any:
-    """A cache of its folder, a client of a server's URL, or else the model."""
+def elsewhere(name: str, quant: str | None, compute: str) -> Any:
+    """The cache in a folder, or the client of a server; None where the name is a model's."""
     found = opened(name)
-    if not isinstance(found, (str, Path)):
-        if quant is not None or compute != "auto":
-            raise ValueError(
-                f"teacher_quant: expected none with {name}, whose answers are made already, got "
-                f"{quant or compute!r}"
-            )
-        return found
-    return load_teacher(name, quant=quant, compute=compute, device=place)
+    if isinstance(found, (str, Path)):
+        return None
+    if quant is not None or compute != "auto":
+        raise ValueError(
+            f"teacher_quant: expected none with {name}, whose answers are made already, got "
+            f"{quant or compute!r}"
+        )
+    return found
+
+
+def teacher_of(name: str, quant: str | None, compute: str, place: torch.device) -> Any:
+    """A teacher that is elsewhere, or else the model."""
+    found = elsewhere(name, quant, compute)
+    return (
+        load_teacher(name, quant=quant, compute=compute, device=place) if found is None else found
+    )
 
 
 def tokenizer_of(name: str) -> Any:
@@ -61,16 +69,3 @@ def tokenizer_of(name: str) -> Any:
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(f"tokenizer: expected one in {name}, got none: {first}") from None
-
-
-def config_of(name: str) -> Any:
-    """config.json alone; code that comes with it is never run."""
-    try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ValueError(f"model: expected a config.json in {name}, got none: {first}") from None
-
-
-def is_url(name: str | None) -> bool:
-    return name is not None and name.startswith(("http://", "https://"))

@@ -9,7 +9,9 @@ from ..cache import TeacherCache
 from ..cache.prepare import settings_for
 from ..examples import Encoder
 from ..json_lines import JsonLines
-from .opening import config_of, device, is_url, quiet, running, teacher_of, tokenizer_of
+from ..plan.shapes import config_of
+from ..served import is_url
+from .opening import device, elsewhere, quiet, running, teacher_of, tokenizer_of
 from .run_cache import figures, show
 from .verbs import CacheBuild
 
@@ -43,15 +45,14 @@ def dry(own: CacheBuild, more: dict[str, Any]) -> dict[str, Any]:
     """How many tokens and bytes it would be, from a look at some examples; no weights."""
     quiet()
     data = _data(own)
-    teacher = None
-    if is_url(own.teacher):
-        teacher = teacher_of(own.teacher, own.teacher_quant, own.teacher_compute, device())
-        vocab, tokenizer = teacher.vocab_size, teacher.tokenizer
+    teacher = elsewhere(own.teacher, own.teacher_quant, own.teacher_compute)
+    if teacher is None:
+        vocab = config_of("teacher", own.teacher).get_text_config().vocab_size
     else:
-        vocab, tokenizer = config_of(own.teacher).get_text_config().vocab_size, None
-    name = own.tokenizer or (None if is_url(own.teacher) else own.teacher)
+        vocab = teacher.vocab_size
+    name = own.tokenizer or (own.teacher if teacher is None else None)
     encoder = Encoder(
-        tokenizer=tokenizer if name is None else tokenizer_of(name),
+        tokenizer=None if name is None else tokenizer_of(name),
         completion_only=own.completion_only_loss,
         max_length=own.max_length,
     )

@@ -14,13 +14,14 @@ from transformers import PrinterCallback, TrainingArguments
 from ..cache import TeacherCache
 from ..examples import IGNORE_INDEX, Encoder
 from ..json_lines import JsonLines
+from ..plan.shapes import config_of
 from ..progress import Training
 from ..run_report import write_run_report
 from ..training.config import DistillConfig
 from ..training.data_checks import check_datasets, named, some_of
-from ..training.offline import opened, refuse_unanswered, refuse_unfit
+from ..training.offline import refuse_unanswered, refuse_unfit
 from ..training.trainer import DistillTrainer
-from .opening import config_of, quiet, running, teacher_of, tokenizer_of
+from .opening import elsewhere, quiet, running, teacher_of, tokenizer_of
 from .settings import fit
 from .verbs import Train
 
@@ -79,7 +80,7 @@ def dry(own: Train, more: dict[str, Any]) -> dict[str, Any]:
     """Everything that can be known without weights: settings, data, tokenizers, a cache's rows."""
     quiet()
     config, (data, held_out) = _config(own, more), _data(own)
-    config_of(own.student)
+    config_of("student", own.student)
     tokenizer = tokenizer_of(own.tokenizer or own.student)
     encoder = Encoder(
         tokenizer=tokenizer,
@@ -87,14 +88,16 @@ def dry(own: Train, more: dict[str, Any]) -> dict[str, Any]:
         max_length=config.max_length,
     )
     check_datasets(encoder, data, held_out, prompts_only=config.lmbda == 1.0)
-    teacher = own.teacher
-    if teacher is not None:
-        cache = opened(teacher)
-        if isinstance(cache, TeacherCache):
-            refuse_unfit(cache, config, tokenizer)
-            refuse_unanswered(cache, encoder, named(data, held_out))
-        elif isinstance(cache, str):
-            config_of(cache)
+    if own.teacher is not None:
+        teacher = elsewhere(own.teacher, own.teacher_quant, own.teacher_compute)
+        if teacher is None:
+            config_of("teacher", own.teacher)
+        elif isinstance(teacher, TeacherCache):
+            refuse_unfit(teacher, config, tokenizer)
+            refuse_unanswered(teacher, encoder, named(data, held_out))
+        else:
+            teacher.refuse_tokenizer(tokenizer)
+            teacher.close()
     rows = [encoder(example, at) for at, example in some_of(data)]
     targets = sum(int((row.targets[1:] != IGNORE_INDEX).sum()) for row in rows)
     return {

@@ -1,8 +1,8 @@
 """A teacher behind HTTP: a client for vLLM and its like, and our own small server."""
 
-from .client import ServedTeacher
+from .client import ServedTeacher, is_url
 from .connection import NoAnswer
 from .server import make_app, serve
 from .verdict import WrongAnswer
 
-__all__ = ["NoAnswer", "ServedTeacher", "WrongAnswer", "make_app", "serve"]
+__all__ = ["NoAnswer", "ServedTeacher", "WrongAnswer", "is_url", "make_app", "serve"]

@@ -28,6 +28,11 @@ _ANY_ID = 1 << 31
 _PROBED = 32  # tokens that the question about the temperature is about
 
 
+def is_url(given: object) -> bool:
+    """Whether this names a server, and not a folder or a model."""
+    return isinstance(given, str) and given.startswith(("http://", "https://"))
+
+
 class _Part(NamedTuple):
     """Rows of one request: positions first..last of the batch's attended tokens."""
 

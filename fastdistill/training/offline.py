@@ -14,7 +14,7 @@ from ..cache import TeacherCache
 from ..cache.manifest import MANIFEST, SETTINGS
 from ..examples import IGNORE_INDEX, Encoder
 from ..outputs import TopK
-from ..served import ServedTeacher
+from ..served import ServedTeacher, is_url
 from .config import DistillConfig
 from .data_checks import some_of
 
@@ -23,7 +23,7 @@ _COLUMNS = ("teacher_ids", "teacher_logprobs", "teacher_log_tail")
 
 def opened(teacher: Any) -> Any:
     """The server behind a URL, the cache in a folder; anything else as it is."""
-    if isinstance(teacher, str) and teacher.startswith(("http://", "https://")):
+    if is_url(teacher):
         return ServedTeacher(teacher)
     if isinstance(teacher, (str, Path)):
         folder = Path(teacher).expanduser()
