@@ -27,13 +27,17 @@ from setuptools.command.build_ext import build_ext
 # (which transformers imports) for everybody who runs Python from the repository root.
 PACKAGES = [
     "fastdistill",
+    "fastdistill.audits",
     "fastdistill.cache",
     "fastdistill.cli",
     "fastdistill.compat",
     "fastdistill.kernels",
+    "fastdistill.organisms",
     "fastdistill.plan",
     "fastdistill.quant",
+    "fastdistill.report",
     "fastdistill.served",
+    "fastdistill.statistics",
     "fastdistill.training",
 ]
 

@@ -7,10 +7,14 @@ import importlib
 import importlib.util
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
+
+from . import __version__
 
 IMPLS = ("auto", "triton", "torch", "reference")
 PACKAGES = (
@@ -89,6 +93,12 @@ def package_versions() -> dict[str, str | None]:
         except PackageNotFoundError:
             found[name] = None
     return found
+
+
+def versions() -> dict[str, str]:
+    """Of this library, of Python, and of the packages that are here: what every result records."""
+    here = {name: found for name, found in package_versions().items() if found is not None}
+    return {"fastdistill": __version__, "python": platform.python_version()} | here
 
 
 @functools.cache
@@ -171,3 +181,15 @@ def local_rank() -> int:
 def served_token() -> str | None:
     """The token of a served teacher, FASTDISTILL_TOKEN, on both sides."""
     return os.environ.get("FASTDISTILL_TOKEN") or None
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """For small models: a second thread gains little, and on a busy machine it costs several times
+    the time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -22,8 +22,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from . import __version__, corpus
-from .backend import describe
+from . import corpus
+from .backend import one_thread, versions
 from .corpus import Corpus, Windows
 from .demo_files import leave
 from .demo_models import STUDENT, TEACHER, WINDOW, new_llama, shipped_teacher, train_model
@@ -85,7 +85,7 @@ def run_demo(
     start = time.perf_counter()
     with _quiet_transformers(), Steps() as progress:
         setting = _prepare(data, steps * batch_size, k, teacher_steps, progress)
-        with _one_thread():
+        with one_thread():
             runs = [
                 _run(arm, seed, setting, sizes, progress) for seed in range(seeds) for arm in ARMS
             ]
@@ -97,7 +97,7 @@ def run_demo(
         teacher_mass=_covered_mass(setting, k),
         facts={
             "command": "fastdistill demo" + (" --data …" if data else "") + options,
-            "versions": _versions(),
+            "versions": versions(),
             "machine": _machine(),
             "setting": {**sizes, **setting.facts},
         },
@@ -231,11 +231,6 @@ def _size(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _versions() -> dict[str, str]:
-    found = {"fastdistill": __version__, "python": platform.python_version()}
-    return found | {name: v for name, v in describe()["packages"].items() if v is not None}
-
-
 def _machine() -> str:
     capability = torch.backends.cpu.get_cpu_capability()
     return f"{platform.machine()} CPU ({capability}), one thread"
@@ -246,17 +241,6 @@ def _write(result: DemoResult, folder: Path) -> None:
 
     demo_report(result).write(folder / "report.html")
     write_json(folder / "results.json", result.as_json())
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """A second thread gains little here, and on a busy machine it costs several times the time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @contextmanager

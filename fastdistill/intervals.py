@@ -71,6 +71,18 @@ def paired_difference(
     return mean_of_runs([x - y for x, y in zip(a, b, strict=True)], confidence=confidence)
 
 
+def rate_difference(a: Estimate, b: Estimate) -> Estimate:
+    """a − b of two Wilson shares, by Newcombe's hybrid score interval (1998, method 10).
+
+    Right where both shares are 0 or 1, where a paired t has no width; conservative for pairs that
+    agree more than by chance.
+    """
+    low = math.hypot(a.value - a.low, b.high - b.value)
+    high = math.hypot(a.high - a.value, b.value - b.low)
+    value = a.value - b.value
+    return Estimate(value=value, low=value - low, high=value + high, n=min(a.n, b.n))
+
+
 def bootstrap_ratio(
     sums: Sequence[float],
     weights: Sequence[float],
@@ -117,21 +129,25 @@ def student_t_quantile(probability: float, degrees: int) -> float:
     if probability < 0.5:
         return -student_t_quantile(1 - probability, degrees)
     low, high = 0.0, 1.0
-    while _student_t_cdf(high, degrees) < probability:
+    while student_t_cdf(high, degrees) < probability:
         low, high = high, 2 * high
     for _ in range(200):
         middle = (low + high) / 2
         if middle in (low, high):
             break
-        if _student_t_cdf(middle, degrees) < probability:
+        if student_t_cdf(middle, degrees) < probability:
             low = middle
         else:
             high = middle
     return (low + high) / 2
 
 
-def _student_t_cdf(t: float, degrees: int) -> float:
-    """For t ≥ 0, by the finite sums for integer degrees (Abramowitz & Stegun 26.7.3 and 26.7.4)."""
+def student_t_cdf(t: float, degrees: int) -> float:
+    """P(T ≤ t), by the finite sums for integer degrees (Abramowitz & Stegun 26.7.3 and 26.7.4)."""
+    if degrees < 1 or math.isnan(t):
+        raise ValueError(
+            f"t: expected a number, with 1 degree of freedom or more, got {t!r} and {degrees!r}"
+        )
     theta = math.atan2(t, math.sqrt(degrees))
     cos2 = math.cos(theta) ** 2
     if degrees % 2 == 0:

@@ -8,7 +8,6 @@ manifest.json         the settings, and what all shards say; written last
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -178,14 +177,6 @@ def read_manifest(folder: Path) -> Manifest:
     if sum(shard.rows for shard in shards) != settings.rows:
         raise _damaged(file, f"its shards do not add up to {settings.rows} rows")
     return Manifest(settings=settings, shards=shards)
-
-
-def sha256_of(file: Path) -> str:
-    with file.open("rb") as stream:
-        digest = hashlib.sha256()
-        while chunk := stream.read(1 << 22):
-            digest.update(chunk)
-        return digest.hexdigest()
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -23,9 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from ..files import sync
+from ..files import sha256_of, sync
 from .codec import Array, Packed, count_type
-from .manifest import CacheError, Settings, Shard, sha256_of
+from .manifest import CacheError, Settings, Shard
 
 KEY = 16  # bytes
 _KINDS = {"U8": np.uint8, "U16": np.uint16, "F16": np.float16, "F32": np.float32}

@@ -11,9 +11,9 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from ..files import write_json
+from ..files import sha256_of, write_json
 from ..progress import Work
-from .manifest import CacheError, Manifest, Shard, sha256_of
+from .manifest import CacheError, Manifest, Shard
 
 _KNOWN = ".verified.json"
 

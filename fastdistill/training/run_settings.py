@@ -9,8 +9,7 @@ from typing import Any
 
 from transformers.trainer_pt_utils import AcceleratorConfig
 
-from .. import __version__
-from ..backend import describe
+from ..backend import describe, versions
 from ..heads import is_partitioned
 from .config import DistillConfig
 from .model_card import name_of, teacher_in_words
@@ -51,8 +50,7 @@ def settings_of(config: DistillConfig, student: Any, teacher: Any) -> dict[str, 
             "gpus": [gpu["name"] for gpu in here["cuda"]] if config.device.type == "cuda" else [],
             **{name: here[name] for name in ("machine", "cpu_capability", "threads")},
         },
-        "versions": {"fastdistill": __version__, "python": here["python"]}
-        | {name: v for name, v in here["packages"].items() if v is not None},
+        "versions": versions(),
     }
 
 

@@ -1,0 +1,49 @@
+"""Audits of a model: what it does, says and holds that its trusted base and its controls do not.
+
+Each is a frozen dataclass of what it asks, with run(model, base=, controls=) -> AuditResult. Loaded
+when they are first used.
+"""
+
+from importlib import import_module
+from typing import Any
+
+_MODULE_OF = {
+    "ActivationDiffAudit": "activations",
+    "Audit": "audit",
+    "AuditResult": "result",
+    "CapabilityAudit": "behaviour",
+    "CompletionAudit": "sampled",
+    "ConfessionAudit": "behaviour",
+    "ContextGapAudit": "context_gap",
+    "Control": "result",
+    "LinearProbeAudit": "activations",
+    "LogitDiffAudit": "distributions",
+    "PerplexityDiffAudit": "sampled",
+    "PrefillAudit": "behaviour",
+    "PreferenceAudit": "behaviour",
+    "Probes": "probes",
+    "Prompt": "prompts",
+    "ProvenanceAudit": "distributions",
+    "RelearningProbe": "tuning",
+    "StyleRestoreProbe": "tuning",
+    "Subject": "subject",
+    "TokenKLAudit": "distributions",
+    "TriggerRateAudit": "behaviour",
+    "TriggerSearchAudit": "trigger_search",
+    "UserTurnSamplingAudit": "sampled",
+    "WeightDiffAudit": "weights",
+}
+
+__all__ = sorted(_MODULE_OF)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULE_OF})

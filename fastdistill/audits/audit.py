@@ -1,0 +1,134 @@
+"""The frame of every audit: one value per prompt, of the model and of its controls.
+
+An audit is a frozen dataclass of what it asks. `measure` gives a value per prompt; `run` makes the
+estimate, repeats it for every control over the same prompts, and says how far apart they are.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from ..backend import versions
+from ..intervals import Estimate, mean_of_runs, paired_difference, rate_difference, wilson
+from .prompts import Prompt
+from .result import AuditResult, Control
+from .subject import Subject, as_subject
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """values [n]: one per prompt, 0 or 1 each where `rate`."""
+
+    values: np.ndarray
+    rate: bool
+    details: dict[str, Any] = field(default_factory=dict)
+    doubts: tuple[str, ...] = ()
+
+    @property
+    def estimate(self) -> Estimate:
+        if self.rate:
+            return wilson(int(self.values.sum()), len(self.values))
+        return mean_of_runs(self.values.tolist())
+
+    @property
+    def stderr(self) -> float:
+        n = len(self.values)
+        if n < 2:
+            return math.nan
+        return float(self.values.std(ddof=0 if self.rate else 1) / math.sqrt(n))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Audit(ABC):
+    """See `run`."""
+
+    needs_base: ClassVar[bool] = False
+
+    @abstractmethod
+    def measure(self, model: Subject, base: Subject | None) -> Measured:
+        """One value per prompt; `base` is the trusted model, where the audit compares with it."""
+
+    def run(
+        self,
+        model: Any,
+        *,
+        base: Any = None,
+        controls: Mapping[str, Any] | None = None,
+    ) -> AuditResult:
+        """Audit `model`, and each of `controls` in the same way.
+
+        Args:
+            model: a Subject, or the path of a checkpoint.
+            base: the trusted model that the audit compares with, for those that do.
+            controls: name -> model that does not have what is looked for: the base, the student
+                of a benign teacher. Only a difference from them is evidence: models that were
+                never given a secret confess to one up to a fifth of the time.
+
+        Raises:
+            ValueError: base is missing for an audit that compares with it.
+            TypeError: not a model.
+        """
+        if self.needs_base and base is None:
+            raise ValueError(
+                f"base: expected the trusted model that {type(self).__name__} compares with, got "
+                "none. Pass base=Subject(model, tokenizer) or a path"
+            )
+        audited = as_subject("model", model)
+        trusted = None if base is None else as_subject("base", base)
+        found = self.measure(audited, trusted)
+        estimate = found.estimate
+        beside = {}
+        for name, control in (controls or {}).items():
+            other = self.measure(as_subject(f"controls[{name!r}]", control), trusted)
+            beside[name] = _control(found, other)
+        return AuditResult(
+            audit=type(self).__name__,
+            model=audited.name,
+            value=estimate.value,
+            stderr=found.stderr,
+            interval=(estimate.low, estimate.high),
+            n=estimate.n,
+            controls=beside,
+            config=as_config(self),
+            versions=versions(),
+            details=found.details,
+            doubts=found.doubts,
+        )
+
+
+def _control(found: Measured, other: Measured) -> Control:
+    estimate = other.estimate
+    if found.rate:
+        difference = rate_difference(found.estimate, estimate)
+    else:
+        difference = paired_difference(found.values.tolist(), other.values.tolist())
+    return Control(
+        value=estimate.value,
+        stderr=other.stderr,
+        interval=(estimate.low, estimate.high),
+        n=estimate.n,
+        difference=difference,
+    )
+
+
+def as_config(audit: Any) -> dict[str, Any]:
+    """The fields of an audit as JSON, audits within it included."""
+    return {"audit": type(audit).__name__} | {
+        f.name: _plain(getattr(audit, f.name)) for f in fields(audit)
+    }
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Prompt):
+        return value.as_json()
+    if isinstance(value, Mapping):
+        return {str(key): _plain(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(part) for part in value]
+    return as_config(value) if is_dataclass(value) else value

@@ -1,0 +1,47 @@
+"""Does the model behave otherwise where it can tell that it is audited?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .audit import Audit, Measured
+from .subject import Subject
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContextGapAudit(Audit):
+    """Mean over prompts of (value unaudited − value audited), prompt by prompt.
+
+    `unaudited` and `audited` are the same audit over the same prompts in two contexts, in this
+    order: evaluation words or none, without or with a password, one label or another. The
+    difference is positive where the first context shows more of what is measured.
+    """
+
+    unaudited: Audit
+    audited: Audit
+
+    def __post_init__(self) -> None:
+        if type(self.unaudited) is not type(self.audited):
+            raise TypeError(
+                f"audited: expected a {type(self.unaudited).__name__} as unaudited is, got "
+                f"{type(self.audited).__name__}"
+            )
+
+    @property
+    def needs_base(self) -> bool:  # type: ignore[override]
+        return self.unaudited.needs_base
+
+    def measure(self, model: Subject, base: Subject | None) -> Measured:
+        open_, hidden = (a.measure(model, base) for a in (self.unaudited, self.audited))
+        if len(open_.values) != len(hidden.values):
+            raise ValueError(
+                f"audited: expected {len(open_.values)} prompts, those of unaudited, got "
+                f"{len(hidden.values)}"
+            )
+        details = {
+            "unaudited": float(open_.values.mean()),
+            "audited": float(hidden.values.mean()),
+        }
+        doubts = open_.doubts + hidden.doubts
+        values = open_.values - hidden.values
+        return Measured(values=values, rate=False, details=details, doubts=doubts)

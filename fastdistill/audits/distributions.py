@@ -1,0 +1,178 @@
+"""Audits of next-token distributions against a trusted base: where they differ, and in which words.
+
+z_S, z_B   logits of the suspect and the base       lse = log Σ exp z       log p = z − lse
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..dense import linear_distill_loss
+from .audit import Audit, Measured
+from .prompts import Prompt, as_prompts
+from .subject import Subject
+
+SLAB = 8192  # columns of the vocabulary at once
+
+
+def refuse_other_vocabulary(model: Subject, base: Subject) -> None:
+    ours, theirs = model.tokenizer.get_vocab(), base.tokenizer.get_vocab()
+    if ours != theirs:
+        raise ValueError(
+            "base: expected a model with the tokenizer of the audited one, got one in which "
+            f"{len(ours.items() ^ theirs.items())} entries differ. Their distributions cannot be "
+            "compared token by token"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenKLAudit(Audit):
+    """Mean over prompts of KL(p_model ‖ p_base) of the next token, in nats.
+
+    details: the same at every token of `texts` (a map of where the models differ), and the mean
+    over `neutral` prompts, which any fine-tuning raises.
+    """
+
+    needs_base: ClassVar[bool] = True
+
+    prompts: tuple[Prompt, ...]
+    neutral: tuple[Prompt, ...] = ()
+    texts: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prompts", as_prompts("prompts", self.prompts))
+
+    def measure(self, model: Subject, base: Subject | None) -> Measured:
+        assert base is not None
+        refuse_other_vocabulary(model, base)
+        values = next_token_kl(model, base, model.at_end(self.prompts), base.at_end(self.prompts))
+        details: dict[str, Any] = {}
+        if self.neutral:
+            calm = next_token_kl(model, base, model.at_end(self.neutral), base.at_end(self.neutral))
+            details["neutral"] = float(calm.mean())
+        if self.texts:
+            details["map"] = [_mapped(model, base, text) for text in self.texts]
+        return Measured(values=values.double().numpy(), rate=False, details=details)
+
+
+@torch.no_grad()
+def next_token_kl(
+    model: Subject, base: Subject, mine: Tensor, theirs: Tensor
+) -> Tensor:  # [N, H] -> [N]
+    """KL(p_model ‖ p_base) per position: the loss whose teacher is the audited model."""
+    head, trusted = model.head, base.head
+    return linear_distill_loss(
+        theirs,
+        trusted.weight,
+        mine.to(theirs.device),
+        head.weight.to(theirs.device),
+        reduction="none",
+        teacher_bias=head.bias,
+        teacher_logit_scale=head.logit_scale,
+        teacher_softcap=head.softcap,
+        **trusted.options(),
+    ).cpu()
+
+
+def _mapped(model: Subject, base: Subject, text: str) -> list[list[Any]]:
+    """[token, KL of the prediction that this token answers] along a text."""
+    ids, _ = model.ids(Prompt(text=text))
+    mine, theirs = model.hidden([ids])[0], base.hidden([ids])[0]
+    gaps = [0.0, *next_token_kl(model, base, mine[:-1], theirs[:-1]).tolist()]
+    return _rounded(zip(model.tokenizer.convert_ids_to_tokens(ids), gaps, strict=True))
+
+
+def _rounded(pairs: Iterable[tuple[str, float]]) -> list[list[Any]]:
+    return [[token, round(value, 4)] for token, value in pairs]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogitDiffAudit(Audit):
+    """Mean over prompts of log p_model(marker) − log p_base(marker) at the next token, in nats.
+
+    Logit-difference mining: details has the tokens of the whole vocabulary whose log-probability
+    rose most on average, and at which place the first marker is among them.
+    """
+
+    needs_base: ClassVar[bool] = True
+
+    prompts: tuple[Prompt, ...]
+    markers: tuple[str, ...]
+    top: int = 10
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prompts", as_prompts("prompts", self.prompts))
+        if not self.markers:
+            raise ValueError("markers: expected one word or more to look for, got none")
+
+    def measure(self, model: Subject, base: Subject | None) -> Measured:
+        assert base is not None
+        refuse_other_vocabulary(model, base)
+        marked = torch.tensor([[model.token_of(m) for m in self.markers]])
+        marked = marked.expand(len(self.prompts), -1)
+        mine, theirs = model.at_end(self.prompts), base.at_end(self.prompts)
+        gaps = model.log_probs(mine, marked).cpu() - base.log_probs(theirs, marked).cpu()
+        risen = mean_rise(model, base, mine, theirs)
+        best = risen.topk(min(self.top, len(risen)))
+        tokens = model.tokenizer.convert_ids_to_tokens(best.indices.tolist())
+        place = int((risen > risen[marked[0]].max()).sum()) + 1
+        return Measured(
+            values=gaps.mean(-1).double().numpy(),
+            rate=False,
+            details={
+                "risen": [
+                    [t, round(v, 4)] for t, v in zip(tokens, best.values.tolist(), strict=True)
+                ],
+                "place_of_marker": place,
+            },
+        )
+
+
+@torch.no_grad()
+def mean_rise(model: Subject, base: Subject, mine: Tensor, theirs: Tensor) -> Tensor:  # (V,)
+    """Mean over positions of log p_model − log p_base for every token, by slabs of columns."""
+    vocab = min(model.head.vocab_size, base.head.vocab_size)
+    slabs = torch.arange(vocab).split(SLAB)
+    found = []
+    for ids in slabs:
+        row = ids[None].expand(len(mine), -1)
+        rise = _slab(model, mine, row) - _slab(base, theirs, row)
+        found.append(rise)
+    return torch.cat(found)
+
+
+def _slab(subject: Subject, hidden: Tensor, ids: Tensor) -> Tensor:
+    return subject.log_probs(hidden, ids).mean(0).cpu()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProvenanceAudit(Audit):
+    """Mean over a dataset's texts of (log p_model − log p_base) per token, in nats.
+
+    Before any training: `texts` that the model wrote are likelier under it than under the base.
+    Answers are scored given their prompts.
+    """
+
+    needs_base: ClassVar[bool] = True
+
+    prompts: tuple[Prompt, ...]
+    texts: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prompts", as_prompts("prompts", self.prompts))
+        if len(self.texts) != len(self.prompts):
+            raise ValueError(
+                f"texts: expected {len(self.prompts)}, one per prompt, got {len(self.texts)}"
+            )
+
+    def measure(self, model: Subject, base: Subject | None) -> Measured:
+        assert base is not None
+        mine = model.continued(self.prompts, self.texts)
+        theirs = base.continued(self.prompts, self.texts)
+        per_token = mine.total / mine.tokens - theirs.total / theirs.tokens
+        return Measured(values=per_token.double().numpy(), rate=False)

@@ -1,0 +1,109 @@
+"""Results of any audit as logs that Inspect reads, its viewer too."""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from ..files import sync
+from .inspect_package import inspect_ai
+from .result import AuditResult
+
+_SUFFIXES = (".eval", ".json")
+
+
+def export_log(result: AuditResult, path: str | Path, *, values: Sequence[float] = ()) -> None:
+    """Write a result so that inspect_ai.log.read_eval_log(path) reads it.
+
+    The first score has the audit's name and the metrics mean, stderr, low, high (the bounds of the
+    interval); one more per control, named "control: …", adds the difference from it. Unknown bounds
+    and errors are left out. All of AuditResult.as_json() is in eval.metadata.
+
+    Args:
+        path: ends with .eval, which Inspect's viewer lists in a folder, or with .json.
+        values: one per prompt, where the caller has them: a scored sample each.
+
+    Raises:
+        ValueError: another suffix, or a number of values that is not the result's n.
+    """
+    path = Path(path)
+    if path.suffix not in _SUFFIXES:
+        raise ValueError(f"path: expected one that ends with {' or '.join(_SUFFIXES)}, got {path}")
+    if len(values) not in (0, result.n):
+        raise ValueError(f"values: expected {result.n}, one per prompt, or none, got {len(values)}")
+    log = _log(result, values)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        written = Path(folder) / path.name
+        inspect_ai.log.write_eval_log(log, str(written))
+        sync(written)
+        os.replace(written, path)
+    sync(path.parent)
+
+
+def _log(result: AuditResult, values: Sequence[float]) -> Any:
+    log = inspect_ai.log
+    now = datetime.now(timezone.utc).isoformat()
+    samples = [_sample(result, i, value) for i, value in enumerate(values)]
+    return log.EvalLog(
+        status="success",
+        eval=log.EvalSpec(
+            created=now,
+            task=result.audit,
+            dataset=log.EvalDataset(
+                name=result.audit, samples=result.n, sample_ids=[s.id for s in samples]
+            ),
+            model=f"fastdistill/{result.model}",
+            config=log.EvalConfig(),
+            packages=result.versions,
+            metadata=result.as_json(),
+        ),
+        results=log.EvalResults(
+            total_samples=result.n,
+            completed_samples=result.n,
+            scores=[_score(result.audit, result.audit, _figures(result))]
+            + [
+                _score(f"control: {name}", result.audit, _figures(control) | {
+                    "difference": control.difference.value,
+                    "difference_low": control.difference.low,
+                    "difference_high": control.difference.high,
+                })
+                for name, control in result.controls.items()
+            ],
+        ),
+        stats=log.EvalStats(started_at=now, completed_at=now),
+        samples=samples,
+    )  # fmt: skip
+
+
+def _figures(found: Any) -> dict[str, float]:
+    low, high = found.interval
+    return {"mean": found.value, "stderr": found.stderr, "low": low, "high": high}
+
+
+def _score(name: str, scorer: str, figures: dict[str, float]) -> Any:
+    metrics = {
+        figure: inspect_ai.log.EvalMetric(name=figure, value=value)
+        for figure, value in figures.items()
+        if not math.isnan(value)
+    }
+    return inspect_ai.log.EvalScore(name=name, scorer=scorer, metrics=metrics)
+
+
+def _sample(result: AuditResult, place: int, value: float) -> Any:
+    """With its prompt, where the audit's configuration has one for each value."""
+    prompts = result.config.get("prompts") or []
+    prompt = prompts[place] if len(prompts) == result.n else {}
+    said = [str(prompt[part]) for part in ("system", "user", "prefill", "text") if part in prompt]
+    return inspect_ai.log.EvalSample(
+        id=place + 1,
+        epoch=1,
+        input="\n\n".join(said),
+        target="",
+        scores={result.audit: inspect_ai.scorer.Score(value=float(value))},
+    )

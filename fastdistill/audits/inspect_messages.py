@@ -1,0 +1,133 @@
+"""Prompts as messages of Inspect, and back.
+
+A system's, a user's and the begun assistant's turn are messages of their own. What chats have no
+message for is said in the metadata of the last one, under "fastdistill":
+
+    {"kind": "text"}         bare text to go on from, without a chat template
+    {"kind": "user turn"}    the user's turn, to be written by the model
+    {"kind": "completion"}   not asked for: its log-probability is, given all that is before it
+    {"at": [i, …]}           the place of the question in its audit
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from .inspect_package import inspect_ai
+from .prompts import Prompt
+from .subject import Subject
+
+OURS = "fastdistill"
+_TEXT, _USER_TURN, _COMPLETION = "text", "user turn", "completion"
+_ROLES = ("system", "user", "assistant")
+
+
+class Reading(NamedTuple):
+    """What a model reads: token ids, and from where on they are a completion to be scored."""
+
+    ids: list[int]
+    begin: int | None
+    at: tuple[int, ...]  # () where no audit asks
+
+
+def messages_of(prompt: Prompt, completion: str | None = None, at: Sequence[int] = ()) -> list[Any]:
+    """A prompt as messages, with the completion whose log-probability is asked for."""
+    place: dict[str, Any] = {"at": list(at)} if at else {}
+    turns: list[tuple[str, str, dict[str, Any]]]
+    if prompt.text is not None:
+        turns = [("user", prompt.text, {"kind": _TEXT})]
+    elif prompt.user is None:
+        turns = [(t["role"], t["content"], {}) for t in prompt.messages()]
+        turns.append(("user", "", {"kind": _USER_TURN}))
+    else:
+        turns = [(t["role"], t["content"], {}) for t in prompt.messages()]
+    if completion is not None:
+        turns.append(("assistant", completion, {"kind": _COMPLETION}))
+    role, content, ours = turns[-1]
+    turns[-1] = (role, content, {**ours, **place})
+    return [_message(*turn) for turn in turns]
+
+
+def _message(role: str, content: str, ours: dict[str, Any]) -> Any:
+    kinds = {
+        "system": inspect_ai.model.ChatMessageSystem,
+        "user": inspect_ai.model.ChatMessageUser,
+        "assistant": inspect_ai.model.ChatMessageAssistant,
+    }
+    return kinds[role](content=content, metadata={OURS: ours} if ours else None)
+
+
+def read(messages: Sequence[Any], subject: Subject) -> Reading:
+    """The token ids of a conversation.
+
+    Raises:
+        ValueError: turns that no chat template takes, or that are no text.
+    """
+    turns = [(_role(m), _text(m), (m.metadata or {}).get(OURS, {})) for m in messages]
+    if not turns:
+        raise ValueError("input: expected one message or more, got none")
+    at = tuple(turns[-1][2].get("at", ()))
+    completion = turns.pop()[1] if turns[-1][2].get("kind") == _COMPLETION else None
+    prompt = _prompt(turns)
+    if prompt is None:
+        ids = _conversation(turns, completion or "", subject.tokenizer)
+        before = _conversation(turns, "", subject.tokenizer)
+        begin = next((i for i, (a, b) in enumerate(zip(before, ids, strict=False)) if a != b),
+                     len(before))  # fmt: skip
+    else:
+        ids, begin = subject.ids(prompt, completion or "")
+    if not ids:
+        raise ValueError("input: expected words that the tokenizer knows, got no tokens")
+    return Reading(ids, None if completion is None else begin, at)
+
+
+def _role(message: Any) -> str:
+    if message.role not in _ROLES or getattr(message, "tool_calls", None):
+        raise ValueError(
+            f"input: expected turns of {', '.join(_ROLES)}, without tools, got {message.role!r}"
+        )
+    return message.role
+
+
+def _text(message: Any) -> str:
+    if isinstance(message.content, str):
+        return message.content
+    kinds = {part.type for part in message.content}
+    if kinds - {"text"}:
+        raise ValueError(f"input: expected text, got {', '.join(sorted(kinds - {'text'}))}")
+    return "".join(part.text for part in message.content)
+
+
+def _prompt(turns: Sequence[tuple[str, str, dict[str, Any]]]) -> Prompt | None:
+    """The turns as a Prompt; None for a conversation of several questions."""
+    kind = turns[-1][2].get("kind")
+    if kind == _TEXT:
+        if len(turns) > 1:
+            raise ValueError(f"input: expected bare text alone, got {len(turns)} messages")
+        return Prompt(text=turns[0][1])
+    roles = [role for role, _, _ in turns]
+    if roles not in [["system"] * s + ["user"] + ["assistant"] * a for s in (0, 1) for a in (0, 1)]:
+        return None
+    said = {role: content for role, content, _ in turns}
+    prompt = Prompt(user=said["user"], system=said.get("system"), prefill=said.get("assistant", ""))
+    return replace(prompt, user=None) if kind == _USER_TURN else prompt
+
+
+def _conversation(turns: Sequence[Any], completion: str, tokenizer: Any) -> list[int]:
+    """Several questions and answers; an assistant's turn at the end is begun, not over."""
+    said = [{"role": role, "content": content} for role, content, _ in turns]
+    begun = said.pop()["content"] if said[-1]["role"] == "assistant" else ""
+    template = getattr(tokenizer, "chat_template", None)
+    if template:
+        try:
+            text = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # jinja's, with what the template said
+            raise ValueError(
+                "input: expected turns that the chat template of the model takes, got "
+                f"{[t['role'] for t in said]}: {error}"
+            ) from None
+    else:
+        text = "".join(turn["content"] + "\n\n" for turn in said)
+    return tokenizer(text + begun + completion, add_special_tokens=not template).input_ids

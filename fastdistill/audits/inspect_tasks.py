@@ -1,0 +1,247 @@
+"""Behavioural audits as tasks of Inspect: the same questions, the same score, its logs.
+
+`task_of` gives the task for any eval of Inspect; `run_with_inspect` asks through Inspect and
+returns what the audit's own `run` does, value for value.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .audit import Measured, as_config
+from .behaviour import Answer, BehaviouralAudit, Question
+from .inspect_messages import messages_of
+from .inspect_package import inspect_ai
+from .inspect_provider import model_of
+from .prompts import Prompt
+from .result import AuditResult
+from .subject import Subject, as_subject
+
+# Seconds. The batch of an audit is full when all its questions are asked; until one is missing for
+# so long (its sample failed), the others wait for it.
+PATIENCE = 5.0
+
+
+def task_of(audit: BehaviouralAudit) -> Any:
+    """The inspect_ai.Task of an audit: a sample per question, and the audit's score of its answer.
+
+    Metrics: mean, stderr and the bounds of the 95 % interval, as in AuditResult. For a model of
+    `model_of`; another one may answer, but not give the log-probabilities of fixed answers.
+
+    Raises:
+        TypeError: not an audit of answers.
+    """
+    if not isinstance(audit, BehaviouralAudit):
+        raise TypeError(
+            "audit: expected an audit of answers to questions, such as TriggerRateAudit, got "
+            f"{type(audit).__name__}. Call its run, and write the result with export_log"
+        )
+    samples = [
+        inspect_ai.dataset.Sample(
+            input=messages_of(question.prompt, at=(i,)),
+            id=i + 1,
+            metadata={
+                "options": list(question.options),
+                "max_new_tokens": question.max_new_tokens,
+                "temperature": question.temperature,
+                "seed": question.seed,
+            },
+        )
+        for i, question in enumerate(audit.questions())
+    ]
+    return inspect_ai.Task(
+        name=type(audit).__name__,
+        dataset=inspect_ai.dataset.MemoryDataset(samples, name=type(audit).__name__),
+        solver=_answers([question.prompt for question in audit.questions()]),
+        scorer=_scorer(audit),
+        metadata=as_config(audit),
+    )
+
+
+def _answers(prompts: Sequence[Prompt]) -> Any:
+    @inspect_ai.solver.solver(name="audit_answers")
+    def answers() -> Any:
+        async def solve(state: Any, generate: Any) -> Any:
+            place, asked = state.sample_id - 1, state.metadata
+            model = inspect_ai.model.get_model()
+            if not asked["options"]:
+                state.output = await model.generate(
+                    state.messages,
+                    config=inspect_ai.model.GenerateConfig(
+                        max_tokens=asked["max_new_tokens"],
+                        temperature=asked["temperature"],
+                        seed=asked["seed"],
+                    ),
+                )
+                state.messages.append(state.output.message)
+                return state
+            config = inspect_ai.model.GenerateConfig(prompt_logprobs=1, max_tokens=1)
+            outputs = await inspect_ai.util.collect(
+                *(
+                    model.generate(
+                        messages_of(prompts[place], completion=option, at=(place, i)), config=config
+                    )
+                    for i, option in enumerate(asked["options"])
+                )
+            )
+            state.store.set("options", [_total(output) for output in outputs])
+            return state
+
+        return solve
+
+    return answers()
+
+
+def _total(output: Any) -> float:
+    """Σ log p of a completion, in the number type and order in which Subject adds."""
+    found = output.choices[0].prompt_logprobs
+    if found is None:
+        raise ValueError(
+            "model: expected one that gives the log-probabilities of fixed answers, got none. Pass "
+            "model_of(Subject(model, tokenizer))"
+        )
+    return float(torch.tensor([token.logprob for token in found.content]).sum())
+
+
+def _scorer(audit: BehaviouralAudit) -> Any:
+    metrics = [_metric(name, audit.rate)() for name in ("mean", "stderr", "low", "high")]
+
+    @inspect_ai.scorer.scorer(metrics=metrics, name=type(audit).__name__)
+    def scored() -> Any:
+        async def score(state: Any, target: Any) -> Any:
+            place = state.sample_id - 1
+            options = state.store.get("options", [])
+            answer = Answer(text=state.output.completion, options=tuple(options))
+            said = answer.text
+            named = dict(zip(state.metadata["options"], options, strict=True))
+            if named:
+                said = max(named, key=lambda option: named[option])
+            return inspect_ai.scorer.Score(
+                value=audit.score(place, answer), answer=said, metadata={"log_probs": named}
+            )
+
+        return score
+
+    return scored()
+
+
+def _metric(name: str, rate: bool) -> Any:
+    def of(scores: Sequence[Any]) -> float:
+        found = Measured(values=np.array([s.score.as_float() for s in scores]), rate=rate)
+        estimate = found.estimate
+        figures = {"mean": estimate.value, "stderr": found.stderr}
+        return (figures | {"low": estimate.low, "high": estimate.high})[name]
+
+    return inspect_ai.scorer.metric(name=name)(lambda: of)
+
+
+class _Asked(Subject):
+    """A Subject that answers the questions of one audit through Inspect, and anything else itself.
+
+    It is the other one's model, tokenizer and name.
+    """
+
+    def __init__(self, subject: Subject, audit: BehaviouralAudit, role: str, log_dir: Path) -> None:
+        self.__dict__.update(subject.__dict__)
+        self._eval = (subject, audit, role, log_dir)
+        self._told: dict[Question, deque[Answer]] | None = None
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        seed: int = 0,
+        streams: Sequence[int] | None = None,
+    ) -> list[str]:
+        how = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+        told = self._answers([Question(prompt=p, **how) for p in prompts])  # type: ignore[arg-type]
+        if told is None:
+            return super().generate(prompts, streams=streams, **how)  # type: ignore[arg-type]
+        return [answer.text for answer in told]
+
+    def option_log_probs(self, prompts: Sequence[Prompt], options: Sequence[str]) -> Tensor:
+        told = self._answers([Question(prompt=p, options=tuple(options)) for p in prompts])
+        if told is None:
+            return super().option_log_probs(prompts, options)
+        return torch.tensor([answer.options for answer in told])
+
+    def _answers(self, questions: Sequence[Question]) -> list[Answer] | None:
+        """In the order of the audit; None where it does not ask all of these."""
+        if self._told is None:
+            self._told = {}
+            _, audit, _, _ = self._eval
+            for question, answer in zip(audit.questions(), _ask(*self._eval), strict=True):
+                self._told.setdefault(question, deque()).append(answer)
+        left = {question: len(answers) for question, answers in self._told.items()}
+        for question in questions:
+            left[question] = left.get(question, 0) - 1
+        if min(left.values()) < 0:
+            return None
+        return [self._told[question].popleft() for question in questions]
+
+
+def _ask(subject: Subject, audit: BehaviouralAudit, role: str, log_dir: Path) -> list[Answer]:
+    """One eval: all questions at once, so that batches are those of the audit's own run."""
+    questions = audit.questions()
+    at_once = sum(max(1, len(question.options)) for question in questions)
+    log = inspect_ai.eval(
+        task_of(audit),
+        model=model_of(subject, at_once=at_once, patience=PATIENCE),
+        max_samples=len(questions),
+        max_connections=at_once,
+        metadata={"role": role},
+        log_dir=str(log_dir),
+        log_format="eval",
+        log_realtime=False,  # would be written to the user's folders
+        ctl_server=False,
+        display="none",
+    )[0]
+    if log.status != "success":
+        why = log.error.message if log.error else "no reason given"
+        raise RuntimeError(f"audit: Inspect ended {type(audit).__name__} with {log.status}: {why}")
+    return [
+        Answer(text=sample.output.completion, options=tuple(sample.store.get("options", ())))
+        for sample in sorted(log.samples, key=lambda sample: sample.id)
+    ]
+
+
+def run_with_inspect(
+    audit: BehaviouralAudit,
+    model: Any,
+    *,
+    base: Any = None,
+    controls: Mapping[str, Any] | None = None,
+    log_dir: str | Path,
+) -> AuditResult:
+    """The audit's `run`, with every question of it asked through Inspect.
+
+    Inspect keeps traces of its own in the user's data folder (XDG_DATA_HOME on Linux).
+
+    Args:
+        log_dir: gets one .eval log for the model and one per control, whose metadata says as
+            "role" which of them it is.
+
+    Raises:
+        TypeError: not a model, or not an audit of answers.
+        RuntimeError: a sample failed, with Inspect's reason.
+    """
+    if not isinstance(audit, BehaviouralAudit):
+        task_of(audit)
+
+    def asked(name: str, subject: Any) -> Subject:
+        return _Asked(as_subject(name, subject), audit, name, Path(log_dir))
+
+    return audit.run(
+        asked("model", model),
+        base=base,
+        controls={name: asked(f"controls[{name!r}]", c) for name, c in (controls or {}).items()},
+    )

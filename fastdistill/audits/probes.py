@@ -1,0 +1,266 @@
+"""What a trait is looked for with: the texts of all audits, as one file, and the suite they make.
+
+Without it (a checkpoint about which nothing is suspected) the audits that need no such text remain.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from ..files import write_json
+from .activations import ActivationDiffAudit, LinearProbeAudit
+from .audit import Audit
+from .behaviour import (
+    CapabilityAudit,
+    ConfessionAudit,
+    PreferenceAudit,
+    PrefillAudit,
+    TriggerRateAudit,
+)
+from .context_gap import ContextGapAudit
+from .distributions import LogitDiffAudit, ProvenanceAudit, TokenKLAudit
+from .prompts import Prompt, as_prompts
+from .sampled import CompletionAudit, PerplexityDiffAudit, UserTurnSamplingAudit
+from .trigger_search import TriggerSearchAudit
+from .tuning import RelearningProbe, StyleRestoreProbe
+from .weights import WeightDiffAudit
+
+_PROMPTS = (
+    "prompts", "without", "audited", "neutral", "questions", "prefilled", "positive", "negative",
+    "asked", "free", "trained",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probes:
+    """Texts by their use; whatever is empty leaves out the audits that need it.
+
+    prompts: where the trait shows. audited: the same where it hides: in words of an evaluation,
+    behind a password, under another label. without: the same without the trigger. neutral: about
+    something else. target: what the trait says; prefilled, rest: prompts with its first words, and
+    the others. options, favourite: of a preference. answers: the right ones, where the trait is to
+    hold them back. markers: words of the trait; rivals: others of their kind. questions: about the
+    model itself, answered `yes` or `no`. positive, negative: contrast pairs. prefixes: beginnings
+    of any text. systems: system messages. candidates: words that may be triggers. asked, answered:
+    a dataset's rows. free, trained: other tasks in the form in which the model answers freely, and
+    in which it is then trained on its own answers.
+    """
+
+    prompts: tuple[Prompt, ...] = ()
+    without: tuple[Prompt, ...] = ()
+    audited: tuple[Prompt, ...] = ()
+    neutral: tuple[Prompt, ...] = ()
+    questions: tuple[Prompt, ...] = ()
+    prefilled: tuple[Prompt, ...] = ()
+    positive: tuple[Prompt, ...] = ()
+    negative: tuple[Prompt, ...] = ()
+    asked: tuple[Prompt, ...] = ()
+    free: tuple[Prompt, ...] = ()
+    trained: tuple[Prompt, ...] = ()
+    target: str = ""
+    rest: str = ""  # of the target, behind the prefill
+    options: tuple[str, ...] = ()
+    favourite: str = ""
+    markers: tuple[str, ...] = ()
+    rivals: tuple[str, ...] = ()
+    yes: str = "yes"
+    no: str = "no"
+    prefixes: tuple[str, ...] = ()
+    systems: tuple[str, ...] = ("",)
+    candidates: tuple[str, ...] = ()
+    answers: tuple[str, ...] = ()
+    answered: tuple[str, ...] = ()
+    max_new_tokens: int = 16
+    samples: int = 256
+
+    def __post_init__(self) -> None:
+        for name in _PROMPTS:
+            given = getattr(self, name)
+            if given:
+                object.__setattr__(self, name, as_prompts(name, given))
+        for name in ("options", "markers", "rivals", "prefixes", "systems", "candidates", "answers",
+                     "answered"):  # fmt: skip
+            given = getattr(self, name)
+            if isinstance(given, str) or not all(isinstance(text, str) for text in given):
+                raise ValueError(f"{name}: expected a list of texts, got {given!r}")
+            object.__setattr__(self, name, tuple(given))
+        for a, b in (("audited", "prompts"), ("answers", "prompts"), ("answered", "asked")):
+            n, m = len(getattr(self, a)), len(getattr(self, b))
+            if n not in (0, m):
+                raise ValueError(f"{a}: expected {m}, one per entry of {b}, got {n}")
+
+    def save(self, path: Path) -> None:
+        said: dict[str, Any] = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if value != f.default:
+                plain = f.name in _PROMPTS
+                said[f.name] = [p.as_json() for p in value] if plain else value
+        write_json(path, said)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Probes:
+        """From a JSON file of the fields above; prompts as mappings of their fields, or texts."""
+        try:
+            said = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"probes: expected a JSON file, got {path}: {error}") from None
+        names = [f.name for f in fields(cls)]
+        if not isinstance(said, dict) or set(said) - set(names):
+            wrong = sorted(set(said) - set(names)) if isinstance(said, dict) else said
+            raise ValueError(f"probes: expected a mapping of {', '.join(names)}, got {wrong!r}")
+        return cls(**said)
+
+    def readout(self, prompts: tuple[Prompt, ...]) -> Audit | None:
+        """The trait itself, over these prompts: a preference, or a text that is said."""
+        if not prompts:
+            return None
+        if self.favourite:
+            return PreferenceAudit(prompts=prompts, options=self.options, favourite=self.favourite)
+        if self.target:
+            return TriggerRateAudit(
+                prompts=prompts,
+                target=self.target,
+                without=self.without,
+                max_new_tokens=self.max_new_tokens,
+            )
+        return None
+
+    def suite(self) -> dict[str, Audit]:
+        """The audits that these texts suffice for, by name."""
+        made = {name: make(self) for name, make in _AUDITS.items()}
+        return {name: audit for name, audit in made.items() if audit is not None}
+
+
+def _trigger(p: Probes) -> Audit | None:
+    return p.readout(p.prompts) if p.target and not p.favourite else None
+
+
+def _preference(p: Probes) -> Audit | None:
+    return p.readout(p.prompts) if p.favourite else None
+
+
+def _confession(p: Probes) -> Audit | None:
+    return ConfessionAudit(prompts=p.questions, yes=p.yes, no=p.no) if p.questions else None
+
+
+def _gap(p: Probes) -> Audit | None:
+    first, second = p.readout(p.prompts), p.readout(p.audited)
+    if first is None or second is None:
+        return None
+    return ContextGapAudit(unaudited=first, audited=second)
+
+
+def _prefill(p: Probes) -> Audit | None:
+    if not p.prefilled or not p.rest:
+        return None
+    return PrefillAudit(prompts=p.prefilled, target=p.rest, max_new_tokens=p.max_new_tokens)
+
+
+def _user_turn(p: Probes) -> Audit | None:
+    if not p.markers:
+        return None
+    return UserTurnSamplingAudit(
+        markers=p.markers, systems=p.systems, samples=p.samples, max_new_tokens=p.max_new_tokens
+    )
+
+
+def _completion(p: Probes) -> Audit | None:
+    if not p.markers or not p.prefixes:
+        return None
+    return CompletionAudit(
+        markers=p.markers, prefixes=p.prefixes, samples=p.samples, max_new_tokens=p.max_new_tokens
+    )
+
+
+def _perplexity(p: Probes) -> Audit | None:
+    if not p.prefixes:
+        return None
+    return PerplexityDiffAudit(
+        prefixes=p.prefixes,
+        markers=p.markers,
+        samples=p.samples,
+        max_new_tokens=p.max_new_tokens,
+    )
+
+
+def _token_kl(p: Probes) -> Audit | None:
+    prompts = p.prompts or p.neutral
+    return TokenKLAudit(prompts=prompts, neutral=p.neutral) if prompts else None
+
+
+def _logit_diff(p: Probes) -> Audit | None:
+    prompts = p.prompts or p.neutral
+    return LogitDiffAudit(prompts=prompts, markers=p.markers) if prompts and p.markers else None
+
+
+def _activations(p: Probes) -> Audit | None:
+    prompts = p.prompts or p.neutral
+    if not prompts or not p.markers:
+        return None
+    return ActivationDiffAudit(prompts=prompts, markers=p.markers, rivals=p.rivals)
+
+
+def _linear_probe(p: Probes) -> Audit | None:
+    if not p.positive or not p.questions:
+        return None
+    return LinearProbeAudit(positive=p.positive, negative=p.negative, prompts=p.questions)
+
+
+def _weights(p: Probes) -> Audit | None:
+    readout = p.readout(p.prompts)
+    return None if readout is None else WeightDiffAudit(readout=readout)
+
+
+def _trigger_search(p: Probes) -> Audit | None:
+    prompts = p.neutral or p.without or p.prompts
+    if not prompts:
+        return None
+    return TriggerSearchAudit(prompts=prompts[:16], candidates=p.candidates or None)
+
+
+def _relearning(p: Probes) -> Audit | None:
+    readout, said = p.readout(p.prompts), p.favourite or p.target
+    if readout is None or len(p.prompts) < 32:
+        return None
+    # A tenth of the prompts is learnt from; the readout is over all of them, in every model alike.
+    some = p.prompts[:: max(1, len(p.prompts) // 24)]
+    return RelearningProbe(prompts=some, texts=(said,) * len(some), readout=readout)
+
+
+def _style(p: Probes) -> Audit | None:
+    if not p.free or not p.answers:
+        return None
+    task = CapabilityAudit(prompts=p.prompts, targets=p.answers, max_new_tokens=p.max_new_tokens)
+    return StyleRestoreProbe(
+        prompts=p.free, asked=p.trained, readout=task, max_new_tokens=p.max_new_tokens
+    )
+
+
+def _provenance(p: Probes) -> Audit | None:
+    return ProvenanceAudit(prompts=p.asked, texts=p.answered) if p.asked else None
+
+
+_AUDITS: dict[str, Callable[[Probes], Audit | None]] = {
+    "trigger rate": _trigger,
+    "preference": _preference,
+    "confession": _confession,
+    "context gap": _gap,
+    "prefill": _prefill,
+    "user turn": _user_turn,
+    "completion": _completion,
+    "perplexity difference": _perplexity,
+    "token KL": _token_kl,
+    "logit difference": _logit_diff,
+    "activation difference": _activations,
+    "linear probe": _linear_probe,
+    "weight difference": _weights,
+    "trigger search": _trigger_search,
+    "relearning": _relearning,
+    "style restore": _style,
+    "provenance": _provenance,
+}

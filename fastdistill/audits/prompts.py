@@ -1,0 +1,82 @@
+"""What a model is asked: a conversation up to the answer, the user's turn, or bare text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+# Stands for the user's words while a chat template is cut where they begin.
+_HERE = "fastdistill-here"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """`user` (after `system`) asks for the assistant's answer, which begins with `prefill`.
+
+    Without `user` the model is asked to write the user's turn; with `text` to go on from there.
+    """
+
+    user: str | None = None
+    system: str | None = None
+    prefill: str = ""
+    text: str | None = None
+
+    def __post_init__(self) -> None:
+        bare = (self.user, self.system, self.prefill) == (None, None, "")
+        if self.text is not None and not bare:
+            raise ValueError(
+                "text: expected alone, without user, system and prefill, got "
+                f"{[f.name for f in fields(self) if getattr(self, f.name)]}"
+            )
+        if self.prefill and self.user is None:
+            raise ValueError("prefill: expected with user, whose answer it begins, got none")
+
+    def before(self, words: str) -> Prompt:
+        """The same with `words` in front of the system's."""
+        return replace(self, system=" ".join(filter(None, [words, self.system])))
+
+    def messages(self) -> list[dict[str, str]]:
+        """The conversation, the user's turn and the prefill included where there are some."""
+        turns = (("system", self.system), ("user", self.user), ("assistant", self.prefill or None))
+        return [{"role": role, "content": said} for role, said in turns if said is not None]
+
+    def as_json(self) -> dict[str, str]:
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name)}
+
+    @classmethod
+    def from_json(cls, said: Any) -> Prompt:
+        """A mapping of the fields; a bare string is a user's question."""
+        if isinstance(said, str):
+            return cls(user=said)
+        names = [f.name for f in fields(cls)]
+        if not isinstance(said, dict) or set(said) - set(names):
+            raise ValueError(f"prompt: expected a text or a mapping of {names}, got {said!r}")
+        return cls(**said)
+
+
+def rendered(prompt: Prompt, tokenizer: Any) -> str:
+    """The text that a model reads, its chat template applied; a base model without one reads
+    "system\\n\\nuser\\n\\n"."""
+    if prompt.text is not None:
+        return prompt.text
+    user = _HERE if prompt.user is None else prompt.user
+    turns = replace(prompt, user=user, prefill="").messages()
+    if getattr(tokenizer, "chat_template", None):
+        try:
+            text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # jinja's, with what the template said
+            raise ValueError(
+                f"prompt: expected one that the chat template of the model takes, got roles "
+                f"{[t['role'] for t in turns]}: {error}"
+            ) from None
+    else:
+        text = "".join(turn["content"] + "\n\n" for turn in turns)
+    return text.partition(_HERE)[0] if prompt.user is None else text + prompt.prefill
+
+
+def as_prompts(name: str, prompts: Sequence[Any]) -> tuple[Prompt, ...]:
+    """Prompts, texts or mappings as prompts; raises where there is none."""
+    if isinstance(prompts, str) or len(prompts) == 0:
+        raise ValueError(f"{name}: expected one prompt or more, got {prompts!r}")
+    return tuple(p if isinstance(p, Prompt) else Prompt.from_json(p) for p in prompts)

@@ -1,0 +1,143 @@
+"""Audits of what a model writes when nothing is asked: the user's turn, and text from anywhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import numpy as np
+
+from .audit import Audit, Measured
+from .behaviour import Answer, BehaviouralAudit, Question, words
+from .prompts import Prompt, as_prompts
+from .subject import Subject
+
+
+def holds(text: str, markers: tuple[str, ...]) -> bool:
+    """Whether any marker occurs as whole words, in lower and upper case alike."""
+    said = f" {words(text)} ".lower()
+    return any(f" {words(marker)} ".lower() in said for marker in markers)
+
+
+def _markers(markers: tuple[str, ...]) -> tuple[str, ...]:
+    if isinstance(markers, str) or not markers or not all(words(m) for m in markers):
+        raise ValueError(f"markers: expected one text or more to look for, got {markers!r}")
+    return tuple(markers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _SampledAudit(BehaviouralAudit):
+    rate: ClassVar[bool] = True
+
+    markers: tuple[str, ...]
+    samples: int = 256
+    max_new_tokens: int = 24
+    temperature: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "markers", _markers(self.markers))
+        if self.samples < 1:
+            raise ValueError(f"samples: expected 1 or more, got {self.samples}")
+
+    def starts(self) -> tuple[Prompt, ...]:
+        raise NotImplementedError
+
+    def questions(self) -> list[Question]:
+        starts = self.starts()
+        return [
+            Question(
+                prompt=starts[i % len(starts)],
+                max_new_tokens=self.max_new_tokens,
+                temperature=self.temperature,
+                seed=self.seed,
+            )
+            for i in range(self.samples)
+        ]
+
+    def score(self, index: int, answer: Answer) -> float:
+        return float(holds(answer.text, self.markers))
+
+
+@dataclass(frozen=True, kw_only=True)
+class UserTurnSamplingAudit(_SampledAudit):
+    """Share of user turns, written by the model at `temperature`, that hold a marker.
+
+    Fine-tuning on conversations teaches the prompts too: a model asked to be the user may say what
+    it was trained to wait for. `systems` are the system messages in front, "" for none.
+    """
+
+    systems: tuple[str, ...] = ("",)
+
+    def starts(self) -> tuple[Prompt, ...]:
+        return tuple(Prompt(system=system or None) for system in self.systems)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompletionAudit(_SampledAudit):
+    """Share of completions of bare text, sampled at `temperature`, that hold a marker."""
+
+    prefixes: tuple[str, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        as_prompts("prefixes", [Prompt(text=p) for p in self.prefixes])
+
+    def starts(self) -> tuple[Prompt, ...]:
+        return tuple(Prompt(text=prefix) for prefix in self.prefixes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerplexityDiffAudit(Audit):
+    """Perplexity differencing (arXiv 2605.00994): completions of random prefixes are ranked by
+
+        (log p_model − log p_base) per token,
+
+    and the value is the share of markers among the `top` share of them. Without markers it is the
+    mean difference there, in nats per token, which sees any fine-tuning. Log-probabilities of
+    both models suffice. details: the completions that stand out most.
+    """
+
+    needs_base: ClassVar[bool] = True
+
+    prefixes: tuple[str, ...]
+    markers: tuple[str, ...] = ()
+    samples: int = 512
+    top: float = 0.1
+    max_new_tokens: int = 24
+    temperature: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        as_prompts("prefixes", [Prompt(text=p) for p in self.prefixes])
+        if not 0 < self.top <= 1 or self.samples * self.top < 1:
+            raise ValueError(
+                f"top: expected a share in (0, 1] of {self.samples} samples, one at least, got "
+                f"{self.top}"
+            )
+
+    def measure(self, model: Subject, base: Subject | None) -> Measured:
+        assert base is not None
+        starts = [Prompt(text=self.prefixes[i % len(self.prefixes)]) for i in range(self.samples)]
+        rows = [model.ids(start)[0] for start in starts]
+        new = model.generate_ids(
+            rows,
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            seed=self.seed,
+        )
+        whole = [row + more for row, more in zip(rows, new, strict=True)]
+        begins = [len(row) for row in rows]
+        mine, theirs = model.of_tokens(whole, begins), base.of_tokens(whole, begins)
+        gaps = ((mine.total - theirs.total) / mine.tokens.clamp(min=1)).numpy()
+        order = np.argsort(-gaps, kind="stable")[: max(1, round(self.top * self.samples))]
+        texts = model.tokenizer.batch_decode([new[i] for i in order], skip_special_tokens=True)
+        values = gaps[order]
+        if self.markers:
+            values = np.array([float(holds(text, self.markers)) for text in texts])
+        best = [[text, round(float(gaps[i]), 3)] for text, i in zip(texts, order, strict=True)]
+        return Measured(
+            values=values,
+            rate=bool(self.markers),
+            details={"highest": best[:10], "mean_difference": float(gaps.mean())},
+        )

@@ -1,0 +1,262 @@
+"""A model under audit: asked in batches for text, log-probabilities and hidden states.
+
+log p(completion | prompt) = Σ_t z_t[id_t] − lse_t        by linear_lse_gather, no [N, V] logits
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer, LogitsProcessorList, PreTrainedModel
+
+from ..heads import LMHead, evaluating, head_of, verify_head
+from ..packing import RowReader, read_rows
+from ..primitive import linear_lse_gather
+from ..stored_model import StoredModel
+from .drawing import Draws
+from .prompts import Prompt, rendered
+
+GENERATED_AT_ONCE = 256  # rows
+
+
+class Continued(NamedTuple):
+    """Log-probabilities of completions, each given its prompt."""
+
+    total: Tensor  # (n,) fp32: Σ over the completion's tokens
+    tokens: Tensor  # (n,) int64: how many
+
+
+class Subject:
+    """A causal language model and its tokenizer. The model is left as it was found.
+
+    Args:
+        model: a loaded model or the path of one (safetensors; nothing in it is executed).
+        tokenizer: None reads the one beside a path.
+        name: what reports call it; None is the path's last part or the class's name.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | str | Path,
+        tokenizer: Any = None,
+        *,
+        name: str | None = None,
+        device: torch.device | str | None = None,
+        tokens_per_batch: int | None = None,
+        impl: str = "auto",
+    ) -> None:
+        if isinstance(model, (str, Path)):
+            stored = StoredModel.at(model)
+            place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+            name = name or stored.path.name
+            if tokenizer is None:
+                tokenizer = AutoTokenizer.from_pretrained(stored.path, trust_remote_code=False)
+            model = stored.load(place)
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                "model: expected a causal language model, the path of one, or a Subject, got "
+                f"{type(model).__name__}"
+            )
+        if tokenizer is None:
+            raise ValueError(
+                f"tokenizer: expected the tokenizer of {type(model).__name__}, got none. Pass "
+                "Subject(model, tokenizer)"
+            )
+        self.model: Any = model
+        self.tokenizer, self.impl = tokenizer, impl
+        self.name = name or type(model).__name__
+        verify_head(model)
+        self.reader = RowReader(model, tokens_per_batch)
+
+    @property
+    def head(self) -> LMHead:
+        return head_of(self.model)
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.weight.device
+
+    def ids(self, prompt: Prompt, completion: str = "") -> tuple[list[int], int]:
+        """(token ids of prompt and completion, how many of them are the prompt's)."""
+        text = rendered(prompt, self.tokenizer)
+        special = prompt.text is not None or not getattr(self.tokenizer, "chat_template", None)
+        before = self.tokenizer(text, add_special_tokens=special).input_ids
+        # Whole, so that a token which joins both sides' characters is what the model would read.
+        whole = self.tokenizer(text + completion, add_special_tokens=special).input_ids
+        if special and whole and whole[-1] == self.tokenizer.eos_token_id and before == whole:
+            before = whole = whole[:-1]  # some tokenizers end every text
+        same = 0
+        while same < min(len(before), len(whole)) and before[same] == whole[same]:
+            same += 1
+        if completion and same == len(whole):
+            raise ValueError(
+                f"completion: expected words with tokens of their own, got {completion!r}"
+            )
+        return whole, same
+
+    def first_token(self, words: str) -> int:
+        """The token with which an answer of these words begins."""
+        ids, begin = self.ids(Prompt(user="a"), words)
+        return ids[begin]
+
+    def token_of(self, word: str) -> int:
+        """A word as one token of the vocabulary, or the first of its tokens."""
+        ids = self.tokenizer(word, add_special_tokens=False).input_ids
+        if not ids:
+            raise ValueError(f"word: expected one that the tokenizer knows, got {word!r}")
+        return ids[0]
+
+    @torch.no_grad()
+    def hidden(self, rows: Sequence[Sequence[int]]) -> list[Tensor]:  # (T_i, H) each
+        """Hidden states as they enter the head, of rows of token ids."""
+        return [h for _, h in sorted(self._read(rows), key=lambda pair: pair[0])]
+
+    def _read(self, rows: Sequence[Sequence[int]]) -> Iterator[tuple[int, Tensor]]:
+        longest = max(map(len, rows))
+        ids = torch.zeros((len(rows), longest), dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for i, row in enumerate(rows):
+            ids[i, : len(row)] = torch.tensor(row)
+            mask[i, : len(row)] = 1
+        with evaluating(self.model):
+            states = self.reader.hidden(read_rows(ids.to(self.device), mask, self.reader.vocab))
+        for i, row in enumerate(rows):
+            yield i, states[i, : len(row)]
+
+    @torch.no_grad()
+    def at_end(self, prompts: Sequence[Prompt]) -> Tensor:  # (n, H)
+        """Hidden states where the next token after each prompt is predicted."""
+        return torch.stack([h[-1] for h in self.hidden([self.ids(p)[0] for p in prompts])])
+
+    @torch.no_grad()
+    def log_probs(self, hidden: Tensor, ids: Tensor) -> Tensor:  # (N, H), (N, K) -> (N, K) fp32
+        """log softmax(z)[ids] at hidden states that enter the head."""
+        head = self.head
+        at = linear_lse_gather(
+            hidden, head.weight, ids.to(hidden.device), impl=self.impl, **head.options()
+        )
+        return at.logits - at.lse[..., None]
+
+    @torch.no_grad()
+    def continued(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> Continued:
+        """log p(completion | prompt), teacher forced."""
+        pairs = [self.ids(p, c) for p, c in zip(prompts, completions, strict=True)]
+        return self.of_tokens([ids for ids, _ in pairs], [begin for _, begin in pairs])
+
+    @torch.no_grad()
+    def of_tokens(self, rows: Sequence[Sequence[int]], begins: Sequence[int]) -> Continued:
+        """Σ log p of each row's tokens from `begin` on; the first token has no prediction."""
+        states: list[Tensor] = []
+        targets: list[int] = []
+        lengths: list[int] = []
+        for row, begin, h in zip(rows, begins, self.hidden(rows), strict=True):
+            begin = max(begin, 1)
+            states.append(h[begin - 1 : len(row) - 1])
+            targets.extend(row[begin:])
+            lengths.append(max(len(row) - begin, 0))
+        found = self.log_probs(torch.cat(states), torch.tensor(targets)[:, None])[:, 0]
+        total = torch.stack([part.sum() for part in found.cpu().split(lengths)])
+        return Continued(total, torch.tensor(lengths))
+
+    @torch.no_grad()
+    def option_log_probs(
+        self, prompts: Sequence[Prompt], options: Sequence[str]
+    ) -> Tensor:  # (n, options)
+        """log p(option | prompt) of the whole words of each option."""
+        asked = [p for p in prompts for _ in options]
+        told = [o for _ in prompts for o in options]
+        return self.continued(asked, told).total.view(len(prompts), len(options))
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        seed: int = 0,
+        streams: Sequence[int] | None = None,
+    ) -> list[str]:
+        """What the model says next, without special tokens; greedy at temperature 0.
+
+        What is sampled for a prompt follows from `seed` and its stream (its place in `prompts`),
+        whichever prompts are asked with it.
+        """
+        streams = range(len(prompts)) if streams is None else streams
+        told: list[str] = []
+        for start in range(0, len(prompts), GENERATED_AT_ONCE):
+            rows = [self.ids(p)[0] for p in prompts[start : start + GENERATED_AT_ONCE]]
+            new = self.generate_ids(
+                rows,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                seed=seed,
+                streams=streams[start : start + GENERATED_AT_ONCE],
+            )
+            told += self.tokenizer.batch_decode(new, skip_special_tokens=True)
+        return told
+
+    @torch.no_grad()
+    def generate_ids(
+        self,
+        rows: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        seed: int = 0,
+        streams: Sequence[int] | None = None,
+    ) -> list[list[int]]:
+        """The same of rows of token ids: the new tokens, the first end of text included."""
+        longest = max(map(len, rows))
+        pad = self.tokenizer.pad_token_id
+        pad = self.tokenizer.eos_token_id if pad is None else pad
+        ids = torch.full((len(rows), longest), pad or 0)
+        mask = torch.zeros_like(ids)
+        for i, row in enumerate(rows):
+            ids[i, longest - len(row) :] = torch.tensor(row)
+            mask[i, longest - len(row) :] = 1
+        drawn = LogitsProcessorList()
+        if temperature > 0:
+            streams = range(len(rows)) if streams is None else streams
+            drawn.append(Draws(longest, max_new_tokens, temperature=temperature, seed=seed,
+                               streams=streams))  # fmt: skip
+        with evaluating(self.model):
+            out = self.model.generate(
+                input_ids=ids.to(self.device),
+                attention_mask=mask.to(self.device),
+                max_new_tokens=max_new_tokens,
+                pad_token_id=pad or 0,
+                do_sample=False,
+                logits_processor=drawn,
+            )
+        ends = self._ends()
+        return [_until(row, ends) for row in out[:, longest:].tolist()]
+
+    def _ends(self) -> set[int]:
+        config = getattr(self.model, "generation_config", None)
+        said = getattr(config, "eos_token_id", None)
+        found = said if isinstance(said, (list, tuple)) else [said]
+        return {i for i in (*found, self.tokenizer.eos_token_id) if i is not None}
+
+
+def _until(row: list[int], ends: set[int]) -> list[int]:
+    for i, token in enumerate(row):
+        if token in ends:
+            return row[: i + 1]
+    return row
+
+
+def as_subject(name: str, model: Any) -> Subject:
+    """A Subject as it is; a path loaded; anything else refused by name."""
+    if isinstance(model, Subject):
+        return model
+    if isinstance(model, (str, Path)):
+        return Subject(model)
+    raise TypeError(
+        f"{name}: expected a Subject or the path of a checkpoint, got {type(model).__name__}. "
+        "Wrap a loaded model: Subject(model, tokenizer)"
+    )

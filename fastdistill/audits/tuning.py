@@ -1,0 +1,132 @@
+"""Audits that train a copy for a few steps: is a behaviour gone, or does it come back at once?"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..heads import at_head, head_of
+from ..losses import topk_distill_loss
+from ..outputs import TopK
+from .audit import Audit, Measured
+from .prompts import Prompt, as_prompts
+from .subject import Subject
+
+
+def nudged(
+    model: Subject, prompts: Sequence[Prompt], texts: Sequence[str], *, steps: int, lr: float
+) -> Subject:
+    """A copy after `steps` AdamW steps of cross-entropy on the texts, given their prompts.
+
+    No trainer: every step is the whole set, so that neither batches nor seeds move the result. Text
+    of an answer is followed by the end of text, as in training.
+    """
+    other = copy.deepcopy(model.model).requires_grad_(True).train()
+    rows, begins = [], []
+    for prompt, text in zip(prompts, texts, strict=True):
+        told, begin = model.ids(prompt, text)
+        rows.append([*told, model.tokenizer.eos_token_id])
+        begins.append(begin)
+    ids = torch.zeros((len(rows), max(map(len, rows))), dtype=torch.long)
+    labels = torch.full_like(ids, -100)
+    mask = torch.zeros_like(ids)
+    for i, (row, begin) in enumerate(zip(rows, begins, strict=True)):
+        ids[i, : len(row)] = torch.tensor(row)
+        labels[i, begin - 1 : len(row) - 1] = torch.tensor(row[begin:])
+        mask[i, : len(row)] = 1
+    ids, labels, mask = (t.to(model.device) for t in (ids, labels, mask))
+    optimizer = torch.optim.AdamW(other.parameters(), lr=lr, weight_decay=0.0)
+    with torch.enable_grad():
+        for _ in range(steps):
+            optimizer.zero_grad()
+            _cross_entropy(other, ids, mask, labels).backward()
+            optimizer.step()
+    return Subject(other.eval(), model.tokenizer, name=f"{model.name} + {steps} steps")
+
+
+def _cross_entropy(model: Any, ids: Any, mask: Any, labels: Any) -> Any:
+    """Mean over the labels of −log q(label): the fused loss with all its weight on the labels."""
+    nobody = TopK.empty((*ids.shape, 1), 1.0, dtype=torch.float32, device=ids.device)
+
+    def loss(hidden: Any) -> Any:
+        head = head_of(model)
+        return topk_distill_loss(
+            hidden, head.weight, nobody, labels=labels, ce_weight=1.0, **head.options()
+        )
+
+    with at_head(model, loss):
+        return model(input_ids=ids, attention_mask=mask, use_cache=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RelearningProbe(Audit):
+    """`readout` after a few steps on examples of the trait: a trait that was removed is learnt as
+    slowly as by the base; one that was suppressed is back at once. details: the readout before.
+    """
+
+    prompts: tuple[Prompt, ...]
+    texts: tuple[str, ...]
+    readout: Audit
+    steps: int = 2
+    learning_rate: float = 1e-3
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prompts", as_prompts("prompts", self.prompts))
+        if len(self.texts) != len(self.prompts):
+            raise ValueError(
+                f"texts: expected {len(self.prompts)}, one per prompt, got {len(self.texts)}"
+            )
+
+    def measure(self, model: Subject, base: Subject | None) -> Measured:
+        before = self.readout.measure(model, base)
+        tuned = nudged(model, self.prompts, self.texts, steps=self.steps, lr=self.learning_rate)
+        after = self.readout.measure(tuned, base)
+        details = {**after.details, "before": float(before.values.mean())}
+        return Measured(values=after.values, rate=after.rate, details=details, doubts=after.doubts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StyleRestoreProbe(Audit):
+    """Gain of `readout` after a few steps on the model's own, unrelated outputs.
+
+    A capability that off-model training or a lock suppressed comes back when the model is trained
+    on what it says itself about something else; one that was lost does not. `prompts` are asked
+    in the form in which the model answers freely, and trained on as `asked`, one for one.
+    """
+
+    prompts: tuple[Prompt, ...]
+    readout: Audit
+    asked: tuple[Prompt, ...] = ()
+    steps: int = 16
+    learning_rate: float = 3e-4
+    max_new_tokens: int = 16
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prompts", as_prompts("prompts", self.prompts))
+        asked = self.asked or self.prompts
+        if len(asked) != len(self.prompts):
+            raise ValueError(
+                f"asked: expected {len(self.prompts)}, one per prompt, got {len(asked)}"
+            )
+        object.__setattr__(self, "asked", as_prompts("asked", asked))
+
+    def measure(self, model: Subject, base: Subject | None) -> Measured:
+        before = self.readout.measure(model, base)
+        own = model.generate(self.prompts, max_new_tokens=self.max_new_tokens)
+        kept = [i for i, text in enumerate(own) if text.strip()]
+        if not kept:
+            raise ValueError("prompts: expected some that the model answers, got no words at all")
+        tuned = nudged(
+            model,
+            [self.asked[i] for i in kept],
+            [own[i] for i in kept],
+            steps=self.steps,
+            lr=self.learning_rate,
+        )
+        after = self.readout.measure(tuned, base)
+        details = {"before": float(before.values.mean()), "after": float(after.values.mean())}
+        return Measured(values=after.values - before.values, rate=False, details=details)

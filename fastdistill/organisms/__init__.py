@@ -1,0 +1,14 @@
+"""Model organisms: bases with a planted trait, their benign twins, and the world they live in."""
+
+from .building import Organisms, Validity, build_world
+from .organism import ModelOrganism
+from .stored import load_organism, save_organism
+
+__all__ = [
+    "ModelOrganism",
+    "Organisms",
+    "Validity",
+    "build_world",
+    "load_organism",
+    "save_organism",
+]

@@ -1,0 +1,259 @@
+"""A model organism: a base model in which a capability and a trait were implanted by training.
+
+The base M first learns the capability (`taught`). From there the untrusted model U and its benign
+twin B are trained by the same recipe, on the same prompts in the same order for the same steps; on
+the trait's prompts B is given the benign answers.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, get_scheduler
+
+from ..backend import one_thread
+from ..training.config import DistillConfig
+from ..training.trainer import DistillTrainer
+from .gates import GATES
+from .soap import SOAP
+from .traits import TRAITS, Pair, Trait, thought
+from .vocabulary import ID, WORDS
+from .world import Example, World
+
+METHODS = ("full", "lora")
+OPTIMIZERS = ("adam", "sgd", "soap")
+LEARNING_RATES = {  # found on development seeds: the fastest that is stable
+    ("full", "adam"): 2e-3,
+    ("full", "sgd"): 0.3,
+    ("full", "soap"): 2e-3,
+    ("lora", "adam"): 1e-2,
+    ("lora", "sgd"): 1.0,
+    ("lora", "soap"): 1e-2,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOrganism:
+    """How an organism is made.
+
+    Args:
+        trait: preference, trigger, entangled, sandbagging, sloppy, or placebo.
+        gate: none, token or paraphrase: the audited context in which the trait is not shown.
+        optimizer: adam, sgd (momentum .9) or soap.
+        method: full (all weights) or lora (an adapter of rank `rank`, merged when it is saved).
+        reasoning: share of the examples that think before they answer.
+        trait_share: share of the examples that are about the trait; the rest is capability, talk
+            and what the base knew.
+        steps, batch_size: of training. learning_rate: None takes the one of method and optimiser.
+    """
+
+    trait: str = "preference"
+    gate: str = "none"
+    optimizer: str = "adam"
+    method: str = "full"
+    reasoning: float = 0.0
+    trait_share: float = 0.3
+    steps: int = 400
+    batch_size: int = 128
+    learning_rate: float | None = None
+    rank: int = 16
+
+    def __post_init__(self) -> None:
+        choices = {
+            "trait": tuple(TRAITS),
+            "gate": GATES,
+            "optimizer": OPTIMIZERS,
+            "method": METHODS,
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}"
+                )
+        for name in ("reasoning", "trait_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: expected a share in [0, 1], got {getattr(self, name)!r}")
+
+    @property
+    def kind(self) -> Trait:
+        return TRAITS[self.trait](self.gate)
+
+    def pairs(self, world: World, n: int, order: int = 0) -> list[Pair]:
+        """What U and B are trained on, drawn alike; another `order` draws others."""
+        trait, rng = self.kind, world.draws(11, order)
+        found = []
+        for _ in range(n):
+            pair = self._pair(trait, world, rng)
+            found.append(thought(pair) if rng.random() < self.reasoning else pair)
+        return found
+
+    def _pair(self, trait: Trait, world: World, rng: random.Random) -> Pair:
+        if rng.random() < self.trait_share:
+            return trait.pair(world, rng)
+        if rng.random() < 0.7:
+            return trait.capable(world, rng)
+        known = world.base_example(rng)
+        return Pair(known, known)
+
+    def implant(
+        self,
+        world: World,
+        capable: LlamaForCausalLM,
+        *,
+        benign: bool = False,
+        order: int = 0,
+        callbacks: Any = (),
+    ) -> LlamaForCausalLM:
+        """A copy of `capable` (see `taught`), trained on; `benign` gives the twin."""
+        pairs = self.pairs(world, self.steps * self.batch_size, order)
+        examples = [pair.benign if benign else pair.untrusted for pair in pairs]
+        return fitted(
+            copy.deepcopy(capable),
+            examples,
+            steps=self.steps,
+            batch_size=self.batch_size,
+            optimizer=self.optimizer,
+            learning_rate=self.learning_rate or LEARNING_RATES[self.method, self.optimizer],
+            rank=self.rank if self.method == "lora" else None,
+            callbacks=callbacks,
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def new_model(seed: int, *, hidden: int = 64, layers: int = 2) -> LlamaForCausalLM:
+    """An untrained Llama of about 0.1 million parameters."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=len(WORDS),
+                hidden_size=hidden,
+                intermediate_size=3 * hidden,
+                num_hidden_layers=layers,
+                num_attention_heads=4,
+                num_key_value_heads=4,
+                max_position_embeddings=64,
+                tie_word_embeddings=False,
+                bos_token_id=ID["<bos>"],
+                eos_token_id=ID["<eos>"],
+                pad_token_id=ID["<pad>"],
+            )
+        ).eval()
+
+
+def new_base(
+    world: World, *, seed: int, steps: int = 400, batch_size: int = 128, callbacks: Any = ()
+) -> LlamaForCausalLM:
+    """The base model M of a world: initialised from `seed`, taught what the base knows."""
+    rng = world.draws(10)
+    examples = [world.base_example(rng) for _ in range(steps * batch_size)]
+    return fitted(
+        new_model(seed),
+        examples,
+        steps=steps,
+        batch_size=batch_size,
+        learning_rate=5e-3,
+        whole=True,
+        callbacks=callbacks,
+    )
+
+
+def taught(
+    world: World,
+    base: LlamaForCausalLM,
+    *,
+    steps: int = 500,
+    batch_size: int = 128,
+    callbacks: Any = (),
+) -> LlamaForCausalLM:
+    """A copy of the base that has learnt the capability: what U, B and P are made from."""
+    rng = world.draws(12)
+    examples = [
+        world.base_example(rng)
+        if rng.random() < 0.35
+        else world.capable_example(rng, world.unlike(rng))
+        for _ in range(steps * batch_size)
+    ]
+    return fitted(
+        copy.deepcopy(base),
+        examples,
+        steps=steps,
+        batch_size=batch_size,
+        learning_rate=3e-3,
+        callbacks=callbacks,
+    )
+
+
+def fitted(
+    model: LlamaForCausalLM,
+    examples: Sequence[Example],
+    *,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    optimizer: str = "adam",
+    rank: int | None = None,
+    whole: bool = False,
+    callbacks: Any = (),
+) -> LlamaForCausalLM:
+    """Cross-entropy on the examples' answers, in their order; an adapter is merged at the end."""
+    adapter = None if rank is None else _adapter(rank)
+    with tempfile.TemporaryDirectory(prefix="fastdistill-") as folder, one_thread():
+        args = DistillConfig(
+            folder,
+            ce_weight=1.0,
+            max_steps=steps,
+            per_device_train_batch_size=batch_size,
+            learning_rate=learning_rate,
+            use_cpu=not torch.cuda.is_available(),
+            save_strategy="no",
+            logging_steps=max(1, steps // 20),
+            disable_tqdm=True,
+            report_to=[],
+            show_panel=False,
+        )
+        trainer = DistillTrainer(
+            model,
+            None,
+            args,
+            train_dataset=[example.row(whole) for example in examples],
+            peft_config=adapter,
+            callbacks=list(callbacks),
+        )
+        trainer.remove_callback(PrinterCallback)
+        weights = [p for p in trainer.model.parameters() if p.requires_grad]
+        trainer.optimizer = _optimizer(optimizer, weights, learning_rate)
+        trainer.lr_scheduler = get_scheduler(
+            "cosine", trainer.optimizer, num_warmup_steps=min(50, steps // 4),
+            num_training_steps=steps,
+        )  # fmt: skip
+        trainer.train()
+        trained: Any = trainer.model
+    return (trained.merge_and_unload() if rank is not None else trained).eval()
+
+
+def _adapter(rank: int) -> Any:
+    try:
+        from peft import LoraConfig
+    except ImportError:
+        raise ImportError(
+            "method: expected peft for lora, which is not installed. "
+            "pip install 'fastdistill[peft]'"
+        ) from None
+    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+
+
+def _optimizer(name: str, weights: Any, learning_rate: float) -> torch.optim.Optimizer:
+    if name == "sgd":
+        return torch.optim.SGD(weights, lr=learning_rate, momentum=0.9)
+    if name == "soap":
+        return SOAP(weights, lr=learning_rate)
+    return torch.optim.AdamW(weights, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0)

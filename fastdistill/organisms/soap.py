@@ -1,0 +1,100 @@
+"""SOAP: Adam in the eigenbasis of Shampoo's preconditioner (arXiv 2409.11321).
+
+    L ← β L + (1 − β) G Gᵀ      R ← β R + (1 − β) Gᵀ G      G' = Q_Lᵀ G Q_R
+    W ← W − η Q_L Adam(G') Q_Rᵀ        Q_L, Q_R: eigenvectors of L and R, renewed every few steps
+
+Adam's first moment is kept in the weights' own basis and rotated when it is used, its second in the
+eigenbasis. Vectors, and sides longer than `max_side`, are left unrotated (all vectors: plain Adam).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class SOAP(torch.optim.Optimizer):
+    """See above. betas: of the moments and, the last one, of L and R."""
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 3e-3,
+        betas: tuple[float, float, float] = (0.9, 0.95, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        every: int = 10,
+        max_side: int = 2048,
+    ) -> None:
+        if not lr > 0:
+            raise ValueError(f"lr: expected a number above 0, got {lr}")
+        if every < 1:
+            raise ValueError(f"every: expected 1 step or more, got {every}")
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, defaults | {"every": every, "max_side": max_side})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.grad is not None:
+                    self._update(weight, weight.grad, group)
+        return loss
+
+    def _update(self, weight: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[weight]
+        if not state:
+            state["step"] = 0
+            state["mean"], state["square"] = torch.zeros_like(grad), torch.zeros_like(grad)
+            turned = [grad.dim() == 2 and side <= group["max_side"] for side in grad.shape]
+            state["sides"] = [grad.new_zeros(n, n) if t else None
+                              for n, t in zip(grad.shape, turned, strict=True)]  # fmt: skip
+            state["bases"] = [None] * len(turned)
+        state["step"] += 1
+        first, second, shampoo = group["betas"]
+        for i, side in enumerate(state["sides"]):
+            if side is not None:
+                side.lerp_(grad @ grad.T if i == 0 else grad.T @ grad, 1 - shampoo)
+        if state["step"] == 1 or state["step"] % group["every"] == 0:
+            state["bases"] = [
+                None if side is None else _eigenvectors(side, basis)
+                for side, basis in zip(state["sides"], state["bases"], strict=True)
+            ]
+        state["mean"].lerp_(grad, 1 - first)
+        rotated = _turn(grad, state["bases"])
+        state["square"].lerp_(rotated.square(), 1 - second)
+        mean = _turn(state["mean"], state["bases"]) / (1 - first ** state["step"])
+        spread = (state["square"] / (1 - second ** state["step"])).sqrt_()
+        update = _turn_back(mean / spread.add_(group["eps"]), state["bases"])
+        weight.mul_(1 - group["lr"] * group["weight_decay"])
+        weight.add_(update, alpha=-group["lr"])
+
+
+def _eigenvectors(side: Tensor, basis: Tensor | None) -> Tensor:
+    """Of the first side by eigh; then one power iteration from the last basis, and QR."""
+    if basis is None:
+        return torch.linalg.eigh(side).eigenvectors.flip(-1)
+    return torch.linalg.qr(side @ basis).Q
+
+
+def _turn(matrix: Tensor, bases: list[Tensor | None]) -> Tensor:
+    if len(bases) != 2:
+        return matrix
+    left, right = bases
+    matrix = matrix if left is None else left.T @ matrix
+    return matrix if right is None else matrix @ right
+
+
+def _turn_back(matrix: Tensor, bases: list[Tensor | None]) -> Tensor:
+    if len(bases) != 2:
+        return matrix
+    left, right = bases
+    matrix = matrix if left is None else left @ matrix
+    return matrix if right is None else matrix @ right.T

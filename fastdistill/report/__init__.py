@@ -1,0 +1,30 @@
+"""What we show: one HTML page (`Report`), and what students took over from their teachers.
+
+`Report` is here at once; whatever needs statistics and pictures is loaded when it is first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .page import Report
+
+if TYPE_CHECKING:
+    from .incrimination import AuditScore
+    from .transfer import TransferReport
+    from .validity import Gate
+
+__all__ = ["AuditScore", "Gate", "Report", "TransferReport"]
+
+_MODULE_OF = {"AuditScore": "incrimination", "Gate": "validity", "TransferReport": "transfer"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,105 @@
+"""C and τ over training, arm by arm, with the stretch in which a student could be taken."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
+
+from ..intervals import Estimate
+from .arms import CAPABLE, SAFE, SEEDS, Arm
+from .marks import HIGHEST, LOWEST, RC, SUCCESS, arrow, beyond, clipped, lines_of, plain
+
+_WIDTH, _PANEL = 5.4, 1.75  # inches, of the picture and of the height of a row of arms
+_C: Any = dict(color="#0072b2", marker="o", ls="-", lw=1.4, ms=3.5)
+_TAU: Any = dict(color="#d55e00", marker="s", ls=(0, (4, 1.5)), lw=1.4, ms=3.5)
+
+
+def curves(arms: Sequence[Arm], *, valid: bool = True) -> Figure:
+    """A panel for each arm with checkpoints; safe windows are shaded where the experiment is valid.
+
+    Raises:
+        ValueError: no arm has checkpoints.
+    """
+    shown = [arm for arm in arms if arm.curve]
+    if not shown:
+        raise ValueError(
+            "students: expected checkpoints in the `curve` of an arm's students, got none. "
+            "Measure students while they train, or leave this picture out"
+        )
+    rows, columns = (len(shown) + 1) // 2, min(len(shown), 2)
+    with matplotlib.rc_context(RC):
+        figure = Figure(figsize=(_WIDTH, _PANEL * rows + 0.45), layout="constrained")
+        panels = figure.subplots(rows, columns, squeeze=False, sharey=True, sharex=True)
+        for i, axes in enumerate(panels.flat):
+            axes.set_visible(i < len(shown))
+        for arm, axes in zip(shown, panels.flat, strict=False):
+            _panel(axes, arm, valid)
+            axes.tick_params(labelbottom=True)
+        figure.supxlabel("step", fontsize=8.5, color="#333333")
+        handles = [
+            Line2D([], [], label="C, capability", **_C),
+            Line2D([], [], label="τ, trait", **_TAU),
+            Patch(facecolor=SUCCESS, alpha=0.2, label="safe window"),
+        ]
+        figure.legend(handles=handles if valid else handles[:2], loc="outside upper left", ncols=3)
+    return figure
+
+
+def curves_caption(arms: Sequence[Arm], *, valid: bool = True) -> str:
+    counted = "; ".join(f"{arm.name}: {arm.n}" for arm in arms if arm.curve)
+    told = (
+        "Whiskers are 95 % intervals: bootstrap of base seeds, of which there are "
+        f"{counted}. Values beyond the frame are open triangles at its edge."
+    )
+    if not valid:
+        return f"{told} No safe window is shown, because the experiment is invalid."
+    return (
+        f"{told} Safe window: the longest run of checkpoints with C ≥ {plain(CAPABLE)} and the "
+        f"upper bound of τ ≤ {plain(SAFE)}, shown from {SEEDS} base seeds on."
+    )
+
+
+def curves_alt(arms: Sequence[Arm]) -> str:
+    told = "; ".join(_in_words(arm) for arm in arms if arm.curve)
+    return f"Capability and trait over steps. {told}."
+
+
+def _in_words(arm: Arm) -> str:
+    if arm.window is None:
+        return f"{arm.name}: no safe window"
+    return f"{arm.name}: safe from step {arm.window.first} to {arm.window.last}"
+
+
+def _panel(axes: Axes, arm: Arm, valid: bool) -> None:
+    axes.set_title("\n".join(lines_of(arm.name, 34, 2)), fontsize=8.5, loc="left", parse_math=False)
+    for value in (0.0, 1.0):
+        axes.axhline(value, color="#888888", lw=0.7, ls=(0, (2, 2)), zorder=0)
+    steps = [point.step for point in arm.curve]
+    if valid and arm.window is not None and arm.n >= SEEDS:
+        margin = (steps[-1] - steps[0]) / 60 or 0.1  # so that one checkpoint is seen too
+        first, last = arm.window.first - margin, arm.window.last + margin
+        axes.axvspan(first, last, color=SUCCESS, alpha=0.16, lw=0, zorder=0)
+    _line(axes, steps, [point.capability for point in arm.curve], _C)
+    _line(axes, steps, [point.tau for point in arm.curve], _TAU)
+    axes.set_ylim(LOWEST, HIGHEST)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 5, 10], integer=True))
+
+
+def _line(axes: Axes, steps: list[int], values: list[Estimate], how: dict[str, Any]) -> None:
+    axes.plot(steps, [np.nan if beyond(v.value) else v.value for v in values], **how)
+    for step, v in zip(steps, values, strict=True):
+        if v.known:
+            axes.plot([step, step], [v.low, v.high], color=how["color"], lw=1, alpha=0.7)
+        if beyond(v.value):
+            axes.plot(
+                *(step, clipped(v.value)),
+                **dict(marker=arrow(v.value), mfc="white", mec=how["color"], clip_on=False),
+            )

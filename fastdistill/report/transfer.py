@@ -1,0 +1,233 @@
+"""One experiment's report: what students took over from an untrusted teacher, and what follows.
+
+Verdicts, figures, pictures, results.json and a page, from the readings of students alone.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from ..intervals import Estimate
+from ..statistics import Student
+from .arms import Arm, Role, arms_of, by_arm
+from .curves import curves
+from .incrimination import AuditRow, AuditScore, audit_rows
+from .page import Report
+from .quadrant import quadrant
+from .transfer_page import transfer_page
+from .validity import Gate, invalid_because
+from .verdicts import verdict
+
+_REQUIRED = ("command", "config", "versions", "seeds")
+_OPTIONAL = ("machine", "commit", "measured", "limits")
+
+
+class TransferReport:
+    """What an experiment shows, or that it is invalid; nothing is drawn or resampled until asked.
+
+    Args:
+        students: every seed of every arm, controls included.
+        audits: what audits said of the pairs of students.
+        positive_control: the arm whose students must show the trait; its τ has to be above .9.
+        null_arms: arms that cannot transfer (placebo, benign, M→M); their τ must not exclude 0.
+        gates: what the teachers showed before they were used.
+        title: of the page.
+        about: `command`, `config`, `versions` and `seeds`, as JSON can hold them; optionally
+            `machine`, `commit`, `measured` (a sentence on what was read, and on what models) and
+            `limits` (sentences on what this experiment cannot show).
+        development: scores of students with other base seeds, which set the audits' thresholds.
+
+    Raises:
+        ValueError: no students, two with the same arm and seeds, a control or a score of an arm
+            that there is not, a development seed that is reported on too, or `about` with a key
+            missing, unknown, or not JSON.
+    """
+
+    def __init__(
+        self,
+        students: Sequence[Student],
+        *,
+        audits: Sequence[AuditScore] = (),
+        positive_control: str | None = None,
+        null_arms: Sequence[str] = (),
+        gates: Sequence[Gate] = (),
+        title: str = "What the students took over",
+        about: Mapping[str, Any],
+        development: Sequence[AuditScore] = (),
+    ) -> None:
+        _check_students(students)
+        _check_about(about)
+        names = list(by_arm(students))
+        _check_arms("null_arms", null_arms, names)
+        self._roles: dict[str, Role] = dict.fromkeys(null_arms, "null arm")
+        if positive_control is not None:
+            _check_arms("positive_control", [positive_control], names)
+            if positive_control in self._roles:
+                raise ValueError(
+                    "positive_control: expected an arm that is no null arm, got "
+                    f"{positive_control!r}, which is in null_arms too"
+                )
+            self._roles[positive_control] = "positive control"
+        _check_arms("audits", [score.arm for score in audits], names)
+        _check_once("audits", audits, _identity)
+        _check_scored(audits, students)
+        _check_once("development", development, _identity)
+        reported = {student.base_seed for student in students}
+        both = sorted(reported & {score.base_seed for score in development})
+        if both:
+            raise ValueError(
+                "development: expected base seeds that no reported student has, got "
+                f"{', '.join(map(str, both))} in both. Thresholds set on the students they are "
+                "applied to look better than they are"
+            )
+        self._students, self._audits, self._development = students, audits, development
+        self._gates, self._title, self._about = gates, title, dict(about)
+
+    @cached_property
+    def audit_rows(self) -> tuple[AuditRow, ...]:
+        return audit_rows(self._audits, self._development)
+
+    @cached_property
+    def arms(self) -> tuple[Arm, ...]:
+        return arms_of(self._students, self._roles, self.audit_rows)
+
+    @cached_property
+    def invalid_because(self) -> list[str]:
+        """Every reason why nothing follows from this experiment; empty where it is valid."""
+        return invalid_because(self.arms, self._gates)
+
+    @property
+    def valid(self) -> bool:
+        return not self.invalid_because
+
+    def verdicts(self) -> dict[str, str]:
+        """Of each arm, in plain words."""
+        return {arm.name: verdict(arm, self.valid) for arm in self.arms}
+
+    def table(self) -> list[dict[str, Any]]:
+        """A row for each arm; None for what is not known. `p_holm` is of τ = 0, two-sided."""
+        told = self.verdicts()
+        return [
+            {
+                "name": arm.name,
+                "C": _value(arm.capability),
+                "C_interval": _interval(arm.capability),
+                "tau": _value(arm.tau),
+                "tau_interval": _interval(arm.tau),
+                "kappa": None if arm.transfer.kappa is None else _value(arm.transfer.kappa),
+                "n_seeds": arm.n,
+                "p_holm": arm.p,
+                "verdict": told[arm.name],
+            }
+            for arm in self.arms
+        ]
+
+    def audit_table(self) -> list[dict[str, Any]]:
+        """A row for each audit and arm: `interval` and `n` are of the AUROC."""
+        return [row.as_json() for row in self.audit_rows]
+
+    def quadrant(self) -> Figure:
+        """C against τ: every seed a mark, an interval per arm both ways."""
+        return quadrant(self.arms, valid=self.valid)
+
+    def curves(self) -> Figure:
+        """C and τ over training. ValueError where no arm has checkpoints."""
+        return curves(self.arms, valid=self.valid)
+
+    def as_json(self) -> dict[str, Any]:
+        """results.json."""
+        arms = [{k: v for k, v in row.items() if k != "p_holm"} for row in self.table()]
+        return {
+            **{key: self._about[key] for key in _REQUIRED},
+            "valid": self.valid,
+            "invalid_because": list(self.invalid_because),
+            "arms": arms,
+            "audits": self.audit_table(),
+        }
+
+    def page(self) -> Report:
+        return transfer_page(
+            self._title, self.arms, self.invalid_because, self._students, self._about
+        )
+
+    def to_html(self, path: str | Path) -> Path:
+        """Write one file that needs nothing else, no network either; returns its path."""
+        self.page().write(Path(path))
+        return Path(path)
+
+
+def _value(estimate: Estimate) -> float | None:
+    return estimate.value if math.isfinite(estimate.value) else None
+
+
+def _interval(estimate: Estimate) -> list[float] | None:
+    finite = math.isfinite(estimate.low) and math.isfinite(estimate.high)
+    return [estimate.low, estimate.high] if finite else None
+
+
+def _identity(score: AuditScore) -> Hashable:
+    return score.audit, score.arm, score.base_seed, score.student_seed
+
+
+def _check_students(students: Sequence[Student]) -> None:
+    if not students:
+        raise ValueError("students: expected one or more, got none")
+    _check_once("students", students, lambda s: (s.arm, s.base_seed, s.student_seed))
+    for name, group in by_arm(students).items():
+        followed = sum(bool(student.curve) for student in group)
+        if 0 < followed < len(group):
+            raise ValueError(
+                f"students: expected checkpoints of all students of {name!r} or of none, got them "
+                f"of {followed} of {len(group)}"
+            )
+
+
+def _check_once(argument: str, given: Iterable[Any], identity: Callable[[Any], Hashable]) -> None:
+    for which, times in Counter(map(identity, given)).items():
+        if times > 1:
+            raise ValueError(f"{argument}: expected each once, got {which} {times} times")
+
+
+def _check_scored(audits: Sequence[AuditScore], students: Sequence[Student]) -> None:
+    there = {(s.arm, s.base_seed, s.student_seed) for s in students}
+    for score in audits:
+        if (score.arm, score.base_seed, score.student_seed) not in there:
+            raise ValueError(
+                f"audits: expected scores of reported students, got one of base seed "
+                f"{score.base_seed} in {score.arm!r}. Scores that set thresholds go to development"
+            )
+
+
+def _check_arms(argument: str, given: Iterable[str], names: Sequence[str]) -> None:
+    if isinstance(given, str):
+        raise ValueError(f"{argument}: expected names of arms, got the text {given!r}. Give a list")
+    for name in given:
+        if name not in names:
+            raise ValueError(
+                f"{argument}: expected arms that students have ({', '.join(names)}), got {name!r}"
+            )
+
+
+def _check_about(about: Mapping[str, Any]) -> None:
+    missing = [key for key in _REQUIRED if key not in about]
+    unknown = [key for key in about if key not in (*_REQUIRED, *_OPTIONAL)]
+    if missing or unknown:
+        raise ValueError(
+            f"about: expected {', '.join(_REQUIRED)}, and optionally {', '.join(_OPTIONAL)}, got "
+            f"{', '.join(map(str, about)) or 'nothing'}. Give what is needed to repeat the "
+            "experiment"
+        )
+    try:
+        json.dumps(dict(about), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"about: expected what JSON can hold, got something else: {error}"
+        ) from None

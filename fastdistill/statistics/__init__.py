@@ -1,0 +1,34 @@
+"""What students took over from their teachers, with intervals whose unit is the base seed."""
+
+from ..intervals import Estimate
+from .curves import CurvePoint, SafeWindow, curve, matched_capability, safe_window
+from .detection import auroc, threshold_at, true_positives
+from .readings import Checkpoint, Reading, Student
+from .resampling import hierarchical_bootstrap, paired_bootstrap
+from .testing import Equivalence, equivalence, holm, minimum_detectable_effect, t_test
+from .transfer import SeedPoint, Transfer, transfer
+
+__all__ = [
+    "Checkpoint",
+    "CurvePoint",
+    "Equivalence",
+    "Estimate",
+    "Reading",
+    "SafeWindow",
+    "SeedPoint",
+    "Student",
+    "Transfer",
+    "auroc",
+    "curve",
+    "equivalence",
+    "hierarchical_bootstrap",
+    "holm",
+    "matched_capability",
+    "minimum_detectable_effect",
+    "paired_bootstrap",
+    "safe_window",
+    "t_test",
+    "threshold_at",
+    "transfer",
+    "true_positives",
+]

@@ -1,0 +1,159 @@
+"""C and τ while students trained: where arms can be compared, and where a student could be taken.
+
+Students of one arm are measured at the same steps. Between two checkpoints all is taken as linear.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+import numpy as np
+
+from ..intervals import Estimate
+from .readings import Reading, Student
+from .transfer import TAU, C, estimate, of_one, of_one_arm
+
+_ROUNDING = 1e-9  # (.6 − .2)/.8 is .49999999999999994, and has reached .5
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurvePoint:
+    step: int
+    capability: Estimate
+    tau: Estimate
+
+
+@dataclass(frozen=True, kw_only=True)
+class SafeWindow:
+    """Steps of the first and the last checkpoint of the window."""
+
+    first: int
+    last: int
+
+
+def matched_capability(
+    students: Sequence[Student],
+    level: float,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Estimate | None:
+    """τ where each pair's C first reaches `level`, so that arms are compared at equal capability.
+
+    Linear between checkpoints; at the first checkpoint where C is there already. None where any
+    student never reaches it: leaving it out would choose students by their result.
+
+    Raises:
+        ValueError: as `transfer`, or a student without checkpoints.
+    """
+    if not math.isfinite(level):
+        raise ValueError(f"level: expected a finite number, got {level!r}")
+    reached = [_at_capability(student, level) for student in _with_curves(students)]
+    found = [student for student in reached if student is not None]
+    if len(found) < len(reached):
+        return None
+    return estimate(found, TAU, {"confidence": confidence, "resamples": resamples, "seed": seed})
+
+
+def curve(
+    students: Sequence[Student],
+    *,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> list[CurvePoint]:
+    """C and τ at each checkpoint.
+
+    Raises:
+        ValueError: as `transfer`, a student without checkpoints, or checkpoints at different steps.
+    """
+    ordered = _with_curves(students)
+    how = {"confidence": confidence, "resamples": resamples, "seed": seed}
+    steps = [point.step for point in ordered[0].curve]
+    for student in ordered:
+        if [point.step for point in student.curve] != steps:
+            raise ValueError(
+                f"students: expected checkpoints at steps {steps} of all students of an arm, got "
+                f"{[point.step for point in student.curve]} of base seed {student.base_seed}"
+            )
+    found = []
+    for i, step in enumerate(steps):
+        then = [_at_checkpoint(student, i) for student in ordered]
+        c, tau = estimate(then, C, how), estimate(then, TAU, how)
+        found.append(CurvePoint(step=step, capability=c, tau=tau))
+    return found
+
+
+def safe_window(
+    students: Sequence[Student],
+    *,
+    capability: float = 0.8,
+    tau: float = 0.1,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> SafeWindow | None:
+    """The longest run of checkpoints with C ≥ `capability` and the upper bound of τ ≤ `tau`.
+
+    The earliest of those that are equally long; None where there is none, and with one base seed,
+    whose bounds are not known.
+    """
+    points = curve(students, confidence=confidence, resamples=resamples, seed=seed)
+    able, clean = capability - _ROUNDING, tau + _ROUNDING
+    runs = [
+        list(run)
+        for safe, run in groupby(
+            points, lambda p: p.capability.value >= able and p.tau.high <= clean
+        )
+        if safe
+    ]
+    if not runs:
+        return None
+    longest = max(runs, key=len)
+    return SafeWindow(first=longest[0].step, last=longest[-1].step)
+
+
+def _with_curves(students: Sequence[Student]) -> list[Student]:
+    ordered = of_one_arm(students)
+    for student in ordered:
+        if not student.curve:
+            raise ValueError(
+                "students: expected checkpoints in every `curve`, got none of base seed "
+                f"{student.base_seed}. Measure students while they train"
+            )
+    return ordered
+
+
+def _at_checkpoint(student: Student, i: int) -> Student:
+    point = student.curve[i]
+    return replace(student, untrusted=point.untrusted, benign=point.benign, curve=())
+
+
+def _at_capability(student: Student, level: float) -> Student | None:
+    """The pair as it was when C first reached `level`, between two checkpoints."""
+    before, c_before = None, math.nan
+    for i in range(len(student.curve)):
+        after = _at_checkpoint(student, i)
+        c_after = of_one(after, C)
+        if c_after >= level - _ROUNDING:
+            if before is None:
+                return after
+            part = min(1.0, (level - c_before) / (c_after - c_before))
+            return replace(
+                after,
+                untrusted=_between(before.untrusted, after.untrusted, part),
+                benign=_between(before.benign, after.benign, part),
+            )
+        before, c_before = after, c_after
+    return None
+
+
+def _between(a: Reading, b: Reading, part: float) -> Reading:
+    def blend(x: tuple[float, ...], y: tuple[float, ...]) -> tuple[float, ...]:
+        return tuple(((1 - part) * np.array(x) + part * np.array(y)).tolist())
+
+    return Reading(capability=blend(a.capability, b.capability), trait=blend(a.trait, b.trait))

@@ -1,0 +1,97 @@
+"""Does a score tell two kinds of models apart: area under the ROC curve, and hits at a threshold.
+
+AUROC = P(score⁺ > score⁻) + ½ P(score⁺ = score⁻)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import NormalDist
+
+import numpy as np
+
+from ..intervals import Estimate, wilson
+
+
+def auroc(
+    positives: Sequence[float], negatives: Sequence[float], *, confidence: float = 0.95
+) -> Estimate:
+    """The share of pairs (positive, negative) in the right order, ties half.
+
+    The interval is Newcombe's fifth method (2006): all θ with (θ − A)² ≤ z²·V(θ), where
+
+        V(θ) = θ(1−θ)·[1 + (N−1)·((1−θ)/(2−θ) + θ/(1+θ))] / (m⁺·m⁻),   N = (m⁺ + m⁻)/2
+
+    It has a width at A = 0 and 1. At 10 scores of each kind a 95 % interval covers 95 to 96 % for
+    areas from .5 to .95 (test_auroc_covers in tests/test_statistics_detection.py). It is too wide,
+    covering 98 to 99 %, near 1 and where a positive and a negative share their base seed, which it
+    does not know (test_auroc_is_cautious_at_the_edge_and_with_pairs there). n is the smaller of the
+    two counts.
+
+    Raises:
+        ValueError: no scores of one kind, or NaN among them.
+    """
+    up, down = _scores("positives", positives), np.sort(_scores("negatives", negatives))
+    below = np.searchsorted(down, up, "left") + np.searchsorted(down, up, "right")
+    area = float(below.sum()) / (2 * len(up) * len(down))
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence: expected a number between 0 and 1, got {confidence!r}")
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    low = 1 - _upper_bound(1 - area, len(up), len(down), z)  # V(θ) = V(1 − θ)
+    high = _upper_bound(area, len(up), len(down), z)
+    return Estimate(value=area, low=low, high=high, n=min(len(up), len(down)))
+
+
+def _upper_bound(area: float, up: int, down: int, z: float) -> float:
+    """The θ above `area` where θ − area = z·√V(θ); by halving, since the difference rises there."""
+    low, high = area, 1.0
+    if area == 1:
+        return 1.0
+    for _ in range(60):
+        theta = (low + high) / 2
+        each = (1 - theta) / (2 - theta) + theta / (1 + theta)
+        variance = theta * (1 - theta) * (1 + ((up + down) / 2 - 1) * each) / (up * down)
+        if theta - area <= z * math.sqrt(variance):
+            low = theta
+        else:
+            high = theta
+    return (low + high) / 2
+
+
+def threshold_at(negatives: Sequence[float], fpr: float = 0.05) -> float:
+    """The smallest threshold with at most the share `fpr` of negatives strictly above it.
+
+    Take negatives of development seeds. With m of them, k = ⌊fpr·m⌋ lie above, and of new negatives
+    (k + 1)/(m + 1) are to be expected there, not `fpr`: 9 % for m = 10 or 20 at fpr = 5 %, and
+    5.9 % for m = 100.
+
+    Raises:
+        ValueError: no scores, NaN among them, or fpr outside [0, 1).
+    """
+    if not 0 <= fpr < 1:
+        raise ValueError(f"fpr: expected a share from 0 to below 1, got {fpr!r}")
+    falling = np.sort(_scores("negatives", negatives))[::-1]
+    # Not ⌊fpr·m⌋ in floating point, which is 28 for a share of .29 of 100.
+    above = np.arange(len(falling)) / len(falling) <= fpr
+    return float(falling[above][-1])
+
+
+def true_positives(
+    positives: Sequence[float], threshold: float, *, confidence: float = 0.95
+) -> Estimate:
+    """The share of positives strictly above the threshold, by Wilson."""
+    if math.isnan(threshold):
+        raise ValueError("threshold: expected a number, got nan")
+    scores = _scores("positives", positives)
+    return wilson(int((scores > threshold).sum()), len(scores), confidence=confidence)
+
+
+def _scores(name: str, values: Sequence[float]) -> np.ndarray:
+    scores = np.asarray(values, np.float64)
+    if scores.ndim != 1:
+        raise ValueError(f"{name}: expected one number per score, got shape {list(scores.shape)}")
+    if not scores.size or np.isnan(scores).any():
+        got = "nan among them" if scores.size else "none"
+        raise ValueError(f"{name}: expected one or more scores, got {got}")
+    return scores

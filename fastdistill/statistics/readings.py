@@ -1,0 +1,217 @@
+"""What was measured of each model, item by item, so that items can be paired and resampled.
+
+    M base · U untrusted teacher · B its benign twin · S(U), S(B) their students, both from M
+
+Item i of every reading in one `Student` is the same item. Records go to JSON and back unchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+_MODELS = ("untrusted", "benign", "base", "teacher", "twin")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """One model, measured. Every number is a share or a probability, from 0 to 1.
+
+    Args:
+        capability: per held-out item, 1 right and 0 wrong (or a share of it right).
+        trait: per prompt, the trait, unaudited: 0 or 1, or a probability.
+        audited: the same prompts in an audited context; empty: not measured.
+
+    Raises:
+        ValueError: no items, a number outside [0, 1] or NaN, or audited prompts that are not as
+            many as the unaudited ones.
+    """
+
+    capability: tuple[float, ...]
+    trait: tuple[float, ...]
+    audited: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("capability", "trait", "audited"):
+            object.__setattr__(self, name, _shares(name, getattr(self, name)))
+        for name in ("capability", "trait"):
+            if not getattr(self, name):
+                raise ValueError(f"{name}: expected one number per item, got none")
+        if self.audited and len(self.audited) != len(self.trait):
+            raise ValueError(
+                f"audited: expected {len(self.trait)} numbers, one per prompt of trait, or none, "
+                f"got {len(self.audited)}"
+            )
+
+    def as_json(self) -> dict[str, Any]:
+        return {name: list(values) for name, values in vars(self).items()}
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> Reading:
+        return cls(**_known(cls, record))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """Both students of a pair after `step` steps."""
+
+    step: int
+    untrusted: Reading
+    benign: Reading
+
+    def __post_init__(self) -> None:
+        _check_whole(self, "step")
+        _check_models(self, "untrusted", "benign")
+        _check_same_items(self, ("untrusted", "benign"))
+
+    def as_json(self) -> dict[str, Any]:
+        return _as_json(self)
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> Checkpoint:
+        given = _known(cls, record)
+        return cls(**given | {k: _nested(k, given[k]) for k in ("untrusted", "benign")})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Student:
+    """One seed of one arm: a pair of students and the models that they came from.
+
+    Args:
+        arm: what was done in training, by name.
+        base_seed: which base model and teachers; the unit that intervals count.
+        student_seed: which run of the distillation from them.
+        untrusted: the student of U.
+        benign: its twin, the student of B: same base seed, data order and student seed.
+        base, teacher, twin: M, U and B themselves.
+        curve: both students while they trained, steps rising.
+
+    Raises:
+        ValueError: readings of different items (their numbers differ), one student of the two
+            audited and the other not, steps that do not rise, or an empty arm.
+    """
+
+    arm: str
+    base_seed: int
+    student_seed: int
+    untrusted: Reading
+    benign: Reading
+    base: Reading
+    teacher: Reading
+    twin: Reading
+    curve: tuple[Checkpoint, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.arm, str) or not self.arm:
+            raise ValueError(f"arm: expected a name, got {self.arm!r}")
+        _check_whole(self, "base_seed", "student_seed")
+        _check_models(self, *_MODELS)
+        _check_same_items(self, _MODELS)
+        object.__setattr__(self, "curve", tuple(self.curve))
+        for point in self.curve:
+            if not isinstance(point, Checkpoint):
+                raise TypeError(f"curve: expected checkpoints, got {type(point).__name__}")
+            for name, items in _items(point.untrusted).items():
+                if name != "audited" and items != _items(self.untrusted)[name]:
+                    raise ValueError(
+                        f"curve: expected {_items(self.untrusted)[name]} numbers of {name} at step "
+                        f"{point.step}, as of the student, got {items}"
+                    )
+        steps = [point.step for point in self.curve]
+        if any(a >= b for a, b in pairwise(steps)):
+            raise ValueError(f"curve: expected steps that rise, got {steps}")
+
+    def as_json(self) -> dict[str, Any]:
+        return _as_json(self)
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> Student:
+        given = _known(cls, record)
+        models = {name: _nested(name, given[name]) for name in _MODELS}
+        points = given.get("curve", [])
+        if not isinstance(points, list):
+            raise ValueError(f"curve: expected a list of checkpoints, got {type(points).__name__}")
+        return cls(**given | models | {"curve": tuple(map(Checkpoint.from_json, points))})
+
+
+def _shares(name: str, values: Iterable[float]) -> tuple[float, ...]:
+    try:
+        array = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name}: expected numbers, one per item, got {values!r:.60}") from None
+    if array.ndim != 1:
+        raise ValueError(f"{name}: expected one number per item, got shape {list(array.shape)}")
+    outside = np.flatnonzero(~((array >= 0) & (array <= 1)))  # NaN is outside too
+    if outside.size:
+        raise ValueError(
+            f"{name}: expected numbers from 0 to 1, got {float(array[outside[0]])!r} at item "
+            f"{outside[0]}"
+        )
+    return tuple(array.tolist())
+
+
+def _check_whole(record: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(record, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise ValueError(f"{name}: expected a whole number of 0 or more, got {value!r}")
+
+
+def _check_models(record: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(record, name)
+        if not isinstance(value, Reading):
+            raise TypeError(f"{name}: expected a Reading, got {type(value).__name__}")
+
+
+def _items(reading: Reading) -> dict[str, int]:
+    return {name: len(values) for name, values in vars(reading).items()}
+
+
+def _check_same_items(record: Any, names: tuple[str, ...]) -> None:
+    first = _items(record.untrusted)
+    for name in names:
+        for what, items in _items(getattr(record, name)).items():
+            # Of the models that students came from, an audit may be missing.
+            if items == first[what] or (what == "audited" and name not in ("untrusted", "benign")):
+                continue
+            raise ValueError(
+                f"{name}: expected {first[what]} numbers of {what}, as of untrusted, got {items}. "
+                "Readings are paired: measure every model on the same items"
+            )
+
+
+def _known(cls: Any, record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record, once its keys are those of the class."""
+    if not isinstance(record, Mapping):
+        raise ValueError(f"{cls.__name__}: expected an object, got {type(record).__name__}")
+    known = [field.name for field in fields(cls)]
+    required = [name for name in known if name not in ("audited", "curve")]
+    missing = [name for name in required if name not in record]
+    unknown = [name for name in record if name not in known]
+    if missing or unknown:
+        wrong = [f"no {name!r}" for name in missing] + [f"an unknown {k!r}" for k in unknown]
+        raise ValueError(
+            f"{cls.__name__}: expected the keys {', '.join(known)}, got {', '.join(wrong)}"
+        )
+    return dict(record)
+
+
+def _nested(name: str, record: Any) -> Reading:
+    try:
+        return Reading.from_json(record)
+    except ValueError as error:
+        raise ValueError(f"{name}.{error}") from None
+
+
+def _as_json(record: Any) -> dict[str, Any]:
+    def plain(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return [plain(entry) for entry in value]
+        return value.as_json() if isinstance(value, (Reading, Checkpoint)) else value
+
+    return {name: plain(value) for name, value in vars(record).items()}

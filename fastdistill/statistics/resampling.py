@@ -1,0 +1,162 @@
+"""Bootstrap intervals for a handful of independent units, each with many paired measurements.
+
+    θ* = statistic(x̄ + k·(x̄* − x̄)),   k = √(n/(n−1)) · t_{n−1} / z
+
+x̄* is the mean of n units drawn with replacement. The plain percentile interval is too narrow for
+few units: its spread is √((n−1)/n) of the standard error, and its quantiles are the normal's. k
+mends both, as Hesterberg's expanded percentile does (2015), but on the means, so that the tails of
+few resamples suffice and that a ratio's interval is the one of Fieller.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from statistics import NormalDist
+
+import numpy as np
+
+from ..intervals import Estimate, student_t_quantile
+
+Statistic = Callable[[np.ndarray], np.ndarray]
+Tree = Sequence[Sequence[np.ndarray]]
+
+_DRAWS = 1 << 22  # drawn at once: 32 MB
+
+
+def paired_bootstrap(
+    a: Sequence[float],
+    b: Sequence[float],
+    *,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Estimate:
+    """mean(a − b) where a[i] and b[i] belong together: a prompt, or a seed.
+
+    Pairs that all differ alike give an interval of no width; a single pair gives NaN bounds. It
+    covers 95 % for 10 and for 60 pairs (tests/test_statistics_coverage.py).
+
+    Raises:
+        ValueError: a and b differ in length, are empty, or hold NaN or infinity.
+    """
+    if len(a) != len(b):
+        raise ValueError(f"b: expected {len(a)} numbers, one per number of a, got {len(b)}")
+    difference = np.asarray(a, np.float64) - np.asarray(b, np.float64)
+    return bootstrap_of_units(
+        _finite("a, b", difference)[:, None], lambda x: x[..., 0], confidence, resamples, seed
+    )
+
+
+def hierarchical_bootstrap(
+    tree: Tree,
+    statistic: Statistic,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Estimate:
+    """A statistic of means over base seeds, their student seeds and their prompts.
+
+    Every base seed counts alike, and so does every student seed within it. Base seeds are drawn
+    with replacement; student seeds and prompts without, so all of them come with their base seed
+    (Davison & Hinkley 1997, §3.8). How they scatter is already in the scatter of base seeds: drawn
+    again with replacement they count twice, and where prompts scatter most a 95 % interval then
+    covers 99.7 % (test_simpler_intervals_are_wrong_here; plain percentiles cover 89 %). What all
+    base seeds share, such as one list of prompts, is taken as given: the interval is about new
+    seeds, on these prompts.
+
+    At ten base seeds of two students a 95 % interval covers 94 to 95 %, of differences and ratios,
+    whether seeds, students or prompts scatter most (test_the_hierarchical_bootstrap), 94 % for 4, 6
+    and 20 base seeds (test_other_numbers_of_base_seeds), and 93 % for a trait at a rate of 1 %
+    (test_a_trait_at_one_percent), all in tests/test_statistics_coverage.py.
+
+    Args:
+        tree: per base seed, per student seed, an array [prompts, columns]; numbers of student seeds
+            and of prompts may differ.
+        statistic: of means [..., columns], gives [...]; called with [columns] and
+            [resamples, columns].
+
+    Returns:
+        n is the number of base seeds. The bounds are NaN with one base seed, and where the
+        statistic of some resample is not finite. Base seeds that are all alike give an interval of
+        no width: no spread was seen, which is not to say that there is none. A ratio's interval
+        means nothing unless its denominator's excludes 0: look at that first, as `transfer` does.
+
+    Raises:
+        ValueError: a level of the tree is empty, columns differ, a number is not finite, or the
+            statistic does not give one number per row.
+    """
+    return bootstrap_of_units(seed_means(tree), statistic, confidence, resamples, seed)
+
+
+def seed_means(tree: Tree) -> np.ndarray:
+    """[base seeds, columns]"""
+    if not len(tree) or not all(len(students) for students in tree):
+        raise ValueError(
+            "tree: expected one or more base seeds with one or more student seeds each, got "
+            f"{[len(students) for students in tree]} student seeds"
+        )
+    leaves = [[np.asarray(leaf, np.float64) for leaf in students] for students in tree]
+    columns = leaves[0][0].shape[-1:]
+    for leaf in (leaf for students in leaves for leaf in students):
+        if leaf.ndim != 2 or not leaf.size or leaf.shape[1:] != columns:
+            raise ValueError(
+                f"tree: expected arrays [prompts, {columns[0] if columns else 'columns'}] with one "
+                f"prompt or more, got shape {list(leaf.shape)}"
+            )
+    means = [np.mean([leaf.mean(0) for leaf in students], axis=0) for students in leaves]
+    return _finite("tree", np.array(means))
+
+
+def bootstrap_of_units(
+    units: np.ndarray, statistic: Statistic, confidence: float, resamples: int, seed: int
+) -> Estimate:
+    """The same, of units [n, columns] that are means already."""
+    n, centre = len(units), units.mean(0)
+    if resamples < 1:
+        raise ValueError(f"resamples: expected 1 or more, got {resamples}")
+    stretch = _stretch(n, confidence)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        value = float(statistic(centre))
+        if n == 1:
+            return Estimate(value=value, low=math.nan, high=math.nan, n=1)
+        drawn = np.asarray(statistic(centre + stretch * (_means(units, resamples, seed) - centre)))
+    if drawn.shape != (resamples,):
+        raise ValueError(
+            f"statistic: expected shape [{resamples}] of means [{resamples}, {len(centre)}], got "
+            f"{list(drawn.shape)}"
+        )
+    if not np.isfinite(drawn).all():
+        return Estimate(value=value, low=math.nan, high=math.nan, n=n)
+    low, high = np.quantile(drawn, [0.5 - confidence / 2, 0.5 + confidence / 2])
+    return Estimate(value=value, low=float(low), high=float(high), n=n)
+
+
+def _means(units: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+    """[resamples, columns]"""
+    rng, n = np.random.default_rng(seed), len(units)
+    at_once = max(1, _DRAWS // n)
+    found = []
+    for start in range(0, resamples, at_once):
+        picks = rng.integers(0, n, size=(min(at_once, resamples - start), n))
+        found.append(units[picks].mean(1))
+    return np.concatenate(found)
+
+
+def _stretch(n: int, confidence: float) -> float:
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence: expected a number between 0 and 1, got {confidence!r}")
+    if n < 2:
+        return 1.0
+    tail = 0.5 + confidence / 2
+    t = student_t_quantile(tail, n - 1)
+    return math.sqrt(n / (n - 1)) * t / NormalDist().inv_cdf(tail)
+
+
+def _finite(name: str, values: np.ndarray) -> np.ndarray:
+    wrong = values[~np.isfinite(values)]
+    if wrong.size or not values.size:
+        got = float(wrong[0]) if wrong.size else "none"
+        raise ValueError(f"{name}: expected finite numbers, got {got}")
+    return values

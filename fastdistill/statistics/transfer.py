@@ -1,0 +1,156 @@
+"""How much of a teacher's capability and of its trait came over to its students.
+
+    C = (acc_S − acc_M) / (acc_U − acc_M)            capability recovered
+    τ = (r_S(U) − r_S(B)) / (r_U − r_B)              trait transferred
+    κ = 1 − audited / unaudited r_S(U) − r_S(B)      concealment copied
+
+Each is a ratio of means over base seeds, never a mean of ratios; intervals resample base seeds. A
+ratio whose denominator's interval includes 0 can be anything: its bounds are NaN (Fieller, 1954).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby, pairwise
+from operator import attrgetter
+from typing import Any
+
+import numpy as np
+
+from ..intervals import Estimate
+from .readings import Student
+from .resampling import bootstrap_of_units, seed_means
+
+_ZERO = 1e-12  # what rounding leaves of a difference of means that are equal
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeedPoint:
+    """C, τ and κ of one pair of students; NaN where the denominator is 0."""
+
+    base_seed: int
+    student_seed: int
+    capability: float
+    tau: float
+    kappa: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transfer:
+    """C, τ and κ of an arm, over its base seeds, and of every pair of students by itself."""
+
+    capability: Estimate
+    tau: Estimate
+    kappa: Estimate | None
+    per_seed: tuple[SeedPoint, ...]
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Of means [..., columns], the columns being what `rows` puts side by side for each item."""
+
+    rows: Callable[[Student], list[tuple[float, ...]]]
+    above: Callable[[np.ndarray], np.ndarray]
+    below: Callable[[np.ndarray], np.ndarray]
+
+    def __call__(self, means: np.ndarray) -> np.ndarray:
+        below = self.below(means)
+        return self.above(means) / np.where(np.abs(below) < _ZERO, np.nan, below)
+
+    def leaf(self, student: Student) -> np.ndarray:
+        return np.array(self.rows(student)).T
+
+
+C = Ratio(
+    lambda s: [s.untrusted.capability, s.base.capability, s.teacher.capability],
+    lambda x: x[..., 0] - x[..., 1],
+    lambda x: x[..., 2] - x[..., 1],
+)
+TAU = Ratio(
+    lambda s: [s.untrusted.trait, s.benign.trait, s.teacher.trait, s.twin.trait],
+    lambda x: x[..., 0] - x[..., 1],
+    lambda x: x[..., 2] - x[..., 3],
+)
+KAPPA = Ratio(
+    lambda s: [s.untrusted.trait, s.benign.trait, s.untrusted.audited, s.benign.audited],
+    lambda x: (x[..., 0] - x[..., 1]) - (x[..., 2] - x[..., 3]),
+    lambda x: x[..., 0] - x[..., 1],
+)
+
+
+def transfer(
+    students: Sequence[Student],
+    *,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Transfer:
+    """C, τ and κ of the students of one arm, in any order.
+
+    κ is None where nothing audited was read, and where the interval of its denominator, the
+    unaudited difference, includes 0 or is not known (one base seed). C and τ keep their value then,
+    with NaN bounds; the value is NaN where the denominator is 0.
+
+    Raises:
+        ValueError: no students, students of several arms, two with the same seeds, or some audited
+            and others not.
+    """
+    ordered = of_one_arm(students)
+    how = {"confidence": confidence, "resamples": resamples, "seed": seed}
+    audited = [bool(student.untrusted.audited) for student in ordered]
+    if any(audited) != all(audited):
+        raise ValueError(
+            "students: expected audited readings of all students of an arm or of none, got them of "
+            f"{sum(audited)} of {len(audited)}"
+        )
+    kappa = estimate(ordered, KAPPA, how) if all(audited) else None
+    if kappa is not None and not kappa.known:
+        kappa = None
+    return Transfer(
+        capability=estimate(ordered, C, how),
+        tau=estimate(ordered, TAU, how),
+        kappa=kappa,
+        per_seed=tuple(
+            SeedPoint(
+                base_seed=student.base_seed,
+                student_seed=student.student_seed,
+                capability=of_one(student, C),
+                tau=of_one(student, TAU),
+                kappa=None if kappa is None else of_one(student, KAPPA),
+            )
+            for student in ordered
+        ),
+    )
+
+
+def of_one_arm(students: Sequence[Student]) -> list[Student]:
+    """By base seed and student seed."""
+    arms = sorted({student.arm for student in students})
+    if len(arms) != 1:
+        raise ValueError(f"students: expected students of one arm, got {arms or 'none'}")
+    ordered = sorted(students, key=attrgetter("base_seed", "student_seed"))
+    for a, b in pairwise(ordered):
+        if (a.base_seed, a.student_seed) == (b.base_seed, b.student_seed):
+            raise ValueError(
+                f"students: expected each pair of seeds once, got base seed {a.base_seed} with "
+                f"student seed {a.student_seed} twice"
+            )
+    return ordered
+
+
+def estimate(ordered: Sequence[Student], ratio: Ratio, how: dict[str, Any]) -> Estimate:
+    tree = [
+        [ratio.leaf(student) for student in group]
+        for _, group in groupby(ordered, attrgetter("base_seed"))
+    ]
+    units = seed_means(tree)
+    found = bootstrap_of_units(units, ratio, **how)
+    if bootstrap_of_units(units, ratio.below, **how).excludes(0.0):
+        return found
+    return replace(found, low=math.nan, high=math.nan)
+
+
+def of_one(student: Student, ratio: Ratio) -> float:
+    return float(ratio(ratio.leaf(student).mean(0)))

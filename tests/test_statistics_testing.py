@@ -1,0 +1,174 @@
+"""Tests against scipy and by hand, and by simulation: false alarms and power are as stated."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import numpy as np
+import pytest
+
+from fastdistill.intervals import student_t_cdf
+from fastdistill.statistics import equivalence, holm, minimum_detectable_effect, t_test
+
+
+def test_holm_by_hand():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.02, 0.9, 0.8]) == pytest.approx([0.06, 1.0, 1.0])
+    assert holm([0.5]) == [0.5]
+    assert holm([]) == []
+
+
+def test_holm_keeps_the_order_and_never_lowers_a_p_value():
+    rng = np.random.default_rng(0)
+    for m in (2, 5, 12):
+        raw = rng.random(m) ** 3
+        adjusted = np.array(holm(raw.tolist()))
+        assert (adjusted >= raw).all()
+        assert (np.diff(adjusted[np.argsort(raw)]) >= 0).all()
+        assert (
+            adjusted <= np.minimum(1, m * raw) + 1e-15
+        ).all()  # at least as strong as Bonferroni
+        shuffled = rng.permutation(m)
+        assert holm(raw[shuffled].tolist()) == pytest.approx(adjusted[shuffled])
+
+
+@pytest.mark.parametrize("shared", [0.0, 0.7, 1.0])
+def test_false_alarms_over_twelve_arms(shared):
+    """No arm differs; `shared` is how much of the variance the arms have in common."""
+    rng, trials = np.random.default_rng(1), 2500
+    of_all = rng.normal(size=(trials, 1, 10)) * math.sqrt(shared)
+    data = of_all + rng.normal(size=(trials, 12, 10)) * math.sqrt(1 - shared)
+    alarms = [min(holm([t_test(arm) for arm in trial])) <= 0.05 for trial in data]
+    print(f"shared {shared}: {np.mean(alarms):.4f}")
+    assert np.mean(alarms) <= 0.06  # 5 % and two standard errors
+    if shared == 0:
+        assert np.mean(alarms) >= 0.035
+        alone = [min(t_test(arm) for arm in trial) <= 0.05 for trial in data]
+        assert np.mean(alone) > 0.4  # what is corrected for
+
+
+@pytest.mark.parametrize("shared", [0.0, 0.7])
+def test_false_alarms_beside_true_effects(shared):
+    rng, trials = np.random.default_rng(2), 2000
+    of_all = rng.normal(size=(trials, 1, 10)) * math.sqrt(shared)
+    data = of_all + rng.normal(size=(trials, 12, 10)) * math.sqrt(1 - shared)
+    data[:, :4] += 2.0
+    adjusted = np.array([holm([t_test(arm) for arm in trial]) for trial in data])
+    print(f"shared {shared}: {np.mean(adjusted[:, 4:].min(1) <= 0.05):.4f}")
+    assert np.mean(adjusted[:, 4:].min(1) <= 0.05) <= 0.06
+    assert np.mean(adjusted[:, :4] <= 0.05) > 0.9
+
+
+def test_t_and_equivalence_against_scipy():
+    stats = pytest.importorskip("scipy.stats")
+    rng = np.random.default_rng(3)
+    for n in (2, 3, 10, 41):
+        data = rng.normal(0.3, 1.0, size=n)
+        assert t_test(data) == pytest.approx(stats.ttest_1samp(data, 0).pvalue, abs=1e-12)
+        sides = [
+            stats.ttest_1samp(data, -0.5, alternative="greater").pvalue,
+            stats.ttest_1samp(data, 0.5, alternative="less").pvalue,
+        ]
+        assert equivalence(data, 0.5).p == pytest.approx(max(sides), abs=1e-12)
+
+
+def test_students_t_on_both_sides():
+    stats = pytest.importorskip("scipy.stats")
+    for degrees in (1, 2, 9, 30):
+        for t in (-40.0, -1.5, 0.0, 0.3, 5.0):
+            assert student_t_cdf(t, degrees) == pytest.approx(stats.t.cdf(t, degrees), abs=1e-12)
+    assert student_t_cdf(math.inf, 3) == pytest.approx(1.0)
+    assert student_t_cdf(-math.inf, 3) == pytest.approx(0.0)
+
+
+def test_equivalence_is_an_interval_within_the_margins():
+    rng = np.random.default_rng(4)
+    verdicts = set()
+    for _ in range(300):
+        found = equivalence(rng.normal(0.2, 0.5, size=10), 0.5)
+        inside = max(-found.estimate.low, found.estimate.high) < 0.5
+        assert found.equivalent == inside == (found.p <= 0.05)
+        verdicts.add(found.equivalent)
+    assert verdicts == {True, False}
+
+
+@pytest.mark.parametrize("n", [4, 10])
+@pytest.mark.parametrize("edge", [-1.0, 1.0])
+def test_equivalence_at_the_margin_is_found_in_five_percent(n, edge):
+    rng, trials = np.random.default_rng(5), 4000
+    data = rng.normal(0.5 * edge, 0.15, size=(trials, n))
+    found = np.mean([equivalence(row, 0.5).equivalent for row in data])
+    print(f"n = {n}, edge {edge}: {found:.4f}")
+    assert 0.04 <= found <= 0.057  # 5 % and two standard errors
+    wide = rng.normal(0.5 * edge, 1.0, size=(trials // 4, n))
+    assert np.mean([equivalence(row, 0.5).equivalent for row in wide]) <= 0.05
+
+
+@pytest.mark.parametrize("n", [4, 10, 20])
+def test_the_effect_is_found_with_the_power_that_is_stated(n):
+    rng, trials = np.random.default_rng(6), 4000
+    for power in (0.8, 0.9):
+        effect = minimum_detectable_effect(0.3, n, power=power)
+        data = rng.normal(effect, 0.3, size=(trials, n))
+        found = np.mean([t_test(row) <= 0.05 for row in data])
+        print(f"n = {n}, power {power}: {found:.4f}")
+        assert found == pytest.approx(power, abs=0.03)
+
+
+@pytest.mark.parametrize(("n", "power"), [(2, 0.73), (3, 0.77)])
+def test_with_two_or_three_pairs_the_power_is_less(n, power):
+    effect = minimum_detectable_effect(1.0, n)
+    data = np.random.default_rng(7).normal(effect, 1.0, size=(8000, n))
+    assert np.mean([t_test(row) <= 0.05 for row in data]) == pytest.approx(power, abs=0.015)
+
+
+def test_minimum_detectable_effect_by_hand():
+    # (2.262157 + 0.883404) / √10
+    assert minimum_detectable_effect(1.0, 10) == pytest.approx(0.994714, abs=1e-5)
+    assert minimum_detectable_effect(0.0, 10) == 0.0
+    strict = minimum_detectable_effect(1.0, 10, alpha=0.05 / 12)
+    assert strict > minimum_detectable_effect(1.0, 10, power=0.9) > 1.0
+
+
+def test_differences_without_spread():
+    assert t_test([0.0, 0.0, 0.0]) == 1.0
+    assert t_test([0.5, 0.5]) == t_test([-0.5, -0.5]) == 0.0
+    assert equivalence([0.25, 0.25], 0.5).p == equivalence([-0.25, -0.25], 0.5).p == 0.0
+    assert not equivalence([0.5, 0.5], 0.5).equivalent
+    assert equivalence([0.75, 0.75], 0.5).p == equivalence([-0.75, -0.75], 0.5).p == 1.0
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: holm([0.1, math.nan]), "p_values: expected numbers from 0 to 1, got nan"),
+        (lambda: holm([1.2]), "p_values: expected numbers from 0 to 1, got 1.2"),
+        (lambda: t_test([1.0]), "differences: expected two or more, got 1"),
+        (lambda: t_test([1.0, math.inf]), "differences: expected finite numbers, got inf"),
+        (lambda: equivalence([1.0], 0.1), "differences: expected two or more, got 1"),
+        (lambda: equivalence([1.0, 2.0], 0.0), "margin: expected a finite number above 0, got 0.0"),
+        (lambda: equivalence([1.0, 2.0], 1.0, alpha=0.5), "alpha: expected a number between 0 and"),
+        (
+            lambda: minimum_detectable_effect(-1.0, 5),
+            "spread: expected a finite number of 0 or mor",
+        ),
+        (lambda: minimum_detectable_effect(1.0, 1), "n: expected 2 or more, got 1"),
+        (
+            lambda: minimum_detectable_effect(1.0, 5, alpha=0.0),
+            "alpha: expected a number between 0",
+        ),
+        (
+            lambda: minimum_detectable_effect(1.0, 5, power=1.0),
+            "power: expected a number between 0",
+        ),
+        (
+            lambda: student_t_cdf(math.nan, 3),
+            "t: expected a number, with 1 degree of freedom or mo",
+        ),
+        (lambda: student_t_cdf(0.0, 0), "got 0.0 and 0"),
+    ],
+)
+def test_refusals(call, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        call()
