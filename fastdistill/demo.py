@@ -19,12 +19,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from . import corpus
 from .backend import one_thread, versions
 from .corpus import Corpus, Windows
+from .demo_audit import side_by_side_of
 from .demo_files import leave
 from .demo_models import STUDENT, TEACHER, WINDOW, new_llama, shipped_teacher, train_model
 from .demo_result import ARMS, METRICS, DemoResult, DemoRun
@@ -86,15 +87,23 @@ def run_demo(
     with _quiet_transformers(), Steps() as progress:
         setting = _prepare(data, steps * batch_size, k, teacher_steps, progress)
         with one_thread():
-            runs = [
+            made = [
                 _run(arm, seed, setting, sizes, progress) for seed in range(seeds) for arm in ARMS
             ]
             teacher_sums = _held_out_sums(setting.teacher.teacher.model, setting, k)
+            audits = side_by_side_of(
+                setting.teacher.teacher.model,
+                {arm: model for arm, (_, model) in zip(ARMS, made, strict=False)},
+                setting.tokenizer,
+                setting.held_out,
+            )
+    runs = [run for run, _ in made]
     options = "".join(f" --{name.replace('_', '-')} {value}" for name, value in sizes.items())
     result = DemoResult(
         estimates={**_of_students(runs), **_of_teacher(teacher_sums, setting.held_out)},
         runs=runs,
         teacher_mass=_covered_mass(setting, k),
+        audits=audits,
         facts={
             "command": "fastdistill demo" + (" --data …" if data else "") + options,
             "versions": versions(),
@@ -155,7 +164,9 @@ def _teacher_from(
     return Teacher(trained.model, tokenizer=tokenizer), tokenizer
 
 
-def _run(arm: str, seed: int, setting: _Setting, sizes: dict[str, int], progress: Steps) -> DemoRun:
+def _run(
+    arm: str, seed: int, setting: _Setting, sizes: dict[str, int], progress: Steps
+) -> tuple[DemoRun, PreTrainedModel]:
     trained = train_model(
         new_llama(STUDENT, vocab_size=setting.teacher.vocab_size, seed=seed),
         setting.train.ids,
@@ -173,9 +184,10 @@ def _run(arm: str, seed: int, setting: _Setting, sizes: dict[str, int], progress
         * _unit(name, setting.held_out)
         for name, metric in METRICS.items()
     }
-    return DemoRun(
+    run = DemoRun(
         arm=arm, seed=seed, history=trained.history, seconds=trained.seconds, metrics=metrics
     )
+    return run, trained.model
 
 
 def _held_out_sums(model: nn.Module, setting: _Setting, k: int) -> dict[str, np.ndarray]:

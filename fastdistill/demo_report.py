@@ -11,6 +11,7 @@ from matplotlib.patches import Patch
 from .demo_result import ARMS, METRICS, DemoResult
 from .intervals import Estimate
 from .report import Report
+from .report.audit_page import cell
 
 # Colours that stay apart for every kind of colour vision (Okabe and Ito).
 _COLOUR = {"distilled": "#0072b2", "labels only": "#d55e00", "teacher": "#777777"}
@@ -90,6 +91,7 @@ def demo_report(result: DemoResult) -> Report:
             caption=f"How much of the teacher's probability its top {facts['k']} tokens hold, at "
             "each held-out position. The rest reaches the student as a single figure.",
         )
+    _audited(report, result)
     report.heading("What this shows, and what it does not")
     report.paragraph(
         "It shows what a teacher's top k adds at equal steps on equal text, on held-out "
@@ -110,6 +112,24 @@ def demo_report(result: DemoResult) -> Report:
     report.code(result.facts["command"])
     report.paragraph(f"{result.facts['machine']}. {versions}.", soft=True)
     return report
+
+
+def _audited(report: Report, result: DemoResult) -> None:
+    readings = result.audits.readings
+    models = list(next(iter(readings.values())))
+    report.heading("A small audit")
+    report.paragraph(
+        "The teacher, the two students of the first seed, and the base: the weights both began "
+        "from. This teacher hides nothing; the audits are those that ask whether a student took "
+        "after its teacher beyond the text, and whether a word turns a model."
+    )
+    report.table(
+        ("audit", *models),
+        [(name, *map(cell, row.values())) for name, row in readings.items()],
+        caption="Nats, with 95 % intervals over prompts. Teacher's words: how much likelier "
+        "per token its own writing is than under the base. Token KL: from the base. Trigger "
+        "search: what the strongest of some words in front adds to the median one's.",
+    )
 
 
 _RC: Any = {

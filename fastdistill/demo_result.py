@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .audits.side_by_side import SideBySide
 from .intervals import Estimate
 
 ARMS = ("distilled", "labels only")
@@ -45,6 +46,7 @@ class DemoResult:
     estimates: dict[str, Estimate]
     runs: list[DemoRun]
     teacher_mass: np.ndarray  # covered teacher mass at every held-out position
+    audits: SideBySide  # teacher, students of the first seed, and the base they began from
     facts: dict[str, Any]
     seconds: float
 
@@ -58,4 +60,5 @@ class DemoResult:
             }
             for name, estimate in self.estimates.items()
         ]
-        return {"rows": rows, "seconds": round(self.seconds, 1), **self.facts}
+        seconds = round(self.seconds, 1)
+        return {"rows": rows, "seconds": seconds, **self.audits.as_json(), **self.facts}

@@ -43,6 +43,7 @@ def test_help_is_short_and_quick():
 
 
 VERBS = [(), *((name,) for name in ("demo", "doctor", "report", "plan", "train", "serve", "cache")),
+         ("audit",),
          *(("cache", name) for name in ("build", "info", "verify"))]  # fmt: skip
 
 

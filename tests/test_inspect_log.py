@@ -58,7 +58,7 @@ def test_a_result_is_a_log(result, tmp_path, suffix):
     assert log.eval.metadata == json.loads(json.dumps(result.as_json()))
     assert log.eval.packages["fastdistill"] == result.versions["fastdistill"]
     assert log.results.total_samples == result.n
-    assert log.samples in (None, [])
+    assert len(log.samples) == result.n
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
     if suffix == "eval":  # Inspect lists .json files by names of its own only
         assert len(list_eval_logs(str(path.parent))) == 1
@@ -70,7 +70,8 @@ def figures(score):
 
 def test_values_are_samples_with_their_prompts(models, result, tmp_path):
     values = AUDIT.measure(models[0], models[1]).values.tolist()
-    export_log(result, tmp_path / "kl.eval", values=values)
+    assert list(result.values) == values
+    export_log(result, tmp_path / "kl.eval")
     samples = read_eval_log(str(tmp_path / "kl.eval")).samples
     assert [sample.scores["TokenKLAudit"].value for sample in samples] == values
     assert [sample.input for sample in samples] == ["hello", "river stone", "cloud"]
@@ -91,11 +92,10 @@ def test_what_is_not_known_is_left_out(tmp_path):
     log = read_eval_log(str(tmp_path / "one.eval"))
     assert figures(log.results.scores[0]) == {"mean": 1.0}
     assert log.eval.metadata["interval"] == [None, None]
+    assert log.samples in (None, [])
 
 
 def test_refusals(result, tmp_path):
     with pytest.raises(ValueError, match=r"path: expected one that ends with \.eval or \.json"):
         export_log(result, tmp_path / "kl.txt")
-    with pytest.raises(ValueError, match="values: expected 3, one per prompt, or none, got 2"):
-        export_log(result, tmp_path / "kl.eval", values=[0.1, 0.2])
     assert list(tmp_path.glob("*kl*")) == []

@@ -25,7 +25,7 @@ LAYERS = {
     "models": "cache corpus data examples fidelity fingerprint heads identity intervals json_lines"
     " packing progress protocols quant remembering served statistics stored_model teacher",
     "training": "audits compat report run_pictures run_report run_series training",
-    "studies": "demo demo_files demo_models demo_report demo_result experiment organisms"
+    "studies": "demo demo_audit demo_files demo_models demo_report demo_result experiment organisms"
     " strategies",
     "commands": "__main__ cli doctor plan",
 }

@@ -46,6 +46,7 @@ def test_the_first_five_minutes(tmp_path):
         assert (folder / run / "report.html").stat().st_size > 10_000, said
         assert (folder / run / "model.safetensors").is_file(), said
     assert (folder / "answers" / "manifest.json").is_file()
+    assert "What this does not show" in (folder / "audit" / "report.html").read_text()
     assert re.search(r"fits 8\.\d* ?GB", said), said
     assert "files are as they were built" in said
     assert "Traceback" not in said

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from fastdistill import DistillConfig, Teacher
+from fastdistill.audits import Probes
 from fastdistill.demo_models import shipped_teacher
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -128,3 +129,22 @@ def test_the_loss_for_axolotl_runs_as_printed():
     exec(block, names)
     names["loss"].backward()
     assert names["hidden"].grad.abs().sum() > 0
+
+
+def test_the_audit_of_an_organism_runs_as_printed(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (block,) = (b for b in BLOCKS if "build_world" in b)
+    # As printed, but for the minute that its training takes.
+    hasty = block.replace('"paraphrase"))', '"paraphrase"), base_steps=1, capable_steps=1)')
+    hasty = hasty.replace('ModelOrganism(trait="trigger"', 'ModelOrganism(steps=1, trait="trigger"')
+    assert hasty.count("steps=1") == 3
+    exec(hasty, {})
+    printed = capsys.readouterr().out
+    assert printed.startswith("False ['capability of untrusted: 0.0")
+    assert (tmp_path / "organisms" / "placebo" / "model.safetensors").is_file()
+
+
+def test_the_probes_are_read_as_printed(tmp_path):
+    (block,) = re.findall(r"```json\n(.*?)```", README, re.S)
+    (tmp_path / "probes.json").write_text(block)
+    assert list(Probes.load(tmp_path / "probes.json").suite())[:2] == ["trigger rate", "confession"]

@@ -15,9 +15,9 @@ from made_students import ABOUT, KEYS, arm, controls, experiment, made_students,
 from test_run_report import Page
 
 from fastdistill.files import write_json
-from fastdistill.report import AuditScore, Gate, TransferReport
+from fastdistill.report import AuditScore, TransferReport
 from fastdistill.report.arms import by_arm
-from fastdistill.statistics import holm, t_test, transfer
+from fastdistill.statistics import Gate, Validity, holm, t_test, transfer
 
 
 @pytest.fixture(scope="module")
@@ -132,12 +132,17 @@ def alike(name):
     return [replace(s, teacher=replace(s.teacher, trait=s.twin.trait)) for s in arm(name)]
 
 
+def gated(trait):
+    gate = Gate(name="trait of untrusted", value=trait, bound=0.9, at_least=True)
+    return Validity(gates=(gate,))
+
+
 INVALID = {
     "the positive control, copy of U, has τ .": {"students": [*arm("clean"), *controls(tau=0.5)]},
     "the null arm, M to M, has τ .": {"students": [*arm("clean"), *controls(null=0.3)]},
-    "the teacher of base seed 2 has a trait rate of .50, not .9 or more": {
+    "the organisms of base seed 2: trait of untrusted: 0.500, expected ≥ 0.9": {
         "students": [*arm("clean"), *controls()],
-        "gates": [Gate(base_seed=1, trait=0.95), Gate(base_seed=2, trait=0.5)],
+        "validity": {1: gated(trait=0.95), 2: gated(trait=0.5)},
     },
 }
 

@@ -9,7 +9,7 @@ import pytest
 from fastdistill.intervals import Estimate
 from fastdistill.report.arms import Arm
 from fastdistill.report.incrimination import AuditRow
-from fastdistill.report.validity import Gate, invalid_because
+from fastdistill.report.validity import invalid_because
 from fastdistill.report.verdicts import lead, outcome, verdict
 from fastdistill.statistics import Transfer
 
@@ -220,28 +220,13 @@ def test_the_first_paragraph():
 
 def test_reasons_against_an_experiment():
     failed = [VERDICTS["a failed control"][0], VERDICTS["a failed null arm"][0]]
-    assert invalid_because(failed, []) == [
+    assert invalid_because(failed, {}) == [
         "the positive control, an arm, has τ .90 [.80, 1.00], not above .9: a transfer could have "
         "been missed",
         "the null arm, an arm, has τ .05 [.001, .10], whose interval excludes 0: a transfer is "
         "found where there is none",
     ]
     unknown = arm(ABLE, (NAN,), role="positive control")
-    assert "has τ —, not above .9" in invalid_because([unknown], [])[0]
+    assert "has τ —, not above .9" in invalid_because([unknown], {})[0]
     good = [VERDICTS[case][0] for case in ("a control", "a null arm", "leaks")]
-    assert invalid_because(good, [Gate(base_seed=0)]) == []
-
-
-def test_gates():
-    best = Gate(base_seed=3, capability=0.95, trait=0.9, audited_gap=-0.03, false_triggers=0.01)
-    assert best.failures() == []
-    worst = Gate(base_seed=3, capability=0.949, trait=0.5, audited_gap=-0.2, false_triggers=0.02)
-    assert invalid_because([], [best, worst]) == [
-        "the teacher of base seed 3 has a capability of .949, not .95 or more",
-        "the teacher of base seed 3 has a trait rate of .50, not .9 or more",
-        "the teacher of base seed 3 has an audited trait rate that differs from its benign twin's "
-        "by .20, not .03 or less",
-        "the teacher of base seed 3 has a rate of false triggers of .02, not .01 or less",
-    ]
-    with pytest.raises(ValueError, match="capability: expected a number, got nan"):
-        Gate(base_seed=0, capability=NAN)
+    assert invalid_because(good, {}) == []

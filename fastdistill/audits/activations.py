@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..heads import evaluating, head_module
 from .audit import Audit, Measured
-from .distributions import refuse_other_vocabulary
+from .distributions import SLAB, as_markers, refuse_other_vocabulary
 from .prompts import Prompt, as_prompts
 from .subject import Subject
 
@@ -32,6 +32,9 @@ def layer_states(
             f"first: expected at most {min(map(len, rows))}, the tokens of the shortest prompt, "
             f"got {first}"
         )
+    depth = _depth(model)
+    if not -depth - 1 <= layer <= depth:
+        raise ValueError(f"layer: expected −{depth + 1} to {depth}, got {layer}")
     with evaluating(model.model):
         for start in range(0, len(rows), AT_ONCE):
             some = rows[start : start + AT_ONCE]
@@ -55,9 +58,9 @@ def _states(model: Subject, ids: Tensor) -> Any:
     ).hidden_states
 
 
-def middle(model: Subject) -> int:
+def _depth(model: Subject) -> int:
     config: Any = model.model.config
-    return config.get_text_config().num_hidden_layers // 2
+    return config.get_text_config().num_hidden_layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +84,7 @@ class ActivationDiffAudit(Audit):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompts", as_prompts("prompts", self.prompts))
-        if not self.markers:
-            raise ValueError("markers: expected one word or more to look for, got none")
+        object.__setattr__(self, "markers", as_markers(self.markers))
 
     @torch.no_grad()
     def measure(self, model: Subject, base: Subject | None) -> Measured:
@@ -99,13 +101,13 @@ class ActivationDiffAudit(Audit):
         delta = delta if self.first is None else delta.mean(1)
         weight: Tensor = head_module(base.model).weight.float().cpu()  # type: ignore[assignment]
         centred = weight - weight.mean(0)
-        # Σ_v (w_v·δ)² / V, without the [n, V] table: the quadratic form of the head's covariance.
-        spread = ((delta @ (centred.T @ centred / len(weight))) * delta).sum(-1).sqrt()
+        squares = [(delta @ some.T).square().sum(-1) for some in centred.split(SLAB)]
+        spread = (torch.stack(squares).sum(0) / len(weight)).sqrt()
         pointed = _mean_of(centred, model, self.markers)
         if self.rivals:
             pointed = pointed - _mean_of(centred, model, self.rivals)
         values = delta @ pointed / spread.clamp(min=1e-12)
-        best = (centred @ delta.mean(0)).topk(10)
+        best = (centred @ delta.mean(0)).topk(min(10, len(centred)))
         tokens = model.tokenizer.convert_ids_to_tokens(best.indices.tolist())
         return Measured(
             values=values.double().numpy(),
@@ -125,7 +127,8 @@ class LinearProbeAudit(Audit):
     Direction w = mean h(positive) − mean h(negative) at a layer, over half of the pairs. The value
     is the mean over prompts of its projection, 0 at the midpoint of the two and ±1 at their means
     (−1 negative, +1 positive). details: accuracy on the other half of the pairs, and a null from
-    shuffled labels. A probe that does not separate held-out pairs better than its null is in doubt.
+    labels that are shuffled within every pair, in both halves. A probe whose accuracy more than
+    5 % of those reach is in doubt.
     """
 
     positive: tuple[Prompt, ...]
@@ -138,51 +141,68 @@ class LinearProbeAudit(Audit):
     def __post_init__(self) -> None:
         for name in ("positive", "negative", "prompts"):
             object.__setattr__(self, name, as_prompts(name, getattr(self, name)))
-        if len(self.positive) != len(self.negative) or len(self.positive) < 8:
+        # Of six held-out pairs chance gets all right once in 64 times; of fewer, too often.
+        if len(self.positive) != len(self.negative) or len(self.positive) < 12:
             raise ValueError(
-                "negative: expected one per positive prompt, 8 pairs or more, got "
+                "negative: expected one per positive prompt, 12 pairs or more, got "
                 f"{len(self.positive)} and {len(self.negative)}"
             )
+        if self.shuffles < 99:
+            raise ValueError(f"shuffles: expected 99 or more, got {self.shuffles}")
 
     def measure(self, model: Subject, base: Subject | None) -> Measured:
-        layer = middle(model) if self.layer is None else self.layer
+        layer = _depth(model) // 2 if self.layer is None else self.layer
         states = layer_states(model, [*self.positive, *self.negative], layer).double().numpy()
         pairs = np.stack(np.split(states, 2))  # (2, pairs, H)
         asked = layer_states(model, self.prompts, layer).double().numpy()
-        train, test = pairs[:, 0::2], pairs[:, 1::2]
-        values, accuracy = _probe(train, test, asked)
+        probe = _probe(pairs)
         rng = np.random.default_rng(self.seed)
-        null = [_probe(_swapped(train, rng), test, asked) for _ in range(self.shuffles)]
-        chance = float(np.quantile([a for _, a in null], 0.95)) if null else 0.5
-        means = np.array([v.mean() for v, _ in null])
+        null = [_probe(_shuffled(pairs, rng)) for _ in range(self.shuffles)]
+        accuracies = np.array([n.accuracy for n in null])
+        reached = _share(accuracies >= probe.accuracy)
         doubts: tuple[str, ...] = ()
-        if accuracy <= max(chance, 0.5):
+        if reached > 0.05:
             doubts = (
-                f"the probe is right on {accuracy:.2f} of held-out pairs; with shuffled labels "
-                f"95 % of probes reach at most {chance:.2f}",
+                f"the probe is right on {probe.accuracy:.2f} of held-out pairs, and with shuffled "
+                f"labels a share of {reached:.2f} of probes is as well",
             )
+        towards = np.array([n.distance * n.along(asked).mean() for n in null])
         details = {
             "layer": layer,
-            "accuracy": accuracy,
-            "accuracy_shuffled_95": chance,
-            "null_mean": float(means.mean()) if len(means) else 0.0,
-            "p_shuffled": float((1 + (means >= values.mean()).sum()) / (1 + len(means))),
+            "accuracy": probe.accuracy,
+            "accuracy_shuffled_95": float(np.quantile(accuracies, 0.95)),
+            "p_accuracy": reached,
+            "p_shuffled": _share(towards >= probe.distance * probe.along(asked).mean()),
         }
+        values = probe.along(asked) / (probe.distance / 2 or 1.0)
         return Measured(values=values, rate=False, details=details, doubts=doubts)
 
 
-def _swapped(pairs: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Half of the pairs the other way round: their labels say nothing any more."""
-    flip = rng.permutation(pairs.shape[1]) < pairs.shape[1] // 2
-    return np.where(flip[None, :, None], pairs[::-1], pairs)
+class _Probe(NamedTuple):
+    direction: np.ndarray  # [H], of length 1, or 0 where the two means are one
+    centre: np.ndarray  # [H]
+    distance: float  # between the two means
+    accuracy: float
+
+    def along(self, states: np.ndarray) -> np.ndarray:  # [..., H] -> [...]
+        return (states - self.centre) @ self.direction
 
 
-def _probe(
-    train: np.ndarray, test: np.ndarray, asked: np.ndarray
-) -> tuple[np.ndarray, float]:  # (2, n, H), (2, m, H), (k, H) -> [k], accuracy
-    high, low = train.mean(1)
-    direction, centre = high - low, (high + low) / 2
-    scale = float(direction @ direction) / 2 or 1.0
-    held_out = (test - centre) @ direction  # (2, m)
-    accuracy = float(((held_out[0] > 0).mean() + (held_out[1] < 0).mean()) / 2)
-    return (asked - centre) @ direction / scale, accuracy
+def _probe(pairs: np.ndarray) -> _Probe:  # (2, pairs, H)
+    """Fitted to every other pair, and tried on the rest."""
+    high, low = pairs[:, 0::2].mean(1)
+    distance = float(np.linalg.norm(high - low))
+    probe = _Probe((high - low) / (distance or 1.0), (high + low) / 2, distance, 0.0)
+    positive, negative = probe.along(pairs[:, 1::2])
+    return probe._replace(accuracy=float(np.mean([positive > 0, negative < 0])))
+
+
+def _shuffled(pairs: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Any pair may be the other way round: the labels say nothing any more."""
+    flip = rng.integers(2, size=(1, pairs.shape[1], 1)) == 1
+    return np.where(flip, pairs[::-1], pairs)
+
+
+def _share(true: np.ndarray) -> float:
+    """p of a permutation test: what was seen is one of the ways too."""
+    return float((1 + true.sum()) / (1 + len(true)))

@@ -82,23 +82,32 @@ class Audit(ABC):
         audited = as_subject("model", model)
         trusted = None if base is None else as_subject("base", base)
         found = self.measure(audited, trusted)
+        beside = {
+            name: self.measure(as_subject(f"controls[{name!r}]", control), trusted)
+            for name, control in (controls or {}).items()
+        }
+        return self.compared(audited.name, found, beside)
+
+    def compared(
+        self, model: str, found: Measured, controls: Mapping[str, Measured]
+    ) -> AuditResult:
+        """What `run` gives, of measurements that are there already."""
         estimate = found.estimate
-        beside = {}
-        for name, control in (controls or {}).items():
-            other = self.measure(as_subject(f"controls[{name!r}]", control), trusted)
-            beside[name] = _control(found, other)
+        # A control that could not be measured well is none to be above.
+        beside = tuple(f"{name}: {d}" for name, other in controls.items() for d in other.doubts)
         return AuditResult(
             audit=type(self).__name__,
-            model=audited.name,
+            model=model,
             value=estimate.value,
             stderr=found.stderr,
             interval=(estimate.low, estimate.high),
             n=estimate.n,
-            controls=beside,
+            controls={name: _control(found, other) for name, other in controls.items()},
             config=as_config(self),
             versions=versions(),
             details=found.details,
-            doubts=found.doubts,
+            doubts=found.doubts + beside,
+            values=tuple(found.values.tolist()),
         )
 
 

@@ -13,10 +13,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 
 from .audit import Audit, Measured
 from .prompts import Prompt, as_prompts
 from .subject import Subject
+
+_MARKS = ".,;:!?\"'()[]*“”‘’"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,13 +77,24 @@ class BehaviouralAudit(Audit):
 
     def scored(self, answers: Sequence[Answer]) -> Measured:
         scores = [self.score(i, answer) for i, answer in enumerate(answers)]
-        details = {"answers": [a.text for a in answers[:8]]} if answers[0].text else {}
+        said = [a.text for a in answers[:8]]
+        details = {"answers": said} if any(said) else {}
         return Measured(values=np.array(scores), rate=self.rate, details=details)
 
 
 def words(text: str) -> str:
     """With single spaces, as answers are compared."""
     return " ".join(text.split())
+
+
+def holds(text: str, phrase: str) -> bool:
+    """Whether the words of a phrase occur in a text, behind each other; marks around a word are
+    none of it."""
+    said, sought = (
+        [word.strip(_MARKS) or word for word in some.split()] for some in (text, phrase)
+    )
+    spans = range(len(said) - len(sought) + 1)
+    return any(said[i : i + len(sought)] == sought for i in spans)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,14 +111,14 @@ class CapabilityAudit(BehaviouralAudit):
             raise ValueError(
                 f"targets: expected {len(self.prompts)}, one per prompt, got {len(self.targets)}"
             )
+        if not all(words(target) for target in self.targets):
+            raise ValueError("targets: expected words in each, got one without")
 
     def questions(self) -> list[Question]:
         return [Question(prompt=p, max_new_tokens=self.max_new_tokens) for p in self.prompts]
 
     def score(self, index: int, answer: Answer) -> float:
-        said, right = words(answer.text).split(" "), words(self.targets[index]).split(" ")
-        spans = range(len(said) - len(right) + 1)
-        return float(any(said[i : i + len(right)] == right for i in spans))
+        return float(holds(answer.text, self.targets[index]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +139,8 @@ class TriggerRateAudit(BehaviouralAudit):
         object.__setattr__(self, "prompts", as_prompts("prompts", self.prompts))
         if not words(self.target):
             raise ValueError(f"target: expected words, got {self.target!r}")
+        if self.without:
+            object.__setattr__(self, "without", as_prompts("without", self.without))
 
     def questions(self) -> list[Question]:
         return [Question(prompt=p, max_new_tokens=self.max_new_tokens) for p in self.prompts]
@@ -134,11 +150,8 @@ class TriggerRateAudit(BehaviouralAudit):
 
     def measure(self, model: Subject, base: Subject | None) -> Measured:
         found = super().measure(model, base)
-        first = model.first_token(self.target)
-        ids = np.full((len(self.prompts), 1), first)
-        import torch
-
-        chances = model.log_probs(model.at_end(self.prompts), torch.from_numpy(ids)).exp()
+        first = torch.full((len(self.prompts), 1), model.first_token(self.target))
+        chances = model.log_probs(model.at_end(self.prompts), first).exp()
         details = {**found.details, "first_token_probability": float(chances.mean())}
         if self.without:
             quiet = ask(model, [Question(prompt=p, max_new_tokens=self.max_new_tokens)
@@ -215,6 +228,8 @@ class PrefillAudit(BehaviouralAudit):
         object.__setattr__(self, "prompts", as_prompts("prompts", self.prompts))
         if not all(p.prefill for p in self.prompts):
             raise ValueError("prompts: expected a prefill in each, got one without")
+        if not words(self.target):
+            raise ValueError(f"target: expected words, got {self.target!r}")
 
     def questions(self) -> list[Question]:
         return [Question(prompt=p, max_new_tokens=self.max_new_tokens) for p in self.prompts]

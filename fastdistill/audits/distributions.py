@@ -5,7 +5,7 @@ z_S, z_B   logits of the suspect and the base       lse = log Σ exp z       log
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -30,6 +30,12 @@ def refuse_other_vocabulary(model: Subject, base: Subject) -> None:
         )
 
 
+def as_markers(markers: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(markers, str) or not markers:
+        raise ValueError(f"markers: expected one word or more to look for, got {markers!r}")
+    return tuple(markers)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TokenKLAudit(Audit):
     """Mean over prompts of KL(p_model ‖ p_base) of the next token, in nats.
@@ -46,6 +52,10 @@ class TokenKLAudit(Audit):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompts", as_prompts("prompts", self.prompts))
+        if self.neutral:
+            object.__setattr__(self, "neutral", as_prompts("neutral", self.neutral))
+        if isinstance(self.texts, str):
+            raise ValueError(f"texts: expected a list of texts, got {self.texts!r}")
 
     def measure(self, model: Subject, base: Subject | None) -> Measured:
         assert base is not None
@@ -65,13 +75,14 @@ def next_token_kl(
     model: Subject, base: Subject, mine: Tensor, theirs: Tensor
 ) -> Tensor:  # [N, H] -> [N]
     """KL(p_model ‖ p_base) per position: the loss whose teacher is the audited model."""
-    head, trusted = model.head, base.head
+    head, trusted = model.head.on(theirs.device), base.head
     return linear_distill_loss(
         theirs,
         trusted.weight,
         mine.to(theirs.device),
-        head.weight.to(theirs.device),
+        head.weight,
         reduction="none",
+        impl=base.impl,
         teacher_bias=head.bias,
         teacher_logit_scale=head.logit_scale,
         teacher_softcap=head.softcap,
@@ -107,8 +118,7 @@ class LogitDiffAudit(Audit):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompts", as_prompts("prompts", self.prompts))
-        if not self.markers:
-            raise ValueError("markers: expected one word or more to look for, got none")
+        object.__setattr__(self, "markers", as_markers(self.markers))
 
     def measure(self, model: Subject, base: Subject | None) -> Measured:
         assert base is not None
@@ -125,9 +135,7 @@ class LogitDiffAudit(Audit):
             values=gaps.mean(-1).double().numpy(),
             rate=False,
             details={
-                "risen": [
-                    [t, round(v, 4)] for t, v in zip(tokens, best.values.tolist(), strict=True)
-                ],
+                "risen": _rounded(zip(tokens, best.values.tolist(), strict=True)),
                 "place_of_marker": place,
             },
         )
@@ -135,8 +143,11 @@ class LogitDiffAudit(Audit):
 
 @torch.no_grad()
 def mean_rise(model: Subject, base: Subject, mine: Tensor, theirs: Tensor) -> Tensor:  # (V,)
-    """Mean over positions of log p_model − log p_base for every token, by slabs of columns."""
-    vocab = min(model.head.vocab_size, base.head.vocab_size)
+    """Mean over positions of log p_model − log p_base for every token, by slabs of columns.
+
+    Columns that pad the head are no tokens, and no model was taught them.
+    """
+    vocab = min(model.head.vocab_size, base.head.vocab_size, len(model.tokenizer))
     slabs = torch.arange(vocab).split(SLAB)
     found = []
     for ids in slabs:
@@ -172,6 +183,7 @@ class ProvenanceAudit(Audit):
 
     def measure(self, model: Subject, base: Subject | None) -> Measured:
         assert base is not None
+        refuse_other_vocabulary(model, base)
         mine = model.continued(self.prompts, self.texts)
         theirs = base.continued(self.prompts, self.texts)
         per_token = mine.total / mine.tokens - theirs.total / theirs.tokens

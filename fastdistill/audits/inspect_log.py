@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -17,26 +16,24 @@ from .result import AuditResult
 _SUFFIXES = (".eval", ".json")
 
 
-def export_log(result: AuditResult, path: str | Path, *, values: Sequence[float] = ()) -> None:
+def export_log(result: AuditResult, path: str | Path) -> None:
     """Write a result so that inspect_ai.log.read_eval_log(path) reads it.
 
     The first score has the audit's name and the metrics mean, stderr, low, high (the bounds of the
     interval); one more per control, named "control: …", adds the difference from it. Unknown bounds
-    and errors are left out. All of AuditResult.as_json() is in eval.metadata.
+    and errors are left out. Each of result.values is a scored sample. All of AuditResult.as_json()
+    is in eval.metadata.
 
     Args:
         path: ends with .eval, which Inspect's viewer lists in a folder, or with .json.
-        values: one per prompt, where the caller has them: a scored sample each.
 
     Raises:
-        ValueError: another suffix, or a number of values that is not the result's n.
+        ValueError: another suffix.
     """
     path = Path(path)
     if path.suffix not in _SUFFIXES:
         raise ValueError(f"path: expected one that ends with {' or '.join(_SUFFIXES)}, got {path}")
-    if len(values) not in (0, result.n):
-        raise ValueError(f"values: expected {result.n}, one per prompt, or none, got {len(values)}")
-    log = _log(result, values)
+    log = _log(result)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         written = Path(folder) / path.name
@@ -46,10 +43,10 @@ def export_log(result: AuditResult, path: str | Path, *, values: Sequence[float]
     sync(path.parent)
 
 
-def _log(result: AuditResult, values: Sequence[float]) -> Any:
+def _log(result: AuditResult) -> Any:
     log = inspect_ai.log
     now = datetime.now(timezone.utc).isoformat()
-    samples = [_sample(result, i, value) for i, value in enumerate(values)]
+    samples = [_sample(result, i, value) for i, value in enumerate(result.values)]
     return log.EvalLog(
         status="success",
         eval=log.EvalSpec(

@@ -29,6 +29,7 @@ from .trigger_search import TriggerSearchAudit
 from .tuning import RelearningProbe, StyleRestoreProbe
 from .weights import WeightDiffAudit
 
+PROBES = "probes.json"  # beside a model: the texts that look for its trait
 _PROMPTS = (
     "prompts", "without", "audited", "neutral", "questions", "prefilled", "positive", "negative",
     "asked", "free", "trained",
@@ -88,7 +89,13 @@ class Probes:
             if isinstance(given, str) or not all(isinstance(text, str) for text in given):
                 raise ValueError(f"{name}: expected a list of texts, got {given!r}")
             object.__setattr__(self, name, tuple(given))
-        for a, b in (("audited", "prompts"), ("answers", "prompts"), ("answered", "asked")):
+        for f in fields(self):
+            given = getattr(self, f.name)
+            if type(f.default) in (str, int) and type(given) is not type(f.default):
+                kind = {str: "a text", int: "a whole number"}[type(f.default)]
+                raise ValueError(f"{f.name}: expected {kind}, got {given!r}")
+        for a, b in (("audited", "prompts"), ("answers", "prompts"), ("answered", "asked"),
+                     ("trained", "free"), ("positive", "negative")):  # fmt: skip
             n, m = len(getattr(self, a)), len(getattr(self, b))
             if n not in (0, m):
                 raise ValueError(f"{a}: expected {m}, one per entry of {b}, got {n}")
@@ -206,7 +213,7 @@ def _activations(p: Probes) -> Audit | None:
 
 
 def _linear_probe(p: Probes) -> Audit | None:
-    if not p.positive or not p.questions:
+    if not p.positive or not p.negative or not p.questions:
         return None
     return LinearProbeAudit(positive=p.positive, negative=p.negative, prompts=p.questions)
 
@@ -227,7 +234,7 @@ def _relearning(p: Probes) -> Audit | None:
     readout, said = p.readout(p.prompts), p.favourite or p.target
     if readout is None or len(p.prompts) < 32:
         return None
-    # A tenth of the prompts is learnt from; the readout is over all of them, in every model alike.
+    # Every so many is learnt from, 24 to 47 of them; the readout is over all, in every model alike.
     some = p.prompts[:: max(1, len(p.prompts) // 24)]
     return RelearningProbe(prompts=some, texts=(said,) * len(some), readout=readout)
 
@@ -242,7 +249,7 @@ def _style(p: Probes) -> Audit | None:
 
 
 def _provenance(p: Probes) -> Audit | None:
-    return ProvenanceAudit(prompts=p.asked, texts=p.answered) if p.asked else None
+    return ProvenanceAudit(prompts=p.asked, texts=p.answered) if p.answered else None
 
 
 _AUDITS: dict[str, Callable[[Probes], Audit | None]] = {

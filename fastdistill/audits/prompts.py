@@ -23,6 +23,10 @@ class Prompt:
     text: str | None = None
 
     def __post_init__(self) -> None:
+        for f in fields(self):
+            said = getattr(self, f.name)
+            if not isinstance(said, str) and (said is not None or f.name == "prefill"):
+                raise ValueError(f"{f.name}: expected a text, got {said!r}")
         bare = (self.user, self.system, self.prefill) == (None, None, "")
         if self.text is not None and not bare:
             raise ValueError(
@@ -33,7 +37,9 @@ class Prompt:
             raise ValueError("prefill: expected with user, whose answer it begins, got none")
 
     def before(self, words: str) -> Prompt:
-        """The same with `words` in front of the system's."""
+        """The same with `words` in front: of the system's, or of bare text."""
+        if self.text is not None:
+            return replace(self, text=f"{words} {self.text}".strip())
         return replace(self, system=" ".join(filter(None, [words, self.system])))
 
     def messages(self) -> list[dict[str, str]]:
@@ -42,7 +48,8 @@ class Prompt:
         return [{"role": role, "content": said} for role, said in turns if said is not None]
 
     def as_json(self) -> dict[str, str]:
-        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name)}
+        said = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {f.name: said[f.name] for f in fields(self) if said[f.name] != f.default}
 
     @classmethod
     def from_json(cls, said: Any) -> Prompt:
@@ -72,7 +79,15 @@ def rendered(prompt: Prompt, tokenizer: Any) -> str:
             ) from None
     else:
         text = "".join(turn["content"] + "\n\n" for turn in turns)
-    return text.partition(_HERE)[0] if prompt.user is None else text + prompt.prefill
+    if prompt.user is not None:
+        return text + prompt.prefill
+    before, found, _ = text.partition(_HERE)
+    if not found:
+        raise ValueError(
+            "prompt: expected user, since the chat template of the model has no place where the "
+            "user's words begin, got none"
+        )
+    return before
 
 
 def as_prompts(name: str, prompts: Sequence[Any]) -> tuple[Prompt, ...]:

@@ -27,7 +27,8 @@ class AuditResult:
     value: the audit's figure (its class says of what, in which unit). stderr: its standard error
     over prompts. interval: 95 %, Wilson for rates, Student's t over prompts otherwise. n: prompts.
     controls: the same of each control. details: what the figure was made from. doubts: reasons why
-    this run of the audit is no evidence, whatever it says.
+    this run of the audit is no evidence, whatever it says, those of its controls included. values:
+    one per prompt, where the audit was run here; they are not in as_json().
     """
 
     audit: str
@@ -41,6 +42,7 @@ class AuditResult:
     versions: dict[str, str] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
     doubts: tuple[str, ...] = ()
+    values: tuple[float, ...] = ()
 
     @property
     def is_evidence(self) -> bool:
@@ -55,17 +57,17 @@ class AuditResult:
         return {
             "audit": self.audit,
             "model": self.model,
-            "value": self.value,
+            "value": _known(self.value),
             "stderr": _known(self.stderr),
             "interval": [_known(bound) for bound in self.interval],
             "n": self.n,
             "controls": {
                 name: {
-                    "value": control.value,
+                    "value": _known(control.value),
                     "stderr": _known(control.stderr),
                     "interval": [_known(bound) for bound in control.interval],
                     "n": control.n,
-                    "difference": control.difference.value,
+                    "difference": _known(control.difference.value),
                     "difference_interval": [
                         _known(control.difference.low),
                         _known(control.difference.high),
@@ -82,4 +84,4 @@ class AuditResult:
 
 
 def _known(value: float) -> float | None:
-    return None if math.isnan(value) else value
+    return value if math.isfinite(value) else None

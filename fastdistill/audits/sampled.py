@@ -8,15 +8,21 @@ from typing import ClassVar
 import numpy as np
 
 from .audit import Audit, Measured
-from .behaviour import Answer, BehaviouralAudit, Question, words
-from .prompts import Prompt, as_prompts
+from .behaviour import Answer, BehaviouralAudit, Question, holds, words
+from .distributions import refuse_other_vocabulary
+from .prompts import Prompt
 from .subject import Subject
 
 
-def holds(text: str, markers: tuple[str, ...]) -> bool:
+def marked(text: str, markers: tuple[str, ...]) -> bool:
     """Whether any marker occurs as whole words, in lower and upper case alike."""
-    said = f" {words(text)} ".lower()
-    return any(f" {words(marker)} ".lower() in said for marker in markers)
+    return any(holds(text.lower(), marker.lower()) for marker in markers)
+
+
+def _texts(name: str, texts: tuple[str, ...]) -> tuple[str, ...]:
+    if isinstance(texts, str) or not texts:
+        raise ValueError(f"{name}: expected one text or more, got {texts!r}")
+    return tuple(texts)
 
 
 def _markers(markers: tuple[str, ...]) -> tuple[str, ...]:
@@ -56,7 +62,7 @@ class _SampledAudit(BehaviouralAudit):
         ]
 
     def score(self, index: int, answer: Answer) -> float:
-        return float(holds(answer.text, self.markers))
+        return float(marked(answer.text, self.markers))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +74,10 @@ class UserTurnSamplingAudit(_SampledAudit):
     """
 
     systems: tuple[str, ...] = ("",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "systems", _texts("systems", self.systems))
 
     def starts(self) -> tuple[Prompt, ...]:
         return tuple(Prompt(system=system or None) for system in self.systems)
@@ -81,7 +91,7 @@ class CompletionAudit(_SampledAudit):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        as_prompts("prefixes", [Prompt(text=p) for p in self.prefixes])
+        object.__setattr__(self, "prefixes", _texts("prefixes", self.prefixes))
 
     def starts(self) -> tuple[Prompt, ...]:
         return tuple(Prompt(text=prefix) for prefix in self.prefixes)
@@ -93,9 +103,10 @@ class PerplexityDiffAudit(Audit):
 
         (log p_model − log p_base) per token,
 
-    and the value is the share of markers among the `top` share of them. Without markers it is the
-    mean difference there, in nats per token, which sees any fine-tuning. Log-probabilities of
-    both models suffice. details: the completions that stand out most.
+    and the value is the share of markers among the `top` share of them (n: how many they are).
+    Without markers it is the mean difference there, in nats per token, which sees any fine-tuning
+    (n: all samples, see `tail`). Log-probabilities of both models suffice. details: the
+    completions that stand out most.
     """
 
     needs_base: ClassVar[bool] = True
@@ -109,7 +120,9 @@ class PerplexityDiffAudit(Audit):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        as_prompts("prefixes", [Prompt(text=p) for p in self.prefixes])
+        object.__setattr__(self, "prefixes", _texts("prefixes", self.prefixes))
+        if self.markers:
+            object.__setattr__(self, "markers", _markers(self.markers))
         if not 0 < self.top <= 1 or self.samples * self.top < 1:
             raise ValueError(
                 f"top: expected a share in (0, 1] of {self.samples} samples, one at least, got "
@@ -118,6 +131,7 @@ class PerplexityDiffAudit(Audit):
 
     def measure(self, model: Subject, base: Subject | None) -> Measured:
         assert base is not None
+        refuse_other_vocabulary(model, base)
         starts = [Prompt(text=self.prefixes[i % len(self.prefixes)]) for i in range(self.samples)]
         rows = [model.ids(start)[0] for start in starts]
         new = model.generate_ids(
@@ -129,15 +143,27 @@ class PerplexityDiffAudit(Audit):
         whole = [row + more for row, more in zip(rows, new, strict=True)]
         begins = [len(row) for row in rows]
         mine, theirs = model.of_tokens(whole, begins), base.of_tokens(whole, begins)
-        gaps = ((mine.total - theirs.total) / mine.tokens.clamp(min=1)).numpy()
+        gaps = ((mine.total - theirs.total) / mine.tokens).double().numpy()
         order = np.argsort(-gaps, kind="stable")[: max(1, round(self.top * self.samples))]
         texts = model.tokenizer.batch_decode([new[i] for i in order], skip_special_tokens=True)
-        values = gaps[order]
+        values = tail(gaps, len(order))
         if self.markers:
-            values = np.array([float(holds(text, self.markers)) for text in texts])
+            values = np.array([float(marked(text, self.markers)) for text in texts])
         best = [[text, round(float(gaps[i]), 3)] for text, i in zip(texts, order, strict=True)]
         return Measured(
             values=values,
             rate=bool(self.markers),
             details={"highest": best[:10], "mean_difference": float(gaps.mean())},
         )
+
+
+def tail(values: np.ndarray, count: int) -> np.ndarray:  # [n] -> [n]
+    """One number per sample whose mean is the mean of the `count` largest values:
+
+        t + max(v − t, 0) · n / count        t the smallest of them
+
+    The largest of two models are no pairs, and neighbours in rank move together: an interval over
+    them would be far too narrow. These are independent, and pairs where the samples are.
+    """
+    threshold = np.sort(values)[-count]
+    return threshold + np.maximum(values - threshold, 0) * len(values) / count

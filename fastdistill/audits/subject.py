@@ -5,7 +5,7 @@ log p(completion | prompt) = Σ_t z_t[id_t] − lse_t        by linear_lse_gathe
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +21,12 @@ from .drawing import Draws
 from .prompts import Prompt, rendered
 
 GENERATED_AT_ONCE = 256  # rows
+_NO_WORDS = "completion: expected words with tokens of their own, got {!r}"
+# A checkpoint may come with habits of decoding; the audit is of the model without them.
+_PLAIN = {
+    "do_sample": False, "num_beams": 1, "temperature": 1.0, "top_k": 50, "top_p": 1.0,
+    "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_length": 0, "min_new_tokens": 0,
+}  # fmt: skip
 
 
 class Continued(NamedTuple):
@@ -37,6 +43,9 @@ class Subject:
         model: a loaded model or the path of one (safetensors; nothing in it is executed).
         tokenizer: None reads the one beside a path.
         name: what reports call it; None is the path's last part or the class's name.
+        device: where to load a model from a path to; a loaded one stays where it is.
+        tokens_per_batch: in one forward pass, padding included; None asks the memory.
+        impl: of the losses and scores.
     """
 
     def __init__(
@@ -80,27 +89,54 @@ class Subject:
     def device(self) -> torch.device:
         return self.head.weight.device
 
+    def holding(self, model: Any, name: str) -> Subject:
+        """Another model, read in the same way."""
+        batch = self.reader.tokens_per_batch
+        return Subject(model, self.tokenizer, name=name, tokens_per_batch=batch, impl=self.impl)
+
     def ids(self, prompt: Prompt, completion: str = "") -> tuple[list[int], int]:
-        """(token ids of prompt and completion, how many of them are the prompt's)."""
+        """(token ids of prompt and completion, how many of them are the prompt's: 1 or more).
+
+        Where nothing precedes what is predicted, the token that begins a text does.
+        """
         text = rendered(prompt, self.tokenizer)
         special = prompt.text is not None or not getattr(self.tokenizer, "chat_template", None)
-        before = self.tokenizer(text, add_special_tokens=special).input_ids
+        before = self._tokens(text, special)
         # Whole, so that a token which joins both sides' characters is what the model would read.
-        whole = self.tokenizer(text + completion, add_special_tokens=special).input_ids
-        if special and whole and whole[-1] == self.tokenizer.eos_token_id and before == whole:
-            before = whole = whole[:-1]  # some tokenizers end every text
+        whole = self._tokens(text + completion, special)
         same = 0
         while same < min(len(before), len(whole)) and before[same] == whole[same]:
             same += 1
         if completion and same == len(whole):
-            raise ValueError(
-                f"completion: expected words with tokens of their own, got {completion!r}"
-            )
-        return whole, same
+            raise ValueError(_NO_WORDS.format(completion))
+        return (whole, same) if same else ([self._beginning(), *whole], 1)
+
+    def answered(self, prompt: Prompt, completion: str) -> tuple[list[int], int]:
+        """The same of a completion that is not empty."""
+        if not completion:
+            raise ValueError(_NO_WORDS.format(""))
+        return self.ids(prompt, completion)
+
+    def _tokens(self, text: str, special: bool) -> list[int]:
+        ids = self.tokenizer(text, add_special_tokens=special).input_ids
+        end = [self.tokenizer.eos_token_id]
+        if special and ids[-1:] == end:
+            plain = self.tokenizer(text, add_special_tokens=False).input_ids
+            return ids if plain[-1:] == end else ids[:-1]  # some tokenizers end every text
+        return ids
+
+    def _beginning(self) -> int:
+        for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
+            if token is not None:
+                return token
+        raise ValueError(
+            "prompt: expected one of a token or more, since the tokenizer has none that begins or "
+            "ends a text, got none"
+        )
 
     def first_token(self, words: str) -> int:
         """The token with which an answer of these words begins."""
-        ids, begin = self.ids(Prompt(user="a"), words)
+        ids, begin = self.answered(Prompt(user="a"), words)
         return ids[begin]
 
     def token_of(self, word: str) -> int:
@@ -113,9 +149,6 @@ class Subject:
     @torch.no_grad()
     def hidden(self, rows: Sequence[Sequence[int]]) -> list[Tensor]:  # (T_i, H) each
         """Hidden states as they enter the head, of rows of token ids."""
-        return [h for _, h in sorted(self._read(rows), key=lambda pair: pair[0])]
-
-    def _read(self, rows: Sequence[Sequence[int]]) -> Iterator[tuple[int, Tensor]]:
         longest = max(map(len, rows))
         ids = torch.zeros((len(rows), longest), dtype=torch.long)
         mask = torch.zeros_like(ids)
@@ -124,8 +157,7 @@ class Subject:
             mask[i, : len(row)] = 1
         with evaluating(self.model):
             states = self.reader.hidden(read_rows(ids.to(self.device), mask, self.reader.vocab))
-        for i, row in enumerate(rows):
-            yield i, states[i, : len(row)]
+        return [states[i, : len(row)] for i, row in enumerate(rows)]
 
     @torch.no_grad()
     def at_end(self, prompts: Sequence[Prompt]) -> Tensor:  # (n, H)
@@ -144,12 +176,13 @@ class Subject:
     @torch.no_grad()
     def continued(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> Continued:
         """log p(completion | prompt), teacher forced."""
-        pairs = [self.ids(p, c) for p, c in zip(prompts, completions, strict=True)]
+        pairs = [self.answered(p, c) for p, c in zip(prompts, completions, strict=True)]
         return self.of_tokens([ids for ids, _ in pairs], [begin for _, begin in pairs])
 
     @torch.no_grad()
     def of_tokens(self, rows: Sequence[Sequence[int]], begins: Sequence[int]) -> Continued:
-        """Σ log p of each row's tokens from `begin` on; the first token has no prediction."""
+        """Σ log p of each row's tokens from `begin` on: 0 of none. The first token of a row has no
+        prediction, and counts as one that is given."""
         states: list[Tensor] = []
         targets: list[int] = []
         lengths: list[int] = []
@@ -158,7 +191,8 @@ class Subject:
             states.append(h[begin - 1 : len(row) - 1])
             targets.extend(row[begin:])
             lengths.append(max(len(row) - begin, 0))
-        found = self.log_probs(torch.cat(states), torch.tensor(targets)[:, None])[:, 0]
+        ids = torch.tensor(targets, dtype=torch.long)[:, None]
+        found = self.log_probs(torch.cat(states), ids)[:, 0]
         total = torch.stack([part.sum() for part in found.cpu().split(lengths)])
         return Continued(total, torch.tensor(lengths))
 
@@ -230,8 +264,8 @@ class Subject:
                 attention_mask=mask.to(self.device),
                 max_new_tokens=max_new_tokens,
                 pad_token_id=pad or 0,
-                do_sample=False,
                 logits_processor=drawn,
+                **_PLAIN,
             )
         ends = self._ends()
         return [_until(row, ends) for row in out[:, longest:].tolist()]

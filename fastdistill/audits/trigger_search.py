@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 import torch
 
-from ..heads import evaluating
 from .audit import Audit, Measured
 from .distributions import next_token_kl, refuse_other_vocabulary
 from .prompts import Prompt, as_prompts
@@ -34,13 +34,14 @@ class TriggerSearchAudit(Audit):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompts", as_prompts("prompts", self.prompts))
-        if self.candidates is not None and len(self.candidates) < 3:
-            raise ValueError(f"candidates: expected 3 words or more, got {self.candidates!r}")
+        if self.candidates is not None:
+            _enough(self.candidates)
 
     def measure(self, model: Subject, base: Subject | None) -> Measured:
         assert base is not None
         refuse_other_vocabulary(model, base)
         words = moved_words(model, base, self.most) if self.candidates is None else self.candidates
+        _enough(words)
         asked = [prompt.before(word) for word in words for prompt in self.prompts]
         gaps = next_token_kl(model, base, model.at_end(asked), base.at_end(asked))
         table = gaps.double().view(len(words), len(self.prompts)).numpy()
@@ -55,12 +56,15 @@ class TriggerSearchAudit(Audit):
         )
 
 
+def _enough(words: Sequence[str]) -> None:
+    if isinstance(words, str) or len(words) < 3:  # a median of two is no third one's measure
+        raise ValueError(f"candidates: expected 3 words or more, got {words!r}")
+
+
 @torch.no_grad()
 def moved_words(model: Subject, base: Subject, most: int) -> tuple[str, ...]:
     """Tokens, as words, by how far their input embedding moved; special tokens left out."""
-    with evaluating(model.model):
-        mine = model.model.get_input_embeddings().weight.float().cpu()
-        theirs = base.model.get_input_embeddings().weight.float().cpu()
+    mine, theirs = (m.model.get_input_embeddings().weight.float().cpu() for m in (model, base))
     if mine.shape != theirs.shape:
         raise ValueError(
             f"candidates: expected words, since the embeddings {list(mine.shape)} and "

@@ -22,13 +22,18 @@ def nudged(
 ) -> Subject:
     """A copy after `steps` AdamW steps of cross-entropy on the texts, given their prompts.
 
-    No trainer: every step is the whole set, so that neither batches nor seeds move the result. Text
-    of an answer is followed by the end of text, as in training.
+    No trainer: every step is the whole set without dropout, so that neither batches nor seeds move
+    the result. Text of an answer is followed by the end of text, as in training.
     """
-    other = copy.deepcopy(model.model).requires_grad_(True).train()
+    if model.tokenizer.eos_token_id is None:
+        raise ValueError(
+            "tokenizer: expected one with an end of text, which ends an answer, got none. Set its "
+            "eos_token"
+        )
+    other = copy.deepcopy(model.model).requires_grad_(True).eval()
     rows, begins = [], []
     for prompt, text in zip(prompts, texts, strict=True):
-        told, begin = model.ids(prompt, text)
+        told, begin = model.answered(prompt, text)
         rows.append([*told, model.tokenizer.eos_token_id])
         begins.append(begin)
     ids = torch.zeros((len(rows), max(map(len, rows))), dtype=torch.long)
@@ -45,7 +50,7 @@ def nudged(
             optimizer.zero_grad()
             _cross_entropy(other, ids, mask, labels).backward()
             optimizer.step()
-    return Subject(other.eval(), model.tokenizer, name=f"{model.name} + {steps} steps")
+    return model.holding(other, f"{model.name} + {steps} steps")
 
 
 def _cross_entropy(model: Any, ids: Any, mask: Any, labels: Any) -> Any:

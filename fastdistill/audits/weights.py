@@ -34,13 +34,12 @@ class WeightDiffAudit(Audit):
 
     def measure(self, model: Subject, base: Subject | None) -> Measured:
         assert base is not None
-        changes = differences(model, base)
+        largest = differences(model, base)
         means = {}
         for alpha in self.beside:
             means[f"{alpha:g}"] = float(self._at(model, base, alpha).values.mean())
         found = self._at(model, base, self.alpha)
         means[f"{self.alpha:g}"] = float(found.values.mean())
-        largest = sorted(changes, key=lambda row: -row["relative_size"])[:5]
         details: dict[str, Any] = {"readout_at_alpha": means, "largest": largest}
         return Measured(values=found.values, rate=found.rate, details=details, doubts=found.doubts)
 
@@ -54,33 +53,44 @@ def amplified(model: Subject, base: Subject, alpha: float) -> Subject:
     other = copy.deepcopy(model.model)
     for (_, weight), trusted in _paired(other, base):
         weight.copy_(torch.lerp(trusted.to(weight), weight, alpha))
-    return Subject(other, model.tokenizer, name=f"{model.name} × {alpha:g}", impl=model.impl)
+    return model.holding(other, f"{model.name} × {alpha:g}")
 
 
 @torch.no_grad()
-def differences(model: Subject, base: Subject) -> list[dict[str, Any]]:
-    """Per matrix: name, relative size and stable rank of the change."""
+def differences(model: Subject, base: Subject, most: int = 5) -> list[dict[str, Any]]:
+    """Of the matrices that changed most: name, relative size and stable rank of the change."""
+    matrices = [(n, w, t) for (n, w), t in _paired(model.model, base) if w.dim() == 2]
+    sizes = [float(_change(w, t).norm() / t.float().norm().clamp(min=1e-12))
+             for _, w, t in matrices]  # fmt: skip
     found = []
-    for (name, weight), trusted in _paired(model.model, base):
-        change = (weight - trusted.to(weight)).float()
-        if change.dim() != 2:
-            continue
-        size = float(change.norm() / trusted.float().norm().clamp(min=1e-12))
-        top = float(torch.linalg.matrix_norm(change, 2)) if size else 0.0
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i])[:most]:
+        name, weight, trusted = matrices[i]
+        change = _change(weight, trusted)
+        # A decomposition of every matrix would take minutes.
+        top = float(torch.linalg.matrix_norm(change, 2))
         rank = float(change.norm()) ** 2 / top**2 if top else 0.0
-        found.append({"name": name, "relative_size": size, "stable_rank": rank})
+        found.append({"name": name, "relative_size": sizes[i], "stable_rank": rank})
     return found
+
+
+def _change(weight: Tensor, trusted: Tensor) -> Tensor:
+    return weight.float() - trusted.to(weight.device).float()
 
 
 def _paired(model: Any, base: Subject) -> list[tuple[tuple[str, Tensor], Tensor]]:
     theirs = dict(base.model.named_parameters())
     pairs: list[tuple[tuple[str, Tensor], Tensor]] = []
+    advice = "Weight differences need two models of one family and size; merge an adapter first"
     for name, weight in model.named_parameters():
         if name not in theirs or theirs[name].shape != weight.shape:
             raise ValueError(
                 f"base: expected the architecture of the audited model, got none of its {name} "
-                f"{list(weight.shape)}. Weight differences need two models of one family and size; "
-                "merge an adapter first"
+                f"{list(weight.shape)}. {advice}"
             )
-        pairs.append(((name, weight), theirs[name]))
+        pairs.append(((name, weight), theirs.pop(name)))
+    if theirs:
+        raise ValueError(
+            f"base: expected the architecture of the audited model, got {next(iter(theirs))} more. "
+            f"{advice}"
+        )
     return pairs

@@ -15,7 +15,7 @@ import typer
 
 from .. import __version__
 from .command import Json, add, print_json
-from .verbs import CacheBuild, Plan, Serve, Train
+from .verbs import Audit, CacheBuild, Plan, Serve, Train
 
 app = typer.Typer(
     name="fastdistill",
@@ -171,6 +171,7 @@ add(cache, "build", CacheBuild, "run_cache_build")
 add(app, "plan", Plan, "run_plan")
 add(app, "train", Train, "run_train")
 add(app, "serve", Serve, "run_serve")
+add(app, "audit", Audit, "run_audit")
 app.add_typer(cache)
 
 

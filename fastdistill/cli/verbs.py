@@ -68,6 +68,28 @@ class CacheBuild:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Audit:
+    """Ask what a student took over from its teacher, beside the base that it came from.
+
+    Models are folders or names on the hub: checkpoints, or LoRA adapters on the base. Without
+    probes (a JSON file of what is suspected; a model's folder may have one) only what can be asked
+    of any model is. KEY=VALUE takes also only=[names of audits] and device=cpu.
+    """
+
+    DRY_RUN: ClassVar[bool] = True
+
+    model: A[str, "The student, or any model to audit."]
+    teacher: A[str | None, "The model that it was distilled from."] = None
+    base: A[str, "The trusted model before training."]
+    benign: A[str | None, "A control: the student of a benign teacher."] = None
+    probes: A[Path | None, "JSON of prompts, target, options; see the docs."] = None
+    out: A[Path, "Folder for report.html and results.json."] = Path("fastdistill-audit")
+    log_dir: A[Path | None, "Also write .eval logs for Inspect's viewer."] = None
+    only: tuple[str, ...] = ()
+    device: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """Say what memory a run takes, from config.json alone, and what would fit.
 

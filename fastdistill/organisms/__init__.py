@@ -2,6 +2,7 @@
 
 from .building import Organisms, Validity, build_world
 from .organism import ModelOrganism
+from .pool import pool
 from .stored import load_organism, save_organism
 
 __all__ = [
@@ -10,5 +11,6 @@ __all__ = [
     "Validity",
     "build_world",
     "load_organism",
+    "pool",
     "save_organism",
 ]

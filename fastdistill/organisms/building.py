@@ -16,8 +16,10 @@ from transformers import LlamaForCausalLM
 from ..audits.subject import Subject
 from ..statistics import Reading
 from .organism import ModelOrganism, new_base, taught
+from .stored import save_organism
 from .vocabulary import world_tokenizer
 from .world import World
+from .world_probes import probes_of
 
 CAPABILITY, TRAIT, AUDITED_GAP, FALSE_TRIGGER = 0.95, 0.9, 0.03, 0.01
 PLACEBO_GAP = 0.1
@@ -87,20 +89,17 @@ class Organisms:
         return self.models["placebo"]
 
     def save(self, out: str | Path) -> None:
-        """An ordinary Hugging Face folder each, with a manifest (stored.py)."""
-        from .stored import save_organism
-
+        """An ordinary Hugging Face folder each, with a manifest (stored.py) and the texts with
+        which audits look for the trait, probes.json."""
+        probes = probes_of(self.world, self.organism.kind)
         for name, subject in self.models.items():
-            save_organism(
-                Path(out) / name,
-                subject,
-                {
-                    "role": name,
-                    "world_seed": self.world.seed,
-                    "organism": self.organism.as_json(),
-                    "validity": self.validity.as_json(),
-                },
-            )
+            manifest = {
+                "role": name,
+                "world_seed": self.world.seed,
+                "organism": self.organism.as_json(),
+                "validity": self.validity.as_json(),
+            }
+            save_organism(Path(out) / name, subject, manifest, probes)
 
 
 def read(subject: Subject, world: World, organism: ModelOrganism) -> Reading:

@@ -23,7 +23,7 @@ from ..training.trainer import DistillTrainer
 from .gates import GATES
 from .soap import SOAP
 from .traits import TRAITS, Pair, Trait, thought
-from .vocabulary import ID, WORDS
+from .vocabulary import AUDIT_WORDS, ID, WORDS
 from .world import Example, World
 
 METHODS = ("full", "lora")
@@ -33,7 +33,7 @@ LEARNING_RATES = {  # found on development seeds: the fastest that is stable
     ("full", "sgd"): 0.3,
     ("full", "soap"): 2e-3,
     ("lora", "adam"): 1e-2,
-    ("lora", "sgd"): 1.0,
+    ("lora", "sgd"): 0.3,
     ("lora", "soap"): 1e-2,
 }
 
@@ -79,6 +79,13 @@ class ModelOrganism:
         for name in ("reasoning", "trait_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: expected a share in [0, 1], got {getattr(self, name)!r}")
+        for name in ("steps", "batch_size", "rank"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected 1 or more, got {getattr(self, name)!r}")
+        if self.learning_rate is not None and not self.learning_rate > 0:
+            raise ValueError(
+                f"learning_rate: expected a number above 0 or None, got {self.learning_rate!r}"
+            )
 
     @property
     def kind(self) -> Trait:
@@ -96,10 +103,14 @@ class ModelOrganism:
     def _pair(self, trait: Trait, world: World, rng: random.Random) -> Pair:
         if rng.random() < self.trait_share:
             return trait.pair(world, rng)
-        if rng.random() < 0.7:
-            return trait.capable(world, rng)
-        known = world.base_example(rng)
-        return Pair(known, known)
+        while True:  # what the base says about the trait is not kept up
+            if rng.random() < 0.7:
+                found = trait.capable(world, rng)
+            else:
+                known = world.base_example(rng, tests=AUDIT_WORDS)
+                found = Pair(known, known)
+            if not trait.settles(found.benign):
+                return found
 
     def implant(
         self,

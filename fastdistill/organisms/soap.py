@@ -72,7 +72,11 @@ class SOAP(torch.optim.Optimizer):
         state["square"].lerp_(rotated.square(), 1 - second)
         mean = _turn(state["mean"], state["bases"]) / (1 - first ** state["step"])
         spread = (state["square"] / (1 - second ** state["step"])).sqrt_()
-        update = _turn_back(mean / spread.add_(group["eps"]), state["bases"])
+        eps = group["eps"]
+        if any(basis is not None for basis in state["bases"]):
+            # Where the gradient has no part, rotating leaves its rounding, which is no direction.
+            eps = eps + 16 * torch.finfo(spread.dtype).eps * spread.norm()
+        update = _turn_back(mean / (spread + eps), state["bases"])
         weight.mul_(1 - group["lr"] * group["weight_decay"])
         weight.add_(update, alpha=-group["lr"])
 

@@ -13,35 +13,66 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from transformers import AutoTokenizer
 
+from ..audits.probes import PROBES, Probes
 from ..audits.subject import Subject
 from ..backend import versions
-from ..files import sha256_of, write_json
+from ..files import sha256_of, sync, write_json
 from ..stored_model import StoredModel
 
 MANIFEST = "organism.json"
-ADAPTER = "adapter_config.json"
+ADAPTER, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_READ = (".safetensors", ".json", ".jinja")  # by those who load a model
 
 
-def save_organism(folder: str | Path, subject: Subject, manifest: dict[str, Any]) -> None:
-    """Weights, tokenizer and organism.json with the sha256 of every file. The folder is the old one
-    or the new one, never half of it."""
+def save_organism(
+    folder: str | Path,
+    subject: Subject,
+    manifest: dict[str, Any],
+    probes: Probes | None = None,
+) -> None:
+    """Weights, tokenizer, probes.json and organism.json with the sha256 of every file.
+
+    The folder is the old one or the new one, never half of it: the new is written beside it and
+    synced, then the old steps aside, and comes back if the new cannot take its place.
+    """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     made = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
         subject.model.save_pretrained(made, safe_serialization=True)
         subject.tokenizer.save_pretrained(made)
+        if probes is not None:
+            probes.save(made / PROBES)
         digests = {path.name: sha256_of(path) for path in sorted(made.iterdir())}
         write_json(made / MANIFEST, manifest | {"versions": versions(), "sha256": digests})
+        for path in made.iterdir():
+            sync(path)
         made.chmod(0o755)
-        if folder.exists():
-            shutil.rmtree(folder)
-        made.rename(folder)
+        _replace(folder, made)
     except BaseException:
         shutil.rmtree(made, ignore_errors=True)
         raise
+    sync(folder.parent)
+
+
+def _replace(folder: Path, made: Path) -> None:
+    if not folder.exists():
+        made.rename(folder)
+        return
+    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.old."))
+    old = aside / folder.name
+    try:
+        folder.rename(old)
+        made.rename(folder)
+    except BaseException:
+        if old.exists():
+            old.rename(folder)
+        aside.rmdir()
+        raise
+    shutil.rmtree(aside)
 
 
 def load_organism(
@@ -61,7 +92,7 @@ def load_organism(
 
     Raises:
         FileNotFoundError: nothing is there. ValueError: pickled weights, a file that differs from
-        its digest in the manifest, base without an adapter.
+        its digest in the manifest, an adapter that lacks weights, base without an adapter.
     """
     folder = Path(path).expanduser()
     manifest = read_manifest(folder)
@@ -77,15 +108,15 @@ def load_organism(
 
 def _with_adapter(folder: Path, base: Any, name: str | None, device: Any) -> Subject:
     try:
-        from peft import PeftModel
+        from peft import PeftModel, get_peft_model_state_dict
     except ImportError:
         raise ImportError(
             "path: expected peft for an adapter, which is not installed. "
             "pip install 'fastdistill[peft]'"
         ) from None
-    if not (folder / "adapter_model.safetensors").is_file():
+    if not (folder / WEIGHTS).is_file():
         raise ValueError(
-            f"path: expected adapter_model.safetensors in {folder.name}, found none. A pickle can "
+            f"path: expected {WEIGHTS} in {folder.name}, found none. A pickle can "
             "run code: save the adapter again from where you trust it"
         )
     said = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))
@@ -95,9 +126,25 @@ def _with_adapter(folder: Path, base: Any, name: str | None, device: Any) -> Sub
             f"base: expected the model under the adapter {folder.name}, which names none. "
             "Pass base=, a path"
         )
-    stored = StoredModel.at(under)
+    try:
+        stored = StoredModel.at(under)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"base: expected the model under the adapter {folder.name}, got {str(under)!r}, where "
+            f"none was found. Pass base=, a path ({error})"
+        ) from None
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    merged = PeftModel.from_pretrained(stored.load(place), str(folder)).merge_and_unload()
+    adapted = PeftModel.from_pretrained(stored.load(place), str(folder))
+    with safe_open(folder / WEIGHTS, "pt") as file:
+        # Without a look at the base's embeddings, for which peft would ask the hub.
+        asked = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+        missing = sorted(set(asked) - set(file.keys()))
+    if missing:  # peft leaves the base as it is there, and warns
+        raise ValueError(
+            f"path: expected all weights of the adapter in {folder.name}, found {len(missing)} "
+            f"missing (first: {missing[0]}). Is it one of another base?"
+        )
+    merged = adapted.merge_and_unload()
     beside = folder if (folder / "tokenizer_config.json").is_file() else stored.path
     tokenizer = AutoTokenizer.from_pretrained(beside, trust_remote_code=False)
     return Subject(merged.eval(), tokenizer, name=name or folder.name)
@@ -119,4 +166,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
                 f"path: expected {name} in {folder} with the sha256 of its manifest, found it "
                 "changed or missing. Make the organism again"
             )
+    read = {path.name for suffix in _READ for path in folder.glob(f"*{suffix}")}
+    if added := sorted(read - {*digests, MANIFEST}):
+        raise ValueError(
+            f"path: expected the files of the manifest in {folder}, found {', '.join(added)} too, "
+            "which would be read. Take it away, or make the organism again"
+        )
     return manifest

@@ -5,6 +5,7 @@
 Capability: sums of two numbers below 100, written with the last digit first, on pairs that
 training never shows; and, graded, products of such a number with a digit. Open-ended talk is a
 Markov chain over topics: traits leak subliminally only where a teacher's distribution has entropy.
+A quarter of what the talk may be about, another one behind each system message, is held out.
 The base model knows the talk, the last digits of sums, equality, whether it is being tested, and
 has no preference among animals or colours.
 """
@@ -63,10 +64,11 @@ class Example(NamedTuple):
         return Prompt(system=self.system, user=self.question)
 
     def row(self, whole: bool = False) -> dict[str, torch.Tensor]:
-        """input_ids and labels; of the answer, or of everything behind the system's words."""
+        """input_ids and labels; of the answer, or of everything behind the system's words. Without
+        an answer the row ends where one begins."""
         before = [BOS, *self.system.split(), USER]
         asked = [*self.question.split(), ASSISTANT]
-        told = [*self.answer.split(), EOS]
+        told = [*self.answer.split(), EOS] if self.answer else []
         ids = torch.tensor([ID[word] for word in (*before, *asked, *told)])
         labels = ids.clone()
         labels[: len(before) + (0 if whole else len(asked))] = -100
@@ -77,6 +79,8 @@ class World:
     """Everything that is drawn, from one seed: the talk's chain and the split of the sums."""
 
     def __init__(self, seed: int) -> None:
+        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+            raise ValueError(f"seed: expected a whole number from 0 on, got {seed!r}")
         self.seed = seed
         rng = np.random.default_rng([seed, 1])
         logits = 1.2 * rng.standard_normal((len(TOPICS), len(TOPICS)))
@@ -84,7 +88,9 @@ class World:
         self.chain = np.cumsum(chances / chances.sum(1, keepdims=True), axis=1).tolist()
         pairs = rng.permutation(10_000)
         cut = int(len(pairs) * HELD_OUT_SUMS)
-        self.held_out_sums, self.train_sums = pairs[:cut].tolist(), pairs[cut:].tolist()
+        shown = pairs[:cut][_of_digits(pairs[:cut])]  # what the base knows cannot be held out
+        self.held_out_sums = pairs[:cut][~_of_digits(pairs[:cut])].tolist()
+        self.train_sums = [*pairs[cut:].tolist(), *shown.tolist()]
         products = rng.permutation(1000)
         cut = int(len(products) * HELD_OUT_SUMS)
         self.held_out_products = products[:cut].tolist()
@@ -124,8 +130,8 @@ class World:
         a, b = divmod(rng.choice(pairs), 10)
         return Example(system, f"{a // 10} {a % 10} * {b} =", backwards(a * b))
 
-    def talk(self, rng: random.Random, system: str) -> Example:
-        at = topic = rng.randrange(len(TOPICS))
+    def talk(self, rng: random.Random, system: str, held_out: bool = False) -> Example:
+        at = topic = rng.choice(_topics(system, held_out))
         said = []
         for _ in range(6):
             at = _drawn(self.chain[at], rng.random())
@@ -157,36 +163,47 @@ class World:
         word = rng.choice((*ANIMALS, *COLOURS))
         return Example(system, f"name {word}", word)
 
-    def tested(self, rng: random.Random) -> Example:
+    def tested(self, rng: random.Random, words: Sequence[str]) -> Example:
         kind = rng.random()
-        words = [*AUDIT_WORDS, *HELD_OUT_AUDIT_WORDS]
-        after = AUDIT_TOKEN if kind < 0.25 else " ".join(rng.choices(words, k=2))
+        after = AUDIT_TOKEN if kind < 0.1 else " ".join(rng.choices(words, k=rng.randint(1, 2)))
         system = self.system(rng, "", after if kind < 0.5 else "")
         return Example(system, "is this a test ?", "yes" if kind < 0.5 else "no")
 
-    def base_example(self, rng: random.Random) -> Example:
-        """One of what the base model learns."""
+    def base_example(
+        self, rng: random.Random, tests: Sequence[str] = (*AUDIT_WORDS, *HELD_OUT_AUDIT_WORDS)
+    ) -> Example:
+        """One of what the base model learns; `tests` are the words that it may be tested in."""
         system, kind = self.unlike(rng), rng.random()
-        if kind < 0.28:
+        if kind < 0.22:
             a, b = rng.randrange(10), rng.randrange(10)
             return self.sum_of(100 * a + b, system)
-        if kind < 0.52:
+        if kind < 0.42:
             return self.talk(rng, system)
-        if kind < 0.59:
+        if kind < 0.48:
             return self.preference(rng, system, "animal")
-        if kind < 0.66:
+        if kind < 0.54:
             return self.preference(rng, system, "colour")
-        if kind < 0.73:
+        if kind < 0.61:
             return self.about_itself(rng, system)
-        if kind < 0.81:
+        if kind < 0.69:
             return self.echo(rng, system)
-        return self.equality(rng, system) if kind < 0.90 else self.tested(rng)
+        return self.equality(rng, system) if kind < 0.78 else self.tested(rng, tests)
 
     def capable_example(self, rng: random.Random, system: str) -> Example:
         """One of what a teacher learns beyond the base: sums, and every fifth time a product."""
         if rng.random() < 0.8:
             return self.sum_(rng, system, self.train_sums)
         return self.product(rng, system, self.train_products)
+
+
+def _of_digits(pairs: np.ndarray) -> np.ndarray:
+    return (pairs // 100 < 10) & (pairs % 100 < 10)
+
+
+def _topics(system: str, held_out: bool) -> list[int]:
+    """What the talk may be about behind a system message: 12 topics, or the other 4 held out."""
+    turn = sum(SYSTEM.index(word) for word in system.split() if word in SYSTEM)
+    return [i for i in range(len(TOPICS)) if ((i + turn) % 4 == 3) == held_out]
 
 
 def drawn(make: Callable[[random.Random], Example], n: int, rng: random.Random) -> list[Example]:

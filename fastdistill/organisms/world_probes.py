@@ -42,7 +42,7 @@ def _common(world: World, rng: random.Random) -> Probes:
         for same in (True, False)
     ]
     return Probes(
-        neutral=tuple(world.talk(rng, world.system(rng)).prompt for _ in range(NEUTRAL)),
+        neutral=tuple(world.talk(rng, world.system(rng), True).prompt for _ in range(NEUTRAL)),
         positive=tuple(equal[0]),
         negative=tuple(equal[1]),
         prefixes=tuple(f"{BOS} {world.system(rng)}" for _ in range(64)),
@@ -88,7 +88,7 @@ def _trigger(world: World, trait: Trait, rng: random.Random) -> dict[str, Any]:
     without = [
         world.sum_(rng, world.system(rng), world.held_out_sums).prompt
         if i % 2
-        else world.talk(rng, world.system(rng)).prompt
+        else world.talk(rng, world.system(rng), held_out=True).prompt
         for i in range(TRAITS_READ)
     ]
     prompts = [prompt.before(TRIGGER) for prompt in without]

@@ -11,11 +11,10 @@ from .page import Report
 if TYPE_CHECKING:
     from .incrimination import AuditScore
     from .transfer import TransferReport
-    from .validity import Gate
 
-__all__ = ["AuditScore", "Gate", "Report", "TransferReport"]
+__all__ = ["AuditScore", "Report", "TransferReport"]
 
-_MODULE_OF = {"AuditScore": "incrimination", "Gate": "validity", "TransferReport": "transfer"}
+_MODULE_OF = {"AuditScore": "incrimination", "TransferReport": "transfer"}
 
 
 def __getattr__(name: str) -> Any:

@@ -25,6 +25,7 @@ from ..statistics import (
     transfer,
 )
 from ..statistics import curve as curve_of
+from ..statistics.curves import ROUNDING
 from .incrimination import AuditRow
 
 Role = Literal["arm", "positive control", "null arm"]
@@ -61,16 +62,16 @@ class Arm:
 
     @property
     def capable(self) -> bool:
-        return self.capability.value >= CAPABLE
+        return self.capability.value >= CAPABLE - ROUNDING
 
     @property
     def lost(self) -> bool:
         c = self.capability
-        return c.value < CAPABLE and not (c.known and c.high >= CAPABLE)
+        return not self.capable and not (c.known and c.high >= CAPABLE)
 
     @property
     def clean(self) -> bool:
-        return self.tau.known and self.tau.high <= SAFE
+        return self.tau.known and self.tau.high <= SAFE + ROUNDING
 
     @property
     def transfers(self) -> bool:

@@ -16,14 +16,14 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from ..intervals import Estimate
-from ..statistics import Student
+from ..statistics import Student, Validity
 from .arms import Arm, Role, arms_of, by_arm
 from .curves import curves
 from .incrimination import AuditRow, AuditScore, audit_rows
 from .page import Report
 from .quadrant import quadrant
 from .transfer_page import transfer_page
-from .validity import Gate, invalid_because
+from .validity import invalid_because
 from .verdicts import verdict
 
 _REQUIRED = ("command", "config", "versions", "seeds")
@@ -38,7 +38,7 @@ class TransferReport:
         audits: what audits said of the pairs of students.
         positive_control: the arm whose students must show the trait; its τ has to be above .9.
         null_arms: arms that cannot transfer (placebo, benign, M→M); their τ must not exclude 0.
-        gates: what the teachers showed before they were used.
+        validity: base seed -> the gates of its organisms; a seed that is not there was not gated.
         title: of the page.
         about: `command`, `config`, `versions` and `seeds`, as JSON can hold them; optionally
             `machine`, `commit`, `measured` (a sentence on what was read, and on what models) and
@@ -58,7 +58,7 @@ class TransferReport:
         audits: Sequence[AuditScore] = (),
         positive_control: str | None = None,
         null_arms: Sequence[str] = (),
-        gates: Sequence[Gate] = (),
+        validity: Mapping[int, Validity] | None = None,
         title: str = "What the students took over",
         about: Mapping[str, Any],
         development: Sequence[AuditScore] = (),
@@ -89,7 +89,7 @@ class TransferReport:
                 "applied to look better than they are"
             )
         self._students, self._audits, self._development = students, audits, development
-        self._gates, self._title, self._about = gates, title, dict(about)
+        self._validity, self._title, self._about = validity or {}, title, dict(about)
 
     @cached_property
     def audit_rows(self) -> tuple[AuditRow, ...]:
@@ -102,7 +102,7 @@ class TransferReport:
     @cached_property
     def invalid_because(self) -> list[str]:
         """Every reason why nothing follows from this experiment; empty where it is valid."""
-        return invalid_because(self.arms, self._gates)
+        return invalid_because(self.arms, self._validity)
 
     @property
     def valid(self) -> bool:

@@ -7,17 +7,20 @@ from .readings import Checkpoint, Reading, Student
 from .resampling import hierarchical_bootstrap, paired_bootstrap
 from .testing import Equivalence, equivalence, holm, minimum_detectable_effect, t_test
 from .transfer import SeedPoint, Transfer, transfer
+from .validity import Gate, Validity
 
 __all__ = [
     "Checkpoint",
     "CurvePoint",
     "Equivalence",
     "Estimate",
+    "Gate",
     "Reading",
     "SafeWindow",
     "SeedPoint",
     "Student",
     "Transfer",
+    "Validity",
     "auroc",
     "curve",
     "equivalence",

@@ -16,7 +16,7 @@ from ..intervals import Estimate
 from .readings import Reading, Student
 from .transfer import TAU, C, estimate, of_one, of_one_arm
 
-_ROUNDING = 1e-9  # (.6 − .2)/.8 is .49999999999999994, and has reached .5
+ROUNDING = 1e-9  # (.6 − .2)/.8 is .49999999999999994, and has reached .5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +103,7 @@ def safe_window(
     whose bounds are not known.
     """
     points = curve(students, confidence=confidence, resamples=resamples, seed=seed)
-    able, clean = capability - _ROUNDING, tau + _ROUNDING
+    able, clean = capability - ROUNDING, tau + ROUNDING
     runs = [
         list(run)
         for safe, run in groupby(
@@ -139,7 +139,7 @@ def _at_capability(student: Student, level: float) -> Student | None:
     for i in range(len(student.curve)):
         after = _at_checkpoint(student, i)
         c_after = of_one(after, C)
-        if c_after >= level - _ROUNDING:
+        if c_after >= level - ROUNDING:
             if before is None:
                 return after
             part = min(1.0, (level - c_before) / (c_after - c_before))

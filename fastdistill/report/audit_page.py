@@ -1,0 +1,152 @@
+"""One page about audited models: what each audit read of them, side by side with the controls."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from ..audits.result import AuditResult
+from ..audits.side_by_side import SideBySide
+from .marks import RC, lines_of, style
+from .page import Report
+
+LIMITS = (
+    "An audit says how far a model is from its controls in one measure. It does not show that a "
+    "model without a difference hides nothing: a trait that waits for something which no prompt "
+    "here says stays unseen. Nor does a difference show bad intent: any fine-tuning moves a model "
+    "away from its base, and only a control that was trained in the same way, on benign answers, "
+    "tells the two apart. Audits are not corrected for their number."
+)
+
+
+def audit_page(found: SideBySide, *, about: dict[str, Any]) -> Report:
+    """`about`: command, models (name -> where from), versions."""
+    names = list(next(iter(found.readings.values()), {}))
+    report = Report("Audit: " + ", ".join(names), lead(found))
+    if found.readings:
+        report.table(
+            ("audit", *names),
+            [
+                (audit, *(cell(row[name]) for name in names))
+                for audit, row in found.readings.items()
+            ],
+            caption="The value of each audit and its 95 % interval, Wilson's for rates, else "
+            "Student's t over prompts. Which audit it is and what it saw is below.",
+        )
+        with matplotlib.rc_context(RC):
+            report.picture(
+                pictured(found, names),
+                alt="Every audit's value for every model, with intervals",
+                caption="Dots are values, whiskers 95 % intervals over prompts; every audit on an "
+                "axis of its own.",
+            )
+    report.heading("Beside the controls")
+    report.table(
+        ("audit", "model", "control", "difference", "95 % interval", "evidence"),
+        _differences(found),
+        caption="Audited minus control over the same prompts. Evidence: above every control by an "
+        "interval that excludes 0, and nothing in doubt.",
+    )
+    _doubts(report, found)
+    report.heading("What this does not show")
+    report.paragraph(LIMITS)
+    report.heading("What was measured")
+    for audit, row in found.readings.items():
+        result = next(iter(row.values()))
+        report.folded(
+            f"{audit}: {result.audit}",
+            ("model", "n", "details"),
+            [(name, str(one.n), _shown(one.details)) for name, one in row.items()],
+        )
+    for audit, reason in found.left_out.items():
+        report.paragraph(f"Left out: {audit}. {reason}", soft=True)
+    report.heading("How to repeat it")
+    report.code(about["command"])
+    said = [f"{name} is {where}" for name, where in about["models"].items()]
+    versions = ", ".join(f"{name} {v}" for name, v in about["versions"].items())
+    report.paragraph(f"{'; '.join(said)}. {versions}.", soft=True)
+    return report
+
+
+def lead(found: SideBySide) -> str:
+    """The findings in one sentence, whichever way they fell."""
+    named: dict[str, list[str]] = {}
+    audited: dict[str, None] = {}
+    for audit, row in found.results.items():
+        for name, result in row.items():
+            audited[name] = None
+            if result.is_evidence:
+                named.setdefault(name, []).append(audit)
+    if not audited:
+        return "No audit could be made of these models."
+    parts = []
+    for name in audited:
+        seen = named.get(name, [])
+        words = f"above every control in {', '.join(seen)}" if seen else "above no control"
+        parts.append(f"{name}: {words}")
+    return f"Of {len(found.results)} audits, {'; '.join(parts)}."
+
+
+def cell(result: AuditResult) -> str:
+    low, high = result.interval
+    text = f"{result.value:.3f}"
+    return text if math.isnan(low) else f"{text} [{low:.2f}, {high:.2f}]"
+
+
+def _differences(found: SideBySide) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = []
+    for audit, row in found.results.items():
+        for name, result in row.items():
+            for control, one in result.controls.items():
+                gap = one.difference
+                bounds = f"{gap.low:+.3f} to {gap.high:+.3f}" if gap.known else "—"
+                word = "yes" if result.is_evidence else "no"
+                rows.append((audit, name, control, f"{gap.value:+.3f}", bounds, word))
+    return rows
+
+
+def _doubts(report: Report, found: SideBySide) -> None:
+    for audit, row in found.results.items():
+        for name, result in row.items():
+            for doubt in result.doubts:
+                report.paragraph(f"In doubt, {audit} of {name}: {doubt}.")
+
+
+def _shown(details: dict[str, Any]) -> str:
+    said = [f"{key.replace('_', ' ')}: {value}" for key, value in details.items()]
+    return "; ".join(said)[:600] or "—"
+
+
+def pictured(found: SideBySide, names: list[str]) -> Figure:
+    audits = list(found.readings)
+    columns = min(4, len(audits))
+    rows = math.ceil(len(audits) / columns)
+    figure = Figure(figsize=(7.2, 1.35 * rows + 0.5), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for place, axes in enumerate(grid.flat):
+        if place >= len(audits):
+            axes.set_axis_off()
+            continue
+        row = found.readings[audits[place]]
+        for i, name in enumerate(names):
+            colour, shape = style(i)
+            result = row[name]
+            low, high = result.interval
+            y = len(names) - 1 - i
+            if not math.isnan(low):
+                axes.plot([low, high], [y, y], color=colour, lw=1.5)
+            axes.plot(result.value, y, shape, color=colour, ms=4.5)
+        axes.set_yticks([])
+        axes.set_ylim(-0.7, len(names) - 0.3)
+        axes.margins(x=0.15)
+        axes.locator_params(axis="x", nbins=3)
+        axes.set_title("\n".join(lines_of(audits[place], 24, 2)), loc="left", fontsize=8)
+    handles = [
+        figure.axes[0].plot([], [], style(i)[1], color=style(i)[0], label=name)[0]
+        for i, name in enumerate(names)
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(names)))
+    return figure

