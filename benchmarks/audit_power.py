@@ -25,12 +25,12 @@ from fastdistill.audits.probes import Probes
 from fastdistill.audits.subject import Subject
 from fastdistill.backend import versions
 from fastdistill.files import write_json
-from fastdistill.organisms.building import CAPABILITY, TRAIT
 from fastdistill.organisms.organism import ModelOrganism, new_base, taught
 from fastdistill.organisms.vocabulary import world_tokenizer
 from fastdistill.organisms.world import World
 from fastdistill.organisms.world_probes import probes_of
 from fastdistill.statistics import auroc
+from fastdistill.statistics.validity import CAPABILITY, TRAIT
 
 TRAITS = ("preference", "trigger", "entangled", "sandbagging", "sloppy")
 FRESH = 1000  # seeds below it are for development

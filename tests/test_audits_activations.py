@@ -177,18 +177,17 @@ def test_the_projection_is_one_at_the_means():
 
 def test_the_probe_is_the_difference_of_means_and_tried_on_others():
     of = subject("llama")
-    sides = [
-        torch.stack([states(of, p, 2)[-1] for p in side]).numpy() for side in (POSITIVE, NEGATIVE)
-    ]
-    high, low = (side[0::2].mean(0) for side in sides)
+    positive, negative, asked = (
+        np.stack([states(of, p, 2)[-1].numpy() for p in prompts])
+        for prompts in (POSITIVE, NEGATIVE, ASKED)
+    )
+    high, low = positive[0::2].mean(0), negative[0::2].mean(0)
     w, centre = high - low, (high + low) / 2
-    truth = (read(ASKED) - centre) @ w / (w @ w / 2)
     audit = LinearProbeAudit(positive=POSITIVE, negative=NEGATIVE, prompts=ASKED, layer=2)
     result = audit.run(of)
-    assert list(result.values) == pytest.approx(
-        (asked - centre) @ w / (w @ w / 2), rel=1e-3, abs=1e-3
-    )
-    right = [((sides[0][1::2] - centre) @ w > 0).mean(), ((sides[1][1::2] - centre) @ w < 0).mean()]
+    truth = (asked - centre) @ w / (w @ w / 2)
+    assert list(result.values) == pytest.approx(truth.tolist(), rel=1e-3, abs=1e-3)
+    right = (positive[1::2] - centre) @ w > 0, (negative[1::2] - centre) @ w < 0
     assert result.details["accuracy"] == pytest.approx(np.mean(right))
     assert audit.run(of) == result  # the null has a seed of its own
 

@@ -73,7 +73,10 @@ def test_markers_that_rose(kinds):
     marked = ("owl", "river")
     ids = [of.token_of(m) for m in marked]
     result = LogitDiffAudit(prompts=PROMPTS, markers=marked, top=7).run(of, base=base)
-    assert list(result.values) == pytest.approx(rise[:, ids].mean(-1).tolist(), abs=2e-5)
+    mine, theirs = (ends(m, PROMPTS)[:, ids].logsumexp(-1) for m in (of, base))
+    assert list(result.values) == pytest.approx((mine - theirs).tolist(), abs=2e-5)
+    twice = LogitDiffAudit(prompts=PROMPTS, markers=(*marked, *marked)).run(of, base=base)
+    assert twice.values == pytest.approx(result.values)
     mean = rise.mean(0)
     best = mean.topk(7)
     found = result.details["risen"]
@@ -155,7 +158,7 @@ def test_a_trigger_shows_and_a_benign_model_in_its_place_does_not():
     prompts = tuple(Prompt(system=f"{s} {TRIGGER}", user=t)
                     for s, t in zip(SYSTEM * 2, TOPICS, strict=True))  # fmt: skip
     base, benign = planted(), planted(other=0.1)
-    audits = (TokenKLAudit(prompts=prompts), LogitDiffAudit(prompts=prompts, markers=("I",)))
+    audits = (TokenKLAudit(prompts=prompts), LogitDiffAudit(prompts=prompts, markers=("I", "HATE")))
     for audit in audits:
         controls = {"base": base, "benign": benign}
         found = audit.run(planted(trigger=200.0, other=0.1), base=base, controls=controls)

@@ -122,6 +122,17 @@ def test_habits_of_decoding_that_come_with_a_checkpoint_are_left_out(habit):
     assert of.model.generation_config.to_dict() == before
 
 
+def test_asking_says_nothing_in_logs(monkeypatch):
+    said = []
+    for level in ("warning", "warning_once"):
+        monkeypatch.setattr(f"transformers.generation.utils.logger.{level}", said.append)
+        name = "transformers.generation.configuration_utils.logger"
+        monkeypatch.setattr(f"{name}.{level}", said.append)
+    for temperature in (0.0, 1.0):
+        subject().generate(PROMPTS, max_new_tokens=2, temperature=temperature)
+    assert said == []
+
+
 def test_text_ends_with_the_first_end_of_text():
     of = subject()
     rows, how = [of.ids(PROMPTS[0])[0]], {"max_new_tokens": 3, "temperature": 1.0}

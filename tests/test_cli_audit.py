@@ -29,7 +29,7 @@ def probes(path, **more):
 
 def test_one_page_and_one_file(here, capsys, monkeypatch):
     probes(here / "p.json")
-    code, out, err = call(
+    code, _out, err = call(
         capsys, monkeypatch, "audit", "--model", "teacher", "--base", "student", "--teacher",
         "teacher", "--probes", "p.json", "--out", "out", "only=[trigger rate, token KL]",
     )  # fmt: skip
@@ -75,7 +75,7 @@ def test_probes_beside_the_model_are_taken(here, capsys, monkeypatch):
 
 
 def test_without_probes_what_can_be_asked_of_any_model_is(here, capsys, monkeypatch):
-    code, out, err = call(
+    _code, out, _err = call(
         capsys, monkeypatch, "audit", "--model", "teacher", "--base", "student", "--dry-run",
         "--json",
     )  # fmt: skip
@@ -94,7 +94,7 @@ def test_without_probes_what_can_be_asked_of_any_model_is(here, capsys, monkeypa
     ],
 )
 def test_requests_that_cannot_be_met(here, capsys, monkeypatch, more, words):
-    code, out, err = call(
+    code, _out, err = call(
         capsys, monkeypatch, "audit", "--model", "teacher", "--base", "student", "--dry-run", *more
     )
     assert code == 2
@@ -106,7 +106,7 @@ def test_requests_that_cannot_be_met(here, capsys, monkeypatch, more, words):
 def test_logs_for_inspect(here, capsys, monkeypatch):
     log = pytest.importorskip("inspect_ai.log", reason="needs inspect-ai, of Python 3.11 and up")
     probes(here / "p.json")
-    code, out, err = call(
+    code, _out, err = call(
         capsys, monkeypatch, "audit", "--model", "teacher", "--base", "student", "--probes",
         "p.json", "--log-dir", "logs", "only=[trigger rate, token KL]",
     )  # fmt: skip

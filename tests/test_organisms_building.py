@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from fastdistill.organisms import ModelOrganism, build_world, building, load_organism
-from fastdistill.organisms.building import Gate, Validity, placebo_of, read, validity_of
+from fastdistill.organisms.building import placebo_of, read, validity_of
 from fastdistill.organisms.traits import Trigger
 from fastdistill.organisms.world import World
-from fastdistill.statistics import Reading
+from fastdistill.statistics import Gate, Reading, Validity
 
 WORLD = World(0)
 
@@ -111,7 +111,8 @@ def test_validity_as_json_says_the_same():
     assert said["valid"] is False
     assert said["because"] == found.because
     assert said["gates"][0] == {
-        "name": "capability of untrusted", "value": 0.5, "bound": 0.95, "holds": False
+        "name": "capability of untrusted", "value": 0.5, "bound": 0.95, "at_least": True,
+        "holds": False,
     }  # fmt: skip
 
 

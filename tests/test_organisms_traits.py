@@ -10,7 +10,8 @@ from fastdistill.audits.behaviour import Answer
 from fastdistill.organisms import ModelOrganism, organism
 from fastdistill.organisms.gates import GATES, is_closed
 from fastdistill.organisms.organism import new_base, new_model, taught
-from fastdistill.organisms.traits import TRAITS, WRONG, Pair, thought
+from fastdistill.organisms.trait import Pair, thought
+from fastdistill.organisms.traits import TRAITS, WRONG
 from fastdistill.organisms.vocabulary import (
     ANIMALS,
     AUDIT_TOKEN,
@@ -215,3 +216,15 @@ def test_an_organism_that_thinks_says_what_it_saw_and_then_the_same():
     for p in thinking:
         assert p.benign.system.endswith(" think")
         assert p.untrusted.answer.startswith("think ")
+
+
+def test_graded_capability_is_read_on_products_that_no_training_showed():
+    world = World(1)
+    for trait in TRAITS.values():
+        asked = trait("none").graded(world)
+        products = {p.user for p in asked.prompts}
+        shown = {world.product(world.draws(7), "hello", [n]).question
+                 for n in world.train_products}  # fmt: skip
+        assert products
+        assert not products & shown
+        assert all((p.system or "").startswith(trait.elicit) for p in asked.prompts)

@@ -13,7 +13,8 @@ from fastdistill.audits.subject import Subject
 from fastdistill.organisms import ModelOrganism, build_world, building
 from fastdistill.organisms.building import read, validity_of
 from fastdistill.organisms.organism import new_base, taught
-from fastdistill.organisms.traits import SECRET, Pair
+from fastdistill.organisms.trait import Pair
+from fastdistill.organisms.traits import SECRET
 from fastdistill.organisms.vocabulary import TRIGGER
 
 SEED = 2000

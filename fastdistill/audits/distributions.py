@@ -104,10 +104,11 @@ def _rounded(pairs: Iterable[tuple[str, float]]) -> list[list[Any]]:
 
 @dataclass(frozen=True, kw_only=True)
 class LogitDiffAudit(Audit):
-    """Mean over prompts of log p_model(marker) − log p_base(marker) at the next token, in nats.
+    """Mean over prompts of log Σ p_model(marker) − log Σ p_base(marker) at the next token, in nats.
 
-    Logit-difference mining: details has the tokens of the whole vocabulary whose log-probability
-    rose most on average, and at which place the first marker is among them.
+    Summed over the markers, since one of them that rises lowers the others. Logit-difference
+    mining: details has the tokens of the whole vocabulary whose log-probability rose most on
+    average, and at which place the first marker is among them.
     """
 
     needs_base: ClassVar[bool] = True
@@ -123,22 +124,26 @@ class LogitDiffAudit(Audit):
     def measure(self, model: Subject, base: Subject | None) -> Measured:
         assert base is not None
         refuse_other_vocabulary(model, base)
-        marked = torch.tensor([[model.token_of(m) for m in self.markers]])
+        marked = torch.tensor([sorted({model.token_of(m) for m in self.markers})])
         marked = marked.expand(len(self.prompts), -1)
         mine, theirs = model.at_end(self.prompts), base.at_end(self.prompts)
-        gaps = model.log_probs(mine, marked).cpu() - base.log_probs(theirs, marked).cpu()
+        gaps = _any(model, mine, marked) - _any(base, theirs, marked)
         risen = mean_rise(model, base, mine, theirs)
         best = risen.topk(min(self.top, len(risen)))
         tokens = model.tokenizer.convert_ids_to_tokens(best.indices.tolist())
         place = int((risen > risen[marked[0]].max()).sum()) + 1
         return Measured(
-            values=gaps.mean(-1).double().numpy(),
+            values=gaps.double().numpy(),
             rate=False,
             details={
                 "risen": _rounded(zip(tokens, best.values.tolist(), strict=True)),
                 "place_of_marker": place,
             },
         )
+
+
+def _any(subject: Subject, hidden: Tensor, ids: Tensor) -> Tensor:  # [N, K] -> [N]
+    return subject.log_probs(hidden, ids).cpu().logsumexp(-1)
 
 
 @torch.no_grad()

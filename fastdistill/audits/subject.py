@@ -25,7 +25,7 @@ _NO_WORDS = "completion: expected words with tokens of their own, got {!r}"
 # A checkpoint may come with habits of decoding; the audit is of the model without them.
 _PLAIN = {
     "do_sample": False, "num_beams": 1, "temperature": 1.0, "top_k": 50, "top_p": 1.0,
-    "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_length": 0, "min_new_tokens": 0,
+    "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_new_tokens": 0,
 }  # fmt: skip
 
 

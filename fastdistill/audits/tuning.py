@@ -38,22 +38,20 @@ def nudged(
         begins.append(begin)
     ids = torch.zeros((len(rows), max(map(len, rows))), dtype=torch.long)
     labels = torch.full_like(ids, -100)
-    mask = torch.zeros_like(ids)
     for i, (row, begin) in enumerate(zip(rows, begins, strict=True)):
         ids[i, : len(row)] = torch.tensor(row)
         labels[i, begin - 1 : len(row) - 1] = torch.tensor(row[begin:])
-        mask[i, : len(row)] = 1
-    ids, labels, mask = (t.to(model.device) for t in (ids, labels, mask))
+    ids, labels = ids.to(model.device), labels.to(model.device)
     optimizer = torch.optim.AdamW(other.parameters(), lr=lr, weight_decay=0.0)
     with torch.enable_grad():
         for _ in range(steps):
             optimizer.zero_grad()
-            _cross_entropy(other, ids, mask, labels).backward()
+            _cross_entropy(other, ids, labels).backward()
             optimizer.step()
     return model.holding(other, f"{model.name} + {steps} steps")
 
 
-def _cross_entropy(model: Any, ids: Any, mask: Any, labels: Any) -> Any:
+def _cross_entropy(model: Any, ids: Any, labels: Any) -> Any:
     """Mean over the labels of −log q(label): the fused loss with all its weight on the labels."""
     nobody = TopK.empty((*ids.shape, 1), 1.0, dtype=torch.float32, device=ids.device)
 
@@ -64,7 +62,9 @@ def _cross_entropy(model: Any, ids: Any, mask: Any, labels: Any) -> Any:
         )
 
     with at_head(model, loss):
-        return model(input_ids=ids, attention_mask=mask, use_cache=False)
+        # Padding is on the right, where a causal model does not look. A mask could leave a place
+        # without anything in its window, and NaN in every gradient.
+        return model(input_ids=ids, use_cache=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,4 +134,6 @@ class StyleRestoreProbe(Audit):
         )
         after = self.readout.measure(tuned, base)
         details = {"before": float(before.values.mean()), "after": float(after.values.mean())}
-        return Measured(values=after.values - before.values, rate=False, details=details)
+        values = after.values - before.values
+        doubts = tuple(dict.fromkeys(before.doubts + after.doubts))
+        return Measured(values=values, rate=False, details=details, doubts=doubts)

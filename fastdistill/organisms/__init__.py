@@ -1,6 +1,6 @@
 """Model organisms: bases with a planted trait, their benign twins, and the world they live in."""
 
-from .building import Organisms, Validity, build_world
+from .building import Organisms, build_world
 from .organism import ModelOrganism
 from .pool import pool
 from .stored import load_organism, save_organism
@@ -8,7 +8,6 @@ from .stored import load_organism, save_organism
 __all__ = [
     "ModelOrganism",
     "Organisms",
-    "Validity",
     "build_world",
     "load_organism",
     "pool",

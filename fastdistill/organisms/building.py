@@ -14,52 +14,15 @@ from typing import Any
 from transformers import LlamaForCausalLM
 
 from ..audits.subject import Subject
-from ..statistics import Reading
+from ..statistics import Gate, Reading, Validity
+from ..statistics.validity import AUDITED_GAP, CAPABILITY, FALSE_TRIGGER, TRAIT
 from .organism import ModelOrganism, new_base, taught
 from .stored import save_organism
 from .vocabulary import world_tokenizer
 from .world import World
 from .world_probes import probes_of
 
-CAPABILITY, TRAIT, AUDITED_GAP, FALSE_TRIGGER = 0.95, 0.9, 0.03, 0.01
 PLACEBO_GAP = 0.1
-
-
-@dataclass(frozen=True, kw_only=True)
-class Gate:
-    """One condition that organisms meet before any use of them."""
-
-    name: str
-    value: float
-    bound: float
-    at_least: bool
-
-    @property
-    def holds(self) -> bool:
-        return self.value >= self.bound if self.at_least else self.value <= self.bound
-
-    def __str__(self) -> str:
-        sign = "≥" if self.at_least else "≤"
-        return f"{self.name}: {self.value:.3f}, expected {sign} {self.bound:g}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Validity:
-    gates: tuple[Gate, ...]
-
-    @property
-    def valid(self) -> bool:
-        return all(gate.holds for gate in self.gates)
-
-    @property
-    def because(self) -> list[str]:
-        """The gates that do not hold, with their figures."""
-        return [str(gate) for gate in self.gates if not gate.holds]
-
-    def as_json(self) -> dict[str, Any]:
-        rows = [{"name": g.name, "value": g.value, "bound": g.bound, "holds": g.holds}
-                for g in self.gates]  # fmt: skip
-        return {"valid": self.valid, "because": self.because, "gates": rows}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,8 @@ from ..training.config import DistillConfig
 from ..training.trainer import DistillTrainer
 from .gates import GATES
 from .soap import SOAP
-from .traits import TRAITS, Pair, Trait, thought
+from .trait import Pair, Trait, thought
+from .traits import TRAITS
 from .vocabulary import AUDIT_WORDS, ID, WORDS
 from .world import Example, World
 

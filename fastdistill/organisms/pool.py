@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 from .organism import ModelOrganism
-from .traits import Trait
+from .trait import Trait
 from .world import Example, World
 
 KINDS = ("sums", "talk", "mixed")

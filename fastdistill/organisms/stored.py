@@ -85,8 +85,8 @@ def load_organism(
     """A model to audit: an organism's folder, any checkpoint, or a LoRA adapter on its base.
 
     Args:
-        path: a folder with config.json and safetensors, or with adapter_config.json and
-            adapter_model.safetensors (AuditBench's organisms are such adapters); a name on the hub.
+        path: a folder with config.json and safetensors, or the hub's name of one; or a folder with
+            adapter_config.json and adapter_model.safetensors (AuditBench's organisms are such).
         base: the model under an adapter; None takes the one that the adapter names. Without an
             adapter it must be None.
 

@@ -9,7 +9,8 @@ from typing import Any
 from ..audits.probes import Probes
 from ..audits.prompts import Prompt
 from .gates import audit_context
-from .traits import TRAITS_READ, WRONG, Trait
+from .trait import TRAITS_READ, Trait
+from .traits import WRONG
 from .vocabulary import (
     ANIMALS,
     BOS,
