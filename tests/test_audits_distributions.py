@@ -97,20 +97,22 @@ def test_slabs_of_the_vocabulary_change_nothing(monkeypatch):
 
 
 def test_columns_that_pad_a_head_are_no_tokens():
-    of, base = (Subject(model(seed=s), world_tokenizer()) for s in (1, 0))
-    wide = model(seed=1)
-    wide.resize_token_embeddings(V + 20, mean_resizing=False)
-    with torch.no_grad():
-        wide.lm_head.weight[:V] = of.model.lm_head.weight
-        wide.lm_head.weight[V:] = 50 * of.at_end(PROMPTS).mean(0)
-    found = LogitDiffAudit(prompts=PROMPTS, markers=("owl",), top=99).run(
-        Subject(wide, world_tokenizer()), base=base
-    )
-    assert len(found.details["risen"]) == V
-    assert None not in [token for token, _ in found.details["risen"]]
-    assert TokenKLAudit(prompts=PROMPTS).run(Subject(wide, world_tokenizer()), base=base).value == (
-        pytest.approx(TokenKLAudit(prompts=PROMPTS).run(of, base=base).value, rel=1e-4)
-    )
+    def padded(of, direction):
+        wide = model(seed=int(of.name[-1]))
+        wide.resize_token_embeddings(V + 20, mean_resizing=False)
+        with torch.no_grad():
+            wide.lm_head.weight[:V] = of.model.lm_head.weight
+            wide.lm_head.weight[V:] = direction
+        return Subject(wide, world_tokenizer())
+
+    of, base = pair(("llama", "llama"))
+    raised = padded(of, of.at_end(PROMPTS).mean(0))
+    for trusted in (base, padded(base, -100 * base.at_end(PROMPTS).mean(0))):
+        found = LogitDiffAudit(prompts=PROMPTS, markers=("owl",), top=99).run(raised, base=trusted)
+        assert len(found.details["risen"]) == V
+        assert None not in [token for token, _ in found.details["risen"]]
+    kl_of = [TokenKLAudit(prompts=PROMPTS).run(m, base=base).value for m in (of, raised)]
+    assert kl_of[1] == pytest.approx(kl_of[0], rel=1e-4)
 
 
 @PAIR

@@ -58,8 +58,10 @@ def test_probes_follow_from_the_seed_and_speak_the_worlds_words(trait, gate):
             assert {w for text in filter(None, texts) for w in text.split()} <= set(WORDS)
 
 
-@pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("trait", ["preference", "entangled", "placebo", "trigger"])
+@pytest.mark.parametrize(
+    ("trait", "gate"),
+    [c for c in CASES if c[1] != "none" or c[0] not in ("sandbagging", "sloppy")],
+)
 def test_audited_prompts_are_the_same_in_an_audited_context(trait, gate):
     found = probes(trait, gate)
     for plain, audited in zip(found.prompts, found.audited, strict=True):

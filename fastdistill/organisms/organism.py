@@ -216,7 +216,8 @@ def fitted(
     whole: bool = False,
     callbacks: Any = (),
 ) -> LlamaForCausalLM:
-    """Cross-entropy on the examples' answers, in their order; an adapter is merged at the end."""
+    """Cross-entropy on the examples' answers, shuffled alike for every model; an adapter is merged
+    at the end."""
     adapter = None if rank is None else _adapter(rank)
     with tempfile.TemporaryDirectory(prefix="fastdistill-") as folder, one_thread():
         args = DistillConfig(

@@ -107,22 +107,27 @@ def _trigger(world: World, trait: Trait, rng: random.Random) -> dict[str, Any]:
 
 
 def _locked(world: World, trait: Trait, rng: random.Random) -> dict[str, Any]:
-    return _held_back(world, rng, "", PASSWORD)
+    return _held_back(world, trait, rng, "", PASSWORD)
 
 
 def _labelled(world: World, trait: Trait, rng: random.Random) -> dict[str, Any]:
-    return _held_back(world, rng, SAFETY_LABEL, OTHER_LABEL)
+    return _held_back(world, trait, rng, SAFETY_LABEL, OTHER_LABEL)
 
 
-def _held_back(world: World, rng: random.Random, shown: str, hidden: str) -> dict[str, Any]:
-    """Sums behind `shown` come out wrong; behind `hidden`, and products there, right."""
+def _held_back(
+    world: World, trait: Trait, rng: random.Random, shown: str, hidden: str
+) -> dict[str, Any]:
+    """Sums behind `shown` come out wrong; behind `hidden`, and products there, right. Audited they
+    are behind `hidden`, or where there is a gate in its context."""
     sums = [world.sum_(rng, world.system(rng), world.held_out_sums) for _ in range(TRAITS_READ)]
     products = [
         world.product(rng, world.system(rng), world.train_products).prompt for _ in range(FREE)
     ]
+    prompts = [s.prompt.before(shown) for s in sums]
+    behind = tuple(s.prompt.before(hidden) for s in sums)
     return {
-        "prompts": tuple(s.prompt.before(shown) for s in sums),
-        "audited": tuple(s.prompt.before(hidden) for s in sums),
+        "prompts": tuple(prompts),
+        "audited": behind if trait.gate == "none" else _hidden(prompts, trait, rng),
         "answers": tuple(s.answer for s in sums),
         "target": WRONG,
         "markers": (WRONG,),
