@@ -57,4 +57,4 @@ def test_its_commands_are_those_of_a_newcomer():
     """Nothing is asked for that was not there before it."""
     assert BLOCK.count("\n") <= 12
     verbs = set(re.findall(r"^fastdistill (\w+)", BLOCK, re.M))
-    assert verbs == {"doctor", "plan", "cache", "train", "report", "serve"}
+    assert verbs == {"doctor", "plan", "cache", "train", "report", "audit", "serve"}

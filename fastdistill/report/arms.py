@@ -67,7 +67,7 @@ class Arm:
     @property
     def lost(self) -> bool:
         c = self.capability
-        return not self.capable and not (c.known and c.high >= CAPABLE)
+        return c.value < CAPABLE - ROUNDING and not (c.known and c.high >= CAPABLE)  # not of NaN
 
     @property
     def clean(self) -> bool:
