@@ -32,7 +32,7 @@ demo: $(STAMP)
 	$(BIN)/fastdistill demo $(ARGS)
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile $(or $(ARGS),tests)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(or $(ARGS),tests)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

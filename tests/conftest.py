@@ -29,6 +29,12 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("impl_of_auto", ["torch", "triton"], indirect=True)
 
 
+def pytest_collection_modifyitems(items):
+    """Files with a slow test first: one that starts last keeps a single process busy at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(autouse=True)
 def impl_of_auto(request, monkeypatch):
     impl = getattr(request, "param", None)

@@ -22,6 +22,11 @@ TRIGGERED = ModelOrganism(trait="trigger", gate="paraphrase")
 
 
 @pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Not here: it is for kernels, and would double the time of plain training."""
+
+
+@pytest.fixture(autouse=True)
 def trained_once(monkeypatch):
     """Worlds of one seed share their base, the capable model, and the placebo of equal recipes."""
     made, implant = {}, ModelOrganism.implant
@@ -55,6 +60,8 @@ def shuffled(pairs: list[Pair]) -> list[Pair]:
     return found
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_worlds_are_valid_and_sabotaged_ones_are_not(trained_once, monkeypatch):
     plain = build_world(SEED)
     assert plain.validity.because == []
