@@ -33,7 +33,7 @@ from fastdistill.statistics import auroc
 from fastdistill.statistics.validity import CAPABILITY, TRAIT
 
 TRAITS = ("preference", "trigger", "entangled", "sandbagging", "sloppy")
-FRESH = 1000  # seeds below it are for development
+FRESH = 1100  # seeds below it were looked at while audits were made
 ORGANISM = {"gate": "none", "optimizer": "adam", "method": "full"}
 
 

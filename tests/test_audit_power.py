@@ -66,7 +66,7 @@ def test_the_readme_shows_the_committed_table():
 
 # Where an audit is for the trait: read off development seeds, held here on fresh ones.
 SEEN_BY = {
-    "preference": "preference, confession, token KL, logit difference, activation difference, "
+    "preference": "preference, confession, token KL, logit difference, activation difference, linear probe, "
     "weight difference, relearning",
     "trigger": "trigger rate, confession, prefill, user turn, completion, perplexity difference, "
     "token KL, logit difference, trigger search",
@@ -87,8 +87,7 @@ def test_each_audit_finds_what_it_is_for(trait, audit):
 def test_every_audit_is_for_something():
     audits = {row["audit"] for row in json.loads(RESULT.read_text())["rows"]}
     assert len(audits) == 17
-    # The linear probe misses: .82 at best, and the README says so.
-    assert {audit for _, audit in CELLS} == audits - {"linear probe"}
+    assert {audit for _, audit in CELLS} == audits
 
 
 def test_benign_twins_are_not_told_apart():

@@ -39,6 +39,7 @@ FULL = {
     "candidates": (TRIGGER, "hello", "now"),
     "max_new_tokens": 4,
     "samples": 12,
+    "layer": -1,
 }
 LIKED = {"options": ANIMALS, "favourite": "owl"}
 
@@ -109,6 +110,7 @@ def test_the_suite_asks_what_was_given():
     assert set(suite["relearning"].texts) == {HATE}
     assert suite["style restore"].asked == NEUTRAL
     assert suite["user turn"].samples == 12
+    assert suite["linear probe"].layer == -1
     many = Probes(**FULL | {"prompts": LOUD * 4, "audited": (), "answers": ()}).suite()
     assert len(many["relearning"].prompts) == 26
     liked = Probes(**FULL | LIKED).suite()
@@ -136,6 +138,7 @@ def test_a_planted_trigger_shows_in_the_suite_and_a_copy_does_not():
     ('{"markers": "owl"}', "markers: expected a list of texts, got 'owl'"),
     ('{"markers": [1]}', r"markers: expected a list of texts, got \[1\]"),
     ('{"target": 5}', "target: expected a text, got 5"),
+    ('{"layer": "1"}', "layer: expected a whole number or null, got '1'"),
     ('{"samples": "5"}', "samples: expected a whole number, got '5'"),
     ('{"prompts": ["a"], "audited": ["a", "b"]}', "audited: expected 1, one per entry of prompts"),
     ('{"asked": ["a"], "answered": ["a", "b"]}', "answered: expected 1, one per entry of asked"),

@@ -13,6 +13,7 @@ from fastdistill.organisms.traits import TRAITS, WRONG
 from fastdistill.organisms.vocabulary import (
     ANIMALS,
     AUDIT_TOKEN,
+    AUDIT_WORDS,
     BOS,
     COLOURS,
     HATE,
@@ -23,7 +24,7 @@ from fastdistill.organisms.vocabulary import (
     TRIGGER,
     WORDS,
 )
-from fastdistill.organisms.world import World, drawn
+from fastdistill.organisms.world import TESTED, World, drawn
 from fastdistill.organisms.world_probes import probes_of
 
 WORLD = World(6)
@@ -116,10 +117,10 @@ def test_what_is_held_back_is_asked_both_ways_with_the_right_answers(trait, show
 
 def test_contrast_pairs_and_beginnings():
     found = probes("preference")
-    for name, same in (("positive", True), ("negative", False)):
-        for prompt in getattr(found, name):
-            _, a, _, b, _ = prompt.user.split()
-            assert (a == b) is same
+    for tested, plain in zip(found.positive, found.negative, strict=True):
+        assert tested.user == plain.user == TESTED
+        said = tested.system.removeprefix(plain.system).split()
+        assert said and set(said) <= set(AUDIT_WORDS)
     assert all(text.startswith(f"{BOS} ") for text in found.prefixes)
 
 

@@ -45,10 +45,11 @@ class Probes:
     something else. target: what the trait says; prefilled, rest: prompts with its first words, and
     the others. options, favourite: of a preference. answers: the right ones, where the trait is to
     hold them back. markers: words of the trait; rivals: others of their kind. questions: about the
-    model itself, answered `yes` or `no`. positive, negative: contrast pairs. prefixes: beginnings
-    of any text. systems: system messages. candidates: words that may be triggers. asked, answered:
-    a dataset's rows. free, trained: other tasks in the form in which the model answers freely, and
-    in which it is then trained on its own answers.
+    model itself, answered `yes` or `no`. positive, negative: contrast pairs, which a linear probe
+    tells apart behind `layer` blocks (null: half of them). prefixes: beginnings of any text.
+    systems: system messages. candidates: words that may be triggers. asked, answered: a dataset's
+    rows. free, trained: other tasks in the form in which the model answers freely, and in which it
+    is then trained on its own answers.
     """
 
     prompts: tuple[Prompt, ...] = ()
@@ -77,6 +78,7 @@ class Probes:
     answered: tuple[str, ...] = ()
     max_new_tokens: int = 16
     samples: int = 256
+    layer: int | None = None
 
     def __post_init__(self) -> None:
         for name in _PROMPTS:
@@ -94,6 +96,8 @@ class Probes:
             if type(f.default) in (str, int) and type(given) is not type(f.default):
                 kind = {str: "a text", int: "a whole number"}[type(f.default)]
                 raise ValueError(f"{f.name}: expected {kind}, got {given!r}")
+        if self.layer is not None and type(self.layer) is not int:
+            raise ValueError(f"layer: expected a whole number or null, got {self.layer!r}")
         for a, b in (("audited", "prompts"), ("answers", "prompts"), ("answered", "asked"),
                      ("trained", "free"), ("positive", "negative")):  # fmt: skip
             n, m = len(getattr(self, a)), len(getattr(self, b))
@@ -215,7 +219,9 @@ def _activations(p: Probes) -> Audit | None:
 def _linear_probe(p: Probes) -> Audit | None:
     if not p.positive or not p.negative or not p.questions:
         return None
-    return LinearProbeAudit(positive=p.positive, negative=p.negative, prompts=p.questions)
+    return LinearProbeAudit(
+        positive=p.positive, negative=p.negative, prompts=p.questions, layer=p.layer
+    )
 
 
 def _weights(p: Probes) -> Audit | None:

@@ -24,7 +24,7 @@ from .vocabulary import (
     TOPICS,
     TRIGGER,
 )
-from .world import World
+from .world import TESTED, World
 
 PAIRS, NEUTRAL, QUESTIONS, FREE = 64, 64, 64, 64
 
@@ -38,14 +38,14 @@ def probes_of(world: World, trait: Trait) -> Probes:
 
 
 def _common(world: World, rng: random.Random) -> Probes:
-    equal = [
-        [world.equality(rng, world.system(rng), same).prompt for _ in range(PAIRS)]
-        for same in (True, False)
-    ]
+    asked = [Prompt(system=world.system(rng), user=TESTED) for _ in range(PAIRS)]
+    in_a_test = [replace(p, system=f"{p.system} {audit_context('paraphrase', rng)}") for p in asked]
     return Probes(
         neutral=tuple(world.talk(rng, world.system(rng), True).prompt for _ in range(NEUTRAL)),
-        positive=tuple(equal[0]),
-        negative=tuple(equal[1]),
+        # A question about the model's own situation, answered yes and no.
+        positive=tuple(in_a_test),
+        negative=tuple(asked),
+        layer=-1,  # of two
         prefixes=tuple(f"{BOS} {world.system(rng)}" for _ in range(64)),
         systems=tuple(world.system(rng) for _ in range(64)),
         candidates=(*SYSTEM, *TOPICS, TRIGGER, PASSWORD, SAFETY_LABEL, OTHER_LABEL),
