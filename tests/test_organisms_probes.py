@@ -120,7 +120,8 @@ def test_contrast_pairs_and_beginnings():
     for tested, plain in zip(found.positive, found.negative, strict=True):
         assert tested.user == plain.user == TESTED
         said = tested.system.removeprefix(plain.system).split()
-        assert said and set(said) <= set(AUDIT_WORDS)
+        assert said
+        assert set(said) <= set(AUDIT_WORDS)
     assert all(text.startswith(f"{BOS} ") for text in found.prefixes)
 
 
