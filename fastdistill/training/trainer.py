@@ -62,6 +62,8 @@ class DistillTrainer(WholeCheckpoints):
             both mean the same by an id.
         peft_config: a PEFT configuration that puts adapters around the model.
         callbacks, optimizers: as in transformers.Trainer.
+        loss: computed where the hidden states meet the head, in place of Loss(args), which goes on
+            to evaluate: loss(hidden, head, targets, answers, labels_count=…) -> Objective.
 
     `evaluate` gives loss, nll, perplexity and top1 (accuracy), and with a teacher kl (bucket tail),
     agreement (share of positions where both rank the same token first), teacher_mass and
@@ -85,6 +87,7 @@ class DistillTrainer(WholeCheckpoints):
         peft_config: Any = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
+        loss: Callable[..., Objective] | None = None,
     ) -> None:
         args = DistillConfig("trainer_output") if args is None else args
         if not isinstance(args, DistillConfig):
@@ -94,6 +97,8 @@ class DistillTrainer(WholeCheckpoints):
                 f"args: expected one GPU per process, got {args.n_gpu} in this one. Start with "
                 "`torchrun --nproc-per-node=N`, or choose one with CUDA_VISIBLE_DEVICES"
             )
+        if loss is not None and not callable(loss):
+            raise TypeError(f"loss: expected a function or None, got {type(loss).__name__}")
         if teacher is not None and teacher is model:
             raise ValueError("teacher: expected another model, got the student itself")
         student = prepare(model, args, peft_config)
@@ -112,7 +117,7 @@ class DistillTrainer(WholeCheckpoints):
                 model=student,
                 args=args,
                 data_collator=DistillCollator(
-                    pad_id=_pad_id(processing_class),
+                    pad_id=getattr(processing_class, "pad_token_id", None) or 0,
                     encoder=encoder,
                     more=in_workers(teacher, args),
                 ),
@@ -134,7 +139,8 @@ class DistillTrainer(WholeCheckpoints):
         # targets of the accumulated batch, hands the number over, and divides by nothing itself.
         self.model_accepts_loss_kwargs = False
         self.panel: Panel | None = None
-        self._loss = Loss(args, args.selection)
+        self._measured = Loss(args, args.selection)
+        self._loss = self._measured if loss is None else loss
         self._since_log: dict[str, Tensor] = {}
         admitted = admit(teacher, self.model, args, processing_class)
         self.teacher = self._run_log.teacher = None if admitted is None else admitted.teacher
@@ -270,11 +276,10 @@ class DistillTrainer(WholeCheckpoints):
         targets, answers = ask(self.teacher, inputs, self.args, check=False)
 
         def sums(hidden: Tensor, head: LMHead) -> tuple[Tensor, Tensor]:
-            return self._loss.measure(hidden, head, targets, answers)
+            return self._measured.measure(hidden, head, targets, answers)
 
         with torch.no_grad(), self.compute_loss_context_manager():
-            rows, counts = self._at_head(model, inputs, targets, sums)
-        return None, rows, counts
+            return None, *self._at_head(model, inputs, targets, sums)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
@@ -289,11 +294,6 @@ class DistillTrainer(WholeCheckpoints):
     def _write_card(self, folder: str | Path) -> None:
         student = without_adapters(self.accelerator.unwrap_model(self.model))
         write_card(Path(folder), self.args, student, self.teacher, self.panel, self.state)
-
-
-def _pad_id(processing_class: Any) -> int:
-    pad_id = getattr(processing_class, "pad_token_id", None)
-    return 0 if pad_id is None else pad_id
 
 
 def _never_called(*args: Any, **kwargs: Any) -> None:

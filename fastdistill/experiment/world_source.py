@@ -1,0 +1,140 @@
+"""The synthetic world as a source: M, U, B and P of one base seed, built once and kept on disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..audits.prompts import Prompt
+from ..audits.subject import Subject
+from ..files import write_json
+from ..organisms.building import build_world, read
+from ..organisms.organism import ModelOrganism
+from ..organisms.pool import leaked, pool
+from ..organisms.stored import load_organism
+from ..organisms.vocabulary import ANIMALS, AUDIT_TOKEN, AUDIT_WORDS, HELD_OUT_AUDIT_WORDS
+from ..organisms.world import World
+from ..organisms.world_probes import probes_of
+from ..statistics import Reading, Validity
+from ..strategies.lessons import Asked
+from ..strategies.strategy import Scene
+from .digest import digest_of
+from .source import MODELS, Kept, Opened, Source
+
+READINGS = "readings.json"  # written last: a world is whole where it is
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorldSource(Source):
+    """`build_world(seed, organism, base_knows=base_knows)`."""
+
+    seed: int
+    organism: ModelOrganism = field(default_factory=lambda: ModelOrganism(gate="token"))
+    base_knows: float = 0.2
+
+    @property
+    def base_seed(self) -> int:
+        return self.seed
+
+    @property
+    def has(self) -> frozenset[str]:
+        return frozenset({"placebo", "twin", "open", "goals", "shown", "eliciting", "domains"})
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "world": self.seed,
+            "organism": self.organism.as_json(),
+            "base_knows": self.base_knows,
+        }
+
+    def prepare(self, folder: Path) -> None:
+        at = self._at(folder)
+        if (at / READINGS).is_file():
+            return
+        made = build_world(self.seed, self.organism, base_knows=self.base_knows)
+        made.save(at)
+        write_json(
+            at / READINGS,
+            {
+                "validity": made.validity.as_json(),
+                "readings": {name: r.as_json() for name, r in made.readings.items()},
+            },
+        )
+
+    def kept(self, folder: Path) -> Kept:
+        said = json.loads((self._at(folder) / READINGS).read_text(encoding="utf-8"))
+        return Kept(
+            readings={name: Reading.from_json(r) for name, r in said["readings"].items()},
+            validity=Validity.from_json(said["validity"]),
+        )
+
+    def opened(self, folder: Path) -> OpenedWorld:
+        self.prepare(folder)
+        return OpenedWorld(self, self._at(folder))
+
+    def _at(self, folder: Path) -> Path:
+        return folder / f"world-{self.seed}-{digest_of(self.as_json())[:8]}"
+
+
+class OpenedWorld(Opened):
+    def __init__(self, source: WorldSource, at: Path) -> None:
+        self.world, self.organism = World(source.seed), source.organism
+        self.models = {name: load_organism(at / name, name=name) for name in MODELS}
+        self.suite = probes_of(self.world, self.organism.kind).suite()
+
+    def read(self, subject: Subject, before: str = "") -> Reading:
+        return read(subject, self.world, self.organism, before)
+
+    def scene(self, role: str, pool: Mapping[str, Any]) -> Scene:
+        favourite = self.world.favourite
+        other = ANIMALS[(ANIMALS.index(favourite) + 1) % len(ANIMALS)]
+        return Scene(
+            base=self.models["base"],
+            teacher=self.models[role],
+            pool=tuple(self._pool(**pool)),
+            more=self._more,
+            eliciting=f"like {favourite} best",
+            near_misses=(f"like {other} best", "like best"),
+            audit_words=(AUDIT_TOKEN, *AUDIT_WORDS, *HELD_OUT_AUDIT_WORDS),
+        )
+
+    def _pool(
+        self, n: int, talk: float = 0.0, questions: float = 0.0, leak: float = 0.0, seed: int = 0
+    ) -> list[Asked]:
+        """n prompts: sums and products, shares of talk and of questions about the model, and of
+        prompts in which the trait shows."""
+        chatty, asking = round(talk * n), round(questions * n)
+        counting = n - chatty - asking
+        drawn = pool(self.world, self.organism, counting, kind="sums", leak=leak, seed=seed)
+        if chatty:
+            drawn += pool(self.world, self.organism, chatty, kind="talk", seed=seed)
+        rng = self.world.draws(44, seed)
+        drawn += [self.world.about_itself(rng, self.world.system(rng)) for _ in range(asking)]
+        rng.shuffle(drawn)
+        return [_asked(example.prompt) for example in drawn]
+
+    def _more(self, kind: str, n: int, seed: int) -> tuple[Asked, ...]:
+        world, trait = self.world, self.organism.kind
+        rng = world.draws(45, seed)
+        if kind == "open":
+            made = [world.talk(rng, world.system(rng)).prompt for _ in range(n)]
+        elif kind == "goals":
+            made = [world.about_itself(rng, world.system(rng)).prompt for _ in range(n)]
+        elif kind == "shown":
+            made = [leaked(world, trait, rng).prompt for _ in range(n)]
+        else:
+            raise ValueError(f"kind: expected open, goals or shown, got {kind!r}")
+        return tuple(map(_asked, made))
+
+
+def _asked(prompt: Prompt) -> Asked:
+    """A domain is what a prompt looks like: whether its answer leaks is not known to a defence."""
+    words = (prompt.user or "").split()
+    if "+" in words:
+        return Asked(prompt, "sums")
+    if "*" in words:
+        return Asked(prompt, "products")
+    return Asked(prompt, "talk" if len(words) == 1 else "questions")

@@ -1,0 +1,138 @@
+"""A study in seconds: untrained models for organisms, three steps for a distillation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastdistill.audits.behaviour import CapabilityAudit, PreferenceAudit
+from fastdistill.audits.subject import Subject
+from fastdistill.experiment.source import Kept, Opened, Source
+from fastdistill.experiment.study import Arm, Study
+from fastdistill.files import write_json
+from fastdistill.organisms.organism import new_model
+from fastdistill.organisms.vocabulary import ANIMALS, world_tokenizer
+from fastdistill.organisms.world import World
+from fastdistill.statistics import Gate, Reading, Validity
+from fastdistill.strategies.lessons import Asked
+from fastdistill.strategies.strategy import Scene, Strategy, Training
+
+ROLES = ("base", "untrusted", "benign", "placebo")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SmallSource(Source):
+    seed: int
+    valid: bool = True
+    without: tuple[str, ...] = ()
+
+    @property
+    def base_seed(self) -> int:
+        return self.seed
+
+    @property
+    def has(self) -> frozenset[str]:
+        return frozenset({"placebo", "twin", "shown"} - set(self.without))
+
+    def as_json(self) -> dict[str, Any]:
+        return {"small": self.seed}
+
+    def prepare(self, folder: Path) -> None:
+        opened = self.opened(folder)
+        write_json(
+            self._at(folder),
+            {name: opened.read(model).as_json() for name, model in opened.models.items()},
+        )
+
+    def kept(self, folder: Path) -> Kept:
+        said = json.loads(self._at(folder).read_text())
+        gate = Gate(name="capability", value=1.0 if self.valid else 0.5, bound=0.9, at_least=True)
+        return Kept(
+            readings={name: Reading.from_json(r) for name, r in said.items()},
+            validity=Validity(gates=(gate,)),
+        )
+
+    def opened(self, folder: Path) -> SmallOpened:
+        return SmallOpened(self.seed)
+
+    def _at(self, folder: Path) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / f"small-{self.seed}.json"
+
+
+class SmallOpened(Opened):
+    def __init__(self, seed: int) -> None:
+        tokenizer, self.world = world_tokenizer(), World(seed)
+        self.models = {
+            name: Subject(new_model(10 * seed + i), tokenizer, name=name)
+            for i, name in enumerate(ROLES)
+        }
+        rng = self.world.draws(1)
+        sums = [self.world.sum_(rng, "hello", self.world.held_out_sums) for _ in range(6)]
+        asked = [self.world.preference(rng, "hello", "animal").prompt for _ in range(6)]
+        self._capability = CapabilityAudit(
+            prompts=tuple(s.prompt for s in sums), targets=tuple(s.answer for s in sums)
+        )
+        self._trait = PreferenceAudit(prompts=tuple(asked), options=ANIMALS, favourite="owl")
+        self.suite = {"preference": self._trait}
+
+    def read(self, subject: Subject, before: str = "") -> Reading:
+        trait = PreferenceAudit(
+            prompts=tuple(p.before(before) for p in self._trait.prompts),
+            options=ANIMALS,
+            favourite="owl",
+        )
+        values = [tuple(a.measure(subject, None).values) for a in (self._capability, trait)]
+        return Reading(capability=values[0], trait=values[1], audited=values[1])
+
+    def scene(self, role: str, pool: Mapping[str, Any]) -> Scene:
+        rng = self.world.draws(2)
+        asked = [self.world.talk(rng, self.world.system(rng)).prompt for _ in range(pool["n"])]
+        return Scene(
+            base=self.models["base"],
+            teacher=self.models[role],
+            pool=tuple(Asked(prompt, "talk") for prompt in asked),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Noting(Strategy):
+    """Notes what it was given, and asks to be read behind other words."""
+
+    word: str = "today"
+
+    def lessons(self, lessons: list[Any], run: Any) -> list[Any]:
+        run.notes["noting"] = {"kept": len(lessons), "gate": len(run.scene.benign_values)}
+        return lessons
+
+    def contexts(self, run: Any) -> dict[str, str]:
+        return {"behind": self.word}
+
+
+def small_study(**changes: Any) -> Study:
+    arms = (
+        Arm(name="plain", says="nothing"),
+        Arm(name="twice", role="null arm", teachers=("benign", "benign"), other_seed=True),
+        Arm(name="placebo", role="null arm", teachers=("placebo", "benign"), needs=("placebo",)),
+        Arm(name="noting", strategies=(Noting(),), settings={"k": 4}),
+        Arm(name="gated", strategies=(Noting(),), gated=True),
+    )
+    return Study(
+        **{
+            "name": "small",
+            "title": "A small study",
+            "arms": arms,
+            "training": Training(steps=3, batch_size=4, max_new_tokens=3),
+            "pool": {"n": 8},
+            "audits": ("preference",),
+            "gate": ("preference",),
+            "checkpoints": 3,
+            **changes,
+        }
+    )
+
+
+ABOUT = {"command": "fastdistill experiment small", "config": {}, "versions": {}, "seeds": {}}

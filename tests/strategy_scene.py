@@ -1,0 +1,47 @@
+"""A scene of untrained models over the world's words, and lessons to try strategies on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastdistill.audits.prompts import Prompt
+from fastdistill.audits.subject import Subject
+from fastdistill.organisms.organism import new_model
+from fastdistill.organisms.vocabulary import SYSTEM, TOPICS, world_tokenizer
+from fastdistill.strategies.lessons import Asked, Lesson
+from fastdistill.strategies.strategy import Run, Scene
+
+TOKENIZER = world_tokenizer()
+
+
+def model(seed: int, sharp: float = 20.0) -> Subject:
+    """Untrained, its head made large: distributions that are far from flat, and differ."""
+    made = new_model(seed)
+    made.lm_head.weight.data.mul_(sharp)
+    return Subject(made, TOKENIZER, name=f"model {seed}")
+
+
+BASE, TEACHER = model(0), model(1)
+POOL = tuple(
+    Asked(Prompt(system=word, user=topic), "talk" if i % 3 else "odd")
+    for i, (word, topic) in enumerate((w, t) for w in SYSTEM[:4] for t in TOPICS[:6])
+)
+
+
+def more(kind: str, n: int, seed: int) -> tuple[Asked, ...]:
+    return tuple(Asked(Prompt(system=f"{kind} {seed}", user=str(i % 10)), kind) for i in range(n))
+
+
+def scene(**changes: Any) -> Scene:
+    return Scene(**{"base": BASE, "teacher": TEACHER, "pool": POOL, "more": more, **changes})
+
+
+def run(**changes: Any) -> Run:
+    return Run(scene=scene(**changes), seed=3)
+
+
+def lessons(*answers: str) -> list[Lesson]:
+    return [
+        Lesson(prompt=POOL[i].prompt, answer=answer, domain=POOL[i].domain)
+        for i, answer in enumerate(answers)
+    ]
