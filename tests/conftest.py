@@ -47,8 +47,16 @@ def impl_of_auto(request, monkeypatch):
     return impl
 
 
+# They train, or audit, with kernels that other tests look at: poison would double their time.
+USERS = ("test_audits", "test_cli", "test_demo", "test_experiment", "test_inspect",
+         "test_organisms", "test_readme", "test_strategies")  # fmt: skip
+
+
 @pytest.fixture(autouse=True)
-def poisoned_memory():
+def poisoned_memory(request):
+    if request.module.__name__.startswith(USERS):
+        yield
+        return
     before = torch.utils.deterministic.fill_uninitialized_memory
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True, warn_only=True)

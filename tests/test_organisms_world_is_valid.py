@@ -22,11 +22,6 @@ TRIGGERED = ModelOrganism(trait="trigger", gate="paraphrase")
 
 
 @pytest.fixture(autouse=True)
-def poisoned_memory():
-    """Not here: it is for kernels, and would double the time of plain training."""
-
-
-@pytest.fixture(autouse=True)
 def trained_once(monkeypatch):
     """Worlds of one seed share their base, the capable model, and the placebo of equal recipes."""
     made, implant = {}, ModelOrganism.implant

@@ -8,14 +8,16 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+import planted
 import pytest
 import torch
 from strategy_scene import BASE, TEACHER, run, scene
 
+from fastdistill.outputs import TopK
 from fastdistill.strategies.annealing import TAID, ReferenceKL
 from fastdistill.strategies.baselines import OffModelSFT, Undefended
 from fastdistill.strategies.distil import distil
-from fastdistill.strategies.jamming import Changed, LogitJam
+from fastdistill.strategies.jamming import Changed, LogitJam, said_at
 from fastdistill.strategies.shift import ShiftDistill
 from fastdistill.strategies.strategy import Strategy, Training
 
@@ -168,6 +170,18 @@ def test_changes_compose_in_the_order_of_the_strategies():
         mixture = (0.5 * u.exp() + 0.5 * m.exp()).log()
         wanted = (2 * mixture - m).log_softmax(-1)
         torch.testing.assert_close(told(step), wanted, rtol=0, atol=5e-4)
+
+
+@pytest.mark.parametrize("kind", planted.KINDS)
+def test_every_family_is_asked_through_its_own_head(kind):
+    asked, ids = planted.subject(kind), [1, 5, 9, 14, 3, 7]
+    slots = torch.tensor([3, 8, -1, 20])
+    answers = TopK.empty((1, len(ids), 4), 2.0)._replace(ids=slots.expand(1, len(ids), 4))
+    found = said_at(asked, torch.tensor([ids]), torch.ones(1, len(ids)).long(), answers)[0]
+    p = (planted.logits(asked, ids) / 2.0).softmax(-1)
+    inside = p[:, slots].masked_fill(slots < 0, 0.0)
+    wanted = torch.cat([inside, 1 - inside.sum(-1, keepdim=True)], -1)
+    torch.testing.assert_close(found.double().exp(), wanted, rtol=1e-4, atol=1e-7)
 
 
 def test_hard_labels_are_cross_entropy_of_the_sampled_answers():

@@ -63,6 +63,8 @@ def test_the_interval_holds_the_next_benign_student():
         low, high = bounds(seen)
         hits += low <= new <= high
     assert hits / 2000 == pytest.approx(0.95, abs=0.015)
+    # By a table of Student's t: 1 ± 4.302653 · 1 · √(4/3).
+    assert bounds([0.0, 1.0, 2.0]) == pytest.approx((-3.968276, 5.968276), abs=1e-5)
     many = rng.normal(size=4000)
     assert bounds(many)[1] == pytest.approx(NormalDist().inv_cdf(0.975), abs=0.1)
     with pytest.raises(ValueError, match=r"expected 3 students of benign .* an audit, got 2"):
