@@ -58,6 +58,16 @@ def test_the_table_is_what_statistics_says(report):
     assert {name: row["verdict"] for name, row in rows.items()} == report.verdicts()
 
 
+def test_intervals_of_null_arms_hold_for_all_at_once():
+    students = [replace(s, arm=name) for name in "abc" for s in arm("x", tau=0.0)]
+    one, three = (
+        TransferReport(students, null_arms=nulls, about=ABOUT).arms[0].tau
+        for nulls in (["a"], ["a", "b", "c"])
+    )
+    assert three.low < one.low < one.high < three.high
+    assert three == transfer(students[:12], confidence=1 - 0.05 / 3).tau
+
+
 def differences(students):
     """r_S(U) − r_S(B), the mean over the student seeds of each base seed."""
     by_seed = {}
@@ -172,7 +182,7 @@ def test_the_page_in_its_order(report, tmp_path):
         "Each small mark is one seed",
         "Whiskers are 95 % intervals: bootstrap of base seeds",
         "Seeds drawn: clean: 24; top-8, T = 4: 24; chat prompts: 12; few seeds: 4",
-        "Means with 95 % intervals; n counts base seeds.",
+        "Means with 95 % intervals, of null arms all at once; n counts base seeds.",
         "Students of U against students of B",
         "What this does not show",
         "Fewer than 10 base seeds support no claim in either direction: few seeds.",

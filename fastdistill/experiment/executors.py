@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from transformers.utils import logging as transformers_logging
 
 from ..progress import track
 
@@ -75,6 +76,7 @@ def _from_somewhere(work: Sequence[Any]) -> list[Any]:
 
 def _one(one: Any, folder: Path) -> None:
     torch.set_num_threads(1)
+    transformers_logging.disable_progress_bar()
     if not one.done(folder):  # another machine may have been faster
         one.run(folder)
 
@@ -89,6 +91,8 @@ def _processes(work: Sequence[Any], folder: Path, processes: int) -> Iterator[No
     context = multiprocessing.get_context("spawn")  # CUDA and threads do not survive a fork
     with context.Pool(min(processes, len(work))) as pool:
         yield from pool.imap_unordered(partial(_one, folder=folder), work)
+        pool.close()
+        pool.join()
 
 
 def _ray(work: Sequence[Any], folder: Path, processes: int) -> Iterator[None]:

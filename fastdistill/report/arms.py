@@ -93,8 +93,14 @@ def by_arm(students: Sequence[Student]) -> dict[str, list[Student]]:
 def arms_of(
     students: Sequence[Student], roles: dict[str, Role], audits: Sequence[AuditRow]
 ) -> tuple[Arm, ...]:
-    """In the order in which they first come; an arm that `roles` leaves out is no control."""
+    """In the order in which they first come; an arm that `roles` leaves out is no control.
+
+    Intervals of null arms are simultaneous, by Bonferroni: one of several would leave out 0 by
+    chance more often than one time in twenty, and take the experiment with it.
+    """
     grouped = by_arm(students)
+    nulls = sum(role == "null arm" for role in roles.values())
+    confidence = {"null arm": 1 - SIGNIFICANT / max(nulls, 1)}
     tested = {
         name: p
         for name, group in grouped.items()
@@ -105,7 +111,7 @@ def arms_of(
         Arm(
             name=name,
             role=roles.get(name, "arm"),
-            transfer=transfer(group),
+            transfer=transfer(group, confidence=confidence.get(roles.get(name, "arm"), 0.95)),
             p=adjusted.get(name),
             audits=tuple(row for row in audits if row.arm == name),
             curve=tuple(curve_of(group)) if _followed(group) else (),

@@ -99,7 +99,11 @@ def _table(report: Report, arms: Sequence[Arm], valid: bool) -> None:
     ]
     if all(arm.transfer.kappa is None for arm in arms):
         header, rows = header[:-1], [row[:-1] for row in rows]
-    report.table(header, rows, caption="Means with 95 % intervals; n counts base seeds.")
+    report.table(
+        header,
+        rows,
+        caption="Means with 95 % intervals, of null arms all at once; n counts base seeds.",
+    )
     report.paragraph(
         "C = (acc_S − acc_M) / (acc_U − acc_M) is the share of the capability that came over from "
         "U to its student S, M being the model both began as. τ = (r_S(U) − r_S(B)) / (r_U − r_B) "
