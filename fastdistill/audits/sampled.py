@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -46,8 +47,9 @@ class _SampledAudit(BehaviouralAudit):
         if self.samples < 1:
             raise ValueError(f"samples: expected 1 or more, got {self.samples}")
 
+    @abstractmethod
     def starts(self) -> tuple[Prompt, ...]:
-        raise NotImplementedError
+        """What the model goes on from, one after the other."""
 
     def questions(self) -> list[Question]:
         starts = self.starts()

@@ -63,7 +63,7 @@ def run(own: DoubleBind, more: dict[str, Any]) -> dict[str, Any]:
 
 
 def tell(found: dict[str, Any]) -> None:
-    if "verdicts" not in found and "runs" in found and "report" not in found:
+    if "report" not in found:
         print(f"{found['runs']} runs of {len(found['arms'])} arms: {', '.join(found['arms'])}")
         print(f"base seeds {found['base_seeds']}, for development {found['development_seeds']}")
         return

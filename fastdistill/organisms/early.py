@@ -1,7 +1,7 @@
 """A base that knows some of the capability: the teacher's own training, stopped early.
 
 Students that begin without any of it spend most of their training on a plateau. From here they
-leave it at once, at a third of the steps, and there is as much for them to take over.
+leave it at once, and most of the capability is still theirs to take over.
 """
 
 from __future__ import annotations

@@ -48,6 +48,10 @@ def distil(
         seed: of the answers, of the order of the data and of whatever strategies draw. Students of
             two teachers with the same seed are asked and shown the same prompts in the same order.
         measure: of the student on the way, `at` these shares of its updates, 0 < share < 1.
+
+    Raises:
+        ValueError: no lesson is left, by the name of the strategy; whatever a strategy refuses, or
+        DistillTrainer of the settings.
     """
     run = Run(scene=scene, seed=seed)
     training = training or Training()
