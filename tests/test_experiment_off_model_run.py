@@ -10,9 +10,9 @@ import torch
 
 from fastdistill.audits.subject import Subject
 from fastdistill.audits.tuning import nudged
-from fastdistill.experiment import off_model_world
-from fastdistill.experiment.off_model_arms import ARMS, OFF_MODEL, OWN
-from fastdistill.experiment.off_model_run import (
+from fastdistill.experiment.off_model import world as off_model_world
+from fastdistill.experiment.off_model.arms import ARMS, OFF_MODEL, OWN
+from fastdistill.experiment.off_model.run import (
     Sft,
     asked,
     restored,
@@ -21,7 +21,7 @@ from fastdistill.experiment.off_model_run import (
     thinks,
     unrelated,
 )
-from fastdistill.experiment.off_model_world import (
+from fastdistill.experiment.off_model.world import (
     EMPTY,
     LENGTHS,
     PLAIN,

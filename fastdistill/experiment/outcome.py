@@ -1,4 +1,4 @@
-"""A study's table as results.json and report.html: verdicts, contexts, strategies' notes."""
+"""A study's table as results.json, report.html and quadrant.png: verdicts, contexts, notes."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..files import write_json
+from ..files import write_atomically, write_json
 from ..intervals import Estimate, mean_of_runs
 from ..report.marks import measured
-from ..report.page import Report
+from ..report.page import Report, png
 from ..report.transfer import TransferReport
 from .study import Arm, Study, Table
 
 
 def publish(study: Study, table: Table, folder: Path, about: Mapping[str, Any]) -> dict[str, Any]:
-    """Write both files; returns what results.json holds."""
+    """Write the three files; returns what results.json holds."""
     arms = [arm for arm in study.arms if arm.name not in table.left_out]
     report = TransferReport(
         table.students,
@@ -33,6 +33,7 @@ def publish(study: Study, table: Table, folder: Path, about: Mapping[str, Any]) 
     _contexts(page, contexts)
     _notes(page, notes)
     page.write(folder / "report.html")
+    write_atomically(folder / "quadrant.png", png(report.quadrant()))
     result = {
         **report.as_json(),
         "contexts": contexts,

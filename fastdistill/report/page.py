@@ -113,10 +113,14 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -
     )
 
 
-def _picture(figure: Figure, alt: str, caption: str, cut: str | None = None) -> str:
+def png(figure: Figure, cut: str | None = None) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=160 if cut else 200, bbox_inches=cut)
-    data = base64.b64encode(buffer.getvalue()).decode()
+    return buffer.getvalue()
+
+
+def _picture(figure: Figure, alt: str, caption: str, cut: str | None = None) -> str:
+    data = base64.b64encode(png(figure, cut)).decode()
     return (
         f'<figure><img alt="{_text(alt)}" src="data:image/png;base64,{data}">'
         f"<figcaption>{_text(caption)}</figcaption></figure>"

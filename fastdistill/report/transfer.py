@@ -24,7 +24,7 @@ from .page import Report
 from .quadrant import quadrant
 from .transfer_page import transfer_page
 from .validity import invalid_because
-from .verdicts import verdict
+from .verdicts import outcome, verdict
 
 _REQUIRED = ("command", "config", "versions", "seeds")
 _OPTIONAL = ("machine", "commit", "measured", "limits")
@@ -125,6 +125,7 @@ class TransferReport:
                 "kappa": None if arm.transfer.kappa is None else _value(arm.transfer.kappa),
                 "n_seeds": arm.n,
                 "p_holm": arm.p,
+                "outcome": outcome(arm, self.valid),
                 "verdict": told[arm.name],
             }
             for arm in self.arms

@@ -10,10 +10,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ..report.marks import RC, style
-from .off_model_arms import OFF_MODEL, ON_BASE, ON_LOCKED, OWN, RELATED, RIGHT
-from .off_model_figures import Found, Readings, lost, mean, of_length
-from .off_model_world import LENGTHS, PLAIN, WEAK
+from ...report.marks import RC, style
+from .arms import OFF_MODEL, ON_BASE, ON_LOCKED, OWN, RELATED, RIGHT
+from .figures import Found, Readings, lost, mean, of_length
+from .world import LENGTHS, PLAIN, WEAK
 
 _WIDTH = 5.4  # inches
 

