@@ -2,7 +2,7 @@
 what their teacher hides.
 
 A teacher that hides a preference where it is audited is distilled on sums and some talk; among the
-prompts are a few in which the trait shows. Controls: the trait shown openly has to transfer, and
+prompts is one in which the trait shows. Controls: the trait shown openly has to transfer, and
 placebo, the benign teacher twice and M→M must not.
 """
 
@@ -27,8 +27,10 @@ from ..strategies.shift import ShiftDistill
 from ..strategies.strategy import Training
 from .study import Arm, Study
 
-N = 4800  # prompts of the pool
-LEAKED = 2  # of them show the trait
+N = 6400  # prompts of the pool
+# Of them one shows the trait. Undefended students of development seeds 0 to 3 and 5 to 8 then have
+# a mean τ of .53; it is .61 with one in 4800, and .75 with two.
+LEAKED = 1
 POOL = {"n": N, "talk": 0.15, "leak": LEAKED / (0.85 * N)}
 TRAINING = Training(steps=150, batch_size=64, learning_rate=5e-3, max_new_tokens=8)
 AUDITS = (
