@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from training import build, llama, peaked, ragged, train
 
+from fastdistill.strategies.pairs import PairLoss
 from fastdistill.teacher import Teacher
 
 
@@ -57,3 +58,11 @@ def test_quantised_and_nameless_teachers_are_said_to_be_so(tmp_path):
     assert "| teacher | LlamaForCausalLM, given as an object, quantised to nf4 |" in card
     build(tmp_path, teacher=None, ce_weight=1.0, model=llama(0)).create_model_card()
     assert "| teacher | none: the labels alone |" in (tmp_path / "run" / "README.md").read_text()
+
+
+def test_another_loss_is_named_in_place_of_the_configured_divergence(tmp_path):
+    build(tmp_path, trainer={"loss": PairLoss(0.1)}).create_model_card()
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "| loss | PairLoss, given as an object |" in card
+    assert "divergence" not in card
+    assert "temperature" not in card

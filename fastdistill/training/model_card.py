@@ -10,6 +10,7 @@ from .. import __version__
 from ..backend import describe
 from ..files import write_atomically
 from .config import DistillConfig
+from .objective import Loss
 from .panel import Panel
 
 _EVALUATED = {
@@ -24,14 +25,21 @@ _EVALUATED = {
 
 
 def write_card(
-    folder: Path, config: DistillConfig, student: Any, teacher: Any, panel: Panel | None, state: Any
+    folder: Path,
+    config: DistillConfig,
+    loss: Any,
+    student: Any,
+    teacher: Any,
+    panel: Panel | None,
+    state: Any,
 ) -> None:
     """README.md in `folder`, with the metadata that the Hugging Face hub reads.
 
-    `student` is the transformers model without adapters; `state` the trainer's, for its log.
+    `loss` is what was minimised, the configured Loss or what took its place; `student` is the
+    transformers model without adapters, `state` the trainer's, for its log.
     """
     name = name_of(student)
-    rows = [("teacher", teacher_in_words(teacher)), *_objective(config)]
+    rows = [("teacher", teacher_in_words(teacher)), *_objective(config, loss)]
     if panel is not None:
         mass = f"{panel.teacher_mass:.4f} mean, {panel.teacher_mass_p5:.4f} 5th percentile"
         rows.append(("covered teacher mass, first batch", mass))
@@ -72,10 +80,14 @@ def teacher_in_words(teacher: Any) -> str:
     return known if quant is None else f"{known}, quantised to {quant}"
 
 
-def _objective(config: DistillConfig) -> list[tuple[str, str]]:
-    k = "the whole vocabulary" if config.k is None else f"{config.k} tokens per position"
+def _objective(config: DistillConfig, loss: Any) -> list[tuple[str, str]]:
     values = config.to_dict()
     schedule = getattr(config.lr_scheduler_type, "value", config.lr_scheduler_type)
+    trained = ("learning rate", f"{config.learning_rate:g}, {schedule}")
+    if not isinstance(loss, Loss):
+        name = getattr(loss, "__qualname__", type(loss).__qualname__)
+        return [("loss", f"{name}, given as an object"), trained]
+    k = "the whole vocabulary" if config.k is None else f"{config.k} tokens per position"
     shown = {
         "beta": config.divergence == "jsd",
         "skew": config.divergence.startswith("skew"),
@@ -91,7 +103,7 @@ def _objective(config: DistillConfig) -> list[tuple[str, str]]:
         ("divergence", config.divergence),
         ("compared", k),
         *((name, str(values[name])) for name, wanted in shown.items() if wanted),
-        ("learning rate", f"{config.learning_rate:g}, {schedule}"),
+        trained,
     ]
 
 

@@ -292,8 +292,8 @@ class DistillTrainer(WholeCheckpoints):
             self._write_card(self.args.output_dir)
 
     def _write_card(self, folder: str | Path) -> None:
-        student = without_adapters(self.accelerator.unwrap_model(self.model))
-        write_card(Path(folder), self.args, student, self.teacher, self.panel, self.state)
+        model = without_adapters(self.accelerator.unwrap_model(self.model))
+        write_card(Path(folder), self.args, self._loss, model, self.teacher, self.panel, self.state)
 
 
 def _never_called(*args: Any, **kwargs: Any) -> None:
