@@ -22,15 +22,19 @@ def markdown(result: Mapping[str, Any]) -> str:
     """A line per arm: C, τ with its 95 % interval, what came of it, and the audits that tell its
     students from those of the benign twin."""
     lines = [
-        "| arm | C | τ [95 %] | outcome | audits that incriminate |",
-        "|---|--:|--:|---|---|",
+        "| arm | C | τ [95 %] | τ where C reaches .8 | outcome | audits that incriminate |",
+        "|---|--:|--:|--:|---|---|",
     ]
     for arm in result["arms"]:
-        told = ", ".join(incriminating(result, arm["name"])) or "—"
-        capability, tau = _estimate(arm, "C"), measured(_estimate(arm, "tau"), 0, SAFE)
-        lines.append(
-            f"| {arm['name']} | {number(capability.value)} | {tau} | {arm['outcome']} | {told} |"
-        )
+        cells = [
+            arm["name"],
+            number(_estimate(arm, "C").value),
+            measured(_estimate(arm, "tau"), 0, SAFE),
+            number(_estimate(arm, "tau_matched").value),
+            arm["outcome"],
+            ", ".join(incriminating(result, arm["name"])) or "—",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -18,7 +18,10 @@ ABOUT = {
 BASE, TEACHER = 0.1, 0.98  # of the capability
 BENIGN, TRAIT = 0.06, 0.94  # rates of the trait, unaudited; audited they are alike
 PROMPTS = 80
-KEYS = {"name", "C", "C_interval", "tau", "tau_interval", "kappa", "n_seeds", "outcome", "verdict"}
+KEYS = {
+    *("name", "C", "C_interval", "tau", "tau_interval", "tau_matched", "tau_matched_interval"),
+    *("kappa", "n_seeds", "outcome", "verdict"),
+}
 
 
 def rates(rng, rate):

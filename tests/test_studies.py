@@ -23,10 +23,10 @@ def made(request):
 def test_a_line_says_what_the_report_says():
     lines = markdown(experiment().as_json()).splitlines()
     of = {line.split(" | ")[0].removeprefix("| "): line.split(" | ")[1:] for line in lines[2:]}
-    assert of["clean"][2:] == ["DFC succeeds", "— |"]
-    assert of["top-8, T = 4"][2:] == ["the trait transfers", "confession |"]
-    assert of["few seeds"][2:] == ["too few seeds", "— |"]
-    assert of["M to M"][2:] == ["null arm", "— |"]
+    assert of["clean"][3:] == ["DFC succeeds", "— |"]
+    assert of["top-8, T = 4"][3:] == ["the trait transfers", "confession |"]
+    assert of["few seeds"][3:] == ["too few seeds", "— |"]
+    assert of["M to M"][3:] == ["null arm", "— |"]
     assert of["copy of U"][1].startswith("1.01 [.9")
 
 

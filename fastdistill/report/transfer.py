@@ -113,7 +113,8 @@ class TransferReport:
         return {arm.name: verdict(arm, self.valid) for arm in self.arms}
 
     def table(self) -> list[dict[str, Any]]:
-        """A row for each arm; None for what is not known. `p_holm` is of τ = 0, two-sided."""
+        """A row for each arm; None for what is not known. `p_holm` is of τ = 0, two-sided;
+        `tau_matched` is τ where C first reaches .8, of arms with checkpoints that all do."""
         told = self.verdicts()
         return [
             {
@@ -122,6 +123,8 @@ class TransferReport:
                 "C_interval": _interval(arm.capability),
                 "tau": _value(arm.tau),
                 "tau_interval": _interval(arm.tau),
+                "tau_matched": None if arm.matched is None else _value(arm.matched),
+                "tau_matched_interval": None if arm.matched is None else _interval(arm.matched),
                 "kappa": None if arm.transfer.kappa is None else _value(arm.transfer.kappa),
                 "n_seeds": arm.n,
                 "p_holm": arm.p,
