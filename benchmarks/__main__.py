@@ -28,6 +28,8 @@ STUDIES = {
     "teacher_topk": "a whole teacher answering with its top k",
     "teacher_cache": "what keeping a teacher's answers costs, and reading them",
     "train_step": "a whole training step, and its memory",
+    "large_teacher": "answers of teachers of 8 and 32 billion parameters, on a GPU",
+    "large_student": "a step of an 8B student with a 32B teacher, and the longest row that fits",
 }
 
 

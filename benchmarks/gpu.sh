@@ -3,7 +3,10 @@
 # repository and a python with torch and triton; it installs nothing and fetches nothing. The C++
 # and CUDA extensions are built in place where nvcc, a C++ compiler and pybind11 are found.
 #
-#   benchmarks/gpu.sh [--dry-run]
+#   benchmarks/gpu.sh [large] [--dry-run]
+#
+# large: instead of all that, teachers and students of 8 and 32 billion parameters, with bitsandbytes
+# and, where they are there, peft and TRL.
 #
 # PYTHON  the interpreter (python3)      OUT  the folder for results (benchmarks/results)
 # COMMIT  what the rows record where git cannot say
@@ -17,11 +20,14 @@ python=${PYTHON:-python3}
 out=${OUT:-benchmarks/results}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 
-case "${1:-}" in
-    "") dry=false ;;
-    --dry-run) dry=true ;;
-    *) echo "usage: benchmarks/gpu.sh [--dry-run]" >&2; exit 2 ;;
-esac
+dry=false large=false
+for word in "$@"; do
+    case $word in
+        large) large=true ;;
+        --dry-run) dry=true ;;
+        *) echo "usage: benchmarks/gpu.sh [large] [--dry-run]" >&2; exit 2 ;;
+    esac
+done
 
 status=0
 if ! $dry; then
@@ -62,14 +68,19 @@ import torch
 from fastdistill.backend import describe
 print(torch.version.cuda, describe())"
 step 60 build "$python" setup.py -q build_ext --inplace
-step 150 correctness "${tests[@]}" tests/test_gpu.py
-step 60 'gradient error' "$python" -m benchmarks gradient_error tile_skipping --out "$out" \
-    "${commit[@]}"
-step 60 'quantised layers' "$python" -m benchmarks quantized_gpu --repeats 5 \
-    --budget-seconds 45 --out "$out" "${commit[@]}"
-step 45 'a training step' "$python" -m benchmarks train_step --out "$out" "${commit[@]}"
-step 145 registry "$python" -m benchmarks heads --repeats 5 --budget-seconds 105 --out "$out" \
-    "${commit[@]}"
+if $large; then
+    step 170 'large teachers' "$python" -m benchmarks large_teacher --out "$out" "${commit[@]}"
+    step 310 'large students' "$python" -m benchmarks large_student --out "$out" "${commit[@]}"
+else
+    step 150 correctness "${tests[@]}" tests/test_gpu.py
+    step 60 'gradient error' "$python" -m benchmarks gradient_error tile_skipping --out "$out" \
+        "${commit[@]}"
+    step 60 'quantised layers' "$python" -m benchmarks quantized_gpu --repeats 5 \
+        --budget-seconds 45 --out "$out" "${commit[@]}"
+    step 45 'a training step' "$python" -m benchmarks train_step --out "$out" "${commit[@]}"
+    step 145 registry "$python" -m benchmarks heads --repeats 5 --budget-seconds 105 --out "$out" \
+        "${commit[@]}"
+fi
 
 if ! $dry; then
     exec 1>&- 2>&-

@@ -47,14 +47,18 @@ CONFIG = Qwen3Config(
 )
 
 
-def _materialised(model: nn.Module) -> Callable[[torch.Tensor], Any]:
+def materialised(model: nn.Module, k: int) -> Callable[[torch.Tensor], Any]:
     """log_softmax of all logits, its top K and what the others hold."""
 
     def answer(ids: torch.Tensor) -> Any:
-        z = model(input_ids=ids, use_cache=False).logits.float().view(-1, CONFIG.vocab_size)
-        return row_topk(z.log_softmax(-1), SHAPE.K)[1]
+        z = model(input_ids=ids, use_cache=False).logits.float().flatten(0, 1)
+        return row_topk(z.log_softmax(-1), k)[1]
 
     return answer
+
+
+def _materialised(model: nn.Module) -> Callable[[torch.Tensor], Any]:
+    return materialised(model, SHAPE.K)
 
 
 def _bitsandbytes(model: nn.Module) -> Callable[[torch.Tensor], Any]:

@@ -70,7 +70,7 @@ def _batch(shape: Shape) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
-class _Known:
+class Known:
     """Answers that were taken before."""
 
     def __init__(self, answers: fd.TopK, vocab: int) -> None:
@@ -99,7 +99,7 @@ class _Materialised(Trainer):
         return kl.sum() / num_items_in_batch
 
 
-def _settings(kind: Any, folder: str, **options: Any) -> Any:
+def settings(kind: Any, folder: str, **options: Any) -> Any:
     shared = {
         "report_to": [], "save_strategy": "no", "disable_tqdm": True, "optim": "adamw_torch",
         "use_cpu": not torch.cuda.is_available(), "bf16": False, "max_steps": 1,
@@ -133,7 +133,7 @@ def _work(trainer: Any, batch: dict[str, Tensor], *more: nn.Module) -> Work:
 
 
 def _ours(shape: Shape, folder: str, teacher: Any, **options: Any) -> Any:
-    args = _settings(fd.DistillConfig, folder, show_panel=False, check_signal=False, **options)
+    args = settings(fd.DistillConfig, folder, show_panel=False, check_signal=False, **options)
     return fd.DistillTrainer(_llama(shape, 0), teacher, args)
 
 
@@ -142,12 +142,12 @@ def _with_answers(shape: Shape, folder: str, batch: dict[str, Tensor]) -> dict[s
         answers = Teacher(_llama(shape, 7)).topk(batch["input_ids"], k=shape.K)
 
     def materialised() -> Work:
-        trainer = _Materialised(_llama(shape, 0), _settings(TrainingArguments, folder))
+        trainer = _Materialised(_llama(shape, 0), settings(TrainingArguments, folder))
         trainer.answers = answers
         return _work(trainer, batch)
 
     def ours(**options: Any) -> Callable[[], Work]:
-        known = _Known(answers, shape.V)
+        known = Known(answers, shape.V)
         return lambda: _work(_ours(shape, folder, known, k=shape.K, **options), batch)
 
     return {
@@ -159,21 +159,8 @@ def _with_answers(shape: Shape, folder: str, batch: dict[str, Tensor]) -> dict[s
 
 def _with_teacher(shape: Shape, folder: str, batch: dict[str, Tensor]) -> dict[str, Any]:
     def theirs() -> Work:
-        try:
-            from trl.experimental.gkd import GKDConfig, GKDTrainer
-        except ImportError as why:
-            raise Missing(f"pip install trl; {why}") from None
-        from fastdistill.demo_models import shipped_teacher
-
-        tokenizer = shipped_teacher()[1]
-        tokenizer.pad_token = tokenizer.eos_token
-        args = _settings(GKDConfig, folder, lmbda=0.0, beta=0.0, gradient_checkpointing=False)
         teacher = _llama(shape, 7)
-        talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        trainer = GKDTrainer(
-            _llama(shape, 0), teacher, args, train_dataset=_dataset([{"messages": talk}]),
-            processing_class=tokenizer,
-        )  # fmt: skip
+        trainer = gkd_trainer(_llama(shape, 0), teacher, folder, gradient_checkpointing=False)
         return _work(trainer, batch, teacher)
 
     def ours(k: int | None) -> Callable[[], Work]:
@@ -184,6 +171,24 @@ def _with_teacher(shape: Shape, folder: str, batch: dict[str, Tensor]) -> dict[s
         return make
 
     return {"TRL GKDTrainer": theirs, "ours": ours(None), "ours, top 64": ours(shape.K)}
+
+
+def gkd_trainer(student: Any, teacher: Any, folder: str, **options: Any) -> Any:
+    """TRL's, for the forward KL on given text."""
+    try:
+        from trl.experimental.gkd import GKDConfig, GKDTrainer
+    except ImportError as why:
+        raise Missing(f"pip install trl; {why}") from None
+    from fastdistill.demo_models import shipped_teacher
+
+    tokenizer = shipped_teacher()[1]
+    tokenizer.pad_token = tokenizer.eos_token
+    args = settings(GKDConfig, folder, lmbda=0.0, beta=0.0, **options)
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    return GKDTrainer(
+        student, teacher, args, train_dataset=_dataset([{"messages": talk}]),
+        processing_class=tokenizer,
+    )  # fmt: skip
 
 
 def _dataset(rows: list[dict[str, Any]]) -> Any:

@@ -39,12 +39,12 @@ def test_rows_are_of_the_same_loss():
 
 
 def test_another_loss_is_refused(monkeypatch):
-    class Wrong(train_step._Known):
+    class Wrong(train_step.Known):
         def topk(self, *args, **kwargs):
             answers = super().topk(*args, **kwargs)
             return answers._replace(ids=(answers.ids + 1) % SMALL.V)
 
-    monkeypatch.setattr(train_step, "_Known", Wrong)
+    monkeypatch.setattr(train_step, "Known", Wrong)
     with pytest.raises(GateError, match="the gradient of ours is"):
         train_step.rows(SMALL)
 

@@ -1,0 +1,91 @@
+"""Published models as random weights: what a step takes depends on shapes, not on values.
+
+Each layer is made on the device and, where asked, quantised before the next one is: the peak is the
+quantised size. The same seed gives the same weights whatever quantises them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+
+from fastdistill.quant.formats import quantize
+from fastdistill.quant.linear import linear_of
+from fastdistill.quant.model import targets
+
+from . import quant_peers
+from .data import device
+from .shapes import Shape
+
+Replace = Callable[[Tensor], nn.Module]
+
+# From their config.json.
+_QWEN3 = {
+    "vocab_size": 151936, "num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 40960, "rope_theta": 1e6, "tie_word_embeddings": False,
+}  # fmt: skip
+CONFIGS: dict[str, Callable[[], Any]] = {
+    "llama-3.1-8b": lambda: LlamaConfig(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+        num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=131072,
+        rms_norm_eps=1e-5, rope_theta=5e5, tie_word_embeddings=False,
+    ),
+    "qwen3-8b": lambda: Qwen3Config(
+        hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32,
+        **_QWEN3,
+    ),
+    "qwen3-32b": lambda: Qwen3Config(
+        hidden_size=5120, intermediate_size=25600, num_hidden_layers=64, num_attention_heads=64,
+        **_QWEN3,
+    ),
+}  # fmt: skip
+
+
+def narrow(config: Any, shape: Shape) -> Any:
+    """The same kind of model in small."""
+    config.hidden_size, config.vocab_size, config.intermediate_size = shape.H, shape.V, 2 * shape.H
+    config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads = 1, 2, 1
+    config.head_dim, config.layer_types = shape.H // 2, None
+    return type(config)(**config.to_dict())
+
+
+@torch.no_grad()
+def build(
+    config: Any, replace: Replace | None = None, *, seed: int = 0, dtype: torch.dtype | None = None
+) -> Any:
+    """The model on the device in bf16, its linear layers but the head replaced by `replace`."""
+    dtype = torch.bfloat16 if dtype is None else dtype
+    with init_empty_weights():  # buffers, such as the rotary frequencies, are real
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    linears = dict(targets(model))
+    draws = torch.Generator(device()).manual_seed(seed)
+    for name, module in list(model.named_modules()):
+        for leaf, parameter in list(module.named_parameters(recurse=False)):
+            made = torch.ones(parameter.shape, dtype=dtype, device=device())
+            if made.dim() > 1:
+                made.normal_(0.0, 0.02, generator=draws)
+            setattr(module, leaf, nn.Parameter(made))
+        if replace is not None and name in linears:
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, replace(module.weight.detach()))
+    model.tie_weights()
+    return model.to(device()).eval()
+
+
+def ours(scheme: str, compute: str) -> Replace:
+    return lambda weight: linear_of(quantize(weight, scheme), None, compute)
+
+
+def bitsandbytes_nf4(weight: Tensor) -> nn.Module:
+    return quant_peers.bnb4_eval(weight)
+
+
+def held_mb(*models: nn.Module) -> float:
+    """MB of parameters and buffers, each once."""
+    tensors = (t for m in models for t in (*m.parameters(), *m.buffers()))
+    return sum({t.data_ptr(): t.nbytes for t in tensors}.values()) / 1e6

@@ -1,0 +1,235 @@
+"""python -m benchmarks.large_step WAY CONTENDER N H V K: one process of large_student.py.
+
+Prints a row a line, as soon as it is known: the step, then the longest row under each cap.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer, TrainingArguments
+
+import fastdistill as fd
+from fastdistill.teacher import Teacher
+
+from .data import device
+from .large_models import CONFIGS, bitsandbytes_nf4, build, held_mb, narrow, ours
+from .memory import peak_mb
+from .registry import Missing, attempt
+from .rows import Row
+from .run import fill_times, take_turns
+from .shapes import Shape
+from .train_step import Known, gkd_trainer, settings
+
+SHAPE = Shape(N=4096, H=4096, V=151936, K=64)
+STUDENT, TEACHER = "qwen3-8b", "qwen3-32b"
+FULL, QLORA = "full", "qlora"
+CAPS = {FULL: (141, 80), QLORA: (48, 24)}  # GB of 10⁹ bytes, falling
+OURS = ("ours", "ours, top 64", "ours, cached")
+TURNS = 3
+SHORTEST, LONGEST = 256, 1 << 16
+RANK = 16
+
+
+def optimiser(way: str) -> str:
+    return "adamw_8bit" if way == FULL and torch.cuda.is_available() else "adamw_torch"
+
+
+class _Dense(Trainer):
+    """What one writes without a fused loss: Σ p (log p − log q) of all logits."""
+
+    teacher: Any
+    loss_is_scaled_for_ga = True
+
+    def compute_loss(  # type: ignore[override]
+        self, model: Any, inputs: dict[str, Tensor], num_items_in_batch: Any = None, **_: Any
+    ) -> Tensor:
+        asked = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        with torch.no_grad():
+            logp = self.teacher(**asked, use_cache=False).logits[:, :-1].float().log_softmax(-1)
+        logq = model(**asked, use_cache=False).logits[:, :-1].float().log_softmax(-1)
+        return (
+            torch.nn.functional.kl_div(logq, logp, log_target=True, reduction="sum")
+            / num_items_in_batch
+        )
+
+
+class Running:
+    """One contender with its models: a step at any length, and what is held."""
+
+    def __init__(self, way: str, contender: str, shape: Shape, folder: str) -> None:
+        self.shape, self.contender = shape, contender
+        configs = [CONFIGS[name]() for name in (STUDENT, TEACHER)]
+        if shape != SHAPE:
+            configs = [narrow(config, shape) for config in configs]
+        student = self._student(way, configs[0])
+        teacher = None
+        if contender != "ours, cached":
+            quantised = ours("nf4", "exact") if contender in OURS else bitsandbytes_nf4
+            teacher = build(configs[1], quantised, seed=7)
+        self.models = [student, *([] if teacher is None else [teacher])]
+        self.trainer = self._trainer(way, student, teacher, folder)
+        self.trainer.create_optimizer()
+        self.trainer.current_gradient_accumulation_steps = 1
+        self.model = self.trainer.model.train()
+        # Its name in newer versions of transformers, and the one before.
+        names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+        found = next(getattr(self.model, name) for name in names if hasattr(self.model, name))
+        found({"use_reentrant": False})
+
+    def _student(self, way: str, config: Any) -> Any:
+        if way == FULL:
+            return build(config)
+        from peft import LoraConfig, get_peft_model
+
+        model = build(config, bitsandbytes_nf4).requires_grad_(False)
+        model.is_loaded_in_4bit = True  # peft asks
+        how = LoraConfig(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM")
+        torch.manual_seed(0)
+        return get_peft_model(model, how)
+
+    def _trainer(self, way: str, student: Any, teacher: Any, folder: str) -> Any:
+        optim = optimiser(way)
+        if self.contender == "materialised":
+            trainer = _Dense(student, settings(TrainingArguments, folder, optim=optim))
+            trainer.teacher = teacher
+            return trainer
+        if self.contender == "TRL GKDTrainer":
+            return gkd_trainer(student, teacher, folder, optim=optim, gradient_checkpointing=False)
+        if self.contender not in OURS:
+            raise Missing(f"unknown contender {self.contender!r}")
+        known = Known(None, self.shape.V) if teacher is None else Teacher(teacher)
+        k = None if self.contender == "ours" else self.shape.K
+        args = settings(
+            fd.DistillConfig, folder, show_panel=False, check_signal=False, k=k, optim=optim
+        )
+        return fd.DistillTrainer(student, known, args)
+
+    def batch(self, tokens: int) -> dict[str, Tensor]:
+        g = torch.Generator().manual_seed(tokens)
+        ids = torch.randint(3, self.shape.V, (1, tokens), generator=g).to(device())
+        if self.contender == "ours, cached":
+            self.trainer.teacher.answers = answers(tokens, self.shape)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+
+    def step(self, batch: dict[str, Tensor]) -> None:
+        count = (batch["labels"][:, 1:] != -100).sum()
+        self.trainer.training_step(self.model, dict(batch), count)
+        self.trainer.optimizer.step()
+        self.model.zero_grad()
+
+    def fits(self, tokens: int) -> bool:
+        """Whether a step of one row this long runs; what it left is freed either way."""
+        batch = self.batch(tokens)
+        _, why = attempt(lambda: self.step(batch))
+        if why is not None and not why.startswith("out of memory"):
+            raise RuntimeError(f"a row of {tokens} tokens: {why}")
+        self.model.zero_grad()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return why is None
+
+
+def answers(tokens: int, shape: Shape) -> fd.TopK:
+    """Made-up answers of a cache: K different ids of every token, and what is left."""
+    g = torch.Generator().manual_seed(0)
+    logp = torch.randn(1, tokens, shape.K + 1, generator=g).log_softmax(-1).to(device())
+    first = torch.randint(shape.V, (1, tokens, 1), generator=g)
+    ids = ((first + torch.arange(shape.K)) % shape.V).to(device())
+    return fd.TopK(ids, logp[..., :-1].contiguous(), logp[..., -1].contiguous())
+
+
+def longest(fits: Callable[[int], bool], shortest: int = SHORTEST, most: int = LONGEST) -> int:
+    """The longest length up to `most` that fits, to an eighth; 0 where `shortest` does not."""
+    if not fits(shortest):
+        return 0
+    low = shortest
+    while low < most and fits(2 * low):
+        low *= 2
+    high = 2 * low
+    while low < most and high - low > low // 8:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def rows(way: str, contender: str, shape: Shape, say: Callable[[Row], None]) -> None:
+    def row(op: str) -> Row:
+        return Row(op, contender, "both", shape.N, shape.H, shape.V, shape.K, "bfloat16")
+
+    with tempfile.TemporaryDirectory() as folder:
+        running, why = attempt(lambda: Running(way, contender, shape, folder))
+        first = row(f"large_step_{way}")
+        if running is not None:
+            batch = running.batch(shape.N)
+            _, why = attempt(lambda: _measure(first, running, batch))
+        first.missing, first.reason = why is not None, why
+        say(first)
+        if running is None:
+            return
+        for cap in CAPS[way]:
+            found = row(f"longest_row_{way}_{cap}GB")
+            work = functools.partial(_longest, found, running, cap)
+            _, found.reason = attempt(work)
+            found.missing = found.reason is not None
+            say(found)
+
+
+def _measure(row: Row, running: Running, batch: dict[str, Tensor]) -> None:
+    running.step(batch)  # the optimiser's moments are there from now on
+    held = _held(running)
+    row.output_mb = held
+    row.peak_mb = held + peak_mb(lambda: running.step(batch))
+    take_turns([row], {row.impl: lambda: running.step(batch)}, TURNS)
+
+
+def _held(running: Running) -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        return torch.cuda.memory_allocated() / 1e6
+    moments = (t for s in running.trainer.optimizer.state.values() for t in s.values())
+    return held_mb(*running.models) + sum(t.nbytes for t in moments if torch.is_tensor(t)) / 1e6
+
+
+def _longest(row: Row, running: Running, cap: int) -> None:
+    if not torch.cuda.is_available():
+        raise Missing("a cap on memory needs a CUDA device")
+    whole = torch.cuda.get_device_properties().total_memory
+    if cap * 1e9 > whole:
+        raise Missing(f"this GPU has {whole / 1e9:.0f} GB")
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(cap * 1e9 / whole)
+    row.N = 0 if _held(running) > cap * 1e3 else longest(running.fits)
+    if row.N:
+        batch = running.batch(row.N)
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        running.step(batch)
+        torch.cuda.synchronize()
+        fill_times(row, [(time.perf_counter() - started) * 1e3])
+        row.timer = "wall clock, one step"
+
+
+def main() -> None:
+    way, contender, *numbers = sys.argv[1:]
+    rows(
+        way,
+        contender,
+        Shape(*map(int, numbers)),
+        lambda r: print(json.dumps(asdict(r)), flush=True),
+    )
+
+
+if __name__ == "__main__":
+    main()

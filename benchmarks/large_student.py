@@ -1,0 +1,126 @@
+"""A training step of an 8B student with a 32B teacher in process, and the longest row that fits.
+
+Published shapes with random weights; one row a step, gradient checkpointing, a target at every
+token. Ways to train, each with the teacher in NF4 (bitsandbytes' for the first two, ours else):
+
+    full    bf16 weights and gradients, AdamW with 8-bit moments
+    qlora   NF4 weights (bitsandbytes), adapters of rank 16
+
+    materialised     transformers' Trainer: KL over the vocabulary, of both models' logits in fp32
+    TRL GKDTrainer   the same loss, as TRL has it
+    ours             the same loss, without logits
+    ours, top 64     the teacher's 64 best of every token
+    ours, cached     such answers from a cache: no teacher in memory
+
+Each is a process of its own. `large_step_*` has the time of a step at SHAPE.N tokens and in peak_mb
+all that is held; beside it, what `plan` says of the same settings. `longest_row_*` has in N the
+longest row that was trained on, to an eighth, under a cap on torch's allocator, and the time of its
+step; N = 0 where less than a row of SHORTEST tokens fits.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from fastdistill.plan import plan_memory
+
+from .large_models import CONFIGS, narrow
+from .large_step import CAPS, OURS, SHAPE, STUDENT, TEACHER
+from .rows import Row, command, commit
+from .shapes import Shape
+
+SECONDS = 100  # of a process; what it has by then counts
+IN_ALL = 290  # of all of them
+FIRST = ("ours, top 64", "materialised", "ours", "ours, cached", "TRL GKDTrainer")
+
+
+class Case(NamedTuple):
+    way: str
+    contender: str
+
+
+def cases() -> list[Case]:
+    return [Case(way, who) for who in FIRST for way in CAPS]
+
+
+def rows(shape: Shape = SHAPE, chosen: Sequence[Case] | None = None) -> list[Row]:
+    """`shape` smaller than SHAPE: narrow models of one layer, to try it out."""
+    found = []
+    end = time.monotonic() + IN_ALL
+    for case in cases() if chosen is None else chosen:
+        made = of_process(case, shape, min(SECONDS, max(end - time.monotonic(), 0)))
+        print(table(made), file=sys.stderr, flush=True)
+        found += made
+    return [*found, *(planned(who, shape) for who in OURS)]
+
+
+def of_process(case: Case, shape: Shape, seconds: float = SECONDS) -> list[Row]:
+    """What a process of its own printed, a row a line; and a missing row for what it did not."""
+    asked = [sys.executable, "-m", "benchmarks.large_step", *case, *map(str, vars(shape).values())]
+    try:
+        done = subprocess.run(asked, capture_output=True, timeout=seconds, check=False)
+        printed = done.stdout.decode()
+        said = done.stderr.decode().strip().splitlines()[-1:] or ["it said nothing"]
+        why = f"exit code {done.returncode}: {said[0]}"
+    except subprocess.TimeoutExpired as error:
+        printed, why = (error.stdout or b"").decode(), f"not there after {seconds:.3g} s"
+    found = []
+    for line in printed.splitlines():
+        if line.startswith('{"op"'):
+            told = json.loads(line) | {"commit": commit(), "command": command()}
+            found.append(Row(**told))
+    there = {row.op for row in found}
+    for op in ops(case.way):
+        if op not in there:
+            found.append(of(op, case.contender, shape))
+            found[-1].missing, found[-1].reason = True, why
+    return found
+
+
+def ops(way: str) -> list[str]:
+    return [f"large_step_{way}", *(f"longest_row_{way}_{cap}GB" for cap in CAPS[way])]
+
+
+def of(op: str, contender: str, shape: Shape) -> Row:
+    return Row(op, contender, "both", shape.N, shape.H, shape.V, shape.K, "bfloat16")
+
+
+def planned(contender: str, shape: Shape) -> Row:
+    """What `fastdistill plan` says of full fine-tuning, from the two configurations alone."""
+    row = of("large_step_full", f"plan of {contender}", shape)
+    with tempfile.TemporaryDirectory() as folder:
+        for name in (STUDENT, TEACHER):
+            config = CONFIGS[name]()
+            config = config if shape == SHAPE else narrow(config, shape)
+            config.dtype = "bfloat16"
+            config.save_pretrained(Path(folder) / name)
+        cached = contender == "ours, cached"
+        plan = plan_memory(
+            Path(folder) / STUDENT, Path(folder) / TEACHER, seq=shape.N,
+            k=None if contender == "ours" else shape.K, cached=cached,
+            teacher_quant=None if cached else "nf4", optim="adamw_8bit",
+            gradient_checkpointing=True,
+        )  # fmt: skip
+    row.peak_mb = plan.peak / 1e6
+    return row
+
+
+def table(found: Sequence[Row]) -> str:
+    """Of a step tokens a second and MB; of the longest rows their tokens."""
+    lines = []
+    for row in found:
+        told = f"{row.op:26} {row.impl:22}"
+        if row.missing:
+            lines.append(f"{told} missing: {row.reason}")
+            continue
+        speed = "" if not row.ms_median else f"{1e3 * row.N / row.ms_median:9.0f} tokens/s"
+        memory = "" if row.peak_mb is None else f"{row.peak_mb:9.0f} MB"
+        lines.append(f"{told} {row.N:7} tokens {speed} {memory}".rstrip())
+    return "\n".join(lines)

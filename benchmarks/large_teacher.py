@@ -1,0 +1,114 @@
+"""What a large teacher's top-64 answers take: tokens a second and memory, from token ids.
+
+Models of published shapes with random weights. The first two contenders are transformers with
+materialised logits; ours stream the head. Each is alone on the GPU, since two do not fit: times are
+of runs one after the other, not in turns. peak_mb is what an answer adds, output_mb the model;
+grad_error the share of ids that transformers in bf16 does not name, refused for ours in bf16 above
+what rounded logits explain.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from fastdistill.teacher import Teacher
+
+from .data import device
+from .large_models import CONFIGS, Replace, bitsandbytes_nf4, build, held_mb, narrow, ours
+from .memory import peak_mb
+from .registry import GateError, attempt, misplaced
+from .rows import Row
+from .run import take_turns
+from .shapes import Shape
+from .teacher_topk import MOST_MISPLACED, materialised
+
+SHAPE = Shape(N=8192, H=4096, V=151936, K=64)
+ROW = 2048
+TURNS = 3
+IN_ALL = 150  # seconds, from where on no contender starts
+MODELS = ("llama-3.1-8b", "qwen3-8b", "qwen3-32b")
+
+# How the layers are made, and whether transformers answers with all logits.
+CONTENDERS: dict[str, tuple[Replace | None, bool]] = {
+    "transformers": (None, True),
+    "transformers, bnb NF4": (bitsandbytes_nf4, True),
+    "ours": (None, False),
+    "ours, int8": (ours("int8", "auto"), False),
+    "ours, nf4": (ours("nf4", "exact"), False),
+    "ours, nf4 fp8": (ours("nf4", "fp8"), False),
+}
+
+
+def rows(shape: Shape = SHAPE, models: tuple[str, ...] = MODELS) -> list[Row]:
+    """`shape` smaller than SHAPE: one layer of each model, narrow, to try it out."""
+    found = []
+    end = time.monotonic() + IN_ALL
+    for name in models:
+        config = CONFIGS[name]()
+        if shape != SHAPE:
+            config = narrow(config, shape)
+        found += _of(f"answers_{name}", config, shape, end)
+    return found
+
+
+@torch.no_grad()
+def _of(op: str, config: Any, shape: Shape, end: float) -> list[Row]:
+    tokens = torch.randint(
+        config.vocab_size, (max(1, shape.N // ROW), min(ROW, shape.N)),
+        generator=torch.Generator().manual_seed(0),
+    ).to(device())  # fmt: skip
+    truth: torch.Tensor | None = None
+    found = []
+    for name, (replace, all_logits) in CONTENDERS.items():
+        row = Row(op, name, "forward", tokens.numel(), config.hidden_size, config.vocab_size,
+                  shape.K, "bfloat16")  # fmt: skip
+        found.append(row)
+        if time.monotonic() > end:
+            row.missing, row.reason = True, "not run, out of time"
+            continue
+        ids, row.reason = attempt(lambda r=replace, a=all_logits, row=row: _measured(
+            row, build(config, r), tokens, shape.K, a))  # fmt: skip
+        row.missing = row.reason is not None
+        if ids is not None and name == "transformers":
+            truth = ids
+        if ids is not None and truth is not None:
+            row.grad_error = misplaced(ids, truth)
+            if name == "ours" and not row.grad_error <= MOST_MISPLACED:
+                raise GateError(f"{op}: {row.grad_error:.1%} of our ids are not transformers'")
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    return found
+
+
+def _measured(row: Row, model: Any, tokens: torch.Tensor, k: int, all_logits: bool) -> torch.Tensor:
+    """Fills the row; returns the ids that were named."""
+    teacher = Teacher(model)
+    answer: Callable[[torch.Tensor], torch.Tensor] = (
+        materialised(model, k)
+        if all_logits
+        else lambda ids: teacher.topk(ids, k=k).ids.flatten(0, 1)
+    )
+    ids = answer(tokens)
+    row.output_mb = held_mb(model)
+    row.peak_mb = peak_mb(lambda: answer(tokens))
+    take_turns([row], {row.impl: lambda: answer(tokens)}, TURNS)
+    return ids
+
+
+def table(found: list[Row]) -> str:
+    lines = ["model, contender: thousand tokens/s, MB of the model, MB that an answer adds"]
+    for row in found:
+        if row.missing or row.ms_median is None:
+            lines.append(f"{row.op:22} {row.impl:22} missing: {row.reason}")
+            continue
+        lines.append(
+            f"{row.op:22} {row.impl:22} {row.N / row.ms_median:8.2f} {row.output_mb:9.0f} "
+            f"{row.peak_mb:9.0f}"
+        )
+    return "\n".join(lines)
