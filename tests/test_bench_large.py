@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -12,6 +17,7 @@ from benchmarks.large_step import FULL, QLORA, Running, longest
 from benchmarks.large_student import Case
 from benchmarks.shapes import Shape
 
+ROOT = Path(__file__).resolve().parent.parent
 SMALL = Shape(N=48, H=128, V=300, K=8)
 
 
@@ -145,3 +151,21 @@ def test_the_longest_row_is_found_to_an_eighth(limit):
     else:
         assert found == 65536
     assert len(asked) <= 12
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+@pytest.mark.parametrize(
+    ("what", "steps", "said"),
+    [
+        ([], 8, ["nvidia-smi", "tests/test_gpu.py", "heads --repeats", "train_step"]),
+        (["large"], 5, ["nvidia-smi", "large_teacher", "large_student"]),
+    ],
+)
+def test_gpu_script_fits_its_ten_minutes(what, steps, said):
+    dry = ["bash", str(ROOT / "benchmarks" / "gpu.sh"), "--dry-run", *what]
+    found = subprocess.run(dry, capture_output=True, text=True, check=True)
+    limits = [int(n) for n in re.findall(r"^== .*, at most (\d+) s:", found.stdout, re.M)]
+    assert len(limits) == steps
+    assert sum(limits) < 590
+    for words in said:
+        assert words in found.stdout

@@ -66,7 +66,7 @@ def test_what_cannot_be_run_is_said_at_once(capsys, monkeypatch, given, said):
 
 def test_a_study_runs_from_the_command_line(capsys, monkeypatch, tmp_path):
     def small(own):
-        return small_study(), [SmallSource(seed=1001)], []
+        return small_study(), [SmallSource(seed=1001)], [], 1
 
     monkeypatch.setattr(run_experiment, "_planned", small)
     argv = ("experiment", "double-bind", "--out", str(tmp_path), "--processes", "1")

@@ -159,6 +159,14 @@ def test_results_json_is_what_outside_checks_read(finished):
         assert told in page
 
 
+def test_the_report_names_the_seeds_that_were_refused(finished, tmp_path):
+    refusing = replace(finished[1], refused={1003: ["capability of placebo: 0.738"]})
+    result = publish(small_study(), refusing, tmp_path, ABOUT)
+    assert result["refused"] == {"1003": ["capability of placebo: 0.738"]}
+    page = (tmp_path / "report.html").read_text()
+    assert "Base seed 1003 was refused before any student was trained: capability of pl" in page
+
+
 def test_contexts_and_notes_are_means_over_base_seeds():
     rows = [
         {"arm": "a", "base_seed": seed, "context": "c", "of_untrusted": {"trait": u},

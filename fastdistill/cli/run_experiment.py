@@ -13,7 +13,7 @@ from ..experiment import double_bind, leak_knobs
 from ..experiment.checkpoint_source import CheckpointSource
 from ..experiment.outcome import publish
 from ..experiment.source import Source
-from ..experiment.study import FRESH, Study, carry_out, pairs_of, why_not
+from ..experiment.study import FRESH, Study, Table, carry_out, pairs_of, why_not
 from ..experiment.world_source import WorldSource
 from ..strategies.strategy import Training
 from .opening import quiet, running
@@ -21,12 +21,14 @@ from .verbs import DoubleBind, LeakKnobs
 
 STUDIES = {DoubleBind: double_bind.study, LeakKnobs: leak_knobs.study}
 PRESETS = {"quick": (2, 0), "full": (10, 4)}  # base seeds, and others for development
+RESERVE = 2  # times as many seeds, for those whose organisms miss a gate
 # The first base seed: of a quick look one for development, too, since whoever looks tunes.
 FIRST = {DoubleBind: {"quick": 900, "full": 1200}, LeakKnobs: {"quick": 900, "full": 1300}}
 
 
 def dry(own: DoubleBind, more: dict[str, Any]) -> dict[str, Any]:
-    study, sources, development = _planned(own)
+    study, sources, development, wanted = _planned(own)
+    sources = sources[:wanted]
     # What development students will have said is not known yet: that they are enough is.
     some = dict.fromkeys(study.gate, (0.0,) * len(development))
     left_out = {a.name: why for a in study.arms if (why := why_not(a, sources, some))}
@@ -45,7 +47,7 @@ def dry(own: DoubleBind, more: dict[str, Any]) -> dict[str, Any]:
 
 def run(own: DoubleBind, more: dict[str, Any]) -> dict[str, Any]:
     quiet()
-    study, sources, development = _planned(own)
+    study, sources, development, wanted = _planned(own)
     with running("experiment"):
         own.out.mkdir(parents=True, exist_ok=True)
         table = carry_out(
@@ -53,12 +55,13 @@ def run(own: DoubleBind, more: dict[str, Any]) -> dict[str, Any]:
             sources,
             development,
             own.out,
+            wanted=wanted,
             student_seeds=own.student_seeds,
             executor=own.executor,
             processes=own.processes or os.cpu_count() or 1,
             only_report=own.only_report,
         )
-        result = publish(study, table, own.out, _about(own, study, sources, development))
+        result = publish(study, table, own.out, _about(own, study, table, sources[0], development))
     return {**result, "report": str(own.out / "report.html")}
 
 
@@ -67,6 +70,8 @@ def tell(found: dict[str, Any]) -> None:
         print(f"{found['runs']} runs of {len(found['arms'])} arms: {', '.join(found['arms'])}")
         print(f"base seeds {found['base_seeds']}, for development {found['development_seeds']}")
         return
+    for seed, because in found["refused"].items():
+        print(f"base seed {seed} refused: {'; '.join(because)}")
     for reason in found["invalid_because"]:
         print(f"invalid: {reason}")
     for arm in found["arms"]:
@@ -74,7 +79,9 @@ def tell(found: dict[str, Any]) -> None:
     print(f"The report is {found['report']}")
 
 
-def _planned(own: DoubleBind) -> tuple[Study, list[Source], list[Source]]:
+def _planned(own: DoubleBind) -> tuple[Study, list[Source], list[Source], int]:
+    """The study, its sources with those in reserve, those for development, and how many to report
+    on."""
     if own.preset not in PRESETS:
         raise ValueError(f"preset: expected quick or full, got {own.preset!r}")
     checkpoints, make = _checkpoints(own), STUDIES[type(own)]
@@ -93,7 +100,7 @@ def _planned(own: DoubleBind) -> tuple[Study, list[Source], list[Source]]:
             max_new_tokens=own.answer_tokens,
         )
         there = make(own.preset, n=checkpoints.prompts, training=training)
-        return _chosen(there, own.arms), [checkpoints], []
+        return _chosen(there, own.arms), [checkpoints], [], 1
     first = FIRST[type(own)][own.preset] if own.first_seed is None else own.first_seed
     if own.preset == "full" and first < FRESH:
         raise ValueError(
@@ -102,8 +109,9 @@ def _planned(own: DoubleBind) -> tuple[Study, list[Source], list[Source]]:
         )
     return (
         _chosen(make(own.preset), own.arms),
-        [WorldSource(seed=first + i) for i in range(fresh)],
+        [WorldSource(seed=first + i) for i in range(RESERVE * fresh)],
         [WorldSource(seed=i) for i in range(tuned)],
+        fresh,
     )
 
 
@@ -141,7 +149,7 @@ def _checkpoints(own: DoubleBind) -> CheckpointSource | None:
 
 
 def _about(
-    own: DoubleBind, study: Study, sources: list[Source], development: list[Source]
+    own: DoubleBind, study: Study, table: Table, source: Source, development: list[Source]
 ) -> dict[str, Any]:
     return {
         "command": shlex.join(["fastdistill", *sys.argv[1:]]),
@@ -154,11 +162,11 @@ def _about(
             },
             "arms": {arm.name: [s.as_json() for s in arm.strategies] for arm in study.arms},
             "settings": {arm.name: dict(arm.settings) for arm in study.arms if arm.settings},
-            "source": sources[0].as_json(),
+            "source": source.as_json(),
         },
         "versions": versions(),
         "seeds": {
-            "base": [source.base_seed for source in sources],
+            "base": sorted({student.base_seed for student in table.students}),
             "development": [source.base_seed for source in development],
             "student": list(range(own.student_seeds)),
         },

@@ -30,6 +30,10 @@ def publish(study: Study, table: Table, folder: Path, about: Mapping[str, Any]) 
     contexts, notes = in_contexts(table.contexts), noted(table.notes)
     page = report.page()
     _arms(page, arms, table.left_out)
+    for seed, because in table.refused.items():
+        page.paragraph(
+            f"Base seed {seed} was refused before any student was trained: {'; '.join(because)}."
+        )
     _contexts(page, contexts)
     _notes(page, notes)
     page.write(folder / "report.html")
@@ -39,6 +43,7 @@ def publish(study: Study, table: Table, folder: Path, about: Mapping[str, Any]) 
         "contexts": contexts,
         "notes": notes,
         "left_out": table.left_out,
+        "refused": {str(seed): because for seed, because in table.refused.items()},
         "runs": table.runs,
     }
     write_json(folder / "results.json", result)

@@ -18,6 +18,7 @@ from ..statistics import Checkpoint, Reading, Student, Validity
 from ..strategies.strategy import Strategy, Training
 from .executors import do
 from .job import SOURCES, Job
+from .preparing import chosen, prepared
 from .source import Source
 
 FRESH = 1000  # base seeds below it are for development
@@ -82,24 +83,8 @@ class Table:
     contexts: list[dict[str, Any]]
     notes: list[dict[str, Any]]
     left_out: dict[str, str]
+    refused: dict[int, list[str]]  # base seeds whose organisms miss a gate, and which
     runs: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Prepared:
-    """The models of a source, as something to be done before its runs."""
-
-    source: Source
-
-    def run(self, folder: Path) -> None:
-        self.source.prepare(folder / SOURCES)
-
-    def done(self, folder: Path) -> bool:
-        try:
-            self.source.kept(folder / SOURCES)
-        except FileNotFoundError:
-            return False
-        return True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +137,7 @@ def carry_out(
     development: Sequence[Source],
     folder: Path,
     *,
+    wanted: int | None = None,
     student_seeds: int = 1,
     executor: str = "processes",
     processes: int = 1,
@@ -160,6 +146,8 @@ def carry_out(
     """Do what is not done yet, and read it all.
 
     Args:
+        wanted: how many sources to report on: the first whose organisms pass their gates; the
+            others are in reserve. None: all, whatever they pass.
         only_report: do nothing, and raise where something is missing.
     """
     how: dict[str, Any] = {
@@ -167,7 +155,8 @@ def carry_out(
         "processes": processes,
         "only_report": only_report,
     }
-    do([_Prepared(source=s) for s in (*development, *sources)], folder, what="worlds", **how)
+    prepared(development, folder, "development worlds", **how)
+    sources, refused = chosen(sources, len(sources) if wanted is None else wanted, folder, **how)
     first = pairs_of(study, study.arms[:1], development, student_seeds, {})
     do(_jobs(first), folder, what="development runs", **how)
     gate = _gate(study, first, folder)
@@ -196,6 +185,7 @@ def carry_out(
             if (notes := pair.student.result(folder)["notes"])
         ],
         left_out={arm.name: why for arm in study.arms if (why := why_not(arm, sources, gate))},
+        refused=refused,
         runs=len(_jobs(pairs)) + len(_jobs(first)),
     )
 
