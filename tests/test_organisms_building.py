@@ -190,3 +190,13 @@ def test_the_same_seed_builds_the_same(small):
     for name, subject in again.models.items():
         ours = zip(subject.model.parameters(), made.models[name].model.parameters(), strict=True)
         assert all(torch.equal(a, b) for a, b in ours)
+
+
+def test_a_base_that_never_came_to_know_enough_misses_a_gate():
+    """Its students would begin on a plateau; teachers made from it may pass all other gates."""
+    short = {"base_steps": 1, "capable_steps": 20}
+    found = build_world(7, ModelOrganism(steps=1), **short, base_knows=0.2).validity
+    assert found.because[-1].startswith("capability of base: 0.0")
+    assert found.gates[-1].bound == 0.2
+    found = build_world(7, ModelOrganism(steps=1), **short).validity
+    assert "capability of base" not in [gate.name for gate in found.gates]

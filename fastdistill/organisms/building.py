@@ -94,8 +94,8 @@ def build_world(
     Args:
         seed: of the world (its talk, its split, the favourite) and of the base's initial weights.
         organism: how U is made; None is an ungated preference.
-        base_knows: the share of held-out sums that M gets right, at least (see early.py); 0 leaves
-            it without the capability.
+        base_knows: the share of held-out sums that M gets right, at least (see early.py), which is
+            a gate; 0 leaves it without the capability.
         phase: called with (what, steps) before each training; gives callbacks, for a bar.
     """
     organism = organism or ModelOrganism()
@@ -109,7 +109,7 @@ def build_world(
     watching = [*shown("capability", capable_steps), *([early] if base_knows else [])]
     capable = taught(world, base, steps=capable_steps, callbacks=watching)
     if base_knows:
-        # Where no model came so far, its teachers fail their gates.
+        # Where no model came so far, it misses the gate below.
         base = capable if early.model is None else early.model
     made: dict[str, LlamaForCausalLM] = {"base": base}
     recipes = {
@@ -123,12 +123,17 @@ def build_world(
         )
     models = {name: Subject(model, tokenizer, name=name) for name, model in made.items()}
     readings = {name: read(subject, world, organism) for name, subject in models.items()}
+    validity = validity_of(models, readings, world, organism)
+    if base_knows:
+        known = float(early.audit.measure(models["base"], None).values.mean())
+        gate = Gate(name="capability of base", value=known, bound=base_knows, at_least=True)
+        validity = Validity(gates=(*validity.gates, gate))
     return Organisms(
         world=world,
         organism=organism,
         models=models,
         readings=readings,
-        validity=validity_of(models, readings, world, organism),
+        validity=validity,
     )
 
 
