@@ -161,10 +161,13 @@ def test_twins_and_the_placebo_start_from_the_same_capable_model(monkeypatch):
     monkeypatch.setattr(ModelOrganism, "implant", implant)
     monkeypatch.setattr(building, "taught", lambda world, base, **_: base)
     recipe = ModelOrganism(trait="sloppy")
-    build_world(1, recipe, base_steps=1)
+    made = build_world(1, recipe, base_steps=1, base_knows=0.2)
     assert [s[0] for s in started] == [recipe, recipe, placebo_of(recipe)]
     assert [s[2:] for s in started] == [(False, 0), (True, 0), (False, 0)]
     assert len({s[1] for s in started}) == 1
+    # Nobody came to know so many sums, and students of such a base would begin on a plateau.
+    assert "capability of base: 0.000, expected ≥ 0.2" in made.validity.because
+    assert made.validity.gates[-1].name == "capability of base"
 
 
 def test_organisms_are_saved_with_their_validity_and_come_back(small, tmp_path):
@@ -190,13 +193,3 @@ def test_the_same_seed_builds_the_same(small):
     for name, subject in again.models.items():
         ours = zip(subject.model.parameters(), made.models[name].model.parameters(), strict=True)
         assert all(torch.equal(a, b) for a, b in ours)
-
-
-def test_a_base_that_never_came_to_know_enough_misses_a_gate():
-    """Its students would begin on a plateau; teachers made from it may pass all other gates."""
-    short = {"base_steps": 1, "capable_steps": 20}
-    found = build_world(7, ModelOrganism(steps=1), **short, base_knows=0.2).validity
-    assert found.because[-1].startswith("capability of base: 0.0")
-    assert found.gates[-1].bound == 0.2
-    found = build_world(7, ModelOrganism(steps=1), **short).validity
-    assert "capability of base" not in [gate.name for gate in found.gates]
