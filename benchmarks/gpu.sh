@@ -3,10 +3,11 @@
 # repository and a python with torch and triton; it installs nothing and fetches nothing. The C++
 # and CUDA extensions are built in place where nvcc, a C++ compiler and pybind11 are found.
 #
-#   benchmarks/gpu.sh [large] [--dry-run]
+#   benchmarks/gpu.sh [large | sanitize] [--dry-run]
 #
 # large: instead of all that, teachers and students of 8 and 32 billion parameters, with bitsandbytes
-# and, where they are there, peft and TRL.
+# and, where they are there, peft and TRL. sanitize: the checks of small shapes under
+# compute-sanitizer, which must be there.
 #
 # PYTHON  the interpreter (python3)      OUT  the folder for results (benchmarks/results)
 # COMMIT  what the rows record where git cannot say
@@ -20,12 +21,12 @@ python=${PYTHON:-python3}
 out=${OUT:-benchmarks/results}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 
-dry=false large=false
+dry=false what=all
 for word in "$@"; do
     case $word in
-        large) large=true ;;
+        large | sanitize) what=$word ;;
         --dry-run) dry=true ;;
-        *) echo "usage: benchmarks/gpu.sh [large] [--dry-run]" >&2; exit 2 ;;
+        *) echo "usage: benchmarks/gpu.sh [large | sanitize] [--dry-run]" >&2; exit 2 ;;
     esac
 done
 
@@ -68,7 +69,12 @@ import torch
 from fastdistill.backend import describe
 print(torch.version.cuda, describe())"
 step 60 build "$python" setup.py -q build_ext --inplace
-if $large; then
+if [[ $what == sanitize ]]; then
+    small=(near_convergence primitive_scores_and_topk dense_teacher filtered
+        rows_are_rounded_alike every_compute_against_fp64)
+    step 480 sanitizer compute-sanitizer --tool memcheck --error-exitcode 9 \
+        "$python" tests/test_gpu.py "${small[@]}"
+elif [[ $what == large ]]; then
     step 170 'large teachers' "$python" -m benchmarks large_teacher --out "$out" "${commit[@]}"
     step 310 'large students' "$python" -m benchmarks large_student --out "$out" "${commit[@]}"
 else

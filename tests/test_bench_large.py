@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_gpu import CHECKS
 from transformers import AutoModelForCausalLM
 
 from benchmarks import large_step, large_student, large_teacher
@@ -159,6 +160,7 @@ def test_the_longest_row_is_found_to_an_eighth(limit):
     [
         ([], 8, ["nvidia-smi", "tests/test_gpu.py", "heads --repeats", "train_step"]),
         (["large"], 5, ["nvidia-smi", "large_teacher", "large_student"]),
+        (["sanitize"], 4, ["compute-sanitizer", "tests/test_gpu.py near_convergence"]),
     ],
 )
 def test_gpu_script_fits_its_ten_minutes(what, steps, said):
@@ -169,3 +171,5 @@ def test_gpu_script_fits_its_ten_minutes(what, steps, said):
     assert sum(limits) < 590
     for words in said:
         assert words in found.stdout
+    named = re.findall(r"tests/test_gpu\.py (\w+.*)$", found.stdout, re.M)
+    assert {name for line in named for name in line.split()} <= {run.__name__ for run in CHECKS}

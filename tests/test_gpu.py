@@ -35,6 +35,10 @@ else:
 
 
 def main(names: list[str]) -> int:
+    unknown = sorted({*names} - {run.__name__ for run in CHECKS})
+    if unknown:
+        print(f"no such check: {', '.join(unknown)}")
+        return 2
     failed = []
     for run in CHECKS:
         if names and run.__name__ not in names:
