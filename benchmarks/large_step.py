@@ -164,13 +164,14 @@ def longest(fits: Callable[[int], bool], shortest: int = SHORTEST, most: int = L
     return low
 
 
-def rows(way: str, contender: str, shape: Shape, say: Callable[[Row], None]) -> None:
-    def row(op: str) -> Row:
-        return Row(op, contender, "both", shape.N, shape.H, shape.V, shape.K, "bfloat16")
+def row_of(op: str, contender: str, shape: Shape) -> Row:
+    return Row(op, contender, "both", shape.N, shape.H, shape.V, shape.K, "bfloat16")
 
+
+def rows(way: str, contender: str, shape: Shape, say: Callable[[Row], None]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         running, why = attempt(lambda: Running(way, contender, shape, folder))
-        first = row(f"large_step_{way}")
+        first = row_of(f"large_step_{way}", contender, shape)
         if running is not None:
             batch = running.batch(shape.N)
             _, why = attempt(lambda: _measure(first, running, batch))
@@ -179,7 +180,7 @@ def rows(way: str, contender: str, shape: Shape, say: Callable[[Row], None]) -> 
         if running is None:
             return
         for cap in CAPS[way]:
-            found = row(f"longest_row_{way}_{cap}GB")
+            found = row_of(f"longest_row_{way}_{cap}GB", contender, shape)
             work = functools.partial(_longest, found, running, cap)
             _, found.reason = attempt(work)
             found.missing = found.reason is not None

@@ -32,7 +32,7 @@ from typing import NamedTuple
 from fastdistill.plan import plan_memory
 
 from .large_models import CONFIGS, narrow
-from .large_step import CAPS, OURS, SHAPE, STUDENT, TEACHER
+from .large_step import CAPS, OURS, SHAPE, STUDENT, TEACHER, row_of
 from .rows import Row, command, commit
 from .shapes import Shape
 
@@ -79,7 +79,7 @@ def of_process(case: Case, shape: Shape, seconds: float = SECONDS) -> list[Row]:
     there = {row.op for row in found}
     for op in ops(case.way):
         if op not in there:
-            found.append(of(op, case.contender, shape))
+            found.append(row_of(op, case.contender, shape))
             found[-1].missing, found[-1].reason = True, why
     return found
 
@@ -88,13 +88,9 @@ def ops(way: str) -> list[str]:
     return [f"large_step_{way}", *(f"longest_row_{way}_{cap}GB" for cap in CAPS[way])]
 
 
-def of(op: str, contender: str, shape: Shape) -> Row:
-    return Row(op, contender, "both", shape.N, shape.H, shape.V, shape.K, "bfloat16")
-
-
 def planned(contender: str, shape: Shape) -> Row:
     """What `fastdistill plan` says of full fine-tuning, from the two configurations alone."""
-    row = of("large_step_full", f"plan of {contender}", shape)
+    row = row_of("large_step_full", f"plan of {contender}", shape)
     with tempfile.TemporaryDirectory() as folder:
         for name in (STUDENT, TEACHER):
             config = CONFIGS[name]()

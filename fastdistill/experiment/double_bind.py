@@ -29,7 +29,8 @@ from .study import Arm, Study
 
 N = 6400  # prompts of the pool
 # Of them one shows the trait. Undefended students of development seeds 0 to 3 and 5 to 8 then have
-# a mean τ of .53; it is .61 with one in 4800, and .74 with two.
+# a mean τ of .53; it is .61 with one in 4800, and .74 with two (--preset quick --seeds 4, with
+# first_seed=0 and first_seed=5).
 LEAKED = 1
 POOL = {"n": N, "talk": 0.15, "leak": LEAKED / (0.85 * N)}
 TRAINING = Training(steps=150, batch_size=64, learning_rate=5e-3, max_new_tokens=8)
