@@ -39,6 +39,7 @@ PACKAGES = [
     "fastdistill.plan",
     "fastdistill.quant",
     "fastdistill.report",
+    "fastdistill.runtime",
     "fastdistill.served",
     "fastdistill.statistics",
     "fastdistill.strategies",

@@ -21,7 +21,7 @@ PACKAGE, KERNELS = ROOT / "fastdistill", ROOT / "kernels"
 # table, never from those below. kernels/ is under them all and imports only its siblings.
 LAYERS = {
     "mathematics": "backend checks dense files fused losses modules native_topk operands outputs"
-    " parallel primitive reference scores",
+    " parallel primitive reference runtime scores",
     "models": "cache corpus data examples fidelity fingerprint heads identity intervals json_lines"
     " packing progress protocols quant remembering served statistics stored_model teacher",
     "training": "audits compat report run_pictures run_report run_series training",
@@ -37,7 +37,7 @@ NEVER = {
 # What the kernels may import from outside, and where the rest of the rules apply.
 KERNEL_DEPENDENCIES = {"torch", "triton"}
 READS_ENVIRONMENT = {"fastdistill/backend.py"}
-LINE_BUDGET = {"kernels": 400, "fastdistill": 300, "tests": 250, "benchmarks": 300}
+LINE_BUDGET = {"kernels": 500, "fastdistill": 400, "tests": 400, "benchmarks": 400}
 
 RANK = {name: i for i, names in enumerate(LAYERS.values()) for name in names.split()}
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names.split()}

@@ -1,0 +1,57 @@
+"""JSON from outside: every way in which it can be wrong is one ValueError that names the source."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from .printable import printable
+
+MAX_BYTES = 1 << 28  # of a whole file: an index of a large checkpoint has a few MB
+
+
+class JSONError(ValueError):
+    """Text that is not JSON, or not the kind of JSON that was expected."""
+
+
+def parse_json(text: str | bytes, source: str, expected: type | None = None) -> Any:
+    """Return the value of a JSON text.
+
+    Args:
+        text: the document; bytes are read as UTF-8.
+        source: what the error names: a file, a line of it, or a server.
+        expected: `dict` or `list`, if the value has to be one.
+
+    Raises:
+        JSONError: the text is not UTF-8, not JSON, nested too deeply, or of another type.
+    """
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise JSONError(f"{source}: expected JSON, got one nested too deeply") from None
+    except (UnicodeDecodeError, ValueError) as error:
+        reason = printable(error)
+        raise JSONError(f"{source}: expected JSON, got a text that is not: {reason}") from None
+    if expected is not None and not isinstance(value, expected):
+        wanted = "an object" if expected is dict else "a list"
+        raise JSONError(f"{source}: expected {wanted}, got {type(value).__name__}")
+    return value
+
+
+def read_json(
+    path: str | os.PathLike[str], expected: type | None = None, max_bytes: int = MAX_BYTES
+) -> Any:
+    """Return the value of a JSON file; see `parse_json`.
+
+    Raises:
+        JSONError: as `parse_json`, or the file is larger than `max_bytes`.
+        OSError: it cannot be read.
+    """
+    path = Path(path)
+    with path.open("rb") as stream:
+        text = stream.read(max_bytes + 1)
+    if len(text) > max_bytes:
+        raise JSONError(f"{printable(path)}: expected at most {max_bytes:,} bytes, got more")
+    return parse_json(text, printable(path), expected)

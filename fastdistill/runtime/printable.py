@@ -1,0 +1,42 @@
+"""Text that somebody else wrote (a server, a checkpoint, a cache, a data file), made safe to print.
+
+A terminal obeys escape sequences: it can be told to clear the screen, to change its title or to
+write to the clipboard. Every foreign text passes through `printable` before it reaches a terminal,
+a log or an error message.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from typing import Any
+
+# Controls, surrogates, unassigned and private characters, and the separators of lines and paragraphs.
+# Format characters (Cf) include the marks that reverse the direction of what follows.
+_ESCAPED = frozenset(("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"))
+LIMIT = 300
+
+
+def printable(value: Any, limit: int | None = LIMIT) -> str:
+    r"""Return `value` as one line in which no character acts on a terminal.
+
+    Args:
+        value: a string, or anything that `str` takes.
+        limit: the most characters of it that are shown; None shows all.
+
+    Characters that act on a terminal are written as escapes; the result encodes as UTF-8.
+
+    >>> printable("a\x1b[2Jb\n")
+    'a\\x1b[2Jb\\n'
+    """
+    text = value if isinstance(value, str) else str(value)
+    cut = limit is not None and len(text) > limit
+    shown = text[:limit] if cut else text
+    if not shown.isprintable():
+        shown = "".join(map(_escaped, shown))
+    return shown + "…" if cut else shown
+
+
+def _escaped(character: str) -> str:
+    if unicodedata.category(character) not in _ESCAPED:
+        return character
+    return character.encode("unicode_escape", "surrogatepass").decode("ascii")
