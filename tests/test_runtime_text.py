@@ -46,5 +46,5 @@ def test_a_file_is_named_and_bounded(tmp_path):
     file = tmp_path / "a.json"
     file.write_text("[1, 2]")
     assert read_json(file) == [1, 2]
-    with pytest.raises(JSONError, match="a.json: expected at most 3 bytes"):
+    with pytest.raises(JSONError, match=r"a\.json: expected at most 3 bytes"):
         read_json(file, max_bytes=3)

@@ -10,8 +10,8 @@ from __future__ import annotations
 import unicodedata
 from typing import Any
 
-# Controls, surrogates, unassigned and private characters, and the separators of lines and paragraphs.
-# Format characters (Cf) include the marks that reverse the direction of what follows.
+# Controls, format characters (among them the marks that reverse the direction of text), surrogates,
+# private and unassigned characters, separators of lines and of paragraphs.
 _ESCAPED = frozenset(("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"))
 LIMIT = 300
 
