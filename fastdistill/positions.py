@@ -1,0 +1,182 @@
+"""How many tokens a causal language model reads in one row, and whether it respects padding.
+
+Both are measured on the model where it can be measured: families differ in where their positions
+begin (OPT's table has two rows more than positions), and some models take an attention mask and
+ignore it (RWKV).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from . import checks
+from .heads import evaluating, is_partitioned
+
+# Where configurations state a length; the first stands for n_positions and context_length, too.
+_STATED = ("max_position_embeddings", "max_seq_len", "max_sequence_length")
+_TRIAL = 4  # tokens of the row that shows a table of positions
+
+# Relative errors of logits: other pad tokens in the same layout must change nothing, another
+# layout sums in another order. In fp64 too: many families take the softmax in fp32.
+_SAME_LAYOUT, _OTHER_LAYOUT = 1e-4, 1e-3
+_SAME_LAYOUT_HALF, _OTHER_LAYOUT_HALF = 1e-2, 1e-1
+_HALF = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowLimit:
+    """The longest row that a model or a server reads.
+
+    tokens: that many. reader: what errors call it. hint: what to do where the row is meant so.
+    """
+
+    tokens: int
+    reader: str
+    hint: str = ""
+
+    def check(self, length: int, name: str, index: int) -> None:
+        """Raise ValueError for a row of more tokens, with its index in `name`."""
+        if length <= self.tokens:
+            return
+        hint = f"cut the rows to max_length={self.tokens}, or leave this one out"
+        checks.fail(
+            name,
+            f"rows of at most {self.tokens} tokens, which is what {self.reader} reads",
+            f"{length} tokens in row {index}",
+            hint + self.hint,
+        )
+
+
+def row_limit(role: str, model: nn.Module) -> RowLimit | None:
+    """The longest row of `model`, which errors call by its role; None where nothing limits it.
+
+    The rows of a table of learned positions count as they are. Where positions are computed
+    (rotary, ALiBi), the configuration's limit counts, times the factor of its scaling: beyond it
+    the model would read on and answer worse and worse, without a word.
+    """
+    reader = f"the {role} ({type(model).__name__})"
+    table = None if is_partitioned(model) else _table_of_positions(model)
+    if table is not None:
+        return RowLimit(tokens=table, reader=reader)
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    stated = {name: getattr(config, name, None) for name in _STATED}
+    limits = {n: v for n, v in stated.items() if type(v) is int and v > 0}
+    if not limits:
+        return None
+    name = min(limits, key=lambda n: limits[n])
+    hint = f"; of a model that is known to read longer rows, set model.config.{name} first"
+    return RowLimit(tokens=_scaled(config, limits[name]), reader=reader, hint=hint)
+
+
+def _scaled(config: Any, stated: int) -> int:
+    """What rotary positions reach with their scaling; at least what is stated."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    limit = stated
+    for scaling in [r for r in rope.values() if isinstance(r, dict)] or [rope]:
+        factor = scaling.get("factor")
+        original = scaling.get("original_max_position_embeddings") or stated
+        if isinstance(factor, (int, float)):
+            limit = max(limit, int(factor * original))
+    return limit
+
+
+class _Tables(TorchDispatchMode):
+    """Watches a forward pass of one token repeated: an embedding whose indices count upward is one
+    of positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.limits: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.embedding.default:
+            weight, indices = args[0], args[1]
+            if indices.dim() and indices.shape[-1] == _TRIAL and indices.device.type != "meta":
+                row = indices.reshape(-1, _TRIAL)[0].tolist()
+                if all(b - a == 1 for a, b in pairwise(row)):
+                    self.limits.append(weight.shape[0] - row[0])
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def _table_of_positions(model: Any) -> int | None:
+    """Rows of the smallest table of learned positions, without those that no row reaches."""
+    device = _reading_device(model)
+    ids = torch.ones(1, _TRIAL, dtype=torch.long, device=device)
+    with evaluating(model), _Tables() as tables:
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    return min(tables.limits, default=None)
+
+
+@torch.no_grad()
+def respects_padding(model: Any) -> bool:
+    """Whether `generate` gives a row padded on the left, with its attention mask, the logits of the
+    row alone.
+
+    Measured by generating two tokens: the logits may neither change with the token that fills the
+    padding nor differ from those of the row without padding. Where it is False, rows of unequal
+    length have to be generated from one by one, or grouped by length.
+    """
+    vocab = model.get_input_embeddings().weight.shape[0]
+    short = [(3 + 7 * i) % vocab for i in range(3)]
+    long = [(5 + 3 * i) % vocab for i in range(6)]
+    alone = _generated_logits(model, [short], 0)
+    padded, other = (_generated_logits(model, [short, long], pad)[:1] for pad in (0, vocab - 1))
+    half = model.get_input_embeddings().weight.dtype in _HALF
+    same = _SAME_LAYOUT_HALF if half else _SAME_LAYOUT
+    moved = _OTHER_LAYOUT_HALF if half else _OTHER_LAYOUT
+    return _error(other, padded) <= same and _error(padded, alone) <= moved
+
+
+def _generated_logits(model: Any, rows: Sequence[list[int]], pad: int) -> Tensor:  # (B, 2, V)
+    """Logits of two steps of generate: its positions and its cache, with a token of ours chosen."""
+    device, width = _reading_device(model), max(map(len, rows))
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+    watch = _Watch()
+    plain = GenerationConfig(max_new_tokens=2, do_sample=False, num_beams=1, pad_token_id=pad)
+    own, model.generation_config = model.generation_config, plain
+    try:
+        with evaluating(model):
+            model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                generation_config=plain,
+                logits_processor=LogitsProcessorList([watch]),
+            )
+    finally:
+        model.generation_config = own
+    return torch.stack(watch.logits, 1)
+
+
+class _Watch(LogitsProcessor):
+    """Keeps the logits of each step and always chooses token 1, so that steps compare."""
+
+    def __init__(self) -> None:
+        self.logits: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.logits.append(scores.clone())
+        chosen = torch.full_like(scores, -torch.inf)
+        chosen[:, min(1, scores.shape[-1] - 1)] = 0.0
+        return chosen
+
+
+def _error(actual: Tensor, expected: Tensor) -> float:
+    """The largest over steps of |actual − expected| / |expected|."""
+    off = (actual.double() - expected.double()).norm(dim=-1)
+    size = expected.double().norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
+    return (off / size).max().item()
+
+
+def _reading_device(model: Any) -> torch.device:
+    return model.get_input_embeddings().weight.device
