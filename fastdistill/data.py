@@ -16,10 +16,12 @@ from .examples import IGNORE_INDEX, Encoder, Row
 class DistillCollator:
     """Pads examples on the right and aligns nothing: labels[:, t] is the token at position t.
 
-    What an example may be is said at `Encoder`. Padded positions are taken from the lengths, so an
-    end-of-text token that doubles as the padding token stays a target. A token with nothing before
-    it (the first one, the first behind left padding) is predicted from nothing and is never a
-    target; marking it here keeps every version of transformers counting the same targets.
+    What an example may be is said at `Encoder`. Tokens that an example's attention_mask leaves out,
+    on the left or in the middle, are moved behind the others first: positions count attended tokens
+    in every model and every layout, and what is not attended is neither read nor learned. Padded
+    positions are taken from the lengths, so an end-of-text token that doubles as the padding token
+    stays a target. A first token is predicted from nothing and is never a target; marking it here
+    keeps every version of transformers counting the same targets.
     """
 
     pad_id: int = 0
@@ -29,9 +31,24 @@ class DistillCollator:
     more: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        rows = [self.encoder(example, index) for index, example in enumerate(examples)]
+        rows = [
+            attended_first(self.encoder(example, index), index)
+            for index, example in enumerate(examples)
+        ]
         batch = padded(rows, self.pad_id, self.pad_to_multiple_of)
         return batch if self.more is None else batch | self.more(batch)
+
+
+def attended_first(row: Row, index: int) -> Row:
+    """The row with what its attention mask leaves out at its end; refuses one without tokens."""
+    attended = row.attended != 0
+    if not attended.any():
+        raise ValueError(
+            f"attention_mask: expected 1 for at least one token, got 0 for all {len(row.ids)} "
+            f"(example {index})"
+        )
+    order = torch.sort((~attended).byte(), stable=True).indices
+    return Row(row.ids[order], row.targets[order], row.attended[order])
 
 
 def padded(rows: Sequence[Row], pad_id: int, multiple_of: int | None = None) -> dict[str, Tensor]:
@@ -49,5 +66,4 @@ def padded(rows: Sequence[Row], pad_id: int, multiple_of: int | None = None) -> 
         attention_mask[i, : len(row.ids)] = row.attended
     labels[:, 0] = IGNORE_INDEX
     labels[attention_mask == 0] = IGNORE_INDEX
-    labels[:, 1:][attention_mask[:, :-1] == 0] = IGNORE_INDEX
     return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}

@@ -234,8 +234,32 @@ def hidden_states(
     attention_mask: Tensor | None = None,  # (B, T)
     **more: Tensor,  # other inputs of the model, such as position_ids
 ) -> Tensor:  # (B, T, H), as they enter the head
-    with at_head(model, lambda hidden: hidden):
+    def use(hidden: Tensor) -> Tensor:
+        check_positions(model, hidden, input_ids)
+        return hidden
+
+    with at_head(model, use):
         return model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **more)
+
+
+def check_positions(model: nn.Module, hidden: Tensor, input_ids: Tensor) -> None:
+    """Raise ValueError where the head sees another number of positions than the row has tokens."""
+    if hidden.shape[:2] == input_ids.shape:
+        return
+    kinds = {str(getattr(c.peft_type, "value", c.peft_type)) for c in _adapter_configs(model)}
+    reached = list(hidden.shape[:2])
+    raise ValueError(
+        f"model: expected one position per token, {list(input_ids.shape)}, at the output head of "
+        f"{type(model).__name__}, got {', '.join(sorted(kinds)) or reached}: it puts tokens of its "
+        f"own among the row's ({reached} reach the head), as "
+        "prompt-learning adapters and models that expand an image token do, and other positions "
+        "would be compared. Use adapters on the model's layers, such as LoraConfig"
+    )
+
+
+def _adapter_configs(model: nn.Module) -> list[Any]:
+    configs = getattr(model, "peft_config", None)
+    return list(configs.values()) if isinstance(configs, dict) else []
 
 
 @contextmanager
@@ -288,9 +312,15 @@ def _head_error(
     handle = head_module(model).register_forward_pre_hook(enter_head)
     try:
         theirs = model(input_ids=input_ids, use_cache=False).logits.float()
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            "model: expected one that reads token ids alone, without other inputs, but "
+            f"{type(model).__name__} raised {type(error).__name__}: {error}"
+        ) from error
     finally:
         handle.remove()
     ours = seen[-1]
+    check_positions(model, ours, input_ids)
     if ours.shape != theirs.shape:
         return float("inf")
     scale = theirs.abs().max().clamp(min=torch.finfo(torch.float32).tiny)

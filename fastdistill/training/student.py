@@ -10,15 +10,13 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..heads import LMHead, at_head, evaluating, head_of
+from ..heads import LMHead, at_head, check_positions, evaluating, head_of
 from ..packing import can_pack
 from ..stored_model import StoredModel, load_whole
 from .config import DistillConfig
 from .targets import Targets
 
 _COMPILING = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
-# PEFT methods that put tokens of their own in front of the row's.
-_MOVES_POSITIONS = ("PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING")
 
 
 def prepare(
@@ -52,7 +50,7 @@ def prepare(
     if peft_config is not None:
         model = _adapted(model, peft_config)
     if is_adapted(model):
-        _refuse_moved_positions(model)
+        _check_inside_layers(model)
         head_of(model)
         if getattr(config, "activation_checkpointing", False) or config.gradient_checkpointing:
             # Reentrant checkpoints pass gradients on only where an input asks for one.
@@ -98,14 +96,15 @@ def without_adapters(model: nn.Module) -> Any:
     return model.get_base_model() if is_adapted(model) else model  # type: ignore[operator]
 
 
-def _refuse_moved_positions(model: Any) -> None:
-    for found in model.peft_config.values():
-        kind = str(getattr(found.peft_type, "value", found.peft_type))
-        if kind in _MOVES_POSITIONS:
+def _check_inside_layers(model: Any) -> None:
+    """Raise for adapters in front of the model: a student samples and is compiled as the
+    transformers model inside, which would be without them."""
+    for config in model.peft_config.values():
+        if config.is_prompt_learning:
+            kind = str(getattr(config.peft_type, "value", config.peft_type))
             raise ValueError(
                 f"peft_config: expected adapters on the model's layers, such as LoraConfig, got "
-                f"{kind}: it puts tokens of its own before the row's, and the loss would compare "
-                "other positions"
+                f"{kind}: it puts tokens of its own before the row's, outside of the layers"
             )
 
 
@@ -135,7 +134,7 @@ def compile_body(model: nn.Module, config: DistillConfig) -> None:
 
 def refuse_unpackable(model: nn.Module) -> None:
     with evaluating(model):
-        fits = can_pack(without_adapters(model))
+        fits = can_pack(model)  # with its adapters: some take no positions
     if not fits:
         raise ValueError(
             f"packing: expected False for {type(without_adapters(model)).__name__}: its layers "
@@ -167,6 +166,7 @@ def forward_to_head(
         inputs = {"input_ids": ids[attended][None], "position_ids": positions[attended][None]}
 
     def at_targets(hidden: Tensor) -> Any:
+        check_positions(model, hidden, inputs["input_ids"])
         rows = hidden.flatten(0, 1)
         # All positions in order are a view: no copy of the hidden states.
         everywhere = len(sources) == len(rows)
