@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,22 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 
 from . import checks
+from .checkpoint_gate import ADAPTER, foreign, load_config
+from .quant.conversion import refuse_unused
+from .quant.header import check_header, keep_untied
+from .quant.tensor_files import TensorFiles
+from .runtime.printable import printable
 
 _HALF = (torch.float16, torch.bfloat16)
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_DECIDED = {"use_safetensors": True, "trust_remote_code": False, "local_files_only": True}
+# Of from_pretrained alone: a configuration does not take them.
+_NOT_OF_CONFIG = ("dtype", "torch_dtype", "quantization_config")
+_METHODS = ("bitsandbytes", "gptq", "awq")  # transformers fetches kernels from the hub for others
 _FETCHED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 
 
@@ -39,7 +49,7 @@ class StoredModel:
         pickle are fetched first, or found where an earlier fetch left them."""
         path = Path(path_or_name).expanduser()
         if not path.exists() and _HUB_NAME.fullmatch(str(path_or_name)):
-            path = _fetched(str(path_or_name))
+            path = fetched_folder(str(path_or_name))
         return cls(path, dtype, attn_implementation)
 
     def __post_init__(self) -> None:
@@ -76,7 +86,7 @@ class StoredModel:
         possible = device.type == "cuda" and self.path.is_dir() and is_flash_attn_2_available()
         if self.attn_implementation is not None or not possible:
             return self.attn_implementation
-        config = AutoConfig.from_pretrained(self.path, trust_remote_code=False)
+        config, _ = load_config(self.path)
         kind = AutoModelForCausalLM._model_mapping.get(type(config), None)
         half = (config.dtype if self.dtype == "auto" else self.dtype) in _HALF
         has_it = half and getattr(kind, "_supports_flash_attn", False)
@@ -84,27 +94,93 @@ class StoredModel:
 
 
 def load_whole(path: str | Path, **options: Any) -> PreTrainedModel:
-    """A causal language model from safetensors, without code that comes with it; raises where the
-    checkpoint lacks weights, which would be drawn at random instead."""
-    model, found = AutoModelForCausalLM.from_pretrained(
-        str(path),
-        use_safetensors=True,
-        trust_remote_code=False,
-        output_loading_info=True,
-        **options,
-    )
-    if missing := sorted(found["missing_keys"]):
-        checks.fail("path_or_model", f"all weights of {type(model).__name__} in {str(path)!r}",
+    """Return a causal language model from safetensors, without code that comes with it.
+
+    Args:
+        path: a folder, or a name on the hub.
+        options: for from_pretrained. An attention implementation that is stored is not obeyed.
+
+    Raises:
+        CheckpointError: files of the folder are damaged or lead out of it, a stored tensor is not
+        used, or a weight is missing, which transformers would draw at random.
+    """
+    folder = Path(path).expanduser()
+    if not folder.exists():
+        folder = StoredModel.at(path).path
+    elif folder.is_dir() and not any(folder.glob("*.safetensors")):
+        raise FileNotFoundError(
+            f"path_or_model: expected *.safetensors in {folder}, got none. A pickle is not opened"
+        )
+    for name in _DECIDED:
+        if options.get(name) not in (None, _DECIDED[name]):
+            checks.fail(name, f"{_DECIDED[name]}, or none", repr(options[name]))
+    options = {name: value for name, value in options.items() if name not in _DECIDED}
+    if not folder.is_dir():
+        checks.fail("path_or_model", "a folder for a model in full precision", str(folder),
+                    "load_teacher reads a .gguf file")  # fmt: skip
+    if (folder / ADAPTER).exists():
+        checks.fail("path_or_model", "a whole model", f"{folder}, which holds {ADAPTER} too",
+                    "load_organism reads adapters; or move the model elsewhere")  # fmt: skip
+    files = TensorFiles(folder)
+    kept = {name: options.pop(name) for name in _NOT_OF_CONFIG if name in options}
+    attention = options.get("attn_implementation")
+    if not isinstance(config := options.pop("config", None), PretrainedConfig):
+        config, options = load_config(folder, **options)
+    options = {"attn_implementation": attention, **options, **kept}
+    if "quantization_config" not in options:
+        _check_method(folder, config)
+    is_plain = getattr(config, "quantization_config", None) is None
+    shaped = is_plain and not options.get("ignore_mismatched_sizes")
+    check_header(folder, config, files.names(), files if shaped else None)
+    with foreign(folder, "the weights of a causal language model"):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            str(folder),
+            config=config,
+            output_loading_info=True,
+            **_DECIDED,
+            **options,
+        )
+    refuse_unused(folder, model, info["unexpected_keys"], files)
+    if missing := sorted(info["missing_keys"]):
+        checks.fail("path_or_model", f"all weights of {type(model).__name__} in {str(folder)!r}",
                     f"{len(missing)} missing (first: {missing[0]})", "transformers would draw "
                     "them at random; is this the checkpoint of another architecture?")  # fmt: skip
+    keep_untied(model, model.get_expanded_tied_weights_keys(all_submodels=True))
     return model
 
 
-def _fetched(name: str) -> Path:
+def _check_method(folder: Path, config: Any) -> None:
+    """Raise for a method of quantisation that transformers needs code from elsewhere for."""
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:
+        return
+    values = stored if isinstance(stored, dict) else vars(stored)
+    method = values.get("quant_method")
+    method = getattr(method, "value", method)
+    if method is None and (values.get("load_in_4bit") or values.get("load_in_8bit")):
+        method = "bitsandbytes"
+    if method not in _METHODS:
+        checks.fail("path_or_model", f"full precision, or one of {', '.join(_METHODS)}",
+                    f"{folder} of quant_method {printable(repr(method))}", "load_teacher reads "
+                    "what save_quantized wrote; load another model and pass it")  # fmt: skip
+
+
+def tokenizer_folder(path_or_name: str | Path) -> Path:
+    """Return the folder with the tokenizer of a path, or of a name on the hub, fetched first."""
+    path = Path(path_or_name).expanduser()
+    if not path.exists() and _HUB_NAME.fullmatch(str(path_or_name)):
+        return fetched_folder(str(path_or_name), [p for p in _FETCHED if "tensors" not in p])
+    return path
+
+
+def fetched_folder(name: str, patterns: Sequence[str] = _FETCHED) -> Path:
+    """Return the folder with those files of a hub's model that match one of the patterns.
+
+    Raises FileNotFoundError where the hub has no such model and no earlier call fetched it."""
     try:
-        return Path(snapshot_download(name, allow_patterns=list(_FETCHED)))
+        return Path(snapshot_download(name, allow_patterns=list(patterns)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = printable(str(error).strip().partition("\n")[0])
         raise FileNotFoundError(
             f"path_or_model: expected a checkpoint or the hub's name of one, got {name!r}: there "
             f"is no such path, and the hub gave nothing ({reason})"

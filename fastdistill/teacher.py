@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from . import checks
+from .checkpoint_gate import load_tokenizer
 from .fidelity import FidelityReport, measure
 from .heads import LMHead, head_of, verify_head
 from .outputs import TopK
@@ -289,6 +290,6 @@ def _tokenizer_beside(path: Path) -> Any:
     if path.is_file() or (path.is_dir() and not any((path / n).is_file() for n in files)):
         return None
     try:
-        return AutoTokenizer.from_pretrained(path.as_posix(), trust_remote_code=False)
+        return load_tokenizer(path)
     except OSError:  # a repository of weights alone
         return None

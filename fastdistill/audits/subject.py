@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, LogitsProcessorList, PreTrainedModel
+from transformers import LogitsProcessorList, PreTrainedModel
 
+from ..checkpoint_gate import load_tokenizer
 from ..heads import LMHead, evaluating, head_of, verify_head
 from ..packing import RowReader, read_rows
 from ..primitive import linear_lse_gather
@@ -63,7 +64,7 @@ class Subject:
             place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
             name = name or stored.path.name
             if tokenizer is None:
-                tokenizer = AutoTokenizer.from_pretrained(stored.path, trust_remote_code=False)
+                tokenizer = load_tokenizer(stored.path)
             model = stored.load(place)
         if not isinstance(model, nn.Module):
             raise TypeError(

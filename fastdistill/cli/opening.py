@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from ..backend import local_rank
+from ..checkpoint_gate import load_tokenizer
+from ..runtime.printable import printable
+from ..stored_model import tokenizer_folder
 from ..teacher import load_teacher
 from ..training.offline import opened
 
@@ -64,8 +66,9 @@ def teacher_of(name: str, quant: str | None, compute: str, place: torch.device) 
 
 
 def tokenizer_of(name: str) -> Any:
+    """Return the tokenizer in a folder, or of a name on the hub."""
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        return load_tokenizer(tokenizer_folder(name))
     except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
+        first = printable(str(error).strip().partition("\n")[0])
         raise ValueError(f"tokenizer: expected one in {name}, got none: {first}") from None

@@ -6,25 +6,24 @@ of a manifest are compared before anything is used.
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from transformers import AutoTokenizer
 
+from ..adapters import load_adapted, read_adapter
 from ..audits.probes import PROBES, Probes
 from ..audits.subject import Subject
 from ..backend import versions
+from ..checkpoint_gate import ADAPTER, DOCUMENTS, TOKENIZER, foreign, load_tokenizer
 from ..files import sha256_of, sync, write_json
+from ..quant.tensor_files import CheckpointError, check_inside, read_json
+from ..runtime.printable import printable
 from ..stored_model import StoredModel
 
 MANIFEST = "organism.json"
-ADAPTER, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_READ = (".safetensors", ".json", ".jinja")  # by those who load a model
 
 
 def save_organism(
@@ -46,9 +45,9 @@ def save_organism(
         subject.tokenizer.save_pretrained(made)
         if probes is not None:
             probes.save(made / PROBES)
-        digests = {path.name: sha256_of(path) for path in sorted(made.iterdir())}
+        digests = {p.relative_to(made).as_posix(): sha256_of(p) for p in _files_of(made)}
         write_json(made / MANIFEST, manifest | {"versions": versions(), "sha256": digests})
-        for path in made.iterdir():
+        for path in made.rglob("*"):
             sync(path)
         made.chmod(0o755)
         _replace(folder, made)
@@ -107,69 +106,62 @@ def load_organism(
 
 
 def _with_adapter(folder: Path, base: Any, name: str | None, device: Any) -> Subject:
-    try:
-        from peft import PeftModel, get_peft_model_state_dict
-    except ImportError:
-        raise ImportError(
-            "path: expected peft for an adapter, which is not installed. "
-            "pip install 'fastdistill[peft]'"
-        ) from None
-    if not (folder / WEIGHTS).is_file():
-        raise ValueError(
-            f"path: expected {WEIGHTS} in {folder.name}, found none. A pickle can "
-            "run code: save the adapter again from where you trust it"
-        )
-    said = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))
-    under = base or said.get("base_model_name_or_path")
-    if not under:
+    under = base or read_json(folder / ADAPTER).get("base_model_name_or_path")
+    if not under or not isinstance(under, (str, Path)):
         raise ValueError(
             f"base: expected the model under the adapter {folder.name}, which names none. "
             "Pass base=, a path"
         )
+    read_adapter(folder)  # before the time that it takes to load its base
     try:
         stored = StoredModel.at(under)
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"base: expected the model under the adapter {folder.name}, got {str(under)!r}, where "
-            f"none was found. Pass base=, a path ({error})"
+            f"base: expected the model under the adapter {folder.name}, got "
+            f"{printable(repr(str(under)))}, where none was found. Pass base=, a path ({error})"
         ) from None
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    adapted = PeftModel.from_pretrained(stored.load(place), str(folder))
-    with safe_open(folder / WEIGHTS, "pt") as file:
-        # Without a look at the base's embeddings, for which peft would ask the hub.
-        asked = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-        missing = sorted(set(asked) - set(file.keys()))
-    if missing:  # peft leaves the base as it is there, and warns
-        raise ValueError(
-            f"path: expected all weights of the adapter in {folder.name}, found {len(missing)} "
-            f"missing (first: {missing[0]}). Is it one of another base?"
-        )
-    merged = adapted.merge_and_unload()
-    beside = folder if (folder / "tokenizer_config.json").is_file() else stored.path
-    tokenizer = AutoTokenizer.from_pretrained(beside, trust_remote_code=False)
-    return Subject(merged.eval(), tokenizer, name=name or folder.name)
+    adapted = load_adapted(stored.load(place), folder)
+    with foreign(folder, "an adapter that can be merged"):
+        merged = adapted.merge_and_unload()
+    beside = folder if (folder / TOKENIZER).is_file() else stored.path
+    return Subject(merged.eval(), load_tokenizer(beside), name=name or folder.name)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """organism.json, its digests compared; {} where there is none."""
+    """Return organism.json, its digests compared with every file; {} where there is none."""
     path = folder / MANIFEST
     if not path.is_file():
         return {}
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        digests = dict(manifest["sha256"])
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"path: expected a manifest in {path}, got {error!r}") from None
+        manifest: dict[str, Any] = read_json(path)
+        digests = manifest["sha256"]
+        if not isinstance(digests, dict):
+            raise TypeError(f"sha256: expected an object, got {type(digests).__name__}")
+    except (CheckpointError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"path: expected a manifest in {path}, got {printable(repr(error))}"
+        ) from None
+    files = {path.relative_to(folder).as_posix(): path for path in _files_of(folder)}
     for name, digest in digests.items():
-        if not (folder / name).is_file() or sha256_of(folder / name) != digest:
+        if name not in files or sha256_of(files[name]) != digest:
             raise ValueError(
-                f"path: expected {name} in {folder} with the sha256 of its manifest, found it "
-                "changed or missing. Make the organism again"
+                f"path: expected {printable(name)} in {folder} with the sha256 of its manifest, "
+                "found it changed or missing. Make the organism again"
             )
-    read = {path.name for suffix in _READ for path in folder.glob(f"*{suffix}")}
+    read = {name for name, path in files.items() if path.suffix.lower() not in DOCUMENTS}
     if added := sorted(read - {*digests, MANIFEST}):
         raise ValueError(
-            f"path: expected the files of the manifest in {folder}, found {', '.join(added)} too, "
-            "which would be read. Take it away, or make the organism again"
+            f"path: expected the files of the manifest in {folder}, found "
+            f"{printable(', '.join(added))} too, which would be read. Take it away, or make the "
+            "organism again: a manifest lists every file but documents, also those in subfolders"
         )
     return manifest
+
+
+def _files_of(folder: Path) -> list[Path]:
+    """Return every file below a folder; a link out of it is refused."""
+    files = sorted(path for path in folder.rglob("*") if not path.is_dir())
+    for path in files:
+        check_inside(folder, path)
+    return files

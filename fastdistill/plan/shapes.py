@@ -13,11 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
+from ..checkpoint_gate import CONFIG, load_config
 from ..heads import head_module
 from ..quant.formats import BLOCK, SCHEMES, Int8Weight, Lut4Weight, QuantWeight
 from ..quant.model import stacks, targets
+from ..runtime.printable import printable
+from ..stored_model import fetched_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,11 +50,11 @@ def config_of(role: str, source: str | Path) -> Any:
     path = Path(source).expanduser()
     local = path.exists()
     try:
-        return AutoConfig.from_pretrained(
-            str(path) if local else str(source), trust_remote_code=False, local_files_only=local
-        )
+        if not local:
+            path = fetched_folder(str(source), (CONFIG,))
+        return load_config(path)[0]
     except (OSError, ValueError) as error:
-        first = str(error).strip().partition("\n")[0]
+        first = printable(str(error).strip().partition("\n")[0], 1000)
         raise ValueError(
             f"{role}: expected a folder with a config.json, the file itself, or a hub's name, got "
             f"{str(source)!r}: {first}"

@@ -18,17 +18,15 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    rename_source_key,
-)
+from transformers.core_model_loading import WeightRenaming
 
+from ..checkpoint_gate import foreign, load_config
 from ..progress import track
 from .checkpoint import Checkpoint, CheckpointError, open_checkpoint
+from .conversion import conversion_of, refuse_twice, refuse_unused
 from .experts import flat_rows
 from .formats import SCHEMES, QuantWeight, quantize
+from .header import check_header, keep_untied
 from .linear import QuantizedWeight, check_compute
 from .model import is_conv1d, put, put_stack, stacks, targets, warn_about_full_precision
 from .tensor_files import reading
@@ -82,28 +80,29 @@ def load_quantized(
 def _skeleton(
     checkpoint: Checkpoint, dtype: torch.dtype | str, attn_implementation: str | None
 ) -> PreTrainedModel:
-    """The model on the meta device; buffers that no checkpoint holds are real."""
+    """Return the model on the meta device; buffers that no checkpoint holds are real."""
     folder = Path(checkpoint.path)
-    try:
-        if folder.is_dir():
-            config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
-        else:
+    what = "the configuration of a causal language model that transformers knows"
+    if folder.is_dir():
+        config, _ = load_config(folder)
+    else:
+        with foreign(folder, what):
             config = AutoConfig.for_model(**checkpoint.config)
-    except (KeyError, TypeError, ValueError, OSError) as error:
-        raise CheckpointError(
-            f"{folder}: expected the configuration of a model that transformers knows, got "
-            f"model_type {checkpoint.config.get('model_type')!r} ({error})"
-        ) from None
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # or transformers would load it its own way
     if dtype == "auto":
         dtype = config.dtype or torch.float32
-    with init_empty_weights(include_buffers=False):
+    plain = checkpoint.files if checkpoint.method is None else None
+    check_header(checkpoint.path, config, checkpoint.weights, plain)
+    with foreign(folder, what), init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=attn_implementation
+            config, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=False
         )
     if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(str(folder))
+        with foreign(folder / "generation_config.json", "settings of generation"):
+            model.generation_config = GenerationConfig.from_pretrained(
+                str(folder), local_files_only=True
+            )
     return model
 
 
@@ -123,39 +122,36 @@ class _Loader:
         self.experts = {f"{name}.{p}" for name, _, p in stacks(model, skip)}
         self.empty = model.state_dict()  # on the meta device: names, shapes and types
         self.stored: dict[str, str] = {}  # model name -> (first) name in the checkpoint
+        self.filled: set[str] = set()  # names of the model that a value was put into
 
     def steps(self) -> list[Callable[[], None]]:
         """One call per parameter of the model, each reading what it needs when it is called."""
         if self.checkpoint.method in ("fastdistill", "gguf"):
-            named = self.checkpoint.weights.items()  # stored by the names of the model itself
-            return [partial(self._read, name, read) for name, read in named if name in self.empty]
+            named = self.checkpoint.weights  # stored by the names of the model itself
+            unknown = [name for name in named if name not in self.empty]
+            refuse_unused(self.checkpoint.path, self.model, unknown, None)
+            return [partial(self._read, name, read) for name, read in named.items()]
         return [partial(self._merged, name, merge) for name, merge in self._conversions().items()]
 
     def _read(self, name: str, read: Read) -> None:
         self.place(name, read())
 
     def _conversions(self) -> dict[str, Any]:
-        """Model name -> how transformers makes it from the stored tensors."""
-        rules = get_model_conversion_mapping(self.model)
-        renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-        converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-        by_pattern = {p: rule for rule in converters for p in rule.source_patterns}
-        prefix = self.model.base_model_prefix
+        """Return model name -> how transformers makes it from the stored tensors."""
+        conversion = conversion_of(self.model, self.checkpoint.weights, self.empty)
+        refuse_unused(self.checkpoint.path, self.model, conversion.unused, self.checkpoint.files)
+        refuse_twice(self.checkpoint.path, conversion)
         plan: dict[str, Any] = {}
-        for stored in sorted(self.checkpoint.weights, key=_natural):
-            name, pattern = rename_source_key(stored, renamings, converters, prefix, self.empty)
-            if name not in self.empty:
-                name, pattern = rename_source_key(stored, [], [], prefix, self.empty)
-            if name not in self.empty:
-                continue  # tied copies, caches of older versions: transformers drops them too
-            if name not in plan:
-                rule = None if pattern is None else copy.deepcopy(by_pattern[pattern])
-                plan[name] = rule or WeightRenaming(stored, name)
-            read = self.checkpoint.weights[stored]
-            if pattern is not None:
-                read = self._dense_only(stored, read)
-            plan[name].add_tensor(name, stored, pattern or stored, read)
-            self.stored.setdefault(name, stored)
+        for name, sources in conversion.sources.items():
+            for stored, pattern in sources:
+                if name not in plan:
+                    rule = None if pattern is None else copy.deepcopy(conversion.rules[pattern])
+                    plan[name] = rule or WeightRenaming(stored, name)
+                read = self.checkpoint.weights[stored]
+                if pattern is not None:
+                    read = self._dense_only(stored, read)
+                plan[name].add_tensor(name, stored, pattern or stored, read)
+                self.stored.setdefault(name, stored)
         return plan
 
     def _dense_only(self, stored: str, read: Read) -> Read:
@@ -180,6 +176,7 @@ class _Loader:
     def place(self, name: str, value: Tensor | QuantWeight) -> None:
         """Put one value where the model has it."""
         empty = self.empty[name]
+        self.filled.add(name)
         module_name, _, leaf = name.rpartition(".")
         module = self.model.get_submodule(module_name)
         if not isinstance(value, Tensor):
@@ -237,8 +234,17 @@ class _Loader:
             )
 
     def finish(self) -> None:
-        """Tie what is tied, and see that nothing is missing."""
-        self.model.tie_weights()
+        """Tie what is tied and not stored apart, and see that nothing is missing."""
+        for name in self.filled & self.model.all_tied_weights_keys.keys():
+            module = self.model.get_submodule(name.rpartition(".")[0])
+            if isinstance(module, QuantizedWeight):  # has no parameter to compare or to tie
+                del self.model.all_tied_weights_keys[name]
+        tied = set(self.model.all_tied_weights_keys)
+        with foreign(self.checkpoint.path, "weights to tie"):
+            self.model.tie_weights(
+                missing_keys=set(self.empty) - self.filled, recompute_mapping=False
+            )
+        keep_untied(self.model, tied)
         missing = [
             name
             for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers())
@@ -251,11 +257,6 @@ class _Loader:
             )
         self.model.to(self.device)
         warn_about_full_precision(self.model)
-
-
-def _natural(name: str) -> list[tuple[int, int | str]]:
-    """layers.2 before layers.10, so that experts stack in order."""
-    return [(0, int(part)) if part.isdigit() else (1, part) for part in name.split(".")]
 
 
 def _moved(weight: QuantWeight, device: torch.device) -> QuantWeight:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..runtime import json_text
+from ..runtime.printable import printable
 from .formats import QuantWeight
 
 Thunk = Callable[[], Tensor | QuantWeight]  # reads one weight when called
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_LARGEST_JSON = 1 << 28  # bytes: an index of a million tensors has half of that
 # What reading damaged bytes may raise. RuntimeError is torch's and TypeError a JSON of other
 # kinds than expected; a MemoryError stays one, since no check here lets damage cause it.
 _DAMAGE = (
@@ -46,21 +46,44 @@ def reading(file: Path, tensor: str | None = None, advice: str = "") -> Iterator
         raise
     except _DAMAGE as error:
         at = f"{file}: tensor {tensor!r}: " if tensor else f"{file}: "
-        why = str(error) or type(error).__name__
+        why = printable(error, 1000) or type(error).__name__
         if isinstance(error, KeyError):
             why = f"expected an entry {error}, got none"
         raise CheckpointError(f"{at}{why}{'. ' + advice if advice else ''}") from error
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    with reading(file, advice="Expected a JSON object: download the file again"):
-        size = file.stat().st_size
-        if size > _LARGEST_JSON:
-            raise ValueError(f"expected at most {_LARGEST_JSON:,} bytes of JSON, got {size:,}")
-        value = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(value, dict):
-            raise TypeError(f"expected a JSON object, got {type(value).__name__}")
+    """Return the object in a JSON file; whatever is wrong with it is a CheckpointError."""
+    try:
+        value = json_text.read_json(file)
+    except (json_text.JSONError, OSError) as error:
+        raise CheckpointError(
+            f"{error}. Expected a JSON object in {file}: download the file again"
+        ) from None
+    if not isinstance(value, dict):
+        raise CheckpointError(
+            f"{file}: expected a JSON object, got {type(value).__name__}: download the file again"
+        )
     return value
+
+
+def check_inside(folder: Path, file: Path) -> None:
+    """Raise CheckpointError for a file of a checkpoint that is a link out of its folder.
+
+    The cache of the Hugging Face hub is the one layout in which links are expected: the files of
+    `snapshots/<revision>` are links into the `blobs` beside `snapshots`.
+    """
+    with reading(file):
+        target, home = file.resolve(strict=True), folder.resolve(strict=True)
+        is_plain = target.is_file()
+    homes = [home]
+    if home.parent.name == "snapshots":
+        homes.append(home.parent.parent / "blobs")
+    if not is_plain or not any(target.is_relative_to(home) for home in homes):
+        raise CheckpointError(
+            f"{file}: expected a file of this folder, got a link to {printable(target)}. What lies "
+            "elsewhere is not read: put the file itself into the folder"
+        )
 
 
 def integer(values: dict[str, Any], key: str) -> int:
@@ -124,10 +147,12 @@ class TensorFiles:
                 f"{self.path}: expected a .safetensors file or a folder with {_SINGLE} or "
                 f"{_INDEX}, got nothing at this path"
             )
-        elif (self.path / _INDEX).is_file():
-            self._read_index(self.path / _INDEX)
-        elif (self.path / _SINGLE).is_file():
+        elif (self.path / _SINGLE).is_file():  # before an index, as transformers has it
+            check_inside(self.path, self.path / _SINGLE)
             self._add(self.path / _SINGLE)
+        elif (self.path / _INDEX).is_file():
+            check_inside(self.path, self.path / _INDEX)
+            self._read_index(self.path / _INDEX)
         else:
             for file in sorted(self.path.glob("*")):
                 if file.suffix.lower() in PICKLE_SUFFIXES:
@@ -161,6 +186,17 @@ class TensorFiles:
         with reading(file, name):
             return self._open[file].get_tensor(name)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape that the header of its file gives a tensor."""
+        file = self.file_of(name)
+        with reading(file, name):
+            return tuple(self._open[file].get_slice(name).get_shape())
+
+    @property
+    def bytes(self) -> int:
+        """The size of all files with tensors."""
+        return sum(file.stat().st_size for file in self._open)
+
     def metadata(self) -> dict[Path, dict[str, str]]:
         """What each file's header says beside its tensors."""
         found = {}
@@ -193,6 +229,7 @@ class TensorFiles:
                         f"{file}: expected this shard, because {index.name} names it for tensor "
                         f"{name!r}, got no such file. Download it"
                     )
+                check_inside(index.parent, file)
                 here[shard] = self._header(file)
             if name not in here[shard]:
                 raise CheckpointError(
@@ -201,6 +238,23 @@ class TensorFiles:
                     "download both again"
                 )
             self._file_of[name] = file
+        self._check_whole_index(index, here)
+
+    def _check_whole_index(self, index: Path, here: dict[str, set[str]]) -> None:
+        """Raise for a tensor of a shard that the index has elsewhere or nowhere: it is not used."""
+        for shard, names in here.items():
+            for name in sorted(names):
+                if name not in self._file_of:
+                    why = f"an index without {printable(name)!r}"
+                elif self._file_of[name].name != shard:
+                    why = f"{printable(name)!r} in {self._file_of[name].name} too"
+                else:
+                    continue
+                raise CheckpointError(
+                    f"{index}: expected each tensor of {printable(shard)} in the index and in no "
+                    f"other shard, got {why}. Index and shards are of different versions: "
+                    "download both again"
+                )
 
     def _add(self, file: Path) -> None:
         self._file_of |= dict.fromkeys(sorted(self._header(file)), file)

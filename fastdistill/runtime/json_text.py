@@ -9,6 +9,7 @@ from typing import Any
 
 from .printable import printable
 
+_CHUNK = 1 << 20
 MAX_BYTES = 1 << 28  # of a whole file: an index of a large checkpoint has a few MB
 
 
@@ -50,8 +51,12 @@ def read_json(
         OSError: it cannot be read.
     """
     path = Path(path)
+    text = bytearray()
     with path.open("rb") as stream:
-        text = stream.read(max_bytes + 1)
-    if len(text) > max_bytes:
-        raise JSONError(f"{printable(path)}: expected at most {max_bytes:,} bytes, got more")
-    return parse_json(text, printable(path), expected)
+        while chunk := stream.read(_CHUNK):  # read(max_bytes) takes that memory for a small file
+            text += chunk
+            if len(text) > max_bytes:
+                raise JSONError(
+                    f"{printable(path)}: expected at most {max_bytes:,} bytes, got more"
+                )
+    return parse_json(bytes(text), printable(path), expected)

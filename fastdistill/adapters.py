@@ -1,0 +1,187 @@
+"""Adapters on disk: checked before peft sees them, put onto a model, merged into it.
+
+peft takes names of modules as regular expressions, allocates what the configuration asks for, and
+imports modules that it names. So adapter_config.json is read here first: names are plain names,
+counts are bounded by what is stored, and the adapter is built once without memory and compared with
+the header of its weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import re
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .checkpoint_gate import ADAPTER, check_folder, foreign
+from .quant.tensor_files import CheckpointError, TensorFiles, check_inside, read_json
+from .runtime.printable import printable
+
+WEIGHTS = "adapter_model.safetensors"
+# peft matches them against the names of modules; a leading ^ is the one mark that it writes itself.
+_PATTERNS = ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern",
+             "target_parameters", "feedforward_modules")  # fmt: skip
+_NAME = re.compile(r"\^?[\w.\-]*")
+_LONGEST, _MOST_NAMES = 500, 1 << 16
+_ALL_LINEAR = "all-linear"
+# They name a module to import, other adapters to load, or files to read.
+_REFUSED = ("megatron_config", "arrow_config", "corda_config", "eva_config", "lora_ga_config")
+_DROPPED = ("auto_mapping", "runtime_config")  # for a peft that loads the base model as well
+_INITIAL = ("init_lora_weights", "init_weights", "init_ia3_weights")
+
+
+def load_adapted(model: Any, folder: Path) -> Any:
+    """Return the peft model of a model and the adapter in a folder.
+
+    Raises:
+        CheckpointError: the adapter is damaged or of another base, some of its weights are missing
+        or would not be used, or its configuration asks for what is refused.
+        ImportError: peft is not installed.
+    """
+    try:
+        from peft import PeftModel
+    except ImportError:
+        raise ImportError(
+            "path: expected peft for an adapter, which is not installed. "
+            "pip install 'fastdistill[peft]'"
+        ) from None
+    config, files = read_adapter(folder)
+    _check_weights(model, config, files)
+    with foreign(folder, "an adapter that peft can put onto its base"):
+        return PeftModel.from_pretrained(model, str(folder), config=config)
+
+
+def read_adapter(folder: Path) -> tuple[Any, TensorFiles]:
+    """Return (the checked configuration of an adapter as a PeftConfig, its weights)."""
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+
+    check_folder(folder)
+    file, weights = folder / ADAPTER, folder / WEIGHTS
+    if not weights.is_file():
+        raise CheckpointError(
+            f"path: expected {WEIGHTS} in {folder.name}, found none. A pickle can "
+            "run code: save the adapter again from where you trust it"
+        )
+    check_inside(folder, weights)
+    files = TensorFiles(weights)
+    stored = read_json(file)
+    kinds = {
+        str(kind.value): kind
+        for kind, tuner in PEFT_TYPE_TO_TUNER_MAPPING.items()
+        if hasattr(tuner, "merge_and_unload")
+    }
+    kind = stored.get("peft_type")
+    if not isinstance(kind, str) or kind not in kinds:
+        _refuse(file, "peft_type", f"one of {', '.join(sorted(kinds))}, which can be merged", kind)
+    config_class = PEFT_TYPE_TO_CONFIG_MAPPING[kinds[str(kind)]]
+    known = {entry.name for entry in dataclasses.fields(config_class)}
+    values = {name: value for name, value in stored.items() if name not in _DROPPED}
+    for name, value in values.items():
+        if name not in known and value not in (None, False, "", [], {}):
+            _refuse(file, name, f"an entry of a {config_class.__name__}", value, "update peft")
+        _check_value(file, name, value, files)
+    values = {name: value for name, value in values.items() if name in known}
+    with foreign(file, f"a {config_class.__name__}"):
+        return config_class(**values), files
+
+
+def _check_value(file: Path, name: str, value: Any, files: TensorFiles) -> None:
+    if name in _REFUSED and value:
+        _refuse(file, name, "none", value)
+    if name in _PATTERNS and value != _ALL_LINEAR:
+        for part in _names_in(value):
+            if not isinstance(part, str) or len(part) > _LONGEST or not _NAME.fullmatch(part):
+                _refuse(file, name, f"names of modules, or {_ALL_LINEAR!r}", part, "a regular "
+                        "expression may never end: list the names of the modules")  # fmt: skip
+    if name.endswith("_pattern") and name not in _PATTERNS and value is not None:
+        if not isinstance(value, dict):
+            _refuse(file, name, "names of modules with a number each", value)
+        for part in value:
+            if len(part) > _LONGEST or not _NAME.fullmatch(part):
+                _refuse(file, name, "names of modules", part, "a regular expression may never end")
+    if isinstance(value, (list, dict)) and len(value) > _MOST_NAMES:
+        _refuse(file, name, f"at most {_MOST_NAMES:,} entries", f"{len(value):,}")
+    if name == "layer_replication" and value is not None:
+        _check_replication(file, value, len(files.names()))
+
+
+def _names_in(value: Any) -> Iterator[Any]:
+    if isinstance(value, (list, dict)):
+        yield from value
+    elif value is not None:
+        yield value
+
+
+def _check_replication(file: Path, ranges: Any, most: int) -> None:
+    """Each layer of the result has weights of its own in an adapter."""
+    total = 0
+    for entry in ranges if isinstance(ranges, list) else [ranges]:
+        pair = isinstance(entry, list) and len(entry) == 2 and all(type(n) is int for n in entry)
+        if not pair or not 0 <= entry[0] < entry[1]:
+            _refuse(file, "layer_replication", "ranges [first, last)", entry)
+        total += entry[1] - entry[0]
+    if total > most:
+        _refuse(file, "layer_replication", f"at most {most} layers, one per stored tensor", total)
+
+
+def _check_weights(model: Any, config: Any, files: TensorFiles) -> None:
+    """Compare the adapter, built without memory, with the header of its weights."""
+    from peft import get_peft_model, get_peft_model_state_dict
+
+    config = copy.deepcopy(config)
+    for name in _INITIAL:  # no decomposition of weights that are not there
+        if hasattr(config, name):
+            setattr(config, name, False)
+    with (
+        foreign(files.path, "an adapter of this base"),
+        warnings.catch_warnings(),
+        torch.device("meta"),
+    ):
+        warnings.simplefilter("ignore")
+        adapted = get_peft_model(_without_memory(model), config)
+        # Without a look at the base's embeddings, for which peft would ask the hub.
+        wanted = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+        everything = adapted.state_dict()
+    folder = files.path.parent.name
+    if missing := sorted(wanted.keys() - set(files.names())):
+        raise CheckpointError(
+            f"path: expected all weights of the adapter in {folder}, found {len(missing)} "
+            f"missing (first: {printable(missing[0])}). Is it one of another base?"
+        )
+    extra = sorted(set(files.names()) - wanted.keys() - everything.keys())
+    if extra:
+        raise CheckpointError(
+            f"path: expected the weights of the adapter in {folder}, found {len(extra)} more "
+            f"(first: {printable(extra[0])}), which would not be used. Is it one of another base?"
+        )
+    for name in files.names():
+        expected = tuple((wanted.get(name, everything.get(name))).shape)
+        if files.shape(name) != expected:
+            raise CheckpointError(
+                f"{files.path}: tensor {printable(name)}: expected the shape {list(expected)} that "
+                f"{ADAPTER} asks for, got {list(files.shape(name))}"
+            )
+
+
+def _without_memory(model: Any) -> nn.Module:
+    """Return the model on the meta device, a copy without its weights."""
+    memo: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        empty = tensor.detach().to("meta")
+        is_parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if is_parameter else empty
+    made: nn.Module = copy.deepcopy(model, memo=memo)
+    return made
+
+
+def _refuse(file: Path, name: str, expected: str, got: Any, hint: str = "") -> None:
+    raise CheckpointError(
+        f"{file}: {printable(name)}: expected {expected}, got {printable(repr(got))}"
+        + (f"; {hint}" if hint else "")
+    )

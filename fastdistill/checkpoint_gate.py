@@ -1,0 +1,202 @@
+"""The gate through which a checkpoint passes before transformers or tokenizers read it.
+
+A folder is checked first: no file leads out of it, its JSON is JSON, and nothing in it names other
+files of weights or a class that is no tokenizer. transformers is then called without the network
+and without remote code. The implementations of attention and experts that a configuration names
+may be kernels on the hub. They are not obeyed: they say how to compute, which the caller chooses.
+What transformers raises becomes a CheckpointError that names the folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
+
+from .quant.tensor_files import PICKLE_SUFFIXES, CheckpointError, check_inside, read_json
+from .runtime.printable import printable
+
+CONFIG, TOKENIZER = "config.json", "tokenizer_config.json"
+ADAPTER = "adapter_config.json"
+TEMPLATES = "additional_chat_templates"
+# For people: no library opens them.
+DOCUMENTS = (".md", ".html", ".pdf", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".log")
+_OBJECTS = (
+    CONFIG,
+    TOKENIZER,
+    "tokenizer.json",
+    "generation_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.json",
+    "processor_config.json",
+)
+_OTHER_FILES = ("configuration_files", "transformers_weights", "fusion_config")
+_DTYPES = ("dtype", "torch_dtype")
+_COUNT = re.compile(r"(^|_)(layers?|blocks?|experts?|labels)$")
+_MOST = {"layer": 1 << 12, "block": 1 << 12}  # modules are built one by one
+_MOST_OTHERS = 1 << 16
+_NAMES = re.compile(r"[\w.\-]*")
+
+
+@contextlib.contextmanager
+def foreign(source: Path, what: str) -> Iterator[None]:
+    """Turn what a library raises about a checkpoint into a CheckpointError that names it.
+
+    Errors of the operating system, of memory, and of packages that are not installed stay.
+    """
+    try:
+        yield
+    except (CheckpointError, OSError, MemoryError, ImportError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        why = f"{type(error).__name__}: {printable(error, 1000)}"
+        raise CheckpointError(
+            f"{source}: expected {what}, got {why}. The file is damaged, or the checkpoint is of "
+            "another version: download it again"
+        ) from error
+
+
+def check_folder(folder: Path) -> None:
+    """Raise CheckpointError for a file that leads out of a folder or is not what its name says."""
+    with foreign(folder, "a folder that can be listed"):
+        entries = [*folder.iterdir(), *(folder / TEMPLATES).glob("*")]
+    for path in sorted(entries):
+        unread = (*DOCUMENTS, *PICKLE_SUFFIXES)
+        if not path.is_dir() and path.suffix.lower() not in unread:
+            check_inside(folder, path)
+    for name in _OBJECTS:
+        if (folder / name).exists():
+            read_json(folder / name)
+
+
+def load_config(source: str | Path, **options: Any) -> tuple[Any, dict[str, Any]]:
+    """Return (the configuration in a folder or in a config.json, the options that it did not use).
+
+    Args:
+        source: the folder, or the file.
+        options: as for AutoConfig.from_pretrained; they go before what is stored.
+
+    Raises:
+        CheckpointError: it is damaged, or of no model that transformers knows, or it chooses code
+        or other files. FileNotFoundError: there is none.
+    """
+    source = Path(source)
+    file = source / CONFIG if source.is_dir() else source
+    if not file.is_file():
+        raise FileNotFoundError(f"{source}: expected {CONFIG} in this folder, got none")
+    if source.is_dir():
+        check_folder(source)
+    stored = read_json(file)
+    check_choices(file, stored)
+    kind = stored.get("model_type")
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        _refuse(file, "model_type", "a model that transformers knows", kind, "custom code that "
+                "comes with a checkpoint is never run (trust_remote_code)")  # fmt: skip
+    with foreign(file, "the configuration of a model that transformers knows"):
+        config, unused = AutoConfig.from_pretrained(
+            str(source),
+            trust_remote_code=False,
+            local_files_only=True,
+            return_unused_kwargs=True,
+            **options,
+        )
+    # The setters reach every part of the configuration.
+    config._attn_implementation = options.get("attn_implementation")
+    config._experts_implementation = options.get("experts_implementation")
+    return config, unused
+
+
+def load_tokenizer(folder: str | Path) -> Any:
+    """Return the tokenizer in a folder; no code that comes with it runs, nothing is fetched.
+
+    Raises:
+        CheckpointError: its files are damaged, lead elsewhere, or name a class that is no
+        tokenizer. OSError: there is none.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: expected a folder with a tokenizer, got none")
+    check_folder(folder)
+    for name in (CONFIG, TOKENIZER):
+        if (folder / name).is_file():
+            _check_tokenizer_class(folder / name)
+    with foreign(folder, "a tokenizer that transformers can read"):
+        return AutoTokenizer.from_pretrained(
+            folder.as_posix(), trust_remote_code=False, local_files_only=True
+        )
+
+
+def _check_tokenizer_class(file: Path) -> None:
+    """transformers takes any of its classes by this name, also one that reads pickles."""
+    stored = read_json(file)
+    if file.name == CONFIG:
+        check_choices(file, stored)
+    if stored.get("init_inputs"):
+        raise CheckpointError(
+            f"{file}: init_inputs: expected none, got some: they may be files outside the folder"
+        )
+    name = stored.get("tokenizer_class")
+    if name is None:
+        return
+    words = isinstance(name, str) and _NAMES.fullmatch(name) is not None
+    for candidate in (name, f"{name}Fast") if words else ():
+        with foreign(file, "a tokenizer_class"):
+            kind = tokenizer_class_from_name(candidate)
+        # A class whose package is not installed is a dummy, which says so when it is used.
+        is_dummy = type(kind).__name__ == "DummyObject"
+        is_tokenizer = isinstance(kind, type) and issubclass(kind, PreTrainedTokenizerBase)
+        words = words and (kind is None or is_dummy or is_tokenizer)
+    if not words:
+        raise CheckpointError(
+            f"{file}: tokenizer_class: expected the name of a tokenizer of transformers, got "
+            f"{printable(repr(name))}"
+        )
+
+
+def check_choices(file: Path, value: Any, at: str = "") -> None:
+    """Raise CheckpointError where a configuration chooses code or files, or cannot be built."""
+    if isinstance(value, list):
+        for part in value:
+            check_choices(file, part, at)
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            name = f"{at}.{key}" if at else key
+            _check_entry(file, key, name, part)
+            check_choices(file, part, name)
+    elif isinstance(value, float) and math.isnan(value):
+        _refuse(file, at, "a number", "NaN")
+
+
+def _check_entry(file: Path, key: str, name: str, value: Any) -> None:
+    if key in _OTHER_FILES and value:
+        _refuse(file, name, "none", value, "it replaces files or code that were checked")
+    elif key in _DTYPES and value not in (None, "auto"):
+        stored = str(value).removeprefix("torch.")
+        if not isinstance(value, dict) and not isinstance(
+            getattr(torch, stored, None), torch.dtype
+        ):
+            _refuse(file, name, "the name of a torch.dtype", value)
+    elif _COUNT.search(key) and type(value) is int:
+        most = next((n for part, n in _MOST.items() if part in key), _MOST_OTHERS)
+        if not -1 <= value <= most:
+            _refuse(file, name, f"a number in 0..{most}", value)
+    elif key.endswith(("modules", "modules_to_not_convert")) and isinstance(value, list):
+        # Libraries take them as regular expressions, and some of those never end.
+        for entry in value:
+            if isinstance(entry, str) and not _NAMES.fullmatch(entry):
+                _refuse(file, name, "names of modules", entry)
+
+
+def _refuse(file: Path, name: str, expected: str, got: Any, hint: str = "") -> None:
+    raise CheckpointError(
+        f"{file}: expected {expected}, got {printable(name)} {printable(repr(got))}"
+        + (f"; {hint}" if hint else "")
+    )

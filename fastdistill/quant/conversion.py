@@ -1,0 +1,117 @@
+"""How transformers makes a model's weights from stored tensors, found out from their names alone.
+
+A stored tensor is renamed, and may be merged with others (the experts of a mixture are stacked).
+One that ends up in no weight is refused by name: it would be stored and not used.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from ..runtime.printable import printable
+from .tensor_files import CheckpointError, TensorFiles
+
+_SHOWN = 3
+# Older versions stored the causal mask [1, 1, P, P] of a layer, and the number that it puts in.
+_MASK = re.compile(r"attn(\.attention)?\.bias$")
+_MASKED = re.compile(r"attn(\.attention)?\.masked_bias$")
+
+
+@dataclass
+class Conversion:
+    """Which stored tensors each weight of a model is made of.
+
+    Args:
+        sources: weight -> the (stored name, pattern of a converter or None) that it is made of.
+        rules: pattern -> the converter of transformers.
+        unused: stored names that end up in no weight and that transformers does not ignore either.
+    """
+
+    sources: dict[str, list[tuple[str, str | None]]] = field(default_factory=dict)
+    rules: dict[str, Any] = field(default_factory=dict)
+    unused: list[str] = field(default_factory=list)
+
+
+def conversion_of(
+    model: PreTrainedModel, names: Iterable[str], empty: dict[str, Tensor]
+) -> Conversion:
+    """Return how stored tensors become the weights of a model; see `Conversion`.
+
+    Args:
+        model: of the right shapes; may be on the meta device.
+        names: of the stored tensors. empty: the model's state_dict.
+    """
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    prefix = model.base_model_prefix
+    result = Conversion(rules={p: rule for rule in converters for p in rule.source_patterns})
+    for stored in sorted(names, key=_natural):
+        name, pattern = rename_source_key(stored, renamings, converters, prefix, empty)
+        if name not in empty:
+            name, pattern = rename_source_key(stored, [], [], prefix, empty)
+        if name in empty:
+            result.sources.setdefault(name, []).append((stored, pattern))
+        elif not is_ignored(model, stored) and not is_ignored(model, name):
+            result.unused.append(stored)
+    return result
+
+
+def is_ignored(model: PreTrainedModel, name: str) -> bool:
+    """Whether transformers declares that a stored tensor of this name is not needed: buffers that
+    older versions stored, and parts that the class leaves out."""
+    patterns = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
+    buffers = [buffer for buffer, _ in model.named_buffers()]
+    if any(buffer.endswith("rotary_emb.inv_freq") for buffer in buffers):
+        patterns.add(r"rotary_emb\.inv_freq")
+    if any(buffer.endswith("position_ids") for buffer in buffers):
+        patterns.add(r"(^|\.)position_ids$")
+    return any(re.search(pattern, name) for pattern in patterns)
+
+
+def is_mask(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a stored tensor is a causal mask, which every model makes itself."""
+    square = len(shape) == 4 and shape[:2] == (1, 1) and shape[2] == shape[3]
+    return bool((square and _MASK.search(name)) or (shape in ((), (1,)) and _MASKED.search(name)))
+
+
+def refuse_unused(
+    path: Path, model: PreTrainedModel, names: Iterable[str], files: TensorFiles | None
+) -> None:
+    """Raise CheckpointError that names stored tensors which the model has no place for."""
+    if files is not None:
+        names = [n for n in names if n not in files or not is_mask(n, files.shape(n))]
+    if names := sorted(names, key=_natural):
+        shown = ", ".join(printable(name) for name in names[:_SHOWN])
+        more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+        raise CheckpointError(
+            f"{path}: expected the tensors of a {type(model).__name__}, got {shown}{more}, which "
+            "it has no place for and which would not be used. Is this the checkpoint of another "
+            "model? Remove these tensors if they are not wanted"
+        )
+
+
+def refuse_twice(path: Path, conversion: Conversion) -> None:
+    """Raise CheckpointError where two stored tensors claim to be one weight."""
+    for name, sources in conversion.sources.items():
+        plain = [stored for stored, pattern in sources if pattern is None]
+        if len(plain) > 1 or (plain and len(sources) > 1):
+            both = " and ".join(printable(stored) for stored, _ in sources[:2])
+            raise CheckpointError(
+                f"{path}: expected one tensor for {printable(name)}, got {both}: one of them would "
+                "not be used. Remove it"
+            )
+
+
+def _natural(name: str) -> list[tuple[int, int | str]]:
+    """Sort layers.2 before layers.10, so that experts stack in order."""
+    return [(0, int(part)) if part.isdecimal() else (1, part) for part in name.split(".")]

@@ -1,0 +1,73 @@
+"""A configuration against the headers of its checkpoint, before memory is taken for a model."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from ..checkpoint_gate import foreign
+from ..runtime.printable import printable
+from .conversion import conversion_of, refuse_twice
+from .tensor_files import CheckpointError, TensorFiles
+
+# A model makes some buffers itself (rotary frequencies, masks). They are small beside its weights.
+_LARGEST_BUFFERS = 1 << 30
+
+
+def check_header(
+    path: Path, config: Any, names: Collection[str], files: TensorFiles | None = None
+) -> None:
+    """Raise CheckpointError where a configuration asks for a model that the tensors contradict.
+
+    Args:
+        path: of the checkpoint. config: its configuration.
+        names: of the stored tensors. files: the shapes of plain ones; None checks no shapes.
+    """
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if type(layers) is int and layers > len(names):
+        raise CheckpointError(
+            f"{path}: num_hidden_layers: expected at most {len(names)}, the number of stored "
+            f"tensors, got {layers}. config.json belongs to another checkpoint"
+        )
+    with (
+        foreign(path, "the configuration of a causal language model that transformers knows"),
+        warnings.catch_warnings(),
+        torch.device("meta"),
+    ):
+        warnings.simplefilter("ignore")
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
+    empty = model.state_dict()
+    made = {name: b.nbytes for name, b in model.named_buffers() if name not in empty}
+    stored = 0 if files is None else files.bytes
+    if sum(made.values()) > max(_LARGEST_BUFFERS, stored):
+        largest = max(made, key=lambda name: made[name])
+        raise CheckpointError(
+            f"{path}: expected a configuration whose buffers take less memory than the weights, "
+            f"got {printable(largest)} of {made[largest]:,} bytes. config.json is damaged"
+        )
+    if files is None:
+        return
+    conversion = conversion_of(model, names, empty)
+    refuse_twice(path, conversion)
+    for name, ((stored_name, pattern), *others) in conversion.sources.items():
+        expected, got = tuple(empty[name].shape), files.shape(stored_name)
+        if pattern is None and not others and got != expected:
+            raise CheckpointError(
+                f"{files.file_of(stored_name)}: tensor {printable(stored_name)}: expected the "
+                f"shape {list(expected)} that config.json asks for, got {list(got)}"
+            )
+
+
+def keep_untied(model: PreTrainedModel, tied: Iterable[str]) -> None:
+    """Say in the configuration that the weights in `tied` are not tied, where none of them is:
+    tied later, what is stored for one of them would be lost."""
+    left: set[str] = set(model.all_tied_weights_keys)
+    if set(tied) - left and not left:
+        for config in (model.config, model.config.get_text_config()):
+            config.tie_word_embeddings = False
