@@ -29,7 +29,7 @@ def test_the_first_five_minutes(tmp_path):
     port = free_port()
     here = f"set -e; export PATH={Path(sys.executable).parent}:$PATH; trap 'kill 0' EXIT; set -v\n"
     typed = BLOCK.replace(":8000", f":{port}").replace("int8 &", f"int8 --port {port} &")
-    assert typed.count(port) == 2
+    assert typed.count(port) == 3
     script = f"{here}{typed}touch ../every-line\n"
     started = time.monotonic()
     with (tmp_path / "log").open("w") as log:

@@ -1,7 +1,8 @@
 """HTTP to one server: connections kept alive, a deadline for each request, and patience.
 
 Asked again, after 0.5 s, 1 s, 2 s, … up to 30 s: what got no answer (refused, dropped, too slow),
-429 and 5xx. Any other status is the server's word and ends the asking.
+429 and 5xx. Any other status is the server's word and ends the asking. Until a first answer came,
+an address where nobody listens is asked for a few seconds only: it is most likely a wrong one.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import http.client
 import json
 import logging
+import math
 import random
 import ssl
 import threading
@@ -16,18 +18,22 @@ import time
 import weakref
 from contextlib import suppress
 from email.utils import parsedate_to_datetime
-from textwrap import shorten
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from .. import checks
+from ..runtime.json_text import parse_json
+from ..runtime.printable import LIMIT, printable
+from .bounded import AnswerTooLarge, Deadline, Unreachable, connect
 
 logger = logging.getLogger(__name__)
 
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds
-_LONGEST_ASKED = 600.0  # of a Retry-After
+FIRST_CONTACT = 3.0  # seconds of trying to reach a server that never answered
+_LONGEST_ASKED = 600.0  # seconds that all Retry-After of one request may add
 _SILENT = 3.0  # seconds of retrying before it is said
 _CHUNK = 1 << 20
+LARGEST = 1 << 24  # bytes of an answer, unless the question allows more
 _own_chance = random.Random()  # a run's random stream must not move
 
 
@@ -71,9 +77,11 @@ class Connection:
             checks.fail("retries", "an integer from 0 on", repr(retries))
         self.url = url.rstrip("/").removesuffix("/v1")
         self._secure = parts.scheme == "https"
-        self._host, self._port = str(parts.hostname), parts.port
+        self._host = str(parts.hostname)
+        self._port = parts.port or (443 if self._secure else 80)
         self._prefix = urlsplit(self.url).path.rstrip("/")
         self._token, self.timeout, self.retries = token, timeout, retries
+        self._reached = False  # whether it ever answered
         self._open()
 
     def _open(self) -> None:
@@ -109,24 +117,37 @@ class Connection:
         body: dict[str, Any] | None = None,
         *,
         stop: threading.Event | None = None,
+        limit: int = LARGEST,
     ) -> Reply:
         """The server's answer, status 200: to a GET, or with a body to a POST of it as JSON.
 
+        Args:
+            stop: ends the waiting of this thread.
+            limit: the most bytes that an answer may have, its header included.
+
         Raises:
-            NoAnswer: none came, or `stop` was set while waiting. Refusal: a status that asking
-            again does not change.
+            NoAnswer: none came, one without end, or `stop` was set while waiting. Refusal: a status
+            that asking again does not change.
         """
         payload = None if body is None else json.dumps(body).encode()
         stop, began = stop or threading.Event(), time.monotonic()
+        patience = self._patience()
         for attempt in range(self.retries + 1):
-            asked: float | None = None
+            requested, give_up = 0.0, attempt == self.retries
             try:
-                reply = self._once(path, payload, stop)
+                reply = self._once(path, payload, stop, limit)
             except ssl.SSLCertVerificationError as error:
                 raise NoAnswer(f"{self.url}: its certificate is not trusted ({error})") from None
+            except AnswerTooLarge:
+                raise NoAnswer(
+                    f"{self.url}: expected at most {limit:,} bytes in answer to {path}, got more"
+                ) from None
             except (OSError, http.client.HTTPException) as error:
                 failure = _in_words(error, self.timeout)
+                unknown = isinstance(error, Unreachable) and not self._reached
+                give_up |= unknown and time.monotonic() - began > FIRST_CONTACT
             else:
+                self._reached = True
                 if reply.status == 200:
                     self._told = False
                     return reply
@@ -134,11 +155,12 @@ class Connection:
                 if reply.status != 429 and reply.status < 500:
                     raise Refusal(self.url, reply.status, said)
                 failure = f"status {reply.status}: {said}"
-                asked = _retry_after(reply.headers.get("Retry-After"))
-            if attempt == self.retries:
-                break
+                requested = _retry_after(reply.headers.get("Retry-After")) or 0.0
             wait = min(FIRST_WAIT * 2**attempt, LONGEST_WAIT) * _own_chance.uniform(0.75, 1.25)
-            wait = max(wait, min(asked or 0.0, _LONGEST_ASKED))
+            wait = min(max(wait, requested), patience)
+            patience -= wait
+            if give_up or not wait:
+                break
             if time.monotonic() + wait - began > _SILENT and not self._told:
                 self._told = True
                 logger.warning(
@@ -148,51 +170,54 @@ class Connection:
             if stop.wait(wait):
                 raise NoAnswer(f"{self.url}: stopped asking, since another request failed")
         raise NoAnswer(
-            f"{self.url}: expected an answer to {path}, got none in {self.retries + 1} attempts "
+            f"{self.url}: expected an answer to {path}, got none in {attempt + 1} attempts "
             f"over {time.monotonic() - began:.1f} s; the last: {failure}. Is the server running "
-            "there, and has it finished loading? A larger timeout and more retries wait "
-            "longer; fewer tokens_per_request are answered sooner"
-        )
+            "there, and has it finished loading? "
+            + ("A larger timeout and more retries wait longer; fewer tokens_per_request are "
+               "answered sooner" if self._reached else
+               "An address that never answered is not waited for")
+        )  # fmt: skip
 
-    def _once(self, path: str, payload: bytes | None, stop: threading.Event) -> Reply:
+    def _patience(self) -> float:
+        """Return the seconds that all waits of one request may take together."""
+        usual = sum(min(FIRST_WAIT * 2**n, LONGEST_WAIT) for n in range(self.retries)) * 1.25
+        return usual + min(_LONGEST_ASKED, self.timeout * (self.retries + 1))
+
+    def _once(self, path: str, payload: bytes | None, stop: threading.Event, limit: int) -> Reply:
         with self._lock:
             connection = self._idle.pop() if self._idle else None
         if connection is not None:
             try:
-                return self._exchange(connection, path, payload)
+                return self._exchange(connection, path, payload, limit)
             except (ConnectionError, http.client.BadStatusLine):
                 # A server may have closed it in the meantime, which says nothing of its health.
                 if stop.is_set():
                     raise
-        return self._exchange(self._new(), path, payload)
-
-    def _new(self) -> http.client.HTTPConnection:
-        if self._secure:
-            context = ssl.create_default_context()
-            return http.client.HTTPSConnection(
-                self._host, self._port, timeout=self.timeout, context=context
-            )
-        return http.client.HTTPConnection(self._host, self._port, timeout=self.timeout)
+        kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
+        return self._exchange(kind(self._host, self._port), path, payload, limit)
 
     def _exchange(
-        self, connection: http.client.HTTPConnection, path: str, payload: bytes | None
+        self, connection: http.client.HTTPConnection, path: str, payload: bytes | None, limit: int
     ) -> Reply:
         headers = {"Accept": "*/*"}
         if payload is not None:
             headers["Content-Type"] = "application/json"
         if self._token is not None:
             headers["Authorization"] = f"Bearer {self._token}"
-        deadline = time.monotonic() + self.timeout
+        deadline = Deadline(self.timeout)
         with self._lock:
             self._busy.add(connection)
         whole = False
         try:
             method = "GET" if payload is None else "POST"
-            if connection.sock is not None:
-                connection.sock.settimeout(self.timeout)
+            sock: Any = connection.sock
+            if sock is None:
+                sock = connect(self._host, self._port, self._secure, deadline)
+                connection.sock = sock
+            sock.begin(deadline, limit)
             connection.request(method, self._prefix + path, payload, headers)
             response = connection.getresponse()
-            body = _read(response, connection.sock, deadline)
+            body = _read(response)
             whole = not response.will_close
             return Reply(response.status, response.headers, body)
         finally:
@@ -204,19 +229,10 @@ class Connection:
                 connection.close()
 
 
-def _read(response: http.client.HTTPResponse, sock: Any, deadline: float) -> bytes:
-    """The body: a socket's timeout is for each piece, and a server may send one byte at a time."""
+def _read(response: http.client.HTTPResponse) -> bytes:
     pieces = []
     with response:  # a connection takes its next request when this is closed
-        while True:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise TimeoutError
-            if sock is not None:
-                sock.settimeout(left)
-            piece = response.read1(_CHUNK)
-            if not piece:
-                break
+        while piece := response.read1(_CHUNK):
             pieces.append(piece)
     body = b"".join(pieces)
     if response.length:  # promised, and not sent
@@ -230,11 +246,14 @@ def _close(connections: list[http.client.HTTPConnection]) -> None:
 
 
 def _in_words(error: Exception, timeout: float) -> str:
+    if isinstance(error, Unreachable):
+        cause = error.__cause__
+        return f"{type(cause).__name__}: {printable(cause)}"
     if isinstance(error, TimeoutError):
         return f"no whole answer within {timeout:g} s"
     if isinstance(error, http.client.IncompleteRead):
         return "the connection ended in the middle of an answer"
-    return f"{type(error).__name__}: {error}"
+    return f"{type(error).__name__}: {printable(error)}"
 
 
 def check_token(token: str | None) -> None:
@@ -244,22 +263,26 @@ def check_token(token: str | None) -> None:
 
 
 def message_of(body: bytes) -> str:
-    """The message in an error's body, in any of the forms that servers use, at most 300 letters."""
+    """Return the message in an error's body, in any of the forms that servers use, as one line of
+    printable characters."""
     text = body.decode(errors="replace")
-    found: Any = None
+    value: Any = None
     with suppress(ValueError):
-        found = json.loads(text)
+        value = parse_json(text, "")
     for name in ("error", "message", "detail"):
-        if isinstance(found, dict):
-            found = found.get(name, found)
-    return shorten(str(found if isinstance(found, str) else text), 300) or "no message"
+        if isinstance(value, dict):
+            value = value.get(name, value)
+    words = (value if isinstance(value, str) else text).split()
+    return printable(" ".join(words), LIMIT - 1) or "no message"
 
 
 def _retry_after(value: str | None) -> float | None:
+    """Return the seconds that a Retry-After names; None where it names no moment."""
     if value is None:
         return None
     with suppress(ValueError):
-        return max(0.0, float(value))
-    with suppress(ValueError, TypeError):
+        seconds = float(value)
+        return max(0.0, seconds) if math.isfinite(seconds) else None
+    with suppress(ValueError, TypeError, OverflowError):
         return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
     return None
