@@ -34,7 +34,8 @@ def ours(teacher, *, port=0, **options):
 
 class VLLM(ThreadingHTTPServer):
     """Answers from dense logits. `faults`: what to do in place of the next answers. `twist`:
-    changes each answer's prompt_logprobs. `tempered`: whether it honours the temperature."""
+    changes each answer's prompt_logprobs. `tempered`: whether it honours the temperature.
+    `listed`: more about the model in its list."""
 
     daemon_threads = True
     allow_reuse_address = True
@@ -43,7 +44,7 @@ class VLLM(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", port), _Handler)
         self.model, self.tempered, self.most = model, tempered, most
         self.faults, self.twist, self.seen = deque(), None, []
-        self.connections = 0
+        self.connections, self.listed = 0, {}
         self.release = threading.Event()  # ends answers that take forever
 
     @property
@@ -93,7 +94,10 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self):
-        self.send(200, {"object": "list", "data": [{"id": MODEL, "root": "/weights"}]})
+        self.send(
+            200,
+            {"object": "list", "data": [{"id": MODEL, "root": "/weights", **self.server.listed}]},
+        )
 
     def do_POST(self):
         said = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

@@ -105,6 +105,7 @@ def test_vllms_json(batch, k):
     ids, mask = batch
     with vllm(peaked()) as server:
         client = ServedTeacher(server.url, tokens_per_request=40)
+        server.seen.clear()  # of the question at opening
         got = client.topk(ids, mask, k=k)
         said = server.seen[0][0]
         client.close()

@@ -33,6 +33,7 @@ def server(model, monkeypatch):
 @pytest.fixture
 def client(server):
     client = ServedTeacher(server.url, timeout=0.5, retries=4)
+    server.seen.clear()  # of the question at opening
     yield client
     client.close()
 

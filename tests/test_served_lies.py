@@ -21,7 +21,7 @@ from fastdistill.outputs import TopK
 from fastdistill.served import NoAnswer, ServedTeacher, WrongAnswer, app
 from fastdistill.served.connection import _retry_after, message_of
 from fastdistill.served.described import Described
-from fastdistill.served.tempering import is_tempered
+from fastdistill.served.probing import is_tempered
 
 IDS = torch.tensor([[5, 9, 14, 3], [7, 7, 30, 2]])
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import threading
 from collections.abc import Sequence
@@ -17,15 +16,20 @@ from .. import backend, checks
 from ..fingerprint import tokenizer_fingerprint
 from ..outputs import TopK
 from ..packing import read_rows
-from .connection import Connection, Refusal, Reply
-from .described import TEACHER, Described
-from .tempering import is_tempered
+from ..positions import RowLimit
+from ..runtime.printable import printable
+from .connection import LARGEST, Connection, Refusal, Reply
+from .described import TEACHER
+from .listing import Listing, limit_of_vllm
+from .probing import LOGITS, are_logits, is_tempered
 from .verdict import WrongAnswer, refuse_wrong
-from .wire import read_choices, unpack
+from .wire import NoPromptLogprobs, read_choices, unpack
 
 _TOKENS_PACKED, _TOKENS_JSON = 16384, 2048  # in one request
 _ANY_ID = 1 << 31
 _PROBED = 32  # tokens that the question about the temperature is about
+_FIRST = [0, 1] * 4  # a row that every vocabulary has; real models soon expect the repetition
+_ENTRY_JSON, _ENTRY_PACKED = 512, 16  # bytes, more than one log-probability takes in an answer
 
 
 def is_url(given: object) -> bool:
@@ -34,11 +38,13 @@ def is_url(given: object) -> bool:
 
 
 class _Part(NamedTuple):
-    """Rows of one request: positions first..last of the batch's attended tokens."""
+    """Rows of one request: positions first..last of the batch's attended tokens, and which rows
+    of the batch they are."""
 
     first: int
     last: int
     rows: list[list[int]]
+    numbers: list[int]
 
     @property
     def lengths(self) -> list[int]:
@@ -48,8 +54,9 @@ class _Part(NamedTuple):
 class ServedTeacher:
     """A TopKTeacher whose model runs in a server, here or on another machine.
 
-    Opening it asks the server what it serves. Every answer is checked before it is used. It may be
-    pickled, and asked from several threads.
+    Opening it asks the server what it serves and, unless it is fastdistill serve, for the answers
+    to one short row: they show whether it gives prompt_logprobs, and no logits in their place.
+    Every answer is checked before it is used. It may be pickled, and asked from several threads.
 
     Args:
         url: http://host:port or https://host:port. No proxy is used.
@@ -59,7 +66,8 @@ class ServedTeacher:
             the server says that it has another.
         timeout: seconds for one request, from connecting to its answer's last byte.
         retries: how often a request without an answer (dropped, too slow, 429, 5xx) is sent again;
-            ten take about two and a half minutes of waiting, enough for a server to restart.
+            ten take about two and a half minutes of waiting, enough for a server to restart. An
+            address that never answered is given up after a few seconds.
         concurrency: requests under way at a time.
         tokens_per_request: a longer row goes alone. None: 16384; 2048 where answers are JSON.
 
@@ -91,26 +99,34 @@ class ServedTeacher:
         self.url, self.concurrency = self._http.url, concurrency
         self.valid_vocab: int | None = None
         self.tokenizer = tokenizer
-        self.name, self._said, self.described = self._models(model)
+        self.listing = Listing.read(self._asked("/v1/models").body, model, self.url)
+        self.name, self.described = self.listing.name, self.listing.described
         usual = _TOKENS_JSON if self.described is None else _TOKENS_PACKED
         self.tokens_per_request = tokens_per_request or usual
         self._tempered: set[float] = set()
         if tokenizer is not None:
             self.refuse_tokenizer(tokenizer)
+        if self.described is None:
+            self._look_at_an_answer()
 
-    def _models(self, wanted: str | None) -> tuple[str, dict[str, Any], Described | None]:
-        body = self._asked("/v1/models").body
+    def _look_at_an_answer(self) -> None:
+        """Raise ValueError where answers of this server cannot be used at all."""
+        limit = self.max_row_length
+        row = _FIRST if limit is None else _FIRST[:limit]
+        if not row:
+            return
         try:
-            said = json.loads(body)
-            models = {str(entry["id"]): dict(entry) for entry in said["data"]}
-        except (ValueError, KeyError, TypeError):
-            raise WrongAnswer(f"{self.url}: expected a list of models, got {body[:80]!r}") from None
-        name = next(iter(models), "") if wanted is None else wanted
-        if name not in models:
-            some = ", ".join(models) or "none"
-            checks.fail("model", f"one that {self.url} serves ({some})", repr(name))
-        own = said.get("fastdistill")
-        return name, models[name], None if own is None else Described.read(own, self.url)
+            self._read_answer(_Part(0, len(row), [row], [0]), 2, 1.0, threading.Event())
+        except Refusal as refusal:
+            # Of k or of a length: the questions to come may be others.
+            if refusal.status in (404, 405, 501):
+                status = f"got status {refusal.status}: {refusal.said}"
+                reason = f"expected an answer to /v1/completions, {status}"
+                raise self.listing.without_prompt_logprobs(reason) from None
+            if "prompt_logprobs" in refusal.said and "max allowed" not in refusal.said:
+                status = f"got status {refusal.status}: {refusal.said}"
+                reason = f"expected prompt_logprobs, {status}"
+                raise self.listing.without_prompt_logprobs(reason) from None
 
     @property
     def vocab_size(self) -> int | None:
@@ -122,7 +138,17 @@ class ServedTeacher:
         """Which teacher this is, for a cache: what our server says, or the model's name."""
         if self.described is not None:
             return self.described.identity
-        return {"name": self.name, "root": self._said.get("root")}
+        return {"name": self.name, "root": self.listing.entry.get("root")}
+
+    @property
+    def row_limit(self) -> RowLimit | None:
+        """The longest row that the server answers; None where it does not say."""
+        return self.listing.row_limit
+
+    @property
+    def max_row_length(self) -> int | None:
+        """Tokens of the longest row that the server answers; None where it does not say."""
+        return None if self.row_limit is None else self.row_limit.tokens
 
     def close(self) -> None:
         """Close its connections; the next question opens them again."""
@@ -168,6 +194,9 @@ class ServedTeacher:
         checks.positive("temperature", temperature)
         rows = read_rows(input_ids, attention_mask, self.vocab_size or _ANY_ID)
         self._check_k(k)
+        for index, length in enumerate(rows.lengths):
+            if self.row_limit is not None:
+                self.row_limit.check(length, "input_ids", index)
         parts = self._parts(rows.tokens.tolist(), rows.lengths)
         if temperature != 1.0 and parts:
             self._refuse_ignored(parts[0].rows[0], temperature)
@@ -194,14 +223,17 @@ class ServedTeacher:
         if self.described is not None:
             budget = min(budget, self.described.max_tokens)
         parts: list[_Part] = []
-        for start, length in zip(accumulate([0, *lengths[:-1]]), lengths, strict=True):
+        starts = accumulate([0, *lengths[:-1]])
+        for number, (start, length) in enumerate(zip(starts, lengths, strict=True)):
             row = tokens[start : start + length]
             if not row:
                 continue
-            if parts and start + length - parts[-1].first <= budget:
-                parts[-1] = _Part(parts[-1].first, start + length, [*parts[-1].rows, row])
+            last = start + length
+            if parts and last - parts[-1].first <= budget:
+                first, _, rows, numbers = parts[-1]
+                parts[-1] = _Part(first, last, [*rows, row], [*numbers, number])
             else:
-                parts.append(_Part(start, start + length, [row]))
+                parts.append(_Part(start, last, [row], [number]))
         return parts
 
     def _together(self, parts: Sequence[_Part], k: int, temperature: float) -> list[TopK]:
@@ -221,18 +253,52 @@ class ServedTeacher:
             return [future.result() for future in waiting]
 
     def _answer(self, part: _Part, k: int, temperature: float, stop: threading.Event) -> TopK:
+        try:
+            return self._read_answer(part, k, temperature, stop)
+        except Refusal as refusal:
+            self._explain(refusal, part, k)
+            raise
+
+    def _explain(self, refusal: Refusal, part: _Part, k: int) -> None:
+        """Raise ValueError in terms of the caller's arguments, where vLLM's words are known."""
+        length = re.search(r"maximum context length is (\d{1,9})\b", refusal.said)
+        if length:
+            limit = limit_of_vllm(self.url, int(length[1]))
+            for number, row in zip(part.numbers, part.rows, strict=True):
+                limit.check(len(row), "input_ids", number)
+        most = re.search(r"greater than max allowed: (\d{1,9})\b", refusal.said)
+        if most:
+            checks.fail("k", f"at most {most[1]}, what {self.url} gives", k,
+                        f"start vLLM with --max-logprobs {k}")  # fmt: skip
+
+    def _read_answer(self, part: _Part, k: int, temperature: float, stop: threading.Event) -> TopK:
         said: dict[str, Any] = {"model": self.name, "temperature": float(temperature)}
+        entries = (part.last - part.first + len(part.rows)) * (k + 1)
         if self.described is not None:
-            reply = self._asked("/v1/topk", said | {"prompt": part.rows, "k": k}, stop)
+            said |= {"prompt": part.rows, "k": k}
+            reply = self._asked("/v1/topk", said, stop, limit=LARGEST + entries * _ENTRY_PACKED)
             self._refuse_another_teacher(reply)
             answer = unpack(reply.body, float(temperature), self.url)
         else:
             # What follows the last token decides nothing before it: any token does.
             said |= {"prompt": [[*row, row[-1]] for row in part.rows]}
             said |= {"max_tokens": 1, "prompt_logprobs": k}
-            reply = self._asked("/v1/completions", said, stop, k)
-            answer = read_choices(reply.body, part.lengths, k, float(temperature), self.url)
-        refuse_wrong(answer, k=k, vocab=self.vocab_size, lengths=part.lengths, url=self.url)
+            limit = LARGEST + entries * _ENTRY_JSON
+            reply = self._asked("/v1/completions", said, stop, limit=limit)
+            try:
+                answer = read_choices(reply.body, part.lengths, k, float(temperature), self.url)
+            except NoPromptLogprobs as error:
+                raise self.listing.without_prompt_logprobs(str(error)) from None
+        try:
+            refuse_wrong(answer, k=k, vocab=self.vocab_size, lengths=part.lengths, url=self.url)
+        except WrongAnswer as error:
+            hint = f". {LOGITS}" if self.described is None and are_logits(answer) else ""
+            raise WrongAnswer(f"{error}{hint}") from None
+        if self.described is None and are_logits(answer):
+            raise WrongAnswer(
+                f"{self.url}: expected log-probabilities of all tokens that sum to 1, got numbers "
+                f"too small for that ({answer.logprobs.max():g} at most). {LOGITS}"
+            )
         return answer
 
     def _refuse_another_teacher(self, reply: Reply) -> None:
@@ -240,15 +306,15 @@ class ServedTeacher:
         if reply.headers.get(TEACHER) != self.described.digest:
             raise WrongAnswer(
                 f"{self.url}: expected the teacher that answered at first "
-                f"({self.described.identity.get('name')}), got answers of another one. Was the "
-                "server started again with another model? Open a new ServedTeacher"
+                f"({printable(self.described.identity.get('name'))}), got answers of another one. "
+                "Was the server started again with another model? Open a new ServedTeacher"
             )
 
     def _refuse_ignored(self, row: list[int], temperature: float) -> None:
         honours = self.described is not None and self.described.honours_temperature
         if honours or temperature in self._tempered:
             return
-        part = _Part(0, len(row[:_PROBED]), [row[:_PROBED]])
+        part = _Part(0, len(row[:_PROBED]), [row[:_PROBED]], [0])
         plain, tempered = (self._answer(part, 2, T, threading.Event()) for T in (1.0, temperature))
         if not is_tempered(plain, tempered, temperature):
             raise ValueError(
@@ -264,15 +330,11 @@ class ServedTeacher:
         path: str,
         body: dict[str, Any] | None = None,
         stop: threading.Event | None = None,
-        k: int = 0,
+        limit: int = LARGEST,
     ) -> Reply:
         try:
-            return self._http.ask(path, body, stop=stop)
+            return self._http.ask(path, body, stop=stop, limit=limit)
         except Refusal as refusal:
-            limit = re.search(r"greater than max allowed: (\d+)", refusal.said)
-            if limit:
-                checks.fail("k", f"at most {limit[1]}, what {self.url} gives", k,
-                            f"start vLLM with --max-logprobs {k}")  # fmt: skip
             if refusal.status in (401, 403):
                 raise ValueError(
                     f"token: expected the one that {self.url} was started with, and it refuses "

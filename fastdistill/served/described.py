@@ -7,6 +7,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..runtime.printable import printable
 from .verdict import WrongAnswer
 
 PROTOCOL = 1
@@ -38,15 +39,17 @@ class Described:
     def read(cls, said: Any, url: str) -> Described:
         """Raises WrongAnswer for another protocol, or what cannot be."""
         if not isinstance(said, dict) or said.get("protocol") != PROTOCOL:
-            found = said.get("protocol") if isinstance(said, dict) else said
+            got = printable(said.get("protocol") if isinstance(said, dict) else said, 80)
             raise WrongAnswer(
-                f"{url}: expected protocol {PROTOCOL} of fastdistill serve, got {found!r}. Use one "
+                f"{url}: expected protocol {PROTOCOL} of fastdistill serve, got {got}. Use one "
                 "release of fastdistill on both machines"
             )
         try:
             found = cls(**said)
         except TypeError as error:
-            raise WrongAnswer(f"{url}: expected what fastdistill serve says, got {error}") from None
+            raise WrongAnswer(
+                f"{url}: expected what fastdistill serve says, got {printable(error)}"
+            ) from None
         counts = (found.vocab_size, found.max_k, found.max_tokens)
         sound = all(type(n) is int and n > 0 for n in counts)
         digest = found.tokenizer_sha256
@@ -56,6 +59,6 @@ class Described:
             or type(digest) not in (str, type(None))
         ):
             raise WrongAnswer(
-                f"{url}: expected counts above 0 and an identity, got {str(said)[:200]}"
+                f"{url}: expected counts above 0 and an identity, got {printable(said, 200)}"
             )
         return found

@@ -10,7 +10,6 @@ packed   POST /v1/topk {"model", "prompt": [[id, …], …], "k", "temperature"}
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,10 +20,17 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ..outputs import TopK
+from ..runtime.json_text import JSONError, parse_json
+from ..runtime.printable import printable
 from .verdict import WrongAnswer
 
 _NEVER = -9999.0  # −inf in JSON
 _FLOOR = 2.0**-24
+_IDS = 1 << 31
+
+
+class NoPromptLogprobs(ValueError):
+    """The server answered, without log-probabilities of the prompt; the message says how."""
 
 
 def pack(answer: TopK) -> bytes:  # [N, K]
@@ -43,7 +49,9 @@ def unpack(body: bytes, temperature: float, url: str) -> TopK:  # [N, K]
         found = load(body)
         ids, logprobs, tail = (found[name] for name in ("ids", "logprobs", "log_tail"))
     except (SafetensorError, KeyError, ValueError) as error:
-        raise WrongAnswer(f"{url}: expected ids, logprobs and log_tail, got {error}") from None
+        raise WrongAnswer(
+            f"{url}: expected ids, logprobs and log_tail, got {printable(error)}"
+        ) from None
     floats = (torch.float32, torch.float64)
     shapes = ids.dim() == 2 and tail.shape == ids.shape[:1]
     if ids.dtype != torch.int32 or logprobs.dtype not in floats or tail.dtype not in floats:
@@ -56,20 +64,22 @@ def unpack(body: bytes, temperature: float, url: str) -> TopK:  # [N, K]
 def entries(
     row: TopK,  # [T, K]
     tokens: Sequence[int],  # T of them
-    logprobs: Sequence[float],  # T − 1: of tokens[1:], where they are none of the k
+    logprobs: Sequence[float],  # T − 1: of tokens[1:], where they are none of the K
     ranks: Sequence[int],
     word: Callable[[int], str | None],
+    count: int,
 ) -> list[dict[str, Any] | None]:
-    """prompt_logprobs of one prompt."""
-    found: list[dict[str, Any] | None] = [None]
+    """prompt_logprobs of one prompt: the `count` ≤ K likeliest tokens, and the prompt's own."""
+    listed: list[dict[str, Any] | None] = [None]
     ids, values = row.ids.tolist(), row.logprobs.tolist()
     for t, token in enumerate(tokens[1:]):
-        slots = zip(ids[t], values[t], range(1, len(ids[t]) + 1), strict=True)
-        entry = {str(i): _entry(p, rank, word(i)) for i, p, rank in slots}
+        slots = {i: (p, rank) for rank, (i, p) in enumerate(zip(ids[t], values[t], strict=True), 1)}
+        own = slots.get(token, (logprobs[t], ranks[t]))
+        entry = {str(i): _entry(*slots[i], word(i)) for i in ids[t][:count]}
         if str(token) not in entry:
-            entry = {str(token): _entry(logprobs[t], ranks[t], word(token)), **entry}
-        found.append(entry)
-    return found
+            entry = {str(token): _entry(*own, word(token)), **entry}
+        listed.append(entry)
+    return listed
 
 
 def _entry(logprob: float, rank: int, word: str | None) -> dict[str, Any]:
@@ -80,14 +90,14 @@ def read_choices(body: bytes, lengths: Sequence[int], k: int, temperature: float
     """[N, K] from the JSON for prompts with one token more than `lengths`; the tail is what is
     missing to 1, at least 2⁻²⁴."""
     try:
-        choices = json.loads(body)["choices"]
+        choices = parse_json(body, url, dict)["choices"]
         by_index = {choice["index"]: choice.get("prompt_logprobs") for choice in choices}
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (JSONError, KeyError, TypeError, AttributeError):
         raise WrongAnswer(f"{url}: expected JSON with choices, got {body[:80]!r}") from None
     if len(choices) != len(lengths) or by_index.keys() != set(range(len(lengths))):
         raise WrongAnswer(
             f"{url}: expected {len(lengths)} choices, one for each prompt, got {len(choices)} with "
-            f"the indices {sorted(map(str, by_index))[:8]}"
+            f"the indices {printable(sorted(map(str, by_index))[:8])}"
         )
     ids: list[list[int]] = []
     values: list[list[float]] = []
@@ -102,25 +112,35 @@ def read_choices(body: bytes, lengths: Sequence[int], k: int, temperature: float
     return TopK(where, exact.float(), tail.float(), temperature)
 
 
-def _positions(found: Any, length: int, row: int, url: str) -> list[Any]:
-    got = len(found) if isinstance(found, list) else type(found).__name__
-    if got != length + 1:
+def _positions(listed: Any, length: int, row: int, url: str) -> list[Any]:
+    if listed is None:
+        raise NoPromptLogprobs(f"row {row}: expected prompt_logprobs, got NoneType")
+    if not isinstance(listed, list):
+        raise WrongAnswer(
+            f"{url}: row {row}: expected a list of prompt_logprobs, one entry for each token of "
+            f"the prompt, got {type(listed).__name__}. This is another protocol than vLLM's"
+        )
+    if len(listed) != length + 1:
         raise WrongAnswer(
             f"{url}: row {row}: expected prompt_logprobs with {length + 1} entries, one for each "
-            f"token of the prompt, got {got}. Older releases of vLLM leave out what is in their "
-            "prefix cache: start it with --no-enable-prefix-caching"
+            f"token of the prompt, got {len(listed)}. Older releases of vLLM leave out what is in "
+            "their prefix cache: start it with --no-enable-prefix-caching"
         )
-    return list(found[1:])
+    return listed[1:]
 
 
 def _best(entry: Any, k: int, where: str) -> list[tuple[int, float]]:
     """The k likeliest (id, logprob): the prompt's own token may be there beside them."""
     try:
         slots = [(int(i), float(said["logprob"]), said.get("rank")) for i, said in entry.items()]
-    except (AttributeError, KeyError, TypeError, ValueError):
-        raise WrongAnswer(f"{where}: expected ids with logprobs, got {str(entry)[:80]}") from None
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
+        shown = printable(entry, 80)
+        raise WrongAnswer(f"{where}: expected ids with logprobs, got {shown}") from None
     if any(math.isnan(p) for _, p, _ in slots):
         raise WrongAnswer(f"{where}: expected numbers for log-probabilities, got NaN")
+    for i, _, _ in slots:
+        if not 0 <= i < _IDS:
+            raise WrongAnswer(f"{where}: expected ids in 0..{_IDS - 1}, got {printable(i, 40)}")
     if len(slots) not in (k, k + 1):
         raise WrongAnswer(f"{where}: expected {k} or {k + 1} entries, got {len(slots)}")
     slots.sort(key=lambda slot: (-slot[1], slot[2] if isinstance(slot[2], int) else math.inf))

@@ -1,0 +1,84 @@
+"""What a server says in /v1/models of the model that it is asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from .. import checks
+from ..positions import RowLimit
+from ..runtime.json_text import JSONError, parse_json
+from ..runtime.printable import printable
+from .described import Described
+from .verdict import WrongAnswer
+
+_VLLM_READS = 2  # tokens beside a row in max_model_len: the one we append, the one it makes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listing:
+    """`described`: what only fastdistill serve says; None for any other server."""
+
+    url: str
+    name: str
+    entry: dict[str, Any]
+    max_model_len: int | None
+    described: Described | None
+
+    @classmethod
+    def read(cls, body: bytes, wanted: str | None, url: str) -> Listing:
+        """Raises WrongAnswer for what cannot be, ValueError where `wanted` is not served."""
+        try:
+            said = parse_json(body, url, dict)
+            models = {str(entry["id"]): dict(entry) for entry in said["data"]}
+        except (JSONError, KeyError, TypeError, ValueError):
+            raise WrongAnswer(f"{url}: expected a list of models, got {body[:80]!r}") from None
+        name = next(iter(models), "") if wanted is None else wanted
+        if name not in models:
+            some = printable(", ".join(models)) or "none"
+            checks.fail("model", f"one that {url} serves ({some})", repr(name))
+        length = models[name].get("max_model_len")
+        if length is not None and (type(length) is not int or length <= 0):
+            shown = printable(length, 80)
+            raise WrongAnswer(f"{url}: expected max_model_len above 0 of its model, got {shown}")
+        own = said.get("fastdistill")
+        described = None if own is None else Described.read(own, url)
+        return cls(url=url, name=name, entry=models[name], max_model_len=length,
+                   described=described)  # fmt: skip
+
+    @property
+    def owner(self) -> str:
+        """`owned_by`, as it may be printed."""
+        return printable(self.entry.get("owned_by") or "nobody", 60)
+
+    def without_prompt_logprobs(self, reason: str) -> WrongAnswer:
+        """The error for a server that gives no log-probabilities of a prompt."""
+        gguf = self.name.endswith(".gguf") or isinstance(self.entry.get("meta"), dict)
+        model = "MODEL.gguf, which reads the same file" if gguf else "MODEL"
+        return WrongAnswer(
+            f"{self.url}: {reason}. The server (its model is owned by {self.owner!r}) does not "
+            "give log-probabilities of prompts: serve the model with vLLM, or with fastdistill "
+            f"serve --teacher {model}"
+        )
+
+    @property
+    def row_limit(self) -> RowLimit | None:
+        """The longest row that can be asked about; None where the server does not say."""
+        if self.described is None:
+            length = self.max_model_len
+            return None if length is None else limit_of_vllm(self.url, length)
+        tokens = self.described.max_tokens
+        if self.max_model_len is None or tokens < self.max_model_len:
+            return RowLimit(tokens=tokens, reader=f"the server at {self.url}",
+                            hint="; or start it with a larger max_tokens")  # fmt: skip
+        return RowLimit(tokens=self.max_model_len, reader=f"the model at {self.url}")
+
+
+def limit_of_vllm(url: str, max_model_len: int) -> RowLimit:
+    """The longest row for a server that counts two tokens more of it."""
+    return RowLimit(
+        tokens=max(0, max_model_len - _VLLM_READS),
+        reader=f"{url} (started with --max-model-len {max_model_len}, and counting {_VLLM_READS} "
+        "tokens more than a row has)",
+        hint="; or start it with a larger --max-model-len",
+    )
