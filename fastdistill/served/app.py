@@ -4,38 +4,51 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import json
+import logging
 import time
-import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from textwrap import shorten
 from typing import Any
 
 import torch
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from ..outputs import TopK
+from ..runtime.json_text import JSONError, parse_json
+from ..runtime.printable import printable
 from ..teacher import Teacher
+from .completion import completion_json
 from .described import TEACHER, Described
+from .guard import Guard
 from .requests import Limits, Question, Refused, completion_question, packed_question
-from .wire import entries, pack
-from .worker import Answered, Full, Worker
+from .wire import pack
+from .worker import Answered, Full, NotNumbers, Worker
+
+logger = logging.getLogger(__name__)
 
 _BYTES_PER_TOKEN, _BYTES_BESIDE = 16, 1 << 16  # of a request's body
 _LOOKED = 1.0  # seconds between looks whether the client is still there
+_PIECE_SECONDS, _BODY_SECONDS = 10.0, 60.0  # for the next piece of a body, and for all of it
+_WRITTEN = 2  # JSON answers that are written at a time: each takes some hundred MB
 
 
 class Application:
     """The routes around one teacher; `starlette` is what a server runs."""
 
     def __init__(
-        self, teacher: Teacher, described: Described, *, name: str, token: str | None
+        self,
+        teacher: Teacher,
+        described: Described,
+        *,
+        name: str,
+        token: str | None,
+        max_row: int | None,
     ) -> None:
         self.described, self.name = described, name
         self._limits = Limits(
@@ -43,19 +56,28 @@ class Application:
             vocab=min(described.vocab_size, teacher.reader.vocab),
             max_k=described.max_k,
             max_tokens=described.max_tokens,
+            max_row=max_row,
         )
         self._token = None if token is None else f"Bearer {token}".encode()
         self._tokenizer = teacher.tokenizer
         self._created = int(time.time())
         self._worker = Worker(teacher, 4 * described.max_tokens)
+        self._writing = asyncio.Semaphore(_WRITTEN)
         self.starlette = Starlette(
             routes=[
                 Route("/health", self.health),
                 Route("/v1/models", self.models),
+                Route("/v1/models/{model:path}", self.model),
                 Route("/v1/topk", self.topk, methods=["POST"]),
                 Route("/v1/completions", self.completions, methods=["POST"]),
             ],
-            exception_handlers={Refused: _refused, HTTPException: _no_route, Exception: _failed},
+            middleware=[Middleware(Guard, only_loopback=token is None)],
+            exception_handlers={
+                Refused: _refused,
+                ClientDisconnect: _left,
+                HTTPException: _no_route,
+                Exception: _failed,
+            },
             lifespan=self._lifespan,
         )
 
@@ -70,12 +92,24 @@ class Application:
     async def health(self, _: Request) -> Response:
         return Response()
 
+    def _entry(self) -> dict[str, Any]:
+        return {"id": self.name, "object": "model", "created": self._created,
+                "owned_by": "fastdistill", "root": self.name, "parent": None,
+                "max_model_len": self._limits.max_row}  # fmt: skip
+
     async def models(self, request: Request) -> Response:
         self._admit(request)
-        entry = {"id": self.name, "object": "model", "created": self._created,
-                 "owned_by": "fastdistill", "root": self.name, "parent": None}  # fmt: skip
-        said = {"object": "list", "data": [entry], "fastdistill": self.described.as_json()}
+        said = {"object": "list", "data": [self._entry()], "fastdistill": self.described.as_json()}
         return JSONResponse(said)
+
+    async def model(self, request: Request) -> Response:
+        self._admit(request)
+        wanted = request.path_params["model"]
+        if wanted != self.name:
+            shown = printable(wanted, 60)
+            message = f"model: expected {self.name!r}, which is served here, got {shown!r}"
+            raise Refused(404, message, "model")
+        return JSONResponse(self._entry())
 
     async def topk(self, request: Request) -> Response:
         question = packed_question(await self._said(request), self._limits)
@@ -85,11 +119,12 @@ class Application:
         return Response(body, media_type="application/octet-stream", headers=headers)
 
     async def completions(self, request: Request) -> Response:
-        said = await self._said(request)
-        question = completion_question(said, self._limits)
-        answers = await self._answers(request, question)
-        most = said.get("max_tokens", 1)
-        body = await run_in_threadpool(self._completion, question, answers, most)
+        asked = completion_question(await self._said(request), self._limits)
+        answers = await self._answers(request, asked.question)
+        async with self._writing:
+            body = await run_in_threadpool(
+                completion_json, asked, answers, name=self.name, tokenizer=self._tokenizer
+            )
         return Response(body, media_type="application/json")
 
     def _admit(self, request: Request) -> None:
@@ -103,17 +138,17 @@ class Application:
         if request.headers.get("content-type", "").partition(";")[0] != "application/json":
             raise Refused(415, "Content-Type: expected application/json")
         limit = self.described.max_tokens * _BYTES_PER_TOKEN + _BYTES_BESIDE
-        body = bytearray()
-        async for piece in request.stream():
-            body += piece
-            if len(body) > limit:
-                raise Refused(413, f"body: expected at most {limit} bytes", "prompt")
         try:
-            said = await run_in_threadpool(json.loads, body)
-        except (ValueError, RecursionError) as error:
-            raise Refused(400, f"body: expected JSON, got {error}") from None
-        if not isinstance(said, dict):
-            raise Refused(400, f"body: expected a JSON object, got {type(said).__name__}")
+            body = await asyncio.wait_for(_body(request, limit), _BODY_SECONDS)
+        except (TimeoutError, asyncio.TimeoutError):
+            message = "body: expected all of it in time, and no more came"
+            raise Refused(408, message, close=True) from None
+        try:
+            said: dict[str, Any] = await run_in_threadpool(parse_json, body, "body", dict)
+        except JSONError as error:
+            raise Refused(
+                400, str(error).replace("expected an object", "expected a JSON object")
+            ) from None
         return said
 
     async def _answers(self, request: Request, question: Question) -> list[Answered]:
@@ -128,38 +163,15 @@ class Application:
         if waiting.cancelled():
             raise Refused(503, "the server is stopping", retry_after=2)
         error = waiting.exception()
+        if isinstance(error, NotNumbers) and question.temperature != 1.0:
+            expected = "temperature: expected one at which the teacher's answers are numbers"
+            raise Refused(400, f"{expected}, got {question.temperature:g}", "temperature")
         if error is not None:
             wrong = isinstance(error, (ValueError, TypeError, IndexError))
-            said = shorten(f"the teacher failed: {type(error).__name__}: {error}", 300)
+            wrong = wrong and not isinstance(error, NotNumbers)
+            said = f"the teacher failed: {type(error).__name__}: {printable(error)}"
             raise Refused(400 if wrong else 500, said)
         return waiting.result()
-
-    def _completion(self, question: Question, answers: list[Answered], most: int) -> bytes:
-        words: dict[int, str | None] = {}
-
-        def word(token: int) -> str | None:
-            if token not in words:
-                decode = getattr(self._tokenizer, "decode", None)
-                words[token] = None if decode is None else decode([token])
-            return words[token]
-
-        choices = []
-        for index, (row, answer) in enumerate(zip(question.rows, answers, strict=True)):
-            best, logprobs, ranks = answer
-            next_token = int(best.ids[-1, best.logprobs[-1].argmax()])
-            given = entries(best, row, logprobs, ranks, word) if question.own_tokens else None
-            choices.append({
-                "index": index, "text": (word(next_token) or "") if most else "",
-                "logprobs": None, "finish_reason": "length", "stop_reason": None,
-                "prompt_logprobs": given,
-            })  # fmt: skip
-        made = most * len(choices)
-        usage = {"prompt_tokens": question.tokens, "completion_tokens": made,
-                 "total_tokens": question.tokens + made}  # fmt: skip
-        said = {"id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion",
-                "created": int(time.time()), "model": self.name, "choices": choices,
-                "usage": usage}  # fmt: skip
-        return json.dumps(said).encode()
 
 
 def _packed(answers: list[Answered]) -> bytes:
@@ -168,15 +180,30 @@ def _packed(answers: list[Answered]) -> bytes:
     return pack(TopK(torch.cat(ids), torch.cat(logprobs), torch.cat(tails)))
 
 
+async def _body(request: Request, limit: int) -> bytes:
+    body, stream = bytearray(), request.stream().__aiter__()
+    while True:
+        try:
+            body += await asyncio.wait_for(stream.__anext__(), _PIECE_SECONDS)
+        except StopAsyncIteration:
+            return bytes(body)
+        if len(body) > limit:
+            raise Refused(413, f"body: expected at most {limit} bytes", "prompt")
+
+
 async def _refused(_: Request, error: Any) -> Response:
-    headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
-    return JSONResponse(error.as_json(), error.status, headers)
+    return JSONResponse(error.as_json(), error.status, error.headers)
+
+
+async def _left(request: Request, _: Exception) -> Response:
+    logger.info("a client left before its answer to %s", printable(request.url.path))
+    return Response(status_code=499)  # nobody reads it
 
 
 async def _no_route(request: Request, error: Any) -> Response:
-    return JSONResponse(Refused(error.status_code, f"{request.url.path}: {error.detail}").as_json(),
-                        error.status_code)  # fmt: skip
+    refused = Refused(error.status_code, f"{request.url.path}: {error.detail}")
+    return await _refused(request, refused)
 
 
-async def _failed(_: Request, error: Exception) -> Response:
-    return JSONResponse(Refused(500, f"{type(error).__name__}").as_json(), 500)
+async def _failed(request: Request, error: Exception) -> Response:
+    return await _refused(request, Refused(500, type(error).__name__))

@@ -1,26 +1,57 @@
-"""What may be asked of our server: read from JSON, and refused in OpenAI's form."""
+"""What may be asked of our server: read from JSON, and refused in OpenAI's form.
+
+Every field is used, or refused by name; one that is given its neutral value is as good as absent.
+"""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
+
+from ..runtime.printable import printable
+
+MAX_ENTRIES = 1 << 18  # log-probabilities in one JSON answer: about 20 MB of text
+_TEMPERATURES = 2.0**-126, 3e38  # what fp32 holds with all its digits
+_TOPK = frozenset(("model", "prompt", "k", "temperature"))
+_COMPLETION = frozenset(
+    ("model", "prompt", "temperature", "max_tokens", "prompt_logprobs", "logprobs", "echo", "seed",
+     "user")
+)  # fmt: skip
+# Values that change nothing about an answer of at most one token, the likeliest.
+_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "stream": (False,), "n": (1,), "best_of": (1,), "top_p": (1,), "top_k": (0, -1), "min_p": (0,),
+    "presence_penalty": (0,), "frequency_penalty": (0,), "repetition_penalty": (1,),
+    "logit_bias": ({},), "stop": ([],), "suffix": ("",), "ignore_eos": (False,),
+    "use_beam_search": (False,), "add_special_tokens": (False,), "skip_special_tokens": (True,),
+}  # fmt: skip
 
 
 class Refused(Exception):
     """An answer other than 200: its status, what to say, and which field is meant."""
 
     def __init__(
-        self, status: int, message: str, field: str | None = None, retry_after: int | None = None
+        self,
+        status: int,
+        message: str,
+        field: str | None = None,
+        retry_after: int | None = None,
+        close: bool = False,
     ) -> None:
-        super().__init__(message)
+        super().__init__(printable(message, 600))
         self.status, self.field, self.retry_after = status, field, retry_after
+        self.close = close  # the connection: what else comes on it is not read
 
     def as_json(self) -> dict[str, Any]:
         kinds = {401: "Unauthorized", 404: "NotFoundError", 503: "ServiceUnavailable"}
         kind = kinds.get(self.status, "BadRequestError" if self.status < 500 else "ServerError")
         error = {"message": str(self), "type": kind, "param": self.field, "code": self.status}
         return {"error": error}
+
+    @property
+    def headers(self) -> dict[str, str]:
+        headers = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+        return headers | ({"Connection": "close"} if self.close else {})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +60,7 @@ class Limits:
     vocab: int
     max_k: int
     max_tokens: int  # in all rows of a request
+    max_row: int | None  # in one row, by the model's positions
 
 
 class Question(NamedTuple):
@@ -44,45 +76,102 @@ class Question(NamedTuple):
         return sum(map(len, self.rows))
 
 
+class Completion(NamedTuple):
+    """A question, and in which form the answer is written.
+
+    prompt_logprobs, logprobs: how many likeliest tokens are listed; None for no list.
+    echo: text and logprobs begin with the prompt. max_tokens: 0 or 1, of the likeliest.
+    """
+
+    question: Question
+    prompt_logprobs: int | None
+    logprobs: int | None
+    echo: bool
+    max_tokens: int
+
+
 def packed_question(said: dict[str, Any], limits: Limits) -> Question:
     _model(said, limits)
-    k = _k(said, "k", limits)
+    _refuse_unused(said, _TOPK)
+    k = _count(said, "k", limits, 1)
     return Question(_rows(said, limits), k, _temperature(said), False)
 
 
-def completion_question(said: dict[str, Any], limits: Limits) -> Question:
-    """With prompt_logprobs, or without: then one likeliest token is all that is asked for."""
+def completion_question(said: dict[str, Any], limits: Limits) -> Completion:
+    """The question about a prompt, as vLLM (prompt_logprobs) or OpenAI (echo, logprobs) asks it.
+
+    Temperature 0 means what it means there: the likeliest token, log-probabilities at T = 1.
+    """
     _model(said, limits)
-    for field, only in (("stream", False), ("echo", False), ("n", 1), ("logprobs", None)):
-        if said.get(field) not in (None, only):
-            _bad(field, f"{only!r}: this is a teacher, not a chat server", said[field])
-    most = said.get("max_tokens", 1)
+    _refuse_unused(said, _COMPLETION)
+    echo = said.get("echo")
+    if echo not in (None, False, True) or type(echo) is int:
+        _bad("echo", "true or false", echo)
+    seed = said.get("seed")
+    if seed is not None and type(seed) is not int:
+        _bad("seed", "an integer (it changes nothing: there is no chance here)", seed)
+    prompt_logprobs, logprobs = (
+        None if said.get(field) is None else _count(said, field, limits, least)
+        for field, least in (("prompt_logprobs", 1), ("logprobs", 0))
+    )
+    about_prompt = prompt_logprobs is not None or bool(echo)
+    most = said.get("max_tokens")
+    most = 1 if most is None and about_prompt else most
     if type(most) is not int or most not in (0, 1):
-        _bad("max_tokens", "0 or 1: this is a teacher, not a chat server", most)
-    asked = said.get("prompt_logprobs") is not None
-    k = _k(said, "prompt_logprobs", limits) if asked else 1
-    return Question(_rows(said, limits), k, _temperature(said), asked)
+        got = "none, which means 16 to clients of OpenAI" if most is None else most
+        _bad("max_tokens", "0 or 1: this is a teacher, not a chat server", got)
+    k = max(prompt_logprobs or 1, logprobs or 1)
+    own = prompt_logprobs is not None or (bool(echo) and logprobs is not None)
+    T = said.get("temperature")
+    temperature = 1.0 if type(T) in (int, float) and T == 0 else _temperature(said)
+    question = Question(_rows(said, limits), k, temperature, own)
+    entries = question.tokens * (k + 1)
+    if own and entries > MAX_ENTRIES:
+        raise Refused(
+            413,
+            f"prompt: expected at most {MAX_ENTRIES} log-probabilities in a JSON answer, got "
+            f"{entries} ({question.tokens} tokens × {k + 1}). Send fewer tokens, or ask "
+            "/v1/topk, whose answers are packed, as ServedTeacher does",
+            "prompt",
+        )
+    return Completion(question, prompt_logprobs, logprobs, bool(echo), most)
+
+
+def _refuse_unused(said: dict[str, Any], used: frozenset[str]) -> None:
+    for field, value in said.items():
+        if field in used or value is None:
+            continue
+        neutral = _NEUTRAL.get(field, ()) if used is _COMPLETION else ()
+        if any(value == x and isinstance(value, bool) == isinstance(x, bool) for x in neutral):
+            continue
+        if neutral:
+            expected = " or ".join(map(repr, neutral))
+            _bad(printable(field, 60), f"{expected}: this is a teacher, not a chat server", value)
+        _bad(printable(field, 60), f"no such field, only {', '.join(sorted(used))}", value)
 
 
 def _model(said: dict[str, Any], limits: Limits) -> None:
     if said.get("model") not in (None, limits.name):
-        message = f"model: expected {limits.name!r}, which is served here, got {said['model']!r}"
+        shown = printable(said["model"], 60)
+        message = f"model: expected {limits.name!r}, which is served here, got {shown!r}"
         raise Refused(404, message, "model")
 
 
-def _k(said: dict[str, Any], field: str, limits: Limits) -> int:
+def _count(said: dict[str, Any], field: str, limits: Limits, least: int) -> int:
     k = said.get(field)
     most = min(limits.max_k, limits.vocab)
-    if type(k) is not int or not 1 <= k <= most:
-        _bad(field, f"an integer in 1..{most} (max_k of this server)", k)
+    if type(k) is not int or not least <= k <= most:
+        _bad(field, f"an integer in {least}..{most} (max_k of this server)", k)
     return k
 
 
 def _temperature(said: dict[str, Any]) -> float:
     T = said.get("temperature")
     T = 1.0 if T is None else T
-    if type(T) not in (int, float) or not (math.isfinite(T) and T > 0):
-        _bad("temperature", "a finite number above 0, the T of softmax(logits / T)", T)
+    least, most = _TEMPERATURES
+    if type(T) not in (int, float) or not least <= T <= most:
+        expected = "a finite number above 0 that fp32 can hold, the T of softmax(logits / T)"
+        _bad("temperature", expected, T)
     return float(T)
 
 
@@ -92,16 +181,19 @@ def _rows(said: dict[str, Any], limits: Limits) -> list[list[int]]:
     if rows is not None and not any(isinstance(row, list) for row in rows):
         rows = [rows]  # one prompt
     if rows is None or not all(isinstance(row, list) and row for row in rows):
-        _bad("prompt", "lists of token ids, none of them empty", str(prompt)[:60])
+        _bad("prompt", "lists of token ids, none of them empty", prompt)
     total = sum(map(len, rows))
     if total > limits.max_tokens:
         _bad("prompt", f"at most {limits.max_tokens} tokens (max_tokens of this server)", total)
-    for row in rows:
+    for index, row in enumerate(rows):
+        if limits.max_row is not None and len(row) > limits.max_row:
+            _bad("prompt", f"rows of at most {limits.max_row} tokens, the positions of this model",
+                 f"{len(row)} in row {index}. Cut rows to max_length={limits.max_row}")  # fmt: skip
         for token in row:
             if type(token) is not int or not 0 <= token < limits.vocab:
-                _bad("prompt", f"token ids in 0..{limits.vocab - 1}", repr(token)[:60])
+                _bad("prompt", f"token ids in 0..{limits.vocab - 1}", token)
     return rows
 
 
 def _bad(field: str, expected: str, got: Any) -> NoReturn:
-    raise Refused(400, f"{field}: expected {expected}, got {got}", field)
+    raise Refused(400, f"{field}: expected {expected}, got {printable(got, 120)}", field)

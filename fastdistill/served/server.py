@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import ipaddress
 import socket
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from .. import __version__, backend, checks
 from ..identity import identity_of, tokenizer_identity
+from ..positions import row_limit
 from ..teacher import Teacher
 from .connection import check_token
 from .described import Described
+from .loopback import is_loopback
 
 MAX_K, MAX_TOKENS = 256, 65536
 
@@ -41,6 +43,7 @@ def make_app(
     except ImportError as error:
         raise _missing(error) from None
     identity = identity_of(teacher)
+    identity["name"] = _public(str(identity["name"]))
     described = Described(
         version=__version__,
         honours_temperature=True,
@@ -51,7 +54,10 @@ def make_app(
         identity=identity,
     )
     name = str(identity["name"]) if name is None else name
-    return Application(teacher, described, name=name, token=token).starlette
+    limit = row_limit("teacher", teacher.model)
+    return Application(
+        teacher, described, name=name, token=token, max_row=None if limit is None else limit.tokens
+    ).starlette
 
 
 def serve(
@@ -84,7 +90,7 @@ def serve(
         uvicorn is missing. OSError: the port is taken, the address none of this machine.
     """
     token = backend.served_token() if token is None else token
-    if not token and not _is_loopback(host):
+    if not token and not is_loopback(host):
         checks.fail("token", f"one when host is not loopback (host={host!r})", "none",
                     "pass token=, set FASTDISTILL_TOKEN, or leave host at 127.0.0.1")  # fmt: skip
     app = make_app(teacher, token=token or None, max_k=max_k, max_tokens=max_tokens, name=name)
@@ -112,12 +118,14 @@ def make_server(app: Any) -> Any:
     """A uvicorn server for `app`, silent but for warnings."""
     try:
         import uvicorn
+
+        from .protocol import BoundedProtocol
     except ImportError as error:
         raise _missing(error) from None
     return uvicorn.Server(
         uvicorn.Config(
-            app, log_level="warning", access_log=False, ws="none", timeout_keep_alive=75,
-            timeout_graceful_shutdown=10, server_header=False,
+            app, http=BoundedProtocol, log_level="warning", access_log=False, ws="none",
+            timeout_keep_alive=75, timeout_graceful_shutdown=10, server_header=False,
         )
     )  # fmt: skip
 
@@ -127,11 +135,10 @@ def url_of(listening: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+def _public(name: str) -> str:
+    """Return the name of a model as clients may see it: of a folder, without where it lies."""
+    path = Path(name)
+    return path.resolve().name if path.is_absolute() or path.exists() else name
 
 
 def _missing(error: ImportError) -> ImportError:

@@ -28,6 +28,10 @@ class Full(Exception):
     """Too much waits already."""
 
 
+class NotNumbers(ValueError):
+    """The teacher's log-probabilities are NaN: of a temperature too small, or of its weights."""
+
+
 class Answered(NamedTuple):
     """A row's answers [n, K]; of its own tokens 1..n−1 the logprob and the rank, 1 the likeliest
     (zeros where the question did not ask)."""
@@ -112,7 +116,8 @@ class Worker:
                 for waiting in batch:
                     self._serve([waiting])
             else:
-                logger.exception("the teacher failed on %d tokens", batch[0].question.tokens)
+                log = logger.error if isinstance(error, NotNumbers) else logger.exception
+                log("the teacher failed on %d tokens", batch[0].question.tokens)
                 batch[0].future.set_exception(error)
             return
         for waiting in batch:
@@ -125,6 +130,9 @@ class Worker:
             group.sort()
             ids, mask = _padded([rows[i] for i in group])
             best = self._teacher.topk(ids, mask, k=asked.k, temperature=asked.temperature)
+            assert best.log_tail is not None
+            if (best.logprobs.isnan().any(-1) | best.log_tail.isnan())[mask].any():
+                raise NotNumbers(f"expected numbers at temperature {asked.temperature:g}, got NaN")
             logprobs, ranks = torch.zeros(ids.shape), torch.zeros_like(ids)
             if asked.own_tokens:
                 self._own_tokens(ids, mask, best, logprobs, ranks)

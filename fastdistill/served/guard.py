@@ -1,0 +1,64 @@
+"""What is refused before a route sees it: requests of web pages, and requests with two lengths.
+
+Without a token our server answers on this machine only. A browser on this machine is there, too: a
+web page whose name leads to 127.0.0.1 (DNS rebinding) would be answered, were it not for the name
+in its Host and Origin.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse
+
+from .loopback import is_loopback
+from .requests import Refused
+
+
+class Guard:
+    """ASGI middleware.
+
+    Args:
+        app: what is guarded.
+        only_loopback: refuse every name but this machine's loopback names; /health is for everyone.
+    """
+
+    def __init__(self, app: Any, only_loopback: bool) -> None:
+        self._app, self._only_loopback = app, only_loopback
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        refused = self._refusal(scope) if scope["type"] == "http" else None
+        if refused is None:
+            await self._app(scope, receive, send)
+        else:
+            response = JSONResponse(refused.as_json(), refused.status, refused.headers)
+            await response(scope, receive, send)
+
+    def _refusal(self, scope: Any) -> Refused | None:
+        headers = Headers(scope=scope)
+        if "content-length" in headers and "transfer-encoding" in headers:
+            message = "Content-Length: expected none beside Transfer-Encoding, got both"
+            return Refused(400, message, close=True)
+        if not self._only_loopback or scope["path"] == "/health":
+            return None
+        hosts = headers.getlist("host")
+        if len(hosts) != 1 or not is_loopback(_hostname(f"//{hosts[0]}")):
+            message = "Host: expected this machine's 127.0.0.1, ::1 or localhost, got another one"
+            return Refused(421, f"{message} ({', '.join(hosts)}). {_REMEDY}", "Host")
+        for origin in headers.getlist("origin"):
+            if not is_loopback(_hostname(origin)):
+                message = f"Origin: expected a page of this machine, got {origin}. {_REMEDY}"
+                return Refused(403, message, "Origin")
+        return None
+
+
+_REMEDY = "A server that was started with a token answers under every name"
+
+
+def _hostname(url: str) -> str:
+    try:
+        return urlsplit(url).hostname or ""
+    except ValueError:
+        return ""
