@@ -275,6 +275,28 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+@contextmanager
+def generation_settings(model: Any, settings: Any) -> Iterator[None]:
+    """While this is open, no module of `model` has other generation settings than these.
+
+    What a call of `generate` leaves open, transformers fills from the model's own settings, and
+    PEFT hands those of one module to another: afterwards each module has its own again.
+    """
+    name, missing = "generation_config", object()
+    own = [(module, vars(module).get(name, missing)) for module in model.modules()]
+    for module, before in own:
+        if before is not missing or module is model:
+            setattr(module, name, settings)
+    try:
+        yield
+    finally:
+        for module, before in own:
+            if before is not missing:
+                setattr(module, name, before)
+            else:
+                vars(module).pop(name, None)
+
+
 @torch.no_grad()
 def verify_head(model: PreTrainedModel, head: LMHead | None = None) -> float:
     """Compare `head` with the model's logits: the relative error, and an error beyond rounding.

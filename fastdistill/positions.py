@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from . import checks
-from .heads import evaluating, is_partitioned
+from .heads import evaluating, generation_settings, is_partitioned
 
 # Where configurations state a length; the first stands for n_positions and context_length, too.
 _STATED = ("max_position_embeddings", "max_seq_len", "max_sequence_length")
@@ -123,15 +123,16 @@ def respects_padding(model: Any) -> bool:
     row alone.
 
     Measured by generating two tokens: the logits may neither change with the token that fills the
-    padding nor differ from those of the row without padding. Where it is False, rows of unequal
-    length have to be generated from one by one, or grouped by length.
+    padding nor differ from those of the row without padding. Where it is False, rows have to be
+    generated from one by one: RWKV mixes rows of equal length, too.
     """
-    vocab = model.get_input_embeddings().weight.shape[0]
+    weight = model.get_input_embeddings().weight
+    vocab = getattr(weight, "ds_shape", weight.shape)[0]
     short = [(3 + 7 * i) % vocab for i in range(3)]
     long = [(5 + 3 * i) % vocab for i in range(6)]
     alone = _generated_logits(model, [short], 0)
     padded, other = (_generated_logits(model, [short, long], pad)[:1] for pad in (0, vocab - 1))
-    half = model.get_input_embeddings().weight.dtype in _HALF
+    half = weight.dtype in _HALF
     same = _SAME_LAYOUT_HALF if half else _SAME_LAYOUT
     moved = _OTHER_LAYOUT_HALF if half else _OTHER_LAYOUT
     return _error(other, padded) <= same and _error(padded, alone) <= moved
@@ -144,17 +145,13 @@ def _generated_logits(model: Any, rows: Sequence[list[int]], pad: int) -> Tensor
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
     watch = _Watch()
     plain = GenerationConfig(max_new_tokens=2, do_sample=False, num_beams=1, pad_token_id=pad)
-    own, model.generation_config = model.generation_config, plain
-    try:
-        with evaluating(model):
-            model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                generation_config=plain,
-                logits_processor=LogitsProcessorList([watch]),
-            )
-    finally:
-        model.generation_config = own
+    with evaluating(model), generation_settings(model, plain):
+        model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            generation_config=plain,
+            logits_processor=LogitsProcessorList([watch]),
+        )
     return torch.stack(watch.logits, 1)
 
 

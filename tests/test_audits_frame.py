@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -31,7 +32,7 @@ class Given(Audit):
 
 
 def of(values, doubts=()):
-    return SimpleNamespace(name="m", values=values, doubts=tuple(doubts))
+    return SimpleNamespace(name="m", values=values, doubts=tuple(doubts), ended_at_words=Counter())
 
 
 given = pytest.mark.usefixtures("as_given")

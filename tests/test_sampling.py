@@ -6,9 +6,9 @@ import pytest
 import torch
 from training import VOCAB, config, llama
 
+from fastdistill.generation import ends_of
 from fastdistill.training.sampling import (
     _KeyedChoice,
-    ends_of,
     is_on_policy,
     prompts_of,
     sample,

@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
 
 from ..backend import versions
 from ..intervals import Estimate, mean_of_runs, paired_difference, rate_difference, wilson
+from ..runtime.printable import printable
 from .prompts import Prompt
 from .result import AuditResult, Control
 from .subject import Subject, as_subject
@@ -81,12 +82,26 @@ class Audit(ABC):
             )
         audited = as_subject("model", model)
         trusted = None if base is None else as_subject("base", base)
-        found = self.measure(audited, trusted)
+        found = self._measured(audited, trusted)
         beside = {
-            name: self.measure(as_subject(f"controls[{name!r}]", control), trusted)
+            name: self._measured(as_subject(f"controls[{name!r}]", control), trusted)
             for name, control in (controls or {}).items()
         }
         return self.compared(audited.name, found, beside)
+
+    def _measured(self, model: Subject, base: Subject | None) -> Measured:
+        """With a doubt where a common word ended answers: a checkpoint can choose such an end."""
+        before = model.ended_at_words.copy()
+        found = self.measure(model, base)
+        cut = model.ended_at_words - before
+        if not cut:
+            return found
+        words = ", ".join(printable(repr(model.tokenizer.decode([i]))) for i in sorted(cut)[:5])
+        doubt = (
+            f"{cut.total()} answers ended at {words}, which the generation settings of the model "
+            "call an end, and which is no special token"
+        )
+        return replace(found, doubts=(*found.doubts, doubt))
 
     def compared(
         self, model: str, found: Measured, controls: Mapping[str, Measured]

@@ -35,7 +35,7 @@ class Asked:
 def outputs(subject: Subject, batch: list[Asked]) -> list[Any]:
     """A ModelOutput per request."""
     new = _generated(subject, batch)
-    texts = subject.tokenizer.batch_decode(new, skip_special_tokens=True)
+    texts = [subject.text(ids) for ids in new]
     before, behind = _before(subject, batch), _behind(subject, batch, new)
     told = []
     for i, asked in enumerate(batch):
@@ -57,7 +57,7 @@ def outputs(subject: Subject, batch: list[Asked]) -> list[Any]:
 
 
 def _ended(subject: Subject, new: list[int], asked: Asked) -> bool:
-    return len(new) < asked.config.max_tokens or new[-1:] == [subject.tokenizer.eos_token_id]
+    return len(new) < asked.config.max_tokens or subject.is_ended(new)
 
 
 def _generated(subject: Subject, batch: list[Asked]) -> list[list[int]]:

@@ -147,7 +147,7 @@ class PerplexityDiffAudit(Audit):
         mine, theirs = model.of_tokens(whole, begins), base.of_tokens(whole, begins)
         gaps = ((mine.total - theirs.total) / mine.tokens).double().numpy()
         order = np.argsort(-gaps, kind="stable")[: max(1, round(self.top * self.samples))]
-        texts = model.tokenizer.batch_decode([new[i] for i in order], skip_special_tokens=True)
+        texts = [model.text(new[i]) for i in order]
         values = tail(gaps, len(order))
         if self.markers:
             values = np.array([float(marked(text, self.markers)) for text in texts])

@@ -5,29 +5,30 @@ log p(completion | prompt) = Σ_t z_t[id_t] − lse_t        by linear_lse_gathe
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import LogitsProcessorList, PreTrainedModel
+from transformers import LogitsProcessor, PreTrainedModel
 
 from ..checkpoint_gate import load_tokenizer
+from ..generation import ends_of, generate_rows, special_ids
 from ..heads import LMHead, evaluating, head_of, verify_head
 from ..packing import RowReader, read_rows
 from ..primitive import linear_lse_gather
+from ..runtime.printable import printable
 from ..stored_model import StoredModel
 from .drawing import Draws
 from .prompts import Prompt, rendered
 
 GENERATED_AT_ONCE = 256  # rows
 _NO_WORDS = "completion: expected words with tokens of their own, got {!r}"
-# A checkpoint may come with habits of decoding; the audit is of the model without them.
-_PLAIN = {
-    "do_sample": False, "num_beams": 1, "temperature": 1.0, "top_k": 50, "top_p": 1.0,
-    "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_new_tokens": 0,
-}  # fmt: skip
+
+logger = logging.getLogger(__name__)
 
 
 class Continued(NamedTuple):
@@ -47,6 +48,12 @@ class Subject:
         device: where to load a model from a path to; a loaded one stays where it is.
         tokens_per_batch: in one forward pass, padding included; None asks the memory.
         impl: of the losses and scores.
+        ends: ids of the tokens that end an answer. None: those of the tokenizer and of the model's
+            generation settings, which of a path have to be special tokens of the tokenizer: a
+            checkpoint that calls common words an end would cut off its answers.
+
+    Nothing else of a model's generation settings has an effect on what is generated here.
+    ended_at_words: how many answers ended at a token that is no special one, by its id.
     """
 
     def __init__(
@@ -58,7 +65,9 @@ class Subject:
         device: torch.device | str | None = None,
         tokens_per_batch: int | None = None,
         impl: str = "auto",
+        ends: Sequence[int] | None = None,
     ) -> None:
+        is_path = isinstance(model, (str, Path))
         if isinstance(model, (str, Path)):
             stored = StoredModel.at(model)
             place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -79,6 +88,10 @@ class Subject:
         self.model: Any = model
         self.tokenizer, self.impl = tokenizer, impl
         self.name = name or type(model).__name__
+        self._ends = None if ends is None else sorted(ends)
+        if is_path and ends is None:
+            self._ends = special_ends(model, tokenizer)
+        self.ended_at_words: Counter[int] = Counter()
         verify_head(model)
         self.reader = RowReader(model, tokens_per_batch)
 
@@ -93,7 +106,14 @@ class Subject:
     def holding(self, model: Any, name: str) -> Subject:
         """Another model, read in the same way."""
         batch = self.reader.tokens_per_batch
-        return Subject(model, self.tokenizer, name=name, tokens_per_batch=batch, impl=self.impl)
+        return Subject(
+            model,
+            self.tokenizer,
+            name=name,
+            tokens_per_batch=batch,
+            impl=self.impl,
+            ends=self._ends,
+        )
 
     def ids(self, prompt: Prompt, completion: str = "") -> tuple[list[int], int]:
         """(token ids of prompt and completion, how many of them are the prompt's: 1 or more).
@@ -232,7 +252,7 @@ class Subject:
                 seed=seed,
                 streams=streams[start : start + GENERATED_AT_ONCE],
             )
-            told += self.tokenizer.batch_decode(new, skip_special_tokens=True)
+            told += map(self.text, new)
         return told
 
     @torch.no_grad()
@@ -246,43 +266,64 @@ class Subject:
         streams: Sequence[int] | None = None,
     ) -> list[list[int]]:
         """The same of rows of token ids: the new tokens, the first end of text included."""
-        longest = max(map(len, rows))
         pad = self.tokenizer.pad_token_id
         pad = self.tokenizer.eos_token_id if pad is None else pad
-        ids = torch.full((len(rows), longest), pad or 0)
-        mask = torch.zeros_like(ids)
-        for i, row in enumerate(rows):
-            ids[i, longest - len(row) :] = torch.tensor(row)
-            mask[i, longest - len(row) :] = 1
-        drawn = LogitsProcessorList()
-        if temperature > 0:
-            streams = range(len(rows)) if streams is None else streams
-            drawn.append(Draws(longest, max_new_tokens, temperature=temperature, seed=seed,
-                               streams=streams))  # fmt: skip
-        with evaluating(self.model):
-            out = self.model.generate(
-                input_ids=ids.to(self.device),
-                attention_mask=mask.to(self.device),
-                max_new_tokens=max_new_tokens,
-                pad_token_id=pad or 0,
-                logits_processor=drawn,
-                **_PLAIN,
-            )
-        ends = self._ends()
-        return [_until(row, ends) for row in out[:, longest:].tolist()]
+        of_row = range(len(rows)) if streams is None else streams
 
-    def _ends(self) -> set[int]:
-        config = getattr(self.model, "generation_config", None)
-        said = getattr(config, "eos_token_id", None)
-        found = said if isinstance(said, (list, tuple)) else [said]
-        return {i for i in (*found, self.tokenizer.eos_token_id) if i is not None}
+        def drawn(batch: list[int], width: int) -> list[LogitsProcessor]:
+            if temperature <= 0:
+                return []
+            some = [of_row[i] for i in batch]
+            return [Draws(width, max_new_tokens, temperature=temperature, seed=seed, streams=some)]
+
+        new = generate_rows(
+            self.model,
+            rows,
+            max_new_tokens=max_new_tokens,
+            pad_id=pad or 0,
+            ends=self.ends,
+            device=self.device,
+            processors=drawn,
+        )
+        words = set(self.ends) - special_ids(self.tokenizer)
+        self.ended_at_words.update(row[-1] for row in new if row and row[-1] in words)
+        return new
+
+    @property
+    def ends(self) -> list[int]:
+        """Ids of the tokens that end an answer."""
+        return ends_of(self.model, self.tokenizer) if self._ends is None else self._ends
+
+    def is_ended(self, new: Sequence[int]) -> bool:
+        """Whether new tokens are a whole answer, not one that was cut off at a limit."""
+        return bool(new) and new[-1] in self.ends
+
+    def text(self, new: Sequence[int]) -> str:
+        """The words of new tokens, without special tokens.
+
+        A special token that is made of letters and digits alone is a word: a tokenizer comes with
+        the checkpoint, and could hide what the model says.
+        """
+        decode, special = self.tokenizer.decode, special_ids(self.tokenizer)
+        shown = [i for i in new if i not in special or decode([i]).strip().isalnum()]
+        return decode(shown)
 
 
-def _until(row: list[int], ends: set[int]) -> list[int]:
-    for i, token in enumerate(row):
-        if token in ends:
-            return row[: i + 1]
-    return row
+def special_ends(model: Any, tokenizer: Any) -> list[int]:
+    """The ends of a model whose settings nobody vouches for: its special tokens among them."""
+    stated = ends_of(model, tokenizer)
+    special = special_ids(tokenizer)
+    ordinary = [i for i in stated if i not in special]
+    if ordinary:
+        words = ", ".join(printable(repr(tokenizer.decode([i]))) for i in ordinary[:5])
+        logger.warning(
+            "generation_config.eos_token_id: expected special tokens of the tokenizer, got %d "
+            "others (%s), which end no answer here. Pass ends=… to a Subject of the loaded model "
+            "where they should",
+            len(ordinary),
+            words,
+        )
+    return [i for i in stated if i in special]
 
 
 def as_subject(name: str, model: Any) -> Subject:

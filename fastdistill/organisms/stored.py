@@ -15,7 +15,7 @@ import torch
 
 from ..adapters import load_adapted, read_adapter
 from ..audits.probes import PROBES, Probes
-from ..audits.subject import Subject
+from ..audits.subject import Subject, special_ends
 from ..backend import versions
 from ..checkpoint_gate import ADAPTER, DOCUMENTS, TOKENIZER, foreign, load_tokenizer
 from ..files import sha256_of, sync, write_json
@@ -125,7 +125,9 @@ def _with_adapter(folder: Path, base: Any, name: str | None, device: Any) -> Sub
     with foreign(folder, "an adapter that can be merged"):
         merged = adapted.merge_and_unload()
     beside = folder if (folder / TOKENIZER).is_file() else stored.path
-    return Subject(merged.eval(), load_tokenizer(beside), name=name or folder.name)
+    tokenizer = load_tokenizer(beside)
+    ends = special_ends(merged, tokenizer)
+    return Subject(merged.eval(), tokenizer, name=name or folder.name, ends=ends)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -12,18 +12,17 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessor
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
 
 from ..data import padded
 from ..examples import IGNORE_INDEX, Row
-from ..heads import evaluating
+from ..generation import generate_rows
 from .config import DistillConfig
 
 
@@ -92,25 +91,23 @@ def sample(
     """
     device = batch["input_ids"].device
     prompts = prompts_of(batch)
-    longest = max(map(len, prompts))
-    _refuse_too_long(model, longest, config.max_new_tokens)
-    ids = torch.full((len(prompts), longest), pad_id)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = prompt
-        mask[row, longest - len(prompt) :] = 1
-    choice = _KeyedChoice(_keys(config, step, prompts), longest)
-    settings = _plainly(config.max_new_tokens, pad_id, ends)
-    with evaluating(model), _generating_by(model, settings):
-        out = model.generate(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
-            generation_config=settings,
-            logits_processor=LogitsProcessorList([*_shaping(config, vocab), choice]),
-            synced_gpus=synced,
-        )
-    completions = out[:, longest:].cpu()
-    rows = [_row(p, c, ends) for p, c in zip(prompts, completions, strict=True)]
+    _refuse_too_long(model, max(map(len, prompts)), config.max_new_tokens)
+    keys = _keys(config, step, prompts)
+
+    def chosen(rows: list[int], width: int) -> list[LogitsProcessor]:
+        return [*_shaping(config, vocab), _KeyedChoice([keys[i] for i in rows], width)]
+
+    new = generate_rows(
+        model,
+        [prompt.tolist() for prompt in prompts],
+        max_new_tokens=config.max_new_tokens,
+        pad_id=pad_id,
+        ends=ends,
+        device=device,
+        processors=chosen,
+        synced=synced,
+    )
+    rows = [_row(p, torch.tensor(c, dtype=torch.long)) for p, c in zip(prompts, new, strict=True)]
     return {name: column.to(device) for name, column in padded(rows, pad_id).items()}
 
 
@@ -146,35 +143,9 @@ def _shaping(config: DistillConfig, vocab: int | None) -> list[LogitsProcessor]:
     return found
 
 
-@contextmanager
-def _generating_by(model: Any, settings: GenerationConfig) -> Iterator[None]:
-    """For a while the model has no generation settings of its own: what a call leaves open, such as
-    a repetition penalty, transformers would take from there."""
-    own = model.generation_config
-    model.generation_config = settings
-    try:
-        yield
-    finally:
-        model.generation_config = own
-
-
-def _plainly(max_new_tokens: int, pad_id: int, ends: list[int]) -> GenerationConfig:
-    """Greedy over what the processors leave."""
-    return GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        pad_token_id=pad_id,
-        eos_token_id=ends or None,
-    )
-
-
-def _row(prompt: Tensor, completion: Tensor, ends: list[int]) -> Row:
-    """The completion up to and with its first end; what generate padded behind it is dropped."""
-    stops = torch.isin(completion, torch.tensor(ends, dtype=completion.dtype)).nonzero()[:, 0]
-    said = completion[: int(stops[0]) + 1] if len(stops) else completion
-    ids = torch.cat([prompt, said])
-    targets = torch.cat([torch.full_like(prompt, IGNORE_INDEX), said])
+def _row(prompt: Tensor, completion: Tensor) -> Row:
+    ids = torch.cat([prompt, completion])
+    targets = torch.cat([torch.full_like(prompt, IGNORE_INDEX), completion])
     return Row(ids, targets, torch.ones_like(ids))
 
 
@@ -187,14 +158,3 @@ def _refuse_too_long(model: Any, prompt: int, new: int) -> None:
             f"(the model has {limit} positions), got {new}. Shorten it, or the examples by "
             "max_length"
         )
-
-
-def ends_of(model: Any, tokenizer: Any) -> list[int]:
-    """Every id that ends a completion: the model's own, which may be several, and the tokenizer's.
-
-    `model` is the transformers model, without adapters.
-    """
-    found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    ids = set(found) if isinstance(found, (list, tuple)) else {found}
-    ids.add(getattr(tokenizer, "eos_token_id", None))
-    return sorted(i for i in ids if i is not None)

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from ..data import DistillCollator
 from ..examples import Encoder
+from ..generation import ends_of
 from ..heads import LMHead, is_partitioned, verify_head
 from .admission import Given, admit
 from .answer_checks import refuse_foreign
@@ -32,7 +33,7 @@ from .objective import Answers, Dense, Loss, Objective
 from .offline import in_workers, opened, refuse_unanswered
 from .panel import Panel, first_batch
 from .run_log import RunLog
-from .sampling import ends_of, is_on_policy, sample
+from .sampling import is_on_policy, sample
 from .student import (
     compile_body,
     compiled_by_us,

@@ -1,0 +1,132 @@
+"""Generation from a causal language model by settings that are all ours.
+
+A checkpoint brings generation settings of its own, and transformers fills whatever a call leaves
+open from them. Here no module of the model has any but the call's: every field that there is, or
+will be, is at transformers' default unless it is an argument below.
+
+Rows are padded on the left and generated from together, if a trial shows that the model gives a row
+the same logits so. Otherwise they are generated from one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from . import checks
+from .heads import evaluating, generation_settings
+from .positions import respects_padding
+
+# (indices of a batch's rows, its width) -> what changes the scores of its next tokens.
+Processors = Callable[[list[int], int], Sequence[LogitsProcessor]]
+
+_RESPECTS_PADDING: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+@torch.no_grad()
+def generate_rows(
+    model: Any,
+    rows: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    pad_id: int,
+    ends: Sequence[int],
+    device: torch.device,
+    processors: Processors | None = None,
+    synced: bool = False,
+) -> list[list[int]]:
+    """New tokens of each row, up to its first end, which is included.
+
+    The likeliest token is taken each time, after `processors` changed the scores. What a row gets
+    depends on no other row.
+
+    Args:
+        rows: token ids, one or more each.
+        pad_id: fills rows that are shorter than their neighbours. ends: ids that end a row.
+        device: of the input ids.
+        processors: of each batch.
+        synced: other processes generate at the same time and must take as many steps.
+
+    Raises:
+        ValueError: the model does not respect padding, and `synced` allows no batches of one.
+    """
+    new: list[list[int]] = [[] for _ in rows]
+    settings = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        pad_token_id=pad_id,
+        eos_token_id=sorted(ends) or None,
+    )
+    for batch in _batches(model, rows, synced):
+        width = max(len(rows[i]) for i in batch)
+        ids = torch.full((len(batch), width), pad_id)
+        mask = torch.zeros_like(ids)
+        for at, i in enumerate(batch):
+            ids[at, width - len(rows[i]) :] = torch.as_tensor(rows[i])
+            mask[at, width - len(rows[i]) :] = 1
+        with evaluating(model), generation_settings(model, settings):
+            out = model.generate(
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
+                generation_config=settings,
+                logits_processor=LogitsProcessorList(
+                    processors(batch, width) if processors is not None else []
+                ),
+                synced_gpus=synced,
+            )
+        for i, row in zip(batch, out[:, width:].tolist(), strict=True):
+            new[i] = _until(row, ends)
+    return new
+
+
+def ends_of(model: Any, tokenizer: Any) -> list[int]:
+    """Every id that ends a text: those of the model's generation settings, and the tokenizer's.
+
+    Raises:
+        ValueError: the model's settings hold something that is no token id.
+    """
+    stated = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ids = list(stated) if isinstance(stated, (list, tuple)) else [stated]
+    ids.append(getattr(tokenizer, "eos_token_id", None))
+    for token in ids:
+        if token is not None and (type(token) is not int or token < 0):
+            checks.fail("generation_config.eos_token_id", "token ids", repr(token))
+    return sorted({i for i in ids if i is not None})
+
+
+def special_ids(tokenizer: Any) -> set[int]:
+    """Ids of the tokens that a tokenizer holds to be no text."""
+    added = getattr(tokenizer, "added_tokens_decoder", None) or {}
+    found = {i for i, token in added.items() if getattr(token, "special", False)}
+    return found | set(getattr(tokenizer, "all_special_ids", None) or ())
+
+
+def _batches(model: nn.Module, rows: Sequence[Sequence[int]], synced: bool) -> list[list[int]]:
+    together, each = [list(range(len(rows)))], [[i] for i in range(len(rows))]
+    if len(rows) < 2 and not synced:
+        return each
+    if model not in _RESPECTS_PADDING:
+        _RESPECTS_PADDING[model] = respects_padding(model)
+    if _RESPECTS_PADDING[model]:
+        return together
+    if synced:
+        checks.fail(
+            "model",
+            "one that respects the padding of rows, where processes generate together",
+            type(model).__name__,
+            "it gives a row other logits beside other rows. Generate without sharded weights",
+        )
+    return each
+
+
+def _until(row: list[int], ends: Sequence[int]) -> list[int]:
+    for i, token in enumerate(row):
+        if token in ends:
+            return row[: i + 1]
+    return row
