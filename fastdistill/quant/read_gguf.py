@@ -32,6 +32,7 @@ from torch import Tensor
 
 from .formats import Int8Weight, Lut4Weight, QuantWeight, pack_nibbles, table
 from .gguf_header import GGUFHeader, GGUFTensor, gguf_package, read_header
+from .gguf_metadata import check_scale, read_metadata
 from .tensor_files import CheckpointError, Thunk, reading
 
 _MODEL = {
@@ -176,13 +177,9 @@ def _config(file: Path, header: GGUFHeader, family: str) -> dict[str, Any]:
 
     fields = header.fields
     with reading(file, advice="Use the model's safetensors checkpoint"):
-        scaling = fields.get(f"{family}.rope.scaling.type") or "none"
-        if scaling != "none":
-            raise ValueError(
-                f"{family}.rope.scaling.type: expected none, as transformers' config of a .gguf "
-                f"file knows no other, got {scaling!r}"
-            )
+        metadata = read_metadata(fields, family)
         config: dict[str, Any] = dict(load_gguf_checkpoint(str(file))["config"])
+        config |= {"model_type": family, **metadata}  # the model's name may make it another one
         blocks = {name.split(".")[1] for name in header.tensors if name.startswith("blk.")}
         if config["num_hidden_layers"] != len(blocks):
             raise ValueError(
@@ -200,11 +197,15 @@ def _config(file: Path, header: GGUFHeader, family: str) -> dict[str, Any]:
                 f"{family}.rope.dimension_count: expected the {width} dimensions of a head, got "
                 f"{fields.get(f'{family}.rope.dimension_count')}"
             )
-        if family == "qwen3":
+        if width * heads != config["hidden_size"] or family == "qwen3":
             config["head_dim"] = width
-        if family == "phi3" and f"{family}.attention.sliding_window" in fields:
-            config["sliding_window"] = fields[f"{family}.attention.sliding_window"] or None
+        check_scale(fields, family, width)
         if _ROPE in header.tensors:
+            if "rope_scaling" in metadata:
+                raise ValueError(
+                    f"{family}.rope.scaling.factor: expected none beside {_ROPE}, got "
+                    f"{metadata['rope_scaling']['factor']}"
+                )
             stored = _read(file, _ROPE, header.tensors[_ROPE], None)
             config["rope_scaling"] = _llama3_scaling(stored, float(config["rope_theta"]))
     return config

@@ -1,0 +1,120 @@
+"""What the metadata of a .gguf file says of a model: used, or refused by name.
+
+A key of the architecture's own namespace ("llama.rope.scaling.factor") is read by transformers'
+config of such a file, or here, or changes nothing at the value that it has. Any other one may
+change the mathematics, and the file is refused.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from ..runtime.printable import printable
+
+_REQUIRED = ("context_length", "embedding_length", "block_count", "feed_forward_length",
+             "attention.head_count", "attention.layer_norm_rms_epsilon")  # fmt: skip
+# What `read_gguf._config` and transformers read.
+_READ = {*_REQUIRED, "vocab_size", "attention.head_count_kv", "attention.key_length",
+         "attention.value_length", "attention.scale", "attention.sliding_window",
+         "rope.dimension_count", "rope.freq_base", "rope.scaling.type", "rope.scaling.factor",
+         "rope.scale_linear"}  # fmt: skip
+# Of scalings with another type than linear, which are refused by it; where the model came from.
+_SILENT = {"rope.scaling.original_context_length", "rope.scaling.finetuned", "tensor_data_layout"}
+# The values at which llama.cpp leaves a model as it is. "" is an absent text.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "attention.causal": (True,),
+    "attention.clamp_kqv": (0,),
+    "attention.max_alibi_bias": (0,),
+    "attention.temperature_scale": (0,),
+    "attn_logit_softcapping": (0,),
+    "final_logit_softcapping": (0,),
+    "logit_scale": (0, 1),
+    "embedding_scale": (0, 1),
+    "residual_scale": (0, 1),
+    "expert_count": (0,),
+    "expert_used_count": (0,),
+    "expert_shared_count": (0,),
+    "nextn_predict_layers": (0,),
+    "pooling_type": (0,),
+    "rope.scaling.attn_factor": (1,),
+    "rope.scaling.yarn_log_multiplier": (0,),
+}
+
+
+def read_metadata(fields: dict[str, Any], family: str) -> dict[str, Any]:
+    """Return the entries of a config that transformers leaves out.
+
+    Raises ValueError that names a key which is missing, or which changes the mathematics in a way
+    that no config expresses.
+    """
+    own = {
+        key.removeprefix(f"{family}."): value
+        for key, value in fields.items()
+        if key.startswith(f"{family}.")
+    }
+    for key in _REQUIRED:
+        if own.get(key) is None:
+            raise ValueError(f"{family}.{key}: expected a number for all layers, got none")
+    for key, value in own.items():
+        if key in _NEUTRAL:
+            expected = " or ".join(map(str, _NEUTRAL[key]))
+            if value not in _NEUTRAL[key]:
+                raise ValueError(f"{family}.{key}: expected {expected}, got {_short(value)}")
+        elif key not in _READ | _SILENT:
+            raise ValueError(f"{family}.{key}: expected no such field, got {_short(value)}")
+    return _scaling(own, family) | _window(own, family) | _rope(own)
+
+
+def check_scale(fields: dict[str, Any], family: str, width: int) -> None:
+    """Raise ValueError for heads that are scaled or sized otherwise than by their width."""
+    scale, values = (fields.get(f"{family}.attention.{key}") for key in ("scale", "value_length"))
+    if scale and not math.isclose(scale, width**-0.5, rel_tol=1e-5):
+        raise ValueError(
+            f"{family}.attention.scale: expected {width**-0.5:g}, 1/√{width}, got {_short(scale)}"
+        )
+    if values not in (None, width):
+        raise ValueError(
+            f"{family}.attention.value_length: expected {width}, as key_length, got "
+            f"{_short(values)}"
+        )
+
+
+def _scaling(own: dict[str, Any], family: str) -> dict[str, Any]:
+    """A factor without a type is linear, as llama.cpp takes it; scale_linear is its older name."""
+    kind = own.get("rope.scaling.type") or "linear"
+    factor = own.get("rope.scaling.factor") or own.get("rope.scale_linear") or 1.0
+    if kind not in ("none", "linear"):
+        raise ValueError(
+            f"{family}.rope.scaling.type: expected none or linear, as transformers' config of a "
+            f".gguf file knows no other, got {_short(kind)}"
+        )
+    if not isinstance(factor, (int, float)) or not 0 < factor < math.inf:
+        raise ValueError(
+            f"{family}.rope.scaling.factor: expected a number above 0, got {_short(factor)}"
+        )
+    if kind == "none" or factor == 1:
+        return {}
+    return {"rope_scaling": {"rope_type": "linear", "factor": float(factor)}}
+
+
+def _window(own: dict[str, Any], family: str) -> dict[str, Any]:
+    """phi3 has a window in transformers too; a window of the whole context is none."""
+    window = own.get("attention.sliding_window") or None
+    if family == "phi3":
+        return {"sliding_window": window}
+    if window is not None and window < own["context_length"]:
+        raise ValueError(
+            f"{family}.attention.sliding_window: expected none, or one of the whole context of "
+            f"{own['context_length']}, got {_short(window)}"
+        )
+    return {}
+
+
+def _rope(own: dict[str, Any]) -> dict[str, Any]:
+    base = own.get("rope.freq_base")
+    return {"rope_theta": 10000.0 if base is None else float(base)}  # llama.cpp's default
+
+
+def _short(value: Any) -> str:
+    return "an array" if value is None else printable(repr(value))
