@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .backend import describe
+from .runtime.printable import printable
 
 _OPTIONAL = {
     "flash-attn": ("models loaded with attn_implementation", "pip install flash-attn"),
@@ -144,9 +145,11 @@ def print_findings(found: Findings, console: Any) -> None:
     width = max(len(finding.name) for finding in found.findings)
     for finding in found.findings:
         name = escape(finding.name.ljust(width))
+        detail = escape(printable(finding.detail, None))
         # soft_wrap: a command that the console broke in two could not be copied.
-        console.print(f"{mark[finding.status]}  {name}  {escape(finding.detail)}", soft_wrap=True)
+        console.print(f"{mark[finding.status]}  {name}  {detail}", soft_wrap=True)
         if finding.mend is not None:
             indent = " " * (width + 6)
             console.print(f"{indent}[bold]{escape(finding.mend)}[/bold]", soft_wrap=True)
-    console.print(f"\nimpl: {found.impl}, because {found.impl_why}", soft_wrap=True)
+    why = escape(printable(found.impl_why, None))
+    console.print(f"\nimpl: {found.impl}, because {why}", soft_wrap=True)

@@ -5,13 +5,14 @@ Without it (a checkpoint about which nothing is suspected) the audits that need 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from ..files import write_json
+from ..runtime.json_text import JSONError, read_json
+from ..runtime.printable import printable
 from .activations import ActivationDiffAudit, LinearProbeAudit
 from .audit import Audit
 from .behaviour import (
@@ -88,14 +89,16 @@ class Probes:
         for name in ("options", "markers", "rivals", "prefixes", "systems", "candidates", "answers",
                      "answered"):  # fmt: skip
             given = getattr(self, name)
-            if isinstance(given, str) or not all(isinstance(text, str) for text in given):
-                raise ValueError(f"{name}: expected a list of texts, got {given!r}")
+            listed = isinstance(given, (list, tuple))
+            if not listed or not all(isinstance(text, str) for text in given):
+                got = printable(repr(given))
+                raise ValueError(f"{name}: expected a list of texts, got {got}")
             object.__setattr__(self, name, tuple(given))
         for f in fields(self):
             given = getattr(self, f.name)
             if type(f.default) in (str, int) and type(given) is not type(f.default):
                 kind = {str: "a text", int: "a whole number"}[type(f.default)]
-                raise ValueError(f"{f.name}: expected {kind}, got {given!r}")
+                raise ValueError(f"{f.name}: expected {kind}, got {printable(repr(given))}")
         if self.layer is not None and type(self.layer) is not int:
             raise ValueError(f"layer: expected a whole number or null, got {self.layer!r}")
         for a, b in (("audited", "prompts"), ("answers", "prompts"), ("answered", "asked"),
@@ -117,13 +120,14 @@ class Probes:
     def load(cls, path: str | Path) -> Probes:
         """From a JSON file of the fields above; prompts as mappings of their fields, or texts."""
         try:
-            said = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            said = read_json(path)
+        except (OSError, JSONError) as error:
             raise ValueError(f"probes: expected a JSON file, got {path}: {error}") from None
         names = [f.name for f in fields(cls)]
         if not isinstance(said, dict) or set(said) - set(names):
             wrong = sorted(set(said) - set(names)) if isinstance(said, dict) else said
-            raise ValueError(f"probes: expected a mapping of {', '.join(names)}, got {wrong!r}")
+            got = printable(repr(wrong))
+            raise ValueError(f"probes: expected a mapping of {', '.join(names)}, got {got}")
         return cls(**said)
 
     def readout(self, prompts: tuple[Prompt, ...]) -> Audit | None:

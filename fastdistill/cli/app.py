@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import traceback
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +15,8 @@ from typing import Annotated, Any
 import typer
 
 from .. import __version__
-from .command import Json, add, print_json
+from .command import Json, add
+from .printing import print_json, say
 from .verbs import (
     Audit,
     CacheBuild,
@@ -56,7 +58,7 @@ experiment = typer.Typer(
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        print(__version__)
+        say(__version__)
         raise typer.Exit
 
 
@@ -136,7 +138,7 @@ def report(
     if as_json:
         print_json({"report": str(path)})
     else:
-        print(path)
+        say(path)
 
 
 @cache.command("info")
@@ -162,7 +164,7 @@ def cache_verify(
         print_json(found)
     else:
         size = f"{found['tokens']:,} tokens, {found['bytes'] / 1e6:,.1f} MB"
-        print(f"{found['shards']} files are as they were built: {size}")
+        say(f"{found['shards']} files are as they were built: {size}")
 
 
 @app.command(
@@ -173,7 +175,7 @@ def bench(context: typer.Context) -> None:
     """Measure the losses beside their peers (from a checkout; bench --help)."""
     root = Path(__file__).resolve().parents[2]
     if not (root / "benchmarks" / "registry.py").is_file():
-        print(
+        say(
             "fastdistill bench: the benchmarks are in the repository, not in the installed package;"
             " run it from a checkout (git clone, then make venv)",
             file=sys.stderr,
@@ -203,13 +205,14 @@ def main() -> None:
     try:
         app(prog_name="fastdistill")
     except KeyboardInterrupt:
-        print("fastdistill: interrupted", file=sys.stderr)
+        say("fastdistill: interrupted", file=sys.stderr)
         raise SystemExit(1) from None
     except Exception as error:
         code = _code_of(error)
-        if code is None:
-            raise
-        print(f"fastdistill: {error}", file=sys.stderr)
+        if code is None:  # its message may be foreign, as any other
+            say("".join(traceback.format_exception(error)), file=sys.stderr)
+            raise SystemExit(1) from None
+        say(f"fastdistill: {error}", file=sys.stderr)
         raise SystemExit(code) from None
 
 

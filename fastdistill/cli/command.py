@@ -10,7 +10,6 @@ and shown(own, more) for what --print-config prints; `own` is the dataclass, `mo
 from __future__ import annotations
 
 import inspect
-import json
 import sys
 import typing
 from contextlib import redirect_stdout
@@ -21,6 +20,7 @@ from typing import Annotated, Any
 
 import typer
 
+from .printing import print_json
 from .settings import Text, as_yaml, fill, gather, names_of, refuse_unknown
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
@@ -70,10 +70,6 @@ def add(app: typer.Typer, name: str, kind: type, module: str) -> None:
         ]
     )
     app.command(name, help=kind.__doc__)(command)
-
-
-def print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
 
 
 _Print = Annotated[bool, typer.Option("--print-config", help="Print all settings as --config.")]

@@ -15,11 +15,13 @@ from ..audits.result import AuditResult
 from ..audits.side_by_side import side_by_side
 from ..audits.subject import Subject
 from ..backend import versions
+from ..checkpoint_gate import ADAPTER
 from ..files import write_json
-from ..organisms.stored import ADAPTER, load_organism
+from ..organisms.stored import load_organism
 from ..report.audit_page import audit_page, lead
 from ..stored_model import StoredModel
 from .opening import quiet, running
+from .printing import say
 from .verbs import Audit
 
 
@@ -52,17 +54,17 @@ def run(own: Audit, more: dict[str, Any]) -> dict[str, Any]:
 
 def tell(found: dict[str, Any]) -> None:
     if "lead" not in found:
-        print("audits: " + ", ".join(found["audits"]))
-        print("models: " + ", ".join(f"{k} {v}" for k, v in found["models"].items()))
+        say("audits: " + ", ".join(found["audits"]))
+        say("models: " + ", ".join(f"{k} {v}" for k, v in found["models"].items()))
         return
-    print(found["lead"])
+    say(found["lead"])
     for audit in found["audits"]:
         low, high = audit["interval"]
         bounds = "" if low is None else f" [{low:.3f}, {high:.3f}]"
-        print(f"  {audit['name']:24} {audit['model']:8} {audit['value']:9.3f}{bounds}")
+        say(f"  {audit['name']:24} {audit['model']:8} {audit['value']:9.3f}{bounds}")
     for name, reason in found["left_out"].items():
-        print(f"left out: {name}. {reason}")
-    print(f"The report is {found['report']}")
+        say(f"left out: {name}. {reason}")
+    say(f"The report is {found['report']}")
 
 
 def _names(own: Audit) -> dict[str, str]:

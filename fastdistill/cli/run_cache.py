@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from ..cache import CacheError, TeacherCache
+from ..runtime.printable import printable
 from .opening import Failed
 
 
@@ -63,4 +64,5 @@ def show(found: dict[str, Any]) -> None:
     ]  # fmt: skip
     console = Console()
     for name, value in lines:
-        console.print(f"{name:<9}{value}", soft_wrap=True, markup=False, highlight=False)
+        line = printable(f"{name:<9}{value}", None)
+        console.print(line, soft_wrap=True, markup=False, highlight=False)

@@ -12,6 +12,7 @@ from ..json_lines import JsonLines
 from ..plan.shapes import config_of
 from ..served import is_url
 from .opening import device, elsewhere, quiet, running, teacher_of, tokenizer_of
+from .printing import say
 from .run_cache import figures, show
 from .verbs import CacheBuild
 
@@ -75,7 +76,7 @@ def tell(found: dict[str, Any]) -> None:
         show(found)
         return
     size = f"{found['bytes'] / 1e6:,.1f} MB in {found['shards']} files"
-    print(f"{found['rows']:,} rows, about {found['tokens']:,} answers: {size}")
+    say(f"{found['rows']:,} rows, about {found['tokens']:,} answers: {size}")
 
 
 def _data(own: CacheBuild) -> JsonLines:

@@ -17,6 +17,7 @@ from ..experiment.study import FRESH, Study, Table, carry_out, pairs_of, why_not
 from ..experiment.world_source import WorldSource
 from ..strategies.strategy import Training
 from .opening import quiet, running
+from .printing import say
 from .verbs import DoubleBind, LeakKnobs
 
 STUDIES = {DoubleBind: double_bind.study, LeakKnobs: leak_knobs.study}
@@ -67,16 +68,16 @@ def run(own: DoubleBind, more: dict[str, Any]) -> dict[str, Any]:
 
 def tell(found: dict[str, Any]) -> None:
     if "report" not in found:
-        print(f"{found['runs']} runs of {len(found['arms'])} arms: {', '.join(found['arms'])}")
-        print(f"base seeds {found['base_seeds']}, for development {found['development_seeds']}")
+        say(f"{found['runs']} runs of {len(found['arms'])} arms: {', '.join(found['arms'])}")
+        say(f"base seeds {found['base_seeds']}, for development {found['development_seeds']}")
         return
     for seed, because in found["refused"].items():
-        print(f"base seed {seed} refused: {'; '.join(because)}")
+        say(f"base seed {seed} refused: {'; '.join(because)}")
     for reason in found["invalid_because"]:
-        print(f"invalid: {reason}")
+        say(f"invalid: {reason}")
     for arm in found["arms"]:
-        print(f"  {arm['name']}: {arm['verdict']}")
-    print(f"The report is {found['report']}")
+        say(f"  {arm['name']}: {arm['verdict']}")
+    say(f"The report is {found['report']}")
 
 
 def _planned(own: DoubleBind) -> tuple[Study, list[Source], list[Source], int]:

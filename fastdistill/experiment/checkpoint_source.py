@@ -18,9 +18,11 @@ from ..audits.generic import GENERIC
 from ..audits.probes import Probes
 from ..audits.prompts import Prompt
 from ..audits.subject import Subject
+from ..checkpoint_gate import ADAPTER, DOCUMENTS
 from ..files import sha256_of, write_json
 from ..json_lines import JsonLines
 from ..organisms.stored import load_organism
+from ..runtime.json_text import read_json
 from ..statistics import Reading
 from ..strategies.lessons import Asked
 from ..strategies.strategy import Scene
@@ -112,7 +114,7 @@ class CheckpointSource(Source):
         write_json(at / READINGS, {name: reading.as_json() for name, reading in readings.items()})
 
     def kept(self, folder: Path) -> Kept:
-        said = json.loads((self._at(folder) / READINGS).read_text(encoding="utf-8"))
+        said = read_json(self._at(folder) / READINGS, dict)
         return Kept(readings={n: Reading.from_json(r) for n, r in said.items()}, validity=None)
 
     def opened(self, folder: Path) -> OpenedCheckpoints:
@@ -170,7 +172,7 @@ class OpenedCheckpoints(Opened):
 
 
 def _model(name: str, source: CheckpointSource, role: str) -> Subject:
-    adapter = (Path(name).expanduser() / "adapter_config.json").is_file()
+    adapter = (Path(name).expanduser() / ADAPTER).is_file()
     return load_organism(name, base=source.base if adapter else None, name=role)
 
 
@@ -208,10 +210,10 @@ def _contents(path: Path) -> str:
     if not path.is_dir():
         return str(path)
     digest = hashlib.sha256()
-    for file in sorted(path.iterdir()):
-        if file.suffix in (".json", ".safetensors", ".jinja", ".model"):
+    for file in sorted(path.rglob("*")):
+        if file.is_file() and file.suffix.lower() not in DOCUMENTS:
             size = file.stat().st_size
-            digest.update(f"{file.name} {size} ".encode())
+            digest.update(f"{file.relative_to(path).as_posix()} {size} ".encode())
             with file.open("rb") as opened:
                 for i in range(_BLOCKS):
                     opened.seek(size * i // _BLOCKS)

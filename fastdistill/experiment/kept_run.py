@@ -6,7 +6,6 @@ and no other.
 
 from __future__ import annotations
 
-import json
 import time
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from ..backend import versions
 from ..files import write_json
+from ..runtime.json_text import read_json
 from .digest import digest_of
 
 RUNS = "runs"
@@ -43,8 +43,8 @@ class KeptRun(ABC):
     def result(self, folder: Path) -> dict[str, Any]:
         """What was kept. ValueError where the file is not of this run."""
         path = self.path(folder)
-        kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if digest_of(kept["config"]) != self.digest:
+        kept: dict[str, Any] = read_json(path, dict)
+        if digest_of(kept.get("config")) != self.digest:
             raise ValueError(
                 f"{path.name}: expected the run that its name says, got another one. Delete it, "
                 "and start the experiment again"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from ..organisms.stored import load_organism
 from ..organisms.vocabulary import ANIMALS, AUDIT_TOKEN, AUDIT_WORDS, HELD_OUT_AUDIT_WORDS
 from ..organisms.world import World
 from ..organisms.world_probes import probes_of
+from ..runtime.json_text import read_json
 from ..statistics import Reading, Validity
 from ..strategies.lessons import Asked
 from ..strategies.strategy import Scene
@@ -65,7 +65,7 @@ class WorldSource(Source):
         )
 
     def kept(self, folder: Path) -> Kept:
-        said = json.loads((self._at(folder) / READINGS).read_text(encoding="utf-8"))
+        said = read_json(self._at(folder) / READINGS, dict)
         return Kept(
             readings={name: Reading.from_json(r) for name, r in said["readings"].items()},
             validity=Validity.from_json(said["validity"]),

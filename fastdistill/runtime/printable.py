@@ -36,6 +36,11 @@ def printable(value: Any, limit: int | None = LIMIT) -> str:
     return shown + "…" if cut else shown
 
 
+def printable_lines(value: Any) -> str:
+    """Return `value` as text whose lines are each as `printable` makes them, without a limit."""
+    return "\n".join(printable(line, None) for line in str(value).split("\n"))
+
+
 def _escaped(character: str) -> str:
     if unicodedata.category(character) not in _ESCAPED:
         return character

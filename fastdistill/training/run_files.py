@@ -8,10 +8,11 @@ time; readers take the later line.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from ..runtime.json_text import JSONError, parse_json
 
 NAME = "metrics.jsonl"
 SETTINGS = "run.json"
@@ -75,7 +76,7 @@ def read_metrics(output_dir: str | Path) -> list[dict[str, Any]]:
 
 def _object(text: str) -> dict[str, Any] | None:
     try:
-        found = json.loads(text)
-    except ValueError:
+        found: dict[str, Any] = parse_json(text, NAME, dict)
+    except JSONError:
         return None
-    return found if isinstance(found, dict) else None
+    return found
