@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import checks
 from .kernels.backends import engine
-from .kernels.head import Head
+from .kernels.head import Head, keep_rounded
 from .kernels.op_common import or_none
 from .kernels.op_losses import scale_saved, topk_loss
 from .kernels.rows import Gathered, RowOptions, entropy_of, first_slots, rows_forward
@@ -120,7 +120,8 @@ def fused(
             )
             if shard is None or out.dx is None:
                 return out
-            return out._replace(dx=shard.summed(out.dx).to(x.dtype))
+            dx, lift = keep_rounded(shard.summed(out.dx), x)
+            return out._replace(dx=dx, lift=torch.cat([lift.reshape(1), out.lift[1:]]))
 
         loss, out = keep_gradients(run, coef_N, x, head)
         return Computed._make((loss, *out.rows, out.entropy))

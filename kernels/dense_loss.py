@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from .engines import Engine
-from .head import DenseRows, Head, blocks, chunk_tokens, lift_of
+from .head import DenseRows, Head, blocks, chunk_tokens, keep_rounded
 from .rows import RowOptions
 
 
 class Dense(NamedTuple):
-    """loss scalar, per_token [N], `lift` times the gradients of the loss (None unless asked)."""
+    """loss scalar, per_token [N], and the gradients of the loss (None unless asked for), each times
+    its own entry of `lift` [3]."""
 
     loss: Tensor
     per_token: Tensor
@@ -55,7 +56,6 @@ def dense(
     if need_bias and head.bias is not None:
         db = torch.zeros_like(head.bias, dtype=head.dtype)
     per_token = hidden_NH.new_empty(N, dtype=head.dtype)
-    lift = lift_of(head, coef_N)
     size = min(chunk, N)
     keeps = engine.new_keep(head, size), engine.new_keep(teacher_head, size)
     no_ids = hidden_NH.new_empty(N, 0, dtype=torch.int64)
@@ -71,7 +71,7 @@ def dense(
         )
         loss = D * options.on_divergence
         on_lse = on_ce = None
-        coef = coef_N[at] * lift
+        coef = coef_N[at]
         if options.z_loss:
             loss = loss + options.z_loss * lse_base.square()
             on_lse = 2 * options.z_loss * coef * lse_base
@@ -108,12 +108,8 @@ def dense(
     del keeps
     if dw is not None:
         dw[head.vocab :] = 0
-        dw = dw.to(head.weight.dtype)
-    return Dense(
-        (coef_N * per_token).sum(),
-        per_token,
-        None if dx_NH is None else dx_NH.to(hidden_NH.dtype),
-        dw,
-        None if db is None or head.bias is None else db.to(head.bias.dtype),
-        lift,
-    )
+    dw, on_dw = keep_rounded(dw, head.weight)  # first: the wide dW is gone before dX is rounded
+    dx, on_dx = keep_rounded(dx_NH, hidden_NH)
+    db, on_db = keep_rounded(db, coef_N if head.bias is None else head.bias)
+    lift = torch.stack([on_dx, on_dw, on_db])
+    return Dense((coef_N * per_token).sum(), per_token, dx, dw, db, lift)

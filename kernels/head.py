@@ -155,7 +155,7 @@ def chunk_tokens(head: Head, tokens: int, weight_grad: bool) -> int:
     SHARE_OF_MATERIALISED of three fp32 [N, V], within CHUNK_BYTES, and below all tokens, but are
     never so few that reading W dominates.
 
-    Two chunks are preferred where they fit or need no more, since then a 16-bit dW needs no fp32
+    Two chunks are preferred where they fit or need no more, since then a bfloat16 dW needs no fp32
     accumulator beside it.
     """
     low, high = CHUNK_BYTES.get(head.weight.device.type, CHUNK_BYTES["cuda"])
@@ -167,7 +167,8 @@ def chunk_tokens(head: Head, tokens: int, weight_grad: bool) -> int:
         budget = share - weight_grad * head.weight.numel() * gradient_bytes
         return max(floor, min(high, budget)) // row_bytes
 
-    half, stored = -(-tokens // 2), head.weight.element_size()
+    half = -(-tokens // 2)
+    stored = head.weight.element_size() if sums_in_16_bits(head) else head.dtype.itemsize
     chunk = fits(head.dtype.itemsize)
     saved = weight_grad * head.weight.numel() * (head.dtype.itemsize - stored)
     if half <= fits(stored) or half * row_bytes <= min(high, chunk * row_bytes + saved):
@@ -176,18 +177,56 @@ def chunk_tokens(head: Head, tokens: int, weight_grad: bool) -> int:
     return max(1, min(chunk, even + -even % 32))  # and of whole tiles of the library GEMM
 
 
-def lift_of(head: Head, *grads: Tensor | None) -> Tensor:
-    """A power of two, 0-dim, that keeps dz inside float16 (1 for every other type).
+def sums_in_16_bits(head: Head) -> bool:
+    """Whether gradients of this head may be summed in its own type. Those of float16 may not: their
+    range is known only once the sum is complete."""
+    return head.weight.dtype == torch.bfloat16
+
+
+def lift_of(*grads: Tensor | None, top_bits: int = 7) -> Tensor:
+    """A power of two, 0-dim, that brings the largest |value| into (2^(top_bits − 1), 2^top_bits].
 
     float16 ends at 6e-8, where most of a softmax over a vocabulary lies once it is divided by the
-    number of tokens. Gradients are linear in `grads`: they are lifted before 16-bit products and
-    the lift taken out of their result, or with the upstream scalar.
+    number of tokens, and at 65504. Gradients are linear in `grads`: these are lifted before they
+    are rounded to float16, and the fp32 result of the product is divided by the lift. 1 where all
+    is zero or something is not finite.
     """
-    given = [g for g in grads if g is not None and g.numel()]
-    if head.weight.dtype != torch.float16 or not given:
-        return torch.ones((), dtype=head.dtype, device=head.weight.device)
-    top = torch.stack([g.abs().amax() for g in given]).amax()
-    return torch.exp2(7 - torch.ceil(torch.log2(top.clamp(min=1e-30)))).to(head.dtype)
+    sizes = [torch.linalg.vector_norm(g, torch.inf) for g in grads if g is not None and g.numel()]
+    top = torch.stack(sizes).amax() if len(sizes) > 1 else sizes[0]
+    lift = torch.exp2(top_bits - torch.ceil(torch.log2(top.clamp(min=2.0**-60))))
+    return torch.where((top > 0) & top.isfinite(), lift, 1.0)
+
+
+class Lifted(NamedTuple):
+    """A gradient in the type that it is kept in, and its lift, 0-dim: value · lift."""
+
+    value: Tensor | None
+    lift: Tensor
+
+
+def keep_rounded(wide: Tensor | None, like: Tensor) -> Lifted:
+    """Round a complete sum to the type of `like`. float16 keeps it at a lift that brings its
+    largest entry to 2^15, since the upstream factor is not known yet; overwrites `wide` then."""
+    if wide is None or like.dtype != torch.float16 or not wide.numel():
+        value = None if wide is None else wide.to(like.dtype)
+        lift_type = torch.float64 if like.dtype == torch.float64 else torch.float32
+        return Lifted(value, like.new_ones((), dtype=lift_type))
+    lift = lift_of(wide, top_bits=15)
+    return Lifted(wide.mul_(lift).to(like.dtype), lift)
+
+
+def lifted_grads(head: Head, grads: Stats) -> tuple[Stats, Tensor | None]:
+    """(grads · lift, lift) such that dz stays inside float16; (grads, None) for other types.
+
+    z_ids holds d(W x) of distinct slots; |dz| elsewhere is at most |g_rest| + |g_base| +
+    (1 + log V) |g_mean|, times logit_scale and, but for g_base, 1/T.
+    """
+    if head.weight.dtype != torch.float16:
+        return grads, None
+    on_z, on_u = head.logit_scale / head.temperature, head.logit_scale
+    factors = (1.0, on_z, on_z, on_u)
+    lift = lift_of(*(None if t is None else t * f for t, f in zip(grads, factors, strict=True)))
+    return Stats._make(None if t is None else t * lift for t in grads), lift
 
 
 def slot_grads(head: Head, z_ids_nS: Tensor, g_z_nS: Tensor) -> Tensor:

@@ -14,8 +14,8 @@ from torch import Tensor
 from . import dense_loss as losses
 from .backends import engine
 from .head import Head
-from .op_common import accumulator, chosen, fake_grads, full_precision, needed, or_empty
-from .op_losses import kept_grads
+from .op_common import accumulator, fake_grads, full_precision, needed, or_empty
+from .op_losses import kept_grads, scale_saved
 from .rows import RowOptions
 
 
@@ -99,7 +99,7 @@ def _(
     return (
         coef.new_empty(()),
         torch.empty_like(coef),
-        coef.new_empty(()),
+        coef.new_empty(3),
         *fake_grads(hidden, weight, bias, need),
     )
 
@@ -201,8 +201,8 @@ def _rows_grad(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     _, _, lift, *lifted = dense_loss(
         hidden, weight, bias, grad.contiguous(), *teacher, *scalars, need, impl
     )
-    found = [g / lift if g.numel() else g for g in lifted]
-    return (*chosen(found, need), *[None] * (4 + len(ctx.scalars)))
+    found = scale_saved(lifted, lift.new_ones(()), lift, need)
+    return (*found, *[None] * (4 + len(ctx.scalars)))
 
 
 dense_rows.register_autograd(_rows_grad, setup_context=_rows_setup)

@@ -111,7 +111,7 @@ def _(
         torch.empty_like(row) if has_base else none,
         torch.empty_like(row) if has_base and labels is not None else coef.new_empty(0),
         torch.empty_like(row) if entropy else coef.new_empty(0),
-        coef.new_empty(()),
+        coef.new_empty(3),
         *fake_grads(hidden, weight, bias, need),
     )
 
@@ -119,19 +119,29 @@ def _(
 def scale_saved(
     saved: list[Tensor], grad: Tensor, lift: Tensor, need: list[bool]
 ) -> list[Tensor | None]:
-    """Gradients kept from the forward pass, times the upstream scalar over their lift.
+    """Gradients kept from the forward pass, times the upstream scalar over their lifts [3].
 
     They are scaled in place: no second dW. A plain `loss.backward()` on CPU has upstream 1 and
     gets them as they are; on a GPU reading the scalar would stall the stream. With retain_graph
     they must outlive the call, and a traced graph owns no memory: there the product is new.
     """
-    factor = grad / lift
+    factors = (grad / lift).unbind()
     ours = type(grad) is Tensor and not torch._C._autograd._get_current_graph_task_keep_graph()
-    if not ours:
-        return chosen((g * factor if g.numel() else g for g in saved), need)
-    if grad.device.type == "cpu" and factor.item() == 1.0:
-        return chosen(saved, need)
-    return chosen((g.mul_(factor) if g.numel() else g for g in saved), need)
+    pairs = zip(saved, factors, strict=True)
+    return chosen((scaled(g, f, ours) if g.numel() else g for g, f in pairs), need)
+
+
+def scaled(grad: Tensor, factor: Tensor, in_place: bool) -> Tensor:
+    """grad · factor (0-dim, fp32 or fp64), multiplied in the wider type and rounded once.
+
+    A GPU rounds a 0-dim factor to the type of `grad` before it multiplies, and 2^17 is infinite in
+    float16; a factor of shape [1] is promoted instead. A CPU keeps the 0-dim factor as it is.
+    """
+    if not in_place:
+        return (grad * factor.reshape(1)).to(grad.dtype)
+    if grad.device.type == "cpu":
+        return grad if factor.item() == 1.0 else grad.mul_(factor)
+    return grad.mul_(factor.reshape(1))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -5,8 +5,8 @@
 For each chunk of tokens the logits are computed once and kept (fp32, a chunk at a time); once ℓ is
 known they become dz in place, the K entries are overwritten in fp32, and both gradient GEMMs
 follow: 6NVH FLOPs (4NVH with a frozen head), as if the logits had been materialised, at the memory
-of one chunk. dW is summed over a chunk in fp32, and over chunks in fp32, or in its own type if they
-are but a few (CARRIED_CHUNKS).
+of one chunk. dW is summed over a chunk in fp32, and over chunks in fp32, or in bfloat16 if that is
+the head's type and they are but a few (CARRIED_CHUNKS).
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from .engines import Engine
-from .head import Head, Stats, blocks, chunk_tokens, lift_of
+from .head import Head, Stats, blocks, chunk_tokens, keep_rounded, sums_in_16_bits
 from .rows import Gathered, RowOptions, Rows, Teacher, entropy_of, first_slots, rows_backward
 from .rows import rows_forward as _rows_forward
 
-# A 16-bit dW is rounded once more with every chunk; beyond these many it is summed in fp32.
+# A bfloat16 dW is rounded once more with every chunk; beyond these many it is summed in fp32.
 CARRIED_CHUNKS = {"cpu": 2, "cuda": 4}
 
 RowFunction = Callable[
@@ -31,8 +31,8 @@ RowFunction = Callable[
 
 
 class Fused(NamedTuple):
-    """The sum, per-token statistics [N], and `lift` times the gradients of the sum (None unless
-    asked for)."""
+    """The sum, per-token statistics [N], and the gradients of the sum (None unless asked for), each
+    times its own entry of `lift` [3]."""
 
     loss: Tensor
     rows: Rows
@@ -105,19 +105,20 @@ def fused(
     grad = need_hidden or need_weight or need_bias
     chunk = chunk or chunk_tokens(head, N, need_weight)
     few = CARRIED_CHUNKS.get(hidden_NH.device.type, 4)
-    carried = head.weight.dtype == head.dtype or chunk * few >= N
+    carried = head.weight.dtype == head.dtype or (sums_in_16_bits(head) and chunk * few >= N)
     # Parts of dX that shards of the vocabulary hold are added before they are rounded.
-    part_type = None if combine is None else head.dtype
-    dx = torch.empty_like(hidden_NH, dtype=part_type) if need_hidden else None
+    rounds = combine is None and sums_in_16_bits(head)
+    dx = None
+    if need_hidden:
+        dx = torch.empty_like(hidden_NH, dtype=None if rounds else head.dtype)
     dw = db = None
     if need_weight:
         dw = torch.empty_like(head.weight, dtype=None if carried else head.dtype)
     if need_bias and head.bias is not None:
         db = torch.zeros_like(head.bias, dtype=head.dtype)
-    lift = lift_of(head, coef_N)
     skip: dict[str, Tensor] = {}
     if filter_eps is not None:
-        skip["filter_bar"] = coef_N.abs().amax() * lift * filter_eps
+        skip["filter_bar"] = coef_N.abs().amax() * filter_eps
     keep = engine.new_keep(head, min(chunk, N)) if grad else None
     seen_rows, seen_entropy = [], []
     loss = torch.zeros((), dtype=head.dtype, device=hidden_NH.device)
@@ -129,7 +130,7 @@ def fused(
         stats = mine if combine is None else combine(mine)
         gathered = Gathered(stats.z_ids, stats.lse_rest, stats.lse_base)
         part = Teacher(*(t[at] for t in teacher))
-        rows, g = row_function(gathered, part, label, coef * lift, grad)
+        rows, g = row_function(gathered, part, label, coef, grad)
         loss += (coef * rows.per_token).sum()
         seen_rows.append(rows)
         if entropy and stats.mean_rest is not None:
@@ -154,7 +155,9 @@ def fused(
     del keep  # before dW is rounded: the peak is a chunk or a rounded copy, not both
     if dw is not None:
         dw[head.vocab :] = 0
-        dw = dw.to(head.weight.dtype)
+    dw, on_dw = keep_rounded(dw, head.weight)  # first: the wide dW is gone before dX is rounded
+    dx, on_dx = keep_rounded(dx, hidden_NH if combine is None else coef_N)
+    db, on_db = keep_rounded(db, coef_N if head.bias is None else head.bias)
     rows = Rows._make(
         None if pieces[0] is None else torch.cat(pieces) for pieces in zip(*seen_rows, strict=True)
     )
@@ -164,6 +167,6 @@ def fused(
         torch.cat(seen_entropy) if entropy else None,
         dx,
         dw,
-        None if db is None or head.bias is None else db.to(head.bias.dtype),
-        lift,
+        db,
+        torch.stack([on_dx, on_dw, on_db]),
     )

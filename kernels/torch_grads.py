@@ -4,7 +4,8 @@
     dX = dz W,  dW = dzᵀ X
 
 chunk_grads   a chunk's kept logits become dz in place (4NVH FLOPs beyond the forward pass). With a
-              16-bit head dX takes dz in 16 bits off the slots and in fp32 at them.
+              bfloat16 head dX takes dz in 16 bits off the slots and in fp32 at them; float16, whose
+              range ends at 65504, is summed in fp32 throughout.
 recompute     the logits once more (2NVH), vocabulary slabs outermost, each dW slab written once in
               a fixed order: deterministic, no [N, V], no [V, H] accumulator.
 """
@@ -14,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .head import Head, Stats, slot_grads
+from .head import Head, Stats, slot_grads, sums_in_16_bits
 from .rows import Gathered
 from .torch_gather import hidden_grad
 from .torch_slabs import Matmul, Slots, grad_slab_, kept, logits, slabs
@@ -39,7 +40,7 @@ def chunk_grads(
     assert g.lse_rest is not None
     n, low = hidden_nH.shape[0], head.weight.dtype
     keep_V1n = kept(head, keep, n)
-    packed = low != head.dtype
+    packed = sums_in_16_bits(head)
     g_nS = slot_grads(head, stats.z_ids, g.z)
     g_Sn = g_nS.t().contiguous()
     matmul, slots = Matmul(head, hidden_nH), Slots(ids_nS)

@@ -71,10 +71,16 @@ class Matmul:
         else:
             torch.mm(self.weight(at), self.hidden_Hn, out=out_vn)
 
+    def lift(self, ds_vn: Tensor) -> Tensor:
+        """By how much ds is multiplied before it is rounded to the head's type."""
+        if self.head.weight.dtype != torch.float16:
+            return ds_vn.new_ones(())
+        return lift_of(ds_vn)
+
     def add_hidden_grad(self, at: slice, ds_vn: Tensor, dx_Hn: Tensor) -> None:
         """dx += W[v]ᵀ ds, accumulated in fp32."""
         if self.mixed:
-            W, lift = self.head.weight[at].t(), lift_of(self.head, ds_vn)
+            W, lift = self.head.weight[at].t(), self.lift(ds_vn)
             part = torch.mm(W, (ds_vn * lift).to(W.dtype), out_dtype=dx_Hn.dtype)
             dx_Hn += part / lift
         else:
@@ -87,7 +93,7 @@ class Matmul:
             dw_vH.addmm_(ds_vn, x_nH, beta=0 if first else 1)
             return
         if self.mixed:
-            lift = lift_of(self.head, ds_vn)
+            lift = self.lift(ds_vn)
             part = torch.mm((ds_vn * lift).to(x_nH.dtype), x_nH, out_dtype=self.head.dtype) / lift
         else:
             part = torch.mm(ds_vn, x_nH)

@@ -8,6 +8,8 @@ to the type of the logits inside, so that a new temperature or scale compiles no
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -76,6 +78,22 @@ def slab_columns(vocab: int) -> int:
     """A power of two that one program holds, and never the whole of a vocabulary."""
     low, high = SLAB_COLUMNS
     return max(low, min(high, 1 << max(0, (vocab // 2).bit_length() - 1)))
+
+
+@contextmanager
+def sums_at_lift(
+    lift: Tensor | None, first: bool, dx: Tensor | None, dw: Tensor | None, db: Tensor | None
+) -> Iterator[None]:
+    """Inside, products of a dz that carries `lift` are written to dX and added to dW and db; these
+    are fp32 sums, and afterwards none of them carries it."""
+    sums = [t for t in (dw, db) if t is not None]
+    if lift is not None and not first:
+        for t in sums:
+            t.mul_(lift)
+    yield
+    if lift is not None:
+        for t in sums if dx is None else [dx, *sums]:
+            t.div_(lift)
 
 
 def product(left: Tensor, right: Tensor, out: Tensor) -> None:

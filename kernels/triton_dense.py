@@ -16,9 +16,17 @@ import triton.language as tl
 from torch import Tensor
 
 from .divergences import floor_of
-from .head import DenseRows, Head, blocks
+from .head import DenseRows, Head, blocks, lift_of
 from .rows import RowOptions
-from .triton_common import add_product, launch, narrowed, product, scalars, shaped
+from .triton_common import (
+    add_product,
+    launch,
+    narrowed,
+    product,
+    scalars,
+    shaped,
+    sums_at_lift,
+)
 from .triton_divergences import functor
 from .triton_slabs import kept
 
@@ -207,6 +215,7 @@ def dense_grads(
     phi, w = None, 0.0
     if isinstance(options.divergence, str):
         phi, w = functor(options.divergence, options.beta, options.skew)
+    rows, lift = _lifted(head, rows, theirs if phi is None else None)
     launch(
         grad_divergence,
         (n,),
@@ -226,9 +235,29 @@ def dense_grads(
         BV=min(DENSE_TILE["BV"], triton.next_power_of_2(head.vocab)),
         num_warps=DENSE_TILE["num_warps"],
     )
-    if db is not None:
-        db[: head.vocab] += dz.sum(0, dtype=db.dtype)
-    if dw is not None:
-        add_product(dz.t(), hidden_nH, dw[: head.vocab], first)
-    if dx is not None:
-        product(dz, head.weight[: head.vocab], dx)
+    db = None if db is None else db[: head.vocab]
+    dw = None if dw is None else dw[: head.vocab]
+    with sums_at_lift(lift, first, dx, dw, db):
+        if db is not None:
+            db += dz.sum(0, dtype=db.dtype)
+        if dw is not None:
+            add_product(dz.t(), hidden_nH, dw, first)
+        if dx is not None:
+            product(dz, head.weight[: head.vocab], dx)
+
+
+def _lifted(head: Head, rows: DenseRows, psi_nV: Tensor | None) -> tuple[DenseRows, Tensor | None]:
+    """(rows whose factors carry the lift, lift) such that dz stays inside float16; (rows, None) for
+    other types. |ψ| of a named divergence is at most 90, since log p ≥ −88: the lift leaves room
+    for that; ψ of a callable is measured."""
+    if head.weight.dtype != torch.float16:
+        return rows, None
+    on_u, on_z = head.logit_scale, head.logit_scale / head.temperature
+    on_psi = rows.on_D
+    if psi_nV is not None:
+        on_psi = on_psi * torch.linalg.vector_norm(psi_nV, torch.inf, dim=1)
+    factors = ((on_psi, on_z), (rows.on_q, on_z), (rows.on_lse, on_u), (rows.on_ce, on_u))
+    lift = lift_of(*(None if t is None else t * f for t, f in factors))
+    names = ("on_D", "on_q", "on_lse", "on_ce")
+    carried = {n: None if (t := getattr(rows, n)) is None else t * lift for n in names}
+    return rows._replace(**carried), lift

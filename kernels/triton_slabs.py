@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from . import triton_filter, triton_gather, triton_stream
-from .head import Head, RunningLSE, Scanned, Stats, blocks, lift_of, slot_grads
+from .head import Head, RunningLSE, Scanned, Stats, blocks, lifted_grads, slot_grads
 from .rows import Gathered
-from .triton_common import add_product, product, slab_columns
+from .triton_common import add_product, product, slab_columns, sums_at_lift
 from .triton_grad import grad_rows_
 from .triton_reduce import Running
 
@@ -113,16 +113,42 @@ def chunk_grads(
     """
     assert g.lse_rest is not None
     ids, g_nS = distinct(ids_nS, slot_grads(head, stats.z_ids, g.z))
-    upstream = Stats(g.z, g.lse_rest, None, g.lse_base)
+    upstream, lift = lifted_grads(head, Stats(g_nS, g.lse_rest, None, g.lse_base))
+    if filter_bar is not None and lift is not None:
+        filter_bar = filter_bar * lift
+    if dw is not None:
+        dw = dw[: head.vocab]
+    if db is not None:
+        db = db[: head.vocab]
+    with sums_at_lift(lift, first, dx, dw, db):
+        _add_grads(head, hidden_nH, ids, stats, upstream, keep, first, dx, dw, db, filter_bar)
+
+
+def _add_grads(
+    head: Head,
+    hidden_nH: Tensor,
+    ids: Tensor,
+    stats: Stats,
+    upstream: Stats,
+    keep: Tensor,
+    first: bool,
+    dx: Tensor | None,
+    dw: Tensor | None,
+    db: Tensor | None,
+    filter_bar: Tensor | None,
+) -> None:
+    """`chunk_grads` with d(W x) of distinct ids in upstream.z_ids; dw and db end with the
+    vocabulary."""
+    g_nS = upstream.z_ids
     in_place = g_nS if filter_bar is None else torch.zeros_like(g_nS)
     dz = grad_rows_(head, kept(head, keep, len(hidden_nH)), 0, ids, in_place, stats, upstream)
     weight = head.weight[: head.vocab]
     if filter_bar is not None:
         live = triton_filter.live_tiles(dz, filter_bar)
         if db is not None:
-            db[: head.vocab] += dz.sum(0, dtype=db.dtype)
+            db += dz.sum(0, dtype=db.dtype)
         if dw is not None:
-            triton_filter.add_weight_product(dz, hidden_nH, live, dw[: head.vocab], first)
+            triton_filter.add_weight_product(dz, hidden_nH, live, dw, first)
         if dw is not None or db is not None:
             triton_gather.weight_grad(hidden_nH, ids, g_nS, dw, db, add=True)
         if dx is not None:
@@ -130,9 +156,9 @@ def chunk_grads(
             triton_gather.hidden_grad(head, ids, g_nS, dx, base=part)
         return
     if db is not None:
-        db[: head.vocab] += dz.sum(0, dtype=db.dtype)
+        db += dz.sum(0, dtype=db.dtype)
     if dw is not None:
-        add_product(dz.t(), hidden_nH, dw[: head.vocab], first)
+        add_product(dz.t(), hidden_nH, dw, first)
     if dx is None:
         return
     wide = dx
@@ -165,9 +191,9 @@ def recompute(
     narrow = None  # dX as it is returned, where that is not the type it is summed in
     if need_hidden and hidden_NH.dtype != head.dtype:
         narrow = torch.empty_like(hidden_NH)
-    lift = lift_of(head, *grads)
-    lifted = Stats._make(None if t is None else t * lift for t in grads)
-    ids, g_NS = distinct(ids_NS, slot_grads(head, stats.z_ids, lifted.z_ids))
+    ids, g_NS = distinct(ids_NS, slot_grads(head, stats.z_ids, grads.z_ids))
+    lifted, lift = lifted_grads(head, grads._replace(z_ids=g_NS))
+    g_NS = lifted.z_ids
     lost_NS = g_NS - g_NS.to(head.weight.dtype).to(g_NS.dtype)
     columns = min(slab_columns(V), max(64, RECOMPUTE_BYTES // (max(N, 1) * head.dtype.itemsize)))
     if narrow is not None and H % 2 == 0 and columns <= H // 2:
@@ -188,25 +214,26 @@ def recompute(
         if dw is not None:
             _store(dz.t(), hidden_NH, lift, dw[at])
         if db is not None:
-            db[at] = dz.sum(0, dtype=head.dtype) / lift
+            total = dz.sum(0, dtype=head.dtype)
+            db[at] = total if lift is None else total / lift
     if dx is None or narrow is None:
         return dx, dw, db
-    if narrow.dtype == torch.float16:  # it keeps its lift until it is narrowed, or would overflow
+    if lift is not None:  # divided out before dX is rounded, or it would overflow
         triton_gather.hidden_grad(head, ids, lost_NS, dx, base=dx)
-        narrow.copy_(dx / lift)
+        narrow.copy_(dx.div_(lift))
     else:
         triton_gather.hidden_grad(head, ids, lost_NS, narrow, base=dx)
     return narrow, dw, db
 
 
-def _store(left: Tensor, right: Tensor, lift: Tensor, out: Tensor) -> None:
-    """out = left @ right / lift."""
-    if out.dtype != torch.float16:
+def _store(left: Tensor, right: Tensor, lift: Tensor | None, out: Tensor) -> None:
+    """out = left @ right / lift, rounded once."""
+    if lift is None:
         add_product(left, right, out, first=True)
         return
     wide = out.new_empty(out.shape, dtype=lift.dtype)
     product(left, right, wide)
-    out.copy_(wide / lift)
+    out.copy_(wide.div_(lift))
 
 
 def topk(head: Head, hidden_nH: Tensor, k: int, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -49,7 +49,7 @@ CASES = [
     (device, run, dtype, shape)
     for device in ("cpu", "cuda")
     for run in (fused, recompute, dense, streamed_topk)
-    for dtype in (torch.float32, torch.bfloat16)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16)
     for shape in SHAPES
     # So many slabs take too long to count; a GPU's are larger.
     if device == "cuda" or shape[0] < 4096

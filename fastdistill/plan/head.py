@@ -76,16 +76,19 @@ def fused(head: HeadShape, N: int, S: int) -> Work:
     """4nV logits of a chunk, dW in fp32 unless it is carried in its own type, the slots' tensors;
     or dW in both types, once the logits are gone."""
     n = head.chunk(N)
-    carried = not head.narrow or n * CARRIED_CHUNKS[head.device] >= N
+    in_16_bits = head.dtype == torch.bfloat16  # as in kernels/head.py: sums_in_16_bits
+    carried = not head.narrow or (in_16_bits and n * CARRIED_CHUNKS[head.device] >= N)
     summed = head.trained * (head.weight if carried else head.V * head.H * ACCUMULATOR)
     inside = n * head.V * ACCUMULATOR + summed + _ON_SLOTS * n * S * ACCUMULATOR
+    if head.narrow and not in_16_bits:
+        inside += N * head.H * (ACCUMULATOR - head.dtype.itemsize)  # dX is summed in fp32, too
     wide = n * head.H * ACCUMULATOR
     if head.device == "cpu":
         v = head.rows(n)
         gathered = min(GATHER_BYTES, n * S * head.H * ACCUMULATOR)
         inside += v * n * ACCUMULATOR if not head.narrow else 0
         inside += wide if not head.narrow else 2 * wide + v * head.H * ACCUMULATOR
-        inside += gathered * 3 // 2 if head.narrow else 0
+        inside += gathered * 3 // 2 if in_16_bits else 0
     else:
         inside += wide if head.narrow else 0
     both = 0 if carried else summed + head.trained * head.weight
@@ -108,6 +111,8 @@ def recomputed(head: HeadShape, N: int, S: int) -> Work:
     # dX as it is returned lends its memory to the slab where that fits.
     lent = head.narrow and columns <= head.H // 2
     again = slots + (0 if lent else columns * N * ACCUMULATOR) + (wide if head.narrow else 0)
+    if head.dtype == torch.float16:
+        again += columns * head.H * ACCUMULATOR  # a slab of dW before it is rounded
     return Work(min(N, TRITON_BLOCK_TOKENS) * _columns(head.V) * ACCUMULATOR + slots, again)
 
 
