@@ -109,8 +109,9 @@ def _columns(seen: Gathered, teacher: Teacher, label_N: Tensor | None, tail: str
     lse_S = torch.logsumexp(z_S, -1)
     lp = teacher.lp
     if tail in ("renorm_teacher", "renorm_both"):
-        lp = (lp - torch.logsumexp(lp, -1, keepdim=True)).clamp(min=floor)
-        lp = lp.masked_fill(empty, floor)
+        # Empty slots take no part, however little the others hold.
+        mass = torch.logsumexp(lp.masked_fill(empty, NEG), -1, keepdim=True)
+        lp = (lp - mass).clamp(min=floor, max=0.0).masked_fill(empty, floor)
     if tail == "renorm_both":
         lq = (z_S - lse_S.unsqueeze(-1)).masked_fill(empty, floor)
         return _Columns(lp, lq, empty, lse_S, None, None)
@@ -123,10 +124,12 @@ def _columns(seen: Gathered, teacher: Teacher, label_N: Tensor | None, tail: str
     lq = (z_S - lse.unsqueeze(-1)).masked_fill(empty, floor)
     log_q_tail = log_share_left(lq, lse_tail - lse)
     if tail == "bucket":
-        # Ids that cover the vocabulary leave no token for the bucket, whatever rounding left in it.
-        log_tail = torch.where(lse_tail < ABSENT, floor, teacher.log_tail)
+        # Ids that cover the vocabulary leave no token for the bucket, whatever rounding left in it:
+        # an empty outcome is at the floor on both sides, as an empty slot is.
+        none = lse_tail < ABSENT
+        log_tail = torch.where(none, floor, teacher.log_tail)
         lp = torch.cat([lp, log_tail.unsqueeze(-1)], -1)
-        lq = torch.cat([lq, log_q_tail.unsqueeze(-1)], -1)
+        lq = torch.cat([lq, log_q_tail.masked_fill(none, floor).unsqueeze(-1)], -1)
     return _Columns(lp, lq, empty, lse, lse_tail, log_q_tail)
 
 
@@ -136,7 +139,7 @@ def _outside(divergence: Divergence, tail: str) -> float:
 
 def _base(seen: Gathered, teacher: Teacher, label_N: Tensor | None, T: float) -> Tensor:
     """lse₁ [N]: log-sum-exp of the logits at T=1."""
-    u_S = seen.z * T
+    u_S = torch.where(seen.z < ABSENT, NEG, seen.z * T)
     if label_N is not None:
         repeated = ~outside_label(teacher.ids, label_N)
         u_S = torch.cat([u_S[:, :-1], u_S[:, -1:].masked_fill(repeated.unsqueeze(-1), NEG)], -1)

@@ -234,3 +234,46 @@ def test_more_than_2_to_the_31_logits(impl_of_auto):
     truth = fd.linear_lse_gather(hidden[-5:], weight, ids[-5:], impl="reference")
     torch.testing.assert_close(out.logits[-5:], truth.logits)
     torch.testing.assert_close(out.lse_rest[-5:], truth.lse_rest)
+
+
+@pytest.mark.parametrize("upstream", [65536.0, 1e30])
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("divergence", NAMES)
+def test_huge_upstream_gradients_stay_finite(divergence, tail, upstream):
+    """A loss scale times T²; ids that are the whole vocabulary, of which nothing is left over."""
+    x, w = torch.randn(2, 8), torch.randn(5, 8) * 3
+    for k in (3, 5):
+        teacher = fd.linear_topk(torch.randn(2, 8), torch.randn(5, 8), k=k, temperature=100.0)
+        options = {
+            "divergence": divergence, "tail": tail, "temperature": 100.0, "t2_scale": True,
+            "labels": torch.tensor([0, 4]), "ce_weight": 0.3, "z_loss": 1e-3, "reduction": "sum",
+        }  # fmt: skip
+        truth = run_scaled(x, w, teacher, torch.float64, upstream, impl="reference", **options)
+        for backward in ("fused", "recompute"):
+            found = run_scaled(x, w, teacher, torch.float32, upstream, backward=backward, **options)
+            for a, t in zip(found, truth, strict=True):
+                assert a.isfinite().all()
+                assert_close(a, t, 1e-4)
+
+
+def run_scaled(x, w, teacher, dtype, upstream, **options):
+    x, w = leaves(x, w, dtype=dtype)
+    (fd.topk_distill_loss(x, w, teacher, **options) * upstream).backward()
+    return x.grad, w.grad
+
+
+def test_empty_slots_take_no_part_in_renormalisation():
+    """Also where the others hold next to nothing."""
+    x, w = torch.randn(1, 8), torch.randn(9, 8)
+    ids = torch.tensor([[1, 2, -1, -1, -1, -1]])
+    lp = torch.tensor([[-86.0, -87.0, -1.0, -1.0, -1.0, -1.0]])
+    for tail in ("renorm_teacher", "renorm_both"):
+        loss = fd.topk_distill_loss(x, w, fd.TopK(ids, lp), tail=tail)
+        z = torch.nn.functional.linear(x, w).double()
+        p = lp[:, :2].double().softmax(-1)
+        q = (
+            z.log_softmax(-1)[:, [1, 2]]
+            if tail == "renorm_teacher"
+            else z[:, [1, 2]].log_softmax(-1)
+        )
+        assert_close(loss, (p * (p.log() - q)).sum(), 1e-5)
