@@ -80,23 +80,9 @@ class Lut4Weight:
     perm: Tensor | None = None  # int64 [K]
 
     def __post_init__(self) -> None:
-        count, (_, K) = math.prod(self.shape), self.shape
-        _positive("block", self.block)
-        blocks = -(-count // self.block)
-        _expect("qdata", self.qdata, torch.uint8, -(-count // 2))
-        _expect("lut", self.lut, torch.float32, 16)
-        if isinstance(self.scale, Nested):
-            _positive("scale block", self.scale.block)
-            _expect("scale codes", self.scale.codes, torch.uint8, blocks)
-            _expect("scale code", self.scale.code, torch.float32, 256)
-            _expect("scale scale", self.scale.scale, torch.float32, -(-blocks // self.scale.block))
-            _expect("scale offset", self.scale.offset, torch.float32, 1)
-        else:
-            _expect("scale", self.scale, torch.float32, blocks)
-        if self.offset is not None:
-            _expect("offset", self.offset, torch.float32, blocks)
+        check_lut4(self.shape, self.block, self.qdata, self.scale, self.lut, self.offset)
         if self.perm is not None:
-            _expect("perm", self.perm, torch.int64, K)
+            _expect("perm", self.perm, torch.int64, self.shape[1])
 
     def expanded(self) -> Lut4Weight:
         """The same with plain fp32 scales."""
@@ -113,15 +99,60 @@ class Int8Weight:
     scale: Tensor  # fp32 [N·K / block]
 
     def __post_init__(self) -> None:
-        N, K = self.shape
-        _positive("block", self.block)
-        if K % self.block:
-            raise ValueError(f"block: expected a divisor of the row length {K}, got {self.block}")
-        _expect("qdata", self.qdata, torch.int8, N * K)
-        _expect("scale", self.scale, torch.float32, N * K // self.block)
+        check_int8(self.shape, self.block, self.qdata, self.scale)
 
 
 QuantWeight = Lut4Weight | Int8Weight
+
+
+def check_lut4(
+    shape: tuple[int, int],
+    block: int,
+    qdata: Tensor,
+    scale: Tensor | Nested,
+    lut: Tensor,
+    offset: Tensor | None,
+) -> None:
+    """Check that the parts of a 4-bit weight have the types and lengths that kernels rely on."""
+    count = math.prod(shape)
+    _positive("block", block)
+    blocks = -(-count // block)
+    _expect("qdata", qdata, torch.uint8, -(-count // 2))
+    _expect("lut", lut, torch.float32, 16)
+    if isinstance(scale, Nested):
+        _positive("scale block", scale.block)
+        _expect("scale codes", scale.codes, torch.uint8, blocks)
+        _expect("scale code", scale.code, torch.float32, 256)
+        _expect("scale scale", scale.scale, torch.float32, -(-blocks // scale.block))
+        _expect("scale offset", scale.offset, torch.float32, 1)
+    else:
+        _expect("scale", scale, torch.float32, blocks)
+    if offset is not None:
+        _expect("offset", offset, torch.float32, blocks)
+
+
+def check_int8(shape: tuple[int, int], block: int, qdata: Tensor, scale: Tensor) -> None:
+    """Check that the parts of an 8-bit weight have the types and lengths that kernels rely on."""
+    N, K = shape
+    _positive("block", block)
+    if K % block:
+        raise ValueError(f"block: expected a divisor of the row length {K}, got {block}")
+    _expect("qdata", qdata, torch.int8, N * K)
+    _expect("scale", scale, torch.float32, N * K // block)
+
+
+def check_row_vector(name: str, value: Tensor | None, rows: int, *, fp32: bool = False) -> None:
+    """Check a bias, or with fp32 a scale of each row: one number for each of `rows` outputs."""
+    if value is None:
+        return
+    wanted = value.dtype == torch.float32 if fp32 else value.is_floating_point()
+    if tuple(value.shape) != (rows,) or not wanted:
+        kind = "float32" if fp32 else "floating-point"
+        got = str(value.dtype).removeprefix("torch.")
+        raise ValueError(
+            f"{name}: expected a {kind} tensor [{rows}], one number for each output, got "
+            f"{list(value.shape)} of {got}"
+        )
 
 
 def _positive(name: str, value: int) -> None:

@@ -13,7 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .formats import BLOCK, Int8Weight, Lut4Weight, Nested, QuantWeight, quantize
+from .formats import (
+    BLOCK,
+    Int8Weight,
+    Lut4Weight,
+    Nested,
+    QuantWeight,
+    check_row_vector,
+    quantize,
+)
 
 _NESTED = ("scale_code", "scale_scale", "scale_offset")
 
@@ -88,7 +96,7 @@ class QuantizedWeight(nn.Module):
 
 
 class Parts(NamedTuple):
-    """A QuantWeight as the operators take it: tensors and numbers, nothing to be checked again."""
+    """A QuantWeight as the operators take it: tensors and numbers."""
 
     shape: tuple[int, int]
     block: int
@@ -172,6 +180,7 @@ class _QuantLinear(QuantizedWeight):
         self, weight: QuantWeight, bias: Tensor | None = None, *, compute: str = "auto"
     ) -> None:
         check_compute(compute)
+        check_row_vector("bias", bias, weight.shape[0])
         super().__init__(weight)
         self.compute = compute
         self.register_buffer("bias", None if bias is None else bias.detach())

@@ -1,6 +1,7 @@
 """The compiled modules behind tensors: addresses, sizes, type codes and the current stream.
 
-Everything is checked and contiguous by the time it comes here (ops.py, linear.py).
+The compiled functions take addresses and know no lengths: the operators in ops.py check every
+operand's type, length and device before they call one of these.
 """
 
 from __future__ import annotations
@@ -54,6 +55,9 @@ def cpu_lut4_dequant(
 
 
 def cpu_int8_dequant(qdata: Tensor, scale: Tensor, out: Tensor, block: int) -> None:
+    if out.dtype not in FLOATS:
+        torch_ops.int8_dequant(qdata, scale, out, block)
+        return
     ext, isa, threads = _cpu()
     ext.int8_dequant(
         isa, threads, _at(qdata), _at(scale), _at(out), KIND[out.dtype], out.numel(), block

@@ -15,6 +15,9 @@ fastdistill::quantize_rows  activations in 8 bits, a scale per token
     auto    int8 on a CPU with VNNI instructions where the shape allows it, else exact
 
 Forward only: a teacher has no gradient, and a reused W could not give one.
+
+Every operator checks type, length and device of each operand, whoever calls it: the compiled
+kernels read from addresses.
 """
 
 from __future__ import annotations
@@ -27,9 +30,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .engines import QuantEngine, engine_for, fast_int8_on_cpu
-from .formats import Nested
+from .formats import Nested, check_int8, check_lut4, check_row_vector
 from .native import FLOATS
-from .torch_ops import FP8
+from .torch_ops import FP8, TOP
 
 COMPUTE = ("auto", "exact", "int8", "fp8")
 # Columns that share one activation scale on a CPU. Beside 4-bit weights no more than share one of
@@ -115,6 +118,48 @@ def _resolved(compute: str, device: torch.device, rows: int, K: int, block: int)
     return compute
 
 
+def _check_input(x: Tensor, cols: int | None = None) -> None:
+    """x: floating-point [M, K], with K of the weight where that is known."""
+    if x.dim() != 2 or not x.is_floating_point() or cols not in (None, x.shape[1]):
+        columns = "K" if cols is None else cols
+        got = str(x.dtype).removeprefix("torch.")
+        raise ValueError(
+            f"x: expected a floating-point tensor [M, {columns}], got {list(x.shape)} of {got}"
+        )
+
+
+def _check_devices(device: torch.device, **operands: Tensor | None) -> None:
+    for name, tensor in operands.items():
+        if tensor is not None and tensor.device != device:
+            raise ValueError(
+                f"{name}: expected a tensor on {device}, as the other operands, got one on "
+                f"{tensor.device}"
+            )
+
+
+def _check_lut4(
+    rows: int,
+    cols: int,
+    block: int,
+    qdata: Tensor,
+    scale: Tensor,
+    nested: list[Tensor],
+    nested_block: int,
+    offset: Tensor | None,
+    lut: Tensor,
+) -> Tensor | Nested:
+    """The scales, once the weight's parts are what kernels rely on."""
+    if len(nested) not in (0, 3):
+        raise ValueError(
+            f"nested: expected no tensor or 3 (code, scale, offset), got {len(nested)}"
+        )
+    scales = Nested.of(scale, nested, nested_block) if nested else scale
+    check_lut4((rows, cols), block, qdata, scales, lut, offset)
+    parts = dict(zip(("scale_code", "scale_scale", "scale_offset"), nested, strict=False))
+    _check_devices(qdata.device, scale=scale, offset=offset, lut=lut, **parts)
+    return scales
+
+
 def regrouped(values: Tensor, rows: int, K: int, block: int, group: int) -> Tensor:
     """Scales or offsets of the flattened blocks as [N, K / group], where group divides K."""
     if group == block:
@@ -137,9 +182,13 @@ def _lut4_linear(
     block: int,
     compute: str,
 ) -> Tensor:  # [M, N]
+    _check_input(x)
     K, engine = x.shape[1], engine_for(x.device)
+    scales = _check_lut4(rows, K, block, qdata, scale, nested, nested_block, offset, lut)
+    check_row_vector("bias", bias, rows)
+    check_row_vector("row_scale", row_scale, rows, fp32=True)
+    _check_devices(x.device, qdata=qdata, bias=bias, row_scale=row_scale)
     compute = _resolved(compute, x.device, rows, K, block)
-    scales = Nested.of(scale, nested, nested_block) if nested else scale
     x = x.contiguous()
     if compute == "exact":
         W = scratch.take((rows, K), _storage(x.dtype), x.device)
@@ -169,7 +218,14 @@ def _int8_linear(
     block: int,
     compute: str,
 ) -> Tensor:
+    if qdata.dim() != 2:
+        raise ValueError(f"qdata: expected a tensor [N, K], got {list(qdata.shape)}")
     (rows, K), engine = qdata.shape, engine_for(x.device)
+    _check_input(x, K)
+    check_int8((rows, K), block, qdata, scale)
+    check_row_vector("bias", bias, rows)
+    check_row_vector("row_scale", row_scale, rows, fp32=True)
+    _check_devices(x.device, qdata=qdata, scale=scale, bias=bias, row_scale=row_scale)
     compute = _resolved(compute, x.device, rows, K, block)
     x = x.contiguous()
     if compute == "int8" and x.device.type == "cpu":
@@ -243,20 +299,28 @@ def _lut4_dequant(
     block: int,
     dtype: torch.dtype,
 ) -> Tensor:
+    scales = _check_lut4(rows, cols, block, qdata, scale, nested, nested_block, offset, lut)
     out = qdata.new_empty(rows, cols, dtype=dtype)
-    scales = Nested.of(scale, nested, nested_block) if nested else scale
     engine_for(qdata.device).lut4_dequant(qdata, scales, offset, lut, out, block)
     return out
 
 
 def _int8_dequant(qdata: Tensor, scale: Tensor, block: int, dtype: torch.dtype) -> Tensor:
-    out = torch.empty_like(qdata, dtype=dtype)
+    if qdata.dim() != 2:
+        raise ValueError(f"qdata: expected a tensor [N, K], got {list(qdata.shape)}")
+    check_int8((qdata.shape[0], qdata.shape[1]), block, qdata, scale)
+    _check_devices(qdata.device, scale=scale)
+    out = torch.empty_like(qdata, dtype=dtype, memory_format=torch.contiguous_format)
     engine_for(qdata.device).int8_dequant(qdata, scale, out, block)
     return out
 
 
 def _quantize_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(q [M, K] int8 or fp8-e4m3fn, scale fp32 [M]) with x ≈ q · scale."""
+    _check_input(x)
+    if dtype not in TOP:
+        raise ValueError(f"dtype: expected one of {list(TOP)}, got {dtype}")
+    x = _floats(x)
     return engine_for(x.device).quantize_rows(x.contiguous(), dtype)
 
 

@@ -1,0 +1,142 @@
+"""Operands of a wrong length, type or shape are refused before a kernel reads from an address."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastdistill.quant import Int8Linear, LUT4Linear
+from fastdistill.quant.formats import quantize
+
+N, K, BLOCK = 8, 64, 16
+KINDS = {"nf4": LUT4Linear, "int8": Int8Linear}
+COMPUTES = ("int8", "exact")
+OPS = torch.ops.fastdistill
+
+
+def lut4_operands(**changed):
+    w = quantize(torch.randn(N, K), "nf4", block=BLOCK)
+    given = {
+        "x": torch.randn(2, K), "qdata": w.qdata, "scale": w.scale, "nested": [], "nested_block": 0,
+        "offset": None, "lut": w.lut, "row_scale": None, "bias": torch.randn(N), "rows": N,
+        "block": BLOCK, "compute": "exact",
+    }  # fmt: skip
+    return list((given | changed).values())
+
+
+def int8_operands(**changed):
+    w = quantize(torch.randn(N, K), "int8")
+    given = {
+        "x": torch.randn(2, K), "qdata": w.qdata, "scale": w.scale, "row_scale": None,
+        "bias": torch.randn(N), "block": K, "compute": "exact",
+    }  # fmt: skip
+    return list((given | changed).values())
+
+
+BAD_BIAS = [
+    torch.zeros(1), torch.zeros(3), torch.zeros(N, 1), torch.zeros(1, N), torch.zeros(100),
+    torch.zeros(()), torch.zeros(N, dtype=torch.int64),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("bias", BAD_BIAS, ids=lambda b: f"{list(b.shape)}-{b.dtype}")
+@pytest.mark.parametrize("scheme", KINDS)
+def test_layers_refuse_a_bias_of_another_shape(scheme, bias):
+    weight = quantize(torch.randn(N, K), scheme, block=BLOCK)
+    for compute in ("auto", *COMPUTES):
+        with pytest.raises(ValueError, match=r"bias: expected .*\[8\], one number .*, got \["):
+            KINDS[scheme](weight, bias, compute=compute)
+
+
+@pytest.mark.parametrize("compute", COMPUTES)
+@pytest.mark.parametrize("scheme", KINDS)
+def test_layers_refuse_a_replaced_buffer(scheme, compute):
+    names = {"nf4": ("qdata", "scale", "lut", "bias"), "int8": ("scale", "bias")}[scheme]
+    for name in names:
+        for change in (lambda t: t[: len(t) // 2], lambda t: torch.cat([t, t]), lambda t: t.half()):
+            weight = quantize(torch.randn(N, K), scheme, block=BLOCK)
+            layer = KINDS[scheme](weight, torch.randn(N), compute=compute)
+            held = getattr(layer, name).flatten()
+            if name == "bias" and change(held).dtype == torch.float16:
+                continue  # a bias may have any floating-point type
+            setattr(layer, name, change(held))
+            with pytest.raises(ValueError, match=f"^{name}: expected"):
+                layer(torch.randn(2, K))
+
+
+BAD_LUT4 = [
+    ("bias", {"bias": torch.zeros(3)}),
+    ("bias", {"bias": torch.zeros(N, 1)}),
+    ("qdata", {"qdata": torch.zeros(7, dtype=torch.uint8)}),
+    ("qdata", {"qdata": torch.zeros(N * K // 2)}),
+    ("scale", {"scale": torch.ones(N * K // BLOCK, dtype=torch.float16)}),
+    ("scale", {"scale": torch.ones(3)}),
+    ("lut", {"lut": torch.zeros(4)}),
+    ("lut", {"lut": torch.zeros(16, dtype=torch.float16)}),
+    ("offset", {"offset": torch.zeros(2)}),
+    ("row_scale", {"row_scale": torch.ones(3)}),
+    ("block", {"block": 0}),
+    ("qdata", {"rows": 2 * N}),
+    ("qdata", {"x": torch.randn(2, 2 * K)}),
+    ("x", {"x": torch.randn(K)}),
+    ("x", {"x": torch.ones(2, K, dtype=torch.int64)}),
+    ("nested", {"nested": [torch.ones(256)], "nested_block": 4}),
+    ("scale", {"nested": [torch.ones(256), torch.ones(8), torch.ones(())], "nested_block": 4}),
+]
+
+
+@pytest.mark.parametrize("compute", COMPUTES)
+@pytest.mark.parametrize(("name", "changed"), BAD_LUT4, ids=lambda v: str(v)[:30])
+def test_lut4_linear_refuses(name, changed, compute):
+    with pytest.raises(ValueError, match=f"^{name}[a-z ]*: expected"):
+        OPS.lut4_linear(*lut4_operands(**(changed | {"compute": compute})))
+
+
+BAD_INT8 = [
+    ("bias", {"bias": torch.zeros(3)}),
+    ("bias", {"bias": torch.zeros(100)}),
+    ("scale", {"scale": torch.ones(3)}),
+    ("scale", {"scale": torch.ones(N, dtype=torch.float16)}),
+    ("qdata", {"qdata": torch.zeros(N, K)}),
+    ("qdata", {"qdata": torch.zeros(N * K, dtype=torch.int8)}),
+    ("x", {"x": torch.randn(2, 2 * K)}),
+    ("x", {"x": torch.randn(2, K // 2)}),
+    ("block", {"block": 0}),
+    ("block", {"block": 48}),
+]
+
+
+@pytest.mark.parametrize("compute", COMPUTES)
+@pytest.mark.parametrize(("name", "changed"), BAD_INT8, ids=lambda v: str(v)[:30])
+def test_int8_linear_refuses(name, changed, compute):
+    with pytest.raises(ValueError, match=f"^{name}: expected"):
+        OPS.int8_linear(*int8_operands(**(changed | {"compute": compute})))
+
+
+def test_the_operators_that_expand_and_round_refuse():
+    w4 = quantize(torch.randn(N, K), "nf4", block=BLOCK)
+    w8 = quantize(torch.randn(N, K), "int8", block=BLOCK)
+    for rows, scale in ((2 * N, w4.scale), (N, w4.scale[:3]), (N, w4.scale.half())):
+        with pytest.raises(ValueError, match="expected"):
+            OPS.lut4_dequant(w4.qdata, scale, [], 0, None, w4.lut, rows, K, BLOCK, torch.float32)
+    for scale in (w8.scale.flatten()[:3], w8.scale.half()):
+        with pytest.raises(ValueError, match="scale: expected"):
+            OPS.int8_dequant(w8.qdata, scale, BLOCK, torch.float32)
+    with pytest.raises(ValueError, match="x: expected"):
+        OPS.quantize_rows(torch.randn(K), torch.int8)
+    with pytest.raises(ValueError, match="dtype: expected"):
+        OPS.quantize_rows(torch.randn(2, K), torch.float16)
+
+
+@pytest.mark.parametrize("compute", COMPUTES)
+@pytest.mark.parametrize("scheme", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+def test_a_right_bias_of_any_floating_type_is_added(scheme, compute, dtype):
+    weight, bias, x = (
+        quantize(torch.randn(N, K), scheme, block=BLOCK),
+        torch.randn(N),
+        torch.randn(2, K),
+    )
+    plain = KINDS[scheme](weight, compute=compute)(x)
+    found = KINDS[scheme](weight, bias.to(dtype), compute=compute)(x)
+    torch.testing.assert_close(found, plain + bias.to(dtype).float(), atol=1e-5, rtol=1e-5)
