@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .answer_checks import Rules, find_wrong
+from .outputs import TopK
+
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTS = (torch.int32, torch.int64)
-ROUNDING = 1e-2  # a logprob that 16-bit storage lifted above 0, not a logit
 
 
 def fail(name: str, expected: str, got: Any, hint: str = "") -> None:
@@ -157,17 +159,17 @@ def teacher(
              "another one is not known (tail='renorm_both' needs none)")  # fmt: skip
     if not logprobs.numel() or not values_readable(logprobs, check):
         return
-    used = ids_ >= 0 if active is None else (ids_ >= 0) & active.unsqueeze(-1)
-    seen = logprobs[used]
-    if seen.isnan().any():
-        fail("teacher.logprobs", "numbers in every used slot", f"{int(seen.isnan().sum())} NaN")
-    if seen.numel() and float(seen.max()) > ROUNDING:
-        fail("teacher.logprobs", "log-probabilities ≤ 0", f"{float(seen.max()):.4g}",
-             "pass log_softmax(logits / T), not logits")  # fmt: skip
-    if log_tail is not None:
-        tails = log_tail if active is None else log_tail[active]
-        if tails.isnan().any() or (tails.numel() and float(tails.max()) > ROUNDING):
-            fail("teacher.log_tail", "log-probabilities ≤ 0", f"{float(tails.max()):.4g}")
+    answer = TopK(ids_, logprobs, log_tail)
+    if active is not None:
+        answer = TopK(
+            ids_[active], logprobs[active], None if log_tail is None else log_tail[active]
+        )
+    # Slots may have been emptied; renorm_both uses the K ids alone, whatever is outside them.
+    total = "any" if tail == "renorm_both" else "at most"
+    rules = Rules(vocab=vocab, repeats=True, nothing=True, total=total)
+    wrong = find_wrong(answer.flatten(), rules)
+    if wrong is not None:
+        fail(f"teacher.{wrong.field}", wrong.expected, wrong.got, wrong.hint)
 
 
 def grad_filter(options: Any, impl: str, backward: str, reduction: str, dtype: Any) -> None:

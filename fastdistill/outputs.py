@@ -60,6 +60,12 @@ class TopK(NamedTuple):
         ):
             own.index_copy_(0, at, given.to(own))
 
+    def flatten(self) -> TopK:
+        """The same answers as [N, K], in the order of their positions."""
+        tail = None if self.log_tail is None else self.log_tail.flatten()
+        ids, logprobs = (x.reshape(-1, x.shape[-1]) for x in (self.ids, self.logprobs))
+        return TopK(ids, logprobs, tail, self.temperature)
+
     def within(self, vocab: int) -> TopK:
         """The distribution given that the id is below `vocab`: p(id | id < vocab).
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastdistill.cache.codec import Packed, bytes_per_token, narrowed, pack, unpack, why_unfit
+from fastdistill.answer_checks import Rules, find_wrong, wrong_shape
+from fastdistill.cache.codec import Packed, bytes_per_token, narrowed, pack, unpack
 from fastdistill.outputs import TopK
 
 V, K = 151_936, 64
@@ -177,12 +178,14 @@ def test_what_no_model_says(ids, logprobs, tail, words):
     answer = TopK(
         torch.tensor(ids), torch.tensor(logprobs), None if tail is None else torch.tensor(tail)
     )
-    assert words in why_unfit([answer], 2, 53)
+    found = wrong_shape(answer, (1,), 2) or find_wrong(answer, Rules(vocab=53)).description
+    assert words in found
 
 
 def test_nothing_at_all():
     empty = TopK.empty((0, 3))
-    assert why_unfit([empty], 3, 53) is None
+    assert wrong_shape(empty, (0,), 3) is None
+    assert find_wrong(empty, Rules(vocab=53)) is None
     packed = pack([empty], 3, 1)
     assert isinstance(packed, Packed)
     unpack(packed, 0, 1.0, None, empty._replace(ids=empty.ids.int()))

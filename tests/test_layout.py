@@ -20,8 +20,8 @@ PACKAGE, KERNELS = ROOT / "fastdistill", ROOT / "kernels"
 # Low to high. A module of fastdistill imports from its own layer and from those above it in this
 # table, never from those below. kernels/ is under them all and imports only its siblings.
 LAYERS = {
-    "mathematics": "backend checks dense files fused losses modules native_topk operands outputs"
-    " parallel primitive reference runtime scores",
+    "mathematics": "answer_checks backend checks dense files fused losses modules native_topk"
+    " operands outputs parallel primitive reference runtime scores",
     "models": "adapters cache checkpoint_gate corpus data examples fidelity fingerprint generation"
     " heads identity intervals json_lines packing positions progress protocols quant remembering"
     " served statistics stored_model teacher",

@@ -219,7 +219,7 @@ LIES = {
     "none": (lambda c: c.update(prompt_logprobs=None), "row 0: expected .* got NoneType"),
     "null": (lambda c: c["prompt_logprobs"].__setitem__(2, None), "row 0, position 1: .* None"),
     "few": (entry(lambda e: e.popitem() and e.popitem() and e.popitem()), "4 or 5 entries, got"),
-    "positive": (set_best(0.5), "row 0, position 1: expected log-probabilities, at most 0, got 0"),
+    "positive": (set_best(0.5), "row 0, position 1: expected log-probabilities ≤ 0, got 0"),
     "mass": (lambda c: [s.update(logprob=-0.1) for s in c["prompt_logprobs"][3].values()],
              "row 0, position 2: expected probabilities that sum to 1 at most, got 3.6"),
     "nan": (set_best(float("nan")), "row 0, position 1: expected numbers for log-prob"),

@@ -10,21 +10,24 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import os
 import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from ..answer_checks import Rules, find_wrong, wrong_shape
 from ..examples import Encoder
 from ..outputs import TopK
 from ..progress import Work
-from .codec import pack, why_unfit
+from .codec import pack
 from .manifest import (
     SETTINGS,
     CacheError,
@@ -54,7 +57,12 @@ class Asked:
 
 
 class Source(Protocol):
-    """Where the answers of a shard's rows come from."""
+    """Where the answers of a shard's rows come from.
+
+    answers_all: whether every place has an answer, or some may hold nothing.
+    """
+
+    answers_all: bool
 
     def answers(
         self, rows: list[Asked], settings: Settings, shard: int
@@ -80,10 +88,10 @@ def build(
         CacheError: another process is building here, other settings or examples than it was begun
             with, answers that no language model gives, or another process that stopped.
         OSError: no space, no permission. What is finished stays, and the next build goes on there.
+        Where nothing is finished, an error leaves the folder as it was.
     """
-    _refuse_unwritable(folder, rank)
-    with _alone(folder, rank):
-        settings = _agree(folder, settings)
+    with _begun(folder, rank), _alone(folder, rank):
+        settings = _agree(folder, settings, rank)
         mine = range(rank, settings.shards, world)
         done = {i: note for i in mine if (note := read_shard_note(folder, i)) is not None}
         for index, note in done.items():
@@ -94,12 +102,12 @@ def build(
         _refuse_full(folder, bytes_per_row * (total - here))
         with (
             Work("Caching the teacher", total=total, done=here, size=size) as bar,
-            _written_behind() as write,
+            _written_behind(folder, settings) as write,
         ):
             for index in mine:
                 if index not in done:
                     writer = _answered(index, settings, source, dataset, encoder, bar)
-                    write(folder, index, writer)
+                    write(index, writer)
     return _all_finished(folder, settings, world)
 
 
@@ -110,18 +118,33 @@ def _answered(
     keys = [key_of(row.tokens.numpy()) for row in rows]
     writer = Writer(settings, keys, [row.places.numpy() for row in rows])
     for group, answers in source.answers(rows, settings, index):
-        wrong = why_unfit(answers, settings.k, settings.ids)
-        if wrong is not None:
-            raise CacheError(
-                f"teacher: expected the answers of a language model, got {wrong} (example "
-                f"{rows[group[0]].index}, or one asked with it). Nothing of this shard was written"
-            )
+        asked = [rows[at] for at in group]
+        for answer in answers:
+            _check_answers(answer, asked, settings, source.answers_all)
         packed = pack(answers, settings.k, settings.blocks)
         for at in group:
             packed = writer.put(at, packed)
         tokens = sum(len(rows[at].places) for at in group)
         bar.advance(len(group), tokens * settings.bytes_per_token)
     return writer
+
+
+def _check_answers(answer: TopK, rows: list[Asked], settings: Settings, answers_all: bool) -> None:
+    lengths = [len(row.places) for row in rows]
+    shape = wrong_shape(answer, (sum(lengths),), settings.k)
+    if shape is not None:
+        raise CacheError(f"teacher: {shape}")
+    wrong = find_wrong(answer, Rules(vocab=settings.ids, nothing=not answers_all))
+    if wrong is None:
+        return
+    row = next(i for i, end in enumerate(accumulate(lengths)) if wrong.at < end)
+    position = int(rows[row].places[wrong.at - sum(lengths[:row])])
+    hint = f" ({wrong.hint})" if wrong.hint else ""
+    raise CacheError(
+        f"teacher: expected the answers of a language model, got {wrong.description} at T="
+        f"{answer.temperature:g} for example {rows[row].index}, position {position}{hint}. Nothing "
+        "of this shard was written"
+    )
 
 
 def asked_of(dataset: Any, encoder: Encoder, index: int, settings: Settings) -> Asked:
@@ -135,23 +158,25 @@ def asked_of(dataset: Any, encoder: Encoder, index: int, settings: Settings) -> 
 
 
 @contextlib.contextmanager
-def _written_behind() -> Iterator[Any]:
+def _written_behind(folder: Path, settings: Settings) -> Iterator[Any]:
     """A shard is hashed and synced while the teacher answers the next one; one at a time."""
     with ThreadPoolExecutor(1) as pool:
         pending: list[Future[None]] = []
 
-        def write(folder: Path, index: int, writer: Writer) -> None:
+        def write(index: int, writer: Writer) -> None:
             while pending:
                 pending.pop().result()
-            pending.append(pool.submit(_write, folder, index, writer))
+            pending.append(pool.submit(_write, folder, settings, index, writer))
 
         yield write
         while pending:
             pending.pop().result()
 
 
-def _write(folder: Path, index: int, writer: Writer) -> None:
+def _write(folder: Path, settings: Settings, index: int, writer: Writer) -> None:
     try:
+        if not (folder / SETTINGS).is_file():  # a rank that was refused took it away
+            write_settings(folder, settings)
         write_shard_note(folder, writer.write(folder / shard_name(index)))
     except OSError as error:
         raise OSError(
@@ -162,11 +187,28 @@ def _write(folder: Path, index: int, writer: Writer) -> None:
         ) from error
 
 
-def _refuse_unwritable(folder: Path, rank: int) -> None:
+@contextlib.contextmanager
+def _begun(folder: Path, rank: int) -> Iterator[None]:
+    """The folder, there and writable; as it was before where the build is refused and nothing is
+    finished. What is killed or interrupted leaves its settings, and the next build goes on."""
+    missing = [p for p in (folder, *folder.parents) if not p.exists()]
+    begun_before = (folder / SETTINGS).is_file()
+    _refuse_unwritable(folder, rank, missing)
+    try:
+        yield
+    except Exception:
+        if not begun_before and not _is_in_use(folder, rank):
+            (folder / SETTINGS).unlink(missing_ok=True)
+        _remove_empty(missing)
+        raise
+
+
+def _refuse_unwritable(folder: Path, rank: int, missing: list[Path]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / _LOCK.format(rank=rank)).touch()
     except OSError as error:
+        _remove_empty(missing)
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise
         raise PermissionError(
@@ -176,25 +218,61 @@ def _refuse_unwritable(folder: Path, rank: int) -> None:
         ) from None
 
 
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        try:
+            folder.rmdir()
+        except OSError:  # it holds something, or was never made
+            return
+
+
+def _is_in_use(folder: Path, rank: int) -> bool:
+    """Whether something is finished here, or another rank is at work here."""
+    if any(folder.glob("[0-9]*.safetensors")):
+        return True
+    own = _LOCK.format(rank=rank)
+    return any(p.name != own and _is_locked(p) for p in folder.glob(_LOCK.format(rank="*")))
+
+
 @contextlib.contextmanager
 def _alone(folder: Path, rank: int) -> Iterator[None]:
     """The one process that builds these shards, until it ends in whatever way."""
-    with (folder / _LOCK.format(rank=rank)).open("a") as file:
-        # More than once: another rank that looks whether this one is at work holds it an instant.
-        for _ in range(10):
-            if _locked(file):
-                break
-            time.sleep(0.05)
-        else:
+    path = folder / _LOCK.format(rank=rank)
+    with _locked(path) as is_ours:
+        if not is_ours:
             raise CacheError(
                 f"{folder}: expected to build here alone, but another process is building"
                 f"{f' as rank {rank}' if rank else ''}. Wait for it, or give several processes a "
                 "rank each"
             )
-        yield
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
-def _locked(file: Any) -> bool:
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[bool]:
+    """Whether the lock of this name could be had; held until the end."""
+    # More than once: another rank that looks whether this one is at work holds it an instant, and
+    # the file may have been removed by whoever held it before.
+    for _ in range(10):
+        with path.open("a") as file:
+            if _lock(file) and _is_at(path, file):
+                yield True
+                return
+        time.sleep(0.05)
+    yield False
+
+
+def _is_at(path: Path, file: Any) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
+
+
+def _lock(file: Any) -> bool:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -202,7 +280,15 @@ def _locked(file: Any) -> bool:
     return True
 
 
-def _agree(folder: Path, settings: Settings) -> Settings:
+def _is_locked(path: Path) -> bool:
+    try:
+        with path.open("r+") as file:
+            return not _lock(file)
+    except FileNotFoundError:
+        return False
+
+
+def _agree(folder: Path, settings: Settings, rank: int) -> Settings:
     """What the build was begun with, which must be the same but for how it is cut into shards."""
     if not (folder / SETTINGS).is_file():
         if any(folder.glob("*.safetensors")):
@@ -216,6 +302,9 @@ def _agree(folder: Path, settings: Settings) -> Settings:
                      tokens_per_batch=begun.tokens_per_batch)  # fmt: skip
     ours, theirs = wanted.as_json(), begun.as_json()
     differing = [name for name in ours if ours[name] != theirs[name]]
+    if differing and not _is_in_use(folder, rank):  # killed before anything was finished
+        write_settings(folder, settings)
+        return settings
     if differing:
         name = differing[0]
         raise CacheError(
@@ -273,8 +362,9 @@ def _all_finished(folder: Path, settings: Settings, world: int) -> Manifest:
     while True:
         missing = [i for i in missing if read_shard_note(folder, i) is None]
         if not missing and (manifest := write_manifest(folder, settings)) is not None:
+            _remove_locks(folder)
             return manifest
-        idle = [i for i in missing if not _at_work(folder, i % world)]
+        idle = [i for i in missing if not _is_locked(folder / _LOCK.format(rank=i % world))]
         if idle and time.monotonic() - begun > _STARTING:
             raise CacheError(
                 f"{folder}: rank {idle[0] % world} of {world} stopped before {shard_name(idle[0])} "
@@ -283,6 +373,8 @@ def _all_finished(folder: Path, settings: Settings, world: int) -> Manifest:
         time.sleep(0.2)
 
 
-def _at_work(folder: Path, rank: int) -> bool:
-    with (folder / _LOCK.format(rank=rank)).open("a") as file:
-        return not _locked(file)
+def _remove_locks(folder: Path) -> None:
+    """Locks that killed processes left; nobody holds them."""
+    for path in folder.glob(_LOCK.format(rank="*")):
+        if not _is_locked(path):
+            path.unlink(missing_ok=True)

@@ -253,11 +253,19 @@ class TeacherCache:
 
     def has(self, input_ids: Tensor) -> bool:
         """Whether a row (T,) is among those it was built from."""
-        return self._reader.find(input_ids.cpu().long()) is not None
+        return self._reader.has(input_ids.cpu().long())
+
+    def answered(self, input_ids: Tensor) -> Tensor:
+        """Which positions of a row (T,) have an answer, bool (T,); none of a row that it does not
+        have."""
+        return self._reader.answered(input_ids.cpu().long())
 
     def verify(self) -> Verified:
-        """Read every shard and compare its sha256; raises CacheError naming those that differ."""
+        """Read every shard: compare its sha256, and check that every answer in it is a language
+        model's. Raises CacheError naming the shards that differ, or the field that is wrong."""
         verification.compare(self.path, self.manifest, everything=True)
+        for index in range(len(self.manifest.shards)):
+            self._reader.check(index)
         return Verified(len(self.manifest.shards), self.manifest.tokens, self.manifest.bytes)
 
     def refuse_tokenizer(self, tokenizer: Any) -> None:

@@ -63,7 +63,7 @@ def bytes_per_token(k: int, blocks: int, temperatures: int) -> int:
 
 
 def pack(answers: list[TopK], k: int, blocks: int) -> Packed:
-    """Answers [n, ≤ k] of one pass at every temperature, on any device; see `why_unfit`."""
+    """Answers [n, ≤ k] of one pass at every temperature, on any device, which are checked."""
     first = answers[0]
     n, given = first.ids.shape
     ids, order = torch.where(first.ids < 0, blocks * BLOCK, first.ids.long()).sort(-1)
@@ -92,31 +92,6 @@ def log_tail_of(answer: TopK) -> Tensor:
         return answer.log_tail.float()
     logprobs = answer.logprobs.double().masked_fill(answer.ids < 0, -torch.inf)
     return (1 - logprobs.exp().sum(-1)).clamp(min=2.0**-24).log().float()
-
-
-def why_unfit(answers: list[TopK], k: int, vocab: int) -> str | None:
-    """What is wrong with answers [n, K] that no language model gives, or None."""
-    for answer in answers:
-        if answer.ids.shape[-1] > k:
-            return f"{answer.ids.shape[-1]} slots where {k} were asked for"
-        if answer.ids.numel() == 0:
-            continue
-        if int(answer.ids.max()) >= vocab:
-            return f"id {int(answer.ids.max())}, where the vocabulary ends at {vocab - 1}"
-        logprobs = answer.logprobs.double().masked_fill(answer.ids < 0, -torch.inf)
-        if logprobs.isnan().any() or log_tail_of(answer).isnan().any():
-            return "log-probabilities that are NaN"
-        mass = logprobs.exp().sum(-1)
-        if float(mass.max()) > 1.001:
-            return f"probabilities that sum to {float(mass.max()):.4g}"
-        if answer.log_tail is not None:
-            total = (mass + answer.log_tail.double().exp() - 1).abs().max().item()
-            if total > 1e-2:
-                return f"ids and log_tail whose mass differs from 1 by {total:.2g}"
-    ranked = answers[0].ids.sort(-1).values
-    if ((ranked.diff(dim=-1) == 0) & (ranked[..., 1:] >= 0)).any():
-        return "the same id twice at one position"
-    return None
 
 
 def unpack(packed: Packed, at: int, scale: float, draws: int | None, out: TopK) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..answer_checks import wrong_shape
 from ..outputs import TopK
 from ..packing import groups
 from ..teacher import Teacher
@@ -22,6 +23,8 @@ _TOKENS = 16384  # asked for at a time, padding included; a Teacher regroups the
 
 class FromTeacher:
     """Groups of rows of similar length, the same for the same shard whatever happened before."""
+
+    answers_all = True
 
     def __init__(self, teacher: Any) -> None:
         self.teacher = teacher
@@ -50,11 +53,9 @@ class FromTeacher:
         else:
             answers = [self.teacher.topk(ids, mask, k=k, temperature=T) for T in temperatures]
         for answer in answers:
-            if answer.ids.shape[:2] != ids.shape or answer.logprobs.shape != answer.ids.shape:
-                raise CacheError(
-                    f"teacher: expected answers of shape {[*ids.shape, k]}, one per position of "
-                    f"input_ids, got {list(answer.ids.shape)}"
-                )
+            wrong = wrong_shape(answer, ids.shape, k)
+            if wrong is not None:
+                raise CacheError(f"teacher: {wrong}")
         return [_at(answer, where.to(answer.ids.device)) for answer in answers]
 
     def _drawn(

@@ -8,18 +8,23 @@ manifest.json         the settings, and what all shards say; written last
 
 from __future__ import annotations
 
-import json
+import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from ..files import write_json
+from ..runtime.json_text import JSONError, read_json
+from ..runtime.printable import printable
 from .codec import BLOCK, bytes_per_token
 
 VERSION = 1
 SETTINGS, MANIFEST = "settings.json", "manifest.json"
 TARGETS = ("topk", "sampled")
 POSITIONS = ("all", "targets")
+MAX_K = (1 << 16) - 1  # what a count of ids in a block holds
+MAX_VOCAB = (1 << 31) - 1  # ids are handed out as int32
+KEY = 16  # bytes of a row's key
 
 
 class CacheError(ValueError):
@@ -174,49 +179,112 @@ def read_manifest(folder: Path) -> Manifest:
     shards = tuple(_shard(file, entry) for entry in listed)
     if [shard.file for shard in shards] != [shard_name(i) for i in range(len(shards))]:
         raise _damaged(file, "its shards are not numbered from 0 on")
-    if sum(shard.rows for shard in shards) != settings.rows:
-        raise _damaged(file, f"its shards do not add up to {settings.rows} rows")
+    for index, shard in enumerate(shards):
+        _check_shard(file, shard, settings, len(settings.rows_of(index)))
     return Manifest(settings=settings, shards=shards)
 
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise _damaged(file, str(error)) from None
-    if not isinstance(value, dict):
-        raise _damaged(file, f"expected a JSON object, got {type(value).__name__}")
+        value: dict[str, Any] = read_json(file, dict)
+    except JSONError as error:
+        why = str(error).replace("expected an object", "expected a JSON object")
+        raise _damaged(file, why) from None
     return value
 
 
 def _settings(file: Path, said: dict[str, Any]) -> Settings:
     if said.get("version") != VERSION:
         raise CacheError(
-            f"{file}: expected version {VERSION} of the format, got {said.get('version')!r}. Read "
-            "it with the fastdistill that wrote it, or build it again"
+            f"{file}: expected version {VERSION} of the format, got "
+            f"{_shown(said.get('version'))}. Read it with the fastdistill that wrote it, or build "
+            "it again"
         )
     if said.keys() != {field.name for field in fields(Settings)}:
         raise _damaged(file, "it has other entries than a cache's")
-    try:
-        settings = Settings(**{**said, "temperatures": tuple(map(float, said["temperatures"]))})
-        counts = (settings.k, settings.rows, settings.rows_per_shard, settings.vocab_size or 1)
-        sound = all(type(n) is int and n > 0 for n in counts) and settings.temperatures
-    except (TypeError, ValueError) as error:
-        raise _damaged(file, str(error)) from None
-    if not sound or settings.targets not in TARGETS or settings.positions not in POSITIONS:
-        raise _damaged(file, "its numbers are not those of a cache")
-    return settings
+    _check_settings(file, said)
+    return Settings(**{**said, "temperatures": tuple(map(float, said["temperatures"]))})
+
+
+def _check_settings(file: Path, said: dict[str, Any]) -> None:
+    """Before anything is made of them: k and the vocabulary say how much is allocated."""
+    vocab = said["vocab_size"]
+    most = min(MAX_K, vocab) if _is_count(vocab) else MAX_K
+    temperatures = said["temperatures"]
+    sampled = said["targets"] == "sampled"
+    texts = ("tokenizer_sha256", "chat_template_sha256")
+    counts = ("max_length", "tokens_per_batch")
+    sound = {
+        "vocab_size": (vocab is None or _is_count(vocab, MAX_VOCAB), f"1..{MAX_VOCAB} or null"),
+        "k": (_is_count(said["k"], most), f"an integer in 1..{most}"),
+        "temperatures": (
+            isinstance(temperatures, list)
+            and all(map(_is_temperature, temperatures))
+            and 0 < len(set(temperatures)) == len(temperatures)
+            and not (sampled and len(temperatures) > 1),
+            "different finite numbers above 0 (one of sampled targets)",
+        ),
+        "targets": (said["targets"] in TARGETS, f"one of {', '.join(TARGETS)}"),
+        "positions": (said["positions"] in POSITIONS, f"one of {', '.join(POSITIONS)}"),
+        "seed": (said["seed"] is None or type(said["seed"]) is int, "an integer or null"),
+        "completion_only": (type(said["completion_only"]) is bool, "true or false"),
+        "rows": (_is_count(said["rows"]), "an integer above 0"),
+        "rows_per_shard": (_is_count(said["rows_per_shard"]), "an integer above 0"),
+        "teacher": (
+            isinstance(said["teacher"], dict) and isinstance(said["teacher"].get("kind"), str),
+            "an object with the teacher's kind",
+        ),
+        "library": (isinstance(said["library"], dict), "an object with versions"),
+        **{n: (said[n] is None or isinstance(said[n], str), "a text or null") for n in texts},
+        **{n: (said[n] is None or _is_count(said[n]), "a count or null") for n in counts},
+    }
+    for name, (is_sound, expected) in sound.items():
+        if not is_sound:
+            raise _damaged(
+                file,
+                f"its numbers are not those of a cache: {name}: expected {expected}, got "
+                f"{_shown(said[name])}",
+            )
+
+
+def _is_count(value: Any, most: float = math.inf) -> bool:
+    return type(value) is int and 0 < value <= most
+
+
+def _is_temperature(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < 1e30  # NaN is not
+
+
+def _shown(value: Any) -> str:
+    return type(value).__name__ if isinstance(value, (list, dict)) else printable(repr(value), 80)
 
 
 def _shard(file: Path, said: Any) -> Shard:
-    try:
-        shard = Shard(**said)
-    except TypeError as error:
-        raise _damaged(file, str(error)) from None
-    kinds = {field.name: field.type for field in fields(Shard)}
-    if any(type(getattr(shard, name)).__name__ != kind for name, kind in kinds.items()):
-        raise _damaged(file, f"what it says of {shard.file} has other types than it should")
-    return shard
+    names = {field.name for field in fields(Shard)}
+    if not isinstance(said, dict) or said.keys() != names:
+        raise _damaged(file, f"it should say {', '.join(sorted(names))} of every shard")
+    for field in fields(Shard):
+        if type(said[field.name]).__name__ != field.type:
+            raise _damaged(
+                file,
+                f"{field.name} of a shard: expected {field.type}, got {_shown(said[field.name])}",
+            )
+    return Shard(**said)
+
+
+def _check_shard(file: Path, shard: Shard, settings: Settings, rows: int) -> None:
+    """What is said of a shard against the settings, before the shard is opened."""
+    if shard.rows != rows:
+        raise _damaged(file, f"rows of {shard.file}: expected {rows}, got {shard.rows}")
+    if shard.tokens < 0:
+        raise _damaged(file, f"tokens of {shard.file}: expected 0 or more, got {shard.tokens}")
+    least = shard.tokens * settings.bytes_per_token + rows * (KEY + 8)
+    if shard.bytes < least:
+        raise _damaged(
+            file,
+            f"bytes of {shard.file}: expected at least {least:,} for {shard.tokens:,} tokens with "
+            f"k={settings.k}, got {shard.bytes:,}",
+        )
 
 
 def _damaged(file: Path, why: str) -> CacheError:

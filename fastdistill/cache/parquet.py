@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,9 @@ from numpy.typing import NDArray
 
 from .. import checks
 from ..outputs import TopK
+from ..runtime.printable import printable
 from .build import Asked
-from .manifest import CacheError, Settings
+from .manifest import MAX_K, MAX_VOCAB, CacheError, Settings
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,8 @@ _FLOATS: dict[str, torch.dtype] = {
     name: getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64")
 }
 _CURVES = {"sqrt": np.sqrt, "exp": np.exp}
+_LONGEST = 1 << 16  # bytes of the settings
+_MOST_TERMS, _MOST_BITS = 64, 32
 _LIMIT = 1.5  # mass that compression may make of 1 at the most
 Bytes = NDArray[np.uint8]
 
@@ -61,18 +64,37 @@ class Compression:
 
     @classmethod
     def read(cls, file: Path) -> Compression:
-        said = yaml.safe_load(file.read_text(encoding="utf-8"))
+        """Read and check the file: it decides what is allocated for every position."""
         try:
-            lists = {n: tuple(said.get(n) or ()) for n in ("polynomial_terms", "residual_bins")}
-            found = cls(**{**said, **lists})
-            kinds = [found.exact_dtype, found.term_dtype]
-            kinds += [str(a_bin["scale_dtype"]) for a_bin in found.residual_bins]
-            curves = {p for p in found.polynomial_terms if isinstance(p, str)}
-            if not set(kinds) <= _FLOATS.keys() or not curves <= _CURVES.keys():
-                raise ValueError("number types or curves that are not known here")
-            return found
-        except (TypeError, AttributeError, KeyError, ValueError) as error:
-            raise CacheError(f"{file}: expected DistillKit's settings, got {error}") from None
+            entries = _yaml(file)
+            for name in ("polynomial_terms", "residual_bins"):
+                entries[name] = tuple(_checked(name, entries.get(name) or [], "a list", _is_list))
+            found = cls(**entries)
+            found._check()
+        except (TypeError, ValueError) as error:
+            why = printable(error)
+            raise CacheError(f"{file}: expected DistillKit's settings, got {why}") from None
+        return found
+
+    def _check(self) -> None:
+        _check_count("d", self.d, 2, MAX_VOCAB)
+        _check_count("k", self.k, 1, min(self.d, MAX_K))
+        _check_count("exact_k", self.exact_k, 0, self.k)
+        for name in ("exact_dtype", "term_dtype"):
+            _check_float(name, getattr(self, name))
+        for name in ("delta_encoding", "error_diffusion", "normalize_t"):
+            _checked(name, getattr(self, name), "true or false", lambda x: isinstance(x, bool))
+        for term in self.polynomial_terms:
+            if not (isinstance(term, str) and term in _CURVES):
+                _check_count("polynomial_terms", term, 0, _MOST_TERMS)
+        if len(self.polynomial_terms) > _MOST_TERMS:
+            raise ValueError(f"polynomial_terms: expected at most {_MOST_TERMS}, got more")
+        for number, a_bin in enumerate(self.residual_bins):
+            name = f"residual_bins[{number}]"
+            _checked(name, a_bin, "an object", lambda x: isinstance(x, dict))
+            _check_float(f"{name}.scale_dtype", a_bin.get("scale_dtype"))
+            _check_count(f"{name}.element_bits", a_bin.get("element_bits"), 1, _MOST_BITS)
+            _check_count(f"{name}.num_elements", a_bin.get("num_elements"), 1, self.k)
 
     def ids(self, packed: Bytes) -> NDArray[np.int64]:  # [n, bytes] -> [n, k]
         bits = math.ceil(np.log2(np.float32(self.d)))
@@ -90,6 +112,11 @@ class Compression:
             bits, count = int(a_bin["element_bits"]), int(a_bin["num_elements"])
             scale = rest.floats(a_bin["scale_dtype"], 1)
             steps = rest.integers(bits, count).astype(np.float64)
+            if start + count > size:
+                raise CacheError(
+                    f"residual_bins in {CONFIG}: expected {size} elements at most (k - exact_k), "
+                    f"got {start + count} and more"
+                )
             # One bit is a sign; more are a two's complement that was shifted to start at 0.
             steps = 2 * steps - 1 if bits == 1 else steps - 2 ** (bits - 1)
             others[:, start : start + count] += steps * scale
@@ -101,6 +128,44 @@ class Compression:
         t = np.linspace(0, 1, size) if self.normalize_t else np.arange(size, dtype=np.float64)
         terms = self.polynomial_terms
         return np.stack([_CURVES[p](t) if isinstance(p, str) else t**p for p in terms])
+
+
+def _yaml(file: Path) -> dict[str, Any]:
+    with file.open("rb") as stream:
+        text = stream.read(_LONGEST + 1)
+    if len(text) > _LONGEST:
+        raise ValueError(f"more than {_LONGEST:,} bytes")
+    try:
+        entries = yaml.safe_load(text.decode("utf-8"))
+    except RecursionError:
+        raise ValueError("YAML that is nested too deeply") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"a text that is no YAML ({error})") from None
+    if not isinstance(entries, dict) or not all(isinstance(name, str) for name in entries):
+        raise ValueError(f"{type(entries).__name__} in place of names and values")
+    return dict(entries)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list)
+
+
+def _checked(name: str, value: Any, expected: str, is_sound: Callable[[Any], bool]) -> Any:
+    if not is_sound(value):
+        # The value itself may be an alias bomb, which is small until it is printed.
+        got = repr(value) if isinstance(value, (int, float)) else type(value).__name__
+        raise ValueError(f"{name}: expected {expected}, got {got}")
+    return value
+
+
+def _check_count(name: str, value: Any, low: int, high: int) -> None:
+    expected = f"an integer in {low}..{high}"
+    _checked(name, value, expected, lambda x: type(x) is int and low <= x <= high)
+
+
+def _check_float(name: str, value: Any) -> None:
+    expected = f"one of {', '.join(_FLOATS)}"
+    _checked(name, value, expected, lambda x: isinstance(x, str) and x in _FLOATS)
 
 
 class _Taker:
@@ -138,6 +203,8 @@ def _integers(packed: Bytes, bits: int, count: int) -> NDArray[np.int64]:
 
 class ParquetRows:
     """The rows of Parquet files as a dataset with input_ids, and as the source of their answers."""
+
+    answers_all = False  # behind a row's last token there may be none
 
     def __init__(self, files: list[Path]) -> None:
         self._pq = _pyarrow()
@@ -184,7 +251,7 @@ class ParquetRows:
             table = self._pq.ParquetFile(file).read_row_group(number, columns=columns)
             self._open = (group, table)
         row = self._open[1].slice(index - self._starts[group], 1)
-        return {name: _array(row.column(name)) for name in row.column_names}
+        return {n: _array(row.column(n), f"row {index}: {n}") for n in row.column_names}
 
     def answer(self, index: int) -> TopK:
         """[P, k] of a row's first P tokens."""
@@ -196,6 +263,11 @@ class ParquetRows:
         else:
             ids, logprobs = first.astype(np.int64), second.astype(np.float64)
         ids = np.where(np.isneginf(logprobs), -1, ids)
+        if ids.ndim != 2 or ids.shape != logprobs.shape:
+            raise CacheError(
+                f"row {index}: expected ids and logprobs of one shape [tokens, k], got "
+                f"{list(ids.shape)} and {list(logprobs.shape)}"
+            )
         # Differences and curves may leave a little more mass than there is.
         mass = np.exp(logprobs).sum(-1, keepdims=True)
         if len(mass) and not mass.max() < _LIMIT:
@@ -228,13 +300,24 @@ def _tail(answer: TopK) -> Any:
     return (1 - mass).clamp(min=2.0**-24).log()
 
 
-def _array(column: Any) -> NDArray[Any]:
+def _array(column: Any, name: str) -> NDArray[Any]:
     """A list, or a list of lists of equal length, of one row."""
     values = column.combine_chunks().flatten()
-    if not hasattr(values, "flatten") or values.type.num_fields == 0:
-        return np.asarray(values.to_numpy(zero_copy_only=False))
-    inner = values.flatten().to_numpy(zero_copy_only=False)
-    return np.asarray(inner).reshape(len(values), -1)
+    lists = hasattr(values, "flatten") and values.type.num_fields > 0
+    inner = values.flatten() if lists else values
+    if column.null_count or values.null_count or inner.null_count:
+        raise CacheError(f"{name}: expected numbers, got a null")
+    array = np.asarray(inner.to_numpy(zero_copy_only=False))
+    if array.dtype.kind not in "iuf":
+        raise CacheError(f"{name}: expected numbers, got {printable(inner.type)}")
+    if not lists:
+        return array
+    lengths = np.diff(values.offsets.to_numpy()) if hasattr(values, "offsets") else []
+    if len(lengths) and (lengths != lengths[0]).any():
+        raise CacheError(
+            f"{name}: expected lists of one length, got {lengths.min()} and {lengths.max()}"
+        )
+    return array.reshape(len(values), -1)
 
 
 def files_of(path: str | Path) -> list[Path]:

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..answer_checks import Rules, find_wrong
 from ..outputs import TopK
-from .codec import Packed, narrowed, unpack
-from .manifest import CacheError, Manifest
-from .shards import KEY, Mapped, key_of
+from .codec import Array, Packed, narrowed, unpack
+from .manifest import KEY, CacheError, Manifest
+from .shards import Mapped, key_of
+
+_SLOTS = 1 << 22  # that are checked at a time
+
+
+class _Part(NamedTuple):
+    """Answers of one stored row: for these of the row's tokens."""
+
+    shard: int
+    row: int
+    places: Array
+    chosen: Array | None  # which of the stored answers; None: all
 
 
 class Reader:
@@ -22,9 +36,10 @@ class Reader:
         self.folder, self.manifest = folder, manifest
         self._shards: dict[int, Mapped] = {}
         self._index: _Index | None = None
+        self._joined: dict[tuple[int, int], list[_Part]] = {}  # of rows that are there repeatedly
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_shards": {}, "_index": None}
+        return {**self.__dict__, "_shards": {}, "_index": None, "_joined": {}}
 
     def shard(self, index: int) -> Mapped:
         if index not in self._shards:
@@ -32,56 +47,137 @@ class Reader:
             self._shards[index] = Mapped(self.folder / shard.file, self.manifest.settings, shard)
         return self._shards[index]
 
-    def find(self, tokens: Tensor) -> tuple[int, int] | None:
-        """(shard, row) of these tokens (T,), or None."""
+    def has(self, tokens: Tensor) -> bool:
+        """Whether these tokens (T,) are a row."""
+        return bool(self._find(tokens))
+
+    def answered(self, tokens: Tensor) -> Tensor:
+        """Which positions of a row (T,) have an answer, bool (T,)."""
+        known = torch.zeros(len(tokens), dtype=torch.bool)
+        for part in self._parts(tokens):
+            known[torch.from_numpy(part.places)] = True
+        return known
+
+    def _find(self, tokens: Tensor) -> list[tuple[int, int]]:
+        """(shard, row) of all rows of these tokens (T,), in the order of the examples."""
         if self._index is None:
             rows = [self.shard(i).keys for i in range(len(self.manifest.shards))]
             self._index = _Index(rows, self.manifest.settings.rows_per_shard)
         return self._index.find(key_of(tokens.numpy()))
 
+    def _parts(self, tokens: Tensor) -> list[_Part]:
+        """Where the answers for a row (T,) lie. Examples with the same tokens and other targets
+        are answered at different positions, and an answer depends on the tokens alone: what one
+        of them does not have is taken from another."""
+        rows = self._find(tokens)
+        if not rows:
+            return []
+        known = self._joined.get(rows[0])
+        if known is not None:
+            return known
+        parts, missing = [], np.ones(len(tokens), bool)
+        for shard, row in rows:
+            places = self.shard(shard).places_of(row, len(tokens))
+            new = missing[places]
+            if not parts or new.any():
+                parts.append(_Part(shard, row, places[new], None if new.all() else new))
+                missing[places] = False
+            if not missing.any():
+                break
+        if len(rows) > 1:
+            self._joined[rows[0]] = parts
+        return parts
+
     def read(self, ids: Tensor, mask: Tensor | None, k: int, at: int, vocab: int | None) -> TopK:
         """Answers [B, T, k] at the manifest's temperature number `at`; see `TeacherCache.topk`."""
-        settings = self.manifest.settings
-        T = settings.temperatures[at]
-        scale, draws = settings.temperatures[0] / T, settings.draws
-        answers = TopK.empty((*ids.shape, settings.k), T, id_dtype=torch.int32)
+        T = self.manifest.settings.temperatures[at]
+        answers = TopK.empty((*ids.shape, k), T, id_dtype=torch.int32)
+        parts: list[_Part] = []
+        wheres = []
         for row in range(len(ids)):
             attended = torch.arange(ids.shape[1]) if mask is None else mask[row].nonzero()[:, 0]
             if not len(attended):
                 continue
-            places, packed = self._row(row, ids[row, attended])
-            where = attended if places is None else attended[torch.from_numpy(places.astype(int))]
-            own = _row_of(answers, row)
-            if len(where) and int(where[-1] - where[0]) == len(where) - 1:
-                run = slice(int(where[0]), int(where[-1]) + 1)
-                unpack(packed, at, scale, draws, _row_of(own, run))
-            else:
-                found = TopK.empty((len(where), settings.k), T, id_dtype=torch.int32)
-                unpack(packed, at, scale, draws, found)
-                own.put(where, found)
+            found = self._parts(ids[row, attended])
+            if not found:
+                raise self._unknown(row, ids[row, attended])
+            parts += found
+            wheres += [row * ids.shape[1] + attended[torch.from_numpy(p.places)] for p in found]
+        if not parts:
+            return answers
+        stored = self._unpacked(parts, at)
         if vocab is not None:
-            answers = answers.within(vocab)
-        return narrowed(answers, k)
+            stored = stored.within(vocab)
+        answers.put(torch.cat(wheres), narrowed(stored, k))
+        return answers
 
-    def _row(self, row: int, tokens: Tensor) -> tuple[Any, Packed]:
-        found = self.find(tokens)
-        if found is None:
-            settings = self.manifest.settings
-            raise CacheError(
-                f"input_ids: expected rows that {self.folder} was built from, but row {row} "
-                f"({len(tokens)} tokens: {', '.join(map(str, tokens[:6].tolist()))}, …) is none of "
-                f"its {settings.rows:,}. They were read with max_length={settings.max_length} and "
-                "completion_only_loss="
-                f"{settings.completion_only}: another tokenizer, chat template, length or packing "
-                "gives other rows"
-            )
-        return self.shard(found[0]).row(found[1])
+    def _unpacked(self, parts: list[_Part], at: int) -> TopK:
+        """What is stored of these, [Σ P, k of the cache], checked."""
+        settings = self.manifest.settings
+        bounds = [0, *accumulate(len(part.places) for part in parts)]
+        shape, T = (bounds[-1], settings.k), settings.temperatures[at]
+        found = TopK.empty(shape, T, id_dtype=torch.int32)
+        for part, start, stop in zip(parts, bounds, bounds[1:], strict=False):
+            shard = self.shard(part.shard)
+            _, packed = shard.row(part.row)
+            if part.chosen is not None:
+                packed = Packed(*(tensor[part.chosen] for tensor in packed))
+            self._unpack(shard, packed, at, _slice(found, slice(start, stop)), f"row {part.row}")
+        wrong = find_wrong(found, self._rules)
+        if wrong is not None:
+            number = bisect_right(bounds, wrong.at) - 1
+            part = parts[number]
+            where = f"row {part.row}, position {part.places[wrong.at - bounds[number]]}"
+            raise self.shard(part.shard).damaged(f"{where}: {wrong.field}: {wrong}")
+        return found
+
+    def _unpack(self, shard: Mapped, packed: Packed, at: int, out: TopK, where: str) -> None:
+        settings = self.manifest.settings
+        if len(packed.ids) and int(packed.blocks.sum(-1, dtype=np.int64).max()) > settings.k:
+            raise shard.damaged(f"{where}: blocks: expected at most {settings.k} ids at a position")
+        scale = settings.temperatures[0] / settings.temperatures[at]
+        unpack(packed, at, scale, settings.draws, out)
+
+    @property
+    def _rules(self) -> Rules:
+        # Where a file has no answer for a row's last token, all mass is in the tail.
+        return Rules(vocab=self.manifest.settings.ids, nothing=True, rising=True)
+
+    def check(self, index: int) -> None:
+        """Raises CacheError unless every answer of a shard is a language model's."""
+        settings, shard = self.manifest.settings, self.shard(index)
+        tokens = len(shard.packed.ids)
+        if shard.places is not None and tokens:
+            rises = np.diff(shard.places.astype(np.int64)) > 0
+            first = shard.starts[1:-1]
+            rises[first[(first > 0) & (first < tokens)] - 1] = True
+            if not rises.all() or int(shard.places.min()) < 0:
+                raise shard.damaged("places: expected rising numbers from 0 on in every row")
+        size = max(1, _SLOTS // settings.k)
+        for start in range(0, tokens, size):
+            packed = Packed(*(tensor[start : start + size] for tensor in shard.packed))
+            for at, T in enumerate(settings.temperatures):
+                found = TopK.empty((len(packed.ids), settings.k), T, id_dtype=torch.int32)
+                self._unpack(shard, packed, at, found, f"answers from {start} on")
+                wrong = find_wrong(found, self._rules)
+                if wrong is not None:
+                    raise shard.damaged(f"answer {start + wrong.at}: {wrong.field}: {wrong}")
+
+    def _unknown(self, row: int, tokens: Tensor) -> CacheError:
+        settings = self.manifest.settings
+        return CacheError(
+            f"input_ids: expected rows that {self.folder} was built from, but row {row} "
+            f"({len(tokens)} tokens: {', '.join(map(str, tokens[:6].tolist()))}, …) is none of "
+            f"its {settings.rows:,}. They were read with max_length={settings.max_length} and "
+            f"completion_only_loss={settings.completion_only}: another tokenizer, chat template, "
+            "length or packing gives other rows"
+        )
 
 
-def _row_of(answers: TopK, row: int | slice) -> TopK:
+def _slice(answers: TopK, at: slice) -> TopK:
     tail = answers.log_tail
     assert tail is not None
-    return TopK(answers.ids[row], answers.logprobs[row], tail[row], answers.temperature)
+    return TopK(answers.ids[at], answers.logprobs[at], tail[at], answers.temperature)
 
 
 class _Index:
@@ -95,12 +191,12 @@ class _Index:
         self._half = half[self._order]
         self._rows_per_shard = rows_per_shard
 
-    def find(self, key: bytes) -> tuple[int, int] | None:
+    def find(self, key: bytes) -> list[tuple[int, int]]:
         half = np.frombuffer(key[:8], "<u8")[0]
-        at = int(np.searchsorted(self._half, half))
+        at, found = int(np.searchsorted(self._half, half)), []
         while at < len(self._half) and self._half[at] == half:
             row = int(self._order[at])
             if self._keys[row].tobytes() == key:
-                return divmod(row, self._rows_per_shard)
+                found.append(divmod(row, self._rows_per_shard))
             at += 1
-        return None
+        return found

@@ -13,7 +13,7 @@ A row's answers lie behind each other, in the order of its tokens.
 from __future__ import annotations
 
 import hashlib
-import json
+import math
 import mmap
 import os
 from pathlib import Path
@@ -24,10 +24,12 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from ..files import sha256_of, sync
+from ..runtime.json_text import parse_json
+from ..runtime.printable import printable
 from .codec import Array, Packed, count_type
-from .manifest import CacheError, Settings, Shard
+from .manifest import KEY, CacheError, Settings, Shard
 
-KEY = 16  # bytes
+_HEADER = 1 << 20  # bytes at the most
 _KINDS = {"U8": np.uint8, "U16": np.uint16, "F16": np.float16, "F32": np.float32}
 _KINDS |= {"I32": np.int32, "I64": np.int64}
 
@@ -103,17 +105,21 @@ class Mapped:
         }
         if settings.positions == "targets":
             kinds["places"] = (np.int32, (shard.tokens,))
+        self.file = file
         try:
             found = _map(file)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise _damaged(file, str(error)) from None
+        except (OSError, ValueError) as error:
+            raise self.damaged(printable(error)) from None
         for name, (kind, shape) in kinds.items():
             tensor = found.get(name)
             if tensor is None or tensor.dtype != kind or tensor.shape != shape:
-                raise _damaged(file, f"{name!r} is not {list(shape)} of {np.dtype(kind).name}")
+                raise self.damaged(f"{name!r} is not {list(shape)} of {np.dtype(kind).name}")
         self.keys, self.starts = found["keys"], found["starts"]
         self.packed = Packed(*(found[name] for name in Packed._fields))
-        self.places = found.get("places")
+        self.places = found["places"] if "places" in kinds else None
+        steps = np.diff(self.starts)
+        if self.starts[0] != 0 or self.starts[-1] != shard.tokens or (steps < 0).any():
+            raise self.damaged(f"starts: expected rising numbers from 0 to {shard.tokens:,}")
 
     def row(self, row: int) -> tuple[Array | None, Packed]:
         """(which tokens, answers) of a row, still on disk; None: all of them."""
@@ -121,25 +127,52 @@ class Mapped:
         places = None if self.places is None else self.places[at]
         return places, Packed(*(tensor[at] for tensor in self.packed))
 
+    def places_of(self, row: int, tokens: int) -> Array:
+        """Which of a row's `tokens` are answered, checked against their number."""
+        places, packed = self.row(row)
+        count = len(packed.ids)
+        if places is None:
+            if count != tokens:
+                raise self.damaged(f"row {row}: expected {tokens} answers, got {count}")
+            return np.arange(tokens)
+        known = places.astype(np.int64)
+        if count and (known[0] < 0 or known[-1] >= tokens or (np.diff(known) <= 0).any()):
+            raise self.damaged(f"places of row {row}: expected rising numbers in 0..{tokens - 1}")
+        return known
+
+    def damaged(self, why: str) -> CacheError:
+        return CacheError(
+            f"{self.file}: damaged ({why}). Delete it and build the cache again with the same "
+            "settings: only this shard is made anew"
+        )
+
 
 def _map(file: Path) -> dict[str, Array]:
     with file.open("rb") as stream:
         size = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(min(size, 1 << 20)))
+        if size > _HEADER:
+            raise ValueError(f"expected a header of at most {_HEADER:,} bytes, got {size:,}")
+        header = parse_json(stream.read(size), "its header", dict)
         # Private and writable, since torch takes no memory that is read-only.
         mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
-    found = {}
-    for name, said in header.items():
-        if name == "__metadata__":
-            continue
-        start, stop = said["data_offsets"]
-        data = memoryview(mapped)[8 + size + start : 8 + size + stop]
-        found[name] = np.frombuffer(data, _KINDS[said["dtype"]]).reshape(said["shape"])
-    return found
+    data = memoryview(mapped)[8 + size :]
+    return {n: _tensor(data, n, entry) for n, entry in header.items() if n != "__metadata__"}
 
 
-def _damaged(file: Path, why: str) -> CacheError:
-    return CacheError(
-        f"{file}: damaged ({why}). Delete it and build the cache again with the same settings: "
-        "only this shard is made anew"
-    )
+def _tensor(data: memoryview, name: str, entry: Any) -> Array:
+    try:
+        kind = np.dtype(_KINDS[entry["dtype"]])
+        shape = [_count(n) for n in entry["shape"]]
+        start, stop = (_count(n) for n in entry["data_offsets"])
+        sound = start <= stop <= len(data) and math.prod(shape) * kind.itemsize == stop - start
+    except (KeyError, TypeError, ValueError):
+        sound = False
+    if not sound:
+        raise ValueError(f"{name!r}: expected a type, a shape and where it lies in the file")
+    return np.frombuffer(data[start:stop], kind).reshape(shape)
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(value)
+    return value

@@ -7,12 +7,12 @@ lose bits without a file changing its time.
 
 from __future__ import annotations
 
-import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ..files import sha256_of, write_json
 from ..progress import Work
+from ..runtime.json_text import read_json
 from .manifest import CacheError, Manifest, Shard
 
 _KNOWN = ".verified.json"
@@ -71,7 +71,7 @@ def _stamp(folder: Path, shard: Shard) -> list[int | str]:
 
 def _known(folder: Path) -> dict[str, list[int | str]]:
     try:
-        known = json.loads((folder / _KNOWN).read_text(encoding="utf-8"))
+        known: dict[str, list[int | str]] = read_json(folder / _KNOWN, dict)
     except (OSError, ValueError):
         return {}
-    return known if isinstance(known, dict) else {}
+    return known

@@ -8,20 +8,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..answer_checks import AnswerMonitor, Rules, wrong_shape
 from ..cache import TeacherCache
 from ..outputs import TopK
 from ..teacher import Teacher
-from .answer_checks import refuse_misaligned
 from .config import DistillConfig
 from .objective import Answers, Dense
 from .offline import answers_in
+from .signal_checks import refuse_misaligned
 from .targets import Targets, targets_of
 
 
 def ask(
-    teacher: Any, batch: Mapping[str, Tensor], config: DistillConfig, *, check: bool
+    teacher: Any,
+    batch: Mapping[str, Tensor],
+    config: DistillConfig,
+    *,
+    check: bool,
+    monitor: AnswerMonitor | None = None,
+    vocab: int | None = None,
 ) -> tuple[Targets, Answers]:
-    """The targets of a collated batch and the teacher's answers there, on the batch's device.
+    """The targets of a collated batch and the teacher's answers there, on the batch's device,
+    looked at by `monitor` (None: one of this batch alone); ids end before `vocab`.
 
     `check`: also whether answers of a teacher other than a model in this process, whose positions
     nothing guarantees, fit the next position or the previous one better than their own.
@@ -31,9 +39,18 @@ def ask(
     targets = targets_of(batch)
     if teacher is None:
         return targets, None
+    monitor = AnswerMonitor() if monitor is None else monitor
+    positions = targets.sources % targets.shape[1]
     if config.k is None:
-        return targets, _dense(teacher, batch, targets)
-    return targets, _topk(teacher, batch, targets, config, check)
+        dense = _dense(teacher, batch, targets)
+        monitor.check_hidden(dense.hidden, targets.rows, positions)
+        return targets, dense
+    answers = _topk(teacher, batch, targets, config, check)
+    # Cut to the common ids, a position may have lost all it had; the source looked before that.
+    cut = getattr(teacher, "valid_vocab", None) is not None
+    rules = Rules(vocab=vocab, nothing=cut, total="any" if cut else "equal")
+    monitor.check(answers, targets.rows, positions, rules)
+    return targets, answers
 
 
 def answers_here(teacher: Any) -> bool:
@@ -52,7 +69,11 @@ def _dense(teacher: Any, batch: Mapping[str, Tensor], targets: Targets) -> Dense
     with torch.no_grad():
         hidden = teacher.hidden(ids, batch["attention_mask"])
     if hidden.shape[:2] != ids.shape:
-        raise ValueError(_wrong_shape("hidden states", ids, hidden))
+        B, T = ids.shape
+        raise ValueError(
+            f"teacher: expected hidden states of shape [{B}, {T}, …], one per position of "
+            f"input_ids, got {list(hidden.shape)}"
+        )
     return Dense(targets.of(hidden.to(ids.device)), head)
 
 
@@ -76,20 +97,13 @@ def _topk(
     answers = answers_in(batch, config.temperature)
     if answers is None:
         answers = teacher.topk(ids, mask, k=k, temperature=config.temperature, **asked)
+        wrong = wrong_shape(answers, ids.shape, k)
+        if wrong is not None:
+            raise ValueError(f"teacher: {wrong}")
         answers = answers.to(ids.device)
-    if answers.ids.shape[:2] != ids.shape:
-        raise ValueError(_wrong_shape("answers", ids, answers.ids))
     if check and not here:
         refuse_misaligned(_before_last(answers), batch["labels"][:, 1:], _vocabulary(teacher, ids))
     return targets.of_topk(answers)
-
-
-def _wrong_shape(what: str, ids: Tensor, got: Tensor) -> str:
-    B, T = ids.shape
-    return (
-        f"teacher: expected {what} of shape [{B}, {T}, …], one per position of input_ids, got "
-        f"{list(got.shape)}"
-    )
 
 
 def _before_last(answers: TopK) -> TopK:

@@ -44,7 +44,7 @@ class InWorkers:
         answers = self.teacher.topk(
             batch["input_ids"], batch["attention_mask"], k=self.k, temperature=self.temperature
         )
-        unanswered = (answers.ids[:, :-1, 0] < 0) & (batch["labels"][:, 1:] != IGNORE_INDEX)
+        unanswered = (answers.ids[:, :-1] < 0).all(-1) & (batch["labels"][:, 1:] != IGNORE_INDEX)
         if unanswered.any():
             raise ValueError(
                 f"labels: expected targets that {self.teacher.path} has answers for, got "
@@ -90,17 +90,28 @@ def refuse_unfit(teacher: TeacherCache, config: DistillConfig, processing_class:
 
 
 def refuse_unanswered(teacher: Any, encoder: Encoder, datasets: Mapping[str, Any]) -> None:
-    """Before the first step: whether a cache was built from these examples, by a look at some."""
+    """Before the first step: whether a cache was built from these examples and has answers
+    at their targets, by a look at some."""
     if not isinstance(teacher, TeacherCache):
         return
     for name, dataset in datasets.items():
         for at, example in some_of(dataset):
             row = encoder(example, at)
-            if not teacher.has(row.ids[row.attended != 0]):
+            tokens, targets = row.ids[row.attended != 0], row.targets[row.attended != 0]
+            if not teacher.has(tokens):
                 raise ValueError(
                     f"{name}: expected examples that {teacher.path} was built from, got one "
                     f"(number {at}) whose tokens it does not have. The cache read them with "
                     f"max_length={teacher.manifest.settings.max_length} and completion_only_loss="
                     f"{teacher.manifest.settings.completion_only}; build one from this dataset, or "
                     "pass the dataset and the settings that it was built from"
+                )
+            missing = (targets[1:] != IGNORE_INDEX) & ~teacher.answered(tokens)[:-1]
+            if missing.any():
+                raise ValueError(
+                    f"labels: expected targets that {teacher.path} has answers for, got "
+                    f"{int(missing.sum())} in example {at} of {name} that it has none for (the "
+                    f"first is token {int(missing.nonzero()[0]) + 1}). It was built with "
+                    "positions='targets' from examples with fewer targets: build it from these, or "
+                    "with positions='all'"
                 )

@@ -15,10 +15,10 @@ from ..heads import LMHead
 from ..outputs import TopK
 from ..primitive import linear_topk
 from ..scores import token_scores
-from .answer_checks import Signal, half_away, mass_of, refuse_unreal, signal
 from .config import DistillConfig
 from .histograms import histograms, summed
 from .objective import DENSE_SCORED_BY, Dense
+from .signal_checks import Signal, half_away, mass_of, refuse_unreal, signal
 from .targets import Targets
 
 _DIRECTION = {
@@ -120,10 +120,11 @@ def first_batch(
     attended: int,
     config: DistillConfig,
     *,
+    contexts: Tensor,  # (N,), see `contexts_of`
     sampled: bool,
 ) -> Panel:
-    """Measure the first batch, of which `attended` tokens are no padding; raises where the
-    teacher's answers cannot be a language model's."""
+    """Measure the first batch, of which `attended` tokens are no padding; with
+    config.check_signal, raises where the teacher's answers depend on nothing."""
     dense = isinstance(answers, Dense)
     teacher = (
         answers.topk(DENSE_SCORED_BY, config.temperature, config.impl)
@@ -131,7 +132,8 @@ def first_batch(
         else answers
     )
     labels, head, k = targets.labels, head.whole(), teacher.ids.shape[-1]
-    refuse_unreal(teacher, labels)
+    if config.check_signal:
+        refuse_unreal(teacher, labels, contexts, head.vocab_size)
     scoring = {"impl": config.impl, **head.options()}
     # Students half a batch away from their teachers: the same pairs as shuffled teachers make.
     beside, away = (

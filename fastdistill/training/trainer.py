@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainerCallback
 
+from ..answer_checks import AnswerMonitor
 from ..data import DistillCollator
 from ..examples import Encoder
 from ..generation import ends_of
-from ..heads import LMHead, is_partitioned, verify_head
+from ..heads import LMHead, is_partitioned, rows_of_head, verify_head
 from .admission import Given, admit
-from .answer_checks import refuse_foreign
 from .asking import answers_here, ask
 from .checkpoints import WholeCheckpoints
 from .config import DistillConfig
@@ -34,6 +34,7 @@ from .offline import in_workers, opened, refuse_unanswered
 from .panel import Panel, first_batch
 from .run_log import RunLog
 from .sampling import is_on_policy, sample
+from .signal_checks import contexts_of, refuse_foreign
 from .student import (
     compile_body,
     compiled_by_us,
@@ -148,6 +149,8 @@ class DistillTrainer(WholeCheckpoints):
         if args.check_data:
             refuse_unanswered(teacher, encoder, named(train_dataset, eval_dataset))
         self._valid_vocab = None if admitted is None else admitted.valid_vocab
+        self._vocab = self._valid_vocab or rows_of_head(self.model) if admitted else 0
+        self._monitor = AnswerMonitor()
 
     def _verify(self) -> None:
         """Whether the loss can be taken at this model's head, and its rows be packed."""
@@ -188,7 +191,7 @@ class DistillTrainer(WholeCheckpoints):
     ) -> Any:
         sampled = bool(inputs.get("sampled", False))
         first = self.args.check_signal and self.panel is None and not sampled
-        targets, answers = ask(self.teacher, inputs, self.args, check=first and self.model.training)
+        targets, answers = self._ask(inputs, check=first and self.model.training)
 
         def use(hidden: Tensor, head: LMHead) -> Objective:
             if self.model.training and self.panel is None:
@@ -207,6 +210,10 @@ class DistillTrainer(WholeCheckpoints):
                 # The count is over all processes, and their gradients are about to be averaged.
                 loss = loss * (self.accelerator.num_processes // self.get_tp_size())
         return (loss, {}) if return_outputs else loss
+
+    def _ask(self, inputs: dict[str, Any], check: bool) -> tuple[Targets, Answers]:
+        monitor, vocab = self._monitor, self._vocab
+        return ask(self.teacher, inputs, self.args, monitor=monitor, vocab=vocab, check=check)
 
     def _at_head(
         self,
@@ -237,8 +244,9 @@ class DistillTrainer(WholeCheckpoints):
             return
         sampled = "sampled" in inputs
         attended = int(inputs["attention_mask"][:, 1:].sum())
+        contexts = targets.of(contexts_of(inputs["input_ids"], inputs["attention_mask"]))
         self.panel = first_batch(
-            hidden, head, targets, answers, attended, self.args, sampled=sampled
+            hidden, head, targets, answers, attended, self.args, contexts=contexts, sampled=sampled
         )
         self._run_log.first_batch(self.args, self.state, self.panel)
         if self.args.show_panel and self.is_world_process_zero():
@@ -248,6 +256,7 @@ class DistillTrainer(WholeCheckpoints):
             refuse_foreign(self.panel.signal, surely_aligned=aligned)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        self._monitor.read()
         if "loss" in logs and self._since_log:
             sums = self.accelerator.reduce(self._since_log, reduction="sum")
             self._since_log = {}
@@ -261,6 +270,7 @@ class DistillTrainer(WholeCheckpoints):
         if shared > 1:
             self.gather_function = lambda rows: one_each(shared, self.accelerator.gather(rows))
         output = super().evaluation_loop(*args, **kwargs)
+        self._monitor.read()
         self._run_log.evaluated(output.label_ids)
         return output
 
@@ -274,7 +284,7 @@ class DistillTrainer(WholeCheckpoints):
         """Of each sequence sums in place of logits, and histograms in place of labels: gathered and
         counted exactly, and small."""
         inputs = self._prepare_inputs(inputs)
-        targets, answers = ask(self.teacher, inputs, self.args, check=False)
+        targets, answers = self._ask(inputs, check=False)
 
         def sums(hidden: Tensor, head: LMHead) -> tuple[Tensor, Tensor]:
             return self._measured.measure(hidden, head, targets, answers)
@@ -282,7 +292,12 @@ class DistillTrainer(WholeCheckpoints):
         with torch.no_grad(), self.compute_loss_context_manager():
             return None, *self._at_head(model, inputs, targets, sums)
 
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._monitor.read()
+        super()._save_checkpoint(model, trial)
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        self._monitor.read()
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
             self._write_card(output_dir or self.args.output_dir)

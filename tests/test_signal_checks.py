@@ -9,7 +9,7 @@ import torch
 from training import VOCAB, build, llama, train
 
 from fastdistill.outputs import TopK
-from fastdistill.training.answer_checks import Signal, label_logprob, refuse_foreign, signal
+from fastdistill.training.signal_checks import Signal, label_logprob, refuse_foreign, signal
 
 
 def following(n=12, length=24):

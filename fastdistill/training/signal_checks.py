@@ -1,4 +1,5 @@
-"""Whether a teacher's answers can be real, and whether they are about this text.
+"""Whether a teacher's answers are about this text; that they are a distribution at all is checked
+in every batch (fastdistill/answer_checks.py).
 
 Most failed distillations fail in the first batch: a payload of zeros, of another position or of
 another text trains a student smoothly towards nothing. All functions take the answers at N targets
@@ -20,6 +21,8 @@ ENOUGH = 64  # targets for a verdict
 _CLAIM = 0.25  # nats per token: below it a teacher claims to know nothing, and there is no lie
 _DELIVERED = 0.1  # share of its claim that an honest teacher delivers at the very least
 _COMPARED = 2048  # targets
+_CERTAIN = 0.99  # probability of one token
+_SLACK = 0.01  # nats above −log V that count as the average
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,22 +100,40 @@ def _error(values: Tensor) -> float:
     return values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.inf
 
 
-def refuse_unreal(teacher: TopK, labels: Tensor) -> None:
-    """Payloads [N, K] that no language model gives: NaN, mass above 1, uniform, or constant."""
-    used = teacher.ids >= 0
-    logprobs = teacher.logprobs.float().masked_fill(~used, -torch.inf)
-    if torch.isnan(logprobs).any():
-        raise _unreal("its log-probabilities contain NaN")
-    mass = mass_of(teacher)
-    if (mass > 1.001).any():
-        raise _unreal(f"its probabilities sum to {mass.max().item():.4g} at one position")
+def contexts_of(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Return a number for what was attended to up to each position, [B, T]: equal contexts have
+    equal numbers, and others different ones (up to chance, 2⁻⁶⁴)."""
+    attended = (attention_mask != 0).long()
+    place = (attended.cumsum(-1) - 1).clamp(min=0)
+    random = torch.Generator().manual_seed(0)
+    factors = torch.randint(-(1 << 62), 1 << 62, (input_ids.shape[1],), generator=random) * 2 + 1
+    return ((input_ids + 1) * factors.to(input_ids.device)[place] * attended).cumsum(-1)
+
+
+def refuse_unreal(teacher: TopK, labels: Tensor, contexts: Tensor, vocab: int) -> None:
+    """Raise ValueError for answers [N, K] that depend on nothing: the same after different
+    contexts (N,), or all of them equally likely and none above the average.
+
+    An honest teacher says the same after the same context, and may be certain of one token after
+    a few different ones (the answers to questions with choices, say).
+    """
     if len(labels) < 2 or (labels == labels[0]).all():
         return  # one position, or one token over and over: an honest teacher may repeat itself
-    if (teacher.ids == teacher.ids[0]).all() and (logprobs == logprobs[0]).all():
-        raise _unreal(f"it gives the same answer at all {len(labels):,} positions")
+    used = teacher.ids >= 0
+    logprobs = teacher.logprobs.float().masked_fill(~used, -torch.inf)
+    different = len(contexts.unique())
+    certain = logprobs.max().item() > math.log(_CERTAIN) and len(labels) < ENOUGH
+    same = (teacher.ids == teacher.ids[0]).all() and (logprobs == logprobs[0]).all()
+    if same and different > 1 and not certain:
+        raise _unreal(
+            f"it gives the same answer at all {len(labels):,} positions, after {different:,} "
+            "different contexts"
+        )
     values = logprobs[used]
-    if teacher.ids.shape[-1] > 1 and (values.max() - values.min()).item() < 1e-6:
-        raise _unreal("all its answers are equally likely, as from logits that are all zero")
+    if teacher.ids.shape[-1] > 1 and len(values):
+        equal = (values.max() - values.min()).item() < 1e-6
+        if equal and values.max().item() < _SLACK - math.log(vocab):
+            raise _unreal("all its answers are equally likely, as from logits that are all zero")
 
 
 def refuse_misaligned(teacher: TopK, labels: Tensor, vocab: int) -> None:
@@ -182,5 +203,6 @@ def pick(teacher: TopK, where: Tensor | slice) -> TopK:
 def _unreal(reason: str) -> ValueError:
     return ValueError(
         f"teacher: expected the answers of a language model, but {reason}. Training would teach "
-        "the student nothing: check the weights, the cache, or the positions"
+        "the student nothing: check the weights, the cache, or the positions. check_signal=False "
+        "trains all the same"
     )

@@ -1,0 +1,349 @@
+"""Whether a teacher's answers can be a language model's: one check for everyone who takes answers.
+
+A model in this process, an object with a topk of its own, a cache, a server, a Parquet file, draws:
+`measure` looks at the values, `wrong_shape` at the shapes, and `AnswerMonitor` at every batch of a
+run. What rounding does to log-probabilities is computed from them, not assumed:
+
+    stored ln p (1 + δ), |δ| ≤ ε   →   |Σ stored p − Σ p| ≤ ε · (1 + Σ p |ln p|), to first order
+
+    N positions · K slots · W kinds of wrong answers
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .outputs import TopK
+
+ROUNDING = 1e-3  # of a sum of probabilities computed in fp32 or from logits in 16 bits
+_LOW = (torch.float16, torch.bfloat16)  # coarser last
+
+
+class Kind(NamedTuple):
+    """One way in which an answer is no language model's; see `Wrong` for what the texts fill in."""
+
+    field: str
+    expected: str
+    got: str
+    description: str
+    hint: str = ""
+
+
+KINDS = {
+    "ids": Kind("ids", "ids in {first}..{last}{empty}", "{value:.0f}",
+                "the id {value:.0f}, where the vocabulary ends at {last}",
+                "a teacher with another vocabulary needs its ids mapped first"),
+    "repeated": Kind("ids", "{slots} different ids", "{value:.0f} more than once",
+                     "the same id twice at one position ({value:.0f})"),
+    "nan": Kind("logprobs", "numbers in every used slot", "{value:.0f} NaN",
+                "log-probabilities that are NaN"),
+    "positive": Kind("logprobs", "log-probabilities ≤ 0", "{value:.4g}",
+                     "a log-probability of {value:.4g}",
+                     "pass log_softmax(logits / T), not logits"),
+    "mass": Kind("logprobs", "probabilities that sum to 1 at most", "{value:.4g}",
+                 "probabilities that sum to {value:.4g}"),
+    "flat": Kind("logprobs", "a likeliest token above the average", "{value:.4g}",
+                 "a likeliest token below the average, of log-probability {value:.4g}"),
+    "tail": Kind("log_tail", "log-probabilities ≤ 0", "{value:.4g}", "a log_tail of {value:.4g}"),
+    "total": Kind("log_tail", "the ids and the tail to have a mass of 1", "{value:.4g}",
+                  "ids and log_tail whose mass differs from 1 by {difference:.2g}"),
+    "hidden": Kind("hidden", "finite hidden states", "{value:.0f} that are not",
+                   "hidden states of which {value:.0f} are not finite"),
+    "nothing": Kind("logprobs", "an id with a probability above 0", "none",
+                    "no id with a probability above 0"),
+}  # fmt: skip
+_NAMES = tuple(KINDS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """What is expected of answers beside being a distribution.
+
+    vocab: ids end before it; None: not known.
+    repeats: an id may stand in several slots, as one outcome.
+    empty: slots may be empty (id −1).
+    nothing: a position may have no id with a probability at all.
+    total: the mass of ids and log_tail together is "equal" to 1, "at most" 1, or "any".
+    rising: ids come in rising order, the empty slots last.
+    ranked: the slots are the likeliest tokens, so that the best one is above the average.
+    """
+
+    vocab: int | None = None
+    repeats: bool = False
+    empty: bool = True
+    nothing: bool = False
+    total: str = "equal"
+    rising: bool = False
+    ranked: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wrong:
+    """A position whose answer is no language model's."""
+
+    kind: str
+    at: int  # position among N
+    value: float
+    slots: int
+    rules: Rules
+    dtype: torch.dtype
+
+    @property
+    def field(self) -> str:
+        return KINDS[self.kind].field
+
+    @property
+    def expected(self) -> str:
+        return self._filled(KINDS[self.kind].expected)
+
+    @property
+    def got(self) -> str:
+        return self._filled(KINDS[self.kind].got)
+
+    @property
+    def description(self) -> str:
+        return self._filled(KINDS[self.kind].description)
+
+    @property
+    def hint(self) -> str:
+        if self.dtype in _LOW and self.kind in ("positive", "mass", "tail", "total"):
+            name = str(self.dtype).removeprefix("torch.")
+            return f"this is more than rounding to {name} does: take log_softmax in float32"
+        return KINDS[self.kind].hint
+
+    def __str__(self) -> str:
+        return f"expected {self.expected}, got {self.got}"
+
+    def _filled(self, text: str) -> str:
+        vocab = self.rules.vocab
+        return text.format(
+            first=0,
+            last="" if vocab is None else vocab - 1,
+            empty=", or −1 for an empty slot" if self.rules.empty else "",
+            slots=self.slots,
+            value=self.value,
+            difference=abs(self.value - 1),
+        ).replace("nan", "NaN")
+
+
+def measure(answer: TopK, rules: Rules) -> tuple[Tensor, Tensor]:
+    """Return which answers [N, K] are wrong in which way, bool [W, N], and by what value, [W, N].
+
+    Nothing here waits for a GPU.
+    """
+    ids, low = answer.ids, answer.logprobs
+    wide = torch.float64 if low.dtype == torch.float64 else torch.float32
+    used = ids >= 0
+    logprobs = low.to(wide).masked_fill(~used, -torch.inf)
+    undefined = logprobs.isnan()
+    safe = logprobs.masked_fill(undefined, -torch.inf)
+    best, p = safe.amax(-1), safe.exp()
+    mass = p.sum(-1)
+    step = _resolution(low, used)
+    entropy = (p * safe.clamp(min=-1e4).abs()).sum(-1)
+    allowed = ROUNDING + step * (1 + entropy)
+    none = torch.zeros_like(best, dtype=torch.bool)
+    largest, smallest = ids.amax(-1), ids.amin(-1)
+    above = none if rules.vocab is None else largest >= rules.vocab
+    again, repeated = (none, mass) if rules.repeats else _repeated(ids, rules.rising)
+    tail, wrong_tail, total, wrong_total = mass, none, mass, none
+    if answer.log_tail is not None:
+        tail = answer.log_tail.to(wide)
+        grain = _resolution(answer.log_tail.unsqueeze(-1), torch.ones_like(used[..., :1]))
+        outside = tail.exp()
+        total = mass + outside
+        wrong_tail = tail.isnan() | (tail > ROUNDING + grain)
+        slack = allowed + grain * (1 + outside * tail.clamp(min=-1e4).abs())
+        if rules.total != "any":
+            excess = total - 1 if rules.total == "at most" else (total - 1).abs()
+            wrong_total = ~(excess <= slack)
+    flat = best.isneginf() if rules.ranked else none
+    if rules.ranked and rules.vocab is not None:
+        flat = best < -math.log(rules.vocab) - ROUNDING - step * math.log(rules.vocab)
+    found = {
+        "ids": (above | (smallest < (-1 if rules.empty else 0)),
+                torch.where(above, largest, smallest)),
+        "repeated": (again, repeated),
+        "nan": (undefined.any(-1), undefined.sum(-1)),
+        "positive": (best > ROUNDING + step, best),
+        "mass": (mass > 1 + allowed, mass),
+        "tail": (wrong_tail, tail),
+        "total": (wrong_total, total),
+        "nothing": (none if rules.nothing else best.isneginf(), mass),
+        "flat": (flat, best),
+    }  # fmt: skip
+    kept = torch.float32 if ids.device.type == "mps" else torch.float64
+    pairs = [found.get(name, (none, mass)) for name in _NAMES]
+    return torch.stack([bad for bad, _ in pairs]), torch.stack([x.to(kept) for _, x in pairs])
+
+
+def _resolution(values: Tensor, used: Tensor) -> Tensor:
+    """ε of the coarsest type that holds all values of a position, [N]: of values that were kept in
+    16 bits and cast to fp32, that of 16 bits."""
+    step = torch.full(
+        values.shape[:-1], torch.finfo(values.dtype).eps, dtype=torch.float32, device=values.device
+    )
+    for low in _LOW:
+        if torch.finfo(low).eps > torch.finfo(values.dtype).eps:
+            same = (values.to(low).to(values.dtype) == values) | ~used
+            step = step.masked_fill(same.all(-1), torch.finfo(low).eps)
+    return step
+
+
+def _repeated(ids: Tensor, rising: bool) -> tuple[Tensor, Tensor]:
+    """Which positions [N] hold an id twice, and which id; of `rising` ids also where they do not
+    rise, which needs no sorting."""
+    ordered = ids if rising else ids.sort(-1).values
+    same = (ordered[..., 1:] <= ordered[..., :-1]) & (ordered[..., 1:] >= 0)
+    repeated = torch.where(same, ordered[..., 1:], -1)
+    return same.any(-1), torch.nn.functional.pad(repeated, (1, 0), value=-1).amax(-1)
+
+
+def find_wrong(answer: TopK, rules: Rules) -> Wrong | None:
+    """Return the first position of [N, K] whose answer is no language model's, or None."""
+    if not answer.ids.numel():
+        return None
+    bad, values = measure(answer, rules)
+    if not bad.any():
+        return None
+    at = int(bad.any(0).int().argmax())
+    kind = int(bad[:, at].int().argmax())
+    return Wrong(
+        kind=_NAMES[kind],
+        at=at,
+        value=float(values[kind, at]),
+        slots=answer.ids.shape[-1],
+        rules=rules,
+        dtype=answer.logprobs.dtype,
+    )
+
+
+def wrong_shape(answer: TopK, lead: Sequence[int], k: int, *, exactly: bool = False) -> str | None:
+    """Return what is wrong with the shapes and types of answers [*lead, ≤ k], or None.
+
+    Args:
+        answer: what the teacher gave.
+        lead: the shape of the positions that were asked about.
+        k: how many slots were asked for; `exactly` so many have to come.
+    """
+    if not isinstance(answer, TopK):
+        return f"expected a fastdistill.TopK, got {type(answer).__name__}"
+    for name in ("ids", "logprobs", "log_tail"):
+        value = getattr(answer, name)
+        if name == "log_tail" and value is None:
+            continue
+        if not isinstance(value, Tensor):
+            return f"{name}: expected a tensor, got {type(value).__name__}"
+        whole = value.dtype in (torch.int32, torch.int64)
+        if whole != (name == "ids") or not (whole or value.is_floating_point()):
+            wanted = "int32 or int64" if name == "ids" else "floats"
+            return f"{name}: expected {wanted}, got {value.dtype}"
+    shape, slots = list(answer.ids.shape), answer.ids.shape[-1] if answer.ids.dim() else 0
+    if shape[:-1] != list(lead) or (exactly and slots != k):
+        wanted = f"answers of shape [{', '.join(map(str, lead))}, …], one per position of input_ids"
+        if exactly:
+            wanted = f"{math.prod(lead)} positions with {k} entries each"
+        return f"expected {wanted}, got {shape}"
+    if not 1 <= slots <= k:
+        return f"expected 1 to {k} slots at a position, got {slots} slots where {k} were asked for"
+    if list(answer.logprobs.shape) != shape:
+        return f"logprobs: expected shape {shape} as ids, got {list(answer.logprobs.shape)}"
+    if answer.log_tail is not None and list(answer.log_tail.shape) != shape[:-1]:
+        return f"log_tail: expected shape {shape[:-1]}, got {list(answer.log_tail.shape)}"
+    return None
+
+
+def place(lengths: Sequence[int], at: int) -> str:
+    """Return where entry `at` of rows of these lengths, one behind another, lies."""
+    for row, length in enumerate(lengths):
+        if at < length:
+            return f"row {row}, position {at}"
+        at -= length
+    raise IndexError(at)
+
+
+class AnswerMonitor:
+    """Notices wrong answers in every batch of a run, wherever the teacher is.
+
+    Answers on a CPU are refused at once. On a GPU reading a value would make the host wait in every
+    step: there the first wrong position of each kind is remembered on the device, and `read` raises
+    where the run waits for the device anyway, before it saves.
+    """
+
+    def __init__(self) -> None:
+        self.batches = 0
+        self._seen: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._rules, self._slots, self._dtype = Rules(), 0, torch.float32
+
+    def check(self, answer: TopK, rows: Tensor, positions: Tensor, rules: Rules) -> None:
+        """Look at one batch's answers [N, K], for these rows (N,) and positions (N,) of it.
+
+        Raises:
+            ValueError: answers on a CPU that no language model gives.
+        """
+        self.batches += 1
+        self._rules, self._slots, self._dtype = rules, answer.ids.shape[-1], answer.logprobs.dtype
+        if not answer.ids.numel():
+            return
+        self._note(*measure(answer, rules), rows, positions)
+        if answer.ids.device.type == "cpu":
+            self.read()
+
+    def check_hidden(self, hidden: Tensor, rows: Tensor, positions: Tensor) -> None:
+        """The same for the hidden states (N, G) of one batch, which have to be finite."""
+        self.batches += 1
+        self._rules, self._slots, self._dtype = Rules(), 0, hidden.dtype
+        if not hidden.numel():
+            return
+        count = (~hidden.isfinite()).sum(-1)
+        values = torch.zeros(len(_NAMES), len(hidden), device=hidden.device)
+        values[_NAMES.index("hidden")] = count
+        self._note(values > 0, values, rows, positions)
+        if hidden.device.type == "cpu":
+            self.read()
+
+    def _note(self, bad: Tensor, values: Tensor, rows: Tensor, positions: Tensor) -> None:
+        """Remember the first wrong position of each kind, [W, N], on their device."""
+        where, noted = self._seen.get(bad.device, (None, None))
+        if where is None or noted is None:
+            where = torch.zeros(len(bad), 3, dtype=torch.int64, device=bad.device)
+            noted = torch.zeros(len(bad), dtype=values.dtype, device=bad.device)
+        at = bad.int().argmax(-1)
+        new = bad.any(-1) & (where[:, 0] == 0)
+        batch = torch.full_like(at, self.batches)
+        here = torch.stack([batch, rows[at], positions[at]], -1)
+        where = torch.where(new[:, None], here, where)
+        noted = torch.where(new, values.gather(-1, at[:, None])[:, 0], noted)
+        self._seen[bad.device] = (where, noted)
+
+    def read(self) -> None:
+        """Wait for what is remembered on devices.
+
+        Raises:
+            ValueError: an answer since the last `read` was no language model's.
+        """
+        seen, self._seen = self._seen, {}
+        for where, noted in seen.values():
+            found = [(*w, kind) for kind, w in enumerate(where.tolist()) if w[0]]
+            if not found:
+                continue
+            batch, row, position, kind = min(found)
+            wrong = Wrong(kind=_NAMES[kind], at=0, value=float(noted[kind]), slots=self._slots,
+                          rules=self._rules, dtype=self._dtype)  # fmt: skip
+            raise _refusal(wrong, batch, row, position)
+
+
+def _refusal(wrong: Wrong, batch: int, row: int, position: int) -> ValueError:
+    hint = f" ({wrong.hint})" if wrong.hint else ""
+    return ValueError(
+        f"teacher: expected the answers of a language model, but in batch {batch} that it answered "
+        f"in this run, row {row}, position {position} is none: {wrong.field}: {wrong}{hint}. "
+        "Training would teach the student nothing: check the weights, the cache, or the "
+        "positions"
+    )
