@@ -1,7 +1,8 @@
 """What one would use instead: eager and compiled PyTorch, and other libraries where installed.
 
 Each takes the case's data and returns a loss, or outputs by name in forward mode. A library is
-imported when its contender runs; one that cannot be imported is Missing, with the reason.
+imported when its contender runs; one that is not installed is Missing, and one that is installed
+and cannot be imported or called is a BrokenPeer, each with the reason.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .data import Data
-from .registry import Compute, Contender, Missing
+from .registry import BrokenPeer, Compute, Contender, Missing, installed
 
 BETA = 0.5
+LIGER = "liger-kernel"
 
 
 def named(package: str, module: str, name: str) -> Any:
@@ -26,7 +28,12 @@ def named(package: str, module: str, name: str) -> Any:
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise Missing(f"{package}: {error}") from None
+        found = installed(package)
+        if found is None:
+            raise Missing(f"{package}: {error}") from None
+        raise BrokenPeer(
+            f"{package} {found} is installed and lacks {module}.{name}: {error}"
+        ) from error
 
 
 def logits(data: Data) -> Tensor:
@@ -157,8 +164,7 @@ def liger_kl_div(data: Data) -> Tensor:
 
 
 def trl_chunked(data: Data, beta: float) -> Tensor:
-    where = "trl.trainer.distillation_trainer"
-    call = named("trl", where, "_chunked_divergence_loss")
+    call = named("trl", "trl.trainer.distillation_trainer", "_chunked_divergence_loss")
     assert data.teacher_hidden is not None
     found = call(
         student_hidden_states=data.hidden.unsqueeze(0),
@@ -167,7 +173,6 @@ def trl_chunked(data: Data, beta: float) -> Tensor:
         teacher_lm_head_weight=data.teacher_weight,
         completion_mask=data.labels.new_ones(1, data.hidden.shape[0]),
         beta=beta,
-        chunk_size=getattr(importlib.import_module(where), "_CHUNKED_LM_HEAD_CHUNK_SIZE", 256),
     )
     return found[0]
 
@@ -190,23 +195,25 @@ def pytorch(compute: Any) -> tuple[Contender, Contender]:
     )
 
 
-def peer(impl: str, compute: Compute, compiles: bool = False) -> Contender:
-    return Contender(impl, compute, exact=False, compiles=compiles)
+def peer(impl: str, compute: Compute, package: str = "", compiles: bool = False) -> Contender:
+    return Contender(impl, compute, exact=False, compiles=compiles, package=package)
 
 
 LABEL = (
     peer("F.linear_cross_entropy", linear_cross_entropy),
-    peer("cut-cross-entropy", cut_cross_entropy),
-    peer("Liger fused CE", liger_cross_entropy),
+    peer("cut-cross-entropy", cut_cross_entropy, "cut-cross-entropy"),
+    peer("Liger fused CE", liger_cross_entropy, LIGER),
 )
 DENSE_KL = (
-    peer("Liger KL-div", liger_kl_div),
-    peer("Liger fused JSD, β=0", functools.partial(liger_fused_jsd, beta=0.0)),
-    peer("TRL chunked, β=0", functools.partial(trl_chunked, beta=0.0)),
+    peer("Liger KL-div", liger_kl_div, LIGER),
+    peer("Liger fused JSD, β=0", functools.partial(liger_fused_jsd, beta=0.0), LIGER),
+    peer("TRL chunked, β=0", functools.partial(trl_chunked, beta=0.0), "trl"),
 )
 DENSE_JSD = (
-    peer("Liger fused JSD", functools.partial(liger_fused_jsd, beta=BETA)),
+    peer("Liger fused JSD", functools.partial(liger_fused_jsd, beta=BETA), LIGER),
     # Compiles its chunk by default, and is shown as it comes.
-    peer("Liger chunked JSD", functools.partial(liger_chunked_jsd, beta=BETA), compiles=True),
-    peer("TRL chunked", functools.partial(trl_chunked, beta=BETA)),
+    peer(
+        "Liger chunked JSD", functools.partial(liger_chunked_jsd, beta=BETA), LIGER, compiles=True
+    ),
+    peer("TRL chunked", functools.partial(trl_chunked, beta=BETA), "trl"),
 )

@@ -31,6 +31,7 @@ from .data import Data, device
 from .registry import Contender, Missing, Op
 from .shapes import Shape
 
+BITSANDBYTES = "bitsandbytes"
 COLD_BYTES = 96 << 20  # of 4-bit weights: more than the last-level cache of a CPU
 FEW_TOKENS = 16
 
@@ -95,8 +96,8 @@ def ours(kind: str, compute: str) -> Contender:
     return Contender(compute, layer(make), exact=compute == "exact", prepares=True, rate=rate)
 
 
-def peer(impl: str, make: Callable[[Tensor], Any]) -> Contender:
-    return Contender(impl, layer(make), exact=False, prepares=True)
+def peer(impl: str, make: Callable[[Tensor], Any], package: str = "") -> Contender:
+    return Contender(impl, layer(make), exact=False, prepares=True, package=package)
 
 
 def product(scheme: str) -> Callable[[Data], Any]:
@@ -159,9 +160,17 @@ OPS = {
         plain,
         expanded,
         (
-            Contender("bitsandbytes", _weight(quant_peers.bnb_dequant), prepares=True),
             Contender(
-                "bitsandbytes, reused", _weight(quant_peers.bnb_dequant_reused), prepares=True
+                "bitsandbytes",
+                _weight(quant_peers.bnb_dequant),
+                prepares=True,
+                package=BITSANDBYTES,
+            ),
+            Contender(
+                "bitsandbytes, reused",
+                _weight(quant_peers.bnb_dequant_reused),
+                prepares=True,
+                package=BITSANDBYTES,
             ),
             Contender("ours, reused", _weight(_into_scratch), prepares=True),
         ),
@@ -175,8 +184,8 @@ OPS = {
         product("nf4"),
         (
             peer("full precision", quant_peers.full),
-            peer("bitsandbytes, eval", quant_peers.bnb4_eval),
-            peer("bitsandbytes, train", quant_peers.bnb4_train),
+            peer("bitsandbytes, eval", quant_peers.bnb4_eval, BITSANDBYTES),
+            peer("bitsandbytes, train", quant_peers.bnb4_train, BITSANDBYTES),
             peer("aten int4pack", quant_peers.int4pack),
             *(ours("nf4", compute) for compute in ("exact", "int8", "fp8")),
         ),
@@ -190,7 +199,7 @@ OPS = {
         product("int8"),
         (
             peer("full precision", quant_peers.full),
-            peer("bitsandbytes LLM.int8", quant_peers.bnb8),
+            peer("bitsandbytes LLM.int8", quant_peers.bnb8, BITSANDBYTES),
             peer("oneDNN qlinear", quant_peers.onednn),
             peer("aten int8pack", quant_peers.int8pack),
             *(ours("int8", compute) for compute in ("exact", "int8", "fp8")),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +33,11 @@ class Missing(Exception):
     """Raised by a contender that cannot run here; its message becomes the row's reason."""
 
 
+class BrokenPeer(RuntimeError):
+    """A peer whose package is installed cannot be imported or called: its row says so, and a test
+    fails where the version is the pinned one."""
+
+
 class GateError(RuntimeError):
     """A contender's result is wrong; no figure of the case is reported."""
 
@@ -43,7 +49,8 @@ class DeviceLost(RuntimeError):
 @dataclass(frozen=True)
 class Contender:
     """passes: FLOPs of its method in units of N·V·H, where they differ from the op's.
-    rate: "int8" or "fp8" where its products are held to that peak and not to the dtype's."""
+    rate: "int8" or "fp8" where its products are held to that peak and not to the dtype's.
+    package: the distribution that a peer comes from; empty for ours and PyTorch's."""
 
     impl: str
     compute: Compute
@@ -52,6 +59,7 @@ class Contender:
     compiles: bool = False  # for every shape anew, which takes longer than measuring
     prepares: bool = False  # its first call makes what later calls use, as loading a model does
     rate: str = ""
+    package: str = ""
 
 
 @dataclass(frozen=True)
@@ -108,7 +116,26 @@ def run(contender: Contender, case: Case, data: Data) -> Outputs:
     """One computation: the outputs, or in mode "both" the loss and its two gradients."""
     if contender.compiles and not case.compiled:
         raise Missing("left out here: compiling for one shape takes longer than measuring it")
-    return outputs(contender.compute, case.op.mode, data)
+    try:
+        return outputs(contender.compute, case.op.mode, data)
+    except (Missing, BrokenPeer, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        found = installed(contender.package)
+        if found is None:
+            raise
+        raise BrokenPeer(
+            f"{contender.package} {found} is installed and cannot be called: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def installed(package: str) -> str | None:
+    """The version of a distribution that is installed here, None where it is not."""
+    try:
+        return version(package) if package else None
+    except PackageNotFoundError:
+        return None
 
 
 def outputs(compute: Compute, mode: str, data: Data) -> Outputs:
