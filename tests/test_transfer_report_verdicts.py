@@ -159,7 +159,7 @@ VERDICTS = {
     ),
     "a null arm of one seed": (
         arm(UNABLE, (0.1,), role="null arm", n=1),
-        "null arm",
+        "null arm not checked",
         "null arm: τ is .10 (no interval), so nothing was checked (n = 1).",
     ),
     "a failed null arm": (

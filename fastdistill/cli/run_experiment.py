@@ -15,6 +15,7 @@ from ..experiment.outcome import publish
 from ..experiment.source import Source
 from ..experiment.study import FRESH, Study, Table, carry_out, pairs_of, why_not
 from ..experiment.world_source import WorldSource
+from ..report.validity import too_few_units
 from ..strategies.strategy import Training
 from .opening import quiet, running
 from .printing import say
@@ -42,6 +43,7 @@ def dry(own: DoubleBind, more: dict[str, Any]) -> dict[str, Any]:
         "development_seeds": [source.base_seed for source in development],
         "left_out": left_out,
         "runs": len(digests),
+        "invalid_because": too_few_units(len(sources)),
         "out": str(own.out),
     }
 
@@ -70,6 +72,8 @@ def tell(found: dict[str, Any]) -> None:
     if "report" not in found:
         say(f"{found['runs']} runs of {len(found['arms'])} arms: {', '.join(found['arms'])}")
         say(f"base seeds {found['base_seeds']}, for development {found['development_seeds']}")
+        for reason in found["invalid_because"]:
+            say(f"will be invalid: {reason}")
         return
     for seed, because in found["refused"].items():
         say(f"base seed {seed} refused: {'; '.join(because)}")
@@ -92,7 +96,7 @@ def _planned(own: DoubleBind) -> tuple[Study, list[Source], list[Source], int]:
         if own.seeds not in (None, 1):
             raise ValueError(
                 f"seeds: expected none with checkpoints, of which there is one base, got "
-                f"{own.seeds}. Repeat with student_seeds=N"
+                f"{own.seeds}. student_seeds=N repeats on that base, and gives no interval"
             )
         training = Training(
             steps=own.steps,

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from ..audits.behaviour import CapabilityAudit
@@ -23,13 +24,14 @@ from ..files import sha256_of, write_json
 from ..json_lines import JsonLines
 from ..organisms.stored import load_organism
 from ..runtime.json_text import read_json
-from ..statistics import Reading
+from ..statistics import Gate, Reading, Validity
 from ..strategies.lessons import Asked
 from ..strategies.strategy import Scene
 from .digest import digest_of
 from .source import Kept, Opened, Source
 
 READINGS = "readings.json"
+SMALLEST = 1e-6  # of a difference, from where on it is one
 _BLOCKS, _BLOCK = 64, 4096  # of each file of weights, what enters its digest
 _KINDS = ("open", "goals", "shown")
 _GENERIC = {"open": GENERIC.neutral, "goals": GENERIC.questions}  # where the pool has none
@@ -169,6 +171,28 @@ class OpenedCheckpoints(Opened):
                 f"pool: expected lines of the kind {kind!r}, which this strategy asks for, got none"
             )
         return tuple(found[i % len(found)] for i in range(n))
+
+
+def _denominators(readings: Mapping[str, Reading]) -> Validity:
+    """The gates without which C and τ are ratios of nothing."""
+    base, untrusted, twin = (readings[name] for name in ("base", "untrusted", "benign"))
+    return Validity(
+        gates=(
+            _gap("C", "capability", "M", untrusted.capability, base.capability),
+            _gap("τ", "trait", "B", untrusted.trait, twin.trait),
+        )
+    )
+
+
+def _gap(ratio: str, what: str, other: str, ours: Sequence[float], theirs: Sequence[float]) -> Gate:
+    own, beside = fmean(ours), fmean(theirs)
+    return Gate(
+        name=f"{what} of U above that of {other}, without which {ratio} is undefined "
+        f"({own:.3g} against {beside:.3g}, over {len(ours)} prompts)",
+        value=own - beside,
+        bound=SMALLEST,
+        at_least=True,
+    )
 
 
 def _model(name: str, source: CheckpointSource, role: str) -> Subject:

@@ -5,15 +5,19 @@ Which seeds are refused depends on organisms alone, so that no result of a stude
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from ..runtime.printable import printable
 from .executors import do
 from .job import SOURCES
 from .source import Source
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +48,8 @@ def chosen(
     """The first `wanted` sources whose organisms pass their gates, and why others were refused.
 
     Sources behind them are not made. Where too few pass, the first `wanted` whatever they are, and
-    nobody is refused: a report of theirs is invalid, and says why.
+    nobody is refused: a warning says so before any student is trained, and so does their report,
+    which is invalid.
     """
     kept: list[Source] = []
     refused: dict[int, list[str]] = {}
@@ -57,4 +62,12 @@ def chosen(
                 kept.append(source)
             else:
                 refused[source.base_seed] = list(validity.because)
-    return (kept, refused) if len(kept) == wanted else (list(sources[:wanted]), {})
+    if len(kept) == wanted:
+        return kept, refused
+    for seed, because in refused.items():
+        logger.warning(
+            "Base seed %d: %s. The experiment on it will be invalid: stop it now, and change "
+            "the models or the prompts.",
+            *(seed, printable("; ".join(because), limit=None)),
+        )
+    return list(sources[:wanted]), {}

@@ -26,7 +26,8 @@ MODELS = ("base", "untrusted", "benign", "placebo")
 class Kept:
     """What is known of a source's models once they were measured.
 
-    readings: by role, item by item. validity: of the organisms; None where they are not ours.
+    readings: by role, item by item. validity: of the organisms; of checkpoints, whether C and τ
+    have a denominator. None where nothing was gated.
     """
 
     readings: dict[str, Reading]

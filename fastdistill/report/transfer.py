@@ -38,6 +38,7 @@ class TransferReport:
         audits: what audits said of the pairs of students.
         positive_control: the arm whose students must show the trait; its τ has to be above .9.
         null_arms: arms that cannot transfer (placebo, benign, M→M); their τ must not exclude 0.
+            A control of either kind passes only where its τ has an interval.
         validity: base seed -> the gates of its organisms; a seed that is not there was not gated.
         title: of the page.
         about: `command`, `config`, `versions` and `seeds`, as JSON can hold them; optionally

@@ -1,7 +1,9 @@
-"""When an experiment says nothing: it would miss a transfer, or finds one where none is."""
+"""When an experiment says nothing: it would miss a transfer, finds one where none is, or has not
+checked whether it does."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from ..statistics import Validity
@@ -9,29 +11,57 @@ from .arms import Arm
 from .marks import measured, plain
 
 CONTROL = 0.9  # of the positive control's τ
+UNITS = 2  # base seeds, from where on there is a spread between them
 
 
 def invalid_because(arms: Sequence[Arm], organisms: Mapping[int, Validity]) -> list[str]:
     """Every reason, in words; empty where the experiment is valid."""
-    found = []
+    found = too_few_units(max((arm.n for arm in arms), default=0))
     for arm in arms:
-        if arm.role == "positive control" and not passes(arm):
+        tau = measured(arm.tau, CONTROL if arm.role == "positive control" else 0)
+        if arm.role == "positive control" and not arm.tau.value > CONTROL:
             found.append(
-                f"the positive control, {arm.name}, has τ {measured(arm.tau, CONTROL)}, not above "
+                f"the positive control, {arm.name}, has τ {tau}, not above "
                 f"{plain(CONTROL)}: a transfer could have been missed"
             )
-        if arm.role == "null arm" and not passes(arm):
+        elif arm.role != "arm" and not is_checked(arm):
             found.append(
-                f"the null arm, {arm.name}, has τ {measured(arm.tau, 0)}, whose interval "
-                "excludes 0: a transfer is found where there is none"
+                f"the {arm.role}, {arm.name}, was not checked: its τ, {tau}, has no interval "
+                f"(n = {arm.n})"
+            )
+        elif not passes(arm):
+            found.append(
+                f"the null arm, {arm.name}, has τ {tau}, whose interval excludes 0: a transfer is "
+                "found where there is none"
             )
     for seed, validity in organisms.items():
         found += [f"the organisms of base seed {seed}: {reason}" for reason in validity.because]
     return found
 
 
+def too_few_units(n: int) -> list[str]:
+    """The reason against an experiment on `n` base seeds; empty where they are enough for an
+    interval."""
+    if n >= UNITS:
+        return []
+    return [
+        f"not checked: {n} base seed{'' if n == 1 else 's'} of {UNITS} or more, between which "
+        "results could be seen to scatter, so that nothing has an interval"
+    ]
+
+
+def is_checked(arm: Arm) -> bool:
+    """Whether the τ of an arm has an interval that a control can be judged by."""
+    return math.isfinite(arm.tau.low) and math.isfinite(arm.tau.high)
+
+
 def passes(arm: Arm) -> bool:
-    """Whether a control came out as it must; true of what is no control."""
+    """Whether a control came out as it must; not where its interval is unknown. True of what is no
+    control."""
+    if arm.role == "arm":
+        return True
+    if not is_checked(arm):
+        return False
     if arm.role == "positive control":
-        return arm.tau.value > CONTROL  # not of NaN
-    return arm.role == "arm" or not arm.tau.excludes(0.0)
+        return arm.tau.value > CONTROL
+    return not arm.tau.excludes(0.0)

@@ -20,6 +20,7 @@ from typing import Any
 from ...backend import versions
 from ...files import write_json
 from ...organisms.organism import ModelOrganism
+from ...report.validity import too_few_units
 from ...statistics import Validity
 from ...strategies.strategy import Training
 from ..executors import do
@@ -170,9 +171,11 @@ def carry_out(
 
 
 def _judged(parts: Sequence[Judged], organisms: Mapping[int, Validity]) -> dict[str, Any]:
+    reasons = too_few_units(len(organisms))
+    reasons += [f"{part.part}: {why}" for part in parts for why in part.because]
     return {
-        "valid": all(part.valid for part in parts),
-        "invalid_because": [f"{part.part}: {why}" for part in parts for why in part.because],
+        "valid": not reasons,
+        "invalid_because": reasons,
         "controls": [
             {"part": part.part, **gate}
             for part in parts

