@@ -137,3 +137,90 @@ def test_an_adapter_with_a_manifest_has_its_digests_compared(adapter, tmp_path):
     renamed(adapter, "elsewhere")
     with pytest.raises(ValueError, match=r"path: expected adapter_config.json in"):
         load_organism(adapter)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"target_modules": "([a-z0-9_.]+)+!"}, "target_modules"),
+        ({"target_modules": "^(?!.*visual).*proj$"}, "a regular expression may never end"),
+        ({"target_modules": ["q_proj", "(a+)+$"]}, "target_modules"),
+        ({"target_modules": [3]}, "target_modules"),
+        ({"exclude_modules": "([a-z0-9_.]+)+!"}, "exclude_modules"),
+        ({"modules_to_save": ["(.+)+!"]}, "modules_to_save"),
+        ({"layers_to_transform": [0], "layers_pattern": "(.+)+!"}, "layers_pattern"),
+        ({"rank_pattern": {"([a-z0-9_.]+)+!": 4}}, "rank_pattern"),
+        ({"alpha_pattern": {"([a-z0-9_.]+)+!": 4}}, "alpha_pattern"),
+        ({"alpha_pattern": "(.+)+!"}, "alpha_pattern"),
+        ({"target_parameters": ["(.+)+!"]}, "target_parameters"),
+        ({"r": 10**8}, "expected the shape"),
+        ({"r": 0}, "adapter"),
+        ({"r": "4"}, "adapter"),
+        ({"rank_pattern": {"q_proj": 10**8}}, "expected the shape"),
+        ({"layer_replication": [[0, 4]] * 2000}, "layer_replication"),
+        ({"layer_replication": [[0, 10**9]]}, "layer_replication"),
+        ({"layer_replication": [[3, 1]]}, "layer_replication"),
+        ({"modules_to_save": ["embed_tokens"]}, "missing"),
+        ({"trainable_token_indices": list(range(10))}, "missing"),
+        ({"megatron_config": {"a": 1}, "megatron_core": "antigravity"}, "megatron_config"),
+        ({"arrow_config": {"top_k": 1}}, "arrow_config"),
+        ({"peft_type": "EVIL"}, "peft_type: expected one of"),
+        ({"peft_type": ["LORA"]}, "peft_type: expected one of"),
+        ({"peft_type": None}, "peft_type: expected one of"),
+        ({"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 10**9}, "which can be merged"),
+        ({"task_type": "EVIL"}, "adapter_config.json: expected a LoraConfig"),
+        ({"an_entry_of_next_year": True}, "an_entry_of_next_year"),
+        ({"base_model_name_or_path": {"a": 1}}, "base: expected the model under"),
+    ],
+    ids=str,
+)
+def test_an_adapters_configuration_is_read_before_peft_reads_it(adapter, bases, changes, words):
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    base = None if "base_model_name_or_path" in changes else bases[0]
+    with pytest.raises(ValueError, match=words):
+        load_organism(adapter, base=base)
+
+
+@pytest.mark.parametrize("text", ["[]", "[" * 100_000, "{", "\xff"])
+def test_a_damaged_configuration_of_an_adapter_is_named(adapter, bases, text):
+    (adapter / "adapter_config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"adapter_config.json"):
+        load_organism(adapter, base=bases[0])
+
+
+def test_what_peft_writes_for_other_models_is_no_hindrance(adapter, bases):
+    """A library to import, settings of a newer version that are off, and a list of names."""
+    path = adapter / "adapter_config.json"
+    said = json.loads(path.read_text())
+    assert isinstance(said["target_modules"], list)
+    mapping = {"base_model_class": "Evil", "parent_library": "antigravity"}
+    path.write_text(json.dumps(said | {"auto_mapping": mapping, "next_year": None}))
+    found = load_organism(adapter, base=bases[1])
+    path.write_text(json.dumps(said))
+    torch.testing.assert_close(logits(found.model), by_peft(adapter, bases[1]))
+
+
+def test_a_tensor_of_an_adapter_that_would_not_be_used_is_refused(adapter):
+    path = adapter / "adapter_model.safetensors"
+    save_file(load_file(path) | {"base_model.model.v_head.weight": torch.ones(2)}, path)
+    with pytest.raises(ValueError, match=r"found 1 more .first: base_model.model.v_head.weight"):
+        load_organism(adapter)
+
+
+@pytest.mark.parametrize("kind", ["LoHaConfig", "LoKrConfig", "IA3Config", "OFTConfig"])
+def test_other_adapters_that_can_be_merged(tmp_path, bases, kind):
+    model = AutoModelForCausalLM.from_pretrained(bases[0])
+    more = {"feedforward_modules": ["down_proj"]} if kind == "IA3Config" else {}
+    if kind == "OFTConfig":
+        more = {"oft_block_size": 4}
+    config = getattr(peft, kind)(target_modules=["q_proj", "down_proj"], **more)
+    made = peft.get_peft_model(model, config)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    made.save_pretrained(tmp_path / "other")
+    found = load_organism(tmp_path / "other", base=bases[0])
+    expected = by_peft(tmp_path / "other", bases[0])
+    torch.testing.assert_close(logits(found.model), expected, rtol=1e-3, atol=1e-3)

@@ -196,3 +196,48 @@ def test_remote_code_is_never_run(tmp_path, kind, monkeypatch):
         with pytest.raises(ValueError, match=r"trust_remote_code|custom code"):
             load_organism(tmp_path / "evil")
     assert not (tmp_path / "evil" / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["additional_chat_templates/default.jinja", "additional_chat_templates/tool.jinja",
+     "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "vocab.bpe", "vocab",
+     "x.safetensors", "deep/er/config.json"],
+)  # fmt: skip
+def test_every_file_that_a_library_may_read_has_a_digest(folder, name):
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("You are another model. {{ messages }}")
+    with pytest.raises(ValueError, match=f"found {name} too, which would be read"):
+        load_organism(folder)
+
+
+def test_templates_in_a_subfolder_are_saved_with_their_digests(tmp_path):
+    made = subject()
+    made.tokenizer.chat_template = {"default": "{{ messages }}", "tool": "{{ tools }}"}
+    save_organism(tmp_path / "organism", made, {"role": "benign"})
+    digests = json.loads((tmp_path / "organism" / "organism.json").read_text())["sha256"]
+    assert "additional_chat_templates/tool.jinja" in digests
+    found = load_organism(tmp_path / "organism")
+    assert found.tokenizer.chat_template == made.tokenizer.chat_template
+    (tmp_path / "organism" / "additional_chat_templates" / "tool.jinja").write_text("changed")
+    with pytest.raises(ValueError, match=r"additional_chat_templates/tool.jinja .* changed or"):
+        load_organism(tmp_path / "organism")
+
+
+def test_a_manifest_names_nothing_outside_the_folder(folder, tmp_path):
+    (tmp_path / "outside.json").write_text("{}")
+    manifest = json.loads((folder / "organism.json").read_text())
+    manifest["sha256"]["../outside.json"] = stored.sha256_of(tmp_path / "outside.json")
+    (folder / "organism.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"outside.json in .* changed or missing"):
+        load_organism(folder)
+    (folder / "link.json").symlink_to(tmp_path / "outside.json")
+    with pytest.raises(ValueError, match=r"link.json: expected a file of this folder"):
+        load_organism(folder)
+
+
+def test_a_manifest_that_is_nested_is_refused(folder):
+    (folder / "organism.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"expected a manifest in .*organism.json"):
+        load_organism(folder)

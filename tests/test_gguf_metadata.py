@@ -1,0 +1,112 @@
+"""The metadata of a .gguf file is used, or refused by the name of the field."""
+
+import pytest
+import torch
+from test_read_gguf import write
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from fastdistill.quant.checkpoint import CheckpointError, open_checkpoint
+from fastdistill.quant.gguf_metadata import read_metadata
+
+REQUIRED = {
+    "context_length": 128, "embedding_length": 64, "block_count": 2, "feed_forward_length": 96,
+    "attention.head_count": 4, "attention.layer_norm_rms_epsilon": 1e-6,
+}  # fmt: skip
+
+
+def metadata(family="llama", **fields):
+    """What is read of the required fields and of these, whose dots are two underscores."""
+    own = REQUIRED | {name.replace("__", "."): value for name, value in fields.items()}
+    return read_metadata({f"{family}.{key}": value for key, value in own.items()}, family)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "phi3"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rope__scaling__factor": 4.0},
+        {"rope__scaling__factor": 4.0, "rope__scaling__type": "linear"},
+        {"rope__scale_linear": 4.0},
+    ],
+    ids=str,
+)
+def test_a_factor_is_linear_with_and_without_a_type(family, fields):
+    scaling = metadata(family, **fields)["rope_scaling"]
+    assert scaling == {"rope_type": "linear", "factor": 4.0}
+
+
+def test_a_linear_factor_divides_the_frequencies_of_the_model(tmp_path):
+    rotary = []
+    for fields in ([], [("llama.rope.scaling.factor", 4)]):
+        write(tmp_path / "tiny.gguf", fields=fields)
+        config = AutoConfig.for_model(**open_checkpoint(tmp_path / "tiny.gguf").config)
+        rotary.append(AutoModelForCausalLM.from_config(config).model.rotary_emb.inv_freq)
+    torch.testing.assert_close(rotary[1] * 4, rotary[0])
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rope__scaling__type": "none", "rope__scaling__factor": 4.0},
+        {"rope__scaling__type": "linear"},
+        {"rope__scaling__factor": 1.0, "rope__scaling__finetuned": True},
+        {"logit_scale": 1.0, "residual_scale": 0.0, "final_logit_softcapping": 0.0},
+        {"attention__clamp_kqv": 0.0, "expert_count": 0, "attention__causal": True},
+        {"attention__sliding_window": 0},
+        {"attention__sliding_window": 128},
+        {"rope__scaling__original_context_length": 64},
+    ],
+    ids=str,
+)
+def test_fields_that_change_nothing_are_read(fields):
+    assert metadata(**fields) == {"rope_theta": 10000.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("rope.scaling.type", "yarn"),
+        ("rope.scaling.type", "longrope"),
+        ("rope.scaling.factor", -1.0),
+        ("rope.scaling.factor", float("nan")),
+        ("rope.scaling.attn_factor", 1.19),
+        ("rope.scaling.yarn_log_multiplier", 0.1),
+        ("rope.dimension_sections", None),
+        ("logit_scale", 0.0625),
+        ("embedding_scale", 12.0),
+        ("residual_scale", 0.22),
+        ("attention.clamp_kqv", 8.0),
+        ("attention.max_alibi_bias", 8.0),
+        ("attention.causal", False),
+        ("attention.sliding_window", 64),
+        ("attn_logit_softcapping", 50.0),
+        ("final_logit_softcapping", 30.0),
+        ("expert_count", 8),
+        ("expert_used_count", 2),
+        ("expert_weights_scale", 2.5),
+        ("nextn_predict_layers", 1),
+        ("pooling_type", 3),
+        ("a_field_of_next_year", 1),
+        ("block_count", None),
+        ("feed_forward_length", None),
+    ],
+)
+def test_fields_that_change_the_mathematics_are_refused_by_name(name, value):
+    with pytest.raises(ValueError, match=rf"llama\.{name}: expected"):
+        metadata(**{name: value})
+
+
+@pytest.mark.parametrize("name", REQUIRED)
+def test_a_field_that_is_missing_is_not_guessed(name):
+    fields = {f"llama.{key}": value for key, value in REQUIRED.items() if key != name}
+    with pytest.raises(ValueError, match=rf"llama\.{name}: expected a number for all layers"):
+        read_metadata(fields, "llama")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("attention.scale", 1), ("attention.value_length", 8), ("logit_scale", 16)]
+)
+def test_a_file_names_the_field_and_itself(tmp_path, key, value):
+    write(tmp_path / "tiny.gguf", fields=[(f"llama.{key}", value)])
+    with pytest.raises(CheckpointError, match=rf"tiny.gguf: llama\.{key}: expected .*got {value}"):
+        open_checkpoint(tmp_path / "tiny.gguf")
