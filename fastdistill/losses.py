@@ -18,7 +18,7 @@ from torch import Tensor
 from . import checks
 from .backend import resolve_impl
 from .fused import Computed, by_reference, by_rows, fused, no_positions, recomputed
-from .kernels.rows import TAILS, RowOptions
+from .kernels.rows import RowOptions
 from .operands import (
     Counting,
     Operands,
@@ -139,9 +139,15 @@ def topk_distill(
             KL(q ‖ (1−skew)·p + skew·q) (DistiLLM, arXiv 2402.03898), or a callable
             (log_p [..., K(+1)], log_q [..., K(+1)]) -> [...]; empty slots hold the same tiny
             probability on both sides.
-        tail: "bucket": one more outcome, the mass outside the K ids on each side. "truncate": the
-            teacher is zero outside them. "renorm_teacher": the same with p/M. "renorm_both": both
-            renormalised over the K ids, which needs no pass over the LM head.
+        tail: "bucket": one more outcome, the mass outside the K ids on each side. "truncate": the K
+            ids alone, each term smallest at q = p; with forward_kl Σ p log(p/q) as it is.
+            "renorm_teacher": the teacher is p/M on them, M their mass, and zero elsewhere.
+            "renorm_both": both renormalised over the K ids, which needs no pass over the LM head.
+            The loss is smallest at q = p with bucket, with truncate (all but forward_kl) and, as
+            far as the ratios among the K ids go, with renorm_both. forward_kl with truncate and
+            everything with renorm_teacher are smallest at p/M: they are biased, and move all of
+            the student's mass onto the K ids. Refused, since they have no minimum: renorm_teacher
+            with reverse_kl, with jsd at β = 1 and with skew_reverse_kl at skew 0.
         temperature: T > 0; the payload must have been taken at it (renorm_both excepted).
         token_weight: [...] multiplies ℓ. reduction: "mean" Σwℓ / (num_items or the number of
             non-ignored positions), "sum", or "none" -> [...].
@@ -210,8 +216,14 @@ def _distill(
     weight, bias, placement = place(weight, head[0], group, impl)
     ops = operands(hidden, weight, bias, *head[1:], placement=placement)
     impl = resolve_impl(impl, hidden.device)
-    check_mix(options.divergence, options.beta, options.skew, options.ce_weight, options.z_loss)
-    checks.choice("tail", options.tail, TAILS)
+    check_mix(
+        options.divergence,
+        options.beta,
+        options.skew,
+        options.ce_weight,
+        options.z_loss,
+        options.tail,
+    )
     checks.choice("backward", backward, ("auto", "fused", "recompute"))
     check_reduction(reduction, num_items, token_weight, hidden)
     if labels is not None:

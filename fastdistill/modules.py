@@ -8,7 +8,14 @@ from torch import Tensor, nn
 
 from .dense import linear_distill_loss
 from .losses import topk_distill_loss
+from .operands import check_divergence
 from .outputs import TopK
+
+
+def _check(options: dict[str, Any]) -> None:
+    """Refuse at construction what every call would refuse."""
+    defaults = {"divergence": "forward_kl", "beta": 0.5, "skew": 0.1, "tail": "bucket"}
+    check_divergence(**{name: options.get(name, value) for name, value in defaults.items()})
 
 
 class TopKDistillLoss(nn.Module):
@@ -20,6 +27,7 @@ class TopKDistillLoss(nn.Module):
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
+        _check(options)
         self.options = options
 
     def forward(self, hidden: Tensor, weight: Tensor, teacher: TopK, **tensors: Any) -> Tensor:
@@ -38,6 +46,7 @@ class LinearDistillLoss(nn.Module):
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
+        _check(options)
         self.options = options
 
     def forward(

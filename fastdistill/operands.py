@@ -6,15 +6,15 @@ Shared by every public function, so that an option means the same everywhere.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import checks
-from .kernels.divergences import NAMES, floor_of
+from .kernels.divergences import NAMES, floor_of, minimum_of
 from .kernels.head import Head
-from .kernels.rows import Teacher, merge_repeats
+from .kernels.rows import TAILS, Teacher, merge_repeats
 from .outputs import TopK
 from .parallel import Placement, Shard, filled, is_dtensor, shard_of
 
@@ -175,11 +175,43 @@ def check_reduction(
             checks.positive("num_items", num_items)
 
 
-def check_mix(divergence, beta: float, skew: float, ce_weight: float, z_loss: float) -> None:
-    """The scalars that shape a per-token loss."""
+def check_divergence(divergence: Any, beta: float, skew: float, tail: str = "bucket") -> None:
+    """Check a divergence, its scalars and its tail, and refuse a pair without a minimum.
+
+    Over a whole vocabulary, as with a dense teacher, the tail is "bucket".
+    """
     if not callable(divergence):
         checks.choice("divergence", divergence, NAMES)
     checks.within("beta", beta, 0, 1)
     checks.within("skew", skew, 0, 1, below=True)
+    checks.choice("tail", tail, TAILS)
+    if minimum_of(divergence, beta, skew, tail) is None:
+        checks.fail(
+            "tail",
+            f"'bucket', 'truncate' or 'renorm_both' with divergence={divergence!r}"
+            + (f" at beta={beta:g}" if divergence == "jsd" else "")
+            + (f" at skew={skew:g}" if str(divergence).startswith("skew") else ""),
+            repr(tail),
+            "KL(student ‖ teacher) is infinite where the teacher is zero, so this pair has no "
+            "minimum at any teacher. Use tail='bucket'",
+        )
+
+
+def bias_of(divergence: Any, beta: float, skew: float, tail: str) -> str | None:
+    """What a loss that is smallest elsewhere than at the teacher does, in words; else None."""
+    if minimum_of(divergence, beta, skew, tail) != "renormalized teacher":
+        return None
+    return (
+        f"divergence={divergence!r} with tail={tail!r} is smallest where the student is the "
+        "teacher renormalized over its k tokens: it moves all probability onto them. "
+        "tail='bucket' is smallest at the teacher itself"
+    )
+
+
+def check_mix(
+    divergence: Any, beta: float, skew: float, ce_weight: float, z_loss: float, tail: str = "bucket"
+) -> None:
+    """Check the divergence and the scalars that shape a per-token loss."""
+    check_divergence(divergence, beta, skew, tail)
     checks.within("ce_weight", ce_weight, 0, 1)
     checks.within("z_loss", z_loss, 0, math.inf)

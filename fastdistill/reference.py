@@ -84,21 +84,36 @@ def _terms(name: str, p: Tensor, q: Tensor, beta: float, skew: float) -> Tensor:
     raise ValueError(name)
 
 
-def divergence(
-    name: str, p: Tensor, q: Tensor, beta: float, skew: float, only: Tensor | None = None
-) -> Tensor:
-    """D(p, q) [N] over the last dimension. `only` marks the support where D cannot leave it."""
+def _named(name: str, beta: float, skew: float) -> str:
     if name == "jsd" and beta in (0.0, 1.0):
-        name = "reverse_kl" if beta else "forward_kl"
-    if name == "skew_reverse_kl" and skew == 0.0:
-        name = "reverse_kl"
+        return "reverse_kl" if beta else "forward_kl"
+    return {"skew_reverse_kl": "reverse_kl", "skew_forward_kl": "forward_kl"}.get(
+        name if skew == 0.0 else "", name
+    )
+
+
+def divergence_on_ids(
+    name: str, p: Tensor, q: Tensor, beta: float, skew: float, ids: Tensor
+) -> Tensor:
+    """Σ_ids d(p, q) [N] of masses that need not sum to 1: q f(p/q) − f′(1) (p − q), which is 0 at
+    q = p and nowhere below; forward KL as it is published, p log(p/q). `ids` is bool [N, V]."""
+    name = _named(name, beta, skew)
+    if name == "hellinger":
+        # √ has an infinite slope at 0.
+        terms = 0.5 * (p + q) - torch.where(ids, torch.where(ids, p * q, 1.0).sqrt(), 0.0)
+        return terms.masked_fill(~ids, 0.0).sum(-1)
+    slope = {"reverse_kl": -1.0, "skew_forward_kl": 1 - skew, "skew_reverse_kl": skew - 1}
+    terms = _terms(name, p, q, beta, skew) - slope.get(name, 0.0) * (p - q)
+    return terms.masked_fill(~ids, 0.0).sum(-1)
+
+
+def divergence(name: str, p: Tensor, q: Tensor, beta: float, skew: float) -> Tensor:
+    """D(p, q) [N] over the last dimension."""
+    name = _named(name, beta, skew)
     if name == "hellinger":
         # √ has an infinite slope at 0: where p = 0 the product is 0 whatever q is.
         return 1 - torch.where(p > 0, torch.where(p > 0, p * q, 1.0).sqrt(), 0.0).sum(-1)
-    terms = _terms(name, p, q, beta, skew)
-    if name == "reverse_kl" and only is not None:
-        terms = terms.masked_fill(~only, 0.0)
-    return terms.sum(-1)
+    return _terms(name, p, q, beta, skew).sum(-1)
 
 
 def topk_distill(
@@ -135,8 +150,11 @@ def topk_distill(
     else:
         p, q = p_NV, q_NV
     if isinstance(options.divergence, str):
-        only = S if options.tail in ("truncate", "renorm_teacher") else None
-        D = divergence(options.divergence, p, q, options.beta, options.skew, only)
+        name, beta, skew = options.divergence, options.beta, options.skew
+        if options.tail == "truncate":
+            D = divergence_on_ids(name, p, q, beta, skew, S)
+        else:
+            D = divergence(name, p, q, beta, skew)
         if options.tail == "renorm_both":
             D = D.masked_fill(~S.any(-1), 0.0)
     else:

@@ -1,20 +1,33 @@
-"""Separable divergences D = Σ_v φ(log p_v, log q_v), and what a mass of q without teacher costs.
+"""Separable divergences D = Σ_v φ(log p_v, log q_v), and where each is smallest.
 
-Each is one `Divergence`: φ, its derivative ψ = ∂φ/∂log q, and `outside` = f(0), the price per unit
-of student mass where the teacher is zero (Σ_S q f(p/q) + f(0) · (1 − Σ_S q)); None where f(0) is
-infinite and the sum stays on S. The squared Hellinger distance 1 − Σ√(pq) is written as
-½Σ(√p − √q)², which does not cancel when p ≈ q; the two differ by ½(1 − M) when the teacher's masses
-sum to M < 1, and `constant` = ½ puts that back.
+Each is one `Divergence`: φ, its derivative ψ = ∂φ/∂log q, and what it is worth where a payload says
+nothing. `outside` = f(0) is the price per unit of student mass where the teacher is zero
+(Σ_S q f(p/q) + f(0) · (1 − Σ_S q)), for tail="renorm_teacher"; None where f(0) is infinite.
+`on_ids` · (p − q) is added to φ on the K ids alone, for tail="truncate", so that every term is
+smallest, and 0, at q = p: Σ_S φ by itself has that minimum only where both sides sum to 1. The
+squared Hellinger distance 1 − Σ√(pq) is written as ½Σ(√p − √q)², which does not cancel when p ≈ q;
+they differ by ½(1 − M) when the teacher's masses sum to M < 1, and `constant` = ½ puts that back.
 
-    forward_kl       p (lp − lq)                              f(0) = 0
-    reverse_kl       q (lq − lp)                              f(0) = ∞
-    jsd β            β p (lp − lm) + (1−β) q (lq − lm)        f(0) = (1−β) log 1/(1−β)
-    tvd              ½ |p − q|                                f(0) = ½
-    hellinger        ½ (√p − √q)²                             f(0) = ½, and ½ (1 − M)
-    skew_forward_kl  p (lp − log(αp + (1−α)q))                f(0) = 0
-    skew_reverse_kl  q (lq − log((1−α)p + αq))                f(0) = −log α
+    divergence       φ                                    f(0)                  on_ids
+    forward_kl       p (lp − lq)                          0                     0
+    reverse_kl       q (lq − lp)                          ∞                     1
+    jsd β            β p (lp − lm) + (1−β) q (lq − lm)    (1−β) log 1/(1−β)     0
+    tvd              ½ |p − q|                            ½                     0
+    hellinger        ½ (√p − √q)²                         ½, and ½ (1 − M)      0
+    skew_forward_kl  p (lp − log(αp + (1−α)q))            0                     −(1 − α)
+    skew_reverse_kl  q (lq − log((1−α)p + αq))            −log α                1 − α
     with m = βp + (1−β)q. JSD in the convention of GKD (Agarwal et al., arXiv 2306.13649), skewed
     divergences of DistiLLM (Ko et al., arXiv 2402.03898), where their α is 1 − skew for the mix.
+
+Which pair of divergence and tail has its minimum at the teacher (`minimum_of`):
+
+    bucket          every divergence
+    renorm_both     every divergence; only the ratios among the K ids count
+    truncate        every divergence but forward_kl, whose terms are kept as published top-k
+                    distillation has them: it is smallest at p/M on the ids (biased)
+    renorm_teacher  none: smallest at p/M on the ids (biased). Refused where f(0) is infinite
+
+M is the teacher's mass on the K ids. A callable is taken as it is.
 
 Inputs are finite: callers floor log-probabilities at `floor_of(dtype)`, so 0 · (−∞) never arises.
 """
@@ -46,6 +59,7 @@ class Divergence(NamedTuple):
     psi: Elementwise
     outside: float | None
     constant: float = 0.0  # × (1 − Σp), what φ lacks where the teacher's masses do not sum to 1
+    on_ids: float = 0.0  # × (p − q), what φ lacks on the K ids alone
 
 
 def floor_of(dtype: torch.dtype) -> float:
@@ -53,19 +67,40 @@ def floor_of(dtype: torch.dtype) -> float:
     return math.log(torch.finfo(torch.float32 if dtype.itemsize < 4 else dtype).tiny)
 
 
-def resolve(name: str, beta: float, skew: float) -> Divergence:
-    """The divergence called `name`; jsd at β = 0 and 1 is forward and reverse KL by convention."""
+def plain_name(name: str, beta: float, skew: float) -> str:
+    """The name of what is computed: jsd at β = 0 and 1 is forward and reverse KL by convention, and
+    a skewed KL at 0 is the KL."""
     if name == "jsd" and beta in (0.0, 1.0):
-        name = "reverse_kl" if beta else "forward_kl"
-    if name == "skew_forward_kl" and skew == 0.0:
-        name = "forward_kl"
-    if name == "skew_reverse_kl" and skew == 0.0:
-        name = "reverse_kl"
+        return "reverse_kl" if beta else "forward_kl"
+    if name in ("skew_forward_kl", "skew_reverse_kl") and skew == 0.0:
+        return name.removeprefix("skew_")
+    return name
+
+
+def minimum_of(divergence: str | Elementwise, beta: float, skew: float, tail: str) -> str | None:
+    """Where the loss is smallest: "teacher", "renormalized teacher", or None for nowhere.
+
+    A callable counts as "teacher"; its author answers for it.
+    """
+    if callable(divergence):
+        return "teacher"
+    name = plain_name(divergence, beta, skew)
+    if tail == "renorm_teacher":
+        return None if resolve(name, beta, skew).outside is None else "renormalized teacher"
+    return "renormalized teacher" if (name, tail) == ("forward_kl", "truncate") else "teacher"
+
+
+def resolve(name: str, beta: float, skew: float) -> Divergence:
+    """The divergence called `name`."""
+    name = plain_name(name, beta, skew)
     if name == "forward_kl":
         return Divergence(lambda lp, lq: lp.exp() * (lp - lq), lambda lp, lq: -lp.exp(), 0.0)
     if name == "reverse_kl":
         return Divergence(
-            lambda lp, lq: lq.exp() * (lq - lp), lambda lp, lq: lq.exp() * (lq - lp + 1), None
+            lambda lp, lq: lq.exp() * (lq - lp),
+            lambda lp, lq: lq.exp() * (lq - lp + 1),
+            None,
+            on_ids=1.0,
         )
     if name == "jsd":
         return _jsd(beta)
@@ -114,7 +149,7 @@ def _skew_forward(skew: float) -> Divergence:
     def psi(lp: Tensor, lq: Tensor) -> Tensor:
         return -(1 - skew) * (lp + lq - _log_mix(lp, lq, skew)).exp()
 
-    return Divergence(phi, psi, 0.0)
+    return Divergence(phi, psi, 0.0, on_ids=skew - 1)
 
 
 def _skew_reverse(skew: float) -> Divergence:
@@ -125,4 +160,4 @@ def _skew_reverse(skew: float) -> Divergence:
         lm = _log_mix(lp, lq, 1 - skew)
         return lq.exp() * (lq - lm + 1 - skew * (lq - lm).exp())
 
-    return Divergence(phi, psi, -math.log(skew))
+    return Divergence(phi, psi, -math.log(skew), on_ids=1 - skew)

@@ -3,11 +3,11 @@
     log q_k = z_k − lse,   log q_tail = lse_tail − lse,   lse = log(e^lse_tail + Σ_S e^z)
     ℓ = (1 − ce) · D(p, q) [· T²] + ce · (lse₁ − u_y) + z_loss · lse₁²
 
-D sums φ over S, plus φ of the tail (bucket) or f(0) · q_tail (truncate, renorm_teacher), or runs
-over a softmax on S alone (renorm_both). With ψ = ∂φ/∂log q and Ψ = Σψ the softmax gives
-dD/dz_k = ψ_k − q_k Ψ and dD/dlse_tail = ψ_tail − q_tail Ψ. Everything here is ordinary PyTorch;
-`rows_forward` is differentiable by autograd, `rows_backward` is the same derivative in closed form
-for the kernels that need it inside one operator.
+D sums φ over S, plus φ of the tail (bucket), f(0) · q_tail (renorm_teacher) or `on_ids` · (p − q)
+of each id (truncate), or runs over a softmax on S alone (renorm_both). With ψ = ∂φ/∂log q and
+Ψ = Σψ the softmax gives dD/dz_k = ψ_k − q_k Ψ and dD/dlse_tail = ψ_tail − q_tail Ψ. Everything
+here is ordinary PyTorch; `rows_forward` is differentiable by autograd, `rows_backward` is the same
+derivative in closed form for the kernels that need it inside one operator.
 
 Letters: N tokens, K teacher slots, S = K or K+1 slots (the label appended), T temperature,
 z = u / T logits at T, u logits at T=1. Empty slots hold z = NEG, log p = floor.
@@ -134,7 +134,11 @@ def _columns(seen: Gathered, teacher: Teacher, label_N: Tensor | None, tail: str
 
 
 def _outside(divergence: Divergence, tail: str) -> float:
-    return (divergence.outside or 0.0) if tail in ("truncate", "renorm_teacher") else 0.0
+    return (divergence.outside or 0.0) if tail == "renorm_teacher" else 0.0
+
+
+def _on_ids(divergence: Divergence, tail: str) -> float:
+    return divergence.on_ids if tail == "truncate" else 0.0
 
 
 def _base(seen: Gathered, teacher: Teacher, label_N: Tensor | None, T: float) -> Tensor:
@@ -159,10 +163,13 @@ def rows_forward(
     cols = _columns(seen, teacher, label_N, tail)
     if isinstance(options.divergence, str):
         rule = resolve(options.divergence, options.beta, options.skew)
-        D = rule.phi(cols.lp, cols.lq).sum(-1)
+        phi = rule.phi(cols.lp, cols.lq)
+        if _on_ids(rule, tail):
+            phi = phi + _on_ids(rule, tail) * (cols.lp.exp() - cols.lq.exp())
+        D = phi.sum(-1)
         if cols.log_q_tail is not None and _outside(rule, tail):
             D = D + _outside(rule, tail) * cols.log_q_tail.exp()
-        if rule.constant and tail != "renorm_both":
+        if rule.constant and tail not in ("renorm_both", "truncate"):
             # Also under the bucket tail: payloads stored in 16 bits do not quite sum to 1.
             D = D + rule.constant * (1 - cols.lp.double().exp().sum(-1)).to(D.dtype)
     else:
@@ -198,6 +205,8 @@ def rows_backward(
     cols = _columns(seen, teacher, label_N, tail)
     rule = resolve(options.divergence, options.beta, options.skew)
     psi, q = rule.psi(cols.lp, cols.lq), cols.lq.exp()
+    if _on_ids(rule, tail):
+        psi = psi - _on_ids(rule, tail) * q
     total = psi.sum(-1, keepdim=True)
     g_tail = None
     if cols.log_q_tail is not None:

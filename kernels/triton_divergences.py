@@ -12,6 +12,8 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from .divergences import plain_name
+
 
 @triton.jit
 def log_mix(lp, lq, on_p):
@@ -72,10 +74,7 @@ def skew_reverse_kl(lp, lq, w):
 
 def functor(name: str, beta: float, skew: float) -> tuple[Any, float]:
     """(the functor of divergence `name`, its w); ends of β and skew are the KLs they mean."""
-    if name == "jsd" and beta in (0.0, 1.0):
-        name = "reverse_kl" if beta else "forward_kl"
-    if name in ("skew_forward_kl", "skew_reverse_kl") and skew == 0.0:
-        name = name.removeprefix("skew_")
+    name = plain_name(name, beta, skew)
     functions = {
         "forward_kl": forward_kl,
         "reverse_kl": reverse_kl,

@@ -16,6 +16,7 @@ from command import call, files
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastdistill import Teacher, TeacherCache
+from fastdistill.training.config import warn_of_bias
 from fastdistill.training.run_files import read_run
 
 RUN = [sys.executable, "-m", "fastdistill"]
@@ -102,6 +103,13 @@ def test_a_dry_run_checks_everything_and_writes_nothing(run, folder, tmp_path):
     assert json.loads(run(*asked, "--json")[1])["steps"] == 9
 
 
+def test_a_dry_run_names_a_biased_loss(run, folder, tmp_path, caplog):
+    warn_of_bias.cache_clear()
+    code, _, _ = run(*train(folder, tmp_path / "run", "--dry-run", "tail=truncate"))
+    assert code == 0
+    assert "divergence='forward_kl' with tail='truncate' is smallest where" in caplog.text
+
+
 def test_what_is_printed_can_be_pasted_back(run, folder, tmp_path):
     asked = ("learning_rate=1e-4", "eval_strategy=no", "temperature=2", "--lora-rank", 4)
     code, printed, _ = run(*train(folder, tmp_path / "run", *asked, "--print-config"))
@@ -121,6 +129,11 @@ def test_what_is_printed_can_be_pasted_back(run, folder, tmp_path):
         (("learning_rte=1",), 2, "Did you mean learning_rate?"),
         (("divergence=kl",), 2, "divergence: expected one of forward_kl"),
         (("lr_scheduler_type=cosin",), 2, "cosin"),
+        (
+            ("divergence=reverse_kl", "tail=renorm_teacher", "--dry-run"),
+            2,
+            "tail: expected 'bucket', 'truncate' or 'renorm_both' with divergence='reverse_kl'",
+        ),
         (("k=3000",), 2, "k: expected at most the vocabulary"),
         (("--teacher-quant", "nf5"), 2, "quant: expected"),
         (("--eval-data", "none.jsonl"), 2, "eval_data: expected a file of JSON lines"),

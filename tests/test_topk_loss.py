@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from cases import case, leaves, top_k
+from cases import PAIRS, case, leaves, top_k
 from tolerances import GRADIENT, VALUE, assert_close
 
 import fastdistill as fd
-from fastdistill.kernels.divergences import NAMES
 from fastdistill.kernels.rows import TAILS
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -30,12 +29,14 @@ def check(found, truth, dtype, what=""):
     assert_close(found[0], truth[0], VALUE[dtype], f"{what} loss")
     for name, a, b in zip(("hidden", "weight", "bias"), found[1:], truth[1:], strict=True):
         if b is not None:
-            assert_close(a, b, GRADIENT[dtype], f"{what} {name}.grad")
+            # Entries of the bias's gradient cancel over tokens after dz was rounded to 16 bits.
+            cancels = name == "bias" and dtype == torch.bfloat16
+            budget = 3 * 2**-9 if cancels else GRADIENT[dtype]
+            assert_close(a, b, budget, f"{what} {name}.grad")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("tail", TAILS)
-@pytest.mark.parametrize("divergence", NAMES)
+@pytest.mark.parametrize(("divergence", "tail"), PAIRS)
 @pytest.mark.parametrize("backward", ["fused", "recompute"])
 def test_against_dense_fp64(divergence, tail, dtype, backward):
     c = case(dtype)
@@ -47,8 +48,7 @@ def test_against_dense_fp64(divergence, tail, dtype, backward):
 
 
 @pytest.mark.parametrize("backward", ["fused", "recompute"])
-@pytest.mark.parametrize("tail", TAILS)
-@pytest.mark.parametrize("divergence", [*NAMES, "callable"])
+@pytest.mark.parametrize(("divergence", "tail"), [*PAIRS, *(("callable", t) for t in TAILS)])
 def test_every_option_at_once(divergence, tail, backward):
     """Temperature, T², CE, z-loss, token weights, softcap, scale, ignored labels, upstream 1.7."""
     c = case(torch.float64)

@@ -99,15 +99,8 @@ class TopKLogprobLoss(nn.Module):
         return total
 
     def _divergence(self) -> Any:
-        """Without renormalisation axolotl sums over the K tokens alone, where our "truncate" adds
-        what a divergence is worth where the teacher is zero; KLs have nothing there."""
-        if self.normalize_topk or self.beta in (0.0, 1.0):
-            return {0.0: "forward_kl", 1.0: "reverse_kl"}.get(self.beta, "jsd")
-        beta = self.beta
-
-        def jsd(log_p: Tensor, log_q: Tensor) -> Tensor:
-            p, q = log_p.exp(), log_q.exp()
-            log_m = (beta * p + (1 - beta) * q).log()
-            return (beta * p * (log_p - log_m) + (1 - beta) * q * (log_q - log_m)).sum(-1)
-
-        return jsd
+        """Without renormalisation axolotl sums q log(q/p) over the K tokens alone, where our
+        "truncate" adds p − q, so that the sum is smallest at the teacher; axolotl's is not."""
+        if self.beta == 1.0 and not self.normalize_topk:
+            return lambda log_p, log_q: (log_q.exp() * (log_q - log_p)).sum(-1)
+        return {0.0: "forward_kl", 1.0: "reverse_kl"}.get(self.beta, "jsd")

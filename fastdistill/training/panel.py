@@ -32,7 +32,7 @@ _DIRECTION = {
 }
 _TAIL = {
     "bucket": "compared as one more outcome",
-    "truncate": "the teacher counts as zero there",
+    "truncate": "left out",
     "renorm_teacher": "teacher renormalised over the k tokens",
     "renorm_both": "both renormalised over the k tokens",
 }
