@@ -258,6 +258,10 @@ def _lifted(head: Head, rows: DenseRows, psi_nV: Tensor | None) -> tuple[DenseRo
         on_psi = on_psi * torch.linalg.vector_norm(psi_nV, torch.inf, dim=1)
     factors = ((on_psi, on_z), (rows.on_q, on_z), (rows.on_lse, on_u), (rows.on_ce, on_u))
     lift = lift_of(*(None if t is None else t * f for t, f in factors))
-    names = ("on_D", "on_q", "on_lse", "on_ce")
-    carried = {n: None if (t := getattr(rows, n)) is None else t * lift for n in names}
-    return rows._replace(**carried), lift
+    lifted = rows._replace(
+        on_D=rows.on_D * lift,
+        on_q=rows.on_q * lift,
+        on_lse=None if rows.on_lse is None else rows.on_lse * lift,
+        on_ce=None if rows.on_ce is None else rows.on_ce * lift,
+    )
+    return lifted, lift
