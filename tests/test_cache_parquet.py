@@ -122,3 +122,80 @@ def test_a_row_whose_answers_do_not_fit(tmp_path):
     folder = written(tmp_path / "in", GOLDEN["exact"], [[1, 2, 3]])
     with pytest.raises(CacheError, match="row 0: expected 2 or 3 answers to its 3 tokens, got 5"):
         TeacherCache.from_parquet(folder, tmp_path / "out")
+
+
+BASE = {"d": 99, "k": 3, "exact_k": 1}
+BIN = {"scale_dtype": "float16", "element_bits": 4, "num_elements": 2}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "d: [1",
+        "[" * 3000,
+        "- 1",
+        "",
+        "d: &a [1, 2]\nk: *b",
+        "\x00",
+        "a" * 100_000,
+        *(
+            yaml.safe_dump(BASE | change)
+            for change in (
+                {"d": 0}, {"d": True}, {"d": 10**12}, {"d": "many"}, {"k": 0}, {"k": 10**12},
+                {"k": 100}, {"exact_k": -1}, {"exact_k": 4}, {"exact_dtype": ["float32"]},
+                {"term_dtype": None}, {"delta_encoding": "no"}, {"polynomial_terms": 3},
+                {"polynomial_terms": [-1]}, {"polynomial_terms": [10**9]},
+                {"polynomial_terms": ["cos"]}, {"polynomial_terms": [1] * 1000},
+                {"residual_bins": [1]}, {"residual_bins": [{}]},
+                {"residual_bins": [BIN | {"element_bits": 0}]},
+                {"residual_bins": [BIN | {"element_bits": 10**9}]},
+                {"residual_bins": [BIN | {"num_elements": 10**12}]},
+                {"residual_bins": [BIN | {"num_elements": -1}]},
+                {"residual_bins": [BIN | {"scale_dtype": "int8"}]},
+                {"more": 1},
+            )
+        ),
+    ],
+)  # fmt: skip
+def test_settings_that_are_none(tmp_path, text):
+    (tmp_path / CONFIG).write_text(text)
+    with pytest.raises(CacheError, match=r"compression_config\.yaml: expected DistillKit's sett"):
+        Compression.read(tmp_path / CONFIG)
+
+
+def test_more_residuals_than_there_are_slots(tmp_path):
+    (tmp_path / CONFIG).write_text(yaml.safe_dump(BASE | {"residual_bins": [BIN, BIN]}))
+    with pytest.raises(CacheError, match=r"residual_bins in .* expected 2 elements at most"):
+        Compression.read(tmp_path / CONFIG).logprobs(np.zeros((4, 64), np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("ids", "tokens", "values", "words"),
+    [
+        ([[1, None]], [[[5, 6]]], [[[-1.0, -2.0]]], "row 0: input_ids: expected numbers, got a nu"),
+        ([[1, 2]], [[[5, None]]], [[[-1.0, -2.0]]], "row 0: token_ids: expected numbers, got a nu"),
+        ([[1, 2]], [[[5, 6], [7]]], [[[-1.0, -2.0], [-3.0]]], "expected lists of one length"),
+        ([[1, 2]], [[[5, 6]]], [[[-1.0, -2.0, -3.0]]], "row 0: expected ids and logprobs of one"),
+        ([[1, 2]], [[[5, 5]]], [[[-1.0, -2.0]]], "got the same id twice"),
+        ([[1, 2]], [[[5, 99]]], [[[-1.0, -2.0]]], "got the id 99, where the vocabulary ends at 98"),
+        ([[1, 2]], [[[5, 6]]], [[[-1.0, np.nan]]], "expected log-probabilities, got a mass of nan"),
+    ],
+)
+def test_rows_that_are_none(tmp_path, ids, tokens, values, words):
+    raw(tmp_path, ids, tokens, values)
+    with pytest.raises(CacheError, match=words):
+        TeacherCache.from_parquet(tmp_path, tmp_path / "out", vocab_size=99)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", [pa.float16(), pa.float32()])
+def test_values_that_were_rounded_to_16_bits(tmp_path, kind):
+    exact = (torch.randn(64, generator=torch.Generator().manual_seed(2)) * 2).log_softmax(-1)
+    values = exact.half().numpy() if kind == pa.float16() else exact.bfloat16().float().numpy()
+    columns = {"token_ids": pa.array([[list(range(64))]], pa.list_(pa.list_(pa.uint32()))),
+               "top_values": pa.array([[list(values)]], pa.list_(pa.list_(kind)))}  # fmt: skip
+    pq.write_table(pa.table({"input_ids": [[1, 2]], **columns}), tmp_path / "a.parquet")
+    cache = TeacherCache.from_parquet(tmp_path, tmp_path / "out", vocab_size=64)
+    found = cache.topk(torch.tensor([[1, 2]]), k=64).logprobs[0, 0]
+    assert (found.exp() - exact.exp()).abs().max() < 2e-3
+    cache.verify()

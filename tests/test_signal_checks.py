@@ -6,10 +6,18 @@ import math
 
 import pytest
 import torch
-from training import VOCAB, build, llama, train
+from answers import Answers
+from training import VOCAB, build, llama, peaked, train
 
+from fastdistill import Teacher, TeacherCache
 from fastdistill.outputs import TopK
-from fastdistill.training.signal_checks import Signal, label_logprob, refuse_foreign, signal
+from fastdistill.training.signal_checks import (
+    Signal,
+    contexts_of,
+    label_logprob,
+    refuse_foreign,
+    signal,
+)
 
 
 def following(n=12, length=24):
@@ -118,3 +126,58 @@ def test_overlap_is_the_share_of_common_tokens(tmp_path):
     same.train()
     assert same.panel.overlap == 1.0
     assert train(tmp_path, model=student, k=5).panel.overlap < 0.6
+
+
+# ---- honest answers that look constant
+
+
+def one_token_answers(prompts, n=16):
+    rows = []
+    for i in range(n):
+        ids = [1, *prompts[i % len(prompts)], 10 + i]
+        rows.append({"input_ids": ids, "labels": [-100] * (len(ids) - 1) + ids[-1:]})
+    return rows
+
+
+@pytest.mark.parametrize("check_signal", [True, False])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("teacher", ["model", "choices", "certain"])
+def test_one_question_with_many_answers(tmp_path, teacher, packed, check_signal):
+    """The same context has the same answer, a distribution over choices, or one sure token."""
+    choices = lambda ids, k: TopK(  # noqa: E731
+        torch.arange(10, 14).expand(*ids.shape, 4), torch.full((*ids.shape, 4), math.log(0.25))
+    )
+    certain = lambda ids, k: TopK(  # noqa: E731
+        torch.arange(10, 12).expand(*ids.shape, 2),
+        torch.tensor([0.0, -torch.inf]).expand(*ids.shape, 2),
+    )
+    given = {"model": peaked(), "choices": Answers(choices), "certain": Answers(certain)}[teacher]
+    train(tmp_path, teacher=given, data=one_token_answers([[5, 6]]), k=4, packing=packed,
+          check_signal=check_signal)  # fmt: skip
+
+
+def test_several_samples_of_several_prompts(tmp_path):
+    rows = one_token_answers([[5, 6], [7], [9, 8, 7]])
+    train(tmp_path, teacher=peaked(), data=rows, k=4)
+    cache = TeacherCache.build(Teacher(peaked()), rows, tmp_path / "c", k=4, positions="targets")
+    train(tmp_path, teacher=cache, data=rows, k=4)
+
+
+def test_a_constant_answer_to_several_questions_is_no_signal(tmp_path):
+    same = lambda ids, k: TopK(  # noqa: E731
+        torch.arange(k).expand(*ids.shape, k), torch.linspace(-1, -6, k).expand(*ids.shape, k)
+    )
+    rows = one_token_answers([[5, 6], [7], [9, 8, 7]])
+    with pytest.raises(ValueError, match="after 3 different contexts"):
+        train(tmp_path, teacher=Answers(same), data=rows, k=4)
+    train(tmp_path, teacher=Answers(same), data=rows, k=4, check_signal=False)
+
+
+def test_contexts_do_not_depend_on_padding():
+    ids = torch.tensor([[4, 5, 6, 0, 0], [0, 0, 4, 5, 6], [5, 4, 6, 0, 0], [4, 5, 7, 0, 0]])
+    mask = torch.tensor([[1, 1, 1, 0, 0], [0, 0, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 1, 0, 0]])
+    found = contexts_of(ids, mask)
+    assert torch.equal(found[0, :3], found[1, 2:])
+    assert torch.equal(found[0, :2], found[3, :2])
+    ends = torch.stack([found[0, 2], found[2, 2], found[3, 2], found[0, 0], found[0, 1]])
+    assert len(ends.unique()) == 5

@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 CONFIG = "compression_config.yaml"
 _RAW, _COMPRESSED = ("token_ids", "top_values"), ("bytepacked_indices", "compressed_logprobs")
+_FLOATING = ("top_values",)
 _FLOATS: dict[str, torch.dtype] = {
     name: getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64")
 }
@@ -251,7 +252,12 @@ class ParquetRows:
             table = self._pq.ParquetFile(file).read_row_group(number, columns=columns)
             self._open = (group, table)
         row = self._open[1].slice(index - self._starts[group], 1)
-        return {n: _array(row.column(n), f"row {index}: {n}") for n in row.column_names}
+        return {
+            name: _array(
+                row.column(name), f"row {index}: {name}", "iuf" if name in _FLOATING else "iu"
+            )
+            for name in row.column_names
+        }
 
     def answer(self, index: int) -> TopK:
         """[P, k] of a row's first P tokens."""
@@ -262,12 +268,12 @@ class ParquetRows:
             logprobs = self.compression.logprobs(second)
         else:
             ids, logprobs = first.astype(np.int64), second.astype(np.float64)
-        ids = np.where(np.isneginf(logprobs), -1, ids)
         if ids.ndim != 2 or ids.shape != logprobs.shape:
             raise CacheError(
                 f"row {index}: expected ids and logprobs of one shape [tokens, k], got "
                 f"{list(ids.shape)} and {list(logprobs.shape)}"
             )
+        ids = np.where(np.isneginf(logprobs), -1, ids)
         # Differences and curves may leave a little more mass than there is.
         mass = np.exp(logprobs).sum(-1, keepdims=True)
         if len(mass) and not mass.max() < _LIMIT:
@@ -300,7 +306,7 @@ def _tail(answer: TopK) -> Any:
     return (1 - mass).clamp(min=2.0**-24).log()
 
 
-def _array(column: Any, name: str) -> NDArray[Any]:
+def _array(column: Any, name: str, kinds: str) -> NDArray[Any]:
     """A list, or a list of lists of equal length, of one row."""
     values = column.combine_chunks().flatten()
     lists = hasattr(values, "flatten") and values.type.num_fields > 0
@@ -308,11 +314,12 @@ def _array(column: Any, name: str) -> NDArray[Any]:
     if column.null_count or values.null_count or inner.null_count:
         raise CacheError(f"{name}: expected numbers, got a null")
     array = np.asarray(inner.to_numpy(zero_copy_only=False))
-    if array.dtype.kind not in "iuf":
-        raise CacheError(f"{name}: expected numbers, got {printable(inner.type)}")
+    if array.dtype.kind not in kinds:
+        wanted = "numbers" if "f" in kinds else "whole numbers"
+        raise CacheError(f"{name}: expected {wanted}, got {printable(inner.type)}")
     if not lists:
         return array
-    lengths = np.diff(values.offsets.to_numpy()) if hasattr(values, "offsets") else []
+    lengths = np.diff(values.offsets.to_numpy() if hasattr(values, "offsets") else np.zeros(0))
     if len(lengths) and (lengths != lengths[0]).any():
         raise CacheError(
             f"{name}: expected lists of one length, got {lengths.min()} and {lengths.max()}"

@@ -75,7 +75,8 @@ class Reader:
         known = self._joined.get(rows[0])
         if known is not None:
             return known
-        parts, missing = [], np.ones(len(tokens), bool)
+        parts: list[_Part] = []
+        missing = np.ones(len(tokens), bool)
         for shard, row in rows:
             places = self.shard(shard).places_of(row, len(tokens))
             new = missing[places]
@@ -149,7 +150,7 @@ class Reader:
         tokens = len(shard.packed.ids)
         if shard.places is not None and tokens:
             rises = np.diff(shard.places.astype(np.int64)) > 0
-            first = shard.starts[1:-1]
+            first = shard.starts[1:-1].astype(np.int64)
             rises[first[(first > 0) & (first < tokens)] - 1] = True
             if not rises.all() or int(shard.places.min()) < 0:
                 raise shard.damaged("places: expected rising numbers from 0 on in every row")
