@@ -12,8 +12,9 @@ class TopK(NamedTuple):
     """A teacher known on K tokens per position.
 
     Args:
-        ids: int32 or int64 [..., K]; −1 marks an empty slot, whose logprob is ignored. A repeated
-            id is one outcome whose probability is the sum over its slots.
+        ids: int32 or int64 [..., K]; −1 marks an empty slot, whose logprob is ignored. To a loss
+            a repeated id is one outcome whose probability is the sum over its slots; of a teacher
+            that is asked for K tokens it is refused.
         logprobs: float [..., K], log p(id), normalised over the teacher's whole vocabulary at
             `temperature`.
         log_tail: float32 [...], log of the mass outside `ids` at `temperature`. None means

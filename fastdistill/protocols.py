@@ -1,7 +1,8 @@
 """What the trainer asks of a teacher, whatever it is: a model here, a cache on disk, a server.
 
 A teacher may also have `tokenizer`, which proves that ids mean the same on both sides, and
-`vocab_size`, the columns of its head: where they are missing, nothing is compared.
+`vocab_size`, the columns of its head: where they are missing, nothing is compared. All answers
+have to be a distribution (see answer_checks.py).
 """
 
 from __future__ import annotations
