@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
+
+from ..runtime.printable import printable
 
 # Stands for the user's words while a chat template is cut where they begin.
 _HERE = "fastdistill-here"
@@ -58,7 +60,8 @@ class Prompt:
             return cls(user=said)
         names = [f.name for f in fields(cls)]
         if not isinstance(said, dict) or set(said) - set(names):
-            raise ValueError(f"prompt: expected a text or a mapping of {names}, got {said!r}")
+            got = printable(repr(said))
+            raise ValueError(f"prompt: expected a text or a mapping of {names}, got {got}")
         return cls(**said)
 
 
@@ -92,6 +95,7 @@ def rendered(prompt: Prompt, tokenizer: Any) -> str:
 
 def as_prompts(name: str, prompts: Sequence[Any]) -> tuple[Prompt, ...]:
     """Prompts, texts or mappings as prompts; raises where there is none."""
-    if isinstance(prompts, str) or len(prompts) == 0:
-        raise ValueError(f"{name}: expected one prompt or more, got {prompts!r}")
+    if isinstance(prompts, str) or not isinstance(prompts, Collection) or len(prompts) == 0:
+        got = printable(repr(prompts))
+        raise ValueError(f"{name}: expected one prompt or more, got {got}")
     return tuple(p if isinstance(p, Prompt) else Prompt.from_json(p) for p in prompts)
