@@ -6,6 +6,7 @@ returns what the audit's own `run` does, value for value.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -107,7 +108,7 @@ def _total(output: Any) -> float:
             "model: expected one that gives the log-probabilities of fixed answers, got none. Pass "
             "model_of(Subject(model, tokenizer))"
         )
-    return float(torch.tensor([token.logprob for token in found.content]).sum())
+    return math.fsum(token.logprob for token in found.content)
 
 
 def _scorer(audit: BehaviouralAudit) -> Any:

@@ -65,7 +65,7 @@ def _merged(drawn_nk: Tensor, k: int) -> TopK:
     new = torch.ones_like(drawn_nk, dtype=torch.bool)
     new[:, 1:] = drawn_nk[:, 1:] != drawn_nk[:, :-1]
     slot = new.cumsum(-1) - 1
-    one = torch.ones(drawn_nk.shape, device=drawn_nk.device)
+    one = torch.ones(drawn_nk.shape, dtype=torch.float32, device=drawn_nk.device)
     counts = torch.zeros_like(one).scatter_add_(-1, slot, one)
     ids = torch.full_like(drawn_nk, -1).scatter_(-1, slot, drawn_nk)
     return TopK(ids, (counts / k).log(), one.new_zeros(len(one)))

@@ -133,7 +133,8 @@ class Worker:
             assert best.log_tail is not None
             if (best.logprobs.isnan().any(-1) | best.log_tail.isnan())[mask].any():
                 raise NotNumbers(f"expected numbers at temperature {asked.temperature:g}, got NaN")
-            logprobs, ranks = torch.zeros(ids.shape), torch.zeros_like(ids)
+            logprobs = torch.zeros(ids.shape, dtype=torch.float32)
+            ranks = torch.zeros_like(ids)
             if asked.own_tokens:
                 self._own_tokens(ids, mask, best, logprobs, ranks)
             for b, (i, row) in enumerate(zip(group, rows_of(best, mask), strict=True)):

@@ -155,7 +155,7 @@ class PairLoss:
         loss = count * (-logsigmoid(margin) - self.sft * ours[0::2]).mean()
         # Summed over targets, as everything that is logged is: divided by them, shares of pairs.
         sums = {
-            "tokens": torch.tensor(count, device=hidden.device),
+            "tokens": torch.tensor(count, dtype=torch.float32, device=hidden.device),
             "loss": loss.detach(),
             "preferred": count * (margin.detach() > 0).float().mean(),
         }

@@ -87,7 +87,7 @@ def _topk(
     ids, mask, k = batch["input_ids"], batch["attention_mask"], config.k
     assert k is not None
     if not len(targets.labels):
-        none = torch.empty(0, k, device=ids.device)
+        none = torch.empty(0, k, dtype=torch.float32, device=ids.device)
         return TopK(none.long(), none, none[:, 0], config.temperature)
     asked = {}
     here = answers_here(teacher)

@@ -1,53 +1,32 @@
 """Checkpoints that are whole or not there, whenever the process was killed.
 
 transformers writes a checkpoint's files one by one. Here its last file is `finished.json`, written
-when all others are on disk, with their sizes: a folder without it was being written, or being
-deleted, when the process ended. Older checkpoints are deleted only after that.
+when all others are on disk, with their sizes and sha256: a folder without it was being written, or
+being deleted, when the process ended. Older checkpoints are deleted only after that. The digests
+cost one reading of what was just written, 1 to 2 GB/s and file on a CPU with SHA instructions, and
+one more before a run resumes.
 """
 
 from __future__ import annotations
 
-import json
+import logging
 import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-from transformers import Trainer
-from transformers.trainer import TRAINING_ARGS_NAME
+from ..files import sha256_of, sync, write_json
+from ..runtime.json_text import JSONError, read_json
+from ..runtime.printable import printable
 
-from ..files import sync, write_json
+logger = logging.getLogger(__name__)
 
 FINISHED = "finished.json"
-
-
-class WholeCheckpoints(Trainer):
-    """A Trainer that resumes from whole checkpoints only, and always leaves one to resume from."""
-
-    def train(
-        self, resume_from_checkpoint: str | Path | bool | None = None, *args: Any, **kwargs: Any
-    ) -> Any:
-        """As Trainer.train; True is the last finished checkpoint, "auto" too where there is one."""
-        folder = to_resume_from(resume_from_checkpoint, self.args.output_dir)
-        return super().train(folder, *args, **kwargs)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        run = Path(self._get_output_dir(trial))
-        folder = run / f"checkpoint-{self.state.global_step}"
-        if self.args.should_save:
-            begin(folder)
-        # Older ones go when this one is whole, not before.
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self.args.save_total_limit = limit
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            torch.save(self.args, folder / TRAINING_ARGS_NAME)  # with the limit as it was given
-            finish(folder)
-            keep_last(run, limit, self.state.best_model_checkpoint)
+STATE = "trainer_state.json"
+# The second one is there while transformers' enable_jit_checkpoint saves, and goes after that.
+_MARKS = (FINISHED, "checkpoint-is-incomplete.txt")
+_READ_FIRST = (STATE, "config.json", "generation_config.json", "adapter_config.json")
 
 
 def begin(folder: Path) -> None:
@@ -57,30 +36,92 @@ def begin(folder: Path) -> None:
 
 def finish(folder: Path) -> None:
     """Everything is written: wait until it is on disk, and say so."""
-    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != FINISHED]
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name not in _MARKS]
     for path in files:
         sync(path)
     for path in {p.parent for p in files}:
         sync(path)
-    sizes = {str(p.relative_to(folder)): p.stat().st_size for p in files}
-    write_json(folder / FINISHED, {"files": sizes})
+    names = [str(p.relative_to(folder)) for p in files]
+    sizes = {name: p.stat().st_size for name, p in zip(names, files, strict=True)}
+    with ThreadPoolExecutor() as pool:
+        digests = dict(zip(names, pool.map(sha256_of, files), strict=True))
+    write_json(folder / FINISHED, {"files": sizes, "sha256": digests})
 
 
 def why_unfinished(folder: Path) -> str | None:
-    """None for a checkpoint that is whole; else what is wrong with it."""
+    """Return None for a checkpoint whose files are all there, in their sizes; else the fault."""
     try:
-        sizes = json.loads((folder / FINISHED).read_text())["files"]
+        sizes = _finished(folder)["files"]
     except FileNotFoundError:
         return f"it has no {FINISHED}: writing it was interrupted, or something else wrote it"
-    except (ValueError, KeyError):
+    except ValueError:
         return f"its {FINISHED} is damaged"
     for name, size in sizes.items():
         path = folder / name
         if not path.is_file():
-            return f"{name} is missing"
+            return f"{printable(name)} is missing"
         if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size:,} bytes, not {size:,}"
+            return f"{printable(name)} has {path.stat().st_size:,} bytes, not {size:,}"
     return None
+
+
+def why_damaged(folder: Path) -> str | None:
+    """Return None for a checkpoint whose files are what was written; else the fault.
+
+    Reads every file. Checkpoints from before there were digests, and those of other trainers, are
+    compared as far as they can be.
+    """
+    digests: dict[str, Any] = {}
+    if (folder / FINISHED).exists():
+        fault = why_unfinished(folder)
+        if fault is not None:
+            return fault
+        digests = _finished(folder).get("sha256", {})
+    names = list(digests)
+    with ThreadPoolExecutor() as pool:
+        seen = pool.map(sha256_of, (folder / name for name in names))
+        for name, digest in zip(names, seen, strict=True):
+            if digest != digests[name]:
+                return f"{printable(name)} is damaged: its sha256 is not the one in {FINISHED}"
+    for name in _READ_FIRST:
+        if name == STATE or (folder / name).exists():
+            try:
+                content = read_json(folder / name, dict)
+            except FileNotFoundError:
+                return f"{name} is missing"
+            except (JSONError, OSError) as error:
+                return f"{name} is damaged: {printable(error)}"
+            if name == STATE and not isinstance(content.get("global_step"), int):
+                return f"{name} is damaged: it has no global_step"
+    return None
+
+
+def missing_state(folder: Path, *, scaled: bool = False) -> str | None:
+    """Return what a checkpoint lacks to go on as if nothing had happened, or None.
+
+    Args:
+        scaled: the run has a loss scaler, whose state belongs to it too.
+    """
+    names = [p.name for p in folder.iterdir()]
+    deepspeed = "latest" in names
+    wanted = {"the random state": "rng_state"}
+    if not deepspeed:
+        wanted |= {"the optimizer's state": "optimizer", "the schedule's state": "scheduler"}
+        if scaled:
+            wanted["the loss scaler's state"] = "scaler"
+    missing = [what for what, begins in wanted.items() if not _begins(names, begins)]
+    return ", ".join(missing) or None
+
+
+def _begins(names: list[str], begins: str) -> bool:
+    # FSDP writes pytorch_model_fsdp_0 and optimizer_0; XLA puts the rank before the name.
+    return any(n.startswith(begins) or (n.startswith("rank") and begins in n) for n in names)
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """Return the trainer's state in a checkpoint: global_step, max_steps, and more."""
+    state: dict[str, Any] = read_json(folder / STATE, dict)
+    return state
 
 
 def last_finished(output_dir: str | Path) -> Path | None:
@@ -89,30 +130,66 @@ def last_finished(output_dir: str | Path) -> Path | None:
     return next(whole, None)
 
 
-def to_resume_from(given: str | Path | bool | None, output_dir: str | Path) -> str | None:
+def to_resume_from(
+    given: str | Path | bool | None,
+    output_dir: str | Path,
+    fault_of: Callable[[Path], str | None] | None = None,
+) -> str | None:
     """The folder that `train(resume_from_checkpoint=given)` means.
 
-    True is the last finished checkpoint and raises where there is none; "auto" begins anew there.
+    True is the last usable checkpoint and raises where there is none; "auto" begins anew there.
+    Checkpoints that are passed over are named in a warning.
+
+    Args:
+        fault_of: returns why a checkpoint cannot be used, or None; None compares sizes.
 
     Raises:
         ValueError: there is no such checkpoint, or it is damaged.
     """
     if given is None or given is False:
         return None
+    fault_of = fault_of or why_unfinished
     if given is True or given == "auto":
-        found = last_finished(output_dir)
-        if found is None and given is True:
-            all_ = checkpoints(output_dir)
-            got = f"{all_[-1].name}, but {why_unfinished(all_[-1])}" if all_ else "none"
+        faults: dict[str, str] = {}
+        for folder in reversed(checkpoints(output_dir)):
+            fault = fault_of(folder)
+            if fault is None:
+                _warn(faults, f"the run goes on from {folder.name}")
+                return str(folder)
+            faults[folder.name] = fault
+        if given is True:
+            first = next(iter(faults.items()), None)
             raise ValueError(
                 f"resume_from_checkpoint: expected a finished checkpoint in {str(output_dir)!r}, "
-                f"got {got}. 'auto' begins anew where there is none"
+                f"got {'none' if first is None else f'{first[0]}, but {first[1]}'}. 'auto' begins "
+                "anew where there is none"
             )
-        return None if found is None else str(found)
-    why = why_unfinished(Path(given))
-    if why is not None and (Path(given) / FINISHED).exists():
-        raise ValueError(f"resume_from_checkpoint: expected a whole checkpoint, but {why}: {given}")
+        _warn(faults, "the run begins anew")
+        return None
+    folder = Path(given)
+    checked = (folder / FINISHED).exists() or fault_of is not why_unfinished
+    fault = fault_of(folder) if checked else None
+    if fault is not None:
+        raise ValueError(
+            f"resume_from_checkpoint: expected a whole checkpoint, but {fault}: {given}"
+        )
     return str(given)
+
+
+def _warn(faults: dict[str, str], then: str) -> None:
+    for name, fault in faults.items():
+        logger.warning("%s is not used: %s; %s.", name, fault, then)
+
+
+def _finished(folder: Path) -> dict[str, Any]:
+    """Return the content of finished.json; raises ValueError if it is not what `finish` writes."""
+    found: dict[str, Any] = read_json(folder / FINISHED, dict)
+    files, digests = found.get("files"), found.get("sha256", {})
+    if not isinstance(files, dict) or not isinstance(digests, dict):
+        raise ValueError(f"{FINISHED}: expected the names of files")
+    if any(Path(name).is_absolute() or ".." in Path(name).parts for name in (*files, *digests)):
+        raise ValueError(f"{FINISHED}: expected names inside the folder")
+    return found
 
 
 def checkpoints(output_dir: str | Path) -> list[Path]:

@@ -16,16 +16,19 @@ from ..backend import resolve_impl
 from ..kernels.divergences import NAMES as DIVERGENCES
 from ..kernels.rows import TAILS
 from ..operands import bias_of, check_divergence
+from ..runtime.json_text import parse_json
+from .arguments import (
+    LOGGING_SHARE,
+    SAVING_SHARE,
+    check_arguments,
+    check_device,
+    direction_of,
+    scale_intervals,
+    schedule_options,
+)
 from .selection import Selection, TokenSelection, selection_of
 
 logger = logging.getLogger(__name__)
-
-# Options of TrainingArguments that change or replace the model's own loss. Here that loss is never
-# computed, so each of these would be ignored without a word.
-_WITHOUT_EFFECT = {
-    "label_smoothing_factor": "the teacher's distribution already smooths the labels",
-    "use_liger_kernel": "the loss here is fused already",
-}
 
 
 @dataclass(kw_only=True)
@@ -58,6 +61,10 @@ class DistillConfig(TrainingArguments):
         packing: a batch's sequences run behind each other in one row, without padding, and apart by
             their positions. The same update, for models whose attention allows it; others are
             refused.
+        dtype: of the weights of a student that is given as a path: "float32", "bfloat16",
+            "float16", or "auto", as they are stored. None is float32, since in 16 bits updates
+            smaller than half a step of the weight vanish; and "auto" with peft_config, where those
+            weights stay as they are. bf16=True computes in bfloat16 with float32 weights.
         model_init_kwargs: for from_pretrained, where the student is given as a path.
 
         impl: "auto", or one implementation that is then used or refused, never replaced.
@@ -67,6 +74,16 @@ class DistillConfig(TrainingArguments):
         show_panel: print what the teacher says about the first batch, before the first update.
         check_data: refuse datasets that a look at a few examples shows to teach nothing.
         check_signal: stop where the first batch shows answers that are not about this text.
+        nonfinite: what becomes of an update whose loss or gradient is NaN or infinite. "stop"
+            raises FloatingPointError before the optimizer's step; "skip" leaves that update out,
+            warns, and counts it as `skipped_steps` in the log. An overflow that the loss scaling of
+            fp16=True can end is neither.
+        save_on_interrupt: the first Ctrl-C or SIGTERM writes a checkpoint at the end of the step
+            and then stops, where one process trains and save_strategy is not "no"; the second stops
+            at once.
+
+    docs/training-arguments.md lists every field of TrainingArguments: as it is there, with another
+    default, or refused.
     """
 
     # What the command line gives as JSON.
@@ -95,6 +112,7 @@ class DistillConfig(TrainingArguments):
     max_length: int | None = None
     completion_only_loss: bool = True
     packing: bool = False
+    dtype: str | None = None
     model_init_kwargs: dict[str, Any] | str | None = None
 
     impl: str = "auto"
@@ -102,9 +120,15 @@ class DistillConfig(TrainingArguments):
     show_panel: bool = True
     check_data: bool = True
     check_signal: bool = True
+    nonfinite: str = "stop"
+    save_on_interrupt: bool = True
 
-    # Changed defaults: evaluation that gathered logits would need [tokens, V]; examples may carry
-    # columns that the model's forward does not name; pinning needs a GPU and warns without one.
+    # Changed defaults: a short run, too, shows its loss and keeps checkpoints; a loss that is not
+    # finite is shown as it is; evaluation that gathered logits would need [tokens, V]; examples may
+    # carry columns that the model's forward does not name; pinning needs a GPU and warns without.
+    logging_steps: float = field(default=LOGGING_SHARE)
+    save_steps: float = field(default=SAVING_SHARE)
+    logging_nan_inf_filter: bool = field(default=False)
     prediction_loss_only: bool = field(default=True)
     remove_unused_columns: bool = field(default=False)
     dataloader_pin_memory: bool = field(default_factory=torch.cuda.is_available)
@@ -115,6 +139,13 @@ class DistillConfig(TrainingArguments):
         _one_of("divergence", self.divergence, DIVERGENCES)
         _one_of("tail", self.tail, TAILS)
         _one_of("backward", self.backward, ("auto", "fused", "recompute"))
+        _one_of("nonfinite", self.nonfinite, ("stop", "skip"))
+        if self.dtype is not None:
+            _one_of("dtype", self.dtype, ("float32", "bfloat16", "float16", "auto"))
+            if {"dtype", "torch_dtype"} & set(_json_object(self.model_init_kwargs)):
+                raise ValueError(
+                    f"dtype: expected None with a dtype in model_init_kwargs, got {self.dtype!r}"
+                )
         resolve_impl(self.impl)
         for name in ("beta", "skew", "ce_weight", "lmbda", "top_p"):
             _between(name, getattr(self, name), 0.0, 1.0)
@@ -141,14 +172,19 @@ class DistillConfig(TrainingArguments):
                 "student sampled are no labels"
             )
         selection_of(self.token_selection)
-        for name, reason in _WITHOUT_EFFECT.items():
-            if getattr(self, name):
-                raise ValueError(
-                    f"{name}: expected it unset, got {getattr(self, name)!r}: {reason}"
-                )
+        check_arguments(self)
+        self.greater_is_better = direction_of(self)
+        self.lr_scheduler_kwargs = schedule_options(self)
+        scale_intervals(self)
         if self.use_cpu:
             self.dataloader_pin_memory = False
         super().__post_init__()
+        check_device(self)
+        if self.nonfinite == "skip" and (self.deepspeed or "lomo" in str(self.optim.value)):
+            raise ValueError(
+                "nonfinite: expected 'stop' with DeepSpeed or LOMO, got 'skip': there the weights "
+                "move during the backward pass, before a gradient can be looked at"
+            )
 
     @property
     def selection(self) -> Selection | None:
@@ -168,6 +204,13 @@ def warn_of_bias(bias: str | None) -> None:
     """Log a biased loss, once a process for each."""
     if bias is not None:
         logger.warning("%s", bias)
+
+
+def _json_object(given: Any) -> Any:
+    """Return what a command line may give as the text of a JSON object."""
+    if isinstance(given, str):
+        return parse_json(given, "model_init_kwargs", dict)
+    return given or {}
 
 
 def _in_words(selection: Any) -> str | None:

@@ -14,12 +14,20 @@ from .objective import EVAL_COLUMNS
 
 
 def summarise(prediction: EvalPrediction) -> dict[str, float]:
-    """Of evaluation's rows [sequences, EVAL_COLUMNS]: means over targets, and perplexity."""
+    """Return means over targets, and perplexity, of rows [sequences, EVAL_COLUMNS]."""
     rows = prediction.predictions
     rows = np.concatenate(rows) if isinstance(rows, (list, tuple)) else rows
     totals = dict(zip(EVAL_COLUMNS, rows.sum(0, dtype=np.float64), strict=True))
-    tokens = max(totals.pop("tokens"), 1.0)
-    metrics = {name: float(v / tokens) for name, v in totals.items() if not math.isnan(v)}
+    tokens = totals.pop("tokens")
+    if not tokens > 0:
+        raise ValueError("eval_dataset: expected a target token, got none in all of its examples")
+    # Without a teacher a column is NaN throughout; with one, NaN is what came out.
+    empty = dict(zip(EVAL_COLUMNS, np.isnan(rows).all(0), strict=True))
+    metrics = {
+        name: float(v / tokens)
+        for name, v in totals.items()
+        if name in ("loss", "nll", "top1") or not empty[name]
+    }
     metrics["perplexity"] = math.exp(min(metrics["nll"], 700.0))
     return metrics
 

@@ -23,8 +23,8 @@ BINS = len(EDGES) + 1
 def histograms(scores: Mapping[str, Tensor | None], targets: Targets) -> Tensor:
     """Counts of each sequence [B, len(SCORES) · BINS], fp32; all zero where a score is None."""
     B = targets.shape[0]
-    counts = torch.zeros(B * len(SCORES) * BINS, device=targets.rows.device)
-    edges = torch.tensor(EDGES, device=targets.rows.device)
+    counts = torch.zeros(B * len(SCORES) * BINS, dtype=torch.float32, device=targets.rows.device)
+    edges = torch.tensor(EDGES, dtype=torch.float32, device=targets.rows.device)
     for i, name in enumerate(SCORES):
         score = scores[name]
         if score is not None:

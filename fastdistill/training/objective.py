@@ -81,14 +81,14 @@ class Loss:
         *,
         labels_count: bool = True,
     ) -> Objective:
-        sums = {"tokens": torch.tensor(float(len(targets.labels)), device=hidden.device)}
+        sums = {"tokens": _count(targets.labels)}
         weights = None
         if self.selection is not None:
             weights = torch.zeros_like(targets.labels, dtype=torch.float32)
             if len(weights):
                 weights = self._weights(hidden.detach(), head, targets, answers)
             kept = weights.nonzero()[:, 0]
-            sums["selected"] = torch.tensor(float(len(kept)), device=hidden.device)
+            sums["selected"] = _count(kept)
             hidden, targets, weights = hidden[kept], targets.take(kept), weights[kept]
             answers = _take(answers, kept)
         options = self._options(head, labels_count)
@@ -167,7 +167,9 @@ class Loss:
             "teacher_mass": scores.teacher_mass,
             "student_mass": scores.student_mass,
         }
-        missing = torch.full(targets.shape[:1], torch.nan, device=labels.device)
+        missing = torch.full(
+            targets.shape[:1], torch.nan, dtype=torch.float32, device=labels.device
+        )
         sums = [columns[name] for name in EVAL_COLUMNS]
         rows = torch.stack(
             [missing if s is None else targets.per_row(s.float()) for s in sums], dim=-1
@@ -245,12 +247,16 @@ def _per_token(
 
 def _nothing_known(labels: Tensor) -> TopK:
     """A teacher with one empty slot: under "bucket" it agrees with every student."""
-    ids = torch.full((*labels.shape, 1), -1, device=labels.device)
+    ids = torch.full((*labels.shape, 1), -1, dtype=torch.int64, device=labels.device)
     return TopK(ids, torch.zeros_like(ids, dtype=torch.float32), temperature=1.0)
 
 
 def _without_teacher(options: dict[str, Any]) -> dict[str, Any]:
     return options | {"divergence": "forward_kl", "tail": "bucket", "temperature": 1.0}
+
+
+def _count(rows: Tensor) -> Tensor:
+    return torch.tensor(float(len(rows)), dtype=torch.float32, device=rows.device)
 
 
 def _take(answers: Answers, kept: Tensor) -> Answers:

@@ -166,7 +166,7 @@ def first_batch(
         masked_share=1.0 - len(labels) / max(attended, 1),
         teacher_mass=mass.mean().item(),
         teacher_mass_p5=mass.quantile(0.05).item(),
-        overlap=(shared / (theirs >= 0).sum().clamp(min=1)).item(),
+        overlap=shared.item() / max((theirs >= 0).sum().item(), 1),
         kl=beside.forward_kl.mean().item(),
         kl_shuffled=away.forward_kl.mean().item(),
         signal=signal(teacher, labels, beside.nll, away.nll, head.vocab_size),

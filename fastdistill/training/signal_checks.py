@@ -88,7 +88,7 @@ def signal(
 
 def _distance(p: TopK, other: TopK, vocab: int) -> float:
     """KL(p ‖ other) over p's K tokens, where `other` spreads its tail evenly."""
-    total = torch.zeros(len(p.ids), device=p.ids.device)
+    total = torch.zeros(len(p.ids), dtype=torch.float32, device=p.ids.device)
     for slot in range(p.ids.shape[-1]):
         ids, logprobs = p.ids[:, slot], p.logprobs[:, slot].float()
         gap = logprobs - label_logprob(other, ids, vocab)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -15,6 +17,8 @@ from ..packing import can_pack
 from ..stored_model import StoredModel, load_whole
 from .config import DistillConfig
 from .targets import Targets
+
+logger = logging.getLogger(__name__)
 
 _COMPILING = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
 
@@ -28,13 +32,25 @@ def prepare(
     """
     if isinstance(model, (str, Path)):
         options = dict(config.model_init_kwargs or {})  # type: ignore[arg-type]
-        stored = StoredModel.at(model, attn_implementation=options.pop("attn_implementation", None))
+        if not {"dtype", "torch_dtype"} & options.keys():
+            # Weights under adapters do not move, and need no more precision than they have.
+            options["dtype"] = config.dtype or ("float32" if peft_config is None else "auto")
+        dtype = options.get("dtype", options.get("torch_dtype"))
+        stored = StoredModel.at(
+            model,
+            getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype,
+            attn_implementation=options.pop("attn_implementation", None),
+        )
         options.setdefault("attn_implementation", stored.attention_on(config.device))
         model = load_whole(stored.path, **options)
     elif config.model_init_kwargs:
         raise ValueError(
             "model_init_kwargs: expected None with a model that is loaded already, got "
             f"{config.model_init_kwargs!r}"
+        )
+    elif config.dtype is not None:
+        raise ValueError(
+            f"dtype: expected None with a model that is loaded already, got {config.dtype!r}"
         )
     if not isinstance(model, nn.Module):
         raise TypeError(
@@ -55,7 +71,19 @@ def prepare(
         if getattr(config, "activation_checkpointing", False) or config.gradient_checkpointing:
             # Reentrant checkpoints pass gradients on only where an input asks for one.
             model.enable_input_require_grads()  # type: ignore[operator]
+    _warn_of_16_bits(model)
     return model
+
+
+def _warn_of_16_bits(model: nn.Module) -> None:
+    trained = {p.dtype for p in model.parameters() if p.requires_grad and p.is_floating_point()}
+    for dtype in sorted(trained & {torch.float16, torch.bfloat16}, key=str):
+        logger.warning(
+            "The student's weights are %s without a copy in float32: an update that is smaller "
+            "than half a step of a weight vanishes. Load it in float32 (and compute in bfloat16 "
+            "with bf16=True).",
+            str(dtype).removeprefix("torch."),
+        )
 
 
 def _keep_differentiable(model: nn.Module) -> None:

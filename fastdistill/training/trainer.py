@@ -7,15 +7,17 @@ switched off, since it either divides a second time or averages ragged batches u
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, TrainerCallback
+from transformers.trainer_utils import has_length
 
 from ..answer_checks import AnswerMonitor
 from ..data import DistillCollator
@@ -23,8 +25,8 @@ from ..examples import Encoder
 from ..generation import ends_of
 from ..heads import LMHead, is_partitioned, rows_of_head, verify_head
 from .admission import Given, admit
+from .arguments import check_metric, check_sampling
 from .asking import answers_here, ask
-from .checkpoints import WholeCheckpoints
 from .config import DistillConfig
 from .data_checks import check_datasets, named
 from .figures import at_least_one, means, one_each, summarise
@@ -34,6 +36,7 @@ from .offline import in_workers, opened, refuse_unanswered
 from .panel import Panel, first_batch
 from .run_log import RunLog
 from .sampling import is_on_policy, sample
+from .savable import check_savable
 from .signal_checks import contexts_of, refuse_foreign
 from .student import (
     compile_body,
@@ -44,6 +47,8 @@ from .student import (
     without_adapters,
 )
 from .targets import Targets
+from .torch_defaults import plain_defaults
+from .whole import WholeCheckpoints
 
 Examples = Dataset | list[dict[str, Any]]
 
@@ -77,6 +82,7 @@ class DistillTrainer(WholeCheckpoints):
 
     loss_is_scaled_for_ga = True  # read by transformers >= 5.19
 
+    @plain_defaults()
     def __init__(
         self,
         model: PreTrainedModel | str | Path,
@@ -135,6 +141,8 @@ class DistillTrainer(WholeCheckpoints):
         self._unverified = True
         if not (self.is_fsdp_enabled or is_partitioned(self.model)):
             self._verify()
+            if train_dataset is not None and str(args.save_strategy.value) != "no":
+                self.check_savable()
         if args.torch_compile:
             compile_body(self.model, args)
         # With a compute_loss_func and without loss kwargs, every version from 5.0 counts the
@@ -143,8 +151,9 @@ class DistillTrainer(WholeCheckpoints):
         self.panel: Panel | None = None
         self._measured = Loss(args, args.selection)
         self._loss = self._measured if loss is None else loss
-        self._since_log: dict[str, Tensor] = {}
         admitted = admit(teacher, self.model, args, processing_class)
+        check_sampling(args, train_dataset)
+        check_metric(args, eval_dataset, has_teacher=teacher is not None)
         self.teacher = self._run_log.teacher = None if admitted is None else admitted.teacher
         if args.check_data:
             refuse_unanswered(teacher, encoder, named(train_dataset, eval_dataset))
@@ -200,8 +209,7 @@ class DistillTrainer(WholeCheckpoints):
 
         result: Objective = self._at_head(model, inputs, targets, use)
         if self.model.training:
-            for name, value in result.sums.items():
-                self._since_log[name] = self._since_log.get(name, 0) + value
+            self.add_figures(result.sums)
         if num_items_in_batch is None:
             loss = result.loss / max(len(targets.labels), 1)
         else:
@@ -209,6 +217,8 @@ class DistillTrainer(WholeCheckpoints):
             if self.args.average_tokens_across_devices:
                 # The count is over all processes, and their gradients are about to be averaged.
                 loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        if self.model.training:
+            loss = self.mark_loss(loss)
         return (loss, {}) if return_outputs else loss
 
     def _ask(self, inputs: dict[str, Any], check: bool) -> tuple[Targets, Answers]:
@@ -257,13 +267,37 @@ class DistillTrainer(WholeCheckpoints):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         self._monitor.read()
-        if "loss" in logs and self._since_log:
-            sums = self.accelerator.reduce(self._since_log, reduction="sum")
-            self._since_log = {}
-            found = {name: value.item() for name, value in sums.items()}
-            logs |= means(found, self.state.global_step, self.get_tp_size())
+        if "loss" in logs and (sums := self.take_log(logs)):
+            logs |= means(sums, self.state.global_step, self.get_tp_size())
         super().log(logs, start_time)
 
+    def get_train_dataloader(self) -> DataLoader:
+        loader = super().get_train_dataloader()
+        if has_length(loader) and not len(loader):
+            raise ValueError(
+                f"train_dataset: expected a batch of {self.args.train_batch_size}, got "
+                f"{len(self.train_dataset):,} examples, of which dataloader_drop_last leaves none"
+            )
+        return loader
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        with self._every_batch():
+            return super().get_eval_dataloader(*args, **kwargs)
+
+    def get_test_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        with self._every_batch():
+            return super().get_test_dataloader(*args, **kwargs)
+
+    @contextmanager
+    def _every_batch(self) -> Iterator[None]:
+        """dataloader_drop_last is for training: an evaluation is one of all examples."""
+        dropped, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            yield
+        finally:
+            self.args.dataloader_drop_last = dropped
+
+    @plain_defaults()
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's, but ranks that share a batch count it once."""
         shared = self.get_tp_size()
@@ -271,6 +305,8 @@ class DistillTrainer(WholeCheckpoints):
             self.gather_function = lambda rows: one_each(shared, self.accelerator.gather(rows))
         output = super().evaluation_loop(*args, **kwargs)
         self._monitor.read()
+        if output.predictions is None:
+            raise ValueError("eval_dataset: expected an example, got none to evaluate on")
         self._run_log.evaluated(output.label_ids)
         return output
 
@@ -295,6 +331,11 @@ class DistillTrainer(WholeCheckpoints):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._monitor.read()
         super()._save_checkpoint(model, trial)
+
+    def check_savable(self) -> None:
+        """Raise ValueError or OSError if the student could not be saved after its training."""
+        if self.args.should_save:
+            check_savable(self.model, self.processing_class, self.args)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         self._monitor.read()

@@ -1,0 +1,223 @@
+"""Which fields of transformers' TrainingArguments keep their meaning here, and which are refused.
+
+docs/training-arguments.md lists every field; tests/test_training_arguments.py compares that table
+with the installed version and with the names below.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import TrainingArguments
+
+# Fields that would change nothing, or something else than what they say: name -> (the only value
+# that is taken, reason and remedy).
+REFUSED: dict[str, tuple[Any, str]] = {
+    "label_smoothing_factor": (0.0, "the teacher's distribution already smooths the labels"),
+    "use_liger_kernel": (False, "the loss here is fused already"),
+    "liger_kernel_config": (None, "the loss here is fused already"),
+    "use_cache": (False, "the student's forward pass keeps no keys and values"),
+    "remove_unused_columns": (
+        False,
+        "the collator reads columns that the model's forward pass does not name",
+    ),
+    "label_names": (None, "the collator makes the labels, always under the name 'labels'"),
+    "prediction_loss_only": (
+        True,
+        "evaluation gathers sums per sequence and never logits; predict() returns those sums",
+    ),
+    "batch_eval_metrics": (
+        False,
+        "evaluation gathers a few sums per sequence, which need no metric per batch",
+    ),
+    "include_for_metrics": (
+        [],
+        "the metrics are made of sums per sequence and read no inputs or losses",
+    ),
+    "eval_use_gather_object": (False, "the sums that evaluation gathers are tensors"),
+    "logging_nan_inf_filter": (
+        False,
+        "it hides a loss that is not finite; nonfinite= says what becomes of such a step",
+    ),
+    "fp16_full_eval": (
+        False,
+        "it casts the student itself, and what is trained or saved after that is float16. "
+        "Use fp16=True, or dtype='float16'",
+    ),
+    "bf16_full_eval": (
+        False,
+        "it casts the student itself, and what is trained or saved after that is bfloat16. "
+        "Use bf16=True, or dtype='bfloat16'",
+    ),
+}
+
+# The metrics of `evaluate`: those of which less is better, and those of which more is.
+LESS = ("loss", "nll", "kl", "perplexity")
+MORE = ("top1", "agreement", "teacher_mass", "student_mass")
+NEED_A_TEACHER = ("kl", "agreement", "teacher_mass", "student_mass")
+
+# Shares of a run, unless the user sets other steps: at most MOST_STEPS steps each.
+LOGGING_SHARE = 0.02
+SAVING_SHARE = 0.2
+MOST_STEPS = 500
+
+
+def check_arguments(config: TrainingArguments) -> None:
+    """Raise ValueError for a field that is refused, by its name."""
+    for name, (expected, reason) in REFUSED.items():
+        value = getattr(config, name, expected)
+        # None and other empty values are ways to leave an option out.
+        if value != expected and (value or expected):
+            given = "it unset" if not expected else repr(expected)
+            raise ValueError(f"{name}: expected {given}, got {value!r}: {reason}")
+    _check_parallelism(getattr(config, "parallelism_config", None))
+    for name, least in (("num_train_epochs", 0.0), ("max_steps", 0)):
+        value = getattr(config, name)
+        if name == "max_steps" and value < 0:
+            continue
+        if not value > least or (isinstance(value, float) and not math.isfinite(value)):
+            raise ValueError(
+                f"{name}: expected more than 0, got {value!r}: nothing would be trained. "
+                "evaluate() needs no training"
+            )
+
+
+def check_device(config: TrainingArguments) -> None:
+    """Raise ValueError for a precision that this device trains wrongly."""
+    if config.fp16 and config.device.type == "cpu":
+        raise ValueError(
+            "fp16: expected False on a CPU, got True: half precision needs a GPU's loss scaling. "
+            "Use bf16=True"
+        )
+
+
+def _check_parallelism(parallel: Any) -> None:
+    for name, words in (("cp_size", "context"), ("sp_size", "sequence")):
+        size = getattr(parallel, name, 1)
+        if size is not None and size > 1:
+            raise ValueError(
+                f"parallelism_config: expected {name}=1, got {size}: under {words} parallelism a "
+                "process has a part of each row, and the loss here needs whole rows"
+            )
+
+
+def known_metric(name: str) -> str | None:
+    """Return the figure of `evaluate` that a metric's name ends with, or None.
+
+    >>> known_metric("eval_held_out_kl")
+    'kl'
+    """
+    for metric in (*LESS, *MORE):
+        if name == metric or name.endswith(f"_{metric}"):
+            return metric
+    return None
+
+
+def direction_of(config: TrainingArguments) -> bool | None:
+    """Return greater_is_better for the configured metric; None without a metric.
+
+    Raises:
+        ValueError: the given direction is wrong for the metric, or that of an unknown metric is
+            missing.
+    """
+    name, given = config.metric_for_best_model, config.greater_is_better
+    if name is None:
+        watched = config.load_best_model_at_end or str(_value(config.save_strategy)) == "best"
+        if not watched and not _adapts_to_metric(config):
+            return given
+        name = "loss"
+    metric = known_metric(name)
+    if metric is None:
+        if given is None:
+            raise ValueError(
+                f"metric_for_best_model: expected one that ends with {', '.join((*LESS, *MORE))}, "
+                f"got {name!r}. For a metric of your own give greater_is_better too"
+            )
+        return given
+    more = metric in MORE
+    if given is not None and bool(given) != more:
+        raise ValueError(
+            f"greater_is_better: expected {more} with metric_for_best_model={name!r}, got "
+            f"{given!r}: {'more' if more else 'less'} is better"
+        )
+    return more
+
+
+def check_metric(config: TrainingArguments, sets: Any, has_teacher: bool) -> None:
+    """Raise ValueError if evaluation of these sets will not have the configured metric.
+
+    Args:
+        sets: the trainer's eval_dataset, one set or a mapping from names to sets.
+        has_teacher: False where only the labels are trained on.
+    """
+    name = config.metric_for_best_model
+    metric = None if name is None else known_metric(name)
+    if name is None or metric is None:
+        return
+    given = name.removeprefix("eval_")
+    metrics = [m for m in (*LESS, *MORE) if has_teacher or m not in NEED_A_TEACHER]
+    names = [f"{of}_{m}" for of in sets for m in metrics] if isinstance(sets, Mapping) else metrics
+    if given not in names:
+        why = "" if has_teacher or metric not in NEED_A_TEACHER else ": it needs a teacher"
+        raise ValueError(
+            f"metric_for_best_model: expected one of {', '.join(names)}, got {name!r}{why}"
+        )
+
+
+def check_sampling(config: TrainingArguments, dataset: Any) -> None:
+    """Raise ValueError if rows are to be sampled by lengths that cannot be read off them."""
+    strategy = str(_value(getattr(config, "train_sampling_strategy", "random")))
+    if strategy not in ("group_by_length", "batch_rebalance") or not hasattr(dataset, "__len__"):
+        return
+    if config.length_column_name in (getattr(dataset, "column_names", None) or ()):
+        return
+    if len(dataset) and "input_ids" not in dataset[0]:
+        raise ValueError(
+            f"train_sampling_strategy: expected rows with input_ids for {strategy!r}, got "
+            f"{sorted(dataset[0])}. Use 'random', or a datasets.Dataset with a column "
+            f"{config.length_column_name!r} (length_column_name)"
+        )
+
+
+def schedule_options(config: TrainingArguments) -> Any:
+    """Return lr_scheduler_kwargs, with the direction of the metric that the schedule follows."""
+    given = config.lr_scheduler_kwargs
+    if not _adapts_to_metric(config) or not config.greater_is_better:
+        return given
+    if isinstance(given, str) or "mode" in (given or {}):
+        return given
+    return {**(given or {}), "mode": "max"}
+
+
+def scale_intervals(config: Any) -> None:
+    """Set the intervals that the user left out from those that are given, before validation."""
+    evaluates = str(_value(config.eval_strategy)) == "steps"
+    if not evaluates:
+        return
+    if not config.eval_steps and config.logging_steps == LOGGING_SHARE:
+        config.eval_steps = config.save_steps
+    saves = str(_value(config.save_strategy)) == "steps"
+    if config.load_best_model_at_end and saves and config.save_steps == SAVING_SHARE:
+        config.save_steps = config.eval_steps or config.logging_steps
+
+
+def resolve_intervals(config: Any, state: Any) -> None:
+    """Write the intervals of a run into its state, now that the number of steps is known."""
+    state.compute_steps(config, state.max_steps)
+    for name, share in (
+        ("logging_steps", LOGGING_SHARE),
+        ("save_steps", SAVING_SHARE),
+        ("eval_steps", SAVING_SHARE),
+    ):
+        if getattr(config, name) == share:
+            setattr(state, name, min(getattr(state, name), MOST_STEPS))
+
+
+def _adapts_to_metric(config: TrainingArguments) -> bool:
+    return str(_value(config.lr_scheduler_type)) in ("reduce_lr_on_plateau", "greedy")
+
+
+def _value(option: Any) -> Any:
+    return getattr(option, "value", option)

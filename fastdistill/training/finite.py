@@ -1,0 +1,193 @@
+"""Updates and weights that are numbers: what is not finite is stopped or skipped, never saved.
+
+A loss that is not finite makes every gradient of its update NaN (the loss is multiplied by one, or
+by NaN). The norm of the gradient then tells about loss and gradient of all micro-batches and all
+processes at once. The Trainer computes that norm for clipping; reading it before the optimizer's
+step is the one synchronization of an update. transformers' own filter, which is off here, reads
+each micro-batch's loss.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
+
+logger = logging.getLogger(__name__)
+
+_ADVICE = (
+    "Look at the teacher's log-probabilities, lower the learning rate, or train in bfloat16 "
+    "instead of float16; nonfinite='skip' leaves such updates out"
+)
+# A gradient that overflows under a loss scale this small does so without any scale.
+_SMALLEST_SCALE = 2.0**-10
+
+
+class FiniteUpdates(Trainer):
+    """A Trainer that looks at each update before the optimizer's step, and at weights it saves."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._norm: Any = None  # of the update's gradient, from clipping
+        self._of_update: dict[str, Tensor] = {}  # sums of the figures of an update under way
+        self._since_log: dict[str, Tensor] = {}  # and of those that were taken since the last log
+        self._skipped = {"log": 0, "run": 0}
+        self._of_run = (0, 0.0)  # updates that were taken, and their losses
+        super().__init__(*args, **kwargs)
+        self.add_callback(_BeforeOptimizer(self))
+
+    def add_figures(self, sums: dict[str, Tensor]) -> None:
+        """Add sums of a micro-batch to those of the update under way."""
+        for name, value in sums.items():
+            self._of_update[name] = self._of_update.get(name, 0) + value
+
+    def mark_loss(self, loss: Tensor) -> Tensor:
+        """Return the loss, NaN in value and gradient if it is not finite."""
+        if self._steps_in_backward():
+            finite = loss.detach().isfinite().float()
+            if not bool(self.accelerator.reduce(finite, reduction="sum") == self._processes()):
+                self._stop("loss")
+        return loss * (loss.detach() * 0 + 1)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss: Tensor = super().training_step(*args, **kwargs)
+        self.add_figures({"update_loss": loss.float()})
+        # The Trainer's sum over a log's updates must survive one that is skipped.
+        return loss.nan_to_num(0.0, 0.0, 0.0) if self.args.nonfinite == "skip" else loss
+
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+        self._norm = super()._get_grad_norm(*args, **kwargs)
+        return self._norm
+
+    def check_update(self, model: nn.Module) -> None:
+        """Stop or skip an update whose gradient is not finite, before the optimizer's step."""
+        norm, self._norm = self._norm, None
+        if norm is None:
+            norm = self.accelerator.clip_grad_norm_(model.parameters(), math.inf)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        figures, self._of_update = self._of_update, {}
+        if norm is None or math.isfinite(float(norm)):
+            self._take(figures)
+            return
+        loss = figures["update_loss"].isfinite().float()
+        loss_is_finite = bool(self.accelerator.reduce(loss, reduction="sum") == self._processes())
+        if loss_is_finite and self._scaling_may_end_it():
+            self._take(figures)
+        elif self.args.nonfinite == "stop":
+            self._stop("gradient" if loss_is_finite else "loss")
+        else:
+            for parameter in model.parameters():
+                parameter.grad = None  # which optimizers pass over
+            self._skipped = {name: n + 1 for name, n in self._skipped.items()}
+            logger.warning(
+                "Step %d is skipped: its %s is not finite.",
+                *(self.state.global_step + 1, "gradient" if loss_is_finite else "loss"),
+            )
+
+    def take_log(self, logs: dict[str, float]) -> dict[str, float]:
+        """Return the sums since the last log over all processes, and write the mean loss of the
+        updates that were taken to `logs`: the Trainer's counts those that were skipped."""
+        sums = self.accelerator.reduce(self._since_log, reduction="sum") if self._since_log else {}
+        self._since_log = {}
+        found = {name: value.item() for name, value in sums.items()}
+        updates, loss = round(found.pop("updates", 0.0)), found.pop("update_loss", 0.0)
+        self._of_run = (self._of_run[0] + updates, self._of_run[1] + loss)
+        logs["loss"] = loss / updates if updates else math.nan
+        if self._skipped["log"]:
+            logs["skipped_steps"] = float(self._skipped["log"])
+            self._skipped["log"] = 0
+        return found
+
+    def take_mean(self, logs: dict[str, float]) -> None:
+        """Write the mean loss of the updates that were taken as `train_loss`."""
+        self.take_log({})
+        updates, loss = self._of_run
+        logs["train_loss"] = loss / updates if updates else math.nan
+        if self._skipped["run"]:
+            logs["skipped_steps"] = float(self._skipped["run"])
+
+    def keep_last_good(self) -> str:
+        """Save the weights from before a step that stops the run; say where they are."""
+        return ""
+
+    def begin_updates(self) -> None:
+        """Forget the figures of an attempt that was broken off, as for a smaller batch."""
+        self._norm, self._of_update, self._since_log = None, {}, {}
+        self._of_run = (0, 0.0)
+        self._skipped = {"log": 0, "run": 0}
+
+    def check_weights(self, when: str) -> None:
+        """Raise FloatingPointError if a weight of the student is NaN or infinite.
+
+        Args:
+            when: what the weights were needed for, as the error says it.
+        """
+        names = nonfinite_weights(self.model)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            # Each process has a part of the weights, and all must come to the same end.
+            count = torch.tensor(float(len(names)), dtype=torch.float32, device=self.args.device)
+            total = int(self.accelerator.reduce(count, reduction="sum"))
+            names = names or ["one of another process"] * (total > 0)
+        if names:
+            raise FloatingPointError(
+                f"weights: expected finite numbers {when}, got NaN or infinity in {len(names)} "
+                f"tensors (first: {names[0]}). They are not saved. {_ADVICE}"
+            )
+
+    def _take(self, figures: dict[str, Tensor]) -> None:
+        if figures:
+            one = torch.ones((), dtype=torch.float32, device=self.args.device)
+            figures["updates"] = one / self._processes()
+            figures["update_loss"] = figures["update_loss"] / self._processes()
+        for name, value in figures.items():
+            self._since_log[name] = self._since_log.get(name, 0) + value
+
+    def _scaling_may_end_it(self) -> bool:
+        scaler = self.accelerator.scaler
+        return bool(
+            scaler is not None and scaler.is_enabled() and scaler.get_scale() > _SMALLEST_SCALE
+        )
+
+    def _steps_in_backward(self) -> bool:
+        return self.is_deepspeed_enabled or "lomo" in str(self.args.optim.value)
+
+    def _processes(self) -> int:
+        return int(self.accelerator.num_processes)
+
+    def _stop(self, what: str) -> None:
+        raise FloatingPointError(
+            f"{what}: expected a number, got NaN or infinity in the steps up to "
+            f"{self.state.global_step + 1}, before whose update the run stops"
+            f"{'' if self._steps_in_backward() else self.keep_last_good()}. {_ADVICE}"
+        )
+
+
+class _BeforeOptimizer(TrainerCallback):
+    def __init__(self, trainer: FiniteUpdates) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._trainer.begin_updates()
+
+    def on_pre_optimizer_step(
+        self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
+    ) -> None:
+        self._trainer.check_update(self._trainer.model if model is None else model)
+
+
+@torch.no_grad()
+def nonfinite_weights(model: nn.Module) -> list[str]:
+    """Return the names of parameters with a NaN or an infinity; waits for the device once."""
+    flags: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and parameter.device.type != "meta":
+            local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+            flags[name] = local.detach().isfinite().all()
+    if not flags:
+        return []
+    home = next(iter(flags.values())).device
+    finite = torch.stack([flag.to(home) for flag in flags.values()]).tolist()
+    return [name for name, is_finite in zip(flags, finite, strict=True) if not is_finite]

@@ -1,0 +1,83 @@
+"""Ctrl-C and SIGTERM: a checkpoint at the end of the step, then the end."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+from transformers import TrainerCallback
+
+logger = logging.getLogger(__name__)
+
+_DEFAULT = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+
+
+class SavesOnInterrupt(TrainerCallback):
+    """Within a `with`, the first signal asks for a checkpoint, the second ends the process.
+
+    Handlers that somebody else set stay. Several processes would stop at different steps and wait
+    for each other, so that there only the checkpoints before remain.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+        self._signal: int | None = None
+        self._saved = -1  # the last step that is in a checkpoint, or was before this run
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> SavesOnInterrupt:
+        args = self._trainer.args
+        in_main = threading.current_thread() is threading.main_thread()
+        if args.save_on_interrupt and in_main and args.world_size == 1:
+            for number, default in _DEFAULT.items():
+                if signal.getsignal(number) is default:
+                    self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        step = self._trainer.state.global_step
+        saves = str(getattr(self._trainer.args.save_strategy, "value", "")) != "no"
+        if self._signal is not None or not saves or step in (0, self._saved):
+            self._end(number, self._saved == step and step > 0)
+        self._signal = number
+        os.write(2, b"\nA checkpoint is written after this step. Once more: stop at once.\n")
+
+    def _end(self, number: int, is_saved: bool) -> None:
+        step = self._trainer.state.global_step
+        kept = self._saved if self._saved > 0 else None
+        if is_saved:
+            words = f"Stopped at step {step}; checkpoint-{step} has all of it."
+        elif kept is not None:
+            words = f"Stopped in step {step + 1}; checkpoint-{kept} is the last checkpoint."
+        else:
+            words = f"Stopped in step {step + 1}; there is no checkpoint, and that work is lost."
+        if number == signal.SIGTERM:
+            logger.warning(words)
+            raise SystemExit(128 + number)
+        raise KeyboardInterrupt(words)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._saved = state.global_step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._signal is not None:
+            control.should_save = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._saved = state.global_step
+        if self._signal is not None:
+            self._end(self._signal, True)

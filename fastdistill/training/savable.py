@@ -1,0 +1,89 @@
+"""Whether a student can be saved, found out before it is trained."""
+
+from __future__ import annotations
+
+import io
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, modeling_utils
+
+from ..runtime.printable import printable
+from .student import is_adapted
+
+
+def check_savable(model: nn.Module, processing_class: Any, args: Any) -> None:
+    """Save everything but the weights beside the output folder, and look at how weights are tied.
+
+    Raises:
+        ValueError: the student, its tokenizer or the arguments cannot be saved.
+        OSError: the output folder cannot be written to.
+    """
+    folder = Path(args.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        place = tempfile.TemporaryDirectory(prefix=".try-to-save-", dir=folder)
+    except OSError as error:
+        raise OSError(
+            f"output_dir: expected a folder to save in, got {str(folder)!r}: {error}"
+        ) from error
+    with place as name:
+        for what, save in (
+            ("model", lambda: _save_configs(model, name)),
+            ("model", lambda: _check_tied(model)),
+            ("processing_class", lambda: _save_tokenizer(processing_class, name)),
+            ("args", lambda: torch.save(args, io.BytesIO())),
+        ):
+            try:
+                save()
+            except Exception as error:  # whatever the libraries raise, it would end the run later
+                raise ValueError(
+                    f"{what}: expected one that can be saved, got an error from saving it: "
+                    f"{printable(error, 1000)}"
+                ) from error
+
+
+def _save_configs(model: Any, folder: str) -> None:
+    if is_adapted(model):
+        for config in model.peft_config.values():
+            config.save_pretrained(folder)
+        return
+    if getattr(model, "config", None) is not None:
+        model.config.save_pretrained(folder)
+    # As save_pretrained has it.
+    if isinstance(model, PreTrainedModel) and model.can_generate():
+        generation: Any = model.generation_config
+        generation.save_pretrained(folder)
+
+
+def _save_tokenizer(processing_class: Any, folder: str) -> None:
+    if processing_class is not None:
+        processing_class.save_pretrained(folder)
+
+
+def _check_tied(model: nn.Module) -> None:
+    """Raise what save_pretrained raises for weights that share memory without being declared."""
+    check = getattr(modeling_utils, "remove_tied_weights_from_state_dict", None)
+    if check is not None and isinstance(model, PreTrainedModel):
+        check(model.state_dict(), model)
+
+
+_HASH = "_original_object_hash"
+
+
+def has_loaded_generation_config(model: Any) -> bool:
+    """Return whether the generation config is the one that came with the weights.
+
+    transformers saves such a one back even where it contradicts itself, as some that are published
+    do, and refuses to save it once it was changed.
+    """
+    generation = getattr(model, "generation_config", None)
+    return generation is not None and getattr(generation, _HASH, None) == hash(generation)
+
+
+def keep_generation_config_savable(model: Any) -> None:
+    """Mark the generation config as loaded, after the Trainer took special tokens over to it."""
+    setattr(model.generation_config, _HASH, hash(model.generation_config))

@@ -1,0 +1,245 @@
+"""A Trainer that leaves whole checkpoints, resumes from them, and knows when a run is done."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+from torch import nn
+from transformers import TrainerCallback
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import TrainOutput
+
+from .arguments import resolve_intervals
+from .checkpoints import (
+    begin,
+    checkpoints,
+    finish,
+    keep_last,
+    missing_state,
+    read_state,
+    to_resume_from,
+    why_damaged,
+    why_unfinished,
+)
+from .finite import FiniteUpdates
+from .interrupts import SavesOnInterrupt
+from .savable import has_loaded_generation_config, keep_generation_config_savable
+from .student import without_adapters
+from .torch_defaults import plain_defaults
+
+logger = logging.getLogger(__name__)
+_INTERVALS = ("logging_steps", "save_steps", "eval_steps")
+
+
+class WholeCheckpoints(FiniteUpdates):
+    """A Trainer that resumes from whole checkpoints only, and always leaves one to resume from."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.already_done = False  # whether the last train() found nothing left to do
+        self._without_state = False
+        self._last_saved = 0  # the step of a checkpoint that has all there is to lose
+        self._intervals: dict[str, Any] = {}
+        self._loaded_generation_config = False
+        # First: a run that is done must change no log.
+        self.callback_handler.callbacks.insert(0, _Beginning(self))
+
+    @plain_defaults()
+    def train(
+        self, resume_from_checkpoint: str | Path | bool | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Train, and return transformers' TrainOutput.
+
+        Args:
+            resume_from_checkpoint: a folder; True for the last whole checkpoint of output_dir;
+                "auto" for that one where there is one. None takes args.resume_from_checkpoint. A
+                run that is done already is not trained on: its weights are loaded, and
+                `already_done` is True.
+
+        Raises:
+            ValueError: no such checkpoint; it is damaged; or it lacks the optimizer's state.
+            FloatingPointError: a loss, a gradient or a weight is NaN or infinite.
+        """
+        if resume_from_checkpoint is None:
+            resume_from_checkpoint = self.args.resume_from_checkpoint
+        self.already_done = False
+        folder = self._chosen(resume_from_checkpoint)
+        self._without_state = folder is not None and missing_state(Path(folder)) is not None
+        self.check_weights("before training")
+        student = without_adapters(self.accelerator.unwrap_model(self.model))
+        self._loaded_generation_config = has_loaded_generation_config(student)
+        limit = self.args.save_total_limit
+        interrupts = SavesOnInterrupt(self)
+        self.add_callback(interrupts)
+        try:
+            with self._intervals_of(folder), interrupts:
+                output = super().train(folder, *args, **kwargs)
+                if "train_loss" in output.metrics:  # without the updates that were skipped
+                    output = output._replace(training_loss=output.metrics["train_loss"])
+        except _AlreadyDone:
+            output = self._output_of_done()
+        finally:
+            self.args.save_total_limit = limit
+            self.remove_callback(interrupts)
+            if getattr(self, "neftune_hook_handle", None) is not None:
+                self.neftune_hook_handle.remove()  # also after an error
+        self.check_weights("after training")
+        if not self.state.global_step:
+            raise ValueError("train_dataset: expected an example, got none: no step was trained")
+        return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "train_loss" in logs:
+            self.take_mean(logs)
+            if self.args.save_total_limit == 1:
+                # The Trainer would delete the last checkpoint here if another one is the best.
+                self.args.save_total_limit = None
+        super().log(logs, start_time)
+
+    def _chosen(self, given: str | Path | bool | None) -> str | None:
+        """The checkpoint to resume from; one process chooses, for it reads every file."""
+        found: list[Any] = [None, None]
+        if self.is_world_process_zero():
+            try:
+                searched = given is True or given == "auto"
+                fault_of = self._fault_of if searched else self._fault_of_given
+                found[0] = to_resume_from(given, self.args.output_dir, fault_of)
+                if found[0] is None and given == "auto":
+                    self._refuse_without_state()
+            except ValueError as error:
+                found[1] = str(error)
+        if self.args.world_size > 1:
+            broadcast_object_list(found)
+        if found[1] is not None:
+            raise ValueError(found[1])
+        folder: str | None = found[0]
+        return folder
+
+    def _fault_of(self, folder: Path) -> str | None:
+        return why_unfinished(folder) or self._fault_of_given(folder)
+
+    def _fault_of_given(self, folder: Path) -> str | None:
+        """As `_fault_of`; a folder that somebody names may come from another trainer."""
+        fault = why_damaged(folder)
+        if fault is None and not self._ends_at(read_state(folder)):
+            missing = missing_state(folder, scaled=bool(self.args.fp16))
+            fault = None if missing is None else f"it lacks {missing} (save_only_model=True?)"
+        return fault
+
+    def _refuse_without_state(self) -> None:
+        """Raise ValueError if beginning anew would pass over the weights of a run."""
+        for folder in reversed(checkpoints(self.args.output_dir)):
+            if why_unfinished(folder) is None and (missing := missing_state(folder)) is not None:
+                raise ValueError(
+                    f"resume_from_checkpoint: expected a checkpoint to go on from, but "
+                    f"{folder.name} lacks {missing}: it was saved with save_only_model=True, or "
+                    "files were deleted. Train in another output_dir, or anew without resuming"
+                )
+
+    def _ends_at(self, state: dict[str, Any]) -> bool:
+        """Whether a run with these arguments is done at a checkpoint's state."""
+        step = state["global_step"]
+        if self.args.max_steps > 0:
+            return bool(step >= self.args.max_steps)
+        epochs = math.ceil(self.args.num_train_epochs)
+        same = state.get("num_train_epochs") == epochs
+        return same and bool(0 < state.get("max_steps", 0) <= step)
+
+    @contextmanager
+    def _intervals_of(self, folder: str | None) -> Iterator[None]:
+        """While a checkpoint is read, shares of a run are given as the steps they are there: the
+        Trainer warns where the two differ."""
+        mine = {name: getattr(self.args, name) for name in _INTERVALS}
+        if folder is not None:
+            state = read_state(Path(folder))
+            for name, share in mine.items():
+                if share is not None and share < 1 and state.get(name):
+                    setattr(self.args, name, state[name])
+        self._intervals = mine
+        try:
+            yield
+        finally:
+            for name, value in mine.items():
+                setattr(self.args, name, value)
+
+    def begin_run(self, state: Any) -> None:
+        """Check and complete the state of a run whose number of steps is known now."""
+        self._last_saved = state.global_step
+        if state.global_step and state.global_step >= state.max_steps:
+            raise _AlreadyDone
+        if self._without_state:
+            raise ValueError(
+                "resume_from_checkpoint: expected a checkpoint with the optimizer's state for a "
+                f"run of {state.max_steps} steps, got one of step {state.global_step} without it"
+            )
+        if self._loaded_generation_config:
+            keep_generation_config_savable(
+                without_adapters(self.accelerator.unwrap_model(self.model))
+            )
+        for name, value in self._intervals.items():
+            setattr(self.args, name, value)
+        resolve_intervals(self.args, state)
+
+    def _output_of_done(self) -> TrainOutput:
+        """What train() returns for a run that was done before."""
+        self.already_done, self.is_in_train = True, False
+        logger.warning("The run is already done at step %d.", self.state.global_step)
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+            self._load_best_model()
+        logged = [entry for entry in self.state.log_history if "loss" in entry]
+        steps = [entry["step"] for entry in logged]
+        spans = [b - a for a, b in zip([0, *steps], steps, strict=False)]
+        total = sum(e["loss"] * span for e, span in zip(logged, spans, strict=True))
+        mean = total / max(sum(spans), 1) if logged else math.nan
+        return TrainOutput(self.state.global_step, mean, {})
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.check_weights(f"for a checkpoint at step {self.state.global_step}")
+        run = Path(self._get_output_dir(trial))
+        folder = run / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            begin(folder)
+        # Older ones go when this one is whole, not before.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            torch.save(self.args, folder / TRAINING_ARGS_NAME)  # with the limit as it was given
+            finish(folder)
+            keep_last(run, limit, self.state.best_model_checkpoint)
+        self._last_saved = self.state.global_step
+
+    def keep_last_good(self) -> str:
+        step = self.state.global_step
+        if not step or str(self.args.save_strategy.value) == "no":
+            return ""
+        if self._last_saved != step:
+            self._save_checkpoint(self.model, trial=None)
+        return f"; checkpoint-{step} has the weights from before it"
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if not _internal_call:
+            self.check_weights("to save")
+        super().save_model(output_dir, _internal_call)
+
+
+class _AlreadyDone(Exception):
+    """The checkpoint that a run resumes from is that of its last step."""
+
+
+class _Beginning(TrainerCallback):
+    def __init__(self, trainer: WholeCheckpoints) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._trainer.begin_run(state)
