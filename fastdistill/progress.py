@@ -124,7 +124,10 @@ class Training(TrainerCallback):
         figures = {k: v for k, v in (logs or {}).items() if k in ("loss", "eval_loss", "eval_kl")}
         if not state.is_world_process_zero or not figures:
             return
-        said = "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
+        said = "  ".join(
+            f"{name} {value:.4f}" if value < 1e6 else f"{name} > 1e6"
+            for name, value in figures.items()
+        )
         if self._task is not None:
             self._bar.update(self._task, loss=said)
         elif self._bar.disable:

@@ -23,6 +23,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 _DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)))
 _MARKERS = "osD^vPX"
+_DIVERGED = 1e6  # of a loss or perplexity: digits beyond say nothing
+_DRAWN = 1e12  # the most that is drawn; axes overflow near the end of what floats hold
 _FEW = 30  # points of a line that still are drawn one by one
 _WIDE = 20.0  # between its largest and smallest value, what falls is drawn over a logarithmic axis
 _RC: Any = {
@@ -94,6 +96,8 @@ class Quantity:
     def text(self, value: float) -> str:
         if self.share:
             return f"{value * 100:.1f} %"
+        if self.falls and value > _DIVERGED:
+            return "> 1e6"
         large = abs(value) >= 1000 and math.isfinite(value)
         return f"{value:,.0f}" if large else f"{value:.4g}"
 
@@ -107,7 +111,7 @@ def curves(quantity: Quantity, lines: Sequence[Line], *, resumed: Sequence[int] 
             factor = 100.0 if quantity.share else 1.0
             axes.plot(
                 steps,
-                [value * factor for value in values],
+                [min(value * factor, _DRAWN) for value in values],
                 label=line.label,
                 color=_COLOURS[i % len(_COLOURS)],
                 linestyle=_DASHES[i % len(_DASHES)],

@@ -18,6 +18,7 @@ from .run_series import (
     TRAINING,
     evaluated,
     evaluations,
+    has_diverged,
     learned,
     lines,
     missing,
@@ -110,6 +111,8 @@ def _lead(record: RunRecord) -> str:
         told.append(f"In evaluation, {_joined(changes)}.")
     elif loss := lines(record, "loss"):
         told.append(f"In training, {_change(TRAINING['loss'], loss[0])}.")
+    if has_diverged(record):
+        told.append("The loss rose: the run diverged, and its student is of no use.")
     return " ".join(told)
 
 

@@ -152,6 +152,12 @@ def state(record: RunRecord) -> str:
     )
 
 
+def has_diverged(record: RunRecord) -> bool:
+    """Return whether the training loss ended far above where it began."""
+    loss = [value for _, value in points(record, "loss")]
+    return bool(loss) and loss[-1] > 2 * max(loss[0], 0.0) + 1
+
+
 def learned(record: RunRecord) -> str:
     """Who learned from whom, by what; as much as the folder says."""
     settings = record.settings

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 import typing
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -17,10 +21,14 @@ from ..json_lines import JsonLines
 from ..plan.shapes import config_of
 from ..progress import Training
 from ..run_report import write_run_report
+from ..run_series import has_diverged
 from ..runtime.printable import printable
+from ..training.checkpoints import last_finished
 from ..training.config import DistillConfig
 from ..training.data_checks import check_datasets, named, some_of
+from ..training.figures import in_short
 from ..training.offline import refuse_unanswered, refuse_unfit
+from ..training.run_files import read_run
 from ..training.trainer import DistillTrainer
 from .opening import elsewhere, quiet, running, teacher_of, tokenizer_of
 from .settings import fit
@@ -59,22 +67,78 @@ def run(own: Train, more: dict[str, Any]) -> dict[str, Any] | None:
         callbacks=[Training()],
     )
     trainer.remove_callback(PrinterCallback)
+    trainer.check_savable()
     start = time.perf_counter()
-    with running(f"train: stopped; the same command goes on from the last checkpoint in {own.out}"):
-        done = trainer.train(resume_from_checkpoint="auto" if own.resume else None)
-        trainer.save_model()
-        evaluated = {} if held_out is None else trainer.evaluate()
-        report = write_run_report(own.out) if trainer.is_world_process_zero() else None
+    if trainer.is_world_process_zero():
+        print(_how_to_go_on(own, config), file=sys.stderr)
+    resume = config.resume_from_checkpoint or ("auto" if own.resume else None)
+    with running("train: stopped"), _interrupted(own):
+        done = trainer.train(resume_from_checkpoint=resume)
+        evaluated = _recorded(own, done.global_step) if trainer.already_done else None
+        report: Path | None = Path(own.out, "report.html")
+        if evaluated is None:
+            trainer.save_model()
+            evaluated = {} if held_out is None else trainer.evaluate()
+            report = write_run_report(own.out) if trainer.is_world_process_zero() else None
     if report is None:
         return None
     return {
         "out": str(own.out),
         "report": str(report),
         "steps": done.global_step,
-        "loss": done.training_loss,
+        "already_done": trainer.already_done,
+        "loss": done.training_loss if math.isfinite(done.training_loss) else None,
+        "diverged": has_diverged(read_run(own.out)),
         "evaluation": {name.removeprefix("eval_"): value for name, value in evaluated.items()},
         "seconds": time.perf_counter() - start,
     }
+
+
+def _how_to_go_on(own: Train, config: DistillConfig) -> str:
+    """Return what a stopped run leaves behind, to be told before it starts."""
+    strategy = str(config.save_strategy.value)
+    if strategy == "no":
+        return "train: save_strategy=no: a run that is stopped leaves no checkpoint to go on from."
+    if config.save_only_model:
+        return (
+            "train: save_only_model=true: a run that is stopped leaves its weights, and cannot be "
+            "gone on with."
+        )
+    asked = config.save_on_interrupt and config.world_size == 1
+    also = ", and one when it is stopped with Ctrl-C or SIGTERM" if asked else ""
+    again = (
+        "the same command goes on from the last one"
+        if own.resume
+        else "--resume goes on from the last one"
+    )
+    return f"train: checkpoints are written to {printable(own.out)}{also}; {again}."
+
+
+@contextmanager
+def _interrupted(own: Train) -> Iterator[None]:
+    """Say what an interrupted run leaves behind."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        there = last_finished(own.out)
+        again = (
+            f"The same command goes on from {there.name}."
+            if there is not None and own.resume
+            else "The same command begins at the first step: there is no checkpoint to go on from."
+        )
+        print(f"fastdistill: train: {error or 'Stopped.'} {again}", file=sys.stderr)
+        raise
+
+
+def _recorded(own: Train, step: int) -> dict[str, Any] | None:
+    """Return the last evaluation of a run that wrote its report, the last thing it does; None if
+    something of that is still to be done."""
+    record, report = read_run(own.out), Path(own.out, "report.html")
+    ends = record.events("train_end")
+    if not ends or not report.exists() or report.stat().st_mtime < ends[-1]["time"]:
+        return None
+    found = [line for line in record.figures if "eval_loss" in line and line["step"] == step]
+    return found[-1] if found else None if own.eval_data else {}
 
 
 def dry(own: Train, more: dict[str, Any]) -> dict[str, Any]:
@@ -122,12 +186,18 @@ def tell(found: dict[str, Any]) -> None:
         ]
     else:
         figures = "  ".join(
-            f"{name} {found['evaluation'][name]:.4f}"
+            f"{name} {in_short(found['evaluation'][name])}"
             for name in ("kl", "agreement", "perplexity")
-            if name in found["evaluation"]
+            if found["evaluation"].get(name) is not None
         )
+        loss = "none" if found["loss"] is None else in_short(found["loss"])
+        trained = f"{found['steps']:,} steps, loss {loss}, {found['seconds']:.0f} s."
+        if found["already_done"]:
+            trained = f"Already done at step {found['steps']:,}: nothing was trained."
+        elif found["diverged"]:
+            trained += " The loss rose: the run diverged. Lower the learning rate."
         lines = [
-            f"{found['steps']:,} steps, loss {found['loss']:.4f}, {found['seconds']:.0f} s.",
+            trained,
             *([f"On the evaluation set: {figures}"] if figures else []),
             f"The student is in {found['out']}, the report is {found['report']}",
         ]

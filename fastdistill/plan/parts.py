@@ -33,7 +33,7 @@ class Settings:
     batch: int = 1
     accumulation: int = 1
     k: int | None = 64
-    dtype: str = "bfloat16"
+    dtype: str = "float32"
     optim: str = "adamw_torch_fused"
     gradient_checkpointing: bool = False
     backward: str = "auto"
@@ -52,7 +52,7 @@ class Settings:
             f"optim={self.optim}",
             f"gradient_checkpointing={str(self.gradient_checkpointing).lower()}",
             f"backward={self.backward}",
-            f'model_init_kwargs={{"dtype":"{self.dtype}"}}',
+            f"dtype={self.dtype}",
         ]
         if self.teacher_quant is not None and not self.cached:
             said.append(f"teacher_quant={self.teacher_quant}")

@@ -8,7 +8,7 @@ from typing import Any
 
 from .. import checks
 from ..cache.codec import BLOCK, bytes_per_token
-from .memory import CONTEXT, DTYPES, FRAGMENTS, Planner
+from .memory import CONTEXT, DTYPES, FRAGMENTS, Planner, stored_dtype
 from .optimisers import OPTIMISERS
 from .parts import Plan, Settings
 from .proposal import propose
@@ -30,7 +30,7 @@ def plan_memory(
     gpu: str | int | None = None,
     tokens: int | None = None,
     throughput: float | None = None,
-    dtype: str = "bfloat16",
+    dtype: str | None = None,
     optim: str = "adamw_torch_fused",
     gradient_checkpointing: bool = False,
     backward: str = "auto",
@@ -50,7 +50,8 @@ def plan_memory(
         tokens: of the dataset, for the size of a cache and the time of one pass.
         throughput: tokens per second that you know from somewhere; nothing is guessed without.
         dtype: of the student's weights, gradients and activations: "bfloat16", "float16",
-            "float32".
+            "float32". None is what the trainer takes: "float32", and with lora_rank the dtype in
+            which the weights are stored.
         optim: adamw_torch_fused, adamw_torch, adamw_8bit (adamw_bnb_8bit) or sgd.
         gradient_checkpointing, backward, lora_rank: as in training.
         teacher_quant: nf4, fp4, int4 or int8. cached: the answers come from a cache, and no teacher
@@ -74,7 +75,7 @@ def plan_memory(
         if not (count is None and optional) and not _is_count(count, least):
             checks.fail(name, f"an integer of {least} or more", repr(count))
     for name, value, allowed in (
-        ("dtype", dtype, tuple(DTYPES)), ("optim", optim, OPTIMISERS),
+        ("dtype", dtype or "float32", tuple(DTYPES)), ("optim", optim, OPTIMISERS),
         ("backward", backward, BACKWARD), ("device", device, DEVICES),
     ):  # fmt: skip
         checks.choice(name, value, allowed)
@@ -87,13 +88,16 @@ def plan_memory(
         checks.fail("k", "a number of answers without a teacher in memory", "None",
                     "a cache keeps no whole vocabulary")  # fmt: skip
     card = None if gpu is None else read_bytes("gpu", gpu)
+    ours = config_of("student", student)
+    if dtype is None:
+        dtype = "float32" if lora_rank is None else stored_dtype(ours)
     settings = Settings(
         seq=seq, batch=batch, accumulation=accumulation, k=k, dtype=dtype, optim=optim,
         gradient_checkpointing=gradient_checkpointing, backward=backward,
         teacher_quant=teacher_quant, cached=cached, lora_rank=lora_rank,
     )  # fmt: skip
     theirs = None if teacher is None else config_of("teacher", teacher)
-    planner = Planner(config_of("student", student), theirs, device, card)
+    planner = Planner(ours, theirs, device, card)
     return Plan(
         student=shapes_of(str(student), planner.student(dtype, None)),
         teacher=None if teacher is None else shapes_of(str(teacher), planner.teacher),

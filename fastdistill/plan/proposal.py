@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
-from .memory import Planner
+from .memory import Planner, stored_dtype
 from .parts import Proposal, Settings
 
 LORA_RANK = 16
@@ -66,7 +66,12 @@ def measures(planner: Planner, start: Settings) -> Iterator[Measure]:
     if here and start.k is not None:
         yield Measure("the teacher's answers from a cache", {"cached": True})
     if start.lora_rank is None and importlib.util.find_spec("peft") is not None:
-        yield Measure(f"adapters of rank {LORA_RANK}", {"lora_rank": LORA_RANK})
+        stored = stored_dtype(planner.configs["student"])
+        changes: dict[str, object] = {"lora_rank": LORA_RANK}
+        if start.dtype == "float32" and stored != start.dtype:
+            # Weights that do not move need no more precision than they are stored in.
+            changes["dtype"] = stored
+        yield Measure(f"adapters of rank {LORA_RANK}", changes)
 
 
 def _with(start: Settings, taken: list[Measure]) -> Settings:

@@ -60,3 +60,10 @@ def one_each(shared: int, gathered: Any) -> Any:
     if isinstance(gathered, Tensor):
         return gathered.unflatten(0, (dist.get_world_size(), -1))[::shared].flatten(0, 1)
     return type(gathered)(one_each(shared, part) for part in gathered)
+
+
+def in_short(value: float) -> str:
+    """Return a figure for a line of text: four decimals, or only that it is above a million."""
+    if math.isnan(value):
+        return "not a number"
+    return f"{value:.4f}" if value <= 1e6 else "> 1e6"

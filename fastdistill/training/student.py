@@ -38,7 +38,7 @@ def prepare(
         dtype = options.get("dtype", options.get("torch_dtype"))
         stored = StoredModel.at(
             model,
-            getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype,
+            getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype,
             attn_implementation=options.pop("attn_implementation", None),
         )
         options.setdefault("attn_implementation", stored.attention_on(config.device))
