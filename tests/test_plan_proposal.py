@@ -45,7 +45,14 @@ def plans(models):
     def plan(gpu, **options):
         pair = models / "student", models / "teacher"
         return plan_memory(
-            *pair, seq=2048, batch=2, gpu=gpu, tokens=10**8, throughput=9e3, **options
+            *pair,
+            seq=2048,
+            batch=2,
+            gpu=gpu,
+            tokens=10**8,
+            throughput=9e3,
+            dtype="bfloat16",
+            **options,
         )
 
     return {gpu: plan(gpu) for gpu in ("80GB", "14GB", "6GB", "1GB")}

@@ -167,9 +167,9 @@ class OffModel(Sleeper):
 class Plan:
     """Say what memory a run takes, from config.json alone, and what would fit.
 
-    KEY=VALUE takes also accumulation, dtype of the student (as train takes it: float32), optim (adamw_torch_fused,
-    adamw_8bit, sgd), backward (auto, fused, recompute), cached=true where the answers come from a
-    cache, and device=cpu for a run without a GPU.
+    KEY=VALUE takes also accumulation, dtype of the student (float32, as train has it), optim
+    (adamw_torch_fused, adamw_8bit, sgd), backward (auto, fused, recompute), cached=true where the
+    answers come from a cache, and device=cpu for a run without a GPU.
     """
 
     student: A[str, "A folder, a config.json, or a name on the hub."]

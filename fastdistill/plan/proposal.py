@@ -66,7 +66,7 @@ def measures(planner: Planner, start: Settings) -> Iterator[Measure]:
     if here and start.k is not None:
         yield Measure("the teacher's answers from a cache", {"cached": True})
     if start.lora_rank is None and importlib.util.find_spec("peft") is not None:
-        stored = stored_dtype(planner.configs["student"])
+        stored = stored_dtype(planner.configs.get("student"))
         changes: dict[str, object] = {"lora_rank": LORA_RANK}
         if start.dtype == "float32" and stored != start.dtype:
             # Weights that do not move need no more precision than they are stored in.

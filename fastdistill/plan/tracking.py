@@ -123,6 +123,9 @@ class _Answers(TorchFunctionMode):
             asked = _attention(*args, **kwargs)
             if _is_fused(self.device, *asked):
                 return _FusedAttention.apply(*asked[:4], self.device)
+        if function in _GROUPED and args[0].is_meta and args[0].dtype != torch.bfloat16:
+            # PyTorch makes meta tensors of bfloat16 alone; kernels and transformers take others.
+            return _GroupedProduct.apply(args[0], args[1])
         return function(*args, **kwargs)
 
 
@@ -163,6 +166,26 @@ def _is_fused(
             small(query), small(key), small(value), given, dropout, causal, enable_gqa=gqa
         )
     return chosen != torch.nn.attention.SDPBackend.MATH.value
+
+
+_GROUPED = [
+    f
+    for f in (getattr(torch, "_grouped_mm", None), getattr(F, "grouped_mm", None))
+    if f is not None
+]
+
+
+class _GroupedProduct(torch.autograd.Function):
+    """The tensors of [S, in] times [experts, in, out], each row with the weight of its expert."""
+
+    @staticmethod
+    def forward(ctx, rows, weight):
+        ctx.save_for_backward(rows, weight)
+        return rows.new_empty(rows.shape[0], weight.shape[-1])
+
+    @staticmethod
+    def backward(ctx, grad):
+        return tuple(torch.empty_like(t) for t in ctx.saved_tensors)
 
 
 class _FusedAttention(torch.autograd.Function):
