@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -53,7 +55,8 @@ class FiniteUpdates(Trainer):
         return loss * (loss.detach() * 0 + 1)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        loss: Tensor = super().training_step(*args, **kwargs)
+        with self._keeping_last_good():
+            loss: Tensor = super().training_step(*args, **kwargs)
         self.add_figures({"update_loss": loss.float()})
         # The Trainer's sum over a log's updates must survive one that is skipped.
         return loss.nan_to_num(0.0, 0.0, 0.0) if self.args.nonfinite == "skip" else loss
@@ -61,6 +64,11 @@ class FiniteUpdates(Trainer):
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
         self._norm = super()._get_grad_norm(*args, **kwargs)
         return self._norm
+
+    def before_optimizer_step(self, model: nn.Module) -> None:
+        """Call `check_update`; keep the weights from before a step that it stops."""
+        with self._keeping_last_good():
+            self.check_update(model)
 
     def check_update(self, model: nn.Module) -> None:
         """Stop or skip an update whose gradient is not finite, before the optimizer's step."""
@@ -109,9 +117,20 @@ class FiniteUpdates(Trainer):
         if self._skipped["run"]:
             logs["skipped_steps"] = float(self._skipped["run"])
 
-    def keep_last_good(self) -> str:
-        """Save the weights from before a step that stops the run; say where they are."""
-        return ""
+    def keep_last_good(self) -> None:
+        """Save the weights from before a step that stops the run."""
+
+    @contextmanager
+    def _keeping_last_good(self) -> Iterator[None]:
+        """Save the weights from before this step if its loss, its gradient or its data stop it."""
+        try:
+            yield
+        except (FloatingPointError, ValueError) as error:
+            # A loss that is not finite is seen by all processes; other errors by one alone.
+            together = isinstance(error, FloatingPointError) or self._processes() == 1
+            if together and not self._steps_in_backward():
+                self.keep_last_good()
+            raise
 
     def begin_updates(self) -> None:
         """Forget the figures of an attempt that was broken off, as for a smaller batch."""
@@ -160,8 +179,7 @@ class FiniteUpdates(Trainer):
     def _stop(self, what: str) -> None:
         raise FloatingPointError(
             f"{what}: expected a number, got NaN or infinity in the steps up to "
-            f"{self.state.global_step + 1}, before whose update the run stops"
-            f"{'' if self._steps_in_backward() else self.keep_last_good()}. {_ADVICE}"
+            f"{self.state.global_step + 1}, before whose update the run stops. {_ADVICE}"
         )
 
 
@@ -175,7 +193,7 @@ class _BeforeOptimizer(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
     ) -> None:
-        self._trainer.check_update(self._trainer.model if model is None else model)
+        self._trainer.before_optimizer_step(self._trainer.model if model is None else model)
 
 
 @torch.no_grad()

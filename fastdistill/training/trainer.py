@@ -328,6 +328,10 @@ class DistillTrainer(WholeCheckpoints):
         with torch.no_grad(), self.compute_loss_context_manager():
             return None, *self._at_head(model, inputs, targets, sums)
 
+    def check_update(self, model: nn.Module) -> None:
+        self._monitor.read()  # the norm of the gradient makes this a place to wait
+        super().check_update(model)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._monitor.read()
         super()._save_checkpoint(model, trial)

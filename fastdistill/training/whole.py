@@ -219,13 +219,13 @@ class WholeCheckpoints(FiniteUpdates):
             keep_last(run, limit, self.state.best_model_checkpoint)
         self._last_saved = self.state.global_step
 
-    def keep_last_good(self) -> str:
+    def keep_last_good(self) -> None:
         step = self.state.global_step
         if not step or str(self.args.save_strategy.value) == "no":
-            return ""
+            return
         if self._last_saved != step:
             self._save_checkpoint(self.model, trial=None)
-        return f"; checkpoint-{step} has the weights from before it"
+        logger.warning("The run stops; checkpoint-%d has the weights from before that.", step)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if not _internal_call:
