@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -179,3 +180,47 @@ def test_a_bar_on_a_terminal_and_no_colours_where_none_are_wanted(folder, tmp_pa
     assert json.loads(out)["steps"] == 4
     assert b"training" in shown
     assert not COLOUR.search(shown)
+
+
+def test_the_same_command_after_a_finished_run(run, folder, tmp_path):
+    asked, out = train(folder, tmp_path / "run", "--eval-data", folder / "held-out.jsonl"), tmp_path
+    code, first, err = run(*asked, "--json")
+    assert code == 0
+    assert "the same command goes on from the last one" in err
+    assert [line["step"] for line in read_run(out / "run").figures if "loss" in line] == [
+        1,
+        2,
+        3,
+        4,
+    ]
+    before = {p: p.read_bytes() for p in (out / "run").rglob("*") if p.is_file()}
+    code, again, _ = run(*asked, "--json")
+    one, other = json.loads(first), json.loads(again)
+    assert (code, one["already_done"], other["already_done"]) == (0, False, True)
+    assert one["evaluation"]["kl"] == other["evaluation"]["kl"]
+    assert {p: p.read_bytes() for p in (out / "run").rglob("*") if p.is_file()} == before
+    assert "Already done at step 4: nothing was trained." in run(*asked)[1]
+
+
+def test_a_run_that_diverges_says_so(run, folder, tmp_path):
+    asked = train(folder, tmp_path / "run", "learning_rate=30", "lr_scheduler_type=constant")
+    code, out, err = run(*asked, "--eval-data", folder / "held-out.jsonl", "max_grad_norm=1e9")
+    if code == 0:
+        assert "The loss rose: the run diverged." in out
+        assert "the run diverged" in (tmp_path / "run" / "report.html").read_text()
+    else:
+        assert "expected a number, got NaN" in err
+
+
+def test_what_an_interrupted_run_leaves_is_said(folder, tmp_path):
+    asked = [*RUN, *map(str, train(folder, tmp_path / "run", "max_steps=4000"))]
+    with subprocess.Popen(asked, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stderr:
+            if "step 80 of" in line:  # the first line of a run of 4000 steps
+                break
+        process.send_signal(signal.SIGINT)
+        last = process.stderr.read().strip().splitlines()[-1]
+    found = sorted(p.name for p in (tmp_path / "run").glob("checkpoint-*"))
+    assert process.returncode == 130
+    assert len(found) == 1
+    assert last.endswith(f"The same command goes on from {found[0]}.")

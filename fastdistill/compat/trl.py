@@ -20,7 +20,10 @@ from ..training.config import DistillConfig
 from ..training.trainer import DistillTrainer
 
 # Not ours to set, or set below.
-_OWN = {"remove_unused_columns", "prediction_loss_only", "use_liger_kernel"}
+_OWN = {
+    *("remove_unused_columns", "prediction_loss_only", "use_liger_kernel"),
+    *("logging_nan_inf_filter", "greater_is_better"),  # derived by transformers, in another sense
+}
 _OLD_NAMES = {
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",

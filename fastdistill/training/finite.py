@@ -85,7 +85,7 @@ class FiniteUpdates(Trainer):
         if loss_is_finite and self._scaling_may_end_it():
             self._take(figures)
         elif self.args.nonfinite == "stop":
-            self._stop("gradient" if loss_is_finite else "loss")
+            self._stop("gradient of the loss" if loss_is_finite else "loss")
         else:
             for parameter in model.parameters():
                 parameter.grad = None  # which optimizers pass over
