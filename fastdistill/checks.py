@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTS = (torch.int32, torch.int64)
 
 
-def fail(name: str, expected: str, got: Any, hint: str = "") -> None:
+def fail(name: str, expected: str, got: Any, hint: str = "") -> NoReturn:
     raise ValueError(f"{name}: expected {expected}, got {got}" + (f"; {hint}" if hint else ""))
 
 

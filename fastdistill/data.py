@@ -27,32 +27,35 @@ class DistillCollator:
     pad_id: int = 0
     pad_to_multiple_of: int | None = None
     encoder: Encoder = field(default_factory=Encoder)
+    # Whether batches say which tokens are prompts (prompt_mask), for a student that samples.
+    prompts: bool = False
     # What else belongs to a batch: the answers of a teacher that lie on disk.
     more: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         rows = [
-            attended_first(self.encoder(example, index), index)
+            attended_first(self.encoder(example, index, "its batch"))
             for index, example in enumerate(examples)
         ]
-        batch = padded(rows, self.pad_id, self.pad_to_multiple_of)
+        batch = padded(rows, self.pad_id, self.pad_to_multiple_of, prompts=self.prompts)
         return batch if self.more is None else batch | self.more(batch)
 
 
-def attended_first(row: Row, index: int) -> Row:
-    """The row with what its attention mask leaves out at its end; refuses one without tokens."""
+def attended_first(row: Row) -> Row:
+    """The row with what its attention mask leaves out at its end."""
     attended = row.attended != 0
-    if not attended.any():
-        raise ValueError(
-            f"attention_mask: expected 1 for at least one token, got 0 for all {len(row.ids)} "
-            f"(example {index})"
-        )
     order = torch.sort((~attended).byte(), stable=True).indices
-    return Row(row.ids[order], row.targets[order], row.attended[order])
+    prompt = int(attended[: row.prompt_length].sum())
+    return Row(row.ids[order], row.targets[order], row.attended[order], prompt)
 
 
-def padded(rows: Sequence[Row], pad_id: int, multiple_of: int | None = None) -> dict[str, Tensor]:
-    """input_ids, attention_mask and labels, int64 [B, T]; −100 wherever no token is predicted."""
+def padded(
+    rows: Sequence[Row], pad_id: int, multiple_of: int | None = None, *, prompts: bool = False
+) -> dict[str, Tensor]:
+    """input_ids, attention_mask and labels, int64 [B, T]; −100 wherever no token is predicted.
+
+    With `prompts` also prompt_mask: 1 for the tokens that a student which samples continues from.
+    """
     length = max(len(row.ids) for row in rows)
     if multiple_of:
         length = -(-length // multiple_of) * multiple_of
@@ -66,4 +69,9 @@ def padded(rows: Sequence[Row], pad_id: int, multiple_of: int | None = None) -> 
         attention_mask[i, : len(row.ids)] = row.attended
     labels[:, 0] = IGNORE_INDEX
     labels[attention_mask == 0] = IGNORE_INDEX
-    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+    batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+    if prompts:
+        lengths = torch.tensor([row.prompt_length for row in rows], device=device)
+        within = torch.arange(length, device=device) < lengths[:, None]
+        batch["prompt_mask"] = within.long() * attention_mask
+    return batch

@@ -7,39 +7,68 @@ Nothing is shifted: targets[t] is input_ids[t] or −100.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .chat import encode_conversation, render
+from .checks import fail
+from .columns import MASKS, check_columns, check_integers, check_mask, check_positions
+from .tokenized import tokenize, tokenize_pair
+
 IGNORE_INDEX = -100
-FORMS = "input_ids, messages, prompt and completion, or text"
-_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_SPECIAL = ("eos", "bos", "unk", "cls", "sep")  # tokens that mean something else than padding
 
 
 class Row(NamedTuple):
-    """One sequence: int64 [T] each."""
+    """One sequence: int64 [T] each.
+
+    `prompt`: of the T tokens, how many at the front a student that samples continues from. None:
+    what precedes the first target, or the whole row where nothing does.
+    """
 
     ids: Tensor
     targets: Tensor
     attended: Tensor
+    prompt: int | None = None
+
+    def cut(self, length: int | None) -> Row:
+        """Return the first `length` tokens."""
+        prompt = self.prompt if self.prompt is None or length is None else min(self.prompt, length)
+        return Row(*(column[:length] for column in self[:3]), prompt)
+
+    @property
+    def prompt_length(self) -> int:
+        """How many tokens at the front are the prompt."""
+        if self.prompt is not None:
+            return self.prompt
+        attended = self.attended.nonzero()[:, 0].tolist()
+        counted = ((self.targets != IGNORE_INDEX) & (self.attended != 0)).nonzero()[:, 0].tolist()
+        if not counted or counted[0] == attended[0]:
+            return len(self.ids)
+        return int(counted[0])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Encoder:
     """Reads one example.
 
-    - `input_ids`, and optionally `labels`, or a mask of the targets (`assistant_masks`, as chat
-      templates return it, or `completion_mask`), and `attention_mask`. Without labels or mask every
-      token is a target.
-    - `messages`: a conversation, rendered by the tokenizer's chat template (with `tools` where the
-      example has them). Targets are the assistant's turns.
+    - `input_ids`, and optionally `labels`, masks of the targets (`assistant_masks`, as chat
+      templates return it, `completion_mask`), and `attention_mask`. Without labels or mask every
+      token is a target. With several of them a target is one by all.
+    - `messages`: a conversation, rendered by the tokenizer's chat template (with `tools` and
+      `chat_template_kwargs` where the example has them). Targets are the assistant's turns.
     - `prompt` and `completion`: two texts, or two lists of messages. Targets are the completion,
-      and after a text the end token. `prompt` alone has no target: it is for on-policy training.
+      and after a text the end token. A text is tokenized whole, so that a token with characters of
+      both is a target. `prompt` alone has no target: it is for on-policy training.
     - `text`: every token is a target, the end token behind it too.
+
+    The first of these that an example has a value for is read; None is no value. What else the
+    example has is refused, unless it is text or single values (see columns.py). The tokens with
+    which a tokenizer begins and ends every text are there once, around the whole.
 
     Args:
         tokenizer: needed for all but input_ids.
@@ -51,137 +80,136 @@ class Encoder:
     completion_only: bool = True
     max_length: int | None = None
 
-    def __call__(self, example: Mapping[str, Any], index: int = 0) -> Row:
-        """`index` is named in errors: where in its batch or dataset the example is."""
-        if not isinstance(example, Mapping):
-            raise ValueError(
-                f"train_dataset: expected dicts with {FORMS}, got {type(example).__name__}"
-            )
-        if "input_ids" in example:
-            row = _from_ids(example, index)
-        else:
-            row = self._from_text(example)
-        return row if self.max_length is None else Row(*(c[: self.max_length] for c in row))
+    def __call__(self, example: Mapping[str, Any], index: int = 0, dataset: str = "") -> Row:
+        """Return the row of an example, cut at max_length.
 
-    def _from_text(self, example: Mapping[str, Any]) -> Row:
-        known = {"messages", "prompt", "text"} & example.keys()
-        if not known:
-            raise ValueError(f"train_dataset: expected dicts with {FORMS}, got {sorted(example)}")
+        Args:
+            example: see above.
+            index, dataset: named in errors: where in which dataset, or in its batch, the example
+                is. An example of JsonLines names its line.
+        """
+        return self.whole(example, index, dataset).cut(self.max_length)
+
+    def whole(self, example: Mapping[str, Any], index: int = 0, dataset: str = "") -> Row:
+        """Return the row of an example, however long it is."""
+        try:
+            form, columns = check_columns(example)
+            if form == "input_ids":
+                return self._from_ids(columns)
+            return self._from_text(form, columns)
+        except (ValueError, TypeError) as error:
+            place = getattr(example, "source", None)
+            if place is None:
+                place = f"example {index}" + (f" of {dataset}" if dataset else "")
+            raise type(error)(f"{error} ({place})") from None
+
+    def _from_text(self, form: str, columns: Mapping[str, Any]) -> Row:
         if self.tokenizer is None:
             raise ValueError(
-                f"processing_class: expected the tokenizer, to read {sorted(known)}, got None. "
+                f"processing_class: expected the tokenizer, to read [{form!r}], got None. "
                 "Pass processing_class, or a dataset with input_ids"
             )
-        rendering = {"tools": example.get("tools"), **(example.get("chat_template_kwargs") or {})}
-        if "messages" in example:
-            ids, said = self._conversation(example["messages"], rendering)
-        elif "prompt" in example:
-            ids, said = self._completion(example["prompt"], example.get("completion"), rendering)
+        rendering = {"tools": columns["tools"], **columns["chat_template_kwargs"]}
+        prompt: int | None = None
+        if form == "messages":
+            ids, targets = self._messages(columns["messages"], rendering)
+        elif form == "prompt":
+            ids, targets = self._completion(columns["prompt"], columns.get("completion"), rendering)
         else:
-            ids = self._with_end(self.tokenizer(example["text"])["input_ids"])
-            said = [True] * len(ids)
+            read = tokenize(self.tokenizer, columns["text"], "text", (), special=True)
+            ids = [*read.before, *read.closed(self._end)]
+            targets = [True] * len(ids)
         if not ids:
-            raise ValueError(f"{known.pop()}: expected at least one token, got an empty text")
-        if not self.completion_only and any(said):
-            said = [True] * len(ids)
+            raise ValueError(f"{form}: expected at least one token, got an empty text")
+        if form != "text":
+            prompt = targets.index(True) if any(targets) else len(ids)
+        if not self.completion_only and any(targets):
+            targets = [True] * len(ids)
         tokens = torch.tensor(ids, dtype=torch.int64)
-        targets = torch.where(torch.tensor(said, dtype=torch.bool), tokens, IGNORE_INDEX)
-        return Row(tokens, targets, torch.ones_like(tokens))
+        chosen = torch.where(torch.tensor(targets, dtype=torch.bool), tokens, IGNORE_INDEX)
+        return Row(tokens, chosen, torch.ones_like(tokens), prompt)
+
+    def _messages(
+        self, messages: list[dict[str, Any]], rendering: Mapping[str, Any]
+    ) -> tuple[list[int], list[bool]]:
+        """Without a turn of the assistant's a conversation is a prompt."""
+        if any(message["role"] == "assistant" for message in messages):
+            return encode_conversation(self.tokenizer, messages, "messages", rendering)
+        return self._prompt(messages, "messages", rendering)
 
     def _completion(
         self, prompt: Any, completion: Any, rendering: Mapping[str, Any]
     ) -> tuple[list[int], list[bool]]:
         if not isinstance(prompt, str):
-            if completion is not None:
-                return self._conversation([*prompt, *completion], rendering, first=len(prompt))
-            text = self._render(prompt, rendering, add_generation_prompt=True)
-            ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-            return ids, [False] * len(ids)
-        ids = list(self.tokenizer(prompt)["input_ids"])
-        if completion is None:
-            return ids, [False] * len(ids)
-        more = self._with_end(self.tokenizer(completion, add_special_tokens=False)["input_ids"])
-        return ids + more, [False] * len(ids) + [True] * len(more)
-
-    def _with_end(self, ids: Sequence[int]) -> list[int]:
-        end = getattr(self.tokenizer, "eos_token_id", None)
-        return [*ids] if end is None or (ids and ids[-1] == end) else [*ids, end]
-
-    def _conversation(
-        self, messages: Sequence[Any], rendering: Mapping[str, Any], first: int = 0
-    ) -> tuple[list[int], list[bool]]:
-        """Ids, and which of them the assistant says in turns from `first` on.
-
-        A template with {% generation %} says so itself. Stock templates have none: there the text
-        up to a turn, and up to its end, tells, as long as later turns leave earlier ones as they
-        were.
-        """
-        template = str(getattr(self.tokenizer, "chat_template", None) or "")
-        if first == 0 and _GENERATION.search(template):
-            found = self.tokenizer.apply_chat_template(
-                list(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True,
-                **rendering,
+            if completion is None:
+                return self._prompt(prompt, "prompt", rendering)
+            return encode_conversation(
+                self.tokenizer, [*prompt, *completion], "prompt and completion", rendering,
+                first=len(prompt),
             )  # fmt: skip
-            return list(found["input_ids"]), [bool(m) for m in found["assistant_masks"]]
-        whole = self._render(messages, rendering)
-        spans = []
-        for i, message in enumerate(messages):
-            if message.get("role") != "assistant" or i < first:
-                continue
-            before = self._render(messages[:i], rendering, add_generation_prompt=True)
-            behind = self._render(messages[: i + 1], rendering)
-            if not (whole.startswith(behind) and behind.startswith(before)):
-                raise ValueError(
-                    "messages: expected a chat template that leaves earlier turns as they are when "
-                    f"others follow, but it renders turn {i} differently then (as Qwen3's drops "
-                    "earlier thinking), so the assistant's tokens cannot be told. Pass prompt and "
-                    "completion, or a chat template with {% generation %}"
-                )
-            spans.append((len(before), len(behind)))
-        if not getattr(self.tokenizer, "is_fast", False):
-            raise ValueError(
-                "processing_class: expected a fast tokenizer, which knows where in a text a token "
-                f"is, got {type(self.tokenizer).__name__}"
-            )
-        read = self.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
-        said = [
-            any(start < end and low <= start and end <= high for low, high in spans)
-            for start, end in read["offset_mapping"]
-        ]
-        return list(read["input_ids"]), said
+        if completion is None:
+            read = tokenize(self.tokenizer, prompt, "prompt", (), special=True)
+            return [*read.before, *read.ids], [False] * (len(read.before) + len(read.ids))
+        read = tokenize_pair(self.tokenizer, prompt, completion)
+        closed = read.closed(self._end)
+        ends = [True] * (len(closed) - len(read.ids))
+        return [*read.before, *closed], [False] * len(read.before) + read.inside + ends
 
-    def _render(self, messages: Any, rendering: Mapping[str, Any], **options: Any) -> str:
-        return self.tokenizer.apply_chat_template(
-            list(messages), tokenize=False, **options, **rendering
-        )
+    def _prompt(
+        self, messages: list[dict[str, Any]], column: str, rendering: Mapping[str, Any]
+    ) -> tuple[list[int], list[bool]]:
+        text = render(self.tokenizer, messages, column, rendering, prompt=True)
+        ids = tokenize(self.tokenizer, text, column, (), special=False).ids
+        return ids, [False] * len(ids)
 
+    @property
+    def _end(self) -> int | None:
+        end: int | None = getattr(self.tokenizer, "eos_token_id", None)
+        return end
 
-def _from_ids(example: Mapping[str, Any], index: int) -> Row:
-    ids = _column(example["input_ids"], "input_ids", index)
-    attended = torch.ones_like(ids)
-    if example.get("attention_mask") is not None:
-        attended = _column(example["attention_mask"], "attention_mask", index, like=ids)
-    if example.get("labels") is not None:
-        return Row(ids, _column(example["labels"], "labels", index, like=ids), attended)
-    for name in ("assistant_masks", "completion_mask"):
-        if example.get(name) is not None:
-            said = _column(example[name], name, index, like=ids).bool()
-            return Row(ids, torch.where(said, ids, IGNORE_INDEX), attended)
-    return Row(ids, ids.clone(), attended)
+    def _from_ids(self, columns: Mapping[str, Any]) -> Row:
+        ids = check_integers("input_ids", columns["input_ids"])
+        if (ids < 0).any():
+            fail("input_ids", "token ids of 0 or more", int(ids.min()))
+        attended = torch.ones_like(ids)
+        if "attention_mask" in columns:
+            attended = check_mask("attention_mask", columns["attention_mask"], ids)
+            if not attended.any():
+                fail("attention_mask", "1 for at least one token", f"0 for all {len(ids)}")
+        targets = ids.clone()
+        if "labels" in columns:
+            targets = check_integers("labels", columns["labels"], ids)
+            if ((targets < 0) & (targets != IGNORE_INDEX)).any():
+                fail("labels", f"token ids of 0 or more, or {IGNORE_INDEX}", int(targets.min()))
+        for name in MASKS:
+            if name in columns:
+                chosen = check_mask(name, columns[name], ids)
+                targets = torch.where(chosen != 0, targets, IGNORE_INDEX)
+        check_positions(columns, ids, attended)
+        if "attention_mask" not in columns:
+            self._refuse_padding(ids, targets)
+        return Row(ids, torch.where(attended != 0, targets, IGNORE_INDEX), attended)
 
+    def _refuse_padding(self, ids: Tensor, targets: Tensor) -> None:
+        """Padding of a row without attention_mask that would be read or learned.
 
-def _column(values: Any, name: str, index: int, like: Tensor | None = None) -> Tensor:
-    row = torch.as_tensor(values)
-    if row.dim() != 1 or row.numel() == 0:
-        raise ValueError(
-            f"{name}: expected a non-empty one-dimensional list of integers, got shape "
-            f"{tuple(row.shape)} (example {index})"
-        )
-    if row.is_floating_point():
-        raise TypeError(f"{name}: expected integers, got {row.dtype} (example {index})")
-    if like is not None and len(row) != len(like):
-        raise ValueError(
-            f"{name}: expected {len(like)} values, one per token of input_ids, got {len(row)} "
-            f"(example {index})"
-        )
-    return row.long()
+        A padding token of its own is padding wherever a row begins or ends with it. One that is the
+        end of text too is padding where there are several.
+        """
+        pad = getattr(self.tokenizer, "pad_token_id", None)
+        if pad is None:
+            return
+        others = {getattr(self.tokenizer, f"{name}_token_id", None) for name in _SPECIAL}
+        allowed = 1 if pad in others else 0
+        words = (ids != pad).nonzero()[:, 0].tolist()
+        first, last = (words[0], words[-1]) if words else (len(ids), len(ids))
+        counted = targets != IGNORE_INDEX
+        left = first if first > allowed else 0
+        right = len(ids) - 1 - last
+        learned = counted[last + 1 + allowed :].any() or not counted.any()
+        if left or (right > allowed and learned):
+            fail("input_ids", "attention_mask beside ids that are padded",
+                 f"{max(left, right)} times the padding token (id {pad}) at the "
+                 f"{'beginning' if left else 'end'} of the row and no attention_mask",
+                 "pass attention_mask, as the tokenizer returns it, or leave the padding to the "
+                 "trainer; where the token is part of the text a mask of ones says so")  # fmt: skip

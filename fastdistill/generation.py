@@ -19,6 +19,7 @@ from torch import nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from . import checks
+from .chat import end_ids
 from .heads import evaluating, generation_settings
 from .positions import respects_padding
 
@@ -86,14 +87,15 @@ def generate_rows(
 
 
 def ends_of(model: Any, tokenizer: Any) -> list[int]:
-    """Every id that ends a text: those of the model's generation settings, and the tokenizer's.
+    """Every id that ends a text or a turn: those of the model's generation settings, the
+    tokenizer's, and the one with which its chat template ends a turn.
 
     Raises:
         ValueError: the model's settings hold something that is no token id.
     """
     stated = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids = list(stated) if isinstance(stated, (list, tuple)) else [stated]
-    ids.append(getattr(tokenizer, "eos_token_id", None))
+    ids += end_ids(tokenizer)
     for token in ids:
         if token is not None and (type(token) is not int or token < 0):
             checks.fail("generation_config.eos_token_id", "token ids", repr(token))

@@ -39,8 +39,8 @@ def test_what_is_none(tmp_path, data, name, words):
 
 
 def test_a_line_further_down(tmp_path):
-    lines = JsonLines(written(tmp_path, b'{"text": "a"}\n{"text": \n' + b'"x' * 99), "eval_data")
+    data = b'{"text": "a"}\n\n' + b'"x' * 99
     with pytest.raises(ValueError, match=r"eval_data: expected line 3 .* got .{57}\.\.\. \("):
-        lines[2]
+        JsonLines(written(tmp_path, data), "eval_data")
     with pytest.raises(ValueError, match="data: expected a file"):
         JsonLines(tmp_path / "none.jsonl")

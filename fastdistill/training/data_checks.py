@@ -6,12 +6,17 @@ padding took away, labels that somebody else has already shifted.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ..examples import IGNORE_INDEX, Encoder, Row
+from ..runtime.printable import printable
+
+logger = logging.getLogger(__name__)
 
 LOOKED_AT = 64  # examples, evenly spread
 
@@ -50,34 +55,115 @@ def check_examples(name: str, dataset: Any, encoder: Encoder, *, prompts_only: b
     if not looked_at:
         return
     examples = [example for _, example in looked_at]
-    rows = [encoder(example, i) for i, example in looked_at]
+    whole = [encoder.whole(example, i, name) for i, example in looked_at]
+    rows = [row.cut(encoder.max_length) for row in whole]
+    cut = Cut.of(whole, encoder.max_length)
+    if cut.rows:
+        cut.check(name, prompts_only=prompts_only)
     if not prompts_only:
         _refuse_no_target(name, examples, rows)
-    given = [row for example, row in zip(examples, rows, strict=True) if "labels" in example]
+    given = [
+        row
+        for example, row in zip(examples, rows, strict=True)
+        if example.get("labels") is not None
+    ]
     if given:
         _refuse_shifted(name, given)
         _refuse_lost_end(name, given, encoder.tokenizer)
 
 
-def _refuse_no_target(name: str, examples: list[Any], rows: list[Row]) -> None:
-    if any((row.targets[1:] != IGNORE_INDEX).any() for row in rows):
-        return
-    first, found = examples[0], f"none in {len(rows):,} examples"
-    why = "All labels are −100"
-    if "assistant_masks" in first or "messages" in first:
-        why = (
-            "The assistant masks are all zero, which is what a chat template without "
-            "{% generation %} gives (stock templates of Llama-3.1, Qwen3 and Gemma-3 among them). "
-            "Pass messages, or prompt and completion, and let the trainer find the turns; or a "
-            "chat template with {% generation %}"
+@dataclass
+class Cut:
+    """What max_length takes away: of how many rows, and how many lose their targets or a part of
+    their prompt by it."""
+
+    limit: int | None
+    seen: int = 0
+    rows: int = 0
+    longest: int = 0
+    taught: int = 0  # rows that have targets, whole
+    untaught: int = 0  # of these, rows that have none any more
+    prompts: int = 0  # rows whose prompt is cut
+    longest_prompt: int = 0
+
+    @classmethod
+    def of(cls, rows: Iterable[Row], limit: int | None) -> Cut:
+        cut = cls(limit)
+        for row in rows:
+            cut.add(row)
+        return cut
+
+    def add(self, row: Row) -> None:
+        """Count a row that is not cut yet."""
+        taught = has_target(row)
+        self.seen += 1
+        self.taught += taught
+        self.longest = max(self.longest, len(row.ids))
+        if self.limit is None or len(row.ids) <= self.limit:
+            return
+        self.rows += 1
+        self.untaught += taught and not has_target(row.cut(self.limit))
+        prompt = row.prompt_length
+        if prompt > self.limit and (prompt < len(row.ids) or not taught):  # not a text, all target
+            self.prompts += 1
+            self.longest_prompt = max(self.longest_prompt, prompt)
+
+    def check(self, name: str, *, prompts_only: bool) -> None:
+        """Refuse a limit that leaves nothing to learn, and warn of one that takes some."""
+        lost = self.prompts == self.seen if prompts_only else self.untaught == self.taught > 0
+        if lost:
+            what = "a part of their prompts" if prompts_only else "all their targets"
+            raise ValueError(
+                f"max_length: expected room for more than the prompts of {name}, got {self.limit}: "
+                f"of {self.seen:,} examples looked at {self.rows:,} are longer and lose {what} "
+                f"(the longest has {self.longest:,} tokens). Raise it to {self.longest:,}, or set "
+                "it to None"
+            )
+        logger.warning("%s: %s", name, self.in_words())
+
+    def in_words(self) -> str:
+        """Return what is cut as a sentence."""
+        return (
+            f"max_length={self.limit} cuts {self.rows:,} of {self.seen:,} examples looked at, the "
+            f"longest of {self.longest:,} tokens; {self.untaught:,} lose all their targets, "
+            f"{self.prompts:,} a part of their prompt (the longest of {self.longest_prompt:,})"
         )
-    elif "completion_mask" in first:
-        why = "The completion masks are all zero"
-    elif "prompt" in first:
-        why = "Prompts alone are for lmbda=1, where the student samples the rest"
-    elif all(len(row.ids) == 1 for row in rows):
+
+
+def has_target(row: Row) -> bool:
+    """Whether a token of the row is learned; the first is predicted from nothing."""
+    return bool((row.targets[1:] != IGNORE_INDEX).any())
+
+
+def _refuse_no_target(name: str, examples: list[Any], rows: list[Row]) -> None:
+    if any(map(has_target, rows)):
+        return
+    why = "All labels are −100"
+    columns = [{c for c, value in example.items() if value is not None} for example in examples]
+    present, form = set.union(*columns), [c & {"input_ids"} for c in columns]
+    if all(len(row.ids) == 1 for row in rows):
         why = "All examples are one token long, and the first token is predicted from nothing"
-    raise ValueError(f"{name}: expected tokens to learn, got {found}. {why}")
+    elif any(form):
+        if "assistant_masks" in present:
+            why = (
+                "The assistant masks are all zero, which is what a chat template without "
+                "{% generation %} gives (stock templates of Llama-3.1, Qwen3 and Gemma-3 among "
+                "them). Pass messages, or prompt and completion, and let the trainer find the "
+                "turns; or a chat template with {% generation %}"
+            )
+        elif "completion_mask" in present:
+            why = "The completion masks are all zero"
+    elif "messages" in present:
+        roles = sorted({str(m["role"]) for e in examples for m in e.get("messages") or ()})
+        why = (
+            f"No example has a message with the role 'assistant': the roles are {printable(roles)}"
+            if "assistant" not in roles
+            else "The chat template marks none of the assistant's tokens: its {% generation %} "
+            "stands around something else, or the turns are empty"
+        )
+    elif "prompt" in present:
+        why = "Prompts alone are for lmbda=1, where the student samples the rest"
+    raise ValueError(f"{name}: expected tokens to learn, got none in {len(rows):,} examples. {why}")
 
 
 def _refuse_shifted(name: str, rows: list[Row]) -> None:
@@ -97,7 +183,7 @@ def _refuse_shifted(name: str, rows: list[Row]) -> None:
 def _agreement(rows: Iterable[Row], shift: int) -> float:
     """Share of targets that are the token `shift` places on."""
     same = total = 0
-    for ids, targets, _ in rows:
+    for ids, targets in (row[:2] for row in rows):
         if len(ids) < 3:
             continue
         inner = slice(1, len(ids) - 1)  # where both neighbours are there
@@ -114,7 +200,7 @@ def _refuse_lost_end(name: str, rows: list[Row], tokenizer: Any) -> None:
     if end is None or end != getattr(tokenizer, "pad_token_id", None):
         return
     lost = kept = 0
-    for ids, targets, attended in rows:
+    for ids, targets, attended in (row[:3] for row in rows):
         follows = torch.zeros_like(attended, dtype=torch.bool)
         follows[1:] = targets[:-1] != IGNORE_INDEX
         ends = (ids == end) & follows & (attended != 0)

@@ -20,9 +20,11 @@ from torch import Tensor
 from transformers import LogitsProcessor
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
 
+from ..chat import turn_end
+from ..columns import is_conversation
 from ..data import padded
 from ..examples import IGNORE_INDEX, Row
-from ..generation import generate_rows
+from ..generation import ends_of, generate_rows
 from .config import DistillConfig
 
 
@@ -37,10 +39,25 @@ def is_on_policy(config: DistillConfig, step: int) -> bool:
 
 
 def prompts_of(batch: Mapping[str, Tensor]) -> list[Tensor]:
-    """What comes before each row's first target; the whole row where nothing else is prompt.
+    """The tokens of prompt_mask, as DistillCollator makes it.
 
-    A row whose every token is a target has no prompt of its own: it is continued from its end.
+    A batch of somebody else's has none: there a prompt is what comes before the first target, and
+    the whole row where nothing or one token does, since the first token is never a target.
+
+    Raises:
+        ValueError: a row without a prompt.
     """
+    if "prompt_mask" in batch:
+        ids, mask = batch["input_ids"].cpu(), batch["prompt_mask"].cpu()
+        prompts = [row[chosen != 0] for row, chosen in zip(ids, mask, strict=True)]
+        for index, prompt in enumerate(prompts):
+            if not len(prompt):
+                raise ValueError(
+                    "prompt: expected at least one token to sample behind, got an empty prompt and "
+                    f"a tokenizer that begins no text (example {index} of its batch). Put a token "
+                    "that begins a text into the prompt"
+                )
+        return prompts
     columns = (batch[name].cpu() for name in ("input_ids", "attention_mask", "labels"))
     found = []
     for ids, mask, labels in zip(*columns, strict=True):
@@ -158,3 +175,15 @@ def _refuse_too_long(model: Any, prompt: int, new: int) -> None:
             f"(the model has {limit} positions), got {new}. Shorten it, or the examples by "
             "max_length"
         )
+
+
+def set_generation_ends(model: Any, tokenizer: Any, dataset: Any) -> None:
+    """Let a student that learns from conversations end what it generates where its turns end.
+
+    The saved model would otherwise go on behind its turn, where the end of a turn is another token
+    than the end of a text.
+    """
+    settings = getattr(model, "generation_config", None)
+    if settings is None or turn_end(tokenizer) is None or not any(map(is_conversation, dataset)):
+        return
+    settings.eos_token_id = ends_of(model, tokenizer)

@@ -28,14 +28,14 @@ from .admission import Given, admit
 from .arguments import check_metric, check_sampling
 from .asking import answers_here, ask
 from .config import DistillConfig
-from .data_checks import check_datasets, named
+from .data_checks import check_datasets, named, some_of
 from .figures import at_least_one, means, one_each, summarise
 from .model_card import write_card
 from .objective import Answers, Dense, Loss, Objective
 from .offline import in_workers, opened, refuse_unanswered
 from .panel import Panel, first_batch
 from .run_log import RunLog
-from .sampling import is_on_policy, sample
+from .sampling import is_on_policy, sample, set_generation_ends
 from .savable import check_savable
 from .signal_checks import contexts_of, refuse_foreign
 from .student import (
@@ -119,6 +119,8 @@ class DistillTrainer(WholeCheckpoints):
         if args.check_data:
             sampled = args.lmbda == 1.0
             check_datasets(encoder, train_dataset, eval_dataset, prompts_only=sampled)
+        looked_at = [example for _, example in some_of(train_dataset)]
+        set_generation_ends(without_adapters(student), processing_class, looked_at)
         self._run_log = RunLog()
         with compiled_by_us(args):
             super().__init__(
@@ -127,6 +129,7 @@ class DistillTrainer(WholeCheckpoints):
                 data_collator=DistillCollator(
                     pad_id=getattr(processing_class, "pad_token_id", None) or 0,
                     encoder=encoder,
+                    prompts=args.lmbda > 0,
                     more=in_workers(teacher, args),
                 ),
                 train_dataset=train_dataset,

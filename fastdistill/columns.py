@@ -1,0 +1,274 @@
+"""The columns of an example: which of them are read, and what is refused by name.
+
+Every column that has a value is read, or is text or a single value that describes the example. A
+column of numbers, of bytes or of objects that nothing reads would change what the example means, so
+it is refused. None is no value: Arrow fills the columns with it that a row does not have.
+"""
+
+from __future__ import annotations
+
+import datetime
+import decimal
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checks import fail
+from .runtime.printable import printable
+
+FORMS = "input_ids, messages, prompt and completion, or text"
+MASKS = ("assistant_masks", "completion_mask")  # of the targets
+# What each form reads, and the order in which forms are preferred.
+_READ = {
+    "input_ids": ("labels", "attention_mask", *MASKS, "position_ids", "token_type_ids"),
+    "messages": ("tools", "chat_template_kwargs"),
+    "prompt": ("completion", "tools", "chat_template_kwargs"),
+    "text": (),
+}
+_TEXTS = ("messages", "prompt", "completion", "text", "tools", "chat_template_kwargs")
+_SINGLE = (str, bool, int, float, complex, decimal.Decimal, datetime.date, datetime.time,
+           datetime.timedelta)  # fmt: skip
+_LOOKED_AT = 8  # items of a list that tell what it holds
+
+
+def check_columns(example: Any) -> tuple[str, dict[str, Any]]:
+    """Return the form of an example and its columns that are not None.
+
+    Raises:
+        ValueError or TypeError: it has no form that can be read, a column of the wrong type, or a
+        column that nothing reads.
+    """
+    if not isinstance(example, Mapping):
+        raise ValueError(
+            f"train_dataset: expected dicts with {FORMS}, got {type(example).__name__}"
+        )
+    columns = {name: value for name, value in example.items() if value is not None}
+    form = next((name for name in _READ if name in columns), None)
+    if form is None:
+        empty = sorted(str(name) for name in example if name not in columns)
+        got = f"{sorted(map(str, columns))}" + (f", and None in {empty}" if empty else "")
+        raise ValueError(f"train_dataset: expected dicts with {FORMS}, got {printable(got)}")
+    for name, value in columns.items():
+        if name != form and name not in _READ[form]:
+            _check_unread(str(name), value, form, columns)
+    if form == "messages":
+        columns["messages"] = check_messages("messages", columns["messages"])
+    elif form == "prompt":
+        columns |= _checked_pair(columns["prompt"], columns.get("completion"))
+    elif form == "text":
+        check_text("text", columns["text"])
+    if form != "input_ids":
+        columns |= _checked_rendering(columns, form)
+    return form, columns
+
+
+def is_conversation(example: Any) -> bool:
+    """Whether a chat template renders the example."""
+    if not isinstance(example, Mapping) or example.get("input_ids") is not None:
+        return False
+    if example.get("messages") is not None:
+        return True
+    return example.get("prompt") is not None and not isinstance(example["prompt"], str)
+
+
+def check_text(name: str, value: Any) -> str:
+    """Return a text; raises ValueError for another type and for what UTF-8 cannot hold."""
+    if not isinstance(value, str):
+        fail(name, "a text", f"{type(value).__name__} {printable(repr(value), 60)}")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = printable(value[error.start])
+        fail(name, "a text", f"half of a surrogate pair ({half}) at character {error.start}",
+             "the text was cut inside a character; remove that half")  # fmt: skip
+    return str(value)
+
+
+def check_messages(name: str, value: Any) -> list[dict[str, Any]]:
+    """Return the messages of a conversation without the keys that are None.
+
+    Arrow gives every message the keys of all; a template takes a key that is there for one that is
+    used.
+    """
+    expected = "a list of messages, dicts with role and content"
+    if isinstance(value, (str, Mapping)) or not hasattr(value, "__len__"):
+        fail(name, expected, f"{type(value).__name__} {printable(repr(value), 60)}")
+    messages = []
+    for turn, message in enumerate(value):
+        if not isinstance(message, Mapping):
+            fail(f"{name}[{turn}]", "a dict with role and content", type(message).__name__)
+        present = without_none(message)
+        if not isinstance(present.get("role"), str) or len(present) < 2:
+            keys = [str(key) for key in present]
+            fail(f"{name}[{turn}]", "a dict with role and content", f"values for {keys}")
+        _check_content(f"{name}[{turn}].content", present.get("content"))
+        _check_strings(f"{name}[{turn}]", present)
+        messages.append(present)
+    return messages
+
+
+def without_none(value: Any) -> Any:
+    """Return a value in which no mapping has a key whose value is None."""
+    if isinstance(value, Mapping):
+        return {key: without_none(item) for key, item in value.items() if item is not None}
+    if isinstance(value, (list, tuple)):
+        return [without_none(item) for item in value]
+    return value
+
+
+def check_integers(name: str, values: Any, like: Tensor | None = None) -> Tensor:
+    """Return a column as int64 [T].
+
+    Args:
+        name: of the column. values: a list, array or tensor.
+        like: the ids that it has one value each for.
+    """
+    if isinstance(values, (str, bytes, Mapping)) or not hasattr(values, "__len__"):
+        fail(name, "a list of integers", f"{type(values).__name__} {printable(repr(values), 60)}")
+    try:
+        row = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        fail(name, "a list of integers", f"a list that is no tensor ({printable(error, 80)})")
+    if row.dim() != 1 or row.numel() == 0:
+        raise ValueError(
+            f"{name}: expected a non-empty one-dimensional list of integers, got shape "
+            f"{tuple(row.shape)}"
+        )
+    if row.is_floating_point() or row.is_complex():
+        raise TypeError(f"{name}: expected integers, got {row.dtype}")
+    if like is not None and len(row) != len(like):
+        raise ValueError(
+            f"{name}: expected {len(like)} values, one per token of input_ids, got {len(row)}"
+        )
+    return row.long()
+
+
+def check_mask(name: str, values: Any, like: Tensor) -> Tensor:
+    """Return a column of 0 and 1 as int64 [T]."""
+    mask = check_integers(name, values, like)
+    other = mask[(mask != 0) & (mask != 1)]
+    if len(other):
+        fail(name, "0 or 1 for each token", int(other[0]),
+             "numbers of documents in a packed row are not read: pass each document as an example "
+             "of its own, with packing=True")  # fmt: skip
+    return mask
+
+
+def check_positions(columns: Mapping[str, Any], ids: Tensor, attended: Tensor) -> None:
+    """Raise ValueError where position_ids or token_type_ids say something else than the row."""
+    if "position_ids" in columns:
+        positions = check_integers("position_ids", columns["position_ids"], ids)
+        read = positions[attended != 0]
+        other = (read != torch.arange(len(read))).nonzero()[:, 0].tolist()
+        if other:
+            fail("position_ids", "0, 1, 2, … over the attended tokens", f"{int(read[other[0]])} at "
+                 f"token {other[0]}", "a row of packed documents is not read as one: pass each "
+                 "document as an example of its own, with packing=True")  # fmt: skip
+    if "token_type_ids" in columns:
+        kinds = check_integers("token_type_ids", columns["token_type_ids"], ids)
+        if kinds.any():
+            fail("token_type_ids", "zeros, since no causal model here reads them",
+                 int(kinds[kinds != 0][0]), "remove the column; documents of a packed row become "
+                 "examples of their own")  # fmt: skip
+
+
+def _check_unread(name: str, value: Any, form: str, columns: Mapping[str, Any]) -> None:
+    """Texts and single values describe an example; anything else would be lost."""
+    if name == "completion" and form != "input_ids":
+        fail(name, "a prompt beside it, and no other form", f"{form} beside it",
+             "pass prompt and completion alone; a prompt may be an empty text")  # fmt: skip
+    if name in ("tools", "chat_template_kwargs") and form == "text" and _is_filled(value):
+        fail(name, "messages, whose template reads it", "text beside it")
+    if name in _TEXTS or not _is_data(value):
+        return
+    what = f"{type(value).__name__} of numbers or bytes"
+    if isinstance(value, (list, tuple)):
+        what = f"a list of {len(value)} with numbers or bytes in it"
+    read = ", ".join((form, *_READ[form]))
+    fail(name, f"only columns that are read ({read}), texts and single values", what,
+         "images, audio, positions and lengths of packed documents are not read: remove the column "
+         "if it does not matter, and pass packed documents as examples of their own")  # fmt: skip
+
+
+def _is_filled(value: Any) -> bool:
+    return not isinstance(value, (Mapping, Sequence)) or len(value) > 0
+
+
+def _is_data(value: Any) -> bool:
+    """Whether a value holds numbers in a list, bytes, an array, or an object of another kind."""
+    if value is None or isinstance(value, _SINGLE) or getattr(value, "ndim", None) == 0:
+        return False
+    if isinstance(value, Mapping):
+        return any(_is_data(item) for item in value.values())
+    if isinstance(value, (list, tuple)):
+        some = [item for item in value[:_LOOKED_AT] if item is not None]
+        return any(_is_data(item) or _is_number(item) for item in some)
+    return True
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float, complex)) or getattr(value, "ndim", None) == 0
+
+
+def _checked_pair(prompt: Any, completion: Any) -> dict[str, Any]:
+    """prompt and completion: both texts, or both messages."""
+    if isinstance(prompt, str):
+        check_text("prompt", prompt)
+        if completion is not None:
+            if not isinstance(completion, str):
+                fail("completion", "a text, as prompt is", type(completion).__name__)
+            check_text("completion", completion)
+        return {}
+    checked = {"prompt": check_messages("prompt", prompt)}
+    if completion is not None:
+        if isinstance(completion, str):
+            fail("completion", "a list of messages, as prompt is", "a text")
+        checked["completion"] = check_messages("completion", completion)
+        if not checked["completion"]:
+            fail("completion", "at least one message", "none")
+    if not checked["prompt"] and completion is None:
+        fail("prompt", "at least one message", "none")
+    return checked
+
+
+def _checked_rendering(columns: Mapping[str, Any], form: str) -> dict[str, Any]:
+    """tools and chat_template_kwargs, which only a chat template reads."""
+    checked: dict[str, Any] = {}
+    for name, kind in (("tools", (list, tuple)), ("chat_template_kwargs", Mapping)):
+        value = columns.get(name)
+        if value is None or (isinstance(value, (Mapping, Sequence)) and not len(value)):
+            continue
+        if not isinstance(value, kind):
+            wanted = "a dict" if kind is Mapping else "a list of JSON schemas"
+            fail(name, wanted, f"{type(value).__name__} {printable(repr(value), 60)}")
+        if form == "prompt" and isinstance(columns["prompt"], str):
+            fail(name, "messages, whose template reads it", "a prompt that is a text")
+        checked[name] = without_none(value)
+        _check_strings(name, checked[name])
+    return {"tools": None, "chat_template_kwargs": {}} | checked
+
+
+def _check_content(name: str, content: Any) -> None:
+    if content is None or isinstance(content, str):
+        return
+    if not isinstance(content, (list, tuple)):
+        fail(name, "a text", f"{type(content).__name__} {printable(repr(content), 60)}")
+    for part in content:
+        if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
+            kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+            fail(name, "texts", f"a part of type {printable(kind)}",
+                 "images, audio and video are not read")  # fmt: skip
+
+
+def _check_strings(name: str, value: Any) -> None:
+    if isinstance(value, str):
+        check_text(name, value)
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            _check_strings(name, key)
+            _check_strings(f"{name}.{printable(key)}", item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            _check_strings(name, item)

@@ -1,0 +1,196 @@
+"""From a text to token ids, and which of them belong to parts of it.
+
+A text is tokenized whole: parts that are tokenized apart gain spaces that nobody wrote and lose
+tokens that join both sides of a boundary. Where a token lies is known from its offsets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from .checks import fail
+from .columns import check_text
+from .runtime.printable import printable
+
+Span = tuple[int, int]  # characters of a text: from, up to
+
+
+class Tokens(NamedTuple):
+    """A text's own tokens, and those that the tokenizer puts around every text."""
+
+    before: list[int]
+    ids: list[int]
+    behind: list[int]
+    inside: list[bool]  # whether ids[i] has a character of one of the spans
+    unknown: int = 0  # characters that the tokenizer has no token for
+
+    def closed(self, end: int | None) -> list[int]:
+        """Return the text's ids with what ends a text behind them, once."""
+        ends = self.behind or ([] if end is None else [end])
+        own = self.ids[-1:] == [end] if end is not None else False
+        return self.ids if own or self.ids[-len(ends) :] == ends else [*self.ids, *ends]
+
+
+def tokenize(
+    tokenizer: Any, text: str, column: str, spans: Sequence[Span], *, special: bool
+) -> Tokens:
+    """Return the tokens of a text.
+
+    Args:
+        tokenizer: a tokenizer of transformers. column: what errors name.
+        spans: the parts of the text whose tokens are marked. A token that has characters of a part
+            belongs to it.
+        special: whether the tokenizer's own beginning and end of a text are wanted. One that the
+            text brings itself is not added.
+
+    Raises:
+        ValueError: the tokenizer does not take the text, or does not tell where a token lies.
+    """
+    check_text(column, text)
+    if getattr(tokenizer, "is_fast", False):
+        tokens = _by_offsets(tokenizer, text, column, spans, special)
+    else:
+        before, ids, behind = _around(tokenizer, text, column, special)
+        inside = _by_prefixes(tokenizer, text, column, spans, ids)
+        tokens = Tokens(before, ids, behind, inside)
+    if tokens.before and tokens.ids[: len(tokens.before)] == tokens.before:
+        return tokens._replace(before=[])
+    return tokens
+
+
+def tokenize_pair(tokenizer: Any, prompt: str, completion: str) -> Tokens:
+    """Return the tokens of a prompt and its completion as one text; the completion's are `inside`.
+
+    A tokenizer of whole words may have no token for the word that is at the boundary, and tokens
+    for its two parts: these are then taken, so that nothing is lost.
+    """
+    text, column = prompt + completion, "prompt and completion"
+    spans = [(len(prompt), len(text))] if completion else []
+    whole = tokenize(tokenizer, text, column, spans, special=True)
+    if not whole.unknown or not (prompt and completion):
+        return whole
+    first = tokenize(tokenizer, prompt, "prompt", (), special=True)
+    second = tokenize(tokenizer, completion, "completion", (), special=False)
+    if first.unknown + second.unknown >= whole.unknown:
+        return whole
+    inside = [False] * len(first.ids) + [True] * len(second.ids)
+    return Tokens(first.before, first.ids + second.ids, first.behind, inside)
+
+
+def _call(tokenizer: Any, text: str, column: str, **options: Any) -> Any:
+    try:
+        return tokenizer(text, **options)
+    except Exception as error:  # of a foreign library, of any type
+        got = f"{printable(repr(text), 60)}: {type(error).__name__}: {printable(error)}"
+        fail(column, f"a text that {type(tokenizer).__name__} takes", got)
+
+
+def _by_offsets(
+    tokenizer: Any, text: str, column: str, spans: Sequence[Span], special: bool
+) -> Tokens:
+    read = _call(
+        tokenizer, text, column, add_special_tokens=special, return_offsets_mapping=True,
+        return_special_tokens_mask=True,
+    )  # fmt: skip
+    ids, offsets = list(read["input_ids"]), [tuple(at) for at in read["offset_mapping"]]
+    # Ones for what the tokenizer put around the text, not for special tokens that it contains.
+    own = [i for i, added in enumerate(read["special_tokens_mask"] if special else [0] * len(ids))
+           if not added]  # fmt: skip
+    if not own:
+        before = [i for i in ids if i in _beginnings(tokenizer)]
+        return Tokens(before, [], [i for i in ids if i not in before], [])
+    first, last = own[0], own[-1] + 1
+    inside = _inside(tokenizer, text, ids[first:last], offsets[first:last], spans)
+    nothing = _unknown(tokenizer)
+    unknown = sum(end - start for i, (start, end) in zip(ids, offsets, strict=True) if i in nothing)
+    return Tokens(ids[:first], ids[first:last], ids[last:], inside, unknown)
+
+
+def _inside(
+    tokenizer: Any, text: str, ids: list[int], offsets: list[Span], spans: Sequence[Span]
+) -> list[bool]:
+    """A token without characters (a tokenizer may trim spaces off) lies behind its place."""
+    inside = [False] * len(ids)
+    for low, high in spans:
+        last = None  # of those that lie before the part
+        for i, (start, end) in enumerate(offsets):
+            if end <= low:
+                last = i
+            elif start < high or (start == end and end <= high):
+                inside[i] = True
+        if last is not None and _untrimmed(tokenizer, text, ids[last], offsets[last]) > low:
+            inside[last] = True
+    return inside
+
+
+def _untrimmed(tokenizer: Any, text: str, token: int, at: Span) -> int:
+    """Return where a token ends whose trailing spaces the tokenizer may have trimmed off."""
+    start, end = at
+    if start == end or text[end - 1].isspace():
+        return end
+    piece = tokenizer.decode([token], clean_up_tokenization_spaces=False)
+    return end + len(piece) - len(piece.rstrip())
+
+
+def _around(
+    tokenizer: Any, text: str, column: str, special: bool
+) -> tuple[list[int], list[int], list[int]]:
+    """Of a tokenizer without offsets: its tokens with and without special ones, compared."""
+    plain = list(_call(tokenizer, text, column, add_special_tokens=False)["input_ids"])
+    if not special:
+        return [], plain, []
+    whole = list(_call(tokenizer, text, column, add_special_tokens=True)["input_ids"])
+    if not plain:
+        before = [i for i in whole if i in _beginnings(tokenizer)]
+        return before, [], [i for i in whole if i not in before]
+    for at in range(len(whole) - len(plain) + 1):
+        if whole[at : at + len(plain)] == plain:
+            return whole[:at], plain, whole[at + len(plain) :]
+    return fail(
+        "processing_class", "a tokenizer that puts special tokens around a text",
+        f"{type(tokenizer).__name__}, whose tokens are others with them ({column})",
+    )  # fmt: skip
+
+
+def _by_prefixes(
+    tokenizer: Any, text: str, column: str, spans: Sequence[Span], ids: list[int]
+) -> list[bool]:
+    """Of a tokenizer without offsets: a text up to a boundary has the first tokens of the whole."""
+    inside = [False] * len(ids)
+    for span in spans:
+        low, high = (_length(tokenizer, text, column, at, ids) for at in span)
+        inside[low:high] = [True] * (high - low)
+    return inside
+
+
+def _length(tokenizer: Any, text: str, column: str, at: int, ids: list[int]) -> int:
+    if at in (0, len(text)):
+        return 0 if at == 0 else len(ids)
+    part = list(_call(tokenizer, text[:at], column, add_special_tokens=False)["input_ids"])
+    if ids[: len(part)] != part:
+        fail("processing_class", "a fast tokenizer, which knows where in a text a token is",
+             f"{type(tokenizer).__name__}, and {column} has a token on both sides of a boundary "
+             f"({printable(repr(text[max(at - 20, 0) : at + 20]), 60)})")  # fmt: skip
+    return len(part)
+
+
+def _beginnings(tokenizer: Any) -> set[int]:
+    """Ids that begin a text."""
+    names = ("bos_token_id", "cls_token_id")
+    return {i for i in (getattr(tokenizer, name, None) for name in names) if i is not None}
+
+
+def _unknown(tokenizer: Any) -> set[int]:
+    """Ids that stand for what the tokenizer has no token for."""
+    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    token = getattr(model, "unk_token", None)
+    ids = {getattr(tokenizer, "unk_token_id", None)}
+    if isinstance(token, str):
+        ids.add(tokenizer.backend_tokenizer.token_to_id(token))
+    return {i for i in ids if i is not None}
+
+
+def added_ends(tokenizer: Any) -> list[int]:
+    """Return the ids that the tokenizer puts behind every text."""
+    return _around(tokenizer, "a", "text", True)[2]
