@@ -69,6 +69,7 @@ def padded(
         attention_mask[i, : len(row.ids)] = row.attended
     labels[:, 0] = IGNORE_INDEX
     labels[attention_mask == 0] = IGNORE_INDEX
+    labels[:, 1:][attention_mask[:, :-1] == 0] = IGNORE_INDEX
     batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
     if prompts:
         lengths = torch.tensor([row.prompt_length for row in rows], device=device)
