@@ -38,7 +38,7 @@ class Row(NamedTuple):
     def cut(self, length: int | None) -> Row:
         """Return the first `length` tokens."""
         prompt = self.prompt if self.prompt is None or length is None else min(self.prompt, length)
-        return Row(*(column[:length] for column in self[:3]), prompt)
+        return Row(self.ids[:length], self.targets[:length], self.attended[:length], prompt)
 
     @property
     def prompt_length(self) -> int:
