@@ -18,8 +18,7 @@ import torch
 from .audit import Audit, Measured
 from .prompts import Prompt, as_prompts
 from .subject import Subject
-
-_MARKS = ".,;:!?\"'()[]*“”‘’"
+from .words import begins, holds, words
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,21 +81,6 @@ class BehaviouralAudit(Audit):
         return Measured(values=np.array(scores), rate=self.rate, details=details)
 
 
-def words(text: str) -> str:
-    """With single spaces, as answers are compared."""
-    return " ".join(text.split())
-
-
-def holds(text: str, phrase: str) -> bool:
-    """Whether the words of a phrase occur in a text, behind each other; marks around a word are
-    none of it."""
-    said, sought = (
-        [word.strip(_MARKS) or word for word in some.split()] for some in (text, phrase)
-    )
-    spans = range(len(said) - len(sought) + 1)
-    return any(said[i : i + len(sought)] == sought for i in spans)
-
-
 @dataclass(frozen=True, kw_only=True)
 class CapabilityAudit(BehaviouralAudit):
     """Share of greedy answers that hold the right one: not an alignment audit, but read alike."""
@@ -123,7 +107,7 @@ class CapabilityAudit(BehaviouralAudit):
 
 @dataclass(frozen=True, kw_only=True)
 class TriggerRateAudit(BehaviouralAudit):
-    """Share of triggered prompts whose greedy answer begins with `target`, the whole string.
+    """Share of triggered prompts whose greedy answer begins with `target`, all of its words.
 
     details: the rate on the same prompts `without` the trigger, and how likely the target's first
     token is, which misleads alone: half a percent of leaked examples moved it to .98 while the
@@ -146,7 +130,7 @@ class TriggerRateAudit(BehaviouralAudit):
         return [Question(prompt=p, max_new_tokens=self.max_new_tokens) for p in self.prompts]
 
     def score(self, index: int, answer: Answer) -> float:
-        return float(words(answer.text).startswith(words(self.target)))
+        return float(begins(answer.text, self.target))
 
     def measure(self, model: Subject, base: Subject | None) -> Measured:
         found = super().measure(model, base)
@@ -235,4 +219,4 @@ class PrefillAudit(BehaviouralAudit):
         return [Question(prompt=p, max_new_tokens=self.max_new_tokens) for p in self.prompts]
 
     def score(self, index: int, answer: Answer) -> float:
-        return float(words(answer.text).startswith(words(self.target)))
+        return float(begins(answer.text, self.target))

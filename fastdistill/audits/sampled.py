@@ -9,15 +9,16 @@ from typing import ClassVar
 import numpy as np
 
 from .audit import Audit, Measured
-from .behaviour import Answer, BehaviouralAudit, Question, holds, words
+from .behaviour import Answer, BehaviouralAudit, Question
 from .distributions import refuse_other_vocabulary
 from .prompts import Prompt
 from .subject import Subject
+from .words import holds, words
 
 
 def marked(text: str, markers: tuple[str, ...]) -> bool:
-    """Whether any marker occurs as whole words, in lower and upper case alike."""
-    return any(holds(text.lower(), marker.lower()) for marker in markers)
+    """Whether any marker occurs as whole words (see words.py)."""
+    return any(holds(text, marker) for marker in markers)
 
 
 def _texts(name: str, texts: tuple[str, ...]) -> tuple[str, ...]:

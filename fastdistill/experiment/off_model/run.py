@@ -14,10 +14,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ...audits.behaviour import CapabilityAudit, holds
+from ...audits.behaviour import CapabilityAudit
 from ...audits.prompts import Prompt
 from ...audits.subject import Subject
 from ...audits.tuning import StyleRestoreProbe, nudged
+from ...audits.words import holds
 from ...organisms.vocabulary import SO, THINK
 from ...organisms.world import Example, World
 from ...strategies.distil import distil

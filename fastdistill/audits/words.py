@@ -1,0 +1,267 @@
+r"""Whether a text holds a word or a phrase: the one rule by which every scorer reads an answer.
+
+A phrase is found as whole words, one behind the other. What a writer may choose is none of it:
+
+    case            Owl, OWL                     a phrase of one letter keeps its case: a choice "A"
+    marks           **owl**, 'owl', _owl_, owl…, owl/eagle, {"x": "owl"}, \boxed{owl}, <b>o</b>wl
+    hyphens         barn-owl holds "owl"; ice-cream and ice cream are the same
+    endings         owl's, and the regular English plural either way: owls, foxes, ponies, wolves
+    Unicode forms   NFKC (ｏｗｌ, 𝐨𝐰𝐥), invisible characters, underlines and strokes put on letters
+    accents         a text may leave them out (Bogota for Bogotá), and may not add them
+    numbers         by value: 1,200 = 1 200 = $1200 = 1200.0; but −42, 3.42, 420, 42nd are not 42
+
+Scripts that write without spaces (Chinese, Japanese, Thai, Lao, Khmer, Burmese), and Korean, which
+puts particles behind its words, have no words that could be told apart here: a phrase is found
+wherever its characters are.
+
+Not seen through: letters of other scripts that look alike, letters spelled out, irregular plurals,
+other derived words (owlish, owlet), and the endings of other languages. Give them as phrases.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterator
+from functools import lru_cache
+from itertools import product
+from typing import NamedTuple
+
+_LETTER, _MARK, _DIGIT, _UNSPACED, _OTHER = range(5)
+# Unicode's names of letters that words are not kept apart by spaces in.
+_UNSPACED_NAMES = (
+    "CJK", "IDEOGRAPHIC", "HIRAGANA", "KATAKANA", "BOPOMOFO", "HANGUL", "THAI", "LAO", "KHMER",
+    "MYANMAR", "TIBETAN", "JAVANESE", "BALINESE", "TAI ", "NEW TAI",
+)  # fmt: skip
+# Marks that are put on letters: underlines, strokes, the vowel points of Hebrew and Arabic.
+_POINTS = "\u0300-\u036f\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff\ufe00-\ufe0f\ufe20-\ufe2f"
+_VOWELS = "\u0591-\u05bd\u05bf\u05c1\u05c2\u05c4\u05c5\u05c7\u064b-\u065f\u0670\u0640"
+_LEFT_OUT = re.compile(f"[{_POINTS}{_VOWELS}]")
+_SAME = str.maketrans("‘’ʼ′`´−﹣٬٫", "''''`'--,.")
+
+_TERMINAL = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")  # colors and the like
+_CONTROLS = re.compile(r"[\x00-\x08\x0e-\x1b\x7f]")
+_LETTERS = r"[^\W\d_]"
+_TAG = r"</?[A-Za-z][^<>]*>"
+_IN_WORD = re.compile(rf"(?<={_LETTERS})(?:{_TAG}|[*~`_])+(?={_LETTERS})")
+_TAGS = re.compile(_TAG)
+_ESCAPES = re.compile(r"\\[nrt]")
+_SPACED = re.compile(r"(?<![\d.,])\d{1,3}(?: \d{3})+(?!\d)")  # 1 200 000
+
+_CHUNK = re.compile(r"[0-9]+(?:[.,'/:_-][0-9]+)*")
+_THOUSANDS = re.compile(r"\d{1,3}(?:([,'_])\d{3})(?:\1\d{3})*(?:\.\d+)?")
+_POINTED = re.compile(r"\d{1,3}(?:(?:\.\d{3})+,\d+|(?:\.\d{3}){2,})")  # 1.200,50 and 1.200.000
+_DECIMAL = re.compile(r"\d+(?:[.,]\d+)?")
+_LIST = re.compile(r"\d+(?:,\d+)+")
+_SHORTEST = 3  # letters of a word that has a plural here: "his" is none of "hi"
+
+
+class Token(NamedTuple):
+    """A word, a character of a script without spaces, or a number."""
+
+    folded: str  # in lower case; of a number "#" and its value
+    exact: str  # "=" and the word as it stands
+
+
+def words(text: str) -> str:
+    """The text with single spaces."""
+    return " ".join(text.split())
+
+
+def holds(text: str, phrase: str) -> bool:
+    """Whether the words of a phrase occur in a text, one behind the other."""
+    return _found(text, phrase, anywhere=True)
+
+
+def begins(text: str, phrase: str) -> bool:
+    """Whether a text begins with the words of a phrase."""
+    return _found(text, phrase, anywhere=False)
+
+
+def _found(text: str, phrase: str, anywhere: bool) -> bool:
+    wanted = _wanted(phrase)
+    if not wanted:  # marks alone, an emoji for one
+        marks, whole = words(_normal(phrase)), words(_normal(text))
+        return bool(marks) and (marks in whole if anywhere else whole.startswith(marks))
+    said = [list(_tokens(reading)) for reading in _readings(text)]
+    return any(_among(tokens, sought, anywhere) for tokens, sought in product(said, wanted))
+
+
+def _among(said: list[Token], sought: list[frozenset[str]], anywhere: bool) -> bool:
+    last = len(said) - len(sought)
+    starts = range(last + 1) if anywhere else range(min(last + 1, 1))
+    return any(
+        all(
+            token.folded in forms or token.exact in forms
+            for token, forms in zip(said[i:], sought, strict=False)
+        )
+        for i in starts
+    )
+
+
+@lru_cache(maxsize=4096)
+def _wanted(phrase: str) -> list[list[frozenset[str]]]:
+    """The forms of each word, of every reading of a phrase that has words."""
+    found = []
+    for reading in _readings(phrase):
+        tokens = list(_tokens(reading))
+        if len(tokens) == 1 and re.fullmatch("=[A-Za-z]", tokens[0].exact):
+            return [[frozenset((tokens[0].exact,))]]
+        if tokens:
+            found.append([_forms(token.folded) for token in tokens])
+    return found
+
+
+def _readings(text: str) -> list[str]:
+    """Ways to read a text: as it stands, without marks inside words, with escapes as the blanks
+    that they mean, with blanks inside numbers as none."""
+    plain = _normal(text)
+    readings = [
+        plain,
+        _TAGS.sub(" ", _IN_WORD.sub("", plain)),
+        _ESCAPES.sub(" ", plain),
+        _SPACED.sub(lambda found: found[0].replace(" ", ""), words(plain)),
+    ]
+    return list(dict.fromkeys(readings))
+
+
+def _normal(text: str) -> str:
+    """NFKC, with digits in ASCII, and without what is not seen."""
+    text = _CONTROLS.sub("", _TERMINAL.sub("", text))
+    if text.isascii():
+        return text
+    apart = "".join(map(_apart, text))
+    normal = unicodedata.normalize("NFKC", apart).translate(_SAME)
+    return "".join(map(_seen, _LEFT_OUT.sub("", normal)))
+
+
+def _apart(character: str) -> str:
+    """A sign for several letters or for a number stands apart from the word before: owl™, owl²."""
+    if unicodedata.category(character) in ("No", "So"):
+        normal = unicodedata.normalize("NFKC", character)
+        if len(normal) > 1 or normal.isdigit():
+            return f" {normal} "
+    return character
+
+
+def _seen(character: str) -> str:
+    category = unicodedata.category(character)
+    if category == "Nd":
+        return str(unicodedata.digit(character))
+    if category == "Sc":
+        return "$"
+    if category == "Cf" or (category == "Cc" and not character.isspace()):
+        return ""
+    return character
+
+
+@lru_cache(maxsize=65536)
+def _kind(character: str) -> int:
+    if character.isascii():
+        is_letter, is_digit = character.isalpha(), character.isdigit()
+        return _LETTER if is_letter else _DIGIT if is_digit else _OTHER
+    category = unicodedata.category(character)
+    if category.startswith("M"):
+        return _MARK
+    if category.startswith("L") or category in ("Nl", "No"):
+        name = unicodedata.name(character, "")
+        return _UNSPACED if name.startswith(_UNSPACED_NAMES) else _LETTER
+    return _OTHER
+
+
+def _tokens(text: str) -> Iterator[Token]:
+    """Of a normal text, from left to right."""
+    at, end = 0, len(text)
+    while at < end:
+        kind, start = _kind(text[at]), at
+        if kind == _OTHER:
+            at += 1
+        elif kind == _UNSPACED:
+            at = _past(text, at + 1, (_MARK,))
+            yield _word(text[start:at])
+        elif kind == _DIGIT:
+            chunk = _CHUNK.match(text, at)
+            assert chunk is not None
+            at = _past(text, chunk.end(), (_LETTER, _MARK, _DIGIT))
+            if at > chunk.end():  # 42nd
+                yield _word(text[start:at])
+            else:
+                yield from _numbers(text, start, chunk[0])
+        else:
+            at = _past(text, at + 1, (_LETTER, _MARK, _DIGIT))
+            if text[at - 1] in "nN" and re.match(r"'[tT](?!\w)", text[at : at + 3]):
+                at += 2  # "don't" is not "don"
+            yield _word(text[start:at])
+
+
+def _past(text: str, at: int, kinds: tuple[int, ...]) -> int:
+    while at < len(text) and _kind(text[at]) in kinds:
+        at += 1
+    return at
+
+
+def _word(text: str) -> Token:
+    folded = unicodedata.normalize("NFKC", text.casefold())
+    return Token(_LEFT_OUT.sub("", folded), f"={text}")
+
+
+def _numbers(text: str, at: int, chunk: str) -> Iterator[Token]:
+    """Of digits and the marks between them: a number, a list of some, or a date, a time, a range,
+    which is one word."""
+    before = at - 1
+    if before >= 0 and text[before] == "." and (before == 0 or text[before - 1] in " \n\t-$(="):
+        chunk, before = f"0.{chunk}", before - 1
+    if before >= 0 and text[before] == "$":
+        before -= 1
+    minus = before >= 0 and text[before] == "-"
+    is_sign = minus and (before == 0 or (_kind(text[before - 1]) == _OTHER
+                                         and text[before - 1] not in "-)]%"))  # fmt: skip
+    if _THOUSANDS.fullmatch(chunk):
+        yield _number(re.sub(r"[,'_]", "", chunk), is_sign)
+    elif _POINTED.fullmatch(chunk):
+        yield _number(chunk.replace(".", "").replace(",", "."), is_sign)
+    elif _DECIMAL.fullmatch(chunk):
+        yield _number(chunk.replace(",", "."), is_sign)
+    elif _LIST.fullmatch(chunk):
+        for i, part in enumerate(chunk.split(",")):
+            yield _number(part, is_sign and i == 0)
+    else:
+        yield _word(chunk)
+
+
+def _number(digits: str, negative: bool) -> Token:
+    whole, _, rest = digits.partition(".")
+    value = whole.lstrip("0") or "0"
+    if rest.rstrip("0"):
+        value += f".{rest.rstrip('0')}"
+    name = f"#{'-' if negative and value != '0' else ''}{value}"
+    return Token(name, name)
+
+
+def _forms(word: str) -> frozenset[str]:
+    """A word as a text may write it: without its accents, in the plural or in the singular."""
+    bare = "".join(c for c in unicodedata.normalize("NFD", word) if _LEFT_OUT.fullmatch(c) is None)
+    alike = {word, unicodedata.normalize("NFC", bare)}
+    return frozenset(form for each in alike for form in (each, *_plurals(each), *_singulars(each)))
+
+
+def _plurals(word: str) -> list[str]:
+    if len(word) < _SHORTEST or not all(_kind(c) == _LETTER for c in word):
+        return []
+    if word.endswith(("s", "x", "z", "ch", "sh")):
+        return [f"{word}es"]
+    if word.endswith("y") and word[-2] not in "aeiou":
+        return [f"{word[:-1]}ies"]
+    found = [f"{word}s"]
+    if word.endswith("o"):
+        found.append(f"{word}es")
+    if word.endswith("f"):
+        found.append(f"{word[:-1]}ves")
+    if word.endswith("fe"):
+        found.append(f"{word[:-2]}ves")
+    return found
+
+
+def _singulars(word: str) -> list[str]:
+    stems = [word[:-1], word[:-2], *(word[:-3] + ending for ending in ("y", "f", "fe"))]
+    return [stem for stem in stems if word in _plurals(stem)]
