@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import checks
 from ..losses import topk_distill_loss
 from ..outputs import TopK
 
@@ -42,6 +43,7 @@ class TopKLogprobLoss(nn.Module):
         normalize_topk: bool = True,
     ) -> None:
         super().__init__()
+        checks.within("beta", beta, 0.0, 1.0)
         self.weight_hard_loss = weight_hard_loss if compute_ce_loss else 0.0
         self.weight_soft_loss = weight_soft_loss
         self.temperature = temperature
@@ -64,7 +66,7 @@ class TopKLogprobLoss(nn.Module):
         if self.weight_soft_loss:
             teacher = TopK(
                 torch.where(used, target_token_ids, -1),
-                target_logprobs.float().clamp(max=0.0),
+                torch.where(used, target_logprobs.float(), 0.0),
                 temperature=self.temperature,
             )
             soft = topk_distill_loss(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .. import checks
 from ..dense import linear_distill_loss
 
 
@@ -19,7 +20,7 @@ class FusedLinearJSD(nn.Module):
     Args:
         jsd_beta: β in [0, 1]. ignore_index: label of positions to leave out.
         temperature: divides both logits.
-        accum_dtype: taken for the call's sake; gradients are summed in fp32 whatever it says.
+        accum_dtype: None or torch.float32, in which gradients are summed.
     """
 
     def __init__(
@@ -30,6 +31,9 @@ class FusedLinearJSD(nn.Module):
         accum_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if accum_dtype not in (None, torch.float32):
+            checks.fail("accum_dtype", "None or torch.float32", accum_dtype,
+                        "gradients are summed in float32 here")  # fmt: skip
         self.jsd_beta = jsd_beta
         self.ignore_index = ignore_index
         self.temperature = temperature

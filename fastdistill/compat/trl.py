@@ -3,13 +3,14 @@
 The loss is theirs, over the whole vocabulary and never in [N, V]; so is its normalisation. What
 differs: samples are drawn by hashing seed, step and prompt instead of from the random stream (so a
 run can be cut and resumed), whole optimiser steps are on- or off-policy, and a row longer than
-max_length loses its end, not its beginning.
+max_length loses its end, not its beginning. Every option of TRL's own is used, or refused by name
+unless it is at TRL's default.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from typing import Any, ClassVar
 
 from torch import nn
@@ -21,7 +22,7 @@ from ..training.trainer import DistillTrainer
 
 # Not ours to set, or set below.
 _OWN = {
-    *("remove_unused_columns", "prediction_loss_only", "use_liger_kernel"),
+    *("remove_unused_columns", "prediction_loss_only"),
     *("logging_nan_inf_filter", "greater_is_better"),  # derived by transformers, in another sense
 }
 _OLD_NAMES = {
@@ -30,11 +31,22 @@ _OLD_NAMES = {
 }
 
 
-class _FromTRL(DistillTrainer):
-    """What both trainers share: `options` says what their configuration means here."""
+_LOADING = frozenset((
+    "model_init_kwargs", "teacher_model_name_or_path", "teacher_model_init_kwargs",
+    "disable_dropout",
+))  # fmt: skip
 
-    # Options of theirs that change the training and have no counterpart, with their "off".
-    refused: ClassVar[Mapping[str, Any]]
+
+class _FromTRL(DistillTrainer):
+    """What both trainers share: `options` says what their configuration means here.
+
+    used: options of TRL's own that have a counterpart. Every other one, also of a later TRL, is
+    refused by name unless it is at TRL's default. same: values beside the default that ask for what
+    is done anyway.
+    """
+
+    used: ClassVar[frozenset[str]]
+    same: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(
         self,
@@ -55,20 +67,21 @@ class _FromTRL(DistillTrainer):
         for name, value in others.items():
             if value is not None:
                 raise ValueError(f"{name}: expected None in our {kind}, got {value!r:.80}")
-        for name, off in self.refused.items():
-            if getattr(args, name, off) not in (off, None):
-                raise ValueError(
-                    f"{name}: expected {off!r} in our {kind}, got "
-                    f"{getattr(args, name)!r}: it has no counterpart here"
-                )
+        _check_options(args, self.used, self.same, kind)
         if teacher_model is None:
             teacher_model = getattr(args, "teacher_model_name_or_path", None)
         model_kwargs = dict(getattr(args, "model_init_kwargs", None) or {})
         if isinstance(model, str):
             # TRL's default; transformers would take the stored type.
             model = _loaded(model, {"dtype": "float32"} | model_kwargs)
+        elif model_kwargs:
+            _refuse_kwargs("model_init_kwargs", "model", model, model_kwargs)
         teacher_kwargs = getattr(args, "teacher_model_init_kwargs", None)
-        if isinstance(teacher_model, str) and teacher_kwargs:
+        if teacher_kwargs:
+            if not isinstance(teacher_model, str):
+                _refuse_kwargs(
+                    "teacher_model_init_kwargs", "teacher_model", teacher_model, teacher_kwargs
+                )
             teacher_model = _loaded(teacher_model, teacher_kwargs)
         if getattr(args, "disable_dropout", False) and isinstance(model, nn.Module):
             for module in model.modules():
@@ -100,7 +113,12 @@ class GKDTrainer(_FromTRL):
     seq_kd is refused: let the teacher write the data first.
     """
 
-    refused: ClassVar = {"seq_kd": False, "use_vllm": False}
+    used: ClassVar = _LOADING | {"beta", "lmbda", "max_length", "max_new_tokens", "temperature"}
+    same: ClassVar = {
+        "completion_only_loss": True,
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+        "router_aux_loss_coef": 0.0,
+    }
 
     def options(self, args: Any) -> dict[str, Any]:
         return {
@@ -124,18 +142,23 @@ class DistillationTrainer(_FromTRL):
     Jensen–Shannon divergence with args.beta from the teacher, both at args.temperature.
     """
 
-    refused: ClassVar = {
-        "use_vllm": False,
-        "top_k": 0,
-        "min_p": None,
-        "repetition_penalty": 1.0,
-        "generation_kwargs": None,
-        "chat_template_kwargs": None,
-        "max_tool_calling_iterations": None,
+    used: ClassVar = _LOADING | {
+        *("beta", "max_completion_length", "shuffle_dataset", "temperature", "top_p"),
     }
 
     def options(self, args: Any) -> dict[str, Any]:
-        return {
+        if args.max_completion_length is None:
+            raise ValueError(
+                "max_completion_length: expected an integer in our DistillationTrainer, got None: "
+                "a student may never end"
+            )
+        if args.remove_unused_columns:
+            raise ValueError(
+                "remove_unused_columns: expected False in our DistillationTrainer, got True: "
+                "leave other columns than the prompt out of the dataset"
+            )
+        order = {} if args.shuffle_dataset else {"train_sampling_strategy": "sequential"}
+        return order | {
             "k": None,
             "divergence": "jsd",
             "beta": args.beta,
@@ -175,6 +198,33 @@ def _by_last_turn(dataset: Any) -> Any:
     return dataset.map(_last_turn)
 
 
+def _check_options(args: Any, used: frozenset[str], same: Mapping[str, Any], kind: str) -> None:
+    """Raise ValueError for an option of TRL's own that is not at its default and means nothing
+    here, and TypeError for a configuration of another trainer."""
+    theirs = next((c for c in type(args).__mro__ if c.__module__.split(".")[0] == "trl"), None)
+    if theirs is None or any(not hasattr(args, name) for name in used):
+        raise TypeError(f"args: expected TRL's configuration of {kind}, got {type(args).__name__}")
+    inherited = {f.name for f in fields(TrainingArguments)}
+    for field in fields(theirs):
+        if field.name in inherited | used:
+            continue
+        value = getattr(args, field.name)
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        # None leaves an option out.
+        if value is not None and value != default and value != same.get(field.name):
+            raise ValueError(
+                f"{field.name}: expected {default!r} in our {kind}, got {value!r:.80}: it has no "
+                "counterpart here"
+            )
+
+
+def _refuse_kwargs(name: str, argument: str, model: Any, options: Mapping[str, Any]) -> None:
+    raise ValueError(
+        f"{name}: expected none with a {argument} that is loaded already, got "
+        f"{dict(options)!r:.80} with a {type(model).__name__}. Give {argument} as a path"
+    )
+
+
 def _shared(args: TrainingArguments) -> dict[str, Any]:
     """What every TrainingArguments has."""
     names = {f.name for f in fields(TrainingArguments) if f.init}
@@ -183,5 +233,10 @@ def _shared(args: TrainingArguments) -> dict[str, Any]:
 
 
 def _loaded(path: str, options: Mapping[str, Any]) -> Any:
+    if options.get("revision") is not None:
+        raise ValueError(
+            f"revision: expected none in the options of a model, got {options['revision']!r:.80}. "
+            "Download that revision, and give its folder"
+        )
     stored = StoredModel.at(path)
     return load_whole(stored.path, **options)
