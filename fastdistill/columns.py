@@ -64,15 +64,6 @@ def check_columns(example: Any) -> tuple[str, dict[str, Any]]:
     return form, columns
 
 
-def is_conversation(example: Any) -> bool:
-    """Whether a chat template renders the example."""
-    if not isinstance(example, Mapping) or example.get("input_ids") is not None:
-        return False
-    if example.get("messages") is not None:
-        return True
-    return example.get("prompt") is not None and not isinstance(example["prompt"], str)
-
-
 def check_text(name: str, value: Any) -> str:
     """Return a text; raises ValueError for another type and for what UTF-8 cannot hold."""
     if not isinstance(value, str):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LogitsProcessor, PreTrainedModel
 
+from ..chat import turn_end
 from ..checkpoint_gate import load_tokenizer
 from ..generation import ends_of, generate_rows, special_ids
 from ..heads import LMHead, evaluating, head_of, verify_head
@@ -22,6 +23,7 @@ from ..packing import RowReader, read_rows
 from ..primitive import linear_lse_gather
 from ..runtime.printable import printable
 from ..stored_model import StoredModel
+from ..tokenized import tokenize
 from .drawing import Draws
 from .prompts import Prompt, rendered
 
@@ -139,12 +141,24 @@ class Subject:
         return self.ids(prompt, completion)
 
     def _tokens(self, text: str, special: bool) -> list[int]:
-        ids = self.tokenizer(text, add_special_tokens=special).input_ids
-        end = [self.tokenizer.eos_token_id]
-        if special and ids[-1:] == end:
-            plain = self.tokenizer(text, add_special_tokens=False).input_ids
-            return ids if plain[-1:] == end else ids[:-1]  # some tokenizers end every text
-        return ids
+        read = tokenize(self.tokenizer, text, "prompt", (), special=special)
+        return [*read.before, *read.ids]  # without what some tokenizers put behind every text
+
+    def end_of(self, prompt: Prompt) -> int:
+        """The token with which an answer ends: that of a turn where a chat template renders the
+        prompt, else that of a text.
+
+        Raises:
+            ValueError: the tokenizer has none.
+        """
+        text_end = self.tokenizer.eos_token_id
+        if text_end is None:
+            raise ValueError(
+                "tokenizer: expected one with an end of text, which ends an answer, got none. Set "
+                "its eos_token"
+            )
+        end = None if prompt.text is not None else turn_end(self.tokenizer)
+        return int(text_end if end is None or end not in self.ends else end)
 
     def _beginning(self) -> int:
         for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
@@ -317,8 +331,8 @@ def special_ends(model: Any, tokenizer: Any) -> list[int]:
     if ordinary:
         words = ", ".join(printable(repr(tokenizer.decode([i]))) for i in ordinary[:5])
         logger.warning(
-            "generation_config.eos_token_id: expected special tokens of the tokenizer, got %d "
-            "others (%s), which end no answer here. Pass ends=… to a Subject of the loaded model "
+            "generation_config.eos_token_id and the end of a turn in the chat template: expected "
+            "special tokens of the tokenizer, got %d others (%s), which end no answer here. Pass ends=… to a Subject of the loaded model "
             "where they should",
             len(ordinary),
             words,

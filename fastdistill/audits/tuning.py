@@ -23,18 +23,14 @@ def nudged(
     """A copy after `steps` AdamW steps of cross-entropy on the texts, given their prompts.
 
     No trainer: every step is the whole set without dropout, so that neither batches nor seeds move
-    the result. Text of an answer is followed by the end of text, as in training.
+    the result. Text of an answer is followed by its end, as in training.
     """
-    if model.tokenizer.eos_token_id is None:
-        raise ValueError(
-            "tokenizer: expected one with an end of text, which ends an answer, got none. Set its "
-            "eos_token"
-        )
+    ends = [model.end_of(prompt) for prompt in prompts]
     other = copy.deepcopy(model.model).requires_grad_(True).eval()
     rows, begins = [], []
-    for prompt, text in zip(prompts, texts, strict=True):
+    for prompt, text, end in zip(prompts, texts, ends, strict=True):
         told, begin = model.answered(prompt, text)
-        rows.append([*told, model.tokenizer.eos_token_id])
+        rows.append([*told, end])
         begins.append(begin)
     ids = torch.zeros((len(rows), max(map(len, rows))), dtype=torch.long)
     labels = torch.full_like(ids, -100)

@@ -7,6 +7,7 @@ from typing import Any
 from ..backend import rank_and_world
 from ..cache import TeacherCache
 from ..cache.prepare import settings_for
+from ..columns import check_columns
 from ..examples import Encoder
 from ..json_lines import JsonLines
 from ..plan.shapes import config_of
@@ -80,8 +81,12 @@ def tell(found: dict[str, Any]) -> None:
 
 
 def _data(own: CacheBuild) -> JsonLines:
-    data = JsonLines(own.data)
-    if is_url(own.teacher) and own.tokenizer is None and "input_ids" not in data[0]:
+    data = JsonLines(own.data, check=check_columns)
+    if (
+        is_url(own.teacher)
+        and own.tokenizer is None
+        and any(line.get("input_ids") is None for line in data)
+    ):
         raise ValueError(
             "tokenizer: expected the teacher's, to read text for a server, got none. Pass "
             "--tokenizer, or lines with input_ids"

@@ -16,7 +16,8 @@ from rich.console import Console
 from transformers import PrinterCallback, TrainingArguments
 
 from ..cache import TeacherCache
-from ..examples import IGNORE_INDEX, Encoder
+from ..columns import check_columns
+from ..examples import Encoder
 from ..json_lines import JsonLines
 from ..plan.shapes import config_of
 from ..progress import Training
@@ -25,7 +26,7 @@ from ..run_series import has_diverged
 from ..runtime.printable import printable
 from ..training.checkpoints import last_finished
 from ..training.config import DistillConfig
-from ..training.data_checks import check_datasets, named, some_of
+from ..training.data_checks import Lengths, check_datasets, named
 from ..training.figures import in_short
 from ..training.offline import refuse_unanswered, refuse_unfit
 from ..training.run_files import read_run
@@ -163,14 +164,17 @@ def dry(own: Train, more: dict[str, Any]) -> dict[str, Any]:
         else:
             teacher.refuse_tokenizer(tokenizer)
             teacher.close()
-    rows = [encoder(example, at) for at, example in some_of(data)]
-    targets = sum(int((row.targets[1:] != IGNORE_INDEX).sum()) for row in rows)
+    lengths = {
+        name: _lengths(name, lines, encoder) for name, lines in named(data, held_out).items()
+    }
+    found = lengths["train_dataset"]
     return {
         "dry_run": True,
         "examples": len(data),
-        "tokens": round(sum(len(row.ids) for row in rows) / len(rows) * len(data)),
-        "targets": round(targets / len(rows) * len(data)),
-        "longest": max(len(row.ids) for row in rows),
+        "tokens": found.tokens,
+        "targets": found.targets,
+        "longest": found.longest if found.limit is None else min(found.longest, found.limit),
+        "cut": {name: part.in_words() for name, part in lengths.items() if part.rows},
         "steps": _steps(config, len(data)),
     }
 
@@ -179,8 +183,9 @@ def tell(found: dict[str, Any]) -> None:
     console = Console()
     if found.get("dry_run"):
         lines = [
-            f"{found['examples']:,} examples, about {found['tokens']:,} tokens, of which "
+            f"{found['examples']:,} examples, {found['tokens']:,} tokens, of which "
             f"{found['targets']:,} are targets; {found['steps']:,} steps.",
+            *(f"{name}: {cut}." for name, cut in found["cut"].items()),
             "Settings, data and tokenizers fit together. `fastdistill plan` says what memory it "
             "takes.",
         ]
@@ -218,8 +223,19 @@ def _fitted(more: dict[str, Any]) -> dict[str, Any]:
 
 
 def _data(own: Train) -> tuple[JsonLines, JsonLines | None]:
-    held_out = None if own.eval_data is None else JsonLines(own.eval_data, "eval_data")
-    return JsonLines(own.data), held_out
+    held_out = None
+    if own.eval_data is not None:
+        held_out = JsonLines(own.eval_data, "eval_data", check_columns)
+    return JsonLines(own.data, check=check_columns), held_out
+
+
+def _lengths(name: str, lines: JsonLines | None, encoder: Encoder) -> Lengths:
+    """Read every line as training would, so that none is refused later."""
+    lengths = Lengths(encoder.max_length)
+    for at in range(len(lines or ())):
+        assert lines is not None
+        lengths.add(encoder.whole(lines[at], at, name))
+    return lengths
 
 
 def _adapters(rank: int | None) -> Any:

@@ -28,7 +28,7 @@ class Lesson:
     Args:
         prompt: what the teacher reads. answer: what was answered.
         read: what the student reads in its place; None: the same.
-        chosen: of the answer's tokens and the end of text, which are targets; None: all.
+        chosen: of the answer's tokens and their end, which are targets; None: all.
     """
 
     prompt: Prompt
@@ -59,9 +59,9 @@ def row_of(lesson: Lesson, subject: Subject) -> dict[str, list[int]]:
 
 
 def encoded(prompt: Prompt, answer: str, subject: Subject) -> tuple[list[int], int]:
-    """(prompt, answer and end of text as token ids, where the answer begins)."""
+    """(prompt, answer and its end as token ids, where the answer begins)."""
     ids, begin = subject.answered(prompt, answer)
-    return [*ids, subject.tokenizer.eos_token_id], begin
+    return [*ids, subject.end_of(prompt)], begin
 
 
 def answered(pool: Sequence[Asked], teacher: Subject, *, seed: int, **how: Any) -> list[Lesson]:

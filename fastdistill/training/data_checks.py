@@ -57,9 +57,10 @@ def check_examples(name: str, dataset: Any, encoder: Encoder, *, prompts_only: b
     examples = [example for _, example in looked_at]
     whole = [encoder.whole(example, i, name) for i, example in looked_at]
     rows = [row.cut(encoder.max_length) for row in whole]
-    cut = Cut.of(whole, encoder.max_length)
-    if cut.rows:
-        cut.check(name, prompts_only=prompts_only)
+    lengths = Lengths(encoder.max_length)
+    for row in whole:
+        lengths.add(row)
+    lengths.check(name, prompts_only=prompts_only)
     if not prompts_only:
         _refuse_no_target(name, examples, rows)
     given = [
@@ -73,36 +74,33 @@ def check_examples(name: str, dataset: Any, encoder: Encoder, *, prompts_only: b
 
 
 @dataclass
-class Cut:
-    """What max_length takes away: of how many rows, and how many lose their targets or a part of
-    their prompt by it."""
+class Lengths:
+    """Counts of rows and tokens, and what max_length takes away: of how many rows, and how many
+    lose their targets or a part of their prompt by it."""
 
     limit: int | None
     seen: int = 0
-    rows: int = 0
+    tokens: int = 0  # that are left, as are targets
+    targets: int = 0
+    rows: int = 0  # that are cut
     longest: int = 0
     taught: int = 0  # rows that have targets, whole
     untaught: int = 0  # of these, rows that have none any more
     prompts: int = 0  # rows whose prompt is cut
     longest_prompt: int = 0
 
-    @classmethod
-    def of(cls, rows: Iterable[Row], limit: int | None) -> Cut:
-        cut = cls(limit)
-        for row in rows:
-            cut.add(row)
-        return cut
-
     def add(self, row: Row) -> None:
         """Count a row that is not cut yet."""
-        taught = has_target(row)
+        taught, left = has_target(row), row.cut(self.limit)
         self.seen += 1
+        self.tokens += len(left.ids)
+        self.targets += int((left.targets[1:] != IGNORE_INDEX).sum())
         self.taught += taught
         self.longest = max(self.longest, len(row.ids))
         if self.limit is None or len(row.ids) <= self.limit:
             return
         self.rows += 1
-        self.untaught += taught and not has_target(row.cut(self.limit))
+        self.untaught += taught and not has_target(left)
         prompt = row.prompt_length
         if prompt > self.limit and (prompt < len(row.ids) or not taught):  # not a text, all target
             self.prompts += 1
@@ -110,6 +108,8 @@ class Cut:
 
     def check(self, name: str, *, prompts_only: bool) -> None:
         """Refuse a limit that leaves nothing to learn, and warn of one that takes some."""
+        if not self.rows:
+            return
         lost = self.prompts == self.seen if prompts_only else self.untaught == self.taught > 0
         if lost:
             what = "a part of their prompts" if prompts_only else "all their targets"

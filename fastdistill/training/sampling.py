@@ -21,11 +21,11 @@ from transformers import LogitsProcessor
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
 
 from ..chat import turn_end
-from ..columns import is_conversation
 from ..data import padded
-from ..examples import IGNORE_INDEX, Row
+from ..examples import IGNORE_INDEX, Encoder, Row
 from ..generation import ends_of, generate_rows
 from .config import DistillConfig
+from .data_checks import some_of
 
 
 def uniform(*key: object) -> float:
@@ -177,13 +177,16 @@ def _refuse_too_long(model: Any, prompt: int, new: int) -> None:
         )
 
 
-def set_generation_ends(model: Any, tokenizer: Any, dataset: Any) -> None:
+def set_generation_ends(model: Any, encoder: Encoder, dataset: Any) -> None:
     """Let a student that learns from conversations end what it generates where its turns end.
 
     The saved model would otherwise go on behind its turn, where the end of a turn is another token
-    than the end of a text.
+    than the end of a text. Conversations are examples with that token, however they are written; a
+    stream, which a look would use up, is taken for one of them.
     """
-    settings = getattr(model, "generation_config", None)
-    if settings is None or turn_end(tokenizer) is None or not any(map(is_conversation, dataset)):
+    settings, end = getattr(model, "generation_config", None), turn_end(encoder.tokenizer)
+    if settings is None or end is None or dataset is None:
         return
-    settings.eos_token_id = ends_of(model, tokenizer)
+    rows = [encoder.whole(example, i, "train_dataset") for i, example in some_of(dataset)]
+    if not hasattr(dataset, "__len__") or any((row.ids == end).any() for row in rows):
+        settings.eos_token_id = ends_of(model, encoder.tokenizer)

@@ -28,7 +28,7 @@ from .admission import Given, admit
 from .arguments import check_metric, check_sampling
 from .asking import answers_here, ask
 from .config import DistillConfig
-from .data_checks import check_datasets, named, some_of
+from .data_checks import check_datasets, named
 from .figures import at_least_one, means, one_each, summarise
 from .model_card import write_card
 from .objective import Answers, Dense, Loss, Objective
@@ -119,8 +119,7 @@ class DistillTrainer(WholeCheckpoints):
         if args.check_data:
             sampled = args.lmbda == 1.0
             check_datasets(encoder, train_dataset, eval_dataset, prompts_only=sampled)
-        looked_at = [example for _, example in some_of(train_dataset)]
-        set_generation_ends(without_adapters(student), processing_class, looked_at)
+        set_generation_ends(without_adapters(student), encoder, train_dataset)
         self._run_log = RunLog()
         with compiled_by_us(args):
             super().__init__(
