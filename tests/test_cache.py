@@ -96,6 +96,9 @@ def test_text_needs_the_tokenizer_and_remembers_it(tmp_path, tokenizer):
     ids = tokenizer(texts[0]["text"])["input_ids"] + [tokenizer.eos_token_id]
     assert cache.has(torch.tensor(ids))
     assert not cache.has(torch.tensor(ids[:-1]))
+    assert ids in cache
+    assert torch.tensor(ids) in cache
+    assert all(other not in cache for other in (ids[:-1], "text", 7, None, [0.5], [ids]))
     TeacherCache(cache.path, tokenizer=tokenizer)
     other = AutoTokenizer.from_pretrained(SHIPPED)
     other.add_tokens(["<new>"])

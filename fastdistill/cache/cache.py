@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from .. import checks
@@ -251,9 +252,24 @@ class TeacherCache:
             f"{temperature:g})"
         )
 
+    def __contains__(self, input_ids: object) -> bool:
+        """Return whether a row is among those that it was built from.
+
+        Args:
+            input_ids: int tensor [T], or a list of token ids; anything else is no row.
+
+        >>> [1, 5, 9] in cache
+        """
+        try:
+            tokens = torch.as_tensor(input_ids)
+        except (TypeError, ValueError, RuntimeError):
+            return False
+        whole = tokens.dim() == 1 and not (tokens.is_floating_point() or tokens.is_complex())
+        return whole and self._reader.has(tokens.cpu().long())
+
     def has(self, input_ids: Tensor) -> bool:
-        """Whether a row (T,) is among those it was built from."""
-        return self._reader.has(input_ids.cpu().long())
+        """Return whether a row [T] is among those that it was built from: `input_ids in cache`."""
+        return input_ids in self
 
     def answered(self, input_ids: Tensor) -> Tensor:
         """Which positions of a row (T,) have an answer, bool (T,); none of a row that it does not
