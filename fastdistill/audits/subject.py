@@ -332,8 +332,8 @@ def special_ends(model: Any, tokenizer: Any) -> list[int]:
         words = ", ".join(printable(repr(tokenizer.decode([i]))) for i in ordinary[:5])
         logger.warning(
             "generation_config.eos_token_id and the end of a turn in the chat template: expected "
-            "special tokens of the tokenizer, got %d others (%s), which end no answer here. Pass ends=… to a Subject of the loaded model "
-            "where they should",
+            "special tokens of the tokenizer, got %d others (%s), which end no answer here. Pass "
+            "ends=… to a Subject of the loaded model where they should",
             len(ordinary),
             words,
         )
