@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .examples import IGNORE_INDEX, Encoder, Row
+from .positions import RowLimit, attended_length
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,13 +32,21 @@ class DistillCollator:
     prompts: bool = False
     # What else belongs to a batch: the answers of a teacher that lie on disk.
     more: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
+    # The longest rows that student and teacher read.
+    limits: tuple[RowLimit, ...] = ()
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         rows = [
             attended_first(self.encoder(example, index, "its batch"))
             for index, example in enumerate(examples)
         ]
-        batch = padded(rows, self.pad_id, self.pad_to_multiple_of, prompts=self.prompts)
+        for index, row in enumerate(rows):
+            for limit in self.limits:
+                limit.check(attended_length(row), "input_ids", index)
+        widest = min((limit.tokens for limit in self.limits), default=None)
+        batch = padded(
+            rows, self.pad_id, self.pad_to_multiple_of, prompts=self.prompts, widest=widest
+        )
         return batch if self.more is None else batch | self.more(batch)
 
 
@@ -50,15 +59,24 @@ def attended_first(row: Row) -> Row:
 
 
 def padded(
-    rows: Sequence[Row], pad_id: int, multiple_of: int | None = None, *, prompts: bool = False
+    rows: Sequence[Row],
+    pad_id: int,
+    multiple_of: int | None = None,
+    *,
+    prompts: bool = False,
+    widest: int | None = None,
 ) -> dict[str, Tensor]:
     """input_ids, attention_mask and labels, int64 [B, T]; −100 wherever no token is predicted.
 
     With `prompts` also prompt_mask: 1 for the tokens that a student which samples continues from.
+    `widest`: padding beyond it is cut off, since a model reads no more positions.
     """
     length = max(len(row.ids) for row in rows)
     if multiple_of:
         length = -(-length // multiple_of) * multiple_of
+    if widest is not None and length > widest:
+        length = widest
+        rows = [row.cut(widest) for row in rows]
     device = rows[0].ids.device
     input_ids = torch.full((len(rows), length), pad_id, device=device)
     labels = torch.full((len(rows), length), IGNORE_INDEX, device=device)

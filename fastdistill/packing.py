@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from . import checks
 from .heads import evaluating, head_of, hidden_states
+from .positions import RowLimit, row_limit
 
 CPU_TOKENS = 4096
 GPU_TOKENS = (1024, 16384)  # fewer leaves a GPU idle, more gains nothing
@@ -95,7 +96,8 @@ def read_rows(input_ids: Any, attention_mask: Any, vocab: int) -> Rows:
 class RowReader:
     """Runs the rows of a batch through `model`, at most about `tokens_per_batch` tokens at a time.
 
-    Whether the model may be packed is decided here, by `can_pack`.
+    Whether the model may be packed is decided here, by `can_pack`, and how long a row may be, by
+    `row_limit`.
 
     Raises:
         ValueError: the model is not causal; tokens_per_batch is no positive integer.
@@ -109,9 +111,9 @@ class RowReader:
         self.model = model
         self.tokens_per_batch = tokens_per_batch
         self.packs = can_pack(model)
-        config = _text_config(model)
-        self._hidden_size = int(getattr(config, "hidden_size", 0))
-        self._alone_above = _rope_limit(config)
+        self.row_limit: RowLimit | None = row_limit("model", model)
+        self._hidden_size = int(getattr(_text_config(model), "hidden_size", 0))
+        self._alone_above = rope_limit(model)
 
     @property
     def vocab(self) -> int:
@@ -133,7 +135,12 @@ class RowReader:
         return min(max(fits, GPU_TOKENS[0]), GPU_TOKENS[1])
 
     def read(self, rows: Rows) -> Iterator[tuple[Tensor, Tensor]]:
-        """(positions in the flattened batch (n,), hidden states there (n, H)), group by group."""
+        """(positions in the flattened batch (n,), hidden states there (n, H)), group by group.
+
+        Raises ValueError for a row longer than the model reads, before anything runs."""
+        if self.row_limit is not None:
+            for index, length in enumerate(rows.lengths):
+                self.row_limit.check(length, "input_ids", index)
         varlen = self.packs and _is_varlen(self.model)
         starts = torch.tensor([0, *rows.lengths]).cumsum(0).tolist()
         for group in groups(rows.lengths, self.budget, varlen, self._alone_above):
@@ -263,9 +270,10 @@ def _is_varlen(model: nn.Module) -> bool:
     return "flash" in str(attention)
 
 
-def _rope_limit(config: Any) -> float:
+def rope_limit(model: nn.Module) -> float:
     """The length from which rotary frequencies depend on the longest row of a batch, if they do:
     beyond it rows run alone, so that no row's answers depend on another's length."""
+    config = _text_config(model)
     rope = getattr(config, "rope_parameters", None) or {}
     nested = [r for r in rope.values() if isinstance(r, dict)] or [rope]
     limits = [

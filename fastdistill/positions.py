@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,10 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from . import checks
 from .heads import evaluating, generation_settings, is_partitioned
+from .parallel import is_dtensor
+
+if TYPE_CHECKING:
+    from .examples import Encoder, Row
 
 # Where configurations state a length; the first stands for n_positions and context_length, too.
 _STATED = ("max_position_embeddings", "max_seq_len", "max_sequence_length")
@@ -55,6 +59,33 @@ class RowLimit:
         )
 
 
+def attended_length(row: Row) -> int:
+    """Tokens of a row without its padding."""
+    return int((row.attended != 0).sum())
+
+
+def check_row_lengths(
+    name: str, dataset: Any, encoder: Encoder, limits: Sequence[RowLimit | None]
+) -> None:
+    """Raise ValueError for the first example of a dataset that is longer than one of the limits.
+
+    Every example is read: a single one that is too long would stop a run somewhere in its middle.
+    Where the encoder's max_length is within the limits nothing can be too long, and nothing is
+    read. A stream has no length and is left to the collator, which checks its batches.
+    """
+    shortest = shortest_of(limits)
+    if shortest is None or dataset is None or not hasattr(dataset, "__len__"):
+        return
+    if encoder.max_length is not None and encoder.max_length <= shortest.tokens:
+        return
+    for index in range(len(dataset)):
+        shortest.check(attended_length(encoder(dataset[index], index)), name, index)
+
+
+def shortest_of(limits: Sequence[RowLimit | None]) -> RowLimit | None:
+    return min((x for x in limits if x is not None), key=lambda x: x.tokens, default=None)
+
+
 def row_limit(role: str, model: nn.Module) -> RowLimit | None:
     """The longest row of `model`, which errors call by its role; None where nothing limits it.
 
@@ -63,7 +94,8 @@ def row_limit(role: str, model: nn.Module) -> RowLimit | None:
     the model would read on and answer worse and worse, without a word.
     """
     reader = f"the {role} ({type(model).__name__})"
-    table = None if is_partitioned(model) else _table_of_positions(model)
+    whole = not is_partitioned(model) and not any(p.is_meta for p in model.parameters())
+    table = _table_of_positions(model) if whole else None
     if table is not None:
         return RowLimit(tokens=table, reader=reader)
     config: Any = getattr(model, "config", None)
@@ -100,6 +132,8 @@ class _Tables(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.embedding.default:
             weight, indices = args[0], args[1]
+            if is_dtensor(indices):
+                indices = indices.to_local()
             if indices.dim() and indices.shape[-1] == _TRIAL and indices.device.type != "meta":
                 row = indices.reshape(-1, _TRIAL)[0].tolist()
                 if all(b - a == 1 for a, b in pairwise(row)):

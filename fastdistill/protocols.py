@@ -1,8 +1,9 @@
 """What the trainer asks of a teacher, whatever it is: a model here, a cache on disk, a server.
 
-A teacher may also have `tokenizer`, which proves that ids mean the same on both sides, and
-`vocab_size`, the columns of its head: where they are missing, nothing is compared. All answers
-have to be a distribution (see answer_checks.py).
+A teacher may also have `tokenizer`, which proves that ids mean the same on both sides,
+`vocab_size`, the columns of its head, and `row_limit`, the longest row that it reads (a RowLimit of
+positions.py): where they are missing, nothing is compared. All answers have to be a distribution
+(see answer_checks.py).
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from .fidelity import FidelityReport, measure
 from .heads import LMHead, head_of, verify_head
 from .outputs import TopK
 from .packing import RowReader, read_rows
+from .positions import RowLimit
 from .primitive import linear_topk
 from .quant.formats import SCHEMES
 from .quant.ops import COMPUTE
@@ -62,6 +64,8 @@ class Teacher:
                 "teacher: expected a causal language model, or the path of one, "
                 f"got {type(model).__name__}"
             )
+        # A student that shares them would stand still: compared when a trainer is built.
+        self.frozen = tuple(p for p in model.parameters() if p.requires_grad)
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.impl = impl
@@ -79,6 +83,14 @@ class Teacher:
     def vocab_size(self) -> int:
         """Columns of the output head, padding included."""
         return self.head.weight.shape[0]
+
+    @property
+    def row_limit(self) -> RowLimit | None:
+        """The longest row that it reads; None where nothing limits it."""
+        limit = self.reader.row_limit
+        if limit is None:
+            return None
+        return replace(limit, reader=limit.reader.replace("the model", "the teacher", 1))
 
     def to(self, device: torch.device | str) -> Teacher:
         self.model.to(device)
@@ -219,8 +231,10 @@ def load_teacher(
     if quant is not None:
         checks.choice("quant", quant, SCHEMES)
     checks.choice("compute", compute, COMPUTE)
-    source = None
+    source, trainable = None, []
     if isinstance(path_or_model, nn.Module):
+        # Weakly: quantising frees the weights that it replaces.
+        trainable = [weakref.ref(p) for p in path_or_model.parameters() if p.requires_grad]
         model = _from_model(path_or_model, quant, compute, device, dtype, attn_implementation)
     elif isinstance(path_or_model, (str, Path)):
         source = StoredModel.at(path_or_model, dtype, attn_implementation)
@@ -234,6 +248,10 @@ def load_teacher(
         )
     teacher = Teacher(model, tokenizer=tokenizer, impl=impl, tokens_per_batch=tokens_per_batch)
     teacher.quant, teacher.source = quant, source
+    if trainable:
+        remaining = {id(p) for p in teacher.model.parameters()}
+        alive = [p for p in (ref() for ref in trainable) if p is not None]
+        teacher.frozen = tuple(p for p in alive if id(p) in remaining)
     return teacher
 
 

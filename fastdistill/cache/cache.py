@@ -14,6 +14,7 @@ from .. import checks
 from ..examples import Encoder
 from ..fingerprint import tokenizer_fingerprint
 from ..outputs import TopK
+from ..positions import check_row_lengths
 from ..teacher import load_teacher
 from . import verification
 from .build import build
@@ -125,6 +126,8 @@ class TeacherCache:
         )  # fmt: skip
         if not (isinstance(rank, int) and isinstance(world, int) and 0 <= rank < world):
             checks.fail("rank, world", "0 ≤ rank < world", f"{rank!r}, {world!r}")
+        limit = getattr(teacher, "row_limit", None)
+        check_row_lengths("dataset", dataset, encoder, [limit])
         manifest = build(
             Path(path),
             settings,

@@ -15,6 +15,7 @@ from ..fingerprint import refuse_different_tokenizers
 from ..heads import rows_of_head
 from ..protocols import DenseTeacher, TopKTeacher
 from ..served import ServedTeacher
+from ..shared_storage import models_in, shared_parameters
 from ..teacher import Teacher
 from .config import DistillConfig
 from .offline import refuse_unfit
@@ -56,8 +57,7 @@ def admit(
                 f"lmbda={config.lmbda:g}"
             )
         return None
-    if _same(teacher, student):
-        raise ValueError("teacher: expected another model, got the student itself")
+    check_own_weights(teacher, student)
     loadable = isinstance(teacher, (nn.Module, str, Path))
     if loadable and not isinstance(teacher, (TopKTeacher, DenseTeacher)):
         teacher = Teacher(teacher, impl=config.impl)
@@ -80,9 +80,28 @@ def admit(
     return Admitted(teacher, vocab)
 
 
-def _same(teacher: Any, student: nn.Module) -> bool:
-    model = teacher.model if isinstance(teacher, Teacher) else teacher
-    return model is student
+def check_own_weights(teacher: Any, student: nn.Module) -> None:
+    """Raise ValueError where the student trains, or would train had the teacher not frozen it, a
+    weight in the teacher's memory: the teacher would move with it, or the student stand still.
+
+    Weights that are shared and frozen by the caller's own will are no harm.
+    """
+    models, frozen = models_in(teacher)
+    froze = {id(p) for p in frozen}
+    trained = {name for name, p in student.named_parameters() if p.requires_grad or id(p) in froze}
+    shared = [name for name in shared_parameters(student, models) if name in trained]
+    if not shared:
+        return
+    if len(shared) == len(trained):
+        what = f"the student itself ({len(shared)} shared weights, first: {shared[0]})"
+    else:
+        some = ", ".join(shared[:8]) + (", …" if len(shared) > 8 else "")
+        what = f"one that shares {len(shared)} of the student's {len(trained)} weights: {some}"
+    raise ValueError(
+        f"teacher: expected another model, got {what}. What trains the one would change or freeze "
+        "the other: build the student from copies (copy.deepcopy), load the teacher a second time, "
+        "or freeze in the student what shall stay as it is before the teacher is made"
+    )
 
 
 def _refuse_unfit(teacher: Any, config: DistillConfig) -> None:

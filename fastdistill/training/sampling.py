@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from ..chat import turn_end
 from ..data import padded
 from ..examples import IGNORE_INDEX, Encoder, Row
 from ..generation import ends_of, generate_rows
+from ..positions import RowLimit, shortest_of
 from .config import DistillConfig
 from .data_checks import some_of
 
@@ -95,6 +96,7 @@ def sample(
     ends: list[int],
     vocab: int | None,
     synced: bool,
+    limits: Sequence[RowLimit] = (),
 ) -> dict[str, Tensor]:
     """A batch of the same prompts with completions of the student's own as targets.
 
@@ -102,13 +104,15 @@ def sample(
         model: the transformers model of the student, unwrapped. ends: ids that end a completion.
         vocab: ids from here on are padding of the student's head and are never drawn.
         synced: other processes generate at the same time and must take as many steps.
+        limits: the longest rows that student and teacher read.
 
     Raises:
-        ValueError: a prompt and max_new_tokens do not fit the model's positions.
+        ValueError: a prompt and max_new_tokens are longer than one of the limits.
     """
     device = batch["input_ids"].device
     prompts = prompts_of(batch)
-    _refuse_too_long(model, max(map(len, prompts)), config.max_new_tokens)
+    if (limit := shortest_of(limits)) is not None:
+        check_new_tokens(limit, max(map(len, prompts)), config.max_new_tokens)
     keys = _keys(config, step, prompts)
 
     def chosen(rows: list[int], width: int) -> list[LogitsProcessor]:
@@ -166,14 +170,13 @@ def _row(prompt: Tensor, completion: Tensor) -> Row:
     return Row(ids, targets, torch.ones_like(ids))
 
 
-def _refuse_too_long(model: Any, prompt: int, new: int) -> None:
-    config: Any = model.config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit is not None and prompt + new > limit:
+def check_new_tokens(limit: RowLimit, prompt: int, new: int, where: str = "") -> None:
+    """Raise ValueError where a prompt and its completion are more tokens than `limit`."""
+    if prompt + new > limit.tokens:
         raise ValueError(
-            f"max_new_tokens: expected at most {limit - prompt} behind a prompt of {prompt} tokens "
-            f"(the model has {limit} positions), got {new}. Shorten it, or the examples by "
-            "max_length"
+            f"max_new_tokens: expected at most {limit.tokens - prompt} behind a prompt of {prompt} "
+            f"tokens{where}, since {limit.reader} reads {limit.tokens}, got {new}. Shorten it, or "
+            "the examples by max_length"
         )
 
 

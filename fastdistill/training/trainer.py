@@ -30,6 +30,7 @@ from .asking import answers_here, ask
 from .config import DistillConfig
 from .data_checks import check_datasets, named
 from .figures import at_least_one, means, one_each, summarise
+from .lengths import check_lengths, row_limits
 from .model_card import write_card
 from .objective import Answers, Dense, Loss, Objective
 from .offline import in_workers, opened, refuse_unanswered
@@ -107,8 +108,6 @@ class DistillTrainer(WholeCheckpoints):
             )
         if loss is not None and not callable(loss):
             raise TypeError(f"loss: expected a function or None, got {type(loss).__name__}")
-        if teacher is not None and teacher is model:
-            raise ValueError("teacher: expected another model, got the student itself")
         student = prepare(model, args, peft_config)
         encoder = Encoder(
             tokenizer=processing_class,
@@ -157,8 +156,11 @@ class DistillTrainer(WholeCheckpoints):
         check_sampling(args, train_dataset)
         check_metric(args, eval_dataset, has_teacher=teacher is not None)
         self.teacher = self._run_log.teacher = None if admitted is None else admitted.teacher
+        limits = row_limits(self.model, self.teacher, args)
+        self.data_collator = replace(self.data_collator, limits=limits)
         if args.check_data:
             refuse_unanswered(teacher, encoder, named(train_dataset, eval_dataset))
+            check_lengths(named(train_dataset, eval_dataset), encoder, limits, args)
         self._valid_vocab = None if admitted is None else admitted.valid_vocab
         self._vocab = self._valid_vocab or rows_of_head(self.model) if admitted else 0
         self._monitor = AnswerMonitor()
@@ -185,6 +187,7 @@ class DistillTrainer(WholeCheckpoints):
                 "pad_id": self.data_collator.pad_id,
                 "ends": ends_of(model, self.processing_class),
                 "vocab": self._valid_vocab,
+                "limits": self.data_collator.limits,
                 "synced": self.is_fsdp_enabled or self.is_deepspeed_enabled,
             }
             with self.compute_loss_context_manager():
