@@ -24,7 +24,7 @@ from ..chat import turn_end
 from ..data import padded
 from ..examples import IGNORE_INDEX, Encoder, Row
 from ..generation import ends_of, generate_rows
-from ..positions import RowLimit, shortest_of
+from ..positions import RowLimit, row_limit, shortest_of
 from .config import DistillConfig
 from .data_checks import some_of
 
@@ -96,7 +96,7 @@ def sample(
     ends: list[int],
     vocab: int | None,
     synced: bool,
-    limits: Sequence[RowLimit] = (),
+    limits: Sequence[RowLimit] | None = None,
 ) -> dict[str, Tensor]:
     """A batch of the same prompts with completions of the student's own as targets.
 
@@ -104,14 +104,15 @@ def sample(
         model: the transformers model of the student, unwrapped. ends: ids that end a completion.
         vocab: ids from here on are padding of the student's head and are never drawn.
         synced: other processes generate at the same time and must take as many steps.
-        limits: the longest rows that student and teacher read.
+        limits: the longest rows that student and teacher read; None measures the student's.
 
     Raises:
         ValueError: a prompt and max_new_tokens are longer than one of the limits.
     """
     device = batch["input_ids"].device
     prompts = prompts_of(batch)
-    if (limit := shortest_of(limits)) is not None:
+    read = [row_limit("student", model)] if limits is None else limits
+    if (limit := shortest_of(read)) is not None:
         check_new_tokens(limit, max(map(len, prompts)), config.max_new_tokens)
     keys = _keys(config, step, prompts)
 
