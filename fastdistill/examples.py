@@ -95,7 +95,10 @@ class Encoder:
         try:
             form, columns = check_columns(example)
             if form == "input_ids":
-                return self._from_ids(columns)
+                row = _from_ids(columns)
+                if "attention_mask" not in columns:
+                    self._refuse_padding(row.ids, row.targets)
+                return row
             return self._from_text(form, columns)
         except (ValueError, TypeError) as error:
             place = getattr(example, "source", None)
@@ -167,29 +170,6 @@ class Encoder:
         end: int | None = getattr(self.tokenizer, "eos_token_id", None)
         return end
 
-    def _from_ids(self, columns: Mapping[str, Any]) -> Row:
-        ids = check_integers("input_ids", columns["input_ids"])
-        if (ids < 0).any():
-            fail("input_ids", "token ids of 0 or more", int(ids.min()))
-        attended = torch.ones_like(ids)
-        if "attention_mask" in columns:
-            attended = check_mask("attention_mask", columns["attention_mask"], ids)
-            if not attended.any():
-                fail("attention_mask", "1 for at least one token", f"0 for all {len(ids)}")
-        targets = ids.clone()
-        if "labels" in columns:
-            targets = check_integers("labels", columns["labels"], ids)
-            if ((targets < 0) & (targets != IGNORE_INDEX)).any():
-                fail("labels", f"token ids of 0 or more, or {IGNORE_INDEX}", int(targets.min()))
-        for name in MASKS:
-            if name in columns:
-                chosen = check_mask(name, columns[name], ids)
-                targets = torch.where(chosen != 0, targets, IGNORE_INDEX)
-        check_positions(columns, ids, attended)
-        if "attention_mask" not in columns:
-            self._refuse_padding(ids, targets)
-        return Row(ids, torch.where(attended != 0, targets, IGNORE_INDEX), attended)
-
     def _refuse_padding(self, ids: Tensor, targets: Tensor) -> None:
         """Padding of a row without attention_mask that would be read or learned.
 
@@ -213,3 +193,32 @@ class Encoder:
                  f"{'beginning' if left else 'end'} of the row and no attention_mask",
                  "pass attention_mask, as the tokenizer returns it, or leave the padding to the "
                  "trainer; where the token is part of the text a mask of ones says so")  # fmt: skip
+
+
+def check_example(example: Any) -> None:
+    """Raise ValueError or TypeError for an example that no tokenizer could read."""
+    form, columns = check_columns(example)
+    if form == "input_ids":
+        _from_ids(columns)
+
+
+def _from_ids(columns: Mapping[str, Any]) -> Row:
+    ids = check_integers("input_ids", columns["input_ids"])
+    if (ids < 0).any():
+        fail("input_ids", "token ids of 0 or more", int(ids.min()))
+    attended = torch.ones_like(ids)
+    if "attention_mask" in columns:
+        attended = check_mask("attention_mask", columns["attention_mask"], ids)
+        if not attended.any():
+            fail("attention_mask", "1 for at least one token", f"0 for all {len(ids)}")
+    targets = ids.clone()
+    if "labels" in columns:
+        targets = check_integers("labels", columns["labels"], ids)
+        if ((targets < 0) & (targets != IGNORE_INDEX)).any():
+            fail("labels", f"token ids of 0 or more, or {IGNORE_INDEX}", int(targets.min()))
+    for name in MASKS:
+        if name in columns:
+            chosen = check_mask(name, columns[name], ids)
+            targets = torch.where(chosen != 0, targets, IGNORE_INDEX)
+    check_positions(columns, ids, attended)
+    return Row(ids, torch.where(attended != 0, targets, IGNORE_INDEX), attended)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 
 import pytest
+from test_examples import tokenizer
 
+from fastdistill.examples import Encoder, check_example
 from fastdistill.json_lines import JsonLines
 
 
@@ -44,3 +47,61 @@ def test_a_line_further_down(tmp_path):
         JsonLines(written(tmp_path, data), "eval_data")
     with pytest.raises(ValueError, match="data: expected a file"):
         JsonLines(tmp_path / "none.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (b'{"text": "cut \\ud83d"}', "to hold texts, got half of a surrogate pair"),
+        (b'{"prompt": "a", "completion": "\\uDC00"}', "to hold texts, got half of a surrogate"),
+        (b'{"messages": [{"role": "user", "content": "\\ud83d!"}]}', "to hold texts, got half"),
+        (b'{"\\ud83d": 1}', "to hold texts, got half"),
+        (b"[" * 100_000, "to be JSON, got .*nested too deeply"),
+        (b'{"text": "\xff"}', "to be JSON, got"),
+        (b'{"text": "a"', "to be JSON, got"),
+        (b"null", "to be a JSON object, got null"),
+    ],
+)
+def test_lines_are_looked_at_when_the_file_is_opened(tmp_path, line, words):
+    file = written(tmp_path, b'{"text": "a"}\n' * 99 + line + b'\n{"text": "b"}\n')
+    with pytest.raises(ValueError, match=rf"data: expected line 100 of .*d\.jsonl {words}"):
+        JsonLines(file)
+
+
+def test_whole_pairs_and_escapes_are_texts(tmp_path):
+    lines = JsonLines(written(tmp_path, b'{"text": "\\ud83d\\ude00"}\n{"text": "\\\\ud83d"}\n'))
+    assert [line["text"] for line in lines] == ["\U0001f600", "\\ud83d"]
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ({"text": 5}, "text: expected a text, got int 5"),
+        ({"text": None}, "expected dicts with"),
+        ({"input_ids": {"0": 1}}, "input_ids: expected a list of integers, got dict"),
+        ({"input_ids": "abc"}, "input_ids: expected a list of integers, got str"),
+        ({"input_ids": [5, 6], "position_ids": [0, 0]}, "position_ids: expected 0, 1, 2"),
+        ({"text": "a", "images": [[1, 2]]}, "images: expected only columns that are read"),
+        ({"messages": "hello"}, "messages: expected a list of messages"),
+    ],
+)
+def test_examples_of_the_wrong_type_are_named_with_file_and_line(tmp_path, line, words):
+    data = b'{"text": "a"}\n\n' + json.dumps(line).encode() + b"\n"
+    file = written(tmp_path, data)
+    with pytest.raises(ValueError, match=rf"eval_data: .*{words}.*\(line 3 of .*d\.jsonl\)"):
+        JsonLines(file, "eval_data", check_example)
+    with pytest.raises((ValueError, TypeError), match=rf"{words}.*\(line 3 of .*d\.jsonl\)"):
+        Encoder(tokenizer=tokenizer())(JsonLines(file)[1])
+
+
+def test_what_a_tokenizer_says_names_file_and_line(tmp_path):
+    class Broken:
+        def __call__(self, text, **options):
+            raise RuntimeError("no")
+
+    lines = JsonLines(written(tmp_path, b'{"text": "a"}\n{"text": "b"}\n'))
+    copies = pickle.loads(pickle.dumps([lines[0], lines[1]]))  # as a worker gets them
+    with pytest.raises(
+        ValueError, match=r"text: expected .* RuntimeError: no \(line 2 of .*d.jsonl"
+    ):
+        Encoder(tokenizer=Broken())(copies[1])

@@ -7,8 +7,7 @@ from typing import Any
 from ..backend import rank_and_world
 from ..cache import TeacherCache
 from ..cache.prepare import settings_for
-from ..columns import check_columns
-from ..examples import Encoder
+from ..examples import Encoder, check_example
 from ..json_lines import JsonLines
 from ..plan.shapes import config_of
 from ..served import is_url
@@ -81,7 +80,7 @@ def tell(found: dict[str, Any]) -> None:
 
 
 def _data(own: CacheBuild) -> JsonLines:
-    data = JsonLines(own.data, check=check_columns)
+    data = JsonLines(own.data, check=check_example)
     if (
         is_url(own.teacher)
         and own.tokenizer is None

@@ -16,8 +16,7 @@ from rich.console import Console
 from transformers import PrinterCallback, TrainingArguments
 
 from ..cache import TeacherCache
-from ..columns import check_columns
-from ..examples import Encoder
+from ..examples import Encoder, check_example
 from ..json_lines import JsonLines
 from ..plan.shapes import config_of
 from ..progress import Training
@@ -225,8 +224,8 @@ def _fitted(more: dict[str, Any]) -> dict[str, Any]:
 def _data(own: Train) -> tuple[JsonLines, JsonLines | None]:
     held_out = None
     if own.eval_data is not None:
-        held_out = JsonLines(own.eval_data, "eval_data", check_columns)
-    return JsonLines(own.data, check=check_columns), held_out
+        held_out = JsonLines(own.eval_data, "eval_data", check_example)
+    return JsonLines(own.data, check=check_example), held_out
 
 
 def _lengths(name: str, lines: JsonLines | None, encoder: Encoder) -> Lengths:
