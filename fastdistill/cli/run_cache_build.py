@@ -10,7 +10,8 @@ from ..cache.prepare import settings_for
 from ..examples import Encoder, check_example
 from ..json_lines import JsonLines
 from ..plan.shapes import config_of
-from ..served import is_url
+from ..positions import check_row_lengths
+from ..served import ServedTeacher, is_url
 from .opening import device, elsewhere, quiet, running, teacher_of, tokenizer_of
 from .printing import say
 from .run_cache import figures, show
@@ -61,6 +62,11 @@ def dry(own: CacheBuild, more: dict[str, Any]) -> dict[str, Any]:
         teacher, data, encoder, vocab=vocab, k=own.k, temperatures=own.temperatures,
         targets=own.targets, positions=own.positions, seed=own.seed, shard_mb=own.shard_mb,
     )  # fmt: skip
+    if isinstance(teacher, ServedTeacher):
+        check_row_lengths("dataset", data, encoder, [teacher.row_limit])
+        for temperature in own.temperatures:
+            teacher.check(k=own.k, temperature=temperature)
+        teacher.close()
     size = bytes_per_row * settings.rows
     return {
         "dry_run": True,

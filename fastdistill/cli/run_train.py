@@ -19,6 +19,7 @@ from ..cache import TeacherCache
 from ..examples import Encoder, check_example
 from ..json_lines import JsonLines
 from ..plan.shapes import config_of
+from ..positions import check_row_lengths
 from ..progress import Training
 from ..run_report import write_run_report
 from ..run_series import has_diverged
@@ -162,6 +163,10 @@ def dry(own: Train, more: dict[str, Any]) -> dict[str, Any]:
             refuse_unanswered(teacher, encoder, named(data, held_out))
         else:
             teacher.refuse_tokenizer(tokenizer)
+            for name, dataset in named(data, held_out).items():
+                check_row_lengths(name, dataset, encoder, [teacher.row_limit])
+            if config.k is not None:
+                teacher.check(k=config.k, temperature=config.temperature)
             teacher.close()
     lengths = {
         name: _lengths(name, lines, encoder) for name, lines in named(data, held_out).items()

@@ -150,6 +150,14 @@ class ServedTeacher:
         """Tokens of the longest row that the server answers; None where it does not say."""
         return None if self.row_limit is None else self.row_limit.tokens
 
+    def check(self, *, k: int, temperature: float) -> None:
+        """Raise ValueError where the server does not answer with that k or temperature; asks it
+        about one short row."""
+        limit = self.max_row_length
+        row = _FIRST if limit is None else _FIRST[:limit]
+        if row:
+            self.topk(torch.tensor([row]), k=k, temperature=temperature)
+
     def close(self) -> None:
         """Close its connections; the next question opens them again."""
         self._http.close()
