@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .chat import encode_conversation, render
+from .chat import encode_conversation, render, turn_end
 from .checks import fail
 from .columns import MASKS, check_columns, check_integers, check_mask, check_positions
-from .tokenized import tokenize, tokenize_pair
+from .tokenized import close, tokenize, tokenize_pair
 
 IGNORE_INDEX = -100
 _SPECIAL = ("eos", "bos", "unk", "cls", "sep")  # tokens that mean something else than padding
@@ -36,8 +36,15 @@ class Row(NamedTuple):
     prompt: int | None = None
 
     def cut(self, length: int | None) -> Row:
-        """Return the first `length` tokens."""
-        prompt = self.prompt if self.prompt is None or length is None else min(self.prompt, length)
+        """Return the row up to its attended token number `length`; padding counts for nothing."""
+        attended = self.attended.nonzero()[:, 0].tolist()
+        if length is None or len(attended) <= length:
+            return self
+        return self.slots(attended[length])
+
+    def slots(self, length: int) -> Row:
+        """Return the first `length` tokens, attended or not."""
+        prompt = self.prompt if self.prompt is None else min(self.prompt, length)
         return Row(self.ids[:length], self.targets[:length], self.attended[:length], prompt)
 
     @property
@@ -120,7 +127,7 @@ class Encoder:
             ids, targets = self._completion(columns["prompt"], columns.get("completion"), rendering)
         else:
             read = tokenize(self.tokenizer, columns["text"], "text", (), special=True)
-            ids = [*read.before, *read.closed(self._end)]
+            ids = [*read.before, *close(self.tokenizer, read, self._ends)]
             targets = [True] * len(ids)
         if not ids:
             raise ValueError(f"{form}: expected at least one token, got an empty text")
@@ -154,7 +161,8 @@ class Encoder:
             read = tokenize(self.tokenizer, prompt, "prompt", (), special=True)
             return [*read.before, *read.ids], [False] * (len(read.before) + len(read.ids))
         read = tokenize_pair(self.tokenizer, prompt, completion)
-        closed = read.closed(self._end)
+        # An empty completion is an end, whatever the prompt ends with.
+        closed = close(self.tokenizer, read, self._ends if completion else None)
         ends = [True] * (len(closed) - len(read.ids))
         return [*read.before, *closed], [False] * len(read.before) + read.inside + ends
 
@@ -166,9 +174,9 @@ class Encoder:
         return ids, [False] * len(ids)
 
     @property
-    def _end(self) -> int | None:
-        end: int | None = getattr(self.tokenizer, "eos_token_id", None)
-        return end
+    def _ends(self) -> list[int]:
+        ends = (getattr(self.tokenizer, "eos_token_id", None), turn_end(self.tokenizer))
+        return [end for end in ends if end is not None]
 
     def _refuse_padding(self, ids: Tensor, targets: Tensor) -> None:
         """Padding of a row without attention_mask that would be read or learned.

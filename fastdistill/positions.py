@@ -79,7 +79,7 @@ def check_row_lengths(
     if encoder.max_length is not None and encoder.max_length <= shortest.tokens:
         return
     for index in range(len(dataset)):
-        shortest.check(attended_length(encoder(dataset[index], index)), name, index)
+        shortest.check(attended_length(encoder(dataset[index], index, name)), name, index)
 
 
 def shortest_of(limits: Sequence[RowLimit | None]) -> RowLimit | None:

@@ -25,12 +25,6 @@ class Tokens(NamedTuple):
     inside: list[bool]  # whether ids[i] has a character of one of the spans
     unknown: int = 0  # characters that the tokenizer has no token for
 
-    def closed(self, end: int | None) -> list[int]:
-        """Return the text's ids with what ends a text behind them, once."""
-        ends = self.behind or ([] if end is None else [end])
-        own = self.ids[-1:] == [end] if end is not None else False
-        return self.ids if own or self.ids[-len(ends) :] == ends else [*self.ids, *ends]
-
 
 def tokenize(
     tokenizer: Any, text: str, column: str, spans: Sequence[Span], *, special: bool
@@ -76,6 +70,24 @@ def tokenize_pair(tokenizer: Any, prompt: str, completion: str) -> Tokens:
         return whole
     inside = [False] * len(first.ids) + [True] * len(second.ids)
     return Tokens(first.before, first.ids + second.ids, first.behind, inside)
+
+
+def close(tokenizer: Any, tokens: Tokens, ends: Sequence[int] | None) -> list[int]:
+    """Return a text's ids with what ends it behind them, once.
+
+    Args:
+        ends: ids that end a text or a turn. A text that has one of them at its end, but for spaces,
+            gets none. Another one gets what the tokenizer puts behind a text, or else the end of
+            text. None: every text gets it.
+    """
+    own = set() if ends is None else {*ends, *tokens.behind[:1]}
+    at = max((i for i, token in enumerate(tokens.ids) if token in own), default=None)
+    if at is not None:
+        rest = tokens.ids[at + 1 :]
+        if not rest or tokenizer.decode(rest, clean_up_tokenization_spaces=False).isspace():
+            return tokens.ids
+    end = getattr(tokenizer, "eos_token_id", None)
+    return [*tokens.ids, *(tokens.behind or ([] if end is None else [end]))]
 
 
 def _call(tokenizer: Any, text: str, column: str, **options: Any) -> Any:

@@ -196,5 +196,15 @@ def test_conversations_without_an_assistant_are_named(tmp_path):
     rows = [{"messages": [{"role": "user", "content": "what is"}]}] * 4
     with pytest.raises(ValueError, match=r"No example has a message with the role 'assistant'"):
         build(tmp_path, data=rows, processing_class=turns())
-    build(tmp_path, data=rows, processing_class=turns(), lmbda=1.0)  # prompts
+    build(tmp_path, data=rows, processing_class=turns(), lmbda=1.0, max_new_tokens=4)  # prompts
     build(tmp_path, data=[*rows, *CHAT], processing_class=turns())
+
+
+def test_padding_is_not_counted_where_rows_are_cut(tmp_path, caplog):
+    left = {"input_ids": [0, 0, 0, 5, 6, 7, 8], "attention_mask": [0, 0, 0, 1, 1, 1, 1]}
+    row = Encoder(max_length=3)(left)
+    assert row.ids[row.attended != 0].tolist() == [5, 6, 7]
+    assert Encoder(max_length=4)(left).ids.tolist() == left["input_ids"]
+    with caplog.at_level(logging.WARNING, logger="fastdistill"):
+        build(tmp_path, data=[left] * 4, max_length=4)
+    assert "max_length" not in caplog.text

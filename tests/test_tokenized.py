@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from text_scene import TOKENIZERS, Slow, byte_level, metaspace, unigram, words
+from text_scene import CHATML, TALK, TOKENIZERS, Slow, byte_level, metaspace, unigram, words
 from tokenizers.processors import TemplateProcessing
 
 from fastdistill.chat import end_ids
@@ -74,6 +74,30 @@ def test_a_text_ends_and_begins_once(kind):
     assert end not in prompt.ids
     assert (prompt.targets == -100).all()
     assert prompt.prompt == len(prompt.ids)
+
+
+@ALL
+def test_a_text_that_a_template_rendered_gets_no_second_end(kind):
+    tokenizer = TOKENIZERS[kind]()
+    tokenizer.chat_template = CHATML
+    encoder = Encoder(tokenizer=tokenizer)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    text = tokenizer.apply_chat_template(TALK[:2], tokenize=False)
+    prompt = tokenizer.apply_chat_template(TALK[:1], tokenize=False, add_generation_prompt=True)
+    pair = {"prompt": prompt, "completion": text[len(prompt) :]}
+    for eos in ("<|im_end|>", "</s>"):
+        tokenizer.eos_token = eos
+        for example in ({"text": text}, pair):
+            ids = encoder(example).ids.tolist()
+            assert ids.count(end) == 2  # the user's and the assistant's
+            assert tokenizer.convert_tokens_to_ids("</s>") not in ids
+
+
+def test_an_empty_completion_is_an_end():
+    tokenizer = unigram()
+    row = Encoder(tokenizer=tokenizer)({"prompt": "the answer", "completion": ""})
+    assert row.targets[-1] == row.ids[-1] == tokenizer.eos_token_id
+    assert (row.targets[:-1] == -100).all()
 
 
 def test_a_text_that_has_the_end_in_its_middle_keeps_it():

@@ -58,6 +58,8 @@ def dry(own: CacheBuild, more: dict[str, Any]) -> dict[str, Any]:
         completion_only=own.completion_only_loss,
         max_length=own.max_length,
     )
+    for at in range(len(data)):
+        encoder(data[at], at, "data")  # as the build would, so that none is refused later
     settings, bytes_per_row = settings_for(
         teacher, data, encoder, vocab=vocab, k=own.k, temperatures=own.temperatures,
         targets=own.targets, positions=own.positions, seed=own.seed, shard_mb=own.shard_mb,
@@ -87,11 +89,8 @@ def tell(found: dict[str, Any]) -> None:
 
 def _data(own: CacheBuild) -> JsonLines:
     data = JsonLines(own.data, check=check_example)
-    if (
-        is_url(own.teacher)
-        and own.tokenizer is None
-        and any(line.get("input_ids") is None for line in data)
-    ):
+    unread = is_url(own.teacher) and own.tokenizer is None
+    if unread and any(data[at].get("input_ids") is None for at in range(len(data))):
         raise ValueError(
             "tokenizer: expected the teacher's, to read text for a server, got none. Pass "
             "--tokenizer, or lines with input_ids"

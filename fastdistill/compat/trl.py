@@ -184,9 +184,14 @@ class _LastTurns:
 
 
 def _last_turn(example: Mapping[str, Any]) -> Mapping[str, Any]:
-    if "messages" not in example or "input_ids" in example:
+    messages = example.get("messages")
+    if (
+        not isinstance(messages, (list, tuple))
+        or not messages
+        or example.get("input_ids") is not None
+    ):
         return example
-    *prompt, last = example["messages"]
+    *prompt, last = messages
     rest = {name: value for name, value in example.items() if name != "messages"}
     return rest | {"prompt": prompt, "completion": [last]}
 

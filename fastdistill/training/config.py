@@ -52,7 +52,7 @@ class DistillConfig(TrainingArguments):
 
         lmbda: share of optimiser steps whose completions the student samples itself (GKD, arXiv
             2306.13649); the others train on the data. A prompt is what comes before the first
-            target, or the whole row where there is none.
+            target, or the whole row where there is none; with completion_only_loss=False too.
         max_new_tokens: of a sampled completion. sampling_temperature, top_p: how it is sampled.
 
         max_length: longer examples are cut. None cuts none.

@@ -93,16 +93,17 @@ class Lengths:
         """Count a row that is not cut yet."""
         taught, left = has_target(row), row.cut(self.limit)
         self.seen += 1
-        self.tokens += len(left.ids)
+        self.tokens += int(left.attended.sum())
         self.targets += int((left.targets[1:] != IGNORE_INDEX).sum())
         self.taught += taught
-        self.longest = max(self.longest, len(row.ids))
-        if self.limit is None or len(row.ids) <= self.limit:
+        length = int(row.attended.sum())
+        self.longest = max(self.longest, length)
+        if self.limit is None or length <= self.limit:
             return
         self.rows += 1
         self.untaught += taught and not has_target(left)
-        prompt = row.prompt_length
-        if prompt > self.limit and (prompt < len(row.ids) or not taught):  # not a text, all target
+        prompt = int(row.attended[: row.prompt_length].sum())
+        if prompt > self.limit and (prompt < length or not taught):  # not a text, all target
             self.prompts += 1
             self.longest_prompt = max(self.longest_prompt, prompt)
 
