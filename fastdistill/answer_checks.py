@@ -38,7 +38,8 @@ class Kind(NamedTuple):
 KINDS = {
     "ids": Kind("ids", "ids in {first}..{last}{empty}", "{value:.0f}",
                 "the id {value:.0f}, where the vocabulary ends at {last}",
-                "a teacher with another vocabulary needs its ids mapped first"),
+                "a teacher with more ids says so by vocab_size, and is cut to the common ones; one "
+                "with another vocabulary needs its ids mapped first"),
     "repeated": Kind("ids", "{slots} different ids", "{value:.0f} more than once",
                      "the same id twice at one position ({value:.0f})"),
     "nan": Kind("logprobs", "numbers in every used slot", "{value:.0f} NaN",
@@ -56,7 +57,8 @@ KINDS = {
     "hidden": Kind("hidden", "finite hidden states", "{value:.0f} that are not",
                    "hidden states of which {value:.0f} are not finite"),
     "nothing": Kind("logprobs", "an id with a probability above 0", "none",
-                    "no id with a probability above 0"),
+                    "no id with a probability above 0",
+                    "a teacher with another vocabulary needs its ids mapped first"),
 }  # fmt: skip
 _NAMES = tuple(KINDS)
 

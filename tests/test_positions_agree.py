@@ -126,7 +126,7 @@ def test_the_teacher_answers_each_row_as_if_alone(family, form):
 
 def test_a_row_of_which_nothing_is_attended_is_refused_with_its_number():
     data = [{"input_ids": [3, 4]}, {"input_ids": [3, 4], "attention_mask": [0, 0]}]
-    with pytest.raises(ValueError, match=r"attention_mask: expected 1 .* got 0 .*\(example 1 of its batch\)"):
+    with pytest.raises(ValueError, match=r"expected 1 .* got 0 .*\(example 1 of its batch\)"):
         DistillCollator()(data)
 
 

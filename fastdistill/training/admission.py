@@ -74,7 +74,9 @@ def admit(
             "the whole vocabulary"
         )
     if hasattr(teacher, "valid_vocab"):
-        teacher.valid_vocab = vocab
+        # A server or cache that does not know its teacher's size is cut as one that does.
+        unknown = getattr(teacher, "vocab_size", None) is None
+        teacher.valid_vocab = rows if unknown else vocab
     if isinstance(teacher, Teacher) and not hasattr(teacher.model, "hf_device_map"):
         teacher.to(config.device)
     return Admitted(teacher, vocab)
@@ -124,7 +126,16 @@ def _shared_vocabulary(teacher: Any, student: nn.Module, processing_class: Any) 
     if processing_class is not None and theirs is not None:
         refuse_different_tokenizers(processing_class, theirs)
     ours = rows_of_head(student)
-    vocab = getattr(teacher, "vocab_size", None) or ours
+    vocab = getattr(teacher, "vocab_size", None)
+    if vocab is None:
+        logger.warning(
+            "%s does not say how many ids its teacher has: it is taken to have the %d of the "
+            "student's head; %s.%s",
+            *(type(teacher).__name__, ours),
+            "others count as padding" if hasattr(teacher, "valid_vocab") else "others are refused",
+            "" if compared else _UNPROVED,
+        )
+        return None
     if vocab == ours:
         return None
     logger.warning(

@@ -46,9 +46,15 @@ def ask(
         monitor.check_hidden(dense.hidden, targets.rows, positions)
         return targets, dense
     answers = _topk(teacher, batch, targets, config, check)
-    # Cut to the common ids, a position may have lost all it had; the source looked before that.
+    theirs = getattr(teacher, "vocab_size", None)
+    if not hasattr(teacher, "valid_vocab") and theirs and vocab and theirs > vocab:
+        monitor.check(answers, targets.rows, positions, Rules(vocab=theirs))
+        return targets, answers.within(vocab)
+    # Cut to the common ids, a position may have lost all it had; the source looked before that. Of
+    # a teacher of unknown size, that means that its ids are of another vocabulary.
     cut = getattr(teacher, "valid_vocab", None) is not None
-    rules = Rules(vocab=vocab, nothing=cut, total="any" if cut else "equal")
+    nothing = cut and theirs is not None
+    rules = Rules(vocab=vocab, nothing=nothing, total="any" if cut else "equal")
     monitor.check(answers, targets.rows, positions, rules)
     return targets, answers
 
