@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -265,3 +270,50 @@ def test_a_teacher_that_goes_bad_leaves_the_weights_from_before(tmp_path):
     step = trainer.state.global_step
     assert step == 0 or (last_finished(tmp_path / "run").name == f"checkpoint-{step}")
     assert not nonfinite_weights(trainer.model)
+
+
+WORKER = """
+import os, sys
+from pathlib import Path
+from test_finite import SAVING, spoils_loss
+from training import build
+from fastdistill.training.checkpoints import last_finished
+
+rank, folder = int(os.environ["RANK"]), Path(sys.argv[1])
+trainer = build(folder, **SAVING, per_device_train_batch_size=6)
+if rank == 1:
+    spoils_loss(trainer, 4)
+try:
+    trainer.train()
+    found = "nothing"
+except FloatingPointError as error:
+    found = str(error)
+(folder / f"rank-{rank}").write_text(found)
+sys.stderr.flush()
+os._exit(0)
+"""
+
+
+@pytest.mark.slow
+def test_all_processes_stop_where_one_has_no_number(tmp_path):
+    (tmp_path / "worker.py").write_text(WORKER)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    here = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    base = {**os.environ, "PYTHONPATH": here, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
+    base |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    running = [
+        subprocess.Popen(
+            [sys.executable, str(tmp_path / "worker.py"), str(tmp_path)],
+            env={**base, "RANK": str(r), "LOCAL_RANK": str(r)}, stderr=subprocess.PIPE, text=True,
+        )
+        for r in range(2)
+    ]  # fmt: skip
+    for process in running:
+        _, errors = process.communicate(timeout=240)
+        assert process.returncode == 0, errors
+    for rank in range(2):
+        told = (tmp_path / f"rank-{rank}").read_text()
+        assert "loss: expected a number, got NaN or infinity in the steps up to 4" in told
+    assert last_finished(tmp_path / "run").name == "checkpoint-3"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import pytest
 import torch
-from strategy_scene import BASE, POOL, TEACHER, scene
+from strategy_scene import BASE, POOL, TEACHER, TOKENIZER, scene
 
 from fastdistill import strategies
+from fastdistill.audits.subject import Subject
 from fastdistill.strategies.baselines import OffModelSFT, Undefended
 from fastdistill.strategies.distil import distil
 from fastdistill.strategies.filters import TokenSelector
@@ -126,6 +128,13 @@ def test_an_adapter_is_merged_at_the_end():
     assert type(made.student.model) is type(BASE.model)
     assert not torch.equal(weights(made.student), weights(BASE))
     assert torch.equal(made.student.model.lm_head.weight, BASE.model.lm_head.weight)
+
+
+def test_a_base_that_is_stored_in_16_bits_is_trained_in_float32():
+    half = Subject(copy.deepcopy(BASE.model).bfloat16(), TOKENIZER, name="base")
+    made = distil(scene(base=half), [], SMALL)
+    assert {p.dtype for p in made.student.model.parameters()} == {torch.float32}
+    assert half.model.dtype == torch.bfloat16
 
 
 def test_lessons_are_the_answers_and_their_end():

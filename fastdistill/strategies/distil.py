@@ -118,6 +118,8 @@ def _trained(
     for strategy in strategies:
         teacher = strategy.teacher(teacher, student, run)
         options = strategy.options(options, run)
+    if options.get("peft_config") is None and not getattr(student, "is_quantized", False):
+        student.float()  # as a student from a path: small updates vanish in 16 bits
     settings = {"ce_weight": 1.0} if teacher is None else {}
     with tempfile.TemporaryDirectory(prefix="fastdistill-") as folder, one_thread():
         args = DistillConfig(

@@ -35,7 +35,7 @@ def prepare(
         if not {"dtype", "torch_dtype"} & options.keys():
             # Weights under adapters do not move, and need no more precision than they have.
             options["dtype"] = config.dtype or ("float32" if peft_config is None else "auto")
-        dtype = options.get("dtype", options.get("torch_dtype"))
+        dtype: Any = options.get("dtype", options.get("torch_dtype"))
         stored = StoredModel.at(
             model,
             getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype,
