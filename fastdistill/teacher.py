@@ -57,7 +57,7 @@ class Teacher:
     ) -> None:
         if isinstance(model, (str, Path)):
             if tokenizer is None:
-                tokenizer = _tokenizer_beside(Path(model))
+                tokenizer = tokenizer_beside(Path(model))
             model = load_whole(model, dtype=dtype)
         if not isinstance(model, nn.Module):
             raise TypeError(
@@ -228,9 +228,7 @@ def load_teacher(
         FileNotFoundError: nothing there. ValueError: an unknown quant or compute, quant for what is
         quantised already, a pickle instead of safetensors. TypeError: not a model or path.
     """
-    if quant is not None:
-        checks.choice("quant", quant, SCHEMES)
-    checks.choice("compute", compute, COMPUTE)
+    _check_names(quant, compute)
     source, trainable = None, []
     if isinstance(path_or_model, nn.Module):
         # Weakly: quantising frees the weights that it replaces.
@@ -240,7 +238,7 @@ def load_teacher(
         source = StoredModel.at(path_or_model, dtype, attn_implementation)
         place = _default_device() if device is None else torch.device(device)
         model = _from_checkpoint(source, quant, compute, place)
-        tokenizer = _tokenizer_beside(source.path) if tokenizer is None else tokenizer
+        tokenizer = tokenizer_beside(source.path) if tokenizer is None else tokenizer
     else:
         raise TypeError(
             "path_or_model: expected a causal language model, or the path of one, "
@@ -255,12 +253,25 @@ def load_teacher(
     return teacher
 
 
-def _from_checkpoint(source: StoredModel, quant: str | None, compute: str, device: Any) -> Any:
+def check_quantisation(source: StoredModel, quant: str | None, compute: str) -> None:
+    """Raise ValueError where a checkpoint cannot be loaded with these options of load_teacher."""
+    _check_names(quant, compute)
     if source.quantised and quant is not None:
         checks.fail("quant", f"None, since {source.path} is quantised already", repr(quant),
                     "or pass the full-precision checkpoint")  # fmt: skip
     if quant is None and not source.quantised:
         _refuse_compute(compute)
+
+
+def _check_names(quant: str | None, compute: str) -> None:
+    if quant is not None:
+        checks.choice("quant", quant, SCHEMES)
+    checks.choice("compute", compute, COMPUTE)
+
+
+def _from_checkpoint(source: StoredModel, quant: str | None, compute: str, device: Any) -> Any:
+    check_quantisation(source, quant, compute)
+    if quant is None and not source.quantised:
         return source.load(device)
     from .quant import load_quantized
 
@@ -302,7 +313,7 @@ def _default_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def _tokenizer_beside(path: Path) -> Any:
+def tokenizer_beside(path: Path) -> Any:
     """The tokenizer stored with the weights, or None where there is none."""
     files = ("tokenizer.json", "tokenizer_config.json")
     if path.is_file() or (path.is_dir() and not any((path / n).is_file() for n in files)):

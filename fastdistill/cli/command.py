@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from .printing import print_json
-from .settings import Text, as_yaml, fill, gather, names_of, refuse_unknown
+from .settings import Text, as_yaml, fill, gather, names_of, nearest, refuse_unknown
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 _METAVARS = {int: "INT", float: "NUMBER", Path: "PATH"}
@@ -69,7 +70,47 @@ def add(app: typer.Typer, name: str, kind: type, module: str) -> None:
             for key, hint in hints.items()
         ]
     )
-    app.command(name, help=kind.__doc__)(command)
+    app.command(name, cls=_parser(kind, module), help=kind.__doc__)(command)
+
+
+def _parser(kind: type, module: str) -> type[TyperCommand]:
+    """A parser of options that names the setting where somebody wrote one as an option."""
+
+    class Parser(TyperCommand):
+        def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+            given = list(args)
+            try:
+                return super().parse_args(ctx, args)
+            except Exception as error:
+                option = getattr(error, "option_name", None)  # of click's NoSuchOption
+                hint = "" if option is None else _as_setting(option, given, kind, module)
+                if not hint:
+                    raise
+                raise ValueError(f"No such option: {option}. {hint}") from None
+
+    return Parser
+
+
+def _as_setting(option: str, given: list[str], kind: type, module: str) -> str:
+    """How to write an option that is a setting, or is like one; empty where none is."""
+    verb, own = import_module(f".{module}", __package__), list(_options(kind))
+    known = sorted({*names_of(kind), *getattr(verb, "MORE", list)()})
+    key = option.strip("-").replace("-", "_")
+    near = [key] if key in known else nearest(key, known)
+    value = _value_of(option, given)
+    told = [f"--{n.replace('_', '-')} {value}" if n in own else f"{n}={value}" for n in near]
+    return f"Write {' or '.join(told)}" if told else ""
+
+
+def _value_of(option: str, given: list[str]) -> str:
+    """What stands behind an option, or VALUE."""
+    for i, word in enumerate(given):
+        name, equals, value = word.partition("=")
+        if name == option and equals:
+            return value
+        if word == option and i + 1 < len(given) and not given[i + 1].startswith("--"):
+            return given[i + 1]
+    return "VALUE"
 
 
 _Print = Annotated[bool, typer.Option("--print-config", help="Print all settings as --config.")]

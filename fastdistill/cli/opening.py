@@ -12,9 +12,12 @@ from transformers.utils import logging as transformers_logging
 
 from ..backend import local_rank
 from ..checkpoint_gate import load_tokenizer
+from ..heads import rows_of_head
+from ..plan.shapes import config_of, empty_model
 from ..runtime.printable import printable
-from ..stored_model import tokenizer_folder
-from ..teacher import load_teacher
+from ..stored_model import StoredModel, tokenizer_folder
+from ..teacher import check_quantisation, load_teacher, tokenizer_beside
+from ..training.admission import Outline
 from ..training.offline import opened
 
 
@@ -62,6 +65,30 @@ def teacher_of(name: str, quant: str | None, compute: str, place: torch.device) 
     found = elsewhere(name, quant, compute)
     return (
         load_teacher(name, quant=quant, compute=compute, device=place) if found is None else found
+    )
+
+
+def outline(role: str, name: str) -> Any:
+    """Return the model of a checkpoint without its weights, which have to be there."""
+    config = config_of(role, name)
+    if Path(name).expanduser().exists():
+        StoredModel.at(name)
+    return empty_model(role, config, torch.float32)
+
+
+def outlined_teacher(name: str, quant: str | None, compute: str) -> Any:
+    """Return a teacher that is elsewhere, or else what is known of the model without weights."""
+    found = elsewhere(name, quant, compute)
+    if found is not None:
+        return found
+    path = Path(name).expanduser()
+    if path.exists():
+        check_quantisation(StoredModel.at(path), quant, compute)
+    if path.suffix == ".gguf":
+        return Outline()
+    model = outline("teacher", name)
+    return Outline(
+        tokenizer=tokenizer_beside(tokenizer_folder(name)), vocab_size=rows_of_head(model)
     )
 
 

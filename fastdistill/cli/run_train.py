@@ -15,23 +15,25 @@ from typing import Any
 from rich.console import Console
 from transformers import PrinterCallback, TrainingArguments
 
-from ..cache import TeacherCache
 from ..examples import Encoder, check_example
 from ..json_lines import JsonLines
-from ..plan.shapes import config_of
-from ..positions import check_row_lengths
 from ..progress import Training
 from ..run_report import write_run_report
 from ..run_series import has_diverged
 from ..runtime.printable import printable
+from ..served import ServedTeacher
+from ..training.admission import check_fit
+from ..training.arguments import check_metric, check_sampling
 from ..training.checkpoints import last_finished
 from ..training.config import DistillConfig
 from ..training.data_checks import Lengths, check_datasets, named
 from ..training.figures import in_short
-from ..training.offline import refuse_unanswered, refuse_unfit
+from ..training.lengths import check_lengths, row_limits
+from ..training.offline import refuse_unanswered
 from ..training.run_files import read_run
+from ..training.student import prepare_loaded
 from ..training.trainer import DistillTrainer
-from .opening import elsewhere, quiet, running, teacher_of, tokenizer_of
+from .opening import outline, outlined_teacher, quiet, running, teacher_of, tokenizer_of
 from .settings import fit
 from .verbs import Train
 
@@ -143,34 +145,37 @@ def _recorded(own: Train, step: int) -> dict[str, Any] | None:
 
 
 def dry(own: Train, more: dict[str, Any]) -> dict[str, Any]:
-    """Everything that can be known without weights: settings, data, tokenizers, a cache's rows."""
+    """Return what a run would train on, after every check of it that needs no weights and no step.
+
+    Models are built without weights, and the run's own checks see them.
+    """
     quiet()
     config, (data, held_out) = _config(own, more), _data(own)
-    config_of("student", own.student)
+    student = prepare_loaded(outline("student", own.student), config, _adapters(own.lora_rank))
     tokenizer = tokenizer_of(own.tokenizer or own.student)
     encoder = Encoder(
         tokenizer=tokenizer,
         completion_only=config.completion_only_loss,
         max_length=config.max_length,
     )
-    check_datasets(encoder, data, held_out, prompts_only=config.lmbda == 1.0)
+    if config.check_data:
+        check_datasets(encoder, data, held_out, prompts_only=config.lmbda == 1.0)
+    check_sampling(config, data)
+    check_metric(config, held_out, has_teacher=own.teacher is not None)
+    teacher, datasets = None, named(data, held_out)
     if own.teacher is not None:
-        teacher = elsewhere(own.teacher, own.teacher_quant, own.teacher_compute)
-        if teacher is None:
-            config_of("teacher", own.teacher)
-        elif isinstance(teacher, TeacherCache):
-            refuse_unfit(teacher, config, tokenizer)
-            refuse_unanswered(teacher, encoder, named(data, held_out))
-        else:
-            teacher.refuse_tokenizer(tokenizer)
-            for name, dataset in named(data, held_out).items():
-                check_row_lengths(name, dataset, encoder, [teacher.row_limit])
-            if config.k is not None:
-                teacher.check(k=config.k, temperature=config.temperature)
+        teacher = outlined_teacher(own.teacher, own.teacher_quant, own.teacher_compute)
+    try:
+        check_fit(teacher, student, config, tokenizer)
+        if config.check_data:
+            refuse_unanswered(teacher, encoder, datasets)
+            check_lengths(datasets, encoder, row_limits(student, teacher, config), config)
+        if isinstance(teacher, ServedTeacher) and config.k is not None:
+            teacher.check(k=config.k, temperature=config.temperature)
+    finally:
+        if isinstance(teacher, ServedTeacher):
             teacher.close()
-    lengths = {
-        name: _lengths(name, lines, encoder) for name, lines in named(data, held_out).items()
-    }
+    lengths = {name: _lengths(name, lines, encoder) for name, lines in datasets.items()}
     found = lengths["train_dataset"]
     return {
         "dry_run": True,

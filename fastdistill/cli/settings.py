@@ -30,6 +30,10 @@ _WORDS = {bool: "true or false", int: "an integer", float: "a number", str: "a t
           list: "a list", tuple: "a list", dict: "a mapping"}  # fmt: skip
 
 
+SUGGESTIONS = 5  # of equal rank, at most
+_ABBREVIATED = {"lr": "learning_rate"}  # as in lr_scheduler_type; the initials of two others, too
+
+
 class Text(str):
     """A value as it was typed: a number, a word or a list, whichever its setting takes."""
 
@@ -51,9 +55,42 @@ def refuse_unknown(said: Iterable[str], known: Iterable[str]) -> None:
     known = sorted(known)
     for key in said:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-            hint = f". Did you mean {near[0]}?" if near else ". See --help"
+            near = nearest(key, known)
+            hint = f". Did you mean {' or '.join(near)}?" if near else ". See --help"
             raise ValueError(f"{key}: expected a setting of this command, got an unknown one{hint}")
+
+
+def nearest(key: str, known: Sequence[str]) -> list[str]:
+    """Return the settings that a wrong key may stand for, none where no name is like it.
+
+    In this order: a slip of the keyboard; the first letters of a name's words (wd); a name that has
+    the words of the key, or longer ones that begin so (batch_size, grad_accum), of which those of
+    training are preferred, then the shortest; the most alike.
+    """
+    slips = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
+    if slips:
+        return slips
+    if _ABBREVIATED.get(key) in known:
+        return [_ABBREVIATED[key]]
+    initials = [name for name in known if "".join(part[0] for part in _parts_of(name)) == key]
+    if initials:
+        return initials
+    having = [name for name in known if _has_words(_parts_of(name), _parts_of(key))]
+    if having:
+        ranks = {name: ("train" not in _parts_of(name), len(_parts_of(name))) for name in having}
+        best = min(ranks.values())
+        return [name for name in having if ranks[name] == best][:SUGGESTIONS]
+    return difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+
+
+def _parts_of(name: str) -> list[str]:
+    return [part for part in name.lower().split("_") if part]
+
+
+def _has_words(name: list[str], wanted: list[str]) -> bool:
+    """Whether words of the name begin as the wanted ones do, in their order."""
+    rest = iter(name)
+    return bool(wanted) and all(any(word.startswith(part) for word in rest) for part in wanted)
 
 
 def fill(kind: type, said: Mapping[str, Any]) -> Any:

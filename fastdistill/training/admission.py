@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from ..cache import TeacherCache
 from ..fingerprint import refuse_different_tokenizers
 from ..heads import rows_of_head
+from ..positions import RowLimit
 from ..protocols import DenseTeacher, TopKTeacher
 from ..served import ServedTeacher
 from ..shared_storage import models_in, shared_parameters
@@ -41,10 +42,47 @@ class Admitted:
         return getattr(self.teacher, "tokenizer", None)
 
 
+@dataclass(frozen=True)
+class Outline:
+    """A teacher that was not loaded: its tokenizer, and how many rows its head has and how long a
+    row it reads, where that is known."""
+
+    tokenizer: Any = None
+    vocab_size: int | None = None
+    row_limit: RowLimit | None = None
+
+
 def admit(
     teacher: Given | None, student: nn.Module, config: DistillConfig, processing_class: Any
 ) -> Admitted | None:
     """Raises ValueError or TypeError for what cannot teach this student."""
+    if teacher is not None:
+        check_own_weights(teacher, student)
+    loadable = isinstance(teacher, (nn.Module, str, Path))
+    if loadable and not isinstance(teacher, (TopKTeacher, DenseTeacher)):
+        teacher = Teacher(teacher, impl=config.impl)
+    vocab = check_fit(teacher, student, config, processing_class)
+    if teacher is None:
+        return None
+    if hasattr(teacher, "valid_vocab"):
+        # A server or cache that does not know its teacher's size is cut as one that does.
+        unknown = getattr(teacher, "vocab_size", None) is None
+        teacher.valid_vocab = rows_of_head(student) if vocab is None and unknown else vocab
+    if isinstance(teacher, Teacher) and not hasattr(teacher.model, "hf_device_map"):
+        teacher.to(config.device)
+    return Admitted(teacher, vocab)
+
+
+def check_fit(
+    teacher: Any, student: nn.Module, config: DistillConfig, processing_class: Any
+) -> int | None:
+    """Return how many rows of both heads are shared tokens, None where all are.
+
+    Needs no weights: the student may be on the meta device, and the teacher an Outline.
+
+    Raises:
+        ValueError, TypeError: the teacher cannot teach this student what `config` asks for.
+    """
     if teacher is None:
         if config.ce_weight != 1.0:
             raise ValueError(
@@ -57,11 +95,8 @@ def admit(
                 f"lmbda={config.lmbda:g}"
             )
         return None
-    check_own_weights(teacher, student)
-    loadable = isinstance(teacher, (nn.Module, str, Path))
-    if loadable and not isinstance(teacher, (TopKTeacher, DenseTeacher)):
-        teacher = Teacher(teacher, impl=config.impl)
-    _refuse_unfit(teacher, config)
+    if not isinstance(teacher, Outline):
+        _refuse_unfit(teacher, config)
     if isinstance(teacher, TeacherCache):
         refuse_unfit(teacher, config, processing_class)
     if isinstance(teacher, ServedTeacher) and processing_class is not None:
@@ -73,13 +108,7 @@ def admit(
             f"k: expected at most the vocabulary's {rows} tokens, got {config.k}. k=None compares "
             "the whole vocabulary"
         )
-    if hasattr(teacher, "valid_vocab"):
-        # A server or cache that does not know its teacher's size is cut as one that does.
-        unknown = getattr(teacher, "vocab_size", None) is None
-        teacher.valid_vocab = rows if unknown else vocab
-    if isinstance(teacher, Teacher) and not hasattr(teacher.model, "hf_device_map"):
-        teacher.to(config.device)
-    return Admitted(teacher, vocab)
+    return vocab
 
 
 def check_own_weights(teacher: Any, student: nn.Module) -> None:

@@ -52,6 +52,14 @@ def prepare(
         raise ValueError(
             f"dtype: expected None with a model that is loaded already, got {config.dtype!r}"
         )
+    return prepare_loaded(model, config, peft_config)
+
+
+def prepare_loaded(model: Any, config: DistillConfig, peft_config: Any) -> nn.Module:
+    """The model that is there, with adapters around it where peft_config is given.
+
+    It may be on the meta device. Raises as `prepare` does.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"model: expected a causal language model, or its path, got {type(model).__name__}"
