@@ -78,7 +78,7 @@ def prepare_loaded(model: Any, config: DistillConfig, peft_config: Any) -> nn.Mo
         head_of(model)
         if getattr(config, "activation_checkpointing", False) or config.gradient_checkpointing:
             # Reentrant checkpoints pass gradients on only where an input asks for one.
-            model.enable_input_require_grads()  # type: ignore[operator]
+            model.enable_input_require_grads()
     _warn_of_16_bits(model)
     return model
 
