@@ -157,7 +157,8 @@ class DistillTrainer(WholeCheckpoints):
         check_metric(args, eval_dataset, has_teacher=teacher is not None)
         self.teacher = self._run_log.teacher = None if admitted is None else admitted.teacher
         limits = row_limits(self.model, self.teacher, args)
-        self.data_collator = replace(self.data_collator, limits=limits)
+        collator: Any = self.data_collator
+        self.data_collator: Any = replace(collator, limits=limits)
         if args.check_data:
             refuse_unanswered(teacher, encoder, named(train_dataset, eval_dataset))
             check_lengths(named(train_dataset, eval_dataset), encoder, limits, args)
