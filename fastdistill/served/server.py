@@ -10,7 +10,6 @@ from typing import Any
 
 from .. import __version__, backend, checks
 from ..identity import identity_of, tokenizer_identity
-from ..positions import row_limit
 from ..teacher import Teacher
 from .connection import check_token
 from .described import Described
@@ -54,7 +53,7 @@ def make_app(
         identity=identity,
     )
     name = str(identity["name"]) if name is None else name
-    limit = row_limit("teacher", teacher.model)
+    limit = teacher.row_limit
     return Application(
         teacher, described, name=name, token=token, max_row=None if limit is None else limit.tokens
     ).starlette
