@@ -178,8 +178,13 @@ def _turn_end(tokenizer: Any) -> int | None:
         *getattr(tokenizer, "all_special_ids", ()),
         *getattr(tokenizer, "added_tokens_decoder", ()),
     }
-    is_mark = behind.startswith(word) and _MARK.fullmatch(word) is not None
-    return token if token in special or is_mark else None
+    is_end = token in special or (behind.startswith(word) and is_mark(word))
+    return token if is_end else None
+
+
+def is_mark(word: str) -> bool:
+    """Return whether a token's text is a mark of a template, such as <end> or [/INST]."""
+    return _MARK.fullmatch(word.strip()) is not None
 
 
 def end_ids(tokenizer: Any) -> list[int]:

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from . import checks
-from .chat import end_ids
+from .chat import end_ids, is_mark
 from .heads import evaluating, generation_settings
 from .positions import respects_padding
 
@@ -107,6 +107,12 @@ def special_ids(tokenizer: Any) -> set[int]:
     added = getattr(tokenizer, "added_tokens_decoder", None) or {}
     found = {i for i, token in added.items() if getattr(token, "special", False)}
     return found | set(getattr(tokenizer, "all_special_ids", None) or ())
+
+
+def ordinary_ends(ends: Sequence[int], tokenizer: Any) -> list[int]:
+    """The ends that a text could hold as well: neither special tokens nor marks such as <end>."""
+    special = special_ids(tokenizer)
+    return [i for i in ends if i not in special and not is_mark(tokenizer.decode([i]))]
 
 
 def _batches(model: nn.Module, rows: Sequence[Sequence[int]], synced: bool) -> list[list[int]]:

@@ -137,7 +137,8 @@ def test_a_revision_is_refused(tmp_path):
 def test_the_order_of_prompts_is_as_it_was_asked_for(tmp_path):
     prompts = [{"input_ids": [5, 6, 7]}] * 4
     for shuffled, expected in ((False, "sequential"), (True, "random")):
-        args = settings("distillation", tmp_path, shuffle_dataset=shuffled)
+        options = {"shuffle_dataset": shuffled, "max_completion_length": 8}
+        args = settings("distillation", tmp_path, **options)
         trainer = compat.DistillationTrainer(llama(2), llama(1), args, train_dataset=prompts)
         assert trainer.args.train_sampling_strategy == expected
 

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from fastdistill.audits import Subject, TriggerRateAudit
-from fastdistill.generation import ends_of, generate_rows
+from fastdistill.generation import ends_of, generate_rows, ordinary_ends
 from fastdistill.organisms.vocabulary import world_tokenizer
 from fastdistill.training.sampling import sample
 
@@ -111,6 +111,13 @@ def test_a_checkpoint_cannot_call_a_common_word_an_end(tmp_path, caplog):
     assert "expected special tokens of the tokenizer, got 1 others" in caplog.text
     chosen = Subject(model(), world_tokenizer(), ends=[2, plain[0][0]])
     assert chosen.generate_ids(rows, max_new_tokens=4)[0] == plain[0][:1]
+
+
+def test_a_mark_of_a_template_ends_a_turn_and_a_word_does_not():
+    tokenizer = world_tokenizer()
+    tokenizer.add_tokens(["<turn>", "stop"])
+    mark, word = tokenizer.convert_tokens_to_ids(["<turn>", "stop"])
+    assert ordinary_ends([mark, word, tokenizer.eos_token_id], tokenizer) == [word]
 
 
 def test_answers_that_ended_at_a_common_word_are_a_doubt():

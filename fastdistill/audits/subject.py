@@ -17,7 +17,7 @@ from transformers import LogitsProcessor, PreTrainedModel
 
 from ..chat import turn_end
 from ..checkpoint_gate import load_tokenizer
-from ..generation import ends_of, generate_rows, special_ids
+from ..generation import ends_of, generate_rows, ordinary_ends, special_ids
 from ..heads import LMHead, evaluating, head_of, verify_head
 from ..packing import RowReader, read_rows
 from ..primitive import linear_lse_gather
@@ -299,7 +299,7 @@ class Subject:
             device=self.device,
             processors=drawn,
         )
-        words = set(self.ends) - special_ids(self.tokenizer)
+        words = ordinary_ends(self.ends, self.tokenizer)
         self.ended_at_words.update(row[-1] for row in new if row and row[-1] in words)
         return new
 
@@ -324,10 +324,9 @@ class Subject:
 
 
 def special_ends(model: Any, tokenizer: Any) -> list[int]:
-    """The ends of a model whose settings nobody vouches for: its special tokens among them."""
+    """The ends of a model whose settings nobody vouches for: special tokens and marks of them."""
     stated = ends_of(model, tokenizer)
-    special = special_ids(tokenizer)
-    ordinary = [i for i in stated if i not in special]
+    ordinary = ordinary_ends(stated, tokenizer)
     if ordinary:
         words = ", ".join(printable(repr(tokenizer.decode([i]))) for i in ordinary[:5])
         logger.warning(
@@ -337,7 +336,7 @@ def special_ends(model: Any, tokenizer: Any) -> list[int]:
             len(ordinary),
             words,
         )
-    return [i for i in stated if i in special]
+    return [i for i in stated if i not in ordinary]
 
 
 def as_subject(name: str, model: Any) -> Subject:
