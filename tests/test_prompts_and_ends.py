@@ -11,8 +11,11 @@ from test_examples import STOCK, tokenizer
 from training import VOCAB, build, llama, train
 from transformers import AutoModelForCausalLM
 
+from fastdistill.audits.prompts import Prompt
+from fastdistill.audits.subject import Subject
 from fastdistill.data import DistillCollator
 from fastdistill.examples import Encoder
+from fastdistill.strategies.lessons import Lesson, row_of
 from fastdistill.teacher import Teacher
 from fastdistill.training.sampling import prompts_of
 
@@ -208,3 +211,12 @@ def test_padding_is_not_counted_where_rows_are_cut(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, logger="fastdistill"):
         build(tmp_path, data=[left] * 4, max_length=4)
     assert "max_length" not in caplog.text
+
+
+def test_answers_of_strategies_end_as_turns_do():
+    subject = Subject(llama(0), turns())
+    chat = row_of(Lesson(prompt=Prompt(user="what is"), answer="a cat"), subject)
+    assert chat["labels"][-3:] == [7, 8, 0]
+    text = row_of(Lesson(prompt=Prompt(text="what is "), answer="a cat"), subject)
+    assert text["labels"][-3:] == [7, 8, EOS]
+    assert {0, EOS} <= {*subject.ends}
