@@ -252,7 +252,9 @@ def can_pack(model: nn.Module) -> bool:
 def _packable_by_rule(model: nn.Module) -> bool:
     config = _text_config(model)
     layers = set(getattr(config, "layer_types", None) or ())
-    inside: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inside: Any = model
+    if hasattr(inside, "get_base_model"):
+        inside = inside.get_base_model()
     takes_positions = "position_ids" in inspect.signature(inside.forward).parameters
     stateful = bool(getattr(model, "_is_stateful", False))
     return takes_positions and not stateful and layers <= _PACKABLE_LAYERS
