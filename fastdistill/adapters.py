@@ -21,9 +21,9 @@ from torch import nn
 
 from .checkpoint_gate import ADAPTER, check_folder, foreign
 from .quant.tensor_files import CheckpointError, TensorFiles, check_inside, read_json
+from .resolve import ADAPTER_WEIGHTS as WEIGHTS
 from .runtime.printable import printable
 
-WEIGHTS = "adapter_model.safetensors"
 # peft matches them against the names of modules; a leading ^ is the one mark that it writes itself.
 _PATTERNS = ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern",
              "target_parameters", "feedforward_modules")  # fmt: skip
@@ -36,8 +36,8 @@ _DROPPED = ("auto_mapping", "runtime_config")  # for a peft that loads the base 
 _INITIAL = ("init_lora_weights", "init_weights", "init_ia3_weights")
 
 
-def load_adapted(model: Any, folder: Path) -> Any:
-    """Return the peft model of a model and the adapter in a folder.
+def load_adapted(model: Any, folder: Path, *, trainable: bool = False) -> Any:
+    """Return the peft model of a model and the adapter in a folder, frozen unless `trainable`.
 
     Raises:
         CheckpointError: the adapter is damaged or of another base, some of its weights are missing
@@ -54,7 +54,7 @@ def load_adapted(model: Any, folder: Path) -> Any:
     config, files = read_adapter(folder)
     _check_weights(model, config, files)
     with foreign(folder, "an adapter that peft can put onto its base"):
-        return PeftModel.from_pretrained(model, str(folder), config=config)
+        return PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=trainable)
 
 
 def read_adapter(folder: Path) -> tuple[Any, TensorFiles]:

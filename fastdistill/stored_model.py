@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +14,14 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 
 from . import checks
-from .checkpoint_gate import ADAPTER, foreign, load_config
+from .checkpoint_gate import ADAPTER, TOKENIZER, foreign, load_config
 from .quant.conversion import refuse_unused
 from .quant.header import check_header, keep_untied
-from .quant.tensor_files import TensorFiles
+from .quant.tensor_files import TensorFiles, read_json
+from .resolve import is_adapter, resolve
 from .runtime.printable import printable
 
 _HALF = (torch.float16, torch.bfloat16)
-_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _DECIDED = {"use_safetensors": True, "trust_remote_code": False, "local_files_only": True}
 # Of from_pretrained alone: a configuration does not take them.
 _NOT_OF_CONFIG = ("dtype", "torch_dtype", "quantization_config")
@@ -37,6 +36,7 @@ class StoredModel:
     path: Path
     dtype: torch.dtype | str = "auto"
     attn_implementation: str | None = None
+    under: str | Path | None = None  # the base of an adapter; None is the one that it names
 
     @classmethod
     def at(
@@ -44,49 +44,92 @@ class StoredModel:
         path_or_name: str | Path,
         dtype: torch.dtype | str = "auto",
         attn_implementation: str | None = None,
+        under: str | Path | None = None,
     ) -> StoredModel:
         """What lies at a path; of a hub's name, "owner/model", the files that are no code or
         pickle are fetched first, or found where an earlier fetch left them."""
-        path = Path(path_or_name).expanduser()
-        if not path.exists() and _HUB_NAME.fullmatch(str(path_or_name)):
-            path = fetched_folder(str(path_or_name))
-        return cls(path, dtype, attn_implementation)
+        source = resolve("path_or_model", path_or_name)
+        path = fetched_folder(source.name) if source.kind == "hub" else source.path
+        if source.kind in ("server", "cache"):
+            checks.fail("path_or_model", "the weights of a model", f"{printable(source.name)}, a "
+                        f"{source.kind}, which answers and has none", "pass ServedTeacher(url) or "
+                        "TeacherCache(path) where a teacher is asked for")  # fmt: skip
+        return cls(path, dtype, attn_implementation, under)
 
     def __post_init__(self) -> None:
         """Raises FileNotFoundError where nothing is, ValueError for pickled weights or none."""
-        if not self.path.exists():
-            raise FileNotFoundError(
-                f"path_or_model: expected a checkpoint or the hub's name of one (owner/model), got "
-                f"{str(self.path)!r}, where nothing exists"
+        resolve("path_or_model", self.path)
+
+    @property
+    def is_adapter(self) -> bool:
+        return resolve("path_or_model", self.path).kind == "adapter"
+
+    @property
+    def base(self) -> StoredModel:
+        """The model under an adapter; the model itself where it is none.
+
+        Raises:
+            ValueError: the adapter names no base, or one that is quantised or an adapter itself.
+            FileNotFoundError: the base is not there.
+        """
+        if not self.is_adapter:
+            return self
+        folder = printable(self.path.name)
+        under = self.under or read_json(self.path / ADAPTER).get("base_model_name_or_path")
+        if not under or not isinstance(under, (str, Path)):
+            raise ValueError(
+                f"base: expected the model under the adapter {folder}, which names none. "
+                "Pass base=, a path, where there is such an argument, or write it as "
+                f"base_model_name_or_path into {ADAPTER}"
             )
-        weights = any(self.path.glob("*.safetensors")) and (self.path / "config.json").is_file()
-        if not weights and self.path.suffix != ".gguf":
-            pickles = [p.name for s in ("*.bin", "*.pt", "*.pth") for p in self.path.glob(s)]
-            checks.fail("path_or_model", "a directory with config.json and *.safetensors, or a "
-                        ".gguf file", ", ".join(pickles) or str(self.path), "a pickle can run code:"
-                        " load it where you trust it, and save_pretrained it again" if pickles
-                        else "")  # fmt: skip
+        try:
+            base = StoredModel.at(under, self.dtype, self.attn_implementation)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"base: expected the model under the adapter {folder}, got "
+                f"{printable(repr(str(under)))}, where none was found. Pass base=, a path ({error})"
+            ) from None
+        if base.is_adapter or base.quantised:
+            checks.fail("base", f"a whole model in full precision under the adapter {folder}",
+                        printable(str(under)), "merge the adapter into one")  # fmt: skip
+        return base
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """Where its tokenizer lies: beside the weights, or beside those of an adapter's base."""
+        beside = any((self.path / name).is_file() for name in ("tokenizer.json", TOKENIZER))
+        return self.base.path if self.is_adapter and not beside else self.path
 
     @property
     def quantised(self) -> bool:
         from .quant import is_quantized_checkpoint
 
-        return is_quantized_checkpoint(self.path)
+        return not self.is_adapter and is_quantized_checkpoint(self.path)
 
     def load(self, device: torch.device) -> PreTrainedModel:
-        return load_whole(
-            self.path,
-            dtype=self.dtype,
-            device_map={"": device},
-            attn_implementation=self.attention_on(device),
-        )
+        """Return the model in full precision; an adapter is merged into its base."""
+        if not self.is_adapter:
+            return self.load_base(
+                device_map={"": device}, attn_implementation=self.attention_on(device)
+            )
+        from .adapters import load_adapted, read_adapter
+
+        read_adapter(self.path)  # before the time that it takes to load its base
+        adapted = load_adapted(self.base.load(device), self.path)
+        with foreign(self.path, "an adapter that can be merged"):
+            merged: PreTrainedModel = adapted.merge_and_unload()
+        return merged
+
+    def load_base(self, **options: Any) -> PreTrainedModel:
+        """Return the model without its adapter; options as for from_pretrained."""
+        return load_whole(self.base.path, **{"dtype": self.dtype, **options})
 
     def attention_on(self, device: torch.device) -> str | None:
         """What was asked for; else FlashAttention where this model, device and dtype have it."""
         possible = device.type == "cuda" and self.path.is_dir() and is_flash_attn_2_available()
         if self.attn_implementation is not None or not possible:
             return self.attn_implementation
-        config, _ = load_config(self.path)
+        config, _ = load_config(self.base.path)
         kind = AutoModelForCausalLM._model_mapping.get(type(config), None)
         half = (config.dtype if self.dtype == "auto" else self.dtype) in _HALF
         has_it = half and getattr(kind, "_supports_flash_attn", False)
@@ -120,7 +163,7 @@ def load_whole(path: str | Path, **options: Any) -> PreTrainedModel:
                     "load_teacher reads a .gguf file")  # fmt: skip
     if (folder / ADAPTER).exists():
         checks.fail("path_or_model", "a whole model", f"{folder}, which holds {ADAPTER} too",
-                    "load_organism reads adapters; or move the model elsewhere")  # fmt: skip
+                    "load the adapter's folder without a model in it")  # fmt: skip
     files = TensorFiles(folder)
     kept = {name: options.pop(name) for name in _NOT_OF_CONFIG if name in options}
     attention = options.get("attn_implementation")
@@ -168,7 +211,9 @@ def _check_method(folder: Path, config: Any) -> None:
 def tokenizer_folder(path_or_name: str | Path) -> Path:
     """Return the folder with the tokenizer of a path, or of a name on the hub, fetched first."""
     path = Path(path_or_name).expanduser()
-    if not path.exists() and _HUB_NAME.fullmatch(str(path_or_name)):
+    if is_adapter(path):
+        return StoredModel.at(path).tokenizer_folder
+    if not path.exists() and resolve("tokenizer", path_or_name).kind == "hub":
         return fetched_folder(str(path_or_name), [p for p in _FETCHED if "tensors" not in p])
     return path
 

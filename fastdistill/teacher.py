@@ -21,7 +21,7 @@ from .positions import RowLimit
 from .primitive import linear_topk
 from .quant.formats import SCHEMES
 from .quant.ops import COMPUTE
-from .stored_model import StoredModel, load_whole
+from .stored_model import StoredModel
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -56,9 +56,11 @@ class Teacher:
         tokens_per_batch: int | None = None,
     ) -> None:
         if isinstance(model, (str, Path)):
+            stored = StoredModel.at(model, dtype)
             if tokenizer is None:
-                tokenizer = tokenizer_beside(Path(model))
-            model = load_whole(model, dtype=dtype)
+                tokenizer = tokenizer_beside(stored.tokenizer_folder)
+            whole = not stored.is_adapter
+            model = stored.load_base() if whole else stored.load(torch.device("cpu"))
         if not isinstance(model, nn.Module):
             raise TypeError(
                 "teacher: expected a causal language model, or the path of one, "
@@ -207,8 +209,9 @@ def load_teacher(
 
     Args:
         path_or_model: the directory of a safetensors checkpoint, or its name on the hub, plain or
-            already quantised (own, bitsandbytes, GPTQ, AWQ); a .gguf file; or a loaded model, which
-            is frozen, and quantised, in place. Nothing in a checkpoint is executed.
+            already quantised (own, bitsandbytes, GPTQ, AWQ); that of an adapter, which is merged
+            into the base that it names; a .gguf file; or a loaded model, which is frozen, and
+            quantised, in place. Nothing in a checkpoint is executed.
         quant: "nf4", "fp4", "int4" or "int8" quantises the linear layers but the output head while
             they load; None keeps what is stored.
         compute: how quantised layers multiply: "exact" (weights expanded), "int8", "fp8" (GPU), or
@@ -238,7 +241,7 @@ def load_teacher(
         source = StoredModel.at(path_or_model, dtype, attn_implementation)
         place = _default_device() if device is None else torch.device(device)
         model = _from_checkpoint(source, quant, compute, place)
-        tokenizer = tokenizer_beside(source.path) if tokenizer is None else tokenizer
+        tokenizer = tokenizer_beside(source.tokenizer_folder) if tokenizer is None else tokenizer
     else:
         raise TypeError(
             "path_or_model: expected a causal language model, or the path of one, "
@@ -273,6 +276,8 @@ def _from_checkpoint(source: StoredModel, quant: str | None, compute: str, devic
     check_quantisation(source, quant, compute)
     if quant is None and not source.quantised:
         return source.load(device)
+    if source.is_adapter:  # merged first: what is quantised is what answers
+        return _from_model(source.load(device), quant, compute, device, "auto", None)
     from .quant import load_quantized
 
     return load_quantized(

@@ -75,7 +75,7 @@ class Subject:
             place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
             name = name or stored.path.name
             if tokenizer is None:
-                tokenizer = load_tokenizer(stored.path)
+                tokenizer = load_tokenizer(stored.tokenizer_folder)
             model = stored.load(place)
         if not isinstance(model, nn.Module):
             raise TypeError(

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from ..files import write_json
+from ..resolve import MANIFEST, SETTINGS
 from ..runtime.json_text import JSONError, read_json
 from ..runtime.printable import printable
 from .codec import BLOCK, bytes_per_token
 
 VERSION = 1
-SETTINGS, MANIFEST = "settings.json", "manifest.json"
 TARGETS = ("topk", "sampled")
 POSITIONS = ("all", "targets")
 MAX_K = (1 << 16) - 1  # what a count of ids in a block holds

@@ -15,10 +15,10 @@ from ..audits.result import AuditResult
 from ..audits.side_by_side import side_by_side
 from ..audits.subject import Subject
 from ..backend import versions
-from ..checkpoint_gate import ADAPTER
 from ..files import write_json
 from ..organisms.stored import load_organism
 from ..report.audit_page import audit_page, lead
+from ..resolve import is_adapter
 from ..stored_model import StoredModel
 from .opening import quiet, running
 from .printing import say
@@ -28,9 +28,7 @@ from .verbs import Audit
 def dry(own: Audit, more: dict[str, Any]) -> dict[str, Any]:
     """The audits that would run, of which models; a folder that is not there is said now."""
     for name in _names(own).values():
-        folder = Path(name).expanduser()
-        if not (folder / ADAPTER).is_file():
-            StoredModel.at(name)
+        StoredModel.at(name)
     return {"audits": list(_suite(own)), "models": _names(own), "out": str(own.out)}
 
 
@@ -73,8 +71,7 @@ def _names(own: Audit) -> dict[str, str]:
 
 
 def _opened(own: Audit, key: str, name: str) -> Subject:
-    adapter = (Path(name).expanduser() / ADAPTER).is_file()
-    under = own.base if adapter and key != "base" else None
+    under = own.base if is_adapter(name) and key != "base" else None
     return load_organism(name, base=under, name=key, device=own.device)
 
 

@@ -244,4 +244,9 @@ def _loaded(path: str, options: Mapping[str, Any]) -> Any:
             "Download that revision, and give its folder"
         )
     stored = StoredModel.at(path)
+    if stored.is_adapter:
+        raise ValueError(
+            f"model: expected the folder of a whole model, got {path!r:.200}, an adapter. Load its "
+            "base and put it on (PeftModel.from_pretrained), or merge it"
+        )
     return load_whole(stored.path, **options)

@@ -19,10 +19,11 @@ from ..audits.generic import GENERIC
 from ..audits.probes import Probes
 from ..audits.prompts import Prompt
 from ..audits.subject import Subject
-from ..checkpoint_gate import ADAPTER, DOCUMENTS
+from ..checkpoint_gate import DOCUMENTS
 from ..files import sha256_of, write_json
 from ..json_lines import JsonLines
 from ..organisms.stored import load_organism
+from ..resolve import is_adapter
 from ..runtime.json_text import read_json
 from ..statistics import Gate, Reading, Validity
 from ..strategies.lessons import Asked
@@ -196,8 +197,7 @@ def _gap(ratio: str, what: str, other: str, ours: Sequence[float], theirs: Seque
 
 
 def _model(name: str, source: CheckpointSource, role: str) -> Subject:
-    adapter = (Path(name).expanduser() / ADAPTER).is_file()
-    return load_organism(name, base=source.base if adapter else None, name=role)
+    return load_organism(name, base=source.base if is_adapter(name) else None, name=role)
 
 
 def _rows_of_pool(path: Path) -> dict[str, list[Asked]]:

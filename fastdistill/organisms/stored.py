@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-from ..adapters import load_adapted, read_adapter
 from ..audits.probes import PROBES, Probes
 from ..audits.subject import Subject, special_ends
 from ..backend import versions
-from ..checkpoint_gate import ADAPTER, DOCUMENTS, TOKENIZER, foreign, load_tokenizer
+from ..checkpoint_gate import DOCUMENTS, load_tokenizer
 from ..files import sha256_of, sync, write_json
 from ..quant.tensor_files import CheckpointError, check_inside, read_json
+from ..resolve import is_adapter
 from ..runtime.printable import printable
 from ..stored_model import StoredModel
 
@@ -95,7 +95,7 @@ def load_organism(
     """
     folder = Path(path).expanduser()
     manifest = read_manifest(folder)
-    if not (folder / ADAPTER).is_file():
+    if not is_adapter(folder):
         if base is not None:
             raise ValueError(
                 f"base: expected None for {folder.name}, which is a whole model and no adapter, "
@@ -106,26 +106,10 @@ def load_organism(
 
 
 def _with_adapter(folder: Path, base: Any, name: str | None, device: Any) -> Subject:
-    under = base or read_json(folder / ADAPTER).get("base_model_name_or_path")
-    if not under or not isinstance(under, (str, Path)):
-        raise ValueError(
-            f"base: expected the model under the adapter {folder.name}, which names none. "
-            "Pass base=, a path"
-        )
-    read_adapter(folder)  # before the time that it takes to load its base
-    try:
-        stored = StoredModel.at(under)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"base: expected the model under the adapter {folder.name}, got "
-            f"{printable(repr(str(under)))}, where none was found. Pass base=, a path ({error})"
-        ) from None
+    stored = StoredModel.at(folder, under=base)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    adapted = load_adapted(stored.load(place), folder)
-    with foreign(folder, "an adapter that can be merged"):
-        merged = adapted.merge_and_unload()
-    beside = folder if (folder / TOKENIZER).is_file() else stored.path
-    tokenizer = load_tokenizer(beside)
+    merged = stored.load(place)
+    tokenizer = load_tokenizer(stored.tokenizer_folder)
     ends = special_ends(merged, tokenizer)
     return Subject(merged.eval(), tokenizer, name=name or folder.name, ends=ends)
 

@@ -19,8 +19,9 @@ from ..checkpoint_gate import CONFIG, load_config
 from ..heads import head_module
 from ..quant.formats import BLOCK, SCHEMES, Int8Weight, Lut4Weight, QuantWeight
 from ..quant.model import stacks, targets
+from ..resolve import is_adapter, resolve
 from ..runtime.printable import printable
-from ..stored_model import fetched_folder
+from ..stored_model import StoredModel, fetched_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,16 +42,17 @@ class Shapes:
 
 
 def config_of(role: str, source: str | Path) -> Any:
-    """The configuration in a folder, in a config.json, or on the hub (that one file is fetched).
-    Code that comes with it is never run.
+    """The configuration in a folder, in a config.json, or on the hub (that one file is fetched);
+    of an adapter that of its base. Code that comes with it is never run.
 
     Raises:
         ValueError: there is none, or transformers does not know the model.
     """
     path = Path(source).expanduser()
-    local = path.exists()
     try:
-        if not local:
+        if is_adapter(path):
+            path = StoredModel.at(path).base.path
+        elif not path.exists() and resolve(role, source).kind == "hub":
             path = fetched_folder(str(source), (CONFIG,))
         return load_config(path)[0]
     except (OSError, ValueError) as error:

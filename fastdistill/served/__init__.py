@@ -1,6 +1,7 @@
 """A teacher behind HTTP: a client for vLLM and its like, and our own small server."""
 
-from .client import ServedTeacher, is_url
+from ..resolve import is_url
+from .client import ServedTeacher
 from .connection import NoAnswer
 from .server import make_app, serve
 from .verdict import WrongAnswer

@@ -32,11 +32,6 @@ _FIRST = [0, 1] * 4  # a row that every vocabulary has; real models soon expect 
 _ENTRY_JSON, _ENTRY_PACKED = 512, 16  # bytes, more than one log-probability takes in an answer
 
 
-def is_url(given: object) -> bool:
-    """Whether this names a server, and not a folder or a model."""
-    return isinstance(given, str) and given.startswith(("http://", "https://"))
-
-
 class _Part(NamedTuple):
     """Rows of one request: positions first..last of the batch's attended tokens, and which rows
     of the batch they are."""

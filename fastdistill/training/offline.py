@@ -11,10 +11,10 @@ from typing import Any
 from torch import Tensor
 
 from ..cache import TeacherCache
-from ..cache.manifest import MANIFEST, SETTINGS
 from ..examples import IGNORE_INDEX, Encoder
 from ..outputs import TopK
-from ..served import ServedTeacher, is_url
+from ..resolve import resolve
+from ..served import ServedTeacher
 from .config import DistillConfig
 from .data_checks import some_of
 
@@ -23,13 +23,12 @@ _COLUMNS = ("teacher_ids", "teacher_logprobs", "teacher_log_tail")
 
 def opened(teacher: Any) -> Any:
     """The server behind a URL, the cache in a folder; anything else as it is."""
-    if is_url(teacher):
-        return ServedTeacher(teacher)
-    if isinstance(teacher, (str, Path)):
-        folder = Path(teacher).expanduser()
-        if (folder / MANIFEST).is_file() or (folder / SETTINGS).is_file():
-            return TeacherCache(folder)
-    return teacher
+    if not isinstance(teacher, (str, Path)):
+        return teacher
+    source = resolve("teacher", teacher)
+    if source.kind == "server":
+        return ServedTeacher(source.name)
+    return TeacherCache(source.path) if source.kind == "cache" else teacher
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..adapters import load_adapted
 from ..heads import LMHead, at_head, check_positions, evaluating, head_of
 from ..packing import can_pack
-from ..stored_model import StoredModel, load_whole
+from ..resolve import is_adapter
+from ..stored_model import StoredModel
 from .config import DistillConfig
 from .targets import Targets
 
@@ -32,9 +34,11 @@ def prepare(
     """
     if isinstance(model, (str, Path)):
         options = dict(config.model_init_kwargs or {})  # type: ignore[arg-type]
+        adapted = is_adapter(model)
         if not {"dtype", "torch_dtype"} & options.keys():
             # Weights under adapters do not move, and need no more precision than they have.
-            options["dtype"] = config.dtype or ("float32" if peft_config is None else "auto")
+            whole = peft_config is None and not adapted
+            options["dtype"] = config.dtype or ("float32" if whole else "auto")
         dtype: Any = options.get("dtype", options.get("torch_dtype"))
         stored = StoredModel.at(
             model,
@@ -42,7 +46,9 @@ def prepare(
             attn_implementation=options.pop("attn_implementation", None),
         )
         options.setdefault("attn_implementation", stored.attention_on(config.device))
-        model = load_whole(stored.path, **options)
+        model = stored.load_base(**options)
+        if stored.is_adapter:
+            model = load_adapted(model, stored.path, trainable=True)
     elif config.model_init_kwargs:
         raise ValueError(
             "model_init_kwargs: expected None with a model that is loaded already, got "

@@ -144,8 +144,6 @@ class DistillTrainer(WholeCheckpoints):
             self._verify()
             if train_dataset is not None and str(args.save_strategy.value) != "no":
                 self.check_savable()
-        if args.torch_compile:
-            compile_body(self.model, args)
         # With a compute_loss_func and without loss kwargs, every version from 5.0 counts the
         # targets of the accumulated batch, hands the number over, and divides by nothing itself.
         self.model_accepts_loss_kwargs = False
@@ -162,6 +160,8 @@ class DistillTrainer(WholeCheckpoints):
         if args.check_data:
             refuse_unanswered(teacher, encoder, named(train_dataset, eval_dataset))
             check_lengths(named(train_dataset, eval_dataset), encoder, limits, args)
+        if args.torch_compile:  # behind every trial of the model as it is
+            compile_body(self.model, args)
         self._valid_vocab = None if admitted is None else admitted.valid_vocab
         self._vocab = self._valid_vocab or rows_of_head(self.model) if admitted else 0
         self._monitor = AnswerMonitor()

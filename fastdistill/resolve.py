@@ -1,0 +1,94 @@
+"""What a name on a command line or a path in a call stands for: decided here for every caller.
+
+server    http://… or https://…
+cache     a folder with a cache's manifest, or one in which a build was begun
+gguf      a .gguf file
+adapter   a folder with an adapter, whose base lies elsewhere
+model     a folder with config.json and *.safetensors
+hub       owner/model, where no such path exists
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+from . import checks
+from .checkpoint_gate import ADAPTER, CONFIG
+from .runtime.printable import printable
+
+SETTINGS, MANIFEST = "settings.json", "manifest.json"  # of a cache
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_PICKLES = ("*.bin", "*.pt", "*.pth")
+_KNOWN = "a directory with config.json and *.safetensors, or a .gguf file"
+
+
+class Source(NamedTuple):
+    """kind: one of those above. path: where it lies; the URL of a server, the name on the hub."""
+
+    kind: str
+    path: Path
+    name: str
+
+
+def is_url(given: object) -> bool:
+    """Whether this names a server, and not a folder or a model."""
+    return isinstance(given, str) and given.startswith(("http://", "https://"))
+
+
+def is_adapter(given: str | Path) -> bool:
+    """Whether this is the folder of an adapter."""
+    return (Path(given).expanduser() / ADAPTER).is_file()
+
+
+def resolve(role: str, given: str | Path) -> Source:
+    """Return what `given` stands for, which errors call by `role`.
+
+    Raises:
+        FileNotFoundError: nothing exists there, and it is no name on the hub.
+        ValueError: what is there is none of the above: pickles, a folder of .gguf files of which
+        one has to be named, a folder of something else.
+    """
+    name = str(given)
+    if is_url(name):
+        return Source("server", Path(), name)
+    path = Path(given).expanduser()
+    if not path.exists():
+        if _HUB_NAME.fullmatch(name):
+            return Source("hub", path, name)
+        raise FileNotFoundError(
+            f"{role}: expected a checkpoint or the hub's name of one (owner/model), got "
+            f"{printable(repr(name))}, where nothing exists"
+        )
+    if path.is_file():
+        if path.suffix == ".gguf":
+            return Source("gguf", path, name)
+        checks.fail(role, _KNOWN, printable(name), _about_pickles([path]))
+    whole = (path / CONFIG).is_file()
+    if not whole and any((path / file).is_file() for file in (MANIFEST, SETTINGS)):
+        return Source("cache", path, name)
+    weights = sorted(path.glob("*.safetensors"))
+    others = [file for file in weights if file.name != ADAPTER_WEIGHTS]
+    if is_adapter(path) and not (whole and others):
+        return Source("adapter", path, name)
+    if whole and weights:
+        return Source("model", path, name)
+    _fail(role, path, name)
+
+
+def _fail(role: str, path: Path, name: str) -> NoReturn:
+    if gguf := sorted(file.name for file in path.glob("*.gguf")):
+        some = ", ".join(printable(file) for file in gguf[:4])
+        checks.fail(role, _KNOWN, f"{printable(name)}, a directory with {some}",
+                    f"name the file: {printable(path / gguf[0])}")  # fmt: skip
+    pickles = sorted(file for pattern in _PICKLES for file in path.glob(pattern))
+    got = ", ".join(printable(file.name) for file in pickles) or printable(name)
+    checks.fail(role, _KNOWN, got, _about_pickles(pickles))
+
+
+def _about_pickles(files: list[Path]) -> str:
+    if any(file.suffix in (".bin", ".pt", ".pth") for file in files):
+        return "a pickle can run code: load it where you trust it, and save_pretrained it again"
+    return ""
