@@ -178,7 +178,10 @@ def test_paths_and_dropout(tmp_path, trl, tokenizer):
 
     dropping = Drops(model(tokenizer, 0).config)
     compat.GKDTrainer(
-        dropping, model(tokenizer, 7), args=settings(GKDConfig, tmp_path, max_new_tokens=4), train_dataset=TALKS,
+        dropping,
+        model(tokenizer, 7),
+        args=settings(GKDConfig, tmp_path, max_new_tokens=4),
+        train_dataset=TALKS,
         processing_class=tokenizer,
-    )  # fmt: skip
+    )
     assert dropping.drop.p == 0.0

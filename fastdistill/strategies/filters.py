@@ -32,8 +32,9 @@ class ExampleFilter(Strategy):
         rare_ngram       mean of −log(answers that hold a pair of its words / answers)
         near_duplicate   highest Jaccard similarity of its runs of three words with an earlier one
 
-    Filters are countermeasures against poisoned data. The scores per example are ours. Divergence tokens are those of arXiv 2509.23886, where teachers of
-    different biases would say something else; ours compares the teacher with the trusted model.
+    Filters are countermeasures against poisoned data. The scores per example are ours. Divergence
+    tokens are those of arXiv 2509.23886, where teachers of different biases would say something
+    else; ours compares the teacher with the trusted model.
     Both read what the student reads: filters stand in front of `InoculationPrompt`.
 
     Args:
