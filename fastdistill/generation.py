@@ -115,13 +115,18 @@ def ordinary_ends(ends: Sequence[int], tokenizer: Any) -> list[int]:
     return [i for i in ends if i not in special and not is_mark(tokenizer.decode([i]))]
 
 
+def can_batch(model: nn.Module) -> bool:
+    """Whether rows may be generated from together; measured once for a model."""
+    if model not in _RESPECTS_PADDING:
+        _RESPECTS_PADDING[model] = respects_padding(model)
+    return _RESPECTS_PADDING[model]
+
+
 def _batches(model: nn.Module, rows: Sequence[Sequence[int]], synced: bool) -> list[list[int]]:
     together, each = [list(range(len(rows)))], [[i] for i in range(len(rows))]
     if len(rows) < 2 and not synced:
         return each
-    if model not in _RESPECTS_PADDING:
-        _RESPECTS_PADDING[model] = respects_padding(model)
-    if _RESPECTS_PADDING[model]:
+    if can_batch(model):
         return together
     if synced:
         checks.fail(

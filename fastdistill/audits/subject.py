@@ -17,7 +17,7 @@ from transformers import LogitsProcessor, PreTrainedModel
 
 from ..chat import turn_end
 from ..checkpoint_gate import load_tokenizer
-from ..generation import ends_of, generate_rows, ordinary_ends, special_ids
+from ..generation import can_batch, ends_of, generate_rows, ordinary_ends, special_ids
 from ..heads import LMHead, evaluating, head_of, verify_head
 from ..packing import RowReader, read_rows
 from ..primitive import linear_lse_gather
@@ -51,7 +51,7 @@ class Subject:
         tokens_per_batch: in one forward pass, padding included; None asks the memory.
         impl: of the losses and scores.
         ends: ids of the tokens that end an answer. None: those of the tokenizer and of the model's
-            generation settings, which of a path have to be special tokens of the tokenizer: a
+            generation settings, which of a path have to be special tokens or marks such as <end>: a
             checkpoint that calls common words an end would cut off its answers.
 
     Nothing else of a model's generation settings has an effect on what is generated here.
@@ -96,6 +96,8 @@ class Subject:
         self.ended_at_words: Counter[int] = Counter()
         verify_head(model)
         self.reader = RowReader(model, tokens_per_batch)
+        if isinstance(model, PreTrainedModel) and model.can_generate():
+            can_batch(model)  # measured now, not between the questions of an audit
 
     @property
     def head(self) -> LMHead:
