@@ -13,13 +13,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers import PreTrainedModel
 
+from .offloading import resident, resident_device
 from .parallel import is_dtensor
 
 # The same name, `logits_scaling`, multiplies in these and divides everywhere else.
@@ -93,10 +94,10 @@ def head_of(model: nn.Module) -> LMHead:
     """Read the head's weight, bias and multipliers from a Hugging Face causal LM.
 
     Of a model that is sharded over processes, the weight is what is there now: the whole of it
-    inside the head's own forward.
+    inside the head's own forward. An offloaded one is brought in.
     """
     module = head_module(model)
-    weight = getattr(module, "weight", None)
+    weight = resident(module, "weight")
     plain = isinstance(weight, Tensor) and weight.dim() == 2 and weight.is_floating_point()
     if not plain and not is_partitioned(model):
         raise TypeError(
@@ -105,8 +106,8 @@ def head_of(model: nn.Module) -> LMHead:
         )
     scale, softcap = _multipliers(getattr(model, "config", None))
     return LMHead(
-        weight=cast(Tensor, module.weight),
-        bias=getattr(module, "bias", None),
+        weight=weight,
+        bias=resident(module, "bias"),
         logit_scale=scale,
         softcap=softcap,
     )
@@ -304,7 +305,7 @@ def verify_head(model: PreTrainedModel, head: LMHead | None = None) -> float:
     The head is fed its natural input, then the same made a hundred times larger: at their natural
     size the logits of a small model would hide a tanh.
     """
-    device = cast(Tensor, head_module(model).weight).device
+    device = resident_device(head_module(model))
     input_ids = torch.arange(1, 9, device=device)[None] % rows_of_head(model)
     with evaluating(model):
         worst = max(_head_error(model, head, input_ids, boost) for boost in (1.0, 100.0))

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .fingerprint import tokenizer_fingerprint
+from .offloading import named_tensors
 from .quant.linear import QuantizedWeight
 
 _SAMPLED = 4096  # values of each tensor that enter the fingerprint, evenly spread
@@ -52,9 +53,7 @@ def weights_digest(model: nn.Module) -> str:
     """sha256 over shapes, dtypes and some thousand values of every tensor: seconds, not minutes,
     and no two checkpoints of a training run share it."""
     digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        if not isinstance(tensor, torch.Tensor):
-            continue
+    for name, tensor in named_tensors(model):
         flat = tensor.detach().reshape(-1)
         step = max(1, flat.numel() // _SAMPLED)
         some = flat[::step].cpu().contiguous()

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from . import checks
 from .heads import evaluating, head_of, hidden_states
+from .offloading import resident_device
 from .positions import RowLimit, row_limit
 
 CPU_TOKENS = 4096
@@ -123,7 +124,7 @@ class RowReader:
     @property
     def budget(self) -> int:
         """Tokens in one forward pass, padding included."""
-        device = _embedding(self.model).weight.device
+        device = resident_device(_embedding(self.model))
         if self.tokens_per_batch is not None:
             return self.tokens_per_batch
         if device.type != "cuda":
@@ -206,7 +207,7 @@ def _padded(model: nn.Module, tokens: Tensor, lengths: list[int]) -> Tensor:
 
 
 def _forward(model: nn.Module, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
-    device = _embedding(model).weight.device
+    device = resident_device(_embedding(model))
     more = {} if position_ids is None else {"position_ids": position_ids.to(device)}
     with evaluating(model):
         return hidden_states(model, input_ids.to(device), **more)

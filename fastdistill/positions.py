@@ -19,6 +19,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from . import checks
 from .heads import evaluating, generation_settings, is_partitioned
+from .offloading import resident_device
 from .parallel import is_dtensor
 
 if TYPE_CHECKING:
@@ -210,4 +211,4 @@ def _error(actual: Tensor, expected: Tensor) -> float:
 
 
 def _reading_device(model: Any) -> torch.device:
-    return model.get_input_embeddings().weight.device
+    return resident_device(model.get_input_embeddings())

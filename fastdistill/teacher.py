@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from . import checks
 from .checkpoint_gate import load_tokenizer
 from .fidelity import FidelityReport, measure
-from .heads import LMHead, head_of, verify_head
+from .heads import LMHead, head_of, rows_of_head, verify_head
+from .offloading import check_whole
 from .outputs import TopK
 from .packing import RowReader, read_rows
 from .positions import RowLimit
@@ -66,6 +67,7 @@ class Teacher:
                 "teacher: expected a causal language model, or the path of one, "
                 f"got {type(model).__name__}"
             )
+        check_whole("teacher", model)
         # A student that shares them would stand still: compared when a trainer is built.
         self.frozen = tuple(p for p in model.parameters() if p.requires_grad)
         self.model = model.eval().requires_grad_(False)
@@ -84,7 +86,7 @@ class Teacher:
     @property
     def vocab_size(self) -> int:
         """Columns of the output head, padding included."""
-        return self.head.weight.shape[0]
+        return rows_of_head(self.model)
 
     @property
     def row_limit(self) -> RowLimit | None:

@@ -23,9 +23,9 @@ LAYERS = {
     "mathematics": "answer_checks backend checks dense files fused losses modules native_topk"
     " operands outputs parallel primitive reference runtime scores",
     "models": "adapters cache chat checkpoint_gate columns corpus data examples fidelity"
-    " fingerprint generation heads identity intervals json_lines packing positions progress"
-    " protocols quant remembering resolve served shared_storage statistics stored_model teacher"
-    " tokenized",
+    " fingerprint generation heads identity intervals json_lines offloading packing positions"
+    " progress protocols quant remembering resolve served shared_storage statistics stored_model"
+    " teacher tokenized",
     "training": "audits compat report run_pictures run_report run_series training",
     "studies": "demo demo_audit demo_files demo_models demo_report demo_result experiment organisms"
     " strategies",

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from ..cache import TeacherCache
 from ..fingerprint import refuse_different_tokenizers
 from ..heads import rows_of_head
+from ..offloading import is_offloaded
 from ..positions import RowLimit
 from ..protocols import DenseTeacher, TopKTeacher
 from ..served import ServedTeacher
@@ -68,7 +69,10 @@ def admit(
         # A server or cache that does not know its teacher's size is cut as one that does.
         unknown = getattr(teacher, "vocab_size", None) is None
         teacher.valid_vocab = rows_of_head(student) if vocab is None and unknown else vocab
-    if isinstance(teacher, Teacher) and not hasattr(teacher.model, "hf_device_map"):
+    placed = isinstance(teacher, Teacher) and (
+        hasattr(teacher.model, "hf_device_map") or is_offloaded(teacher.model)
+    )
+    if isinstance(teacher, Teacher) and not placed:
         teacher.to(config.device)
     return Admitted(teacher, vocab)
 

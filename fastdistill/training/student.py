@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from ..adapters import load_adapted
 from ..heads import LMHead, at_head, check_positions, evaluating, head_of
+from ..offloading import is_offloaded
 from ..packing import can_pack
 from ..resolve import is_adapter
 from ..stored_model import StoredModel
@@ -69,6 +70,11 @@ def prepare_loaded(model: Any, config: DistillConfig, peft_config: Any) -> nn.Mo
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"model: expected a causal language model, or its path, got {type(model).__name__}"
+        )
+    if is_offloaded(model):
+        raise ValueError(
+            "model: expected weights that stay in memory while they train, got some that are "
+            "offloaded by accelerate. Load the student without device_map"
         )
     if getattr(getattr(model, "config", None), "output_router_logits", False):
         raise ValueError(

@@ -1,0 +1,101 @@
+"""Weights that are elsewhere when their module does not run.
+
+accelerate keeps weights on a disk or in the CPU's memory, leaves tensors without data in their
+place, and brings each in for its module's forward. What is read outside of that forward, the
+output head above all, is brought in here in the same way. Weights that are sharded over processes
+cannot be brought in by one of them, and are refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import checks
+
+_SHARDED = {"FullyShardedDataParallel": "FSDP", "FSDPModule": "FSDP"}
+
+
+def resident(module: nn.Module, name: str) -> Any:
+    """Return a parameter or buffer of a module, brought in if it is offloaded."""
+    tensor = getattr(module, name, None)
+    if not isinstance(tensor, Tensor) or not tensor.is_meta:
+        return tensor
+    for hook in _hooks(module):
+        weights = getattr(hook, "weights_map", None)
+        try:
+            stored = None if weights is None else weights[name]
+        except KeyError:
+            continue
+        if stored is not None:
+            return stored.to(_execution_device(hook))
+    return tensor
+
+
+def resident_device(module: nn.Module) -> torch.device:
+    """Return where a module runs: the device of its weight, or that to which it is brought."""
+    weight: Any = module.weight
+    if not weight.is_meta:
+        return torch.device(weight.device)
+    found = [_execution_device(h) for h in _hooks(module) if getattr(h, "offload", False)]
+    return found[0] if found else torch.device(weight.device)
+
+
+def is_offloaded(model: nn.Module) -> bool:
+    """Whether accelerate brings some of the weights in when their module runs."""
+    return any(getattr(hook, "offload", False) for m in model.modules() for hook in _hooks(m))
+
+
+def check_whole(role: str, model: nn.Module) -> None:
+    """Raise ValueError for weights without data that nothing brings in, or that are sharded."""
+    if any(hasattr(p, "ds_id") for p in model.parameters()):
+        _refuse_sharded(role, model, "DeepSpeed's ZeRO-3")
+    for module in model.modules():
+        for kind in type(module).__mro__:
+            if kind.__name__ in _SHARDED:
+                _refuse_sharded(role, model, _SHARDED[kind.__name__])
+    empty = [name for name, p in model.named_parameters() if p.is_meta]
+    if empty and not is_offloaded(model):
+        checks.fail(role, f"the weights of {type(model).__name__}", f"{len(empty)} without data "
+                    f"(on the meta device; first: {empty[0]})", "load them with from_pretrained, "
+                    "which offloads by hooks if it is given a device_map")  # fmt: skip
+    for name in ("get_input_embeddings", "get_output_embeddings"):
+        part: Any = getattr(model, name, lambda: None)()
+        weight = getattr(part, "weight", None)
+        if isinstance(weight, Tensor) and weight.is_meta and resident(part, "weight").is_meta:
+            what = name.removeprefix("get_")
+            checks.fail(role, f"{what} whose weights can be read outside their forward",
+                        "ones offloaded with the modules around them", "give them a device of "
+                        "their own in device_map, or a smaller part to offload")  # fmt: skip
+
+
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of a model's state_dict, what is offloaded brought in one by one."""
+    for name, tensor in model.state_dict().items():
+        if isinstance(tensor, Tensor) and tensor.is_meta:
+            path, _, leaf = name.rpartition(".")
+            tensor = resident(model.get_submodule(path), leaf)
+        if isinstance(tensor, Tensor):
+            yield name, tensor
+
+
+def _refuse_sharded(role: str, model: nn.Module, by: str) -> None:
+    checks.fail(role, "a model whose weights are whole in this process",
+                f"{type(model).__name__}, sharded by {by}", "load it once in each process, with "
+                "quant= or a device_map that offloads where it does not fit, or behind "
+                "fastdistill serve")  # fmt: skip
+
+
+def _hooks(module: nn.Module) -> list[Any]:
+    hook = getattr(module, "_hf_hook", None)
+    return [] if hook is None else [hook, *getattr(hook, "hooks", ())]
+
+
+def _execution_device(hook: Any) -> torch.device:
+    device = getattr(hook, "execution_device", None)
+    if device is None:
+        return torch.device("cpu")
+    return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
