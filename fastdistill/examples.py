@@ -20,7 +20,6 @@ from .columns import MASKS, check_columns, check_integers, check_mask, check_pos
 from .tokenized import close, tokenize, tokenize_pair
 
 IGNORE_INDEX = -100
-_SPECIAL = ("eos", "bos", "unk", "cls", "sep")  # tokens that mean something else than padding
 
 
 class Row(NamedTuple):
@@ -179,23 +178,21 @@ class Encoder:
         return [end for end in ends if end is not None]
 
     def _refuse_padding(self, ids: Tensor, targets: Tensor) -> None:
-        """Padding of a row without attention_mask that would be read or learned.
+        """Refuse a row without attention_mask whose padding would be read or learned.
 
-        A padding token of its own is padding wherever a row begins or ends with it. One that is the
-        end of text too is padding where there are several.
+        Two or more padding tokens at an end of a row are padding. A single one may be text: the end
+        of it, or an id that a model sampled. Of padded examples some row has two.
         """
         pad = getattr(self.tokenizer, "pad_token_id", None)
         if pad is None:
             return
-        others = {getattr(self.tokenizer, f"{name}_token_id", None) for name in _SPECIAL}
-        allowed = 1 if pad in others else 0
         words = (ids != pad).nonzero()[:, 0].tolist()
         first, last = (words[0], words[-1]) if words else (len(ids), len(ids))
         counted = targets != IGNORE_INDEX
-        left = first if first > allowed else 0
+        left = first if first > 1 else 0
         right = len(ids) - 1 - last
-        learned = counted[last + 1 + allowed :].any() or not counted.any()
-        if left or (right > allowed and learned):
+        learned = counted[last + 2 :].any() or not counted.any()
+        if left or (right > 1 and learned):
             fail("input_ids", "attention_mask beside ids that are padded",
                  f"{max(left, right)} times the padding token (id {pad}) at the "
                  f"{'beginning' if left else 'end'} of the row and no attention_mask",

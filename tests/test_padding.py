@@ -18,13 +18,11 @@ NO_TARGETS = [-100, -100, -100, -100]
 @pytest.mark.parametrize(
     "example",
     [
-        {"input_ids": [8, 9, 0, PAD]},
         {"input_ids": [8, 0, PAD, PAD]},
         {"input_ids": [8, 0, PAD, PAD], "labels": [8, 0, PAD, PAD]},
         {"input_ids": [8, 0, PAD, PAD], "labels": NO_TARGETS},  # a prompt that ends in padding
         {"input_ids": [PAD, PAD, 8, 9]},
         {"input_ids": [PAD, PAD, 8, 9], "labels": [-100, -100, 8, 9]},
-        {"input_ids": [PAD, 8, 9, 0]},
         {"input_ids": [PAD, PAD, PAD, PAD]},
         {"input_ids": [8, 9, PAD, PAD], "completion_mask": [0, 1, 1, 1]},
     ],
@@ -57,6 +55,11 @@ def test_a_padding_token_that_is_the_end_of_text_too(example, is_padded):
         return
     with pytest.raises(ValueError, match="input_ids: expected attention_mask"):
         Encoder(tokenizer=SHARED)(example)
+
+
+@pytest.mark.parametrize("ids", [[8, 9, 0, PAD], [PAD, 8, 9, 0]])
+def test_a_single_padding_token_may_be_text(ids):
+    assert Encoder(tokenizer=OWN)({"input_ids": ids}).attended.all()
 
 
 def test_padding_in_labels_alone_is_no_target_where_a_mask_says_so():
