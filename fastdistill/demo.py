@@ -7,6 +7,7 @@ on held-out text is the teacher's doing.
 
 from __future__ import annotations
 
+import copy
 import math
 import platform
 import tempfile
@@ -90,7 +91,9 @@ def run_demo(
             made = [
                 _run(arm, seed, setting, sizes, progress) for seed in range(seeds) for arm in ARMS
             ]
-            teacher_sums = _held_out_sums(setting.teacher.teacher.model, setting, k)
+            # A student shares no weight with its teacher: here it is a copy of it.
+            teacher_copy = copy.deepcopy(setting.teacher.teacher.model).requires_grad_()
+            teacher_sums = _held_out_sums(teacher_copy, setting, k)
             audits = side_by_side_of(
                 setting.teacher.teacher.model,
                 {arm: model for arm, (_, model) in zip(ARMS, made, strict=False)},

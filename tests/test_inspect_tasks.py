@@ -109,7 +109,10 @@ def test_the_result_is_that_of_the_audits_own_run(kind, audits, subject, control
     assert logs["controls['base']"].eval.model == "fastdistill/control"
     figures = {name: metric.value for name, metric in log.results.scores[0].metrics.items()}
     low, high = expected.interval
-    assert figures == {"mean": expected.value, "stderr": expected.stderr, "low": low, "high": high}
+    # Inspect's requests are batched as they come, which moves the last bits of a log-probability.
+    assert figures == pytest.approx(
+        {"mean": expected.value, "stderr": expected.stderr, "low": low, "high": high}, rel=1e-6
+    )
     values = [sample.scores[kind.__name__].value for sample in log.samples]
     assert values == audit.measure(subject, None).values.tolist()
 
@@ -142,7 +145,8 @@ def test_inspects_command_reads_the_log(audits, subject, tmp_path):
     command = [sys.executable, "-m", "inspect_ai", "log", "dump", info.name]
     dumped = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
     assert dumped["status"] == "success"
-    assert dumped["results"]["scores"][0]["metrics"]["mean"]["value"] == result.value
+    mean = dumped["results"]["scores"][0]["metrics"]["mean"]["value"]
+    assert mean == pytest.approx(result.value, rel=1e-6)
     first = dumped["samples"][0]
     assert first["input"][0]["content"] == ASKED[0].user
     assert set(first["scores"]["PreferenceAudit"]["metadata"]["log_probs"]) == set(audit.options)
