@@ -37,7 +37,7 @@ def dense(x, w, b, ids, logprobs, mask, labels, *, T_, beta, normalize, hard, so
     m = (beta * p.exp() + (1 - beta) * q.exp()).log()
     kd = {
         0.0: lambda: p.exp() * (p - q),
-        1.0: lambda: q.exp() * (q - p),
+        1.0: lambda: q.exp() * (q - p) + (0.0 if normalize else p.exp() - q.exp()),
     }.get(beta, lambda: beta * p.exp() * (p - m) + (1 - beta) * q.exp() * (q - m))().sum()
     ce = F.cross_entropy(z[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
     return soft * T_**2 * kd + hard * ce
@@ -69,3 +69,15 @@ def test_either_part_alone():
     assert_close(kd, dense(*operands, *rest, hard=0, soft=1, **options), VALUE[torch.float32])
     ce = TopKLogprobLoss(1.0, 0.0)(weight, hidden, *rest)
     assert_close(ce, dense(*operands, *rest, hard=1, soft=0, **options), VALUE[torch.float32])
+
+
+def test_a_student_that_is_the_teacher_stays_there():
+    """beta=1 without renormalization: no gradient where the student gives the teacher's figures."""
+    hidden, weight, bias, ids, _, mask, labels = data(torch.float64)
+    logprobs = F.linear(hidden, weight, bias).log_softmax(-1).gather(-1, ids)
+    loss = TopKLogprobLoss(0.0, 1.0, beta=1.0, normalize_topk=False, compute_ce_loss=False)
+    (hidden,) = leaves(hidden)
+    value = loss(weight, hidden, ids, logprobs, mask, labels, student_bias=bias)
+    value.backward()
+    assert abs(value.item()) < 1e-5
+    assert hidden.grad.abs().max() < 1e-5

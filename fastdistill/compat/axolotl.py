@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -22,6 +20,10 @@ class TopKLogprobLoss(nn.Module):
     axolotl's data step does with the teacher (tail="renorm_both": no pass over the LM head);
     without, it keeps its own probabilities. T² is in the gradient as in the loss (axolotl 0.19.0's
     gradient leaves it out).
+
+    Without normalize_topk and with beta=1, axolotl sums q log(q/p) over the K tokens, which is
+    smallest at q = p/e and trains a student away from its teacher. Here D is the sum of
+    q log(q/p) + p − q, which is 0 and smallest at q = p.
 
     Args:
         weight_hard_loss, weight_soft_loss: factors of the two sums.
@@ -73,7 +75,7 @@ class TopKLogprobLoss(nn.Module):
                 student_hidden_states,
                 lm_head_weight,
                 teacher,
-                divergence=self._divergence(),
+                divergence={0.0: "forward_kl", 1.0: "reverse_kl"}.get(self.beta, "jsd"),
                 beta=self.beta,
                 tail="renorm_both" if self.normalize_topk else "truncate",
                 temperature=self.temperature,
@@ -99,10 +101,3 @@ class TopKLogprobLoss(nn.Module):
             )
             total = total + self.weight_hard_loss * hard
         return total
-
-    def _divergence(self) -> Any:
-        """Without renormalisation axolotl sums q log(q/p) over the K tokens alone, where our
-        "truncate" adds p − q, so that the sum is smallest at the teacher; axolotl's is not."""
-        if self.beta == 1.0 and not self.normalize_topk:
-            return lambda log_p, log_q: (log_q.exp() * (log_q - log_p)).sum(-1)
-        return {0.0: "forward_kl", 1.0: "reverse_kl"}.get(self.beta, "jsd")
