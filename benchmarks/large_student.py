@@ -102,7 +102,7 @@ def planned(contender: str, shape: Shape) -> Row:
             Path(folder) / STUDENT, Path(folder) / TEACHER, seq=shape.N,
             k=None if contender == "ours" else shape.K, cached=cached,
             teacher_quant=None if cached else "nf4", optim="adamw_8bit",
-            gradient_checkpointing=True,
+            gradient_checkpointing=True, dtype="bfloat16",
         )  # fmt: skip
     row.peak_mb = plan.peak / 1e6
     return row

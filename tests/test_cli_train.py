@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -217,7 +218,9 @@ def test_a_run_that_diverges_says_so(run, folder, tmp_path):
 
 def test_what_an_interrupted_run_leaves_is_said(folder, tmp_path):
     asked = [*RUN, *map(str, train(folder, tmp_path / "run", "max_steps=4000"))]
-    with subprocess.Popen(asked, stderr=subprocess.PIPE, text=True) as process:
+    # A test process that runs in the background ignores SIGINT, and its children inherit that.
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(asked, stderr=subprocess.PIPE, text=True, preexec_fn=heed) as process:
         for line in process.stderr:
             if "step 80 of" in line:  # the first line of a run of 4000 steps
                 break
