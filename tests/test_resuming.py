@@ -192,6 +192,15 @@ class SignalAt(TrainerCallback):
 class TestInterrupts:
     LONG = SAVING | {"save_steps": 500, "gradient_accumulation_steps": 2}
 
+    @pytest.fixture(autouse=True)
+    def plain_handlers(self):
+        """Python's own handlers: a test before may have left others, or SIGINT may be ignored."""
+        plain = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+        before = {number: signal.signal(number, handler) for number, handler in plain.items()}
+        yield
+        for number, handler in before.items():
+            signal.signal(number, plain[number] if handler is None else handler)
+
     @pytest.mark.parametrize(
         ("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
     )
