@@ -133,11 +133,12 @@ def test_a_byte_now_and_then_is_not_enough(start, monkeypatch):
         began, client = time.monotonic(), connected(url)
         client.sendall(start)
         with suppress(BrokenPipeError, ConnectionResetError):
-            while time.monotonic() - began < 6.0:
+            while time.monotonic() - began < 25.0:
                 client.sendall(b"1")
                 time.sleep(0.1)
-        assert time.monotonic() - began < 4.0
+        took = time.monotonic() - began
         client.close()
+        assert took < 20.0
 
 
 def test_the_rest_of_a_refused_body_is_not_waited_for(monkeypatch):
