@@ -60,16 +60,6 @@ class RowLimit:
         )
 
 
-def check_new_tokens(limit: RowLimit, prompt: int, new: int, where: str = "") -> None:
-    """Raise ValueError where a prompt and its completion are more tokens than `limit`."""
-    if prompt + new > limit.tokens:
-        raise ValueError(
-            f"max_new_tokens: expected at most {limit.tokens - prompt} behind a prompt of {prompt} "
-            f"tokens{where}, since {limit.reader} reads {limit.tokens}, got {new}. Shorten it, or "
-            f"the prompt{limit.hint}"
-        )
-
-
 def attended_length(row: Row) -> int:
     """Tokens of a row without its padding."""
     return int((row.attended != 0).sum())

@@ -9,7 +9,6 @@ from test_positions import build as of_family
 from training import build
 
 from fastdistill import TeacherCache
-from fastdistill.audits.subject import Subject
 from fastdistill.data import DistillCollator
 from fastdistill.examples import Encoder
 from fastdistill.fidelity import measure
@@ -110,21 +109,6 @@ def test_fidelity_refuses(tmp_path):
     teacher = load_teacher(tmp_path, quant="int8", device="cpu")
     with pytest.raises(ValueError, match=r"40 tokens.* 41 tokens in row 7"):
         measure(teacher, rows())
-
-
-def test_a_subject_refuses_before_it_runs():
-    class Tokenizer:
-        pad_token_id = eos_token_id = None
-
-        def decode(self, ids, **options):
-            return ""
-
-    subject = Subject(of_family("gpt2", torch.float32), Tokenizer())
-    with pytest.raises(ValueError, match=r"input_ids: .* 40 tokens.* 41 tokens in row 1"):
-        subject.hidden([[3], [3] * 41])
-    assert len(subject.generate_ids([[3] * 9], max_new_tokens=31)[0]) == 31
-    with pytest.raises(ValueError, match=r"at most 31 behind a prompt of 9 tokens \(row 0\)"):
-        subject.generate_ids([[3] * 9], max_new_tokens=32)
 
 
 def test_a_stream_is_checked_batch_by_batch():

@@ -20,7 +20,6 @@ from ..checkpoint_gate import load_tokenizer
 from ..generation import can_batch, ends_of, generate_rows, ordinary_ends, special_ids
 from ..heads import LMHead, evaluating, head_of, verify_head
 from ..packing import RowReader, read_rows
-from ..positions import check_new_tokens
 from ..primitive import linear_lse_gather
 from ..runtime.printable import printable
 from ..stored_model import StoredModel
@@ -282,12 +281,7 @@ class Subject:
         seed: int = 0,
         streams: Sequence[int] | None = None,
     ) -> list[list[int]]:
-        """The same of rows of token ids: the new tokens, the first end of text included.
-
-        Raises ValueError where a row and max_new_tokens are more than the model reads."""
-        if (limit := self.reader.row_limit) is not None:
-            for index, row in enumerate(rows):
-                check_new_tokens(limit, len(row), max_new_tokens, f" (row {index})")
+        """The same of rows of token ids: the new tokens, the first end of text included."""
         pad = self.tokenizer.pad_token_id
         pad = self.tokenizer.eos_token_id if pad is None else pad
         of_row = range(len(rows)) if streams is None else streams

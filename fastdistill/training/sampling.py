@@ -24,7 +24,7 @@ from ..chat import turn_end
 from ..data import padded
 from ..examples import IGNORE_INDEX, Encoder, Row
 from ..generation import ends_of, generate_rows
-from ..positions import RowLimit, check_new_tokens, row_limit, shortest_of
+from ..positions import RowLimit, row_limit, shortest_of
 from .config import DistillConfig
 from .data_checks import some_of
 
@@ -169,6 +169,16 @@ def _row(prompt: Tensor, completion: Tensor) -> Row:
     ids = torch.cat([prompt, completion])
     targets = torch.cat([torch.full_like(prompt, IGNORE_INDEX), completion])
     return Row(ids, targets, torch.ones_like(ids))
+
+
+def check_new_tokens(limit: RowLimit, prompt: int, new: int, where: str = "") -> None:
+    """Raise ValueError where a prompt and its completion are more tokens than `limit`."""
+    if prompt + new > limit.tokens:
+        raise ValueError(
+            f"max_new_tokens: expected at most {limit.tokens - prompt} behind a prompt of {prompt} "
+            f"tokens{where}, since {limit.reader} reads {limit.tokens}, got {new}. Shorten it, or "
+            "the examples by max_length"
+        )
 
 
 def set_generation_ends(model: Any, encoder: Encoder, dataset: Any) -> None:
