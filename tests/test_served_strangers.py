@@ -125,7 +125,7 @@ def test_what_is_left_half_said_is_closed(sent, monkeypatch):
         client.close()
 
 
-@pytest.mark.parametrize("start", [b"POST /v1/topk HTTP/1.1\r\nX-Slow: ", head(9999)])
+@pytest.mark.parametrize("start", [b"POST /v1/topk HTTP/1.1\r\nX-Slow: "])
 def test_a_byte_now_and_then_is_not_enough(start, monkeypatch):
     monkeypatch.setattr(protocol, "SECONDS", 0.6)
     monkeypatch.setattr(app, "_BODY_SECONDS", 0.6)
