@@ -146,8 +146,9 @@ def topk_distill(
             The loss is smallest at q = p with bucket, with truncate (all but forward_kl) and, as
             far as the ratios among the K ids go, with renorm_both. forward_kl with truncate and
             everything with renorm_teacher are smallest at p/M: they are biased, and move all of
-            the student's mass onto the K ids. Refused, since they have no minimum: renorm_teacher
-            with reverse_kl, with jsd at β = 1 and with skew_reverse_kl at skew 0.
+            the student's mass onto the K ids. A UserWarning says so, once a process for each pair,
+            in eager calls. Refused, since they have no minimum: renorm_teacher with reverse_kl,
+            with jsd at β = 1 and with skew_reverse_kl at skew 0.
         temperature: T > 0; the payload must have been taken at it (renorm_both excepted).
         token_weight: [...] multiplies ℓ. reduction: "mean" Σwℓ / (num_items or the number of
             non-ignored positions), "sum", or "none" -> [...].

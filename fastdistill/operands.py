@@ -6,6 +6,8 @@ Shared by every public function, so that an option means the same everywhere.
 from __future__ import annotations
 
 import math
+import sys
+import warnings
 from typing import Any, NamedTuple
 
 import torch
@@ -176,7 +178,8 @@ def check_reduction(
 
 
 def check_divergence(divergence: Any, beta: float, skew: float, tail: str = "bucket") -> None:
-    """Check a divergence, its scalars and its tail, and refuse a pair without a minimum.
+    """Check a divergence, its scalars and its tail; refuse a pair without a minimum, and warn once
+    of one whose minimum is not at the teacher.
 
     Over a whole vocabulary, as with a dense teacher, the tail is "bucket".
     """
@@ -185,27 +188,65 @@ def check_divergence(divergence: Any, beta: float, skew: float, tail: str = "buc
     checks.within("beta", beta, 0, 1)
     checks.within("skew", skew, 0, 1, below=True)
     checks.choice("tail", tail, TAILS)
-    if minimum_of(divergence, beta, skew, tail) is None:
+    minimum = minimum_of(divergence, beta, skew, tail)
+    if minimum == "renormalized teacher":
+        _warn_of_bias(divergence, beta, skew, tail)
+    if minimum is None:
         checks.fail(
             "tail",
-            f"'bucket', 'truncate' or 'renorm_both' with divergence={divergence!r}"
-            + (f" at beta={beta:g}" if divergence == "jsd" else "")
-            + (f" at skew={skew:g}" if str(divergence).startswith("skew") else ""),
+            f"'bucket', 'truncate' or 'renorm_both' with {_in_words(divergence, beta, skew)}",
             repr(tail),
             "KL(student ‖ teacher) is infinite where the teacher is zero, so this pair has no "
             "minimum at any teacher. Use tail='bucket'",
         )
 
 
-def bias_of(divergence: Any, beta: float, skew: float, tail: str) -> str | None:
-    """What a loss that is smallest elsewhere than at the teacher does, in words; else None."""
-    if minimum_of(divergence, beta, skew, tail) != "renormalized teacher":
-        return None
-    return (
-        f"divergence={divergence!r} with tail={tail!r} is smallest where the student is the "
-        "teacher renormalized over its k tokens: it moves all probability onto them. "
-        "tail='bucket' is smallest at the teacher itself"
+def _in_words(divergence: str, beta: float, skew: float) -> str:
+    """A divergence, with the scalar that makes it another one."""
+    at = ""
+    if divergence == "jsd" and beta in (0, 1):
+        at = f" at beta={beta:g}"
+    elif divergence.startswith("skew") and skew == 0:
+        at = f" at skew={skew:g}"
+    return f"divergence={divergence!r}{at}"
+
+
+_WARNED: set[tuple[str, str]] = set()  # (divergence in words, tail)
+
+
+def _warn_of_bias(divergence: str, beta: float, skew: float, tail: str) -> None:
+    """Warn of a loss that is smallest elsewhere than at the teacher: once a process for each pair.
+
+    A graph of torch.compile cannot warn. It stays silent and leaves the pair to the next call.
+    """
+    if torch.compiler.is_compiling():
+        return
+    pair = (_in_words(divergence, beta, skew), tail)
+    if pair in _WARNED:
+        return
+    proper = [t for t in TAILS if minimum_of(divergence, beta, skew, t) == "teacher"]
+    names = [f"{t!r} (by the ratios among them)" if t == "renorm_both" else repr(t) for t in proper]
+    warnings.warn(
+        f"{pair[0]} with tail={tail!r} is smallest where the student is the teacher renormalized "
+        "over its k tokens: it moves all probability onto them. Tails whose loss is smallest at "
+        f"the teacher itself: {', '.join(names)}",
+        UserWarning,
+        stacklevel=_caller(),
     )
+    _WARNED.add(pair)
+
+
+def _caller() -> int:
+    """The stacklevel, in the function that asks, of the first frame outside this package."""
+    level, frame = 1, sys._getframe(1)
+    package = __name__.partition(".")[0]
+    while frame.f_back is not None and _is_inside(frame.f_globals.get("__name__", ""), package):
+        level, frame = level + 1, frame.f_back
+    return level
+
+
+def _is_inside(module: str, package: str) -> bool:
+    return module.partition(".")[0] in (package, "torch")
 
 
 def check_mix(

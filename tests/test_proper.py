@@ -5,15 +5,15 @@ The head is the identity, so that hidden states are logits; the teacher is known
 
 from __future__ import annotations
 
-import logging
+import warnings
 
 import pytest
 import torch
 
 import fastdistill as fd
+from fastdistill import operands
 from fastdistill.kernels.divergences import NAMES, minimum_of
 from fastdistill.kernels.rows import TAILS
-from fastdistill.training import config as configs
 
 V, K = 12, 4
 VARIANTS = [
@@ -128,31 +128,93 @@ def test_modules_refuse_at_construction():
         fd.LinearDistillLoss(divergence="kl")
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"tail": "truncate"},
-        {"tail": "renorm_teacher"},
-        {"tail": "truncate", "divergence": "jsd", "beta": 0.0},
+BIASED_OPTIONS = [
+    ({"tail": "truncate"}, "'bucket', 'renorm_both' (by the ratios among them)"),
+    ({"tail": "renorm_teacher"}, "'bucket', 'renorm_both' (by the ratios among them)"),
+    ({"tail": "truncate", "divergence": "jsd", "beta": 0.0}, "'bucket', 'renorm_both'"),
+    (
         {"tail": "renorm_teacher", "divergence": "jsd"},
-    ],
-    ids=str,
-)
-def test_a_configuration_logs_a_biased_loss_once(options, tmp_path, caplog):
-    configs.warn_of_bias.cache_clear()
-    with caplog.at_level(logging.WARNING):
-        for _ in range(2):
-            fd.DistillConfig(str(tmp_path), **options)
-    (record,) = [r for r in caplog.records if "smallest" in r.getMessage()]
-    assert f"tail='{options['tail']}'" in record.getMessage()
+        "'bucket', 'truncate', 'renorm_both' (by the ratios among them)",
+    ),
+    ({"tail": "truncate", "divergence": "skew_forward_kl", "skew": 0.0}, "'bucket', 'renorm_both'"),
+]
 
 
-def test_a_configuration_is_silent_about_proper_losses(tmp_path, caplog):
-    configs.warn_of_bias.cache_clear()
-    with caplog.at_level(logging.WARNING):
-        for options in ({}, {"divergence": "reverse_kl", "tail": "truncate"}):
-            fd.DistillConfig(str(tmp_path), **options)
-    assert not caplog.records
+BOUNDARIES = ("topk_distill_loss", "topk_distill", "TopKDistillLoss", "DistillConfig")
+
+
+def boundaries(folder):
+    """Every place where a caller of the package names a divergence and a tail."""
+    z, eye = teacher_logits(), torch.eye(V, dtype=torch.float64)
+    teacher = fd.linear_topk(z, eye, k=K)
+    return {
+        "topk_distill_loss": lambda **o: fd.topk_distill_loss(z, eye, teacher, **o),
+        "topk_distill": lambda **o: fd.topk_distill(z, eye, teacher, **o),
+        "TopKDistillLoss": lambda **o: fd.TopKDistillLoss(**o),
+        "DistillConfig": lambda **o: fd.DistillConfig(str(folder), **o),
+    }
+
+
+def warnings_of(call, **options):
+    """The warnings of a call about a minimum, and the files that they point at."""
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        call(**options)
+    return [(str(w.message), w.filename) for w in seen if "smallest" in str(w.message)]
+
+
+@pytest.mark.parametrize(("options", "proper"), BIASED_OPTIONS, ids=str)
+@pytest.mark.parametrize("boundary", BOUNDARIES)
+def test_a_biased_loss_gives_one_warning(boundary, options, proper, tmp_path, monkeypatch):
+    monkeypatch.setattr(operands, "_WARNED", set())
+    calls = boundaries(tmp_path)
+    ((message, file),) = warnings_of(calls[boundary], **options)
+    assert file == __file__
+    assert f"divergence='{options.get('divergence', 'forward_kl')}'" in message
+    assert (
+        f"tail='{options['tail']}' is smallest where the student is the teacher renorm" in message
+    )
+    assert f"smallest at the teacher itself: {proper}" in message
+    assert not [w for call in calls.values() for w in warnings_of(call, **options)]
+
+
+def test_each_pair_warns_for_itself_and_a_schedule_of_beta_once(monkeypatch):
+    monkeypatch.setattr(operands, "_WARNED", set())
+    check = operands.check_divergence
+    betas = (0.0, 0.2, 0.4, 0.6, 0.8)
+    seen = [warnings_of(lambda b=b: check("jsd", b, 0.1, "renorm_teacher")) for b in betas]
+    assert [len(w) for w in seen] == [1, 1, 0, 0, 0]
+    assert "at beta=0 with" in seen[0][0][0]
+    assert len(warnings_of(lambda: check("tvd", 0.5, 0.1, "renorm_teacher"))) == 1
+
+
+def test_a_warning_that_is_an_error_stays_one(monkeypatch):
+    monkeypatch.setattr(operands, "_WARNED", set())
+    for _ in range(2):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with pytest.raises(UserWarning, match="smallest where"):
+                operands.check_divergence("forward_kl", 0.5, 0.1, "truncate")
+
+
+@pytest.mark.parametrize("boundary", BOUNDARIES)
+def test_proper_losses_are_silent(boundary, tmp_path, monkeypatch):
+    monkeypatch.setattr(operands, "_WARNED", set())
+    call = boundaries(tmp_path)[boundary]
+    for name, beta, skew, tail in PROPER:
+        assert not warnings_of(call, divergence=name, beta=beta, skew=skew, tail=tail)
+
+
+def test_a_compiled_biased_loss_is_one_graph(monkeypatch):
+    monkeypatch.setattr(operands, "_WARNED", set())
+    z, eye = teacher_logits(), torch.eye(V, dtype=torch.float64)
+    teacher = fd.linear_topk(z, eye, k=K)
+
+    def loss(x):
+        return fd.topk_distill_loss(x, eye, teacher, tail="truncate")
+
+    compiled = torch.compile(loss, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(z), loss(z))
 
 
 @pytest.mark.parametrize("valid_vocab", [None, V - 3])

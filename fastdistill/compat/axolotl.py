@@ -23,7 +23,9 @@ class TopKLogprobLoss(nn.Module):
 
     Without normalize_topk and with beta=1, axolotl sums q log(q/p) over the K tokens, which is
     smallest at q = p/e and trains a student away from its teacher. Here D is the sum of
-    q log(q/p) + p − q, which is 0 and smallest at q = p.
+    q log(q/p) + p − q, which is 0 and smallest at q = p. With beta=0 it is axolotl's loss, which is
+    smallest at the teacher renormalized over the K tokens: `topk_distill` warns of it, as
+    forward_kl with tail="truncate".
 
     Args:
         weight_hard_loss, weight_soft_loss: factors of the two sums.

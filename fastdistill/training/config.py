@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,7 +13,7 @@ from transformers import TrainingArguments
 from ..backend import resolve_impl
 from ..kernels.divergences import NAMES as DIVERGENCES
 from ..kernels.rows import TAILS
-from ..operands import bias_of, check_divergence
+from ..operands import check_divergence
 from ..runtime.json_text import parse_json
 from .arguments import (
     LOGGING_SHARE,
@@ -28,8 +26,6 @@ from .arguments import (
 )
 from .selection import Selection, TokenSelection, selection_of
 
-logger = logging.getLogger(__name__)
-
 
 @dataclass(kw_only=True)
 class DistillConfig(TrainingArguments):
@@ -41,7 +37,7 @@ class DistillConfig(TrainingArguments):
         divergence: D(teacher, student); "forward_kl" is KL(teacher ‖ student).
         beta: the mixture weight of "jsd". skew: the mixture weight of the skewed divergences.
         tail: what becomes of the mass outside the k tokens; "bucket" compares it as one outcome.
-            A pair of divergence and tail that is not smallest at the teacher is logged as biased;
+            A pair of divergence and tail that is not smallest at the teacher gives a UserWarning;
             `topk_distill` says which are, and which have no minimum and are refused.
         temperature: softens both distributions. t2_scale: multiply the divergence by T².
         ce_weight: c in (1 − c)·divergence + c·cross-entropy of the labels.
@@ -155,7 +151,6 @@ class DistillConfig(TrainingArguments):
             if getattr(self, name) == 0.0:
                 raise ValueError(f"{name}: expected a number above 0, got 0.0")
         check_divergence(self.divergence, self.beta, self.skew, self.tail)
-        warn_of_bias(bias_of(self.divergence, self.beta, self.skew, self.tail))
         if self.tail == "renorm_both" and self.k == 1:
             raise ValueError(
                 "tail: expected something else than 'renorm_both' with k=1, where both "
@@ -197,13 +192,6 @@ class DistillConfig(TrainingArguments):
     def __getstate__(self) -> dict[str, Any]:
         """Checkpoints hold the arguments; a caller's function is kept there as its name."""
         return self.__dict__ | {"token_selection": _in_words(self.token_selection)}
-
-
-@functools.cache
-def warn_of_bias(bias: str | None) -> None:
-    """Log a biased loss, once a process for each."""
-    if bias is not None:
-        logger.warning("%s", bias)
 
 
 def _json_object(given: Any) -> Any:
