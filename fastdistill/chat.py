@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 from weakref import WeakKeyDictionary
 
 from .checks import fail
 from .runtime.printable import printable
 from .tokenized import Span, added_ends, tokenize
 
-_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_GENERATION = re.compile(r"\{%([-+]?)\s*generation\s*([-+]?)%\}")
+_END_OF_GENERATION = re.compile(r"\{%([-+]?)\s*endgeneration\s*([-+]?)%\}")
+_HEARD = ("system", "developer", "user")  # roles whose contents a template does not rewrite
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # keys of an assistant's message
 _ANSWER = "Zq0"  # stands for an answer while the end of a turn is looked for
 _TURN_ENDS: WeakKeyDictionary[Any, tuple[str, int | None]] = WeakKeyDictionary()
 _MARK = re.compile(r"\W.*\w.*\W", re.DOTALL)  # as <end> or [/INST]
@@ -28,13 +31,47 @@ def render(
     """Return a conversation as text; with `prompt` up to where the assistant's next turn begins.
 
     Raises:
-        ValueError: the template, or transformers, does not take the conversation.
+        ValueError: the template, or transformers, does not take the conversation, or the text has
+        not everything that the conversation has.
     """
-    text = _applied(tokenizer, messages, column, rendering, prompt)
-    parts = [m["content"] for m in messages if isinstance(m.get("content"), list)]
-    if any(str(part) in text for part in parts):  # the template takes texts only
-        text = _applied(tokenizer, [_joined(m) for m in messages], column, rendering, prompt)
-    return str(text)
+    text, messages = _rendered(tokenizer, messages, column, rendering, prompt)
+    _check_rest(text, messages, column, rendering)
+    return text
+
+
+def _rendered(
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, Any]],
+    column: str,
+    rendering: Mapping[str, Any],
+    prompt: bool = False,
+) -> tuple[str, list[Mapping[str, Any]]]:
+    """Return a conversation as text, and its messages with contents of the type that is read.
+
+    A template takes contents as texts, as lists of parts, or both. One that takes texts only prints
+    a list as Python does, loses it, or raises; one that takes parts only loses a text.
+    """
+    messages = list(messages)
+    in_parts = any(isinstance(message.get("content"), list) for message in messages)
+    other: list[Mapping[str, Any]] = [_joined(m) if in_parts else _in_parts(m) for m in messages]
+    read: list[tuple[str, list[Mapping[str, Any]]]] = []
+    refused: list[ValueError] = []
+    for form in (messages, other):
+        try:
+            text = _applied(tokenizer, form, column, rendering, prompt)
+        except ValueError as error:
+            refused.append(error)
+            continue
+        if _prints_parts(text, form):
+            continue
+        if all(_has(text, message.get("content")) for message in form):
+            return text, form
+        read.append((text, form))
+    if read:
+        return read[0]
+    if refused:
+        raise refused[0]
+    return fail(column, "texts, or a chat template that takes lists of parts", "lists of parts")
 
 
 def _applied(
@@ -43,12 +80,12 @@ def _applied(
     column: str,
     rendering: Mapping[str, Any],
     prompt: bool,
-    **options: Any,
-) -> Any:
-    options = {"tokenize": False} | options
+) -> str:
     try:
-        return tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=prompt, **options, **rendering
+        return str(
+            tokenizer.apply_chat_template(
+                list(messages), add_generation_prompt=prompt, tokenize=False, **rendering
+            )
         )
     except Exception as error:  # jinja's, transformers' or Python's: whatever a template raises
         roles = [str(m.get("role")) for m in messages]
@@ -64,6 +101,28 @@ def _joined(message: Mapping[str, Any]) -> dict[str, Any]:
     return dict(message)
 
 
+def _in_parts(message: Mapping[str, Any]) -> dict[str, Any]:
+    content = message.get("content")
+    if isinstance(content, str):
+        return {**message, "content": [{"type": "text", "text": content}]}
+    return dict(message)
+
+
+def _prints_parts(text: str, messages: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a template printed a list of parts as Python does."""
+    contents = [m["content"] for m in messages if isinstance(m.get("content"), list)]
+    return any(str(content) in text for content in contents if content)
+
+
+def _has(text: str, content: Any) -> bool:
+    """Whether a text has every word of a message's content, in its order; spaces do not count."""
+    if isinstance(content, list):
+        return all(_has(text, part["text"]) for part in content)
+    if not isinstance(content, str) or content.strip() in text:
+        return True
+    return "".join(content.split()) in "".join(text.split())
+
+
 def encode_conversation(
     tokenizer: Any,
     messages: Sequence[Mapping[str, Any]],
@@ -74,25 +133,116 @@ def encode_conversation(
     """Return a conversation's ids, and which of them the assistant says in turns from `first` on.
 
     A template with {% generation %} tells that itself. Stock templates have none: there the text up
-    to a turn, and up to its end, tells, as long as later turns leave earlier ones as they were.
+    to a turn, and the text with another answer in the turn's place, tell where it lies.
     """
-    template = str(getattr(tokenizer, "chat_template", None) or "")
-    if first == 0 and _GENERATION.search(template):
-        text = render(tokenizer, messages, column, rendering)
-        tokenize(tokenizer, text, column, (), special=False)  # the checks that every text passes
-        read = _applied(
-            tokenizer, messages, column, rendering, False, tokenize=True, return_dict=True,
-            return_assistant_tokens_mask=True,
-        )  # fmt: skip
-        return list(read["input_ids"]), [bool(said) for said in read["assistant_masks"]]
-    text = render(tokenizer, messages, column, rendering)
-    spans = [
-        _turn(tokenizer, text, messages, i, column, rendering)
-        for i, message in enumerate(messages)
-        if i >= first and message.get("role") == "assistant"
-    ]
+    text, messages = _rendered(tokenizer, messages, column, rendering)
+    _check_rest(text, messages, column, rendering)
+    spans, low = [], 0
+    template = _template(tokenizer, rendering)
+    marked = first == 0 and _GENERATION.search(template) is not None
+    for turn, message in enumerate(messages):
+        if turn >= first and message.get("role") == "assistant":
+            if marked:
+                _check_turn(text, message, turn, column)
+                continue
+            begin, end = _turn(tokenizer, text, messages, turn, low, column, rendering)
+            _check_turn(text[low:end], message, turn, column)
+            spans.append((begin, end))
+            low = end
+    if marked:
+        spans = _generated(tokenizer, text, messages, template, column, rendering)
     read = tokenize(tokenizer, text, column, spans, special=False)
     return read.ids, read.inside
+
+
+def _template(tokenizer: Any, rendering: Mapping[str, Any]) -> str:
+    """Return the template that renders a conversation: a tokenizer may have several."""
+    own, chosen = getattr(tokenizer, "chat_template", None), rendering.get("chat_template")
+    if isinstance(own, Mapping):
+        return str(tokenizer.get_chat_template(chosen, rendering.get("tools")))
+    return str(chosen or own or "")
+
+
+def _generated(
+    tokenizer: Any,
+    text: str,
+    messages: Sequence[Mapping[str, Any]],
+    template: str,
+    column: str,
+    rendering: Mapping[str, Any],
+) -> list[Span]:
+    """Return the characters of `text` that stand between {% generation %} and {% endgeneration %}.
+
+    The block becomes a call of a macro that puts marks around it: transformers tells tokens of it,
+    not characters, and loses turns that begin or end with a space that their token is trimmed of.
+    """
+    first, last = _free(text)
+    changed = _GENERATION.sub(r"{%\1call fastdistill_generation()\2%}", template)
+    changed = _END_OF_GENERATION.sub(r"{%\1endcall\2%}", changed)
+    macro = f"{{% macro fastdistill_generation() %}}{first}{{{{ caller() }}}}{last}{{% endmacro %}}"
+    marked = _applied(
+        tokenizer, messages, column, {**rendering, "chat_template": f"{macro}\n{changed}"}, False
+    )
+    spans: list[Span] = []
+    at = 0
+    for part in re.split(f"([{first}{last}])", marked):
+        if part == first:
+            spans.append((at, at))
+        elif part == last:
+            spans[-1] = (spans[-1][0], at)
+        else:
+            at += len(part)
+    if marked.replace(first, "").replace(last, "") != text:
+        fail(column, "a chat template whose {% generation %} marks tokens of the conversation",
+             "one that renders another text with marks around them")  # fmt: skip
+    return spans
+
+
+def _free(text: str) -> tuple[str, str]:
+    """Return two characters for private use that a text does not have."""
+    free = (c for c in map(chr, range(0xE000, 0xF900)) if c not in text)
+    return next(free), next(free)
+
+
+def _check_rest(
+    text: str,
+    messages: Sequence[Mapping[str, Any]],
+    column: str,
+    rendering: Mapping[str, Any],
+) -> None:
+    """Raise ValueError for a turn of the system's or a user's, or a tool, that the text has not."""
+    for turn, message in enumerate(messages):
+        if message.get("role") in _HEARD and not _has(text, message.get("content")):
+            _fail_lost(f"{column}[{turn}].content", message["content"])
+    for name in _names(rendering.get("tools")):
+        if name not in text:
+            fail("tools", "a chat template that renders them", f"one that leaves out "
+                 f"{printable(repr(name), 60)}", "remove the tools, or use a template for "
+                 "them")  # fmt: skip
+
+
+def _check_turn(text: str, message: Mapping[str, Any], turn: int, column: str) -> None:
+    """Raise ValueError where the text of an assistant's turn has not all that its message has."""
+    for key in ("content", *_THOUGHTS):
+        if not _has(text, message.get(key)):
+            _fail_lost(f"{column}[{turn}].{key}", message[key])
+    for name in _names(message.get("tool_calls")):
+        if name not in text:
+            _fail_lost(f"{column}[{turn}].tool_calls", name)
+
+
+def _names(calls: Any) -> list[str]:
+    """Return the names of functions in a list of tools, or of calls of them."""
+    functions = [c.get("function", c) for c in calls or () if isinstance(c, Mapping)]
+    names = [f.get("name") for f in functions if isinstance(f, Mapping)]
+    return [name for name in names if isinstance(name, str)]
+
+
+def _fail_lost(name: str, content: Any) -> NoReturn:
+    fail(name, "a chat template that renders it whole",
+         f"one that leaves out a part of {printable(repr(content), 60)}",
+         "stock templates drop thinking, or know no tools: remove what the student is not to "
+         "learn, or pass prompt and completion as texts, or another chat template")  # fmt: skip
 
 
 def _turn(
@@ -100,48 +250,90 @@ def _turn(
     text: str,
     messages: Sequence[Mapping[str, Any]],
     turn: int,
+    low: int,
     column: str,
     rendering: Mapping[str, Any],
 ) -> Span:
-    """Return the characters of `text` that the assistant says in one turn, its end included."""
-    behind = render(tokenizer, messages[: turn + 1], column, rendering)
-    begin: int | None
-    try:
-        if turn == 0:
-            raise ValueError("nothing precedes the first turn")
-        before = render(tokenizer, messages[:turn], column, rendering, prompt=True)
-        begin = len(before) if behind.startswith(before) else None
-    except ValueError:  # templates that take no conversation without, say, a user's turn
-        begin = _content_begin(tokenizer, behind, messages[: turn + 1], column, rendering)
-    if begin is None or not text.startswith(behind):
+    """Return the characters of `text` that the assistant says in one turn, its end included.
+
+    Args:
+        low: where the assistant's turn before this one ends.
+    """
+
+    def rendered(upto: int, prompt: bool = False) -> str | None:
+        try:
+            return _applied(tokenizer, messages[:upto], column, rendering, prompt)
+        except ValueError:  # templates that take no conversation without, say, a user's turn
+            return None
+
+    def content(of: str, upto: int) -> Span:
+        return _content(tokenizer, of, messages[:upto], turn, column, rendering)
+
+    before = rendered(turn, prompt=True) if turn else None
+    if before is not None and text.startswith(before):
+        begin = len(before)
+    else:  # the template puts something else there, such as <think>, than it asks with
+        begin = content(text, len(messages))[0]
+        plain = rendered(turn) if turn else None
+        if before is not None and plain is not None and text.startswith(plain):
+            begin = min(max(_common(before, text), len(plain)), begin)
+    end: int | None
+    behind = text
+    if turn + 1 < len(messages):
+        behind = _applied(tokenizer, messages[: turn + 1], column, rendering, False)
+    if text.startswith(behind):
+        end = len(behind)
+    else:  # the last turn of a conversation begins or ends in another way than earlier ones
+        there = content(text, len(messages))[1]
+        tail = behind[content(behind, turn + 1)[1] :]
+        end = _end(tokenizer, text, there, tail)
+    if end is None or not low <= begin <= end:
         fail(column, "a chat template that leaves earlier turns as they are when others follow",
-             f"one that renders turn {turn} differently then (as Qwen3's drops earlier thinking)",
+             f"one that renders turn {turn} differently then",
              "the assistant's tokens cannot be told apart: Pass prompt and completion, or a chat "
              "template with {% generation %}")  # fmt: skip
-    return begin, len(behind)
+    return begin, end
 
 
-def _content_begin(
+def _end(tokenizer: Any, text: str, at: int, tail: str) -> int | None:
+    """Return where a turn ends whose content ends at `at`: behind what follows it also in the last
+    turn, but for an end of text, or else behind the token that stands there."""
+    eos = str(getattr(tokenizer, "eos_token", None) or "")
+    for same in (tail, tail.removesuffix(eos)):
+        if same and text.startswith(same, at):
+            return at + len(same)
+    marks = [str(token) for token in getattr(tokenizer, "added_tokens_decoder", {}).values()]
+    there = [mark for mark in marks if mark.strip() and text.startswith(mark, at)]
+    return at + max(map(len, there)) if there else None
+
+
+def _common(a: str, b: str) -> int:
+    """Return how many characters two texts have in common at their beginning."""
+    pairs = zip(a, b, strict=False)
+    return next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))
+
+
+def _content(
     tokenizer: Any,
     text: str,
     messages: Sequence[Mapping[str, Any]],
+    turn: int,
     column: str,
     rendering: Mapping[str, Any],
-) -> int | None:
-    """Return where the last message's content begins: up to there another content changes nothing.
-
-    `text` is the conversation with its own content.
-    """
-    content = _joined(messages[-1]).get("content")
-    if not content:
-        return None
-    other = ("b" if content.lstrip()[:1] == "a" else "a") + _ANSWER
-    changed = [*messages[:-1], {**messages[-1], "content": other}]
-    rendered = render(tokenizer, changed, column, rendering)
-    same = 0
-    while same < min(len(text), len(rendered)) and text[same] == rendered[same]:
-        same += 1
-    return same
+) -> Span:
+    """Return where a message's content is in `text`, which is the conversation's: what lies before
+    and behind it does not change with another content."""
+    content = str(_joined(messages[turn]).get("content") or "")
+    words = content.strip()
+    other = ("b" if words[:1] == "a" else "a") + _ANSWER + ("b" if words[-1:] == "a" else "a")
+    changed = {**messages[turn], "content": other}
+    if isinstance(messages[turn].get("content"), list):
+        changed = _in_parts(changed)
+    among = [*messages[:turn], changed, *messages[turn + 1 :]]
+    rendered = _applied(tokenizer, among, column, rendering, False)
+    begin = _common(text, rendered)
+    same = _common(text[begin:][::-1], rendered[begin:][::-1])
+    return begin, len(text) - same
 
 
 def turn_end(tokenizer: Any) -> int | None:
@@ -163,7 +355,7 @@ def turn_end(tokenizer: Any) -> int | None:
 def _turn_end(tokenizer: Any) -> int | None:
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _ANSWER}]
     try:
-        text = render(tokenizer, turns, "chat_template", {})
+        text = _applied(tokenizer, turns, "chat_template", {}, False)
     except ValueError:  # it takes no such conversation
         return None
     at = text.rfind(_ANSWER)

@@ -18,7 +18,7 @@ MARKED = (
     "{{ m['content'] }} <end>{% endgeneration %} {% else %}{{ m['content'] }} <end> {% endif %}"
     "{% endfor %}{% if add_generation_prompt %}<assistant> {% endif %}"
 )
-# As Qwen3's: what was thought is dropped from turns that are not the last.
+# As Qwen3's: only the last turn has thinking.
 FORGETTING = (
     "{% for m in messages %}<{{ m['role'] }}> {% if m['role'] == 'assistant' and loop.last %}think "
     "{% endif %}{{ m['content'] }} <end> {% endfor %}"
@@ -84,9 +84,23 @@ def test_a_conversation_as_prompt_and_completion(template):
     )
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused():
-    with pytest.raises(ValueError, match=r"renders turn 1 differently .* Pass prompt and"):
-        read({"messages": TALK}, FORGETTING)
+def test_a_template_that_begins_the_last_turn_in_another_way():
+    whole, said = read({"messages": TALK}, FORGETTING)
+    assert whole.endswith("a cat <end> <user> a dog <end> <assistant> think no it is a cat <end>")
+    assert said == "a cat <end> think no it is a cat <end>"
+
+
+def test_a_template_that_drops_a_part_of_earlier_turns_is_refused():
+    template = FORGETTING.replace(
+        "{{ m['content'] }}",
+        "{{ m['content'] if loop.last else m['content'].split(' think ')[-1] }}",
+    )
+    talk = [TALK[0], {"role": "assistant", "content": "it is think a cat"}, *TALK[2:]]
+    with pytest.raises(
+        ValueError, match=r"messages\[1\].content: expected a chat template that renders it whole"
+    ):
+        read({"messages": talk}, template)
+    assert read({"prompt": talk[:3], "completion": talk[3:]}, template)[1].endswith("a cat <end>")
 
 
 def test_given_masks_become_targets():
