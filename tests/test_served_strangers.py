@@ -125,8 +125,16 @@ def test_what_is_left_half_said_is_closed(sent, monkeypatch):
         client.close()
 
 
-@pytest.mark.parametrize("start", [b"POST /v1/topk HTTP/1.1\r\nX-Slow: "])
-def test_a_byte_now_and_then_is_not_enough(start, monkeypatch):
+CHUNKED = head(9).replace(b"Content-Length: 9", b"Transfer-Encoding: chunked")
+
+
+@pytest.mark.parametrize(
+    ("start", "piece"),
+    [(b"POST /v1/topk HTTP/1.1\r\nX-Slow: ", b"1"), (head(9999), b"1"),
+     (CHUNKED, b"1\r\n1\r\n"), (CHUNKED + b"fff\r\n", b"1"), (CHUNKED + b"5;name=", b"1")],
+    ids=["head", "body", "chunks", "one chunk", "head of a chunk"],
+)  # fmt: skip
+def test_a_byte_now_and_then_is_not_enough(start, piece, monkeypatch):
     monkeypatch.setattr(protocol, "SECONDS", 0.6)
     monkeypatch.setattr(app, "_BODY_SECONDS", 0.6)
     with ours(Teacher(peaked())) as url:
@@ -134,7 +142,7 @@ def test_a_byte_now_and_then_is_not_enough(start, monkeypatch):
         client.sendall(start)
         with suppress(BrokenPipeError, ConnectionResetError):
             while time.monotonic() - began < 25.0:
-                client.sendall(b"1")
+                client.sendall(piece)
                 time.sleep(0.1)
         took = time.monotonic() - began
         client.close()
