@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import random
 import socket
@@ -159,12 +160,42 @@ def test_nobody_there():
         ({"url": "http://me:word@localhost"}, "url: expected no name or password in it, got one"),
         ({"model": "x"}, f"model: expected one that .* serves \\({MODEL}\\), got 'x'"),
         ({"timeout": 0}, "timeout: expected a finite number above 0"),
+        ({"timeout": "5"}, "timeout: expected a finite number above 0"),
         ({"concurrency": 0}, "concurrency: expected an integer above 0"),
+        ({"concurrency": "4"}, "concurrency: expected an integer above 0, got '4'"),
+        ({"tokens_per_request": float("inf")}, "tokens_per_request: expected an integer above 0"),
+        ({"token": 5}, "token: expected a text, got int"),
+        ({"tokenizer": "a/name"}, "tokenizer: expected an object with get_vocab"),
     ],
 )
 def test_wrong_arguments(server, arguments, words):
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises((ValueError, TypeError), match=words):
         ServedTeacher(**{"url": server.url} | arguments)
+
+
+NO_URLS = (None, 5, b"http://h:1", "", "h", "http://", "http://:80", "http://h:0", "http://h:99999",
+           "http://h:x", "http://[::1", "http://a b:1", "http://a..b:1", f"http://{'a' * 70}:1",
+           "http://\ud800:1", "http://h:1/ü", "http://h:1/a b", "http://h:1/\n", " http://h:1",
+           "http://h:1/#a", "http://h:1?a=1", "ftp://h", "file:///h")  # fmt: skip
+
+
+@pytest.mark.parametrize("url", NO_URLS, ids=ascii)
+def test_what_is_no_url_of_a_server(url):
+    with pytest.raises(ValueError, match=r"^url: expected http://host:port or https") as caught:
+        ServedTeacher(url)
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("patience", [{"timeout": 1e300}, {"retries": 5000}], ids=str)
+def test_patience_without_end(model, server, patience):
+    client = ServedTeacher(server.url, **patience)
+    server.faults.append(status(503))
+    assert right(model, client)
+    client.close()
+
+
+def test_no_row_at_all(client):
+    assert client.topk(torch.zeros(0, 4, dtype=torch.int64), k=3).ids.shape == (0, 4, 3)
 
 
 def test_what_it_cannot_give(model, server, client):
@@ -213,7 +244,19 @@ def rename(rank, name):
     return entry(change)
 
 
+def swapped(choice):
+    choice["index"] = 1 - choice["index"]
+
+
+def one_late(choice):
+    listed = choice["prompt_logprobs"]
+    listed[1:] = [*listed[2:], listed[-1]]
+
+
+OTHER = r"row 0, position 0: expected the prompt's own next token 9 .* another position"
 LIES = {
+    "rows": (swapped, OTHER),
+    "positions": (one_late, OTHER),
     "1 choices": (lambda c: c.update(index=0), r"expected 2 choices, .* got 2 with the indices"),
     "short": (lambda c: c["prompt_logprobs"].pop(), "row 0: .* with 5 entries, .* got 4.*--no-ena"),
     "none": (lambda c: c.update(prompt_logprobs=None), "row 0: expected .* got NoneType"),
@@ -235,6 +278,21 @@ LIES = {
 def test_lies(server, client, lie):
     server.twist, words = LIES[lie]
     with pytest.raises(WrongAnswer, match=words):
+        client.topk(IDS, k=4)
+
+
+def test_an_id_that_is_there_twice(server, client):
+    def twice(handler):
+        text = json.dumps(handler.server.completion(handler.server.seen[-1][0])[1])
+        first = text.index('{"9": ')
+        text = f'{text[:first]}{{"9": {{"logprob": -50.0, "rank": 53}}, {text[first + 1 :]}'
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(len(text)))
+        handler.end_headers()
+        handler.wfile.write(text.encode())
+
+    server.faults.append(twice)
+    with pytest.raises(WrongAnswer, match=r"expected each name once in an object, got '9' twice"):
         client.topk(IDS, k=4)
 
 

@@ -93,6 +93,8 @@ def test_lies_in_our_own_form(monkeypatch, url, lie):
         ({"max_k": 0}, "expected counts above 0"),
         ({"vocab_size": "many"}, "expected counts above 0"),
         ({"identity": None}, "expected counts above 0 and an identity"),
+        ({"max_tokens": 10**400}, "expected counts above 0"),
+        ({"honours_temperature": "no"}, "expected counts above 0"),
         ({"more": 1}, "expected what fastdistill serve says"),
     ],
 )
@@ -101,6 +103,15 @@ def test_what_a_server_says_of_itself_is_checked(monkeypatch, url, changed, word
     monkeypatch.setattr(Described, "as_json", lambda self: said(self) | changed)
     with pytest.raises(WrongAnswer, match=words):
         ServedTeacher(url)
+
+
+@pytest.mark.parametrize("of", [{"step": float("nan")}, {"step": [float("inf")]}], ids=str)
+def test_an_identity_that_no_cache_could_keep(of):
+    said = {"protocol": 1, "version": "1", "honours_temperature": True, "vocab_size": 9, "max_k": 9,
+            "max_tokens": 9, "tokenizer_sha256": None}  # fmt: skip
+    assert Described.read(said | {"identity": {"step": 1.0}}, "http://h").vocab_size == 9
+    with pytest.raises(WrongAnswer, match="expected counts above 0 and an identity"):
+        Described.read(said | {"identity": of}, "http://h")
 
 
 def test_a_double_precision_teacher_keeps_its_digits():

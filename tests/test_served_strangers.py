@@ -244,7 +244,17 @@ def test_half_a_character_in_a_path(url):
 
 
 @pytest.mark.parametrize(
-    "body", [b"\xff", b'"\xed\xa0\x80"', b"[" * 60_000, b"{" * 60_000, b"9" * 5000, b"", b"NaN"]
+    "body",
+    [
+        b'{"k":1,"k":2,"prompt":[1]}',
+        b"\xff",
+        b'"\xed\xa0\x80"',
+        b"[" * 60_000,
+        b"{" * 60_000,
+        b"9" * 5000,
+        b"",
+        b"NaN",
+    ],
 )
 def test_what_is_no_json(url, body):
     status, answer = ask(url, body)

@@ -17,19 +17,28 @@ class JSONError(ValueError):
     """Text that is not JSON, or not the kind of JSON that was expected."""
 
 
-def parse_json(text: str | bytes, source: str, expected: type | None = None) -> Any:
+class RepeatedName(JSONError):
+    """An object that has one name twice: which of the two values counts is nobody's rule."""
+
+
+def parse_json(
+    text: str | bytes, source: str, expected: type | None = None, *, unique: bool = False
+) -> Any:
     """Return the value of a JSON text.
 
     Args:
         text: the document; bytes are read as UTF-8.
         source: what the error names: a file, a line of it, or a server.
         expected: `dict` or `list`, if the value has to be one.
+        unique: refuse an object that has a name twice; otherwise the last one counts.
 
     Raises:
         JSONError: the text is not UTF-8, not JSON, nested too deeply, or of another type.
     """
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_unique if unique else None)
+    except RepeatedName as error:
+        raise RepeatedName(f"{source}: {error}") from None
     except RecursionError:
         raise JSONError(f"{source}: expected JSON, got one nested too deeply") from None
     except (UnicodeDecodeError, ValueError) as error:
@@ -39,6 +48,15 @@ def parse_json(text: str | bytes, source: str, expected: type | None = None) -> 
         wanted = "an object" if expected is dict else "a list"
         raise JSONError(f"{source}: expected {wanted}, got {type(value).__name__}")
     return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) == len(pairs):
+        return value
+    names = [name for name, _ in pairs]
+    name = next(name for name in value if names.count(name) > 1)
+    raise RepeatedName(f"expected each name once in an object, got {printable(name, 60)!r} twice")
 
 
 def read_json(

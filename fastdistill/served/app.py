@@ -144,7 +144,9 @@ class Application:
             message = "body: expected all of it in time, and no more came"
             raise Refused(408, message, close=True) from None
         try:
-            said: dict[str, Any] = await run_in_threadpool(parse_json, body, "body", dict)
+            said: dict[str, Any] = await run_in_threadpool(
+                parse_json, body, "body", dict, unique=True
+            )
         except JSONError as error:
             raise Refused(
                 400, str(error).replace("expected an object", "expected a JSON object")

@@ -13,6 +13,7 @@ import time
 from typing import Any
 
 _PIECE = 1 << 14  # bytes sent before the deadline is looked at again
+_FOREVER = 1e8  # seconds, three years; a socket takes no more than a few times that
 _CONNECT = 15.0  # seconds, at most, until a server accepts a connection
 
 
@@ -28,7 +29,7 @@ class Deadline:
     """A point in time, `seconds` from now."""
 
     def __init__(self, seconds: float) -> None:
-        self._end = time.monotonic() + seconds
+        self._end = time.monotonic() + min(seconds, _FOREVER)
 
     def left(self) -> float:
         """Return the seconds until then; raises TimeoutError when there are none."""

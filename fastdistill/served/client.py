@@ -87,7 +87,7 @@ class ServedTeacher:
             ("concurrency", concurrency),
             ("tokens_per_request", tokens_per_request),
         ):
-            if value is not None and (isinstance(value, bool) or not 1 <= value == int(value)):
+            if value is not None and (type(value) is not int or value < 1):
                 checks.fail(name, "an integer above 0", repr(value))
         token = backend.served_token() if token is None else token
         self._http = Connection(url, token=token, timeout=timeout, retries=retries)
@@ -133,7 +133,8 @@ class ServedTeacher:
         """Which teacher this is, for a cache: what our server says, or the model's name."""
         if self.described is not None:
             return self.described.identity
-        return {"name": self.name, "root": self.listing.entry.get("root")}
+        root = self.listing.entry.get("root")
+        return {"name": self.name, "root": root if isinstance(root, str) else None}
 
     @property
     def row_limit(self) -> RowLimit | None:
@@ -159,8 +160,9 @@ class ServedTeacher:
 
     def refuse_tokenizer(self, tokenizer: Any) -> None:
         """Raise ValueError where the server says that ids mean something else to its teacher."""
+        ours = tokenizer_fingerprint(tokenizer)
         theirs = None if self.described is None else self.described.tokenizer_sha256
-        if theirs is not None and tokenizer_fingerprint(tokenizer) != theirs:
+        if theirs is not None and ours != theirs:
             raise ValueError(
                 f"tokenizer: expected that of {self.name} at {self.url}, got one in which tokens "
                 "have other ids. Top-k distillation compares probabilities id by id: use a teacher "
@@ -226,12 +228,11 @@ class ServedTeacher:
         if self.described is not None:
             budget = min(budget, self.described.max_tokens)
         parts: list[_Part] = []
-        starts = accumulate([0, *lengths[:-1]])
-        for number, (start, length) in enumerate(zip(starts, lengths, strict=True)):
-            row = tokens[start : start + length]
+        for number, (length, last) in enumerate(zip(lengths, accumulate(lengths), strict=True)):
+            start = last - length
+            row = tokens[start:last]
             if not row:
                 continue
-            last = start + length
             if parts and last - parts[-1].first <= budget:
                 first, _, rows, numbers = parts[-1]
                 parts[-1] = _Part(first, last, [*rows, row], [*numbers, number])
@@ -284,12 +285,12 @@ class ServedTeacher:
             answer = unpack(reply.body, float(temperature), self.url)
         else:
             # What follows the last token decides nothing before it: any token does.
-            said |= {"prompt": [[*row, row[-1]] for row in part.rows]}
-            said |= {"max_tokens": 1, "prompt_logprobs": k}
+            prompts = [[*row, row[-1]] for row in part.rows]
+            said |= {"prompt": prompts, "max_tokens": 1, "prompt_logprobs": k}
             limit = LARGEST + entries * _ENTRY_JSON
             reply = self._asked("/v1/completions", said, stop, limit=limit)
             try:
-                answer = read_choices(reply.body, part.lengths, k, float(temperature), self.url)
+                answer = read_choices(reply.body, prompts, k, float(temperature), self.url)
             except NoPromptLogprobs as error:
                 raise self.listing.without_prompt_logprobs(str(error)) from None
         try:

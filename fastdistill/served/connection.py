@@ -19,7 +19,7 @@ import weakref
 from contextlib import suppress
 from email.utils import parsedate_to_datetime
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from .. import checks
 from ..runtime.json_text import parse_json
@@ -66,11 +66,7 @@ class Connection:
     """
 
     def __init__(self, url: str, *, token: str | None, timeout: float, retries: int) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query:
-            checks.fail("url", "http://host:port or https://host:port", repr(url))
-        if parts.username or parts.password:
-            checks.fail("url", "no name or password in it", "one", "pass token=")
+        parts, port = _parts_of(url)
         check_token(token)
         checks.positive("timeout", timeout)
         if isinstance(retries, bool) or not isinstance(retries, int) or retries < 0:
@@ -78,7 +74,7 @@ class Connection:
         self.url = url.rstrip("/").removesuffix("/v1")
         self._secure = parts.scheme == "https"
         self._host = str(parts.hostname)
-        self._port = parts.port or (443 if self._secure else 80)
+        self._port = (443 if self._secure else 80) if port is None else port
         self._prefix = urlsplit(self.url).path.rstrip("/")
         self._token, self.timeout, self.retries = token, timeout, retries
         self._reached = False  # whether it ever answered
@@ -156,7 +152,7 @@ class Connection:
                     raise Refusal(self.url, reply.status, said)
                 failure = f"status {reply.status}: {said}"
                 requested = _retry_after(reply.headers.get("Retry-After")) or 0.0
-            wait = min(FIRST_WAIT * 2**attempt, LONGEST_WAIT) * _own_chance.uniform(0.75, 1.25)
+            wait = _usual_wait(attempt) * _own_chance.uniform(0.75, 1.25)
             wait = min(max(wait, requested), patience)
             patience -= wait
             if give_up or not wait:
@@ -180,7 +176,7 @@ class Connection:
 
     def _patience(self) -> float:
         """Return the seconds that all waits of one request may take together."""
-        usual = sum(min(FIRST_WAIT * 2**n, LONGEST_WAIT) for n in range(self.retries)) * 1.25
+        usual = sum(map(_usual_wait, range(self.retries))) * 1.25
         return usual + min(_LONGEST_ASKED, self.timeout * (self.retries + 1))
 
     def _once(self, path: str, payload: bytes | None, stop: threading.Event, limit: int) -> Reply:
@@ -229,6 +225,30 @@ class Connection:
                 connection.close()
 
 
+def _parts_of(url: Any) -> tuple[SplitResult, int | None]:
+    """Return the parts of a server's URL and its port; raises ValueError for any other text."""
+    expected, shown = "http://host:port or https://host:port", printable(repr(url), 120)
+    try:
+        url = url if isinstance(url, str) else ""
+        parts = urlsplit(url)
+        port = parts.port
+        host = (parts.hostname or "").encode("idna")
+    except ValueError as error:  # of the port, of brackets, or of a name that no resolver takes
+        checks.fail("url", expected, shown, printable(error))
+    if parts.username or parts.password:
+        checks.fail("url", "no name or password in it", "one", "pass token=")
+    # http.client sends the path as it is written.
+    sendable = url == url.strip() and all("!" <= letter <= "~" for letter in parts.path)
+    named = parts.scheme in ("http", "https") and host and not host.count(b" ")
+    if not named or not sendable or port == 0 or parts.query or parts.fragment:
+        checks.fail("url", expected, shown)
+    return parts, port
+
+
+def _usual_wait(attempt: int) -> float:
+    return float(min(FIRST_WAIT * 2 ** min(attempt, 30), LONGEST_WAIT))
+
+
 def _read(response: http.client.HTTPResponse) -> bytes:
     pieces = []
     with response:  # a connection takes its next request when this is closed
@@ -258,6 +278,8 @@ def _in_words(error: Exception, timeout: float) -> str:
 
 def check_token(token: str | None) -> None:
     """Raise ValueError, without showing it, for a token that no header can hold."""
+    if token is not None and not isinstance(token, str):
+        checks.fail("token", "a text", type(token).__name__)
     if token is not None and not (token.isascii() and token.isprintable()):
         checks.fail("token", "printable ASCII characters", "others", "is there a line end in it?")
 

@@ -11,6 +11,7 @@ from ..runtime.printable import printable
 from .verdict import WrongAnswer
 
 PROTOCOL = 1
+_COUNTS = 1 << 31  # more than there are of anything
 TEACHER = "x-fastdistill-teacher"  # a header of every packed answer: whose it is
 
 
@@ -51,13 +52,14 @@ class Described:
                 f"{url}: expected what fastdistill serve says, got {printable(error)}"
             ) from None
         counts = (found.vocab_size, found.max_k, found.max_tokens)
-        sound = all(type(n) is int and n > 0 for n in counts)
-        digest = found.tokenizer_sha256
-        if (
-            not sound
-            or not isinstance(found.identity, dict)
-            or type(digest) not in (str, type(None))
-        ):
+        sound = all(type(n) is int and 0 < n < _COUNTS for n in counts)
+        sound &= isinstance(found.identity, dict) and type(found.honours_temperature) is bool
+        sound &= type(found.tokenizer_sha256) in (str, type(None))
+        try:
+            json.dumps(found.identity, allow_nan=False)  # as a cache will keep it
+        except (ValueError, RecursionError):
+            sound = False
+        if not sound:
             raise WrongAnswer(
                 f"{url}: expected counts above 0 and an identity, got {printable(said, 200)}"
             )

@@ -4,7 +4,7 @@ JSON     POST /v1/completions, as vLLM has it: choices[i].prompt_logprobs[t + 1]
          {"<id>": {"logprob", "rank", "decoded_token"}, …}, the k likeliest tokens after token t and
          token t + 1 itself where it is none of them; entry 0 is null, and −inf is written −9999.
 packed   POST /v1/topk {"model", "prompt": [[id, …], …], "k", "temperature"}: safetensors with ids
-         int32 [N, k], logprobs [N, k] and log_tail [N] in the teacher's fp32 or fp64. A thirtieth
+         int32 [N, k], logprobs [N, k] and log_tail [N] in the teacher's fp32 or fp64. A ninth
          of the JSON, exact, and with the tail.
 """
 
@@ -20,7 +20,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ..outputs import TopK
-from ..runtime.json_text import JSONError, parse_json
+from ..runtime.json_text import JSONError, RepeatedName, parse_json
 from ..runtime.printable import printable
 from .verdict import WrongAnswer
 
@@ -86,12 +86,17 @@ def _entry(logprob: float, rank: int, word: str | None) -> dict[str, Any]:
     return {"logprob": max(logprob, _NEVER), "rank": rank, "decoded_token": word}
 
 
-def read_choices(body: bytes, lengths: Sequence[int], k: int, temperature: float, url: str) -> TopK:
-    """[N, K] from the JSON for prompts with one token more than `lengths`; the tail is what is
+def read_choices(
+    body: bytes, prompts: Sequence[Sequence[int]], k: int, temperature: float, url: str
+) -> TopK:
+    """[N, K] from the JSON for these prompts, without their last tokens; the tail is what is
     missing to 1, at least 2⁻²⁴."""
+    lengths = [len(prompt) - 1 for prompt in prompts]
     try:
-        choices = parse_json(body, url, dict)["choices"]
+        choices = parse_json(body, url, dict, unique=True)["choices"]
         by_index = {choice["index"]: choice.get("prompt_logprobs") for choice in choices}
+    except RepeatedName as error:
+        raise WrongAnswer(str(error)) from None
     except (JSONError, KeyError, TypeError, AttributeError):
         raise WrongAnswer(f"{url}: expected JSON with choices, got {body[:80]!r}") from None
     if len(choices) != len(lengths) or by_index.keys() != set(range(len(lengths))):
@@ -103,7 +108,7 @@ def read_choices(body: bytes, lengths: Sequence[int], k: int, temperature: float
     values: list[list[float]] = []
     for row, length in enumerate(lengths):
         for t, entry in enumerate(_positions(by_index[row], length, row, url)):
-            some = _best(entry, k, f"{url}: row {row}, position {t}")
+            some = _best(entry, prompts[row][t + 1], k, f"{url}: row {row}, position {t}")
             ids.append([i for i, _ in some])
             values.append([p for _, p in some])
     exact = torch.tensor(values, dtype=torch.float64).view(-1, k)
@@ -129,8 +134,8 @@ def _positions(listed: Any, length: int, row: int, url: str) -> list[Any]:
     return listed[1:]
 
 
-def _best(entry: Any, k: int, where: str) -> list[tuple[int, float]]:
-    """The k likeliest (id, logprob): the prompt's own token may be there beside them."""
+def _best(entry: Any, own: int, k: int, where: str) -> list[tuple[int, float]]:
+    """The k likeliest (id, logprob): the prompt's own next token is among them, or beside them."""
     try:
         slots = [(int(i), float(said["logprob"]), said.get("rank")) for i, said in entry.items()]
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
@@ -143,6 +148,12 @@ def _best(entry: Any, k: int, where: str) -> list[tuple[int, float]]:
             raise WrongAnswer(f"{where}: expected ids in 0..{_IDS - 1}, got {printable(i, 40)}")
     if len(slots) not in (k, k + 1):
         raise WrongAnswer(f"{where}: expected {k} or {k + 1} entries, got {len(slots)}")
+    if own not in {i for i, _, _ in slots}:
+        raise WrongAnswer(
+            f"{where}: expected the prompt's own next token {own} among the entries, as vLLM has "
+            f"it, got {sorted(i for i, _, _ in slots)[:8]}. These are the answers about another "
+            "position, or another row"
+        )
     slots.sort(key=lambda slot: (-slot[1], slot[2] if isinstance(slot[2], int) else math.inf))
     return [(i, -math.inf if p <= _NEVER else p) for i, p, _ in slots[:k]]
 
