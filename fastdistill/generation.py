@@ -21,7 +21,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from . import checks
 from .chat import end_ids, is_mark
 from .heads import evaluating, generation_settings
-from .positions import respects_padding
+from .positions import RowLimit, check_new_tokens, check_room, respects_padding
 
 # (indices of a batch's rows, its width) -> what changes the scores of its next tokens.
 Processors = Callable[[list[int], int], Sequence[LogitsProcessor]]
@@ -40,6 +40,8 @@ def generate_rows(
     device: torch.device,
     processors: Processors | None = None,
     synced: bool = False,
+    limit: RowLimit | None = None,
+    shorten: bool = True,
 ) -> list[list[int]]:
     """New tokens of each row, up to its first end, which is included.
 
@@ -52,20 +54,29 @@ def generate_rows(
         device: of the input ids.
         processors: of each batch.
         synced: other processes generate at the same time and must take as many steps.
+        limit: the longest row that the model reads, where a row ends at the latest; None: no limit.
+        shorten: False refuses rows that `limit` would end before `max_new_tokens`.
 
     Raises:
-        ValueError: the model does not respect padding, and `synced` allows no batches of one.
+        ValueError: a row as long as `limit`, behind which nothing can be generated; one that may
+            not be shortened; the model does not respect padding, and `synced` allows no batches
+            of one.
     """
+    check_room(limit, rows)
+    if limit is not None and (synced or not shorten):
+        for i, row in enumerate(rows):
+            check_new_tokens(limit, len(row), max_new_tokens, f" (row {i})")
+    most = limit.tokens if limit is not None else max(map(len, rows), default=0) + max_new_tokens
     new: list[list[int]] = [[] for _ in rows]
-    settings = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        pad_token_id=pad_id,
-        eos_token_id=sorted(ends) or None,
-    )
-    for batch in _batches(model, rows, synced):
+    for batch in _batches(model, rows, synced, most - max_new_tokens):
         width = max(len(rows[i]) for i in batch)
+        settings = GenerationConfig(
+            max_new_tokens=min(max_new_tokens, most - width),
+            do_sample=False,
+            num_beams=1,
+            pad_token_id=pad_id,
+            eos_token_id=sorted(ends) or None,
+        )
         ids = torch.full((len(batch), width), pad_id)
         mask = torch.zeros_like(ids)
         for at, i in enumerate(batch):
@@ -122,12 +133,20 @@ def can_batch(model: nn.Module) -> bool:
     return _RESPECTS_PADDING[model]
 
 
-def _batches(model: nn.Module, rows: Sequence[Sequence[int]], synced: bool) -> list[list[int]]:
-    together, each = [list(range(len(rows)))], [[i] for i in range(len(rows))]
+def _batches(
+    model: nn.Module, rows: Sequence[Sequence[int]], synced: bool, whole: int
+) -> list[list[int]]:
+    """Return the indices of rows to generate from together: rows of at most `whole` tokens, which
+    may all become as long as they like, and longer ones, which end earlier, with those of their
+    length."""
+    each = [[i] for i in range(len(rows))]
     if len(rows) < 2 and not synced:
         return each
     if can_batch(model):
-        return together
+        groups: dict[int, list[int]] = {}
+        for i, row in enumerate(rows):
+            groups.setdefault(max(len(row), whole), []).append(i)
+        return list(groups.values())
     if synced:
         checks.fail(
             "model",

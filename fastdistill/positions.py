@@ -60,6 +60,29 @@ class RowLimit:
         )
 
 
+def check_room(limit: RowLimit | None, rows: Sequence[Sequence[int]]) -> None:
+    """Raise ValueError for the first prompt behind which `limit` leaves no token to generate."""
+    for index, row in enumerate(rows):
+        if limit is not None and len(row) >= limit.tokens:
+            checks.fail(
+                "prompt",
+                f"at most {limit.tokens - 1} tokens, so that one can be generated behind it: "
+                f"{limit.reader} reads {limit.tokens}",
+                f"{len(row)} tokens in row {index}",
+                f"shorten the prompt{limit.hint}",
+            )
+
+
+def check_new_tokens(limit: RowLimit, prompt: int, new: int, where: str = "") -> None:
+    """Raise ValueError where a prompt and its completion are more tokens than `limit`."""
+    if prompt + new > limit.tokens:
+        raise ValueError(
+            f"max_new_tokens: expected at most {limit.tokens - prompt} behind a prompt of {prompt} "
+            f"tokens{where}, since {limit.reader} reads {limit.tokens}, got {new}. Shorten it, or "
+            f"the examples by max_length{limit.hint}"
+        )
+
+
 def attended_length(row: Row) -> int:
     """Tokens of a row without its padding."""
     return int((row.attended != 0).sum())

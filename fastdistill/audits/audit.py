@@ -90,18 +90,23 @@ class Audit(ABC):
         return self.compared(audited.name, found, beside)
 
     def _measured(self, model: Subject, base: Subject | None) -> Measured:
-        """With a doubt where a common word ended answers: a checkpoint can choose such an end."""
-        before = model.ended_at_words.copy()
+        """With a doubt where a common word ended answers, or the end of the model's positions: a
+        checkpoint can choose both."""
+        at_words, at_positions = model.ended_at_words.copy(), model.ended_at_positions.copy()
         found = self.measure(model, base)
-        cut = model.ended_at_words - before
-        if not cut:
-            return found
-        words = ", ".join(printable(repr(model.tokenizer.decode([i]))) for i in sorted(cut)[:5])
-        doubt = (
-            f"{cut.total()} answers ended at {words}, which the generation settings of the model "
-            "call an end, and which is no special token"
-        )
-        return replace(found, doubts=(*found.doubts, doubt))
+        doubts = found.doubts
+        if cut := model.ended_at_words - at_words:
+            words = ", ".join(printable(repr(model.tokenizer.decode([i]))) for i in sorted(cut)[:5])
+            doubts += (
+                f"{cut.total()} answers ended at {words}, which the generation settings of the "
+                "model call an end, and which is no special token",
+            )
+        if (short := model.ended_at_positions - at_positions) and (limit := model.reader.row_limit):
+            doubts += (
+                f"{short.total()} answers were cut off before their max_new_tokens, since "
+                f"{limit.reader} reads {limit.tokens} tokens{limit.hint}",
+            )
+        return replace(found, doubts=doubts)
 
     def compared(
         self, model: str, found: Measured, controls: Mapping[str, Measured]

@@ -44,7 +44,7 @@ def outputs(subject: Subject, batch: list[Asked]) -> list[Any]:
         )
         choice = inspect_ai.model.ChatCompletionChoice(
             message=message,
-            stop_reason="stop" if _ended(subject, new[i], asked) else "max_tokens",
+            stop_reason=_stop_reason(subject, new[i], asked),
             logprobs=behind.get(i),
             prompt_logprobs=before.get(i),
         )
@@ -56,8 +56,10 @@ def outputs(subject: Subject, batch: list[Asked]) -> list[Any]:
     return told
 
 
-def _ended(subject: Subject, new: list[int], asked: Asked) -> bool:
-    return len(new) < asked.config.max_tokens or subject.is_ended(new)
+def _stop_reason(subject: Subject, new: list[int], asked: Asked) -> str:
+    if subject.is_ended(new) or not new:  # nothing is generated where a completion is scored
+        return "stop"
+    return "max_tokens" if len(new) >= asked.config.max_tokens else "model_length"
 
 
 def _generated(subject: Subject, batch: list[Asked]) -> list[list[int]]:

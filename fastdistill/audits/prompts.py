@@ -78,7 +78,7 @@ def rendered(prompt: Prompt, tokenizer: Any) -> str:
         except Exception as error:  # jinja's, with what the template said
             raise ValueError(
                 f"prompt: expected one that the chat template of the model takes, got roles "
-                f"{[t['role'] for t in turns]}: {error}"
+                f"{[t['role'] for t in turns]}: {printable(error)}"
             ) from None
     else:
         text = "".join(turn["content"] + "\n\n" for turn in turns)

@@ -20,6 +20,7 @@ from ..checkpoint_gate import load_tokenizer
 from ..generation import can_batch, ends_of, generate_rows, ordinary_ends, special_ids
 from ..heads import LMHead, evaluating, head_of, verify_head
 from ..packing import RowReader, read_rows
+from ..positions import check_room
 from ..primitive import linear_lse_gather
 from ..runtime.printable import printable
 from ..stored_model import StoredModel
@@ -55,7 +56,9 @@ class Subject:
             checkpoint that calls common words an end would cut off its answers.
 
     Nothing else of a model's generation settings has an effect on what is generated here.
+    An answer ends where the model's positions do, if they end before max_new_tokens.
     ended_at_words: how many answers ended at a token that is no special one, by its id.
+    ended_at_positions: how many ended with the positions, by the model's name.
     """
 
     def __init__(
@@ -94,6 +97,7 @@ class Subject:
         if is_path and ends is None:
             self._ends = special_ends(model, tokenizer)
         self.ended_at_words: Counter[int] = Counter()
+        self.ended_at_positions: Counter[str] = Counter()  # by the model's name
         verify_head(model)
         self.reader = RowReader(model, tokens_per_batch)
         if isinstance(model, PreTrainedModel) and model.can_generate():
@@ -108,9 +112,9 @@ class Subject:
         return self.head.weight.device
 
     def holding(self, model: Any, name: str) -> Subject:
-        """Another model, read in the same way."""
+        """Another model, read in the same way; what ends its answers is counted here as well."""
         batch = self.reader.tokens_per_batch
-        return Subject(
+        other = Subject(
             model,
             self.tokenizer,
             name=name,
@@ -118,6 +122,9 @@ class Subject:
             impl=self.impl,
             ends=self._ends,
         )
+        other.ended_at_words = self.ended_at_words
+        other.ended_at_positions = self.ended_at_positions
+        return other
 
     def ids(self, prompt: Prompt, completion: str = "") -> tuple[list[int], int]:
         """(token ids of prompt and completion, how many of them are the prompt's: 1 or more).
@@ -258,11 +265,12 @@ class Subject:
         whichever prompts are asked with it.
         """
         streams = range(len(prompts)) if streams is None else streams
+        rows = [self.ids(p)[0] for p in prompts]
+        check_room(self.reader.row_limit, rows)  # of all, before any is generated from
         told: list[str] = []
         for start in range(0, len(prompts), GENERATED_AT_ONCE):
-            rows = [self.ids(p)[0] for p in prompts[start : start + GENERATED_AT_ONCE]]
             new = self.generate_ids(
-                rows,
+                rows[start : start + GENERATED_AT_ONCE],
                 max_new_tokens=max_new_tokens,
                 temperature=temperature,
                 seed=seed,
@@ -281,7 +289,11 @@ class Subject:
         seed: int = 0,
         streams: Sequence[int] | None = None,
     ) -> list[list[int]]:
-        """The same of rows of token ids: the new tokens, the first end of text included."""
+        """The same of rows of token ids: the new tokens, the first end of text included.
+
+        Raises:
+            ValueError: a row behind which the model's positions leave no room.
+        """
         pad = self.tokenizer.pad_token_id
         pad = self.tokenizer.eos_token_id if pad is None else pad
         of_row = range(len(rows)) if streams is None else streams
@@ -300,9 +312,22 @@ class Subject:
             ends=self.ends,
             device=self.device,
             processors=drawn,
+            limit=self.reader.row_limit,
         )
         words = ordinary_ends(self.ends, self.tokenizer)
         self.ended_at_words.update(row[-1] for row in new if row and row[-1] in words)
+        cut = [row for row in new if len(row) < max_new_tokens and not self.is_ended(row)]
+        if cut and (limit := self.reader.row_limit) is not None:
+            if not self.ended_at_positions[self.name]:
+                logger.warning(
+                    "max_new_tokens: expected answers that end within the %d tokens that %s reads, "
+                    "got %d that are cut off there. Shorten the prompts%s",
+                    limit.tokens,
+                    limit.reader,
+                    len(cut),
+                    limit.hint,
+                )
+            self.ended_at_positions[self.name] += len(cut)
         return new
 
     @property

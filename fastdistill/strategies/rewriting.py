@@ -11,6 +11,7 @@ from typing import Any
 
 from ..audits.prompts import Prompt
 from ..audits.subject import Subject
+from ..positions import check_room
 from .lessons import AT_ONCE, Lesson
 from .rereading import Rereading
 from .strategy import Run, Strategy
@@ -140,6 +141,7 @@ def going_on(
     """What a model says behind an answer's first words, in at most so many tokens each, with the
     blanks that a decoder puts between both."""
     rows = [subject.ids(prompt, first) for prompt, first in zip(prompts, firsts, strict=True)]
+    check_room(subject.reader.row_limit, [ids for ids, _ in rows])
     said = []
     for start in range(0, len(rows), AT_ONCE):
         some = slice(start, start + AT_ONCE)

@@ -11,9 +11,8 @@ from torch import nn
 from ..data import attended_first
 from ..examples import Encoder
 from ..packing import rope_limit
-from ..positions import RowLimit, check_row_lengths, row_limit, shortest_of
+from ..positions import RowLimit, check_new_tokens, check_row_lengths, row_limit, shortest_of
 from .config import DistillConfig
-from .sampling import check_new_tokens
 
 
 def row_limits(student: nn.Module, teacher: Any, config: DistillConfig) -> tuple[RowLimit, ...]:

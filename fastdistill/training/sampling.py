@@ -112,8 +112,6 @@ def sample(
     device = batch["input_ids"].device
     prompts = prompts_of(batch)
     read = [row_limit("student", model)] if limits is None else limits
-    if (limit := shortest_of(read)) is not None:
-        check_new_tokens(limit, max(map(len, prompts)), config.max_new_tokens)
     keys = _keys(config, step, prompts)
 
     def chosen(rows: list[int], width: int) -> list[LogitsProcessor]:
@@ -128,6 +126,8 @@ def sample(
         device=device,
         processors=chosen,
         synced=synced,
+        limit=shortest_of(read),
+        shorten=False,
     )
     rows = [_row(p, torch.tensor(c, dtype=torch.long)) for p, c in zip(prompts, new, strict=True)]
     return {name: column.to(device) for name, column in padded(rows, pad_id).items()}
@@ -169,16 +169,6 @@ def _row(prompt: Tensor, completion: Tensor) -> Row:
     ids = torch.cat([prompt, completion])
     targets = torch.cat([torch.full_like(prompt, IGNORE_INDEX), completion])
     return Row(ids, targets, torch.ones_like(ids))
-
-
-def check_new_tokens(limit: RowLimit, prompt: int, new: int, where: str = "") -> None:
-    """Raise ValueError where a prompt and its completion are more tokens than `limit`."""
-    if prompt + new > limit.tokens:
-        raise ValueError(
-            f"max_new_tokens: expected at most {limit.tokens - prompt} behind a prompt of {prompt} "
-            f"tokens{where}, since {limit.reader} reads {limit.tokens}, got {new}. Shorten it, or "
-            "the examples by max_length"
-        )
 
 
 def set_generation_ends(model: Any, encoder: Encoder, dataset: Any) -> None:
