@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import checks
 from .backend import resolve_impl
-from .fused import keep_gradients, needs
+from .fused import keep_gradients, needs, no_positions
 from .kernels.backends import engine
 from .kernels.dense_loss import dense
 from .kernels.head import Head
@@ -108,8 +108,7 @@ def linear_distill_loss(
         vocab=vocab,
     )
     if x.shape[0] == 0:
-        loss = x.sum() + ops.head.weight[:0].sum()
-        return loss if reduction != "none" else torch.zeros(ops.lead, dtype=ops.head.dtype) + loss
+        return no_positions(ops, x, reduction, options, label_N).loss
     per_row = reduction == "none" or backward == "recompute"
     if reduction == "none" and backward == "fused":
         checks.fail("backward", "'recompute' or 'auto' with reduction='none'", "'fused'",

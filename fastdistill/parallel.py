@@ -7,8 +7,8 @@ of the slots whose id rank r holds (NEG elsewhere). Hidden states, ids, teacher 
 same on every rank, so everything behind the combined statistics is too and its gradient needs no
 communication. What does: an all-reduce (max) of the packed tops and slots and one (sum) of the
 packed sums per pass over the head (per chunk of tokens in the fused loss), and one of dX, of which
-each rank has its shard's part. The kernels see a shard as a head of its own, with ids counted from
-its first row and −1 for the ids of other ranks.
+each rank has its shard's part, in fp32: parts may be far larger than their sum. The kernels see a
+shard as a head of its own, with ids counted from its first row and −1 for the ids of other ranks.
 """
 
 from __future__ import annotations
@@ -83,11 +83,10 @@ class Shard(NamedTuple):
         return Stats(z_nS.contiguous(), whole_nL[:, 0].contiguous(), mean, base)
 
     def summed(self, dx: Tensor) -> Tensor:
-        """dX of the whole vocabulary; 16-bit parts are added in fp32 and rounded once more."""
-        wide = torch.promote_types(dx.dtype, torch.float32)
-        total = dx.to(wide, copy=True, memory_format=torch.contiguous_format)
+        """dX of the whole vocabulary, in the type of its parts, fp32 or fp64."""
+        total = dx.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total, group=self.group)
-        return total.to(dx.dtype)
+        return total
 
 
 def backend_of(impl: str, head: Head) -> str:
@@ -214,17 +213,19 @@ def filled(rows: Tensor) -> Tensor:
 
 
 class _Replicated(torch.autograd.Function):
-    """The same hidden states on every rank: identity, whose gradient is summed over the ranks."""
+    """The same hidden states on every rank, in fp32 or fp64: their gradient is summed over the
+    ranks there, and rounded once, to the type that they came in."""
 
     @staticmethod
     def forward(ctx, x, shard):
-        ctx.shard = shard
-        return x.view_as(x)
+        ctx.shard, ctx.type = shard, x.dtype
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return x.view_as(x) if wide == x.dtype else x.to(wide)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        return ctx.shard.summed(grad), None
+        return ctx.shard.summed(grad).to(ctx.type), None
 
 
 class _Combined(torch.autograd.Function):

@@ -3,7 +3,8 @@
     fastdistill::lse_gather     z_ids, lse_rest, E_rest[z], lse_rest at T=1    (lse_gather.py)
     fastdistill::gather_logits  z_ids alone, no LM-head pass                   (*_gather.py)
 
-An operator is opaque to torch.compile: one call is one node of the graph.
+An operator is opaque to torch.compile: one call is one node of the graph. hidden may be wider than
+a 16-bit weight, whose type its values then fit in: dX comes back unrounded, a part of a larger sum.
 """
 
 from __future__ import annotations
@@ -34,8 +35,9 @@ def lse_gather(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     head = Head(weight, bias, logit_scale, softcap, temperature, vocab)
+    x = hidden.to(weight.dtype)
     with full_precision(hidden):
-        stats = primitive.lse_gather(engine(impl), head, hidden, ids, moment=moment, base=base)
+        stats = primitive.lse_gather(engine(impl), head, x, ids, moment=moment, base=base)
     z_ids = stats.z_ids.contiguous()
     return (
         z_ids,
@@ -89,13 +91,14 @@ def lse_gather_backward(
     with full_precision(hidden):
         found = engine(impl).recompute(
             head,
-            hidden,
+            hidden.to(weight.dtype),
             ids,
             Stats(z_ids, lse_rest, or_none(mean_rest), or_none(lse_base)),
             Stats(grads[0], grads[1], or_none(grads[2]), or_none(grads[3])),
             need_hidden=need[0],
             need_weight=need[1],
             need_bias=need[2],
+            hidden_type=hidden.dtype,
         )
     dx, dw, db = (or_empty(g, hidden) for g in found)
     return dx, dw, db

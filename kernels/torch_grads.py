@@ -84,8 +84,9 @@ def recompute(
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
+    hidden_type: torch.dtype,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dX [N, H], dW like weight, db like bias), each None unless asked for.
+    """(dX [N, H] in hidden_type, dW like weight, db like bias), each None unless asked for.
 
     Vocabulary slabs outermost, all tokens inside: each dW slab is one product over all N,
     summed in fp32 and rounded once; dX is summed in fp32.
@@ -115,5 +116,5 @@ def recompute(
             db[at] = ds_vN.sum(1)
     dx = None
     if dx_HN is not None:
-        dx = dx_HN.t().to(hidden_NH.dtype, memory_format=torch.contiguous_format)
+        dx = dx_HN.t().to(hidden_type, memory_format=torch.contiguous_format)
     return dx, dw, db

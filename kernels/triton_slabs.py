@@ -180,8 +180,9 @@ def recompute(
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
+    hidden_type: torch.dtype,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dX [N, H], dW like weight, db like bias), each None unless asked for."""
+    """(dX [N, H] in hidden_type, dW like weight, db like bias), each None unless asked for."""
     (N, H), V = hidden_NH.shape, head.vocab
     dw = torch.zeros_like(head.weight) if need_weight else None
     db = None
@@ -189,8 +190,8 @@ def recompute(
         db = torch.zeros_like(head.bias)
     dx = torch.zeros_like(hidden_NH, dtype=head.dtype) if need_hidden else None
     narrow = None  # dX as it is returned, where that is not the type it is summed in
-    if need_hidden and hidden_NH.dtype != head.dtype:
-        narrow = torch.empty_like(hidden_NH)
+    if need_hidden and hidden_type != head.dtype:
+        narrow = torch.empty_like(hidden_NH, dtype=hidden_type)
     ids, g_NS = distinct(ids_NS, slot_grads(head, stats.z_ids, grads.z_ids))
     lifted, lift = lifted_grads(head, grads._replace(z_ids=g_NS))
     g_NS = lifted.z_ids
@@ -216,14 +217,15 @@ def recompute(
         if db is not None:
             total = dz.sum(0, dtype=head.dtype)
             db[at] = total if lift is None else total / lift
-    if dx is None or narrow is None:
+    if dx is None or head.weight.dtype == head.dtype:
         return dx, dw, db
-    if lift is not None:  # divided out before dX is rounded, or it would overflow
-        triton_gather.hidden_grad(head, ids, lost_NS, dx, base=dx)
-        narrow.copy_(dx.div_(lift))
-    else:
-        triton_gather.hidden_grad(head, ids, lost_NS, narrow, base=dx)
-    return narrow, dw, db
+    if lift is None:
+        out = dx if narrow is None else narrow
+        triton_gather.hidden_grad(head, ids, lost_NS, out, base=dx)
+        return out, dw, db
+    triton_gather.hidden_grad(head, ids, lost_NS, dx, base=dx)
+    dx.div_(lift)  # before dX is rounded, or it would overflow
+    return dx if narrow is None else narrow.copy_(dx), dw, db
 
 
 def _store(left: Tensor, right: Tensor, lift: Tensor | None, out: Tensor) -> None:

@@ -91,7 +91,7 @@ def fused(e, h, x, t, coef):
 def recompute(e, h, x, t, coef):
     stats = lse_gather.lse_gather(e, h, x, t.ids, moment=False, base=False)
     upstream = Stats(torch.empty_like(stats.z_ids), coef, None, None)
-    return e.recompute(h, x, t.ids, stats, upstream, **NEED)[:2]
+    return e.recompute(h, x, t.ids, stats, upstream, **NEED, hidden_type=x.dtype)[:2]
 
 
 def rows_alone(e, h, x, t, coef):

@@ -55,10 +55,26 @@ def test_losses_have_the_fields_of_others_and_zero_gradients(tail, reduction, la
     assert (w.grad == 0).all()
 
 
-@pytest.mark.parametrize("reduction", ["sum", "none"])
-def test_dense_losses(reduction):
-    x, w = HIDDEN[:0].clone().requires_grad_(), WEIGHT.clone().requires_grad_()
-    loss = fd.linear_distill_loss(x, w, torch.randn(0, 4), torch.randn(20, 4), reduction=reduction)
-    assert loss.shape == (() if reduction == "sum" else (0,))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("rows", [0, 1])
+def test_dense_losses(rows, reduction, dtype):
+    """No row, or one that is ignored: the type, the shape and the gradients are those of others."""
+    x, w, b = (t.to(dtype) for t in (HIDDEN[:rows], WEIGHT, torch.randn(20)))
+    labels = torch.full((rows,), -100)
+    given = [t.clone().requires_grad_() for t in (x, w, b)]
+    teacher = torch.randn(1, 4).to(dtype), torch.randn(20, 4).to(dtype)
+
+    def loss_of(x, w, b, teacher_hidden, labels):
+        return fd.linear_distill_loss(
+            x, w, teacher_hidden, teacher[1], bias=b, labels=labels, reduction=reduction
+        )
+
+    loss = loss_of(*given, teacher[0][:rows], labels)
+    full = loss_of(HIDDEN.to(dtype), w, b, teacher[0], LABELS)
+    assert loss.dtype == full.dtype
+    assert loss.shape == ((rows,) if reduction == "none" else ())
     loss.sum().backward()
-    assert (w.grad == 0).all()
+    assert loss.sum() == 0
+    for t in given:
+        assert (t.grad == 0).all()

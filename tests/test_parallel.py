@@ -134,6 +134,41 @@ def every_dtype_backend_and_cut(r: Ranks) -> None:
                 r.same(f"{impl} {dtype} {tail} {cut} {reduction}", call, c, cut, impl)
 
 
+def parts_beyond_16_bits(r: Ranks) -> None:
+    """A channel of W near 1000, which all tokens share: the ranks' parts of dX go beyond float16
+    and cancel in their sum. Tokens agree on their teacher, and the loss is scaled."""
+    c = case(torch.float64)
+    w, x = c.weight / 8, c.hidden.clone()
+    w[:, 1], x[:, 1], w[5, 1] = 1000.0, 1e-3, 1000.5
+    ids = torch.tensor([5, 50, 7]).expand(12, 3).contiguous()
+    t = fd.TopK(ids, torch.tensor([0.6, 0.3, 0.05]).log().expand(12, 3).contiguous())
+
+    def primitive_of(x, w, b, **where):
+        out = fd.linear_lse_gather(x, w, ids, bias=b, with_entropy=True, **where)
+        return out.lse - out.logits[:, 0] + out.entropy / 8
+
+    def loss_with(**options):
+        return lambda x, w, b, **where: fd.topk_distill_loss(x, w, t, bias=b, **options, **where)
+
+    calls = {
+        "primitive": primitive_of,
+        "fused": loss_with(backward="fused"),
+        "recompute": loss_with(backward="recompute"),
+        "none": loss_with(reduction="none"),
+        "rows alone": loss_with(tail="renorm_both"),
+        "callable": loss_with(divergence=by_hand, backward="recompute"),
+    }
+    low = [v.half() for v in (x, w, c.bias)]
+    for impl, (what, call) in product(IMPLS, calls.items()):
+        ours = leaves(low[0], r.rows(low[1]), r.rows(low[2]))
+        whole = leaves(*low, dtype=torch.float64)
+        (call(*ours, group=r.group, impl=impl).sum() * 512).backward()
+        (call(*whole, impl="torch").sum() * 512).backward()
+        # GPUs multiply a dz that is rounded to float16, and the channel is a sum of roundings.
+        budget = 0.15 if impl == "triton" else GRADIENT[torch.float16]
+        r.close(f"{impl} {what}", ours[0].grad, whole[0].grad, budget)
+
+
 def many_chunks(r: Ranks) -> None:
     """Left alone, the small shard would take more tokens at once than the large one."""
     c, before = case(torch.float64, N=220, V=1000), heads.CHUNK_BYTES
@@ -215,6 +250,7 @@ def refusals(r: Ranks) -> None:
 
 CHECKS = [
     primitive, every_divergence_and_tail, every_dtype_backend_and_cut, many_chunks, dtensor_heads,
+    parts_beyond_16_bits,
     nothing_counts_and_frozen_parts, heads_of_nearly_the_same_size, refusals,
 ]  # fmt: skip
 
