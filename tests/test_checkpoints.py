@@ -94,6 +94,31 @@ def test_the_oldest_go_and_the_best_stays(tmp_path):
     assert kept() == [20]
 
 
+def test_an_earlier_run_of_more_steps_does_not_push_out_what_is_new(tmp_path):
+    """A run that is begun anew has fewer steps than the checkpoints that lie there."""
+    train(tmp_path, **SAVING, max_steps=4, save_total_limit=2)
+    train(tmp_path, **SAVING, max_steps=2, save_total_limit=2)
+    found = checkpoints.checkpoints(tmp_path / "run")
+    assert [p.name for p in found] == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_foreign_names_are_no_checkpoints(tmp_path):
+    for name in ("checkpoint-²", "checkpoint-٣", "checkpoint-best", "checkpoint-1-old"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "checkpoint-7").write_text("a file")
+    assert checkpoints.checkpoints(tmp_path) == []
+
+
+def test_a_checkpoint_on_another_disk_is_only_unlinked(tmp_path):
+    elsewhere, run = tmp_path / "elsewhere", tmp_path / "run"
+    elsewhere.mkdir(), run.mkdir()
+    (run / "checkpoint-1").symlink_to(folder(elsewhere, 1), target_is_directory=True)
+    folder(run, 2)
+    checkpoints.keep_last(run, 1, None)
+    assert [p.name for p in checkpoints.checkpoints(run)] == ["checkpoint-2"]
+    assert (elsewhere / "checkpoint-1" / "model.bin").exists()
+
+
 def test_a_limit_is_kept_and_remembered(tmp_path):
     train(tmp_path, **SAVING, max_steps=4, save_total_limit=2)
     found = checkpoints.checkpoints(tmp_path / "run")

@@ -165,6 +165,36 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, saving):
     assert not (tmp_path / "run" / "model.safetensors").exists()
 
 
+def test_a_buffer_that_is_saved_is_looked_at_too(tmp_path):
+    model = llama(0)
+    model.register_buffer("mean", torch.full((3,), math.nan))
+    with pytest.raises(FloatingPointError, match=r"finite numbers before training.*mean"):
+        build(tmp_path, model=model).train()
+
+
+def test_what_has_no_part_in_a_checkpoint_or_is_a_mask_is_no_harm():
+    model = llama(0)
+    model.register_buffer("mask", torch.full((3,), -math.inf))
+    model.register_buffer("unsaved", torch.full((3,), math.nan), persistent=False)
+    assert nonfinite_weights(model) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_weights_of_eight_bits(tmp_path, dtype):
+    """torch says of none of them whether it is finite."""
+    model = llama(0)
+    model.small = torch.nn.Parameter(torch.ones(3).to(dtype), requires_grad=False)
+    train(tmp_path, model=model)
+    model.small.data = torch.full((3,), math.nan).to(dtype)
+    assert nonfinite_weights(model) == ["small"]
+
+
+def test_a_run_of_skipped_updates_is_no_run(tmp_path):
+    trainer = build(tmp_path, nonfinite="skip", callbacks=[SpoilsGradient(1), SpoilsGradient(2)])
+    with pytest.raises(FloatingPointError, match="all 2 updates were skipped"):
+        trainer.train()
+
+
 def test_a_student_that_is_no_number_is_refused_before_training(tmp_path):
     trainer = build(tmp_path)
     with torch.no_grad():
@@ -248,6 +278,12 @@ def test_no_micro_batch_waits_for_its_loss(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "isnan", lambda x: (read.append(x.shape), isnan(x))[1])
     train(tmp_path, gradient_accumulation_steps=3, per_device_train_batch_size=4)
     assert torch.Size([]) not in read
+
+
+@pytest.mark.parametrize("optim", ["galore_adamw_layerwise", "apollo_adamw_layerwise"])
+def test_skip_is_refused_with_layerwise_optimizers(tmp_path, optim):
+    with pytest.raises(ValueError, match=r"nonfinite: expected 'stop' with .*layerwise"):
+        config(tmp_path, nonfinite="skip", optim=optim, optim_target_modules="all-linear")
 
 
 def test_skip_is_refused_where_weights_move_in_the_backward_pass(tmp_path):

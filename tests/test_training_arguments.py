@@ -6,10 +6,12 @@ The table is docs/training-arguments.md. A new field of a new version fails here
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from training import build, config, llama, ragged, train, weights
@@ -76,6 +78,54 @@ def test_half_precision_needs_a_gpu(tmp_path):
 def test_training_of_nothing_is_refused(tmp_path, options):
     with pytest.raises(ValueError, match="expected more than 0, got 0"):
         DistillConfig(str(tmp_path), **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"learning_rate": math.nan},
+        {"learning_rate": "1e-4"},
+        {"weight_decay": math.inf},
+        {"max_grad_norm": math.nan},
+        {"max_grad_norm": None},
+        {"adam_epsilon": math.nan},
+        {"neftune_noise_alpha": math.nan},
+        {"max_steps": "2"},
+        {"max_steps": 2.5},
+        {"gradient_accumulation_steps": 0},
+        {"per_device_eval_batch_size": 0},
+        {"eval_accumulation_steps": 0},
+        {"seed": -1},
+        {"train_sampling_strategy": "by_length"},
+        {"optim_args": "momentun=0.9"},
+        {"optim_args": "momentum"},
+        {"optim": "adamw_torch", "optim_args": "momentum=0.9"},
+        {"optim_target_modules": "all-linear"},
+        {"lr_scheduler_kwargs": {"num_cycles": 3}},
+    ],
+    ids=str,
+)
+def test_a_value_that_would_mean_nothing_is_refused(tmp_path, options):
+    with pytest.raises(ValueError, match=f"^{list(options)[-1]}: expected "):
+        config(tmp_path, **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_grad_norm": math.inf},
+        {"max_grad_norm": -1.0},
+        {"per_device_train_batch_size": np.int64(12), "seed": np.int64(3)},
+        {"learning_rate": np.float32(0.01)},
+        {"optim_args": "momentum=0.9, nesterov=true"},
+        {"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_cycles": 0.5}},
+        {"train_sampling_strategy": "sequential"},
+        {"learning_rate": 0},
+    ],
+    ids=str,
+)
+def test_usual_values_are_taken(tmp_path, options):
+    train(tmp_path, **options)
 
 
 class TestMetrics:

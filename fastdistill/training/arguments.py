@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import fields
+from numbers import Integral, Real
 from typing import Any
 
 from transformers import TrainingArguments
@@ -64,6 +66,29 @@ SAVING_SHARE = 0.2
 MOST_STEPS = 500
 
 
+SAMPLING = ("random", "sequential", "group_by_length", "batch_rebalance")
+# What torch's own optimizers read of optim_args; transformers passes over the rest.
+OPTIM_ARGS: dict[str, tuple[str, ...]] = {
+    "adamw_torch": (),
+    "adamw_torch_fused": (),
+    "adafactor": (),
+    "sgd": ("momentum", "dampening", "weight_decay", "nesterov"),
+    "adagrad": ("lr_decay", "weight_decay", "eps"),
+    "rmsprop": ("momentum", "alpha", "eps", "weight_decay", "centered"),
+}
+# The least value of a field, where a smaller one fails late, or trains on nothing.
+_LEAST = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "learning_rate": 0,
+    "dataloader_num_workers": 0,
+    "eval_accumulation_steps": 1,
+    "torch_empty_cache_steps": 1,
+    "seed": 0,
+}
+
+
 def check_arguments(config: TrainingArguments) -> None:
     """Raise ValueError for a field that is refused, by its name."""
     for name, (expected, reason) in REFUSED.items():
@@ -73,15 +98,74 @@ def check_arguments(config: TrainingArguments) -> None:
             given = "it unset" if not expected else repr(expected)
             raise ValueError(f"{name}: expected {given}, got {value!r}: {reason}")
     _check_parallelism(getattr(config, "parallelism_config", None))
-    for name, least in (("num_train_epochs", 0.0), ("max_steps", 0)):
+    _check_numbers(config)
+    for name in ("num_train_epochs", "max_steps"):
         value = getattr(config, name)
-        if name == "max_steps" and value < 0:
-            continue
-        if not value > least or (isinstance(value, float) and not math.isfinite(value)):
+        if value == 0 or (name == "num_train_epochs" and value < 0):
             raise ValueError(
                 f"{name}: expected more than 0, got {value!r}: nothing would be trained. "
                 "evaluate() needs no training"
             )
+    _check_names(config)
+
+
+def _check_numbers(config: TrainingArguments) -> None:
+    """Raise ValueError for a number that is a text, not finite, or too small to mean something.
+
+    Numbers of NumPy become Python's, which all of transformers and torch take. Fields of several
+    types are left to transformers, as `debug` is.
+    """
+    for field in fields(TrainingArguments):
+        annotation = getattr(field.type, "__name__", str(field.type))
+        types = {part.strip() for part in annotation.split("|")}
+        value: Any = getattr(config, field.name, None)
+        if not types & {"int", "float"} or types - {"int", "float", "None"}:
+            continue
+        if value is None and "None" in types:
+            continue
+        words, kind = ("a number", Real) if "float" in types else ("an integer", Integral)
+        number = isinstance(value, kind) and not isinstance(value, bool)
+        no_clipping = field.name == "max_grad_norm" and value == math.inf
+        if not number or not (math.isfinite(value) or no_clipping):
+            raise ValueError(f"{field.name}: expected {words}, got {value!r}")
+        least = _LEAST.get(field.name)
+        if least is not None and value < least:
+            raise ValueError(f"{field.name}: expected {words} of at least {least}, got {value!r}")
+        if not isinstance(value, (int, float)):
+            setattr(config, field.name, int(value) if isinstance(value, Integral) else float(value))
+
+
+def _check_names(config: TrainingArguments) -> None:
+    """Raise ValueError for a word that transformers takes for the default without a remark, and
+    for an option that the optimizer or the schedule does not read."""
+    strategy = str(_value(getattr(config, "train_sampling_strategy", "random")))
+    if strategy not in SAMPLING:
+        raise ValueError(
+            f"train_sampling_strategy: expected one of {', '.join(SAMPLING)}, got {strategy!r}"
+        )
+    optim, schedule = str(_value(config.optim)), str(_value(config.lr_scheduler_type))
+    for name in _names_of(config.optim_args):
+        if name not in OPTIM_ARGS.get(optim, (name,)):
+            known = ", ".join(OPTIM_ARGS[optim]) or "it unset"
+            raise ValueError(
+                f"optim_args: expected {known} with optim={optim!r}, got {config.optim_args!r}"
+            )
+    low_rank = "galore" in optim or "apollo" in optim
+    for name, is_read, reader in (
+        ("optim_target_modules", low_rank, f"optim={optim!r}"),
+        ("lr_scheduler_kwargs", not schedule.startswith("constant"), f"{schedule!r}"),
+    ):
+        value = getattr(config, name, None)
+        if value and value != "{}" and not is_read:
+            raise ValueError(f"{name}: expected it unset, got {value!r}: {reader} does not read it")
+
+
+def _names_of(optim_args: Any) -> list[str]:
+    """Return the names in the text name=value,name=value."""
+    parts = [part.partition("=") for part in str(optim_args or "").replace(" ", "").split(",")]
+    if optim_args and not all(name and equals and value for name, equals, value in parts):
+        raise ValueError(f"optim_args: expected name=value,name=value, got {optim_args!r}")
+    return [name for name, _, _ in parts if name]
 
 
 def check_device(config: TrainingArguments) -> None:
@@ -101,6 +185,12 @@ def _check_parallelism(parallel: Any) -> None:
                 f"parallelism_config: expected {name}=1, got {size}: under {words} parallelism a "
                 "process has a part of each row, and the loss here needs whole rows"
             )
+
+
+def steps_in_backward(config: Any) -> bool:
+    """Return whether an optimizer moves the weights during the backward pass."""
+    optim = str(_value(config.optim))
+    return "lomo" in optim or optim.endswith("_layerwise")
 
 
 def known_metric(name: str) -> str | None:

@@ -10,6 +10,7 @@ one more before a run resumes.
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,7 @@ FINISHED = "finished.json"
 STATE = "trainer_state.json"
 # The second one is there while transformers' enable_jit_checkpoint saves, and goes after that.
 _MARKS = (FINISHED, "checkpoint-is-incomplete.txt")
+_NAME = re.compile(r"checkpoint-[0-9]+")
 _READ_FIRST = (STATE, "config.json", "generation_config.json", "adapter_config.json")
 
 
@@ -195,17 +197,31 @@ def _finished(folder: Path) -> dict[str, Any]:
 def checkpoints(output_dir: str | Path) -> list[Path]:
     """checkpoint-N folders by rising N."""
     found = Path(output_dir).glob("checkpoint-*")
-    numbered = [p for p in found if p.is_dir() and p.name.partition("-")[2].isdigit()]
+    numbered = [p for p in found if p.is_dir() and _NAME.fullmatch(p.name)]
     return sorted(numbered, key=lambda p: int(p.name.partition("-")[2]))
 
 
 def keep_last(output_dir: str | Path, limit: int | None, best: str | None) -> None:
-    """Delete the oldest checkpoints beyond `limit`, never the best one nor the last."""
+    """Delete the oldest checkpoints beyond `limit`, never the best one nor the one written last.
+
+    Age is the time at which a checkpoint was written: a folder can hold an earlier run's, of more
+    steps than this run has yet.
+    """
     if limit is None or limit <= 0:
         return
-    found = checkpoints(output_dir)
-    spared = {p for p in found if best is not None and p.resolve() == Path(best).resolve()}
-    others = [p for p in found if p not in spared]
+    by_age = sorted(checkpoints(output_dir), key=_written)
+    spared = {p for p in by_age if best is not None and p.resolve() == Path(best).resolve()}
+    others = [p for p in by_age if p not in spared]
     for folder in others[: max(0, len(others) - max(limit - len(spared), 1))]:
         begin(folder)  # half deleted, it must not look whole
-        shutil.rmtree(folder)
+        if folder.is_symlink():
+            folder.unlink()
+        else:
+            shutil.rmtree(folder)
+
+
+def _written(folder: Path) -> tuple[int, int]:
+    """When a checkpoint was finished, and its steps, for those of the same moment."""
+    mark = folder / FINISHED
+    time = (mark if mark.exists() else folder).stat().st_mtime_ns
+    return time, int(folder.name.partition("-")[2])

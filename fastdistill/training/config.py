@@ -23,6 +23,7 @@ from .arguments import (
     direction_of,
     scale_intervals,
     schedule_options,
+    steps_in_backward,
 )
 from .selection import Selection, TokenSelection, selection_of
 
@@ -175,10 +176,11 @@ class DistillConfig(TrainingArguments):
             self.dataloader_pin_memory = False
         super().__post_init__()
         check_device(self)
-        if self.nonfinite == "skip" and (self.deepspeed or "lomo" in str(self.optim.value)):
+        if self.nonfinite == "skip" and (self.deepspeed or steps_in_backward(self)):
             raise ValueError(
-                "nonfinite: expected 'stop' with DeepSpeed or LOMO, got 'skip': there the weights "
-                "move during the backward pass, before a gradient can be looked at"
+                "nonfinite: expected 'stop' with DeepSpeed or LOMO or a layerwise optimizer, got "
+                "'skip': there the weights move during the backward pass, before a gradient can be "
+                "looked at"
             )
 
     @property

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
+from .arguments import steps_in_backward
+
 logger = logging.getLogger(__name__)
 
 _ADVICE = (
@@ -117,6 +119,15 @@ class FiniteUpdates(Trainer):
         if self._skipped["run"]:
             logs["skipped_steps"] = float(self._skipped["run"])
 
+    def check_taken(self) -> None:
+        """Raise FloatingPointError if all updates of the run were skipped."""
+        if self._skipped["run"] and not self._of_run[0]:
+            raise FloatingPointError(
+                f"nonfinite: expected some finite updates to train on, but all "
+                f"{self._skipped['run']} updates were skipped: the weights are those from before. "
+                f"{_ADVICE}"
+            )
+
     def keep_last_good(self) -> None:
         """Save the weights from before a step that stops the run."""
 
@@ -171,7 +182,7 @@ class FiniteUpdates(Trainer):
         )
 
     def _steps_in_backward(self) -> bool:
-        return self.is_deepspeed_enabled or "lomo" in str(self.args.optim.value)
+        return self.is_deepspeed_enabled or steps_in_backward(self.args)
 
     def _processes(self) -> int:
         return int(self.accelerator.num_processes)
@@ -198,14 +209,36 @@ class _BeforeOptimizer(TrainerCallback):
 
 @torch.no_grad()
 def nonfinite_weights(model: nn.Module) -> list[str]:
-    """Return the names of parameters with a NaN or an infinity; waits for the device once."""
+    """Return the names of parameters with a NaN or an infinity, and of saved buffers with a NaN;
+    waits for the device once. A mask, which some models save, holds infinities on purpose."""
     flags: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and parameter.device.type != "meta":
-            local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
-            flags[name] = local.detach().isfinite().all()
+        if _has_numbers(parameter):
+            flags[name] = _comparable(parameter).isfinite().all()
+    for name, buffer in _saved_buffers(model):
+        if _has_numbers(buffer):
+            flags[name] = ~_comparable(buffer).isnan().any()
     if not flags:
         return []
     home = next(iter(flags.values())).device
     finite = torch.stack([flag.to(home) for flag in flags.values()]).tolist()
     return [name for name, is_finite in zip(flags, finite, strict=True) if not is_finite]
+
+
+def _has_numbers(tensor: Tensor) -> bool:
+    # Four bits have no NaN and no infinity.
+    four_bits = "float4" in str(tensor.dtype)
+    return tensor.is_floating_point() and tensor.device.type != "meta" and not four_bits
+
+
+def _comparable(tensor: Tensor) -> Tensor:
+    """The part of a tensor that lies here; torch compares no float8, and bfloat16 has its range."""
+    local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return local.to(torch.bfloat16) if "float8" in str(local.dtype) else local.detach()
+
+
+def _saved_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for path, module in model.named_modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                yield f"{path}.{name}" if path else name, buffer

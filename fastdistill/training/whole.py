@@ -93,6 +93,7 @@ class WholeCheckpoints(FiniteUpdates):
         self.check_weights("after training")
         if not self.state.global_step:
             raise ValueError("train_dataset: expected an example, got none: no step was trained")
+        self.check_taken()
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
