@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -150,3 +152,69 @@ def test_a_right_bias_of_any_floating_type_is_added(scheme, compute, dtype):
     plain = KINDS[scheme](weight, compute=compute)(x)
     found = KINDS[scheme](weight, bias.to(dtype), compute=compute)(x)
     torch.testing.assert_close(found, plain + bias.to(dtype).float(), atol=1e-5, rtol=1e-5)
+
+
+def layer_of(scheme, compute):
+    weight = quantize(torch.randn(N, K), scheme, block=BLOCK)
+    return KINDS[scheme](weight, torch.randn(N), compute=compute)
+
+
+def freed(tensor):
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+def every_second(tensor):
+    return torch.stack([tensor, tensor], -1)[..., 0]
+
+
+PLACES = {
+    "a tensor on cpu, .* got one on meta": lambda t: t.to("meta"),
+    r"\d+ bytes for .*, got memory that has been freed": lambda t: freed(t.clone()),
+    "contiguous memory, got strides": every_second,
+}
+
+
+@pytest.mark.parametrize("compute", COMPUTES)
+@pytest.mark.parametrize("scheme", KINDS)
+@pytest.mark.parametrize("words", PLACES)
+def test_layers_refuse_memory_that_is_elsewhere_or_gone(words, scheme, compute):
+    """A kernel reads from addresses; the shapes of all of these are right."""
+    for name in ("qdata", "scale", "lut", "bias"):
+        layer = layer_of(scheme, compute)
+        if name not in layer._buffers or (name == "bias" and "contiguous" in words):
+            continue  # a bias is copied
+        setattr(layer, name, PLACES[words](getattr(layer, name)))
+        with torch.no_grad(), pytest.raises(ValueError, match=f"^{name}: expected {words}"):
+            layer(torch.randn(2, K))
+
+
+@pytest.mark.parametrize("compute", COMPUTES)
+@pytest.mark.parametrize("scheme", KINDS)
+def test_a_meta_input_of_a_layer_that_holds_numbers_is_refused(scheme, compute):
+    """The operator's shapes for tracing would answer with memory that nobody wrote."""
+    layer = layer_of(scheme, compute)
+    with pytest.raises(ValueError, match=r"^qdata: expected a tensor on meta"):
+        layer(torch.randn(2, K, device="meta"))
+    assert layer.to("meta")(torch.randn(2, K, device="meta")).shape == (2, N)
+
+
+@pytest.mark.parametrize("compute", COMPUTES)
+@pytest.mark.parametrize("scheme", KINDS)
+def test_parts_and_a_bias_that_are_strided_are_taken(scheme, compute):
+    weight, bias, x = (
+        quantize(torch.randn(N, K), scheme, block=BLOCK),
+        torch.randn(N),
+        torch.ones(2, K),
+    )
+    expected = KINDS[scheme](weight, bias, compute=compute)(x)
+    names = [n for n in ("qdata", "scale", "lut") if hasattr(weight, n)]
+    apart = replace(weight, **{name: every_second(getattr(weight, name)) for name in names})
+    found = KINDS[scheme](apart, every_second(bias), compute=compute)(every_second(x))
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("scheme", KINDS)
+def test_a_bias_that_is_no_tensor_is_refused(scheme):
+    with pytest.raises(TypeError, match=r"bias: expected a tensor \[8\] or None, got list"):
+        KINDS[scheme](quantize(torch.randn(N, K), scheme, block=BLOCK), [0.0] * N)

@@ -145,6 +145,8 @@ def check_row_vector(name: str, value: Tensor | None, rows: int, *, fp32: bool =
     """Check a bias, or with fp32 a scale of each row: one number for each of `rows` outputs."""
     if value is None:
         return
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor [{rows}] or None, got {type(value).__name__}")
     wanted = value.dtype == torch.float32 if fp32 else value.is_floating_point()
     if tuple(value.shape) != (rows,) or not wanted:
         kind = "float32" if fp32 else "floating-point"

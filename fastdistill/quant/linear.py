@@ -35,20 +35,16 @@ class QuantizedWeight(nn.Module):
 
     def __init__(self, weight: QuantWeight) -> None:
         super().__init__()
-        self.shape, self.block = weight.shape, weight.block
-        self.nested_block = 0
-        scale = weight.scale
-        if isinstance(scale, Nested):
-            self.nested_block = scale.block
-            for name, tensor in zip(_NESTED, scale.parts, strict=True):
-                self.register_buffer(name, tensor)
-            scale = scale.codes
-        self.register_buffer("qdata", weight.qdata.contiguous())
-        self.register_buffer("scale", scale.contiguous())
+        parts = parts_of(weight)
+        self.shape, self.block, self.nested_block = parts.shape, parts.block, parts.nested_block
+        for name, tensor in zip(_NESTED, parts.nested, strict=False):
+            self.register_buffer(name, tensor)
+        self.register_buffer("qdata", parts.qdata)
+        self.register_buffer("scale", parts.scale)
         if isinstance(weight, Lut4Weight):
-            self.register_buffer("lut", weight.lut)
-            self.register_buffer("offset", weight.offset)
-            self.register_buffer("perm", weight.perm)
+            self.register_buffer("lut", parts.lut)
+            self.register_buffer("offset", parts.offset)
+            self.register_buffer("perm", parts.perm)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         before = {name: b for name, b in self._buffers.items() if b is not None and name != "bias"}
@@ -117,8 +113,11 @@ def parts_of(weight: QuantWeight) -> Parts:
     if isinstance(weight, Lut4Weight):
         lut, offset, perm = weight.lut, weight.offset, weight.perm
     return Parts(
-        weight.shape, weight.block, weight.qdata, scale, nested, nested_block, lut, offset, perm
-    )
+        weight.shape, weight.block, weight.qdata.contiguous(), scale.contiguous(),
+        [part.contiguous() for part in nested], nested_block,
+        None if lut is None else lut.contiguous(),
+        None if offset is None else offset.contiguous(), perm,
+    )  # fmt: skip
 
 
 def dequantize(weight: QuantWeight, dtype: torch.dtype = torch.float32) -> Tensor:  # [N, K]

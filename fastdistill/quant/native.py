@@ -1,7 +1,7 @@
 """The compiled modules behind tensors: addresses, sizes, type codes and the current stream.
 
 The compiled functions take addresses and know no lengths: the operators in ops.py check every
-operand's type, length and device before they call one of these.
+operand's type, length, device and memory before they call one of these.
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ def _at(tensor: Tensor | None) -> int:
     """Address of a contiguous tensor, 0 for none."""
     if tensor is None:
         return 0
-    if not tensor.is_contiguous():
-        raise ValueError("expected a contiguous tensor")
+    assert tensor.is_contiguous()
     return tensor.data_ptr()
 
 

@@ -16,8 +16,8 @@ fastdistill::quantize_rows  activations in 8 bits, a scale per token
 
 Forward only: a teacher has no gradient, and a reused W could not give one.
 
-Every operator checks type, length and device of each operand, whoever calls it: the compiled
-kernels read from addresses.
+Every operator checks type, length, device and memory of each operand, whoever calls it: the
+compiled kernels read from addresses.
 """
 
 from __future__ import annotations
@@ -128,6 +128,27 @@ def _check_input(x: Tensor, cols: int | None = None) -> None:
         )
 
 
+def _check_memory(*strided: Tensor | None, **parts: Tensor | None) -> None:
+    """Memory has not been freed, and `parts` of a weight lie in one piece."""
+    for name, part in parts.items():
+        if part is not None and not part.is_contiguous():
+            raise ValueError(
+                f"{name}: expected contiguous memory, got strides {list(part.stride())} of "
+                f"{list(part.shape)}. Call .contiguous()"
+            )
+    names = ("bias", "row_scale")
+    for name, part in (*zip(names, strided, strict=False), *parts.items()):
+        if part is None or not part.numel():
+            continue
+        last = sum((n - 1) * step for n, step in zip(part.shape, part.stride(), strict=True))
+        needed = (part.storage_offset() + last + 1) * part.element_size()
+        if part.untyped_storage().nbytes() < needed:
+            raise ValueError(
+                f"{name}: expected {needed} bytes for {list(part.shape)}, got memory that has been "
+                "freed. Load the weight again"
+            )
+
+
 def _check_devices(device: torch.device, **operands: Tensor | None) -> None:
     for name, tensor in operands.items():
         if tensor is not None and tensor.device != device:
@@ -157,6 +178,7 @@ def _check_lut4(
     check_lut4((rows, cols), block, qdata, scales, lut, offset)
     parts = dict(zip(("scale_code", "scale_scale", "scale_offset"), nested, strict=False))
     _check_devices(qdata.device, scale=scale, offset=offset, lut=lut, **parts)
+    _check_memory(qdata=qdata, scale=scale, offset=offset, lut=lut, **parts)
     return scales
 
 
@@ -188,6 +210,7 @@ def _lut4_linear(
     check_row_vector("bias", bias, rows)
     check_row_vector("row_scale", row_scale, rows, fp32=True)
     _check_devices(x.device, qdata=qdata, bias=bias, row_scale=row_scale)
+    _check_memory(bias, row_scale)
     compute = _resolved(compute, x.device, rows, K, block)
     x = x.contiguous()
     if compute == "exact":
@@ -226,6 +249,7 @@ def _int8_linear(
     check_row_vector("bias", bias, rows)
     check_row_vector("row_scale", row_scale, rows, fp32=True)
     _check_devices(x.device, qdata=qdata, scale=scale, bias=bias, row_scale=row_scale)
+    _check_memory(bias, row_scale, qdata=qdata, scale=scale)
     compute = _resolved(compute, x.device, rows, K, block)
     x = x.contiguous()
     if compute == "int8" and x.device.type == "cpu":
@@ -310,6 +334,7 @@ def _int8_dequant(qdata: Tensor, scale: Tensor, block: int, dtype: torch.dtype) 
         raise ValueError(f"qdata: expected a tensor [N, K], got {list(qdata.shape)}")
     check_int8((qdata.shape[0], qdata.shape[1]), block, qdata, scale)
     _check_devices(qdata.device, scale=scale)
+    _check_memory(qdata=qdata, scale=scale)
     out = torch.empty_like(qdata, dtype=dtype, memory_format=torch.contiguous_format)
     engine_for(qdata.device).int8_dequant(qdata, scale, out, block)
     return out
@@ -335,18 +360,28 @@ for _name, _kernel in (
         _library.impl(_name, _kernel, _key)
 
 
+# Operands on the meta device come here too: beside ones that hold numbers they are refused.
+
+
 @torch.library.register_fake("fastdistill::lut4_linear", lib=_library)
 def _(x, qdata, scale, nested, nested_block, offset, lut, row_scale, bias, rows, block, compute):
+    parts = dict(zip(("scale_code", "scale_scale", "scale_offset"), nested, strict=False))
+    _check_devices(
+        x.device, qdata=qdata, scale=scale, offset=offset, lut=lut, row_scale=row_scale, bias=bias,
+        **parts,
+    )  # fmt: skip
     return x.new_empty(x.shape[0], rows)
 
 
 @torch.library.register_fake("fastdistill::int8_linear", lib=_library)
 def _(x, qdata, scale, row_scale, bias, block, compute):
+    _check_devices(x.device, qdata=qdata, scale=scale, row_scale=row_scale, bias=bias)
     return x.new_empty(x.shape[0], qdata.shape[0])
 
 
 @torch.library.register_fake("fastdistill::lut4_dequant", lib=_library)
 def _(qdata, scale, nested, nested_block, offset, lut, rows, cols, block, dtype):
+    _check_devices(qdata.device, scale=scale, offset=offset, lut=lut)
     return qdata.new_empty(rows, cols, dtype=dtype)
 
 
@@ -357,4 +392,5 @@ def _(x, dtype):
 
 @torch.library.register_fake("fastdistill::int8_dequant", lib=_library)
 def _(qdata, scale, block, dtype):
+    _check_devices(qdata.device, scale=scale)
     return torch.empty_like(qdata, dtype=dtype)
