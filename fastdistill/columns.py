@@ -9,13 +9,18 @@ from __future__ import annotations
 
 import datetime
 import decimal
-from collections.abc import Mapping, Sequence
+import uuid
+from collections.abc import Mapping, Sequence, Set
+from contextlib import suppress
+from itertools import islice
+from pathlib import PurePath
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .checks import fail
+from .runtime.json_text import JSONError, parse_json
 from .runtime.printable import printable
 
 FORMS = "input_ids, messages, prompt and completion, or text"
@@ -29,7 +34,10 @@ _READ = {
 }
 _TEXTS = ("messages", "prompt", "completion", "text", "tools", "chat_template_kwargs")
 _SINGLE = (str, bool, int, float, complex, decimal.Decimal, datetime.date, datetime.time,
-           datetime.timedelta)  # fmt: skip
+           datetime.timedelta, uuid.UUID, PurePath)  # fmt: skip
+# Keys with which formats of other programs say whether a turn of the assistant's is learned.
+_LEARNED = ("weight", "train", "training")
+_TEXT_PARTS = ("text", "input_text", "output_text")  # types of parts of a content
 _LOOKED_AT = 8  # items of a list that tell what it holds
 
 
@@ -55,6 +63,7 @@ def check_columns(example: Any) -> tuple[str, dict[str, Any]]:
             _check_unread(str(name), value, form, columns)
     if form == "messages":
         columns["messages"] = check_messages("messages", columns["messages"])
+        _check_learned("messages", columns["messages"])
     elif form == "prompt":
         columns |= _checked_pair(columns["prompt"], columns.get("completion"))
     elif form == "text":
@@ -100,6 +109,16 @@ def check_messages(name: str, value: Any) -> list[dict[str, Any]]:
     return messages
 
 
+def _check_learned(name: str, messages: Sequence[Mapping[str, Any]]) -> None:
+    """Every turn of the assistant's is learned; one that says it is not would be, too."""
+    for turn, message in enumerate(messages):
+        for key in _LEARNED if message["role"] == "assistant" else ():
+            if key in message and message[key] not in (1, "1"):
+                fail(f"{name}[{turn}].{key}", "1, since every turn of the assistant's is learned",
+                     printable(repr(message[key]), 60), "pass the turns that are learned as "
+                     "completion, and those before them as prompt")  # fmt: skip
+
+
 def without_none(value: Any) -> Any:
     """Return a value in which no mapping has a key whose value is None."""
     if isinstance(value, Mapping):
@@ -127,7 +146,8 @@ def check_integers(name: str, values: Any, like: Tensor | None = None) -> Tensor
             f"{name}: expected a non-empty one-dimensional list of integers, got shape "
             f"{tuple(row.shape)}"
         )
-    if row.is_floating_point() or row.is_complex():
+    is_mask = name == "attention_mask" or name in MASKS
+    if row.is_floating_point() or row.is_complex() or (row.dtype == torch.bool and not is_mask):
         raise TypeError(f"{name}: expected integers, got {row.dtype}")
     if like is not None and len(row) != len(like):
         raise ValueError(
@@ -193,8 +213,10 @@ def _is_data(value: Any) -> bool:
         return False
     if isinstance(value, Mapping):
         return any(_is_data(item) for item in value.values())
-    if isinstance(value, (list, tuple)):
-        some = [item for item in value[:_LOOKED_AT] if item is not None]
+    if getattr(getattr(value, "dtype", None), "kind", "") in ("U", "T", "O"):  # NumPy's texts
+        value = value.tolist()
+    if isinstance(value, (list, tuple, Set)):
+        some = islice((item for item in value if item is not None), _LOOKED_AT)
         return any(_is_data(item) or _is_number(item) for item in some)
     return True
 
@@ -217,6 +239,7 @@ def _checked_pair(prompt: Any, completion: Any) -> dict[str, Any]:
         if isinstance(completion, str):
             fail("completion", "a list of messages, as prompt is", "a text")
         checked["completion"] = check_messages("completion", completion)
+        _check_learned("completion", checked["completion"])
         if not checked["completion"]:
             fail("completion", "at least one message", "none")
     if not checked["prompt"] and completion is None:
@@ -231,6 +254,9 @@ def _checked_rendering(columns: Mapping[str, Any], form: str) -> dict[str, Any]:
         value = columns.get(name)
         if value is None or (isinstance(value, (Mapping, Sequence)) and not len(value)):
             continue
+        if isinstance(value, str) and name == "tools":  # Arrow holds no schemas of many shapes
+            with suppress(JSONError):
+                value = parse_json(value, "tools", list)
         if not isinstance(value, kind):
             wanted = "a dict" if kind is Mapping else "a list of JSON schemas"
             fail(name, wanted, f"{type(value).__name__} {printable(repr(value), 60)}")
@@ -247,8 +273,8 @@ def _check_content(name: str, content: Any) -> None:
     if not isinstance(content, (list, tuple)):
         fail(name, "a text", f"{type(content).__name__} {printable(repr(content), 60)}")
     for part in content:
-        if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
-            kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+        kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
+        if kind not in _TEXT_PARTS or not isinstance(part.get("text"), str):
             fail(name, "texts", f"a part of type {printable(kind)}",
                  "images, audio and video are not read")  # fmt: skip
 

@@ -69,9 +69,9 @@ class JsonLines(Dataset):
         source = f"line {number} of {printable(self.path)}"
         expected = f"{self._name}: expected {source} to be"
         try:
-            value = parse_json(line, "line")
+            value = parse_json(line, "line", unique=True)
         except JSONError as error:
-            reason = str(error).removeprefix("line: expected JSON, ")
+            reason = str(error).removeprefix("line: ").removeprefix("expected JSON, ")
             raise ValueError(f"{expected} JSON, got {_short(line)} ({reason})") from None
         if not isinstance(value, dict):
             raise ValueError(f"{expected} a JSON object, got {_short(line)}")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import json
+import uuid
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -22,7 +25,8 @@ FORMS = [IDS, TEXT, PAIR, CHAT, {"prompt": TALK[:1], "completion": TALK[1:2]}]
 DESCRIBING = {
     "id": 3, "score": 0.5, "source": "web", "date": datetime.date(2020, 1, 1), "ok": True,
     "tags": ["a", "b"], "meta": {"url": "x", "n": 3}, "none": None, "np": np.float32(1.0),
-    "empty": [], "scalar": torch.tensor(3), "nones": [None, None],
+    "empty": [], "scalar": torch.tensor(3), "nones": [None, None], "uuid": uuid.uuid4(),
+    "path": Path("a"), "set": {"a"}, "words": np.array(["a"]), "objects": np.array(["a"], object),
 }  # fmt: skip
 
 
@@ -41,6 +45,8 @@ DATA = {
     "document_ids": [0, 0, 1, 1],
     "cu_seqlens": torch.tensor([0, 2, 4]),
     "meta": {"spans": [[0, 2], [2, 4]]},
+    "late": [None] * 9 + [1.5],
+    "boxes": np.array([[0, 1], None], object),
 }
 
 
@@ -92,11 +98,13 @@ def test_columns_of_ids_beside_text_are_refused(form, name):
         ({"input_ids": [1, None]}, "input_ids: expected a list of integers, got a list that"),
         ({"input_ids": [1, "a"]}, "input_ids: expected a list of integers, got a list that"),
         ({"input_ids": [[1], [1, 2]]}, "input_ids: expected a list of integers, got a list that"),
+        ({"input_ids": [True, False, True, True]}, "input_ids: expected integers, got torch.bool"),
+        ({"labels": np.array([True] * 4)}, "labels: expected integers, got torch.bool"),
         ({"input_ids": [1 << 70]}, "input_ids: expected a list of integers, got a list that"),
     ],
 )
 def test_values_of_ids_are_checked(columns, words):
-    with pytest.raises(ValueError, match=rf"{words}.*\(example 2\)"):
+    with pytest.raises((ValueError, TypeError), match=rf"{words}.*\(example 2\)"):
         Encoder()(IDS | columns, 2)
 
 
@@ -157,6 +165,33 @@ def test_a_cache_holds_no_answers_for_rows_that_are_refused(tmp_path):
 def test_values_of_texts_are_checked(example, words):
     with pytest.raises(ValueError, match=rf"{words}.*\(example 4\)"):
         encoder()(example, 4)
+
+
+@pytest.mark.parametrize(("key", "value"), [("weight", 0), ("train", False), ("training", 0.5)])
+def test_turns_that_are_not_to_be_learned_are_refused(key, value):
+    talk = [TALK[0] | {key: value}, TALK[1] | {key: value}, TALK[2], TALK[3] | {key: 1}]
+    with pytest.raises(ValueError, match=rf"messages\[1\]\.{key}: expected 1, .*\(example 6\)"):
+        encoder()({"messages": talk}, 6)
+    row = encoder()({"prompt": talk[:3], "completion": talk[3:]})
+    assert row.ids.tolist() == encoder()(CHAT).ids.tolist()
+    with pytest.raises(ValueError, match=rf"completion\[0\]\.{key}: expected 1"):
+        encoder()({"prompt": talk[:1], "completion": talk[1:2]})
+
+
+def test_parts_that_are_no_text_are_refused_with_a_text_beside_them():
+    part = {"type": "image_url", "image_url": {"url": "x"}, "text": "what is"}
+    talk = [{"role": "user", "content": [part]}, TALK[1]]
+    with pytest.raises(ValueError, match=r"messages\[0\].content: expected texts, .* image_url"):
+        encoder()({"messages": talk})
+
+
+def test_tools_may_be_json():
+    tools = [{"type": "function", "function": {"name": "dog", "parameters": {}}}]
+    template = "{% for t in tools or [] %}{{ t.function.name }} {% endfor %}" + STOCK
+    reads = Encoder(tokenizer=tokenizer(template))
+    expected = reads(CHAT | {"tools": tools}).ids.tolist()
+    assert expected != reads(CHAT).ids.tolist()
+    assert reads(CHAT | {"tools": json.dumps(tools)}).ids.tolist() == expected
 
 
 def test_datasets_of_different_forms_go_together():

@@ -60,6 +60,11 @@ def test_a_line_further_down(tmp_path):
         (b'{"text": "\xff"}', "to be JSON, got"),
         (b'{"text": "a"', "to be JSON, got"),
         (b"null", "to be a JSON object, got null"),
+        (b'{"text": "a", "text": "b"}', r"to be JSON, got .* .*got 'text' twice"),
+        (
+            b'{"text": "a", "x": [{"y": 1, "y": 1}]}',
+            r"to be JSON, got .* .*got 'y' twice",
+        ),
     ],
 )
 def test_lines_are_looked_at_when_the_file_is_opened(tmp_path, line, words):
