@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import re
 import warnings
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ import torch
 from torch import nn
 
 from .checkpoint_gate import ADAPTER, check_folder, foreign
+from .quant.header import keep_untied
 from .quant.tensor_files import CheckpointError, TensorFiles, check_inside, read_json
 from .resolve import ADAPTER_WEIGHTS as WEIGHTS
 from .runtime.printable import printable
@@ -34,6 +36,8 @@ _ALL_LINEAR = "all-linear"
 _REFUSED = ("megatron_config", "arrow_config", "corda_config", "eva_config", "lora_ga_config")
 _DROPPED = ("auto_mapping", "runtime_config")  # for a peft that loads the base model as well
 _INITIAL = ("init_lora_weights", "init_weights", "init_ia3_weights")
+_ITERATIONS = re.compile(r"pissa_niter_(\d+)")
+_MOST_ITERATIONS = 64
 
 
 def load_adapted(model: Any, folder: Path, *, trainable: bool = False) -> Any:
@@ -55,6 +59,49 @@ def load_adapted(model: Any, folder: Path, *, trainable: bool = False) -> Any:
     _check_weights(model, config, files)
     with foreign(folder, "an adapter that peft can put onto its base"):
         return PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=trainable)
+
+
+def merge_adapter(adapted: Any) -> Any:
+    """Return the model of a peft model with its adapter merged into the weights.
+
+    A weight that several modules share is parted first where the adapter changes one of them:
+    merged into the shared one, it would change the others too, or count twice.
+    """
+    _part_shared(adapted)
+    model = adapted.merge_and_unload()
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    for name, source in dict(tied).items():
+        if model.get_parameter(name) is not model.get_parameter(source):
+            del tied[name]
+            keep_untied(model, [name])
+    return model
+
+
+def _part_shared(adapted: Any) -> None:
+    """Give modules under an adapter weights of their own; all modules, where layers are repeated.
+
+    Trained rows of an embedding go to all who share it, and stay.
+    """
+    from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    config = adapted.active_peft_config
+    repeated = bool(getattr(config, "layer_replication", None))
+    tuned = [
+        module.get_base_layer()
+        for module in adapted.modules()
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, TrainableTokensLayer)
+    ]
+    owners: dict[int, int] = {}
+    for module in adapted.modules():
+        for parameter in module._parameters.values():
+            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    for module in adapted.modules() if repeated else tuned:
+        for name, parameter in module._parameters.items():
+            if parameter is not None and owners[id(parameter)] > 1:
+                owners[id(parameter)] -= 1
+                own = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+                module._parameters[name] = own
 
 
 def read_adapter(folder: Path) -> tuple[Any, TensorFiles]:
@@ -94,6 +141,7 @@ def read_adapter(folder: Path) -> tuple[Any, TensorFiles]:
 def _check_value(file: Path, name: str, value: Any, files: TensorFiles) -> None:
     if name in _REFUSED and value:
         _refuse(file, name, "none", value)
+    _check_numbers(file, name, value)
     if name in _PATTERNS and value != _ALL_LINEAR:
         for part in _names_in(value):
             if not isinstance(part, str) or len(part) > _LONGEST or not _NAME.fullmatch(part):
@@ -109,6 +157,24 @@ def _check_value(file: Path, name: str, value: Any, files: TensorFiles) -> None:
         _refuse(file, name, f"at most {_MOST_NAMES:,} entries", f"{len(value):,}")
     if name == "layer_replication" and value is not None:
         _check_replication(file, value, len(files.names()))
+
+
+def _check_numbers(file: Path, name: str, value: Any) -> None:
+    """Raise for numbers that are none, and for a count of iterations that takes hours."""
+    if isinstance(value, (list, dict)):
+        for part in value.values() if isinstance(value, dict) else value:
+            _check_numbers(file, name, part)
+        if isinstance(value, dict) and "loftq_iter" in value:
+            _check_iterations(file, name, value["loftq_iter"])
+    elif isinstance(value, float) and not math.isfinite(value):
+        _refuse(file, name, "a finite number", value)
+    elif name in _INITIAL and isinstance(value, str) and (count := _ITERATIONS.fullmatch(value)):
+        _check_iterations(file, name, int(count[1][:9]))
+
+
+def _check_iterations(file: Path, name: str, count: Any) -> None:
+    if type(count) is not int or not 0 <= count <= _MOST_ITERATIONS:
+        _refuse(file, name, f"at most {_MOST_ITERATIONS} iterations", count)
 
 
 def _names_in(value: Any) -> Iterator[Any]:

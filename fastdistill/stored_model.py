@@ -112,12 +112,12 @@ class StoredModel:
             return self.load_base(
                 device_map={"": device}, attn_implementation=self.attention_on(device)
             )
-        from .adapters import load_adapted, read_adapter
+        from .adapters import load_adapted, merge_adapter, read_adapter
 
         read_adapter(self.path)  # before the time that it takes to load its base
         adapted = load_adapted(self.base.load(device), self.path)
         with foreign(self.path, "an adapter that can be merged"):
-            merged: PreTrainedModel = adapted.merge_and_unload()
+            merged: PreTrainedModel = merge_adapter(adapted)
         return merged
 
     def load_base(self, **options: Any) -> PreTrainedModel:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 
@@ -162,6 +163,11 @@ def test_an_adapter_with_a_manifest_has_its_digests_compared(adapter, tmp_path):
         ({"layer_replication": [[3, 1]]}, "layer_replication"),
         ({"modules_to_save": ["embed_tokens"]}, "missing"),
         ({"trainable_token_indices": list(range(10))}, "missing"),
+        ({"lora_alpha": math.nan}, "lora_alpha: expected a finite number"),
+        ({"alpha_pattern": {"q_proj": math.inf}}, "alpha_pattern: expected a finite number"),
+        ({"init_lora_weights": "pissa_niter_100000000"}, "at most 64 iterations"),
+        ({"init_lora_weights": f"pissa_niter_{'9' * 5000}"}, "at most 64 iterations"),
+        ({"loftq_config": {"loftq_bits": 4, "loftq_iter": 10**9}}, "at most 64 iterations"),
         ({"megatron_config": {"a": 1}, "megatron_core": "antigravity"}, "megatron_config"),
         ({"arrow_config": {"top_k": 1}}, "arrow_config"),
         ({"peft_type": "EVIL"}, "peft_type: expected one of"),

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, get_scheduler
 
+from ..adapters import merge_adapter
 from ..backend import one_thread
 from ..training.config import DistillConfig
 from ..training.trainer import DistillTrainer
@@ -250,7 +251,7 @@ def fitted(
         )  # fmt: skip
         trainer.train()
         trained: Any = trainer.model
-    return (trained.merge_and_unload() if rank is not None else trained).eval()
+    return (merge_adapter(trained) if rank is not None else trained).eval()
 
 
 def _adapter(rank: int) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, TrainerCallback, get_scheduler
 
+from ..adapters import merge_adapter
 from ..audits.subject import Subject
 from ..backend import one_thread
 from ..teacher import Teacher
@@ -165,7 +166,7 @@ def _trained(
         trainer.train()
         trained: Any = trainer.model
     if hasattr(trained, "merge_and_unload"):
-        trained = trained.merge_and_unload()
+        trained = merge_adapter(trained)
     return base.holding(trained.eval(), "student")
 
 
