@@ -200,7 +200,7 @@ def peer(impl: str, compute: Compute, package: str = "", compiles: bool = False)
 
 
 LABEL = (
-    peer("F.linear_cross_entropy", linear_cross_entropy),
+    peer("F.linear_cross_entropy", linear_cross_entropy, "torch"),
     peer("cut-cross-entropy", cut_cross_entropy, "cut-cross-entropy"),
     peer("Liger fused CE", liger_cross_entropy, LIGER),
 )

@@ -50,7 +50,8 @@ class DeviceLost(RuntimeError):
 class Contender:
     """passes: FLOPs of its method in units of N·V·H, where they differ from the op's.
     rate: "int8" or "fp8" where its products are held to that peak and not to the dtype's.
-    package: the distribution that a peer comes from; empty for ours and PyTorch's."""
+    package: the distribution that a peer comes from, also PyTorch; empty for ours and for plain
+    functions of PyTorch."""
 
     impl: str
     compute: Compute

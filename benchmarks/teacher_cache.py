@@ -28,7 +28,8 @@ import fastdistill as fd
 from fastdistill import TopK
 
 from .data import device
-from .registry import GateError, Missing, attempt
+from .peers import named
+from .registry import GateError, attempt
 from .rows import Row
 from .rows import table as table_of
 from .run import take_turns
@@ -151,25 +152,24 @@ def _exhausted(items: Iterator[Any]) -> None:
 
 
 def _parquet(teacher: _Peaked, ids: Tensor, file: Path, k: int) -> Callable[[], object]:
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError:
-        raise Missing("pyarrow is not installed") from None
+    table_of = named("pyarrow", "pyarrow", "table")
+    writer_of, file_of = (
+        named("pyarrow", "pyarrow.parquet", name) for name in ("ParquetWriter", "ParquetFile")
+    )
     writer = None
     for some in ids.split(BATCH):
         answers = teacher.topk(some, k=k, temperature=1.0)
         columns = {
             "input_ids": some.int(), "ids": answers.ids.int(), "logprobs": answers.logprobs
         }  # fmt: skip
-        table = pa.table({name: list(c.flatten(1).numpy()) for name, c in columns.items()})
-        writer = writer or pq.ParquetWriter(file, table.schema)
+        table = table_of({name: list(c.flatten(1).numpy()) for name, c in columns.items()})
+        writer = writer or writer_of(file, table.schema)
         writer.write_table(table)
     assert writer is not None
     writer.close()
 
     def group(batch: list[int]) -> int:
-        table = pq.ParquetFile(file).read_row_group(batch[0], columns=["ids", "logprobs"])
+        table = file_of(file).read_row_group(batch[0], columns=["ids", "logprobs"])
         return sum(
             len(table[name].combine_chunks().flatten().to_numpy()) for name in table.column_names
         )

@@ -30,7 +30,8 @@ from fastdistill.teacher import Teacher
 
 from .data import device
 from .memory import peak_mb
-from .registry import GateError, Missing, attempt
+from .peers import named
+from .registry import GateError, attempt
 from .rows import Row
 from .rows import table as table_of
 from .run import take_turns
@@ -175,17 +176,16 @@ def _with_teacher(shape: Shape, folder: str, batch: dict[str, Tensor]) -> dict[s
 
 def gkd_trainer(student: Any, teacher: Any, folder: str, **options: Any) -> Any:
     """TRL's, for the forward KL on given text."""
-    try:
-        from trl.experimental.gkd import GKDConfig, GKDTrainer
-    except ImportError as why:
-        raise Missing(f"pip install trl; {why}") from None
+    config, trainer = (
+        named("trl", "trl.experimental.gkd", name) for name in ("GKDConfig", "GKDTrainer")
+    )
     from fastdistill.demo_models import shipped_teacher
 
     tokenizer = shipped_teacher()[1]
     tokenizer.pad_token = tokenizer.eos_token
-    args = settings(GKDConfig, folder, lmbda=0.0, beta=0.0, **options)
+    args = settings(config, folder, lmbda=0.0, beta=0.0, **options)
     talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    return GKDTrainer(
+    return trainer(
         student, teacher, args, train_dataset=_dataset([{"messages": talk}]),
         processing_class=tokenizer,
     )  # fmt: skip

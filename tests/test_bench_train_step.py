@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
+from pinned import is_as_pinned
 
 from benchmarks import train_step
-from benchmarks.registry import GateError
+from benchmarks.registry import BrokenPeer, GateError, Missing
 from benchmarks.shapes import Shape
 
 SMALL = Shape(N=64, H=32, V=300, K=8)
@@ -28,6 +31,7 @@ def test_rows_are_of_the_same_loss():
     for (_, name), row in found.items():
         if row.missing:
             assert name == "TRL GKDTrainer"
+            assert not is_as_pinned("trl"), row.reason
             continue
         assert row.ms_median > 0
         assert row.peak_mb > 0
@@ -36,6 +40,14 @@ def test_rows_are_of_the_same_loss():
     held = 1e6 * found["train_step", "ours"].output_mb
     model = train_step._llama(SMALL, 0)
     assert held == 3 * sum(p.nbytes for p in model.parameters())
+
+
+def test_a_trl_without_its_trainer_is_named(monkeypatch, tmp_path):
+    """Installed and broken is no "not installed": the row says what is lacking."""
+    monkeypatch.setitem(sys.modules, "trl.experimental.gkd", None)
+    broken = BrokenPeer if is_as_pinned("trl") else Missing
+    with pytest.raises(broken, match="trl"):
+        train_step.gkd_trainer(None, None, str(tmp_path))
 
 
 def test_another_loss_is_refused(monkeypatch):
