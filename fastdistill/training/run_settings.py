@@ -5,18 +5,88 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import MISSING, fields
+from pathlib import Path
 from typing import Any
 
+from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from ..backend import describe, versions
 from ..heads import is_partitioned
+from ..runtime.printable import printable
 from .config import DistillConfig
 from .model_card import name_of, teacher_in_words
 from .student import is_adapted, without_adapters
 
 # Ways to say nothing: TrainingArguments turns one into another.
 _NOTHING: tuple[Any, ...] = (None, False, "", "none", [], {})
+
+
+# What the optimizer's state in a checkpoint decides, whatever the arguments say.
+OF_OPTIMIZER = (
+    "learning_rate",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "optim",
+    "optim_args",
+)
+# Transformers' settings that change which student comes out, beside those above and all of ours but
+# the ones that only say how it is done.
+_OF_RESULT = (
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "warmup_steps",
+    "max_grad_norm",
+    "neftune_noise_alpha",
+    "seed",
+    "data_seed",
+    "train_sampling_strategy",
+    "load_best_model_at_end",
+    "metric_for_best_model",
+)
+_OF_MANNER = (
+    "impl",
+    "backward",
+    "packing",
+    "show_panel",
+    "check_data",
+    "check_signal",
+    "save_on_interrupt",
+    "model_init_kwargs",
+)
+
+
+def result_settings(config: DistillConfig, student: Any, teacher: Any) -> dict[str, Any]:
+    """JSON of what decides which student a run ends with, as far as it can be told by name."""
+    inherited = {field.name for field in fields(TrainingArguments)}
+    ours = {field.name for field in fields(DistillConfig)} - inherited - set(_OF_MANNER)
+    values = config.to_dict()
+    found = {name: _plain(values[name]) for name in (*OF_OPTIMIZER, *_OF_RESULT, *sorted(ours))}
+    rows = config.train_batch_size * config.gradient_accumulation_steps * config.world_size
+    names = {
+        "student": _place(name_of(without_adapters(student))),
+        "teacher": None if teacher is None else _place(teacher_in_words(teacher)),
+    }
+    return {name: v if v not in _NOTHING else None for name, v in found.items()} | {
+        **names,
+        "rows of an update": rows,
+    }
+
+
+def _place(name: str | None) -> str | None:
+    """A relative path means another folder elsewhere."""
+    return str(Path(name).resolve()) if name and Path(name).exists() else name
+
+
+def changed_settings(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
+    """Return {name: "now, before"} of the settings that both have and that differ."""
+    return {
+        name: f"got {value!r}, not {printable(repr(before[name]))}"
+        for name, value in now.items()
+        if name in before and before[name] != value
+    }
 
 
 def settings_of(config: DistillConfig, student: Any, teacher: Any) -> dict[str, Any]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -17,6 +20,7 @@ from ..heads import LMHead, at_head, check_positions, evaluating, head_of
 from ..offloading import is_offloaded
 from ..packing import can_pack
 from ..resolve import is_adapter
+from ..runtime.printable import printable
 from ..stored_model import StoredModel
 from .config import DistillConfig
 from .targets import Targets
@@ -142,6 +146,64 @@ def is_adapted(model: nn.Module) -> bool:
 def without_adapters(model: nn.Module) -> Any:
     """The transformers model inside."""
     return model.get_base_model() if is_adapted(model) else model  # type: ignore[operator]
+
+
+def is_stored_otherwise(model: Any) -> bool:
+    """Return whether transformers stores weights under other names or in another form than they
+    have in memory, as it does with the experts of a mixture."""
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is None:
+        try:
+            from transformers.conversion_mapping import get_model_conversion_mapping
+        except ImportError:  # a transformers that stores what is in memory
+            return False
+        is_ours = isinstance(model, PreTrainedModel)
+        conversions = get_model_conversion_mapping(model, add_legacy=False) if is_ours else None
+    return bool(conversions)
+
+
+def load_stored(model: Any, folder: Path) -> None:
+    """Load the weights in a folder into a model in memory, through transformers' conversions.
+
+    Raises:
+        ValueError: the folder lacks a weight of the model, or has another one.
+    """
+    kinds = {p.dtype for p in model.parameters() if p.is_floating_point() and p.itemsize > 1}
+    loaded, report = type(model).from_pretrained(
+        folder,
+        config=copy.deepcopy(model.config),
+        dtype=functools.reduce(torch.promote_types, kinds, torch.bfloat16),
+        output_loading_info=True,
+    )
+    check_keys(report["missing_keys"], report["unexpected_keys"])
+    model.load_state_dict(loaded.state_dict())
+
+
+def check_keys(missing: Iterable[str], unexpected: Iterable[str]) -> None:
+    """Raise ValueError for weights that a checkpoint lacks, or that the student has not."""
+    for names, words in ((missing, "lacks"), (unexpected, "has, and the student has not,")):
+        if listed := sorted(names):
+            some = ", ".join(listed[:4]) + (", …" if len(listed) > 4 else "")
+            raise ValueError(f"it {words} {len(listed)} weights: {printable(some)}")
+
+
+def check_adapter(model: Any, folder: Path) -> None:
+    """Raise ValueError if a checkpoint has an adapter and the student has none or another one, or
+    the reverse. peft passes over weights that it does not know."""
+    file = folder / "adapter_model.safetensors"
+    has_adapter = (folder / "adapter_config.json").exists()
+    deeper = any(folder.glob("*/adapter_config.json"))  # of several adapters
+    if has_adapter != is_adapted(model) and not deeper:
+        words = ("an adapter", "whole weights")
+        raise ValueError(f"it has {words[not has_adapter]}, the student {words[has_adapter]}")
+    if has_adapter and is_adapted(model) and file.exists():
+        import peft
+
+        name = model.active_adapters[0]
+        own = peft.get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+        with safe_open(file, "pt") as weights:
+            stored = {key for key in weights.keys() if "embed" not in key or key in own}  # noqa: SIM118
+        check_keys(own.keys() - stored, stored - own.keys())
 
 
 def _check_inside_layers(model: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,13 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 from torch import nn
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import TrainOutput, has_length
 
+from ..files import write_json
+from ..runtime.json_text import read_json
+from ..runtime.printable import printable
 from .arguments import resolve_intervals
 from .checkpoints import (
     begin,
@@ -30,16 +33,30 @@ from .checkpoints import (
 )
 from .finite import FiniteUpdates
 from .interrupts import SavesOnInterrupt
+from .run_settings import OF_OPTIMIZER, changed_settings, result_settings
 from .savable import has_loaded_generation_config, keep_generation_config_savable
-from .student import without_adapters
+from .student import (
+    check_adapter,
+    check_keys,
+    is_adapted,
+    is_stored_otherwise,
+    load_stored,
+    without_adapters,
+)
 from .torch_defaults import plain_defaults
 
 logger = logging.getLogger(__name__)
+ASKED = "settings.json"  # of a checkpoint: what decides which student the run ends with
+_ANOTHER = (
+    "Train in another output_dir, from the checkpoint as the model if its weights shall go on"
+)
 _INTERVALS = ("logging_steps", "save_steps", "eval_steps")
 
 
 class WholeCheckpoints(FiniteUpdates):
     """A Trainer that resumes from whole checkpoints only, and always leaves one to resume from."""
+
+    teacher: Any = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -47,6 +64,8 @@ class WholeCheckpoints(FiniteUpdates):
         self._without_state = False
         self._last_saved = 0  # the step of a checkpoint that has all there is to lose
         self._intervals: dict[str, Any] = {}
+        self._changed: dict[str, str] = {}  # settings, since the checkpoint that is resumed from
+        self._weights_from = Path()  # the checkpoint whose weights were loaded last
         self._loaded_generation_config = False
         # First: a run that is done must change no log.
         self.callback_handler.callbacks.insert(0, _Beginning(self))
@@ -72,6 +91,7 @@ class WholeCheckpoints(FiniteUpdates):
         self.already_done = False
         folder = self._chosen(resume_from_checkpoint)
         self._without_state = folder is not None and missing_state(Path(folder)) is not None
+        self._compare_settings(folder)
         self.check_weights("before training")
         student = without_adapters(self.accelerator.unwrap_model(self.model))
         self._loaded_generation_config = has_loaded_generation_config(student)
@@ -123,6 +143,33 @@ class WholeCheckpoints(FiniteUpdates):
         folder: str | None = found[0]
         return folder
 
+    def _compare_settings(self, folder: str | None) -> None:
+        """Note what is asked for otherwise than when a checkpoint was written.
+
+        Raises ValueError for what would come from the optimizer's state instead.
+        """
+        self._changed = {}
+        path = Path(folder or "") / ASKED
+        if folder is None or not path.is_file():
+            return
+        self._changed = changed_settings(read_json(path, dict), self._result_settings())
+        if self.optimizer is None:  # else it is the caller's, whatever the arguments say
+            for name in OF_OPTIMIZER:
+                if name in self._changed:
+                    raise ValueError(
+                        f"{name}: expected what {Path(folder).name} was trained with, "
+                        f"{self._changed[name]}: the optimizer's state goes on with the old one. "
+                        f"{_ANOTHER}"
+                    )
+
+    def _result_settings(self) -> dict[str, Any]:
+        settings = result_settings(self.args, self.model, self.teacher)
+        data = self.train_dataset
+        return settings | {"examples": len(data) if has_length(data) else None}  # type: ignore
+
+    def _in_words(self) -> str:
+        return ", ".join(f"{name}: {words}" for name, words in self._changed.items())
+
     def _fault_of(self, folder: Path) -> str | None:
         return why_unfinished(folder) or self._fault_of_given(folder)
 
@@ -173,8 +220,23 @@ class WholeCheckpoints(FiniteUpdates):
     def begin_run(self, state: Any) -> None:
         """Check and complete the state of a run whose number of steps is known now."""
         self._last_saved = state.global_step
-        if state.global_step and state.global_step >= state.max_steps:
+        if state.global_step > state.max_steps:
+            raise ValueError(
+                f"resume_from_checkpoint: expected a checkpoint of at most the run's "
+                f"{state.max_steps} steps, got one of step {state.global_step}. {_ANOTHER}"
+            )
+        if state.global_step and state.global_step == state.max_steps:
+            if self._changed:
+                raise ValueError(
+                    f"resume_from_checkpoint: expected the settings that the run which is done at "
+                    f"step {state.global_step} was trained with, but {self._in_words()}. {_ANOTHER}"
+                )
             raise _AlreadyDone
+        if self._changed:
+            logger.warning(
+                "The run goes on at step %d with other settings than it began with: %s.",
+                *(state.global_step, self._in_words()),
+            )
         if self._without_state:
             raise ValueError(
                 "resume_from_checkpoint: expected a checkpoint with the optimizer's state for a "
@@ -187,6 +249,48 @@ class WholeCheckpoints(FiniteUpdates):
         for name, value in self._intervals.items():
             setattr(self.args, name, value)
         resolve_intervals(self.args, state)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        load = super()._load_from_checkpoint
+        self._load_weights(resume_from_checkpoint, lambda: load(resume_from_checkpoint, model))
+
+    def _load_best_model(self) -> None:
+        self._load_weights(str(self.state.best_model_checkpoint), super()._load_best_model)
+
+    def _load_weights(self, folder: str, load: Callable[[], None]) -> None:
+        """Load all weights of a checkpoint, or raise ValueError: none stays as it was before."""
+        self._weights_from = Path(folder)
+        partitioned = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        with _loading(folder, "weights"):
+            if not partitioned:
+                check_adapter(self.model, self._weights_from)
+            if partitioned or is_adapted(self.model) or not is_stored_otherwise(self.model):
+                load()
+            else:
+                load_stored(self.model, self._weights_from)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Transformers warns; here every weight comes from the checkpoint, or is tied to one."""
+        missing = set(load_result.missing_keys)
+        state = self.model.state_dict(keep_vars=True)
+        loaded = {id(tensor) for name, tensor in state.items() if name not in missing}
+        untied = [name for name in missing if id(state.get(name)) not in loaded]
+        if (untied or load_result.unexpected_keys) and isinstance(self.model, PreTrainedModel):
+            load_stored(self.model, self._weights_from)  # names of an older transformers
+        else:
+            check_keys(untied, load_result.unexpected_keys)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _loading(checkpoint, "optimizer's state"):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        with _loading(checkpoint, "loss scaler's state"):
+            super()._load_scaler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _loading(checkpoint, "random state"):
+            super()._load_rng_state(checkpoint)
 
     def _output_of_done(self) -> TrainOutput:
         """What train() returns for a run that was done before."""
@@ -216,6 +320,7 @@ class WholeCheckpoints(FiniteUpdates):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             torch.save(self.args, folder / TRAINING_ARGS_NAME)  # with the limit as it was given
+            write_json(folder / ASKED, self._result_settings())
             finish(folder)
             keep_last(run, limit, self.state.best_model_checkpoint)
         self._last_saved = self.state.global_step
@@ -232,6 +337,20 @@ class WholeCheckpoints(FiniteUpdates):
         if not _internal_call:
             self.check_weights("to save")
         super().save_model(output_dir, _internal_call)
+
+
+@contextmanager
+def _loading(folder: str | None, what: str) -> Iterator[None]:
+    """Turn what libraries raise about a part of a checkpoint into a ValueError that names it."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"resume_from_checkpoint: expected the {what} of this student in {folder}, but: "
+            f"{printable(error)}"
+        ) from error
 
 
 class _AlreadyDone(Exception):
