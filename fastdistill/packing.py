@@ -217,8 +217,9 @@ def _forward(model: nn.Module, input_ids: Tensor, position_ids: Tensor | None) -
 def can_pack(model: nn.Module) -> bool:
     """Whether several rows can share one without any of them noticing.
 
-    By rule: the model takes position_ids, keeps no state along the row, and all its layers are full
-    or sliding attention. And by trial: the second of two packed rows may neither change with the
+    By rule: the model takes position_ids, keeps no state along the row, has no table of what sees
+    what (GPT-Neo's ends a packed row where it ends a single one), and all its layers are full or
+    sliding attention. And by trial: the second of two packed rows may neither change with the
     first one's tokens nor differ from what it is in front.
 
     Raises:
@@ -258,7 +259,17 @@ def _packable_by_rule(model: nn.Module) -> bool:
         inside = inside.get_base_model()
     takes_positions = "position_ids" in inspect.signature(inside.forward).parameters
     stateful = bool(getattr(model, "_is_stateful", False))
-    return takes_positions and not stateful and layers <= _PACKABLE_LAYERS
+    return (
+        takes_positions
+        and not stateful
+        and layers <= _PACKABLE_LAYERS
+        and not any(map(_is_mask_table, inside.buffers()))
+    )
+
+
+def _is_mask_table(buffer: Tensor) -> bool:
+    square = buffer.dim() > 1 and buffer.shape[-1] == buffer.shape[-2] > 1
+    return square and buffer.dtype in (torch.bool, torch.uint8)
 
 
 def _error(actual: Tensor, expected: Tensor) -> float:

@@ -82,6 +82,21 @@ def test_the_student_reads_each_row_as_if_alone(family, form):
         torch.testing.assert_close(logits, alone, rtol=1e-5, atol=1e-5, check_dtype=False)
 
 
+def test_rows_that_fill_more_than_a_table_of_what_sees_what(tmp_path):
+    model = of_family("gpt_neo", torch.float32)
+    limit = model.config.max_position_embeddings
+    examples = [{"input_ids": [3 + i % 60 for i in range(n)]} for n in (limit, 5, limit // 2, 9)]
+    batch = DistillCollator()(examples)
+    teacher = Teacher(model)
+    hidden = teacher.hidden(batch["input_ids"], batch["attention_mask"])
+    for row, example in zip(hidden, examples, strict=True):
+        ids = torch.tensor([example["input_ids"]])
+        alone = teacher.hidden(ids)[0]
+        torch.testing.assert_close(row[: len(alone)], alone, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="packing: expected False for GPTNeoForCausalLM"):
+        build(tmp_path, model=model, teacher=model, data=examples, packing=True)
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("family", ["gpt2", "opt", "bloom"])
 def test_an_update_does_not_depend_on_where_padding_is(tmp_path, family, form):
