@@ -39,11 +39,16 @@ _OBJECTS = (
     "processor_config.json",
 )
 _OTHER_FILES = ("configuration_files", "transformers_weights", "fusion_config")
+# What a model hands out beside its answers, and in what form, is the caller's choice too.
+_OUTPUTS = {"return_dict": True, "output_attentions": False, "output_hidden_states": False}
 _DTYPES = ("dtype", "torch_dtype")
+_PANIC = "PanicException"  # of libraries in Rust; no Exception, and no class that can be imported
 _COUNT = re.compile(r"(^|_)(layers?|blocks?|experts?|labels)$")
 _MOST = {"layer": 1 << 12, "block": 1 << 12}  # modules are built one by one
 _MOST_OTHERS = 1 << 16
+_ROTARY, _LARGEST_ROTARY = ("rope_theta", "rotary_emb_base", "factor"), 1e30
 _NAMES = re.compile(r"[\w.\-]*")
+_TRIAL = "Is this a text? 1 + 2 = 3."
 
 
 @contextlib.contextmanager
@@ -56,7 +61,9 @@ def foreign(source: Path, what: str) -> Iterator[None]:
         yield
     except (CheckpointError, OSError, MemoryError, ImportError, torch.OutOfMemoryError):
         raise
-    except Exception as error:
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != _PANIC:
+            raise
         why = f"{type(error).__name__}: {printable(error, 1000)}"
         raise CheckpointError(
             f"{source}: expected {what}, got {why}. The file is damaged, or the checkpoint is of "
@@ -108,10 +115,22 @@ def load_config(source: str | Path, **options: Any) -> tuple[Any, dict[str, Any]
             return_unused_kwargs=True,
             **options,
         )
+    for part in _parts_of(config):
+        for name, value in _OUTPUTS.items():
+            if hasattr(part, name) and name not in options:
+                setattr(part, name, value)
     # The setters reach every part of the configuration.
     config._attn_implementation = options.get("attn_implementation")
     config._experts_implementation = options.get("experts_implementation")
     return config, unused
+
+
+def _parts_of(config: Any) -> Iterator[Any]:
+    """The configuration, and those of its text, images and so on."""
+    yield config
+    for name in getattr(config, "sub_configs", ()):
+        if (part := getattr(config, name, None)) is not None:
+            yield from _parts_of(part)
 
 
 def load_tokenizer(folder: str | Path) -> Any:
@@ -129,9 +148,12 @@ def load_tokenizer(folder: str | Path) -> Any:
         if (folder / name).is_file():
             _check_tokenizer_class(folder / name)
     with foreign(folder, "a tokenizer that transformers can read"):
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             folder.as_posix(), trust_remote_code=False, local_files_only=True
         )
+    with foreign(folder, "a tokenizer that can read and write text"):
+        tokenizer.decode(tokenizer(_TRIAL)["input_ids"])
+    return tokenizer
 
 
 def _check_tokenizer_class(file: Path) -> None:
@@ -173,6 +195,8 @@ def check_choices(file: Path, value: Any, at: str = "") -> None:
             check_choices(file, part, name)
     elif isinstance(value, float) and math.isnan(value):
         _refuse(file, at, "a number", "NaN")
+    elif type(value) is int and abs(value) >= 1 << 63:
+        _refuse(file, at, "a number of 64 bits", f"one of {value.bit_length()}")
 
 
 def _check_entry(file: Path, key: str, name: str, value: Any) -> None:
@@ -188,6 +212,9 @@ def _check_entry(file: Path, key: str, name: str, value: Any) -> None:
         most = next((n for part, n in _MOST.items() if part in key), _MOST_OTHERS)
         if not -1 <= value <= most:
             _refuse(file, name, f"a number in 0..{most}", value)
+    elif key in _ROTARY and type(value) in (int, float):
+        if not 0 < value < _LARGEST_ROTARY:
+            _refuse(file, name, f"a number above 0 and below {_LARGEST_ROTARY:g}", value)
     elif key.endswith(("modules", "modules_to_not_convert")) and isinstance(value, list):
         # Libraries take them as regular expressions, and some of those never end.
         for entry in value:

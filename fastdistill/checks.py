@@ -15,13 +15,15 @@ from torch import Tensor
 
 from .answer_checks import Rules, find_wrong
 from .outputs import TopK
+from .runtime.printable import printable_lines
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTS = (torch.int32, torch.int64)
 
 
 def fail(name: str, expected: str, got: Any, hint: str = "") -> NoReturn:
-    raise ValueError(f"{name}: expected {expected}, got {got}" + (f"; {hint}" if hint else ""))
+    text = f"{name}: expected {expected}, got {got}" + (f"; {hint}" if hint else "")
+    raise ValueError(printable_lines(text))
 
 
 def values_readable(tensor: Tensor, check: bool) -> bool:

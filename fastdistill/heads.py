@@ -10,6 +10,7 @@ an error and never in a wrong loss.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -311,6 +312,12 @@ def verify_head(model: PreTrainedModel, head: LMHead | None = None) -> float:
         worst = max(_head_error(model, head, input_ids, boost) for boost in (1.0, 100.0))
     head = head_of(model) if head is None else head
     tolerance = _RELATIVE_TOLERANCE.get(head.weight.dtype, _HALF_TOLERANCE)
+    if math.isnan(worst):
+        raise ValueError(
+            f"model: expected finite logits, got NaN or infinity from {type(model).__name__} for "
+            f"the tokens {input_ids[0].tolist()}. Its weights are NaN, infinite, or too large for "
+            f"{str(head.weight.dtype).removeprefix('torch.')}"
+        )
     if not worst <= tolerance:
         raise ValueError(
             f"model: expected logits = softcap·tanh(scale·(hidden·weightᵀ + bias)/softcap) with "

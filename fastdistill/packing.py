@@ -235,6 +235,12 @@ def can_pack(model: nn.Module) -> bool:
         return hidden[: len(left)], hidden[len(left) :]
 
     in_front, behind = run(first, second)
+    if not bool(in_front.isfinite().all()):
+        raise ValueError(
+            "model: expected finite hidden states, got NaN or infinity from "
+            f"{type(model).__name__} for the tokens {first.tolist()}. Its weights are NaN, "
+            f"infinite, or too large for {str(in_front.dtype).removeprefix('torch.')}"
+        )
     touched = _TOUCHED.get(in_front.dtype, _TOUCHED_HALF)
     if not _error(run(first, second.flip(0))[0], in_front) <= touched:
         raise ValueError(

@@ -7,6 +7,7 @@ ignore it (RWKV).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -140,7 +141,7 @@ def _scaled(config: Any, stated: int) -> int:
     for scaling in [r for r in rope.values() if isinstance(r, dict)] or [rope]:
         factor = scaling.get("factor")
         original = scaling.get("original_max_position_embeddings") or stated
-        if isinstance(factor, (int, float)):
+        if isinstance(factor, (int, float)) and math.isfinite(factor * original):
             limit = max(limit, int(factor * original))
     return limit
 

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 
 from . import checks
-from .checkpoint_gate import ADAPTER, TOKENIZER, foreign, load_config
+from .checkpoint_gate import ADAPTER, CONFIG, TOKENIZER, foreign, load_config
+from .quant.checkpoint import check_stored_method
 from .quant.conversion import refuse_unused
 from .quant.header import check_header, keep_untied
 from .quant.tensor_files import TensorFiles, read_json
@@ -171,10 +172,10 @@ def load_whole(path: str | Path, **options: Any) -> PreTrainedModel:
         config, options = load_config(folder, **options)
     options = {"attn_implementation": attention, **options, **kept}
     if "quantization_config" not in options:
-        _check_method(folder, config)
+        _check_method(folder, config, files)
     is_plain = getattr(config, "quantization_config", None) is None
     shaped = is_plain and not options.get("ignore_mismatched_sizes")
-    check_header(folder, config, files.names(), files if shaped else None)
+    check_header(folder, config, files.names(), files if shaped else None, stored=files.bytes)
     with foreign(folder, "the weights of a causal language model"):
         model, info = AutoModelForCausalLM.from_pretrained(
             str(folder),
@@ -192,8 +193,9 @@ def load_whole(path: str | Path, **options: Any) -> PreTrainedModel:
     return model
 
 
-def _check_method(folder: Path, config: Any) -> None:
-    """Raise for a method of quantisation that transformers needs code from elsewhere for."""
+def _check_method(folder: Path, config: Any, files: TensorFiles) -> None:
+    """Raise for a method of quantisation that transformers needs code from elsewhere for, or that
+    is not the tensors'."""
     stored = getattr(config, "quantization_config", None)
     if stored is None:
         return
@@ -206,6 +208,7 @@ def _check_method(folder: Path, config: Any) -> None:
         checks.fail("path_or_model", f"full precision, or one of {', '.join(_METHODS)}",
                     f"{folder} of quant_method {printable(repr(method))}", "load_teacher reads "
                     "what save_quantized wrote; load another model and pass it")  # fmt: skip
+    check_stored_method(files, read_json(folder / CONFIG))
 
 
 def tokenizer_folder(path_or_name: str | Path) -> Path:

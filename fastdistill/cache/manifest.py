@@ -16,7 +16,7 @@ from typing import Any
 from ..files import write_json
 from ..resolve import MANIFEST, SETTINGS
 from ..runtime.json_text import JSONError, read_json
-from ..runtime.printable import printable
+from ..runtime.printable import printable, printable_lines
 from .codec import BLOCK, bytes_per_token
 
 VERSION = 1
@@ -29,7 +29,10 @@ KEY = 16  # bytes of a row's key
 
 class CacheError(ValueError):
     """A teacher cache that cannot be built, read or used as asked. Names what is wrong and what to
-    do."""
+    do. Names of files are foreign text too: the whole is made printable."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable_lines(message))
 
 
 @dataclass(frozen=True, kw_only=True)

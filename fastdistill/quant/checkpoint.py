@@ -56,7 +56,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         return Checkpoint(gguf, config, "gguf", weights)
     files = TensorFiles(path)
     config = read_json(files.config_file) if files.config_file.is_file() else {}
-    method = _method(files, config)
+    method = check_stored_method(files, config)
     weights = _READERS[method](files, config) if method else with_plain(files, {}, ())
     return Checkpoint(path, config, method, weights, files)
 
@@ -108,8 +108,9 @@ def _stored_as(files: TensorFiles) -> tuple[str, ...]:
     return ("gptq", "awq") if any(name.endswith(".qweight") for name in names) else ()
 
 
-def _method(files: TensorFiles, config: dict[str, Any]) -> str | None:
-    """How the weights are quantised: config.json and the tensors must agree."""
+def check_stored_method(files: TensorFiles, config: dict[str, Any]) -> str | None:
+    """Return how the weights are quantised, after checking that config.json and the tensors agree;
+    None where they are plain."""
     settings = config.get("quantization_config")
     stored = _stored_as(files)
     if settings is None:

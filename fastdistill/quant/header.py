@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..checkpoint_gate import foreign
@@ -18,16 +19,25 @@ from .tensor_files import CheckpointError, TensorFiles
 
 # A model makes some buffers itself (rotary frequencies, masks). They are small beside its weights.
 _LARGEST_BUFFERS = 1 << 30
+# Of a checkpoint: weights have 4 bits at least, and a few are made anew (tables of positions).
+_MOST_PER_BYTE, _MADE_ANEW = 2, 1 << 24
+_FLOATS = ("F64", "F32", "F16", "BF16", "F8_")  # how safetensors' names of such types begin
 
 
 def check_header(
-    path: Path, config: Any, names: Collection[str], files: TensorFiles | None = None
+    path: Path,
+    config: Any,
+    names: Collection[str],
+    files: TensorFiles | None = None,
+    *,
+    stored: int,
 ) -> None:
     """Raise CheckpointError where a configuration asks for a model that the tensors contradict.
 
     Args:
         path: of the checkpoint. config: its configuration.
-        names: of the stored tensors. files: the shapes of plain ones; None checks no shapes.
+        names: of the stored tensors. files: the shapes and types of plain ones; None checks none.
+        stored: bytes of all files with tensors.
     """
     layers = getattr(config.get_text_config(), "num_hidden_layers", None)
     if type(layers) is int and layers > len(names):
@@ -44,7 +54,12 @@ def check_header(
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
     empty = model.state_dict()
     made = {name: b.nbytes for name, b in model.named_buffers() if name not in empty}
-    stored = 0 if files is None else files.bytes
+    count = sum(parameter.numel() for parameter in model.parameters())
+    if count > _MOST_PER_BYTE * stored + _MADE_ANEW:
+        raise CheckpointError(
+            f"{path}: expected a configuration of the weights in {stored:,} bytes of tensors, got "
+            f"one of {count:,} weights. config.json belongs to another checkpoint"
+        )
     if sum(made.values()) > max(_LARGEST_BUFFERS, stored):
         largest = max(made, key=lambda name: made[name])
         raise CheckpointError(
@@ -56,12 +71,25 @@ def check_header(
     conversion = conversion_of(model, names, empty)
     refuse_twice(path, conversion)
     for name, ((stored_name, pattern), *others) in conversion.sources.items():
+        for each, _ in [(stored_name, pattern), *others]:
+            _check_type(files, each, empty[name])
         expected, got = tuple(empty[name].shape), files.shape(stored_name)
         if pattern is None and not others and got != expected:
             raise CheckpointError(
                 f"{files.file_of(stored_name)}: tensor {printable(stored_name)}: expected the "
                 f"shape {list(expected)} that config.json asks for, got {list(got)}"
             )
+
+
+def _check_type(files: TensorFiles, name: str, weight: Tensor) -> None:
+    """Raise for integers, truth values and complex numbers where a model has plain floats: they
+    are codes whose scale is missing, and a cast would take them for numbers."""
+    kind = files.dtype(name)
+    if weight.is_floating_point() and not kind.startswith(_FLOATS):
+        raise CheckpointError(
+            f"{files.file_of(name)}: tensor {printable(name)}: expected floating point, got "
+            f"{printable(kind)}. Is the checkpoint quantised, without a quantization_config?"
+        )
 
 
 def keep_untied(model: PreTrainedModel, tied: Iterable[str]) -> None:

@@ -93,7 +93,9 @@ def _skeleton(
     if dtype == "auto":
         dtype = config.dtype or torch.float32
     plain = checkpoint.files if checkpoint.method is None else None
-    check_header(checkpoint.path, config, checkpoint.weights, plain)
+    files = checkpoint.files
+    stored = checkpoint.path.stat().st_size if files is None else files.bytes
+    check_header(checkpoint.path, config, checkpoint.weights, plain, stored=stored)
     with foreign(folder, what), init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=False

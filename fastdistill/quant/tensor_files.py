@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..runtime import json_text
-from ..runtime.printable import printable
+from ..runtime.printable import printable, printable_lines
 from .formats import QuantWeight
 
 Thunk = Callable[[], Tensor | QuantWeight]  # reads one weight when called
@@ -34,7 +34,10 @@ _DAMAGE = (
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be read. Names the file and the tensor, what was expected, what
-    came, and what to do."""
+    came, and what to do. Names of files are foreign text too: the whole is made printable."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable_lines(message))
 
 
 @contextlib.contextmanager
@@ -191,6 +194,12 @@ class TensorFiles:
         file = self.file_of(name)
         with reading(file, name):
             return tuple(self._open[file].get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> str:
+        """The type that the header of its file gives a tensor: F32, BF16, I32, BOOL, …"""
+        file = self.file_of(name)
+        with reading(file, name):
+            return str(self._open[file].get_slice(name).get_dtype())
 
     @property
     def bytes(self) -> int:
