@@ -58,7 +58,13 @@ def positive(name: str, value: float) -> None:
         fail(name, "a finite number above 0", repr(value))
 
 
+def number(name: str, value: Any) -> None:
+    if isinstance(value, (str, bool)) or value is None or not hasattr(value, "__float__"):
+        raise TypeError(f"{name}: expected a number, got {value!r}")
+
+
 def within(name: str, value: float, low: float, high: float, below: bool = False) -> None:
+    number(name, value)
     inside = low <= value < high if below else low <= value <= high
     if not inside:
         fail(name, f"a number in [{low:g}, {high:g}{')' if below else ']'}", repr(value))
@@ -84,6 +90,8 @@ def head(
     tensor(names["weight"], weight, FLOATS)
     if hidden.dim() not in (2, 3):
         fail(names["hidden"], "shape [N, H] or [B, T, H]", list(hidden.shape))
+    if not hidden.shape[-1]:
+        fail(names["hidden"], "at least one channel", list(hidden.shape))
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
         fail(names["weight"], f"shape [V, {hidden.shape[-1]}] (hidden's last dimension)",
              list(weight.shape))  # fmt: skip
@@ -96,6 +104,7 @@ def head(
         if bias.shape != weight.shape[:1]:
             fail(names["bias"], f"shape [{weight.shape[0]}]", list(bias.shape))
         same_device(names["bias"], bias, hidden)
+    number(names["logit_scale"], logit_scale)
     if not math.isfinite(logit_scale) or logit_scale == 0:
         fail(names["logit_scale"], "a finite number other than 0", repr(logit_scale))
     if softcap is not None:
@@ -107,7 +116,7 @@ def vocabulary(valid_vocab: int | None, rows: int) -> int:
     """The number of real tokens among the rows of a head."""
     if valid_vocab is None:
         return rows
-    if not isinstance(valid_vocab, int) or not 0 < valid_vocab <= rows:
+    if not isinstance(valid_vocab, int) or valid_vocab is True or not 0 < valid_vocab <= rows:
         fail("valid_vocab", f"an integer in 1..{rows} (rows of weight)", repr(valid_vocab))
     return valid_vocab
 
@@ -117,6 +126,8 @@ def ids(name: str, value: Any, hidden: Tensor, vocab: int, check: bool) -> None:
     tensor(name, value, INTS)
     if value.shape[:-1] != hidden.shape[:-1] or value.dim() != hidden.dim():
         fail(name, f"shape {[*hidden.shape[:-1], 'K']}", list(value.shape))
+    if not value.shape[-1]:
+        fail(name, "at least one slot", list(value.shape), "an empty one holds the id −1")
     if value.shape[-1] > vocab:
         fail(name, f"K ≤ V = {vocab}", f"K = {value.shape[-1]}")
     same_device(name, value, hidden)
@@ -191,6 +202,8 @@ def grad_filter(options: Any, impl: str, backward: str, reduction: str, dtype: A
 
 def labels(value: Any, hidden: Tensor, vocab: int, ignore_index: int, check: bool) -> None:
     tensor("labels", value, INTS)
+    if not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index: expected an integer, got {ignore_index!r}")
     like_tokens("labels", value, hidden)
     if value.numel() and values_readable(value, check):
         wrong = (value != ignore_index) & ((value < 0) | (value >= vocab))

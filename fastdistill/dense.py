@@ -82,7 +82,8 @@ def linear_distill_loss(
     if teacher.lead != ops.lead:
         checks.fail("teacher_hidden", f"positions {list(ops.lead)}", list(teacher.lead))
     checks.same_device("teacher_hidden", teacher_hidden, hidden)
-    check_mix(divergence, beta, skew, ce_weight, z_loss)
+    options = RowOptions(divergence, beta, skew, "bucket", temperature, t2_scale, ce_weight, z_loss)
+    check_mix(options)
     checks.choice("backward", backward, ("auto", "fused", "recompute"))
     check_reduction(reduction, num_items, token_weight, hidden)
     vocab = min(ops.head.vocab, teacher.head.vocab)
@@ -101,7 +102,6 @@ def linear_distill_loss(
         label_N = None if label_N is None else label_N[count.rows]
     elif count.active is not None:
         x, t = (torch.where(count.active.unsqueeze(-1), h, 0) for h in (x, t))
-    options = RowOptions(divergence, beta, skew, "bucket", temperature, t2_scale, ce_weight, z_loss)
     other = teacher.head._replace(
         weight=teacher.head.weight.detach(),
         bias=None if teacher.head.bias is None else teacher.head.bias.detach(),

@@ -18,7 +18,7 @@ from . import checks
 from .kernels.backends import engine
 from .kernels.head import Head, keep_rounded
 from .kernels.op_common import or_none
-from .kernels.op_losses import scale_saved, topk_loss
+from .kernels.op_losses import refuse_second_derivative, scale_saved, topk_loss
 from .kernels.rows import Gathered, RowOptions, entropy_of, first_slots, rows_forward
 from .kernels.topk_loss import Fused, callable_rows, named_rows
 from .kernels.topk_loss import fused as fused_loss
@@ -184,6 +184,8 @@ class _KeptGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        if torch.is_grad_enabled():  # create_graph=True
+            refuse_second_derivative()
         per_token, lift, *kept = ctx.saved_tensors
         d_coef = grad * per_token if ctx.needs_input_grad[4] else None
         found = scale_saved(kept, grad, lift, ctx.needs_input_grad[5:])

@@ -217,14 +217,7 @@ def _distill(
     weight, bias, placement = place(weight, head[0], group, impl)
     ops = operands(hidden, weight, bias, *head[1:], placement=placement)
     impl = resolve_impl(impl, hidden.device)
-    check_mix(
-        options.divergence,
-        options.beta,
-        options.skew,
-        options.ce_weight,
-        options.z_loss,
-        options.tail,
-    )
+    check_mix(options)
     checks.choice("backward", backward, ("auto", "fused", "recompute"))
     check_reduction(reduction, num_items, token_weight, hidden)
     if labels is not None:

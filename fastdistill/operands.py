@@ -16,7 +16,7 @@ from torch import Tensor
 from . import checks
 from .kernels.divergences import NAMES, floor_of, minimum_of
 from .kernels.head import Head
-from .kernels.rows import TAILS, Teacher, merge_repeats
+from .kernels.rows import TAILS, RowOptions, Teacher, merge_repeats
 from .outputs import TopK
 from .parallel import Placement, Shard, filled, is_dtensor, shard_of
 
@@ -56,6 +56,9 @@ def operands(
     """
     for name, value in (("hidden", hidden), ("weight", weight)):
         checks.tensor(prefix + name, value, checks.FLOATS)
+        if value.layout != torch.strided or hidden.device.type == "meta":
+            got = value.layout if value.layout != torch.strided else "one on the meta device"
+            checks.fail(prefix + name, "a dense tensor that holds numbers", got)
         if is_dtensor(value):
             checks.fail(prefix + name, "a plain tensor", "a DTensor",
                         f"pass {prefix}{name}.full_tensor()")  # fmt: skip
@@ -149,7 +152,7 @@ def counting(
         if num_items is None:
             num_items = N if active is None else active.sum()
         if isinstance(num_items, Tensor):
-            coef = coef / num_items.to(coef).clamp(
+            coef = coef / num_items.to(coef).reshape(()).clamp(
                 min=1e-12 if num_items.is_floating_point() else 1
             )
         else:
@@ -175,6 +178,11 @@ def check_reduction(
             checks.fail("num_items", "None unless reduction='mean'", f"with {reduction!r}")
         if not isinstance(num_items, Tensor):
             checks.positive("num_items", num_items)
+        elif num_items.numel() != 1 or num_items.is_complex():
+            got = f"{list(num_items.shape)} of {num_items.dtype}"
+            checks.fail("num_items", "a number, or a tensor of one", got)
+        elif checks.values_readable(num_items, False) and not 0 <= num_items.item() < math.inf:
+            checks.fail("num_items", "a finite number of 0 or more", num_items.item())
 
 
 def check_divergence(divergence: Any, beta: float, skew: float, tail: str = "bucket") -> None:
@@ -249,10 +257,10 @@ def _is_inside(module: str, package: str) -> bool:
     return module.partition(".")[0] in (package, "torch")
 
 
-def check_mix(
-    divergence: Any, beta: float, skew: float, ce_weight: float, z_loss: float, tail: str = "bucket"
-) -> None:
+def check_mix(options: RowOptions) -> None:
     """Check the divergence and the scalars that shape a per-token loss."""
-    check_divergence(divergence, beta, skew, tail)
-    checks.within("ce_weight", ce_weight, 0, 1)
-    checks.within("z_loss", z_loss, 0, math.inf)
+    check_divergence(options.divergence, options.beta, options.skew, options.tail)
+    if options.t2_scale not in (True, False):
+        checks.fail("t2_scale", "True or False", repr(options.t2_scale))
+    checks.within("ce_weight", options.ce_weight, 0, 1)
+    checks.within("z_loss", options.z_loss, 0, math.inf, below=True)

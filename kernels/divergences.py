@@ -67,6 +67,24 @@ def floor_of(dtype: torch.dtype) -> float:
     return math.log(torch.finfo(torch.float32 if dtype.itemsize < 4 else dtype).tiny)
 
 
+def of_callable(divergence: Elementwise, lp: Tensor, lq: Tensor) -> Tensor:
+    """D of a user's divergence, once its shape is right and it depends on the student."""
+    D = divergence(lp, lq)
+    wanted = lp.shape[:-1]
+    if not isinstance(D, Tensor) or D.shape != wanted:
+        got = list(D.shape) if isinstance(D, Tensor) else type(D).__name__
+        raise ValueError(
+            f"divergence: expected the callable to map two {list(lp.shape)} tensors to "
+            f"{list(wanted)}, got {got}; sum over the last dimension"
+        )
+    if lq.requires_grad and torch.is_grad_enabled() and not D.requires_grad:
+        raise ValueError(
+            "divergence: expected the callable to compute with log_q, its second argument, in "
+            "PyTorch, got a result without a gradient"
+        )
+    return D
+
+
 def plain_name(name: str, beta: float, skew: float) -> str:
     """The name of what is computed: jsd at β = 0 and 1 is forward and reverse KL by convention, and
     a skewed KL at 0 is the KL."""

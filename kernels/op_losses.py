@@ -7,7 +7,7 @@ The backward pass only scales what the forward pass left; coef [N] gets its own 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -150,9 +150,18 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     ctx.count = len(inputs)
 
 
+def refuse_second_derivative() -> NoReturn:
+    raise RuntimeError(
+        "the fused losses have no second derivative: their gradient is made in the forward pass. "
+        "impl='reference' has one, and materialises the logits"
+    )
+
+
 def kept_grads(ctx: Any, grad: Tensor, *others: Tensor) -> tuple[Any, ...]:
     """Backward of an operator (hidden, weight, bias, coef, ...) -> (loss, ...), from what it saved:
     per_token, lift, dx, dw, db. The statistics carry no gradient."""
+    if grad is None:  # it would be that of a gradient
+        refuse_second_derivative()
     per_token, lift, *saved = ctx.saved_tensors
     found = scale_saved(saved, grad, lift, needed(ctx))
     d_coef = grad * per_token if ctx.needs_input_grad[3] else None

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .divergences import Divergence, floor_of, resolve
+from .divergences import Divergence, floor_of, of_callable, resolve
 
 NEG = -1e30  # "no such token": finite, so that 0 · NEG is 0 and differences stay finite
 ABSENT = -1e20  # whatever lies below it is NEG, perhaps divided by a temperature
@@ -173,12 +173,7 @@ def rows_forward(
             # Also under the bucket tail: payloads stored in 16 bits do not quite sum to 1.
             D = D + rule.constant * (1 - cols.lp.double().exp().sum(-1)).to(D.dtype)
     else:
-        D = options.divergence(cols.lp, cols.lq)
-        if D.shape != cols.lp.shape[:-1]:
-            raise ValueError(
-                f"divergence: expected the callable to map two {list(cols.lp.shape)} tensors to "
-                f"{list(cols.lp.shape[:-1])}, got {list(D.shape)}; sum over the last dimension"
-            )
+        D = of_callable(options.divergence, cols.lp, cols.lq)
     per_token = D * options.on_divergence
     mass = lse = nll = None
     if seen.lse_rest is not None:

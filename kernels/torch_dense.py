@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .divergences import floor_of, resolve
+from .divergences import floor_of, of_callable, resolve
 from .head import DenseRows, Head, blocks
 from .rows import RowOptions
 from .torch_slabs import Matmul, kept, slabs
@@ -46,7 +46,7 @@ def dense_sums(
             psi = None
             with torch.enable_grad():
                 leaf = lq.t().detach().requires_grad_(grad)
-                value = options.divergence(lp.t(), leaf)
+                value = of_callable(options.divergence, lp.t(), leaf)
                 if grad:
                     psi = torch.autograd.grad(value.sum(), leaf)[0].t()
             D += value.detach()

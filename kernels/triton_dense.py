@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .divergences import floor_of
+from .divergences import floor_of, of_callable
 from .head import DenseRows, Head, blocks, lift_of
 from .rows import RowOptions
 from .triton_common import (
@@ -179,7 +179,7 @@ def dense_sums(
             lp = _shaped_rows(teacher_head, theirs[at]) / T - teacher_lse_n[at].unsqueeze(-1)
             with torch.enable_grad():
                 leaf = lq.detach().requires_grad_(grad)
-                value = options.divergence(lp.clamp(min=floor), leaf)
+                value = of_callable(options.divergence, lp.clamp(min=floor), leaf)
                 if grad:
                     psi = torch.autograd.grad(value.sum(), leaf)[0]
                     theirs[at] = psi

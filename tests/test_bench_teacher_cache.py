@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from pinned import is_as_pinned
 
 from benchmarks import teacher_cache
 from benchmarks.registry import GateError
