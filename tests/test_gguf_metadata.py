@@ -1,5 +1,8 @@
 """The metadata of a .gguf file is used, or refused by the name of the field."""
 
+import struct
+
+import numpy as np
 import pytest
 import torch
 from test_read_gguf import write
@@ -88,6 +91,10 @@ def test_fields_that_change_nothing_are_read(fields):
         ("pooling_type", 3),
         ("a_field_of_next_year", 1),
         ("block_count", None),
+        ("context_length", 0),
+        ("embedding_length", -64),
+        ("attention.head_count", "4"),
+        ("attention.layer_norm_rms_epsilon", float("nan")),
         ("feed_forward_length", None),
     ],
 )
@@ -109,4 +116,53 @@ def test_a_field_that_is_missing_is_not_guessed(name):
 def test_a_file_names_the_field_and_itself(tmp_path, key, value):
     write(tmp_path / "tiny.gguf", fields=[(f"llama.{key}", value)])
     with pytest.raises(CheckpointError, match=rf"tiny.gguf: llama\.{key}: expected .*got {value}"):
+        open_checkpoint(tmp_path / "tiny.gguf")
+
+
+def behind(data, name):
+    """Where the bytes behind a name in a file begin."""
+    entry = struct.pack("<Q", len(name)) + name.encode()
+    return data.index(entry) + len(entry)
+
+
+def moved(name, offset):
+    def change(data):
+        struct.pack_into("<Q", data, behind(data, name) + 4 + 2 * 8 + 4, offset)
+
+    return change
+
+
+def renamed(name, other):
+    def change(data):
+        at = behind(data, name)
+        data[at - len(name) : at] = other.encode()
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (moved("blk.0.attn_q.weight", 0), r"expected bytes of its own, got some of '\w+"),
+        (moved("blk.0.attn_v.weight", 64), r"expected bytes of its own, got some of '\w+"),
+        (moved("blk.0.attn_q.weight", 3), r"'blk.0.attn_q.weight': expected an offset that is"),
+        (moved("blk.0.attn_q.weight", 1 << 40), r"'blk.0.attn_q.weight': expected once, and bytes"),
+        (renamed("blk.0.attn_k.weight", "blk.0.attn_v.weight"), r"'blk.0.attn_v.weight': expected"),
+        (renamed("llama.context_length", "general.architecture"), r"architecture: expected one fi"),
+    ],
+    ids=["shared", "overlapping", "unaligned", "beyond", "tensor twice", "field twice"],
+)
+def test_a_header_that_contradicts_itself(tmp_path, change, words):
+    write(tmp_path / "tiny.gguf", kind="F16")
+    data = bytearray((tmp_path / "tiny.gguf").read_bytes())
+    change(data)
+    (tmp_path / "tiny.gguf").write_bytes(data)
+    with pytest.raises(CheckpointError, match=rf"tiny.gguf: .*{words}"):
+        open_checkpoint(tmp_path / "tiny.gguf")
+
+
+def test_rotary_frequencies_of_another_width(tmp_path):
+    extra = [("rope_freqs.weight", np.ones(3, np.float32))]
+    write(tmp_path / "tiny.gguf", kind="F16", extra=extra)
+    with pytest.raises(CheckpointError, match=r"rope_freqs.weight: expected 8 numbers.*got \[3\]"):
         open_checkpoint(tmp_path / "tiny.gguf")

@@ -166,6 +166,8 @@ def test_other_tensors_come_as_stored(tmp_path):
         (AWQ | {"bits": 8}, "bits: expected 4, got 8"),
         (AWQ | {"group_size": 48}, "scales': expected 2 rows for 64 columns in groups of 48"),
         (GPTQ | {"group_size": 16}, r"expected groups 0 to 1.*got 0 to 3"),
+        (GPTQ | {"group_size": 64}, r"expected 1 rows of .*got 2: the others would not be used"),
+        (GPTQ | {"group_size": -1}, r"expected 1 rows of .*group_size: -1.*got 2"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(tmp_path, settings, words):
@@ -189,6 +191,7 @@ def test_settings_that_do_not_fit_are_refused(tmp_path, settings, words):
         ("g_idx", torch.full((64,), 2, dtype=torch.int32), "expected groups 0 to 1"),
         ("g_idx", torch.full((64,), -1, dtype=torch.int32), "expected groups 0 to 1"),
         ("g_idx", torch.zeros(32, dtype=torch.int32), r"expected \[64\] of int32"),
+        ("g_idx", torch.zeros(64, dtype=torch.int32), "expected 1 rows of .*got 2"),
         ("qzeros", None, "incomplete"),
         ("scales", None, "incomplete"),
     ],

@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib
 import math
 import struct
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -65,6 +66,8 @@ def read_header(file: Path) -> GGUFHeader:
         fields = {}
         for _ in range(walk.count("number of fields", _MOST_FIELDS)):
             key = walk.string()
+            if key in fields:
+                raise ValueError(f"{key}: expected one field of this name, got another one")
             fields[key] = walk.value(walk.number("I"))
         found = [_tensor(walk, sizes) for _ in range(count)]
         alignment = fields.get("general.alignment", 32)
@@ -79,8 +82,22 @@ def read_header(file: Path) -> GGUFHeader:
                     f"tensor {name!r}: expected once, and bytes {start:,} to "
                     f"{start + tensor.bytes:,} in the file, which has {walk.size:,}"
                 )
+            if tensor.start % alignment:
+                raise ValueError(
+                    f"tensor {name!r}: expected an offset that is a multiple of general.alignment, "
+                    f"{alignment}, got {tensor.start:,}"
+                )
             tensors[name] = tensor._replace(start=start)
+        _check_apart(tensors)
     return GGUFHeader(fields, tensors)
+
+
+def _check_apart(tensors: dict[str, GGUFTensor]) -> None:
+    """Raise for tensors that share bytes: the numbers of one of them are another's."""
+    ordered = sorted(tensors.items(), key=lambda item: item[1].start)
+    for (name, tensor), (other, behind) in pairwise(ordered):
+        if behind.start < tensor.start + tensor.bytes:
+            raise ValueError(f"tensor {other!r}: expected bytes of its own, got some of {name!r}'s")
 
 
 def _tensor(walk: _Walk, sizes: dict[Any, tuple[int, int]]) -> tuple[str, GGUFTensor]:

@@ -56,6 +56,8 @@ def read_metadata(fields: dict[str, Any], family: str) -> dict[str, Any]:
     for key in _REQUIRED:
         if own.get(key) is None:
             raise ValueError(f"{family}.{key}: expected a number for all layers, got none")
+        if not isinstance(own[key], (int, float)) or not 0 < own[key] < math.inf:
+            raise ValueError(f"{family}.{key}: expected a number above 0, got {_short(own[key])}")
     for key, value in own.items():
         if key in _NEUTRAL:
             expected = " or ".join(map(str, _NEUTRAL[key]))

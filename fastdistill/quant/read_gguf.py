@@ -207,6 +207,11 @@ def _config(file: Path, header: GGUFHeader, family: str) -> dict[str, Any]:
                     f"{metadata['rope_scaling']['factor']}"
                 )
             stored = _read(file, _ROPE, header.tensors[_ROPE], None)
+            if not isinstance(stored, Tensor) or stored.numel() != width // 2:
+                raise ValueError(
+                    f"{_ROPE}: expected {width // 2} numbers, one for two dimensions of a head, got "
+                    f"{list(stored.shape)}"
+                )
             config["rope_scaling"] = _llama3_scaling(stored, float(config["rope_theta"]))
     return config
 

@@ -117,6 +117,12 @@ def _groups(files: TensorFiles, layer: str, K: int, count: int, group: int) -> T
             f"{file}: tensor {name!r}: expected groups 0 to {count - 1}, the rows of "
             f"'{layer}.scales', got {groups.min().item()} to {groups.max().item()}"
         )
+    used = len(groups.unique())
+    if used != count:
+        raise CheckpointError(
+            f"{file}: tensor {name!r}: expected {used} rows of '{layer}.scales', one for each group "
+            f"of the {K} columns (group_size: {group}), got {count}: the others would not be used"
+        )
     return groups
 
 
