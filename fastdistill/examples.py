@@ -86,6 +86,11 @@ class Encoder:
     completion_only: bool = True
     max_length: int | None = None
 
+    def __post_init__(self) -> None:
+        length = self.max_length
+        if length is not None and (type(length) is not int or length < 1):
+            raise ValueError(f"max_length: expected an integer of 1 or more, got {length!r}")
+
     def __call__(self, example: Mapping[str, Any], index: int = 0, dataset: str = "") -> Row:
         """Return the row of an example, cut at max_length.
 

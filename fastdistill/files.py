@@ -10,6 +10,24 @@ from pathlib import Path
 from typing import Any
 
 
+def check_folder(name: str, path: Path) -> None:
+    """Raise ValueError, naming the argument, where no folder is and none can be made."""
+    expected = f"{name}: expected a folder, or a path where one can be made, got {str(path)!r}"
+    there = path.absolute()
+    try:
+        while not os.path.lexists(there):
+            there = there.parent
+        os.lstat(path)
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:  # a name too long, a file on the way, a zero byte
+        raise ValueError(f"{expected}: {error}") from None
+    if not there.is_dir():
+        raise ValueError(f"{expected}, where {str(there)!r} is no folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"{expected}, where nothing may be written into {str(there)!r}")
+
+
 def write_json(path: Path, value: Any) -> None:
     """NaN is not JSON: pass None for what is not known."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)

@@ -79,6 +79,8 @@ def test_what_is_printed_can_be_pasted_back(run, folder, tmp_path):
         (("--teacher", "http://127.0.0.1:9"), "tokenizer: expected the teacher's, to read text"),
         (("--data", "/none/here.jsonl"), "data: expected a file of JSON lines"),
         (("--targets", "best"), "targets: expected"),
+        (("max_length=0",), "max_length: expected an integer of 1 or more, got 0"),
+        (("--out", ""), "out: expected a path, got an empty text"),
         (("targets",), "expected key=value, got 'targets'"),
         (("--config", "/none.yaml"), "config: expected a YAML file"),
     ],
@@ -90,6 +92,32 @@ def test_a_wrong_request_is_exit_2(run, folder, tmp_path, more, words):
     assert words in err
     assert len(err.splitlines()) == 1
     assert not (tmp_path / "c").exists()
+
+
+def test_a_folder_that_cannot_be_is_refused_before_a_dry_run_too(run, folder, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model.safetensors").write_text("mine")
+    for out, words in (
+        (tmp_path / "file", "out: expected a folder, or a path where one can be made"),
+        (tmp_path / "file" / "below", "out: expected a folder, or a path where one can be made"),
+        (tmp_path / ("x" * 300), "out: expected a folder, or a path where one can be made"),
+        (tmp_path / "model", "path: expected an empty folder or a cache"),
+    ):
+        for dry in ((), ("--dry-run",)):
+            code, _, err = run(*build(folder, out, *dry))
+            assert (code, words in err) == (2, True), err
+            assert "what is finished stays" not in err
+    assert (tmp_path / "file").read_text() == "mine"
+    assert [p.name for p in (tmp_path / "model").iterdir()] == ["model.safetensors"]
+
+
+def test_a_dry_run_knows_what_a_build_was_begun_with(run, folder, tmp_path):
+    assert run(*build(folder, tmp_path / "c"))[0] == 0
+    assert run(*build(folder, tmp_path / "c", "--dry-run"))[0] == 0
+    for dry in ((), ("--dry-run",)):
+        code, _, err = run(*build(folder, tmp_path / "c", "--k", "3", *dry))
+        assert (code, "and now asked for with k=3" in err) == (2, True), err
 
 
 def test_no_cache_there(run, tmp_path):

@@ -56,6 +56,10 @@ def test_some_arms_only(capsys, monkeypatch):
         ),
         (("--teacher", "x"), "base: expected one, since an experiment on checkpoints needs"),
         (("--sed", "3"), "No such option"),
+        (("--seeds", "0"), "seeds: expected 1 or more, got 0"),
+        (("--processes", "0"), "processes: expected 1 or more, got 0"),
+        (("--executor", "threads"), "executor: expected processes or ray, got 'threads'"),
+        (("--out", __file__), "out: expected a folder, or a path where one can be made"),
     ],
 )
 def test_what_cannot_be_run_is_said_at_once(capsys, monkeypatch, given, said):

@@ -57,6 +57,23 @@ def test_a_plan_that_cannot_be(run, folder, more, words):
     assert words in err
 
 
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (("--port", "65536"), "port: expected an integer in 0..65535, got 65536"),
+        (("--port", "-1"), "port: expected an integer in 0..65535, got -1"),
+        (("--host", "no.such.invalid", "--token", "x"), "host: expected an address of this mach"),
+        (("--host", "a..b", "--token", "x"), "host: expected an address of this machine"),
+        (("--token", "one\ntwo"), "token: expected printable ASCII characters"),
+    ],
+)
+def test_where_nobody_can_listen(run, folder, more, words):
+    code, out, err = run("serve", "--teacher", folder / "teacher", *more)
+    assert (code, out) == (2, "")
+    assert words in err
+    assert "Traceback" not in err
+
+
 def test_other_machines_need_a_token(run, folder, monkeypatch):
     monkeypatch.delenv("FASTDISTILL_TOKEN", raising=False)
     code, _, err = run("serve", "--teacher", folder / "teacher", "--host", "0.0.0.0")

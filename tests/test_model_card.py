@@ -66,3 +66,15 @@ def test_another_loss_is_named_in_place_of_the_configured_divergence(tmp_path):
     assert "| loss | PairLoss, given as an object |" in card
     assert "divergence" not in card
     assert "temperature" not in card
+
+
+def test_a_readme_that_somebody_wrote_stays(tmp_path):
+    trainer = train(tmp_path)
+    readme = tmp_path / "run" / "README.md"
+    trainer.save_model()
+    trainer.save_model()
+    assert "| steps | 2 |" in readme.read_text()  # a card of ours is written again
+    readme.write_text("# My project\n")
+    trainer.save_model()
+    trainer.create_model_card()
+    assert readme.read_text() == "# My project\n"

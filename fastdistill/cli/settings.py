@@ -137,6 +137,8 @@ def fit(name: str, value: Any, hint: Any) -> Any:
 
 
 def _read(name: str, text: Text, allowed: list[Any]) -> Any:
+    """The value that a text stands for; of a setting that takes words, words are as typed, where
+    YAML would take comments out and fold lines."""
     words = any(kind is str or kind is Path for kind in allowed)
     try:
         value = _yaml(text, f"{name}: {str(text)!r}")
@@ -144,7 +146,10 @@ def _read(name: str, text: Text, allowed: list[Any]) -> Any:
         if not words:
             raise
         return str(text)
-    return str(text) if words and type(value) not in allowed else value
+    typed = text.strip()
+    quoted = len(typed) > 1 and typed[0] == typed[-1] and typed[0] in "'\""
+    as_typed = (isinstance(value, str) and not quoted) or (value is None and typed[:1] == "#")
+    return str(typed) if words and (as_typed or type(value) not in allowed) else value
 
 
 def as_yaml(said: Mapping[str, Any]) -> str:
@@ -265,6 +270,8 @@ def _parts(value: Any) -> list[Any]:
 
 
 def _made(name: str, kind: Any, value: str) -> Any:
+    if issubclass(kind, Path) and not value:  # Path("") is the folder that one is in
+        raise ValueError(f"{name}: expected a path, got an empty text")
     try:
         return kind(value)
     except ValueError as error:

@@ -17,6 +17,8 @@ from transformers.utils import logging as transformers_logging
 
 from ..progress import track
 
+EXECUTORS = ("processes", "ray")
+
 
 class Work(Protocol):
     """Something that can be pickled, leaves its result in a folder, and is quick if it is there."""
@@ -24,6 +26,15 @@ class Work(Protocol):
     def run(self, folder: Path) -> None: ...
 
     def done(self, folder: Path) -> bool: ...
+
+
+def workers(executor: str, processes: int | None) -> int:
+    """Return how many runs go on beside each other; raises ValueError for none of them."""
+    if executor not in EXECUTORS:
+        raise ValueError(f"executor: expected {' or '.join(EXECUTORS)}, got {executor!r}")
+    if processes is not None and processes < 1:
+        raise ValueError(f"processes: expected 1 or more, got {processes}")
+    return processes or os.cpu_count() or 1
 
 
 def do(
@@ -53,7 +64,7 @@ def do(
         "ray": _ray,
     }
     if executor not in runners:
-        raise ValueError(f"executor: expected {' or '.join(runners)}, got {executor!r}")
+        raise ValueError(f"executor: expected {' or '.join(EXECUTORS)}, got {executor!r}")
     left = [one for one in _from_somewhere(work) if not one.done(folder)]
     if left and only_report:
         raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 from collections.abc import Callable
 from contextlib import suppress
@@ -10,6 +11,7 @@ from typing import Any
 
 from .. import __version__, backend, checks
 from ..identity import identity_of, tokenizer_identity
+from ..runtime.printable import printable
 from ..teacher import Teacher
 from .connection import check_token
 from .described import Described
@@ -103,10 +105,16 @@ def serve(
 
 def listen(host: str, port: int) -> socket.socket:
     """A socket that accepts connections, which wait until a server takes them."""
+    if type(port) is not int or not 0 <= port < 1 << 16:
+        checks.fail("port", "an integer in 0..65535", repr(port))
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=128)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
+        if not isinstance(error, OSError) or error.errno not in (errno.EADDRINUSE, errno.EACCES):
+            raise OSError(
+                f"host: expected an address of this machine, got {host!r} ({printable(error)})"
+            ) from None
         raise OSError(
             f"port: expected a free one on {host}, got {port} ({error.strerror or error}). Choose "
             "another with port=, or stop what listens there"

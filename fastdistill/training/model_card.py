@@ -24,6 +24,17 @@ _EVALUATED = {
 }
 
 
+_OURS = "Trained with fastdistill's DistillTrainer."
+
+
+def has_other_readme(folder: Path) -> bool:
+    """Whether a README.md is there that is no card of ours: somebody wrote it."""
+    try:
+        return _OURS not in (folder / "README.md").read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return False
+
+
 def write_card(
     folder: Path,
     config: DistillConfig,
@@ -53,7 +64,7 @@ def write_card(
         *("library_name: transformers", "tags:", "- fastdistill", "- distillation", "---", ""),
         "# Distilled model" if name is None else f"# {name}, distilled",
         "",
-        "Trained with fastdistill's DistillTrainer.",
+        _OURS,
         "",
         *_table(rows),
     ]

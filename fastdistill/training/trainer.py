@@ -31,7 +31,7 @@ from .config import DistillConfig
 from .data_checks import check_datasets, named
 from .figures import at_least_one, means, one_each, summarise
 from .lengths import check_lengths, row_limits
-from .model_card import write_card
+from .model_card import has_other_readme, write_card
 from .objective import Answers, Dense, Loss, Objective
 from .offline import in_workers, opened, refuse_unanswered
 from .panel import Panel, first_batch
@@ -349,18 +349,21 @@ class DistillTrainer(WholeCheckpoints):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         self._monitor.read()
+        folder = Path(output_dir or self.args.output_dir)
+        kept = has_other_readme(folder)  # before peft writes its own
         super().save_model(output_dir, _internal_call)
-        if self.args.should_save:
-            self._write_card(output_dir or self.args.output_dir)
+        if self.args.should_save and not kept:
+            self._write_card(folder)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """README.md in the output folder: teacher, objective, covered mass and evaluation."""
-        if self.is_world_process_zero():
-            self._write_card(self.args.output_dir)
+        folder = Path(self.args.output_dir)
+        if self.is_world_process_zero() and not has_other_readme(folder):
+            self._write_card(folder)
 
-    def _write_card(self, folder: str | Path) -> None:
+    def _write_card(self, folder: Path) -> None:
         model = without_adapters(self.accelerator.unwrap_model(self.model))
-        write_card(Path(folder), self.args, self._loss, model, self.teacher, self.panel, self.state)
+        write_card(folder, self.args, self._loss, model, self.teacher, self.panel, self.state)
 
 
 def _never_called(*args: Any, **kwargs: Any) -> None:
