@@ -22,6 +22,7 @@ from transformers import (
 
 from .corpus import END_OF_TEXT
 from .protocols import TopKTeacher
+from .runtime.json_text import read_json
 from .teacher import Teacher
 from .training.config import DistillConfig
 from .training.trainer import DistillTrainer
@@ -152,7 +153,7 @@ def save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
 def shipped_teacher() -> tuple[Teacher, PreTrainedTokenizerFast, dict[str, Any]]:
     """The teacher inside the package, its files checked against their manifest."""
     try:
-        manifest = json.loads((SHIPPED / "manifest.json").read_text(encoding="utf-8"))
+        manifest = read_json(SHIPPED / "manifest.json", dict)
     except FileNotFoundError:
         raise FileNotFoundError(
             "demo_teacher: expected the teacher inside the installed package, found none. Install "

@@ -75,6 +75,13 @@ class LMHead:
 
 def head_module(model: nn.Module) -> nn.Module:
     """The module that turns hidden states into logits; refuses one that an adapter replaced."""
+    if hasattr(model, "_orig_mod"):
+        raise TypeError(
+            f"model: expected one that is not compiled as a whole, got {type(model).__name__}: its "
+            "hidden states are taken before the head, inside of what was compiled. Give the model "
+            "from before torch.compile, and compile what is below the head: torch_compile=True for "
+            "a student, model.base_model.compile() for a teacher"
+        )
     find = getattr(model, "get_output_embeddings", None)
     module = find() if callable(find) else None
     if module is None:

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from itertools import islice
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,10 +16,11 @@ from torch import Tensor, nn
 from .parallel import is_dtensor
 from .teacher import Teacher
 
-_DEEP = 3  # objects around a teacher's model
+_DEEP = 5  # objects, containers and functions around a teacher's model
+_MOST = 10_000  # of them that are looked at
 
 
-def shared_parameters(model: nn.Module, others: list[nn.Module]) -> list[str]:
+def shared_parameters(model: nn.Module, others: Sequence[nn.Module | Tensor]) -> list[str]:
     """Names of the parameters of `model` that have memory in common with a tensor of `others`.
 
     A view, a slice, a tensor of another module and another Parameter of the same data all count.
@@ -30,26 +36,56 @@ def shared_parameters(model: nn.Module, others: list[nn.Module]) -> list[str]:
     ]
 
 
-def models_in(teacher: Any) -> tuple[list[nn.Module], list[nn.Parameter]]:
-    """The models that answer for a teacher, itself or what the objects around one hold; and the
-    parameters that a Teacher among them froze."""
-    models: dict[int, nn.Module] = {}
+def models_in(teacher: Any) -> tuple[list[nn.Module | Tensor], list[nn.Parameter]]:
+    """The models and tensors that answer for a teacher: itself, or what the objects, containers and
+    functions around them hold; and the parameters that a Teacher among them froze."""
+    weights: dict[int, nn.Module | Tensor] = {}
     frozen: list[nn.Parameter] = []
+    passed: dict[int, Any] = {}  # the objects themselves, so that no id is used twice
 
     def look(value: Any, depth: int) -> None:
-        if isinstance(value, nn.Module):
-            models[id(value)] = value
-        elif depth and hasattr(value, "__dict__") and not isinstance(value, type):
+        if isinstance(value, (nn.Module, Tensor)):
+            weights[id(value)] = value
+        elif depth and id(value) not in passed and len(passed) < _MOST:
+            passed[id(value)] = value
             if isinstance(value, Teacher):
                 frozen.extend(value.frozen)
-            for inner in vars(value).values():
+            for inner in _held_by(value):
                 look(inner, depth - 1)
 
     look(teacher, _DEEP)
-    return list(models.values()), frozen
+    return list(weights.values()), frozen
 
 
-def _tensors(model: nn.Module) -> Iterator[Tensor]:
+def _held_by(value: Any) -> Iterator[Any]:
+    """What an object holds: its attributes, its items, or what a function closes over."""
+    if isinstance(value, (type, ModuleType, str, bytes)):
+        return
+    if isinstance(value, Mapping):
+        yield from islice(value.values(), _MOST)
+    elif isinstance(value, (list, tuple, set, frozenset, deque)):
+        yield from islice(value, _MOST)
+    elif isinstance(value, partial):
+        yield from (value.func, value.args, value.keywords)
+    elif isinstance(value, MethodType):
+        yield from (value.__self__, value.__func__)
+    elif isinstance(value, FunctionType):
+        yield value.__defaults__
+        for cell in value.__closure__ or ():
+            with suppress(ValueError):  # an empty cell
+                yield cell.cell_contents
+    yield from getattr(value, "__dict__", {}).values()
+    for kind in type(value).__mro__:
+        slots = kind.__dict__.get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            if name not in ("__dict__", "__weakref__"):
+                yield getattr(value, name, None)
+
+
+def _tensors(model: nn.Module | Tensor) -> Iterator[Tensor]:
+    if isinstance(model, Tensor):
+        yield model
+        return
     yield from model.parameters()
     yield from model.buffers()
 

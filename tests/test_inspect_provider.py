@@ -245,3 +245,14 @@ def test_one_that_is_cancelled_leaves_the_others_alone(subject):
 
     asyncio.run(all_of_them())
     assert set(told) == {"cat", "dog"}
+
+
+@pytest.mark.parametrize(("more", "reason"), [(-1, "max_tokens"), (0, "stop"), (1, "stop")])
+def test_why_an_answer_stopped(more, reason):
+    """Each of a model's ends is one, also in the last place that max_tokens allows."""
+    of = tiny_subject(5)
+    said = of.generate_ids([of.ids(Prompt(user="hello river"))[0]], max_new_tokens=12)[0]
+    place = next(i for i in range(2, len(said)) if said[i] not in said[:i])
+    of.model.generation_config.eos_token_id = [of.tokenizer.eos_token_id, said[place]]
+    answer = call(model_of(of), "hello river", max_tokens=place + 1 + more)
+    assert answer.stop_reason == reason

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -164,6 +165,17 @@ def test_only_backend_reads_the_environment():
         ]
         reads += [i.line for i in imports_of(path) if i.target in ("os.environ", "os.getenv")]
         assert not reads, f"{where(path, reads[0])}: read the environment in fastdistill/backend.py"
+
+
+def test_json_is_read_in_one_place():
+    """Elsewhere only what was written a moment before: json.loads(json.dumps(...))."""
+    reads = re.compile(r"\bjson\.loads?\((?!json\.dumps)")
+    found = [
+        str(path.relative_to(PACKAGE))
+        for path in PACKAGE.rglob("*.py")
+        if reads.search(path.read_text(encoding="utf-8"))
+    ]
+    assert found == ["runtime/json_text.py"]
 
 
 @pytest.mark.parametrize("folder", LINE_BUDGET)

@@ -42,10 +42,6 @@ def bloom():
     return BloomForCausalLM(BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4))
 
 
-def half_llama():
-    return llama(0).to(torch.bfloat16)
-
-
 def half_mixtral():
     return mixtral().to(torch.bfloat16)
 
@@ -63,7 +59,7 @@ class StopsAt(TrainerCallback):
         control.should_training_stop |= state.global_step == self.step
 
 
-@pytest.mark.parametrize("make", [mixtral, qwen_moe, bloom, half_llama, half_mixtral])
+@pytest.mark.parametrize("make", [mixtral, qwen_moe, bloom, half_mixtral])
 class TestFamilies:
     """transformers stores experts one by one and holds them in one tensor."""
 
@@ -105,7 +101,6 @@ class TestOtherStudents:
         with pytest.raises(ValueError, match=r"^resume_from_checkpoint: .*lacks 9 weights"):
             again.train(resume_from_checkpoint="auto")
 
-    @pytest.mark.parametrize("steps", [4, 6])
     @pytest.mark.parametrize(
         ("peft_config", "words"),
         [
@@ -116,9 +111,9 @@ class TestOtherStudents:
         ],
         ids=["other", "more", "rank", "none"],
     )
-    def test_other_adapters(self, tmp_path, peft_config, words, steps):
+    def test_other_adapters(self, tmp_path, peft_config, words):
         train(tmp_path, peft_config=lora(), **SAVING)
-        again = build(tmp_path, peft_config=peft_config, **SAVING | {"max_steps": steps})
+        again = build(tmp_path, peft_config=peft_config, **SAVING)
         with pytest.raises(ValueError, match=f"^resume_from_checkpoint: .*{words}"):
             again.train(resume_from_checkpoint="auto")
 
@@ -155,7 +150,7 @@ class TestOtherSettings:
         ],
         ids=str,
     )
-    @pytest.mark.parametrize("given", ["auto", True, "checkpoint-2"])
+    @pytest.mark.parametrize("given", ["auto", "checkpoint-2"])
     def test_what_the_optimizer_would_pass_over_is_refused(self, tmp_path, option, given):
         train(tmp_path, **SAVING | {"max_steps": 2})
         (name,) = option
@@ -190,7 +185,7 @@ class TestOtherSettings:
         same = build(tmp_path, teacher="a", **SAVING)
         same.train(resume_from_checkpoint="auto")
         assert same.already_done
-        with pytest.raises(ValueError, match="teacher: got .*b', not .*a'"):
+        with pytest.raises(ValueError, match=r"teacher: got .*b', not .*a'"):
             build(tmp_path, teacher="b", **SAVING).train(resume_from_checkpoint="auto")
 
     def test_what_is_used_from_here_on_is_told(self, tmp_path, caplog):

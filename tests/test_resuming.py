@@ -216,6 +216,18 @@ class TestInterrupts:
         again.train(resume_from_checkpoint="auto")
         assert torch.equal(weights(again), weights(train(tmp_path / "whole", **self.LONG)))
 
+    def test_where_only_better_ones_are_saved(self, tmp_path):
+        """The figure of the step is not better, and what was trained is kept all the same."""
+        options = self.LONG | {
+            "save_strategy": "best", "eval_strategy": "steps", "eval_steps": 1,
+            "metric_for_best_model": "kl", "learning_rate": 0.0,
+        }  # fmt: skip
+        signalling = SignalAt(3, signal.SIGINT)
+        trainer = build(tmp_path, callbacks=[signalling], eval_dataset=ragged(4), **options)
+        with pytest.raises(KeyboardInterrupt, match="checkpoint-3 has all of it"):
+            trainer.train()
+        assert checkpoints.last_finished(tmp_path / "run").name == "checkpoint-3"
+
     def test_the_second_signal_does_not_wait(self, tmp_path):
         trainer = build(tmp_path, callbacks=[SignalAt(3, signal.SIGINT, 2)], **self.LONG)
         with pytest.raises(KeyboardInterrupt, match="in step 3; there is no checkpoint"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import peft
 import pytest
@@ -70,6 +71,51 @@ def test_shared_weights_are_named(tmp_path, make, wrap):
     data = [{"input_ids": row["input_ids"] % 40} for row in ragged()]
     with pytest.raises(ValueError, match=f"expected another model.*{STUDENTS[make]}"):
         build(tmp_path, model=student, teacher=wrap(model), data=data)
+
+
+class Slotted:
+    __slots__ = ("inner", "unset")
+
+    def __init__(self, inner):
+        self.inner = inner
+
+
+class Around:
+    """A caller's own teacher: what it answers with is somewhere inside."""
+
+    def __init__(self, held):
+        self.held = held
+
+    def topk(self, input_ids, attention_mask, *, k, temperature):
+        raise AssertionError("refused before it is asked")
+
+
+def looped(model):
+    around = Around(None)
+    around.held = [around, model]
+    return around
+
+
+PLACES = {
+    "list": lambda model: Around([model]),
+    "dict": lambda model: Around({"first": (1, {model})}),
+    "function": lambda model: Around(lambda: model),
+    "partial": lambda model: Around(functools.partial(print, m=model)),
+    "method": lambda model: Around(model.forward),
+    "slots": lambda model: Around(Slotted(model)),
+    "tensor": lambda model: Around(model.lm_head.weight.data[:3]),
+    "state": lambda model: Around(model.state_dict()),
+    "loop": looped,
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_wherever_a_teacher_keeps_its_model(tmp_path, place):
+    """An ensemble keeps a list of them."""
+    student = llama(0)
+    with pytest.raises(ValueError, match=r"expected another model"):
+        build(tmp_path, model=student, teacher=PLACES[place](student))
+    build(tmp_path, model=student, teacher=PLACES[place](llama(0)))
 
 
 def test_a_teacher_given_as_a_model_is_not_frozen_first(tmp_path):

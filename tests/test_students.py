@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_families import build as family
 from tolerances import relative
-from training import VOCAB, build, flat, llama, ragged, step_losses, train, weights
+from training import VOCAB, build, flat, llama, peaked, ragged, step_losses, train, weights
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 peft = pytest.importorskip("peft")
@@ -63,6 +63,19 @@ def test_a_compiled_body_is_traced_once_for_all_batches(tmp_path):
     trainer.model.model.compile(backend=backend)
     trainer.train()
     assert len(graphs) == 1
+
+
+def test_a_model_that_is_compiled_as_a_whole_is_refused(tmp_path):
+    """Its error came from the compiler, at the first batch."""
+    for options in (
+        {"model": torch.compile(llama(0), backend="eager")},
+        {"teacher": torch.compile(peaked(), backend="eager")},
+    ):
+        with pytest.raises(TypeError, match="not compiled as a whole, got OptimizedModule"):
+            build(tmp_path, **options)
+    teacher = peaked()
+    teacher.base_model.compile(backend="eager")
+    train(tmp_path, teacher=teacher)
 
 
 def test_packing_changes_nothing(tmp_path):

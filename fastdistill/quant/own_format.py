@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..runtime.json_text import parse_json
 from .formats import Int8Weight, Lut4Weight, Nested, QuantWeight
 from .tensor_files import TensorFiles, Thunk, block_of, integer, reading, shape_of, with_plain
 
@@ -78,7 +79,7 @@ def weights(files: TensorFiles, config: dict[str, Any]) -> dict[str, Thunk]:
         if KEY not in values:
             continue
         with reading(file, f"metadata of {KEY}"):
-            header = json.loads(values[KEY])
+            header = parse_json(values[KEY], KEY, dict)
             _refuse_newer(header)
             for name, says in header["weights"].items():
                 parts = _parts_of(says)

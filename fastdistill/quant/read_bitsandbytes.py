@@ -25,12 +25,12 @@ the fp32 absolute maxima of its rows and X.weight_format, where there is one, sa
 from __future__ import annotations
 
 import functools
-import json
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..runtime.json_text import parse_json
 from .formats import Int8Weight, Lut4Weight, Nested
 from .tensor_files import (
     CheckpointError,
@@ -77,7 +77,7 @@ def _four_bits(files: TensorFiles, weight: str, state_name: str, kind: str) -> L
     file, packed = files.file_of(weight), files.read(weight)
     state_bytes = files.read(state_name)
     with reading(files.file_of(state_name), state_name):
-        state = json.loads(_bytes_of(state_bytes).numpy().tobytes())
+        state = parse_json(_bytes_of(state_bytes).numpy().tobytes(), "quant_state", dict)
         shape, block = shape_of(state), block_of(state, "blocksize")
         if state["quant_type"] != kind:
             raise ValueError(f"quant_type: expected {kind!r}, got {state['quant_type']!r}")

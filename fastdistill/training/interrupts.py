@@ -29,6 +29,11 @@ class SavesOnInterrupt(TrainerCallback):
         self._saved = -1  # the last step that is in a checkpoint, or was before this run
         self._before: dict[signal.Signals, Any] = {}
 
+    @property
+    def is_pending(self) -> bool:
+        """Whether a signal waits for the end of its step."""
+        return self._signal is not None
+
     def __enter__(self) -> SavesOnInterrupt:
         args = self._trainer.args
         in_main = threading.current_thread() is threading.main_thread()

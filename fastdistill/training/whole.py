@@ -65,6 +65,7 @@ class WholeCheckpoints(FiniteUpdates):
         self._last_saved = 0  # the step of a checkpoint that has all there is to lose
         self._intervals: dict[str, Any] = {}
         self._changed: dict[str, str] = {}  # settings, since the checkpoint that is resumed from
+        self._interrupts: SavesOnInterrupt | None = None
         self._weights_from = Path()  # the checkpoint whose weights were loaded last
         self._loaded_generation_config = False
         # First: a run that is done must change no log.
@@ -83,7 +84,9 @@ class WholeCheckpoints(FiniteUpdates):
                 `already_done` is True.
 
         Raises:
-            ValueError: no such checkpoint; it is damaged; or it lacks the optimizer's state.
+            ValueError: no such checkpoint; it is damaged; it lacks the optimizer's state or weights
+                of this student; or settings are other than those it was trained with, where they
+                would have no effect.
             FloatingPointError: a loss, a gradient or a weight is NaN or infinite.
         """
         if resume_from_checkpoint is None:
@@ -96,7 +99,7 @@ class WholeCheckpoints(FiniteUpdates):
         student = without_adapters(self.accelerator.unwrap_model(self.model))
         self._loaded_generation_config = has_loaded_generation_config(student)
         limit = self.args.save_total_limit
-        interrupts = SavesOnInterrupt(self)
+        interrupts = self._interrupts = SavesOnInterrupt(self)
         self.add_callback(interrupts)
         try:
             with self._intervals_of(folder), interrupts:
@@ -249,6 +252,11 @@ class WholeCheckpoints(FiniteUpdates):
         for name, value in self._intervals.items():
             setattr(self.args, name, value)
         resolve_intervals(self.args, state)
+
+    def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
+        """With save_strategy="best" this is whether to save: an interrupted run does."""
+        is_best = super()._determine_best_metric(*args, **kwargs)
+        return bool(is_best or (self._interrupts is not None and self._interrupts.is_pending))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load = super()._load_from_checkpoint
