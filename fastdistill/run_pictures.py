@@ -19,6 +19,8 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from .runtime.printable import printable
+
 # Okabe and Ito, without the yellow that white swallows.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 _DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)))
@@ -112,7 +114,7 @@ def curves(quantity: Quantity, lines: Sequence[Line], *, resumed: Sequence[int] 
             axes.plot(
                 steps,
                 [min(value * factor, _DRAWN) for value in values],
-                label=line.label,
+                label=_label(line.label),
                 color=_COLOURS[i % len(_COLOURS)],
                 linestyle=_DASHES[i % len(_DASHES)],
                 linewidth=1.4,
@@ -147,7 +149,11 @@ def histogram(title: str, shown: Sequence[Histogram]) -> Picture:
             if last:
                 axes.stairs(shares, _ends(found), fill=True, alpha=0.25, color=colour)
             axes.stairs(
-                *(shares, _ends(found)), label=found.label, linewidth=1.4, ls=dash, color=colour
+                *(shares, _ends(found)),
+                label=_label(found.label),
+                linewidth=1.4,
+                ls=dash,
+                color=colour,
             )
         axes.set_xscale("log")
         axes.set_xlim(*_range(shown))
@@ -176,6 +182,11 @@ def _plain_ticks(axis: Axis) -> None:
     axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if few else (1.0,), numticks=8))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
+
+
+def _label(name: str) -> str:
+    """Return a foreign name as text: between two "$" matplotlib reads mathematics."""
+    return printable(name).replace("$", r"\$")
 
 
 def _legend(figure: Figure, axes: Axes, lines: int) -> None:

@@ -48,6 +48,16 @@ def found(**more: Any) -> Any:
     return side_by_side(suite, models, base=models["base"], **more)
 
 
+@pytest.mark.parametrize("name", [r"a $\\frac$ b", "<script>alert(1)</script>", "$x", "a\x1b[2Jb"])
+def test_names_are_text_in_pictures_and_tables(name):
+    """matplotlib takes what stands between dollars for mathematics, and raises where it is none."""
+    models = {n: model(n, x=[1.0, 1.2, 0.9, 1.1 + i]) for i, n in enumerate((name, "base"))}
+    side = side_by_side({name: Planted(key="x")}, models, base=models["base"])
+    page = audit_page(side, about=ABOUT).html()
+    assert "<script" not in page
+    assert "$" not in name or name in page
+
+
 def test_every_model_is_measured_and_only_the_audited_compared():
     side = found()
     assert {name: list(row) for name, row in side.results.items()} == {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -217,6 +218,13 @@ def test_several_runs_are_compared(tmp_path):
     assert page.table["run-slow"][0] == f"{last['slow']:.4g}"
     assert page.table["learning_rate"] == ["0.3", "0.01"]
     assert len(page.images) == 4
+
+
+def test_the_names_of_runs_are_text(watched, tmp_path):
+    for name in (r"run-$\\frac$", "run-<script>"):
+        shutil.copytree(watched[1], tmp_path / name)
+    page = Page(write_run_report(tmp_path, tmp_path / "both.html"))
+    assert {r"run-$\\frac$", "run-<script>"} <= set(page.text.split())
 
 
 def test_a_folder_without_a_run_is_named(tmp_path):

@@ -209,7 +209,7 @@ def _config(file: Path, header: GGUFHeader, family: str) -> dict[str, Any]:
             stored = _read(file, _ROPE, header.tensors[_ROPE], None)
             if not isinstance(stored, Tensor) or stored.numel() != width // 2:
                 raise ValueError(
-                    f"{_ROPE}: expected {width // 2} numbers, one for two dimensions of a head, got "
+                    f"{_ROPE}: expected {width // 2} numbers, one for 2 dimensions of a head, got "
                     f"{list(stored.shape)}"
                 )
             config["rope_scaling"] = _llama3_scaling(stored, float(config["rope_theta"]))

@@ -120,8 +120,8 @@ def _groups(files: TensorFiles, layer: str, K: int, count: int, group: int) -> T
     used = len(groups.unique())
     if used != count:
         raise CheckpointError(
-            f"{file}: tensor {name!r}: expected {used} rows of '{layer}.scales', one for each group "
-            f"of the {K} columns (group_size: {group}), got {count}: the others would not be used"
+            f"{file}: tensor {name!r}: expected {used} rows of '{layer}.scales', one for each "
+            f"group of the {K} columns (group_size: {group}), got {count}: the rest would lie idle"
         )
     return groups
 

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from ..audits.result import AuditResult
 from ..audits.side_by_side import SideBySide
+from ..runtime.printable import printable
 from .marks import RC, lines_of, style
 from .page import Report
 
@@ -143,9 +144,9 @@ def pictured(found: SideBySide, names: list[str]) -> Figure:
         axes.set_ylim(-0.7, len(names) - 0.3)
         axes.margins(x=0.15)
         axes.locator_params(axis="x", nbins=3)
-        axes.set_title("\n".join(lines_of(audits[place], 24, 2)), loc="left", fontsize=8)
+        axes.set_title("\n".join(lines_of(printable(audits[place]), 24, 2)), loc="left", fontsize=8)
     handles = [
-        figure.axes[0].plot([], [], style(i)[1], color=style(i)[0], label=name)[0]
+        figure.axes[0].plot([], [], style(i)[1], color=style(i)[0], label=printable(name))[0]
         for i, name in enumerate(names)
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(names)))

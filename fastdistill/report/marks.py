@@ -27,6 +27,7 @@ RC: Any = {
     "xtick.color": "#444444",
     "ytick.color": "#444444",
     "legend.frameon": False,
+    "text.parse_math": False,  # names are foreign: "$" in one is a dollar
 }
 
 
