@@ -7,7 +7,7 @@ padding took away, labels that somebody else has already shifted.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,29 @@ from ..runtime.printable import printable
 logger = logging.getLogger(__name__)
 
 LOOKED_AT = 64  # examples, evenly spread
+
+
+def check_kinds(train: Any, evaluate: Any) -> None:
+    """Raise TypeError for what is no dataset of examples, ValueError for one that has none."""
+    for name, dataset in named(train, evaluate).items():
+        if dataset is None or _is_stream(dataset):
+            continue
+        listed = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+        by_name = isinstance(dataset, (Mapping, str)) or hasattr(dataset, "iloc")  # pandas'
+        if not listed or by_name:
+            raise TypeError(
+                f"{name}: expected a dataset or a list of examples, got {type(dataset).__name__}. "
+                "Pass one split of several, or make a dataset with datasets.load_dataset, "
+                "Dataset.from_dict, from_pandas or from_generator"
+            )
+        if not len(dataset):
+            raise ValueError(f"{name}: expected an example, got none")
+
+
+def _is_stream(dataset: Any) -> bool:
+    """Whether a dataset is read from its beginning on, as often as wanted: no generator is."""
+    once = hasattr(dataset, "__next__")
+    return hasattr(dataset, "__iter__") and not hasattr(dataset, "__len__") and not once
 
 
 def check_datasets(encoder: Encoder, train: Any, evaluate: Any, *, prompts_only: bool) -> None:

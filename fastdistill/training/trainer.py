@@ -28,7 +28,7 @@ from .admission import Given, admit
 from .arguments import check_metric, check_sampling
 from .asking import answers_here, ask
 from .config import DistillConfig
-from .data_checks import check_datasets, named
+from .data_checks import check_datasets, check_kinds, named
 from .figures import at_least_one, means, one_each, summarise
 from .lengths import check_lengths, row_limits
 from .model_card import has_other_readme, write_card
@@ -108,6 +108,7 @@ class DistillTrainer(WholeCheckpoints):
             )
         if loss is not None and not callable(loss):
             raise TypeError(f"loss: expected a function or None, got {type(loss).__name__}")
+        check_kinds(train_dataset, eval_dataset)
         student = prepare(model, args, peft_config)
         encoder = Encoder(
             tokenizer=processing_class,
