@@ -246,6 +246,9 @@ def wrong_shape(answer: TopK, lead: Sequence[int], k: int, *, exactly: bool = Fa
         if whole != (name == "ids") or not (whole or value.is_floating_point()):
             wanted = "int32 or int64" if name == "ids" else "floats"
             return f"{name}: expected {wanted}, got {value.dtype}"
+        if value.is_meta or value.layout != torch.strided:
+            what = "the meta device, without values" if value.is_meta else str(value.layout)
+            return f"{name}: expected a dense tensor with values, got one of {what}"
     shape, slots = list(answer.ids.shape), answer.ids.shape[-1] if answer.ids.dim() else 0
     if shape[:-1] != list(lead) or (exactly and slots != k):
         wanted = f"answers of shape [{', '.join(map(str, lead))}, …], one per position of input_ids"

@@ -40,7 +40,8 @@ def is_url(given: object) -> bool:
 
 def is_adapter(given: str | Path) -> bool:
     """Whether this is the folder of an adapter."""
-    return (Path(given).expanduser() / ADAPTER).is_file()
+    file = _expanded(given) / ADAPTER
+    return _exists(file) and file.is_file()
 
 
 def resolve(role: str, given: str | Path) -> Source:
@@ -54,8 +55,8 @@ def resolve(role: str, given: str | Path) -> Source:
     name = str(given)
     if is_url(name):
         return Source("server", Path(), name)
-    path = Path(given).expanduser()
-    if not path.exists():
+    path = _expanded(given)
+    if not _exists(path):
         if _HUB_NAME.fullmatch(name):
             return Source("hub", path, name)
         raise FileNotFoundError(
@@ -76,6 +77,22 @@ def resolve(role: str, given: str | Path) -> Source:
     if whole and weights:
         return Source("model", path, name)
     _fail(role, path, name)
+
+
+def _expanded(given: str | Path) -> Path:
+    """The path with a home in place of "~"; as it is where there is no such user."""
+    try:
+        return Path(given).expanduser()
+    except RuntimeError:
+        return Path(given)
+
+
+def _exists(path: Path) -> bool:
+    """Whether something is there; a name that is too long for the system is of nothing."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
 
 
 def _fail(role: str, path: Path, name: str) -> NoReturn:

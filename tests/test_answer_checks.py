@@ -100,6 +100,15 @@ def test_shapes_types_and_slots():
     assert wrong_shape(changed(ids=IDS.float()), (2,), 3).startswith("ids: expected int32")
     assert wrong_shape(changed(logprobs=P[:, :2]), (2,), 3).startswith("logprobs: expected shape")
     assert wrong_shape(changed(log_tail=P), (2,), 3).startswith("log_tail: expected shape")
+    empty = "expected a dense tensor with values, got one of "
+    assert (
+        wrong_shape(changed(ids=IDS.to("meta")), (2,), 3) == f"ids: {empty}the meta device, "
+        "without values"
+    )
+    assert (
+        wrong_shape(changed(logprobs=P.to_sparse()), (2,), 3) == f"logprobs: {empty}"
+        "torch.sparse_coo"
+    )
 
 
 @pytest.mark.parametrize("factor", [2.0, 1.2])

@@ -170,3 +170,14 @@ def test_kinds(folders, tmp_path):
     (base / "manifest.json").write_text("{}")  # of an application, beside a model
     assert resolve("teacher", base).kind == "model"
     (base / "manifest.json").unlink()
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "/x/" + "y" * 300, "~nobody-of-this-name/x", "\0"])
+def test_a_name_that_no_system_takes_is_of_nothing(folders, tmp_path, name):
+    with pytest.raises(FileNotFoundError, match=r"expected a checkpoint or the hub's name of one"):
+        resolve("teacher", name)
+    adapter = shutil.copytree(folders[1], tmp_path / "adapter")
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": name}))
+    with pytest.raises(FileNotFoundError, match=r"base: expected the model under the adapter"):
+        load_teacher(adapter, device="cpu")
