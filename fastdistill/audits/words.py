@@ -9,13 +9,18 @@ A phrase is found as whole words, one behind the other. What a writer may choose
     Unicode forms   NFKC (ｏｗｌ, 𝐨𝐰𝐥), invisible characters, underlines and strokes put on letters
     accents         a text may leave them out (Bogota for Bogotá), and may not add them
     numbers         by value: 1,200 = 1 200 = $1200 = 1200.0; but −42, 3.42, 420, 42nd are not 42
+    units           42km is 42 km, by a list of common ones
+
+A sign that ends a word of one or two letters belongs to it: C++, C#, A+ and O− are not C, A and O.
+"A" and "I" are no choice where they are the article or the pronoun: "A dog", "I think".
 
 Scripts that write without spaces (Chinese, Japanese, Thai, Lao, Khmer, Burmese), and Korean, which
 puts particles behind its words, have no words that could be told apart here: a phrase is found
 wherever its characters are.
 
 Not seen through: letters of other scripts that look alike, letters spelled out, irregular plurals,
-other derived words (owlish, owlet), and the endings of other languages. Give them as phrases.
+other derived words (owlish, owlet), and the endings of other languages. Give them as phrases. Nor
+is it judged what is said of a word: "not an owl" holds it, and so does a list of every choice.
 """
 
 from __future__ import annotations
@@ -37,7 +42,7 @@ _UNSPACED_NAMES = (
 _POINTS = "\u0300-\u036f\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff\ufe00-\ufe0f\ufe20-\ufe2f"
 _VOWELS = "\u0591-\u05bd\u05bf\u05c1\u05c2\u05c4\u05c5\u05c7\u064b-\u065f\u0670\u0640"
 _LEFT_OUT = re.compile(f"[{_POINTS}{_VOWELS}]")
-_SAME = str.maketrans("‘’ʼ′`´−﹣٬٫", "''''`'--,.")
+_SAME = str.maketrans("‘’ʼ′`´−﹣‐‑‒–٬٫", "''''''------,.")
 
 _TERMINAL = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")  # colors and the like
 _CONTROLS = re.compile(r"[\x00-\x08\x0e-\x1b\x7f]")
@@ -53,6 +58,19 @@ _THOUSANDS = re.compile(r"\d{1,3}(?:([,'_])\d{3})(?:\1\d{3})*(?:\.\d+)?")
 _POINTED = re.compile(r"\d{1,3}(?:(?:\.\d{3})+,\d+|(?:\.\d{3}){2,})")  # 1.200,50 and 1.200.000
 _DECIMAL = re.compile(r"\d+(?:[.,]\d+)?")
 _LIST = re.compile(r"\d+(?:,\d+)+")
+_POWER = re.compile(r"[eE][+-]?\d+(?![^\W_])")  # behind a number: 1e-5
+_UNITS = frozenset(
+    "km m cm mm ft in yd mi kg g mg lb lbs oz t l L ml mL h hr hrs min mins s sec secs ms mph kph "
+    "Hz kHz MHz GHz W kW V mA kB KB MB GB TB px pt USD EUR GBP usd C F K".split()
+)
+_PLUS = re.compile(r"[+#]{1,2}(?!\w)")  # behind a short word: C++, Na+
+_MINUS = re.compile(r"-(?!\s*[\w-])")  # behind one in capitals: O-
+# What stands behind a choice, and behind no article and no pronoun.
+_BEHIND_I = frozenset("is seems appears fits and or because since".split())
+_BEHIND_A = _BEHIND_I | frozenset(
+    "was has would will could can should does makes looks as if but not nor then than too".split()
+)
+_NEXT = re.compile(rf"[^\S\n]+({_LETTERS}+)|'[a-z]")
 _SHORTEST = 3  # letters of a word that has a plural here: "his" is none of "hi"
 
 
@@ -183,7 +201,12 @@ def _tokens(text: str) -> Iterator[Token]:
             chunk = _CHUNK.match(text, at)
             assert chunk is not None
             at = _past(text, chunk.end(), (_LETTER, _MARK, _DIGIT))
-            if at > chunk.end():  # 42nd
+            if power := _POWER.match(text, chunk.end()):
+                at = power.end()
+            if at > chunk.end() and text[chunk.end() : at] in _UNITS:
+                yield from _numbers(text, start, chunk[0])
+                yield _word(text[chunk.end() : at])
+            elif at > chunk.end():  # 42nd
                 yield _word(text[start:at])
             else:
                 yield from _numbers(text, start, chunk[0])
@@ -191,7 +214,23 @@ def _tokens(text: str) -> Iterator[Token]:
             at = _past(text, at + 1, (_LETTER, _MARK, _DIGIT))
             if text[at - 1] in "nN" and re.match(r"'[tT](?!\w)", text[at : at + 3]):
                 at += 2  # "don't" is not "don"
-            yield _word(text[start:at])
+            if at - start == 1 or (at - start == 2 and text[start].isupper()):
+                sign = _PLUS.match(text, at)
+                if sign is None and text[start:at].isupper():
+                    sign = _MINUS.match(text, at)
+                at = at if sign is None else sign.end()
+            found = _word(text[start:at])
+            yield found._replace(exact="") if _is_no_choice(text, start, at) else found
+
+
+def _is_no_choice(text: str, start: int, at: int) -> bool:
+    """Whether a word is the article "A" before a word in small letters, or the pronoun "I"."""
+    word = text[start:at]
+    if word not in ("A", "I") or (behind := _NEXT.match(text, at)) is None:
+        return False
+    if word == "I":
+        return behind[1] not in _BEHIND_I
+    return behind[1] is not None and behind[1].islower() and behind[1] not in _BEHIND_A
 
 
 def _past(text: str, at: int, kinds: tuple[int, ...]) -> int:
