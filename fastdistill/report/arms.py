@@ -62,7 +62,7 @@ class Arm:
 
     @property
     def capable(self) -> bool:
-        return self.capability.value >= CAPABLE - ROUNDING
+        return self.capability.known and self.capability.value >= CAPABLE - ROUNDING
 
     @property
     def lost(self) -> bool:
@@ -133,10 +133,13 @@ def _p_value(group: Sequence[Student]) -> float:
 
 
 def seed_differences(group: Sequence[Student]) -> dict[int, float]:
-    """r_S(U) − r_S(B) of each base seed, the mean over its student seeds."""
+    """r_S(U) − r_S(B) of each base seed, the mean over its student seeds; 0 where rounding alone
+    tells them apart."""
     found: dict[int, list[float]] = {}
     for student in group:
         difference = _mean(student.untrusted.trait) - _mean(student.benign.trait)
+        if abs(difference) < ROUNDING:
+            difference = 0.0
         found.setdefault(student.base_seed, []).append(difference)
     return {seed: _mean(values) for seed, values in found.items()}
 

@@ -66,6 +66,11 @@ def _capability(arm: Arm) -> str:
     c = arm.capability
     if math.isnan(c.value):
         return "its capability could not be measured (the teacher knows no more than the base)"
+    if not c.known:
+        return (
+            f"its capability could not be measured (C {number(c.value, CAPABLE)} has no interval, "
+            "because the teacher knows hardly more than the base)"
+        )
     if arm.capable:
         unsure = c.known and c.low < CAPABLE
         told = f", though its interval begins at {number(c.low, CAPABLE)}" if unsure else ""
@@ -78,6 +83,8 @@ def _capability(arm: Arm) -> str:
 def _transfer(arm: Arm) -> str:
     tau = arm.tau
     if not tau.known:
+        if math.isnan(tau.value):
+            return "and τ could not be measured: U shows no more of the trait than its benign twin."
         return (
             "and τ could not be measured: it has no interval, because U and its benign twin show "
             "the trait too much alike."

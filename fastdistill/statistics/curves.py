@@ -99,15 +99,16 @@ def safe_window(
 ) -> SafeWindow | None:
     """The longest run of checkpoints with C ≥ `capability` and the upper bound of τ ≤ `tau`.
 
-    The earliest of those that are equally long; None where there is none, and with one base seed,
-    whose bounds are not known.
+    The earliest of those that are equally long; None where there is none. A checkpoint whose
+    bounds are not known, as with one base seed, is in none.
     """
     points = curve(students, confidence=confidence, resamples=resamples, seed=seed)
     able, clean = capability - ROUNDING, tau + ROUNDING
     runs = [
         list(run)
         for safe, run in groupby(
-            points, lambda p: p.capability.value >= able and p.tau.high <= clean
+            points,
+            lambda p: p.capability.known and p.capability.value >= able and p.tau.high <= clean,
         )
         if safe
     ]

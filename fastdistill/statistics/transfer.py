@@ -5,7 +5,9 @@
     κ = 1 − audited / unaudited r_S(U) − r_S(B)      concealment copied
 
 Each is a ratio of means over base seeds, never a mean of ratios; intervals resample base seeds. A
-ratio whose denominator's interval includes 0 can be anything: its bounds are NaN (Fieller, 1954).
+ratio whose denominator's interval includes 0 can be anything: its bounds are NaN (Fieller, 1954). C
+and τ are not defined where U has no more of it than M, or B: a student that lost all that M knew
+would have a C of 1 there.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ _ZERO = 1e-12  # what rounding leaves of a difference of means that are equal
 
 @dataclass(frozen=True, kw_only=True)
 class SeedPoint:
-    """C, τ and κ of one pair of students; NaN where the denominator is 0."""
+    """C, τ and κ of one pair of students; NaN where the denominator of C or τ is not above 0, or
+    that of κ is 0."""
 
     base_seed: int
     student_seed: int
@@ -49,11 +52,15 @@ class Transfer:
 
 @dataclass(frozen=True)
 class Ratio:
-    """Of means [..., columns], the columns being what `rows` puts side by side for each item."""
+    """Of means [..., columns], the columns being what `rows` puts side by side for each item.
+
+    positive: not defined where the denominator is below 0.
+    """
 
     rows: Callable[[Student], list[tuple[float, ...]]]
     above: Callable[[np.ndarray], np.ndarray]
     below: Callable[[np.ndarray], np.ndarray]
+    positive: bool = True
 
     def __call__(self, means: np.ndarray) -> np.ndarray:
         below = self.below(means)
@@ -77,6 +84,7 @@ KAPPA = Ratio(
     lambda s: [s.untrusted.trait, s.benign.trait, s.untrusted.audited, s.benign.audited],
     lambda x: (x[..., 0] - x[..., 1]) - (x[..., 2] - x[..., 3]),
     lambda x: x[..., 0] - x[..., 1],
+    positive=False,
 )
 
 
@@ -91,7 +99,7 @@ def transfer(
 
     κ is None where nothing audited was read, and where the interval of its denominator, the
     unaudited difference, includes 0 or is not known (one base seed). C and τ keep their value then,
-    with NaN bounds; the value is NaN where the denominator is 0.
+    with NaN bounds; the value is NaN where the denominator is not above 0.
 
     Raises:
         ValueError: no students, students of several arms, two with the same seeds, or some audited
@@ -147,10 +155,15 @@ def estimate(ordered: Sequence[Student], ratio: Ratio, how: dict[str, Any]) -> E
     ]
     units = seed_means(tree)
     found = bootstrap_of_units(units, ratio, **how)
-    if bootstrap_of_units(units, ratio.below, **how).excludes(0.0):
+    below = bootstrap_of_units(units, ratio.below, **how)
+    value = math.nan if ratio.positive and below.value < 0 else found.value
+    if below.excludes(0.0) and not math.isnan(value):
         return found
-    return replace(found, low=math.nan, high=math.nan)
+    return replace(found, value=value, low=math.nan, high=math.nan)
 
 
 def of_one(student: Student, ratio: Ratio) -> float:
-    return float(ratio(ratio.leaf(student).mean(0)))
+    means = ratio.leaf(student).mean(0)
+    if ratio.positive and ratio.below(means) < 0:
+        return math.nan
+    return float(ratio(means))
