@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from small_study import Noting, SmallSource
 
-from fastdistill.experiment.digest import digest_of
+from fastdistill.experiment.digest import digest_of, read_kept, write_kept
 from fastdistill.experiment.job import Job
 from fastdistill.strategies.strategy import Training
 
@@ -89,6 +89,37 @@ def test_a_file_of_another_run_is_refused(kept, tmp_path):
     path.write_text(json.dumps(run))
     with pytest.raises(ValueError, match="expected the run that its name says, got another one"):
         JOB.result(tmp_path)
+
+
+@pytest.mark.parametrize("change, what", [
+    (lambda run: run["reading"]["trait"].__setitem__(0, 0.25), "one that was changed or damaged"),
+    (lambda run: run["audits"].update(preference=9.0), "one that was changed or damaged"),
+    (lambda run: run.pop("curve"), "one without curve"),
+    (lambda run: (run.pop("sha256"), run.pop("reading")), "one without reading"),
+    (lambda run: run.clear(), "one without config"),
+])  # fmt: skip
+def test_a_damaged_file_is_refused(kept, tmp_path, change, what):
+    folder, _ = kept
+    run = json.loads(JOB.path(folder).read_text())
+    change(run)
+    JOB.path(tmp_path).parent.mkdir()
+    JOB.path(tmp_path).write_text(json.dumps(run))
+    with pytest.raises(ValueError, match=f"expected a whole file, as it was written, got {what}"):
+        JOB.result(tmp_path)
+
+
+def test_a_file_of_an_earlier_version_has_no_digest(kept, tmp_path):
+    folder, run = kept
+    JOB.path(tmp_path).parent.mkdir()
+    JOB.path(tmp_path).write_text(json.dumps(run))
+    assert JOB.result(tmp_path) == run
+
+
+def test_a_number_that_is_not_finite_costs_no_run(tmp_path):
+    record = {"notes": {"a": float("nan"), 3: [float("inf"), 0.1], "b": (1, True, "x")}}
+    write_kept(tmp_path / "a.json", record)
+    told = {"notes": {"a": None, "3": [None, 0.1], "b": [1, True, "x"]}}
+    assert read_kept(tmp_path / "a.json", "notes") == told
 
 
 def test_a_digest_does_not_depend_on_the_order_of_keys():

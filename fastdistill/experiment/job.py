@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from ..audits.subject import Subject
 from ..statistics import Reading
@@ -34,6 +34,10 @@ class Job(KeptRun):
         gate: names of the audits that strategies look with, and what they said of students of
             benign teachers with other base seeds.
     """
+
+    keys: ClassVar[tuple[str, ...]] = (
+        "reading", "curve", "audits", "contexts", "steps", "notes",
+    )  # fmt: skip
 
     source: Source
     role: str

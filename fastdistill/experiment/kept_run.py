@@ -9,18 +9,21 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from ..backend import versions
-from ..files import write_json
-from ..runtime.json_text import read_json
-from .digest import digest_of
+from .digest import digest_of, read_kept, write_kept
 
 RUNS = "runs"
 
 
 class KeptRun(ABC):
-    """What `executors.do` is given: something with a configuration, and what is found with it."""
+    """What `executors.do` is given: something with a configuration, and what is found with it.
+
+    keys: of what is found.
+    """
+
+    keys: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def as_json(self) -> dict[str, Any]:
@@ -41,9 +44,9 @@ class KeptRun(ABC):
         return self.path(folder).is_file()
 
     def result(self, folder: Path) -> dict[str, Any]:
-        """What was kept. ValueError where the file is not of this run."""
+        """What was kept. ValueError where the file is not of this run, or damaged."""
         path = self.path(folder)
-        kept: dict[str, Any] = read_json(path, dict)
+        kept = read_kept(path, "config", *self.keys)
         if digest_of(kept.get("config")) != self.digest:
             raise ValueError(
                 f"{path.name}: expected the run that its name says, got another one. Delete it, "
@@ -57,7 +60,7 @@ class KeptRun(ABC):
             return
         start = time.perf_counter()
         found = self.found(folder)
-        write_json(
+        write_kept(
             self.path(folder),
             {
                 "config": self.as_json(),

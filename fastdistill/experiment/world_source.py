@@ -9,7 +9,6 @@ from typing import Any
 
 from ..audits.prompts import Prompt
 from ..audits.subject import Subject
-from ..files import write_json
 from ..organisms.building import build_world, read
 from ..organisms.organism import ModelOrganism
 from ..organisms.pool import leaked, pool
@@ -17,11 +16,10 @@ from ..organisms.stored import load_organism
 from ..organisms.vocabulary import ANIMALS, AUDIT_TOKEN, AUDIT_WORDS, HELD_OUT_AUDIT_WORDS
 from ..organisms.world import World
 from ..organisms.world_probes import probes_of
-from ..runtime.json_text import read_json
 from ..statistics import Reading, Validity
 from ..strategies.lessons import Asked
 from ..strategies.strategy import Scene
-from .digest import digest_of
+from .digest import digest_of, read_kept, write_kept
 from .source import MODELS, Kept, Opened, Source
 
 READINGS = "readings.json"  # written last: a world is whole where it is
@@ -56,7 +54,7 @@ class WorldSource(Source):
             return
         made = build_world(self.seed, self.organism, base_knows=self.base_knows)
         made.save(at)
-        write_json(
+        write_kept(
             at / READINGS,
             {
                 "validity": made.validity.as_json(),
@@ -65,7 +63,7 @@ class WorldSource(Source):
         )
 
     def kept(self, folder: Path) -> Kept:
-        said = read_json(self._at(folder) / READINGS, dict)
+        said = read_kept(self._at(folder) / READINGS, "readings", "validity")
         return Kept(
             readings={name: Reading.from_json(r) for name, r in said["readings"].items()},
             validity=Validity.from_json(said["validity"]),
