@@ -109,7 +109,7 @@ def test_a_damaged_file_is_refused(kept, tmp_path, change, what):
 
 
 def test_a_file_of_an_earlier_version_has_no_digest(kept, tmp_path):
-    folder, run = kept
+    _, run = kept
     JOB.path(tmp_path).parent.mkdir()
     JOB.path(tmp_path).write_text(json.dumps(run))
     assert JOB.result(tmp_path) == run
