@@ -205,6 +205,13 @@ class Encoder:
                  "trainer; where the token is part of the text a mask of ones says so")  # fmt: skip
 
 
+def is_listed(dataset: Any) -> bool:
+    """Whether dataset[i] is an example: a dict of columns, of datasets, and a table of pandas' have
+    a length, and give by [] something else."""
+    listed = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+    return listed and not isinstance(dataset, (Mapping, str)) and not hasattr(dataset, "iloc")
+
+
 def check_example(example: Any) -> None:
     """Raise ValueError or TypeError for an example that no tokenizer could read."""
     form, columns = check_columns(example)

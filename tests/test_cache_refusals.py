@@ -70,6 +70,8 @@ def test_answers_of_no_language_model_are_refused(tmp_path):
         ({"shard_mb": 0}, ValueError, "shard_mb: expected"),
         ({"rank": 2, "world": 2}, ValueError, "rank, world: expected"),
         ({"data": iter(ragged(3))}, TypeError, "dataset: expected a list or Dataset with a length"),
+        ({"data": {"input_ids": [[4, 5]]}}, TypeError, "dataset: expected a list or Dataset with"),
+        ({"data": {"train": ragged(3)}}, TypeError, "dataset: .* got dict. Pass one split"),
         ({"data": {}}, ValueError, "dataset: expected at least one"),
         ({"teacher": object()}, TypeError, "teacher: expected a model, a path"),
     ],

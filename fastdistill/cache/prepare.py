@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .. import __version__, checks
-from ..examples import Encoder
+from ..examples import Encoder, is_listed
 from ..fingerprint import refuse_different_tokenizers
 from ..identity import identity_of, tokenizer_identity
 from ..protocols import DenseTeacher, TopKTeacher
@@ -113,10 +113,11 @@ def refuse_unfit(teacher: Any, targets: str) -> None:
 
 
 def _check_dataset(dataset: Any) -> None:
-    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+    if hasattr(dataset, "__len__") and len(dataset) == 0:
+        checks.fail("dataset", "at least one example", "none")
+    if not is_listed(dataset):
         raise TypeError(
             "dataset: expected a list or Dataset with a length, so that a build can go on where it "
-            f"stopped, got {type(dataset).__name__}. Write a stream to disk first"
+            f"stopped, got {type(dataset).__name__}. Pass one split of several, and write a stream "
+            "to disk first"
         )
-    if len(dataset) == 0:
-        checks.fail("dataset", "at least one example", "none")

@@ -7,13 +7,13 @@ padding took away, labels that somebody else has already shifted.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ..examples import IGNORE_INDEX, Encoder, Row
+from ..examples import IGNORE_INDEX, Encoder, Row, is_listed
 from ..runtime.printable import printable
 
 logger = logging.getLogger(__name__)
@@ -26,9 +26,7 @@ def check_kinds(train: Any, evaluate: Any) -> None:
     for name, dataset in named(train, evaluate).items():
         if dataset is None or _is_stream(dataset):
             continue
-        listed = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
-        by_name = isinstance(dataset, (Mapping, str)) or hasattr(dataset, "iloc")  # pandas'
-        if not listed or by_name:
+        if not is_listed(dataset):
             raise TypeError(
                 f"{name}: expected a dataset or a list of examples, got {type(dataset).__name__}. "
                 "Pass one split of several, or make a dataset with datasets.load_dataset, "
