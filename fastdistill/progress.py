@@ -1,9 +1,11 @@
-"""Progress for people: bars on a terminal, silence everywhere else."""
+"""Progress for people: bars on a terminal; in a file or a pipe, a line now and then."""
 
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -22,6 +24,31 @@ from transformers import TrainerCallback
 T = TypeVar("T")
 S = TypeVar("S", bound="_Shown")
 
+_SECONDS = 60.0  # between two lines, and before the first
+
+
+def _say(text: str) -> None:
+    """Print a line on stderr; nobody who reads it any more, or a full disk, ends no work."""
+    if sys.stderr is not None:  # print would take stdout
+        with suppress(OSError):
+            print(text, file=sys.stderr, flush=True)
+
+
+class _Lines:
+    """What stands in a log where a terminal has a bar: nothing for work of less than a minute."""
+
+    def __init__(self, what: str, total: int, done: int = 0) -> None:
+        self._what, self._total, self._first = what, total, done
+        self._began = self._last = time.monotonic()
+
+    def at(self, done: int, more: str = "") -> None:
+        now = time.monotonic()
+        if now - self._last < _SECONDS or done <= self._first:
+            return
+        self._last = now
+        left = (now - self._began) / (done - self._first) * (self._total - done)
+        _say(f"{self._what}: {done:,} of {self._total:,}{more}, about {left / 60:,.0f} min left")
+
 
 def _bar(*more: ProgressColumn) -> Progress:
     return Progress(
@@ -31,17 +58,20 @@ def _bar(*more: ProgressColumn) -> Progress:
         *more,
         TimeElapsedColumn(),
         console=Console(stderr=True),
-        disable=not sys.stderr.isatty(),
+        disable=sys.stderr is None or not sys.stderr.isatty(),
     )
 
 
 def track(items: Sequence[T], what: str) -> Iterator[T]:
     """The items, one after the other, with a bar on stderr that is gone when they are through."""
+    lines = _Lines(what, len(items))
     with _bar() as bar:
         task = bar.add_task(what, total=len(items))
-        for item in items:
+        for done, item in enumerate(items, 1):
             yield item
             bar.advance(task)
+            if bar.disable:
+                lines.at(done)
 
 
 class _Shown:
@@ -70,18 +100,21 @@ class Work(_Shown):
         self._bar = _bar(TextColumn("{task.fields[size]}"), TimeRemainingColumn())
         self._bytes = size
         self._task = self._bar.add_task(what, total=total, completed=done, size="")
+        self._done, self._lines = done, _Lines(what, total, done)
 
     def advance(self, rows: int, size: int = 0) -> None:
         self._bytes += size
         task = self._bar.tasks[self._task]
-        whole = self._bytes * (task.total or 0) / max(task.completed + rows, 1)
-        self._bar.update(
-            self._task, advance=rows, size=f"{self._bytes / 1e6:,.0f} of {whole / 1e6:,.0f} MB"
-        )
+        self._done += rows
+        whole = self._bytes * (task.total or 0) / max(self._done, 1)
+        sizes = f"{self._bytes / 1e6:,.0f} of {whole / 1e6:,.0f} MB"
+        self._bar.update(self._task, completed=self._done, size=sizes)
+        if self._bar.disable:
+            self._lines.at(self._done, f", {sizes}")
 
 
 class Steps(_Shown):
-    """One bar per phase, on stderr; disabled when stderr is not a terminal."""
+    """One bar per phase, on stderr."""
 
     def __init__(self) -> None:
         self._bar = _bar()
@@ -90,15 +123,17 @@ class Steps(_Shown):
     def phase(self, what: str, *, total: int) -> list[TrainerCallback]:
         """Begin a phase; the callback advances it with the trainer's steps."""
         self._task = self._bar.add_task(what, total=total)
-        return [_Advance(self._bar, self._task)]
+        return [_Advance(self._bar, self._task, _Lines(what, total))]
 
 
 class _Advance(TrainerCallback):
-    def __init__(self, bar: Progress, task: Any) -> None:
-        self._bar, self._task = bar, task
+    def __init__(self, bar: Progress, task: Any, lines: _Lines) -> None:
+        self._bar, self._task, self._lines = bar, task, lines
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._bar.update(self._task, completed=state.global_step)
+        if self._bar.disable:
+            self._lines.at(state.global_step)
 
 
 class Training(TrainerCallback):
@@ -131,7 +166,7 @@ class Training(TrainerCallback):
         if self._task is not None:
             self._bar.update(self._task, loss=said)
         elif self._bar.disable:
-            print(f"step {state.global_step:,} of {state.max_steps:,}  {said}", file=sys.stderr)
+            _say(f"step {state.global_step:,} of {state.max_steps:,}  {said}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._bar.stop()

@@ -1,0 +1,62 @@
+"""Work that takes long says so, on a terminal and in a log; nobody has to listen."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+
+from fastdistill import progress
+
+
+class Gone(io.StringIO):
+    """A pipe that nobody reads any more."""
+
+    def write(self, text):
+        raise BrokenPipeError
+
+
+def steps(total):
+    with progress.Steps() as bar:
+        (callback,) = bar.phase("steps", total=total)
+        for step in range(1, total + 1):
+            callback.on_step_end(None, type("State", (), {"global_step": step}), None)
+
+
+def rows(total):
+    with progress.Work("rows", total=total + 1, done=1, size=1_000_000) as bar:
+        for _ in range(total):
+            bar.advance(1, 1_000_000)
+
+
+def items(total):
+    assert list(progress.track(range(total), "items")) == list(range(total))
+
+
+WORK = {items: "items: 4 of 4, about 0 min left",
+        rows: "rows: 5 of 5, 5 of 5 MB, about 0 min left",
+        steps: "steps: 4 of 4, about 0 min left"}  # fmt: skip
+
+
+@pytest.mark.parametrize("work", WORK, ids=lambda work: work.__name__)
+def test_long_work_leaves_lines_in_a_log(work, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "_SECONDS", 0.0)
+    work(4)
+    lines = capsys.readouterr().err.splitlines()
+    assert (len(lines), lines[-1]) == (4, WORK[work])
+    monkeypatch.setattr(progress, "_SECONDS", 60.0)
+    work(4)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("work", WORK, ids=lambda work: work.__name__)
+def test_a_log_that_cannot_be_written_ends_no_work(work, monkeypatch):
+    monkeypatch.setattr(progress, "_SECONDS", 0.0)
+    monkeypatch.setattr("sys.stderr", Gone())
+    work(4)
+
+
+def test_a_training_goes_on_when_nobody_reads_its_lines(monkeypatch):
+    monkeypatch.setattr("sys.stderr", Gone())
+    state = type("State", (), {"global_step": 1, "max_steps": 2, "is_world_process_zero": True})
+    progress.Training().on_log(None, state, None, logs={"loss": 1.0})
