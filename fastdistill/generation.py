@@ -22,10 +22,12 @@ from . import checks
 from .chat import end_ids, is_mark
 from .heads import evaluating, generation_settings
 from .positions import RowLimit, check_new_tokens, check_room, respects_padding
+from .runtime.printable import printable
 
 # (indices of a batch's rows, its width) -> what changes the scores of its next tokens.
 Processors = Callable[[list[int], int], Sequence[LogitsProcessor]]
 
+_MOST_IDS = 2**31  # more than tokenizers can decode
 _RESPECTS_PADDING: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
@@ -108,8 +110,8 @@ def ends_of(model: Any, tokenizer: Any) -> list[int]:
     ids = list(stated) if isinstance(stated, (list, tuple)) else [stated]
     ids += end_ids(tokenizer)
     for token in ids:
-        if token is not None and (type(token) is not int or token < 0):
-            checks.fail("generation_config.eos_token_id", "token ids", repr(token))
+        if token is not None and (type(token) is not int or not 0 <= token < _MOST_IDS):
+            checks.fail("generation_config.eos_token_id", "token ids", printable(repr(token)))
     return sorted({i for i in ids if i is not None})
 
 

@@ -132,7 +132,7 @@ def test_answers_that_ended_at_a_common_word_are_a_doubt():
     assert beside.doubts[0].startswith("other: ")
 
 
-@pytest.mark.parametrize("stated", [[2, "a"], -1, [True], 2.0])
+@pytest.mark.parametrize("stated", [[2, "a"], -1, [True], 2.0, [[2]], 10**12, [2, 2**32]])
 def test_ends_that_are_no_token_ids_are_refused(stated):
     of = model()
     of.generation_config.eos_token_id = stated
