@@ -102,6 +102,7 @@ def test_training_of_nothing_is_refused(tmp_path, options):
         {"optim": "adamw_torch", "optim_args": "momentum=0.9"},
         {"optim_target_modules": "all-linear"},
         {"lr_scheduler_kwargs": {"num_cycles": 3}},
+        {"accelerator_config": {"even_batch": False}},
     ],
     ids=str,
 )

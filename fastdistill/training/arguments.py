@@ -13,6 +13,7 @@ from numbers import Integral, Real
 from typing import Any
 
 from transformers import TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 # Fields that would change nothing, or something else than what they say: name -> (the only value
 # that is taken, reason and remedy).
@@ -107,6 +108,7 @@ def check_arguments(config: TrainingArguments) -> None:
                 "evaluate() needs no training"
             )
     _check_names(config)
+    _check_accelerator(config.accelerator_config)
 
 
 def _check_numbers(config: TrainingArguments) -> None:
@@ -174,6 +176,17 @@ def check_device(config: TrainingArguments) -> None:
         raise ValueError(
             "fp16: expected False on a CPU, got True: half precision needs a GPU's loss scaling. "
             "Use bf16=True"
+        )
+
+
+def _check_accelerator(given: Any) -> None:
+    known = [field.name for field in fields(AcceleratorConfig)]
+    unknown = (
+        [] if not isinstance(given, Mapping) else [name for name in given if name not in known]
+    )
+    if unknown:
+        raise ValueError(
+            f"accelerator_config: expected some of {', '.join(known)}, got {unknown[0]!r}"
         )
 
 

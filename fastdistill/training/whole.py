@@ -168,7 +168,7 @@ class WholeCheckpoints(FiniteUpdates):
     def _result_settings(self) -> dict[str, Any]:
         settings = result_settings(self.args, self.model, self.teacher)
         data = self.train_dataset
-        return settings | {"examples": len(data) if has_length(data) else None}  # type: ignore
+        return settings | {"examples": len(data) if has_length(data) else None}
 
     def _in_words(self) -> str:
         return ", ".join(f"{name}: {words}" for name, words in self._changed.items())
