@@ -8,6 +8,7 @@ import pytest
 from command import call, files
 
 from fastdistill import TeacherCache
+from fastdistill.cache import build as cache_build
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +119,27 @@ def test_a_dry_run_knows_what_a_build_was_begun_with(run, folder, tmp_path):
     for dry in ((), ("--dry-run",)):
         code, _, err = run(*build(folder, tmp_path / "c", "--k", "3", *dry))
         assert (code, "and now asked for with k=3" in err) == (2, True), err
+
+
+def test_an_interrupted_build_says_what_it_leaves(run, folder, tmp_path, monkeypatch):
+    asked, answered = build(folder, tmp_path / "c", "shard_mb=0.005"), cache_build._answered
+
+    def interrupted(last):
+        def at(index, *more):
+            if index == last:
+                raise KeyboardInterrupt
+            return answered(index, *more)
+
+        return at
+
+    for last, left in ((0, "Nothing was finished."), (2, "goes on behind the 2 files that are")):
+        monkeypatch.setattr(cache_build, "_answered", interrupted(last))
+        code, out, err = run(*asked)
+        assert (code, out) == (130, "")
+        assert f"cache build: stopped. {left}" in err.replace("The same command ", "")
+    monkeypatch.setattr(cache_build, "_answered", answered)
+    assert run(*asked)[0] == 0
+    assert run("cache", "verify", tmp_path / "c")[0] == 0
 
 
 def test_no_cache_there(run, tmp_path):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -26,7 +29,8 @@ def run(own: CacheBuild, more: dict[str, Any]) -> dict[str, Any] | None:
     data = _data(own)
     teacher = teacher_of(own.teacher, own.teacher_quant, own.teacher_compute, device())
     rank, world = rank_and_world()
-    with running(f"cache build: stopped, and what is finished stays in {own.out}"):
+    stopped = f"cache build: stopped, and what is finished stays in {own.out}"
+    with running(stopped), _interrupted(own):
         cache = TeacherCache.build(
             teacher,
             data,
@@ -44,6 +48,20 @@ def run(own: CacheBuild, more: dict[str, Any]) -> dict[str, Any] | None:
             world=world,
         )
     return figures(cache) if rank == 0 else None
+
+
+@contextmanager
+def _interrupted(own: CacheBuild) -> Iterator[None]:
+    """Say what an interrupted build leaves behind."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        files = len(list(own.out.glob("*.safetensors")))
+        left = "Nothing was finished."
+        if files:
+            left = f"The same command goes on behind the {files} files that are finished."
+        say(f"fastdistill: cache build: stopped. {left}", file=sys.stderr)
+        raise
 
 
 def dry(own: CacheBuild, more: dict[str, Any]) -> dict[str, Any]:
