@@ -32,7 +32,13 @@ class Given(Audit):
 
 
 def of(values, doubts=()):
-    return SimpleNamespace(name="m", values=values, doubts=tuple(doubts), ended_at_words=Counter())
+    return SimpleNamespace(
+        name="m",
+        values=values,
+        doubts=tuple(doubts),
+        ended_at_words=Counter(),
+        ended_at_positions=Counter(),
+    )
 
 
 given = pytest.mark.usefixtures("as_given")
