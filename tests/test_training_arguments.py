@@ -169,6 +169,18 @@ class TestMetrics:
         with pytest.raises(ValueError, match="got 'kl': it needs a teacher"):
             build(tmp_path, teacher=None, ce_weight=1.0, metric_for_best_model="kl")
 
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"load_best_model_at_end": True, "save_strategy": "no"},
+            {"save_strategy": "best", "metric_for_best_model": "kl"},
+        ],
+    )
+    def test_a_best_model_without_evaluation_is_refused(self, tmp_path, options):
+        name = next(iter(options))
+        with pytest.raises(ValueError, match=f"{name}: expected .*: nothing is evaluated"):
+            config(tmp_path, eval_strategy="no", **options)
+
     def test_a_schedule_follows_the_metric(self, tmp_path):
         options = {**WATCHING, "lr_scheduler_type": "reduce_lr_on_plateau"}
         args = config(tmp_path, metric_for_best_model="agreement", **options)

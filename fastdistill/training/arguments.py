@@ -109,6 +109,18 @@ def check_arguments(config: TrainingArguments) -> None:
             )
     _check_names(config)
     _check_accelerator(config.accelerator_config)
+    _check_best(config)
+
+
+def _check_best(config: TrainingArguments) -> None:
+    """Raise ValueError if a best model is wanted and nothing is ever evaluated to choose it by."""
+    if str(_value(config.eval_strategy)) != "no":
+        return
+    hint = "nothing is evaluated, so that no checkpoint is the best; set eval_strategy='steps'"
+    if config.load_best_model_at_end:
+        raise ValueError(f"load_best_model_at_end: expected False, got True: {hint}")
+    if str(_value(config.save_strategy)) == "best":
+        raise ValueError(f"save_strategy: expected 'steps', 'epoch' or 'no', got 'best': {hint}")
 
 
 def _check_numbers(config: TrainingArguments) -> None:
