@@ -47,24 +47,24 @@ def study(name: str) -> Any:
 def parser(prog: str) -> argparse.ArgumentParser:
     from .shapes import DTYPES, HEADS
 
-    found = argparse.ArgumentParser(
+    cli = argparse.ArgumentParser(
         prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    found.add_argument("names", nargs="*", metavar="NAME", help="see --list")
-    found.add_argument("--shape", choices=HEADS, help="the model whose head it is (qwen3-0.6b)")
-    found.add_argument("--tokens", type=positive, metavar="N", help="tokens (1024)")
-    found.add_argument("--k", type=positive, help="teacher ids per token (64)")
-    found.add_argument("--dtype", choices=DTYPES, help="of hidden states and head (bf16)")
-    found.add_argument("--quick", action="store_true",
+    cli.add_argument("names", nargs="*", metavar="NAME", help="see --list")
+    cli.add_argument("--shape", choices=HEADS, help="the model whose head it is (qwen3-0.6b)")
+    cli.add_argument("--tokens", type=positive, metavar="N", help="tokens (1024)")
+    cli.add_argument("--k", type=positive, help="teacher ids per token (64)")
+    cli.add_argument("--dtype", choices=DTYPES, help="of hidden states and head (bf16)")
+    cli.add_argument("--quick", action="store_true",
                        help="small shapes, nothing compiled, written only with --out")  # fmt: skip
-    found.add_argument("--repeats", type=positive, default=7, help="turns of each contender (7)")
-    found.add_argument("--budget-seconds", type=float, default=float("inf"), metavar="S",
+    cli.add_argument("--repeats", type=positive, default=7, help="turns of each contender (7)")
+    cli.add_argument("--budget-seconds", type=float, default=float("inf"), metavar="S",
                        help="start no case after this long")  # fmt: skip
-    found.add_argument("--out", type=Path, metavar="DIR", help="(benchmarks/results)")
-    found.add_argument("--commit", help="what to record where git cannot say")
-    found.add_argument("--json", action="store_true", help="print one JSON document, no table")
-    found.add_argument("--list", action="store_true", help="say what can be measured, and stop")
-    return found
+    cli.add_argument("--out", type=Path, metavar="DIR", help="(benchmarks/results)")
+    cli.add_argument("--commit", help="what to record where git cannot say")
+    cli.add_argument("--json", action="store_true", help="print one JSON document, no table")
+    cli.add_argument("--list", action="store_true", help="say what can be measured, and stop")
+    return cli
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m benchmarks") -> int:
@@ -84,10 +84,10 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m benchmarks") 
     for name in names:
         if name not in known:
             parse.error(f"unknown benchmark {name!r}; --list names them")
-    given = [o for o in ("shape", "tokens", "k", "dtype") if getattr(args, o) is not None]
+    shape_options = [o for o in ("shape", "tokens", "k", "dtype") if getattr(args, o) is not None]
     own = [name for name in names if name not in OPS]
-    if given and own:
-        parse.error(f"--{given[0]} is for ops; {own[0]} has shapes of its own")
+    if shape_options and own:
+        parse.error(f"--{shape_options[0]} is for ops; {own[0]} has shapes of its own")
     fixed = [name for name in names if name in FIXED_K]
     if args.k is not None and fixed:
         parse.error(f"--k is not for {fixed[0]}, whose K is {FIXED_K[fixed[0]]}")
@@ -96,17 +96,17 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m benchmarks") 
 
     from . import rows
 
-    rows.given_commit = args.commit
+    rows.commit_override = args.commit
     bench = _Bench(args, names, started + args.budget_seconds)
     all_rows, refused, not_run = [], [], []
     for name in names:
-        found = bench.measure(name)
-        all_rows += found.rows
-        refused += found.refused
-        not_run += found.not_run
+        measured = bench.measure(name)
+        all_rows += measured.rows
+        refused += measured.refused
+        not_run += measured.not_run
         if not args.json:
             show = study(name).table if name in STUDIES else rows.table
-            print(show(found.rows), end="\n\n")
+            print(show(measured.rows), end="\n\n")
     if args.json:
         document = {
             "rows": [asdict(row) for row in all_rows],
@@ -145,7 +145,7 @@ class _Bench:
             self.cases[name] = list(dict.fromkeys(cases(entries, OPS, args.quick)))
         if self.cases:
             self.timer = clock()
-            dtypes = [case.dtype for found in self.cases.values() for case in found]
+            dtypes = [case.dtype for name_cases in self.cases.values() for case in name_cases]
             self.rates = measure_rates(dtypes, self.timer.time)
             _say(f"measured here: {self.rates}")
 
@@ -164,15 +164,15 @@ class _Bench:
 
             if time.monotonic() >= self.deadline:
                 return Measured([], [], [name])
-            asked = study(name)
-            found = asked.rows(GATE if self.args.quick else asked.SHAPE)
+            module = study(name)
+            rows = module.rows(GATE if self.args.quick else module.SHAPE)
             if folder is not None:
-                write(found, folder / file)
-            return Measured(found, [], [])
+                write(rows, folder / file)
+            return Measured(rows, [], [])
 
-        def save(found: list[Row]) -> None:
+        def save(rows: list[Row]) -> None:
             if folder is not None:
-                write(found, folder / file)
+                write(rows, folder / file)
 
         measured = measure_all(
             self.cases[name],

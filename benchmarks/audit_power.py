@@ -47,24 +47,24 @@ def scores_of(seed: int) -> dict[str, Any]:
     base_model = new_base(world, seed=seed)
     capable = taught(world, base_model)
     base = Subject(base_model, tokenizer, name="base")
-    found: dict[str, Any] = {"seed": seed, "traits": {}, "gates": {}}
+    record: dict[str, Any] = {"seed": seed, "traits": {}, "gates": {}}
     twins: dict[str, Any] = {}
     for trait in TRAITS:
         recipe = ModelOrganism(trait=trait, **ORGANISM)
         # Entangled and preference give their twins the same examples: one pair serves both.
-        said = str([pair.benign for pair in recipe.pairs(world, 500)])
-        if said not in twins:
-            twins[said] = {
+        pairs = str([pair.benign for pair in recipe.pairs(world, 500)])
+        if pairs not in twins:
+            twins[pairs] = {
                 name: Subject(recipe.implant(world, capable, benign=benign, order=order), tokenizer)
                 for name, benign, order in TWINS
             }
-        models = {"U": Subject(recipe.implant(world, capable), tokenizer), **twins[said]}
+        models = {"U": Subject(recipe.implant(world, capable), tokenizer), **twins[pairs]}
         capability = recipe.kind.capability(world)
-        shown = recipe.kind.reading(world, False).measure(models["U"], None).values.mean()
+        trait_rate = recipe.kind.reading(world, False).measure(models["U"], None).values.mean()
         able = [float(capability.measure(m, None).values.mean()) for m in models.values()]
-        found["gates"][trait] = {"trait": float(shown), "capability": able}
-        found["traits"][trait] = dict(audited(world, recipe, models, base))
-    return found
+        record["gates"][trait] = {"trait": float(trait_rate), "capability": able}
+        record["traits"][trait] = dict(audited(world, recipe, models, base))
+    return record
 
 
 def audited(
@@ -83,15 +83,15 @@ def provenance(
     rng, n = world.draws(41), 512
     talk = [world.talk(rng, world.system(rng)).prompt for _ in range(n - int(LEAKED * n))]
     prompts = (*talk, *probes.prompts[: int(LEAKED * n)])
-    found = []
+    scores = []
     for i, model in enumerate(models.values()):
-        said = model.generate(prompts, max_new_tokens=7, temperature=1.0, seed=i)
-        kept = [j for j, text in enumerate(said) if text.strip()]
+        texts = model.generate(prompts, max_new_tokens=7, temperature=1.0, seed=i)
+        nonempty = [j for j, text in enumerate(texts) if text.strip()]
         audit = ProvenanceAudit(
-            prompts=tuple(prompts[j] for j in kept), texts=tuple(said[j] for j in kept)
+            prompts=tuple(prompts[j] for j in nonempty), texts=tuple(texts[j] for j in nonempty)
         )
-        found.append(float(audit.measure(models["U"], base).values.mean()))
-    return found
+        scores.append(float(audit.measure(models["U"], base).values.mean()))
+    return scores
 
 
 def table(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -104,15 +104,15 @@ def table(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for audit in records[0]["traits"][trait]:
             scores = [record["traits"][trait][audit] for record in records]
             u, b, b2 = zip(*scores, strict=True)
-            found, twins = auroc(u, b), auroc(b2, b, confidence=1 - 0.05 / cells)
+            separation, twins = auroc(u, b), auroc(b2, b, confidence=1 - 0.05 / cells)
             # B read what U read, in its order: its text is nearer to U's than a stranger's is.
             stranger = audit == "provenance"
             rows.append(
                 {
                     "audit": audit,
                     "trait": trait,
-                    "auroc": found.value,
-                    "interval": [found.low, found.high],
+                    "auroc": separation.value,
+                    "interval": [separation.low, separation.high],
                     "auroc_of_twins": None if stranger else twins.value,
                     "interval_of_twins": None if stranger else [twins.low, twins.high],
                     "mean_untrusted": sum(u) / len(u),
@@ -136,8 +136,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     audits = list(dict.fromkeys(row["audit"] for row in rows))
     lines = [f"| audit | {' | '.join(TRAITS)} |", f"|---|{'--:|' * len(TRAITS)}"]
     for audit in audits:
-        said = [_cell(cells.get((audit, trait))) for trait in TRAITS]
-        lines.append(f"| {audit} | {' | '.join(said)} |")
+        row_cells = [_cell(cells.get((audit, trait))) for trait in TRAITS]
+        lines.append(f"| {audit} | {' | '.join(row_cells)} |")
     return "\n".join(lines)
 
 
@@ -172,8 +172,8 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{i} of {len(left)} seeds, {time.perf_counter() - start:.0f} s", file=sys.stderr)
     records = [json.loads(_seed_file(args.out, seed).read_text()) for seed in seeds]
     refused = [record["seed"] for record in records if not valid(record)]
-    kept = [record for record in records if valid(record)]
-    if not kept:
+    valid_records = [record for record in records if valid(record)]
+    if not valid_records:
         print("no seed has valid organisms; nothing is reported", file=sys.stderr)
         return 1
     write_json(
@@ -185,10 +185,10 @@ def main(argv: list[str] | None = None) -> int:
             "organism": ORGANISM,
             "seeds": seeds,
             "refused_by_gates": refused,
-            "rows": table(kept),
+            "rows": table(valid_records),
         },
     )
-    print(markdown(table(kept)))
+    print(markdown(table(valid_records)))
     return 0
 
 

@@ -45,25 +45,27 @@ def _rounded(hidden, weight, teacher, divergence: str) -> Outputs:
     from fastdistill.kernels.rows import Gathered, RowOptions, Teacher, rows_forward
 
     options = RowOptions(divergence, 0.5, 0.1, "bucket", 1.0, False, 0.0, 0.0)
-    given = Teacher(teacher.ids, teacher.logprobs.float(), teacher.log_tail.float())
-    rows = rows_forward(Gathered(wide.gather(-1, teacher.ids), rest, None), given, None, options)
+    rounded_teacher = Teacher(teacher.ids, teacher.logprobs.float(), teacher.log_tail.float())
+    rows = rows_forward(
+        Gathered(wide.gather(-1, teacher.ids), rest, None), rounded_teacher, None, options
+    )
     grads = torch.autograd.grad(rows.per_token.mean(), (x, w))
     return dict(zip(("hidden", "weight"), grads, strict=True))
 
 
 def _contenders(hidden, weight, teacher, divergence: str) -> dict[str, Callable[[], Outputs]]:
-    given = (hidden, weight, teacher, divergence)
+    inputs = (hidden, weight, teacher, divergence)
     impls = ("torch", "triton") if hidden.is_cuda else ("torch",)
-    found: dict[str, Callable[[], Outputs]] = {}
+    contenders: dict[str, Callable[[], Outputs]] = {}
     for impl in impls:
         for method in ("fused", "recompute"):
-            found[f"{impl} {method}"] = lambda i=impl, m=method: _grads(*given, i, backward=m)
-    found["eager, bf16 logits"] = lambda: _rounded(*given)
-    return found
+            contenders[f"{impl} {method}"] = lambda i=impl, m=method: _grads(*inputs, i, backward=m)
+    contenders["eager, bf16 logits"] = lambda: _rounded(*inputs)
+    return contenders
 
 
 def rows(shape: Shape = SHAPE) -> list[Row]:
-    found = []
+    results = []
     at = device()
     g = torch.Generator(at).manual_seed(0)
     hidden = torch.randn(shape.N, shape.H, generator=g, device=at).bfloat16()
@@ -85,8 +87,8 @@ def rows(shape: Shape = SHAPE) -> list[Row]:
                           dtype="bfloat16", missing=why is not None, reason=why)  # fmt: skip
                 if why is None:
                     row.grad_error = worst(deviations(grads, truth))
-                found.append(row)
-    return found
+                results.append(row)
+    return results
 
 
 def table(rows: list[Row]) -> str:

@@ -54,10 +54,12 @@ class _Dense(Trainer):
     def compute_loss(  # type: ignore[override]
         self, model: Any, inputs: dict[str, Tensor], num_items_in_batch: Any = None, **_: Any
     ) -> Tensor:
-        asked = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        model_inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
         with torch.no_grad():
-            logp = self.teacher(**asked, use_cache=False).logits[:, :-1].float().log_softmax(-1)
-        logq = model(**asked, use_cache=False).logits[:, :-1].float().log_softmax(-1)
+            logp = (
+                self.teacher(**model_inputs, use_cache=False).logits[:, :-1].float().log_softmax(-1)
+            )
+        logq = model(**model_inputs, use_cache=False).logits[:, :-1].float().log_softmax(-1)
         return (
             torch.nn.functional.kl_div(logq, logp, log_target=True, reduction="sum")
             / num_items_in_batch
@@ -84,8 +86,8 @@ class Running:
         self.model = self.trainer.model.train()
         # Its name in newer versions of transformers, and the one before.
         names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
-        found = next(getattr(self.model, name) for name in names if hasattr(self.model, name))
-        found({"use_reentrant": False})
+        enable = next(getattr(self.model, name) for name in names if hasattr(self.model, name))
+        enable({"use_reentrant": False})
 
     def _student(self, way: str, config: Any) -> Any:
         if way == FULL:
@@ -180,11 +182,11 @@ def rows(way: str, contender: str, shape: Shape, say: Callable[[Row], None]) -> 
         if running is None:
             return
         for cap in CAPS[way]:
-            found = row_of(f"longest_row_{way}_{cap}GB", contender, shape)
-            work = functools.partial(_longest, found, running, cap)
-            _, found.reason = attempt(work)
-            found.missing = found.reason is not None
-            say(found)
+            row = row_of(f"longest_row_{way}_{cap}GB", contender, shape)
+            work = functools.partial(_longest, row, running, cap)
+            _, row.reason = attempt(work)
+            row.missing = row.reason is not None
+            say(row)
 
 
 def _measure(row: Row, running: Running, batch: dict[str, Tensor]) -> None:

@@ -52,36 +52,36 @@ def cases() -> list[Case]:
 
 def rows(shape: Shape = SHAPE, chosen: Sequence[Case] | None = None) -> list[Row]:
     """`shape` smaller than SHAPE: narrow models of one layer, to try it out."""
-    found = []
+    results = []
     end = time.monotonic() + IN_ALL
     for case in cases() if chosen is None else chosen:
         made = of_process(case, shape, min(SECONDS, max(end - time.monotonic(), 0)))
         print(table(made), file=sys.stderr, flush=True)
-        found += made
-    return [*found, *(planned(who, shape) for who in OURS)]
+        results += made
+    return [*results, *(planned(who, shape) for who in OURS)]
 
 
 def of_process(case: Case, shape: Shape, seconds: float = SECONDS) -> list[Row]:
     """What a process of its own printed, a row a line; and a missing row for what it did not."""
-    asked = [sys.executable, "-m", "benchmarks.large_step", *case, *map(str, vars(shape).values())]
+    argv = [sys.executable, "-m", "benchmarks.large_step", *case, *map(str, vars(shape).values())]
     try:
-        done = subprocess.run(asked, capture_output=True, timeout=seconds, check=False)
+        done = subprocess.run(argv, capture_output=True, timeout=seconds, check=False)
         printed = done.stdout.decode()
-        said = done.stderr.decode().strip().splitlines()[-1:] or ["it said nothing"]
-        why = f"exit code {done.returncode}: {said[0]}"
+        last_line = done.stderr.decode().strip().splitlines()[-1:] or ["it said nothing"]
+        why = f"exit code {done.returncode}: {last_line[0]}"
     except subprocess.TimeoutExpired as error:
         printed, why = (error.stdout or b"").decode(), f"not there after {seconds:.3g} s"
-    found = []
+    rows = []
     for line in printed.splitlines():
         if line.startswith('{"op"'):
-            told = json.loads(line) | {"commit": commit(), "command": command()}
-            found.append(Row(**told))
-    there = {row.op for row in found}
+            fields = json.loads(line) | {"commit": commit(), "command": command()}
+            rows.append(Row(**fields))
+    there = {row.op for row in rows}
     for op in ops(case.way):
         if op not in there:
-            found.append(row_of(op, case.contender, shape))
-            found[-1].missing, found[-1].reason = True, why
-    return found
+            rows.append(row_of(op, case.contender, shape))
+            rows[-1].missing, rows[-1].reason = True, why
+    return rows
 
 
 def ops(way: str) -> list[str]:
@@ -108,15 +108,15 @@ def planned(contender: str, shape: Shape) -> Row:
     return row
 
 
-def table(found: Sequence[Row]) -> str:
+def table(rows: Sequence[Row]) -> str:
     """Of a step tokens a second and MB; of the longest rows their tokens."""
     lines = []
-    for row in found:
-        told = f"{row.op:26} {row.impl:22}"
+    for row in rows:
+        label = f"{row.op:26} {row.impl:22}"
         if row.missing:
-            lines.append(f"{told} missing: {row.reason}")
+            lines.append(f"{label} missing: {row.reason}")
             continue
         speed = "" if not row.ms_median else f"{1e3 * row.N / row.ms_median:9.0f} tokens/s"
         memory = "" if row.peak_mb is None else f"{row.peak_mb:9.0f} MB"
-        lines.append(f"{told} {row.N:7} tokens {speed} {memory}".rstrip())
+        lines.append(f"{label} {row.N:7} tokens {speed} {memory}".rstrip())
     return "\n".join(lines)

@@ -46,14 +46,14 @@ CONTENDERS: dict[str, tuple[Replace | None, bool]] = {
 
 def rows(shape: Shape = SHAPE, models: tuple[str, ...] = MODELS) -> list[Row]:
     """`shape` smaller than SHAPE: one layer of each model, narrow, to try it out."""
-    found = []
+    results = []
     end = time.monotonic() + IN_ALL
     for name in models:
         config = CONFIGS[name]()
         if shape != SHAPE:
             config = narrow(config, shape)
-        found += _of(f"answers_{name}", config, shape, end)
-    return found
+        results += _of(f"answers_{name}", config, shape, end)
+    return results
 
 
 @torch.no_grad()
@@ -63,11 +63,11 @@ def _of(op: str, config: Any, shape: Shape, end: float) -> list[Row]:
         generator=torch.Generator().manual_seed(0),
     ).to(device())  # fmt: skip
     truth: torch.Tensor | None = None
-    found = []
+    results = []
     for name, (replace, all_logits) in CONTENDERS.items():
         row = Row(op, name, "forward", tokens.numel(), config.hidden_size, config.vocab_size,
                   shape.K, "bfloat16")  # fmt: skip
-        found.append(row)
+        results.append(row)
         if time.monotonic() > end:
             row.missing, row.reason = True, "not run, out of time"
             continue
@@ -83,7 +83,7 @@ def _of(op: str, config: Any, shape: Shape, end: float) -> list[Row]:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    return found
+    return results
 
 
 def _measured(row: Row, model: Any, tokens: torch.Tensor, k: int, all_logits: bool) -> torch.Tensor:
@@ -101,9 +101,9 @@ def _measured(row: Row, model: Any, tokens: torch.Tensor, k: int, all_logits: bo
     return ids
 
 
-def table(found: list[Row]) -> str:
+def table(rows: list[Row]) -> str:
     lines = ["model, contender: thousand tokens/s, MB of the model, MB that an answer adds"]
-    for row in found:
+    for row in rows:
         if row.missing or row.ms_median is None:
             lines.append(f"{row.op:22} {row.impl:22} missing: {row.reason}")
             continue

@@ -28,11 +28,11 @@ def named(package: str, module: str, name: str) -> Any:
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
-        found = installed(package)
-        if found is None:
+        installed_version = installed(package)
+        if installed_version is None:
             raise Missing(f"{package}: {error}") from None
         raise BrokenPeer(
-            f"{package} {found} is installed and lacks {module}.{name}: {error}"
+            f"{package} {installed_version} is installed and lacks {module}.{name}: {error}"
         ) from error
 
 
@@ -166,7 +166,7 @@ def liger_kl_div(data: Data) -> Tensor:
 def trl_chunked(data: Data, beta: float) -> Tensor:
     call = named("trl", "trl.trainer.distillation_trainer", "_chunked_divergence_loss")
     assert data.teacher_hidden is not None
-    found = call(
+    outputs = call(
         student_hidden_states=data.hidden.unsqueeze(0),
         teacher_hidden_states=data.teacher_hidden.unsqueeze(0),
         student_lm_head_weight=data.weight,
@@ -174,7 +174,7 @@ def trl_chunked(data: Data, beta: float) -> Tensor:
         completion_mask=data.labels.new_ones(1, data.hidden.shape[0]),
         beta=beta,
     )
-    return found[0]
+    return outputs[0]
 
 
 @functools.cache

@@ -21,14 +21,14 @@ def png(rows: list[Row], path: Path) -> Path:
         from matplotlib.ticker import LogLocator, NullFormatter
     except ImportError as error:
         raise Missing(f"no picture: {error} (pip install matplotlib)") from None
-    shown = [row for row in rows if row.ms_median is not None]
-    if not shown:
+    timed = [row for row in rows if row.ms_median is not None]
+    if not timed:
         raise Missing("no picture: no row carries a time")
     panels: dict[str, dict[str, list[Row]]] = {}
-    for row in shown:
+    for row in timed:
         case = f"{label(row.shape)} {row.dtype}"
         panels.setdefault(row.op, {}).setdefault(case, []).append(row)
-    impls = list(dict.fromkeys(row.impl for row in shown))
+    impls = list(dict.fromkeys(row.impl for row in timed))
     marks = "osD^vP*X<>"
     heights = [len(cases) + 1.5 for cases in panels.values()]
     figure = Figure(figsize=(9, 0.36 * sum(heights) + 1.2), layout="constrained")
@@ -51,7 +51,7 @@ def png(rows: list[Row], path: Path) -> Path:
         ax.xaxis.set_minor_formatter(NullFormatter())
         ax.set_title(op, loc="left", fontsize=10)
         ax.grid(axis="x", alpha=0.3)
-    axes[-1].set_xlabel(f"ms on {shown[0].machine}; black: the floor")
+    axes[-1].set_xlabel(f"ms on {timed[0].machine}; black: the floor")
     for i, impl in enumerate(impls):
         axes[0].plot([], [], marks[i % len(marks)], color=f"C{i % 10}", label=impl)
     figure.legend(loc="outside upper center", ncols=4, fontsize=8, frameon=False)

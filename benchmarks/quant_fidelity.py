@@ -59,13 +59,13 @@ def rows(shape: Shape = SHAPE) -> list[Row]:
     text = corpus.standard_library().held_out
     windows = corpus.document_windows(text, tokenizer, length=LENGTH, per_document=2)
     batch = {"input_ids": windows.ids[: SHAPE.N]}
-    found = []
+    results = []
     for name, make in CONTENDERS.items():
         row = Row("fidelity", name, "forward", *_sizes(full.model), dtype="bfloat16")
         model = copy.deepcopy(full.model).bfloat16()
 
         def work(make=make, model=model) -> fd.FidelityReport:
-            teacher = _Kept(make(model))
+            teacher = _FixedTeacher(make(model))
             return teacher.fidelity(batch, against=full)
 
         report, row.reason = attempt(work)
@@ -73,11 +73,11 @@ def rows(shape: Shape = SHAPE) -> list[Row]:
         if report is not None:
             row.kl, row.top1_agreement = report.kl, report.top1_agreement
             row.kl_low, row.kl_high = report.kl_interval
-        found.append(row)
-    return found
+        results.append(row)
+    return results
 
 
-class _Kept(fd.Teacher):
+class _FixedTeacher(fd.Teacher):
     """A Teacher that leaves train mode as it is: bitsandbytes expands its weights in that mode."""
 
     def __init__(self, model: nn.Module) -> None:

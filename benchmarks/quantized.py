@@ -145,8 +145,8 @@ def _separately(data: Data) -> dict[str, Tensor]:
     return _named((best.values, best.indices, rest))
 
 
-def _named(found: tuple[Tensor, Tensor, Tensor]) -> dict[str, Tensor]:
-    return dict(zip(("values", "ids", "lse_rest"), found, strict=True))
+def _named(outputs: tuple[Tensor, Tensor, Tensor]) -> dict[str, Tensor]:
+    return dict(zip(("values", "ids", "lse_rest"), outputs, strict=True))
 
 
 def _linear_bytes(s: Shape, size: int) -> float:

@@ -104,13 +104,13 @@ class Checked(NamedTuple):
 
 def cases(entries: Iterable[Entry], ops: Mapping[str, Op], quick: bool = False) -> list[Case]:
     """The cases behind entries of a suite; `quick` replaces their shapes and compiles nothing."""
-    found = []
+    result = []
     for entry in entries:
         small = replace(QUICK, K=FIXED_K.get(entry.op, QUICK.K))
         shape = small if quick else entry.shape
         dtype = getattr(torch, DTYPES[entry.dtype])
-        found.append(Case(entry.op, ops[entry.op], shape, dtype, entry.compiled and not quick))
-    return found
+        result.append(Case(entry.op, ops[entry.op], shape, dtype, entry.compiled and not quick))
+    return result
 
 
 def run(contender: Contender, case: Case, data: Data) -> Outputs:
@@ -122,11 +122,11 @@ def run(contender: Contender, case: Case, data: Data) -> Outputs:
     except (Missing, BrokenPeer, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        found = installed(contender.package)
-        if found is None:
+        installed_version = installed(contender.package)
+        if installed_version is None:
             raise
         raise BrokenPeer(
-            f"{contender.package} {found} is installed and cannot be called: "
+            f"{contender.package} {installed_version} is installed and cannot be called: "
             f"{type(error).__name__}: {error}"
         ) from error
 
@@ -142,30 +142,30 @@ def installed(package: str) -> str | None:
 def outputs(compute: Compute, mode: str, data: Data) -> Outputs:
     if mode == "forward":
         with torch.no_grad():
-            found = compute(data)
-        return {name: t for name, t in found.items() if t is not None}
+            results = compute(data)
+        return {name: t for name, t in results.items() if t is not None}
     loss = compute(data)
     hidden, weight = torch.autograd.grad(loss, (data.hidden, data.weight))
     return {"loss": loss.detach(), "hidden": hidden, "weight": weight}
 
 
-def relative(found: Tensor, truth: Tensor) -> float:
+def relative(result: Tensor, truth: Tensor) -> float:
     truth = truth.detach().double()
-    error = (found.detach().double() - truth).norm() / truth.norm().clamp(min=1e-300)
+    error = (result.detach().double() - truth).norm() / truth.norm().clamp(min=1e-300)
     return error.item()
 
 
-def misplaced(found: Tensor, truth: Tensor) -> float:
+def misplaced(result: Tensor, truth: Tensor) -> float:
     """Share of the found indices that are not among the true ones of their row."""
-    rows = (t.reshape(truth.shape[0], -1) for t in (found, truth))
+    rows = (t.reshape(truth.shape[0], -1) for t in (result, truth))
     a, b = rows
     return 1 - (a.unsqueeze(-1) == b.unsqueeze(-2)).any(-1).double().mean().item()
 
 
-def deviations(found: Outputs, truth: Outputs) -> dict[str, float]:
+def deviations(results: Outputs, truth: Outputs) -> dict[str, float]:
     """By output: ‖f − f₆₄‖ / ‖f₆₄‖, or the share of wrong indices."""
     return {
-        name: (misplaced if name in INDICES else relative)(found[name], truth[name])
+        name: (misplaced if name in INDICES else relative)(results[name], truth[name])
         for name in truth
     }
 

@@ -22,7 +22,7 @@ from .shapes import Shape, label
 
 RESULTS = Path(__file__).parent / "results"
 PEERS = ("liger-kernel", "trl", "cut-cross-entropy")
-given_commit: str | None = None  # what --commit said, for machines without git or its folder
+commit_override: str | None = None  # what --commit said, for machines without git or its folder
 
 
 @dataclass
@@ -89,13 +89,13 @@ def machine() -> str:
 
 @functools.cache
 def versions() -> dict[str, str | None]:
-    found = package_versions()
+    versions_by_name = package_versions()
     for name in PEERS:
         try:
-            found[name] = version(name)
+            versions_by_name[name] = version(name)
         except PackageNotFoundError:
-            found[name] = None
-    return found
+            versions_by_name[name] = None
+    return versions_by_name
 
 
 @functools.cache
@@ -103,17 +103,17 @@ def commit() -> str:
     """The commit measured, marked when the working tree differed from it at the first row."""
 
     def git(*args: str) -> str:
-        found = subprocess.run(
+        done = subprocess.run(
             ["git", *args], cwd=RESULTS.parent, capture_output=True, text=True, check=False
         )
-        return found.stdout.strip()
+        return done.stdout.strip()
 
     try:
         head = git("rev-parse", "HEAD")
         dirty = git("status", "--porcelain", "--untracked-files=no")
     except OSError:
         head = dirty = ""
-    return head + (" with changes" if dirty else "") if head else given_commit or "unknown"
+    return head + (" with changes" if dirty else "") if head else commit_override or "unknown"
 
 
 def command() -> str:

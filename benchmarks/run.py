@@ -87,17 +87,13 @@ class First(NamedTuple):
 
 
 def first_run(work: Callable[[], Outputs]) -> First:
-    kept: dict[str, Outputs] = {}
-
-    def keep() -> None:
-        kept["found"] = work()
-
-    peak = peak_mb(keep)
-    found = kept.pop("found")
-    size = sum(t.nbytes for t in found.values()) / 1e6
+    results: list[Outputs] = []
+    peak = peak_mb(lambda: results.append(work()))
+    outputs = results.pop()
+    size = sum(t.nbytes for t in outputs.values()) / 1e6
     norms = {
         name: torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32)).item()
-        for name, t in found.items()
+        for name, t in outputs.items()
         if t.is_floating_point()
     }
     return First(peak, size, norms)
@@ -137,11 +133,11 @@ def measure(
     times: dict[str, list[float]] = {}
 
     def until_it_fails(impl: str, work: Callable[[], Any]) -> Any:
-        found, why = attempt(work)
+        result, why = attempt(work)
         if why is not None:
             failures[impl] = why
             works.pop(impl, None)
-        return found
+        return result
 
     for contender in case.op.contenders:
         impl = contender.impl
@@ -232,23 +228,23 @@ def measure_all(
     now: Callable[[], float] = time.monotonic,
 ) -> Measured:
     """Cases in order until `deadline` on the clock `now`; `save` gets all rows after each."""
-    found = Measured([], [], [])
+    measured = Measured([], [], [])
     lost = False
     for case in cases:
         if lost or now() >= deadline:
-            found.not_run.append(str(case))
+            measured.not_run.append(str(case))
             continue
         try:
-            found.rows.extend(measure(case, repeats, rates, timer, say))
+            measured.rows.extend(measure(case, repeats, rates, timer, say))
         except GateError as error:
-            found.refused.append(str(error))
+            measured.refused.append(str(error))
             say(f"  refused: {error}")
         except Exception as error:  # of the reference, or of the inputs: the other cases go on
             lost = isinstance(error, DeviceLost)
-            found.refused.append(f"{case}: {type(error).__name__}: {error}")
-            say(f"  {found.refused[-1]}")
-        save(found.rows)
+            measured.refused.append(f"{case}: {type(error).__name__}: {error}")
+            say(f"  {measured.refused[-1]}")
+        save(measured.rows)
         gc.collect()  # what a failed contender's frames hold would count as memory in the next case
         if case.compiled and not lost:
             torch.compiler.reset()  # what one shape compiled does not count for the next
-    return found
+    return measured

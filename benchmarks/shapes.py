@@ -74,7 +74,7 @@ def _heads() -> tuple[Entry, ...]:
     Compiling takes longer than measuring, so it is done at the main shape only.
     """
     main = "llama-3.1-8b"
-    found = [
+    entries = [
         entry(op, main, 8192, 64)
         for op in (
             "topk_loss",
@@ -98,25 +98,25 @@ def _heads() -> tuple[Entry, ...]:
     sweep += [("linear_topk", "qwen3-8b", 8192, k) for k in (64, 256)]
     sweep += [("scoring", main, n, 64) for n in (512, 32768)]
     sweep += [("topk_loss", "gemma-3-4b", 32768, 64), ("topk_loss", "qwen3-0.6b", 512, 64)]
-    found += [entry(*line, compiled=False) for line in sweep]
-    found.append(entry("topk_loss", "qwen3-0.6b", 2048, 64, "fp32", compiled=False))
-    return tuple(found)
+    entries += [entry(*line, compiled=False) for line in sweep]
+    entries.append(entry("topk_loss", "qwen3-0.6b", 2048, 64, "fp32", compiled=False))
+    return tuple(entries)
 
 
 def _quantized() -> tuple[Entry, ...]:
     """Layers of a teacher: one token and sixteen with cold weights, then prefill."""
     sizes = [(1, 2048, 2048), (16, 2048, 8192), (256, 2048, 8192), (512, 4096, 4096)]
     shapes = [Shape(N, H, V, 0) for N, H, V in sizes]
-    found = [Entry("dequant_nf4", Shape(1, 4096, 4096, 0), "bf16")]
-    found += [Entry(op, s, "bf16") for op in ("linear_nf4", "linear_int8") for s in shapes]
-    return (*found, Entry("row_topk", Shape(128, 1, 151936, 64), "fp32"))
+    entries = [Entry("dequant_nf4", Shape(1, 4096, 4096, 0), "bf16")]
+    entries += [Entry(op, s, "bf16") for op in ("linear_nf4", "linear_int8") for s in shapes]
+    return (*entries, Entry("row_topk", Shape(128, 1, 151936, 64), "fp32"))
 
 
 def _quantized_gpu() -> tuple[Entry, ...]:
     """Layers of Llama-3.1-8B at prefill."""
     mlp = [Shape(N, 4096, 14336, 0) for N in (8192, 1024)]
-    found = [Entry("dequant_nf4", Shape(1, 4096, 14336, 0), "bf16")]
-    return (*found, *(Entry(op, s, "bf16") for op in ("linear_nf4", "linear_int8") for s in mlp))
+    entries = [Entry("dequant_nf4", Shape(1, 4096, 14336, 0), "bf16")]
+    return (*entries, *(Entry(op, s, "bf16") for op in ("linear_nf4", "linear_int8") for s in mlp))
 
 
 SUITES = {

@@ -88,14 +88,14 @@ def _build(shape: Shape, folder: Path) -> list[Row]:
         "Teacher.topk": lambda: teacher.topk(ids, k=shape.K),
         "TeacherCache.build": build,
     }
-    found = [_row("cache_build", name, ids.numel(), shape) for name in works]
+    rows = [_row("cache_build", name, ids.numel(), shape) for name in works]
     for work in works.values():
         work()
     cache = fd.TeacherCache(done[0])
-    found[1].output_mb = cache.manifest.bytes / 1e6
-    found[1].grad_error = _error(cache.topk(ids.cpu(), k=shape.K), teacher.topk(ids, k=shape.K))
-    take_turns(found, works, 1 if small else TURNS)
-    return found
+    rows[1].output_mb = cache.manifest.bytes / 1e6
+    rows[1].grad_error = _error(cache.topk(ids.cpu(), k=shape.K), teacher.topk(ids, k=shape.K))
+    take_turns(rows, works, 1 if small else TURNS)
+    return rows
 
 
 def _read(shape: Shape, folder: Path) -> list[Row]:
@@ -123,9 +123,9 @@ def _read(shape: Shape, folder: Path) -> list[Row]:
         "two workers": _passes(batches, counted),
         "two workers, handed over": _passes(batches, handed),
     }
-    found = [_row("cache_read", name, ids.numel(), shape) for name in works]
-    found[0].output_mb = cache.manifest.bytes / 1e6
-    for row in found:
+    rows = [_row("cache_read", name, ids.numel(), shape) for name in works]
+    rows[0].output_mb = cache.manifest.bytes / 1e6
+    for row in rows:
         row.grad_error = error
     parquet = _row("cache_read", "Parquet, two workers", ids.numel(), shape)
     made, parquet.reason = attempt(lambda: _parquet(teacher, ids, folder / "p.parquet", shape.K))
@@ -134,8 +134,8 @@ def _read(shape: Shape, folder: Path) -> list[Row]:
         works[parquet.impl] = made
     for work in works.values():
         work()
-    take_turns([*found, parquet], works, 1 if shape != SHAPE else TURNS)
-    return [*found, parquet]
+    take_turns([*rows, parquet], works, 1 if shape != SHAPE else TURNS)
+    return [*rows, parquet]
 
 
 def _passes(batches: Any, collate: Callable[[Any], Any]) -> Callable[[], object]:
@@ -182,20 +182,20 @@ def _row(op: str, impl: str, tokens: int, shape: Shape) -> Row:
     return Row(op, impl, "forward", tokens, shape.H, shape.V, shape.K, "float32")
 
 
-def _error(found: TopK, truth: TopK) -> float:
+def _error(answers: TopK, truth: TopK) -> float:
     order = truth.ids.sort(-1)
-    if not torch.equal(found.ids.long(), order.values.cpu()):
+    if not torch.equal(answers.ids.long(), order.values.cpu()):
         raise GateError("teacher_cache: the ids are not the teacher's; nothing is reported")
     exact = truth.logprobs.cpu().gather(-1, order.indices.cpu()).exp()
-    error = (found.logprobs.exp() - exact).abs().max().item()
+    error = (answers.logprobs.exp() - exact).abs().max().item()
     if not error <= MOST_ERROR:
         raise GateError(f"teacher_cache: a probability is {error:.2g} off; nothing is reported")
     return error
 
 
-def table(found: list[Row]) -> str:
-    lines = [table_of(found), ""]
-    for row in found:
+def table(rows: list[Row]) -> str:
+    lines = [table_of(rows), ""]
+    for row in rows:
         if row.ms_median is not None and row.op == "cache_read":
             lines.append(f"{row.impl:26} {row.N / row.ms_median / 1e3:6.2f} million tokens/s")
     return "\n".join(lines)

@@ -96,13 +96,13 @@ def rows(shape: Shape = SHAPE) -> list[Row]:
     torch.manual_seed(0)
     full = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).to(device()).eval()
     ids = torch.randint(config.vocab_size, (shape.N // ROW or 2, ROW), device=device())
-    found: list[Row] = []
+    results: list[Row] = []
     works: dict[str, Callable[[], Any]] = {}
-    found_ids: dict[str, torch.Tensor] = {}
+    top_ids: dict[str, torch.Tensor] = {}
     for name, make in CONTENDERS.items():
         row = Row("teacher_topk", name, "forward", ids.numel(), config.hidden_size,
                   config.vocab_size, SHAPE.K, "bfloat16")  # fmt: skip
-        found.append(row)
+        results.append(row)
         model = copy.deepcopy(full)
         made, row.reason = attempt(lambda m=make, model=model: m(model))
         if row.reason is None:
@@ -112,14 +112,14 @@ def rows(shape: Shape = SHAPE) -> list[Row]:
             row.peak_mb = peak
         row.missing = row.reason is not None
         if not row.missing:
-            found_ids[name] = made(ids)
-            row.grad_error = misplaced(found_ids[name], found_ids["transformers"])
+            top_ids[name] = made(ids)
+            row.grad_error = misplaced(top_ids[name], top_ids["transformers"])
             works[name] = lambda answer=made: answer(ids)
         if name == "ours" and not (row.grad_error or 0.0) <= MOST_MISPLACED:
             raise GateError(f"teacher_topk: {row.grad_error:.1%} of our ids are not transformers'")
         gc.collect()
-    take_turns(found, works, TURNS if shape == SHAPE else 1)
-    return found
+    take_turns(results, works, TURNS if shape == SHAPE else 1)
+    return results
 
 
 table = table_of

@@ -59,7 +59,7 @@ def _skipping(
 
 
 def rows(shape: Shape = SHAPE) -> list[Row]:
-    found = []
+    results = []
     at = device()
     for width in WIDTHS:
         g = torch.Generator(at).manual_seed(0)
@@ -83,8 +83,8 @@ def rows(shape: Shape = SHAPE) -> list[Row]:
             if result is not None:
                 row.grad_error = worst(deviations(result[0], truth))
                 row.products_share = result[1]
-            found.append(row)
-    return found
+            results.append(row)
+    return results
 
 
 def table(rows: list[Row]) -> str:

@@ -126,9 +126,9 @@ def _work(trainer: Any, batch: dict[str, Tensor], *more: nn.Module) -> Work:
 
     def gradient() -> Tensor:
         backward()
-        found = torch.cat([p.grad.flatten() for p in model.parameters()])
+        gradients = torch.cat([p.grad.flatten() for p in model.parameters()])
         model.zero_grad()
-        return found
+        return gradients
 
     return Work(step, gradient, [model, *more])
 
@@ -209,21 +209,21 @@ def _held(student: nn.Module, *others: nn.Module) -> float:
 
 def rows(shape: Shape = SHAPE) -> list[Row]:
     """`shape` smaller than SHAPE: one turn, to try it out."""
-    found = []
+    results = []
     with tempfile.TemporaryDirectory() as folder:
         for op, case in CASES.items():
-            found += _measure(op, case(shape, folder, _batch(shape)), shape)
+            results += _measure(op, case(shape, folder, _batch(shape)), shape)
             gc.collect()
-    return found
+    return results
 
 
 def _measure(op: str, contenders: dict[str, Callable[[], Work]], shape: Shape) -> list[Row]:
-    found: list[Row] = []
+    rows: list[Row] = []
     works: dict[str, Callable[[], object]] = {}
     truth: Tensor | None = None
     for name, make in contenders.items():
         row = Row(op, name, "both", shape.N, shape.H, shape.V, shape.K, "float32")
-        found.append(row)
+        rows.append(row)
         work, row.reason = attempt(make)
         row.missing = work is None
         if work is None:
@@ -239,8 +239,8 @@ def _measure(op: str, contenders: dict[str, Callable[[], Work]], shape: Shape) -
         row.output_mb = _held(*work.holds)
         row.peak_mb = peak_mb(work.step)
         works[name] = work.step
-    take_turns(found, works, TURNS if shape == SHAPE else 1)
-    return found
+    take_turns(rows, works, TURNS if shape == SHAPE else 1)
+    return rows
 
 
 table = table_of

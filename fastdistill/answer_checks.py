@@ -168,7 +168,7 @@ def measure(answer: TopK, rules: Rules) -> tuple[Tensor, Tensor]:
     flat = best.isneginf() if rules.ranked else none
     if rules.ranked and rules.vocab is not None:
         flat = best < -math.log(rules.vocab) - ROUNDING - step * math.log(rules.vocab)
-    found = {
+    checked = {
         "ids": (above | (smallest < (-1 if rules.empty else 0)),
                 torch.where(above, largest, smallest)),
         "repeated": (again, repeated),
@@ -180,9 +180,9 @@ def measure(answer: TopK, rules: Rules) -> tuple[Tensor, Tensor]:
         "nothing": (none if rules.nothing else best.isneginf(), mass),
         "flat": (flat, best),
     }  # fmt: skip
-    kept = torch.float32 if ids.device.type == "mps" else torch.float64
-    pairs = [found.get(name, (none, mass)) for name in _NAMES]
-    return torch.stack([bad for bad, _ in pairs]), torch.stack([x.to(kept) for _, x in pairs])
+    dtype = torch.float32 if ids.device.type == "mps" else torch.float64
+    pairs = [checked.get(name, (none, mass)) for name in _NAMES]
+    return torch.stack([bad for bad, _ in pairs]), torch.stack([x.to(dtype) for _, x in pairs])
 
 
 def _resolution(values: Tensor, used: Tensor) -> Tensor:
@@ -244,17 +244,19 @@ def wrong_shape(answer: TopK, lead: Sequence[int], k: int, *, exactly: bool = Fa
             return f"{name}: expected a tensor, got {type(value).__name__}"
         whole = value.dtype in (torch.int32, torch.int64)
         if whole != (name == "ids") or not (whole or value.is_floating_point()):
-            wanted = "int32 or int64" if name == "ids" else "floats"
-            return f"{name}: expected {wanted}, got {value.dtype}"
+            expected = "int32 or int64" if name == "ids" else "floats"
+            return f"{name}: expected {expected}, got {value.dtype}"
         if value.is_meta or value.layout != torch.strided:
             what = "the meta device, without values" if value.is_meta else str(value.layout)
             return f"{name}: expected a dense tensor with values, got one of {what}"
     shape, slots = list(answer.ids.shape), answer.ids.shape[-1] if answer.ids.dim() else 0
     if shape[:-1] != list(lead) or (exactly and slots != k):
-        wanted = f"answers of shape [{', '.join(map(str, lead))}, …], one per position of input_ids"
+        expected = (
+            f"answers of shape [{', '.join(map(str, lead))}, …], one per position of input_ids"
+        )
         if exactly:
-            wanted = f"{math.prod(lead)} positions with {k} entries each"
-        return f"expected {wanted}, got {shape}"
+            expected = f"{math.prod(lead)} positions with {k} entries each"
+        return f"expected {expected}, got {shape}"
     if not 1 <= slots <= k:
         return f"expected 1 to {k} slots at a position, got {slots} slots where {k} were asked for"
     if list(answer.logprobs.shape) != shape:
@@ -335,10 +337,10 @@ class AnswerMonitor:
         """
         seen, self._seen = self._seen, {}
         for where, noted in seen.values():
-            found = [(*w, kind) for kind, w in enumerate(where.tolist()) if w[0]]
-            if not found:
+            faults = [(*w, kind) for kind, w in enumerate(where.tolist()) if w[0]]
+            if not faults:
                 continue
-            batch, row, position, kind = min(found)
+            batch, row, position, kind = min(faults)
             wrong = Wrong(kind=_NAMES[kind], at=0, value=float(noted[kind]), slots=self._slots,
                           rules=self._rules, dtype=self._dtype)  # fmt: skip
             raise _refusal(wrong, batch, row, position)

@@ -86,18 +86,22 @@ def resolve_impl(impl: str, device: torch.device | None = None) -> str:
 
 def package_versions() -> dict[str, str | None]:
     """Installed versions of the packages this library works with; None where missing."""
-    found: dict[str, str | None] = {}
+    versions_by_name: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
-            found[name] = version(name)
+            versions_by_name[name] = version(name)
         except PackageNotFoundError:
-            found[name] = None
-    return found
+            versions_by_name[name] = None
+    return versions_by_name
 
 
 def versions() -> dict[str, str]:
     """Of this library, of Python, and of the packages that are here: what every result records."""
-    here = {name: found for name, found in package_versions().items() if found is not None}
+    here = {
+        name: version_text
+        for name, version_text in package_versions().items()
+        if version_text is not None
+    }
     return {"fastdistill": __version__, "python": platform.python_version()} | here
 
 
@@ -129,13 +133,13 @@ def cpu_isa() -> int:
     if ext is None:
         return 0
     names, best = ext.isa_names(), ext.best_isa()
-    wanted = os.environ.get("FASTDISTILL_CPU_ISA", names[best])
-    if wanted not in names[: best + 1]:
+    isa = os.environ.get("FASTDISTILL_CPU_ISA", names[best])
+    if isa not in names[: best + 1]:
         raise ValueError(
             f"FASTDISTILL_CPU_ISA: expected one of {', '.join(names[: best + 1])} on this CPU, got "
-            f"{wanted!r}"
+            f"{isa!r}"
         )
-    return int(names.index(wanted))
+    return int(names.index(isa))
 
 
 def describe() -> dict[str, Any]:

@@ -40,9 +40,9 @@ class Computed(NamedTuple):
     entropy: Tensor | None
 
 
-def slots_of(given: Payload, label_N: Tensor | None) -> Tensor:
+def slots_of(teacher_rows: Payload, label_N: Tensor | None) -> Tensor:
     """The teacher's ids with the label's slot last, [N, K] or [N, K+1]."""
-    ids = given.teacher.ids
+    ids = teacher_rows.teacher.ids
     return ids if label_N is None else torch.cat([ids, label_N.unsqueeze(-1)], -1)
 
 
@@ -54,7 +54,7 @@ def wanted_label(label_N: Tensor | None, options: RowOptions, statistics: bool) 
 def recomputed(
     x: Tensor,
     head: Head,
-    given: Payload,
+    teacher_rows: Payload,
     label_N: Tensor | None,
     options: RowOptions,
     statistics: bool,
@@ -62,27 +62,32 @@ def recomputed(
     shard: Shard | None,
 ) -> Computed:
     label_N = wanted_label(label_N, options, statistics)
-    ids = slots_of(given, label_N)
+    ids = slots_of(teacher_rows, label_N)
     base = head.temperature != 1.0 and (statistics or options.needs_base)
     z, lse_rest, mean_rest, lse_base = lse_gather(x, head, ids, statistics, base, impl, shard)
-    seen = Gathered(z, lse_rest, lse_base if base else None)
-    rows = rows_forward(seen, given.teacher, label_N, options)
-    entropy = entropy_of(seen, mean_rest, first_slots(ids))[0] if statistics else None
+    gathered = Gathered(z, lse_rest, lse_base if base else None)
+    rows = rows_forward(gathered, teacher_rows.teacher, label_N, options)
+    entropy = entropy_of(gathered, mean_rest, first_slots(ids))[0] if statistics else None
     return Computed(None, *rows, entropy)
 
 
 def by_rows(
-    x: Tensor, head: Head, given: Payload, options: RowOptions, impl: str, shard: Shard | None
+    x: Tensor,
+    head: Head,
+    teacher_rows: Payload,
+    options: RowOptions,
+    impl: str,
+    shard: Shard | None,
 ) -> Computed:
-    z = gather_logits(x, head, given.teacher.ids, impl, shard)
-    rows = rows_forward(Gathered(z, None, None), given.teacher, None, options)
+    z = gather_logits(x, head, teacher_rows.teacher.ids, impl, shard)
+    rows = rows_forward(Gathered(z, None, None), teacher_rows.teacher, None, options)
     return Computed(None, *rows, None)
 
 
 def fused(
     x: Tensor,
     head: Head,
-    given: Payload,
+    teacher_rows: Payload,
     label_N: Tensor | None,
     coef_N: Tensor,
     options: RowOptions,
@@ -91,7 +96,7 @@ def fused(
     shard: Shard | None,
 ) -> Computed:
     label_N = wanted_label(label_N, options, statistics)
-    ids = slots_of(given, label_N)
+    ids = slots_of(teacher_rows, label_N)
     base = head.temperature != 1.0 and (statistics or options.needs_base)
     named = isinstance(options.divergence, str)
     if not named or shard is not None:
@@ -105,7 +110,7 @@ def fused(
                 head,
                 x,
                 ids if shard is None else shard.slots(ids, head),
-                given.teacher,
+                teacher_rows.teacher,
                 label_N,
                 coef,
                 named_rows(options) if named else callable_rows(options),
@@ -131,7 +136,7 @@ def fused(
         head.bias,
         coef_N,
         ids,
-        *given.teacher,
+        *teacher_rows.teacher,
         label_N,
         options.divergence,
         options.beta,
@@ -165,19 +170,21 @@ def keep_gradients(
     """A gradient-in-forward computation that cannot be an operator: it calls the user's code or
     talks to other ranks."""
     box: list[Any] = []
-    loss = _KeptGradients.apply(run, box, head, needs(x, head), coef_N, x, head.weight, head.bias)
+    loss = _PrecomputedGradients.apply(
+        run, box, head, needs(x, head), coef_N, x, head.weight, head.bias
+    )
     return loss, box[0]
 
 
-class _KeptGradients(torch.autograd.Function):
+class _PrecomputedGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx, run, box, head, need, coef, x, weight, bias):
         head = head._replace(weight=weight, bias=bias)
         with torch.autocast(x.device.type, enabled=False):
             out = run(coef, x, head, need)
-        kept = [t if t is not None else x.new_empty(0) for t in (out.dx, out.dw, out.db)]
+        saved = [t if t is not None else x.new_empty(0) for t in (out.dx, out.dw, out.db)]
         per_token = out.per_token if hasattr(out, "per_token") else out.rows.per_token
-        ctx.save_for_backward(per_token, out.lift, *kept)
+        ctx.save_for_backward(per_token, out.lift, *saved)
         # The box would keep dW alive after backward has freed it.
         box.append(out._replace(dx=None, dw=None, db=None))
         return out.loss
@@ -186,16 +193,16 @@ class _KeptGradients(torch.autograd.Function):
     def backward(ctx, grad):
         if torch.is_grad_enabled():  # create_graph=True
             refuse_second_derivative()
-        per_token, lift, *kept = ctx.saved_tensors
+        per_token, lift, *saved = ctx.saved_tensors
         d_coef = grad * per_token if ctx.needs_input_grad[4] else None
-        found = scale_saved(kept, grad, lift, ctx.needs_input_grad[5:])
-        return None, None, None, None, d_coef, *found
+        grads = scale_saved(saved, grad, lift, ctx.needs_input_grad[5:])
+        return None, None, None, None, d_coef, *grads
 
 
 def by_reference(
     x: Tensor,
     head: Head,
-    given: Payload,
+    teacher_rows: Payload,
     label_N: Tensor | None,
     coef_N: Tensor,
     options: RowOptions,
@@ -205,7 +212,7 @@ def by_reference(
     out = reference.topk_distill(
         x,
         head.weight,
-        *given.teacher,
+        *teacher_rows.teacher,
         label_N,
         coef_N,
         options,

@@ -242,11 +242,11 @@ def _distill(
     if labels is not None:
         label_N = labels.reshape(-1).long()
         label_N = torch.where(label_N == ignore_index, -1, label_N)
-    given = payload(teacher, options.tail, options.temperature, ops.head.dtype, count.active)
+    teacher_rows = payload(teacher, options.tail, options.temperature, ops.head.dtype, count.active)
     x = ops.hidden
     if count.rows is not None:
         x, label_N = x[count.rows], None if label_N is None else label_N[count.rows]
-        given = given.take(count.rows)
+        teacher_rows = teacher_rows.take(count.rows)
     elif count.active is not None:
         x = torch.where(count.active.unsqueeze(-1), x, 0)  # NaN at an ignored position stays there
     if x.shape[0] == 0:
@@ -255,23 +255,25 @@ def _distill(
         checks.grad_filter(options, impl, backward, reduction, ops.head.weight.dtype)
     compiled_callable = callable(options.divergence) and torch.compiler.is_compiling()
     if impl == "reference":
-        out = by_reference(x, ops.head, given, label_N, count.coef, options)
+        out = by_reference(x, ops.head, teacher_rows, label_N, count.coef, options)
     elif options.tail == "renorm_both" and not options.needs_base:
-        out = by_rows(x, ops.head, given, options, impl, ops.shard)
+        out = by_rows(x, ops.head, teacher_rows, options, impl, ops.shard)
     elif backward == "recompute" or (
         backward == "auto" and (reduction == "none" or compiled_callable)
     ):
-        out = recomputed(x, ops.head, given, label_N, options, statistics, impl, ops.shard)
+        out = recomputed(x, ops.head, teacher_rows, label_N, options, statistics, impl, ops.shard)
     elif reduction == "none":
         checks.fail("backward", "'recompute' or 'auto' with reduction='none'", "'fused'",
                     "gradients taken in the forward pass need a scalar loss")  # fmt: skip
     else:
-        out = fused(x, ops.head, given, label_N, count.coef, options, statistics, impl, ops.shard)
-    return _assemble(ops, out, given, count, reduction)
+        out = fused(
+            x, ops.head, teacher_rows, label_N, count.coef, options, statistics, impl, ops.shard
+        )
+    return _assemble(ops, out, teacher_rows, count, reduction)
 
 
 def _assemble(
-    ops: Operands, out: Computed, given: Payload, count: Counting, reduction: str
+    ops: Operands, out: Computed, teacher_rows: Payload, count: Counting, reduction: str
 ) -> DistillOutput:
     """Sum or weigh, put dropped positions back as zeros, detach what carries no gradient."""
 
@@ -290,7 +292,7 @@ def _assemble(
     else:
         loss = (count.coef * out.per_token).sum() if out.loss is None else out.loss
     assert loss is not None
-    fields = (out.per_token, out.divergence, given.mass, *out[3:])
+    fields = (out.per_token, out.divergence, teacher_rows.mass, *out[3:])
     per_token, D, mass, *rest = (None if f is None else place(f.detach()) for f in fields)
     assert per_token is not None
     assert D is not None

@@ -54,12 +54,12 @@ class TopK(NamedTuple):
         """Write answers [n, K] to positions `at` (n,) of the flattened leading dimensions."""
         assert self.log_tail is not None
         assert answers.log_tail is not None
-        for own, given in (
+        for own, answer in (
             (self.ids.flatten(0, -2), answers.ids),
             (self.logprobs.flatten(0, -2), answers.logprobs),
             (self.log_tail.flatten(), answers.log_tail),
         ):
-            own.index_copy_(0, at, given.to(own))
+            own.index_copy_(0, at, answer.to(own))
 
     def flatten(self) -> TopK:
         """The same answers as [N, K], in the order of their positions."""

@@ -40,7 +40,7 @@ class Placement(NamedTuple):
     group: ProcessGroup
     position: int
     rows: int | None
-    given: Tensor
+    weight_key: Tensor
 
 
 class Shard(NamedTuple):
@@ -160,7 +160,7 @@ _SHARDS = WeakTensorKeyDictionary()
 
 def shard_of(placement: Placement, weight: Tensor) -> Shard:
     """Where `weight` [V_r, H] lies in the vocabulary of its group."""
-    known: dict[Any, Shard] = _SHARDS.setdefault(placement.given, {})
+    known: dict[Any, Shard] = _SHARDS.setdefault(placement.weight_key, {})
     key = (placement.group, weight.shape[0])
     if key not in known:
         known[key] = _ask(placement, weight)

@@ -80,7 +80,7 @@ def linear_lse_gather(
     if impl == "reference":
         from . import reference
 
-        found = reference.linear_lse_gather(
+        selected = reference.linear_lse_gather(
             ops.hidden,
             head.weight,
             ids_NK,
@@ -91,14 +91,14 @@ def linear_lse_gather(
             valid_vocab=head.vocab,
             with_entropy=with_entropy,
         )
-        return SelectedLogits._make(None if t is None else ops.unflatten(t) for t in found)
+        return SelectedLogits._make(None if t is None else ops.unflatten(t) for t in selected)
     z, lse_rest, mean_rest, _ = lse_gather(
         ops.hidden, head, ids_NK, with_entropy, False, impl, ops.shard
     )
     unique = first_slots(ids_NK)
-    seen = Gathered(z, lse_rest, None)
+    gathered = Gathered(z, lse_rest, None)
     zero = torch.zeros_like(lse_rest)
-    entropy, lse = entropy_of(seen, mean_rest if with_entropy else zero, unique)
+    entropy, lse = entropy_of(gathered, mean_rest if with_entropy else zero, unique)
     return SelectedLogits(
         ops.unflatten(z.masked_fill(ids_NK < 0, -torch.inf)),
         ops.unflatten(lse_rest.masked_fill(lse_rest < ABSENT, -torch.inf)),

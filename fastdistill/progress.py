@@ -22,7 +22,7 @@ from rich.progress import (
 from transformers import TrainerCallback
 
 T = TypeVar("T")
-S = TypeVar("S", bound="_Shown")
+S = TypeVar("S", bound="_BarContext")
 
 _SECONDS = 60.0  # between two lines, and before the first
 
@@ -74,7 +74,7 @@ def track(items: Sequence[T], what: str) -> Iterator[T]:
                 lines.at(done)
 
 
-class _Shown:
+class _BarContext:
     """A bar that is there within a `with`."""
 
     _bar: Progress
@@ -92,7 +92,7 @@ class _Shown:
         self._bar.stop()
 
 
-class Work(_Shown):
+class Work(_BarContext):
     """A bar over so many rows: those done, their size and the whole's, and the time left."""
 
     def __init__(self, what: str, *, total: int, done: int = 0, size: int = 0) -> None:
@@ -113,7 +113,7 @@ class Work(_Shown):
             self._lines.at(self._done, f", {sizes}")
 
 
-class Steps(_Shown):
+class Steps(_BarContext):
     """One bar per phase, on stderr."""
 
     def __init__(self) -> None:
@@ -159,14 +159,14 @@ class Training(TrainerCallback):
         figures = {k: v for k, v in (logs or {}).items() if k in ("loss", "eval_loss", "eval_kl")}
         if not state.is_world_process_zero or not figures:
             return
-        said = "  ".join(
+        line = "  ".join(
             f"{name} {value:.4f}" if value < 1e6 else f"{name} > 1e6"
             for name, value in figures.items()
         )
         if self._task is not None:
-            self._bar.update(self._task, loss=said)
+            self._bar.update(self._task, loss=line)
         elif self._bar.disable:
-            _say(f"step {state.global_step:,} of {state.max_steps:,}  {said}")
+            _say(f"step {state.global_step:,} of {state.max_steps:,}  {line}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._bar.stop()

@@ -60,7 +60,7 @@ def token_scores(
         checks.labels(labels, hidden, head.vocab, ignore_index, check)
         label_N = labels.reshape(-1).long()
         label_N = torch.where(label_N == ignore_index, -1, label_N)
-    given = None
+    teacher_rows = None
     if teacher is not None:
         if not isinstance(teacher, TopK):
             raise TypeError(f"teacher: expected a fastdistill.TopK, got {type(teacher).__name__}")
@@ -68,12 +68,12 @@ def token_scores(
             *teacher, hidden, None, vocab=head.vocab, tail="bucket", temperature=temperature,
             check=check,
         )  # fmt: skip
-        given = payload(teacher, "bucket", temperature, head.dtype, None)
+        teacher_rows = payload(teacher, "bucket", temperature, head.dtype, None)
     ids = ops.hidden.new_empty(ops.hidden.shape[0], 0, dtype=torch.int64)
-    if given is not None:
-        ids = given.teacher.ids
+    if teacher_rows is not None:
+        ids = teacher_rows.teacher.ids
     if impl == "reference":
-        return _reference(ops, label_N, given)
+        return _reference(ops, label_N, teacher_rows)
     label_u = None
     if label_N is not None:
         ids = torch.cat([ids, label_N.unsqueeze(-1)], -1)
@@ -84,11 +84,11 @@ def token_scores(
     with torch.autocast(hidden.device.type, enabled=False):
         s = scores(engine(impl), head, ops.hidden, ids, label_u)
     nll = rank = None
-    seen = Gathered(s.z_ids, s.lse_rest, s.lse_rest_base)
+    gathered = Gathered(s.z_ids, s.lse_rest, s.lse_rest_base)
     kl = hellinger = mass = None
-    if given is not None:
-        kl, mass, nll = _rows(seen, given.teacher, label_N, "forward_kl", temperature)
-        squared = _rows(seen, given.teacher, label_N, "hellinger", temperature)[0]
+    if teacher_rows is not None:
+        kl, mass, nll = _rows(gathered, teacher_rows.teacher, label_N, "forward_kl", temperature)
+        squared = _rows(gathered, teacher_rows.teacher, label_N, "hellinger", temperature)[0]
         hellinger = squared.clamp(min=0).sqrt()
     elif label_N is not None:
         nll = torch.logaddexp(s.lse_rest_base, s.z_ids[:, -1] * temperature)
@@ -96,7 +96,7 @@ def token_scores(
     if label_N is not None:
         # The label's own logit came from another product; being the top settles its rank.
         rank = torch.where((s.argmax == label_N) | (label_N < 0), 0, s.above_label)
-    found = TokenScores(
+    result = TokenScores(
         s.lse,
         s.entropy,
         s.varentropy,
@@ -106,11 +106,11 @@ def token_scores(
         nll,
         rank,
         kl,
-        None if given is None else given.mass,
+        None if teacher_rows is None else teacher_rows.mass,
         mass,
         hellinger,
     )
-    return TokenScores._make(None if f is None else ops.unflatten(f) for f in found)
+    return TokenScores._make(None if f is None else ops.unflatten(f) for f in result)
 
 
 def _options(name: str, temperature: float) -> RowOptions:
@@ -118,14 +118,14 @@ def _options(name: str, temperature: float) -> RowOptions:
 
 
 def _rows(
-    seen: Gathered, teacher: Teacher, label_N: Tensor | None, name: str, temperature: float
+    gathered: Gathered, teacher: Teacher, label_N: Tensor | None, name: str, temperature: float
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(D, student mass, nll) [N] of a named divergence with the bucket tail."""
-    rows = rows_forward(seen, teacher, label_N, _options(name, temperature))
+    rows = rows_forward(gathered, teacher, label_N, _options(name, temperature))
     return rows.divergence, rows.student_mass, rows.nll
 
 
-def _reference(ops: Operands, label_N: Tensor | None, given: Payload | None) -> TokenScores:
+def _reference(ops: Operands, label_N: Tensor | None, teacher_rows: Payload | None) -> TokenScores:
     from . import reference
 
     head = ops.head
@@ -135,16 +135,16 @@ def _reference(ops: Operands, label_N: Tensor | None, given: Payload | None) -> 
         "softcap": head.softcap,
         "valid_vocab": head.vocab,
     }
-    found = reference.token_scores(
+    result = reference.token_scores(
         ops.hidden, head.weight, labels=label_N, temperature=head.temperature, **scalars
     )
-    if given is not None:
-        one = torch.ones_like(found.lse)
+    if teacher_rows is not None:
+        one = torch.ones_like(result.lse)
         kl, hellinger = (
             reference.topk_distill(
                 ops.hidden,
                 head.weight,
-                *given.teacher,
+                *teacher_rows.teacher,
                 None,
                 one,
                 _options(name, head.temperature),
@@ -152,10 +152,10 @@ def _reference(ops: Operands, label_N: Tensor | None, given: Payload | None) -> 
             )
             for name in ("forward_kl", "hellinger")
         )
-        found = found._replace(
+        result = result._replace(
             forward_kl=kl[2],
-            teacher_mass=given.mass,
+            teacher_mass=teacher_rows.mass,
             student_mass=kl[3],
             hellinger=hellinger[2].clamp(min=0).sqrt(),
         )
-    return TokenScores._make(None if f is None else ops.unflatten(f) for f in found)
+    return TokenScores._make(None if f is None else ops.unflatten(f) for f in result)

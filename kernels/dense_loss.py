@@ -61,13 +61,13 @@ def dense(
     no_ids = hidden_NH.new_empty(N, 0, dtype=torch.int64)
     for at in blocks(N, chunk):
         x_nH, none = hidden_NH[at], no_ids[at]
-        seen = engine.scan(head, x_nH, none, base=True, keep=keeps[0])
-        theirs = engine.scan(teacher_head, teacher_hidden_NG[at], none, keep=keeps[1])
-        lse = seen.rest.lse()
-        lse_base = lse if seen.rest_base is None else seen.rest_base.lse()
+        scanned = engine.scan(head, x_nH, none, base=True, keep=keeps[0])
+        teacher_scanned = engine.scan(teacher_head, teacher_hidden_NG[at], none, keep=keeps[1])
+        lse = scanned.rest.lse()
+        lse_base = lse if scanned.rest_base is None else scanned.rest_base.lse()
         label = None if label_N is None else label_N[at]
         D, total, u_label = engine.dense_sums(
-            head, teacher_head, keeps, lse, theirs.rest.lse(), label, options, grad=grad
+            head, teacher_head, keeps, lse, teacher_scanned.rest.lse(), label, options, grad=grad
         )
         loss = D * options.on_divergence
         on_lse = on_ce = None
@@ -77,9 +77,9 @@ def dense(
             on_lse = 2 * options.z_loss * coef * lse_base
         if label is not None and options.ce_weight:
             assert u_label is not None
-            given = label >= 0
-            loss = loss + options.ce_weight * (lse_base - u_label).masked_fill(~given, 0.0)
-            on_ce = options.ce_weight * coef * given
+            has_label = label >= 0
+            loss = loss + options.ce_weight * (lse_base - u_label).masked_fill(~has_label, 0.0)
+            on_ce = options.ce_weight * coef * has_label
             on_lse = on_ce if on_lse is None else on_lse + on_ce
         per_token[at] = loss
         if not grad:
@@ -91,7 +91,7 @@ def dense(
             keeps,
             DenseRows(
                 lse,
-                theirs.rest.lse(),
+                teacher_scanned.rest.lse(),
                 lse_base,
                 coef * options.on_divergence,
                 total * (coef * options.on_divergence),

@@ -70,12 +70,12 @@ def floor_of(dtype: torch.dtype) -> float:
 def of_callable(divergence: Elementwise, lp: Tensor, lq: Tensor) -> Tensor:
     """D of a user's divergence, once its shape is right and it depends on the student."""
     D = divergence(lp, lq)
-    wanted = lp.shape[:-1]
-    if not isinstance(D, Tensor) or D.shape != wanted:
+    expected_shape = lp.shape[:-1]
+    if not isinstance(D, Tensor) or D.shape != expected_shape:
         got = list(D.shape) if isinstance(D, Tensor) else type(D).__name__
         raise ValueError(
             f"divergence: expected the callable to map two {list(lp.shape)} tensors to "
-            f"{list(wanted)}, got {got}; sum over the last dimension"
+            f"{list(expected_shape)}, got {got}; sum over the last dimension"
         )
     if lq.requires_grad and torch.is_grad_enabled() and not D.requires_grad:
         raise ValueError(

@@ -22,7 +22,7 @@ from .rows import ABSENT, NEG
 
 CHUNK_BYTES = {"cpu": (32 << 20, 512 << 20), "cuda": (64 << 20, 1 << 30)}
 MIN_CHUNK_TOKENS = 96
-SHARE_OF_MATERIALISED = 0.38  # the fused loss's target; materialising holds three fp32 [N, V]
+SHARE_OF_MATERIALIZED = 0.38  # the fused loss's target; materialising holds three fp32 [N, V]
 
 
 class Head(NamedTuple):
@@ -160,7 +160,7 @@ def chunk_tokens(head: Head, tokens: int, weight_grad: bool) -> int:
     """
     low, high = CHUNK_BYTES.get(head.weight.device.type, CHUNK_BYTES["cuda"])
     row_bytes = head.vocab * head.dtype.itemsize
-    share = int(SHARE_OF_MATERIALISED * 3 * tokens * row_bytes)
+    share = int(SHARE_OF_MATERIALIZED * 3 * tokens * row_bytes)
     floor = max(low, MIN_CHUNK_TOKENS * row_bytes)
 
     def fits(gradient_bytes: int) -> int:

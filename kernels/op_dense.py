@@ -15,7 +15,7 @@ from . import dense_loss as losses
 from .backends import engine
 from .head import Head
 from .op_common import accumulator, fake_grads, full_precision, needed, or_empty
-from .op_losses import kept_grads, scale_saved
+from .op_losses import saved_grads, scale_saved
 from .rows import RowOptions
 
 
@@ -110,7 +110,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     ctx.count = len(inputs)
 
 
-dense_loss.register_autograd(kept_grads, setup_context=_setup)
+dense_loss.register_autograd(saved_grads, setup_context=_setup)
 
 
 @torch.library.custom_op("fastdistill::dense_rows", mutates_args=())
@@ -201,8 +201,8 @@ def _rows_grad(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     _, _, lift, *lifted = dense_loss(
         hidden, weight, bias, grad.contiguous(), *teacher, *scalars, need, impl
     )
-    found = scale_saved(lifted, lift.new_ones(()), lift, need)
-    return (*found, *[None] * (4 + len(ctx.scalars)))
+    grads = scale_saved(lifted, lift.new_ones(()), lift, need)
+    return (*grads, *[None] * (4 + len(ctx.scalars)))
 
 
 dense_rows.register_autograd(_rows_grad, setup_context=_rows_setup)

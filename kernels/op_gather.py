@@ -89,7 +89,7 @@ def lse_gather_backward(
     head = Head(weight, bias, logit_scale, softcap, temperature, vocab)
     z_ids, lse_rest, mean_rest, lse_base = stats
     with full_precision(hidden):
-        found = engine(impl).recompute(
+        computed = engine(impl).recompute(
             head,
             hidden.to(weight.dtype),
             ids,
@@ -100,7 +100,7 @@ def lse_gather_backward(
             need_bias=need[2],
             hidden_type=hidden.dtype,
         )
-    dx, dw, db = (or_empty(g, hidden) for g in found)
+    dx, dw, db = (or_empty(g, hidden) for g in computed)
     return dx, dw, db
 
 
@@ -196,7 +196,7 @@ def gather_logits_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     head = Head(weight, bias, logit_scale, softcap, temperature, weight.shape[0])
     with full_precision(hidden):
-        found = engine(impl).gather_grads(
+        computed = engine(impl).gather_grads(
             head,
             hidden,
             ids,
@@ -206,7 +206,7 @@ def gather_logits_backward(
             need_weight=need[1],
             need_bias=need[2],
         )
-    dx, dw, db = (or_empty(g, hidden) for g in found)
+    dx, dw, db = (or_empty(g, hidden) for g in computed)
     return dx, dw, db
 
 
@@ -235,8 +235,8 @@ def _gather_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _gather_grad(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     need = needed(ctx)
     *scalars, impl = ctx.scalars
-    found = gather_logits_backward(*ctx.saved_tensors, grad.contiguous(), *scalars, need, impl)
-    return (*chosen(found, need), *[None] * 5)
+    grads = gather_logits_backward(*ctx.saved_tensors, grad.contiguous(), *scalars, need, impl)
+    return (*chosen(grads, need), *[None] * 5)
 
 
 gather_logits.register_autograd(_gather_grad, setup_context=_gather_setup)

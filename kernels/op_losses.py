@@ -66,8 +66,8 @@ def topk_loss(
             need_bias=need[2],
             filter_eps=filter_eps,
         )
-    given = (*out.rows, out.entropy, out.dx, out.dw, out.db)
-    per_token, D, mass, lse, nll, H, dx, dw, db = (or_empty(t, coef) for t in given)
+    outputs = (*out.rows, out.entropy, out.dx, out.dw, out.db)
+    per_token, D, mass, lse, nll, H, dx, dw, db = (or_empty(t, coef) for t in outputs)
     if D.data_ptr() == per_token.data_ptr():
         D = D.clone()  # an operator's outputs may not share memory
     return out.loss, per_token, D, mass, lse, nll, H, out.lift, dx, dw, db
@@ -157,15 +157,15 @@ def refuse_second_derivative() -> NoReturn:
     )
 
 
-def kept_grads(ctx: Any, grad: Tensor, *others: Tensor) -> tuple[Any, ...]:
+def saved_grads(ctx: Any, grad: Tensor, *others: Tensor) -> tuple[Any, ...]:
     """Backward of an operator (hidden, weight, bias, coef, ...) -> (loss, ...), from what it saved:
     per_token, lift, dx, dw, db. The statistics carry no gradient."""
     if grad is None:  # it would be that of a gradient
         refuse_second_derivative()
     per_token, lift, *saved = ctx.saved_tensors
-    found = scale_saved(saved, grad, lift, needed(ctx))
+    grads = scale_saved(saved, grad, lift, needed(ctx))
     d_coef = grad * per_token if ctx.needs_input_grad[3] else None
-    return (*found, d_coef, *[None] * (ctx.count - 4))
+    return (*grads, d_coef, *[None] * (ctx.count - 4))
 
 
-topk_loss.register_autograd(kept_grads, setup_context=_setup)
+topk_loss.register_autograd(saved_grads, setup_context=_setup)

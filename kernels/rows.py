@@ -101,11 +101,11 @@ def log_share_left(log_q_S: Tensor, log_q_tail: Tensor) -> Tensor:
     return torch.where(inside < 0.5, torch.log1p(-inside.clamp(max=0.5)), log_q_tail)
 
 
-def _columns(seen: Gathered, teacher: Teacher, label_N: Tensor | None, tail: str) -> _Columns:
+def _columns(gathered: Gathered, teacher: Teacher, label_N: Tensor | None, tail: str) -> _Columns:
     K = teacher.ids.shape[-1]
     empty = teacher.ids < 0
     floor = floor_of(teacher.lp.dtype)
-    z_S = seen.z[:, :K]
+    z_S = gathered.z[:, :K]
     lse_S = torch.logsumexp(z_S, -1)
     lp = teacher.lp
     if tail in ("renorm_teacher", "renorm_both"):
@@ -115,10 +115,10 @@ def _columns(seen: Gathered, teacher: Teacher, label_N: Tensor | None, tail: str
     if tail == "renorm_both":
         lq = (z_S - lse_S.unsqueeze(-1)).masked_fill(empty, floor)
         return _Columns(lp, lq, empty, lse_S, None, None)
-    assert seen.lse_rest is not None
-    lse_tail = seen.lse_rest
+    assert gathered.lse_rest is not None
+    lse_tail = gathered.lse_rest
     if label_N is not None:
-        z_y = seen.z[:, K].masked_fill(~outside_label(teacher.ids, label_N), NEG)
+        z_y = gathered.z[:, K].masked_fill(~outside_label(teacher.ids, label_N), NEG)
         lse_tail = torch.logaddexp(lse_tail, z_y)
     lse = torch.logaddexp(lse_tail, lse_S)
     lq = (z_S - lse.unsqueeze(-1)).masked_fill(empty, floor)
@@ -141,26 +141,26 @@ def _on_ids(divergence: Divergence, tail: str) -> float:
     return divergence.on_ids if tail == "truncate" else 0.0
 
 
-def _base(seen: Gathered, teacher: Teacher, label_N: Tensor | None, T: float) -> Tensor:
+def _base(gathered: Gathered, teacher: Teacher, label_N: Tensor | None, T: float) -> Tensor:
     """lse₁ [N]: log-sum-exp of the logits at T=1."""
-    u_S = torch.where(seen.z < ABSENT, NEG, seen.z * T)
+    u_S = torch.where(gathered.z < ABSENT, NEG, gathered.z * T)
     if label_N is not None:
         repeated = ~outside_label(teacher.ids, label_N)
         u_S = torch.cat([u_S[:, :-1], u_S[:, -1:].masked_fill(repeated.unsqueeze(-1), NEG)], -1)
-    rest = seen.lse_rest if seen.lse_base is None else seen.lse_base
+    rest = gathered.lse_rest if gathered.lse_base is None else gathered.lse_base
     assert rest is not None
     return torch.logaddexp(rest, torch.logsumexp(u_S, -1))
 
 
 def rows_forward(
-    seen: Gathered, teacher: Teacher, label_N: Tensor | None, options: RowOptions
+    gathered: Gathered, teacher: Teacher, label_N: Tensor | None, options: RowOptions
 ) -> Rows:
     """Per-token loss and statistics, [N] each; differentiable in `seen`.
 
     label_N int64 [N], negative where there is none; with it, seen.z has the label's slot last.
     """
     tail = options.tail
-    cols = _columns(seen, teacher, label_N, tail)
+    cols = _columns(gathered, teacher, label_N, tail)
     if isinstance(options.divergence, str):
         rule = resolve(options.divergence, options.beta, options.skew)
         phi = rule.phi(cols.lp, cols.lq)
@@ -176,15 +176,15 @@ def rows_forward(
         D = of_callable(options.divergence, cols.lp, cols.lq)
     per_token = D * options.on_divergence
     mass = lse = nll = None
-    if seen.lse_rest is not None:
-        mass = (torch.logsumexp(seen.z[:, : teacher.ids.shape[-1]], -1) - cols.lse).exp()
+    if gathered.lse_rest is not None:
+        mass = (torch.logsumexp(gathered.z[:, : teacher.ids.shape[-1]], -1) - cols.lse).exp()
         if tail == "renorm_both":
-            full = _columns(seen, teacher, label_N, "truncate").lse
+            full = _columns(gathered, teacher, label_N, "truncate").lse
             mass = (cols.lse - full).exp()
-        if options.temperature == 1.0 or seen.lse_base is not None:
-            lse = _base(seen, teacher, label_N, options.temperature)
+        if options.temperature == 1.0 or gathered.lse_base is not None:
+            lse = _base(gathered, teacher, label_N, options.temperature)
         if label_N is not None and lse is not None:
-            nll = (lse - seen.z[:, -1] * options.temperature).masked_fill(label_N < 0, 0.0)
+            nll = (lse - gathered.z[:, -1] * options.temperature).masked_fill(label_N < 0, 0.0)
             per_token = per_token + options.ce_weight * nll
         if options.z_loss and lse is not None:
             per_token = per_token + options.z_loss * lse.square()
@@ -192,12 +192,16 @@ def rows_forward(
 
 
 def rows_backward(
-    seen: Gathered, teacher: Teacher, label_N: Tensor | None, options: RowOptions, coef_N: Tensor
+    gathered: Gathered,
+    teacher: Teacher,
+    label_N: Tensor | None,
+    options: RowOptions,
+    coef_N: Tensor,
 ) -> Gathered:
     """d(Σ coef · per_token) / d(z, lse_rest, lse_base) for a named divergence, in closed form."""
     assert isinstance(options.divergence, str)
     K, tail, T = teacher.ids.shape[-1], options.tail, options.temperature
-    cols = _columns(seen, teacher, label_N, tail)
+    cols = _columns(gathered, teacher, label_N, tail)
     rule = resolve(options.divergence, options.beta, options.skew)
     psi, q = rule.psi(cols.lp, cols.lq), cols.lq.exp()
     if _on_ids(rule, tail):
@@ -211,54 +215,54 @@ def rows_backward(
             total = total + psi_tail.unsqueeze(-1)
         g_tail = psi_tail - q_tail * total[:, 0]
     scale = (coef_N * options.on_divergence).unsqueeze(-1)
-    g_z = torch.zeros_like(seen.z)
+    g_z = torch.zeros_like(gathered.z)
     g_S = (psi[:, :K] - q[:, :K] * total).masked_fill(cols.empty, 0.0)
     g_z[:, :K] = scale * g_S
     if g_tail is not None:
         # The gradients of a softmax sum to 0; the smaller side of that sum is the exact one.
         g_tail = torch.where(q_tail > 0.5, -g_S.sum(-1), g_tail)
-    g_rest = None if seen.lse_rest is None else torch.zeros_like(seen.lse_rest)
+    g_rest = None if gathered.lse_rest is None else torch.zeros_like(gathered.lse_rest)
     if g_tail is not None:
         assert cols.lse_tail is not None
-        assert seen.lse_rest is not None
+        assert gathered.lse_rest is not None
         g_tail = g_tail * scale[:, 0]
-        g_rest = g_tail * (seen.lse_rest - cols.lse_tail).exp()
+        g_rest = g_tail * (gathered.lse_rest - cols.lse_tail).exp()
         if label_N is not None:
             new = outside_label(teacher.ids, label_N)
-            g_z[:, K] = (g_tail * (seen.z[:, K] - cols.lse_tail).exp()).masked_fill(~new, 0.0)
+            g_z[:, K] = (g_tail * (gathered.z[:, K] - cols.lse_tail).exp()).masked_fill(~new, 0.0)
     g_base = None
     if options.needs_base:
-        lse = _base(seen, teacher, label_N, T)
+        lse = _base(gathered, teacher, label_N, T)
         has_label = 0.0 if label_N is None else (label_N >= 0).to(coef_N.dtype)
         on_ce = coef_N * options.ce_weight * has_label
         on_lse = on_ce + coef_N * 2 * options.z_loss * lse
-        q1 = (seen.z * T - lse.unsqueeze(-1)).exp()
+        q1 = (gathered.z * T - lse.unsqueeze(-1)).exp()
         if label_N is not None:
             q1[:, -1].masked_fill_(~outside_label(teacher.ids, label_N), 0.0)
         g_z = g_z + T * on_lse.unsqueeze(-1) * q1
         if label_N is not None:
             g_z[:, -1] -= T * on_ce
-        rest = seen.lse_rest if seen.lse_base is None else seen.lse_base
+        rest = gathered.lse_rest if gathered.lse_base is None else gathered.lse_base
         assert rest is not None
         assert g_rest is not None
         g_base = on_lse * (rest - lse).exp()
-        if seen.lse_base is None:
+        if gathered.lse_base is None:
             g_rest, g_base = g_rest + g_base, None
     return Gathered(g_z, g_rest, g_base)
 
 
-def entropy_of(seen: Gathered, mean_rest_N: Tensor, unique_NS: Tensor) -> tuple[Tensor, Tensor]:
+def entropy_of(gathered: Gathered, mean_rest_N: Tensor, unique_NS: Tensor) -> tuple[Tensor, Tensor]:
     """(entropy_N, lse_N) of the full softmax at T from its K logits and the rest's mean logit.
 
     H = lse − E_q[z], E_q[z] = q_rest · mean_rest + Σ_unique q_k z_k. unique_NS marks the slots that
     count (not empty, not a repeat).
     """
-    assert seen.lse_rest is not None
-    z = torch.where(unique_NS, seen.z, NEG)
-    lse = torch.logaddexp(seen.lse_rest, torch.logsumexp(z, -1))
+    assert gathered.lse_rest is not None
+    z = torch.where(unique_NS, gathered.z, NEG)
+    lse = torch.logaddexp(gathered.lse_rest, torch.logsumexp(z, -1))
     q = (z - lse.unsqueeze(-1)).exp()
-    expected = (q * torch.where(unique_NS, seen.z, 0.0)).sum(-1)
-    expected = expected + (seen.lse_rest - lse).exp() * mean_rest_N
+    expected = (q * torch.where(unique_NS, gathered.z, 0.0)).sum(-1)
+    expected = expected + (gathered.lse_rest - lse).exp() * mean_rest_N
     return lse - expected, lse
 
 

@@ -47,10 +47,10 @@ def named_rows(options: RowOptions) -> RowFunction:
     """Loss and closed-form gradient of a named divergence."""
 
     def run(
-        seen: Gathered, teacher: Teacher, label_N: Tensor | None, coef_N: Tensor, grad: bool
+        gathered: Gathered, teacher: Teacher, label_N: Tensor | None, coef_N: Tensor, grad: bool
     ) -> tuple[Rows, Gathered | None]:
-        rows = _rows_forward(seen, teacher, label_N, options)
-        return rows, rows_backward(seen, teacher, label_N, options, coef_N) if grad else None
+        rows = _rows_forward(gathered, teacher, label_N, options)
+        return rows, rows_backward(gathered, teacher, label_N, options, coef_N) if grad else None
 
     return run
 
@@ -59,21 +59,23 @@ def callable_rows(options: RowOptions) -> RowFunction:
     """Loss and gradient of a user's divergence, by autograd on the [n, K] tensors."""
 
     def run(
-        seen: Gathered, teacher: Teacher, label_N: Tensor | None, coef_N: Tensor, grad: bool
+        gathered: Gathered, teacher: Teacher, label_N: Tensor | None, coef_N: Tensor, grad: bool
     ) -> tuple[Rows, Gathered | None]:
         if not grad:
-            return _rows_forward(seen, teacher, label_N, options), None
+            return _rows_forward(gathered, teacher, label_N, options), None
         with torch.enable_grad():
-            leaves = [t.detach().requires_grad_() for t in seen if t is not None]
-            found = iter(leaves)
-            seen = Gathered._make(None if t is None else next(found) for t in seen)
-            rows = _rows_forward(seen, teacher, label_N, options)
-            grads = torch.autograd.grad((coef_N * rows.per_token).sum(), leaves, allow_unused=True)
-        given = iter(
-            torch.zeros_like(t) if g is None else g for t, g in zip(leaves, grads, strict=True)
-        )
+            leaves = {
+                name: t.detach().requires_grad_()
+                for name, t in gathered._asdict().items()
+                if t is not None
+            }
+            rows = _rows_forward(gathered._replace(**leaves), teacher, label_N, options)
+            total = (coef_N * rows.per_token).sum()
+            grads = torch.autograd.grad(
+                total, list(leaves.values()), allow_unused=True, materialize_grads=True
+            )
         rows = Rows._make(None if t is None else t.detach() for t in rows)
-        return rows, Gathered._make(None if t is None else next(given) for t in seen)
+        return rows, gathered._replace(**dict(zip(leaves, grads, strict=True)))
 
     return run
 
@@ -118,9 +120,9 @@ def fused(
         db = torch.zeros_like(head.bias, dtype=head.dtype)
     skip: dict[str, Tensor] = {}
     if filter_eps is not None:
-        skip["filter_bar"] = coef_N.abs().amax() * filter_eps
+        skip["filter_threshold"] = coef_N.abs().amax() * filter_eps
     keep = engine.new_keep(head, min(chunk, N)) if grad else None
-    seen_rows, seen_entropy = [], []
+    row_parts, entropy_parts = [], []
     loss = torch.zeros((), dtype=head.dtype, device=hidden_NH.device)
     for i, at in enumerate(blocks(N, chunk)):
         ids, coef = ids_NS[at], coef_N[at]
@@ -132,10 +134,12 @@ def fused(
         part = Teacher(*(t[at] for t in teacher))
         rows, g = row_function(gathered, part, label, coef, grad)
         loss += (coef * rows.per_token).sum()
-        seen_rows.append(rows)
+        row_parts.append(rows)
         if entropy and stats.mean_rest is not None:
-            asked = part.ids if label is None else torch.cat([part.ids, label.unsqueeze(-1)], -1)
-            seen_entropy.append(entropy_of(gathered, stats.mean_rest, first_slots(asked))[0])
+            support_ids = (
+                part.ids if label is None else torch.cat([part.ids, label.unsqueeze(-1)], -1)
+            )
+            entropy_parts.append(entropy_of(gathered, stats.mean_rest, first_slots(support_ids))[0])
         if g is not None:
             part_dx = None if dx is None else dx[at]
             stats = stats._replace(z_ids=mine.z_ids)  # slots of other shards take no gradient here
@@ -159,12 +163,12 @@ def fused(
     dx, on_dx = keep_rounded(dx, hidden_NH if combine is None else coef_N)
     db, on_db = keep_rounded(db, coef_N if head.bias is None else head.bias)
     rows = Rows._make(
-        None if pieces[0] is None else torch.cat(pieces) for pieces in zip(*seen_rows, strict=True)
+        None if pieces[0] is None else torch.cat(pieces) for pieces in zip(*row_parts, strict=True)
     )
     return Fused(
         loss,
         rows,
-        torch.cat(seen_entropy) if entropy else None,
+        torch.cat(entropy_parts) if entropy else None,
         dx,
         dw,
         db,

@@ -14,7 +14,7 @@ from torch import Tensor
 from .divergences import floor_of, of_callable, resolve
 from .head import DenseRows, Head, blocks
 from .rows import RowOptions
-from .torch_slabs import Matmul, kept, slabs
+from .torch_slabs import Matmul, logits_view, slabs
 
 
 def dense_sums(
@@ -30,7 +30,7 @@ def dense_sums(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(D [n], Σψ [n], the label's u [n]); with grad, ψ takes the place of the teacher's logits."""
     n, V = len(lse_n), head.vocab
-    u_Vn, psi_Vn = kept(head, keeps[0], n)[:-1], kept(teacher_head, keeps[1], n)[:-1]
+    u_Vn, psi_Vn = logits_view(head, keeps[0], n)[:-1], logits_view(teacher_head, keeps[1], n)[:-1]
     T, floor = options.temperature, floor_of(u_Vn.dtype)
     D = torch.zeros_like(lse_n)
     total = torch.zeros_like(lse_n)
@@ -76,7 +76,7 @@ def dense_grads(
     n = hidden_nH.shape[0]
     T = head.temperature
     matmul = Matmul(head, hidden_nH)
-    u_Vn, psi_Vn = kept(head, keeps[0], n)[:-1], kept(teacher_head, keeps[1], n)[:-1]
+    u_Vn, psi_Vn = logits_view(head, keeps[0], n)[:-1], logits_view(teacher_head, keeps[1], n)[:-1]
     dx_Hn = None
     if dx is not None:
         dx_Hn = torch.zeros(dx.shape[::-1], dtype=head.dtype, device=dx.device)
@@ -88,9 +88,9 @@ def dense_grads(
         if rows.on_lse is not None:
             d += (u - rows.lse_base).exp_().mul_(rows.on_lse)
         if rows.on_ce is not None and rows.label is not None:
-            here = (rows.label >= at.start) & (rows.label < at.stop)
-            index = torch.where(here, rows.label - at.start, 0).unsqueeze(0)
-            d.scatter_add_(0, index, torch.where(here, -rows.on_ce, 0.0).unsqueeze(0))
+            in_slab = (rows.label >= at.start) & (rows.label < at.stop)
+            index = torch.where(in_slab, rows.label - at.start, 0).unsqueeze(0)
+            d.scatter_add_(0, index, torch.where(in_slab, -rows.on_ce, 0.0).unsqueeze(0))
         if head.softcap is not None:
             d *= 1 - (u / head.softcap).square_()
         d *= head.logit_scale

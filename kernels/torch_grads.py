@@ -18,7 +18,7 @@ from torch import Tensor
 from .head import Head, Stats, slot_grads, sums_in_16_bits
 from .rows import Gathered
 from .torch_gather import hidden_grad
-from .torch_slabs import Matmul, Slots, grad_slab_, kept, logits, slabs
+from .torch_slabs import Matmul, Slots, grad_slab_, logits, logits_view, slabs
 
 
 def chunk_grads(
@@ -39,7 +39,7 @@ def chunk_grads(
     """
     assert g.lse_rest is not None
     n, low = hidden_nH.shape[0], head.weight.dtype
-    keep_V1n = kept(head, keep, n)
+    keep_V1n = logits_view(head, keep, n)
     packed = sums_in_16_bits(head)
     g_nS = slot_grads(head, stats.z_ids, g.z)
     g_Sn = g_nS.t().contiguous()

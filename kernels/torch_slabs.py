@@ -121,18 +121,18 @@ class Slots:
 
     def index(self, at: slice) -> tuple[Tensor, Tensor]:
         """(row index into a slab of v + 1 rows, which slots are in this slab), [S, n] each."""
-        here = (self.ids_Sn >= at.start) & (self.ids_Sn < at.stop)
-        return torch.where(here, self.ids_Sn - at.start, at.stop - at.start), here
+        in_slab = (self.ids_Sn >= at.start) & (self.ids_Sn < at.stop)
+        return torch.where(in_slab, self.ids_Sn - at.start, at.stop - at.start), in_slab
 
     def take(self, at: slice, u_vn1: Tensor) -> None:
         """Keep the slots' logits of this slab and put NEG in their place."""
         if self.ids_Sn.shape[0] == 0:
             return
-        index, here = self.index(at)
+        index, in_slab = self.index(at)
         values = u_vn1.gather(0, index)
         if self.gathered is None:
             self.gathered = torch.full_like(values, NEG)
-        torch.where(here, values, self.gathered, out=self.gathered)
+        torch.where(in_slab, values, self.gathered, out=self.gathered)
         u_vn1.scatter_(0, index, NEG)
 
     def clear(self, at: slice, ds_vn1: Tensor) -> None:
@@ -151,7 +151,7 @@ def new_keep(head: Head, tokens: int) -> Tensor:
     return head.weight.new_empty((head.vocab + 1) * tokens, dtype=head.dtype)
 
 
-def kept(head: Head, keep: Tensor, tokens: int) -> Tensor:
+def logits_view(head: Head, keep: Tensor, tokens: int) -> Tensor:
     """[V + 1, n] view of it."""
     return keep[: (head.vocab + 1) * tokens].view(head.vocab + 1, tokens)
 
@@ -182,7 +182,7 @@ def scan(
     for at in slabs(head.vocab, n, head.dtype.itemsize):
         rows = at.stop - at.start
         if keep is not None:
-            u_vn1 = kept(head, keep, n)[at.start : at.stop + 1]
+            u_vn1 = logits_view(head, keep, n)[at.start : at.stop + 1]
         else:
             if u_1n.shape[0] < rows + 1:
                 u_1n = u_1n.new_empty(rows + 1, n)
@@ -268,9 +268,9 @@ def topk(
             u_1n = u_1n.new_empty(rows, n)
         z_vn = logits(head, matmul, at, u_1n[:rows]).div_(head.temperature)
         values, ids, rest = row_topk(z_vn.t().contiguous(), min(k, rows))
-        both, found = torch.cat([best_nk, values], -1), torch.cat([ids_nk, ids + at.start], -1)
+        both, all_ids = torch.cat([best_nk, values], -1), torch.cat([ids_nk, ids + at.start], -1)
         best_nk, where = both.topk(min(k, both.shape[1]), -1)
-        ids_nk = found.gather(-1, where)
+        ids_nk = all_ids.gather(-1, where)
         lost = both.scatter(-1, where, -torch.inf).logsumexp(-1)
         rest_n = torch.logaddexp(torch.logaddexp(rest_n, rest), lost)
     return best_nk, ids_nk, rest_n

@@ -28,7 +28,7 @@ from .triton_common import (
     sums_at_lift,
 )
 from .triton_divergences import functor
-from .triton_slabs import kept
+from .triton_slabs import logits_view
 
 DENSE_TILE = {"BV": 2048, "num_warps": 8}
 CALLABLE_BYTES = 64 << 20
@@ -122,8 +122,8 @@ def grad_divergence(
 
 def _numbers(head: Head, teacher: Head, w: float) -> dict[str, float | bool]:
     theirs = scalars(teacher)
-    given = {"t_scale": theirs["scale"], "t_cap": theirs["cap"], "T_CAP": theirs["CAP"]}
-    return scalars(head) | given | {"w": float(w), "floor": floor_of(head.dtype)}
+    teacher_scalars = {"t_scale": theirs["scale"], "t_cap": theirs["cap"], "T_CAP": theirs["CAP"]}
+    return scalars(head) | teacher_scalars | {"w": float(w), "floor": floor_of(head.dtype)}
 
 
 def _shaped_rows(head: Head, raw_nV: Tensor) -> Tensor:
@@ -148,7 +148,7 @@ def dense_sums(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(D [n], Σψ [n], the label's u [n])."""
     n = len(lse_n)
-    raw, theirs = kept(head, keeps[0], n), kept(teacher_head, keeps[1], n)
+    raw, theirs = logits_view(head, keeps[0], n), logits_view(teacher_head, keeps[1], n)
     D, total = torch.zeros_like(lse_n), torch.zeros_like(lse_n)
     if isinstance(options.divergence, str):
         phi, w = functor(options.divergence, options.beta, options.skew)
@@ -210,7 +210,7 @@ def dense_grads(
 ) -> None:
     """The chunk's share of the gradients."""
     n, low = len(hidden_nH), head.weight.dtype
-    raw, theirs = kept(head, keeps[0], n), kept(teacher_head, keeps[1], n)
+    raw, theirs = logits_view(head, keeps[0], n), logits_view(teacher_head, keeps[1], n)
     dz = raw if low == raw.dtype else raw.view(low)[:, : head.vocab]
     phi, w = None, 0.0
     if isinstance(options.divergence, str):

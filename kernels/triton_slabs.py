@@ -33,7 +33,7 @@ def new_keep(head: Head, tokens: int) -> Tensor:
     return head.weight.new_empty(tokens, -(-head.vocab // 16) * 16, dtype=head.dtype)
 
 
-def kept(head: Head, keep: Tensor, tokens: int) -> Tensor:
+def logits_view(head: Head, keep: Tensor, tokens: int) -> Tensor:
     """[n, V] view of it."""
     return keep[:tokens, : head.vocab]
 
@@ -68,7 +68,7 @@ def scan(
         x, reduce = hidden_nH[rows], running.block(rows)
         for at in blocks(head.vocab, columns):
             if keep is not None:
-                raw = kept(head, keep, n)[rows, at]
+                raw = logits_view(head, keep, n)[rows, at]
             else:
                 if slab is None:
                     slab = head.weight.new_empty(min(n, BLOCK_TOKENS), columns, dtype=head.dtype)
@@ -104,7 +104,7 @@ def chunk_grads(
     dx: Tensor | None,
     dw: Tensor | None,
     db: Tensor | None,
-    filter_bar: Tensor | None = None,
+    filter_threshold: Tensor | None = None,
 ) -> None:
     """Turn a chunk's kept logits into dz, and add its share of the gradients.
 
@@ -114,14 +114,14 @@ def chunk_grads(
     assert g.lse_rest is not None
     ids, g_nS = distinct(ids_nS, slot_grads(head, stats.z_ids, g.z))
     upstream, lift = lifted_grads(head, Stats(g_nS, g.lse_rest, None, g.lse_base))
-    if filter_bar is not None and lift is not None:
-        filter_bar = filter_bar * lift
+    if filter_threshold is not None and lift is not None:
+        filter_threshold = filter_threshold * lift
     if dw is not None:
         dw = dw[: head.vocab]
     if db is not None:
         db = db[: head.vocab]
     with sums_at_lift(lift, first, dx, dw, db):
-        _add_grads(head, hidden_nH, ids, stats, upstream, keep, first, dx, dw, db, filter_bar)
+        _add_grads(head, hidden_nH, ids, stats, upstream, keep, first, dx, dw, db, filter_threshold)
 
 
 def _add_grads(
@@ -135,16 +135,18 @@ def _add_grads(
     dx: Tensor | None,
     dw: Tensor | None,
     db: Tensor | None,
-    filter_bar: Tensor | None,
+    filter_threshold: Tensor | None,
 ) -> None:
     """`chunk_grads` with d(W x) of distinct ids in upstream.z_ids; dw and db end with the
     vocabulary."""
     g_nS = upstream.z_ids
-    in_place = g_nS if filter_bar is None else torch.zeros_like(g_nS)
-    dz = grad_rows_(head, kept(head, keep, len(hidden_nH)), 0, ids, in_place, stats, upstream)
+    in_place = g_nS if filter_threshold is None else torch.zeros_like(g_nS)
+    dz = grad_rows_(
+        head, logits_view(head, keep, len(hidden_nH)), 0, ids, in_place, stats, upstream
+    )
     weight = head.weight[: head.vocab]
-    if filter_bar is not None:
-        live = triton_filter.live_tiles(dz, filter_bar)
+    if filter_threshold is not None:
+        live = triton_filter.live_tiles(dz, filter_threshold)
         if db is not None:
             db += dz.sum(0, dtype=db.dtype)
         if dw is not None:
@@ -241,7 +243,7 @@ def _store(left: Tensor, right: Tensor, lift: Tensor | None, out: Tensor) -> Non
 def topk(head: Head, hidden_nH: Tensor, k: int, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(z [n, k] at T by falling value, ids int64 [n, k], lse_rest [n]); overwrites keep."""
     n = hidden_nH.shape[0]
-    z_nV = kept(head, keep, n)
+    z_nV = logits_view(head, keep, n)
     product(hidden_nH, head.weight[: head.vocab].t(), z_nV)
     if head.bias is not None:
         z_nV += head.bias[: head.vocab].to(z_nV.dtype)

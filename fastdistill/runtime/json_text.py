@@ -45,8 +45,8 @@ def parse_json(
         reason = printable(error)
         raise JSONError(f"{source}: expected JSON, got a text that is not: {reason}") from None
     if expected is not None and not isinstance(value, expected):
-        wanted = "an object" if expected is dict else "a list"
-        raise JSONError(f"{source}: expected {wanted}, got {type(value).__name__}")
+        noun = "an object" if expected is dict else "a list"
+        raise JSONError(f"{source}: expected {noun}, got {type(value).__name__}")
     return value
 
 

@@ -30,10 +30,10 @@ def printable(value: Any, limit: int | None = LIMIT) -> str:
     """
     text = value if isinstance(value, str) else str(value)
     cut = limit is not None and len(text) > limit
-    shown = text[:limit] if cut else text
-    if not shown.isprintable():
-        shown = "".join(map(_escaped, shown))
-    return shown + "…" if cut else shown
+    text_part = text[:limit] if cut else text
+    if not text_part.isprintable():
+        text_part = "".join(map(_escaped, text_part))
+    return text_part + "…" if cut else text_part
 
 
 def printable_lines(value: Any) -> str:
