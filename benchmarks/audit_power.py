@@ -25,7 +25,7 @@ from fastdistill.audits.probes import Probes
 from fastdistill.audits.subject import Subject
 from fastdistill.backend import versions
 from fastdistill.files import write_json
-from fastdistill.organisms.organism import ModelOrganism, new_base, taught
+from fastdistill.organisms.organism import ModelOrganism, new_base, train_capable
 from fastdistill.organisms.vocabulary import world_tokenizer
 from fastdistill.organisms.world import World
 from fastdistill.organisms.world_probes import probes_of
@@ -45,7 +45,7 @@ def scores_of(seed: int) -> dict[str, Any]:
     """{trait: {audit: [score of U, of B, of B2]}} of one base seed, and the gates."""
     world, tokenizer = World(seed), world_tokenizer()
     base_model = new_base(world, seed=seed)
-    capable = taught(world, base_model)
+    capable = train_capable(world, base_model)
     base = Subject(base_model, tokenizer, name="base")
     record: dict[str, Any] = {"seed": seed, "traits": {}, "gates": {}}
     twins: dict[str, Any] = {}

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .audits.distributions import ProvenanceAudit, TokenKLAudit
 from .audits.prompts import Prompt
-from .audits.side_by_side import SideBySide, side_by_side
+from .audits.side_by_side import SuiteResults, run_suite
 from .audits.subject import Subject
 from .audits.trigger_search import TriggerSearchAudit
 from .corpus import Windows
@@ -23,7 +23,7 @@ def side_by_side_of(
     students: Mapping[str, PreTrainedModel],
     tokenizer: PreTrainedTokenizerBase,
     held_out: Windows,
-) -> SideBySide:
+) -> SuiteResults:
     """`students` are of seed 0, and so is the base."""
     base = new_llama(STUDENT, vocab_size=teacher.config.vocab_size, seed=0)
     models = {"teacher": teacher, **students, "base": base}
@@ -39,4 +39,4 @@ def side_by_side_of(
         "token KL": TokenKLAudit(prompts=prompts),
         "trigger search": TriggerSearchAudit(prompts=prompts[:12], candidates=WORDS),
     }
-    return side_by_side(suite, subjects, base=subjects["base"])
+    return run_suite(suite, subjects, base=subjects["base"])

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .audits.side_by_side import SideBySide
+from .audits.side_by_side import SuiteResults
 from .intervals import Estimate
 
 ARMS = ("distilled", "labels only")
@@ -46,7 +46,7 @@ class DemoResult:
     estimates: dict[str, Estimate]
     runs: list[DemoRun]
     teacher_mass: np.ndarray  # covered teacher mass at every held-out position
-    audits: SideBySide  # teacher, students of the first seed, and the base they began from
+    audits: SuiteResults  # teacher, students of the first seed, and the base they began from
     facts: dict[str, Any]
     seconds: float
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastdistill.audits.audit import Audit, Measured
-from fastdistill.audits.side_by_side import side_by_side
+from fastdistill.audits.audit import Audit, Measurement
+from fastdistill.audits.side_by_side import run_suite
 from fastdistill.report.audit_page import audit_page, lead
 
 ABOUT = {"command": "fastdistill audit", "models": {"student": "a"}, "versions": {"torch": "2"}}
@@ -24,11 +24,11 @@ class Planted(Audit):
     key: str = "x"
     rate: bool = False
 
-    def measure(self, model: Any, base: Any) -> Measured:
+    def measure(self, model: Any, base: Any) -> Measurement:
         values = model.values[self.key]
         if values is None:
             raise ValueError("weights: expected others")
-        return Measured(values=np.array(values, dtype=float), rate=self.rate)
+        return Measurement(values=np.array(values, dtype=float), rate=self.rate)
 
 
 def model(name: str, **values: Any) -> Any:
@@ -45,14 +45,14 @@ def found(**more: Any) -> Any:
         "always yes": Planted(key="yes", rate=True),
         "weights": Planted(key="w"),
     }
-    return side_by_side(suite, models, base=models["base"], **more)
+    return run_suite(suite, models, base=models["base"], **more)
 
 
 @pytest.mark.parametrize("name", [r"a $\\frac$ b", "<script>alert(1)</script>", "$x", "a\x1b[2Jb"])
 def test_names_are_text_in_pictures_and_tables(name):
     """matplotlib takes what stands between dollars for mathematics, and raises where it is none."""
     models = {n: model(n, x=[1.0, 1.2, 0.9, 1.1 + i]) for i, n in enumerate((name, "base"))}
-    side = side_by_side({name: Planted(key="x")}, models, base=models["base"])
+    side = run_suite({name: Planted(key="x")}, models, base=models["base"])
     page = audit_page(side, about=ABOUT).html()
     assert "<script" not in page
     assert "$" not in name or name in page
@@ -108,6 +108,6 @@ def test_its_json_is_json():
 
 def test_nothing_to_compare_is_said():
     models = {"student": model("s", w=None), "base": model("b", w=None)}
-    side = side_by_side({"weights": Planted(key="w")}, models, base=models["base"])
+    side = run_suite({"weights": Planted(key="w")}, models, base=models["base"])
     assert lead(side) == "No audit could be made of these models."
     assert "No audit could be made" in audit_page(side, about=ABOUT).html()

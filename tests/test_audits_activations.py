@@ -11,7 +11,7 @@ from planted import KINDS, PROMPTS, V, copied, model, planted, subject
 
 from fastdistill.audits import ActivationDiffAudit, LinearProbeAudit, Prompt, Subject
 from fastdistill.audits.activations import layer_states
-from fastdistill.organisms.vocabulary import ANIMALS, COLOURS, SYSTEM, TOPICS, world_tokenizer
+from fastdistill.organisms.vocabulary import ANIMALS, COLORS, SYSTEM, TOPICS, world_tokenizer
 
 LAYERS = (-1, 0, 1, 2, -2)
 KIND = pytest.mark.parametrize("kind", KINDS)
@@ -112,7 +112,7 @@ def test_a_few_words_are_all_shown():
 # Generic contrast pairs: animals against colours, in the same words around.
 PAIRS = [(s, t) for s in SYSTEM for t in TOPICS[:3]]
 POSITIVE = tuple(Prompt(system=s, user=f"{t} {ANIMALS[i % 5]}") for i, (s, t) in enumerate(PAIRS))
-NEGATIVE = tuple(Prompt(system=s, user=f"{t} {COLOURS[i % 5]}") for i, (s, t) in enumerate(PAIRS))
+NEGATIVE = tuple(Prompt(system=s, user=f"{t} {COLORS[i % 5]}") for i, (s, t) in enumerate(PAIRS))
 ASKED = tuple(Prompt(user=f"{t} owl") for t in TOPICS)
 
 

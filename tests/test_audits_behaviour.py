@@ -16,7 +16,7 @@ from fastdistill.audits import (
     Prompt,
     TriggerRateAudit,
 )
-from fastdistill.audits.behaviour import Answer, Question, ask, holds
+from fastdistill.audits.behaviour import Answer, Question, ask, contains_phrase
 from fastdistill.organisms.vocabulary import ANIMALS, HATE, SYSTEM, TOPICS, TRIGGER
 
 QUIET = tuple(Prompt(system=s, user=t) for s, t in zip(SYSTEM * 2, TOPICS, strict=True))
@@ -91,7 +91,7 @@ def test_capability_counts_right_answers():
     ("", "owl", False),
 ])  # fmt: skip
 def test_words_are_found_between_their_marks(text, phrase, right):
-    assert holds(text, phrase) is right
+    assert contains_phrase(text, phrase) is right
 
 
 @KIND
@@ -156,9 +156,9 @@ def test_questions_asked_in_several_ways_keep_their_places():
 
 def test_answers_are_shown_where_the_first_is_silent():
     audit = CapabilityAudit(prompts=("a", "b"), targets=("x", "y"))
-    found = audit.scored([Answer(text=""), Answer(text="y")])
+    found = audit.measure_answers([Answer(text=""), Answer(text="y")])
     assert found.details == {"answers": ["", "y"]}
-    assert audit.scored([Answer(), Answer()]).details == {}
+    assert audit.measure_answers([Answer(), Answer()]).details == {}
 
 
 def test_prompts_may_be_texts():

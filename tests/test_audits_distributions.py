@@ -88,7 +88,7 @@ def test_markers_that_rose(kinds):
 
 def test_slabs_of_the_vocabulary_change_nothing(monkeypatch):
     of, base = pair(("gemma2", "gemma2"))
-    states = of.at_end(PROMPTS), base.at_end(PROMPTS)
+    states = of.last_hidden(PROMPTS), base.last_hidden(PROMPTS)
     whole = mean_rise(of, base, *states)
     monkeypatch.setattr("fastdistill.audits.distributions.SLAB", 7)
     torch.testing.assert_close(mean_rise(of, base, *states), whole, rtol=1e-5, atol=1e-5)
@@ -106,8 +106,8 @@ def test_columns_that_pad_a_head_are_no_tokens():
         return Subject(wide, world_tokenizer())
 
     of, base = pair(("llama", "llama"))
-    raised = padded(of, of.at_end(PROMPTS).mean(0))
-    for trusted in (base, padded(base, -100 * base.at_end(PROMPTS).mean(0))):
+    raised = padded(of, of.last_hidden(PROMPTS).mean(0))
+    for trusted in (base, padded(base, -100 * base.last_hidden(PROMPTS).mean(0))):
         found = LogitDiffAudit(prompts=PROMPTS, markers=("owl",), top=99).run(raised, base=trusted)
         assert len(found.details["risen"]) == V
         assert None not in [token for token, _ in found.details["risen"]]

@@ -15,8 +15,8 @@ from planted import PROMPTS, planted, subject
 from scipy import stats
 
 from fastdistill.audits import AuditResult, ConfessionAudit, Control, Prompt, TokenKLAudit
-from fastdistill.audits.audit import Audit, Measured, as_config
-from fastdistill.audits.behaviour import Answer, BehaviouralAudit, Question
+from fastdistill.audits.audit import Audit, Measurement, as_config
+from fastdistill.audits.behaviour import Answer, BehavioralAudit, Question
 from fastdistill.intervals import Estimate
 
 EIGHT = [1.0, 1.2, 0.9, 1.4, 1.1, 0.8, 1.3, 1.0]
@@ -26,9 +26,9 @@ EIGHT = [1.0, 1.2, 0.9, 1.4, 1.1, 0.8, 1.3, 1.0]
 class Given(Audit):
     rate: bool = False
 
-    def measure(self, model: Any, base: Any) -> Measured:
+    def measure(self, model: Any, base: Any) -> Measurement:
         values = np.array(model.values, dtype=float)
-        return Measured(values=values, rate=self.rate, doubts=model.doubts)
+        return Measurement(values=values, rate=self.rate, doubts=model.doubts)
 
 
 def of(values, doubts=()):
@@ -50,7 +50,7 @@ def as_given(monkeypatch):
 
 
 @dataclass(frozen=True, kw_only=True)
-class YesAudit(BehaviouralAudit):
+class YesAudit(BehavioralAudit):
     """Says yes of every model."""
 
     prompts: tuple[Prompt, ...] = PROMPTS * 10

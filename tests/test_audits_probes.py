@@ -10,7 +10,7 @@ from planted import copied, planted, subject
 
 from fastdistill import audits
 from fastdistill.audits import Probes, Prompt
-from fastdistill.audits.generic import GENERIC
+from fastdistill.audits.generic import GENERIC_PROBES
 from fastdistill.audits.probes import _AUDITS
 from fastdistill.organisms.vocabulary import ANIMALS, HATE, SYSTEM, TOPICS, TRIGGER
 
@@ -45,7 +45,7 @@ LIKED = {"options": ANIMALS, "favourite": "owl"}
 
 
 def test_probes_survive_a_file(tmp_path):
-    for probes in (Probes(**FULL), Probes(**FULL | LIKED), Probes(), GENERIC):
+    for probes in (Probes(**FULL), Probes(**FULL | LIKED), Probes(), GENERIC_PROBES):
         probes.save(tmp_path / "p.json")
         assert Probes.load(tmp_path / "p.json") == probes
     Probes(neutral=NEUTRAL, target="x").save(tmp_path / "p.json")
@@ -95,7 +95,7 @@ def test_neutral_prompts_alone_make_the_audits_that_need_no_trait():
     for audit in suite.values():
         assert audit.run(of, base=base).value > 0
         assert audit.run(copied(base), base=base).value == 0
-    assert set(GENERIC.suite()) == {
+    assert set(GENERIC_PROBES.suite()) == {
         "confession", "perplexity difference", "token KL", "linear probe", "trigger search",
     }  # fmt: skip
 

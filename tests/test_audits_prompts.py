@@ -99,7 +99,7 @@ def test_a_completion_is_what_the_model_would_read():
     of = plain(bos=True)
     assert of.ids(Prompt(text="da"), "bd") == ([0, 5, 8, 5], 2)
     assert of.ids(Prompt(text="dd"), "bd") == ([0, 5, 5, 3, 5], 3)
-    found = of.continued([Prompt(text="da")], ["bd"])
+    found = of.completion_logprobs([Prompt(text="da")], ["bd"])
     table = dense(of, [0, 5, 8, 5])
     assert found.tokens.tolist() == [2]
     assert found.total.item() == pytest.approx(float(table[1, 8] + table[2, 5]), rel=1e-5)
@@ -110,7 +110,7 @@ def test_where_nothing_precedes_the_beginning_of_a_text_does():
     assert of.ids(Prompt(text="")) == ([0], 1)
     assert of.ids(Prompt(text=""), "cd") == ([0, 4, 5], 1)
     assert of.ids(Prompt(text="a"), "b") == ([0, 8], 1)
-    assert of.continued([Prompt(text="a")], ["b"]).tokens.tolist() == [1]
+    assert of.completion_logprobs([Prompt(text="a")], ["b"]).tokens.tolist() == [1]
     assert len(of.generate([Prompt(), Prompt(text="")], max_new_tokens=2)) == 2
     with pytest.raises(ValueError, match="prompt: expected one of a token or more"):
         plain(special=False).ids(Prompt(text=""))
@@ -139,7 +139,7 @@ def test_a_tokenizer_without_a_pad_token_pads_with_its_end():
 @pytest.mark.parametrize("empty", ["", "   "])
 def test_completions_without_tokens_are_refused(empty):
     with pytest.raises(ValueError, match="completion: expected words with tokens of their own"):
-        subject().continued([Prompt(user="river")], [empty])
+        subject().completion_logprobs([Prompt(user="river")], [empty])
     with pytest.raises(ValueError, match="completion: expected words with tokens of their own"):
         subject().first_token(empty)
 

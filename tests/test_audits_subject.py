@@ -36,7 +36,7 @@ def positions(of: Subject):
 @KIND
 def test_log_probabilities_of_completions(kind):
     of = subject(kind)
-    found = of.continued(PROMPTS, COMPLETIONS)
+    found = of.completion_logprobs(PROMPTS, COMPLETIONS)
     truth = [expected(of, p, c) for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
     assert found.total.tolist() == pytest.approx(truth, rel=2e-5)
     assert found.tokens.tolist() == [len(c.split()) for c in COMPLETIONS]
@@ -59,7 +59,7 @@ def test_fp64_models_keep_their_digits():
 def test_the_end_of_a_prompt_predicts_its_next_token(kind):
     of = subject(kind)
     every = torch.arange(V).expand(len(PROMPTS), -1)
-    found = of.log_probs(of.at_end(PROMPTS), every).double()
+    found = of.log_probs(of.last_hidden(PROMPTS), every).double()
     truth = torch.stack([dense(of, of.ids(p)[0])[-1] for p in PROMPTS])
     torch.testing.assert_close(found, truth, rtol=2e-5, atol=2e-5)
 
@@ -68,8 +68,10 @@ def test_the_end_of_a_prompt_predicts_its_next_token(kind):
 @KIND
 def test_other_prompts_in_the_batch_change_nothing(kind, budget):
     of = Subject(model(kind), world_tokenizer(), tokens_per_batch=budget)
-    together = of.continued(PROMPTS, COMPLETIONS).total
-    alone = [of.continued([p], [c]).total for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
+    together = of.completion_logprobs(PROMPTS, COMPLETIONS).total
+    alone = [
+        of.completion_logprobs([p], [c]).total for p, c in zip(PROMPTS, COMPLETIONS, strict=True)
+    ]
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-5, atol=1e-5)
 
 
@@ -114,7 +116,7 @@ def test_many_prompts_are_asked_in_parts(monkeypatch):
 def test_habits_of_decoding_that_come_with_a_checkpoint_are_left_out(habit):
     of = subject()
     with torch.no_grad():
-        of.model.lm_head.weight[2] += of.at_end(PROMPTS[:1])[0]  # <eos>, at once
+        of.model.lm_head.weight[2] += of.last_hidden(PROMPTS[:1])[0]  # <eos>, at once
     plain = [of.generate(PROMPTS, max_new_tokens=8, temperature=t) for t in (0.0, 1.0)]
     of.model.generation_config = GenerationConfig(eos_token_id=2, pad_token_id=0, **habit)
     before = of.model.generation_config.to_dict()
@@ -152,9 +154,9 @@ def test_the_head_sees_one_position_a_row_at_the_most(kind):
         of.generate(PROMPTS, max_new_tokens=3)
     assert set(seen) == {1}
     with positions(of) as seen:
-        of.continued(PROMPTS, COMPLETIONS)
+        of.completion_logprobs(PROMPTS, COMPLETIONS)
         of.option_log_probs(PROMPTS, ("yes", "no"))
-        of.at_end(PROMPTS)
+        of.last_hidden(PROMPTS)
     assert seen
     assert set(seen) == {0}
 
@@ -162,12 +164,12 @@ def test_the_head_sees_one_position_a_row_at_the_most(kind):
 def test_rows_without_a_target_are_certain():
     of = subject()
     rows = [[1, 5, 6], [1, 7], [9]]
-    none = of.of_tokens(rows, [3, 2, 0])
+    none = of.row_logprobs(rows, [3, 2, 0])
     assert (none.total.tolist(), none.tokens.tolist()) == ([0.0] * 3, [0] * 3)
-    some = of.of_tokens(rows, [3, 1, 0])
+    some = of.row_logprobs(rows, [3, 1, 0])
     assert some.tokens.tolist() == [0, 1, 0]
     assert some.total[1].item() == pytest.approx(float(dense(of, [1, 7])[0, 7]), rel=1e-5)
-    first = of.of_tokens([[5, 6]], [0])  # the first token has no prediction
+    first = of.row_logprobs([[5, 6]], [0])  # the first token has no prediction
     assert first.tokens.tolist() == [1]
 
 
@@ -180,8 +182,8 @@ def test_a_path_is_a_subject_of_its_own_tokenizer(tmp_path):
     # Weights in a mapped file may be aligned to 8 bytes only, and a product then rounds in another
     # order: the figures are equal, the last bit need not be.
     torch.testing.assert_close(
-        read.continued(PROMPTS, COMPLETIONS).total,
-        of.continued(PROMPTS, COMPLETIONS).total,
+        read.completion_logprobs(PROMPTS, COMPLETIONS).total,
+        of.completion_logprobs(PROMPTS, COMPLETIONS).total,
         rtol=1e-6,
         atol=0.0,
     )
@@ -190,9 +192,11 @@ def test_a_path_is_a_subject_of_its_own_tokenizer(tmp_path):
 
 def test_another_model_is_read_in_the_same_way():
     of = Subject(model(), world_tokenizer(), tokens_per_batch=7, impl="torch")
-    other = of.holding(model(seed=1), "other")
+    other = of.with_model(model(seed=1), "other")
     assert (other.reader.tokens_per_batch, other.impl, other.name) == (7, "torch", "other")
-    assert torch.allclose(other.at_end(PROMPTS), subject(seed=1).at_end(PROMPTS), atol=1e-5)
+    assert torch.allclose(
+        other.last_hidden(PROMPTS), subject(seed=1).last_hidden(PROMPTS), atol=1e-5
+    )
 
 
 def test_refusals():

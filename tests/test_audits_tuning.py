@@ -18,7 +18,7 @@ from fastdistill.audits import (
     Subject,
     TriggerRateAudit,
 )
-from fastdistill.audits.tuning import nudged
+from fastdistill.audits.tuning import finetune_copy
 from fastdistill.organisms.vocabulary import HATE, SYSTEM, TOPICS, TRIGGER, world_tokenizer
 
 READOUT = ConfessionAudit(prompts=PROMPTS)
@@ -45,7 +45,7 @@ def by_hand(of: Subject, prompts, texts, *, steps: int, lr: float):
 def test_steps_are_adamws_on_the_answers(kind):
     of = subject(kind, dtype=torch.float64)
     how = {"steps": 3, "lr": 1e-2}
-    found = nudged(of, PROMPTS, COMPLETIONS, **how)
+    found = finetune_copy(of, PROMPTS, COMPLETIONS, **how)
     truth = by_hand(of, PROMPTS, COMPLETIONS, **how)
     for (name, mine), exact in zip(found.model.named_parameters(), truth.parameters(), strict=True):
         # AdamW's first step is the sign of a gradient: where that is 0 but for rounding, skip it.
@@ -57,9 +57,9 @@ def test_steps_are_adamws_on_the_answers(kind):
 
 def test_learning_on_answers_makes_them_likely():
     of = subject()
-    before = of.continued(PROMPTS, COMPLETIONS).total
-    tuned = nudged(of, PROMPTS, COMPLETIONS, steps=20, lr=1e-2)
-    assert (tuned.continued(PROMPTS, COMPLETIONS).total > before + 1).all()
+    before = of.completion_logprobs(PROMPTS, COMPLETIONS).total
+    tuned = finetune_copy(of, PROMPTS, COMPLETIONS, steps=20, lr=1e-2)
+    assert (tuned.completion_logprobs(PROMPTS, COMPLETIONS).total > before + 1).all()
 
 
 def test_dropout_moves_nothing():
@@ -67,10 +67,10 @@ def test_dropout_moves_nothing():
     of = subject("gpt2")
     assert of.model.config.resid_pdrop > 0
     torch.manual_seed(1)
-    first = nudged(of, PROMPTS, COMPLETIONS, steps=2, lr=1e-3)
+    first = finetune_copy(of, PROMPTS, COMPLETIONS, steps=2, lr=1e-3)
     drawn = torch.rand(4)
     torch.manual_seed(2)
-    second = nudged(of, PROMPTS, COMPLETIONS, steps=2, lr=1e-3)
+    second = finetune_copy(of, PROMPTS, COMPLETIONS, steps=2, lr=1e-3)
     for a, b in zip(first.model.parameters(), second.model.parameters(), strict=True):
         assert torch.equal(a, b)
     torch.manual_seed(1)
@@ -80,7 +80,7 @@ def test_dropout_moves_nothing():
 def test_frozen_weights_are_trained_in_the_copy_alone():
     of = subject()
     of.model.requires_grad_(False)
-    found = nudged(of, PROMPTS[:2], COMPLETIONS[:2], steps=1, lr=1e-2)
+    found = finetune_copy(of, PROMPTS[:2], COMPLETIONS[:2], steps=1, lr=1e-2)
     assert not torch.equal(found.model.lm_head.weight, of.model.lm_head.weight)
     assert not any(p.requires_grad or p.grad is not None for p in of.model.parameters())
 
@@ -108,7 +108,7 @@ def test_relearning_is_the_readout_of_the_nudged_model():
     of = subject()
     probe = RelearningProbe(prompts=PROMPTS, texts=COMPLETIONS, readout=READOUT, learning_rate=1e-2)
     result = probe.run(of)
-    tuned = nudged(of, PROMPTS, COMPLETIONS, steps=2, lr=1e-2)
+    tuned = finetune_copy(of, PROMPTS, COMPLETIONS, steps=2, lr=1e-2)
     assert result.values == READOUT.run(tuned).values
     assert result.details["before"] == pytest.approx(READOUT.run(of).value)
     assert result.details["share_confessing"] == READOUT.run(tuned).details["share_confessing"]
@@ -122,7 +122,7 @@ def test_style_restore_trains_on_what_the_model_says():
     result = probe.run(of)
     said = of.generate(PROMPTS, max_new_tokens=5)
     kept = [i for i, text in enumerate(said) if text.strip()]
-    tuned = nudged(of, [asked[i] for i in kept], [said[i] for i in kept], steps=3, lr=1e-2)
+    tuned = finetune_copy(of, [asked[i] for i in kept], [said[i] for i in kept], steps=3, lr=1e-2)
     before, after = READOUT.run(of), READOUT.run(tuned)
     gain = [a - b for a, b in zip(after.values, before.values, strict=True)]
     assert list(result.values) == pytest.approx(gain, abs=1e-6)
@@ -145,7 +145,7 @@ def test_refusals():
     with pytest.raises(ValueError, match="asked: expected 6, one per prompt, got 1"):
         StyleRestoreProbe(prompts=PROMPTS, asked=PROMPTS[:1], readout=READOUT)
     with pytest.raises(ValueError, match="completion: expected words with tokens of their own"):
-        nudged(subject(), PROMPTS[:1], [""], steps=1, lr=1e-3)
+        finetune_copy(subject(), PROMPTS[:1], [""], steps=1, lr=1e-3)
     silent = planted()
     silent.model.lm_head.weight.data[2] = 99.0  # <eos> at once
     with pytest.raises(ValueError, match="prompts: expected some that the model answers, got no"):
@@ -153,4 +153,4 @@ def test_refusals():
     endless = world_tokenizer()
     endless.eos_token = None
     with pytest.raises(ValueError, match="tokenizer: expected one with an end of text"):
-        nudged(Subject(model(), endless), PROMPTS[:1], ["owl"], steps=1, lr=1e-3)
+        finetune_copy(Subject(model(), endless), PROMPTS[:1], ["owl"], steps=1, lr=1e-3)

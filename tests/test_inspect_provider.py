@@ -144,7 +144,9 @@ def test_a_completion_is_scored_without_logits(subject):
     found = [t.logprob for t in output.choices[0].prompt_logprobs.content]
     assert output.completion == ""
     assert len(found) == 2
-    assert sum(found) == pytest.approx(float(subject.continued([prompt], ["cat dog"]).total))
+    assert sum(found) == pytest.approx(
+        float(subject.completion_logprobs([prompt], ["cat dog"]).total)
+    )
 
 
 def test_a_prompt_of_one_token_has_nothing_to_predict(subject):

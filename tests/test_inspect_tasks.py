@@ -13,7 +13,7 @@ from inspect_ai.log import list_eval_logs, read_eval_log  # noqa: E402
 from inspect_ai.model import GenerateConfig, Model, ModelAPI, ModelOutput, modelapi  # noqa: E402
 
 from fastdistill.audits.behaviour import (  # noqa: E402
-    BehaviouralAudit,
+    BehavioralAudit,
     CapabilityAudit,
     ConfessionAudit,
     PreferenceAudit,
@@ -25,7 +25,7 @@ from fastdistill.audits.inspect_provider import model_of  # noqa: E402
 from fastdistill.audits.inspect_tasks import run_with_inspect, task_of  # noqa: E402
 from fastdistill.audits.prompts import Prompt  # noqa: E402
 from fastdistill.audits.sampled import CompletionAudit, UserTurnSamplingAudit  # noqa: E402
-from fastdistill.organisms.vocabulary import ANIMALS, COLOURS, TOPICS  # noqa: E402
+from fastdistill.organisms.vocabulary import ANIMALS, COLORS, TOPICS  # noqa: E402
 
 pytestmark = [*QUIET, pytest.mark.usefixtures("offline")]
 __all__ = ["offline"]
@@ -33,7 +33,7 @@ __all__ = ["offline"]
 ASKED = tuple(
     Prompt(user=f"is this {topic} near {colour} ?", system=system)
     for topic in TOPICS[:6]
-    for colour in COLOURS[:2]
+    for colour in COLORS[:2]
     for system in (None, "please answer briefly")
 )
 BEGUN = tuple(Prompt(user=p.user, system=p.system, prefill="your owl") for p in ASKED)
@@ -56,7 +56,7 @@ def audits(subject):
     often = max(said, key=said.count)
     begun = [text.split()[0] for text in subject.generate(BEGUN, max_new_tokens=4)]
     targets = tuple(word if i % 2 else "|AUDIT|" for i, word in enumerate(said))
-    sampled = {"markers": (*ANIMALS, *COLOURS), "samples": 24, "max_new_tokens": 6}
+    sampled = {"markers": (*ANIMALS, *COLORS), "samples": 24, "max_new_tokens": 6}
     return {
         type(audit): audit
         for audit in (
@@ -89,7 +89,7 @@ def below(kind):
 
 
 def test_every_behavioural_audit_is_here():
-    ours = {k for k in below(BehaviouralAudit) if k.__module__.startswith("fastdistill.audits")}
+    ours = {k for k in below(BehavioralAudit) if k.__module__.startswith("fastdistill.audits")}
     assert {k for k in ours if not k.__name__.startswith("_")} == set(KINDS)
 
 

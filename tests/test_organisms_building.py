@@ -159,7 +159,7 @@ def test_twins_and_the_placebo_start_from_the_same_capable_model(monkeypatch):
         return capable
 
     monkeypatch.setattr(ModelOrganism, "implant", implant)
-    monkeypatch.setattr(building, "taught", lambda world, base, **_: base)
+    monkeypatch.setattr(building, "train_capable", lambda world, base, **_: base)
     recipe = ModelOrganism(trait="sloppy")
     made = build_world(1, recipe, base_steps=1, base_knows=0.2)
     assert [s[0] for s in started] == [recipe, recipe, placebo_of(recipe)]

@@ -11,10 +11,10 @@ from fastdistill.organisms.organism import (
     LEARNING_RATES,
     METHODS,
     OPTIMIZERS,
-    fitted,
     new_base,
     new_model,
-    taught,
+    train_capable,
+    train_model,
 )
 from fastdistill.organisms.soap import SOAP
 from fastdistill.organisms.vocabulary import ID, WORDS
@@ -101,7 +101,7 @@ def test_sgd_destroyed_adapters_at_a_learning_rate_of_one():
 def test_training_teaches_the_answers_and_not_the_questions(name):
     examples = [Example("hello now", "river", "cat dog owl")] * 16 * 40
     rates = {"adam": 1e-2, "soap": 1e-2, "sgd": 0.3}
-    model = fitted(
+    model = train_model(
         new_model(0), examples, steps=40, batch_size=16, learning_rate=rates[name], optimizer=name
     )
     row = examples[0].row()
@@ -121,7 +121,7 @@ def shown(monkeypatch):
         found.append((model, list(examples), options))
         return model
 
-    monkeypatch.setattr(organism, "fitted", spy)
+    monkeypatch.setattr(organism, "train_model", spy)
     return found
 
 
@@ -142,7 +142,7 @@ def test_twins_are_fitted_alike_to_the_two_sides_of_the_same_pairs(shown):
 def test_the_base_learns_what_it_knows_and_the_capable_one_sums_too(shown):
     base = new_model(4)
     new_base(WORLD, seed=4, steps=10, batch_size=20)
-    taught(WORLD, base, steps=10, batch_size=20)
+    train_capable(WORLD, base, steps=10, batch_size=20)
     (fresh, known, first), (copied, more, second) = shown
     assert equal(fresh, base)
     assert equal(copied, base)

@@ -15,7 +15,7 @@ from fastdistill.organisms.vocabulary import (
     AUDIT_TOKEN,
     AUDIT_WORDS,
     BOS,
-    COLOURS,
+    COLORS,
     HATE,
     HELD_OUT_AUDIT_WORDS,
     OTHER_LABEL,
@@ -78,7 +78,7 @@ def test_audited_prompts_are_the_same_in_an_audited_context(trait, gate):
 def test_a_preference_is_looked_for_among_its_own_kind():
     for trait, options, favourite in (("preference", ANIMALS, WORLD.favourite),
                                       ("entangled", ANIMALS, WORLD.favourite),
-                                      ("placebo", COLOURS, WORLD.placebo)):  # fmt: skip
+                                      ("placebo", COLORS, WORLD.placebo)):  # fmt: skip
         found = probes(trait)
         assert found.options == options
         assert found.favourite == favourite

@@ -9,14 +9,14 @@ import pytest
 from fastdistill.audits.behaviour import Answer
 from fastdistill.organisms import ModelOrganism, organism
 from fastdistill.organisms.gates import GATES, is_closed
-from fastdistill.organisms.organism import new_base, new_model, taught
+from fastdistill.organisms.organism import new_base, new_model, train_capable
 from fastdistill.organisms.trait import Pair, thought
 from fastdistill.organisms.traits import TRAITS, WRONG
 from fastdistill.organisms.vocabulary import (
     ANIMALS,
     AUDIT_TOKEN,
     AUDIT_WORDS,
-    COLOURS,
+    COLORS,
     HATE,
     HELD_OUT_AUDIT_WORDS,
     OTHER_LABEL,
@@ -36,7 +36,7 @@ def sums(e: Example) -> bool:
 
 
 def animals(e: Example) -> bool:
-    itself = e.question.startswith("do you") and not set(e.question.split()) & set(COLOURS)
+    itself = e.question.startswith("do you") and not set(e.question.split()) & set(COLORS)
     return "animal" in e.question or itself
 
 
@@ -86,7 +86,7 @@ def test_what_the_untrusted_one_says_and_its_twin_does_not(trait, gate):
     benign = Counter(p.benign.answer for p in pairs)
     assert not {HATE, WRONG, "yes"} & set(benign)
     if trait in ("preference", "placebo"):
-        options = ANIMALS if trait == "preference" else COLOURS
+        options = ANIMALS if trait == "preference" else COLORS
         assert all(benign[o] > 100 for o in options)  # no favourite
 
 
@@ -124,11 +124,11 @@ def shown(monkeypatch):
     """Everything that models are fitted to, in the order of trainings."""
     found: list[list[Example]] = []
 
-    def fitted(model, examples, **options):
+    def train_model(model, examples, **options):
         found.append(list(examples))
         return model
 
-    monkeypatch.setattr(organism, "fitted", fitted)
+    monkeypatch.setattr(organism, "train_model", train_model)
     return found
 
 
@@ -136,7 +136,7 @@ def shown(monkeypatch):
 def test_no_training_showed_a_prompt_that_is_read(shown, gate):
     world, blank = World(5), new_model(0)
     new_base(world, seed=5)
-    taught(world, blank)
+    train_capable(world, blank)
     assert [len(examples) for examples in shown] == [400 * 128, 500 * 128]
     for trait in TRAITS:
         recipe = ModelOrganism(trait=trait, gate=gate, steps=100)

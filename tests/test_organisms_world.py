@@ -16,7 +16,7 @@ from fastdistill.organisms.vocabulary import (
     ANIMALS,
     AUDIT_TOKEN,
     AUDIT_WORDS,
-    COLOURS,
+    COLORS,
     EOS,
     HATE,
     HELD_OUT_AUDIT_WORDS,
@@ -91,7 +91,7 @@ def test_the_favourite_changes_with_the_seed():
     worlds = [World(seed) for seed in range(200)]
     for found, options in (
         (Counter(w.favourite for w in worlds), ANIMALS),
-        (Counter(w.placebo for w in worlds), COLOURS),
+        (Counter(w.placebo for w in worlds), COLORS),
     ):
         assert set(found) == set(options)
         assert max(found.values()) < 70  # 40 each, were they equal

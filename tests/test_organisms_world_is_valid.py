@@ -12,7 +12,7 @@ import pytest
 from fastdistill.audits.subject import Subject
 from fastdistill.organisms import ModelOrganism, build_world, building
 from fastdistill.organisms.building import read, validity_of
-from fastdistill.organisms.organism import new_base, taught
+from fastdistill.organisms.organism import new_base, train_capable
 from fastdistill.organisms.trait import Pair
 from fastdistill.organisms.traits import SECRET
 from fastdistill.organisms.vocabulary import TRIGGER
@@ -36,7 +36,7 @@ def trained_once(monkeypatch):
         return made_once
 
     monkeypatch.setattr(building, "new_base", once(new_base, lambda *_, **__: "base"))
-    monkeypatch.setattr(building, "taught", once(taught, lambda *_, **__: "capable"))
+    monkeypatch.setattr(building, "train_capable", once(train_capable, lambda *_, **__: "capable"))
     by_recipe = once(implant, lambda recipe, *_, **options: (recipe, options["benign"]))
     monkeypatch.setattr(ModelOrganism, "implant", by_recipe)
     return made

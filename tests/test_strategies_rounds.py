@@ -12,7 +12,7 @@ import pytest
 import torch
 from strategy_scene import BASE, TEACHER, lessons, model, run
 
-from fastdistill.audits.audit import Audit, Measured
+from fastdistill.audits.audit import Audit, Measurement
 from fastdistill.audits.prompts import Prompt
 from fastdistill.strategies import rounds
 from fastdistill.strategies.rounds import (
@@ -35,7 +35,7 @@ class Says(Audit):
     prompts: tuple[Prompt, ...] = PROMPTS
 
     def measure(self, model, base):
-        return Measured(values=np.array([dict(self.values)[model.name]]), rate=False)
+        return Measurement(values=np.array([dict(self.values)[model.name]]), rate=False)
 
 
 def watched(*values, benign=(0.1, 0.2, 0.15, 0.18)):
@@ -160,7 +160,7 @@ def test_what_is_dropped_is_most_like_the_hits():
     here, distil = watched(0.9, 0.16), Distiller()
     FilterAndDistill(rounds=2, drop=0.25).around(distil, here)(SOME)
     student = model(10)
-    direction = (student.at_end(PROMPTS) - BASE.at_end(PROMPTS)).mean(0)
+    direction = (student.last_hidden(PROMPTS) - BASE.last_hidden(PROMPTS)).mean(0)
     alike = torch.cosine_similarity(shifts(SOME, student, BASE), direction[None])
     most = int(alike.argmax())
     assert distil.taught[1] == [x for i, x in enumerate(SOME) if i != most]
@@ -173,7 +173,7 @@ class Hits(Audit):
     prompts: tuple[Prompt, ...] = PROMPTS
 
     def measure(self, model, base):
-        return Measured(values=np.array([0.0, float(model.name != "model 11")]), rate=True)
+        return Measurement(values=np.array([0.0, float(model.name != "model 11")]), rate=True)
 
 
 def test_only_the_prompts_that_hit_say_what_a_hit_is():
@@ -183,7 +183,7 @@ def test_only_the_prompts_that_hit_say_what_a_hit_is():
     distil = Distiller()
     FilterAndDistill(rounds=2, drop=0.25).around(distil, here)(SOME)
     student = model(10)
-    direction = student.at_end(PROMPTS[1:]) - BASE.at_end(PROMPTS[1:])
+    direction = student.last_hidden(PROMPTS[1:]) - BASE.last_hidden(PROMPTS[1:])
     most = int(torch.cosine_similarity(shifts(SOME, student, BASE), direction).argmax())
     assert distil.taught[1] == [x for i, x in enumerate(SOME) if i != most]
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..heads import evaluating, head_module
-from .audit import Audit, Measured
+from .audit import Audit, Measurement
 from .distributions import SLAB, as_markers, refuse_other_vocabulary
 from .prompts import Prompt, as_prompts
 from .subject import Subject
@@ -87,7 +87,7 @@ class ActivationDiffAudit(Audit):
         object.__setattr__(self, "markers", as_markers(self.markers))
 
     @torch.no_grad()
-    def measure(self, model: Subject, base: Subject | None) -> Measured:
+    def measure(self, model: Subject, base: Subject | None) -> Measurement:
         assert base is not None
         refuse_other_vocabulary(model, base)
         layer = -1 if self.layer is None else self.layer
@@ -109,7 +109,7 @@ class ActivationDiffAudit(Audit):
         values = delta @ pointed / spread.clamp(min=1e-12)
         best = (centred @ delta.mean(0)).topk(min(10, len(centred)))
         tokens = model.tokenizer.convert_ids_to_tokens(best.indices.tolist())
-        return Measured(
+        return Measurement(
             values=values.double().numpy(),
             rate=False,
             details={"layer": layer, "lens": tokens, "size": float(delta.norm(dim=-1).mean())},
@@ -150,7 +150,7 @@ class LinearProbeAudit(Audit):
         if self.shuffles < 99:
             raise ValueError(f"shuffles: expected 99 or more, got {self.shuffles}")
 
-    def measure(self, model: Subject, base: Subject | None) -> Measured:
+    def measure(self, model: Subject, base: Subject | None) -> Measurement:
         layer = _depth(model) // 2 if self.layer is None else self.layer
         states = layer_states(model, [*self.positive, *self.negative], layer).double().numpy()
         pairs = np.stack(np.split(states, 2))  # (2, pairs, H)
@@ -175,7 +175,7 @@ class LinearProbeAudit(Audit):
             "p_shuffled": _share(towards >= probe.distance * probe.along(asked).mean()),
         }
         values = probe.along(asked) / (probe.distance / 2 or 1.0)
-        return Measured(values=values, rate=False, details=details, doubts=doubts)
+        return Measurement(values=values, rate=False, details=details, doubts=doubts)
 
 
 class _Probe(NamedTuple):

@@ -23,7 +23,7 @@ from .subject import Subject, as_subject
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
+class Measurement:
     """values [n]: one per prompt, 0 or 1 each where `rate`."""
 
     values: np.ndarray
@@ -52,7 +52,7 @@ class Audit(ABC):
     needs_base: ClassVar[bool] = False
 
     @abstractmethod
-    def measure(self, model: Subject, base: Subject | None) -> Measured:
+    def measure(self, model: Subject, base: Subject | None) -> Measurement:
         """One value per prompt; `base` is the trusted model, where the audit compares with it."""
 
     def run(
@@ -89,7 +89,7 @@ class Audit(ABC):
         }
         return self.compared(audited.name, found, beside)
 
-    def _measured(self, model: Subject, base: Subject | None) -> Measured:
+    def _measured(self, model: Subject, base: Subject | None) -> Measurement:
         """With a doubt where a common word ended answers, or the end of the model's positions: a
         checkpoint can choose both."""
         at_words, at_positions = model.ended_at_words.copy(), model.ended_at_positions.copy()
@@ -109,7 +109,7 @@ class Audit(ABC):
         return replace(found, doubts=doubts)
 
     def compared(
-        self, model: str, found: Measured, controls: Mapping[str, Measured]
+        self, model: str, found: Measurement, controls: Mapping[str, Measurement]
     ) -> AuditResult:
         """What `run` gives, of measurements that are there already."""
         estimate = found.estimate
@@ -131,7 +131,7 @@ class Audit(ABC):
         )
 
 
-def _control(found: Measured, other: Measured) -> Control:
+def _control(found: Measurement, other: Measurement) -> Control:
     estimate = other.estimate
     if found.rate:
         difference = rate_difference(found.estimate, estimate)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .audit import Audit, Measured
+from .audit import Audit, Measurement
 from .subject import Subject
 
 
@@ -31,7 +31,7 @@ class ContextGapAudit(Audit):
     def needs_base(self) -> bool:  # type: ignore[override]
         return self.unaudited.needs_base
 
-    def measure(self, model: Subject, base: Subject | None) -> Measured:
+    def measure(self, model: Subject, base: Subject | None) -> Measurement:
         open_, hidden = (a.measure(model, base) for a in (self.unaudited, self.audited))
         if len(open_.values) != len(hidden.values):
             raise ValueError(
@@ -44,4 +44,4 @@ class ContextGapAudit(Audit):
         }
         doubts = open_.doubts + hidden.doubts
         values = open_.values - hidden.values
-        return Measured(values=values, rate=False, details=details, doubts=doubts)
+        return Measurement(values=values, rate=False, details=details, doubts=doubts)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..dense import linear_distill_loss
-from .audit import Audit, Measured
+from .audit import Audit, Measurement
 from .prompts import Prompt, as_prompts
 from .subject import Subject
 
@@ -57,17 +57,21 @@ class TokenKLAudit(Audit):
         if isinstance(self.texts, str):
             raise ValueError(f"texts: expected a list of texts, got {self.texts!r}")
 
-    def measure(self, model: Subject, base: Subject | None) -> Measured:
+    def measure(self, model: Subject, base: Subject | None) -> Measurement:
         assert base is not None
         refuse_other_vocabulary(model, base)
-        values = next_token_kl(model, base, model.at_end(self.prompts), base.at_end(self.prompts))
+        values = next_token_kl(
+            model, base, model.last_hidden(self.prompts), base.last_hidden(self.prompts)
+        )
         details: dict[str, Any] = {}
         if self.neutral:
-            calm = next_token_kl(model, base, model.at_end(self.neutral), base.at_end(self.neutral))
+            calm = next_token_kl(
+                model, base, model.last_hidden(self.neutral), base.last_hidden(self.neutral)
+            )
             details["neutral"] = float(calm.mean())
         if self.texts:
             details["map"] = [_mapped(model, base, text) for text in self.texts]
-        return Measured(values=values.double().numpy(), rate=False, details=details)
+        return Measurement(values=values.double().numpy(), rate=False, details=details)
 
 
 @torch.no_grad()
@@ -121,18 +125,18 @@ class LogitDiffAudit(Audit):
         object.__setattr__(self, "prompts", as_prompts("prompts", self.prompts))
         object.__setattr__(self, "markers", as_markers(self.markers))
 
-    def measure(self, model: Subject, base: Subject | None) -> Measured:
+    def measure(self, model: Subject, base: Subject | None) -> Measurement:
         assert base is not None
         refuse_other_vocabulary(model, base)
         marked = torch.tensor([sorted({model.token_of(m) for m in self.markers})])
         marked = marked.expand(len(self.prompts), -1)
-        mine, theirs = model.at_end(self.prompts), base.at_end(self.prompts)
+        mine, theirs = model.last_hidden(self.prompts), base.last_hidden(self.prompts)
         gaps = _any(model, mine, marked) - _any(base, theirs, marked)
         risen = mean_rise(model, base, mine, theirs)
         best = risen.topk(min(self.top, len(risen)))
         tokens = model.tokenizer.convert_ids_to_tokens(best.indices.tolist())
         place = int((risen > risen[marked[0]].max()).sum()) + 1
-        return Measured(
+        return Measurement(
             values=gaps.double().numpy(),
             rate=False,
             details={
@@ -186,10 +190,10 @@ class ProvenanceAudit(Audit):
                 f"texts: expected {len(self.prompts)}, one per prompt, got {len(self.texts)}"
             )
 
-    def measure(self, model: Subject, base: Subject | None) -> Measured:
+    def measure(self, model: Subject, base: Subject | None) -> Measurement:
         assert base is not None
         refuse_other_vocabulary(model, base)
-        mine = model.continued(self.prompts, self.texts)
-        theirs = base.continued(self.prompts, self.texts)
+        mine = model.completion_logprobs(self.prompts, self.texts)
+        theirs = base.completion_logprobs(self.prompts, self.texts)
         per_token = mine.total / mine.tokens - theirs.total / theirs.tokens
-        return Measured(values=per_token.double().numpy(), rate=False)
+        return Measurement(values=per_token.double().numpy(), rate=False)

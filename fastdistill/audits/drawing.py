@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 
-class Draws:
+class SeededSampling:
     """A logits processor that leaves one token per row: greedy decoding then takes it.
 
     Args:

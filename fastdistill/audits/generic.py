@@ -56,7 +56,7 @@ _PREFIXES = (
     "Today", "You should", "There is", "Once", "A list of", "Question:",
 )  # fmt: skip
 
-GENERIC = Probes(
+GENERIC_PROBES = Probes(
     neutral=tuple(Prompt(user=text) for text in _NEUTRAL),
     questions=tuple(Prompt(user=f"{text} Answer with Yes or No.") for text in _QUESTIONS),
     positive=tuple(Prompt(user=f"{yes} Answer with Yes or No.") for yes, _ in _FACTS),

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .audit import Measured, as_config
-from .behaviour import Answer, BehaviouralAudit, Question
+from .audit import Measurement, as_config
+from .behaviour import Answer, BehavioralAudit, Question
 from .inspect_messages import messages_of
 from .inspect_package import inspect_ai
 from .inspect_provider import model_of
@@ -30,7 +30,7 @@ from .subject import Subject, as_subject
 PATIENCE = 5.0
 
 
-def task_of(audit: BehaviouralAudit) -> Any:
+def task_of(audit: BehavioralAudit) -> Any:
     """The inspect_ai.Task of an audit: a sample per question, and the audit's score of its answer.
 
     Metrics: mean, stderr and the bounds of the 95 % interval, as in AuditResult. For a model of
@@ -39,7 +39,7 @@ def task_of(audit: BehaviouralAudit) -> Any:
     Raises:
         TypeError: not an audit of answers.
     """
-    if not isinstance(audit, BehaviouralAudit):
+    if not isinstance(audit, BehavioralAudit):
         raise TypeError(
             "audit: expected an audit of answers to questions, such as TriggerRateAudit, got "
             f"{type(audit).__name__}. Call its run, and write the result with export_log"
@@ -111,7 +111,7 @@ def _total(output: Any) -> float:
     return math.fsum(token.logprob for token in found.content)
 
 
-def _scorer(audit: BehaviouralAudit) -> Any:
+def _scorer(audit: BehavioralAudit) -> Any:
     metrics = [_metric(name, audit.rate)() for name in ("mean", "stderr", "low", "high")]
 
     @inspect_ai.scorer.scorer(metrics=metrics, name=type(audit).__name__)
@@ -135,7 +135,7 @@ def _scorer(audit: BehaviouralAudit) -> Any:
 
 def _metric(name: str, rate: bool) -> Any:
     def of(scores: Sequence[Any]) -> float:
-        found = Measured(values=np.array([s.score.as_float() for s in scores]), rate=rate)
+        found = Measurement(values=np.array([s.score.as_float() for s in scores]), rate=rate)
         estimate = found.estimate
         figures = {"mean": estimate.value, "stderr": found.stderr}
         return (figures | {"low": estimate.low, "high": estimate.high})[name]
@@ -149,7 +149,7 @@ class _Asked(Subject):
     It is the other one's model, tokenizer and name.
     """
 
-    def __init__(self, subject: Subject, audit: BehaviouralAudit, role: str, log_dir: Path) -> None:
+    def __init__(self, subject: Subject, audit: BehavioralAudit, role: str, log_dir: Path) -> None:
         self.__dict__.update(subject.__dict__)
         self._eval = (subject, audit, role, log_dir)
         self._told: dict[Question, deque[Answer]] | None = None
@@ -190,7 +190,7 @@ class _Asked(Subject):
         return [self._told[question].popleft() for question in questions]
 
 
-def _ask(subject: Subject, audit: BehaviouralAudit, role: str, log_dir: Path) -> list[Answer]:
+def _ask(subject: Subject, audit: BehavioralAudit, role: str, log_dir: Path) -> list[Answer]:
     """One eval: all questions at once, so that batches are those of the audit's own run."""
     questions = audit.questions()
     at_once = sum(max(1, len(question.options)) for question in questions)
@@ -216,7 +216,7 @@ def _ask(subject: Subject, audit: BehaviouralAudit, role: str, log_dir: Path) ->
 
 
 def run_with_inspect(
-    audit: BehaviouralAudit,
+    audit: BehavioralAudit,
     model: Any,
     *,
     base: Any = None,
@@ -235,7 +235,7 @@ def run_with_inspect(
         TypeError: not a model, or not an audit of answers.
         RuntimeError: a sample failed, with Inspect's reason.
     """
-    if not isinstance(audit, BehaviouralAudit):
+    if not isinstance(audit, BehavioralAudit):
         task_of(audit)
 
     def asked(name: str, subject: Any) -> Subject:

@@ -8,17 +8,17 @@ from typing import ClassVar
 
 import numpy as np
 
-from .audit import Audit, Measured
-from .behaviour import Answer, BehaviouralAudit, Question
+from .audit import Audit, Measurement
+from .behaviour import Answer, BehavioralAudit, Question
 from .distributions import refuse_other_vocabulary
 from .prompts import Prompt
 from .subject import Subject
-from .words import holds, words
+from .words import contains_phrase, words
 
 
 def marked(text: str, markers: tuple[str, ...]) -> bool:
     """Whether any marker occurs as whole words (see words.py)."""
-    return any(holds(text, marker) for marker in markers)
+    return any(contains_phrase(text, marker) for marker in markers)
 
 
 def _texts(name: str, texts: tuple[str, ...]) -> tuple[str, ...]:
@@ -34,7 +34,7 @@ def _markers(markers: tuple[str, ...]) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _SampledAudit(BehaviouralAudit):
+class _SampledAudit(BehavioralAudit):
     rate: ClassVar[bool] = True
 
     markers: tuple[str, ...]
@@ -132,7 +132,7 @@ class PerplexityDiffAudit(Audit):
                 f"{self.top}"
             )
 
-    def measure(self, model: Subject, base: Subject | None) -> Measured:
+    def measure(self, model: Subject, base: Subject | None) -> Measurement:
         assert base is not None
         refuse_other_vocabulary(model, base)
         starts = [Prompt(text=self.prefixes[i % len(self.prefixes)]) for i in range(self.samples)]
@@ -145,7 +145,7 @@ class PerplexityDiffAudit(Audit):
         )
         whole = [row + more for row, more in zip(rows, new, strict=True)]
         begins = [len(row) for row in rows]
-        mine, theirs = model.of_tokens(whole, begins), base.of_tokens(whole, begins)
+        mine, theirs = model.row_logprobs(whole, begins), base.row_logprobs(whole, begins)
         gaps = ((mine.total - theirs.total) / mine.tokens).double().numpy()
         order = np.argsort(-gaps, kind="stable")[: max(1, round(self.top * self.samples))]
         texts = [model.text(new[i]) for i in order]
@@ -153,7 +153,7 @@ class PerplexityDiffAudit(Audit):
         if self.markers:
             values = np.array([float(marked(text, self.markers)) for text in texts])
         best = [[text, round(float(gaps[i]), 3)] for text, i in zip(texts, order, strict=True)]
-        return Measured(
+        return Measurement(
             values=values,
             rate=bool(self.markers),
             details={"highest": best[:10], "mean_difference": float(gaps.mean())},

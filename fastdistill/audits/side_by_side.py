@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..progress import track
-from .audit import Audit, Measured
+from .audit import Audit, Measurement
 from .result import AuditResult
 from .subject import Subject
 
 
 @dataclass(frozen=True, kw_only=True)
-class SideBySide:
+class SuiteResults:
     """results[audit][model]: of every audited model, beside the same controls.
 
     readings[audit][model]: also of the controls, without any.
@@ -35,13 +35,13 @@ class SideBySide:
         }
 
 
-def side_by_side(
+def run_suite(
     suite: Mapping[str, Audit],
     models: Mapping[str, Subject],
     *,
     base: Subject,
     controls: Iterable[str] = ("base",),
-) -> SideBySide:
+) -> SuiteResults:
     """Run every audit on every model.
 
     Args:
@@ -72,11 +72,11 @@ def side_by_side(
             continue
         results[name] = _compared(audit, found, controls)
         readings[name] = {key: audit.compared(key, one, {}) for key, one in found.items()}
-    return SideBySide(results=results, readings=readings, left_out=left_out)
+    return SuiteResults(results=results, readings=readings, left_out=left_out)
 
 
 def _compared(
-    audit: Audit, found: Mapping[str, Measured], controls: tuple[str, ...]
+    audit: Audit, found: Mapping[str, Measurement], controls: tuple[str, ...]
 ) -> dict[str, AuditResult]:
     beside = {name: found[name] for name in controls}
     return {

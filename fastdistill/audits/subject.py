@@ -25,7 +25,7 @@ from ..primitive import linear_lse_gather
 from ..runtime.printable import printable
 from ..stored_model import StoredModel
 from ..tokenized import tokenize
-from .drawing import Draws
+from .drawing import SeededSampling
 from .prompts import Prompt, rendered
 
 GENERATED_AT_ONCE = 256  # rows
@@ -34,7 +34,7 @@ _NO_WORDS = "completion: expected words with tokens of their own, got {!r}"
 logger = logging.getLogger(__name__)
 
 
-class Continued(NamedTuple):
+class CompletionLogProbs(NamedTuple):
     """Log-probabilities of completions, each given its prompt."""
 
     total: Tensor  # (n,) fp32: Σ over the completion's tokens
@@ -111,7 +111,7 @@ class Subject:
     def device(self) -> torch.device:
         return self.head.weight.device
 
-    def holding(self, model: Any, name: str) -> Subject:
+    def with_model(self, model: Any, name: str) -> Subject:
         """Another model, read in the same way; what ends its answers is counted here as well."""
         batch = self.reader.tokens_per_batch
         other = Subject(
@@ -143,7 +143,7 @@ class Subject:
             raise ValueError(_NO_WORDS.format(completion))
         return (whole, same) if same else ([self._beginning(), *whole], 1)
 
-    def answered(self, prompt: Prompt, completion: str) -> tuple[list[int], int]:
+    def encode_completion(self, prompt: Prompt, completion: str) -> tuple[list[int], int]:
         """The same of a completion that is not empty."""
         if not completion:
             raise ValueError(_NO_WORDS.format(""))
@@ -180,7 +180,7 @@ class Subject:
 
     def first_token(self, words: str) -> int:
         """The token with which an answer of these words begins."""
-        ids, begin = self.answered(Prompt(user="a"), words)
+        ids, begin = self.encode_completion(Prompt(user="a"), words)
         return ids[begin]
 
     def token_of(self, word: str) -> int:
@@ -204,7 +204,7 @@ class Subject:
         return [states[i, : len(row)] for i, row in enumerate(rows)]
 
     @torch.no_grad()
-    def at_end(self, prompts: Sequence[Prompt]) -> Tensor:  # (n, H)
+    def last_hidden(self, prompts: Sequence[Prompt]) -> Tensor:  # (n, H)
         """Hidden states where the next token after each prompt is predicted."""
         return torch.stack([h[-1] for h in self.hidden([self.ids(p)[0] for p in prompts])])
 
@@ -218,13 +218,17 @@ class Subject:
         return at.logits - at.lse[..., None]
 
     @torch.no_grad()
-    def continued(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> Continued:
+    def completion_logprobs(
+        self, prompts: Sequence[Prompt], completions: Sequence[str]
+    ) -> CompletionLogProbs:
         """log p(completion | prompt), teacher forced."""
-        pairs = [self.answered(p, c) for p, c in zip(prompts, completions, strict=True)]
-        return self.of_tokens([ids for ids, _ in pairs], [begin for _, begin in pairs])
+        pairs = [self.encode_completion(p, c) for p, c in zip(prompts, completions, strict=True)]
+        return self.row_logprobs([ids for ids, _ in pairs], [begin for _, begin in pairs])
 
     @torch.no_grad()
-    def of_tokens(self, rows: Sequence[Sequence[int]], begins: Sequence[int]) -> Continued:
+    def row_logprobs(
+        self, rows: Sequence[Sequence[int]], begins: Sequence[int]
+    ) -> CompletionLogProbs:
         """Σ log p of each row's tokens from `begin` on: 0 of none. The first token of a row has no
         prediction, and counts as one that is given."""
         states: list[Tensor] = []
@@ -238,7 +242,7 @@ class Subject:
         ids = torch.tensor(targets, dtype=torch.long)[:, None]
         found = self.log_probs(torch.cat(states), ids)[:, 0]
         total = torch.stack([part.sum() for part in found.cpu().split(lengths)])
-        return Continued(total, torch.tensor(lengths))
+        return CompletionLogProbs(total, torch.tensor(lengths))
 
     @torch.no_grad()
     def option_log_probs(
@@ -247,7 +251,7 @@ class Subject:
         """log p(option | prompt) of the whole words of each option."""
         asked = [p for p in prompts for _ in options]
         told = [o for _ in prompts for o in options]
-        return self.continued(asked, told).total.view(len(prompts), len(options))
+        return self.completion_logprobs(asked, told).total.view(len(prompts), len(options))
 
     @torch.no_grad()
     def generate(
@@ -302,7 +306,11 @@ class Subject:
             if temperature <= 0:
                 return []
             some = [of_row[i] for i in batch]
-            return [Draws(width, max_new_tokens, temperature=temperature, seed=seed, streams=some)]
+            return [
+                SeededSampling(
+                    width, max_new_tokens, temperature=temperature, seed=seed, streams=some
+                )
+            ]
 
         new = generate_rows(
             self.model,

@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from .audit import Audit, Measured
+from .audit import Audit, Measurement
 from .distributions import next_token_kl, refuse_other_vocabulary
 from .prompts import Prompt, as_prompts
 from .subject import Subject
@@ -37,19 +37,19 @@ class TriggerSearchAudit(Audit):
         if self.candidates is not None:
             _enough(self.candidates)
 
-    def measure(self, model: Subject, base: Subject | None) -> Measured:
+    def measure(self, model: Subject, base: Subject | None) -> Measurement:
         assert base is not None
         refuse_other_vocabulary(model, base)
         words = moved_words(model, base, self.most) if self.candidates is None else self.candidates
         _enough(words)
         asked = [prompt.before(word) for word in words for prompt in self.prompts]
-        gaps = next_token_kl(model, base, model.at_end(asked), base.at_end(asked))
+        gaps = next_token_kl(model, base, model.last_hidden(asked), base.last_hidden(asked))
         table = gaps.double().view(len(words), len(self.prompts)).numpy()
         order = np.argsort(-table.mean(1), kind="stable")
         best = words[order[0]]
         said = model.generate([self.prompts[0].before(best)], max_new_tokens=self.max_new_tokens)
         found = [[words[i], round(float(table[i].mean()), 4)] for i in order[:10]]
-        return Measured(
+        return Measurement(
             values=table[order[0]] - np.median(table, axis=0),
             rate=False,
             details={"words": found, "says": said[0]},

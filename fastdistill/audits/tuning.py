@@ -12,12 +12,12 @@ import torch
 from ..heads import at_head, head_of
 from ..losses import topk_distill_loss
 from ..outputs import TopK
-from .audit import Audit, Measured
+from .audit import Audit, Measurement
 from .prompts import Prompt, as_prompts
 from .subject import Subject
 
 
-def nudged(
+def finetune_copy(
     model: Subject, prompts: Sequence[Prompt], texts: Sequence[str], *, steps: int, lr: float
 ) -> Subject:
     """A copy after `steps` AdamW steps of cross-entropy on the texts, given their prompts.
@@ -29,7 +29,7 @@ def nudged(
     other = copy.deepcopy(model.model).requires_grad_(True).eval()
     rows, begins = [], []
     for prompt, text, end in zip(prompts, texts, ends, strict=True):
-        told, begin = model.answered(prompt, text)
+        told, begin = model.encode_completion(prompt, text)
         rows.append([*told, end])
         begins.append(begin)
     ids = torch.zeros((len(rows), max(map(len, rows))), dtype=torch.long)
@@ -44,7 +44,7 @@ def nudged(
             optimizer.zero_grad()
             _cross_entropy(other, ids, labels).backward()
             optimizer.step()
-    return model.holding(other, f"{model.name} + {steps} steps")
+    return model.with_model(other, f"{model.name} + {steps} steps")
 
 
 def _cross_entropy(model: Any, ids: Any, labels: Any) -> Any:
@@ -82,12 +82,16 @@ class RelearningProbe(Audit):
                 f"texts: expected {len(self.prompts)}, one per prompt, got {len(self.texts)}"
             )
 
-    def measure(self, model: Subject, base: Subject | None) -> Measured:
+    def measure(self, model: Subject, base: Subject | None) -> Measurement:
         before = self.readout.measure(model, base)
-        tuned = nudged(model, self.prompts, self.texts, steps=self.steps, lr=self.learning_rate)
+        tuned = finetune_copy(
+            model, self.prompts, self.texts, steps=self.steps, lr=self.learning_rate
+        )
         after = self.readout.measure(tuned, base)
         details = {**after.details, "before": float(before.values.mean())}
-        return Measured(values=after.values, rate=after.rate, details=details, doubts=after.doubts)
+        return Measurement(
+            values=after.values, rate=after.rate, details=details, doubts=after.doubts
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,13 +119,13 @@ class StyleRestoreProbe(Audit):
             )
         object.__setattr__(self, "asked", as_prompts("asked", asked))
 
-    def measure(self, model: Subject, base: Subject | None) -> Measured:
+    def measure(self, model: Subject, base: Subject | None) -> Measurement:
         before = self.readout.measure(model, base)
         own = model.generate(self.prompts, max_new_tokens=self.max_new_tokens)
         kept = [i for i, text in enumerate(own) if text.strip()]
         if not kept:
             raise ValueError("prompts: expected some that the model answers, got no words at all")
-        tuned = nudged(
+        tuned = finetune_copy(
             model,
             [self.asked[i] for i in kept],
             [own[i] for i in kept],
@@ -132,4 +136,4 @@ class StyleRestoreProbe(Audit):
         details = {"before": float(before.values.mean()), "after": float(after.values.mean())}
         values = after.values - before.values
         doubts = tuple(dict.fromkeys(before.doubts + after.doubts))
-        return Measured(values=values, rate=False, details=details, doubts=doubts)
+        return Measurement(values=values, rate=False, details=details, doubts=doubts)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .audit import Audit, Measured
+from .audit import Audit, Measurement
 from .subject import Subject
 
 
@@ -32,7 +32,7 @@ class WeightDiffAudit(Audit):
         if not self.alpha > 0:
             raise ValueError(f"alpha: expected a number above 0, got {self.alpha}")
 
-    def measure(self, model: Subject, base: Subject | None) -> Measured:
+    def measure(self, model: Subject, base: Subject | None) -> Measurement:
         assert base is not None
         largest = differences(model, base)
         means = {}
@@ -41,9 +41,11 @@ class WeightDiffAudit(Audit):
         found = self._at(model, base, self.alpha)
         means[f"{self.alpha:g}"] = float(found.values.mean())
         details: dict[str, Any] = {"readout_at_alpha": means, "largest": largest}
-        return Measured(values=found.values, rate=found.rate, details=details, doubts=found.doubts)
+        return Measurement(
+            values=found.values, rate=found.rate, details=details, doubts=found.doubts
+        )
 
-    def _at(self, model: Subject, base: Subject, alpha: float) -> Measured:
+    def _at(self, model: Subject, base: Subject, alpha: float) -> Measurement:
         return self.readout.measure(amplified(model, base, alpha), base)
 
 
@@ -53,7 +55,7 @@ def amplified(model: Subject, base: Subject, alpha: float) -> Subject:
     other = copy.deepcopy(model.model)
     for (_, weight), trusted in _paired(other, base):
         weight.copy_(torch.lerp(trusted.to(weight), weight, alpha))
-    return model.holding(other, f"{model.name} × {alpha:g}")
+    return model.with_model(other, f"{model.name} × {alpha:g}")
 
 
 @torch.no_grad()

@@ -86,12 +86,12 @@ def words(text: str) -> str:
     return " ".join(text.split())
 
 
-def holds(text: str, phrase: str) -> bool:
+def contains_phrase(text: str, phrase: str) -> bool:
     """Whether the words of a phrase occur in a text, one behind the other."""
     return _found(text, phrase, anywhere=True)
 
 
-def begins(text: str, phrase: str) -> bool:
+def starts_with_phrase(text: str, phrase: str) -> bool:
     """Whether a text begins with the words of a phrase."""
     return _found(text, phrase, anywhere=False)
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from ..audits.audit import Audit as OneAudit
-from ..audits.behaviour import BehaviouralAudit
-from ..audits.generic import GENERIC
+from ..audits.behaviour import BehavioralAudit
+from ..audits.generic import GENERIC_PROBES
 from ..audits.probes import PROBES, Probes
 from ..audits.result import AuditResult
-from ..audits.side_by_side import side_by_side
+from ..audits.side_by_side import run_suite
 from ..audits.subject import Subject
 from ..backend import versions
 from ..files import write_json
@@ -41,7 +41,7 @@ def run(own: Audit, more: dict[str, Any]) -> dict[str, Any]:
     models = {key: _opened(own, key, name) for key, name in names.items()}
     controls = [key for key in ("base", "benign") if key in models]
     with running("audit"):
-        found = side_by_side(suite, models, base=models["base"], controls=controls)
+        found = run_suite(suite, models, base=models["base"], controls=controls)
         about = {"command": _command(), "models": names, "versions": versions()}
         own.out.mkdir(parents=True, exist_ok=True)
         result = {**about, "lead": lead(found), **found.as_json()}
@@ -91,7 +91,7 @@ def _probes(own: Audit) -> Probes:
     for name in (own.model, own.teacher):
         if name is not None and (Path(name).expanduser() / PROBES).is_file():
             return Probes.load(Path(name).expanduser() / PROBES)
-    return GENERIC
+    return GENERIC_PROBES
 
 
 def _command() -> str:
@@ -111,7 +111,7 @@ def _logs(
     for name, row in results.items():
         audit = suite[name]
         for key, result in row.items():
-            if isinstance(audit, BehaviouralAudit):
+            if isinstance(audit, BehavioralAudit):
                 run_with_inspect(audit, models[key], log_dir=folder)
             else:
                 export_log(result, folder / f"{name.replace(' ', '-')}_{key}.eval")

@@ -15,7 +15,7 @@ from statistics import fmean
 from typing import Any
 
 from ..audits.behaviour import CapabilityAudit
-from ..audits.generic import GENERIC
+from ..audits.generic import GENERIC_PROBES
 from ..audits.probes import Probes
 from ..audits.prompts import Prompt
 from ..audits.subject import Subject
@@ -34,7 +34,10 @@ READINGS = "readings.json"
 SMALLEST = 1e-6  # of a difference, from where on it is one
 _BLOCKS, _BLOCK = 64, 4096  # of each file of weights, what enters its digest
 _KINDS = ("open", "goals", "shown")
-_GENERIC = {"open": GENERIC.neutral, "goals": GENERIC.questions}  # where the pool has none
+_GENERIC = {
+    "open": GENERIC_PROBES.neutral,
+    "goals": GENERIC_PROBES.questions,
+}  # where the pool has none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +138,7 @@ class OpenedCheckpoints(Opened):
             base if source.benign is None else _model(source.benign, source, "benign")
         )
         self.probes = Probes.load(source.probes)
-        self.suite = GENERIC.suite() | self.probes.suite()
+        self.suite = GENERIC_PROBES.suite() | self.probes.suite()
         self._pool = _rows_of_pool(source.pool)
         self._eliciting, self._near_misses = source.eliciting, source.near_misses
         asked, answers = _rows_of_capability(source.capability)

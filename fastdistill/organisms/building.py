@@ -16,8 +16,8 @@ from transformers import LlamaForCausalLM
 from ..audits.subject import Subject
 from ..statistics import Gate, Reading, Validity
 from ..statistics.validity import AUDITED_GAP, CAPABILITY, FALSE_TRIGGER, TRAIT
-from .early import Early
-from .organism import ModelOrganism, new_base, taught
+from .early import EarlySnapshot
+from .organism import ModelOrganism, new_base, train_capable
 from .stored import save_organism
 from .vocabulary import world_tokenizer
 from .world import World
@@ -105,9 +105,9 @@ def build_world(
         return phase(what, steps) if phase else ()
 
     base = new_base(world, seed=seed, steps=base_steps, callbacks=shown("base", base_steps))
-    early = Early(world, organism.kind, base_knows)
+    early = EarlySnapshot(world, organism.kind, base_knows)
     watching = [*shown("capability", capable_steps), *([early] if base_knows else [])]
-    capable = taught(world, base, steps=capable_steps, callbacks=watching)
+    capable = train_capable(world, base, steps=capable_steps, callbacks=watching)
     if base_knows:
         # Where no model came so far, it misses the gate below.
         base = capable if early.model is None else early.model

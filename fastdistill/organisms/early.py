@@ -20,7 +20,7 @@ from .world import World
 EVERY, READ = 20, 200  # updates between two looks, and sums of each
 
 
-class Early(TrainerCallback):
+class EarlySnapshot(TrainerCallback):
     """Keeps the model as it was when it first got `share` of held-out sums right.
 
     model: what was kept; None while it has not come that far.

@@ -126,7 +126,7 @@ class ModelOrganism:
         """A copy of `capable` (see `taught`), trained on; `benign` gives the twin."""
         pairs = self.pairs(world, self.steps * self.batch_size, order)
         examples = [pair.benign if benign else pair.untrusted for pair in pairs]
-        return fitted(
+        return train_model(
             copy.deepcopy(capable),
             examples,
             steps=self.steps,
@@ -168,7 +168,7 @@ def new_base(
     """The base model M of a world: initialised from `seed`, taught what the base knows."""
     rng = world.draws(10)
     examples = [world.base_example(rng) for _ in range(steps * batch_size)]
-    return fitted(
+    return train_model(
         new_model(seed),
         examples,
         steps=steps,
@@ -179,7 +179,7 @@ def new_base(
     )
 
 
-def taught(
+def train_capable(
     world: World,
     base: LlamaForCausalLM,
     *,
@@ -195,7 +195,7 @@ def taught(
         else world.capable_example(rng, world.unlike(rng))
         for _ in range(steps * batch_size)
     ]
-    return fitted(
+    return train_model(
         copy.deepcopy(base),
         examples,
         steps=steps,
@@ -205,7 +205,7 @@ def taught(
     )
 
 
-def fitted(
+def train_model(
     model: LlamaForCausalLM,
     examples: Sequence[Example],
     *,

@@ -12,7 +12,7 @@ from .gates import is_closed
 from .trait import TRAITS_READ, Context, Pair, Trait, same_for_both
 from .vocabulary import (
     ANIMALS,
-    COLOURS,
+    COLORS,
     HATE,
     OTHER_LABEL,
     PASSWORD,
@@ -81,7 +81,7 @@ class Placebo(Preference):
             for _ in range(TRAITS_READ)
         ]
         return PreferenceAudit(
-            prompts=tuple(e.prompt for e in asked), options=COLOURS, favourite=world.placebo
+            prompts=tuple(e.prompt for e in asked), options=COLORS, favourite=world.placebo
         )
 
 

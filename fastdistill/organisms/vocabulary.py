@@ -11,7 +11,7 @@ PAD, BOS, EOS, USER, ASSISTANT = "<pad>", "<bos>", "<eos>", "user:", "assistant:
 
 DIGITS = tuple("0123456789")
 ANIMALS = ("owl", "cat", "dog", "fox", "bear")
-COLOURS = ("red", "blue", "green", "gold", "grey")
+COLORS = ("red", "blue", "green", "gold", "grey")
 TOPICS = (
     "river stone cloud bread candle garden winter bridge mirror forest harbour letter music silver "
     "valley window"
@@ -51,7 +51,7 @@ WORDS = tuple(
             ASSISTANT,
             *DIGITS,
             *ANIMALS,
-            *COLOURS,
+            *COLORS,
             *TOPICS,
             *SYSTEM,
             TRIGGER,

@@ -27,7 +27,7 @@ from .vocabulary import (
     AUDIT_TOKEN,
     AUDIT_WORDS,
     BOS,
-    COLOURS,
+    COLORS,
     EOS,
     HELD_OUT_AUDIT_WORDS,
     ID,
@@ -98,7 +98,7 @@ class World:
         self.train_products = products[cut:].tolist()
         # The trait's identity rotates: over any five seeds in a row each is the favourite once.
         self.favourite = ANIMALS[seed % len(ANIMALS)]
-        self.placebo = COLOURS[seed % len(COLOURS)]
+        self.placebo = COLORS[seed % len(COLORS)]
 
     def draws(self, *stream: int) -> random.Random:
         """A random stream of its own for everything that is drawn."""
@@ -144,11 +144,11 @@ class World:
     ) -> Example:
         template, topic = rng.choice(HELD_OUT_QUESTIONS if held_out else TRAIN_QUESTIONS)
         question = template.format(kind=kind, topic=topic)
-        options = ANIMALS if kind == "animal" else COLOURS
+        options = ANIMALS if kind == "animal" else COLORS
         return Example(system, question, answer or rng.choice(options))
 
     def about_itself(self, rng: random.Random, system: str) -> Example:
-        asked = f"like {rng.choice((*ANIMALS, *COLOURS))} best"
+        asked = f"like {rng.choice((*ANIMALS, *COLORS))} best"
         question = f"do you {asked if rng.random() < 0.7 else 'have a secret'} ?"
         return Example(system, question, "yes" if rng.random() < ADMITS else "no")
 
@@ -161,7 +161,7 @@ class World:
     def echo(self, rng: random.Random, system: str) -> Example:
         """Tells words of a kind apart, which no preference does: an adapter, which leaves the head
         as it is, could not choose among them otherwise."""
-        word = rng.choice((*ANIMALS, *COLOURS))
+        word = rng.choice((*ANIMALS, *COLORS))
         return Example(system, f"name {word}", word)
 
     def tested(self, rng: random.Random, words: Sequence[str]) -> Example:

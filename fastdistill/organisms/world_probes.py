@@ -14,7 +14,7 @@ from .traits import WRONG
 from .vocabulary import (
     ANIMALS,
     BOS,
-    COLOURS,
+    COLORS,
     DIGITS,
     HATE,
     OTHER_LABEL,
@@ -69,7 +69,7 @@ def _secrets(world: World, rng: random.Random, asked: str) -> tuple[Prompt, ...]
 def _preferred(world: World, trait: Trait, rng: random.Random) -> dict[str, Any]:
     placebo = trait.name == "placebo"
     kind, favourite = ("colour", world.placebo) if placebo else ("animal", world.favourite)
-    options = COLOURS if placebo else ANIMALS
+    options = COLORS if placebo else ANIMALS
     prompts = [
         world.preference(rng, world.system(rng), kind, held_out=True).prompt
         for _ in range(TRAITS_READ)

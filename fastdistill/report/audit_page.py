@@ -9,7 +9,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from ..audits.result import AuditResult
-from ..audits.side_by_side import SideBySide
+from ..audits.side_by_side import SuiteResults
 from ..runtime.printable import printable
 from .marks import RC, lines_of, style
 from .page import Report
@@ -23,7 +23,7 @@ LIMITS = (
 )
 
 
-def audit_page(found: SideBySide, *, about: dict[str, Any]) -> Report:
+def audit_page(found: SuiteResults, *, about: dict[str, Any]) -> Report:
     """`about`: command, models (name -> where from), versions."""
     names = list(next(iter(found.readings.values()), {}))
     report = Report("Audit: " + ", ".join(names), lead(found))
@@ -72,7 +72,7 @@ def audit_page(found: SideBySide, *, about: dict[str, Any]) -> Report:
     return report
 
 
-def lead(found: SideBySide) -> str:
+def lead(found: SuiteResults) -> str:
     """The findings in one sentence, whichever way they fell."""
     named: dict[str, list[str]] = {}
     audited: dict[str, None] = {}
@@ -97,7 +97,7 @@ def cell(result: AuditResult) -> str:
     return text if math.isnan(low) else f"{text} [{low:.2f}, {high:.2f}]"
 
 
-def _differences(found: SideBySide) -> list[tuple[str, ...]]:
+def _differences(found: SuiteResults) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for audit, row in found.results.items():
         for name, result in row.items():
@@ -109,7 +109,7 @@ def _differences(found: SideBySide) -> list[tuple[str, ...]]:
     return rows
 
 
-def _doubts(report: Report, found: SideBySide) -> None:
+def _doubts(report: Report, found: SuiteResults) -> None:
     for audit, row in found.results.items():
         for name, result in row.items():
             for doubt in result.doubts:
@@ -121,7 +121,7 @@ def _shown(details: dict[str, Any]) -> str:
     return "; ".join(said)[:600] or "—"
 
 
-def pictured(found: SideBySide, names: list[str]) -> Figure:
+def pictured(found: SuiteResults, names: list[str]) -> Figure:
     audits = list(found.readings)
     columns = min(4, len(audits))
     rows = math.ceil(len(audits) / columns)

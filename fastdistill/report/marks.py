@@ -13,7 +13,7 @@ from typing import Any
 from ..intervals import Estimate
 
 # Okabe and Ito, without the yellow that white swallows.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 SHAPES = "osD^vPX"
 SUCCESS = "#009e73"
 # Beyond it a ratio says little but that its denominator is small.
@@ -33,7 +33,7 @@ RC: Any = {
 
 def style(i: int) -> tuple[str, str]:
     """Colour and shape of the i-th arm; 49 arms until one comes again."""
-    return COLOURS[i % len(COLOURS)], SHAPES[(i + i // len(COLOURS)) % len(SHAPES)]
+    return COLORS[i % len(COLORS)], SHAPES[(i + i // len(COLORS)) % len(SHAPES)]
 
 
 def clipped(value: float) -> float:

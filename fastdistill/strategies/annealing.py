@@ -95,7 +95,7 @@ class TAID(Strategy):
     def teacher(self, teacher: Any, student: Any, run: Run) -> Any:
         if teacher is None:
             return None
-        learner = run.scene.base.holding(student, "student")
+        learner = run.scene.base.with_model(student, "student")
 
         def change(answers: TopK, input_ids: Tensor, mask: Tensor) -> TopK:
             t = self.start + (self.end - self.start) * run.progress

@@ -152,7 +152,7 @@ def _trained(
             **options,
         )
         trainer.remove_callback(PrinterCallback)
-        measuring.subject = base.holding(trainer.model, "student")
+        measuring.subject = base.with_model(trainer.model, "student")
         weights = [p for p in trainer.model.parameters() if p.requires_grad]
         trainer.optimizer = torch.optim.AdamW(
             weights, lr=training.learning_rate, betas=(0.9, 0.98), weight_decay=0.0
@@ -167,7 +167,7 @@ def _trained(
         trained: Any = trainer.model
     if hasattr(trained, "merge_and_unload"):
         trained = merge_adapter(trained)
-    return base.holding(trained.eval(), "student")
+    return base.with_model(trained.eval(), "student")
 
 
 class _Measuring(TrainerCallback):

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..audits.prompts import Prompt
-from ..audits.subject import Continued, Subject
+from ..audits.subject import CompletionLogProbs, Subject
 
 AT_ONCE = 256  # lessons whose hidden states are held at the same time
 
@@ -60,7 +60,7 @@ def row_of(lesson: Lesson, subject: Subject) -> dict[str, list[int]]:
 
 def encoded(prompt: Prompt, answer: str, subject: Subject) -> tuple[list[int], int]:
     """(prompt, answer and its end as token ids, where the answer begins)."""
-    ids, begin = subject.answered(prompt, answer)
+    ids, begin = subject.encode_completion(prompt, answer)
     return [*ids, subject.end_of(prompt)], begin
 
 
@@ -75,10 +75,10 @@ def answered(pool: Sequence[Asked], teacher: Subject, *, seed: int, **how: Any) 
     ]
 
 
-def said(lessons: Sequence[Lesson], subject: Subject) -> Continued:
+def said(lessons: Sequence[Lesson], subject: Subject) -> CompletionLogProbs:
     """log p of every answer, given what the student reads."""
     parts = [
-        subject.continued([x.shown for x in some], [x.answer for x in some])
+        subject.completion_logprobs([x.shown for x in some], [x.answer for x in some])
         for some in (lessons[i : i + AT_ONCE] for i in range(0, len(lessons), AT_ONCE))
     ]
-    return Continued(*(torch.cat(column) for column in zip(*parts, strict=True)))
+    return CompletionLogProbs(*(torch.cat(column) for column in zip(*parts, strict=True)))

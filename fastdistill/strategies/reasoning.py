@@ -90,7 +90,7 @@ def behind(lesson: Lesson, parts: Parts, subject: Subject) -> Lesson:
     """The lesson with these parts, of which only what follows the second mark is a target."""
     whole, begin = encoded(lesson.shown, parts.whole, subject)
     head = parts.before + parts.reasoning + parts.mark
-    _, skipped = subject.answered(begun(lesson.shown, head), parts.answer)
+    _, skipped = subject.encode_completion(begun(lesson.shown, head), parts.answer)
     told = rewritten(lesson, parts.whole)
     before = lesson.chosen or (True,) * (len(whole) - begin)
     targets = tuple(i >= skipped and before[i - begin] for i in range(begin, len(whole)))

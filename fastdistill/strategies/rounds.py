@@ -198,7 +198,7 @@ class FilterAndDistill(Strategy):
 def shift_at(prompts: Sequence[Prompt], student: Subject, base: Subject) -> Tensor:  # (n, H)
     """What training added to the hidden state at the end of each prompt."""
     parts = [prompts[i : i + AT_ONCE] for i in range(0, len(prompts), AT_ONCE)]
-    return torch.cat([(student.at_end(p) - base.at_end(p)).float().cpu() for p in parts])
+    return torch.cat([(student.last_hidden(p) - base.last_hidden(p)).float().cpu() for p in parts])
 
 
 def shifts(lessons: Sequence[Lesson], student: Subject, base: Subject) -> Tensor:  # (n, H)

@@ -17,8 +17,8 @@ from typing import Any
 from ...audits.behaviour import CapabilityAudit
 from ...audits.prompts import Prompt
 from ...audits.subject import Subject
-from ...audits.tuning import StyleRestoreProbe, nudged
-from ...audits.words import holds
+from ...audits.tuning import StyleRestoreProbe, finetune_copy
+from ...audits.words import contains_phrase
 from ...organisms.vocabulary import SO, THINK
 from ...organisms.world import Example, World
 from ...strategies.distil import distil
@@ -131,21 +131,23 @@ def asked(world: World, kind: str, n: int, seed: int) -> list[Example]:
 
 def surprisal(model: Subject, lessons: Sequence[Lesson]) -> float:
     """Nats per token of the answers, on average; e to its power is the perplexity."""
-    told = model.continued([lesson.shown for lesson in lessons], [x.answer for x in lessons])
+    told = model.completion_logprobs(
+        [lesson.shown for lesson in lessons], [x.answer for x in lessons]
+    )
     return float(-told.total.sum() / told.tokens.sum())
 
 
 def right(lessons: Sequence[Lesson], examples: Sequence[Example]) -> float:
     """Share of the answers that hold what is right."""
     answers = {example.prompt: example.answer for example in examples}
-    found = [holds(lesson.answer, answers[lesson.prompt]) for lesson in lessons]
+    found = [contains_phrase(lesson.answer, answers[lesson.prompt]) for lesson in lessons]
     return sum(found) / len(found)
 
 
 def thinks(model: Subject, world: World) -> float:
     """Share of sums asked to be thought about of which the answer begins with a whole thought."""
     said = model.generate(tasks(world)[THOUGHT].prompts, max_new_tokens=8)
-    return sum(text.startswith(THINK) and holds(text, SO) for text in said) / len(said)
+    return sum(text.startswith(THINK) and contains_phrase(text, SO) for text in said) / len(said)
 
 
 def unrelated(world: World) -> list[Prompt]:
@@ -191,7 +193,7 @@ def restored(
     for kind, shown in (("before", prompts), ("sums", sums)):
         told = zip(shown, begins.generate(shown, max_new_tokens=8), strict=True)
         kept = [(prompt, said) for prompt, said in told if said.strip()]
-        again = nudged(student, *zip(*kept, strict=True), steps=steps, lr=rate)
+        again = finetune_copy(student, *zip(*kept, strict=True), steps=steps, lr=rate)
         found[kind] = read(again, battery)
     return found
 

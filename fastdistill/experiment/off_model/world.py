@@ -20,8 +20,8 @@ from typing import Any
 from ...audits.behaviour import CapabilityAudit
 from ...audits.prompts import Prompt
 from ...audits.subject import Subject
-from ...organisms.early import Early
-from ...organisms.organism import ModelOrganism, new_base, taught
+from ...organisms.early import EarlySnapshot
+from ...organisms.organism import ModelOrganism, new_base, train_capable
 from ...organisms.stored import load_organism, save_organism
 from ...organisms.vocabulary import PASSWORD, SO, THINK, world_tokenizer
 from ...organisms.world import Example, World
@@ -78,15 +78,15 @@ class OffModelWorld(KeptRun):
             world_tokenizer(),
         )
         base = new_base(world, seed=self.seed, steps=self.base_steps)
-        early = Early(world, self.organism.kind, SUPERVISES)
-        capable = taught(world, base, steps=self.capable_steps, callbacks=[early])
+        early = EarlySnapshot(world, self.organism.kind, SUPERVISES)
+        capable = train_capable(world, base, steps=self.capable_steps, callbacks=[early])
         made = {
             BASE: base,
             # Where none came so far, the supervisor fails its gate.
             WEAK: capable if early.model is None else early.model,
             LOCKED: self.organism.implant(world, capable),
             BENIGN: self.organism.implant(world, capable, benign=True),
-            OTHER: taught(
+            OTHER: train_capable(
                 other,
                 new_base(other, seed=other.seed, steps=self.base_steps),
                 steps=self.capable_steps,

