@@ -42,11 +42,11 @@ def _rounded(hidden, weight, teacher, divergence: str) -> Outputs:
     z = x @ w.t()
     wide = z.float()
     rest = wide.scatter(-1, teacher.ids, -torch.inf).logsumexp(-1)
-    from fastdistill.kernels.rows import Gathered, RowOptions, Teacher, rows_forward
+    from fastdistill.kernels.rows import Gathered, RowOptions, Teacher, token_loss_forward
 
     options = RowOptions(divergence, 0.5, 0.1, "bucket", 1.0, False, 0.0, 0.0)
     rounded_teacher = Teacher(teacher.ids, teacher.logprobs.float(), teacher.log_tail.float())
-    rows = rows_forward(
+    rows = token_loss_forward(
         Gathered(wide.gather(-1, teacher.ids), rest, None), rounded_teacher, None, options
     )
     grads = torch.autograd.grad(rows.per_token.mean(), (x, w))

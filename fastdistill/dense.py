@@ -10,13 +10,13 @@ from torch import Tensor
 from . import checks
 from .backend import resolve_impl
 from .fused import keep_gradients, needs, no_positions
-from .kernels.backends import engine
+from .kernels.backends import get_backend
 from .kernels.dense_loss import dense
 from .kernels.head import Head
 from .kernels.op_dense import dense_loss, dense_rows
 from .kernels.rows import RowOptions
 from .losses import Divergence
-from .operands import check_mix, check_reduction, counting, operands
+from .operands import check_mix, check_reduction, operands, token_weights
 
 
 def linear_distill_loss(
@@ -79,8 +79,10 @@ def linear_distill_loss(
         None,
         prefix="teacher_",
     )
-    if teacher.lead != ops.lead:
-        checks.fail("teacher_hidden", f"positions {list(ops.lead)}", list(teacher.lead))
+    if teacher.batch_shape != ops.batch_shape:
+        checks.fail(
+            "teacher_hidden", f"positions {list(ops.batch_shape)}", list(teacher.batch_shape)
+        )
     checks.same_device("teacher_hidden", teacher_hidden, hidden)
     options = RowOptions(divergence, beta, skew, "bucket", temperature, t2_scale, ce_weight, z_loss)
     check_mix(options)
@@ -92,16 +94,16 @@ def linear_distill_loss(
         checks.labels(labels, hidden, vocab, ignore_index, check=False)
     elif ce_weight:
         checks.fail("labels", "a tensor when ce_weight > 0", "None")
-    count = counting(ops, labels, token_weight, ignore_index, reduction, num_items)
+    weights = token_weights(ops, labels, token_weight, ignore_index, reduction, num_items)
     x, t = ops.hidden, teacher.hidden.detach()
     label_N = None if labels is None else labels.reshape(-1).long()
     if label_N is not None:
         label_N = torch.where(label_N == ignore_index, -1, label_N)
-    if count.rows is not None:
-        x, t = x[count.rows], t[count.rows]
-        label_N = None if label_N is None else label_N[count.rows]
-    elif count.active is not None:
-        x, t = (torch.where(count.active.unsqueeze(-1), h, 0) for h in (x, t))
+    if weights.rows is not None:
+        x, t = x[weights.rows], t[weights.rows]
+        label_N = None if label_N is None else label_N[weights.rows]
+    elif weights.mask is not None:
+        x, t = (torch.where(weights.mask.unsqueeze(-1), h, 0) for h in (x, t))
     other = teacher.head._replace(
         weight=teacher.head.weight.detach(),
         bias=None if teacher.head.bias is None else teacher.head.bias.detach(),
@@ -113,12 +115,12 @@ def linear_distill_loss(
     if reduction == "none" and backward == "fused":
         checks.fail("backward", "'recompute' or 'auto' with reduction='none'", "'fused'",
                     "gradients taken in the forward pass need a scalar loss")  # fmt: skip
-    total, rows = _run(x, ops.head, t, other, label_N, count.coef, options, impl, per_row)
+    total, rows = _run(x, ops.head, t, other, label_N, weights.coef, options, impl, per_row)
     if reduction != "none":
-        return (count.coef * rows).sum() if total is None else total
-    rows = count.coef * rows
-    if count.rows is not None:
-        rows = rows.new_zeros(ops.hidden.shape[0]).index_copy(0, count.rows, rows)
+        return (weights.coef * rows).sum() if total is None else total
+    rows = weights.coef * rows
+    if weights.rows is not None:
+        rows = rows.new_zeros(ops.hidden.shape[0]).index_copy(0, weights.rows, rows)
     return ops.unflatten(rows)
 
 
@@ -143,7 +145,7 @@ def _run(
 
         def run(coef: Tensor, x: Tensor, head: Head, need: list[bool]) -> Any:
             return dense(
-                engine(impl),
+                get_backend(impl),
                 head,
                 x,
                 teacher,

@@ -15,19 +15,19 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .kernels.backends import engine
+from .kernels.backends import get_backend
 from .kernels.head import Head, keep_rounded
 from .kernels.op_common import or_none
-from .kernels.op_losses import refuse_second_derivative, scale_saved, topk_loss
-from .kernels.rows import Gathered, RowOptions, entropy_of, first_slots, rows_forward
-from .kernels.topk_loss import Fused, callable_rows, named_rows
+from .kernels.op_losses import raise_no_second_derivative, scale_saved, topk_loss
+from .kernels.rows import Gathered, RowOptions, entropy_of, first_slots, token_loss_forward
+from .kernels.topk_loss import Fused, callable_token_loss, named_token_loss
 from .kernels.topk_loss import fused as fused_loss
-from .operands import Operands, Payload
+from .operands import Operands, TeacherRows
 from .outputs import DistillOutput
 from .parallel import Shard, backend_of, gather_logits, lse_gather
 
 
-class Computed(NamedTuple):
+class LossTerms(NamedTuple):
     """[N] each. `loss` is Σ coef · ℓ where the route sums itself, else None and per_token carries
     the gradient."""
 
@@ -40,13 +40,13 @@ class Computed(NamedTuple):
     entropy: Tensor | None
 
 
-def slots_of(teacher_rows: Payload, label_N: Tensor | None) -> Tensor:
+def gathered_ids(teacher_rows: TeacherRows, label_N: Tensor | None) -> Tensor:
     """The teacher's ids with the label's slot last, [N, K] or [N, K+1]."""
     ids = teacher_rows.teacher.ids
     return ids if label_N is None else torch.cat([ids, label_N.unsqueeze(-1)], -1)
 
 
-def wanted_label(label_N: Tensor | None, options: RowOptions, statistics: bool) -> Tensor | None:
+def needed_label(label_N: Tensor | None, options: RowOptions, statistics: bool) -> Tensor | None:
     """The label's slot costs a little; without statistics it is asked for only when CE is."""
     return label_N if statistics or options.ce_weight else None
 
@@ -54,49 +54,49 @@ def wanted_label(label_N: Tensor | None, options: RowOptions, statistics: bool) 
 def recomputed(
     x: Tensor,
     head: Head,
-    teacher_rows: Payload,
+    teacher_rows: TeacherRows,
     label_N: Tensor | None,
     options: RowOptions,
     statistics: bool,
     impl: str,
     shard: Shard | None,
-) -> Computed:
-    label_N = wanted_label(label_N, options, statistics)
-    ids = slots_of(teacher_rows, label_N)
+) -> LossTerms:
+    label_N = needed_label(label_N, options, statistics)
+    ids = gathered_ids(teacher_rows, label_N)
     base = head.temperature != 1.0 and (statistics or options.needs_base)
     z, lse_rest, mean_rest, lse_base = lse_gather(x, head, ids, statistics, base, impl, shard)
     gathered = Gathered(z, lse_rest, lse_base if base else None)
-    rows = rows_forward(gathered, teacher_rows.teacher, label_N, options)
+    rows = token_loss_forward(gathered, teacher_rows.teacher, label_N, options)
     entropy = entropy_of(gathered, mean_rest, first_slots(ids))[0] if statistics else None
-    return Computed(None, *rows, entropy)
+    return LossTerms(None, *rows, entropy)
 
 
 def by_rows(
     x: Tensor,
     head: Head,
-    teacher_rows: Payload,
+    teacher_rows: TeacherRows,
     options: RowOptions,
     impl: str,
     shard: Shard | None,
-) -> Computed:
+) -> LossTerms:
     z = gather_logits(x, head, teacher_rows.teacher.ids, impl, shard)
-    rows = rows_forward(Gathered(z, None, None), teacher_rows.teacher, None, options)
-    return Computed(None, *rows, None)
+    rows = token_loss_forward(Gathered(z, None, None), teacher_rows.teacher, None, options)
+    return LossTerms(None, *rows, None)
 
 
 def fused(
     x: Tensor,
     head: Head,
-    teacher_rows: Payload,
+    teacher_rows: TeacherRows,
     label_N: Tensor | None,
     coef_N: Tensor,
     options: RowOptions,
     statistics: bool,
     impl: str,
     shard: Shard | None,
-) -> Computed:
-    label_N = wanted_label(label_N, options, statistics)
-    ids = slots_of(teacher_rows, label_N)
+) -> LossTerms:
+    label_N = needed_label(label_N, options, statistics)
+    ids = gathered_ids(teacher_rows, label_N)
     base = head.temperature != 1.0 and (statistics or options.needs_base)
     named = isinstance(options.divergence, str)
     if not named or shard is not None:
@@ -106,14 +106,14 @@ def fused(
 
         def run(coef: Tensor, x: Tensor, head: Head, need: list[bool]) -> Fused:
             out = fused_loss(
-                engine(impl if shard is None else backend_of(impl, head)),
+                get_backend(impl if shard is None else backend_of(impl, head)),
                 head,
                 x,
                 ids if shard is None else shard.slots(ids, head),
                 teacher_rows.teacher,
                 label_N,
                 coef,
-                named_rows(options) if named else callable_rows(options),
+                named_token_loss(options) if named else callable_token_loss(options),
                 base=base,
                 entropy=statistics,
                 need_hidden=need[0],
@@ -129,7 +129,7 @@ def fused(
             return out._replace(dx=dx, lift=torch.cat([lift.reshape(1), out.lift[1:]]))
 
         loss, out = keep_gradients(run, coef_N, x, head)
-        return Computed._make((loss, *out.rows, out.entropy))
+        return LossTerms._make((loss, *out.rows, out.entropy))
     loss, per_token, D, mass, lse, nll, entropy, *_ = topk_loss(
         x,
         head.weight,
@@ -155,7 +155,7 @@ def fused(
         impl,
         options.filter_eps,
     )
-    return Computed(loss, per_token, D, mass, or_none(lse), or_none(nll), or_none(entropy))
+    return LossTerms(loss, per_token, D, mass, or_none(lse), or_none(nll), or_none(entropy))
 
 
 def needs(x: Tensor, head: Head) -> list[bool]:
@@ -192,7 +192,7 @@ class _PrecomputedGradients(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         if torch.is_grad_enabled():  # create_graph=True
-            refuse_second_derivative()
+            raise_no_second_derivative()
         per_token, lift, *saved = ctx.saved_tensors
         d_coef = grad * per_token if ctx.needs_input_grad[4] else None
         grads = scale_saved(saved, grad, lift, ctx.needs_input_grad[5:])
@@ -202,11 +202,11 @@ class _PrecomputedGradients(torch.autograd.Function):
 def by_reference(
     x: Tensor,
     head: Head,
-    teacher_rows: Payload,
+    teacher_rows: TeacherRows,
     label_N: Tensor | None,
     coef_N: Tensor,
     options: RowOptions,
-) -> Computed:
+) -> LossTerms:
     from . import reference
 
     out = reference.topk_distill(
@@ -221,14 +221,14 @@ def by_reference(
         softcap=head.softcap,
         valid_vocab=head.vocab,
     )
-    return Computed(*out)
+    return LossTerms(*out)
 
 
 def no_positions(
     ops: Operands, x: Tensor, reduction: str, options: RowOptions, label_N: Tensor | None
 ) -> DistillOutput:
     """No position counts: 0, with zero gradients rather than none."""
-    zero = torch.zeros(ops.lead, dtype=ops.head.dtype, device=x.device)
+    zero = torch.zeros(ops.batch_shape, dtype=ops.head.dtype, device=x.device)
     parts = [x, ops.head.weight[:0], *([] if ops.head.bias is None else [ops.head.bias[:0]])]
     loss = sum((p.sum().to(zero.dtype) for p in parts), start=zero.sum())
     by_rows = options.tail == "renorm_both" and not options.needs_base

@@ -17,20 +17,20 @@ from torch import Tensor
 
 from . import checks
 from .backend import resolve_impl
-from .fused import Computed, by_reference, by_rows, fused, no_positions, recomputed
+from .fused import LossTerms, by_reference, by_rows, fused, no_positions, recomputed
 from .kernels.rows import RowOptions
 from .operands import (
-    Counting,
     Operands,
-    Payload,
+    TeacherRows,
+    TokenWeights,
     check_mix,
     check_reduction,
-    counting,
     operands,
-    payload,
+    to_teacher_rows,
+    token_weights,
 )
 from .outputs import DistillOutput, TopK
-from .parallel import place, refuse_different
+from .parallel import check_same_on_all_ranks, distribute_head
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -214,7 +214,7 @@ def _distill(
     *,
     statistics: bool,
 ) -> DistillOutput:
-    weight, bias, placement = place(weight, head[0], group, impl)
+    weight, bias, placement = distribute_head(weight, head[0], group, impl)
     ops = operands(hidden, weight, bias, *head[1:], placement=placement)
     impl = resolve_impl(impl, hidden.device)
     check_mix(options)
@@ -222,7 +222,7 @@ def _distill(
     check_reduction(reduction, num_items, token_weight, hidden)
     if labels is not None:
         checks.labels(labels, hidden, ops.vocab, ignore_index, check)
-        refuse_different(ops.shard, "labels", labels, check)
+        check_same_on_all_ranks(ops.shard, "labels", labels, check)
     elif options.ce_weight:
         checks.fail("labels", "a tensor when ce_weight > 0", "None")
     if not isinstance(teacher, TopK):
@@ -236,26 +236,28 @@ def _distill(
         temperature=options.temperature,
         check=check,
     )
-    refuse_different(ops.shard, "teacher.ids", teacher.ids, check)
-    count = counting(ops, labels, token_weight, ignore_index, reduction, num_items)
+    check_same_on_all_ranks(ops.shard, "teacher.ids", teacher.ids, check)
+    weights = token_weights(ops, labels, token_weight, ignore_index, reduction, num_items)
     label_N = None
     if labels is not None:
         label_N = labels.reshape(-1).long()
         label_N = torch.where(label_N == ignore_index, -1, label_N)
-    teacher_rows = payload(teacher, options.tail, options.temperature, ops.head.dtype, count.active)
+    teacher_rows = to_teacher_rows(
+        teacher, options.tail, options.temperature, ops.head.dtype, weights.mask
+    )
     x = ops.hidden
-    if count.rows is not None:
-        x, label_N = x[count.rows], None if label_N is None else label_N[count.rows]
-        teacher_rows = teacher_rows.take(count.rows)
-    elif count.active is not None:
-        x = torch.where(count.active.unsqueeze(-1), x, 0)  # NaN at an ignored position stays there
+    if weights.rows is not None:
+        x, label_N = x[weights.rows], None if label_N is None else label_N[weights.rows]
+        teacher_rows = teacher_rows.take(weights.rows)
+    elif weights.mask is not None:
+        x = torch.where(weights.mask.unsqueeze(-1), x, 0)  # NaN at an ignored position stays there
     if x.shape[0] == 0:
         return no_positions(ops, x, reduction, options, label_N)
     if options.filter_eps is not None:
         checks.grad_filter(options, impl, backward, reduction, ops.head.weight.dtype)
     compiled_callable = callable(options.divergence) and torch.compiler.is_compiling()
     if impl == "reference":
-        out = by_reference(x, ops.head, teacher_rows, label_N, count.coef, options)
+        out = by_reference(x, ops.head, teacher_rows, label_N, weights.coef, options)
     elif options.tail == "renorm_both" and not options.needs_base:
         out = by_rows(x, ops.head, teacher_rows, options, impl, ops.shard)
     elif backward == "recompute" or (
@@ -267,33 +269,33 @@ def _distill(
                     "gradients taken in the forward pass need a scalar loss")  # fmt: skip
     else:
         out = fused(
-            x, ops.head, teacher_rows, label_N, count.coef, options, statistics, impl, ops.shard
+            x, ops.head, teacher_rows, label_N, weights.coef, options, statistics, impl, ops.shard
         )
-    return _assemble(ops, out, teacher_rows, count, reduction)
+    return _assemble(ops, out, teacher_rows, weights, reduction)
 
 
 def _assemble(
-    ops: Operands, out: Computed, teacher_rows: Payload, count: Counting, reduction: str
+    ops: Operands, out: LossTerms, teacher_rows: TeacherRows, weights: TokenWeights, reduction: str
 ) -> DistillOutput:
     """Sum or weigh, put dropped positions back as zeros, detach what carries no gradient."""
 
-    def place(values_n: Tensor | None) -> Tensor | None:
+    def scatter_back(values_n: Tensor | None) -> Tensor | None:
         if values_n is None:
             return None
-        if count.rows is not None:
+        if weights.rows is not None:
             blank = values_n.new_zeros(ops.hidden.shape[0])
-            values_n = blank.index_copy(0, count.rows, values_n)
-        elif count.active is not None:
-            values_n = torch.where(count.active, values_n, 0.0)
+            values_n = blank.index_copy(0, weights.rows, values_n)
+        elif weights.mask is not None:
+            values_n = torch.where(weights.mask, values_n, 0.0)
         return ops.unflatten(values_n)
 
     if reduction == "none":
-        loss = place(count.coef * out.per_token)
+        loss = scatter_back(weights.coef * out.per_token)
     else:
-        loss = (count.coef * out.per_token).sum() if out.loss is None else out.loss
+        loss = (weights.coef * out.per_token).sum() if out.loss is None else out.loss
     assert loss is not None
     fields = (out.per_token, out.divergence, teacher_rows.mass, *out[3:])
-    per_token, D, mass, *rest = (None if f is None else place(f.detach()) for f in fields)
+    per_token, D, mass, *rest = (None if f is None else scatter_back(f.detach()) for f in fields)
     assert per_token is not None
     assert D is not None
     assert mass is not None

@@ -18,7 +18,7 @@ from .kernels.divergences import NAMES, floor_of, minimum_of
 from .kernels.head import Head
 from .kernels.rows import TAILS, RowOptions, Teacher, merge_repeats
 from .outputs import TopK
-from .parallel import Placement, Shard, filled, is_dtensor, shard_of
+from .parallel import Placement, Shard, is_dtensor, nonempty_rows, shard_of
 
 TAIL_FLOOR = 2.0**-24  # 1 − Σp below this is rounding of the payload, not mass
 
@@ -31,12 +31,12 @@ class Operands(NamedTuple):
 
     hidden: Tensor
     head: Head
-    lead: torch.Size
+    batch_shape: torch.Size
     vocab: int
     shard: Shard | None
 
     def unflatten(self, rows_N: Tensor) -> Tensor:
-        return rows_N.reshape(self.lead + rows_N.shape[1:])
+        return rows_N.reshape(self.batch_shape + rows_N.shape[1:])
 
 
 def operands(
@@ -71,8 +71,8 @@ def operands(
     rows, offset = (weight.shape[0], 0) if shard is None else (shard.rows, shard.offset)
     vocab = checks.vocabulary(valid_vocab, rows)
     head = Head(
-        filled(weight).contiguous(),
-        None if bias is None else filled(bias).contiguous(),
+        nonempty_rows(weight).contiguous(),
+        None if bias is None else nonempty_rows(bias).contiguous(),
         float(logit_scale),
         None if softcap is None else float(softcap),
         float(temperature),
@@ -82,24 +82,24 @@ def operands(
     return Operands(flat, head, hidden.shape[:-1], vocab, shard)
 
 
-class Payload(NamedTuple):
+class TeacherRows(NamedTuple):
     """A teacher as the kernels take it, and the mass of its slots before any renormalisation."""
 
     teacher: Teacher
     mass: Tensor
 
-    def take(self, rows: Tensor) -> Payload:
-        return Payload(Teacher(*(t[rows] for t in self.teacher)), self.mass[rows])
+    def take(self, rows: Tensor) -> TeacherRows:
+        return TeacherRows(Teacher(*(t[rows] for t in self.teacher)), self.mass[rows])
 
 
-def payload(
-    teacher: TopK, tail: str, temperature: float, dtype: torch.dtype, active_N: Tensor | None
-) -> Payload:
+def to_teacher_rows(
+    teacher: TopK, tail: str, temperature: float, dtype: torch.dtype, mask_N: Tensor | None
+) -> TeacherRows:
     """Flatten a checked TopK; rows outside active_N become all-empty slots."""
     K = teacher.ids.shape[-1]
     ids = teacher.ids.detach().reshape(-1, K).long()
-    if active_N is not None:
-        ids = torch.where(active_N.unsqueeze(-1), ids, -1)
+    if mask_N is not None:
+        ids = torch.where(mask_N.unsqueeze(-1), ids, -1)
     floor, empty = floor_of(dtype), ids < 0
     lp = teacher.logprobs.detach().reshape(-1, K).to(dtype)
     lp = torch.where(empty, floor, lp).clamp(min=floor, max=0.0)
@@ -112,15 +112,15 @@ def payload(
         log_tail = torch.log1p(-inside).to(dtype)
     else:
         log_tail = teacher.log_tail.detach().reshape(-1).to(dtype).clamp(min=floor, max=0.0)
-    if active_N is not None:
-        log_tail = torch.where(active_N, log_tail, 0.0)
+    if mask_N is not None:
+        log_tail = torch.where(mask_N, log_tail, 0.0)
     if tail == "renorm_both" and teacher.temperature != temperature:
         # Over S alone p at T is the payload's p to the power T_payload / T, renormalised.
         lp = (lp * (teacher.temperature / temperature)).clamp(min=floor).masked_fill(empty, floor)
-    return Payload(Teacher(ids, lp, log_tail), mass)
+    return TeacherRows(Teacher(ids, lp, log_tail), mass)
 
 
-class Counting(NamedTuple):
+class TokenWeights(NamedTuple):
     """Which of N tokens count, by how much, and where they come from.
 
     coef_n is each token's factor in the returned sum. rows_n are the tokens kept out of N: on CPU
@@ -129,40 +129,40 @@ class Counting(NamedTuple):
 
     coef: Tensor
     rows: Tensor | None
-    active: Tensor | None
+    mask: Tensor | None
 
 
-def counting(
+def token_weights(
     ops: Operands,
     labels: Tensor | None,
     token_weight: Tensor | None,
     ignore_index: int,
     reduction: str,
     num_items: int | float | Tensor | None,
-) -> Counting:
+) -> TokenWeights:
     """Token factors: w_n / (num_items or the number of non-ignored) for a mean, else w_n."""
     N, wide = ops.hidden.shape[0], ops.head.dtype
     coef = torch.ones(N, dtype=wide, device=ops.hidden.device)
-    active = None if labels is None else labels.reshape(-1) != ignore_index
+    mask = None if labels is None else labels.reshape(-1) != ignore_index
     if token_weight is not None:
         coef = token_weight.reshape(-1).to(wide)
-    if active is not None:
-        coef = torch.where(active, coef, 0.0)
+    if mask is not None:
+        coef = torch.where(mask, coef, 0.0)
     if reduction == "mean":
         if num_items is None:
-            num_items = N if active is None else active.sum()
+            num_items = N if mask is None else mask.sum()
         if isinstance(num_items, Tensor):
             coef = coef / num_items.to(coef).reshape(()).clamp(
                 min=1e-12 if num_items.is_floating_point() else 1
             )
         else:
             coef = coef / max(num_items, 1e-12)
-    if active is None or ops.hidden.device.type != "cpu" or torch.compiler.is_compiling():
-        return Counting(coef, None, active)
-    if bool(active.all()):
-        return Counting(coef, None, None)
-    rows = active.nonzero()[:, 0]
-    return Counting(coef[rows], rows, None)
+    if mask is None or ops.hidden.device.type != "cpu" or torch.compiler.is_compiling():
+        return TokenWeights(coef, None, mask)
+    if bool(mask.all()):
+        return TokenWeights(coef, None, None)
+    rows = mask.nonzero()[:, 0]
+    return TokenWeights(coef[rows], rows, None)
 
 
 def check_reduction(

@@ -110,7 +110,7 @@ def _local(name: str, value: Any) -> Tensor:
     return value.to_local()
 
 
-def _checked(group: Any) -> ProcessGroup:
+def _check_group(group: Any) -> ProcessGroup:
     if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
         raise TypeError(
             f"group: expected a torch.distributed.ProcessGroup or None, got {type(group).__name__};"
@@ -122,13 +122,13 @@ def _checked(group: Any) -> ProcessGroup:
     return group
 
 
-def place(
+def distribute_head(
     weight: Any, bias: Any, group: Any, impl: str
 ) -> tuple[Tensor, Tensor | None, Placement | None]:
     """(this rank's weight [V_r, H] and bias [V_r], where they belong): the tensors themselves and
     None for a head that this process holds alone."""
     if group is not None:
-        group = _checked(group)
+        group = _check_group(group)
     if is_dtensor(bias) and not is_dtensor(weight):
         checks.fail("bias", "a tensor, as weight is", "a DTensor", "pass bias.to_local()")
     if group is None and not is_dtensor(weight):
@@ -163,20 +163,20 @@ def shard_of(placement: Placement, weight: Tensor) -> Shard:
     known: dict[Any, Shard] = _SHARDS.setdefault(placement.weight_key, {})
     key = (placement.group, weight.shape[0])
     if key not in known:
-        known[key] = _ask(placement, weight)
+        known[key] = _exchange_sizes(placement, weight)
     return known[key]
 
 
-def _gathered(group: ProcessGroup, mine: Tensor) -> list[list[int]]:
+def _all_gather_rows(group: ProcessGroup, mine: Tensor) -> list[list[int]]:
     """What every rank holds in `mine`, int64, in rank order."""
     rows = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(rows, mine, group=group)
     return torch.stack(rows).tolist()
 
 
-def _ask(placement: Placement, weight: Tensor) -> Shard:
+def _exchange_sizes(placement: Placement, weight: Tensor) -> Shard:
     mine = [placement.position, *weight.shape]
-    rows = sorted(_gathered(placement.group, torch.tensor(mine, device=weight.device)))
+    rows = sorted(_all_gather_rows(placement.group, torch.tensor(mine, device=weight.device)))
     sizes, widths = [size for _, size, _ in rows], {width for _, _, width in rows}
     if len(widths) > 1:
         checks.fail("weight", "shape [V_r, H] with one H on every rank of the group",
@@ -191,7 +191,7 @@ def _ask(placement: Placement, weight: Tensor) -> Shard:
     return Shard(placement.group, before, sum(sizes), max(sizes))
 
 
-def refuse_different(shard: Shard | None, name: str, ids: Tensor, check: bool) -> None:
+def check_same_on_all_ranks(shard: Shard | None, name: str, ids: Tensor, check: bool) -> None:
     """Ids or labels that differ between the ranks: their group shares a head but not a batch.
 
     It reads values, and so runs where `checks.values_readable` says.
@@ -199,15 +199,15 @@ def refuse_different(shard: Shard | None, name: str, ids: Tensor, check: bool) -
     if shard is None or not checks.values_readable(ids, check):
         return
     flat = ids.reshape(-1).long()
-    place = torch.arange(flat.numel(), device=flat.device)
-    mine = torch.stack([flat.new_tensor(flat.numel()), flat.sum(), (flat * place).sum()])
-    if len({tuple(row) for row in _gathered(shard.group, mine)}) > 1:
+    index = torch.arange(flat.numel(), device=flat.device)
+    mine = torch.stack([flat.new_tensor(flat.numel()), flat.sum(), (flat * index).sum()])
+    if len({tuple(row) for row in _all_gather_rows(shard.group, mine)}) > 1:
         checks.fail(name, "the same on every rank of group", "ranks that differ",
                     "group joins ranks that share a batch and split the vocabulary; ranks with "
                     "batches of their own are data-parallel")  # fmt: skip
 
 
-def filled(rows: Tensor) -> Tensor:
+def nonempty_rows(rows: Tensor) -> Tensor:
     """A shard without rows gets one, which valid_vocab leaves out: kernels index what is there."""
     return rows if rows.shape[0] else F.pad(rows, [0, 0] * (rows.dim() - 1) + [0, 1])
 

@@ -10,12 +10,12 @@ from torch import Tensor
 from . import checks
 from . import native_topk as native_topk  # registers a kernel of the C++ extension
 from .backend import resolve_impl
-from .kernels.backends import engine
+from .kernels.backends import get_backend
 from .kernels.rows import ABSENT, Gathered, entropy_of, first_slots
 from .kernels.topk import topk
 from .operands import operands
 from .outputs import SelectedLogits, TopK
-from .parallel import lse_gather, place, refuse_different
+from .parallel import check_same_on_all_ranks, distribute_head, lse_gather
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -68,13 +68,13 @@ def linear_lse_gather(
         ValueError or TypeError, naming the argument: ids outside the vocabulary, K > V, shapes,
         dtypes or devices that do not match, temperature ≤ 0.
     """
-    weight, bias, placement = place(weight, bias, group, impl)
+    weight, bias, placement = distribute_head(weight, bias, group, impl)
     ops = operands(
         hidden, weight, bias, logit_scale, softcap, temperature, valid_vocab, placement=placement
     )
     impl = resolve_impl(impl, hidden.device)
     checks.ids("ids", ids, hidden, ops.vocab, check)
-    refuse_different(ops.shard, "ids", ids, check)
+    check_same_on_all_ranks(ops.shard, "ids", ids, check)
     ids_NK = ids.reshape(-1, ids.shape[-1]).long()
     head = ops.head
     if impl == "reference":
@@ -155,7 +155,7 @@ def linear_topk(
         ids, logprobs, log_tail = best.ids, best.logprobs, best.log_tail
     else:
         with torch.autocast(hidden.device.type, enabled=False):
-            ids, logprobs, log_tail = topk(engine(impl), head, ops.hidden, k)
+            ids, logprobs, log_tail = topk(get_backend(impl), head, ops.hidden, k)
     assert log_tail is not None
     return TopK(
         ops.unflatten(ids), ops.unflatten(logprobs), ops.unflatten(log_tail), float(temperature)

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from . import checks
 from .backend import resolve_impl
-from .kernels.backends import engine
+from .kernels.backends import get_backend
 from .kernels.op_gather import gather_logits
 from .kernels.row_scores import scores
-from .kernels.rows import Gathered, RowOptions, Teacher, rows_forward
-from .operands import Operands, Payload, operands, payload
+from .kernels.rows import Gathered, RowOptions, Teacher, token_loss_forward
+from .operands import Operands, TeacherRows, operands, to_teacher_rows
 from .outputs import TokenScores, TopK
 
 
@@ -68,7 +68,7 @@ def token_scores(
             *teacher, hidden, None, vocab=head.vocab, tail="bucket", temperature=temperature,
             check=check,
         )  # fmt: skip
-        teacher_rows = payload(teacher, "bucket", temperature, head.dtype, None)
+        teacher_rows = to_teacher_rows(teacher, "bucket", temperature, head.dtype, None)
     ids = ops.hidden.new_empty(ops.hidden.shape[0], 0, dtype=torch.int64)
     if teacher_rows is not None:
         ids = teacher_rows.teacher.ids
@@ -82,7 +82,7 @@ def token_scores(
             head.softcap, 1.0, impl,
         )[:, 0]  # fmt: skip
     with torch.autocast(hidden.device.type, enabled=False):
-        s = scores(engine(impl), head, ops.hidden, ids, label_u)
+        s = scores(get_backend(impl), head, ops.hidden, ids, label_u)
     nll = rank = None
     gathered = Gathered(s.z_ids, s.lse_rest, s.lse_rest_base)
     kl = hellinger = mass = None
@@ -121,11 +121,13 @@ def _rows(
     gathered: Gathered, teacher: Teacher, label_N: Tensor | None, name: str, temperature: float
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(D, student mass, nll) [N] of a named divergence with the bucket tail."""
-    rows = rows_forward(gathered, teacher, label_N, _options(name, temperature))
+    rows = token_loss_forward(gathered, teacher, label_N, _options(name, temperature))
     return rows.divergence, rows.student_mass, rows.nll
 
 
-def _reference(ops: Operands, label_N: Tensor | None, teacher_rows: Payload | None) -> TokenScores:
+def _reference(
+    ops: Operands, label_N: Tensor | None, teacher_rows: TeacherRows | None
+) -> TokenScores:
     from . import reference
 
     head = ops.head

@@ -1,24 +1,24 @@
-"""Which functions make up the Engine behind an `impl`: the one place that knows both backends."""
+"""`get_backend`: the functions behind each `impl`. Only this file knows both backends."""
 
 from __future__ import annotations
 
 import functools
 
 from . import torch_dense, torch_gather, torch_grads, torch_slabs
-from .engines import Engine
+from .engines import Backend
 
 CPU_BLOCK_TOKENS = 1024
 
 
 @functools.cache
-def engine(impl: str) -> Engine:
-    """The backend called `impl`. Triton is imported when it is first asked for."""
+def get_backend(impl: str) -> Backend:
+    """Return the backend called `impl`; Triton is imported on the first request."""
     if impl == "triton":
         from . import triton_dense, triton_gather, triton_slabs
 
-        return Engine(
+        return Backend(
             triton_slabs.scan,
-            triton_slabs.new_keep,
+            triton_slabs.new_logits_buffer,
             triton_slabs.chunk_grads,
             triton_slabs.recompute,
             triton_gather.forward,
@@ -27,11 +27,11 @@ def engine(impl: str) -> Engine:
             triton_dense.dense_sums,
             triton_dense.dense_grads,
             triton_slabs.BLOCK_TOKENS,
-            topk_keeps=True,
+            topk_needs_buffer=True,
         )
-    return Engine(
+    return Backend(
         torch_slabs.scan,
-        torch_slabs.new_keep,
+        torch_slabs.new_logits_buffer,
         torch_grads.chunk_grads,
         torch_grads.recompute,
         torch_gather.forward,
@@ -40,5 +40,5 @@ def engine(impl: str) -> Engine:
         torch_dense.dense_sums,
         torch_dense.dense_grads,
         CPU_BLOCK_TOKENS,
-        topk_keeps=False,
+        topk_needs_buffer=False,
     )

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .engines import Engine
+from .engines import Backend
 from .head import DenseRows, Head, blocks, chunk_tokens, keep_rounded
 from .rows import RowOptions
 
@@ -33,7 +33,7 @@ class Dense(NamedTuple):
 
 
 def dense(
-    engine: Engine,
+    backend: Backend,
     head: Head,
     hidden_NH: Tensor,
     teacher_head: Head,
@@ -57,17 +57,17 @@ def dense(
         db = torch.zeros_like(head.bias, dtype=head.dtype)
     per_token = hidden_NH.new_empty(N, dtype=head.dtype)
     size = min(chunk, N)
-    keeps = engine.new_keep(head, size), engine.new_keep(teacher_head, size)
+    buffers = backend.new_logits_buffer(head, size), backend.new_logits_buffer(teacher_head, size)
     no_ids = hidden_NH.new_empty(N, 0, dtype=torch.int64)
     for at in blocks(N, chunk):
         x_nH, none = hidden_NH[at], no_ids[at]
-        scanned = engine.scan(head, x_nH, none, base=True, keep=keeps[0])
-        teacher_scanned = engine.scan(teacher_head, teacher_hidden_NG[at], none, keep=keeps[1])
+        scanned = backend.scan(head, x_nH, none, base=True, buffer=buffers[0])
+        teacher_scanned = backend.scan(teacher_head, teacher_hidden_NG[at], none, buffer=buffers[1])
         lse = scanned.rest.lse()
         lse_base = lse if scanned.rest_base is None else scanned.rest_base.lse()
         label = None if label_N is None else label_N[at]
-        D, total, u_label = engine.dense_sums(
-            head, teacher_head, keeps, lse, teacher_scanned.rest.lse(), label, options, grad=grad
+        D, total, u_label = backend.dense_sums(
+            head, teacher_head, buffers, lse, teacher_scanned.rest.lse(), label, options, grad=grad
         )
         loss = D * options.on_divergence
         on_lse = on_ce = None
@@ -84,11 +84,11 @@ def dense(
         per_token[at] = loss
         if not grad:
             continue
-        engine.dense_grads(
+        backend.dense_grads(
             head,
             teacher_head,
             x_nH,
-            keeps,
+            buffers,
             DenseRows(
                 lse,
                 teacher_scanned.rest.lse(),
@@ -105,7 +105,7 @@ def dense(
             dw=dw,
             db=db,
         )
-    del keeps
+    del buffers
     if dw is not None:
         dw[head.vocab :] = 0
     dw, on_dw = keep_rounded(dw, head.weight)  # first: the wide dW is gone before dX is rounded

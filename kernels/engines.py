@@ -1,9 +1,9 @@
-"""What a backend provides. Losses are written once, over an Engine (`backends.py` picks which).
+"""The interface of a backend. Losses are written once, over it (`backends.py` picks which).
 
     torch    vocabulary-major slabs, library GEMMs, ordinary PyTorch    (torch_*.py; CPU, CUDA)
     triton   token-major slabs, library GEMMs, Triton between them      (triton_*.py; CUDA)
 
-Every function takes tensors of one block or chunk of tokens and the Head behind them.
+Every function takes the tensors of one block or chunk of tokens, and the Head.
 """
 
 from __future__ import annotations
@@ -18,21 +18,23 @@ from .head import Scanned
 Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
-class Engine(NamedTuple):
-    """scan            one pass over the head for a block of tokens, optionally kept
-    new_keep        memory for one chunk's logits
-    chunk_grads     a kept chunk becomes dz, and dX, dW, db get its share
-    recompute       dX, dW, db of all tokens from upstream gradients, logits computed again
-    gather          logits of the asked ids alone; gather_grads its backward
-    topk            the k largest of each row and the log-sum-exp of the rest
-    dense_sums      D, Σψ and the label's logit of a chunk kept for both heads
-    dense_grads     the same chunk becomes dz, and dX, dW, db get its share
-    block_tokens    how many tokens one scan takes
-    topk_keeps      whether topk wants memory for a chunk's logits, or makes do with slabs
+class Backend(NamedTuple):
+    """The functions and sizes that the losses call.
+
+    scan               one pass over the head for a block of tokens; can store its logits
+    new_logits_buffer  memory for the logits of one chunk
+    chunk_grads        turn the stored logits of a chunk into dz; add its share of dX, dW, db
+    recompute          dX, dW, db of all tokens from upstream gradients; recomputes the logits
+    gather             logits of the given ids alone; gather_grads is its backward
+    topk               the k largest of each row and the log-sum-exp of the rest
+    dense_sums         D, Σψ and the label's logit of a chunk stored for both heads
+    dense_grads        turn the same chunk into dz; add its share of dX, dW, db
+    block_tokens       tokens per scan
+    topk_needs_buffer  whether topk needs memory for the logits of a chunk
     """
 
     scan: Callable[..., Scanned]
-    new_keep: Callable[..., Tensor]
+    new_logits_buffer: Callable[..., Tensor]
     chunk_grads: Callable[..., None]
     recompute: Callable[..., Grads]
     gather: Callable[..., Tensor]
@@ -41,4 +43,4 @@ class Engine(NamedTuple):
     dense_sums: Callable[..., tuple[Tensor, Tensor, Tensor | None]]
     dense_grads: Callable[..., None]
     block_tokens: int
-    topk_keeps: bool
+    topk_needs_buffer: bool

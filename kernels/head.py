@@ -102,7 +102,7 @@ class RunningLSE:
         return torch.where(self.top < ABSENT, 0.0, self.top + self.sums[1] / self.sums[0])
 
 
-class Best(NamedTuple):
+class Top2(NamedTuple):
     """Over the tokens outside the slots: the two largest u [n, 2], whose id is first [n] int64, and
     how many exceed the label's u [n] int64."""
 
@@ -117,7 +117,7 @@ class Scanned(NamedTuple):
     u_nS: Tensor
     rest: RunningLSE
     rest_base: RunningLSE | None
-    best: Best | None
+    best: Top2 | None
 
     def stats(self) -> Stats:
         T = self.rest.temperature

@@ -10,17 +10,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .engines import Engine
+from .engines import Backend
 from .head import Head, Stats, blocks
 
 
 def lse_gather(
-    engine: Engine, head: Head, hidden_NH: Tensor, ids_NS: Tensor, *, moment: bool, base: bool
+    backend: Backend, head: Head, hidden_NH: Tensor, ids_NS: Tensor, *, moment: bool, base: bool
 ) -> Stats:
     """Statistics of every token."""
     parts = [
-        engine.scan(head, hidden_NH[at], ids_NS[at], moments=int(moment), base=base).stats()
-        for at in blocks(max(1, hidden_NH.shape[0]), engine.block_tokens)
+        backend.scan(head, hidden_NH[at], ids_NS[at], moments=int(moment), base=base).stats()
+        for at in blocks(max(1, hidden_NH.shape[0]), backend.block_tokens)
     ]
     if len(parts) == 1:
         return parts[0]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import dense_loss as losses
-from .backends import engine
+from .backends import get_backend
 from .head import Head
 from .op_common import accumulator, fake_grads, full_precision, needed, or_empty
 from .op_losses import saved_grads, scale_saved
@@ -48,7 +48,7 @@ def dense_loss(
     options = RowOptions(divergence, beta, skew, "bucket", temperature, t2_scale, ce_weight, z_loss)
     with full_precision(hidden):
         out = losses.dense(
-            engine(impl),
+            get_backend(impl),
             Head(weight, bias, logit_scale, softcap, temperature, vocab),
             hidden,
             Head(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import lse_gather as primitive
-from .backends import engine
+from .backends import get_backend
 from .head import Head, Stats
 from .op_common import accumulator, chosen, fake_grads, full_precision, needed, or_empty, or_none
 
@@ -37,7 +37,7 @@ def lse_gather(
     head = Head(weight, bias, logit_scale, softcap, temperature, vocab)
     x = hidden.to(weight.dtype)
     with full_precision(hidden):
-        stats = primitive.lse_gather(engine(impl), head, x, ids, moment=moment, base=base)
+        stats = primitive.lse_gather(get_backend(impl), head, x, ids, moment=moment, base=base)
     z_ids = stats.z_ids.contiguous()
     return (
         z_ids,
@@ -89,7 +89,7 @@ def lse_gather_backward(
     head = Head(weight, bias, logit_scale, softcap, temperature, vocab)
     z_ids, lse_rest, mean_rest, lse_base = stats
     with full_precision(hidden):
-        computed = engine(impl).recompute(
+        computed = get_backend(impl).recompute(
             head,
             hidden.to(weight.dtype),
             ids,
@@ -163,7 +163,7 @@ def gather_logits(
 ) -> Tensor:
     head = Head(weight, bias, logit_scale, softcap, temperature, weight.shape[0])
     with full_precision(hidden):
-        return engine(impl).gather(head, hidden, ids)
+        return get_backend(impl).gather(head, hidden, ids)
 
 
 @gather_logits.register_fake
@@ -196,7 +196,7 @@ def gather_logits_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     head = Head(weight, bias, logit_scale, softcap, temperature, weight.shape[0])
     with full_precision(hidden):
-        computed = engine(impl).gather_grads(
+        computed = get_backend(impl).gather_grads(
             head,
             hidden,
             ids,

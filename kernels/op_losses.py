@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import topk_loss as losses
-from .backends import engine
+from .backends import get_backend
 from .head import Head
 from .op_common import chosen, fake_grads, full_precision, needed, or_empty
 from .rows import RowOptions, Teacher
@@ -51,14 +51,14 @@ def topk_loss(
     options = RowOptions(divergence, beta, skew, tail, temperature, t2_scale, ce_weight, z_loss)
     with full_precision(hidden):
         out = losses.fused(
-            engine(impl),
+            get_backend(impl),
             Head(weight, bias, logit_scale, softcap, temperature, vocab),
             hidden,
             ids,
             Teacher(teacher_ids, teacher_lp, teacher_log_tail),
             labels,
             coef,
-            losses.named_rows(options),
+            losses.named_token_loss(options),
             base=base,
             entropy=entropy,
             need_hidden=need[0],
@@ -150,7 +150,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     ctx.count = len(inputs)
 
 
-def refuse_second_derivative() -> NoReturn:
+def raise_no_second_derivative() -> NoReturn:
     raise RuntimeError(
         "the fused losses have no second derivative: their gradient is made in the forward pass. "
         "impl='reference' has one, and materialises the logits"
@@ -161,7 +161,7 @@ def saved_grads(ctx: Any, grad: Tensor, *others: Tensor) -> tuple[Any, ...]:
     """Backward of an operator (hidden, weight, bias, coef, ...) -> (loss, ...), from what it saved:
     per_token, lift, dx, dw, db. The statistics carry no gradient."""
     if grad is None:  # it would be that of a gradient
-        refuse_second_derivative()
+        raise_no_second_derivative()
     per_token, lift, *saved = ctx.saved_tensors
     grads = scale_saved(saved, grad, lift, needed(ctx))
     d_coef = grad * per_token if ctx.needs_input_grad[3] else None

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .engines import Engine
+from .engines import Backend
 from .head import Head, blocks
 from .rows import ABSENT, NEG, first_slots
 
@@ -34,27 +34,27 @@ class Scores(NamedTuple):
 
 
 def scores(
-    engine: Engine, head: Head, hidden_NH: Tensor, ids_NS: Tensor, label_u_N: Tensor | None
+    backend: Backend, head: Head, hidden_NH: Tensor, ids_NS: Tensor, label_u_N: Tensor | None
 ) -> Scores:
     """label_u_N [N]: the label's logit at T=1, from a direct product with its row."""
     parts = [
         _block(
-            engine,
+            backend,
             head,
             hidden_NH[at],
             ids_NS[at],
             None if label_u_N is None else label_u_N[at],
         )
-        for at in blocks(max(1, hidden_NH.shape[0]), engine.block_tokens)
+        for at in blocks(max(1, hidden_NH.shape[0]), backend.block_tokens)
     ]
     return Scores._make(torch.cat(pieces) for pieces in zip(*parts, strict=True))
 
 
 def _block(
-    engine: Engine, head: Head, hidden_nH: Tensor, ids_nS: Tensor, label_u_n: Tensor | None
+    backend: Backend, head: Head, hidden_nH: Tensor, ids_nS: Tensor, label_u_n: Tensor | None
 ) -> Scores:
     T = head.temperature
-    scanned = engine.scan(
+    scanned = backend.scan(
         head, hidden_nH, ids_nS, moments=2, base=True, best=True, label_u_n=label_u_n
     )
     u_nS, running = scanned.u_nS, scanned.rest

@@ -72,7 +72,7 @@ class Gathered(NamedTuple):
     lse_base: Tensor | None
 
 
-class Rows(NamedTuple):
+class TokenLosses(NamedTuple):
     per_token: Tensor
     divergence: Tensor
     student_mass: Tensor | None
@@ -152,9 +152,9 @@ def _base(gathered: Gathered, teacher: Teacher, label_N: Tensor | None, T: float
     return torch.logaddexp(rest, torch.logsumexp(u_S, -1))
 
 
-def rows_forward(
+def token_loss_forward(
     gathered: Gathered, teacher: Teacher, label_N: Tensor | None, options: RowOptions
-) -> Rows:
+) -> TokenLosses:
     """Per-token loss and statistics, [N] each; differentiable in `seen`.
 
     label_N int64 [N], negative where there is none; with it, seen.z has the label's slot last.
@@ -188,10 +188,10 @@ def rows_forward(
             per_token = per_token + options.ce_weight * nll
         if options.z_loss and lse is not None:
             per_token = per_token + options.z_loss * lse.square()
-    return Rows(per_token, D, mass, lse, nll)
+    return TokenLosses(per_token, D, mass, lse, nll)
 
 
-def rows_backward(
+def token_loss_backward(
     gathered: Gathered,
     teacher: Teacher,
     label_N: Tensor | None,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .engines import Engine
+from .engines import Backend
 from .head import Head, blocks
 from .rows import ABSENT, log_share_left
 
@@ -18,18 +18,18 @@ from .rows import ABSENT, log_share_left
 CHUNK_BYTES = 512 << 20
 
 
-def topk(engine: Engine, head: Head, hidden_NH: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+def topk(backend: Backend, head: Head, hidden_NH: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """(ids int64 [N, k] by falling probability, logprobs [N, k], log_tail [N], −inf if k = V)."""
     N, V = hidden_NH.shape[0], head.vocab
     ids = hidden_NH.new_empty(N, k, dtype=torch.int64)
     logprobs = hidden_NH.new_empty(N, k, dtype=head.dtype)
     log_tail = hidden_NH.new_empty(N, dtype=head.dtype)
-    step, keep = engine.block_tokens, None
-    if engine.topk_keeps:
+    step, buffer = backend.block_tokens, None
+    if backend.topk_needs_buffer:
         step = max(1, min(CHUNK_BYTES // (V * head.dtype.itemsize), -(-N // 2)))
-        keep = engine.new_keep(head, min(step, N))
+        buffer = backend.new_logits_buffer(head, min(step, N))
     for at in blocks(N, step):
-        z, ids[at], lse_rest = engine.topk(head, hidden_NH[at], k, keep)
+        z, ids[at], lse_rest = backend.topk(head, hidden_NH[at], k, buffer)
         lse = torch.logaddexp(lse_rest, torch.logsumexp(z, -1))
         logprobs[at] = z - lse.unsqueeze(-1)
         left = log_share_left(logprobs[at], lse_rest - lse)

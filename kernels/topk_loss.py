@@ -17,16 +17,24 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .engines import Engine
+from .engines import Backend
 from .head import Head, Stats, blocks, chunk_tokens, keep_rounded, sums_in_16_bits
-from .rows import Gathered, RowOptions, Rows, Teacher, entropy_of, first_slots, rows_backward
-from .rows import rows_forward as _rows_forward
+from .rows import (
+    Gathered,
+    RowOptions,
+    Teacher,
+    TokenLosses,
+    entropy_of,
+    first_slots,
+    token_loss_backward,
+)
+from .rows import token_loss_forward as _token_loss_forward
 
 # A bfloat16 dW is rounded once more with every chunk; beyond these many it is summed in fp32.
 CARRIED_CHUNKS = {"cpu": 2, "cuda": 4}
 
-RowFunction = Callable[
-    [Gathered, Teacher, Tensor | None, Tensor, bool], tuple[Rows, Gathered | None]
+TokenLossFunction = Callable[
+    [Gathered, Teacher, Tensor | None, Tensor, bool], tuple[TokenLosses, Gathered | None]
 ]
 
 
@@ -35,7 +43,7 @@ class Fused(NamedTuple):
     times its own entry of `lift` [3]."""
 
     loss: Tensor
-    rows: Rows
+    rows: TokenLosses
     entropy: Tensor | None
     dx: Tensor | None
     dw: Tensor | None
@@ -43,52 +51,54 @@ class Fused(NamedTuple):
     lift: Tensor
 
 
-def named_rows(options: RowOptions) -> RowFunction:
+def named_token_loss(options: RowOptions) -> TokenLossFunction:
     """Loss and closed-form gradient of a named divergence."""
 
     def run(
         gathered: Gathered, teacher: Teacher, label_N: Tensor | None, coef_N: Tensor, grad: bool
-    ) -> tuple[Rows, Gathered | None]:
-        rows = _rows_forward(gathered, teacher, label_N, options)
-        return rows, rows_backward(gathered, teacher, label_N, options, coef_N) if grad else None
+    ) -> tuple[TokenLosses, Gathered | None]:
+        rows = _token_loss_forward(gathered, teacher, label_N, options)
+        return rows, token_loss_backward(
+            gathered, teacher, label_N, options, coef_N
+        ) if grad else None
 
     return run
 
 
-def callable_rows(options: RowOptions) -> RowFunction:
+def callable_token_loss(options: RowOptions) -> TokenLossFunction:
     """Loss and gradient of a user's divergence, by autograd on the [n, K] tensors."""
 
     def run(
         gathered: Gathered, teacher: Teacher, label_N: Tensor | None, coef_N: Tensor, grad: bool
-    ) -> tuple[Rows, Gathered | None]:
+    ) -> tuple[TokenLosses, Gathered | None]:
         if not grad:
-            return _rows_forward(gathered, teacher, label_N, options), None
+            return _token_loss_forward(gathered, teacher, label_N, options), None
         with torch.enable_grad():
             leaves = {
                 name: t.detach().requires_grad_()
                 for name, t in gathered._asdict().items()
                 if t is not None
             }
-            rows = _rows_forward(gathered._replace(**leaves), teacher, label_N, options)
+            rows = _token_loss_forward(gathered._replace(**leaves), teacher, label_N, options)
             total = (coef_N * rows.per_token).sum()
             grads = torch.autograd.grad(
                 total, list(leaves.values()), allow_unused=True, materialize_grads=True
             )
-        rows = Rows._make(None if t is None else t.detach() for t in rows)
+        rows = TokenLosses._make(None if t is None else t.detach() for t in rows)
         return rows, gathered._replace(**dict(zip(leaves, grads, strict=True)))
 
     return run
 
 
 def fused(
-    engine: Engine,
+    backend: Backend,
     head: Head,
     hidden_NH: Tensor,
     ids_NS: Tensor,
     teacher: Teacher,
     label_N: Tensor | None,
     coef_N: Tensor,
-    row_function: RowFunction,
+    token_loss: TokenLossFunction,
     *,
     base: bool,
     entropy: bool,
@@ -121,18 +131,20 @@ def fused(
     skip: dict[str, Tensor] = {}
     if filter_eps is not None:
         skip["filter_threshold"] = coef_N.abs().amax() * filter_eps
-    keep = engine.new_keep(head, min(chunk, N)) if grad else None
+    buffer = backend.new_logits_buffer(head, min(chunk, N)) if grad else None
     row_parts, entropy_parts = [], []
     loss = torch.zeros((), dtype=head.dtype, device=hidden_NH.device)
     for i, at in enumerate(blocks(N, chunk)):
         ids, coef = ids_NS[at], coef_N[at]
         label = None if label_N is None else label_N[at]
-        scanned = engine.scan(head, hidden_NH[at], ids, moments=int(entropy), base=base, keep=keep)
+        scanned = backend.scan(
+            head, hidden_NH[at], ids, moments=int(entropy), base=base, buffer=buffer
+        )
         mine = scanned.stats()
         stats = mine if combine is None else combine(mine)
         gathered = Gathered(stats.z_ids, stats.lse_rest, stats.lse_base)
         part = Teacher(*(t[at] for t in teacher))
-        rows, g = row_function(gathered, part, label, coef, grad)
+        rows, g = token_loss(gathered, part, label, coef, grad)
         loss += (coef * rows.per_token).sum()
         row_parts.append(rows)
         if entropy and stats.mean_rest is not None:
@@ -143,26 +155,26 @@ def fused(
         if g is not None:
             part_dx = None if dx is None else dx[at]
             stats = stats._replace(z_ids=mine.z_ids)  # slots of other shards take no gradient here
-            engine.chunk_grads(
+            backend.chunk_grads(
                 head,
                 hidden_NH[at],
                 ids,
                 stats,
                 g,
-                keep,
+                buffer,
                 first=i == 0,
                 dx=part_dx,
                 dw=dw,
                 db=db,
                 **skip,
             )
-    del keep  # before dW is rounded: the peak is a chunk or a rounded copy, not both
+    del buffer  # before dW is rounded: the peak is a chunk or a rounded copy, not both
     if dw is not None:
         dw[head.vocab :] = 0
     dw, on_dw = keep_rounded(dw, head.weight)  # first: the wide dW is gone before dX is rounded
     dx, on_dx = keep_rounded(dx, hidden_NH if combine is None else coef_N)
     db, on_db = keep_rounded(db, coef_N if head.bias is None else head.bias)
-    rows = Rows._make(
+    rows = TokenLosses._make(
         None if pieces[0] is None else torch.cat(pieces) for pieces in zip(*row_parts, strict=True)
     )
     return Fused(

@@ -20,7 +20,7 @@ from .torch_slabs import Matmul, logits_view, slabs
 def dense_sums(
     head: Head,
     teacher_head: Head,
-    keeps: tuple[Tensor, Tensor],
+    buffers: tuple[Tensor, Tensor],
     lse_n: Tensor,
     teacher_lse_n: Tensor,
     label_n: Tensor | None,
@@ -30,7 +30,10 @@ def dense_sums(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(D [n], Σψ [n], the label's u [n]); with grad, ψ takes the place of the teacher's logits."""
     n, V = len(lse_n), head.vocab
-    u_Vn, psi_Vn = logits_view(head, keeps[0], n)[:-1], logits_view(teacher_head, keeps[1], n)[:-1]
+    u_Vn, psi_Vn = (
+        logits_view(head, buffers[0], n)[:-1],
+        logits_view(teacher_head, buffers[1], n)[:-1],
+    )
     T, floor = options.temperature, floor_of(u_Vn.dtype)
     D = torch.zeros_like(lse_n)
     total = torch.zeros_like(lse_n)
@@ -63,7 +66,7 @@ def dense_grads(
     head: Head,
     teacher_head: Head,
     hidden_nH: Tensor,
-    keeps: tuple[Tensor, Tensor],
+    buffers: tuple[Tensor, Tensor],
     rows: DenseRows,
     options: RowOptions,
     *,
@@ -76,7 +79,10 @@ def dense_grads(
     n = hidden_nH.shape[0]
     T = head.temperature
     matmul = Matmul(head, hidden_nH)
-    u_Vn, psi_Vn = logits_view(head, keeps[0], n)[:-1], logits_view(teacher_head, keeps[1], n)[:-1]
+    u_Vn, psi_Vn = (
+        logits_view(head, buffers[0], n)[:-1],
+        logits_view(teacher_head, buffers[1], n)[:-1],
+    )
     dx_Hn = None
     if dx is not None:
         dx_Hn = torch.zeros(dx.shape[::-1], dtype=head.dtype, device=dx.device)

@@ -27,7 +27,7 @@ def chunk_grads(
     ids_nS: Tensor,
     stats: Stats,
     g: Gathered,
-    keep: Tensor,
+    buffer: Tensor,
     first: bool,
     dx: Tensor | None,
     dw: Tensor | None,
@@ -39,7 +39,7 @@ def chunk_grads(
     """
     assert g.lse_rest is not None
     n, low = hidden_nH.shape[0], head.weight.dtype
-    keep_V1n = logits_view(head, keep, n)
+    buffer_V1n = logits_view(head, buffer, n)
     packed = sums_in_16_bits(head)
     g_nS = slot_grads(head, stats.z_ids, g.z)
     g_Sn = g_nS.t().contiguous()
@@ -47,14 +47,14 @@ def chunk_grads(
     dx_Hn = None
     if dx is not None and not packed:
         dx_Hn = torch.zeros(hidden_nH.shape[::-1], dtype=head.dtype, device=dx.device)
-    dz_Vn = keep_V1n.view(-1).view(low)[: head.vocab * n].view(head.vocab, n)
+    dz_Vn = buffer_V1n.view(-1).view(low)[: head.vocab * n].view(head.vocab, n)
     for at in slabs(head.vocab, n, head.dtype.itemsize):
-        ds1, after = keep_V1n[at.start : at.stop + 1], keep_V1n[at.stop].clone()
-        ds = grad_slab_(head, keep_V1n[at], stats, g.lse_rest, None, g.lse_base)
+        ds1, after = buffer_V1n[at.start : at.stop + 1], buffer_V1n[at.stop].clone()
+        ds = grad_slab_(head, buffer_V1n[at], stats, g.lse_rest, None, g.lse_base)
         slots.clear(at, ds1)
         off_slots = ds.to(low) if packed and dx is not None else None
         slots.put(at, ds1, g_Sn)
-        keep_V1n[at.stop] = after
+        buffer_V1n[at.stop] = after
         if db is not None:
             db[at] += ds.sum(1)
         if dw is not None:

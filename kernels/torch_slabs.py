@@ -20,7 +20,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .head import Best, Head, RunningLSE, Scanned, Stats, lift_of
+from .head import Head, RunningLSE, Scanned, Stats, Top2, lift_of
 from .row_topk import row_topk
 from .rows import ABSENT, NEG
 
@@ -146,14 +146,14 @@ class Slots:
             ds_vn1.scatter_add_(0, self.index(at)[0], g_Sn)
 
 
-def new_keep(head: Head, tokens: int) -> Tensor:
+def new_logits_buffer(head: Head, tokens: int) -> Tensor:
     """Memory for the logits of a chunk of up to `tokens` tokens, one spare row included."""
     return head.weight.new_empty((head.vocab + 1) * tokens, dtype=head.dtype)
 
 
-def logits_view(head: Head, keep: Tensor, tokens: int) -> Tensor:
+def logits_view(head: Head, buffer: Tensor, tokens: int) -> Tensor:
     """[V + 1, n] view of it."""
-    return keep[: (head.vocab + 1) * tokens].view(head.vocab + 1, tokens)
+    return buffer[: (head.vocab + 1) * tokens].view(head.vocab + 1, tokens)
 
 
 def scan(
@@ -165,11 +165,11 @@ def scan(
     base: bool = False,
     best: bool = False,
     label_u_n: Tensor | None = None,
-    keep: Tensor | None = None,
+    buffer: Tensor | None = None,
 ) -> Scanned:
     """One pass over the head for one block of tokens.
 
-    keep, when given, receives every slab's u (slots masked with NEG).
+    A buffer receives u of every slab, with NEG in the slots.
     """
     n = hidden_nH.shape[0]
     matmul, slots = Matmul(head, hidden_nH), Slots(ids_nS)
@@ -181,8 +181,8 @@ def scan(
     top = _no_best(n, u_1n) if best else None
     for at in slabs(head.vocab, n, head.dtype.itemsize):
         rows = at.stop - at.start
-        if keep is not None:
-            u_vn1 = logits_view(head, keep, n)[at.start : at.stop + 1]
+        if buffer is not None:
+            u_vn1 = logits_view(head, buffer, n)[at.start : at.stop + 1]
         else:
             if u_1n.shape[0] < rows + 1:
                 u_1n = u_1n.new_empty(rows + 1, n)
@@ -200,12 +200,12 @@ def scan(
     return Scanned(u_nS, running, at_one, top)
 
 
-def _no_best(n: int, like: Tensor) -> Best:
+def _no_best(n: int, like: Tensor) -> Top2:
     nothing = torch.zeros(n, dtype=torch.int64, device=like.device)
-    return Best(torch.full((n, 2), NEG, dtype=like.dtype, device=like.device), nothing, nothing)
+    return Top2(torch.full((n, 2), NEG, dtype=like.dtype, device=like.device), nothing, nothing)
 
 
-def _better(best: Best, at: slice, u_vn: Tensor, label_u_n: Tensor | None) -> Best:
+def _better(best: Top2, at: slice, u_vn: Tensor, label_u_n: Tensor | None) -> Top2:
     """The best two with this slab's; overwrites what it finds in the slab."""
     u, first, above = best
     if label_u_n is not None:
@@ -216,7 +216,7 @@ def _better(best: Best, at: slice, u_vn: Tensor, label_u_n: Tensor | None) -> Be
             first = torch.where(value > u[:, 0], index + at.start, first)
         u = torch.cat([u, value.unsqueeze(-1)], -1).topk(2, -1).values
         u_vn.scatter_(0, index.unsqueeze(0), NEG)
-    return Best(u, first, above)
+    return Top2(u, first, above)
 
 
 def grad_slab_(
@@ -250,9 +250,9 @@ def grad_slab_(
 
 
 def topk(
-    head: Head, hidden_nH: Tensor, k: int, keep: Tensor | None = None
+    head: Head, hidden_nH: Tensor, k: int, buffer: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(z [n, k] at T by falling value, ids int64 [n, k], lse_rest [n]); keeps one slab at a time.
+    """(z [n, k] at T by falling value, ids int64 [n, k], lse_rest [n]); holds one slab at a time.
 
     The k best so far compete with each slab's; those that lose join the rest, so that the rest is
     summed over what is left and never taken as a difference.

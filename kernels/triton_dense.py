@@ -138,7 +138,7 @@ def _shaped_rows(head: Head, raw_nV: Tensor) -> Tensor:
 def dense_sums(
     head: Head,
     teacher_head: Head,
-    keeps: tuple[Tensor, Tensor],
+    buffers: tuple[Tensor, Tensor],
     lse_n: Tensor,
     teacher_lse_n: Tensor,
     label_n: Tensor | None,
@@ -148,7 +148,7 @@ def dense_sums(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(D [n], Σψ [n], the label's u [n])."""
     n = len(lse_n)
-    raw, theirs = logits_view(head, keeps[0], n), logits_view(teacher_head, keeps[1], n)
+    raw, theirs = logits_view(head, buffers[0], n), logits_view(teacher_head, buffers[1], n)
     D, total = torch.zeros_like(lse_n), torch.zeros_like(lse_n)
     if isinstance(options.divergence, str):
         phi, w = functor(options.divergence, options.beta, options.skew)
@@ -199,7 +199,7 @@ def dense_grads(
     head: Head,
     teacher_head: Head,
     hidden_nH: Tensor,
-    keeps: tuple[Tensor, Tensor],
+    buffers: tuple[Tensor, Tensor],
     rows: DenseRows,
     options: RowOptions,
     *,
@@ -210,7 +210,7 @@ def dense_grads(
 ) -> None:
     """The chunk's share of the gradients."""
     n, low = len(hidden_nH), head.weight.dtype
-    raw, theirs = logits_view(head, keeps[0], n), logits_view(teacher_head, keeps[1], n)
+    raw, theirs = logits_view(head, buffers[0], n), logits_view(teacher_head, buffers[1], n)
     dz = raw if low == raw.dtype else raw.view(low)[:, : head.vocab]
     phi, w = None, 0.0
     if isinstance(options.divergence, str):

@@ -95,11 +95,11 @@ def sum_runs(
         total += factor
         last = (e + 1 == E) | (tl.load(ids + e + 1, mask=e + 1 < E, other=-1) != at)
         if dw is not None:
-            done = last & (h < H)
+            m_write = last & (h < H)
             row = acc
             if ADD:
-                row += tl.load(dw + at * ldw + h, mask=done, other=0.0).to(DT)
-            tl.store(dw + at * ldw + h, narrowed(row, dw.dtype.element_ty), mask=done)
+                row += tl.load(dw + at * ldw + h, mask=m_write, other=0.0).to(DT)
+            tl.store(dw + at * ldw + h, narrowed(row, dw.dtype.element_ty), mask=m_write)
         if db is not None:
             once = last & (tl.program_id(1) == 0)
             one = total

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .head import Best, Head, RunningLSE, Scanned
+from .head import Head, RunningLSE, Scanned, Top2
 from .rows import NEG as _NEG
 from .triton_common import ABSENT, NEG, SLOT_TILE, launch, scalars, shaped
 
@@ -192,5 +192,5 @@ class Running:
             self.u_slots,
             RunningLSE(self.top, list(self.sums), T),
             base,
-            Best(self.best_u, self.best_id, self.above) if self.best else None,
+            Top2(self.best_u, self.best_id, self.above) if self.best else None,
         )

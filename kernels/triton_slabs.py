@@ -27,15 +27,15 @@ BLOCK_TOKENS = 2048
 RECOMPUTE_BYTES = 64 << 20
 
 
-def new_keep(head: Head, tokens: int) -> Tensor:
+def new_logits_buffer(head: Head, tokens: int) -> Tensor:
     """Memory for the raw logits of a chunk of up to `tokens` tokens; rows start on 64-byte lines,
     whatever the vocabulary."""
     return head.weight.new_empty(tokens, -(-head.vocab // 16) * 16, dtype=head.dtype)
 
 
-def logits_view(head: Head, keep: Tensor, tokens: int) -> Tensor:
+def logits_view(head: Head, buffer: Tensor, tokens: int) -> Tensor:
     """[n, V] view of it."""
-    return keep[:tokens, : head.vocab]
+    return buffer[:tokens, : head.vocab]
 
 
 def scan(
@@ -47,11 +47,11 @@ def scan(
     base: bool = False,
     best: bool = False,
     label_u_n: Tensor | None = None,
-    keep: Tensor | None = None,
+    buffer: Tensor | None = None,
 ) -> Scanned:
-    """One pass over the head; keep, when given, receives the raw products (slots are NEG)."""
+    """One pass over the head; a buffer receives the raw products, with NEG in the slots."""
     n = hidden_nH.shape[0]
-    if keep is None and triton_stream.pays(head, hidden_nH):
+    if buffer is None and triton_stream.pays(head, hidden_nH):
         return triton_stream.scan(
             head,
             hidden_nH,
@@ -67,8 +67,8 @@ def scan(
     for rows in blocks(n, BLOCK_TOKENS):
         x, reduce = hidden_nH[rows], running.block(rows)
         for at in blocks(head.vocab, columns):
-            if keep is not None:
-                raw = logits_view(head, keep, n)[rows, at]
+            if buffer is not None:
+                raw = logits_view(head, buffer, n)[rows, at]
             else:
                 if slab is None:
                     slab = head.weight.new_empty(min(n, BLOCK_TOKENS), columns, dtype=head.dtype)
@@ -98,7 +98,7 @@ def chunk_grads(
     ids_nS: Tensor,
     stats: Stats,
     g: Gathered,
-    keep: Tensor,
+    buffer: Tensor,
     *,
     first: bool,
     dx: Tensor | None,
@@ -121,7 +121,9 @@ def chunk_grads(
     if db is not None:
         db = db[: head.vocab]
     with sums_at_lift(lift, first, dx, dw, db):
-        _add_grads(head, hidden_nH, ids, stats, upstream, keep, first, dx, dw, db, filter_threshold)
+        _add_grads(
+            head, hidden_nH, ids, stats, upstream, buffer, first, dx, dw, db, filter_threshold
+        )
 
 
 def _add_grads(
@@ -130,7 +132,7 @@ def _add_grads(
     ids: Tensor,
     stats: Stats,
     upstream: Stats,
-    keep: Tensor,
+    buffer: Tensor,
     first: bool,
     dx: Tensor | None,
     dw: Tensor | None,
@@ -142,7 +144,7 @@ def _add_grads(
     g_nS = upstream.z_ids
     in_place = g_nS if filter_threshold is None else torch.zeros_like(g_nS)
     dz = grad_rows_(
-        head, logits_view(head, keep, len(hidden_nH)), 0, ids, in_place, stats, upstream
+        head, logits_view(head, buffer, len(hidden_nH)), 0, ids, in_place, stats, upstream
     )
     weight = head.weight[: head.vocab]
     if filter_threshold is not None:
@@ -240,10 +242,10 @@ def _store(left: Tensor, right: Tensor, lift: Tensor | None, out: Tensor) -> Non
     out.copy_(wide.div_(lift))
 
 
-def topk(head: Head, hidden_nH: Tensor, k: int, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(z [n, k] at T by falling value, ids int64 [n, k], lse_rest [n]); overwrites keep."""
+def topk(head: Head, hidden_nH: Tensor, k: int, buffer: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(z [n, k] at T by falling value, ids int64 [n, k], lse_rest [n]); overwrites buffer."""
     n = hidden_nH.shape[0]
-    z_nV = logits_view(head, keep, n)
+    z_nV = logits_view(head, buffer, n)
     product(hidden_nH, head.weight[: head.vocab].t(), z_nV)
     if head.bias is not None:
         z_nV += head.bias[: head.vocab].to(z_nV.dtype)

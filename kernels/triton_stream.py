@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .head import Best, Head, RunningLSE, Scanned
+from .head import Head, RunningLSE, Scanned, Top2
 from .rows import ABSENT as _ABSENT
 from .rows import NEG as _NEG
 from .triton_common import INTERPRETED, NEG, launch, scalars, shaped
@@ -256,7 +256,7 @@ def _merge_parts(top_pn: Tensor, sums_pn: list[Tensor], temperature: float) -> R
     return RunningLSE(top, [(fade * s).sum(0) for s in moved], temperature)
 
 
-def _merge_best(u_pn2: Tensor, id_pn: Tensor, above_pn: Tensor) -> Best:
+def _merge_best(u_pn2: Tensor, id_pn: Tensor, above_pn: Tensor) -> Top2:
     where = u_pn2[..., 0].argmax(0, keepdim=True)
     two = u_pn2.permute(1, 0, 2).flatten(1).topk(2, -1).values
-    return Best(two, id_pn.gather(0, where)[0].long(), above_pn.sum(0))
+    return Top2(two, id_pn.gather(0, where)[0].long(), above_pn.sum(0))

@@ -99,9 +99,9 @@ def record(targets: list[int]) -> list[dict[str, Any]]:
             seen.setdefault((kernel.__name__, describe(args, options)), (kernel, args, options))
 
     from fastdistill.kernels import triton_quant, triton_stream
-    from fastdistill.kernels.backends import engine
+    from fastdistill.kernels.backends import get_backend
 
-    engine("triton")
+    get_backend("triton")
 
     modules = [m for n, m in sys.modules.items() if n.startswith("fastdistill.kernels.triton_")]
     for module in modules:

@@ -15,10 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdistill as fd
 from fastdistill.kernels import dense_loss, head, lse_gather, row_scores, topk, topk_loss
-from fastdistill.kernels.backends import engine
+from fastdistill.kernels.backends import get_backend
 from fastdistill.kernels.head import Head, Stats
 from fastdistill.kernels.rows import RowOptions
-from fastdistill.operands import payload
+from fastdistill.operands import to_teacher_rows
 
 N, H, V, K = 8192, 4096, 128256, 64
 NVH = N * V * H
@@ -56,7 +56,7 @@ class Alive(TorchDispatchMode):
 @pytest.fixture
 def counted(monkeypatch):
     """FLOPs of the GEMMs by name, and how often each kernel is launched."""
-    engine("triton")
+    get_backend("triton")
     flops, launches = [], []
 
     def product(left, right, *rest, **options):
@@ -82,8 +82,8 @@ def counted(monkeypatch):
 
 
 def fused(e, h, x, t, coef):
-    p = payload(t, "bucket", 1.0, torch.float32, None).teacher
-    rows = topk_loss.named_rows(OPTIONS)
+    p = to_teacher_rows(t, "bucket", 1.0, torch.float32, None).teacher
+    rows = topk_loss.named_token_loss(OPTIONS)
     out = topk_loss.fused(e, h, x, p.ids, p, None, coef, rows, base=False, entropy=False, **NEED)
     return out.dx, out.dw
 
@@ -134,7 +134,7 @@ def test_at_full_size(counted, run, limit_mb, passes):
         t = fd.TopK(torch.empty(N, K, dtype=torch.int64), torch.empty(N, K), torch.empty(N))
         coef = torch.empty(N)
         with Alive(x, w, *t[:3], coef) as alive:
-            grads = run(engine("triton"), Head(w, None, 1.0, None, 1.0, V), x, t, coef)
+            grads = run(get_backend("triton"), Head(w, None, 1.0, None, 1.0, V), x, t, coef)
             returned = sum(g.numel() * g.element_size() for g in grads)
     assert (alive.peak - returned) / 1e6 < limit_mb
     flops, launches = counted
