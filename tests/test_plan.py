@@ -14,8 +14,8 @@ from transformers import (
 )
 
 from fastdistill.plan import plan_memory, tracking
-from fastdistill.plan.optimisers import optimiser_of
-from fastdistill.plan.shapes import empty_model, held_by, quantised, shapes_of
+from fastdistill.plan.optimisers import optimizer_memory
+from fastdistill.plan.shapes import bytes_of, empty_model, quantized_size, shapes_of
 from fastdistill.plan.sizes import read_bytes
 from fastdistill.quant import quantize_model
 from fastdistill.quant.formats import SCHEMES
@@ -101,9 +101,9 @@ def test_parameters_are_those_of_the_model(tied):
 def test_quantised_bytes_are_those_of_the_quantised_model(kind, scheme):
     experts = {"num_experts": 4, "moe_intermediate_size": 32} if kind is Qwen3MoeConfig else {}
     config = kind(**SMALL, **experts)
-    found = quantised("teacher", empty_model("teacher", config, torch.float32), scheme)
+    found = quantized_size("teacher", empty_model("teacher", config, torch.float32), scheme)
     real = quantize_model(AutoModelForCausalLM.from_config(config), scheme, compute="exact")
-    assert found.weights == held_by(real)
+    assert found.weights == bytes_of(real)
 
 
 def test_optimisers_keep_what_they_say():
@@ -113,10 +113,10 @@ def test_optimisers_keep_what_they_say():
     optimiser = torch.optim.AdamW(p)
     optimiser.step()
     kept = [t for s in optimiser.state.values() for t in s.values() if t.dim()]
-    assert optimiser_of("adamw_torch", p, "cpu").state == sum(t.nbytes for t in kept)
-    assert optimiser_of("adamw_torch", p, "cuda").scratch == 2 * 5100
-    assert optimiser_of("adamw_8bit", p, "cuda").state == 2 * (5000 + 20 * 4 + 400)
-    assert optimiser_of("sgd", p, "cuda") == (0, 0)
+    assert optimizer_memory("adamw_torch", p, "cpu").state == sum(t.nbytes for t in kept)
+    assert optimizer_memory("adamw_torch", p, "cuda").scratch == 2 * 5100
+    assert optimizer_memory("adamw_8bit", p, "cuda").state == 2 * (5000 + 20 * 4 + 400)
+    assert optimizer_memory("sgd", p, "cuda") == (0, 0)
 
 
 def test_cache_and_time(models):

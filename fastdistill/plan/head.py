@@ -30,7 +30,7 @@ ACCUMULATOR = 4
 # As in kernels/triton_slabs.py and triton_common.py, which only import where Triton is installed.
 TRITON_BLOCK_TOKENS, TRITON_COLUMNS, TRITON_RECOMPUTE_BYTES = 2048, 4096, 64 << 20
 # How many fp32 tensors on a token's slots live at once, in the loss and in its recomputation.
-_ON_SLOTS, _ON_SLOTS_AGAIN = 20, 9
+_LOSS_TENSORS, _RECOMPUTE_TENSORS = 20, 9
 # On a CPU, how many slabs a dense divergence makes of both heads' logits, and a pass of moments.
 _SLABS_OF_SUMS, _SLABS_OF_MOMENTS = 6, 5
 
@@ -64,7 +64,7 @@ class HeadShape(NamedTuple):
         return next(slabs(self.V, tokens, ACCUMULATOR)).stop
 
 
-class Work(NamedTuple):
+class LossMemory(NamedTuple):
     """Bytes that live inside the loss, beside hidden states, weight and the gradients it returns.
     `forward` may be taken before dW is there in its final type."""
 
@@ -72,60 +72,62 @@ class Work(NamedTuple):
     backward: int
 
 
-def fused(head: HeadShape, N: int, S: int) -> Work:
+def fused(head: HeadShape, N: int, S: int) -> LossMemory:
     """4nV logits of a chunk, dW in fp32 unless it is carried in its own type, the slots' tensors;
     or dW in both types, once the logits are gone."""
     n = head.chunk(N)
     in_16_bits = head.dtype == torch.bfloat16  # as in kernels/head.py: sums_in_16_bits
     carried = not head.narrow or (in_16_bits and n * CARRIED_CHUNKS[head.device] >= N)
     summed = head.trained * (head.weight if carried else head.V * head.H * ACCUMULATOR)
-    inside = n * head.V * ACCUMULATOR + summed + _ON_SLOTS * n * S * ACCUMULATOR
+    peak = n * head.V * ACCUMULATOR + summed + _LOSS_TENSORS * n * S * ACCUMULATOR
     if head.narrow and not in_16_bits:
-        inside += N * head.H * (ACCUMULATOR - head.dtype.itemsize)  # dX is summed in fp32, too
+        peak += N * head.H * (ACCUMULATOR - head.dtype.itemsize)  # dX is summed in fp32, too
     wide = n * head.H * ACCUMULATOR
     if head.device == "cpu":
         v = head.rows(n)
         gathered = min(GATHER_BYTES, n * S * head.H * ACCUMULATOR)
-        inside += v * n * ACCUMULATOR if not head.narrow else 0
-        inside += wide if not head.narrow else 2 * wide + v * head.H * ACCUMULATOR
-        inside += gathered * 3 // 2 if in_16_bits else 0
+        peak += v * n * ACCUMULATOR if not head.narrow else 0
+        peak += wide if not head.narrow else 2 * wide + v * head.H * ACCUMULATOR
+        peak += gathered * 3 // 2 if in_16_bits else 0
     else:
-        inside += wide if head.narrow else 0
+        peak += wide if head.narrow else 0
     both = 0 if carried else summed + head.trained * head.weight
-    return Work(max(inside, both), 0)
+    return LossMemory(max(peak, both), 0)
 
 
-def recomputed(head: HeadShape, N: int, S: int) -> Work:
+def recomputed(head: HeadShape, N: int, S: int) -> LossMemory:
     """Slabs alone in the forward pass; 4vN logits of a slab of all tokens, and dX in fp32, in the
     backward pass."""
-    slots, wide = _ON_SLOTS_AGAIN * N * S * ACCUMULATOR, N * head.H * ACCUMULATOR
+    slots, wide = _RECOMPUTE_TENSORS * N * S * ACCUMULATOR, N * head.H * ACCUMULATOR
     if head.device == "cpu":
         v = head.rows(N)
-        again = v * N * ACCUMULATOR + slots
+        backward = v * N * ACCUMULATOR + slots
         if head.narrow:
-            again += 2 * wide + 2 * v * head.H * ACCUMULATOR
+            backward += 2 * wide + 2 * v * head.H * ACCUMULATOR
         n = min(N, CPU_BLOCK_TOKENS)
-        once = _SLABS_OF_MOMENTS * n * head.rows(n) * ACCUMULATOR
-        return Work(once + slots, again)
+        forward = _SLABS_OF_MOMENTS * n * head.rows(n) * ACCUMULATOR
+        return LossMemory(forward + slots, backward)
     columns = min(_columns(head.V), max(64, TRITON_RECOMPUTE_BYTES // (N * ACCUMULATOR)))
     # dX as it is returned lends its memory to the slab where that fits.
     lent = head.narrow and columns <= head.H // 2
-    again = slots + (0 if lent else columns * N * ACCUMULATOR) + (wide if head.narrow else 0)
+    backward = slots + (0 if lent else columns * N * ACCUMULATOR) + (wide if head.narrow else 0)
     if head.dtype == torch.float16:
-        again += columns * head.H * ACCUMULATOR  # a slab of dW before it is rounded
-    return Work(min(N, TRITON_BLOCK_TOKENS) * _columns(head.V) * ACCUMULATOR + slots, again)
+        backward += columns * head.H * ACCUMULATOR  # a slab of dW before it is rounded
+    return LossMemory(
+        min(N, TRITON_BLOCK_TOKENS) * _columns(head.V) * ACCUMULATOR + slots, backward
+    )
 
 
-def dense(head: HeadShape, teacher: HeadShape, N: int) -> Work:
+def dense(head: HeadShape, teacher: HeadShape, N: int) -> LossMemory:
     """Both heads' logits of half a chunk, dX and dW in fp32; or dW in both types at the end."""
     n = max(1, head.chunk(N) // 2)
     grads = N * head.H * ACCUMULATOR + head.trained * head.V * head.H * ACCUMULATOR
-    inside = n * (head.V + teacher.V) * ACCUMULATOR + grads
+    peak = n * (head.V + teacher.V) * ACCUMULATOR + grads
     if head.device == "cpu":
-        inside += _SLABS_OF_SUMS * min(4096, head.V) * n * ACCUMULATOR
+        peak += _SLABS_OF_SUMS * min(4096, head.V) * n * ACCUMULATOR
     both = grads + head.trained * head.weight if head.narrow else 0
     # dX as it is returned is made at the end, and not beside the logits.
-    return Work(max(inside - N * head.H * head.dtype.itemsize, both), 0)
+    return LossMemory(max(peak - N * head.H * head.dtype.itemsize, both), 0)
 
 
 def topk(head: HeadShape, N: int, k: int) -> int:

@@ -18,10 +18,10 @@ import torch
 
 from ..packing import CPU_TOKENS, FREE_SHARE, GPU_TOKENS, VALUES_PER_TOKEN
 from . import head
-from .optimisers import Optimiser, optimiser_of
+from .optimisers import OptimizerMemory, optimizer_memory
 from .parts import Memory, Part, Phase, Settings
-from .rehearsal import Answering, Step, head_shape, rehearse_step, rehearse_teacher
-from .shapes import empty_model, held_by, quantised
+from .rehearsal import Step, TeacherPass, head_shape, rehearse_step, rehearse_teacher
+from .shapes import bytes_of, empty_model, quantized_size
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # Outside torch's allocator: the CUDA context, its libraries and their workspaces, and kernels.
@@ -60,12 +60,12 @@ class Planner:
     def memory(self, settings: Settings) -> Memory:
         model = self.student(settings.dtype, settings.lora_rank)
         trained = [p for p in model.parameters() if p.requires_grad]
-        optimiser = optimiser_of(settings.optim, trained, self.device)
+        optimizer = optimizer_memory(settings.optim, trained, self.device)
         step = self.step(settings)
         gradients = sum(p.nbytes for p in trained)
         before = gradients if settings.accumulation > 1 else 0
         weights, expanded = self.teacher_weights(settings)
-        held = held_by(model) + optimiser.state + weights + expanded
+        held = bytes_of(model) + optimizer.state + weights + expanded
         answers, passing = self.answers(settings), 0
         if weights:
             passing = self.teacher_pass(settings, held + before + answers)
@@ -74,7 +74,7 @@ class Planner:
             "forward": held + answers + step.forward,
             "loss": held + answers + step.loss,
             "backward": held + step.backward,
-            "update": held + gradients + optimiser.scratch,
+            "update": held + gradients + optimizer.scratch,
         }
         if not weights:
             del phases["teacher"]
@@ -82,7 +82,7 @@ class Planner:
         on_gpu = self.device == "cuda"
         return Memory(
             settings=settings,
-            parts=_parts(settings, held_by(model), gradients, optimiser, step, before)
+            parts=_parts(settings, bytes_of(model), gradients, optimizer, step, before)
             + _teacher_parts(settings, weights, expanded, passing, answers),
             phases=tuple(Phase(name=name, bytes=size) for name, size in phases.items()),
             allowance=CONTEXT + int(FRAGMENTS * peak) if on_gpu else 0,
@@ -113,8 +113,8 @@ class Planner:
         else:
             run = head.recomputed if backward == "recompute" else head.fused
             # Without a teacher one empty slot stands for its answer.
-            given = 1 if self.configs["teacher"] is None else min(k, shape.V)
-            work = run(shape, N, given + 1)
+            topk_size = 1 if self.configs["teacher"] is None else min(k, shape.V)
+            work = run(shape, N, topk_size + 1)
         return rehearse_step(
             "student", model, batch, seq, work, self.device,
             checkpointing=checkpointing, accumulating=accumulating,
@@ -125,16 +125,16 @@ class Planner:
         if self.configs["teacher"] is None or settings.cached:
             return 0, 0
         if settings.teacher_quant is None:
-            return held_by(self.teacher), 0
-        found = quantised("teacher", self.teacher, settings.teacher_quant)
-        return found.weights, found.expanded
+            return bytes_of(self.teacher), 0
+        size = quantized_size("teacher", self.teacher, settings.teacher_quant)
+        return size.weights, size.expanded
 
     def teacher_pass(self, settings: Settings, held: int) -> int:
         """Peak of the layers, or of hidden states and head, of the rows that run together."""
         shape = head_shape(self.teacher, self.device)
         tokens = self._tokens_in_pass(shape.H * shape.dtype.itemsize, held)
         rows = max(1, min(settings.batch, tokens // settings.seq))
-        run = self._answering(rows, settings.seq)
+        run = self._teacher_pass(rows, settings.seq)
         if settings.k is None:
             return run.forward + settings.batch * settings.seq * shape.H * shape.dtype.itemsize
         N = rows * settings.seq
@@ -151,7 +151,7 @@ class Planner:
         return min(max(fits, GPU_TOKENS[0]), GPU_TOKENS[1])
 
     @functools.cache  # noqa: B019
-    def _answering(self, rows: int, seq: int) -> Answering:
+    def _teacher_pass(self, rows: int, seq: int) -> TeacherPass:
         return rehearse_teacher("teacher", self.teacher, rows, seq, self.device)
 
     def answers(self, settings: Settings) -> int:
@@ -166,17 +166,24 @@ class Planner:
 
 
 def _parts(
-    settings: Settings, weights: int, gradients: int, optimiser: Optimiser, step: Step, before: int
+    settings: Settings,
+    weights: int,
+    gradients: int,
+    optimizer: OptimizerMemory,
+    step: Step,
+    before: int,
 ) -> tuple[Part, ...]:
     trained = settings.dtype if settings.lora_rank is None else "of adapters alone"
-    kept = "a layer's input each" if settings.gradient_checkpointing else "of every layer"
+    activations_text = (
+        "a layer's input each" if settings.gradient_checkpointing else "of every layer"
+    )
     recompute = settings.backward == "recompute" and settings.k is not None
     way = "dense" if settings.k is None else "recompute" if recompute else "fused"
     return (
         Part(name="student weights", bytes=weights, how=settings.dtype),
         Part(name="gradients", bytes=gradients, how=trained),
-        Part(name="optimiser", bytes=optimiser.state + optimiser.scratch, how=settings.optim),
-        Part(name="activations", bytes=step.activations - before, how=kept),
+        Part(name="optimiser", bytes=optimizer.state + optimizer.scratch, how=settings.optim),
+        Part(name="activations", bytes=step.activations - before, how=activations_text),
         Part(name="head and loss", bytes=step.loss - step.activations, how=way),
     )
 
@@ -185,14 +192,14 @@ def _teacher_parts(
     settings: Settings, weights: int, expanded: int, passing: int, answers: int
 ) -> tuple[Part, ...]:
     what = "hidden states" if settings.k is None else f"top {settings.k} of every target"
-    found = (Part(name="answers", bytes=answers, how=what),)
+    parts = (Part(name="answers", bytes=answers, how=what),)
     if not weights:
-        return found
+        return parts
     quant = settings.teacher_quant or "as stored"
     return (
         Part(name="teacher weights", bytes=weights, how=quant),
         Part(name="teacher's pass", bytes=passing + expanded, how="its layers, or its head"),
-        *found,
+        *parts,
     )
 
 

@@ -15,31 +15,31 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-OPTIMISERS = ("adamw_torch_fused", "adamw_torch", "adamw_8bit", "adamw_bnb_8bit", "sgd")
+OPTIMIZERS = ("adamw_torch_fused", "adamw_torch", "adamw_8bit", "adamw_bnb_8bit", "sgd")
 _BLOCK, _LEAST = 256, 4096
 
 
-class Optimiser(NamedTuple):
+class OptimizerMemory(NamedTuple):
     state: int
     scratch: int
 
 
-def optimiser_of(name: str, trained: Sequence[Tensor], device: str) -> Optimiser:
+def optimizer_memory(name: str, trained: Sequence[Tensor], device: str) -> OptimizerMemory:
     """Raises ValueError for an optimiser whose memory is not known here."""
-    if name not in OPTIMISERS:
+    if name not in OPTIMIZERS:
         raise ValueError(
-            f"optim: expected one of {', '.join(OPTIMISERS)}, got {name!r}, whose memory is not "
+            f"optim: expected one of {', '.join(OPTIMIZERS)}, got {name!r}, whose memory is not "
             "known here"
         )
     sizes = [p.nbytes for p in trained]
     if name == "sgd":
-        return Optimiser(0, 0)
+        return OptimizerMemory(0, 0)
     if name.endswith("8bit"):
-        return Optimiser(sum(_in_8_bits(p.numel()) for p in trained), 0)
+        return OptimizerMemory(sum(_in_8_bits(p.numel()) for p in trained), 0)
     state = 2 * sum(sizes)
     if name == "adamw_torch_fused":
-        return Optimiser(state, 0)
-    return Optimiser(state, sum(sizes) if device == "cuda" else 2 * max(sizes, default=0))
+        return OptimizerMemory(state, 0)
+    return OptimizerMemory(state, sum(sizes) if device == "cuda" else 2 * max(sizes, default=0))
 
 
 def _in_8_bits(count: int) -> int:

@@ -44,7 +44,7 @@ class Settings:
     def lines(self) -> list[str]:
         """key=value, as DistillConfig and the command line take them; CACHE is a folder that
         `fastdistill cache build` made."""
-        said = [
+        lines = [
             f"max_length={self.seq}",
             f"per_device_train_batch_size={self.batch}",
             f"gradient_accumulation_steps={self.accumulation}",
@@ -55,12 +55,12 @@ class Settings:
             f"dtype={self.dtype}",
         ]
         if self.teacher_quant is not None and not self.cached:
-            said.append(f"teacher_quant={self.teacher_quant}")
+            lines.append(f"teacher_quant={self.teacher_quant}")
         if self.cached:
-            said.append("teacher=CACHE")
+            lines.append("teacher=CACHE")
         if self.lora_rank is not None:
-            said.append(f"lora_rank={self.lora_rank}")
-        return said
+            lines.append(f"lora_rank={self.lora_rank}")
+        return lines
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,18 +128,18 @@ class Plan:
         return None if self.card is None else self.memory.needed <= self.card
 
     def as_json(self) -> dict[str, Any]:
-        found = asdict(self) | {"fits": self.fits, "memory": _json(self.memory)}
+        content = asdict(self) | {"fits": self.fits, "memory": _memory_to_json(self.memory)}
         if self.proposal is not None:
-            found["proposal"] = {
-                "memory": _json(self.proposal.memory),
+            content["proposal"] = {
+                "memory": _memory_to_json(self.proposal.memory),
                 "measures": list(self.proposal.measures),
                 "missing": self.proposal.missing,
                 "settings": self.proposal.memory.settings.lines(),
             }
-        return found | {"assumptions": list(self.assumptions)}
+        return content | {"assumptions": list(self.assumptions)}
 
 
-def _json(memory: Memory) -> dict[str, Any]:
+def _memory_to_json(memory: Memory) -> dict[str, Any]:
     return {
         "settings": asdict(memory.settings),
         "parts": [asdict(part) for part in memory.parts],

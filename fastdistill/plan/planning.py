@@ -9,10 +9,10 @@ from typing import Any
 from .. import checks
 from ..cache.codec import BLOCK, bytes_per_token
 from .memory import CONTEXT, DTYPES, FRAGMENTS, Planner, stored_dtype
-from .optimisers import OPTIMISERS
+from .optimisers import OPTIMIZERS
 from .parts import Plan, Settings
 from .proposal import propose
-from .shapes import config_of, held_by, quantised, shapes_of
+from .shapes import bytes_of, config_of, quantized_size, shapes_of
 from .sizes import in_gb, read_bytes
 
 DEVICES = ("cuda", "cpu")
@@ -75,35 +75,35 @@ def plan_memory(
         if not (count is None and optional) and not _is_count(count, least):
             checks.fail(name, f"an integer of {least} or more", repr(count))
     for name, value, allowed in (
-        ("dtype", dtype or "float32", tuple(DTYPES)), ("optim", optim, OPTIMISERS),
+        ("dtype", dtype or "float32", tuple(DTYPES)), ("optim", optim, OPTIMIZERS),
         ("backward", backward, BACKWARD), ("device", device, DEVICES),
     ):  # fmt: skip
         checks.choice(name, value, allowed)
     if throughput is not None:
         checks.positive("throughput", throughput)
-    for name, asked in (("teacher_quant", teacher_quant), ("cached", cached or None)):
-        if asked is not None and teacher is None:
-            checks.fail(name, "a teacher with it", repr(asked), "give one with teacher=")
+    for name, option in (("teacher_quant", teacher_quant), ("cached", cached or None)):
+        if option is not None and teacher is None:
+            checks.fail(name, "a teacher with it", repr(option), "pass one with teacher=")
     if k is None and (teacher is None or cached):
         checks.fail("k", "a number of answers without a teacher in memory", "None",
                     "a cache keeps no whole vocabulary")  # fmt: skip
     card = None if gpu is None else read_bytes("gpu", gpu)
-    ours = config_of("student", student)
+    student_config = config_of("student", student)
     if dtype is None:
-        dtype = "float32" if lora_rank is None else stored_dtype(ours)
+        dtype = "float32" if lora_rank is None else stored_dtype(student_config)
     settings = Settings(
         seq=seq, batch=batch, accumulation=accumulation, k=k, dtype=dtype, optim=optim,
         gradient_checkpointing=gradient_checkpointing, backward=backward,
         teacher_quant=teacher_quant, cached=cached, lora_rank=lora_rank,
     )  # fmt: skip
-    theirs = None if teacher is None else config_of("teacher", teacher)
-    planner = Planner(ours, theirs, device, card)
+    teacher_config = None if teacher is None else config_of("teacher", teacher)
+    planner = Planner(student_config, teacher_config, device, card)
     return Plan(
         student=shapes_of(str(student), planner.student(dtype, None)),
         teacher=None if teacher is None else shapes_of(str(teacher), planner.teacher),
         memory=planner.memory(settings),
         activations=_activations(planner, settings),
-        teacher_weights={} if teacher is None else _each_way(planner.teacher),
+        teacher_weights={} if teacher is None else _teacher_sizes(planner.teacher),
         cache_per_token=(per_token := _cache_per_token(planner, k)),
         cache=None if tokens is None or per_token is None else tokens * per_token,
         seconds=None if tokens is None or throughput is None else tokens / throughput,
@@ -118,17 +118,19 @@ def _is_count(value: object, least: int) -> bool:
 
 
 def _activations(planner: Planner, settings: Settings) -> dict[str, int]:
-    found = {}
-    for name, on in (("kept", False), ("checkpointed", True)):
-        alone = replace(settings, gradient_checkpointing=on, accumulation=1)
-        found[name] = planner.step(alone).activations
-    return found
+    sizes = {}
+    for name, checkpointing in (("kept", False), ("checkpointed", True)):
+        single_batch = replace(settings, gradient_checkpointing=checkpointing, accumulation=1)
+        sizes[name] = planner.step(single_batch).activations
+    return sizes
 
 
-def _each_way(teacher: Any) -> dict[str, int]:
+def _teacher_sizes(teacher: Any) -> dict[str, int]:
     dtype = str(next(teacher.parameters()).dtype).removeprefix("torch.")
-    schemes = {scheme: quantised("teacher", teacher, scheme).weights for scheme in ("int8", "nf4")}
-    return {dtype: held_by(teacher)} | schemes
+    schemes = {
+        scheme: quantized_size("teacher", teacher, scheme).weights for scheme in ("int8", "nf4")
+    }
+    return {dtype: bytes_of(teacher)} | schemes
 
 
 def _cache_per_token(planner: Planner, k: int | None) -> int | None:
@@ -142,10 +144,10 @@ def _cache_per_token(planner: Planner, k: int | None) -> int | None:
 
 def _assumptions(settings: Settings, device: str) -> tuple[str, ...]:
     rows = "rows are of unequal length" if settings.batch > 1 else "rows are whole"
-    said = [f"one process; {rows}; all tokens are targets; fused attention"]
+    lines = [f"one process; {rows}; all tokens are targets; fused attention"]
     if device == "cuda":
-        said.append(
+        lines.append(
             f"the card also holds {in_gb(CONTEXT)} of CUDA context and libraries, and "
             f"{FRAGMENTS:.0%} of the peak is lost between tensors"
         )
-    return tuple(said)
+    return tuple(lines)

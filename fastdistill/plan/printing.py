@@ -14,21 +14,23 @@ from .sizes import in_gb
 
 def print_plan(plan: Plan, console: Any) -> None:
     """At most 40 lines of 80 columns."""
-    _say(console, _model("student", plan.student))
+    _print_line(console, _model("student", plan.student))
     if plan.teacher is not None:
-        _say(console, _model("teacher", plan.teacher))
+        _print_line(console, _model("teacher", plan.teacher))
     console.print(_parts(plan))
     console.print(_phases(plan.memory))
-    said = " · ".join(f"{name} {in_gb(size)}" for name, size in plan.activations.items())
-    _say(console, f"activations: {said}")
+    text = " · ".join(f"{name} {in_gb(size)}" for name, size in plan.activations.items())
+    _print_line(console, f"activations: {text}")
     if plan.teacher_weights:
-        said = " · ".join(f"{name} {in_gb(size)}" for name, size in plan.teacher_weights.items())
-        _say(console, f"teacher: {said}")
+        text = " · ".join(f"{name} {in_gb(size)}" for name, size in plan.teacher_weights.items())
+        _print_line(console, f"teacher: {text}")
     if plan.cache_per_token is not None:
         whole = "" if plan.cache is None else f", {in_gb(plan.cache)} in all"
-        _say(console, f"cache on disk: {plan.cache_per_token} bytes per token{whole}")
+        _print_line(console, f"cache on disk: {plan.cache_per_token} bytes per token{whole}")
     if plan.seconds is not None:
-        _say(console, f"time of one pass, at the throughput given: {plan.seconds / 3600:.1f} hours")
+        _print_line(
+            console, f"time of one pass, at the throughput given: {plan.seconds / 3600:.1f} hours"
+        )
     for line in plan.assumptions:
         console.print(f"[dim]assumed: {escape(line)}[/dim]", highlight=False)
     if plan.proposal is not None and plan.card is not None:
@@ -53,10 +55,10 @@ def _verdict(plan: Plan, console: Any) -> None:
     how = f"with {taken}" if taken else "as it is"
     console.print(f"[green]fits {in_gb(card)}[/green] {how}: {needed} needed", highlight=False)
     # Words that hold together: a setting that was broken in two could not be copied.
-    _say(console, "  ".join(proposal.memory.settings.lines()))
+    _print_line(console, "  ".join(proposal.memory.settings.lines()))
 
 
-def _say(console: Any, line: str) -> None:
+def _print_line(console: Any, line: str) -> None:
     console.print(escape(line), highlight=False)
 
 

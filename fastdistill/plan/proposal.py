@@ -27,16 +27,16 @@ def propose(planner: Planner, start: Settings, card: int) -> Proposal:
     best = planner.memory(start)
     for measure in () if best.needed <= card else measures(planner, start):
         others = [m for m in taken if m.changes.keys() != measure.changes.keys()]
-        found = planner.memory(_with(start, [*others, measure]))
-        if found.needed < best.needed:
-            taken, best = [*others, measure], found
+        memory = planner.memory(_with(start, [*others, measure]))
+        if memory.needed < best.needed:
+            taken, best = [*others, measure], memory
         if best.needed <= card:
             break
     for measure in reversed(taken):
         fewer = [m for m in taken if m is not measure]
-        found = planner.memory(_with(start, fewer))
-        if found.needed <= max(card, best.needed):
-            taken, best = fewer, found
+        memory = planner.memory(_with(start, fewer))
+        if memory.needed <= max(card, best.needed):
+            taken, best = fewer, memory
     return Proposal(
         memory=best,
         measures=tuple(measure.name for measure in taken),
@@ -46,24 +46,24 @@ def propose(planner: Planner, start: Settings, card: int) -> Proposal:
 
 def measures(planner: Planner, start: Settings) -> Iterator[Measure]:
     """Those that change something, from no price to a price in quality."""
-    here = planner.configs["teacher"] is not None and not start.cached
+    teacher_in_memory = planner.configs["teacher"] is not None and not start.cached
     if not start.gradient_checkpointing:
         yield Measure("gradient checkpointing", {"gradient_checkpointing": True})
     if start.backward != "recompute" and start.k is not None:
         yield Measure("the loss recomputed in backward", {"backward": "recompute"})
-    if here and start.teacher_quant is None:
+    if teacher_in_memory and start.teacher_quant is None:
         for scheme in ("int8", "nf4"):
             yield Measure(f"teacher in {scheme}", {"teacher_quant": scheme})
     batch = start.batch
     while batch > 1:
         batch = next(b for b in range(batch // 2, 0, -1) if start.batch % b == 0)
-        several = start.accumulation * start.batch // batch
+        accumulation = start.accumulation * start.batch // batch
         yield Measure(
-            f"micro-batches of {batch}, accumulated", {"batch": batch, "accumulation": several}
+            f"micro-batches of {batch}, accumulated", {"batch": batch, "accumulation": accumulation}
         )
     if start.optim.startswith("adamw") and not start.optim.endswith("8bit"):
         yield Measure("the optimiser in 8 bits", {"optim": "adamw_8bit"})
-    if here and start.k is not None:
+    if teacher_in_memory and start.k is not None:
         yield Measure("the teacher's answers from a cache", {"cached": True})
     if start.lora_rank is None and importlib.util.find_spec("peft") is not None:
         stored = stored_dtype(planner.configs.get("student"))

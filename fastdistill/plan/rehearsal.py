@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from ..heads import LMHead, evaluating, head_module, hidden_states
 from ..training.student import forward_to_head, without_adapters
 from ..training.targets import Targets
-from .head import HeadShape, Work
-from .tracking import Counted
+from .head import HeadShape, LossMemory
+from .tracking import MemoryTracker
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class Step:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answering:
+class TeacherPass:
     """Bytes of a teacher's pass through its layers: at the peak, and the hidden states behind."""
 
     forward: int
@@ -54,7 +54,7 @@ def rehearse_step(
     model: Any,
     batch: int,
     seq: int,
-    work: Work,
+    work: LossMemory,
     device: str,
     *,
     checkpointing: bool,
@@ -67,51 +67,51 @@ def rehearse_step(
         ValueError: a model that cannot run without the values of its inputs.
     """
     model.train()
-    inside = without_adapters(model)
+    base_model = without_adapters(model)
     marks: dict[str, int] = {}
-    counted = Counted(model, device, padded=batch > 1)
+    tracker = MemoryTracker(model, device, padded=batch > 1)
 
     if checkpointing:
-        how = {"use_reentrant": False, "context_fn": counted.in_recomputation}
-        _checkpointing(inside, "enable", how)
+        options = {"use_reentrant": False, "context_fn": tracker.in_recomputation}
+        _checkpointing(base_model, "enable", options)
 
     def use(hidden: Tensor, head: LMHead) -> Tensor:
-        marks["activations"], marks["forward"] = counted.now, counted.peak()
+        marks["activations"], marks["forward"] = tracker.now, tracker.peak()
         loss = _Loss.apply(hidden, head.weight, work)
-        marks["loss"] = counted.peak()
+        marks["loss"] = tracker.peak()
         return loss
 
     try:
-        with counted:
+        with tracker:
             inputs, targets = _batch(batch, seq)
             if accumulating:
                 _fill_gradients(model)
-            loss = forward_to_head(model, inside, inputs, targets, use, packed=False)
+            loss = forward_to_head(model, base_model, inputs, targets, use, packed=False)
             # Tensor.backward would be answered by the modes themselves, with the modes closed.
             torch.autograd.backward(loss)
             del loss, inputs, targets
-            marks["backward"], marks["gradients"] = counted.peak(), counted.now
+            marks["backward"], marks["gradients"] = tracker.peak(), tracker.now
     except (RuntimeError, NotImplementedError) as error:
         raise _impossible(role, model, error) from None
     finally:
         model.zero_grad()
         if checkpointing:
-            _checkpointing(inside, "disable")
-            inside.disable_input_require_grads()
+            _checkpointing(base_model, "disable")
+            base_model.disable_input_require_grads()
     return Step(**marks)
 
 
-def rehearse_teacher(role: str, model: Any, rows: int, seq: int, device: str) -> Answering:
+def rehearse_teacher(role: str, model: Any, rows: int, seq: int, device: str) -> TeacherPass:
     """Rows of equal length through a teacher without memory, as RowReader runs them."""
-    counted = Counted(model, device, padded=False)
+    tracker = MemoryTracker(model, device, padded=False)
     try:
-        with counted, torch.no_grad(), evaluating(model):
+        with tracker, torch.no_grad(), evaluating(model):
             ids = torch.zeros(rows, seq, dtype=torch.int64, device="meta")
             hidden = hidden_states(model, ids)
             size = hidden.nbytes
     except (RuntimeError, NotImplementedError) as error:
         raise _impossible(role, model, error) from None
-    return Answering(forward=counted.peak(), hidden=size)
+    return TeacherPass(forward=tracker.peak(), hidden=size)
 
 
 class _Loss(torch.autograd.Function):
@@ -152,12 +152,12 @@ def _batch(rows: int, seq: int) -> tuple[dict[str, Tensor], Targets]:
     return inputs, Targets(at, at, at, (rows, seq))
 
 
-def _checkpointing(model: Any, change: str, *how: Any) -> None:
+def _checkpointing(model: Any, change: str, *options: Any) -> None:
     """Under the name it has in this version of transformers."""
     name = f"activation_checkpointing_{change}"
     if not hasattr(model, name):
         name = f"gradient_checkpointing_{change}"
-    getattr(model, name)(*how)
+    getattr(model, name)(*options)
 
 
 def _fill_gradients(model: nn.Module) -> None:

@@ -88,26 +88,26 @@ def shapes_of(name: str, model: Any) -> Shapes:
     head: Any = head_module(model).weight
     tied = head is embedding
     total = sum(p.numel() for p in model.parameters())
-    beyond = 0 if tied else head.numel()
+    untied_head = 0 if tied else head.numel()
     config = model.config.get_text_config()
     return Shapes(
         name=name,
         model_type=config.model_type,
         layers=int(getattr(config, "num_hidden_layers", 0)),
-        body=total - embedding.numel() - beyond,
+        body=total - embedding.numel() - untied_head,
         embeddings=embedding.numel(),
-        head=beyond,
+        head=untied_head,
         tied=tied,
     )
 
 
-def held_by(model: nn.Module) -> int:
+def bytes_of(model: nn.Module) -> int:
     """Bytes of parameters and buffers, each once."""
     return sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Quantised:
+class QuantizedSize:
     """Bytes of a model with its linear layers in a scheme, and of the largest of them as its
     products expand it, in the type of the activations."""
 
@@ -115,7 +115,7 @@ class Quantised:
     expanded: int
 
 
-def quantised(role: str, model: nn.Module, scheme: str) -> Quantised:
+def quantized_size(role: str, model: nn.Module, scheme: str) -> QuantizedSize:
     """What quantize_model would leave of the model, which is not changed.
 
     Raises:
@@ -133,7 +133,7 @@ def quantised(role: str, model: nn.Module, scheme: str) -> Quantised:
         )
     saved = sum(w.nbytes - stored_bytes(w, scheme) for w in dense)
     largest = max(w.nbytes // (w.shape[0] if w.dim() == 3 else 1) for w in dense)
-    return Quantised(weights=held_by(model) - saved, expanded=largest)
+    return QuantizedSize(weights=bytes_of(model) - saved, expanded=largest)
 
 
 def stored_bytes(weight: Tensor, scheme: str) -> int:

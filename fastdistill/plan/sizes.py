@@ -14,16 +14,16 @@ def read_bytes(name: str, value: int | str) -> int:
     Raises:
         ValueError: anything else, or nothing above 0.
     """
-    found = value if isinstance(value, int) and not isinstance(value, bool) else None
+    count = value if isinstance(value, int) and not isinstance(value, bool) else None
     if isinstance(value, str):
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(GB|GiB)\s*", value)
-        found = None if match is None else int(float(match[1]) * UNITS[match[2]])
-    if found is None or found <= 0:
+        count = None if match is None else int(float(match[1]) * UNITS[match[2]])
+    if count is None or count <= 0:
         raise ValueError(
             f"{name}: expected bytes, or a number with GB (10⁹) or GiB (2³⁰), got {value!r}. "
             "Write 24GB or 22.5GiB"
         )
-    return found
+    return count
 
 
 def in_gb(count: float) -> str:

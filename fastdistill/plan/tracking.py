@@ -29,7 +29,7 @@ _autocast = torch.is_autocast_enabled
 MOST_OPERATIONS = 150_000  # a layer that steps from token to token makes millions
 
 
-class Counted:
+class MemoryTracker:
     """While it is open: bytes that operations made and that still live, and their peak.
 
     Args:
@@ -38,34 +38,34 @@ class Counted:
         padded: whether a batch's rows are of unequal length, which takes a mask.
     """
 
-    def __init__(self, given: nn.Module, device: str, *, padded: bool) -> None:
-        self._alive = _Alive()
-        for tensor in (*given.parameters(), *given.buffers()):
-            self._alive.seen.add(tensor.untyped_storage()._cdata)
-        self._answers = _Answers(device, padded)
-        self._open = ExitStack()
+    def __init__(self, model: nn.Module, device: str, *, padded: bool) -> None:
+        self._live = _LiveMemory()
+        for tensor in (*model.parameters(), *model.buffers()):
+            self._live.storages.add(tensor.untyped_storage()._cdata)
+        self._overrides = _MetaOverrides(device, padded)
+        self._stack = ExitStack()
 
-    def __enter__(self) -> Counted:
-        self._open.enter_context(patch.object(torch, "is_autocast_enabled", _is_autocast_enabled))
-        self._open.enter_context(self._answers)
-        self._open.enter_context(self._alive)
+    def __enter__(self) -> MemoryTracker:
+        self._stack.enter_context(patch.object(torch, "is_autocast_enabled", _is_autocast_enabled))
+        self._stack.enter_context(self._overrides)
+        self._stack.enter_context(self._live)
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._open.close()
+        self._stack.close()
 
     def in_recomputation(self) -> tuple[Any, Any]:
         """Of a checkpoint's forward pass and of its recomputation, as context_fn: the engine runs
         the second one without the modes for functions."""
-        return nullcontext(), self._answers
+        return nullcontext(), self._overrides
 
     @property
     def now(self) -> int:
-        return self._alive.now
+        return self._live.now
 
     def peak(self) -> int:
         """Since it was last asked."""
-        peak, self._alive.peak = self._alive.peak, self._alive.now
+        peak, self._live.peak = self._live.peak, self._live.now
         return peak
 
 
@@ -73,11 +73,11 @@ def _is_autocast_enabled(*device_type: str) -> bool:
     return device_type != ("meta",) and _autocast(*device_type)
 
 
-class _Alive(TorchDispatchMode):
+class _LiveMemory(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = self.operations = 0
-        self.seen: set[int] = set()
+        self.storages: set[int] = set()
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
@@ -93,19 +93,19 @@ class _Alive(TorchDispatchMode):
             if isinstance(tensor, Tensor) and tensor.is_meta:
                 storage = tensor.untyped_storage()
                 key, size = storage._cdata, storage.nbytes()
-                if key not in self.seen:
-                    self.seen.add(key)
+                if key not in self.storages:
+                    self.storages.add(key)
                     self.now += size
                     self.peak = max(self.peak, self.now)
-                    weakref.finalize(storage, self._gone, key, size)
+                    weakref.finalize(storage, self._release, key, size)
         return out
 
-    def _gone(self, key: int, size: int) -> None:
-        self.seen.discard(key)
+    def _release(self, key: int, size: int) -> None:
+        self.storages.discard(key)
         self.now -= size
 
 
-class _Answers(TorchFunctionMode):
+class _MetaOverrides(TorchFunctionMode):
     def __init__(self, device: str, padded: bool) -> None:
         super().__init__()
         self.device, self.padded = device, padded
@@ -120,9 +120,9 @@ class _Answers(TorchFunctionMode):
         if function is Tensor.__contains__ and args[0].is_meta:
             return False  # "is there a padding token among these?"
         if function is F.scaled_dot_product_attention and args[0].is_meta:
-            asked = _attention(*args, **kwargs)
-            if _is_fused(self.device, *asked):
-                return _FusedAttention.apply(*asked[:4], self.device)
+            arguments = _attention(*args, **kwargs)
+            if _is_fused(self.device, *arguments):
+                return _FusedAttention.apply(*arguments[:4], self.device)
         if function in _GROUPED and args[0].is_meta and args[0].dtype != torch.bfloat16:
             # PyTorch makes meta tensors of bfloat16 alone; kernels and transformers take others.
             return _GroupedProduct.apply(args[0], args[1])
@@ -156,14 +156,16 @@ def _is_fused(
     if device != "cpu":
         return True
 
-    def small(t: Tensor) -> Tensor:
+    def sample(t: Tensor) -> Tensor:
         like = torch.empty(1, t.shape[1], 16, t.shape[-1], dtype=t.dtype, device="cpu")
         return like.requires_grad_(t.requires_grad)
 
     with torch.enable_grad():
-        given = None if mask is None else torch.ones(1, 1, 16, 16, dtype=mask.dtype, device="cpu")
+        mask_like = (
+            None if mask is None else torch.ones(1, 1, 16, 16, dtype=mask.dtype, device="cpu")
+        )
         chosen = torch._fused_sdp_choice(
-            small(query), small(key), small(value), given, dropout, causal, enable_gqa=gqa
+            sample(query), sample(key), sample(value), mask_like, dropout, causal, enable_gqa=gqa
         )
     return chosen != torch.nn.attention.SDPBackend.MATH.value
 
