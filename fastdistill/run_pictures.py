@@ -22,13 +22,15 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from .runtime.printable import printable
 
 # Okabe and Ito, without the yellow that white swallows.
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 _DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)))
 _MARKERS = "osD^vPX"
-_DIVERGED = 1e6  # of a loss or perplexity: digits beyond say nothing
-_DRAWN = 1e12  # the most that is drawn; axes overflow near the end of what floats hold
-_FEW = 30  # points of a line that still are drawn one by one
-_WIDE = 20.0  # between its largest and smallest value, what falls is drawn over a logarithmic axis
+_DIVERGED_ABOVE = 1e6  # of a loss or perplexity: digits beyond say nothing
+_LARGEST_DRAWN = 1e12  # the most that is drawn; axes overflow near the end of what floats hold
+_MOST_MARKED = 30  # points of a line that still are drawn one by one
+_LOG_SCALE_FROM = (
+    20.0  # between its largest and smallest value, what falls is drawn over a logarithmic axis
+)
 _RC: Any = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -69,8 +71,8 @@ class Histogram:
 
     def median(self) -> str:
         """Between which edges half of the tokens are reached."""
-        reached = list(accumulate(self.counts))
-        i = bisect_left(reached, reached[-1] / 2)
+        cumulative = list(accumulate(self.counts))
+        i = bisect_left(cumulative, cumulative[-1] / 2)
         if i == 0:
             return f"below {self.edges[0]:.2g} nats"
         if i == len(self.edges):
@@ -98,7 +100,7 @@ class Quantity:
     def text(self, value: float) -> str:
         if self.share:
             return f"{value * 100:.1f} %"
-        if self.falls and value > _DIVERGED:
+        if self.falls and value > _DIVERGED_ABOVE:
             return "> 1e6"
         large = abs(value) >= 1000 and math.isfinite(value)
         return f"{value:,.0f}" if large else f"{value:.4g}"
@@ -113,13 +115,13 @@ def curves(quantity: Quantity, lines: Sequence[Line], *, resumed: Sequence[int] 
             factor = 100.0 if quantity.share else 1.0
             axes.plot(
                 steps,
-                [min(value * factor, _DRAWN) for value in values],
+                [min(value * factor, _LARGEST_DRAWN) for value in values],
                 label=_label(line.label),
-                color=_COLOURS[i % len(_COLOURS)],
+                color=_COLORS[i % len(_COLORS)],
                 linestyle=_DASHES[i % len(_DASHES)],
                 linewidth=1.4,
                 marker=_MARKERS[i % len(_MARKERS)],
-                markersize=3.5 if len(steps) <= _FEW else 0,
+                markersize=3.5 if len(steps) <= _MOST_MARKED else 0,
             )
         for step in resumed:
             axes.axvline(step, color="#888888", linewidth=0.8, linestyle=(0, (2, 2)), zorder=0)
@@ -130,42 +132,44 @@ def curves(quantity: Quantity, lines: Sequence[Line], *, resumed: Sequence[int] 
             axes.set_xlim(steps[0] - 1, steps[0] + 1)
         if quantity.share or quantity.grounded:
             axes.set_ylim(bottom=0)
-        if quantity.falls and _spread(lines) > _WIDE:
+        if quantity.falls and _spread(lines) > _LOG_SCALE_FROM:
             axes.set_yscale("log")
             _plain_ticks(axes.yaxis)
         _legend(figure, axes, len(lines))
-    alt = f"{quantity.title} over steps. " + " ".join(_in_words(quantity, line) for line in lines)
+    alt = f"{quantity.title} over steps. " + " ".join(
+        _series_text(quantity, line) for line in lines
+    )
     return Picture(figure, alt, _caption(quantity, lines))
 
 
-def histogram(title: str, shown: Sequence[Histogram]) -> Picture:
+def histogram(title: str, histograms: Sequence[Histogram]) -> Picture:
     """Shares of the tokens, the first of `shown` in outline where there is a second."""
     with matplotlib.rc_context(_RC):
         figure, axes = _canvas(2)
-        for i, found in enumerate(shown):
-            total, last = sum(found.counts), i == len(shown) - 1
-            shares = [100.0 * count / total for count in found.counts]
-            colour, dash = (_COLOURS[0], _DASHES[0]) if last else (_COLOURS[1], _DASHES[1])
+        for i, bins in enumerate(histograms):
+            total, last = sum(bins.counts), i == len(histograms) - 1
+            shares = [100.0 * count / total for count in bins.counts]
+            color, dash = (_COLORS[0], _DASHES[0]) if last else (_COLORS[1], _DASHES[1])
             if last:
-                axes.stairs(shares, _ends(found), fill=True, alpha=0.25, color=colour)
+                axes.stairs(shares, _ends(bins), fill=True, alpha=0.25, color=color)
             axes.stairs(
-                *(shares, _ends(found)),
-                label=_label(found.label),
+                *(shares, _ends(bins)),
+                label=_label(bins.label),
                 linewidth=1.4,
                 ls=dash,
-                color=colour,
+                color=color,
             )
         axes.set_xscale("log")
-        axes.set_xlim(*_range(shown))
+        axes.set_xlim(*_range(histograms))
         _plain_ticks(axes.xaxis)
         axes.set_ylim(bottom=0)
         axes.set_xlabel("nats")
         axes.set_ylabel("% of tokens")
         _legend(figure, axes, 2)
     medians = "; ".join(
-        f"{found.label}: half of the tokens reached {found.median()}" for found in shown
+        f"{bins.label}: half of the tokens reached {bins.median()}" for bins in histograms
     )
-    caption = f"{title}, median {shown[-1].median()}"
+    caption = f"{title}, median {histograms[-1].median()}"
     return Picture(figure, f"Histogram. {title}. {medians}.", caption)
 
 
@@ -195,7 +199,7 @@ def _legend(figure: Figure, axes: Axes, lines: int) -> None:
         figure.legend(handles, labels, loc="outside upper left", ncols=2)
 
 
-def _in_words(quantity: Quantity, line: Line) -> str:
+def _series_text(quantity: Quantity, line: Line) -> str:
     text, points = quantity.text, line.points
     if len(points) == 1:
         return f"{line.label}: {text(line.last)} at step {points[0][0]}."
@@ -222,18 +226,18 @@ def _spread(lines: Sequence[Line]) -> float:
     return max(values) / min(values) if min(values) > 0 else 0.0
 
 
-def _ends(found: Histogram) -> list[float]:
+def _ends(bins: Histogram) -> list[float]:
     """Edges with ends for the bins that have none, as wide as their neighbours."""
-    low, high = found.edges[:2], found.edges[-2:]
-    return [low[0] * low[0] / low[1], *found.edges, high[1] * high[1] / high[0]]
+    low, high = bins.edges[:2], bins.edges[-2:]
+    return [low[0] * low[0] / low[1], *bins.edges, high[1] * high[1] / high[0]]
 
 
-def _range(shown: Sequence[Histogram]) -> tuple[float, float]:
+def _range(histograms: Sequence[Histogram]) -> tuple[float, float]:
     """Where there are tokens."""
     lows, highs = [], []
-    for found in shown:
-        ends = _ends(found)
-        held = [i for i, count in enumerate(found.counts) if count]
-        lows.append(ends[max(held[0] - 1, 0)])
-        highs.append(ends[min(held[-1] + 2, len(ends) - 1)])
+    for bins in histograms:
+        ends = _ends(bins)
+        non_empty = [i for i, count in enumerate(bins.counts) if count]
+        lows.append(ends[max(non_empty[0] - 1, 0)])
+        highs.append(ends[min(non_empty[-1] + 2, len(ends) - 1)])
     return min(lows), max(highs)

@@ -16,16 +16,16 @@ from .run_series import (
     COSTS,
     MASSES,
     TRAINING,
+    completion_summary,
     evaluated,
     evaluations,
     has_diverged,
-    learned,
     lines,
-    missing,
+    missing_data,
     name_of,
-    resumptions,
+    resumed_steps,
     scores,
-    state,
+    training_summary,
 )
 from .training.run_files import NAME, RunRecord, read_run
 
@@ -62,58 +62,58 @@ def write_run_report(folder: str | Path, out: str | Path | None = None) -> Path:
 
 def run_report(name: str, record: RunRecord) -> Report:
     """The page of one run."""
-    report = Report(f"Training run: {name}", _lead(record))
-    again = resumptions(record)
-    text = "The upright lines are where the run was resumed." if again else ""
-    _gallery(report, "Curves", _curves(record, TRAINING, again), text)
+    report = Report(f"Training run: {name}", _summary(record))
+    resumed = resumed_steps(record)
+    text = "The upright lines are where the run was resumed." if resumed else ""
+    _gallery(report, "Curves", _curves(record, TRAINING, resumed), text)
     masses = [
-        Line(label=who, points=found.points)
-        for key, who in (("teacher_mass", "teacher"), ("student_mass", "student"))
-        if (found := evaluated(record, key) or next(iter(lines(record, key)), None))
+        Line(label=label, points=series.points)
+        for key, label in (("teacher_mass", "teacher"), ("student_mass", "student"))
+        if (series := evaluated(record, key) or next(iter(lines(record, key)), None))
     ]
     if masses:
         mass = Quantity(title="Mass on the teacher's k tokens", unit="%", share=True)
         _gallery(
             report,
             "Covered mass",
-            [curves(mass, masses, resumed=again)],
+            [curves(mass, masses, resumed=resumed)],
             "How much of each one's probability the teacher's k tokens hold. What the teacher's "
             "lack, the student learns as one figure or not at all.",
         )
-    shown = scores(record)
+    histograms_by_title = scores(record)
     _gallery(
         report,
         "Token scores",
-        [histogram(title, found) for title, found in shown.items()],
+        [histogram(title, series) for title, series in histograms_by_title.items()],
         "How target tokens are spread over each score, in half octaves of nats. A mean hides "
         "whether many tokens are a little off or a few are far off; these do not.",
     )
-    _gallery(report, "Memory and speed", _curves(record, COSTS, again))
+    _gallery(report, "Memory and speed", _curves(record, COSTS, resumed))
     _figures(report, record)
     _first_batch(report, record)
     _settings(report, record)
-    lacking = missing(record)
-    if lacking:
+    notes = missing_data(record)
+    if notes:
         report.heading("What this folder does not have")
-        for sentence in lacking:
+        for sentence in notes:
             report.paragraph(sentence)
     return report
 
 
-def _lead(record: RunRecord) -> str:
-    told = [learned(record), state(record)]
+def _summary(record: RunRecord) -> str:
+    sentences = [training_summary(record), completion_summary(record)]
     changes = [
         _change(TRAINING[key], line)
         for key in ("kl", "agreement", "perplexity")
         if (line := evaluated(record, key)) is not None
     ]
     if changes:
-        told.append(f"In evaluation, {_joined(changes)}.")
+        sentences.append(f"In evaluation, {_join(changes)}.")
     elif loss := lines(record, "loss"):
-        told.append(f"In training, {_change(TRAINING['loss'], loss[0])}.")
+        sentences.append(f"In training, {_change(TRAINING['loss'], loss[0])}.")
     if has_diverged(record):
-        told.append("The loss rose: the run diverged, and its student is of no use.")
-    return " ".join(told)
+        sentences.append("The loss rose: the run diverged, and its student is of no use.")
+    return " ".join(sentences)
 
 
 def _change(quantity: Quantity, line: Line) -> str:
@@ -127,7 +127,7 @@ def _change(quantity: Quantity, line: Line) -> str:
     return f"{title} {'rose' if line.last > line.first else 'fell'} from {first} to {last}{unit}"
 
 
-def _joined(parts: list[str]) -> str:
+def _join(parts: list[str]) -> str:
     return ", ".join(parts[:-1]) + " and " + parts[-1] if len(parts) > 1 else parts[0]
 
 
@@ -135,11 +135,11 @@ def _figures(report: Report, record: RunRecord) -> None:
     """First and last value of everything that has a name here."""
     rows = []
     for key, quantity in (TRAINING | MASSES | COSTS).items():
-        found = lines(record, key)
-        for line in found:
-            whose = "" if len(found) == 1 and line.label == "training" else f", {line.label}"
-            told = quantity.share or quantity.unit in quantity.title.lower()
-            what = f"{quantity.title}{whose}" + ("" if told else f" ({quantity.unit})")
+        all_series = lines(record, key)
+        for line in all_series:
+            dataset = "" if len(all_series) == 1 and line.label == "training" else f", {line.label}"
+            unit_in_title = quantity.share or quantity.unit in quantity.title.lower()
+            what = f"{quantity.title}{dataset}" + ("" if unit_in_title else f" ({quantity.unit})")
             first, last = (quantity.text(value) for value in (line.first, line.last))
             rows.append((what, first, last, f"{line.points[-1][0]:,}"))
     if rows:
@@ -148,21 +148,21 @@ def _figures(report: Report, record: RunRecord) -> None:
 
 
 def _curves(
-    record: RunRecord, quantities: dict[str, Quantity], again: list[int]
+    record: RunRecord, quantities: dict[str, Quantity], resumed: list[int]
 ) -> Iterable[Picture]:
     for key, quantity in quantities.items():
-        found = lines(record, key)
-        if found:
-            yield curves(quantity, found, resumed=again)
+        series = lines(record, key)
+        if series:
+            yield curves(quantity, series, resumed=resumed)
 
 
 def _gallery(report: Report, heading: str, pictures: Iterable[Picture], text: str = "") -> None:
-    shown = list(pictures)
-    if shown:
+    figures = list(pictures)
+    if figures:
         report.heading(heading)
         if text:
             report.paragraph(text, soft=True)
-        report.gallery(shown)
+        report.gallery(figures)
 
 
 def _first_batch(report: Report, record: RunRecord) -> None:
@@ -194,10 +194,10 @@ def _settings(report: Report, record: RunRecord) -> None:
     rows = [
         ("student", f"{name_of(student['name']) or student['class']}{size}"),
         ("teacher", str(name_of(settings["teacher"]) or "none: the labels alone")),
-        *((name, _value(config[name])) for name in changed),
+        *((name, _to_text(config[name])) for name in changed),
     ]
     report.table(("setting", "value"), rows, caption="What differs from the defaults.")
-    others = [(name, _value(v)) for name, v in sorted(config.items()) if name not in changed]
+    others = [(name, _to_text(v)) for name, v in sorted(config.items()) if name not in changed]
     report.folded(f"{len(others)} settings at their defaults", ("setting", "value"), others)
     machine, versions = settings["machine"], settings["versions"]
     gpus = ", ".join(sorted(set(machine["gpus"]))) or f"CPU, {machine['cpu_capability']}"
@@ -209,54 +209,54 @@ def _settings(report: Report, record: RunRecord) -> None:
     )
 
 
-def _value(value: Any) -> str:
+def _to_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def comparison(name: str, runs: dict[str, RunRecord]) -> Report:
     """One page of several runs: their curves over each other, and where their settings differ."""
-    told = [f"{len(runs)} runs: {', '.join(runs)}."]
+    sentences = [f"{len(runs)} runs: {', '.join(runs)}."]
     kls = {run: line for run, r in runs.items() if (line := evaluated(r, "kl")) is not None}
     if len(kls) > 1:
         best = min(kls, key=lambda run: kls[run].last)
         text = TRAINING["kl"].text(kls[best].last)
-        told.append(f"{best} has the lowest KL in its last evaluation: {text} nats per token.")
-    report = Report(f"Runs of {name}", " ".join(told))
-    held = any(evaluations(record) for record in runs.values())
-    by_key = {key: _of_each(runs, key, held) for key in _COMPARED}
+        sentences.append(f"{best} has the lowest KL in its last evaluation: {text} nats per token.")
+    report = Report(f"Runs of {name}", " ".join(sentences))
+    evaluated_runs = any(evaluations(record) for record in runs.values())
+    by_key = {key: _series_of_runs(runs, key, evaluated_runs) for key in _COMPARED}
     rows = []
     for run in runs:
         cells = []
         for key in _COMPARED:
-            line = next((at for at in by_key[key] if at.label == run), None)
+            line = next((candidate for candidate in by_key[key] if candidate.label == run), None)
             cells.append("—" if line is None else TRAINING[key].text(line.last))
         rows.append((run, *cells))
     report.table(
         ("run", *(TRAINING[key].title for key in _COMPARED)),
         rows,
-        caption=f"Last figures in {'evaluation' if held else 'training'}.",
+        caption=f"Last figures in {'evaluation' if evaluated_runs else 'training'}.",
     )
     pictures = [
-        curves(TRAINING[key], found)._replace(caption=TRAINING[key].title)
-        for key, found in by_key.items()
-        if found
+        curves(TRAINING[key], series)._replace(caption=TRAINING[key].title)
+        for key, series in by_key.items()
+        if series
     ]
     _gallery(report, "Curves", pictures)
     _differences(report, runs)
     report.heading("The runs")
     for run, record in runs.items():
-        report.paragraph(f"{run}: {_lead(record)}")
+        report.paragraph(f"{run}: {_summary(record)}")
     return report
 
 
-def _of_each(runs: dict[str, RunRecord], key: str, held: bool) -> list[Line]:
+def _series_of_runs(runs: dict[str, RunRecord], key: str, evaluated_runs: bool) -> list[Line]:
     """A figure of every run that has it, `held` out or of training: like stands by like."""
-    found = []
+    series = []
     for run, record in runs.items():
-        line = evaluated(record, key) if held else next(iter(lines(record, key)), None)
+        line = evaluated(record, key) if evaluated_runs else next(iter(lines(record, key)), None)
         if line is not None:
-            found.append(Line(label=run, points=line.points))
-    return found
+            series.append(Line(label=run, points=line.points))
+    return series
 
 
 def _differences(report: Report, runs: dict[str, RunRecord]) -> None:
@@ -264,7 +264,7 @@ def _differences(report: Report, runs: dict[str, RunRecord]) -> None:
     names = sorted({name for config in configs.values() for name in config})
     rows = []
     for name in names:
-        values = [_value(config.get(name)) for config in configs.values()]
+        values = [_to_text(config.get(name)) for config in configs.values()]
         if len(set(values)) > 1:
             rows.append((name, *values))
     if rows:

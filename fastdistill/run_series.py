@@ -43,82 +43,79 @@ SCORES = {
 def points(record: RunRecord, name: str) -> list[tuple[int, float]]:
     """(step, value) wherever a figure is a number; the later line where a step has two, as after
     an evaluation at the start of a resumed run."""
-    found: dict[int, float] = {}
+    values: dict[int, float] = {}
     for line in record.figures:
         value = line.get(name)
         if isinstance(value, (int, float)) and math.isfinite(value):
-            found[line["step"]] = float(value)
-    return list(found.items())
+            values[line["step"]] = float(value)
+    return list(values.items())
 
 
 def evaluations(record: RunRecord) -> dict[str, str]:
     """Prefixes of evaluations ("eval", or "eval_NAME" for each of several datasets), in words."""
-    found: dict[str, str] = {}
+    names: dict[str, str] = {}
     for line in record.figures:
         for name in line:
             if name.startswith("eval") and name.endswith("_nll"):
                 prefix = name[: -len("_nll")]
                 more = prefix[len("eval_") :]
-                found[prefix] = f"evaluation, {more}" if more else "evaluation"
-    return found
+                names[prefix] = f"evaluation, {more}" if more else "evaluation"
+    return names
 
 
 def lines(record: RunRecord, name: str) -> list[Line]:
     """A figure in training and in every evaluation, as far as it was logged."""
     if name == "throughput":
-        found = [("training", throughput(record))]
+        series = [("training", throughput(record))]
     elif name == "perplexity":
         nll = points(record, "nll")
-        found = [("training", [(step, math.exp(min(value, 700.0))) for step, value in nll])]
+        series = [("training", [(step, math.exp(min(value, 700.0))) for step, value in nll])]
     else:
-        found = [("training", points(record, name))]
-    found += [(what, points(record, f"{prefix}_{name}")) for prefix, what in _of(record)]
-    return [Line(label=label, points=at) for label, at in found if at]
+        series = [("training", points(record, name))]
+    for prefix, label in evaluations(record).items():
+        series.append((label, points(record, f"{prefix}_{name}")))
+    return [Line(label=label, points=values) for label, values in series if values]
 
 
 def evaluated(record: RunRecord, name: str) -> Line | None:
     """A figure in the first evaluation dataset."""
-    for prefix, what in _of(record)[:1]:
-        at = points(record, f"{prefix}_{name}")
-        if at:
-            return Line(label=what, points=at)
+    for prefix, label in list(evaluations(record).items())[:1]:
+        values = points(record, f"{prefix}_{name}")
+        if values:
+            return Line(label=label, points=values)
     return None
-
-
-def _of(record: RunRecord) -> list[tuple[str, str]]:
-    return list(evaluations(record).items())
 
 
 def throughput(record: RunRecord) -> list[tuple[int, float]]:
     """Target tokens per second between a line of training and the line before it: evaluations log
     when they end, so their time does not count; saving does."""
-    found, since = [], None
+    rates, previous = [], None
     for line in record.lines:
         tokens, now = line.get("target_tokens"), line["time"]
-        if isinstance(tokens, (int, float)) and since is not None and now > since:
-            found.append((line["step"], tokens / (now - since)))
+        if isinstance(tokens, (int, float)) and previous is not None and now > previous:
+            rates.append((line["step"], tokens / (now - previous)))
         if line.get("event") != "first_batch":  # said in the middle of a step
-            since = now
-    return found
+            previous = now
+    return rates
 
 
 def scores(record: RunRecord) -> dict[str, list[Histogram]]:
     """By title: token scores of the first and last evaluation, or else of the first batch."""
-    found: dict[str, list[Histogram]] = {}
-    for prefix, what in _of(record):
+    by_title: dict[str, list[Histogram]] = {}
+    for prefix, dataset in evaluations(record).items():
         events = [e for e in record.events("histograms") if e["of"] == prefix]
         ends = events[:1] + events[1:][-1:]
-        several = "" if what == "evaluation" else f" ({what})"
+        suffix = "" if dataset == "evaluation" else f" ({dataset})"
         for name, title in SCORES.items():
-            made = [_histogram(e, e["counts"], name, f"step {e['step']:,}") for e in ends]
-            found[title + several] = [one for one in made if one is not None]
-    if not any(found.values()):
+            histograms = [_histogram(e, e["counts"], name, f"step {e['step']:,}") for e in ends]
+            by_title[title + suffix] = [h for h in histograms if h is not None]
+    if not any(by_title.values()):
         for event in record.events("first_batch")[:1]:
             label = f"first batch, step {event['step']:,}"
             for name, title in SCORES.items():
-                made = [_histogram(event, event.get("counts", {}), name, label)]
-                found[title] = [one for one in made if one is not None]
-    return {title: shown for title, shown in found.items() if shown}
+                histograms = [_histogram(event, event.get("counts", {}), name, label)]
+                by_title[title] = [h for h in histograms if h is not None]
+    return {title: histograms for title, histograms in by_title.items() if histograms}
 
 
 def _histogram(
@@ -129,26 +126,27 @@ def _histogram(
     return Histogram(label=label, edges=event["edges"], counts=counts[name])
 
 
-def resumptions(record: RunRecord) -> list[int]:
+def resumed_steps(record: RunRecord) -> list[int]:
     """Steps from which the run was taken up again."""
     return [event["step"] for event in record.events("train_begin") if event["step"]]
 
 
-def state(record: RunRecord) -> str:
+def completion_summary(record: RunRecord) -> str:
     """How the run ended, in a sentence."""
     marks = [e for e in record.lines if e.get("event") in ("train_begin", "train_end")]
     if not marks:
         return "It was not trained: the log has no beginning."
     step = max(line["step"] for line in record.lines)
     planned = next((e["max_steps"] for e in reversed(marks) if e.get("max_steps")), None)
-    of = "" if planned is None else f" of {planned:,}"
-    again = resumptions(record)
-    taken_up = f" It was resumed from step {', '.join(f'{at:,}' for at in again)}." if again else ""
+    of_planned = "" if planned is None else f" of {planned:,}"
+    resumed = resumed_steps(record)
+    steps = ", ".join(f"{at:,}" for at in resumed)
+    resumed_text = f" It was resumed from step {steps}." if resumed else ""
     if marks[-1]["event"] == "train_end":
-        return f"It ended at step {step:,}{of}.{taken_up}"
+        return f"It ended at step {step:,}{of_planned}.{resumed_text}"
     return (
-        f"Its log stops at step {step:,}{of} without an end: it was interrupted, or still runs."
-        + taken_up
+        f"Its log stops at step {step:,}{of_planned} without an end: it was interrupted, or is "
+        f"still running.{resumed_text}"
     )
 
 
@@ -158,19 +156,20 @@ def has_diverged(record: RunRecord) -> bool:
     return bool(loss) and loss[-1] > 2 * max(loss[0], 0.0) + 1
 
 
-def learned(record: RunRecord) -> str:
+def training_summary(record: RunRecord) -> str:
     """Who learned from whom, by what; as much as the folder says."""
     settings = record.settings
     if settings is None:
         return "A student was trained."
     student = settings["student"]
-    who = name_of(student["name"]) or student["class"]
+    student_name = name_of(student["name"]) or student["class"]
     if settings["teacher"] is None:
-        return f"{who} was trained on the labels alone."
+        return f"{student_name} was trained on the labels alone."
     config = settings["config"]
     k = config["k"]
-    over = "the whole vocabulary" if k is None else f"the teacher's top {k} tokens"
-    return f"{who} learned from {name_of(settings['teacher'])}: {config['divergence']} over {over}."
+    compared = "the whole vocabulary" if k is None else f"the teacher's top {k} tokens"
+    teacher = name_of(settings["teacher"])
+    return f"{student_name} learned from {teacher}: {config['divergence']} over {compared}."
 
 
 def name_of(model: str | None) -> str | None:
@@ -178,38 +177,38 @@ def name_of(model: str | None) -> str | None:
     return Path(model).name if model is not None and Path(model).is_absolute() else model
 
 
-def missing(record: RunRecord) -> list[str]:
+def missing_data(record: RunRecord) -> list[str]:
     """What the folder does not have, and what would have recorded it."""
-    found, known = [], evaluations(record)
+    notes, prefixes = [], evaluations(record)
     if record.settings is None:
-        found.append(
+        notes.append(
             f"No readable {SETTINGS}, so models, settings and versions are not shown. The trainer "
             "writes it beside metrics.jsonl when training begins."
         )
     if not record.figures:
-        found.append("No figure yet. The trainer logs every logging_steps=N steps.")
-    elif not known:
-        found.append(
+        notes.append("No figure yet. The trainer logs every logging_steps=N steps.")
+    elif not prefixes:
+        notes.append(
             "No evaluation, so no KL, agreement, perplexity and token scores on text that is not "
             "trained on. Give the trainer an eval_dataset and eval_strategy='steps', eval_steps=N; "
             "eval_on_start=True adds the student before its training."
         )
-    elif not any(points(record, f"{prefix}_kl") for prefix in known):
-        found.append(
+    elif not any(points(record, f"{prefix}_kl") for prefix in prefixes):
+        notes.append(
             "No teacher in the evaluation, so no KL, agreement or covered mass. Give the trainer a "
             "teacher."
         )
-    if known and not record.events("histograms"):
-        found.append(
+    if prefixes and not record.events("histograms"):
+        notes.append(
             "No token scores of an evaluation. Every evaluation during training records them."
         )
     if record.figures and not any(points(record, name) for name in COSTS):
-        found.append("No memory in the log. The trainer of this version records its peak.")
+        notes.append("No memory in the log. The trainer of this version records its peak.")
     if record.figures and not points(record, "target_tokens"):
-        found.append("No token counts in the log, so no throughput. The trainer records them.")
+        notes.append("No token counts in the log, so no throughput. The trainer records them.")
     nulls = sorted({n for line in record.figures for n, v in line.items() if v is None})
     if nulls:
-        found.append(f"Not numbers at some steps (NaN or infinity), left out: {', '.join(nulls)}.")
+        notes.append(f"Not numbers at some steps (NaN or infinity), left out: {', '.join(nulls)}.")
     if record.damaged:
-        found.append(f"Lines of metrics.jsonl that were cut off, left out: {record.damaged}.")
-    return found
+        notes.append(f"Lines of metrics.jsonl that were cut off, left out: {record.damaged}.")
+    return notes

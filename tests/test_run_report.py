@@ -145,7 +145,9 @@ def test_a_killed_run_says_so(watched, tmp_path):
     with (folder / NAME).open("a") as file:
         file.write('{"run": "x", "st')
     page = page_of(folder)
-    assert "stops at step 3 of 4 without an end: it was interrupted, or still runs." in page.text
+    assert (
+        "stops at step 3 of 4 without an end: it was interrupted, or is still running." in page.text
+    )
     assert "Lines of metrics.jsonl that were cut off, left out: 1." in page.text
 
 
