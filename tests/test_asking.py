@@ -11,8 +11,8 @@ from fastdistill.heads import head_of
 from fastdistill.outputs import TopK
 from fastdistill.protocols import DenseTeacher
 from fastdistill.teacher import Teacher
-from fastdistill.training.asking import ask
-from fastdistill.training.objective import Dense
+from fastdistill.training.asking import get_answers
+from fastdistill.training.objective import TeacherHidden
 
 MASK = torch.ones_like(IDS)
 LABELS = IDS.clone()
@@ -47,7 +47,7 @@ def test_the_head_of_a_teacher_here_runs_on_the_targets_alone(tmp_path, monkeypa
         lambda x, *a, **o: (seen.append(len(x)), linear_topk(x, *a, **o))[1],
     )
     linear_topk = __import__("fastdistill.primitive", fromlist=["linear_topk"]).linear_topk
-    targets, answers = ask(Teacher(peaked()), BATCH, build(tmp_path).args, check=False)
+    targets, answers = get_answers(Teacher(peaked()), BATCH, build(tmp_path).args, check=False)
     assert sum(seen) == len(targets.labels) == 14
     assert answers.ids.shape == (14, 8)
 
@@ -64,11 +64,13 @@ def test_a_subclass_with_answers_of_its_own_is_asked_as_any_object(tmp_path):
 def test_dense_answers_are_hidden_states_and_the_head(tmp_path):
     teacher = Teacher(peaked())
     assert isinstance(teacher, DenseTeacher)
-    targets, answers = ask(teacher, BATCH, build(tmp_path, k=None).args, check=False)
-    assert isinstance(answers, Dense)
+    targets, answers = get_answers(teacher, BATCH, build(tmp_path, k=None).args, check=False)
+    assert isinstance(answers, TeacherHidden)
     with torch.no_grad():
         logits = teacher.model(input_ids=IDS).logits
-    torch.testing.assert_close(head_of(teacher.model).logits(answers.hidden), targets.of(logits))
+    torch.testing.assert_close(
+        head_of(teacher.model).logits(answers.hidden), targets.gather(logits)
+    )
 
 
 def test_answers_of_another_shape_are_refused(tmp_path):
@@ -89,15 +91,15 @@ def test_a_batch_without_targets_asks_nobody(tmp_path):
             raise AssertionError("asked")
 
     empty = BATCH | {"labels": torch.full_like(LABELS, -100)}
-    _, answers = ask(Silent(), empty, build(tmp_path).args, check=True)
+    _, answers = get_answers(Silent(), empty, build(tmp_path).args, check=True)
     assert answers.ids.shape == (0, 8)
-    _, dense = ask(Teacher(peaked()), empty, build(tmp_path, k=None).args, check=False)
+    _, dense = get_answers(Teacher(peaked()), empty, build(tmp_path, k=None).args, check=False)
     assert dense.hidden.shape == (0, 48)
 
 
 def test_a_batch_without_labels_is_refused(tmp_path):
     with pytest.raises(ValueError, match="inputs: expected labels in every batch"):
-        ask(None, {"input_ids": IDS}, build(tmp_path).args, check=False)
+        get_answers(None, {"input_ids": IDS}, build(tmp_path).args, check=False)
 
 
 def test_what_cannot_answer_is_refused(tmp_path):

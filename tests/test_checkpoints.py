@@ -53,10 +53,10 @@ def test_only_what_is_whole_counts(tmp_path):
     whole, open_, short, gone = (folder(tmp_path, s, s != 20) for s in (10, 20, 30, 40))
     (short / "model.bin").write_bytes(b"x")
     (gone / "model.bin").unlink()
-    assert checkpoints.why_unfinished(whole) is None
-    assert "has no finished.json" in checkpoints.why_unfinished(open_)
-    assert checkpoints.why_unfinished(short) == "model.bin has 1 bytes, not 30"
-    assert checkpoints.why_unfinished(gone) == "model.bin is missing"
+    assert checkpoints.completeness_error(whole) is None
+    assert "has no finished.json" in checkpoints.completeness_error(open_)
+    assert checkpoints.completeness_error(short) == "model.bin has 1 bytes, not 30"
+    assert checkpoints.completeness_error(gone) == "model.bin is missing"
     assert checkpoints.last_finished(tmp_path) == whole
     assert checkpoints.to_resume_from(True, tmp_path) == str(whole)
     assert checkpoints.to_resume_from("auto", tmp_path) == str(whole)
@@ -64,7 +64,7 @@ def test_only_what_is_whole_counts(tmp_path):
         checkpoints.to_resume_from(gone, tmp_path)
     assert checkpoints.to_resume_from(open_, tmp_path) == str(open_)  # of another trainer, perhaps
     (whole / "finished.json").write_text("{")
-    assert "damaged" in checkpoints.why_unfinished(whole)
+    assert "damaged" in checkpoints.completeness_error(whole)
 
 
 def test_nothing_to_resume_from(tmp_path):

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastdistill import Teacher, TeacherCache, operands
 from fastdistill.run_pictures import Quantity
-from fastdistill.training.figures import in_short
+from fastdistill.training.figures import format_short
 from fastdistill.training.run_files import read_run
 
 RUN = [sys.executable, "-m", "fastdistill"]
@@ -215,7 +215,7 @@ def test_a_run_that_diverges_says_so(run, folder, tmp_path):
     assert "The loss rose: the run diverged." in out
     assert "the run diverged" in (tmp_path / "run" / "report.html").read_text()
     assert Quantity(title="Perplexity", falls=True).text(1e300) == "> 1e6"
-    assert [in_short(x) for x in (1e300, 2.5, math.nan)] == ["> 1e6", "2.5000", "not a number"]
+    assert [format_short(x) for x in (1e300, 2.5, math.nan)] == ["> 1e6", "2.5000", "not a number"]
 
 
 def test_what_an_interrupted_run_leaves_is_said(folder, tmp_path):

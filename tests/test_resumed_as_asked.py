@@ -173,7 +173,7 @@ class TestOtherSettings:
     def test_a_run_that_is_done_is_not_passed_off_as_another(self, tmp_path, change):
         train(tmp_path, **SAVING)
         log = (tmp_path / "run" / "metrics.jsonl").read_bytes()
-        with pytest.raises(ValueError, match=r"the run which is done at step 4 .* got "):
+        with pytest.raises(ValueError, match=r"the run that finished at step 4.* got "):
             build(tmp_path, **SAVING | change).train(resume_from_checkpoint="auto")
         assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == log
 

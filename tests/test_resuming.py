@@ -96,7 +96,7 @@ class TestDamage:
     def test_a_damaged_list_of_files(self, tmp_path, content):
         folder = half(tmp_path) / "checkpoint-4"
         (folder / "finished.json").write_text(content)
-        assert checkpoints.why_unfinished(folder) == "its finished.json is damaged"
+        assert checkpoints.completeness_error(folder) == "its finished.json is damaged"
         assert checkpoints.last_finished(tmp_path / "run").name == "checkpoint-2"
 
     def test_the_mark_of_transformers_own_saving_does_not_count(self, tmp_path):
@@ -104,7 +104,7 @@ class TestDamage:
         (tmp_path / "model.bin").write_text("x")
         checkpoints.finish(tmp_path)
         (tmp_path / "checkpoint-is-incomplete.txt").unlink()
-        assert checkpoints.why_unfinished(tmp_path) is None
+        assert checkpoints.completeness_error(tmp_path) is None
 
 
 class TestWithoutState:

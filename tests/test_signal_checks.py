@@ -13,9 +13,9 @@ from fastdistill import Teacher, TeacherCache
 from fastdistill.outputs import TopK
 from fastdistill.training.signal_checks import (
     Signal,
+    check_teacher_matches_text,
     contexts_of,
     label_logprob,
-    refuse_foreign,
     signal,
 )
 
@@ -54,7 +54,7 @@ def run(tmp_path, teacher, **options):
 
 def test_a_teacher_that_knows_the_text_passes(tmp_path):
     found = run(tmp_path, Knows()).panel.signal
-    assert found.real
+    assert found.is_plausible
     assert found.delivered > 0.5 * found.claimed > 1
 
 
@@ -82,18 +82,19 @@ def figures(**changes):
 
 
 def test_what_is_no_lie_passes():
-    refuse_foreign(figures(claimed=0.1), surely_aligned=False)  # claims nothing
-    refuse_foreign(figures(delivered=0.5), surely_aligned=False)  # keeps a part
-    refuse_foreign(figures(delivered_error=0.5), surely_aligned=False)  # too noisy to tell
-    refuse_foreign(figures(tokens=63), surely_aligned=False)  # too few to tell
-    with pytest.raises(ValueError, match=r"5\.00 against 5\.00 nats, .* 2\.00 should"):
-        refuse_foreign(figures(), surely_aligned=False)
+    check_teacher_matches_text(figures(claimed=0.1), positions_trusted=False)  # claims nothing
+    check_teacher_matches_text(figures(delivered=0.5), positions_trusted=False)  # keeps a part
+    noisy = figures(delivered_error=0.5)
+    check_teacher_matches_text(noisy, positions_trusted=False)
+    check_teacher_matches_text(figures(tokens=63), positions_trusted=False)  # too few to tell
+    with pytest.raises(ValueError, match=r"5\.00 against 5\.00 nats, .* a gap of 2\.00"):
+        check_teacher_matches_text(figures(), positions_trusted=False)
 
 
 def test_a_model_in_this_process_is_refused_only_where_the_text_can_be_known():
-    refuse_foreign(figures(), surely_aligned=True)
+    check_teacher_matches_text(figures(), positions_trusted=True)
     with pytest.raises(ValueError, match="no better than the same answers"):
-        refuse_foreign(figures(student=1.0), surely_aligned=True)
+        check_teacher_matches_text(figures(student=1.0), positions_trusted=True)
 
 
 def test_claim_and_delivery_are_what_they_say():

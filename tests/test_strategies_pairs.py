@@ -18,7 +18,7 @@ from fastdistill.strategies.distil import distil
 from fastdistill.strategies.lessons import row_of
 from fastdistill.strategies.pairs import InOrder, PairLoss, PreferencePairs
 from fastdistill.strategies.strategy import Training
-from fastdistill.training.objective import Dense
+from fastdistill.training.objective import TeacherHidden
 from fastdistill.training.targets import Targets
 
 PAIRS = lessons("river stone", "cloud", "bread candle garden winter", "bridge")
@@ -125,7 +125,7 @@ def test_a_padded_head_counts_alike_on_both_sides():
     targets = Targets(torch.tensor([0, 1, 2, 3]), rows, labels, (2, 2))
     head, hidden = TEACHER.head, torch.randn(4, TEACHER.head.weight.shape[1])
     cut = replace(head, valid_vocab=50)
-    found = PairLoss(0.5)(hidden, cut, targets, Dense(hidden, head))
+    found = PairLoss(0.5)(hidden, cut, targets, TeacherHidden(hidden, head))
     assert found.loss.item() / 4 == pytest.approx(math.log(2), abs=1e-6)
 
 
@@ -133,7 +133,7 @@ def test_halves_of_pairs_and_other_answers_are_refused():
     targets = Targets(torch.tensor([0]), torch.tensor([0]), torch.tensor([3]), (1, 2))
     hidden = torch.randn(1, TEACHER.head.weight.shape[1])
     with pytest.raises(ValueError, match="batch: expected pairs of rows, got 1 of them"):
-        PairLoss(0.5)(hidden, TEACHER.head, targets, Dense(hidden, TEACHER.head))
+        PairLoss(0.5)(hidden, TEACHER.head, targets, TeacherHidden(hidden, TEACHER.head))
     with pytest.raises(TypeError, match="answers: expected hidden states of the reference"):
         PairLoss(0.5)(hidden, TEACHER.head, targets, None)
 

@@ -20,8 +20,8 @@ def test_where_each_target_is_predicted_from():
     assert found.labels.tolist() == [6, 8, 2, 3]
     assert found.per_row(torch.tensor([1.0, 2.0, 3.0, 4.0])).tolist() == [3.0, 0.0, 7.0]
     values = torch.arange(12.0).view(3, 4)
-    assert found.of(values).tolist() == [0.0, 2.0, 8.0, 9.0]
-    topk = found.of_topk(TopK(values[..., None].long(), values[..., None], values))
+    assert found.gather(values).tolist() == [0.0, 2.0, 8.0, 9.0]
+    topk = found.gather_topk(TopK(values[..., None].long(), values[..., None], values))
     assert topk.ids[:, 0].tolist() == [0, 2, 8, 9]
     assert found.take(torch.tensor([1, 3])).labels.tolist() == [8, 3]
 

@@ -8,7 +8,7 @@ from training import build, config, llama, peaked, ragged, step_losses, train, w
 
 from fastdistill.outputs import TopK
 from fastdistill.primitive import linear_lse_gather
-from fastdistill.training.objective import Dense, Loss, Objective
+from fastdistill.training.objective import Loss, LossResult, TeacherHidden
 from fastdistill.training.targets import Targets
 
 
@@ -24,7 +24,7 @@ class Squared:
         loss = (at.lse - at.logits[:, 0]).square().sum()
         tokens = torch.tensor(float(len(targets.labels)))
         named = targets.labels.float().sum()
-        return Objective(loss, None, {"tokens": tokens, "loss": loss.detach(), "label": named})
+        return LossResult(loss, None, {"tokens": tokens, "loss": loss.detach(), "label": named})
 
 
 def squared(model, rows):
@@ -58,7 +58,7 @@ def test_the_update_is_the_gradient_of_its_mean_over_targets(tmp_path, size, acc
 
 @pytest.mark.parametrize(
     ("teacher", "settings", "kind"),
-    [("default", {"k": 8}, TopK), ("default", {"k": None}, Dense),
+    [("default", {"k": 8}, TopK), ("default", {"k": None}, TeacherHidden),
      (None, {"ce_weight": 1.0}, type(None))],
 )  # fmt: skip
 def test_it_is_called_as_the_loss_of_the_settings_is(tmp_path, teacher, settings, kind):

@@ -17,8 +17,8 @@ from ..plan.shapes import config_of, empty_model
 from ..runtime.printable import printable
 from ..stored_model import StoredModel, tokenizer_folder
 from ..teacher import check_quantisation, load_teacher, tokenizer_beside
-from ..training.admission import Outline
-from ..training.offline import opened
+from ..training.admission import TeacherSpec
+from ..training.offline import open_teacher
 
 
 class Failed(Exception):
@@ -60,7 +60,7 @@ def device() -> torch.device:
 
 def elsewhere(name: str, quant: str | None, compute: str) -> Any:
     """The cache in a folder, or the client of a server; None where the name is a model's."""
-    found = opened(name)
+    found = open_teacher(name)
     if isinstance(found, (str, Path)):
         return None
     if quant is not None or compute != "auto":
@@ -96,9 +96,9 @@ def outlined_teacher(name: str, quant: str | None, compute: str) -> Any:
     if path.exists():
         check_quantisation(StoredModel.at(path), quant, compute)
     if path.suffix == ".gguf":
-        return Outline()
+        return TeacherSpec()
     model = outline("teacher", name)
-    return Outline(
+    return TeacherSpec(
         tokenizer=tokenizer_beside(tokenizer_folder(name)), vocab_size=rows_of_head(model)
     )
 

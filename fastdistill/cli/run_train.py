@@ -26,10 +26,10 @@ from ..training.admission import check_fit
 from ..training.arguments import check_metric, check_sampling
 from ..training.checkpoints import last_finished
 from ..training.config import DistillConfig
-from ..training.data_checks import Lengths, check_datasets, named
-from ..training.figures import in_short
+from ..training.data_checks import Lengths, check_datasets, datasets_by_name
+from ..training.figures import format_short
 from ..training.lengths import check_lengths, row_limits
-from ..training.offline import refuse_unanswered
+from ..training.offline import check_cache_covers
 from ..training.run_files import read_run
 from ..training.student import prepare_loaded
 from ..training.trainer import DistillTrainer
@@ -162,13 +162,13 @@ def dry(own: Train, more: dict[str, Any]) -> dict[str, Any]:
         check_datasets(encoder, data, held_out, prompts_only=config.lmbda == 1.0)
     check_sampling(config, data)
     check_metric(config, held_out, has_teacher=own.teacher is not None)
-    teacher, datasets = None, named(data, held_out)
+    teacher, datasets = None, datasets_by_name(data, held_out)
     if own.teacher is not None:
         teacher = outlined_teacher(own.teacher, own.teacher_quant, own.teacher_compute)
     try:
         check_fit(teacher, student, config, tokenizer)
         if config.check_data:
-            refuse_unanswered(teacher, encoder, datasets)
+            check_cache_covers(teacher, encoder, datasets)
             check_lengths(datasets, encoder, row_limits(student, teacher, config), config)
         if isinstance(teacher, ServedTeacher) and config.k is not None:
             teacher.check(k=config.k, temperature=config.temperature)
@@ -200,11 +200,11 @@ def tell(found: dict[str, Any]) -> None:
         ]
     else:
         figures = "  ".join(
-            f"{name} {in_short(found['evaluation'][name])}"
+            f"{name} {format_short(found['evaluation'][name])}"
             for name in ("kl", "agreement", "perplexity")
             if found["evaluation"].get(name) is not None
         )
-        loss = "none" if found["loss"] is None else in_short(found["loss"])
+        loss = "none" if found["loss"] is None else format_short(found["loss"])
         trained = f"{found['steps']:,} steps, loss {loss}, {found['seconds']:.0f} s."
         if found["already_done"]:
             trained = f"Already done at step {found['steps']:,}: nothing was trained."

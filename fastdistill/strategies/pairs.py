@@ -22,7 +22,7 @@ from torch.utils.data import SequentialSampler
 from ..heads import LMHead
 from ..primitive import linear_lse_gather
 from ..teacher import Teacher
-from ..training.objective import Answers, Dense, Objective
+from ..training.objective import Answers, LossResult, TeacherHidden
 from ..training.targets import Targets
 from ..training.trainer import DistillTrainer
 from .jamming import Changed
@@ -137,8 +137,8 @@ class PairLoss:
         answers: Answers,
         *,
         labels_count: bool = True,
-    ) -> Objective:
-        if not isinstance(answers, Dense):
+    ) -> LossResult:
+        if not isinstance(answers, TeacherHidden):
             raise TypeError(
                 "answers: expected hidden states of the reference, got "
                 f"{type(answers).__name__}. Train with k=None"
@@ -159,7 +159,7 @@ class PairLoss:
             "loss": loss.detach(),
             "preferred": count * (margin.detach() > 0).float().mean(),
         }
-        return Objective(loss, None, sums)
+        return LossResult(loss, None, sums)
 
 
 def _of_rows(hidden: Tensor, head: LMHead, targets: Targets) -> Tensor:  # (B,)

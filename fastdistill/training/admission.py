@@ -20,19 +20,19 @@ from ..served import ServedTeacher
 from ..shared_storage import models_in, shared_parameters
 from ..teacher import Teacher
 from .config import DistillConfig
-from .offline import refuse_unfit
+from .offline import check_cache_settings
 
 logger = logging.getLogger(__name__)
 
-_UNPROVED = (
+_TOKENIZERS_NOT_COMPARED = (
     " Pass processing_class and the teacher's tokenizer to have it proved that they share a "
     "vocabulary."
 )
-Given: TypeAlias = TopKTeacher | DenseTeacher | PreTrainedModel | str | Path
+TeacherLike: TypeAlias = TopKTeacher | DenseTeacher | PreTrainedModel | str | Path
 
 
 @dataclass(frozen=True)
-class Admitted:
+class ResolvedTeacher:
     """A teacher that fits, and how many rows of the student's head are real tokens (None: all)."""
 
     teacher: Any
@@ -44,7 +44,7 @@ class Admitted:
 
 
 @dataclass(frozen=True)
-class Outline:
+class TeacherSpec:
     """A teacher that was not loaded: its tokenizer, and how many rows its head has and how long a
     row it reads, where that is known."""
 
@@ -53,9 +53,9 @@ class Outline:
     row_limit: RowLimit | None = None
 
 
-def admit(
-    teacher: Given | None, student: nn.Module, config: DistillConfig, processing_class: Any
-) -> Admitted | None:
+def resolve_teacher(
+    teacher: TeacherLike | None, student: nn.Module, config: DistillConfig, processing_class: Any
+) -> ResolvedTeacher | None:
     """Raises ValueError or TypeError for what cannot teach this student."""
     if teacher is not None:
         check_own_weights(teacher, student)
@@ -69,12 +69,12 @@ def admit(
         # A server or cache that does not know its teacher's size is cut as one that does.
         unknown = getattr(teacher, "vocab_size", None) is None
         teacher.valid_vocab = rows_of_head(student) if vocab is None and unknown else vocab
-    placed = isinstance(teacher, Teacher) and (
+    has_placement = isinstance(teacher, Teacher) and (
         hasattr(teacher.model, "hf_device_map") or is_offloaded(teacher.model)
     )
-    if isinstance(teacher, Teacher) and not placed:
+    if isinstance(teacher, Teacher) and not has_placement:
         teacher.to(config.device)
-    return Admitted(teacher, vocab)
+    return ResolvedTeacher(teacher, vocab)
 
 
 def check_fit(
@@ -82,7 +82,7 @@ def check_fit(
 ) -> int | None:
     """Return how many rows of both heads are shared tokens, None where all are.
 
-    Needs no weights: the student may be on the meta device, and the teacher an Outline.
+    Needs no weights: the student may be on the meta device, and the teacher a TeacherSpec.
 
     Raises:
         ValueError, TypeError: the teacher cannot teach this student what `config` asks for.
@@ -99,10 +99,10 @@ def check_fit(
                 f"lmbda={config.lmbda:g}"
             )
         return None
-    if not isinstance(teacher, Outline):
-        _refuse_unfit(teacher, config)
+    if not isinstance(teacher, TeacherSpec):
+        _check_interface(teacher, config)
     if isinstance(teacher, TeacherCache):
-        refuse_unfit(teacher, config, processing_class)
+        check_cache_settings(teacher, config, processing_class)
     if isinstance(teacher, ServedTeacher) and processing_class is not None:
         teacher.refuse_tokenizer(processing_class)
     vocab = _shared_vocabulary(teacher, student, processing_class)
@@ -122,24 +122,28 @@ def check_own_weights(teacher: Any, student: nn.Module) -> None:
     Weights that are shared and frozen by the caller's own will are no harm.
     """
     models, frozen = models_in(teacher)
-    froze = {id(p) for p in frozen}
-    trained = {name for name, p in student.named_parameters() if p.requires_grad or id(p) in froze}
+    frozen_ids = {id(p) for p in frozen}
+    trained = {
+        name for name, p in student.named_parameters() if p.requires_grad or id(p) in frozen_ids
+    }
     shared = [name for name in shared_parameters(student, models) if name in trained]
     if not shared:
         return
     if len(shared) == len(trained):
-        what = f"the student itself ({len(shared)} shared weights, first: {shared[0]})"
+        description = f"the student itself ({len(shared)} shared weights, first: {shared[0]})"
     else:
-        some = ", ".join(shared[:8]) + (", …" if len(shared) > 8 else "")
-        what = f"one that shares {len(shared)} of the student's {len(trained)} weights: {some}"
+        names = ", ".join(shared[:8]) + (", …" if len(shared) > 8 else "")
+        description = (
+            f"one that shares {len(shared)} of the student's {len(trained)} weights: {names}"
+        )
     raise ValueError(
-        f"teacher: expected another model, got {what}. What trains the one would change or freeze "
-        "the other: build the student from copies (copy.deepcopy), load the teacher a second time, "
-        "or freeze in the student what shall stay as it is before the teacher is made"
+        f"teacher: expected another model, got {description}. Training one would change or freeze "
+        "the other. Build the student from copies (copy.deepcopy), load the teacher a second "
+        "time, or freeze the shared weights of the student before you create the teacher"
     )
 
 
-def _refuse_unfit(teacher: Any, config: DistillConfig) -> None:
+def _check_interface(teacher: Any, config: DistillConfig) -> None:
     if config.k is None and not isinstance(teacher, DenseTeacher):
         raise TypeError(
             "teacher: expected a model, or an object with hidden(input_ids, attention_mask) and "
@@ -154,32 +158,39 @@ def _refuse_unfit(teacher: Any, config: DistillConfig) -> None:
 
 def _shared_vocabulary(teacher: Any, student: nn.Module, processing_class: Any) -> int | None:
     """The first so many ids, which both have; None where both heads have as many rows."""
-    theirs = getattr(teacher, "tokenizer", None)
-    compared = processing_class is not None and (theirs is not None or _has_compared(teacher))
-    if processing_class is not None and theirs is not None:
-        refuse_different_tokenizers(processing_class, theirs)
-    ours = rows_of_head(student)
-    vocab = getattr(teacher, "vocab_size", None)
-    if vocab is None:
+    teacher_tokenizer = getattr(teacher, "tokenizer", None)
+    has_compared = processing_class is not None and (
+        teacher_tokenizer is not None or _has_compared_tokenizer(teacher)
+    )
+    if processing_class is not None and teacher_tokenizer is not None:
+        refuse_different_tokenizers(processing_class, teacher_tokenizer)
+    student_rows = rows_of_head(student)
+    teacher_rows = getattr(teacher, "vocab_size", None)
+    if teacher_rows is None:
         logger.warning(
             "%s does not say how many ids its teacher has: it is taken to have the %d of the "
             "student's head; %s.%s",
-            *(type(teacher).__name__, ours),
+            *(type(teacher).__name__, student_rows),
             "others count as padding" if hasattr(teacher, "valid_vocab") else "others are refused",
-            "" if compared else _UNPROVED,
+            "" if has_compared else _TOKENIZERS_NOT_COMPARED,
         )
         return None
-    if vocab == ours:
+    if teacher_rows == student_rows:
         return None
     logger.warning(
         "The student's head has %d rows and the teacher's %d: both are cut to the first "
         "%d, the others count as padding.%s",
-        *(ours, vocab, min(vocab, ours), "" if compared else _UNPROVED),
+        *(
+            student_rows,
+            teacher_rows,
+            min(teacher_rows, student_rows),
+            "" if has_compared else _TOKENIZERS_NOT_COMPARED,
+        ),
     )
-    return min(vocab, ours)
+    return min(teacher_rows, student_rows)
 
 
-def _has_compared(teacher: Any) -> bool:
+def _has_compared_tokenizer(teacher: Any) -> bool:
     """Whether a cache or server knows its teacher's tokenizer, and so refused another one."""
     if isinstance(teacher, TeacherCache):
         return teacher.manifest.settings.tokenizer_sha256 is not None

@@ -96,8 +96,8 @@ def check_arguments(config: TrainingArguments) -> None:
         value = getattr(config, name, expected)
         # None and other empty values are ways to leave an option out.
         if value != expected and (value or expected):
-            given = "it unset" if not expected else repr(expected)
-            raise ValueError(f"{name}: expected {given}, got {value!r}: {reason}")
+            expected_text = "it unset" if not expected else repr(expected)
+            raise ValueError(f"{name}: expected {expected_text}, got {value!r}: {reason}")
     _check_parallelism(getattr(config, "parallelism_config", None))
     _check_numbers(config)
     for name in ("num_train_epochs", "max_steps"):
@@ -191,10 +191,12 @@ def check_device(config: TrainingArguments) -> None:
         )
 
 
-def _check_accelerator(given: Any) -> None:
+def _check_accelerator(accelerator_config: Any) -> None:
     known = [field.name for field in fields(AcceleratorConfig)]
     unknown = (
-        [] if not isinstance(given, Mapping) else [name for name in given if name not in known]
+        []
+        if not isinstance(accelerator_config, Mapping)
+        else [name for name in accelerator_config if name not in known]
     )
     if unknown:
         raise ValueError(
@@ -237,27 +239,27 @@ def direction_of(config: TrainingArguments) -> bool | None:
         ValueError: the given direction is wrong for the metric, or that of an unknown metric is
             missing.
     """
-    name, given = config.metric_for_best_model, config.greater_is_better
+    name, greater_is_better = config.metric_for_best_model, config.greater_is_better
     if name is None:
         watched = config.load_best_model_at_end or str(_value(config.save_strategy)) == "best"
         if not watched and not _adapts_to_metric(config):
-            return given
+            return greater_is_better
         name = "loss"
     metric = known_metric(name)
     if metric is None:
-        if given is None:
+        if greater_is_better is None:
             raise ValueError(
                 f"metric_for_best_model: expected one that ends with {', '.join((*LESS, *MORE))}, "
                 f"got {name!r}. For a metric of your own give greater_is_better too"
             )
-        return given
-    more = metric in MORE
-    if given is not None and bool(given) != more:
+        return greater_is_better
+    expected = metric in MORE
+    if greater_is_better is not None and bool(greater_is_better) != expected:
         raise ValueError(
-            f"greater_is_better: expected {more} with metric_for_best_model={name!r}, got "
-            f"{given!r}: {'more' if more else 'less'} is better"
+            f"greater_is_better: expected {expected} with metric_for_best_model={name!r}, got "
+            f"{greater_is_better!r}: {'more' if expected else 'less'} is better"
         )
-    return more
+    return expected
 
 
 def check_metric(config: TrainingArguments, sets: Any, has_teacher: bool) -> None:
@@ -271,13 +273,17 @@ def check_metric(config: TrainingArguments, sets: Any, has_teacher: bool) -> Non
     metric = None if name is None else known_metric(name)
     if name is None or metric is None:
         return
-    given = name.removeprefix("eval_")
+    metric_name = name.removeprefix("eval_")
     metrics = [m for m in (*LESS, *MORE) if has_teacher or m not in NEED_A_TEACHER]
-    names = [f"{of}_{m}" for of in sets for m in metrics] if isinstance(sets, Mapping) else metrics
-    if given not in names:
-        why = "" if has_teacher or metric not in NEED_A_TEACHER else ": it needs a teacher"
+    names = (
+        [f"{set_name}_{m}" for set_name in sets for m in metrics]
+        if isinstance(sets, Mapping)
+        else metrics
+    )
+    if metric_name not in names:
+        reason = "" if has_teacher or metric not in NEED_A_TEACHER else ": it needs a teacher"
         raise ValueError(
-            f"metric_for_best_model: expected one of {', '.join(names)}, got {name!r}{why}"
+            f"metric_for_best_model: expected one of {', '.join(names)}, got {name!r}{reason}"
         )
 
 
@@ -298,12 +304,12 @@ def check_sampling(config: TrainingArguments, dataset: Any) -> None:
 
 def schedule_options(config: TrainingArguments) -> Any:
     """Return lr_scheduler_kwargs, with the direction of the metric that the schedule follows."""
-    given = config.lr_scheduler_kwargs
+    options = config.lr_scheduler_kwargs
     if not _adapts_to_metric(config) or not config.greater_is_better:
-        return given
-    if isinstance(given, str) or "mode" in (given or {}):
-        return given
-    return {**(given or {}), "mode": "max"}
+        return options
+    if isinstance(options, str) or "mode" in (options or {}):
+        return options
+    return {**(options or {}), "mode": "max"}
 
 
 def scale_intervals(config: Any) -> None:

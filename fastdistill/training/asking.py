@@ -13,13 +13,13 @@ from ..cache import TeacherCache
 from ..outputs import TopK
 from ..teacher import Teacher
 from .config import DistillConfig
-from .objective import Answers, Dense
-from .offline import answers_in
-from .signal_checks import refuse_misaligned
+from .objective import Answers, TeacherHidden
+from .offline import answers_from_batch
+from .signal_checks import check_alignment
 from .targets import Targets, targets_of
 
 
-def ask(
+def get_answers(
     teacher: Any,
     batch: Mapping[str, Tensor],
     config: DistillConfig,
@@ -42,24 +42,24 @@ def ask(
     monitor = AnswerMonitor() if monitor is None else monitor
     positions = targets.sources % targets.shape[1]
     if config.k is None:
-        dense = _dense(teacher, batch, targets)
+        dense = _teacher_hidden(teacher, batch, targets)
         monitor.check_hidden(dense.hidden, targets.rows, positions)
         return targets, dense
     answers = _topk(teacher, batch, targets, config, check)
-    theirs = getattr(teacher, "vocab_size", None)
-    if not hasattr(teacher, "valid_vocab") and theirs and vocab and theirs > vocab:
-        monitor.check(answers, targets.rows, positions, Rules(vocab=theirs))
+    teacher_vocab = getattr(teacher, "vocab_size", None)
+    if not hasattr(teacher, "valid_vocab") and teacher_vocab and vocab and teacher_vocab > vocab:
+        monitor.check(answers, targets.rows, positions, Rules(vocab=teacher_vocab))
         return targets, answers.within(vocab)
     # Cut to the common ids, a position may have lost all it had; the source looked before that. Of
     # a teacher of unknown size, that means that its ids are of another vocabulary.
     cut = getattr(teacher, "valid_vocab", None) is not None
-    nothing = cut and theirs is not None
-    rules = Rules(vocab=vocab, nothing=nothing, total="any" if cut else "equal")
+    may_be_empty = cut and teacher_vocab is not None
+    rules = Rules(vocab=vocab, nothing=may_be_empty, total="any" if cut else "equal")
     monitor.check(answers, targets.rows, positions, rules)
     return targets, answers
 
 
-def answers_here(teacher: Any) -> bool:
+def has_trusted_positions(teacher: Any) -> bool:
     """Whether the answers are a model's in this process, or kept from one, whose positions are
     right by construction (a subclass with a topk of its own may answer from anywhere)."""
     if isinstance(teacher, TeacherCache):
@@ -67,11 +67,11 @@ def answers_here(teacher: Any) -> bool:
     return isinstance(teacher, Teacher) and type(teacher).topk is Teacher.topk
 
 
-def _dense(teacher: Any, batch: Mapping[str, Tensor], targets: Targets) -> Dense:
+def _teacher_hidden(teacher: Any, batch: Mapping[str, Tensor], targets: Targets) -> TeacherHidden:
     ids = batch["input_ids"]
     head = teacher.head.on(ids.device)
     if not len(targets.labels):
-        return Dense(head.weight[:0], head)
+        return TeacherHidden(head.weight[:0], head)
     with torch.no_grad():
         hidden = teacher.hidden(ids, batch["attention_mask"])
     if hidden.shape[:2] != ids.shape:
@@ -80,7 +80,7 @@ def _dense(teacher: Any, batch: Mapping[str, Tensor], targets: Targets) -> Dense
             f"teacher: expected hidden states of shape [{B}, {T}, …], one per position of "
             f"input_ids, got {list(hidden.shape)}"
         )
-    return Dense(targets.of(hidden.to(ids.device)), head)
+    return TeacherHidden(targets.gather(hidden.to(ids.device)), head)
 
 
 def _topk(
@@ -93,23 +93,23 @@ def _topk(
     ids, mask, k = batch["input_ids"], batch["attention_mask"], config.k
     assert k is not None
     if not len(targets.labels):
-        none = torch.empty(0, k, dtype=torch.float32, device=ids.device)
-        return TopK(none.long(), none, none[:, 0], config.temperature)
-    asked = {}
-    here = answers_here(teacher)
-    if isinstance(teacher, Teacher) and here:
-        asked["where"] = torch.zeros_like(ids, dtype=torch.bool)
-        asked["where"].view(-1)[targets.sources] = True
-    answers = answers_in(batch, config.temperature)
+        empty = torch.empty(0, k, dtype=torch.float32, device=ids.device)
+        return TopK(empty.long(), empty, empty[:, 0], config.temperature)
+    arguments = {}
+    trusted = has_trusted_positions(teacher)
+    if isinstance(teacher, Teacher) and trusted:
+        arguments["where"] = torch.zeros_like(ids, dtype=torch.bool)
+        arguments["where"].view(-1)[targets.sources] = True
+    answers = answers_from_batch(batch, config.temperature)
     if answers is None:
-        answers = teacher.topk(ids, mask, k=k, temperature=config.temperature, **asked)
-        wrong = wrong_shape(answers, ids.shape, k)
-        if wrong is not None:
-            raise ValueError(f"teacher: {wrong}")
+        answers = teacher.topk(ids, mask, k=k, temperature=config.temperature, **arguments)
+        problem = wrong_shape(answers, ids.shape, k)
+        if problem is not None:
+            raise ValueError(f"teacher: {problem}")
         answers = answers.to(ids.device)
-    if check and not here:
-        refuse_misaligned(_before_last(answers), batch["labels"][:, 1:], _vocabulary(teacher, ids))
-    return targets.of_topk(answers)
+    if check and not trusted:
+        check_alignment(_before_last(answers), batch["labels"][:, 1:], _vocabulary(teacher, ids))
+    return targets.gather_topk(answers)
 
 
 def _before_last(answers: TopK) -> TopK:

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 FINISHED = "finished.json"
 STATE = "trainer_state.json"
 # The second one is there while transformers' enable_jit_checkpoint saves, and goes after that.
-_MARKS = (FINISHED, "checkpoint-is-incomplete.txt")
+_NOT_HASHED = (FINISHED, "checkpoint-is-incomplete.txt")
 _NAME = re.compile(r"checkpoint-[0-9]+")
 _READ_FIRST = (STATE, "config.json", "generation_config.json", "adapter_config.json")
 
@@ -38,7 +38,7 @@ def begin(folder: Path) -> None:
 
 def finish(folder: Path) -> None:
     """Everything is written: wait until it is on disk, and say so."""
-    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name not in _MARKS]
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name not in _NOT_HASHED]
     for path in files:
         sync(path)
     for path in {p.parent for p in files}:
@@ -50,7 +50,7 @@ def finish(folder: Path) -> None:
     write_json(folder / FINISHED, {"files": sizes, "sha256": digests})
 
 
-def why_unfinished(folder: Path) -> str | None:
+def completeness_error(folder: Path) -> str | None:
     """Return None for a checkpoint whose files are all there, in their sizes; else the fault."""
     try:
         sizes = _finished(folder)["files"]
@@ -67,7 +67,7 @@ def why_unfinished(folder: Path) -> str | None:
     return None
 
 
-def why_damaged(folder: Path) -> str | None:
+def integrity_error(folder: Path) -> str | None:
     """Return None for a checkpoint whose files are what was written; else the fault.
 
     Reads every file. Checkpoints from before there were digests, and those of other trainers, are
@@ -75,14 +75,14 @@ def why_damaged(folder: Path) -> str | None:
     """
     digests: dict[str, Any] = {}
     if (folder / FINISHED).exists():
-        fault = why_unfinished(folder)
-        if fault is not None:
-            return fault
+        problem = completeness_error(folder)
+        if problem is not None:
+            return problem
         digests = _finished(folder).get("sha256", {})
     names = list(digests)
     with ThreadPoolExecutor() as pool:
-        seen = pool.map(sha256_of, (folder / name for name in names))
-        for name, digest in zip(names, seen, strict=True):
+        actual = pool.map(sha256_of, (folder / name for name in names))
+        for name, digest in zip(names, actual, strict=True):
             if digest != digests[name]:
                 return f"{printable(name)} is damaged: its sha256 is not the one in {FINISHED}"
     for name in _READ_FIRST:
@@ -98,7 +98,7 @@ def why_damaged(folder: Path) -> str | None:
     return None
 
 
-def missing_state(folder: Path, *, scaled: bool = False) -> str | None:
+def missing_state(folder: Path, *, has_loss_scaler: bool = False) -> str | None:
     """Return what a checkpoint lacks to go on as if nothing had happened, or None.
 
     Args:
@@ -106,18 +106,18 @@ def missing_state(folder: Path, *, scaled: bool = False) -> str | None:
     """
     names = [p.name for p in folder.iterdir()]
     deepspeed = "latest" in names
-    wanted = {"the random state": "rng_state"}
+    required = {"the random state": "rng_state"}
     if not deepspeed:
-        wanted |= {"the optimizer's state": "optimizer", "the schedule's state": "scheduler"}
-        if scaled:
-            wanted["the loss scaler's state"] = "scaler"
-    missing = [what for what, begins in wanted.items() if not _begins(names, begins)]
+        required |= {"the optimizer's state": "optimizer", "the schedule's state": "scheduler"}
+        if has_loss_scaler:
+            required["the loss scaler's state"] = "scaler"
+    missing = [what for what, prefix in required.items() if not _has_prefix(names, prefix)]
     return ", ".join(missing) or None
 
 
-def _begins(names: list[str], begins: str) -> bool:
+def _has_prefix(names: list[str], prefix: str) -> bool:
     # FSDP writes pytorch_model_fsdp_0 and optimizer_0; XLA puts the rank before the name.
-    return any(n.startswith(begins) or (n.startswith("rank") and begins in n) for n in names)
+    return any(n.startswith(prefix) or (n.startswith("rank") and prefix in n) for n in names)
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -128,14 +128,14 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 def last_finished(output_dir: str | Path) -> Path | None:
     """The checkpoint of the most steps that is whole; those that are not stay where they are."""
-    whole = (p for p in reversed(checkpoints(output_dir)) if why_unfinished(p) is None)
+    whole = (p for p in reversed(checkpoints(output_dir)) if completeness_error(p) is None)
     return next(whole, None)
 
 
 def to_resume_from(
-    given: str | Path | bool | None,
+    checkpoint: str | Path | bool | None,
     output_dir: str | Path,
-    fault_of: Callable[[Path], str | None] | None = None,
+    find_fault: Callable[[Path], str | None] | None = None,
 ) -> str | None:
     """The folder that `train(resume_from_checkpoint=given)` means.
 
@@ -148,56 +148,56 @@ def to_resume_from(
     Raises:
         ValueError: there is no such checkpoint, or it is damaged.
     """
-    if given is None or given is False:
+    if checkpoint is None or checkpoint is False:
         return None
-    fault_of = fault_of or why_unfinished
-    if given is True or given == "auto":
-        faults: dict[str, str] = {}
+    find_fault = find_fault or completeness_error
+    if checkpoint is True or checkpoint == "auto":
+        problems: dict[str, str] = {}
         for folder in reversed(checkpoints(output_dir)):
-            fault = fault_of(folder)
-            if fault is None:
-                _warn(faults, f"the run goes on from {folder.name}")
+            problem = find_fault(folder)
+            if problem is None:
+                _warn(problems, f"the run goes on from {folder.name}")
                 return str(folder)
-            faults[folder.name] = fault
-        if given is True:
-            first = next(iter(faults.items()), None)
+            problems[folder.name] = problem
+        if checkpoint is True:
+            first = next(iter(problems.items()), None)
             raise ValueError(
                 f"resume_from_checkpoint: expected a finished checkpoint in {str(output_dir)!r}, "
                 f"got {'none' if first is None else f'{first[0]}, but {first[1]}'}. 'auto' begins "
                 "anew where there is none"
             )
-        _warn(faults, "the run begins anew")
+        _warn(problems, "the run begins anew")
         return None
-    folder = Path(given)
-    checked = (folder / FINISHED).exists() or fault_of is not why_unfinished
-    fault = fault_of(folder) if checked else None
-    if fault is not None:
+    folder = Path(checkpoint)
+    checked = (folder / FINISHED).exists() or find_fault is not completeness_error
+    problem = find_fault(folder) if checked else None
+    if problem is not None:
         raise ValueError(
-            f"resume_from_checkpoint: expected a whole checkpoint, but {fault}: {given}"
+            f"resume_from_checkpoint: expected a whole checkpoint, but {problem}: {checkpoint}"
         )
-    return str(given)
+    return str(checkpoint)
 
 
-def _warn(faults: dict[str, str], then: str) -> None:
-    for name, fault in faults.items():
-        logger.warning("%s is not used: %s; %s.", name, fault, then)
+def _warn(problems: dict[str, str], then: str) -> None:
+    for name, problem in problems.items():
+        logger.warning("%s is not used: %s; %s.", name, problem, then)
 
 
 def _finished(folder: Path) -> dict[str, Any]:
     """Return the content of finished.json; raises ValueError if it is not what `finish` writes."""
-    found: dict[str, Any] = read_json(folder / FINISHED, dict)
-    files, digests = found.get("files"), found.get("sha256", {})
+    record: dict[str, Any] = read_json(folder / FINISHED, dict)
+    files, digests = record.get("files"), record.get("sha256", {})
     if not isinstance(files, dict) or not isinstance(digests, dict):
         raise ValueError(f"{FINISHED}: expected the names of files")
     if any(Path(name).is_absolute() or ".." in Path(name).parts for name in (*files, *digests)):
         raise ValueError(f"{FINISHED}: expected names inside the folder")
-    return found
+    return record
 
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
     """checkpoint-N folders by rising N."""
-    found = Path(output_dir).glob("checkpoint-*")
-    numbered = [p for p in found if p.is_dir() and _NAME.fullmatch(p.name)]
+    folders = Path(output_dir).glob("checkpoint-*")
+    numbered = [p for p in folders if p.is_dir() and _NAME.fullmatch(p.name)]
     return sorted(numbered, key=lambda p: int(p.name.partition("-")[2]))
 
 
@@ -210,9 +210,9 @@ def keep_last(output_dir: str | Path, limit: int | None, best: str | None) -> No
     if limit is None or limit <= 0:
         return
     by_age = sorted(checkpoints(output_dir), key=_written)
-    spared = {p for p in by_age if best is not None and p.resolve() == Path(best).resolve()}
-    others = [p for p in by_age if p not in spared]
-    for folder in others[: max(0, len(others) - max(limit - len(spared), 1))]:
+    protected = {p for p in by_age if best is not None and p.resolve() == Path(best).resolve()}
+    others = [p for p in by_age if p not in protected]
+    for folder in others[: max(0, len(others) - max(limit - len(protected), 1))]:
         begin(folder)  # half deleted, it must not look whole
         if folder.is_symlink():
             folder.unlink()

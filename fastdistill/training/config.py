@@ -189,21 +189,21 @@ class DistillConfig(TrainingArguments):
         return selection_of(self.token_selection)
 
     def to_dict(self) -> dict[str, Any]:
-        return super().to_dict() | {"token_selection": _in_words(self.token_selection)}
+        return super().to_dict() | {"token_selection": _selection_text(self.token_selection)}
 
     def __getstate__(self) -> dict[str, Any]:
         """Checkpoints hold the arguments; a caller's function is kept there as its name."""
-        return self.__dict__ | {"token_selection": _in_words(self.token_selection)}
+        return self.__dict__ | {"token_selection": _selection_text(self.token_selection)}
 
 
-def _json_object(given: Any) -> Any:
+def _json_object(value: Any) -> Any:
     """Return what a command line may give as the text of a JSON object."""
-    if isinstance(given, str):
-        return parse_json(given, "model_init_kwargs", dict)
-    return given or {}
+    if isinstance(value, str):
+        return parse_json(value, "model_init_kwargs", dict)
+    return value or {}
 
 
-def _in_words(selection: Any) -> str | None:
+def _selection_text(selection: Any) -> str | None:
     if callable(selection) and not hasattr(selection, "score"):
         return f"function {getattr(selection, '__qualname__', type(selection).__name__)}"
     return None if selection is None else str(selection)

@@ -23,7 +23,7 @@ LOOKED_AT = 64  # examples, evenly spread
 
 def check_kinds(train: Any, evaluate: Any) -> None:
     """Raise TypeError for what is no dataset of examples, ValueError for one that has none."""
-    for name, dataset in named(train, evaluate).items():
+    for name, dataset in datasets_by_name(train, evaluate).items():
         if dataset is None or _is_stream(dataset):
             continue
         if not is_listed(dataset):
@@ -44,12 +44,12 @@ def _is_stream(dataset: Any) -> bool:
 
 def check_datasets(encoder: Encoder, train: Any, evaluate: Any, *, prompts_only: bool) -> None:
     """`check_examples` for what a trainer is given; prompts may stand alone in training only."""
-    for name, dataset in named(train, evaluate).items():
+    for name, dataset in datasets_by_name(train, evaluate).items():
         sampled = prompts_only and name == "train_dataset"
         check_examples(name, dataset, encoder, prompts_only=sampled)
 
 
-def named(train: Any, evaluate: Any) -> dict[str, Any]:
+def datasets_by_name(train: Any, evaluate: Any) -> dict[str, Any]:
     """What a trainer is given, by the names that errors use."""
     several = evaluate if isinstance(evaluate, dict) else {"": evaluate}
     return {"train_dataset": train} | {
@@ -83,15 +83,15 @@ def check_examples(name: str, dataset: Any, encoder: Encoder, *, prompts_only: b
         lengths.add(row)
     lengths.check(name, prompts_only=prompts_only)
     if not prompts_only:
-        _refuse_no_target(name, examples, rows)
-    given = [
+        _check_has_target(name, examples, rows)
+    labeled_rows = [
         row
         for example, row in zip(examples, rows, strict=True)
         if example.get("labels") is not None
     ]
-    if given:
-        _refuse_shifted(name, given)
-        _refuse_lost_end(name, given, encoder.tokenizer)
+    if labeled_rows:
+        _check_not_shifted(name, labeled_rows)
+        _check_end_token(name, labeled_rows, encoder.tokenizer)
 
 
 @dataclass
@@ -157,7 +157,7 @@ def has_target(row: Row) -> bool:
     return bool((row.targets[1:] != IGNORE_INDEX).any())
 
 
-def _refuse_no_target(name: str, examples: list[Any], rows: list[Row]) -> None:
+def _check_has_target(name: str, examples: list[Any], rows: list[Row]) -> None:
     if any(map(has_target, rows)):
         return
     why = "All labels are −100"
@@ -188,7 +188,7 @@ def _refuse_no_target(name: str, examples: list[Any], rows: list[Row]) -> None:
     raise ValueError(f"{name}: expected tokens to learn, got none in {len(rows):,} examples. {why}")
 
 
-def _refuse_shifted(name: str, rows: list[Row]) -> None:
+def _check_not_shifted(name: str, rows: list[Row]) -> None:
     """Labels that equal the neighbouring token, where they should equal their own."""
     agree = {shift: _agreement(rows, shift) for shift in (-1, 0, 1)}
     shift = max(agree, key=lambda s: agree[s])
@@ -216,21 +216,21 @@ def _agreement(rows: Iterable[Row], shift: int) -> float:
     return same / total if total >= 8 else 0.0
 
 
-def _refuse_lost_end(name: str, rows: list[Row], tokenizer: Any) -> None:
+def _check_end_token(name: str, rows: list[Row], tokenizer: Any) -> None:
     """pad == eos, and whatever masked the padding took every end token out of the labels too."""
     end = getattr(tokenizer, "eos_token_id", None)
     if end is None or end != getattr(tokenizer, "pad_token_id", None):
         return
-    lost = kept = 0
+    masked = labeled = 0
     for ids, targets, attended in (row[:3] for row in rows):
         follows = torch.zeros_like(attended, dtype=torch.bool)
         follows[1:] = targets[:-1] != IGNORE_INDEX
         ends = (ids == end) & follows & (attended != 0)
-        kept += int((ends & (targets == end)).sum())
-        lost += int((ends & (targets == IGNORE_INDEX)).sum())
-    if lost and not kept:
+        labeled += int((ends & (targets == end)).sum())
+        masked += int((ends & (targets == IGNORE_INDEX)).sum())
+    if masked and not labeled:
         raise ValueError(
-            f"{name}: expected the end token (id {end}) among the labels, but all {lost} that "
+            f"{name}: expected the end token (id {end}) among the labels, but all {masked} that "
             "follow a target are −100. The padding token is the same token, and masking it masks "
             "the end too: the student would never learn to stop. Leave padding to the trainer, "
             "which goes by length, or give the tokenizer another pad_token"

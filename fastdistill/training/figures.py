@@ -13,7 +13,7 @@ from transformers import EvalPrediction
 from .objective import EVAL_COLUMNS
 
 
-def summarise(prediction: EvalPrediction) -> dict[str, float]:
+def summarize(prediction: EvalPrediction) -> dict[str, float]:
     """Return means over targets, and perplexity, of rows [sequences, EVAL_COLUMNS]."""
     rows = prediction.predictions
     rows = np.concatenate(rows) if isinstance(rows, (list, tuple)) else rows
@@ -32,7 +32,7 @@ def summarise(prediction: EvalPrediction) -> dict[str, float]:
     return metrics
 
 
-def means(sums: dict[str, float], step: int, shared: int) -> dict[str, float]:
+def means(sums: dict[str, float], step: int, group_size: int) -> dict[str, float]:
     """Means over the targets since the last log, over those trained on where some were selected,
     and how many targets there were, where `shared` ranks at a time count the same ones; raises
     where the loss has become NaN, which the Trainer's own log would hide."""
@@ -43,26 +43,26 @@ def means(sums: dict[str, float], step: int, shared: int) -> dict[str, float]:
             "bfloat16 instead of float16"
         )
     counted = sums.pop("tokens")
-    tokens, found = max(counted, 1.0), {"target_tokens": counted / shared}
+    tokens, extra = max(counted, 1.0), {"target_tokens": counted / group_size}
     if "selected" in sums:
-        kept = sums.pop("selected")
-        found["selected"] = kept / tokens
-        tokens = max(kept, 1.0)
-    return {name: value / tokens for name, value in sums.items()} | found
+        selected = sums.pop("selected")
+        extra["selected"] = selected / tokens
+        tokens = max(selected, 1.0)
+    return {name: value / tokens for name, value in sums.items()} | extra
 
 
-def at_least_one(count: Tensor | int) -> Tensor | int:
+def clamp_to_one(count: Tensor | int) -> Tensor | int:
     return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
 
 
-def one_each(shared: int, gathered: Any) -> Any:
+def one_per_group(group_size: int, gathered: Any) -> Any:
     """Of rows gathered over ranks, of which `shared` at a time have the same: those of one."""
     if isinstance(gathered, Tensor):
-        return gathered.unflatten(0, (dist.get_world_size(), -1))[::shared].flatten(0, 1)
-    return type(gathered)(one_each(shared, part) for part in gathered)
+        return gathered.unflatten(0, (dist.get_world_size(), -1))[::group_size].flatten(0, 1)
+    return type(gathered)(one_per_group(group_size, part) for part in gathered)
 
 
-def in_short(value: float) -> str:
+def format_short(value: float) -> str:
     """Return a figure for a line of text: four decimals, or only that it is above a million."""
     if math.isnan(value):
         return "not a number"

@@ -102,14 +102,14 @@ class FiniteUpdates(Trainer):
         updates that were taken to `logs`: the Trainer's counts those that were skipped."""
         sums = self.accelerator.reduce(self._since_log, reduction="sum") if self._since_log else {}
         self._since_log = {}
-        found = {name: value.item() for name, value in sums.items()}
-        updates, loss = round(found.pop("updates", 0.0)), found.pop("update_loss", 0.0)
+        totals = {name: value.item() for name, value in sums.items()}
+        updates, loss = round(totals.pop("updates", 0.0)), totals.pop("update_loss", 0.0)
         self._of_run = (self._of_run[0] + updates, self._of_run[1] + loss)
         logs["loss"] = loss / updates if updates else math.nan
         if self._skipped["log"]:
             logs["skipped_steps"] = float(self._skipped["log"])
             self._skipped["log"] = 0
-        return found
+        return totals
 
     def take_mean(self, logs: dict[str, float]) -> None:
         """Write the mean loss of the updates that were taken as `train_loss`."""

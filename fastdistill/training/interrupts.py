@@ -63,11 +63,11 @@ class SavesOnInterrupt(TrainerCallback):
 
     def _end(self, number: int, is_saved: bool) -> None:
         step = self._trainer.state.global_step
-        kept = self._saved if self._saved > 0 else None
+        last_saved = self._saved if self._saved > 0 else None
         if is_saved:
             words = f"Stopped at step {step}; checkpoint-{step} has all of it."
-        elif kept is not None:
-            words = f"Stopped in step {step + 1}; checkpoint-{kept} is the last checkpoint."
+        elif last_saved is not None:
+            words = f"Stopped in step {step + 1}; checkpoint-{last_saved} is the last checkpoint."
         else:
             words = f"Stopped in step {step + 1}; there is no checkpoint, and that work is lost."
         if number == signal.SIGTERM:

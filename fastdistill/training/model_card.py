@@ -70,8 +70,8 @@ def write_card(
     ]
     last = _last(state.log_history, "eval_loss")
     if last is not None:
-        found = [(what, f"{last[n]:.4g}") for n, what in _EVALUATED.items() if n in last]
-        lines += ["", f"## Evaluation, step {last.get('step', 0):,}", "", *_table(found)]
+        metrics = [(what, f"{last[n]:.4g}") for n, what in _EVALUATED.items() if n in last]
+        lines += ["", f"## Evaluation, step {last.get('step', 0):,}", "", *_table(metrics)]
     versions = describe()["packages"]
     used = [f"{n} {versions[n]}" for n in ("torch", "transformers", "peft") if versions.get(n)]
     lines += ["", ", ".join([f"fastdistill {__version__}", *used]) + ".", ""]
@@ -99,7 +99,7 @@ def _objective(config: DistillConfig, loss: Any) -> list[tuple[str, str]]:
         name = getattr(loss, "__qualname__", type(loss).__qualname__)
         return [("loss", f"{name}, given as an object"), trained]
     k = "the whole vocabulary" if config.k is None else f"{config.k} tokens per position"
-    shown = {
+    is_relevant = {
         "beta": config.divergence == "jsd",
         "skew": config.divergence.startswith("skew"),
         "tail": config.k is not None,
@@ -113,7 +113,7 @@ def _objective(config: DistillConfig, loss: Any) -> list[tuple[str, str]]:
     return [
         ("divergence", config.divergence),
         ("compared", k),
-        *((name, str(values[name])) for name, wanted in shown.items() if wanted),
+        *((name, str(values[name])) for name, is_listed in is_relevant.items() if is_listed),
         trained,
     ]
 

@@ -29,18 +29,18 @@ from .targets import Targets
 
 # Columns of the per-sequence sums that evaluation gathers, instead of logits.
 EVAL_COLUMNS = ("tokens", "loss", "nll", "top1", "kl", "agreement", "teacher_mass", "student_mass")
-_LOGGED = ("divergence", "teacher_mass", "student_mass", "nll", "entropy")
-DENSE_SCORED_BY = 64  # of a dense teacher, for scores that compare with a teacher's top K
+_LOGGED_SUMS = ("divergence", "teacher_mass", "student_mass", "nll", "entropy")
+SCORING_TOPK = 64  # of a dense teacher, for scores that compare with a teacher's top K
 
 
-class Dense(NamedTuple):
+class TeacherHidden(NamedTuple):
     """A teacher's hidden states at the targets, and its head."""
 
     hidden: Tensor  # (N, G)
     head: LMHead
 
-    def take(self, kept: Tensor) -> Dense:
-        return Dense(self.hidden[kept], self.head)
+    def take(self, indices: Tensor) -> TeacherHidden:
+        return TeacherHidden(self.hidden[indices], self.head)
 
     def topk(self, k: int, temperature: float, impl: str) -> TopK:
         k = min(k, self.head.vocab_size)
@@ -48,10 +48,10 @@ class Dense(NamedTuple):
         return linear_topk(self.hidden, self.head.weight, k, **options)
 
 
-Answers = TopK | Dense | None  # of N targets; None for the labels alone
+Answers = TopK | TeacherHidden | None  # of N targets; None for the labels alone
 
 
-class Objective(NamedTuple):
+class LossResult(NamedTuple):
     """The loss summed over targets, and detached sums of what is logged beside it."""
 
     loss: Tensor  # scalar, carries the gradient
@@ -80,33 +80,35 @@ class Loss:
         answers: Answers,
         *,
         labels_count: bool = True,
-    ) -> Objective:
+    ) -> LossResult:
         sums = {"tokens": _count(targets.labels)}
         weights = None
         if self.selection is not None:
             weights = torch.zeros_like(targets.labels, dtype=torch.float32)
             if len(weights):
                 weights = self._weights(hidden.detach(), head, targets, answers)
-            kept = weights.nonzero()[:, 0]
-            sums["selected"] = _count(kept)
-            hidden, targets, weights = hidden[kept], targets.take(kept), weights[kept]
-            answers = _take(answers, kept)
+            indices = weights.nonzero()[:, 0]
+            sums["selected"] = _count(indices)
+            hidden, targets, weights = hidden[indices], targets.take(indices), weights[indices]
+            answers = _take(answers, indices)
         options = self._options(head, labels_count)
-        loss: Callable[..., Objective] = _dense if isinstance(answers, Dense) else _sparse
+        loss: Callable[..., LossResult] = (
+            _teacher_hidden_loss if isinstance(answers, TeacherHidden) else _topk_loss
+        )
         result = loss(hidden, head, targets.labels, answers, weights, options)
         return result._replace(sums=sums | {"loss": result.loss.detach().float()} | result.sums)
 
     def _weights(self, hidden: Tensor, head: LMHead, targets: Targets, answers: Answers) -> Tensor:
         assert self.selection is not None
         rule = self.selection
-        if isinstance(rule, TokenSelection) and not rule.asks_teacher:
+        if isinstance(rule, TokenSelection) and not rule.uses_teacher:
             answers = None
         scores = self._scores(hidden, head.whole(), targets.labels, self._topk(answers))
         return weights_of(rule, scores, targets)
 
     def _topk(self, answers: Answers) -> TopK | None:
-        if isinstance(answers, Dense):
-            return answers.topk(DENSE_SCORED_BY, self.config.temperature, self.config.impl)
+        if isinstance(answers, TeacherHidden):
+            return answers.topk(SCORING_TOPK, self.config.temperature, self.config.impl)
         return answers
 
     def _scores(
@@ -154,7 +156,7 @@ class Loss:
         per_token = _per_token(hidden, head, labels, answers, options)
         scores = self._scores(hidden, head, labels, topk)
         kl = scores.forward_kl
-        if isinstance(answers, Dense):
+        if isinstance(answers, TeacherHidden):
             plain = {"divergence": "forward_kl", "ce_weight": 0.0, "z_loss": 0.0, "t2_scale": False}
             kl = _per_token(hidden, head, labels, answers, options | plain)
         columns: dict[str, Tensor | None] = {
@@ -177,59 +179,61 @@ class Loss:
         return rows, histograms(scores._asdict() | {"forward_kl": kl}, targets)
 
 
-def _sparse(
+def _topk_loss(
     hidden: Tensor,
     head: LMHead,
     labels: Tensor,
     teacher: TopK | None,
     weights: Tensor | None,
     options: dict[str, Any],
-) -> Objective:
+) -> LossResult:
     out = topk_distill(
         hidden,
         head.weight,
-        _nothing_known(labels) if teacher is None else teacher,
+        _empty_topk(labels) if teacher is None else teacher,
         labels=labels,
         token_weight=weights,
         reduction="sum",
         **_without_teacher(options) if teacher is None else options,
     )
-    logged = {name: getattr(out, name) for name in (_LOGGED if teacher is not None else ("nll",))}
+    logged = {
+        name: getattr(out, name) for name in (_LOGGED_SUMS if teacher is not None else ("nll",))
+    }
     sums = {name: x.float().sum() for name, x in logged.items() if x is not None}
-    return Objective(out.loss, out.per_token, sums)
+    return LossResult(out.loss, out.per_token, sums)
 
 
-def _dense(
+def _teacher_hidden_loss(
     hidden: Tensor,
     head: LMHead,
     labels: Tensor,
-    teacher: Dense,
+    teacher: TeacherHidden,
     weights: Tensor | None,
     options: dict[str, Any],
-) -> Objective:
+) -> LossResult:
     loss = _dense_loss(hidden, head, labels, teacher, options, "sum", weights)
-    return Objective(loss, None, {})
+    return LossResult(loss, None, {})
 
 
 def _dense_loss(
     hidden: Tensor,
     head: LMHead,
     labels: Tensor,
-    teacher: Dense,
+    teacher: TeacherHidden,
     options: dict[str, Any],
     reduction: str,
     weights: Tensor | None = None,
 ) -> Tensor:
-    theirs = teacher.head
-    shared = min(head.vocab_size, theirs.vocab_size)
+    teacher_head = teacher.head
+    shared = min(head.vocab_size, teacher_head.vocab_size)
     return linear_distill_loss(
-        *(hidden, head.weight, teacher.hidden, theirs.weight),
+        *(hidden, head.weight, teacher.hidden, teacher_head.weight),
         labels=labels,
         token_weight=weights,
         reduction=reduction,
-        teacher_bias=theirs.bias,
-        teacher_logit_scale=theirs.logit_scale,
-        teacher_softcap=theirs.softcap,
+        teacher_bias=teacher_head.bias,
+        teacher_logit_scale=teacher_head.logit_scale,
+        teacher_softcap=teacher_head.softcap,
         **{name: v for name, v in options.items() if name not in ("tail", "reduction")}
         | {"valid_vocab": shared},
     )
@@ -238,14 +242,14 @@ def _dense_loss(
 def _per_token(
     hidden: Tensor, head: LMHead, labels: Tensor, answers: Answers, options: dict[str, Any]
 ) -> Tensor:
-    if isinstance(answers, Dense):
+    if isinstance(answers, TeacherHidden):
         return _dense_loss(hidden, head, labels, answers, options, "none")
     options = _without_teacher(options) if answers is None else options
-    teacher = _nothing_known(labels) if answers is None else answers
+    teacher = _empty_topk(labels) if answers is None else answers
     return topk_distill(hidden, head.weight, teacher, labels=labels, **options).loss
 
 
-def _nothing_known(labels: Tensor) -> TopK:
+def _empty_topk(labels: Tensor) -> TopK:
     """A teacher with one empty slot: under "bucket" it agrees with every student."""
     ids = torch.full((*labels.shape, 1), -1, dtype=torch.int64, device=labels.device)
     return TopK(ids, torch.zeros_like(ids, dtype=torch.float32), temperature=1.0)
@@ -259,11 +263,11 @@ def _count(rows: Tensor) -> Tensor:
     return torch.tensor(float(len(rows)), dtype=torch.float32, device=rows.device)
 
 
-def _take(answers: Answers, kept: Tensor) -> Answers:
-    if answers is None or isinstance(answers, Dense):
-        return None if answers is None else answers.take(kept)
-    tail = None if answers.log_tail is None else answers.log_tail[kept]
-    return TopK(answers.ids[kept], answers.logprobs[kept], tail, answers.temperature)
+def _take(answers: Answers, indices: Tensor) -> Answers:
+    if answers is None or isinstance(answers, TeacherHidden):
+        return None if answers is None else answers.take(indices)
+    tail = None if answers.log_tail is None else answers.log_tail[indices]
+    return TopK(answers.ids[indices], answers.logprobs[indices], tail, answers.temperature)
 
 
 def _first_choice(teacher: TopK) -> Tensor:

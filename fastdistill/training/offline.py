@@ -21,7 +21,7 @@ from .data_checks import some_of
 _COLUMNS = ("teacher_ids", "teacher_logprobs", "teacher_log_tail")
 
 
-def opened(teacher: Any) -> Any:
+def open_teacher(teacher: Any) -> Any:
     """The server behind a URL, the cache in a folder; anything else as it is."""
     if not isinstance(teacher, (str, Path)):
         return teacher
@@ -32,7 +32,7 @@ def opened(teacher: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class InWorkers:
+class CacheLookup:
     """What a collator adds to a batch; the cache travels to a worker without its open files."""
 
     teacher: TeacherCache
@@ -55,13 +55,13 @@ class InWorkers:
         return dict(zip(_COLUMNS, (answers.ids, answers.logprobs, answers.log_tail), strict=True))
 
 
-def in_workers(teacher: Any, config: DistillConfig) -> InWorkers | None:
+def cache_lookup(teacher: Any, config: DistillConfig) -> CacheLookup | None:
     if not isinstance(teacher, TeacherCache) or config.k is None:
         return None
-    return InWorkers(teacher, config.k, config.temperature)
+    return CacheLookup(teacher, config.k, config.temperature)
 
 
-def answers_in(batch: Mapping[str, Tensor], temperature: float) -> TopK | None:
+def answers_from_batch(batch: Mapping[str, Tensor], temperature: float) -> TopK | None:
     """What a worker put into the batch [B, T, K]."""
     if _COLUMNS[0] not in batch:
         return None
@@ -69,7 +69,9 @@ def answers_in(batch: Mapping[str, Tensor], temperature: float) -> TopK | None:
     return TopK(ids, logprobs, log_tail, temperature)
 
 
-def refuse_unfit(teacher: TeacherCache, config: DistillConfig, processing_class: Any) -> None:
+def check_cache_settings(
+    teacher: TeacherCache, config: DistillConfig, processing_class: Any
+) -> None:
     """What answers on disk cannot be asked."""
     if config.lmbda:
         raise ValueError(
@@ -88,19 +90,19 @@ def refuse_unfit(teacher: TeacherCache, config: DistillConfig, processing_class:
         )
 
 
-def refuse_unanswered(teacher: Any, encoder: Encoder, datasets: Mapping[str, Any]) -> None:
+def check_cache_covers(teacher: Any, encoder: Encoder, datasets: Mapping[str, Any]) -> None:
     """Before the first step: whether a cache was built from these examples and has answers
     at their targets, by a look at some."""
     if not isinstance(teacher, TeacherCache):
         return
     for name, dataset in datasets.items():
-        for at, example in some_of(dataset):
-            row = encoder(example, at)
+        for index, example in some_of(dataset):
+            row = encoder(example, index)
             tokens, targets = row.ids[row.attended != 0], row.targets[row.attended != 0]
             if not teacher.has(tokens):
                 raise ValueError(
                     f"{name}: expected examples that {teacher.path} was built from, got one "
-                    f"(number {at}) whose tokens it does not have. The cache read them with "
+                    f"(number {index}) whose tokens it does not have. The cache read them with "
                     f"max_length={teacher.manifest.settings.max_length} and completion_only_loss="
                     f"{teacher.manifest.settings.completion_only}; build one from this dataset, or "
                     "pass the dataset and the settings that it was built from"
@@ -109,7 +111,7 @@ def refuse_unanswered(teacher: Any, encoder: Encoder, datasets: Mapping[str, Any
             if missing.any():
                 raise ValueError(
                     f"labels: expected targets that {teacher.path} has answers for, got "
-                    f"{int(missing.sum())} in example {at} of {name} that it has none for (the "
+                    f"{int(missing.sum())} in example {index} of {name} that it has none for (the "
                     f"first is token {int(missing.nonzero()[0]) + 1}). It was built with "
                     "positions='targets' from examples with fewer targets: build it from these, or "
                     "with positions='all'"

@@ -17,11 +17,11 @@ from ..primitive import linear_topk
 from ..scores import token_scores
 from .config import DistillConfig
 from .histograms import histograms, summed
-from .objective import DENSE_SCORED_BY, Dense
-from .signal_checks import Signal, half_away, mass_of, refuse_unreal, signal
+from .objective import SCORING_TOPK, TeacherHidden
+from .signal_checks import Signal, check_teacher_valid, half_batch_shift, mass_of, signal
 from .targets import Targets
 
-_DIRECTION = {
+_DIVERGENCE_TEXT = {
     "forward_kl": "KL(teacher ‖ student), forward",
     "reverse_kl": "KL(student ‖ teacher), reverse",
     "jsd": "generalised Jensen–Shannon, beta = {beta:g}",
@@ -30,7 +30,7 @@ _DIRECTION = {
     "skew_forward_kl": "KL(teacher ‖ mix), skew = {skew:g}",
     "skew_reverse_kl": "KL(student ‖ mix), skew = {skew:g}",
 }
-_TAIL = {
+_TAIL_TEXT = {
     "bucket": "compared as one more outcome",
     "truncate": "left out",
     "renorm_teacher": "teacher renormalised over the k tokens",
@@ -116,7 +116,7 @@ def first_batch(
     hidden: Tensor,  # (N, H)
     head: LMHead,
     targets: Targets,
-    answers: TopK | Dense,
+    answers: TopK | TeacherHidden,
     attended: int,
     config: DistillConfig,
     *,
@@ -125,18 +125,18 @@ def first_batch(
 ) -> Panel:
     """Measure the first batch, of which `attended` tokens are no padding; with
     config.check_signal, raises where the teacher's answers depend on nothing."""
-    dense = isinstance(answers, Dense)
+    is_dense = isinstance(answers, TeacherHidden)
     teacher = (
-        answers.topk(DENSE_SCORED_BY, config.temperature, config.impl)
-        if isinstance(answers, Dense)
+        answers.topk(SCORING_TOPK, config.temperature, config.impl)
+        if isinstance(answers, TeacherHidden)
         else answers
     )
     labels, head, k = targets.labels, head.whole(), teacher.ids.shape[-1]
     if config.check_signal:
-        refuse_unreal(teacher, labels, contexts, head.vocab_size)
+        check_teacher_valid(teacher, labels, contexts, head.vocab_size)
     scoring = {"impl": config.impl, **head.options()}
     # Students half a batch away from their teachers: the same pairs as shuffled teachers make.
-    beside, away = (
+    aligned, shuffled = (
         token_scores(
             hidden[order],
             head.weight,
@@ -145,20 +145,20 @@ def first_batch(
             temperature=teacher.temperature,
             **scoring,
         )
-        for order in (slice(None), half_away(len(labels), labels.device))
+        for order in (slice(None), half_batch_shift(len(labels), labels.device))
     )
-    assert beside.forward_kl is not None
-    assert away.forward_kl is not None
-    assert beside.nll is not None
-    assert away.nll is not None
+    assert aligned.forward_kl is not None
+    assert shuffled.forward_kl is not None
+    assert aligned.nll is not None
+    assert shuffled.nll is not None
     few = slice(_OVERLAP_TOKENS)
-    ours = linear_topk(hidden[few], head.weight, min(k, head.vocab_size), **scoring).ids
-    theirs = teacher.ids[few]
-    shared = (theirs.unsqueeze(-1) == ours.unsqueeze(-2)).any(-1).sum()
+    student_ids = linear_topk(hidden[few], head.weight, min(k, head.vocab_size), **scoring).ids
+    teacher_ids = teacher.ids[few]
+    shared = (teacher_ids.unsqueeze(-1) == student_ids.unsqueeze(-2)).any(-1).sum()
     mass = mass_of(teacher)
     return Panel(
         objective=_objective(config, sampled),
-        tail="none, the whole vocabulary is compared" if dense else _TAIL[config.tail],
+        tail="none, the whole vocabulary is compared" if is_dense else _TAIL_TEXT[config.tail],
         k=k,
         temperature=config.temperature,
         t2=config.temperature**2 if config.t2_scale else 1.0,
@@ -166,17 +166,17 @@ def first_batch(
         masked_share=1.0 - len(labels) / max(attended, 1),
         teacher_mass=mass.mean().item(),
         teacher_mass_p5=mass.quantile(0.05).item(),
-        overlap=shared.item() / max((theirs >= 0).sum().item(), 1),
-        kl=beside.forward_kl.mean().item(),
-        kl_shuffled=away.forward_kl.mean().item(),
-        signal=signal(teacher, labels, beside.nll, away.nll, head.vocab_size),
+        overlap=shared.item() / max((teacher_ids >= 0).sum().item(), 1),
+        kl=aligned.forward_kl.mean().item(),
+        kl_shuffled=shuffled.forward_kl.mean().item(),
+        signal=signal(teacher, labels, aligned.nll, shuffled.nll, head.vocab_size),
         sampled=sampled,
-        counts=summed(histograms(beside._asdict(), targets).cpu()),
+        counts=summed(histograms(aligned._asdict(), targets).cpu()),
     )
 
 
 def _objective(config: DistillConfig, sampled: bool) -> str:
-    divergence = _DIRECTION[config.divergence].format(beta=config.beta, skew=config.skew)
+    divergence = _DIVERGENCE_TEXT[config.divergence].format(beta=config.beta, skew=config.skew)
     weight = 0.0 if sampled else config.ce_weight
     if not weight:
         return divergence

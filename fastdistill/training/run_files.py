@@ -45,8 +45,8 @@ def read_run(output_dir: str | Path) -> RunRecord:
         FileNotFoundError: the folder has no metrics.jsonl.
     """
     folder = Path(output_dir)
-    kept: list[dict[str, Any]] = []
-    begun: set[str] = set()
+    lines: list[dict[str, Any]] = []
+    started: set[str] = set()
     damaged = 0
     for text in (folder / NAME).read_text(encoding="utf-8", errors="replace").splitlines():
         if not text.strip():
@@ -59,13 +59,13 @@ def read_run(output_dir: str | Path) -> RunRecord:
             run, step = line["run"], line["step"]
             # A new run from step 0, or what an interrupted one had done beyond its checkpoint. An
             # evaluation before its own beginning belongs to it.
-            before = set() if run in begun else {run}
-            kept = [e for e in kept if e["run"] in before or (step and e["step"] <= step)]
-            begun.add(run)
-        kept.append(line)
+            before = set() if run in started else {run}
+            lines = [e for e in lines if e["run"] in before or (step and e["step"] <= step)]
+            started.add(run)
+        lines.append(line)
     path = folder / SETTINGS
     settings = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    return RunRecord(lines=kept, settings=_object(settings), damaged=damaged)
+    return RunRecord(lines=lines, settings=_object(settings), damaged=damaged)
 
 
 def read_metrics(output_dir: str | Path) -> list[dict[str, Any]]:
@@ -76,7 +76,7 @@ def read_metrics(output_dir: str | Path) -> list[dict[str, Any]]:
 
 def _object(text: str) -> dict[str, Any] | None:
     try:
-        found: dict[str, Any] = parse_json(text, NAME, dict)
+        content: dict[str, Any] = parse_json(text, NAME, dict)
     except JSONError:
         return None
-    return found
+    return content

@@ -54,8 +54,8 @@ class RunLog(TrainerCallback):
     ) -> None:
         name = next((n[: -len("_nll")] for n in metrics if n.endswith("_nll")), None)
         if self._counts and name is not None:
-            found = {"event": "histograms", "of": name, "edges": EDGES, "counts": self._counts}
-            self._append(args, state, found)
+            entry = {"event": "histograms", "of": name, "edges": EDGES, "counts": self._counts}
+            self._append(args, state, entry)
         self._counts = {}
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -70,7 +70,7 @@ class RunLog(TrainerCallback):
         if not state.is_world_process_zero:
             return
         where = {"run": self._run, "time": round(time.time(), 3), "step": state.global_step}
-        figures = {name: _plain(value) for name, value in (where | entry).items()}
+        figures = {name: _to_json(value) for name, value in (where | entry).items()}
         path = Path(args.output_dir) / NAME
         path.parent.mkdir(parents=True, exist_ok=True)
         line = json.dumps(figures, ensure_ascii=False, allow_nan=False) + "\n"
@@ -99,10 +99,10 @@ def _last_byte(file: Any) -> bytes:
     return last
 
 
-def _plain(value: Any) -> Any:
+def _to_json(value: Any) -> Any:
     """As JSON has it: numbers that are none become null."""
     if isinstance(value, dict):
-        return {name: _plain(v) for name, v in value.items()}
+        return {name: _to_json(v) for name, v in value.items()}
     if hasattr(value, "item"):
         value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value

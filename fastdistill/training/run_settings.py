@@ -19,11 +19,11 @@ from .model_card import name_of, teacher_in_words
 from .student import is_adapted, without_adapters
 
 # Ways to say nothing: TrainingArguments turns one into another.
-_NOTHING: tuple[Any, ...] = (None, False, "", "none", [], {})
+_UNSET: tuple[Any, ...] = (None, False, "", "none", [], {})
 
 
 # What the optimizer's state in a checkpoint decides, whatever the arguments say.
-OF_OPTIMIZER = (
+OPTIMIZER_SETTINGS = (
     "learning_rate",
     "weight_decay",
     "adam_beta1",
@@ -34,7 +34,7 @@ OF_OPTIMIZER = (
 )
 # Transformers' settings that change which student comes out, beside those above and all of ours but
 # the ones that only say how it is done.
-_OF_RESULT = (
+_RESULT_SETTINGS = (
     "lr_scheduler_type",
     "lr_scheduler_kwargs",
     "warmup_steps",
@@ -46,7 +46,7 @@ _OF_RESULT = (
     "load_best_model_at_end",
     "metric_for_best_model",
 )
-_OF_MANNER = (
+_MANNER_SETTINGS = (
     "impl",
     "backward",
     "packing",
@@ -61,21 +61,24 @@ _OF_MANNER = (
 def result_settings(config: DistillConfig, student: Any, teacher: Any) -> dict[str, Any]:
     """JSON of what decides which student a run ends with, as far as it can be told by name."""
     inherited = {field.name for field in fields(TrainingArguments)}
-    ours = {field.name for field in fields(DistillConfig)} - inherited - set(_OF_MANNER)
+    ours = {field.name for field in fields(DistillConfig)} - inherited - set(_MANNER_SETTINGS)
     values = config.to_dict()
-    found = {name: _plain(values[name]) for name in (*OF_OPTIMIZER, *_OF_RESULT, *sorted(ours))}
+    settings = {
+        name: _to_json(values[name])
+        for name in (*OPTIMIZER_SETTINGS, *_RESULT_SETTINGS, *sorted(ours))
+    }
     rows = config.train_batch_size * config.gradient_accumulation_steps * config.world_size
     names = {
-        "student": _place(name_of(without_adapters(student))),
-        "teacher": None if teacher is None else _place(teacher_in_words(teacher)),
+        "student": _absolute(name_of(without_adapters(student))),
+        "teacher": None if teacher is None else _absolute(teacher_in_words(teacher)),
     }
-    return {name: v if v not in _NOTHING else None for name, v in found.items()} | {
+    return {name: v if v not in _UNSET else None for name, v in settings.items()} | {
         **names,
         "rows of an update": rows,
     }
 
 
-def _place(name: str | None) -> str | None:
+def _absolute(name: str | None) -> str | None:
     """A relative path means another folder elsewhere."""
     return str(Path(name).resolve()) if name and Path(name).exists() else name
 
@@ -92,24 +95,24 @@ def changed_settings(before: dict[str, Any], now: dict[str, Any]) -> dict[str, s
 def settings_of(config: DistillConfig, student: Any, teacher: Any) -> dict[str, Any]:
     """JSON of a run: student, teacher, config, which settings are `changed` from their defaults,
     versions and machine. Settings that hold tokens are left out, and the folder itself."""
-    inner = without_adapters(student)
-    here = describe()
+    model = without_adapters(student)
+    environment = describe()
     values = {
-        name: _plain(value)
+        name: _to_json(value)
         for name, value in config.to_dict().items()
         if not name.endswith("_token") and name != "output_dir"
     }
     return {
         "started": round(time.time(), 3),
         "student": {
-            "name": name_of(inner),
-            "class": type(inner).__name__,
+            "name": name_of(model),
+            "class": type(model).__name__,
             "adapters": is_adapted(student),
             # Partitions say little of the whole.
-            "parameters": None if is_partitioned(inner) else inner.num_parameters(),
+            "parameters": None if is_partitioned(model) else model.num_parameters(),
             "trainable": None
-            if is_partitioned(inner)
-            else inner.num_parameters(only_trainable=True),
+            if is_partitioned(model)
+            else model.num_parameters(only_trainable=True),
         },
         "teacher": None if teacher is None else teacher_in_words(teacher),
         "teacher_class": None if teacher is None else type(teacher).__name__,
@@ -117,34 +120,38 @@ def settings_of(config: DistillConfig, student: Any, teacher: Any) -> dict[str, 
         "changed": _changed(config, values),
         "processes": config.world_size,
         "machine": {
-            "gpus": [gpu["name"] for gpu in here["cuda"]] if config.device.type == "cuda" else [],
-            **{name: here[name] for name in ("machine", "cpu_capability", "threads")},
+            "gpus": [gpu["name"] for gpu in environment["cuda"]]
+            if config.device.type == "cuda"
+            else [],
+            **{name: environment[name] for name in ("machine", "cpu_capability", "threads")},
         },
         "versions": versions(),
     }
 
 
 def _changed(config: DistillConfig, values: dict[str, Any]) -> list[str]:
-    found = []
+    changed = []
     for field in fields(config):
         if field.name not in values:
             continue
-        given = getattr(config, field.name)
+        value = getattr(config, field.name)
         default = field.default if field.default_factory is MISSING else field.default_factory()
-        as_made = isinstance(given, AcceleratorConfig) and given == AcceleratorConfig()
-        same = values[field.name] == _plain(default)
-        empty = values[field.name] in _NOTHING and default in _NOTHING
-        if not (same or empty or as_made):
-            found.append(field.name)
-    return found
+        is_default_accelerator = (
+            isinstance(value, AcceleratorConfig) and value == AcceleratorConfig()
+        )
+        is_default = values[field.name] == _to_json(default)
+        is_unset = values[field.name] in _UNSET and default in _UNSET
+        if not (is_default or is_unset or is_default_accelerator):
+            changed.append(field.name)
+    return changed
 
 
-def _plain(value: Any) -> Any:
+def _to_json(value: Any) -> Any:
     """As JSON has it, with what may be a secret left out of dicts."""
     if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items() if not _secret(str(k))}
+        return {str(k): _to_json(v) for k, v in value.items() if not _is_secret(str(k))}
     if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
+        return [_to_json(v) for v in value]
     value = getattr(value, "value", value)  # of an Enum
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
@@ -152,5 +159,5 @@ def _plain(value: Any) -> Any:
     return value if known else str(value)
 
 
-def _secret(name: str) -> bool:
+def _is_secret(name: str) -> bool:
     return name in ("token", "use_auth_token") or name.endswith(("_token", "_key", "password"))

@@ -60,13 +60,13 @@ def prompts_of(batch: Mapping[str, Tensor]) -> list[Tensor]:
                 )
         return prompts
     columns = (batch[name].cpu() for name in ("input_ids", "attention_mask", "labels"))
-    found = []
+    prompts = []
     for ids, mask, labels in zip(*columns, strict=True):
         ids, labels = ids[mask != 0], labels[mask != 0]
-        at = (labels != IGNORE_INDEX).nonzero()[:, 0].tolist()
-        first = at[0] if at and at[0] > 1 else len(ids)
-        found.append(ids[:first])
-    return found
+        target_positions = (labels != IGNORE_INDEX).nonzero()[:, 0].tolist()
+        first = target_positions[0] if target_positions and target_positions[0] > 1 else len(ids)
+        prompts.append(ids[:first])
+    return prompts
 
 
 class _KeyedChoice(LogitsProcessor):
@@ -115,7 +115,7 @@ def sample(
     keys = _keys(config, step, prompts)
 
     def chosen(rows: list[int], width: int) -> list[LogitsProcessor]:
-        return [*_shaping(config, vocab), _KeyedChoice([keys[i] for i in rows], width)]
+        return [*_processors(config, vocab), _KeyedChoice([keys[i] for i in rows], width)]
 
     new = generate_rows(
         model,
@@ -156,13 +156,13 @@ class _OnlyTokens(LogitsProcessor):
         return scores
 
 
-def _shaping(config: DistillConfig, vocab: int | None) -> list[LogitsProcessor]:
-    found: list[LogitsProcessor] = [] if vocab is None else [_OnlyTokens(vocab)]
+def _processors(config: DistillConfig, vocab: int | None) -> list[LogitsProcessor]:
+    processors: list[LogitsProcessor] = [] if vocab is None else [_OnlyTokens(vocab)]
     if config.sampling_temperature != 1.0:
-        found.append(TemperatureLogitsWarper(float(config.sampling_temperature)))
+        processors.append(TemperatureLogitsWarper(float(config.sampling_temperature)))
     if config.top_p < 1.0:
-        found.append(TopPLogitsWarper(float(config.top_p)))
-    return found
+        processors.append(TopPLogitsWarper(float(config.top_p)))
+    return processors
 
 
 def _row(prompt: Tensor, completion: Tensor) -> Row:

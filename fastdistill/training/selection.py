@@ -59,8 +59,8 @@ class TokenSelection:
             raise ValueError(
                 f"token_selection: expected a score among {', '.join(SCORES)}, got {self.score!r}"
             )
-        given = (self.share is not None, self.threshold is not None, self.weight)
-        if sum(given) != 1:
+        options = (self.share is not None, self.threshold is not None, self.weight)
+        if sum(options) != 1:
             raise ValueError(
                 "token_selection: expected one of share, threshold and weight, got "
                 f"share={self.share}, threshold={self.threshold}, weight={self.weight}"
@@ -78,8 +78,8 @@ class TokenSelection:
     @classmethod
     def parse(cls, words: str) -> TokenSelection:
         """ "entropy top 0.2", "nll bottom 0.5", "margin <= 1.5", "forward_kl weight"."""
-        found = _WORDS.fullmatch(words.strip())
-        number = None if found is None else found["share"] or found["threshold"] or "0"
+        match = _WORDS.fullmatch(words.strip())
+        number = None if match is None else match["share"] or match["threshold"] or "0"
         try:
             value = float(number or "")
         except ValueError:
@@ -87,13 +87,13 @@ class TokenSelection:
                 "token_selection: expected '<score> top|bottom <share>', '<score> >=|<= "
                 f"<threshold>' or '<score> weight', got {words!r}"
             ) from None
-        assert found is not None
+        assert match is not None
         return cls(
-            score=found["score"],
-            share=value if found["share"] else None,
-            threshold=value if found["threshold"] else None,
-            weight=bool(found["weight"]),
-            lowest=found["side"] == "bottom" or found["relation"] == "<=",
+            score=match["score"],
+            share=value if match["share"] else None,
+            threshold=value if match["threshold"] else None,
+            weight=bool(match["weight"]),
+            lowest=match["side"] == "bottom" or match["relation"] == "<=",
         )
 
     def __str__(self) -> str:
@@ -104,7 +104,7 @@ class TokenSelection:
         return f"{self.score} {'<=' if self.lowest else '>='} {self.threshold:g}"
 
     @property
-    def asks_teacher(self) -> bool:
+    def uses_teacher(self) -> bool:
         return self.score in _OF_TEACHER
 
     def __call__(self, scores: TokenScores, targets: Targets) -> Tensor:  # (N,) weights ≥ 0
@@ -119,25 +119,27 @@ class TokenSelection:
             return torch.where(mean > 0, values / mean.clamp(min=1e-30), 1.0)
         assert self.share is not None
         # Rounded up, but never by what float arithmetic left above a whole number.
-        kept = (self.share * count - 1e-4).ceil().clamp(min=1)
+        selected_count = (self.share * count - 1e-4).ceil().clamp(min=1)
         place = _place_in_row(values if self.lowest else -values, targets.rows)
-        return torch.where(place < kept[targets.rows], (count / kept)[targets.rows], 0.0)
+        return torch.where(
+            place < selected_count[targets.rows], (count / selected_count)[targets.rows], 0.0
+        )
 
 
 Selection = TokenSelection | Callable[[TokenScores], Tensor]
 
 
-def selection_of(given: str | Selection | None) -> Selection | None:
+def selection_of(selection: str | Selection | None) -> Selection | None:
     """What a configuration may say, as a rule. A callable is one already: it takes TokenScores
     [N] and returns weights [N], 0 where a token is left out."""
-    if given is None or isinstance(given, TokenSelection) or callable(given):
-        return given
-    if not isinstance(given, str):
+    if selection is None or isinstance(selection, TokenSelection) or callable(selection):
+        return selection
+    if not isinstance(selection, str):
         raise TypeError(
             "token_selection: expected words, a TokenSelection or a function of TokenScores, got "
-            f"{type(given).__name__}"
+            f"{type(selection).__name__}"
         )
-    return TokenSelection.parse(given)
+    return TokenSelection.parse(selection)
 
 
 def weights_of(rule: Selection, scores: TokenScores, targets: Targets) -> Tensor:

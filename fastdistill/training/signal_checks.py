@@ -17,11 +17,13 @@ from torch import Tensor
 from ..examples import IGNORE_INDEX
 from ..outputs import TopK
 
-ENOUGH = 64  # targets for a verdict
-_CLAIM = 0.25  # nats per token: below it a teacher claims to know nothing, and there is no lie
-_DELIVERED = 0.1  # share of its claim that an honest teacher delivers at the very least
-_COMPARED = 2048  # targets
-_CERTAIN = 0.99  # probability of one token
+MIN_TOKENS = 64  # targets for a verdict
+_LEAST_EXPECTED_GAP = (
+    0.25  # nats per token: below it a teacher claims to know nothing, and there is no lie
+)
+_LEAST_OBSERVED_SHARE = 0.1  # share of its claim that an honest teacher delivers at the very least
+_MAX_COMPARED = 2048  # targets
+_CERTAIN_PROBABILITY = 0.99  # probability of one token
 _SLACK = 0.01  # nats above −log V that count as the average
 
 
@@ -44,12 +46,12 @@ class Signal:
     tokens: int
 
     @property
-    def real(self) -> bool:
+    def is_plausible(self) -> bool:
         """False where the answers claim to know the text and clearly do not."""
-        enough = self.tokens >= ENOUGH and self.claimed >= _CLAIM
-        poor = self.delivered < _DELIVERED * self.claimed
-        sure = self.delivered + 3 * self.delivered_error < self.claimed / 2
-        return not (enough and poor and sure)
+        enough = self.tokens >= MIN_TOKENS and self.claimed >= _LEAST_EXPECTED_GAP
+        gap_is_small = self.delivered < _LEAST_OBSERVED_SHARE * self.claimed
+        gap_is_certain = self.delivered + 3 * self.delivered_error < self.claimed / 2
+        return not (enough and gap_is_small and gap_is_certain)
 
     @property
     def text_is_predictable(self) -> bool:
@@ -57,7 +59,7 @@ class Signal:
         return self.student > max(0.5, 5 * self.student_error)
 
 
-def half_away(n: int, device: torch.device) -> Tensor:
+def half_batch_shift(n: int, device: torch.device) -> Tensor:
     """Half a batch away rather than at random: the run's random stream must not move."""
     return torch.arange(n, device=device).roll(n // 2)
 
@@ -69,19 +71,19 @@ def signal(
     student_nll_shuffled: Tensor,  # (N,), of the same tokens, half a batch away
     vocab: int,
 ) -> Signal:
-    at = half_away(len(labels), labels.device)
+    at = half_batch_shift(len(labels), labels.device)
     shuffled = pick(teacher, at)
     gain = label_logprob(teacher, labels, vocab) - label_logprob(shuffled, labels, vocab)
-    learnt = student_nll_shuffled - student_nll
-    few = slice(_COMPARED)
+    student_gain = student_nll_shuffled - student_nll
+    subset = slice(_MAX_COMPARED)
     return Signal(
         nll=-label_logprob(teacher, labels, vocab).mean().item(),
         nll_shuffled=-label_logprob(shuffled, labels, vocab).mean().item(),
-        claimed=_distance(pick(teacher, few), pick(shuffled, few), vocab),
+        claimed=_distance(pick(teacher, subset), pick(shuffled, subset), vocab),
         delivered=gain.mean().item(),
         delivered_error=_error(gain),
-        student=learnt.mean().item(),
-        student_error=_error(learnt),
+        student=student_gain.mean().item(),
+        student_error=_error(student_gain),
         tokens=len(labels),
     )
 
@@ -110,7 +112,7 @@ def contexts_of(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     return ((input_ids + 1) * factors.to(input_ids.device)[place] * attended).cumsum(-1)
 
 
-def refuse_unreal(teacher: TopK, labels: Tensor, contexts: Tensor, vocab: int) -> None:
+def check_teacher_valid(teacher: TopK, labels: Tensor, contexts: Tensor, vocab: int) -> None:
     """Raise ValueError for answers [N, K] that depend on nothing: the same after different
     contexts (N,), or all of them equally likely and none above the average.
 
@@ -122,10 +124,10 @@ def refuse_unreal(teacher: TopK, labels: Tensor, contexts: Tensor, vocab: int) -
     used = teacher.ids >= 0
     logprobs = teacher.logprobs.float().masked_fill(~used, -torch.inf)
     different = len(contexts.unique())
-    certain = logprobs.max().item() > math.log(_CERTAIN) and len(labels) < ENOUGH
+    certain = logprobs.max().item() > math.log(_CERTAIN_PROBABILITY) and len(labels) < MIN_TOKENS
     same = (teacher.ids == teacher.ids[0]).all() and (logprobs == logprobs[0]).all()
     if same and different > 1 and not certain:
-        raise _unreal(
+        raise _invalid_answers(
             f"it gives the same answer at all {len(labels):,} positions, after {different:,} "
             "different contexts"
         )
@@ -133,10 +135,12 @@ def refuse_unreal(teacher: TopK, labels: Tensor, contexts: Tensor, vocab: int) -
     if teacher.ids.shape[-1] > 1 and len(values):
         equal = (values.max() - values.min()).item() < 1e-6
         if equal and values.max().item() < _SLACK - math.log(vocab):
-            raise _unreal("all its answers are equally likely, as from logits that are all zero")
+            raise _invalid_answers(
+                "all its answers are equally likely, as from logits that are all zero"
+            )
 
 
-def refuse_misaligned(teacher: TopK, labels: Tensor, vocab: int) -> None:
+def check_alignment(teacher: TopK, labels: Tensor, vocab: int) -> None:
     """Answers [B, T, K] for labels [B, T] that fit a neighbouring position much better are shifted.
 
     Positions without a target hold IGNORE_INDEX in labels.
@@ -144,7 +148,7 @@ def refuse_misaligned(teacher: TopK, labels: Tensor, vocab: int) -> None:
     counted = labels != IGNORE_INDEX
     common = counted & counted.roll(1, -1) & counted.roll(-1, -1)
     common[..., :1] = common[..., -1:] = False  # what roll brought round the edge
-    if common.sum() < ENOUGH:
+    if common.sum() < MIN_TOKENS:
         return
     answers = pick(teacher, common)
     nll = {s: -label_logprob(answers, labels.roll(s, -1)[common], vocab) for s in (-1, 0, 1)}
@@ -159,22 +163,22 @@ def refuse_misaligned(teacher: TopK, labels: Tensor, vocab: int) -> None:
             )
 
 
-def refuse_foreign(found: Signal, *, surely_aligned: bool) -> None:
+def check_teacher_matches_text(signal: Signal, *, positions_trusted: bool) -> None:
     """Answers that claim to know this text and do not.
 
     `surely_aligned`: a model in this process answers for the right positions by construction. It
     may still be new to this text, or untrained; that it reads other tokens than it was trained on
     is sure only where the student can predict the text.
     """
-    if found.real or (surely_aligned and not found.text_is_predictable):
+    if signal.is_plausible or (positions_trusted and not signal.text_is_predictable):
         return
     raise ValueError(
-        "teacher: expected answers about this text, but they fit it no better than the same "
-        f"answers half a batch away: −log p(next token) is {found.nll:.2f} against "
-        f"{found.nll_shuffled:.2f} nats, where by their own confidence {found.claimed:.2f} should "
-        f"lie between them ({found.tokens:,} tokens). Check that teacher and data have one "
-        "tokenizer, and that cached answers belong to these examples; check_signal=False trains "
-        "all the same"
+        "teacher: expected answers about this text, got answers that fit it no better than the "
+        f"same answers half a batch away: −log p(next token) is {signal.nll:.2f} against "
+        f"{signal.nll_shuffled:.2f} nats, and their own confidence implies a gap of "
+        f"{signal.claimed:.2f} nats ({signal.tokens:,} tokens). Check that teacher and data use "
+        "the same tokenizer and that cached answers belong to these examples. check_signal=False "
+        "skips this check"
     )
 
 
@@ -200,7 +204,7 @@ def pick(teacher: TopK, where: Tensor | slice) -> TopK:
     return TopK(teacher.ids[where], teacher.logprobs[where], tail, teacher.temperature)
 
 
-def _unreal(reason: str) -> ValueError:
+def _invalid_answers(reason: str) -> ValueError:
     return ValueError(
         f"teacher: expected the answers of a language model, but {reason}. Training would teach "
         "the student nothing: check the weights, the cache, or the positions. check_signal=False "

@@ -27,10 +27,10 @@ from .targets import Targets
 
 logger = logging.getLogger(__name__)
 
-_COMPILING = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
+_COMPILE_OPTIONS = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
 
 
-def prepare(
+def prepare_student(
     model: PreTrainedModel | str | Path, config: DistillConfig, peft_config: Any
 ) -> nn.Module:
     """The model to train: loaded from a path, with adapters around it where peft_config is given.
@@ -183,8 +183,8 @@ def check_keys(missing: Iterable[str], unexpected: Iterable[str]) -> None:
     """Raise ValueError for weights that a checkpoint lacks, or that the student has not."""
     for names, words in ((missing, "lacks"), (unexpected, "has, and the student has not,")):
         if listed := sorted(names):
-            some = ", ".join(listed[:4]) + (", …" if len(listed) > 4 else "")
-            raise ValueError(f"it {words} {len(listed)} weights: {printable(some)}")
+            names = ", ".join(listed[:4]) + (", …" if len(listed) > 4 else "")
+            raise ValueError(f"it {words} {len(listed)} weights: {printable(names)}")
 
 
 def check_adapter(model: Any, folder: Path) -> None:
@@ -222,13 +222,13 @@ def _check_inside_layers(model: Any) -> None:
 def compiled_by_us(config: DistillConfig) -> Iterator[None]:
     """While the Trainer is built it does not see torch_compile: Accelerate would compile the whole
     model, with the loss in it."""
-    asked = {name: getattr(config, name) for name in _COMPILING}
+    compile_options = {name: getattr(config, name) for name in _COMPILE_OPTIONS}
     config.torch_compile = False
     config.torch_compile_backend = config.torch_compile_mode = None
     try:
         yield
     finally:
-        for name, value in asked.items():
+        for name, value in compile_options.items():
             setattr(config, name, value)
 
 
@@ -242,10 +242,10 @@ def compile_body(model: nn.Module, config: DistillConfig) -> None:
     body.compile(backend=config.torch_compile_backend or "inductor", mode=config.torch_compile_mode)
 
 
-def refuse_unpackable(model: nn.Module) -> None:
+def check_packable(model: nn.Module) -> None:
     with evaluating(model):
-        fits = can_pack(model)  # with its adapters: some take no positions
-    if not fits:
+        is_packable = can_pack(model)  # with its adapters: some take no positions
+    if not is_packable:
         raise ValueError(
             f"packing: expected False for {type(without_adapters(model)).__name__}: its layers "
             "carry something along the row (a state, or positions of their own), so that one "

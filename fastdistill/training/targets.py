@@ -26,16 +26,20 @@ class Targets(NamedTuple):
     labels: Tensor  # (N,) its token
     shape: tuple[int, int]
 
-    def of(self, values: Tensor) -> Tensor:  # (B, T, ...) -> (N, ...)
+    def gather(self, values: Tensor) -> Tensor:  # (B, T, ...) -> (N, ...)
         return values.flatten(0, 1)[self.sources]
 
-    def of_topk(self, answers: TopK) -> TopK:  # [B, T, K] -> [N, K]
-        tail = None if answers.log_tail is None else self.of(answers.log_tail)
-        return TopK(self.of(answers.ids), self.of(answers.logprobs), tail, answers.temperature)
+    def gather_topk(self, answers: TopK) -> TopK:  # [B, T, K] -> [N, K]
+        tail = None if answers.log_tail is None else self.gather(answers.log_tail)
+        return TopK(
+            self.gather(answers.ids), self.gather(answers.logprobs), tail, answers.temperature
+        )
 
-    def take(self, kept: Tensor) -> Targets:
+    def take(self, selected: Tensor) -> Targets:
         """Some of them: indices (M,) or a mask (N,)."""
-        return Targets(self.sources[kept], self.rows[kept], self.labels[kept], self.shape)
+        return Targets(
+            self.sources[selected], self.rows[selected], self.labels[selected], self.shape
+        )
 
     def per_row(self, values: Tensor) -> Tensor:  # (N,) -> (B,)
         """Sums over the targets of each sequence; the same bits every time, also on GPUs."""

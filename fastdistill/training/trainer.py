@@ -24,27 +24,27 @@ from ..data import DistillCollator
 from ..examples import Encoder
 from ..generation import ends_of
 from ..heads import LMHead, is_partitioned, rows_of_head, verify_head
-from .admission import Given, admit
+from .admission import TeacherLike, resolve_teacher
 from .arguments import check_metric, check_sampling
-from .asking import answers_here, ask
+from .asking import get_answers, has_trusted_positions
 from .config import DistillConfig
-from .data_checks import check_datasets, check_kinds, named
-from .figures import at_least_one, means, one_each, summarise
+from .data_checks import check_datasets, check_kinds, datasets_by_name
+from .figures import clamp_to_one, means, one_per_group, summarize
 from .lengths import check_lengths, row_limits
 from .model_card import has_other_readme, write_card
-from .objective import Answers, Dense, Loss, Objective
-from .offline import in_workers, opened, refuse_unanswered
+from .objective import Answers, Loss, LossResult, TeacherHidden
+from .offline import cache_lookup, check_cache_covers, open_teacher
 from .panel import Panel, first_batch
 from .run_log import RunLog
 from .sampling import is_on_policy, sample, set_generation_ends
 from .savable import check_savable
-from .signal_checks import contexts_of, refuse_foreign
+from .signal_checks import check_teacher_matches_text, contexts_of
 from .student import (
+    check_packable,
     compile_body,
     compiled_by_us,
     forward_to_head,
-    prepare,
-    refuse_unpackable,
+    prepare_student,
     without_adapters,
 )
 from .targets import Targets
@@ -87,7 +87,7 @@ class DistillTrainer(WholeCheckpoints):
     def __init__(
         self,
         model: PreTrainedModel | str | Path,
-        teacher: Given | None = None,
+        teacher: TeacherLike | None = None,
         args: DistillConfig | None = None,
         *,
         train_dataset: Examples | None = None,
@@ -96,7 +96,7 @@ class DistillTrainer(WholeCheckpoints):
         peft_config: Any = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
-        loss: Callable[..., Objective] | None = None,
+        loss: Callable[..., LossResult] | None = None,
     ) -> None:
         args = DistillConfig("trainer_output") if args is None else args
         if not isinstance(args, DistillConfig):
@@ -109,13 +109,13 @@ class DistillTrainer(WholeCheckpoints):
         if loss is not None and not callable(loss):
             raise TypeError(f"loss: expected a function or None, got {type(loss).__name__}")
         check_kinds(train_dataset, eval_dataset)
-        student = prepare(model, args, peft_config)
+        student = prepare_student(model, args, peft_config)
         encoder = Encoder(
             tokenizer=processing_class,
             completion_only=args.completion_only_loss,
             max_length=args.max_length,
         )
-        teacher = opened(teacher)
+        teacher = open_teacher(teacher)
         if args.check_data:
             sampled = args.lmbda == 1.0
             check_datasets(encoder, train_dataset, eval_dataset, prompts_only=sampled)
@@ -129,18 +129,18 @@ class DistillTrainer(WholeCheckpoints):
                     pad_id=getattr(processing_class, "pad_token_id", None) or 0,
                     encoder=encoder,
                     prompts=args.lmbda > 0,
-                    more=in_workers(teacher, args),
+                    more=cache_lookup(teacher, args),
                 ),
                 train_dataset=train_dataset,
                 eval_dataset=eval_dataset,
                 processing_class=processing_class,
                 callbacks=[*(callbacks or []), self._run_log],
                 optimizers=optimizers,
-                compute_metrics=summarise,
+                compute_metrics=summarize,
                 compute_loss_func=_never_called,
             )
         # Where the weights are not all here yet, the first batch is soon enough.
-        self._unverified = True
+        self._needs_verification = True
         if not (self.is_fsdp_enabled or is_partitioned(self.model)):
             self._verify()
             if train_dataset is not None and str(args.save_strategy.value) != "no":
@@ -151,20 +151,20 @@ class DistillTrainer(WholeCheckpoints):
         self.panel: Panel | None = None
         self._measured = Loss(args, args.selection)
         self._loss = self._measured if loss is None else loss
-        admitted = admit(teacher, self.model, args, processing_class)
+        resolved = resolve_teacher(teacher, self.model, args, processing_class)
         check_sampling(args, train_dataset)
         check_metric(args, eval_dataset, has_teacher=teacher is not None)
-        self.teacher = self._run_log.teacher = None if admitted is None else admitted.teacher
+        self.teacher = self._run_log.teacher = None if resolved is None else resolved.teacher
         limits = row_limits(self.model, self.teacher, args)
         collator: Any = self.data_collator
         self.data_collator: Any = replace(collator, limits=limits)
         if args.check_data:
-            refuse_unanswered(teacher, encoder, named(train_dataset, eval_dataset))
-            check_lengths(named(train_dataset, eval_dataset), encoder, limits, args)
+            check_cache_covers(teacher, encoder, datasets_by_name(train_dataset, eval_dataset))
+            check_lengths(datasets_by_name(train_dataset, eval_dataset), encoder, limits, args)
         if args.torch_compile:  # behind every trial of the model as it is
             compile_body(self.model, args)
-        self._valid_vocab = None if admitted is None else admitted.valid_vocab
-        self._vocab = self._valid_vocab or rows_of_head(self.model) if admitted else 0
+        self._valid_vocab = None if resolved is None else resolved.valid_vocab
+        self._vocab = self._valid_vocab or rows_of_head(self.model) if resolved else 0
         self._monitor = AnswerMonitor()
 
     def _verify(self) -> None:
@@ -172,8 +172,8 @@ class DistillTrainer(WholeCheckpoints):
         student = self.accelerator.unwrap_model(self.model)
         verify_head(student)
         if self.args.packing:
-            refuse_unpackable(student)
-        self._unverified = False
+            check_packable(student)
+        self._needs_verification = False
 
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device
@@ -183,7 +183,7 @@ class DistillTrainer(WholeCheckpoints):
         step = self.state.global_step
         if batches and is_on_policy(self.args, step):
             model = without_adapters(self.accelerator.unwrap_model(self.model))
-            how = {
+            options = {
                 "config": self.args,
                 "step": step,
                 "pad_id": self.data_collator.pad_id,
@@ -193,7 +193,7 @@ class DistillTrainer(WholeCheckpoints):
                 "synced": self.is_fsdp_enabled or self.is_deepspeed_enabled,
             }
             with self.compute_loss_context_manager():
-                batches = [sample(model, batch, **how) for batch in batches]
+                batches = [sample(model, batch, **options) for batch in batches]
             count = self._get_num_items_in_batch(batches, device)
             batches = [{**batch, "sampled": True} for batch in batches]
         return batches, count
@@ -207,20 +207,20 @@ class DistillTrainer(WholeCheckpoints):
     ) -> Any:
         sampled = bool(inputs.get("sampled", False))
         first = self.args.check_signal and self.panel is None and not sampled
-        targets, answers = self._ask(inputs, check=first and self.model.training)
+        targets, answers = self._get_answers(inputs, check=first and self.model.training)
 
-        def use(hidden: Tensor, head: LMHead) -> Objective:
+        def use(hidden: Tensor, head: LMHead) -> LossResult:
             if self.model.training and self.panel is None:
                 self._first_batch(hidden, head, targets, answers, inputs)
             return self._loss(hidden, head, targets, answers, labels_count=not sampled)
 
-        result: Objective = self._at_head(model, inputs, targets, use)
+        result: LossResult = self._at_head(model, inputs, targets, use)
         if self.model.training:
             self.add_figures(result.sums)
         if num_items_in_batch is None:
             loss = result.loss / max(len(targets.labels), 1)
         else:
-            loss = result.loss / at_least_one(num_items_in_batch)
+            loss = result.loss / clamp_to_one(num_items_in_batch)
             if self.args.average_tokens_across_devices:
                 # The count is over all processes, and their gradients are about to be averaged.
                 loss = loss * (self.accelerator.num_processes // self.get_tp_size())
@@ -228,9 +228,11 @@ class DistillTrainer(WholeCheckpoints):
             loss = self.mark_loss(loss)
         return (loss, {}) if return_outputs else loss
 
-    def _ask(self, inputs: dict[str, Any], check: bool) -> tuple[Targets, Answers]:
+    def _get_answers(self, inputs: dict[str, Any], check: bool) -> tuple[Targets, Answers]:
         monitor, vocab = self._monitor, self._vocab
-        return ask(self.teacher, inputs, self.args, monitor=monitor, vocab=vocab, check=check)
+        return get_answers(
+            self.teacher, inputs, self.args, monitor=monitor, vocab=vocab, check=check
+        )
 
     def _at_head(
         self,
@@ -242,7 +244,7 @@ class DistillTrainer(WholeCheckpoints):
         def with_vocabulary(hidden: Tensor, head: LMHead) -> Any:
             return use(hidden, replace(head, valid_vocab=self._valid_vocab))
 
-        if self._unverified:
+        if self._needs_verification:
             self._verify()
         # DDP and FSDP wrap the model that is called; the hooks belong on the one inside.
         student = self.accelerator.unwrap_model(model)
@@ -261,7 +263,7 @@ class DistillTrainer(WholeCheckpoints):
             return
         sampled = "sampled" in inputs
         attended = int(inputs["attention_mask"][:, 1:].sum())
-        contexts = targets.of(contexts_of(inputs["input_ids"], inputs["attention_mask"]))
+        contexts = targets.gather(contexts_of(inputs["input_ids"], inputs["attention_mask"]))
         self.panel = first_batch(
             hidden, head, targets, answers, attended, self.args, contexts=contexts, sampled=sampled
         )
@@ -269,8 +271,8 @@ class DistillTrainer(WholeCheckpoints):
         if self.args.show_panel and self.is_world_process_zero():
             self.panel.show()
         if self.args.check_signal and not sampled:
-            aligned = isinstance(answers, Dense) or answers_here(self.teacher)
-            refuse_foreign(self.panel.signal, surely_aligned=aligned)
+            trusted = isinstance(answers, TeacherHidden) or has_trusted_positions(self.teacher)
+            check_teacher_matches_text(self.panel.signal, positions_trusted=trusted)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         self._monitor.read()
@@ -288,15 +290,15 @@ class DistillTrainer(WholeCheckpoints):
         return loader
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
-        with self._every_batch():
+        with self._without_drop_last():
             return super().get_eval_dataloader(*args, **kwargs)
 
     def get_test_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
-        with self._every_batch():
+        with self._without_drop_last():
             return super().get_test_dataloader(*args, **kwargs)
 
     @contextmanager
-    def _every_batch(self) -> Iterator[None]:
+    def _without_drop_last(self) -> Iterator[None]:
         """dataloader_drop_last is for training: an evaluation is one of all examples."""
         dropped, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
         try:
@@ -309,7 +311,7 @@ class DistillTrainer(WholeCheckpoints):
         """As the Trainer's, but ranks that share a batch count it once."""
         shared = self.get_tp_size()
         if shared > 1:
-            self.gather_function = lambda rows: one_each(shared, self.accelerator.gather(rows))
+            self.gather_function = lambda rows: one_per_group(shared, self.accelerator.gather(rows))
         output = super().evaluation_loop(*args, **kwargs)
         self._monitor.read()
         if output.predictions is None:
@@ -327,7 +329,7 @@ class DistillTrainer(WholeCheckpoints):
         """Of each sequence sums in place of logits, and histograms in place of labels: gathered and
         counted exactly, and small."""
         inputs = self._prepare_inputs(inputs)
-        targets, answers = self._ask(inputs, check=False)
+        targets, answers = self._get_answers(inputs, check=False)
 
         def sums(hidden: Tensor, head: LMHead) -> tuple[Tensor, Tensor]:
             return self._measured.measure(hidden, head, targets, answers)
@@ -351,9 +353,9 @@ class DistillTrainer(WholeCheckpoints):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         self._monitor.read()
         folder = Path(output_dir or self.args.output_dir)
-        kept = has_other_readme(folder)  # before peft writes its own
+        keep_readme = has_other_readme(folder)  # before peft writes its own
         super().save_model(output_dir, _internal_call)
-        if self.args.should_save and not kept:
+        if self.args.should_save and not keep_readme:
             self._write_card(folder)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:

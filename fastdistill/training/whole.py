@@ -23,17 +23,17 @@ from .arguments import resolve_intervals
 from .checkpoints import (
     begin,
     checkpoints,
+    completeness_error,
     finish,
+    integrity_error,
     keep_last,
     missing_state,
     read_state,
     to_resume_from,
-    why_damaged,
-    why_unfinished,
 )
 from .finite import FiniteUpdates
 from .interrupts import SavesOnInterrupt
-from .run_settings import OF_OPTIMIZER, changed_settings, result_settings
+from .run_settings import OPTIMIZER_SETTINGS, changed_settings, result_settings
 from .savable import has_loaded_generation_config, keep_generation_config_savable
 from .student import (
     check_adapter,
@@ -46,8 +46,8 @@ from .student import (
 from .torch_defaults import plain_defaults
 
 logger = logging.getLogger(__name__)
-ASKED = "settings.json"  # of a checkpoint: what decides which student the run ends with
-_ANOTHER = (
+SETTINGS_FILE = "settings.json"  # of a checkpoint: what decides which student the run ends with
+_TRAIN_ELSEWHERE = (
     "Train in another output_dir, from the checkpoint as the model if its weights shall go on"
 )
 _INTERVALS = ("logging_steps", "save_steps", "eval_steps")
@@ -69,7 +69,7 @@ class WholeCheckpoints(FiniteUpdates):
         self._weights_from = Path()  # the checkpoint whose weights were loaded last
         self._loaded_generation_config = False
         # First: a run that is done must change no log.
-        self.callback_handler.callbacks.insert(0, _Beginning(self))
+        self.callback_handler.callbacks.insert(0, _OnTrainBegin(self))
 
     @plain_defaults()
     def train(
@@ -92,7 +92,7 @@ class WholeCheckpoints(FiniteUpdates):
         if resume_from_checkpoint is None:
             resume_from_checkpoint = self.args.resume_from_checkpoint
         self.already_done = False
-        folder = self._chosen(resume_from_checkpoint)
+        folder = self._choose_checkpoint(resume_from_checkpoint)
         self._without_state = folder is not None and missing_state(Path(folder)) is not None
         self._compare_settings(folder)
         self.check_weights("before training")
@@ -102,7 +102,7 @@ class WholeCheckpoints(FiniteUpdates):
         interrupts = self._interrupts = SavesOnInterrupt(self)
         self.add_callback(interrupts)
         try:
-            with self._intervals_of(folder), interrupts:
+            with self._intervals_from(folder), interrupts:
                 output = super().train(folder, *args, **kwargs)
                 if "train_loss" in output.metrics:  # without the updates that were skipped
                     output = output._replace(training_loss=output.metrics["train_loss"])
@@ -127,23 +127,23 @@ class WholeCheckpoints(FiniteUpdates):
                 self.args.save_total_limit = None
         super().log(logs, start_time)
 
-    def _chosen(self, given: str | Path | bool | None) -> str | None:
+    def _choose_checkpoint(self, checkpoint: str | Path | bool | None) -> str | None:
         """The checkpoint to resume from; one process chooses, for it reads every file."""
-        found: list[Any] = [None, None]
+        outcome: list[Any] = [None, None]
         if self.is_world_process_zero():
             try:
-                searched = given is True or given == "auto"
-                fault_of = self._fault_of if searched else self._fault_of_given
-                found[0] = to_resume_from(given, self.args.output_dir, fault_of)
-                if found[0] is None and given == "auto":
-                    self._refuse_without_state()
+                is_search = checkpoint is True or checkpoint == "auto"
+                find_fault = self._find_fault if is_search else self._find_fault_in_named_folder
+                outcome[0] = to_resume_from(checkpoint, self.args.output_dir, find_fault)
+                if outcome[0] is None and checkpoint == "auto":
+                    self._check_state_is_saved()
             except ValueError as error:
-                found[1] = str(error)
+                outcome[1] = str(error)
         if self.args.world_size > 1:
-            broadcast_object_list(found)
-        if found[1] is not None:
-            raise ValueError(found[1])
-        folder: str | None = found[0]
+            broadcast_object_list(outcome)
+        if outcome[1] is not None:
+            raise ValueError(outcome[1])
+        folder: str | None = outcome[0]
         return folder
 
     def _compare_settings(self, folder: str | None) -> None:
@@ -152,17 +152,17 @@ class WholeCheckpoints(FiniteUpdates):
         Raises ValueError for what would come from the optimizer's state instead.
         """
         self._changed = {}
-        path = Path(folder or "") / ASKED
+        path = Path(folder or "") / SETTINGS_FILE
         if folder is None or not path.is_file():
             return
         self._changed = changed_settings(read_json(path, dict), self._result_settings())
         if self.optimizer is None:  # else it is the caller's, whatever the arguments say
-            for name in OF_OPTIMIZER:
+            for name in OPTIMIZER_SETTINGS:
                 if name in self._changed:
                     raise ValueError(
                         f"{name}: expected what {Path(folder).name} was trained with, "
                         f"{self._changed[name]}: the optimizer's state goes on with the old one. "
-                        f"{_ANOTHER}"
+                        f"{_TRAIN_ELSEWHERE}"
                     )
 
     def _result_settings(self) -> dict[str, Any]:
@@ -170,54 +170,57 @@ class WholeCheckpoints(FiniteUpdates):
         data = self.train_dataset
         return settings | {"examples": len(data) if has_length(data) else None}
 
-    def _in_words(self) -> str:
-        return ", ".join(f"{name}: {words}" for name, words in self._changed.items())
+    def _changed_text(self) -> str:
+        return ", ".join(f"{name}: {text}" for name, text in self._changed.items())
 
-    def _fault_of(self, folder: Path) -> str | None:
-        return why_unfinished(folder) or self._fault_of_given(folder)
+    def _find_fault(self, folder: Path) -> str | None:
+        return completeness_error(folder) or self._find_fault_in_named_folder(folder)
 
-    def _fault_of_given(self, folder: Path) -> str | None:
+    def _find_fault_in_named_folder(self, folder: Path) -> str | None:
         """As `_fault_of`; a folder that somebody names may come from another trainer."""
-        fault = why_damaged(folder)
-        if fault is None and not self._ends_at(read_state(folder)):
-            missing = missing_state(folder, scaled=bool(self.args.fp16))
-            fault = None if missing is None else f"it lacks {missing} (save_only_model=True?)"
-        return fault
+        error = integrity_error(folder)
+        if error is None and not self._is_done_at(read_state(folder)):
+            missing = missing_state(folder, has_loss_scaler=bool(self.args.fp16))
+            error = None if missing is None else f"it lacks {missing} (save_only_model=True?)"
+        return error
 
-    def _refuse_without_state(self) -> None:
+    def _check_state_is_saved(self) -> None:
         """Raise ValueError if beginning anew would pass over the weights of a run."""
         for folder in reversed(checkpoints(self.args.output_dir)):
-            if why_unfinished(folder) is None and (missing := missing_state(folder)) is not None:
+            if (
+                completeness_error(folder) is None
+                and (missing := missing_state(folder)) is not None
+            ):
                 raise ValueError(
                     f"resume_from_checkpoint: expected a checkpoint to go on from, but "
                     f"{folder.name} lacks {missing}: it was saved with save_only_model=True, or "
                     "files were deleted. Train in another output_dir, or anew without resuming"
                 )
 
-    def _ends_at(self, state: dict[str, Any]) -> bool:
+    def _is_done_at(self, state: dict[str, Any]) -> bool:
         """Whether a run with these arguments is done at a checkpoint's state."""
         step = state["global_step"]
         if self.args.max_steps > 0:
             return bool(step >= self.args.max_steps)
         epochs = math.ceil(self.args.num_train_epochs)
-        same = state.get("num_train_epochs") == epochs
-        return same and bool(0 < state.get("max_steps", 0) <= step)
+        same_epochs = state.get("num_train_epochs") == epochs
+        return same_epochs and bool(0 < state.get("max_steps", 0) <= step)
 
     @contextmanager
-    def _intervals_of(self, folder: str | None) -> Iterator[None]:
+    def _intervals_from(self, folder: str | None) -> Iterator[None]:
         """While a checkpoint is read, shares of a run are given as the steps they are there: the
         Trainer warns where the two differ."""
-        mine = {name: getattr(self.args, name) for name in _INTERVALS}
+        configured = {name: getattr(self.args, name) for name in _INTERVALS}
         if folder is not None:
             state = read_state(Path(folder))
-            for name, share in mine.items():
+            for name, share in configured.items():
                 if share is not None and share < 1 and state.get(name):
                     setattr(self.args, name, state[name])
-        self._intervals = mine
+        self._intervals = configured
         try:
             yield
         finally:
-            for name, value in mine.items():
+            for name, value in configured.items():
                 setattr(self.args, name, value)
 
     def begin_run(self, state: Any) -> None:
@@ -226,19 +229,19 @@ class WholeCheckpoints(FiniteUpdates):
         if state.global_step > state.max_steps:
             raise ValueError(
                 f"resume_from_checkpoint: expected a checkpoint of at most the run's "
-                f"{state.max_steps} steps, got one of step {state.global_step}. {_ANOTHER}"
+                f"{state.max_steps} steps, got one of step {state.global_step}. {_TRAIN_ELSEWHERE}"
             )
         if state.global_step and state.global_step == state.max_steps:
             if self._changed:
                 raise ValueError(
-                    f"resume_from_checkpoint: expected the settings that the run which is done at "
-                    f"step {state.global_step} was trained with, but {self._in_words()}. {_ANOTHER}"
+                    "resume_from_checkpoint: expected the settings of the run that finished at "
+                    f"step {state.global_step}, but {self._changed_text()}. {_TRAIN_ELSEWHERE}"
                 )
             raise _AlreadyDone
         if self._changed:
             logger.warning(
                 "The run goes on at step %d with other settings than it began with: %s.",
-                *(state.global_step, self._in_words()),
+                *(state.global_step, self._changed_text()),
             )
         if self._without_state:
             raise ValueError(
@@ -328,7 +331,7 @@ class WholeCheckpoints(FiniteUpdates):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             torch.save(self.args, folder / TRAINING_ARGS_NAME)  # with the limit as it was given
-            write_json(folder / ASKED, self._result_settings())
+            write_json(folder / SETTINGS_FILE, self._result_settings())
             finish(folder)
             keep_last(run, limit, self.state.best_model_checkpoint)
         self._last_saved = self.state.global_step
@@ -365,7 +368,7 @@ class _AlreadyDone(Exception):
     """The checkpoint that a run resumes from is that of its last step."""
 
 
-class _Beginning(TrainerCallback):
+class _OnTrainBegin(TrainerCallback):
     def __init__(self, trainer: WholeCheckpoints) -> None:
         self._trainer = trainer
 
