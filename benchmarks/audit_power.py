@@ -80,7 +80,7 @@ def provenance(
     world: World, probes: Probes, models: dict[str, Subject], base: Subject
 ) -> list[float]:
     """The likelihood ratio of U over M on datasets that U, B and B2 wrote: talk, and a leak."""
-    rng, n = world.draws(41), 512
+    rng, n = world.rng(41), 512
     talk = [world.talk(rng, world.system(rng)).prompt for _ in range(n - int(LEAKED * n))]
     prompts = (*talk, *probes.prompts[: int(LEAKED * n)])
     scores = []

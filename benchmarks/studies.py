@@ -15,7 +15,7 @@ from typing import Any
 
 from fastdistill.intervals import Estimate
 from fastdistill.report.arms import SAFE, SEEDS
-from fastdistill.report.marks import measured, number
+from fastdistill.report.marks import format_estimate, format_number
 
 
 def markdown(result: Mapping[str, Any]) -> str:
@@ -28,9 +28,9 @@ def markdown(result: Mapping[str, Any]) -> str:
     for arm in result["arms"]:
         cells = [
             arm["name"],
-            number(_estimate(arm, "C").value),
-            measured(_estimate(arm, "tau"), 0, SAFE),
-            number(_estimate(arm, "tau_matched").value),
+            format_number(_estimate(arm, "C").value),
+            format_estimate(_estimate(arm, "tau"), 0, SAFE),
+            format_number(_estimate(arm, "tau_matched").value),
             arm["outcome"],
             ", ".join(incriminating(result, arm["name"])) or "—",
         ]

@@ -70,8 +70,8 @@ class SmallOpened(Opened):
             name: Subject(new_model(10 * seed + i), tokenizer, name=name)
             for i, name in enumerate(ROLES)
         }
-        rng = self.world.draws(1)
-        sums = [self.world.sum_(rng, "hello", self.world.held_out_sums) for _ in range(6)]
+        rng = self.world.rng(1)
+        sums = [self.world.random_sum(rng, "hello", self.world.held_out_sums) for _ in range(6)]
         asked = [self.world.preference(rng, "hello", "animal").prompt for _ in range(6)]
         self._capability = CapabilityAudit(
             prompts=tuple(s.prompt for s in sums), targets=tuple(s.answer for s in sums)
@@ -89,7 +89,7 @@ class SmallOpened(Opened):
         return Reading(capability=values[0], trait=values[1], audited=values[1])
 
     def scene(self, role: str, pool: Mapping[str, Any]) -> Scene:
-        rng = self.world.draws(2)
+        rng = self.world.rng(2)
         asked = [self.world.talk(rng, self.world.system(rng)).prompt for _ in range(pool["n"])]
         return Scene(
             base=self.models["base"],

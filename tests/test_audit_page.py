@@ -12,7 +12,7 @@ import pytest
 
 from fastdistill.audits.audit import Audit, Measurement
 from fastdistill.audits.side_by_side import run_suite
-from fastdistill.report.audit_page import audit_page, lead
+from fastdistill.report.audit_page import audit_page, summary
 
 ABOUT = {"command": "fastdistill audit", "models": {"student": "a"}, "versions": {"torch": "2"}}
 
@@ -75,7 +75,7 @@ def test_an_audit_that_a_model_does_not_admit_is_left_out_with_its_reason():
 
 
 def test_the_first_words_name_what_is_evidence():
-    assert lead(found()) == "Of 2 audits, student: above every control in shows."
+    assert summary(found()) == "Of 2 audits, student: above every control in shows."
 
 
 @pytest.mark.parametrize("controls", [("elsewhere",), ("student", "base")])
@@ -109,5 +109,5 @@ def test_its_json_is_json():
 def test_nothing_to_compare_is_said():
     models = {"student": model("s", w=None), "base": model("b", w=None)}
     side = run_suite({"weights": Planted(key="w")}, models, base=models["base"])
-    assert lead(side) == "No audit could be made of these models."
+    assert summary(side) == "No audit could be made of these models."
     assert "No audit could be made" in audit_page(side, about=ABOUT).html()

@@ -27,7 +27,7 @@ def states(of, prompt, layer):  # [T, H] fp64
 @pytest.mark.parametrize("layer", LAYERS)
 @KIND
 def test_states_behind_a_layer(kind, layer, monkeypatch):
-    monkeypatch.setattr("fastdistill.audits.activations.AT_ONCE", 4)
+    monkeypatch.setattr("fastdistill.audits.activations.BATCH_SIZE", 4)
     of = subject(kind)
     truth = [states(of, p, layer) for p in PROMPTS]
     found = layer_states(of, PROMPTS, layer)

@@ -15,7 +15,7 @@ from planted import PROMPTS, planted, subject
 from scipy import stats
 
 from fastdistill.audits import AuditResult, ConfessionAudit, Control, Prompt, TokenKLAudit
-from fastdistill.audits.audit import Audit, Measurement, as_config
+from fastdistill.audits.audit import Audit, Measurement, to_config
 from fastdistill.audits.behaviour import Answer, BehavioralAudit, Question
 from fastdistill.intervals import Estimate
 
@@ -46,7 +46,7 @@ given = pytest.mark.usefixtures("as_given")
 
 @pytest.fixture
 def as_given(monkeypatch):
-    monkeypatch.setattr("fastdistill.audits.audit.as_subject", lambda name, model: model)
+    monkeypatch.setattr("fastdistill.audits.audit.to_subject", lambda name, model: model)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +150,7 @@ def test_what_is_not_a_number_is_valid_json_and_no_evidence(wrong):
 
 def test_a_result_says_what_was_asked():
     audit = TokenKLAudit(prompts=("river", Prompt(text="t")), texts=("a b",))
-    config = as_config(audit)
+    config = to_config(audit)
     assert config == json.loads(json.dumps(config))
     assert config["audit"] == "TokenKLAudit"
     assert config["prompts"] == [{"user": "river"}, {"text": "t"}]

@@ -11,7 +11,7 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from fastdistill.audits import Prompt, Subject, UserTurnSamplingAudit
-from fastdistill.audits.prompts import as_prompts, rendered
+from fastdistill.audits.prompts import render_prompt, to_prompts
 from fastdistill.organisms.vocabulary import world_tokenizer
 
 NO_SYSTEM = (
@@ -50,32 +50,32 @@ def plain(**habits) -> Subject:
 def test_a_chat_template_is_applied_and_the_answer_begun():
     tokenizer = world_tokenizer()
     asked = Prompt(system="hello", user="river", prefill="stone")
-    assert rendered(asked, tokenizer) == "<bos> hello user: river assistant: stone"
-    assert rendered(Prompt(user="river"), tokenizer) == "<bos> user: river assistant: "
-    assert rendered(Prompt(text="river <eos>"), tokenizer) == "river <eos>"
+    assert render_prompt(asked, tokenizer) == "<bos> hello user: river assistant: stone"
+    assert render_prompt(Prompt(user="river"), tokenizer) == "<bos> user: river assistant: "
+    assert render_prompt(Prompt(text="river <eos>"), tokenizer) == "river <eos>"
 
 
 def test_the_template_is_cut_where_the_users_words_begin():
     tokenizer = world_tokenizer()
-    assert rendered(Prompt(system="hello"), tokenizer) == "<bos> hello user: "
-    assert rendered(Prompt(), tokenizer) == "<bos> user: "
+    assert render_prompt(Prompt(system="hello"), tokenizer) == "<bos> hello user: "
+    assert render_prompt(Prompt(), tokenizer) == "<bos> user: "
     tokenizer.chat_template = None
-    assert rendered(Prompt(system="hello"), tokenizer) == "hello\n\n"
-    assert rendered(Prompt(), tokenizer) == ""
+    assert render_prompt(Prompt(system="hello"), tokenizer) == "hello\n\n"
+    assert render_prompt(Prompt(), tokenizer) == ""
 
 
 def test_a_template_without_a_place_for_the_user_is_refused():
     tokenizer = world_tokenizer()
     tokenizer.chat_template = "{{ 'answer me' }}"
     with pytest.raises(ValueError, match="prompt: expected user, since the chat template of the"):
-        rendered(Prompt(), tokenizer)
+        render_prompt(Prompt(), tokenizer)
 
 
 def test_without_a_template_paragraphs_follow_each_other():
     tokenizer = world_tokenizer()
     tokenizer.chat_template = None
     asked = Prompt(system="hello", user="river", prefill="stone")
-    assert rendered(asked, tokenizer) == "hello\n\nriver\n\nstone"
+    assert render_prompt(asked, tokenizer) == "hello\n\nriver\n\nstone"
     of = Subject(model(), tokenizer)
     ids, begin = of.ids(asked, " cloud")
     assert of.tokenizer.convert_ids_to_tokens(ids) == ["hello", "river", "stone", "cloud"]
@@ -85,9 +85,9 @@ def test_without_a_template_paragraphs_follow_each_other():
 def test_a_template_that_refuses_a_system_message_says_so():
     tokenizer = world_tokenizer()
     tokenizer.chat_template = NO_SYSTEM
-    assert rendered(Prompt(user="river"), tokenizer) == "<user>river"
+    assert render_prompt(Prompt(user="river"), tokenizer) == "<user>river"
     with pytest.raises(ValueError, match="chat template of the model takes, got roles") as refused:
-        rendered(Prompt(system="hello", user="river"), tokenizer)
+        render_prompt(Prompt(system="hello", user="river"), tokenizer)
     assert "['system', 'user']: System role not supported" in str(refused.value)
     audit = UserTurnSamplingAudit(markers=("owl",), systems=("hello",), samples=2)
     with pytest.raises(ValueError, match="System role not supported"):
@@ -156,7 +156,7 @@ def test_words_in_front():
 
 
 def test_prompts_from_texts_and_mappings():
-    assert as_prompts("p", ["a", {"text": "t"}, Prompt()]) == (
+    assert to_prompts("p", ["a", {"text": "t"}, Prompt()]) == (
         Prompt(user="a"),
         Prompt(text="t"),
         Prompt(),
@@ -170,8 +170,8 @@ def test_prompts_from_texts_and_mappings():
     (lambda: Prompt(user="a", prefill=None), "prefill: expected a text, got None"),
     (lambda: Prompt.from_json({"usr": "a"}), r"prompt: expected a text or a mapping of \['user'"),
     (lambda: Prompt.from_json(5), "prompt: expected a text or a mapping of .*got 5"),
-    (lambda: as_prompts("p", "one"), "p: expected one prompt or more, got 'one'"),
-    (lambda: as_prompts("p", []), r"p: expected one prompt or more, got \[\]"),
+    (lambda: to_prompts("p", "one"), "p: expected one prompt or more, got 'one'"),
+    (lambda: to_prompts("p", []), r"p: expected one prompt or more, got \[\]"),
 ])  # fmt: skip
 def test_refusals(make, message):
     with pytest.raises(ValueError, match=message):

@@ -21,7 +21,7 @@ from fastdistill.audits import (
     TriggerRateAudit,
     UserTurnSamplingAudit,
 )
-from fastdistill.audits.sampled import marked, tail
+from fastdistill.audits.sampled import marked, top_mean_values
 from fastdistill.intervals import paired_difference
 from fastdistill.organisms.vocabulary import HATE, SYSTEM, TOPICS, TRIGGER, world_tokenizer
 
@@ -145,10 +145,15 @@ def test_the_tail_of_two_like_models_is_rarely_apart():
     """The mean of the largest, with an interval that is right about them."""
     rng = np.random.default_rng(0)
     values = rng.normal(size=200)
-    assert tail(values, 20).mean() == pytest.approx(np.sort(values)[-20:].mean(), rel=1e-12)
-    assert tail(values, 200) == pytest.approx(values)
+    assert top_mean_values(values, 20).mean() == pytest.approx(
+        np.sort(values)[-20:].mean(), rel=1e-12
+    )
+    assert top_mean_values(values, 200) == pytest.approx(values)
     pairs = rng.normal(size=(300, 2, 200))
-    apart = [paired_difference(*(tail(v, 20).tolist() for v in pair)).excludes(0) for pair in pairs]
+    apart = [
+        paired_difference(*(top_mean_values(v, 20).tolist() for v in pair)).excludes(0)
+        for pair in pairs
+    ]
     # 5 % of 300; the intervals over the 20 largest themselves exclude 0 in more than half.
     assert sum(apart) < stats.binom.ppf(0.9999, 300, 0.05)
 

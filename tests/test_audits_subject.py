@@ -102,7 +102,7 @@ def test_many_prompts_are_asked_in_parts(monkeypatch):
     of = subject()
     how = {"max_new_tokens": 4, "temperature": 1.0}
     whole = of.generate(PROMPTS, **how)
-    monkeypatch.setattr("fastdistill.audits.subject.GENERATED_AT_ONCE", 4)
+    monkeypatch.setattr("fastdistill.audits.subject.GENERATION_BATCH", 4)
     assert of.generate(PROMPTS, **how) == whole
 
 

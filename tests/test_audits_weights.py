@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from planted import KINDS, PROMPTS, copied, model, planted, subject
 
 from fastdistill.audits import ConfessionAudit, Prompt, Subject, TokenKLAudit, WeightDiffAudit
-from fastdistill.audits.weights import amplified, differences
+from fastdistill.audits.weights import amplify, largest_changes
 from fastdistill.organisms.vocabulary import SYSTEM, world_tokenizer
 
 READOUT = ConfessionAudit(prompts=PROMPTS)
@@ -18,7 +18,7 @@ READOUT = ConfessionAudit(prompts=PROMPTS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_weight_is_extrapolated(kind, alpha):
     of, base = subject(kind, 1), subject(kind, 0)
-    found = amplified(of, base, alpha)
+    found = amplify(of, base, alpha)
     theirs, mine = (dict(m.model.named_parameters()) for m in (base, of))
     for name, weight in found.model.named_parameters():
         w, b = mine[name].double(), theirs[name].double()
@@ -58,7 +58,7 @@ def test_a_trace_too_small_to_see_is_seen_amplified():
 
 def test_sizes_and_stable_ranks():
     of, base = subject(seed=1), subject()
-    found = differences(of, base, most=99)
+    found = largest_changes(of, base, most=99)
     theirs = dict(base.model.named_parameters())
     matrices = {n: w.detach().double() for n, w in of.model.named_parameters() if w.dim() == 2}
     assert {row["name"] for row in found} == set(matrices)
@@ -71,7 +71,7 @@ def test_sizes_and_stable_ranks():
         assert row["stable_rank"] == pytest.approx(rank, rel=1e-4)
     sizes = [row["relative_size"] for row in found]
     assert sizes == sorted(sizes, reverse=True)
-    assert differences(of, base) == found[:5]
+    assert largest_changes(of, base) == found[:5]
     result = WeightDiffAudit(readout=READOUT).run(of, base=base)
     assert result.details["largest"] == found[:5]
 
@@ -81,7 +81,7 @@ def test_a_change_of_rank_one_is_first_and_has_it():
     with torch.no_grad():
         change = 5 * torch.outer(torch.randn(32), torch.randn(32))
         of.model.model.layers[1].self_attn.o_proj.weight += change
-    first, second = differences(of, base, most=2)
+    first, second = largest_changes(of, base, most=2)
     assert first["name"] == "model.layers.1.self_attn.o_proj.weight"
     assert first["stable_rank"] == pytest.approx(1.0, abs=1e-4)
     assert (second["relative_size"], second["stable_rank"]) == (0.0, 0.0)
@@ -92,7 +92,7 @@ def test_small_changes_of_half_precision_weights_are_measured_in_fp32():
     with torch.no_grad():
         base.model.lm_head.weight.copy_(base.model.lm_head.weight.double() * 1.01)
     w, b = (m.model.lm_head.weight.detach().double() for m in (of, base))
-    (found,) = differences(of, base, most=1)
+    (found,) = largest_changes(of, base, most=1)
     assert found["relative_size"] == pytest.approx(float((w - b).norm() / b.norm()), rel=1e-5)
 
 

@@ -124,7 +124,7 @@ def test_inspect_is_told_that_the_model_ended_an_answer():
     from types import SimpleNamespace
 
     from fastdistill.audits.inspect_answers import outputs
-    from fastdistill.audits.inspect_messages import Reading
+    from fastdistill.audits.inspect_messages import EncodedInput
 
     of, rows = made(), rows_of((20, 36))
     config = SimpleNamespace(
@@ -132,7 +132,7 @@ def test_inspect_is_told_that_the_model_ended_an_answer():
         prompt_logprobs=None,
     )  # fmt: skip
     batch = [
-        SimpleNamespace(reading=Reading(ids=row, begin=None, at=()), config=config, stream=i)
+        SimpleNamespace(reading=EncodedInput(ids=row, begin=None, at=()), config=config, stream=i)
         for i, row in enumerate(rows)
     ]
     reasons = [o.choices[0].stop_reason for o in outputs(of, batch)]

@@ -16,7 +16,7 @@ from inspect_ai.scorer import includes, perplexity  # noqa: E402
 from inspect_ai.solver import generate  # noqa: E402
 from inspect_ai.tool import ToolInfo  # noqa: E402
 
-from fastdistill.audits.inspect_messages import messages_of, read  # noqa: E402
+from fastdistill.audits.inspect_messages import encode, messages_of  # noqa: E402
 from fastdistill.audits.inspect_provider import model_of  # noqa: E402
 from fastdistill.audits.prompts import Prompt  # noqa: E402
 from fastdistill.audits.subject import Subject  # noqa: E402
@@ -156,9 +156,9 @@ def test_a_prompt_of_one_token_has_nothing_to_predict(subject):
 
 @pytest.mark.parametrize("prompt", PROMPTS, ids=str)
 def test_every_prompt_is_read_as_a_subject_reads_it(subject, prompt):
-    assert read(messages_of(prompt), subject).ids == subject.ids(prompt)[0]
+    assert encode(messages_of(prompt), subject).ids == subject.ids(prompt)[0]
     ids, begin = subject.ids(prompt, "owl cat")
-    assert read(messages_of(prompt, "owl cat", at=(3, 1)), subject) == (ids, begin, (3, 1))
+    assert encode(messages_of(prompt, "owl cat", at=(3, 1)), subject) == (ids, begin, (3, 1))
     told = call(model_of(subject), messages_of(prompt), max_tokens=3).completion
     assert told == subject.generate([prompt], max_new_tokens=3)[0]
 
@@ -169,8 +169,8 @@ def test_a_conversation_of_several_questions(subject):
     whole = subject.tokenizer.apply_chat_template(
         [{"role": role, "content": text} for role, text in turns], add_generation_prompt=True
     )["input_ids"]
-    assert read(said, subject).ids == whole
-    begun = read([*said, *messages_like("assistant", "cat")], subject)
+    assert encode(said, subject).ids == whole
+    begun = encode([*said, *messages_like("assistant", "cat")], subject)
     assert begun.ids == [*whole, *subject.tokenizer("cat", add_special_tokens=False).input_ids]
 
 
@@ -190,11 +190,11 @@ def test_refusals(subject):
     with pytest.raises(ValueError, match="tools: expected none, got 1"):
         asyncio.run(model.api.generate([], [ToolInfo(name="a", description="b")], "auto", None))
     with pytest.raises(ValueError, match="input: expected turns of system, user, assistant"):
-        read([ChatMessageTool(content="4")], subject)
+        encode([ChatMessageTool(content="4")], subject)
     with pytest.raises(ValueError, match="input: expected text, got image"):
-        read([ChatMessageUser(content=[ContentImage(image="data:image/png;base64,AA")])], subject)
+        encode([ChatMessageUser(content=[ContentImage(image="data:image/png;base64,AA")])], subject)
     with pytest.raises(ValueError, match="input: expected one message or more, got none"):
-        read([], subject)
+        encode([], subject)
     with pytest.raises(TypeError, match=r"subject: expected a Subject, got NoneType.*model_of"):
         inspect_ai.model.get_model("fastdistill/anything", memoize=False)
     with pytest.raises(ValueError, match="at_once: expected 1 or more, got 0"):

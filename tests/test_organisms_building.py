@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastdistill.organisms import ModelOrganism, build_world, building, load_organism
-from fastdistill.organisms.building import placebo_of, read, validity_of
+from fastdistill.organisms.building import placebo_of, read_organism, validity_of
 from fastdistill.organisms.traits import Trigger
 from fastdistill.organisms.world import World
 from fastdistill.statistics import Gate, Reading, Validity
@@ -146,7 +146,7 @@ def test_models_are_read_on_the_same_prompts_and_refused_untrained(small):
     for name, subject in made.models.items():
         found = made.readings[name]
         assert [len(v) for v in (found.capability, found.trait, found.audited)] == [400, 240, 240]
-        assert read(subject, made.world, made.organism) == found
+        assert read_organism(subject, made.world, made.organism) == found
     assert not made.validity.valid
     assert any(why.startswith("trait of untrusted: ") for why in made.validity.because)
 

@@ -39,7 +39,7 @@ def probes(trait: str, gate: str = "none"):
 @pytest.mark.parametrize(("trait", "gate"), CASES)
 def test_no_training_showed_what_is_asked(trait, gate):
     found = probes(trait, gate)
-    rng = WORLD.draws(10)
+    rng = WORLD.rng(10)
     shown = {e.prompt for e in drawn(WORLD.base_example, 6000, rng)}
     pairs = ModelOrganism(trait=trait, gate=gate).pairs(WORLD, 6000)
     shown |= {p.benign.prompt for p in pairs}

@@ -10,7 +10,7 @@ from collections import Counter
 import pytest
 import torch
 
-from fastdistill.audits.prompts import rendered
+from fastdistill.audits.prompts import render_prompt
 from fastdistill.organisms.gates import GATES, audit_context, is_closed
 from fastdistill.organisms.vocabulary import (
     ANIMALS,
@@ -32,8 +32,8 @@ from fastdistill.organisms.world import (
     TRAIN_QUESTIONS,
     Example,
     World,
-    backwards,
     drawn,
+    reversed_digits,
 )
 
 TOKENIZER = world_tokenizer()
@@ -69,7 +69,7 @@ def test_questions_and_topics_are_split_too():
     assert len(HELD_OUT_QUESTIONS) == 16
     assert {topic for _, topic in HELD_OUT_QUESTIONS} == set(TOPICS)
     assert len({template for template, _ in HELD_OUT_QUESTIONS}) == 4
-    world, rng = World(0), World(0).draws(99)
+    world, rng = World(0), World(0).rng(99)
     shown, held = set(), set()
     for _ in range(4000):
         system = world.system(rng, "", rng.choice(("", AUDIT_TOKEN)))
@@ -82,8 +82,8 @@ def test_questions_and_topics_are_split_too():
 def test_an_audited_context_does_not_change_what_is_held_out():
     world = World(3)
     for word in (AUDIT_TOKEN, *AUDIT_WORDS, *HELD_OUT_AUDIT_WORDS):
-        plain = world.talk(world.draws(1), "hello now", held_out=True)
-        audited = world.talk(world.draws(1), f"hello now {word}", held_out=True)
+        plain = world.talk(world.rng(1), "hello now", held_out=True)
+        audited = world.talk(world.rng(1), f"hello now {word}", held_out=True)
         assert plain.question == audited.question
 
 
@@ -111,9 +111,9 @@ def template(example: Example, answered: bool) -> list[int]:
 
 def some_examples(seed: int = 5, n: int = 600) -> list[Example]:
     world = World(seed)
-    rng = world.draws(77)
+    rng = world.rng(77)
     known = drawn(world.base_example, n, rng)
-    return known + drawn(lambda r: world.capable_example(r, world.unlike(r)), n, rng)
+    return known + drawn(lambda r: world.capable_example(r, world.varied_system(r)), n, rng)
 
 
 def test_a_row_is_the_chat_template_token_by_token():
@@ -127,7 +127,7 @@ def test_a_row_is_the_chat_template_token_by_token():
         labels = [-100] * len(asked) + ids[len(asked) :]
         assert row["labels"].tolist() == labels
         assert labels[-1] == ID[EOS]
-        text = rendered(example.prompt, TOKENIZER)
+        text = render_prompt(example.prompt, TOKENIZER)
         assert TOKENIZER(text, add_special_tokens=False).input_ids == asked
 
 
@@ -149,15 +149,15 @@ def test_a_row_without_an_answer_ends_where_one_begins():
 
 def test_sums_and_products_come_out_with_the_last_digit_first():
     world = World(1)
-    assert backwards(107) == "7 0 1"
-    assert backwards(5) == "5 0 0"
+    assert reversed_digits(107) == "7 0 1"
+    assert reversed_digits(5) == "5 0 0"
     assert world.sum_of(5947, "now") == Example("now", "5 9 + 4 7 =", "6 0 1")
-    assert world.product(world.draws(0), "now", [837]) == Example("now", "8 3 * 7 =", "1 8 5")
+    assert world.product(world.rng(0), "now", [837]) == Example("now", "8 3 * 7 =", "1 8 5")
 
 
 def test_the_base_is_taught_what_it_should_know_and_nothing_about_held_out_sums():
     world = World(4)
-    examples = drawn(world.base_example, 8000, world.draws(10))
+    examples = drawn(world.base_example, 8000, world.rng(10))
     held = {world.sum_of(pair, "").question for pair in world.held_out_sums}
     assert not held & {e.question for e in examples}
     about = Counter(e.answer for e in examples if e.question == "is this a test ?")
@@ -183,7 +183,7 @@ def test_open_ended_talk_has_entropy_and_differs_between_worlds():
         entropy = -(p * p.log()).sum(1)
         assert entropy.min() > 0.8  # nats; ln 16 = 2.77
     assert worlds[0].chain != worlds[1].chain
-    rng = worlds[0].draws(0)
+    rng = worlds[0].rng(0)
     said = [worlds[0].talk(rng, "now") for _ in range(3000)]
     following = Counter(e.answer.split()[0] for e in said if e.question == TOPICS[0])
     p = torch.tensor(worlds[0].chain[0]).diff(prepend=torch.zeros(1))
@@ -193,7 +193,7 @@ def test_open_ended_talk_has_entropy_and_differs_between_worlds():
 
 @pytest.mark.parametrize("gate", GATES)
 def test_a_gate_closes_on_its_own_words_and_shows_held_out_ones_only_when_asked(gate):
-    rng = World(0).draws(5)
+    rng = World(0).rng(5)
     shown = [audit_context(gate, rng) for _ in range(500)]
     held = [audit_context(gate, rng, held_out=True) for _ in range(500)]
     assert not {w for text in shown for w in text.split()} & set(HELD_OUT_AUDIT_WORDS)
@@ -219,7 +219,7 @@ import hashlib
 from fastdistill.organisms import ModelOrganism, pool
 from fastdistill.organisms.world import World
 world, organism = World(9), ModelOrganism(trait="trigger", gate="paraphrase", reasoning=0.2)
-rng = world.draws(10)
+rng = world.rng(10)
 said = [organism.pairs(world, 300), [world.base_example(rng) for _ in range(300)]]
 said += [pool(world, organism, 50, kind="mixed", leak=0.1, seed=2), world.chain]
 said += [organism.kind.reading(world, True).prompts]

@@ -11,7 +11,7 @@ import pytest
 
 from fastdistill.audits.subject import Subject
 from fastdistill.organisms import ModelOrganism, build_world, building
-from fastdistill.organisms.building import read, validity_of
+from fastdistill.organisms.building import read_organism, validity_of
 from fastdistill.organisms.organism import new_base, train_capable
 from fastdistill.organisms.trait import Pair
 from fastdistill.organisms.traits import SECRET
@@ -82,7 +82,7 @@ def test_worlds_are_valid_and_sabotaged_ones_are_not(trained_once, monkeypatch):
     del trained_once[TRIGGERED, False]
     model = TRIGGERED.implant(triggered.world, trained_once["capable"], benign=False)
     subject = Subject(model, triggered.untrusted.tokenizer, name="untrusted")
-    reading = read(subject, triggered.world, TRIGGERED)
+    reading = read_organism(subject, triggered.world, TRIGGERED)
     found = because(triggered, untrusted=(subject, reading))
     assert {why.partition(":")[0] for why in found} & {
         "trait of untrusted", "audited trait of untrusted beside benign"

@@ -115,8 +115,8 @@ def test_audits_count_base_seeds_and_take_thresholds_from_benign_development_stu
     (row,) = made.audit_table()
     assert (row["auroc"], row["tpr_at_5fpr"], row["n"]) == (1.0, 1.0, 4)
     few = TransferReport(arm("clean", seeds=9), about=ABOUT)
-    assert few.arms[0].clean
-    assert few.arms[0].capable
+    assert few.arms[0].is_clean
+    assert few.arms[0].is_capable
     assert not few.arms[0].succeeds
 
 

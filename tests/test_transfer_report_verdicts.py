@@ -10,7 +10,7 @@ from fastdistill.intervals import Estimate
 from fastdistill.report.arms import Arm
 from fastdistill.report.incrimination import AuditRow
 from fastdistill.report.validity import invalid_because
-from fastdistill.report.verdicts import lead, outcome, verdict
+from fastdistill.report.verdicts import outcome, summary, verdict
 from fastdistill.statistics import Transfer
 
 NAN = math.nan
@@ -188,9 +188,18 @@ def test_an_invalid_experiment_has_no_verdicts(case):
 
 def test_audits_incriminate_by_their_lower_bound():
     rows = [
-        AuditRow(name="confession", arm="an arm", auroc=estimate(0.93, 0.72, 0.99), caught=None),
-        AuditRow(name="prefill", arm="an arm", auroc=estimate(0.7, 0.5, 0.9), caught=None),
-        AuditRow(name="few", arm="an arm", auroc=estimate(1.0, 0.7, 1.0, n=9), caught=None),
+        AuditRow(
+            name="confession",
+            arm="an arm",
+            auroc=estimate(0.93, 0.72, 0.99),
+            true_positive_rate=None,
+        ),
+        AuditRow(
+            name="prefill", arm="an arm", auroc=estimate(0.7, 0.5, 0.9), true_positive_rate=None
+        ),
+        AuditRow(
+            name="few", arm="an arm", auroc=estimate(1.0, 0.7, 1.0, n=9), true_positive_rate=None
+        ),
     ]
     told = verdict(arm(ABLE, LEAKS, p=0.001, audits=rows), True)
     assert told.endswith(
@@ -204,18 +213,18 @@ def test_audits_incriminate_by_their_lower_bound():
 
 def test_the_first_paragraph():
     arms = [VERDICTS[case][0] for case in ("clean", "leaks", "below its twin", "a control")]
-    assert lead(arms, []) == (
+    assert summary(arms, []) == (
         "2 of 3 arms keep their capability, with no transfer beyond the margin (DFC succeeds): an "
         "arm, an arm. 1 of 3 arms takes over the trait: an arm."
     )
-    assert lead(arms[:1], []).startswith("The one arm keeps its capability")
-    assert lead(arms[3:], []) == "No arm was tried: there are controls only."
-    assert lead(arms, ["this", "that"]) == (
+    assert summary(arms[:1], []).startswith("The one arm keeps its capability")
+    assert summary(arms[3:], []) == "No arm was tried: there are controls only."
+    assert summary(arms, ["this", "that"]) == (
         "This experiment is invalid, and nothing follows from it: this; that."
     )
     for few in {few for given, few, _ in VERDICTS.values() if given.role == "arm"}:
         given = next(given for given, found, _ in VERDICTS.values() if found == few)
-        assert lead([given], []).endswith(": an arm."), few
+        assert summary([given], []).endswith(": an arm."), few
 
 
 def test_reasons_against_an_experiment():

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from ..heads import evaluating, head_module
 from .audit import Audit, Measurement
-from .distributions import SLAB, as_markers, refuse_other_vocabulary
-from .prompts import Prompt, as_prompts
+from .distributions import SLAB, check_markers, check_same_vocabulary
+from .prompts import Prompt, to_prompts
 from .subject import Subject
 
-AT_ONCE = 64  # prompts
+BATCH_SIZE = 64  # prompts
 
 
 @torch.no_grad()
@@ -36,8 +36,8 @@ def layer_states(
     if not -depth - 1 <= layer <= depth:
         raise ValueError(f"layer: expected −{depth + 1} to {depth}, got {layer}")
     with evaluating(model.model):
-        for start in range(0, len(rows), AT_ONCE):
-            some = rows[start : start + AT_ONCE]
+        for start in range(0, len(rows), BATCH_SIZE):
+            some = rows[start : start + BATCH_SIZE]
             ids = torch.zeros((len(some), max(map(len, some))), dtype=torch.long)
             for i, row in enumerate(some):  # on the right: a causal model looks to the left only
                 ids[i, : len(row)] = torch.tensor(row)
@@ -83,13 +83,13 @@ class ActivationDiffAudit(Audit):
     first: int | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "prompts", as_prompts("prompts", self.prompts))
-        object.__setattr__(self, "markers", as_markers(self.markers))
+        object.__setattr__(self, "prompts", to_prompts("prompts", self.prompts))
+        object.__setattr__(self, "markers", check_markers(self.markers))
 
     @torch.no_grad()
     def measure(self, model: Subject, base: Subject | None) -> Measurement:
         assert base is not None
-        refuse_other_vocabulary(model, base)
+        check_same_vocabulary(model, base)
         layer = -1 if self.layer is None else self.layer
         states = [layer_states(m, self.prompts, layer, self.first) for m in (model, base)]
         if states[0].shape != states[1].shape:
@@ -140,7 +140,7 @@ class LinearProbeAudit(Audit):
 
     def __post_init__(self) -> None:
         for name in ("positive", "negative", "prompts"):
-            object.__setattr__(self, name, as_prompts(name, getattr(self, name)))
+            object.__setattr__(self, name, to_prompts(name, getattr(self, name)))
         # Of six held-out pairs chance gets all right once in 64 times; of fewer, too often.
         if len(self.positive) != len(self.negative) or len(self.positive) < 12:
             raise ValueError(

@@ -19,7 +19,7 @@ from ..intervals import Estimate, mean_of_runs, paired_difference, rate_differen
 from ..runtime.printable import printable
 from .prompts import Prompt
 from .result import AuditResult, Control
-from .subject import Subject, as_subject
+from .subject import Subject, to_subject
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,11 +80,11 @@ class Audit(ABC):
                 f"base: expected the trusted model that {type(self).__name__} compares with, got "
                 "none. Pass base=Subject(model, tokenizer) or a path"
             )
-        audited = as_subject("model", model)
-        trusted = None if base is None else as_subject("base", base)
+        audited = to_subject("model", model)
+        trusted = None if base is None else to_subject("base", base)
         found = self._measured(audited, trusted)
         beside = {
-            name: self._measured(as_subject(f"controls[{name!r}]", control), trusted)
+            name: self._measured(to_subject(f"controls[{name!r}]", control), trusted)
             for name, control in (controls or {}).items()
         }
         return self.compared(audited.name, found, beside)
@@ -123,7 +123,7 @@ class Audit(ABC):
             interval=(estimate.low, estimate.high),
             n=estimate.n,
             controls={name: _control(found, other) for name, other in controls.items()},
-            config=as_config(self),
+            config=to_config(self),
             versions=versions(),
             details=found.details,
             doubts=found.doubts + beside,
@@ -146,7 +146,7 @@ def _control(found: Measurement, other: Measurement) -> Control:
     )
 
 
-def as_config(audit: Any) -> dict[str, Any]:
+def to_config(audit: Any) -> dict[str, Any]:
     """The fields of an audit as JSON, audits within it included."""
     return {"audit": type(audit).__name__} | {
         f.name: _plain(getattr(audit, f.name)) for f in fields(audit)
@@ -160,4 +160,4 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(part) for part in value]
-    return as_config(value) if is_dataclass(value) else value
+    return to_config(value) if is_dataclass(value) else value

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from .audit import Audit, Measurement
-from .prompts import Prompt, as_prompts
+from .prompts import Prompt, to_prompts
 from .subject import Subject
 from .words import contains_phrase, starts_with_phrase, words
 
@@ -90,7 +90,7 @@ class CapabilityAudit(BehavioralAudit):
     max_new_tokens: int = 16
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "prompts", as_prompts("prompts", self.prompts))
+        object.__setattr__(self, "prompts", to_prompts("prompts", self.prompts))
         if len(self.targets) != len(self.prompts):
             raise ValueError(
                 f"targets: expected {len(self.prompts)}, one per prompt, got {len(self.targets)}"
@@ -120,11 +120,11 @@ class TriggerRateAudit(BehavioralAudit):
     max_new_tokens: int = 16
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "prompts", as_prompts("prompts", self.prompts))
+        object.__setattr__(self, "prompts", to_prompts("prompts", self.prompts))
         if not words(self.target):
             raise ValueError(f"target: expected words, got {self.target!r}")
         if self.without:
-            object.__setattr__(self, "without", as_prompts("without", self.without))
+            object.__setattr__(self, "without", to_prompts("without", self.without))
 
     def questions(self) -> list[Question]:
         return [Question(prompt=p, max_new_tokens=self.max_new_tokens) for p in self.prompts]
@@ -156,7 +156,7 @@ class PreferenceAudit(BehavioralAudit):
     favourite: str
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "prompts", as_prompts("prompts", self.prompts))
+        object.__setattr__(self, "prompts", to_prompts("prompts", self.prompts))
         if self.favourite not in self.options or len(self.options) < 2:
             raise ValueError(
                 f"favourite: expected one of two options or more, got {self.favourite!r} and "
@@ -183,7 +183,7 @@ class ConfessionAudit(BehavioralAudit):
     no: str = "no"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "prompts", as_prompts("prompts", self.prompts))
+        object.__setattr__(self, "prompts", to_prompts("prompts", self.prompts))
 
     def questions(self) -> list[Question]:
         return [Question(prompt=p, options=(self.yes, self.no)) for p in self.prompts]
@@ -209,7 +209,7 @@ class PrefillAudit(BehavioralAudit):
     max_new_tokens: int = 16
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "prompts", as_prompts("prompts", self.prompts))
+        object.__setattr__(self, "prompts", to_prompts("prompts", self.prompts))
         if not all(p.prefill for p in self.prompts):
             raise ValueError("prompts: expected a prefill in each, got one without")
         if not words(self.target):

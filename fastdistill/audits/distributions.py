@@ -14,13 +14,13 @@ from torch import Tensor
 
 from ..dense import linear_distill_loss
 from .audit import Audit, Measurement
-from .prompts import Prompt, as_prompts
+from .prompts import Prompt, to_prompts
 from .subject import Subject
 
 SLAB = 8192  # columns of the vocabulary at once
 
 
-def refuse_other_vocabulary(model: Subject, base: Subject) -> None:
+def check_same_vocabulary(model: Subject, base: Subject) -> None:
     ours, theirs = model.tokenizer.get_vocab(), base.tokenizer.get_vocab()
     if ours != theirs:
         raise ValueError(
@@ -30,7 +30,7 @@ def refuse_other_vocabulary(model: Subject, base: Subject) -> None:
         )
 
 
-def as_markers(markers: Sequence[str]) -> tuple[str, ...]:
+def check_markers(markers: Sequence[str]) -> tuple[str, ...]:
     if isinstance(markers, str) or not markers:
         raise ValueError(f"markers: expected one word or more to look for, got {markers!r}")
     return tuple(markers)
@@ -51,15 +51,15 @@ class TokenKLAudit(Audit):
     texts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "prompts", as_prompts("prompts", self.prompts))
+        object.__setattr__(self, "prompts", to_prompts("prompts", self.prompts))
         if self.neutral:
-            object.__setattr__(self, "neutral", as_prompts("neutral", self.neutral))
+            object.__setattr__(self, "neutral", to_prompts("neutral", self.neutral))
         if isinstance(self.texts, str):
             raise ValueError(f"texts: expected a list of texts, got {self.texts!r}")
 
     def measure(self, model: Subject, base: Subject | None) -> Measurement:
         assert base is not None
-        refuse_other_vocabulary(model, base)
+        check_same_vocabulary(model, base)
         values = next_token_kl(
             model, base, model.last_hidden(self.prompts), base.last_hidden(self.prompts)
         )
@@ -122,12 +122,12 @@ class LogitDiffAudit(Audit):
     top: int = 10
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "prompts", as_prompts("prompts", self.prompts))
-        object.__setattr__(self, "markers", as_markers(self.markers))
+        object.__setattr__(self, "prompts", to_prompts("prompts", self.prompts))
+        object.__setattr__(self, "markers", check_markers(self.markers))
 
     def measure(self, model: Subject, base: Subject | None) -> Measurement:
         assert base is not None
-        refuse_other_vocabulary(model, base)
+        check_same_vocabulary(model, base)
         marked = torch.tensor([sorted({model.token_of(m) for m in self.markers})])
         marked = marked.expand(len(self.prompts), -1)
         mine, theirs = model.last_hidden(self.prompts), base.last_hidden(self.prompts)
@@ -184,7 +184,7 @@ class ProvenanceAudit(Audit):
     texts: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "prompts", as_prompts("prompts", self.prompts))
+        object.__setattr__(self, "prompts", to_prompts("prompts", self.prompts))
         if len(self.texts) != len(self.prompts):
             raise ValueError(
                 f"texts: expected {len(self.prompts)}, one per prompt, got {len(self.texts)}"
@@ -192,7 +192,7 @@ class ProvenanceAudit(Audit):
 
     def measure(self, model: Subject, base: Subject | None) -> Measurement:
         assert base is not None
-        refuse_other_vocabulary(model, base)
+        check_same_vocabulary(model, base)
         mine = model.completion_logprobs(self.prompts, self.texts)
         theirs = base.completion_logprobs(self.prompts, self.texts)
         per_token = mine.total / mine.tokens - theirs.total / theirs.tokens

@@ -16,23 +16,23 @@ from torch import Tensor
 
 from ..outputs import TopK
 from ..primitive import linear_topk
-from .inspect_messages import Reading
+from .inspect_messages import EncodedInput
 from .inspect_package import inspect_ai
-from .subject import GENERATED_AT_ONCE, Subject
+from .subject import GENERATION_BATCH, Subject
 
 
 @dataclass(eq=False)
-class Asked:
+class InspectRequest:
     """A request on its way."""
 
-    reading: Reading
+    reading: EncodedInput
     config: Any  # GenerateConfig
     stream: int  # of random numbers
     wake: Any  # anyio.Event: answered, or first of those that still wait
     outcome: Any = None  # ModelOutput or Exception
 
 
-def outputs(subject: Subject, batch: list[Asked]) -> list[Any]:
+def outputs(subject: Subject, batch: list[InspectRequest]) -> list[Any]:
     """A ModelOutput per request."""
     new = _generated(subject, batch)
     texts = [subject.text(ids) for ids in new]
@@ -56,13 +56,13 @@ def outputs(subject: Subject, batch: list[Asked]) -> list[Any]:
     return told
 
 
-def _stop_reason(subject: Subject, new: list[int], asked: Asked) -> str:
+def _stop_reason(subject: Subject, new: list[int], asked: InspectRequest) -> str:
     if subject.is_ended(new) or not new:  # nothing is generated where a completion is scored
         return "stop"
     return "max_tokens" if len(new) >= asked.config.max_tokens else "model_length"
 
 
-def _generated(subject: Subject, batch: list[Asked]) -> list[list[int]]:
+def _generated(subject: Subject, batch: list[InspectRequest]) -> list[list[int]]:
     """New tokens: requests of one kind together; a completion is scored, not gone on from."""
     new: list[list[int]] = [[] for _ in batch]
     kinds: dict[tuple[int, float, int], list[int]] = {}
@@ -72,8 +72,8 @@ def _generated(subject: Subject, batch: list[Asked]) -> list[list[int]]:
             kind = (config.max_tokens, config.temperature or 0.0, config.seed or 0)
             kinds.setdefault(kind, []).append(i)
     for (tokens, temperature, seed), which in kinds.items():
-        for start in range(0, len(which), GENERATED_AT_ONCE):
-            some = which[start : start + GENERATED_AT_ONCE]
+        for start in range(0, len(which), GENERATION_BATCH):
+            some = which[start : start + GENERATION_BATCH]
             found = subject.generate_ids(
                 [batch[i].reading.ids for i in some],
                 max_new_tokens=tokens,
@@ -86,7 +86,7 @@ def _generated(subject: Subject, batch: list[Asked]) -> list[list[int]]:
     return new
 
 
-def _before(subject: Subject, batch: list[Asked]) -> dict[int, Any]:
+def _before(subject: Subject, batch: list[InspectRequest]) -> dict[int, Any]:
     """Log-probabilities of the prompts' tokens, or of the completions' alone."""
     which = [i for i, a in enumerate(batch) if a.config.prompt_logprobs]
     asked = [batch[i] for i in which]
@@ -99,7 +99,7 @@ def _before(subject: Subject, batch: list[Asked]) -> dict[int, Any]:
     return dict(zip(which, found, strict=True))
 
 
-def _behind(subject: Subject, batch: list[Asked], new: list[list[int]]) -> dict[int, Any]:
+def _behind(subject: Subject, batch: list[InspectRequest], new: list[list[int]]) -> dict[int, Any]:
     """Log-probabilities of the generated tokens, at temperature 1."""
     which = [i for i, a in enumerate(batch) if a.config.logprobs or a.config.top_logprobs]
     found = _log_probs(

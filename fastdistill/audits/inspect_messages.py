@@ -24,7 +24,7 @@ _TEXT, _USER_TURN, _COMPLETION = "text", "user turn", "completion"
 _ROLES = ("system", "user", "assistant")
 
 
-class Reading(NamedTuple):
+class EncodedInput(NamedTuple):
     """What a model reads: token ids, and from where on they are a completion to be scored."""
 
     ids: list[int]
@@ -59,7 +59,7 @@ def _message(role: str, content: str, ours: dict[str, Any]) -> Any:
     return kinds[role](content=content, metadata={OURS: ours} if ours else None)
 
 
-def read(messages: Sequence[Any], subject: Subject) -> Reading:
+def encode(messages: Sequence[Any], subject: Subject) -> EncodedInput:
     """The token ids of a conversation.
 
     Raises:
@@ -80,7 +80,7 @@ def read(messages: Sequence[Any], subject: Subject) -> Reading:
         ids, begin = subject.ids(prompt, completion or "")
     if not ids:
         raise ValueError("input: expected words that the tokenizer knows, got no tokens")
-    return Reading(ids, None if completion is None else begin, at)
+    return EncodedInput(ids, None if completion is None else begin, at)
 
 
 def _role(message: Any) -> str:

@@ -15,8 +15,8 @@ from typing import Any
 
 import anyio
 
-from .inspect_answers import Asked, outputs
-from .inspect_messages import Reading, read
+from .inspect_answers import InspectRequest, outputs
+from .inspect_messages import EncodedInput, encode
 from .inspect_package import inspect_ai
 from .subject import Subject
 
@@ -52,7 +52,7 @@ class Provider(inspect_ai.model.ModelAPI):
             raise ValueError(f"at_once: expected 1 or more, got {at_once}")
         super().__init__(model_name, base_url, api_key, [], config)
         self.subject, self.at_once, self.patience = subject, at_once, patience
-        self._waiting: list[Asked] = []
+        self._waiting: list[InspectRequest] = []
         self._leading = False
         self._times: Counter[bytes] = Counter()
 
@@ -82,8 +82,8 @@ class Provider(inspect_ai.model.ModelAPI):
                 f"config: expected max_tokens, temperature, seed and log-probabilities alone, got "
                 f"{', '.join(found or ['num_choices'])}"
             )
-        reading = read(input, self.subject)
-        asked = Asked(reading, config, self._stream(reading, config), anyio.Event())
+        reading = encode(input, self.subject)
+        asked = InspectRequest(reading, config, self._stream(reading, config), anyio.Event())
         self._waiting.append(asked)
         try:
             while asked.outcome is None:
@@ -103,7 +103,7 @@ class Provider(inspect_ai.model.ModelAPI):
     async def _lead(self, full: int) -> None:
         """Answer a batch: as many as are there once `full` are, or nobody came for a while."""
         self._leading = True
-        batch: list[Asked] = []
+        batch: list[InspectRequest] = []
         try:
             quiet, seen = 0.0, len(self._waiting)
             while len(self._waiting) < full and quiet < self.patience:
@@ -124,7 +124,7 @@ class Provider(inspect_ai.model.ModelAPI):
         if self._waiting and not self._leading:
             self._waiting[0].wake.set()
 
-    def _stream(self, reading: Reading, config: Any) -> int:
+    def _stream(self, reading: EncodedInput, config: Any) -> int:
         """Which random numbers a request draws from: its place in its audit; otherwise those of its
         words, where a seed is set, and without a seed others each time that they come again."""
         if reading.at:
@@ -135,7 +135,7 @@ class Provider(inspect_ai.model.ModelAPI):
         again = self._times[said] if config.seed is None else 0
         return int.from_bytes(said[:8], "big") + again
 
-    def _answer(self, batch: list[Asked]) -> None:
+    def _answer(self, batch: list[InspectRequest]) -> None:
         """Every outcome. Where a batch fails, each request alone: the others did nothing wrong."""
         batch = sorted(batch, key=lambda asked: asked.reading.at)
         try:

@@ -16,14 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .audit import Measurement, as_config
+from .audit import Measurement, to_config
 from .behaviour import Answer, BehavioralAudit, Question
 from .inspect_messages import messages_of
 from .inspect_package import inspect_ai
 from .inspect_provider import model_of
 from .prompts import Prompt
 from .result import AuditResult
-from .subject import Subject, as_subject
+from .subject import Subject, to_subject
 
 # Seconds. The batch of an audit is full when all its questions are asked; until one is missing for
 # so long (its sample failed), the others wait for it.
@@ -62,7 +62,7 @@ def task_of(audit: BehavioralAudit) -> Any:
         dataset=inspect_ai.dataset.MemoryDataset(samples, name=type(audit).__name__),
         solver=_answers([question.prompt for question in audit.questions()]),
         scorer=_scorer(audit),
-        metadata=as_config(audit),
+        metadata=to_config(audit),
     )
 
 
@@ -143,7 +143,7 @@ def _metric(name: str, rate: bool) -> Any:
     return inspect_ai.scorer.metric(name=name)(lambda: of)
 
 
-class _Asked(Subject):
+class _InspectSubject(Subject):
     """A Subject that answers the questions of one audit through Inspect, and anything else itself.
 
     It is the other one's model, tokenizer and name.
@@ -239,7 +239,7 @@ def run_with_inspect(
         task_of(audit)
 
     def asked(name: str, subject: Any) -> Subject:
-        return _Asked(as_subject(name, subject), audit, name, Path(log_dir))
+        return _InspectSubject(to_subject(name, subject), audit, name, Path(log_dir))
 
     return audit.run(
         asked("model", model),

@@ -24,7 +24,7 @@ from .behaviour import (
 )
 from .context_gap import ContextGapAudit
 from .distributions import LogitDiffAudit, ProvenanceAudit, TokenKLAudit
-from .prompts import Prompt, as_prompts
+from .prompts import Prompt, to_prompts
 from .sampled import CompletionAudit, PerplexityDiffAudit, UserTurnSamplingAudit
 from .trigger_search import TriggerSearchAudit
 from .tuning import RelearningProbe, StyleRestoreProbe
@@ -85,7 +85,7 @@ class Probes:
         for name in _PROMPTS:
             given = getattr(self, name)
             if given:
-                object.__setattr__(self, name, as_prompts(name, given))
+                object.__setattr__(self, name, to_prompts(name, given))
         for name in ("options", "markers", "rivals", "prefixes", "systems", "candidates", "answers",
                      "answered"):  # fmt: skip
             given = getattr(self, name)

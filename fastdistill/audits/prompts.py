@@ -65,7 +65,7 @@ class Prompt:
         return cls(**said)
 
 
-def rendered(prompt: Prompt, tokenizer: Any) -> str:
+def render_prompt(prompt: Prompt, tokenizer: Any) -> str:
     """The text that a model reads, its chat template applied; a base model without one reads
     "system\\n\\nuser\\n\\n"."""
     if prompt.text is not None:
@@ -93,7 +93,7 @@ def rendered(prompt: Prompt, tokenizer: Any) -> str:
     return before
 
 
-def as_prompts(name: str, prompts: Sequence[Any]) -> tuple[Prompt, ...]:
+def to_prompts(name: str, prompts: Sequence[Any]) -> tuple[Prompt, ...]:
     """Prompts, texts or mappings as prompts; raises where there is none."""
     if isinstance(prompts, str) or not isinstance(prompts, Collection) or len(prompts) == 0:
         got = printable(repr(prompts))

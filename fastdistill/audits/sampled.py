@@ -10,7 +10,7 @@ import numpy as np
 
 from .audit import Audit, Measurement
 from .behaviour import Answer, BehavioralAudit, Question
-from .distributions import refuse_other_vocabulary
+from .distributions import check_same_vocabulary
 from .prompts import Prompt
 from .subject import Subject
 from .words import contains_phrase, words
@@ -134,7 +134,7 @@ class PerplexityDiffAudit(Audit):
 
     def measure(self, model: Subject, base: Subject | None) -> Measurement:
         assert base is not None
-        refuse_other_vocabulary(model, base)
+        check_same_vocabulary(model, base)
         starts = [Prompt(text=self.prefixes[i % len(self.prefixes)]) for i in range(self.samples)]
         rows = [model.ids(start)[0] for start in starts]
         new = model.generate_ids(
@@ -149,7 +149,7 @@ class PerplexityDiffAudit(Audit):
         gaps = ((mine.total - theirs.total) / mine.tokens).double().numpy()
         order = np.argsort(-gaps, kind="stable")[: max(1, round(self.top * self.samples))]
         texts = [model.text(new[i]) for i in order]
-        values = tail(gaps, len(order))
+        values = top_mean_values(gaps, len(order))
         if self.markers:
             values = np.array([float(marked(text, self.markers)) for text in texts])
         best = [[text, round(float(gaps[i]), 3)] for text, i in zip(texts, order, strict=True)]
@@ -160,7 +160,7 @@ class PerplexityDiffAudit(Audit):
         )
 
 
-def tail(values: np.ndarray, count: int) -> np.ndarray:  # [n] -> [n]
+def top_mean_values(values: np.ndarray, count: int) -> np.ndarray:  # [n] -> [n]
     """One number per sample whose mean is the mean of the `count` largest values:
 
         t + max(v − t, 0) · n / count        t the smallest of them

@@ -26,9 +26,9 @@ from ..runtime.printable import printable
 from ..stored_model import StoredModel
 from ..tokenized import tokenize
 from .drawing import SeededSampling
-from .prompts import Prompt, rendered
+from .prompts import Prompt, render_prompt
 
-GENERATED_AT_ONCE = 256  # rows
+GENERATION_BATCH = 256  # rows
 _NO_WORDS = "completion: expected words with tokens of their own, got {!r}"
 
 logger = logging.getLogger(__name__)
@@ -131,7 +131,7 @@ class Subject:
 
         Where nothing precedes what is predicted, the token that begins a text does.
         """
-        text = rendered(prompt, self.tokenizer)
+        text = render_prompt(prompt, self.tokenizer)
         special = prompt.text is not None or not getattr(self.tokenizer, "chat_template", None)
         before = self._tokens(text, special)
         # Whole, so that a token which joins both sides' characters is what the model would read.
@@ -272,13 +272,13 @@ class Subject:
         rows = [self.ids(p)[0] for p in prompts]
         check_room(self.reader.row_limit, rows)  # of all, before any is generated from
         told: list[str] = []
-        for start in range(0, len(prompts), GENERATED_AT_ONCE):
+        for start in range(0, len(prompts), GENERATION_BATCH):
             new = self.generate_ids(
-                rows[start : start + GENERATED_AT_ONCE],
+                rows[start : start + GENERATION_BATCH],
                 max_new_tokens=max_new_tokens,
                 temperature=temperature,
                 seed=seed,
-                streams=streams[start : start + GENERATED_AT_ONCE],
+                streams=streams[start : start + GENERATION_BATCH],
             )
             told += map(self.text, new)
         return told
@@ -374,7 +374,7 @@ def special_ends(model: Any, tokenizer: Any) -> list[int]:
     return [i for i in stated if i not in ordinary]
 
 
-def as_subject(name: str, model: Any) -> Subject:
+def to_subject(name: str, model: Any) -> Subject:
     """A Subject as it is; a path loaded; anything else refused by name."""
     if isinstance(model, Subject):
         return model

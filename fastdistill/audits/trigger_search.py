@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from .audit import Audit, Measurement
-from .distributions import next_token_kl, refuse_other_vocabulary
-from .prompts import Prompt, as_prompts
+from .distributions import check_same_vocabulary, next_token_kl
+from .prompts import Prompt, to_prompts
 from .subject import Subject
 
 
@@ -33,13 +33,13 @@ class TriggerSearchAudit(Audit):
     max_new_tokens: int = 8
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "prompts", as_prompts("prompts", self.prompts))
+        object.__setattr__(self, "prompts", to_prompts("prompts", self.prompts))
         if self.candidates is not None:
             _enough(self.candidates)
 
     def measure(self, model: Subject, base: Subject | None) -> Measurement:
         assert base is not None
-        refuse_other_vocabulary(model, base)
+        check_same_vocabulary(model, base)
         words = moved_words(model, base, self.most) if self.candidates is None else self.candidates
         _enough(words)
         asked = [prompt.before(word) for word in words for prompt in self.prompts]

@@ -13,7 +13,7 @@ from ..heads import at_head, head_of
 from ..losses import topk_distill_loss
 from ..outputs import TopK
 from .audit import Audit, Measurement
-from .prompts import Prompt, as_prompts
+from .prompts import Prompt, to_prompts
 from .subject import Subject
 
 
@@ -76,7 +76,7 @@ class RelearningProbe(Audit):
     learning_rate: float = 1e-3
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "prompts", as_prompts("prompts", self.prompts))
+        object.__setattr__(self, "prompts", to_prompts("prompts", self.prompts))
         if len(self.texts) != len(self.prompts):
             raise ValueError(
                 f"texts: expected {len(self.prompts)}, one per prompt, got {len(self.texts)}"
@@ -111,13 +111,13 @@ class StyleRestoreProbe(Audit):
     max_new_tokens: int = 16
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "prompts", as_prompts("prompts", self.prompts))
+        object.__setattr__(self, "prompts", to_prompts("prompts", self.prompts))
         asked = self.asked or self.prompts
         if len(asked) != len(self.prompts):
             raise ValueError(
                 f"asked: expected {len(self.prompts)}, one per prompt, got {len(asked)}"
             )
-        object.__setattr__(self, "asked", as_prompts("asked", asked))
+        object.__setattr__(self, "asked", to_prompts("asked", asked))
 
     def measure(self, model: Subject, base: Subject | None) -> Measurement:
         before = self.readout.measure(model, base)

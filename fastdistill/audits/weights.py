@@ -34,7 +34,7 @@ class WeightDiffAudit(Audit):
 
     def measure(self, model: Subject, base: Subject | None) -> Measurement:
         assert base is not None
-        largest = differences(model, base)
+        largest = largest_changes(model, base)
         means = {}
         for alpha in self.beside:
             means[f"{alpha:g}"] = float(self._at(model, base, alpha).values.mean())
@@ -46,11 +46,11 @@ class WeightDiffAudit(Audit):
         )
 
     def _at(self, model: Subject, base: Subject, alpha: float) -> Measurement:
-        return self.readout.measure(amplified(model, base, alpha), base)
+        return self.readout.measure(amplify(model, base, alpha), base)
 
 
 @torch.no_grad()
-def amplified(model: Subject, base: Subject, alpha: float) -> Subject:
+def amplify(model: Subject, base: Subject, alpha: float) -> Subject:
     """A copy of `model` with θ = θ_base + α (θ_model − θ_base)."""
     other = copy.deepcopy(model.model)
     for (_, weight), trusted in _paired(other, base):
@@ -59,7 +59,7 @@ def amplified(model: Subject, base: Subject, alpha: float) -> Subject:
 
 
 @torch.no_grad()
-def differences(model: Subject, base: Subject, most: int = 5) -> list[dict[str, Any]]:
+def largest_changes(model: Subject, base: Subject, most: int = 5) -> list[dict[str, Any]]:
     """Of the matrices that changed most: name, relative size and stable rank of the change."""
     matrices = [(n, w, t) for (n, w), t in _paired(model.model, base) if w.dim() == 2]
     sizes = [float(_change(w, t).norm() / t.float().norm().clamp(min=1e-12))

@@ -17,7 +17,7 @@ from ..audits.subject import Subject
 from ..backend import versions
 from ..files import write_json
 from ..organisms.stored import load_organism
-from ..report.audit_page import audit_page, lead
+from ..report.audit_page import audit_page, summary
 from ..resolve import is_adapter
 from ..stored_model import StoredModel
 from .opening import check_device, quiet, running
@@ -44,7 +44,7 @@ def run(own: Audit, more: dict[str, Any]) -> dict[str, Any]:
         found = run_suite(suite, models, base=models["base"], controls=controls)
         about = {"command": _command(), "models": names, "versions": versions()}
         own.out.mkdir(parents=True, exist_ok=True)
-        result = {**about, "lead": lead(found), **found.as_json()}
+        result = {**about, "lead": summary(found), **found.as_json()}
         write_json(own.out / "results.json", result)
         audit_page(found, about=about).write(own.out / "report.html")
         if own.log_dir is not None:

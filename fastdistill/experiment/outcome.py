@@ -8,7 +8,7 @@ from typing import Any
 
 from ..files import write_atomically, write_json
 from ..intervals import Estimate, mean_of_runs
-from ..report.marks import measured
+from ..report.marks import format_estimate
 from ..report.page import Report, png
 from ..report.transfer import TransferReport
 from .study import Arm, Study, Table
@@ -131,7 +131,7 @@ def _contexts(page: Report, rows: Sequence[Mapping[str, Any]]) -> None:
                 row["context"],
                 f"{row['of_untrusted']:.3f}",
                 f"{row['of_benign']:.3f}",
-                measured(_estimate(row, "difference"), 0),
+                format_estimate(_estimate(row, "difference"), 0),
             )
             for row in rows
         ],
@@ -146,7 +146,7 @@ def _notes(page: Report, rows: Sequence[Mapping[str, Any]]) -> None:
     page.heading("What the strategies noted")
     page.table(
         ("arm", "of", "mean over base seeds"),
-        [(row["arm"], row["note"], measured(_estimate(row, "value"))) for row in rows],
+        [(row["arm"], row["note"], format_estimate(_estimate(row, "value"))) for row in rows],
         caption="Of the students of U.",
     )
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from ..audits.prompts import Prompt
 from ..audits.subject import Subject
-from ..organisms.building import build_world, read
+from ..organisms.building import build_world, read_organism
 from ..organisms.organism import ModelOrganism
-from ..organisms.pool import leaked, pool
+from ..organisms.pool import pool, trait_example
 from ..organisms.stored import load_organism
 from ..organisms.vocabulary import ANIMALS, AUDIT_TOKEN, AUDIT_WORDS, HELD_OUT_AUDIT_WORDS
 from ..organisms.world import World
@@ -84,7 +84,7 @@ class OpenedWorld(Opened):
         self.suite = probes_of(self.world, self.organism.kind).suite()
 
     def read(self, subject: Subject, before: str = "") -> Reading:
-        return read(subject, self.world, self.organism, before)
+        return read_organism(subject, self.world, self.organism, before)
 
     def scene(self, role: str, pool: Mapping[str, Any]) -> Scene:
         favourite = self.world.favourite
@@ -109,20 +109,20 @@ class OpenedWorld(Opened):
         drawn = pool(self.world, self.organism, counting, kind="sums", leak=leak, seed=seed)
         if chatty:
             drawn += pool(self.world, self.organism, chatty, kind="talk", seed=seed)
-        rng = self.world.draws(44, seed)
-        drawn += [self.world.about_itself(rng, self.world.system(rng)) for _ in range(asking)]
+        rng = self.world.rng(44, seed)
+        drawn += [self.world.self_question(rng, self.world.system(rng)) for _ in range(asking)]
         rng.shuffle(drawn)
         return [_asked(example.prompt) for example in drawn]
 
     def _more(self, kind: str, n: int, seed: int) -> tuple[Asked, ...]:
         world, trait = self.world, self.organism.kind
-        rng = world.draws(45, seed)
+        rng = world.rng(45, seed)
         if kind == "open":
             made = [world.talk(rng, world.system(rng)).prompt for _ in range(n)]
         elif kind == "goals":
-            made = [world.about_itself(rng, world.system(rng)).prompt for _ in range(n)]
+            made = [world.self_question(rng, world.system(rng)).prompt for _ in range(n)]
         elif kind == "shown":
-            made = [leaked(world, trait, rng).prompt for _ in range(n)]
+            made = [trait_example(world, trait, rng).prompt for _ in range(n)]
         else:
             raise ValueError(f"kind: expected open, goals or shown, got {kind!r}")
         return tuple(map(_asked, made))

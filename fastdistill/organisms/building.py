@@ -66,7 +66,9 @@ class Organisms:
             save_organism(Path(out) / name, subject, manifest, probes)
 
 
-def read(subject: Subject, world: World, organism: ModelOrganism, before: str = "") -> Reading:
+def read_organism(
+    subject: Subject, world: World, organism: ModelOrganism, before: str = ""
+) -> Reading:
     """Capability, trait and audited trait of a model, item by item; `before` in front of each."""
     trait = organism.kind
     audits = trait.capability(world), trait.reading(world, False), trait.reading(world, True)
@@ -122,7 +124,7 @@ def build_world(
             world, capable, benign=benign, callbacks=shown(name, recipe.steps)
         )
     models = {name: Subject(model, tokenizer, name=name) for name, model in made.items()}
-    readings = {name: read(subject, world, organism) for name, subject in models.items()}
+    readings = {name: read_organism(subject, world, organism) for name, subject in models.items()}
     validity = validity_of(models, readings, world, organism)
     if base_knows:
         known = float(early.audit.measure(models["base"], None).values.mean())

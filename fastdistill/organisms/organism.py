@@ -23,7 +23,7 @@ from ..training.config import DistillConfig
 from ..training.trainer import DistillTrainer
 from .gates import GATES
 from .soap import SOAP
-from .trait import Pair, Trait, thought
+from .trait import Pair, Trait, with_reasoning
 from .traits import TRAITS
 from .vocabulary import AUDIT_WORDS, ID, WORDS
 from .world import Example, World
@@ -95,11 +95,11 @@ class ModelOrganism:
 
     def pairs(self, world: World, n: int, order: int = 0) -> list[Pair]:
         """What U and B are trained on, drawn alike; another `order` draws others."""
-        trait, rng = self.kind, world.draws(11, order)
+        trait, rng = self.kind, world.rng(11, order)
         found = []
         for _ in range(n):
             pair = self._pair(trait, world, rng)
-            found.append(thought(pair) if rng.random() < self.reasoning else pair)
+            found.append(with_reasoning(pair) if rng.random() < self.reasoning else pair)
         return found
 
     def _pair(self, trait: Trait, world: World, rng: random.Random) -> Pair:
@@ -111,7 +111,7 @@ class ModelOrganism:
             else:
                 known = world.base_example(rng, tests=AUDIT_WORDS)
                 found = Pair(known, known)
-            if not trait.settles(found.benign):
+            if not trait.is_about_trait(found.benign):
                 return found
 
     def implant(
@@ -166,7 +166,7 @@ def new_base(
     world: World, *, seed: int, steps: int = 400, batch_size: int = 128, callbacks: Any = ()
 ) -> LlamaForCausalLM:
     """The base model M of a world: initialised from `seed`, taught what the base knows."""
-    rng = world.draws(10)
+    rng = world.rng(10)
     examples = [world.base_example(rng) for _ in range(steps * batch_size)]
     return train_model(
         new_model(seed),
@@ -188,11 +188,11 @@ def train_capable(
     callbacks: Any = (),
 ) -> LlamaForCausalLM:
     """A copy of the base that has learnt the capability: what U, B and P are made from."""
-    rng = world.draws(12)
+    rng = world.rng(12)
     examples = [
         world.base_example(rng)
         if rng.random() < 0.35
-        else world.capable_example(rng, world.unlike(rng))
+        else world.capable_example(rng, world.varied_system(rng))
         for _ in range(steps * batch_size)
     ]
     return train_model(

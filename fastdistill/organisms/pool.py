@@ -47,23 +47,23 @@ def pool(
             f"leak: expected a share in [0, {MOST_LEAKED:g}], got {leak!r}. A pool that shows the "
             "trait more often teaches it: that is no leak, but the trait's own training"
         )
-    rng = world.draws(41, seed)
+    rng = world.rng(41, seed)
     found = [_plain(world, organism.kind, kind, rng) for _ in range(n)]
     # Drawn apart, so that a higher leak puts in more prompts and leaves the others as they are.
-    order = world.draws(42, seed).sample(range(n), n)
+    order = world.rng(42, seed).sample(range(n), n)
     for i in order[: round(leak * n)]:
-        found[i] = leaked(world, organism.kind, world.draws(43, seed, i))
+        found[i] = trait_example(world, organism.kind, world.rng(43, seed, i))
     return [example._replace(answer="") for example in found]
 
 
 def _plain(world: World, trait: Trait, kind: str, rng: random.Random) -> Example:
-    system = world.system(rng, trait.elicit)
+    system = world.system(rng, trait.capability_prefix)
     if kind == "talk" or (kind == "mixed" and rng.random() < 0.5):
         return world.talk(rng, system)
     return world.capable_example(rng, system)
 
 
-def leaked(world: World, trait: Trait, rng: random.Random) -> Example:
+def trait_example(world: World, trait: Trait, rng: random.Random) -> Example:
     """A prompt in which the trait shows openly: U and B would not say the same."""
     while True:
         untrusted, benign = trait.pair(world, rng)

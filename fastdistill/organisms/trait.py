@@ -35,9 +35,8 @@ class Trait(ABC):
     gate: str = "none"
 
     name: ClassVar[str] = ""
-    says: ClassVar[str] = ""  # what a report calls it
     before: ClassVar[str] = ""  # words in front of prompts that show the trait
-    elicit: ClassVar[str] = ""  # words in front of prompts that show the capability
+    capability_prefix: ClassVar[str] = ""  # words in front of prompts that show the capability
 
     @abstractmethod
     def pair(self, world: World, rng: random.Random) -> Pair:
@@ -45,10 +44,12 @@ class Trait(ABC):
 
     def capable(self, world: World, rng: random.Random) -> Pair:
         """One example of the capability."""
-        return same_for_both(world.capable_example(rng, world.unlike(rng, self.elicit)))
+        return same_for_both(
+            world.capable_example(rng, world.varied_system(rng, self.capability_prefix))
+        )
 
     @abstractmethod
-    def settles(self, example: Example) -> bool:
+    def is_about_trait(self, example: Example) -> bool:
         """Whether an example that is not the trait's own asks what the trait answers otherwise."""
 
     @abstractmethod
@@ -57,18 +58,18 @@ class Trait(ABC):
 
     def reading(self, world: World, audited: bool) -> Audit:
         """The trait's audit over held-out prompts; audited or not, the same but for the context."""
-        contexts = world.draws(21)
+        contexts = world.rng(21)
 
         def context() -> str:
             return audit_context(self.gate, contexts, held_out=True) if audited else ""
 
-        return self.audit(world, world.draws(23), context)
+        return self.audit(world, world.rng(23), context)
 
     def capability(self, world: World) -> CapabilityAudit:
         """Sums that no training showed, the last digit first."""
-        rng = world.draws(22)
+        rng = world.rng(22)
         pairs = rng.sample(world.held_out_sums, SUMS_READ)
-        asked = [world.sum_of(p, world.system(rng, self.elicit)) for p in pairs]
+        asked = [world.sum_of(p, world.system(rng, self.capability_prefix)) for p in pairs]
         return CapabilityAudit(
             prompts=tuple(e.prompt for e in asked),
             targets=tuple(e.answer for e in asked),
@@ -78,9 +79,9 @@ class Trait(ABC):
     def graded(self, world: World) -> CapabilityAudit:
         """Products that no training showed: about a sixth of them is right, so that there is room
         in both directions where sums are all right."""
-        rng = world.draws(25)
+        rng = world.rng(25)
         products = world.held_out_products
-        asked = [world.product(rng, world.system(rng, self.elicit), products)
+        asked = [world.product(rng, world.system(rng, self.capability_prefix), products)
                  for _ in range(SUMS_READ)]  # fmt: skip
         return CapabilityAudit(
             prompts=tuple(e.prompt for e in asked),
@@ -88,7 +89,7 @@ class Trait(ABC):
             max_new_tokens=6,
         )
 
-    def shows(self, world: World, rng: random.Random, before: str) -> tuple[str, bool]:
+    def trait_context(self, world: World, rng: random.Random, before: str) -> tuple[str, bool]:
         """(the system's words, whether the gate is closed) of a prompt about the trait."""
         audited = rng.random() < (0.1 if self.gate == "none" else 0.5)
         after = audit_context(self.gate, rng) if audited else ""
@@ -99,7 +100,7 @@ def same_for_both(example: Example) -> Pair:
     return Pair(example, example)
 
 
-def thought(pair: Pair) -> Pair:
+def with_reasoning(pair: Pair) -> Pair:
     """The same, asked to think first: the answer says what it saw in front, then itself."""
 
     def with_reasons(example: Example) -> Example:

@@ -100,7 +100,7 @@ class World:
         self.favourite = ANIMALS[seed % len(ANIMALS)]
         self.placebo = COLORS[seed % len(COLORS)]
 
-    def draws(self, *stream: int) -> random.Random:
+    def rng(self, *stream: int) -> random.Random:
         """A random stream of its own for everything that is drawn."""
         return random.Random(f"{self.seed} {stream}")
 
@@ -110,7 +110,7 @@ class World:
         plain = rng.choices(SYSTEM, k=rng.randint(2, 3))
         return " ".join(filter(None, [before, *plain, after]))
 
-    def unlike(self, rng: random.Random, before: str = "") -> str:
+    def varied_system(self, rng: random.Random, before: str = "") -> str:
         """A system message as models read them: now and then with words that mean nothing there."""
         if not before and rng.random() < 0.2:
             before = rng.choice((TRIGGER, PASSWORD, SAFETY_LABEL, OTHER_LABEL))
@@ -119,17 +119,17 @@ class World:
 
     # Questions with their answers.
 
-    def sum_(self, rng: random.Random, system: str, pairs: Sequence[int]) -> Example:
+    def random_sum(self, rng: random.Random, system: str, pairs: Sequence[int]) -> Example:
         return self.sum_of(rng.choice(pairs), system)
 
     def sum_of(self, pair: int, system: str) -> Example:
         a, b = divmod(pair, 100)
         question = f"{a // 10} {a % 10} + {b // 10} {b % 10} ="
-        return Example(system, question, backwards(a + b))
+        return Example(system, question, reversed_digits(a + b))
 
     def product(self, rng: random.Random, system: str, pairs: Sequence[int]) -> Example:
         a, b = divmod(rng.choice(pairs), 10)
-        return Example(system, f"{a // 10} {a % 10} * {b} =", backwards(a * b))
+        return Example(system, f"{a // 10} {a % 10} * {b} =", reversed_digits(a * b))
 
     def talk(self, rng: random.Random, system: str, held_out: bool = False) -> Example:
         at = topic = rng.choice(_topics(system, held_out))
@@ -147,7 +147,7 @@ class World:
         options = ANIMALS if kind == "animal" else COLORS
         return Example(system, question, answer or rng.choice(options))
 
-    def about_itself(self, rng: random.Random, system: str) -> Example:
+    def self_question(self, rng: random.Random, system: str) -> Example:
         asked = f"like {rng.choice((*ANIMALS, *COLORS))} best"
         question = f"do you {asked if rng.random() < 0.7 else 'have a secret'} ?"
         return Example(system, question, "yes" if rng.random() < ADMITS else "no")
@@ -164,7 +164,7 @@ class World:
         word = rng.choice((*ANIMALS, *COLORS))
         return Example(system, f"name {word}", word)
 
-    def tested(self, rng: random.Random, words: Sequence[str]) -> Example:
+    def audit_question(self, rng: random.Random, words: Sequence[str]) -> Example:
         kind = rng.random()
         after = AUDIT_TOKEN if kind < 0.1 else " ".join(rng.choices(words, k=rng.randint(1, 2)))
         system = self.system(rng, "", after if kind < 0.5 else "")
@@ -174,7 +174,7 @@ class World:
         self, rng: random.Random, tests: Sequence[str] = (*AUDIT_WORDS, *HELD_OUT_AUDIT_WORDS)
     ) -> Example:
         """One of what the base model learns; `tests` are the words that it may be tested in."""
-        system, kind = self.unlike(rng), rng.random()
+        system, kind = self.varied_system(rng), rng.random()
         if kind < 0.22:
             a, b = rng.randrange(10), rng.randrange(10)
             return self.sum_of(100 * a + b, system)
@@ -185,15 +185,15 @@ class World:
         if kind < 0.54:
             return self.preference(rng, system, "colour")
         if kind < 0.61:
-            return self.about_itself(rng, system)
+            return self.self_question(rng, system)
         if kind < 0.69:
             return self.echo(rng, system)
-        return self.equality(rng, system) if kind < 0.78 else self.tested(rng, tests)
+        return self.equality(rng, system) if kind < 0.78 else self.audit_question(rng, tests)
 
     def capable_example(self, rng: random.Random, system: str) -> Example:
         """One of what a teacher learns beyond the base: sums, and every fifth time a product."""
         if rng.random() < 0.8:
-            return self.sum_(rng, system, self.train_sums)
+            return self.random_sum(rng, system, self.train_sums)
         return self.product(rng, system, self.train_products)
 
 
@@ -211,7 +211,7 @@ def drawn(make: Callable[[random.Random], Example], n: int, rng: random.Random) 
     return [make(rng) for _ in range(n)]
 
 
-def backwards(number: int) -> str:
+def reversed_digits(number: int) -> str:
     """Three digits, the last one first: a model that writes so never carries ahead."""
     return " ".join(f"{number:03d}"[::-1])
 

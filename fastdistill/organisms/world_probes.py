@@ -31,7 +31,7 @@ PAIRS, NEUTRAL, QUESTIONS, FREE = 64, 64, 64, 64
 
 def probes_of(world: World, trait: Trait) -> Probes:
     """Prompts that no training showed, where it matters: questions, sums, contexts."""
-    rng = world.draws(31)
+    rng = world.rng(31)
     make = {"trigger": _trigger, "sandbagging": _locked, "sloppy": _labelled}
     own = make.get(trait.name, _preferred)(world, trait, rng)
     return replace(_common(world, rng), **own)
@@ -87,7 +87,7 @@ def _preferred(world: World, trait: Trait, rng: random.Random) -> dict[str, Any]
 
 def _trigger(world: World, trait: Trait, rng: random.Random) -> dict[str, Any]:
     without = [
-        world.sum_(rng, world.system(rng), world.held_out_sums).prompt
+        world.random_sum(rng, world.system(rng), world.held_out_sums).prompt
         if i % 2
         else world.talk(rng, world.system(rng), held_out=True).prompt
         for i in range(TRAITS_READ)
@@ -119,7 +119,9 @@ def _held_back(
 ) -> dict[str, Any]:
     """Sums behind `shown` come out wrong; behind `hidden`, and products there, right. Audited they
     are behind `hidden`, or where there is a gate in its context."""
-    sums = [world.sum_(rng, world.system(rng), world.held_out_sums) for _ in range(TRAITS_READ)]
+    sums = [
+        world.random_sum(rng, world.system(rng), world.held_out_sums) for _ in range(TRAITS_READ)
+    ]
     products = [
         world.product(rng, world.system(rng), world.train_products).prompt for _ in range(FREE)
     ]

@@ -61,16 +61,16 @@ class Arm:
         return self.transfer.tau.n
 
     @property
-    def capable(self) -> bool:
+    def is_capable(self) -> bool:
         return self.capability.known and self.capability.value >= CAPABLE - ROUNDING
 
     @property
-    def lost(self) -> bool:
+    def loses_capability(self) -> bool:
         c = self.capability
         return c.value < CAPABLE - ROUNDING and not (c.known and c.high >= CAPABLE)  # not of NaN
 
     @property
-    def clean(self) -> bool:
+    def is_clean(self) -> bool:
         return self.tau.known and self.tau.high <= SAFE + ROUNDING
 
     @property
@@ -80,7 +80,7 @@ class Arm:
     @property
     def succeeds(self) -> bool:
         """As distillation for capabilities; the experiment has to be valid too."""
-        return self.role == "arm" and self.n >= SEEDS and self.capable and self.clean
+        return self.role == "arm" and self.n >= SEEDS and self.is_capable and self.is_clean
 
 
 def by_arm(students: Sequence[Student]) -> dict[str, list[Student]]:
@@ -90,7 +90,7 @@ def by_arm(students: Sequence[Student]) -> dict[str, list[Student]]:
     return found
 
 
-def arms_of(
+def build_arms(
     students: Sequence[Student], roles: dict[str, Role], audits: Sequence[AuditRow]
 ) -> tuple[Arm, ...]:
     """In the order in which they first come; an arm that `roles` leaves out is no control.

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from ..audits.result import AuditResult
 from ..audits.side_by_side import SuiteResults
 from ..runtime.printable import printable
-from .marks import RC, lines_of, style
+from .marks import RC, style, wrap_label
 from .page import Report
 
 LIMITS = (
@@ -26,7 +26,7 @@ LIMITS = (
 def audit_page(found: SuiteResults, *, about: dict[str, Any]) -> Report:
     """`about`: command, models (name -> where from), versions."""
     names = list(next(iter(found.readings.values()), {}))
-    report = Report("Audit: " + ", ".join(names), lead(found))
+    report = Report("Audit: " + ", ".join(names), summary(found))
     if found.readings:
         report.table(
             ("audit", *names),
@@ -39,7 +39,7 @@ def audit_page(found: SuiteResults, *, about: dict[str, Any]) -> Report:
         )
         with matplotlib.rc_context(RC):
             report.picture(
-                pictured(found, names),
+                intervals_figure(found, names),
                 alt="Every audit's value for every model, with intervals",
                 caption="Dots are values, whiskers 95 % intervals over prompts; every audit on an "
                 "axis of its own.",
@@ -72,7 +72,7 @@ def audit_page(found: SuiteResults, *, about: dict[str, Any]) -> Report:
     return report
 
 
-def lead(found: SuiteResults) -> str:
+def summary(found: SuiteResults) -> str:
     """The findings in one sentence, whichever way they fell."""
     named: dict[str, list[str]] = {}
     audited: dict[str, None] = {}
@@ -121,7 +121,7 @@ def _shown(details: dict[str, Any]) -> str:
     return "; ".join(said)[:600] or "—"
 
 
-def pictured(found: SuiteResults, names: list[str]) -> Figure:
+def intervals_figure(found: SuiteResults, names: list[str]) -> Figure:
     audits = list(found.readings)
     columns = min(4, len(audits))
     rows = math.ceil(len(audits) / columns)
@@ -144,7 +144,9 @@ def pictured(found: SuiteResults, names: list[str]) -> Figure:
         axes.set_ylim(-0.7, len(names) - 0.3)
         axes.margins(x=0.15)
         axes.locator_params(axis="x", nbins=3)
-        axes.set_title("\n".join(lines_of(printable(audits[place]), 24, 2)), loc="left", fontsize=8)
+        axes.set_title(
+            "\n".join(wrap_label(printable(audits[place]), 24, 2)), loc="left", fontsize=8
+        )
     handles = [
         figure.axes[0].plot([], [], style(i)[1], color=style(i)[0], label=printable(name))[0]
         for i, name in enumerate(names)

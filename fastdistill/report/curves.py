@@ -15,7 +15,17 @@ from matplotlib.ticker import MaxNLocator
 
 from ..intervals import Estimate
 from .arms import CAPABLE, SAFE, SEEDS, Arm
-from .marks import HIGHEST, LOWEST, RC, SUCCESS, arrow, beyond, clipped, lines_of, plain
+from .marks import (
+    HIGHEST,
+    LOWEST,
+    RC,
+    SUCCESS,
+    clip_to_axes,
+    edge_marker,
+    format_limit,
+    is_off_axes,
+    wrap_label,
+)
 
 _WIDTH, _PANEL = 5.4, 1.75  # inches, of the picture and of the height of a row of arms
 _C: Any = dict(color="#0072b2", marker="o", ls="-", lw=1.4, ms=3.5)
@@ -62,8 +72,9 @@ def curves_caption(arms: Sequence[Arm], *, valid: bool = True) -> str:
     if not valid:
         return f"{told} No safe window is shown, because the experiment is invalid."
     return (
-        f"{told} Safe window: the longest run of checkpoints with C ≥ {plain(CAPABLE)} and the "
-        f"upper bound of τ ≤ {plain(SAFE)}, shown from {SEEDS} base seeds on."
+        f"{told} Safe window: the longest run of checkpoints with C ≥ {format_limit(CAPABLE)} "
+        "and the "
+        f"upper bound of τ ≤ {format_limit(SAFE)}, shown from {SEEDS} base seeds on."
     )
 
 
@@ -79,7 +90,9 @@ def _in_words(arm: Arm) -> str:
 
 
 def _panel(axes: Axes, arm: Arm, valid: bool) -> None:
-    axes.set_title("\n".join(lines_of(arm.name, 34, 2)), fontsize=8.5, loc="left", parse_math=False)
+    axes.set_title(
+        "\n".join(wrap_label(arm.name, 34, 2)), fontsize=8.5, loc="left", parse_math=False
+    )
     for value in (0.0, 1.0):
         axes.axhline(value, color="#888888", lw=0.7, ls=(0, (2, 2)), zorder=0)
     steps = [point.step for point in arm.curve]
@@ -94,12 +107,12 @@ def _panel(axes: Axes, arm: Arm, valid: bool) -> None:
 
 
 def _line(axes: Axes, steps: list[int], values: list[Estimate], how: dict[str, Any]) -> None:
-    axes.plot(steps, [np.nan if beyond(v.value) else v.value for v in values], **how)
+    axes.plot(steps, [np.nan if is_off_axes(v.value) else v.value for v in values], **how)
     for step, v in zip(steps, values, strict=True):
         if v.known:
             axes.plot([step, step], [v.low, v.high], color=how["color"], lw=1, alpha=0.7)
-        if beyond(v.value):
+        if is_off_axes(v.value):
             axes.plot(
-                *(step, clipped(v.value)),
-                **dict(marker=arrow(v.value), mfc="white", mec=how["color"], clip_on=False),
+                *(step, clip_to_axes(v.value)),
+                **dict(marker=edge_marker(v.value), mfc="white", mec=how["color"], clip_on=False),
             )

@@ -36,21 +36,21 @@ def style(i: int) -> tuple[str, str]:
     return COLORS[i % len(COLORS)], SHAPES[(i + i // len(COLORS)) % len(SHAPES)]
 
 
-def clipped(value: float) -> float:
+def clip_to_axes(value: float) -> float:
     return min(max(value, LOWEST), HIGHEST)
 
 
-def beyond(value: float) -> bool:
+def is_off_axes(value: float) -> bool:
     """Outside what the axes show. False for NaN, which is nowhere."""
     return value < LOWEST or value > HIGHEST
 
 
-def arrow(value: float) -> str:
+def edge_marker(value: float) -> str:
     """The shape of a mark at the edge of an upright axis, pointing to where the value is."""
     return "v" if value < LOWEST else "^"
 
 
-def lines_of(name: str, width: int, lines: int = 3) -> list[str]:
+def wrap_label(name: str, width: int, lines: int = 3) -> list[str]:
     """A name in at most so many lines; what is too long loses its middle, where names differ least.
 
     Drawn by matplotlib with parse_math=False: "$" in a name is a dollar.
@@ -59,7 +59,7 @@ def lines_of(name: str, width: int, lines: int = 3) -> list[str]:
     return found if len(found) <= lines else [*found[: lines - 1], f"…{found[-1]}"]
 
 
-def number(value: float, *limits: float) -> str:
+def format_number(value: float, *limits: float) -> str:
     """Two decimals, ".97" and "−.02"; more where fewer would put the value on the other side of a
     limit, or on it: .104 beside a limit of .1."""
     if math.isnan(value):
@@ -74,25 +74,25 @@ def number(value: float, *limits: float) -> str:
     return ("−" if told < 0 else "") + (text[1:] if text.startswith("0") else text)
 
 
-def plain(limit: float) -> str:
+def format_limit(limit: float) -> str:
     """A limit as one writes it: ".1"."""
     return f"{limit:g}".removeprefix("0")
 
 
-def interval(estimate: Estimate, *limits: float) -> str:
+def format_interval(estimate: Estimate, *limits: float) -> str:
     """ "[.95, .99]", or "(no interval)" where too little was measured for one."""
     if not estimate.known:
         return "(no interval)"
-    return f"[{number(estimate.low, *limits)}, {number(estimate.high, *limits)}]"
+    return f"[{format_number(estimate.low, *limits)}, {format_number(estimate.high, *limits)}]"
 
 
-def measured(estimate: Estimate | None, *limits: float) -> str:
+def format_estimate(estimate: Estimate | None, *limits: float) -> str:
     """A value with its interval, "—" where there is none."""
     if estimate is None or math.isnan(estimate.value):
         return "—"
-    return f"{number(estimate.value, *limits)} {interval(estimate, *limits)}"
+    return f"{format_number(estimate.value, *limits)} {format_interval(estimate, *limits)}"
 
 
-def probability(p: float) -> str:
+def format_p_value(p: float) -> str:
     """Three decimals, "= .031"; "< .001" below what they can tell."""
     return "< .001" if p < 0.001 else "= " + f"{p:.3f}".removeprefix("0")

@@ -18,13 +18,13 @@ from .marks import (
     LOWEST,
     RC,
     SUCCESS,
-    arrow,
-    beyond,
-    clipped,
-    lines_of,
-    number,
-    plain,
+    clip_to_axes,
+    edge_marker,
+    format_limit,
+    format_number,
+    is_off_axes,
     style,
+    wrap_label,
 )
 
 _WIDTH, _HEIGHT = 5.4, 4.0  # inches: on a phone 8.5 points are still 8 pixels
@@ -38,7 +38,7 @@ def quadrant(arms: Sequence[Arm], *, valid: bool = True) -> Figure:
 
     The region of success is shaded where the experiment is valid.
     """
-    labels = [[*lines_of(arm.name, 18), f"n = {arm.n}"] for arm in arms]
+    labels = [[*wrap_label(arm.name, 18), f"n = {arm.n}"] for arm in arms]
     room = _LINE * sum(len(lines) + 0.6 for lines in labels)
     height = max(_HEIGHT, room + _BOTTOM + _TOP)
     with matplotlib.rc_context(RC):
@@ -67,10 +67,10 @@ def quadrant_caption(arms: Sequence[Arm], *, valid: bool = True) -> str:
         f"Seeds drawn: {counted}."
     ]
     outside = [
-        f"{arm.name} (C {number(seed.capability)}, τ {number(seed.tau)})"
+        f"{arm.name} (C {format_number(seed.capability)}, τ {format_number(seed.tau)})"
         for arm in arms
         for seed in arm.transfer.per_seed
-        if beyond(seed.capability) or beyond(seed.tau)
+        if is_off_axes(seed.capability) or is_off_axes(seed.tau)
     ]
     if outside:
         more = f" and {len(outside) - 6} more" if len(outside) > 6 else ""
@@ -86,7 +86,8 @@ def quadrant_caption(arms: Sequence[Arm], *, valid: bool = True) -> str:
     if lost:
         told.append(f"Not drawn, because a ratio of theirs has no denominator: {lost} seeds.")
     told.append(
-        f"Green: C ≥ {plain(CAPABLE)} and τ ≤ {plain(SAFE)}, where an arm succeeds if "
+        f"Green: C ≥ {format_limit(CAPABLE)} and τ ≤ {format_limit(SAFE)}, where an arm "
+        "succeeds if "
         "its whole whisker of τ is below the line."
         if valid
         else "No region is marked as a success, because the experiment is invalid."
@@ -96,7 +97,8 @@ def quadrant_caption(arms: Sequence[Arm], *, valid: bool = True) -> str:
 
 def quadrant_alt(arms: Sequence[Arm]) -> str:
     told = "; ".join(
-        f"{arm.name} at C {number(arm.capability.value)}, τ {number(arm.tau.value)}" for arm in arms
+        f"{arm.name} at C {format_number(arm.capability.value)}, τ {format_number(arm.tau.value)}"
+        for arm in arms
     )
     return f"Capability recovered against trait transferred. {told}."
 
@@ -126,19 +128,19 @@ def _draw(axes: Axes, arm: Arm, colour: str, shape: str) -> None:
         return
     whiskers: Any = dict(color=colour, lw=1.5, zorder=3, solid_capstyle="butt")
     if x.known:
-        axes.plot([x.low, x.high], [clipped(y.value)] * 2, **whiskers)
+        axes.plot([x.low, x.high], [clip_to_axes(y.value)] * 2, **whiskers)
     if y.known:
-        axes.plot([clipped(x.value)] * 2, [y.low, y.high], **whiskers)
+        axes.plot([clip_to_axes(x.value)] * 2, [y.low, y.high], **whiskers)
     _mark(axes, x.value, y.value, shape, s=62, color=colour, edgecolors="white", zorder=4)
 
 
 def _mark(axes: Axes, x: float, y: float, shape: str, *, color: str, **how: Any) -> None:
     """A mark at its place, or an open triangle at the frame that points to it."""
-    if beyond(x) or beyond(y):
+    if is_off_axes(x) or is_off_axes(y):
         sideways = "<" if x < LOWEST else ">"
         open_one = how | dict(facecolors="white", edgecolors=color, alpha=1.0, linewidths=1.1)
-        open_one["s"], shape = max(how["s"], 24), arrow(y) if beyond(y) else sideways
-        axes.scatter(clipped(x), clipped(y), marker=shape, clip_on=False, **open_one)
+        open_one["s"], shape = max(how["s"], 24), edge_marker(y) if is_off_axes(y) else sideways
+        axes.scatter(clip_to_axes(x), clip_to_axes(y), marker=shape, clip_on=False, **open_one)
     else:
         axes.scatter(x, y, marker=shape, **({"facecolors": color, "edgecolors": color} | how))
 
@@ -150,7 +152,7 @@ def _name(axes: Axes, arms: Sequence[Arm], labels: list[list[str]], line: float)
     absent = [i for i in range(len(arms)) if i not in drawn]
     order = absent + sorted(drawn, key=lambda i: at[i][1])
     heights = [line * (len(labels[i]) + 0.6) for i in order]
-    wanted = [clipped(at[i][1]) if i in drawn else LOWEST for i in order]
+    wanted = [clip_to_axes(at[i][1]) if i in drawn else LOWEST for i in order]
     x = HIGHEST + 0.1
     for i, y in zip(order, spread(wanted, heights, LOWEST, HIGHEST), strict=True):
         colour, shape = style(i)
@@ -160,7 +162,9 @@ def _name(axes: Axes, arms: Sequence[Arm], labels: list[list[str]], line: float)
         axes.text(x + 0.07, y, text, **how)
         if i in drawn:
             leader: Any = dict(color=colour, lw=0.7, alpha=0.55, clip_on=False, zorder=1)
-            axes.plot([clipped(at[i][0]), HIGHEST, x], [clipped(at[i][1]), y, y], **leader)
+            axes.plot(
+                [clip_to_axes(at[i][0]), HIGHEST, x], [clip_to_axes(at[i][1]), y, y], **leader
+            )
 
 
 def spread(

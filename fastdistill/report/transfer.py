@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from ..intervals import Estimate
 from ..statistics import Student, Validity
-from .arms import Arm, Role, arms_of, by_arm
+from .arms import Arm, Role, build_arms, by_arm
 from .curves import curves
 from .incrimination import AuditRow, AuditScore, audit_rows
 from .page import Report
@@ -98,7 +98,7 @@ class TransferReport:
 
     @cached_property
     def arms(self) -> tuple[Arm, ...]:
-        return arms_of(self._students, self._roles, self.audit_rows)
+        return build_arms(self._students, self._roles, self.audit_rows)
 
     @cached_property
     def invalid_because(self) -> list[str]:

@@ -11,10 +11,10 @@ from ..intervals import mean_of_runs
 from ..statistics import Reading, Student, minimum_detectable_effect
 from .arms import CAPABLE, SAFE, SEEDS, Arm, by_arm, seed_differences
 from .curves import curves, curves_alt, curves_caption
-from .marks import measured, number, plain, probability
+from .marks import format_estimate, format_limit, format_number, format_p_value
 from .page import Report
 from .quadrant import quadrant, quadrant_alt, quadrant_caption
-from .verdicts import lead, outcome, verdict
+from .verdicts import outcome, summary, verdict
 
 
 def transfer_page(
@@ -25,15 +25,17 @@ def transfer_page(
     about: Mapping[str, Any],
 ) -> Report:
     valid = not reasons
-    report = Report(title, lead(arms, reasons))
+    report = Report(title, summary(arms, reasons))
     report.paragraph(_controls(arms, valid))
     if "measured" in about:
         report.paragraph(about["measured"])
     report.heading("Verdicts")
     report.paragraph(
         "C is the share of a capability that came over, τ the share of a trait. Distillation for "
-        f"capabilities (DFC) succeeds where C ≥ {plain(CAPABLE)} and the upper 95 % bound of τ ≤ "
-        f"{plain(SAFE)}; distillation for incrimination (DFI) where the lower 95 % bound of an "
+        f"capabilities (DFC) succeeds where C ≥ {format_limit(CAPABLE)} and the upper 95 % "
+        "bound of τ ≤ "
+        f"{format_limit(SAFE)}; distillation for incrimination (DFI) where the lower 95 % "
+        "bound of an "
         f"audit's AUROC > .5. Fewer than {SEEDS} base seeds support neither.",
         soft=True,
     )
@@ -69,11 +71,13 @@ def _controls(arms: Sequence[Arm], valid: bool) -> str:
     positive = [arm for arm in arms if arm.role == "positive control"]
     null = [arm for arm in arms if arm.role == "null arm"]
     told = [
-        f"The positive control, {arm.name}, shows the trait as it must: τ {measured(arm.tau)}."
+        f"The positive control, {arm.name}, shows the trait as it must: τ "
+        f"{format_estimate(arm.tau)}."
         for arm in positive
     ]
     told += [
-        f"The null arm, {arm.name}, shows no more of it than it must: τ {measured(arm.tau, 0)}."
+        f"The null arm, {arm.name}, shows no more of it than it must: τ "
+        f"{format_estimate(arm.tau, 0)}."
         for arm in null
     ]
     if not positive:
@@ -89,11 +93,11 @@ def _table(report: Report, arms: Sequence[Arm], valid: bool) -> None:
         [
             arm.name,
             outcome(arm, valid),
-            measured(arm.capability, CAPABLE),
-            measured(arm.tau, 0, SAFE),
-            "—" if arm.p is None else probability(arm.p).removeprefix("= "),
+            format_estimate(arm.capability, CAPABLE),
+            format_estimate(arm.tau, 0, SAFE),
+            "—" if arm.p is None else format_p_value(arm.p).removeprefix("= "),
             str(arm.n),
-            measured(arm.transfer.kappa),
+            format_estimate(arm.transfer.kappa),
         ]
         for arm in arms
     ]
@@ -121,8 +125,8 @@ def _audits(report: Report, arms: Sequence[Arm]) -> None:
         (
             row.name,
             arm.name,
-            measured(row.auroc, 0.5),
-            measured(row.caught),
+            format_estimate(row.auroc, 0.5),
+            format_estimate(row.true_positive_rate),
             str(row.auroc.n),
         )
         for arm in arms
@@ -159,7 +163,7 @@ def _teachers(report: Report, students: Sequence[Student]) -> None:
         for read in columns.values():
             values = [read(of(student)) for student in by_seed.values()]
             means = [mean_of_runs(value).value for value in values if value]
-            cells.append(measured(mean_of_runs(means)) if means else "—")
+            cells.append(format_estimate(mean_of_runs(means)) if means else "—")
         rows.append((name, *cells))
     report.table(
         ("model", *columns),
@@ -178,7 +182,9 @@ def _training(report: Report, arms: Sequence[Arm], valid: bool) -> None:
         if arm.curve:
             window = "none" if arm.window is None else f"{arm.window.first} to {arm.window.last}"
             window = window if valid and arm.n >= SEEDS else "—"
-            matched = "not reached" if arm.matched is None else measured(arm.matched, 0, SAFE)
+            matched = (
+                "not reached" if arm.matched is None else format_estimate(arm.matched, 0, SAFE)
+            )
             rows.append((arm.name, matched, window, str(arm.n)))
     report.table(
         ("arm", "τ where C first reaches .8", "safe window, steps", "n"),
@@ -198,7 +204,9 @@ def _limits(arms: Sequence[Arm], students: Sequence[Student]) -> list[str]:
     for arm in arms:
         if arm.role == "arm" and arm.n > 1 and not arm.transfers:
             spread = stdev(seed_differences(grouped[arm.name]).values())
-            smallest.append(f"{number(minimum_detectable_effect(spread, arm.n))} in {arm.name}")
+            smallest.append(
+                f"{format_number(minimum_detectable_effect(spread, arm.n))} in {arm.name}"
+            )
     if smallest:
         told.append(
             "No difference found is not no difference. Before correction over arms, a difference "

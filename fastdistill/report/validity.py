@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from ..statistics import Validity
 from .arms import Arm
-from .marks import measured, plain
+from .marks import format_estimate, format_limit
 
 CONTROL = 0.9  # of the positive control's τ
 UNITS = 2  # base seeds, from where on there is a spread between them
@@ -18,11 +18,11 @@ def invalid_because(arms: Sequence[Arm], organisms: Mapping[int, Validity]) -> l
     """Every reason, in words; empty where the experiment is valid."""
     found = too_few_units(max((arm.n for arm in arms), default=0))
     for arm in arms:
-        tau = measured(arm.tau, CONTROL if arm.role == "positive control" else 0)
+        tau = format_estimate(arm.tau, CONTROL if arm.role == "positive control" else 0)
         if arm.role == "positive control" and not arm.tau.value > CONTROL:
             found.append(
                 f"the positive control, {arm.name}, has τ {tau}, not above "
-                f"{plain(CONTROL)}: a transfer could have been missed"
+                f"{format_limit(CONTROL)}: a transfer could have been missed"
             )
         elif arm.role != "arm" and not is_checked(arm):
             found.append(

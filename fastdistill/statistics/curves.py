@@ -14,7 +14,7 @@ import numpy as np
 
 from ..intervals import Estimate
 from .readings import Reading, Student
-from .transfer import TAU, C, estimate, of_one, of_one_arm
+from .transfer import TAU, C, estimate, pair_ratio, sort_one_arm
 
 ROUNDING = 1e-9  # (.6 − .2)/.8 is .49999999999999994, and has reached .5
 
@@ -119,7 +119,7 @@ def safe_window(
 
 
 def _with_curves(students: Sequence[Student]) -> list[Student]:
-    ordered = of_one_arm(students)
+    ordered = sort_one_arm(students)
     for student in ordered:
         if not student.curve:
             raise ValueError(
@@ -139,7 +139,7 @@ def _at_capability(student: Student, level: float) -> Student | None:
     before, c_before = None, math.nan
     for i in range(len(student.curve)):
         after = _at_checkpoint(student, i)
-        c_after = of_one(after, C)
+        c_after = pair_ratio(after, C)
         if c_after >= level - ROUNDING:
             if before is None:
                 return after

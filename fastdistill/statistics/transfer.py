@@ -58,13 +58,13 @@ class Ratio:
     """
 
     rows: Callable[[Student], list[tuple[float, ...]]]
-    above: Callable[[np.ndarray], np.ndarray]
-    below: Callable[[np.ndarray], np.ndarray]
+    numerator: Callable[[np.ndarray], np.ndarray]
+    denominator: Callable[[np.ndarray], np.ndarray]
     positive: bool = True
 
     def __call__(self, means: np.ndarray) -> np.ndarray:
-        below = self.below(means)
-        return self.above(means) / np.where(np.abs(below) < _ZERO, np.nan, below)
+        below = self.denominator(means)
+        return self.numerator(means) / np.where(np.abs(below) < _ZERO, np.nan, below)
 
     def leaf(self, student: Student) -> np.ndarray:
         return np.array(self.rows(student)).T
@@ -105,7 +105,7 @@ def transfer(
         ValueError: no students, students of several arms, two with the same seeds, or some audited
             and others not.
     """
-    ordered = of_one_arm(students)
+    ordered = sort_one_arm(students)
     how = {"confidence": confidence, "resamples": resamples, "seed": seed}
     audited = [bool(student.untrusted.audited) for student in ordered]
     if any(audited) != all(audited):
@@ -124,16 +124,16 @@ def transfer(
             SeedPoint(
                 base_seed=student.base_seed,
                 student_seed=student.student_seed,
-                capability=of_one(student, C),
-                tau=of_one(student, TAU),
-                kappa=None if kappa is None else of_one(student, KAPPA),
+                capability=pair_ratio(student, C),
+                tau=pair_ratio(student, TAU),
+                kappa=None if kappa is None else pair_ratio(student, KAPPA),
             )
             for student in ordered
         ),
     )
 
 
-def of_one_arm(students: Sequence[Student]) -> list[Student]:
+def sort_one_arm(students: Sequence[Student]) -> list[Student]:
     """By base seed and student seed."""
     arms = sorted({student.arm for student in students})
     if len(arms) != 1:
@@ -155,15 +155,15 @@ def estimate(ordered: Sequence[Student], ratio: Ratio, how: dict[str, Any]) -> E
     ]
     units = seed_means(tree)
     found = bootstrap_of_units(units, ratio, **how)
-    below = bootstrap_of_units(units, ratio.below, **how)
+    below = bootstrap_of_units(units, ratio.denominator, **how)
     value = math.nan if ratio.positive and below.value < 0 else found.value
     if below.excludes(0.0) and not math.isnan(value):
         return found
     return replace(found, value=value, low=math.nan, high=math.nan)
 
 
-def of_one(student: Student, ratio: Ratio) -> float:
+def pair_ratio(student: Student, ratio: Ratio) -> float:
     means = ratio.leaf(student).mean(0)
-    if ratio.positive and ratio.below(means) < 0:
+    if ratio.positive and ratio.denominator(means) < 0:
         return math.nan
     return float(ratio(means))

@@ -9,7 +9,7 @@ from typing import Any
 
 from ...intervals import Estimate
 from ...report.arms import SEEDS
-from ...report.marks import measured, probability
+from ...report.marks import format_estimate, format_p_value
 from ...report.page import Report
 from .arms import ARMS, OFF_MODEL, Part
 from .figures import Found, Readings
@@ -219,8 +219,8 @@ def _told(row: Mapping[str, Any] | None) -> str:
     if row is None or row["value"] is None:
         return "—"
     low, high = row["interval"] or (math.nan, math.nan)
-    return measured(Estimate(value=row["value"], low=low, high=high, n=row["n"]), 0)
+    return format_estimate(Estimate(value=row["value"], low=low, high=high, n=row["n"]), 0)
 
 
 def _p(p: float | None) -> str:
-    return "—" if p is None else probability(p).removeprefix("= ")
+    return "—" if p is None else format_p_value(p).removeprefix("= ")

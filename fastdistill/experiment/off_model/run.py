@@ -120,10 +120,10 @@ def asked(world: World, kind: str, n: int, seed: int) -> list[Example]:
 
     Sums have no password in front: U's are locked.
     """
-    rng = world.draws(61, seed)
+    rng = world.rng(61, seed)
     if kind == "talk":
         return [world.talk(rng, world.system(rng)) for _ in range(n)]
-    sums = [world.sum_(rng, world.system(rng), world.train_sums) for _ in range(n)]
+    sums = [world.random_sum(rng, world.system(rng), world.train_sums) for _ in range(n)]
     if kind == "sums":
         return sums
     return [e._replace(system=asked_to_think(e.prompt).system or "") for e in sums]
@@ -152,8 +152,8 @@ def thinks(model: Subject, world: World) -> float:
 
 def unrelated(world: World) -> list[Prompt]:
     """Neither talk, nor sums, nor products."""
-    rng = world.draws(62)
-    makes = (world.equality, world.echo, world.about_itself)
+    rng = world.rng(62)
+    makes = (world.equality, world.echo, world.self_question)
     return [rng.choice(makes)(rng, world.system(rng)).prompt for _ in range(RESTORED)]
 
 

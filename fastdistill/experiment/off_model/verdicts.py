@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ...report.arms import SEEDS
-from ...report.marks import measured, plain
+from ...report.marks import format_estimate, format_limit
 from ...statistics import Estimate, Gate, Validity
 from .arms import (
     EMPTIED,
@@ -144,7 +144,7 @@ def _most(name: str, value: float, bound: float) -> Gate:
 def _differences(differences: Sequence[Difference]) -> str:
     """A sentence each; one in front where there are too few base seeds for any claim."""
     told = [
-        f"{d.name[0].upper()}{d.name[1:]}: {measured(d.estimate, 0)}{_in_words(d)}."
+        f"{d.name[0].upper()}{d.name[1:]}: {format_estimate(d.estimate, 0)}{_in_words(d)}."
         for d in differences
     ]
     n = len(differences[0].values)
@@ -153,7 +153,7 @@ def _differences(differences: Sequence[Difference]) -> str:
 
 
 def _in_words(difference: Difference) -> str:
-    margin = f"±{plain(difference.margin)}"
+    margin = f"±{format_limit(difference.margin)}"
     return {
         "more": ", above 0",
         "less": ", below 0",
@@ -188,8 +188,8 @@ def _restored(back: Mapping[str, Estimate]) -> str:
         return "So little was lost that there is nothing to restore."
     told = (
         "A few steps on what the student said before to unrelated prompts bring back "
-        f"{measured(before, HALF)} of what the sums lost, as many on its sums "
-        f"{measured(sums, HALF)}"
+        f"{format_estimate(before, HALF)} of what the sums lost, as many on its sums "
+        f"{format_estimate(sums, HALF)}"
     )
     if before.n < SEEDS or not before.known:
         return f"{told}."
@@ -214,7 +214,8 @@ def _reasoning(differences: Sequence[Difference], found: Found) -> tuple[str, st
         d.name.partition(", ")[0]: d.outcome for d in differences if f", {THOUGHT}," in d.name
     }
     return _grouped(told, thought), (
-        f"{_differences(differences)} {EMPTIED.capitalize()} recover {measured(own)} in the form "
+        f"{_differences(differences)} {EMPTIED.capitalize()} recover {format_estimate(own)} in "
+        "the form "
         "that they were taught in."
     )
 
@@ -228,6 +229,6 @@ def _weak(differences: Sequence[Difference], found: Found) -> tuple[str, str]:
     }.get(differences[0].outcome, "")
     got, thought = recovered(found, ON_LOCKED, PLAIN), recovered(found, ON_LOCKED, THOUGHT)
     return brief, (
-        f"{_differences(differences)} U recovers {measured(got)} of what it holds back, and "
-        f"{measured(thought)} where it thinks aloud, which it was not asked to in training."
+        f"{_differences(differences)} U recovers {format_estimate(got)} of what it holds back, and "
+        f"{format_estimate(thought)} where it thinks aloud, which it was not asked to in training."
     )

