@@ -13,7 +13,7 @@ from .tokenized import Span, added_ends, tokenize
 
 _GENERATION = re.compile(r"\{%([-+]?)\s*generation\s*([-+]?)%\}")
 _END_OF_GENERATION = re.compile(r"\{%([-+]?)\s*endgeneration\s*([-+]?)%\}")
-_HEARD = ("system", "developer", "user")  # roles whose contents a template does not rewrite
+_INPUT_ROLES = ("system", "developer", "user")  # roles whose contents a template does not rewrite
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # keys of an assistant's message
 _ANSWER = "Zq0"  # stands for an answer while the end of a turn is looked for
 _TURN_ENDS: WeakKeyDictionary[Any, tuple[str, int | None]] = WeakKeyDictionary()
@@ -89,9 +89,9 @@ def _applied(
         )
     except Exception as error:  # jinja's, transformers' or Python's: whatever a template raises
         roles = [str(m.get("role")) for m in messages]
-        shown = roles if len(roles) <= 6 else [*roles[:3], "…", *roles[-2:]]
+        listed = roles if len(roles) <= 6 else [*roles[:3], "…", *roles[-2:]]
         fail(column, "a conversation that the tokenizer's chat template takes",
-             f"roles {printable(shown)}: {type(error).__name__}: {printable(error)}")  # fmt: skip
+             f"roles {printable(listed)}: {type(error).__name__}: {printable(error)}")  # fmt: skip
 
 
 def _joined(message: Mapping[str, Any]) -> dict[str, Any]:
@@ -212,7 +212,7 @@ def _check_rest(
 ) -> None:
     """Raise ValueError for a turn of the system's or a user's, or a tool, that the text has not."""
     for turn, message in enumerate(messages):
-        if message.get("role") in _HEARD and not _has(text, message.get("content")):
+        if message.get("role") in _INPUT_ROLES and not _has(text, message.get("content")):
             _fail_lost(f"{column}[{turn}].content", message["content"])
     for name in _names(rendering.get("tools")):
         if name not in text:
@@ -278,14 +278,14 @@ def _turn(
         if before is not None and plain is not None and text.startswith(plain):
             begin = min(max(_common(before, text), len(plain)), begin)
     end: int | None
-    behind = text
+    after = text
     if turn + 1 < len(messages):
-        behind = _applied(tokenizer, messages[: turn + 1], column, rendering, False)
-    if text.startswith(behind):
-        end = len(behind)
+        after = _applied(tokenizer, messages[: turn + 1], column, rendering, False)
+    if text.startswith(after):
+        end = len(after)
     else:  # the last turn of a conversation begins or ends in another way than earlier ones
         there = content(text, len(messages))[1]
-        tail = behind[content(behind, turn + 1)[1] :]
+        tail = after[content(after, turn + 1)[1] :]
         end = _end(tokenizer, text, there, tail)
     if end is None or not low <= begin <= end:
         fail(column, "a chat template that leaves earlier turns as they are when others follow",
@@ -359,10 +359,10 @@ def _turn_end(tokenizer: Any) -> int | None:
     except ValueError:  # it takes no such conversation
         return None
     at = text.rfind(_ANSWER)
-    behind = text[at + len(_ANSWER) :].strip() if at >= 0 else ""
-    if not behind:
+    after = text[at + len(_ANSWER) :].strip() if at >= 0 else ""
+    if not after:
         return None
-    ids = list(tokenizer(behind, add_special_tokens=False)["input_ids"])
+    ids = list(tokenizer(after, add_special_tokens=False)["input_ids"])
     # Some tokenizers begin every text with a space of their own.
     words = [tokenizer.decode([i], clean_up_tokenization_spaces=False).strip() for i in ids]
     token, word = next(((i, w) for i, w in zip(ids, words, strict=True) if w), (None, ""))
@@ -370,7 +370,7 @@ def _turn_end(tokenizer: Any) -> int | None:
         *getattr(tokenizer, "all_special_ids", ()),
         *getattr(tokenizer, "added_tokens_decoder", ()),
     }
-    is_end = token in special or (behind.startswith(word) and is_mark(word))
+    is_end = token in special or (after.startswith(word) and is_mark(word))
     return token if is_end else None
 
 

@@ -36,7 +36,7 @@ _TEXTS = ("messages", "prompt", "completion", "text", "tools", "chat_template_kw
 _SINGLE = (str, bool, int, float, complex, decimal.Decimal, datetime.date, datetime.time,
            datetime.timedelta, uuid.UUID, PurePath)  # fmt: skip
 # Keys with which formats of other programs say whether a turn of the assistant's is learned.
-_LEARNED = ("weight", "train", "training")
+_TRAIN_KEYS = ("weight", "train", "training")
 _TEXT_PARTS = ("text", "input_text", "output_text")  # types of parts of a content
 _LOOKED_AT = 8  # items of a list that tell what it holds
 
@@ -112,7 +112,7 @@ def check_messages(name: str, value: Any) -> list[dict[str, Any]]:
 def _check_learned(name: str, messages: Sequence[Mapping[str, Any]]) -> None:
     """Every turn of the assistant's is learned; one that says it is not would be, too."""
     for turn, message in enumerate(messages):
-        for key in _LEARNED if message["role"] == "assistant" else ():
+        for key in _TRAIN_KEYS if message["role"] == "assistant" else ():
             if key in message and message[key] not in (1, "1"):
                 fail(f"{name}[{turn}].{key}", "1, since every turn of the assistant's is learned",
                      printable(repr(message[key]), 60), "pass the turns that are learned as "
@@ -258,8 +258,8 @@ def _checked_rendering(columns: Mapping[str, Any], form: str) -> dict[str, Any]:
             with suppress(JSONError):
                 value = parse_json(value, "tools", list)
         if not isinstance(value, kind):
-            wanted = "a dict" if kind is Mapping else "a list of JSON schemas"
-            fail(name, wanted, f"{type(value).__name__} {printable(repr(value), 60)}")
+            expected = "a dict" if kind is Mapping else "a list of JSON schemas"
+            fail(name, expected, f"{type(value).__name__} {printable(repr(value), 60)}")
         if form == "prompt" and isinstance(columns["prompt"], str):
             fail(name, "messages, whose template reads it", "a prompt that is a text")
         checked[name] = without_none(value)

@@ -33,7 +33,7 @@ from .demo_result import ARMS, METRICS, DemoResult, DemoRun
 from .files import write_json
 from .intervals import Estimate, bootstrap_ratio, mean_of_runs, paired_difference
 from .progress import Steps
-from .remembering import RememberingTeacher
+from .remembering import MemoizedTeacher
 from .teacher import Teacher
 from .training.config import DistillConfig
 from .training.objective import EVAL_COLUMNS
@@ -44,7 +44,7 @@ STUDENT_LEARNING_RATE = 2e-3
 
 
 class _Setting(NamedTuple):
-    teacher: RememberingTeacher
+    teacher: MemoizedTeacher
     tokenizer: PreTrainedTokenizerBase
     train: Windows
     held_out: Windows
@@ -146,7 +146,7 @@ def _prepare(
         "bytes_per_token": held_out.bytes_per_token,
         "learning_rate": STUDENT_LEARNING_RATE,
     }
-    return _Setting(RememberingTeacher(teacher), tokenizer, train, held_out, facts)
+    return _Setting(MemoizedTeacher(teacher), tokenizer, train, held_out, facts)
 
 
 def _teacher_from(

@@ -108,7 +108,7 @@ class Encoder:
             if form == "input_ids":
                 row = _from_ids(columns)
                 if "attention_mask" not in columns:
-                    self._refuse_padding(row.ids, row.targets)
+                    self._check_padding(row.ids, row.targets)
                 return row
             return self._from_text(form, columns)
         except (ValueError, TypeError) as error:
@@ -182,7 +182,7 @@ class Encoder:
         ends = (getattr(self.tokenizer, "eos_token_id", None), turn_end(self.tokenizer))
         return [end for end in ends if end is not None]
 
-    def _refuse_padding(self, ids: Tensor, targets: Tensor) -> None:
+    def _check_padding(self, ids: Tensor, targets: Tensor) -> None:
         """Refuse a row without attention_mask whose padding would be read or learned.
 
         Two or more padding tokens at an end of a row are padding. A single one may be text: the end

@@ -22,18 +22,18 @@ from .dense import linear_distill_loss
 from .examples import IGNORE_INDEX
 from .heads import LMHead, evaluating, head_of, verify_head
 from .intervals import bootstrap_ratio, wilson
-from .packing import RowReader, Rows, read_rows
+from .packing import BatchedForward, Rows, read_rows
 from .primitive import linear_topk
 from .stored_model import StoredModel
 
 RATIO_LIMIT = 0.05
 
 
-class QuantisedTeacher(Protocol):
+class QuantizedTeacher(Protocol):
     """What is measured: a Teacher, and where its full precision lies if it came from a path."""
 
     model: Any
-    reader: RowReader
+    reader: BatchedForward
     impl: str
     quant: str | None
     source: StoredModel | None
@@ -80,10 +80,10 @@ class FidelityReport:
 
 @torch.no_grad()
 def measure(
-    teacher: QuantisedTeacher,
+    teacher: QuantizedTeacher,
     batch: Mapping[str, Tensor] | Sequence[Mapping[str, Any]],
     *,
-    against: QuantisedTeacher | PreTrainedModel | str | Path | None = None,
+    against: QuantizedTeacher | PreTrainedModel | str | Path | None = None,
     student: PreTrainedModel | float | None = None,
 ) -> FidelityReport:
     """KL(full ‖ quantised) and top-1 agreement of `teacher` on a calibration batch.
@@ -136,7 +136,7 @@ def measure(
 class _Side:
     """One of the models compared, as it is: neither frozen nor moved."""
 
-    reader: RowReader
+    reader: BatchedForward
     head: LMHead
     impl: str
 
@@ -231,18 +231,18 @@ def _counted(rows: Rows, labels: Tensor | None) -> Tensor:  # (B, T − 1) bool
     return counted
 
 
-def _side(model: nn.Module, teacher: QuantisedTeacher) -> _Side:
+def _side(model: nn.Module, teacher: QuantizedTeacher) -> _Side:
     with evaluating(model):
         verify_head(model)
-        reader = RowReader(model, teacher.reader.tokens_per_batch)
+        reader = BatchedForward(model, teacher.reader.tokens_per_batch)
         return _Side(reader, head_of(model), teacher.impl)
 
 
-def _full_precision(teacher: QuantisedTeacher, against: Any) -> _Side:
+def _full_precision(teacher: QuantizedTeacher, against: Any) -> _Side:
     """`against`, or the weights that the teacher was quantised from."""
     if against is None:
         against = teacher.source
-        if against is None or against.quantised or teacher.quant is None:
+        if against is None or against.is_quantized or teacher.quant is None:
             checks.fail("against", "the full-precision model or its path, as this teacher was not "
                         "quantised from a path by load_teacher", None)  # fmt: skip
     if isinstance(against, (str, Path)):

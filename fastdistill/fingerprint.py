@@ -24,7 +24,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
 
 
-def refuse_different_tokenizers(student: Any, teacher: Any) -> None:
+def check_same_tokenizer(student: Any, teacher: Any) -> None:
     """Raise unless both tokenizers map tokens to ids in the same way. Sizes alone prove nothing."""
     ours, theirs = tokenizer_fingerprint(student), tokenizer_fingerprint(teacher)
     if ours == theirs:

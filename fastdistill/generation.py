@@ -106,8 +106,8 @@ def ends_of(model: Any, tokenizer: Any) -> list[int]:
     Raises:
         ValueError: the model's settings hold something that is no token id.
     """
-    stated = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    ids = list(stated) if isinstance(stated, (list, tuple)) else [stated]
+    declared = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ids = list(declared) if isinstance(declared, (list, tuple)) else [declared]
     ids += end_ids(tokenizer)
     for token in ids:
         if token is not None and (type(token) is not int or not 0 <= token < _MOST_IDS):
@@ -118,8 +118,8 @@ def ends_of(model: Any, tokenizer: Any) -> list[int]:
 def special_ids(tokenizer: Any) -> set[int]:
     """Ids of the tokens that a tokenizer holds to be no text."""
     added = getattr(tokenizer, "added_tokens_decoder", None) or {}
-    found = {i for i, token in added.items() if getattr(token, "special", False)}
-    return found | set(getattr(tokenizer, "all_special_ids", None) or ())
+    ids = {i for i, token in added.items() if getattr(token, "special", False)}
+    return ids | set(getattr(tokenizer, "all_special_ids", None) or ())
 
 
 def ordinary_ends(ends: Sequence[int], tokenizer: Any) -> list[int]:

@@ -158,35 +158,35 @@ def at_head(model: nn.Module, use: Callable[[Tensor], Any]) -> Iterator[None]:
     through the model's output, where wrappers look for the tensors to differentiate. The model
     itself is unchanged afterwards.
     """
-    head, found = head_module(model), _Found()
+    head, capture = head_module(model), _Capture()
 
     def enter_head(module: nn.Module, args: tuple) -> tuple:
         hidden = args[0]
-        found.put(use(hidden))
+        capture.put(use(hidden))
         # DTensor knows no shards of nothing: a head over several ranks sees one position.
         left = hidden[:1, :1] if is_dtensor(head.weight) else hidden[:, :0]
         return (left.detach(), *args[1:])
 
     def leave_model(module: nn.Module, args: tuple, output: Any) -> Any:
-        if found.calls != 1:
+        if capture.calls != 1:
             raise RuntimeError(
                 f"model: expected {type(model).__name__} to call its output head once per forward, "
-                f"it called it {found.calls} times"
+                f"it called it {capture.calls} times"
             )
-        return found.result
+        return capture.result
 
-    def behind_wrappers(module: nn.Module, args: tuple, output: Any) -> Any:
-        found.seen(output)
-        return found.take()
+    def after_wrappers(module: nn.Module, args: tuple, output: Any) -> Any:
+        capture.update(output)
+        return capture.take()
 
     handles = [
         head.register_forward_pre_hook(enter_head),
         # First among the hooks, so that a wrapper's own hook sees the tensors that matter.
         model.register_forward_hook(leave_model, prepend=True),
-        model.register_forward_hook(behind_wrappers),
+        model.register_forward_hook(after_wrappers),
     ]
     if is_partitioned(model):
-        handles += _shown_at_head(head, found)
+        handles += _zero3_hooks(head, capture)
     try:
         yield
     finally:
@@ -194,7 +194,7 @@ def at_head(model: nn.Module, use: Callable[[Tensor], Any]) -> Iterator[None]:
             handle.remove()
 
 
-class _Found:
+class _Capture:
     """What `use` returned in one forward pass."""
 
     def __init__(self) -> None:
@@ -204,37 +204,40 @@ class _Found:
     def put(self, result: Any) -> None:
         self.result, self.calls = result, self.calls + 1
 
-    def seen(self, output: Any) -> None:
+    def update(self, output: Any) -> None:
         """A wrapper's hooks have seen the result and may have put nodes of theirs behind its
         tensors. A copy in another type (FSDP's output_dtype) is not taken: the loss stays fp32."""
         ours, spec = tree_flatten(self.result)
         theirs = tree_flatten(output)[0]
-        kept = [
+        leaves = [
             b if isinstance(b, Tensor) and b.dtype == a.dtype else a
             for a, b in zip(ours, theirs, strict=True)
         ]
-        self.result = tree_unflatten(kept, spec)
+        self.result = tree_unflatten(leaves, spec)
 
     def take(self) -> Any:
         result, self.result, self.calls = self.result, None, 0
         return result
 
 
-def _shown_at_head(head: nn.Module, found: _Found) -> list[Any]:
+def _zero3_hooks(head: nn.Module, capture: _Capture) -> list[Any]:
     """ZeRO-3 gathers a module's weights again for its backward when the gradient reaches what left
     the module. Of the head that is what `use` returned: its hooks are shown that, and the model
     then gets the logits (of no position) all the same."""
     logits: list[Any] = []
 
-    def show(module: nn.Module, args: tuple, output: Any) -> Any:
+    def return_result(module: nn.Module, args: tuple, output: Any) -> Any:
         logits.append(output)
-        return found.result
+        return capture.result
 
-    def hide(module: nn.Module, args: tuple, output: Any) -> Any:
-        found.seen(output)
+    def return_logits(module: nn.Module, args: tuple, output: Any) -> Any:
+        capture.update(output)
         return logits.pop()
 
-    return [head.register_forward_hook(show, prepend=True), head.register_forward_hook(hide)]
+    return [
+        head.register_forward_hook(return_result, prepend=True),
+        head.register_forward_hook(return_logits),
+    ]
 
 
 def hidden_states(
@@ -339,11 +342,11 @@ def verify_head(model: PreTrainedModel, head: LMHead | None = None) -> float:
 def _head_error(
     model: PreTrainedModel, head: LMHead | None, input_ids: Tensor, boost: float
 ) -> float:
-    seen: list[Tensor] = []
+    captured: list[Tensor] = []
 
     def enter_head(module: nn.Module, args: tuple) -> tuple:
         hidden = args[0] * boost
-        seen.append((head_of(model) if head is None else head).whole().logits(hidden).float())
+        captured.append((head_of(model) if head is None else head).whole().logits(hidden).float())
         return (hidden, *args[1:])
 
     handle = head_module(model).register_forward_pre_hook(enter_head)
@@ -356,7 +359,7 @@ def _head_error(
         ) from error
     finally:
         handle.remove()
-    ours = seen[-1]
+    ours = captured[-1]
     check_positions(model, ours, input_ids)
     if ours.shape != theirs.shape:
         return float("inf")

@@ -22,19 +22,19 @@ def identity_of(teacher: Any) -> dict[str, Any]:
     A teacher that is no model in this process may have `identity`, a dict; its type is known.
     """
     kind = type(teacher)
-    said: dict[str, Any] = {"kind": f"{kind.__module__}.{kind.__qualname__}"}
+    identity: dict[str, Any] = {"kind": f"{kind.__module__}.{kind.__qualname__}"}
     model = getattr(teacher, "model", None)
     if isinstance(model, nn.Module):
         config: Any = getattr(model, "config", None)
-        said["name"] = str(getattr(config, "_name_or_path", "") or type(model).__name__)
-        said["revision"] = getattr(config, "_commit_hash", None)
-        said["quantisation"] = getattr(teacher, "quant", None) or _quantised(config)
+        identity["name"] = str(getattr(config, "_name_or_path", "") or type(model).__name__)
+        identity["revision"] = getattr(config, "_commit_hash", None)
+        identity["quantisation"] = getattr(teacher, "quant", None) or _quant_method(config)
         computes = {m.compute for m in model.modules() if isinstance(m, QuantizedWeight)}
-        said["compute"] = ", ".join(sorted(computes)) or None
-        said["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
-        said["config_sha256"] = _config_digest(config)
-        said["weights_sha256"] = weights_digest(model)
-    return {**said, **dict(getattr(teacher, "identity", None) or {})}
+        identity["compute"] = ", ".join(sorted(computes)) or None
+        identity["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
+        identity["config_sha256"] = _config_digest(config)
+        identity["weights_sha256"] = weights_digest(model)
+    return {**identity, **dict(getattr(teacher, "identity", None) or {})}
 
 
 def tokenizer_identity(tokenizer: Any) -> tuple[str | None, str | None]:
@@ -65,16 +65,16 @@ def weights_digest(model: nn.Module) -> str:
 def _config_digest(config: Any) -> str | None:
     if config is None:
         return None
-    said = config.to_dict()
+    settings = config.to_dict()
     # Where it was loaded from and by which version are no part of the function.
     for name in ("_name_or_path", "transformers_version"):
-        said.pop(name, None)
-    return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
+        settings.pop(name, None)
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _quantised(config: Any) -> str | None:
+def _quant_method(config: Any) -> str | None:
     method = getattr(config, "quantization_config", None)
     if method is None:
         return None
-    said = method if isinstance(method, dict) else method.to_dict()
-    return str(said.get("quant_method"))
+    settings = method if isinstance(method, dict) else method.to_dict()
+    return str(settings.get("quant_method"))

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from .runtime.json_text import JSONError, parse_json
 from .runtime.printable import printable
 
-_SHOWN = 60  # characters of a wrong line
+_PREVIEW_LENGTH = 60  # characters of a wrong line
 
 
 class Line(dict[str, Any]):
@@ -106,4 +106,4 @@ def _is_unicode(value: Any) -> bool:
 
 def _short(line: bytes) -> str:
     text = printable(line.decode("utf-8", errors="replace").strip(), None)
-    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
+    return text if len(text) <= _PREVIEW_LENGTH else text[: _PREVIEW_LENGTH - 3] + "..."

@@ -40,8 +40,8 @@ def resident_device(module: nn.Module) -> torch.device:
     weight: Any = module.weight
     if not weight.is_meta:
         return torch.device(weight.device)
-    found = [_execution_device(h) for h in _hooks(module) if getattr(h, "offload", False)]
-    return found[0] if found else torch.device(weight.device)
+    devices = [_execution_device(h) for h in _hooks(module) if getattr(h, "offload", False)]
+    return devices[0] if devices else torch.device(weight.device)
 
 
 def is_offloaded(model: nn.Module) -> bool:
@@ -52,11 +52,11 @@ def is_offloaded(model: nn.Module) -> bool:
 def check_whole(role: str, model: nn.Module) -> None:
     """Raise ValueError for weights without data that nothing brings in, or that are sharded."""
     if any(hasattr(p, "ds_id") for p in model.parameters()):
-        _refuse_sharded(role, model, "DeepSpeed's ZeRO-3")
+        _fail_sharded(role, model, "DeepSpeed's ZeRO-3")
     for module in model.modules():
         for kind in type(module).__mro__:
             if kind.__name__ in _SHARDED:
-                _refuse_sharded(role, model, _SHARDED[kind.__name__])
+                _fail_sharded(role, model, _SHARDED[kind.__name__])
     empty = [name for name, p in model.named_parameters() if p.is_meta]
     if empty and not is_offloaded(model):
         checks.fail(role, f"the weights of {type(model).__name__}", f"{len(empty)} without data "
@@ -82,7 +82,7 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, tensor
 
 
-def _refuse_sharded(role: str, model: nn.Module, by: str) -> None:
+def _fail_sharded(role: str, model: nn.Module, by: str) -> None:
     checks.fail(role, "a model whose weights are whole in this process",
                 f"{type(model).__name__}, sharded by {by}", "load it once in each process, with "
                 "quant= or a device_map that offloads where it does not fit, or behind "

@@ -94,7 +94,7 @@ def read_rows(input_ids: Any, attention_mask: Any, vocab: int) -> Rows:
     return Rows(tokens, where, lengths, (B, T))
 
 
-class RowReader:
+class BatchedForward:
     """Runs the rows of a batch through `model`, at most about `tokens_per_batch` tokens at a time.
 
     Whether the model may be packed is decided here, by `can_pack`, and how long a row may be, by
@@ -114,7 +114,7 @@ class RowReader:
         self.packs = can_pack(model)
         self.row_limit: RowLimit | None = row_limit("model", model)
         self._hidden_size = int(getattr(_text_config(model), "hidden_size", 0))
-        self._alone_above = rope_limit(model)
+        self._max_packed_length = rope_limit(model)
 
     @property
     def vocab(self) -> int:
@@ -144,7 +144,7 @@ class RowReader:
                 self.row_limit.check(length, "input_ids", index)
         varlen = self.packs and _is_varlen(self.model)
         starts = torch.tensor([0, *rows.lengths]).cumsum(0).tolist()
-        for group in groups(rows.lengths, self.budget, varlen, self._alone_above):
+        for group in groups(rows.lengths, self.budget, varlen, self._max_packed_length):
             lengths = [rows.lengths[i] for i in group]
             at = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in group])
             at = at.to(rows.tokens.device)
@@ -170,7 +170,7 @@ class RowReader:
 
 
 def groups(
-    lengths: Sequence[int], budget: int, varlen: bool, alone_above: float
+    lengths: Sequence[int], budget: int, varlen: bool, max_packed_length: float
 ) -> list[list[int]]:
     """Row indices by falling length, cut where the next row would exceed the budget.
 
@@ -178,18 +178,18 @@ def groups(
     a group that fills a quarter of the budget takes no row below ¾ of its longest. Empty rows are
     left out; one above the budget, or longer than `alone_above`, runs alone.
     """
-    found: list[list[int]] = []
+    batches: list[list[int]] = []
     longest = total = 0
     for i in sorted((i for i, n in enumerate(lengths) if n), key=lambda i: -lengths[i]):
-        group = found[-1] if found else []
+        group = batches[-1] if batches else []
         size = total + lengths[i] if varlen else longest * (len(group) + 1)
         wasteful = not varlen and 4 * total >= budget and 4 * lengths[i] < 3 * longest
-        if not group or size > budget or wasteful or longest > alone_above:
+        if not group or size > budget or wasteful or longest > max_packed_length:
             group, longest, total = [], lengths[i], 0
-            found.append(group)
+            batches.append(group)
         group.append(i)
         total += lengths[i]
-    return found
+    return batches
 
 
 def _packed(model: nn.Module, tokens: Tensor, lengths: list[int]) -> Tensor:
@@ -234,15 +234,15 @@ def can_pack(model: nn.Module) -> bool:
         hidden = _forward(model, torch.cat([left, right])[None], positions if by_rule else None)[0]
         return hidden[: len(left)], hidden[len(left) :]
 
-    in_front, behind = run(first, second)
-    if not bool(in_front.isfinite().all()):
+    front, second_hidden = run(first, second)
+    if not bool(front.isfinite().all()):
         raise ValueError(
             "model: expected finite hidden states, got NaN or infinity from "
             f"{type(model).__name__} for the tokens {first.tolist()}. Its weights are NaN, "
-            f"infinite, or too large for {str(in_front.dtype).removeprefix('torch.')}"
+            f"infinite, or too large for {str(front.dtype).removeprefix('torch.')}"
         )
-    touched = _TOUCHED.get(in_front.dtype, _TOUCHED_HALF)
-    if not _error(run(first, second.flip(0))[0], in_front) <= touched:
+    touched = _TOUCHED.get(front.dtype, _TOUCHED_HALF)
+    if not _error(run(first, second.flip(0))[0], front) <= touched:
         raise ValueError(
             f"model: expected a causal language model, but what {type(model).__name__} says of a "
             "token depends on the tokens behind it. A teacher that has seen the next token cannot "
@@ -250,10 +250,10 @@ def can_pack(model: nn.Module) -> bool:
         )
     if not by_rule:
         return False
-    moved = _MOVED.get(in_front.dtype, _MOVED_HALF)
+    moved = _MOVED.get(front.dtype, _MOVED_HALF)
     return (
-        _error(run(other, second)[1], behind) <= touched
-        and _error(run(second, first)[0], behind) <= moved
+        _error(run(other, second)[1], second_hidden) <= touched
+        and _error(run(second, first)[0], second_hidden) <= moved
     )
 
 

@@ -9,7 +9,7 @@ from .outputs import TopK
 from .teacher import Teacher
 
 
-class RememberingTeacher:
+class MemoizedTeacher:
     """Keeps a Teacher's answers in memory, for runs that read the same windows again.
 
     Windows are unpadded, and recognised by their token ids. Memory is tokens · k · 8 bytes.
@@ -34,11 +34,11 @@ class RememberingTeacher:
         keys = [(row.numpy().tobytes(), k, temperature) for row in input_ids.cpu()]
         new = [i for i, key in enumerate(keys) if key not in self._known]
         if new:
-            found = self.teacher.topk(input_ids[new], k=k, temperature=temperature)
+            answer = self.teacher.topk(input_ids[new], k=k, temperature=temperature)
             for j, i in enumerate(new):
-                tail = None if found.log_tail is None else found.log_tail[j]
-                ids = found.ids[j].to(torch.int32)
-                self._known[keys[i]] = TopK(ids, found.logprobs[j], tail, temperature)
+                tail = None if answer.log_tail is None else answer.log_tail[j]
+                ids = answer.ids[j].to(torch.int32)
+                self._known[keys[i]] = TopK(ids, answer.logprobs[j], tail, temperature)
         rows = [self._known[key] for key in keys]
         tails = [row.log_tail for row in rows if row.log_tail is not None]
         return TopK(

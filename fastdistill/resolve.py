@@ -33,18 +33,18 @@ class Source(NamedTuple):
     name: str
 
 
-def is_url(given: object) -> bool:
+def is_url(path_or_name: object) -> bool:
     """Whether this names a server, and not a folder or a model."""
-    return isinstance(given, str) and given.startswith(("http://", "https://"))
+    return isinstance(path_or_name, str) and path_or_name.startswith(("http://", "https://"))
 
 
-def is_adapter(given: str | Path) -> bool:
+def is_adapter(path_or_name: str | Path) -> bool:
     """Whether this is the folder of an adapter."""
-    file = _expanded(given) / ADAPTER
+    file = _expanded(path_or_name) / ADAPTER
     return _exists(file) and file.is_file()
 
 
-def resolve(role: str, given: str | Path) -> Source:
+def resolve(role: str, path_or_name: str | Path) -> Source:
     """Return what `given` stands for, which errors call by `role`.
 
     Raises:
@@ -52,10 +52,10 @@ def resolve(role: str, given: str | Path) -> Source:
         ValueError: what is there is none of the above: pickles, a folder of .gguf files of which
         one has to be named, a folder of something else.
     """
-    name = str(given)
+    name = str(path_or_name)
     if is_url(name):
         return Source("server", Path(), name)
-    path = _expanded(given)
+    path = _expanded(path_or_name)
     if not _exists(path):
         if _HUB_NAME.fullmatch(name):
             return Source("hub", path, name)
@@ -79,12 +79,12 @@ def resolve(role: str, given: str | Path) -> Source:
     _fail(role, path, name)
 
 
-def _expanded(given: str | Path) -> Path:
+def _expanded(path_or_name: str | Path) -> Path:
     """The path with a home in place of "~"; as it is where there is no such user."""
     try:
-        return Path(given).expanduser()
+        return Path(path_or_name).expanduser()
     except RuntimeError:
-        return Path(given)
+        return Path(path_or_name)
 
 
 def _exists(path: Path) -> bool:

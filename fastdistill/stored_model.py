@@ -16,7 +16,7 @@ from transformers.utils import is_flash_attn_2_available
 from . import checks
 from .checkpoint_gate import ADAPTER, CONFIG, TOKENIZER, foreign, load_config
 from .quant.checkpoint import check_stored_method
-from .quant.conversion import refuse_unused
+from .quant.conversion import check_all_used
 from .quant.header import check_header, keep_untied
 from .quant.tensor_files import TensorFiles, read_json
 from .resolve import is_adapter, resolve
@@ -37,7 +37,7 @@ class StoredModel:
     path: Path
     dtype: torch.dtype | str = "auto"
     attn_implementation: str | None = None
-    under: str | Path | None = None  # the base of an adapter; None is the one that it names
+    adapter_base: str | Path | None = None  # the base of an adapter; None is the one that it names
 
     @classmethod
     def at(
@@ -45,7 +45,7 @@ class StoredModel:
         path_or_name: str | Path,
         dtype: torch.dtype | str = "auto",
         attn_implementation: str | None = None,
-        under: str | Path | None = None,
+        adapter_base: str | Path | None = None,
     ) -> StoredModel:
         """What lies at a path; of a hub's name, "owner/model", the files that are no code or
         pickle are fetched first, or found where an earlier fetch left them."""
@@ -55,7 +55,7 @@ class StoredModel:
             checks.fail("path_or_model", "the weights of a model", f"{printable(source.name)}, a "
                         f"{source.kind}, which answers and has none", "pass ServedTeacher(url) or "
                         "TeacherCache(path) where a teacher is asked for")  # fmt: skip
-        return cls(path, dtype, attn_implementation, under)
+        return cls(path, dtype, attn_implementation, adapter_base)
 
     def __post_init__(self) -> None:
         """Raises FileNotFoundError where nothing is, ValueError for pickled weights or none."""
@@ -76,33 +76,36 @@ class StoredModel:
         if not self.is_adapter:
             return self
         folder = printable(self.path.name)
-        under = self.under or read_json(self.path / ADAPTER).get("base_model_name_or_path")
-        if not under or not isinstance(under, (str, Path)):
+        base_path = self.adapter_base or read_json(self.path / ADAPTER).get(
+            "base_model_name_or_path"
+        )
+        if not base_path or not isinstance(base_path, (str, Path)):
             raise ValueError(
                 f"base: expected the model under the adapter {folder}, which names none. "
                 "Pass base=, a path, where there is such an argument, or write it as "
                 f"base_model_name_or_path into {ADAPTER}"
             )
         try:
-            base = StoredModel.at(under, self.dtype, self.attn_implementation)
+            base = StoredModel.at(base_path, self.dtype, self.attn_implementation)
         except FileNotFoundError as error:
             raise FileNotFoundError(
                 f"base: expected the model under the adapter {folder}, got "
-                f"{printable(repr(str(under)))}, where none was found. Pass base=, a path ({error})"
+                f"{printable(repr(str(base_path)))}, where none was found. Pass base=, a path "
+                f"({error})"
             ) from None
-        if base.is_adapter or base.quantised:
+        if base.is_adapter or base.is_quantized:
             checks.fail("base", f"a whole model in full precision under the adapter {folder}",
-                        printable(str(under)), "merge the adapter into one")  # fmt: skip
+                        printable(str(base_path)), "merge the adapter into one")  # fmt: skip
         return base
 
     @property
     def tokenizer_folder(self) -> Path:
         """Where its tokenizer lies: beside the weights, or beside those of an adapter's base."""
-        beside = any((self.path / name).is_file() for name in ("tokenizer.json", TOKENIZER))
-        return self.base.path if self.is_adapter and not beside else self.path
+        has_tokenizer = any((self.path / name).is_file() for name in ("tokenizer.json", TOKENIZER))
+        return self.base.path if self.is_adapter and not has_tokenizer else self.path
 
     @property
-    def quantised(self) -> bool:
+    def is_quantized(self) -> bool:
         from .quant import is_quantized_checkpoint
 
         return not self.is_adapter and is_quantized_checkpoint(self.path)
@@ -166,11 +169,11 @@ def load_whole(path: str | Path, **options: Any) -> PreTrainedModel:
         checks.fail("path_or_model", "a whole model", f"{folder}, which holds {ADAPTER} too",
                     "load the adapter's folder without a model in it")  # fmt: skip
     files = TensorFiles(folder)
-    kept = {name: options.pop(name) for name in _NOT_OF_CONFIG if name in options}
+    model_options = {name: options.pop(name) for name in _NOT_OF_CONFIG if name in options}
     attention = options.get("attn_implementation")
     if not isinstance(config := options.pop("config", None), PretrainedConfig):
         config, options = load_config(folder, **options)
-    options = {"attn_implementation": attention, **options, **kept}
+    options = {"attn_implementation": attention, **options, **model_options}
     if "quantization_config" not in options:
         _check_method(folder, config, files)
     is_plain = getattr(config, "quantization_config", None) is None
@@ -184,7 +187,7 @@ def load_whole(path: str | Path, **options: Any) -> PreTrainedModel:
             **_DECIDED,
             **options,
         )
-    refuse_unused(folder, model, info["unexpected_keys"], files)
+    check_all_used(folder, model, info["unexpected_keys"], files)
     if missing := sorted(info["missing_keys"]):
         checks.fail("path_or_model", f"all weights of {type(model).__name__} in {str(folder)!r}",
                     f"{len(missing)} missing (first: {missing[0]})", "transformers would draw "

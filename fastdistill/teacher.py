@@ -17,7 +17,7 @@ from .fidelity import FidelityReport, measure
 from .heads import LMHead, head_of, rows_of_head, verify_head
 from .offloading import check_whole
 from .outputs import TopK
-from .packing import RowReader, read_rows
+from .packing import BatchedForward, read_rows
 from .positions import RowLimit
 from .primitive import linear_topk
 from .quant.formats import SCHEMES
@@ -59,7 +59,7 @@ class Teacher:
         if isinstance(model, (str, Path)):
             stored = StoredModel.at(model, dtype)
             if tokenizer is None:
-                tokenizer = tokenizer_beside(stored.tokenizer_folder)
+                tokenizer = stored_tokenizer(stored.tokenizer_folder)
             whole = not stored.is_adapter
             model = stored.load_base() if whole else stored.load(torch.device("cpu"))
         if not isinstance(model, nn.Module):
@@ -77,7 +77,7 @@ class Teacher:
         self.quant: str | None = None  # this and the next are set by load_teacher
         self.source: StoredModel | None = None
         verify_head(self.model, self.head)
-        self.reader = RowReader(self.model, tokens_per_batch)
+        self.reader = BatchedForward(self.model, tokens_per_batch)
 
     @property
     def head(self) -> LMHead:
@@ -159,8 +159,8 @@ class Teacher:
         answers = [TopK.empty(shape, float(T), dtype=dtype, device=device) for T in temperatures]
         for at, hidden in self.reader.read(rows):
             if where is not None:
-                asked = where.flatten()[at]
-                at, hidden = at[asked], hidden[asked.to(hidden.device)]
+                selected = where.flatten()[at]
+                at, hidden = at[selected], hidden[selected.to(hidden.device)]
             hidden = hidden.to(head.weight.device)
             for answer in answers:
                 best = linear_topk(
@@ -243,7 +243,7 @@ def load_teacher(
         source = StoredModel.at(path_or_model, dtype, attn_implementation)
         place = _default_device() if device is None else torch.device(device)
         model = _from_checkpoint(source, quant, compute, place)
-        tokenizer = tokenizer_beside(source.tokenizer_folder) if tokenizer is None else tokenizer
+        tokenizer = stored_tokenizer(source.tokenizer_folder) if tokenizer is None else tokenizer
     else:
         raise TypeError(
             "path_or_model: expected a causal language model, or the path of one, "
@@ -258,14 +258,14 @@ def load_teacher(
     return teacher
 
 
-def check_quantisation(source: StoredModel, quant: str | None, compute: str) -> None:
+def check_quantization(source: StoredModel, quant: str | None, compute: str) -> None:
     """Raise ValueError where a checkpoint cannot be loaded with these options of load_teacher."""
     _check_names(quant, compute)
-    if source.quantised and quant is not None:
+    if source.is_quantized and quant is not None:
         checks.fail("quant", f"None, since {source.path} is quantised already", repr(quant),
                     "or pass the full-precision checkpoint")  # fmt: skip
-    if quant is None and not source.quantised:
-        _refuse_compute(compute)
+    if quant is None and not source.is_quantized:
+        _check_full_precision_compute(compute)
 
 
 def _check_names(quant: str | None, compute: str) -> None:
@@ -275,8 +275,8 @@ def _check_names(quant: str | None, compute: str) -> None:
 
 
 def _from_checkpoint(source: StoredModel, quant: str | None, compute: str, device: Any) -> Any:
-    check_quantisation(source, quant, compute)
-    if quant is None and not source.quantised:
+    check_quantization(source, quant, compute)
+    if quant is None and not source.is_quantized:
         return source.load(device)
     if source.is_adapter:  # merged first: what is quantised is what answers
         return _from_model(source.load(device), quant, compute, device, "auto", None)
@@ -300,7 +300,7 @@ def _from_model(
     if attention is not None:
         model.set_attn_implementation(attention)
     if quant is None:
-        _refuse_compute(compute)
+        _check_full_precision_compute(compute)
     else:
         from .quant import quantize_model
 
@@ -308,7 +308,7 @@ def _from_model(
     return model if device is None else model.to(device)
 
 
-def _refuse_compute(compute: str) -> None:
+def _check_full_precision_compute(compute: str) -> None:
     if compute != "auto":
         checks.fail("compute", "'auto' for a teacher in full precision", repr(compute),
                     "pass quant='nf4', 'fp4', 'int4' or 'int8' with it")  # fmt: skip
@@ -320,7 +320,7 @@ def _default_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def tokenizer_beside(path: Path) -> Any:
+def stored_tokenizer(path: Path) -> Any:
     """The tokenizer stored with the weights, or None where there is none."""
     files = ("tokenizer.json", "tokenizer_config.json")
     if path.is_file() or (path.is_dir() and not any((path / n).is_file() for n in files)):

@@ -210,7 +210,7 @@ def test_several_processes_make_the_same_cache(tmp_path, undisturbed):
 
 
 def test_a_rank_that_stopped_is_named(tmp_path, monkeypatch, undisturbed):
-    monkeypatch.setattr(building, "_STARTING", 0.5)
+    monkeypatch.setattr(building, "_START_TIMEOUT", 0.5)
     with pytest.raises(CacheError, match=r"rank 1 of 2 stopped before 00001\.safetensors"):
         build(tmp_path / "c", rank=0, world=2)
     build(tmp_path / "c", rank=1, world=2)

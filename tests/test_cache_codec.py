@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastdistill.answer_checks import Rules, find_wrong, wrong_shape
-from fastdistill.cache.codec import Packed, bytes_per_token, narrowed, pack, unpack
+from fastdistill.cache.codec import Packed, bytes_per_token, pack, truncate_k, unpack
 from fastdistill.outputs import TopK
 
 V, K = 151_936, 64
@@ -156,7 +156,7 @@ def test_draws_come_back_exactly():
 
 def test_fewer_slots_put_the_rest_into_the_tail():
     answers, z = teacher()
-    found = narrowed(stored(answers), 5)
+    found = truncate_k(stored(answers), 5)
     best = z.log_softmax(-1).topk(5, -1)
     assert torch.equal(by_id(found)[0].long(), best.indices.sort(-1).values)
     total = found.logprobs.double().exp().sum(-1) + found.log_tail.double().exp()

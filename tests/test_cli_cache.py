@@ -122,7 +122,7 @@ def test_a_dry_run_knows_what_a_build_was_begun_with(run, folder, tmp_path):
 
 
 def test_an_interrupted_build_says_what_it_leaves(run, folder, tmp_path, monkeypatch):
-    asked, answered = build(folder, tmp_path / "c", "shard_mb=0.005"), cache_build._answered
+    asked, answered = build(folder, tmp_path / "c", "shard_mb=0.005"), cache_build._answer_shard
 
     def interrupted(last):
         def at(index, *more):
@@ -133,11 +133,11 @@ def test_an_interrupted_build_says_what_it_leaves(run, folder, tmp_path, monkeyp
         return at
 
     for last, left in ((0, "Nothing was finished."), (2, "goes on behind the 2 files that are")):
-        monkeypatch.setattr(cache_build, "_answered", interrupted(last))
+        monkeypatch.setattr(cache_build, "_answer_shard", interrupted(last))
         code, out, err = run(*asked)
         assert (code, out) == (130, "")
         assert f"cache build: stopped. {left}" in err.replace("The same command ", "")
-    monkeypatch.setattr(cache_build, "_answered", answered)
+    monkeypatch.setattr(cache_build, "_answer_shard", answered)
     assert run(*asked)[0] == 0
     assert run("cache", "verify", tmp_path / "c")[0] == 0
 

@@ -17,7 +17,7 @@ from fastdistill.demo import run_demo
 from fastdistill.demo_models import shipped_teacher
 from fastdistill.demo_report import demo_report, table_rows, verdict
 from fastdistill.demo_result import ARMS, METRICS
-from fastdistill.fingerprint import refuse_different_tokenizers
+from fastdistill.fingerprint import check_same_tokenizer
 from fastdistill.intervals import Estimate
 from fastdistill.json_lines import JsonLines
 
@@ -84,7 +84,7 @@ def test_what_it_was_made_of_is_left_for_the_other_verbs(made):
     text = JsonLines(out / "train.jsonl")[0]["text"]
     ids = torch.tensor([tokenizer(text)["input_ids"]])
     assert torch.equal(teacher.topk(ids, k=4).logprobs, shipped.topk(ids, k=4).logprobs)
-    refuse_different_tokenizers(tokenizer, Teacher(str(out / "student")).tokenizer)
+    check_same_tokenizer(tokenizer, Teacher(str(out / "student")).tokenizer)
     assert len(JsonLines(out / "train.jsonl")) == 32
     assert ids.shape[1] == pytest.approx(demo_models.WINDOW, abs=2)
 

@@ -13,7 +13,7 @@ from training import VOCAB, llama
 from transformers import PreTrainedTokenizerFast
 
 from fastdistill import load_teacher
-from fastdistill.fingerprint import refuse_different_tokenizers, tokenizer_fingerprint
+from fastdistill.fingerprint import check_same_tokenizer, tokenizer_fingerprint
 from fastdistill.quant import quantize_model, save_quantized
 from fastdistill.stored_model import StoredModel
 from fastdistill.teacher import Teacher
@@ -58,10 +58,10 @@ def test_something_else_is_refused():
 def test_fingerprint_is_the_map_and_not_the_roles():
     base, chat = tokenizer(WORDS), tokenizer(WORDS)
     chat.eos_token, chat.pad_token = WORDS[5], WORDS[5]
-    refuse_different_tokenizers(base, chat)
+    check_same_tokenizer(base, chat)
     longer = tokenizer([*WORDS, "extra"])
     with pytest.raises(ValueError, match=r"1 tokens have another id \(first: 'extra' is None"):
-        refuse_different_tokenizers(base, longer)
+        check_same_tokenizer(base, longer)
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def test_a_checkpoint_that_is_quantised_already(tmp_path):
     teacher = load_teacher(tmp_path, compute="exact")
     same_answers(teacher, Teacher(model))
     assert teacher.quant is None
-    assert teacher.source.quantised
+    assert teacher.source.is_quantized
     with pytest.raises(ValueError, match=r"quant: expected None, since .* is quantised already"):
         load_teacher(tmp_path, quant="int8")
 

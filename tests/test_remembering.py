@@ -8,7 +8,7 @@ from test_teacher import IDS
 from training import llama
 
 from fastdistill.outputs import TopK
-from fastdistill.remembering import RememberingTeacher
+from fastdistill.remembering import MemoizedTeacher
 from fastdistill.teacher import Teacher
 
 
@@ -22,7 +22,7 @@ class Counting(Teacher):
 
 def test_remembering_asks_once_per_window():
     teacher = Counting(llama(7, scale=20.0))
-    remembering = RememberingTeacher(teacher)
+    remembering = MemoizedTeacher(teacher)
     first = remembering.topk(IDS, k=4)
     again = remembering.topk(IDS.flip(0), torch.ones_like(IDS), k=4)
     assert teacher.asked == 3

@@ -120,7 +120,7 @@ def test_a_connection_closed_while_idle_costs_no_retry(model, server):
 
 
 def test_always_failing(server, client, caplog, monkeypatch):
-    monkeypatch.setattr(connection, "_SILENT", 0.03)
+    monkeypatch.setattr(connection, "_WARN_AFTER", 0.03)
     server.faults.extend([status(500)] * 5)
     with caplog.at_level(logging.WARNING), pytest.raises(NoAnswer) as caught:
         client.topk(IDS, k=4)

@@ -20,7 +20,7 @@ from fastdistill import Teacher
 from fastdistill.outputs import TopK
 from fastdistill.served import NoAnswer, ServedTeacher, WrongAnswer, app
 from fastdistill.served.connection import _retry_after, message_of
-from fastdistill.served.described import Described
+from fastdistill.served.described import ServerInfo
 from fastdistill.served.probing import is_tempered
 
 IDS = torch.tensor([[5, 9, 14, 3], [7, 7, 30, 2]])
@@ -99,8 +99,8 @@ def test_lies_in_our_own_form(monkeypatch, url, lie):
     ],
 )
 def test_what_a_server_says_of_itself_is_checked(monkeypatch, url, changed, words):
-    said = Described.as_json
-    monkeypatch.setattr(Described, "as_json", lambda self: said(self) | changed)
+    said = ServerInfo.as_json
+    monkeypatch.setattr(ServerInfo, "as_json", lambda self: said(self) | changed)
     with pytest.raises(WrongAnswer, match=words):
         ServedTeacher(url)
 
@@ -109,9 +109,9 @@ def test_what_a_server_says_of_itself_is_checked(monkeypatch, url, changed, word
 def test_an_identity_that_no_cache_could_keep(of):
     said = {"protocol": 1, "version": "1", "honours_temperature": True, "vocab_size": 9, "max_k": 9,
             "max_tokens": 9, "tokenizer_sha256": None}  # fmt: skip
-    assert Described.read(said | {"identity": {"step": 1.0}}, "http://h").vocab_size == 9
+    assert ServerInfo.read(said | {"identity": {"step": 1.0}}, "http://h").vocab_size == 9
     with pytest.raises(WrongAnswer, match="expected counts above 0 and an identity"):
-        Described.read(said | {"identity": of}, "http://h")
+        ServerInfo.read(said | {"identity": of}, "http://h")
 
 
 def test_a_double_precision_teacher_keeps_its_digits():

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from training import build, llama, ragged
 
-from fastdistill.remembering import RememberingTeacher
+from fastdistill.remembering import MemoizedTeacher
 from fastdistill.shared_storage import models_in, shared_parameters
 from fastdistill.teacher import Teacher, load_teacher
 
@@ -63,7 +63,7 @@ STUDENTS = {
 }
 
 
-@pytest.mark.parametrize("wrap", [lambda m: m, Teacher, lambda m: RememberingTeacher(Teacher(m))])
+@pytest.mark.parametrize("wrap", [lambda m: m, Teacher, lambda m: MemoizedTeacher(Teacher(m))])
 @pytest.mark.parametrize("make", STUDENTS)
 def test_shared_weights_are_named(tmp_path, make, wrap):
     model = llama(1)
@@ -203,6 +203,6 @@ def test_neighbours_in_one_memory_are_not_shared():
 
 def test_models_inside_of_teachers():
     model = llama(1)
-    teacher = RememberingTeacher(Teacher(model))
+    teacher = MemoizedTeacher(Teacher(model))
     assert any(found is model for found in models_in(teacher)[0])
     assert models_in(object()) == ([], [])

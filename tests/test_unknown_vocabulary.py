@@ -13,7 +13,7 @@ from training import VOCAB, build, llama, ragged, step_losses
 
 from fastdistill import ServedTeacher, TeacherCache
 from fastdistill.outputs import TopK
-from fastdistill.remembering import RememberingTeacher
+from fastdistill.remembering import MemoizedTeacher
 from fastdistill.teacher import Teacher
 
 MORE, K = VOCAB + 16, 20
@@ -78,10 +78,10 @@ def test_a_teacher_of_ones_own_that_says_its_size_is_cut(tmp_path, wrap):
 
 
 class RememberOnly:
-    """RememberingTeacher reads windows without padding."""
+    """MemoizedTeacher reads windows without padding."""
 
     def __init__(self, model):
-        self.inner = RememberingTeacher(Teacher(model))
+        self.inner = MemoizedTeacher(Teacher(model))
         self.vocab_size = self.inner.vocab_size
 
     def topk(self, input_ids, attention_mask=None, *, k, temperature=1.0):

@@ -19,7 +19,7 @@ from ..chat import turn_end
 from ..checkpoint_gate import load_tokenizer
 from ..generation import can_batch, ends_of, generate_rows, ordinary_ends, special_ids
 from ..heads import LMHead, evaluating, head_of, verify_head
-from ..packing import RowReader, read_rows
+from ..packing import BatchedForward, read_rows
 from ..positions import check_room
 from ..primitive import linear_lse_gather
 from ..runtime.printable import printable
@@ -99,7 +99,7 @@ class Subject:
         self.ended_at_words: Counter[int] = Counter()
         self.ended_at_positions: Counter[str] = Counter()  # by the model's name
         verify_head(model)
-        self.reader = RowReader(model, tokens_per_batch)
+        self.reader = BatchedForward(model, tokens_per_batch)
         if isinstance(model, PreTrainedModel) and model.can_generate():
             can_batch(model)  # measured now, not between the questions of an audit
 

@@ -35,20 +35,20 @@ from .manifest import (
     Settings,
     Shard,
     read_settings,
-    read_shard_note,
+    read_shard_record,
     shard_name,
     write_manifest,
     write_settings,
-    write_shard_note,
+    write_shard_record,
 )
 from .shards import Writer, key_of
 
-_STARTING = 60.0  # seconds that other processes of a build have to begin
+_START_TIMEOUT = 60.0  # seconds that other processes of a build have to begin
 _LOCK = ".building-{rank}"
 
 
 @dataclass(frozen=True)
-class Asked:
+class PendingRow:
     """One row whose answers are wanted: its tokens that are attended to, and where among them."""
 
     index: int  # in the dataset
@@ -65,7 +65,7 @@ class Source(Protocol):
     answers_all: bool
 
     def answers(
-        self, rows: list[Asked], settings: Settings, shard: int
+        self, rows: list[PendingRow], settings: Settings, shard: int
     ) -> Iterator[tuple[list[int], list[TopK]]]:
         """(some of `rows` by number, their answers one behind the other [Σ P, ≤ k], at every
         temperature), until all rows with a place were there."""
@@ -90,37 +90,39 @@ def build(
         OSError: no space, no permission. What is finished stays, and the next build goes on there.
         Where nothing is finished, an error leaves the folder as it was.
     """
-    with _begun(folder, rank), _alone(folder, rank):
-        settings = _agree(folder, settings, rank)
-        mine = range(rank, settings.shards, world)
-        done = {i: note for i in mine if (note := read_shard_note(folder, i)) is not None}
-        for index, note in done.items():
-            _refuse_other_rows(folder, index, note, settings, dataset, encoder)
-        _sweep(folder, [i for i in mine if i not in done], alone=world == 1)
-        total = sum(len(settings.rows_of(i)) for i in mine)
-        here, size = sum(n.rows for n in done.values()), sum(n.bytes for n in done.values())
-        _refuse_full(folder, bytes_per_row * (total - here))
+    with _prepared_folder(folder, rank), _exclusive(folder, rank):
+        settings = _agree_on_settings(folder, settings, rank)
+        own_shards = range(rank, settings.shards, world)
+        done = {
+            i: record for i in own_shards if (record := read_shard_record(folder, i)) is not None
+        }
+        for index, record in done.items():
+            _check_same_rows(folder, index, record, settings, dataset, encoder)
+        _remove_leftovers(folder, [i for i in own_shards if i not in done], alone=world == 1)
+        total = sum(len(settings.rows_of(i)) for i in own_shards)
+        rows_done, size = sum(n.rows for n in done.values()), sum(n.bytes for n in done.values())
+        _check_free_space(folder, bytes_per_row * (total - rows_done))
         with (
-            Work("Caching the teacher", total=total, done=here, size=size) as bar,
-            _written_behind(folder, settings) as write,
+            Work("Caching the teacher", total=total, done=rows_done, size=size) as bar,
+            _background_writer(folder, settings) as write,
         ):
-            for index in mine:
+            for index in own_shards:
                 if index not in done:
-                    writer = _answered(index, settings, source, dataset, encoder, bar)
+                    writer = _answer_shard(index, settings, source, dataset, encoder, bar)
                     write(index, writer)
-    return _all_finished(folder, settings, world)
+    return _wait_for_all(folder, settings, world)
 
 
-def _answered(
+def _answer_shard(
     index: int, settings: Settings, source: Source, dataset: Any, encoder: Encoder, bar: Work
 ) -> Writer:
-    rows = [asked_of(dataset, encoder, i, settings) for i in settings.rows_of(index)]
+    rows = [encode_row(dataset, encoder, i, settings) for i in settings.rows_of(index)]
     keys = [key_of(row.tokens.numpy()) for row in rows]
     writer = Writer(settings, keys, [row.places.numpy() for row in rows])
     for group, answers in source.answers(rows, settings, index):
-        asked = [rows[at] for at in group]
+        group_rows = [rows[at] for at in group]
         for answer in answers:
-            _check_answers(answer, asked, settings, source.answers_all)
+            _check_answers(answer, group_rows, settings, source.answers_all)
         packed = pack(answers, settings.k, settings.blocks)
         for at in group:
             packed = writer.put(at, packed)
@@ -129,7 +131,9 @@ def _answered(
     return writer
 
 
-def _check_answers(answer: TopK, rows: list[Asked], settings: Settings, answers_all: bool) -> None:
+def _check_answers(
+    answer: TopK, rows: list[PendingRow], settings: Settings, answers_all: bool
+) -> None:
     lengths = [len(row.places) for row in rows]
     shape = wrong_shape(answer, (sum(lengths),), settings.k)
     if shape is not None:
@@ -147,18 +151,18 @@ def _check_answers(answer: TopK, rows: list[Asked], settings: Settings, answers_
     )
 
 
-def asked_of(dataset: Any, encoder: Encoder, index: int, settings: Settings) -> Asked:
+def encode_row(dataset: Any, encoder: Encoder, index: int, settings: Settings) -> PendingRow:
     row = encoder(dataset[index], index)
     attended = row.attended != 0
     tokens = row.ids[attended]
     if settings.positions == "all":
-        return Asked(index, tokens, torch.arange(len(tokens)))
+        return PendingRow(index, tokens, torch.arange(len(tokens)))
     targets = row.targets[attended]
-    return Asked(index, tokens, (targets[1:] >= 0).nonzero()[:, 0])
+    return PendingRow(index, tokens, (targets[1:] >= 0).nonzero()[:, 0])
 
 
 @contextlib.contextmanager
-def _written_behind(folder: Path, settings: Settings) -> Iterator[Any]:
+def _background_writer(folder: Path, settings: Settings) -> Iterator[Any]:
     """A shard is hashed and synced while the teacher answers the next one; one at a time."""
     with ThreadPoolExecutor(1) as pool:
         pending: list[Future[None]] = []
@@ -177,7 +181,7 @@ def _write(folder: Path, settings: Settings, index: int, writer: Writer) -> None
     try:
         if not (folder / SETTINGS).is_file():  # a rank that was refused took it away
             write_settings(folder, settings)
-        write_shard_note(folder, writer.write(folder / shard_name(index)))
+        write_shard_record(folder, writer.write(folder / shard_name(index)))
     except OSError as error:
         raise OSError(
             error.errno,
@@ -188,12 +192,12 @@ def _write(folder: Path, settings: Settings, index: int, writer: Writer) -> None
 
 
 @contextlib.contextmanager
-def _begun(folder: Path, rank: int) -> Iterator[None]:
+def _prepared_folder(folder: Path, rank: int) -> Iterator[None]:
     """The folder, there and writable; as it was before where the build is refused and nothing is
     finished. What is killed or interrupted leaves its settings, and the next build goes on."""
     missing = [p for p in (folder, *folder.parents) if not p.exists()]
     begun_before = (folder / SETTINGS).is_file()
-    _refuse_unwritable(folder, rank, missing)
+    _make_folder(folder, rank, missing)
     try:
         yield
     except Exception:
@@ -203,7 +207,7 @@ def _begun(folder: Path, rank: int) -> Iterator[None]:
         raise
 
 
-def _refuse_unwritable(folder: Path, rank: int, missing: list[Path]) -> None:
+def _make_folder(folder: Path, rank: int, missing: list[Path]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / _LOCK.format(rank=rank)).touch()
@@ -235,11 +239,11 @@ def _is_in_use(folder: Path, rank: int) -> bool:
 
 
 @contextlib.contextmanager
-def _alone(folder: Path, rank: int) -> Iterator[None]:
+def _exclusive(folder: Path, rank: int) -> Iterator[None]:
     """The one process that builds these shards, until it ends in whatever way."""
     path = folder / _LOCK.format(rank=rank)
-    with _locked(path) as is_ours:
-        if not is_ours:
+    with _locked(path) as acquired:
+        if not acquired:
             raise CacheError(
                 f"{folder}: expected to build here alone, but another process is building"
                 f"{f' as rank {rank}' if rank else ''}. Wait for it, or give several processes a "
@@ -288,7 +292,7 @@ def _is_locked(path: Path) -> bool:
         return False
 
 
-def _agree(folder: Path, settings: Settings, rank: int) -> Settings:
+def _agree_on_settings(folder: Path, settings: Settings, rank: int) -> Settings:
     """What the build was begun with, which must be the same but for how it is cut into shards."""
     begun = check_begun(folder, settings, rank)
     if begun is None:
@@ -311,18 +315,18 @@ def check_begun(folder: Path, settings: Settings, rank: int = 0) -> Settings | N
             )
         return None
     begun = read_settings(folder)
-    wanted = replace(settings, rows_per_shard=begun.rows_per_shard, library=begun.library,
+    expected = replace(settings, rows_per_shard=begun.rows_per_shard, library=begun.library,
                      tokens_per_batch=begun.tokens_per_batch)  # fmt: skip
-    ours, theirs = wanted.as_json(), begun.as_json()
-    differing = [name for name in ours if ours[name] != theirs[name]]
+    new_values, old_values = expected.as_json(), begun.as_json()
+    differing = [name for name in new_values if new_values[name] != old_values[name]]
     if differing and not _is_in_use(folder, rank):  # killed before anything was finished
         return None
     if differing:
         name = differing[0]
         raise CacheError(
-            f"{folder}: begun with {name}={_short(theirs[name])}, and now asked for with "
-            f"{name}={_short(ours[name])}. Build into another folder, or go on with the settings "
-            f"in {SETTINGS}"
+            f"{folder}: begun with {name}={_short(old_values[name])}, and now asked for with "
+            f"{name}={_short(new_values[name])}. Build into another folder, or continue with the "
+            f"settings in {SETTINGS}"
         )
     return begun
 
@@ -332,19 +336,20 @@ def _short(value: Any) -> str:
     return text if len(text) < 200 else f"{text[:200]}…"
 
 
-def _refuse_other_rows(
-    folder: Path, index: int, note: Shard, settings: Settings, dataset: Any, encoder: Encoder
+def _check_same_rows(
+    folder: Path, index: int, record: Shard, settings: Settings, dataset: Any, encoder: Encoder
 ) -> None:
     rows = settings.rows_of(index)
-    for at, key in ((rows[0], note.first_row), (rows[-1], note.last_row)):
-        if key_of(asked_of(dataset, encoder, at, settings).tokens.numpy()).hex() != key:
+    for at, key in ((rows[0], record.first_row), (rows[-1], record.last_row)):
+        if key_of(encode_row(dataset, encoder, at, settings).tokens.numpy()).hex() != key:
             raise CacheError(
                 f"{folder}: expected the examples that it was begun with, but example {at} has "
-                f"other tokens than {note.file} answers. Build another dataset into another folder"
+                f"other tokens than {record.file} answers. Build another dataset into another "
+                "folder"
             )
 
 
-def _sweep(folder: Path, to_do: list[int], alone: bool) -> None:
+def _remove_leftovers(folder: Path, to_do: list[int], alone: bool) -> None:
     """Remove what killed processes left half written."""
     names = [shard_name(index) for index in to_do]
     for name in [*names, *(n.replace(".safetensors", ".json") for n in names)]:
@@ -355,7 +360,7 @@ def _sweep(folder: Path, to_do: list[int], alone: bool) -> None:
             leftover.unlink()
 
 
-def _refuse_full(folder: Path, needed: float) -> None:
+def _check_free_space(folder: Path, needed: float) -> None:
     """Before hours of work, not behind them; the estimate is from a sample of the examples."""
     free = shutil.disk_usage(folder).free
     if needed > free:
@@ -367,17 +372,17 @@ def _refuse_full(folder: Path, needed: float) -> None:
         )
 
 
-def _all_finished(folder: Path, settings: Settings, world: int) -> Manifest:
+def _wait_for_all(folder: Path, settings: Settings, world: int) -> Manifest:
     """The manifest, written by whoever finishes last; waits for processes that are at work."""
     begun = time.monotonic()
     missing = list(range(settings.shards))
     while True:
-        missing = [i for i in missing if read_shard_note(folder, i) is None]
+        missing = [i for i in missing if read_shard_record(folder, i) is None]
         if not missing and (manifest := write_manifest(folder, settings)) is not None:
             _remove_locks(folder)
             return manifest
         idle = [i for i in missing if not _is_locked(folder / _LOCK.format(rank=i % world))]
-        if idle and time.monotonic() - begun > _STARTING:
+        if idle and time.monotonic() - begun > _START_TIMEOUT:
             raise CacheError(
                 f"{folder}: rank {idle[0] % world} of {world} stopped before {shard_name(idle[0])} "
                 "was finished. Start it again with the same settings: what is finished is kept"

@@ -20,7 +20,7 @@ from . import verification
 from .build import build
 from .from_teacher import FromTeacher
 from .manifest import CacheError, Manifest, read_manifest
-from .prepare import refuse_unfit, settings_for, tokenizer_for, vocabulary_of
+from .prepare import check_teacher_supports, settings_for, tokenizer_for, vocabulary_of
 from .reader import Reader
 
 
@@ -56,7 +56,7 @@ class TeacherCache:
         self._reader = Reader(self.path, self.manifest)
         verification.compare(self.path, self.manifest, everything=False, hashes=check)
         if tokenizer is not None:
-            self.refuse_tokenizer(tokenizer)
+            self.check_tokenizer(tokenizer)
 
     @classmethod
     def build(
@@ -113,7 +113,7 @@ class TeacherCache:
         """
         if isinstance(teacher, (nn.Module, str, Path)):
             teacher = load_teacher(teacher, tokenizer=tokenizer)
-        refuse_unfit(teacher, targets)
+        check_teacher_supports(teacher, targets)
         encoder = Encoder(
             tokenizer=tokenizer_for(teacher, tokenizer),
             completion_only=completion_only_loss,
@@ -287,7 +287,7 @@ class TeacherCache:
             self._reader.check(index)
         return Verified(len(self.manifest.shards), self.manifest.tokens, self.manifest.bytes)
 
-    def refuse_tokenizer(self, tokenizer: Any) -> None:
+    def check_tokenizer(self, tokenizer: Any) -> None:
         """Raise CacheError unless ids mean the same by `tokenizer` as when the cache was built."""
         built_with = self.manifest.settings.tokenizer_sha256
         if built_with is not None and tokenizer_fingerprint(tokenizer) != built_with:

@@ -65,7 +65,7 @@ def bytes_per_token(k: int, blocks: int, temperatures: int) -> int:
 def pack(answers: list[TopK], k: int, blocks: int) -> Packed:
     """Answers [n, ≤ k] of one pass at every temperature, on any device, which are checked."""
     first = answers[0]
-    n, given = first.ids.shape
+    n, width = first.ids.shape
     ids, order = torch.where(first.ids < 0, blocks * BLOCK, first.ids.long()).sort(-1)
     logprobs = first.logprobs.float().gather(-1, order)
     bounds = torch.arange(blocks + 1, device=ids.device) * BLOCK
@@ -73,9 +73,9 @@ def pack(answers: list[TopK], k: int, blocks: int) -> Packed:
     unused = ids >= blocks * BLOCK
     rounded = logprobs.half().masked_fill(unused, 0.0)
     packed = Packed.zeros(n, k, blocks, len(answers))
-    packed.ids[:, :given] = (ids % BLOCK).to(torch.int32).cpu().numpy()
+    packed.ids[:, :width] = (ids % BLOCK).to(torch.int32).cpu().numpy()
     packed.blocks[:] = below.diff(dim=-1).cpu().numpy()
-    packed.logprobs[:, :given] = rounded.cpu().numpy()
+    packed.logprobs[:, :width] = rounded.cpu().numpy()
     for i, answer in enumerate(answers):
         tail = log_tail_of(answer).double()
         scaled = rounded.double() * (first.temperature / answer.temperature)
@@ -135,12 +135,14 @@ def _table(k: int) -> Tensor:
     return (torch.arange(k) >= torch.arange(k + 1)[:, None]).int() * BLOCK
 
 
-def narrowed(answer: TopK, k: int) -> TopK:
+def truncate_k(answer: TopK, k: int) -> TopK:
     """The k likeliest slots; the mass of the others goes to the tail."""
     if k == answer.ids.shape[-1]:
         return answer
     assert answer.log_tail is not None
-    kept, order = answer.logprobs.topk(k, dim=-1, sorted=False)
+    top_logprobs, order = answer.logprobs.topk(k, dim=-1, sorted=False)
     others = answer.logprobs.scatter(-1, order, -torch.inf)
     tail = torch.logaddexp(answer.log_tail, others.logsumexp(-1))
-    return TopK(answer.ids.gather(-1, order.to(torch.int64)), kept, tail, answer.temperature)
+    return TopK(
+        answer.ids.gather(-1, order.to(torch.int64)), top_logprobs, tail, answer.temperature
+    )

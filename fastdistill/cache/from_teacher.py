@@ -14,7 +14,7 @@ from ..answer_checks import wrong_shape
 from ..outputs import TopK
 from ..packing import groups
 from ..teacher import Teacher
-from .build import Asked
+from .build import PendingRow
 from .manifest import CacheError, Settings
 from .sampled import draw
 
@@ -32,21 +32,23 @@ class FromTeacher:
         self.device = teacher.head.weight.device if isinstance(teacher, Teacher) else "cpu"
 
     def answers(
-        self, rows: list[Asked], settings: Settings, shard: int
+        self, rows: list[PendingRow], settings: Settings, shard: int
     ) -> Iterator[tuple[list[int], list[TopK]]]:
         generator = _generator(settings.seed or 0, shard)
         lengths = [len(row.tokens) if len(row.places) else 0 for row in rows]
         for group in groups(lengths, _TOKENS, False, math.inf):
-            some = [rows[i] for i in group]
-            ids, mask, where = (x.to(self.device) for x in _batch(some))
-            with _same_batches(self.teacher, settings):
+            group_rows = [rows[i] for i in group]
+            ids, mask, where = (x.to(self.device) for x in _batch(group_rows))
+            with _FixedBatches(self.teacher, settings):
                 if settings.targets == "sampled":
-                    answers = self._drawn(ids, mask, where, settings, generator)
+                    answers = self._sampled_answers(ids, mask, where, settings, generator)
                 else:
-                    answers = self._asked(ids, mask, where, settings)
+                    answers = self._topk_answers(ids, mask, where, settings)
             yield group, answers
 
-    def _asked(self, ids: Tensor, mask: Tensor, where: Tensor, settings: Settings) -> list[TopK]:
+    def _topk_answers(
+        self, ids: Tensor, mask: Tensor, where: Tensor, settings: Settings
+    ) -> list[TopK]:
         k, temperatures = settings.k, settings.temperatures
         if isinstance(self.teacher, Teacher):
             answers = self.teacher.topk_at(ids, mask, k=k, temperatures=temperatures, where=where)
@@ -58,7 +60,7 @@ class FromTeacher:
                 raise CacheError(f"teacher: {wrong}")
         return [_at(answer, where.to(answer.ids.device)) for answer in answers]
 
-    def _drawn(
+    def _sampled_answers(
         self, ids: Tensor, mask: Tensor, where: Tensor, settings: Settings, generator: Any
     ) -> list[TopK]:
         head = self.teacher.head
@@ -67,7 +69,7 @@ class FromTeacher:
         return [draw(hidden, head, settings.k, settings.temperatures[0], generator)]
 
 
-class _same_batches:
+class _FixedBatches:
     """A Teacher's budget of tokens depends on the memory that is free: here it stays what it was
     when the build began, since other batches round differently."""
 
@@ -92,7 +94,7 @@ def _generator(seed: int, shard: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
 
-def _batch(rows: list[Asked]) -> tuple[Tensor, Tensor, Tensor]:
+def _batch(rows: list[PendingRow]) -> tuple[Tensor, Tensor, Tensor]:
     shape = (len(rows), max(len(row.tokens) for row in rows))
     ids = torch.zeros(shape, dtype=torch.int64)
     mask = torch.zeros(shape, dtype=torch.int64)

@@ -134,28 +134,30 @@ def read_settings(folder: Path) -> Settings:
     return _settings(folder / SETTINGS, _read(folder / SETTINGS))
 
 
-def write_shard_note(folder: Path, shard: Shard) -> None:
+def write_shard_record(folder: Path, shard: Shard) -> None:
     write_json((folder / shard.file).with_suffix(".json"), asdict(shard))
 
 
-def read_shard_note(folder: Path, index: int) -> Shard | None:
+def read_shard_record(folder: Path, index: int) -> Shard | None:
     """What was written behind a finished shard; None where there is nothing, or only part of it."""
     file = (folder / shard_name(index)).with_suffix(".json")
     try:
-        note = _shard(file, _read(file))
+        record = _shard(file, _read(file))
     except (CacheError, FileNotFoundError):
         return None
-    here = folder / note.file
-    whole = note.file == shard_name(index) and here.is_file() and here.stat().st_size == note.bytes
-    return note if whole else None
+    path = folder / record.file
+    is_complete = (
+        record.file == shard_name(index) and path.is_file() and path.stat().st_size == record.bytes
+    )
+    return record if is_complete else None
 
 
 def write_manifest(folder: Path, settings: Settings) -> Manifest | None:
     """manifest.json, where every shard is finished; None, and nothing written, before that."""
-    notes = [read_shard_note(folder, index) for index in range(settings.shards)]
-    if None in notes:
+    records = [read_shard_record(folder, index) for index in range(settings.shards)]
+    if None in records:
         return None
-    manifest = Manifest(settings=settings, shards=tuple(filter(None, notes)))
+    manifest = Manifest(settings=settings, shards=tuple(filter(None, records)))
     write_json(folder / MANIFEST, manifest.as_json())
     return manifest
 
@@ -172,11 +174,11 @@ def read_manifest(folder: Path) -> Manifest:
             f"path: expected the folder of a teacher cache, got {str(folder)!r}, which has no "
             f"{MANIFEST}. TeacherCache.build makes one"
         )
-    said = _read(file)
-    listed = said.pop("shards", None)
+    entries = _read(file)
+    listed = entries.pop("shards", None)
     for derived in ("tokens", "bytes"):
-        said.pop(derived, None)
-    settings = _settings(file, said)
+        entries.pop(derived, None)
+    settings = _settings(file, entries)
     if not isinstance(listed, list) or len(listed) != settings.shards:
         raise _damaged(file, f"it should list {settings.shards} shards")
     shards = tuple(_shard(file, entry) for entry in listed)
@@ -196,30 +198,30 @@ def _read(file: Path) -> dict[str, Any]:
     return value
 
 
-def _settings(file: Path, said: dict[str, Any]) -> Settings:
-    if said.get("version") != VERSION:
+def _settings(file: Path, entries: dict[str, Any]) -> Settings:
+    if entries.get("version") != VERSION:
         raise CacheError(
             f"{file}: expected version {VERSION} of the format, got "
-            f"{_shown(said.get('version'))}. Read it with the fastdistill that wrote it, or build "
-            "it again"
+            f"{_describe(entries.get('version'))}. Read it with the fastdistill that wrote it, or "
+            "build it again"
         )
-    if said.keys() != {field.name for field in fields(Settings)}:
+    if entries.keys() != {field.name for field in fields(Settings)}:
         raise _damaged(file, "it has other entries than a cache's")
-    _check_settings(file, said)
-    return Settings(**{**said, "temperatures": tuple(map(float, said["temperatures"]))})
+    _check_settings(file, entries)
+    return Settings(**{**entries, "temperatures": tuple(map(float, entries["temperatures"]))})
 
 
-def _check_settings(file: Path, said: dict[str, Any]) -> None:
+def _check_settings(file: Path, entries: dict[str, Any]) -> None:
     """Before anything is made of them: k and the vocabulary say how much is allocated."""
-    vocab = said["vocab_size"]
+    vocab = entries["vocab_size"]
     most = min(MAX_K, vocab) if _is_count(vocab) else MAX_K
-    temperatures = said["temperatures"]
-    sampled = said["targets"] == "sampled"
+    temperatures = entries["temperatures"]
+    sampled = entries["targets"] == "sampled"
     texts = ("tokenizer_sha256", "chat_template_sha256")
     counts = ("max_length", "tokens_per_batch")
-    sound = {
+    rules = {
         "vocab_size": (vocab is None or _is_count(vocab, MAX_VOCAB), f"1..{MAX_VOCAB} or null"),
-        "k": (_is_count(said["k"], most), f"an integer in 1..{most}"),
+        "k": (_is_count(entries["k"], most), f"an integer in 1..{most}"),
         "temperatures": (
             isinstance(temperatures, list)
             and all(map(_is_temperature, temperatures))
@@ -227,26 +229,27 @@ def _check_settings(file: Path, said: dict[str, Any]) -> None:
             and not (sampled and len(temperatures) > 1),
             "different finite numbers above 0 (one of sampled targets)",
         ),
-        "targets": (said["targets"] in TARGETS, f"one of {', '.join(TARGETS)}"),
-        "positions": (said["positions"] in POSITIONS, f"one of {', '.join(POSITIONS)}"),
-        "seed": (said["seed"] is None or type(said["seed"]) is int, "an integer or null"),
-        "completion_only": (type(said["completion_only"]) is bool, "true or false"),
-        "rows": (_is_count(said["rows"]), "an integer above 0"),
-        "rows_per_shard": (_is_count(said["rows_per_shard"]), "an integer above 0"),
+        "targets": (entries["targets"] in TARGETS, f"one of {', '.join(TARGETS)}"),
+        "positions": (entries["positions"] in POSITIONS, f"one of {', '.join(POSITIONS)}"),
+        "seed": (entries["seed"] is None or type(entries["seed"]) is int, "an integer or null"),
+        "completion_only": (type(entries["completion_only"]) is bool, "true or false"),
+        "rows": (_is_count(entries["rows"]), "an integer above 0"),
+        "rows_per_shard": (_is_count(entries["rows_per_shard"]), "an integer above 0"),
         "teacher": (
-            isinstance(said["teacher"], dict) and isinstance(said["teacher"].get("kind"), str),
+            isinstance(entries["teacher"], dict)
+            and isinstance(entries["teacher"].get("kind"), str),
             "an object with the teacher's kind",
         ),
-        "library": (isinstance(said["library"], dict), "an object with versions"),
-        **{n: (said[n] is None or isinstance(said[n], str), "a text or null") for n in texts},
-        **{n: (said[n] is None or _is_count(said[n]), "a count or null") for n in counts},
+        "library": (isinstance(entries["library"], dict), "an object with versions"),
+        **{n: (entries[n] is None or isinstance(entries[n], str), "a text or null") for n in texts},
+        **{n: (entries[n] is None or _is_count(entries[n]), "a count or null") for n in counts},
     }
-    for name, (is_sound, expected) in sound.items():
-        if not is_sound:
+    for name, (is_valid, expected) in rules.items():
+        if not is_valid:
             raise _damaged(
                 file,
                 f"its numbers are not those of a cache: {name}: expected {expected}, got "
-                f"{_shown(said[name])}",
+                f"{_describe(entries[name])}",
             )
 
 
@@ -258,21 +261,22 @@ def _is_temperature(value: Any) -> bool:
     return type(value) in (int, float) and 0 < value < 1e30  # NaN is not
 
 
-def _shown(value: Any) -> str:
+def _describe(value: Any) -> str:
     return type(value).__name__ if isinstance(value, (list, dict)) else printable(repr(value), 80)
 
 
-def _shard(file: Path, said: Any) -> Shard:
+def _shard(file: Path, entry: Any) -> Shard:
     names = {field.name for field in fields(Shard)}
-    if not isinstance(said, dict) or said.keys() != names:
+    if not isinstance(entry, dict) or entry.keys() != names:
         raise _damaged(file, f"it should say {', '.join(sorted(names))} of every shard")
     for field in fields(Shard):
-        if type(said[field.name]).__name__ != field.type:
+        if type(entry[field.name]).__name__ != field.type:
             raise _damaged(
                 file,
-                f"{field.name} of a shard: expected {field.type}, got {_shown(said[field.name])}",
+                f"{field.name} of a shard: expected {field.type}, got "
+                f"{_describe(entry[field.name])}",
             )
-    return Shard(**said)
+    return Shard(**entry)
 
 
 def _check_shard(file: Path, shard: Shard, settings: Settings, rows: int) -> None:

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from .. import checks
 from ..outputs import TopK
 from ..runtime.printable import printable
-from .build import Asked
+from .build import PendingRow
 from .manifest import MAX_K, MAX_VOCAB, CacheError, Settings
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ _FLOATS: dict[str, torch.dtype] = {
     name: getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64")
 }
 _CURVES = {"sqrt": np.sqrt, "exp": np.exp}
-_LONGEST = 1 << 16  # bytes of the settings
+_MAX_CONFIG_BYTES = 1 << 16  # bytes of the settings
 _MOST_TERMS, _MOST_BITS = 64, 32
 _LIMIT = 1.5  # mass that compression may make of 1 at the most
 Bytes = NDArray[np.uint8]
@@ -70,12 +70,12 @@ class Compression:
             entries = _yaml(file)
             for name in ("polynomial_terms", "residual_bins"):
                 entries[name] = tuple(_checked(name, entries.get(name) or [], "a list", _is_list))
-            found = cls(**entries)
-            found._check()
+            compression = cls(**entries)
+            compression._check()
         except (TypeError, ValueError) as error:
             why = printable(error)
             raise CacheError(f"{file}: expected DistillKit's settings, got {why}") from None
-        return found
+        return compression
 
     def _check(self) -> None:
         _check_count("d", self.d, 2, MAX_VOCAB)
@@ -102,7 +102,7 @@ class Compression:
         return _integers(packed, bits, self.k)
 
     def logprobs(self, packed: Bytes) -> NDArray[np.float64]:  # [n, bytes] -> [n, k]
-        rest = _Taker(packed)
+        rest = _ByteReader(packed)
         exact = rest.floats(self.exact_dtype, self.exact_k)
         size = self.k - self.exact_k
         others = np.zeros((len(packed), size))
@@ -133,9 +133,9 @@ class Compression:
 
 def _yaml(file: Path) -> dict[str, Any]:
     with file.open("rb") as stream:
-        text = stream.read(_LONGEST + 1)
-    if len(text) > _LONGEST:
-        raise ValueError(f"more than {_LONGEST:,} bytes")
+        text = stream.read(_MAX_CONFIG_BYTES + 1)
+    if len(text) > _MAX_CONFIG_BYTES:
+        raise ValueError(f"more than {_MAX_CONFIG_BYTES:,} bytes")
     try:
         entries = yaml.safe_load(text.decode("utf-8"))
     except RecursionError:
@@ -151,8 +151,8 @@ def _is_list(value: Any) -> bool:
     return isinstance(value, list)
 
 
-def _checked(name: str, value: Any, expected: str, is_sound: Callable[[Any], bool]) -> Any:
-    if not is_sound(value):
+def _checked(name: str, value: Any, expected: str, is_valid: Callable[[Any], bool]) -> Any:
+    if not is_valid(value):
         # The value itself may be an alias bomb, which is small until it is printed.
         got = repr(value) if isinstance(value, (int, float)) else type(value).__name__
         raise ValueError(f"{name}: expected {expected}, got {got}")
@@ -169,7 +169,7 @@ def _check_float(name: str, value: Any) -> None:
     _checked(name, value, expected, lambda x: isinstance(x, str) and x in _FLOATS)
 
 
-class _Taker:
+class _ByteReader:
     """The bytes of n positions, from the front."""
 
     def __init__(self, packed: Bytes) -> None:
@@ -285,20 +285,20 @@ class ParquetRows:
         return TopK(torch.from_numpy(ids), torch.from_numpy(logprobs))
 
     def answers(
-        self, rows: list[Asked], settings: Settings, shard: int
+        self, rows: list[PendingRow], settings: Settings, shard: int
     ) -> Iterator[tuple[list[int], list[TopK]]]:
         for at, row in enumerate(rows):
-            found = self.answer(row.index)
-            given, tokens = len(found.ids), len(row.tokens)
-            if given not in (tokens, tokens - 1):
+            answer = self.answer(row.index)
+            count, tokens = len(answer.ids), len(row.tokens)
+            if count not in (tokens, tokens - 1):
                 raise CacheError(
                     f"row {row.index}: expected {tokens - 1} or {tokens} answers to its {tokens} "
-                    f"tokens, got {given}"
+                    f"tokens, got {count}"
                 )
-            whole = TopK.empty((tokens, found.ids.shape[1]), settings.temperatures[0])
-            whole = whole._replace(logprobs=whole.logprobs.double())
-            whole.put(torch.arange(given), found._replace(log_tail=_tail(found)))
-            yield [at], [whole]
+            padded = TopK.empty((tokens, answer.ids.shape[1]), settings.temperatures[0])
+            padded = padded._replace(logprobs=padded.logprobs.double())
+            padded.put(torch.arange(count), answer._replace(log_tail=_tail(answer)))
+            yield [at], [padded]
 
 
 def _tail(answer: TopK) -> Any:
@@ -315,8 +315,8 @@ def _array(column: Any, name: str, kinds: str) -> NDArray[Any]:
         raise CacheError(f"{name}: expected numbers, got a null")
     array = np.asarray(inner.to_numpy(zero_copy_only=False))
     if array.dtype.kind not in kinds:
-        wanted = "numbers" if "f" in kinds else "whole numbers"
-        raise CacheError(f"{name}: expected {wanted}, got {printable(inner.type)}")
+        expected = "numbers" if "f" in kinds else "whole numbers"
+        raise CacheError(f"{name}: expected {expected}, got {printable(inner.type)}")
     if not lists:
         return array
     lengths = np.diff(values.offsets.to_numpy() if hasattr(values, "offsets") else np.zeros(0))

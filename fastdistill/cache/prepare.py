@@ -10,24 +10,24 @@ import torch
 
 from .. import __version__, checks
 from ..examples import Encoder, is_listed
-from ..fingerprint import refuse_different_tokenizers
+from ..fingerprint import check_same_tokenizer
 from ..identity import identity_of, tokenizer_identity
 from ..protocols import DenseTeacher, TopKTeacher
 from ..teacher import Teacher
-from .build import asked_of
+from .build import encode_row
 from .manifest import POSITIONS, TARGETS, Settings
 
-_LOOKED_AT = 256  # examples whose length tells the size of the whole
+_SAMPLED_ROWS = 256  # examples whose length tells the size of the whole
 
 
-def tokenizer_for(teacher: Any, given: Any) -> Any:
+def tokenizer_for(teacher: Any, tokenizer: Any) -> Any:
     """The tokenizer that reads the text: the one given, else the teacher's; refuses two kinds."""
-    theirs = getattr(teacher, "tokenizer", None)
-    if given is not None and theirs is not None:
-        refuse_different_tokenizers(given, theirs)
-    if given is not None and hasattr(teacher, "refuse_tokenizer"):  # a server knows its own
-        teacher.refuse_tokenizer(given)
-    return theirs if given is None else given
+    teacher_tokenizer = getattr(teacher, "tokenizer", None)
+    if tokenizer is not None and teacher_tokenizer is not None:
+        check_same_tokenizer(tokenizer, teacher_tokenizer)
+    if tokenizer is not None and hasattr(teacher, "check_tokenizer"):  # a server knows its own
+        teacher.check_tokenizer(tokenizer)
+    return teacher_tokenizer if tokenizer is None else tokenizer
 
 
 def settings_for(
@@ -68,8 +68,8 @@ def settings_for(
         library={"fastdistill": __version__, "torch": torch.__version__},
     )
     size = len(dataset)
-    at = sorted({i * (size - 1) // max(_LOOKED_AT - 1, 1) for i in range(_LOOKED_AT)})
-    places = sum(len(asked_of(dataset, encoder, i, settings).places) for i in at)
+    at = sorted({i * (size - 1) // max(_SAMPLED_ROWS - 1, 1) for i in range(_SAMPLED_ROWS)})
+    places = sum(len(encode_row(dataset, encoder, i, settings).places) for i in at)
     bytes_per_row = max(places / len(at), 1.0) * settings.bytes_per_token
     rows = int(max(1, min(size, shard_mb * 1e6 // bytes_per_row)))
     return replace(settings, rows_per_shard=rows), bytes_per_row
@@ -99,15 +99,15 @@ def _check_temperatures(temperatures: Any, targets: str) -> None:
                     "draws at one say nothing of another: build a cache for each")  # fmt: skip
 
 
-def refuse_unfit(teacher: Any, targets: str) -> None:
+def check_teacher_supports(teacher: Any, targets: str) -> None:
     """Raise TypeError for what cannot be asked for such targets."""
     checks.choice("targets", targets, TARGETS)
-    wanted = DenseTeacher if targets == "sampled" else TopKTeacher
-    if not isinstance(teacher, wanted):
+    protocol = DenseTeacher if targets == "sampled" else TopKTeacher
+    if not isinstance(teacher, protocol):
         topk = "topk(input_ids, attention_mask, *, k, temperature)"
-        has = "hidden(...) and head, to draw from" if targets == "sampled" else topk
+        needs = "hidden(...) and head, to draw from" if targets == "sampled" else topk
         raise TypeError(
-            f"teacher: expected a model, a path, or an object with {has}, got "
+            f"teacher: expected a model, a path, or an object with {needs}, got "
             f"{type(teacher).__name__}"
         )
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..answer_checks import Rules, find_wrong
 from ..outputs import TopK
-from .codec import Array, Packed, narrowed, unpack
+from .codec import Array, Packed, truncate_k, unpack
 from .manifest import KEY, CacheError, Manifest
 from .shards import Mapped, key_of
 
@@ -26,7 +26,7 @@ class _Part(NamedTuple):
     shard: int
     row: int
     places: Array
-    chosen: Array | None  # which of the stored answers; None: all
+    stored_mask: Array | None  # which of the stored answers; None: all
 
 
 class Reader:
@@ -94,43 +94,45 @@ class Reader:
         T = self.manifest.settings.temperatures[at]
         answers = TopK.empty((*ids.shape, k), T, id_dtype=torch.int32)
         parts: list[_Part] = []
-        wheres = []
+        positions = []
         for row in range(len(ids)):
             attended = torch.arange(ids.shape[1]) if mask is None else mask[row].nonzero()[:, 0]
             if not len(attended):
                 continue
-            found = self._parts(ids[row, attended])
-            if not found:
+            row_parts = self._parts(ids[row, attended])
+            if not row_parts:
                 raise self._unknown(row, ids[row, attended])
-            parts += found
-            wheres += [row * ids.shape[1] + attended[torch.from_numpy(p.places)] for p in found]
+            parts += row_parts
+            positions += [
+                row * ids.shape[1] + attended[torch.from_numpy(p.places)] for p in row_parts
+            ]
         if not parts:
             return answers
-        stored = self._unpacked(parts, at)
+        stored = self._read_parts(parts, at)
         if vocab is not None:
             stored = stored.within(vocab)
-        answers.put(torch.cat(wheres), narrowed(stored, k))
+        answers.put(torch.cat(positions), truncate_k(stored, k))
         return answers
 
-    def _unpacked(self, parts: list[_Part], at: int) -> TopK:
+    def _read_parts(self, parts: list[_Part], at: int) -> TopK:
         """What is stored of these, [Σ P, k of the cache], checked."""
         settings = self.manifest.settings
         bounds = [0, *accumulate(len(part.places) for part in parts)]
         shape, T = (bounds[-1], settings.k), settings.temperatures[at]
-        found = TopK.empty(shape, T, id_dtype=torch.int32)
+        answers = TopK.empty(shape, T, id_dtype=torch.int32)
         for part, start, stop in zip(parts, bounds, bounds[1:], strict=False):
             shard = self.shard(part.shard)
             _, packed = shard.row(part.row)
-            if part.chosen is not None:
-                packed = Packed(*(tensor[part.chosen] for tensor in packed))
-            self._unpack(shard, packed, at, _slice(found, slice(start, stop)), f"row {part.row}")
-        wrong = find_wrong(found, self._rules)
+            if part.stored_mask is not None:
+                packed = Packed(*(tensor[part.stored_mask] for tensor in packed))
+            self._unpack(shard, packed, at, _slice(answers, slice(start, stop)), f"row {part.row}")
+        wrong = find_wrong(answers, self._rules)
         if wrong is not None:
             number = bisect_right(bounds, wrong.at) - 1
             part = parts[number]
             where = f"row {part.row}, position {part.places[wrong.at - bounds[number]]}"
             raise self.shard(part.shard).damaged(f"{where}: {wrong.field}: {wrong}")
-        return found
+        return answers
 
     def _unpack(self, shard: Mapped, packed: Packed, at: int, out: TopK, where: str) -> None:
         settings = self.manifest.settings
@@ -158,9 +160,9 @@ class Reader:
         for start in range(0, tokens, size):
             packed = Packed(*(tensor[start : start + size] for tensor in shard.packed))
             for at, T in enumerate(settings.temperatures):
-                found = TopK.empty((len(packed.ids), settings.k), T, id_dtype=torch.int32)
-                self._unpack(shard, packed, at, found, f"answers from {start} on")
-                wrong = find_wrong(found, self._rules)
+                answers = TopK.empty((len(packed.ids), settings.k), T, id_dtype=torch.int32)
+                self._unpack(shard, packed, at, answers, f"answers from {start} on")
+                wrong = find_wrong(answers, self._rules)
                 if wrong is not None:
                     raise shard.damaged(f"answer {start + wrong.at}: {wrong.field}: {wrong}")
 
@@ -194,10 +196,10 @@ class _Index:
 
     def find(self, key: bytes) -> list[tuple[int, int]]:
         half = np.frombuffer(key[:8], "<u8")[0]
-        at, found = int(np.searchsorted(self._half, half)), []
+        at, matches = int(np.searchsorted(self._half, half)), []
         while at < len(self._half) and self._half[at] == half:
             row = int(self._order[at])
             if self._keys[row].tobytes() == key:
-                found.append(divmod(row, self._rows_per_shard))
+                matches.append(divmod(row, self._rows_per_shard))
             at += 1
-        return found
+        return matches

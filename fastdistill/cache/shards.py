@@ -57,9 +57,9 @@ class Writer:
     def put(self, row: int, packed: Packed) -> Packed:
         """Take a row's answers from the front of `packed`; returns what is behind them."""
         start, stop = self.starts[row], self.starts[row + 1]
-        for own, given in zip(self.packed, packed, strict=True):
-            own[start:stop] = given[: stop - start]
-        return Packed(*(given[stop - start :] for given in packed))
+        for target, source in zip(self.packed, packed, strict=True):
+            target[start:stop] = source[: stop - start]
+        return Packed(*(source[stop - start :] for source in packed))
 
     def write(self, file: Path) -> Shard:
         """A crash leaves the shard whole, or nothing of its name."""
@@ -73,7 +73,7 @@ class Writer:
         try:
             save_file(tensors, temporary)
             sync(temporary)
-            note = Shard(
+            record = Shard(
                 file=file.name,
                 rows=len(self.keys),
                 tokens=int(self.starts[-1]),
@@ -87,7 +87,7 @@ class Writer:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        return note
+        return record
 
 
 class Mapped:
@@ -107,16 +107,16 @@ class Mapped:
             kinds["places"] = (np.int32, (shard.tokens,))
         self.file = file
         try:
-            found = _map(file)
+            tensors = _map(file)
         except (OSError, ValueError) as error:
             raise self.damaged(printable(error)) from None
         for name, (kind, shape) in kinds.items():
-            tensor = found.get(name)
+            tensor = tensors.get(name)
             if tensor is None or tensor.dtype != kind or tensor.shape != shape:
                 raise self.damaged(f"{name!r} is not {list(shape)} of {np.dtype(kind).name}")
-        self.keys, self.starts = found["keys"], found["starts"]
-        self.packed = Packed(*(found[name] for name in Packed._fields))
-        self.places = found["places"] if "places" in kinds else None
+        self.keys, self.starts = tensors["keys"], tensors["starts"]
+        self.packed = Packed(*(tensors[name] for name in Packed._fields))
+        self.places = tensors["places"] if "places" in kinds else None
         steps = np.diff(self.starts)
         if self.starts[0] != 0 or self.starts[-1] != shard.tokens or (steps < 0).any():
             raise self.damaged(f"starts: expected rising numbers from 0 to {shard.tokens:,}")
@@ -135,10 +135,12 @@ class Mapped:
             if count != tokens:
                 raise self.damaged(f"row {row}: expected {tokens} answers, got {count}")
             return np.arange(tokens)
-        known = places.astype(np.int64)
-        if count and (known[0] < 0 or known[-1] >= tokens or (np.diff(known) <= 0).any()):
+        positions = places.astype(np.int64)
+        if count and (
+            positions[0] < 0 or positions[-1] >= tokens or (np.diff(positions) <= 0).any()
+        ):
             raise self.damaged(f"places of row {row}: expected rising numbers in 0..{tokens - 1}")
-        return known
+        return positions
 
     def damaged(self, why: str) -> CacheError:
         return CacheError(

@@ -20,17 +20,20 @@ _KNOWN = ".verified.json"
 
 def compare(folder: Path, manifest: Manifest, *, everything: bool, hashes: bool = True) -> None:
     """Raises CacheError that names every shard that is missing or damaged."""
-    wrong = [why for s in manifest.shards if (why := _size_is_wrong(folder, s)) is not None]
-    if not wrong and hashes:
+    problems = [
+        problem for s in manifest.shards if (problem := _size_is_wrong(folder, s)) is not None
+    ]
+    if not problems and hashes:
         known = {} if everything else _known(folder)
         unread = [s for s in manifest.shards if known.get(s.file) != _stamp(folder, s)]
-        wrong = _hashes_are_wrong(folder, unread)
-        if unread and not wrong:
+        problems = _hashes_are_wrong(folder, unread)
+        if unread and not problems:
             remember(folder, manifest)
-    if wrong:
+    if problems:
+        pronoun = "it" if len(problems) == 1 else "them"
         raise CacheError(
-            f"{folder}: {'; '.join(wrong)}. Delete {'it' if len(wrong) == 1 else 'them'} and build "
-            "the cache again with the same settings: only what is missing is made anew"
+            f"{folder}: {'; '.join(problems)}. Delete {pronoun} and build the cache again with the "
+            "same settings: only what is missing is made anew"
         )
 
 
@@ -51,17 +54,17 @@ def _size_is_wrong(folder: Path, shard: Shard) -> str | None:
 
 
 def _hashes_are_wrong(folder: Path, shards: list[Shard]) -> list[str]:
-    wrong = []
+    problems = []
     with (
         Work("Reading the cache", total=len(shards)) as bar,
         ThreadPoolExecutor(2) as pool,  # hashing lets go of the interpreter
     ):
-        found = pool.map(lambda s: sha256_of(folder / s.file), shards)
-        for shard, sha256 in zip(shards, found, strict=True):
+        digests = pool.map(lambda s: sha256_of(folder / s.file), shards)
+        for shard, sha256 in zip(shards, digests, strict=True):
             bar.advance(1, shard.bytes)
             if sha256 != shard.sha256:
-                wrong.append(f"{shard.file} is damaged (its sha256 is not the manifest's)")
-    return wrong
+                problems.append(f"{shard.file} is damaged (its sha256 is not the manifest's)")
+    return problems
 
 
 def _stamp(folder: Path, shard: Shard) -> list[int | str]:

@@ -16,7 +16,7 @@ from ..heads import rows_of_head
 from ..plan.shapes import config_of, empty_model
 from ..runtime.printable import printable
 from ..stored_model import StoredModel, tokenizer_folder
-from ..teacher import check_quantisation, load_teacher, tokenizer_beside
+from ..teacher import check_quantization, load_teacher, stored_tokenizer
 from ..training.admission import TeacherSpec
 from ..training.offline import open_teacher
 
@@ -94,12 +94,12 @@ def outlined_teacher(name: str, quant: str | None, compute: str) -> Any:
         return found
     path = Path(name).expanduser()
     if path.exists():
-        check_quantisation(StoredModel.at(path), quant, compute)
+        check_quantization(StoredModel.at(path), quant, compute)
     if path.suffix == ".gguf":
         return TeacherSpec()
     model = outline("teacher", name)
     return TeacherSpec(
-        tokenizer=tokenizer_beside(tokenizer_folder(name)), vocab_size=rows_of_head(model)
+        tokenizer=stored_tokenizer(tokenizer_folder(name)), vocab_size=rows_of_head(model)
     )
 
 

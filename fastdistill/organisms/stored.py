@@ -106,7 +106,7 @@ def load_organism(
 
 
 def _with_adapter(folder: Path, base: Any, name: str | None, device: Any) -> Subject:
-    stored = StoredModel.at(folder, under=base)
+    stored = StoredModel.at(folder, adapter_base=base)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     merged = stored.load(place)
     tokenizer = load_tokenizer(stored.tokenizer_folder)

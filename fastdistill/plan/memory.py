@@ -40,7 +40,7 @@ def stored_dtype(config: Any, otherwise: str = "float32") -> str:
 class Planner:
     """Two configurations on one device; every pass is rehearsed once.
 
-    `card`: bytes of the GPU, by whose free memory a teacher's pass is sized, as in RowReader.
+    `card`: bytes of the GPU, by whose free memory a teacher's pass is sized, as in BatchedForward.
     """
 
     def __init__(self, student: Any, teacher: Any, device: str, card: int | None) -> None:
@@ -141,7 +141,7 @@ class Planner:
         return max(run.forward, run.hidden + head.topk(shape, N, min(settings.k, shape.V)))
 
     def _tokens_in_pass(self, hidden_bytes: int, held: int) -> int:
-        """RowReader's budget: on a GPU by a share of what is free."""
+        """BatchedForward's budget: on a GPU by a share of what is free."""
         if self.device == "cpu":
             return CPU_TOKENS
         free = GPU_TOKENS[1] * VALUES_PER_TOKEN * hidden_bytes / FREE_SHARE

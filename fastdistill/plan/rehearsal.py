@@ -102,7 +102,7 @@ def rehearse_step(
 
 
 def rehearse_teacher(role: str, model: Any, rows: int, seq: int, device: str) -> TeacherPass:
-    """Rows of equal length through a teacher without memory, as RowReader runs them."""
+    """Rows of equal length through a teacher without memory, as BatchedForward runs them."""
     tracker = MemoryTracker(model, device, padded=False)
     try:
         with tracker, torch.no_grad(), evaluating(model):

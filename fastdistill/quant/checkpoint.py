@@ -83,15 +83,15 @@ def is_quantized_checkpoint(path: str | Path) -> bool:
 def _gguf_file(path: Path) -> Path | None:
     """The .gguf file that `path` is, or the only one in it beside no safetensors."""
     if path.is_dir():
-        found = sorted(path.glob("*.gguf"))
-        if not found or any(path.glob("*.safetensors*")):
+        files = sorted(path.glob("*.gguf"))
+        if not files or any(path.glob("*.safetensors*")):
             return None
-        if len(found) > 1:
-            names = ", ".join(file.name for file in found)
+        if len(files) > 1:
+            names = ", ".join(file.name for file in files)
             raise CheckpointError(
-                f"{path}: expected one .gguf file, got {len(found)} ({names}). Give the path of one"
+                f"{path}: expected one .gguf file, got {len(files)} ({names}). Give the path of one"
             )
-        return found[0]
+        return files[0]
     if not path.is_file():
         return None
     with reading(path), path.open("rb") as stream:
@@ -101,9 +101,9 @@ def _gguf_file(path: Path) -> Path | None:
 def _stored_as(files: TensorFiles) -> tuple[str, ...]:
     """The methods whose tensors these are, by name; GPTQ and AWQ have the same names."""
     names = files.names()
-    if own_format.stored_here(files):
+    if own_format.is_own_format(files):
         return (own_format.KEY,)
-    if read_bitsandbytes.stored_here(names):
+    if read_bitsandbytes.is_bitsandbytes(names):
         return ("bitsandbytes",)
     return ("gptq", "awq") if any(name.endswith(".qweight") for name in names) else ()
 

@@ -20,7 +20,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from ..runtime.printable import printable
 from .tensor_files import CheckpointError, TensorFiles
 
-_SHOWN = 3
+_MAX_LISTED = 3
 # Older versions stored the causal mask [1, 1, P, P] of a layer, and the number that it puts in.
 _MASK = re.compile(r"attn(\.attention)?\.bias$")
 _MASKED = re.compile(r"attn(\.attention)?\.masked_bias$")
@@ -84,23 +84,23 @@ def is_mask(name: str, shape: tuple[int, ...]) -> bool:
     return bool((square and _MASK.search(name)) or (shape in ((), (1,)) and _MASKED.search(name)))
 
 
-def refuse_unused(
+def check_all_used(
     path: Path, model: PreTrainedModel, names: Iterable[str], files: TensorFiles | None
 ) -> None:
     """Raise CheckpointError that names stored tensors which the model has no place for."""
     if files is not None:
         names = [n for n in names if n not in files or not is_mask(n, files.shape(n))]
     if names := sorted(names, key=_natural):
-        shown = ", ".join(printable(name) for name in names[:_SHOWN])
-        more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+        listed = ", ".join(printable(name) for name in names[:_MAX_LISTED])
+        more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
         raise CheckpointError(
-            f"{path}: expected the tensors of a {type(model).__name__}, got {shown}{more}, which "
+            f"{path}: expected the tensors of a {type(model).__name__}, got {listed}{more}, which "
             "it has no place for and which would not be used. Is this the checkpoint of another "
             "model? Remove these tensors if they are not wanted"
         )
 
 
-def refuse_twice(path: Path, conversion: Conversion) -> None:
+def check_no_duplicates(path: Path, conversion: Conversion) -> None:
     """Raise CheckpointError where two stored tensors claim to be one weight."""
     for name, sources in conversion.sources.items():
         plain = [stored for stored, pattern in sources if pattern is None]

@@ -67,15 +67,15 @@ class Expert:
     def __torch_function__(
         cls, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Tensor:
-        given = dict(zip(("input", "weight", "bias"), args, strict=False), **(kwargs or {}))
-        expert = given.get("weight")
+        arguments = dict(zip(("input", "weight", "bias"), args, strict=False), **(kwargs or {}))
+        expert = arguments.get("weight")
         if function is not nn.functional.linear or not isinstance(expert, Expert):
             raise TypeError(
                 f"quantised experts: expected torch.nn.functional.linear(x, experts[e]), got "
                 f"{getattr(function, '__name__', function)}. Set the model's experts "
                 "implementation to 'eager'"
             )
-        return expert.product(given["input"], given.get("bias"))
+        return expert.product(arguments["input"], arguments.get("bias"))
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         stack, steps = self.stack, self.stack._buffers["row_scale"]

@@ -18,7 +18,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from .tensor_files import CheckpointError, reading, refuse_pickle
+from .tensor_files import CheckpointError, check_not_pickle, reading
 
 MAGIC = b"GGUF"
 # Far above what models have (vocabularies of 300,000 words, chat templates of 100 kB).
@@ -50,7 +50,7 @@ def gguf_package(file: Path) -> Any:
 
 
 def read_header(file: Path) -> GGUFHeader:
-    refuse_pickle(file)
+    check_not_pickle(file)
     sizes = gguf_package(file).GGML_QUANT_SIZES
     with (
         reading(file, advice="Not a whole .gguf file: download it again"),
@@ -69,13 +69,13 @@ def read_header(file: Path) -> GGUFHeader:
             if key in fields:
                 raise ValueError(f"{key}: expected one field of this name, got another one")
             fields[key] = walk.value(walk.number("I"))
-        found = [_tensor(walk, sizes) for _ in range(count)]
+        entries = [_tensor(walk, sizes) for _ in range(count)]
         alignment = fields.get("general.alignment", 32)
         if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
             raise ValueError(f"general.alignment: expected a power of 2, got {alignment!r}")
         data = -(-walk.at // alignment) * alignment
         tensors = {}
-        for name, tensor in found:
+        for name, tensor in entries:
             start = data + tensor.start
             if start + tensor.bytes > walk.size or name in tensors:
                 raise ValueError(

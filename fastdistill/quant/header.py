@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..checkpoint_gate import foreign
 from ..runtime.printable import printable
-from .conversion import conversion_of, refuse_twice
+from .conversion import check_no_duplicates, conversion_of
 from .tensor_files import CheckpointError, TensorFiles
 
 # A model makes some buffers itself (rotary frequencies, masks). They are small beside its weights.
@@ -69,7 +69,7 @@ def check_header(
     if files is None:
         return
     conversion = conversion_of(model, names, empty)
-    refuse_twice(path, conversion)
+    check_no_duplicates(path, conversion)
     for name, ((stored_name, pattern), *others) in conversion.sources.items():
         for each, _ in [(stored_name, pattern), *others]:
             _check_type(files, each, empty[name])

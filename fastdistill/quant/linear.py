@@ -62,11 +62,11 @@ class QuantizedWeight(nn.Module):
 
     @property
     def parts(self) -> Parts:
-        held: Any = self._buffers
-        nested = [held[name] for name in _NESTED] if self.nested_block else []
+        buffers: Any = self._buffers
+        nested = [buffers[name] for name in _NESTED] if self.nested_block else []
         return Parts(
-            self.shape, self.block, held["qdata"], held["scale"], nested, self.nested_block,
-            held.get("lut"), held.get("offset"), held.get("perm"),
+            self.shape, self.block, buffers["qdata"], buffers["scale"], nested, self.nested_block,
+            buffers.get("lut"), buffers.get("offset"), buffers.get("perm"),
         )  # fmt: skip
 
     @property
@@ -194,8 +194,8 @@ class _QuantLinear(QuantizedWeight):
         return self.shape[0]
 
     def forward(self, x: Tensor) -> Tensor:  # [..., K] -> [..., N], in x's type
-        held = self._buffers
-        return product(self.parts, x, held["bias"], held["row_scale"], self.compute)
+        buffers = self._buffers
+        return product(self.parts, x, buffers["bias"], buffers["row_scale"], self.compute)
 
     def extra_repr(self) -> str:
         bias = self._buffers["bias"] is not None

@@ -23,12 +23,12 @@ from transformers.core_model_loading import WeightRenaming
 from ..checkpoint_gate import foreign, load_config
 from ..progress import track
 from .checkpoint import Checkpoint, CheckpointError, open_checkpoint
-from .conversion import conversion_of, refuse_twice, refuse_unused
+from .conversion import check_all_used, check_no_duplicates, conversion_of
 from .experts import flat_rows
 from .formats import SCHEMES, QuantWeight, quantize
 from .header import check_header, keep_untied
 from .linear import QuantizedWeight, check_compute
-from .model import is_conv1d, put, put_stack, stacks, targets, warn_about_full_precision
+from .model import is_conv1d, put_layer, put_stack, stacks, targets, warn_about_full_precision
 from .tensor_files import reading
 
 Read = Callable[[], Any]
@@ -131,7 +131,7 @@ class _Loader:
         if self.checkpoint.method in ("fastdistill", "gguf"):
             named = self.checkpoint.weights  # stored by the names of the model itself
             unknown = [name for name in named if name not in self.empty]
-            refuse_unused(self.checkpoint.path, self.model, unknown, None)
+            check_all_used(self.checkpoint.path, self.model, unknown, None)
             return [partial(self._read, name, read) for name, read in named.items()]
         return [partial(self._merged, name, merge) for name, merge in self._conversions().items()]
 
@@ -141,8 +141,8 @@ class _Loader:
     def _conversions(self) -> dict[str, Any]:
         """Return model name -> how transformers makes it from the stored tensors."""
         conversion = conversion_of(self.model, self.checkpoint.weights, self.empty)
-        refuse_unused(self.checkpoint.path, self.model, conversion.unused, self.checkpoint.files)
-        refuse_twice(self.checkpoint.path, conversion)
+        check_all_used(self.checkpoint.path, self.model, conversion.unused, self.checkpoint.files)
+        check_no_duplicates(self.checkpoint.path, conversion)
         plan: dict[str, Any] = {}
         for name, sources in conversion.sources.items():
             for stored, pattern in sources:
@@ -221,7 +221,7 @@ class _Loader:
                 f"{type(module).__name__}, got a quantised weight"
             )
         bias = module._parameters.get("bias")
-        put(self.model, layer, weight, bias, self.compute)
+        put_layer(self.model, layer, weight, bias, self.compute)
 
     def _rows_shape(self, module: nn.Module, empty: Tensor) -> tuple[int, ...]:
         if empty.dim() == 3:

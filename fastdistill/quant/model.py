@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .experts import ExpertStack, expert_parameters, flat_rows, put_experts
 from .formats import SCHEMES, QuantWeight, quantize
 from .linear import check_compute, linear_of
-from .ops import why_not
+from .ops import unsupported_reason
 
 # They choose experts: a few rows, and a rounding there changes which expert a token sees.
 _ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
@@ -60,13 +60,15 @@ def dense_rows(module: nn.Module) -> Tensor:  # [N, K]
     return weight.t().contiguous() if is_conv1d(module) else weight
 
 
-def put(
+def put_layer(
     model: nn.Module, name: str, weight: QuantWeight, bias: Tensor | None, compute: str
 ) -> None:
     """Put a quantised layer in the place of the one called `name`."""
-    why = why_not(compute, weight.qdata.device, *weight.shape, weight.block)
-    if why is not None:
-        raise ValueError(f"compute: {compute!r} cannot run on {name}: {why}, or name it in skip=")
+    reason = unsupported_reason(compute, weight.qdata.device, *weight.shape, weight.block)
+    if reason is not None:
+        raise ValueError(
+            f"compute: {compute!r} cannot run on {name}: {reason}, or name it in skip="
+        )
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, linear_of(weight, bias, compute))
 
@@ -115,7 +117,7 @@ def quantize_model(
     done = 0
     for name, module in list(targets(model, skip)):
         weight = _named(name, dense_rows(module), scheme)
-        put(model, name, weight, module.bias, compute)  # type: ignore[arg-type]
+        put_layer(model, name, weight, module.bias, compute)  # type: ignore[arg-type]
         done += 1
     for name, module, parameter in list(stacks(model, skip)):
         stacked: Tensor = getattr(module, parameter)

@@ -72,12 +72,12 @@ class _Scratch(threading.local):
         if device.type == "cuda":
             key = (device, torch.cuda.current_stream(device).cuda_stream)
         size = math.prod(shape) * dtype.itemsize
-        found = self.of.get(key)
-        if found is None or found.numel() < size:
+        buffer = self.of.get(key)
+        if buffer is None or buffer.numel() < size:
             self.of.pop(key, None)
-            found = None  # the old one goes before the new one comes
-            found = self.of[key] = torch.empty(size, dtype=torch.uint8, device=device)
-        return found[:size].view(dtype).view(shape)
+            buffer = None  # the old one goes before the new one comes
+            buffer = self.of[key] = torch.empty(size, dtype=torch.uint8, device=device)
+        return buffer[:size].view(dtype).view(shape)
 
 
 scratch = _Scratch()
@@ -91,7 +91,9 @@ def groups(K: int, block: int, most: int = GROUP) -> tuple[int, int] | None:
     return (weight_group, group) if group >= _LEAST_GROUP else None
 
 
-def why_not(compute: str, device: torch.device, rows: int, K: int, block: int) -> str | None:
+def unsupported_reason(
+    compute: str, device: torch.device, rows: int, K: int, block: int
+) -> str | None:
     """What keeps a [rows, K] weight from this compute on this device, None if nothing does."""
     if compute in ("auto", "exact"):
         return None
@@ -112,9 +114,9 @@ def _resolved(compute: str, device: torch.device, rows: int, K: int, block: int)
     if compute == "auto":
         fast = device.type == "cpu" and fast_int8_on_cpu() and groups(K, block) is not None
         return "int8" if fast else "exact"
-    why = why_not(compute, device, rows, K, block)
-    if why is not None:
-        raise ValueError(f"compute: {compute!r} cannot run on this layer: {why}")
+    reason = unsupported_reason(compute, device, rows, K, block)
+    if reason is not None:
+        raise ValueError(f"compute: {compute!r} cannot run on this layer: {reason}")
     return compute
 
 

@@ -41,62 +41,62 @@ _PARTS = ("qdata", "scale", "lut", "offset", "perm", *_NESTED)
 
 def tensors_of(name: str, weight: QuantWeight) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors to store, what the metadata says of weight `name`); `weights` is the inverse."""
-    says: dict[str, Any] = {"shape": list(weight.shape), "block": weight.block}
+    entry: dict[str, Any] = {"shape": list(weight.shape), "block": weight.block}
     if isinstance(weight, Int8Weight):
         tensors = {"qdata": weight.qdata, "scale": weight.scale}
-        says["format"] = "int8"
+        entry["format"] = "int8"
     else:
         tensors = {"qdata": weight.qdata, "lut": weight.lut}
-        says["format"] = "lut4"
+        entry["format"] = "lut4"
         if isinstance(weight.scale, Nested):
-            *values, says["nested_block"] = weight.scale
+            *values, entry["nested_block"] = weight.scale
             tensors |= dict(zip(_NESTED, values, strict=True))
         else:
             tensors["scale"] = weight.scale
         optional = {"offset": weight.offset, "perm": weight.perm}
-        given = {part: tensor for part, tensor in optional.items() if tensor is not None}
-        tensors |= given
-        says["optional"] = list(given)
+        present = {part: tensor for part, tensor in optional.items() if tensor is not None}
+        tensors |= present
+        entry["optional"] = list(present)
     for table in tensors.keys() & {"lut", "scale.code"}:
         # Layers share their tables, and safetensors refuses tensors that share memory.
         tensors[table] = tensors[table].clone()
-    return {f"{name}.{part}": t.detach().contiguous() for part, t in tensors.items()}, says
+    return {f"{name}.{part}": t.detach().contiguous() for part, t in tensors.items()}, entry
 
 
-def metadata(says: dict[str, dict[str, Any]]) -> dict[str, str]:
+def metadata(entries: dict[str, dict[str, Any]]) -> dict[str, str]:
     """The safetensors metadata of a file with these weights: {name: what tensors_of said}."""
-    return {"format": "pt", KEY: json.dumps({"version": VERSION, "weights": says})}
+    return {"format": "pt", KEY: json.dumps({"version": VERSION, "weights": entries})}
 
 
-def stored_here(files: TensorFiles) -> bool:
+def is_own_format(files: TensorFiles) -> bool:
     return any(KEY in values for values in files.metadata().values())
 
 
 def weights(files: TensorFiles, config: dict[str, Any]) -> dict[str, Thunk]:
     check_version(files, config)
-    found: dict[str, Thunk] = {}
+    thunks: dict[str, Thunk] = {}
     for file, values in files.metadata().items():
         if KEY not in values:
             continue
         with reading(file, f"metadata of {KEY}"):
             header = parse_json(values[KEY], KEY, dict)
-            _refuse_newer(header)
-            for name, says in header["weights"].items():
-                parts = _parts_of(says)
+            _check_not_newer(header)
+            for name, entry in header["weights"].items():
+                parts = _parts_of(entry)
                 for part in parts:
                     files.file_of(f"{name}.{part}")
-                found[name] = functools.partial(_read, files, name, says, parts)
-    return with_plain(files, found, [f"{name}.{part}" for name in found for part in _PARTS])
+                thunks[name] = functools.partial(_read, files, name, entry, parts)
+    return with_plain(files, thunks, [f"{name}.{part}" for name in thunks for part in _PARTS])
 
 
 def check_version(files: TensorFiles, config: dict[str, Any]) -> None:
     settings = config.get("quantization_config")
     if settings is not None:
         with reading(files.config_file, "quantization_config"):
-            _refuse_newer(settings)
+            _check_not_newer(settings)
 
 
-def _refuse_newer(values: dict[str, Any]) -> None:
+def _check_not_newer(values: dict[str, Any]) -> None:
     version = integer(values, "version")
     if not 1 <= version <= VERSION:
         raise ValueError(
@@ -105,32 +105,32 @@ def _refuse_newer(values: dict[str, Any]) -> None:
         )
 
 
-def _parts_of(says: dict[str, Any]) -> list[str]:
+def _parts_of(entry: dict[str, Any]) -> list[str]:
     """What must be stored for this weight. Inside `reading`."""
-    if says["format"] == "int8":
+    if entry["format"] == "int8":
         return ["qdata", "scale"]
-    if says["format"] != "lut4":
-        raise ValueError(f"format: expected 'lut4' or 'int8', got {says['format']!r}")
-    optional = says["optional"]
+    if entry["format"] != "lut4":
+        raise ValueError(f"format: expected 'lut4' or 'int8', got {entry['format']!r}")
+    optional = entry["optional"]
     if not isinstance(optional, list) or not set(optional) <= {"offset", "perm"}:
         raise ValueError(f"optional: expected some of 'offset' and 'perm', got {optional!r}")
-    return ["qdata", "lut", *(_NESTED if "nested_block" in says else ["scale"]), *optional]
+    return ["qdata", "lut", *(_NESTED if "nested_block" in entry else ["scale"]), *optional]
 
 
-def _read(files: TensorFiles, name: str, says: dict[str, Any], parts: list[str]) -> QuantWeight:
+def _read(files: TensorFiles, name: str, entry: dict[str, Any], parts: list[str]) -> QuantWeight:
     stored = {part: files.read(f"{name}.{part}") for part in parts}
     with reading(files.file_of(f"{name}.qdata"), name):
-        shape, block = shape_of(says), block_of(says, "block")
-        if says["format"] == "int8":
+        shape, block = shape_of(entry), block_of(entry, "block")
+        if entry["format"] == "int8":
             if tuple(stored["qdata"].shape) != shape:
                 raise ValueError(
                     f"qdata: expected {list(shape)}, got {list(stored['qdata'].shape)}"
                 )
             return Int8Weight(shape=shape, block=block, **stored)
         scale: Tensor | Nested
-        if "nested_block" in says:
+        if "nested_block" in entry:
             codes, code, scales, offset = (stored[part] for part in _NESTED)
-            scale = Nested(codes, code, scales, offset, block_of(says, "nested_block"))
+            scale = Nested(codes, code, scales, offset, block_of(entry, "nested_block"))
         else:
             scale = stored["scale"]
         optional = {part: stored.get(part) for part in ("offset", "perm")}

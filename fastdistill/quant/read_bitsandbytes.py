@@ -48,13 +48,13 @@ TYPES = ("nf4", "fp4")
 _PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
 
 
-def stored_here(names: list[str]) -> bool:
+def is_bitsandbytes(names: list[str]) -> bool:
     """Whether these tensor names are a bitsandbytes checkpoint's."""
     return any(STATE in name or name.endswith(".SCB") for name in names)
 
 
 def weights(files: TensorFiles, config: dict[str, Any]) -> dict[str, Thunk]:
-    found: dict[str, Thunk] = {}
+    thunks: dict[str, Thunk] = {}
     parts: set[str] = set()
     for name in files.names():
         if STATE in name:
@@ -64,13 +64,13 @@ def weights(files: TensorFiles, config: dict[str, Any]) -> dict[str, Thunk]:
                     f"{files.file_of(name)}: tensor {weight!r}: expected one of the 4-bit types "
                     f"{TYPES}, got {kind!r}"
                 )
-            found[weight] = functools.partial(_four_bits, files, weight, name, kind)
+            thunks[weight] = functools.partial(_four_bits, files, weight, name, kind)
             parts |= {name, *(weight + part for part in _PARTS)}
         elif name.endswith(".SCB"):
             weight = name.removesuffix("SCB") + "weight"
-            found[weight] = functools.partial(_eight_bits, files, weight, name)
+            thunks[weight] = functools.partial(_eight_bits, files, weight, name)
             parts |= {name, weight + "_format"}
-    return with_plain(files, found, parts)
+    return with_plain(files, thunks, parts)
 
 
 def _four_bits(files: TensorFiles, weight: str, state_name: str, kind: str) -> Lut4Weight:

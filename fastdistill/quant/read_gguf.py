@@ -91,15 +91,15 @@ def read_gguf(file: Path) -> tuple[dict[str, Any], dict[str, Thunk]]:
 
 def _parameter(file: Path, name: str, family: str) -> str:
     """transformers' name."""
-    found = re.fullmatch(r"blk\.(\d+)\.(.+)", name)
-    names, part = (_LAYER[family], found[2]) if found else (_MODEL, name)
+    match = re.fullmatch(r"blk\.(\d+)\.(.+)", name)
+    names, part = (_LAYER[family], match[2]) if match else (_MODEL, name)
     if part not in names:
         raise CheckpointError(
             f"{file}: tensor {name!r}: expected a tensor of a {family} model as transformers has "
             "it, got an unknown one (of a mixture of experts, of rescaled rotary frequencies, a "
             "bias). Use the model's safetensors checkpoint"
         )
-    return f"model.layers.{found[1]}.{names[part]}" if found else names[part]
+    return f"model.layers.{match[1]}.{names[part]}" if match else names[part]
 
 
 def _interleaved_heads(name: str, config: dict[str, Any]) -> int | None:

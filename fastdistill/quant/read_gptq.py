@@ -69,8 +69,8 @@ def by_layer(files: TensorFiles, read: Any) -> dict[str, Thunk]:
     for layer in layers:
         for part in PARTS[:3]:
             files.file_of(f"{layer}.{part}")
-    found: dict[str, Thunk] = {f"{x}.weight": functools.partial(read, x) for x in layers}
-    return with_plain(files, found, [f"{layer}.{part}" for layer in layers for part in PARTS])
+    thunks: dict[str, Thunk] = {f"{x}.weight": functools.partial(read, x) for x in layers}
+    return with_plain(files, thunks, [f"{layer}.{part}" for layer in layers for part in PARTS])
 
 
 def _read(files: TensorFiles, layer: str, *, group: int, stored_less: int) -> Lut4Weight:

@@ -117,7 +117,7 @@ def block_of(values: dict[str, Any], key: str) -> int:
     return block
 
 
-def refuse_pickle(file: Path) -> None:
+def check_not_pickle(file: Path) -> None:
     """Raise if `file`, which is there, is a pickle by its name or by its first bytes."""
     with reading(file), file.open("rb") as stream:
         head = stream.read(9)
@@ -159,7 +159,7 @@ class TensorFiles:
         else:
             for file in sorted(self.path.glob("*")):
                 if file.suffix.lower() in PICKLE_SUFFIXES:
-                    refuse_pickle(file)
+                    check_not_pickle(file)
             raise CheckpointError(
                 f"{self.path}: expected {_SINGLE} or {_INDEX} in this folder, got neither"
             )
@@ -208,11 +208,11 @@ class TensorFiles:
 
     def metadata(self) -> dict[Path, dict[str, str]]:
         """What each file's header says beside its tensors."""
-        found = {}
-        for file, opened in self._open.items():
+        headers = {}
+        for file, handle in self._open.items():
             with reading(file):
-                found[file] = dict(opened.metadata() or {})
-        return found
+                headers[file] = dict(handle.metadata() or {})
+        return headers
 
     def _read_index(self, index: Path) -> None:
         shards = read_json(index).get("weight_map")
@@ -221,7 +221,7 @@ class TensorFiles:
                 f"{index}: expected a 'weight_map' of tensor names to files, got "
                 f"{type(shards).__name__}"
             )
-        here: dict[str, set[str]] = {}
+        names_of: dict[str, set[str]] = {}
         for name, shard in shards.items():
             # A name with a folder in it could point anywhere on this machine.
             if not isinstance(shard, str) or Path(shard).name != shard or "\0" in shard:
@@ -230,28 +230,28 @@ class TensorFiles:
                     f"got {shard!r}"
                 )
             file = index.parent / shard
-            if shard not in here:
+            if shard not in names_of:
                 with reading(index, name):  # a name may be too long to look for
-                    there = file.is_file()
-                if not there:
+                    exists = file.is_file()
+                if not exists:
                     raise CheckpointError(
                         f"{file}: expected this shard, because {index.name} names it for tensor "
                         f"{name!r}, got no such file. Download it"
                     )
                 check_inside(index.parent, file)
-                here[shard] = self._header(file)
-            if name not in here[shard]:
+                names_of[shard] = self._header(file)
+            if name not in names_of[shard]:
                 raise CheckpointError(
                     f"{file}: tensor {name!r}: expected in this file, because {index.name} says "
                     "so, got a file without it. Index and shards are of different versions: "
                     "download both again"
                 )
             self._file_of[name] = file
-        self._check_whole_index(index, here)
+        self._check_whole_index(index, names_of)
 
-    def _check_whole_index(self, index: Path, here: dict[str, set[str]]) -> None:
+    def _check_whole_index(self, index: Path, names_of: dict[str, set[str]]) -> None:
         """Raise for a tensor of a shard that the index has elsewhere or nowhere: it is not used."""
-        for shard, names in here.items():
+        for shard, names in names_of.items():
             for name in sorted(names):
                 if name not in self._file_of:
                     why = f"an index without {printable(name)!r}"
@@ -269,10 +269,10 @@ class TensorFiles:
         self._file_of |= dict.fromkeys(sorted(self._header(file)), file)
 
     def _header(self, file: Path) -> set[str]:
-        refuse_pickle(file)
+        check_not_pickle(file)
         with reading(file, advice="Not a whole .safetensors file: download it again"):
-            opened = self._open[file] = safe_open(file, framework="pt", device="cpu")
-            return set(opened.keys())
+            handle = self._open[file] = safe_open(file, framework="pt", device="cpu")
+            return set(handle.keys())
 
 
 def with_plain(

@@ -24,18 +24,18 @@ from ..runtime.json_text import JSONError, parse_json
 from ..runtime.printable import printable
 from ..teacher import Teacher
 from .completion import completion_json
-from .described import TEACHER, Described
+from .described import TEACHER, ServerInfo
 from .guard import Guard
 from .requests import Limits, Question, Refused, completion_question, packed_question
 from .wire import pack
-from .worker import Answered, Full, NotNumbers, Worker
+from .worker import Full, NotNumbers, RowAnswer, Worker
 
 logger = logging.getLogger(__name__)
 
-_BYTES_PER_TOKEN, _BYTES_BESIDE = 16, 1 << 16  # of a request's body
-_LOOKED = 1.0  # seconds between looks whether the client is still there
+_BYTES_PER_TOKEN, _BYTES_OVERHEAD = 16, 1 << 16  # of a request's body
+_POLL_SECONDS = 1.0  # seconds between looks whether the client is still there
 _PIECE_SECONDS, _BODY_SECONDS = 10.0, 60.0  # for the next piece of a body, and for all of it
-_WRITTEN = 2  # JSON answers that are written at a time: each takes some hundred MB
+_MAX_WRITERS = 2  # JSON answers that are written at a time: each takes some hundred MB
 
 
 class Application:
@@ -44,25 +44,25 @@ class Application:
     def __init__(
         self,
         teacher: Teacher,
-        described: Described,
+        server_info: ServerInfo,
         *,
         name: str,
         token: str | None,
         max_row: int | None,
     ) -> None:
-        self.described, self.name = described, name
+        self.server_info, self.name = server_info, name
         self._limits = Limits(
             name=name,
-            vocab=min(described.vocab_size, teacher.reader.vocab),
-            max_k=described.max_k,
-            max_tokens=described.max_tokens,
+            vocab=min(server_info.vocab_size, teacher.reader.vocab),
+            max_k=server_info.max_k,
+            max_tokens=server_info.max_tokens,
             max_row=max_row,
         )
         self._token = None if token is None else f"Bearer {token}".encode()
         self._tokenizer = teacher.tokenizer
         self._created = int(time.time())
-        self._worker = Worker(teacher, 4 * described.max_tokens)
-        self._writing = asyncio.Semaphore(_WRITTEN)
+        self._worker = Worker(teacher, 4 * server_info.max_tokens)
+        self._writing = asyncio.Semaphore(_MAX_WRITERS)
         self.starlette = Starlette(
             routes=[
                 Route("/health", self.health),
@@ -74,7 +74,7 @@ class Application:
             middleware=[Middleware(Guard, only_loopback=token is None)],
             exception_handlers={
                 Refused: _refused,
-                ClientDisconnect: _left,
+                ClientDisconnect: _client_left,
                 HTTPException: _no_route,
                 Exception: _failed,
             },
@@ -98,67 +98,71 @@ class Application:
                 "max_model_len": self._limits.max_row}  # fmt: skip
 
     async def models(self, request: Request) -> Response:
-        self._admit(request)
-        said = {"object": "list", "data": [self._entry()], "fastdistill": self.described.as_json()}
-        return JSONResponse(said)
+        self._check_token(request)
+        listing = {
+            "object": "list",
+            "data": [self._entry()],
+            "fastdistill": self.server_info.as_json(),
+        }
+        return JSONResponse(listing)
 
     async def model(self, request: Request) -> Response:
-        self._admit(request)
-        wanted = request.path_params["model"]
-        if wanted != self.name:
-            shown = printable(wanted, 60)
-            message = f"model: expected {self.name!r}, which is served here, got {shown!r}"
+        self._check_token(request)
+        requested = request.path_params["model"]
+        if requested != self.name:
+            got = printable(requested, 60)
+            message = f"model: expected {self.name!r}, which is served here, got {got!r}"
             raise Refused(404, message, "model")
         return JSONResponse(self._entry())
 
     async def topk(self, request: Request) -> Response:
-        question = packed_question(await self._said(request), self._limits)
+        question = packed_question(await self._json_body(request), self._limits)
         answers = await self._answers(request, question)
         body = await run_in_threadpool(_packed, answers)
-        headers = {TEACHER: self.described.digest}
+        headers = {TEACHER: self.server_info.digest}
         return Response(body, media_type="application/octet-stream", headers=headers)
 
     async def completions(self, request: Request) -> Response:
-        asked = completion_question(await self._said(request), self._limits)
-        answers = await self._answers(request, asked.question)
+        completion = completion_question(await self._json_body(request), self._limits)
+        answers = await self._answers(request, completion.question)
         async with self._writing:
             body = await run_in_threadpool(
-                completion_json, asked, answers, name=self.name, tokenizer=self._tokenizer
+                completion_json, completion, answers, name=self.name, tokenizer=self._tokenizer
             )
         return Response(body, media_type="application/json")
 
-    def _admit(self, request: Request) -> None:
-        given = request.headers.get("authorization", "").encode()
-        if self._token is not None and not hmac.compare_digest(given, self._token):
+    def _check_token(self, request: Request) -> None:
+        header = request.headers.get("authorization", "").encode()
+        if self._token is not None and not hmac.compare_digest(header, self._token):
             raise Refused(401, "token: expected the one this server was started with", "token")
 
-    async def _said(self, request: Request) -> dict[str, Any]:
-        self._admit(request)
+    async def _json_body(self, request: Request) -> dict[str, Any]:
+        self._check_token(request)
         # A web page in a browser can send a form here, but not JSON.
         if request.headers.get("content-type", "").partition(";")[0] != "application/json":
             raise Refused(415, "Content-Type: expected application/json")
-        limit = self.described.max_tokens * _BYTES_PER_TOKEN + _BYTES_BESIDE
+        limit = self.server_info.max_tokens * _BYTES_PER_TOKEN + _BYTES_OVERHEAD
         try:
             body = await _body(request, limit)
         except (TimeoutError, asyncio.TimeoutError):
             message = "body: expected all of it in time, and no more came"
             raise Refused(408, message, close=True) from None
         try:
-            said: dict[str, Any] = await run_in_threadpool(
+            body_json: dict[str, Any] = await run_in_threadpool(
                 parse_json, body, "body", dict, unique=True
             )
         except JSONError as error:
             raise Refused(
                 400, str(error).replace("expected an object", "expected a JSON object")
             ) from None
-        return said
+        return body_json
 
-    async def _answers(self, request: Request, question: Question) -> list[Answered]:
+    async def _answers(self, request: Request, question: Question) -> list[RowAnswer]:
         try:
             waiting = asyncio.wrap_future(self._worker.submit(question))
         except Full:
             raise Refused(503, "the queue is full, ask again", retry_after=2) from None
-        while not (await asyncio.wait({waiting}, timeout=_LOOKED))[0]:
+        while not (await asyncio.wait({waiting}, timeout=_POLL_SECONDS))[0]:
             if await request.is_disconnected():
                 waiting.cancel()
                 raise ClientDisconnect
@@ -171,12 +175,12 @@ class Application:
         if error is not None:
             wrong = isinstance(error, (ValueError, TypeError, IndexError))
             wrong = wrong and not isinstance(error, NotNumbers)
-            said = f"the teacher failed: {type(error).__name__}: {printable(error)}"
-            raise Refused(400 if wrong else 500, said)
+            message = f"the teacher failed: {type(error).__name__}: {printable(error)}"
+            raise Refused(400 if wrong else 500, message)
         return waiting.result()
 
 
-def _packed(answers: list[Answered]) -> bytes:
+def _packed(answers: list[RowAnswer]) -> bytes:
     best = [answer.best for answer in answers]
     ids, logprobs, tails = zip(*(b[:3] for b in best), strict=True)
     return pack(TopK(torch.cat(ids), torch.cat(logprobs), torch.cat(tails)))
@@ -206,7 +210,7 @@ async def _refused(_: Request, error: Any) -> Response:
     return JSONResponse(error.as_json(), error.status, error.headers)
 
 
-async def _left(request: Request, _: Exception) -> Response:
+async def _client_left(request: Request, _: Exception) -> Response:
     logger.info("a client left before its answer to %s", printable(request.url.path))
     return Response(status_code=499)  # nobody reads it
 

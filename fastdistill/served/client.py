@@ -22,13 +22,13 @@ from .connection import LARGEST, Connection, Refusal, Reply
 from .described import TEACHER
 from .listing import Listing, limit_of_vllm
 from .probing import LOGITS, are_logits, is_tempered
-from .verdict import WrongAnswer, refuse_wrong
+from .verdict import WrongAnswer, check_answer
 from .wire import NoPromptLogprobs, read_choices, unpack
 
 _TOKENS_PACKED, _TOKENS_JSON = 16384, 2048  # in one request
 _ANY_ID = 1 << 31
-_PROBED = 32  # tokens that the question about the temperature is about
-_FIRST = [0, 1] * 4  # a row that every vocabulary has; real models soon expect the repetition
+_PROBE_TOKENS = 32  # tokens that the question about the temperature is about
+_PROBE_ROW = [0, 1] * 4  # a row that every vocabulary has; real models soon expect the repetition
 _ENTRY_JSON, _ENTRY_PACKED = 512, 16  # bytes, more than one log-probability takes in an answer
 
 
@@ -94,20 +94,20 @@ class ServedTeacher:
         self.url, self.concurrency = self._http.url, concurrency
         self.valid_vocab: int | None = None
         self.tokenizer = tokenizer
-        self.listing = Listing.read(self._asked("/v1/models").body, model, self.url)
-        self.name, self.described = self.listing.name, self.listing.described
-        usual = _TOKENS_JSON if self.described is None else _TOKENS_PACKED
+        self.listing = Listing.read(self._request("/v1/models").body, model, self.url)
+        self.name, self.server_info = self.listing.name, self.listing.server_info
+        usual = _TOKENS_JSON if self.server_info is None else _TOKENS_PACKED
         self.tokens_per_request = tokens_per_request or usual
         self._tempered: set[float] = set()
         if tokenizer is not None:
-            self.refuse_tokenizer(tokenizer)
-        if self.described is None:
-            self._look_at_an_answer()
+            self.check_tokenizer(tokenizer)
+        if self.server_info is None:
+            self._check_first_answer()
 
-    def _look_at_an_answer(self) -> None:
+    def _check_first_answer(self) -> None:
         """Raise ValueError where answers of this server cannot be used at all."""
         limit = self.max_row_length
-        row = _FIRST if limit is None else _FIRST[:limit]
+        row = _PROBE_ROW if limit is None else _PROBE_ROW[:limit]
         if not row:
             return
         try:
@@ -115,24 +115,24 @@ class ServedTeacher:
         except Refusal as refusal:
             # Of k or of a length: the questions to come may be others.
             if refusal.status in (404, 405, 501):
-                status = f"got status {refusal.status}: {refusal.said}"
+                status = f"got status {refusal.status}: {refusal.message}"
                 reason = f"expected an answer to /v1/completions, {status}"
                 raise self.listing.without_prompt_logprobs(reason) from None
-            if "prompt_logprobs" in refusal.said and "max allowed" not in refusal.said:
-                status = f"got status {refusal.status}: {refusal.said}"
+            if "prompt_logprobs" in refusal.message and "max allowed" not in refusal.message:
+                status = f"got status {refusal.status}: {refusal.message}"
                 reason = f"expected prompt_logprobs, {status}"
                 raise self.listing.without_prompt_logprobs(reason) from None
 
     @property
     def vocab_size(self) -> int | None:
         """Columns of the teacher's head; None where the server does not say."""
-        return None if self.described is None else self.described.vocab_size
+        return None if self.server_info is None else self.server_info.vocab_size
 
     @property
     def identity(self) -> dict[str, Any]:
         """Which teacher this is, for a cache: what our server says, or the model's name."""
-        if self.described is not None:
-            return self.described.identity
+        if self.server_info is not None:
+            return self.server_info.identity
         root = self.listing.entry.get("root")
         return {"name": self.name, "root": root if isinstance(root, str) else None}
 
@@ -150,7 +150,7 @@ class ServedTeacher:
         """Raise ValueError where the server does not answer with that k or temperature; asks it
         about one short row."""
         limit = self.max_row_length
-        row = _FIRST if limit is None else _FIRST[:limit]
+        row = _PROBE_ROW if limit is None else _PROBE_ROW[:limit]
         if row:
             self.topk(torch.tensor([row]), k=k, temperature=temperature)
 
@@ -158,10 +158,10 @@ class ServedTeacher:
         """Close its connections; the next question opens them again."""
         self._http.close()
 
-    def refuse_tokenizer(self, tokenizer: Any) -> None:
+    def check_tokenizer(self, tokenizer: Any) -> None:
         """Raise ValueError where the server says that ids mean something else to its teacher."""
         ours = tokenizer_fingerprint(tokenizer)
-        theirs = None if self.described is None else self.described.tokenizer_sha256
+        theirs = None if self.server_info is None else self.server_info.tokenizer_sha256
         if theirs is not None and ours != theirs:
             raise ValueError(
                 f"tokenizer: expected that of {self.name} at {self.url}, got one in which tokens "
@@ -204,12 +204,12 @@ class ServedTeacher:
                 self.row_limit.check(length, "input_ids", index)
         parts = self._parts(rows.tokens.tolist(), rows.lengths)
         if temperature != 1.0 and parts:
-            self._refuse_ignored(parts[0].rows[0], temperature)
-        found = self._together(parts, k, temperature)
-        dtype = found[0].logprobs.dtype if found else torch.float32
+            self._check_temperature(parts[0].rows[0], temperature)
+        part_answers = self._answer_all(parts, k, temperature)
+        dtype = part_answers[0].logprobs.dtype if part_answers else torch.float32
         answers = TopK.empty((*rows.shape, k), float(temperature), dtype=dtype)
         where = rows.where.cpu()
-        for part, answer in zip(parts, found, strict=True):
+        for part, answer in zip(parts, part_answers, strict=True):
             answers.put(where[part.first : part.last], answer)
         if self.valid_vocab is not None:
             answers = answers.within(self.valid_vocab)
@@ -217,16 +217,16 @@ class ServedTeacher:
 
     def _check_k(self, k: int) -> None:
         vocab, most = self.vocab_size or _ANY_ID, _ANY_ID
-        if self.described is not None:
-            most = self.described.max_k
+        if self.server_info is not None:
+            most = self.server_info.max_k
         if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= min(vocab, most):
             hint = f"start fastdistill serve with max_k={k}" if most < vocab else ""
             checks.fail("k", f"an integer in 1..{min(vocab, most)} ({self.url})", repr(k), hint)
 
     def _parts(self, tokens: list[int], lengths: list[int]) -> list[_Part]:
         budget = self.tokens_per_request
-        if self.described is not None:
-            budget = min(budget, self.described.max_tokens)
+        if self.server_info is not None:
+            budget = min(budget, self.server_info.max_tokens)
         parts: list[_Part] = []
         for number, (length, last) in enumerate(zip(lengths, accumulate(lengths), strict=True)):
             start = last - length
@@ -240,7 +240,7 @@ class ServedTeacher:
                 parts.append(_Part(start, last, [row], [number]))
         return parts
 
-    def _together(self, parts: Sequence[_Part], k: int, temperature: float) -> list[TopK]:
+    def _answer_all(self, parts: Sequence[_Part], k: int, temperature: float) -> list[TopK]:
         stop = threading.Event()
         if len(parts) < 2 or self.concurrency == 1:
             return [self._answer(part, k, temperature, stop) for part in parts]
@@ -265,60 +265,62 @@ class ServedTeacher:
 
     def _explain(self, refusal: Refusal, part: _Part, k: int) -> None:
         """Raise ValueError in terms of the caller's arguments, where vLLM's words are known."""
-        length = re.search(r"maximum context length is (\d{1,9})\b", refusal.said)
+        length = re.search(r"maximum context length is (\d{1,9})\b", refusal.message)
         if length:
             limit = limit_of_vllm(self.url, int(length[1]))
             for number, row in zip(part.numbers, part.rows, strict=True):
                 limit.check(len(row), "input_ids", number)
-        most = re.search(r"greater than max allowed: (\d{1,9})\b", refusal.said)
+        most = re.search(r"greater than max allowed: (\d{1,9})\b", refusal.message)
         if most:
             checks.fail("k", f"at most {most[1]}, what {self.url} gives", k,
                         f"start vLLM with --max-logprobs {k}")  # fmt: skip
 
     def _read_answer(self, part: _Part, k: int, temperature: float, stop: threading.Event) -> TopK:
-        said: dict[str, Any] = {"model": self.name, "temperature": float(temperature)}
+        payload: dict[str, Any] = {"model": self.name, "temperature": float(temperature)}
         entries = (part.last - part.first + len(part.rows)) * (k + 1)
-        if self.described is not None:
-            said |= {"prompt": part.rows, "k": k}
-            reply = self._asked("/v1/topk", said, stop, limit=LARGEST + entries * _ENTRY_PACKED)
-            self._refuse_another_teacher(reply)
+        if self.server_info is not None:
+            payload |= {"prompt": part.rows, "k": k}
+            reply = self._request(
+                "/v1/topk", payload, stop, limit=LARGEST + entries * _ENTRY_PACKED
+            )
+            self._check_same_teacher(reply)
             answer = unpack(reply.body, float(temperature), self.url)
         else:
             # What follows the last token decides nothing before it: any token does.
             prompts = [[*row, row[-1]] for row in part.rows]
-            said |= {"prompt": prompts, "max_tokens": 1, "prompt_logprobs": k}
+            payload |= {"prompt": prompts, "max_tokens": 1, "prompt_logprobs": k}
             limit = LARGEST + entries * _ENTRY_JSON
-            reply = self._asked("/v1/completions", said, stop, limit=limit)
+            reply = self._request("/v1/completions", payload, stop, limit=limit)
             try:
                 answer = read_choices(reply.body, prompts, k, float(temperature), self.url)
             except NoPromptLogprobs as error:
                 raise self.listing.without_prompt_logprobs(str(error)) from None
         try:
-            refuse_wrong(answer, k=k, vocab=self.vocab_size, lengths=part.lengths, url=self.url)
+            check_answer(answer, k=k, vocab=self.vocab_size, lengths=part.lengths, url=self.url)
         except WrongAnswer as error:
-            hint = f". {LOGITS}" if self.described is None and are_logits(answer) else ""
+            hint = f". {LOGITS}" if self.server_info is None and are_logits(answer) else ""
             raise WrongAnswer(f"{error}{hint}") from None
-        if self.described is None and are_logits(answer):
+        if self.server_info is None and are_logits(answer):
             raise WrongAnswer(
                 f"{self.url}: expected log-probabilities of all tokens that sum to 1, got numbers "
                 f"too small for that ({answer.logprobs.max():g} at most). {LOGITS}"
             )
         return answer
 
-    def _refuse_another_teacher(self, reply: Reply) -> None:
-        assert self.described is not None
-        if reply.headers.get(TEACHER) != self.described.digest:
+    def _check_same_teacher(self, reply: Reply) -> None:
+        assert self.server_info is not None
+        if reply.headers.get(TEACHER) != self.server_info.digest:
             raise WrongAnswer(
                 f"{self.url}: expected the teacher that answered at first "
-                f"({printable(self.described.identity.get('name'))}), got answers of another one. "
-                "Was the server started again with another model? Open a new ServedTeacher"
+                f"({printable(self.server_info.identity.get('name'))}), got answers of another "
+                "one. Was the server started again with another model? Open a new ServedTeacher"
             )
 
-    def _refuse_ignored(self, row: list[int], temperature: float) -> None:
-        honours = self.described is not None and self.described.honours_temperature
+    def _check_temperature(self, row: list[int], temperature: float) -> None:
+        honours = self.server_info is not None and self.server_info.honours_temperature
         if honours or temperature in self._tempered:
             return
-        part = _Part(0, len(row[:_PROBED]), [row[:_PROBED]], [0])
+        part = _Part(0, len(row[:_PROBE_TOKENS]), [row[:_PROBE_TOKENS]], [0])
         plain, tempered = (self._answer(part, 2, T, threading.Event()) for T in (1.0, temperature))
         if not is_tempered(plain, tempered, temperature):
             raise ValueError(
@@ -329,7 +331,7 @@ class ServedTeacher:
             )
         self._tempered.add(temperature)
 
-    def _asked(
+    def _request(
         self,
         path: str,
         body: dict[str, Any] | None = None,
@@ -342,6 +344,6 @@ class ServedTeacher:
             if refusal.status in (401, 403):
                 raise ValueError(
                     f"token: expected the one that {self.url} was started with, and it refuses "
-                    f"what came ({refusal.said}). Pass token=, or set FASTDISTILL_TOKEN"
+                    f"what came ({refusal.message}). Pass token=, or set FASTDISTILL_TOKEN"
                 ) from None
             raise

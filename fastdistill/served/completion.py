@@ -10,7 +10,7 @@ from typing import Any
 
 from .requests import Completion
 from .wire import entries
-from .worker import Answered
+from .worker import RowAnswer
 
 _Entries = list[dict[str, Any] | None]
 
@@ -32,59 +32,63 @@ class Words:
 
 
 def completion_json(
-    asked: Completion, answers: list[Answered], *, name: str, tokenizer: Any
+    completion: Completion, answers: list[RowAnswer], *, name: str, tokenizer: Any
 ) -> bytes:
     """Return the answer to a completion's question, one choice for each of its rows."""
     words = Words(tokenizer)
     choices = [
-        _choice(asked, index, row, answer, words)
-        for index, (row, answer) in enumerate(zip(asked.question.rows, answers, strict=True))
+        _choice(completion, index, row, answer, words)
+        for index, (row, answer) in enumerate(zip(completion.question.rows, answers, strict=True))
     ]
-    made = asked.max_tokens * len(choices)
-    usage = {"prompt_tokens": asked.question.tokens, "completion_tokens": made,
-             "total_tokens": asked.question.tokens + made}  # fmt: skip
-    said = {"id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion",
+    generated = completion.max_tokens * len(choices)
+    usage = {"prompt_tokens": completion.question.tokens, "completion_tokens": generated,
+             "total_tokens": completion.question.tokens + generated}  # fmt: skip
+    body = {"id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion",
             "created": int(time.time()), "model": name, "choices": choices,
             "usage": usage}  # fmt: skip
-    return json.dumps(said, allow_nan=False).encode()
+    return json.dumps(body, allow_nan=False).encode()
 
 
 def _choice(
-    asked: Completion, index: int, row: list[int], answer: Answered, words: Words
+    completion: Completion, index: int, row: list[int], answer: RowAnswer, words: Words
 ) -> dict[str, Any]:
     best, logprobs, ranks = answer
-    made = [int(best.ids[-1, best.logprobs[-1].argmax()])] * asked.max_tokens
+    generated = [int(best.ids[-1, best.logprobs[-1].argmax()])] * completion.max_tokens
 
-    def listed(count: int) -> _Entries:
-        return entries(best, row, logprobs, ranks, words, count)
+    def listed(count: int | None) -> _Entries | None:
+        return None if count is None else entries(best, row, logprobs, ranks, words, count)
 
+    prompt = listed(completion.logprobs) if completion.echo else []
     return {
         "index": index,
-        "text": words.text([*row, *made] if asked.echo else made),
-        "logprobs": None if asked.logprobs is None else _logprobs(
-            asked, row, made, answer, words, listed(asked.logprobs) if asked.echo else []),
+        "text": words.text([*row, *generated] if completion.echo else generated),
+        "logprobs": None
+        if completion.logprobs is None
+        else _logprobs(completion, row, generated, answer, words, prompt or []),
         "finish_reason": "length",
         "stop_reason": None,
-        "prompt_logprobs": None if asked.prompt_logprobs is None else listed(asked.prompt_logprobs),
-    }  # fmt: skip
+        "prompt_logprobs": listed(completion.prompt_logprobs),
+    }
 
 
 def _logprobs(
-    asked: Completion,
+    completion: Completion,
     row: list[int],
-    made: list[int],
-    answer: Answered,
+    generated: list[int],
+    answer: RowAnswer,
     words: Words,
     prompt: _Entries,
 ) -> dict[str, Any]:
     """OpenAI's form: parallel lists over the prompt, where it is echoed, and the new token."""
-    tokens = [*row, *made] if asked.echo else made
+    tokens = [*row, *generated] if completion.echo else generated
     listed = list(prompt)
-    if made:
+    if generated:
         # The new token is one more of the row: what is said of it stands at the last position.
         last = answer.best
         ended = type(last)(last.ids[-1:], last.logprobs[-1:], None, last.temperature)
-        listed += entries(ended, [row[-1], *made], [0.0], [0], words, asked.logprobs or 0)[1:]
+        listed += entries(
+            ended, [row[-1], *generated], [0.0], [0], words, completion.logprobs or 0
+        )[1:]
     texts = [words(token) for token in tokens]
     names = [f"token_id:{t}" if x is None else x for t, x in zip(tokens, texts, strict=True)]
     offsets, at = [], 0
@@ -104,9 +108,9 @@ def _logprobs(
 
 def _by_text(entry: dict[str, Any]) -> dict[str, float]:
     """Log-probabilities by text; of tokens with the same text the likeliest counts."""
-    found: dict[str, float] = {}
-    for token, said in entry.items():
-        text = said["decoded_token"]
+    by_text: dict[str, float] = {}
+    for token, info in entry.items():
+        text = info["decoded_token"]
         name = f"token_id:{token}" if text is None else text
-        found[name] = max(said["logprob"], found.get(name, said["logprob"]))
-    return found
+        by_text[name] = max(info["logprob"], by_text.get(name, info["logprob"]))
+    return by_text

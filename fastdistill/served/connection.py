@@ -30,11 +30,11 @@ logger = logging.getLogger(__name__)
 
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds
 FIRST_CONTACT = 3.0  # seconds of trying to reach a server that never answered
-_LONGEST_ASKED = 600.0  # seconds that all Retry-After of one request may add
-_SILENT = 3.0  # seconds of retrying before it is said
+_MAX_RETRY_AFTER = 600.0  # seconds that all Retry-After of one request may add
+_WARN_AFTER = 3.0  # seconds of retrying before it is said
 _CHUNK = 1 << 20
 LARGEST = 1 << 24  # bytes of an answer, unless the question allows more
-_own_chance = random.Random()  # a run's random stream must not move
+_rng = random.Random()  # a run's random stream must not move
 
 
 class NoAnswer(ConnectionError):
@@ -44,9 +44,9 @@ class NoAnswer(ConnectionError):
 class Refusal(ValueError):
     """The server's own word against a request: its status, and its message in `said`."""
 
-    def __init__(self, url: str, status: int, said: str) -> None:
-        super().__init__(f"{url}: the server refused the request with status {status}: {said}")
-        self.status, self.said = status, said
+    def __init__(self, url: str, status: int, message: str) -> None:
+        super().__init__(f"{url}: the server refused the request with status {status}: {message}")
+        self.status, self.message = status, message
 
 
 class Reply(NamedTuple):
@@ -66,7 +66,7 @@ class Connection:
     """
 
     def __init__(self, url: str, *, token: str | None, timeout: float, retries: int) -> None:
-        parts, port = _parts_of(url)
+        parts, port = _split_url(url)
         check_token(token)
         checks.positive("timeout", timeout)
         if isinstance(retries, bool) or not isinstance(retries, int) or retries < 0:
@@ -84,7 +84,7 @@ class Connection:
         self._idle: list[http.client.HTTPConnection] = []
         self._busy: set[http.client.HTTPConnection] = set()
         self._lock = threading.Lock()
-        self._told = False  # that the server does not answer
+        self._warned = False  # that the server does not answer
         weakref.finalize(self, _close, self._idle)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -139,26 +139,26 @@ class Connection:
                     f"{self.url}: expected at most {limit:,} bytes in answer to {path}, got more"
                 ) from None
             except (OSError, http.client.HTTPException) as error:
-                failure = _in_words(error, self.timeout)
+                failure = _describe(error, self.timeout)
                 unknown = isinstance(error, Unreachable) and not self._reached
                 give_up |= unknown and time.monotonic() - began > FIRST_CONTACT
             else:
                 self._reached = True
                 if reply.status == 200:
-                    self._told = False
+                    self._warned = False
                     return reply
-                said = message_of(reply.body)
+                message = message_of(reply.body)
                 if reply.status != 429 and reply.status < 500:
-                    raise Refusal(self.url, reply.status, said)
-                failure = f"status {reply.status}: {said}"
+                    raise Refusal(self.url, reply.status, message)
+                failure = f"status {reply.status}: {message}"
                 requested = _retry_after(reply.headers.get("Retry-After")) or 0.0
-            wait = _usual_wait(attempt) * _own_chance.uniform(0.75, 1.25)
+            wait = _usual_wait(attempt) * _rng.uniform(0.75, 1.25)
             wait = min(max(wait, requested), patience)
             patience -= wait
             if give_up or not wait:
                 break
-            if time.monotonic() + wait - began > _SILENT and not self._told:
-                self._told = True
+            if time.monotonic() + wait - began > _WARN_AFTER and not self._warned:
+                self._warned = True
                 logger.warning(
                     "%s does not answer (%s); asking again, up to %d times more",
                     self.url, failure, self.retries - attempt,
@@ -177,7 +177,7 @@ class Connection:
     def _patience(self) -> float:
         """Return the seconds that all waits of one request may take together."""
         usual = sum(map(_usual_wait, range(self.retries))) * 1.25
-        return usual + min(_LONGEST_ASKED, self.timeout * (self.retries + 1))
+        return usual + min(_MAX_RETRY_AFTER, self.timeout * (self.retries + 1))
 
     def _once(self, path: str, payload: bytes | None, stop: threading.Event, limit: int) -> Reply:
         with self._lock:
@@ -203,7 +203,7 @@ class Connection:
         deadline = Deadline(self.timeout)
         with self._lock:
             self._busy.add(connection)
-        whole = False
+        reusable = False
         try:
             method = "GET" if payload is None else "POST"
             sock: Any = connection.sock
@@ -214,34 +214,34 @@ class Connection:
             connection.request(method, self._prefix + path, payload, headers)
             response = connection.getresponse()
             body = _read(response)
-            whole = not response.will_close
+            reusable = not response.will_close
             return Reply(response.status, response.headers, body)
         finally:
             with self._lock:
                 self._busy.discard(connection)
-                if whole:
+                if reusable:
                     self._idle.append(connection)
-            if not whole:
+            if not reusable:
                 connection.close()
 
 
-def _parts_of(url: Any) -> tuple[SplitResult, int | None]:
+def _split_url(url: Any) -> tuple[SplitResult, int | None]:
     """Return the parts of a server's URL and its port; raises ValueError for any other text."""
-    expected, shown = "http://host:port or https://host:port", printable(repr(url), 120)
+    expected, got = "http://host:port or https://host:port", printable(repr(url), 120)
     try:
         url = url if isinstance(url, str) else ""
         parts = urlsplit(url)
         port = parts.port
         host = (parts.hostname or "").encode("idna")
     except ValueError as error:  # of the port, of brackets, or of a name that no resolver takes
-        checks.fail("url", expected, shown, printable(error))
+        checks.fail("url", expected, got, printable(error))
     if parts.username or parts.password:
         checks.fail("url", "no name or password in it", "one", "pass token=")
     # http.client sends the path as it is written.
     sendable = url == url.strip() and all("!" <= letter <= "~" for letter in parts.path)
     named = parts.scheme in ("http", "https") and host and not host.count(b" ")
     if not named or not sendable or port == 0 or parts.query or parts.fragment:
-        checks.fail("url", expected, shown)
+        checks.fail("url", expected, got)
     return parts, port
 
 
@@ -265,7 +265,7 @@ def _close(connections: list[http.client.HTTPConnection]) -> None:
         connections.pop().close()
 
 
-def _in_words(error: Exception, timeout: float) -> str:
+def _describe(error: Exception, timeout: float) -> str:
     if isinstance(error, Unreachable):
         cause = error.__cause__
         return f"{type(cause).__name__}: {printable(cause)}"

@@ -16,7 +16,7 @@ TEACHER = "x-fastdistill-teacher"  # a header of every packed answer: whose it i
 
 
 @dataclass(frozen=True, kw_only=True)
-class Described:
+class ServerInfo:
     """`identity` is that of the teacher (identity.py); the longest request has max_tokens."""
 
     protocol: int = PROTOCOL
@@ -37,30 +37,30 @@ class Described:
         return asdict(self)
 
     @classmethod
-    def read(cls, said: Any, url: str) -> Described:
+    def read(cls, entries: Any, url: str) -> ServerInfo:
         """Raises WrongAnswer for another protocol, or what cannot be."""
-        if not isinstance(said, dict) or said.get("protocol") != PROTOCOL:
-            got = printable(said.get("protocol") if isinstance(said, dict) else said, 80)
+        if not isinstance(entries, dict) or entries.get("protocol") != PROTOCOL:
+            got = printable(entries.get("protocol") if isinstance(entries, dict) else entries, 80)
             raise WrongAnswer(
                 f"{url}: expected protocol {PROTOCOL} of fastdistill serve, got {got}. Use one "
                 "release of fastdistill on both machines"
             )
         try:
-            found = cls(**said)
+            info = cls(**entries)
         except TypeError as error:
             raise WrongAnswer(
                 f"{url}: expected what fastdistill serve says, got {printable(error)}"
             ) from None
-        counts = (found.vocab_size, found.max_k, found.max_tokens)
-        sound = all(type(n) is int and 0 < n < _COUNTS for n in counts)
-        sound &= isinstance(found.identity, dict) and type(found.honours_temperature) is bool
-        sound &= type(found.tokenizer_sha256) in (str, type(None))
+        counts = (info.vocab_size, info.max_k, info.max_tokens)
+        is_valid = all(type(n) is int and 0 < n < _COUNTS for n in counts)
+        is_valid &= isinstance(info.identity, dict) and type(info.honours_temperature) is bool
+        is_valid &= type(info.tokenizer_sha256) in (str, type(None))
         try:
-            json.dumps(found.identity, allow_nan=False)  # as a cache will keep it
+            json.dumps(info.identity, allow_nan=False)  # as a cache will keep it
         except (ValueError, RecursionError):
-            sound = False
-        if not sound:
+            is_valid = False
+        if not is_valid:
             raise WrongAnswer(
-                f"{url}: expected counts above 0 and an identity, got {printable(said, 200)}"
+                f"{url}: expected counts above 0 and an identity, got {printable(entries, 200)}"
             )
-        return found
+        return info

@@ -9,7 +9,7 @@ from .. import checks
 from ..positions import RowLimit
 from ..runtime.json_text import JSONError, parse_json
 from ..runtime.printable import printable
-from .described import Described
+from .described import ServerInfo
 from .verdict import WrongAnswer
 
 _VLLM_READS = 2  # tokens beside a row in max_model_len: the one we append, the one it makes
@@ -23,28 +23,28 @@ class Listing:
     name: str
     entry: dict[str, Any]
     max_model_len: int | None
-    described: Described | None
+    server_info: ServerInfo | None
 
     @classmethod
-    def read(cls, body: bytes, wanted: str | None, url: str) -> Listing:
+    def read(cls, body: bytes, model: str | None, url: str) -> Listing:
         """Raises WrongAnswer for what cannot be, ValueError where `wanted` is not served."""
         try:
-            said = parse_json(body, url, dict)
-            models = {str(entry["id"]): dict(entry) for entry in said["data"]}
+            reply = parse_json(body, url, dict)
+            models = {str(entry["id"]): dict(entry) for entry in reply["data"]}
         except (JSONError, KeyError, TypeError, ValueError):
             raise WrongAnswer(f"{url}: expected a list of models, got {body[:80]!r}") from None
-        name = next(iter(models), "") if wanted is None else wanted
+        name = next(iter(models), "") if model is None else model
         if name not in models:
             some = printable(", ".join(models)) or "none"
             checks.fail("model", f"one that {url} serves ({some})", repr(name))
         length = models[name].get("max_model_len")
         if length is not None and (type(length) is not int or length <= 0):
-            shown = printable(length, 80)
-            raise WrongAnswer(f"{url}: expected max_model_len above 0 of its model, got {shown}")
-        own = said.get("fastdistill")
-        described = None if own is None else Described.read(own, url)
+            got = printable(length, 80)
+            raise WrongAnswer(f"{url}: expected max_model_len above 0 of its model, got {got}")
+        own = reply.get("fastdistill")
+        server_info = None if own is None else ServerInfo.read(own, url)
         return cls(url=url, name=name, entry=models[name], max_model_len=length,
-                   described=described)  # fmt: skip
+                   server_info=server_info)  # fmt: skip
 
     @property
     def owner(self) -> str:
@@ -64,10 +64,10 @@ class Listing:
     @property
     def row_limit(self) -> RowLimit | None:
         """The longest row that can be asked about; None where the server does not say."""
-        if self.described is None:
+        if self.server_info is None:
             length = self.max_model_len
             return None if length is None else limit_of_vllm(self.url, length)
-        tokens = self.described.max_tokens
+        tokens = self.server_info.max_tokens
         if self.max_model_len is None or tokens < self.max_model_len:
             return RowLimit(tokens=tokens, reader=f"the server at {self.url}",
                             hint="; or start it with a larger max_tokens")  # fmt: skip

@@ -90,41 +90,41 @@ class Completion(NamedTuple):
     max_tokens: int
 
 
-def packed_question(said: dict[str, Any], limits: Limits) -> Question:
-    _model(said, limits)
-    _refuse_unused(said, _TOPK)
-    k = _count(said, "k", limits, 1)
-    return Question(_rows(said, limits), k, _temperature(said), False)
+def packed_question(body: dict[str, Any], limits: Limits) -> Question:
+    _check_model(body, limits)
+    _check_fields(body, _TOPK)
+    k = _count(body, "k", limits, 1)
+    return Question(_rows(body, limits), k, _temperature(body), False)
 
 
-def completion_question(said: dict[str, Any], limits: Limits) -> Completion:
+def completion_question(body: dict[str, Any], limits: Limits) -> Completion:
     """The question about a prompt, as vLLM (prompt_logprobs) or OpenAI (echo, logprobs) asks it.
 
     Temperature 0 means what it means there: the likeliest token, log-probabilities at T = 1.
     """
-    _model(said, limits)
-    _refuse_unused(said, _COMPLETION)
-    echo = said.get("echo")
+    _check_model(body, limits)
+    _check_fields(body, _COMPLETION)
+    echo = body.get("echo")
     if echo not in (None, False, True) or type(echo) is int:
-        _bad("echo", "true or false", echo)
-    seed = said.get("seed")
+        _fail("echo", "true or false", echo)
+    seed = body.get("seed")
     if seed is not None and type(seed) is not int:
-        _bad("seed", "an integer (it changes nothing: there is no chance here)", seed)
+        _fail("seed", "an integer (it changes nothing: there is no chance here)", seed)
     prompt_logprobs, logprobs = (
-        None if said.get(field) is None else _count(said, field, limits, least)
+        None if body.get(field) is None else _count(body, field, limits, least)
         for field, least in (("prompt_logprobs", 1), ("logprobs", 0))
     )
     about_prompt = prompt_logprobs is not None or bool(echo)
-    most = said.get("max_tokens")
+    most = body.get("max_tokens")
     most = 1 if most is None and about_prompt else most
     if type(most) is not int or most not in (0, 1):
         got = "none, which means 16 to clients of OpenAI" if most is None else most
-        _bad("max_tokens", "0 or 1: this is a teacher, not a chat server", got)
+        _fail("max_tokens", "0 or 1: this is a teacher, not a chat server", got)
     k = max(prompt_logprobs or 1, logprobs or 1)
     own = prompt_logprobs is not None or (bool(echo) and logprobs is not None)
-    T = said.get("temperature")
-    temperature = 1.0 if type(T) in (int, float) and T == 0 else _temperature(said)
-    question = Question(_rows(said, limits), k, temperature, own)
+    T = body.get("temperature")
+    temperature = 1.0 if type(T) in (int, float) and T == 0 else _temperature(body)
+    question = Question(_rows(body, limits), k, temperature, own)
     entries = question.tokens * (k + 1)
     if own and entries > MAX_ENTRIES:
         raise Refused(
@@ -137,8 +137,8 @@ def completion_question(said: dict[str, Any], limits: Limits) -> Completion:
     return Completion(question, prompt_logprobs, logprobs, bool(echo), most)
 
 
-def _refuse_unused(said: dict[str, Any], used: frozenset[str]) -> None:
-    for field, value in said.items():
+def _check_fields(body: dict[str, Any], used: frozenset[str]) -> None:
+    for field, value in body.items():
         if field in used or value is None:
             continue
         neutral = _NEUTRAL.get(field, ()) if used is _COMPLETION else ()
@@ -146,54 +146,54 @@ def _refuse_unused(said: dict[str, Any], used: frozenset[str]) -> None:
             continue
         if neutral:
             expected = " or ".join(map(repr, neutral))
-            _bad(printable(field, 60), f"{expected}: this is a teacher, not a chat server", value)
-        _bad(printable(field, 60), f"no such field, only {', '.join(sorted(used))}", value)
+            _fail(printable(field, 60), f"{expected}: this is a teacher, not a chat server", value)
+        _fail(printable(field, 60), f"no such field, only {', '.join(sorted(used))}", value)
 
 
-def _model(said: dict[str, Any], limits: Limits) -> None:
-    if said.get("model") not in (None, limits.name):
-        shown = printable(said["model"], 60)
-        message = f"model: expected {limits.name!r}, which is served here, got {shown!r}"
+def _check_model(body: dict[str, Any], limits: Limits) -> None:
+    if body.get("model") not in (None, limits.name):
+        got = printable(body["model"], 60)
+        message = f"model: expected {limits.name!r}, which is served here, got {got!r}"
         raise Refused(404, message, "model")
 
 
-def _count(said: dict[str, Any], field: str, limits: Limits, least: int) -> int:
-    k = said.get(field)
+def _count(body: dict[str, Any], field: str, limits: Limits, least: int) -> int:
+    k = body.get(field)
     most = min(limits.max_k, limits.vocab)
     if type(k) is not int or not least <= k <= most:
-        _bad(field, f"an integer in {least}..{most} (max_k of this server)", k)
+        _fail(field, f"an integer in {least}..{most} (max_k of this server)", k)
     return k
 
 
-def _temperature(said: dict[str, Any]) -> float:
-    T = said.get("temperature")
+def _temperature(body: dict[str, Any]) -> float:
+    T = body.get("temperature")
     T = 1.0 if T is None else T
     least, most = _TEMPERATURES
     if type(T) not in (int, float) or not least <= T <= most:
         expected = "a finite number above 0 that fp32 can hold, the T of softmax(logits / T)"
-        _bad("temperature", expected, T)
+        _fail("temperature", expected, T)
     return float(T)
 
 
-def _rows(said: dict[str, Any], limits: Limits) -> list[list[int]]:
-    prompt = said.get("prompt")
+def _rows(body: dict[str, Any], limits: Limits) -> list[list[int]]:
+    prompt = body.get("prompt")
     rows = prompt if isinstance(prompt, list) and prompt else None
     if rows is not None and not any(isinstance(row, list) for row in rows):
         rows = [rows]  # one prompt
     if rows is None or not all(isinstance(row, list) and row for row in rows):
-        _bad("prompt", "lists of token ids, none of them empty", prompt)
+        _fail("prompt", "lists of token ids, none of them empty", prompt)
     total = sum(map(len, rows))
     if total > limits.max_tokens:
-        _bad("prompt", f"at most {limits.max_tokens} tokens (max_tokens of this server)", total)
+        _fail("prompt", f"at most {limits.max_tokens} tokens (max_tokens of this server)", total)
     for index, row in enumerate(rows):
         if limits.max_row is not None and len(row) > limits.max_row:
-            _bad("prompt", f"rows of at most {limits.max_row} tokens, the positions of this model",
+            _fail("prompt", f"rows of at most {limits.max_row} tokens, the positions of this model",
                  f"{len(row)} in row {index}. Cut rows to max_length={limits.max_row}")  # fmt: skip
         for token in row:
             if type(token) is not int or not 0 <= token < limits.vocab:
-                _bad("prompt", f"token ids in 0..{limits.vocab - 1}", token)
+                _fail("prompt", f"token ids in 0..{limits.vocab - 1}", token)
     return rows
 
 
-def _bad(field: str, expected: str, got: Any) -> NoReturn:
+def _fail(field: str, expected: str, got: Any) -> NoReturn:
     raise Refused(400, f"{field}: expected {expected}, got {printable(got, 120)}", field)

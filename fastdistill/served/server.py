@@ -14,7 +14,7 @@ from ..identity import identity_of, tokenizer_identity
 from ..runtime.printable import printable
 from ..teacher import Teacher
 from .connection import check_token
-from .described import Described
+from .described import ServerInfo
 from .loopback import is_loopback
 
 MAX_K, MAX_TOKENS = 256, 65536
@@ -45,7 +45,7 @@ def make_app(
         raise _missing(error) from None
     identity = identity_of(teacher)
     identity["name"] = _public(str(identity["name"]))
-    described = Described(
+    server_info = ServerInfo(
         version=__version__,
         honours_temperature=True,
         vocab_size=teacher.vocab_size,
@@ -57,7 +57,11 @@ def make_app(
     name = str(identity["name"]) if name is None else name
     limit = teacher.row_limit
     return Application(
-        teacher, described, name=name, token=token, max_row=None if limit is None else limit.tokens
+        teacher,
+        server_info,
+        name=name,
+        token=token,
+        max_row=None if limit is None else limit.tokens,
     ).starlette
 
 

@@ -12,7 +12,7 @@ class WrongAnswer(ValueError):
     """A server's answer that no language model gives, or to another question."""
 
 
-def refuse_wrong(
+def check_answer(
     answer: TopK,  # [N, K], the rows of one request one behind another
     *,
     k: int,

@@ -46,8 +46,8 @@ def pack(answer: TopK) -> bytes:  # [N, K]
 
 def unpack(body: bytes, temperature: float, url: str) -> TopK:  # [N, K]
     try:
-        found = load(body)
-        ids, logprobs, tail = (found[name] for name in ("ids", "logprobs", "log_tail"))
+        tensors = load(body)
+        ids, logprobs, tail = (tensors[name] for name in ("ids", "logprobs", "log_tail"))
     except (SafetensorError, KeyError, ValueError) as error:
         raise WrongAnswer(
             f"{url}: expected ids, logprobs and log_tail, got {printable(error)}"
@@ -108,9 +108,9 @@ def read_choices(
     values: list[list[float]] = []
     for row, length in enumerate(lengths):
         for t, entry in enumerate(_positions(by_index[row], length, row, url)):
-            some = _best(entry, prompts[row][t + 1], k, f"{url}: row {row}, position {t}")
-            ids.append([i for i, _ in some])
-            values.append([p for _, p in some])
+            best = _top_k(entry, prompts[row][t + 1], k, f"{url}: row {row}, position {t}")
+            ids.append([i for i, _ in best])
+            values.append([p for _, p in best])
     exact = torch.tensor(values, dtype=torch.float64).view(-1, k)
     tail = (1 - exact.exp().sum(-1)).clamp(min=_FLOOR).log()
     where = torch.tensor(ids, dtype=torch.int64).view(-1, k)
@@ -134,13 +134,13 @@ def _positions(listed: Any, length: int, row: int, url: str) -> list[Any]:
     return listed[1:]
 
 
-def _best(entry: Any, own: int, k: int, where: str) -> list[tuple[int, float]]:
+def _top_k(entry: Any, own: int, k: int, where: str) -> list[tuple[int, float]]:
     """The k likeliest (id, logprob): the prompt's own next token is among them, or beside them."""
     try:
-        slots = [(int(i), float(said["logprob"]), said.get("rank")) for i, said in entry.items()]
+        slots = [(int(i), float(info["logprob"]), info.get("rank")) for i, info in entry.items()]
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
-        shown = printable(entry, 80)
-        raise WrongAnswer(f"{where}: expected ids with logprobs, got {shown}") from None
+        got = printable(entry, 80)
+        raise WrongAnswer(f"{where}: expected ids with logprobs, got {got}") from None
     if any(math.isnan(p) for _, p, _ in slots):
         raise WrongAnswer(f"{where}: expected numbers for log-probabilities, got NaN")
     for i, _, _ in slots:

@@ -32,7 +32,7 @@ class NotNumbers(ValueError):
     """The teacher's log-probabilities are NaN: of a temperature too small, or of its weights."""
 
 
-class Answered(NamedTuple):
+class RowAnswer(NamedTuple):
     """A row's answers [n, K]; of its own tokens 1..n−1 the logprob and the rank, 1 the likeliest
     (zeros where the question did not ask)."""
 
@@ -43,7 +43,7 @@ class Answered(NamedTuple):
 
 class _Waiting(NamedTuple):
     question: Question
-    future: Future[list[Answered]]
+    future: Future[list[RowAnswer]]
 
 
 class Worker:
@@ -74,9 +74,9 @@ class Worker:
             self._changed.notify()
         self._thread.join()
 
-    def submit(self, question: Question) -> Future[list[Answered]]:
+    def submit(self, question: Question) -> Future[list[RowAnswer]]:
         """Raises Full."""
-        future: Future[list[Answered]] = Future()
+        future: Future[list[RowAnswer]] = Future()
         with self._changed:
             before = sum(waiting.question.tokens for waiting in self._queue)
             if self._closed or (self._queue and before + question.tokens > self._limit):
@@ -124,44 +124,46 @@ class Worker:
             waiting.future.set_result(answers[: len(waiting.question.rows)])
             answers = answers[len(waiting.question.rows) :]
 
-    def _answers(self, rows: list[list[int]], asked: Question) -> list[Answered]:
-        found: dict[int, Answered] = {}
+    def _answers(self, rows: list[list[int]], question: Question) -> list[RowAnswer]:
+        by_row: dict[int, RowAnswer] = {}
         for group in groups([len(row) for row in rows], _TOKENS, False, float("inf")):
             group.sort()
             ids, mask = _padded([rows[i] for i in group])
-            best = self._teacher.topk(ids, mask, k=asked.k, temperature=asked.temperature)
+            best = self._teacher.topk(ids, mask, k=question.k, temperature=question.temperature)
             assert best.log_tail is not None
             if (best.logprobs.isnan().any(-1) | best.log_tail.isnan())[mask].any():
-                raise NotNumbers(f"expected numbers at temperature {asked.temperature:g}, got NaN")
+                raise NotNumbers(
+                    f"expected numbers at temperature {question.temperature:g}, got NaN"
+                )
             logprobs = torch.zeros(ids.shape, dtype=torch.float32)
             ranks = torch.zeros_like(ids)
-            if asked.own_tokens:
+            if question.own_tokens:
                 self._own_tokens(ids, mask, best, logprobs, ranks)
             for b, (i, row) in enumerate(zip(group, rows_of(best, mask), strict=True)):
                 n = len(rows[i]) - 1
-                found[i] = Answered(row, logprobs[b, :n].tolist(), ranks[b, :n].tolist())
-        return [found[i] for i in range(len(rows))]
+                by_row[i] = RowAnswer(row, logprobs[b, :n].tolist(), ranks[b, :n].tolist())
+        return [by_row[i] for i in range(len(rows))]
 
     def _own_tokens(
         self, ids: Tensor, mask: Tensor, best: TopK, logprobs: Tensor, ranks: Tensor
     ) -> None:
         """Fill in what the teacher says of token t + 1 at t, where it is none of the k."""
         following = ids.roll(-1, -1)
-        wanted = mask & mask.roll(-1, -1) & (best.ids != following[..., None]).all(-1)
-        wanted[:, -1] = False
-        if not wanted.any():
+        selected = mask & mask.roll(-1, -1) & (best.ids != following[..., None]).all(-1)
+        selected[:, -1] = False
+        if not selected.any():
             return
         head, impl = self._teacher.head, self._teacher.impl
-        hidden = self._teacher.hidden(ids, mask)[wanted].to(head.weight.device)
-        tokens = following[wanted].to(hidden.device)
-        said = linear_lse_gather(
+        hidden = self._teacher.hidden(ids, mask)[selected].to(head.weight.device)
+        tokens = following[selected].to(hidden.device)
+        stats = linear_lse_gather(
             hidden, head.weight, tokens[:, None], temperature=best.temperature, impl=impl,
             **head.options(),
         )  # fmt: skip
         scores = token_scores(hidden, head.weight, labels=tokens, impl=impl, **head.options())
         assert scores.label_rank is not None
-        logprobs[wanted] = (said.logits[:, 0] - said.lse).float().detach().cpu()
-        ranks[wanted] = scores.label_rank.long().cpu() + 1
+        logprobs[selected] = (stats.logits[:, 0] - stats.lse).float().detach().cpu()
+        ranks[selected] = scores.label_rank.long().cpu() + 1
 
 
 def _padded(rows: list[list[int]]) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..cache import TeacherCache
-from ..fingerprint import refuse_different_tokenizers
+from ..fingerprint import check_same_tokenizer
 from ..heads import rows_of_head
 from ..offloading import is_offloaded
 from ..positions import RowLimit
@@ -104,7 +104,7 @@ def check_fit(
     if isinstance(teacher, TeacherCache):
         check_cache_settings(teacher, config, processing_class)
     if isinstance(teacher, ServedTeacher) and processing_class is not None:
-        teacher.refuse_tokenizer(processing_class)
+        teacher.check_tokenizer(processing_class)
     vocab = _shared_vocabulary(teacher, student, processing_class)
     rows = vocab if vocab is not None else rows_of_head(student)
     if config.k is not None and config.k > rows:
@@ -163,7 +163,7 @@ def _shared_vocabulary(teacher: Any, student: nn.Module, processing_class: Any) 
         teacher_tokenizer is not None or _has_compared_tokenizer(teacher)
     )
     if processing_class is not None and teacher_tokenizer is not None:
-        refuse_different_tokenizers(processing_class, teacher_tokenizer)
+        check_same_tokenizer(processing_class, teacher_tokenizer)
     student_rows = rows_of_head(student)
     teacher_rows = getattr(teacher, "vocab_size", None)
     if teacher_rows is None:

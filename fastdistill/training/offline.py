@@ -79,7 +79,7 @@ def check_cache_settings(
             "advance what the student will sample. Use the model, or a server"
         )
     if processing_class is not None:
-        teacher.refuse_tokenizer(processing_class)
+        teacher.check_tokenizer(processing_class)
     assert config.k is not None
     teacher.check(k=config.k, temperature=config.temperature)
     if teacher.sampled and (config.divergence != "forward_kl" or config.tail == "renorm_both"):
