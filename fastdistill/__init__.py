@@ -1,7 +1,7 @@
-"""Distillation losses straight from hidden states and the LM head, and a trainer around them.
+"""Distillation losses computed from hidden states and the LM head, and a trainer.
 
-Importing this imports nothing else: every name below is loaded when it is first used, so that the
-command line answers at once and the losses do not wait for transformers.
+Every public name is imported on first use, so that `import fastdistill` is instant and the losses
+do not import transformers.
 """
 
 from importlib import import_module
@@ -86,9 +86,9 @@ def __getattr__(name: str) -> Any:
         return import_module(".compat", __name__)
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
-    globals()[name] = found
-    return found
+    value = getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
+    globals()[name] = value
+    return value
 
 
 def __dir__() -> list[str]:

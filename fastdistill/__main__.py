@@ -1,4 +1,4 @@
-"""`python -m fastdistill`, as torchrun -m starts it on several GPUs."""
+"""`python -m fastdistill`, and `torchrun -m fastdistill` on several GPUs."""
 
 from .cli import main
 

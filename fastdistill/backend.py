@@ -45,11 +45,11 @@ def no_triton(device_type: str, index: int | None) -> str | None:
         if knobs.runtime.interpret:
             return None
         return (
-            "they need CUDA tensors; on a CPU they run, slowly, in Triton's interpreter only "
-            "(TRITON_INTERPRET=1 before the first import)"
+            "the Triton kernels need a CUDA GPU; TRITON_INTERPRET=1, set before the first import, "
+            "runs them slowly on a CPU"
         )
     if device_type != "cuda":
-        return f"they run on CUDA devices, not on {device_type!r}"
+        return f"the Triton kernels need a CUDA GPU, not {device_type!r}"
     capability = torch.cuda.get_device_capability(index)
     if capability < TRITON_CAPABILITY:
         return f"compute capability {capability} is below {TRITON_CAPABILITY}"
@@ -70,7 +70,7 @@ def _resolve(impl: str, device_type: str, index: int | None) -> str:
     why = no_triton(device_type, index) if impl == "triton" else None
     if why is not None:
         raise ValueError(
-            f"impl: 'triton' cannot run, because {why}; use impl='torch' (chunked, on CPU and "
+            f"impl: 'triton' cannot run: {why}. Use impl='torch' (chunked, on CPU and "
             f"CUDA) or impl='auto'"
         )
     return impl

@@ -1,4 +1,4 @@
-"""What is on this machine, what fastdistill makes of it, and the one command that would mend it."""
+"""Check the installation: versions, backends, and the command that fixes each problem."""
 
 from __future__ import annotations
 
@@ -11,17 +11,20 @@ from .runtime.printable import printable
 
 _OPTIONAL = {
     "flash-attn": ("models loaded with attn_implementation", "pip install flash-attn"),
-    "peft": ("students with adapters", "pip install peft"),
-    "bitsandbytes": ("students in 4 bits, and 8-bit optimisers", "pip install bitsandbytes"),
+    "peft": ("LoRA adapters", "pip install peft"),
+    "bitsandbytes": ("4-bit students and 8-bit optimizers", "pip install bitsandbytes"),
     "uvicorn": ("fastdistill serve", "pip install 'fastdistill[serve]'"),
-    "pyarrow": ("DistillKit's files into a cache", "pip install pyarrow"),
+    "pyarrow": ("TeacherCache.from_parquet (DistillKit files)", "pip install pyarrow"),
 }
 _REQUIRED = {"torch": (2, 8), "transformers": (5, 0), "accelerate": (1, 10)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One line: status is "ok", "missing" (optional), or "broken" (fastdistill cannot work)."""
+    """One check: status is "ok", "missing" (optional) or "broken" (fastdistill cannot run).
+
+    mend: the command that fixes it; None if the status is "ok".
+    """
 
     name: str
     status: str
@@ -31,6 +34,8 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True)
 class Findings:
+    """All checks, the backend that impl="auto" selects, and the reason."""
+
     findings: list[Finding]
     impl: str
     impl_why: str
@@ -51,105 +56,110 @@ class Findings:
 
 
 def examine() -> Findings:
-    seen = describe()
-    packages = seen["packages"]
-    found = [_python(seen), *(_required(name, packages.get(name)) for name in _REQUIRED)]
-    found.append(_gpu(seen))
-    found.append(_triton(packages.get("triton"), bool(seen["cuda"])))
-    found += [_extension(seen), _cuda_extension(seen)]
-    for name, (use, mend) in _OPTIONAL.items():
+    """Return the checks of this installation."""
+    machine = describe()
+    packages = machine["packages"]
+    findings = [_python(machine), *(_required(name, packages.get(name)) for name in _REQUIRED)]
+    findings.append(_gpu(machine))
+    findings.append(_triton(packages.get("triton"), bool(machine["cuda"])))
+    findings += [_extension(machine), _cuda_extension(machine)]
+    for name, (purpose, mend) in _OPTIONAL.items():
         version = packages.get(name)
         if version is None:
-            found.append(Finding(name=name, status="missing", detail=f"only for {use}", mend=mend))
+            detail = f"not installed; only for {purpose}"
+            findings.append(Finding(name=name, status="missing", detail=detail, mend=mend))
         else:
-            found.append(Finding(name=name, status="ok", detail=version))
-    return Findings(findings=found, impl=seen["impl"], impl_why=seen["impl_why"], machine=seen)
+            findings.append(Finding(name=name, status="ok", detail=version))
+    return Findings(
+        findings=findings, impl=machine["impl"], impl_why=machine["impl_why"], machine=machine
+    )
 
 
-def _python(seen: dict[str, Any]) -> Finding:
-    return Finding(name="python", status="ok", detail=f"{seen['python']}, {seen['machine']}")
+def _python(machine: dict[str, Any]) -> Finding:
+    return Finding(name="python", status="ok", detail=f"{machine['python']}, {machine['machine']}")
 
 
 def _required(name: str, version: str | None) -> Finding:
     mend = f"pip install -U '{name}>={'.'.join(map(str, _REQUIRED[name]))}'"
     if version is None:
         return Finding(name=name, status="broken", detail="not installed", mend=mend)
-    if _numbers(version) < _REQUIRED[name]:
+    if _version_tuple(version) < _REQUIRED[name]:
         return Finding(name=name, status="broken", detail=f"{version} is too old", mend=mend)
     return Finding(name=name, status="ok", detail=version)
 
 
-def _numbers(version: str) -> tuple[int, ...]:
+def _version_tuple(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split("+")[0].split(".")[:2] if part.isdigit())
 
 
-def _gpu(seen: dict[str, Any]) -> Finding:
-    if seen["cuda"]:
-        each = (f"{gpu['name']} ({gpu['memory_gib']} GiB)" for gpu in seen["cuda"])
-        return Finding(name="GPU", status="ok", detail=", ".join(each))
+def _gpu(machine: dict[str, Any]) -> Finding:
+    if machine["cuda"]:
+        names = (f"{gpu['name']} ({gpu['memory_gib']} GiB)" for gpu in machine["cuda"])
+        return Finding(name="GPU", status="ok", detail=", ".join(names))
     if shutil.which("nvidia-smi"):
         return Finding(
             name="GPU",
             status="missing",
-            detail="a driver is here, but this torch sees no GPU: probably a CPU build",
+            detail="a driver is installed, but torch sees no GPU: probably a CPU build of torch",
             mend="pip install -U torch  # from the index for your CUDA, see pytorch.org",
         )
-    detail = f"none; the CPU is used ({seen['cpu_capability']}, {seen['threads']} threads)"
+    detail = f"none; runs on the CPU ({machine['cpu_capability']}, {machine['threads']} threads)"
     return Finding(name="GPU", status="ok", detail=detail)
 
 
 def _triton(version: str | None, gpu: bool) -> Finding:
     if version is None and gpu:
-        detail = "not installed; the GPU runs chunked PyTorch instead"
+        detail = "not installed; the GPU uses chunked PyTorch instead"
         return Finding(name="triton", status="missing", detail=detail, mend="pip install triton")
-    here = "not installed" if version is None else version
-    use = "for the kernels on this GPU" if gpu else "for GPUs only, and there is none"
-    return Finding(name="triton", status="ok", detail=f"{here}; {use}")
+    version_text = "not installed" if version is None else version
+    purpose = "for the kernels on this GPU" if gpu else "for GPUs only; this machine has none"
+    return Finding(name="triton", status="ok", detail=f"{version_text}; {purpose}")
 
 
-def _extension(seen: dict[str, Any]) -> Finding:
-    built = seen["extension"]
-    if built is not None:
-        detail = f"{built['compiler']}; quantised layers on CPUs use {seen['cpu_isa']}"
+def _extension(machine: dict[str, Any]) -> Finding:
+    info = machine["extension"]
+    if info is not None:
+        detail = f"{info['compiler']}; quantized layers on CPUs use {machine['cpu_isa']}"
         return Finding(name="fastdistill._ext", status="ok", detail=detail)
     return Finding(
         name="fastdistill._ext",
         status="missing",
-        detail="the C++ extension was not built; everything runs on PyTorch instead",
+        detail="the C++ extension was not built; PyTorch is used instead",
         mend="pip install --force-reinstall --no-deps .  # in the checkout, with a C++ compiler",
     )
 
 
-def _cuda_extension(seen: dict[str, Any]) -> Finding:
-    built = seen["cuda_extension"]
-    if built is not None:
-        archs = ", ".join(f"sm_{arch}" for arch in built["archs"])
+def _cuda_extension(machine: dict[str, Any]) -> Finding:
+    info = machine["cuda_extension"]
+    if info is not None:
+        archs = ", ".join(f"sm_{arch}" for arch in info["archs"])
         return Finding(
-            name="fastdistill._cuda", status="ok", detail=f"CUDA {built['cuda']}, {archs}"
+            name="fastdistill._cuda", status="ok", detail=f"CUDA {info['cuda']}, {archs}"
         )
-    if not seen["cuda"]:
-        detail = "not built; only for quantised teachers on GPUs, and there is none"
+    if not machine["cuda"]:
+        detail = "not built; for quantized teachers on GPUs only, and this machine has none"
         return Finding(name="fastdistill._cuda", status="ok", detail=detail)
     return Finding(
         name="fastdistill._cuda",
         status="missing",
-        detail="not built; quantised teachers use Triton on this GPU",
+        detail="not built; quantized teachers use Triton on this GPU",
         mend="FASTDISTILL_CUDA=1 pip install --force-reinstall --no-deps .  # with nvcc on PATH",
     )
 
 
-def print_findings(found: Findings, console: Any) -> None:
+def print_findings(report: Findings, console: Any) -> None:
+    """Print one line per check, and the command that fixes it."""
     from rich.markup import escape
 
     mark = {"ok": "[green]ok[/green]", "missing": "[yellow]–[/yellow] ", "broken": "[red]no[/red]"}
-    width = max(len(finding.name) for finding in found.findings)
-    for finding in found.findings:
+    width = max(len(finding.name) for finding in report.findings)
+    for finding in report.findings:
         name = escape(finding.name.ljust(width))
         detail = escape(printable(finding.detail, None))
-        # soft_wrap: a command that the console broke in two could not be copied.
+        # soft_wrap: a command that is broken over two lines cannot be copied.
         console.print(f"{mark[finding.status]}  {name}  {detail}", soft_wrap=True)
         if finding.mend is not None:
             indent = " " * (width + 6)
             console.print(f"{indent}[bold]{escape(finding.mend)}[/bold]", soft_wrap=True)
-    why = escape(printable(found.impl_why, None))
-    console.print(f"\nimpl: {found.impl}, because {why}", soft_wrap=True)
+    reason = escape(printable(report.impl_why, None))
+    console.print(f"\nbackend: {report.impl} ({reason})", soft_wrap=True)

@@ -24,10 +24,12 @@ def no_interpreter(monkeypatch):
 @pytest.mark.usefixtures("no_interpreter")
 def test_triton_on_a_cpu_is_refused_and_auto_is_torch():
     assert backend.resolve_impl("auto", torch.device("cpu")) == "torch"
-    with pytest.raises(ValueError, match=r"impl: 'triton' cannot run, because they need CUDA"):
+    with pytest.raises(
+        ValueError, match=r"impl: 'triton' cannot run: the Triton kernels need a CUDA"
+    ):
         backend.resolve_impl("triton", torch.device("cpu"))
     c = case()
-    with pytest.raises(ValueError, match="use impl='torch'"):
+    with pytest.raises(ValueError, match="Use impl='torch'"):
         fd.topk_distill_loss(c.hidden, c.weight, top_k(c.teacher_logits, 5), impl="triton")
 
 
@@ -37,7 +39,7 @@ def test_auto_is_torch_on_a_cpu_even_under_the_interpreter():
 
 def test_other_devices_and_old_gpus_are_named(monkeypatch):
     backend.no_triton.cache_clear()
-    with pytest.raises(ValueError, match=r"they run on CUDA devices, not on 'mps'"):
+    with pytest.raises(ValueError, match=r"the Triton kernels need a CUDA GPU, not 'mps'"):
         backend.resolve_impl("triton", torch.device("mps"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
     with pytest.raises(ValueError, match=r"compute capability \(7, 5\) is below \(8, 0\)"):

@@ -86,7 +86,7 @@ def test_doctor_is_plain_without_a_terminal():
     found = run("doctor")
     assert found.returncode == 0
     assert "\x1b" not in found.stdout
-    assert "impl: " in found.stdout
+    assert "backend: " in found.stdout
     assert found.stderr == ""
 
 

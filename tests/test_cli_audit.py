@@ -91,8 +91,8 @@ def test_without_probes_what_can_be_asked_of_any_model_is(here, capsys, monkeypa
         (("only=[telepathy]",), "only: expected names among confession"),
         (("--probes", "nowhere.json"), "probes: expected a JSON file, got nowhere.json"),
         (("--teacher", "nowhere"), "nowhere"),
-        (("device=tpu",), "device: expected one of this machine, got 'tpu'"),
-        (("device=cuda:99",), "device: expected one of this machine, got 'cuda:99'"),
+        (("device=tpu",), "device: expected a device of this machine, got 'tpu'"),
+        (("device=cuda:99",), "device: expected a device of this machine, got 'cuda:99'"),
         (("--out", __file__), "out: expected a folder, or a path where one can be made"),
     ],
 )

@@ -39,7 +39,7 @@ def test_build_info_verify(run, folder, tmp_path):
     assert code == 0
     assert "top 8 at T = 1, 2" in out
     code, out, _ = run("cache", "verify", tmp_path / "c")
-    assert (code, out.startswith("1 files are as they were built")) == (0, True)
+    assert (code, out.startswith("1 files verified")) == (0, True)
     file = tmp_path / "c" / "00000.safetensors"
     data = bytearray(file.read_bytes())
     data[-9] ^= 1
@@ -77,7 +77,10 @@ def test_what_is_printed_can_be_pasted_back(run, folder, tmp_path):
         (("--k", "0"), "k: expected an integer in 1"),
         (("tmperatures=1",), "Did you mean temperatures?"),
         (("--teacher", "/none/here"), "expected"),
-        (("--teacher", "http://127.0.0.1:9"), "tokenizer: expected the teacher's, to read text"),
+        (
+            ("--teacher", "http://127.0.0.1:9"),
+            "tokenizer: expected the teacher's tokenizer, to encode text",
+        ),
         (("--data", "/none/here.jsonl"), "data: expected a file of JSON lines"),
         (("--targets", "best"), "targets: expected"),
         (("max_length=0",), "max_length: expected an integer of 1 or more, got 0"),
@@ -108,7 +111,7 @@ def test_a_folder_that_cannot_be_is_refused_before_a_dry_run_too(run, folder, tm
         for dry in ((), ("--dry-run",)):
             code, _, err = run(*build(folder, out, *dry))
             assert (code, words in err) == (2, True), err
-            assert "what is finished stays" not in err
+            assert "finished files stay" not in err
     assert (tmp_path / "file").read_text() == "mine"
     assert [p.name for p in (tmp_path / "model").iterdir()] == ["model.safetensors"]
 
@@ -132,11 +135,12 @@ def test_an_interrupted_build_says_what_it_leaves(run, folder, tmp_path, monkeyp
 
         return at
 
-    for last, left in ((0, "Nothing was finished."), (2, "goes on behind the 2 files that are")):
+    resume = "2 files are finished. Re-run the same command to resume."
+    for last, left in ((0, "No file was finished."), (2, resume)):
         monkeypatch.setattr(cache_build, "_answer_shard", interrupted(last))
         code, out, err = run(*asked)
         assert (code, out) == (130, "")
-        assert f"cache build: stopped. {left}" in err.replace("The same command ", "")
+        assert f"cache build: stopped. {left}" in err
     monkeypatch.setattr(cache_build, "_answer_shard", answered)
     assert run(*asked)[0] == 0
     assert run("cache", "verify", tmp_path / "c")[0] == 0
@@ -157,4 +161,4 @@ def test_a_full_disk_is_exit_1(run, folder, tmp_path, monkeypatch):
     monkeypatch.setattr("fastdistill.cache.build.Writer.write", full)
     code, _, err = run(*build(folder, tmp_path / "c"))
     assert code == 1
-    assert "what is finished stays in" in err
+    assert "finished files stay in" in err

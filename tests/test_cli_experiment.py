@@ -54,7 +54,7 @@ def test_some_arms_only(capsys, monkeypatch):
             ("--preset", "full", "first_seed=7"),
             "first_seed: expected 1000 or more",
         ),
-        (("--teacher", "x"), "base: expected one, since an experiment on checkpoints needs"),
+        (("--teacher", "x"), "base: expected a value, since an experiment on checkpoints needs"),
         (("--sed", "3"), "No such option"),
         (("--seeds", "0"), "seeds: expected 1 or more, got 0"),
         (("--processes", "0"), "processes: expected 1 or more, got 0"),
@@ -77,7 +77,7 @@ def test_a_study_runs_from_the_command_line(capsys, monkeypatch, tmp_path):
     code, out, _ = call(capsys, monkeypatch, *argv)
     assert code == 0
     assert "plain: " in out
-    assert f"The report is {tmp_path / 'report.html'}" in out
+    assert f"Report: {tmp_path / 'report.html'}" in out
     said = json.loads((tmp_path / "results.json").read_text())
     assert said["command"].startswith("fastdistill ")
     assert said["seeds"] == {"base": [1001], "development": [], "student": [0]}

@@ -44,8 +44,10 @@ def test_what_a_cache_and_audits_say_is_safe():
                  positions=EVIL, tokens=3, bytes=9, shards=1, bytes_per_token=3.0)  # fmt: skip
     assert is_safe(printed(run_cache.show, found))
     audited = dict(lead=EVIL, audits=[], left_out={EVIL: EVIL}, report=EVIL)
-    assert is_safe(printed(run_audit.tell, audited))
-    assert is_safe(printed(run_audit.tell, {"audits": [EVIL], "models": {"base": EVIL}, "out": ""}))
+    assert is_safe(printed(run_audit.print_result, audited))
+    assert is_safe(
+        printed(run_audit.print_result, {"audits": [EVIL], "models": {"base": EVIL}, "out": ""})
+    )
 
 
 def test_what_the_doctor_says_is_safe():

@@ -88,7 +88,7 @@ def test_served_until_it_is_interrupted(run, folder, tmp_path, monkeypatch):
         stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
     ) as process:  # fmt: skip
         line = process.stderr.readline()
-        url = re.search(r"answers at (http://127\.0\.0\.1:\d+) until Ctrl-C", line).group(1)
+        url = re.search(r"is served at (http://127\.0\.0\.1:\d+) until Ctrl-C", line).group(1)
         with pytest.raises(ValueError, match="token"):
             ServedTeacher(url, token="wrong")
         teacher, ids = ServedTeacher(url, token="s3cret"), torch.arange(3, 20)[None]

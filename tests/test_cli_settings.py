@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fastdistill.cli.settings import Text, as_yaml, fill, fit, gather, refuse_unknown
+from fastdistill.cli.settings import Text, check_keys, coerce, fill, gather, to_yaml
 from fastdistill.cli.verbs import CacheBuild, Train
 from fastdistill.training.config import DistillConfig
 
@@ -107,9 +107,9 @@ def test_a_file_that_is_none(tmp_path, text):
 
 def test_unknown_and_missing_keys():
     with pytest.raises(ValueError, match=r"learning_rte: .* Did you mean learning_rate\?"):
-        refuse_unknown(["learning_rte"], ["learning_rate", "k"])
+        check_keys(["learning_rte"], ["learning_rate", "k"])
     with pytest.raises(ValueError, match=r"zzz: .* See --help"):
-        refuse_unknown(["zzz"], ["learning_rate", "k"])
+        check_keys(["zzz"], ["learning_rate", "k"])
     with pytest.raises(ValueError, match=r"path: expected a value, got none\. Pass --path"):
         fill(Some, {"k": 3})
 
@@ -129,7 +129,7 @@ def test_dashes_are_underscores():
 )
 def test_what_is_printed_is_read_back(tmp_path, settings):
     file = tmp_path / "c.yaml"
-    file.write_text(as_yaml(vars(settings)))
+    file.write_text(to_yaml(vars(settings)))
     assert fill(type(settings), gather(file, [])) == settings
 
 
@@ -139,7 +139,7 @@ def test_every_setting_of_the_trainer_can_be_said():
     said = 0
     for name, field in DistillConfig.__dataclass_fields__.items():
         if isinstance(field.default, (bool, int, float, str)):
-            typed = as_yaml({name: field.default}).partition(": ")[2].strip()
-            assert fit(name, Text(typed), hints[name]) == field.default, name
+            typed = to_yaml({name: field.default}).partition(": ")[2].strip()
+            assert coerce(name, Text(typed), hints[name]) == field.default, name
             said += 1
     assert said > 80

@@ -192,7 +192,7 @@ def test_the_same_command_after_a_finished_run(run, folder, tmp_path):
     asked, out = train(folder, tmp_path / "run", "--eval-data", folder / "held-out.jsonl"), tmp_path
     code, first, err = run(*asked, "--json")
     assert code == 0
-    assert "the same command goes on from the last one" in err
+    assert "re-run the same command to resume" in err
     assert [line["step"] for line in read_run(out / "run").figures if "loss" in line] == [
         1,
         2,
@@ -205,7 +205,7 @@ def test_the_same_command_after_a_finished_run(run, folder, tmp_path):
     assert (code, one["already_done"], other["already_done"]) == (0, False, True)
     assert one["evaluation"]["kl"] == other["evaluation"]["kl"]
     assert {p: p.read_bytes() for p in (out / "run").rglob("*") if p.is_file()} == before
-    assert "Already done at step 4: nothing was trained." in run(*asked)[1]
+    assert "Already finished at step 4; nothing was trained." in run(*asked)[1]
 
 
 def test_a_run_that_diverges_says_so(run, folder, tmp_path):
@@ -231,4 +231,4 @@ def test_what_an_interrupted_run_leaves_is_said(folder, tmp_path):
     found = sorted(p.name for p in (tmp_path / "run").glob("checkpoint-*"))
     assert process.returncode == 130
     assert len(found) == 1
-    assert last.endswith(f"The same command goes on from {found[0]}.")
+    assert last.endswith(f"Re-run the same command to resume from {found[0]}.")

@@ -48,7 +48,7 @@ def test_the_first_five_minutes(tmp_path):
     assert (folder / "answers" / "manifest.json").is_file()
     assert "What this does not show" in (folder / "audit" / "report.html").read_text()
     assert re.search(r"fits 8\.\d* ?GB", said), said
-    assert "files are as they were built" in said
+    assert "files verified" in said
     assert "Traceback" not in said
     assert "\x1b" not in said
 

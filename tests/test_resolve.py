@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from fastdistill import TeacherCache
 from fastdistill.audits.subject import Subject
-from fastdistill.cli.opening import teacher_of, tokenizer_of
+from fastdistill.cli.opening import load_any_teacher, open_tokenizer
 from fastdistill.plan.shapes import config_of
 from fastdistill.resolve import resolve
 from fastdistill.stored_model import StoredModel
@@ -35,7 +35,7 @@ ROUTES = {
     "load_teacher": lambda path: load_teacher(path, device="cpu"),
     "Teacher": Teacher,
     "stored": lambda path: StoredModel.at(path).load(CPU),
-    "cli": lambda path: teacher_of(str(path), None, "auto", CPU),
+    "cli": lambda path: load_any_teacher(str(path), None, "auto", CPU),
     "subject": lambda path: Subject(path, tokenizer=Tokenizer(), device="cpu"),
 }
 
@@ -125,7 +125,7 @@ def test_a_typo(tmp_path, route):
     more = {
         "opened": opened,
         "config": lambda path: config_of("student", path),
-        "tokenizer": lambda path: tokenizer_of(str(path)),
+        "tokenizer": lambda path: open_tokenizer(str(path)),
     }
     with pytest.raises((FileNotFoundError, ValueError), match="where nothing exists"):
         (ROUTES | more)[route](tmp_path / "nowhere")

@@ -10,7 +10,7 @@ import pytest
 from made_students import ABOUT, arm
 from test_transfer_report_verdicts import arm as given
 
-from fastdistill.cli.run_experiment import tell
+from fastdistill.cli.run_experiment import print_result
 from fastdistill.experiment.checkpoint_source import READINGS, CheckpointSource, _denominators
 from fastdistill.experiment.digest import write_kept
 from fastdistill.experiment.preparing import chosen
@@ -154,6 +154,6 @@ def test_a_dry_run_on_one_base_says_that_nothing_can_follow(capsys):
         "runs": 1, "arms": ["a"], "base_seeds": [0], "development_seeds": [],
         "invalid_because": too_few_units(1),
     }  # fmt: skip
-    tell(found)
+    print_result(found)
     assert "will be invalid: not checked: 1 base seed" in capsys.readouterr().out
     assert json.dumps(found)

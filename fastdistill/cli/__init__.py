@@ -1,4 +1,4 @@
-"""The command line: `fastdistill`, or `python -m fastdistill`."""
+"""Command line: `fastdistill` or `python -m fastdistill`."""
 
 from .app import main
 

@@ -1,6 +1,6 @@
-"""The command line. Every verb imports what it needs only when it runs, so that --help is instant.
+"""The commands. Each imports its dependencies only when it runs, so that --help is instant.
 
-Exit codes: 0 done, 1 it ran and something is not right, 2 the request could not be understood.
+Exit codes: 0 success, 1 failure while running, 2 invalid request.
 """
 
 from __future__ import annotations
@@ -31,17 +31,18 @@ from .verbs import (
 
 app = typer.Typer(
     name="fastdistill",
-    help="Distil language models from the top k of a teacher.",
+    help="Distill language models from the top-k probabilities of a teacher.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # its boxes leave a third of the line to the words
+    rich_markup_mode=None,  # its boxes leave a third of each line for text
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 cache = typer.Typer(
     name="cache",
-    help="Keep a teacher's answers on disk, and look after them.",
+    help="Build, inspect and verify caches of teacher outputs.",
+    short_help="Build, inspect and verify teacher caches.",
     no_args_is_help=True,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -49,15 +50,16 @@ cache = typer.Typer(
 
 experiment = typer.Typer(
     name="experiment",
-    help="Distil an untrusted teacher in many ways, and see what its students took over.",
+    help="Compare ways to distill an untrusted teacher: what do its students inherit?",
+    short_help="Compare ways to distill an untrusted teacher.",
     no_args_is_help=True,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(value: bool) -> None:
+    if value:
         say(__version__)
         raise typer.Exit
 
@@ -71,26 +73,31 @@ def _root(
         ),
     ] = False,
 ) -> None:
-    # Where it is installed it says at import which kernels it could download.
+    # It logs at import which kernels it could download.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
-@app.command()
+@app.command(short_help="Train and compare small students on this machine.")
 def demo(
-    out: Annotated[
-        Path, typer.Option(help="Folder for the report and what it was made of.")
-    ] = Path("fastdistill-demo"),
+    out: Annotated[Path, typer.Option(help="Output folder: report, models, data.")] = Path(
+        "fastdistill-demo"
+    ),
     data: Annotated[
-        Path | None, typer.Option(help="Your own text file or folder; trains a teacher there.")
+        Path | None, typer.Option(help="Text file or folder; trains a teacher on it.")
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Independent repetitions.")] = 3,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of each student.")] = 320,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of random seeds.")] = 3,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps per student.")] = 320,
     k: Annotated[int, typer.Option("--k", min=1, help="Teacher tokens per position.")] = 64,
     batch_size: Annotated[int, typer.Option(min=1, help="Windows of 128 tokens per step.")] = 4,
-    teacher_steps: Annotated[int, typer.Option(min=1, help="Teacher steps, with --data.")] = 400,
+    teacher_steps: Annotated[
+        int, typer.Option(min=1, help="Training steps of the teacher, with --data.")
+    ] = 400,
     as_json: Json = False,
 ) -> None:
-    """Compare students of a teacher with students of labels. No GPU, no network."""
+    """Compare students trained on a teacher with students trained on labels only.
+
+    Needs no GPU and no network.
+    """
     from ..demo import run_demo
     from ..demo_report import print_table
 
@@ -108,12 +115,12 @@ def demo(
         return
     console = _console()
     print_table(result, console)
-    console.print(f"{result.seconds:.0f} s. The report is {out / 'report.html'}", soft_wrap=True)
+    console.print(f"{result.seconds:.0f} s. Report: {out / 'report.html'}", soft_wrap=True)
 
 
-@app.command()
+@app.command(short_help="Check the installation.")
 def doctor(as_json: Json = False) -> None:
-    """Say what is here, what runs and why, and what would mend the rest."""
+    """Check the installation: versions, backends, and the command that fixes each problem."""
     from ..doctor import examine, print_findings
 
     findings = examine()
@@ -125,13 +132,13 @@ def doctor(as_json: Json = False) -> None:
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(short_help="Write an HTML report about a training run.")
 def report(
-    folder: Annotated[Path, typer.Argument(help="Where a run wrote its metrics.jsonl.")],
-    out: Annotated[Path | None, typer.Option(help="The file; FOLDER/report.html.")] = None,
+    folder: Annotated[Path, typer.Argument(help="Folder with a run's metrics.jsonl.")],
+    out: Annotated[Path | None, typer.Option(help="Output file [FOLDER/report.html].")] = None,
     as_json: Json = False,
 ) -> None:
-    """Write one HTML file about a run: curves, scores, memory, settings."""
+    """Write one HTML report about a training run: curves, scores, memory, settings."""
     from ..run_report import write_run_report
 
     path = write_run_report(folder, out)
@@ -141,43 +148,47 @@ def report(
         say(path)
 
 
-@cache.command("info")
+@cache.command("info", short_help="Print the contents of a cache.")
 def cache_info(
     path: Annotated[Path, typer.Argument(help="The cache's folder.")], as_json: Json = False
 ) -> None:
-    """Say what a cache holds, and of which teacher."""
+    """Print what a cache contains and which teacher it comes from."""
     from .run_cache import info, show
 
-    found = info(path)
-    print_json(found) if as_json else show(found)
+    summary = info(path)
+    if as_json:
+        print_json(summary)
+    else:
+        show(summary)
 
 
-@cache.command("verify")
+@cache.command("verify", short_help="Verify the checksum of every file.")
 def cache_verify(
     path: Annotated[Path, typer.Argument(help="The cache's folder.")], as_json: Json = False
 ) -> None:
-    """Read every file of a cache and compare its sha256; exit code 1 names those that differ."""
+    """Verify the sha256 of every file of a cache; exit code 1 if any differs."""
     from .run_cache import verify
 
-    found = verify(path)
+    result = verify(path)
     if as_json:
-        print_json(found)
+        print_json(result)
     else:
-        size = f"{found['tokens']:,} tokens, {found['bytes'] / 1e6:,.1f} MB"
-        say(f"{found['shards']} files are as they were built: {size}")
+        size = f"{result['tokens']:,} tokens, {result['bytes'] / 1e6:,.1f} MB"
+        say(f"{result['shards']} files verified: {size}")
 
 
 @app.command(
+    short_help="Run the benchmarks (from a checkout).",
     add_help_option=False,
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
 )
 def bench(context: typer.Context) -> None:
-    """Measure the losses beside their peers (from a checkout; bench --help)."""
+    """Benchmark the losses against other libraries (from a checkout; see bench --help)."""
     root = Path(__file__).resolve().parents[2]
     if not (root / "benchmarks" / "registry.py").is_file():
         say(
-            "fastdistill bench: the benchmarks are in the repository, not in the installed package;"
-            " run it from a checkout (git clone, then make venv)",
+            "fastdistill bench: the installed package has no benchmarks; run it from a checkout"
+            " (git clone, then make venv)",
             file=sys.stderr,
         )
         raise typer.Exit(2)
@@ -201,7 +212,7 @@ app.add_typer(experiment)
 
 
 def main() -> None:
-    """The console script: bad input is one line on stderr and exit code 2, never a traceback."""
+    """Run the console script; bad input is one line on stderr and exit code 2, no traceback."""
     try:
         app(prog_name="fastdistill")
     except KeyboardInterrupt:
@@ -209,7 +220,7 @@ def main() -> None:
         raise SystemExit(1) from None
     except Exception as error:
         code = _code_of(error)
-        if code is None:  # its message may be foreign, as any other
+        if code is None:  # printed through `say`: its message may contain control characters
             say("".join(traceback.format_exception(error)), file=sys.stderr)
             raise SystemExit(1) from None
         say(f"fastdistill: {error}", file=sys.stderr)
@@ -217,9 +228,8 @@ def main() -> None:
 
 
 def _code_of(error: Exception) -> int | None:
-    """2 for a request that could not be met as it stands, 1 for work that went wrong, None for a
-    mistake of ours, whose traceback is wanted."""
-    # By name: torch and the verbs' modules are not imported unless a verb did it.
+    """Return 2 for an invalid request, 1 for a failed run, None for a bug (prints a traceback)."""
+    # By name, so that torch and the modules of the commands stay unimported.
     if type(error).__name__ in ("Failed", "OutOfMemoryError"):
         return 1
     ours = isinstance(error, TypeError) and ": expected " in str(error)

@@ -1,10 +1,11 @@
-"""From a dataclass of settings to a verb: options for its fields, key=value, --config and the rest.
+"""Build a command from a dataclass: options for its fields, KEY=VALUE, --config and common options.
 
     defaults of the dataclass  <  --config FILE  <  KEY=VALUE  <  --option
 
-A verb's module is imported when the verb runs. It has run(own, more) and tell(found), and may have
-dry(own, more) for --dry-run, as_json(found), MORE() naming further settings that key=value takes,
-and shown(own, more) for what --print-config prints; `own` is the dataclass, `more` the others.
+The module of a command is imported when the command runs. It defines run(options, extra) and
+print_result(result), and optionally dry_run(options, extra) for --dry-run, as_json(result),
+extra_keys() (further settings that KEY=VALUE accepts) and resolved_settings(options, extra) for
+--print-config. `options` is the dataclass, `extra` the other settings.
 """
 
 from __future__ import annotations
@@ -23,44 +24,42 @@ from typer.core import TyperCommand
 
 from ..files import check_folder
 from .printing import print_json
-from .settings import Text, as_yaml, fill, gather, names_of, nearest, refuse_unknown
+from .settings import Text, check_keys, field_names, fill, gather, nearest, to_yaml
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")]
 _METAVARS = {int: "INT", float: "NUMBER", Path: "PATH"}
 
 
-def add(app: typer.Typer, name: str, kind: type, module: str) -> None:
-    """Give `app` a command whose settings are the dataclass `kind`, whose docstring is its help,
-    and whose work is `module`'s."""
+def add(app: typer.Typer, name: str, kind: type[Any], module: str) -> None:
+    """Add a command to `app`: settings and help from the dataclass `kind`, code from `module`."""
 
-    def command(**given: Any) -> None:
-        said = gather(given.pop("config"), given.pop("pairs") or [])
-        print_config, as_json = given.pop("print_config"), given.pop("as_json")
-        dry_run = given.pop("dry_run", False)
-        typed = {key: value for key, value in given.items() if value is not None}
-        said |= {k: Text(value) if isinstance(value, str) else value for k, value in typed.items()}
+    def command(**cli_args: Any) -> None:
+        raw = gather(cli_args.pop("config"), cli_args.pop("pairs") or [])
+        print_config, as_json = cli_args.pop("print_config"), cli_args.pop("as_json")
+        dry_run = cli_args.pop("dry_run", False)
+        typed = {key: value for key, value in cli_args.items() if value is not None}
+        raw |= {k: Text(value) if isinstance(value, str) else value for k, value in typed.items()}
         verb = import_module(f".{module}", __package__)
-        own_names = names_of(kind)
-        refuse_unknown(said, [*own_names, *getattr(verb, "MORE", list)()])
-        more = {key: value for key, value in said.items() if key not in own_names}
-        own = fill(kind, {key: said[key] for key in own_names if key in said})
+        own_names = field_names(kind)
+        check_keys(raw, [*own_names, *getattr(verb, "extra_keys", list)()])
+        extra = {key: value for key, value in raw.items() if key not in own_names}
+        options = fill(kind, {key: raw[key] for key in own_names if key in raw})
         if print_config:
-            shown = verb.shown(own, more) if hasattr(verb, "shown") else vars(own)
-            print(as_yaml(shown), end="")
+            resolve = getattr(verb, "resolved_settings", lambda options, _: vars(options))
+            print(to_yaml(resolve(options, extra)), end="")
             return
-        if hasattr(own, "out"):
-            check_folder("out", own.out)
-        # Libraries print; stdout is for what was asked.
-        with redirect_stdout(sys.stderr):
-            found = verb.dry(own, more) if dry_run else verb.run(own, more)
-        if found is None:  # another process of this run tells
+        if hasattr(options, "out"):
+            check_folder("out", options.out)
+        with redirect_stdout(sys.stderr):  # libraries print to stdout, which is for the result
+            result = (verb.dry_run if dry_run else verb.run)(options, extra)
+        if result is None:  # another rank prints the result
             return
         if as_json:
-            print_json(verb.as_json(found) if hasattr(verb, "as_json") else found)
+            print_json(verb.as_json(result) if hasattr(verb, "as_json") else result)
         else:
-            verb.tell(found)
+            verb.print_result(result)
 
-    hints = _options(kind) | _common(dry=getattr(kind, "DRY_RUN", False))
+    hints = _option_hints(kind) | _common_hints(dry=getattr(kind, "DRY_RUN", False))
     command.__annotations__ = hints
     command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [
@@ -73,20 +72,23 @@ def add(app: typer.Typer, name: str, kind: type, module: str) -> None:
             for key, hint in hints.items()
         ]
     )
-    app.command(name, cls=_parser(kind, module), help=kind.__doc__)(command)
+    register = app.command(
+        name, cls=_parser(kind, module), help=kind.__doc__, short_help=kind.SHORT_HELP
+    )
+    register(command)
 
 
-def _parser(kind: type, module: str) -> type[TyperCommand]:
-    """A parser of options that names the setting where somebody wrote one as an option."""
+def _parser(kind: type[Any], module: str) -> type[TyperCommand]:
+    """Return a command class whose errors suggest the setting that an unknown option stands for."""
 
     class Parser(TyperCommand):
         def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-            given = list(args)
+            cli_args = list(args)  # click empties the list
             try:
                 return super().parse_args(ctx, args)
             except Exception as error:
                 option = getattr(error, "option_name", None)  # of click's NoSuchOption
-                hint = "" if option is None else _as_setting(option, given, kind, module)
+                hint = "" if option is None else _suggest_setting(option, cli_args, kind, module)
                 if not hint:
                     raise
                 raise ValueError(f"No such option: {option}. {hint}") from None
@@ -94,36 +96,40 @@ def _parser(kind: type, module: str) -> type[TyperCommand]:
     return Parser
 
 
-def _as_setting(option: str, given: list[str], kind: type, module: str) -> str:
-    """How to write an option that is a setting, or is like one; empty where none is."""
-    verb, own = import_module(f".{module}", __package__), list(_options(kind))
-    known = sorted({*names_of(kind), *getattr(verb, "MORE", list)()})
+def _suggest_setting(option: str, cli_args: list[str], kind: type[Any], module: str) -> str:
+    """Return how to write the setting closest to an unknown option; empty if none is close."""
+    verb, options = import_module(f".{module}", __package__), list(_option_hints(kind))
+    known = sorted({*field_names(kind), *getattr(verb, "extra_keys", list)()})
     key = option.strip("-").replace("-", "_")
-    near = [key] if key in known else nearest(key, known)
-    value = _value_of(option, given)
-    told = [f"--{n.replace('_', '-')} {value}" if n in own else f"{n}={value}" for n in near]
-    return f"Write {' or '.join(told)}" if told else ""
+    names = [key] if key in known else nearest(key, known)
+    value = _option_value(option, cli_args)
+    suggestions = [
+        f"--{n.replace('_', '-')} {value}" if n in options else f"{n}={value}" for n in names
+    ]
+    return f"Write {' or '.join(suggestions)}" if suggestions else ""
 
 
-def _value_of(option: str, given: list[str]) -> str:
-    """What stands behind an option, or VALUE."""
-    for i, word in enumerate(given):
+def _option_value(option: str, cli_args: list[str]) -> str:
+    """Return the value that follows an option, or VALUE."""
+    for i, word in enumerate(cli_args):
         name, equals, value = word.partition("=")
         if name == option and equals:
             return value
-        if word == option and i + 1 < len(given) and not given[i + 1].startswith("--"):
-            return given[i + 1]
+        if word == option and i + 1 < len(cli_args) and not cli_args[i + 1].startswith("--"):
+            return cli_args[i + 1]
     return "VALUE"
 
 
-_Print = Annotated[bool, typer.Option("--print-config", help="Print all settings as --config.")]
-_Dry = Annotated[bool, typer.Option("--dry-run", help="Check everything, and do nothing.")]
+_Print = Annotated[
+    bool, typer.Option("--print-config", help="Print all settings as YAML for --config.")
+]
+_Dry = Annotated[bool, typer.Option("--dry-run", help="Check the request without running it.")]
 _FLAGS = (_Print, _Dry, Json)
 
 
-def _common(dry: bool) -> dict[str, Any]:
+def _common_hints(dry: bool) -> dict[str, Any]:
     pairs = typer.Argument(metavar="KEY=VALUE", hidden=True)
-    file = typer.Option(metavar="YAML", help="Settings from a file.", show_default=False)
+    file = typer.Option(metavar="YAML", help="Read settings from a YAML file.", show_default=False)
     return {
         "pairs": Annotated[list[str] | None, pairs],
         "config": Annotated[Path | None, file],
@@ -133,27 +139,27 @@ def _common(dry: bool) -> dict[str, Any]:
     }
 
 
-def _options(kind: type) -> dict[str, Any]:
-    """Options are texts here: settings.fit reads them, so that every way in gives one error."""
-    hints, found = typing.get_type_hints(kind, include_extras=True), {}
+def _option_hints(kind: type[Any]) -> dict[str, Any]:
+    """Return a hint per option; values stay text, so that settings.coerce reports every error."""
+    hints, options = typing.get_type_hints(kind, include_extras=True), {}
     for field in fields(kind):
         if typing.get_origin(hints[field.name]) is not Annotated:
             continue
         hint, help = typing.get_args(hints[field.name])
         members = typing.get_args(hint) or (hint,)
         if field.default is not None:
-            help += f" [{_in_words(field.default)}]"
+            help += f" [{_format_default(field.default)}]"
         if bool in members:
             option = typer.Option(help=help, show_default=False)
-            found[field.name] = Annotated[bool | None, option]
+            options[field.name] = Annotated[bool | None, option]
             continue
         metavar = next((_METAVARS[m] for m in members if m in _METAVARS), "TEXT")
         option = typer.Option(help=help, show_default=False, metavar=metavar)
-        found[field.name] = Annotated[str | None, option]
-    return found
+        options[field.name] = Annotated[str | None, option]
+    return options
 
 
-def _in_words(default: Any) -> str:
+def _format_default(default: Any) -> str:
     if default is MISSING:
         return "required"
     if isinstance(default, tuple):

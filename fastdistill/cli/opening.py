@@ -1,4 +1,4 @@
-"""From names on a command line to a teacher, a tokenizer, data; and what ends a verb early."""
+"""Resolve command-line names to teachers and tokenizers; errors that end a command early."""
 
 from __future__ import annotations
 
@@ -22,91 +22,93 @@ from ..training.offline import open_teacher
 
 
 class Failed(Exception):
-    """The request was understood, and what it asked for went wrong: exit code 1."""
+    """A valid request failed while it ran: exit code 1."""
 
 
 @contextmanager
-def running(what: str) -> Iterator[None]:
-    """From here on a disk, a network or arithmetic that fails is no mistake of the request."""
+def as_exit_code_1(context: str) -> Iterator[None]:
+    """Raise Failed for errors of the disk, the network or arithmetic; they are not usage errors."""
     try:
         yield
     except (OSError, FloatingPointError) as error:
-        raise Failed(f"{what}: {error}") from error
+        raise Failed(f"{context}: {error}") from error
 
 
-def quiet() -> None:
-    """Loading bars of transformers are for a terminal, and so is its advice."""
+def silence_transformers() -> None:
+    """Turn off the progress bars and warnings of transformers."""
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
 
 
 def check_device(name: str | None) -> None:
-    """Raise ValueError for a device that torch does not know, or that is not here."""
+    """Raise ValueError for a device that torch does not know or this machine lacks."""
     if name is None:
         return
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        first = printable(str(error).partition("\n")[0])
-        raise ValueError(f"device: expected one of this machine, got {name!r}: {first}") from None
+        reason = printable(str(error).partition("\n")[0])
+        raise ValueError(
+            f"device: expected a device of this machine, got {name!r}: {reason}"
+        ) from None
 
 
 def device() -> torch.device:
-    """This process's GPU, or the CPU."""
+    """Return this process's GPU, or the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", local_rank() % torch.cuda.device_count())
 
 
-def elsewhere(name: str, quant: str | None, compute: str) -> Any:
-    """The cache in a folder, or the client of a server; None where the name is a model's."""
-    found = open_teacher(name)
-    if isinstance(found, (str, Path)):
+def open_remote_teacher(name: str, quant: str | None, compute: str) -> Any:
+    """Return the cache in a folder or the client of a server; None if `name` is a model."""
+    teacher = open_teacher(name)
+    if isinstance(teacher, (str, Path)):
         return None
     if quant is not None or compute != "auto":
         raise ValueError(
-            f"teacher_quant: expected none with {name}, whose answers are made already, got "
+            f"teacher_quant: expected none with {name}, which is a cache or a server, got "
             f"{quant or compute!r}"
         )
-    return found
+    return teacher
 
 
-def teacher_of(name: str, quant: str | None, compute: str, place: torch.device) -> Any:
-    """A teacher that is elsewhere, or else the model."""
-    found = elsewhere(name, quant, compute)
-    return (
-        load_teacher(name, quant=quant, compute=compute, device=place) if found is None else found
-    )
+def load_any_teacher(name: str, quant: str | None, compute: str, target: torch.device) -> Any:
+    """Return a cache, a client of a server, or a model loaded on `target`."""
+    teacher = open_remote_teacher(name, quant, compute)
+    if teacher is not None:
+        return teacher
+    return load_teacher(name, quant=quant, compute=compute, device=target)
 
 
-def outline(role: str, name: str) -> Any:
-    """Return the model of a checkpoint without its weights, which have to be there."""
+def outline_model(role: str, name: str) -> Any:
+    """Return the model of a checkpoint on the meta device; raises if its weights are missing."""
     config = config_of(role, name)
     if Path(name).expanduser().exists():
         StoredModel.at(name)
     return empty_model(role, config, torch.float32)
 
 
-def outlined_teacher(name: str, quant: str | None, compute: str) -> Any:
-    """Return a teacher that is elsewhere, or else what is known of the model without weights."""
-    found = elsewhere(name, quant, compute)
-    if found is not None:
-        return found
+def outline_teacher(name: str, quant: str | None, compute: str) -> Any:
+    """Return a cache, a client of a server, or the vocabulary and tokenizer of a model."""
+    teacher = open_remote_teacher(name, quant, compute)
+    if teacher is not None:
+        return teacher
     path = Path(name).expanduser()
     if path.exists():
         check_quantization(StoredModel.at(path), quant, compute)
     if path.suffix == ".gguf":
         return TeacherSpec()
-    model = outline("teacher", name)
+    model = outline_model("teacher", name)
     return TeacherSpec(
         tokenizer=stored_tokenizer(tokenizer_folder(name)), vocab_size=rows_of_head(model)
     )
 
 
-def tokenizer_of(name: str) -> Any:
-    """Return the tokenizer in a folder, or of a name on the hub."""
+def open_tokenizer(name: str) -> Any:
+    """Return the tokenizer in a folder or of a model on the hub."""
     try:
         return load_tokenizer(tokenizer_folder(name))
     except (OSError, ValueError) as error:
-        first = printable(str(error).strip().partition("\n")[0])
-        raise ValueError(f"tokenizer: expected one in {name}, got none: {first}") from None
+        reason = printable(str(error).strip().partition("\n")[0])
+        raise ValueError(f"tokenizer: expected a tokenizer in {name}, got none: {reason}") from None

@@ -1,4 +1,4 @@
-"""What the verbs print: text that may come from elsewhere never acts on the terminal."""
+"""Printing for the commands: control characters in foreign text never reach the terminal."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from ..runtime.printable import printable_lines
 
 
 def say(text: Any, *, file: TextIO | None = None, flush: bool = False) -> None:
-    """Print text, in which only ends of lines keep their meaning."""
+    """Print text; control characters other than newlines are escaped."""
     print(printable_lines(text), file=file, flush=flush)
 
 
 def print_json(value: Any) -> None:
-    """Print a value as JSON; characters that act on a terminal are written as JSON's escapes."""
+    """Print a value as JSON; control characters are written as JSON escapes."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
     print("".join(map(_escaped, text)))
 

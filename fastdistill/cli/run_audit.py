@@ -1,4 +1,4 @@
-"""fastdistill audit: student, teacher and base side by side, one page and one JSON file."""
+"""`fastdistill audit`: compare student, teacher and base in one page and one JSON file."""
 
 from __future__ import annotations
 
@@ -20,75 +20,82 @@ from ..organisms.stored import load_organism
 from ..report.audit_page import audit_page, summary
 from ..resolve import is_adapter
 from ..stored_model import StoredModel
-from .opening import check_device, quiet, running
+from .opening import as_exit_code_1, check_device, silence_transformers
 from .printing import say
 from .verbs import Audit
 
 
-def dry(own: Audit, more: dict[str, Any]) -> dict[str, Any]:
-    """The audits that would run, of which models; a folder that is not there is said now."""
-    check_device(own.device)
-    for name in _names(own).values():
+def dry_run(options: Audit, extra: dict[str, Any]) -> dict[str, Any]:
+    """Return the audits that would run and their models; raises for a missing folder."""
+    check_device(options.device)
+    for name in _names(options).values():
         StoredModel.at(name)
-    return {"audits": list(_suite(own)), "models": _names(own), "out": str(own.out)}
+    return {"audits": list(_suite(options)), "models": _names(options), "out": str(options.out)}
 
 
-def run(own: Audit, more: dict[str, Any]) -> dict[str, Any]:
-    quiet()
-    check_device(own.device)
-    suite = _suite(own)
-    names = _names(own)
-    models = {key: _opened(own, key, name) for key, name in names.items()}
+def run(options: Audit, extra: dict[str, Any]) -> dict[str, Any]:
+    silence_transformers()
+    check_device(options.device)
+    suite = _suite(options)
+    names = _names(options)
+    models = {key: _load_subject(options, key, name) for key, name in names.items()}
     controls = [key for key in ("base", "benign") if key in models]
-    with running("audit"):
-        found = run_suite(suite, models, base=models["base"], controls=controls)
+    with as_exit_code_1("audit"):
+        comparison = run_suite(suite, models, base=models["base"], controls=controls)
         about = {"command": _command(), "models": names, "versions": versions()}
-        own.out.mkdir(parents=True, exist_ok=True)
-        result = {**about, "lead": summary(found), **found.as_json()}
-        write_json(own.out / "results.json", result)
-        audit_page(found, about=about).write(own.out / "report.html")
-        if own.log_dir is not None:
-            _logs(own.log_dir, suite, models, found.results)
-    return {**result, "report": str(own.out / "report.html")}
+        options.out.mkdir(parents=True, exist_ok=True)
+        result = {**about, "lead": summary(comparison), **comparison.as_json()}
+        write_json(options.out / "results.json", result)
+        audit_page(comparison, about=about).write(options.out / "report.html")
+        if options.log_dir is not None:
+            _write_logs(options.log_dir, suite, models, comparison.results)
+    return {**result, "report": str(options.out / "report.html")}
 
 
-def tell(found: dict[str, Any]) -> None:
-    if "lead" not in found:
-        say("audits: " + ", ".join(found["audits"]))
-        say("models: " + ", ".join(f"{k} {v}" for k, v in found["models"].items()))
+def print_result(result: dict[str, Any]) -> None:
+    if "lead" not in result:
+        say("audits: " + ", ".join(result["audits"]))
+        say("models: " + ", ".join(f"{k} {v}" for k, v in result["models"].items()))
         return
-    say(found["lead"])
-    for audit in found["audits"]:
+    say(result["lead"])
+    for audit in result["audits"]:
         low, high = audit["interval"]
         bounds = "" if low is None else f" [{low:.3f}, {high:.3f}]"
         say(f"  {audit['name']:24} {audit['model']:8} {audit['value']:9.3f}{bounds}")
-    for name, reason in found["left_out"].items():
-        say(f"left out: {name}. {reason}")
-    say(f"The report is {found['report']}")
+    for name, reason in result["left_out"].items():
+        say(f"skipped: {name}. {reason}")
+    say(f"Report: {result['report']}")
 
 
-def _names(own: Audit) -> dict[str, str]:
-    given = {"student": own.model, "teacher": own.teacher, "base": own.base, "benign": own.benign}
-    return {key: name for key, name in given.items() if name is not None}
+def _names(options: Audit) -> dict[str, str]:
+    names = {
+        "student": options.model,
+        "teacher": options.teacher,
+        "base": options.base,
+        "benign": options.benign,
+    }
+    return {key: name for key, name in names.items() if name is not None}
 
 
-def _opened(own: Audit, key: str, name: str) -> Subject:
-    under = own.base if is_adapter(name) and key != "base" else None
-    return load_organism(name, base=under, name=key, device=own.device)
+def _load_subject(options: Audit, key: str, name: str) -> Subject:
+    base = options.base if is_adapter(name) and key != "base" else None
+    return load_organism(name, base=base, name=key, device=options.device)
 
 
-def _suite(own: Audit) -> dict[str, OneAudit]:
-    suite = _probes(own).suite()
-    unknown = [name for name in own.only if name not in suite]
+def _suite(options: Audit) -> dict[str, OneAudit]:
+    suite = _probes(options).suite()
+    unknown = [name for name in options.only if name not in suite]
     if unknown:
         raise ValueError(f"only: expected names among {', '.join(suite)}, got {', '.join(unknown)}")
-    return {name: audit for name, audit in suite.items() if not own.only or name in own.only}
+    return {
+        name: audit for name, audit in suite.items() if not options.only or name in options.only
+    }
 
 
-def _probes(own: Audit) -> Probes:
-    if own.probes is not None:
-        return Probes.load(own.probes)
-    for name in (own.model, own.teacher):
+def _probes(options: Audit) -> Probes:
+    if options.probes is not None:
+        return Probes.load(options.probes)
+    for name in (options.model, options.teacher):
         if name is not None and (Path(name).expanduser() / PROBES).is_file():
             return Probes.load(Path(name).expanduser() / PROBES)
     return GENERIC_PROBES
@@ -98,13 +105,13 @@ def _command() -> str:
     return shlex.join(["fastdistill", *sys.argv[1:]])
 
 
-def _logs(
+def _write_logs(
     folder: Path,
     suite: dict[str, OneAudit],
     models: dict[str, Subject],
     results: dict[str, dict[str, AuditResult]],
 ) -> None:
-    """Behavioural audits as runs of Inspect, the others as logs that it reads."""
+    """Run behavioral audits through Inspect; export the results of the others as its logs."""
     from ..audits.inspect_log import export_log
     from ..audits.inspect_tasks import run_with_inspect
 

@@ -1,4 +1,4 @@
-"""What a cache is, in figures: `fastdistill cache info` and `cache verify`."""
+"""`fastdistill cache info` and `fastdistill cache verify`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from .opening import Failed
 
 
 def figures(cache: TeacherCache) -> dict[str, Any]:
+    """Return the sizes and settings of a cache."""
     settings = cache.manifest.settings
     return {
         "path": str(cache.path),
@@ -35,34 +36,41 @@ def figures(cache: TeacherCache) -> dict[str, Any]:
 
 
 def info(path: Path) -> dict[str, Any]:
-    """Raises CacheError where the manifest, or a file's size, is not what it should be."""
+    """Return `figures` of the cache at `path`.
+
+    Raises CacheError for an invalid manifest or a file of the wrong size.
+    """
     return figures(TeacherCache(path, check=False))
 
 
 def verify(path: Path) -> dict[str, Any]:
-    """Raises Failed, naming them, where files differ from what was built."""
+    """Compare the sha256 of every file with the manifest.
+
+    Raises Failed, naming the files that differ.
+    """
     start = time.perf_counter()
     try:
-        found = TeacherCache(path, check=False).verify()
+        totals = TeacherCache(path, check=False).verify()
     except CacheError as error:
         raise Failed(str(error)) from None
-    return {**found._asdict(), "path": str(path), "seconds": time.perf_counter() - start}
+    return {**totals._asdict(), "path": str(path), "seconds": time.perf_counter() - start}
 
 
-def show(found: dict[str, Any]) -> None:
-    teacher = found["teacher"]
-    named = teacher.get("name") or teacher.get("path") or teacher["kind"]
-    at = ", ".join(f"{T:g}" for T in found["temperatures"])
-    kept = f"top {found['k']}" if found["targets"] == "topk" else f"{found['k']} draws"
+def show(summary: dict[str, Any]) -> None:
+    """Print what `info` returns."""
+    teacher = summary["teacher"]
+    name = teacher.get("name") or teacher.get("path") or teacher["kind"]
+    temperatures = ", ".join(f"{T:g}" for T in summary["temperatures"])
+    targets = f"top {summary['k']}" if summary["targets"] == "topk" else f"{summary['k']} draws"
     lines = [
-        ("cache", found["path"]),
-        ("teacher", str(named)),
-        ("answers", f"{kept} at T = {at}; positions: {found['positions']}"),
-        ("tokens", f"{found['tokens']:,} in {found['rows']:,} rows"),
-        ("size", f"{found['bytes'] / 1e6:,.1f} MB in {found['shards']} files, "
-                 f"{found['bytes_per_token']:.0f} bytes a token"),
+        ("cache", summary["path"]),
+        ("teacher", str(name)),
+        ("answers", f"{targets} at T = {temperatures}; positions: {summary['positions']}"),
+        ("tokens", f"{summary['tokens']:,} in {summary['rows']:,} rows"),
+        ("size", f"{summary['bytes'] / 1e6:,.1f} MB in {summary['shards']} files, "
+                 f"{summary['bytes_per_token']:.0f} bytes per token"),
     ]  # fmt: skip
     console = Console()
-    for name, value in lines:
-        line = printable(f"{name:<9}{value}", None)
+    for label, value in lines:
+        line = printable(f"{label:<9}{value}", None)
         console.print(line, soft_wrap=True, markup=False, highlight=False)

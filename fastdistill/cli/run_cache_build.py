@@ -18,32 +18,41 @@ from ..json_lines import JsonLines
 from ..plan.shapes import config_of
 from ..positions import check_row_lengths
 from ..served import ServedTeacher, is_url
-from .opening import device, elsewhere, quiet, running, teacher_of, tokenizer_of
+from .opening import (
+    as_exit_code_1,
+    device,
+    load_any_teacher,
+    open_remote_teacher,
+    open_tokenizer,
+    silence_transformers,
+)
 from .printing import say
 from .run_cache import figures, show
 from .verbs import CacheBuild
 
 
-def run(own: CacheBuild, more: dict[str, Any]) -> dict[str, Any] | None:
-    quiet()
-    data = _data(own)
-    teacher = teacher_of(own.teacher, own.teacher_quant, own.teacher_compute, device())
+def run(options: CacheBuild, extra: dict[str, Any]) -> dict[str, Any] | None:
+    silence_transformers()
+    data = _load_data(options)
+    teacher = load_any_teacher(
+        options.teacher, options.teacher_quant, options.teacher_compute, device()
+    )
     rank, world = rank_and_world()
-    stopped = f"cache build: stopped, and what is finished stays in {own.out}"
-    with running(stopped), _interrupted(own):
+    stopped = f"cache build: stopped; finished files stay in {options.out}"
+    with as_exit_code_1(stopped), _report_interruption(options):
         cache = TeacherCache.build(
             teacher,
             data,
-            own.out,
-            k=own.k,
-            temperatures=own.temperatures,
-            targets=own.targets,
-            positions=own.positions,
-            tokenizer=None if own.tokenizer is None else tokenizer_of(own.tokenizer),
-            max_length=own.max_length,
-            completion_only_loss=own.completion_only_loss,
-            seed=own.seed,
-            shard_mb=own.shard_mb,
+            options.out,
+            k=options.k,
+            temperatures=options.temperatures,
+            targets=options.targets,
+            positions=options.positions,
+            tokenizer=None if options.tokenizer is None else open_tokenizer(options.tokenizer),
+            max_length=options.max_length,
+            completion_only_loss=options.completion_only_loss,
+            seed=options.seed,
+            shard_mb=options.shard_mb,
             rank=rank,
             world=world,
         )
@@ -51,48 +60,50 @@ def run(own: CacheBuild, more: dict[str, Any]) -> dict[str, Any] | None:
 
 
 @contextmanager
-def _interrupted(own: CacheBuild) -> Iterator[None]:
-    """Say what an interrupted build leaves behind."""
+def _report_interruption(options: CacheBuild) -> Iterator[None]:
+    """Print on Ctrl-C how many files are finished and how to resume."""
     try:
         yield
     except KeyboardInterrupt:
-        files = len(list(own.out.glob("*.safetensors")))
-        left = "Nothing was finished."
+        files = len(list(options.out.glob("*.safetensors")))
+        message = "No file was finished."
         if files:
-            left = f"The same command goes on behind the {files} files that are finished."
-        say(f"fastdistill: cache build: stopped. {left}", file=sys.stderr)
+            message = f"{files} files are finished. Re-run the same command to resume."
+        say(f"fastdistill: cache build: stopped. {message}", file=sys.stderr)
         raise
 
 
-def dry(own: CacheBuild, more: dict[str, Any]) -> dict[str, Any]:
-    """How many tokens and bytes it would be, from a look at some examples; no weights."""
-    quiet()
-    data = _data(own)
-    teacher = elsewhere(own.teacher, own.teacher_quant, own.teacher_compute)
+def dry_run(options: CacheBuild, extra: dict[str, Any]) -> dict[str, Any]:
+    """Return the estimated tokens and bytes of a build; needs no weights."""
+    silence_transformers()
+    data = _load_data(options)
+    teacher = open_remote_teacher(options.teacher, options.teacher_quant, options.teacher_compute)
     if teacher is None:
-        vocab = config_of("teacher", own.teacher).get_text_config().vocab_size
+        vocab = config_of("teacher", options.teacher).get_text_config().vocab_size
     else:
         vocab = teacher.vocab_size
-    name = own.tokenizer or (own.teacher if teacher is None else None)
+    name = options.tokenizer or (options.teacher if teacher is None else None)
     encoder = Encoder(
-        tokenizer=None if name is None else tokenizer_of(name),
-        completion_only=own.completion_only_loss,
-        max_length=own.max_length,
+        tokenizer=None if name is None else open_tokenizer(name),
+        completion_only=options.completion_only_loss,
+        max_length=options.max_length,
     )
-    for at in range(len(data)):
-        encoder(data[at], at, "data")  # as the build would, so that none is refused later
+    for index in range(len(data)):
+        encoder(data[index], index, "data")  # raises for a row that the build would reject
     settings, bytes_per_row = settings_for(
-        teacher, data, encoder, vocab=vocab, k=own.k, temperatures=own.temperatures,
-        targets=own.targets, positions=own.positions, seed=own.seed, shard_mb=own.shard_mb,
+        teacher, data, encoder, vocab=vocab, k=options.k, temperatures=options.temperatures,
+        targets=options.targets, positions=options.positions, seed=options.seed,
+        shard_mb=options.shard_mb,
     )  # fmt: skip
     if isinstance(teacher, ServedTeacher):
         check_row_lengths("dataset", data, encoder, [teacher.row_limit])
-        for temperature in own.temperatures:
-            teacher.check(k=own.k, temperature=temperature)
+        for temperature in options.temperatures:
+            teacher.check(k=options.k, temperature=temperature)
         teacher.close()
-    if (own.out / SETTINGS).is_file() and teacher is None:  # which weights it has is not known here
-        settings = replace(settings, teacher=read_settings(own.out).teacher)
-    check_begun(own.out, settings)
+    # A model whose weights are not loaded has no digest: take the one of the unfinished build.
+    if teacher is None and (options.out / SETTINGS).is_file():
+        settings = replace(settings, teacher=read_settings(options.out).teacher)
+    check_begun(options.out, settings)
     size = bytes_per_row * settings.rows
     return {
         "dry_run": True,
@@ -103,20 +114,20 @@ def dry(own: CacheBuild, more: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def tell(found: dict[str, Any]) -> None:
-    if not found.get("dry_run"):
-        show(found)
+def print_result(result: dict[str, Any]) -> None:
+    if not result.get("dry_run"):
+        show(result)
         return
-    size = f"{found['bytes'] / 1e6:,.1f} MB in {found['shards']} files"
-    say(f"{found['rows']:,} rows, about {found['tokens']:,} answers: {size}")
+    size = f"{result['bytes'] / 1e6:,.1f} MB in {result['shards']} files"
+    say(f"{result['rows']:,} rows, about {result['tokens']:,} answers: {size}")
 
 
-def _data(own: CacheBuild) -> JsonLines:
-    data = JsonLines(own.data, check=check_example)
-    unread = is_url(own.teacher) and own.tokenizer is None
-    if unread and any(data[at].get("input_ids") is None for at in range(len(data))):
+def _load_data(options: CacheBuild) -> JsonLines:
+    data = JsonLines(options.data, check=check_example)
+    needs_tokenizer = is_url(options.teacher) and options.tokenizer is None
+    if needs_tokenizer and any(data[i].get("input_ids") is None for i in range(len(data))):
         raise ValueError(
-            "tokenizer: expected the teacher's, to read text for a server, got none. Pass "
-            "--tokenizer, or lines with input_ids"
+            "tokenizer: expected the teacher's tokenizer, to encode text for a server, got none. "
+            "Pass --tokenizer, or lines with input_ids"
         )
     return data

@@ -8,18 +8,18 @@ from rich.console import Console
 
 from ..plan import Plan as Planned
 from ..plan import plan_memory, print_plan
-from .opening import quiet
+from .opening import silence_transformers
 from .verbs import Plan
 
 
-def run(own: Plan, more: dict[str, Any]) -> Planned:
-    quiet()
-    return plan_memory(**vars(own))
+def run(options: Plan, extra: dict[str, Any]) -> Planned:
+    silence_transformers()
+    return plan_memory(**vars(options))
 
 
-def as_json(found: Planned) -> dict[str, Any]:
-    return found.as_json()
+def as_json(plan: Planned) -> dict[str, Any]:
+    return plan.as_json()
 
 
-def tell(found: Planned) -> None:
-    print_plan(found, Console())
+def print_result(plan: Planned) -> None:
+    print_plan(plan, Console())

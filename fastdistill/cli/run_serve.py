@@ -7,28 +7,31 @@ from typing import Any
 
 from ..served import serve
 from ..teacher import load_teacher
-from .opening import device, quiet
+from .opening import device, silence_transformers
 from .printing import say
 from .verbs import Serve
 
 
-def run(own: Serve, more: dict[str, Any]) -> dict[str, Any]:
-    quiet()
+def run(options: Serve, extra: dict[str, Any]) -> dict[str, Any]:
+    silence_transformers()
     teacher = load_teacher(
-        own.teacher, quant=own.teacher_quant, compute=own.teacher_compute, device=device()
+        options.teacher,
+        quant=options.teacher_quant,
+        compute=options.teacher_compute,
+        device=device(),
     )
-    said = {}
+    address: dict[str, str] = {}
 
     def ready(url: str) -> None:
-        said["url"] = url
-        say(f"{own.teacher} answers at {url} until Ctrl-C", file=sys.stderr, flush=True)
+        address["url"] = url
+        say(f"{options.teacher} is served at {url} until Ctrl-C", file=sys.stderr, flush=True)
 
     serve(
-        teacher, host=own.host, port=own.port, token=own.token, max_k=own.max_k,
-        max_tokens=own.max_tokens, name=own.name, ready=ready,
+        teacher, host=options.host, port=options.port, token=options.token, max_k=options.max_k,
+        max_tokens=options.max_tokens, name=options.name, ready=ready,
     )  # fmt: skip
-    return said
+    return address
 
 
-def tell(found: dict[str, Any]) -> None:
-    say(f"{found['url']} is closed")
+def print_result(result: dict[str, Any]) -> None:
+    say(f"{result['url']} was closed")

