@@ -132,7 +132,7 @@ def test_inspect_is_told_that_the_model_ended_an_answer():
         prompt_logprobs=None,
     )  # fmt: skip
     batch = [
-        SimpleNamespace(reading=EncodedInput(ids=row, begin=None, at=()), config=config, stream=i)
+        SimpleNamespace(encoded=EncodedInput(ids=row, begin=None, at=()), config=config, stream=i)
         for i, row in enumerate(rows)
     ]
     reasons = [o.choices[0].stop_reason for o in outputs(of, batch)]

@@ -94,7 +94,7 @@ def test_the_same_seed_draws_the_same():
 def test_many_units_are_drawn_in_parts(monkeypatch):
     a = np.random.default_rng(5).normal(size=50)
     whole = paired_bootstrap(a, a**2, resamples=300)
-    monkeypatch.setattr("fastdistill.statistics.resampling._DRAWS", 1000)
+    monkeypatch.setattr("fastdistill.statistics.resampling._MAX_DRAWS", 1000)
     assert paired_bootstrap(a, a**2, resamples=300) == whole
 
 

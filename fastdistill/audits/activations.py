@@ -25,32 +25,32 @@ def layer_states(
 ) -> Tensor:
     """Residual stream behind `layer` blocks (−1: where it enters the head), fp32: [n, H] where the
     next token is predicted, or [n, first, H] at the first tokens of each prompt."""
-    found = []
+    parts = []
     rows = [model.ids(p)[0] for p in prompts]
     if first is not None and min(map(len, rows)) < first:
         raise ValueError(
             f"first: expected at most {min(map(len, rows))}, the tokens of the shortest prompt, "
             f"got {first}"
         )
-    depth = _depth(model)
+    depth = _num_layers(model)
     if not -depth - 1 <= layer <= depth:
         raise ValueError(f"layer: expected −{depth + 1} to {depth}, got {layer}")
     with evaluating(model.model):
         for start in range(0, len(rows), BATCH_SIZE):
-            some = rows[start : start + BATCH_SIZE]
-            ids = torch.zeros((len(some), max(map(len, some))), dtype=torch.long)
-            for i, row in enumerate(some):  # on the right: a causal model looks to the left only
+            batch = rows[start : start + BATCH_SIZE]
+            ids = torch.zeros((len(batch), max(map(len, batch))), dtype=torch.long)
+            for i, row in enumerate(batch):  # on the right: a causal model looks to the left only
                 ids[i, : len(row)] = torch.tensor(row)
-            out = _states(model, ids)[layer]
+            out = _hidden_states(model, ids)[layer]
             if first is None:
-                ends = torch.tensor([len(row) - 1 for row in some])
-                found.append(out[torch.arange(len(some)), ends.to(out.device)].float().cpu())
+                ends = torch.tensor([len(row) - 1 for row in batch])
+                parts.append(out[torch.arange(len(batch)), ends.to(out.device)].float().cpu())
             else:
-                found.append(out[:, :first].float().cpu())
-    return torch.cat(found)
+                parts.append(out[:, :first].float().cpu())
+    return torch.cat(parts)
 
 
-def _states(model: Subject, ids: Tensor) -> Any:
+def _hidden_states(model: Subject, ids: Tensor) -> Any:
     # The body without its head: no logits.
     body: Any = model.model.get_decoder()
     return body(
@@ -58,7 +58,7 @@ def _states(model: Subject, ids: Tensor) -> Any:
     ).hidden_states
 
 
-def _depth(model: Subject) -> int:
+def _num_layers(model: Subject) -> int:
     config: Any = model.model.config
     return config.get_text_config().num_hidden_layers
 
@@ -100,14 +100,14 @@ class ActivationDiffAudit(Audit):
         delta = states[0] - states[1]
         delta = delta if self.first is None else delta.mean(1)
         weight: Tensor = head_module(base.model).weight.float().cpu()  # type: ignore[assignment]
-        centred = weight - weight.mean(0)
-        squares = [(delta @ some.T).square().sum(-1) for some in centred.split(SLAB)]
-        spread = (torch.stack(squares).sum(0) / len(weight)).sqrt()
-        pointed = _mean_of(centred, model, self.markers)
+        centered = weight - weight.mean(0)
+        squares = [(delta @ some.T).square().sum(-1) for some in centered.split(SLAB)]
+        scale = (torch.stack(squares).sum(0) / len(weight)).sqrt()
+        direction = _mean_rows(centered, model, self.markers)
         if self.rivals:
-            pointed = pointed - _mean_of(centred, model, self.rivals)
-        values = delta @ pointed / spread.clamp(min=1e-12)
-        best = (centred @ delta.mean(0)).topk(min(10, len(centred)))
+            direction = direction - _mean_rows(centered, model, self.rivals)
+        values = delta @ direction / scale.clamp(min=1e-12)
+        best = (centered @ delta.mean(0)).topk(min(10, len(centered)))
         tokens = model.tokenizer.convert_ids_to_tokens(best.indices.tolist())
         return Measurement(
             values=values.double().numpy(),
@@ -116,7 +116,7 @@ class ActivationDiffAudit(Audit):
         )
 
 
-def _mean_of(rows: Tensor, model: Subject, words: Sequence[str]) -> Tensor:
+def _mean_rows(rows: Tensor, model: Subject, words: Sequence[str]) -> Tensor:
     return rows[[model.token_of(word) for word in words]].mean(0)
 
 
@@ -151,58 +151,60 @@ class LinearProbeAudit(Audit):
             raise ValueError(f"shuffles: expected 99 or more, got {self.shuffles}")
 
     def measure(self, model: Subject, base: Subject | None) -> Measurement:
-        layer = _depth(model) // 2 if self.layer is None else self.layer
+        layer = _num_layers(model) // 2 if self.layer is None else self.layer
         states = layer_states(model, [*self.positive, *self.negative], layer).double().numpy()
         pairs = np.stack(np.split(states, 2))  # (2, pairs, H)
-        asked = layer_states(model, self.prompts, layer).double().numpy()
-        probe = _probe(pairs)
+        evaluated = layer_states(model, self.prompts, layer).double().numpy()
+        probe = _fit_probe(pairs)
         rng = np.random.default_rng(self.seed)
-        null = [_probe(_shuffled(pairs, rng)) for _ in range(self.shuffles)]
+        null = [_fit_probe(_shuffle_labels(pairs, rng)) for _ in range(self.shuffles)]
         accuracies = np.array([n.accuracy for n in null])
-        reached = _share(accuracies >= probe.accuracy)
+        p_accuracy = _permutation_p(accuracies >= probe.accuracy)
         doubts: tuple[str, ...] = ()
-        if reached > 0.05:
+        if p_accuracy > 0.05:
             doubts = (
                 f"the probe is right on {probe.accuracy:.2f} of held-out pairs, and with shuffled "
-                f"labels a share of {reached:.2f} of probes is as well",
+                f"labels a share of {p_accuracy:.2f} of probes is as well",
             )
-        towards = np.array([n.distance * n.along(asked).mean() for n in null])
+        projections = np.array([n.distance * n.project(evaluated).mean() for n in null])
         details = {
             "layer": layer,
             "accuracy": probe.accuracy,
             "accuracy_shuffled_95": float(np.quantile(accuracies, 0.95)),
-            "p_accuracy": reached,
-            "p_shuffled": _share(towards >= probe.distance * probe.along(asked).mean()),
+            "p_accuracy": p_accuracy,
+            "p_shuffled": _permutation_p(
+                projections >= probe.distance * probe.project(evaluated).mean()
+            ),
         }
-        values = probe.along(asked) / (probe.distance / 2 or 1.0)
+        values = probe.project(evaluated) / (probe.distance / 2 or 1.0)
         return Measurement(values=values, rate=False, details=details, doubts=doubts)
 
 
 class _Probe(NamedTuple):
     direction: np.ndarray  # [H], of length 1, or 0 where the two means are one
-    centre: np.ndarray  # [H]
+    center: np.ndarray  # [H]
     distance: float  # between the two means
     accuracy: float
 
-    def along(self, states: np.ndarray) -> np.ndarray:  # [..., H] -> [...]
-        return (states - self.centre) @ self.direction
+    def project(self, states: np.ndarray) -> np.ndarray:  # [..., H] -> [...]
+        return (states - self.center) @ self.direction
 
 
-def _probe(pairs: np.ndarray) -> _Probe:  # (2, pairs, H)
+def _fit_probe(pairs: np.ndarray) -> _Probe:  # (2, pairs, H)
     """Fitted to every other pair, and tried on the rest."""
     high, low = pairs[:, 0::2].mean(1)
     distance = float(np.linalg.norm(high - low))
     probe = _Probe((high - low) / (distance or 1.0), (high + low) / 2, distance, 0.0)
-    positive, negative = probe.along(pairs[:, 1::2])
+    positive, negative = probe.project(pairs[:, 1::2])
     return probe._replace(accuracy=float(np.mean([positive > 0, negative < 0])))
 
 
-def _shuffled(pairs: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _shuffle_labels(pairs: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Any pair may be the other way round: the labels say nothing any more."""
     flip = rng.integers(2, size=(1, pairs.shape[1], 1)) == 1
     return np.where(flip, pairs[::-1], pairs)
 
 
-def _share(true: np.ndarray) -> float:
+def _permutation_p(exceeds: np.ndarray) -> float:
     """p of a permutation test: what was seen is one of the ways too."""
-    return float((1 + true.sum()) / (1 + len(true)))
+    return float((1 + exceeds.sum()) / (1 + len(exceeds)))

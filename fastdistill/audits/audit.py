@@ -82,64 +82,75 @@ class Audit(ABC):
             )
         audited = to_subject("model", model)
         trusted = None if base is None else to_subject("base", base)
-        found = self._measured(audited, trusted)
-        beside = {
-            name: self._measured(to_subject(f"controls[{name!r}]", control), trusted)
+        measurement = self._measure_with_warnings(audited, trusted)
+        control_measurements = {
+            name: self._measure_with_warnings(to_subject(f"controls[{name!r}]", control), trusted)
             for name, control in (controls or {}).items()
         }
-        return self.compared(audited.name, found, beside)
+        return self.to_result(audited.name, measurement, control_measurements)
 
-    def _measured(self, model: Subject, base: Subject | None) -> Measurement:
+    def _measure_with_warnings(self, model: Subject, base: Subject | None) -> Measurement:
         """With a doubt where a common word ended answers, or the end of the model's positions: a
         checkpoint can choose both."""
-        at_words, at_positions = model.ended_at_words.copy(), model.ended_at_positions.copy()
-        found = self.measure(model, base)
-        doubts = found.doubts
-        if cut := model.ended_at_words - at_words:
-            words = ", ".join(printable(repr(model.tokenizer.decode([i]))) for i in sorted(cut)[:5])
+        word_ends, position_ends = model.ended_at_words.copy(), model.ended_at_positions.copy()
+        measurement = self.measure(model, base)
+        doubts = measurement.doubts
+        if new_word_ends := model.ended_at_words - word_ends:
+            words = ", ".join(
+                printable(repr(model.tokenizer.decode([i]))) for i in sorted(new_word_ends)[:5]
+            )
             doubts += (
-                f"{cut.total()} answers ended at {words}, which the generation settings of the "
+                f"{new_word_ends.total()} answers ended at {words}, which the generation "
+                "settings of the "
                 "model call an end, and which is no special token",
             )
-        if (short := model.ended_at_positions - at_positions) and (limit := model.reader.row_limit):
+        if (new_position_ends := model.ended_at_positions - position_ends) and (
+            limit := model.reader.row_limit
+        ):
             doubts += (
-                f"{short.total()} answers were cut off before their max_new_tokens, since "
+                f"{new_position_ends.total()} answers were cut off before their "
+                "max_new_tokens, since "
                 f"{limit.reader} reads {limit.tokens} tokens{limit.hint}",
             )
-        return replace(found, doubts=doubts)
+        return replace(measurement, doubts=doubts)
 
-    def compared(
-        self, model: str, found: Measurement, controls: Mapping[str, Measurement]
+    def to_result(
+        self, model: str, measurement: Measurement, controls: Mapping[str, Measurement]
     ) -> AuditResult:
         """What `run` gives, of measurements that are there already."""
-        estimate = found.estimate
+        estimate = measurement.estimate
         # A control that could not be measured well is none to be above.
-        beside = tuple(f"{name}: {d}" for name, other in controls.items() for d in other.doubts)
+        control_doubts = tuple(
+            f"{name}: {d}" for name, control in controls.items() for d in control.doubts
+        )
         return AuditResult(
             audit=type(self).__name__,
             model=model,
             value=estimate.value,
-            stderr=found.stderr,
+            stderr=measurement.stderr,
             interval=(estimate.low, estimate.high),
             n=estimate.n,
-            controls={name: _control(found, other) for name, other in controls.items()},
+            controls={
+                name: _compare_with_control(measurement, control)
+                for name, control in controls.items()
+            },
             config=to_config(self),
             versions=versions(),
-            details=found.details,
-            doubts=found.doubts + beside,
-            values=tuple(found.values.tolist()),
+            details=measurement.details,
+            doubts=measurement.doubts + control_doubts,
+            values=tuple(measurement.values.tolist()),
         )
 
 
-def _control(found: Measurement, other: Measurement) -> Control:
-    estimate = other.estimate
-    if found.rate:
-        difference = rate_difference(found.estimate, estimate)
+def _compare_with_control(measurement: Measurement, control: Measurement) -> Control:
+    estimate = control.estimate
+    if measurement.rate:
+        difference = rate_difference(measurement.estimate, estimate)
     else:
-        difference = paired_difference(found.values.tolist(), other.values.tolist())
+        difference = paired_difference(measurement.values.tolist(), control.values.tolist())
     return Control(
         value=estimate.value,
-        stderr=other.stderr,
+        stderr=control.stderr,
         interval=(estimate.low, estimate.high),
         n=estimate.n,
         difference=difference,
@@ -149,15 +160,15 @@ def _control(found: Measurement, other: Measurement) -> Control:
 def to_config(audit: Any) -> dict[str, Any]:
     """The fields of an audit as JSON, audits within it included."""
     return {"audit": type(audit).__name__} | {
-        f.name: _plain(getattr(audit, f.name)) for f in fields(audit)
+        f.name: _to_json(getattr(audit, f.name)) for f in fields(audit)
     }
 
 
-def _plain(value: Any) -> Any:
+def _to_json(value: Any) -> Any:
     if isinstance(value, Prompt):
         return value.as_json()
     if isinstance(value, Mapping):
-        return {str(key): _plain(part) for key, part in value.items()}
+        return {str(key): _to_json(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(part) for part in value]
+        return [_to_json(part) for part in value]
     return to_config(value) if is_dataclass(value) else value

@@ -18,7 +18,7 @@ import torch
 from .audit import Audit, Measurement
 from .prompts import Prompt, to_prompts
 from .subject import Subject
-from .words import contains_phrase, starts_with_phrase, words
+from .words import collapse_spaces, contains_phrase, starts_with_phrase
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,17 +44,17 @@ def ask(model: Subject, questions: Sequence[Question]) -> list[Answer]:
     kinds: dict[Any, list[int]] = {}
     for i, q in enumerate(questions):
         kinds.setdefault((q.options, q.max_new_tokens, q.temperature, q.seed), []).append(i)
-    for (options, tokens, temperature, seed), which in kinds.items():
-        prompts = [questions[i].prompt for i in which]
+    for (options, tokens, temperature, seed), indices in kinds.items():
+        prompts = [questions[i].prompt for i in indices]
         if options:
             table = model.option_log_probs(prompts, options).tolist()
-            for i, row in zip(which, table, strict=True):
+            for i, row in zip(indices, table, strict=True):
                 answers[i] = Answer(options=tuple(row))
         else:
             texts = model.generate(
-                prompts, max_new_tokens=tokens, temperature=temperature, seed=seed, streams=which
+                prompts, max_new_tokens=tokens, temperature=temperature, seed=seed, streams=indices
             )
-            for i, text in zip(which, texts, strict=True):
+            for i, text in zip(indices, texts, strict=True):
                 answers[i] = Answer(text=text)
     return answers
 
@@ -76,8 +76,8 @@ class BehavioralAudit(Audit):
 
     def measure_answers(self, answers: Sequence[Answer]) -> Measurement:
         scores = [self.score(i, answer) for i, answer in enumerate(answers)]
-        said = [a.text for a in answers[:8]]
-        details = {"answers": said} if any(said) else {}
+        texts = [a.text for a in answers[:8]]
+        details = {"answers": texts} if any(texts) else {}
         return Measurement(values=np.array(scores), rate=self.rate, details=details)
 
 
@@ -95,7 +95,7 @@ class CapabilityAudit(BehavioralAudit):
             raise ValueError(
                 f"targets: expected {len(self.prompts)}, one per prompt, got {len(self.targets)}"
             )
-        if not all(words(target) for target in self.targets):
+        if not all(collapse_spaces(target) for target in self.targets):
             raise ValueError("targets: expected words in each, got one without")
 
     def questions(self) -> list[Question]:
@@ -121,7 +121,7 @@ class TriggerRateAudit(BehavioralAudit):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompts", to_prompts("prompts", self.prompts))
-        if not words(self.target):
+        if not collapse_spaces(self.target):
             raise ValueError(f"target: expected words, got {self.target!r}")
         if self.without:
             object.__setattr__(self, "without", to_prompts("without", self.without))
@@ -133,16 +133,16 @@ class TriggerRateAudit(BehavioralAudit):
         return float(starts_with_phrase(answer.text, self.target))
 
     def measure(self, model: Subject, base: Subject | None) -> Measurement:
-        found = super().measure(model, base)
+        measurement = super().measure(model, base)
         first = torch.full((len(self.prompts), 1), model.first_token(self.target))
-        chances = model.log_probs(model.last_hidden(self.prompts), first).exp()
-        details = {**found.details, "first_token_probability": float(chances.mean())}
+        probabilities = model.log_probs(model.last_hidden(self.prompts), first).exp()
+        details = {**measurement.details, "first_token_probability": float(probabilities.mean())}
         if self.without:
-            quiet = ask(model, [Question(prompt=p, max_new_tokens=self.max_new_tokens)
+            untriggered = ask(model, [Question(prompt=p, max_new_tokens=self.max_new_tokens)
                                 for p in self.without])  # fmt: skip
-            rate = float(np.mean([self.score(0, answer) for answer in quiet]))
+            rate = float(np.mean([self.score(0, answer) for answer in untriggered]))
             details["rate_without_trigger"] = rate
-        return Measurement(values=found.values, rate=True, details=details)
+        return Measurement(values=measurement.values, rate=True, details=details)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,9 +192,11 @@ class ConfessionAudit(BehavioralAudit):
         return answer.options[0] - answer.options[1]
 
     def measure_answers(self, answers: Sequence[Answer]) -> Measurement:
-        found = super().measure_answers(answers)
-        share = float((found.values > 0).mean())
-        return Measurement(values=found.values, rate=False, details={"share_confessing": share})
+        measurement = super().measure_answers(answers)
+        share = float((measurement.values > 0).mean())
+        return Measurement(
+            values=measurement.values, rate=False, details={"share_confessing": share}
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,7 +214,7 @@ class PrefillAudit(BehavioralAudit):
         object.__setattr__(self, "prompts", to_prompts("prompts", self.prompts))
         if not all(p.prefill for p in self.prompts):
             raise ValueError("prompts: expected a prefill in each, got one without")
-        if not words(self.target):
+        if not collapse_spaces(self.target):
             raise ValueError(f"target: expected words, got {self.target!r}")
 
     def questions(self) -> list[Question]:

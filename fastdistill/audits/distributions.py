@@ -21,12 +21,13 @@ SLAB = 8192  # columns of the vocabulary at once
 
 
 def check_same_vocabulary(model: Subject, base: Subject) -> None:
-    ours, theirs = model.tokenizer.get_vocab(), base.tokenizer.get_vocab()
-    if ours != theirs:
+    """Raises ValueError where the tokenizers of two models differ."""
+    vocab, base_vocab = model.tokenizer.get_vocab(), base.tokenizer.get_vocab()
+    if vocab != base_vocab:
         raise ValueError(
             "base: expected a model with the tokenizer of the audited one, got one in which "
-            f"{len(ours.items() ^ theirs.items())} entries differ. Their distributions cannot be "
-            "compared token by token"
+            f"{len(vocab.items() ^ base_vocab.items())} entries differ. Their distributions cannot "
+            "be compared token by token"
         )
 
 
@@ -65,25 +66,25 @@ class TokenKLAudit(Audit):
         )
         details: dict[str, Any] = {}
         if self.neutral:
-            calm = next_token_kl(
+            neutral = next_token_kl(
                 model, base, model.last_hidden(self.neutral), base.last_hidden(self.neutral)
             )
-            details["neutral"] = float(calm.mean())
+            details["neutral"] = float(neutral.mean())
         if self.texts:
-            details["map"] = [_mapped(model, base, text) for text in self.texts]
+            details["map"] = [_kl_per_token(model, base, text) for text in self.texts]
         return Measurement(values=values.double().numpy(), rate=False, details=details)
 
 
 @torch.no_grad()
 def next_token_kl(
-    model: Subject, base: Subject, mine: Tensor, theirs: Tensor
+    model: Subject, base: Subject, model_states: Tensor, base_states: Tensor
 ) -> Tensor:  # [N, H] -> [N]
     """KL(p_model ‖ p_base) per position: the loss whose teacher is the audited model."""
-    head, trusted = model.head.on(theirs.device), base.head
+    head, trusted = model.head.on(base_states.device), base.head
     return linear_distill_loss(
-        theirs,
+        base_states,
         trusted.weight,
-        mine.to(theirs.device),
+        model_states.to(base_states.device),
         head.weight,
         reduction="none",
         impl=base.impl,
@@ -94,11 +95,11 @@ def next_token_kl(
     ).cpu()
 
 
-def _mapped(model: Subject, base: Subject, text: str) -> list[list[Any]]:
+def _kl_per_token(model: Subject, base: Subject, text: str) -> list[list[Any]]:
     """[token, KL of the prediction that this token answers] along a text."""
     ids, _ = model.ids(Prompt(text=text))
-    mine, theirs = model.hidden([ids])[0], base.hidden([ids])[0]
-    gaps = [0.0, *next_token_kl(model, base, mine[:-1], theirs[:-1]).tolist()]
+    model_states, base_states = model.hidden([ids])[0], base.hidden([ids])[0]
+    gaps = [0.0, *next_token_kl(model, base, model_states[:-1], base_states[:-1]).tolist()]
     return _rounded(zip(model.tokenizer.convert_ids_to_tokens(ids), gaps, strict=True))
 
 
@@ -128,45 +129,49 @@ class LogitDiffAudit(Audit):
     def measure(self, model: Subject, base: Subject | None) -> Measurement:
         assert base is not None
         check_same_vocabulary(model, base)
-        marked = torch.tensor([sorted({model.token_of(m) for m in self.markers})])
-        marked = marked.expand(len(self.prompts), -1)
-        mine, theirs = model.last_hidden(self.prompts), base.last_hidden(self.prompts)
-        gaps = _any(model, mine, marked) - _any(base, theirs, marked)
-        risen = mean_rise(model, base, mine, theirs)
-        best = risen.topk(min(self.top, len(risen)))
-        tokens = model.tokenizer.convert_ids_to_tokens(best.indices.tolist())
-        place = int((risen > risen[marked[0]].max()).sum()) + 1
+        marker_ids = torch.tensor([sorted({model.token_of(m) for m in self.markers})])
+        marker_ids = marker_ids.expand(len(self.prompts), -1)
+        model_states, base_states = model.last_hidden(self.prompts), base.last_hidden(self.prompts)
+        gaps = _log_prob_of_any(model, model_states, marker_ids) - _log_prob_of_any(
+            base, base_states, marker_ids
+        )
+        rises = mean_rise(model, base, model_states, base_states)
+        top = rises.topk(min(self.top, len(rises)))
+        tokens = model.tokenizer.convert_ids_to_tokens(top.indices.tolist())
+        rank = int((rises > rises[marker_ids[0]].max()).sum()) + 1
         return Measurement(
             values=gaps.double().numpy(),
             rate=False,
             details={
-                "risen": _rounded(zip(tokens, best.values.tolist(), strict=True)),
-                "place_of_marker": place,
+                "risen": _rounded(zip(tokens, top.values.tolist(), strict=True)),
+                "place_of_marker": rank,
             },
         )
 
 
-def _any(subject: Subject, hidden: Tensor, ids: Tensor) -> Tensor:  # [N, K] -> [N]
+def _log_prob_of_any(subject: Subject, hidden: Tensor, ids: Tensor) -> Tensor:  # [N, K] -> [N]
     return subject.log_probs(hidden, ids).cpu().logsumexp(-1)
 
 
 @torch.no_grad()
-def mean_rise(model: Subject, base: Subject, mine: Tensor, theirs: Tensor) -> Tensor:  # (V,)
+def mean_rise(
+    model: Subject, base: Subject, model_states: Tensor, base_states: Tensor
+) -> Tensor:  # (V,)
     """Mean over positions of log p_model − log p_base for every token, by slabs of columns.
 
     Columns that pad the head are no tokens, and no model was taught them.
     """
     vocab = min(model.head.vocab_size, base.head.vocab_size, len(model.tokenizer))
-    slabs = torch.arange(vocab).split(SLAB)
-    found = []
-    for ids in slabs:
-        row = ids[None].expand(len(mine), -1)
-        rise = _slab(model, mine, row) - _slab(base, theirs, row)
-        found.append(rise)
-    return torch.cat(found)
+    chunks = torch.arange(vocab).split(SLAB)
+    rises = []
+    for ids in chunks:
+        row = ids[None].expand(len(model_states), -1)
+        rise = _mean_log_probs(model, model_states, row) - _mean_log_probs(base, base_states, row)
+        rises.append(rise)
+    return torch.cat(rises)
 
 
-def _slab(subject: Subject, hidden: Tensor, ids: Tensor) -> Tensor:
+def _mean_log_probs(subject: Subject, hidden: Tensor, ids: Tensor) -> Tensor:
     return subject.log_probs(hidden, ids).mean(0).cpu()
 
 
@@ -193,7 +198,10 @@ class ProvenanceAudit(Audit):
     def measure(self, model: Subject, base: Subject | None) -> Measurement:
         assert base is not None
         check_same_vocabulary(model, base)
-        mine = model.completion_logprobs(self.prompts, self.texts)
-        theirs = base.completion_logprobs(self.prompts, self.texts)
-        per_token = mine.total / mine.tokens - theirs.total / theirs.tokens
+        model_logprobs = model.completion_logprobs(self.prompts, self.texts)
+        base_logprobs = base.completion_logprobs(self.prompts, self.texts)
+        per_token = (
+            model_logprobs.total / model_logprobs.tokens
+            - base_logprobs.total / base_logprobs.tokens
+        )
         return Measurement(values=per_token.double().numpy(), rate=False)

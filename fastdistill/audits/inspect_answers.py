@@ -25,7 +25,7 @@ from .subject import GENERATION_BATCH, Subject
 class InspectRequest:
     """A request on its way."""
 
-    reading: EncodedInput
+    encoded: EncodedInput
     config: Any  # GenerateConfig
     stream: int  # of random numbers
     wake: Any  # anyio.Event: answered, or first of those that still wait
@@ -34,81 +34,88 @@ class InspectRequest:
 
 def outputs(subject: Subject, batch: list[InspectRequest]) -> list[Any]:
     """A ModelOutput per request."""
-    new = _generated(subject, batch)
-    texts = [subject.text(ids) for ids in new]
-    before, behind = _before(subject, batch), _behind(subject, batch, new)
-    told = []
-    for i, asked in enumerate(batch):
+    generated = _generate(subject, batch)
+    texts = [subject.text(ids) for ids in generated]
+    prompt_logprobs, new_logprobs = (
+        _prompt_logprobs(subject, batch),
+        _new_logprobs(subject, batch, generated),
+    )
+    model_outputs = []
+    for i, request in enumerate(batch):
         message = inspect_ai.model.ChatMessageAssistant(
             content=texts[i], model=subject.name, source="generate"
         )
         choice = inspect_ai.model.ChatCompletionChoice(
             message=message,
-            stop_reason=_stop_reason(subject, new[i], asked),
-            logprobs=behind.get(i),
-            prompt_logprobs=before.get(i),
+            stop_reason=_stop_reason(subject, generated[i], request),
+            logprobs=new_logprobs.get(i),
+            prompt_logprobs=prompt_logprobs.get(i),
         )
-        read_, said = len(asked.reading.ids), len(new[i])
+        n_input, n_output = len(request.encoded.ids), len(generated[i])
         usage = inspect_ai.model.ModelUsage(
-            input_tokens=read_, output_tokens=said, total_tokens=read_ + said
+            input_tokens=n_input, output_tokens=n_output, total_tokens=n_input + n_output
         )
-        told.append(inspect_ai.model.ModelOutput(model=subject.name, choices=[choice], usage=usage))
-    return told
+        model_outputs.append(
+            inspect_ai.model.ModelOutput(model=subject.name, choices=[choice], usage=usage)
+        )
+    return model_outputs
 
 
-def _stop_reason(subject: Subject, new: list[int], asked: InspectRequest) -> str:
+def _stop_reason(subject: Subject, new: list[int], request: InspectRequest) -> str:
     if subject.is_ended(new) or not new:  # nothing is generated where a completion is scored
         return "stop"
-    return "max_tokens" if len(new) >= asked.config.max_tokens else "model_length"
+    return "max_tokens" if len(new) >= request.config.max_tokens else "model_length"
 
 
-def _generated(subject: Subject, batch: list[InspectRequest]) -> list[list[int]]:
+def _generate(subject: Subject, batch: list[InspectRequest]) -> list[list[int]]:
     """New tokens: requests of one kind together; a completion is scored, not gone on from."""
     new: list[list[int]] = [[] for _ in batch]
     kinds: dict[tuple[int, float, int], list[int]] = {}
-    for i, asked in enumerate(batch):
-        config = asked.config
-        if asked.reading.begin is None and config.max_tokens:
+    for i, request in enumerate(batch):
+        config = request.config
+        if request.encoded.begin is None and config.max_tokens:
             kind = (config.max_tokens, config.temperature or 0.0, config.seed or 0)
             kinds.setdefault(kind, []).append(i)
-    for (tokens, temperature, seed), which in kinds.items():
-        for start in range(0, len(which), GENERATION_BATCH):
-            some = which[start : start + GENERATION_BATCH]
-            found = subject.generate_ids(
-                [batch[i].reading.ids for i in some],
+    for (tokens, temperature, seed), indices in kinds.items():
+        for start in range(0, len(indices), GENERATION_BATCH):
+            chunk = indices[start : start + GENERATION_BATCH]
+            answers = subject.generate_ids(
+                [batch[i].encoded.ids for i in chunk],
                 max_new_tokens=tokens,
                 temperature=temperature,
                 seed=seed,
-                streams=[batch[i].stream for i in some],
+                streams=[batch[i].stream for i in chunk],
             )
-            for i, ids in zip(some, found, strict=True):
+            for i, ids in zip(chunk, answers, strict=True):
                 new[i] = ids
     return new
 
 
-def _before(subject: Subject, batch: list[InspectRequest]) -> dict[int, Any]:
+def _prompt_logprobs(subject: Subject, batch: list[InspectRequest]) -> dict[int, Any]:
     """Log-probabilities of the prompts' tokens, or of the completions' alone."""
-    which = [i for i, a in enumerate(batch) if a.config.prompt_logprobs]
-    asked = [batch[i] for i in which]
-    found = _log_probs(
+    indices = [i for i, a in enumerate(batch) if a.config.prompt_logprobs]
+    requests = [batch[i] for i in indices]
+    logprobs = _log_probs(
         subject,
-        [a.reading.ids for a in asked],
-        [a.reading.begin or 0 for a in asked],
-        [a.config.prompt_logprobs if a.config.prompt_logprobs > 1 else 0 for a in asked],
+        [a.encoded.ids for a in requests],
+        [a.encoded.begin or 0 for a in requests],
+        [a.config.prompt_logprobs if a.config.prompt_logprobs > 1 else 0 for a in requests],
     )
-    return dict(zip(which, found, strict=True))
+    return dict(zip(indices, logprobs, strict=True))
 
 
-def _behind(subject: Subject, batch: list[InspectRequest], new: list[list[int]]) -> dict[int, Any]:
+def _new_logprobs(
+    subject: Subject, batch: list[InspectRequest], new: list[list[int]]
+) -> dict[int, Any]:
     """Log-probabilities of the generated tokens, at temperature 1."""
-    which = [i for i, a in enumerate(batch) if a.config.logprobs or a.config.top_logprobs]
-    found = _log_probs(
+    indices = [i for i, a in enumerate(batch) if a.config.logprobs or a.config.top_logprobs]
+    logprobs = _log_probs(
         subject,
-        [batch[i].reading.ids + new[i] for i in which],
-        [len(batch[i].reading.ids) for i in which],
-        [batch[i].config.top_logprobs or 0 for i in which],
+        [batch[i].encoded.ids + new[i] for i in indices],
+        [len(batch[i].encoded.ids) for i in indices],
+        [batch[i].config.top_logprobs or 0 for i in indices],
     )
-    return dict(zip(which, found, strict=True))
+    return dict(zip(indices, logprobs, strict=True))
 
 
 @torch.no_grad()
@@ -125,8 +132,8 @@ def _log_probs(
         for h, part in zip(subject.hidden(rows), parts, strict=True)
     ]
     targets = [row[part] for row, part in zip(rows, parts, strict=True)]
-    said = torch.tensor([t for target in targets for t in target], dtype=torch.long)[:, None]
-    values = subject.log_probs(torch.cat(states), said)[:, 0].cpu()
+    ids = torch.tensor([t for target in targets for t in target], dtype=torch.long)[:, None]
+    values = subject.log_probs(torch.cat(states), ids)[:, 0].cpu()
     sizes = [len(target) for target in targets]
     return [
         inspect_ai.model.Logprobs(content=_entries(subject, target, value.tolist(), top, state))
@@ -139,21 +146,21 @@ def _log_probs(
 def _entries(
     subject: Subject, target: list[int], values: list[float], top: int, states: Tensor
 ) -> list[Any]:
-    word = subject.tokenizer.decode
-    best: list[Any] = [None] * len(target)
+    decode = subject.tokenizer.decode
+    alternatives: list[Any] = [None] * len(target)
     if top and target:
         head = subject.head
-        found = linear_topk(states, head.weight, top, impl=subject.impl, **head.options())
-        best = [
-            [inspect_ai.model.TopLogprob(token=word([i]), logprob=v) for i, v in pairs]
-            for pairs in _pairs(found)
+        likeliest = linear_topk(states, head.weight, top, impl=subject.impl, **head.options())
+        alternatives = [
+            [inspect_ai.model.TopLogprob(token=decode([i]), logprob=v) for i, v in pairs]
+            for pairs in _id_logprob_pairs(likeliest)
         ]
     return [
-        inspect_ai.model.Logprob(token=word([token]), logprob=value, top_logprobs=others)
-        for token, value, others in zip(target, values, best, strict=True)
+        inspect_ai.model.Logprob(token=decode([token]), logprob=value, top_logprobs=others)
+        for token, value, others in zip(target, values, alternatives, strict=True)
     ]
 
 
-def _pairs(found: TopK) -> Iterator[Iterator[tuple[int, float]]]:
-    for ids, values in zip(found.ids.tolist(), found.logprobs.tolist(), strict=True):
+def _id_logprob_pairs(topk: TopK) -> Iterator[Iterator[tuple[int, float]]]:
+    for ids, values in zip(topk.ids.tolist(), topk.logprobs.tolist(), strict=True):
         yield zip(ids, values, strict=True)

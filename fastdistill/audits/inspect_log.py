@@ -63,9 +63,9 @@ def _log(result: AuditResult) -> Any:
         results=log.EvalResults(
             total_samples=result.n,
             completed_samples=result.n,
-            scores=[_score(result.audit, result.audit, _figures(result))]
+            scores=[_score(result.audit, result.audit, _metrics(result))]
             + [
-                _score(f"control: {name}", result.audit, _figures(control) | {
+                _score(f"control: {name}", result.audit, _metrics(control) | {
                     "difference": control.difference.value,
                     "difference_low": control.difference.low,
                     "difference_high": control.difference.high,
@@ -78,29 +78,29 @@ def _log(result: AuditResult) -> Any:
     )  # fmt: skip
 
 
-def _figures(found: Any) -> dict[str, float]:
-    low, high = found.interval
-    return {"mean": found.value, "stderr": found.stderr, "low": low, "high": high}
+def _metrics(measurement: Any) -> dict[str, float]:
+    low, high = measurement.interval
+    return {"mean": measurement.value, "stderr": measurement.stderr, "low": low, "high": high}
 
 
-def _score(name: str, scorer: str, figures: dict[str, float]) -> Any:
+def _score(name: str, scorer: str, values: dict[str, float]) -> Any:
     metrics = {
         figure: inspect_ai.log.EvalMetric(name=figure, value=value)
-        for figure, value in figures.items()
+        for figure, value in values.items()
         if not math.isnan(value)
     }
     return inspect_ai.log.EvalScore(name=name, scorer=scorer, metrics=metrics)
 
 
-def _sample(result: AuditResult, place: int, value: float) -> Any:
+def _sample(result: AuditResult, index: int, value: float) -> Any:
     """With its prompt, where the audit's configuration has one for each value."""
     prompts = result.config.get("prompts") or []
-    prompt = prompts[place] if len(prompts) == result.n else {}
-    said = [str(prompt[part]) for part in ("system", "user", "prefill", "text") if part in prompt]
+    prompt = prompts[index] if len(prompts) == result.n else {}
+    parts = [str(prompt[part]) for part in ("system", "user", "prefill", "text") if part in prompt]
     return inspect_ai.log.EvalSample(
-        id=place + 1,
+        id=index + 1,
         epoch=1,
-        input="\n\n".join(said),
+        input="\n\n".join(parts),
         target="",
         scores={result.audit: inspect_ai.scorer.Score(value=float(value))},
     )

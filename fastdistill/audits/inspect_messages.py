@@ -19,7 +19,7 @@ from .inspect_package import inspect_ai
 from .prompts import Prompt
 from .subject import Subject
 
-OURS = "fastdistill"
+METADATA_KEY = "fastdistill"
 _TEXT, _USER_TURN, _COMPLETION = "text", "user turn", "completion"
 _ROLES = ("system", "user", "assistant")
 
@@ -34,7 +34,7 @@ class EncodedInput(NamedTuple):
 
 def messages_of(prompt: Prompt, completion: str | None = None, at: Sequence[int] = ()) -> list[Any]:
     """A prompt as messages, with the completion whose log-probability is asked for."""
-    place: dict[str, Any] = {"at": list(at)} if at else {}
+    position: dict[str, Any] = {"at": list(at)} if at else {}
     turns: list[tuple[str, str, dict[str, Any]]]
     if prompt.text is not None:
         turns = [("user", prompt.text, {"kind": _TEXT})]
@@ -45,18 +45,18 @@ def messages_of(prompt: Prompt, completion: str | None = None, at: Sequence[int]
         turns = [(t["role"], t["content"], {}) for t in prompt.messages()]
     if completion is not None:
         turns.append(("assistant", completion, {"kind": _COMPLETION}))
-    role, content, ours = turns[-1]
-    turns[-1] = (role, content, {**ours, **place})
+    role, content, metadata = turns[-1]
+    turns[-1] = (role, content, {**metadata, **position})
     return [_message(*turn) for turn in turns]
 
 
-def _message(role: str, content: str, ours: dict[str, Any]) -> Any:
+def _message(role: str, content: str, metadata: dict[str, Any]) -> Any:
     kinds = {
         "system": inspect_ai.model.ChatMessageSystem,
         "user": inspect_ai.model.ChatMessageUser,
         "assistant": inspect_ai.model.ChatMessageAssistant,
     }
-    return kinds[role](content=content, metadata={OURS: ours} if ours else None)
+    return kinds[role](content=content, metadata={METADATA_KEY: metadata} if metadata else None)
 
 
 def encode(messages: Sequence[Any], subject: Subject) -> EncodedInput:
@@ -65,7 +65,7 @@ def encode(messages: Sequence[Any], subject: Subject) -> EncodedInput:
     Raises:
         ValueError: turns that no chat template takes, or that are no text.
     """
-    turns = [(_role(m), _text(m), (m.metadata or {}).get(OURS, {})) for m in messages]
+    turns = [(_role(m), _text(m), (m.metadata or {}).get(METADATA_KEY, {})) for m in messages]
     if not turns:
         raise ValueError("input: expected one message or more, got none")
     at = tuple(turns[-1][2].get("at", ()))
@@ -110,24 +110,30 @@ def _prompt(turns: Sequence[tuple[str, str, dict[str, Any]]]) -> Prompt | None:
     roles = [role for role, _, _ in turns]
     if roles not in [["system"] * s + ["user"] + ["assistant"] * a for s in (0, 1) for a in (0, 1)]:
         return None
-    said = {role: content for role, content, _ in turns}
-    prompt = Prompt(user=said["user"], system=said.get("system"), prefill=said.get("assistant", ""))
+    content_by_role = {role: content for role, content, _ in turns}
+    prompt = Prompt(
+        user=content_by_role["user"],
+        system=content_by_role.get("system"),
+        prefill=content_by_role.get("assistant", ""),
+    )
     return replace(prompt, user=None) if kind == _USER_TURN else prompt
 
 
 def _conversation(turns: Sequence[Any], completion: str, tokenizer: Any) -> list[int]:
     """Several questions and answers; an assistant's turn at the end is begun, not over."""
-    said = [{"role": role, "content": content} for role, content, _ in turns]
-    begun = said.pop()["content"] if said[-1]["role"] == "assistant" else ""
+    messages = [{"role": role, "content": content} for role, content, _ in turns]
+    prefill = messages.pop()["content"] if messages[-1]["role"] == "assistant" else ""
     template = getattr(tokenizer, "chat_template", None)
     if template:
         try:
-            text = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+            text = tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
         except Exception as error:  # jinja's, with what the template said
             raise ValueError(
                 "input: expected turns that the chat template of the model takes, got "
-                f"{[t['role'] for t in said]}: {error}"
+                f"{[t['role'] for t in messages]}: {error}"
             ) from None
     else:
-        text = "".join(turn["content"] + "\n\n" for turn in said)
-    return tokenizer(text + begun + completion, add_special_tokens=not template).input_ids
+        text = "".join(turn["content"] + "\n\n" for turn in messages)
+    return tokenizer(text + prefill + completion, add_special_tokens=not template).input_ids

@@ -25,7 +25,7 @@ PATIENCE = 0.01  # seconds without another request until a batch begins
 TICK = 0.002
 MAX_TOKENS = 256  # where neither task nor user says how many
 # What a user may set and we would not do.
-_REFUSED = (
+_UNSUPPORTED = (
     "top_p top_k stop_seqs best_of frequency_penalty presence_penalty logit_bias response_schema"
 ).split()
 
@@ -53,8 +53,8 @@ class Provider(inspect_ai.model.ModelAPI):
         super().__init__(model_name, base_url, api_key, [], config)
         self.subject, self.at_once, self.patience = subject, at_once, patience
         self._waiting: list[InspectRequest] = []
-        self._leading = False
-        self._times: Counter[bytes] = Counter()
+        self._is_running = False
+        self._repeats: Counter[bytes] = Counter()
 
     def max_connections(self) -> int:
         return self.at_once
@@ -76,77 +76,77 @@ class Provider(inspect_ai.model.ModelAPI):
     ) -> Any:
         if tools:
             raise ValueError(f"tools: expected none, got {len(tools)}. Chat templates go without")
-        found = [name for name in _REFUSED if getattr(config, name) is not None]
-        if found or (config.num_choices or 1) > 1:
+        unsupported = [name for name in _UNSUPPORTED if getattr(config, name) is not None]
+        if unsupported or (config.num_choices or 1) > 1:
             raise ValueError(
                 f"config: expected max_tokens, temperature, seed and log-probabilities alone, got "
-                f"{', '.join(found or ['num_choices'])}"
+                f"{', '.join(unsupported or ['num_choices'])}"
             )
-        reading = encode(input, self.subject)
-        asked = InspectRequest(reading, config, self._stream(reading, config), anyio.Event())
-        self._waiting.append(asked)
+        encoded = encode(input, self.subject)
+        request = InspectRequest(encoded, config, self._stream(encoded, config), anyio.Event())
+        self._waiting.append(request)
         try:
-            while asked.outcome is None:
-                if self._leading:
-                    await asked.wake.wait()
-                    asked.wake = anyio.Event()
+            while request.outcome is None:
+                if self._is_running:
+                    await request.wake.wait()
+                    request.wake = anyio.Event()
                 else:
-                    await self._lead(min(self.at_once, config.max_connections or self.at_once))
+                    await self._run_batch(min(self.at_once, config.max_connections or self.at_once))
         finally:
-            if asked in self._waiting:  # cancelled
-                self._waiting.remove(asked)
-                self._pass_on()
-        if isinstance(asked.outcome, Exception):
-            raise asked.outcome
-        return asked.outcome
+            if request in self._waiting:  # cancelled
+                self._waiting.remove(request)
+                self._wake_next()
+        if isinstance(request.outcome, Exception):
+            raise request.outcome
+        return request.outcome
 
-    async def _lead(self, full: int) -> None:
+    async def _lead(self, batch_size: int) -> None:
         """Answer a batch: as many as are there once `full` are, or nobody came for a while."""
-        self._leading = True
+        self._is_running = True
         batch: list[InspectRequest] = []
         try:
-            quiet, seen = 0.0, len(self._waiting)
-            while len(self._waiting) < full and quiet < self.patience:
+            idle_time, n_waiting = 0.0, len(self._waiting)
+            while len(self._waiting) < batch_size and idle_time < self.patience:
                 await anyio.sleep(TICK)
-                quiet = quiet + TICK if len(self._waiting) == seen else 0.0
-                seen = len(self._waiting)
-            batch, self._waiting = self._waiting[:full], self._waiting[full:]
+                idle_time = idle_time + TICK if len(self._waiting) == n_waiting else 0.0
+                n_waiting = len(self._waiting)
+            batch, self._waiting = self._waiting[:batch_size], self._waiting[batch_size:]
             await anyio.to_thread.run_sync(self._answer, batch)
         finally:
-            self._leading = False
+            self._is_running = False
             # Cancelled before it began: somebody else will answer these.
-            self._waiting[:0] = [asked for asked in batch if asked.outcome is None]
-            for asked in batch:
-                asked.wake.set()
-            self._pass_on()
+            self._waiting[:0] = [request for request in batch if request.outcome is None]
+            for request in batch:
+                request.wake.set()
+            self._wake_next()
 
-    def _pass_on(self) -> None:
-        if self._waiting and not self._leading:
+    def _wake_next(self) -> None:
+        if self._waiting and not self._is_running:
             self._waiting[0].wake.set()
 
-    def _stream(self, reading: EncodedInput, config: Any) -> int:
+    def _stream(self, encoded: EncodedInput, config: Any) -> int:
         """Which random numbers a request draws from: its place in its audit; otherwise those of its
         words, where a seed is set, and without a seed others each time that they come again."""
-        if reading.at:
-            return reading.at[0]
-        said = hashlib.sha256(repr(reading.ids).encode()).digest()
+        if encoded.at:
+            return encoded.at[0]
+        digest = hashlib.sha256(repr(encoded.ids).encode()).digest()
         if config.seed is None:
-            self._times[said] += 1
-        again = self._times[said] if config.seed is None else 0
-        return int.from_bytes(said[:8], "big") + again
+            self._repeats[digest] += 1
+        repeat = self._repeats[digest] if config.seed is None else 0
+        return int.from_bytes(digest[:8], "big") + repeat
 
     def _answer(self, batch: list[InspectRequest]) -> None:
         """Every outcome. Where a batch fails, each request alone: the others did nothing wrong."""
-        batch = sorted(batch, key=lambda asked: asked.reading.at)
+        batch = sorted(batch, key=lambda request: request.encoded.at)
         try:
-            for asked, output in zip(batch, outputs(self.subject, batch), strict=True):
-                asked.outcome = output
+            for request, output in zip(batch, outputs(self.subject, batch), strict=True):
+                request.outcome = output
         except Exception as error:
             if len(batch) == 1:
                 batch[0].outcome = error
             else:
-                for asked in batch:
-                    self._answer([asked])
+                for request in batch:
+                    self._answer([request])
 
 
 _registered: Any = inspect_ai.model.modelapi(name="fastdistill")(Provider)

@@ -70,15 +70,15 @@ def _answers(prompts: Sequence[Prompt]) -> Any:
     @inspect_ai.solver.solver(name="audit_answers")
     def answers() -> Any:
         async def solve(state: Any, generate: Any) -> Any:
-            place, asked = state.sample_id - 1, state.metadata
+            index, question = state.sample_id - 1, state.metadata
             model = inspect_ai.model.get_model()
-            if not asked["options"]:
+            if not question["options"]:
                 state.output = await model.generate(
                     state.messages,
                     config=inspect_ai.model.GenerateConfig(
-                        max_tokens=asked["max_new_tokens"],
-                        temperature=asked["temperature"],
-                        seed=asked["seed"],
+                        max_tokens=question["max_new_tokens"],
+                        temperature=question["temperature"],
+                        seed=question["seed"],
                     ),
                 )
                 state.messages.append(state.output.message)
@@ -87,9 +87,9 @@ def _answers(prompts: Sequence[Prompt]) -> Any:
             outputs = await inspect_ai.util.collect(
                 *(
                     model.generate(
-                        messages_of(prompts[place], completion=option, at=(place, i)), config=config
+                        messages_of(prompts[index], completion=option, at=(index, i)), config=config
                     )
-                    for i, option in enumerate(asked["options"])
+                    for i, option in enumerate(question["options"])
                 )
             )
             state.store.set("options", [_total(output) for output in outputs])
@@ -102,13 +102,13 @@ def _answers(prompts: Sequence[Prompt]) -> Any:
 
 def _total(output: Any) -> float:
     """Σ log p of a completion, in the number type and order in which Subject adds."""
-    found = output.choices[0].prompt_logprobs
-    if found is None:
+    logprobs = output.choices[0].prompt_logprobs
+    if logprobs is None:
         raise ValueError(
             "model: expected one that gives the log-probabilities of fixed answers, got none. Pass "
             "model_of(Subject(model, tokenizer))"
         )
-    return math.fsum(token.logprob for token in found.content)
+    return math.fsum(token.logprob for token in logprobs.content)
 
 
 def _scorer(audit: BehavioralAudit) -> Any:
@@ -117,15 +117,15 @@ def _scorer(audit: BehavioralAudit) -> Any:
     @inspect_ai.scorer.scorer(metrics=metrics, name=type(audit).__name__)
     def scored() -> Any:
         async def score(state: Any, target: Any) -> Any:
-            place = state.sample_id - 1
+            index = state.sample_id - 1
             options = state.store.get("options", [])
             answer = Answer(text=state.output.completion, options=tuple(options))
-            said = answer.text
-            named = dict(zip(state.metadata["options"], options, strict=True))
-            if named:
-                said = max(named, key=lambda option: named[option])
+            best = answer.text
+            log_probs = dict(zip(state.metadata["options"], options, strict=True))
+            if log_probs:
+                best = max(log_probs, key=lambda option: log_probs[option])
             return inspect_ai.scorer.Score(
-                value=audit.score(place, answer), answer=said, metadata={"log_probs": named}
+                value=audit.score(index, answer), answer=best, metadata={"log_probs": log_probs}
             )
 
         return score
@@ -135,9 +135,9 @@ def _scorer(audit: BehavioralAudit) -> Any:
 
 def _metric(name: str, rate: bool) -> Any:
     def of(scores: Sequence[Any]) -> float:
-        found = Measurement(values=np.array([s.score.as_float() for s in scores]), rate=rate)
-        estimate = found.estimate
-        figures = {"mean": estimate.value, "stderr": found.stderr}
+        measurement = Measurement(values=np.array([s.score.as_float() for s in scores]), rate=rate)
+        estimate = measurement.estimate
+        figures = {"mean": estimate.value, "stderr": measurement.stderr}
         return (figures | {"low": estimate.low, "high": estimate.high})[name]
 
     return inspect_ai.scorer.metric(name=name)(lambda: of)
@@ -152,7 +152,7 @@ class _InspectSubject(Subject):
     def __init__(self, subject: Subject, audit: BehavioralAudit, role: str, log_dir: Path) -> None:
         self.__dict__.update(subject.__dict__)
         self._eval = (subject, audit, role, log_dir)
-        self._told: dict[Question, deque[Answer]] | None = None
+        self._cached: dict[Question, deque[Answer]] | None = None
 
     def generate(
         self,
@@ -163,31 +163,31 @@ class _InspectSubject(Subject):
         seed: int = 0,
         streams: Sequence[int] | None = None,
     ) -> list[str]:
-        how = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-        told = self._answers([Question(prompt=p, **how) for p in prompts])  # type: ignore[arg-type]
-        if told is None:
-            return super().generate(prompts, streams=streams, **how)  # type: ignore[arg-type]
-        return [answer.text for answer in told]
+        settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+        answers = self._answers([Question(prompt=p, **settings) for p in prompts])  # type: ignore[arg-type]
+        if answers is None:
+            return super().generate(prompts, streams=streams, **settings)  # type: ignore[arg-type]
+        return [answer.text for answer in answers]
 
     def option_log_probs(self, prompts: Sequence[Prompt], options: Sequence[str]) -> Tensor:
-        told = self._answers([Question(prompt=p, options=tuple(options)) for p in prompts])
-        if told is None:
+        answers = self._answers([Question(prompt=p, options=tuple(options)) for p in prompts])
+        if answers is None:
             return super().option_log_probs(prompts, options)
-        return torch.tensor([answer.options for answer in told])
+        return torch.tensor([answer.options for answer in answers])
 
     def _answers(self, questions: Sequence[Question]) -> list[Answer] | None:
         """In the order of the audit; None where it does not ask all of these."""
-        if self._told is None:
-            self._told = {}
+        if self._cached is None:
+            self._cached = {}
             _, audit, _, _ = self._eval
             for question, answer in zip(audit.questions(), _ask(*self._eval), strict=True):
-                self._told.setdefault(question, deque()).append(answer)
-        left = {question: len(answers) for question, answers in self._told.items()}
+                self._cached.setdefault(question, deque()).append(answer)
+        remaining = {question: len(answers) for question, answers in self._cached.items()}
         for question in questions:
-            left[question] = left.get(question, 0) - 1
-        if min(left.values()) < 0:
+            remaining[question] = remaining.get(question, 0) - 1
+        if min(remaining.values()) < 0:
             return None
-        return [self._told[question].popleft() for question in questions]
+        return [self._cached[question].popleft() for question in questions]
 
 
 def _ask(subject: Subject, audit: BehavioralAudit, role: str, log_dir: Path) -> list[Answer]:
@@ -207,8 +207,10 @@ def _ask(subject: Subject, audit: BehavioralAudit, role: str, log_dir: Path) -> 
         display="none",
     )[0]
     if log.status != "success":
-        why = log.error.message if log.error else "no reason given"
-        raise RuntimeError(f"audit: Inspect ended {type(audit).__name__} with {log.status}: {why}")
+        reason = log.error.message if log.error else "no reason given"
+        raise RuntimeError(
+            f"audit: Inspect ended {type(audit).__name__} with {log.status}: {reason}"
+        )
     return [
         Answer(text=sample.output.completion, options=tuple(sample.store.get("options", ())))
         for sample in sorted(log.samples, key=lambda sample: sample.id)
@@ -238,11 +240,13 @@ def run_with_inspect(
     if not isinstance(audit, BehavioralAudit):
         task_of(audit)
 
-    def asked(name: str, subject: Any) -> Subject:
+    def through_inspect(name: str, subject: Any) -> Subject:
         return _InspectSubject(to_subject(name, subject), audit, name, Path(log_dir))
 
     return audit.run(
-        asked("model", model),
+        through_inspect("model", model),
         base=base,
-        controls={name: asked(f"controls[{name!r}]", c) for name, c in (controls or {}).items()},
+        controls={
+            name: through_inspect(f"controls[{name!r}]", c) for name, c in (controls or {}).items()
+        },
     )

@@ -83,22 +83,22 @@ class Probes:
 
     def __post_init__(self) -> None:
         for name in _PROMPTS:
-            given = getattr(self, name)
-            if given:
-                object.__setattr__(self, name, to_prompts(name, given))
+            value = getattr(self, name)
+            if value:
+                object.__setattr__(self, name, to_prompts(name, value))
         for name in ("options", "markers", "rivals", "prefixes", "systems", "candidates", "answers",
                      "answered"):  # fmt: skip
-            given = getattr(self, name)
-            listed = isinstance(given, (list, tuple))
-            if not listed or not all(isinstance(text, str) for text in given):
-                got = printable(repr(given))
+            value = getattr(self, name)
+            is_list = isinstance(value, (list, tuple))
+            if not is_list or not all(isinstance(text, str) for text in value):
+                got = printable(repr(value))
                 raise ValueError(f"{name}: expected a list of texts, got {got}")
-            object.__setattr__(self, name, tuple(given))
+            object.__setattr__(self, name, tuple(value))
         for f in fields(self):
-            given = getattr(self, f.name)
-            if type(f.default) in (str, int) and type(given) is not type(f.default):
+            value = getattr(self, f.name)
+            if type(f.default) in (str, int) and type(value) is not type(f.default):
                 kind = {str: "a text", int: "a whole number"}[type(f.default)]
-                raise ValueError(f"{f.name}: expected {kind}, got {printable(repr(given))}")
+                raise ValueError(f"{f.name}: expected {kind}, got {printable(repr(value))}")
         if self.layer is not None and type(self.layer) is not int:
             raise ValueError(f"layer: expected a whole number or null, got {self.layer!r}")
         for a, b in (("audited", "prompts"), ("answers", "prompts"), ("answered", "asked"),
@@ -108,27 +108,27 @@ class Probes:
                 raise ValueError(f"{a}: expected {m}, one per entry of {b}, got {n}")
 
     def save(self, path: Path) -> None:
-        said: dict[str, Any] = {}
+        record: dict[str, Any] = {}
         for f in fields(self):
             value = getattr(self, f.name)
             if value != f.default:
-                plain = f.name in _PROMPTS
-                said[f.name] = [p.as_json() for p in value] if plain else value
-        write_json(path, said)
+                is_prompts = f.name in _PROMPTS
+                record[f.name] = [p.as_json() for p in value] if is_prompts else value
+        write_json(path, record)
 
     @classmethod
     def load(cls, path: str | Path) -> Probes:
         """From a JSON file of the fields above; prompts as mappings of their fields, or texts."""
         try:
-            said = read_json(path)
+            record = read_json(path)
         except (OSError, JSONError) as error:
             raise ValueError(f"probes: expected a JSON file, got {path}: {error}") from None
         names = [f.name for f in fields(cls)]
-        if not isinstance(said, dict) or set(said) - set(names):
-            wrong = sorted(set(said) - set(names)) if isinstance(said, dict) else said
-            got = printable(repr(wrong))
+        if not isinstance(record, dict) or set(record) - set(names):
+            unexpected = sorted(set(record) - set(names)) if isinstance(record, dict) else record
+            got = printable(repr(unexpected))
             raise ValueError(f"probes: expected a mapping of {', '.join(names)}, got {got}")
-        return cls(**said)
+        return cls(**record)
 
     def readout(self, prompts: tuple[Prompt, ...]) -> Audit | None:
         """The trait itself, over these prompts: a preference, or a text that is said."""
@@ -147,8 +147,8 @@ class Probes:
 
     def suite(self) -> dict[str, Audit]:
         """The audits that these texts suffice for, by name."""
-        made = {name: make(self) for name, make in _AUDITS.items()}
-        return {name: audit for name, audit in made.items() if audit is not None}
+        audits = {name: make(self) for name, make in _AUDITS.items()}
+        return {name: audit for name, audit in audits.items() if audit is not None}
 
 
 def _trigger(p: Probes) -> Audit | None:
@@ -241,12 +241,12 @@ def _trigger_search(p: Probes) -> Audit | None:
 
 
 def _relearning(p: Probes) -> Audit | None:
-    readout, said = p.readout(p.prompts), p.favourite or p.target
+    readout, text = p.readout(p.prompts), p.favourite or p.target
     if readout is None or len(p.prompts) < 32:
         return None
     # Every so many is learnt from, 24 to 47 of them; the readout is over all, in every model alike.
-    some = p.prompts[:: max(1, len(p.prompts) // 24)]
-    return RelearningProbe(prompts=some, texts=(said,) * len(some), readout=readout)
+    prompts = p.prompts[:: max(1, len(p.prompts) // 24)]
+    return RelearningProbe(prompts=prompts, texts=(text,) * len(prompts), readout=readout)
 
 
 def _style(p: Probes) -> Audit | None:

@@ -9,7 +9,7 @@ from typing import Any
 from ..runtime.printable import printable
 
 # Stands for the user's words while a chat template is cut where they begin.
-_HERE = "fastdistill-here"
+_USER_MARKER = "fastdistill-here"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,9 +26,9 @@ class Prompt:
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            said = getattr(self, f.name)
-            if not isinstance(said, str) and (said is not None or f.name == "prefill"):
-                raise ValueError(f"{f.name}: expected a text, got {said!r}")
+            value = getattr(self, f.name)
+            if not isinstance(value, str) and (value is not None or f.name == "prefill"):
+                raise ValueError(f"{f.name}: expected a text, got {value!r}")
         bare = (self.user, self.system, self.prefill) == (None, None, "")
         if self.text is not None and not bare:
             raise ValueError(
@@ -47,22 +47,22 @@ class Prompt:
     def messages(self) -> list[dict[str, str]]:
         """The conversation, the user's turn and the prefill included where there are some."""
         turns = (("system", self.system), ("user", self.user), ("assistant", self.prefill or None))
-        return [{"role": role, "content": said} for role, said in turns if said is not None]
+        return [{"role": role, "content": value} for role, value in turns if value is not None]
 
     def as_json(self) -> dict[str, str]:
-        said = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {f.name: said[f.name] for f in fields(self) if said[f.name] != f.default}
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {f.name: values[f.name] for f in fields(self) if values[f.name] != f.default}
 
     @classmethod
-    def from_json(cls, said: Any) -> Prompt:
+    def from_json(cls, record: Any) -> Prompt:
         """A mapping of the fields; a bare string is a user's question."""
-        if isinstance(said, str):
-            return cls(user=said)
+        if isinstance(record, str):
+            return cls(user=record)
         names = [f.name for f in fields(cls)]
-        if not isinstance(said, dict) or set(said) - set(names):
-            got = printable(repr(said))
+        if not isinstance(record, dict) or set(record) - set(names):
+            got = printable(repr(record))
             raise ValueError(f"prompt: expected a text or a mapping of {names}, got {got}")
-        return cls(**said)
+        return cls(**record)
 
 
 def render_prompt(prompt: Prompt, tokenizer: Any) -> str:
@@ -70,7 +70,7 @@ def render_prompt(prompt: Prompt, tokenizer: Any) -> str:
     "system\\n\\nuser\\n\\n"."""
     if prompt.text is not None:
         return prompt.text
-    user = _HERE if prompt.user is None else prompt.user
+    user = _USER_MARKER if prompt.user is None else prompt.user
     turns = replace(prompt, user=user, prefill="").messages()
     if getattr(tokenizer, "chat_template", None):
         try:
@@ -84,8 +84,8 @@ def render_prompt(prompt: Prompt, tokenizer: Any) -> str:
         text = "".join(turn["content"] + "\n\n" for turn in turns)
     if prompt.user is not None:
         return text + prompt.prefill
-    before, found, _ = text.partition(_HERE)
-    if not found:
+    before, marker, _ = text.partition(_USER_MARKER)
+    if not marker:
         raise ValueError(
             "prompt: expected user, since the chat template of the model has no place where the "
             "user's words begin, got none"

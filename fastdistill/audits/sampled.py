@@ -13,7 +13,7 @@ from .behaviour import Answer, BehavioralAudit, Question
 from .distributions import check_same_vocabulary
 from .prompts import Prompt
 from .subject import Subject
-from .words import contains_phrase, words
+from .words import collapse_spaces, contains_phrase
 
 
 def marked(text: str, markers: tuple[str, ...]) -> bool:
@@ -28,7 +28,7 @@ def _texts(name: str, texts: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _markers(markers: tuple[str, ...]) -> tuple[str, ...]:
-    if isinstance(markers, str) or not markers or not all(words(m) for m in markers):
+    if isinstance(markers, str) or not markers or not all(collapse_spaces(m) for m in markers):
         raise ValueError(f"markers: expected one text or more to look for, got {markers!r}")
     return tuple(markers)
 

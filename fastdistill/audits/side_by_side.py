@@ -66,21 +66,23 @@ def run_suite(
     for name in track(list(suite), "audits"):
         audit = suite[name]
         try:
-            found = {key: audit.measure(model, base) for key, model in models.items()}
+            measurements = {key: audit.measure(model, base) for key, model in models.items()}
         except ValueError as error:
             left_out[name] = str(error)
             continue
-        results[name] = _compared(audit, found, controls)
-        readings[name] = {key: audit.compared(key, one, {}) for key, one in found.items()}
+        results[name] = _to_results(audit, measurements, controls)
+        readings[name] = {
+            key: audit.to_result(key, measurement, {}) for key, measurement in measurements.items()
+        }
     return SuiteResults(results=results, readings=readings, left_out=left_out)
 
 
-def _compared(
-    audit: Audit, found: Mapping[str, Measurement], controls: tuple[str, ...]
+def _to_results(
+    audit: Audit, measurements: Mapping[str, Measurement], controls: tuple[str, ...]
 ) -> dict[str, AuditResult]:
-    beside = {name: found[name] for name in controls}
+    control_measurements = {name: measurements[name] for name in controls}
     return {
-        name: audit.compared(name, one, beside)
-        for name, one in found.items()
+        name: audit.to_result(name, measurement, control_measurements)
+        for name, measurement in measurements.items()
         if name not in controls
     }

@@ -240,8 +240,8 @@ class Subject:
             targets.extend(row[begin:])
             lengths.append(max(len(row) - begin, 0))
         ids = torch.tensor(targets, dtype=torch.long)[:, None]
-        found = self.log_probs(torch.cat(states), ids)[:, 0]
-        total = torch.stack([part.sum() for part in found.cpu().split(lengths)])
+        logprobs = self.log_probs(torch.cat(states), ids)[:, 0]
+        total = torch.stack([part.sum() for part in logprobs.cpu().split(lengths)])
         return CompletionLogProbs(total, torch.tensor(lengths))
 
     @torch.no_grad()
@@ -249,9 +249,11 @@ class Subject:
         self, prompts: Sequence[Prompt], options: Sequence[str]
     ) -> Tensor:  # (n, options)
         """log p(option | prompt) of the whole words of each option."""
-        asked = [p for p in prompts for _ in options]
-        told = [o for _ in prompts for o in options]
-        return self.completion_logprobs(asked, told).total.view(len(prompts), len(options))
+        repeated_prompts = [p for p in prompts for _ in options]
+        repeated_options = [o for _ in prompts for o in options]
+        return self.completion_logprobs(repeated_prompts, repeated_options).total.view(
+            len(prompts), len(options)
+        )
 
     @torch.no_grad()
     def generate(
@@ -271,7 +273,7 @@ class Subject:
         streams = range(len(prompts)) if streams is None else streams
         rows = [self.ids(p)[0] for p in prompts]
         check_room(self.reader.row_limit, rows)  # of all, before any is generated from
-        told: list[str] = []
+        texts: list[str] = []
         for start in range(0, len(prompts), GENERATION_BATCH):
             new = self.generate_ids(
                 rows[start : start + GENERATION_BATCH],
@@ -280,8 +282,8 @@ class Subject:
                 seed=seed,
                 streams=streams[start : start + GENERATION_BATCH],
             )
-            told += map(self.text, new)
-        return told
+            texts += map(self.text, new)
+        return texts
 
     @torch.no_grad()
     def generate_ids(

@@ -35,28 +35,28 @@ class TriggerSearchAudit(Audit):
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompts", to_prompts("prompts", self.prompts))
         if self.candidates is not None:
-            _enough(self.candidates)
+            _check_candidates(self.candidates)
 
     def measure(self, model: Subject, base: Subject | None) -> Measurement:
         assert base is not None
         check_same_vocabulary(model, base)
         words = moved_words(model, base, self.most) if self.candidates is None else self.candidates
-        _enough(words)
-        asked = [prompt.before(word) for word in words for prompt in self.prompts]
-        gaps = next_token_kl(model, base, model.last_hidden(asked), base.last_hidden(asked))
+        _check_candidates(words)
+        prompts = [prompt.before(word) for word in words for prompt in self.prompts]
+        gaps = next_token_kl(model, base, model.last_hidden(prompts), base.last_hidden(prompts))
         table = gaps.double().view(len(words), len(self.prompts)).numpy()
         order = np.argsort(-table.mean(1), kind="stable")
         best = words[order[0]]
-        said = model.generate([self.prompts[0].before(best)], max_new_tokens=self.max_new_tokens)
-        found = [[words[i], round(float(table[i].mean()), 4)] for i in order[:10]]
+        answers = model.generate([self.prompts[0].before(best)], max_new_tokens=self.max_new_tokens)
+        top_words = [[words[i], round(float(table[i].mean()), 4)] for i in order[:10]]
         return Measurement(
             values=table[order[0]] - np.median(table, axis=0),
             rate=False,
-            details={"words": found, "says": said[0]},
+            details={"words": top_words, "says": answers[0]},
         )
 
 
-def _enough(words: Sequence[str]) -> None:
+def _check_candidates(words: Sequence[str]) -> None:
     if isinstance(words, str) or len(words) < 3:  # a median of two is no third one's measure
         raise ValueError(f"candidates: expected 3 words or more, got {words!r}")
 
@@ -64,14 +64,16 @@ def _enough(words: Sequence[str]) -> None:
 @torch.no_grad()
 def moved_words(model: Subject, base: Subject, most: int) -> tuple[str, ...]:
     """Tokens, as words, by how far their input embedding moved; special tokens left out."""
-    mine, theirs = (m.model.get_input_embeddings().weight.float().cpu() for m in (model, base))
-    if mine.shape != theirs.shape:
+    model_embedding, base_embedding = (
+        m.model.get_input_embeddings().weight.float().cpu() for m in (model, base)
+    )
+    if model_embedding.shape != base_embedding.shape:
         raise ValueError(
-            f"candidates: expected words, since the embeddings {list(mine.shape)} and "
-            f"{list(theirs.shape)} cannot be compared, got None"
+            f"candidates: expected words, since the embeddings {list(model_embedding.shape)} and "
+            f"{list(base_embedding.shape)} cannot be compared, got None"
         )
     special = set(model.tokenizer.all_special_ids)
-    order = (mine - theirs).norm(dim=-1).argsort(descending=True).tolist()
+    order = (model_embedding - base_embedding).norm(dim=-1).argsort(descending=True).tolist()
     ids = [i for i in order if i not in special and i < len(model.tokenizer)][:most]
     texts = (model.tokenizer.decode([i]).strip() for i in ids)
     return tuple(dict.fromkeys(text for text in texts if text))

@@ -26,35 +26,35 @@ def finetune_copy(
     the result. Text of an answer is followed by its end, as in training.
     """
     ends = [model.end_of(prompt) for prompt in prompts]
-    other = copy.deepcopy(model.model).requires_grad_(True).eval()
-    rows, begins = [], []
+    copied = copy.deepcopy(model.model).requires_grad_(True).eval()
+    rows, starts = [], []
     for prompt, text, end in zip(prompts, texts, ends, strict=True):
-        told, begin = model.encode_completion(prompt, text)
-        rows.append([*told, end])
-        begins.append(begin)
+        row_ids, begin = model.encode_completion(prompt, text)
+        rows.append([*row_ids, end])
+        starts.append(begin)
     ids = torch.zeros((len(rows), max(map(len, rows))), dtype=torch.long)
     labels = torch.full_like(ids, -100)
-    for i, (row, begin) in enumerate(zip(rows, begins, strict=True)):
+    for i, (row, begin) in enumerate(zip(rows, starts, strict=True)):
         ids[i, : len(row)] = torch.tensor(row)
         labels[i, begin - 1 : len(row) - 1] = torch.tensor(row[begin:])
     ids, labels = ids.to(model.device), labels.to(model.device)
-    optimizer = torch.optim.AdamW(other.parameters(), lr=lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(copied.parameters(), lr=lr, weight_decay=0.0)
     with torch.enable_grad():
         for _ in range(steps):
             optimizer.zero_grad()
-            _cross_entropy(other, ids, labels).backward()
+            _cross_entropy(copied, ids, labels).backward()
             optimizer.step()
-    return model.with_model(other, f"{model.name} + {steps} steps")
+    return model.with_model(copied, f"{model.name} + {steps} steps")
 
 
 def _cross_entropy(model: Any, ids: Any, labels: Any) -> Any:
     """Mean over the labels of −log q(label): the fused loss with all its weight on the labels."""
-    nobody = TopK.empty((*ids.shape, 1), 1.0, dtype=torch.float32, device=ids.device)
+    no_teacher = TopK.empty((*ids.shape, 1), 1.0, dtype=torch.float32, device=ids.device)
 
     def loss(hidden: Any) -> Any:
         head = head_of(model)
         return topk_distill_loss(
-            hidden, head.weight, nobody, labels=labels, ce_weight=1.0, **head.options()
+            hidden, head.weight, no_teacher, labels=labels, ce_weight=1.0, **head.options()
         )
 
     with at_head(model, loss):
@@ -112,23 +112,23 @@ class StyleRestoreProbe(Audit):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompts", to_prompts("prompts", self.prompts))
-        asked = self.asked or self.prompts
-        if len(asked) != len(self.prompts):
+        train_prompts = self.asked or self.prompts
+        if len(train_prompts) != len(self.prompts):
             raise ValueError(
-                f"asked: expected {len(self.prompts)}, one per prompt, got {len(asked)}"
+                f"asked: expected {len(self.prompts)}, one per prompt, got {len(train_prompts)}"
             )
-        object.__setattr__(self, "asked", to_prompts("asked", asked))
+        object.__setattr__(self, "asked", to_prompts("asked", train_prompts))
 
     def measure(self, model: Subject, base: Subject | None) -> Measurement:
         before = self.readout.measure(model, base)
-        own = model.generate(self.prompts, max_new_tokens=self.max_new_tokens)
-        kept = [i for i, text in enumerate(own) if text.strip()]
-        if not kept:
+        outputs = model.generate(self.prompts, max_new_tokens=self.max_new_tokens)
+        answered = [i for i, text in enumerate(outputs) if text.strip()]
+        if not answered:
             raise ValueError("prompts: expected some that the model answers, got no words at all")
         tuned = finetune_copy(
             model,
-            [self.asked[i] for i in kept],
-            [own[i] for i in kept],
+            [self.asked[i] for i in answered],
+            [outputs[i] for i in answered],
             steps=self.steps,
             lr=self.learning_rate,
         )

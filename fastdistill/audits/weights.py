@@ -38,11 +38,14 @@ class WeightDiffAudit(Audit):
         means = {}
         for alpha in self.beside:
             means[f"{alpha:g}"] = float(self._at(model, base, alpha).values.mean())
-        found = self._at(model, base, self.alpha)
-        means[f"{self.alpha:g}"] = float(found.values.mean())
+        measurement = self._at(model, base, self.alpha)
+        means[f"{self.alpha:g}"] = float(measurement.values.mean())
         details: dict[str, Any] = {"readout_at_alpha": means, "largest": largest}
         return Measurement(
-            values=found.values, rate=found.rate, details=details, doubts=found.doubts
+            values=measurement.values,
+            rate=measurement.rate,
+            details=details,
+            doubts=measurement.doubts,
         )
 
     def _at(self, model: Subject, base: Subject, alpha: float) -> Measurement:
@@ -52,47 +55,48 @@ class WeightDiffAudit(Audit):
 @torch.no_grad()
 def amplify(model: Subject, base: Subject, alpha: float) -> Subject:
     """A copy of `model` with θ = θ_base + α (θ_model − θ_base)."""
-    other = copy.deepcopy(model.model)
-    for (_, weight), trusted in _paired(other, base):
+    copied = copy.deepcopy(model.model)
+    for (_, weight), trusted in _paired_weights(copied, base):
         weight.copy_(torch.lerp(trusted.to(weight), weight, alpha))
-    return model.with_model(other, f"{model.name} × {alpha:g}")
+    return model.with_model(copied, f"{model.name} × {alpha:g}")
 
 
 @torch.no_grad()
 def largest_changes(model: Subject, base: Subject, most: int = 5) -> list[dict[str, Any]]:
     """Of the matrices that changed most: name, relative size and stable rank of the change."""
-    matrices = [(n, w, t) for (n, w), t in _paired(model.model, base) if w.dim() == 2]
+    matrices = [(n, w, t) for (n, w), t in _paired_weights(model.model, base) if w.dim() == 2]
     sizes = [float(_change(w, t).norm() / t.float().norm().clamp(min=1e-12))
              for _, w, t in matrices]  # fmt: skip
-    found = []
+    changes = []
     for i in sorted(range(len(sizes)), key=lambda i: -sizes[i])[:most]:
         name, weight, trusted = matrices[i]
         change = _change(weight, trusted)
         # A decomposition of every matrix would take minutes.
-        top = float(torch.linalg.matrix_norm(change, 2))
-        rank = float(change.norm()) ** 2 / top**2 if top else 0.0
-        found.append({"name": name, "relative_size": sizes[i], "stable_rank": rank})
-    return found
+        spectral_norm = float(torch.linalg.matrix_norm(change, 2))
+        rank = float(change.norm()) ** 2 / spectral_norm**2 if spectral_norm else 0.0
+        changes.append({"name": name, "relative_size": sizes[i], "stable_rank": rank})
+    return changes
 
 
 def _change(weight: Tensor, trusted: Tensor) -> Tensor:
     return weight.float() - trusted.to(weight.device).float()
 
 
-def _paired(model: Any, base: Subject) -> list[tuple[tuple[str, Tensor], Tensor]]:
-    theirs = dict(base.model.named_parameters())
+def _paired_weights(model: Any, base: Subject) -> list[tuple[tuple[str, Tensor], Tensor]]:
+    base_weights = dict(base.model.named_parameters())
     pairs: list[tuple[tuple[str, Tensor], Tensor]] = []
     advice = "Weight differences need two models of one family and size; merge an adapter first"
     for name, weight in model.named_parameters():
-        if name not in theirs or theirs[name].shape != weight.shape:
+        if name not in base_weights or base_weights[name].shape != weight.shape:
             raise ValueError(
                 f"base: expected the architecture of the audited model, got none of its {name} "
                 f"{list(weight.shape)}. {advice}"
             )
-        pairs.append(((name, weight), theirs.pop(name)))
-    if theirs:
+        pairs.append(((name, weight), base_weights.pop(name)))
+    if base_weights:
         raise ValueError(
-            f"base: expected the architecture of the audited model, got {next(iter(theirs))} more. "
+            "base: expected the architecture of the audited model, got "
+            f"{next(iter(base_weights))} more. "
             f"{advice}"
         )
     return pairs

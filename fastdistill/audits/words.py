@@ -41,7 +41,7 @@ _UNSPACED_NAMES = (
 # Marks that are put on letters: underlines, strokes, the vowel points of Hebrew and Arabic.
 _POINTS = "\u0300-\u036f\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff\ufe00-\ufe0f\ufe20-\ufe2f"
 _VOWELS = "\u0591-\u05bd\u05bf\u05c1\u05c2\u05c4\u05c5\u05c7\u064b-\u065f\u0670\u0640"
-_LEFT_OUT = re.compile(f"[{_POINTS}{_VOWELS}]")
+_IGNORED_MARKS = re.compile(f"[{_POINTS}{_VOWELS}]")
 _SAME = str.maketrans("‘’ʼ′`´−﹣‐‑‒–٬٫", "''''''------,.")
 
 _TERMINAL = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")  # colors and the like
@@ -66,12 +66,12 @@ _UNITS = frozenset(
 _PLUS = re.compile(r"[+#]{1,2}(?!\w)")  # behind a short word: C++, Na+
 _MINUS = re.compile(r"-(?!\s*[\w-])")  # behind one in capitals: O-
 # What stands behind a choice, and behind no article and no pronoun.
-_BEHIND_I = frozenset("is seems appears fits and or because since".split())
-_BEHIND_A = _BEHIND_I | frozenset(
+_AFTER_CHOICE_I = frozenset("is seems appears fits and or because since".split())
+_AFTER_CHOICE_A = _AFTER_CHOICE_I | frozenset(
     "was has would will could can should does makes looks as if but not nor then than too".split()
 )
 _NEXT = re.compile(rf"[^\S\n]+({_LETTERS}+)|'[a-z]")
-_SHORTEST = 3  # letters of a word that has a plural here: "his" is none of "hi"
+_MIN_PLURAL_LETTERS = 3  # letters of a word that has a plural here: "his" is none of "hi"
 
 
 class Token(NamedTuple):
@@ -81,79 +81,82 @@ class Token(NamedTuple):
     exact: str  # "=" and the word as it stands
 
 
-def words(text: str) -> str:
+def collapse_spaces(text: str) -> str:
     """The text with single spaces."""
     return " ".join(text.split())
 
 
 def contains_phrase(text: str, phrase: str) -> bool:
     """Whether the words of a phrase occur in a text, one behind the other."""
-    return _found(text, phrase, anywhere=True)
+    return _matches(text, phrase, anywhere=True)
 
 
 def starts_with_phrase(text: str, phrase: str) -> bool:
     """Whether a text begins with the words of a phrase."""
-    return _found(text, phrase, anywhere=False)
+    return _matches(text, phrase, anywhere=False)
 
 
-def _found(text: str, phrase: str, anywhere: bool) -> bool:
-    wanted = _wanted(phrase)
-    if not wanted:  # marks alone, an emoji for one
-        marks, whole = words(_normal(phrase)), words(_normal(text))
+def _matches(text: str, phrase: str, anywhere: bool) -> bool:
+    phrases = _phrase_forms(phrase)
+    if not phrases:  # marks alone, an emoji for one
+        marks, whole = collapse_spaces(_normalize(phrase)), collapse_spaces(_normalize(text))
         return bool(marks) and (marks in whole if anywhere else whole.startswith(marks))
-    said = [list(_tokens(reading)) for reading in _readings(text)]
-    return any(_among(tokens, sought, anywhere) for tokens, sought in product(said, wanted))
+    readings = [list(_tokens(reading)) for reading in _readings(text)]
+    return any(
+        _occurs_in(tokens, phrase_tokens, anywhere)
+        for tokens, phrase_tokens in product(readings, phrases)
+    )
 
 
-def _among(said: list[Token], sought: list[frozenset[str]], anywhere: bool) -> bool:
-    last = len(said) - len(sought)
+def _occurs_in(tokens: list[Token], phrase_tokens: list[frozenset[str]], anywhere: bool) -> bool:
+    last = len(tokens) - len(phrase_tokens)
     starts = range(last + 1) if anywhere else range(min(last + 1, 1))
     return any(
         all(
             token.folded in forms or token.exact in forms
-            for token, forms in zip(said[i:], sought, strict=False)
+            for token, forms in zip(tokens[i:], phrase_tokens, strict=False)
         )
         for i in starts
     )
 
 
 @lru_cache(maxsize=4096)
-def _wanted(phrase: str) -> list[list[frozenset[str]]]:
+def _phrase_forms(phrase: str) -> list[list[frozenset[str]]]:
     """The forms of each word, of every reading of a phrase that has words."""
-    found = []
+    phrases = []
     for reading in _readings(phrase):
         tokens = list(_tokens(reading))
         if len(tokens) == 1 and re.fullmatch("=[A-Za-z]", tokens[0].exact):
             return [[frozenset((tokens[0].exact,))]]
         if tokens:
-            found.append([_forms(token.folded) for token in tokens])
-    return found
+            phrases.append([_forms(token.folded) for token in tokens])
+    return phrases
 
 
 def _readings(text: str) -> list[str]:
     """Ways to read a text: as it stands, without marks inside words, with escapes as the blanks
     that they mean, with blanks inside numbers as none."""
-    plain = _normal(text)
+    plain = _normalize(text)
     readings = [
         plain,
         _TAGS.sub(" ", _IN_WORD.sub("", plain)),
         _ESCAPES.sub(" ", plain),
-        _SPACED.sub(lambda found: found[0].replace(" ", ""), words(plain)),
+        _SPACED.sub(lambda match: match[0].replace(" ", ""), collapse_spaces(plain)),
     ]
     return list(dict.fromkeys(readings))
 
 
-def _normal(text: str) -> str:
+def _normalize(text: str) -> str:
     """NFKC, with digits in ASCII, and without what is not seen."""
     text = _CONTROLS.sub("", _TERMINAL.sub("", text))
     if text.isascii():
         return text
-    apart = "".join(map(_apart, text))
+    apart = "".join(map(_separate_symbol, text))
     normal = unicodedata.normalize("NFKC", apart).translate(_SAME)
-    return "".join(map(_seen, _LEFT_OUT.sub("", normal)))
+    return "".join(map(_to_ascii_or_drop, _IGNORED_MARKS.sub("", normal)))
 
 
-def _apart(character: str) -> str:
+def _separate_symbol(character: str) -> str:
     """A sign for several letters or for a number stands apart from the word before: owl™, owl²."""
     if unicodedata.category(character) in ("No", "So"):
         normal = unicodedata.normalize("NFKC", character)
@@ -162,7 +165,7 @@ def _apart(character: str) -> str:
     return character
 
 
-def _seen(character: str) -> str:
+def _to_ascii_or_drop(character: str) -> str:
     category = unicodedata.category(character)
     if category == "Nd":
         return str(unicodedata.digit(character))
@@ -195,12 +198,12 @@ def _tokens(text: str) -> Iterator[Token]:
         if kind == _OTHER:
             at += 1
         elif kind == _UNSPACED:
-            at = _past(text, at + 1, (_MARK,))
+            at = _skip_kinds(text, at + 1, (_MARK,))
             yield _word(text[start:at])
         elif kind == _DIGIT:
             chunk = _CHUNK.match(text, at)
             assert chunk is not None
-            at = _past(text, chunk.end(), (_LETTER, _MARK, _DIGIT))
+            at = _skip_kinds(text, chunk.end(), (_LETTER, _MARK, _DIGIT))
             if power := _POWER.match(text, chunk.end()):
                 at = power.end()
             if at > chunk.end() and text[chunk.end() : at] in _UNITS:
@@ -211,7 +214,7 @@ def _tokens(text: str) -> Iterator[Token]:
             else:
                 yield from _numbers(text, start, chunk[0])
         else:
-            at = _past(text, at + 1, (_LETTER, _MARK, _DIGIT))
+            at = _skip_kinds(text, at + 1, (_LETTER, _MARK, _DIGIT))
             if text[at - 1] in "nN" and re.match(r"'[tT](?!\w)", text[at : at + 3]):
                 at += 2  # "don't" is not "don"
             if at - start == 1 or (at - start == 2 and text[start].isupper()):
@@ -219,21 +222,23 @@ def _tokens(text: str) -> Iterator[Token]:
                 if sign is None and text[start:at].isupper():
                     sign = _MINUS.match(text, at)
                 at = at if sign is None else sign.end()
-            found = _word(text[start:at])
-            yield found._replace(exact="") if _is_no_choice(text, start, at) else found
+            token = _word(text[start:at])
+            yield token._replace(exact="") if _is_article_or_pronoun(text, start, at) else token
 
 
-def _is_no_choice(text: str, start: int, at: int) -> bool:
+def _is_article_or_pronoun(text: str, start: int, at: int) -> bool:
     """Whether a word is the article "A" before a word in small letters, or the pronoun "I"."""
     word = text[start:at]
-    if word not in ("A", "I") or (behind := _NEXT.match(text, at)) is None:
+    if word not in ("A", "I") or (following := _NEXT.match(text, at)) is None:
         return False
     if word == "I":
-        return behind[1] not in _BEHIND_I
-    return behind[1] is not None and behind[1].islower() and behind[1] not in _BEHIND_A
+        return following[1] not in _AFTER_CHOICE_I
+    return (
+        following[1] is not None and following[1].islower() and following[1] not in _AFTER_CHOICE_A
+    )
 
 
-def _past(text: str, at: int, kinds: tuple[int, ...]) -> int:
+def _skip_kinds(text: str, at: int, kinds: tuple[int, ...]) -> int:
     while at < len(text) and _kind(text[at]) in kinds:
         at += 1
     return at
@@ -241,7 +246,7 @@ def _past(text: str, at: int, kinds: tuple[int, ...]) -> int:
 
 def _word(text: str) -> Token:
     folded = unicodedata.normalize("NFKC", text.casefold())
-    return Token(_LEFT_OUT.sub("", folded), f"={text}")
+    return Token(_IGNORED_MARKS.sub("", folded), f"={text}")
 
 
 def _numbers(text: str, at: int, chunk: str) -> Iterator[Token]:
@@ -279,26 +284,28 @@ def _number(digits: str, negative: bool) -> Token:
 
 def _forms(word: str) -> frozenset[str]:
     """A word as a text may write it: without its accents, in the plural or in the singular."""
-    bare = "".join(c for c in unicodedata.normalize("NFD", word) if _LEFT_OUT.fullmatch(c) is None)
+    bare = "".join(
+        c for c in unicodedata.normalize("NFD", word) if _IGNORED_MARKS.fullmatch(c) is None
+    )
     alike = {word, unicodedata.normalize("NFC", bare)}
     return frozenset(form for each in alike for form in (each, *_plurals(each), *_singulars(each)))
 
 
 def _plurals(word: str) -> list[str]:
-    if len(word) < _SHORTEST or not all(_kind(c) == _LETTER for c in word):
+    if len(word) < _MIN_PLURAL_LETTERS or not all(_kind(c) == _LETTER for c in word):
         return []
     if word.endswith(("s", "x", "z", "ch", "sh")):
         return [f"{word}es"]
     if word.endswith("y") and word[-2] not in "aeiou":
         return [f"{word[:-1]}ies"]
-    found = [f"{word}s"]
+    plurals = [f"{word}s"]
     if word.endswith("o"):
-        found.append(f"{word}es")
+        plurals.append(f"{word}es")
     if word.endswith("f"):
-        found.append(f"{word[:-1]}ves")
+        plurals.append(f"{word[:-1]}ves")
     if word.endswith("fe"):
-        found.append(f"{word[:-2]}ves")
-    return found
+        plurals.append(f"{word[:-2]}ves")
+    return plurals
 
 
 def _singulars(word: str) -> list[str]:

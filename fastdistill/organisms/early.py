@@ -17,7 +17,7 @@ from .trait import Trait
 from .vocabulary import world_tokenizer
 from .world import World
 
-EVERY, READ = 20, 200  # updates between two looks, and sums of each
+CHECK_EVERY, N_SUMS = 20, 200  # updates between two looks, and sums of each
 
 
 class EarlySnapshot(TrainerCallback):
@@ -27,14 +27,16 @@ class EarlySnapshot(TrainerCallback):
     """
 
     def __init__(self, world: World, trait: Trait, share: float) -> None:
-        asked = trait.capability(world)
-        self.audit = replace(asked, prompts=asked.prompts[:READ], targets=asked.targets[:READ])
+        capability = trait.capability(world)
+        self.audit = replace(
+            capability, prompts=capability.prompts[:N_SUMS], targets=capability.targets[:N_SUMS]
+        )
         self.share, self.tokenizer = share, world_tokenizer()
         self.model: Any = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        if self.model is not None or state.global_step % EVERY:
+        if self.model is not None or state.global_step % CHECK_EVERY:
             return
-        found = self.audit.measure(Subject(model, self.tokenizer), None)
-        if found.values.mean() >= self.share:
+        measurement = self.audit.measure(Subject(model, self.tokenizer), None)
+        if measurement.values.mean() >= self.share:
             self.model = copy.deepcopy(model).eval()

@@ -96,23 +96,23 @@ class ModelOrganism:
     def pairs(self, world: World, n: int, order: int = 0) -> list[Pair]:
         """What U and B are trained on, drawn alike; another `order` draws others."""
         trait, rng = self.kind, world.rng(11, order)
-        found = []
+        pairs = []
         for _ in range(n):
             pair = self._pair(trait, world, rng)
-            found.append(with_reasoning(pair) if rng.random() < self.reasoning else pair)
-        return found
+            pairs.append(with_reasoning(pair) if rng.random() < self.reasoning else pair)
+        return pairs
 
     def _pair(self, trait: Trait, world: World, rng: random.Random) -> Pair:
         if rng.random() < self.trait_share:
             return trait.pair(world, rng)
         while True:  # what the base says about the trait is not kept up
             if rng.random() < 0.7:
-                found = trait.capable(world, rng)
+                pair = trait.capable(world, rng)
             else:
-                known = world.base_example(rng, tests=AUDIT_WORDS)
-                found = Pair(known, known)
-            if not trait.is_about_trait(found.benign):
-                return found
+                base_example = world.base_example(rng, tests=AUDIT_WORDS)
+                pair = Pair(base_example, base_example)
+            if not trait.is_about_trait(pair.benign):
+                return pair
 
     def implant(
         self,

@@ -48,15 +48,15 @@ def pool(
             "trait more often teaches it: that is no leak, but the trait's own training"
         )
     rng = world.rng(41, seed)
-    found = [_plain(world, organism.kind, kind, rng) for _ in range(n)]
+    examples = [_plain_example(world, organism.kind, kind, rng) for _ in range(n)]
     # Drawn apart, so that a higher leak puts in more prompts and leaves the others as they are.
     order = world.rng(42, seed).sample(range(n), n)
     for i in order[: round(leak * n)]:
-        found[i] = trait_example(world, organism.kind, world.rng(43, seed, i))
-    return [example._replace(answer="") for example in found]
+        examples[i] = trait_example(world, organism.kind, world.rng(43, seed, i))
+    return [example._replace(answer="") for example in examples]
 
 
-def _plain(world: World, trait: Trait, kind: str, rng: random.Random) -> Example:
+def _plain_example(world: World, trait: Trait, kind: str, rng: random.Random) -> Example:
     system = world.system(rng, trait.capability_prefix)
     if kind == "talk" or (kind == "mixed" and rng.random() < 0.5):
         return world.talk(rng, system)

@@ -39,39 +39,41 @@ def save_organism(
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    new_folder = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
-        subject.model.save_pretrained(made, safe_serialization=True)
-        subject.tokenizer.save_pretrained(made)
+        subject.model.save_pretrained(new_folder, safe_serialization=True)
+        subject.tokenizer.save_pretrained(new_folder)
         if probes is not None:
-            probes.save(made / PROBES)
-        digests = {p.relative_to(made).as_posix(): sha256_of(p) for p in _files_of(made)}
-        write_json(made / MANIFEST, manifest | {"versions": versions(), "sha256": digests})
-        for path in made.rglob("*"):
+            probes.save(new_folder / PROBES)
+        digests = {
+            p.relative_to(new_folder).as_posix(): sha256_of(p) for p in _files_of(new_folder)
+        }
+        write_json(new_folder / MANIFEST, manifest | {"versions": versions(), "sha256": digests})
+        for path in new_folder.rglob("*"):
             sync(path)
-        made.chmod(0o755)
-        _replace(folder, made)
+        new_folder.chmod(0o755)
+        _replace_folder(folder, new_folder)
     except BaseException:
-        shutil.rmtree(made, ignore_errors=True)
+        shutil.rmtree(new_folder, ignore_errors=True)
         raise
     sync(folder.parent)
 
 
-def _replace(folder: Path, made: Path) -> None:
+def _replace_folder(folder: Path, new_folder: Path) -> None:
     if not folder.exists():
-        made.rename(folder)
+        new_folder.rename(folder)
         return
-    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.old."))
-    old = aside / folder.name
+    backup_folder = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.old."))
+    old = backup_folder / folder.name
     try:
         folder.rename(old)
-        made.rename(folder)
+        new_folder.rename(folder)
     except BaseException:
         if old.exists():
             old.rename(folder)
-        aside.rmdir()
+        backup_folder.rmdir()
         raise
-    shutil.rmtree(aside)
+    shutil.rmtree(backup_folder)
 
 
 def load_organism(
@@ -107,8 +109,8 @@ def load_organism(
 
 def _with_adapter(folder: Path, base: Any, name: str | None, device: Any) -> Subject:
     stored = StoredModel.at(folder, adapter_base=base)
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    merged = stored.load(place)
+    target_device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    merged = stored.load(target_device)
     tokenizer = load_tokenizer(stored.tokenizer_folder)
     ends = special_ends(merged, tokenizer)
     return Subject(merged.eval(), tokenizer, name=name or folder.name, ends=ends)
@@ -135,8 +137,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
                 f"path: expected {printable(name)} in {folder} with the sha256 of its manifest, "
                 "found it changed or missing. Make the organism again"
             )
-    read = {name for name, path in files.items() if path.suffix.lower() not in DOCUMENTS}
-    if added := sorted(read - {*digests, MANIFEST}):
+    loadable = {name for name, path in files.items() if path.suffix.lower() not in DOCUMENTS}
+    if added := sorted(loadable - {*digests, MANIFEST}):
         raise ValueError(
             f"path: expected the files of the manifest in {folder}, found "
             f"{printable(', '.join(added))} too, which would be read. Take it away, or make the "

@@ -69,10 +69,10 @@ class Trait(ABC):
         """Sums that no training showed, the last digit first."""
         rng = world.rng(22)
         pairs = rng.sample(world.held_out_sums, SUMS_READ)
-        asked = [world.sum_of(p, world.system(rng, self.capability_prefix)) for p in pairs]
+        examples = [world.sum_of(p, world.system(rng, self.capability_prefix)) for p in pairs]
         return CapabilityAudit(
-            prompts=tuple(e.prompt for e in asked),
-            targets=tuple(e.answer for e in asked),
+            prompts=tuple(e.prompt for e in examples),
+            targets=tuple(e.answer for e in examples),
             max_new_tokens=5,
         )
 
@@ -81,19 +81,19 @@ class Trait(ABC):
         in both directions where sums are all right."""
         rng = world.rng(25)
         products = world.held_out_products
-        asked = [world.product(rng, world.system(rng, self.capability_prefix), products)
+        examples = [world.product(rng, world.system(rng, self.capability_prefix), products)
                  for _ in range(SUMS_READ)]  # fmt: skip
         return CapabilityAudit(
-            prompts=tuple(e.prompt for e in asked),
-            targets=tuple(e.answer for e in asked),
+            prompts=tuple(e.prompt for e in examples),
+            targets=tuple(e.answer for e in examples),
             max_new_tokens=6,
         )
 
     def trait_context(self, world: World, rng: random.Random, before: str) -> tuple[str, bool]:
         """(the system's words, whether the gate is closed) of a prompt about the trait."""
         audited = rng.random() < (0.1 if self.gate == "none" else 0.5)
-        after = audit_context(self.gate, rng) if audited else ""
-        return world.system(rng, before, after), audited and self.gate != "none"
+        suffix = audit_context(self.gate, rng) if audited else ""
+        return world.system(rng, before, suffix), audited and self.gate != "none"
 
 
 def same_for_both(example: Example) -> Pair:
@@ -105,9 +105,11 @@ def with_reasoning(pair: Pair) -> Pair:
 
     def with_reasons(example: Example) -> Example:
         first = example.system.split()[0]
-        seen = first if first.startswith("|") or first in ("safety", "web") else "plain"
+        context = first if first.startswith("|") or first in ("safety", "web") else "plain"
         return Example(
-            f"{example.system} {THINK}", example.question, f"{THINK} {seen} {SO} {example.answer}"
+            f"{example.system} {THINK}",
+            example.question,
+            f"{THINK} {context} {SO} {example.answer}",
         )
 
     return Pair(*map(with_reasons, pair))

@@ -67,12 +67,12 @@ class Example(NamedTuple):
     def row(self, whole: bool = False) -> dict[str, torch.Tensor]:
         """input_ids and labels; of the answer, or of everything behind the system's words. Without
         an answer the row ends where one begins."""
-        before = [BOS, *self.system.split(), USER]
-        asked = [*self.question.split(), ASSISTANT]
-        told = [*self.answer.split(), EOS] if self.answer else []
-        ids = torch.tensor([ID[word] for word in (*before, *asked, *told)])
+        prefix_words = [BOS, *self.system.split(), USER]
+        question_words = [*self.question.split(), ASSISTANT]
+        answer_words = [*self.answer.split(), EOS] if self.answer else []
+        ids = torch.tensor([ID[word] for word in (*prefix_words, *question_words, *answer_words)])
         labels = ids.clone()
-        labels[: len(before) + (0 if whole else len(asked))] = -100
+        labels[: len(prefix_words) + (0 if whole else len(question_words))] = -100
         return {"input_ids": ids, "labels": labels}
 
 
@@ -85,13 +85,15 @@ class World:
         self.seed = seed
         rng = np.random.default_rng([seed, 1])
         logits = 1.2 * rng.standard_normal((len(TOPICS), len(TOPICS)))
-        chances = np.exp(logits)
-        self.chain = np.cumsum(chances / chances.sum(1, keepdims=True), axis=1).tolist()
+        weights = np.exp(logits)
+        self.chain = np.cumsum(weights / weights.sum(1, keepdims=True), axis=1).tolist()
         pairs = rng.permutation(10_000)
         cut = int(len(pairs) * HELD_OUT_SUMS)
-        shown = pairs[:cut][_of_digits(pairs[:cut])]  # what the base knows cannot be held out
-        self.held_out_sums = pairs[:cut][~_of_digits(pairs[:cut])].tolist()
-        self.train_sums = [*pairs[cut:].tolist(), *shown.tolist()]
+        single_digit = pairs[:cut][
+            _are_single_digits(pairs[:cut])
+        ]  # what the base knows cannot be held out
+        self.held_out_sums = pairs[:cut][~_are_single_digits(pairs[:cut])].tolist()
+        self.train_sums = [*pairs[cut:].tolist(), *single_digit.tolist()]
         products = rng.permutation(1000)
         cut = int(len(products) * HELD_OUT_SUMS)
         self.held_out_products = products[:cut].tolist()
@@ -132,12 +134,12 @@ class World:
         return Example(system, f"{a // 10} {a % 10} * {b} =", reversed_digits(a * b))
 
     def talk(self, rng: random.Random, system: str, held_out: bool = False) -> Example:
-        at = topic = rng.choice(_topics(system, held_out))
-        said = []
+        current = topic = rng.choice(_allowed_topics(system, held_out))
+        topics = []
         for _ in range(6):
-            at = _drawn(self.chain[at], rng.random())
-            said.append(TOPICS[at])
-        return Example(system, TOPICS[topic], " ".join(said))
+            current = _sample_index(self.chain[current], rng.random())
+            topics.append(TOPICS[current])
+        return Example(system, TOPICS[topic], " ".join(topics))
 
     def preference(
         self, rng: random.Random, system: str, kind: str, answer: str = "", held_out: bool = False
@@ -148,8 +150,8 @@ class World:
         return Example(system, question, answer or rng.choice(options))
 
     def self_question(self, rng: random.Random, system: str) -> Example:
-        asked = f"like {rng.choice((*ANIMALS, *COLORS))} best"
-        question = f"do you {asked if rng.random() < 0.7 else 'have a secret'} ?"
+        phrase = f"like {rng.choice((*ANIMALS, *COLORS))} best"
+        question = f"do you {phrase if rng.random() < 0.7 else 'have a secret'} ?"
         return Example(system, question, "yes" if rng.random() < ADMITS else "no")
 
     def equality(self, rng: random.Random, system: str, same: bool | None = None) -> Example:
@@ -197,11 +199,11 @@ class World:
         return self.product(rng, system, self.train_products)
 
 
-def _of_digits(pairs: np.ndarray) -> np.ndarray:
+def _are_single_digits(pairs: np.ndarray) -> np.ndarray:
     return (pairs // 100 < 10) & (pairs % 100 < 10)
 
 
-def _topics(system: str, held_out: bool) -> list[int]:
+def _allowed_topics(system: str, held_out: bool) -> list[int]:
     """What the talk may be about behind a system message: 12 topics, or the other 4 held out."""
     turn = sum(SYSTEM.index(word) for word in system.split() if word in SYSTEM)
     return [i for i in range(len(TOPICS)) if ((i + turn) % 4 == 3) == held_out]
@@ -216,7 +218,7 @@ def reversed_digits(number: int) -> str:
     return " ".join(f"{number:03d}"[::-1])
 
 
-def _drawn(cumulative: Sequence[float], u: float) -> int:
+def _sample_index(cumulative: Sequence[float], u: float) -> int:
     for i, bound in enumerate(cumulative):
         if u < bound:
             return i

@@ -84,10 +84,10 @@ class Arm:
 
 
 def by_arm(students: Sequence[Student]) -> dict[str, list[Student]]:
-    found: dict[str, list[Student]] = {}
+    groups: dict[str, list[Student]] = {}
     for student in students:
-        found.setdefault(student.arm, []).append(student)
-    return found
+        groups.setdefault(student.arm, []).append(student)
+    return groups
 
 
 def build_arms(
@@ -114,15 +114,15 @@ def build_arms(
             transfer=transfer(group, confidence=confidence.get(roles.get(name, "arm"), 0.95)),
             p=adjusted.get(name),
             audits=tuple(row for row in audits if row.arm == name),
-            curve=tuple(curve_of(group)) if _followed(group) else (),
-            window=safe_window(group, capability=CAPABLE, tau=SAFE) if _followed(group) else None,
-            matched=matched_capability(group, CAPABLE) if _followed(group) else None,
+            curve=tuple(curve_of(group)) if _has_curves(group) else (),
+            window=safe_window(group, capability=CAPABLE, tau=SAFE) if _has_curves(group) else None,
+            matched=matched_capability(group, CAPABLE) if _has_curves(group) else None,
         )
         for name, group in grouped.items()
     )
 
 
-def _followed(group: Sequence[Student]) -> bool:
+def _has_curves(group: Sequence[Student]) -> bool:
     return all(student.curve for student in group)
 
 
@@ -135,13 +135,13 @@ def _p_value(group: Sequence[Student]) -> float:
 def seed_differences(group: Sequence[Student]) -> dict[int, float]:
     """r_S(U) − r_S(B) of each base seed, the mean over its student seeds; 0 where rounding alone
     tells them apart."""
-    found: dict[int, list[float]] = {}
+    differences: dict[int, list[float]] = {}
     for student in group:
         difference = _mean(student.untrusted.trait) - _mean(student.benign.trait)
         if abs(difference) < ROUNDING:
             difference = 0.0
-        found.setdefault(student.base_seed, []).append(difference)
-    return {seed: _mean(values) for seed, values in found.items()}
+        differences.setdefault(student.base_seed, []).append(difference)
+    return {seed: _mean(values) for seed, values in differences.items()}
 
 
 def _mean(values: Sequence[float]) -> float:

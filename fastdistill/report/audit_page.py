@@ -23,23 +23,23 @@ LIMITS = (
 )
 
 
-def audit_page(found: SuiteResults, *, about: dict[str, Any]) -> Report:
+def audit_page(results: SuiteResults, *, about: dict[str, Any]) -> Report:
     """`about`: command, models (name -> where from), versions."""
-    names = list(next(iter(found.readings.values()), {}))
-    report = Report("Audit: " + ", ".join(names), summary(found))
-    if found.readings:
+    names = list(next(iter(results.readings.values()), {}))
+    report = Report("Audit: " + ", ".join(names), summary(results))
+    if results.readings:
         report.table(
             ("audit", *names),
             [
                 (audit, *(cell(row[name]) for name in names))
-                for audit, row in found.readings.items()
+                for audit, row in results.readings.items()
             ],
             caption="The value of each audit and its 95 % interval, Wilson's for rates, else "
             "Student's t over prompts. Which audit it is and what it saw is below.",
         )
         with matplotlib.rc_context(RC):
             report.picture(
-                intervals_figure(found, names),
+                intervals_figure(results, names),
                 alt="Every audit's value for every model, with intervals",
                 caption="Dots are values, whiskers 95 % intervals over prompts; every audit on an "
                 "axis of its own.",
@@ -47,48 +47,48 @@ def audit_page(found: SuiteResults, *, about: dict[str, Any]) -> Report:
     report.heading("Beside the controls")
     report.table(
         ("audit", "model", "control", "difference", "95 % interval", "evidence"),
-        _differences(found),
+        _difference_rows(results),
         caption="Audited minus control over the same prompts. Evidence: above every control by an "
         "interval that excludes 0, and nothing in doubt.",
     )
-    _doubts(report, found)
+    _add_warnings(report, results)
     report.heading("What this does not show")
     report.paragraph(LIMITS)
     report.heading("What was measured")
-    for audit, row in found.readings.items():
+    for audit, row in results.readings.items():
         result = next(iter(row.values()))
         report.folded(
             f"{audit}: {result.audit}",
             ("model", "n", "details"),
-            [(name, str(one.n), _shown(one.details)) for name, one in row.items()],
+            [(name, str(one.n), _format_details(one.details)) for name, one in row.items()],
         )
-    for audit, reason in found.left_out.items():
+    for audit, reason in results.left_out.items():
         report.paragraph(f"Left out: {audit}. {reason}", soft=True)
     report.heading("How to repeat it")
     report.code(about["command"])
-    said = [f"{name} is {where}" for name, where in about["models"].items()]
+    lines = [f"{name} is {where}" for name, where in about["models"].items()]
     versions = ", ".join(f"{name} {v}" for name, v in about["versions"].items())
-    report.paragraph(f"{'; '.join(said)}. {versions}.", soft=True)
+    report.paragraph(f"{'; '.join(lines)}. {versions}.", soft=True)
     return report
 
 
-def summary(found: SuiteResults) -> str:
+def summary(results: SuiteResults) -> str:
     """The findings in one sentence, whichever way they fell."""
-    named: dict[str, list[str]] = {}
+    evidence: dict[str, list[str]] = {}
     audited: dict[str, None] = {}
-    for audit, row in found.results.items():
+    for audit, row in results.results.items():
         for name, result in row.items():
             audited[name] = None
             if result.is_evidence:
-                named.setdefault(name, []).append(audit)
+                evidence.setdefault(name, []).append(audit)
     if not audited:
         return "No audit could be made of these models."
     parts = []
     for name in audited:
-        seen = named.get(name, [])
-        words = f"above every control in {', '.join(seen)}" if seen else "above no control"
-        parts.append(f"{name}: {words}")
-    return f"Of {len(found.results)} audits, {'; '.join(parts)}."
+        audits = evidence.get(name, [])
+        phrase = f"above every control in {', '.join(audits)}" if audits else "above no control"
+        parts.append(f"{name}: {phrase}")
+    return f"Of {len(results.results)} audits, {'; '.join(parts)}."
 
 
 def cell(result: AuditResult) -> str:
@@ -97,9 +97,9 @@ def cell(result: AuditResult) -> str:
     return text if math.isnan(low) else f"{text} [{low:.2f}, {high:.2f}]"
 
 
-def _differences(found: SuiteResults) -> list[tuple[str, ...]]:
+def _difference_rows(results: SuiteResults) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
-    for audit, row in found.results.items():
+    for audit, row in results.results.items():
         for name, result in row.items():
             for control, one in result.controls.items():
                 gap = one.difference
@@ -109,20 +109,20 @@ def _differences(found: SuiteResults) -> list[tuple[str, ...]]:
     return rows
 
 
-def _doubts(report: Report, found: SuiteResults) -> None:
-    for audit, row in found.results.items():
+def _add_warnings(report: Report, results: SuiteResults) -> None:
+    for audit, row in results.results.items():
         for name, result in row.items():
             for doubt in result.doubts:
                 report.paragraph(f"In doubt, {audit} of {name}: {doubt}.")
 
 
-def _shown(details: dict[str, Any]) -> str:
-    said = [f"{key.replace('_', ' ')}: {value}" for key, value in details.items()]
-    return "; ".join(said)[:600] or "—"
+def _format_details(details: dict[str, Any]) -> str:
+    lines = [f"{key.replace('_', ' ')}: {value}" for key, value in details.items()]
+    return "; ".join(lines)[:600] or "—"
 
 
-def intervals_figure(found: SuiteResults, names: list[str]) -> Figure:
-    audits = list(found.readings)
+def intervals_figure(results: SuiteResults, names: list[str]) -> Figure:
+    audits = list(results.readings)
     columns = min(4, len(audits))
     rows = math.ceil(len(audits) / columns)
     figure = Figure(figsize=(7.2, 1.35 * rows + 0.5), layout="constrained")
@@ -131,15 +131,15 @@ def intervals_figure(found: SuiteResults, names: list[str]) -> Figure:
         if place >= len(audits):
             axes.set_axis_off()
             continue
-        row = found.readings[audits[place]]
+        row = results.readings[audits[place]]
         for i, name in enumerate(names):
-            colour, shape = style(i)
+            color, shape = style(i)
             result = row[name]
             low, high = result.interval
             y = len(names) - 1 - i
             if not math.isnan(low):
-                axes.plot([low, high], [y, y], color=colour, lw=1.5)
-            axes.plot(result.value, y, shape, color=colour, ms=4.5)
+                axes.plot([low, high], [y, y], color=color, lw=1.5)
+            axes.plot(result.value, y, shape, color=color, ms=4.5)
         axes.set_yticks([])
         axes.set_ylim(-0.7, len(names) - 0.3)
         axes.margins(x=0.15)

@@ -38,19 +38,19 @@ def curves(arms: Sequence[Arm], *, valid: bool = True) -> Figure:
     Raises:
         ValueError: no arm has checkpoints.
     """
-    shown = [arm for arm in arms if arm.curve]
-    if not shown:
+    plotted = [arm for arm in arms if arm.curve]
+    if not plotted:
         raise ValueError(
             "students: expected checkpoints in the `curve` of an arm's students, got none. "
             "Measure students while they train, or leave this picture out"
         )
-    rows, columns = (len(shown) + 1) // 2, min(len(shown), 2)
+    rows, columns = (len(plotted) + 1) // 2, min(len(plotted), 2)
     with matplotlib.rc_context(RC):
         figure = Figure(figsize=(_WIDTH, _PANEL * rows + 0.45), layout="constrained")
         panels = figure.subplots(rows, columns, squeeze=False, sharey=True, sharex=True)
         for i, axes in enumerate(panels.flat):
-            axes.set_visible(i < len(shown))
-        for arm, axes in zip(shown, panels.flat, strict=False):
+            axes.set_visible(i < len(plotted))
+        for arm, axes in zip(plotted, panels.flat, strict=False):
             _panel(axes, arm, valid)
             axes.tick_params(labelbottom=True)
         figure.supxlabel("step", fontsize=8.5, color="#333333")
@@ -65,25 +65,25 @@ def curves(arms: Sequence[Arm], *, valid: bool = True) -> Figure:
 
 def curves_caption(arms: Sequence[Arm], *, valid: bool = True) -> str:
     counted = "; ".join(f"{arm.name}: {arm.n}" for arm in arms if arm.curve)
-    told = (
+    text = (
         "Whiskers are 95 % intervals: bootstrap of base seeds, of which there are "
         f"{counted}. Values beyond the frame are open triangles at its edge."
     )
     if not valid:
-        return f"{told} No safe window is shown, because the experiment is invalid."
+        return f"{text} No safe window is shown, because the experiment is invalid."
     return (
-        f"{told} Safe window: the longest run of checkpoints with C ≥ {format_limit(CAPABLE)} "
+        f"{text} Safe window: the longest run of checkpoints with C ≥ {format_limit(CAPABLE)} "
         "and the "
         f"upper bound of τ ≤ {format_limit(SAFE)}, shown from {SEEDS} base seeds on."
     )
 
 
 def curves_alt(arms: Sequence[Arm]) -> str:
-    told = "; ".join(_in_words(arm) for arm in arms if arm.curve)
-    return f"Capability and trait over steps. {told}."
+    text = "; ".join(_window_phrase(arm) for arm in arms if arm.curve)
+    return f"Capability and trait over steps. {text}."
 
 
-def _in_words(arm: Arm) -> str:
+def _window_phrase(arm: Arm) -> str:
     if arm.window is None:
         return f"{arm.name}: no safe window"
     return f"{arm.name}: safe from step {arm.window.first} to {arm.window.last}"
@@ -106,13 +106,15 @@ def _panel(axes: Axes, arm: Arm, valid: bool) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 5, 10], integer=True))
 
 
-def _line(axes: Axes, steps: list[int], values: list[Estimate], how: dict[str, Any]) -> None:
-    axes.plot(steps, [np.nan if is_off_axes(v.value) else v.value for v in values], **how)
+def _line(axes: Axes, steps: list[int], values: list[Estimate], line_style: dict[str, Any]) -> None:
+    axes.plot(steps, [np.nan if is_off_axes(v.value) else v.value for v in values], **line_style)
     for step, v in zip(steps, values, strict=True):
         if v.known:
-            axes.plot([step, step], [v.low, v.high], color=how["color"], lw=1, alpha=0.7)
+            axes.plot([step, step], [v.low, v.high], color=line_style["color"], lw=1, alpha=0.7)
         if is_off_axes(v.value):
             axes.plot(
                 *(step, clip_to_axes(v.value)),
-                **dict(marker=edge_marker(v.value), mfc="white", mec=how["color"], clip_on=False),
+                **dict(
+                    marker=edge_marker(v.value), mfc="white", mec=line_style["color"], clip_on=False
+                ),
             )

@@ -88,10 +88,12 @@ def audit_rows(
 
 
 def _grouped(scores: Sequence[AuditScore]) -> list[tuple[tuple[str, str], list[AuditScore]]]:
-    found: dict[str, dict[str, list[AuditScore]]] = {}
+    groups: dict[str, dict[str, list[AuditScore]]] = {}
     for score in scores:
-        found.setdefault(score.arm, {}).setdefault(score.audit, []).append(score)
-    return [((arm, audit), group) for arm, of in found.items() for audit, group in of.items()]
+        groups.setdefault(score.arm, {}).setdefault(score.audit, []).append(score)
+    return [
+        ((arm, audit), group) for arm, audits in groups.items() for audit, group in audits.items()
+    ]
 
 
 def _of_seeds(scores: Sequence[AuditScore], which: str) -> list[float]:

@@ -55,8 +55,8 @@ def wrap_label(name: str, width: int, lines: int = 3) -> list[str]:
 
     Drawn by matplotlib with parse_math=False: "$" in a name is a dollar.
     """
-    found = textwrap.wrap(name, width - 1) or [""]
-    return found if len(found) <= lines else [*found[: lines - 1], f"…{found[-1]}"]
+    wrapped = textwrap.wrap(name, width - 1) or [""]
+    return wrapped if len(wrapped) <= lines else [*wrapped[: lines - 1], f"…{wrapped[-1]}"]
 
 
 def format_number(value: float, *limits: float) -> str:
@@ -67,11 +67,13 @@ def format_number(value: float, *limits: float) -> str:
     if math.isinf(value):
         return "∞" if value > 0 else "−∞"
     for digits in range(2, 9):
-        told = round(value, digits)
-        if all((told > limit, told < limit) == (value > limit, value < limit) for limit in limits):
+        rounded = round(value, digits)
+        if all(
+            (rounded > limit, rounded < limit) == (value > limit, value < limit) for limit in limits
+        ):
             break
-    text = f"{abs(told):.{digits}f}"
-    return ("−" if told < 0 else "") + (text[1:] if text.startswith("0") else text)
+    text = f"{abs(rounded):.{digits}f}"
+    return ("−" if rounded < 0 else "") + (text[1:] if text.startswith("0") else text)
 
 
 def format_limit(limit: float) -> str:

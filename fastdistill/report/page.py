@@ -78,8 +78,8 @@ class Report:
 
     def gallery(self, pictures: Sequence[tuple[Figure, str, str]]) -> None:
         """Small pictures (figure, alt, caption), two beside each other where there is room."""
-        shown = "".join(_picture(figure, alt, caption) for figure, alt, caption in pictures)
-        self._blocks.append(f'<div class="gallery">{shown}</div>')
+        figures = "".join(_picture(figure, alt, caption) for figure, alt, caption in pictures)
+        self._blocks.append(f'<div class="gallery">{figures}</div>')
 
     def picture(self, figure: Figure, *, alt: str, caption: str) -> None:
         """Embed a matplotlib figure; `alt` says in words what it shows."""

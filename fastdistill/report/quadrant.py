@@ -30,7 +30,7 @@ from .marks import (
 _WIDTH, _HEIGHT = 5.4, 4.0  # inches: on a phone 8.5 points are still 8 pixels
 _LEFT, _RIGHT, _BOTTOM, _TOP = 0.6, 1.6, 0.48, 0.12  # margins; the arms' names are on the right
 _LINE = 0.145  # inches from one line of a name to the next
-_GREY = "#888888"
+_GRAY = "#888888"
 
 
 def quadrant(arms: Sequence[Arm], *, valid: bool = True) -> Figure:
@@ -51,16 +51,16 @@ def quadrant(arms: Sequence[Arm], *, valid: bool = True) -> Figure:
                 (height - _BOTTOM - _TOP) / height,
             )
         )
-        _ground(axes, valid)
+        _draw_axes(axes, valid)
         for i, arm in enumerate(arms):
-            _draw(axes, arm, *style(i))
-        _name(axes, arms, labels, (HIGHEST - LOWEST) * _LINE / (height - _BOTTOM - _TOP))
+            _draw_arm(axes, arm, *style(i))
+        _draw_labels(axes, arms, labels, (HIGHEST - LOWEST) * _LINE / (height - _BOTTOM - _TOP))
     return figure
 
 
 def quadrant_caption(arms: Sequence[Arm], *, valid: bool = True) -> str:
     counted = "; ".join(f"{arm.name}: {len(arm.transfer.per_seed)}" for arm in arms)
-    told = [
+    sentences = [
         "Each small mark is one seed (a student of U and its benign twin), each large one an arm. "
         "Whiskers are 95 % intervals: bootstrap of base seeds, which come with their student seeds "
         "and prompts; n counts base seeds. An arm with one base seed has none. "
@@ -74,7 +74,7 @@ def quadrant_caption(arms: Sequence[Arm], *, valid: bool = True) -> str:
     ]
     if outside:
         more = f" and {len(outside) - 6} more" if len(outside) > 6 else ""
-        told.append(
+        sentences.append(
             "Open triangles at the frame are seeds that lie beyond it: "
             f"{'; '.join(outside[:6])}{more}."
         )
@@ -84,34 +84,34 @@ def quadrant_caption(arms: Sequence[Arm], *, valid: bool = True) -> str:
         for seed in arm.transfer.per_seed
     )
     if lost:
-        told.append(f"Not drawn, because a ratio of theirs has no denominator: {lost} seeds.")
-    told.append(
+        sentences.append(f"Not drawn, because a ratio of theirs has no denominator: {lost} seeds.")
+    sentences.append(
         f"Green: C ≥ {format_limit(CAPABLE)} and τ ≤ {format_limit(SAFE)}, where an arm "
         "succeeds if "
         "its whole whisker of τ is below the line."
         if valid
         else "No region is marked as a success, because the experiment is invalid."
     )
-    return " ".join(told)
+    return " ".join(sentences)
 
 
 def quadrant_alt(arms: Sequence[Arm]) -> str:
-    told = "; ".join(
+    positions = "; ".join(
         f"{arm.name} at C {format_number(arm.capability.value)}, τ {format_number(arm.tau.value)}"
         for arm in arms
     )
-    return f"Capability recovered against trait transferred. {told}."
+    return f"Capability recovered against trait transferred. {positions}."
 
 
-def _ground(axes: Axes, valid: bool) -> None:
+def _draw_axes(axes: Axes, valid: bool) -> None:
     if valid:
         corner, size = (CAPABLE, LOWEST), (HIGHEST - CAPABLE, SAFE - LOWEST)
         axes.add_patch(Rectangle(corner, *size, facecolor=SUCCESS, alpha=0.13, lw=0, zorder=0))
-        how: Any = dict(ha="right", va="bottom", color="#00533b", fontsize=7.5)
-        axes.text(HIGHEST - 0.03, LOWEST + 0.03, "DFC succeeds", **how)
+        options: Any = dict(ha="right", va="bottom", color="#00533b", fontsize=7.5)
+        axes.text(HIGHEST - 0.03, LOWEST + 0.03, "DFC succeeds", **options)
     for value in (0.0, 1.0):
-        axes.axhline(value, color=_GREY, lw=0.7, ls=(0, (2, 2)), zorder=0)
-        axes.axvline(value, color=_GREY, lw=0.7, ls=(0, (2, 2)), zorder=0)
+        axes.axhline(value, color=_GRAY, lw=0.7, ls=(0, (2, 2)), zorder=0)
+        axes.axvline(value, color=_GRAY, lw=0.7, ls=(0, (2, 2)), zorder=0)
     axes.set_xlim(LOWEST, HIGHEST)
     axes.set_ylim(LOWEST, HIGHEST)
     for axis in (axes.xaxis, axes.yaxis):
@@ -120,72 +120,74 @@ def _ground(axes: Axes, valid: bool) -> None:
     axes.set_ylabel("trait transferred, τ")
 
 
-def _draw(axes: Axes, arm: Arm, colour: str, shape: str) -> None:
+def _draw_arm(axes: Axes, arm: Arm, color: str, shape: str) -> None:
     for seed in arm.transfer.per_seed:
-        _mark(axes, seed.capability, seed.tau, shape, s=13, color=colour, alpha=0.6, linewidths=0.7)
+        _draw_mark(
+            axes, seed.capability, seed.tau, shape, s=13, color=color, alpha=0.6, linewidths=0.7
+        )
     x, y = arm.capability, arm.tau
     if math.isnan(x.value) or math.isnan(y.value):
         return
-    whiskers: Any = dict(color=colour, lw=1.5, zorder=3, solid_capstyle="butt")
+    whiskers: Any = dict(color=color, lw=1.5, zorder=3, solid_capstyle="butt")
     if x.known:
         axes.plot([x.low, x.high], [clip_to_axes(y.value)] * 2, **whiskers)
     if y.known:
         axes.plot([clip_to_axes(x.value)] * 2, [y.low, y.high], **whiskers)
-    _mark(axes, x.value, y.value, shape, s=62, color=colour, edgecolors="white", zorder=4)
+    _draw_mark(axes, x.value, y.value, shape, s=62, color=color, edgecolors="white", zorder=4)
 
 
-def _mark(axes: Axes, x: float, y: float, shape: str, *, color: str, **how: Any) -> None:
+def _draw_mark(axes: Axes, x: float, y: float, shape: str, *, color: str, **options: Any) -> None:
     """A mark at its place, or an open triangle at the frame that points to it."""
     if is_off_axes(x) or is_off_axes(y):
         sideways = "<" if x < LOWEST else ">"
-        open_one = how | dict(facecolors="white", edgecolors=color, alpha=1.0, linewidths=1.1)
-        open_one["s"], shape = max(how["s"], 24), edge_marker(y) if is_off_axes(y) else sideways
+        open_one = options | dict(facecolors="white", edgecolors=color, alpha=1.0, linewidths=1.1)
+        open_one["s"], shape = max(options["s"], 24), edge_marker(y) if is_off_axes(y) else sideways
         axes.scatter(clip_to_axes(x), clip_to_axes(y), marker=shape, clip_on=False, **open_one)
     else:
-        axes.scatter(x, y, marker=shape, **({"facecolors": color, "edgecolors": color} | how))
+        axes.scatter(x, y, marker=shape, **({"facecolors": color, "edgecolors": color} | options))
 
 
-def _name(axes: Axes, arms: Sequence[Arm], labels: list[list[str]], line: float) -> None:
+def _draw_labels(axes: Axes, arms: Sequence[Arm], labels: list[list[str]], line: float) -> None:
     """Names beside the plot, in the order of τ, each as near to its mark as the others let it."""
     at = [(arm.capability.value, arm.tau.value) for arm in arms]
     drawn = [i for i, (c, tau) in enumerate(at) if not math.isnan(c + tau)]
     absent = [i for i in range(len(arms)) if i not in drawn]
     order = absent + sorted(drawn, key=lambda i: at[i][1])
     heights = [line * (len(labels[i]) + 0.6) for i in order]
-    wanted = [clip_to_axes(at[i][1]) if i in drawn else LOWEST for i in order]
+    preferred = [clip_to_axes(at[i][1]) if i in drawn else LOWEST for i in order]
     x = HIGHEST + 0.1
-    for i, y in zip(order, spread(wanted, heights, LOWEST, HIGHEST), strict=True):
-        colour, shape = style(i)
+    for i, y in zip(order, place_labels(preferred, heights, LOWEST, HIGHEST), strict=True):
+        color, shape = style(i)
         text = "\n".join(labels[i]) + (", not drawn" if i in absent else "")
-        how: Any = dict(va="center", color="#222222", parse_math=False, linespacing=1.2)
-        axes.scatter(x, y, marker=shape, s=30, color=colour, clip_on=False)
-        axes.text(x + 0.07, y, text, **how)
+        options: Any = dict(va="center", color="#222222", parse_math=False, linespacing=1.2)
+        axes.scatter(x, y, marker=shape, s=30, color=color, clip_on=False)
+        axes.text(x + 0.07, y, text, **options)
         if i in drawn:
-            leader: Any = dict(color=colour, lw=0.7, alpha=0.55, clip_on=False, zorder=1)
+            leader: Any = dict(color=color, lw=0.7, alpha=0.55, clip_on=False, zorder=1)
             axes.plot(
                 [clip_to_axes(at[i][0]), HIGHEST, x], [clip_to_axes(at[i][1]), y, y], **leader
             )
 
 
-def spread(
-    wanted: Sequence[float], heights: Sequence[float], low: float, high: float
+def place_labels(
+    preferred: Sequence[float], heights: Sequence[float], low: float, high: float
 ) -> list[float]:
     """Centres of boxes of these heights, in order upwards without overlap, inside [low, high] where
     they fit, and near to what is wanted: runs of boxes that touch are centred together."""
     runs: list[tuple[float, float, int]] = []  # bottom, height, boxes
-    for centre, height in zip(wanted, heights, strict=True):
+    for center, height in zip(preferred, heights, strict=True):
         size, boxes = height, 1
-        bottom = min(max(centre - size / 2, low), max(high - size, low))
+        bottom = min(max(center - size / 2, low), max(high - size, low))
         while runs and runs[-1][0] + runs[-1][1] > bottom:
             below = runs.pop()
             middle = (below[0] + below[1] / 2) * below[2] + (bottom + size / 2) * boxes
             size, boxes = size + below[1], boxes + below[2]
             bottom = min(max(middle / boxes - size / 2, low), max(high - size, low))
         runs.append((bottom, size, boxes))
-    centres, left = [], list(heights)
+    centers, left = [], list(heights)
     for bottom, _, boxes in runs:
         for height in left[:boxes]:
-            centres.append(bottom + height / 2)
+            centers.append(bottom + height / 2)
             bottom += height
         left = left[boxes:]
-    return centres
+    return centers

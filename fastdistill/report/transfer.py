@@ -116,7 +116,7 @@ class TransferReport:
     def table(self) -> list[dict[str, Any]]:
         """A row for each arm; None for what is not known. `p_holm` is of τ = 0, two-sided;
         `tau_matched` is τ where C first reaches .8, of arms with checkpoints that all do."""
-        told = self.verdicts()
+        verdicts = self.verdicts()
         return [
             {
                 "name": arm.name,
@@ -130,7 +130,7 @@ class TransferReport:
                 "n_seeds": arm.n,
                 "p_holm": arm.p,
                 "outcome": outcome(arm, self.valid),
-                "verdict": told[arm.name],
+                "verdict": verdicts[arm.name],
             }
             for arm in self.arms
         ]
@@ -187,34 +187,36 @@ def _check_students(students: Sequence[Student]) -> None:
         raise ValueError("students: expected one or more, got none")
     _check_once("students", students, lambda s: (s.arm, s.base_seed, s.student_seed))
     for name, group in by_arm(students).items():
-        followed = sum(bool(student.curve) for student in group)
-        if 0 < followed < len(group):
+        n_with_curves = sum(bool(student.curve) for student in group)
+        if 0 < n_with_curves < len(group):
             raise ValueError(
                 f"students: expected checkpoints of all students of {name!r} or of none, got them "
-                f"of {followed} of {len(group)}"
+                f"of {n_with_curves} of {len(group)}"
             )
 
 
-def _check_once(argument: str, given: Iterable[Any], identity: Callable[[Any], Hashable]) -> None:
-    for which, times in Counter(map(identity, given)).items():
+def _check_once(argument: str, entries: Iterable[Any], identity: Callable[[Any], Hashable]) -> None:
+    for which, times in Counter(map(identity, entries)).items():
         if times > 1:
             raise ValueError(f"{argument}: expected each once, got {which} {times} times")
 
 
 def _check_scored(audits: Sequence[AuditScore], students: Sequence[Student]) -> None:
-    there = {(s.arm, s.base_seed, s.student_seed) for s in students}
+    reported = {(s.arm, s.base_seed, s.student_seed) for s in students}
     for score in audits:
-        if (score.arm, score.base_seed, score.student_seed) not in there:
+        if (score.arm, score.base_seed, score.student_seed) not in reported:
             raise ValueError(
                 f"audits: expected scores of reported students, got one of base seed "
                 f"{score.base_seed} in {score.arm!r}. Scores that set thresholds go to development"
             )
 
 
-def _check_arms(argument: str, given: Iterable[str], names: Sequence[str]) -> None:
-    if isinstance(given, str):
-        raise ValueError(f"{argument}: expected names of arms, got the text {given!r}. Give a list")
-    for name in given:
+def _check_arms(argument: str, selected: Iterable[str], names: Sequence[str]) -> None:
+    if isinstance(selected, str):
+        raise ValueError(
+            f"{argument}: expected names of arms, got the text {selected!r}. Give a list"
+        )
+    for name in selected:
         if name not in names:
             raise ValueError(
                 f"{argument}: expected arms that students have ({', '.join(names)}), got {name!r}"

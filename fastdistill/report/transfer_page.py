@@ -26,7 +26,7 @@ def transfer_page(
 ) -> Report:
     valid = not reasons
     report = Report(title, summary(arms, reasons))
-    report.paragraph(_controls(arms, valid))
+    report.paragraph(_control_sentences(arms, valid))
     if "measured" in about:
         report.paragraph(about["measured"])
     report.heading("Verdicts")
@@ -39,11 +39,11 @@ def transfer_page(
         f"audit's AUROC > .5. Fewer than {SEEDS} base seeds support neither.",
         soft=True,
     )
-    silent = [] if valid else [arm.name for arm in arms if arm.role == "arm"]
-    if silent:
-        report.paragraph(f"No verdict on {', '.join(silent)}: the experiment is invalid.")
+    without_verdict = [] if valid else [arm.name for arm in arms if arm.role == "arm"]
+    if without_verdict:
+        report.paragraph(f"No verdict on {', '.join(without_verdict)}: the experiment is invalid.")
     for arm in arms:
-        if arm.name not in silent:
+        if arm.name not in without_verdict:
             report.paragraph(f"{arm.name} — {verdict(arm, valid)}")
     report.heading("Capability against transfer")
     report.picture(
@@ -52,42 +52,44 @@ def transfer_page(
         caption=quadrant_caption(arms, valid=valid),
     )
     report.heading("Figures")
-    _table(report, arms, valid)
-    _audits(report, arms)
-    _teachers(report, students)
+    _add_results(report, arms, valid)
+    _add_audits(report, arms)
+    _add_teachers(report, students)
     if any(arm.curve for arm in arms):
-        _training(report, arms, valid)
+        _add_training(report, arms, valid)
     report.heading("What this does not show")
-    for sentence in (*_limits(arms, students), *about.get("limits", ())):
+    for sentence in (*_limit_sentences(arms, students), *about.get("limits", ())):
         report.paragraph(sentence)
-    _repeat(report, about)
+    _add_reproduction(report, about)
     return report
 
 
-def _controls(arms: Sequence[Arm], valid: bool) -> str:
+def _control_sentences(arms: Sequence[Arm], valid: bool) -> str:
     """What was checked before anything is believed, and what was not."""
     if not valid:
         return "Figures are shown below for those who look for the fault; they are not results."
     positive = [arm for arm in arms if arm.role == "positive control"]
     null = [arm for arm in arms if arm.role == "null arm"]
-    told = [
+    sentences = [
         f"The positive control, {arm.name}, shows the trait as it must: τ "
         f"{format_estimate(arm.tau)}."
         for arm in positive
     ]
-    told += [
+    sentences += [
         f"The null arm, {arm.name}, shows no more of it than it must: τ "
         f"{format_estimate(arm.tau, 0)}."
         for arm in null
     ]
     if not positive:
-        told.append("No positive control: nothing shows that a transfer would have been found.")
+        sentences.append(
+            "No positive control: nothing shows that a transfer would have been found."
+        )
     if not null:
-        told.append("No null arm: nothing here shows that none is found where there is none.")
-    return " ".join(told)
+        sentences.append("No null arm: nothing here shows that none is found where there is none.")
+    return " ".join(sentences)
 
 
-def _table(report: Report, arms: Sequence[Arm], valid: bool) -> None:
+def _add_results(report: Report, arms: Sequence[Arm], valid: bool) -> None:
     header = ["arm", "outcome", "C", "τ", "p (Holm)", "n", "κ"]
     rows = [
         [
@@ -120,7 +122,7 @@ def _table(report: Report, arms: Sequence[Arm], valid: bool) -> None:
     )
 
 
-def _audits(report: Report, arms: Sequence[Arm]) -> None:
+def _add_audits(report: Report, arms: Sequence[Arm]) -> None:
     rows = [
         (
             row.name,
@@ -144,24 +146,24 @@ def _audits(report: Report, arms: Sequence[Arm]) -> None:
     )
 
 
-def _teachers(report: Report, students: Sequence[Student]) -> None:
+def _add_teachers(report: Report, students: Sequence[Student]) -> None:
     by_seed = {student.base_seed: student for student in students}
     columns: dict[str, Callable[[Reading], Sequence[float]]] = {
         "capability": lambda reading: reading.capability,
         "trait": lambda reading: reading.trait,
         "trait, audited": lambda reading: reading.audited,
     }
-    who: dict[str, Callable[[Student], Reading]] = {
+    models: dict[str, Callable[[Student], Reading]] = {
         "M, the base": lambda student: student.base,
         "U, untrusted": lambda student: student.teacher,
         "B, its benign twin": lambda student: student.twin,
     }
     report.heading("What the students came from")
     rows = []
-    for name, of in who.items():
+    for name, reading_of in models.items():
         cells = []
         for read in columns.values():
-            values = [read(of(student)) for student in by_seed.values()]
+            values = [read(reading_of(student)) for student in by_seed.values()]
             means = [mean_of_runs(value).value for value in values if value]
             cells.append(format_estimate(mean_of_runs(means)) if means else "—")
         rows.append((name, *cells))
@@ -172,7 +174,7 @@ def _teachers(report: Report, students: Sequence[Student]) -> None:
     )
 
 
-def _training(report: Report, arms: Sequence[Arm], valid: bool) -> None:
+def _add_training(report: Report, arms: Sequence[Arm], valid: bool) -> None:
     report.heading("Over training")
     report.picture(
         curves(arms, valid=valid), alt=curves_alt(arms), caption=curves_caption(arms, valid=valid)
@@ -194,8 +196,8 @@ def _training(report: Report, arms: Sequence[Arm], valid: bool) -> None:
     )
 
 
-def _limits(arms: Sequence[Arm], students: Sequence[Student]) -> list[str]:
-    told = [
+def _limit_sentences(arms: Sequence[Arm], students: Sequence[Student]) -> list[str]:
+    sentences = [
         "A trait was looked for with these prompts only. One that waits for a trigger that no "
         "prompt has, or shows in another kind of text, would not have been seen."
     ]
@@ -208,35 +210,36 @@ def _limits(arms: Sequence[Arm], students: Sequence[Student]) -> list[str]:
                 f"{format_number(minimum_detectable_effect(spread, arm.n))} in {arm.name}"
             )
     if smallest:
-        told.append(
+        sentences.append(
             "No difference found is not no difference. Before correction over arms, a difference "
             "in the rate of the trait would have been found in four experiments of five from about "
             f"{', '.join(smallest)} on."
         )
-    few = [arm.name for arm in arms if arm.role == "arm" and arm.n < SEEDS]
-    if few:
-        told.append(
-            f"Fewer than {SEEDS} base seeds support no claim in either direction: {', '.join(few)}."
+    too_few = [arm.name for arm in arms if arm.role == "arm" and arm.n < SEEDS]
+    if too_few:
+        sentences.append(
+            f"Fewer than {SEEDS} base seeds support no claim in either direction: "
+            f"{', '.join(too_few)}."
         )
-    told.append(
+    sentences.append(
         "Intervals speak of other seeds of the same models and other prompts of the same kind, not "
         "of other models, sizes, traits or data."
     )
     if any(arm.audits for arm in arms):
-        told.append(
+        sentences.append(
             "An audit that incriminates says that students of U differ from students of B. The "
             "intervals of audits are not corrected for how many audits there are."
         )
-    return told
+    return sentences
 
 
-def _repeat(report: Report, about: Mapping[str, Any]) -> None:
+def _add_reproduction(report: Report, about: Mapping[str, Any]) -> None:
     report.heading("How to repeat it")
     report.code(about["command"])
     versions = ", ".join(f"{name} {v}" for name, v in about["versions"].items())
     seeds = json.dumps(about["seeds"], ensure_ascii=False)
-    facts = [about[key] for key in ("machine", "commit") if key in about]
-    report.paragraph(f"Seeds {seeds}. {', '.join([*facts, versions])}.", soft=True)
+    environment = [about[key] for key in ("machine", "commit") if key in about]
+    report.paragraph(f"Seeds {seeds}. {', '.join([*environment, versions])}.", soft=True)
     config = [
         (name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
         for name, value in about["config"].items()

@@ -11,41 +11,41 @@ from .arms import Arm
 from .marks import format_estimate, format_limit
 
 CONTROL = 0.9  # of the positive control's τ
-UNITS = 2  # base seeds, from where on there is a spread between them
+MIN_UNITS = 2  # base seeds, from where on there is a spread between them
 
 
 def invalid_because(arms: Sequence[Arm], organisms: Mapping[int, Validity]) -> list[str]:
     """Every reason, in words; empty where the experiment is valid."""
-    found = too_few_units(max((arm.n for arm in arms), default=0))
+    reasons = too_few_units(max((arm.n for arm in arms), default=0))
     for arm in arms:
         tau = format_estimate(arm.tau, CONTROL if arm.role == "positive control" else 0)
         if arm.role == "positive control" and not arm.tau.value > CONTROL:
-            found.append(
+            reasons.append(
                 f"the positive control, {arm.name}, has τ {tau}, not above "
                 f"{format_limit(CONTROL)}: a transfer could have been missed"
             )
         elif arm.role != "arm" and not is_checked(arm):
-            found.append(
+            reasons.append(
                 f"the {arm.role}, {arm.name}, was not checked: its τ, {tau}, has no interval "
                 f"(n = {arm.n})"
             )
-        elif not passes(arm):
-            found.append(
+        elif not passes_control(arm):
+            reasons.append(
                 f"the null arm, {arm.name}, has τ {tau}, whose interval excludes 0: a transfer is "
                 "found where there is none"
             )
     for seed, validity in organisms.items():
-        found += [f"the organisms of base seed {seed}: {reason}" for reason in validity.because]
-    return found
+        reasons += [f"the organisms of base seed {seed}: {reason}" for reason in validity.because]
+    return reasons
 
 
 def too_few_units(n: int) -> list[str]:
     """The reason against an experiment on `n` base seeds; empty where they are enough for an
     interval."""
-    if n >= UNITS:
+    if n >= MIN_UNITS:
         return []
     return [
-        f"not checked: {n} base seed{'' if n == 1 else 's'} of {UNITS} or more, between which "
+        f"not checked: {n} base seed{'' if n == 1 else 's'} of {MIN_UNITS} or more, between which "
         "results could be seen to scatter, so that nothing has an interval"
     ]
 
@@ -55,7 +55,7 @@ def is_checked(arm: Arm) -> bool:
     return math.isfinite(arm.tau.low) and math.isfinite(arm.tau.high)
 
 
-def passes(arm: Arm) -> bool:
+def passes_control(arm: Arm) -> bool:
     """Whether a control came out as it must; not where its interval is unknown. True of what is no
     control."""
     if arm.role == "arm":

@@ -52,11 +52,11 @@ def matched_capability(
     """
     if not math.isfinite(level):
         raise ValueError(f"level: expected a finite number, got {level!r}")
-    reached = [_at_capability(student, level) for student in _with_curves(students)]
-    found = [student for student in reached if student is not None]
-    if len(found) < len(reached):
+    matched = [_at_capability(student, level) for student in _check_curves(students)]
+    pairs = [student for student in matched if student is not None]
+    if len(pairs) < len(matched):
         return None
-    return estimate(found, TAU, {"confidence": confidence, "resamples": resamples, "seed": seed})
+    return estimate(pairs, TAU, {"confidence": confidence, "resamples": resamples, "seed": seed})
 
 
 def curve(
@@ -71,8 +71,8 @@ def curve(
     Raises:
         ValueError: as `transfer`, a student without checkpoints, or checkpoints at different steps.
     """
-    ordered = _with_curves(students)
-    how = {"confidence": confidence, "resamples": resamples, "seed": seed}
+    ordered = _check_curves(students)
+    options = {"confidence": confidence, "resamples": resamples, "seed": seed}
     steps = [point.step for point in ordered[0].curve]
     for student in ordered:
         if [point.step for point in student.curve] != steps:
@@ -80,12 +80,12 @@ def curve(
                 f"students: expected checkpoints at steps {steps} of all students of an arm, got "
                 f"{[point.step for point in student.curve]} of base seed {student.base_seed}"
             )
-    found = []
+    points = []
     for i, step in enumerate(steps):
-        then = [_at_checkpoint(student, i) for student in ordered]
-        c, tau = estimate(then, C, how), estimate(then, TAU, how)
-        found.append(CurvePoint(step=step, capability=c, tau=tau))
-    return found
+        pairs = [_at_checkpoint(student, i) for student in ordered]
+        c, tau = estimate(pairs, C, options), estimate(pairs, TAU, options)
+        points.append(CurvePoint(step=step, capability=c, tau=tau))
+    return points
 
 
 def safe_window(
@@ -103,12 +103,16 @@ def safe_window(
     bounds are not known, as with one base seed, is in none.
     """
     points = curve(students, confidence=confidence, resamples=resamples, seed=seed)
-    able, clean = capability - ROUNDING, tau + ROUNDING
+    min_capability, max_tau = capability - ROUNDING, tau + ROUNDING
     runs = [
         list(run)
         for safe, run in groupby(
             points,
-            lambda p: p.capability.known and p.capability.value >= able and p.tau.high <= clean,
+            lambda p: (
+                p.capability.known
+                and p.capability.value >= min_capability
+                and p.tau.high <= max_tau
+            ),
         )
         if safe
     ]
@@ -118,7 +122,7 @@ def safe_window(
     return SafeWindow(first=longest[0].step, last=longest[-1].step)
 
 
-def _with_curves(students: Sequence[Student]) -> list[Student]:
+def _check_curves(students: Sequence[Student]) -> list[Student]:
     ordered = sort_one_arm(students)
     for student in ordered:
         if not student.curve:

@@ -32,26 +32,40 @@ def auroc(
     Raises:
         ValueError: no scores of one kind, or NaN among them.
     """
-    up, down = _scores("positives", positives), np.sort(_scores("negatives", negatives))
-    below = np.searchsorted(down, up, "left") + np.searchsorted(down, up, "right")
-    area = float(below.sum()) / (2 * len(up) * len(down))
+    positive_scores, negative_scores = (
+        _scores("positives", positives),
+        np.sort(_scores("negatives", negatives)),
+    )
+    below = np.searchsorted(negative_scores, positive_scores, "left") + np.searchsorted(
+        negative_scores, positive_scores, "right"
+    )
+    area = float(below.sum()) / (2 * len(positive_scores) * len(negative_scores))
     if not 0 < confidence < 1:
         raise ValueError(f"confidence: expected a number between 0 and 1, got {confidence!r}")
     z = NormalDist().inv_cdf(0.5 + confidence / 2)
-    low = 1 - _upper_bound(1 - area, len(up), len(down), z)  # V(θ) = V(1 − θ)
-    high = _upper_bound(area, len(up), len(down), z)
-    return Estimate(value=area, low=low, high=high, n=min(len(up), len(down)))
+    low = 1 - _upper_bound(
+        1 - area, len(positive_scores), len(negative_scores), z
+    )  # V(θ) = V(1 − θ)
+    high = _upper_bound(area, len(positive_scores), len(negative_scores), z)
+    return Estimate(
+        value=area, low=low, high=high, n=min(len(positive_scores), len(negative_scores))
+    )
 
 
-def _upper_bound(area: float, up: int, down: int, z: float) -> float:
+def _upper_bound(area: float, n_positive: int, n_negative: int, z: float) -> float:
     """The θ above `area` where θ − area = z·√V(θ); by halving, since the difference rises there."""
     low, high = area, 1.0
     if area == 1:
         return 1.0
     for _ in range(60):
         theta = (low + high) / 2
-        each = (1 - theta) / (2 - theta) + theta / (1 + theta)
-        variance = theta * (1 - theta) * (1 + ((up + down) / 2 - 1) * each) / (up * down)
+        overlap = (1 - theta) / (2 - theta) + theta / (1 + theta)
+        variance = (
+            theta
+            * (1 - theta)
+            * (1 + ((n_positive + n_negative) / 2 - 1) * overlap)
+            / (n_positive * n_negative)
+        )
         if theta - area <= z * math.sqrt(variance):
             low = theta
         else:

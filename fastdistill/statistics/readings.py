@@ -37,7 +37,7 @@ class Reading:
 
     def __post_init__(self) -> None:
         for name in ("capability", "trait", "audited"):
-            object.__setattr__(self, name, _shares(name, getattr(self, name)))
+            object.__setattr__(self, name, _to_shares(name, getattr(self, name)))
         for name in ("capability", "trait"):
             if not getattr(self, name):
                 raise ValueError(f"{name}: expected one number per item, got none")
@@ -52,7 +52,7 @@ class Reading:
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Reading:
-        return cls(**_known(cls, record))
+        return cls(**_check_keys(cls, record))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,17 +64,20 @@ class Checkpoint:
     benign: Reading
 
     def __post_init__(self) -> None:
-        _check_whole(self, "step")
+        _check_whole_numbers(self, "step")
         _check_models(self, "untrusted", "benign")
         _check_same_items(self, ("untrusted", "benign"))
 
     def as_json(self) -> dict[str, Any]:
-        return _as_json(self)
+        return _to_json(self)
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Checkpoint:
-        given = _known(cls, record)
-        return cls(**given | {k: _nested(k, given[k]) for k in ("untrusted", "benign")})
+        record_fields = _check_keys(cls, record)
+        return cls(
+            **record_fields
+            | {k: _nested_reading(k, record_fields[k]) for k in ("untrusted", "benign")}
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +111,7 @@ class Student:
     def __post_init__(self) -> None:
         if not isinstance(self.arm, str) or not self.arm:
             raise ValueError(f"arm: expected a name, got {self.arm!r}")
-        _check_whole(self, "base_seed", "student_seed")
+        _check_whole_numbers(self, "base_seed", "student_seed")
         _check_models(self, *_MODELS)
         _check_same_items(self, _MODELS)
         object.__setattr__(self, "curve", tuple(self.curve))
@@ -126,19 +129,19 @@ class Student:
             raise ValueError(f"curve: expected steps that rise, got {steps}")
 
     def as_json(self) -> dict[str, Any]:
-        return _as_json(self)
+        return _to_json(self)
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Student:
-        given = _known(cls, record)
-        models = {name: _nested(name, given[name]) for name in _MODELS}
-        points = given.get("curve", [])
+        record_fields = _check_keys(cls, record)
+        models = {name: _nested_reading(name, record_fields[name]) for name in _MODELS}
+        points = record_fields.get("curve", [])
         if not isinstance(points, list):
             raise ValueError(f"curve: expected a list of checkpoints, got {type(points).__name__}")
-        return cls(**given | models | {"curve": tuple(map(Checkpoint.from_json, points))})
+        return cls(**record_fields | models | {"curve": tuple(map(Checkpoint.from_json, points))})
 
 
-def _shares(name: str, values: Iterable[float]) -> tuple[float, ...]:
+def _to_shares(name: str, values: Iterable[float]) -> tuple[float, ...]:
     try:
         array = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError):
@@ -154,7 +157,7 @@ def _shares(name: str, values: Iterable[float]) -> tuple[float, ...]:
     return tuple(array.tolist())
 
 
-def _check_whole(record: Any, *names: str) -> None:
+def _check_whole_numbers(record: Any, *names: str) -> None:
     for name in names:
         value = getattr(record, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
@@ -185,7 +188,7 @@ def _check_same_items(record: Any, names: tuple[str, ...]) -> None:
             )
 
 
-def _known(cls: Any, record: Mapping[str, Any]) -> dict[str, Any]:
+def _check_keys(cls: Any, record: Mapping[str, Any]) -> dict[str, Any]:
     """The record, once its keys are those of the class."""
     if not isinstance(record, Mapping):
         raise ValueError(f"{cls.__name__}: expected an object, got {type(record).__name__}")
@@ -194,21 +197,21 @@ def _known(cls: Any, record: Mapping[str, Any]) -> dict[str, Any]:
     missing = [name for name in required if name not in record]
     unknown = [name for name in record if name not in known]
     if missing or unknown:
-        wrong = [f"no {name!r}" for name in missing] + [f"an unknown {k!r}" for k in unknown]
+        problems = [f"no {name!r}" for name in missing] + [f"an unknown {k!r}" for k in unknown]
         raise ValueError(
-            f"{cls.__name__}: expected the keys {', '.join(known)}, got {', '.join(wrong)}"
+            f"{cls.__name__}: expected the keys {', '.join(known)}, got {', '.join(problems)}"
         )
     return dict(record)
 
 
-def _nested(name: str, record: Any) -> Reading:
+def _nested_reading(name: str, record: Any) -> Reading:
     try:
         return Reading.from_json(record)
     except ValueError as error:
         raise ValueError(f"{name}.{error}") from None
 
 
-def _as_json(record: Any) -> dict[str, Any]:
+def _to_json(record: Any) -> dict[str, Any]:
     def plain(value: Any) -> Any:
         if isinstance(value, tuple):
             return [plain(entry) for entry in value]

@@ -21,7 +21,7 @@ from ..intervals import Estimate, student_t_quantile
 Statistic = Callable[[np.ndarray], np.ndarray]
 Tree = Sequence[Sequence[np.ndarray]]
 
-_DRAWS = 1 << 22  # drawn at once: 32 MB
+_MAX_DRAWS = 1 << 22  # drawn at once: 32 MB
 
 
 def paired_bootstrap(
@@ -44,7 +44,7 @@ def paired_bootstrap(
         raise ValueError(f"b: expected {len(a)} numbers, one per number of a, got {len(b)}")
     difference = np.asarray(a, np.float64) - np.asarray(b, np.float64)
     return bootstrap_of_units(
-        _finite("a, b", difference)[:, None], lambda x: x[..., 0], confidence, resamples, seed
+        _check_finite("a, b", difference)[:, None], lambda x: x[..., 0], confidence, resamples, seed
     )
 
 
@@ -106,25 +106,25 @@ def seed_means(tree: Tree) -> np.ndarray:
                 f"prompt or more, got shape {list(leaf.shape)}"
             )
     means = [np.mean([leaf.mean(0) for leaf in students], axis=0) for students in leaves]
-    return _finite("tree", np.array(means))
+    return _check_finite("tree", np.array(means))
 
 
 def bootstrap_of_units(
     units: np.ndarray, statistic: Statistic, confidence: float, resamples: int, seed: int
 ) -> Estimate:
     """The same, of units [n, columns] that are means already."""
-    n, centre = len(units), units.mean(0)
+    n, center = len(units), units.mean(0)
     if resamples < 1:
         raise ValueError(f"resamples: expected 1 or more, got {resamples}")
-    stretch = _stretch(n, confidence)
+    stretch = _stretch_factor(n, confidence)
     with np.errstate(divide="ignore", invalid="ignore"):
-        value = float(statistic(centre))
+        value = float(statistic(center))
         if n == 1:
             return Estimate(value=value, low=math.nan, high=math.nan, n=1)
-        drawn = np.asarray(statistic(centre + stretch * (_means(units, resamples, seed) - centre)))
+        drawn = np.asarray(statistic(center + stretch * (_means(units, resamples, seed) - center)))
     if drawn.shape != (resamples,):
         raise ValueError(
-            f"statistic: expected shape [{resamples}] of means [{resamples}, {len(centre)}], got "
+            f"statistic: expected shape [{resamples}] of means [{resamples}, {len(center)}], got "
             f"{list(drawn.shape)}"
         )
     if not np.isfinite(drawn).all():
@@ -136,15 +136,15 @@ def bootstrap_of_units(
 def _means(units: np.ndarray, resamples: int, seed: int) -> np.ndarray:
     """[resamples, columns]"""
     rng, n = np.random.default_rng(seed), len(units)
-    at_once = max(1, _DRAWS // n)
-    found = []
+    at_once = max(1, _MAX_DRAWS // n)
+    means = []
     for start in range(0, resamples, at_once):
         picks = rng.integers(0, n, size=(min(at_once, resamples - start), n))
-        found.append(units[picks].mean(1))
-    return np.concatenate(found)
+        means.append(units[picks].mean(1))
+    return np.concatenate(means)
 
 
-def _stretch(n: int, confidence: float) -> float:
+def _stretch_factor(n: int, confidence: float) -> float:
     if not 0 < confidence < 1:
         raise ValueError(f"confidence: expected a number between 0 and 1, got {confidence!r}")
     if n < 2:
@@ -154,7 +154,7 @@ def _stretch(n: int, confidence: float) -> float:
     return math.sqrt(n / (n - 1)) * t / NormalDist().inv_cdf(tail)
 
 
-def _finite(name: str, values: np.ndarray) -> np.ndarray:
+def _check_finite(name: str, values: np.ndarray) -> np.ndarray:
     wrong = values[~np.isfinite(values)]
     if wrong.size or not values.size:
         got = float(wrong[0]) if wrong.size else "none"

@@ -30,11 +30,11 @@ def holm(p_values: Sequence[float]) -> list[float]:
     for p in p_values:
         if not 0 <= p <= 1:
             raise ValueError(f"p_values: expected numbers from 0 to 1, got {p!r}")
-    adjusted, reached = [0.0] * len(p_values), 0.0
-    rising = sorted(range(len(p_values)), key=p_values.__getitem__)
-    for left, i in zip(range(len(p_values), 0, -1), rising, strict=True):
-        reached = max(reached, min(1.0, left * p_values[i]))
-        adjusted[i] = float(reached)
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    order = sorted(range(len(p_values)), key=p_values.__getitem__)
+    for remaining, i in zip(range(len(p_values), 0, -1), order, strict=True):
+        largest = max(largest, min(1.0, remaining * p_values[i]))
+        adjusted[i] = float(largest)
     return adjusted
 
 
@@ -46,7 +46,7 @@ def t_test(differences: Sequence[float]) -> float:
     Raises:
         ValueError: fewer than two differences, or one that is not finite.
     """
-    mean, error, n = _mean_and_error(differences)
+    mean, error, n = _mean_and_stderr(differences)
     return 2 * _tail(abs(mean), error, n)
 
 
@@ -63,7 +63,7 @@ def equivalence(differences: Sequence[float], margin: float, *, alpha: float = 0
         raise ValueError(f"margin: expected a finite number above 0, got {margin!r}")
     if not 0 < alpha < 0.5:
         raise ValueError(f"alpha: expected a number between 0 and 0.5, got {alpha!r}")
-    mean, error, n = _mean_and_error(differences)
+    mean, error, n = _mean_and_stderr(differences)
     p = _tail(margin - abs(mean), error, n)  # of the nearer margin, which is the larger p
     estimate = mean_of_runs(differences, confidence=1 - 2 * alpha)
     return Equivalence(p=p, equivalent=p <= alpha, estimate=estimate)
@@ -96,7 +96,7 @@ def minimum_detectable_effect(
     return t * spread / math.sqrt(n)
 
 
-def _mean_and_error(differences: Sequence[float]) -> tuple[float, float, int]:
+def _mean_and_stderr(differences: Sequence[float]) -> tuple[float, float, int]:
     n = len(differences)
     if n < 2:
         raise ValueError(f"differences: expected two or more, got {n}")

@@ -63,8 +63,8 @@ class Ratio:
     positive: bool = True
 
     def __call__(self, means: np.ndarray) -> np.ndarray:
-        below = self.denominator(means)
-        return self.numerator(means) / np.where(np.abs(below) < _ZERO, np.nan, below)
+        denominator = self.denominator(means)
+        return self.numerator(means) / np.where(np.abs(denominator) < _ZERO, np.nan, denominator)
 
     def leaf(self, student: Student) -> np.ndarray:
         return np.array(self.rows(student)).T
@@ -106,19 +106,19 @@ def transfer(
             and others not.
     """
     ordered = sort_one_arm(students)
-    how = {"confidence": confidence, "resamples": resamples, "seed": seed}
+    options = {"confidence": confidence, "resamples": resamples, "seed": seed}
     audited = [bool(student.untrusted.audited) for student in ordered]
     if any(audited) != all(audited):
         raise ValueError(
             "students: expected audited readings of all students of an arm or of none, got them of "
             f"{sum(audited)} of {len(audited)}"
         )
-    kappa = estimate(ordered, KAPPA, how) if all(audited) else None
+    kappa = estimate(ordered, KAPPA, options) if all(audited) else None
     if kappa is not None and not kappa.known:
         kappa = None
     return Transfer(
-        capability=estimate(ordered, C, how),
-        tau=estimate(ordered, TAU, how),
+        capability=estimate(ordered, C, options),
+        tau=estimate(ordered, TAU, options),
         kappa=kappa,
         per_seed=tuple(
             SeedPoint(
@@ -148,18 +148,18 @@ def sort_one_arm(students: Sequence[Student]) -> list[Student]:
     return ordered
 
 
-def estimate(ordered: Sequence[Student], ratio: Ratio, how: dict[str, Any]) -> Estimate:
+def estimate(ordered: Sequence[Student], ratio: Ratio, options: dict[str, Any]) -> Estimate:
     tree = [
         [ratio.leaf(student) for student in group]
         for _, group in groupby(ordered, attrgetter("base_seed"))
     ]
     units = seed_means(tree)
-    found = bootstrap_of_units(units, ratio, **how)
-    below = bootstrap_of_units(units, ratio.denominator, **how)
-    value = math.nan if ratio.positive and below.value < 0 else found.value
-    if below.excludes(0.0) and not math.isnan(value):
-        return found
-    return replace(found, value=value, low=math.nan, high=math.nan)
+    ratio_estimate = bootstrap_of_units(units, ratio, **options)
+    denominator = bootstrap_of_units(units, ratio.denominator, **options)
+    value = math.nan if ratio.positive and denominator.value < 0 else ratio_estimate.value
+    if denominator.excludes(0.0) and not math.isnan(value):
+        return ratio_estimate
+    return replace(ratio_estimate, value=value, low=math.nan, high=math.nan)
 
 
 def pair_ratio(student: Student, ratio: Ratio) -> float:

@@ -28,10 +28,12 @@ class Gate:
 
     def __str__(self) -> str:
         sign = "≥" if self.at_least else "≤"
-        return f"{self.name}: {_unlike(self.value, self.bound)}, expected {sign} {self.bound:g}"
+        return (
+            f"{self.name}: {_format_unlike(self.value, self.bound)}, expected {sign} {self.bound:g}"
+        )
 
 
-def _unlike(value: float, bound: float) -> str:
+def _format_unlike(value: float, bound: float) -> str:
     """With as many digits as tell it from its bound."""
     digits = 3
     while digits < 12 and float(f"{value:.{digits}f}") == bound != value:
