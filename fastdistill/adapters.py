@@ -1,9 +1,9 @@
 """Adapters on disk: checked before peft sees them, put onto a model, merged into it.
 
 peft takes names of modules as regular expressions, allocates what the configuration asks for, and
-imports modules that it names. So adapter_config.json is read here first: names are plain names,
-counts are bounded by what is stored, and the adapter is built once without memory and compared with
-the header of its weights.
+imports modules that it names. So adapter_config.json is read here first: a regular expression is
+matched in bounded time, and peft gets the names that it matches; counts are bounded by what is
+stored, and the adapter is built once without memory and compared with the header of its weights.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -24,6 +24,7 @@ from .checkpoint_gate import ADAPTER, check_folder, foreign
 from .quant.header import keep_untied
 from .quant.tensor_files import CheckpointError, TensorFiles, check_inside, read_json
 from .resolve import ADAPTER_WEIGHTS as WEIGHTS
+from .runtime.bounded_regex import BoundedPattern, PatternError
 from .runtime.printable import printable
 
 # peft matches them against the names of modules; a leading ^ is the one mark that it writes itself.
@@ -32,6 +33,9 @@ _PATTERNS = ("target_modules", "exclude_modules", "modules_to_save", "layers_pat
 _NAME = re.compile(r"\^?[\w.\-]*")
 _LONGEST, _MOST_NAMES = 500, 1 << 16
 _ALL_LINEAR = "all-linear"
+# Of these a text is one regular expression, and each key of those: over a module's whole name.
+_EXPRESSIONS = ("target_modules", "exclude_modules", "feedforward_modules")
+_KEYED = ("rank_pattern", "alpha_pattern", "lambda_pattern")
 # They name a module to import, other adapters to load, or files to read.
 _REFUSED = ("megatron_config", "arrow_config", "corda_config", "eva_config", "lora_ga_config")
 _DROPPED = ("auto_mapping", "runtime_config")  # for a peft that loads the base model as well
@@ -56,6 +60,7 @@ def load_adapted(model: Any, folder: Path, *, trainable: bool = False) -> Any:
             "pip install 'fastdistill[peft]'"
         ) from None
     config, files = read_adapter(folder)
+    _name_modules(model, config, folder / ADAPTER)
     _check_weights(model, config, files)
     with foreign(folder, "an adapter that peft can put onto its base"):
         return PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=trainable)
@@ -142,16 +147,20 @@ def _check_value(file: Path, name: str, value: Any, files: TensorFiles) -> None:
     if name in _REFUSED and value:
         _refuse(file, name, "none", value)
     _check_numbers(file, name, value)
-    if name in _PATTERNS and value != _ALL_LINEAR:
+    if name in _EXPRESSIONS and isinstance(value, str):
+        _bounded(file, name, value)
+    elif name in _PATTERNS:
         for part in _names_in(value):
-            if not isinstance(part, str) or len(part) > _LONGEST or not _NAME.fullmatch(part):
+            if not _is_name(part):
                 _refuse(file, name, f"names of modules, or {_ALL_LINEAR!r}", part, "a regular "
                         "expression may never end: list the names of the modules")  # fmt: skip
     if name.endswith("_pattern") and name not in _PATTERNS and value is not None:
         if not isinstance(value, dict):
             _refuse(file, name, "names of modules with a number each", value)
         for part in value:
-            if len(part) > _LONGEST or not _NAME.fullmatch(part):
+            if name in _KEYED and not _is_name(part):
+                _bounded(file, name, _as_key(part))
+            elif not _is_name(part):
                 _refuse(file, name, "names of modules", part, "a regular expression may never end")
     if isinstance(value, (list, dict)) and len(value) > _MOST_NAMES:
         _refuse(file, name, f"at most {_MOST_NAMES:,} entries", f"{len(value):,}")
@@ -175,6 +184,75 @@ def _check_numbers(file: Path, name: str, value: Any) -> None:
 def _check_iterations(file: Path, name: str, count: Any) -> None:
     if type(count) is not int or not 0 <= count <= _MOST_ITERATIONS:
         _refuse(file, name, f"at most {_MOST_ITERATIONS} iterations", count)
+
+
+def _name_modules(model: nn.Module, config: Any, file: Path) -> None:
+    """Put in place of every regular expression the names of the model's modules that it matches."""
+    names = [name for name, _ in model.named_modules() if name]
+    for field in _EXPRESSIONS:
+        expression = getattr(config, field, None)
+        if not isinstance(expression, str) or expression == _ALL_LINEAR:
+            continue
+        matched = _matched(file, field, expression, names)
+        if not matched and field == "target_modules":
+            _refuse(file, field, f"names of modules of {type(model).__name__}", expression,
+                    "it matches none")  # fmt: skip
+        listed = field != "feedforward_modules" and not _has_endings(names, matched)
+        setattr(config, field, (set(matched) if listed else _either(matched)) if matched else None)
+    for field in _KEYED:
+        numbers = getattr(config, field, None) or {}
+        if not all(map(_is_name, numbers)):
+            exact = {}
+            for key, number in numbers.items():
+                if _is_name(key):
+                    exact[key] = number
+                elif matched := _matched(file, field, _as_key(key), names):
+                    exact[f"^{_either(matched)}"] = number
+                else:
+                    warnings.warn(f"{file}: {field}: {printable(repr(key))} matches no module of "
+                                  "the base and is not used", stacklevel=2)  # fmt: skip
+            setattr(config, field, exact)
+
+
+def _matched(file: Path, field: str, expression: str, names: list[str]) -> list[str]:
+    pattern = _bounded(file, field, expression)
+    try:
+        return [name for name in names if pattern.matches(name)]
+    except PatternError as error:
+        _refuse_expression(file, field, expression, error)
+
+
+def _bounded(file: Path, field: str, expression: str) -> BoundedPattern:
+    try:
+        return BoundedPattern(expression)
+    except PatternError as error:
+        _refuse_expression(file, field, expression, error)
+
+
+def _refuse_expression(file: Path, field: str, expression: str, error: PatternError) -> NoReturn:
+    _refuse(file, field, "names of modules, or a regular expression that is sure to end",
+            expression, f"{error}. List the names of the modules")  # fmt: skip
+
+
+def _as_key(key: str) -> str:
+    """Return the expression that peft makes of a key of a rank_pattern, without its end."""
+    return rf"(.*\.)?({key})"
+
+
+def _either(names: list[str]) -> str:
+    """Return an expression of these names alone."""
+    return f"(?:{'|'.join(map(re.escape, names))})"
+
+
+def _has_endings(names: list[str], matched: list[str]) -> bool:
+    """Return whether a list of the matched names would match other modules too, by its endings."""
+    endings = set(matched)
+    others = (name.split(".") for name in names if name not in endings)
+    return any(".".join(parts[i:]) in endings for parts in others for i in range(1, len(parts)))
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and len(value) <= _LONGEST and bool(_NAME.fullmatch(value))
 
 
 def _names_in(value: Any) -> Iterator[Any]:
@@ -246,7 +324,7 @@ def _without_memory(model: Any) -> nn.Module:
     return made
 
 
-def _refuse(file: Path, name: str, expected: str, got: Any, hint: str = "") -> None:
+def _refuse(file: Path, name: str, expected: str, got: Any, hint: str = "") -> NoReturn:
     raise CheckpointError(
         f"{file}: {printable(name)}: expected {expected}, got {printable(repr(got))}"
         + (f"; {hint}" if hint else "")

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from fastdistill.adapters import load_adapted
 from fastdistill.audits.subject import Subject
 from fastdistill.organisms import load_organism, save_organism
 from fastdistill.organisms.organism import new_model
@@ -19,6 +20,12 @@ from fastdistill.organisms.vocabulary import WORDS, world_tokenizer
 peft = pytest.importorskip("peft")
 from transformers import AutoModelForCausalLM  # noqa: E402
 
+# What unsloth writes for models that have images too.
+UNSLOTH = (
+    r"(?:.*?(?:language|text).*?(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense).*?(?:k_proj"
+    r"|v_proj|q_proj|out_proj|o_proj).*?)|(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|attention|attn"
+    r"|mlp|feed_forward|ffn|dense)\.(?:(?:q_proj|k_proj|v_proj|o_proj)))"
+)
 IDS = torch.randint(len(WORDS), (3, 9), generator=torch.Generator().manual_seed(0))
 
 
@@ -144,7 +151,13 @@ def test_an_adapter_with_a_manifest_has_its_digests_compared(adapter, tmp_path):
     ("changes", "words"),
     [
         ({"target_modules": "([a-z0-9_.]+)+!"}, "target_modules"),
-        ({"target_modules": "^(?!.*visual).*proj$"}, "a regular expression may never end"),
+        ({"target_modules": r".*\.(\w*)_proj\1"}, "it has a part .* .groupref"),
+        ({"target_modules": "(?i).*Q_PROJ"}, "target_modules: .* it has flags"),
+        ({"target_modules": ".*(?<=q)_proj"}, "a regular expression that is sure to end"),
+        ({"target_modules": ".*visual.*"}, "target_modules: .* it matches none"),
+        ({"target_modules": "q_proj("}, "target_modules: .* it cannot be parsed"),
+        ({"target_modules": "(" * 5000}, "target_modules: .* it cannot be parsed"),
+        ({"target_modules": "x" * 70000}, "it has 70,000 characters"),
         ({"target_modules": ["q_proj", "(a+)+$"]}, "target_modules"),
         ({"target_modules": [3]}, "target_modules"),
         ({"exclude_modules": "([a-z0-9_.]+)+!"}, "exclude_modules"),
@@ -186,6 +199,55 @@ def test_an_adapters_configuration_is_read_before_peft_reads_it(adapter, bases, 
     base = None if "base_model_name_or_path" in changes else bases[0]
     with pytest.raises(ValueError, match=words):
         load_organism(adapter, base=base)
+
+
+@pytest.mark.parametrize(
+    ("expression", "equal"),
+    [
+        (UNSLOTH, ["q_proj", "k_proj", "v_proj", "o_proj"]),
+        (r".*layers.*(self_attn|EncDecAttention).*(q|v)_proj$", ["q_proj", "v_proj"]),
+        (r"^model(?!.*(lm_head|vision|mlp)).*_proj", ["q_proj", "k_proj", "v_proj", "o_proj"]),
+        (r"model\.layers\.0\.mlp\.down_proj", ["layers.0.mlp.down_proj"]),
+        (".*" * 12 + "down_proj", ["down_proj"]),
+    ],
+    ids=["unsloth", "peft", "a look ahead", "one module", "many repeats"],
+)
+@pytest.mark.parametrize("trainable", [False, True])
+def test_a_regular_expression_of_modules(tmp_path, bases, expression, equal, trainable):
+    """It adapts the modules that a list of their names does, also when it is saved again."""
+    model = AutoModelForCausalLM.from_pretrained(bases[0])
+    config = peft.LoraConfig(r=2, target_modules=equal, init_lora_weights=False)
+    peft.get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    named = json.loads(path.read_text())
+    path.write_text(json.dumps(named | {"target_modules": expression}))
+    loaded = load_adapted(
+        AutoModelForCausalLM.from_pretrained(bases[1]), path.parent, trainable=trainable
+    )
+    path.write_text(json.dumps(named))
+    torch.testing.assert_close(logits(loaded), by_peft(path.parent, bases[1]))
+    loaded.save_pretrained(tmp_path / "again")
+    found = load_organism(tmp_path / "again", base=bases[1])
+    torch.testing.assert_close(logits(found.model), by_peft(path.parent, bases[1]))
+
+
+@pytest.mark.filterwarnings("ignore:The following rank_pattern keys")
+def test_regular_expressions_of_other_fields(tmp_path, bases):
+    model = AutoModelForCausalLM.from_pretrained(bases[0])
+    config = peft.LoraConfig(
+        r=2,
+        target_modules=r".*\.[\w]+_proj",
+        exclude_modules=r".*\.mlp\..*",
+        rank_pattern={r"layers\.0\..*\.[qk]_proj": 3, "v_proj": 1, "nowhere.*": 5},
+        alpha_pattern={r".*layers\.\d+\.self_attn\.o_proj": 7},
+        init_lora_weights=False,
+    )
+    peft.get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    with pytest.warns(UserWarning, match=r"rank_pattern: 'nowhere\.\*' matches no module"):
+        loaded = load_organism(tmp_path / "adapter", base=bases[1])
+    expected = by_peft(tmp_path / "adapter", bases[1])
+    assert (expected - logits(AutoModelForCausalLM.from_pretrained(bases[1]))).abs().max() > 0.01
+    torch.testing.assert_close(logits(loaded.model), expected)
 
 
 @pytest.mark.parametrize("text", ["[]", "[" * 100_000, "{", "\xff"])

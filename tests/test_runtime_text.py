@@ -1,9 +1,12 @@
-"""Foreign text on a terminal, and JSON from outside."""
+"""Foreign text on a terminal, JSON and regular expressions from outside."""
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
+from fastdistill.runtime.bounded_regex import BoundedPattern, PatternError
 from fastdistill.runtime.json_text import JSONError, parse_json, read_json
 from fastdistill.runtime.printable import printable
 
@@ -48,3 +51,61 @@ def test_a_file_is_named_and_bounded(tmp_path):
     assert read_json(file) == [1, 2]
     with pytest.raises(JSONError, match=r"a\.json: expected at most 3 bytes"):
         read_json(file, max_bytes=3)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r".*?(?:text|model).*?(?:attn|mlp).*?(?:q|v)_proj.*?",
+        r"^(?!.*(lm_head|visual)).*proj$",
+        r"\bmodel\.layers\.[\d]{1,2}\.[^.]+\.(q|v)_?proj\Z",
+        r"(model|text)(?:\.\w{1,9}){2,5}",
+        r"(?=.*attn)[a-z0-9_.]{3,}[^\W\d]",
+        r"(?:|m)odel\B.+",
+        "",
+    ],
+)
+def test_a_bounded_pattern_matches_what_re_matches(pattern):
+    texts = [
+        f"{a}.layers.{i}.{b}.{c}"
+        for a in ("model", "visual.text", "odel")
+        for i in (0, 17)
+        for b in ("attn", "mlp")
+        for c in ("q_proj", "v_proj", "projection", "attn\n")
+    ]
+    bounded = BoundedPattern(pattern)
+    for text in [*texts, "model", "x", "", "é_proj"]:
+        assert bounded.matches(text) == bool(re.fullmatch(pattern, text)), text
+
+
+def test_a_bounded_pattern_ends():
+    """Each would keep the engine of re busy for hours."""
+    text = "a" * 200
+    assert not BoundedPattern(".*" * 12 + "!").matches(text)
+    assert not BoundedPattern("(a|aa){1,99}" * 9 + "!").matches(text)
+    assert BoundedPattern("(a{0,99999}){0,99999}").matches(text)
+    with pytest.raises(PatternError, match="it takes too many steps"):
+        BoundedPattern("(a|aa){1,99}" * 9 + "!", steps=100).matches(text)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "words"),
+    [
+        (r"(a)\1", "groupref"),
+        ("(a)?(?(1)b|c)", "groupref_exists"),
+        ("(?<!a)b", "assert_not"),
+        ("(?i)a", "flags"),
+        ("(?i:a)", "subpattern"),
+        ("(a+)+", "a repeat without a bound in another repeat"),
+        ("(?:x(b|a*)){2,3}", "a repeat without a bound in another repeat"),
+        ("(" * 60 + ")" * 60, "50 deep"),
+        ("(" * 9000, "cannot be parsed"),
+        ("a{9999999999999999999}", "cannot be parsed"),
+        ("[", "cannot be parsed"),
+        ("x" * 70000, "70,000 characters"),
+    ],
+    ids=range(12),
+)
+def test_a_pattern_that_is_not_matched_is_refused(pattern, words):
+    with pytest.raises(PatternError, match=words):
+        BoundedPattern(pattern)
