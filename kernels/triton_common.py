@@ -1,9 +1,24 @@
-"""What every Triton kernel of this package shares: how a logit is shaped, tiles, launching.
+"""Shared by all Triton kernels: names, the shape of a logit, tile sizes, launching.
 
     u = c · tanh(s / c),   s = logit_scale · (raw + b)        (raw = W x from the library GEMM)
 
-Slabs are token-major here, [n, v]: a program owns a row. Scalars of a head are fp64 arguments, cast
-to the type of the logits inside, so that a new temperature or scale compiles nothing.
+Slabs are token-major, [n, v]: one program owns one row. Scalars of a head are fp64 arguments that
+the kernel casts to the type of the logits, so a new temperature or scale compiles nothing.
+
+Names inside a kernel:
+
+    p_x    pointer: a tensor argument, or an address in it that belongs to this program
+    d_x    tensor descriptor (a tile is loaded by its offsets)
+    ld_x   elements from one row of p_x to the next
+    n_x    run-time count; n, v, H, S are the rows, columns, hidden size and slots of the call
+    i_x    scalar index or position: of the program, of a loop
+    o_x    block of offsets: columns, rows, slots
+    m_x    mask or condition
+    b_x    value in registers: a loaded or computed block, or a scalar of the row
+    CAPS   compile-time constant; BN, BV, BH, SB are tile sizes in rows, columns, hidden, slots
+
+Kernels are launched by keyword. A pointer documented as optional may be None; that compiles a
+variant without it.
 """
 
 from __future__ import annotations
@@ -32,17 +47,17 @@ SLOT_TILE = 64  # slots one program looks at together
 
 
 @triton.jit
-def shaped(raw, bias, at, mask, scale, cap, CAP: tl.constexpr):
+def shaped(b_raw, p_bias, o_cols, m_cols, scale, cap, CAP: tl.constexpr):
     """u of raw products, with the bias at `at`; raw and u in the same type."""
-    s = raw
-    if bias is not None:
-        s += tl.load(bias + at, mask=mask, other=0.0).to(raw.dtype)
-    s *= scale
+    b_u = b_raw
+    if p_bias is not None:
+        b_u += tl.load(p_bias + o_cols, mask=m_cols, other=0.0).to(b_raw.dtype)
+    b_u *= scale
     if CAP:
-        c = tl.full([], cap, raw.dtype)
-        e = tl.exp(-2.0 * tl.abs(s) / c)  # tanh |y| = (1 − e) / (1 + e): no overflow
-        s = tl.where(s < 0.0, -c, c) * ((1.0 - e) / (1.0 + e))
-    return s
+        c = tl.full([], cap, b_raw.dtype)
+        b_exp = tl.exp(-2.0 * tl.abs(b_u) / c)  # tanh |y| = (1 − e) / (1 + e): no overflow
+        b_u = tl.where(b_u < 0.0, -c, c) * ((1.0 - b_exp) / (1.0 + b_exp))
+    return b_u
 
 
 @triton.jit
@@ -57,12 +72,12 @@ def narrowed(x, to: tl.constexpr):
         return x.to(to)
 
 
-def launch(kernel: Any, grid: tuple[int, ...], like: Tensor, *args: Any, **options: Any) -> None:
-    """Run `kernel` on the device of `like`; an empty grid is no launch."""
+def launch(kernel: Any, grid: tuple[int, ...], like: Tensor, **arguments: Any) -> None:
+    """Run `kernel` on the device of `like`; do nothing for an empty grid."""
     if 0 in grid:
         return
     with torch.cuda.device_of(like):
-        kernel[grid](*args, **options)
+        kernel[grid](**arguments)
 
 
 def scalars(head: Head) -> dict[str, float | bool]:

@@ -36,88 +36,122 @@ CALLABLE_BYTES = 64 << 20
 
 @triton.jit
 def sum_divergence(
-    raws, t_raws, bias, t_bias, lse, t_lse, D, total, ld, t_ld, v,
+    p_raw, p_t_raw, p_bias, p_t_bias, p_lse, p_t_lse, p_D, p_psi_sum, ld_raw, ld_t_raw, v,
     scale: tl.float64, cap: tl.float64, inv_T: tl.float64, CAP: tl.constexpr,
     t_scale: tl.float64, t_cap: tl.float64, T_CAP: tl.constexpr,
     w: tl.float64, floor: tl.float64,
     PHI: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    i = tl.program_id(0)
-    raws += i.to(tl.int64) * ld
-    t_raws += i.to(tl.int64) * t_ld
-    DT: tl.constexpr = raws.dtype.element_ty
+    """D = Σ φ(log p, log q) and Ψ = Σψ of each row, over the whole vocabulary.
+
+    Args:
+        p_raw, p_t_raw: [n, v] raw products of the student and the teacher, row strides ld_raw and
+            ld_t_raw.
+        p_bias, p_t_bias: [v] or None. p_lse, p_t_lse: [n], the log-sum-exp of z of each model.
+        p_D, p_psi_sum: [n], receive D and Ψ.
+        scale, cap, inv_T, t_scale, t_cap: scalars of the two heads.
+        w: β or the skew of PHI. floor: the smallest log p.
+        PHI: (log p, log q, w) -> (φ, ψ), from triton_divergences.py.
+
+    Program i owns row i and walks it in blocks of BV columns.
+    """
+    i_row = tl.program_id(0)
+    p_raw += i_row.to(tl.int64) * ld_raw
+    p_t_raw += i_row.to(tl.int64) * ld_t_raw
+    DT: tl.constexpr = p_raw.dtype.element_ty
     scale = tl.full([], scale, DT)
     t_scale = tl.full([], t_scale, DT)
     inv_T = tl.full([], inv_T, DT)
     w = tl.full([], w, DT)
     floor = tl.full([], floor, DT)
-    my_lse = tl.load(lse + i)
-    my_t_lse = tl.load(t_lse + i).to(DT)
-    sum_phi = tl.zeros([BV], DT)
-    sum_psi = tl.zeros([BV], DT)
-    for c in range(0, v, BV):
-        cols = c + tl.arange(0, BV)
-        there = cols < v
-        u = shaped(tl.load(raws + cols, mask=there, other=0.0), bias, cols, there, scale, cap, CAP)
-        raw = tl.load(t_raws + cols, mask=there, other=0.0).to(DT)
-        t = shaped(raw, t_bias, cols, there, t_scale, t_cap, T_CAP)
-        lq = tl.where(there, u * inv_T - my_lse, 0.0)
-        lp = tl.where(there, tl.maximum(t * inv_T - my_t_lse, floor), 0.0)
-        phi, psi = PHI(lp, lq, w)
-        sum_phi += tl.where(there, phi, 0.0)
-        sum_psi += tl.where(there, psi, 0.0)
-    tl.store(D + i, tl.sum(sum_phi, 0))
-    tl.store(total + i, tl.sum(sum_psi, 0))
+    b_lse = tl.load(p_lse + i_row)
+    b_t_lse = tl.load(p_t_lse + i_row).to(DT)
+    b_phi_sum = tl.zeros([BV], DT)
+    b_psi_sum = tl.zeros([BV], DT)
+    for i_col in range(0, v, BV):
+        o_cols = i_col + tl.arange(0, BV)
+        m_cols = o_cols < v
+        b_u = shaped(
+            tl.load(p_raw + o_cols, mask=m_cols, other=0.0), p_bias, o_cols, m_cols, scale, cap, CAP
+        )
+        b_t_raw = tl.load(p_t_raw + o_cols, mask=m_cols, other=0.0).to(DT)
+        b_t_u = shaped(b_t_raw, p_t_bias, o_cols, m_cols, t_scale, t_cap, T_CAP)
+        b_lq = tl.where(m_cols, b_u * inv_T - b_lse, 0.0)
+        b_lp = tl.where(m_cols, tl.maximum(b_t_u * inv_T - b_t_lse, floor), 0.0)
+        b_phi, b_psi = PHI(b_lp, b_lq, w)
+        b_phi_sum += tl.where(m_cols, b_phi, 0.0)
+        b_psi_sum += tl.where(m_cols, b_psi, 0.0)
+    tl.store(p_D + i_row, tl.sum(b_phi_sum, 0))
+    tl.store(p_psi_sum + i_row, tl.sum(b_psi_sum, 0))
 
 
 @triton.jit
 def grad_divergence(
-    raws, t_raws, out, bias, t_bias, lse, t_lse, lse_base, on_D, on_q, on_lse, on_ce, label,
-    ld, t_ld, out_ld, v,
+    p_raw, p_t_raw, p_dz, p_bias, p_t_bias, p_lse, p_t_lse, p_lse_base,
+    p_on_D, p_on_q, p_on_lse, p_on_ce, p_label,
+    ld_raw, ld_t_raw, ld_dz, v,
     scale: tl.float64, cap: tl.float64, inv_T: tl.float64, CAP: tl.constexpr,
     t_scale: tl.float64, t_cap: tl.float64, T_CAP: tl.constexpr,
     w: tl.float64, floor: tl.float64,
     PHI: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    i = tl.program_id(0)
-    raws += i.to(tl.int64) * ld
-    t_raws += i.to(tl.int64) * t_ld
-    out += i.to(tl.int64) * out_ld
-    DT: tl.constexpr = raws.dtype.element_ty
+    """dz = on_D ψ − on_q q  [+ on_lse q₁ − on_ce at the label], written over the raw products.
+
+    q = softmax(u / T), q₁ = softmax(u). The factors 1/T, logit_scale and 1 − (u / c)² are applied.
+
+    Args:
+        p_raw: [n, v] raw products of the student, row stride ld_raw.
+        p_t_raw: [n, v] raw products of the teacher, or ψ itself if PHI is None; row stride
+            ld_t_raw.
+        p_dz: [n, v] in the type of the head, row stride ld_dz; may be the memory of p_raw.
+        p_bias, p_t_bias: [v] or None. p_lse, p_t_lse, p_lse_base: [n], log-sum-exp of z of each
+            model and of the student's u.
+        p_on_D, p_on_q: [n]. p_on_lse, p_on_ce: [n] or None. p_label: int64 [n], needed for p_on_ce.
+        w, floor, PHI: as in sum_divergence.
+
+    Program i owns row i and walks it in blocks of BV columns.
+    """
+    i_row = tl.program_id(0)
+    p_raw += i_row.to(tl.int64) * ld_raw
+    p_t_raw += i_row.to(tl.int64) * ld_t_raw
+    p_dz += i_row.to(tl.int64) * ld_dz
+    DT: tl.constexpr = p_raw.dtype.element_ty
     scale = tl.full([], scale, DT)
     t_scale = tl.full([], t_scale, DT)
     inv_T = tl.full([], inv_T, DT)
     w = tl.full([], w, DT)
     floor = tl.full([], floor, DT)
-    my_lse = tl.load(lse + i)
-    my_t_lse = tl.load(t_lse + i).to(DT)
-    a = tl.load(on_D + i)
-    b = tl.load(on_q + i)
-    for c in range(0, v, BV):
-        cols = c + tl.arange(0, BV)
-        there = cols < v
-        u = shaped(tl.load(raws + cols, mask=there, other=0.0), bias, cols, there, scale, cap, CAP)
-        raw = tl.load(t_raws + cols, mask=there, other=0.0).to(DT)
+    b_lse = tl.load(p_lse + i_row)
+    b_t_lse = tl.load(p_t_lse + i_row).to(DT)
+    b_on_D = tl.load(p_on_D + i_row)
+    b_on_q = tl.load(p_on_q + i_row)
+    for i_col in range(0, v, BV):
+        o_cols = i_col + tl.arange(0, BV)
+        m_cols = o_cols < v
+        b_u = shaped(
+            tl.load(p_raw + o_cols, mask=m_cols, other=0.0), p_bias, o_cols, m_cols, scale, cap, CAP
+        )
+        b_t_raw = tl.load(p_t_raw + o_cols, mask=m_cols, other=0.0).to(DT)
         if PHI is None:
-            psi = raw
+            b_psi = b_t_raw
         else:
-            t = shaped(raw, t_bias, cols, there, t_scale, t_cap, T_CAP)
-            lp = tl.where(there, tl.maximum(t * inv_T - my_t_lse, floor), 0.0)
-            lq = tl.where(there, u * inv_T - my_lse, 0.0)
-            _phi, psi = PHI(lp, lq, w)
-        q = tl.exp(tl.where(there, u * inv_T - my_lse, 0.0))
-        d = (a * psi - b * q) * inv_T
-        if on_lse is not None:
-            at_one = tl.exp(tl.where(there, u - tl.load(lse_base + i), 0.0))
-            d += tl.load(on_lse + i) * at_one
-        if on_ce is not None:
-            d -= tl.where(cols == tl.load(label + i), tl.load(on_ce + i), 0.0)
+            b_t_u = shaped(b_t_raw, p_t_bias, o_cols, m_cols, t_scale, t_cap, T_CAP)
+            b_lp = tl.where(m_cols, tl.maximum(b_t_u * inv_T - b_t_lse, floor), 0.0)
+            b_lq = tl.where(m_cols, b_u * inv_T - b_lse, 0.0)
+            _phi, b_psi = PHI(b_lp, b_lq, w)
+        b_q = tl.exp(tl.where(m_cols, b_u * inv_T - b_lse, 0.0))
+        b_dz = (b_on_D * b_psi - b_on_q * b_q) * inv_T
+        if p_on_lse is not None:
+            b_q1 = tl.exp(tl.where(m_cols, b_u - tl.load(p_lse_base + i_row), 0.0))
+            b_dz += tl.load(p_on_lse + i_row) * b_q1
+        if p_on_ce is not None:
+            b_dz -= tl.where(o_cols == tl.load(p_label + i_row), tl.load(p_on_ce + i_row), 0.0)
         if CAP:
-            y = u / tl.full([], cap, DT)
-            d *= 1.0 - y * y
-        d *= scale
+            b_y = b_u / tl.full([], cap, DT)
+            b_dz *= 1.0 - b_y * b_y
+        b_dz *= scale
         tl.debug_barrier()  # a 16-bit row lands over the front of its own fp32 row
-        tl.store(out + cols, narrowed(d, out.dtype.element_ty), mask=there)
+        tl.store(p_dz + o_cols, narrowed(b_dz, p_dz.dtype.element_ty), mask=m_cols)
 
 
 def _numbers(head: Head, teacher: Head, w: float) -> dict[str, float | bool]:
@@ -156,17 +190,17 @@ def dense_sums(
             sum_divergence,
             (n,),
             raw,
-            raw,
-            theirs,
-            head.bias,
-            teacher_head.bias,
-            lse_n,
-            teacher_lse_n,
-            D,
-            total,
-            raw.stride(0),
-            theirs.stride(0),
-            head.vocab,
+            p_raw=raw,
+            p_t_raw=theirs,
+            p_bias=head.bias,
+            p_t_bias=teacher_head.bias,
+            p_lse=lse_n,
+            p_t_lse=teacher_lse_n,
+            p_D=D,
+            p_psi_sum=total,
+            ld_raw=raw.stride(0),
+            ld_t_raw=theirs.stride(0),
+            v=head.vocab,
             **_numbers(head, teacher_head, w),
             PHI=phi,
             BV=min(DENSE_TILE["BV"], triton.next_power_of_2(head.vocab)),
@@ -220,16 +254,23 @@ def dense_grads(
         grad_divergence,
         (n,),
         raw,
-        raw,
-        theirs,
-        dz,
-        head.bias,
-        teacher_head.bias,
-        *rows,
-        raw.stride(0),
-        theirs.stride(0),
-        dz.stride(0),
-        head.vocab,
+        p_raw=raw,
+        p_t_raw=theirs,
+        p_dz=dz,
+        p_bias=head.bias,
+        p_t_bias=teacher_head.bias,
+        p_lse=rows.lse,
+        p_t_lse=rows.teacher_lse,
+        p_lse_base=rows.lse_base,
+        p_on_D=rows.on_D,
+        p_on_q=rows.on_q,
+        p_on_lse=rows.on_lse,
+        p_on_ce=rows.on_ce,
+        p_label=rows.label,
+        ld_raw=raw.stride(0),
+        ld_t_raw=theirs.stride(0),
+        ld_dz=dz.stride(0),
+        v=head.vocab,
         **_numbers(head, teacher_head, w),
         PHI=phi,
         BV=min(DENSE_TILE["BV"], triton.next_power_of_2(head.vocab)),

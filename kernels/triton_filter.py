@@ -25,76 +25,106 @@ FILTER_TILE = {"BN": 128, "BV": 128, "BH": 128, "num_warps": 8, "num_stages": 3}
 
 
 @triton.jit
-def mark_live(dz, bar, live, n, v, ld, T, BN: tl.constexpr, BV: tl.constexpr):
-    i = tl.program_id(0)
-    j = tl.program_id(1)
-    rows = i * BN + tl.arange(0, BN)
-    cols = j * BV + tl.arange(0, BV)
-    inside = (rows < n)[:, None] & (cols < v)[None, :]
-    at = dz + rows.to(tl.int64)[:, None] * ld + cols[None, :]
-    size = tl.abs(tl.load(at, mask=inside, other=0.0).to(tl.float32))
-    top = tl.max(tl.max(size, 1), 0)
-    tl.store(live + i * T + j, (top >= tl.load(bar)).to(tl.int32))
+def mark_live(
+    p_dz, p_threshold, p_live, n, v, ld_dz, n_col_tiles, BN: tl.constexpr, BV: tl.constexpr
+):  # fmt: skip
+    """live[i, j] = 1 if max |dz| of tile (i, j) reaches the threshold, else 0.
+
+    Args:
+        p_dz: [n, v], row stride ld_dz. p_threshold: one element.
+        p_live: int32 [⌈n / BN⌉, n_col_tiles], the result.
+
+    Program (i, j) owns one tile [BN, BV] of dz.
+    """
+    i_row = tl.program_id(0)
+    i_col = tl.program_id(1)
+    o_rows = i_row * BN + tl.arange(0, BN)
+    o_cols = i_col * BV + tl.arange(0, BV)
+    m_tile = (o_rows < n)[:, None] & (o_cols < v)[None, :]
+    p_tile = p_dz + o_rows.to(tl.int64)[:, None] * ld_dz + o_cols[None, :]
+    b_abs = tl.abs(tl.load(p_tile, mask=m_tile, other=0.0).to(tl.float32))
+    b_max = tl.max(tl.max(b_abs, 1), 0)
+    tl.store(p_live + i_row * n_col_tiles + i_col, (b_max >= tl.load(p_threshold)).to(tl.int32))
 
 
 @triton.jit
 def filtered_hidden(
-    dz, weight, order, count, dx, n, v, H, ld, ldw, T,
+    p_dz, p_w, p_order, p_count, p_dx, n, v, H, ld_dz, ld_w, n_col_tiles,
     BN: tl.constexpr, BV: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
-    i = tl.program_id(0)
-    rows = i * BN + tl.arange(0, BN)
-    h = tl.program_id(1) * BH + tl.arange(0, BH)
-    rows_dz = dz + rows.to(tl.int64)[:, None] * ld
-    acc = tl.zeros([BN, BH], tl.float32)
-    for t in range(tl.load(count + i)):
-        cols = tl.load(order + i * T + t) * BV + tl.arange(0, BV)
-        d = tl.load(
-            rows_dz + cols[None, :], mask=(rows < n)[:, None] & (cols < v)[None, :], other=0.0
+    """dX = Σ dz_tile W_tile over the live tiles of each block of rows.
+
+    Args:
+        p_dz: [n, v], row stride ld_dz. p_w: [v, H], row stride ld_w.
+        p_order: int32 [⌈n / BN⌉, n_col_tiles], live column tiles first. p_count: int32 [⌈n / BN⌉],
+            how many are live.
+        p_dx: fp32 [n, H], contiguous, the result.
+
+    Program (i, j) owns a tile [BN, BH] of dX and walks the live tiles of its rows.
+    """
+    i_row = tl.program_id(0)
+    o_rows = i_row * BN + tl.arange(0, BN)
+    o_h = tl.program_id(1) * BH + tl.arange(0, BH)
+    p_rows = p_dz + o_rows.to(tl.int64)[:, None] * ld_dz
+    b_acc = tl.zeros([BN, BH], tl.float32)
+    for i_tile in range(tl.load(p_count + i_row)):
+        o_cols = tl.load(p_order + i_row * n_col_tiles + i_tile) * BV + tl.arange(0, BV)
+        b_dz = tl.load(
+            p_rows + o_cols[None, :], mask=(o_rows < n)[:, None] & (o_cols < v)[None, :], other=0.0
         )
-        w = tl.load(
-            weight + cols.to(tl.int64)[:, None] * ldw + h[None, :],
-            mask=(cols < v)[:, None] & (h < H)[None, :],
+        b_w = tl.load(
+            p_w + o_cols.to(tl.int64)[:, None] * ld_w + o_h[None, :],
+            mask=(o_cols < v)[:, None] & (o_h < H)[None, :],
             other=0.0,
         )
         if INTERPRETED:
-            d = d.to(tl.float32)
-            w = w.to(tl.float32)
-        acc = tl.dot(d, w, acc)
-    out = dx + rows.to(tl.int64)[:, None] * H + h[None, :]
-    tl.store(out, acc, mask=(rows < n)[:, None] & (h < H)[None, :])
+            b_dz = b_dz.to(tl.float32)
+            b_w = b_w.to(tl.float32)
+        b_acc = tl.dot(b_dz, b_w, b_acc)
+    p_out = p_dx + o_rows.to(tl.int64)[:, None] * H + o_h[None, :]
+    tl.store(p_out, b_acc, mask=(o_rows < n)[:, None] & (o_h < H)[None, :])
 
 
 @triton.jit
 def filtered_weight(
-    dz, hidden, order, count, dw, n, v, H, ld, ldx, ldw, B,
+    p_dz, p_x, p_order, p_count, p_dw, n, v, H, ld_dz, ld_x, ld_dw, n_row_tiles,
     FIRST: tl.constexpr, BN: tl.constexpr, BV: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
-    j = tl.program_id(0)
-    cols = j * BV + tl.arange(0, BV)
-    h = tl.program_id(1) * BH + tl.arange(0, BH)
-    acc = tl.zeros([BV, BH], tl.float32)
-    for t in range(tl.load(count + j)):
-        rows = tl.load(order + j * B + t) * BN + tl.arange(0, BN)
-        d = tl.load(
-            dz + rows.to(tl.int64)[:, None] * ld + cols[None, :],
-            mask=(rows < n)[:, None] & (cols < v)[None, :],
+    """dW = (FIRST) or += Σ dz_tileᵀ X_tile over the live tiles of each block of columns.
+
+    Args:
+        p_dz: [n, v], row stride ld_dz. p_x: [n, H] hidden states, row stride ld_x.
+        p_order: int32 [⌈v / BV⌉, n_row_tiles], live row tiles first. p_count: int32 [⌈v / BV⌉],
+            how many are live.
+        p_dw: [v, H], row stride ld_dw; summed in fp32 and rounded once.
+
+    Program (j, k) owns a tile [BV, BH] of dW and walks the live tiles of its columns.
+    """
+    i_col = tl.program_id(0)
+    o_cols = i_col * BV + tl.arange(0, BV)
+    o_h = tl.program_id(1) * BH + tl.arange(0, BH)
+    b_acc = tl.zeros([BV, BH], tl.float32)
+    for i_tile in range(tl.load(p_count + i_col)):
+        o_rows = tl.load(p_order + i_col * n_row_tiles + i_tile) * BN + tl.arange(0, BN)
+        b_dz = tl.load(
+            p_dz + o_rows.to(tl.int64)[:, None] * ld_dz + o_cols[None, :],
+            mask=(o_rows < n)[:, None] & (o_cols < v)[None, :],
             other=0.0,
         )
-        x = tl.load(
-            hidden + rows.to(tl.int64)[:, None] * ldx + h[None, :],
-            mask=(rows < n)[:, None] & (h < H)[None, :],
+        b_x = tl.load(
+            p_x + o_rows.to(tl.int64)[:, None] * ld_x + o_h[None, :],
+            mask=(o_rows < n)[:, None] & (o_h < H)[None, :],
             other=0.0,
         )
         if INTERPRETED:
-            d = d.to(tl.float32)
-            x = x.to(tl.float32)
-        acc = tl.dot(d.T, x, acc)
-    at = dw + cols.to(tl.int64)[:, None] * ldw + h[None, :]
-    inside = (cols < v)[:, None] & (h < H)[None, :]
+            b_dz = b_dz.to(tl.float32)
+            b_x = b_x.to(tl.float32)
+        b_acc = tl.dot(b_dz.T, b_x, b_acc)
+    p_out = p_dw + o_cols.to(tl.int64)[:, None] * ld_dw + o_h[None, :]
+    m_out = (o_cols < v)[:, None] & (o_h < H)[None, :]
     if not FIRST:
-        acc += tl.load(at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(at, narrowed(acc, dw.dtype.element_ty), mask=inside)
+        b_acc += tl.load(p_out, mask=m_out, other=0.0).to(tl.float32)
+    tl.store(p_out, narrowed(b_acc, p_dw.dtype.element_ty), mask=m_out)
 
 
 def live_tiles(dz_nv: Tensor, bar: Tensor) -> Tensor:
@@ -106,13 +136,13 @@ def live_tiles(dz_nv: Tensor, bar: Tensor) -> Tensor:
         mark_live,
         grid,
         dz_nv,
-        dz_nv,
-        bar,
-        live,
-        n,
-        v,
-        dz_nv.stride(0),
-        grid[1],
+        p_dz=dz_nv,
+        p_threshold=bar,
+        p_live=live,
+        n=n,
+        v=v,
+        ld_dz=dz_nv.stride(0),
+        n_col_tiles=grid[1],
         BN=FILTER_TILE["BN"],
         BV=FILTER_TILE["BV"],
         num_warps=FILTER_TILE["num_warps"],
@@ -136,17 +166,17 @@ def hidden_product(dz_nv: Tensor, weight_vH: Tensor, live: Tensor) -> Tensor:
         filtered_hidden,
         (live.shape[0], triton.cdiv(H, BH)),
         dz_nv,
-        dz_nv,
-        weight_vH,
-        order,
-        count,
-        dx,
-        n,
-        v,
-        H,
-        dz_nv.stride(0),
-        weight_vH.stride(0),
-        live.shape[1],
+        p_dz=dz_nv,
+        p_w=weight_vH,
+        p_order=order,
+        p_count=count,
+        p_dx=dx,
+        n=n,
+        v=v,
+        H=H,
+        ld_dz=dz_nv.stride(0),
+        ld_w=weight_vH.stride(0),
+        n_col_tiles=live.shape[1],
         **FILTER_TILE | {"BH": BH},
     )
     return dx
@@ -163,18 +193,18 @@ def add_weight_product(
         filtered_weight,
         (live.shape[1], triton.cdiv(H, BH)),
         dz_nv,
-        dz_nv,
-        hidden_nH,
-        order,
-        count,
-        dw_vH,
-        n,
-        v,
-        H,
-        dz_nv.stride(0),
-        hidden_nH.stride(0),
-        dw_vH.stride(0),
-        live.shape[0],
+        p_dz=dz_nv,
+        p_x=hidden_nH,
+        p_order=order,
+        p_count=count,
+        p_dw=dw_vH,
+        n=n,
+        v=v,
+        H=H,
+        ld_dz=dz_nv.stride(0),
+        ld_x=hidden_nH.stride(0),
+        ld_dw=dw_vH.stride(0),
+        n_row_tiles=live.shape[0],
         FIRST=first,
         **FILTER_TILE | {"BH": BH},
     )

@@ -25,89 +25,123 @@ RUN_TILE = {"BE": 32, "BH": 512, "num_warps": 4}
 
 @triton.jit
 def gather_rows(
-    hidden, weight, bias, ids, z, S, H, ldx, ldw,
+    p_x, p_w, p_bias, p_ids, p_z, S, H, ld_x, ld_w,
     scale: tl.float64, cap: tl.float64, inv_T: tl.float64, CAP: tl.constexpr,
     SB: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
-    i = tl.program_id(0).to(tl.int64)
-    slot = tl.program_id(1) * SB + tl.arange(0, SB)
-    DT: tl.constexpr = z.dtype.element_ty
-    at = tl.load(ids + i * S + slot, mask=slot < S, other=-1).to(tl.int64)
-    there = at >= 0
-    acc = tl.zeros([SB], DT)
-    for h0 in range(0, H, BH):
-        h = h0 + tl.arange(0, BH)
-        x = tl.load(hidden + i * ldx + h, mask=h < H, other=0.0).to(DT)
-        w = tl.load(
-            weight + at[:, None] * ldw + h[None, :],
-            mask=there[:, None] & (h < H)[None, :],
+    """z[n, s] = softcap·tanh(logit_scale · (W[ids_ns] · x_n + b) / softcap) / T, NEG if empty.
+
+    Args:
+        p_x: [n, H] hidden states, row stride ld_x. p_w: [V, H], row stride ld_w.
+        p_bias: [V] or None.
+        p_ids: int64 [n, S], −1 in empty slots. p_z: [n, S], the result.
+
+    Program (i, j) owns SB slots of row i and walks H in blocks of BH.
+    """
+    i_row = tl.program_id(0).to(tl.int64)
+    o_slots = tl.program_id(1) * SB + tl.arange(0, SB)
+    DT: tl.constexpr = p_z.dtype.element_ty
+    b_ids = tl.load(p_ids + i_row * S + o_slots, mask=o_slots < S, other=-1).to(tl.int64)
+    m_ids = b_ids >= 0
+    b_acc = tl.zeros([SB], DT)
+    for i_h in range(0, H, BH):
+        o_h = i_h + tl.arange(0, BH)
+        b_x = tl.load(p_x + i_row * ld_x + o_h, mask=o_h < H, other=0.0).to(DT)
+        b_w = tl.load(
+            p_w + b_ids[:, None] * ld_w + o_h[None, :],
+            mask=m_ids[:, None] & (o_h < H)[None, :],
             other=0.0,
         )
-        acc += tl.sum(w.to(DT) * x[None, :], 1)
-    u = shaped(acc, bias, at, there, tl.full([], scale, DT), cap, CAP)
-    u = tl.where(there, u * tl.full([], inv_T, DT), NEG)
-    tl.store(z + i * S + slot, u, mask=slot < S)
+        b_acc += tl.sum(b_w.to(DT) * b_x[None, :], 1)
+    b_z = shaped(b_acc, p_bias, b_ids, m_ids, tl.full([], scale, DT), cap, CAP)
+    b_z = tl.where(m_ids, b_z * tl.full([], inv_T, DT), NEG)
+    tl.store(p_z + i_row * S + o_slots, b_z, mask=o_slots < S)
 
 
 @triton.jit
 def scatter_hidden(
-    weight, ids, g, base, dx, S, H, ldw, ld_base, ld_dx,
+    p_w, p_ids, p_g, p_base, p_dx, S, H, ld_w, ld_base, ld_dx,
     SB: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
-    i = tl.program_id(0).to(tl.int64)
-    h = tl.program_id(1) * BH + tl.arange(0, BH)
-    DT: tl.constexpr = g.dtype.element_ty
-    acc = tl.zeros([BH], DT)
-    if base is not None:
-        acc += tl.load(base + i * ld_base + h, mask=h < H, other=0.0)
-    for j in range(0, S, SB):
-        slot = j + tl.arange(0, SB)
-        at = tl.load(ids + i * S + slot, mask=slot < S, other=-1).to(tl.int64)
-        there = at >= 0
-        factor = tl.load(g + i * S + slot, mask=there, other=0.0)
-        w = tl.load(
-            weight + at[:, None] * ldw + h[None, :],
-            mask=there[:, None] & (h < H)[None, :],
+    """dX_n = base_n + Σ_s g_ns W[ids_ns], summed in the type of g and rounded once.
+
+    Args:
+        p_w: [V, H], row stride ld_w. p_ids: int64 [n, S], −1 in empty slots. p_g: [n, S], d(W x).
+        p_base: [n, H] or None, row stride ld_base. p_dx: [n, H], the result, row stride ld_dx.
+
+    Program (i, j) owns BH columns of row i of dX and walks its slots in blocks of SB.
+    """
+    i_row = tl.program_id(0).to(tl.int64)
+    o_h = tl.program_id(1) * BH + tl.arange(0, BH)
+    DT: tl.constexpr = p_g.dtype.element_ty
+    b_acc = tl.zeros([BH], DT)
+    if p_base is not None:
+        b_acc += tl.load(p_base + i_row * ld_base + o_h, mask=o_h < H, other=0.0)
+    for i_slot in range(0, S, SB):
+        o_slots = i_slot + tl.arange(0, SB)
+        b_ids = tl.load(p_ids + i_row * S + o_slots, mask=o_slots < S, other=-1).to(tl.int64)
+        m_ids = b_ids >= 0
+        b_g = tl.load(p_g + i_row * S + o_slots, mask=m_ids, other=0.0)
+        b_w = tl.load(
+            p_w + b_ids[:, None] * ld_w + o_h[None, :],
+            mask=m_ids[:, None] & (o_h < H)[None, :],
             other=0.0,
         )
-        acc += tl.sum(w.to(DT) * factor[:, None], 0)
-    tl.store(dx + i * ld_dx + h, narrowed(acc, dx.dtype.element_ty), mask=h < H)
+        b_acc += tl.sum(b_w.to(DT) * b_g[:, None], 0)
+    tl.store(p_dx + i_row * ld_dx + o_h, narrowed(b_acc, p_dx.dtype.element_ty), mask=o_h < H)
 
 
 @triton.jit
 def sum_runs(
-    hidden, ids, entries, g, starts, dw, db, E, S, H, ldx, ldw,
+    p_x, p_ids, p_entries, p_g, p_starts, p_dw, p_db, E, S, H, ld_x, ld_dw,
     ADD: tl.constexpr, BE: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
-    b = tl.program_id(0)
-    h = tl.program_id(1) * BH + tl.arange(0, BH)
-    DT: tl.constexpr = g.dtype.element_ty
-    low = tl.load(starts + b)  # the first run that starts among these entries …
-    high = tl.load(starts + b + 1)  # … up to the first that starts behind them
-    acc = tl.zeros([BH], DT)
-    total = tl.zeros([], DT)
-    for e in range(low, high):
-        at = tl.load(ids + e)
-        entry = tl.load(entries + e)
-        factor = tl.load(g + entry)
-        x = tl.load(hidden + (entry // S) * ldx + h, mask=h < H, other=0.0)
-        acc += factor * x.to(DT)
-        total += factor
-        last = (e + 1 == E) | (tl.load(ids + e + 1, mask=e + 1 < E, other=-1) != at)
-        if dw is not None:
-            m_write = last & (h < H)
-            row = acc
+    """dW_v = Σ g_e x_e and db_v = Σ g_e over the entries e with id v, added or written once per id.
+
+    Args:
+        p_x: [N, H] hidden states, row stride ld_x. p_g: [N, S], d(W x).
+        p_ids: int64 [E], the ids of all N·S entries, sorted; −1 in empty slots.
+        p_entries: int64 [E], the entry n·S + s of each sorted id.
+        p_starts: int64 [⌈E / BE⌉ + 1]: where the first run of an id starts at or after each block
+            of BE entries; E if none does.
+        p_dw: [V, H] or None, row stride ld_dw. p_db: [V] or None.
+        ADD: add to p_dw and p_db instead of writing.
+
+    Program (b, j) owns the runs that start in block b of BE entries, and BH columns of dW.
+    """
+    i_block = tl.program_id(0)
+    o_h = tl.program_id(1) * BH + tl.arange(0, BH)
+    DT: tl.constexpr = p_g.dtype.element_ty
+    i_first = tl.load(p_starts + i_block)  # the first run that starts among these entries …
+    i_end = tl.load(p_starts + i_block + 1)  # … up to the first that starts behind them
+    b_dw = tl.zeros([BH], DT)
+    b_db = tl.zeros([], DT)
+    for i_sorted in range(i_first, i_end):
+        i_id = tl.load(p_ids + i_sorted)
+        i_entry = tl.load(p_entries + i_sorted)
+        b_g = tl.load(p_g + i_entry)
+        b_x = tl.load(p_x + (i_entry // S) * ld_x + o_h, mask=o_h < H, other=0.0)
+        b_dw += b_g * b_x.to(DT)
+        b_db += b_g
+        m_last = (i_sorted + 1 == E) | (
+            tl.load(p_ids + i_sorted + 1, mask=i_sorted + 1 < E, other=-1) != i_id
+        )
+        if p_dw is not None:
+            m_write = m_last & (o_h < H)
+            b_row = b_dw
             if ADD:
-                row += tl.load(dw + at * ldw + h, mask=m_write, other=0.0).to(DT)
-            tl.store(dw + at * ldw + h, narrowed(row, dw.dtype.element_ty), mask=m_write)
-        if db is not None:
-            once = last & (tl.program_id(1) == 0)
-            one = total
+                b_row += tl.load(p_dw + i_id * ld_dw + o_h, mask=m_write, other=0.0).to(DT)
+            tl.store(
+                p_dw + i_id * ld_dw + o_h, narrowed(b_row, p_dw.dtype.element_ty), mask=m_write
+            )
+        if p_db is not None:
+            m_once = m_last & (tl.program_id(1) == 0)
+            b_bias = b_db
             if ADD:
-                one += tl.load(db + at, mask=once, other=0.0).to(DT)
-            tl.store(db + at, narrowed(one, db.dtype.element_ty), mask=once)
-        acc = tl.where(last, 0.0, acc)
-        total = tl.where(last, 0.0, total)
+                b_bias += tl.load(p_db + i_id, mask=m_once, other=0.0).to(DT)
+            tl.store(p_db + i_id, narrowed(b_bias, p_db.dtype.element_ty), mask=m_once)
+        b_dw = tl.where(m_last, 0.0, b_dw)
+        b_db = tl.where(m_last, 0.0, b_db)
 
 
 def forward(head: Head, hidden_NH: Tensor, ids_NS: Tensor) -> Tensor:
@@ -119,15 +153,15 @@ def forward(head: Head, hidden_NH: Tensor, ids_NS: Tensor) -> Tensor:
         gather_rows,
         (N, triton.cdiv(S, SB)),
         z_NS,
-        hidden_NH,
-        head.weight,
-        head.bias,
-        ids_NS.contiguous(),
-        z_NS,
-        S,
-        H,
-        hidden_NH.stride(0),
-        head.weight.stride(0),
+        p_x=hidden_NH,
+        p_w=head.weight,
+        p_bias=head.bias,
+        p_ids=ids_NS.contiguous(),
+        p_z=z_NS,
+        S=S,
+        H=H,
+        ld_x=hidden_NH.stride(0),
+        ld_w=head.weight.stride(0),
         **scalars(head),
         SB=SB,
         BH=min(GATHER_TILE["BH"], triton.next_power_of_2(H)),
@@ -148,16 +182,16 @@ def hidden_grad(
         scatter_hidden,
         (N, triton.cdiv(H, BH)),
         out,
-        head.weight,
-        ids_NS.contiguous(),
-        g_NS.contiguous(),
-        base,
-        out,
-        S,
-        H,
-        head.weight.stride(0),
-        0 if base is None else base.stride(0),
-        out.stride(0),
+        p_w=head.weight,
+        p_ids=ids_NS.contiguous(),
+        p_g=g_NS.contiguous(),
+        p_base=base,
+        p_dx=out,
+        S=S,
+        H=H,
+        ld_w=head.weight.stride(0),
+        ld_base=0 if base is None else base.stride(0),
+        ld_dx=out.stride(0),
         SB=min(GATHER_TILE["SB"], triton.next_power_of_2(max(S, 1))),
         BH=BH,
         num_warps=GATHER_TILE["num_warps"],
@@ -191,18 +225,18 @@ def weight_grad(
         sum_runs,
         (triton.cdiv(E, BE), 1 if dw is None else triton.cdiv(H, BH)),
         hidden_NH,
-        hidden_NH,
-        ids,
-        entries,
-        g_NS.contiguous(),
-        starts,
-        dw,
-        db,
-        E,
-        S,
-        H,
-        hidden_NH.stride(0),
-        0 if dw is None else dw.stride(0),
+        p_x=hidden_NH,
+        p_ids=ids,
+        p_entries=entries,
+        p_g=g_NS.contiguous(),
+        p_starts=starts,
+        p_dw=dw,
+        p_db=db,
+        E=E,
+        S=S,
+        H=H,
+        ld_x=hidden_NH.stride(0),
+        ld_dw=0 if dw is None else dw.stride(0),
         ADD=add,
         BE=BE,
         BH=BH,

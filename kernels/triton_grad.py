@@ -20,48 +20,71 @@ from .triton_common import ABSENT, ROW_TILE, SLOT_TILE, launch, narrowed, scalar
 
 @triton.jit
 def grad_rows(
-    raws, out, bias, ids, g_slots, lse_rest, g_rest, mean_rest, g_mean, lse_base, g_base,
-    ld, out_ld, v, v0, S,
+    p_raw, p_dz, p_bias, p_ids, p_g_slots,
+    p_lse_rest, p_g_rest, p_mean_rest, p_g_mean, p_lse_base, p_g_base,
+    ld_raw, ld_dz, v, v0, S,
     scale: tl.float64, cap: tl.float64, inv_T: tl.float64, CAP: tl.constexpr,
     BV: tl.constexpr, SB: tl.constexpr,
 ):  # fmt: skip
-    i = tl.program_id(0)
-    raws += i.to(tl.int64) * ld
-    out += i.to(tl.int64) * out_ld
-    DT: tl.constexpr = raws.dtype.element_ty
+    """Raw products become dz: a closed form off the slots, the given gradient in them.
+
+        d = e^{z − lse_rest} (g_rest + g_mean (1 + z − mean_rest)) + g_base e^{u − lse_base}
+        dz = d · (1 − (u / c)²)
+
+    Args:
+        p_raw: [n, v] raw products, row stride ld_raw; NEG where a slot was moved out.
+        p_dz: [n, v] in the type of the head, row stride ld_dz; may be the memory of p_raw.
+        p_bias: [V] or None. p_ids: int64 [n, S], distinct, −1 in empty slots.
+        p_g_slots: [n, S], d(W x) of the slots.
+        p_lse_rest, p_g_rest: [n]. p_mean_rest, p_g_mean: [n] or None. p_lse_base, p_g_base: [n] or
+            None. The gradients contain logit_scale and 1/T.
+        v0: the first column of the slab.
+
+    Program i owns row i and walks it in blocks of BV columns, then its slots in blocks of SB.
+    """
+    i_row = tl.program_id(0)
+    p_raw += i_row.to(tl.int64) * ld_raw
+    p_dz += i_row.to(tl.int64) * ld_dz
+    DT: tl.constexpr = p_raw.dtype.element_ty
     scale = tl.full([], scale, DT)
     inv_T = tl.full([], inv_T, DT)
-    lse = tl.load(lse_rest + i)
-    a = tl.load(g_rest + i)
-    for c in range(0, v, BV):
-        cols = c + tl.arange(0, BV)
-        raw = tl.load(raws + cols, mask=cols < v, other=0.0)
-        there = (raw > ABSENT) & (cols < v)
-        u = shaped(raw, bias, v0 + cols, there, scale, cap, CAP)
-        z = u * inv_T
-        d = tl.exp(tl.minimum(z - lse, 0.0))  # above 0 only at slots, overwritten below
-        if g_mean is not None:
-            d *= a + tl.load(g_mean + i) * (1.0 + z - tl.load(mean_rest + i))
+    b_lse = tl.load(p_lse_rest + i_row)
+    b_g_rest = tl.load(p_g_rest + i_row)
+    for i_col in range(0, v, BV):
+        o_cols = i_col + tl.arange(0, BV)
+        b_raw = tl.load(p_raw + o_cols, mask=o_cols < v, other=0.0)
+        m_valid = (b_raw > ABSENT) & (o_cols < v)
+        b_u = shaped(b_raw, p_bias, v0 + o_cols, m_valid, scale, cap, CAP)
+        b_z = b_u * inv_T
+        b_dz = tl.exp(tl.minimum(b_z - b_lse, 0.0))  # above 0 only at slots, overwritten below
+        if p_g_mean is not None:
+            b_dz *= b_g_rest + tl.load(p_g_mean + i_row) * (
+                1.0 + b_z - tl.load(p_mean_rest + i_row)
+            )
         else:
-            d *= a
-        if g_base is not None:
-            at_one = tl.exp(tl.minimum(u - tl.load(lse_base + i), 0.0))
-            d += tl.load(g_base + i) * at_one
+            b_dz *= b_g_rest
+        if p_g_base is not None:
+            b_q1 = tl.exp(tl.minimum(b_u - tl.load(p_lse_base + i_row), 0.0))
+            b_dz += tl.load(p_g_base + i_row) * b_q1
         if CAP:
-            y = u / tl.full([], cap, DT)
-            d *= 1.0 - y * y
+            b_y = b_u / tl.full([], cap, DT)
+            b_dz *= 1.0 - b_y * b_y
         tl.debug_barrier()
-        tl.store(out + cols, narrowed(tl.where(there, d, 0.0), out.dtype.element_ty), mask=cols < v)
-    my_ids = ids + i.to(tl.int64) * S
-    my_g = g_slots + i.to(tl.int64) * S
+        tl.store(
+            p_dz + o_cols,
+            narrowed(tl.where(m_valid, b_dz, 0.0), p_dz.dtype.element_ty),
+            mask=o_cols < v,
+        )
+    p_row_ids = p_ids + i_row.to(tl.int64) * S
+    p_row_g = p_g_slots + i_row.to(tl.int64) * S
     if S > 0:
         tl.debug_barrier()
-        for j in range(0, S, SB):
-            slot = j + tl.arange(0, SB)
-            at = tl.load(my_ids + slot, mask=slot < S, other=-1)
-            here = (at >= v0) & (at < v0 + v)
-            g = tl.load(my_g + slot, mask=here, other=0.0)
-            tl.store(out + (at - v0), narrowed(g, out.dtype.element_ty), mask=here)
+        for i_slot in range(0, S, SB):
+            o_slots = i_slot + tl.arange(0, SB)
+            b_ids = tl.load(p_row_ids + o_slots, mask=o_slots < S, other=-1)
+            m_in_slab = (b_ids >= v0) & (b_ids < v0 + v)
+            b_g = tl.load(p_row_g + o_slots, mask=m_in_slab, other=0.0)
+            tl.store(p_dz + (b_ids - v0), narrowed(b_g, p_dz.dtype.element_ty), mask=m_in_slab)
 
 
 def grad_rows_(
@@ -88,22 +111,22 @@ def grad_rows_(
         grad_rows,
         (n,),
         raw_nv,
-        raw_nv,
-        out,
-        head.bias,
-        ids_nS,
-        g_nS,
-        stats.lse_rest,
-        grads.lse_rest * (scale / T),
-        stats.mean_rest if mean else None,
-        g_mean * (scale / T) if mean and g_mean is not None else None,
-        stats.lse_base if base else None,
-        g_base * scale if base and g_base is not None else None,
-        raw_nv.stride(0),
-        out.stride(0),
-        v,
-        v0,
-        S,
+        p_raw=raw_nv,
+        p_dz=out,
+        p_bias=head.bias,
+        p_ids=ids_nS,
+        p_g_slots=g_nS,
+        p_lse_rest=stats.lse_rest,
+        p_g_rest=grads.lse_rest * (scale / T),
+        p_mean_rest=stats.mean_rest if mean else None,
+        p_g_mean=g_mean * (scale / T) if mean and g_mean is not None else None,
+        p_lse_base=stats.lse_base if base else None,
+        p_g_base=g_base * scale if base and g_base is not None else None,
+        ld_raw=raw_nv.stride(0),
+        ld_dz=out.stride(0),
+        v=v,
+        v0=v0,
+        S=S,
         **scalars(head),
         BV=min(ROW_TILE["BV"], triton.next_power_of_2(v)),
         SB=min(SLOT_TILE, triton.next_power_of_2(max(S, 1))),

@@ -78,85 +78,109 @@ def spread(values, R: tl.constexpr, BB: tl.constexpr):
 
 @triton.jit
 def affine(
-    w, b, inside, scale, absmax, code, nested_offset, offset,
+    b_w, o_blocks, m_blocks, p_scale, p_absmax, p_code, p_nested_offset, p_offset,
     NESTED_BLOCK: tl.constexpr, R: tl.constexpr, BB: tl.constexpr,
 ):  # fmt: skip
     """w · scale + offset of the blocks b [R]."""
-    if absmax is None:
-        s = tl.load(scale + b, mask=inside, other=0.0)
+    if p_absmax is None:
+        b_s = tl.load(p_scale + o_blocks, mask=m_blocks, other=0.0)
     else:
-        at = tl.load(absmax + b, mask=inside, other=0).to(tl.int32)
-        s = tl.load(code + at) * tl.load(scale + b // NESTED_BLOCK, mask=inside, other=0.0)
-        s += tl.load(nested_offset)
-    w *= spread(s, R, BB)
-    if offset is not None:
-        w += spread(tl.load(offset + b, mask=inside, other=0.0), R, BB)
-    return w
+        b_absmax = tl.load(p_absmax + o_blocks, mask=m_blocks, other=0).to(tl.int32)
+        b_s = tl.load(p_code + b_absmax) * tl.load(
+            p_scale + o_blocks // NESTED_BLOCK, mask=m_blocks, other=0.0
+        )
+        b_s += tl.load(p_nested_offset)
+    b_w *= spread(b_s, R, BB)
+    if p_offset is not None:
+        b_w += spread(tl.load(p_offset + o_blocks, mask=m_blocks, other=0.0), R, BB)
+    return b_w
 
 
 @triton.jit
 def expand(
-    qdata, scale, absmax, code, nested_offset, offset, lut, row_inv, out, count, size,
+    p_q, p_scale, p_absmax, p_code, p_nested_offset, p_offset, p_lut, p_row_inv, p_out,
+    n_weights, n_bytes,
     BLOCK: tl.constexpr, NESTED_BLOCK: tl.constexpr, COLS: tl.constexpr, BB: tl.constexpr,
 ):  # fmt: skip
-    start = tl.program_id(0).to(tl.int64) * BB
-    byte = start + tl.arange(0, BB)
-    q = tl.load(qdata + byte, mask=byte < size, other=0).to(tl.int32)
+    """w_i = lut[q_i] · scale[i / BLOCK] (+ offset[i / BLOCK]) (· row_inv[i / COLS]).
+
+    Args:
+        p_q: uint8 [n_bytes], two 4-bit codes each, the high half first.
+        p_scale: fp32 [blocks]; with p_absmax, fp32 [blocks / NESTED_BLOCK].
+        p_absmax: uint8 [blocks] or None; then scale = code[absmax] · p_scale + nested_offset.
+        p_code: fp32 [256] or None. p_nested_offset: fp32, one element, or None.
+        p_offset: fp32 [blocks] or None. p_lut: fp32 [16].
+        p_row_inv: fp32 [n_weights / COLS] or None, for 8-bit results.
+        p_out: [n_weights]: fp32, bf16, fp16, int8, or fp8 as uint8.
+
+    Program i owns BB bytes: 2 · BB weights.
+    """
+    i_start = tl.program_id(0).to(tl.int64) * BB
+    o_bytes = i_start + tl.arange(0, BB)
+    b_q = tl.load(p_q + o_bytes, mask=o_bytes < n_bytes, other=0).to(tl.int32)
     WHOLE: tl.constexpr = BLOCK % 2 == 0 and 2 * BB % BLOCK == 0
     R: tl.constexpr = 2 * BB // BLOCK if WHOLE else BB
     if WHOLE:  # what belongs to a block is read once
-        b = 2 * start // BLOCK + tl.arange(0, R)
-        inside = b * BLOCK < count
+        o_blocks = 2 * i_start // BLOCK + tl.arange(0, R)
+        m_blocks = o_blocks * BLOCK < n_weights
     else:
-        b = 2 * byte // BLOCK
-        inside = byte < size
-    high = affine(
-        tl.load(lut + (q >> 4)), b, inside, scale, absmax, code, nested_offset, offset,
-        NESTED_BLOCK, R, BB,
+        o_blocks = 2 * o_bytes // BLOCK
+        m_blocks = o_bytes < n_bytes
+    b_high = affine(
+        tl.load(p_lut + (b_q >> 4)), o_blocks, m_blocks,
+        p_scale, p_absmax, p_code, p_nested_offset, p_offset, NESTED_BLOCK, R, BB,
     )  # fmt: skip
     if BLOCK % 2 == 1:  # the halves of a byte may lie in two blocks
-        b = (2 * byte + 1) // BLOCK
-        inside = 2 * byte + 1 < count
-    low = affine(
-        tl.load(lut + (q & 15)), b, inside, scale, absmax, code, nested_offset, offset,
-        NESTED_BLOCK, R, BB,
+        o_blocks = (2 * o_bytes + 1) // BLOCK
+        m_blocks = 2 * o_bytes + 1 < n_weights
+    b_low = affine(
+        tl.load(p_lut + (b_q & 15)), o_blocks, m_blocks,
+        p_scale, p_absmax, p_code, p_nested_offset, p_offset, NESTED_BLOCK, R, BB,
     )  # fmt: skip
-    i = 2 * start + tl.arange(0, 2 * BB)
-    w = tl.interleave(high, low)
-    if row_inv is not None:
+    o_weights = 2 * i_start + tl.arange(0, 2 * BB)
+    b_w = tl.interleave(b_high, b_low)
+    if p_row_inv is not None:
         if COLS % (2 * BB) == 0:
-            w *= tl.load(row_inv + 2 * start // COLS)
+            b_w *= tl.load(p_row_inv + 2 * i_start // COLS)
         else:
-            w *= tl.load(row_inv + i // COLS, mask=i < count, other=0.0)
-    tl.store(out + i, stored(w, out.dtype.element_ty), mask=i < count)
+            b_w *= tl.load(p_row_inv + o_weights // COLS, mask=o_weights < n_weights, other=0.0)
+    tl.store(p_out + o_weights, stored(b_w, p_out.dtype.element_ty), mask=o_weights < n_weights)
 
 
 @triton.jit
-def quantize_row(x, q, scale, cols, TOP: tl.constexpr, BK: tl.constexpr):
-    r = tl.program_id(0).to(tl.int64)
-    x += r * cols
-    q += r * cols
+def quantize_row(p_x, p_q, p_scale, n_cols, TOP: tl.constexpr, BK: tl.constexpr):
+    """scale_r = amax_r / TOP,  q_ri = round(x_ri · (TOP / amax_r)),  amax_r = max |x_ri|.
+
+    Args:
+        p_x: [rows, n_cols] fp32, bf16 or fp16, contiguous.
+        p_q: [rows, n_cols] int8, or fp8 as uint8. p_scale: fp32 [rows].
+
+    Program r owns row r and walks it twice in blocks of BK columns.
+    """
+    i_row = tl.program_id(0).to(tl.int64)
+    p_x += i_row * n_cols
+    p_q += i_row * n_cols
     # As integers the magnitudes of floats have their order, with infinity and then NaN on top.
-    bits = tl.zeros([BK], tl.int32)
-    for k in range(0, cols, BK):
-        i = k + tl.arange(0, BK)
-        v = tl.load(x + i, mask=i < cols, other=0.0).to(tl.float32)
-        bits = tl.maximum(bits, v.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
-    most = tl.max(bits, 0)
-    amax = most.to(tl.float32, bitcast=True)
+    b_bits = tl.zeros([BK], tl.int32)
+    for i_col in range(0, n_cols, BK):
+        o_cols = i_col + tl.arange(0, BK)
+        b_x = tl.load(p_x + o_cols, mask=o_cols < n_cols, other=0.0).to(tl.float32)
+        b_bits = tl.maximum(b_bits, b_x.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+    b_max_bits = tl.max(b_bits, 0)
+    b_amax = b_max_bits.to(tl.float32, bitcast=True)
     # Above this bar top / amax is finite. Below it, within 1.4e-36, a row counts as zeros.
-    finite = most < INF_BITS
-    usable = finite & (amax > TOP * 2.0**-128)
+    m_finite = b_max_bits < INF_BITS
+    m_usable = m_finite & (b_amax > TOP * 2.0**-128)
     tl.store(
-        scale + r,
-        tl.where(usable, tl.div_rn(amax, TOP), tl.where(finite, 0.0, float("nan"))),
+        p_scale + i_row,
+        tl.where(m_usable, tl.div_rn(b_amax, TOP), tl.where(m_finite, 0.0, float("nan"))),
     )
-    factor = tl.div_rn(TOP, tl.where(usable, amax, 1.0))
-    for k in range(0, cols, BK):
-        i = k + tl.arange(0, BK)
-        v = tl.load(x + i, mask=i < cols, other=0.0).to(tl.float32)
-        y = tl.where(usable, v, 0.0) * factor
-        tl.store(q + i, stored(y, q.dtype.element_ty), mask=i < cols)
+    b_factor = tl.div_rn(TOP, tl.where(m_usable, b_amax, 1.0))
+    for i_col in range(0, n_cols, BK):
+        o_cols = i_col + tl.arange(0, BK)
+        b_x = tl.load(p_x + o_cols, mask=o_cols < n_cols, other=0.0).to(tl.float32)
+        b_y = tl.where(m_usable, b_x, 0.0) * b_factor
+        tl.store(p_q + o_cols, stored(b_y, p_q.dtype.element_ty), mask=o_cols < n_cols)
 
 
 def _bytes(out: Tensor) -> Tensor:
@@ -217,17 +241,17 @@ def _expand(
         expand,
         (triton.cdiv(out.numel(), 2 * EXPAND_TILE["BB"]),),
         out,
-        qdata,
-        scale,
-        absmax,
-        code,
-        nested_offset,
-        offset,
-        lut,
-        row_inv,
-        _bytes(out),
-        out.numel(),
-        triton.cdiv(out.numel(), 2),
+        p_q=qdata,
+        p_scale=scale,
+        p_absmax=absmax,
+        p_code=code,
+        p_nested_offset=nested_offset,
+        p_offset=offset,
+        p_lut=lut,
+        p_row_inv=row_inv,
+        p_out=_bytes(out),
+        n_weights=out.numel(),
+        n_bytes=triton.cdiv(out.numel(), 2),
         BLOCK=block,
         NESTED_BLOCK=nested_block,
         COLS=0 if row_inv is None else cols,
@@ -248,10 +272,10 @@ def quantize_rows(
         quantize_row,
         (rows,),
         x,
-        x,
-        _bytes(q),
-        scale,
-        cols,
+        p_x=x,
+        p_q=_bytes(q),
+        p_scale=scale,
+        n_cols=cols,
         TOP=TOP[q.dtype],
         **options,
     )

@@ -23,7 +23,7 @@ from .head import Head, RunningLSE, Scanned, Top2
 from .rows import ABSENT as _ABSENT
 from .rows import NEG as _NEG
 from .triton_common import INTERPRETED, NEG, launch, scalars, shaped
-from .triton_reduce import merged
+from .triton_reduce import rescale
 
 NO_ID = 2**31 - 1
 END = tl.constexpr(NO_ID)
@@ -39,108 +39,135 @@ MAX_SPLITS = 16
 
 @triton.jit
 def stream(
-    x, w, bias, ids, label_u,
-    u_slots, top, sums, base_top, base_sum, best, best_id, above,
-    n, v, H, S, tiles,
+    d_x, d_w, p_bias, p_ids, p_label_u,
+    p_u_slots, p_max, p_sums, p_base_max, p_base_sum, p_best, p_best_id, p_n_above,
+    n, v, H, S, n_tiles,
     scale: tl.float64, cap: tl.float64, inv_T: tl.float64, CAP: tl.constexpr,
     MOMENTS: tl.constexpr, BASE: tl.constexpr, BEST: tl.constexpr,
     BN: tl.constexpr, BV: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
-    n0 = tl.program_id(0) * BN
-    part = tl.program_id(1)
-    rows = n0 + tl.arange(0, BN)
-    mine = rows < n
+    """Products with the head and their reduction in one kernel: no slab of logits.
+
+        top = max z;  s_i = Σ e^{z − top} (z − top)^i,  i = 0 .. MOMENTS,  per row and part of V
+
+    Args:
+        d_x: [n, H] 16-bit, tiles [BN, BH]. d_w: [≥ v, H] 16-bit, tiles [BV, BH].
+        p_bias: [V] or None. p_ids: int32 [n, S], rising and distinct, END in empty slots.
+        p_label_u: [n] or None, the label's u; needed for p_n_above.
+        p_u_slots: [n, S], receives u of the ids. They take no part in the statistics.
+        p_max: [parts, n]. p_sums: [parts, MOMENTS + 1, n].
+        p_base_max, p_base_sum: [parts, n] each, the same at T = 1, if BASE.
+        p_best: [parts, n, 2], the two largest u; p_best_id: int32 [parts, n], the id of the first;
+            p_n_above: int32 [parts, n], how many u exceed the label's; if BEST.
+        n_tiles: vocabulary tiles of BV columns per part.
+
+    Program (i, part) owns BN rows and n_tiles tiles of the vocabulary.
+    """
+    i_row = tl.program_id(0) * BN
+    i_part = tl.program_id(1)
+    o_rows = i_row + tl.arange(0, BN)
+    m_rows = o_rows < n
     scale = tl.full([], scale, tl.float32)
     inv_T = tl.full([], inv_T, tl.float32)
-    my_ids = ids + rows.to(tl.int64) * S
-    my_slots = u_slots + rows.to(tl.int64) * S
-    first = part * tiles * BV
-    last = tl.minimum(v, first + tiles * BV)
-    m = tl.full([BN], NEG, tl.float32)
-    s0 = tl.zeros([BN], tl.float32)
-    s1 = tl.zeros([BN], tl.float32)
-    s2 = tl.zeros([BN], tl.float32)
-    b_m = tl.full([BN], NEG, tl.float32)
-    b_s = tl.zeros([BN], tl.float32)
-    one = tl.full([BN], NEG, tl.float32)
-    two = tl.full([BN], NEG, tl.float32)
-    who = tl.zeros([BN], tl.int32)
-    more = tl.zeros([BN], tl.int32)
-    if BEST and label_u is not None:
-        bar = tl.load(label_u + rows, mask=mine, other=0.0)
+    p_row_ids = p_ids + o_rows.to(tl.int64) * S
+    p_row_slots = p_u_slots + o_rows.to(tl.int64) * S
+    i_first = i_part * n_tiles * BV
+    i_last = tl.minimum(v, i_first + n_tiles * BV)
+    b_max = tl.full([BN], NEG, tl.float32)
+    b_s0 = tl.zeros([BN], tl.float32)
+    b_s1 = tl.zeros([BN], tl.float32)
+    b_s2 = tl.zeros([BN], tl.float32)
+    b_base_max = tl.full([BN], NEG, tl.float32)
+    b_base_sum = tl.zeros([BN], tl.float32)
+    b_best = tl.full([BN], NEG, tl.float32)
+    b_second = tl.full([BN], NEG, tl.float32)
+    b_best_id = tl.zeros([BN], tl.int32)
+    b_n_above = tl.zeros([BN], tl.int32)
+    if BEST and p_label_u is not None:
+        b_label_u = tl.load(p_label_u + o_rows, mask=m_rows, other=0.0)
     # The first slot of each row that is not before this share.
-    cursor = tl.zeros([BN], tl.int32)
-    step = tl.full([], 1, tl.int32)
-    while step <= S:
-        step *= 2
-    while step > 0:
-        ahead = cursor + step
-        behind = tl.load(my_ids + ahead - 1, mask=mine & (ahead <= S), other=END) < first
-        cursor = tl.where(behind, ahead, cursor)
-        step = step // 2
-    waiting = tl.load(my_ids + cursor, mask=mine & (cursor < S), other=END)
-    for v0 in range(first, last, BV):
-        acc = tl.zeros([BN, BV], tl.float32)
-        for h in range(0, H, BH):
-            a = x.load([n0, h])
-            b = w.load([v0, h])
+    b_cursor = tl.zeros([BN], tl.int32)
+    i_step = tl.full([], 1, tl.int32)
+    while i_step <= S:
+        i_step *= 2
+    while i_step > 0:
+        b_ahead = b_cursor + i_step
+        m_before = (
+            tl.load(p_row_ids + b_ahead - 1, mask=m_rows & (b_ahead <= S), other=END) < i_first
+        )
+        b_cursor = tl.where(m_before, b_ahead, b_cursor)
+        i_step = i_step // 2
+    b_next_id = tl.load(p_row_ids + b_cursor, mask=m_rows & (b_cursor < S), other=END)
+    for i_col in range(i_first, i_last, BV):
+        b_acc = tl.zeros([BN, BV], tl.float32)
+        for i_h in range(0, H, BH):
+            b_x = d_x.load([i_row, i_h])
+            b_w = d_w.load([i_col, i_h])
             if INTERPRETED:
-                a = a.to(tl.float32)
-                b = b.to(tl.float32)
-            acc = tl.dot(a, b.T, acc)
-        cols = v0 + tl.arange(0, BV)
-        real = cols < v
-        u = shaped(acc, bias, cols, real, scale, cap, CAP)
-        u = tl.where(real[None, :], u, NEG)
-        while tl.min(waiting, 0) < v0 + BV:
-            hit = waiting < v0 + BV
-            at = hit[:, None] & (cols[None, :] == waiting[:, None])
-            found = tl.max(tl.where(at, u, NEG), 1)
-            tl.store(my_slots + cursor, found, mask=hit)
-            u = tl.where(at, NEG, u)
-            cursor += hit.to(tl.int32)
-            waiting = tl.load(my_ids + cursor, mask=mine & (cursor < S), other=END)
-        new = tl.maximum(m, tl.max(u, 1) * inv_T)
-        down, fade = merged(m, new)
-        d = tl.maximum(u * inv_T - new[:, None], -1e4)  # NEG² would overflow, and e^-1e4 is zero
-        e = tl.exp(d)
+                b_x = b_x.to(tl.float32)
+                b_w = b_w.to(tl.float32)
+            b_acc = tl.dot(b_x, b_w.T, b_acc)
+        o_cols = i_col + tl.arange(0, BV)
+        m_cols = o_cols < v
+        b_u = shaped(b_acc, p_bias, o_cols, m_cols, scale, cap, CAP)
+        b_u = tl.where(m_cols[None, :], b_u, NEG)
+        while tl.min(b_next_id, 0) < i_col + BV:
+            m_hit = b_next_id < i_col + BV
+            m_at = m_hit[:, None] & (o_cols[None, :] == b_next_id[:, None])
+            b_slot_u = tl.max(tl.where(m_at, b_u, NEG), 1)
+            tl.store(p_row_slots + b_cursor, b_slot_u, mask=m_hit)
+            b_u = tl.where(m_at, NEG, b_u)
+            b_cursor += m_hit.to(tl.int32)
+            b_next_id = tl.load(p_row_ids + b_cursor, mask=m_rows & (b_cursor < S), other=END)
+        b_new_max = tl.maximum(b_max, tl.max(b_u, 1) * inv_T)
+        b_shift, b_decay = rescale(b_max, b_new_max)
+        b_d = tl.maximum(
+            b_u * inv_T - b_new_max[:, None], -1e4
+        )  # NEG² would overflow, and e^-1e4 is zero
+        b_exp = tl.exp(b_d)
         if MOMENTS >= 2:
-            s2 = fade * (s2 + 2 * down * s1 + down * down * s0) + tl.sum(e * d * d, 1)
+            b_s2 = b_decay * (b_s2 + 2 * b_shift * b_s1 + b_shift * b_shift * b_s0) + tl.sum(
+                b_exp * b_d * b_d, 1
+            )
         if MOMENTS >= 1:
-            s1 = fade * (s1 + down * s0) + tl.sum(e * d, 1)
-        s0 = fade * s0 + tl.sum(e, 1)
-        m = new
+            b_s1 = b_decay * (b_s1 + b_shift * b_s0) + tl.sum(b_exp * b_d, 1)
+        b_s0 = b_decay * b_s0 + tl.sum(b_exp, 1)
+        b_max = b_new_max
         if BASE:
-            new = tl.maximum(b_m, tl.max(u, 1))
-            _, fade = merged(b_m, new)
-            b_s = fade * b_s + tl.sum(tl.exp(tl.maximum(u - new[:, None], -1e4)), 1)
-            b_m = new
+            b_new_max = tl.maximum(b_base_max, tl.max(b_u, 1))
+            _, b_decay = rescale(b_base_max, b_new_max)
+            b_base_sum = b_decay * b_base_sum + tl.sum(
+                tl.exp(tl.maximum(b_u - b_new_max[:, None], -1e4)), 1
+            )
+            b_base_max = b_new_max
         if BEST:
-            here = tl.max(u, 1)
-            index = v0 + tl.argmax(u, 1)
-            next_best = tl.max(tl.where(cols[None, :] == index[:, None], NEG, u), 1)
-            better = here > one
-            two = tl.where(better, tl.maximum(one, next_best), tl.maximum(two, here))
-            who = tl.where(better, index, who)
-            one = tl.maximum(one, here)
-            if label_u is not None:
-                more += tl.sum((u > bar[:, None]).to(tl.int32), 1)
-    out = part.to(tl.int64) * n + rows
-    tl.store(top + out, m, mask=mine)
-    sums += part.to(tl.int64) * n * (MOMENTS + 1)
-    tl.store(sums + rows, s0, mask=mine)
+            b_tile_best = tl.max(b_u, 1)
+            b_tile_id = i_col + tl.argmax(b_u, 1)
+            b_tile_second = tl.max(tl.where(o_cols[None, :] == b_tile_id[:, None], NEG, b_u), 1)
+            m_better = b_tile_best > b_best
+            b_second = tl.where(
+                m_better, tl.maximum(b_best, b_tile_second), tl.maximum(b_second, b_tile_best)
+            )
+            b_best_id = tl.where(m_better, b_tile_id, b_best_id)
+            b_best = tl.maximum(b_best, b_tile_best)
+            if p_label_u is not None:
+                b_n_above += tl.sum((b_u > b_label_u[:, None]).to(tl.int32), 1)
+    o_out = i_part.to(tl.int64) * n + o_rows
+    tl.store(p_max + o_out, b_max, mask=m_rows)
+    p_sums += i_part.to(tl.int64) * n * (MOMENTS + 1)
+    tl.store(p_sums + o_rows, b_s0, mask=m_rows)
     if MOMENTS >= 1:
-        tl.store(sums + n + rows, s1, mask=mine)
+        tl.store(p_sums + n + o_rows, b_s1, mask=m_rows)
     if MOMENTS >= 2:
-        tl.store(sums + 2 * n + rows, s2, mask=mine)
+        tl.store(p_sums + 2 * n + o_rows, b_s2, mask=m_rows)
     if BASE:
-        tl.store(base_top + out, b_m, mask=mine)
-        tl.store(base_sum + out, b_s, mask=mine)
+        tl.store(p_base_max + o_out, b_base_max, mask=m_rows)
+        tl.store(p_base_sum + o_out, b_base_sum, mask=m_rows)
     if BEST:
-        tl.store(best + 2 * out, one, mask=mine)
-        tl.store(best + 2 * out + 1, two, mask=mine)
-        tl.store(best_id + out, who, mask=mine)
-        tl.store(above + out, more, mask=mine)
+        tl.store(p_best + 2 * o_out, b_best, mask=m_rows)
+        tl.store(p_best + 2 * o_out + 1, b_second, mask=m_rows)
+        tl.store(p_best_id + o_out, b_best_id, mask=m_rows)
+        tl.store(p_n_above + o_out, b_n_above, mask=m_rows)
 
 
 def pays(head: Head, hidden_nH: Tensor) -> bool:
@@ -207,24 +234,24 @@ def scan(
         stream,
         (triton.cdiv(n, BN), parts),
         hidden_nH,
-        TensorDescriptor.from_tensor(hidden_nH, [BN, BH]),
-        TensorDescriptor.from_tensor(head.weight, [BV, BH]),
-        head.bias,
-        ids,
-        label_u_n,
-        u_slots,
-        top,
-        sums,
-        base_rows[0] if base else None,
-        base_rows[1] if base else None,
-        best_u if best else None,
-        best_id if best else None,
-        above if best else None,
-        n,
-        head.vocab,
-        H,
-        S,
-        each,
+        d_x=TensorDescriptor.from_tensor(hidden_nH, [BN, BH]),
+        d_w=TensorDescriptor.from_tensor(head.weight, [BV, BH]),
+        p_bias=head.bias,
+        p_ids=ids,
+        p_label_u=label_u_n,
+        p_u_slots=u_slots,
+        p_max=top,
+        p_sums=sums,
+        p_base_max=base_rows[0] if base else None,
+        p_base_sum=base_rows[1] if base else None,
+        p_best=best_u if best else None,
+        p_best_id=best_id if best else None,
+        p_n_above=above if best else None,
+        n=n,
+        v=head.vocab,
+        H=H,
+        S=S,
+        n_tiles=each,
         **scalars(head),
         MOMENTS=moments,
         BASE=base,

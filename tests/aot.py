@@ -64,27 +64,29 @@ def disassembled(cubin: bytes) -> dict[str, Any]:
     }
 
 
-def compiled(kernel: Any, target: int, pretend: Pretend, args: Any, options: Any) -> dict[str, Any]:
+def compiled(kernel: Any, target: int, pretend: Pretend, options: dict[str, Any]) -> dict[str, Any]:
     pretend.capability = target
-    built = kernel.warmup(*args, grid=(1,), **options)
+    built = kernel.warmup(grid=(1,), **options)
     return {
         "kernel": kernel.__name__,
         "target": target,
-        "key": describe(args, options),
+        "key": describe(kernel, options),
         "shared": built.metadata.shared,
         **disassembled(built.asm["cubin"]),
     }
 
 
-def describe(args: Any, options: Any) -> str:
+def describe(kernel: Any, options: dict[str, Any]) -> str:
     """The types of the tensors, which arguments are absent or 1, and the constants."""
+    args = [options[p.name] for p in kernel.params if not p.is_constexpr]
+    names = [p.name for p in kernel.params if p.is_constexpr]
     types = [
         str(a.dtype).removeprefix("torch.") if isinstance(a, torch.Tensor) else "-"
         for a in args
         if a is None or isinstance(a, torch.Tensor)
     ]
-    constants = {k: getattr(v, "__name__", v) for k, v in options.items() if k[0].isupper()}
-    absent = [k for k, v in options.items() if v is None]
+    constants = {k: getattr(options[k], "__name__", options[k]) for k in names}
+    absent = [k for k in names if options[k] is None]
     ones = [i for i, a in enumerate(args) if type(a) is int and a == 1]
     return " ".join(types) + f" {constants} {absent} {ones} warps={options.get('num_warps')}"
 
@@ -92,11 +94,11 @@ def describe(args: Any, options: Any) -> str:
 def record(targets: list[int]) -> list[dict[str, Any]]:
     pretend = Pretend()
     driver.set_active(pretend)
-    seen: dict[tuple[str, str], tuple[Any, Any, Any]] = {}
+    seen: dict[tuple[str, str], tuple[Any, dict[str, Any]]] = {}
 
-    def launch(kernel: Any, grid: Any, like: Any, *args: Any, **options: Any) -> None:
+    def launch(kernel: Any, grid: Any, like: Any, **options: Any) -> None:
         if 0 not in grid:
-            seen.setdefault((kernel.__name__, describe(args, options)), (kernel, args, options))
+            seen.setdefault((kernel.__name__, describe(kernel, options)), (kernel, options))
 
     from fastdistill.kernels import triton_quant, triton_stream
     from fastdistill.kernels.backends import get_backend
@@ -112,8 +114,8 @@ def record(targets: list[int]) -> list[dict[str, Any]]:
     run_streamed()
     run_quantised(triton_quant)
     return [
-        compiled(kernel, target, pretend, args, options)
-        for kernel, args, options in seen.values()
+        compiled(kernel, target, pretend, options)
+        for kernel, options in seen.values()
         for target in targets
         if kernel.__name__ != "stream" or target // 10 in triton_stream.STREAM_UP_TO
     ]
