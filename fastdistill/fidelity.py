@@ -1,4 +1,4 @@
-"""What quantising a teacher cost: its distance from the full-precision weights on a few texts.
+"""What quantizing a teacher cost: its distance from the full-precision weights on a few texts.
 
 An error of 0.01 nats per token is nothing beside a student that is 1 nat away, and half of what
 there is to learn beside one that is 0.02 away: hence the ratio to KL(teacher ‖ student).
@@ -49,10 +49,10 @@ class QuantizedTeacher(Protocol):
 class FidelityReport:
     """KL in nats per token at T = 1 over the whole vocabulary; intervals are 95 %.
 
-    kl: the mean of KL(full ‖ quantised). top1_agreement: share of tokens where both rank the same
+    kl: the mean of KL(full ‖ quantized). top1_agreement: share of tokens where both rank the same
     first. The intervals resample whole sequences, whose tokens err together, and are NaN for one
     alone; top1's is at least Wilson's, since no resampling shows what has not occurred. student_kl:
-    the mean of KL(quantised teacher ‖ student); ratio = kl / student_kl; None without a student.
+    the mean of KL(quantized teacher ‖ student); ratio = kl / student_kl; None without a student.
     warning: what to do where the ratio is above 5 %, or None.
     """
 
@@ -69,7 +69,7 @@ class FidelityReport:
     def __str__(self) -> str:
         (low, high), (low1, high1) = self.kl_interval, self.top1_interval
         line = (
-            f"KL(full ‖ quantised) {self.kl:.3g} nats/token [{low:.3g}, {high:.3g}], same top "
+            f"KL(full ‖ quantized) {self.kl:.3g} nats/token [{low:.3g}, {high:.3g}], same top "
             f"token {self.top1_agreement:.2%} [{low1:.2%}, {high1:.2%}], {self.tokens:,} tokens of "
             f"{self.sequences:,} sequences"
         )
@@ -86,7 +86,7 @@ def measure(
     against: QuantizedTeacher | PreTrainedModel | str | Path | None = None,
     student: PreTrainedModel | float | None = None,
 ) -> FidelityReport:
-    """KL(full ‖ quantised) and top-1 agreement of `teacher` on a calibration batch.
+    """KL(full ‖ quantized) and top-1 agreement of `teacher` on a calibration batch.
 
     Exact over the whole vocabulary, streamed: no [N, V] tensor. Positions are those a training
     would count: each attended token but a row's first is predicted from the one before, where its
@@ -167,8 +167,8 @@ class _Side:
 def _compare(
     sides: list[_Side], ids: Tensor, mask: Tensor | None, counted: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Per counted token: KL(full ‖ quantised), whether the top token is the same, and
-    KL(quantised ‖ student), empty without one."""
+    """Per counted token: KL(full ‖ quantized), whether the top token is the same, and
+    KL(quantized ‖ student), empty without one."""
     ours, full, *others = sides
     vocab = ours.head.vocab_size
     ours_NH, full_NG = (side.hidden(ids, mask, counted) for side in (ours, full))
@@ -190,7 +190,7 @@ def _report(
     warning = None
     if ratio is not None and ratio > RATIO_LIMIT:
         warning = (
-            f"teacher: quantising moved it by {distance.value:.3g} nats per token, {ratio:.1%} of "
+            f"teacher: quantizing moved it by {distance.value:.3g} nats per token, {ratio:.1%} of "
             f"the {student_kl:.3g} between it and the student; more than {RATIO_LIMIT:.0%} is "
             "taught as if it were the teacher's knowledge. Use quant='int8', compute='exact', or "
             "the full-precision teacher"
@@ -239,12 +239,12 @@ def _side(model: nn.Module, teacher: QuantizedTeacher) -> _Side:
 
 
 def _full_precision(teacher: QuantizedTeacher, against: Any) -> _Side:
-    """`against`, or the weights that the teacher was quantised from."""
+    """`against`, or the weights that the teacher was quantized from."""
     if against is None:
         against = teacher.source
         if against is None or against.is_quantized or teacher.quant is None:
             checks.fail("against", "the full-precision model or its path, as this teacher was not "
-                        "quantised from a path by load_teacher", None)  # fmt: skip
+                        "quantized from a path by load_teacher", None)  # fmt: skip
     if isinstance(against, (str, Path)):
         against = StoredModel.at(against)
     if isinstance(against, StoredModel):

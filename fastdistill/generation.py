@@ -52,7 +52,7 @@ def generate_rows(
 
     Args:
         rows: token ids, one or more each.
-        pad_id: fills rows that are shorter than their neighbours. ends: ids that end a row.
+        pad_id: fills rows that are shorter than their neighbors. ends: ids that end a row.
         device: of the input ids.
         processors: of each batch.
         synced: other processes generate at the same time and must take as many steps.

@@ -110,7 +110,7 @@ def head_of(model: nn.Module) -> LMHead:
     if not plain and not is_partitioned(model):
         raise TypeError(
             "model: expected an output head with a floating-point weight [V, H], got "
-            f"{type(module).__name__}. Leave the head out of quantisation (skip lm_head)"
+            f"{type(module).__name__}. Leave the head out of quantization (skip lm_head)"
         )
     scale, softcap = _multipliers(getattr(model, "config", None))
     return LMHead(

@@ -41,7 +41,7 @@ _LENGTH_DEPENDENT_ROPE = ("longrope", "dynamic")
 
 # Relative errors of hidden states, medians over tokens: a mixture of experts may send a single
 # token elsewhere by a rounding, a wrong mask or position moves nearly all. The same layout with
-# other neighbours must agree far better than another layout, whose sums run in another order.
+# other neighbors must agree far better than another layout, whose sums run in another order.
 _TOUCHED = {torch.float64: 1e-6, torch.float32: 1e-4}
 _MOVED = {torch.float64: 1e-6, torch.float32: 1e-3}
 _TOUCHED_HALF, _MOVED_HALF = 1e-2, 1e-1

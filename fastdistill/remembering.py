@@ -12,7 +12,7 @@ from .teacher import Teacher
 class MemoizedTeacher:
     """Keeps a Teacher's answers in memory, for runs that read the same windows again.
 
-    Windows are unpadded, and recognised by their token ids. Memory is tokens · k · 8 bytes.
+    Windows are unpadded, and recognized by their token ids. Memory is tokens · k · 8 bytes.
     """
 
     def __init__(self, teacher: Teacher) -> None:

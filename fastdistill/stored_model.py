@@ -70,7 +70,7 @@ class StoredModel:
         """The model under an adapter; the model itself where it is none.
 
         Raises:
-            ValueError: the adapter names no base, or one that is quantised or an adapter itself.
+            ValueError: the adapter names no base, or one that is quantized or an adapter itself.
             FileNotFoundError: the base is not there.
         """
         if not self.is_adapter:
@@ -197,7 +197,7 @@ def load_whole(path: str | Path, **options: Any) -> PreTrainedModel:
 
 
 def _check_method(folder: Path, config: Any, files: TensorFiles) -> None:
-    """Raise for a method of quantisation that transformers needs code from elsewhere for, or that
+    """Raise for a method of quantization that transformers needs code from elsewhere for, or that
     is not the tensors'."""
     stored = getattr(config, "quantization_config", None)
     if stored is None:

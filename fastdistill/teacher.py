@@ -191,7 +191,7 @@ class Teacher:
         against: Teacher | PreTrainedModel | str | Path | None = None,
         student: PreTrainedModel | float | None = None,
     ) -> FidelityReport:
-        """What quantising this teacher cost on a calibration batch; see `fidelity.measure`."""
+        """What quantizing this teacher cost on a calibration batch; see `fidelity.measure`."""
         return measure(self, batch, against=against, student=student)
 
 
@@ -207,19 +207,19 @@ def load_teacher(
     tokenizer: Any = None,
     impl: str = "auto",
 ) -> Teacher:
-    """A frozen teacher, quantised on request, on the device it will answer from.
+    """A frozen teacher, quantized on request, on the device it will answer from.
 
     Args:
         path_or_model: the directory of a safetensors checkpoint, or its name on the hub, plain or
-            already quantised (own, bitsandbytes, GPTQ, AWQ); that of an adapter, which is merged
+            already quantized (own, bitsandbytes, GPTQ, AWQ); that of an adapter, which is merged
             into the base that it names; a .gguf file; or a loaded model, which is frozen, and
-            quantised, in place. Nothing in a checkpoint is executed.
-        quant: "nf4", "fp4", "int4" or "int8" quantises the linear layers but the output head while
+            quantized, in place. Nothing in a checkpoint is executed.
+        quant: "nf4", "fp4", "int4" or "int8" quantizes the linear layers but the output head while
             they load; None keeps what is stored.
-        compute: how quantised layers multiply: "exact" (weights expanded), "int8", "fp8" (GPU), or
+        compute: how quantized layers multiply: "exact" (weights expanded), "int8", "fp8" (GPU), or
             "auto", which chooses.
         device: None is the current GPU, or the CPU where there is none; a loaded model stays.
-        dtype: of what is not quantised; "auto" keeps the stored one.
+        dtype: of what is not quantized; "auto" keeps the stored one.
         attn_implementation: passed on to transformers. None is flash_attention_2 where flash-attn
             is installed, the model has it, the device is CUDA and the dtype 16-bit; else what
             transformers chooses, which is sdpa where the model has it.
@@ -231,12 +231,12 @@ def load_teacher(
 
     Raises:
         FileNotFoundError: nothing there. ValueError: an unknown quant or compute, quant for what is
-        quantised already, a pickle instead of safetensors. TypeError: not a model or path.
+        quantized already, a pickle instead of safetensors. TypeError: not a model or path.
     """
     _check_names(quant, compute)
     source, trainable = None, []
     if isinstance(path_or_model, nn.Module):
-        # Weakly: quantising frees the weights that it replaces.
+        # Weakly: quantizing frees the weights that it replaces.
         trainable = [weakref.ref(p) for p in path_or_model.parameters() if p.requires_grad]
         model = _from_model(path_or_model, quant, compute, device, dtype, attn_implementation)
     elif isinstance(path_or_model, (str, Path)):
@@ -262,7 +262,7 @@ def check_quantization(source: StoredModel, quant: str | None, compute: str) -> 
     """Raise ValueError where a checkpoint cannot be loaded with these options of load_teacher."""
     _check_names(quant, compute)
     if source.is_quantized and quant is not None:
-        checks.fail("quant", f"None, since {source.path} is quantised already", repr(quant),
+        checks.fail("quant", f"None, since {source.path} is quantized already", repr(quant),
                     "or pass the full-precision checkpoint")  # fmt: skip
     if quant is None and not source.is_quantized:
         _check_full_precision_compute(compute)
@@ -278,7 +278,7 @@ def _from_checkpoint(source: StoredModel, quant: str | None, compute: str, devic
     check_quantization(source, quant, compute)
     if quant is None and not source.is_quantized:
         return source.load(device)
-    if source.is_adapter:  # merged first: what is quantised is what answers
+    if source.is_adapter:  # merged first: what is quantized is what answers
         return _from_model(source.load(device), quant, compute, device, "auto", None)
     from .quant import load_quantized
 

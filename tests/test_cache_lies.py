@@ -99,9 +99,9 @@ def test_places_that_lie(copied, cache, value):
     tensors["places"][...] = value
     save_file(tensors, shard)
     rewrite(copied, shard)
-    with pytest.raises(CacheError, match="places of row 0: expected rising numbers in 0"):
+    with pytest.raises(CacheError, match="places of row 0: expected increasing numbers in 0"):
         ask(TeacherCache(copied))
-    with pytest.raises(CacheError, match="places: expected rising"):
+    with pytest.raises(CacheError, match="places: expected increasing"):
         TeacherCache(copied).verify()
 
 

@@ -114,7 +114,7 @@ def test_what_is_not_distillkits(tmp_path):
     with pytest.raises(CacheError, match="compressed_logprobs: expected more bytes"):
         ParquetRows(files_of(folder))
     (folder / CONFIG).unlink()
-    with pytest.raises(CacheError, match=r"expected compression_config\.yaml beside it"):
+    with pytest.raises(CacheError, match=r"expected compression_config\.yaml in its folder"):
         ParquetRows(files_of(folder))
 
 

@@ -20,7 +20,7 @@ from fastdistill import CacheError, Teacher, TeacherCache, TopK
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"k": 7}, "begun with k=8, and now asked for with k=7"),
+        ({"k": 7}, "begun with k=8, got k=7"),
         ({"temperatures": (1.0,)}, "temperatures=\\[1.0, 2.0\\]"),
         ({"positions": "targets"}, "positions='all'"),
         ({"max_length": 5}, "max_length=None"),

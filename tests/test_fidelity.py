@@ -93,7 +93,7 @@ def test_rows_as_a_training_takes_them(stored):
     assert report.kl == pytest.approx(kl[counted].mean().item(), rel=1e-4)
 
 
-@pytest.mark.filterwarnings("ignore:teacher. quantising moved it")
+@pytest.mark.filterwarnings("ignore:teacher. quantizing moved it")
 def test_student_may_be_a_model_or_its_distance(stored):
     teacher = load_teacher(stored, quant="nf4", compute="exact")
     student = build("llama", vocab_size=VOCAB + 6).train()  # padded, as heads often are
@@ -115,7 +115,7 @@ def test_above_five_percent_it_warns(stored):
         report = teacher.fidelity(batch(), student=10 * kl)
     assert "more than 5% is taught as if it were the teacher's knowledge" in report.warning
     assert str(report).count("\n") == 0
-    assert f"KL(full ‖ quantised) {kl:.3g} nats/token [" in str(report)
+    assert f"KL(full ‖ quantized) {kl:.3g} nats/token [" in str(report)
     assert "39 tokens of 6 sequences; 10.0% of KL(teacher ‖ student)" in str(report)
     assert teacher.fidelity(batch(), student=21 * kl).warning is None
 

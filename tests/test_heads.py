@@ -127,7 +127,7 @@ def test_quantised_head_and_non_model_are_refused():
     model = build("llama")
     packed = torch.zeros(61, 16, dtype=torch.uint8)
     model.lm_head.weight = torch.nn.Parameter(packed, requires_grad=False)
-    with pytest.raises(TypeError, match=r"Leave the head out of quantisation"):
+    with pytest.raises(TypeError, match=r"Leave the head out of quantization"):
         head_of(model)
     with pytest.raises(TypeError, match="AutoModelForCausalLM"):
         head_of(torch.nn.Linear(2, 2))

@@ -102,7 +102,7 @@ def test_nothing_is_written_over_and_nothing_half_is_left(tmp_path, monkeypatch)
     with pytest.raises(OSError, match="No space left"):
         fd.save_quantized(model, tmp_path / "new")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["there"]
-    with pytest.raises(ValueError, match="model: expected quantised layers"):
+    with pytest.raises(ValueError, match="model: expected quantized layers"):
         fd.save_quantized(model_of("llama"), tmp_path / "new")
 
 
@@ -155,7 +155,7 @@ def test_arguments(folders, tmp_path):
     with pytest.raises(ValueError, match="compute: expected one of"):
         load_quantized(folders["llama"], compute="int5")
     saved = fd.save_quantized(fd.quantize_model(model_of("llama"), "nf4"), tmp_path / "q")
-    with pytest.raises(ValueError, match=r"quant: expected None, since .*q is quantised already"):
+    with pytest.raises(ValueError, match=r"quant: expected None, since .*q is quantized already"):
         load_quantized(saved, quant="int8")
 
 

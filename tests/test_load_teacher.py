@@ -115,7 +115,7 @@ def test_a_checkpoint_that_is_quantised_already(tmp_path):
     same_answers(teacher, Teacher(model))
     assert teacher.quant is None
     assert teacher.source.is_quantized
-    with pytest.raises(ValueError, match=r"quant: expected None, since .* is quantised already"):
+    with pytest.raises(ValueError, match=r"quant: expected None, since .* is quantized already"):
         load_teacher(tmp_path, quant="int8")
 
 

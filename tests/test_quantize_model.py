@@ -156,7 +156,7 @@ def test_changing_the_type_leaves_scales_alone():
 def test_forward_only():
     layer = LUT4Linear.from_linear(nn.Linear(64, 64))
     x = torch.randn(2, 64, requires_grad=True)
-    with pytest.raises(RuntimeError, match=r"x: a quantised layer is forward only.*no_grad"):
+    with pytest.raises(RuntimeError, match=r"x: a quantized layer is forward only.*no_grad"):
         layer(x)
     with torch.no_grad():
         assert layer(x).shape == (2, 64)
@@ -171,14 +171,14 @@ def test_experts_answer_to_linear_alone():
     found = nn.functional.linear(x, stack[torch.tensor(2)])
     assert torch.allclose(found, x @ dense.t(), atol=1e-6)
     assert isinstance(stack[1], Expert)
-    with pytest.raises(TypeError, match=r"quantised experts: expected .*linear"):
+    with pytest.raises(TypeError, match=r"quantized experts: expected .*linear"):
         torch.matmul(x, stack[0])
 
 
 @pytest.mark.parametrize(("call", "error"), [
     (lambda m: fd.quantize_model(m, "nf3"), "scheme: expected one of .*'nf3'"),
     (lambda m: fd.quantize_model(m, "nf4", compute="int4"), "compute: expected one of .*'int4'"),
-    (lambda m: fd.quantize_model(nn.ReLU(), "nf4"), "model: expected linear layers to quantise"),
+    (lambda m: fd.quantize_model(nn.ReLU(), "nf4"), "model: expected linear layers to quantize"),
     (lambda m: fd.quantize_model(m, "nf4", compute="fp8"),
      "'fp8' cannot run on model.layers.0.self_attn.q_proj: it needs a GPU"),
     (lambda m: fd.quantize_model(nn.Sequential(nn.Linear(50, 3)), "nf4", compute="int8"),

@@ -11,7 +11,7 @@ from stored import DTYPES, read_all, values
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from fastdistill.quant.checkpoint import CheckpointError, is_quantized_checkpoint, open_checkpoint
-from fastdistill.quant.formats import CENTRED, Int8Weight, Lut4Weight
+from fastdistill.quant.formats import CENTERED, Int8Weight, Lut4Weight
 from fastdistill.quant.read_gguf import q4_0, q8_0
 
 SIZES = dict(
@@ -214,7 +214,7 @@ def test_blocks_of_q4_0_and_q8_0():
     q = np.concatenate([nibbles & 15, nibbles >> 4], 1).astype(np.float32) - 8
     expected = (q * scales.astype(np.float32)[:, None]).reshape(2, 64)
     assert torch.equal(values(weight), torch.from_numpy(expected))
-    assert weight.lut.tolist() == list(CENTRED)
+    assert weight.lut.tolist() == list(CENTERED)
 
     ints = rng.integers(-128, 128, (4, 32), dtype=np.int8)
     data = b"".join(struct.pack("<e", d) + n.tobytes() for d, n in zip(scales, ints, strict=True))

@@ -1,4 +1,4 @@
-"""A teacher's answers on disk: built once, verified, and read where batches are made."""
+"""Teacher caches: top-k answers on disk, built once and read by DataLoader workers."""
 
 from .cache import TeacherCache
 from .manifest import CacheError

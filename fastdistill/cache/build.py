@@ -1,8 +1,8 @@
-"""Building a cache: shard after shard, each from the same batches whatever happened before it.
+"""Builds a cache shard by shard, resumably and reproducibly.
 
-A shard is written when all its rows are answered, beside its place, synced and renamed, and then
-noted. A build that is started again keeps what is noted and makes the rest, so that its bytes are
-those of a build that nothing disturbed.
+When all rows of a shard are answered, it is written to a temporary file, synced, renamed, and then
+recorded. A resumed build keeps the recorded shards and builds the others from the same batches, so
+its bytes equal those of an uninterrupted build.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ from .manifest import (
 )
 from .shards import Writer, key_of
 
-_START_TIMEOUT = 60.0  # seconds that other processes of a build have to begin
+_START_TIMEOUT = 60.0  # seconds in which the other processes of a build must start
 _LOCK = ".building-{rank}"
 
 
 @dataclass(frozen=True)
 class PendingRow:
-    """One row whose answers are wanted: its tokens that are attended to, and where among them."""
+    """A row to be answered: its attended tokens, and the positions among them to answer."""
 
     index: int  # in the dataset
     tokens: Tensor  # (T,) int64
@@ -57,9 +57,9 @@ class PendingRow:
 
 
 class Source(Protocol):
-    """Where the answers of a shard's rows come from.
+    """Answers the rows of a shard.
 
-    answers_all: whether every place has an answer, or some may hold nothing.
+    answers_all: whether every place has an answer; if not, some may be empty.
     """
 
     answers_all: bool
@@ -67,8 +67,9 @@ class Source(Protocol):
     def answers(
         self, rows: list[PendingRow], settings: Settings, shard: int
     ) -> Iterator[tuple[list[int], list[TopK]]]:
-        """(some of `rows` by number, their answers one behind the other [Σ P, ≤ k], at every
-        temperature), until all rows with a place were there."""
+        """Yield (indices into `rows`, their concatenated answers [Σ P, ≤ k] per temperature).
+
+        Every row with at least one place is yielded once."""
 
 
 def build(
@@ -82,13 +83,13 @@ def build(
     rank: int = 0,
     world: int = 1,
 ) -> Manifest:
-    """Build, or go on building, this process's shards; returns when all processes' are there.
+    """Build or resume this process's shards; return when the shards of all processes exist.
 
     Raises:
-        CacheError: another process is building here, other settings or examples than it was begun
-            with, answers that no language model gives, or another process that stopped.
-        OSError: no space, no permission. What is finished stays, and the next build goes on there.
-        Where nothing is finished, an error leaves the folder as it was.
+        CacheError: another process is building here, the settings or examples differ from those of
+            the first run, an answer is no distribution, or another process stopped.
+        OSError: no space or no permission. Finished shards stay, and the next build resumes.
+        If no shard is finished, an error leaves the folder as it was.
     """
     with _prepared_folder(folder, rank), _exclusive(folder, rank):
         settings = _agree_on_settings(folder, settings, rank)
@@ -163,7 +164,7 @@ def encode_row(dataset: Any, encoder: Encoder, index: int, settings: Settings) -
 
 @contextlib.contextmanager
 def _background_writer(folder: Path, settings: Settings) -> Iterator[Any]:
-    """A shard is hashed and synced while the teacher answers the next one; one at a time."""
+    """Write one shard at a time in a thread, while the teacher answers the next one."""
     with ThreadPoolExecutor(1) as pool:
         pending: list[Future[None]] = []
 
@@ -179,7 +180,7 @@ def _background_writer(folder: Path, settings: Settings) -> Iterator[Any]:
 
 def _write(folder: Path, settings: Settings, index: int, writer: Writer) -> None:
     try:
-        if not (folder / SETTINGS).is_file():  # a rank that was refused took it away
+        if not (folder / SETTINGS).is_file():  # another rank failed and removed it
             write_settings(folder, settings)
         write_shard_record(folder, writer.write(folder / shard_name(index)))
     except OSError as error:
@@ -193,8 +194,9 @@ def _write(folder: Path, settings: Settings, index: int, writer: Writer) -> None
 
 @contextlib.contextmanager
 def _prepared_folder(folder: Path, rank: int) -> Iterator[None]:
-    """The folder, there and writable; as it was before where the build is refused and nothing is
-    finished. What is killed or interrupted leaves its settings, and the next build goes on."""
+    """Create the folder and check that it is writable; undo this if the build fails at once.
+
+    A killed or interrupted build leaves its settings, and the next one resumes."""
     missing = [p for p in (folder, *folder.parents) if not p.exists()]
     begun_before = (folder / SETTINGS).is_file()
     _make_folder(folder, rank, missing)
@@ -226,12 +228,12 @@ def _remove_empty(folders: list[Path]) -> None:
     for folder in folders:
         try:
             folder.rmdir()
-        except OSError:  # it holds something, or was never made
+        except OSError:  # it is not empty, or does not exist
             return
 
 
 def _is_in_use(folder: Path, rank: int) -> bool:
-    """Whether something is finished here, or another rank is at work here."""
+    """Whether a shard is finished or another rank is building in this folder."""
     if any(folder.glob("[0-9]*.safetensors")):
         return True
     own = _LOCK.format(rank=rank)
@@ -240,14 +242,14 @@ def _is_in_use(folder: Path, rank: int) -> bool:
 
 @contextlib.contextmanager
 def _exclusive(folder: Path, rank: int) -> Iterator[None]:
-    """The one process that builds these shards, until it ends in whatever way."""
+    """Hold the lock of this rank's shards; raise CacheError if another process holds it."""
     path = folder / _LOCK.format(rank=rank)
     with _locked(path) as acquired:
         if not acquired:
             raise CacheError(
-                f"{folder}: expected to build here alone, but another process is building"
-                f"{f' as rank {rank}' if rank else ''}. Wait for it, or give several processes a "
-                "rank each"
+                f"{folder}: expected no other builder, but another process is building"
+                f"{f' as rank {rank}' if rank else ''}. Wait for it, or give each process its own "
+                "rank"
             )
         try:
             yield
@@ -257,9 +259,9 @@ def _exclusive(folder: Path, rank: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[bool]:
-    """Whether the lock of this name could be had; held until the end."""
-    # More than once: another rank that looks whether this one is at work holds it an instant, and
-    # the file may have been removed by whoever held it before.
+    """Try to acquire a file lock; yield whether it is held."""
+    # Retried: a rank that probes the lock holds it for an instant, and the previous holder may
+    # have removed the file.
     for _ in range(10):
         with path.open("a") as file:
             if _lock(file) and _is_at(path, file):
@@ -293,7 +295,7 @@ def _is_locked(path: Path) -> bool:
 
 
 def _agree_on_settings(folder: Path, settings: Settings, rank: int) -> Settings:
-    """What the build was begun with, which must be the same but for how it is cut into shards."""
+    """Return the settings of the build in this folder; write ours if there are none."""
     begun = check_begun(folder, settings, rank)
     if begun is None:
         write_settings(folder, settings)
@@ -302,10 +304,12 @@ def _agree_on_settings(folder: Path, settings: Settings, rank: int) -> Settings:
 
 
 def check_begun(folder: Path, settings: Settings, rank: int = 0) -> Settings | None:
-    """Return what a build in this folder was begun with; None where nothing is kept of any.
+    """Return the settings of the build in this folder; None if there is nothing to resume.
+
+    Sharding, library versions and batch size may differ from `settings`.
 
     Raises:
-        CacheError: it was begun with other settings, or the folder holds something else.
+        CacheError: other settings differ, or the folder holds something else.
     """
     if not (folder / SETTINGS).is_file():
         if any(folder.glob("*.safetensors")):
@@ -324,8 +328,8 @@ def check_begun(folder: Path, settings: Settings, rank: int = 0) -> Settings | N
     if differing:
         name = differing[0]
         raise CacheError(
-            f"{folder}: begun with {name}={_short(old_values[name])}, and now asked for with "
-            f"{name}={_short(new_values[name])}. Build into another folder, or continue with the "
+            f"{folder}: begun with {name}={_short(old_values[name])}, got "
+            f"{name}={_short(new_values[name])}. Build into another folder, or resume with the "
             f"settings in {SETTINGS}"
         )
     return begun
@@ -343,14 +347,14 @@ def _check_same_rows(
     for at, key in ((rows[0], record.first_row), (rows[-1], record.last_row)):
         if key_of(encode_row(dataset, encoder, at, settings).tokens.numpy()).hex() != key:
             raise CacheError(
-                f"{folder}: expected the examples that it was begun with, but example {at} has "
-                f"other tokens than {record.file} answers. Build another dataset into another "
-                "folder"
+                f"{folder}: expected the examples that it was begun with, but the tokens of "
+                f"example {at} differ from those in {record.file}. Build another dataset into "
+                "another folder"
             )
 
 
 def _remove_leftovers(folder: Path, to_do: list[int], alone: bool) -> None:
-    """Remove what killed processes left half written."""
+    """Remove temporary files of killed processes."""
     names = [shard_name(index) for index in to_do]
     for name in [*names, *(n.replace(".safetensors", ".json") for n in names)]:
         for leftover in folder.glob(f".{name}.*"):
@@ -361,7 +365,7 @@ def _remove_leftovers(folder: Path, to_do: list[int], alone: bool) -> None:
 
 
 def _check_free_space(folder: Path, needed: float) -> None:
-    """Before hours of work, not behind them; the estimate is from a sample of the examples."""
+    """Raise OSError early if the disk is too full, by an estimate from sampled examples."""
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise OSError(
@@ -373,7 +377,7 @@ def _check_free_space(folder: Path, needed: float) -> None:
 
 
 def _wait_for_all(folder: Path, settings: Settings, world: int) -> Manifest:
-    """The manifest, written by whoever finishes last; waits for processes that are at work."""
+    """Wait for the other processes and return the manifest; the last one to finish writes it."""
     begun = time.monotonic()
     missing = list(range(settings.shards))
     while True:
@@ -385,13 +389,13 @@ def _wait_for_all(folder: Path, settings: Settings, world: int) -> Manifest:
         if idle and time.monotonic() - begun > _START_TIMEOUT:
             raise CacheError(
                 f"{folder}: rank {idle[0] % world} of {world} stopped before {shard_name(idle[0])} "
-                "was finished. Start it again with the same settings: what is finished is kept"
+                "was finished. Restart it with the same settings: finished shards are kept"
             )
         time.sleep(0.2)
 
 
 def _remove_locks(folder: Path) -> None:
-    """Locks that killed processes left; nobody holds them."""
+    """Remove the lock files of killed processes."""
     for path in folder.glob(_LOCK.format(rank="*")):
         if not _is_locked(path):
             path.unlink(missing_ok=True)

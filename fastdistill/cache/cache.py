@@ -1,4 +1,4 @@
-"""TeacherCache: the answers of a teacher that need not be there any more."""
+"""TeacherCache: a teacher's answers on disk, so that training needs no teacher in memory."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .reader import Reader
 
 
 class Verified(NamedTuple):
-    """What `verify` found whole."""
+    """What `verify` checked."""
 
     shards: int
     tokens: int
@@ -33,20 +33,20 @@ class Verified(NamedTuple):
 
 
 class TeacherCache:
-    """A TopKTeacher whose answers lie in a folder, found by the tokens of a row.
+    """A TopKTeacher that reads its answers from a folder, looked up by the tokens of a row.
 
-    Opening it compares the shards with the manifest: their sizes, and their sha256 where a file
-    has changed since it was last compared. The trainer reads it in the DataLoader's workers.
+    Opening it checks the shards against the manifest: their sizes, and the sha256 of files that
+    changed since the last check. The trainer reads it in DataLoader workers.
 
     Args:
         path: the folder.
-        tokenizer: the student's; refused where it gives ids another meaning than the tokenizer that
-            the cache was built with.
-        check: False compares sizes only.
+        tokenizer: the student's. It must map tokens to the same ids as the one the cache was built
+            with.
+        check: False checks sizes only.
 
     Raises:
-        FileNotFoundError: no cache there. CacheError: unfinished, damaged, or a shard missing, by
-        name; another tokenizer.
+        FileNotFoundError: there is no cache.
+        CacheError: it is unfinished or damaged, a named shard is missing, or the tokenizer differs.
     """
 
     def __init__(self, path: str | Path, *, tokenizer: Any = None, check: bool = True) -> None:
@@ -77,39 +77,39 @@ class TeacherCache:
         rank: int = 0,
         world: int = 1,
     ) -> TeacherCache:
-        """Ask a teacher about every example, and keep what it says.
+        """Run a teacher on every example and store its answers.
 
-        Started again after whatever stopped it, with the same arguments, it goes on behind the last
-        finished shard, and the bytes are those of an undisturbed build.
+        Call it again with the same arguments to resume after the last finished shard. The bytes
+        equal those of an uninterrupted build.
 
         Args:
             teacher: anything with topk(input_ids, attention_mask, *, k, temperature), a model, or
                 the path of one.
-            dataset: what the trainer will be given: a list or Dataset of dicts with input_ids,
-                messages, prompt and completion, or text.
-            path: a new or empty folder, or one in which this build was begun.
+            dataset: the trainer's dataset: a list or Dataset of dicts with input_ids, messages,
+                prompt and completion, or text.
+            path: a new or empty folder, or the folder of the build to resume.
             k: 1 ≤ k ≤ V, slots per position.
-            temperatures: those that may be asked for later. A slot is stored once; each has an
-                exact log_tail of its own (4 bytes a token).
+            temperatures: those available later. A slot is stored once; each temperature adds an
+                exact log_tail and shift (8 bytes per token).
             targets: "topk", the k likeliest tokens; or "sampled", k draws from the whole
                 distribution (arXiv 2503.16870), for forward_kl at one temperature, from a teacher
                 with hidden(...) and head.
-            positions: "all" answers after every token. "targets" only where the next token is a
+            positions: "all" answers after every token; "targets" only where the next token is a
                 target, which leaves out prompts.
             tokenizer: of teacher and student; reads text. None is the teacher's.
-            max_length, completion_only_loss: as in DistillConfig, since rows have to be the same.
+            max_length, completion_only_loss: as in DistillConfig, since rows must be equal.
             seed: of sampled targets.
-            shard_mb: about the size of a file, in units of 1e6 bytes.
-            rank, world: this process of how many. Each makes its share of the shards, and returns
-                when all are there.
+            shard_mb: approximate size of a file, in units of 1e6 bytes.
+            rank, world: this process and the number of processes. Each builds its share of the
+                shards and returns when all shards exist.
 
         Returns:
-            The cache, whole.
+            The finished cache.
 
         Raises:
             ValueError or TypeError naming the argument. CacheError: the folder holds another build,
-            another process is at work in it, or the teacher's answers are none. OSError: no space
-            or no permission; what is finished stays.
+            another process builds in it, or the teacher's answers are no distributions. OSError: no
+            space or no permission; finished shards stay.
         """
         if isinstance(teacher, (nn.Module, str, Path)):
             teacher = load_teacher(teacher, tokenizer=tokenizer)
@@ -152,23 +152,24 @@ class TeacherCache:
         temperature: float = 1.0,
         shard_mb: float = 256,
     ) -> TeacherCache:
-        """Read what DistillKit sampled into a cache; interrupted, it goes on where it stopped.
+        """Convert logits that DistillKit sampled to a cache; call again to resume.
 
-        The rows are those of the files, `input_ids` as it stands there: train on the same column.
+        The rows are the `input_ids` of the files: train on the same column.
 
         Args:
             parquet: a file, or a folder of files, with input_ids and either token_ids and
                 top_values, or bytepacked_indices and compressed_logprobs with
-                compression_config.yaml beside them. Needs pyarrow.
-            path: a new or empty folder, or one in which this was begun.
-            tokenizer: the one that made the ids, for the check that the trainer makes.
-            vocab_size: how many ids the teacher has; None is the d of the compression, or up to
+                compression_config.yaml in the same folder. Needs pyarrow.
+            path: a new or empty folder, or the folder of the conversion to resume.
+            tokenizer: the one that made the ids; the trainer compares it with the student's.
+            vocab_size: number of ids of the teacher; None is the d of the compression, or up to
                 262,144.
-            temperature: at which the logprobs were taken.
+            temperature: the temperature of the logprobs.
             shard_mb: as in `build`.
 
         Raises:
-            CacheError: other columns, answers that are none. ImportError: no pyarrow.
+            CacheError: other columns, or answers that are no distributions. ImportError: no
+            pyarrow.
         """
         from .parquet import ParquetRows, files_of
 
@@ -184,17 +185,17 @@ class TeacherCache:
 
     @property
     def vocab_size(self) -> int | None:
-        """Ids that the teacher could name; None where that was not known."""
+        """The number of ids of the teacher; None if it was not known."""
         return self.manifest.settings.vocab_size
 
     @property
     def of_a_model(self) -> bool:
-        """Whether a Teacher in the building process answered, whose positions are right."""
+        """Whether a Teacher answered, which counts positions from the first attended token."""
         return self.manifest.settings.teacher["kind"] == "fastdistill.teacher.Teacher"
 
     @property
     def sampled(self) -> bool:
-        """Whether the answers are draws, which only the forward KL may learn from."""
+        """Whether the answers are samples, which only the forward KL supports."""
         return self.manifest.settings.draws is not None
 
     def topk(
@@ -205,19 +206,19 @@ class TeacherCache:
         k: int,
         temperature: float = 1.0,
     ) -> TopK:  # [B, T, K]
-        """What the teacher said of these rows. Tokens with attention_mask 0 are no part of a row.
+        """Return the stored answers of these rows; tokens with attention_mask 0 are ignored.
 
         Args:
             input_ids: int32/int64 [B, T]. attention_mask: bool or 0/1 [B, T], None for all ones.
-            k: at most the number stored; with fewer, the others' mass goes to the tail.
-            temperature: one of those stored.
+            k: at most the stored number; with fewer, the other slots' mass goes to the tail.
+            temperature: a stored one.
 
         Returns:
-            TopK on input_ids' device, in no order of likelihood: ids int32, logprobs fp32, log_tail
+            TopK on input_ids' device, not sorted by likelihood: ids int32, logprobs fp32, log_tail
             fp32. Positions without an answer have an empty payload.
 
         Raises:
-            CacheError: a row, k or temperature that the cache does not have.
+            CacheError: the cache does not have this row, k or temperature.
         """
         checks.tensor("input_ids", input_ids, checks.INTS)
         if input_ids.dim() != 2:
@@ -232,11 +233,11 @@ class TeacherCache:
         return answers.to(input_ids.device)
 
     def check(self, *, k: int, temperature: float) -> int:
-        """Which of its temperatures this is; raises CacheError unless it has such answers."""
+        """Return the index of a stored temperature; raise CacheError if k or T is not stored."""
         settings = self.manifest.settings
         if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= settings.k:
             raise CacheError(
-                f"k: expected an integer in 1..{settings.k}, what {self.path} has, got {k!r}"
+                f"k: expected an integer in 1..{settings.k}, the k of {self.path}, got {k!r}"
             )
         if self.sampled and k != settings.k:
             raise CacheError(
@@ -250,16 +251,16 @@ class TeacherCache:
                 return at
         raise CacheError(
             f"temperature: expected one that {self.path} was built for "
-            f"({', '.join(f'{T:g}' for T in stored)}), got {temperature:g}. The mass outside the "
-            f"top k at another one is not known: build with temperatures=({stored[0]:g}, "
+            f"({', '.join(f'{T:g}' for T in stored)}), got {temperature:g}. The tail mass at "
+            f"other temperatures is unknown: build with temperatures=({stored[0]:g}, "
             f"{temperature:g})"
         )
 
     def __contains__(self, input_ids: object) -> bool:
-        """Return whether a row is among those that it was built from.
+        """Return whether the cache has this row.
 
         Args:
-            input_ids: int tensor [T], or a list of token ids; anything else is no row.
+            input_ids: int tensor [T], or a list of token ids; False for anything else.
 
         >>> [1, 5, 9] in cache
         """
@@ -271,24 +272,24 @@ class TeacherCache:
         return whole and self._reader.has(tokens.cpu().long())
 
     def has(self, input_ids: Tensor) -> bool:
-        """Return whether a row [T] is among those that it was built from: `input_ids in cache`."""
+        """Return whether the cache has this row [T]: `input_ids in cache`."""
         return input_ids in self
 
     def answered(self, input_ids: Tensor) -> Tensor:
-        """Which positions of a row (T,) have an answer, bool (T,); none of a row that it does not
-        have."""
+        """Return which positions of a row (T,) have an answer, bool (T,); all False if unknown."""
         return self._reader.answered(input_ids.cpu().long())
 
     def verify(self) -> Verified:
-        """Read every shard: compare its sha256, and check that every answer in it is a language
-        model's. Raises CacheError naming the shards that differ, or the field that is wrong."""
+        """Read every shard, compare its sha256, and check that every answer is a distribution.
+
+        Raises CacheError that names the differing shards or the invalid field."""
         verification.compare(self.path, self.manifest, everything=True)
         for index in range(len(self.manifest.shards)):
             self._reader.check(index)
         return Verified(len(self.manifest.shards), self.manifest.tokens, self.manifest.bytes)
 
     def check_tokenizer(self, tokenizer: Any) -> None:
-        """Raise CacheError unless ids mean the same by `tokenizer` as when the cache was built."""
+        """Raise CacheError if `tokenizer` maps tokens to other ids than the cache's tokenizer."""
         built_with = self.manifest.settings.tokenizer_sha256
         if built_with is not None and tokenizer_fingerprint(tokenizer) != built_with:
             raise CacheError(

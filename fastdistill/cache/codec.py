@@ -1,20 +1,20 @@
-"""A teacher's answers as they lie on disk: 4.2 bytes per slot.
+"""The format of answers on disk: 4.2 bytes per slot.
 
     n tokens · k slots · T temperatures, the first one T₀ · B = ⌈V / 65536⌉ blocks of ids
 
-    ids       uint16 [n, k]  id mod 65536, by rising id, used slots first
-    blocks    uint8 [n, B]   how many of a token's ids lie in each block (uint16 from k = 256 on)
+    ids       uint16 [n, k]  id mod 65536, ascending by id, used slots first
+    blocks    uint8 [n, B]   number of a token's ids in each block (uint16 for k ≥ 256)
     logprobs  fp16 [n, k]    ln p at T₀
     log_tail  fp32 [n, T]    ln of the mass outside the ids, at every temperature
     shift     fp32 [n, T]    ln(1 − exp(log_tail_T)) − ln Σ_S exp(logprobs · T₀/T)
 
-Rising ids need no high bits, only how many there are of each, and that also tells the empty slots.
-One line gives every temperature, with the mass of ids and tail at 1 whatever fp16 rounded:
+Ascending ids need no high bits: the counts per block restore them, and also give the number of used
+slots. One equation gives every temperature, with ids and tail summing to 1 despite fp16 rounding:
 
     ln p_T = logprobs · T₀/T + shift_T
 
-Without the shift the KL of a student near its teacher would be off by the mass that rounding lost,
-which is of first order; what remains is of second.
+Without the shift the KL of a student near its teacher has a first-order error, the mass lost to
+rounding. With it the error is of second order.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def bytes_per_token(k: int, blocks: int, temperatures: int) -> int:
 
 
 def pack(answers: list[TopK], k: int, blocks: int) -> Packed:
-    """Answers [n, ≤ k] of one pass at every temperature, on any device, which are checked."""
+    """Pack checked answers [n, ≤ k], one per temperature, from any device."""
     first = answers[0]
     n, width = first.ids.shape
     ids, order = torch.where(first.ids < 0, blocks * BLOCK, first.ids.long()).sort(-1)
@@ -87,7 +87,7 @@ def pack(answers: list[TopK], k: int, blocks: int) -> Packed:
 
 
 def log_tail_of(answer: TopK) -> Tensor:
-    """The tail that was given, or log(1 − Σ p), floored as everywhere at log 2⁻²⁴. fp32 [n]."""
+    """Return log_tail, or log(1 − Σ p) if it is None, at least log 2⁻²⁴. fp32 [n]."""
     if answer.log_tail is not None:
         return answer.log_tail.float()
     logprobs = answer.logprobs.double().masked_fill(answer.ids < 0, -torch.inf)
@@ -95,16 +95,15 @@ def log_tail_of(answer: TopK) -> Tensor:
 
 
 def unpack(packed: Packed, at: int, scale: float, draws: int | None, out: TopK) -> None:
-    """Write answers at temperature number `at`, with scale = T₀/T, to `out`: ids int32 [n, k],
-    logprobs and log_tail fp32.
+    """Unpack the answers of temperature `at` into `out`: ids int32 [n, k], the others fp32.
 
-    `draws`: the logprobs are those of counts out of so many draws, and come back exactly.
+    `scale` is T₀/T. `draws`: logprobs are of counts among so many draws, and are restored exactly.
     """
     ids, logprobs, log_tail, _ = out
     assert log_tail is not None
     n, k = packed.ids.shape
     below = torch.from_numpy(packed.blocks.astype(np.int64)).cumsum(-1)
-    np.copyto(ids.numpy(), packed.ids)  # torch's cast of uint16 is not vectorised
+    np.copyto(ids.numpy(), packed.ids)  # torch's cast of uint16 is not vectorized
     for block in range(below.shape[-1] - 1):
         ids += _steps(below[:, block], k)
     logprobs.copy_(torch.from_numpy(packed.logprobs))
@@ -131,12 +130,12 @@ def _steps(first: Tensor, k: int) -> Tensor:
 
 @functools.cache
 def _table(k: int) -> Tensor:
-    """Every row that `_steps` can give: looking one up is eight times faster than making it."""
+    """All rows that `_steps` can return: a lookup is eight times faster than computing one."""
     return (torch.arange(k) >= torch.arange(k + 1)[:, None]).int() * BLOCK
 
 
 def truncate_k(answer: TopK, k: int) -> TopK:
-    """The k likeliest slots; the mass of the others goes to the tail."""
+    """Return the k likeliest slots, with the mass of the others added to the tail."""
     if k == answer.ids.shape[-1]:
         return answer
     assert answer.log_tail is not None

@@ -1,4 +1,4 @@
-"""The answers of a shard's rows from a teacher: a model, a server, anything with topk or hidden."""
+"""The source of a cache built from a teacher: a model, a server, anything with topk or hidden."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from .build import PendingRow
 from .manifest import CacheError, Settings
 from .sampled import draw
 
-_TOKENS = 16384  # asked for at a time, padding included; a Teacher regroups them by its own budget
+_TOKENS = 16384  # per call, padding included; a Teacher regroups them by its own budget
 
 
 class FromTeacher:
-    """Groups of rows of similar length, the same for the same shard whatever happened before."""
+    """Answers groups of rows of similar length; the groups depend on the shard alone."""
 
     answers_all = True
 
     def __init__(self, teacher: Any) -> None:
         self.teacher = teacher
-        # Answers stay where the model is until they are packed: sorting them costs a CPU dearly.
+        # Answers stay on the model's device until they are packed: sorting is slow on a CPU.
         self.device = teacher.head.weight.device if isinstance(teacher, Teacher) else "cpu"
 
     def answers(
@@ -70,8 +70,9 @@ class FromTeacher:
 
 
 class _FixedBatches:
-    """A Teacher's budget of tokens depends on the memory that is free: here it stays what it was
-    when the build began, since other batches round differently."""
+    """Fixes a Teacher's token budget to that of the settings, since other batches round otherwise.
+
+    By default the budget depends on the free memory."""
 
     def __init__(self, teacher: Any, settings: Settings) -> None:
         self._reader = getattr(teacher, "reader", None)
@@ -88,7 +89,7 @@ class _FixedBatches:
 
 
 def _generator(seed: int, shard: int) -> torch.Generator:
-    """A stream of its own for every shard, so that a shard's draws do not depend on the others."""
+    """Return a generator per shard, so that its draws do not depend on other shards."""
     # A hash of 32 bits: a CPU generator ignores the higher half of its seed.
     digest = hashlib.blake2b(f"{seed} {shard}".encode(), digest_size=4).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))

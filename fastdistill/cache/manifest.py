@@ -1,9 +1,9 @@
-"""What a cache says of itself: settings.json when it is begun, manifest.json when it is whole.
+"""The metadata files of a cache.
 
-settings.json         what every process that builds here has to agree on
-00007.safetensors     answers of a run of rows (shards.py)
-00007.json            how many rows and tokens are in it, and its sha256
-manifest.json         the settings, and what all shards say; written last
+settings.json         settings that all builders share; written first
+00007.safetensors     answers of consecutive rows (shards.py)
+00007.json            record of that shard: its rows, tokens and sha256
+manifest.json         the settings and the records of all shards; written last
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ KEY = 16  # bytes of a row's key
 
 
 class CacheError(ValueError):
-    """A teacher cache that cannot be built, read or used as asked. Names what is wrong and what to
-    do. Names of files are foreign text too: the whole is made printable."""
+    """A teacher cache cannot be built, read or used; the message is made printable.
+
+    It names what is wrong and what to do."""
 
     def __init__(self, message: str) -> None:
         super().__init__(printable_lines(message))
@@ -37,7 +38,7 @@ class CacheError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What decides the bytes of a cache."""
+    """The settings that determine the bytes of a cache."""
 
     version: int = VERSION
     k: int
@@ -45,7 +46,7 @@ class Settings:
     targets: str
     positions: str
     seed: int | None  # of sampled targets
-    vocab_size: int | None  # ids the teacher can name; None: not known
+    vocab_size: int | None  # number of ids of the teacher; None: unknown
     max_length: int | None
     completion_only: bool
     rows: int
@@ -58,7 +59,7 @@ class Settings:
 
     @property
     def ids(self) -> int:
-        """How many ids have room."""
+        """The number of ids that the format holds."""
         return 4 * BLOCK if self.vocab_size is None else self.vocab_size
 
     @property
@@ -76,7 +77,7 @@ class Settings:
 
     @property
     def draws(self) -> int | None:
-        """How many samples a position has, of sampled targets."""
+        """Samples per position of sampled targets; None for top-k."""
         return self.k if self.targets == "sampled" else None
 
     def rows_of(self, shard: int) -> range:
@@ -96,7 +97,7 @@ class Shard:
     tokens: int
     bytes: int
     sha256: str
-    first_row: str  # the key of a row is 16 bytes of a hash of its ids, here in hex
+    first_row: str  # the row's key, a 16-byte hash of its ids, in hex
     last_row: str
 
 
@@ -139,7 +140,7 @@ def write_shard_record(folder: Path, shard: Shard) -> None:
 
 
 def read_shard_record(folder: Path, index: int) -> Shard | None:
-    """What was written behind a finished shard; None where there is nothing, or only part of it."""
+    """Return the record of a finished shard; None if the record or the shard is incomplete."""
     file = (folder / shard_name(index)).with_suffix(".json")
     try:
         record = _shard(file, _read(file))
@@ -153,7 +154,7 @@ def read_shard_record(folder: Path, index: int) -> Shard | None:
 
 
 def write_manifest(folder: Path, settings: Settings) -> Manifest | None:
-    """manifest.json, where every shard is finished; None, and nothing written, before that."""
+    """Write and return the manifest if every shard is finished; else return None."""
     records = [read_shard_record(folder, index) for index in range(settings.shards)]
     if None in records:
         return None
@@ -168,7 +169,7 @@ def read_manifest(folder: Path) -> Manifest:
         if (folder / SETTINGS).is_file():
             raise CacheError(
                 f"{folder}: expected a finished cache, got one whose build has not ended. Build it "
-                "again with the same settings: it goes on where it stopped"
+                "again with the same settings to resume"
             )
         raise FileNotFoundError(
             f"path: expected the folder of a teacher cache, got {str(folder)!r}, which has no "
@@ -212,7 +213,7 @@ def _settings(file: Path, entries: dict[str, Any]) -> Settings:
 
 
 def _check_settings(file: Path, entries: dict[str, Any]) -> None:
-    """Before anything is made of them: k and the vocabulary say how much is allocated."""
+    """Check the entries before use: k and the vocabulary determine how much is allocated."""
     vocab = entries["vocab_size"]
     most = min(MAX_K, vocab) if _is_count(vocab) else MAX_K
     temperatures = entries["temperatures"]
@@ -280,7 +281,7 @@ def _shard(file: Path, entry: Any) -> Shard:
 
 
 def _check_shard(file: Path, shard: Shard, settings: Settings, rows: int) -> None:
-    """What is said of a shard against the settings, before the shard is opened."""
+    """Check the record of a shard against the settings, before the shard is opened."""
     if shard.rows != rows:
         raise _damaged(file, f"rows of {shard.file}: expected {rows}, got {shard.rows}")
     if shard.tokens < 0:
@@ -296,6 +297,6 @@ def _check_shard(file: Path, shard: Shard, settings: Settings, rows: int) -> Non
 
 def _damaged(file: Path, why: str) -> CacheError:
     return CacheError(
-        f"{file}: damaged ({why}). Build the cache again with the same settings: what is finished "
-        "is kept"
+        f"{file}: damaged ({why}). Build the cache again with the same settings: finished shards "
+        "are kept"
     )

@@ -1,16 +1,16 @@
-"""Teacher answers that DistillKit wrote to Parquet, read into a cache of our own.
+"""Reads teacher answers that DistillKit wrote to Parquet.
 
-Two kinds of rows, both with `input_ids`, and lists with one entry per position:
+There are two kinds of rows, both with `input_ids` and lists with one entry per position:
 
-    token_ids, top_values                      the top k as they are
-    bytepacked_indices, compressed_logprobs    bytes, read by compression_config.yaml beside them
+    token_ids, top_values                      the plain top k
+    bytepacked_indices, compressed_logprobs    bytes, described by compression_config.yaml
 
-A compressed position is, in this order: the first exact_k values; the coefficients of a curve
+A compressed position holds, in this order: the first exact_k values; the coefficients of a curve
 through the others, t = 0, 1, …; and bins of residuals to that curve, each a scale and integers of
-so many bits. With delta_encoding the values are differences of one logprob to the one before. Ids
-have ⌈log₂ d⌉ bits. All bits are packed with the highest first.
+element_bits bits. With delta_encoding each value is the difference to the logprob before it. Ids
+have ⌈log₂ d⌉ bits. Bits are packed most significant first.
 
-The entry of position t is the answer after input_ids[t]; behind the last token there may be none.
+The entry of position t is the answer after input_ids[t]; the last token may have none.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _FLOATS: dict[str, torch.dtype] = {
 _CURVES = {"sqrt": np.sqrt, "exp": np.exp}
 _MAX_CONFIG_BYTES = 1 << 16  # bytes of the settings
 _MOST_TERMS, _MOST_BITS = 64, 32
-_LIMIT = 1.5  # mass that compression may make of 1 at the most
+_LIMIT = 1.5  # largest probability mass that lossy compression may yield
 Bytes = NDArray[np.uint8]
 
 
@@ -60,12 +60,12 @@ class Compression:
     term_dtype: str = "float32"
     residual_bins: tuple[dict[str, Any], ...] = ()
     delta_encoding: bool = True
-    error_diffusion: bool = False  # of the writer
+    error_diffusion: bool = False  # used by the writer only
     normalize_t: bool = False
 
     @classmethod
     def read(cls, file: Path) -> Compression:
-        """Read and check the file: it decides what is allocated for every position."""
+        """Read and check the file: it determines the memory per position."""
         try:
             entries = _yaml(file)
             for name in ("polynomial_terms", "residual_bins"):
@@ -118,7 +118,7 @@ class Compression:
                     f"residual_bins in {CONFIG}: expected {size} elements at most (k - exact_k), "
                     f"got {start + count} and more"
                 )
-            # One bit is a sign; more are a two's complement that was shifted to start at 0.
+            # One bit is a sign; several are a two's complement shifted to start at 0.
             steps = 2 * steps - 1 if bits == 1 else steps - 2 ** (bits - 1)
             others[:, start : start + count] += steps * scale
             start += count
@@ -153,7 +153,7 @@ def _is_list(value: Any) -> bool:
 
 def _checked(name: str, value: Any, expected: str, is_valid: Callable[[Any], bool]) -> Any:
     if not is_valid(value):
-        # The value itself may be an alias bomb, which is small until it is printed.
+        # Do not print the value: a YAML alias bomb is small until it is printed.
         got = repr(value) if isinstance(value, (int, float)) else type(value).__name__
         raise ValueError(f"{name}: expected {expected}, got {got}")
     return value
@@ -170,7 +170,7 @@ def _check_float(name: str, value: Any) -> None:
 
 
 class _ByteReader:
-    """The bytes of n positions, from the front."""
+    """Reads numbers from the packed bytes of n positions, front to back."""
 
     def __init__(self, packed: Bytes) -> None:
         self._rest = packed
@@ -203,9 +203,9 @@ def _integers(packed: Bytes, bits: int, count: int) -> NDArray[np.int64]:
 
 
 class ParquetRows:
-    """The rows of Parquet files as a dataset with input_ids, and as the source of their answers."""
+    """The rows of Parquet files, as a dataset with input_ids and as the source of answers."""
 
-    answers_all = False  # behind a row's last token there may be none
+    answers_all = False  # a row's last token may have none
 
     def __init__(self, files: list[Path]) -> None:
         self._pq = _pyarrow()
@@ -231,7 +231,7 @@ class ParquetRows:
         for columns in (_RAW, _COMPRESSED):
             if {"input_ids", *columns} <= names:
                 if columns == _COMPRESSED and self.compression is None:
-                    raise CacheError(f"{file}: expected {CONFIG} beside it, got none")
+                    raise CacheError(f"{file}: expected {CONFIG} in its folder, got none")
                 return columns
         raise CacheError(
             f"{file}: expected the columns input_ids and either {' and '.join(_RAW)} or "
@@ -274,7 +274,7 @@ class ParquetRows:
                 f"{list(ids.shape)} and {list(logprobs.shape)}"
             )
         ids = np.where(np.isneginf(logprobs), -1, ids)
-        # Differences and curves may leave a little more mass than there is.
+        # Lossy differences and curves may sum to slightly more than 1.
         mass = np.exp(logprobs).sum(-1, keepdims=True)
         if len(mass) and not mass.max() < _LIMIT:
             raise CacheError(
@@ -307,7 +307,7 @@ def _tail(answer: TopK) -> Any:
 
 
 def _array(column: Any, name: str, kinds: str) -> NDArray[Any]:
-    """A list, or a list of lists of equal length, of one row."""
+    """Return one row of a column: a list, or a list of lists of equal length."""
     values = column.combine_chunks().flatten()
     lists = hasattr(values, "flatten") and values.type.num_fields > 0
     inner = values.flatten() if lists else values
@@ -328,7 +328,7 @@ def _array(column: Any, name: str, kinds: str) -> NDArray[Any]:
 
 
 def files_of(path: str | Path) -> list[Path]:
-    """One Parquet file, or those of a folder in order of their numbers."""
+    """Return one Parquet file, or those of a folder in numeric order."""
     path = Path(path)
     if path.is_file():
         return [path]

@@ -1,4 +1,4 @@
-"""From the arguments of a build to its settings: checked, and sized by a look at the examples."""
+"""Turns the arguments of a build into checked settings, sized by a sample of the examples."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from ..teacher import Teacher
 from .build import encode_row
 from .manifest import POSITIONS, TARGETS, Settings
 
-_SAMPLED_ROWS = 256  # examples whose length tells the size of the whole
+_SAMPLED_ROWS = 256  # examples from whose lengths the size of the cache is estimated
 
 
 def tokenizer_for(teacher: Any, tokenizer: Any) -> Any:
-    """The tokenizer that reads the text: the one given, else the teacher's; refuses two kinds."""
+    """Return `tokenizer`, or the teacher's if None; raise ValueError if the two differ."""
     teacher_tokenizer = getattr(teacher, "tokenizer", None)
     if tokenizer is not None and teacher_tokenizer is not None:
         check_same_tokenizer(tokenizer, teacher_tokenizer)
@@ -43,7 +43,7 @@ def settings_for(
     seed: int,
     shard_mb: float,
 ) -> tuple[Settings, float]:
-    """(settings, bytes that a row takes on average)."""
+    """Return (settings, average bytes per row)."""
     checks.choice("positions", positions, POSITIONS)
     checks.positive("shard_mb", shard_mb)
     _check_k(k, vocab)
@@ -76,7 +76,7 @@ def settings_for(
 
 
 def vocabulary_of(teacher: Any) -> int | None:
-    """How many ids the teacher can name, where it is known."""
+    """Return the teacher's number of ids; None if unknown."""
     rows, valid = getattr(teacher, "vocab_size", None), getattr(teacher, "valid_vocab", None)
     return min(rows, valid) if rows and valid else rows
 
@@ -96,11 +96,11 @@ def _check_temperatures(temperatures: Any, targets: str) -> None:
         checks.fail("temperatures", "different numbers", list(temperatures))
     if targets == "sampled" and len(list(temperatures)) > 1:
         checks.fail("temperatures", "one with targets='sampled'", list(temperatures),
-                    "draws at one say nothing of another: build a cache for each")  # fmt: skip
+                    "draws hold for one temperature: build a cache for each")  # fmt: skip
 
 
 def check_teacher_supports(teacher: Any, targets: str) -> None:
-    """Raise TypeError for what cannot be asked for such targets."""
+    """Raise TypeError if the teacher cannot provide such targets."""
     checks.choice("targets", targets, TARGETS)
     protocol = DenseTeacher if targets == "sampled" else TopKTeacher
     if not isinstance(teacher, protocol):
@@ -117,7 +117,6 @@ def _check_dataset(dataset: Any) -> None:
         checks.fail("dataset", "at least one example", "none")
     if not is_listed(dataset):
         raise TypeError(
-            "dataset: expected a list or Dataset with a length, so that a build can go on where it "
-            f"stopped, got {type(dataset).__name__}. Pass one split of several, and write a stream "
-            "to disk first"
+            "dataset: expected a list or Dataset with a length, so that a build can resume, got "
+            f"{type(dataset).__name__}. Pass one split of several, and write a stream to disk first"
         )

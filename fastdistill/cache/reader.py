@@ -1,4 +1,4 @@
-"""Finding rows by what is in them, and reading their answers from mapped shards."""
+"""Looks up rows by their tokens and reads their answers from memory-mapped shards."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from .codec import Array, Packed, truncate_k, unpack
 from .manifest import KEY, CacheError, Manifest
 from .shards import Mapped, key_of
 
-_SLOTS = 1 << 22  # that are checked at a time
+_SLOTS = 1 << 22  # checked at a time
 
 
 class _Part(NamedTuple):
-    """Answers of one stored row: for these of the row's tokens."""
+    """Answers of one stored row, for these positions of a row."""
 
     shard: int
     row: int
@@ -30,13 +30,13 @@ class _Part(NamedTuple):
 
 
 class Reader:
-    """Answers by row. Shards are mapped when first touched, in each process for itself."""
+    """Reads answers by row. Each process maps a shard on first use."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder, self.manifest = folder, manifest
         self._shards: dict[int, Mapped] = {}
         self._index: _Index | None = None
-        self._joined: dict[tuple[int, int], list[_Part]] = {}  # of rows that are there repeatedly
+        self._joined: dict[tuple[int, int], list[_Part]] = {}  # of rows stored more than once
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_shards": {}, "_index": None, "_joined": {}}
@@ -48,27 +48,28 @@ class Reader:
         return self._shards[index]
 
     def has(self, tokens: Tensor) -> bool:
-        """Whether these tokens (T,) are a row."""
+        """Whether these tokens (T,) are a stored row."""
         return bool(self._find(tokens))
 
     def answered(self, tokens: Tensor) -> Tensor:
-        """Which positions of a row (T,) have an answer, bool (T,)."""
+        """Return which positions of a row (T,) have an answer, bool (T,)."""
         known = torch.zeros(len(tokens), dtype=torch.bool)
         for part in self._parts(tokens):
             known[torch.from_numpy(part.places)] = True
         return known
 
     def _find(self, tokens: Tensor) -> list[tuple[int, int]]:
-        """(shard, row) of all rows of these tokens (T,), in the order of the examples."""
+        """Return (shard, row) of all stored rows of these tokens (T,), in dataset order."""
         if self._index is None:
             rows = [self.shard(i).keys for i in range(len(self.manifest.shards))]
             self._index = _Index(rows, self.manifest.settings.rows_per_shard)
         return self._index.find(key_of(tokens.numpy()))
 
     def _parts(self, tokens: Tensor) -> list[_Part]:
-        """Where the answers for a row (T,) lie. Examples with the same tokens and other targets
-        are answered at different positions, and an answer depends on the tokens alone: what one
-        of them does not have is taken from another."""
+        """Return the parts that together answer a row (T,).
+
+        Examples with the same tokens and different targets have answers at different positions.
+        An answer depends on the tokens alone, so the parts of all of them are combined."""
         rows = self._find(tokens)
         if not rows:
             return []
@@ -90,7 +91,7 @@ class Reader:
         return parts
 
     def read(self, ids: Tensor, mask: Tensor | None, k: int, at: int, vocab: int | None) -> TopK:
-        """Answers [B, T, k] at the manifest's temperature number `at`; see `TeacherCache.topk`."""
+        """Return answers [B, T, k] at the stored temperature `at`; see `TeacherCache.topk`."""
         T = self.manifest.settings.temperatures[at]
         answers = TopK.empty((*ids.shape, k), T, id_dtype=torch.int32)
         parts: list[_Part] = []
@@ -115,7 +116,7 @@ class Reader:
         return answers
 
     def _read_parts(self, parts: list[_Part], at: int) -> TopK:
-        """What is stored of these, [Σ P, k of the cache], checked."""
+        """Return the checked answers of these parts, [Σ P, k of the cache]."""
         settings = self.manifest.settings
         bounds = [0, *accumulate(len(part.places) for part in parts)]
         shape, T = (bounds[-1], settings.k), settings.temperatures[at]
@@ -143,11 +144,11 @@ class Reader:
 
     @property
     def _rules(self) -> Rules:
-        # Where a file has no answer for a row's last token, all mass is in the tail.
+        # Empty answers, as for the last token of a Parquet row, have all mass in the tail.
         return Rules(vocab=self.manifest.settings.ids, nothing=True, rising=True)
 
     def check(self, index: int) -> None:
-        """Raises CacheError unless every answer of a shard is a language model's."""
+        """Raise CacheError if an answer of a shard is no distribution."""
         settings, shard = self.manifest.settings, self.shard(index)
         tokens = len(shard.packed.ids)
         if shard.places is not None and tokens:
@@ -155,7 +156,7 @@ class Reader:
             first = shard.starts[1:-1].astype(np.int64)
             rises[first[(first > 0) & (first < tokens)] - 1] = True
             if not rises.all() or int(shard.places.min()) < 0:
-                raise shard.damaged("places: expected rising numbers from 0 on in every row")
+                raise shard.damaged("places: expected increasing numbers from 0 on in every row")
         size = max(1, _SLOTS // settings.k)
         for start in range(0, tokens, size):
             packed = Packed(*(tensor[start : start + size] for tensor in shard.packed))
@@ -184,7 +185,7 @@ def _slice(answers: TopK, at: slice) -> TopK:
 
 
 class _Index:
-    """From a row's key to its shard and place, by the first half of the key, sorted."""
+    """Maps a row's key to its shard and index, by binary search for the key's first half."""
 
     def __init__(self, keys: list[Any], rows_per_shard: int) -> None:
         whole = np.concatenate([np.zeros((0, KEY), np.uint8), *keys])

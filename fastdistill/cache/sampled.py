@@ -1,9 +1,9 @@
-"""Sampled targets: k draws from the teacher's whole distribution instead of its k likeliest tokens.
+"""Sampled targets: k draws from the teacher's full distribution, not its k likeliest tokens.
 
     p̂(v) = (number of draws that gave v) / k        E[p̂] = p
 
-so the gradient q − p̂ of the forward KL is right on average, whatever lies outside any top k (Sparse
-Logit Sampling, arXiv 2503.16870). p̂ is no estimate of log p: other divergences would be biased.
+so the gradient q − p̂ of the forward KL is unbiased (Sparse Logit Sampling, arXiv 2503.16870).
+log p̂ does not estimate log p: other divergences would be biased.
 
 n tokens of this block · H hidden · V vocabulary
 """
@@ -18,7 +18,7 @@ from ..kernels.head import Head, blocks
 from ..kernels.torch_slabs import Matmul, logits, slabs
 from ..outputs import TopK
 
-_TOKENS = 256  # whose logits are there at a time
+_TOKENS = 256  # whose logits are in memory at a time
 _FP64_TOKENS = 16
 
 
@@ -30,9 +30,9 @@ def draw(
     temperature: float,
     generator: torch.Generator,
 ) -> TopK:  # [N, k]
-    """k draws per position, equal ones merged: logprobs are ln(count / k), the tail has no mass.
+    """Draw k tokens per position and merge equal ones: logprobs are ln(count / k), no tail mass.
 
-    The generator is a CPU's, so that a seed means the same draws for the same logits everywhere.
+    The generator is on the CPU, so that a seed gives the same draws on every device.
     """
     answer = TopK.empty((len(hidden), k), temperature, device=hidden.device)
     for at in blocks(len(hidden), _TOKENS):
@@ -51,7 +51,7 @@ def draw(
 
 
 def _logits(hidden_nH: Tensor, head: LMHead) -> Tensor:
-    """[V, n], fp32 whatever the head's type."""
+    """Return logits [V, n] in fp32."""
     inner = Head(head.weight, head.bias, head.logit_scale, head.softcap, 1.0, head.vocab_size)
     matmul, n = Matmul(inner, hidden_nH), len(hidden_nH)
     u_Vn = hidden_nH.new_empty(inner.vocab, n, dtype=inner.dtype)
@@ -61,7 +61,7 @@ def _logits(hidden_nH: Tensor, head: LMHead) -> Tensor:
 
 
 def _merged(drawn_nk: Tensor, k: int) -> TopK:
-    """Each id once, with the logarithm of its share; the draws come sorted."""
+    """Merge sorted draws: each id once, with the logarithm of its share."""
     new = torch.ones_like(drawn_nk, dtype=torch.bool)
     new[:, 1:] = drawn_nk[:, 1:] != drawn_nk[:, :-1]
     slot = new.cumsum(-1) - 1

@@ -1,13 +1,13 @@
-"""One file of answers: safetensors, written whole or not at all, and read where it is mapped.
+"""One file of answers: safetensors, written atomically and read memory-mapped.
 
     rows R · tokens n · k slots
 
-    keys     uint8 [R, 16]  which row it is: a hash of the ids that are attended to
-    starts   int64 [R + 1]  where its answers begin
-    places   int32 [n]      which of the row's tokens each answers for, where not all do
+    keys     uint8 [R, 16]  a hash of the row's attended ids
+    starts   int64 [R + 1]  index of the row's first answer
+    places   int32 [n]      the row's position of each answer; absent if all are answered
     ids, blocks, logprobs, log_tail, shift   the answers (codec.py)
 
-A row's answers lie behind each other, in the order of its tokens.
+A row's answers are consecutive, in the order of its tokens.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ from ..runtime.printable import printable
 from .codec import Array, Packed, count_type
 from .manifest import KEY, CacheError, Settings, Shard
 
-_HEADER = 1 << 20  # bytes at the most
+_HEADER = 1 << 20  # bytes at most
 _KINDS = {"U8": np.uint8, "U16": np.uint16, "F16": np.float16, "F32": np.float32}
 _KINDS |= {"I32": np.int32, "I64": np.int64}
 
 
 def key_of(ids: NDArray[np.int64]) -> bytes:
-    """Which row these are: the ids that are attended to, [T]."""
+    """Return the key of a row with these attended ids [T]."""
     return hashlib.blake2b(ids.astype("<i4").tobytes(), digest_size=KEY).digest()
 
 
 class Writer:
-    """The answers of one shard while they come in, in any order of rows."""
+    """Collects the answers of one shard, in any order of rows."""
 
     def __init__(self, settings: Settings, keys: list[bytes], places: list[Any]) -> None:
-        """`places`: of each row, which of its tokens are answered, int [≤ T]."""
+        """`places`: the answered positions of each row, int [≤ T]."""
         counts = [len(p) for p in places]
         self.starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64)
         self.keys = keys
@@ -55,14 +55,14 @@ class Writer:
             self.places = np.concatenate([np.zeros(0), *places]).astype(np.int32)
 
     def put(self, row: int, packed: Packed) -> Packed:
-        """Take a row's answers from the front of `packed`; returns what is behind them."""
+        """Take a row's answers from the front of `packed` and return the rest."""
         start, stop = self.starts[row], self.starts[row + 1]
         for target, source in zip(self.packed, packed, strict=True):
             target[start:stop] = source[: stop - start]
         return Packed(*(source[stop - start :] for source in packed))
 
     def write(self, file: Path) -> Shard:
-        """A crash leaves the shard whole, or nothing of its name."""
+        """Write the shard atomically and return its record."""
         temporary = file.with_name(f".{file.name}.{os.getpid()}")
         tensors = {
             "keys": np.frombuffer(b"".join(self.keys), np.uint8).reshape(-1, KEY),
@@ -91,7 +91,7 @@ class Writer:
 
 
 class Mapped:
-    """A shard on disk, mapped: reading a row touches its pages and no others."""
+    """A memory-mapped shard: reading a row touches its pages only."""
 
     def __init__(self, file: Path, settings: Settings, shard: Shard) -> None:
         kinds = {
@@ -119,16 +119,16 @@ class Mapped:
         self.places = tensors["places"] if "places" in kinds else None
         steps = np.diff(self.starts)
         if self.starts[0] != 0 or self.starts[-1] != shard.tokens or (steps < 0).any():
-            raise self.damaged(f"starts: expected rising numbers from 0 to {shard.tokens:,}")
+            raise self.damaged(f"starts: expected increasing numbers from 0 to {shard.tokens:,}")
 
     def row(self, row: int) -> tuple[Array | None, Packed]:
-        """(which tokens, answers) of a row, still on disk; None: all of them."""
+        """Return (positions or None for all, answers) of a row, still mapped."""
         at = slice(self.starts[row], self.starts[row + 1])
         places = None if self.places is None else self.places[at]
         return places, Packed(*(tensor[at] for tensor in self.packed))
 
     def places_of(self, row: int, tokens: int) -> Array:
-        """Which of a row's `tokens` are answered, checked against their number."""
+        """Return the answered positions of a row of `tokens` tokens, checked."""
         places, packed = self.row(row)
         count = len(packed.ids)
         if places is None:
@@ -139,7 +139,9 @@ class Mapped:
         if count and (
             positions[0] < 0 or positions[-1] >= tokens or (np.diff(positions) <= 0).any()
         ):
-            raise self.damaged(f"places of row {row}: expected rising numbers in 0..{tokens - 1}")
+            raise self.damaged(
+                f"places of row {row}: expected increasing numbers in 0..{tokens - 1}"
+            )
         return positions
 
     def damaged(self, why: str) -> CacheError:
@@ -155,7 +157,7 @@ def _map(file: Path) -> dict[str, Array]:
         if size > _HEADER:
             raise ValueError(f"expected a header of at most {_HEADER:,} bytes, got {size:,}")
         header = parse_json(stream.read(size), "its header", dict)
-        # Private and writable, since torch takes no memory that is read-only.
+        # Copy-on-write, since torch accepts no read-only memory.
         mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
     data = memoryview(mapped)[8 + size :]
     return {n: _tensor(data, n, entry) for n, entry in header.items() if n != "__metadata__"}

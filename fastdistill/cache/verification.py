@@ -1,8 +1,8 @@
-"""Whether the files are those that were built: sizes always, sha256 where that is not known yet.
+"""Checks that the files are those that were built: their sizes, and their sha256 when needed.
 
-A shard that was compared and has not changed since (its size, time and inode are in .verified.json)
-is not read again when a cache is opened; `TeacherCache.verify` reads all of them, since a disk can
-lose bits without a file changing its time.
+Opening a cache skips shards that were checked before and have not changed (.verified.json holds
+size, time and inode). `TeacherCache.verify` reads all of them, since a disk can lose bits without a
+change of a file's time.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _KNOWN = ".verified.json"
 
 
 def compare(folder: Path, manifest: Manifest, *, everything: bool, hashes: bool = True) -> None:
-    """Raises CacheError that names every shard that is missing or damaged."""
+    """Raise CacheError that names every missing or damaged shard."""
     problems = [
         problem for s in manifest.shards if (problem := _size_is_wrong(folder, s)) is not None
     ]
@@ -33,16 +33,16 @@ def compare(folder: Path, manifest: Manifest, *, everything: bool, hashes: bool 
         pronoun = "it" if len(problems) == 1 else "them"
         raise CacheError(
             f"{folder}: {'; '.join(problems)}. Delete {pronoun} and build the cache again with the "
-            "same settings: only what is missing is made anew"
+            "same settings: only missing shards are rebuilt"
         )
 
 
 def remember(folder: Path, manifest: Manifest) -> None:
-    """That the shards as they are now were compared; no more than a shortcut."""
+    """Record that the shards in their current state were checked."""
     try:
         write_json(folder / _KNOWN, {s.file: _stamp(folder, s) for s in manifest.shards})
     except OSError:
-        return  # a folder that cannot be written to is compared every time
+        return  # a read-only folder is checked every time
 
 
 def _size_is_wrong(folder: Path, shard: Shard) -> str | None:
@@ -57,7 +57,7 @@ def _hashes_are_wrong(folder: Path, shards: list[Shard]) -> list[str]:
     problems = []
     with (
         Work("Reading the cache", total=len(shards)) as bar,
-        ThreadPoolExecutor(2) as pool,  # hashing lets go of the interpreter
+        ThreadPoolExecutor(2) as pool,  # hashing releases the GIL
     ):
         digests = pool.map(lambda s: sha256_of(folder / s.file), shards)
         for shard, sha256 in zip(shards, digests, strict=True):

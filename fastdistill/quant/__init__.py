@@ -1,4 +1,4 @@
-"""Quantised teachers: 4- and 8-bit weights, the layers over them, and the checkpoints they come in.
+"""Quantized teachers: 4- and 8-bit weights, the layers over them, and the checkpoints they come in.
 
 Importing this imports nothing else: every name below is loaded when it is first used.
 """

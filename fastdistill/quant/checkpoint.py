@@ -44,10 +44,10 @@ class Checkpoint:
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Open a folder of safetensors, a .safetensors or a .gguf file, quantised or not.
+    """Open a folder of safetensors, a .safetensors or a .gguf file, quantized or not.
 
     Raises:
-        CheckpointError: it is missing, damaged, a pickle, or quantised in an unsupported way.
+        CheckpointError: it is missing, damaged, a pickle, or quantized in an unsupported way.
     """
     path = Path(path)
     gguf = _gguf_file(path)
@@ -62,7 +62,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def is_quantized_checkpoint(path: str | Path) -> bool:
-    """Whether there is a quantised checkpoint at `path`, supported or not; False where there is
+    """Whether there is a quantized checkpoint at `path`, supported or not; False where there is
     none at all, so also for a name on the Hugging Face hub.
 
     Raises:
@@ -109,7 +109,7 @@ def _stored_as(files: TensorFiles) -> tuple[str, ...]:
 
 
 def check_stored_method(files: TensorFiles, config: dict[str, Any]) -> str | None:
-    """Return how the weights are quantised, after checking that config.json and the tensors agree;
+    """Return how the weights are quantized, after checking that config.json and the tensors agree;
     None where they are plain."""
     settings = config.get("quantization_config")
     stored = _stored_as(files)
@@ -132,7 +132,7 @@ def check_stored_method(files: TensorFiles, config: dict[str, Any]) -> str | Non
     if not isinstance(method, str) or method not in _READERS:
         raise CheckpointError(
             f"{files.config_file}: quant_method: expected one of {tuple(_READERS)}, or a .gguf "
-            f"file, got {method!r}. Use the unquantised checkpoint, and quantise it here"
+            f"file, got {method!r}. Use the unquantized checkpoint, and quantize it here"
         )
     if method not in stored:
         raise CheckpointError(

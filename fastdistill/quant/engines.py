@@ -1,4 +1,4 @@
-"""Who does the work of quantised inference on a device: one table of functions per implementation.
+"""Who does the work of quantized inference on a device: one table of functions per implementation.
 
     CPU     the compiled module (csrc/, any of four instruction sets)  →  plain PyTorch
     CUDA    the compiled module (csrc/cuda_quant.cu)  →  Triton  →  plain PyTorch

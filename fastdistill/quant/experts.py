@@ -71,7 +71,7 @@ class Expert:
         expert = arguments.get("weight")
         if function is not nn.functional.linear or not isinstance(expert, Expert):
             raise TypeError(
-                f"quantised experts: expected torch.nn.functional.linear(x, experts[e]), got "
+                f"quantized experts: expected torch.nn.functional.linear(x, experts[e]), got "
                 f"{getattr(function, '__name__', function)}. Set the model's experts "
                 "implementation to 'eager'"
             )

@@ -33,15 +33,15 @@ NF4 = (
 _FP4_MAGNITUDES = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
 FP4 = tuple(m / 12 for m in _FP4_MAGNITUDES) + tuple(0 - m / 12 for m in _FP4_MAGNITUDES)
 UNSIGNED = tuple(float(i) for i in range(16))  # GPTQ, AWQ and own int4: scale · q + offset
-CENTRED = tuple(float(i - 8) for i in range(16))  # GGUF Q4_0
+CENTERED = tuple(float(i - 8) for i in range(16))  # GGUF Q4_0
 
 SCHEMES = ("nf4", "fp4", "int4", "int8")
 BLOCK = 64
-_CHUNK = 1 << 18  # weights quantised at a time: their fp32 copies stay in cache
+_CHUNK = 1 << 18  # weights quantized at a time: their fp32 copies stay in cache
 
 
 class Nested(NamedTuple):
-    """Scales that are quantised themselves:
+    """Scales that are quantized themselves:
 
     scale of block b = code[codes[b]] · scale[b / block] + offset
     """
@@ -171,7 +171,7 @@ def _expect(name: str, tensor: Tensor, dtype: torch.dtype, count: int) -> None:
 
 
 def table(name: str, device: torch.device | str | None = None) -> Tensor:  # fp32 [16]
-    values = {"nf4": NF4, "fp4": FP4, "int4": UNSIGNED, "q4_0": CENTRED}[name]
+    values = {"nf4": NF4, "fp4": FP4, "int4": UNSIGNED, "q4_0": CENTERED}[name]
     return torch.tensor(values, dtype=torch.float32, device=device)
 
 

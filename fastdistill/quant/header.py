@@ -88,7 +88,7 @@ def _check_type(files: TensorFiles, name: str, weight: Tensor) -> None:
     if weight.is_floating_point() and not kind.startswith(_FLOATS):
         raise CheckpointError(
             f"{files.file_of(name)}: tensor {printable(name)}: expected floating point, got "
-            f"{printable(kind)}. Is the checkpoint quantised, without a quantization_config?"
+            f"{printable(kind)}. Is the checkpoint quantized, without a quantization_config?"
         )
 
 

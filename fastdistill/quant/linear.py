@@ -1,4 +1,4 @@
-"""Layers over quantised weights, in the place of nn.Linear (and of GPT-2's Conv1D).
+"""Layers over quantized weights, in the place of nn.Linear (and of GPT-2's Conv1D).
 
 They hold the weight in its canonical format and nothing else: a state_dict is the same before and
 after a forward pass, and on every machine.
@@ -149,14 +149,14 @@ def product(
     """x Wᵀ + bias.
 
     Raises:
-        RuntimeError: where a gradient would be needed; quantised weights are forward only.
+        RuntimeError: where a gradient would be needed; quantized weights are forward only.
     """
     N, K = w.shape
     if x.shape[-1] != K:
         raise ValueError(f"x: expected [..., {K}], got {list(x.shape)}")
     if x.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(
-            "x: a quantised layer is forward only and gives no gradient, but x requires one. Run "
+            "x: a quantized layer is forward only and gives no gradient, but x requires one. Run "
             "the teacher under torch.no_grad()"
         )
     if w.perm is not None:
@@ -219,7 +219,7 @@ class LUT4Linear(_QuantLinear):
     def from_linear(
         cls, linear: nn.Linear, scheme: str = "nf4", *, block: int = BLOCK, compute: str = "auto"
     ) -> LUT4Linear:
-        """Quantise a layer: scheme "nf4", "fp4" or "int4"."""
+        """Quantize a layer: scheme "nf4", "fp4" or "int4"."""
         if scheme == "int8":
             raise ValueError("scheme: expected 'nf4', 'fp4' or 'int4'; 8 bits are an Int8Linear")
         return cls(quantize(linear.weight, scheme, block=block), linear.bias, compute=compute)

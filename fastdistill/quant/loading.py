@@ -1,8 +1,8 @@
-"""Load a checkpoint one tensor at a time, quantising on the way: the peak is the quantised model
+"""Load a checkpoint one tensor at a time, quantizing on the way: the peak is the quantized model
 and one layer.
 
 The model is built without memory for its weights. Each stored tensor is then read, renamed and
-merged by transformers' own conversion rules (which stack the experts of a mixture), quantised on
+merged by transformers' own conversion rules (which stack the experts of a mixture), quantized on
 the target device if it belongs to a linear layer, and put into its place.
 """
 
@@ -49,11 +49,11 @@ def load_quantized(
 
     Args:
         path: full-precision weights (then `quant` says what to make of them), or a checkpoint that
-            is quantised: by `save_quantized`, bitsandbytes (NF4, FP4, 8-bit), GPTQ, AWQ, or GGUF
+            is quantized: by `save_quantized`, bitsandbytes (NF4, FP4, 8-bit), GPTQ, AWQ, or GGUF
             Q4_0 and Q8_0; those keep their bits.
         quant: "nf4", "fp4", "int4" or "int8" for full-precision weights; None keeps them.
-        compute: how quantised layers multiply: "exact", "int8", "fp8" or "auto" (ops.py).
-        dtype: of everything that is not quantised; "auto" takes the checkpoint's.
+        compute: how quantized layers multiply: "exact", "int8", "fp8" or "auto" (ops.py).
+        dtype: of everything that is not quantized; "auto" takes the checkpoint's.
         device: where the model goes. skip: as in quantize_model.
 
     Raises:
@@ -66,7 +66,7 @@ def load_quantized(
     checkpoint = open_checkpoint(path)
     if checkpoint.method is not None and quant is not None:
         raise ValueError(
-            f"quant: expected None, since {checkpoint.path} is quantised already "
+            f"quant: expected None, since {checkpoint.path} is quantized already "
             f"({checkpoint.method}), got {quant!r}"
         )
     model = _skeleton(checkpoint, dtype, attn_implementation)
@@ -161,7 +161,7 @@ class _Loader:
             value = read()
             if not isinstance(value, Tensor):
                 raise CheckpointError(
-                    f"{self.checkpoint.path}: tensor {stored}: a quantised weight that the model "
+                    f"{self.checkpoint.path}: tensor {stored}: a quantized weight that the model "
                     "stores merged with others (experts of a mixture) can be read from "
                     "fastdistill's own format only. Load the full-precision checkpoint with quant="
                 )
@@ -218,7 +218,7 @@ class _Loader:
         if not (isinstance(module, nn.Linear) or is_conv1d(module)):
             raise CheckpointError(
                 f"{self._file(name)}: tensor {name}: expected full precision for a "
-                f"{type(module).__name__}, got a quantised weight"
+                f"{type(module).__name__}, got a quantized weight"
             )
         bias = module._parameters.get("bias")
         put_layer(self.model, layer, weight, bias, self.compute)

@@ -25,7 +25,7 @@ def is_conv1d(module: nn.Module) -> bool:
 def targets(
     model: nn.Module, skip: Sequence[str] = ("lm_head",)
 ) -> Iterator[tuple[str, nn.Module]]:
-    """The linear layers to quantise: all but the output head, routers and those named in `skip`
+    """The linear layers to quantize: all but the output head, routers and those named in `skip`
     (a whole name, or its last part, or a parent's)."""
     find = getattr(model, "get_output_embeddings", None)
     head = find() if callable(find) else None
@@ -48,7 +48,7 @@ def skipped(name: str, skip: Sequence[str]) -> bool:
 
 
 def stacks(model: nn.Module, skip: Sequence[str] = ()) -> Iterator[tuple[str, nn.Module, str]]:
-    """(name, module, parameter) of the stacked experts to quantise."""
+    """(name, module, parameter) of the stacked experts to quantize."""
     for name, module in model.named_modules():
         for parameter in expert_parameters(module):
             if not skipped(f"{name}.{parameter}", skip):
@@ -63,7 +63,7 @@ def dense_rows(module: nn.Module) -> Tensor:  # [N, K]
 def put_layer(
     model: nn.Module, name: str, weight: QuantWeight, bias: Tensor | None, compute: str
 ) -> None:
-    """Put a quantised layer in the place of the one called `name`."""
+    """Put a quantized layer in the place of the one called `name`."""
     reason = unsupported_reason(compute, weight.qdata.device, *weight.shape, weight.block)
     if reason is not None:
         raise ValueError(
@@ -74,7 +74,7 @@ def put_layer(
 
 
 def put_stack(model: nn.Module, name: str, weight: QuantWeight, experts: int, compute: str) -> None:
-    """Put a stack of quantised experts in the place of the 3-D parameter called `name`."""
+    """Put a stack of quantized experts in the place of the 3-D parameter called `name`."""
     try:
         stack = ExpertStack(weight, experts, compute=compute)
     except ValueError as error:
@@ -91,10 +91,10 @@ def quantize_model(
     compute: str = "auto",
     skip: Sequence[str] = ("lm_head",),
 ) -> nn.Module:
-    """Replace the linear layers of a loaded model by quantised ones, one after the other, in place.
+    """Replace the linear layers of a loaded model by quantized ones, one after the other, in place.
 
     The output head, embeddings, norms and the routers of mixtures keep their type. The model is put
-    into eval mode and frozen: quantised layers are forward only.
+    into eval mode and frozen: quantized layers are forward only.
 
     Args:
         model: a Hugging Face causal LM, or any nn.Module with nn.Linear layers, on any device.
@@ -107,7 +107,7 @@ def quantize_model(
 
     Raises:
         ValueError: an unknown scheme or compute, weights that are not finite, a layer whose shape
-            the asked compute cannot run, or a model without anything to quantise.
+            the asked compute cannot run, or a model without anything to quantize.
     """
     if scheme not in SCHEMES:
         raise ValueError(f"scheme: expected one of {SCHEMES}, got {scheme!r}")
@@ -127,7 +127,7 @@ def quantize_model(
         done += 1
     if not done:
         raise ValueError(
-            f"model: expected linear layers to quantise, found none in {type(model).__name__} "
+            f"model: expected linear layers to quantize, found none in {type(model).__name__} "
             f"outside skip={tuple(skip)}"
         )
     warn_about_full_precision(model)

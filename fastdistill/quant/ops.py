@@ -1,4 +1,4 @@
-"""torch.library operators of quantised inference: schema, shapes for tracing, dispatch.
+"""torch.library operators of quantized inference: schema, shapes for tracing, dispatch.
 
 fastdistill::lut4_linear    x Wᵀ + b with W in 4 bits
 fastdistill::int8_linear    x Wᵀ + b with W in 8 bits

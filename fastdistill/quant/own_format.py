@@ -1,9 +1,9 @@
 """Our own checkpoints: the tensors of formats.py under their own names, in safetensors.
 
-A quantised weight W ("model.layers.0.mlp.up_proj.weight") is stored as
+A quantized weight W ("model.layers.0.mlp.up_proj.weight") is stored as
 
     W.qdata    LUT4: uint8 [N·K / 2], element 2j in the high nibble; INT8: int8 [N, K]
-    W.scale    fp32 [N·K / block], or, quantised themselves:
+    W.scale    fp32 [N·K / block], or, quantized themselves:
                W.scale.codes uint8, W.scale.code fp32 [256], W.scale.scale fp32, W.scale.offset fp32
     W.lut      fp32 [16]            LUT4
     W.offset   fp32, as scale       LUT4, optional

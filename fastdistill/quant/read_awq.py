@@ -35,7 +35,7 @@ def weights(files: TensorFiles, config: dict[str, Any]) -> dict[str, Thunk]:
         if str(layout).lower() != "gemm":
             raise ValueError(
                 f"version: expected 'gemm', got {layout!r}. Save it as 'gemm', or use the "
-                "unquantised checkpoint"
+                "unquantized checkpoint"
             )
         group = group_size(settings)
     return by_layer(files, functools.partial(_read, files, group=group))

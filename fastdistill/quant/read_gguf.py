@@ -5,7 +5,7 @@
     Q8_0   w = q · d          blocks of 32 in 34 bytes: fp16 d, then 32 int8
 
 become Lut4Weight and Int8Weight; both multiply in fp32 as llama.cpp does. Embedding, head and norms
-are not quantised here: they may be of any type that the gguf package can expand, and come as fp32
+are not quantized here: they may be of any type that the gguf package can expand, and come as fp32
 (files called Q4_0 often hold a Q6_K output.weight).
 
 A .gguf file names tensors otherwise than transformers and, for some families, reorders their rows.

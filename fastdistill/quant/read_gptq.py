@@ -44,7 +44,7 @@ def weights(files: TensorFiles, config: dict[str, Any]) -> dict[str, Thunk]:
         if layout not in FORMATS:
             raise ValueError(
                 f"checkpoint_format: expected one of {FORMATS}, got {layout!r}. Convert the "
-                "checkpoint with GPTQModel, or use the unquantised one"
+                "checkpoint with GPTQModel, or use the unquantized one"
             )
         group = group_size(settings)
     read = functools.partial(_read, files, group=group, stored_less=int(layout == "gptq"))
@@ -55,7 +55,7 @@ def group_size(settings: dict[str, Any]) -> int:
     """Columns that share a scale, −1 for all; checks that there are 4 bits. Inside `reading`."""
     bits = integer(settings, "w_bit" if "w_bit" in settings else "bits")
     if bits != 4:
-        raise ValueError(f"bits: expected 4, got {bits}. Use a 4-bit or the unquantised checkpoint")
+        raise ValueError(f"bits: expected 4, got {bits}. Use a 4-bit or the unquantized checkpoint")
     group = integer(settings, "q_group_size" if "q_group_size" in settings else "group_size")
     if group < 1 and group != -1:
         raise ValueError(f"group_size: expected a positive number or -1, got {group}")
@@ -142,7 +142,7 @@ def grouped(
     if block % 2:
         raise CheckpointError(
             f"{file}: tensor {name!r}: expected groups of columns whose sizes share an even "
-            f"divisor, got a greatest common divisor of {block}. Use the unquantised checkpoint"
+            f"divisor, got a greatest common divisor of {block}. Use the unquantized checkpoint"
         )
     with reading(file, name):
         of_block = groups[::block]

@@ -1,4 +1,4 @@
-"""Save a quantised model as a folder that load_quantized and load_teacher read on any machine."""
+"""Save a quantized model as a folder that load_quantized and load_teacher read on any machine."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ def save_quantized(
     The folder appears whole or not at all: it is written beside its place, synced and renamed.
 
     Raises:
-        ValueError: nothing in the model is quantised. FileExistsError: the folder is there already.
+        ValueError: nothing in the model is quantized. FileExistsError: the folder is there already.
     """
     path = Path(path)
     if not any(isinstance(m, QuantizedWeight) for m in model.modules()):
-        raise ValueError("model: expected quantised layers, found none; use model.save_pretrained")
+        raise ValueError("model: expected quantized layers, found none; use model.save_pretrained")
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(f"path: expected a new or empty folder, got {path} with content")
     path.parent.mkdir(parents=True, exist_ok=True)

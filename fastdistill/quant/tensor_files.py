@@ -276,12 +276,12 @@ class TensorFiles:
 
 
 def with_plain(
-    files: TensorFiles, quantised: dict[str, Thunk], parts: Iterable[str]
+    files: TensorFiles, quantized: dict[str, Thunk], parts: Iterable[str]
 ) -> dict[str, Thunk]:
-    """`quantised` and every other tensor of `files` but their `parts`, as it is stored."""
-    skipped = {*quantised, *parts}
+    """`quantized` and every other tensor of `files` but their `parts`, as it is stored."""
+    skipped = {*quantized, *parts}
     plain = [name for name in files.names() if name not in skipped]
-    return {**{name: functools.partial(files.read, name) for name in plain}, **quantised}
+    return {**{name: functools.partial(files.read, name) for name in plain}, **quantized}
 
 
 def matrix(file: Path, name: str, tensor: Tensor, dtype: torch.dtype, *shape: int | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""The operations of quantised inference in plain PyTorch: what runs without a compiled module, and
+"""The operations of quantized inference in plain PyTorch: what runs without a compiled module, and
 what the compiled ones are tested against, bit for bit."""
 
 from __future__ import annotations

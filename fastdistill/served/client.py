@@ -185,7 +185,7 @@ class ServedTeacher:
         Args:
             input_ids: int32/int64 [B, T]. attention_mask: bool or 0/1 [B, T], None for all ones.
             k: at most what the server gives. temperature: T of softmax(logits / T); a server that
-                does not honour it is refused.
+                does not honor it is refused.
 
         Returns:
             TopK on input_ids' device: ids int64 [B, T, k], logprobs and log_tail fp32 (fp64 from a
@@ -317,8 +317,8 @@ class ServedTeacher:
             )
 
     def _check_temperature(self, row: list[int], temperature: float) -> None:
-        honours = self.server_info is not None and self.server_info.honours_temperature
-        if honours or temperature in self._tempered:
+        honors = self.server_info is not None and self.server_info.honours_temperature
+        if honors or temperature in self._tempered:
             return
         part = _Part(0, len(row[:_PROBE_TOKENS]), [row[:_PROBE_TOKENS]], [0])
         plain, tempered = (self._answer(part, 2, T, threading.Event()) for T in (1.0, temperature))
