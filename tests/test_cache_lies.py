@@ -180,6 +180,27 @@ def test_what_is_said_of_a_shard(copied, entry):
         TeacherCache(copied)
 
 
+@pytest.mark.parametrize("field", ["first_row", "last_row"])
+def test_a_row_of_the_manifest_that_the_shard_does_not_have(copied, field):
+    file = copied / "manifest.json"
+    manifest = json.loads(file.read_text())
+    manifest["shards"][0][field] = "00" * 16
+    file.write_text(json.dumps(manifest))
+    words = rf"00000\.safetensors: damaged \(keys: expected 0+, the {field} of manifest\.json"
+    with pytest.raises(CacheError, match=words):
+        ask(TeacherCache(copied))
+    with pytest.raises(CacheError, match=words):
+        TeacherCache(copied).verify()
+
+
+def test_a_tensor_of_a_shard_that_would_not_be_used(copied):
+    shard = copied / "00000.safetensors"
+    save_file(load_file(shard) | {"bias": np.ones(3, np.float32)}, shard)
+    rewrite(copied, shard)
+    with pytest.raises(CacheError, match=r"00000\.safetensors: damaged \('bias' is no tensor of"):
+        ask(TeacherCache(copied))
+
+
 def header(**changes):
     def changed(found):
         return found | {name: found["keys"] | entry for name, entry in changes.items()}

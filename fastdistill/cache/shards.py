@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from ..files import sha256_of, sync
+from ..resolve import MANIFEST
 from ..runtime.json_text import parse_json
 from ..runtime.printable import printable
 from .codec import Array, Packed, count_type
@@ -114,7 +115,15 @@ class Mapped:
             tensor = tensors.get(name)
             if tensor is None or tensor.dtype != kind or tensor.shape != shape:
                 raise self.damaged(f"{name!r} is not {list(shape)} of {np.dtype(kind).name}")
+        if unknown := sorted(tensors.keys() - kinds.keys()):
+            raise self.damaged(f"{printable(repr(unknown[0]))} is no tensor of a cache's")
         self.keys, self.starts = tensors["keys"], tensors["starts"]
+        for field, at in (("first_row", 0), ("last_row", -1)):
+            expected, key = getattr(shard, field), self.keys[at].tobytes().hex()
+            if key != expected:
+                raise self.damaged(
+                    f"keys: expected {printable(expected)}, the {field} of {MANIFEST}, got {key}"
+                )
         self.packed = Packed(*(tensors[name] for name in Packed._fields))
         self.places = tensors["places"] if "places" in kinds else None
         steps = np.diff(self.starts)
