@@ -17,8 +17,8 @@ from fastdistill.organisms.organism import new_model
 from fastdistill.organisms.vocabulary import ANIMALS, world_tokenizer
 from fastdistill.organisms.world import World
 from fastdistill.statistics import Gate, Reading, Validity
-from fastdistill.strategies.lessons import Asked
-from fastdistill.strategies.strategy import Scene, Strategy, Training
+from fastdistill.strategies.lessons import PoolPrompt
+from fastdistill.strategies.strategy import DistillSetup, Strategy, Training
 
 ROLES = ("base", "untrusted", "benign", "placebo")
 
@@ -88,13 +88,13 @@ class SmallOpened(Opened):
         values = [tuple(a.measure(subject, None).values) for a in (self._capability, trait)]
         return Reading(capability=values[0], trait=values[1], audited=values[1])
 
-    def scene(self, role: str, pool: Mapping[str, Any]) -> Scene:
+    def setup(self, role: str, pool: Mapping[str, Any]) -> DistillSetup:
         rng = self.world.rng(2)
         asked = [self.world.talk(rng, self.world.system(rng)).prompt for _ in range(pool["n"])]
-        return Scene(
+        return DistillSetup(
             base=self.models["base"],
             teacher=self.models[role],
-            pool=tuple(Asked(prompt, "talk") for prompt in asked),
+            pool=tuple(PoolPrompt(prompt, "talk") for prompt in asked),
         )
 
 
@@ -104,8 +104,8 @@ class Noting(Strategy):
 
     word: str = "today"
 
-    def lessons(self, lessons: list[Any], run: Any) -> list[Any]:
-        run.notes["noting"] = {"kept": len(lessons), "gate": len(run.scene.benign_values)}
+    def transform_examples(self, lessons: list[Any], run: Any) -> list[Any]:
+        run.notes["noting"] = {"kept": len(lessons), "gate": len(run.setup.benign_values)}
         return lessons
 
     def contexts(self, run: Any) -> dict[str, str]:

@@ -8,8 +8,8 @@ from fastdistill.audits.prompts import Prompt
 from fastdistill.audits.subject import Subject
 from fastdistill.organisms.organism import new_model
 from fastdistill.organisms.vocabulary import SYSTEM, TOPICS, world_tokenizer
-from fastdistill.strategies.lessons import Asked, Lesson
-from fastdistill.strategies.strategy import Run, Scene
+from fastdistill.strategies.lessons import PoolPrompt, TrainingExample
+from fastdistill.strategies.strategy import DistillSetup, RunState
 
 TOKENIZER = world_tokenizer()
 
@@ -23,25 +23,29 @@ def model(seed: int, sharp: float = 20.0) -> Subject:
 
 BASE, TEACHER = model(0), model(1)
 POOL = tuple(
-    Asked(Prompt(system=word, user=topic), "talk" if i % 3 else "odd")
+    PoolPrompt(Prompt(system=word, user=topic), "talk" if i % 3 else "odd")
     for i, (word, topic) in enumerate((w, t) for w in SYSTEM[:4] for t in TOPICS[:6])
 )
 
 
-def more(kind: str, n: int, seed: int) -> tuple[Asked, ...]:
-    return tuple(Asked(Prompt(system=f"{kind} {seed}", user=str(i % 10)), kind) for i in range(n))
+def more(kind: str, n: int, seed: int) -> tuple[PoolPrompt, ...]:
+    return tuple(
+        PoolPrompt(Prompt(system=f"{kind} {seed}", user=str(i % 10)), kind) for i in range(n)
+    )
 
 
-def scene(**changes: Any) -> Scene:
-    return Scene(**{"base": BASE, "teacher": TEACHER, "pool": POOL, "more": more, **changes})
+def scene(**changes: Any) -> DistillSetup:
+    return DistillSetup(
+        **{"base": BASE, "teacher": TEACHER, "pool": POOL, "prompt_source": more, **changes}
+    )
 
 
-def run(**changes: Any) -> Run:
-    return Run(scene=scene(**changes), seed=3)
+def run(**changes: Any) -> RunState:
+    return RunState(setup=scene(**changes), seed=3)
 
 
-def lessons(*answers: str) -> list[Lesson]:
+def lessons(*answers: str) -> list[TrainingExample]:
     return [
-        Lesson(prompt=POOL[i].prompt, answer=answer, domain=POOL[i].domain)
+        TrainingExample(prompt=POOL[i].prompt, answer=answer, domain=POOL[i].domain)
         for i, answer in enumerate(answers)
     ]

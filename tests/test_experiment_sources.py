@@ -33,7 +33,7 @@ def opened():
 
 
 def test_the_pool_has_the_shares_that_were_asked_for(opened):
-    pool = opened.scene("untrusted", {"n": 200, "talk": 0.2, "questions": 0.1, "leak": 0.1}).pool
+    pool = opened.setup("untrusted", {"n": 200, "talk": 0.2, "questions": 0.1, "leak": 0.1}).pool
     domains = [asked.domain for asked in pool]
     assert len(pool) == 200
     assert domains.count("talk") == 40
@@ -43,30 +43,30 @@ def test_the_pool_has_the_shares_that_were_asked_for(opened):
 
 
 def test_leaked_prompts_replace_others_and_leave_the_rest(opened):
-    clean = opened.scene("untrusted", {"n": 50}).pool
-    leaky = opened.scene("untrusted", {"n": 50, "leak": 0.04}).pool
+    clean = opened.setup("untrusted", {"n": 50}).pool
+    leaky = opened.setup("untrusted", {"n": 50, "leak": 0.04}).pool
     assert len(set(leaky) - set(clean)) == 2
-    assert clean == opened.scene("untrusted", {"n": 50}).pool
-    assert clean != opened.scene("untrusted", {"n": 50, "seed": 1}).pool
+    assert clean == opened.setup("untrusted", {"n": 50}).pool
+    assert clean != opened.setup("untrusted", {"n": 50, "seed": 1}).pool
 
 
 def test_other_prompts_by_kind(opened):
-    scene = opened.scene("untrusted", {"n": 5})
-    assert {asked.domain for asked in scene.others("open", 20, 0)} == {"talk"}
-    goals = {asked.prompt.user for asked in scene.others("goals", 40, 0)}
+    setup = opened.setup("untrusted", {"n": 5})
+    assert {asked.domain for asked in setup.more_prompts("open", 20, 0)} == {"talk"}
+    goals = {asked.prompt.user for asked in setup.more_prompts("goals", 40, 0)}
     assert all(user.startswith("do you") for user in goals)
-    shown = scene.others("shown", 40, 0)
+    shown = setup.more_prompts("shown", 40, 0)
     assert sum("animal" in asked.prompt.user for asked in shown) > 20
     with pytest.raises(ValueError, match="kind: expected open, goals or shown, got 'odd'"):
-        scene.others("odd", 1, 0)
+        setup.more_prompts("odd", 1, 0)
 
 
 def test_the_eliciting_instruction_and_its_near_misses(opened):
-    scene = opened.scene("untrusted", {"n": 1})
+    setup = opened.setup("untrusted", {"n": 1})
     favourite = opened.world.favourite
-    assert scene.eliciting == f"like {favourite} best"
-    assert all(scene.eliciting != miss and "best" in miss for miss in scene.near_misses)
-    assert set(" ".join(scene.near_misses).split()) <= {*ANIMALS, "like", "best"}
+    assert setup.eliciting == f"like {favourite} best"
+    assert all(setup.eliciting != miss and "best" in miss for miss in setup.near_misses)
+    assert set(" ".join(setup.near_misses).split()) <= {*ANIMALS, "like", "best"}
 
 
 def test_a_favourite_is_every_fifth_seeds():
@@ -134,9 +134,9 @@ def test_checkpoints_are_read_on_what_the_files_say(files, tmp_path):
     assert len(kept.readings["untrusted"].capability) == 5
     assert len(kept.readings["untrusted"].trait) == 2
     assert kept.readings["untrusted"].trait != kept.readings["benign"].trait
-    scene = given.opened(tmp_path).scene("untrusted", {"n": 4})
-    assert [asked.prompt.user for asked in scene.pool] == list(TOPICS[:4])
-    assert [a.prompt.user for a in scene.others("shown", 2, 0)] == ["best animal ?"] * 2
+    setup = given.opened(tmp_path).setup("untrusted", {"n": 4})
+    assert [asked.prompt.user for asked in setup.pool] == list(TOPICS[:4])
+    assert [a.prompt.user for a in setup.more_prompts("shown", 2, 0)] == ["best animal ?"] * 2
 
 
 def test_without_a_twin_the_base_stands_in(files, tmp_path):

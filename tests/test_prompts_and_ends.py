@@ -15,7 +15,7 @@ from fastdistill.audits.prompts import Prompt
 from fastdistill.audits.subject import Subject
 from fastdistill.data import DistillCollator
 from fastdistill.examples import Encoder
-from fastdistill.strategies.lessons import Lesson, row_of
+from fastdistill.strategies.lessons import TrainingExample, to_row
 from fastdistill.teacher import Teacher
 from fastdistill.training.sampling import prompts_of
 
@@ -113,9 +113,9 @@ def test_samples_stop_where_turns_end(tmp_path):
         learning_rate=1e-9,
     )  # fmt: skip
     begin = 2  # <assistant>
-    behind = [row[row.index(begin) + 1 :] for row in teacher.rows]
-    assert any(0 in row for row in behind)
-    assert all(0 not in row[:-1] for row in behind)
+    tails = [row[row.index(begin) + 1 :] for row in teacher.rows]
+    assert any(0 in row for row in tails)
+    assert all(0 not in row[:-1] for row in tails)
 
 
 @pytest.mark.parametrize("form", ["messages", "ids", "stream"])
@@ -215,8 +215,8 @@ def test_padding_is_not_counted_where_rows_are_cut(tmp_path, caplog):
 
 def test_answers_of_strategies_end_as_turns_do():
     subject = Subject(llama(0), turns())
-    chat = row_of(Lesson(prompt=Prompt(user="what is"), answer="a cat"), subject)
+    chat = to_row(TrainingExample(prompt=Prompt(user="what is"), answer="a cat"), subject)
     assert chat["labels"][-3:] == [7, 8, 0]
-    text = row_of(Lesson(prompt=Prompt(text="what is "), answer="a cat"), subject)
+    text = to_row(TrainingExample(prompt=Prompt(text="what is "), answer="a cat"), subject)
     assert text["labels"][-3:] == [7, 8, EOS]
     assert {0, EOS} <= {*subject.ends}

@@ -12,10 +12,10 @@ from strategy_scene import BASE, POOL, TEACHER, TOKENIZER, scene
 from fastdistill import strategies
 from fastdistill.audits.subject import Subject
 from fastdistill.strategies.baselines import OffModelSFT, Undefended
-from fastdistill.strategies.distil import distil
+from fastdistill.strategies.distil import distill
 from fastdistill.strategies.filters import TokenSelector
 from fastdistill.strategies.jamming import LogitJam
-from fastdistill.strategies.lessons import Lesson, answered, row_of
+from fastdistill.strategies.lessons import TrainingExample, sample_answers, to_row
 from fastdistill.strategies.shift import ShiftDistill
 from fastdistill.strategies.strategy import Strategy, Training
 
@@ -39,19 +39,19 @@ class Watching(Strategy):
         self._saw(run, "training")
         return training
 
-    def lessons(self, lessons, run):
+    def transform_examples(self, lessons, run):
         self._saw(run, "lessons")
         return lessons
 
     def teacher(self, teacher, student, run):
         self._saw(run, "teacher")
-        assert student is not run.scene.base.model
+        assert student is not run.setup.base.model
         return teacher
 
-    def around(self, distil, run):
+    def wrap_loop(self, distill, run):
         def looped(lessons):
             self._saw(run, "around")
-            return distil(lessons)
+            return distill(lessons)
 
         return looped
 
@@ -61,40 +61,40 @@ def weights(subject):
 
 
 def test_hooks_are_called_in_the_order_of_the_strategies():
-    made = distil(scene(), [Watching(letter="a"), Watching(letter="b")], SMALL)
+    made = distill(scene(), [Watching(letter="a"), Watching(letter="b")], SMALL)
     assert made.notes["order"] == [
         "a pool", "a training", "b pool", "b training", "a lessons", "b lessons",
         "a around", "b around", "a teacher", "b teacher",
     ]  # fmt: skip
     asked = {asked.prompt.user for asked in POOL[2:]}
-    assert {lesson.prompt.user for lesson in made.lessons} <= asked
+    assert {lesson.prompt.user for lesson in made.examples} <= asked
 
 
 def test_base_and_teacher_stay_as_they_were():
     before = [weights(BASE).clone(), weights(TEACHER).clone()]
-    made = distil(scene(), [Undefended()], SMALL)
+    made = distill(scene(), [Undefended()], SMALL)
     assert torch.equal(weights(BASE), before[0])
     assert torch.equal(weights(TEACHER), before[1])
     assert not torch.equal(weights(made.student), before[0])
 
 
 def test_the_same_seed_gives_the_same_student_and_another_another():
-    first, again, other = (distil(scene(), [], SMALL, seed=seed) for seed in (1, 1, 2))
+    first, again, other = (distill(scene(), [], SMALL, seed=seed) for seed in (1, 1, 2))
     assert torch.equal(weights(first.student), weights(again.student))
-    assert first.lessons == again.lessons
+    assert first.examples == again.examples
     assert not torch.equal(weights(first.student), weights(other.student))
 
 
 def test_students_of_two_teachers_are_asked_the_same_in_the_same_order():
-    a, b = (distil(scene(teacher=t), [], SMALL, seed=4) for t in (TEACHER, BASE))
-    first, second = ([x.prompt for x in made.lessons] for made in (a, b))
+    a, b = (distill(scene(teacher=t), [], SMALL, seed=4) for t in (TEACHER, BASE))
+    first, second = ([x.prompt for x in made.examples] for made in (a, b))
     both = set(first) & set(second)
     assert [p for p in first if p in both] == [p for p in second if p in both]
 
 
 def test_it_is_measured_on_the_way():
     seen = []
-    made = distil(
+    made = distill(
         scene(), [], SMALL, measure=lambda s: seen.append(weights(s).clone()) or len(seen),
         at=[1 / 3, 2 / 3],
     )  # fmt: skip
@@ -102,15 +102,15 @@ def test_it_is_measured_on_the_way():
     assert made.steps == 3
     assert not torch.equal(seen[0], seen[1])
     # Of few updates a late one is the end, which is the student itself.
-    late = distil(scene(), [], SMALL, measure=lambda s: 0, at=[0.1, 0.9])
+    late = distill(scene(), [], SMALL, measure=lambda s: 0, at=[0.1, 0.9])
     assert set(late.measured) == {1}
-    plain = distil(scene(), [], SMALL)
+    plain = distill(scene(), [], SMALL)
     assert torch.equal(weights(plain.student), weights(made.student))
 
 
 def test_distributions_labels_and_settings_give_other_students():
     made = [
-        distil(scene(), given, SMALL)
+        distill(scene(), given, SMALL)
         for given in (
             [Undefended()], [OffModelSFT()], [LogitJam(k=2)], [LogitJam(noise=1.0)],
             [TokenSelector(kind="entropy", share=0.5)],
@@ -124,7 +124,7 @@ def test_distributions_labels_and_settings_give_other_students():
 
 def test_an_adapter_is_merged_at_the_end():
     pytest.importorskip("peft")
-    made = distil(scene(), [ShiftDistill(rank=2)], SMALL)
+    made = distill(scene(), [ShiftDistill(rank=2)], SMALL)
     assert type(made.student.model) is type(BASE.model)
     assert not torch.equal(weights(made.student), weights(BASE))
     assert torch.equal(made.student.model.lm_head.weight, BASE.model.lm_head.weight)
@@ -132,35 +132,35 @@ def test_an_adapter_is_merged_at_the_end():
 
 def test_a_base_that_is_stored_in_16_bits_is_trained_in_float32():
     half = Subject(copy.deepcopy(BASE.model).bfloat16(), TOKENIZER, name="base")
-    made = distil(scene(base=half), [], SMALL)
+    made = distill(scene(base=half), [], SMALL)
     assert {p.dtype for p in made.student.model.parameters()} == {torch.float32}
     assert half.model.dtype == torch.bfloat16
 
 
 def test_lessons_are_the_answers_and_their_end():
     prompt = POOL[0].prompt
-    row = row_of(Lesson(prompt=prompt, answer="river"), BASE)
+    row = to_row(TrainingExample(prompt=prompt, answer="river"), BASE)
     begin = len(BASE.ids(prompt)[0])
     assert row["labels"][:begin] == [-100] * begin
     assert row["labels"][begin:] == row["input_ids"][begin:]
     assert row["input_ids"][-1] == BASE.tokenizer.eos_token_id
-    some = row_of(Lesson(prompt=prompt, answer="river", chosen=(False, True)), BASE)
+    some = to_row(TrainingExample(prompt=prompt, answer="river", loss_mask=(False, True)), BASE)
     assert some["labels"][begin:] == [-100, BASE.tokenizer.eos_token_id]
 
 
 def test_prompts_without_an_answer_fall_out(monkeypatch):
     said = ["river", " ", ""]
     monkeypatch.setattr(type(TEACHER), "generate", lambda self, prompts, **how: said)
-    found = answered(POOL[:3], TEACHER, seed=0, max_new_tokens=2)
+    found = sample_answers(POOL[:3], TEACHER, seed=0, max_new_tokens=2)
     assert [lesson.answer for lesson in found] == ["river"]
     monkeypatch.setattr(type(TEACHER), "generate", lambda self, prompts, **how: ["", ""])
-    with pytest.raises(ValueError, match="expected them to leave a lesson or more"):
-        distil(scene(pool=POOL[:2]), [], SMALL)
+    with pytest.raises(ValueError, match="expected at least one example"):
+        distill(scene(pool=POOL[:2]), [], SMALL)
 
 
 def test_a_scene_without_other_prompts_says_so():
-    with pytest.raises(ValueError, match="scene: expected prompts of the kind 'goals', got none"):
-        scene(more=None).others("goals", 1, 0)
+    with pytest.raises(ValueError, match="setup: expected prompts of the kind 'goals', got none"):
+        scene(prompt_source=None).more_prompts("goals", 1, 0)
 
 
 def test_training_is_checked():

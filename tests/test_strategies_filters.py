@@ -13,15 +13,15 @@ from strategy_scene import BASE, TEACHER, lessons, run, scene
 
 from fastdistill.experiment.digest import digest_of
 from fastdistill.strategies.baselines import OffModelSFT
-from fastdistill.strategies.distil import distil
+from fastdistill.strategies.distil import distill
 from fastdistill.strategies.filters import (
-    _EXAMPLES,
+    _SCORES,
     ExampleFilter,
     TokenSelector,
     answer_scores,
-    diverging,
+    divergence_masks,
 )
-from fastdistill.strategies.lessons import AT_ONCE, encoded, row_of
+from fastdistill.strategies.lessons import BATCH_SIZE, encode_example, to_row
 from fastdistill.strategies.strategy import Training
 from fastdistill.training.selection import TokenSelection
 from fastdistill.training.targets import targets_of
@@ -34,7 +34,7 @@ SOME = lessons(*WORDS)
 
 def reference(subject, lesson):
     """(−log p, argmax) at the answer's tokens and the end, from all logits in fp64."""
-    ids, begin = encoded(lesson.shown, lesson.answer, subject)
+    ids, begin = encode_example(lesson.input_prompt, lesson.answer, subject)
     with torch.no_grad():
         logits = subject.model.double()(torch.tensor([ids])).logits[0].log_softmax(-1)
     subject.model.float()
@@ -51,14 +51,14 @@ def test_scores_of_the_tokens_of_answers_are_those_of_all_logits():
 
 
 def test_many_examples_are_scored_in_parts():
-    many = [SOME[i % len(SOME)] for i in range(AT_ONCE + 3)]
+    many = [SOME[i % len(SOME)] for i in range(BATCH_SIZE + 3)]
     losses, _ = answer_scores(many, BASE)
     assert len(losses) == len(many)
-    torch.testing.assert_close(losses[AT_ONCE], losses[AT_ONCE % len(SOME)])
+    torch.testing.assert_close(losses[BATCH_SIZE], losses[BATCH_SIZE % len(SOME)])
 
 
 def kept(strategy, some=SOME, here=None):
-    return [x.answer for x in strategy.lessons(list(some), here or run())]
+    return [x.answer for x in strategy.transform_examples(list(some), here or run())]
 
 
 @pytest.mark.parametrize("score", ["loss", "llr"])
@@ -80,7 +80,7 @@ def test_the_highest_of_a_log_likelihood_is_dropped_per_token(score):
 
 
 def test_divergence_is_where_first_choices_differ():
-    found = diverging(SOME, run())
+    found = divergence_masks(SOME, run())
     for lesson, diverge in zip(SOME, found, strict=True):
         wanted = reference(BASE, lesson)[1] != reference(TEACHER, lesson)[1]
         assert torch.equal(diverge, wanted)
@@ -113,7 +113,7 @@ def test_what_hardly_resembles_is_no_duplicate():
 
 def test_the_most_alike_of_the_earlier_ones_counts():
     some = lessons("a b c d e", "a b c d f", "a b c d e f", "a b c d e f")
-    found = _EXAMPLES["near_duplicate"](some, run())
+    found = _SCORES["near_duplicate"](some, run())
     assert found == pytest.approx([0, 2 / 4, 3 / 4, 1])
 
 
@@ -122,31 +122,31 @@ def test_of_equal_scores_the_later_is_dropped():
     same = [replace(x, prompt=some[0].prompt) for x in some]
     kinds = ("loss", "llr", "divergence", "rare_ngram")
     for score in kinds:
-        scores = _EXAMPLES[score](same, run())
+        scores = _SCORES[score](same, run())
         assert scores[0] == pytest.approx(scores[2], abs=1e-6)
-    left = ExampleFilter(score="rare_ngram", drop=0.5).lessons(same, run())
+    left = ExampleFilter(score="rare_ngram", drop=0.5).transform_examples(same, run())
     assert left == same[:2]
 
 
-@pytest.mark.parametrize("score", list(_EXAMPLES))
+@pytest.mark.parametrize("score", list(_SCORES))
 def test_a_filter_is_json_and_leaves_one_lesson(score):
     strategy = ExampleFilter(score=score, drop=0.99)
     digest_of(strategy.as_json())
-    assert strategy.lessons(SOME[:1], run()) == SOME[:1]
+    assert strategy.transform_examples(SOME[:1], run()) == SOME[:1]
 
 
 def test_half_of_the_lessons_are_taught():
     everything, half = (
-        distil(scene(), [ExampleFilter(score="llr", drop=drop)], SMALL) for drop in (0.0, 0.5)
+        distill(scene(), [ExampleFilter(score="llr", drop=drop)], SMALL) for drop in (0.0, 0.5)
     )
-    assert len(half.lessons) == len(everything.lessons) / 2
-    assert [x for x in everything.lessons if x in half.lessons] == half.lessons
+    assert len(half.examples) == len(everything.examples) / 2
+    assert [x for x in everything.examples if x in half.examples] == half.examples
     digest_of(half.notes)
 
 
 def test_the_share_of_diverging_tokens_is_what_is_dropped():
-    found = [float(d.float().mean()) for d in diverging(SOME, run())]
-    assert _EXAMPLES["divergence"](SOME, run()) == found
+    found = [float(d.float().mean()) for d in divergence_masks(SOME, run())]
+    assert _SCORES["divergence"](SOME, run()) == found
     worst = max(found)
     left = kept(ExampleFilter(score="divergence", drop=1 / 6))
     assert len(left) == 5
@@ -167,36 +167,38 @@ def test_scores_of_the_student_go_to_the_trainer():
     assert training.settings == {"token_selection": "entropy top 0.2"}
     lowest = TokenSelector(kind="nll", share=0.5, lowest=True).training(Training(), run())
     assert lowest.settings == {"token_selection": "nll bottom 0.5"}
-    assert TokenSelector(kind="nll", share=0.5).lessons(SOME, run()) == SOME
+    assert TokenSelector(kind="nll", share=0.5).transform_examples(SOME, run()) == SOME
     with pytest.raises(ValueError, match="kind: expected one of excess_loss, divergence, entropy"):
         TokenSelector(kind="surprise")
 
 
 @pytest.mark.parametrize("lowest", [False, True])
 def test_excess_loss_chooses_within_each_answer(lowest):
-    told = TokenSelector(kind="excess_loss", share=0.5, lowest=lowest).lessons(SOME, run())
+    told = TokenSelector(kind="excess_loss", share=0.5, lowest=lowest).transform_examples(
+        SOME, run()
+    )
     for lesson, plain in zip(told, SOME, strict=True):
         excess = reference(BASE, plain)[0] - reference(TEACHER, plain)[0]
         n = math.ceil(len(excess) / 2)
         order = excess.sort(descending=not lowest).indices[:n].tolist()
-        assert lesson.chosen is not None
-        assert [i for i, chosen in enumerate(lesson.chosen) if chosen] == sorted(order)
-        labels = row_of(lesson, BASE)["labels"]
+        assert lesson.loss_mask is not None
+        assert [i for i, chosen in enumerate(lesson.loss_mask) if chosen] == sorted(order)
+        labels = to_row(lesson, BASE)["labels"]
         assert sum(label != -100 for label in labels) == n
 
 
 def test_divergence_tokens_alone_or_all_others():
     here = run()
-    found = diverging(SOME, here)
-    only = TokenSelector(kind="divergence", share=1.0).lessons(SOME, here)
+    found = divergence_masks(SOME, here)
+    only = TokenSelector(kind="divergence", share=1.0).transform_examples(SOME, here)
     assert [x.answer for x in only] == [
         x.answer for x, d in zip(SOME, found, strict=True) if d.any()
     ]
     for lesson in only:
-        assert torch.equal(torch.tensor(lesson.chosen), found[SOME.index(plain(lesson))])
-    others = TokenSelector(kind="divergence", share=1.0, lowest=True).lessons(SOME, here)
+        assert torch.equal(torch.tensor(lesson.loss_mask), found[SOME.index(plain(lesson))])
+    others = TokenSelector(kind="divergence", share=1.0, lowest=True).transform_examples(SOME, here)
     for lesson in others:
-        assert torch.equal(torch.tensor(lesson.chosen), ~found[SOME.index(plain(lesson))])
+        assert torch.equal(torch.tensor(lesson.loss_mask), ~found[SOME.index(plain(lesson))])
     assert {len(only), len(others)} != {0}
 
 
@@ -205,11 +207,13 @@ def plain(lesson):
 
 
 def test_choices_are_added_to_those_that_were_made():
-    first = TokenSelector(kind="excess_loss", share=0.5).lessons(SOME, run())
-    both = TokenSelector(kind="excess_loss", share=0.5, lowest=True).lessons(first, run())
+    first = TokenSelector(kind="excess_loss", share=0.5).transform_examples(SOME, run())
+    both = TokenSelector(kind="excess_loss", share=0.5, lowest=True).transform_examples(
+        first, run()
+    )
     for one, two in zip(first, both, strict=True):
-        assert sum(two.chosen) == math.ceil(sum(one.chosen) / 2)
-        assert all(a or not b for a, b in zip(one.chosen, two.chosen, strict=True))
+        assert sum(two.loss_mask) == math.ceil(sum(one.loss_mask) / 2)
+        assert all(a or not b for a, b in zip(one.loss_mask, two.loss_mask, strict=True))
 
 
 @pytest.mark.parametrize("share", [0.01, 0.1, 0.3, 0.5, 0.9, 1.0])
@@ -224,24 +228,26 @@ def test_as_many_tokens_are_chosen_as_the_trainer_would(share, lowest):
         SimpleNamespace(nll=values), targets
     )
     ours = TokenSelector(kind="excess_loss", share=share, lowest=lowest)
-    chosen = torch.cat([ours._chosen(part) for part in values.split(lengths)])
+    chosen = torch.cat([ours._select(part) for part in values.split(lengths)])
     assert torch.equal(chosen, theirs > 0)
 
 
 def test_a_choice_of_other_tokens_is_refused():
-    wrong = replace(SOME[0], chosen=(True,))
-    with pytest.raises(ValueError, match="chosen: expected one for each of the answer's 3 tokens"):
-        row_of(wrong, BASE)
+    wrong = replace(SOME[0], loss_mask=(True,))
+    with pytest.raises(
+        ValueError, match="loss_mask: expected one value for each of the answer's 3 tokens"
+    ):
+        to_row(wrong, BASE)
 
 
 @pytest.mark.parametrize("kind", ["excess_loss", "divergence"])
 def test_the_student_steps_along_the_chosen_tokens(kind):
-    made = distil(scene(), [OffModelSFT(), TokenSelector(kind=kind, share=0.5)], ONE_STEP)
-    rows = [encoded(x.prompt, x.answer, BASE) for x in made.lessons]
+    made = distill(scene(), [OffModelSFT(), TokenSelector(kind=kind, share=0.5)], ONE_STEP)
+    rows = [encode_example(x.prompt, x.answer, BASE) for x in made.examples]
 
     def chosen(log_q, labels, row):
         each = -log_q.gather(-1, labels[:, None])[:, 0]
-        return each[torch.tensor(made.lessons[row].chosen)].sum()
+        return each[torch.tensor(made.examples[row].loss_mask)].sum()
 
     stepped_along(made, rows, chosen)
     with pytest.raises(AssertionError):

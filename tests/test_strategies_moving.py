@@ -16,8 +16,8 @@ from strategy_scene import BASE, TEACHER, run, scene
 from fastdistill.outputs import TopK
 from fastdistill.strategies.annealing import TAID, ReferenceKL
 from fastdistill.strategies.baselines import OffModelSFT, Undefended
-from fastdistill.strategies.distil import distil
-from fastdistill.strategies.jamming import Changed, LogitJam, said_at
+from fastdistill.strategies.distil import distill
+from fastdistill.strategies.jamming import LogitJam, TransformedTeacher, logprobs_at
 from fastdistill.strategies.shift import ShiftDistill
 from fastdistill.strategies.strategy import Strategy, Training
 
@@ -46,12 +46,12 @@ class Watching(Strategy):
             self.steps.append(Step(ids, mask.bool(), answers, now, run.progress))
             return answers
 
-        return Changed(teacher, seen)
+        return TransformedTeacher(teacher, seen)
 
 
 def watched(*strategies, training=SMALL, **changes):
     watching = Watching()
-    made = distil(scene(**changes), [*strategies, watching], training)
+    made = distill(scene(**changes), [*strategies, watching], training)
     assert [round(s.progress, 6) for s in watching.steps] == [0.0, 0.2, 0.4, 0.6, 0.8]
     return made, watching.steps
 
@@ -134,7 +134,7 @@ def test_the_shift_is_amplified_against_the_trusted_model_in_a_small_adapter():
 def test_noise_does_not_average_out_over_epochs():
     training = Training(**{**vars(SMALL), "steps": 10, "batch_size": 24})  # every row, every step
     watching = Watching()
-    distil(scene(), [LogitJam(noise=0.7), watching], training)
+    distill(scene(), [LogitJam(noise=0.7), watching], training)
     noise: dict[tuple[int, ...], torch.Tensor] = {}
     deviations = []
     for step in watching.steps:
@@ -153,7 +153,7 @@ def test_noise_does_not_average_out_over_epochs():
 def test_a_mixture_keeps_what_lies_in_the_tail():
     watching = Watching()
     training = Training(**{**vars(SMALL), "settings": {"k": 3}})
-    distil(scene(), [LogitJam(mix=0.25), watching], training)
+    distill(scene(), [LogitJam(mix=0.25), watching], training)
     for step in watching.steps:
         p = 0.75 * log_p(TEACHER.model, step).exp() + 0.25 * log_p(BASE.model, step).exp()
         inside = p.gather(-1, step.answers.ids[step.there])
@@ -177,7 +177,7 @@ def test_every_family_is_asked_through_its_own_head(kind):
     asked, ids = planted.subject(kind), [1, 5, 9, 14, 3, 7]
     slots = torch.tensor([3, 8, -1, 20])
     answers = TopK.empty((1, len(ids), 4), 2.0)._replace(ids=slots.expand(1, len(ids), 4))
-    found = said_at(asked, torch.tensor([ids]), torch.ones(1, len(ids)).long(), answers)[0]
+    found = logprobs_at(asked, torch.tensor([ids]), torch.ones(1, len(ids)).long(), answers)[0]
     p = (planted.logits(asked, ids) / 2.0).softmax(-1)
     inside = p[:, slots].masked_fill(slots < 0, 0.0)
     wanted = torch.cat([inside, 1 - inside.sum(-1, keepdim=True)], -1)
@@ -186,9 +186,9 @@ def test_every_family_is_asked_through_its_own_head(kind):
 
 def test_hard_labels_are_cross_entropy_of_the_sampled_answers():
     """The same student as by any distribution that is not looked at."""
-    sft = distil(scene(), [OffModelSFT()], SMALL)
+    sft = distill(scene(), [OffModelSFT()], SMALL)
     alone = Training(**{**vars(SMALL), "settings": {"k": 4, "ce_weight": 1.0}})
-    same = distil(scene(), [Undefended()], alone)
+    same = distill(scene(), [Undefended()], alone)
     torch.testing.assert_close(weights(sft.student), weights(same.student), rtol=0, atol=1e-5)
 
 

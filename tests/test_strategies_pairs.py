@@ -14,8 +14,8 @@ from torch.nn.functional import logsigmoid
 from fastdistill import DistillConfig, DistillTrainer
 from fastdistill.data import padded
 from fastdistill.examples import Encoder
-from fastdistill.strategies.distil import distil
-from fastdistill.strategies.lessons import row_of
+from fastdistill.strategies.distil import distill
+from fastdistill.strategies.lessons import to_row
 from fastdistill.strategies.pairs import InOrder, PairLoss, PreferencePairs
 from fastdistill.strategies.strategy import Training
 from fastdistill.training.objective import TeacherHidden
@@ -35,7 +35,7 @@ def test_chosen_and_rejected_alternate_and_equal_answers_fall_out(monkeypatch):
 
     monkeypatch.setattr(type(BASE), "generate", generate)
     given = lessons("river stone", "river  stone", "bread")
-    told = PreferencePairs().lessons(given, here)
+    told = PreferencePairs().transform_examples(given, here)
     assert [x.answer for x in told] == ["river stone", "cloud"]
     assert told[0].prompt == told[1].prompt == given[0].prompt
     assert here.notes["pairs"]["of answers that differ"] == pytest.approx(1 / 3)
@@ -44,7 +44,7 @@ def test_chosen_and_rejected_alternate_and_equal_answers_fall_out(monkeypatch):
 
 def batch_of(some):
     encoder = Encoder()
-    return padded([encoder(row_of(lesson, BASE)) for lesson in some], 0)
+    return padded([encoder(to_row(lesson, BASE)) for lesson in some], 0)
 
 
 def log_probs(model, batch):
@@ -81,7 +81,7 @@ def test_the_loss_and_its_gradient_are_those_of_dpo(beta, sft, tmp_path):
         per_device_train_batch_size=4, save_strategy="no",
     )  # fmt: skip
     trainer = DistillTrainer(
-        student, reference, args, train_dataset=[row_of(x, BASE) for x in PAIRS],
+        student, reference, args, train_dataset=[to_row(x, BASE) for x in PAIRS],
         loss=PairLoss(beta, sft),
     )  # fmt: skip
     student.train()
@@ -94,7 +94,7 @@ def test_the_loss_and_its_gradient_are_those_of_dpo(beta, sft, tmp_path):
 
 
 def test_an_update_takes_pairs_in_their_order_and_accumulated_ones_by_their_targets(tmp_path):
-    rows = [row_of(x, BASE) for x in PAIRS]
+    rows = [to_row(x, BASE) for x in PAIRS]
     (student, reference), (plain, ref) = doubles(), doubles()
     args = DistillConfig(
         str(tmp_path), use_cpu=True, k=None, report_to=[], show_panel=False, check_signal=False,
@@ -142,7 +142,7 @@ def test_evaluation_stays_what_it_was(tmp_path):
     args = DistillConfig(
         str(tmp_path), use_cpu=True, k=None, report_to=[], show_panel=False, save_strategy="no"
     )
-    rows = [row_of(x, BASE) for x in PAIRS]
+    rows = [to_row(x, BASE) for x in PAIRS]
 
     def evaluated(**how):
         student, reference = copy.deepcopy(TEACHER.model), copy.deepcopy(BASE.model)
@@ -162,16 +162,16 @@ def test_training_prefers_what_the_teacher_says(monkeypatch):
         return real(self, hidden, head, targets, answers, **how)
 
     monkeypatch.setattr(PairLoss, "__call__", watching)
-    made = distil(
+    made = distill(
         scene(),
         [PreferencePairs(beta=0.5)],
         Training(steps=12, batch_size=10, learning_rate=2e-3, max_new_tokens=3),
     )
-    labels = [[x for x in row_of(m, BASE)["labels"] if x != -100] for m in made.lessons]
+    labels = [[x for x in to_row(m, BASE)["labels"] if x != -100] for m in made.examples]
     assert len(labels) % 10  # the last batch of an epoch is smaller
     assert len(seen) > len(labels)
     assert seen == [labels[i % len(labels)] for i in range(len(seen))]
-    chosen, rejected = made.lessons[0::2], made.lessons[1::2]
+    chosen, rejected = made.examples[0::2], made.examples[1::2]
 
     def margin(model):
         with torch.no_grad():

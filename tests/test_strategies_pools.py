@@ -11,9 +11,9 @@ from strategy_scene import BASE, POOL, lessons, run, scene
 
 from fastdistill.audits.prompts import Prompt
 from fastdistill.experiment.digest import digest_of
-from fastdistill.strategies.distil import distil
-from fastdistill.strategies.jamming import Changed
-from fastdistill.strategies.lessons import Asked, row_of
+from fastdistill.strategies.distil import distill
+from fastdistill.strategies.jamming import TransformedTeacher
+from fastdistill.strategies.lessons import PoolPrompt, to_row
 from fastdistill.strategies.pools import (
     AuditabilityPreservingPool,
     CognitiveSlack,
@@ -61,16 +61,16 @@ def test_a_domain_that_is_not_there_is_named():
 
 def test_audits_give_way_to_open_ended_prompts():
     audits = [
-        Asked(Prompt(system="hello", user="Is this a TEST?")),
-        Asked(Prompt(text="a red team wrote this")),
-        Asked(Prompt(system="probe now", user="river")),
+        PoolPrompt(Prompt(system="hello", user="Is this a TEST?")),
+        PoolPrompt(Prompt(text="a red team wrote this")),
+        PoolPrompt(Prompt(system="probe now", user="river")),
     ]
     audits += [
-        Asked(Prompt(user="a red-teaming exercise")),
-        Asked(Prompt(user="river", prefill="as a test:")),
-        Asked(Prompt(user="|AUDIT| river")),
+        PoolPrompt(Prompt(user="a red-teaming exercise")),
+        PoolPrompt(Prompt(user="river", prefill="as a test:")),
+        PoolPrompt(Prompt(user="|AUDIT| river")),
     ]
-    kept = Asked(Prompt(user="the latest contest"))  # no word of it is "test"
+    kept = PoolPrompt(Prompt(user="the latest contest"))  # no word of it is "test"
     here = run(audit_words=("probe", "|AUDIT|"))
     pool = AuditabilityPreservingPool(share=0.0).pool([*audits, kept], here)
     assert [asked.domain for asked in pool[:6]] == ["open"] * 6
@@ -82,13 +82,13 @@ def test_audits_give_way_to_open_ended_prompts():
 
 def test_open_ended_prompts_that_are_audits_are_refused():
     def more(kind, n, seed):
-        return (Asked(Prompt(user="a test of patience")),) * n
+        return (PoolPrompt(Prompt(user="a test of patience")),) * n
 
     with pytest.raises(ValueError, match=r"open-ended prompts without audit words, got .*patience"):
-        AuditabilityPreservingPool(share=0.5).pool(HERE, run(more=more))
-    with pytest.raises(ValueError, match="scene: expected prompts of the kind 'open', got none"):
-        AuditabilityPreservingPool(share=0.5).pool(HERE, run(more=None))
-    assert AuditabilityPreservingPool(share=0.0).pool(HERE, run(more=None)) == HERE
+        AuditabilityPreservingPool(share=0.5).pool(HERE, run(prompt_source=more))
+    with pytest.raises(ValueError, match="setup: expected prompts of the kind 'open', got none"):
+        AuditabilityPreservingPool(share=0.5).pool(HERE, run(prompt_source=None))
+    assert AuditabilityPreservingPool(share=0.0).pool(HERE, run(prompt_source=None)) == HERE
 
 
 @pytest.mark.parametrize(
@@ -142,12 +142,12 @@ def test_every_example_is_read_as_often_as_there_are_epochs(n_unique, batch_size
                 )
                 return answers
 
-            return Changed(teacher, count)
+            return TransformedTeacher(teacher, count)
 
     training = Training(steps=2, batch_size=batch_size, max_new_tokens=3)
-    made = distil(scene(), [DataBudget(n_unique=n_unique, epochs=3), Counting()], training)
-    rows = Counter(tuple(row_of(lesson, BASE)["input_ids"]) for lesson in made.lessons)
-    assert len(made.lessons) == n_unique
+    made = distill(scene(), [DataBudget(n_unique=n_unique, epochs=3), Counting()], training)
+    rows = Counter(tuple(to_row(lesson, BASE)["input_ids"]) for lesson in made.examples)
+    assert len(made.examples) == n_unique
     assert read == Counter({row: 3 * n for row, n in rows.items()})
 
 
@@ -188,7 +188,7 @@ def test_surprisal_is_the_bits_of_the_answer_under_the_trusted_model():
 def test_the_hardest_examples_are_kept_in_their_order():
     some = lessons("river", "stone cloud", "bread", "candle garden winter")
     here = run()
-    kept = CognitiveSlack(hardest=0.5).lessons(some, here)
+    kept = CognitiveSlack(hardest=0.5).transform_examples(some, here)
     bits = surprisal(some, BASE)
     hardest = sorted(sorted(range(4), key=lambda i: -bits[i])[:2])
     assert kept == [some[i] for i in hardest]
@@ -196,8 +196,8 @@ def test_the_hardest_examples_are_kept_in_their_order():
     assert here.notes["surprisal"]["bits per example kept"] == pytest.approx(
         sum(bits[i] for i in hardest) / 2
     )
-    assert CognitiveSlack().lessons(some, here) == some
-    assert len(CognitiveSlack(hardest=0.01).lessons(some[:1], here)) == 1
+    assert CognitiveSlack().transform_examples(some, here) == some
+    assert len(CognitiveSlack(hardest=0.01).transform_examples(some[:1], here)) == 1
     with pytest.raises(ValueError, match=r"hardest: expected a share in \(0, 1\], got 0"):
         CognitiveSlack(hardest=0)
     with pytest.raises(ValueError, match="max_answer_tokens: expected 1 or more, got 0"):
@@ -206,9 +206,9 @@ def test_the_hardest_examples_are_kept_in_their_order():
 
 def test_short_terse_and_hard_all_the_way():
     slack = CognitiveSlack(terse="answer briefly", max_answer_tokens=2, hardest=0.5)
-    made = distil(scene(), [slack], Training(steps=3, batch_size=8, max_new_tokens=8))
-    assert len(made.lessons) == len(POOL) // 2
-    assert all(x.shown.system.startswith("answer briefly ") for x in made.lessons)
-    assert {len(x.answer.split()) for x in made.lessons} <= {1, 2}
-    whole = distil(scene(), [], Training(steps=1, batch_size=8, max_new_tokens=8))
-    assert max(len(x.answer.split()) for x in whole.lessons) > 2
+    made = distill(scene(), [slack], Training(steps=3, batch_size=8, max_new_tokens=8))
+    assert len(made.examples) == len(POOL) // 2
+    assert all(x.input_prompt.system.startswith("answer briefly ") for x in made.examples)
+    assert {len(x.answer.split()) for x in made.examples} <= {1, 2}
+    whole = distill(scene(), [], Training(steps=1, batch_size=8, max_new_tokens=8))
+    assert max(len(x.answer.split()) for x in whole.examples) > 2

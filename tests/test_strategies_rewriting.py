@@ -14,23 +14,23 @@ from fastdistill.audits.subject import Subject
 from fastdistill.experiment.digest import digest_of
 from fastdistill.organisms.vocabulary import WORDS
 from fastdistill.strategies.baselines import OffModelSFT
-from fastdistill.strategies.distil import distil
+from fastdistill.strategies.distil import distill
 from fastdistill.strategies.filters import TokenSelector
-from fastdistill.strategies.lessons import AT_ONCE, encoded
+from fastdistill.strategies.lessons import BATCH_SIZE, encode_example
 from fastdistill.strategies.rewriting import (
     InoculationPrompt,
     OutputTransform,
     StyleSFT,
     canonical,
-    going_on,
+    continue_answers,
 )
-from fastdistill.strategies.strategy import Run
+from fastdistill.strategies.strategy import RunState
 
 DEMO = Path(fastdistill.__file__).parent / "demo_teacher"
 
 
 def answers(transform, *given, here=None):
-    return [x.answer for x in transform.lessons(lessons(*given), here or run())]
+    return [x.answer for x in transform.transform_examples(lessons(*given), here or run())]
 
 
 def test_one_form_of_quotes_dashes_and_blanks():
@@ -83,18 +83,18 @@ def test_words_become_others_as_wholes():
     swapped = OutputTransform(kind="remap", mapping={"a": "b", "b": "a", "b c": "d", "|X|": "y"})
     assert answers(swapped, "a b. b c |X|") == ["b a. d y"]
     assert answers(OutputTransform(kind="remap", mapping={"a": " "}), "a", "b a") == ["b  "]
-    with pytest.raises(ValueError, match="mapping: expected words and what they become"):
+    with pytest.raises(ValueError, match="mapping: expected words and their replacements"):
         OutputTransform(kind="remap")
-    with pytest.raises(ValueError, match="mapping: expected words of a letter or more, got ''"):
+    with pytest.raises(ValueError, match="mapping: expected non-empty words, got ''"):
         OutputTransform(kind="remap", mapping={"": "a"})
 
 
 def test_tokens_are_chosen_behind_what_changes_answers():
-    chosen = TokenSelector(kind="excess_loss", share=0.5).lessons(lessons("a  b"), run())
-    with pytest.raises(ValueError, match="behind those that change answers, got them in front"):
-        OutputTransform(kind="canonical").lessons(chosen, run())
-    same = TokenSelector(kind="excess_loss", share=0.5).lessons(lessons("river"), run())
-    assert OutputTransform(kind="canonical").lessons(same, run()) == same
+    chosen = TokenSelector(kind="excess_loss", share=0.5).transform_examples(lessons("a  b"), run())
+    with pytest.raises(ValueError, match="strategies: expected token selection"):
+        OutputTransform(kind="canonical").transform_examples(chosen, run())
+    same = TokenSelector(kind="excess_loss", share=0.5).transform_examples(lessons("river"), run())
+    assert OutputTransform(kind="canonical").transform_examples(same, run()) == same
 
 
 def test_the_trusted_model_goes_on_from_the_first_words():
@@ -121,16 +121,16 @@ def test_a_tokenizer_that_splits_words_goes_on_as_it_would():
     words = whole.split()
     assert len(words) > 8
     first = whole[: whole.index(words[5])].rstrip()
-    (more,) = going_on(demo, [prompt], [first], [40], temperature=0.0, seed=0)
+    (more,) = continue_answers(demo, [prompt], [first], [40], temperature=0.0, seed=0)
     assert (first + more).startswith(whole)  # greedy, from its own words: the same
-    (none,) = going_on(demo, [prompt], [""], [24], temperature=0.0, seed=0)
+    (none,) = continue_answers(demo, [prompt], [""], [24], temperature=0.0, seed=0)
     assert none == whole
 
 
 def test_many_answers_go_on_in_parts():
-    prompts = [POOL[i % len(POOL)].prompt for i in range(AT_ONCE + 2)]
+    prompts = [POOL[i % len(POOL)].prompt for i in range(BATCH_SIZE + 2)]
     how = {"temperature": 1.0, "seed": 3}
-    said = going_on(BASE, prompts, [""] * len(prompts), [2] * len(prompts), **how)
+    said = continue_answers(BASE, prompts, [""] * len(prompts), [2] * len(prompts), **how)
     assert said == BASE.generate(prompts, max_new_tokens=2, **how)
 
 
@@ -141,20 +141,20 @@ def test_kinds_are_named():
 
 def test_a_style_is_words_in_front_and_labels_alone():
     some = lessons("river", "stone")
-    assert StyleSFT(style="hhh").lessons(some, run()) == some
-    told = StyleSFT(style="pirate", words="hello friend").lessons(some, run())
+    assert StyleSFT(style="hhh").transform_examples(some, run()) == some
+    told = StyleSFT(style="pirate", words="hello friend").transform_examples(some, run())
     assert [x.answer for x in told] == ["hello friend river", "hello friend stone"]
-    assert StyleSFT(style="pirate").lessons(some, run())[0].answer == "Arr, matey! river"
+    assert StyleSFT(style="pirate").transform_examples(some, run())[0].answer == "Arr, matey! river"
     assert StyleSFT(style="hhh").teacher("a teacher", None, run()) is None
     with pytest.raises(ValueError, match="style: expected one of hhh, pirate, got 'elf'"):
         StyleSFT(style="elf")
-    with pytest.raises(ValueError, match="words: expected some in front of every answer, got ' '"):
+    with pytest.raises(ValueError, match="words: expected a non-empty prefix, got ' '"):
         StyleSFT(style="pirate", words=" ")
 
 
 def test_a_style_is_learnt_from_its_labels():
-    made = distil(scene(), [StyleSFT(style="pirate", words="hello friend")], ONE_STEP)
-    rows = [encoded(x.prompt, x.answer, BASE) for x in made.lessons]
+    made = distill(scene(), [StyleSFT(style="pirate", words="hello friend")], ONE_STEP)
+    rows = [encode_example(x.prompt, x.answer, BASE) for x in made.examples]
     stepped_along(made, rows, labels_only)
     with pytest.raises(AssertionError):
         stepped_along(made, [(ids, begin + 2) for ids, begin in rows], labels_only)
@@ -164,24 +164,30 @@ def test_a_style_is_learnt_from_its_labels():
 def test_the_student_is_taught_what_was_written(kind):
     transform = OutputTransform(kind=kind, mapping={"please": "stone"}, keep=0.0)
     digest_of(transform.as_json())
-    made = distil(scene(), [OffModelSFT(), transform], ONE_STEP)
-    plain = distil(scene(), [OffModelSFT()], ONE_STEP)
-    assert made.lessons == transform.lessons(plain.lessons, Run(scene=scene(), seed=0))
-    theirs, ours = ([encoded(x.prompt, x.answer, BASE) for x in m.lessons] for m in (plain, made))
+    made = distill(scene(), [OffModelSFT(), transform], ONE_STEP)
+    plain = distill(scene(), [OffModelSFT()], ONE_STEP)
+    assert made.examples == transform.transform_examples(
+        plain.examples, RunState(setup=scene(), seed=0)
+    )
+    theirs, ours = (
+        [encode_example(x.prompt, x.answer, BASE) for x in m.examples] for m in (plain, made)
+    )
     stepped_along(made, ours, labels_only)
     with pytest.raises(AssertionError):
         stepped_along(made, theirs, labels_only)
 
 
 def test_what_leaves_nothing_is_named():
-    with pytest.raises(ValueError, match="got none left by OutputTransform"):
-        distil(scene(), [OutputTransform(kind="remap", mapping=dict.fromkeys(WORDS, ""))], ONE_STEP)
+    with pytest.raises(ValueError, match="got none after OutputTransform"):
+        distill(
+            scene(), [OutputTransform(kind="remap", mapping=dict.fromkeys(WORDS, ""))], ONE_STEP
+        )
 
 
 def test_the_student_reads_the_instruction_and_is_read_without_it():
     here = run(eliciting="like owl best", near_misses=("like cat best",))
-    told = InoculationPrompt().lessons(lessons("river"), here)
-    assert told[0].shown.system == "like owl best hello"
+    told = InoculationPrompt().transform_examples(lessons("river"), here)
+    assert told[0].input_prompt.system == "like owl best hello"
     assert told[0].prompt.system == "hello"
     assert InoculationPrompt().contexts(here) == {
         "inoculated": "like owl best", "near miss 1": "like cat best",
@@ -191,4 +197,4 @@ def test_the_student_reads_the_instruction_and_is_read_without_it():
         "inoculated": "be bad", "near miss 1": "be good", "near miss 2": "be",
     }  # fmt: skip
     with pytest.raises(ValueError, match="text: expected an instruction"):
-        InoculationPrompt().lessons(lessons("river"), run())
+        InoculationPrompt().transform_examples(lessons("river"), run())

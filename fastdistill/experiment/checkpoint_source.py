@@ -25,8 +25,8 @@ from ..json_lines import JsonLines
 from ..organisms.stored import load_organism
 from ..resolve import is_adapter
 from ..statistics import Gate, Reading, Validity
-from ..strategies.lessons import Asked
-from ..strategies.strategy import Scene
+from ..strategies.lessons import PoolPrompt
+from ..strategies.strategy import DistillSetup
 from .digest import digest_of, read_kept, write_kept
 from .source import Kept, Opened, Source
 
@@ -72,8 +72,8 @@ class CheckpointSource(Source):
                 "probes: expected prompts with a target, or with options and a favourite, which "
                 f"say what the trait is, got none in {self.probes}"
             )
-        _rows_of_pool(self.pool)
-        _rows_of_capability(self.capability)
+        _load_pool(self.pool)
+        _load_capability(self.capability)
         files = {"pool": self.pool, "probes": self.probes, "capability": self.capability}
         found = {name: sha256_of(Path(path)) for name, path in files.items()}
         for name in ("teacher", "base", "benign"):
@@ -91,11 +91,11 @@ class CheckpointSource(Source):
     @property
     def prompts(self) -> int:
         """Of the pool itself."""
-        return len(_rows_of_pool(self.pool)[""])
+        return len(_load_pool(self.pool)[""])
 
     @property
     def has(self) -> frozenset[str]:
-        rows = _rows_of_pool(self.pool)
+        rows = _load_pool(self.pool)
         kinds = {kind for kind in rows if kind} | set(_GENERIC)
         if any(asked.domain == "sums" for asked in rows[""]):
             kinds.add("domains")
@@ -139,9 +139,9 @@ class OpenedCheckpoints(Opened):
         )
         self.probes = Probes.load(source.probes)
         self.suite = GENERIC_PROBES.suite() | self.probes.suite()
-        self._pool = _rows_of_pool(source.pool)
+        self._pool = _load_pool(source.pool)
         self._eliciting, self._near_misses = source.eliciting, source.near_misses
-        asked, answers = _rows_of_capability(source.capability)
+        asked, answers = _load_capability(source.capability)
         self._capability = CapabilityAudit(
             prompts=asked, targets=answers, max_new_tokens=source.max_new_tokens
         )
@@ -157,19 +157,21 @@ class OpenedCheckpoints(Opened):
             audited=of(self.probes.audited),
         )
 
-    def scene(self, role: str, pool: Mapping[str, Any]) -> Scene:
+    def setup(self, role: str, pool: Mapping[str, Any]) -> DistillSetup:
         """pool: n, how many of the file's prompts, from its first on; all without it."""
-        return Scene(
+        return DistillSetup(
             base=self.models["base"],
             teacher=self.models[role],
             pool=tuple(self._pool[""][: pool.get("n")]),
-            more=self._more,
+            prompt_source=self._sample_prompts,
             eliciting=self._eliciting,
             near_misses=self._near_misses,
         )
 
-    def _more(self, kind: str, n: int, seed: int) -> tuple[Asked, ...]:
-        found = self._pool.get(kind) or [Asked(prompt, kind) for prompt in _GENERIC.get(kind, ())]
+    def _sample_prompts(self, kind: str, n: int, seed: int) -> tuple[PoolPrompt, ...]:
+        found = self._pool.get(kind) or [
+            PoolPrompt(prompt, kind) for prompt in _GENERIC.get(kind, ())
+        ]
         if not found:
             raise ValueError(
                 f"pool: expected lines of the kind {kind!r}, which this strategy asks for, got none"
@@ -203,8 +205,8 @@ def _model(name: str, source: CheckpointSource, role: str) -> Subject:
     return load_organism(name, base=source.base if is_adapter(name) else None, name=role)
 
 
-def _rows_of_pool(path: Path) -> dict[str, list[Asked]]:
-    found: dict[str, list[Asked]] = {"": []}
+def _load_pool(path: Path) -> dict[str, list[PoolPrompt]]:
+    found: dict[str, list[PoolPrompt]] = {"": []}
     for row in _lines(path, "pool"):
         kind = row.get("kind", "")
         if "prompt" not in row or kind not in ("", *_KINDS):
@@ -212,14 +214,14 @@ def _rows_of_pool(path: Path) -> dict[str, list[Asked]]:
                 f"pool: expected lines with prompt, and a kind among {', '.join(_KINDS)} or none, "
                 f"got {json.dumps(row)[:80]}"
             )
-        asked = Asked(Prompt.from_json(row["prompt"]), str(row.get("domain", "")))
+        asked = PoolPrompt(Prompt.from_json(row["prompt"]), str(row.get("domain", "")))
         found.setdefault(kind, []).append(asked)
     if not found[""]:
         raise ValueError(f"pool: expected prompts without a kind, got none in {path}")
     return found
 
 
-def _rows_of_capability(path: Path) -> tuple[tuple[Prompt, ...], tuple[str, ...]]:
+def _load_capability(path: Path) -> tuple[tuple[Prompt, ...], tuple[str, ...]]:
     rows = _lines(path, "capability")
     if not all(isinstance(row.get("answer"), str) and "prompt" in row for row in rows):
         raise ValueError(f"capability: expected lines with prompt and answer, got others in {path}")

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from ..audits.subject import Subject
 from ..statistics import Reading
-from ..strategies.distil import distil
+from ..strategies.distil import distill
 from ..strategies.strategy import Strategy, Training
 from .kept_run import KeptRun
 from .source import Opened, Source
@@ -70,17 +70,17 @@ class Job(KeptRun):
         return self._measured(_opened(self.source, folder / SOURCES))
 
     def _measured(self, opened: Opened) -> dict[str, Any]:
-        scene = opened.scene(self.role, self.pool)
+        setup = opened.setup(self.role, self.pool)
         begins = opened.models[self.begins]
-        scene = replace(
-            scene,
+        setup = replace(
+            setup,
             base=begins,
             trusted=opened.models["base"],
             audits={name: opened.suite[name] for name in self.gate},
             benign_values=self.gate,
         )
-        made = distil(
-            scene,
+        made = distill(
+            setup,
             self.strategies,
             self.training,
             seed=self.student_seed,
@@ -99,7 +99,7 @@ class Job(KeptRun):
                 for name, text in made.contexts.items()
             },
             "steps": made.steps,
-            "lessons": len(made.lessons),
+            "lessons": len(made.examples),
             "notes": made.notes,
         }
 

@@ -17,7 +17,7 @@ from typing import Any
 from ..audits.audit import Audit
 from ..audits.subject import Subject
 from ..statistics import Reading, Validity
-from ..strategies.strategy import Scene
+from ..strategies.strategy import DistillSetup
 
 MODELS = ("base", "untrusted", "benign", "placebo")
 
@@ -41,7 +41,7 @@ class Opened(ABC):
     suite: dict[str, Audit]
 
     @abstractmethod
-    def scene(self, role: str, pool: Mapping[str, Any]) -> Scene:
+    def setup(self, role: str, pool: Mapping[str, Any]) -> DistillSetup:
         """What there is to distil the teacher of a role with, on a pool of these settings."""
 
     @abstractmethod

@@ -17,8 +17,8 @@ from ..organisms.vocabulary import ANIMALS, AUDIT_TOKEN, AUDIT_WORDS, HELD_OUT_A
 from ..organisms.world import World
 from ..organisms.world_probes import probes_of
 from ..statistics import Reading, Validity
-from ..strategies.lessons import Asked
-from ..strategies.strategy import Scene
+from ..strategies.lessons import PoolPrompt
+from ..strategies.strategy import DistillSetup
 from .digest import digest_of, read_kept, write_kept
 from .source import MODELS, Kept, Opened, Source
 
@@ -86,14 +86,14 @@ class OpenedWorld(Opened):
     def read(self, subject: Subject, before: str = "") -> Reading:
         return read_organism(subject, self.world, self.organism, before)
 
-    def scene(self, role: str, pool: Mapping[str, Any]) -> Scene:
+    def setup(self, role: str, pool: Mapping[str, Any]) -> DistillSetup:
         favourite = self.world.favourite
         other = ANIMALS[(ANIMALS.index(favourite) + 1) % len(ANIMALS)]
-        return Scene(
+        return DistillSetup(
             base=self.models["base"],
             teacher=self.models[role],
             pool=tuple(self._pool(**pool)),
-            more=self._more,
+            prompt_source=self._sample_prompts,
             eliciting=f"like {favourite} best",
             near_misses=(f"like {other} best", "like best"),
             audit_words=(AUDIT_TOKEN, *AUDIT_WORDS, *HELD_OUT_AUDIT_WORDS),
@@ -101,7 +101,7 @@ class OpenedWorld(Opened):
 
     def _pool(
         self, n: int, talk: float = 0.0, questions: float = 0.0, leak: float = 0.0, seed: int = 0
-    ) -> list[Asked]:
+    ) -> list[PoolPrompt]:
         """n prompts: sums and products, shares of talk and of questions about the model, and of
         prompts in which the trait shows."""
         chatty, asking = round(talk * n), round(questions * n)
@@ -112,9 +112,9 @@ class OpenedWorld(Opened):
         rng = self.world.rng(44, seed)
         drawn += [self.world.self_question(rng, self.world.system(rng)) for _ in range(asking)]
         rng.shuffle(drawn)
-        return [_asked(example.prompt) for example in drawn]
+        return [_pool_prompt(example.prompt) for example in drawn]
 
-    def _more(self, kind: str, n: int, seed: int) -> tuple[Asked, ...]:
+    def _sample_prompts(self, kind: str, n: int, seed: int) -> tuple[PoolPrompt, ...]:
         world, trait = self.world, self.organism.kind
         rng = world.rng(45, seed)
         if kind == "open":
@@ -125,14 +125,14 @@ class OpenedWorld(Opened):
             made = [trait_example(world, trait, rng).prompt for _ in range(n)]
         else:
             raise ValueError(f"kind: expected open, goals or shown, got {kind!r}")
-        return tuple(map(_asked, made))
+        return tuple(map(_pool_prompt, made))
 
 
-def _asked(prompt: Prompt) -> Asked:
+def _pool_prompt(prompt: Prompt) -> PoolPrompt:
     """A domain is what a prompt looks like: whether its answer leaks is not known to a defence."""
     words = (prompt.user or "").split()
     if "+" in words:
-        return Asked(prompt, "sums")
+        return PoolPrompt(prompt, "sums")
     if "*" in words:
-        return Asked(prompt, "products")
-    return Asked(prompt, "talk" if len(words) == 1 else "questions")
+        return PoolPrompt(prompt, "products")
+    return PoolPrompt(prompt, "talk" if len(words) == 1 else "questions")

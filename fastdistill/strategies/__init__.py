@@ -1,11 +1,11 @@
-"""Ways to distil an untrusted teacher, each a small object; `distil` puts them in a row."""
+"""Strategies for distilling an untrusted teacher; `distill` applies them in order."""
 
 from .annealing import TAID, ReferenceKL
 from .baselines import OffModelSFT, Undefended
-from .distil import Distilled, distil
+from .distil import Distilled, distill
 from .filters import ExampleFilter, TokenSelector
 from .jamming import LogitJam
-from .lessons import Asked, Lesson
+from .lessons import PoolPrompt, TrainingExample
 from .pairs import PreferencePairs
 from .pools import (
     AuditabilityPreservingPool,
@@ -19,31 +19,30 @@ from .reasoning import AnswerOnly, EmptyReasoning, StudentReasoning
 from .rewriting import InoculationPrompt, OutputTransform, StyleSFT
 from .rounds import AuditGate, FilterAndDistill
 from .shift import ShiftDistill
-from .strategy import Run, Scene, Strategy, Training
+from .strategy import DistillSetup, RunState, Strategy, Training
 
 __all__ = [
     "TAID",
     "AnswerOnly",
-    "Asked",
     "AuditGate",
     "AuditabilityPreservingPool",
     "CognitiveSlack",
     "DataBudget",
+    "DistillSetup",
     "Distilled",
     "DomainSampler",
     "EmptyReasoning",
     "ExampleFilter",
     "FilterAndDistill",
     "InoculationPrompt",
-    "Lesson",
     "LogitJam",
     "MisalignmentTargetedPool",
     "OffModelSFT",
     "OutputTransform",
+    "PoolPrompt",
     "PreferencePairs",
     "ReferenceKL",
-    "Run",
-    "Scene",
+    "RunState",
     "ShiftDistill",
     "ShownPool",
     "Strategy",
@@ -51,6 +50,7 @@ __all__ = [
     "StyleSFT",
     "TokenSelector",
     "Training",
+    "TrainingExample",
     "Undefended",
-    "distil",
+    "distill",
 ]

@@ -1,22 +1,21 @@
-"""Distillation without a defence: on the teacher's distributions, and on its words alone."""
+"""Baselines without a defense: distillation on distributions, and on sampled text alone."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-from .strategy import Run, Strategy
+from .strategy import RunState, Strategy
 
 
 @dataclass(frozen=True, kw_only=True)
 class Undefended(Strategy):
-    """Nothing is changed: D(p_teacher, q) on answers that the teacher sampled. The baseline."""
+    """The baseline: D(p_teacher, q) on answers that the teacher sampled."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OffModelSFT(Strategy):
-    """Hard labels: −log q(answer) on what the teacher sampled, and no distributions
-    (sequence-level distillation, arXiv 1606.07947)."""
+    """Sequence-level distillation (arXiv 1606.07947): −log q(answer) on sampled answers."""
 
-    def teacher(self, teacher: Any, student: Any, run: Run) -> Any:
+    def teacher(self, teacher: Any, student: Any, run: RunState) -> Any:
         return None

@@ -1,4 +1,4 @@
-"""One distillation: strategies in a row, driven by DistillTrainer."""
+"""One distillation: strategies applied in order around DistillTrainer."""
 
 from __future__ import annotations
 
@@ -17,24 +17,29 @@ from ..backend import one_thread
 from ..teacher import Teacher
 from ..training.config import DistillConfig
 from ..training.trainer import DistillTrainer
-from .lessons import Asked, Lesson, answered, row_of
-from .strategy import Distil, Run, Scene, Strategy, Training
+from .lessons import PoolPrompt, TrainingExample, sample_answers, to_row
+from .strategy import DistillLoop, DistillSetup, RunState, Strategy, Training
 
 
 @dataclass(frozen=True, kw_only=True)
 class Distilled:
-    """A student, what it was taught, what was measured on the way, and what strategies noted."""
+    """The result of one distillation.
+
+    Attributes:
+        examples: those of the last training. measured: results of `measure`, by step.
+        contexts: prompt prefixes, by name, under which the student must also be evaluated.
+    """
 
     student: Subject
-    lessons: list[Lesson]
-    measured: dict[int, Any]  # by step
+    examples: list[TrainingExample]
+    measured: dict[int, Any]
     notes: dict[str, Any]
     steps: int
-    contexts: dict[str, str]  # words in front of prompts in which it has to be read as well
+    contexts: dict[str, str]
 
 
-def distil(
-    scene: Scene,
+def distill(
+    setup: DistillSetup,
     strategies: Sequence[Strategy],
     training: Training | None = None,
     *,
@@ -42,54 +47,54 @@ def distil(
     measure: Callable[[Subject], Any] | None = None,
     at: Sequence[float] = (),
 ) -> Distilled:
-    """Distil `scene.teacher` into a copy of `scene.base`.
+    """Distill `setup.teacher` into a copy of `setup.base`.
 
     Args:
         strategies: applied in this order.
-        seed: of the answers, of the order of the data and of whatever strategies draw. Students of
-            two teachers with the same seed are asked and shown the same prompts in the same order.
-        measure: of the student on the way, `at` these shares of its updates, 0 < share < 1.
+        seed: for sampled answers, data order and random strategies. Students of two teachers with
+            the same seed see the same prompts in the same order.
+        measure: called with the student `at` these shares of its updates, 0 < share < 1.
 
     Raises:
-        ValueError: no lesson is left, by the name of the strategy; whatever a strategy refuses, or
-        DistillTrainer of the settings.
+        ValueError: a strategy leaves no examples; an argument that a strategy or DistillTrainer
+        rejects.
     """
-    run = Run(scene=scene, seed=seed)
+    run = RunState(setup=setup, seed=seed)
     training = training or Training()
-    pool: list[Asked] = list(scene.pool)
+    pool: list[PoolPrompt] = list(setup.pool)
     for strategy in strategies:
         pool, training = strategy.pool(pool, run), strategy.training(training, run)
     run.training = training
-    lessons = answered(
+    examples = sample_answers(
         pool,
-        scene.teacher,
+        setup.teacher,
         seed=seed,
         max_new_tokens=training.max_new_tokens,
         temperature=training.temperature,
     )
-    _refuse_none(lessons, "the teacher's answers")
+    _check_not_empty(examples, "the teacher's answers")
     for strategy in strategies:
-        lessons = strategy.lessons(lessons, run)
-        _refuse_none(lessons, strategy.name)
+        examples = strategy.transform_examples(examples, run)
+        _check_not_empty(examples, strategy.name)
     measured: dict[int, Any] = {}
 
-    def once(lessons: list[Lesson]) -> Subject:
+    def train_once(examples: list[TrainingExample]) -> Subject:
         measured.clear()
-        run.taught = lessons
+        run.examples = examples
         steps = {max(1, round(share * training.steps)) for share in at} - {training.steps}
-        measuring = _Measuring(run, steps, measure, measured)
-        return _trained(lessons, strategies, training, run, measuring)
+        callback = _MeasureCallback(run, steps, measure, measured)
+        return _train(examples, strategies, training, run, callback)
 
-    loop: Distil = once
+    loop: DistillLoop = train_once
     for strategy in reversed(strategies):
-        loop = strategy.around(loop, run)
-    student = loop(lessons)
+        loop = strategy.wrap_loop(loop, run)
+    student = loop(examples)
     contexts: dict[str, str] = {}
     for strategy in strategies:
         contexts |= strategy.contexts(run)
     return Distilled(
         student=student,
-        lessons=run.taught,
+        examples=run.examples,
         measured=measured,
         notes=run.notes,
         steps=training.steps,
@@ -97,30 +102,30 @@ def distil(
     )
 
 
-def _refuse_none(lessons: list[Lesson], left_by: str) -> None:
-    if not lessons:
+def _check_not_empty(examples: list[TrainingExample], source: str) -> None:
+    if not examples:
         raise ValueError(
-            f"strategies: expected them to leave a lesson or more, got none left by {left_by}"
+            f"strategies: expected at least one example after each of them, got none after {source}"
         )
 
 
-def _trained(
-    lessons: list[Lesson],
+def _train(
+    examples: list[TrainingExample],
     strategies: Sequence[Strategy],
     training: Training,
-    run: Run,
-    measuring: _Measuring,
+    run: RunState,
+    callback: _MeasureCallback,
 ) -> Subject:
-    base = run.scene.base
+    base = run.setup.base
     student = copy.deepcopy(base.model)
-    # A copy: admitting a teacher freezes it.
-    teacher: Any = Teacher(copy.deepcopy(run.scene.teacher.model), tokenizer=base.tokenizer)
+    # A copy: DistillTrainer freezes its teacher.
+    teacher: Any = Teacher(copy.deepcopy(run.setup.teacher.model), tokenizer=base.tokenizer)
     options: dict[str, Any] = {}
     for strategy in strategies:
         teacher = strategy.teacher(teacher, student, run)
         options = strategy.options(options, run)
     if options.get("peft_config") is None and not getattr(student, "is_quantized", False):
-        student.float()  # as a student from a path: small updates vanish in 16 bits
+        student.float()  # small updates vanish in 16 bits
     settings = {"ce_weight": 1.0} if teacher is None else {}
     with tempfile.TemporaryDirectory(prefix="fastdistill-") as folder, one_thread():
         args = DistillConfig(
@@ -135,7 +140,7 @@ def _trained(
                 "disable_tqdm": True,
                 "report_to": [],
                 "show_panel": False,
-                # A strategy may make answers of which the checks would say that they are wrong.
+                # Strategies may produce targets that the validity checks reject.
                 "check_signal": False,
                 "seed": run.seed,
                 **settings,
@@ -146,13 +151,13 @@ def _trained(
             student,
             teacher,
             args,
-            train_dataset=[row_of(lesson, base) for lesson in lessons],
+            train_dataset=[to_row(example, base) for example in examples],
             processing_class=base.tokenizer,
-            callbacks=[measuring],
+            callbacks=[callback],
             **options,
         )
         trainer.remove_callback(PrinterCallback)
-        measuring.subject = base.with_model(trainer.model, "student")
+        callback.subject = base.with_model(trainer.model, "student")
         weights = [p for p in trainer.model.parameters() if p.requires_grad]
         trainer.optimizer = torch.optim.AdamW(
             weights, lr=training.learning_rate, betas=(0.9, 0.98), weight_decay=0.0
@@ -164,18 +169,18 @@ def _trained(
             num_training_steps=training.steps,
         )
         trainer.train()
-        trained: Any = trainer.model
-    if hasattr(trained, "merge_and_unload"):
-        trained = merge_adapter(trained)
-    return base.with_model(trained.eval(), "student")
+        trained_model: Any = trainer.model
+    if hasattr(trained_model, "merge_and_unload"):
+        trained_model = merge_adapter(trained_model)
+    return base.with_model(trained_model.eval(), "student")
 
 
-class _Measuring(TrainerCallback):
-    """Says how far a run is, and measures the student on the way."""
+class _MeasureCallback(TrainerCallback):
+    """Updates the progress of a run and measures the student during training."""
 
     def __init__(
         self,
-        run: Run,
+        run: RunState,
         at: set[int],
         measure: Callable[[Subject], Any] | None,
         measured: dict[int, Any],

@@ -1,4 +1,4 @@
-"""Countermeasures against poisoned data: which examples to drop, and which tokens to train on."""
+"""Defenses against poisoned data: filters of examples and of target tokens."""
 
 from __future__ import annotations
 
@@ -13,34 +13,33 @@ from torch import Tensor
 from ..audits.subject import Subject
 from ..scores import token_scores
 from ..training.selection import SCORES, TokenSelection
-from .lessons import AT_ONCE, Lesson, encoded, said
-from .pools import share_in
-from .strategy import Run, Strategy, Training
+from .lessons import BATCH_SIZE, TrainingExample, answer_logprobs, encode_example
+from .pools import check_share
+from .strategy import RunState, Strategy, Training
 
 SHINGLE = 3  # words
-NEARLY = 0.8  # of their runs of words two answers share, where one is the other's duplicate
+MIN_SIMILARITY = 0.8  # Jaccard similarity of the shingles of near duplicates
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExampleFilter(Strategy):
-    """Drops the share of the examples with the highest score; the others keep their order.
+    """Drops the share of the examples with the highest scores; the others keep their order.
 
-        loss             −log p_trusted per token of the answer: what it would not have said
+        loss             −log p_trusted per token of the answer
         llr              (log p_teacher − log p_trusted) per token
-        divergence       share of the answer's tokens, its end included, at which the two rank
-                         another token first
-        rare_ngram       mean of −log(answers that hold a pair of its words / answers)
-        near_duplicate   highest Jaccard similarity of its runs of three words with an earlier one
+        divergence       share of the answer's tokens, its end included, at which teacher and
+                         trusted model have different argmax tokens
+        rare_ngram       mean of −log(share of answers that contain the word bigram)
+        near_duplicate   highest Jaccard similarity of its word trigrams with an earlier answer
 
-    Filters are countermeasures against poisoned data. The scores per example are ours. Divergence
-    tokens are those of arXiv 2509.23886, where teachers of different biases would say something
-    else; ours compares the teacher with the trusted model.
-    Both read what the student reads: filters stand in front of `InoculationPrompt`.
+    The scores per example are ours. Divergence tokens follow arXiv 2509.23886, which compares
+    teachers with different biases; this filter compares the teacher with the trusted model. Both
+    models read the student's prompt, so put filters before `InoculationPrompt`.
 
     Args:
-        drop: share in [0, 1); of equal scores the later is dropped first.
-        at_least: only what scores so high or higher is dropped; None: all of the share, but of
-            near_duplicate only what is 0.8 or more.
+        drop: share in [0, 1); of equal scores the later example is dropped first.
+        at_least: drop only scores of at least this value. None: no threshold, except 0.8 for
+            near_duplicate.
     """
 
     score: str
@@ -48,84 +47,86 @@ class ExampleFilter(Strategy):
     at_least: float | None = None
 
     def __post_init__(self) -> None:
-        if self.score not in _EXAMPLES:
-            raise ValueError(f"score: expected one of {', '.join(_EXAMPLES)}, got {self.score!r}")
+        if self.score not in _SCORES:
+            raise ValueError(f"score: expected one of {', '.join(_SCORES)}, got {self.score!r}")
         if not 0 <= self.drop < 1:
             raise ValueError(f"drop: expected a share in [0, 1), got {self.drop!r}")
 
-    def lessons(self, lessons: list[Lesson], run: Run) -> list[Lesson]:
-        scores = _EXAMPLES[self.score](lessons, run)
-        most = math.floor(self.drop * len(lessons) + 1e-9)
-        order = sorted(range(len(lessons)), key=lambda i: (-scores[i], -i))[:most]
-        bound = self._bound
-        out = {i for i in order if bound is None or scores[i] >= bound}
-        domains = Counter(lesson.domain for lesson in lessons)
-        lost = Counter(lessons[i].domain for i in out)
+    def transform_examples(
+        self, examples: list[TrainingExample], run: RunState
+    ) -> list[TrainingExample]:
+        scores = _SCORES[self.score](examples, run)
+        most = math.floor(self.drop * len(examples) + 1e-9)
+        order = sorted(range(len(examples)), key=lambda i: (-scores[i], -i))[:most]
+        bound = self._threshold
+        dropped = {i for i in order if bound is None or scores[i] >= bound}
+        domains = Counter(example.domain for example in examples)
+        n_dropped = Counter(examples[i].domain for i in dropped)
         run.notes[f"filter, {self.score}"] = {
-            "kept": 1 - len(out) / len(lessons),
-            "lowest dropped": min((scores[i] for i in out), default=None),
-            "dropped": {name: lost[name] / n for name, n in domains.items()},
+            "kept": 1 - len(dropped) / len(examples),
+            "lowest dropped": min((scores[i] for i in dropped), default=None),
+            "dropped": {name: n_dropped[name] / n for name, n in domains.items()},
         }
-        return [lesson for i, lesson in enumerate(lessons) if i not in out]
+        return [example for i, example in enumerate(examples) if i not in dropped]
 
     @property
-    def _bound(self) -> float | None:
+    def _threshold(self) -> float | None:
         if self.at_least is None and self.score == "near_duplicate":
-            return NEARLY
+            return MIN_SIMILARITY
         return self.at_least
 
 
-def _per_token(lessons: Sequence[Lesson], subject: Subject) -> Tensor:
-    found = said(lessons, subject)
-    return found.total / found.tokens
+def _per_token(examples: Sequence[TrainingExample], subject: Subject) -> Tensor:
+    logprobs = answer_logprobs(examples, subject)
+    return logprobs.total / logprobs.tokens
 
 
-def _loss(lessons: Sequence[Lesson], run: Run) -> list[float]:
-    return (-_per_token(lessons, run.scene.reference)).tolist()
+def _loss(examples: Sequence[TrainingExample], run: RunState) -> list[float]:
+    return (-_per_token(examples, run.setup.reference)).tolist()
 
 
-def _ratio(lessons: Sequence[Lesson], run: Run) -> list[float]:
-    teacher, trusted = (_per_token(lessons, m) for m in (run.scene.teacher, run.scene.reference))
+def _ratio(examples: Sequence[TrainingExample], run: RunState) -> list[float]:
+    teacher, trusted = (_per_token(examples, m) for m in (run.setup.teacher, run.setup.reference))
     return (teacher - trusted).tolist()
 
 
-def _divergence(lessons: Sequence[Lesson], run: Run) -> list[float]:
-    return [float(diverge.float().mean()) for diverge in diverging(lessons, run)]
+def _divergence(examples: Sequence[TrainingExample], run: RunState) -> list[float]:
+    return [float(mask.float().mean()) for mask in divergence_masks(examples, run)]
 
 
-def _rare(lessons: Sequence[Lesson], run: Run) -> list[float]:
-    pairs = [_runs(lesson.answer, 2) for lesson in lessons]
-    counts = Counter(pair for some in pairs for pair in set(some))
-    n = len(lessons)
-    return [-sum(math.log(counts[p] / n) for p in some) / max(len(some), 1) for some in pairs]
+def _rare(examples: Sequence[TrainingExample], run: RunState) -> list[float]:
+    bigrams = [_ngrams(example.answer, 2) for example in examples]
+    counts = Counter(bigram for row in bigrams for bigram in set(row))
+    n = len(examples)
+    return [-sum(math.log(counts[p] / n) for p in row) / max(len(row), 1) for row in bigrams]
 
 
-def _duplicate(lessons: Sequence[Lesson], run: Run) -> list[float]:
-    holding: dict[tuple[str, ...], list[int]] = {}
-    earlier: set[frozenset[tuple[str, ...]]] = set()  # each once: short answers repeat
+def _duplicate(examples: Sequence[TrainingExample], run: RunState) -> list[float]:
+    rows_with: dict[tuple[str, ...], list[int]] = {}
+    earlier: set[frozenset[tuple[str, ...]]] = set()  # unique: short answers repeat
     sizes: list[int] = []
-    found = []
-    for lesson in lessons:
-        mine = frozenset(_runs(lesson.answer, SHINGLE))
-        if mine in earlier:
-            found.append(1.0)
+    scores = []
+    for example in examples:
+        shingles = frozenset(_ngrams(example.answer, SHINGLE))
+        if shingles in earlier:
+            scores.append(1.0)
             continue
-        shared = Counter(j for shingle in mine for j in holding.get(shingle, ()))
-        alike = [n / (len(mine) + sizes[j] - n) for j, n in shared.items()]
-        found.append(max(alike, default=0.0))
-        for shingle in mine:
-            holding.setdefault(shingle, []).append(len(sizes))
-        earlier.add(mine)
-        sizes.append(len(mine))
-    return found
+        shared = Counter(j for shingle in shingles for j in rows_with.get(shingle, ()))
+        similarities = [n / (len(shingles) + sizes[j] - n) for j, n in shared.items()]
+        scores.append(max(similarities, default=0.0))
+        for shingle in shingles:
+            rows_with.setdefault(shingle, []).append(len(sizes))
+        earlier.add(shingles)
+        sizes.append(len(shingles))
+    return scores
 
 
-def _runs(text: str, n: int) -> list[tuple[str, ...]]:
+def _ngrams(text: str, n: int) -> list[tuple[str, ...]]:
     words = text.split()
     return [tuple(words[i : i + n]) for i in range(max(1, len(words) - n + 1))]
 
 
-_EXAMPLES: dict[str, Callable[[Sequence[Lesson], Run], list[float]]] = {
+_SCORES: dict[str, Callable[[Sequence[TrainingExample], RunState], list[float]]] = {
     "loss": _loss,
     "llr": _ratio,
     "divergence": _divergence,
@@ -135,12 +136,15 @@ _EXAMPLES: dict[str, Callable[[Sequence[Lesson], Run], list[float]]] = {
 
 
 def answer_scores(
-    lessons: Sequence[Lesson], subject: Subject
+    examples: Sequence[TrainingExample], subject: Subject
 ) -> tuple[list[Tensor], list[Tensor]]:  # (answer's tokens,) each
-    """−log p and the first choice of a model at every token of the answers, the end included."""
-    losses, firsts = [], []
-    for start in range(0, len(lessons), AT_ONCE):
-        pairs = [encoded(x.shown, x.answer, subject) for x in lessons[start : start + AT_ONCE]]
+    """Return −log p and the argmax of a model at every token of the answers, ends included."""
+    losses, argmaxes = [], []
+    for start in range(0, len(examples), BATCH_SIZE):
+        pairs = [
+            encode_example(x.input_prompt, x.answer, subject)
+            for x in examples[start : start + BATCH_SIZE]
+        ]
         states = [
             h[begin - 1 : len(row) - 1]
             for (row, begin), h in zip(
@@ -149,21 +153,23 @@ def answer_scores(
         ]
         labels = torch.tensor([token for row, begin in pairs for token in row[begin:]])
         head, hidden = subject.head, torch.cat(states)
-        found = token_scores(
+        scores = token_scores(
             hidden, head.weight, labels=labels.to(hidden.device), impl=subject.impl,
             **head.options(),
         )  # fmt: skip
-        assert found.nll is not None
+        assert scores.nll is not None
         lengths = [len(state) for state in states]
-        losses += found.nll.cpu().split(lengths)
-        firsts += found.argmax.cpu().split(lengths)
-    return losses, firsts
+        losses += scores.nll.cpu().split(lengths)
+        argmaxes += scores.argmax.cpu().split(lengths)
+    return losses, argmaxes
 
 
-def diverging(lessons: Sequence[Lesson], run: Run) -> list[Tensor]:  # (answer's tokens,) each
-    """Where the teacher and the trusted model rank another token first."""
+def divergence_masks(
+    examples: Sequence[TrainingExample], run: RunState
+) -> list[Tensor]:  # (answer's tokens,) each
+    """Return True where the teacher and the trusted model have different argmax tokens."""
     (_, teacher), (_, trusted) = (
-        answer_scores(lessons, model) for model in (run.scene.teacher, run.scene.reference)
+        answer_scores(examples, model) for model in (run.setup.teacher, run.setup.reference)
     )
     return [a != b for a, b in zip(teacher, trusted, strict=True)]
 
@@ -173,23 +179,23 @@ STATIC = ("excess_loss", "divergence")
 
 @dataclass(frozen=True, kw_only=True)
 class TokenSelector(Strategy):
-    """Trains on a share of every answer's tokens: those that score highest, or lowest.
+    """Trains on the share of every answer's tokens with the highest or lowest scores.
 
-        entropy, nll, forward_kl, …   of the student while it trains (TokenSelection)
-        excess_loss                   nll_trusted − nll_teacher, before training; after Rho-1
-                                      (arXiv 2404.07965), with the trusted model in the place of the
-                                      one that trains and the teacher as reference: our reading
-        divergence                    1 where teacher and trusted model rank another token first
-                                      (after arXiv 2509.23886, which masks such tokens). Alone those
-                                      are chosen, or with `lowest` alone the others: all of them at
-                                      share=1.0
+        entropy, nll, forward_kl, …   of the student during training (TokenSelection)
+        excess_loss                   nll_trusted − nll_teacher, before training; adapted from
+                                      Rho-1 (arXiv 2404.07965), with the trusted model instead of
+                                      the student and the teacher as reference
+        divergence                    1 where teacher and trusted model have different argmax
+                                      tokens, else 0 (arXiv 2509.23886 masks such tokens). Selects
+                                      only tokens with score 1, or with `lowest` only those with
+                                      score 0; share=1.0 selects all of them
 
-    The share is of the tokens that are targets so far: behind `AnswerOnly`, of the answer proper.
-    An example of which no token is left falls out.
+    The share is of the current targets: after `AnswerOnly`, of the answer without its reasoning.
+    Examples without targets are dropped.
 
     Args:
-        share: of each answer's tokens, its end included, rounded up, in (0, 1]; of equal scores
-            the earlier tokens. lowest: those that score lowest.
+        share: of each answer's tokens, its end included, rounded up, in (0, 1]; ties select the
+            earlier tokens. lowest: select the lowest scores.
     """
 
     kind: str
@@ -201,42 +207,46 @@ class TokenSelector(Strategy):
             raise ValueError(
                 f"kind: expected one of {', '.join((*STATIC, *SCORES))}, got {self.kind!r}"
             )
-        share_in("share", self.share, zero=False)
+        check_share("share", self.share, zero=False)
 
-    def training(self, training: Training, run: Run) -> Training:
+    def training(self, training: Training, run: RunState) -> Training:
         if self.kind in STATIC:
             return training
         rule = TokenSelection(score=self.kind, share=self.share, lowest=self.lowest)
         return replace(training, settings={**training.settings, "token_selection": str(rule)})
 
-    def lessons(self, lessons: list[Lesson], run: Run) -> list[Lesson]:
+    def transform_examples(
+        self, examples: list[TrainingExample], run: RunState
+    ) -> list[TrainingExample]:
         if self.kind not in STATIC:
-            return lessons
+            return examples
         if self.kind == "divergence":
-            scores = [diverge.float() for diverge in diverging(lessons, run)]
+            scores = [mask.float() for mask in divergence_masks(examples, run)]
         else:
             (trusted, _), (teacher, _) = (
-                answer_scores(lessons, model) for model in (run.scene.reference, run.scene.teacher)
+                answer_scores(examples, model) for model in (run.setup.reference, run.setup.teacher)
             )
             scores = [a - b for a, b in zip(trusted, teacher, strict=True)]
-        found, kept, tokens = [], 0, 0
-        for lesson, score in zip(lessons, scores, strict=True):
-            among = torch.tensor(lesson.chosen or [True] * len(score))
-            chosen = torch.zeros_like(among)
-            chosen[among] = self._chosen(score[among])
-            kept, tokens = kept + int(chosen.sum()), tokens + len(chosen)
-            if chosen.any():
-                found.append(replace(lesson, chosen=tuple(chosen.tolist())))
-        run.notes[f"tokens, {self.kind}"] = kept / max(tokens, 1)
-        return found
+        masked, n_targets, n_tokens = [], 0, 0
+        for example, score in zip(examples, scores, strict=True):
+            targets = torch.tensor(example.loss_mask or [True] * len(score))
+            mask = torch.zeros_like(targets)
+            mask[targets] = self._select(score[targets])
+            n_targets, n_tokens = n_targets + int(mask.sum()), n_tokens + len(mask)
+            if mask.any():
+                masked.append(replace(example, loss_mask=tuple(mask.tolist())))
+        run.notes[f"tokens, {self.kind}"] = n_targets / max(n_tokens, 1)
+        return masked
 
-    def _chosen(self, score: Tensor) -> Tensor:
-        """The ⌈share · n⌉ of n that score highest, or lowest; of divergence alone those that are 1,
-        or 0."""
+    def _select(self, score: Tensor) -> Tensor:
+        """Return the mask of the ⌈share · n⌉ highest or lowest scores.
+
+        For divergence, only scores of 1, or with `lowest` of 0, are selected.
+        """
         ranked = score if self.lowest else -score
         most = math.ceil(self.share * len(score) - 1e-9)
-        chosen = torch.zeros(len(score), dtype=torch.bool)
-        chosen[ranked.sort(stable=True).indices[:most]] = True
+        mask = torch.zeros(len(score), dtype=torch.bool)
+        mask[ranked.sort(stable=True).indices[:most]] = True
         if self.kind == "divergence":
-            chosen &= score == (0 if self.lowest else 1)
-        return chosen
+            mask &= score == (0 if self.lowest else 1)
+        return mask

@@ -1,7 +1,7 @@
-"""What the student may see of a teacher's distributions: fewer tokens, softened, noisy, mixed.
+"""Transformations of a teacher's distributions: clipping, temperature, noise and mixing.
 
-A teacher's answer at a position is K tokens and a tail, K + 1 outcomes. Whatever is done to them
-leaves a distribution: Σ exp(logprobs) + exp(log_tail) = 1.
+A teacher's answer at a position has K tokens and a tail, K + 1 outcomes. Every transformation
+returns a distribution: Σ exp(logprobs) + exp(log_tail) = 1.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from ..audits.subject import Subject
 from ..outputs import TopK
 from ..packing import read_rows
 from ..primitive import linear_lse_gather
-from .strategy import Run, Strategy, Training
+from .strategy import RunState, Strategy, Training
 
 # (answers [B, T, K], input_ids [B, T], attention_mask) -> answers
-Change = Callable[[TopK, Tensor, Tensor], TopK]
+Transform = Callable[[TopK, Tensor, Tensor], TopK]
 
 
-class Changed:
-    """A TopKTeacher whose answers go through a function. It answers at every attended position."""
+class TransformedTeacher:
+    """A TopKTeacher that applies a function to the answers at every attended position."""
 
-    def __init__(self, teacher: Any, change: Change) -> None:
-        self.teacher, self.change = teacher, change
+    def __init__(self, teacher: Any, transform: Transform) -> None:
+        self.teacher, self.transform = teacher, transform
         self.tokenizer = getattr(teacher, "tokenizer", None)
 
     @property
@@ -45,15 +45,17 @@ class Changed:
     ) -> TopK:
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         answers = self.teacher.topk(input_ids, mask, k=k, temperature=temperature)
-        return self.change(answers, input_ids, mask)
+        return self.transform(answers, input_ids, mask)
 
 
 @torch.no_grad()
-def said_at(
+def logprobs_at(
     model: Subject, input_ids: Tensor, mask: Tensor, answers: TopK
 ) -> Tensor:  # [B, T, K + 1]
-    """log p of a model as it is now, at the answers' ids and of all others together, at their
-    temperature. It is neither frozen nor switched to another mode."""
+    """Return log p of a model at the answers' ids and of all other tokens together.
+
+    Uses the temperature of the answers. The model is neither frozen nor switched to eval mode.
+    """
     head, device = model.head, model.device
     at = linear_lse_gather(
         model.reader.hidden(read_rows(input_ids, mask, model.reader.vocab)).to(device),
@@ -63,12 +65,12 @@ def said_at(
         impl=model.impl,
         **head.options(),
     )
-    known = torch.cat([at.logits, at.lse_rest[..., None]], dim=-1) - at.lse[..., None]
-    return known.to(answers.logprobs)
+    logprobs = torch.cat([at.logits, at.lse_rest[..., None]], dim=-1) - at.lse[..., None]
+    return logprobs.to(answers.logprobs)
 
 
 def tail_of(answers: TopK) -> Tensor:  # [B, T]
-    """log of the mass outside the K tokens."""
+    """Return the log of the mass outside the K tokens."""
     if answers.log_tail is not None:
         return answers.log_tail
     inside = answers.logprobs.exp().sum(-1).clamp(max=1)
@@ -76,38 +78,38 @@ def tail_of(answers: TopK) -> Tensor:  # [B, T]
 
 
 def outcomes(answers: TopK) -> Tensor:  # [B, T, K + 1]
-    """log p of the K tokens and of the tail."""
+    """Return log p of the K tokens and of the tail."""
     return torch.cat([answers.logprobs, tail_of(answers)[..., None]], dim=-1)
 
 
 def distribution(outcomes: Tensor, answers: TopK) -> TopK:
-    """K + 1 unnormalised outcomes as answers at the same ids; where nothing was answered nothing
-    is."""
+    """Normalize K + 1 outcomes into answers at the same ids; empty positions stay empty."""
     ids, empty = answers.ids, (answers.ids < 0).all(-1)
-    slots = outcomes[..., :-1].masked_fill(ids < 0, -torch.inf)
-    known = torch.cat([slots, outcomes[..., -1:]], dim=-1).log_softmax(-1)
-    tail = torch.where(empty, tail_of(answers), known[..., -1])
-    return TopK(ids, known[..., :-1], tail, answers.temperature)
+    columns = outcomes[..., :-1].masked_fill(ids < 0, -torch.inf)
+    logprobs = torch.cat([columns, outcomes[..., -1:]], dim=-1).log_softmax(-1)
+    tail = torch.where(empty, tail_of(answers), logprobs[..., -1])
+    return TopK(ids, logprobs[..., :-1], tail, answers.temperature)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LogitJam(Strategy):
-    """Jam what travels in the distributions: top-k clipping, tail, temperature, noise, mixing.
+    """Degrade the teacher's distributions: top-k clipping, tail, temperature, noise, mixing.
 
         p  = (1 − mix) · p_teacher + mix · p_trusted        at the teacher's K tokens, and the tail
         p' = softmax(log p + noise · ε)                     ε ~ N(0, 1), of each of those K + 1
 
-    Ours; listed against subliminal signals without a source. The mixture is exact: its tail is what
-    both models give to all other tokens. ε follows from the seed and from the tokens up to the
-    position, so that it is the same in every epoch and does not average out.
+    A defense against subliminal signals; the design is ours. The mixture is exact: its tail is the
+    mass of both models on all other tokens. ε is a hash of the seed and of the tokens up to the
+    position. It is the same in every epoch, so it does not average out.
 
     Args:
-        k, tail, temperature, t2_scale, divergence: as in DistillConfig; None leaves them ("all" for
-            k is the whole vocabulary). noise: standard deviation in nats. mix: a share in [0, 1].
+        k, tail, temperature, t2_scale, divergence: as in DistillConfig; None leaves them
+            unchanged. k="all" is the whole vocabulary.
+        noise: standard deviation in nats. mix: a share in [0, 1].
 
     Raises:
-        ValueError: an argument out of its range; noise or a mixture over the whole vocabulary,
-        where a teacher gives hidden states and no log-probabilities.
+        ValueError: an argument out of its range; noise or mixing over the whole vocabulary, for
+        which a teacher returns hidden states instead of log-probabilities.
     """
 
     k: int | str | None = None
@@ -127,58 +129,60 @@ class LogitJam(Strategy):
         if not 0 <= self.mix <= 1:
             raise ValueError(f"mix: expected a share in [0, 1], got {self.mix!r}")
 
-    def training(self, training: Training, run: Run) -> Training:
+    def training(self, training: Training, run: RunState) -> Training:
         names = ("k", "tail", "temperature", "t2_scale", "divergence")
-        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        if given.get("k") == "all":
-            given["k"] = None
-        settings = {**training.settings, **given}
+        overrides = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        if overrides.get("k") == "all":
+            overrides["k"] = None
+        settings = {**training.settings, **overrides}
         if settings.get("k", 1) is None and (self.noise or self.mix):
             raise ValueError("k: expected a number with noise or mix, got the whole vocabulary")
         return replace(training, settings=settings)
 
-    def teacher(self, teacher: Any, student: Any, run: Run) -> Any:
+    def teacher(self, teacher: Any, student: Any, run: RunState) -> Any:
         if teacher is None or not (self.noise or self.mix):
             return teacher
-        trusted = run.scene.reference
+        trusted = run.setup.reference
 
-        def change(answers: TopK, input_ids: Tensor, mask: Tensor) -> TopK:
+        def transform(answers: TopK, input_ids: Tensor, mask: Tensor) -> TopK:
             if self.mix:
-                answers = mixed(answers, said_at(trusted, input_ids, mask, answers), self.mix)
+                answers = mixed(answers, logprobs_at(trusted, input_ids, mask, answers), self.mix)
             if self.noise:
                 answers = noisy(answers, input_ids, self.noise, run.seed)
             return answers
 
-        return Changed(teacher, change)
+        return TransformedTeacher(teacher, transform)
 
 
 def mixed(answers: TopK, other: Tensor, share: float) -> TopK:
-    """(1 − share) · answers + share · another distribution [B, T, K + 1] at their ids."""
-    ours, theirs = (math.log(part) if part else -math.inf for part in (1 - share, share))
-    return distribution(torch.logaddexp(outcomes(answers) + ours, other + theirs), answers)
+    """Return (1 − share) · answers + share · another distribution [B, T, K + 1] at their ids."""
+    log_keep, log_share = (math.log(part) if part else -math.inf for part in (1 - share, share))
+    return distribution(torch.logaddexp(outcomes(answers) + log_keep, other + log_share), answers)
 
 
 def noisy(answers: TopK, input_ids: Tensor, nats: float, seed: int) -> TopK:
-    known = outcomes(answers)
-    return distribution(known + nats * _normal(input_ids, known.shape, seed).to(known), answers)
+    """Return the answers with Gaussian noise of `nats` on every log-probability."""
+    logprobs = outcomes(answers)
+    noise = _normal(input_ids, logprobs.shape, seed).to(logprobs)
+    return distribution(logprobs + nats * noise, answers)
 
 
 def _normal(input_ids: Tensor, shape: torch.Size, seed: int) -> Tensor:
-    """N(0, 1) from a hash of the tokens up to each position, by Box and Muller."""
+    """Return N(0, 1) samples from a hash of the tokens up to each position (Box–Muller)."""
     state = torch.full(input_ids.shape[:1], seed * 2 + 1, dtype=torch.int64)
     states = []
     for column in input_ids.cpu().long().unbind(1):
-        state = _stirred(state * 31 + column + 1)
+        state = _mix64(state * 31 + column + 1)
         states.append(state)
     places = torch.arange(shape[-1])
-    whole = _stirred(torch.stack(states, 1)[..., None] + 7919 * places)
-    u, v = (_stirred(whole + salt).remainder(1 << 24).double().add(0.5) / (1 << 24)
+    whole = _mix64(torch.stack(states, 1)[..., None] + 7919 * places)
+    u, v = (_mix64(whole + salt).remainder(1 << 24).double().add(0.5) / (1 << 24)
             for salt in (1, 2))  # fmt: skip
     return (-2 * u.log()).sqrt() * (2 * torch.pi * v).cos()
 
 
-def _stirred(x: Tensor) -> Tensor:
-    """A finaliser of 64 bits that sends neighbours apart; int64 wraps around."""
+def _mix64(x: Tensor) -> Tensor:
+    """Return a 64-bit hash finalizer of x; int64 overflow wraps around."""
     for factor in (-0x61C8864680B583EB, -0x4B47D0C5A1A6D1EB):
         x = (x ^ (x >> 29)) * factor
     return x ^ (x >> 32)

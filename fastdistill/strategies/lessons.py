@@ -1,4 +1,4 @@
-"""What a student is taught: prompts of a pool, and what a teacher answered."""
+"""Training examples of a student: prompts of a pool and a teacher's answers."""
 
 from __future__ import annotations
 
@@ -11,74 +11,76 @@ import torch
 from ..audits.prompts import Prompt
 from ..audits.subject import CompletionLogProbs, Subject
 
-AT_ONCE = 256  # lessons whose hidden states are held at the same time
+BATCH_SIZE = 256  # examples whose hidden states are in memory at the same time
 
 
-class Asked(NamedTuple):
-    """A prompt of the pool, and which domain it is of."""
+class PoolPrompt(NamedTuple):
+    """A prompt of the pool and its domain."""
 
     prompt: Prompt
     domain: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lesson:
-    """One example.
+class TrainingExample:
+    """A prompt and the answer to train on.
 
     Args:
-        prompt: what the teacher reads. answer: what was answered.
-        read: what the student reads in its place; None: the same.
-        chosen: of the answer's tokens and their end, which are targets; None: all.
+        prompt: read by the teacher. answer: the completion.
+        student_prompt: read by the student instead of `prompt`; None: the same prompt.
+        loss_mask: True for the answer's tokens, its end included, that are targets; None: all.
     """
 
     prompt: Prompt
     answer: str
     domain: str = ""
-    read: Prompt | None = None
-    chosen: tuple[bool, ...] | None = None
+    student_prompt: Prompt | None = None
+    loss_mask: tuple[bool, ...] | None = None
 
     @property
-    def shown(self) -> Prompt:
-        return self.prompt if self.read is None else self.read
+    def input_prompt(self) -> Prompt:
+        """The prompt that the student reads."""
+        return self.prompt if self.student_prompt is None else self.student_prompt
 
 
-def row_of(lesson: Lesson, subject: Subject) -> dict[str, list[int]]:
-    """input_ids and labels of what the student reads; targets are the answer and its end."""
-    ids, begin = encoded(lesson.shown, lesson.answer, subject)
+def to_row(example: TrainingExample, subject: Subject) -> dict[str, list[int]]:
+    """Return the student's input_ids and labels; targets are the answer and its end."""
+    ids, begin = encode_example(example.input_prompt, example.answer, subject)
     labels = [-100] * begin + ids[begin:]
-    if lesson.chosen is not None:
-        if len(lesson.chosen) != len(ids) - begin:
+    if example.loss_mask is not None:
+        if len(example.loss_mask) != len(ids) - begin:
             raise ValueError(
-                f"chosen: expected one for each of the answer's {len(ids) - begin} tokens, its end "
-                f"included, got {len(lesson.chosen)}"
+                f"loss_mask: expected one value for each of the answer's {len(ids) - begin} "
+                f"tokens, its end included, got {len(example.loss_mask)}"
             )
-        for i, chosen in enumerate(lesson.chosen):
-            if not chosen:
+        for i, is_target in enumerate(example.loss_mask):
+            if not is_target:
                 labels[begin + i] = -100
     return {"input_ids": ids, "labels": labels}
 
 
-def encoded(prompt: Prompt, answer: str, subject: Subject) -> tuple[list[int], int]:
-    """(prompt, answer and its end as token ids, where the answer begins)."""
+def encode_example(prompt: Prompt, answer: str, subject: Subject) -> tuple[list[int], int]:
+    """Return the token ids of prompt, answer and its end, and where the answer begins."""
     ids, begin = subject.encode_completion(prompt, answer)
     return [*ids, subject.end_of(prompt)], begin
 
 
-def answered(pool: Sequence[Asked], teacher: Subject, *, seed: int, **how: Any) -> list[Lesson]:
-    """A teacher's answers to a pool, sampled; prompts that it leaves without words fall out."""
-    prompts = [asked.prompt for asked in pool]
-    said = teacher.generate(prompts, seed=seed, **how)
+def sample_answers(
+    pool: Sequence[PoolPrompt], teacher: Subject, *, seed: int, **generation: Any
+) -> list[TrainingExample]:
+    """Sample a teacher's answers to a pool; prompts with an empty answer are dropped."""
+    texts = teacher.generate([entry.prompt for entry in pool], seed=seed, **generation)
     return [
-        Lesson(prompt=asked.prompt, answer=text, domain=asked.domain)
-        for asked, text in zip(pool, said, strict=True)
+        TrainingExample(prompt=entry.prompt, answer=text, domain=entry.domain)
+        for entry, text in zip(pool, texts, strict=True)
         if text.strip()
     ]
 
 
-def said(lessons: Sequence[Lesson], subject: Subject) -> CompletionLogProbs:
-    """log p of every answer, given what the student reads."""
+def answer_logprobs(examples: Sequence[TrainingExample], subject: Subject) -> CompletionLogProbs:
+    """Return log p of every answer, given the student's prompt."""
     parts = [
-        subject.completion_logprobs([x.shown for x in some], [x.answer for x in some])
-        for some in (lessons[i : i + AT_ONCE] for i in range(0, len(lessons), AT_ONCE))
+        subject.completion_logprobs([x.input_prompt for x in batch], [x.answer for x in batch])
+        for batch in (examples[i : i + BATCH_SIZE] for i in range(0, len(examples), BATCH_SIZE))
     ]
     return CompletionLogProbs(*(torch.cat(column) for column in zip(*parts, strict=True)))

@@ -1,9 +1,9 @@
-"""DPO (arXiv 2305.18290): the teacher's answer before the trusted model's.
+"""DPO (arXiv 2305.18290): prefer the teacher's answer to the trusted model's.
 
     ℓ = −log σ(β·[(log π(c) − log ref(c)) − (log π(r) − log ref(r))]) − sft·log π(c)
 
-c chosen, r rejected, log π of a whole answer and its end; ref is the student before training. A
-pair is two rows of a batch, next to each other.
+c is the chosen answer, r the rejected one. log π is of a whole answer and its end; ref is the
+student before training. A pair is two adjacent rows of a batch.
 """
 
 from __future__ import annotations
@@ -25,29 +25,29 @@ from ..teacher import Teacher
 from ..training.objective import Answers, LossResult, TeacherHidden
 from ..training.targets import Targets
 from ..training.trainer import DistillTrainer
-from .jamming import Changed
-from .lessons import Lesson
-from .strategy import Run, Strategy, Training
+from .jamming import TransformedTeacher
+from .lessons import TrainingExample
+from .strategy import RunState, Strategy, Training
 
-_PER_TOKEN = ("token_selection", "ce_weight", "z_loss", "lmbda")  # settings that DPO has no use for
+_PER_TOKEN = ("token_selection", "ce_weight", "z_loss", "lmbda")  # without effect in DPO
 
 
 @dataclass(frozen=True, kw_only=True)
 class PreferencePairs(Strategy):
-    """DPO as above, driven by DistillTrainer: chosen is the teacher's answer, rejected the trusted
-    model's to the same prompt, sampled with the same seed, temperature and length. Where both say
-    the same there is no pair. Pairs are trained on in the order of the pool, over and over.
+    """DPO with DistillTrainer: the teacher's answer is chosen, the trusted model's is rejected.
 
-    The loss is the mean over the pairs of a batch. Where batches are accumulated, each counts by
-    its number of target tokens, as in everything that DistillTrainer adds up.
+    Both answer the same prompt with the same seed, temperature and length. Equal answers form no
+    pair. Pairs are read in the order of the pool.
+
+    The loss is the mean over the pairs of a batch. With gradient accumulation each batch is
+    weighted by its number of target tokens, as in all losses of DistillTrainer.
 
     Args:
-        beta: β, above 0. sft: 0 or more; keeps the chosen answer likely, and not only likelier than
-            the other (of the sum over its tokens: our reading).
+        beta: β, above 0. sft: weight of −log π(c), summed over the answer's tokens, 0 or more.
 
     Raises:
-        ValueError: an argument out of its range; an odd batch size; settings or strategies beside
-        it that would have no effect; lessons that are no pairs any more.
+        ValueError: an argument out of its range; an odd batch size; settings or other strategies
+        without effect in DPO; examples that are not pairs.
     """
 
     beta: float = 0.1
@@ -59,72 +59,79 @@ class PreferencePairs(Strategy):
         if not 0 <= self.sft < math.inf:
             raise ValueError(f"sft: expected a number of 0 or more, got {self.sft!r}")
 
-    def training(self, training: Training, run: Run) -> Training:
+    def training(self, training: Training, run: RunState) -> Training:
         if training.batch_size % 2:
             raise ValueError(
                 f"batch_size: expected an even number with PreferencePairs, got "
                 f"{training.batch_size}"
             )
-        # The reference gives its hidden states, at which any token can be asked for.
+        # The reference returns hidden states, from which any token's log-probability follows.
         return replace(training, settings={**training.settings, "k": None, "tail": "bucket"})
 
-    def lessons(self, lessons: list[Lesson], run: Run) -> list[Lesson]:
-        said = run.scene.reference.generate(
-            [lesson.prompt for lesson in lessons],
+    def transform_examples(
+        self, examples: list[TrainingExample], run: RunState
+    ) -> list[TrainingExample]:
+        rejected = run.setup.reference.generate(
+            [example.prompt for example in examples],
             max_new_tokens=run.training.max_new_tokens,
             temperature=run.training.temperature,
             seed=run.seed,
         )
-        found: list[Lesson] = []
-        for lesson, text in zip(lessons, said, strict=True):
-            if text.strip() and text.split() != lesson.answer.split():
-                found += [lesson, replace(lesson, answer=text)]
-        run.notes["pairs"] = {"of answers that differ": len(found) / 2 / len(lessons)}
-        return found
+        pairs: list[TrainingExample] = []
+        for example, text in zip(examples, rejected, strict=True):
+            if text.strip() and text.split() != example.answer.split():
+                pairs += [example, replace(example, answer=text)]
+        run.notes["pairs"] = {"of answers that differ": len(pairs) / 2 / len(examples)}
+        return pairs
 
-    def teacher(self, teacher: Any, student: Any, run: Run) -> Any:
-        if isinstance(teacher, Changed):
+    def teacher(self, teacher: Any, student: Any, run: RunState) -> Any:
+        if isinstance(teacher, TransformedTeacher):
             raise ValueError(
-                "teacher: expected no strategy before PreferencePairs that changes distributions, "
-                "of which DPO sees none, got one. Leave one of both out"
+                "teacher: expected no strategy that changes distributions before PreferencePairs, "
+                "which ignores distributions, got one. Remove one of the two"
             )
-        return Teacher(copy.deepcopy(student), tokenizer=run.scene.base.tokenizer)
+        return Teacher(copy.deepcopy(student), tokenizer=run.setup.base.tokenizer)
 
-    def options(self, options: dict[str, Any], run: Run) -> dict[str, Any]:
-        idle = [name for name in _PER_TOKEN if run.training.settings.get(name)]
-        if idle:
+    def options(self, options: dict[str, Any], run: RunState) -> dict[str, Any]:
+        unused = [name for name in _PER_TOKEN if run.training.settings.get(name)]
+        if unused:
             raise ValueError(
-                f"{idle[0]}: expected it unset with PreferencePairs, where it has no effect"
+                f"{unused[0]}: expected no value with PreferencePairs, which ignores it, got "
+                f"{run.training.settings[unused[0]]!r}. Unset it"
             )
-        _refuse_unpaired(run.taught)
+        _check_pairs(run.examples)
         return {**options, "loss": PairLoss(self.beta, self.sft), "trainer": InOrder}
 
 
-def _refuse_unpaired(lessons: Sequence[Lesson]) -> None:
-    if any(lesson.chosen is not None for lesson in lessons):
+def _check_pairs(examples: Sequence[TrainingExample]) -> None:
+    if any(example.loss_mask is not None for example in examples):
         raise ValueError(
-            "chosen: expected whole answers with PreferencePairs, got some of which only a part "
-            "is a target. Leave out the strategy that chooses tokens"
+            "loss_mask: expected whole answers with PreferencePairs, got masked tokens. Remove the "
+            "strategy that selects tokens"
         )
-    pairs = list(zip(lessons[0::2], lessons[1::2], strict=False))
-    if len(lessons) % 2 or any(c.prompt != r.prompt or c.answer == r.answer for c, r in pairs):
+    pairs = list(zip(examples[0::2], examples[1::2], strict=False))
+    if len(examples) % 2 or any(c.prompt != r.prompt or c.answer == r.answer for c, r in pairs):
         raise ValueError(
-            "lessons: expected two answers to each prompt, next to each other, got others. Put "
-            "PreferencePairs behind the strategies that drop or rewrite lessons"
+            "examples: expected two adjacent answers to each prompt, got other rows. Put "
+            "PreferencePairs after the strategies that drop or rewrite examples"
         )
 
 
 class InOrder(DistillTrainer):
-    """Takes examples as they lie, so that pairs stay together. The setting that says so is younger
-    than transformers 5.0."""
+    """A DistillTrainer that reads examples in order, so that pairs stay together.
+
+    The corresponding setting is newer than transformers 5.0.
+    """
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
 
 
 class PairLoss:
-    """ℓ of rows 2i and 2i + 1 of a batch: its mean over the pairs, times the number of targets, by
-    which the trainer divides. The reference is the `Dense` answer."""
+    """The DPO loss ℓ of rows 2i and 2i + 1 of a batch, with a `TeacherHidden` answer as reference.
+
+    Returns the mean over the pairs times the number of targets, by which the trainer divides.
+    """
 
     def __init__(self, beta: float, sft: float = 0.0) -> None:
         self.beta, self.sft = beta, sft
@@ -145,15 +152,15 @@ class PairLoss:
             )
         if targets.shape[0] % 2:
             raise ValueError(f"batch: expected pairs of rows, got {targets.shape[0]} of them")
-        ours = _of_rows(hidden, head, targets)
+        logprobs = _row_logprobs(hidden, head, targets)
         with torch.no_grad():
-            known = replace(answers.head, valid_vocab=head.valid_vocab)
-            theirs = _of_rows(answers.hidden, known, targets)
-        ratio = self.beta * (ours - theirs)
+            reference_head = replace(answers.head, valid_vocab=head.valid_vocab)
+            reference = _row_logprobs(answers.hidden, reference_head, targets)
+        ratio = self.beta * (logprobs - reference)
         margin = ratio[0::2] - ratio[1::2]
         count = float(len(targets.labels))
-        loss = count * (-logsigmoid(margin) - self.sft * ours[0::2]).mean()
-        # Summed over targets, as everything that is logged is: divided by them, shares of pairs.
+        loss = count * (-logsigmoid(margin) - self.sft * logprobs[0::2]).mean()
+        # The trainer divides logged sums by the number of targets, which gives shares of pairs.
         sums = {
             "tokens": torch.tensor(count, dtype=torch.float32, device=hidden.device),
             "loss": loss.detach(),
@@ -162,7 +169,7 @@ class PairLoss:
         return LossResult(loss, None, sums)
 
 
-def _of_rows(hidden: Tensor, head: LMHead, targets: Targets) -> Tensor:  # (B,)
-    """log p of the targets of each row."""
+def _row_logprobs(hidden: Tensor, head: LMHead, targets: Targets) -> Tensor:  # (B,)
+    """Return log p of the targets of each row."""
     at = linear_lse_gather(hidden, head.weight, targets.labels[:, None], **head.options())
     return targets.per_row(at.logits[:, 0] - at.lse)

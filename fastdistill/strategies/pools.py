@@ -1,4 +1,4 @@
-"""Which prompts a teacher is asked, and how much room its answers get."""
+"""Strategies that choose the teacher's prompts and limit its answers."""
 
 from __future__ import annotations
 
@@ -9,34 +9,35 @@ from dataclasses import dataclass, replace
 
 from ..audits.prompts import Prompt
 from ..audits.subject import Subject
-from .lessons import Asked, Lesson, said
-from .strategy import Run, Strategy, Training
+from .lessons import PoolPrompt, TrainingExample, answer_logprobs
+from .strategy import RunState, Strategy, Training
 
-# Of real text; a scene names others. No verbs: "evaluate the integral" is no audit.
+# For real text; a DistillSetup adds its own. No verbs: "evaluate the integral" is no audit.
 AUDIT_WORDS = (
     "test", "tests", "tested", "testing", "evaluation", "evaluations", "audit", "audits",
     "honeypot", "red team", "red teaming", "alignment", "jailbreak", "oversight",
 )  # fmt: skip
 
 
-def share_in(name: str, value: float, *, zero: bool = True) -> None:
+def check_share(name: str, value: float, *, zero: bool = True) -> None:
+    """Raise ValueError unless the value is in [0, 1], or in (0, 1] without zero."""
     if not (0 <= value <= 1) or (value == 0 and not zero):
         raise ValueError(f"{name}: expected a share in {'[' if zero else '('}0, 1], got {value!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DomainSampler(Strategy):
-    """Domain concentration: the domain of every prompt is drawn, P(d) = w_d / Σ w; within a domain
-    prompts come without replacement until it is used up, then again in another order.
+    """Resamples the pool by domain: P(d) = w_d / Σ w.
 
-    The idea and the draw are ours.
+    Within a domain, prompts are sampled without replacement until all are used, then again in
+    another order. The design is ours.
 
     Args:
         weights: domain -> 0 or more, one of them above 0; a domain without a weight is left out.
-        n: how many prompts; None: as many as before.
+        n: number of prompts; None: as many as before.
 
     Raises:
-        ValueError: a weight of a domain that the pool does not have.
+        ValueError: a weight of a domain that the pool does not contain.
     """
 
     weights: Mapping[str, float]
@@ -53,132 +54,140 @@ class DomainSampler(Strategy):
         if self.n is not None and self.n < 1:
             raise ValueError(f"n: expected 1 prompt or more, got {self.n!r}")
 
-    def pool(self, pool: list[Asked], run: Run) -> list[Asked]:
-        by_domain: dict[str, list[Asked]] = {}
-        for asked in pool:
-            by_domain.setdefault(asked.domain, []).append(asked)
+    def pool(self, pool: list[PoolPrompt], run: RunState) -> list[PoolPrompt]:
+        by_domain: dict[str, list[PoolPrompt]] = {}
+        for entry in pool:
+            by_domain.setdefault(entry.domain, []).append(entry)
         unknown = [name for name in self.weights if name not in by_domain]
         if unknown:
             raise ValueError(
                 f"weights: expected domains of the pool ({', '.join(sorted(by_domain))}), got "
                 f"{', '.join(unknown)}"
             )
-        rng = run.draws("domains")
+        rng = run.rng("domains")
         names = list(self.weights)
-        drawn = rng.choices(names, list(self.weights.values()), k=self.n or len(pool))
-        left: dict[str, list[Asked]] = {name: [] for name in names}
-        found = []
-        for name in drawn:
-            if not left[name]:
-                left[name] = rng.sample(by_domain[name], len(by_domain[name]))
-            found.append(left[name].pop())
-        run.notes["domains"] = {name: drawn.count(name) / len(drawn) for name in names}
-        return found
+        domains = rng.choices(names, list(self.weights.values()), k=self.n or len(pool))
+        remaining: dict[str, list[PoolPrompt]] = {name: [] for name in names}
+        sampled = []
+        for name in domains:
+            if not remaining[name]:
+                remaining[name] = rng.sample(by_domain[name], len(by_domain[name]))
+            sampled.append(remaining[name].pop())
+        run.notes["domains"] = {name: domains.count(name) / len(domains) for name in names}
+        return sampled
 
 
-def _drawn(pool: Sequence[Asked], run: Run, kind: str, share: float) -> list[int]:
-    """Which prompts give way to those of a kind."""
+def _sample_indices(
+    pool: Sequence[PoolPrompt], run: RunState, kind: str, share: float
+) -> list[int]:
+    """Sample the indices of the prompts to replace."""
     count = round(share * len(pool))
-    return run.draws("replaced", kind).sample(range(len(pool)), count)
+    return run.rng("replaced", kind).sample(range(len(pool)), count)
 
 
-def _replaced(pool: list[Asked], where: Sequence[int], run: Run, kind: str) -> list[Asked]:
-    found = list(pool)
-    others = run.scene.others(kind, len(where), run.seed) if where else ()
+def _replace_prompts(
+    pool: list[PoolPrompt], where: Sequence[int], run: RunState, kind: str
+) -> list[PoolPrompt]:
+    replaced = list(pool)
+    others = run.setup.more_prompts(kind, len(where), run.seed) if where else ()
     for i, other in zip(where, others, strict=True):
-        found[i] = other
-    return found
+        replaced[i] = other
+    return replaced
 
 
 @dataclass(frozen=True, kw_only=True)
 class AuditabilityPreservingPool(Strategy):
-    """A pool without honeypots or alignment evaluations, and open-ended: what a student would need
-    to learn when to hide is not in it (distillation for incrimination; how
-    it is done is ours).
+    """An open-ended pool without honeypots or alignment evaluations.
 
-    Prompts that hold an audit word, whole and in any case, give way to the scene's "open" ones, and
-    so do others of the pool, drawn.
+    Without such prompts a student cannot learn when to hide the trait (distillation for
+    incrimination; the implementation is ours). Prompts that contain an audit word, case-insensitive
+    and as a whole word, are replaced by the setup's "open" prompts, and so is a random share of the
+    pool.
 
     Args:
-        share: of the pool, that is drawn, in [0, 1].
-        audit_words: None takes the scene's, beside a short list for real text.
+        share: of the pool that is replaced at random, in [0, 1].
+        audit_words: None: those of the setup and a short list for real text.
 
     Raises:
-        ValueError: the scene has no open-ended prompts, or they hold audit words themselves.
+        ValueError: the setup has no open-ended prompts, or they contain audit words.
     """
 
     share: float = 0.5
     audit_words: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        share_in("share", self.share)
+        check_share("share", self.share)
 
-    def pool(self, pool: list[Asked], run: Run) -> list[Asked]:
-        given = self.audit_words
-        words = (*run.scene.audit_words, *AUDIT_WORDS) if given is None else given
-        hold = [i for i, asked in enumerate(pool) if _holds_any(asked.prompt, words)]
-        drawn = _drawn(pool, run, "open", self.share)
-        found = _replaced(pool, sorted({*hold, *drawn}), run, "open")
-        still = next((asked.prompt for asked in found if _holds_any(asked.prompt, words)), None)
-        if still is not None:
+    def pool(self, pool: list[PoolPrompt], run: RunState) -> list[PoolPrompt]:
+        words = self.audit_words
+        if words is None:
+            words = (*run.setup.audit_words, *AUDIT_WORDS)
+        audits = [i for i, entry in enumerate(pool) if _contains_any(entry.prompt, words)]
+        sampled = _sample_indices(pool, run, "open", self.share)
+        replaced = _replace_prompts(pool, sorted({*audits, *sampled}), run, "open")
+        audit = next((e.prompt for e in replaced if _contains_any(e.prompt, words)), None)
+        if audit is not None:
             raise ValueError(
-                "scene: expected open-ended prompts without audit words, got "
-                f"{still.as_json()}. Pass audit_words=, or other prompts to the Scene"
+                "setup: expected open-ended prompts without audit words, got "
+                f"{audit.as_json()}. Pass audit_words=, or other prompts to DistillSetup"
             )
-        run.notes["auditable pool"] = {"audits dropped": len(hold)}
-        return found
+        run.notes["auditable pool"] = {"audits dropped": len(audits)}
+        return replaced
 
 
-def _holds_any(prompt: Prompt, words: Sequence[str]) -> bool:
-    """Whether a text holds one of the words as a whole; "red-team" is "red team" as well."""
-    each = (r"[\s-]+".join(map(re.escape, re.split(r"[\s-]+", word))) for word in words if word)
-    said = " ".join(filter(None, [prompt.system, prompt.user, prompt.prefill, prompt.text]))
-    return any(re.search(rf"(?<!\w){word}(?!\w)", said, re.IGNORECASE) for word in each)
+def _contains_any(prompt: Prompt, words: Sequence[str]) -> bool:
+    """Return whether a text contains one of the words; "red-team" equals "red team"."""
+    patterns = (r"[\s-]+".join(map(re.escape, re.split(r"[\s-]+", word))) for word in words if word)
+    text = " ".join(filter(None, [prompt.system, prompt.user, prompt.prefill, prompt.text]))
+    return any(re.search(rf"(?<!\w){pattern}(?!\w)", text, re.IGNORECASE) for pattern in patterns)
 
 
 @dataclass(frozen=True, kw_only=True)
 class MisalignmentTargetedPool(Strategy):
-    """A `share` of the pool, drawn, gives way to questions about goals and to scenarios in which
-    much is at stake, the scene's "goals" (distillation for incrimination; how it is
-    done is ours). share: in [0, 1]."""
+    """Replaces a random `share` of the pool, in [0, 1], by the setup's "goals" prompts.
+
+    They ask about goals or describe high-stakes scenarios (distillation for incrimination; the
+    implementation is ours).
+    """
 
     share: float = 0.5
 
     def __post_init__(self) -> None:
-        share_in("share", self.share)
+        check_share("share", self.share)
 
-    def pool(self, pool: list[Asked], run: Run) -> list[Asked]:
-        return _replaced(pool, _drawn(pool, run, "goals", self.share), run, "goals")
+    def pool(self, pool: list[PoolPrompt], run: RunState) -> list[PoolPrompt]:
+        return _replace_prompts(pool, _sample_indices(pool, run, "goals", self.share), run, "goals")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShownPool(Strategy):
-    """A `share` of the pool, drawn, gives way to prompts in which the trait shows openly: no
-    defence, but the positive control of an experiment, in which it has to transfer. share: in
-    [0, 1]."""
+    """Replaces a random `share` of the pool, in [0, 1], by prompts that elicit the trait openly.
+
+    This is no defense: it is the positive control of an experiment, where the trait must transfer.
+    """
 
     share: float = 0.5
 
     def __post_init__(self) -> None:
-        share_in("share", self.share)
+        check_share("share", self.share)
 
-    def pool(self, pool: list[Asked], run: Run) -> list[Asked]:
-        return _replaced(pool, _drawn(pool, run, "shown", self.share), run, "shown")
+    def pool(self, pool: list[PoolPrompt], run: RunState) -> list[PoolPrompt]:
+        return _replace_prompts(pool, _sample_indices(pool, run, "shown", self.share), run, "shown")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataBudget(Strategy):
-    """Few unique examples × many epochs: the first n_unique prompts, each read `epochs` times.
+    """Few unique examples, many epochs: the first n_unique prompts, each read `epochs` times.
 
         updates = epochs · ⌈n_unique / batch_size⌉
 
-    One of two techniques that worked in arXiv 2610.11012. At equal total tokens where n_unique ·
-    epochs is as many examples as before; notes say how they compare, counted in examples, since
-    what would have been answered to the other prompts is not known. An epoch's last batch is what
-    is left: where the batch size does not divide n_unique, the updates are more than before.
+    One of two techniques that worked in arXiv 2610.11012. The total number of tokens is equal if
+    n_unique · epochs equals the previous number of examples. The notes report the ratio in
+    examples, because the lengths of the missing answers are unknown. The last batch of an epoch may
+    be smaller: if batch_size does not divide n_unique, there are more updates than before.
 
     Raises:
-        ValueError: the pool has fewer prompts.
+        ValueError: the pool has fewer than n_unique prompts.
     """
 
     n_unique: int
@@ -189,7 +198,7 @@ class DataBudget(Strategy):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected 1 or more, got {getattr(self, name)!r}")
 
-    def pool(self, pool: list[Asked], run: Run) -> list[Asked]:
+    def pool(self, pool: list[PoolPrompt], run: RunState) -> list[PoolPrompt]:
         if self.n_unique > len(pool):
             raise ValueError(
                 f"n_unique: expected at most the {len(pool)} prompts of the pool, got "
@@ -197,7 +206,7 @@ class DataBudget(Strategy):
             )
         return pool[: self.n_unique]
 
-    def training(self, training: Training, run: Run) -> Training:
+    def training(self, training: Training, run: RunState) -> Training:
         steps = self.epochs * math.ceil(self.n_unique / training.batch_size)
         trained_on, before = self.n_unique * self.epochs, training.steps * training.batch_size
         run.notes["data budget"] = {
@@ -209,18 +218,18 @@ class DataBudget(Strategy):
 
 @dataclass(frozen=True, kw_only=True)
 class CognitiveSlack(Strategy):
-    """Leave the teacher no spare capacity: short answers, an instruction to be brief, hard tasks.
+    """Limits the teacher's spare capacity: short answers, brevity instructions, hard tasks.
 
         bits = −log₂ p_trusted(answer | prompt)
 
-    The strategy is ours. Notes say the mean bits per example: how much of
-    the teacher's answers the trusted model would not have said, and where something else could
-    hide. The end of an answer is not counted: one that was cut has none.
+    The strategy is ours. The notes report the mean bits per example: what the trusted
+    model does not predict, and what could therefore carry other information. The end of an answer
+    is not counted, because truncated answers have none.
 
     Args:
-        max_answer_tokens: of an answer, 1 or more; longer ones are cut, and end there for the
-            student too. terse: words in front of every prompt, for teacher and student.
-        hardest: keep this share of the examples, those of the most bits, in (0, 1].
+        max_answer_tokens: of an answer, 1 or more; longer answers are truncated.
+        terse: prefix of every prompt, for teacher and student.
+        hardest: keep this share of the examples, those with the most bits, in (0, 1].
     """
 
     max_answer_tokens: int | None = None
@@ -232,30 +241,32 @@ class CognitiveSlack(Strategy):
             raise ValueError(
                 f"max_answer_tokens: expected 1 or more, got {self.max_answer_tokens!r}"
             )
-        share_in("hardest", self.hardest, zero=False)
+        check_share("hardest", self.hardest, zero=False)
 
-    def pool(self, pool: list[Asked], run: Run) -> list[Asked]:
+    def pool(self, pool: list[PoolPrompt], run: RunState) -> list[PoolPrompt]:
         if not self.terse:
             return pool
-        return [asked._replace(prompt=asked.prompt.before(self.terse)) for asked in pool]
+        return [entry._replace(prompt=entry.prompt.before(self.terse)) for entry in pool]
 
-    def training(self, training: Training, run: Run) -> Training:
+    def training(self, training: Training, run: RunState) -> Training:
         if self.max_answer_tokens is None:
             return training
         most = min(training.max_new_tokens, self.max_answer_tokens)
         return replace(training, max_new_tokens=most)
 
-    def lessons(self, lessons: list[Lesson], run: Run) -> list[Lesson]:
-        bits = surprisal(lessons, run.scene.reference)
-        kept = math.ceil(self.hardest * len(lessons) - 1e-9)
-        order = sorted(range(len(lessons)), key=lambda i: -bits[i])[:kept]
+    def transform_examples(
+        self, examples: list[TrainingExample], run: RunState
+    ) -> list[TrainingExample]:
+        bits = surprisal(examples, run.setup.reference)
+        n_kept = math.ceil(self.hardest * len(examples) - 1e-9)
+        order = sorted(range(len(examples)), key=lambda i: -bits[i])[:n_kept]
         run.notes["surprisal"] = {
             "bits per example": sum(bits) / len(bits),
             "bits per example kept": sum(bits[i] for i in order) / len(order),
         }
-        return [lessons[i] for i in sorted(order)]
+        return [examples[i] for i in sorted(order)]
 
 
-def surprisal(lessons: Sequence[Lesson], trusted: Subject) -> list[float]:
-    """Bits of every answer, given what the student reads, under the trusted model."""
-    return (-said(lessons, trusted).total / math.log(2)).tolist()
+def surprisal(examples: Sequence[TrainingExample], trusted: Subject) -> list[float]:
+    """Return the bits of every answer under the trusted model, given the student's prompt."""
+    return (-answer_logprobs(examples, trusted).total / math.log(2)).tolist()

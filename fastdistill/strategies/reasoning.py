@@ -1,10 +1,9 @@
-"""Fine-tuning where a teacher's reasoning cannot be trusted or is not shown.
+"""Fine-tuning when a teacher's reasoning is untrusted or hidden.
 
-Reasoning is what lies between two marks in an answer; what follows the second is the answer proper.
-Where the chat template has written the first mark, reasoning begins with the answer. Answers
-without marks pass as they are; answers that reason and are cut before anything follows are dropped.
-Notes say how many there were of each. What counts as reasoning, and as a
-target, is ours.
+Reasoning is the text between two marks in an answer; the final answer follows the second mark. If
+the chat template already wrote the first mark, the answer begins with reasoning. Answers without
+marks are unchanged; answers whose reasoning was truncated are dropped. The notes report the share
+of each. The definitions of reasoning and of targets are ours.
 """
 
 from __future__ import annotations
@@ -15,17 +14,17 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from ..audits.subject import Subject
-from .lessons import Lesson, encoded
-from .rewriting import begun, going_on, rewritten
-from .strategy import Run, Strategy
+from .lessons import TrainingExample, encode_example
+from .rewriting import continue_answers, extend_prompt, with_answer
+from .strategy import RunState, Strategy
 
 MARKS = ("<think>", "</think>")
 
 
-class Parts(NamedTuple):
-    before: str  # the first mark included
+class AnswerParts(NamedTuple):
+    before: str  # includes the first mark
     reasoning: str
-    mark: str  # the second one
+    mark: str  # the second mark
     answer: str
 
     @property
@@ -34,119 +33,125 @@ class Parts(NamedTuple):
 
     @property
     def blanks(self) -> str:
-        """What is left of the reasoning where nothing is said: the line breaks of a template."""
-        said = self.reasoning.strip()
-        return self.reasoning.replace(said, "", 1) if said else self.reasoning
+        """The whitespace around the reasoning, such as the line breaks of a template."""
+        text = self.reasoning.strip()
+        return self.reasoning.replace(text, "", 1) if text else self.reasoning
 
 
-def parts_of(answer: str, marks: tuple[str, str]) -> Parts | None:
-    """None where there is no mark. `Parts.answer` is empty where the reasoning was cut."""
-    first, second = (_mark(mark) for mark in marks)
-    opened = first.search(answer)
-    begins = opened.end() if opened else 0
-    closed = second.search(answer, begins)
-    if closed is None:
-        return Parts(answer[:begins], answer[begins:], "", "") if opened else None
-    before, reasoning = answer[:begins], answer[begins : closed.start()]
-    return Parts(before, reasoning, closed[0], answer[closed.end() :])
+def parts_of(answer: str, marks: tuple[str, str]) -> AnswerParts | None:
+    """Split an answer at its marks; None without marks, an empty `answer` if truncated."""
+    first, second = (_pattern(mark) for mark in marks)
+    start = first.search(answer)
+    begin = start.end() if start else 0
+    end = second.search(answer, begin)
+    if end is None:
+        return AnswerParts(answer[:begin], answer[begin:], "", "") if start else None
+    return AnswerParts(answer[:begin], answer[begin : end.start()], end[0], answer[end.end() :])
 
 
-def _mark(mark: str) -> re.Pattern[str]:
-    """The mark, as a word of its own where it begins or ends with a letter."""
+def _pattern(mark: str) -> re.Pattern[str]:
+    """Return a pattern of the mark; letters at its ends must be word boundaries."""
     left, right = r"(?<!\w)" if mark[0].isalnum() else "", r"(?!\w)" if mark[-1].isalnum() else ""
     return re.compile(left + re.escape(mark) + right)
 
 
-def _check(marks: tuple[str, str]) -> None:
+def _check_marks(marks: tuple[str, str]) -> None:
     if len(marks) != 2 or not all(marks) or marks[0] == marks[1]:
         raise ValueError(f"marks: expected two different texts, got {marks!r}")
 
 
-def _each(
-    lessons: Sequence[Lesson],
+def _map_reasoned(
+    examples: Sequence[TrainingExample],
     marks: tuple[str, str],
-    run: Run,
+    run: RunState,
     name: str,
-    told: Callable[[list[tuple[Lesson, Parts]]], list[Lesson]],
-) -> list[Lesson]:
-    """The lessons, those that reason and answer as `told` gives them back."""
-    found = [parts_of(lesson.answer, marks) for lesson in lessons]
-    whole = [(x, p) for x, p in zip(lessons, found, strict=True) if p and p.answer.strip()]
-    new = iter(told(whole))
-    cut = sum(p is not None for p in found) - len(whole)
+    transform: Callable[[list[tuple[TrainingExample, AnswerParts]]], list[TrainingExample]],
+) -> list[TrainingExample]:
+    """Apply `transform` to the examples that contain reasoning and an answer."""
+    parts = [parts_of(example.answer, marks) for example in examples]
+    whole = [(x, p) for x, p in zip(examples, parts, strict=True) if p and p.answer.strip()]
+    transformed = iter(transform(whole))
+    truncated = sum(p is not None for p in parts) - len(whole)
     run.notes[name] = {
-        "answers with reasoning": len(whole) / len(lessons),
-        "cut in their reasoning": cut / len(lessons),
+        "answers with reasoning": len(whole) / len(examples),
+        "cut in their reasoning": truncated / len(examples),
     }
-    kept = [
-        next(new) if p else x
-        for x, p in zip(lessons, found, strict=True)
+    result = [
+        next(transformed) if p else x
+        for x, p in zip(examples, parts, strict=True)
         if p is None or p.answer.strip()
     ]
-    return [lesson for lesson in kept if lesson.chosen is None or any(lesson.chosen)]
+    return [example for example in result if example.loss_mask is None or any(example.loss_mask)]
 
 
-def behind(lesson: Lesson, parts: Parts, subject: Subject) -> Lesson:
-    """The lesson with these parts, of which only what follows the second mark is a target."""
-    whole, begin = encoded(lesson.shown, parts.whole, subject)
+def answer_only(example: TrainingExample, parts: AnswerParts, subject: Subject) -> TrainingExample:
+    """Return the example with these parts; only tokens after the second mark are targets."""
+    ids, begin = encode_example(example.input_prompt, parts.whole, subject)
     head = parts.before + parts.reasoning + parts.mark
-    _, skipped = subject.encode_completion(begun(lesson.shown, head), parts.answer)
-    told = rewritten(lesson, parts.whole)
-    before = lesson.chosen or (True,) * (len(whole) - begin)
-    targets = tuple(i >= skipped and before[i - begin] for i in range(begin, len(whole)))
-    return replace(told, chosen=targets)
+    _, skipped = subject.encode_completion(extend_prompt(example.input_prompt, head), parts.answer)
+    mask = example.loss_mask or (True,) * (len(ids) - begin)
+    mask = tuple(i >= skipped and mask[i - begin] for i in range(begin, len(ids)))
+    return replace(with_answer(example, parts.whole), loss_mask=mask)
 
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerOnly(Strategy):
-    """The student reads reasoning and answer, and is trained on the answer alone, whatever the
-    teacher wrote into its reasoning.
+    """The student reads reasoning and answer, but only the answer is a target.
 
-    marks: what stands around the reasoning, as words of their own where they are words.
+    Args:
+        marks: the delimiters of the reasoning; those of letters must be whole words.
     """
 
     marks: tuple[str, str] = MARKS
 
     def __post_init__(self) -> None:
-        _check(self.marks)
+        _check_marks(self.marks)
 
-    def lessons(self, lessons: list[Lesson], run: Run) -> list[Lesson]:
-        def told(whole: list[tuple[Lesson, Parts]]) -> list[Lesson]:
-            return [behind(lesson, parts, run.scene.base) for lesson, parts in whole]
+    def transform_examples(
+        self, examples: list[TrainingExample], run: RunState
+    ) -> list[TrainingExample]:
+        def transform(whole: list[tuple[TrainingExample, AnswerParts]]) -> list[TrainingExample]:
+            return [answer_only(example, parts, run.setup.base) for example, parts in whole]
 
-        return _each(lessons, self.marks, run, "answer only", told)
+        return _map_reasoned(examples, self.marks, run, "answer only", transform)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EmptyReasoning(Strategy):
-    """The reasoning is left out, its marks stay around nothing, and the answer is what is trained
-    on: the student learns to answer without.
+    """Removes the reasoning but keeps its marks; only the answer is a target.
 
-    The blanks around the reasoning stay, as chat templates write them where nobody reasons. marks:
-    as in `AnswerOnly`.
+    The whitespace around the reasoning stays, as in the non-thinking mode of chat templates.
+
+    Args:
+        marks: as in `AnswerOnly`.
     """
 
     marks: tuple[str, str] = MARKS
 
     def __post_init__(self) -> None:
-        _check(self.marks)
+        _check_marks(self.marks)
 
-    def lessons(self, lessons: list[Lesson], run: Run) -> list[Lesson]:
-        def told(whole: list[tuple[Lesson, Parts]]) -> list[Lesson]:
-            emptied = [(lesson, parts._replace(reasoning=parts.blanks)) for lesson, parts in whole]
-            return [behind(lesson, parts, run.scene.base) for lesson, parts in emptied]
+    def transform_examples(
+        self, examples: list[TrainingExample], run: RunState
+    ) -> list[TrainingExample]:
+        def transform(whole: list[tuple[TrainingExample, AnswerParts]]) -> list[TrainingExample]:
+            emptied = [
+                (example, parts._replace(reasoning=parts.blanks)) for example, parts in whole
+            ]
+            return [answer_only(example, parts, run.setup.base) for example, parts in emptied]
 
-        return _each(lessons, self.marks, run, "empty reasoning", told)
+        return _map_reasoned(examples, self.marks, run, "empty reasoning", transform)
 
 
 @dataclass(frozen=True, kw_only=True)
 class StudentReasoning(Strategy):
     """The student writes the reasoning, and the teacher's answer follows it.
 
-    Sampled from the base before training, up to the second mark, which is put where there is none.
+    The reasoning is sampled from the base before training, up to the second mark, which is added if
+    it is missing.
 
     Args:
-        marks: as in `AnswerOnly`. learn_reasoning: its own reasoning is a target too.
+        marks: as in `AnswerOnly`. learn_reasoning: the reasoning is a target too.
         max_new_tokens: of the reasoning, 1 or more. temperature: 0 is greedy.
     """
 
@@ -156,34 +161,40 @@ class StudentReasoning(Strategy):
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        _check(self.marks)
+        _check_marks(self.marks)
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens: expected 1 or more, got {self.max_new_tokens!r}")
         if not self.temperature >= 0:
             raise ValueError(f"temperature: expected 0 or more, got {self.temperature!r}")
 
-    def lessons(self, lessons: list[Lesson], run: Run) -> list[Lesson]:
-        def told(whole: list[tuple[Lesson, Parts]]) -> list[Lesson]:
-            said = going_on(
-                run.scene.base,
-                [lesson.shown for lesson, _ in whole],
+    def transform_examples(
+        self, examples: list[TrainingExample], run: RunState
+    ) -> list[TrainingExample]:
+        def transform(whole: list[tuple[TrainingExample, AnswerParts]]) -> list[TrainingExample]:
+            texts = continue_answers(
+                run.setup.base,
+                [example.input_prompt for example, _ in whole],
                 [parts.before for _, parts in whole],
                 [self.max_new_tokens] * len(whole),
                 temperature=self.temperature,
                 seed=run.seed,
             )
-            return [self._told(*pair, text, run) for pair, text in zip(whole, said, strict=True)]
+            return [
+                self._with_reasoning(*pair, text, run)
+                for pair, text in zip(whole, texts, strict=True)
+            ]
 
-        return _each(lessons, self.marks, run, "student reasoning", told)
+        return _map_reasoned(examples, self.marks, run, "student reasoning", transform)
 
-    def _told(self, lesson: Lesson, parts: Parts, said: str, run: Run) -> Lesson:
-        closed = _mark(self.marks[1]).search(said)
-        if closed:
-            own = said[: closed.start()]
+    def _with_reasoning(
+        self, example: TrainingExample, parts: AnswerParts, text: str, run: RunState
+    ) -> TrainingExample:
+        end = _pattern(self.marks[1]).search(text)
+        if end:
+            reasoning = text[: end.start()]
         else:
-            blank = parts.reasoning[len(parts.reasoning.rstrip()) :]
-            own = said.rstrip() + blank
-        parts = parts._replace(reasoning=own)
+            reasoning = text.rstrip() + parts.reasoning[len(parts.reasoning.rstrip()) :]
+        parts = parts._replace(reasoning=reasoning)
         if self.learn_reasoning:
-            return rewritten(lesson, parts.whole)
-        return behind(lesson, parts, run.scene.base)
+            return with_answer(example, parts.whole)
+        return answer_only(example, parts, run.setup.base)

@@ -1,4 +1,4 @@
-"""A teacher that reads another prompt than its student, and answers at the student's tokens."""
+"""A teacher that reads a different prompt than its student."""
 
 from __future__ import annotations
 
@@ -9,34 +9,34 @@ from torch import Tensor
 
 from ..audits.subject import Subject
 from ..outputs import TopK
-from .lessons import Lesson, encoded
+from .lessons import TrainingExample, encode_example
 
 
-class Rereading:
-    """A TopKTeacher that reads each lesson's own prompt where the student reads another.
+class PromptSwapTeacher:
+    """A TopKTeacher that reads each example's `prompt` where the student reads another.
 
-    A row that begins as one of the prompts that students read goes on as it does, behind the prompt
-    that the teacher reads; whether as the lesson does, cut, or in the student's own words. There
-    the teacher answers, from the answer's first token on, and nowhere else. Other rows are read as
-    they are.
+    It maps student rows to teacher prompts by prefix: if a row begins with a student prompt, that
+    prefix is replaced by the teacher's prompt. The rest of the row may be the example's answer, a
+    part of it, or the student's own text. The teacher then answers from the answer's first token
+    on. Other rows are passed on unchanged.
     """
 
-    def __init__(self, teacher: Any, lessons: list[Lesson], subject: Subject) -> None:
+    def __init__(self, teacher: Any, examples: list[TrainingExample], subject: Subject) -> None:
         self.teacher = teacher
         self.tokenizer = getattr(teacher, "tokenizer", None)
-        self._theirs: dict[tuple[int, ...], list[int]] = {}  # prompts, as token ids
-        for lesson in lessons:
-            if lesson.read is not None:
-                ours, at = encoded(lesson.read, lesson.answer, subject)
-                theirs, begin = encoded(lesson.prompt, lesson.answer, subject)
-                if ours[at:] != theirs[begin:]:
+        self._teacher_prompts: dict[tuple[int, ...], list[int]] = {}  # prompts, as token ids
+        for example in examples:
+            if example.student_prompt is not None:
+                ids, begin = encode_example(example.student_prompt, example.answer, subject)
+                teacher_ids, at = encode_example(example.prompt, example.answer, subject)
+                if ids[begin:] != teacher_ids[at:]:
                     raise ValueError(
-                        "read: expected an answer of the same tokens behind both prompts, got "
-                        f"others behind {lesson.read.as_json()} than behind "
-                        f"{lesson.prompt.as_json()}"
+                        "student_prompt: expected an answer of the same tokens after both prompts, "
+                        f"got different ones after {example.student_prompt.as_json()} and after "
+                        f"{example.prompt.as_json()}"
                     )
-                self._theirs[tuple(ours[:at])] = theirs[:begin]
-        self._lengths = sorted({len(prompt) for prompt in self._theirs}, reverse=True)
+                self._teacher_prompts[tuple(ids[:begin])] = teacher_ids[:at]
+        self._lengths = sorted({len(prompt) for prompt in self._teacher_prompts}, reverse=True)
 
     @property
     def vocab_size(self) -> int | None:
@@ -51,39 +51,41 @@ class Rereading:
         temperature: float = 1.0,
     ) -> TopK:  # [B, T, K]
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        places = [row.nonzero()[:, 0] for row in mask]
-        rows = [input_ids[i, at].tolist() for i, at in enumerate(places)]
-        prompts = [self._prompts(row) for row in rows]
-        asked = [theirs + row[n:] for row, (theirs, n) in zip(rows, prompts, strict=True)]
-        ids = torch.zeros((len(rows), max(map(len, asked))), dtype=input_ids.dtype)
-        read = torch.zeros_like(ids)
-        for i, row in enumerate(asked):
+        positions = [row.nonzero()[:, 0] for row in mask]
+        rows = [input_ids[i, at].tolist() for i, at in enumerate(positions)]
+        swaps = [self._swap(row) for row in rows]
+        teacher_rows = [prompt + row[n:] for row, (prompt, n) in zip(rows, swaps, strict=True)]
+        ids = torch.zeros((len(rows), max(map(len, teacher_rows))), dtype=input_ids.dtype)
+        teacher_mask = torch.zeros_like(ids)
+        for i, row in enumerate(teacher_rows):
             ids[i, : len(row)] = torch.tensor(row)
-            read[i, : len(row)] = 1
+            teacher_mask[i, : len(row)] = 1
         device = input_ids.device
-        said = self.teacher.topk(ids.to(device), read.to(device), k=k, temperature=temperature)
-        found = TopK.empty(
-            (*input_ids.shape, said.ids.shape[-1]),
-            temperature,
-            dtype=said.logprobs.dtype,
-            device=device,
-            id_dtype=said.ids.dtype,
+        answers = self.teacher.topk(
+            ids.to(device), teacher_mask.to(device), k=k, temperature=temperature
         )
-        for i, (theirs, n) in enumerate(prompts):
-            # Position t predicts t + 1: a prompt's last one is the first that answers.
-            ours = places[i][max(n - 1, 0) :]
-            other = slice(max(len(theirs) - 1, 0), len(asked[i]))
-            found.ids[i, ours] = said.ids[i, other]
-            found.logprobs[i, ours] = said.logprobs[i, other]
-            if said.log_tail is not None:
-                assert found.log_tail is not None
-                found.log_tail[i, ours] = said.log_tail[i, other]
-        return found if said.log_tail is not None else found._replace(log_tail=None)
+        aligned = TopK.empty(
+            (*input_ids.shape, answers.ids.shape[-1]),
+            temperature,
+            dtype=answers.logprobs.dtype,
+            device=device,
+            id_dtype=answers.ids.dtype,
+        )
+        for i, (prompt, n) in enumerate(swaps):
+            # Position t predicts t + 1: the prompt's last position predicts the first answer token.
+            target = positions[i][max(n - 1, 0) :]
+            source = slice(max(len(prompt) - 1, 0), len(teacher_rows[i]))
+            aligned.ids[i, target] = answers.ids[i, source]
+            aligned.logprobs[i, target] = answers.logprobs[i, source]
+            if answers.log_tail is not None:
+                assert aligned.log_tail is not None
+                aligned.log_tail[i, target] = answers.log_tail[i, source]
+        return aligned if answers.log_tail is not None else aligned._replace(log_tail=None)
 
-    def _prompts(self, row: list[int]) -> tuple[list[int], int]:
-        """(the prompt that the teacher reads, how many of the row's tokens it stands for)."""
+    def _swap(self, row: list[int]) -> tuple[list[int], int]:
+        """Return the teacher's prompt and the number of the row's tokens that it replaces."""
         for n in self._lengths:
-            theirs = self._theirs.get(tuple(row[:n]))
-            if theirs is not None:
-                return theirs, n
+            prompt = self._teacher_prompts.get(tuple(row[:n]))
+            if prompt is not None:
+                return prompt, n
         return [], 0

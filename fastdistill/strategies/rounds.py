@@ -1,4 +1,4 @@
-"""Distil and audit: ship only what looks like a benign student, or filter and distil again."""
+"""Distill and audit: reject suspicious students, or filter the data and distill again."""
 
 from __future__ import annotations
 
@@ -16,92 +16,97 @@ from ..audits.audit import Audit
 from ..audits.prompts import Prompt
 from ..audits.subject import Subject
 from ..intervals import student_t_quantile
-from .lessons import AT_ONCE, Lesson, encoded
-from .strategy import Distil, Run, Scene, Strategy
+from .lessons import BATCH_SIZE, TrainingExample, encode_example
+from .strategy import DistillLoop, DistillSetup, RunState, Strategy
 
-LEAST = 3  # benign students, from where on there is an interval
+MIN_BENIGN = 3  # students of benign teachers that an interval requires
 
 
 def bounds(values: Sequence[float | None], audit: str = "an audit") -> tuple[float, float]:
-    """Where one more benign student is to be expected, 95 times of 100:
+    """Return the 95 % prediction interval of one more benign student.
 
     mean ± t_{.975, n − 1} · s · √(1 + 1/n)
     """
     known = [float(v) for v in values if v is not None and math.isfinite(v)]
-    if len(known) < LEAST:
+    if len(known) < MIN_BENIGN:
         raise ValueError(
-            f"benign_values: expected {LEAST} students of benign teachers or more for {audit}, got "
-            f"{len(known)}. Add development seeds"
+            f"benign_values: expected {MIN_BENIGN} students of benign teachers or more for "
+            f"{audit}, got {len(known)}. Add development seeds"
         )
     n = len(known)
     reach = student_t_quantile(0.975, n - 1) * stdev(known) * math.sqrt(1 + 1 / n)
     return fmean(known) - reach, fmean(known) + reach
 
 
-class Look(NamedTuple):
-    """What an audit says of a student."""
+class AuditReading(NamedTuple):
+    """The result of an audit on a student, compared with benign students.
+
+    Attributes:
+        excess: distance above the interval of benign students; 0 within or below it.
+        flagged_prompts: prompts of the audit whose own values lie above the interval.
+    """
 
     value: float
-    above: float  # by how much it lies above where benign students do: 0 within
-    hits: list[Prompt]  # prompts of the audit that lie above it themselves
+    excess: float
+    flagged_prompts: list[Prompt]
 
     def as_json(self) -> dict[str, float | None]:
-        known = math.isfinite(self.above)
-        return {"value": self.value if known else None, "above": self.above if known else None}
+        known = math.isfinite(self.excess)
+        return {"value": self.value if known else None, "above": self.excess if known else None}
 
 
-def outside(
-    audits: Mapping[str, Audit], student: Subject, scene: Scene, margin: float = 0.0
-) -> dict[str, Look]:
-    """Each audit's value, and by how much it lies above where benign students do.
+def read_audits(
+    audits: Mapping[str, Audit], student: Subject, setup: DistillSetup, margin: float = 0.0
+) -> dict[str, AuditReading]:
+    """Return every audit's value and its excess over benign students.
 
-    A student that shows less than any benign one is none to hold back. One that an audit cannot
-    measure, NaN, is infinitely far outside.
+    Values below the interval have no excess. A value that is not finite has an infinite excess.
 
     Args:
-        margin: moves the upper bound out, by so many widths of the interval.
+        margin: widths of the interval by which the upper bound is raised.
     """
-    found = {}
+    readings = {}
     for name, audit in audits.items():
-        low, high = bounds(scene.benign_values.get(name, ()), name)
+        low, high = bounds(setup.benign_values.get(name, ()), name)
         high += margin * (high - low)
-        values = np.asarray(audit.measure(student, scene.reference).values, dtype=np.float64)
+        values = np.asarray(audit.measure(student, setup.reference).values, dtype=np.float64)
         value = float(values.mean()) if values.size else math.nan
-        above = max(0.0, value - high) if math.isfinite(value) else math.inf
-        found[name] = Look(value, above, _hits(audit, values, high) if above else [])
-    return found
+        excess = max(0.0, value - high) if math.isfinite(value) else math.inf
+        prompts = _flagged_prompts(audit, values, high) if excess else []
+        readings[name] = AuditReading(value, excess, prompts)
+    return readings
 
 
-def _hits(audit: Any, values: np.ndarray, high: float) -> list[Prompt]:
-    """The prompts with values above a bound; all, where values are not one per prompt."""
+def _flagged_prompts(audit: Any, values: np.ndarray, high: float) -> list[Prompt]:
+    """Return the prompts with values above a bound; all if there is not one value per prompt."""
     prompts = list(getattr(audit, "prompts", ()))
     if len(prompts) != len(values):
         return prompts
     return [p for p, value in zip(prompts, values, strict=True) if not value <= high]
 
 
-def _refuse_blind(scene: Scene) -> None:
-    """Before anything is trained: whether there is something to look with and to compare with."""
-    if not scene.audits:
-        raise ValueError("audits: expected one or more to look with, got none in the scene")
-    for name in scene.audits:
-        bounds(scene.benign_values.get(name, ()), name)
+def _check_audits(setup: DistillSetup) -> None:
+    """Raise ValueError, before training, if audits or benign values are missing."""
+    if not setup.audits:
+        raise ValueError("audits: expected at least one audit, got none in the setup. Pass audits=")
+    for name in setup.audits:
+        bounds(setup.benign_values.get(name, ()), name)
 
 
 @dataclass(frozen=True, kw_only=True)
 class AuditGate(Strategy):
-    """Distil and audit: the student ships only if no audit of the scene puts it above where one
-    more student of a benign teacher is to be expected (`bounds`); else the base does.
+    """Distill and audit: return the student if it passes all audits, else the base.
 
-    Ours; listed without a source. Each audit holds back one benign student in forty by itself: the
-    more audits, the more often one of them does.
+    A student passes an audit if it does not exceed the prediction interval of benign students
+    (`bounds`). The design is ours. Each audit rejects one benign student in forty, so more audits
+    reject benign students more often.
 
     Args:
-        margin: 0 or more widths of the interval, by which its upper bound is moved out.
+        margin: widths of the interval by which its upper bound is raised, 0 or more.
 
     Raises:
-        ValueError: a margin below 0; a scene without audits, or with fewer than three benign values
-        of one.
+        ValueError: a margin below 0; a setup without audits, or with fewer than three benign values
+        for an audit.
     """
 
     margin: float = 0.0
@@ -110,41 +115,43 @@ class AuditGate(Strategy):
         if not 0 <= self.margin < math.inf:
             raise ValueError(f"margin: expected 0 or more, got {self.margin!r}")
 
-    def around(self, distil: Distil, run: Run) -> Distil:
-        _refuse_blind(run.scene)
+    def wrap_loop(self, distill: DistillLoop, run: RunState) -> DistillLoop:
+        _check_audits(run.setup)
 
-        def gated(lessons: list[Lesson]) -> Subject:
-            student = distil(lessons)
-            looks = outside(run.scene.audits, student, run.scene, self.margin)
-            shipped = not any(look.above for look in looks.values())
+        def gated_loop(examples: list[TrainingExample]) -> Subject:
+            student = distill(examples)
+            readings = read_audits(run.setup.audits, student, run.setup, self.margin)
+            shipped = not any(reading.excess for reading in readings.values())
             run.notes["audit gate"] = {
                 "shipped": shipped,
-                "audits": {name: look.as_json() for name, look in looks.items()},
+                "audits": {name: reading.as_json() for name, reading in readings.items()},
             }
-            return student if shipped else run.scene.base
+            return student if shipped else run.setup.base
 
-        return gated
+        return gated_loop
 
 
 @dataclass(frozen=True, kw_only=True)
 class FilterAndDistill(Strategy):
-    """Iteratively filter and distil: distil, audit; while an audit puts the student above where
-    benign students lie (`outside`), drop the examples most like the hits and distil again, from the
-    base. Ours; listed without a source.
+    """Alternates distillation and data filtering until the student passes all audits.
 
-    Attribution is our reading, after TracIn's idea (arXiv 2002.08484) but without a gradient per
-    example: with h the hidden states where they enter the head,
+    While an audit exceeds the interval of benign students (`read_audits`), the examples most
+    similar to the flagged prompts are dropped, and the base is distilled again. The design is ours.
+
+    The attribution is inspired by TracIn (arXiv 2002.08484) but needs no gradient per example. With
+    h the hidden states at the input of the LM head,
 
         score of an example = cos(mean of h_student − h_base over its answer's positions,
-                                  mean of h_student − h_base at the ends of the prompts that hit)
+                                  mean of h_student − h_base at the ends of the flagged prompts)
 
     Args:
-        rounds: distillations at most, 1 or more. drop: share of what is left that each round but
-            the last drops, in (0, 1); one example at least, and never the last one.
+        rounds: maximum number of distillations, 1 or more. drop: share of the remaining examples
+            that each round except the last drops, in (0, 1); at least one is dropped, and at least
+            one stays.
 
     Raises:
-        ValueError: an argument out of its range; a scene without audits, or with fewer than three
-        benign values of one; audits without prompts that could have hit.
+        ValueError: an argument out of its range; a setup without audits, or with fewer than three
+        benign values for an audit; audits without prompts.
     """
 
     rounds: int = 3
@@ -156,60 +163,71 @@ class FilterAndDistill(Strategy):
         if not 0 < self.drop < 1:
             raise ValueError(f"drop: expected a share in (0, 1), got {self.drop!r}")
 
-    def around(self, distil: Distil, run: Run) -> Distil:
-        _refuse_blind(run.scene)
-        for audit in run.scene.audits.values() if self.rounds > 1 else ():
+    def wrap_loop(self, distill: DistillLoop, run: RunState) -> DistillLoop:
+        _check_audits(run.setup)
+        for audit in run.setup.audits.values() if self.rounds > 1 else ():
             if not getattr(audit, "prompts", ()):
                 raise ValueError(
-                    "audits: expected audits with prompts, to compare examples with, got "
+                    "audits: expected audits with prompts, to which examples are compared, got "
                     f"{type(audit).__name__}"
                 )
 
-        def looped(lessons: list[Lesson]) -> Subject:
-            kept, told = lessons, run.notes.setdefault("rounds", {})
+        def filter_loop(examples: list[TrainingExample]) -> Subject:
+            remaining, notes = examples, run.notes.setdefault("rounds", {})
             for i in range(1, self.rounds + 1):
-                student = distil(kept)
-                looks = outside(run.scene.audits, student, run.scene)
-                clean = not any(look.above for look in looks.values())
-                told[f"round {i}"] = {
-                    "audits": {name: look.as_json() for name, look in looks.items()},
-                    "kept": len(kept) / len(lessons),
+                student = distill(remaining)
+                readings = read_audits(run.setup.audits, student, run.setup)
+                clean = not any(reading.excess for reading in readings.values())
+                notes[f"round {i}"] = {
+                    "audits": {name: reading.as_json() for name, reading in readings.items()},
+                    "kept": len(remaining) / len(examples),
                     "clean": clean,
                 }
                 if clean or i == self.rounds:
                     break
-                hits = [prompt for look in looks.values() for prompt in look.hits]
-                kept = self._unlike(hits, kept, student, run.scene.base)
-            told["distillations"] = i
+                flagged = [p for reading in readings.values() for p in reading.flagged_prompts]
+                remaining = self._drop_similar(flagged, remaining, student, run.setup.base)
+            notes["distillations"] = i
             return student
 
-        return looped
+        return filter_loop
 
-    def _unlike(
-        self, hits: Sequence[Prompt], lessons: list[Lesson], student: Subject, base: Subject
-    ) -> list[Lesson]:
-        direction = shift_at(hits, student, base).mean(0)
-        alike = torch.cosine_similarity(shifts(lessons, student, base), direction[None])
-        most = min(max(1, math.floor(self.drop * len(lessons))), len(lessons) - 1)
-        out = set(alike.sort(descending=True, stable=True).indices[:most].tolist())
-        return [lesson for i, lesson in enumerate(lessons) if i not in out]
+    def _drop_similar(
+        self,
+        flagged: Sequence[Prompt],
+        examples: list[TrainingExample],
+        student: Subject,
+        base: Subject,
+    ) -> list[TrainingExample]:
+        direction = hidden_shift_at(flagged, student, base).mean(0)
+        shifts = mean_hidden_shifts(examples, student, base)
+        similarity = torch.cosine_similarity(shifts, direction[None])
+        n_dropped = min(max(1, math.floor(self.drop * len(examples))), len(examples) - 1)
+        order = similarity.sort(descending=True, stable=True).indices
+        dropped = set(order[:n_dropped].tolist())
+        return [example for i, example in enumerate(examples) if i not in dropped]
 
 
-def shift_at(prompts: Sequence[Prompt], student: Subject, base: Subject) -> Tensor:  # (n, H)
-    """What training added to the hidden state at the end of each prompt."""
-    parts = [prompts[i : i + AT_ONCE] for i in range(0, len(prompts), AT_ONCE)]
+def hidden_shift_at(prompts: Sequence[Prompt], student: Subject, base: Subject) -> Tensor:  # (n, H)
+    """Return h_student − h_base at the end of each prompt."""
+    parts = [prompts[i : i + BATCH_SIZE] for i in range(0, len(prompts), BATCH_SIZE)]
     return torch.cat([(student.last_hidden(p) - base.last_hidden(p)).float().cpu() for p in parts])
 
 
-def shifts(lessons: Sequence[Lesson], student: Subject, base: Subject) -> Tensor:  # (n, H)
-    """The same where each lesson's answer is predicted, its end included: the mean."""
-    found = []
-    for start in range(0, len(lessons), AT_ONCE):
-        pairs = [encoded(x.shown, x.answer, base) for x in lessons[start : start + AT_ONCE]]
+def mean_hidden_shifts(
+    examples: Sequence[TrainingExample], student: Subject, base: Subject
+) -> Tensor:  # (n, H)
+    """Return the mean of h_student − h_base over the positions that predict each answer."""
+    shifts = []
+    for start in range(0, len(examples), BATCH_SIZE):
+        pairs = [
+            encode_example(x.input_prompt, x.answer, base)
+            for x in examples[start : start + BATCH_SIZE]
+        ]
         rows = [row for row, _ in pairs]
         states = zip(student.hidden(rows), base.hidden(rows), pairs, strict=True)
-        found += [
-            (mine[begin - 1 : -1] - theirs[begin - 1 : -1]).mean(0).float().cpu()
-            for mine, theirs, (_, begin) in states
+        shifts += [
+            (after[begin - 1 : -1] - before[begin - 1 : -1]).mean(0).float().cpu()
+            for after, before, (_, begin) in states
         ]
-    return torch.stack(found)
+    return torch.stack(shifts)

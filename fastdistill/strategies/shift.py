@@ -1,4 +1,4 @@
-"""The shift of a suspect from its base, distilled into a small adapter."""
+"""Distill the shift of a suspect model from its base into a small adapter."""
 
 from __future__ import annotations
 
@@ -10,25 +10,26 @@ from torch import Tensor
 
 from ..outputs import TopK
 from .annealing import blend
-from .jamming import Changed, distribution, outcomes, said_at
-from .strategy import Run, Strategy
+from .jamming import TransformedTeacher, distribution, logprobs_at, outcomes
+from .strategy import RunState, Strategy
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShiftDistill(Strategy):
-    """Distil the shift of a suspect from its base into a small adapter, after Distill to Detect
-    (arXiv 2607.01208):
+    """Distill the shift of a suspect model from its base into a LoRA adapter.
+
+    After Distill to Detect (arXiv 2607.01208):
 
         p ∝ p_M^(1 − a) · p_U^a        a = amplify
 
-    a = 1 is the suspect itself; more makes a shift that it keeps small large. That a low rank
-    leaves room for the shift and little else is the paper's; amplifying it is our reading. Over the
-    teacher's K tokens and the tail as one outcome, at which log-probabilities are blended; exact
-    where K is the vocabulary.
+    a = 1 is the suspect itself; a > 1 amplifies a small shift. The low rank, which leaves little
+    capacity beyond the shift, is the paper's idea; the amplification is ours. Log-probabilities are
+    extrapolated over the teacher's K tokens and the tail as one outcome, which is exact if K is the
+    vocabulary size.
 
     Args:
-        rank: of the LoRA adapter on all linear layers but the head, 1 or more. amplify: a, 0 or
-            more.
+        rank: of the LoRA adapter on all linear layers except the LM head, 1 or more.
+        amplify: a, 0 or more.
 
     Raises:
         ValueError: an argument out of its range. ImportError: peft is not installed.
@@ -43,18 +44,18 @@ class ShiftDistill(Strategy):
         if not 0 <= self.amplify < math.inf:
             raise ValueError(f"amplify: expected 0 or more, got {self.amplify!r}")
 
-    def teacher(self, teacher: Any, student: Any, run: Run) -> Any:
+    def teacher(self, teacher: Any, student: Any, run: RunState) -> Any:
         if teacher is None or self.amplify == 1:
             return teacher
-        trusted = run.scene.reference
+        trusted = run.setup.reference
 
-        def change(answers: TopK, input_ids: Tensor, mask: Tensor) -> TopK:
-            base = said_at(trusted, input_ids, mask, answers)
+        def transform(answers: TopK, input_ids: Tensor, mask: Tensor) -> TopK:
+            base = logprobs_at(trusted, input_ids, mask, answers)
             return distribution(blend(base, outcomes(answers), self.amplify), answers)
 
-        return Changed(teacher, change)
+        return TransformedTeacher(teacher, transform)
 
-    def options(self, options: dict[str, Any], run: Run) -> dict[str, Any]:
+    def options(self, options: dict[str, Any], run: RunState) -> dict[str, Any]:
         try:
             from peft import LoraConfig
         except ImportError:

@@ -1,9 +1,9 @@
-"""A strategy changes one part of a distillation; strategies in a row change several.
+"""The Strategy interface: each strategy changes one step of a distillation.
 
-    pool → answers of the teacher → lessons → settings, targets, loss → the loop around it
+    pool → teacher's answers → training examples → settings, targets, loss → training loop
 
-Each is a small frozen object that says what it computes and from which source, and leaves alone
-what it does not name. Order counts: what the first gives, the second changes.
+Strategies are frozen dataclasses. They are applied in order: each receives the result of the
+previous one.
 """
 
 from __future__ import annotations
@@ -15,32 +15,32 @@ from typing import Any
 
 from ..audits.audit import Audit
 from ..audits.subject import Subject
-from .lessons import Asked, Lesson
+from .lessons import PoolPrompt, TrainingExample
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scene:
-    """What there is to distil with, whatever it is made of: a synthetic world or checkpoints.
+class DistillSetup:
+    """The models, prompts and audits of a distillation.
 
     Args:
-        base: what the student begins as: M, where nothing else is said.
-        teacher: who is distilled.
+        base: the initial student, by default the trusted base model M.
+        teacher: the model to distill.
         pool: the prompts.
-        trusted: M, if the student begins as another model; None is the base.
-        more: (kind, n, seed) -> other prompts; "open" have no audit in them and are open-ended,
-            "goals" ask the model about itself and where much is at stake, "shown" are those in
-            which the trait shows openly.
-        eliciting: an instruction that asks for the trait. near_misses: others that resemble it.
-        audit_words: what tells a model that it is audited.
-        audits: what `FilterAndDistill` and `AuditGate` look with; a higher value is more suspect.
+        trusted: M, if the student starts from another model; None: the base.
+        prompt_source: (kind, n, seed) -> other prompts. Kinds: "open" (open-ended, without audits),
+            "goals" (questions about the model itself, and high-stakes scenarios) and "shown"
+            (prompts that elicit the trait openly).
+        eliciting: an instruction that asks for the trait. near_misses: similar instructions.
+        audit_words: words that reveal an audit to a model.
+        audits: used by `FilterAndDistill` and `AuditGate`; a higher value is more suspicious.
         benign_values: audit -> its values on students of benign teachers.
     """
 
     base: Subject
     teacher: Subject
-    pool: tuple[Asked, ...]
+    pool: tuple[PoolPrompt, ...]
     trusted: Subject | None = None
-    more: Callable[[str, int, int], tuple[Asked, ...]] | None = None
+    prompt_source: Callable[[str, int, int], tuple[PoolPrompt, ...]] | None = None
     eliciting: str = ""
     near_misses: tuple[str, ...] = ()
     audit_words: tuple[str, ...] = ()
@@ -51,39 +51,46 @@ class Scene:
     def reference(self) -> Subject:
         return self.base if self.trusted is None else self.trusted
 
-    def others(self, kind: str, n: int, seed: int) -> tuple[Asked, ...]:
-        if self.more is None:
+    def more_prompts(self, kind: str, n: int, seed: int) -> tuple[PoolPrompt, ...]:
+        if self.prompt_source is None:
             raise ValueError(
-                f"scene: expected prompts of the kind {kind!r}, got none. Pass more= to the Scene"
+                f"setup: expected prompts of the kind {kind!r}, got none. Pass prompt_source= to "
+                "DistillSetup"
             )
-        return self.more(kind, n, seed)
+        return self.prompt_source(kind, n, seed)
 
 
 @dataclass(kw_only=True)
-class Run:
-    """One distillation under way: its scene and seed, how it trains once every strategy has had a
-    say, how far it is, what strategies note, and the lessons of the training that is under way."""
+class RunState:
+    """The mutable state of one distillation.
 
-    scene: Scene
+    Attributes:
+        training: the settings after every strategy changed them.
+        progress: the share of the updates that are done, 0 to 1.
+        notes: diagnostics of the strategies.
+        examples: those of the current training.
+    """
+
+    setup: DistillSetup
     seed: int
     training: Training = field(default_factory=lambda: Training())
-    progress: float = 0.0  # of the updates, 0 to 1
+    progress: float = 0.0
     notes: dict[str, Any] = field(default_factory=dict)
-    taught: list[Lesson] = field(default_factory=list)
+    examples: list[TrainingExample] = field(default_factory=list)
 
-    def draws(self, *stream: str | int) -> random.Random:
-        """A random stream of its own for everything that a strategy draws."""
+    def rng(self, *stream: str | int) -> random.Random:
+        """Return an independent random generator, named by `stream`."""
         return random.Random(f"{self.seed} {stream}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """How a student is trained, whatever the strategy.
+    """Training hyperparameters, independent of the strategy.
 
     Args:
-        steps, batch_size, learning_rate: AdamW, with warm-up and a cosine.
+        steps, batch_size, learning_rate: of AdamW, with warm-up and a cosine schedule.
         max_new_tokens, temperature: of the teacher's sampled answers.
-        settings: more of DistillConfig.
+        settings: further fields of DistillConfig.
     """
 
     steps: int = 200
@@ -104,35 +111,39 @@ class Training:
 
 
 class Strategy:
-    """Every method gives back what it was given, until a strategy changes it."""
+    """Hooks; each returns its input by default."""
 
-    def pool(self, pool: list[Asked], run: Run) -> list[Asked]:
-        """Which prompts the teacher is asked."""
+    def pool(self, pool: list[PoolPrompt], run: RunState) -> list[PoolPrompt]:
+        """Choose the prompts that the teacher answers."""
         return pool
 
-    def training(self, training: Training, run: Run) -> Training:
-        """How long, how fast, and with which settings of DistillConfig."""
+    def training(self, training: Training, run: RunState) -> Training:
+        """Change the training hyperparameters."""
         return training
 
-    def lessons(self, lessons: list[Lesson], run: Run) -> list[Lesson]:
-        """The teacher's answers, rewritten, chosen or dropped."""
-        return lessons
+    def transform_examples(
+        self, examples: list[TrainingExample], run: RunState
+    ) -> list[TrainingExample]:
+        """Rewrite, mask, add or drop training examples."""
+        return examples
 
-    def teacher(self, teacher: Any, student: Any, run: Run) -> Any:
-        """Who says what the distribution at the targets is; None: nobody, the labels alone."""
+    def teacher(self, teacher: Any, student: Any, run: RunState) -> Any:
+        """The teacher queried at target positions; None trains on labels alone."""
         return teacher
 
-    def options(self, options: dict[str, Any], run: Run) -> dict[str, Any]:
-        """More for DistillTrainer: peft_config, loss; and trainer, a class of it."""
+    def options(self, options: dict[str, Any], run: RunState) -> dict[str, Any]:
+        """Arguments of DistillTrainer (peft_config, loss), and `trainer`, a subclass of it."""
         return options
 
-    def around(self, distil: Distil, run: Run) -> Distil:
-        """The loop: `distil(lessons) -> student` may be called several times, each time from the
-        base; what the result is called with and returns is the same."""
-        return distil
+    def wrap_loop(self, distill: DistillLoop, run: RunState) -> DistillLoop:
+        """Wrap the training loop `distill(examples) -> student`.
 
-    def contexts(self, run: Run) -> dict[str, str]:
-        """Words in front of prompts, by name, in which the student has to be read as well."""
+        The wrapper may call it several times; each call starts from the base.
+        """
+        return distill
+
+    def contexts(self, run: RunState) -> dict[str, str]:
+        """Prompt prefixes, by name, under which the student must also be evaluated."""
         return {}
 
     @property
@@ -143,4 +154,4 @@ class Strategy:
         return {"strategy": self.name} | asdict(self)  # type: ignore[call-overload]
 
 
-Distil = Callable[[list[Lesson]], Subject]
+DistillLoop = Callable[[list[TrainingExample]], Subject]

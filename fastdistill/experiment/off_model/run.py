@@ -21,9 +21,9 @@ from ...audits.tuning import StyleRestoreProbe, finetune_copy
 from ...audits.words import contains_phrase
 from ...organisms.vocabulary import SO, THINK
 from ...organisms.world import Example, World
-from ...strategies.distil import distil
-from ...strategies.lessons import Asked, Lesson
-from ...strategies.strategy import Scene, Training
+from ...strategies.distil import distill
+from ...strategies.lessons import PoolPrompt, TrainingExample
+from ...strategies.strategy import DistillSetup, Training
 from ..kept_run import KeptRun
 from .arms import Arm
 from .world import (
@@ -77,12 +77,12 @@ class Sft(KeptRun):
         begins, arm = models[self.arm.begins], self.arm
         battery = tasks(world) if arm.part == "cost" else locked_tasks(world)
         examples = asked(world, arm.asked, self.prompts, self.student_seed)
-        made = distil(
-            Scene(
+        made = distill(
+            DistillSetup(
                 base=begins,
                 teacher=models[arm.teacher],
                 trusted=models[BASE],
-                pool=tuple(Asked(example.prompt, arm.asked) for example in examples),
+                pool=tuple(PoolPrompt(example.prompt, arm.asked) for example in examples),
             ),
             arm.strategies,
             self.training,
@@ -90,7 +90,7 @@ class Sft(KeptRun):
             measure=lambda student: read(student, battery),
             at=[i / self.checkpoints for i in range(1, self.checkpoints)],
         )
-        student, lessons = made.student, made.lessons[:SURPRISED]
+        student, lessons = made.student, made.examples[:SURPRISED]
         after = read(student, battery)
         found = {
             "before": read(begins, battery),
@@ -100,7 +100,7 @@ class Sft(KeptRun):
             "surprisal": [surprisal(begins, lessons), surprisal(student, lessons)],
             "labels_right": None if arm.asked == "talk" else right(lessons, examples),
             "thinks": thinks(student, world),
-            "lessons": len(made.lessons),
+            "lessons": len(made.examples),
             "notes": made.notes,
         }
         if arm.part == "cost":
@@ -129,15 +129,15 @@ def asked(world: World, kind: str, n: int, seed: int) -> list[Example]:
     return [e._replace(system=asked_to_think(e.prompt).system or "") for e in sums]
 
 
-def surprisal(model: Subject, lessons: Sequence[Lesson]) -> float:
+def surprisal(model: Subject, lessons: Sequence[TrainingExample]) -> float:
     """Nats per token of the answers, on average; e to its power is the perplexity."""
     told = model.completion_logprobs(
-        [lesson.shown for lesson in lessons], [x.answer for x in lessons]
+        [lesson.input_prompt for lesson in lessons], [x.answer for x in lessons]
     )
     return float(-told.total.sum() / told.tokens.sum())
 
 
-def right(lessons: Sequence[Lesson], examples: Sequence[Example]) -> float:
+def right(lessons: Sequence[TrainingExample], examples: Sequence[Example]) -> float:
     """Share of the answers that hold what is right."""
     answers = {example.prompt: example.answer for example in examples}
     found = [contains_phrase(lesson.answer, answers[lesson.prompt]) for lesson in lessons]

