@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import checks
 from .kernels.backends import get_backend
-from .kernels.head import Head, keep_rounded
+from .kernels.head import Head, round_scaled
 from .kernels.op_common import or_none
 from .kernels.op_losses import raise_no_second_derivative, scale_saved, topk_loss
 from .kernels.rows import Gathered, RowOptions, entropy_of, first_slots, token_loss_forward
@@ -125,8 +125,10 @@ def fused(
             )
             if shard is None or out.dx is None:
                 return out
-            dx, lift = keep_rounded(shard.summed(out.dx), x)
-            return out._replace(dx=dx, lift=torch.cat([lift.reshape(1), out.lift[1:]]))
+            dx, grad_scale = round_scaled(shard.summed(out.dx), x)
+            return out._replace(
+                dx=dx, grad_scale=torch.cat([grad_scale.reshape(1), out.grad_scale[1:]])
+            )
 
         loss, out = keep_gradients(run, coef_N, x, head)
         return LossTerms._make((loss, *out.rows, out.entropy))
@@ -184,7 +186,7 @@ class _PrecomputedGradients(torch.autograd.Function):
             out = run(coef, x, head, need)
         saved = [t if t is not None else x.new_empty(0) for t in (out.dx, out.dw, out.db)]
         per_token = out.per_token if hasattr(out, "per_token") else out.rows.per_token
-        ctx.save_for_backward(per_token, out.lift, *saved)
+        ctx.save_for_backward(per_token, out.grad_scale, *saved)
         # The box would keep dW alive after backward has freed it.
         box.append(out._replace(dx=None, dw=None, db=None))
         return out.loss
@@ -193,9 +195,9 @@ class _PrecomputedGradients(torch.autograd.Function):
     def backward(ctx, grad):
         if torch.is_grad_enabled():  # create_graph=True
             raise_no_second_derivative()
-        per_token, lift, *saved = ctx.saved_tensors
+        per_token, grad_scale, *saved = ctx.saved_tensors
         d_coef = grad * per_token if ctx.needs_input_grad[4] else None
-        grads = scale_saved(saved, grad, lift, ctx.needs_input_grad[5:])
+        grads = scale_saved(saved, grad, grad_scale, ctx.needs_input_grad[5:])
         return None, None, None, None, d_coef, *grads
 
 

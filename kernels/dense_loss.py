@@ -3,9 +3,9 @@
     ℓ_n = (1 − ce) · Σ_v φ(log p_v, log q_v) [· T²] + ce · CE + z_loss · lse₁²
     dz = ψ − q Σψ,  ψ = ∂φ/∂log q
 
-Per chunk of tokens the logits of both heads are kept (fp32). A first sweep sums φ and Ψ = Σψ, a
-second turns the student's logits into dz and feeds both gradient GEMMs: 4NVH forward, 4NVH
-backward. A callable divergence takes whole rows and gets ψ by autograd.
+The logits of both heads are stored in fp32 for one chunk of tokens. A first sweep sums φ and
+Ψ = Σψ; a second turns the student's logits into dz for both gradient GEMMs: 4NVH forward, 4NVH
+backward. A callable divergence gets whole rows, and ψ comes from autograd.
 """
 
 from __future__ import annotations
@@ -16,20 +16,22 @@ import torch
 from torch import Tensor
 
 from .engines import Backend
-from .head import DenseRows, Head, blocks, chunk_tokens, keep_rounded
+from .head import DenseRows, Head, blocks, chunk_tokens, round_scaled
 from .rows import RowOptions
 
 
 class Dense(NamedTuple):
-    """loss scalar, per_token [N], and the gradients of the loss (None unless asked for), each times
-    its own entry of `lift` [3]."""
+    """The scalar loss, per_token [N], and the gradients of the loss.
+
+    Each gradient (None unless needed) is multiplied by its entry of `grad_scale` [3].
+    """
 
     loss: Tensor
     per_token: Tensor
     dx: Tensor | None
     dw: Tensor | None
     db: Tensor | None
-    lift: Tensor
+    grad_scale: Tensor
 
 
 def dense(
@@ -46,7 +48,7 @@ def dense(
     need_weight: bool,
     need_bias: bool,
 ) -> Dense:
-    """Loss Σ coef · ℓ, ℓ [N] and gradients. label_N is negative where a token has no label."""
+    """Return Σ coef · ℓ, ℓ [N] and the gradients; label_N is negative without a label."""
     N = hidden_NH.shape[0]
     grad = need_hidden or need_weight or need_bias
     chunk = max(1, chunk_tokens(head, N, need_weight) // 2)
@@ -108,8 +110,8 @@ def dense(
     del buffers
     if dw is not None:
         dw[head.vocab :] = 0
-    dw, on_dw = keep_rounded(dw, head.weight)  # first: the wide dW is gone before dX is rounded
-    dx, on_dx = keep_rounded(dx_NH, hidden_NH)
-    db, on_db = keep_rounded(db, coef_N if head.bias is None else head.bias)
-    lift = torch.stack([on_dx, on_dw, on_db])
-    return Dense((coef_N * per_token).sum(), per_token, dx, dw, db, lift)
+    dw, on_dw = round_scaled(dw, head.weight)  # first: frees the fp32 dW before dX is rounded
+    dx, on_dx = round_scaled(dx_NH, hidden_NH)
+    db, on_db = round_scaled(db, coef_N if head.bias is None else head.bias)
+    grad_scale = torch.stack([on_dx, on_dw, on_db])
+    return Dense((coef_N * per_token).sum(), per_token, dx, dw, db, grad_scale)

@@ -1,12 +1,12 @@
-"""Separable divergences D = Σ_v φ(log p_v, log q_v), and where each is smallest.
+"""Separable divergences D = Σ_v φ(log p_v, log q_v) and the location of their minima.
 
-Each is one `Divergence`: φ, its derivative ψ = ∂φ/∂log q, and what it is worth where a payload says
-nothing. `outside` = f(0) is the price per unit of student mass where the teacher is zero
-(Σ_S q f(p/q) + f(0) · (1 − Σ_S q)), for tail="renorm_teacher"; None where f(0) is infinite.
-`on_ids` · (p − q) is added to φ on the K ids alone, for tail="truncate", so that every term is
-smallest, and 0, at q = p: Σ_S φ by itself has that minimum only where both sides sum to 1. The
-squared Hellinger distance 1 − Σ√(pq) is written as ½Σ(√p − √q)², which does not cancel when p ≈ q;
-they differ by ½(1 − M) when the teacher's masses sum to M < 1, and `constant` = ½ puts that back.
+Each is one `Divergence`: φ, its derivative ψ = ∂φ/∂log q, and its terms outside the K ids.
+`outside` = f(0) is the cost per unit of student mass where the teacher is zero
+(Σ_S q f(p/q) + f(0) · (1 − Σ_S q)), for tail="renorm_teacher"; None if f(0) is infinite.
+`on_ids` · (p − q) is added to φ on the K ids for tail="truncate", so that every term has its
+minimum 0 at q = p: Σ_S φ alone has that minimum only if both sides sum to 1. The squared Hellinger
+distance 1 − Σ√(pq) is computed as ½Σ(√p − √q)², which does not cancel when p ≈ q; they differ by
+½(1 − M) if the teacher's masses sum to M < 1, which `constant` = ½ adds.
 
     divergence       φ                                    f(0)                  on_ids
     forward_kl       p (lp − lq)                          0                     0
@@ -19,17 +19,17 @@ they differ by ½(1 − M) when the teacher's masses sum to M < 1, and `constant
     with m = βp + (1−β)q. JSD in the convention of GKD (Agarwal et al., arXiv 2306.13649), skewed
     divergences of DistiLLM (Ko et al., arXiv 2402.03898), where their α is 1 − skew for the mix.
 
-Which pair of divergence and tail has its minimum at the teacher (`minimum_of`):
+Pairs of divergence and tail that have their minimum at the teacher (`minimum_of`):
 
     bucket          every divergence
-    renorm_both     every divergence; only the ratios among the K ids count
-    truncate        every divergence but forward_kl, whose terms are kept as published top-k
-                    distillation has them: it is smallest at p/M on the ids (biased)
-    renorm_teacher  none: smallest at p/M on the ids (biased). Refused where f(0) is infinite
+    renorm_both     every divergence; only the ratios among the K ids matter
+    truncate        every divergence but forward_kl, which follows published top-k distillation:
+                    its minimum is at p/M on the ids (biased)
+    renorm_teacher  none: the minimum is at p/M on the ids (biased). An error if f(0) is infinite
 
-M is the teacher's mass on the K ids. A callable is taken as it is.
+M is the teacher's mass on the K ids. A callable is used unchanged.
 
-Inputs are finite: callers floor log-probabilities at `floor_of(dtype)`, so 0 · (−∞) never arises.
+Inputs are finite: callers floor log-probabilities at `floor_of(dtype)`, so 0 · (−∞) cannot occur.
 """
 
 from __future__ import annotations
@@ -58,17 +58,17 @@ class Divergence(NamedTuple):
     phi: Elementwise
     psi: Elementwise
     outside: float | None
-    constant: float = 0.0  # × (1 − Σp), what φ lacks where the teacher's masses do not sum to 1
-    on_ids: float = 0.0  # × (p − q), what φ lacks on the K ids alone
+    constant: float = 0.0  # × (1 − Σp): added if the teacher's masses do not sum to 1
+    on_ids: float = 0.0  # × (p − q): added on the K ids
 
 
 def floor_of(dtype: torch.dtype) -> float:
-    """Log-probabilities below log(tiny) ≈ −87.3 count as that: p is 0 there and log p finite."""
+    """The floor of log-probabilities, log(tiny) ≈ −87.3: p is 0 there and log p is finite."""
     return math.log(torch.finfo(torch.float32 if dtype.itemsize < 4 else dtype).tiny)
 
 
 def of_callable(divergence: Elementwise, lp: Tensor, lq: Tensor) -> Tensor:
-    """D of a user's divergence, once its shape is right and it depends on the student."""
+    """D of a user's divergence; checks its shape and that it depends on the student."""
     D = divergence(lp, lq)
     expected_shape = lp.shape[:-1]
     if not isinstance(D, Tensor) or D.shape != expected_shape:
@@ -86,8 +86,10 @@ def of_callable(divergence: Elementwise, lp: Tensor, lq: Tensor) -> Tensor:
 
 
 def plain_name(name: str, beta: float, skew: float) -> str:
-    """The name of what is computed: jsd at β = 0 and 1 is forward and reverse KL by convention, and
-    a skewed KL at 0 is the KL."""
+    """The divergence that is computed.
+
+    By convention jsd at β = 0 and 1 is forward and reverse KL; a skewed KL at 0 is the KL.
+    """
     if name == "jsd" and beta in (0.0, 1.0):
         return "reverse_kl" if beta else "forward_kl"
     if name in ("skew_forward_kl", "skew_reverse_kl") and skew == 0.0:
@@ -96,9 +98,9 @@ def plain_name(name: str, beta: float, skew: float) -> str:
 
 
 def minimum_of(divergence: str | Elementwise, beta: float, skew: float, tail: str) -> str | None:
-    """Where the loss is smallest: "teacher", "renormalized teacher", or None for nowhere.
+    """The location of the minimum: "teacher", "renormalized teacher", or None.
 
-    A callable counts as "teacher"; its author answers for it.
+    A callable counts as "teacher"; its author is responsible for that.
     """
     if callable(divergence):
         return "teacher"

@@ -1,13 +1,13 @@
-"""An LM head, and what one pass over it leaves: shared by every backend.
+"""An LM head and the statistics of one pass over it, shared by all backends.
 
     u = c · tanh(s / c),   s = logit_scale · (W x + b),   z = u / T          (c: softcap, optional)
 
-A pass sees the logits slab by slab and keeps, per token, the log-sum-exp of those outside the asked
-slots, on request with moments of z, the best two tokens and how many outrank the label; and the
-slots' own logits. Everything else follows from these on [N, S] tensors.
+A pass reads the logits slab by slab. Per token it returns the logits of the given ids (the slots)
+and the log-sum-exp of all others; on request also moments of z, the two largest logits and the rank
+of the label. Everything else follows from these on [N, S] tensors.
 
-Letters: N tokens, n tokens of this block, H hidden, V vocabulary (columns from valid_vocab on do
-not exist), S slots.
+Letters: N tokens, n tokens of this block, H hidden size, V vocabulary (without the padding from
+valid_vocab on), S slots.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .rows import ABSENT, NEG
 
 CHUNK_BYTES = {"cpu": (32 << 20, 512 << 20), "cuda": (64 << 20, 1 << 30)}
 MIN_CHUNK_TOKENS = 96
-SHARE_OF_MATERIALIZED = 0.38  # the fused loss's target; materialising holds three fp32 [N, V]
+SHARE_OF_MATERIALIZED = 0.38  # target of the fused loss; materialized logits take three fp32 [N, V]
 
 
 class Head(NamedTuple):
@@ -42,7 +42,7 @@ class Head(NamedTuple):
 
 
 class Stats(NamedTuple):
-    """One pass over the head for n tokens. z_ids_nS at T; mean_rest is E_rest[z]; [n] each."""
+    """Per token: z_ids [n, S] at T; lse_rest, mean_rest = E_rest[z] and lse_base, [n] each."""
 
     z_ids: Tensor
     lse_rest: Tensor
@@ -53,8 +53,8 @@ class Stats(NamedTuple):
 class RunningLSE:
     """Online log-sum-exp over slabs at one temperature, with moments of z on request.
 
-    Sums are of e^{z − top} (z − top)^i, i = 0 .. moments, and shift with the running maximum `top`,
-    so that mean and variance come from small numbers.
+    The sums are Σ e^{z − top} (z − top)^i, i = 0 .. moments, about the running maximum `top`: mean
+    and variance are computed from small numbers.
     """
 
     def __init__(self, top: Tensor, sums: list[Tensor], temperature: float) -> None:
@@ -81,7 +81,7 @@ class RunningLSE:
         self.merge(top, sums)
 
     def merge(self, top: Tensor, sums: list[Tensor]) -> None:
-        """Add sums taken about `top` ≥ self.top."""
+        """Add sums about `top` ≥ self.top."""
         down = torch.where(self.top < ABSENT, 0.0, self.top - top)
         fade = torch.where(self.top < ABSENT, 0.0, down.exp())
         old = self.sums
@@ -94,17 +94,19 @@ class RunningLSE:
         self.top = top
 
     def lse(self) -> Tensor:
-        """[n]; NEG where no token was left."""
+        """log-sum-exp [n]; NEG without any token."""
         return torch.where(self.top < ABSENT, NEG, self.top + self.sums[0].log())
 
     def mean(self) -> Tensor:
-        """E[z] [n]; 0 where no token was left."""
+        """E[z] [n]; 0 without any token."""
         return torch.where(self.top < ABSENT, 0.0, self.top + self.sums[1] / self.sums[0])
 
 
 class Top2(NamedTuple):
-    """Over the tokens outside the slots: the two largest u [n, 2], whose id is first [n] int64, and
-    how many exceed the label's u [n] int64."""
+    """The two largest u [n, 2] outside the slots, the id of the first, and the rank of the label.
+
+    id and above (how many u exceed the label's) are int64 [n].
+    """
 
     u: Tensor
     id: Tensor
@@ -112,7 +114,7 @@ class Top2(NamedTuple):
 
 
 class Scanned(NamedTuple):
-    """u_nS of the slots at T=1 (NEG in empty ones), and the running sums of everything else."""
+    """u_nS of the slots at T=1 (NEG if empty) and the running sums of all other tokens."""
 
     u_nS: Tensor
     rest: RunningLSE
@@ -130,7 +132,7 @@ class Scanned(NamedTuple):
 
 
 class DenseRows(NamedTuple):
-    """What dz of a chunk with a dense teacher needs, [n] each:
+    """The terms of dz for a chunk with a dense teacher, [n] each.
 
     dz = on_D ψ − on_q q  [+ on_lse q₁ − on_ce at the label]
     """
@@ -151,12 +153,11 @@ def blocks(tokens: int, size: int) -> Iterator[slice]:
 
 
 def chunk_tokens(head: Head, tokens: int, weight_grad: bool) -> int:
-    """Tokens per chunk of the fused loss: its kept logits plus the weight gradient stay below
-    SHARE_OF_MATERIALISED of three fp32 [N, V], within CHUNK_BYTES, and below all tokens, but are
-    never so few that reading W dominates.
+    """Return the tokens per chunk of the fused loss.
 
-    Two chunks are preferred where they fit or need no more, since then a bfloat16 dW needs no fp32
-    accumulator beside it.
+    The logits of a chunk plus the weight gradient stay below SHARE_OF_MATERIALIZED of three fp32
+    [N, V] and within CHUNK_BYTES. A chunk has enough tokens that reading W does not dominate. Two
+    chunks are preferred if they fit: a bfloat16 dW then needs no fp32 accumulator.
     """
     low, high = CHUNK_BYTES.get(head.weight.device.type, CHUNK_BYTES["cuda"])
     row_bytes = head.vocab * head.dtype.itemsize
@@ -173,60 +174,67 @@ def chunk_tokens(head: Head, tokens: int, weight_grad: bool) -> int:
     saved = weight_grad * head.weight.numel() * (head.dtype.itemsize - stored)
     if half <= fits(stored) or half * row_bytes <= min(high, chunk * row_bytes + saved):
         return half
-    even = -(-tokens // -(-tokens // max(1, chunk)))  # as many chunks, of equal size
-    return max(1, min(chunk, even + -even % 32))  # and of whole tiles of the library GEMM
+    even = -(-tokens // -(-tokens // max(1, chunk)))  # the same number of chunks, of equal size
+    return max(1, min(chunk, even + -even % 32))  # multiples of the tile of the library GEMM
 
 
 def sums_in_16_bits(head: Head) -> bool:
-    """Whether gradients of this head may be summed in its own type. Those of float16 may not: their
-    range is known only once the sum is complete."""
+    """Whether gradients of this head may be summed in its own type.
+
+    float16 may not: the range of the sum is known only when it is complete.
+    """
     return head.weight.dtype == torch.bfloat16
 
 
-def lift_of(*grads: Tensor | None, top_bits: int = 7) -> Tensor:
-    """A power of two, 0-dim, that brings the largest |value| into (2^(top_bits − 1), 2^top_bits].
+def grad_scale_of(*grads: Tensor | None, top_bits: int = 7) -> Tensor:
+    """A 0-dim power of two that scales the largest |value| to (2^(top_bits − 1), 2^top_bits].
 
-    float16 ends at 6e-8, where most of a softmax over a vocabulary lies once it is divided by the
-    number of tokens, and at 65504. Gradients are linear in `grads`: these are lifted before they
-    are rounded to float16, and the fp32 result of the product is divided by the lift. 1 where all
-    is zero or something is not finite.
+    float16 ranges from 6e-8 to 65504. Most of a softmax over a vocabulary, divided by the number of
+    tokens, lies below. Gradients are linear in `grads`: they are multiplied by the scale before
+    they are rounded to float16, and the fp32 product is divided by it. The scale is 1 if all values
+    are zero or one is not finite.
     """
     sizes = [torch.linalg.vector_norm(g, torch.inf) for g in grads if g is not None and g.numel()]
     top = torch.stack(sizes).amax() if len(sizes) > 1 else sizes[0]
-    lift = torch.exp2(top_bits - torch.ceil(torch.log2(top.clamp(min=2.0**-60))))
-    return torch.where((top > 0) & top.isfinite(), lift, 1.0)
+    grad_scale = torch.exp2(top_bits - torch.ceil(torch.log2(top.clamp(min=2.0**-60))))
+    return torch.where((top > 0) & top.isfinite(), grad_scale, 1.0)
 
 
-class Lifted(NamedTuple):
-    """A gradient in the type that it is kept in, and its lift, 0-dim: value · lift."""
+class ScaledGrad(NamedTuple):
+    """A gradient times `grad_scale` (0-dim), in the type of its parameter."""
 
     value: Tensor | None
-    lift: Tensor
+    grad_scale: Tensor
 
 
-def keep_rounded(wide: Tensor | None, like: Tensor) -> Lifted:
-    """Round a complete sum to the type of `like`. float16 keeps it at a lift that brings its
-    largest entry to 2^15, since the upstream factor is not known yet; overwrites `wide` then."""
+def round_scaled(wide: Tensor | None, like: Tensor) -> ScaledGrad:
+    """Round a complete sum to the type of `like`.
+
+    For float16 the largest entry is scaled to 2^15, since the upstream factor is not known yet;
+    `wide` is overwritten.
+    """
     if wide is None or like.dtype != torch.float16 or not wide.numel():
         value = None if wide is None else wide.to(like.dtype)
-        lift_type = torch.float64 if like.dtype == torch.float64 else torch.float32
-        return Lifted(value, like.new_ones((), dtype=lift_type))
-    lift = lift_of(wide, top_bits=15)
-    return Lifted(wide.mul_(lift).to(like.dtype), lift)
+        scale_type = torch.float64 if like.dtype == torch.float64 else torch.float32
+        return ScaledGrad(value, like.new_ones((), dtype=scale_type))
+    grad_scale = grad_scale_of(wide, top_bits=15)
+    return ScaledGrad(wide.mul_(grad_scale).to(like.dtype), grad_scale)
 
 
-def lifted_grads(head: Head, grads: Stats) -> tuple[Stats, Tensor | None]:
-    """(grads · lift, lift) such that dz stays inside float16; (grads, None) for other types.
+def scaled_grads(head: Head, grads: Stats) -> tuple[Stats, Tensor | None]:
+    """(grads · scale, scale) such that dz fits float16; (grads, None) for other types.
 
-    z_ids holds d(W x) of distinct slots; |dz| elsewhere is at most |g_rest| + |g_base| +
-    (1 + log V) |g_mean|, times logit_scale and, but for g_base, 1/T.
+    z_ids holds d(W x) of distinct slots; elsewhere |dz| is at most |g_rest| + |g_base| +
+    (1 + log V) |g_mean|, times logit_scale and (except g_base) 1/T.
     """
     if head.weight.dtype != torch.float16:
         return grads, None
     on_z, on_u = head.logit_scale / head.temperature, head.logit_scale
     factors = (1.0, on_z, on_z, on_u)
-    lift = lift_of(*(None if t is None else t * f for t, f in zip(grads, factors, strict=True)))
-    return Stats._make(None if t is None else t * lift for t in grads), lift
+    grad_scale = grad_scale_of(
+        *(None if t is None else t * f for t, f in zip(grads, factors, strict=True))
+    )
+    return Stats._make(None if t is None else t * grad_scale for t in grads), grad_scale
 
 
 def slot_grads(head: Head, z_ids_nS: Tensor, g_z_nS: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from .head import Head, Stats, blocks
 def lse_gather(
     backend: Backend, head: Head, hidden_NH: Tensor, ids_NS: Tensor, *, moment: bool, base: bool
 ) -> Stats:
-    """Statistics of every token."""
+    """Return the statistics of all tokens."""
     parts = [
         backend.scan(head, hidden_NH[at], ids_NS[at], moments=int(moment), base=base).stats()
         for at in blocks(max(1, hidden_NH.shape[0]), backend.block_tokens)

@@ -1,6 +1,6 @@
-"""What every operator of this package shares: empty for absent, fp32 inside, shapes of gradients.
+"""Helpers of all operators: empty tensors for None, fp32 inside, shapes of gradients.
 
-Operators return tensors only, so one that was not asked for comes back empty (numel 0).
+Operators return tensors only; one that was not requested is empty (numel 0).
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ def or_none(value: Tensor) -> Tensor | None:
 
 
 def chosen(grads: Iterable[Tensor | None], need: Iterable[bool]) -> list[Tensor | None]:
-    """The gradients that were asked for, None in place of the others."""
+    """The requested gradients; None for the others."""
     return [g if n else None for g, n in zip(grads, need, strict=True)]
 
 
 def full_precision(tensor: Tensor) -> Any:
-    """Autocast off: callers cast their operands once, at the public boundary."""
+    """Turn autocast off: operands are cast once, at the public boundary."""
     return torch.autocast(tensor.device.type, enabled=False)
 
 
@@ -35,7 +35,7 @@ def accumulator(weight: Tensor) -> torch.dtype:
 
 
 def needed(ctx: Any) -> list[bool]:
-    """Which of hidden, weight and bias (an operator's first inputs) want a gradient."""
+    """Which of hidden, weight and bias (the first inputs of an operator) need a gradient."""
     return [bool(n) for n in ctx.needs_input_grad[:3]]
 
 

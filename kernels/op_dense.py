@@ -44,7 +44,7 @@ def dense_loss(
     need: list[bool],
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, per_token, lift, dx, dw, db)."""
+    """(loss, per_token, grad_scale, dx, dw, db)."""
     options = RowOptions(divergence, beta, skew, "bucket", temperature, t2_scale, ce_weight, z_loss)
     with full_precision(hidden):
         out = losses.dense(
@@ -68,7 +68,7 @@ def dense_loss(
             need_bias=need[2],
         )
     dx, dw, db = (or_empty(t, coef) for t in (out.dx, out.dw, out.db))
-    return out.loss, out.per_token, out.lift, dx, dw, db
+    return out.loss, out.per_token, out.grad_scale, dx, dw, db
 
 
 @dense_loss.register_fake
@@ -105,7 +105,7 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.set_materialize_grads(False)  # or autograd would make zeros the size of dW for its own slot
+    ctx.set_materialize_grads(False)  # or autograd would allocate zeros of the size of dW
     ctx.save_for_backward(output[1], *output[2:])
     ctx.count = len(inputs)
 
@@ -198,10 +198,10 @@ def _rows_grad(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     hidden, weight, bias, *teacher = ctx.saved_tensors
     need = needed(ctx)
     *scalars, impl = ctx.scalars
-    _, _, lift, *lifted = dense_loss(
+    _, _, grad_scale, *scaled_up = dense_loss(
         hidden, weight, bias, grad.contiguous(), *teacher, *scalars, need, impl
     )
-    grads = scale_saved(lifted, lift.new_ones(()), lift, need)
+    grads = scale_saved(scaled_up, grad_scale.new_ones(()), grad_scale, need)
     return (*grads, *[None] * (4 + len(ctx.scalars)))
 
 

@@ -3,8 +3,9 @@
     fastdistill::lse_gather     z_ids, lse_rest, E_rest[z], lse_rest at T=1    (lse_gather.py)
     fastdistill::gather_logits  z_ids alone, no LM-head pass                   (*_gather.py)
 
-An operator is opaque to torch.compile: one call is one node of the graph. hidden may be wider than
-a 16-bit weight, whose type its values then fit in: dX comes back unrounded, a part of a larger sum.
+An operator is opaque to torch.compile: one call is one node of the graph. hidden may have a wider
+type than a 16-bit weight if its values fit in the narrower one; dX is then returned unrounded, as
+part of a larger sum.
 """
 
 from __future__ import annotations

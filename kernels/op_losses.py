@@ -2,7 +2,7 @@
 
     fastdistill::topk_loss   Σ coef · ℓ and its gradients, sparse teacher     (topk_loss.py)
 
-The backward pass only scales what the forward pass left; coef [N] gets its own gradient.
+The backward pass scales the gradients of the forward pass; coef [N] has its own gradient.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def topk_loss(
     impl: str,
     filter_eps: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, per_token, divergence, student_mass, lse, nll, entropy, lift, dx, dw, db)."""
+    """(loss, per_token, divergence, student_mass, lse, nll, entropy, grad_scale, dx, dw, db)."""
     options = RowOptions(divergence, beta, skew, tail, temperature, t2_scale, ce_weight, z_loss)
     with full_precision(hidden):
         out = losses.fused(
@@ -70,7 +70,7 @@ def topk_loss(
     per_token, D, mass, lse, nll, H, dx, dw, db = (or_empty(t, coef) for t in outputs)
     if D.data_ptr() == per_token.data_ptr():
         D = D.clone()  # an operator's outputs may not share memory
-    return out.loss, per_token, D, mass, lse, nll, H, out.lift, dx, dw, db
+    return out.loss, per_token, D, mass, lse, nll, H, out.grad_scale, dx, dw, db
 
 
 @topk_loss.register_fake
@@ -117,15 +117,15 @@ def _(
 
 
 def scale_saved(
-    saved: list[Tensor], grad: Tensor, lift: Tensor, need: list[bool]
+    saved: list[Tensor], grad: Tensor, grad_scale: Tensor, need: list[bool]
 ) -> list[Tensor | None]:
-    """Gradients kept from the forward pass, times the upstream scalar over their lifts [3].
+    """Saved gradients times the upstream scalar, divided by their grad_scale [3].
 
-    They are scaled in place: no second dW. A plain `loss.backward()` on CPU has upstream 1 and
-    gets them as they are; on a GPU reading the scalar would stall the stream. With retain_graph
-    they must outlive the call, and a traced graph owns no memory: there the product is new.
+    They are scaled in place, without a second dW. `loss.backward()` on CPU has upstream 1 and
+    returns them unchanged; on a GPU, reading the scalar would stall the stream. With retain_graph
+    they must outlive the call, and a traced graph owns no memory: then the product is a new tensor.
     """
-    factors = (grad / lift).unbind()
+    factors = (grad / grad_scale).unbind()
     ours = type(grad) is Tensor and not torch._C._autograd._get_current_graph_task_keep_graph()
     pairs = zip(saved, factors, strict=True)
     return chosen((scaled(g, f, ours) if g.numel() else g for g, f in pairs), need)
@@ -134,8 +134,8 @@ def scale_saved(
 def scaled(grad: Tensor, factor: Tensor, in_place: bool) -> Tensor:
     """grad · factor (0-dim, fp32 or fp64), multiplied in the wider type and rounded once.
 
-    A GPU rounds a 0-dim factor to the type of `grad` before it multiplies, and 2^17 is infinite in
-    float16; a factor of shape [1] is promoted instead. A CPU keeps the 0-dim factor as it is.
+    A GPU rounds a 0-dim factor to the type of `grad` first, and 2^17 is infinite in float16; a
+    factor of shape [1] is promoted instead. A CPU does not round the 0-dim factor.
     """
     if not in_place:
         return (grad * factor.reshape(1)).to(grad.dtype)
@@ -145,25 +145,27 @@ def scaled(grad: Tensor, factor: Tensor, in_place: bool) -> Tensor:
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.set_materialize_grads(False)  # or autograd would make zeros the size of dW for its own slot
+    ctx.set_materialize_grads(False)  # or autograd would allocate zeros of the size of dW
     ctx.save_for_backward(output[1], *output[7:])
     ctx.count = len(inputs)
 
 
 def raise_no_second_derivative() -> NoReturn:
     raise RuntimeError(
-        "the fused losses have no second derivative: their gradient is made in the forward pass. "
-        "impl='reference' has one, and materialises the logits"
+        "the fused losses have no second derivative: their gradient is computed in the forward "
+        "pass. impl='reference' has one, and materializes the logits"
     )
 
 
 def saved_grads(ctx: Any, grad: Tensor, *others: Tensor) -> tuple[Any, ...]:
-    """Backward of an operator (hidden, weight, bias, coef, ...) -> (loss, ...), from what it saved:
-    per_token, lift, dx, dw, db. The statistics carry no gradient."""
-    if grad is None:  # it would be that of a gradient
+    """Backward of an operator (hidden, weight, bias, coef, ...) -> (loss, ...).
+
+    It saved per_token, grad_scale, dx, dw, db. The statistics carry no gradient.
+    """
+    if grad is None:  # only a gradient of the gradient was requested
         raise_no_second_derivative()
-    per_token, lift, *saved = ctx.saved_tensors
-    grads = scale_saved(saved, grad, lift, needed(ctx))
+    per_token, grad_scale, *saved = ctx.saved_tensors
+    grads = scale_saved(saved, grad, grad_scale, needed(ctx))
     d_coef = grad * per_token if ctx.needs_input_grad[3] else None
     return (*grads, d_coef, *[None] * (ctx.count - 4))
 

@@ -1,9 +1,9 @@
-"""Per-token scores: one streamed pass over the head emits every statistic.
+"""Per-token scores: all statistics from one streamed pass over the head.
 
     lse, H = −Σ q log q, Var[−log q], max, argmax, margin, label rank     of q = softmax(u / T)
 
-The pass sees the tokens outside the asked slots; the slots (teacher ids and the label) join from
-their own gathered logits, so tails stay exact. Memory beyond one slab is O(N·S).
+The pass covers the tokens outside the slots. The slots (teacher ids and the label) are added from
+their own gathered logits, so tails are exact. Memory beyond one slab is O(N·S).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .rows import ABSENT, NEG, first_slots
 
 
 class Scores(NamedTuple):
-    """[N] each, at T unless said otherwise; z_ids [N, S] at T."""
+    """[N] each at T; lse_rest_base at T=1; z_ids [N, S] at T."""
 
     z_ids: Tensor
     lse_rest: Tensor
@@ -30,13 +30,13 @@ class Scores(NamedTuple):
     max_logprob: Tensor
     argmax: Tensor
     margin: Tensor
-    above_label: Tensor  # int64: how many tokens outrank the last slot
+    above_label: Tensor  # int64: how many tokens have a larger logit than the last slot
 
 
 def scores(
     backend: Backend, head: Head, hidden_NH: Tensor, ids_NS: Tensor, label_u_N: Tensor | None
 ) -> Scores:
-    """label_u_N [N]: the label's logit at T=1, from a direct product with its row."""
+    """Return the scores; label_u_N is the label's logit at T=1, from a product with its row."""
     parts = [
         _block(
             backend,

@@ -1,10 +1,10 @@
-"""fastdistill::row_topk, what is left of a teacher's row of logits: its k largest and the rest.
+"""fastdistill::row_topk: the k largest logits of a row and the log-sum-exp of the others.
 
     values, ids   the k largest of z [n, V], by falling value
     lse_rest      log Σ e^z over all others; −inf if there are none
 
-An operator, so that a compiled kernel can stand in for it on its own device: for the CPU,
-fastdistill/native_topk.py registers that of the C++ extension. What follows is everybody's.
+It is an operator, so that a device can have its own kernel: fastdistill/native_topk.py registers
+that of the C++ extension for CPUs. The implementation below runs on all other devices.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from .head import blocks
 from .rows import ABSENT, NEG
 
-_AT_ONCE = 8 << 20  # bytes of exponentials that logsumexp keeps
+_AT_ONCE = 8 << 20  # bytes of exponentials that logsumexp stores
 
 library = torch.library.Library("fastdistill", "FRAGMENT")
 library.define("row_topk(Tensor(a!) z, int k) -> (Tensor values, Tensor ids, Tensor lse_rest)")
@@ -27,7 +27,7 @@ def row_topk(z_nV: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def by_sorting(z_nV: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The library's top-k; then a log-sum-exp without them: 1 − Σ would lose a small rest."""
+    """torch.topk, then a log-sum-exp without the k: 1 − Σ would lose a small rest."""
     best = z_nV.topk(k, dim=-1)
     z_nV.scatter_(-1, best.indices, NEG)
     rest = z_nV.new_empty(z_nV.shape[0])

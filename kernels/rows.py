@@ -1,15 +1,15 @@
-"""From K logits and the log-sum-exp of the rest to a loss per token, and back: [N, K] work only.
+"""The loss per token from K logits and the log-sum-exp of the rest, and its gradient: [N, K].
 
     log q_k = z_k − lse,   log q_tail = lse_tail − lse,   lse = log(e^lse_tail + Σ_S e^z)
     ℓ = (1 − ce) · D(p, q) [· T²] + ce · (lse₁ − u_y) + z_loss · lse₁²
 
 D sums φ over S, plus φ of the tail (bucket), f(0) · q_tail (renorm_teacher) or `on_ids` · (p − q)
 of each id (truncate), or runs over a softmax on S alone (renorm_both). With ψ = ∂φ/∂log q and
-Ψ = Σψ the softmax gives dD/dz_k = ψ_k − q_k Ψ and dD/dlse_tail = ψ_tail − q_tail Ψ. Everything
-here is ordinary PyTorch; `rows_forward` is differentiable by autograd, `rows_backward` is the same
-derivative in closed form for the kernels that need it inside one operator.
+Ψ = Σψ the softmax gives dD/dz_k = ψ_k − q_k Ψ and dD/dlse_tail = ψ_tail − q_tail Ψ. This is
+ordinary PyTorch: `token_loss_forward` is differentiable by autograd, `token_loss_backward` is the
+same derivative in closed form for kernels that need it inside one operator.
 
-Letters: N tokens, K teacher slots, S = K or K+1 slots (the label appended), T temperature,
+Letters: N tokens, K teacher slots, S = K or K+1 slots (the label is last), T temperature,
 z = u / T logits at T, u logits at T=1. Empty slots hold z = NEG, log p = floor.
 """
 
@@ -25,7 +25,7 @@ from torch import Tensor
 from .divergences import Divergence, floor_of, of_callable, resolve
 
 NEG = -1e30  # "no such token": finite, so that 0 · NEG is 0 and differences stay finite
-ABSENT = -1e20  # whatever lies below it is NEG, perhaps divided by a temperature
+ABSENT = -1e20  # values below it are NEG, possibly divided by a temperature
 TAILS = ("bucket", "truncate", "renorm_teacher", "renorm_both")
 
 
@@ -40,21 +40,21 @@ class RowOptions(NamedTuple):
     t2_scale: bool
     ce_weight: float
     z_loss: float
-    filter_eps: float | None = None  # skip gradient tiles below it, times the largest token factor
+    filter_eps: float | None = None  # skip gradient tiles below this times the largest factor
 
     @property
     def on_divergence(self) -> float:
-        """What multiplies D in the per-token loss."""
+        """The factor of D in the per-token loss."""
         return (1 - self.ce_weight) * (self.temperature**2 if self.t2_scale else 1.0)
 
     @property
     def needs_base(self) -> bool:
-        """Whether the log-sum-exp at T=1 is wanted beside the one at T."""
+        """Whether the loss needs the log-sum-exp at T=1 as well as at T."""
         return bool(self.ce_weight or self.z_loss)
 
 
 class Teacher(NamedTuple):
-    """A checked payload: finite, floored, merged. ids_NK int64 (−1 empty), lp_NK, log_tail_N."""
+    """Checked answers: finite, floored, merged. ids_NK int64 (−1 empty), lp_NK, log_tail_N."""
 
     ids: Tensor
     lp: Tensor
@@ -62,7 +62,7 @@ class Teacher(NamedTuple):
 
 
 class Gathered(NamedTuple):
-    """What one pass over the LM head leaves: everything a sparse loss depends on.
+    """The statistics of one pass over the LM head on which a sparse loss depends.
 
     z_NS logits at T, lse_rest_N over v ∉ slots at T, lse_base_N the same at T=1 (None when T = 1).
     """
@@ -90,13 +90,16 @@ class _Columns(NamedTuple):
 
 
 def outside_label(ids_NK: Tensor, labels_N: Tensor) -> Tensor:
-    """Where the label is a real token that no teacher slot holds. bool [N]."""
+    """bool [N]: whether the label is a real token outside the teacher's slots."""
     return (labels_N >= 0) & ~(ids_NK == labels_N.unsqueeze(-1)).any(-1)
 
 
 def log_share_left(log_q_S: Tensor, log_q_tail: Tensor) -> Tensor:
-    """log(1 − Σ_S q) [N]: `log_q_tail`, a difference of two log-sum-exps, where little is left, and
-    log1p(−Σ_S q) where S holds little: there the difference is rounding of numbers near 10."""
+    """log(1 − Σ_S q) [N], from whichever form is exact.
+
+    `log_q_tail`, a difference of two log-sum-exps, is used if S holds at least half of the mass.
+    Otherwise log1p(−Σ_S q): there the difference would be rounding error of numbers near 10.
+    """
     inside = log_q_S.exp().sum(-1)
     return torch.where(inside < 0.5, torch.log1p(-inside.clamp(max=0.5)), log_q_tail)
 
@@ -109,7 +112,7 @@ def _columns(gathered: Gathered, teacher: Teacher, label_N: Tensor | None, tail:
     lse_S = torch.logsumexp(z_S, -1)
     lp = teacher.lp
     if tail in ("renorm_teacher", "renorm_both"):
-        # Empty slots take no part, however little the others hold.
+        # Empty slots are excluded, however little the others hold.
         mass = torch.logsumexp(lp.masked_fill(empty, NEG), -1, keepdim=True)
         lp = (lp - mass).clamp(min=floor, max=0.0).masked_fill(empty, floor)
     if tail == "renorm_both":
@@ -124,8 +127,8 @@ def _columns(gathered: Gathered, teacher: Teacher, label_N: Tensor | None, tail:
     lq = (z_S - lse.unsqueeze(-1)).masked_fill(empty, floor)
     log_q_tail = log_share_left(lq, lse_tail - lse)
     if tail == "bucket":
-        # Ids that cover the vocabulary leave no token for the bucket, whatever rounding left in it:
-        # an empty outcome is at the floor on both sides, as an empty slot is.
+        # If the ids cover the vocabulary, the bucket holds rounding error only: like an empty slot,
+        # it is set to the floor on both sides.
         none = lse_tail < ABSENT
         log_tail = torch.where(none, floor, teacher.log_tail)
         lp = torch.cat([lp, log_tail.unsqueeze(-1)], -1)
@@ -155,9 +158,9 @@ def _base(gathered: Gathered, teacher: Teacher, label_N: Tensor | None, T: float
 def token_loss_forward(
     gathered: Gathered, teacher: Teacher, label_N: Tensor | None, options: RowOptions
 ) -> TokenLosses:
-    """Per-token loss and statistics, [N] each; differentiable in `seen`.
+    """Per-token loss and statistics, [N] each; differentiable in `gathered`.
 
-    label_N int64 [N], negative where there is none; with it, seen.z has the label's slot last.
+    label_N int64 [N] is negative without a label; if given, the last slot of gathered.z is its own.
     """
     tail = options.tail
     cols = _columns(gathered, teacher, label_N, tail)
@@ -170,7 +173,7 @@ def token_loss_forward(
         if cols.log_q_tail is not None and _outside(rule, tail):
             D = D + _outside(rule, tail) * cols.log_q_tail.exp()
         if rule.constant and tail not in ("renorm_both", "truncate"):
-            # Also under the bucket tail: payloads stored in 16 bits do not quite sum to 1.
+            # Also with the bucket tail: answers stored in 16 bits do not sum to exactly 1.
             D = D + rule.constant * (1 - cols.lp.double().exp().sum(-1)).to(D.dtype)
     else:
         D = of_callable(options.divergence, cols.lp, cols.lq)
@@ -219,7 +222,7 @@ def token_loss_backward(
     g_S = (psi[:, :K] - q[:, :K] * total).masked_fill(cols.empty, 0.0)
     g_z[:, :K] = scale * g_S
     if g_tail is not None:
-        # The gradients of a softmax sum to 0; the smaller side of that sum is the exact one.
+        # The gradients of a softmax sum to 0; the smaller side of that sum is exact.
         g_tail = torch.where(q_tail > 0.5, -g_S.sum(-1), g_tail)
     g_rest = None if gathered.lse_rest is None else torch.zeros_like(gathered.lse_rest)
     if g_tail is not None:
@@ -254,8 +257,8 @@ def token_loss_backward(
 def entropy_of(gathered: Gathered, mean_rest_N: Tensor, unique_NS: Tensor) -> tuple[Tensor, Tensor]:
     """(entropy_N, lse_N) of the full softmax at T from its K logits and the rest's mean logit.
 
-    H = lse − E_q[z], E_q[z] = q_rest · mean_rest + Σ_unique q_k z_k. unique_NS marks the slots that
-    count (not empty, not a repeat).
+    H = lse − E_q[z], E_q[z] = q_rest · mean_rest + Σ_unique q_k z_k. unique_NS: slots that are
+    neither empty nor a repeat.
     """
     assert gathered.lse_rest is not None
     z = torch.where(unique_NS, gathered.z, NEG)
@@ -267,7 +270,7 @@ def entropy_of(gathered: Gathered, mean_rest_N: Tensor, unique_NS: Tensor) -> tu
 
 
 def first_slots(ids_NK: Tensor) -> Tensor:
-    """bool [N, K]: where a slot is not empty and its id stands in no slot before it."""
+    """bool [N, K]: slots that are not empty and whose id is in no earlier slot."""
     order = torch.sort(ids_NK, dim=-1, stable=True)
     new = torch.ones_like(order.values, dtype=torch.bool)
     new[:, 1:] = order.values[:, 1:] != order.values[:, :-1]

@@ -1,8 +1,8 @@
 """linear_topk: the k largest log-probabilities of softmax(logits / T), and exact tails.
 
-The tail is summed over what is left after the k are taken out: 1 − Σ exp would lose it in fp32
-when the k hold almost everything. A chunk of tokens keeps its logits for that (never [N, V]), or
-each slab takes out its own k.
+The tail is summed over the tokens outside the k: 1 − Σ exp would lose it in fp32 when the k hold
+almost all mass. The logits of one chunk of tokens are stored for that (never [N, V]), or each slab
+removes its own k.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from .engines import Backend
 from .head import Head, blocks
 from .rows import ABSENT, log_share_left
 
-# Of a chunk's logits, where they are kept: enough tokens for W's reading to hide behind products.
+# Logits of one chunk: enough tokens to hide the reading of W behind the products.
 CHUNK_BYTES = 512 << 20
 
 

@@ -2,11 +2,11 @@
 
     loss = Σ_n coef_n · ℓ_n(z_ids, lse_rest, lse_base)        (ℓ: kernels/rows.py)
 
-For each chunk of tokens the logits are computed once and kept (fp32, a chunk at a time); once ℓ is
-known they become dz in place, the K entries are overwritten in fp32, and both gradient GEMMs
-follow: 6NVH FLOPs (4NVH with a frozen head), as if the logits had been materialised, at the memory
-of one chunk. dW is summed over a chunk in fp32, and over chunks in fp32, or in bfloat16 if that is
-the head's type and they are but a few (CARRIED_CHUNKS).
+The logits of each chunk of tokens are computed once and stored in fp32. Once ℓ is known they become
+dz in place, the K entries are overwritten in fp32, and both gradient GEMMs
+follow: 6NVH FLOPs (4NVH with a frozen head), as many as with materialized logits, with the memory
+of one chunk. dW is summed in fp32 within a chunk. Over chunks it is summed in fp32, or in bfloat16
+if that is the type of the head and there are at most CARRIED_CHUNKS of them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .engines import Backend
-from .head import Head, Stats, blocks, chunk_tokens, keep_rounded, sums_in_16_bits
+from .head import Head, Stats, blocks, chunk_tokens, round_scaled, sums_in_16_bits
 from .rows import (
     Gathered,
     RowOptions,
@@ -30,7 +30,7 @@ from .rows import (
 )
 from .rows import token_loss_forward as _token_loss_forward
 
-# A bfloat16 dW is rounded once more with every chunk; beyond these many it is summed in fp32.
+# A bfloat16 dW is rounded after every chunk; with more chunks than this it is summed in fp32.
 CARRIED_CHUNKS = {"cpu": 2, "cuda": 4}
 
 TokenLossFunction = Callable[
@@ -39,8 +39,10 @@ TokenLossFunction = Callable[
 
 
 class Fused(NamedTuple):
-    """The sum, per-token statistics [N], and the gradients of the sum (None unless asked for), each
-    times its own entry of `lift` [3]."""
+    """The summed loss, per-token statistics [N], and the gradients of the sum.
+
+    Each gradient (None unless needed) is multiplied by its entry of `grad_scale` [3].
+    """
 
     loss: Tensor
     rows: TokenLosses
@@ -48,7 +50,7 @@ class Fused(NamedTuple):
     dx: Tensor | None
     dw: Tensor | None
     db: Tensor | None
-    lift: Tensor
+    grad_scale: Tensor
 
 
 def named_token_loss(options: RowOptions) -> TokenLossFunction:
@@ -109,23 +111,31 @@ def fused(
     chunk: int | None = None,
     filter_eps: float | None = None,
 ) -> Fused:
-    """ids_NS are the teacher's ids with the label's appended when label_N is given; coef_N [N] is
-    each token's factor in the sum (0 drops it). `combine` turns the statistics of a shard of the
-    vocabulary into those of the whole; ids_NS are then the shard's own, −1 where another one has
-    the id, and `chunk` is how many tokens every shard takes at a time."""
+    """Loss, statistics and gradients in one pass over chunks of tokens.
+
+    Args:
+        ids_NS: the teacher's ids, followed by the label if label_N is given. For a shard of the
+            vocabulary: ids in this shard, −1 for ids of other shards.
+        coef_N: factor of each token in the sum; 0 drops it.
+        combine: maps the statistics of this shard to those of the whole vocabulary.
+        chunk: tokens per chunk; the same for all shards.
+        filter_eps: skip gradient tiles below filter_eps times the largest factor.
+    """
     N, _H = hidden_NH.shape
     grad = need_hidden or need_weight or need_bias
     chunk = chunk or chunk_tokens(head, N, need_weight)
-    few = CARRIED_CHUNKS.get(hidden_NH.device.type, 4)
-    carried = head.weight.dtype == head.dtype or (sums_in_16_bits(head) and chunk * few >= N)
-    # Parts of dX that shards of the vocabulary hold are added before they are rounded.
-    rounds = combine is None and sums_in_16_bits(head)
+    max_chunks = CARRIED_CHUNKS.get(hidden_NH.device.type, 4)
+    dw_rounded = head.weight.dtype == head.dtype or (
+        sums_in_16_bits(head) and chunk * max_chunks >= N
+    )
+    # Shards of the vocabulary add their parts of dX before it is rounded.
+    dx_rounded = combine is None and sums_in_16_bits(head)
     dx = None
     if need_hidden:
-        dx = torch.empty_like(hidden_NH, dtype=None if rounds else head.dtype)
+        dx = torch.empty_like(hidden_NH, dtype=None if dx_rounded else head.dtype)
     dw = db = None
     if need_weight:
-        dw = torch.empty_like(head.weight, dtype=None if carried else head.dtype)
+        dw = torch.empty_like(head.weight, dtype=None if dw_rounded else head.dtype)
     if need_bias and head.bias is not None:
         db = torch.zeros_like(head.bias, dtype=head.dtype)
     skip: dict[str, Tensor] = {}
@@ -154,7 +164,7 @@ def fused(
             entropy_parts.append(entropy_of(gathered, stats.mean_rest, first_slots(support_ids))[0])
         if g is not None:
             part_dx = None if dx is None else dx[at]
-            stats = stats._replace(z_ids=mine.z_ids)  # slots of other shards take no gradient here
+            stats = stats._replace(z_ids=mine.z_ids)  # no gradient for slots of other shards
             backend.chunk_grads(
                 head,
                 hidden_NH[at],
@@ -168,12 +178,12 @@ def fused(
                 db=db,
                 **skip,
             )
-    del buffer  # before dW is rounded: the peak is a chunk or a rounded copy, not both
+    del buffer  # before dW is rounded: its copy can reuse the memory
     if dw is not None:
         dw[head.vocab :] = 0
-    dw, on_dw = keep_rounded(dw, head.weight)  # first: the wide dW is gone before dX is rounded
-    dx, on_dx = keep_rounded(dx, hidden_NH if combine is None else coef_N)
-    db, on_db = keep_rounded(db, coef_N if head.bias is None else head.bias)
+    dw, on_dw = round_scaled(dw, head.weight)  # first: frees the fp32 dW before dX is rounded
+    dx, on_dx = round_scaled(dx, hidden_NH if combine is None else coef_N)
+    db, on_db = round_scaled(db, coef_N if head.bias is None else head.bias)
     rows = TokenLosses._make(
         None if pieces[0] is None else torch.cat(pieces) for pieces in zip(*row_parts, strict=True)
     )

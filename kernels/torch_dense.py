@@ -1,9 +1,9 @@
-"""The dense teacher's sums and gradients in PyTorch, on chunks kept vocabulary-major.
+"""Sums and gradients with a dense teacher in PyTorch, on vocabulary-major chunks of logits.
 
     D = Σ φ(log p, log q),  Ψ = Σψ,  dz = on_D ψ − q Ψ [+ on_lse q₁ − on_ce at the label]
 
-ψ takes the place of the teacher's logits between the two sweeps. A callable divergence takes whole
-rows and gets ψ by autograd.
+ψ overwrites the teacher's logits between the two sweeps. A callable divergence gets whole rows, and
+ψ comes from autograd.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def dense_sums(
     *,
     grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(D [n], Σψ [n], the label's u [n]); with grad, ψ takes the place of the teacher's logits."""
+    """(D [n], Σψ [n], the label's u [n]); with grad, ψ overwrites the teacher's logits."""
     n, V = len(lse_n), head.vocab
     u_Vn, psi_Vn = (
         logits_view(head, buffers[0], n)[:-1],
@@ -75,7 +75,7 @@ def dense_grads(
     dw: Tensor | None,
     db: Tensor | None,
 ) -> None:
-    """The chunk's share of the gradients."""
+    """Add the gradients of one chunk."""
     n = hidden_nH.shape[0]
     T = head.temperature
     matmul = Matmul(head, hidden_nH)

@@ -1,8 +1,8 @@
-"""Logits of K asked ids alone, without an LM-head pass: K gathered rows of W per token.
+"""Logits of K given ids without an LM-head pass: K gathered rows of W per token.
 
     z[n, s] = softcap·tanh(logit_scale · (W[ids_ns] · x_n + b) / softcap) / T
 
-Forward and backward cost O(N·K·H). This is all that tail="renorm_both" needs, since there the
+Forward and backward cost O(N·K·H). tail="renorm_both" needs nothing else, since the
 log-sum-exp over the vocabulary cancels. dX_n = Σ_s g_ns W[ids_ns]; dW is summed per distinct id in
 fp32, in a fixed order, and written once.
 """
@@ -65,7 +65,7 @@ def backward(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dX, dW, db), each None unless asked for; dW and db are dense."""
+    """(dX, dW, db), each None unless needed; dW and db are dense."""
     g_NS = torch.where(z_NS < ABSENT, 0.0, slot_grads(head, z_NS, g_z_NS))
     dx = dw = db = None
     if need_hidden:

@@ -1,13 +1,13 @@
-"""Gradients of the head in PyTorch, from dz slab by slab: of a kept chunk, or with logits again.
+"""Gradients of the head in PyTorch, slab by slab, from stored or recomputed logits.
 
     dz[n, v] = g_rest_n · e^{z − lse_rest} for v ∉ ids_n, and g_z[n, s] at ids_ns
     dX = dz W,  dW = dzᵀ X
 
-chunk_grads   a chunk's kept logits become dz in place (4NVH FLOPs beyond the forward pass). With a
-              bfloat16 head dX takes dz in 16 bits off the slots and in fp32 at them; float16, whose
-              range ends at 65504, is summed in fp32 throughout.
-recompute     the logits once more (2NVH), vocabulary slabs outermost, each dW slab written once in
-              a fixed order: deterministic, no [N, V], no [V, H] accumulator.
+chunk_grads   stored logits of a chunk become dz in place (4NVH FLOPs beyond the forward pass). With
+              a bfloat16 head, dX uses dz in 16 bits off the slots and in fp32 in them; float16,
+              whose range ends at 65504, is summed in fp32 throughout.
+recompute     computes the logits again (2NVH), vocabulary slabs outermost; each dW slab is written
+              once in a fixed order: deterministic, no [N, V], no [V, H] accumulator.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ def chunk_grads(
     dw: Tensor | None,
     db: Tensor | None,
 ) -> None:
-    """Turn a chunk's kept logits into dz, slab by slab, and add its share of the gradients.
+    """Turn the stored logits of a chunk into dz, slab by slab, and add its gradients.
 
-    dx [n, H] is this chunk's part; dw and db are of the whole head, started when `first`.
+    dx [n, H] is this chunk's part; dw and db belong to the whole head and start when `first`.
     """
     assert g.lse_rest is not None
     n, low = hidden_nH.shape[0], head.weight.dtype
@@ -60,7 +60,7 @@ def chunk_grads(
         if dw is not None:
             matmul.add_weight_grad(ds, dw[at], first)
         if off_slots is not None:
-            # 16-bit dz moves to the front of the chunk's own memory, behind the slabs still unread.
+            # 16-bit dz moves to the front of the same memory, which was already read.
             dz_Vn[at] = off_slots
         elif dx_Hn is not None:
             matmul.add_hidden_grad(at, ds, dx_Hn)
@@ -69,7 +69,7 @@ def chunk_grads(
     if dx_Hn is not None:
         dx.copy_(dx_Hn.t())
     else:
-        # The slots' dz is the largest by far and stays in fp32: rounded, it would be the error.
+        # dz of the slots, by far the largest, stays in fp32: its rounding would dominate the error.
         off_slots = torch.mm(dz_Vn.t(), head.weight[: head.vocab])
         dx.copy_(hidden_grad(head, ids_nS, g_nS).add_(off_slots))
 
@@ -86,7 +86,7 @@ def recompute(
     need_bias: bool,
     hidden_type: torch.dtype,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dX [N, H] in hidden_type, dW like weight, db like bias), each None unless asked for.
+    """(dX [N, H] in hidden_type, dW like weight, db like bias), each None unless needed.
 
     Vocabulary slabs outermost, all tokens inside: each dW slab is one product over all N,
     summed in fp32 and rounded once; dX is summed in fp32.

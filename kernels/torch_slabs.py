@@ -1,16 +1,16 @@
-"""Vocabulary-major slabs of logits: the one loop that every torch backend shares.
+"""Vocabulary-major slabs of logits: the loop that all torch functions share.
 
     u = c · tanh(s / c),   s = logit_scale · (W x + b),   z = u / T          (c: softcap, optional)
 
 A slab is u_vn for a few thousand vocabulary rows and a block of tokens, laid out [v, n]: both
-gradient products then read it without a transposed copy, W streams in order, and on CPU the library
-GEMM is up to a third faster than in [n, v] (measured, M = 128). Logits are fp32 (fp64 from fp64)
-whatever the operands: on CUDA by the GEMM's own fp32 output, on CPU by an fp32 product of the exact
-16-bit values. No [N, V] tensor exists: forward-only work reuses one slab, the fused loss keeps one
-chunk of tokens (`chunk_tokens`).
+gradient products read it without a transposed copy, W streams in order, and on CPU the library GEMM
+is up to a third faster than in [n, v] (measured, M = 128). Logits are fp32 (fp64 from fp64): on
+CUDA from the fp32 output of the GEMM, on CPU from an fp32 product of the exact 16-bit values. No
+[N, V] tensor exists: a forward pass reuses one slab, the fused loss stores one chunk of tokens
+(`chunk_tokens`).
 
-Letters: N tokens, n tokens of this block, H hidden, V vocabulary (columns from valid_vocab on do
-not exist), v rows of this slab, S slots. `*_T` is a transposed view.
+Letters: N tokens, n tokens of this block, H hidden size, V vocabulary (without the padding from
+valid_vocab on), v rows of this slab, S slots. `*_T` is a transposed view.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .head import Head, RunningLSE, Scanned, Stats, Top2, lift_of
+from .head import Head, RunningLSE, Scanned, Stats, Top2, grad_scale_of
 from .row_topk import row_topk
 from .rows import ABSENT, NEG
 
-SLAB_BYTES = 8 << 20  # stays in the last-level cache of a CPU and the L2 of a data-centre GPU
+SLAB_BYTES = 8 << 20  # stays in the last-level cache of a CPU and the L2 of a data center GPU
 SLAB_ROWS = (64, 4096)
 
 
 def slabs(vocab: int, tokens: int, itemsize: int) -> Iterator[slice]:
-    """Vocabulary slices whose slab stays in cache, and never the whole of a large vocabulary."""
+    """Vocabulary slices whose slab stays in cache; a large vocabulary is never one slice."""
     low, high = SLAB_ROWS
     rows = max(low, min(high, SLAB_BYTES // (itemsize * max(tokens, 1)), -(-vocab // 4)))
     for start in range(0, vocab, rows):
@@ -39,8 +39,8 @@ def slabs(vocab: int, tokens: int, itemsize: int) -> Iterator[slice]:
 class Matmul:
     """GEMMs with fp32 (fp64) results from operands of the head's own type.
 
-    16-bit operands on CPU go through one reused fp32 copy of the weight slab, since the library has
-    no 16-bit GEMM with fp32 output there.
+    On CPU the library has no 16-bit GEMM with fp32 output: one fp32 copy of the weight slab is
+    reused.
     """
 
     def __init__(self, head: Head, hidden_nH: Tensor) -> None:
@@ -71,18 +71,18 @@ class Matmul:
         else:
             torch.mm(self.weight(at), self.hidden_Hn, out=out_vn)
 
-    def lift(self, ds_vn: Tensor) -> Tensor:
-        """By how much ds is multiplied before it is rounded to the head's type."""
+    def grad_scale(self, ds_vn: Tensor) -> Tensor:
+        """The factor of ds before it is rounded to the type of the head."""
         if self.head.weight.dtype != torch.float16:
             return ds_vn.new_ones(())
-        return lift_of(ds_vn)
+        return grad_scale_of(ds_vn)
 
     def add_hidden_grad(self, at: slice, ds_vn: Tensor, dx_Hn: Tensor) -> None:
         """dx += W[v]ᵀ ds, accumulated in fp32."""
         if self.mixed:
-            W, lift = self.head.weight[at].t(), self.lift(ds_vn)
-            part = torch.mm(W, (ds_vn * lift).to(W.dtype), out_dtype=dx_Hn.dtype)
-            dx_Hn += part / lift
+            W, grad_scale = self.head.weight[at].t(), self.grad_scale(ds_vn)
+            part = torch.mm(W, (ds_vn * grad_scale).to(W.dtype), out_dtype=dx_Hn.dtype)
+            dx_Hn += part / grad_scale
         else:
             dx_Hn.addmm_(self.weight(at).t(), ds_vn)
 
@@ -93,8 +93,11 @@ class Matmul:
             dw_vH.addmm_(ds_vn, x_nH, beta=0 if first else 1)
             return
         if self.mixed:
-            lift = self.lift(ds_vn)
-            part = torch.mm((ds_vn * lift).to(x_nH.dtype), x_nH, out_dtype=self.head.dtype) / lift
+            grad_scale = self.grad_scale(ds_vn)
+            part = (
+                torch.mm((ds_vn * grad_scale).to(x_nH.dtype), x_nH, out_dtype=self.head.dtype)
+                / grad_scale
+            )
         else:
             part = torch.mm(ds_vn, x_nH)
         dw_vH.copy_(part if first else part.add_(dw_vH))
@@ -113,7 +116,7 @@ def logits(head: Head, matmul: Matmul, at: slice, u_vn: Tensor) -> Tensor:
 
 
 class Slots:
-    """Where the S asked ids of each token lie in a slab; ids outside it point at a spare row."""
+    """Positions of the S given ids of each token in a slab; ids outside it use a spare row."""
 
     def __init__(self, ids_nS: Tensor) -> None:
         self.ids_Sn = ids_nS.t().contiguous()
@@ -125,7 +128,7 @@ class Slots:
         return torch.where(in_slab, self.ids_Sn - at.start, at.stop - at.start), in_slab
 
     def take(self, at: slice, u_vn1: Tensor) -> None:
-        """Keep the slots' logits of this slab and put NEG in their place."""
+        """Save the logits of the slots in this slab and replace them by NEG."""
         if self.ids_Sn.shape[0] == 0:
             return
         index, in_slab = self.index(at)
@@ -141,18 +144,18 @@ class Slots:
             ds_vn1.scatter_(0, self.index(at)[0], 0.0)
 
     def put(self, at: slice, ds_vn1: Tensor, g_Sn: Tensor) -> None:
-        """Add the slots' gradients where `clear` left zeros (repeats add up)."""
+        """Add the gradients of the slots after `clear`; repeats add up."""
         if self.ids_Sn.shape[0]:
             ds_vn1.scatter_add_(0, self.index(at)[0], g_Sn)
 
 
 def new_logits_buffer(head: Head, tokens: int) -> Tensor:
-    """Memory for the logits of a chunk of up to `tokens` tokens, one spare row included."""
+    """Memory for the logits of up to `tokens` tokens, plus one spare row."""
     return head.weight.new_empty((head.vocab + 1) * tokens, dtype=head.dtype)
 
 
 def logits_view(head: Head, buffer: Tensor, tokens: int) -> Tensor:
-    """[V + 1, n] view of it."""
+    """The logits of n tokens in a buffer, [V + 1, n]."""
     return buffer[: (head.vocab + 1) * tokens].view(head.vocab + 1, tokens)
 
 
@@ -206,7 +209,7 @@ def _no_best(n: int, like: Tensor) -> Top2:
 
 
 def _better(best: Top2, at: slice, u_vn: Tensor, label_u_n: Tensor | None) -> Top2:
-    """The best two with this slab's; overwrites what it finds in the slab."""
+    """Merge the two largest logits of a slab into `best`; overwrites them in the slab."""
     u, first, above = best
     if label_u_n is not None:
         above = above + (u_vn > label_u_n).sum(0)
@@ -254,8 +257,8 @@ def topk(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(z [n, k] at T by falling value, ids int64 [n, k], lse_rest [n]); holds one slab at a time.
 
-    The k best so far compete with each slab's; those that lose join the rest, so that the rest is
-    summed over what is left and never taken as a difference.
+    The k largest so far are merged with those of each slab. Dropped values are added to the rest,
+    so the rest is a sum and never a difference.
     """
     n = hidden_nH.shape[0]
     matmul = Matmul(head, hidden_nH)

@@ -41,14 +41,14 @@ ABSENT = tl.constexpr(_ABSENT)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 SLAB_COLUMNS = (64, 4096)
-# Columns one program holds at once, and its warps: 16 fp32 per thread.
+# Columns per program and its warps: 16 fp32 per thread.
 ROW_TILE = {"BV": 4096, "num_warps": 8}
-SLOT_TILE = 64  # slots one program looks at together
+SLOT_TILE = 64  # slots per block
 
 
 @triton.jit
 def shaped(b_raw, p_bias, o_cols, m_cols, scale, cap, CAP: tl.constexpr):
-    """u of raw products, with the bias at `at`; raw and u in the same type."""
+    """u of raw products, in their type; o_cols are the columns in the bias."""
     b_u = b_raw
     if p_bias is not None:
         b_u += tl.load(p_bias + o_cols, mask=m_cols, other=0.0).to(b_raw.dtype)
@@ -62,7 +62,7 @@ def shaped(b_raw, p_bias, o_cols, m_cols, scale, cap, CAP: tl.constexpr):
 
 @triton.jit
 def narrowed(x, to: tl.constexpr):
-    """x in the type `to`, rounded to nearest even: the interpreter cuts bfloat16 off instead."""
+    """x in the type `to`, rounded to nearest even (the interpreter truncates to bfloat16)."""
     if INTERPRETED and to == tl.bfloat16:
         bits = x.to(tl.float32).to(tl.int32, bitcast=True)
         bits += 0x7FFF + ((bits >> 16) & 1)
@@ -90,32 +90,34 @@ def scalars(head: Head) -> dict[str, float | bool]:
 
 
 def slab_columns(vocab: int) -> int:
-    """A power of two that one program holds, and never the whole of a vocabulary."""
+    """A power of two that fits one program and is less than the vocabulary."""
     low, high = SLAB_COLUMNS
     return max(low, min(high, 1 << max(0, (vocab // 2).bit_length() - 1)))
 
 
 @contextmanager
-def sums_at_lift(
-    lift: Tensor | None, first: bool, dx: Tensor | None, dw: Tensor | None, db: Tensor | None
+def sums_at_scale(
+    grad_scale: Tensor | None, first: bool, dx: Tensor | None, dw: Tensor | None, db: Tensor | None
 ) -> Iterator[None]:
-    """Inside, products of a dz that carries `lift` are written to dX and added to dW and db; these
-    are fp32 sums, and afterwards none of them carries it."""
+    """Context in which products of a scaled dz are written to dX and added to dW and db.
+
+    On entry the sums are multiplied by `grad_scale`, on exit they and dX are divided by it.
+    """
     sums = [t for t in (dw, db) if t is not None]
-    if lift is not None and not first:
+    if grad_scale is not None and not first:
         for t in sums:
-            t.mul_(lift)
+            t.mul_(grad_scale)
     yield
-    if lift is not None:
+    if grad_scale is not None:
         for t in sums if dx is None else [dx, *sums]:
-            t.div_(lift)
+            t.div_(grad_scale)
 
 
 def product(left: Tensor, right: Tensor, out: Tensor) -> None:
     """out = left @ right in fp32 (fp64 from fp64), whatever the operands.
 
-    Without a GPU, that is under the interpreter, the library has no such product of 16-bit
-    operands: they are widened first, which changes no bit of the result's operands.
+    On a CPU (the interpreter) the library has no such product of 16-bit operands: they are widened
+    first, which is exact.
     """
     if left.dtype == out.dtype:
         torch.mm(left, right, out=out)

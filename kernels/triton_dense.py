@@ -1,11 +1,11 @@
-"""The dense teacher between the GEMMs: one pair of kernels for every separable divergence.
+"""The loss with a dense teacher: two kernels for all separable divergences.
 
     D = Σ φ(log p, log q),  Ψ = Σψ                                          (sum_divergence)
     dz = on_D ψ − on_q q  [+ on_lse q₁ − on_ce at the label],  in place     (grad_divergence)
 
-A program owns a row of both kept chunks and reads each once per sweep: 8 bytes per token pair and
-sweep, 2 or 4 written. ψ is computed again rather than stored. A callable divergence is PyTorch on a
-few rows at a time; its ψ takes the place of the teacher's logits.
+A program owns one row of both stored chunks and reads each once per sweep: 8 bytes per pair of
+logits and sweep, 2 or 4 written. ψ is recomputed, not stored. A callable divergence runs in PyTorch
+on a few rows at a time; its ψ overwrites the teacher's logits.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .divergences import floor_of, of_callable
-from .head import DenseRows, Head, blocks, lift_of
+from .head import DenseRows, Head, blocks, grad_scale_of
 from .rows import RowOptions
 from .triton_common import (
     add_product,
@@ -25,7 +25,7 @@ from .triton_common import (
     product,
     scalars,
     shaped,
-    sums_at_lift,
+    sums_at_scale,
 )
 from .triton_divergences import functor
 from .triton_slabs import logits_view
@@ -150,7 +150,7 @@ def grad_divergence(
             b_y = b_u / tl.full([], cap, DT)
             b_dz *= 1.0 - b_y * b_y
         b_dz *= scale
-        tl.debug_barrier()  # a 16-bit row lands over the front of its own fp32 row
+        tl.debug_barrier()  # a 16-bit row overwrites the front of its own fp32 row
         tl.store(p_dz + o_cols, narrowed(b_dz, p_dz.dtype.element_ty), mask=m_cols)
 
 
@@ -242,14 +242,14 @@ def dense_grads(
     dw: Tensor | None,
     db: Tensor | None,
 ) -> None:
-    """The chunk's share of the gradients."""
+    """Add the gradients of one chunk."""
     n, low = len(hidden_nH), head.weight.dtype
     raw, theirs = logits_view(head, buffers[0], n), logits_view(teacher_head, buffers[1], n)
     dz = raw if low == raw.dtype else raw.view(low)[:, : head.vocab]
     phi, w = None, 0.0
     if isinstance(options.divergence, str):
         phi, w = functor(options.divergence, options.beta, options.skew)
-    rows, lift = _lifted(head, rows, theirs if phi is None else None)
+    rows, grad_scale = _scaled_rows(head, rows, theirs if phi is None else None)
     launch(
         grad_divergence,
         (n,),
@@ -278,7 +278,7 @@ def dense_grads(
     )
     db = None if db is None else db[: head.vocab]
     dw = None if dw is None else dw[: head.vocab]
-    with sums_at_lift(lift, first, dx, dw, db):
+    with sums_at_scale(grad_scale, first, dx, dw, db):
         if db is not None:
             db += dz.sum(0, dtype=db.dtype)
         if dw is not None:
@@ -287,10 +287,14 @@ def dense_grads(
             product(dz, head.weight[: head.vocab], dx)
 
 
-def _lifted(head: Head, rows: DenseRows, psi_nV: Tensor | None) -> tuple[DenseRows, Tensor | None]:
-    """(rows whose factors carry the lift, lift) such that dz stays inside float16; (rows, None) for
-    other types. |ψ| of a named divergence is at most 90, since log p ≥ −88: the lift leaves room
-    for that; ψ of a callable is measured."""
+def _scaled_rows(
+    head: Head, rows: DenseRows, psi_nV: Tensor | None
+) -> tuple[DenseRows, Tensor | None]:
+    """(rows · scale, scale) such that dz fits float16; (rows, None) for other types.
+
+    |ψ| of a named divergence is at most 90, since log p ≥ −88: the scale leaves room for that. ψ of
+    a callable is measured.
+    """
     if head.weight.dtype != torch.float16:
         return rows, None
     on_u, on_z = head.logit_scale, head.logit_scale / head.temperature
@@ -298,11 +302,11 @@ def _lifted(head: Head, rows: DenseRows, psi_nV: Tensor | None) -> tuple[DenseRo
     if psi_nV is not None:
         on_psi = on_psi * torch.linalg.vector_norm(psi_nV, torch.inf, dim=1)
     factors = ((on_psi, on_z), (rows.on_q, on_z), (rows.on_lse, on_u), (rows.on_ce, on_u))
-    lift = lift_of(*(None if t is None else t * f for t, f in factors))
-    lifted = rows._replace(
-        on_D=rows.on_D * lift,
-        on_q=rows.on_q * lift,
-        on_lse=None if rows.on_lse is None else rows.on_lse * lift,
-        on_ce=None if rows.on_ce is None else rows.on_ce * lift,
+    grad_scale = grad_scale_of(*(None if t is None else t * f for t, f in factors))
+    scaled_up = rows._replace(
+        on_D=rows.on_D * grad_scale,
+        on_q=rows.on_q * grad_scale,
+        on_lse=None if rows.on_lse is None else rows.on_lse * grad_scale,
+        on_ce=None if rows.on_ce is None else rows.on_ce * grad_scale,
     )
-    return lifted, lift
+    return scaled_up, grad_scale

@@ -1,8 +1,7 @@
 """Separable divergences inside a kernel: (log p, log q) -> (φ, ψ = ∂φ/∂log q), one functor each.
 
-The table is that of divergences.py, which says what each is and where it comes from; a kernel takes
-one of these as a constexpr, so there is one kernel and no copy per divergence. `w` is β or the
-skew, a run-time number. log-probabilities are finite.
+divergences.py defines them and names their sources. A kernel takes one of these functions as a
+constexpr. `w` is β or the skew, a run-time number. log-probabilities are finite.
 """
 
 from __future__ import annotations
@@ -73,7 +72,7 @@ def skew_reverse_kl(lp, lq, w):
 
 
 def functor(name: str, beta: float, skew: float) -> tuple[Any, float]:
-    """(the functor of divergence `name`, its w); ends of β and skew are the KLs they mean."""
+    """(the function of divergence `name`, its w); at the ends of β and skew it is a KL."""
     name = plain_name(name, beta, skew)
     functions = {
         "forward_kl": forward_kl,

@@ -1,14 +1,14 @@
-"""Gradient products that skip tiles of negligible dz: opt-in, and never the slots.
+"""Gradient products that skip tiles of negligible dz (opt-in; slots are never skipped).
 
     dX = Σ_live dz_tile W_tile,   dW_tile = Σ_live dz_tileᵀ X_tile,   live: max |dz_tile| ≥ ε
 
-Away from the asked ids dz is a multiple of the student's softmax, which a trained model puts on few
-tokens: most tiles of 128 × 128 hold nothing above ε and cost one read of 2 bytes per entry instead
-of 4H FLOPs. The slots' gradients, which would keep nearly every tile alive, go through the K-row
-kernels in fp32 whatever ε is. Idea of filtering by blocks: Cut Your Losses (Wijmans et al.,
-arXiv 2411.09009); there the label keeps its block alive.
+Outside the slots, dz is a multiple of the student's softmax, which a trained model concentrates on
+few tokens: most tiles of 128 × 128 hold nothing above ε and cost one read of 2 bytes per entry
+instead of 4H FLOPs. The gradients of the slots, which would make nearly every tile live, go through
+the K-row kernels in fp32 for any ε. Filtering by blocks is from Cut Your Losses (Wijmans et al.,
+arXiv 2411.09009), where the label makes its block live.
 
-Live tiles are listed first (a stable sort of flags, no host read), so that the loops over them have
+The live tiles are sorted first (a stable sort of flags, no host read): the loops over them have
 run-time lengths and no branches.
 """
 
@@ -127,8 +127,8 @@ def filtered_weight(
     tl.store(p_out, narrowed(b_acc, p_dw.dtype.element_ty), mask=m_out)
 
 
-def live_tiles(dz_nv: Tensor, bar: Tensor) -> Tensor:
-    """int32 [n / 128, v / 128]: 1 where some |dz| ≥ bar (0-dim)."""
+def live_tiles(dz_nv: Tensor, threshold: Tensor) -> Tensor:
+    """int32 [n / 128, v / 128]: 1 for tiles with some |dz| ≥ threshold (0-dim)."""
     n, v = dz_nv.shape
     grid = (triton.cdiv(n, FILTER_TILE["BN"]), triton.cdiv(v, FILTER_TILE["BV"]))
     live = torch.zeros(grid, dtype=torch.int32, device=dz_nv.device)
@@ -137,7 +137,7 @@ def live_tiles(dz_nv: Tensor, bar: Tensor) -> Tensor:
         grid,
         dz_nv,
         p_dz=dz_nv,
-        p_threshold=bar,
+        p_threshold=threshold,
         p_live=live,
         n=n,
         v=v,
@@ -151,7 +151,7 @@ def live_tiles(dz_nv: Tensor, bar: Tensor) -> Tensor:
 
 
 def _listed(live: Tensor) -> tuple[Tensor, Tensor]:
-    """Per row of flags: the live columns first, in rising order, and how many."""
+    """Per row of flags: columns in rising order, live ones first, and how many are live."""
     order = torch.sort(live, dim=1, descending=True, stable=True).indices
     return order.to(torch.int32).contiguous(), live.sum(1, dtype=torch.int32)
 

@@ -3,9 +3,9 @@
     z[n, s] = softcap·tanh(logit_scale · (W[ids_ns] · x_n + b) / softcap) / T
     dX_n = Σ_s g_ns W[ids_ns]              dW_v = Σ_{(n, s): ids_ns = v} g_ns x_n
 
-All three are bound by reading N·S rows of H values (W's for the first two, x's for dW). For dW the
-N·S entries are sorted by id; a program sums the runs that start among its entries, in order, and
-writes each row once: no atomics, no partial sums, deterministic, and no length is read on the host.
+All three are bound by reading N·S rows of H values (of W for the first two, of x for dW). For dW
+the N·S entries are sorted by id; a program sums the runs that start among its entries, in order,
+and writes each row once: no atomics, no partial sums, deterministic, no length read on the host.
 """
 
 from __future__ import annotations
@@ -112,8 +112,8 @@ def sum_runs(
     i_block = tl.program_id(0)
     o_h = tl.program_id(1) * BH + tl.arange(0, BH)
     DT: tl.constexpr = p_g.dtype.element_ty
-    i_first = tl.load(p_starts + i_block)  # the first run that starts among these entries …
-    i_end = tl.load(p_starts + i_block + 1)  # … up to the first that starts behind them
+    i_first = tl.load(p_starts + i_block)  # the first run that starts in this block …
+    i_end = tl.load(p_starts + i_block + 1)  # … up to the first that starts after it
     b_dw = tl.zeros([BH], DT)
     b_db = tl.zeros([], DT)
     for i_sorted in range(i_first, i_end):
@@ -208,14 +208,14 @@ def weight_grad(
     *,
     add: bool = False,
 ) -> None:
-    """Write (or add) Σ g x into dw's rows, and Σ g into db, whose ids occur; the rest stays."""
+    """Write (or add) Σ g x to dw and Σ g to db in the rows whose ids occur."""
     (N, H), S = hidden_NH.shape, ids_NS.shape[1]
     E = N * S
     ids, entries = torch.sort(ids_NS.reshape(-1), stable=True)
     index = torch.arange(E, device=ids.device)
     new = torch.ones_like(ids, dtype=torch.bool)
     new[1:] = ids[1:] != ids[:-1]
-    # The first entry, at or behind each, where a run of a real id starts; E where none does.
+    # The first entry at or after each where a run of a real id starts; E if none does.
     begin = torch.where(new & (ids >= 0), index, E).flip(0).cummin(0).values.flip(0)
     BE = RUN_TILE["BE"]
     ends = begin.new_full((1,), E)
@@ -255,7 +255,7 @@ def backward(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dX, dW, db), each None unless asked for; dW and db are dense."""
+    """(dX, dW, db), each None unless needed; dW and db are dense."""
     g_NS = torch.where(z_NS < ABSENT, 0.0, slot_grads(head, z_NS, g_z_NS))
     dx = torch.empty_like(hidden_NH) if need_hidden else None
     dw = torch.zeros_like(head.weight) if need_weight else None

@@ -1,10 +1,10 @@
-"""Raw logits of a row become dz in place: off the slots a closed form, at the slots what is given.
+"""Raw logits of a row become dz in place: a closed form off the slots, given values in them.
 
     r = e^{z − lse_rest};  d = r (g_rest + g_mean (1 + z − mean)) + g_base e^{u − lse₁}
     dz = d · (1 − (u / c)²)        (the factors logit_scale and 1/T are in the g already)
 
-4 bytes read and 2 or 4 written per logit. A 16-bit row lands at the front of its own fp32 row, so a
-chunk needs no second buffer: tile t is written over columns already read, and a barrier stands
+4 bytes read and 2 or 4 written per logit. A 16-bit row overwrites the front of its own fp32 row, so
+a chunk needs no second buffer: tile t overwrites columns that were already read, with a barrier
 between the reads and the writes of a tile.
 """
 

@@ -1,4 +1,4 @@
-"""Quantised weights expanded and rows quantised: csrc/cuda_quant.cu, where that is not built.
+"""Dequantize 4-bit weights and quantize rows, if csrc/cuda_quant.cu was not built.
 
     w_i = lut[q_i] · scale[i / block] (+ offset[i / block])     (8-bit results: · row_inv[i / cols])
     nested:  scale[b] = code[absmax[b]] · nested_absmax[b / nested_block] + nested_offset
@@ -9,8 +9,8 @@ bf16 moves 2.56 bytes per weight, most of them the result. A program takes the b
 are one 16-byte store per thread (16-bit results), and the table is read from L1.
 
 Every product and sum is rounded to fp32 by itself, then the result once, so that all backends give
-the same bits. Contraction into FMAs is a decision of LLVM and ptxas: enable_fp_fusion=False forbids
-it to both. fp8 is stored as uint8, which every GPU can: below sm_89 there is no fp8 type.
+the same bits. enable_fp_fusion=False stops LLVM and ptxas from contracting into FMAs. fp8 is stored
+as uint8: below sm_89 there is no fp8 type.
 """
 
 from __future__ import annotations
@@ -31,13 +31,15 @@ EXACT = {"enable_fp_fusion": False}
 TOP = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 
 INF_BITS = tl.constexpr(0x7F800000)
-ROUNDING = tl.constexpr(1.5 * 2.0**23)  # x + this has x, rounded to nearest even, in its low bits
+ROUNDING = tl.constexpr(
+    1.5 * 2.0**23
+)  # the low bits of x + ROUNDING are x, rounded to nearest even
 FINE = tl.constexpr(2.0**14)  # likewise in units of 2⁻⁹, the smallest e4m3
 
 
 @triton.jit
 def to_int8(x):
-    """To nearest even within ±127, NaN to 0."""
+    """Round to nearest even, clamp to ±127; NaN becomes 0."""
     x = tl.where(x == x, x, 0.0)
     x = tl.minimum(tl.maximum(x, -127.0), 127.0)
     return (x + ROUNDING).to(tl.int32, bitcast=True).to(tl.int8)
@@ -45,7 +47,7 @@ def to_int8(x):
 
 @triton.jit
 def to_e4m3(x):
-    """The bits of float8_e4m3fn: to nearest even, what is too large to ±448, NaN stays NaN."""
+    """The bits of float8_e4m3fn: rounded to nearest even, clamped to ±448; NaN stays NaN."""
     NATIVE: tl.constexpr = False if INTERPRETED else cuda_capability_geq(8, 9)
     if NATIVE:
         return x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
@@ -61,7 +63,7 @@ def to_e4m3(x):
 
 @triton.jit
 def stored(x, to: tl.constexpr):
-    """x as the type `to`, in which uint8 is fp8."""
+    """x in the type `to`; uint8 means fp8."""
     if to == tl.int8:
         return to_int8(x)
     elif to == tl.uint8:
@@ -72,7 +74,7 @@ def stored(x, to: tl.constexpr):
 
 @triton.jit
 def spread(values, R: tl.constexpr, BB: tl.constexpr):
-    """R values, each for BB / R neighbours."""
+    """Repeat each of R values BB / R times."""
     return tl.reshape(tl.broadcast_to(values[:, None], [R, BB // R]), [BB])
 
 
@@ -81,7 +83,7 @@ def affine(
     b_w, o_blocks, m_blocks, p_scale, p_absmax, p_code, p_nested_offset, p_offset,
     NESTED_BLOCK: tl.constexpr, R: tl.constexpr, BB: tl.constexpr,
 ):  # fmt: skip
-    """w · scale + offset of the blocks b [R]."""
+    """w · scale + offset, with those of the blocks o_blocks [R]."""
     if p_absmax is None:
         b_s = tl.load(p_scale + o_blocks, mask=m_blocks, other=0.0)
     else:
@@ -120,7 +122,7 @@ def expand(
     b_q = tl.load(p_q + o_bytes, mask=o_bytes < n_bytes, other=0).to(tl.int32)
     WHOLE: tl.constexpr = BLOCK % 2 == 0 and 2 * BB % BLOCK == 0
     R: tl.constexpr = 2 * BB // BLOCK if WHOLE else BB
-    if WHOLE:  # what belongs to a block is read once
+    if WHOLE:  # scale and offset of a block are read once
         o_blocks = 2 * i_start // BLOCK + tl.arange(0, R)
         m_blocks = o_blocks * BLOCK < n_weights
     else:
@@ -160,7 +162,7 @@ def quantize_row(p_x, p_q, p_scale, n_cols, TOP: tl.constexpr, BK: tl.constexpr)
     i_row = tl.program_id(0).to(tl.int64)
     p_x += i_row * n_cols
     p_q += i_row * n_cols
-    # As integers the magnitudes of floats have their order, with infinity and then NaN on top.
+    # As integers, magnitudes of floats keep their order, with infinity and then NaN on top.
     b_bits = tl.zeros([BK], tl.int32)
     for i_col in range(0, n_cols, BK):
         o_cols = i_col + tl.arange(0, BK)
@@ -168,7 +170,7 @@ def quantize_row(p_x, p_q, p_scale, n_cols, TOP: tl.constexpr, BK: tl.constexpr)
         b_bits = tl.maximum(b_bits, b_x.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
     b_max_bits = tl.max(b_bits, 0)
     b_amax = b_max_bits.to(tl.float32, bitcast=True)
-    # Above this bar top / amax is finite. Below it, within 1.4e-36, a row counts as zeros.
+    # Above this, TOP / amax is finite. A row below it (1.4e-36) counts as zeros.
     m_finite = b_max_bits < INF_BITS
     m_usable = m_finite & (b_amax > TOP * 2.0**-128)
     tl.store(

@@ -1,10 +1,10 @@
-"""One slab of raw logits, reduced row by row into running statistics; the slots' logits taken out.
+"""Reduce a slab of raw logits row by row into running statistics; move out the slots' logits.
 
     top' = max(top, max z);  s_i' = Σ e^{z − top'} (z − top')^i over the slab and before, i = 0 .. 2
 
 The slab [n, v] was just written by the library GEMM and is still in L2. A program reads its row
-once: 4 bytes and an exp per logit. Slots are loaded, kept, and overwritten with NEG in the slab
-first, so that the tail is summed without them and a kept chunk knows where they are.
+once: 4 bytes and an exp per logit. Slots are first copied out and overwritten with NEG in the slab:
+the tail is summed without them, and a stored chunk marks where they are.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .head import Head, RunningLSE, Scanned, Top2
 from .rows import NEG as _NEG
 from .triton_common import ABSENT, NEG, SLOT_TILE, launch, scalars, shaped
 
-# A bound on registers keeps ptxas from spilling two of them to fit one more program.
+# Without this bound ptxas spills two registers to fit one more program.
 REDUCE_TILE = {"num_warps": 16, "maxnreg": 64}
 
 

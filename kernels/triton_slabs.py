@@ -1,14 +1,14 @@
-"""The Triton backend's passes over the head: library GEMM into a slab, Triton between the GEMMs.
+"""Passes over the head in the Triton backend: library GEMMs, Triton kernels between them.
 
 scan         slabs of 2048 tokens × 4096 columns fp32 (32 MiB) stay in L2 between the GEMM that
              writes them and the reduction that reads them: 2NVH FLOPs, 4 bytes per logit from L2
-chunk_grads  a kept chunk [n, V] fp32 becomes dz in place; two GEMMs: 4NVH, 10–14 bytes per logit
-recompute    vocabulary slabs outermost, the logits once more: 8NVH in all; each dW slab is written
+chunk_grads  a stored chunk [n, V] fp32 becomes dz in place; two GEMMs: 4NVH, 10–14 bytes per logit
+recompute    vocabulary slabs outermost, the logits again: 8NVH in all; each dW slab is written
              once, dX is summed in fp32
-topk         the library's top-k on a kept chunk, then the reduction without the k
+topk         torch.topk on a stored chunk, then the reduction without the k
 
-With a 16-bit head the slots' dz is rounded in the GEMMs' operand, and what the rounding lost is
-added to dX in fp32: they are the largest entries by far.
+With a 16-bit head, dz of the slots is rounded in the operand of the GEMMs. The rounding error is
+added to dX in fp32, since these entries are the largest by far.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from . import triton_filter, triton_gather, triton_stream
-from .head import Head, RunningLSE, Scanned, Stats, blocks, lifted_grads, slot_grads
+from .head import Head, RunningLSE, Scanned, Stats, blocks, scaled_grads, slot_grads
 from .rows import Gathered
-from .triton_common import add_product, product, slab_columns, sums_at_lift
+from .triton_common import add_product, product, slab_columns, sums_at_scale
 from .triton_grad import grad_rows_
 from .triton_reduce import Running
 
@@ -28,13 +28,12 @@ RECOMPUTE_BYTES = 64 << 20
 
 
 def new_logits_buffer(head: Head, tokens: int) -> Tensor:
-    """Memory for the raw logits of a chunk of up to `tokens` tokens; rows start on 64-byte lines,
-    whatever the vocabulary."""
+    """Memory for the raw logits of up to `tokens` tokens; rows are aligned to 64 bytes."""
     return head.weight.new_empty(tokens, -(-head.vocab // 16) * 16, dtype=head.dtype)
 
 
 def logits_view(head: Head, buffer: Tensor, tokens: int) -> Tensor:
-    """[n, V] view of it."""
+    """The logits of n tokens in a buffer, [n, V]."""
     return buffer[:tokens, : head.vocab]
 
 
@@ -106,21 +105,21 @@ def chunk_grads(
     db: Tensor | None,
     filter_threshold: Tensor | None = None,
 ) -> None:
-    """Turn a chunk's kept logits into dz, and add its share of the gradients.
+    """Turn the stored logits of a chunk into dz and add its gradients.
 
-    dx [n, H] is this chunk's part; dw and db are of the whole head, started when `first`. Tiles in
-    which |dz| stays below filter_bar (0-dim, optional) are left out of both products.
+    dx [n, H] is this chunk's part; dw and db belong to the whole head and start when `first`. Both
+    products skip tiles whose |dz| is below filter_threshold (0-dim, optional).
     """
     assert g.lse_rest is not None
     ids, g_nS = distinct(ids_nS, slot_grads(head, stats.z_ids, g.z))
-    upstream, lift = lifted_grads(head, Stats(g_nS, g.lse_rest, None, g.lse_base))
-    if filter_threshold is not None and lift is not None:
-        filter_threshold = filter_threshold * lift
+    upstream, grad_scale = scaled_grads(head, Stats(g_nS, g.lse_rest, None, g.lse_base))
+    if filter_threshold is not None and grad_scale is not None:
+        filter_threshold = filter_threshold * grad_scale
     if dw is not None:
         dw = dw[: head.vocab]
     if db is not None:
         db = db[: head.vocab]
-    with sums_at_lift(lift, first, dx, dw, db):
+    with sums_at_scale(grad_scale, first, dx, dw, db):
         _add_grads(
             head, hidden_nH, ids, stats, upstream, buffer, first, dx, dw, db, filter_threshold
         )
@@ -139,8 +138,7 @@ def _add_grads(
     db: Tensor | None,
     filter_threshold: Tensor | None,
 ) -> None:
-    """`chunk_grads` with d(W x) of distinct ids in upstream.z_ids; dw and db end with the
-    vocabulary."""
+    """`chunk_grads` with d(W x) of distinct ids in upstream.z_ids; dw, db without padding."""
     g_nS = upstream.z_ids
     in_place = g_nS if filter_threshold is None else torch.zeros_like(g_nS)
     dz = grad_rows_(
@@ -186,30 +184,30 @@ def recompute(
     need_bias: bool,
     hidden_type: torch.dtype,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dX [N, H] in hidden_type, dW like weight, db like bias), each None unless asked for."""
+    """(dX [N, H] in hidden_type, dW like weight, db like bias), each None unless needed."""
     (N, H), V = hidden_NH.shape, head.vocab
     dw = torch.zeros_like(head.weight) if need_weight else None
     db = None
     if need_bias and head.bias is not None:
         db = torch.zeros_like(head.bias)
     dx = torch.zeros_like(hidden_NH, dtype=head.dtype) if need_hidden else None
-    narrow = None  # dX as it is returned, where that is not the type it is summed in
+    narrow = None  # the returned dX, if it is not summed in its own type
     if need_hidden and hidden_type != head.dtype:
         narrow = torch.empty_like(hidden_NH, dtype=hidden_type)
     ids, g_NS = distinct(ids_NS, slot_grads(head, stats.z_ids, grads.z_ids))
-    lifted, lift = lifted_grads(head, grads._replace(z_ids=g_NS))
-    g_NS = lifted.z_ids
+    scaled_up, grad_scale = scaled_grads(head, grads._replace(z_ids=g_NS))
+    g_NS = scaled_up.z_ids
     lost_NS = g_NS - g_NS.to(head.weight.dtype).to(g_NS.dtype)
     columns = min(slab_columns(V), max(64, RECOMPUTE_BYTES // (max(N, 1) * head.dtype.itemsize)))
     if narrow is not None and H % 2 == 0 and columns <= H // 2:
-        slab = narrow.view(head.dtype)  # its memory is not needed until the sum is complete
+        slab = narrow.view(head.dtype)  # its memory is free until the sum is complete
     else:
         slab = hidden_NH.new_empty(N, columns, dtype=head.dtype)
     for i, at in enumerate(blocks(V, columns)):
         raw = slab[:, : at.stop - at.start]
         for rows in blocks(N, BLOCK_TOKENS):
             part = Stats._make(None if t is None else t[rows] for t in stats)
-            up = Stats._make(None if t is None else t[rows] for t in lifted)
+            up = Stats._make(None if t is None else t[rows] for t in scaled_up)
             product(hidden_NH[rows], head.weight[at].t(), raw[rows])
             dz = grad_rows_(head, raw[rows], at.start, ids[rows], g_NS[rows], part, up)
             if dx is not None:
@@ -217,29 +215,29 @@ def recompute(
         dz = raw if head.weight.dtype == raw.dtype else raw.view(head.weight.dtype)
         dz = dz[:, : at.stop - at.start]
         if dw is not None:
-            _store(dz.t(), hidden_NH, lift, dw[at])
+            _store(dz.t(), hidden_NH, grad_scale, dw[at])
         if db is not None:
             total = dz.sum(0, dtype=head.dtype)
-            db[at] = total if lift is None else total / lift
+            db[at] = total if grad_scale is None else total / grad_scale
     if dx is None or head.weight.dtype == head.dtype:
         return dx, dw, db
-    if lift is None:
+    if grad_scale is None:
         out = dx if narrow is None else narrow
         triton_gather.hidden_grad(head, ids, lost_NS, out, base=dx)
         return out, dw, db
     triton_gather.hidden_grad(head, ids, lost_NS, dx, base=dx)
-    dx.div_(lift)  # before dX is rounded, or it would overflow
+    dx.div_(grad_scale)  # before dX is rounded, or it would overflow
     return dx if narrow is None else narrow.copy_(dx), dw, db
 
 
-def _store(left: Tensor, right: Tensor, lift: Tensor | None, out: Tensor) -> None:
-    """out = left @ right / lift, rounded once."""
-    if lift is None:
+def _store(left: Tensor, right: Tensor, grad_scale: Tensor | None, out: Tensor) -> None:
+    """out = left @ right / grad_scale, rounded once."""
+    if grad_scale is None:
         add_product(left, right, out, first=True)
         return
-    wide = out.new_empty(out.shape, dtype=lift.dtype)
+    wide = out.new_empty(out.shape, dtype=grad_scale.dtype)
     product(left, right, wide)
-    out.copy_(wide.div_(lift))
+    out.copy_(wide.div_(grad_scale))
 
 
 def topk(head: Head, hidden_nH: Tensor, k: int, buffer: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,14 +1,14 @@
-"""All-Triton streaming pass: a GEMM whose epilogue is the reduction, and no slab at all.
+"""Streaming pass in Triton alone: a GEMM whose epilogue is the reduction, without a slab.
 
     raw = W x on the matrix units, tile by tile; each tile goes from registers into the running sums
 
-Pays where H is small: the slab of triton_slabs.py costs 8 bytes of L2 traffic per logit whatever H
-is, this costs a GEMM somewhat below the library's. A program keeps a block of tokens and walks a
-share of the vocabulary (about one program per multiprocessor: persistent); the shares' partial sums
-[splits, N] are merged in a fixed order. Nothing of size V leaves the chip.
+It is faster for small H: the slab of triton_slabs.py costs 8 bytes of L2 traffic per logit for any
+H, this kernel costs a GEMM somewhat slower than the library's. A program owns a block of tokens and
+walks one part of the vocabulary (persistent: about one program per multiprocessor). The partial
+sums [parts, N] are merged in a fixed order. Nothing of size V leaves the chip.
 
-Each row's ids come sorted and distinct, so that a cursor per row finds the slots of a tile: the
-work on slots is O(N·S) in all, plus a look at one id per row and tile.
+The ids of a row are sorted and distinct, so a cursor per row finds the slots of a tile: O(N·S) work
+for the slots in all, plus one comparison per row and tile.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from .triton_reduce import rescale
 
 NO_ID = 2**31 - 1
 END = tl.constexpr(NO_ID)
-# By compute capability: hidden sizes up to which this beats the slab, by the model of break-even
-# (8 bytes of L2 per logit against a GEMM at 0.65 of the library's; to be measured). Below 9 there
-# is no copy engine, descriptors become loads that do not overlap, and slabs are used throughout.
-# The tiles are the largest that ptxas compiles without a spill, without and with the scores.
+# By compute capability: the largest hidden size at which this beats the slab, from a model (8 bytes
+# of L2 per logit against a GEMM at 0.65 of the library's speed; not measured yet). Below 9 there is
+# no copy engine and descriptors become loads that do not overlap: slabs are used.
+# The tiles are the largest that ptxas compiles without a spill, without and with scores.
 STREAM_UP_TO: dict[int | str, int] = {9: 1024, 10: 1024}
 LIGHT = {"BN": 128, "BV": 128, "BH": 64, "num_warps": 8, "num_stages": 3}
 HEAVY = LIGHT | {"BN": 64}
@@ -85,7 +85,7 @@ def stream(
     b_n_above = tl.zeros([BN], tl.int32)
     if BEST and p_label_u is not None:
         b_label_u = tl.load(p_label_u + o_rows, mask=m_rows, other=0.0)
-    # The first slot of each row that is not before this share.
+    # The first slot of each row that is not before this part.
     b_cursor = tl.zeros([BN], tl.int32)
     i_step = tl.full([], 1, tl.int32)
     while i_step <= S:
@@ -177,14 +177,14 @@ def pays(head: Head, hidden_nH: Tensor) -> bool:
     H = head.weight.shape[1]
     if H * 2 % 16 or head.weight.data_ptr() % 16 or hidden_nH.data_ptr() % 16:
         return False
-    kind: int | str = "interpreted"  # in no table: tests put it there
+    kind: int | str = "interpreted"  # in no table; tests add it
     if hidden_nH.is_cuda:
         kind = torch.cuda.get_device_capability(hidden_nH.device)[0]
     return H <= STREAM_UP_TO.get(kind, 0)
 
 
 def splits(blocks: int, tiles: int, device: torch.device) -> int:
-    """Shares of the vocabulary such that one wave of programs fills the GPU."""
+    """The number of vocabulary parts such that one wave of programs fills the GPU."""
     units = 8
     if device.type == "cuda":
         units = torch.cuda.get_device_properties(device).multi_processor_count
@@ -192,7 +192,7 @@ def splits(blocks: int, tiles: int, device: torch.device) -> int:
 
 
 def sorted_slots(ids_nS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(ids int32 [n, S] rising and distinct, NO_ID behind; where each sorted slot went; order)."""
+    """(ids int32 [n, S] rising and distinct, then NO_ID; the place of each sorted slot; order)."""
     ids, order = torch.sort(ids_nS, dim=-1, stable=True)
     new = torch.ones_like(ids, dtype=torch.bool)
     new[:, 1:] = ids[:, 1:] != ids[:, :-1]
@@ -213,7 +213,7 @@ def scan(
     best: bool,
     label_u_n: Tensor | None,
 ) -> Scanned:
-    """What triton_slabs.scan returns, without a slab."""
+    """The result of triton_slabs.scan, computed without a slab."""
     (n, H), S, T = hidden_nH.shape, ids_nS.shape[1], head.temperature
     base = base and T != 1.0
     tile = HEAVY if best else LIGHT
@@ -270,7 +270,7 @@ def scan(
 
 
 def _merge_parts(top_pn: Tensor, sums_pn: list[Tensor], temperature: float) -> RunningLSE:
-    """Sums about each part's top become sums about the highest, in the order of the parts."""
+    """Merge sums about the maximum of each part into sums about the largest, in order."""
     top = top_pn.amax(0)
     gone = top_pn < _ABSENT
     down = torch.where(gone, 0.0, top_pn - top)
