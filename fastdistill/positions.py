@@ -8,7 +8,7 @@ ignore it (RWKV).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -90,13 +90,18 @@ def attended_length(row: Row) -> int:
 
 
 def check_row_lengths(
-    name: str, dataset: Any, encoder: Encoder, limits: Sequence[RowLimit | None]
+    name: str,
+    dataset: Any,
+    encoder: Encoder,
+    limits: Sequence[RowLimit | None],
+    visit: Callable[[int, Any, Row], None] | None = None,
 ) -> None:
     """Raise ValueError for the first example of a dataset that is longer than one of the limits.
 
     Every example is read: a single one that is too long would stop a run somewhere in its middle.
     Where the encoder's max_length is within the limits nothing can be too long, and nothing is
-    read. A stream has no length and is left to the collator, which checks its batches.
+    read. A stream has no length and is left to the collator, which checks its batches. `visit` is
+    called with the index, the example and the uncut row of all that is read.
     """
     shortest = shortest_of(limits)
     if shortest is None or dataset is None or not hasattr(dataset, "__len__"):
@@ -104,7 +109,11 @@ def check_row_lengths(
     if encoder.max_length is not None and encoder.max_length <= shortest.tokens:
         return
     for index in range(len(dataset)):
-        shortest.check(attended_length(encoder(dataset[index], index, name)), name, index)
+        example = dataset[index]
+        row = encoder.whole(example, index, name)
+        shortest.check(attended_length(row.cut(encoder.max_length)), name, index)
+        if visit is not None:
+            visit(index, example, row)
 
 
 def shortest_of(limits: Sequence[RowLimit | None]) -> RowLimit | None:

@@ -70,3 +70,15 @@ def test_counts_are_of_all_lines(run, folder, tmp_path):
     assert "cuts 1 of 100 examples" in told["cut"]["train_dataset"]
     _, out, _ = run(*train(folder, data, "max_length=10"))
     assert "1 lose all their targets" in out
+
+
+def test_lines_without_a_target_are_counted(run, folder, tmp_path):
+    masked = {"input_ids": [5, 6, 7], "labels": [-100] * 3}
+    data = lines(tmp_path / "data.jsonl", [*GOOD[:99], masked])
+    code, out, _ = run(*train(folder, data, "--json"))
+    assert code == 0
+    assert json.loads(out)["without_targets"] == {"train_dataset": 1}
+    _, out, _ = run(*train(folder, data))
+    assert "train_dataset: 1 examples have no target." in out
+    _, out, _ = run(*train(folder, lines(tmp_path / "good.jsonl", GOOD), "--json"))
+    assert json.loads(out)["without_targets"] == {}

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 from test_examples import STOCK, TALK, tokenizer
 from torch.utils.data import IterableDataset
+from training import build
 
 from fastdistill.examples import Encoder
 from fastdistill.training.data_checks import check_examples
@@ -40,6 +43,54 @@ def test_data_without_a_target_is_refused(example, why):
     assert why in str(e.value)
     check([*[example] * 8, {"input_ids": [4, 5]}], tokenizer(STOCK))
     check([example] * 9, tokenizer(STOCK), prompts_only=True)
+
+
+BOT = {"messages": [{**TALK[0]}, {"role": "bot", "content": "it"}]}
+
+
+@pytest.mark.parametrize(
+    ("example", "why"),
+    [
+        (BOT, "No example has a message with the role 'assistant': the roles are"),
+        ({"input_ids": [4, 5, 6], "labels": [-100] * 3}, "All labels are −100"),
+        ({"prompt": "a cat"}, "Prompts alone are for lmbda=1"),
+    ],
+    ids=["role", "labels", "prompt"],
+)
+def test_rows_without_a_target_among_others_are_counted(example, why, caplog):
+    good = {"input_ids": [4, 5, 6]}
+    with caplog.at_level(logging.WARNING, logger="fastdistill"):
+        check([good] * 5, tokenizer(STOCK))
+        check([good, example], tokenizer(STOCK), prompts_only=True)
+    assert not caplog.records
+    with caplog.at_level(logging.WARNING, logger="fastdistill"):
+        check([good, good, example, good, example], tokenizer(STOCK))
+    (text,) = [record.getMessage() for record in caplog.records]
+    assert "train_dataset: 2 of 5 examples looked at have no token to learn" in text
+    assert f"(the first: example 2). {why}" in text
+
+
+def test_a_row_that_loses_its_targets_by_max_length_is_named_once(caplog):
+    encoder = Encoder(max_length=3)
+    cut = {"input_ids": [4, 5, 6, 7], "labels": [-100, -100, -100, 7]}
+    with caplog.at_level(logging.WARNING, logger="fastdistill"):
+        check_examples("data", [{"input_ids": [4, 5]}, cut], encoder, prompts_only=False)
+    (text,) = [record.getMessage() for record in caplog.records]
+    assert "1 lose all their targets" in text
+
+
+@pytest.mark.parametrize(("lacking", "seen"), [({1, 150}, 200), ({0, 1}, 64), (set(), None)])
+def test_all_rows_are_counted_where_all_are_read(tmp_path, caplog, lacking, seen):
+    """Once: by the few that are looked at, or else by all."""
+    ids = [4, 5, 6]
+    data = [{"input_ids": ids, "labels": [-100] * 3 if i in lacking else ids} for i in range(200)]
+    with caplog.at_level(logging.WARNING, logger="fastdistill"):
+        build(tmp_path, data=data)
+    texts = [r.getMessage() for r in caplog.records if "no token to learn" in r.getMessage()]
+    assert len(texts) == (seen is not None)
+    if seen is not None:
+        assert f"of {seen} examples looked at" in texts[0]
+        assert f"(the first: example {min(lacking)})" in texts[0]
 
 
 @pytest.mark.parametrize("shift", [1, -1])

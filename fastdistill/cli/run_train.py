@@ -191,6 +191,11 @@ def dry_run(options: Train, extra: dict[str, Any]) -> dict[str, Any]:
         "targets": train.targets,
         "longest": train.longest if train.limit is None else min(train.longest, train.limit),
         "cut": {name: part.in_words() for name, part in lengths.items() if part.rows},
+        "without_targets": {
+            name: part.seen - part.taught
+            for name, part in lengths.items()
+            if part.taught < part.seen and not (name == "train_dataset" and config.lmbda == 1.0)
+        },
         "steps": _steps(config, len(data)),
     }
 
@@ -198,10 +203,12 @@ def dry_run(options: Train, extra: dict[str, Any]) -> dict[str, Any]:
 def print_result(result: dict[str, Any]) -> None:
     console = Console()
     if result.get("dry_run"):
+        without = result["without_targets"]
         lines = [
             f"{result['examples']:,} examples, {result['tokens']:,} tokens "
             f"({result['targets']:,} targets), {result['steps']:,} steps.",
             *(f"{name}: {cut}." for name, cut in result["cut"].items()),
+            *(f"{name}: {n:,} examples have no target." for name, n in without.items()),
             "All checks passed. `fastdistill plan` estimates the memory.",
         ]
     else:

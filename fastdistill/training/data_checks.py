@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -62,9 +62,13 @@ def some_of(dataset: Any) -> list[tuple[int, Any]]:
     """(number, example) of a few, evenly spread; none of a stream, which reading would use up."""
     if dataset is None or not hasattr(dataset, "__len__") or len(dataset) == 0:
         return []
-    last, steps = len(dataset) - 1, max(LOOKED_AT - 1, 1)
-    at = sorted({i * last // steps for i in range(LOOKED_AT)})
-    return [(i, dataset[i]) for i in at]
+    return [(i, dataset[i]) for i in sample_indices(len(dataset))]
+
+
+def sample_indices(length: int) -> list[int]:
+    """Return the indices of at most LOOKED_AT examples, evenly spread."""
+    last, steps = length - 1, max(LOOKED_AT - 1, 1)
+    return sorted({i * last // steps for i in range(LOOKED_AT)})
 
 
 def check_examples(name: str, dataset: Any, encoder: Encoder, *, prompts_only: bool) -> None:
@@ -84,6 +88,10 @@ def check_examples(name: str, dataset: Any, encoder: Encoder, *, prompts_only: b
     lengths.check(name, prompts_only=prompts_only)
     if not prompts_only:
         _check_has_target(name, examples, rows)
+        untaught = RowsWithoutTarget(name)
+        for (index, example), row in zip(looked_at, whole, strict=True):
+            untaught.add(index, example, row)
+        untaught.warn()
     labeled_rows = [
         row
         for example, row in zip(examples, rows, strict=True)
@@ -152,14 +160,53 @@ class Lengths:
         )
 
 
+@dataclass
+class RowsWithoutTarget:
+    """Counts rows of a dataset that have no target, however long they may be."""
+
+    name: str
+    seen: int = 0
+    indices: list[int] = field(default_factory=list)
+    examples: list[Any] = field(default_factory=list)  # the first LOOKED_AT of them, as are
+    rows: list[Row] = field(default_factory=list)
+
+    def add(self, index: int, example: Any, row: Row) -> None:
+        """Count a row that is not cut yet."""
+        self.seen += 1
+        if has_target(row):
+            return
+        self.indices.append(index)
+        if len(self.rows) < LOOKED_AT:
+            self.examples.append(example)
+            self.rows.append(row)
+
+    def warn(self) -> None:
+        """Log how many rows teach nothing, the first of them, and the likely reason."""
+        if not self.indices:
+            return
+        first = getattr(self.examples[0], "source", None) or f"example {self.indices[0]}"
+        logger.warning(
+            "%s: %s of %s examples looked at have no token to learn and teach nothing (the first: "
+            "%s). %s", self.name, f"{len(self.indices):,}", f"{self.seen:,}", first,
+            _why_no_target(self.examples, self.rows),
+        )  # fmt: skip
+
+
 def has_target(row: Row) -> bool:
     """Whether a token of the row is learned; the first is predicted from nothing."""
     return bool((row.targets[1:] != IGNORE_INDEX).any())
 
 
 def _check_has_target(name: str, examples: list[Any], rows: list[Row]) -> None:
-    if any(map(has_target, rows)):
-        return
+    if not any(map(has_target, rows)):
+        why = _why_no_target(examples, rows)
+        raise ValueError(
+            f"{name}: expected tokens to learn, got none in {len(rows):,} examples. {why}"
+        )
+
+
+def _why_no_target(examples: list[Any], rows: list[Row]) -> str:
+    """Return the likely reason why none of these examples has a target, as a sentence."""
     why = "All labels are −100"
     columns = [{c for c, value in example.items() if value is not None} for example in examples]
     present, form = set.union(*columns), [c & {"input_ids"} for c in columns]
@@ -185,7 +232,7 @@ def _check_has_target(name: str, examples: list[Any], rows: list[Row]) -> None:
         )
     elif "prompt" in present:
         why = "Prompts alone are for lmbda=1, where the student samples the rest"
-    raise ValueError(f"{name}: expected tokens to learn, got none in {len(rows):,} examples. {why}")
+    return why
 
 
 def _check_not_shifted(name: str, rows: list[Row]) -> None:

@@ -13,6 +13,7 @@ from ..examples import Encoder
 from ..packing import rope_limit
 from ..positions import RowLimit, check_new_tokens, check_row_lengths, row_limit, shortest_of
 from .config import DistillConfig
+from .data_checks import RowsWithoutTarget, sample_indices
 
 
 def row_limits(student: nn.Module, teacher: Any, config: DistillConfig) -> tuple[RowLimit, ...]:
@@ -41,9 +42,16 @@ def check_lengths(
     config: DistillConfig,
 ) -> None:
     """Raise ValueError for the first example that is too long, with its number; on-policy also for
-    a prompt that leaves no room for max_new_tokens."""
+    a prompt that leaves no room for max_new_tokens. Warn of rows without a target where every
+    example is read, unless `check_datasets` has found some."""
     for name, dataset in datasets.items():
-        check_row_lengths(name, dataset, encoder, limits)
+        untaught = RowsWithoutTarget(name)
+        check_row_lengths(name, dataset, encoder, limits, untaught.add)
+        sampled = name == "train_dataset" and config.lmbda == 1.0
+        if untaught.indices and not sampled:
+            known = set(sample_indices(len(dataset))) & set(untaught.indices)
+            if not known:
+                untaught.warn()
     if config.lmbda > 0:
         _check_room(datasets["train_dataset"], encoder, limits, config.max_new_tokens)
 
