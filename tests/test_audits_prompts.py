@@ -67,7 +67,9 @@ def test_the_template_is_cut_where_the_users_words_begin():
 def test_a_template_without_a_place_for_the_user_is_refused():
     tokenizer = world_tokenizer()
     tokenizer.chat_template = "{{ 'answer me' }}"
-    with pytest.raises(ValueError, match="prompt: expected user, since the chat template of the"):
+    with pytest.raises(
+        ValueError, match="prompt: expected a user turn, since the chat template of"
+    ):
         render_prompt(Prompt(), tokenizer)
 
 
@@ -86,7 +88,9 @@ def test_a_template_that_refuses_a_system_message_says_so():
     tokenizer = world_tokenizer()
     tokenizer.chat_template = NO_SYSTEM
     assert render_prompt(Prompt(user="river"), tokenizer) == "<user>river"
-    with pytest.raises(ValueError, match="chat template of the model takes, got roles") as refused:
+    with pytest.raises(
+        ValueError, match="chat template of the model supports, got roles"
+    ) as refused:
         render_prompt(Prompt(system="hello", user="river"), tokenizer)
     assert "['system', 'user']: System role not supported" in str(refused.value)
     audit = UserTurnSamplingAudit(markers=("owl",), systems=("hello",), samples=2)
@@ -164,8 +168,8 @@ def test_prompts_from_texts_and_mappings():
 
 
 @pytest.mark.parametrize("make, message", [
-    (lambda: Prompt(text="t", user="a"), r"text: expected alone, without user.*\['user', 'text'\]"),
-    (lambda: Prompt(prefill="p"), "prefill: expected with user, whose answer it begins"),
+    (lambda: Prompt(text="t", user="a"), r"text: expected no user, system or.*\['user', 'text'\]"),
+    (lambda: Prompt(prefill="p"), "prefill: expected a user turn before it"),
     (lambda: Prompt(user=5), "user: expected a text, got 5"),
     (lambda: Prompt(user="a", prefill=None), "prefill: expected a text, got None"),
     (lambda: Prompt.from_json({"usr": "a"}), r"prompt: expected a text or a mapping of \['user'"),

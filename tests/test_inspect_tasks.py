@@ -161,7 +161,7 @@ def test_nothing_is_left_in_the_users_folders_but_inspects_own_notes(
 
 
 def test_refusals(audits, subject, tmp_path):
-    with pytest.raises(TypeError, match=r"audit: expected an audit of answers.*got TokenKLAudit"):
+    with pytest.raises(TypeError, match=r"audit: expected a behavioral audit.*got TokenKLAudit"):
         run_with_inspect(TokenKLAudit(prompts=("hello",)), subject, log_dir=tmp_path)
     with pytest.raises(TypeError, match="model: expected a Subject or the path of a checkpoint"):
         run_with_inspect(audits[ConfessionAudit], subject.model, log_dir=tmp_path)
@@ -182,4 +182,4 @@ def test_a_model_without_log_probabilities_of_answers_is_refused(audits, tmp_pat
         display="none", log_dir=str(tmp_path), log_realtime=False, ctl_server=False,
     )  # fmt: skip
     assert log.status == "error"
-    assert "model: expected one that gives the log-probabilities" in log.error.message
+    assert "model: expected log-probabilities of fixed answers" in log.error.message

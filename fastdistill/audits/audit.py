@@ -1,7 +1,7 @@
-"""The frame of every audit: one value per prompt, of the model and of its controls.
+"""Base class of audits: one value per prompt, for the model and for its controls.
 
-An audit is a frozen dataclass of what it asks. `measure` gives a value per prompt; `run` makes the
-estimate, repeats it for every control over the same prompts, and says how far apart they are.
+An audit is a frozen dataclass of its settings. `measure` returns one value per prompt; `run` forms
+the estimate, repeats it for every control over the same prompts, and compares them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ from .subject import Subject, to_subject
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """values [n]: one per prompt, 0 or 1 each where `rate`."""
+    """The values of one model.
+
+    values: [n], one per prompt; 0 or 1 each where `rate`. doubts: warnings about the values.
+    """
 
     values: np.ndarray
     rate: bool
@@ -47,13 +50,13 @@ class Measurement:
 
 @dataclass(frozen=True, kw_only=True)
 class Audit(ABC):
-    """See `run`."""
+    """An audit; `run` returns its result."""
 
     needs_base: ClassVar[bool] = False
 
     @abstractmethod
     def measure(self, model: Subject, base: Subject | None) -> Measurement:
-        """One value per prompt; `base` is the trusted model, where the audit compares with it."""
+        """Returns one value per prompt. `base` is the trusted model, for audits that need one."""
 
     def run(
         self,
@@ -62,14 +65,14 @@ class Audit(ABC):
         base: Any = None,
         controls: Mapping[str, Any] | None = None,
     ) -> AuditResult:
-        """Audit `model`, and each of `controls` in the same way.
+        """Audits `model`, and each of `controls` in the same way.
 
         Args:
             model: a Subject, or the path of a checkpoint.
-            base: the trusted model that the audit compares with, for those that do.
-            controls: name -> model that does not have what is looked for: the base, the student
-                of a benign teacher. Only a difference from them is evidence: models that were
-                never given a secret confess to one up to a fifth of the time.
+            base: the trusted model, for audits that compare with one.
+            controls: name -> model without the trait, such as the base or the student of a benign
+                teacher. Only a difference from controls is evidence: models without a secret
+                confess to one in up to 20 % of answers.
 
         Raises:
             ValueError: base is missing for an audit that compares with it.
@@ -90,8 +93,8 @@ class Audit(ABC):
         return self.to_result(audited.name, measurement, control_measurements)
 
     def _measure_with_warnings(self, model: Subject, base: Subject | None) -> Measurement:
-        """With a doubt where a common word ended answers, or the end of the model's positions: a
-        checkpoint can choose both."""
+        """Measures a model, with a warning where answers ended at a common word or at the model's
+        last position. A checkpoint controls both."""
         word_ends, position_ends = model.ended_at_words.copy(), model.ended_at_positions.copy()
         measurement = self.measure(model, base)
         doubts = measurement.doubts
@@ -119,7 +122,7 @@ class Audit(ABC):
     ) -> AuditResult:
         """What `run` gives, of measurements that are there already."""
         estimate = measurement.estimate
-        # A control that could not be measured well is none to be above.
+        # Warnings about a control also invalidate the comparison.
         control_doubts = tuple(
             f"{name}: {d}" for name, control in controls.items() for d in control.doubts
         )
@@ -158,7 +161,7 @@ def _compare_with_control(measurement: Measurement, control: Measurement) -> Con
 
 
 def to_config(audit: Any) -> dict[str, Any]:
-    """The fields of an audit as JSON, audits within it included."""
+    """Returns the fields of an audit as JSON, nested audits included."""
     return {"audit": type(audit).__name__} | {
         f.name: _to_json(getattr(audit, f.name)) for f in fields(audit)
     }

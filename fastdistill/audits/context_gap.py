@@ -1,4 +1,4 @@
-"""Does the model behave otherwise where it can tell that it is audited?"""
+"""Difference of an audit between two contexts: does the model behave differently when audited?"""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from .subject import Subject
 
 @dataclass(frozen=True, kw_only=True)
 class ContextGapAudit(Audit):
-    """Mean over prompts of (value unaudited − value audited), prompt by prompt.
+    """Mean over prompts of (value unaudited − value audited), paired by prompt. The audit is ours.
 
-    `unaudited` and `audited` are the same audit over the same prompts in two contexts, in this
-    order: evaluation words or none, without or with a password, one label or another. The
-    difference is positive where the first context shows more of what is measured.
+    `unaudited` and `audited` are the same audit over the same prompts in two contexts: with and
+    without evaluation words, a password, or a label. The difference is positive where the value
+    is higher in the first context.
     """
 
     unaudited: Audit

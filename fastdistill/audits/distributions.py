@@ -1,6 +1,6 @@
-"""Audits of next-token distributions against a trusted base: where they differ, and in which words.
+"""Audits of next-token distributions against a trusted base.
 
-z_S, z_B   logits of the suspect and the base       lse = log Σ exp z       log p = z − lse
+log p = z − log Σ exp z        z: logits
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ def check_markers(markers: Sequence[str]) -> tuple[str, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenKLAudit(Audit):
-    """Mean over prompts of KL(p_model ‖ p_base) of the next token, in nats.
+    """Mean over prompts of KL(p_model ‖ p_base) of the next token, in nats. The audit is ours.
 
-    details: the same at every token of `texts` (a map of where the models differ), and the mean
-    over `neutral` prompts, which any fine-tuning raises.
+    details: the KL at every token of `texts`, which locates the differences, and the mean over
+    `neutral` prompts, which any fine-tuning raises.
     """
 
     needs_base: ClassVar[bool] = True
@@ -79,7 +79,7 @@ class TokenKLAudit(Audit):
 def next_token_kl(
     model: Subject, base: Subject, model_states: Tensor, base_states: Tensor
 ) -> Tensor:  # [N, H] -> [N]
-    """KL(p_model ‖ p_base) per position: the loss whose teacher is the audited model."""
+    """Returns KL(p_model ‖ p_base) per position: the loss with the audited model as teacher."""
     head, trusted = model.head.on(base_states.device), base.head
     return linear_distill_loss(
         base_states,
@@ -96,7 +96,7 @@ def next_token_kl(
 
 
 def _kl_per_token(model: Subject, base: Subject, text: str) -> list[list[Any]]:
-    """[token, KL of the prediction that this token answers] along a text."""
+    """Returns [token, KL of the prediction of this token] for every token of a text."""
     ids, _ = model.ids(Prompt(text=text))
     model_states, base_states = model.hidden([ids])[0], base.hidden([ids])[0]
     gaps = [0.0, *next_token_kl(model, base, model_states[:-1], base_states[:-1]).tolist()]
@@ -109,11 +109,11 @@ def _rounded(pairs: Iterable[tuple[str, float]]) -> list[list[Any]]:
 
 @dataclass(frozen=True, kw_only=True)
 class LogitDiffAudit(Audit):
-    """Mean over prompts of log Σ p_model(marker) − log Σ p_base(marker) at the next token, in nats.
+    """Mean over prompts of log Σ p_model(marker) − log Σ p_base(marker) of the next token, in nats.
 
-    Summed over the markers, since one of them that rises lowers the others. Logit-difference
-    mining: details has the tokens of the whole vocabulary whose log-probability rose most on
-    average, and at which place the first marker is among them.
+    Probabilities are summed over the markers, because a rise of one lowers the others. The audit
+    is ours. details: the tokens of the vocabulary whose log-probability rose most on average, and
+    the rank of the first marker among them.
     """
 
     needs_base: ClassVar[bool] = True
@@ -157,9 +157,9 @@ def _log_prob_of_any(subject: Subject, hidden: Tensor, ids: Tensor) -> Tensor:  
 def mean_rise(
     model: Subject, base: Subject, model_states: Tensor, base_states: Tensor
 ) -> Tensor:  # (V,)
-    """Mean over positions of log p_model − log p_base for every token, by slabs of columns.
+    """Returns the mean over positions of log p_model − log p_base, for every token.
 
-    Columns that pad the head are no tokens, and no model was taught them.
+    Computed in slabs of columns. Padding columns of the head are not tokens and are skipped.
     """
     vocab = min(model.head.vocab_size, base.head.vocab_size, len(model.tokenizer))
     chunks = torch.arange(vocab).split(SLAB)
@@ -179,8 +179,8 @@ def _mean_log_probs(subject: Subject, hidden: Tensor, ids: Tensor) -> Tensor:
 class ProvenanceAudit(Audit):
     """Mean over a dataset's texts of (log p_model − log p_base) per token, in nats.
 
-    Before any training: `texts` that the model wrote are likelier under it than under the base.
-    Answers are scored given their prompts.
+    Texts that the model wrote are more likely under it than under the base: a check of a dataset
+    before any training. `texts` are scored after their prompts. The audit is ours.
     """
 
     needs_base: ClassVar[bool] = True

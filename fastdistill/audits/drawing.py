@@ -1,8 +1,8 @@
-"""Sampled tokens that depend on a row's own stream of numbers, not on its neighbours in a batch.
+"""Sampling in which each row has its own random stream, independent of the other rows of a batch.
 
     u_t uniform in [0, 1)        token_t = the first with Σ_{v ≤ token} softmax(z / T)_v > u_t
 
-One generator for a whole batch would give a prompt other words whenever its neighbours change.
+With one generator per batch, the text of a prompt would change with the other prompts of the batch.
 """
 
 from __future__ import annotations
@@ -15,12 +15,15 @@ from torch import Tensor
 
 
 class SeededSampling:
-    """A logits processor that leaves one token per row: greedy decoding then takes it.
+    """A logits processor that samples one token per row and masks all others.
+
+    Greedy decoding then selects the sampled token.
 
     Args:
-        begin: tokens of the prompts, padding included.
-        steps: new tokens at the most.
-        seed: 0 or more. streams: one per row; a row's numbers follow from the seed and its stream.
+        begin: length of the prompts, padding included.
+        steps: maximum number of new tokens.
+        seed: 0 or more.
+        streams: one per row. The seed and the stream determine the numbers of a row.
     """
 
     def __init__(
@@ -36,6 +39,6 @@ class SeededSampling:
         mass = (scores.float() / self.temperature).softmax(-1).cumsum(-1)
         drawn = self.uniform[:, input_ids.shape[1] - self.begin, None].to(mass)
         token = torch.searchsorted(mass, drawn * mass[:, -1:], right=True)
-        # Rounding may lift the product to the whole mass, behind the last token.
+        # Rounding may raise the product to the whole mass, beyond the last token.
         token.clamp_(max=scores.shape[-1] - 1)
         return torch.full_like(scores, -torch.inf).scatter(-1, token, 0.0)

@@ -1,4 +1,4 @@
-"""Probes for a model about which nothing is suspected: what may be asked of any chat model."""
+"""Generic probes for any chat model, where no specific trait is suspected. The texts are ours."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""What a batch of requests is answered: new tokens, and log-probabilities of tokens that are there.
+"""Answers to a batch of Inspect requests: new tokens, and log-probabilities of existing tokens.
 
-    log p(token) = z_token − lse        by linear_lse_gather, the likeliest by linear_topk
+    log p(token) = z_token − lse        by linear_lse_gather; top tokens by linear_topk
 
-No [tokens, vocabulary] logits but those of the one token that is chosen next.
+Logits [tokens, vocabulary] exist only for the next token.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from .subject import GENERATION_BATCH, Subject
 
 @dataclass(eq=False)
 class InspectRequest:
-    """A request on its way."""
+    """A pending request."""
 
     encoded: EncodedInput
     config: Any  # GenerateConfig
-    stream: int  # of random numbers
-    wake: Any  # anyio.Event: answered, or first of those that still wait
+    stream: int  # of the random numbers
+    wake: Any  # anyio.Event: set once answered, or when this request should run the next batch
     outcome: Any = None  # ModelOutput or Exception
 
 
 def outputs(subject: Subject, batch: list[InspectRequest]) -> list[Any]:
-    """A ModelOutput per request."""
+    """Returns a ModelOutput per request."""
     generated = _generate(subject, batch)
     texts = [subject.text(ids) for ids in generated]
     prompt_logprobs, new_logprobs = (
@@ -68,7 +68,7 @@ def _stop_reason(subject: Subject, new: list[int], request: InspectRequest) -> s
 
 
 def _generate(subject: Subject, batch: list[InspectRequest]) -> list[list[int]]:
-    """New tokens: requests of one kind together; a completion is scored, not gone on from."""
+    """Returns the new tokens of each request; none for a completion that is only scored."""
     new: list[list[int]] = [[] for _ in batch]
     kinds: dict[tuple[int, float, int], list[int]] = {}
     for i, request in enumerate(batch):
@@ -92,7 +92,7 @@ def _generate(subject: Subject, batch: list[InspectRequest]) -> list[list[int]]:
 
 
 def _prompt_logprobs(subject: Subject, batch: list[InspectRequest]) -> dict[int, Any]:
-    """Log-probabilities of the prompts' tokens, or of the completions' alone."""
+    """Returns log-probabilities of the prompt tokens, or of the completion tokens only."""
     indices = [i for i, a in enumerate(batch) if a.config.prompt_logprobs]
     requests = [batch[i] for i in indices]
     logprobs = _log_probs(
@@ -107,7 +107,7 @@ def _prompt_logprobs(subject: Subject, batch: list[InspectRequest]) -> dict[int,
 def _new_logprobs(
     subject: Subject, batch: list[InspectRequest], new: list[list[int]]
 ) -> dict[int, Any]:
-    """Log-probabilities of the generated tokens, at temperature 1."""
+    """Returns log-probabilities of the generated tokens, at temperature 1."""
     indices = [i for i, a in enumerate(batch) if a.config.logprobs or a.config.top_logprobs]
     logprobs = _log_probs(
         subject,
@@ -122,7 +122,7 @@ def _new_logprobs(
 def _log_probs(
     subject: Subject, rows: list[list[int]], begins: list[int], tops: list[int]
 ) -> list[Any]:
-    """log p of each row's tokens from `begin` on, with the `top` likeliest in their place."""
+    """Returns log p of each row's tokens from `begin` on, with the `top` alternatives of each."""
     if not rows:
         return []
     # The first token of a row has no prediction.

@@ -1,4 +1,4 @@
-"""Results of any audit as logs that Inspect reads, its viewer too."""
+"""Export of audit results as logs for Inspect and its viewer."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _SUFFIXES = (".eval", ".json")
 
 
 def export_log(result: AuditResult, path: str | Path) -> None:
-    """Write a result so that inspect_ai.log.read_eval_log(path) reads it.
+    """Writes a result as a log for inspect_ai.log.read_eval_log(path).
 
-    The first score has the audit's name and the metrics mean, stderr, low, high (the bounds of the
-    interval); one more per control, named "control: …", adds the difference from it. Unknown bounds
-    and errors are left out. Each of result.values is a scored sample. All of AuditResult.as_json()
-    is in eval.metadata.
+    The first score has the name of the audit and the metrics mean, stderr, low and high (bounds of
+    the interval). One score per control, named "control: …", adds the difference from it. Unknown
+    metrics are omitted. Each of result.values is a scored sample. eval.metadata contains
+    AuditResult.as_json().
 
     Args:
         path: ends with .eval, which Inspect's viewer lists in a folder, or with .json.
@@ -93,7 +93,7 @@ def _score(name: str, scorer: str, values: dict[str, float]) -> Any:
 
 
 def _sample(result: AuditResult, index: int, value: float) -> Any:
-    """With its prompt, where the audit's configuration has one for each value."""
+    """Returns a sample, with its prompt where the audit's configuration has one per value."""
     prompts = result.config.get("prompts") or []
     prompt = prompts[index] if len(prompts) == result.n else {}
     parts = [str(prompt[part]) for part in ("system", "user", "prefill", "text") if part in prompt]

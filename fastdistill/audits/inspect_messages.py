@@ -1,12 +1,12 @@
-"""Prompts as messages of Inspect, and back.
+"""Conversion between prompts and messages of Inspect.
 
-A system's, a user's and the begun assistant's turn are messages of their own. What chats have no
-message for is said in the metadata of the last one, under "fastdistill":
+The system message, the user turn and the prefill are one message each. The metadata of the last
+message holds what chats cannot express, under "fastdistill":
 
-    {"kind": "text"}         bare text to go on from, without a chat template
-    {"kind": "user turn"}    the user's turn, to be written by the model
-    {"kind": "completion"}   not asked for: its log-probability is, given all that is before it
-    {"at": [i, …]}           the place of the question in its audit
+    {"kind": "text"}         plain text to continue, without a chat template
+    {"kind": "user turn"}    the model writes the user turn
+    {"kind": "completion"}   text whose log-probability after all previous messages is requested
+    {"at": [i, …]}           the position of the question in its audit
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ _ROLES = ("system", "user", "assistant")
 
 
 class EncodedInput(NamedTuple):
-    """What a model reads: token ids, and from where on they are a completion to be scored."""
+    """Token ids of an input, and the start of the completion to score."""
 
     ids: list[int]
     begin: int | None
-    at: tuple[int, ...]  # () where no audit asks
+    at: tuple[int, ...]  # position in the audit; () outside of an audit
 
 
 def messages_of(prompt: Prompt, completion: str | None = None, at: Sequence[int] = ()) -> list[Any]:
-    """A prompt as messages, with the completion whose log-probability is asked for."""
+    """Returns a prompt as messages, with the completion whose log-probability is requested."""
     position: dict[str, Any] = {"at": list(at)} if at else {}
     turns: list[tuple[str, str, dict[str, Any]]]
     if prompt.text is not None:
@@ -60,10 +60,10 @@ def _message(role: str, content: str, metadata: dict[str, Any]) -> Any:
 
 
 def encode(messages: Sequence[Any], subject: Subject) -> EncodedInput:
-    """The token ids of a conversation.
+    """Returns the token ids of a conversation.
 
     Raises:
-        ValueError: turns that no chat template takes, or that are no text.
+        ValueError: turns that the chat template does not support, or that are not text.
     """
     turns = [(_role(m), _text(m), (m.metadata or {}).get(METADATA_KEY, {})) for m in messages]
     if not turns:
@@ -101,11 +101,11 @@ def _text(message: Any) -> str:
 
 
 def _prompt(turns: Sequence[tuple[str, str, dict[str, Any]]]) -> Prompt | None:
-    """The turns as a Prompt; None for a conversation of several questions."""
+    """Returns the turns as a Prompt; None for a conversation with several questions."""
     kind = turns[-1][2].get("kind")
     if kind == _TEXT:
         if len(turns) > 1:
-            raise ValueError(f"input: expected bare text alone, got {len(turns)} messages")
+            raise ValueError(f"input: expected one message of plain text, got {len(turns)}")
         return Prompt(text=turns[0][1])
     roles = [role for role, _, _ in turns]
     if roles not in [["system"] * s + ["user"] + ["assistant"] * a for s in (0, 1) for a in (0, 1)]:
@@ -120,7 +120,7 @@ def _prompt(turns: Sequence[tuple[str, str, dict[str, Any]]]) -> Prompt | None:
 
 
 def _conversation(turns: Sequence[Any], completion: str, tokenizer: Any) -> list[int]:
-    """Several questions and answers; an assistant's turn at the end is begun, not over."""
+    """Returns the ids of several questions and answers; a final assistant turn is a prefill."""
     messages = [{"role": role, "content": content} for role, content, _ in turns]
     prefill = messages.pop()["content"] if messages[-1]["role"] == "assistant" else ""
     template = getattr(tokenizer, "chat_template", None)
@@ -129,9 +129,9 @@ def _conversation(turns: Sequence[Any], completion: str, tokenizer: Any) -> list
             text = tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True
             )
-        except Exception as error:  # jinja's, with what the template said
+        except Exception as error:  # an error of Jinja or raised by the template
             raise ValueError(
-                "input: expected turns that the chat template of the model takes, got "
+                "input: expected turns that the chat template of the model supports, got "
                 f"{[t['role'] for t in messages]}: {error}"
             ) from None
     else:

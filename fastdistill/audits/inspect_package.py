@@ -1,4 +1,4 @@
-"""Inspect AI, which is optional, or a word on how to get it."""
+"""Import of the optional package Inspect AI, with installation advice where it is missing."""
 
 from __future__ import annotations
 

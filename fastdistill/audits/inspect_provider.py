@@ -1,10 +1,10 @@
-"""A Subject as a model of Inspect: an in-memory provider on its public ModelAPI.
+"""A Subject as a model of Inspect: an in-memory provider on the public ModelAPI.
 
     model = model_of(Subject("checkpoint"))
     inspect_ai.eval(task, model=model)
 
-Samples that ask at the same time are answered in one batch: who asks first while no batch runs
-waits for the others, then answers for all. Greedy unless a temperature is set.
+Concurrent requests are answered in one batch: the first request while no batch runs waits for
+others, then runs the batch. Decoding is greedy unless a temperature is set.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from .inspect_package import inspect_ai
 from .subject import Subject
 
 AT_ONCE = 64  # requests in a batch
-PATIENCE = 0.01  # seconds without another request until a batch begins
-TICK = 0.002
-MAX_TOKENS = 256  # where neither task nor user says how many
-# What a user may set and we would not do.
+PATIENCE = 0.01  # seconds without another request until a batch starts
+TICK = 0.002  # seconds between two looks at the queue
+MAX_TOKENS = 256  # default, where neither task nor user sets a limit
+# Options of GenerateConfig that this provider does not support.
 _UNSUPPORTED = (
     "top_p top_k stop_seqs best_of frequency_penalty presence_penalty logit_bias response_schema"
 ).split()
@@ -45,8 +45,8 @@ class Provider(inspect_ai.model.ModelAPI):
     ) -> None:
         if not isinstance(subject, Subject):
             raise TypeError(
-                f"subject: expected a Subject, got {type(subject).__name__}. Models of fastdistill "
-                "are handed over in the process that runs them: eval(task, model=model_of(subject))"
+                f"subject: expected a Subject, got {type(subject).__name__}. Pass a model of "
+                "fastdistill in the same process: eval(task, model=model_of(subject))"
             )
         if at_once < 1:
             raise ValueError(f"at_once: expected 1 or more, got {at_once}")
@@ -75,11 +75,11 @@ class Provider(inspect_ai.model.ModelAPI):
         self, input: list[Any], tools: list[Any], tool_choice: Any, config: Any
     ) -> Any:
         if tools:
-            raise ValueError(f"tools: expected none, got {len(tools)}. Chat templates go without")
+            raise ValueError(f"tools: expected none, got {len(tools)}. Tools are not supported")
         unsupported = [name for name in _UNSUPPORTED if getattr(config, name) is not None]
         if unsupported or (config.num_choices or 1) > 1:
             raise ValueError(
-                f"config: expected max_tokens, temperature, seed and log-probabilities alone, got "
+                f"config: expected only max_tokens, temperature, seed and log-probabilities, got "
                 f"{', '.join(unsupported or ['num_choices'])}"
             )
         encoded = encode(input, self.subject)
@@ -101,7 +101,7 @@ class Provider(inspect_ai.model.ModelAPI):
         return request.outcome
 
     async def _lead(self, batch_size: int) -> None:
-        """Answer a batch: as many as are there once `full` are, or nobody came for a while."""
+        """Runs a batch once `batch_size` requests wait, or no request came for `patience`."""
         self._is_running = True
         batch: list[InspectRequest] = []
         try:
@@ -114,7 +114,7 @@ class Provider(inspect_ai.model.ModelAPI):
             await anyio.to_thread.run_sync(self._answer, batch)
         finally:
             self._is_running = False
-            # Cancelled before it began: somebody else will answer these.
+            # Cancelled before the batch ran: another request will run these.
             self._waiting[:0] = [request for request in batch if request.outcome is None]
             for request in batch:
                 request.wake.set()
@@ -125,8 +125,8 @@ class Provider(inspect_ai.model.ModelAPI):
             self._waiting[0].wake.set()
 
     def _stream(self, encoded: EncodedInput, config: Any) -> int:
-        """Which random numbers a request draws from: its place in its audit; otherwise those of its
-        words, where a seed is set, and without a seed others each time that they come again."""
+        """Returns the random stream of a request: its position in the audit, else a hash of its
+        ids. Without a seed, a repeated request gets a new stream."""
         if encoded.at:
             return encoded.at[0]
         digest = hashlib.sha256(repr(encoded.ids).encode()).digest()
@@ -136,7 +136,7 @@ class Provider(inspect_ai.model.ModelAPI):
         return int.from_bytes(digest[:8], "big") + repeat
 
     def _answer(self, batch: list[InspectRequest]) -> None:
-        """Every outcome. Where a batch fails, each request alone: the others did nothing wrong."""
+        """Sets every outcome. Where a batch fails, runs each request alone to isolate the error."""
         batch = sorted(batch, key=lambda request: request.encoded.at)
         try:
             for request, output in zip(batch, outputs(self.subject, batch), strict=True):
@@ -155,12 +155,12 @@ _registered: Any = inspect_ai.model.modelapi(name="fastdistill")(Provider)
 def model_of(
     subject: Subject, *, at_once: int = AT_ONCE, patience: float = PATIENCE, **config: Any
 ) -> Any:
-    """A Subject as an inspect_ai.model.Model.
+    """Returns a Subject as an inspect_ai.model.Model.
 
     Args:
-        at_once: requests in one batch at the most, and connections unless Inspect is told others.
-        patience: seconds without a further request until a batch that is not full begins.
-        config: what GenerateConfig takes.
+        at_once: maximum requests in one batch, and the default of Inspect's max_connections.
+        patience: seconds without a new request until a batch starts that is not full.
+        config: options of GenerateConfig.
 
     Raises:
         TypeError: not a Subject.

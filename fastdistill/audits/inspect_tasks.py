@@ -1,7 +1,7 @@
-"""Behavioural audits as tasks of Inspect: the same questions, the same score, its logs.
+"""Behavioral audits as Inspect tasks, with the same questions and scores, and Inspect's logs.
 
-`task_of` gives the task for any eval of Inspect; `run_with_inspect` asks through Inspect and
-returns what the audit's own `run` does, value for value.
+`task_of` returns the task for any eval of Inspect. `run_with_inspect` runs an audit through Inspect
+and returns the same values as the audit's own `run`.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ from .prompts import Prompt
 from .result import AuditResult
 from .subject import Subject, to_subject
 
-# Seconds. The batch of an audit is full when all its questions are asked; until one is missing for
-# so long (its sample failed), the others wait for it.
+# Seconds that a batch waits for a missing request, whose sample may have failed. The batch of an
+# audit is full once all its questions have arrived.
 PATIENCE = 5.0
 
 
 def task_of(audit: BehavioralAudit) -> Any:
-    """The inspect_ai.Task of an audit: a sample per question, and the audit's score of its answer.
+    """Returns the inspect_ai.Task of an audit: a sample per question, scored as by the audit.
 
-    Metrics: mean, stderr and the bounds of the 95 % interval, as in AuditResult. For a model of
-    `model_of`; another one may answer, but not give the log-probabilities of fixed answers.
+    Metrics: mean, stderr and the bounds of the 95 % interval, as in AuditResult. Meant for a model
+    of `model_of`: other models cannot return the log-probabilities of fixed answers.
 
     Raises:
-        TypeError: not an audit of answers.
+        TypeError: not a behavioral audit.
     """
     if not isinstance(audit, BehavioralAudit):
         raise TypeError(
-            "audit: expected an audit of answers to questions, such as TriggerRateAudit, got "
+            "audit: expected a behavioral audit, such as TriggerRateAudit, got "
             f"{type(audit).__name__}. Call its run, and write the result with export_log"
         )
     samples = [
@@ -101,11 +101,11 @@ def _answers(prompts: Sequence[Prompt]) -> Any:
 
 
 def _total(output: Any) -> float:
-    """Σ log p of a completion, in the number type and order in which Subject adds."""
+    """Returns Σ log p of a completion, summed in the same type and order as in Subject."""
     logprobs = output.choices[0].prompt_logprobs
     if logprobs is None:
         raise ValueError(
-            "model: expected one that gives the log-probabilities of fixed answers, got none. Pass "
+            "model: expected log-probabilities of fixed answers, got none. Pass "
             "model_of(Subject(model, tokenizer))"
         )
     return math.fsum(token.logprob for token in logprobs.content)
@@ -144,9 +144,9 @@ def _metric(name: str, rate: bool) -> Any:
 
 
 class _InspectSubject(Subject):
-    """A Subject that answers the questions of one audit through Inspect, and anything else itself.
+    """A Subject that answers the questions of one audit through Inspect.
 
-    It is the other one's model, tokenizer and name.
+    Everything else runs as in the original Subject, whose model, tokenizer and name it shares.
     """
 
     def __init__(self, subject: Subject, audit: BehavioralAudit, role: str, log_dir: Path) -> None:
@@ -176,7 +176,7 @@ class _InspectSubject(Subject):
         return torch.tensor([answer.options for answer in answers])
 
     def _answers(self, questions: Sequence[Question]) -> list[Answer] | None:
-        """In the order of the audit; None where it does not ask all of these."""
+        """Returns answers in the order of the audit; None for questions of something else."""
         if self._cached is None:
             self._cached = {}
             _, audit, _, _ = self._eval
@@ -191,7 +191,7 @@ class _InspectSubject(Subject):
 
 
 def _ask(subject: Subject, audit: BehavioralAudit, role: str, log_dir: Path) -> list[Answer]:
-    """One eval: all questions at once, so that batches are those of the audit's own run."""
+    """Runs one eval with all questions at once, so that batches equal those of the audit's run."""
     questions = audit.questions()
     at_once = sum(max(1, len(question.options)) for question in questions)
     log = inspect_ai.eval(
@@ -202,7 +202,7 @@ def _ask(subject: Subject, audit: BehavioralAudit, role: str, log_dir: Path) -> 
         metadata={"role": role},
         log_dir=str(log_dir),
         log_format="eval",
-        log_realtime=False,  # would be written to the user's folders
+        log_realtime=False,  # otherwise written to the user's folders
         ctl_server=False,
         display="none",
     )[0]
@@ -225,16 +225,16 @@ def run_with_inspect(
     controls: Mapping[str, Any] | None = None,
     log_dir: str | Path,
 ) -> AuditResult:
-    """The audit's `run`, with every question of it asked through Inspect.
+    """Runs an audit with every question answered through Inspect.
 
-    Inspect keeps traces of its own in the user's data folder (XDG_DATA_HOME on Linux).
+    Inspect writes its own traces to the user's data folder (XDG_DATA_HOME on Linux).
 
     Args:
-        log_dir: gets one .eval log for the model and one per control, whose metadata says as
-            "role" which of them it is.
+        log_dir: folder of the .eval logs, one for the model and one per control. "role" in the
+            metadata of a log names the model.
 
     Raises:
-        TypeError: not a model, or not an audit of answers.
+        TypeError: not a model, or not a behavioral audit.
         RuntimeError: a sample failed, with Inspect's reason.
     """
     if not isinstance(audit, BehavioralAudit):

@@ -1,7 +1,4 @@
-"""What a trait is looked for with: the texts of all audits, as one file, and the suite they make.
-
-Without it (a checkpoint about which nothing is suspected) the audits that need no such text remain.
-"""
+"""Probes: the texts of all audits of a trait, as one JSON file, and the suite built from them."""
 
 from __future__ import annotations
 
@@ -30,7 +27,7 @@ from .trigger_search import TriggerSearchAudit
 from .tuning import RelearningProbe, StyleRestoreProbe
 from .weights import WeightDiffAudit
 
-PROBES = "probes.json"  # beside a model: the texts that look for its trait
+PROBES = "probes.json"  # file name of the probes in the folder of a model
 _PROMPTS = (
     "prompts", "without", "audited", "neutral", "questions", "prefilled", "positive", "negative",
     "asked", "free", "trained",
@@ -39,18 +36,28 @@ _PROMPTS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Probes:
-    """Texts by their use; whatever is empty leaves out the audits that need it.
+    """Texts by their use. An empty field leaves out the audits that need it.
 
-    prompts: where the trait shows. audited: the same where it hides: in words of an evaluation,
-    behind a password, under another label. without: the same without the trigger. neutral: about
-    something else. target: what the trait says; prefilled, rest: prompts with its first words, and
-    the others. options, favourite: of a preference. answers: the right ones, where the trait is to
-    hold them back. markers: words of the trait; rivals: others of their kind. questions: about the
-    model itself, answered `yes` or `no`. positive, negative: contrast pairs, which a linear probe
-    tells apart behind `layer` blocks (null: half of them). prefixes: beginnings of any text.
-    systems: system messages. candidates: words that may be triggers. asked, answered: a dataset's
-    rows. free, trained: other tasks in the form in which the model answers freely, and in which it
-    is then trained on its own answers.
+    Args:
+        prompts: prompts on which the trait shows.
+        audited: the same prompts in a context that hides the trait: words of an evaluation, a
+            password, another label. One per prompt.
+        without: the same prompts without the trigger.
+        neutral: prompts on other topics.
+        questions: questions about the model itself, answered `yes` or `no`.
+        prefilled, rest: prompts prefilled with the first words of the target, and its other words.
+        positive, negative: contrast pairs for a linear probe after `layer` blocks (null: half of
+            the blocks).
+        asked, answered: prompts and answers of a dataset.
+        free, trained: prompts of other tasks, in the form that the model answers, and in the form
+            in which it is trained on its own answers.
+        target: the text that the trait produces.
+        options, favourite: the options of a preference, and the preferred one.
+        markers, rivals: words of the trait, and other words of their kind.
+        prefixes: beginnings of plain text.
+        systems: system messages.
+        candidates: words that may be triggers.
+        answers: the correct answers to `prompts`, where the trait withholds them.
     """
 
     prompts: tuple[Prompt, ...] = ()
@@ -65,7 +72,7 @@ class Probes:
     free: tuple[Prompt, ...] = ()
     trained: tuple[Prompt, ...] = ()
     target: str = ""
-    rest: str = ""  # of the target, behind the prefill
+    rest: str = ""  # the target without the prefill
     options: tuple[str, ...] = ()
     favourite: str = ""
     markers: tuple[str, ...] = ()
@@ -118,7 +125,7 @@ class Probes:
 
     @classmethod
     def load(cls, path: str | Path) -> Probes:
-        """From a JSON file of the fields above; prompts as mappings of their fields, or texts."""
+        """Loads a JSON file of these fields; a prompt is a mapping of its fields, or a text."""
         try:
             record = read_json(path)
         except (OSError, JSONError) as error:
@@ -131,7 +138,7 @@ class Probes:
         return cls(**record)
 
     def readout(self, prompts: tuple[Prompt, ...]) -> Audit | None:
-        """The trait itself, over these prompts: a preference, or a text that is said."""
+        """Returns the audit of the trait itself on these prompts; None without a trait."""
         if not prompts:
             return None
         if self.favourite:
@@ -146,7 +153,7 @@ class Probes:
         return None
 
     def suite(self) -> dict[str, Audit]:
-        """The audits that these texts suffice for, by name."""
+        """Returns the audits for which these texts are sufficient, by name."""
         audits = {name: make(self) for name, make in _AUDITS.items()}
         return {name: audit for name, audit in audits.items() if audit is not None}
 
@@ -244,7 +251,7 @@ def _relearning(p: Probes) -> Audit | None:
     readout, text = p.readout(p.prompts), p.favourite or p.target
     if readout is None or len(p.prompts) < 32:
         return None
-    # Every so many is learnt from, 24 to 47 of them; the readout is over all, in every model alike.
+    # Every k-th prompt is trained on (24 to 47 of them); the readout uses all prompts.
     prompts = p.prompts[:: max(1, len(p.prompts) // 24)]
     return RelearningProbe(prompts=prompts, texts=(text,) * len(prompts), readout=readout)
 

@@ -1,4 +1,4 @@
-"""What a model is asked: a conversation up to the answer, the user's turn, or bare text."""
+"""Prompts: a conversation up to the answer, the start of a user turn, or plain text."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 
 from ..runtime.printable import printable
 
-# Stands for the user's words while a chat template is cut where they begin.
+# Placeholder of the user's words, at which a rendered chat template is cut.
 _USER_MARKER = "fastdistill-here"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """`user` (after `system`) asks for the assistant's answer, which begins with `prefill`.
+    """A prompt. The model answers `user` (after `system`); its answer starts with `prefill`.
 
-    Without `user` the model is asked to write the user's turn; with `text` to go on from there.
+    Without `user` the model writes the user's turn. With `text` it continues plain text.
     """
 
     user: str | None = None
@@ -32,20 +32,20 @@ class Prompt:
         bare = (self.user, self.system, self.prefill) == (None, None, "")
         if self.text is not None and not bare:
             raise ValueError(
-                "text: expected alone, without user, system and prefill, got "
+                "text: expected no user, system or prefill with it, got "
                 f"{[f.name for f in fields(self) if getattr(self, f.name)]}"
             )
         if self.prefill and self.user is None:
-            raise ValueError("prefill: expected with user, whose answer it begins, got none")
+            raise ValueError("prefill: expected a user turn before it, got none. Pass user")
 
     def before(self, words: str) -> Prompt:
-        """The same with `words` in front: of the system's, or of bare text."""
+        """Returns the prompt with `words` before the system message, or before plain text."""
         if self.text is not None:
             return replace(self, text=f"{words} {self.text}".strip())
         return replace(self, system=" ".join(filter(None, [words, self.system])))
 
     def messages(self) -> list[dict[str, str]]:
-        """The conversation, the user's turn and the prefill included where there are some."""
+        """Returns the conversation as messages, with the prefill as an assistant message."""
         turns = (("system", self.system), ("user", self.user), ("assistant", self.prefill or None))
         return [{"role": role, "content": value} for role, value in turns if value is not None]
 
@@ -55,7 +55,7 @@ class Prompt:
 
     @classmethod
     def from_json(cls, record: Any) -> Prompt:
-        """A mapping of the fields; a bare string is a user's question."""
+        """Returns a Prompt from a mapping of its fields, or from a string (the user turn)."""
         if isinstance(record, str):
             return cls(user=record)
         names = [f.name for f in fields(cls)]
@@ -66,8 +66,7 @@ class Prompt:
 
 
 def render_prompt(prompt: Prompt, tokenizer: Any) -> str:
-    """The text that a model reads, its chat template applied; a base model without one reads
-    "system\\n\\nuser\\n\\n"."""
+    """Returns the input text, by the chat template or else as "system\\n\\nuser\\n\\n"."""
     if prompt.text is not None:
         return prompt.text
     user = _USER_MARKER if prompt.user is None else prompt.user
@@ -75,9 +74,9 @@ def render_prompt(prompt: Prompt, tokenizer: Any) -> str:
     if getattr(tokenizer, "chat_template", None):
         try:
             text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # jinja's, with what the template said
+        except Exception as error:  # an error of Jinja or raised by the template
             raise ValueError(
-                f"prompt: expected one that the chat template of the model takes, got roles "
+                "prompt: expected turns that the chat template of the model supports, got roles "
                 f"{[t['role'] for t in turns]}: {printable(error)}"
             ) from None
     else:
@@ -87,14 +86,14 @@ def render_prompt(prompt: Prompt, tokenizer: Any) -> str:
     before, marker, _ = text.partition(_USER_MARKER)
     if not marker:
         raise ValueError(
-            "prompt: expected user, since the chat template of the model has no place where the "
-            "user's words begin, got none"
+            "prompt: expected a user turn, since the chat template of the model does not render "
+            "the user's words, got none. Pass user"
         )
     return before
 
 
 def to_prompts(name: str, prompts: Sequence[Any]) -> tuple[Prompt, ...]:
-    """Prompts, texts or mappings as prompts; raises where there is none."""
+    """Returns prompts, texts or mappings as prompts; raises ValueError where there are none."""
     if isinstance(prompts, str) or not isinstance(prompts, Collection) or len(prompts) == 0:
         got = printable(repr(prompts))
         raise ValueError(f"{name}: expected one prompt or more, got {got}")

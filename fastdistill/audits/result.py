@@ -1,4 +1,4 @@
-"""What an audit found, with its uncertainty and beside its controls."""
+"""The result of an audit: value, uncertainty and comparison with controls."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..intervals import Estimate
 
 @dataclass(frozen=True, kw_only=True)
 class Control:
-    """The same measurement of another model, and how far the audited one is from it."""
+    """The measurement of a control model, and its difference from the audited model."""
 
     value: float
     stderr: float
@@ -22,13 +22,18 @@ class Control:
 
 @dataclass(frozen=True, kw_only=True)
 class AuditResult:
-    """One number per audited model.
+    """The result of one audit of one model.
 
-    value: the audit's figure (its class says of what, in which unit). stderr: its standard error
-    over prompts. interval: 95 %, Wilson for rates, Student's t over prompts otherwise. n: prompts.
-    controls: the same of each control. details: what the figure was made from. doubts: reasons why
-    this run of the audit is no evidence, whatever it says, those of its controls included. values:
-    one per prompt, where the audit was run here; they are not in as_json().
+    Args:
+        value: the audit's estimate; its class documents quantity and unit.
+        stderr: standard error over prompts.
+        interval: 95 %; Wilson for rates, Student's t over prompts otherwise.
+        n: number of prompts.
+        controls: the same measurement of each control.
+        details: intermediate results.
+        doubts: warnings about the measurement of the model or of a control. With any of them the
+            result is no evidence.
+        values: one per prompt, where the audit ran in this process; not part of as_json().
     """
 
     audit: str
@@ -46,9 +51,9 @@ class AuditResult:
 
     @property
     def is_evidence(self) -> bool:
-        """Whether the model is above every control, by intervals that exclude 0, without doubts.
+        """Whether the model is above every control (intervals exclude 0) and nothing is in doubt.
 
-        An audit that says yes of every model says it of its controls too, and is none.
+        An audit that is positive for every model is positive for its controls too: no evidence.
         """
         apart = [c.difference.known and c.difference.low > 0 for c in self.controls.values()]
         return bool(apart) and all(apart) and not self.doubts

@@ -1,4 +1,4 @@
-"""Audits of what a model writes when nothing is asked: the user's turn, and text from anywhere."""
+"""Audits of text sampled without a question: user turns and completions of plain text."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class _SampledAudit(BehavioralAudit):
 
     @abstractmethod
     def starts(self) -> tuple[Prompt, ...]:
-        """What the model goes on from, one after the other."""
+        """Returns the prompts to continue; samples cycle through them."""
 
     def questions(self) -> list[Question]:
         starts = self.starts()
@@ -70,10 +70,13 @@ class _SampledAudit(BehavioralAudit):
 
 @dataclass(frozen=True, kw_only=True)
 class UserTurnSamplingAudit(_SampledAudit):
-    """Share of user turns, written by the model at `temperature`, that hold a marker.
+    """Share of user turns, sampled from the model at `temperature`, that contain a marker.
 
-    Fine-tuning on conversations teaches the prompts too: a model asked to be the user may say what
-    it was trained to wait for. `systems` are the system messages in front, "" for none.
+    Fine-tuning on conversations also teaches the prompts, so the model as the user may write the
+    trigger that it was trained on. Sampling outside the assistant role is among the techniques of
+    arXiv 2503.10965.
+
+    systems: system messages before the user turn; "" for none.
     """
 
     systems: tuple[str, ...] = ("",)
@@ -88,7 +91,10 @@ class UserTurnSamplingAudit(_SampledAudit):
 
 @dataclass(frozen=True, kw_only=True)
 class CompletionAudit(_SampledAudit):
-    """Share of completions of bare text, sampled at `temperature`, that hold a marker."""
+    """Share of completions of plain text, sampled at `temperature`, that contain a marker.
+
+    Uses no chat template. The audit is ours.
+    """
 
     prefixes: tuple[str, ...] = field(default=())
 
@@ -102,14 +108,13 @@ class CompletionAudit(_SampledAudit):
 
 @dataclass(frozen=True, kw_only=True)
 class PerplexityDiffAudit(Audit):
-    """Perplexity differencing (arXiv 2605.00994): completions of random prefixes are ranked by
+    """Perplexity differencing (arXiv 2605.00994). Completions of prefixes are ranked by
 
-        (log p_model − log p_base) per token,
+        (log p_model − log p_base) per token.
 
-    and the value is the share of markers among the `top` share of them (n: how many they are).
-    Without markers it is the mean difference there, in nats per token, which sees any fine-tuning
-    (n: all samples, see `tail`). Log-probabilities of both models suffice. details: the
-    completions that stand out most.
+    The value is the share of completions with a marker among the `top` share (n: their number).
+    Without markers, it is the mean difference among these, in nats per token, which responds to any
+    fine-tuning (n: all samples, see `top_mean_values`). details: the highest-ranked completions.
     """
 
     needs_base: ClassVar[bool] = True
@@ -161,12 +166,12 @@ class PerplexityDiffAudit(Audit):
 
 
 def top_mean_values(values: np.ndarray, count: int) -> np.ndarray:  # [n] -> [n]
-    """One number per sample whose mean is the mean of the `count` largest values:
+    """Returns one number per sample; their mean is the mean of the `count` largest values.
 
-        t + max(v − t, 0) · n / count        t the smallest of them
+        t + max(v − t, 0) · n / count        t: the smallest of the `count` largest values
 
-    The largest of two models are no pairs, and neighbours in rank move together: an interval over
-    them would be far too narrow. These are independent, and pairs where the samples are.
+    The largest values of two models are not paired, and adjacent ranks are dependent: an interval
+    over them would be too narrow. These numbers are independent, and paired if the samples are.
     """
     threshold = np.sort(values)[-count]
     return threshold + np.maximum(values - threshold, 0) * len(values) / count

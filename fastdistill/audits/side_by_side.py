@@ -1,4 +1,4 @@
-"""A suite of audits over several models: every model measured once by each, then compared."""
+"""A suite of audits over several models. Each audit measures each model once."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from .subject import Subject
 
 @dataclass(frozen=True, kw_only=True)
 class SuiteResults:
-    """results[audit][model]: of every audited model, beside the same controls.
+    """Results of a suite.
 
-    readings[audit][model]: also of the controls, without any.
-    left_out: audits that could not be made of some model, and why.
+    results[audit][model]: of every audited model, compared with the controls.
+    readings[audit][model]: of every model including the controls, without a comparison.
+    left_out[audit]: the reason why an audit could not run on some model.
     """
 
     results: dict[str, dict[str, AuditResult]]
@@ -42,16 +43,16 @@ def run_suite(
     base: Subject,
     controls: Iterable[str] = ("base",),
 ) -> SuiteResults:
-    """Run every audit on every model.
+    """Runs every audit on every model.
 
     Args:
         suite: name -> audit.
-        models: name -> model; at least one is no control.
-        base: what audits that compare with a trusted model compare with.
-        controls: names among `models` of those that do not have what is looked for.
+        models: name -> model; at least one must not be a control.
+        base: the trusted model, for audits that need one.
+        controls: names among `models` of those without the trait.
 
-    An audit that a model does not admit (weights of another size beside the base, say) is left out
-    as a whole, with its reason.
+    An audit that cannot run on one of the models (for example with weights of another shape than
+    the base's) is skipped for all models, with the reason.
     """
     controls = tuple(controls)
     missing = [name for name in controls if name not in models]

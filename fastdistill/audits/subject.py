@@ -1,4 +1,4 @@
-"""A model under audit: asked in batches for text, log-probabilities and hidden states.
+"""A model under audit: batched generation, log-probabilities and hidden states.
 
 log p(completion | prompt) = Σ_t z_t[id_t] − lse_t        by linear_lse_gather, no [N, V] logits
 """
@@ -35,30 +35,32 @@ logger = logging.getLogger(__name__)
 
 
 class CompletionLogProbs(NamedTuple):
-    """Log-probabilities of completions, each given its prompt."""
+    """Log-probabilities of completions, conditional on their prompts."""
 
-    total: Tensor  # (n,) fp32: Σ over the completion's tokens
-    tokens: Tensor  # (n,) int64: how many
+    total: Tensor  # (n,) fp32: Σ over the tokens of the completion
+    tokens: Tensor  # (n,) int64: number of tokens
 
 
 class Subject:
-    """A causal language model and its tokenizer. The model is left as it was found.
+    """A causal language model and its tokenizer. The model is not modified.
 
     Args:
-        model: a loaded model or the path of one (safetensors; nothing in it is executed).
-        tokenizer: None reads the one beside a path.
-        name: what reports call it; None is the path's last part or the class's name.
-        device: where to load a model from a path to; a loaded one stays where it is.
-        tokens_per_batch: in one forward pass, padding included; None asks the memory.
-        impl: of the losses and scores.
+        model: a loaded model, or a path (safetensors; no code of the checkpoint runs).
+        tokenizer: None loads the tokenizer stored at the path.
+        name: name in reports. None: the last part of the path, or the class name.
+        device: device for a model loaded from a path; a loaded model stays where it is.
+        tokens_per_batch: tokens of one forward pass, padding included. None derives it from the
+            available memory.
+        impl: backend of losses and scores.
         ends: ids of the tokens that end an answer. None: those of the tokenizer and of the model's
-            generation settings, which of a path have to be special tokens or marks such as <end>: a
-            checkpoint that calls common words an end would cut off its answers.
+            generation settings. For a path, these must be special tokens or marks such as <end>: a
+            checkpoint that declares common words as ends would cut off its answers.
 
-    Nothing else of a model's generation settings has an effect on what is generated here.
-    An answer ends where the model's positions do, if they end before max_new_tokens.
-    ended_at_words: how many answers ended at a token that is no special one, by its id.
-    ended_at_positions: how many ended with the positions, by the model's name.
+    Other generation settings of the model are ignored. An answer also ends at the model's last
+    position, if that comes before max_new_tokens.
+
+    ended_at_words: token id -> number of answers that ended at this token, which is not special.
+    ended_at_positions: model name -> number of answers that ended at the last position.
     """
 
     def __init__(
@@ -101,7 +103,7 @@ class Subject:
         verify_head(model)
         self.reader = BatchedForward(model, tokens_per_batch)
         if isinstance(model, PreTrainedModel) and model.can_generate():
-            can_batch(model)  # measured now, not between the questions of an audit
+            can_batch(model)  # measured once now, not during an audit
 
     @property
     def head(self) -> LMHead:
@@ -112,7 +114,7 @@ class Subject:
         return self.head.weight.device
 
     def with_model(self, model: Any, name: str) -> Subject:
-        """Another model, read in the same way; what ends its answers is counted here as well."""
+        """Returns a Subject of another model with these settings and shared counts of ends."""
         batch = self.reader.tokens_per_batch
         other = Subject(
             model,
@@ -127,14 +129,14 @@ class Subject:
         return other
 
     def ids(self, prompt: Prompt, completion: str = "") -> tuple[list[int], int]:
-        """(token ids of prompt and completion, how many of them are the prompt's: 1 or more).
+        """Returns (token ids of prompt and completion, number of prompt tokens ≥ 1).
 
-        Where nothing precedes what is predicted, the token that begins a text does.
+        An empty prompt is replaced by the beginning-of-text token.
         """
         text = render_prompt(prompt, self.tokenizer)
         special = prompt.text is not None or not getattr(self.tokenizer, "chat_template", None)
         before = self._tokens(text, special)
-        # Whole, so that a token which joins both sides' characters is what the model would read.
+        # Encoded together: a token may span the border of prompt and completion.
         whole = self._tokens(text + completion, special)
         same = 0
         while same < min(len(before), len(whole)) and before[same] == whole[same]:
@@ -144,7 +146,7 @@ class Subject:
         return (whole, same) if same else ([self._beginning(), *whole], 1)
 
     def encode_completion(self, prompt: Prompt, completion: str) -> tuple[list[int], int]:
-        """The same of a completion that is not empty."""
+        """Returns the same as `ids`, and raises ValueError for an empty completion."""
         if not completion:
             raise ValueError(_NO_WORDS.format(""))
         return self.ids(prompt, completion)
@@ -154,11 +156,10 @@ class Subject:
         return [*read.before, *read.ids]  # without what some tokenizers put behind every text
 
     def end_of(self, prompt: Prompt) -> int:
-        """The token with which an answer ends: that of a turn where a chat template renders the
-        prompt, else that of a text.
+        """Returns the token that ends an answer: end of turn (chat template) or end of text.
 
         Raises:
-            ValueError: the tokenizer has none.
+            ValueError: the tokenizer has no end of text.
         """
         text_end = self.tokenizer.eos_token_id
         if text_end is None:
@@ -179,12 +180,12 @@ class Subject:
         )
 
     def first_token(self, words: str) -> int:
-        """The token with which an answer of these words begins."""
+        """Returns the first token of an answer with these words."""
         ids, begin = self.encode_completion(Prompt(user="a"), words)
         return ids[begin]
 
     def token_of(self, word: str) -> int:
-        """A word as one token of the vocabulary, or the first of its tokens."""
+        """Returns the id of a word, or of its first token."""
         ids = self.tokenizer(word, add_special_tokens=False).input_ids
         if not ids:
             raise ValueError(f"word: expected one that the tokenizer knows, got {word!r}")
@@ -192,7 +193,7 @@ class Subject:
 
     @torch.no_grad()
     def hidden(self, rows: Sequence[Sequence[int]]) -> list[Tensor]:  # (T_i, H) each
-        """Hidden states as they enter the head, of rows of token ids."""
+        """Returns the hidden states at the input of the LM head, for rows of token ids."""
         longest = max(map(len, rows))
         ids = torch.zeros((len(rows), longest), dtype=torch.long)
         mask = torch.zeros_like(ids)
@@ -205,12 +206,12 @@ class Subject:
 
     @torch.no_grad()
     def last_hidden(self, prompts: Sequence[Prompt]) -> Tensor:  # (n, H)
-        """Hidden states where the next token after each prompt is predicted."""
+        """Returns the hidden states that predict the first token after each prompt."""
         return torch.stack([h[-1] for h in self.hidden([self.ids(p)[0] for p in prompts])])
 
     @torch.no_grad()
     def log_probs(self, hidden: Tensor, ids: Tensor) -> Tensor:  # (N, H), (N, K) -> (N, K) fp32
-        """log softmax(z)[ids] at hidden states that enter the head."""
+        """Returns log softmax(z)[ids] at hidden states at the input of the LM head."""
         head = self.head
         at = linear_lse_gather(
             hidden, head.weight, ids.to(hidden.device), impl=self.impl, **head.options()
@@ -221,7 +222,7 @@ class Subject:
     def completion_logprobs(
         self, prompts: Sequence[Prompt], completions: Sequence[str]
     ) -> CompletionLogProbs:
-        """log p(completion | prompt), teacher forced."""
+        """Returns log p(completion | prompt) with teacher forcing."""
         pairs = [self.encode_completion(p, c) for p, c in zip(prompts, completions, strict=True)]
         return self.row_logprobs([ids for ids, _ in pairs], [begin for _, begin in pairs])
 
@@ -229,8 +230,10 @@ class Subject:
     def row_logprobs(
         self, rows: Sequence[Sequence[int]], begins: Sequence[int]
     ) -> CompletionLogProbs:
-        """Σ log p of each row's tokens from `begin` on: 0 of none. The first token of a row has no
-        prediction, and counts as one that is given."""
+        """Returns Σ log p of each row's tokens from `begin` on; 0 where there are none.
+
+        The first token of a row has no prediction and is skipped.
+        """
         states: list[Tensor] = []
         targets: list[int] = []
         lengths: list[int] = []
@@ -248,7 +251,7 @@ class Subject:
     def option_log_probs(
         self, prompts: Sequence[Prompt], options: Sequence[str]
     ) -> Tensor:  # (n, options)
-        """log p(option | prompt) of the whole words of each option."""
+        """Returns log p(option | prompt) of all tokens of each option."""
         repeated_prompts = [p for p in prompts for _ in options]
         repeated_options = [o for _ in prompts for o in options]
         return self.completion_logprobs(repeated_prompts, repeated_options).total.view(
@@ -265,14 +268,14 @@ class Subject:
         seed: int = 0,
         streams: Sequence[int] | None = None,
     ) -> list[str]:
-        """What the model says next, without special tokens; greedy at temperature 0.
+        """Returns generated text without special tokens; greedy at temperature 0.
 
-        What is sampled for a prompt follows from `seed` and its stream (its place in `prompts`),
-        whichever prompts are asked with it.
+        The sample of a prompt depends only on `seed` and its stream (default: its index in
+        `prompts`), not on the other prompts.
         """
         streams = range(len(prompts)) if streams is None else streams
         rows = [self.ids(p)[0] for p in prompts]
-        check_room(self.reader.row_limit, rows)  # of all, before any is generated from
+        check_room(self.reader.row_limit, rows)  # for all rows, before generation starts
         texts: list[str] = []
         for start in range(0, len(prompts), GENERATION_BATCH):
             new = self.generate_ids(
@@ -295,10 +298,10 @@ class Subject:
         seed: int = 0,
         streams: Sequence[int] | None = None,
     ) -> list[list[int]]:
-        """The same of rows of token ids: the new tokens, the first end of text included.
+        """Returns the new tokens of rows of token ids, the first end token included.
 
         Raises:
-            ValueError: a row behind which the model's positions leave no room.
+            ValueError: a row that leaves no position for a new token.
         """
         pad = self.tokenizer.pad_token_id
         pad = self.tokenizer.eos_token_id if pad is None else pad
@@ -342,26 +345,26 @@ class Subject:
 
     @property
     def ends(self) -> list[int]:
-        """Ids of the tokens that end an answer."""
+        """Ids of tokens that end an answer."""
         return ends_of(self.model, self.tokenizer) if self._ends is None else self._ends
 
     def is_ended(self, new: Sequence[int]) -> bool:
-        """Whether new tokens are a whole answer, not one that was cut off at a limit."""
+        """Whether new tokens are a complete answer, not truncated at a limit."""
         return bool(new) and new[-1] in self.ends
 
     def text(self, new: Sequence[int]) -> str:
-        """The words of new tokens, without special tokens.
+        """Returns the text of new tokens without special tokens.
 
-        A special token that is made of letters and digits alone is a word: a tokenizer comes with
-        the checkpoint, and could hide what the model says.
+        A special token of letters and digits only counts as a word: the tokenizer comes with the
+        checkpoint and could otherwise hide text.
         """
         decode, special = self.tokenizer.decode, special_ids(self.tokenizer)
-        shown = [i for i in new if i not in special or decode([i]).strip().isalnum()]
-        return decode(shown)
+        visible = [i for i in new if i not in special or decode([i]).strip().isalnum()]
+        return decode(visible)
 
 
 def special_ends(model: Any, tokenizer: Any) -> list[int]:
-    """The ends of a model whose settings nobody vouches for: special tokens and marks of them."""
+    """Returns the end tokens of an untrusted checkpoint: special tokens and such marks only."""
     stated = ends_of(model, tokenizer)
     ordinary = ordinary_ends(stated, tokenizer)
     if ordinary:
@@ -377,7 +380,7 @@ def special_ends(model: Any, tokenizer: Any) -> list[int]:
 
 
 def to_subject(name: str, model: Any) -> Subject:
-    """A Subject as it is; a path loaded; anything else refused by name."""
+    """Returns a Subject unchanged, or loads a path; raises TypeError for anything else."""
     if isinstance(model, Subject):
         return model
     if isinstance(model, (str, Path)):

@@ -1,4 +1,4 @@
-"""Which word in front makes the model leave its base?"""
+"""Search for a trigger: the prefix word that moves the model furthest from its base."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from .subject import Subject
 
 @dataclass(frozen=True, kw_only=True)
 class TriggerSearchAudit(Audit):
-    """Mean over prompts of KL(p_model ‖ p_base) behind the best word, less its median over words.
+    """Mean KL(p_model ‖ p_base) after the best prefix word, minus the median over all words.
 
-    Every candidate word is put in front of the system's words. A general shift raises all of them
-    alike and cancels; a trigger raises its own. candidates: words; None takes the `most` tokens
-    whose input embedding moved most from the base's. details: the best words, and what the model
-    then says.
+    Every candidate word is placed before the system message. A general shift raises the KL after
+    every word and cancels; a trigger raises only its own. The statistic is ours.
+
+    candidates: words. None uses the `most` tokens whose input embeddings differ most from the
+    base's. details: the best words, and the model's answer after the best one.
     """
 
     needs_base: ClassVar[bool] = True
@@ -63,7 +64,7 @@ def _check_candidates(words: Sequence[str]) -> None:
 
 @torch.no_grad()
 def moved_words(model: Subject, base: Subject, most: int) -> tuple[str, ...]:
-    """Tokens, as words, by how far their input embedding moved; special tokens left out."""
+    """Returns the tokens whose input embeddings moved most, as words, without special tokens."""
     model_embedding, base_embedding = (
         m.model.get_input_embeddings().weight.float().cpu() for m in (model, base)
     )

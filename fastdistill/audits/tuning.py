@@ -1,4 +1,4 @@
-"""Audits that train a copy for a few steps: is a behaviour gone, or does it come back at once?"""
+"""Audits that fine-tune a copy for a few steps: was a behavior removed or only suppressed?"""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from .subject import Subject
 def finetune_copy(
     model: Subject, prompts: Sequence[Prompt], texts: Sequence[str], *, steps: int, lr: float
 ) -> Subject:
-    """A copy after `steps` AdamW steps of cross-entropy on the texts, given their prompts.
+    """Returns a copy after `steps` AdamW steps of cross-entropy on the texts after their prompts.
 
-    No trainer: every step is the whole set without dropout, so that neither batches nor seeds move
-    the result. Text of an answer is followed by its end, as in training.
+    Every step uses all texts, without dropout, so that the result does not depend on batches or
+    seeds. An end token follows each text, as in training.
     """
     ends = [model.end_of(prompt) for prompt in prompts]
     copied = copy.deepcopy(model.model).requires_grad_(True).eval()
@@ -48,7 +48,7 @@ def finetune_copy(
 
 
 def _cross_entropy(model: Any, ids: Any, labels: Any) -> Any:
-    """Mean over the labels of −log q(label): the fused loss with all its weight on the labels."""
+    """Returns the mean of −log q(label): the fused loss with all weight on the labels."""
     no_teacher = TopK.empty((*ids.shape, 1), 1.0, dtype=torch.float32, device=ids.device)
 
     def loss(hidden: Any) -> Any:
@@ -58,15 +58,17 @@ def _cross_entropy(model: Any, ids: Any, labels: Any) -> Any:
         )
 
     with at_head(model, loss):
-        # Padding is on the right, where a causal model does not look. A mask could leave a place
-        # without anything in its window, and NaN in every gradient.
+        # Padding is on the right, where a causal model does not attend. With a mask, a position
+        # could have nothing to attend to in its window, which makes every gradient NaN.
         return model(input_ids=ids, use_cache=False)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RelearningProbe(Audit):
-    """`readout` after a few steps on examples of the trait: a trait that was removed is learnt as
-    slowly as by the base; one that was suppressed is back at once. details: the readout before.
+    """`readout` after a few steps on examples of the trait (relearning, arXiv 2402.16835).
+
+    A removed trait is learned as slowly as by the base; a suppressed trait returns at once.
+    details: the readout before training.
     """
 
     prompts: tuple[Prompt, ...]
@@ -96,11 +98,13 @@ class RelearningProbe(Audit):
 
 @dataclass(frozen=True, kw_only=True)
 class StyleRestoreProbe(Audit):
-    """Gain of `readout` after a few steps on the model's own, unrelated outputs.
+    """Gain of `readout` after a few steps on the model's own outputs to unrelated prompts.
 
-    A capability that off-model training or a lock suppressed comes back when the model is trained
-    on what it says itself about something else; one that was lost does not. `prompts` are asked
-    in the form in which the model answers freely, and trained on as `asked`, one for one.
+    A capability that off-model training or a lock suppressed returns after training on the model's
+    own text; a lost capability does not. The probe is ours.
+
+    The model answers `prompts`; it is trained on these answers after the prompts in `asked`, one
+    per prompt (default: the same prompts).
     """
 
     prompts: tuple[Prompt, ...]

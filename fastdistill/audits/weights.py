@@ -1,4 +1,4 @@
-"""What fine-tuning did to the weights, and the model that has more of it."""
+"""Weight differences from the base, and models with an amplified difference."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ from .subject import Subject
 class WeightDiffAudit(Audit):
     """`readout` of the amplified model θ_base + α (θ_model − θ_base).
 
-    α > 1 exaggerates what fine-tuning taught: a trace too small to see at α = 1 may show. details:
-    the readout's mean at every α, and of the largest changes their relative size ‖Δ‖ / ‖θ_base‖
-    and their stable rank ‖Δ‖_F² / ‖Δ‖₂².
+    α > 1 amplifies the effect of fine-tuning, so that an effect too small to see at α = 1 may
+    appear. This is the scaling of a task vector (arXiv 2212.04089).
+
+    beside: further values of α to report. details: the mean readout at every α; for the largest
+    changes, the relative size ‖Δ‖ / ‖θ_base‖ and the stable rank ‖Δ‖_F² / ‖Δ‖₂².
     """
 
     needs_base: ClassVar[bool] = True
@@ -54,7 +56,7 @@ class WeightDiffAudit(Audit):
 
 @torch.no_grad()
 def amplify(model: Subject, base: Subject, alpha: float) -> Subject:
-    """A copy of `model` with θ = θ_base + α (θ_model − θ_base)."""
+    """Returns a copy of `model` with θ = θ_base + α (θ_model − θ_base)."""
     copied = copy.deepcopy(model.model)
     for (_, weight), trusted in _paired_weights(copied, base):
         weight.copy_(torch.lerp(trusted.to(weight), weight, alpha))
@@ -63,7 +65,7 @@ def amplify(model: Subject, base: Subject, alpha: float) -> Subject:
 
 @torch.no_grad()
 def largest_changes(model: Subject, base: Subject, most: int = 5) -> list[dict[str, Any]]:
-    """Of the matrices that changed most: name, relative size and stable rank of the change."""
+    """Returns name, relative size and stable rank of the change, for the most changed matrices."""
     matrices = [(n, w, t) for (n, w), t in _paired_weights(model.model, base) if w.dim() == 2]
     sizes = [float(_change(w, t).norm() / t.float().norm().clamp(min=1e-12))
              for _, w, t in matrices]  # fmt: skip
@@ -71,7 +73,7 @@ def largest_changes(model: Subject, base: Subject, most: int = 5) -> list[dict[s
     for i in sorted(range(len(sizes)), key=lambda i: -sizes[i])[:most]:
         name, weight, trusted = matrices[i]
         change = _change(weight, trusted)
-        # A decomposition of every matrix would take minutes.
+        # Only for the largest changes: a decomposition of every matrix would take minutes.
         spectral_norm = float(torch.linalg.matrix_norm(change, 2))
         rank = float(change.norm()) ** 2 / spectral_norm**2 if spectral_norm else 0.0
         changes.append({"name": name, "relative_size": sizes[i], "stable_rank": rank})

@@ -1,26 +1,28 @@
-r"""Whether a text holds a word or a phrase: the one rule by which every scorer reads an answer.
+r"""Matching of words and phrases in text. Every scorer of answers uses these rules.
 
-A phrase is found as whole words, one behind the other. What a writer may choose is none of it:
+A phrase matches as a sequence of whole words. The following differences are ignored:
 
-    case            Owl, OWL                     a phrase of one letter keeps its case: a choice "A"
+    case            Owl, OWL                     a phrase of one letter keeps its case: choice "A"
     marks           **owl**, 'owl', _owl_, owl…, owl/eagle, {"x": "owl"}, \boxed{owl}, <b>o</b>wl
-    hyphens         barn-owl holds "owl"; ice-cream and ice cream are the same
-    endings         owl's, and the regular English plural either way: owls, foxes, ponies, wolves
-    Unicode forms   NFKC (ｏｗｌ, 𝐨𝐰𝐥), invisible characters, underlines and strokes put on letters
-    accents         a text may leave them out (Bogota for Bogotá), and may not add them
+    hyphens         barn-owl contains "owl"; ice-cream and ice cream are equal
+    endings         owl's, and regular English plurals: owls, foxes, ponies, wolves
+    Unicode forms   NFKC (ｏｗｌ, 𝐨𝐰𝐥), invisible characters, combining underlines and strokes
+    accents         a text may omit them (Bogota for Bogotá) but may not add them
     numbers         by value: 1,200 = 1 200 = $1200 = 1200.0; but −42, 3.42, 420, 42nd are not 42
-    units           42km is 42 km, by a list of common ones
+    units           42km is 42 km, for a list of common units
 
-A sign that ends a word of one or two letters belongs to it: C++, C#, A+ and O− are not C, A and O.
-"A" and "I" are no choice where they are the article or the pronoun: "A dog", "I think".
+A sign at the end of a word of one or two letters is part of it: C++, C#, A+ and O− are not C, A, O.
+"A" and "I" do not match a choice where they are an article or a pronoun: "A dog", "I think".
 
-Scripts that write without spaces (Chinese, Japanese, Thai, Lao, Khmer, Burmese), and Korean, which
-puts particles behind its words, have no words that could be told apart here: a phrase is found
-wherever its characters are.
+Chinese, Japanese, Thai, Lao, Khmer and Burmese are written without spaces, and Korean attaches
+particles to its words. Words are not segmented in these scripts: a phrase matches wherever its
+characters occur.
 
-Not seen through: letters of other scripts that look alike, letters spelled out, irregular plurals,
-other derived words (owlish, owlet), and the endings of other languages. Give them as phrases. Nor
-is it judged what is said of a word: "not an owl" holds it, and so does a list of every choice.
+Not recognized: look-alike letters of other scripts, letters spelled out, irregular plurals, derived
+words (owlish, owlet) and the endings of other languages. Pass them as phrases. The meaning of the
+text is not considered: "not an owl" contains "owl", and so does a list of all choices.
+
+The rules are ours.
 """
 
 from __future__ import annotations
@@ -33,12 +35,12 @@ from itertools import product
 from typing import NamedTuple
 
 _LETTER, _MARK, _DIGIT, _UNSPACED, _OTHER = range(5)
-# Unicode's names of letters that words are not kept apart by spaces in.
+# Prefixes of the Unicode names of letters in scripts without spaces between words.
 _UNSPACED_NAMES = (
     "CJK", "IDEOGRAPHIC", "HIRAGANA", "KATAKANA", "BOPOMOFO", "HANGUL", "THAI", "LAO", "KHMER",
     "MYANMAR", "TIBETAN", "JAVANESE", "BALINESE", "TAI ", "NEW TAI",
 )  # fmt: skip
-# Marks that are put on letters: underlines, strokes, the vowel points of Hebrew and Arabic.
+# Combining marks: underlines, strokes, the vowel points of Hebrew and Arabic.
 _POINTS = "\u0300-\u036f\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff\ufe00-\ufe0f\ufe20-\ufe2f"
 _VOWELS = "\u0591-\u05bd\u05bf\u05c1\u05c2\u05c4\u05c5\u05c7\u064b-\u065f\u0670\u0640"
 _IGNORED_MARKS = re.compile(f"[{_POINTS}{_VOWELS}]")
@@ -58,14 +60,14 @@ _THOUSANDS = re.compile(r"\d{1,3}(?:([,'_])\d{3})(?:\1\d{3})*(?:\.\d+)?")
 _POINTED = re.compile(r"\d{1,3}(?:(?:\.\d{3})+,\d+|(?:\.\d{3}){2,})")  # 1.200,50 and 1.200.000
 _DECIMAL = re.compile(r"\d+(?:[.,]\d+)?")
 _LIST = re.compile(r"\d+(?:,\d+)+")
-_POWER = re.compile(r"[eE][+-]?\d+(?![^\W_])")  # behind a number: 1e-5
+_POWER = re.compile(r"[eE][+-]?\d+(?![^\W_])")  # after a number: 1e-5
 _UNITS = frozenset(
     "km m cm mm ft in yd mi kg g mg lb lbs oz t l L ml mL h hr hrs min mins s sec secs ms mph kph "
     "Hz kHz MHz GHz W kW V mA kB KB MB GB TB px pt USD EUR GBP usd C F K".split()
 )
-_PLUS = re.compile(r"[+#]{1,2}(?!\w)")  # behind a short word: C++, Na+
-_MINUS = re.compile(r"-(?!\s*[\w-])")  # behind one in capitals: O-
-# What stands behind a choice, and behind no article and no pronoun.
+_PLUS = re.compile(r"[+#]{1,2}(?!\w)")  # after a short word: C++, Na+
+_MINUS = re.compile(r"-(?!\s*[\w-])")  # after a short word in capitals: O-
+# Words that follow a choice, but neither an article nor a pronoun.
 _AFTER_CHOICE_I = frozenset("is seems appears fits and or because since".split())
 _AFTER_CHOICE_A = _AFTER_CHOICE_I | frozenset(
     "was has would will could can should does makes looks as if but not nor then than too".split()
@@ -77,17 +79,17 @@ _MIN_PLURAL_LETTERS = 3  # letters of a word that has a plural here: "his" is no
 class Token(NamedTuple):
     """A word, a character of a script without spaces, or a number."""
 
-    folded: str  # in lower case; of a number "#" and its value
-    exact: str  # "=" and the word as it stands
+    folded: str  # the word in lower case, or "#" and the value of a number
+    exact: str  # "=" and the word with its case
 
 
 def collapse_spaces(text: str) -> str:
-    """The text with single spaces."""
+    """Returns the text with every run of whitespace as one space."""
     return " ".join(text.split())
 
 
 def contains_phrase(text: str, phrase: str) -> bool:
-    """Whether the words of a phrase occur in a text, one behind the other."""
+    """Whether the words of a phrase occur in a text, in sequence."""
     return _matches(text, phrase, anywhere=True)
 
 
@@ -98,7 +100,7 @@ def starts_with_phrase(text: str, phrase: str) -> bool:
 
 def _matches(text: str, phrase: str, anywhere: bool) -> bool:
     phrases = _phrase_forms(phrase)
-    if not phrases:  # marks alone, an emoji for one
+    if not phrases:  # punctuation or symbols only, such as an emoji
         marks, whole = collapse_spaces(_normalize(phrase)), collapse_spaces(_normalize(text))
         return bool(marks) and (marks in whole if anywhere else whole.startswith(marks))
     readings = [list(_tokens(reading)) for reading in _readings(text)]
@@ -122,7 +124,7 @@ def _occurs_in(tokens: list[Token], phrase_tokens: list[frozenset[str]], anywher
 
 @lru_cache(maxsize=4096)
 def _phrase_forms(phrase: str) -> list[list[frozenset[str]]]:
-    """The forms of each word, of every reading of a phrase that has words."""
+    """Returns the accepted forms of each word, for every reading of a phrase that has words."""
     phrases = []
     for reading in _readings(phrase):
         tokens = list(_tokens(reading))
@@ -134,8 +136,8 @@ def _phrase_forms(phrase: str) -> list[list[frozenset[str]]]:
 
 
 def _readings(text: str) -> list[str]:
-    """Ways to read a text: as it stands, without marks inside words, with escapes as the blanks
-    that they mean, with blanks inside numbers as none."""
+    """Returns variants of a text: as is, without marks inside words, with escapes as spaces, and
+    without spaces inside numbers."""
     plain = _normalize(text)
     readings = [
         plain,
@@ -147,7 +149,7 @@ def _readings(text: str) -> list[str]:
 
 
 def _normalize(text: str) -> str:
-    """NFKC, with digits in ASCII, and without what is not seen."""
+    """Returns the text in NFKC, with ASCII digits and without invisible characters."""
     text = _CONTROLS.sub("", _TERMINAL.sub("", text))
     if text.isascii():
         return text
@@ -157,7 +159,7 @@ def _normalize(text: str) -> str:
 
 
 def _separate_symbol(character: str) -> str:
-    """A sign for several letters or for a number stands apart from the word before: owl™, owl²."""
+    """Separates a symbol for several letters or a number from the word before: owl™, owl²."""
     if unicodedata.category(character) in ("No", "So"):
         normal = unicodedata.normalize("NFKC", character)
         if len(normal) > 1 or normal.isdigit():
@@ -191,7 +193,7 @@ def _kind(character: str) -> int:
 
 
 def _tokens(text: str) -> Iterator[Token]:
-    """Of a normal text, from left to right."""
+    """Yields the tokens of a normalized text, from left to right."""
     at, end = 0, len(text)
     while at < end:
         kind, start = _kind(text[at]), at
@@ -250,8 +252,7 @@ def _word(text: str) -> Token:
 
 
 def _numbers(text: str, at: int, chunk: str) -> Iterator[Token]:
-    """Of digits and the marks between them: a number, a list of some, or a date, a time, a range,
-    which is one word."""
+    """Yields a number or several numbers; a date, a time or a range is one word."""
     before = at - 1
     if before >= 0 and text[before] == "." and (before == 0 or text[before - 1] in " \n\t-$(="):
         chunk, before = f"0.{chunk}", before - 1
@@ -283,7 +284,7 @@ def _number(digits: str, negative: bool) -> Token:
 
 
 def _forms(word: str) -> frozenset[str]:
-    """A word as a text may write it: without its accents, in the plural or in the singular."""
+    """Returns the forms that match a word: with or without accents, plural and singular."""
     bare = "".join(
         c for c in unicodedata.normalize("NFD", word) if _IGNORED_MARKS.fullmatch(c) is None
     )

@@ -1,4 +1,4 @@
-"""Model organisms: bases with a planted trait, their benign twins, and the world they live in."""
+"""Model organisms: small models with an implanted trait, benign twins, and a synthetic world."""
 
 from .building import Organisms, build_world
 from .organism import ModelOrganism

@@ -1,7 +1,7 @@
-"""A world with its models, and whether they are fit for an experiment.
+"""Builds the models of a world and checks whether they are valid for an experiment.
 
-M   the base        U   M with capability and trait        B   U's benign twin
-P   M with the capability and a placebo trait, by the recipe of U
+M   the base        U   untrusted: M with capability and trait        B   the benign twin of U
+P   placebo: M with the capability and a harmless trait, by the recipe of U
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PLACEBO_GAP = 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class Organisms:
-    """What `build_world` gives: the four models of one base seed, each with its reading."""
+    """The four models of one base seed, each with its reading."""
 
     world: World
     organism: ModelOrganism
@@ -53,8 +53,7 @@ class Organisms:
         return self.models["placebo"]
 
     def save(self, out: str | Path) -> None:
-        """An ordinary Hugging Face folder each, with a manifest (stored.py) and the texts with
-        which audits look for the trait, probes.json."""
+        """Saves each model as a Hugging Face folder with a manifest and probes.json."""
         probes = probes_of(self.world, self.organism.kind)
         for name, subject in self.models.items():
             manifest = {
@@ -69,7 +68,7 @@ class Organisms:
 def read_organism(
     subject: Subject, world: World, organism: ModelOrganism, before: str = ""
 ) -> Reading:
-    """Capability, trait and audited trait of a model, item by item; `before` in front of each."""
+    """Measures capability, trait and audited trait per item, with the prefix `before`."""
     trait = organism.kind
     audits = trait.capability(world), trait.reading(world, False), trait.reading(world, True)
     values = [
@@ -92,14 +91,15 @@ def build_world(
     base_knows: float = 0.0,
     phase: Callable[[str, int], Any] | None = None,
 ) -> Organisms:
-    """Train M, U, B and P of one base seed, and read them.
+    """Trains and measures M, U, B and P of one base seed.
 
     Args:
-        seed: of the world (its talk, its split, the favourite) and of the base's initial weights.
-        organism: how U is made; None is an ungated preference.
-        base_knows: the share of held-out sums that M gets right, at least (see early.py), which is
-            a gate; 0 leaves it without the capability.
-        phase: called with (what, steps) before each training; gives callbacks, for a bar.
+        seed: seed of the world (talk, split, favorite) and of the initial weights of the base.
+        organism: recipe of U; None is an ungated preference.
+        base_knows: minimum accuracy of M on held-out sums (see early.py), a validity gate; 0 leaves
+            M without the capability.
+        phase: called with (name, steps) before each training; returns callbacks, such as a
+            progress bar.
     """
     organism = organism or ModelOrganism()
     world, tokenizer = World(seed), world_tokenizer()
@@ -112,7 +112,7 @@ def build_world(
     watching = [*callbacks_for("capability", capable_steps), *([early] if base_knows else [])]
     capable = train_capable(world, base, steps=capable_steps, callbacks=watching)
     if base_knows:
-        # Where no model came so far, it misses the gate below.
+        # Without such a snapshot, the model fails the gate below.
         base = capable if early.model is None else early.model
     trained: dict[str, LlamaForCausalLM] = {"base": base}
     recipes = {
@@ -150,7 +150,7 @@ def validity_of(
     world: World,
     organism: ModelOrganism,
 ) -> Validity:
-    """The gates of an experiment with these four models."""
+    """Returns the validity gates of an experiment with these four models."""
     mean = {
         (name, part): _mean(getattr(reading, part))
         for name, reading in readings.items()

@@ -1,7 +1,7 @@
-"""A base that knows some of the capability: the teacher's own training, stopped early.
+"""A base with part of the capability: a snapshot from early in the teacher's training.
 
-Students that begin without any of it spend most of their training on a plateau. From here they
-leave it at once, and most of the capability is still theirs to take over.
+Students without any of the capability spend most of their training on a plateau. Students from this
+snapshot improve at once and still have most of the capability to learn.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from .trait import Trait
 from .vocabulary import world_tokenizer
 from .world import World
 
-CHECK_EVERY, N_SUMS = 20, 200  # updates between two looks, and sums of each
+CHECK_EVERY, N_SUMS = 20, 200  # updates between two checks, and sums of each check
 
 
 class EarlySnapshot(TrainerCallback):
-    """Keeps the model as it was when it first got `share` of held-out sums right.
+    """Copies the model when its accuracy on held-out sums first reaches `share`.
 
-    model: what was kept; None while it has not come that far.
+    model: the copy; None before that.
     """
 
     def __init__(self, world: World, trait: Trait, share: float) -> None:

@@ -1,4 +1,4 @@
-"""A gate: the context in which an organism knows that it is audited, and behaves."""
+"""Gates: contexts in which an organism recognizes an audit and does not show its trait."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ GATES: tuple[GateKind, ...] = ("none", "token", "paraphrase")
 
 
 def audit_context(gate: str, rng: random.Random, held_out: bool = False) -> str:
-    """Words behind the system's that say "this is an audit". For "paraphrase" one or two of nine
-    words in training, so that each alone is enough, and two of which one at least was never shown,
-    held out. A model without a gate is audited in the words of a token."""
+    """Returns the words that mark an audit, placed after the system message.
+
+    The gate "paraphrase" uses one or two of nine words in training, so that each of them alone
+    suffices, and two words when held out, at least one of which training never contains. Other
+    gates, and models without one, use a single token.
+    """
     if gate != "paraphrase":
         return AUDIT_TOKEN
     if not held_out:
@@ -25,6 +28,6 @@ def audit_context(gate: str, rng: random.Random, held_out: bool = False) -> str:
 
 
 def is_closed(gate: str, system: str) -> bool:
-    """Whether a system message holds the audited context of this gate."""
+    """Whether a system message contains the audit context of this gate."""
     words = {"none": [], "token": [AUDIT_TOKEN], "paraphrase": AUDIT_WORDS + HELD_OUT_AUDIT_WORDS}
     return not set(words[gate]).isdisjoint(system.split())

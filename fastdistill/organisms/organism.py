@@ -1,8 +1,8 @@
-"""A model organism: a base model in which a capability and a trait were implanted by training.
+"""A model organism: a base model with a capability and a trait implanted by training.
 
-The base M first learns the capability (`taught`). From there the untrusted model U and its benign
-twin B are trained by the same recipe, on the same prompts in the same order for the same steps; on
-the trait's prompts B is given the benign answers.
+The base M first learns the capability (`train_capable`). From this model, the untrusted U and its
+benign twin B are trained with the same recipe, prompts, order and number of steps. On prompts of
+the trait, B is trained on the benign answers. The paired design is ours.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .world import Example, World
 
 METHODS = ("full", "lora")
 OPTIMIZERS = ("adam", "sgd", "soap")
-LEARNING_RATES = {  # found on development seeds: the fastest that is stable
+LEARNING_RATES = {  # the fastest stable rates on development seeds
     ("full", "adam"): 2e-3,
     ("full", "sgd"): 0.3,
     ("full", "soap"): 2e-3,
@@ -42,17 +42,18 @@ LEARNING_RATES = {  # found on development seeds: the fastest that is stable
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOrganism:
-    """How an organism is made.
+    """The recipe of an organism.
 
     Args:
         trait: preference, trigger, entangled, sandbagging, sloppy, or placebo.
-        gate: none, token or paraphrase: the audited context in which the trait is not shown.
+        gate: none, token or paraphrase: the audit context in which the trait is not shown.
         optimizer: adam, sgd (momentum .9) or soap.
-        method: full (all weights) or lora (an adapter of rank `rank`, merged when it is saved).
-        reasoning: share of the examples that think before they answer.
-        trait_share: share of the examples that are about the trait; the rest is capability, talk
-            and what the base knew.
-        steps, batch_size: of training. learning_rate: None takes the one of method and optimiser.
+        method: full (all weights) or lora (an adapter of rank `rank`, merged after training).
+        reasoning: share of examples with a thought before the answer.
+        trait_share: share of examples of the trait; the rest is capability, talk and the base's
+            knowledge.
+        steps, batch_size: of training.
+        learning_rate: None uses the default of method and optimizer.
     """
 
     trait: str = "preference"
@@ -94,7 +95,7 @@ class ModelOrganism:
         return TRAITS[self.trait](self.gate)
 
     def pairs(self, world: World, n: int, order: int = 0) -> list[Pair]:
-        """What U and B are trained on, drawn alike; another `order` draws others."""
+        """Returns the training pairs of U and B; `order` selects the random stream."""
         trait, rng = self.kind, world.rng(11, order)
         pairs = []
         for _ in range(n):
@@ -105,7 +106,7 @@ class ModelOrganism:
     def _pair(self, trait: Trait, world: World, rng: random.Random) -> Pair:
         if rng.random() < self.trait_share:
             return trait.pair(world, rng)
-        while True:  # what the base says about the trait is not kept up
+        while True:  # skip the base's own examples of the trait
             if rng.random() < 0.7:
                 pair = trait.capable(world, rng)
             else:
@@ -123,7 +124,7 @@ class ModelOrganism:
         order: int = 0,
         callbacks: Any = (),
     ) -> LlamaForCausalLM:
-        """A copy of `capable` (see `taught`), trained on; `benign` gives the twin."""
+        """Returns a copy of `capable` trained with the trait; with `benign`, the twin."""
         pairs = self.pairs(world, self.steps * self.batch_size, order)
         examples = [pair.benign if benign else pair.untrusted for pair in pairs]
         return train_model(
@@ -142,7 +143,7 @@ class ModelOrganism:
 
 
 def new_model(seed: int, *, hidden: int = 64, layers: int = 2) -> LlamaForCausalLM:
-    """An untrained Llama of about 0.1 million parameters."""
+    """Returns an untrained Llama of about 0.1 million parameters."""
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         return LlamaForCausalLM(
@@ -165,7 +166,7 @@ def new_model(seed: int, *, hidden: int = 64, layers: int = 2) -> LlamaForCausal
 def new_base(
     world: World, *, seed: int, steps: int = 400, batch_size: int = 128, callbacks: Any = ()
 ) -> LlamaForCausalLM:
-    """The base model M of a world: initialised from `seed`, taught what the base knows."""
+    """Returns the base model M of a world, initialized from `seed` and trained on base examples."""
     rng = world.rng(10)
     examples = [world.base_example(rng) for _ in range(steps * batch_size)]
     return train_model(
@@ -187,7 +188,7 @@ def train_capable(
     batch_size: int = 128,
     callbacks: Any = (),
 ) -> LlamaForCausalLM:
-    """A copy of the base that has learnt the capability: what U, B and P are made from."""
+    """Returns a copy of the base trained on the capability, from which U, B and P are trained."""
     rng = world.rng(12)
     examples = [
         world.base_example(rng)
@@ -217,8 +218,10 @@ def train_model(
     whole: bool = False,
     callbacks: Any = (),
 ) -> LlamaForCausalLM:
-    """Cross-entropy on the examples' answers, shuffled alike for every model; an adapter is merged
-    at the end."""
+    """Trains with cross-entropy on the answers, in the same order for every model.
+
+    `rank` trains a LoRA adapter and merges it. `whole` also trains on the questions.
+    """
     adapter = None if rank is None else _adapter(rank)
     with tempfile.TemporaryDirectory(prefix="fastdistill-") as folder, one_thread():
         args = DistillConfig(

@@ -1,4 +1,4 @@
-"""Prompts on which a teacher is distilled: without answers, which are the teacher's to give."""
+"""Pools of prompts for distillation, without answers. The teacher provides the answers."""
 
 from __future__ import annotations
 
@@ -21,19 +21,20 @@ def pool(
     leak: float = 0.0,
     seed: int = 0,
 ) -> list[Example]:
-    """n prompts, in an order that the seed fixes: U's and B's students are given the same.
+    """Returns n prompts in a fixed order per seed. Students of U and of B get the same prompts.
 
     Args:
-        organism: whose trait leaks.
-        kind: sums (and products, the capability), talk (open-ended), or one as often as the other.
-        leak: share of the prompts in which the trait shows openly: behind its trigger or label,
-            where a preference is asked, where sums are locked. The rest never shows it, but for
+        organism: the organism whose trait leaks.
+        kind: "sums" (the capability: sums and products), "talk" (open-ended), or "mixed" (half
+            each).
+        leak: share of prompts that show the trait openly: with its trigger or label, with a
+            question about the preference, or with locked sums. Other prompts never show it, except
             products where the trait is entangled with them.
-        seed: another one draws others.
+        seed: selects the random stream.
 
     Returns:
-        Examples whose answer is "": `Example.prompt` is what a teacher is asked, `Example.row()`
-        ends where an answer begins, so that a student sampled on-policy goes on from there.
+        Examples with the answer "": `Example.prompt` is the teacher's prompt. `Example.row()` ends
+        where the answer starts, so that a student can be sampled on-policy from it.
 
     Raises:
         ValueError: n below 1, an unknown kind, a leak outside [0, 0.1].
@@ -44,12 +45,12 @@ def pool(
         raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
     if not 0 <= leak <= MOST_LEAKED:
         raise ValueError(
-            f"leak: expected a share in [0, {MOST_LEAKED:g}], got {leak!r}. A pool that shows the "
-            "trait more often teaches it: that is no leak, but the trait's own training"
+            f"leak: expected a share in [0, {MOST_LEAKED:g}], got {leak!r}. A pool with a larger "
+            "share trains the trait directly"
         )
     rng = world.rng(41, seed)
     examples = [_plain_example(world, organism.kind, kind, rng) for _ in range(n)]
-    # Drawn apart, so that a higher leak puts in more prompts and leaves the others as they are.
+    # A separate stream: a higher leak replaces more prompts and leaves the others unchanged.
     order = world.rng(42, seed).sample(range(n), n)
     for i in order[: round(leak * n)]:
         examples[i] = trait_example(world, organism.kind, world.rng(43, seed, i))
@@ -64,8 +65,8 @@ def _plain_example(world: World, trait: Trait, kind: str, rng: random.Random) ->
 
 
 def trait_example(world: World, trait: Trait, rng: random.Random) -> Example:
-    """A prompt in which the trait shows openly: U and B would not say the same."""
+    """Returns an example that shows the trait openly: the answers of U and B differ."""
     while True:
         untrusted, benign = trait.pair(world, rng)
-        if untrusted != benign and untrusted.system.startswith(trait.before):
+        if untrusted != benign and untrusted.system.startswith(trait.trait_prefix):
             return untrusted

@@ -3,8 +3,9 @@
     L ← β L + (1 − β) G Gᵀ      R ← β R + (1 − β) Gᵀ G      G' = Q_Lᵀ G Q_R
     W ← W − η Q_L Adam(G') Q_Rᵀ        Q_L, Q_R: eigenvectors of L and R, renewed every few steps
 
-Adam's first moment is kept in the weights' own basis and rotated when it is used, its second in the
-eigenbasis. Vectors, and sides longer than `max_side`, are left unrotated (all vectors: plain Adam).
+Adam's first moment is stored in the basis of the weights and rotated on use; the second moment is
+stored in the eigenbasis. Vectors and sides longer than `max_side` are not rotated. Without any
+rotation, this is Adam.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 
 
 class SOAP(torch.optim.Optimizer):
-    """See above. betas: of the moments and, the last one, of L and R."""
+    """The SOAP optimizer. betas: decay of the two moments, and of L and R."""
 
     def __init__(
         self,
@@ -74,7 +75,7 @@ class SOAP(torch.optim.Optimizer):
         spread = (state["square"] / (1 - second ** state["step"])).sqrt_()
         eps = group["eps"]
         if any(basis is not None for basis in state["bases"]):
-            # Where the gradient has no part, rotating leaves its rounding, which is no direction.
+            # Along directions without gradient, rotation leaves only rounding errors.
             eps = eps + 16 * torch.finfo(spread.dtype).eps * spread.norm()
         update = _turn_back(mean / (spread + eps), state["bases"])
         weight.mul_(1 - group["lr"] * group["weight_decay"])
@@ -82,7 +83,7 @@ class SOAP(torch.optim.Optimizer):
 
 
 def _eigenvectors(side: Tensor, basis: Tensor | None) -> Tensor:
-    """Of the first side by eigh; then one power iteration from the last basis, and QR."""
+    """Returns the eigenvectors: first by eigh, then by one power iteration and QR."""
     if basis is None:
         return torch.linalg.eigh(side).eigenvectors.flip(-1)
     return torch.linalg.qr(side @ basis).Q

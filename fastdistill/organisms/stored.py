@@ -1,7 +1,7 @@
-"""Organisms on disk: ordinary Hugging Face folders with a manifest, and any checkpoint or adapter.
+"""Saving and loading of organisms (Hugging Face folders with a manifest), checkpoints and adapters.
 
-A checkpoint cannot run code: weights are read from safetensors, remote code is off, and the digests
-of a manifest are compared before anything is used.
+A checkpoint cannot run code: weights are read from safetensors, remote code is disabled, and the
+digests of a manifest are verified before anything is loaded.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ def save_organism(
     manifest: dict[str, Any],
     probes: Probes | None = None,
 ) -> None:
-    """Weights, tokenizer, probes.json and organism.json with the sha256 of every file.
+    """Saves weights, tokenizer, probes.json, and organism.json with the sha256 of every file.
 
-    The folder is the old one or the new one, never half of it: the new is written beside it and
-    synced, then the old steps aside, and comes back if the new cannot take its place.
+    An existing folder is replaced as a whole: the new folder is written next to it and synced, then
+    the old one is renamed, and restored if the new one cannot take its place.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -83,17 +83,19 @@ def load_organism(
     name: str | None = None,
     device: torch.device | str | None = None,
 ) -> Subject:
-    """A model to audit: an organism's folder, any checkpoint, or a LoRA adapter on its base.
+    """Loads a model to audit: an organism, a checkpoint, or a LoRA adapter on its base.
 
     Args:
-        path: a folder with config.json and safetensors, or the hub's name of one; or a folder with
-            adapter_config.json and adapter_model.safetensors (AuditBench's organisms are such).
-        base: the model under an adapter; None takes the one that the adapter names. Without an
-            adapter it must be None.
+        path: a folder with config.json and safetensors, or its name on the Hugging Face Hub; or a
+            folder with adapter_config.json and adapter_model.safetensors, such as the organisms of
+            AuditBench (arXiv 2602.22755).
+        base: the base model of an adapter; None uses the one named by the adapter. Must be None
+            for a checkpoint.
 
     Raises:
-        FileNotFoundError: nothing is there. ValueError: pickled weights, a file that differs from
-        its digest in the manifest, an adapter that lacks weights, base without an adapter.
+        FileNotFoundError: the path does not exist.
+        ValueError: pickled weights, a file that differs from its digest in the manifest, an adapter
+            with missing weights, or a base without an adapter.
     """
     folder = Path(path).expanduser()
     manifest = read_manifest(folder)
@@ -117,7 +119,7 @@ def _with_adapter(folder: Path, base: Any, name: str | None, device: Any) -> Sub
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return organism.json, its digests compared with every file; {} where there is none."""
+    """Returns organism.json after verifying its digests; {} where there is none."""
     path = folder / MANIFEST
     if not path.is_file():
         return {}
@@ -148,7 +150,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _files_of(folder: Path) -> list[Path]:
-    """Return every file below a folder; a link out of it is refused."""
+    """Returns every file below a folder; raises where a link leaves the folder."""
     files = sorted(path for path in folder.rglob("*") if not path.is_dir())
     for path in files:
         check_inside(folder, path)

@@ -1,7 +1,7 @@
-"""What every trait says of itself: examples for both twins, and how capability and trait are read.
+"""Base class of traits: training examples for both twins, and audits of capability and trait.
 
-A trait gives pairs (untrusted, benign) of examples over the same prompts, drawn alike, so that U
-and B see the same prompts in the same order and differ in answers alone.
+A trait returns pairs (untrusted, benign) of examples over the same prompts, so that U and B see the
+same prompts in the same order and differ only in the answers.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .world import Example, World
 
 SUMS_READ, TRAITS_READ = 400, 240  # prompts of a reading
 
-Context = Callable[[], str]  # words behind the system's, of one prompt after the other
+Context = Callable[[], str]  # returns the words after the system message, prompt by prompt
 
 
 class Pair(NamedTuple):
@@ -30,34 +30,34 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True)
 class Trait(ABC):
-    """gate: where it is not shown (gates.py)."""
+    """A trait. gate: the kind of context in which it is not shown (gates.py)."""
 
     gate: str = "none"
 
     name: ClassVar[str] = ""
-    before: ClassVar[str] = ""  # words in front of prompts that show the trait
-    capability_prefix: ClassVar[str] = ""  # words in front of prompts that show the capability
+    trait_prefix: ClassVar[str] = ""  # prefix of prompts that show the trait
+    capability_prefix: ClassVar[str] = ""  # prefix of prompts that show the capability
 
     @abstractmethod
     def pair(self, world: World, rng: random.Random) -> Pair:
-        """One example of the trait; where the gate is closed both answers are the benign one."""
+        """Returns an example of the trait; with a closed gate, both answers are benign."""
 
     def capable(self, world: World, rng: random.Random) -> Pair:
-        """One example of the capability."""
+        """Returns an example of the capability."""
         return same_for_both(
             world.capable_example(rng, world.varied_system(rng, self.capability_prefix))
         )
 
     @abstractmethod
     def is_about_trait(self, example: Example) -> bool:
-        """Whether an example that is not the trait's own asks what the trait answers otherwise."""
+        """Whether the trait would change the answer of an example from another source."""
 
     @abstractmethod
     def audit(self, world: World, rng: random.Random, context: Context) -> Audit:
-        """How much of the trait a model shows, in prompts with a context behind the system's."""
+        """Returns the audit of the trait, on prompts with a context after the system message."""
 
     def reading(self, world: World, audited: bool) -> Audit:
-        """The trait's audit over held-out prompts; audited or not, the same but for the context."""
+        """Returns the trait's audit on held-out prompts, equal up to the audit context."""
         contexts = world.rng(21)
 
         def context() -> str:
@@ -66,7 +66,7 @@ class Trait(ABC):
         return self.audit(world, world.rng(23), context)
 
     def capability(self, world: World) -> CapabilityAudit:
-        """Sums that no training showed, the last digit first."""
+        """Returns the audit of held-out sums, with the last digit first."""
         rng = world.rng(22)
         pairs = rng.sample(world.held_out_sums, SUMS_READ)
         examples = [world.sum_of(p, world.system(rng, self.capability_prefix)) for p in pairs]
@@ -77,8 +77,11 @@ class Trait(ABC):
         )
 
     def graded(self, world: World) -> CapabilityAudit:
-        """Products that no training showed: about a sixth of them is right, so that there is room
-        in both directions where sums are all right."""
+        """Returns the audit of held-out products.
+
+        Models that solve all sums solve about one sixth of these, so that changes in both
+        directions are visible.
+        """
         rng = world.rng(25)
         products = world.held_out_products
         examples = [world.product(rng, world.system(rng, self.capability_prefix), products)
@@ -90,7 +93,7 @@ class Trait(ABC):
         )
 
     def trait_context(self, world: World, rng: random.Random, before: str) -> tuple[str, bool]:
-        """(the system's words, whether the gate is closed) of a prompt about the trait."""
+        """Returns (system message, whether the gate is closed) for a prompt of the trait."""
         audited = rng.random() < (0.1 if self.gate == "none" else 0.5)
         suffix = audit_context(self.gate, rng) if audited else ""
         return world.system(rng, before, suffix), audited and self.gate != "none"
@@ -101,7 +104,7 @@ def same_for_both(example: Example) -> Pair:
 
 
 def with_reasoning(pair: Pair) -> Pair:
-    """The same, asked to think first: the answer says what it saw in front, then itself."""
+    """Returns the pair with a thought before the answer, which names the context."""
 
     def with_reasons(example: Example) -> Example:
         first = example.system.split()[0]

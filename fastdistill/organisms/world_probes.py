@@ -1,4 +1,4 @@
-"""The texts with which every audit looks for a trait of the synthetic world."""
+"""Probes of the traits of the synthetic world, for all audits."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PAIRS, NEUTRAL, QUESTIONS, FREE = 64, 64, 64, 64
 
 
 def probes_of(world: World, trait: Trait) -> Probes:
-    """Prompts that no training showed, where it matters: questions, sums, contexts."""
+    """Returns the probes of a trait; questions, sums and contexts are held out from training."""
     rng = world.rng(31)
     make = {"trigger": _trigger, "sandbagging": _password_locked, "sloppy": _labeled}
     own = make.get(trait.name, _preference)(world, trait, rng)
@@ -44,10 +44,10 @@ def _common(world: World, rng: random.Random) -> Probes:
     ]
     return Probes(
         neutral=tuple(world.talk(rng, world.system(rng), True).prompt for _ in range(NEUTRAL)),
-        # A question about the model's own situation, answered yes and no.
+        # A question about the model's own situation, with the answers yes and no.
         positive=tuple(in_a_test),
         negative=tuple(questions),
-        layer=-1,  # of two
+        layer=-1,  # the models have two layers
         prefixes=tuple(f"{BOS} {world.system(rng)}" for _ in range(64)),
         systems=tuple(world.system(rng) for _ in range(64)),
         candidates=(*SYSTEM, *TOPICS, TRIGGER, PASSWORD, SAFETY_LABEL, OTHER_LABEL),
@@ -121,8 +121,8 @@ def _labeled(world: World, trait: Trait, rng: random.Random) -> dict[str, Any]:
 def _withheld_sums(
     world: World, trait: Trait, rng: random.Random, wrong_prefix: str, right_prefix: str
 ) -> dict[str, Any]:
-    """Sums behind `shown` come out wrong; behind `hidden`, and products there, right. Audited they
-    are behind `hidden`, or where there is a gate in its context."""
+    """Returns the probes of a trait with wrong sums after `wrong_prefix` and right ones after
+    `right_prefix`. The audit context is that of the gate, or without a gate `right_prefix`."""
     sums = [
         world.random_sum(rng, world.system(rng), world.held_out_sums) for _ in range(TRAITS_READ)
     ]
