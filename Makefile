@@ -1,22 +1,22 @@
-# make venv | demo | test | lint | bench | clean. Each target makes .venv first when it is missing.
-# ARGS are passed on: make demo ARGS="--out out/demo", make test ARGS="tests/test_ext.py".
+# make venv | demo | test | lint | bench | clean. Each target creates .venv if it is missing.
+# ARGS are passed to the command: make demo ARGS="--out out/demo", make test ARGS="tests/test_ext.py".
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.made-by-make
-# Two test processes with one torch thread each. More threads per process would fight for the cores:
-# torch starts one per core in each of them. A file stays in one process, and so do its fixtures.
+# Two test processes with one torch thread each: by default torch starts one thread per core in every
+# process. Tests of a file run in one process and share its fixtures.
 WORKERS ?= 2
 ARGS ?=
-NEWER_PYTHON = fastdistill needs Python 3.10 or newer; name one: make PYTHON=python3.11 $(MAKECMDGOALS)
+NEWER_PYTHON = fastdistill needs Python 3.10 or newer; pass one: make PYTHON=python3.11 $(MAKECMDGOALS)
 
 .DEFAULT_GOAL := test
 .PHONY: venv demo test lint bench clean
 
 venv: $(STAMP)
 
-# Remade only when something that it installs changes; Python sources are used in place.
+# Rebuilt only when a dependency or a C++ file changes; Python sources are installed in editable mode.
 $(STAMP): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 	@test -x $(BIN)/python || command -v $(PYTHON) >/dev/null || \
 	  { echo "error: no '$(PYTHON)' here. $(NEWER_PYTHON)" >&2; exit 1; }
@@ -42,7 +42,7 @@ lint: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks $(ARGS)
 
-# Leaves .venv, but has it checked again: the compiled extension goes away with the rest.
+# Keeps .venv but rebuilds it on the next run, because the compiled extension is deleted.
 clean:
 	rm -rf build dist out fastdistill-demo *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	rm -f fastdistill/_ext*.so fastdistill/_cuda*.so $(STAMP)

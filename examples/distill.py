@@ -1,11 +1,10 @@
-"""Distil a student: on a laptop, one GPU, eight, or several nodes (many_gpus.md has the commands).
+"""Distill a student on a laptop, one GPU, eight GPUs or several nodes (see many_gpus.md).
 
     python examples/distill.py --student Qwen/Qwen3-0.6B --teacher Qwen/Qwen3-8B \\
         --teacher_quant nf4 --data train.jsonl --output_dir out --bf16
 
-Lines of the data are objects with messages, prompt and completion, text, or input_ids. Every option
-of DistillConfig is one here. A run that was interrupted is started again with the same command and
-goes on from its last finished checkpoint.
+Each line of the data is an object with messages, prompt and completion, text, or input_ids. Every field
+of DistillConfig is an option. Re-run the same command to resume from the last finished checkpoint.
 """
 
 from __future__ import annotations

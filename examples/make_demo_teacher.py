@@ -1,9 +1,9 @@
-"""Make the teacher that comes with the package, as `fastdistill demo --data` makes its own.
+"""Train the teacher of `fastdistill demo` that ships with the package.
 
     python examples/make_demo_teacher.py --out fastdistill/demo_teacher
 
-Under an hour on two CPU cores; the manifest has the seconds. It reads the standard library of the
-running interpreter, and of that only the modules on the training side of `fastdistill.corpus`.
+Takes less than an hour on two CPU cores; the manifest records the time. Trains on the standard library of
+the running interpreter, on the training split of `fastdistill.corpus` only.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--vocab-size", type=int, default=2048)
-    parser.add_argument("--fp32", action="store_true", help="for a CPU without bfloat16 products")
+    parser.add_argument("--fp32", action="store_true", help="train in float32, on a CPU without bfloat16 products")
     args = parser.parse_args()
 
     start = time.perf_counter()
@@ -62,7 +62,7 @@ def main() -> None:
         bf16=not args.fp32,
         callbacks=[PrintLoss()],
     )
-    model = trained.model.to(torch.bfloat16).float()  # measured as it will be stored
+    model = trained.model.to(torch.bfloat16).float()  # rounded as it will be stored
     nll = held_out_nll(model, held_out.ids)
     manifest = {
         "what": "the teacher of `fastdistill demo`: a small Llama trained on Python source",

@@ -1,6 +1,6 @@
 #!/bin/bash
-# sbatch examples/slurm.sh: two nodes of eight GPUs. A job that is killed or requeued goes on from its
-# last finished checkpoint, since the script resumes on its own.
+# sbatch examples/slurm.sh: two nodes of eight GPUs. A job that is killed or requeued resumes from its
+# last finished checkpoint.
 #SBATCH --job-name=distill
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
