@@ -1,11 +1,11 @@
 """The package list and the optional compiled modules; everything else is in pyproject.toml.
 
-They must never stop an installation: without a compiler (or with FASTDISTILL_NO_EXT=1) the package
-installs without them, says so in one line, and runs on pure PyTorch and Triton. The CUDA kernels
-are a module of their own, compiled where there is an nvcc, with or without a GPU:
+The modules never make an installation fail: without a compiler (or with FASTDISTILL_NO_EXT=1) the
+package installs without them, prints one line, and runs on PyTorch and Triton. The CUDA kernels
+are a separate module, compiled if nvcc is available, with or without a GPU:
 
-    FASTDISTILL_CUDA=auto | 0 | 1        if nvcc is here (the default) | never | or fail
-    FASTDISTILL_CUDA_ARCHS="80;89;90"    compute capabilities; the newest as PTX too, for later GPUs
+    FASTDISTILL_CUDA=auto | 0 | 1        build if nvcc is available (default) | never | or fail
+    FASTDISTILL_CUDA_ARCHS="80;89;90"    compute capabilities; also PTX of the newest, for later GPUs
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from typing import Any
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-# By hand, because kernels/ has no __init__.py: with one it would shadow the PyPI package `kernels`
-# (which transformers imports) for everybody who runs Python from the repository root.
+# Listed by hand, because kernels/ has no __init__.py: with one it would shadow the PyPI package
+# `kernels`, which transformers imports, when Python runs from the repository root.
 PACKAGES = [
     "fastdistill",
     "fastdistill.audits",
@@ -52,7 +52,7 @@ CPU_SOURCES = [
 ]
 DEVICE_CODE = "csrc/cuda_quant.cu"
 CUDA_ARCHS = "80;89;90;100"
-MISSED = {  # a compiled module, and what runs in its place
+MISSED = {  # a compiled module and its replacement
     "fastdistill._ext": ("the C++ extension", "pure PyTorch"),
     "fastdistill._cuda": ("the CUDA kernels", "Triton"),
 }
@@ -71,11 +71,11 @@ def drop(name: str, reason: str, required: bool = False) -> None:
 
 
 class OptionalBuildExt(build_ext):
-    """build_ext that drops what it cannot build instead of failing; .cu sources go to nvcc."""
+    """A build_ext that drops extensions that fail to build; nvcc compiles .cu sources."""
 
     def run(self) -> None:
         # Any exception: a broken toolchain fails in many ways (no compiler, no headers, a linker
-        # that crashes, a platform that setuptools does not know), and all mean the same to a user.
+        # that crashes, a platform that setuptools does not know).
         try:
             super().run()
         except Exception as error:
@@ -100,29 +100,29 @@ class OptionalBuildExt(build_ext):
             device_code.parent.mkdir(parents=True, exist_ok=True)
             subprocess.run([*extension.nvcc, "-o", str(device_code)], check=True)
             extension.extra_objects = [str(device_code)]
-            extension.depends = [*extension.depends, str(device_code)]  # newer: linked again
+            extension.depends = [*extension.depends, str(device_code)]  # relink if it is newer
         super().build_extension(extension)
 
     def _drop(self, extension: Any, error: Exception) -> None:
-        # A compiler that fails is reported with its whole command line: keep the telling start.
+        # The error of a failing compiler has its whole command line: keep the start.
         reason = shorten(str(error), width=80) or type(error).__name__
         drop(extension.name, reason, getattr(extension, "required", False))
 
 
 def cuda_archs() -> list[int]:
-    asked = os.environ.get("FASTDISTILL_CUDA_ARCHS", CUDA_ARCHS)
-    if not re.fullmatch(r"\d+(;\d+)*", asked):
+    archs = os.environ.get("FASTDISTILL_CUDA_ARCHS", CUDA_ARCHS)
+    if not re.fullmatch(r"\d+(;\d+)*", archs):
         raise SystemExit(
             f"fastdistill: FASTDISTILL_CUDA_ARCHS: expected compute capabilities like "
-            f"{CUDA_ARCHS!r}, got {asked!r}"
+            f"{CUDA_ARCHS!r}, got {archs!r}"
         )
-    return sorted({int(arch) for arch in asked.split(";")})
+    return sorted({int(arch) for arch in archs.split(";")})
 
 
-def known_to(nvcc: str, archs: list[int]) -> list[int]:
-    """Those of `archs` that this nvcc compiles for; one that was asked for by name has to be."""
-    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True)
-    known = [int(arch) for arch in re.findall(r"compute_(\d+)\b", listed.stdout)]
+def supported_archs(nvcc: str, archs: list[int]) -> list[int]:
+    """Return the `archs` that this nvcc supports; raises for one set in the environment."""
+    result = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True)
+    known = [int(arch) for arch in re.findall(r"compute_(\d+)\b", result.stdout)]
     unknown = ", ".join(str(arch) for arch in archs if arch not in known)
     if unknown and "FASTDISTILL_CUDA_ARCHS" in os.environ:
         raise SystemExit(
@@ -145,12 +145,12 @@ def nvcc_command(nvcc: str, archs: list[int]) -> list[str]:
 
 
 def cuda_extension(Pybind11Extension: Any) -> list[Any]:
-    """The CUDA module, where it is wanted and can be built."""
-    wanted = os.environ.get("FASTDISTILL_CUDA", "auto")
-    if wanted not in ("auto", "0", "1"):
-        raise SystemExit(f"fastdistill: FASTDISTILL_CUDA: expected auto, 0 or 1, got {wanted!r}")
-    name, required = "fastdistill._cuda", wanted == "1"
-    if wanted == "0":
+    """Return the CUDA module, or an empty list if it is disabled or cannot be built."""
+    mode = os.environ.get("FASTDISTILL_CUDA", "auto")
+    if mode not in ("auto", "0", "1"):
+        raise SystemExit(f"fastdistill: FASTDISTILL_CUDA: expected auto, 0 or 1, got {mode!r}")
+    name, required = "fastdistill._cuda", mode == "1"
+    if mode == "0":
         drop(name, "FASTDISTILL_CUDA=0")
         return []
     archs = cuda_archs()
@@ -161,10 +161,10 @@ def cuda_extension(Pybind11Extension: Any) -> list[Any]:
         drop(name, where if nvcc is None else "they are built on Linux only", required)
         return []
     try:
-        archs = known_to(nvcc, archs)
-        # Where nvcc itself would look for the runtime: toolkits keep it in different places.
-        dry = [nvcc, "--dryrun", "-x", "cu", os.devnull]
-        plan = subprocess.run(dry, capture_output=True, text=True, check=True).stderr
+        archs = supported_archs(nvcc, archs)
+        # The library paths of nvcc: toolkits install the runtime in different places.
+        command = [nvcc, "--dryrun", "-x", "cu", os.devnull]
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     except (OSError, subprocess.CalledProcessError) as error:
         drop(name, shorten(str(error), width=80), required)
         return []
@@ -176,9 +176,9 @@ def cuda_extension(Pybind11Extension: Any) -> list[Any]:
         ["csrc/bind_cuda.cpp"],
         depends=[DEVICE_CODE, "csrc/lut4.h"],
         cxx_std=17,
-        library_dirs=list(dict.fromkeys(re.findall(r'"-L([^"]+)"', plan))),
+        library_dirs=list(dict.fromkeys(re.findall(r'"-L([^"]+)"', output))),
         libraries=["cudart_static", "dl", "rt", "pthread"],
-        # torch brings a CUDA runtime too, perhaps another version: neither must see the other's.
+        # torch ships a CUDA runtime too, perhaps another version: hide each from the other.
         extra_link_args=["-Wl,--exclude-libs,ALL"],
     )
     extension.nvcc, extension.required = nvcc_command(nvcc, archs), required
@@ -186,10 +186,10 @@ def cuda_extension(Pybind11Extension: Any) -> list[Any]:
 
 
 def cpu_flags() -> tuple[list[str], list[str]]:
-    """Compiler and linker flags of the CPU kernels.
+    """Return the compiler and linker flags of the CPU kernels.
 
-    No contraction: a * b + c must round twice wherever it is written so, for results to be the same
-    on every instruction set. Apple's compiler has no OpenMP; there the kernels run on one thread.
+    No contraction: a * b + c rounds twice, so that results are the same on every instruction set.
+    Apple's compiler has no OpenMP; there the kernels run on one thread.
     """
     if sys.platform == "win32":
         return ["/O2", "/fp:precise", "/openmp"], []
@@ -224,12 +224,12 @@ def extensions() -> list[Extension]:
 
 
 def restore_kernels_link() -> None:
-    """Give an unpacked sdist, which cannot hold a symlink, the one that a checkout has.
+    """Create the symlink to kernels/ in an unpacked sdist, which cannot contain one.
 
-    Only an editable install needs it; a normal one goes by package_dir below.
+    Only an editable install needs it; a normal one uses package_dir below.
     """
     if not os.path.lexists(KERNELS_LINK):
-        with suppress(OSError):  # a read-only tree, or Windows without the right to make links
+        with suppress(OSError):  # a read-only tree, or Windows without the permission
             KERNELS_LINK.symlink_to(Path("..", "kernels"), target_is_directory=True)
 
 

@@ -2,8 +2,8 @@
 
     python examples/make_demo_teacher.py --out fastdistill/demo_teacher
 
-Takes less than an hour on two CPU cores; the manifest records the time. Trains on the standard library of
-the running interpreter, on the training split of `fastdistill.corpus` only.
+Takes less than an hour on two CPU cores; the manifest records the time. Trains on the standard
+library of the running interpreter, on the training split of `fastdistill.corpus` only.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--vocab-size", type=int, default=2048)
-    parser.add_argument("--fp32", action="store_true", help="train in float32, on a CPU without bfloat16 products")
+    parser.add_argument("--fp32", action="store_true", help="for a CPU without bfloat16 GEMMs")
     args = parser.parse_args()
 
     start = time.perf_counter()
