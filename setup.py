@@ -5,7 +5,7 @@ package installs without them, prints one line, and runs on PyTorch and Triton. 
 are a separate module, compiled if nvcc is available, with or without a GPU:
 
     FASTDISTILL_CUDA=auto | 0 | 1        build if nvcc is available (default) | never | or fail
-    FASTDISTILL_CUDA_ARCHS="80;89;90"    compute capabilities; also PTX of the newest, for later GPUs
+    FASTDISTILL_CUDA_ARCHS="80;89;90"    compute capabilities, and PTX of the newest for later GPUs
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@
         --teacher_quant nf4 --data train.jsonl --output_dir out --bf16
 
 Each line of the data is an object with messages, prompt and completion, text, or input_ids. Every
-field of DistillConfig is an option. Re-run the same command to resume from the last finished checkpoint.
+field of DistillConfig is an option. Re-run the same command to resume from the last finished
+checkpoint.
 """
 
 from __future__ import annotations
