@@ -24,8 +24,8 @@ def call(capsys, monkeypatch, *arguments: object) -> tuple[int, str, str]:
     finally:
         logging.set_verbosity(verbosity)
         (logging.enable_progress_bar if bars else logging.disable_progress_bar)()
-    found = capsys.readouterr()
-    return int(ended.value.code or 0), found.out, found.err
+    captured = capsys.readouterr()
+    return int(ended.value.code or 0), captured.out, captured.err
 
 
 def files(folder: Path, rows: int = 12) -> Path:

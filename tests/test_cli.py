@@ -32,12 +32,12 @@ def test_help_is_short_and_quick():
     seconds = []
     for _ in range(3):
         start = time.perf_counter()
-        found = run("--help")
+        result = run("--help")
         seconds.append(time.perf_counter() - start)
-    assert found.returncode == 0
-    assert len(found.stdout.splitlines()) <= 40
+    assert result.returncode == 0
+    assert len(result.stdout.splitlines()) <= 40
     for verb in ("demo", "doctor"):
-        assert verb in found.stdout
+        assert verb in result.stdout
     # 0.5 s on a quiet machine; a busy one must not turn this red.
     assert min(seconds) < 1.0
 
@@ -67,14 +67,16 @@ def test_every_verb_has_short_help(capsys, monkeypatch):
 def test_importing_the_command_line_imports_nothing_heavy():
     heavy = ("torch", "transformers", "matplotlib", "numpy")
     code = f"import sys, fastdistill.cli; print([m for m in {heavy} if m in sys.modules])"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "[]"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "[]"
 
 
 def test_doctor_prints_one_json_document():
-    found = run("doctor", "--json")
-    assert found.returncode == 0
-    document = json.loads(found.stdout)
+    result = run("doctor", "--json")
+    assert result.returncode == 0
+    document = json.loads(result.stdout)
     assert document["ok"] is True
     assert document["impl"] in ("torch", "triton")
     assert document["impl_why"]
@@ -83,11 +85,11 @@ def test_doctor_prints_one_json_document():
 
 
 def test_doctor_is_plain_without_a_terminal():
-    found = run("doctor")
-    assert found.returncode == 0
-    assert "\x1b" not in found.stdout
-    assert "backend: " in found.stdout
-    assert found.stderr == ""
+    result = run("doctor")
+    assert result.returncode == 0
+    assert "\x1b" not in result.stdout
+    assert "backend: " in result.stdout
+    assert result.stderr == ""
 
 
 def test_what_is_missing_comes_with_one_command():
@@ -98,9 +100,9 @@ def test_what_is_missing_comes_with_one_command():
 
 def test_broken_is_not_ok():
     broken = Finding(name="torch", status="broken", detail="1.0 is too old", mend="pip install")
-    found = Findings(findings=[broken], impl="torch", impl_why="", machine={})
-    assert not found.ok
-    assert found.as_json()["ok"] is False
+    findings = Findings(findings=[broken], impl="torch", impl_why="", machine={})
+    assert not findings.ok
+    assert findings.as_json()["ok"] is False
 
 
 @pytest.mark.parametrize(
@@ -114,28 +116,28 @@ def test_broken_is_not_ok():
     ],
 )
 def test_bad_input_is_exit_2_and_no_traceback(tmp_path, arguments, words):
-    found = run(*(a.format(tmp=tmp_path) for a in arguments), COLUMNS="200")
-    assert found.returncode == 2
-    assert words in found.stderr
-    assert "Traceback" not in found.stderr
-    assert found.stdout == ""
+    result = run(*(a.format(tmp=tmp_path) for a in arguments), COLUMNS="200")
+    assert result.returncode == 2
+    assert words in result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
 
 
 @pytest.mark.slow
 def test_demo_json_is_pure_and_files_are_written(tmp_path):
-    found = run(
+    result = run(
         *("demo", "--out", str(tmp_path), "--seeds", "1", "--steps", "2", "--batch-size", "2"),
         *("--k", "8", "--json"),
     )
-    assert found.returncode == 0, found.stderr
-    document = json.loads(found.stdout)
+    assert result.returncode == 0, result.stderr
+    document = json.loads(result.stdout)
     assert document == json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
-    assert "\x1b" not in found.stderr
-    assert "kernels" not in found.stderr
+    assert "\x1b" not in result.stderr
+    assert "kernels" not in result.stderr
     assert (tmp_path / "report.html").is_file()
 
 
 def test_version():
-    found = run("--version")
-    assert found.returncode == 0
-    assert found.stdout.strip().count(".") >= 1
+    result = run("--version")
+    assert result.returncode == 0
+    assert result.stdout.strip().count(".") >= 1

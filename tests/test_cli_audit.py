@@ -18,13 +18,13 @@ def here(tmp_path, monkeypatch):
 
 
 def probes(path, **more):
-    given = {
+    texts = {
         "prompts": (Prompt(text="def f("), Prompt(text="class A")),
         "target": "self",
         "markers": ("self",),
         **more,
     }
-    Probes(**given).save(path)
+    Probes(**texts).save(path)
 
 
 def test_one_page_and_one_file(here, capsys, monkeypatch):

@@ -22,17 +22,17 @@ def run(capsys, monkeypatch):
 
 
 def build(folder, out, *more):
-    given = ("--teacher", folder / "teacher", "--data", folder / "train.jsonl", "--out", out)
-    return ("cache", "build", *given, "--k", 8, *more)
+    paths = ("--teacher", folder / "teacher", "--data", folder / "train.jsonl", "--out", out)
+    return ("cache", "build", *paths, "--k", 8, *more)
 
 
 def test_build_info_verify(run, folder, tmp_path):
     code, out, err = run(*build(folder, tmp_path / "c", "temperatures=1,2", "--json"))
     assert code == 0
-    said = json.loads(out)
+    summary = json.loads(out)
     cache = TeacherCache(tmp_path / "c")
-    assert said["tokens"] == cache.manifest.tokens
-    assert said["temperatures"] == [1.0, 2.0]
+    assert summary["tokens"] == cache.manifest.tokens
+    assert summary["temperatures"] == [1.0, 2.0]
     assert "\x1b" not in err
     assert run("cache", "info", tmp_path / "c", "--json")[:2] == (0, out)
     code, out, _ = run("cache", "info", tmp_path / "c")
@@ -50,19 +50,19 @@ def test_build_info_verify(run, folder, tmp_path):
 
 
 def test_a_dry_run_says_the_size_and_writes_nothing(run, folder, tmp_path):
-    asked = build(folder, tmp_path / "c", "--json")
-    code, out, _ = run(*asked, "--dry-run")
+    command = build(folder, tmp_path / "c", "--json")
+    code, out, _ = run(*command, "--dry-run")
     assert code == 0
     assert not (tmp_path / "c").exists()
     promised = json.loads(out)
-    made = json.loads(run(*asked)[1])
-    assert promised["tokens"] == made["tokens"]
-    assert promised["bytes"] == pytest.approx(made["bytes"], rel=0.2)
+    built = json.loads(run(*command)[1])
+    assert promised["tokens"] == built["tokens"]
+    assert promised["bytes"] == pytest.approx(built["bytes"], rel=0.2)
 
 
 def test_what_is_printed_can_be_pasted_back(run, folder, tmp_path):
-    asked = build(folder, tmp_path / "c", "temperatures=1,2", "max-length=20", "--print-config")
-    code, printed, _ = run(*asked)
+    command = build(folder, tmp_path / "c", "temperatures=1,2", "max-length=20", "--print-config")
+    code, printed, _ = run(*command)
     assert code == 0
     (tmp_path / "c.yaml").write_text(printed)
     again = run("cache", "build", "--config", tmp_path / "c.yaml", "--print-config")
@@ -125,7 +125,7 @@ def test_a_dry_run_knows_what_a_build_was_begun_with(run, folder, tmp_path):
 
 
 def test_an_interrupted_build_says_what_it_leaves(run, folder, tmp_path, monkeypatch):
-    asked, answered = build(folder, tmp_path / "c", "shard_mb=0.005"), cache_build._answer_shard
+    command, answered = build(folder, tmp_path / "c", "shard_mb=0.005"), cache_build._answer_shard
 
     def interrupted(last):
         def at(index, *more):
@@ -138,11 +138,11 @@ def test_an_interrupted_build_says_what_it_leaves(run, folder, tmp_path, monkeyp
     resume = "2 files are finished. Re-run the same command to resume."
     for last, left in ((0, "No file was finished."), (2, resume)):
         monkeypatch.setattr(cache_build, "_answer_shard", interrupted(last))
-        code, out, err = run(*asked)
+        code, out, err = run(*command)
         assert (code, out) == (130, "")
         assert f"cache build: stopped. {left}" in err
     monkeypatch.setattr(cache_build, "_answer_shard", answered)
-    assert run(*asked)[0] == 0
+    assert run(*command)[0] == 0
     assert run("cache", "verify", tmp_path / "c")[0] == 0
 
 

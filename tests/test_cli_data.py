@@ -48,8 +48,8 @@ GOOD = [{"input_ids": [5, 6, 7]}] * 300
 def test_a_line_between_those_that_are_sampled(run, folder, tmp_path, line, words, where):
     bad = lines(tmp_path / "bad.jsonl", [*GOOD[:101], line, *GOOD[102:]])
     good = lines(tmp_path / "good.jsonl", GOOD)
-    asked = train(folder, bad) if where == "data" else train(folder, good, "--eval-data", bad)
-    code, _, err = run(*asked)
+    command = train(folder, bad) if where == "data" else train(folder, good, "--eval-data", bad)
+    code, _, err = run(*command)
     assert code != 0
     assert words in err
     assert "line 102 of" in err
@@ -60,14 +60,18 @@ def test_counts_are_of_all_lines(run, folder, tmp_path):
     long = {"input_ids": list(range(5, 25)), "labels": [-100] * 15 + list(range(20, 25))}
     data = lines(tmp_path / "data.jsonl", [*GOOD[:99], long])
     code, out, _ = run(*train(folder, data, "--json"))
-    told = json.loads(out)
+    summary = json.loads(out)
     assert code == 0
-    assert (told["tokens"], told["targets"], told["longest"]) == (99 * 3 + 20, 99 * 2 + 5, 20)
-    assert told["cut"] == {}
+    assert (summary["tokens"], summary["targets"], summary["longest"]) == (
+        99 * 3 + 20,
+        99 * 2 + 5,
+        20,
+    )
+    assert summary["cut"] == {}
     code, out, _ = run(*train(folder, data, "--json", "max_length=10"))
-    told = json.loads(out)
-    assert (told["tokens"], told["targets"], told["longest"]) == (99 * 3 + 10, 99 * 2, 10)
-    assert "cuts 1 of 100 examples" in told["cut"]["train_dataset"]
+    summary = json.loads(out)
+    assert (summary["tokens"], summary["targets"], summary["longest"]) == (99 * 3 + 10, 99 * 2, 10)
+    assert "cuts 1 of 100 examples" in summary["cut"]["train_dataset"]
     _, out, _ = run(*train(folder, data, "max_length=10"))
     assert "1 lose all their targets" in out
 

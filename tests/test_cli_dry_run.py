@@ -35,7 +35,7 @@ def run(capsys, monkeypatch):
     return lambda *arguments: call(capsys, monkeypatch, *arguments)
 
 
-def asked(folder, out, **changes):
+def train_command(folder, out, **changes):
     named = {"student": "student", "teacher": "teacher", "data": "train.jsonl"} | changes
     options = [
         word for name, value in named.items() if value for word in (f"--{name}", folder / value)
@@ -68,7 +68,7 @@ WRONG = {
 @pytest.mark.parametrize("case", WRONG)
 def test_a_dry_run_fails_as_the_run_does(run, folder, tmp_path, case):
     changes, more = WRONG[case]
-    command = (*asked(folder, tmp_path / "run", **changes), *more)
+    command = (*train_command(folder, tmp_path / "run", **changes), *more)
     code, _, real = run(*command)
     dry_code, _, dry = run(*command, "--dry-run")
     last = [text.strip().splitlines()[-1] for text in (real, dry)]
@@ -81,16 +81,18 @@ def test_without_a_look_at_the_data_neither_fails(run, folder, tmp_path):
         json.dumps({"input_ids": [5, 6, 7], "labels": [-100, -100, 7]}) + "\n"
         + json.dumps({"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}) + "\n"
     )  # fmt: skip
-    command = (*asked(folder, tmp_path / "run", data="unlearned.jsonl"), "check_data=false",
+    command = (*train_command(folder, tmp_path / "run", data="unlearned.jsonl"), "check_data=false",
                "check_signal=false")  # fmt: skip
     assert run(*command, "--dry-run")[0] == run(*command)[0] == 0
 
 
 def test_adapters_are_tried_without_weights(run, folder, tmp_path):
     pytest.importorskip("peft")
-    code, told, err = run(*asked(folder, tmp_path / "run"), "--lora-rank", 2, "--dry-run", "--json")
+    code, out, err = run(
+        *train_command(folder, tmp_path / "run"), "--lora-rank", 2, "--dry-run", "--json"
+    )
     assert code == 0, err
-    assert json.loads(told)["dry_run"]
+    assert json.loads(out)["dry_run"]
 
 
 KNOWN = sorted(f for f in DistillConfig.__dataclass_fields__ if f != "output_dir")
@@ -121,6 +123,6 @@ def test_what_a_wrong_key_may_stand_for(key, meant):
     (("--zzz", "8"), "No such option"),
 ])  # fmt: skip
 def test_options_that_are_settings(run, folder, tmp_path, typed, hint):
-    code, _, err = run(*asked(folder, tmp_path / "run"), *typed)
+    code, _, err = run(*train_command(folder, tmp_path / "run"), *typed)
     assert code == 2
     assert hint in err

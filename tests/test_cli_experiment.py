@@ -46,7 +46,7 @@ def test_some_arms_only(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("arguments", "words"),
     [
         (("--preset", "tiny"), "preset: expected quick or full, got 'tiny'"),
         (("arms=[nose]",), "arms: expected names among undefended, "),
@@ -62,14 +62,14 @@ def test_some_arms_only(capsys, monkeypatch):
         (("--out", __file__), "out: expected a folder, or a path where one can be made"),
     ],
 )
-def test_what_cannot_be_run_is_said_at_once(capsys, monkeypatch, given, said):
-    code, err = planned(capsys, monkeypatch, *given)
+def test_what_cannot_be_run_is_said_at_once(capsys, monkeypatch, arguments, words):
+    code, err = planned(capsys, monkeypatch, *arguments)
     assert code == 2
-    assert said in err
+    assert words in err
 
 
 def test_a_study_runs_from_the_command_line(capsys, monkeypatch, tmp_path):
-    def small(own):
+    def small(options):
         return small_study(), [SmallSource(seed=1001)], [], 1
 
     monkeypatch.setattr(run_experiment, "_planned", small)
@@ -78,12 +78,12 @@ def test_a_study_runs_from_the_command_line(capsys, monkeypatch, tmp_path):
     assert code == 0
     assert "plain: " in out
     assert f"Report: {tmp_path / 'report.html'}" in out
-    said = json.loads((tmp_path / "results.json").read_text())
-    assert said["command"].startswith("fastdistill ")
-    assert said["seeds"] == {"base": [1001], "development": [], "student": [0]}
+    result = json.loads((tmp_path / "results.json").read_text())
+    assert result["command"].startswith("fastdistill ")
+    assert result["seeds"] == {"base": [1001], "development": [], "student": [0]}
     code, again, _ = call(capsys, monkeypatch, *argv, "--only-report", "--json")
     assert code == 0
-    first = {k: v for k, v in said.items() if k != "command"}
+    first = {k: v for k, v in result.items() if k != "command"}
     assert {k: v for k, v in json.loads(again).items() if k not in ("command", "report")} == first
 
 

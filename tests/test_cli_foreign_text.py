@@ -40,11 +40,11 @@ def test_what_is_said_and_json_are_safe():
 
 
 def test_what_a_cache_and_audits_say_is_safe():
-    found = dict(path="c", teacher={"name": EVIL}, temperatures=[1.0], targets="topk", k=2, rows=1,
-                 positions=EVIL, tokens=3, bytes=9, shards=1, bytes_per_token=3.0)  # fmt: skip
-    assert is_safe(printed(run_cache.show, found))
-    audited = dict(lead=EVIL, audits=[], left_out={EVIL: EVIL}, report=EVIL)
-    assert is_safe(printed(run_audit.print_result, audited))
+    summary = dict(path="c", teacher={"name": EVIL}, temperatures=[1.0], targets="topk", k=2,
+                   rows=1, positions=EVIL, tokens=3, bytes=9, shards=1, bytes_per_token=3.0)  # fmt: skip
+    assert is_safe(printed(run_cache.show, summary))
+    report = dict(lead=EVIL, audits=[], left_out={EVIL: EVIL}, report=EVIL)
+    assert is_safe(printed(run_audit.print_result, report))
     assert is_safe(
         printed(run_audit.print_result, {"audits": [EVIL], "models": {"base": EVIL}, "out": ""})
     )
@@ -111,8 +111,8 @@ def test_a_file_of_settings_is_read_within_bounds(tmp_path, text, words):
 
 def test_an_alias_in_settings_is_still_an_alias(tmp_path):
     (tmp_path / "c.yaml").write_text("a: &a [1, 2]\nb: *a\nc: {d: 1, e: 1}\n")
-    said = settings.gather(tmp_path / "c.yaml", [])
-    assert said == {"a": [1, 2], "b": [1, 2], "c": {"d": 1, "e": 1}}
+    raw = settings.gather(tmp_path / "c.yaml", [])
+    assert raw == {"a": [1, 2], "b": [1, 2], "c": {"d": 1, "e": 1}}
 
 
 @pytest.mark.parametrize(

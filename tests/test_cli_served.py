@@ -35,10 +35,10 @@ def run(capsys, monkeypatch):
 
 
 def commands(folder, server, out):
-    given = ("--teacher", server.url, "--data", folder / "rows.jsonl", "--out", out)
+    paths = ("--teacher", server.url, "--data", folder / "rows.jsonl", "--out", out)
     return {
-        "train": ("train", "--student", folder / "student", *given, "max_steps=1"),
-        "build": ("cache", "build", *given),
+        "train": ("train", "--student", folder / "student", *paths, "max_steps=1"),
+        "build": ("cache", "build", *paths),
     }
 
 
@@ -73,5 +73,5 @@ def test_the_server_is_asked_about_one_short_row(server):
     client = ServedTeacher(server.url)
     server.seen.clear()
     client.check(k=4, temperature=1.0)
-    assert [len(said["prompt"][0]) for said, _ in server.seen] == [4]
+    assert [len(request["prompt"][0]) for request, _ in server.seen] == [4]
     client.close()

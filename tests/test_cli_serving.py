@@ -28,14 +28,14 @@ def run(capsys, monkeypatch):
 
 
 def test_a_plan_from_two_configs(run, folder):
-    asked = ("plan", "--student", folder / "student", "--teacher", folder / "teacher",
+    command = ("plan", "--student", folder / "student", "--teacher", folder / "teacher",
              "--seq", 128, "--batch", 2, "optim=sgd")  # fmt: skip
-    code, out, _ = run(*asked, "--json", "--gpu", "8GB")
+    code, out, _ = run(*command, "--json", "--gpu", "8GB")
     assert code == 0
-    said = json.loads(out)
-    assert said["memory"]["peak"] > 0
-    assert said["proposal"]["missing"] == 0
-    code, out, _ = run(*asked, "--gpu", "0.5GB")
+    result = json.loads(out)
+    assert result["memory"]["peak"] > 0
+    assert result["proposal"]["missing"] == 0
+    code, out, _ = run(*command, "--gpu", "0.5GB")
     assert code == 0
     assert "does not fit 0.50 GB" in out
     assert len(out.splitlines()) <= 40
@@ -82,9 +82,9 @@ def test_other_machines_need_a_token(run, folder, monkeypatch):
 
 
 def test_served_until_it_is_interrupted(run, folder, tmp_path, monkeypatch):
-    asked = ["serve", "--teacher", str(folder / "teacher"), "--port", "0", "--token", "s3cret"]
+    command = ["serve", "--teacher", str(folder / "teacher"), "--port", "0", "--token", "s3cret"]
     with subprocess.Popen(
-        [sys.executable, "-m", "fastdistill", *asked, "--json"], stdout=subprocess.PIPE,
+        [sys.executable, "-m", "fastdistill", *command, "--json"], stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
     ) as process:  # fmt: skip
         line = process.stderr.readline()
@@ -96,13 +96,13 @@ def test_served_until_it_is_interrupted(run, folder, tmp_path, monkeypatch):
         assert torch.equal(teacher.topk(ids, k=8, temperature=2.0).ids, here.ids)
         teacher.close()
         monkeypatch.setenv("FASTDISTILL_TOKEN", "s3cret")
-        given = ("--student", folder / "student", "--data", folder / "train.jsonl")
-        asked = ("train", *given, "--teacher", url, "--dry-run")
-        assert run(*asked)[0] == 0
+        paths = ("--student", folder / "student", "--data", folder / "train.jsonl")
+        command = ("train", *paths, "--teacher", url, "--dry-run")
+        assert run(*command)[0] == 0
         other = AutoTokenizer.from_pretrained(folder / "teacher")
         other.add_tokens(["<new>"])
         other.save_pretrained(tmp_path / "other")
-        code, _, err = run(*asked, "--tokenizer", tmp_path / "other")
+        code, _, err = run(*command, "--tokenizer", tmp_path / "other")
         assert (code, "tokenizer: expected that of" in err) == (2, True)
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=30)

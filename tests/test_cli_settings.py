@@ -62,10 +62,10 @@ class Some:
     ],
 )
 def test_key_value(pair, value):
-    said = gather(None, ["path=x", pair])
-    found = getattr(fill(Some, said), pair.partition("=")[0])
-    assert found == value
-    assert type(found) is type(value)
+    raw = gather(None, ["path=x", pair])
+    converted = getattr(fill(Some, raw), pair.partition("=")[0])
+    assert converted == value
+    assert type(converted) is type(value)
 
 
 @pytest.mark.parametrize(
@@ -91,8 +91,8 @@ def test_what_does_not_fit(pair, words):
 def test_a_file_comes_first_and_pairs_win(tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text("path: here\nk: 3\nrate: 1e-3\nname: no\npacking: true\n")
-    found = fill(Some, gather(file, ["k=4"]))
-    assert found == Some(path=Path("here"), k=4, rate=1e-3, name="no", packing=True)
+    settings = fill(Some, gather(file, ["k=4"]))
+    assert settings == Some(path=Path("here"), k=4, rate=1e-3, name="no", packing=True)
 
 
 @pytest.mark.parametrize("text", ["- a\n- b\n", "just words", "a: [", "\tk: 1"])
@@ -136,10 +136,10 @@ def test_what_is_printed_is_read_back(tmp_path, settings):
 def test_every_setting_of_the_trainer_can_be_said():
     """No annotation of transformers' makes a key unreachable: defaults fit when they are typed."""
     hints = typing.get_type_hints(DistillConfig)
-    said = 0
+    n_typed = 0
     for name, field in DistillConfig.__dataclass_fields__.items():
         if isinstance(field.default, (bool, int, float, str)):
             typed = to_yaml({name: field.default}).partition(": ")[2].strip()
             assert coerce(name, Text(typed), hints[name]) == field.default, name
-            said += 1
-    assert said > 80
+            n_typed += 1
+    assert n_typed > 80

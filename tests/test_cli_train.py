@@ -24,7 +24,7 @@ from fastdistill.training.figures import format_short
 from fastdistill.training.run_files import read_run
 
 RUN = [sys.executable, "-m", "fastdistill"]
-COLOUR = re.compile(rb"\x1b\[(?:\d+;)*(?:[349][0-7]|[34]8;[\d;]+)m")
+COLOR = re.compile(rb"\x1b\[(?:\d+;)*(?:[349][0-7]|[34]8;[\d;]+)m")
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +56,9 @@ def test_a_student_a_log_and_a_report(run, folder, tmp_path):
     more = ("--eval-data", folder / "held-out.jsonl", "learning_rate=1e-3", "logging_steps=1")
     code, out, err = run(*train(folder, tmp_path / "run", *more, "--json"))
     assert code == 0, err
-    said = json.loads(out)
-    assert said["steps"] == 4
-    assert said["evaluation"]["kl"] == pytest.approx(said["evaluation"]["loss"])
+    result = json.loads(out)
+    assert result["steps"] == 4
+    assert result["evaluation"]["kl"] == pytest.approx(result["evaluation"]["loss"])
     assert "step 2 of 4  loss " in err
     assert "\x1b[?25l" not in err  # no bar hides the cursor
     assert (tmp_path / "run" / "report.html").stat().st_size > 10_000
@@ -69,42 +69,42 @@ def test_a_student_a_log_and_a_report(run, folder, tmp_path):
 
 
 def test_stopped_and_started_again(run, folder, tmp_path):
-    asked, out = train(folder, tmp_path / "run", "save_steps=2"), tmp_path / "run"
+    command, out = train(folder, tmp_path / "run", "save_steps=2"), tmp_path / "run"
     began = lambda: read_run(out).events("train_begin")[-1]["step"]  # noqa: E731
-    assert run(*asked)[0] == 0
+    assert run(*command)[0] == 0
     assert began() == 0
     undisturbed = weights(out)
     # As a kill after the third step would leave it.
     shutil.rmtree(out / "checkpoint-4")
     (out / "model.safetensors").unlink()
-    code, said, _ = run(*asked, "--json")
-    assert (code, json.loads(said)["steps"], began()) == (0, 4, 2)
+    code, printed, _ = run(*command, "--json")
+    assert (code, json.loads(printed)["steps"], began()) == (0, 4, 2)
     assert torch.equal(weights(out), undisturbed)
-    assert run(*asked, "--no-resume")[0] == 0
+    assert run(*command, "--no-resume")[0] == 0
     assert began() == 0
 
 
 def test_from_a_cache_and_from_labels(run, folder, tmp_path):
-    given = ("--teacher", folder / "teacher", "--data", folder / "train.jsonl", "--k", 8)
-    assert run("cache", "build", *given, "--out", tmp_path / "c")[0] == 0
+    paths = ("--teacher", folder / "teacher", "--data", folder / "train.jsonl", "--k", 8)
+    assert run("cache", "build", *paths, "--out", tmp_path / "c")[0] == 0
     assert TeacherCache(tmp_path / "c").manifest.settings.k == 8
     live = run(*train(folder, tmp_path / "live", "--json"))[1]
-    kept = run(*train(folder, tmp_path / "kept", "--json", teacher=tmp_path / "c"))[1]
-    assert json.loads(kept)["loss"] == pytest.approx(json.loads(live)["loss"], rel=1e-4)
-    asked = train(folder, tmp_path / "labels", "--json")
-    at = asked.index("--teacher")
-    code, out, _ = run(*asked[:at], *asked[at + 2 :])
+    cached = run(*train(folder, tmp_path / "kept", "--json", teacher=tmp_path / "c"))[1]
+    assert json.loads(cached)["loss"] == pytest.approx(json.loads(live)["loss"], rel=1e-4)
+    command = train(folder, tmp_path / "labels", "--json")
+    at = command.index("--teacher")
+    code, out, _ = run(*command[:at], *command[at + 2 :])
     assert (code, json.loads(out)["loss"] > 5) == (0, True)  # ln 2048 = 7.6: cross-entropy
 
 
 def test_a_dry_run_checks_everything_and_writes_nothing(run, folder, tmp_path):
     code, out, _ = run(*train(folder, tmp_path / "run", "--dry-run", "--json"))
-    said = json.loads(out)
-    assert (code, said["examples"], said["steps"]) == (0, 12, 4)
-    assert said["targets"] == said["tokens"] - 12
+    result = json.loads(out)
+    assert (code, result["examples"], result["steps"]) == (0, 12, 4)
+    assert result["targets"] == result["tokens"] - 12
     assert not (tmp_path / "run").exists()
-    asked = train(folder, tmp_path / "run", "--dry-run", "num_train_epochs=3", "max_steps=-1")
-    assert json.loads(run(*asked, "--json")[1])["steps"] == 9
+    command = train(folder, tmp_path / "run", "--dry-run", "num_train_epochs=3", "max_steps=-1")
+    assert json.loads(run(*command, "--json")[1])["steps"] == 9
 
 
 def test_a_dry_run_names_a_biased_loss(run, folder, tmp_path, monkeypatch):
@@ -115,8 +115,8 @@ def test_a_dry_run_names_a_biased_loss(run, folder, tmp_path, monkeypatch):
 
 
 def test_what_is_printed_can_be_pasted_back(run, folder, tmp_path):
-    asked = ("learning_rate=1e-4", "eval_strategy=no", "temperature=2", "--lora-rank", 4)
-    code, printed, _ = run(*train(folder, tmp_path / "run", *asked, "--print-config"))
+    settings = ("learning_rate=1e-4", "eval_strategy=no", "temperature=2", "--lora-rank", 4)
+    code, printed, _ = run(*train(folder, tmp_path / "run", *settings, "--print-config"))
     assert code == 0
     assert "temperature: 2.0\n" in printed
     (tmp_path / "c.yaml").write_text(printed)
@@ -149,22 +149,22 @@ def test_what_is_printed_can_be_pasted_back(run, folder, tmp_path):
     ],
 )
 def test_exit_codes(run, folder, tmp_path, more, code, words):
-    found, out, err = run(*train(folder, tmp_path / "run", *more))
-    assert (found, out) == (code, "")
+    exit_code, out, err = run(*train(folder, tmp_path / "run", *more))
+    assert (exit_code, out) == (code, "")
     assert words in err
     assert "Traceback" not in err
 
 
 def test_a_bar_on_a_terminal_and_no_colours_where_none_are_wanted(folder, tmp_path):
     def on_terminal(**environment) -> tuple[str, bytes]:
-        here, there = pty.openpty()
-        asked = [*RUN, *map(str, train(folder, tmp_path / str(len(environment)), "--json"))]
+        here, terminal = pty.openpty()
+        command = [*RUN, *map(str, train(folder, tmp_path / str(len(environment)), "--json"))]
         with subprocess.Popen(
-            asked, stdout=subprocess.PIPE, stderr=there,
+            command, stdout=subprocess.PIPE, stderr=terminal,
             env={**os.environ, "TERM": "xterm-256color", "COLUMNS": "100", **environment},
         ) as process:  # fmt: skip
-            os.close(there)
-            shown = b""
+            os.close(terminal)
+            screen = b""
             while True:
                 try:
                     more = os.read(here, 65536)
@@ -172,25 +172,26 @@ def test_a_bar_on_a_terminal_and_no_colours_where_none_are_wanted(folder, tmp_pa
                     break
                 if not more:
                     break
-                shown += more
+                screen += more
             out = process.stdout.read().decode()
         os.close(here)
-        assert process.returncode == 0, shown
-        return out, shown
+        assert process.returncode == 0, screen
+        return out, screen
 
-    out, shown = on_terminal()
+    out, screen = on_terminal()
     assert json.loads(out)["steps"] == 4
-    assert b"training" in shown
-    assert COLOUR.search(shown)
-    out, shown = on_terminal(NO_COLOR="1")
+    assert b"training" in screen
+    assert COLOR.search(screen)
+    out, screen = on_terminal(NO_COLOR="1")
     assert json.loads(out)["steps"] == 4
-    assert b"training" in shown
-    assert not COLOUR.search(shown)
+    assert b"training" in screen
+    assert not COLOR.search(screen)
 
 
 def test_the_same_command_after_a_finished_run(run, folder, tmp_path):
-    asked, out = train(folder, tmp_path / "run", "--eval-data", folder / "held-out.jsonl"), tmp_path
-    code, first, err = run(*asked, "--json")
+    command = train(folder, tmp_path / "run", "--eval-data", folder / "held-out.jsonl")
+    out = tmp_path
+    code, first, err = run(*command, "--json")
     assert code == 0
     assert "re-run the same command to resume" in err
     assert [line["step"] for line in read_run(out / "run").figures if "loss" in line] == [
@@ -200,17 +201,17 @@ def test_the_same_command_after_a_finished_run(run, folder, tmp_path):
         4,
     ]
     before = {p: p.read_bytes() for p in (out / "run").rglob("*") if p.is_file()}
-    code, again, _ = run(*asked, "--json")
+    code, again, _ = run(*command, "--json")
     one, other = json.loads(first), json.loads(again)
     assert (code, one["already_done"], other["already_done"]) == (0, False, True)
     assert one["evaluation"]["kl"] == other["evaluation"]["kl"]
     assert {p: p.read_bytes() for p in (out / "run").rglob("*") if p.is_file()} == before
-    assert "Already finished at step 4; nothing was trained." in run(*asked)[1]
+    assert "Already finished at step 4; nothing was trained." in run(*command)[1]
 
 
 def test_a_run_that_diverges_says_so(run, folder, tmp_path):
-    asked = train(folder, tmp_path / "run", "learning_rate=0.3", "lr_scheduler_type=constant")
-    code, out, err = run(*asked, "--eval-data", folder / "held-out.jsonl")
+    command = train(folder, tmp_path / "run", "learning_rate=0.3", "lr_scheduler_type=constant")
+    code, out, err = run(*command, "--eval-data", folder / "held-out.jsonl")
     assert code == 0, err
     assert "The loss rose: the run diverged." in out
     assert "the run diverged" in (tmp_path / "run" / "report.html").read_text()
@@ -219,16 +220,16 @@ def test_a_run_that_diverges_says_so(run, folder, tmp_path):
 
 
 def test_what_an_interrupted_run_leaves_is_said(folder, tmp_path):
-    asked = [*RUN, *map(str, train(folder, tmp_path / "run", "max_steps=4000"))]
+    command = [*RUN, *map(str, train(folder, tmp_path / "run", "max_steps=4000"))]
     # A test process that runs in the background ignores SIGINT, and its children inherit that.
     heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    with subprocess.Popen(asked, stderr=subprocess.PIPE, text=True, preexec_fn=heed) as process:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed) as process:
         for line in process.stderr:
             if "step 80 of" in line:  # the first line of a run of 4000 steps
                 break
         process.send_signal(signal.SIGINT)
         last = process.stderr.read().strip().splitlines()[-1]
-    found = sorted(p.name for p in (tmp_path / "run").glob("checkpoint-*"))
+    checkpoints = sorted(p.name for p in (tmp_path / "run").glob("checkpoint-*"))
     assert process.returncode == 130
-    assert len(found) == 1
-    assert last.endswith(f"Re-run the same command to resume from {found[0]}.")
+    assert len(checkpoints) == 1
+    assert last.endswith(f"Re-run the same command to resume from {checkpoints[0]}.")

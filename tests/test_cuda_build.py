@@ -51,7 +51,7 @@ esac
 
 class Setup(NamedTuple):
     code: int
-    said: str
+    output: str
     modules: dict[str, list[str] | None]
 
 
@@ -92,28 +92,28 @@ def without_nvcc() -> str:
     return os.pathsep.join(p for p in parts if not Path(p, "nvcc").exists())
 
 
-def line_of(said: str, words: str) -> str:
-    found = [line for line in said.splitlines() if words in line]
-    assert len(found) == 1, said
-    return found[0]
+def line_of(output: str, words: str) -> str:
+    matches = [line for line in output.splitlines() if words in line]
+    assert len(matches) == 1, output
+    return matches[0]
 
 
 def test_zero_leaves_it_out(tree: Path):
     done = setup(tree, FASTDISTILL_CUDA="0", CUDA_HOME=str(tree / "fake"))
     assert done.code == 0
     assert list(done.modules) == ["fastdistill._ext"]
-    assert "FASTDISTILL_CUDA=0" in line_of(done.said, "WITHOUT the CUDA kernels")
+    assert "FASTDISTILL_CUDA=0" in line_of(done.output, "WITHOUT the CUDA kernels")
 
 
 def test_no_nvcc_is_an_error_only_where_it_is_asked_for(tree: Path):
     done = setup(tree, PATH=without_nvcc())
     assert done.code == 0
     assert list(done.modules) == ["fastdistill._ext"]
-    assert "no nvcc on PATH" in line_of(done.said, "WITHOUT the CUDA kernels")
+    assert "no nvcc on PATH" in line_of(done.output, "WITHOUT the CUDA kernels")
     done = setup(tree, PATH=without_nvcc(), FASTDISTILL_CUDA="1")
     assert done.code == 1
-    assert "FASTDISTILL_CUDA=1 asks for the CUDA kernels, but no nvcc on PATH" in done.said
-    assert "install the CUDA toolkit or set CUDA_HOME" in done.said
+    assert "FASTDISTILL_CUDA=1 asks for the CUDA kernels, but no nvcc on PATH" in done.output
+    assert "install the CUDA toolkit or set CUDA_HOME" in done.output
 
 
 @pytest.mark.parametrize(
@@ -128,13 +128,13 @@ def test_no_nvcc_is_an_error_only_where_it_is_asked_for(tree: Path):
 def test_refusals(tree: Path, env: dict[str, str], words: str):
     done = setup(tree, CUDA_HOME=str(tree / "fake"), **env)
     assert done.code == 1
-    assert words in done.said
+    assert words in done.output
 
 
 def test_architectures(tree: Path):
     home = str(tree / "fake")
     done = setup(tree, CUDA_HOME=home)
-    assert "89, 100, which this nvcc does not know" in line_of(done.said, "no CUDA kernels for")
+    assert "89, 100, which this nvcc does not know" in line_of(done.output, "no CUDA kernels for")
     command = done.modules["fastdistill._cuda"]
     assert command[0] == str(tree / "fake" / "bin" / "nvcc")
     assert [a.partition("=")[2] for a in command if a.startswith("-gencode")] == [
@@ -150,11 +150,11 @@ def test_architectures(tree: Path):
 def test_a_failing_nvcc_is_an_error_only_where_it_is_asked_for(tree: Path):
     done = setup(tree, "build", CUDA_HOME=str(tree / "fake"))
     assert done.code == 0
-    assert "nvcc" in line_of(done.said, "WITHOUT the CUDA kernels")
+    assert "nvcc" in line_of(done.output, "WITHOUT the CUDA kernels")
     assert not list(tree.glob("lib/**/_cuda*"))
     done = setup(tree, "build", CUDA_HOME=str(tree / "fake"), FASTDISTILL_CUDA="1")
     assert done.code == 1
-    assert "FASTDISTILL_CUDA=1 asks for the CUDA kernels, but" in done.said
+    assert "FASTDISTILL_CUDA=1 asks for the CUDA kernels, but" in done.output
 
 
 @pytest.fixture(scope="module")
@@ -162,8 +162,8 @@ def built(tree: Path) -> Path:
     if not shutil.which("nvcc"):
         pytest.skip("no nvcc on PATH")
     done = setup(tree, "build", FASTDISTILL_CUDA="1", FASTDISTILL_CUDA_ARCHS="80;89;90;100")
-    assert done.code == 0, done.said
-    assert done.said.strip() == "", "the compilers warned"
+    assert done.code == 0, done.output
+    assert done.output.strip() == "", "the compilers warned"
     (module,) = tree.glob("lib/fastdistill/_cuda*.so")
     return module
 

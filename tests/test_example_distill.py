@@ -62,14 +62,14 @@ def test_it_trains_and_resumes(files, tmp_path):
     more = ("--save_steps", "2", "--packing", "--token_selection", "entropy top 0.5")
     run(files, tmp_path, "--max_steps", "3", "--lora_rank", "2", *more)
     assert last_finished(tmp_path).name == "checkpoint-3"
-    said = run(
+    output = run(
         files, tmp_path, "--max_steps", "5", "--lora_rank", "2", "--eval_data",
         files / "eval.jsonl", *more,
     )  # fmt: skip
-    assert "covered teacher mass" in said
-    found = read_metrics(tmp_path)
-    assert [e["step"] for e in found if "loss" in e] == [1, 2, 3, 4, 5]
-    assert found[-1]["eval_kl"] > 0
+    assert "covered teacher mass" in output
+    metrics = read_metrics(tmp_path)
+    assert [e["step"] for e in metrics if "loss" in e] == [1, 2, 3, 4, 5]
+    assert metrics[-1]["eval_kl"] > 0
     assert (tmp_path / "adapter_model.safetensors").is_file()
     assert "| token_selection | entropy top 0.5 |" in (tmp_path / "README.md").read_text()
 

@@ -119,9 +119,9 @@ def test_installs_without_a_compiler(env: dict[str, str], reason: str, tmp_path:
     tree, site_dir = copy_tree(tmp_path / "tree"), tmp_path / "site"
     options = ["-v", "--no-deps", "--no-build-isolation", "--no-index", "--target", site_dir]
     log = run(sys.executable, "-m", "pip", "install", *options, tree, cwd=tmp_path, env=env)
-    said = [line for line in log.splitlines() if "WITHOUT the C++ extension" in line]
-    assert said
-    assert all(reason in line for line in said)
+    warnings = [line for line in log.splitlines() if "WITHOUT the C++ extension" in line]
+    assert warnings
+    assert all(reason in line for line in warnings)
     assert not list((site_dir / "fastdistill").glob("_ext*.so"))
     code = "import fastdistill as f, fastdistill.backend as b; print(f.__file__, b.extension())"
     file, extension = python_with(site_dir, code, tmp_path).split()

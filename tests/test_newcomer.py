@@ -38,19 +38,19 @@ def test_the_first_five_minutes(tmp_path):
             env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False, timeout=280,
             start_new_session=True,
         )  # fmt: skip
-    said = (tmp_path / "log").read_text()
-    assert (tmp_path / "every-line").exists(), said
+    log = (tmp_path / "log").read_text()
+    assert (tmp_path / "every-line").exists(), log
     assert time.monotonic() - started < 300
     folder = tmp_path / "fastdistill-demo"
     for run in ("run", "run-2"):
-        assert (folder / run / "report.html").stat().st_size > 10_000, said
-        assert (folder / run / "model.safetensors").is_file(), said
+        assert (folder / run / "report.html").stat().st_size > 10_000, log
+        assert (folder / run / "model.safetensors").is_file(), log
     assert (folder / "answers" / "manifest.json").is_file()
     assert "What this does not show" in (folder / "audit" / "report.html").read_text()
-    assert re.search(r"fits 8\.\d* ?GB", said), said
-    assert "files verified" in said
-    assert "Traceback" not in said
-    assert "\x1b" not in said
+    assert re.search(r"fits 8\.\d* ?GB", log), log
+    assert "files verified" in log
+    assert "Traceback" not in log
+    assert "\x1b" not in log
 
 
 def test_its_commands_are_those_of_a_newcomer():

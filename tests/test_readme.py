@@ -93,7 +93,7 @@ def test_the_trainers_run_as_printed(tmp_path, monkeypatch, config):
         "prompts": [{"prompt": "a"}] * 4,
         "student": small(tokenizer, 0),
         "big": small(tokenizer, 7, hidden=48),
-        config: lambda folder, **given: settings(kind, folder, max_steps=1, **more),
+        config: lambda folder, **options: settings(kind, folder, max_steps=1, **more),
     }
     (block,) = (b for b in BLOCKS if f" {config}(" in b or f"={config}(" in b)
     exec(block.replace("import DistillConfig, ", "import "), names)

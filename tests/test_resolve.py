@@ -18,7 +18,7 @@ from fastdistill.plan.shapes import config_of
 from fastdistill.resolve import resolve
 from fastdistill.stored_model import StoredModel
 from fastdistill.teacher import Teacher, load_teacher
-from fastdistill.training.offline import opened
+from fastdistill.training.offline import open_teacher
 
 
 class Tokenizer:
@@ -65,16 +65,16 @@ IDS = torch.arange(3, 19)[None] % VOCAB
 @pytest.mark.parametrize("route", ROUTES)
 def test_an_adapter_is_read_by_every_route(folders, route):
     _, adapter, model = folders
-    found = ROUTES[route](adapter)
-    found = found.model if isinstance(found, (Teacher, Subject)) else found
-    torch.testing.assert_close(logits(found, IDS), logits(model, IDS), rtol=1e-4, atol=1e-4)
+    actual = ROUTES[route](adapter)
+    actual = actual.model if isinstance(actual, (Teacher, Subject)) else actual
+    torch.testing.assert_close(logits(actual, IDS), logits(model, IDS), rtol=1e-4, atol=1e-4)
 
 
 def test_a_quantised_adapter_is_merged_first(folders):
     _, adapter, model = folders
     teacher = load_teacher(adapter, quant="int8", device="cpu")
-    found, true = logits(teacher.model, IDS), logits(model, IDS)
-    assert (found.exp() - true.exp()).abs().max() < 0.05
+    actual, expected = logits(teacher.model, IDS), logits(model, IDS)
+    assert (actual.exp() - expected.exp()).abs().max() < 0.05
     report = teacher.fidelity({"input_ids": IDS.repeat(2, 1)})
     assert report.kl < 0.01  # against the adapter's full precision, and not the base's
 
@@ -120,10 +120,10 @@ def test_an_adapter_whose_base_is_gone(folders, tmp_path):
             route(tmp_path / "adapter")
 
 
-@pytest.mark.parametrize("route", [*ROUTES, "opened", "config", "tokenizer"])
+@pytest.mark.parametrize("route", [*ROUTES, "open_teacher", "config", "tokenizer"])
 def test_a_typo(tmp_path, route):
     more = {
-        "opened": opened,
+        "open_teacher": open_teacher,
         "config": lambda path: config_of("student", path),
         "tokenizer": lambda path: open_tokenizer(str(path)),
     }
@@ -152,7 +152,7 @@ def test_pickles_and_nothing(tmp_path, route):
 
 def test_a_cache_and_a_server_are_no_models(folders, tmp_path):
     TeacherCache.build(folders[0], ragged(), tmp_path / "cache", k=8)
-    assert isinstance(opened(str(tmp_path / "cache")), TeacherCache)
+    assert isinstance(open_teacher(str(tmp_path / "cache")), TeacherCache)
     with pytest.raises(ValueError, match="a cache, which answers and has none"):
         load_teacher(tmp_path / "cache")
     with pytest.raises(ValueError, match="a server, which answers and has none"):
