@@ -40,8 +40,9 @@ def test_what_is_said_and_json_are_safe():
 
 
 def test_what_a_cache_and_audits_say_is_safe():
-    summary = dict(path="c", teacher={"name": EVIL}, temperatures=[1.0], targets="topk", k=2,
-                   rows=1, positions=EVIL, tokens=3, bytes=9, shards=1, bytes_per_token=3.0)  # fmt: skip
+    summary = dict(path="c", teacher={"name": EVIL}, temperatures=[1.0], targets="topk",
+                   k=2, rows=1, positions=EVIL, tokens=3, bytes=9, shards=1,
+                   bytes_per_token=3.0)  # fmt: skip
     assert is_safe(printed(run_cache.show, summary))
     report = dict(lead=EVIL, audits=[], left_out={EVIL: EVIL}, report=EVIL)
     assert is_safe(printed(run_audit.print_result, report))

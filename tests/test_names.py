@@ -36,8 +36,6 @@ def identifiers(tree: ast.AST) -> list[str]:
             names.append(node.name)
         elif isinstance(node, ast.arg | ast.keyword) and node.arg:
             names.append(node.arg)
-        elif isinstance(node, ast.alias):
-            names += [node.name.rpartition(".")[2], node.asname or ""]
     return names
 
 
