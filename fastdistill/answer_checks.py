@@ -1,8 +1,8 @@
-"""Whether a teacher's answers can be a language model's: one check for everyone who takes answers.
+"""Check that a teacher's answers can come from a language model.
 
-A model in this process, an object with a topk of its own, a cache, a server, a Parquet file, draws:
-`measure` looks at the values, `wrong_shape` at the shapes, and `AnswerMonitor` at every batch of a
-run. What rounding does to log-probabilities is computed from them, not assumed:
+The same check for models, custom teachers, caches, servers, Parquet files and samples: `measure`
+checks values, `wrong_shape` shapes, and `AnswerMonitor` every batch of a run. The tolerance for
+rounded log-probabilities is computed from them, not assumed:
 
     stored ln p (1 + δ), |δ| ≤ ε   →   |Σ stored p − Σ p| ≤ ε · (1 + Σ p |ln p|), to first order
 
@@ -21,12 +21,12 @@ from torch import Tensor
 
 from .outputs import TopK
 
-ROUNDING = 1e-3  # of a sum of probabilities computed in fp32 or from logits in 16 bits
+ROUNDING = 1e-3  # error of a sum of probabilities computed in fp32 or from 16-bit logits
 _LOW = (torch.float16, torch.bfloat16)  # coarser last
 
 
 class Kind(NamedTuple):
-    """One way in which an answer is no language model's; see `Wrong` for what the texts fill in."""
+    """A kind of invalid answer; `Wrong` fills in the texts."""
 
     field: str
     expected: str
@@ -65,15 +65,15 @@ _NAMES = tuple(KINDS)
 
 @dataclass(frozen=True, kw_only=True)
 class Rules:
-    """What is expected of answers beside being a distribution.
+    """Requirements on answers, in addition to being a distribution.
 
-    vocab: ids end before it; None: not known.
-    repeats: an id may stand in several slots, as one outcome.
+    vocab: ids are below it; None if unknown.
+    repeats: an id may occur in several slots, as one outcome.
     empty: slots may be empty (id −1).
-    nothing: a position may have no id with a probability at all.
+    nothing: a position may have no id with a positive probability.
     total: the mass of ids and log_tail together is "equal" to 1, "at most" 1, or "any".
-    rising: ids come in rising order, the empty slots last.
-    ranked: the slots are the likeliest tokens, so that the best one is above the average.
+    rising: ids are in rising order, empty slots last.
+    ranked: the slots are the most probable tokens, so the first is above the average.
     """
 
     vocab: int | None = None
@@ -87,7 +87,7 @@ class Rules:
 
 @dataclass(frozen=True, kw_only=True)
 class Wrong:
-    """A position whose answer is no language model's."""
+    """A position with an invalid answer."""
 
     kind: str
     at: int  # position among N
@@ -135,9 +135,9 @@ class Wrong:
 
 
 def measure(answer: TopK, rules: Rules) -> tuple[Tensor, Tensor]:
-    """Return which answers [N, K] are wrong in which way, bool [W, N], and by what value, [W, N].
+    """Return for answers [N, K] which kinds of error occur, bool [W, N], and their values, [W, N].
 
-    Nothing here waits for a GPU.
+    It never waits for a GPU.
     """
     ids, low = answer.ids, answer.logprobs
     wide = torch.float64 if low.dtype == torch.float64 else torch.float32
@@ -186,8 +186,10 @@ def measure(answer: TopK, rules: Rules) -> tuple[Tensor, Tensor]:
 
 
 def _resolution(values: Tensor, used: Tensor) -> Tensor:
-    """ε of the coarsest type that holds all values of a position, [N]: of values that were kept in
-    16 bits and cast to fp32, that of 16 bits."""
+    """ε [N] of the coarsest type that represents all values of a position.
+
+    For values that were stored in 16 bits and cast to fp32 this is the ε of 16 bits.
+    """
     step = torch.full(
         values.shape[:-1], torch.finfo(values.dtype).eps, dtype=torch.float32, device=values.device
     )
@@ -199,8 +201,10 @@ def _resolution(values: Tensor, used: Tensor) -> Tensor:
 
 
 def _repeated(ids: Tensor, rising: bool) -> tuple[Tensor, Tensor]:
-    """Which positions [N] hold an id twice, and which id; of `rising` ids also where they do not
-    rise, which needs no sorting."""
+    """Return the positions [N] with a repeated id, and the id.
+
+    For `rising` ids, positions that do not rise are reported too, without sorting.
+    """
     ordered = ids if rising else ids.sort(-1).values
     same = (ordered[..., 1:] <= ordered[..., :-1]) & (ordered[..., 1:] >= 0)
     repeated = torch.where(same, ordered[..., 1:], -1)
@@ -208,7 +212,7 @@ def _repeated(ids: Tensor, rising: bool) -> tuple[Tensor, Tensor]:
 
 
 def find_wrong(answer: TopK, rules: Rules) -> Wrong | None:
-    """Return the first position of [N, K] whose answer is no language model's, or None."""
+    """Return the first position of [N, K] with an invalid answer, or None."""
     if not answer.ids.numel():
         return None
     bad, values = measure(answer, rules)
@@ -230,9 +234,9 @@ def wrong_shape(answer: TopK, lead: Sequence[int], k: int, *, exactly: bool = Fa
     """Return what is wrong with the shapes and types of answers [*lead, ≤ k], or None.
 
     Args:
-        answer: what the teacher gave.
-        lead: the shape of the positions that were asked about.
-        k: how many slots were asked for; `exactly` so many have to come.
+        answer: the teacher's answer.
+        lead: the shape of the positions.
+        k: the requested number of slots; with `exactly`, no fewer are allowed.
     """
     if not isinstance(answer, TopK):
         return f"expected a fastdistill.TopK, got {type(answer).__name__}"
@@ -267,7 +271,7 @@ def wrong_shape(answer: TopK, lead: Sequence[int], k: int, *, exactly: bool = Fa
 
 
 def place(lengths: Sequence[int], at: int) -> str:
-    """Return where entry `at` of rows of these lengths, one behind another, lies."""
+    """Return the row and position of entry `at` of concatenated rows of these lengths."""
     for row, length in enumerate(lengths):
         if at < length:
             return f"row {row}, position {at}"
@@ -276,11 +280,11 @@ def place(lengths: Sequence[int], at: int) -> str:
 
 
 class AnswerMonitor:
-    """Notices wrong answers in every batch of a run, wherever the teacher is.
+    """Detects invalid answers in every batch of a run.
 
-    Answers on a CPU are refused at once. On a GPU reading a value would make the host wait in every
-    step: there the first wrong position of each kind is remembered on the device, and `read` raises
-    where the run waits for the device anyway, before it saves.
+    Invalid answers on a CPU raise at once. On a GPU, reading a value would make the host wait in
+    every step: the first invalid position of each kind is stored on the device, and `read` raises
+    when the run waits for the device anyway, before it saves.
     """
 
     def __init__(self) -> None:
@@ -289,10 +293,10 @@ class AnswerMonitor:
         self._rules, self._slots, self._dtype = Rules(), 0, torch.float32
 
     def check(self, answer: TopK, rows: Tensor, positions: Tensor, rules: Rules) -> None:
-        """Look at one batch's answers [N, K], for these rows (N,) and positions (N,) of it.
+        """Check the answers [N, K] of one batch, for its rows (N,) and positions (N,).
 
         Raises:
-            ValueError: answers on a CPU that no language model gives.
+            ValueError: invalid answers on a CPU.
         """
         self.batches += 1
         self._rules, self._slots, self._dtype = rules, answer.ids.shape[-1], answer.logprobs.dtype
@@ -303,7 +307,7 @@ class AnswerMonitor:
             self.read()
 
     def check_hidden(self, hidden: Tensor, rows: Tensor, positions: Tensor) -> None:
-        """The same for the hidden states (N, G) of one batch, which have to be finite."""
+        """Check that the hidden states (N, G) of one batch are finite."""
         self.batches += 1
         self._rules, self._slots, self._dtype = Rules(), 0, hidden.dtype
         if not hidden.numel():
@@ -316,7 +320,7 @@ class AnswerMonitor:
             self.read()
 
     def _note(self, bad: Tensor, values: Tensor, rows: Tensor, positions: Tensor) -> None:
-        """Remember the first wrong position of each kind, [W, N], on their device."""
+        """Store the first invalid position of each kind, [W, N], on its device."""
         where, noted = self._seen.get(bad.device, (None, None))
         if where is None or noted is None:
             where = torch.zeros(len(bad), 3, dtype=torch.int64, device=bad.device)
@@ -330,10 +334,10 @@ class AnswerMonitor:
         self._seen[bad.device] = (where, noted)
 
     def read(self) -> None:
-        """Wait for what is remembered on devices.
+        """Wait for the positions stored on devices.
 
         Raises:
-            ValueError: an answer since the last `read` was no language model's.
+            ValueError: an answer since the last `read` was invalid.
         """
         seen, self._seen = self._seen, {}
         for where, noted in seen.values():

@@ -1,4 +1,4 @@
-"""Which implementation runs, and what this machine has: the one place that probes and decides."""
+"""Probe the machine and choose the implementation."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ TRITON_CAPABILITY = (8, 0)  # bf16 matrix instructions
 
 @functools.cache
 def no_triton(device_type: str, index: int | None) -> str | None:
-    """Why the Triton kernels cannot run on this device, or None if they can."""
+    """Return why the Triton kernels cannot run on this device, or None if they can."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install triton)"
     if device_type == "cpu":
@@ -57,7 +57,7 @@ def no_triton(device_type: str, index: int | None) -> str | None:
 
 
 def automatic(device_type: str, index: int | None) -> str:
-    """What impl="auto" means on a device: Triton on a GPU that can, else chunked PyTorch."""
+    """Resolve impl="auto" on a device: Triton on a GPU that runs it, else chunked PyTorch."""
     return "triton" if device_type == "cuda" and no_triton(device_type, index) is None else "torch"
 
 
@@ -77,15 +77,17 @@ def _resolve(impl: str, device_type: str, index: int | None) -> str:
 
 
 def resolve_impl(impl: str, device: torch.device | None = None) -> str:
-    """The implementation behind `impl` for tensors on `device` (by default, on the first GPU or
-    the CPU); an explicit choice that cannot run raises."""
+    """Return the implementation for `impl` and tensors on `device`; raise if it cannot run.
+
+    The default device is the first GPU, or the CPU.
+    """
     if device is None:
         device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     return _resolve(impl, device.type, device.index)
 
 
 def package_versions() -> dict[str, str | None]:
-    """Installed versions of the packages this library works with; None where missing."""
+    """Installed versions of the packages this library works with; None if missing."""
     versions_by_name: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
@@ -96,7 +98,7 @@ def package_versions() -> dict[str, str | None]:
 
 
 def versions() -> dict[str, str]:
-    """Of this library, of Python, and of the packages that are here: what every result records."""
+    """Versions of this library, Python and the installed packages, for records of results."""
     here = {
         name: version_text
         for name, version_text in package_versions().items()
@@ -107,8 +109,7 @@ def versions() -> dict[str, str]:
 
 @functools.cache
 def extension() -> Any | None:
-    """The compiled module `fastdistill._ext`; None where it was not built, or where
-    FASTDISTILL_NO_EXT=1 turns it off."""
+    """The compiled module `fastdistill._ext`; None if not built or FASTDISTILL_NO_EXT=1."""
     return _compiled("fastdistill._ext")
 
 
@@ -127,8 +128,10 @@ def _compiled(name: str) -> Any | None:
 
 @functools.cache
 def cpu_isa() -> int:
-    """Which of the extension's instruction sets its kernels use: the best that this CPU has, or the
-    one FASTDISTILL_CPU_ISA names (an index into `isa_names()`)."""
+    """The instruction set of the extension's kernels, as an index into `isa_names()`.
+
+    It is the best of this CPU, or the one that FASTDISTILL_CPU_ISA names.
+    """
     ext = extension()
     if ext is None:
         return 0
@@ -143,7 +146,7 @@ def cpu_isa() -> int:
 
 
 def describe() -> dict[str, Any]:
-    """What is here and what was chosen, for `doctor`, reports and benchmark rows."""
+    """The machine and the chosen implementation, for `doctor`, reports and benchmark rows."""
     cuda = [
         {
             "name": torch.cuda.get_device_name(i),
@@ -173,24 +176,26 @@ def describe() -> dict[str, Any]:
 
 
 def rank_and_world() -> tuple[int, int]:
-    """This process's number and how many there are, as torchrun says; alone, 0 of 1."""
+    """The rank of this process and the number of processes, from torchrun; (0, 1) without it."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def local_rank() -> int:
-    """This process's number on this machine."""
+    """The rank of this process on its machine."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def served_token() -> str | None:
-    """The token of a served teacher, FASTDISTILL_TOKEN, on both sides."""
+    """The bearer token of a served teacher, FASTDISTILL_TOKEN, for client and server."""
     return os.environ.get("FASTDISTILL_TOKEN") or None
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """For small models: a second thread gains little, and on a busy machine it costs several times
-    the time."""
+    """Context with one torch thread, for small models.
+
+    More threads gain little there, and on a busy machine they multiply the time.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

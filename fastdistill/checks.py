@@ -1,7 +1,7 @@
-"""What the public functions refuse: each error names the argument, what it expected and what came.
+"""Argument checks: each error names the argument, what was expected and what was passed.
 
-Checks of shapes, types, devices and scalars always run. Checks of values (`values_readable`) read
-the data: they run on CPU tensors, and on a GPU only with check=True, since they stall its stream.
+Shapes, types, devices and scalars are always checked. Checks of values (`values_readable`) read the
+data: they run on CPU tensors, and on a GPU only with check=True, since they stall its stream.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ def fail(name: str, expected: str, got: Any, hint: str = "") -> NoReturn:
 
 
 def values_readable(tensor: Tensor, check: bool) -> bool:
-    """Whether reading values is wanted here: never inside a traced graph."""
+    """Whether values may be read: never inside a traced graph."""
     if torch.compiler.is_compiling():
         return False
     return check or tensor.device.type == "cpu"
 
 
 def tensor(name: str, value: Any, dtypes: Sequence[torch.dtype]) -> None:
-    wanted = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+    names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a tensor of {wanted}, got {type(value).__name__}")
+        raise TypeError(f"{name}: expected a tensor of {names}, got {type(value).__name__}")
     if value.dtype not in dtypes:
-        raise TypeError(f"{name}: expected dtype {wanted}, got {value.dtype}")
+        raise TypeError(f"{name}: expected dtype {names}, got {value.dtype}")
 
 
 def like_tokens(name: str, value: Tensor, hidden: Tensor) -> None:
-    """`value` has one entry per position of `hidden`, on the same device."""
+    """Check that `value` has one entry per position of `hidden`, on the same device."""
     if value.shape != hidden.shape[:-1]:
         fail(name, f"shape {list(hidden.shape[:-1])} as hidden's positions", list(value.shape))
     same_device(name, value, hidden)
@@ -122,7 +122,7 @@ def vocabulary(valid_vocab: int | None, rows: int) -> int:
 
 
 def ids(name: str, value: Any, hidden: Tensor, vocab: int, check: bool) -> None:
-    """ids int32/int64 [..., K] over hidden's positions, each −1 or a token."""
+    """Check ids int32/int64 [..., K] over the positions of hidden, each −1 or a token."""
     tensor(name, value, INTS)
     if value.shape[:-1] != hidden.shape[:-1] or value.dim() != hidden.dim():
         fail(name, f"shape {[*hidden.shape[:-1], 'K']}", list(value.shape))
@@ -152,7 +152,7 @@ def teacher(
     temperature: float,
     check: bool,
 ) -> None:
-    """The payload of a TopK against the loss it is used in; `active` bool [...] or None for all."""
+    """Check a TopK against the loss that uses it; `active` is bool [...], or None for all."""
     ids("teacher.ids", ids_, hidden, vocab, check)
     tensor("teacher.logprobs", logprobs, FLOATS)
     if logprobs.shape != ids_.shape:
@@ -165,10 +165,10 @@ def teacher(
     if tail == "renorm_both":
         if ids_.shape[-1] == 1:
             fail("tail", "another tail when K = 1", "'renorm_both'",
-                 "one outcome renormalised over itself is 1: the loss is always 0")  # fmt: skip
+                 "one outcome renormalized over itself is 1: the loss is always 0")  # fmt: skip
     elif not math.isclose(taken_at, temperature, rel_tol=1e-6):
         fail("temperature", f"{taken_at:g}, at which the teacher's payload was taken",
-             f"{temperature:g}", "take the payload at the loss temperature: its normaliser at "
+             f"{temperature:g}", "take the payload at the loss temperature: its normalizer at "
              "another one is not known (tail='renorm_both' needs none)")  # fmt: skip
     if not logprobs.numel() or not values_readable(logprobs, check):
         return
@@ -177,7 +177,7 @@ def teacher(
         answer = TopK(
             ids_[active], logprobs[active], None if log_tail is None else log_tail[active]
         )
-    # Slots may have been emptied; renorm_both uses the K ids alone, whatever is outside them.
+    # Slots may be empty; renorm_both uses the K ids alone and ignores the rest.
     total = "any" if tail == "renorm_both" else "at most"
     rules = Rules(vocab=vocab, repeats=True, nothing=True, total=total)
     wrong = find_wrong(answer.flatten(), rules)
@@ -186,7 +186,7 @@ def teacher(
 
 
 def grad_filter(options: Any, impl: str, backward: str, reduction: str, dtype: Any) -> None:
-    """`grad_filter_eps` against the one pass that can skip tiles."""
+    """Check `grad_filter_eps`: only the fused Triton pass can skip tiles."""
     name, eps = "grad_filter_eps", options.filter_eps
     if not (isinstance(eps, (int, float)) and math.isfinite(eps) and eps >= 0):
         fail(name, "a number ≥ 0 or None", repr(eps))

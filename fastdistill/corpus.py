@@ -1,8 +1,8 @@
-"""Real text that every machine has: the source of the Python standard library.
+"""A text corpus on every machine: the source of the Python standard library.
 
-Files are divided into a training and a held-out side by a hash of the module they belong to, never
-by chance and never by position, so the same module falls on the same side on every machine and in
-every Python version: a teacher trained elsewhere has not seen the held-out side here.
+A hash of the module assigns each file to the training or the held-out split. A module is in the
+same split on every machine and in every Python version: a teacher trained elsewhere has not seen
+the held-out split.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
 
-# Tests and fixtures repeat themselves, Tk is an optional package, codec tables and generated files
-# are numbers, and _sysconfigdata holds the paths of the machine that built the interpreter.
+# Tests and fixtures are repetitive, Tk is an optional package, codec tables and generated files are
+# numbers, and _sysconfigdata holds the paths of the machine that built the interpreter.
 _SKIPPED_DIRS = frozenset(
     "test tests idle_test site-packages dist-packages __pycache__ encodings pydoc_data lib2to3 "
     "idlelib tkinter turtledemo lib-dynload ensurepip __phello__".split()
@@ -39,7 +39,7 @@ class Document(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """Documents on two sides that share no module."""
+    """Training and held-out documents; no module is in both."""
 
     name: str
     train: tuple[Document, ...]
@@ -52,14 +52,14 @@ def standard_library() -> Corpus:
     documents = list(_read_folder(root, suffixes=frozenset({".py"})))
     if sum(len(document.text) for document in documents) < 1_000_000:
         raise ValueError(
-            "data: expected the standard library's source beside this interpreter, found almost "
-            "none (it may live in a zip file). Pass data=<a folder of text> instead"
+            "data: expected the source of the standard library, got almost none (it may be in a "
+            "zip file); pass data=<a folder of text> instead"
         )
     return _split("Python standard library", documents, module_of)
 
 
 def from_path(path: str | Path) -> Corpus:
-    """A user's own text file, or the text files below a folder."""
+    """A text file, or the text files below a folder."""
     path = Path(path)
     if path.is_file():
         return _split_one_file(path)
@@ -72,8 +72,8 @@ def from_path(path: str | Path) -> Corpus:
 def module_of(name: str) -> str:
     """The top-level module of a standard-library file, stable across Python versions.
 
-    zipfile.py became zipfile/__init__.py, and datetime.py became _pydatetime.py: were the split
-    made by file name, the same code would change sides from one version to the next.
+    zipfile.py became zipfile/__init__.py, and datetime.py became _pydatetime.py: with a split by
+    file name, the same code would change splits between versions.
     """
     top = name.split("/", 1)[0].removesuffix(".py")
     return top.removeprefix("_py") if top.startswith("_py") else top.lstrip("_")
@@ -104,10 +104,10 @@ def train_tokenizer(
 
 
 class Windows(NamedTuple):
-    """Equal windows of tokens, the document each came from, and the text's bytes per token."""
+    """Windows of equal length, the document of each, and the bytes per token of the text."""
 
     ids: torch.Tensor  # (N, T) int64
-    document: torch.Tensor  # (N,) int64, or -1 where a window spans several
+    document: torch.Tensor  # (N,) int64, or -1 if a window spans several
     bytes_per_token: float
 
     def rows(self) -> list[dict[str, torch.Tensor]]:
@@ -122,7 +122,7 @@ def packed_windows(
     max_windows: int | None = None,
     seed: int = 0,
 ) -> Windows:
-    """Documents in a seeded order, joined by end-of-text, cut into windows: nothing is padded."""
+    """Documents in a seeded order, joined by end-of-text, cut into windows without padding."""
     order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed))
     stream: list[int] = []
     n_bytes = 0
@@ -182,7 +182,7 @@ def _eos(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def _read_folder(root: Path, *, suffixes: frozenset[str]) -> Iterator[Document]:
-    # The top folder's own name is the user's business; only what lies below is filtered.
+    # The name of the top folder is not filtered, only the names below it.
     for path in sorted(root.rglob("*")):
         parts = path.relative_to(root).parts
         if path.suffix not in suffixes or any(part in _SKIPPED_DIRS for part in parts[:-1]):
@@ -210,7 +210,7 @@ def _split(name: str, documents: list[Document], key: Callable[[str], str]) -> C
 
 
 def _split_one_file(path: Path, *, pieces: int = 24) -> Corpus:
-    """One file is cut into pieces, and the last eighth of them is held out."""
+    """Cut one file into pieces and hold out the last eighth of them."""
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

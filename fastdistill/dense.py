@@ -1,4 +1,4 @@
-"""linear_distill_loss: a teacher given by its own hidden states and LM head; never [N, V]."""
+"""linear_distill_loss: a teacher given by its hidden states and LM head, without [N, V]."""
 
 from __future__ import annotations
 
@@ -49,23 +49,23 @@ def linear_distill_loss(
 ) -> Tensor:
     """ℓ = (1 − ce_weight)·D(p, q) [·T² if t2_scale] + ce_weight·CE(label) + z_loss·LSE²
 
-    over the whole vocabulary, with p the softmax of the teacher's own head at T, computed slab by
-    slab beside the student's: no [N, V] of either. Options as in `topk_distill`; no tail is needed.
+    over the whole vocabulary. p is the softmax of the teacher's head at T. The logits of both
+    models are computed in slabs, without [N, V]. Options as in `topk_distill`; there is no tail.
 
     Args:
         hidden: [N, H] or [B, T, H] of the student; weight: [V, H], the same dtype.
-        teacher_hidden: [..., G], the same positions; G may differ from H. No gradient reaches it.
-        teacher_weight: [V', G]. Both heads are cut at the smaller of V, V' and valid_vocab: rows
-            beyond it are padding and do not exist.
+        teacher_hidden: [..., G], the same positions; G may differ from H. It gets no gradient.
+        teacher_weight: [V', G]. Both heads are cut at the smallest of V, V' and valid_vocab: rows
+            beyond it are padding.
         divergence: a name, or a callable (log_p [n, V], log_q [n, V]) -> [n] on whole rows.
         backward: "fused" (gradients in the forward pass, scalar losses), "recompute" (any
-            upstream), "auto".
+            upstream gradient), "auto".
 
     Returns:
         A scalar, or [...] for reduction="none" (zero at ignored positions).
 
     Raises:
-        ValueError or TypeError naming the argument, what was expected and what came.
+        ValueError or TypeError that names the argument, what was expected and what was passed.
     """
     ops = operands(hidden, weight, bias, logit_scale, softcap, temperature, valid_vocab)
     impl = resolve_impl(impl, hidden.device)

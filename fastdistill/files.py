@@ -1,4 +1,4 @@
-"""Files that are the old one or the new one, never half of it."""
+"""Atomic writes: readers never see a partial file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def check_folder(name: str, path: Path) -> None:
-    """Raise ValueError, naming the argument, where no folder is and none can be made."""
+    """Raise ValueError, naming the argument, if `path` is no folder and cannot become one."""
     expected = f"{name}: expected a folder, or a path where one can be made, got {str(path)!r}"
     there = path.absolute()
     try:
@@ -20,7 +20,7 @@ def check_folder(name: str, path: Path) -> None:
         os.lstat(path)
     except FileNotFoundError:
         pass
-    except (OSError, ValueError) as error:  # a name too long, a file on the way, a zero byte
+    except (OSError, ValueError) as error:  # name too long, a file in the path, a zero byte
         raise ValueError(f"{expected}: {error}") from None
     if not there.is_dir():
         raise ValueError(f"{expected}, where {str(there)!r} is no folder")
@@ -29,13 +29,13 @@ def check_folder(name: str, path: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """NaN is not JSON: pass None for what is not known."""
+    """Write a JSON file; NaN is not JSON: pass None for unknown values."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
     write_atomically(path, text + "\n")
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Readers see the old file or the new one, never half of it, whatever is interrupted."""
+    """Write a file atomically: readers see the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -43,7 +43,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp makes the file private; a report is as readable as other new files.
+        # mkstemp makes the file private; give it the permissions of other new files.
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)
@@ -55,7 +55,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on disk."""
+    """Flush a file, or the entries of a folder, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,9 +1,9 @@
-"""The ways a sparse loss reaches its gradient: one mathematics, chosen by what the caller needs.
+"""The gradient paths of the sparse losses: the same loss, computed in different ways.
 
-fused       gradients in the forward pass, scaled in backward: 6NVH FLOPs, scalar losses only
-recomputed  ordinary autograd on [N, K], the head through the primitive: 8NVH, any upstream
-by_rows     K gathered rows, no pass over the head: tail="renorm_both" alone
-by_reference  the materialised specification
+fused         gradients in the forward pass, scaled in backward: 6NVH FLOPs, scalar losses only
+recomputed    ordinary autograd on [N, K], the head through the primitive: 8NVH, any upstream
+by_rows       K gathered rows, no pass over the head: tail="renorm_both" only
+by_reference  the specification on materialized logits
 """
 
 from __future__ import annotations
@@ -28,8 +28,11 @@ from .parallel import Shard, backend_of, gather_logits, lse_gather
 
 
 class LossTerms(NamedTuple):
-    """[N] each. `loss` is Σ coef · ℓ where the route sums itself, else None and per_token carries
-    the gradient."""
+    """Loss and statistics, [N] each.
+
+    `loss` is Σ coef · ℓ if the path computes the sum itself; otherwise None, and per_token carries
+    the gradient.
+    """
 
     loss: Tensor | None
     per_token: Tensor
@@ -41,13 +44,13 @@ class LossTerms(NamedTuple):
 
 
 def gathered_ids(teacher_rows: TeacherRows, label_N: Tensor | None) -> Tensor:
-    """The teacher's ids with the label's slot last, [N, K] or [N, K+1]."""
+    """The teacher's ids, followed by the label if there is one: [N, K] or [N, K+1]."""
     ids = teacher_rows.teacher.ids
     return ids if label_N is None else torch.cat([ids, label_N.unsqueeze(-1)], -1)
 
 
 def needed_label(label_N: Tensor | None, options: RowOptions, statistics: bool) -> Tensor | None:
-    """The label's slot costs a little; without statistics it is asked for only when CE is."""
+    """The label if it is needed: for statistics or cross-entropy."""
     return label_N if statistics or options.ce_weight else None
 
 
@@ -161,7 +164,7 @@ def fused(
 
 
 def needs(x: Tensor, head: Head) -> list[bool]:
-    """Which of hidden, weight and bias want a gradient now."""
+    """Which of hidden, weight and bias need a gradient."""
     on = torch.is_grad_enabled()
     return [on and t is not None and t.requires_grad for t in (x, head.weight, head.bias)]
 
@@ -169,8 +172,10 @@ def needs(x: Tensor, head: Head) -> list[bool]:
 def keep_gradients(
     run: Callable[[Tensor, Tensor, Head, list[bool]], Any], coef_N: Tensor, x: Tensor, head: Head
 ) -> tuple[Tensor, Any]:
-    """A gradient-in-forward computation that cannot be an operator: it calls the user's code or
-    talks to other ranks."""
+    """Run a computation of gradients in the forward pass that cannot be an operator.
+
+    It calls the user's code or communicates with other ranks.
+    """
     box: list[Any] = []
     loss = _PrecomputedGradients.apply(
         run, box, head, needs(x, head), coef_N, x, head.weight, head.bias
@@ -187,7 +192,7 @@ class _PrecomputedGradients(torch.autograd.Function):
         saved = [t if t is not None else x.new_empty(0) for t in (out.dx, out.dw, out.db)]
         per_token = out.per_token if hasattr(out, "per_token") else out.rows.per_token
         ctx.save_for_backward(per_token, out.grad_scale, *saved)
-        # The box would keep dW alive after backward has freed it.
+        # Otherwise the box would hold dW after backward has freed it.
         box.append(out._replace(dx=None, dw=None, db=None))
         return out.loss
 
@@ -229,7 +234,7 @@ def by_reference(
 def no_positions(
     ops: Operands, x: Tensor, reduction: str, options: RowOptions, label_N: Tensor | None
 ) -> DistillOutput:
-    """No position counts: 0, with zero gradients rather than none."""
+    """The result without any counted position: 0, with zero gradients."""
     zero = torch.zeros(ops.batch_shape, dtype=ops.head.dtype, device=x.device)
     parts = [x, ops.head.weight[:0], *([] if ops.head.bias is None else [ops.head.bias[:0]])]
     loss = sum((p.sum().to(zero.dtype) for p in parts), start=zero.sum())

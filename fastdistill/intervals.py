@@ -1,8 +1,8 @@
-"""Intervals for what we report: no figure without its uncertainty and the number it rests on.
+"""Confidence intervals for reported figures, with the number of units behind each.
 
-Wilson for shares, Student's t for a few independent runs, the bootstrap over clusters where the
-tokens of one document move together. Written out here (and compared with scipy in the tests), so
-that reporting needs nothing beyond numpy.
+Wilson for shares, Student's t for a few independent runs, the bootstrap over clusters if the tokens
+of a document are correlated. Implemented here (and compared with scipy in the tests), so that
+reports need only numpy.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import numpy as np
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A value, its interval, and how many independent units it rests on.
+    """A value, its interval, and the number of independent units.
 
-    low and high are NaN where n is too small to know (one run has no spread).
+    low and high are NaN if n is too small (one run has no spread).
     """
 
     value: float
@@ -36,21 +36,21 @@ class Estimate:
 
 
 def wilson(successes: int, n: int, *, confidence: float = 0.95) -> Estimate:
-    """A share: right for small n and near 0 and 1, where value ± 2 standard errors is not."""
+    """Wilson interval of a share; valid for small n and near 0 and 1."""
     if not 0 <= successes <= n or n < 1:
         raise ValueError(f"successes: expected 0 ≤ successes ≤ n and n ≥ 1, got {successes} of {n}")
     z = NormalDist().inv_cdf(0.5 + _level(confidence) / 2)
     share = successes / n
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    center = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    # At the ends the bound is exact, and rounding must not push it past the share itself.
-    low = 0.0 if successes == 0 else centre - half
-    high = 1.0 if successes == n else centre + half
+    # At the ends the bound is exact; rounding must not push it past the share.
+    low = 0.0 if successes == 0 else center - half
+    high = 1.0 if successes == n else center + half
     return Estimate(value=share, low=low, high=high, n=n)
 
 
 def mean_of_runs(values: Sequence[float], *, confidence: float = 0.95) -> Estimate:
-    """The mean of independent runs (seeds), by Student's t."""
+    """Student's t interval of the mean of independent runs (seeds)."""
     n = len(values)
     if n == 0:
         raise ValueError("values: expected one or more, got none")
@@ -65,7 +65,7 @@ def mean_of_runs(values: Sequence[float], *, confidence: float = 0.95) -> Estima
 def paired_difference(
     a: Sequence[float], b: Sequence[float], *, confidence: float = 0.95
 ) -> Estimate:
-    """mean(a − b) where a[i] and b[i] shared their seed: what they have in common cancels."""
+    """mean(a − b) for pairs a[i], b[i] with the same seed: shared variation cancels."""
     if len(a) != len(b):
         raise ValueError(f"b: expected {len(a)} values, one per value of a, got {len(b)}")
     return mean_of_runs([x - y for x, y in zip(a, b, strict=True)], confidence=confidence)
@@ -74,7 +74,7 @@ def paired_difference(
 def rate_difference(a: Estimate, b: Estimate) -> Estimate:
     """a − b of two Wilson shares, by Newcombe's hybrid score interval (1998, method 10).
 
-    Right where both shares are 0 or 1, where a paired t has no width; conservative for pairs that
+    Valid if both shares are 0 or 1, where a paired t has no width; conservative for pairs that
     agree more than by chance.
     """
     low = math.hypot(a.value - a.low, b.high - b.value)
@@ -92,7 +92,7 @@ def bootstrap_ratio(
     resamples: int = 2000,
     seed: int = 0,
 ) -> Estimate:
-    """Σ sums / Σ weights, whole clusters resampled: a mean per token whose units are documents."""
+    """Σ sums / Σ weights with resampled clusters: a mean per token, with documents as units."""
     totals, counts = _by_cluster(sums, clusters), _by_cluster(weights, clusters)
     n = len(totals)
     value = float(totals.sum() / counts.sum())

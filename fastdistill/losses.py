@@ -1,10 +1,10 @@
-"""Sparse distillation losses from hidden states and the LM head, never [N, V].
+"""Sparse distillation losses from hidden states and the LM head, without [N, V] logits.
 
     ℓ = (1 − ce_weight) · D(p, q) [· T² if t2_scale] + ce_weight · CE(label) + z_loss · LSE²
 
-CE and LSE at T=1. The teacher p is known on K tokens per position and on its tail; D and the four
-tails are kernels/rows.py and kernels/divergences.py. Three ways to the gradient, one mathematics
-(fused.py): gradients in the forward pass, recomputation through the primitive, or K rows only.
+CE and LSE at T=1. The teacher p is known on K tokens per position and on its tail. D and the four
+tails are in kernels/rows.py and kernels/divergences.py, the gradient paths in fused.py: gradients
+in the forward pass, recomputation through the primitive, or K rows only.
 """
 
 from __future__ import annotations
@@ -66,9 +66,9 @@ def topk_distill_loss(
     grad_filter_eps: float | None = None,
     check: bool = False,
 ) -> Tensor:
-    """The loss of `topk_distill` alone, without the statistics that only it reports.
+    """The loss of `topk_distill`, without its other statistics.
 
-    The same arguments and errors. Returns a scalar, or [...] for reduction="none".
+    Same arguments and errors. Returns a scalar, or [...] for reduction="none".
     """
     options = RowOptions(
         divergence, beta, skew, tail, temperature, t2_scale, ce_weight, z_loss, grad_filter_eps
@@ -120,7 +120,7 @@ def topk_distill(
     grad_filter_eps: float | None = None,
     check: bool = False,
 ) -> DistillOutput:
-    """Distil a teacher known on K tokens per position into hidden states and an LM head.
+    """Distill a teacher known on K tokens per position into hidden states and an LM head.
 
         ℓ = (1 − ce_weight)·D(p, q) [·T² if t2_scale] + ce_weight·CE(label) + z_loss·LSE²
 
@@ -130,8 +130,8 @@ def topk_distill(
     Args:
         hidden: [N, H] or [B, T, H], float16, bfloat16, float32 or float64.
         weight: [V, H], the same dtype; bias: [V] or None. Frozen ones cost no gradient.
-        teacher: TopK over the same positions; no gradient flows to it.
-        labels: int32/int64 [...]; positions equal to ignore_index contribute nothing.
+        teacher: TopK over the same positions; it gets no gradient.
+        labels: int32/int64 [...]; positions equal to ignore_index are ignored.
         divergence: "forward_kl" KL(p‖q) (Hinton et al., arXiv 1503.02531), "reverse_kl" KL(q‖p),
             "jsd" β·KL(p‖m) + (1−β)·KL(q‖m), m = βp + (1−β)q (GKD, arXiv 2306.13649; β = 0 and 1
             mean forward and reverse KL), "tvd" ½Σ|p−q|, "hellinger" 1 − Σ√(pq),
@@ -140,31 +140,32 @@ def topk_distill(
             (log_p [..., K(+1)], log_q [..., K(+1)]) -> [...]; empty slots hold the same tiny
             probability on both sides.
         tail: "bucket": one more outcome, the mass outside the K ids on each side. "truncate": the K
-            ids alone, each term smallest at q = p; with forward_kl Σ p log(p/q) as it is.
-            "renorm_teacher": the teacher is p/M on them, M their mass, and zero elsewhere.
-            "renorm_both": both renormalised over the K ids, which needs no pass over the LM head.
-            The loss is smallest at q = p with bucket, with truncate (all but forward_kl) and, as
-            far as the ratios among the K ids go, with renorm_both. forward_kl with truncate and
-            everything with renorm_teacher are smallest at p/M: they are biased, and move all of
-            the student's mass onto the K ids. A UserWarning says so, once a process for each pair,
-            in eager calls. Refused, since they have no minimum: renorm_teacher with reverse_kl,
-            with jsd at β = 1 and with skew_reverse_kl at skew 0.
-        temperature: T > 0; the payload must have been taken at it (renorm_both excepted).
+            ids alone, each term with its minimum at q = p; with forward_kl Σ p log(p/q).
+            "renorm_teacher": the teacher is p/M on the ids, M their mass, and zero elsewhere.
+            "renorm_both": both renormalized over the K ids, which needs no pass over the LM head.
+            The minimum is at q = p with bucket, with truncate (except forward_kl) and, for the
+            ratios among the K ids, with renorm_both. forward_kl with truncate and every divergence
+            with renorm_teacher have it at p/M: they are biased and move all of the student's mass
+            onto the K ids. Eager calls warn of that (UserWarning) once per process and pair. Pairs
+            without a minimum are an error: renorm_teacher with reverse_kl, with jsd at β = 1 and
+            with skew_reverse_kl at skew 0.
+        temperature: T > 0; the teacher's answers must use the same (except with renorm_both).
         token_weight: [...] multiplies ℓ. reduction: "mean" Σwℓ / (num_items or the number of
             non-ignored positions), "sum", or "none" -> [...].
-        valid_vocab: rows of weight from here on are padding and do not exist.
+        valid_vocab: rows of weight from this one on are padding.
         group: ranks that hold the head together: weight [V_r, H] and bias [V_r] are this rank's
             rows, in rank order; all else is the same on every rank, ids and valid_vocab count the
             whole vocabulary, and so do the loss and hidden's gradient. A DTensor weight sharded
             on dim 0 brings its own group. torch.compile leaves such a call to eager and refuses
             it with fullgraph=True.
-        impl: "triton" (GPUs), "torch" (chunked), "reference" (materialises; the specification),
+        impl: "triton" (GPUs), "torch" (chunked), "reference" (materializes; the specification),
             or "auto": triton on a GPU that runs it, else torch. Nothing falls back silently.
         backward: "fused" computes gradients in the forward pass (6NVH FLOPs; scalar losses),
-            "recompute" afterwards (8NVH, any upstream); "auto" is fused for mean and sum.
-        grad_filter_eps: in the fused pass of impl="triton", leave 128 × 128 tiles out of the
-            gradient products where |∂loss/∂z| off the K ids stays below it times the largest
-            token factor (after arXiv 2411.09009); None leaves out nothing.
+            "recompute" in the backward pass (8NVH, any upstream gradient); "auto" is fused for
+            mean and sum.
+        grad_filter_eps: in the fused pass of impl="triton", the gradient products skip 128 × 128
+            tiles whose |∂loss/∂z| outside the K ids is below it times the largest token factor
+            (after arXiv 2411.09009). None skips nothing.
         check: read and check values on a GPU too, which stalls its stream (on CPU always).
 
     Returns:
@@ -172,7 +173,7 @@ def topk_distill(
         gradients.
 
     Raises:
-        ValueError or TypeError naming the argument, what was expected and what came.
+        ValueError or TypeError that names the argument, what was expected and what was passed.
     """
     options = RowOptions(
         divergence, beta, skew, tail, temperature, t2_scale, ce_weight, z_loss, grad_filter_eps
@@ -250,7 +251,9 @@ def _distill(
         x, label_N = x[weights.rows], None if label_N is None else label_N[weights.rows]
         teacher_rows = teacher_rows.take(weights.rows)
     elif weights.mask is not None:
-        x = torch.where(weights.mask.unsqueeze(-1), x, 0)  # NaN at an ignored position stays there
+        x = torch.where(
+            weights.mask.unsqueeze(-1), x, 0
+        )  # NaN at an ignored position must not spread
     if x.shape[0] == 0:
         return no_positions(ops, x, reduction, options, label_N)
     if options.filter_eps is not None:
@@ -277,7 +280,7 @@ def _distill(
 def _assemble(
     ops: Operands, out: LossTerms, teacher_rows: TeacherRows, weights: TokenWeights, reduction: str
 ) -> DistillOutput:
-    """Sum or weigh, put dropped positions back as zeros, detach what carries no gradient."""
+    """Sum or weight the loss, restore dropped positions as zeros, detach the statistics."""
 
     def scatter_back(values_n: Tensor | None) -> Tensor | None:
         if values_n is None:

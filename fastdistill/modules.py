@@ -1,4 +1,4 @@
-"""nn.Module faces of the losses: options at construction, tensors at the call."""
+"""The losses as nn.Modules: options in the constructor, tensors in the call."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from .outputs import TopK
 
 
 def _check(options: dict[str, Any]) -> None:
-    """Refuse at construction what every call would refuse."""
+    """Check the options that every call checks."""
     defaults = {"divergence": "forward_kl", "beta": 0.5, "skew": 0.1, "tail": "bucket"}
     check_divergence(**{name: options.get(name, value) for name, value in defaults.items()})
 
 
 class TopKDistillLoss(nn.Module):
-    """`topk_distill_loss` with its options fixed: TopKDistillLoss(divergence="jsd", beta=0.1).
+    """`topk_distill_loss` with fixed options: TopKDistillLoss(divergence="jsd", beta=0.1).
 
     forward(hidden [..., H], weight [V, H], teacher: TopK, **tensors) -> Tensor, where tensors are
     labels, token_weight, num_items and bias; a call may override any option.
@@ -38,7 +38,7 @@ class TopKDistillLoss(nn.Module):
 
 
 class LinearDistillLoss(nn.Module):
-    """`linear_distill_loss` with its options fixed.
+    """`linear_distill_loss` with fixed options.
 
     forward(hidden [..., H], weight [V, H], teacher_hidden [..., G], teacher_weight [V', G],
     **tensors) -> Tensor; a call may override any option.

@@ -1,4 +1,4 @@
-"""The C++ extension's kernel behind fastdistill::row_topk on CPUs."""
+"""Register the C++ kernel of fastdistill::row_topk for CPUs."""
 
 from __future__ import annotations
 

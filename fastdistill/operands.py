@@ -1,6 +1,6 @@
-"""From what a caller passes to what the kernels take: checked, cast, flattened, floored, merged.
+"""Turn the arguments of a caller into those of the kernels: check, cast, flatten, floor, merge.
 
-Shared by every public function, so that an option means the same everywhere.
+All public functions share it, so that an option has one meaning.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from .kernels.rows import TAILS, RowOptions, Teacher, merge_repeats
 from .outputs import TopK
 from .parallel import Placement, Shard, is_dtensor, nonempty_rows, shard_of
 
-TAIL_FLOOR = 2.0**-24  # 1 − Σp below this is rounding of the payload, not mass
+TAIL_FLOOR = 2.0**-24  # 1 − Σp below this is rounding error, not mass
 
 
 class Operands(NamedTuple):
-    """hidden [N, H] and the head behind it, with the shape [...] that N came from.
+    """hidden [N, H], the head, and the shape [...] that was flattened to N.
 
-    vocab is the number of real tokens; of a vocabulary-parallel head, over all ranks.
+    vocab is the number of real tokens, over all ranks of a vocabulary-parallel head.
     """
 
     hidden: Tensor
@@ -50,9 +50,9 @@ def operands(
     prefix: str = "",
     placement: Placement | None = None,
 ) -> Operands:
-    """Check, cast as F.linear would under autocast, flatten [..., H] to [N, H].
+    """Check the arguments, cast as F.linear does under autocast, flatten [..., H] to [N, H].
 
-    With a placement, weight and bias are this rank's rows and valid_vocab counts those of all.
+    With a placement, weight and bias are the rows of this rank; valid_vocab counts all ranks.
     """
     for name, value in (("hidden", hidden), ("weight", weight)):
         checks.tensor(prefix + name, value, checks.FLOATS)
@@ -83,7 +83,7 @@ def operands(
 
 
 class TeacherRows(NamedTuple):
-    """A teacher as the kernels take it, and the mass of its slots before any renormalisation."""
+    """The teacher's answers for the kernels, and their mass before any renormalization."""
 
     teacher: Teacher
     mass: Tensor
@@ -95,7 +95,7 @@ class TeacherRows(NamedTuple):
 def to_teacher_rows(
     teacher: TopK, tail: str, temperature: float, dtype: torch.dtype, mask_N: Tensor | None
 ) -> TeacherRows:
-    """Flatten a checked TopK; rows outside active_N become all-empty slots."""
+    """Flatten a checked TopK; rows outside mask_N become empty slots."""
     K = teacher.ids.shape[-1]
     ids = teacher.ids.detach().reshape(-1, K).long()
     if mask_N is not None:
@@ -115,16 +115,17 @@ def to_teacher_rows(
     if mask_N is not None:
         log_tail = torch.where(mask_N, log_tail, 0.0)
     if tail == "renorm_both" and teacher.temperature != temperature:
-        # Over S alone p at T is the payload's p to the power T_payload / T, renormalised.
+        # On the ids alone, p at T is the answers' p to the power T_answers / T, renormalized.
         lp = (lp * (teacher.temperature / temperature)).clamp(min=floor).masked_fill(empty, floor)
     return TeacherRows(Teacher(ids, lp, log_tail), mass)
 
 
 class TokenWeights(NamedTuple):
-    """Which of N tokens count, by how much, and where they come from.
+    """The factor of each token, and which tokens are used.
 
-    coef_n is each token's factor in the returned sum. rows_n are the tokens kept out of N: on CPU
-    the ignored ones are dropped before the head, elsewhere all stay (None) and are masked.
+    coef is the factor of each token in the returned sum. rows are the indices of the used tokens:
+    on CPU ignored tokens are dropped before the head. On other devices rows is None and `mask`
+    marks the used tokens.
     """
 
     coef: Tensor
@@ -140,7 +141,7 @@ def token_weights(
     reduction: str,
     num_items: int | float | Tensor | None,
 ) -> TokenWeights:
-    """Token factors: w_n / (num_items or the number of non-ignored) for a mean, else w_n."""
+    """Factors w_n / (num_items or the number of non-ignored tokens) for a mean, else w_n."""
     N, wide = ops.hidden.shape[0], ops.head.dtype
     coef = torch.ones(N, dtype=wide, device=ops.hidden.device)
     mask = None if labels is None else labels.reshape(-1) != ignore_index
@@ -186,9 +187,9 @@ def check_reduction(
 
 
 def check_divergence(divergence: Any, beta: float, skew: float, tail: str = "bucket") -> None:
-    """Check a divergence, its scalars and its tail; refuse a pair without a minimum, and warn once
-    of one whose minimum is not at the teacher.
+    """Check a divergence, its scalars and its tail.
 
+    A pair without a minimum is an error; one with its minimum away from the teacher warns once.
     Over a whole vocabulary, as with a dense teacher, the tail is "bucket".
     """
     if not callable(divergence):
@@ -210,7 +211,7 @@ def check_divergence(divergence: Any, beta: float, skew: float, tail: str = "buc
 
 
 def _in_words(divergence: str, beta: float, skew: float) -> str:
-    """A divergence, with the scalar that makes it another one."""
+    """The divergence, with the scalar that turns it into another one."""
     at = ""
     if divergence == "jsd" and beta in (0, 1):
         at = f" at beta={beta:g}"
@@ -223,9 +224,9 @@ _WARNED: set[tuple[str, str]] = set()  # (divergence in words, tail)
 
 
 def _warn_of_bias(divergence: str, beta: float, skew: float, tail: str) -> None:
-    """Warn of a loss that is smallest elsewhere than at the teacher: once a process for each pair.
+    """Warn, once per process and pair, of a loss whose minimum is not at the teacher.
 
-    A graph of torch.compile cannot warn. It stays silent and leaves the pair to the next call.
+    A graph of torch.compile cannot warn: it stays silent, and a later eager call warns.
     """
     if torch.compiler.is_compiling():
         return
@@ -245,7 +246,7 @@ def _warn_of_bias(divergence: str, beta: float, skew: float, tail: str) -> None:
 
 
 def _caller() -> int:
-    """The stacklevel, in the function that asks, of the first frame outside this package."""
+    """The stacklevel, in the calling function, of the first frame outside this package."""
     level, frame = 1, sys._getframe(1)
     package = __name__.partition(".")[0]
     while frame.f_back is not None and _is_inside(frame.f_globals.get("__name__", ""), package):

@@ -1,4 +1,4 @@
-"""What the public functions take and return: structured, never a tensor or a tuple by flag."""
+"""The types that the public functions take and return."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ class TopK(NamedTuple):
     """A teacher known on K tokens per position.
 
     Args:
-        ids: int32 or int64 [..., K]; −1 marks an empty slot, whose logprob is ignored. To a loss
-            a repeated id is one outcome whose probability is the sum over its slots; of a teacher
-            that is asked for K tokens it is refused.
-        logprobs: float [..., K], log p(id), normalised over the teacher's whole vocabulary at
+        ids: int32 or int64 [..., K]; −1 marks an empty slot, whose logprob is ignored. In a loss,
+            a repeated id is one outcome whose probability is the sum over its slots; in the answer
+            of a teacher it is an error.
+        logprobs: float [..., K], log p(id), normalized over the teacher's whole vocabulary at
             `temperature`.
         log_tail: float32 [...], log of the mass outside `ids` at `temperature`. None means
             log(1 − Σ exp logprobs), floored at log 2⁻²⁴ (the resolution of 1 − Σ in fp32).
@@ -28,7 +28,7 @@ class TopK(NamedTuple):
     temperature: float = 1.0
 
     def to(self, device: torch.device | str) -> TopK:
-        """The same payload on another device."""
+        """The same answers on another device."""
         tail = None if self.log_tail is None else self.log_tail.to(device)
         return TopK(self.ids.to(device), self.logprobs.to(device), tail, self.temperature)
 
@@ -42,7 +42,7 @@ class TopK(NamedTuple):
         device: torch.device | str = "cpu",
         id_dtype: torch.dtype = torch.int64,
     ) -> TopK:
-        """Nothing known: ids −1 [*shape], logprobs −inf, and all mass in the tail."""
+        """Empty answers: ids −1 [*shape], logprobs −inf, and all mass in the tail."""
         return cls(
             torch.full(shape, -1, dtype=id_dtype, device=device),
             torch.full(shape, -torch.inf, dtype=dtype, device=device),
@@ -70,11 +70,11 @@ class TopK(NamedTuple):
     def within(self, vocab: int) -> TopK:
         """The distribution given that the id is below `vocab`: p(id | id < vocab).
 
-        Exact where every id from `vocab` on that has mass is in the payload: what the padding of a
-        head holds outside it stays in the tail. Slots of other ids become empty.
+        Exact if all ids from `vocab` on with mass are in the answers; mass of other padding ids
+        remains in the tail. Slots of ids from `vocab` on become empty.
         """
         outside = self.ids >= vocab
-        if outside.device.type == "cpu" and not outside.any():  # a GPU would have to be waited for
+        if outside.device.type == "cpu" and not outside.any():  # on a GPU the host would wait
             return self
         lost = self.logprobs.float().exp().masked_fill(~outside, 0.0).sum(-1, keepdim=True)
         up = torch.log1p(-lost.clamp(max=1 - 2**-24))
@@ -84,10 +84,10 @@ class TopK(NamedTuple):
 
 
 class SelectedLogits(NamedTuple):
-    """Logits of the K asked ids and the log-sum-exp of all the others (fp32; fp64 from fp64).
+    """Logits of the K given ids and the log-sum-exp of all others (fp32; fp64 from fp64).
 
-    logits [..., K] (−inf in empty slots), lse_rest [...] over every v ∉ ids (−inf where ids cover
-    the vocabulary), entropy [...] of the full softmax in nats or None, lse [...] over everything.
+    logits [..., K] (−inf in empty slots), lse_rest [...] over every v ∉ ids (−inf if the ids
+    cover the vocabulary), entropy [...] of the full softmax in nats or None, lse [...] over all.
     """
 
     logits: Tensor
@@ -97,16 +97,16 @@ class SelectedLogits(NamedTuple):
 
 
 class DistillOutput(NamedTuple):
-    """The loss and the statistics that the same pass gave; only `loss` carries a gradient.
+    """The loss and the statistics of the same pass; only `loss` carries a gradient.
 
     loss: scalar, or [...] for reduction="none" (weighted, zero at ignored positions).
     per_token [...]: the loss before token_weight and reduction; zero at ignored positions.
     divergence [...]: D(p, q) alone, without T², mixing weight or cross-entropy.
-    teacher_mass [...]: Σ p over the payload. student_mass [...]: Σ q over the same ids.
+    teacher_mass [...]: Σ p over the ids. student_mass [...]: Σ q over the same ids.
     lse [...]: log-sum-exp of the logits at T=1. nll [...]: −log q(label) at T=1, or None.
     entropy [...]: H(q) in nats at the loss temperature.
-    With tail="renorm_both" and neither ce_weight nor z_loss no LM-head pass is made, and
-    student_mass, lse, nll and entropy are None.
+    tail="renorm_both" without ce_weight and z_loss needs no pass over the LM head: student_mass,
+    lse, nll and entropy are None.
     """
 
     loss: Tensor

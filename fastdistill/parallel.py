@@ -4,11 +4,11 @@
 
 with L_r and m_r the log-sum-exp and mean logit outside the slots on rank r, and z_ids_r the logits
 of the slots whose id rank r holds (NEG elsewhere). Hidden states, ids, teacher and labels are the
-same on every rank, so everything behind the combined statistics is too and its gradient needs no
-communication. What does: an all-reduce (max) of the packed tops and slots and one (sum) of the
-packed sums per pass over the head (per chunk of tokens in the fused loss), and one of dX, of which
-each rank has its shard's part, in fp32: parts may be far larger than their sum. The kernels see a
-shard as a head of its own, with ids counted from its first row and −1 for the ids of other ranks.
+same on every rank. So are all results of the combined statistics: their gradient needs no
+communication. A pass over the head (a chunk of tokens in the fused loss) needs one all-reduce (max)
+of the packed maxima and slots and one (sum) of the packed sums. dX needs one all-reduce in fp32,
+since the parts may be far larger than their sum. To the kernels a shard is a head of its own: ids
+count from its first row, and ids of other ranks are −1.
 """
 
 from __future__ import annotations
@@ -34,8 +34,11 @@ if TYPE_CHECKING:
 
 
 class Placement(NamedTuple):
-    """Which shard this rank holds. `rows` is the whole vocabulary where a DTensor states it; by the
-    identity of `given`, the caller's own tensor, the sizes of the shards are remembered."""
+    """The shard of this rank.
+
+    `rows` is the size of the whole vocabulary if a DTensor states it. `weight_key` is the caller's
+    tensor: the sizes of the shards are cached by its identity.
+    """
 
     group: ProcessGroup
     position: int
@@ -52,13 +55,15 @@ class Shard(NamedTuple):
     largest: int
 
     def slots(self, ids: Tensor, head: Head) -> Tensor:
-        """Ids counted from this shard's first row; −1 for empty slots and ids of other ranks."""
+        """Ids relative to the first row of this shard; −1 in empty slots and for other ranks."""
         local = ids - self.offset
         return torch.where((local >= 0) & (local < head.vocab), local, -1)
 
     def chunk(self, head: Head, tokens: int, weight_grad: bool) -> int:
-        """Tokens per chunk of the fused loss, from the largest shard: every rank has to combine
-        the same chunks, whatever its own size."""
+        """Tokens per chunk of the fused loss, computed from the largest shard.
+
+        All ranks combine the same chunks, so the size may not depend on this shard.
+        """
         weight = head.weight.new_empty(1, 1).expand(self.largest, head.weight.shape[1])
         whole = head._replace(weight=weight, vocab=self.largest)
         return chunk_tokens(whole, tokens, weight_grad)
@@ -90,7 +95,7 @@ class Shard(NamedTuple):
 
 
 def backend_of(impl: str, head: Head) -> str:
-    """The Triton kernels count on a vocabulary; a shard that is all padding has none."""
+    """The implementation for this shard: the Triton kernels cannot run on padding alone."""
     return impl if head.vocab else "torch"
 
 
@@ -100,7 +105,7 @@ def is_dtensor(value: object) -> bool:
 
 
 def _local(name: str, value: Any) -> Tensor:
-    """A DTensor's rows on this rank; their gradient goes back to it."""
+    """The local rows of a DTensor; their gradient flows back to it."""
     from torch.distributed.tensor import Shard as Sharded
 
     if tuple(value.placements) != (Sharded(0),):
@@ -118,15 +123,17 @@ def _check_group(group: Any) -> ProcessGroup:
         )
     if not dist.is_initialized():
         checks.fail("group", "a group of the running torch.distributed",
-                    "one while it is not initialised", "call init_process_group first")  # fmt: skip
+                    "one while it is not initialized", "call init_process_group first")  # fmt: skip
     return group
 
 
 def distribute_head(
     weight: Any, bias: Any, group: Any, impl: str
 ) -> tuple[Tensor, Tensor | None, Placement | None]:
-    """(this rank's weight [V_r, H] and bias [V_r], where they belong): the tensors themselves and
-    None for a head that this process holds alone."""
+    """Return this rank's weight [V_r, H], bias [V_r] and their placement.
+
+    For a head that is not distributed: the tensors themselves and None.
+    """
     if group is not None:
         group = _check_group(group)
     if is_dtensor(bias) and not is_dtensor(weight):
@@ -153,13 +160,13 @@ def distribute_head(
     return local, bias, placement
 
 
-# {weight: {(group, V_r): Shard}}. Asking the other ranks is a collective that the host waits for:
-# once per weight, and by identity, so that all ranks find or miss it together.
+# {weight: {(group, V_r): Shard}}. Exchanging the sizes is a collective that the host waits for: it
+# runs once per weight. The key is the identity, so that all ranks hit or miss together.
 _SHARDS = WeakTensorKeyDictionary()
 
 
 def shard_of(placement: Placement, weight: Tensor) -> Shard:
-    """Where `weight` [V_r, H] lies in the vocabulary of its group."""
+    """The position of `weight` [V_r, H] in the vocabulary of its group."""
     known: dict[Any, Shard] = _SHARDS.setdefault(placement.weight_key, {})
     key = (placement.group, weight.shape[0])
     if key not in known:
@@ -168,7 +175,7 @@ def shard_of(placement: Placement, weight: Tensor) -> Shard:
 
 
 def _all_gather_rows(group: ProcessGroup, mine: Tensor) -> list[list[int]]:
-    """What every rank holds in `mine`, int64, in rank order."""
+    """The int64 values `mine` of all ranks, in rank order."""
     rows = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(rows, mine, group=group)
     return torch.stack(rows).tolist()
@@ -192,9 +199,9 @@ def _exchange_sizes(placement: Placement, weight: Tensor) -> Shard:
 
 
 def check_same_on_all_ranks(shard: Shard | None, name: str, ids: Tensor, check: bool) -> None:
-    """Ids or labels that differ between the ranks: their group shares a head but not a batch.
+    """Raise ValueError if ids or labels differ between the ranks of a group.
 
-    It reads values, and so runs where `checks.values_readable` says.
+    Such a group shares a head but not a batch. It reads values: see `checks.values_readable`.
     """
     if shard is None or not checks.values_readable(ids, check):
         return
@@ -208,13 +215,15 @@ def check_same_on_all_ranks(shard: Shard | None, name: str, ids: Tensor, check: 
 
 
 def nonempty_rows(rows: Tensor) -> Tensor:
-    """A shard without rows gets one, which valid_vocab leaves out: kernels index what is there."""
+    """Pad a shard without rows to one row, since kernels index it; valid_vocab excludes it."""
     return rows if rows.shape[0] else F.pad(rows, [0, 0] * (rows.dim() - 1) + [0, 1])
 
 
 class _Replicated(torch.autograd.Function):
-    """The same hidden states on every rank, in fp32 or fp64: their gradient is summed over the
-    ranks there, and rounded once, to the type that they came in."""
+    """The same hidden states on every rank, widened to fp32 or fp64.
+
+    Their gradient is summed over the ranks in that type and rounded once to their own.
+    """
 
     @staticmethod
     def forward(ctx, x, shard):
@@ -229,10 +238,11 @@ class _Replicated(torch.autograd.Function):
 
 
 class _Combined(torch.autograd.Function):
-    """Statistics of a shard -> of the whole vocabulary. Upstream gradients are the same on every
-    rank: with w = e^{L_r − lse_rest},
+    """Statistics of a shard to statistics of the whole vocabulary.
 
-    dL_r = w · (g_lse + g_mean · (m_r − mean_rest)),   dm_r = w · g_mean,   dz_r = g_z where held
+    Upstream gradients are the same on every rank. With w = e^{L_r − lse_rest},
+
+    dL_r = w · (g_lse + g_mean · (m_r − mean_rest)),   dm_r = w · g_mean,   dz_r = g_z if held
     """
 
     @staticmethod
@@ -259,7 +269,7 @@ class _Combined(torch.autograd.Function):
 
 
 class _CombinedSlots(torch.autograd.Function):
-    """The slots' logits alone, each held by one rank."""
+    """The logits of the slots alone; each is held by one rank."""
 
     @staticmethod
     def forward(ctx, shard, z):
@@ -275,8 +285,10 @@ class _CombinedSlots(torch.autograd.Function):
 def lse_gather(
     x: Tensor, head: Head, ids: Tensor, moment: bool, base: bool, impl: str, shard: Shard | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(z_ids, lse_rest, mean_rest, lse_base) over the whole vocabulary, differentiable; the last
-    two are empty unless asked for. Ids are global."""
+    """(z_ids, lse_rest, mean_rest, lse_base) over the whole vocabulary, differentiable.
+
+    The last two are empty unless requested. Ids are global.
+    """
     weight, bias, *scalars = head
     if shard is None:
         return op_gather.lse_gather(x, weight, bias, ids, *scalars, moment, base, impl)

@@ -1,4 +1,4 @@
-"""linear_lse_gather, the primitive every sparse loss is made of, and linear_topk, its teacher."""
+"""linear_lse_gather, the primitive of the sparse losses, and linear_topk for teachers."""
 
 from __future__ import annotations
 
@@ -40,23 +40,23 @@ def linear_lse_gather(
 
         lse_rest = log Σ_{v ∉ ids} e^{z_v}
 
-    without materialising [N, V]. Differentiable in hidden, weight and bias, by recomputation:
+    without materializing [N, V]. Differentiable in hidden, weight and bias, by recomputation:
     2NVH FLOPs forward, 6NVH backward, O(N·K) memory beyond one slab of logits.
 
     Args:
         hidden: [N, H] or [B, T, H], float16, bfloat16, float32 or float64.
         weight: [V, H], the same dtype. bias: [V] or None.
-        ids: int32/int64 [..., K]. They may repeat: each slot gets its logit and its gradient,
-            lse_rest leaves the id out once. −1 is an empty slot: −inf, and no gradient.
+        ids: int32/int64 [..., K]. They may repeat: each slot has its logit and gradient; lse_rest
+            excludes the id once. −1 is an empty slot: −inf, without a gradient.
         logit_scale, softcap, temperature: see the equation.
-        valid_vocab: rows of weight from here on are padding and do not exist.
+        valid_vocab: rows of weight from this one on are padding.
         with_entropy: also return H(softmax(z)) in nats.
         group: ranks that hold the head together: weight [V_r, H] and bias [V_r] are this rank's
             rows, in rank order; all else is the same on every rank, ids and valid_vocab count the
             whole vocabulary, and so do the results and hidden's gradient. A DTensor weight sharded
             on dim 0 brings its own group. torch.compile leaves such a call to eager and refuses
             it with fullgraph=True.
-        impl: "triton" (GPUs), "torch" (chunked), "reference" (materialises; the specification),
+        impl: "triton" (GPUs), "torch" (chunked), "reference" (materializes; the specification),
             or "auto": triton on a GPU that runs it, else torch. Nothing falls back silently.
         check: read and check values on a GPU too, which stalls its stream (on CPU always).
 
@@ -65,7 +65,7 @@ def linear_lse_gather(
         None, lse [...].
 
     Raises:
-        ValueError or TypeError, naming the argument: ids outside the vocabulary, K > V, shapes,
+        ValueError or TypeError that names the argument: ids outside the vocabulary, K > V, shapes,
         dtypes or devices that do not match, temperature ≤ 0.
     """
     weight, bias, placement = distribute_head(weight, bias, group, impl)
@@ -129,10 +129,10 @@ def linear_topk(
 
     Returns:
         TopK(ids int64 [..., k] by falling probability, logprobs fp32 [..., k], log_tail fp32 [...],
-        temperature). log_tail is summed over the tokens left out, not 1 − Σ; −inf when k = V.
+        temperature). log_tail is a sum over the other tokens, not 1 − Σ; −inf when k = V.
 
     Raises:
-        ValueError or TypeError naming the argument.
+        ValueError or TypeError that names the argument.
     """
     ops = operands(hidden, weight, bias, logit_scale, softcap, temperature, valid_vocab)
     impl = resolve_impl(impl, hidden.device)

@@ -1,4 +1,4 @@
-"""Progress for people: bars on a terminal; in a file or a pipe, a line now and then."""
+"""Progress bars on a terminal; a line per minute in a file or a pipe."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from transformers import TrainerCallback
 T = TypeVar("T")
 S = TypeVar("S", bound="_BarContext")
 
-_SECONDS = 60.0  # between two lines, and before the first
+_SECONDS = 60.0  # between lines, and before the first
 
 
 def _say(text: str) -> None:
-    """Print a line on stderr; nobody who reads it any more, or a full disk, ends no work."""
-    if sys.stderr is not None:  # print would take stdout
+    """Print a line on stderr; a closed pipe or a full disk is ignored."""
+    if sys.stderr is not None:  # otherwise print would use stdout
         with suppress(OSError):
             print(text, file=sys.stderr, flush=True)
 
 
 class _Lines:
-    """What stands in a log where a terminal has a bar: nothing for work of less than a minute."""
+    """Progress lines for logs; none for work of less than a minute."""
 
     def __init__(self, what: str, total: int, done: int = 0) -> None:
         self._what, self._total, self._first = what, total, done
@@ -63,7 +63,7 @@ def _bar(*more: ProgressColumn) -> Progress:
 
 
 def track(items: Sequence[T], what: str) -> Iterator[T]:
-    """The items, one after the other, with a bar on stderr that is gone when they are through."""
+    """Yield the items with a progress bar on stderr that disappears at the end."""
     lines = _Lines(what, len(items))
     with _bar() as bar:
         task = bar.add_task(what, total=len(items))
@@ -75,7 +75,7 @@ def track(items: Sequence[T], what: str) -> Iterator[T]:
 
 
 class _BarContext:
-    """A bar that is there within a `with`."""
+    """A progress bar as a context manager."""
 
     _bar: Progress
 
@@ -93,10 +93,10 @@ class _BarContext:
 
 
 class Work(_BarContext):
-    """A bar over so many rows: those done, their size and the whole's, and the time left."""
+    """A bar over rows: rows done, size so far and in all, time left."""
 
     def __init__(self, what: str, *, total: int, done: int = 0, size: int = 0) -> None:
-        """`done` of the rows were there before, with `size` bytes."""
+        """`done` rows with `size` bytes existed before."""
         self._bar = _bar(TextColumn("{task.fields[size]}"), TimeRemainingColumn())
         self._bytes = size
         self._task = self._bar.add_task(what, total=total, completed=done, size="")
@@ -121,7 +121,7 @@ class Steps(_BarContext):
         self._task: Any = None
 
     def phase(self, what: str, *, total: int) -> list[TrainerCallback]:
-        """Begin a phase; the callback advances it with the trainer's steps."""
+        """Start a phase; the callback advances it with the trainer's steps."""
         self._task = self._bar.add_task(what, total=total)
         return [_Advance(self._bar, self._task, _Lines(what, total))]
 
@@ -137,7 +137,7 @@ class _Advance(TrainerCallback):
 
 
 class Training(TrainerCallback):
-    """A trainer's steps with the last loss and the time left; off a terminal, a line per log."""
+    """A trainer's steps, last loss and time left; without a terminal, a line per log."""
 
     def __init__(self) -> None:
         self._bar = _bar(TextColumn("{task.fields[loss]}"), TimeRemainingColumn())

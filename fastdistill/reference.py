@@ -1,9 +1,9 @@
-"""The specification: every public operation on materialised [N, V] logits, by its definition.
+"""The specification: every public operation on materialized [N, V] logits, by definition.
 
-Imported by tests, benchmarks and an explicit impl="reference" only; no other file may. Arguments
-are those of the public functions with leading dimensions flattened to N; computed in fp32, or fp64
-for fp64 inputs, and differentiable by plain autograd. Written from the formulas, not from
-kernels/: a divergence here is a sum over all V tokens of a dense p and q.
+Only tests, benchmarks and an explicit impl="reference" may import it. Arguments are those of the
+public functions with leading dimensions flattened to N. Computed in fp32 (fp64 for fp64 inputs) and
+differentiable by plain autograd. Written from the formulas, not from kernels/: a divergence is a
+sum over all V tokens of a dense p and q.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def divergence(name: str, p: Tensor, q: Tensor, beta: float, skew: float) -> Ten
     """D(p, q) [N] over the last dimension."""
     name = _named(name, beta, skew)
     if name == "hellinger":
-        # √ has an infinite slope at 0: where p = 0 the product is 0 whatever q is.
+        # √ has an infinite slope at 0: for p = 0 the product is 0 for any q.
         return 1 - torch.where(p > 0, torch.where(p > 0, p * q, 1.0).sqrt(), 0.0).sum(-1)
     return _terms(name, p, q, beta, skew).sum(-1)
 
@@ -127,9 +127,9 @@ def topk_distill(
     options: RowOptions,
     **head,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]:
-    """(Σ coef · ℓ, ℓ, D, student mass, lse at T=1, nll, entropy at T), [N] but the first.
+    """(Σ coef · ℓ, ℓ, D, student mass, lse at T=1, nll, entropy at T), [N] except the first.
 
-    ids [N, K] (−1 empty, none repeated), logprobs and log_tail finite, labels −1 where absent.
+    ids [N, K] (−1 empty, none repeated); logprobs and log_tail finite; labels −1 if absent.
     """
     u = logits(hidden, weight, **head)
     z = u / options.temperature
@@ -141,7 +141,7 @@ def topk_distill(
     if options.tail in ("renorm_teacher", "renorm_both"):
         p_NV = p_NV / p_NV.sum(-1, keepdim=True).clamp(min=torch.finfo(u.dtype).tiny)
     if options.tail == "bucket":
-        # Where the ids are the whole vocabulary there is no outcome outside them.
+        # If the ids are the whole vocabulary, there is no outcome outside them.
         rest = log_tail.to(u.dtype).exp().masked_fill(S.all(-1), 0.0)
         p = torch.cat([p_NV, rest.unsqueeze(-1)], -1)
         q = torch.cat([q_NV * S, (q_NV * ~S).sum(-1, keepdim=True)], -1)
@@ -211,7 +211,7 @@ def linear_topk(hidden: Tensor, weight: Tensor, k: int, *, temperature: float, *
 def token_scores(
     hidden: Tensor, weight: Tensor, *, labels: Tensor | None, temperature: float, **head
 ) -> TokenScores:
-    """The scores that need no teacher."""
+    """The scores that do not need a teacher."""
     u = logits(hidden, weight, **head)
     lq = (u / temperature).log_softmax(-1)
     q = lq.exp()

@@ -1,4 +1,4 @@
-"""token_scores: every per-token statistic that filtering and selection use, from one pass."""
+"""token_scores: the per-token statistics for filtering and selection, from one pass."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def token_scores(
         TokenScores, fp32 (fp64 from fp64) and int64, [...] each; no gradient, no [N, V].
 
     Raises:
-        ValueError or TypeError naming the argument, what was expected and what came.
+        ValueError or TypeError that names the argument, what was expected and what was passed.
     """
     ops = operands(hidden, weight, bias, logit_scale, softcap, temperature, valid_vocab)
     impl = resolve_impl(impl, hidden.device)
@@ -94,7 +94,7 @@ def token_scores(
         nll = torch.logaddexp(s.lse_rest_base, s.z_ids[:, -1] * temperature)
         nll = (nll - s.z_ids[:, -1] * temperature).masked_fill(label_N < 0, 0.0)
     if label_N is not None:
-        # The label's own logit came from another product; being the top settles its rank.
+        # The label's logit comes from another product; if it is the argmax, its rank is 0.
         rank = torch.where((s.argmax == label_N) | (label_N < 0), 0, s.above_label)
     result = TokenScores(
         s.lse,

@@ -1,1 +1,1 @@
-"""What every other package may use: text from outside, JSON from outside. Standard library only."""
+"""Helpers for all packages: untrusted text and JSON. Standard library only."""

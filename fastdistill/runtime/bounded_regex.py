@@ -1,8 +1,8 @@
-"""Regular expressions from outside, matched in bounded time.
+"""Match untrusted regular expressions in bounded time.
 
-The engine of `re` backtracks: a short expression can keep it busy for ever. Here each part of the
-expression maps the set of positions where it may begin to the set where it may end, as the bits of
-an integer. No position is tried twice, and the steps are counted.
+The engine of `re` backtracks: a short expression can take unbounded time. Here each part of the
+expression maps the set of possible start positions to the set of end positions, as the bits of an
+integer. No position is tried twice, and the steps are counted.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ _CLASSES = {
 
 
 class PatternError(ValueError):
-    """A regular expression that is none, or that is not matched here. Says why."""
+    """An invalid or unsupported regular expression; the message says why."""
 
 
 class BoundedPattern:
-    """A regular expression that takes at most `steps` steps, over all texts together.
+    """A regular expression with a budget of `steps` steps over all texts.
 
     Raises:
-        PatternError: it is damaged, too long or too deep, or has flags, a back-reference, a
-            condition, a look behind, an atomic or possessive part, or a repeat without a bound in
-            another repeat.
+        PatternError: it is invalid, too long or too deep, or has flags, a back-reference, a
+            condition, a lookbehind, an atomic or possessive part, or an unbounded repeat in another
+            repeat.
     """
 
     def __init__(self, pattern: str, steps: int = MOST_STEPS) -> None:
@@ -79,7 +79,7 @@ class _Text:
         self._where: dict[tuple[Any, Any], int] = {}  # node of one character -> where it matches
 
     def ends(self, nodes: Iterable[Any], starts: int) -> int:
-        """Return the positions where a sequence of nodes may end that begins at `starts`."""
+        """Return the end positions of a sequence of nodes that begins at `starts`."""
         for operator, argument in nodes:
             if not starts:
                 return 0
@@ -109,7 +109,7 @@ class _Text:
         return reached
 
     def _repeated(self, least: int, most: int, body: Any, starts: int) -> int:
-        """Beyond n + 1 rounds a set changes no more: a longer way has a round of length 0."""
+        """Match a repeat; after n + 1 rounds the set cannot change: a longer match has an empty round."""
         rounds = len(self._text) + 1
         for _ in range(min(least, rounds)):
             starts = self.ends(body, starts)
@@ -126,7 +126,7 @@ class _Text:
         return reached
 
     def _places(self, operator: Any, argument: Any) -> int:
-        """Return the positions in front of a character that a node of one character matches."""
+        """Return the positions of the characters that a single-character node matches."""
         key = (operator, argument) if operator is not ops.IN else (operator, id(argument))
         if key not in self._where:
             matching = {c for c in set(self._text) if _is_of(c, operator, argument)}

@@ -1,4 +1,4 @@
-"""JSON from outside: every way in which it can be wrong is one ValueError that names the source."""
+"""Untrusted JSON: every error is a ValueError that names the source."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from .printable import printable
 
 _CHUNK = 1 << 20
-MAX_BYTES = 1 << 28  # of a whole file: an index of a large checkpoint has a few MB
+MAX_BYTES = 1 << 28  # per file; the index of a large checkpoint has a few MB
 
 
 class JSONError(ValueError):
@@ -18,7 +18,7 @@ class JSONError(ValueError):
 
 
 class RepeatedName(JSONError):
-    """An object that has one name twice: which of the two values counts is nobody's rule."""
+    """An object with a repeated name: no rule says which value counts."""
 
 
 def parse_json(
@@ -30,7 +30,7 @@ def parse_json(
         text: the document; bytes are read as UTF-8.
         source: what the error names: a file, a line of it, or a server.
         expected: `dict` or `list`, if the value has to be one.
-        unique: refuse an object that has a name twice; otherwise the last one counts.
+        unique: raise for an object with a repeated name; otherwise the last value counts.
 
     Raises:
         JSONError: the text is not UTF-8, not JSON, nested too deeply, or of another type.
@@ -45,8 +45,8 @@ def parse_json(
         reason = printable(error)
         raise JSONError(f"{source}: expected JSON, got a text that is not: {reason}") from None
     if expected is not None and not isinstance(value, expected):
-        noun = "an object" if expected is dict else "a list"
-        raise JSONError(f"{source}: expected {noun}, got {type(value).__name__}")
+        kind = "an object" if expected is dict else "a list"
+        raise JSONError(f"{source}: expected {kind}, got {type(value).__name__}")
     return value
 
 
@@ -71,7 +71,9 @@ def read_json(
     path = Path(path)
     text = bytearray()
     with path.open("rb") as stream:
-        while chunk := stream.read(_CHUNK):  # read(max_bytes) takes that memory for a small file
+        while chunk := stream.read(
+            _CHUNK
+        ):  # read(max_bytes) allocates that much even for a small file
             text += chunk
             if len(text) > max_bytes:
                 raise JSONError(

@@ -1,8 +1,7 @@
-"""Text that somebody else wrote (a server, a checkpoint, a cache, a data file), made safe to print.
+"""Make untrusted text (of a server, a checkpoint, a cache, a data file) safe to print.
 
-A terminal obeys escape sequences: it can be told to clear the screen, to change its title or to
-write to the clipboard. Every foreign text passes through `printable` before it reaches a terminal,
-a log or an error message.
+Escape sequences can clear the screen of a terminal, change its title or write to the clipboard.
+Untrusted text passes through `printable` before it reaches a terminal, a log or an error message.
 """
 
 from __future__ import annotations
@@ -10,8 +9,8 @@ from __future__ import annotations
 import unicodedata
 from typing import Any
 
-# Controls, format characters (among them the marks that reverse the direction of text), surrogates,
-# private and unassigned characters, separators of lines and of paragraphs.
+# Control and format characters (such as those that reverse the text direction), surrogates, private
+# and unassigned characters, line and paragraph separators.
 _ESCAPED = frozenset(("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"))
 LIMIT = 300
 
@@ -21,7 +20,7 @@ def printable(value: Any, limit: int | None = LIMIT) -> str:
 
     Args:
         value: a string, or anything that `str` takes.
-        limit: the most characters of it that are shown; None shows all.
+        limit: the maximum number of characters; None for all.
 
     Characters that act on a terminal are written as escapes; the result encodes as UTF-8.
 
@@ -30,14 +29,14 @@ def printable(value: Any, limit: int | None = LIMIT) -> str:
     """
     text = value if isinstance(value, str) else str(value)
     cut = limit is not None and len(text) > limit
-    text_part = text[:limit] if cut else text
-    if not text_part.isprintable():
-        text_part = "".join(map(_escaped, text_part))
-    return text_part + "…" if cut else text_part
+    line = text[:limit] if cut else text
+    if not line.isprintable():
+        line = "".join(map(_escaped, line))
+    return line + "…" if cut else line
 
 
 def printable_lines(value: Any) -> str:
-    """Return `value` as text whose lines are each as `printable` makes them, without a limit."""
+    """Return `value` with `printable` applied to each line, without a limit."""
     return "\n".join(printable(line, None) for line in str(value).split("\n"))
 
 
