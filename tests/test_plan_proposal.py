@@ -95,9 +95,9 @@ def test_every_phase_is_there_and_the_largest_is_the_peak(plans):
     phases = {phase.name: phase.bytes for phase in memory.phases}
     assert list(phases) == ["teacher", "forward", "loss", "backward", "update"]
     assert plans["14GB"].peak == max(phases.values()) < sum(p.bytes for p in memory.parts)
-    held = sum(part(memory, n) for n in ("student weights", "gradients", "optimiser"))
+    held = sum(part(memory, n) for n in ("student weights", "gradients", "optimizer"))
     assert phases["update"] == held + part(memory, "teacher weights")
-    assert part(memory, "optimiser") == 2 * part(memory, "gradients")
+    assert part(memory, "optimizer") == 2 * part(memory, "gradients")
     kept, checkpointed = plans["14GB"].activations.values()
     assert checkpointed < kept / 10
     assert list(plans["14GB"].teacher_weights) == ["bfloat16", "int8", "nf4"]

@@ -1,4 +1,4 @@
-"""`plan`: the memory of a training run from config.json alone, and settings that fit a card."""
+"""Estimates the memory of a training run from config.json, and proposes settings that fit."""
 
 from .parts import Memory, Part, Phase, Plan, Proposal, Settings
 from .planning import plan_memory

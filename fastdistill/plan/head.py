@@ -1,16 +1,16 @@
-"""What the loss holds beside the gradients it returns, at its peak, in bytes.
+"""Peak memory of the loss in bytes, without the gradients that it returns.
 
     N targets · H hidden size · V vocabulary · S slots of a token (its K answers and the label)
-    n tokens of a chunk, as the loss itself cuts them · v vocabulary rows of a slab · fp32 inside
+    n tokens of a chunk, as in the loss itself · v vocabulary rows of a slab · computed in fp32
 
     fused        4nV + dW as it is summed + 4nH + 4nS · (tensors on a chunk's slots)
     recompute    4vN + 4NH (dX as it is summed) + 4NS · (tensors on all slots)
     dense        8nV + 4VH + 4NH, with n half a chunk
     top k        4nV on a GPU, slabs on a CPU
 
-On a CPU the products of 16-bit heads want fp32 copies of the slab of W and of hidden states beside
-these, and what is at the slots is gathered in pieces. tests/test_plan_head.py compares each with
-the kernels' own code, run on tensors without data.
+On a CPU the products of 16-bit heads also need fp32 copies of the slab of W and of the hidden
+states, and the slots are gathered in pieces. tests/test_plan_head.py compares each formula with the
+kernels' own code, run on tensors without data.
 """
 
 from __future__ import annotations
@@ -27,26 +27,27 @@ from ..kernels.torch_gather import GATHER_BYTES
 from ..kernels.torch_slabs import slabs
 
 ACCUMULATOR = 4
-# As in kernels/triton_slabs.py and triton_common.py, which only import where Triton is installed.
+# As in kernels/triton_slabs.py and triton_common.py, which need Triton to be imported.
 TRITON_BLOCK_TOKENS, TRITON_COLUMNS, TRITON_RECOMPUTE_BYTES = 2048, 4096, 64 << 20
-# How many fp32 tensors on a token's slots live at once, in the loss and in its recomputation.
+# Number of fp32 tensors on a token's slots that are alive at once, in the loss and in its
+# recomputation.
 _LOSS_TENSORS, _RECOMPUTE_TENSORS = 20, 9
-# On a CPU, how many slabs a dense divergence makes of both heads' logits, and a pass of moments.
+# On a CPU, number of slabs of logits in a dense divergence of two heads, and in a pass of moments.
 _SLABS_OF_SUMS, _SLABS_OF_MOMENTS = 6, 5
 
 
 class HeadShape(NamedTuple):
-    """An output head that need not exist."""
+    """Shape, dtype and device of an output head."""
 
     V: int
     H: int
     dtype: torch.dtype
     device: str  # "cpu" or "cuda"
-    trained: bool = True  # whether the loss makes its gradient
+    trained: bool = True  # whether the loss computes its gradient
 
     @property
     def weight(self) -> int:
-        """Bytes of the weight, and of its gradient as it is returned."""
+        """Bytes of the weight, and of its returned gradient."""
         return self.V * self.H * self.dtype.itemsize
 
     @property
@@ -54,27 +55,32 @@ class HeadShape(NamedTuple):
         return self.dtype.itemsize < ACCUMULATOR
 
     def chunk(self, N: int) -> int:
-        """Tokens that the fused loss takes at a time."""
-        device = self.device if self.device == "cpu" else "meta"  # its limits are a GPU's
+        """Return the number of tokens in a chunk of the fused loss."""
+        device = self.device if self.device == "cpu" else "meta"  # has the limits of a GPU
         weight = torch.empty(1, dtype=self.dtype, device=device).expand(self.V, self.H)
         return min(N, chunk_tokens(Head(weight, None, 1.0, None, 1.0, self.V), N, self.trained))
 
     def rows(self, tokens: int) -> int:
-        """Vocabulary rows of a slab on a CPU."""
+        """Return the number of vocabulary rows in a slab on a CPU."""
         return next(slabs(self.V, tokens, ACCUMULATOR)).stop
 
 
 class LossMemory(NamedTuple):
-    """Bytes that live inside the loss, beside hidden states, weight and the gradients it returns.
-    `forward` may be taken before dW is there in its final type."""
+    """Bytes inside the loss, without hidden states, weight and returned gradients.
+
+    `forward` may be reached before dW exists in its final type.
+    """
 
     forward: int
     backward: int
 
 
 def fused(head: HeadShape, N: int, S: int) -> LossMemory:
-    """4nV logits of a chunk, dW in fp32 unless it is carried in its own type, the slots' tensors;
-    or dW in both types, once the logits are gone."""
+    """Return the memory of the fused loss.
+
+    It is the larger of two: logits of a chunk (4nV), dW in fp32 unless summed in its own type, and
+    the slots' tensors; or dW in both types, after the logits are freed.
+    """
     n = head.chunk(N)
     in_16_bits = head.dtype == torch.bfloat16  # as in kernels/head.py: sums_in_16_bits
     carried = not head.narrow or (in_16_bits and n * CARRIED_CHUNKS[head.device] >= N)
@@ -96,8 +102,10 @@ def fused(head: HeadShape, N: int, S: int) -> LossMemory:
 
 
 def recomputed(head: HeadShape, N: int, S: int) -> LossMemory:
-    """Slabs alone in the forward pass; 4vN logits of a slab of all tokens, and dX in fp32, in the
-    backward pass."""
+    """Return the memory of the recomputing loss.
+
+    Forward: slabs. Backward: logits of a slab for all tokens (4vN), and dX in fp32.
+    """
     slots, wide = _RECOMPUTE_TENSORS * N * S * ACCUMULATOR, N * head.H * ACCUMULATOR
     if head.device == "cpu":
         v = head.rows(N)
@@ -108,7 +116,7 @@ def recomputed(head: HeadShape, N: int, S: int) -> LossMemory:
         forward = _SLABS_OF_MOMENTS * n * head.rows(n) * ACCUMULATOR
         return LossMemory(forward + slots, backward)
     columns = min(_columns(head.V), max(64, TRITON_RECOMPUTE_BYTES // (N * ACCUMULATOR)))
-    # dX as it is returned lends its memory to the slab where that fits.
+    # The slab uses the memory of the returned dX if it fits.
     lent = head.narrow and columns <= head.H // 2
     backward = slots + (0 if lent else columns * N * ACCUMULATOR) + (wide if head.narrow else 0)
     if head.dtype == torch.float16:
@@ -119,19 +127,19 @@ def recomputed(head: HeadShape, N: int, S: int) -> LossMemory:
 
 
 def dense(head: HeadShape, teacher: HeadShape, N: int) -> LossMemory:
-    """Both heads' logits of half a chunk, dX and dW in fp32; or dW in both types at the end."""
+    """Return the memory of a dense loss: logits of both heads for half a chunk, and gradients."""
     n = max(1, head.chunk(N) // 2)
     grads = N * head.H * ACCUMULATOR + head.trained * head.V * head.H * ACCUMULATOR
     peak = n * (head.V + teacher.V) * ACCUMULATOR + grads
     if head.device == "cpu":
         peak += _SLABS_OF_SUMS * min(4096, head.V) * n * ACCUMULATOR
     both = grads + head.trained * head.weight if head.narrow else 0
-    # dX as it is returned is made at the end, and not beside the logits.
+    # The returned dX is created at the end, after the logits are freed.
     return LossMemory(max(peak - N * head.H * head.dtype.itemsize, both), 0)
 
 
 def topk(head: HeadShape, N: int, k: int) -> int:
-    """A chunk's logits on a GPU, slabs on a CPU; and the answers of N tokens."""
+    """Return the memory of a top k: logits of a chunk or slabs, and the answers of N tokens."""
     answers = N * k * (8 + 2 * ACCUMULATOR)
     if head.device == "cpu":
         n = min(N, CPU_BLOCK_TOKENS)

@@ -1,11 +1,11 @@
-"""The memory of one update, by part and by phase, of a student and a teacher that need not exist.
+"""The memory of one update, by part and by phase, without loading student or teacher.
 
-held      = student's weights + optimiser's state + teacher's weights and expanded layer
+held      = student's weights + optimizer's state + teacher's weights and expanded layer
 teacher   = held [+ gradients so far] + max(its layers, hidden states + top k) + answers
 forward   = held + answers + peak of the body's forward pass      [gradients so far are in it]
 loss      = held + answers + activations + what the loss holds
-backward  = held + peak of activations that go and gradients that come
-update    = held + gradients + the optimiser's temporaries
+backward  = held + peak of the remaining activations and the gradients
+update    = held + gradients + the optimizer's temporaries
 peak      = the largest of these five
 """
 
@@ -24,23 +24,23 @@ from .rehearsal import Step, TeacherPass, head_shape, rehearse_step, rehearse_te
 from .shapes import bytes_of, empty_model, quantized_size
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-# Outside torch's allocator: the CUDA context, its libraries and their workspaces, and kernels.
+# Memory outside torch's allocator: CUDA context, libraries and their workspaces, kernels.
 CONTEXT = 700 * 10**6
-# Of the peak: what the allocator holds in pieces that no tensor fits.
+# Share of the peak that the allocator loses to fragmentation.
 FRAGMENTS = 0.05
 _ID, _LOGPROB = 8, 4
 
 
 def stored_dtype(config: Any, otherwise: str = "float32") -> str:
-    """Return the name of the dtype that a config.json gives for its weights, or `otherwise`."""
+    """Return the name of the weight dtype in a config.json, or `otherwise`."""
     stored = getattr(config, "dtype", None)
     return next((name for name, dtype in DTYPES.items() if dtype == stored), otherwise)
 
 
 class Planner:
-    """Two configurations on one device; every pass is rehearsed once.
+    """Plans with two configurations on one device; runs every pass once without data.
 
-    `card`: bytes of the GPU, by whose free memory a teacher's pass is sized, as in BatchedForward.
+    `card`: bytes of GPU memory; its free part limits the rows of a teacher's pass (BatchedForward).
     """
 
     def __init__(self, student: Any, teacher: Any, device: str, card: int | None) -> None:
@@ -112,7 +112,7 @@ class Planner:
             work = head.dense(shape, head_shape(self.teacher, self.device), N)
         else:
             run = head.recomputed if backward == "recompute" else head.fused
-            # Without a teacher one empty slot stands for its answer.
+            # Without a teacher, the loss has one empty slot in place of answers.
             topk_size = 1 if self.configs["teacher"] is None else min(k, shape.V)
             work = run(shape, N, topk_size + 1)
         return rehearse_step(
@@ -121,7 +121,7 @@ class Planner:
         )  # fmt: skip
 
     def teacher_weights(self, settings: Settings) -> tuple[int, int]:
-        """(weights, one layer expanded for its product, which stays), 0 where it is not here."""
+        """Return bytes of (weights, largest expanded layer); zeros without a teacher in memory."""
         if self.configs["teacher"] is None or settings.cached:
             return 0, 0
         if settings.teacher_quant is None:
@@ -130,7 +130,7 @@ class Planner:
         return size.weights, size.expanded
 
     def teacher_pass(self, settings: Settings, held: int) -> int:
-        """Peak of the layers, or of hidden states and head, of the rows that run together."""
+        """Return the peak of a teacher's pass: layers, or hidden states and head, of its rows."""
         shape = head_shape(self.teacher, self.device)
         tokens = self._tokens_in_pass(shape.H * shape.dtype.itemsize, held)
         rows = max(1, min(settings.batch, tokens // settings.seq))
@@ -141,7 +141,7 @@ class Planner:
         return max(run.forward, run.hidden + head.topk(shape, N, min(settings.k, shape.V)))
 
     def _tokens_in_pass(self, hidden_bytes: int, held: int) -> int:
-        """BatchedForward's budget: on a GPU by a share of what is free."""
+        """Return BatchedForward's budget of tokens; on a GPU, from a share of the free memory."""
         if self.device == "cpu":
             return CPU_TOKENS
         free = GPU_TOKENS[1] * VALUES_PER_TOKEN * hidden_bytes / FREE_SHARE
@@ -155,7 +155,7 @@ class Planner:
         return rehearse_teacher("teacher", self.teacher, rows, seq, self.device)
 
     def answers(self, settings: Settings) -> int:
-        """k ids and log-probabilities of every target, or the teacher's hidden states there."""
+        """Return bytes of the answers: ids and log-probabilities, or hidden states, per target."""
         N = settings.batch * (settings.seq - 1)
         if self.configs["teacher"] is None:
             return N * (_ID + _LOGPROB)
@@ -171,20 +171,20 @@ def _parts(
     gradients: int,
     optimizer: OptimizerMemory,
     step: Step,
-    before: int,
+    accumulated: int,
 ) -> tuple[Part, ...]:
-    trained = settings.dtype if settings.lora_rank is None else "of adapters alone"
+    gradients_text = settings.dtype if settings.lora_rank is None else "adapters only"
     activations_text = (
-        "a layer's input each" if settings.gradient_checkpointing else "of every layer"
+        "gradient checkpointing" if settings.gradient_checkpointing else "no checkpointing"
     )
     recompute = settings.backward == "recompute" and settings.k is not None
-    way = "dense" if settings.k is None else "recompute" if recompute else "fused"
+    loss_text = "dense" if settings.k is None else "recompute" if recompute else "fused"
     return (
         Part(name="student weights", bytes=weights, how=settings.dtype),
-        Part(name="gradients", bytes=gradients, how=trained),
-        Part(name="optimiser", bytes=optimizer.state + optimizer.scratch, how=settings.optim),
-        Part(name="activations", bytes=step.activations - before, how=activations_text),
-        Part(name="head and loss", bytes=step.loss - step.activations, how=way),
+        Part(name="gradients", bytes=gradients, how=gradients_text),
+        Part(name="optimizer", bytes=optimizer.state + optimizer.scratch, how=settings.optim),
+        Part(name="activations", bytes=step.activations - accumulated, how=activations_text),
+        Part(name="head and loss", bytes=step.loss - step.activations, how=loss_text),
     )
 
 
@@ -198,7 +198,11 @@ def _teacher_parts(
     quant = settings.teacher_quant or "as stored"
     return (
         Part(name="teacher weights", bytes=weights, how=quant),
-        Part(name="teacher's pass", bytes=passing + expanded, how="its layers, or its head"),
+        Part(
+            name="teacher's pass",
+            bytes=passing + expanded,
+            how="layers or LM head, whichever is larger",
+        ),
         *parts,
     )
 
@@ -208,5 +212,5 @@ def _adapted(model: Any, rank: int) -> Any:
         import peft
     except ImportError:
         raise ImportError("lora_rank: expected peft to be installed: pip install peft") from None
-    how = peft.LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    return peft.get_peft_model(model, how)
+    config = peft.LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    return peft.get_peft_model(model, config)

@@ -1,11 +1,11 @@
-"""What an optimiser keeps between steps, and what it needs during one, in bytes.
+"""Memory of an optimizer in bytes: its state, and its temporaries during a step.
 
 adamw_torch            two moments in the parameters' type; √v of all parameters at once on a
                        GPU, two temporaries of the largest one on a CPU
-adamw_torch_fused      two moments in the parameters' type, nothing more
+adamw_torch_fused      two moments in the parameters' type
 adamw_8bit             two moments of 1 byte, and 4 bytes per block of 256 for each; fp32 for
 (adamw_bnb_8bit)       tensors of less than 4096 values
-sgd                    nothing, without momentum
+sgd                    none, without momentum
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ class OptimizerMemory(NamedTuple):
 
 
 def optimizer_memory(name: str, trained: Sequence[Tensor], device: str) -> OptimizerMemory:
-    """Raises ValueError for an optimiser whose memory is not known here."""
+    """Return the memory of an optimizer; raise ValueError if it is not known."""
     if name not in OPTIMIZERS:
         raise ValueError(
-            f"optim: expected one of {', '.join(OPTIMIZERS)}, got {name!r}, whose memory is not "
-            "known here"
+            f"optim: expected one of {', '.join(OPTIMIZERS)}, got {name!r}, whose memory use "
+            "is not known"
         )
     sizes = [p.nbytes for p in trained]
     if name == "sgd":

@@ -1,4 +1,4 @@
-"""What a plan says: frozen results of `plan_memory`, and their JSON."""
+"""Results of `plan_memory`, and their JSON."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .shapes import Shapes
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """Bytes of one kind, and how they come about."""
+    """Bytes of one kind, and what determines them."""
 
     name: str
     bytes: int
@@ -19,7 +19,7 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
-    """Bytes that live at the peak of a part of one update."""
+    """Peak bytes of one phase of an update."""
 
     name: str
     bytes: int
@@ -27,7 +27,7 @@ class Phase:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What the memory depends on, beside the two models."""
+    """Settings that the memory depends on, besides the two models."""
 
     seq: int
     batch: int = 1
@@ -42,8 +42,10 @@ class Settings:
     lora_rank: int | None = None
 
     def lines(self) -> list[str]:
-        """key=value, as DistillConfig and the command line take them; CACHE is a folder that
-        `fastdistill cache build` made."""
+        """Return lines of key=value for DistillConfig and the command line.
+
+        CACHE stands for a folder that `fastdistill cache build` creates.
+        """
         lines = [
             f"max_length={self.seq}",
             f"per_device_train_batch_size={self.batch}",
@@ -65,22 +67,25 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """One update under some settings. `parts` do not add up to the peak: they are not all there at
-    once. The peak is that of the largest phase."""
+    """Memory of one update with some settings.
+
+    The peak is that of the largest phase. It is not the sum of `parts`, which do not all exist at
+    the same time.
+    """
 
     settings: Settings
     parts: tuple[Part, ...]
     phases: tuple[Phase, ...]
-    allowance: int  # outside torch's allocator, or lost in it; 0 on a CPU
+    allowance: int  # outside torch's allocator, or fragmentation; 0 on a CPU
 
     @property
     def peak(self) -> int:
-        """What torch's allocator holds at most."""
+        """Peak memory in torch's allocator."""
         return max(phase.bytes for phase in self.phases)
 
     @property
     def needed(self) -> int:
-        """What the device must have."""
+        """Memory that the device must have."""
         return self.peak + self.allowance
 
     @property
@@ -90,17 +95,16 @@ class Memory:
 
 @dataclass(frozen=True, kw_only=True)
 class Proposal:
-    """The first settings that fit, and the measures that led there; or the least that was reached,
-    and what it still lacks."""
+    """The first settings that fit with the measures applied, or those closest to fitting."""
 
     memory: Memory
     measures: tuple[str, ...]
-    missing: int  # bytes; 0 where it fits
+    missing: int  # bytes; 0 if it fits
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What `plan_memory` found. Bytes throughout; None for what was not asked."""
+    """The result of `plan_memory`, in bytes; None for values that were not requested."""
 
     student: Shapes
     teacher: Shapes | None
@@ -124,7 +128,7 @@ class Plan:
 
     @property
     def fits(self) -> bool | None:
-        """Whether the settings as they were given fit the card; None without one."""
+        """Whether the requested settings fit the card; None without a card."""
         return None if self.card is None else self.memory.needed <= self.card
 
     def as_json(self) -> dict[str, Any]:

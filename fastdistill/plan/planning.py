@@ -1,4 +1,4 @@
-"""plan_memory: from two config.json and a few settings to memory, cache, time and a proposal."""
+"""plan_memory: estimates memory, cache size and time, and proposes settings."""
 
 from __future__ import annotations
 
@@ -39,32 +39,31 @@ def plan_memory(
     lora_rank: int | None = None,
     device: str = "cuda",
 ) -> Plan:
-    """The memory of a training run, from config.json alone: no weights, no GPU.
+    """Return the memory of a training run from config.json alone, without weights or a GPU.
 
     Args:
-        student, teacher: a folder, a config.json, or a hub's name, of which that one file is read.
-        seq: tokens of a row. batch: rows of a micro-batch; several are taken to be of unequal
-            length. accumulation: micro-batches of an update.
-        k: the teacher's answers at each position; None compares the whole vocabulary.
-        gpu: the card to fit, "24GB" (10⁹) or "24GiB" (2³⁰), or bytes. None proposes nothing.
-        tokens: of the dataset, for the size of a cache and the time of one pass.
-        throughput: tokens per second that you know from somewhere; nothing is guessed without.
-        dtype: of the student's weights, gradients and activations: "bfloat16", "float16",
-            "float32". None is what the trainer takes: "float32", and with lora_rank the dtype in
-            which the weights are stored.
+        student, teacher: a folder, a config.json, or a hub name; only the config.json is read.
+        seq: tokens per row. batch: rows per micro-batch; several rows are assumed to be of unequal
+            length. accumulation: micro-batches per update.
+        k: number of the teacher's answers per position; None compares the whole vocabulary.
+        gpu: memory of the GPU, "24GB" (10⁹), "24GiB" (2³⁰) or bytes. None makes no proposal.
+        tokens: tokens of the dataset, for the size of a cache and the time of one epoch.
+        throughput: measured tokens per second. Without it, no time is estimated.
+        dtype: type of the student's weights, gradients and activations: "bfloat16", "float16",
+            "float32". None is the trainer's default: "float32", or with lora_rank the stored
+            dtype.
         optim: adamw_torch_fused, adamw_torch, adamw_8bit (adamw_bnb_8bit) or sgd.
         gradient_checkpointing, backward, lora_rank: as in training.
-        teacher_quant: nf4, fp4, int4 or int8. cached: the answers come from a cache, and no teacher
-            is in memory.
-        device: "cuda", or "cpu" for what a run without a GPU holds.
+        teacher_quant: nf4, fp4, int4 or int8. cached: answers come from a cache, and no teacher is
+            in memory.
+        device: "cuda", or "cpu" for a run without a GPU.
 
     Returns:
-        Plan; `peak` is what torch's allocator holds, of one process that shares its model with no
-        other.
+        Plan; `peak` is the memory in torch's allocator of one process that holds the whole model.
 
     Raises:
-        ValueError naming the argument, what was expected and what came; also for a model whose
-        forward pass reads the values of its inputs, which are not there.
+        ValueError: an invalid argument, or a model whose forward pass reads the values of its
+            inputs.
         ImportError: lora_rank without peft.
     """
     for name, count, least in (
@@ -83,10 +82,10 @@ def plan_memory(
         checks.positive("throughput", throughput)
     for name, option in (("teacher_quant", teacher_quant), ("cached", cached or None)):
         if option is not None and teacher is None:
-            checks.fail(name, "a teacher with it", repr(option), "pass one with teacher=")
+            checks.fail(name, "a teacher with this option", repr(option), "pass one with teacher=")
     if k is None and (teacher is None or cached):
         checks.fail("k", "a number of answers without a teacher in memory", "None",
-                    "a cache keeps no whole vocabulary")  # fmt: skip
+                    "a cache cannot store the whole vocabulary")  # fmt: skip
     card = None if gpu is None else read_bytes("gpu", gpu)
     student_config = config_of("student", student)
     if dtype is None:
@@ -134,7 +133,7 @@ def _teacher_sizes(teacher: Any) -> dict[str, int]:
 
 
 def _cache_per_token(planner: Planner, k: int | None) -> int | None:
-    """Of a cache's answers at one temperature, as the codec lays them out."""
+    """Return bytes per token of a cache at one temperature, as the codec stores them."""
     config = planner.configs["teacher"]
     if config is None or k is None:
         return None
@@ -143,11 +142,11 @@ def _cache_per_token(planner: Planner, k: int | None) -> int | None:
 
 
 def _assumptions(settings: Settings, device: str) -> tuple[str, ...]:
-    rows = "rows are of unequal length" if settings.batch > 1 else "rows are whole"
+    rows = "rows of unequal length" if settings.batch > 1 else "rows without padding"
     lines = [f"one process; {rows}; all tokens are targets; fused attention"]
     if device == "cuda":
         lines.append(
-            f"the card also holds {in_gb(CONTEXT)} of CUDA context and libraries, and "
-            f"{FRAGMENTS:.0%} of the peak is lost between tensors"
+            f"{in_gb(CONTEXT)} for the CUDA context and libraries, and {FRAGMENTS:.0%} of the peak "
+            "for fragmentation"
         )
     return tuple(lines)

@@ -1,4 +1,4 @@
-"""A plan on a terminal, in less than a page."""
+"""Prints a plan on a terminal, in less than a page."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .sizes import in_gb
 
 
 def print_plan(plan: Plan, console: Any) -> None:
-    """At most 40 lines of 80 columns."""
+    """Print a plan in at most 40 lines of 80 columns."""
     _print_line(console, _model("student", plan.student))
     if plan.teacher is not None:
         _print_line(console, _model("teacher", plan.teacher))
@@ -29,7 +29,7 @@ def print_plan(plan: Plan, console: Any) -> None:
         _print_line(console, f"cache on disk: {plan.cache_per_token} bytes per token{whole}")
     if plan.seconds is not None:
         _print_line(
-            console, f"time of one pass, at the throughput given: {plan.seconds / 3600:.1f} hours"
+            console, f"time of one epoch at this throughput: {plan.seconds / 3600:.1f} hours"
         )
     for line in plan.assumptions:
         console.print(f"[dim]assumed: {escape(line)}[/dim]", highlight=False)
@@ -52,9 +52,9 @@ def _verdict(plan: Plan, console: Any) -> None:
             highlight=False,
         )
         return
-    how = f"with {taken}" if taken else "as it is"
+    how = f"with {taken}" if taken else "without changes"
     console.print(f"[green]fits {in_gb(card)}[/green] {how}: {needed} needed", highlight=False)
-    # Words that hold together: a setting that was broken in two could not be copied.
+    # Two spaces separate settings, so that a line break never splits one.
     _print_line(console, "  ".join(proposal.memory.settings.lines()))
 
 
@@ -85,7 +85,7 @@ def _parts(plan: Plan) -> Table:
 
 
 def _phases(memory: Memory) -> Table:
-    """All that is there at once; the largest is the peak."""
+    """Return a table of the memory at the peak of each phase; the largest is in bold."""
     table = Table(box=None, pad_edge=False)
     table.add_column("at the peak of")
     table.add_column("memory", justify="right")
@@ -93,5 +93,5 @@ def _phases(memory: Memory) -> Table:
         style = "bold" if phase.bytes == memory.peak else ""
         table.add_row(phase.name, in_gb(phase.bytes), style=style)
     if memory.allowance:
-        table.add_row("beside torch", in_gb(memory.allowance))
+        table.add_row("CUDA context, fragmentation", in_gb(memory.allowance))
     return table

@@ -1,7 +1,7 @@
-"""From settings that do not fit to ones that do: a short list of measures, the mildest first.
+"""Proposes settings that fit, by applying measures from the mildest to the most severe.
 
-Each is taken beside those before it until everything fits; then those that turn out not to be
-needed, or to save nothing, are taken back, the harshest first.
+Measures accumulate until the run fits. Then measures that are not needed, or save nothing, are
+removed, the most severe first.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ def propose(planner: Planner, start: Settings, card: int) -> Proposal:
 
 
 def measures(planner: Planner, start: Settings) -> Iterator[Measure]:
-    """Those that change something, from no price to a price in quality."""
+    """Yield the measures that apply, from those without cost to those that cost quality."""
     teacher_in_memory = planner.configs["teacher"] is not None and not start.cached
     if not start.gradient_checkpointing:
         yield Measure("gradient checkpointing", {"gradient_checkpointing": True})
     if start.backward != "recompute" and start.k is not None:
-        yield Measure("the loss recomputed in backward", {"backward": "recompute"})
+        yield Measure("loss recomputed in backward", {"backward": "recompute"})
     if teacher_in_memory and start.teacher_quant is None:
         for scheme in ("int8", "nf4"):
             yield Measure(f"teacher in {scheme}", {"teacher_quant": scheme})
@@ -62,14 +62,14 @@ def measures(planner: Planner, start: Settings) -> Iterator[Measure]:
             f"micro-batches of {batch}, accumulated", {"batch": batch, "accumulation": accumulation}
         )
     if start.optim.startswith("adamw") and not start.optim.endswith("8bit"):
-        yield Measure("the optimiser in 8 bits", {"optim": "adamw_8bit"})
+        yield Measure("8-bit optimizer", {"optim": "adamw_8bit"})
     if teacher_in_memory and start.k is not None:
-        yield Measure("the teacher's answers from a cache", {"cached": True})
+        yield Measure("teacher's answers from a cache", {"cached": True})
     if start.lora_rank is None and importlib.util.find_spec("peft") is not None:
         stored = stored_dtype(planner.configs.get("student"))
         changes: dict[str, object] = {"lora_rank": LORA_RANK}
         if start.dtype == "float32" and stored != start.dtype:
-            # Weights that do not move need no more precision than they are stored in.
+            # Weights that do not change keep their stored precision.
             changes["dtype"] = stored
         yield Measure(f"adapters of rank {LORA_RANK}", changes)
 

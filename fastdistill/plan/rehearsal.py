@@ -1,7 +1,7 @@
-"""A training step and a teacher's pass on tensors without data, for what each holds when.
+"""Runs a training step and a teacher's pass on tensors without data to measure their memory.
 
 The model's own forward, backward and gradient checkpointing run; the loss is a stand-in with the
-memory of head.py. So no formula knows a model family: what transformers would save is counted.
+memory of head.py. So no formula depends on the model family.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from .tracking import MemoryTracker
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """Bytes beyond weights and optimiser, of one micro-batch.
+    """Bytes of one micro-batch, without weights and optimizer.
 
-    activations: what the body keeps for its backward pass, when the hidden states meet the head.
-    forward, loss, backward: the peaks of the three phases; gradients: what is left at the end.
+    activations: memory that the body keeps for its backward pass, at the head.
+    forward, loss, backward: peaks of the three phases. gradients: memory that remains at the end.
     """
 
     activations: int
@@ -36,7 +36,7 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherPass:
-    """Bytes of a teacher's pass through its layers: at the peak, and the hidden states behind."""
+    """Bytes of a teacher's pass: the peak in its layers, and the final hidden states."""
 
     forward: int
     hidden: int
@@ -60,11 +60,12 @@ def rehearse_step(
     checkpointing: bool,
     accumulating: bool,
 ) -> Step:
-    """One micro-batch [batch, seq] through a student without memory, all its tokens targets;
-    `accumulating`: the gradients of an earlier micro-batch are there already.
+    """Run one micro-batch [batch, seq] through a student on the meta device; return its memory.
+
+    All tokens are targets. With `accumulating`, gradients of an earlier micro-batch exist.
 
     Raises:
-        ValueError: a model that cannot run without the values of its inputs.
+        ValueError: the model cannot run without the values of its inputs.
     """
     model.train()
     base_model = without_adapters(model)
@@ -87,7 +88,7 @@ def rehearse_step(
             if accumulating:
                 _fill_gradients(model)
             loss = forward_to_head(model, base_model, inputs, targets, use, packed=False)
-            # Tensor.backward would be answered by the modes themselves, with the modes closed.
+            # Tensor.backward would be intercepted and run without the modes.
             torch.autograd.backward(loss)
             del loss, inputs, targets
             marks["backward"], marks["gradients"] = tracker.peak(), tracker.now
@@ -102,7 +103,7 @@ def rehearse_step(
 
 
 def rehearse_teacher(role: str, model: Any, rows: int, seq: int, device: str) -> TeacherPass:
-    """Rows of equal length through a teacher without memory, as BatchedForward runs them."""
+    """Run rows of equal length through a teacher on the meta device; return their memory."""
     tracker = MemoryTracker(model, device, padded=False)
     try:
         with tracker, torch.no_grad(), evaluating(model):
@@ -115,7 +116,7 @@ def rehearse_teacher(role: str, model: Any, rows: int, seq: int, device: str) ->
 
 
 class _Loss(torch.autograd.Function):
-    """Gradients of the size and at the time at which the loss makes them."""
+    """Allocates gradients of the same size, and at the same time, as the loss."""
 
     @staticmethod
     def forward(ctx, hidden, weight, work):
@@ -126,7 +127,7 @@ class _Loss(torch.autograd.Function):
         else:
             dx = torch.empty_like(hidden)
             _hold(hidden, work.forward)
-            # dW is summed in what was just given back, and is then of its own type.
+            # dW is summed in the memory just freed, and then has its own type.
             grads = (dx, torch.empty_like(weight) if weight.requires_grad else None)
         ctx.save_for_backward(hidden, weight, *grads)
         return hidden.new_empty((), dtype=torch.float32)
@@ -153,7 +154,7 @@ def _batch(rows: int, seq: int) -> tuple[dict[str, Tensor], Targets]:
 
 
 def _checkpointing(model: Any, change: str, *options: Any) -> None:
-    """Under the name it has in this version of transformers."""
+    """Change gradient checkpointing, under its name in this version of transformers."""
     name = f"activation_checkpointing_{change}"
     if not hasattr(model, name):
         name = f"gradient_checkpointing_{change}"

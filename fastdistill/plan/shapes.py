@@ -1,6 +1,6 @@
-"""A model's parameters from its config.json: built without memory, and counted.
+"""Counts a model's parameters from its config.json, on the meta device.
 
-body · input embedding · output head (0 where it is the embedding) · what quantisation keeps
+Parts: body, input embedding, output head (0 if tied), and sizes after quantization.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Shapes:
     layers: int
     body: int
     embeddings: int
-    head: int  # beyond the embedding: 0 where both are one
+    head: int  # 0 if tied to the embedding
     tied: bool
 
     @property
@@ -42,11 +42,13 @@ class Shapes:
 
 
 def config_of(role: str, source: str | Path) -> Any:
-    """The configuration in a folder, in a config.json, or on the hub (that one file is fetched);
-    of an adapter that of its base. Code that comes with it is never run.
+    """Return the configuration in a folder or a config.json, or on the hub.
+
+    For an adapter, it is the configuration of its base. Only config.json is downloaded, and no
+    remote code is run.
 
     Raises:
-        ValueError: there is none, or transformers does not know the model.
+        ValueError: there is no configuration, or transformers does not know the model.
     """
     path = Path(source).expanduser()
     try:
@@ -58,16 +60,16 @@ def config_of(role: str, source: str | Path) -> Any:
     except (OSError, ValueError) as error:
         first = printable(str(error).strip().partition("\n")[0], 1000)
         raise ValueError(
-            f"{role}: expected a folder with a config.json, the file itself, or a hub's name, got "
+            f"{role}: expected a folder with a config.json, the file itself, or a hub name, got "
             f"{str(source)!r}: {first}"
         ) from None
 
 
 def empty_model(role: str, config: Any, dtype: torch.dtype) -> Any:
-    """The model on the meta device: shapes and types, no memory.
+    """Return the model on the meta device, with shapes and types but without memory.
 
     Raises:
-        ValueError: no causal language model, or one that transformers cannot build from this.
+        ValueError: transformers cannot build a causal language model from the configuration.
     """
     try:
         with torch.device("meta"), warnings.catch_warnings():
@@ -84,6 +86,7 @@ def empty_model(role: str, config: Any, dtype: torch.dtype) -> Any:
 
 
 def shapes_of(name: str, model: Any) -> Shapes:
+    """Return the number of parameters of a model, by part."""
     embedding = model.get_input_embeddings().weight
     head: Any = head_module(model).weight
     tied = head is embedding
@@ -102,24 +105,23 @@ def shapes_of(name: str, model: Any) -> Shapes:
 
 
 def bytes_of(model: nn.Module) -> int:
-    """Bytes of parameters and buffers, each once."""
+    """Return the bytes of a model's parameters and buffers; counts shared tensors once."""
     return sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizedSize:
-    """Bytes of a model with its linear layers in a scheme, and of the largest of them as its
-    products expand it, in the type of the activations."""
+    """Bytes of a quantized model, and of its largest layer when expanded for its product."""
 
     weights: int
     expanded: int
 
 
 def quantized_size(role: str, model: nn.Module, scheme: str) -> QuantizedSize:
-    """What quantize_model would leave of the model, which is not changed.
+    """Return the size of a model after quantize_model, without changing the model.
 
     Raises:
-        ValueError: an unknown scheme, or nothing to quantise.
+        ValueError: an unknown scheme, or a model without layers to quantize.
     """
     if scheme not in SCHEMES:
         raise ValueError(
@@ -129,7 +131,7 @@ def quantized_size(role: str, model: nn.Module, scheme: str) -> QuantizedSize:
     dense += [getattr(module, parameter) for _, module, parameter in stacks(model)]
     if not dense:
         raise ValueError(
-            f"{role}: expected linear layers to quantise, found none in {type(model).__name__}"
+            f"{role}: expected linear layers to quantize, got none in {type(model).__name__}"
         )
     saved = sum(w.nbytes - stored_bytes(w, scheme) for w in dense)
     largest = max(w.nbytes // (w.shape[0] if w.dim() == 3 else 1) for w in dense)
@@ -137,7 +139,7 @@ def quantized_size(role: str, model: nn.Module, scheme: str) -> QuantizedSize:
 
 
 def stored_bytes(weight: Tensor, scheme: str) -> int:
-    """Bytes of a weight in a scheme, as quant/formats.py lays it out."""
+    """Return the bytes of a weight in a scheme, in the layout of quant/formats.py."""
     w = _layout(math.prod(weight.shape[:-1]), weight.shape[-1], scheme)
     parts: list[Any] = [w.qdata, w.scale]
     if isinstance(w, Lut4Weight):
@@ -146,7 +148,7 @@ def stored_bytes(weight: Tensor, scheme: str) -> int:
 
 
 def _layout(N: int, K: int, scheme: str) -> QuantWeight:
-    """Such a weight without memory; the format itself refuses parts of the wrong size."""
+    """Return a quantized weight on the meta device; the format checks the sizes of its parts."""
 
     def part(count: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(count, dtype=dtype, device="meta")

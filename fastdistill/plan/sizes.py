@@ -1,4 +1,4 @@
-"""Bytes as people write them: "24GB" and "24GiB" in, "22.4 GB" out."""
+"""Parses and formats sizes: "24GB" and "24GiB" to bytes, bytes to "22.4 GB"."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ GB = UNITS["GB"]
 
 
 def read_bytes(name: str, value: int | str) -> int:
-    """24GB is 24 · 10⁹ bytes, 24GiB is 24 · 2³⁰; an int is bytes.
+    """Return a size in bytes: "24GB" is 24 · 10⁹, "24GiB" is 24 · 2³⁰, an int is bytes.
 
     Raises:
-        ValueError: anything else, or nothing above 0.
+        ValueError: the value has another form, or is not positive.
     """
     count = value if isinstance(value, int) and not isinstance(value, bool) else None
     if isinstance(value, str):
@@ -21,7 +21,7 @@ def read_bytes(name: str, value: int | str) -> int:
     if count is None or count <= 0:
         raise ValueError(
             f"{name}: expected bytes, or a number with GB (10⁹) or GiB (2³⁰), got {value!r}. "
-            "Write 24GB or 22.5GiB"
+            "Write 24GB or 22.5GiB, for example"
         )
     return count
 

@@ -1,14 +1,14 @@
-"""Tensors without data, their memory counted: what a forward and backward pass would hold.
+"""Measures the memory of a forward and backward pass on tensors without data.
 
-On the meta device every operation makes a tensor of the right size and no values. Three things
-need help there, and get it while `Counted` is open:
+On the meta device every operation creates a tensor of the right size without values. Within
+`MemoryTracker`, three things are added:
 
-    memory       bytes of the storages that live, and the peak of it
-    questions    a model that asks whether anything is padded is told what the plan assumes
-    attention    the fused kernel a device would choose, which never holds the scores
+    memory       bytes of the live storages, and their peak
+    conditions   a model that tests for padding gets the answer that the plan assumes
+    attention    the fused kernel that the device would use, which never stores the scores
 
-and a fourth in early releases of transformers 5: whether autocast is on, which torch refuses to say
-of the meta device.
+Early releases of transformers 5 also ask whether autocast is on, which torch does not support for
+the meta device.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 _autocast = torch.is_autocast_enabled
-MOST_OPERATIONS = 150_000  # a layer that steps from token to token makes millions
+MOST_OPERATIONS = 150_000  # a layer that loops over tokens runs millions
 
 
 class MemoryTracker:
-    """While it is open: bytes that operations made and that still live, and their peak.
+    """Context manager that counts the live bytes of operations' results, and their peak.
 
     Args:
-        given: a model whose own tensors do not count.
-        device: "cpu" or "cuda", whose attention is meant.
-        padded: whether a batch's rows are of unequal length, which takes a mask.
+        model: its own tensors do not count.
+        device: "cpu" or "cuda", which determines the attention kernel.
+        padded: whether a batch's rows have unequal lengths, which needs a mask.
     """
 
     def __init__(self, model: nn.Module, device: str, *, padded: bool) -> None:
@@ -55,8 +55,10 @@ class MemoryTracker:
         self._stack.close()
 
     def in_recomputation(self) -> tuple[Any, Any]:
-        """Of a checkpoint's forward pass and of its recomputation, as context_fn: the engine runs
-        the second one without the modes for functions."""
+        """Return contexts for a checkpoint's forward pass and recomputation, as context_fn.
+
+        The autograd engine runs the recomputation without function modes.
+        """
         return nullcontext(), self._overrides
 
     @property
@@ -64,7 +66,7 @@ class MemoryTracker:
         return self._live.now
 
     def peak(self) -> int:
-        """Since it was last asked."""
+        """Return the peak since the last call."""
         peak, self._live.peak = self._live.peak, self._live.now
         return peak
 
@@ -85,8 +87,8 @@ class _LiveMemory(TorchDispatchMode):
         self.operations += 1
         if self.operations > MOST_OPERATIONS:
             raise NotImplementedError(
-                f"more than {MOST_OPERATIONS} operations in one pass: its layers step from token "
-                "to token here"
+                f"more than {MOST_OPERATIONS} operations in one pass: its layers loop over tokens "
+                "here"
             )
         out = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
@@ -115,16 +117,16 @@ class _MetaOverrides(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if function is Tensor.__bool__ and args[0].is_meta:
-            # "Is every token attended?", "is each row one sequence?"
+            # Tests whether every token is attended, or each row is one sequence.
             return not self.padded
         if function is Tensor.__contains__ and args[0].is_meta:
-            return False  # "is there a padding token among these?"
+            return False  # tests for a padding token
         if function is F.scaled_dot_product_attention and args[0].is_meta:
             arguments = _attention(*args, **kwargs)
             if _is_fused(self.device, *arguments):
                 return _FusedAttention.apply(*arguments[:4], self.device)
         if function in _GROUPED and args[0].is_meta and args[0].dtype != torch.bfloat16:
-            # PyTorch makes meta tensors of bfloat16 alone; kernels and transformers take others.
+            # PyTorch supports only bfloat16 on meta tensors; kernels support other types too.
             return _GroupedProduct.apply(args[0], args[1])
         return function(*args, **kwargs)
 
@@ -152,7 +154,7 @@ def _is_fused(
     causal: bool,
     gqa: bool,
 ) -> bool:
-    """A GPU has a fused kernel for all that transformers asks of it; a CPU is asked itself."""
+    """Return whether a device has a fused attention kernel; queries torch for a CPU."""
     if device != "cpu":
         return True
 
@@ -178,7 +180,7 @@ _GROUPED = [
 
 
 class _GroupedProduct(torch.autograd.Function):
-    """The tensors of [S, in] times [experts, in, out], each row with the weight of its expert."""
+    """Allocates the tensors of [S, in] · [experts, in, out], one expert's weight per row."""
 
     @staticmethod
     def forward(ctx, rows, weight):
@@ -191,8 +193,11 @@ class _GroupedProduct(torch.autograd.Function):
 
 
 class _FusedAttention(torch.autograd.Function):
-    """The tensors of a fused attention kernel: queries, keys, values, the mask as a bias of their
-    type, the output [B, T, heads, D] and a log-sum-exp per row; a GPU sums dQ in fp32."""
+    """Allocates the tensors of a fused attention kernel.
+
+    It keeps queries, keys, values, the mask as a bias of their type, the output [B, T, heads, D]
+    and a log-sum-exp per row. A GPU sums dQ in fp32.
+    """
 
     @staticmethod
     def forward(ctx, query, key, value, mask, device):
