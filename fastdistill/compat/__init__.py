@@ -1,11 +1,12 @@
-"""Drop-in faces for other libraries' losses and trainers, over ours: one import line swaps them.
+"""Drop-in replacements for losses and trainers of other libraries: change one import line.
 
     Liger     from fastdistill.compat import FusedLinearJSD as LigerFusedLinearJSD
     axolotl   from fastdistill.compat import TopKLogprobLoss as LigerFusedLinearKLTopKLogprobLoss
     TRL       from fastdistill.compat import GKDTrainer
     TRL       from fastdistill.compat import DistillationTrainer
 
-The trainers take TRL's own configuration objects. What they cannot honour is refused by name.
+The trainers accept TRL's own configuration objects, and raise an error that names any option
+without a counterpart here.
 """
 
 from importlib import import_module

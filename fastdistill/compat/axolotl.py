@@ -1,4 +1,4 @@
-"""The top-k log-probability loss of axolotl's knowledge distillation, over ours."""
+"""The top-k log-probability loss of axolotl's knowledge distillation."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from ..outputs import TopK
 
 
 class TopKLogprobLoss(nn.Module):
-    """Call order and options of axolotl's LigerFusedLinearKLTopKLogprobLoss; a sum over positions.
+    """Axolotl's LigerFusedLinearKLTopKLogprobLoss, with its arguments; a sum over positions.
 
         weight_soft_loss · T² · Σ D(p, q) + weight_hard_loss · Σ CE(label), labels shifted by one
 
     D is KL(p‖q) at beta=0, KL(q‖p) at beta=1, else β·KL(p‖m) + (1−β)·KL(q‖m), m = βp + (1−β)q, over
-    the K tokens of each position. With normalize_topk the student is renormalised over them, as
+    the K tokens of each position. With normalize_topk the student is renormalized over them, as
     axolotl's data step does with the teacher (tail="renorm_both": no pass over the LM head);
-    without, it keeps its own probabilities. T² is in the gradient as in the loss (axolotl 0.19.0's
-    gradient leaves it out).
+    without, it keeps its own probabilities. The gradient includes T², as the loss does (the
+    gradient of axolotl 0.19.0 omits it).
 
-    Without normalize_topk and with beta=1, axolotl sums q log(q/p) over the K tokens, which is
-    smallest at q = p/e and trains a student away from its teacher. Here D is the sum of
-    q log(q/p) + p − q, which is 0 and smallest at q = p. With beta=0 it is axolotl's loss, which is
-    smallest at the teacher renormalized over the K tokens: `topk_distill` warns of it, as
+    Without normalize_topk and with beta=1, axolotl sums q log(q/p) over the K tokens. Its minimum
+    is at q = p/e, so it trains a student away from its teacher. Here D is the sum of
+    q log(q/p) + p − q, whose minimum is 0 at q = p. With beta=0 it is axolotl's loss, whose minimum
+    is the teacher renormalized over the K tokens: `topk_distill` warns about it, as about
     forward_kl with tail="truncate".
 
     Args:
         weight_hard_loss, weight_soft_loss: factors of the two sums.
-        temperature: T, at which target_logprobs were taken; divides the student's logits.
+        temperature: T of target_logprobs; divides the student's logits.
         beta, ignore_index, compute_ce_loss, normalize_topk: see above.
-        compiled, chunk_size: taken for the call's sake; the loss is fused and streamed anyway.
+        compiled, chunk_size: accepted for compatibility and ignored; the loss is always fused.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class TopKLogprobLoss(nn.Module):
         self,
         lm_head_weight: Tensor,  # (V, H)
         student_hidden_states: Tensor,  # (B, T, H)
-        target_token_ids: Tensor,  # (B, T, K), what position t says of the token at t + 1
+        target_token_ids: Tensor,  # (B, T, K), position t predicts the token at t + 1
         target_logprobs: Tensor,  # (B, T, K)
         target_mask: Tensor,  # (B, T, K), 0 where a slot is empty
         true_labels: Tensor,  # (B, T), unshifted

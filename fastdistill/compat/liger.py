@@ -1,4 +1,4 @@
-"""Liger Kernel's fused linear JSD, over ours."""
+"""Liger Kernel's fused linear JSD."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from ..dense import linear_distill_loss
 
 
 class FusedLinearJSD(nn.Module):
-    """Generalised JSD between two LM heads, in Liger Kernel's call order.
+    """Generalized JSD between two LM heads, with Liger Kernel's arguments.
 
         JSD_β = β·KL(p‖m) + (1−β)·KL(q‖m),  m = βp + (1−β)q;  β = 0, 1 mean forward, reverse KL
 
-    One import line swaps it: from fastdistill.compat import FusedLinearJSD as LigerFusedLinearJSD.
+    To switch: from fastdistill.compat import FusedLinearJSD as LigerFusedLinearJSD.
     The loss is the mean over positions whose label is not ignore_index (over all without labels).
 
     Args:
-        jsd_beta: β in [0, 1]. ignore_index: label of positions to leave out.
+        jsd_beta: β in [0, 1]. ignore_index: label of positions to ignore.
         temperature: divides both logits.
-        accum_dtype: None or torch.float32, in which gradients are summed.
+        accum_dtype: None or torch.float32; gradients are always summed in float32.
     """
 
     def __init__(
@@ -46,8 +46,11 @@ class FusedLinearJSD(nn.Module):
         teacher_weight: Tensor,
         shift_labels: Tensor | None = None,
     ) -> Tensor:
-        """student_input [N, H], student_weight [V, H], teacher_input [N, G], teacher_weight [V, G],
-        shift_labels [N] or None -> scalar."""
+        """Return the scalar loss.
+
+        student_input [N, H], student_weight [V, H], teacher_input [N, G], teacher_weight [V, G],
+        shift_labels [N] or None.
+        """
         return linear_distill_loss(
             student_input,
             student_weight,

@@ -1,10 +1,10 @@
-"""TRL's GKDTrainer and DistillationTrainer, over ours: the same arguments, TRL's own configs.
+"""TRL's GKDTrainer and DistillationTrainer, with the same arguments and TRL's configurations.
 
-The loss is theirs, over the whole vocabulary and never in [N, V]; so is its normalisation. What
-differs: samples are drawn by hashing seed, step and prompt instead of from the random stream (so a
-run can be cut and resumed), whole optimiser steps are on- or off-policy, and a row longer than
-max_length loses its end, not its beginning. Every option of TRL's own is used, or refused by name
-unless it is at TRL's default.
+Loss and normalization are TRL's, over the whole vocabulary, without logits of [N, V]. Differences:
+a hash of seed, step and prompt determines the samples instead of a random stream (so a run can be
+resumed); a whole optimizer step is either on- or off-policy; and a row longer than max_length loses
+its end, not its beginning. Every option of TRL is used, or raises an error that names it unless it
+is at TRL's default.
 """
 
 from __future__ import annotations
@@ -20,10 +20,13 @@ from ..stored_model import StoredModel, load_whole
 from ..training.config import DistillConfig
 from ..training.trainer import DistillTrainer
 
-# Not ours to set, or set below.
-_OWN = {
+# Options that the user cannot set, or that are set below.
+_NOT_COPIED = {
     *("remove_unused_columns", "prediction_loss_only"),
-    *("logging_nan_inf_filter", "greater_is_better"),  # derived by transformers, in another sense
+    *(
+        "logging_nan_inf_filter",
+        "greater_is_better",
+    ),  # derived by transformers
 }
 _OLD_NAMES = {
     "gradient_checkpointing": "activation_checkpointing",
@@ -37,12 +40,12 @@ _LOADING = frozenset((
 ))  # fmt: skip
 
 
-class _FromTRL(DistillTrainer):
-    """What both trainers share: `options` says what their configuration means here.
+class _TRLTrainer(DistillTrainer):
+    """Base of both trainers; `options` converts their configuration.
 
-    used: options of TRL's own that have a counterpart. Every other one, also of a later TRL, is
-    refused by name unless it is at TRL's default. same: values beside the default that ask for what
-    is done anyway.
+    used: TRL's options with a counterpart here. Every other one, also of later versions of TRL,
+    raises an error unless it is at TRL's default. same: other values with the same effect as the
+    default.
     """
 
     used: ClassVar[frozenset[str]]
@@ -59,12 +62,12 @@ class _FromTRL(DistillTrainer):
         callbacks: Any = None,
         optimizers: tuple[Any, Any] = (None, None),
         peft_config: Any = None,
-        **others: Any,
+        **unsupported: Any,
     ) -> None:
         kind = type(self).__name__
         if args is None or not isinstance(args, TrainingArguments):
             raise TypeError(f"args: expected TRL's configuration, got {type(args).__name__}")
-        for name, value in others.items():
+        for name, value in unsupported.items():
             if value is not None:
                 raise ValueError(f"{name}: expected None in our {kind}, got {value!r:.80}")
         _check_options(args, self.used, self.same, kind)
@@ -72,17 +75,17 @@ class _FromTRL(DistillTrainer):
             teacher_model = getattr(args, "teacher_model_name_or_path", None)
         model_kwargs = dict(getattr(args, "model_init_kwargs", None) or {})
         if isinstance(model, str):
-            # TRL's default; transformers would take the stored type.
-            model = _loaded(model, {"dtype": "float32"} | model_kwargs)
+            # TRL's default; that of transformers is the stored type.
+            model = _load(model, {"dtype": "float32"} | model_kwargs)
         elif model_kwargs:
-            _refuse_kwargs("model_init_kwargs", "model", model, model_kwargs)
+            _raise_loaded("model_init_kwargs", "model", model, model_kwargs)
         teacher_kwargs = getattr(args, "teacher_model_init_kwargs", None)
         if teacher_kwargs:
             if not isinstance(teacher_model, str):
-                _refuse_kwargs(
+                _raise_loaded(
                     "teacher_model_init_kwargs", "teacher_model", teacher_model, teacher_kwargs
                 )
-            teacher_model = _loaded(teacher_model, teacher_kwargs)
+            teacher_model = _load(teacher_model, teacher_kwargs)
         if getattr(args, "disable_dropout", False) and isinstance(model, nn.Module):
             for module in model.modules():
                 if isinstance(module, nn.Dropout):
@@ -106,11 +109,13 @@ class _FromTRL(DistillTrainer):
         return dataset
 
 
-class GKDTrainer(_FromTRL):
-    """trl.experimental.gkd.GKDTrainer: β·KL(teacher‖m) + (1−β)·KL(student‖m), m = β·teacher +
-    (1−β)·student, on data and, in a share lmbda of steps, on the student's own samples (GKD, arXiv
-    2306.13649). args.temperature is that of sampling; the divergence is taken at 1, as TRL does.
-    seq_kd is refused: let the teacher write the data first.
+class GKDTrainer(_TRLTrainer):
+    """Replaces trl.experimental.gkd.GKDTrainer (GKD, arXiv 2306.13649).
+
+    The loss is β·KL(teacher‖m) + (1−β)·KL(student‖m), m = β·teacher + (1−β)·student. A fraction
+    lmbda of steps trains on the student's own samples, the others on the data. args.temperature is
+    the sampling temperature; that of the divergence is 1, as in TRL. seq_kd is not supported:
+    generate the data with the teacher first.
     """
 
     used: ClassVar = _LOADING | {"beta", "lmbda", "max_length", "max_new_tokens", "temperature"}
@@ -133,13 +138,15 @@ class GKDTrainer(_FromTRL):
 
     def examples(self, dataset: Any) -> Any:
         if isinstance(dataset, Mapping):
-            return {name: _by_last_turn(part) for name, part in dataset.items()}
-        return _by_last_turn(dataset)
+            return {name: _split_last_turn(part) for name, part in dataset.items()}
+        return _split_last_turn(dataset)
 
 
-class DistillationTrainer(_FromTRL):
-    """trl.DistillationTrainer: the student continues every prompt, and learns the generalised
-    Jensen–Shannon divergence with args.beta from the teacher, both at args.temperature.
+class DistillationTrainer(_TRLTrainer):
+    """Replaces trl.DistillationTrainer.
+
+    The student samples a completion of every prompt. The loss is the generalized Jensen–Shannon
+    divergence from the teacher with args.beta; sampling and loss use args.temperature.
     """
 
     used: ClassVar = _LOADING | {
@@ -150,12 +157,12 @@ class DistillationTrainer(_FromTRL):
         if args.max_completion_length is None:
             raise ValueError(
                 "max_completion_length: expected an integer in our DistillationTrainer, got None: "
-                "a student may never end"
+                "the student's samples may never end"
             )
         if args.remove_unused_columns:
             raise ValueError(
                 "remove_unused_columns: expected False in our DistillationTrainer, got True: "
-                "leave other columns than the prompt out of the dataset"
+                "remove all columns but the prompt from the dataset"
             )
         order = {} if args.shuffle_dataset else {"train_sampling_strategy": "sequential"}
         return order | {
@@ -171,7 +178,7 @@ class DistillationTrainer(_FromTRL):
 
 
 class _LastTurns:
-    """Conversations as prompt and completion: GKD trains on the last turn alone."""
+    """Splits conversations into prompt and completion: GKD trains on the last turn only."""
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
@@ -196,26 +203,28 @@ def _last_turn(example: Mapping[str, Any]) -> Mapping[str, Any]:
     return rest | {"prompt": prompt, "completion": [last]}
 
 
-def _by_last_turn(dataset: Any) -> Any:
-    """A stream has no length and maps itself."""
+def _split_last_turn(dataset: Any) -> Any:
+    """Return a dataset split by `_last_turn`; uses the map method of a stream."""
     if dataset is None or hasattr(dataset, "__len__"):
         return None if dataset is None else _LastTurns(dataset)
     return dataset.map(_last_turn)
 
 
 def _check_options(args: Any, used: frozenset[str], same: Mapping[str, Any], kind: str) -> None:
-    """Raise ValueError for an option of TRL's own that is not at its default and means nothing
-    here, and TypeError for a configuration of another trainer."""
-    theirs = next((c for c in type(args).__mro__ if c.__module__.split(".")[0] == "trl"), None)
-    if theirs is None or any(not hasattr(args, name) for name in used):
+    """Raise ValueError for an option of TRL without counterpart that is not at its default.
+
+    Raises TypeError for the configuration of another trainer.
+    """
+    base = next((c for c in type(args).__mro__ if c.__module__.split(".")[0] == "trl"), None)
+    if base is None or any(not hasattr(args, name) for name in used):
         raise TypeError(f"args: expected TRL's configuration of {kind}, got {type(args).__name__}")
     inherited = {f.name for f in fields(TrainingArguments)}
-    for field in fields(theirs):
+    for field in fields(base):
         if field.name in inherited | used:
             continue
         value = getattr(args, field.name)
         default = field.default if field.default_factory is MISSING else field.default_factory()
-        # None leaves an option out.
+        # None means that the option is not set.
         if value is not None and value != default and value != same.get(field.name):
             raise ValueError(
                 f"{field.name}: expected {default!r} in our {kind}, got {value!r:.80}: it has no "
@@ -223,30 +232,30 @@ def _check_options(args: Any, used: frozenset[str], same: Mapping[str, Any], kin
             )
 
 
-def _refuse_kwargs(name: str, argument: str, model: Any, options: Mapping[str, Any]) -> None:
+def _raise_loaded(name: str, argument: str, model: Any, options: Mapping[str, Any]) -> None:
     raise ValueError(
         f"{name}: expected none with a {argument} that is loaded already, got "
-        f"{dict(options)!r:.80} with a {type(model).__name__}. Give {argument} as a path"
+        f"{dict(options)!r:.80} with a {type(model).__name__}. Pass {argument} as a path"
     )
 
 
 def _shared(args: TrainingArguments) -> dict[str, Any]:
-    """What every TrainingArguments has."""
+    """Return the options that every TrainingArguments has."""
     names = {f.name for f in fields(TrainingArguments) if f.init}
     old = {name for name, new in _OLD_NAMES.items() if new in names}
-    return {name: getattr(args, name) for name in names - old - _OWN}
+    return {name: getattr(args, name) for name in names - old - _NOT_COPIED}
 
 
-def _loaded(path: str, options: Mapping[str, Any]) -> Any:
+def _load(path: str, options: Mapping[str, Any]) -> Any:
     if options.get("revision") is not None:
         raise ValueError(
             f"revision: expected none in the options of a model, got {options['revision']!r:.80}. "
-            "Download that revision, and give its folder"
+            "Download that revision, and pass its folder"
         )
     stored = StoredModel.at(path)
     if stored.is_adapter:
         raise ValueError(
             f"model: expected the folder of a whole model, got {path!r:.200}, an adapter. Load its "
-            "base and put it on (PeftModel.from_pretrained), or merge it"
+            "base and add the adapter (PeftModel.from_pretrained), or merge it"
         )
     return load_whole(stored.path, **options)
