@@ -1,7 +1,7 @@
-"""Small pictures of a run: curves over steps, and histograms of token scores; their words too.
+"""Figures of a run with alternative texts: curves over steps, and histograms of token scores.
 
-Lines differ in colour, dash and marker, so that they stay apart for every kind of colour vision and
-in grey print.
+Lines differ in color, dash and marker, so they can be distinguished with any color vision and in
+gray print.
 """
 
 from __future__ import annotations
@@ -21,16 +21,14 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from .runtime.printable import printable
 
-# Okabe and Ito, without the yellow that white swallows.
+# The palette of Okabe and Ito, without yellow, which is faint on white.
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 _DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)))
 _MARKERS = "osD^vPX"
-_DIVERGED_ABOVE = 1e6  # of a loss or perplexity: digits beyond say nothing
-_LARGEST_DRAWN = 1e12  # the most that is drawn; axes overflow near the end of what floats hold
-_MOST_MARKED = 30  # points of a line that still are drawn one by one
-_LOG_SCALE_FROM = (
-    20.0  # between its largest and smallest value, what falls is drawn over a logarithmic axis
-)
+_DIVERGED_ABOVE = 1e6  # a larger loss or perplexity is not printed
+_LARGEST_DRAWN = 1e12  # values are clipped here, because axes overflow near the largest float
+_MOST_MARKED = 30  # lines with at most this many points have markers
+_LOG_SCALE_FROM = 20.0  # ratio of largest to smallest value with a logarithmic axis
 _RC: Any = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -63,14 +61,14 @@ class Line:
 
 @dataclass(frozen=True, kw_only=True)
 class Histogram:
-    """Counts below the first edge, between edges, and from the last one on."""
+    """Counts below the first edge, between edges, and above the last edge."""
 
     label: str
     edges: list[float]
     counts: list[int]
 
     def median(self) -> str:
-        """Between which edges half of the tokens are reached."""
+        """Return the bin that contains the median token, as text."""
         cumulative = list(accumulate(self.counts))
         i = bisect_left(cumulative, cumulative[-1] / 2)
         if i == 0:
@@ -88,8 +86,11 @@ class Picture(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Quantity:
-    """How a figure is named, written and drawn: `share` in percent; `falls` towards 0 as a student
-    learns, by factors; `grounded` on an axis from 0."""
+    """How a metric is named, formatted and drawn.
+
+    share: in percent. falls: decreases towards 0 during training, so its axis may be logarithmic.
+    grounded: the axis starts at 0.
+    """
 
     title: str
     unit: str = ""
@@ -107,7 +108,7 @@ class Quantity:
 
 
 def curves(quantity: Quantity, lines: Sequence[Line], *, resumed: Sequence[int] = ()) -> Picture:
-    """One picture of one quantity; `resumed`: steps at which the run was taken up again."""
+    """Return a figure of one quantity; `resumed` are the steps at which the run was resumed."""
     with matplotlib.rc_context(_RC):
         figure, axes = _canvas(len(lines))
         for i, line in enumerate(lines):
@@ -143,7 +144,7 @@ def curves(quantity: Quantity, lines: Sequence[Line], *, resumed: Sequence[int] 
 
 
 def histogram(title: str, histograms: Sequence[Histogram]) -> Picture:
-    """Shares of the tokens, the first of `shown` in outline where there is a second."""
+    """Return a figure of shares of tokens; only the last histogram is filled."""
     with matplotlib.rc_context(_RC):
         figure, axes = _canvas(2)
         for i, bins in enumerate(histograms):
@@ -166,9 +167,7 @@ def histogram(title: str, histograms: Sequence[Histogram]) -> Picture:
         axes.set_xlabel("nats")
         axes.set_ylabel("% of tokens")
         _legend(figure, axes, 2)
-    medians = "; ".join(
-        f"{bins.label}: half of the tokens reached {bins.median()}" for bins in histograms
-    )
+    medians = "; ".join(f"{bins.label}: median {bins.median()}" for bins in histograms)
     caption = f"{title}, median {histograms[-1].median()}"
     return Picture(figure, f"Histogram. {title}. {medians}.", caption)
 
@@ -180,7 +179,7 @@ def _canvas(lines: int) -> tuple[Figure, Axes]:
 
 
 def _plain_ticks(axis: Axis) -> None:
-    """0.01 and 1, not powers of ten; within two decades 2 and 5 too."""
+    """Label ticks as plain numbers, such as 0.01; within two decades at 2 and 5 too."""
     low, high = axis.get_view_interval()
     few = high / low < 100
     axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if few else (1.0,), numticks=8))
@@ -189,7 +188,7 @@ def _plain_ticks(axis: Axis) -> None:
 
 
 def _label(name: str) -> str:
-    """Return a foreign name as text: between two "$" matplotlib reads mathematics."""
+    """Return a name with "$" escaped, which matplotlib would read as mathematics."""
     return printable(name).replace("$", r"\$")
 
 
@@ -221,19 +220,19 @@ def _caption(quantity: Quantity, lines: Sequence[Line]) -> str:
 
 
 def _spread(lines: Sequence[Line]) -> float:
-    """The largest value over the smallest, 0 where one is not positive."""
+    """Return the ratio of the largest to the smallest value; 0 if one is not positive."""
     values = [value for line in lines for _, value in line.points]
     return max(values) / min(values) if min(values) > 0 else 0.0
 
 
 def _ends(bins: Histogram) -> list[float]:
-    """Edges with ends for the bins that have none, as wide as their neighbours."""
+    """Return the edges with an outer edge for the first and the last bin."""
     low, high = bins.edges[:2], bins.edges[-2:]
     return [low[0] * low[0] / low[1], *bins.edges, high[1] * high[1] / high[0]]
 
 
 def _range(histograms: Sequence[Histogram]) -> tuple[float, float]:
-    """Where there are tokens."""
+    """Return the range of scores that have tokens."""
     lows, highs = [], []
     for bins in histograms:
         ends = _ends(bins)

@@ -1,7 +1,4 @@
-"""report.html of a run folder, from its files alone: what was trained, how far it got, and how.
-
-No PyTorch here: for a run on another machine, its metrics.jsonl and run.json are enough.
-"""
+"""Writes report.html of a run from its metrics.jsonl and run.json, without PyTorch."""
 
 from __future__ import annotations
 
@@ -33,14 +30,14 @@ _COMPARED = ("kl", "agreement", "perplexity", "loss")
 
 
 def write_run_report(folder: str | Path, out: str | Path | None = None) -> Path:
-    """Write one self-contained HTML file about a run and return its path.
+    """Write a self-contained HTML report of a run and return its path.
 
     Args:
-        folder: a run's output folder, or one that has several of them: they are compared.
-        out: the file to write; report.html in `folder`.
+        folder: a run's output folder, or a folder of several runs to compare.
+        out: the file to write; by default report.html in `folder`.
 
     Raises:
-        FileNotFoundError: no metrics.jsonl in the folder nor in the folders beneath it.
+        FileNotFoundError: there is no metrics.jsonl in the folder or its subfolders.
     """
     folder = Path(folder)
     if (folder / NAME).is_file():
@@ -52,7 +49,8 @@ def write_run_report(folder: str | Path, out: str | Path | None = None) -> Path:
         if not runs:
             raise FileNotFoundError(
                 f"folder: expected a run's {NAME}, or folders that have one, in {str(folder)!r}, "
-                "got none. Give the output_dir of a DistillTrainer; it writes the file as it trains"
+                "got none. Pass the output_dir of a DistillTrainer, which writes the file during "
+                "training"
             )
         report = comparison(folder.resolve().name, runs)
     path = folder / "report.html" if out is None else Path(out)
@@ -61,10 +59,10 @@ def write_run_report(folder: str | Path, out: str | Path | None = None) -> Path:
 
 
 def run_report(name: str, record: RunRecord) -> Report:
-    """The page of one run."""
+    """Return the report of one run."""
     report = Report(f"Training run: {name}", _summary(record))
     resumed = resumed_steps(record)
-    text = "The upright lines are where the run was resumed." if resumed else ""
+    text = "Vertical lines mark the steps at which the run was resumed." if resumed else ""
     _gallery(report, "Curves", _curves(record, TRAINING, resumed), text)
     masses = [
         Line(label=label, points=series.points)
@@ -77,16 +75,17 @@ def run_report(name: str, record: RunRecord) -> Report:
             report,
             "Covered mass",
             [curves(mass, masses, resumed=resumed)],
-            "How much of each one's probability the teacher's k tokens hold. What the teacher's "
-            "lack, the student learns as one figure or not at all.",
+            "Probability that teacher and student assign to the teacher's k tokens. The student "
+            "learns the teacher's remaining probability as one outcome, or not at all, depending "
+            "on the tail.",
         )
     histograms_by_title = scores(record)
     _gallery(
         report,
         "Token scores",
         [histogram(title, series) for title, series in histograms_by_title.items()],
-        "How target tokens are spread over each score, in half octaves of nats. A mean hides "
-        "whether many tokens are a little off or a few are far off; these do not.",
+        "Distribution of target tokens over each score, in half octaves of nats. It shows whether "
+        "many tokens differ slightly or a few differ strongly.",
     )
     _gallery(report, "Memory and speed", _curves(record, COSTS, resumed))
     _figures(report, record)
@@ -94,7 +93,7 @@ def run_report(name: str, record: RunRecord) -> Report:
     _settings(report, record)
     notes = missing_data(record)
     if notes:
-        report.heading("What this folder does not have")
+        report.heading("Missing data")
         for sentence in notes:
             report.paragraph(sentence)
     return report
@@ -112,7 +111,7 @@ def _summary(record: RunRecord) -> str:
     elif loss := lines(record, "loss"):
         sentences.append(f"In training, {_change(TRAINING['loss'], loss[0])}.")
     if has_diverged(record):
-        sentences.append("The loss rose: the run diverged, and its student is of no use.")
+        sentences.append("The loss increased: the run diverged, and the student is unusable.")
     return " ".join(sentences)
 
 
@@ -132,7 +131,7 @@ def _join(parts: list[str]) -> str:
 
 
 def _figures(report: Report, record: RunRecord) -> None:
-    """First and last value of everything that has a name here."""
+    """Add a table of the first and last value of each metric."""
     rows = []
     for key, quantity in (TRAINING | MASSES | COSTS).items():
         all_series = lines(record, key)
@@ -143,8 +142,8 @@ def _figures(report: Report, record: RunRecord) -> None:
             first, last = (quantity.text(value) for value in (line.first, line.last))
             rows.append((what, first, last, f"{line.points[-1][0]:,}"))
     if rows:
-        report.heading("First and last figures")
-        report.table(("figure", "first", "last", "at step"), rows)
+        report.heading("First and last values")
+        report.table(("metric", "first", "last", "at step"), rows)
 
 
 def _curves(
@@ -167,7 +166,7 @@ def _gallery(report: Report, heading: str, pictures: Iterable[Picture], text: st
 
 def _first_batch(report: Report, record: RunRecord) -> None:
     for panel in record.events("first_batch")[:1]:
-        report.heading("The first batch, before the student moved")
+        report.heading("The first batch, before the first update")
         signal = panel["signal"]
         rows = [
             ("KL to the teacher, nats", f"{panel['kl']:.3f}", f"{panel['kl_shuffled']:.3f}"),
@@ -177,8 +176,8 @@ def _first_batch(report: Report, record: RunRecord) -> None:
             (f"overlap of the top {panel['k']}", f"{panel['overlap'] * 100:.1f} %", ""),
             ("target tokens", f"{panel['tokens']:,}", ""),
         ]
-        caption = "The control is the same answers in another order: a teacher that knows this "
-        caption += "text does better than they do."
+        caption = "The control is the same answers in another order. A teacher that fits this text "
+        caption += "has lower values than the control."
         report.table(("", "measured", "shuffled"), rows, caption=caption)
 
 
@@ -196,7 +195,7 @@ def _settings(report: Report, record: RunRecord) -> None:
         ("teacher", str(name_of(settings["teacher"]) or "none: the labels alone")),
         *((name, _to_text(config[name])) for name in changed),
     ]
-    report.table(("setting", "value"), rows, caption="What differs from the defaults.")
+    report.table(("setting", "value"), rows, caption="Settings that differ from the defaults.")
     others = [(name, _to_text(v)) for name, v in sorted(config.items()) if name not in changed]
     report.folded(f"{len(others)} settings at their defaults", ("setting", "value"), others)
     machine, versions = settings["machine"], settings["versions"]
@@ -214,7 +213,7 @@ def _to_text(value: Any) -> str:
 
 
 def comparison(name: str, runs: dict[str, RunRecord]) -> Report:
-    """One page of several runs: their curves over each other, and where their settings differ."""
+    """Return a report of several runs, with joint curves and the settings that differ."""
     sentences = [f"{len(runs)} runs: {', '.join(runs)}."]
     kls = {run: line for run, r in runs.items() if (line := evaluated(r, "kl")) is not None}
     if len(kls) > 1:
@@ -222,8 +221,8 @@ def comparison(name: str, runs: dict[str, RunRecord]) -> Report:
         text = TRAINING["kl"].text(kls[best].last)
         sentences.append(f"{best} has the lowest KL in its last evaluation: {text} nats per token.")
     report = Report(f"Runs of {name}", " ".join(sentences))
-    evaluated_runs = any(evaluations(record) for record in runs.values())
-    by_key = {key: _series_of_runs(runs, key, evaluated_runs) for key in _COMPARED}
+    in_evaluation = any(evaluations(record) for record in runs.values())
+    by_key = {key: _series_of_runs(runs, key, in_evaluation) for key in _COMPARED}
     rows = []
     for run in runs:
         cells = []
@@ -234,7 +233,7 @@ def comparison(name: str, runs: dict[str, RunRecord]) -> Report:
     report.table(
         ("run", *(TRAINING[key].title for key in _COMPARED)),
         rows,
-        caption=f"Last figures in {'evaluation' if evaluated_runs else 'training'}.",
+        caption=f"Last values in {'evaluation' if in_evaluation else 'training'}.",
     )
     pictures = [
         curves(TRAINING[key], series)._replace(caption=TRAINING[key].title)
@@ -249,11 +248,11 @@ def comparison(name: str, runs: dict[str, RunRecord]) -> Report:
     return report
 
 
-def _series_of_runs(runs: dict[str, RunRecord], key: str, evaluated_runs: bool) -> list[Line]:
-    """A figure of every run that has it, `held` out or of training: like stands by like."""
+def _series_of_runs(runs: dict[str, RunRecord], key: str, in_evaluation: bool) -> list[Line]:
+    """Return a metric of every run that has it, in evaluation or else in training."""
     series = []
     for run, record in runs.items():
-        line = evaluated(record, key) if evaluated_runs else next(iter(lines(record, key)), None)
+        line = evaluated(record, key) if in_evaluation else next(iter(lines(record, key)), None)
         if line is not None:
             series.append(Line(label=run, points=line.points))
     return series
@@ -268,5 +267,5 @@ def _differences(report: Report, runs: dict[str, RunRecord]) -> None:
         if len(set(values)) > 1:
             rows.append((name, *values))
     if rows:
-        report.heading("Where their settings differ")
+        report.heading("Settings that differ")
         report.table(("setting", *configs), rows)

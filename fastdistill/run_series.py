@@ -1,4 +1,4 @@
-"""From the lines of a run's log to the curves, histograms and sentences of its report."""
+"""Turns the lines of a run's log into the curves, histograms and sentences of its report."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TRAINING = {
     "kl": Quantity(title="KL to the teacher", unit="nats per token", falls=True),
     "agreement": Quantity(title="Agreement with the teacher", unit="% of tokens", share=True),
     "perplexity": Quantity(title="Perplexity", unit="perplexity", falls=True),
-    "top1": Quantity(title="Next token right", unit="% of tokens", share=True),
+    "top1": Quantity(title="Next-token accuracy", unit="% of tokens", share=True),
     "learning_rate": Quantity(title="Learning rate", unit="learning rate"),
     "grad_norm": Quantity(title="Gradient norm", unit="norm", falls=True),
     "selected": Quantity(title="Tokens trained on", unit="% of tokens", share=True),
@@ -41,8 +41,11 @@ SCORES = {
 
 
 def points(record: RunRecord, name: str) -> list[tuple[int, float]]:
-    """(step, value) wherever a figure is a number; the later line where a step has two, as after
-    an evaluation at the start of a resumed run."""
+    """Return (step, value) for each step at which a metric is a number.
+
+    If a step has two lines, as after an evaluation at the start of a resumed run, the later one
+    counts.
+    """
     values: dict[int, float] = {}
     for line in record.figures:
         value = line.get(name)
@@ -52,7 +55,7 @@ def points(record: RunRecord, name: str) -> list[tuple[int, float]]:
 
 
 def evaluations(record: RunRecord) -> dict[str, str]:
-    """Prefixes of evaluations ("eval", or "eval_NAME" for each of several datasets), in words."""
+    """Return {prefix: label} of evaluations; prefixes are "eval" or "eval_NAME" per dataset."""
     names: dict[str, str] = {}
     for line in record.figures:
         for name in line:
@@ -64,7 +67,7 @@ def evaluations(record: RunRecord) -> dict[str, str]:
 
 
 def lines(record: RunRecord, name: str) -> list[Line]:
-    """A figure in training and in every evaluation, as far as it was logged."""
+    """Return a metric in training and in every evaluation that logged it."""
     if name == "throughput":
         series = [("training", throughput(record))]
     elif name == "perplexity":
@@ -78,7 +81,7 @@ def lines(record: RunRecord, name: str) -> list[Line]:
 
 
 def evaluated(record: RunRecord, name: str) -> Line | None:
-    """A figure in the first evaluation dataset."""
+    """Return a metric in the first evaluation dataset, or None."""
     for prefix, label in list(evaluations(record).items())[:1]:
         values = points(record, f"{prefix}_{name}")
         if values:
@@ -87,20 +90,22 @@ def evaluated(record: RunRecord, name: str) -> Line | None:
 
 
 def throughput(record: RunRecord) -> list[tuple[int, float]]:
-    """Target tokens per second between a line of training and the line before it: evaluations log
-    when they end, so their time does not count; saving does."""
+    """Return target tokens per second between a training line and the line before it.
+
+    Excludes the time of evaluations, which log when they end, but includes saving.
+    """
     rates, previous = [], None
     for line in record.lines:
         tokens, now = line.get("target_tokens"), line["time"]
         if isinstance(tokens, (int, float)) and previous is not None and now > previous:
             rates.append((line["step"], tokens / (now - previous)))
-        if line.get("event") != "first_batch":  # said in the middle of a step
+        if line.get("event") != "first_batch":  # logged in the middle of a step
             previous = now
     return rates
 
 
 def scores(record: RunRecord) -> dict[str, list[Histogram]]:
-    """By title: token scores of the first and last evaluation, or else of the first batch."""
+    """Return token scores by title, of the first and last evaluation or else the first batch."""
     by_title: dict[str, list[Histogram]] = {}
     for prefix, dataset in evaluations(record).items():
         events = [e for e in record.events("histograms") if e["of"] == prefix]
@@ -127,15 +132,15 @@ def _histogram(
 
 
 def resumed_steps(record: RunRecord) -> list[int]:
-    """Steps from which the run was taken up again."""
+    """Return the steps from which the run was resumed."""
     return [event["step"] for event in record.events("train_begin") if event["step"]]
 
 
 def completion_summary(record: RunRecord) -> str:
-    """How the run ended, in a sentence."""
+    """Return a sentence on how the run ended."""
     marks = [e for e in record.lines if e.get("event") in ("train_begin", "train_end")]
     if not marks:
-        return "It was not trained: the log has no beginning."
+        return "It was not trained: the log has no start of training."
     step = max(line["step"] for line in record.lines)
     planned = next((e["max_steps"] for e in reversed(marks) if e.get("max_steps")), None)
     of_planned = "" if planned is None else f" of {planned:,}"
@@ -157,7 +162,7 @@ def has_diverged(record: RunRecord) -> bool:
 
 
 def training_summary(record: RunRecord) -> str:
-    """Who learned from whom, by what; as much as the folder says."""
+    """Return a sentence on student, teacher and divergence, as far as they are recorded."""
     settings = record.settings
     if settings is None:
         return "A student was trained."
@@ -173,34 +178,34 @@ def training_summary(record: RunRecord) -> str:
 
 
 def name_of(model: str | None) -> str | None:
-    """A model's name, or the folder's where it is a path."""
+    """Return a model's name, or the folder's name if it is an absolute path."""
     return Path(model).name if model is not None and Path(model).is_absolute() else model
 
 
 def missing_data(record: RunRecord) -> list[str]:
-    """What the folder does not have, and what would have recorded it."""
+    """Return sentences on data that the folder lacks, and on how to record it."""
     notes, prefixes = [], evaluations(record)
     if record.settings is None:
         notes.append(
             f"No readable {SETTINGS}, so models, settings and versions are not shown. The trainer "
-            "writes it beside metrics.jsonl when training begins."
+            "writes it next to metrics.jsonl when training begins."
         )
     if not record.figures:
-        notes.append("No figure yet. The trainer logs every logging_steps=N steps.")
+        notes.append("No metrics yet. The trainer logs every logging_steps=N steps.")
     elif not prefixes:
         notes.append(
-            "No evaluation, so no KL, agreement, perplexity and token scores on text that is not "
-            "trained on. Give the trainer an eval_dataset and eval_strategy='steps', eval_steps=N; "
-            "eval_on_start=True adds the student before its training."
+            "No evaluation, so no KL, agreement, perplexity or token scores on held-out text. Pass "
+            "eval_dataset to the trainer, and set eval_strategy='steps' and eval_steps=N; "
+            "eval_on_start=True also evaluates the student before training."
         )
     elif not any(points(record, f"{prefix}_kl") for prefix in prefixes):
         notes.append(
-            "No teacher in the evaluation, so no KL, agreement or covered mass. Give the trainer a "
-            "teacher."
+            "No teacher in the evaluation, so no KL, agreement or covered mass. Pass a teacher to "
+            "the trainer."
         )
     if prefixes and not record.events("histograms"):
         notes.append(
-            "No token scores of an evaluation. Every evaluation during training records them."
+            "No token scores of an evaluation. Each evaluation during training records them."
         )
     if record.figures and not any(points(record, name) for name in COSTS):
         notes.append("No memory in the log. The trainer of this version records its peak.")
@@ -208,7 +213,7 @@ def missing_data(record: RunRecord) -> list[str]:
         notes.append("No token counts in the log, so no throughput. The trainer records them.")
     nulls = sorted({n for line in record.figures for n, v in line.items() if v is None})
     if nulls:
-        notes.append(f"Not numbers at some steps (NaN or infinity), left out: {', '.join(nulls)}.")
+        notes.append(f"NaN or infinite at some steps, and left out there: {', '.join(nulls)}.")
     if record.damaged:
-        notes.append(f"Lines of metrics.jsonl that were cut off, left out: {record.damaged}.")
+        notes.append(f"Truncated lines of metrics.jsonl that were left out: {record.damaged}.")
     return notes

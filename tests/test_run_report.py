@@ -88,7 +88,7 @@ def test_the_page_is_whole_and_needs_nothing(watched):
     for image in page.images:
         assert image["src"].startswith("data:image/png;base64,")
         assert re.search(r"\d", image["alt"]), image["alt"]
-    assert "does not have" not in page.text
+    assert "Missing data" not in page.text
 
 
 def test_figures_are_those_of_the_log(watched):
@@ -134,7 +134,7 @@ def test_a_resumed_run_is_one_run(tmp_path):
     evaluated_at = [step for step, _ in points(read_run(tmp_path / "run"), "eval_kl")]
     assert evaluated_at == [0, 2, 4, 6]  # once at step 2, where both runs evaluated
     assert "It ended at step 6 of 6. It was resumed from step 2." in page.text
-    assert "The upright lines are where the run was resumed." in page.text
+    assert "Vertical lines mark the steps at which the run was resumed." in page.text
     alt = next(i["alt"] for i in page.images if i["alt"].startswith("KL to the teacher over"))
     assert "at step 0 to" in alt
     assert "at step 6," in alt
@@ -148,7 +148,7 @@ def test_a_killed_run_says_so(watched, tmp_path):
     assert (
         "stops at step 3 of 4 without an end: it was interrupted, or is still running." in page.text
     )
-    assert "Lines of metrics.jsonl that were cut off, left out: 1." in page.text
+    assert "Truncated lines of metrics.jsonl that were left out: 1." in page.text
 
 
 def test_an_older_folder_is_told_what_it_lacks(watched, tmp_path):
@@ -163,7 +163,7 @@ def test_an_older_folder_is_told_what_it_lacks(watched, tmp_path):
     assert len(page.images) == 8
     for sentence in (
         f"No readable {SETTINGS}",
-        "No token scores of an evaluation. Every evaluation during training records them.",
+        "No token scores of an evaluation. Each evaluation during training records them.",
         "No memory in the log.",
         "no throughput",
         "It ended at step 4.",
@@ -174,10 +174,10 @@ def test_an_older_folder_is_told_what_it_lacks(watched, tmp_path):
 def test_without_evaluation_the_first_batch_shows_its_scores(tmp_path):
     train(tmp_path, max_steps=1)
     page = page_of(tmp_path / "run")
-    assert "Give the trainer an eval_dataset and eval_strategy='steps'" in page.text
+    assert "Pass eval_dataset to the trainer, and set eval_strategy='steps'" in page.text
     alts = [i["alt"] for i in page.images if i["alt"].startswith("Histogram")]
     assert len(alts) == 4
-    assert "first batch, step 0: half of the tokens reached between" in alts[0]
+    assert "first batch, step 0: median between" in alts[0]
     assert re.search(r"In training, loss was \d\.\d+ at step 1\.", page.text)
 
 
@@ -190,13 +190,13 @@ def test_labels_alone_several_datasets_and_no_figures(tmp_path):
     assert page.table["Perplexity, evaluation, prose"] != page.table["Perplexity, evaluation, code"]
     assert sum(i["alt"].startswith("Histogram") for i in page.images) == 6
     empty = edited(tmp_path / "run", tmp_path / "empty", lambda e: e if e["step"] < 0 else None)
-    assert "No figure yet. The trainer logs every logging_steps=N steps." in page_of(empty).text
+    assert "No metrics yet. The trainer logs every logging_steps=N steps." in page_of(empty).text
 
 
 def test_what_is_no_number_is_left_out_and_named(watched, tmp_path):
     spoilt = lambda e: e | {"grad_norm": None} if e.get("step") == 2 and "loss" in e else e  # noqa: E731
     page = page_of(edited(watched[1], tmp_path / "nan", spoilt))
-    assert "Not numbers at some steps (NaN or infinity), left out: grad_norm." in page.text
+    assert "NaN or infinite at some steps, and left out there: grad_norm." in page.text
     assert page.table["Gradient norm"][-1] == "4"
 
 
