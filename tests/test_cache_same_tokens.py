@@ -52,7 +52,7 @@ def test_turn_by_turn_training_reads_them(tmp_path):
 def test_targets_that_none_of_them_has_are_refused_before_the_first_step(tmp_path):
     rows = [only(5, 10), only(12, 20)]
     cache = TeacherCache.build(Teacher(peaked()), rows, tmp_path / "c", k=8, positions="targets")
-    words = r"in example 2 of train_dataset that it has none for \(the first is token 10\)"
+    words = r"without answers in example 2 of train_dataset \(the first is token 10\)"
     with pytest.raises(ValueError, match=words):
         build(tmp_path, teacher=cache, data=[*rows, only(5, 20)], k=8)
     build(tmp_path, teacher=cache, data=[*rows, only(6, 9)], k=8)

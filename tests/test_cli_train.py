@@ -145,7 +145,7 @@ def test_what_is_printed_can_be_pasted_back(run, folder, tmp_path):
         (("--out", __file__), 2, "out: expected a folder, or a path where one can be made"),
         (("--out", __file__, "--dry-run"), 2, "out: expected a folder, or a path where one can"),
         (("output_dir=x",), 2, "output_dir: expected a setting of this command"),
-        (("learning_rate=1e30", "logging_steps=1"), 1, "loss: expected a number, got NaN"),
+        (("learning_rate=1e30", "logging_steps=1"), 1, "loss: expected a finite number, got NaN"),
     ],
 )
 def test_exit_codes(run, folder, tmp_path, more, code, words):

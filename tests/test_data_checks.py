@@ -33,12 +33,12 @@ def rows(n=20, length=12):
         ({"input_ids": [4, 5, 6], "labels": [-100] * 3}, "All labels are −100"),
         ({"input_ids": [4, 5, 6], "assistant_masks": [0, 0, 0]}, "without {% generation %} gives"),
         ({"input_ids": [4, 5, 6], "completion_mask": [0, 0, 0]}, "completion masks are all zero"),
-        ({"prompt": "a cat"}, "Prompts alone are for lmbda=1"),
+        ({"prompt": "a cat"}, "Examples with prompts alone need lmbda=1"),
         ({"input_ids": [4]}, "one token long"),
     ],
 )
 def test_data_without_a_target_is_refused(example, why):
-    with pytest.raises(ValueError, match=r"train_dataset: expected tokens to learn, got none") as e:
+    with pytest.raises(ValueError, match=r"train_dataset: expected target tokens, got none") as e:
         check([example] * 9, tokenizer(STOCK))
     assert why in str(e.value)
     check([*[example] * 8, {"input_ids": [4, 5]}], tokenizer(STOCK))
@@ -66,7 +66,7 @@ def test_rows_without_a_target_among_others_are_counted(example, why, caplog):
     with caplog.at_level(logging.WARNING, logger="fastdistill"):
         check([good, good, example, good, example], tokenizer(STOCK))
     (text,) = [record.getMessage() for record in caplog.records]
-    assert "train_dataset: 2 of 5 examples looked at have no token to learn" in text
+    assert "train_dataset: 2 of 5 examples checked have no target token" in text
     assert f"(the first: example 2). {why}" in text
 
 
@@ -86,7 +86,7 @@ def test_all_rows_are_counted_where_all_are_read(tmp_path, caplog, lacking, seen
     data = [{"input_ids": ids, "labels": [-100] * 3 if i in lacking else ids} for i in range(200)]
     with caplog.at_level(logging.WARNING, logger="fastdistill"):
         build(tmp_path, data=data)
-    texts = [r.getMessage() for r in caplog.records if "no token to learn" in r.getMessage()]
+    texts = [r.getMessage() for r in caplog.records if "no target token" in r.getMessage()]
     assert len(texts) == (seen is not None)
     if seen is not None:
         assert f"of {seen} examples looked at" in texts[0]
@@ -97,7 +97,7 @@ def test_all_rows_are_counted_where_all_are_read(tmp_path, caplog, lacking, seen
 def test_labels_that_are_shifted_already_are_refused(shift):
     data = [{"input_ids": ids, "labels": ids.roll(-shift)} for ids in rows()]
     side = "next" if shift == 1 else "previous"
-    with pytest.raises(ValueError, match=rf"are the {side} token: they are shifted already"):
+    with pytest.raises(ValueError, match=rf"are the {side} token: the labels are shifted already"):
         check(data)
 
 

@@ -52,7 +52,7 @@ def test_labels_of_sampled_tokens_count_for_nothing(tmp_path):
 def test_prompts_alone_train_on_policy_and_not_off(tmp_path):
     trained = train(tmp_path, lmbda=1.0, max_new_tokens=4, data=prompts())
     assert step_losses(trained)[0] > 0
-    with pytest.raises(ValueError, match="expected tokens to learn"):
+    with pytest.raises(ValueError, match="expected target tokens"):
         build(tmp_path, lmbda=0.5, data=prompts())
 
 
@@ -83,7 +83,7 @@ def test_the_panel_says_that_the_text_is_the_students(tmp_path):
 def test_what_cannot_be_on_policy_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"ce_weight: expected 0 with lmbda=1, got 0\.5"):
         build(tmp_path, lmbda=1.0, ce_weight=0.5)
-    with pytest.raises(ValueError, match="teacher: expected one to score what the student samples"):
+    with pytest.raises(ValueError, match="teacher: expected a teacher for the student's samples"):
         build(tmp_path, teacher=None, ce_weight=1.0, lmbda=0.5)
     with pytest.raises(ValueError, match="max_new_tokens: expected an integer of 1 or more, got 0"):
         build(tmp_path, max_new_tokens=0)

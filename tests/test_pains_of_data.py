@@ -72,7 +72,7 @@ def test_all_zero_mask(tmp_path):
     """A stock chat template's assistant mask has no ones: no loss, no error, no learning."""
     masks = [{"input_ids": row["input_ids"], "assistant_masks": [0] * len(row["input_ids"])}
              for row in ragged()]  # fmt: skip
-    with pytest.raises(ValueError, match=r"expected tokens to learn, got none in 12 examples"):
+    with pytest.raises(ValueError, match=r"expected target tokens, got none in 12 examples"):
         build(tmp_path, data=masks)
     talk = build(tmp_path, data=[{"messages": TALK}] * 4, processing_class=tokenizer(STOCK))
     assert (talk.data_collator([{"messages": TALK}])["labels"] != -100).sum() == 9
@@ -101,7 +101,7 @@ def test_pad_is_eos(tmp_path):
 def test_shift(tmp_path):
     """Labels shifted by the caller, and answers one position late."""
     shifted = [row | {"labels": row["input_ids"].roll(-1)} for row in ragged()]
-    with pytest.raises(ValueError, match="they are shifted already"):
+    with pytest.raises(ValueError, match="the labels are shifted already"):
         build(tmp_path, data=shifted)
 
     def late(ids, k):

@@ -188,7 +188,7 @@ def test_a_prefix_tuned_teacher_answers_as_its_own_forward():
 
 @pytest.mark.parametrize("kind", prompt_learning())
 def test_a_student_that_reads_tokens_of_its_own_is_refused(tmp_path, kind):
-    with pytest.raises(ValueError, match=f"got {kind}: it puts tokens of its own"):
+    with pytest.raises(ValueError, match=f"got {kind}: it adds tokens before the row"):
         build(tmp_path, model=of_family("llama"), peft_config=prompt_learning()[kind])
 
 

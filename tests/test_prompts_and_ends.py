@@ -176,7 +176,7 @@ def test_rows_that_are_cut_in_part_are_counted(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, logger="fastdistill"):
         build(tmp_path, data=data, processing_class=turns(), max_length=5)
     assert (
-        "train_dataset: max_length=5 cuts 2 of 4 examples looked at, the longest of 8 tokens; "
+        "train_dataset: max_length=5 cuts 2 of 4 examples checked, the longest of 8 tokens; "
         "2 lose all their targets" in caplog.text
     )
     caplog.clear()

@@ -156,7 +156,9 @@ class TestOtherSettings:
         (name,) = option
         again = build(tmp_path, **SAVING | option)
         given = tmp_path / "run" / given if given == "checkpoint-2" else given
-        with pytest.raises(ValueError, match=f"^{name}: expected what checkpoint-2 was trained"):
+        with pytest.raises(
+            ValueError, match=f"^{name}: expected the value that checkpoint-2 was trained"
+        ):
             again.train(resume_from_checkpoint=given)
         assert [p.name for p in checkpoints(tmp_path / "run")] == ["checkpoint-2"]
 

@@ -60,13 +60,15 @@ class TestDamage:
         with caplog.at_level(logging.WARNING, "fastdistill"):
             again.train(resume_from_checkpoint="auto")
         assert f"checkpoint-4 is not used: {name} is damaged" in caplog.text
-        assert "the run goes on from checkpoint-2" in caplog.text
+        assert "the run resumes from checkpoint-2" in caplog.text
         assert torch.equal(weights(again), weights(whole))
 
     def test_a_damaged_checkpoint_that_is_named_is_refused(self, tmp_path):
         folder = half(tmp_path) / "checkpoint-4"
         flip(folder / "optimizer.pt")
-        with pytest.raises(ValueError, match=r"a whole checkpoint, but optimizer\.pt is damaged"):
+        with pytest.raises(
+            ValueError, match=r"a complete checkpoint, but optimizer\.pt is damaged"
+        ):
             build(tmp_path, **SAVING).train(resume_from_checkpoint=folder)
 
     @pytest.mark.parametrize("content", ["{", "[]", '{"global_step": "4"}', "[" * 10**5])
@@ -113,7 +115,9 @@ class TestWithoutState:
         with pytest.raises(ValueError, match=r"checkpoint-4 lacks .*save_only_model=True"):
             build(tmp_path, **SAVING).train(resume_from_checkpoint="auto")
         folder = tmp_path / "run" / "checkpoint-4"
-        with pytest.raises(ValueError, match="a whole checkpoint, but it lacks the random state"):
+        with pytest.raises(
+            ValueError, match="a complete checkpoint, but it lacks the random state"
+        ):
             build(tmp_path, **SAVING).train(resume_from_checkpoint=folder)
 
     @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
@@ -121,7 +125,7 @@ class TestWithoutState:
         folder = half(tmp_path) / "checkpoint-4"
         (folder / name).unlink()
         (folder / "finished.json").unlink()  # as a plain Trainer's folder
-        with pytest.raises(ValueError, match="a whole checkpoint, but it lacks"):
+        with pytest.raises(ValueError, match="a complete checkpoint, but it lacks"):
             build(tmp_path, **SAVING).train(resume_from_checkpoint=folder)
         again = build(tmp_path, **SAVING)
         again.train(resume_from_checkpoint="auto")
@@ -211,7 +215,7 @@ class TestInterrupts:
             trainer.train()
         assert signal.getsignal(number) is before
         assert checkpoints.last_finished(tmp_path / "run").name == "checkpoint-3"
-        assert number == signal.SIGTERM or "checkpoint-3 has all of it" in str(raised.value)
+        assert number == signal.SIGTERM or "checkpoint-3 is complete" in str(raised.value)
         again = build(tmp_path, **self.LONG)
         again.train(resume_from_checkpoint="auto")
         assert torch.equal(weights(again), weights(train(tmp_path / "whole", **self.LONG)))
@@ -224,7 +228,7 @@ class TestInterrupts:
         }  # fmt: skip
         signalling = SignalAt(3, signal.SIGINT)
         trainer = build(tmp_path, callbacks=[signalling], eval_dataset=ragged(4), **options)
-        with pytest.raises(KeyboardInterrupt, match="checkpoint-3 has all of it"):
+        with pytest.raises(KeyboardInterrupt, match="checkpoint-3 is complete"):
             trainer.train()
         assert checkpoints.last_finished(tmp_path / "run").name == "checkpoint-3"
 
@@ -274,7 +278,7 @@ class TestSaving:
         model = llama(0)
         model.generation_config.temperature = 0.6
         with pytest.raises(
-            ValueError, match=r"model: expected one that can be saved, got .*do_sam"
+            ValueError, match=r"model: expected an object that can be saved, got .*do_sam"
         ):
             build(tmp_path, model=model, save_strategy="steps")
 
@@ -295,7 +299,9 @@ class TestSaving:
             build(tmp_path, model=Strange(llama(0).config), save_strategy="steps")
 
     def test_a_tokenizer_that_cannot_be_saved(self, tmp_path):
-        with pytest.raises(ValueError, match="processing_class: expected one that can be saved"):
+        with pytest.raises(
+            ValueError, match="processing_class: expected an object that can be saved"
+        ):
             build(tmp_path, processing_class=tokenizer(NotSaved), save_strategy="steps")
 
     def test_a_folder_that_cannot_be_written_to(self, tmp_path, monkeypatch):

@@ -87,7 +87,7 @@ def test_words_are_read_and_written(words):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("surprise top 0.2", "expected a score among entropy, .* got 'surprise'"),
+        ("surprise top 0.2", "expected one of entropy, .* got 'surprise'"),
         ("entropy top 20%", "expected '<score> top"),
         ("entropy top 1.5", r"share in \(0, 1\], got 1.5"),
         ("entropy", "expected '<score> top"),
@@ -105,7 +105,7 @@ def test_one_rule_at_a_time():
         TokenSelection(score="entropy")
     with pytest.raises(ValueError, match="expected one of share, threshold and weight"):
         TokenSelection(score="entropy", share=0.5, weight=True)
-    with pytest.raises(TypeError, match="expected words, a TokenSelection or a function"):
+    with pytest.raises(TypeError, match="expected a str, a TokenSelection or a function"):
         selection_of(3)
 
 

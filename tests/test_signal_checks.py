@@ -71,7 +71,7 @@ def test_answers_that_belong_to_other_rows_stop_the_run(tmp_path):
 def test_another_tokenizer_of_the_same_size_stops_the_run(tmp_path):
     """Every id is valid, every answer confident, and nothing fits."""
     mapping = torch.randperm(VOCAB, generator=torch.Generator().manual_seed(1))
-    with pytest.raises(ValueError, match="Check that teacher and data have one tokenizer"):
+    with pytest.raises(ValueError, match="Check that teacher and data use the same tokenizer"):
         run(tmp_path, Knows(of=lambda ids: mapping[ids]))
 
 

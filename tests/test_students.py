@@ -146,11 +146,11 @@ def test_what_peft_must_not_do_is_refused(tmp_path):
     with pytest.raises(ValueError, match="an adapter sits on lm_head"):
         build(tmp_path, peft_config=lora(modules_to_save=["lm_head"]))
     prompt = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
-    with pytest.raises(ValueError, match="got PROMPT_TUNING: it puts tokens of its own"):
+    with pytest.raises(ValueError, match="got PROMPT_TUNING: it adds tokens before the row"):
         build(tmp_path, peft_config=prompt)
     with pytest.raises(TypeError, match=r"expected a peft.PeftConfig such as LoraConfig, got dict"):
         build(tmp_path, peft_config={})
-    with pytest.raises(ValueError, match="expected None with a model that has adapters already"):
+    with pytest.raises(ValueError, match="expected None with a model that already has adapters"):
         build(tmp_path, model=peft.get_peft_model(llama(0), lora()), peft_config=lora())
 
 

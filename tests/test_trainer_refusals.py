@@ -11,7 +11,7 @@ from fastdistill.training.trainer import DistillTrainer
 
 def test_what_a_trainer_refuses(tmp_path):
     student = llama(0)
-    with pytest.raises(ValueError, match=r"teacher: expected one, got None with ce_weight=0"):
+    with pytest.raises(ValueError, match=r"teacher: expected a teacher, got None with ce_weight=0"):
         DistillTrainer(student, None, config(tmp_path))
     with pytest.raises(ValueError, match=r"expected another model, got the student itself"):
         DistillTrainer(student, student, config(tmp_path))
@@ -40,7 +40,7 @@ def test_config_works_as_it_stands(tmp_path):
         ({"temperature": float("nan")}, r"temperature: expected a number between"),
         ({"beta": 1.5}, r"beta: expected a number between 0 and 1, got 1.5"),
         ({"ce_weight": -0.1}, r"ce_weight: expected a number between 0 and 1"),
-        ({"tail": "renorm_both", "k": 1}, r"tail: expected something else than 'renorm_both'"),
+        ({"tail": "renorm_both", "k": 1}, r"tail: expected a tail other than 'renorm_both'"),
         ({"label_smoothing_factor": 0.1}, r"label_smoothing_factor: expected it unset"),
         ({"use_liger_kernel": True}, r"use_liger_kernel: expected it unset"),
     ],

@@ -146,7 +146,9 @@ class TestMetrics:
         assert config(tmp_path, metric_for_best_model=f"eval_{name}").greater_is_better is True
 
     def test_one_of_the_users_own_says_its_direction(self, tmp_path):
-        with pytest.raises(ValueError, match="metric_for_best_model: expected one that ends with"):
+        with pytest.raises(
+            ValueError, match="metric_for_best_model: expected a name that ends with"
+        ):
             config(tmp_path, metric_for_best_model="accuracy")
         assert config(tmp_path, metric_for_best_model="accuracy", greater_is_better=True)
 

@@ -61,7 +61,7 @@ def test_behind_a_server_as_in_process(tmp_path, serve, caplog):
         there = losses(tmp_path, ServedTeacher(serve(larger())))
     # The k ids that a server answers hold fewer of the common ones: more of them in the tail.
     assert there == pytest.approx(here, rel=0.05)
-    assert f"taken to have the {VOCAB} of the student's head" in caplog.text
+    assert f"the {VOCAB} tokens of the student's head are assumed" in caplog.text
 
 
 def test_from_a_cache_of_a_server(tmp_path, serve):

@@ -1,4 +1,4 @@
-"""Which teachers a student can learn from: loaded, placed and compared before the first step."""
+"""Loads a teacher, places it, and checks before the first step that it fits the student."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .offline import check_cache_settings
 logger = logging.getLogger(__name__)
 
 _TOKENIZERS_NOT_COMPARED = (
-    " Pass processing_class and the teacher's tokenizer to have it proved that they share a "
+    " Pass processing_class, and a teacher with a tokenizer, to verify that they share a "
     "vocabulary."
 )
 TeacherLike: TypeAlias = TopKTeacher | DenseTeacher | PreTrainedModel | str | Path
@@ -33,7 +33,7 @@ TeacherLike: TypeAlias = TopKTeacher | DenseTeacher | PreTrainedModel | str | Pa
 
 @dataclass(frozen=True)
 class ResolvedTeacher:
-    """A teacher that fits, and how many rows of the student's head are real tokens (None: all)."""
+    """A checked teacher, and the number of real tokens in the student's head (None: all rows)."""
 
     teacher: Any
     valid_vocab: int | None
@@ -45,8 +45,7 @@ class ResolvedTeacher:
 
 @dataclass(frozen=True)
 class TeacherSpec:
-    """A teacher that was not loaded: its tokenizer, and how many rows its head has and how long a
-    row it reads, where that is known."""
+    """What is known of a teacher that was not loaded: tokenizer, head rows, longest input row."""
 
     tokenizer: Any = None
     vocab_size: int | None = None
@@ -56,7 +55,11 @@ class TeacherSpec:
 def resolve_teacher(
     teacher: TeacherLike | None, student: nn.Module, config: DistillConfig, processing_class: Any
 ) -> ResolvedTeacher | None:
-    """Raises ValueError or TypeError for what cannot teach this student."""
+    """Return the teacher, loaded and placed, with the vocabulary that it shares with the student.
+
+    Raises:
+        ValueError, TypeError: the teacher cannot teach this student.
+    """
     if teacher is not None:
         check_own_weights(teacher, student)
     loadable = isinstance(teacher, (nn.Module, str, Path))
@@ -66,7 +69,7 @@ def resolve_teacher(
     if teacher is None:
         return None
     if hasattr(teacher, "valid_vocab"):
-        # A server or cache that does not know its teacher's size is cut as one that does.
+        # Answers of a server or cache of unknown vocabulary size are cut to the student's head.
         unknown = getattr(teacher, "vocab_size", None) is None
         teacher.valid_vocab = rows_of_head(student) if vocab is None and unknown else vocab
     has_placement = isinstance(teacher, Teacher) and (
@@ -80,22 +83,22 @@ def resolve_teacher(
 def check_fit(
     teacher: Any, student: nn.Module, config: DistillConfig, processing_class: Any
 ) -> int | None:
-    """Return how many rows of both heads are shared tokens, None where all are.
+    """Return the number of tokens that both heads share, or None if all rows are shared.
 
     Needs no weights: the student may be on the meta device, and the teacher a TeacherSpec.
 
     Raises:
-        ValueError, TypeError: the teacher cannot teach this student what `config` asks for.
+        ValueError, TypeError: the teacher cannot train this student with `config`.
     """
     if teacher is None:
         if config.ce_weight != 1.0:
             raise ValueError(
-                f"teacher: expected one, got None with ce_weight={config.ce_weight:g}. Pass a "
-                "teacher, or ce_weight=1.0 to train on the labels alone"
+                f"teacher: expected a teacher, got None with ce_weight={config.ce_weight:g}. Pass "
+                "a teacher, or set ce_weight=1.0 to train on the labels alone"
             )
         if config.lmbda:
             raise ValueError(
-                f"teacher: expected one to score what the student samples, got None with "
+                f"teacher: expected a teacher for the student's samples, got None with "
                 f"lmbda={config.lmbda:g}"
             )
         return None
@@ -116,10 +119,10 @@ def check_fit(
 
 
 def check_own_weights(teacher: Any, student: nn.Module) -> None:
-    """Raise ValueError where the student trains, or would train had the teacher not frozen it, a
-    weight in the teacher's memory: the teacher would move with it, or the student stand still.
+    """Raise ValueError if the student trains a weight that shares memory with the teacher.
 
-    Weights that are shared and frozen by the caller's own will are no harm.
+    Training it would change the teacher, and freezing the teacher would freeze it. Shared weights
+    that the caller froze are allowed.
     """
     models, frozen = models_in(teacher)
     frozen_ids = {id(p) for p in frozen}
@@ -157,7 +160,7 @@ def _check_interface(teacher: Any, config: DistillConfig) -> None:
 
 
 def _shared_vocabulary(teacher: Any, student: nn.Module, processing_class: Any) -> int | None:
-    """The first so many ids, which both have; None where both heads have as many rows."""
+    """Return the number of token ids that both have, or None if both heads have equal rows."""
     teacher_tokenizer = getattr(teacher, "tokenizer", None)
     has_compared = processing_class is not None and (
         teacher_tokenizer is not None or _has_compared_tokenizer(teacher)
@@ -168,10 +171,12 @@ def _shared_vocabulary(teacher: Any, student: nn.Module, processing_class: Any) 
     teacher_rows = getattr(teacher, "vocab_size", None)
     if teacher_rows is None:
         logger.warning(
-            "%s does not say how many ids its teacher has: it is taken to have the %d of the "
-            "student's head; %s.%s",
+            "%s does not report the size of its teacher's vocabulary: the %d tokens of the "
+            "student's head are assumed; %s.%s",
             *(type(teacher).__name__, student_rows),
-            "others count as padding" if hasattr(teacher, "valid_vocab") else "others are refused",
+            "other ids count as padding"
+            if hasattr(teacher, "valid_vocab")
+            else "other ids are refused",
             "" if has_compared else _TOKENIZERS_NOT_COMPARED,
         )
         return None
@@ -179,7 +184,7 @@ def _shared_vocabulary(teacher: Any, student: nn.Module, processing_class: Any) 
         return None
     logger.warning(
         "The student's head has %d rows and the teacher's %d: both are cut to the first "
-        "%d, the others count as padding.%s",
+        "%d rows; the other rows count as padding.%s",
         *(
             student_rows,
             teacher_rows,
@@ -191,7 +196,7 @@ def _shared_vocabulary(teacher: Any, student: nn.Module, processing_class: Any) 
 
 
 def _has_compared_tokenizer(teacher: Any) -> bool:
-    """Whether a cache or server knows its teacher's tokenizer, and so refused another one."""
+    """Return whether a cache or server compared its teacher's tokenizer with the student's."""
     if isinstance(teacher, TeacherCache):
         return teacher.manifest.settings.tokenizer_sha256 is not None
     described = getattr(teacher, "described", None)

@@ -1,4 +1,4 @@
-"""Which fields of transformers' TrainingArguments keep their meaning here, and which are refused.
+"""Checks of the fields of transformers' TrainingArguments: supported and unsupported values.
 
 docs/training-arguments.md lists every field; tests/test_training_arguments.py compares that table
 with the installed version and with the names below.
@@ -15,8 +15,8 @@ from typing import Any
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
-# Fields that would change nothing, or something else than what they say: name -> (the only value
-# that is taken, reason and remedy).
+# Fields without their documented effect here: name -> (the only accepted value, the reason and
+# what to use instead).
 REFUSED: dict[str, tuple[Any, str]] = {
     "label_smoothing_factor": (0.0, "the teacher's distribution already smooths the labels"),
     "use_liger_kernel": (False, "the loss here is fused already"),
@@ -56,19 +56,19 @@ REFUSED: dict[str, tuple[Any, str]] = {
     ),
 }
 
-# The metrics of `evaluate`: those of which less is better, and those of which more is.
+# The metrics of `evaluate`: lower is better (LESS), and higher is better (MORE).
 LESS = ("loss", "nll", "kl", "perplexity")
 MORE = ("top1", "agreement", "teacher_mass", "student_mass")
 NEED_A_TEACHER = ("kl", "agreement", "teacher_mass", "student_mass")
 
-# Shares of a run, unless the user sets other steps: at most MOST_STEPS steps each.
+# Default intervals as fractions of a run, of at most MOST_STEPS steps each.
 LOGGING_SHARE = 0.02
 SAVING_SHARE = 0.2
 MOST_STEPS = 500
 
 
 SAMPLING = ("random", "sequential", "group_by_length", "batch_rebalance")
-# What torch's own optimizers read of optim_args; transformers passes over the rest.
+# Options in optim_args that torch's own optimizers read; transformers ignores the others.
 OPTIM_ARGS: dict[str, tuple[str, ...]] = {
     "adamw_torch": (),
     "adamw_torch_fused": (),
@@ -77,7 +77,7 @@ OPTIM_ARGS: dict[str, tuple[str, ...]] = {
     "adagrad": ("lr_decay", "weight_decay", "eps"),
     "rmsprop": ("momentum", "alpha", "eps", "weight_decay", "centered"),
 }
-# The least value of a field, where a smaller one fails late, or trains on nothing.
+# Minimum values: a smaller one fails late, or trains on no data.
 _LEAST = {
     "per_device_train_batch_size": 1,
     "per_device_eval_batch_size": 1,
@@ -91,10 +91,10 @@ _LEAST = {
 
 
 def check_arguments(config: TrainingArguments) -> None:
-    """Raise ValueError for a field that is refused, by its name."""
+    """Raise ValueError, with its name, for a field whose value is not supported."""
     for name, (expected, reason) in REFUSED.items():
         value = getattr(config, name, expected)
-        # None and other empty values are ways to leave an option out.
+        # None and other empty values mean that the option is not set.
         if value != expected and (value or expected):
             expected_text = "it unset" if not expected else repr(expected)
             raise ValueError(f"{name}: expected {expected_text}, got {value!r}: {reason}")
@@ -113,7 +113,7 @@ def check_arguments(config: TrainingArguments) -> None:
 
 
 def _check_best(config: TrainingArguments) -> None:
-    """Raise ValueError if a best model is wanted and nothing is ever evaluated to choose it by."""
+    """Raise ValueError if a best model is requested without an evaluation that could choose it."""
     if str(_value(config.eval_strategy)) != "no":
         return
     hint = "nothing is evaluated, so that no checkpoint is the best; set eval_strategy='steps'"
@@ -124,10 +124,10 @@ def _check_best(config: TrainingArguments) -> None:
 
 
 def _check_numbers(config: TrainingArguments) -> None:
-    """Raise ValueError for a number that is a text, not finite, or too small to mean something.
+    """Raise ValueError for a numeric field that is no number, not finite, or too small.
 
-    Numbers of NumPy become Python's, which all of transformers and torch take. Fields of several
-    types are left to transformers, as `debug` is.
+    Converts NumPy numbers to Python numbers. Fields that also accept other types, such as `debug`,
+    are left to transformers.
     """
     for field in fields(TrainingArguments):
         annotation = getattr(field.type, "__name__", str(field.type))
@@ -150,8 +150,7 @@ def _check_numbers(config: TrainingArguments) -> None:
 
 
 def _check_names(config: TrainingArguments) -> None:
-    """Raise ValueError for a word that transformers takes for the default without a remark, and
-    for an option that the optimizer or the schedule does not read."""
+    """Raise ValueError for names and options that transformers would ignore silently."""
     strategy = str(_value(getattr(config, "train_sampling_strategy", "random")))
     if strategy not in SAMPLING:
         raise ValueError(
@@ -175,7 +174,7 @@ def _check_names(config: TrainingArguments) -> None:
 
 
 def _names_of(optim_args: Any) -> list[str]:
-    """Return the names in the text name=value,name=value."""
+    """Return the option names in "name=value,name=value"."""
     parts = [part.partition("=") for part in str(optim_args or "").replace(" ", "").split(",")]
     if optim_args and not all(name and equals and value for name, equals, value in parts):
         raise ValueError(f"optim_args: expected name=value,name=value, got {optim_args!r}")
@@ -183,7 +182,7 @@ def _names_of(optim_args: Any) -> list[str]:
 
 
 def check_device(config: TrainingArguments) -> None:
-    """Raise ValueError for a precision that this device trains wrongly."""
+    """Raise ValueError for a precision that this device does not support in training."""
     if config.fp16 and config.device.type == "cpu":
         raise ValueError(
             "fp16: expected False on a CPU, got True: half precision needs a GPU's loss scaling. "
@@ -209,19 +208,19 @@ def _check_parallelism(parallel: Any) -> None:
         size = getattr(parallel, name, 1)
         if size is not None and size > 1:
             raise ValueError(
-                f"parallelism_config: expected {name}=1, got {size}: under {words} parallelism a "
-                "process has a part of each row, and the loss here needs whole rows"
+                f"parallelism_config: expected {name}=1, got {size}: with {words} parallelism a "
+                "process has only a part of each row, and the loss needs whole rows"
             )
 
 
 def steps_in_backward(config: Any) -> bool:
-    """Return whether an optimizer moves the weights during the backward pass."""
+    """Return whether the optimizer updates weights during the backward pass."""
     optim = str(_value(config.optim))
     return "lomo" in optim or optim.endswith("_layerwise")
 
 
 def known_metric(name: str) -> str | None:
-    """Return the figure of `evaluate` that a metric's name ends with, or None.
+    """Return the metric of `evaluate` that a name ends with, or None.
 
     >>> known_metric("eval_held_out_kl")
     'kl'
@@ -236,8 +235,8 @@ def direction_of(config: TrainingArguments) -> bool | None:
     """Return greater_is_better for the configured metric; None without a metric.
 
     Raises:
-        ValueError: the given direction is wrong for the metric, or that of an unknown metric is
-            missing.
+        ValueError: the configured direction is wrong for the metric, or missing for a metric that
+            is not known here.
     """
     name, greater_is_better = config.metric_for_best_model, config.greater_is_better
     if name is None:
@@ -249,25 +248,26 @@ def direction_of(config: TrainingArguments) -> bool | None:
     if metric is None:
         if greater_is_better is None:
             raise ValueError(
-                f"metric_for_best_model: expected one that ends with {', '.join((*LESS, *MORE))}, "
-                f"got {name!r}. For a metric of your own give greater_is_better too"
+                f"metric_for_best_model: expected a name that ends with one of "
+                f"{', '.join((*LESS, *MORE))}, got {name!r}. For a custom metric, set "
+                "greater_is_better too"
             )
         return greater_is_better
     expected = metric in MORE
     if greater_is_better is not None and bool(greater_is_better) != expected:
         raise ValueError(
             f"greater_is_better: expected {expected} with metric_for_best_model={name!r}, got "
-            f"{greater_is_better!r}: {'more' if expected else 'less'} is better"
+            f"{greater_is_better!r}: {'higher' if expected else 'lower'} is better"
         )
     return expected
 
 
 def check_metric(config: TrainingArguments, sets: Any, has_teacher: bool) -> None:
-    """Raise ValueError if evaluation of these sets will not have the configured metric.
+    """Raise ValueError if evaluating these datasets will not produce the configured metric.
 
     Args:
-        sets: the trainer's eval_dataset, one set or a mapping from names to sets.
-        has_teacher: False where only the labels are trained on.
+        sets: the trainer's eval_dataset, one dataset or a mapping from names to datasets.
+        has_teacher: False if the student is trained on the labels alone.
     """
     name = config.metric_for_best_model
     metric = None if name is None else known_metric(name)
@@ -288,7 +288,7 @@ def check_metric(config: TrainingArguments, sets: Any, has_teacher: bool) -> Non
 
 
 def check_sampling(config: TrainingArguments, dataset: Any) -> None:
-    """Raise ValueError if rows are to be sampled by lengths that cannot be read off them."""
+    """Raise ValueError if sampling by length is set and the rows have no readable length."""
     strategy = str(_value(getattr(config, "train_sampling_strategy", "random")))
     if strategy not in ("group_by_length", "batch_rebalance") or not hasattr(dataset, "__len__"):
         return
@@ -303,7 +303,7 @@ def check_sampling(config: TrainingArguments, dataset: Any) -> None:
 
 
 def schedule_options(config: TrainingArguments) -> Any:
-    """Return lr_scheduler_kwargs, with the direction of the metric that the schedule follows."""
+    """Return lr_scheduler_kwargs, with the direction of the metric for schedules that follow it."""
     options = config.lr_scheduler_kwargs
     if not _adapts_to_metric(config) or not config.greater_is_better:
         return options
@@ -313,7 +313,7 @@ def schedule_options(config: TrainingArguments) -> Any:
 
 
 def scale_intervals(config: Any) -> None:
-    """Set the intervals that the user left out from those that are given, before validation."""
+    """Derive unset intervals from those that the user set, before validation."""
     evaluates = str(_value(config.eval_strategy)) == "steps"
     if not evaluates:
         return
@@ -325,7 +325,7 @@ def scale_intervals(config: Any) -> None:
 
 
 def resolve_intervals(config: Any, state: Any) -> None:
-    """Write the intervals of a run into its state, now that the number of steps is known."""
+    """Write a run's intervals into its state, once the number of steps is known."""
     state.compute_steps(config, state.max_steps)
     for name, share in (
         ("logging_steps", LOGGING_SHARE),

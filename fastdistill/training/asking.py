@@ -1,4 +1,4 @@
-"""What a teacher says at the targets of a batch: its top K, or hidden states for its head."""
+"""Gets a teacher's answers at the targets of a batch: its top K, or hidden states and head."""
 
 from __future__ import annotations
 
@@ -28,11 +28,13 @@ def get_answers(
     monitor: AnswerMonitor | None = None,
     vocab: int | None = None,
 ) -> tuple[Targets, Answers]:
-    """The targets of a collated batch and the teacher's answers there, on the batch's device,
-    looked at by `monitor` (None: one of this batch alone); ids end before `vocab`.
+    """Return the targets of a collated batch and the teacher's answers there.
 
-    `check`: also whether answers of a teacher other than a model in this process, whose positions
-    nothing guarantees, fit the next position or the previous one better than their own.
+    Args:
+        check: also check whether the answers fit the next or the previous position better than
+            their own. A model in this process is exempt: its positions are correct.
+        monitor: checks the answers; None creates a new one for this batch.
+        vocab: ids must be smaller than this.
     """
     if "labels" not in batch:
         raise ValueError("inputs: expected labels in every batch, as DistillCollator makes them")
@@ -50,8 +52,8 @@ def get_answers(
     if not hasattr(teacher, "valid_vocab") and teacher_vocab and vocab and teacher_vocab > vocab:
         monitor.check(answers, targets.rows, positions, Rules(vocab=teacher_vocab))
         return targets, answers.within(vocab)
-    # Cut to the common ids, a position may have lost all it had; the source looked before that. Of
-    # a teacher of unknown size, that means that its ids are of another vocabulary.
+    # A position may lose all its ids when they are cut to the shared vocabulary; the source was
+    # checked before. With a vocabulary of unknown size it means that the vocabularies differ.
     cut = getattr(teacher, "valid_vocab", None) is not None
     may_be_empty = cut and teacher_vocab is not None
     rules = Rules(vocab=vocab, nothing=may_be_empty, total="any" if cut else "equal")
@@ -60,8 +62,10 @@ def get_answers(
 
 
 def has_trusted_positions(teacher: Any) -> bool:
-    """Whether the answers are a model's in this process, or kept from one, whose positions are
-    right by construction (a subclass with a topk of its own may answer from anywhere)."""
+    """Return whether the answers come from a model in this process, or from a cache of one.
+
+    Their positions are correct by construction. A subclass that overrides topk is not trusted.
+    """
     if isinstance(teacher, TeacherCache):
         return teacher.of_a_model
     return isinstance(teacher, Teacher) and type(teacher).topk is Teacher.topk

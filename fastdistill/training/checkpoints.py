@@ -1,10 +1,10 @@
-"""Checkpoints that are whole or not there, whenever the process was killed.
+"""Atomic checkpoints: a checkpoint is complete or ignored, even if the process is killed.
 
-transformers writes a checkpoint's files one by one. Here its last file is `finished.json`, written
-when all others are on disk, with their sizes and sha256: a folder without it was being written, or
-being deleted, when the process ended. Older checkpoints are deleted only after that. The digests
-cost one reading of what was just written, 1 to 2 GB/s and file on a CPU with SHA instructions, and
-one more before a run resumes.
+transformers writes a checkpoint's files one by one. Here the last file is `finished.json`, with the
+sizes and sha256 digests of all others, written after they are on disk. A folder without it was
+being written or deleted when the process ended. Older checkpoints are deleted only after that. The
+digests need one more read of each file (1 to 2 GB/s on a CPU with SHA instructions), and another
+before a run resumes.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ logger = logging.getLogger(__name__)
 
 FINISHED = "finished.json"
 STATE = "trainer_state.json"
-# The second one is there while transformers' enable_jit_checkpoint saves, and goes after that.
+# transformers' enable_jit_checkpoint creates the second file while it saves, and deletes it after.
 _NOT_HASHED = (FINISHED, "checkpoint-is-incomplete.txt")
 _NAME = re.compile(r"checkpoint-[0-9]+")
 _READ_FIRST = (STATE, "config.json", "generation_config.json", "adapter_config.json")
 
 
 def begin(folder: Path) -> None:
-    """What is written into this folder from now on is not a checkpoint yet."""
+    """Mark a folder as an incomplete checkpoint."""
     (folder / FINISHED).unlink(missing_ok=True)
 
 
 def finish(folder: Path) -> None:
-    """Everything is written: wait until it is on disk, and say so."""
+    """Flush all files of a checkpoint to disk, then mark it as complete."""
     files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name not in _NOT_HASHED]
     for path in files:
         sync(path)
@@ -51,7 +51,7 @@ def finish(folder: Path) -> None:
 
 
 def completeness_error(folder: Path) -> str | None:
-    """Return None for a checkpoint whose files are all there, in their sizes; else the fault."""
+    """Return what a checkpoint lacks, by file names and sizes; None if it is complete."""
     try:
         sizes = _finished(folder)["files"]
     except FileNotFoundError:
@@ -68,10 +68,10 @@ def completeness_error(folder: Path) -> str | None:
 
 
 def integrity_error(folder: Path) -> str | None:
-    """Return None for a checkpoint whose files are what was written; else the fault.
+    """Return how a checkpoint is damaged, by its digests; None if it is intact.
 
-    Reads every file. Checkpoints from before there were digests, and those of other trainers, are
-    compared as far as they can be.
+    Reads every file. Checkpoints without digests, such as those of other trainers, are checked as
+    far as possible.
     """
     digests: dict[str, Any] = {}
     if (folder / FINISHED).exists():
@@ -99,10 +99,10 @@ def integrity_error(folder: Path) -> str | None:
 
 
 def missing_state(folder: Path, *, has_loss_scaler: bool = False) -> str | None:
-    """Return what a checkpoint lacks to go on as if nothing had happened, or None.
+    """Return the training state that a checkpoint lacks for an exact resume, or None.
 
     Args:
-        scaled: the run has a loss scaler, whose state belongs to it too.
+        has_loss_scaler: the run has a loss scaler, whose state is needed too.
     """
     names = [p.name for p in folder.iterdir()]
     deepspeed = "latest" in names
@@ -121,13 +121,13 @@ def _has_prefix(names: list[str], prefix: str) -> bool:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """Return the trainer's state in a checkpoint: global_step, max_steps, and more."""
+    """Return the trainer's state in a checkpoint, such as global_step and max_steps."""
     state: dict[str, Any] = read_json(folder / STATE, dict)
     return state
 
 
 def last_finished(output_dir: str | Path) -> Path | None:
-    """The checkpoint of the most steps that is whole; those that are not stay where they are."""
+    """Return the complete checkpoint with the most steps, or None. Deletes nothing."""
     whole = (p for p in reversed(checkpoints(output_dir)) if completeness_error(p) is None)
     return next(whole, None)
 
@@ -137,13 +137,14 @@ def to_resume_from(
     output_dir: str | Path,
     find_fault: Callable[[Path], str | None] | None = None,
 ) -> str | None:
-    """The folder that `train(resume_from_checkpoint=given)` means.
+    """Return the folder that `train(resume_from_checkpoint=checkpoint)` resumes from, or None.
 
-    True is the last usable checkpoint and raises where there is none; "auto" begins anew there.
-    Checkpoints that are passed over are named in a warning.
+    True selects the last usable checkpoint and raises if there is none; "auto" starts a new run
+    instead. A warning names the checkpoints that are skipped.
 
     Args:
-        fault_of: returns why a checkpoint cannot be used, or None; None compares sizes.
+        find_fault: returns why a checkpoint cannot be used, or None if it can. The default
+            compares sizes.
 
     Raises:
         ValueError: there is no such checkpoint, or it is damaged.
@@ -156,24 +157,24 @@ def to_resume_from(
         for folder in reversed(checkpoints(output_dir)):
             problem = find_fault(folder)
             if problem is None:
-                _warn(problems, f"the run goes on from {folder.name}")
+                _warn(problems, f"the run resumes from {folder.name}")
                 return str(folder)
             problems[folder.name] = problem
         if checkpoint is True:
             first = next(iter(problems.items()), None)
             raise ValueError(
                 f"resume_from_checkpoint: expected a finished checkpoint in {str(output_dir)!r}, "
-                f"got {'none' if first is None else f'{first[0]}, but {first[1]}'}. 'auto' begins "
-                "anew where there is none"
+                f"got {'none' if first is None else f'{first[0]}, but {first[1]}'}. 'auto' starts "
+                "a new run if there is none"
             )
-        _warn(problems, "the run begins anew")
+        _warn(problems, "a new run starts")
         return None
     folder = Path(checkpoint)
     checked = (folder / FINISHED).exists() or find_fault is not completeness_error
     problem = find_fault(folder) if checked else None
     if problem is not None:
         raise ValueError(
-            f"resume_from_checkpoint: expected a whole checkpoint, but {problem}: {checkpoint}"
+            f"resume_from_checkpoint: expected a complete checkpoint, but {problem}: {checkpoint}"
         )
     return str(checkpoint)
 
@@ -184,7 +185,7 @@ def _warn(problems: dict[str, str], then: str) -> None:
 
 
 def _finished(folder: Path) -> dict[str, Any]:
-    """Return the content of finished.json; raises ValueError if it is not what `finish` writes."""
+    """Return the content of finished.json; raise ValueError if `finish` did not write it."""
     record: dict[str, Any] = read_json(folder / FINISHED, dict)
     files, digests = record.get("files"), record.get("sha256", {})
     if not isinstance(files, dict) or not isinstance(digests, dict):
@@ -195,17 +196,16 @@ def _finished(folder: Path) -> dict[str, Any]:
 
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
-    """checkpoint-N folders by rising N."""
+    """Return the checkpoint-N folders in ascending order of N."""
     folders = Path(output_dir).glob("checkpoint-*")
     numbered = [p for p in folders if p.is_dir() and _NAME.fullmatch(p.name)]
     return sorted(numbered, key=lambda p: int(p.name.partition("-")[2]))
 
 
 def keep_last(output_dir: str | Path, limit: int | None, best: str | None) -> None:
-    """Delete the oldest checkpoints beyond `limit`, never the best one nor the one written last.
+    """Delete the oldest checkpoints beyond `limit`, but never the best and the most recent one.
 
-    Age is the time at which a checkpoint was written: a folder can hold an earlier run's, of more
-    steps than this run has yet.
+    Age is the time of writing: a folder may have checkpoints of an earlier run with more steps.
     """
     if limit is None or limit <= 0:
         return
@@ -213,7 +213,7 @@ def keep_last(output_dir: str | Path, limit: int | None, best: str | None) -> No
     protected = {p for p in by_age if best is not None and p.resolve() == Path(best).resolve()}
     others = [p for p in by_age if p not in protected]
     for folder in others[: max(0, len(others) - max(limit - len(protected), 1))]:
-        begin(folder)  # half deleted, it must not look whole
+        begin(folder)  # a partly deleted checkpoint must not look complete
         if folder.is_symlink():
             folder.unlink()
         else:
@@ -221,7 +221,7 @@ def keep_last(output_dir: str | Path, limit: int | None, best: str | None) -> No
 
 
 def _written(folder: Path) -> tuple[int, int]:
-    """When a checkpoint was finished, and its steps, for those of the same moment."""
+    """Return the time at which a checkpoint was finished, and its steps to break ties."""
     mark = folder / FINISHED
     time = (mark if mark.exists() else folder).stat().st_mtime_ns
     return time, int(folder.name.partition("-")[2])

@@ -1,4 +1,4 @@
-"""DistillConfig: transformers.TrainingArguments, plus what distillation needs to know."""
+"""DistillConfig: transformers.TrainingArguments with the options of distillation."""
 
 from __future__ import annotations
 
@@ -30,60 +30,61 @@ from .selection import Selection, TokenSelection, selection_of
 
 @dataclass(kw_only=True)
 class DistillConfig(TrainingArguments):
-    """How to train a student. Everything of TrainingArguments, and:
+    """Options of a training run: those of TrainingArguments, and the following.
 
     Args:
-        k: how many of the teacher's likeliest tokens to compare at each position. None compares the
-            whole vocabulary, with a teacher that has hidden states and a head.
+        k: number of the teacher's most likely tokens to compare at each position. None compares
+            the whole vocabulary and needs a teacher with hidden states and a head.
         divergence: D(teacher, student); "forward_kl" is KL(teacher ‖ student).
         beta: the mixture weight of "jsd". skew: the mixture weight of the skewed divergences.
-        tail: what becomes of the mass outside the k tokens; "bucket" compares it as one outcome.
-            A pair of divergence and tail that is not smallest at the teacher gives a UserWarning;
-            `topk_distill` says which are, and which have no minimum and are refused.
+        tail: treatment of the probability outside the k tokens; "bucket" compares it as one
+            outcome. A combination of divergence and tail whose minimum is not at the teacher gives
+            a UserWarning; one without a minimum is an error. See `topk_distill`.
         temperature: softens both distributions. t2_scale: multiply the divergence by T².
         ce_weight: c in (1 − c)·divergence + c·cross-entropy of the labels.
         z_loss: weight of the squared log-sum-exp.
         token_selection: train on some tokens only, by a score of token_scores: "entropy top 0.2",
             "nll bottom 0.5", "margin <= 1.5", "forward_kl weight"; a TokenSelection; or a function
-            (TokenScores [N]) -> weights [N]. The others are dropped before the loss.
+            (TokenScores [N]) -> weights [N]. Other tokens are dropped before the loss.
 
-        lmbda: share of optimiser steps whose completions the student samples itself (GKD, arXiv
-            2306.13649); the others train on the data. A prompt is what comes before the first
-            target, or the whole row where there is none; with completion_only_loss=False too.
-        max_new_tokens: of a sampled completion. sampling_temperature, top_p: how it is sampled.
+        lmbda: fraction of optimizer steps that train on completions sampled by the student (GKD,
+            arXiv 2306.13649); the others train on the data. The prompt is everything before the
+            first target, or the whole row if it has none; with completion_only_loss=False too.
+        max_new_tokens: maximum length of a sampled completion. sampling_temperature, top_p: its
+            sampling parameters.
 
-        max_length: longer examples are cut. None cuts none.
-        completion_only_loss: of messages and prompt + completion, only what the assistant says is a
-            target.
-        packing: a batch's sequences run behind each other in one row, without padding, and apart by
-            their positions. The same update, for models whose attention allows it; others are
-            refused.
-        dtype: of the weights of a student that is given as a path: "float32", "bfloat16",
-            "float16", or "auto", as they are stored. None is float32, since in 16 bits updates
-            smaller than half a step of the weight vanish; and "auto" with peft_config, where those
-            weights stay as they are. bf16=True computes in bfloat16 with float32 weights.
-        model_init_kwargs: for from_pretrained, where the student is given as a path.
+        max_length: cut longer examples to this length. None does not cut.
+        completion_only_loss: in messages and prompt + completion, only the assistant's tokens are
+            targets.
+        packing: concatenate the sequences of a batch in one row without padding, separated by
+            their positions. Gives the same update; a model whose attention does not support it
+            raises an error.
+        dtype: weight type of a student loaded from a path: "float32", "bfloat16", "float16", or
+            "auto" for the stored type. None is float32, because 16-bit weights lose updates
+            smaller than half a step of the weight; with peft_config, None is "auto", because those
+            weights do not change. bf16=True computes in bfloat16 with float32 weights.
+        model_init_kwargs: arguments of from_pretrained for a student loaded from a path.
 
-        impl: "auto", or one implementation that is then used or refused, never replaced.
-        backward: of the loss: "fused" makes the head's gradients in the forward pass, "recompute"
-            makes the logits again in the backward pass: a third more work at the head, less
-            memory. "auto" is fused.
-        show_panel: print what the teacher says about the first batch, before the first update.
-        check_data: refuse datasets that a look at a few examples shows to teach nothing.
-        check_signal: stop where the first batch shows answers that are not about this text.
-        nonfinite: what becomes of an update whose loss or gradient is NaN or infinite. "stop"
-            raises FloatingPointError before the optimizer's step; "skip" leaves that update out,
-            warns, and counts it as `skipped_steps` in the log. An overflow that the loss scaling of
-            fp16=True can end is neither.
+        impl: "auto", or an implementation that is used or raises an error, without fallback.
+        backward: how the loss computes gradients: "fused" computes the head's gradients in the
+            forward pass; "recompute" recomputes the logits in the backward pass, with a third more
+            work at the head and less memory. "auto" is fused.
+        show_panel: print a report on the teacher at the first batch, before the first update.
+        check_data: check some examples, and raise an error for datasets without a learning signal.
+        check_signal: stop if the first batch shows that the answers are not about this text.
+        nonfinite: treatment of an update whose loss or gradient is NaN or infinite. "stop" raises
+            FloatingPointError before the optimizer's step; "skip" skips the update, warns, and
+            counts it as `skipped_steps` in the log. Neither applies to an overflow that the loss
+            scaling of fp16=True can resolve.
         save_on_interrupt: the first Ctrl-C or SIGTERM writes a checkpoint at the end of the step
-            and then stops, where one process trains and save_strategy is not "no"; the second stops
-            at once.
+            and then stops, if one process trains and save_strategy is not "no"; the second stops
+            immediately.
 
-    docs/training-arguments.md lists every field of TrainingArguments: as it is there, with another
-    default, or refused.
+    docs/training-arguments.md lists every field of TrainingArguments: unchanged, with another
+    default, or unsupported.
     """
 
-    # What the command line gives as JSON.
+    # Fields that the command line accepts as JSON.
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [
         *TrainingArguments._VALID_DICT_FIELDS,
         "model_init_kwargs",
@@ -98,7 +99,7 @@ class DistillConfig(TrainingArguments):
     t2_scale: bool = False
     ce_weight: float = 0.0
     z_loss: float = 0.0
-    # None second: a command line then reads the words that stand first.
+    # str comes before None so that the command line parses text.
     token_selection: str | None | TokenSelection | Callable[..., Any] = None  # noqa: RUF036
 
     lmbda: float = 0.0
@@ -120,9 +121,9 @@ class DistillConfig(TrainingArguments):
     nonfinite: str = "stop"
     save_on_interrupt: bool = True
 
-    # Changed defaults: a short run, too, shows its loss and keeps checkpoints; a loss that is not
-    # finite is shown as it is; evaluation that gathered logits would need [tokens, V]; examples may
-    # carry columns that the model's forward does not name; pinning needs a GPU and warns without.
+    # Changed defaults: short runs log their loss and keep checkpoints too; a loss that is not
+    # finite is logged as it is; gathering logits in evaluation needs [tokens, V]; examples may have
+    # columns that the model's forward does not name; pinning needs a GPU and warns without one.
     logging_steps: float = field(default=LOGGING_SHARE)
     save_steps: float = field(default=SAVING_SHARE)
     logging_nan_inf_filter: bool = field(default=False)
@@ -154,18 +155,18 @@ class DistillConfig(TrainingArguments):
         check_divergence(self.divergence, self.beta, self.skew, self.tail)
         if self.tail == "renorm_both" and self.k == 1:
             raise ValueError(
-                "tail: expected something else than 'renorm_both' with k=1, where both "
+                "tail: expected a tail other than 'renorm_both' with k=1, where both "
                 "distributions are the constant 1. Raise k, or use tail='bucket'"
             )
         if self.k is None and self.tail != "bucket":
             raise ValueError(
-                f"tail: expected 'bucket' with k=None, got {self.tail!r}: over the whole "
-                "vocabulary there is no tail"
+                f"tail: expected 'bucket' with k=None, got {self.tail!r}: the whole vocabulary "
+                "has no tail"
             )
         if self.lmbda == 1.0 and self.ce_weight:
             raise ValueError(
                 f"ce_weight: expected 0 with lmbda=1, got {self.ce_weight:g}: tokens that the "
-                "student sampled are no labels"
+                "student sampled cannot serve as labels"
             )
         selection_of(self.token_selection)
         check_arguments(self)
@@ -178,26 +179,26 @@ class DistillConfig(TrainingArguments):
         check_device(self)
         if self.nonfinite == "skip" and (self.deepspeed or steps_in_backward(self)):
             raise ValueError(
-                "nonfinite: expected 'stop' with DeepSpeed or LOMO or a layerwise optimizer, got "
-                "'skip': there the weights move during the backward pass, before a gradient can be "
-                "looked at"
+                "nonfinite: expected 'stop' with DeepSpeed, LOMO or a layerwise optimizer, got "
+                "'skip': they update weights during the backward pass, before the gradient can be "
+                "checked"
             )
 
     @property
     def selection(self) -> Selection | None:
-        """`token_selection` as a rule."""
+        """The parsed `token_selection`, or None."""
         return selection_of(self.token_selection)
 
     def to_dict(self) -> dict[str, Any]:
         return super().to_dict() | {"token_selection": _selection_text(self.token_selection)}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Checkpoints hold the arguments; a caller's function is kept there as its name."""
+        """Return the state to pickle, where a caller's selection function becomes its name."""
         return self.__dict__ | {"token_selection": _selection_text(self.token_selection)}
 
 
 def _json_object(value: Any) -> Any:
-    """Return what a command line may give as the text of a JSON object."""
+    """Return a dict, parsed from JSON text if it comes from the command line."""
     if isinstance(value, str):
         return parse_json(value, "model_init_kwargs", dict)
     return value or {}

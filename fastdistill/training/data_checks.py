@@ -1,7 +1,7 @@
-"""What is wrong with a dataset is said before the first step, not shown by a student that fails.
+"""Checks of datasets before the first step.
 
-Each check stands for a mistake that trains smoothly: masks without a target, an end token that
-padding took away, labels that somebody else has already shifted.
+Each check catches a mistake that training would not show: masks without a target, end tokens that
+are masked together with the padding, labels that are shifted already.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ LOOKED_AT = 64  # examples, evenly spread
 
 
 def check_kinds(train: Any, evaluate: Any) -> None:
-    """Raise TypeError for what is no dataset of examples, ValueError for one that has none."""
+    """Raise TypeError for an object that is no dataset, ValueError for an empty dataset."""
     for name, dataset in datasets_by_name(train, evaluate).items():
         if dataset is None or _is_stream(dataset):
             continue
         if not is_listed(dataset):
             raise TypeError(
                 f"{name}: expected a dataset or a list of examples, got {type(dataset).__name__}. "
-                "Pass one split of several, or make a dataset with datasets.load_dataset, "
+                "Pass a single split, or create a dataset with datasets.load_dataset, "
                 "Dataset.from_dict, from_pandas or from_generator"
             )
         if not len(dataset):
@@ -37,20 +37,20 @@ def check_kinds(train: Any, evaluate: Any) -> None:
 
 
 def _is_stream(dataset: Any) -> bool:
-    """Whether a dataset is read from its beginning on, as often as wanted: no generator is."""
+    """Return whether a dataset is an iterable without length that can be read repeatedly."""
     once = hasattr(dataset, "__next__")
     return hasattr(dataset, "__iter__") and not hasattr(dataset, "__len__") and not once
 
 
 def check_datasets(encoder: Encoder, train: Any, evaluate: Any, *, prompts_only: bool) -> None:
-    """`check_examples` for what a trainer is given; prompts may stand alone in training only."""
+    """Run `check_examples` on all datasets; only training data may be prompts alone."""
     for name, dataset in datasets_by_name(train, evaluate).items():
         sampled = prompts_only and name == "train_dataset"
         check_examples(name, dataset, encoder, prompts_only=sampled)
 
 
 def datasets_by_name(train: Any, evaluate: Any) -> dict[str, Any]:
-    """What a trainer is given, by the names that errors use."""
+    """Return a trainer's datasets by the names that error messages use."""
     several = evaluate if isinstance(evaluate, dict) else {"": evaluate}
     return {"train_dataset": train} | {
         f"eval_dataset[{name!r}]" if name else "eval_dataset": dataset
@@ -59,28 +59,28 @@ def datasets_by_name(train: Any, evaluate: Any) -> dict[str, Any]:
 
 
 def some_of(dataset: Any) -> list[tuple[int, Any]]:
-    """(number, example) of a few, evenly spread; none of a stream, which reading would use up."""
+    """Return evenly spaced (index, example) pairs; none of a stream, which would be consumed."""
     if dataset is None or not hasattr(dataset, "__len__") or len(dataset) == 0:
         return []
     return [(i, dataset[i]) for i in sample_indices(len(dataset))]
 
 
 def sample_indices(length: int) -> list[int]:
-    """Return the indices of at most LOOKED_AT examples, evenly spread."""
+    """Return the indices of at most LOOKED_AT examples, evenly spaced."""
     last, steps = length - 1, max(LOOKED_AT - 1, 1)
     return sorted({i * last // steps for i in range(LOOKED_AT)})
 
 
 def check_examples(name: str, dataset: Any, encoder: Encoder, *, prompts_only: bool) -> None:
-    """Raises ValueError where a look at a few examples shows a dataset that cannot teach.
+    """Raise ValueError if a sample of a dataset's examples has no learning signal.
 
-    `prompts_only`: all targets will be sampled, so that examples need none.
+    `prompts_only`: the student samples all targets, so the examples need none.
     """
-    looked_at = some_of(dataset)
-    if not looked_at:
+    sampled = some_of(dataset)
+    if not sampled:
         return
-    examples = [example for _, example in looked_at]
-    whole = [encoder.whole(example, i, name) for i, example in looked_at]
+    examples = [example for _, example in sampled]
+    whole = [encoder.whole(example, i, name) for i, example in sampled]
     rows = [row.cut(encoder.max_length) for row in whole]
     lengths = Lengths(encoder.max_length)
     for row in whole:
@@ -88,10 +88,10 @@ def check_examples(name: str, dataset: Any, encoder: Encoder, *, prompts_only: b
     lengths.check(name, prompts_only=prompts_only)
     if not prompts_only:
         _check_has_target(name, examples, rows)
-        untaught = RowsWithoutTarget(name)
-        for (index, example), row in zip(looked_at, whole, strict=True):
-            untaught.add(index, example, row)
-        untaught.warn()
+        without_target = RowsWithoutTarget(name)
+        for (index, example), row in zip(sampled, whole, strict=True):
+            without_target.add(index, example, row)
+        without_target.warn()
     labeled_rows = [
         row
         for example, row in zip(examples, rows, strict=True)
@@ -104,22 +104,21 @@ def check_examples(name: str, dataset: Any, encoder: Encoder, *, prompts_only: b
 
 @dataclass
 class Lengths:
-    """Counts of rows and tokens, and what max_length takes away: of how many rows, and how many
-    lose their targets or a part of their prompt by it."""
+    """Counts of rows and tokens, and of the rows, targets and prompts that max_length cuts."""
 
     limit: int | None
     seen: int = 0
-    tokens: int = 0  # that are left, as are targets
-    targets: int = 0
-    rows: int = 0  # that are cut
+    tokens: int = 0  # after cutting
+    targets: int = 0  # after cutting
+    rows: int = 0  # rows that are cut
     longest: int = 0
-    taught: int = 0  # rows that have targets, whole
-    untaught: int = 0  # of these, rows that have none any more
+    taught: int = 0  # rows with targets before cutting
+    untaught: int = 0  # rows that lose all their targets
     prompts: int = 0  # rows whose prompt is cut
     longest_prompt: int = 0
 
     def add(self, row: Row) -> None:
-        """Count a row that is not cut yet."""
+        """Count a row, before it is cut."""
         taught, left = has_target(row), row.cut(self.limit)
         self.seen += 1
         self.tokens += int(left.attended.sum())
@@ -132,12 +131,14 @@ class Lengths:
         self.rows += 1
         self.untaught += taught and not has_target(left)
         prompt = int(row.attended[: row.prompt_length].sum())
-        if prompt > self.limit and (prompt < length or not taught):  # not a text, all target
+        if prompt > self.limit and (
+            prompt < length or not taught
+        ):  # not plain text, which is all target
             self.prompts += 1
             self.longest_prompt = max(self.longest_prompt, prompt)
 
     def check(self, name: str, *, prompts_only: bool) -> None:
-        """Refuse a limit that leaves nothing to learn, and warn of one that takes some."""
+        """Raise ValueError if the limit removes all targets; warn if it removes some."""
         if not self.rows:
             return
         lost = self.prompts == self.seen if prompts_only else self.untaught == self.taught > 0
@@ -145,16 +146,16 @@ class Lengths:
             what = "a part of their prompts" if prompts_only else "all their targets"
             raise ValueError(
                 f"max_length: expected room for more than the prompts of {name}, got {self.limit}: "
-                f"of {self.seen:,} examples looked at {self.rows:,} are longer and lose {what} "
+                f"of {self.seen:,} examples checked, {self.rows:,} are longer and lose {what} "
                 f"(the longest has {self.longest:,} tokens). Raise it to {self.longest:,}, or set "
                 "it to None"
             )
         logger.warning("%s: %s", name, self.in_words())
 
     def in_words(self) -> str:
-        """Return what is cut as a sentence."""
+        """Return a sentence on what the limit cuts."""
         return (
-            f"max_length={self.limit} cuts {self.rows:,} of {self.seen:,} examples looked at, the "
+            f"max_length={self.limit} cuts {self.rows:,} of {self.seen:,} examples checked, the "
             f"longest of {self.longest:,} tokens; {self.untaught:,} lose all their targets, "
             f"{self.prompts:,} a part of their prompt (the longest of {self.longest_prompt:,})"
         )
@@ -162,16 +163,16 @@ class Lengths:
 
 @dataclass
 class RowsWithoutTarget:
-    """Counts rows of a dataset that have no target, however long they may be."""
+    """Counts rows of a dataset that have no target before they are cut."""
 
     name: str
     seen: int = 0
     indices: list[int] = field(default_factory=list)
-    examples: list[Any] = field(default_factory=list)  # the first LOOKED_AT of them, as are
+    examples: list[Any] = field(default_factory=list)  # at most LOOKED_AT, as `rows`
     rows: list[Row] = field(default_factory=list)
 
     def add(self, index: int, example: Any, row: Row) -> None:
-        """Count a row that is not cut yet."""
+        """Count a row, before it is cut."""
         self.seen += 1
         if has_target(row):
             return
@@ -181,19 +182,19 @@ class RowsWithoutTarget:
             self.rows.append(row)
 
     def warn(self) -> None:
-        """Log how many rows teach nothing, the first of them, and the likely reason."""
+        """Log the number of rows without a target, the first one, and the likely reason."""
         if not self.indices:
             return
         first = getattr(self.examples[0], "source", None) or f"example {self.indices[0]}"
         logger.warning(
-            "%s: %s of %s examples looked at have no token to learn and teach nothing (the first: "
+            "%s: %s of %s examples checked have no target token and train nothing (the first: "
             "%s). %s", self.name, f"{len(self.indices):,}", f"{self.seen:,}", first,
             _why_no_target(self.examples, self.rows),
         )  # fmt: skip
 
 
 def has_target(row: Row) -> bool:
-    """Whether a token of the row is learned; the first is predicted from nothing."""
+    """Return whether a row has a target after its first token, which has no context."""
     return bool((row.targets[1:] != IGNORE_INDEX).any())
 
 
@@ -211,14 +212,14 @@ def _why_no_target(examples: list[Any], rows: list[Row]) -> str:
     columns = [{c for c, value in example.items() if value is not None} for example in examples]
     present, form = set.union(*columns), [c & {"input_ids"} for c in columns]
     if all(len(row.ids) == 1 for row in rows):
-        why = "All examples are one token long, and the first token is predicted from nothing"
+        why = "All examples are one token long, and the first token has no context"
     elif any(form):
         if "assistant_masks" in present:
             why = (
-                "The assistant masks are all zero, which is what a chat template without "
-                "{% generation %} gives (stock templates of Llama-3.1, Qwen3 and Gemma-3 among "
-                "them). Pass messages, or prompt and completion, and let the trainer find the "
-                "turns; or a chat template with {% generation %}"
+                "The assistant masks are all zero. A chat template without {% generation %} gives "
+                "such masks (among them the stock templates of Llama-3.1, Qwen3 and Gemma-3). Pass "
+                "messages, or prompt and completion, so that the trainer finds the turns; or use a "
+                "chat template with {% generation %}"
             )
         elif "completion_mask" in present:
             why = "The completion masks are all zero"
@@ -228,15 +229,15 @@ def _why_no_target(examples: list[Any], rows: list[Row]) -> str:
             f"No example has a message with the role 'assistant': the roles are {printable(roles)}"
             if "assistant" not in roles
             else "The chat template marks none of the assistant's tokens: its {% generation %} "
-            "stands around something else, or the turns are empty"
+            "block is in the wrong place, or the turns are empty"
         )
     elif "prompt" in present:
-        why = "Prompts alone are for lmbda=1, where the student samples the rest"
+        why = "Examples with prompts alone need lmbda=1: the student samples completions"
     return why
 
 
 def _check_not_shifted(name: str, rows: list[Row]) -> None:
-    """Labels that equal the neighbouring token, where they should equal their own."""
+    """Raise ValueError if most labels equal a neighboring token instead of their own."""
     agree = {shift: _agreement(rows, shift) for shift in (-1, 0, 1)}
     shift = max(agree, key=lambda s: agree[s])
     if shift == 0 or agree[shift] < 0.9 or agree[0] > 0.5:
@@ -244,18 +245,18 @@ def _check_not_shifted(name: str, rows: list[Row]) -> None:
     side = "next" if shift == 1 else "previous"
     raise ValueError(
         f"{name}: expected labels[t] to be input_ids[t] or −100, but {agree[shift]:.0%} of them "
-        f"are the {side} token: they are shifted already, and the trainer shifts once. Pass them "
-        "unshifted"
+        f"are the {side} token: the labels are shifted already, and the trainer shifts them again. "
+        "Pass unshifted labels"
     )
 
 
 def _agreement(rows: Iterable[Row], shift: int) -> float:
-    """Share of targets that are the token `shift` places on."""
+    """Return the share of targets that equal the token `shift` positions later."""
     same = total = 0
     for ids, targets in (row[:2] for row in rows):
         if len(ids) < 3:
             continue
-        inner = slice(1, len(ids) - 1)  # where both neighbours are there
+        inner = slice(1, len(ids) - 1)  # positions with both neighbors
         counted = targets[inner] != IGNORE_INDEX
         moved = ids.roll(-shift)[inner]
         same += int((moved == targets[inner])[counted].sum())
@@ -264,7 +265,7 @@ def _agreement(rows: Iterable[Row], shift: int) -> float:
 
 
 def _check_end_token(name: str, rows: list[Row], tokenizer: Any) -> None:
-    """pad == eos, and whatever masked the padding took every end token out of the labels too."""
+    """Raise ValueError if pad == eos and the padding mask removed every end token from labels."""
     end = getattr(tokenizer, "eos_token_id", None)
     if end is None or end != getattr(tokenizer, "pad_token_id", None):
         return
@@ -278,7 +279,7 @@ def _check_end_token(name: str, rows: list[Row], tokenizer: Any) -> None:
     if masked and not labeled:
         raise ValueError(
             f"{name}: expected the end token (id {end}) among the labels, but all {masked} that "
-            "follow a target are −100. The padding token is the same token, and masking it masks "
+            "follow a target are −100. The padding token is the same token, so masking it masks "
             "the end too: the student would never learn to stop. Leave padding to the trainer, "
-            "which goes by length, or give the tokenizer another pad_token"
+            "which masks by length, or set another pad_token"
         )

@@ -1,4 +1,4 @@
-"""From sums over targets to the figures that are logged and returned."""
+"""Turns sums over targets into the metrics that are logged and returned."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from .objective import EVAL_COLUMNS
 
 
 def summarize(prediction: EvalPrediction) -> dict[str, float]:
-    """Return means over targets, and perplexity, of rows [sequences, EVAL_COLUMNS]."""
+    """Return means over targets and the perplexity, from rows [sequences, EVAL_COLUMNS]."""
     rows = prediction.predictions
     rows = np.concatenate(rows) if isinstance(rows, (list, tuple)) else rows
     totals = dict(zip(EVAL_COLUMNS, rows.sum(0, dtype=np.float64), strict=True))
     tokens = totals.pop("tokens")
     if not tokens > 0:
         raise ValueError("eval_dataset: expected a target token, got none in all of its examples")
-    # Without a teacher a column is NaN throughout; with one, NaN is what came out.
+    # Without a teacher, all values of a column are NaN; with one, NaN is a result.
     empty = dict(zip(EVAL_COLUMNS, np.isnan(rows).all(0), strict=True))
     metrics = {
         name: float(v / tokens)
@@ -33,13 +33,18 @@ def summarize(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def means(sums: dict[str, float], step: int, group_size: int) -> dict[str, float]:
-    """Means over the targets since the last log, over those trained on where some were selected,
-    and how many targets there were, where `shared` ranks at a time count the same ones; raises
-    where the loss has become NaN, which the Trainer's own log would hide."""
+    """Return means over the targets since the last log, and their number.
+
+    With token selection, means are over the selected targets. Each group of `group_size` ranks
+    counts the same targets.
+
+    Raises:
+        FloatingPointError: the loss is NaN or infinite, which the Trainer's own log would hide.
+    """
     if not math.isfinite(sums.pop("loss")):
         raise FloatingPointError(
-            f"loss: expected a number, got NaN or infinity in the steps up to {step}. "
-            "Look at the teacher's log-probabilities, lower the learning rate, or train in "
+            f"loss: expected a finite number, got NaN or infinity in the steps up to {step}. "
+            "Check the teacher's log-probabilities, lower the learning rate, or train in "
             "bfloat16 instead of float16"
         )
     counted = sums.pop("tokens")
@@ -52,18 +57,19 @@ def means(sums: dict[str, float], step: int, group_size: int) -> dict[str, float
 
 
 def clamp_to_one(count: Tensor | int) -> Tensor | int:
+    """Return a count, at least 1."""
     return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
 
 
 def one_per_group(group_size: int, gathered: Any) -> Any:
-    """Of rows gathered over ranks, of which `shared` at a time have the same: those of one."""
+    """Return gathered rows, once per group of `group_size` ranks that have the same rows."""
     if isinstance(gathered, Tensor):
         return gathered.unflatten(0, (dist.get_world_size(), -1))[::group_size].flatten(0, 1)
     return type(gathered)(one_per_group(group_size, part) for part in gathered)
 
 
 def format_short(value: float) -> str:
-    """Return a figure for a line of text: four decimals, or only that it is above a million."""
+    """Return a number as text: four decimals, or "> 1e6" above a million."""
     if math.isnan(value):
         return "not a number"
     return f"{value:.4f}" if value <= 1e6 else "> 1e6"

@@ -1,10 +1,10 @@
-"""Updates and weights that are numbers: what is not finite is stopped or skipped, never saved.
+"""Stops or skips updates that are NaN or infinite, and never saves such weights.
 
-A loss that is not finite makes every gradient of its update NaN (the loss is multiplied by one, or
-by NaN). The norm of the gradient then tells about loss and gradient of all micro-batches and all
-processes at once. The Trainer computes that norm for clipping; reading it before the optimizer's
-step is the one synchronization of an update. transformers' own filter, which is off here, reads
-each micro-batch's loss.
+A loss that is not finite makes every gradient of its update NaN (the loss is multiplied by one or
+by NaN). So the gradient norm covers loss and gradient of all micro-batches and all processes. The
+Trainer computes this norm for clipping; reading it before the optimizer's step is the only
+synchronization of an update. transformers' own filter, which is disabled here, reads the loss of
+each micro-batch.
 """
 
 from __future__ import annotations
@@ -24,32 +24,32 @@ from .arguments import steps_in_backward
 logger = logging.getLogger(__name__)
 
 _ADVICE = (
-    "Look at the teacher's log-probabilities, lower the learning rate, or train in bfloat16 "
-    "instead of float16; nonfinite='skip' leaves such updates out"
+    "Check the teacher's log-probabilities, lower the learning rate, or train in bfloat16 "
+    "instead of float16; nonfinite='skip' skips such updates"
 )
-# A gradient that overflows under a loss scale this small does so without any scale.
+# A gradient that overflows with a loss scale this small overflows without scaling too.
 _SMALLEST_SCALE = 2.0**-10
 
 
 class FiniteUpdates(Trainer):
-    """A Trainer that looks at each update before the optimizer's step, and at weights it saves."""
+    """A Trainer that checks each update before the optimizer's step, and weights before saving."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._norm: Any = None  # of the update's gradient, from clipping
-        self._of_update: dict[str, Tensor] = {}  # sums of the figures of an update under way
-        self._since_log: dict[str, Tensor] = {}  # and of those that were taken since the last log
+        self._norm: Any = None  # gradient norm of the update, from clipping
+        self._of_update: dict[str, Tensor] = {}  # sums of metrics over the current update
+        self._since_log: dict[str, Tensor] = {}  # and over the accepted updates since the last log
         self._skipped = {"log": 0, "run": 0}
-        self._of_run = (0, 0.0)  # updates that were taken, and their losses
+        self._of_run = (0, 0.0)  # number of accepted updates, and the sum of their losses
         super().__init__(*args, **kwargs)
         self.add_callback(_BeforeOptimizer(self))
 
     def add_figures(self, sums: dict[str, Tensor]) -> None:
-        """Add sums of a micro-batch to those of the update under way."""
+        """Add the sums of a micro-batch to those of the current update."""
         for name, value in sums.items():
             self._of_update[name] = self._of_update.get(name, 0) + value
 
     def mark_loss(self, loss: Tensor) -> Tensor:
-        """Return the loss, NaN in value and gradient if it is not finite."""
+        """Return the loss; its value and gradient become NaN if it is not finite."""
         if self._steps_in_backward():
             finite = loss.detach().isfinite().float()
             if not bool(self.accelerator.reduce(finite, reduction="sum") == self._processes()):
@@ -60,7 +60,7 @@ class FiniteUpdates(Trainer):
         with self._keeping_last_good():
             loss: Tensor = super().training_step(*args, **kwargs)
         self.add_figures({"update_loss": loss.float()})
-        # The Trainer's sum over a log's updates must survive one that is skipped.
+        # A skipped update must not make the Trainer's running sum of losses NaN.
         return loss.nan_to_num(0.0, 0.0, 0.0) if self.args.nonfinite == "skip" else loss
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
@@ -68,7 +68,7 @@ class FiniteUpdates(Trainer):
         return self._norm
 
     def before_optimizer_step(self, model: nn.Module) -> None:
-        """Call `check_update`; keep the weights from before a step that it stops."""
+        """Call `check_update`; if it stops the run, save the weights from before the step."""
         with self._keeping_last_good():
             self.check_update(model)
 
@@ -90,7 +90,7 @@ class FiniteUpdates(Trainer):
             self._stop("gradient of the loss" if loss_is_finite else "loss")
         else:
             for parameter in model.parameters():
-                parameter.grad = None  # which optimizers pass over
+                parameter.grad = None  # optimizers skip parameters without a gradient
             self._skipped = {name: n + 1 for name, n in self._skipped.items()}
             logger.warning(
                 "Step %d is skipped: its %s is not finite.",
@@ -98,8 +98,11 @@ class FiniteUpdates(Trainer):
             )
 
     def take_log(self, logs: dict[str, float]) -> dict[str, float]:
-        """Return the sums since the last log over all processes, and write the mean loss of the
-        updates that were taken to `logs`: the Trainer's counts those that were skipped."""
+        """Return the sums since the last log over all processes.
+
+        Writes the mean loss of the accepted updates to `logs`; the Trainer's own mean includes
+        skipped updates.
+        """
         sums = self.accelerator.reduce(self._since_log, reduction="sum") if self._since_log else {}
         self._since_log = {}
         totals = {name: value.item() for name, value in sums.items()}
@@ -112,7 +115,7 @@ class FiniteUpdates(Trainer):
         return totals
 
     def take_mean(self, logs: dict[str, float]) -> None:
-        """Write the mean loss of the updates that were taken as `train_loss`."""
+        """Write the mean loss of the run's accepted updates to `logs` as `train_loss`."""
         self.take_log({})
         updates, loss = self._of_run
         logs["train_loss"] = loss / updates if updates else math.nan
@@ -123,9 +126,8 @@ class FiniteUpdates(Trainer):
         """Raise FloatingPointError if all updates of the run were skipped."""
         if self._skipped["run"] and not self._of_run[0]:
             raise FloatingPointError(
-                f"nonfinite: expected some finite updates to train on, but all "
-                f"{self._skipped['run']} updates were skipped: the weights are those from before. "
-                f"{_ADVICE}"
+                f"nonfinite: expected a finite update, but all {self._skipped['run']} updates were "
+                f"skipped and the weights are unchanged. {_ADVICE}"
             )
 
     def keep_last_good(self) -> None:
@@ -133,18 +135,18 @@ class FiniteUpdates(Trainer):
 
     @contextmanager
     def _keeping_last_good(self) -> Iterator[None]:
-        """Save the weights from before this step if its loss, its gradient or its data stop it."""
+        """Save the weights from before this step if its loss, gradient or data raise an error."""
         try:
             yield
         except (FloatingPointError, ValueError) as error:
-            # A loss that is not finite is seen by all processes; other errors by one alone.
+            # All processes detect a loss that is not finite; other errors may occur in one alone.
             together = isinstance(error, FloatingPointError) or self._processes() == 1
             if together and not self._steps_in_backward():
                 self.keep_last_good()
             raise
 
     def begin_updates(self) -> None:
-        """Forget the figures of an attempt that was broken off, as for a smaller batch."""
+        """Reset the sums, also after an attempt that was aborted to retry with a smaller batch."""
         self._norm, self._of_update, self._since_log = None, {}, {}
         self._of_run = (0, 0.0)
         self._skipped = {"log": 0, "run": 0}
@@ -153,11 +155,11 @@ class FiniteUpdates(Trainer):
         """Raise FloatingPointError if a weight of the student is NaN or infinite.
 
         Args:
-            when: what the weights were needed for, as the error says it.
+            when: what the weights are needed for, in the words of the error.
         """
         names = nonfinite_weights(self.model)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            # Each process has a part of the weights, and all must come to the same end.
+            # Each process has a part of the weights, and all must raise together.
             count = torch.tensor(float(len(names)), dtype=torch.float32, device=self.args.device)
             total = int(self.accelerator.reduce(count, reduction="sum"))
             names = names or ["one of another process"] * (total > 0)
@@ -189,7 +191,7 @@ class FiniteUpdates(Trainer):
 
     def _stop(self, what: str) -> None:
         raise FloatingPointError(
-            f"{what}: expected a number, got NaN or infinity in the steps up to "
+            f"{what}: expected a finite number, got NaN or infinity in the steps up to "
             f"{self.state.global_step + 1}, before whose update the run stops. {_ADVICE}"
         )
 
@@ -209,8 +211,10 @@ class _BeforeOptimizer(TrainerCallback):
 
 @torch.no_grad()
 def nonfinite_weights(model: nn.Module) -> list[str]:
-    """Return the names of parameters with a NaN or an infinity, and of saved buffers with a NaN;
-    waits for the device once. A mask, which some models save, holds infinities on purpose."""
+    """Return the names of parameters with NaN or infinity, and of saved buffers with NaN.
+
+    Synchronizes with the device once. Buffers may hold infinities: some models save masks.
+    """
     flags: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         if _has_numbers(parameter):
@@ -232,7 +236,7 @@ def _has_numbers(tensor: Tensor) -> bool:
 
 
 def _comparable(tensor: Tensor) -> Tensor:
-    """The part of a tensor that lies here; torch compares no float8, and bfloat16 has its range."""
+    """Return the local part of a tensor; float8, which torch does not compare, as bfloat16."""
     local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     return local.to(torch.bfloat16) if "float8" in str(local.dtype) else local.detach()
 

@@ -1,4 +1,4 @@
-"""How token scores are spread: counts in fixed bins, which add up over batches and processes.
+"""Histograms of token scores in fixed bins, which can be summed over batches and processes.
 
 bin 0: below 2⁻¹³ nats · half octaves 2^(i/2), i = −26 … 10 · last bin: from 2⁵ nats
 """
@@ -21,7 +21,7 @@ BINS = len(EDGES) + 1
 
 @torch.no_grad()
 def histograms(scores: Mapping[str, Tensor | None], targets: Targets) -> Tensor:
-    """Counts of each sequence [B, len(SCORES) · BINS], fp32; all zero where a score is None."""
+    """Return counts per sequence [B, len(SCORES) · BINS] in fp32; zero for scores that are None."""
     B = targets.shape[0]
     counts = torch.zeros(B * len(SCORES) * BINS, dtype=torch.float32, device=targets.rows.device)
     edges = torch.tensor(EDGES, dtype=torch.float32, device=targets.rows.device)
@@ -30,14 +30,16 @@ def histograms(scores: Mapping[str, Tensor | None], targets: Targets) -> Tensor:
         if score is not None:
             bins = torch.bucketize(score.float(), edges, right=True)
             at = (targets.rows * len(SCORES) + i) * BINS + bins
-            # Sums of ones are exact: the same bits every time, also on GPUs.
+            # Sums of ones are exact, so the result is deterministic on GPUs too.
             counts.index_add_(0, at, torch.ones_like(at, dtype=counts.dtype))
     return counts.view(B, -1)
 
 
 def summed(rows: Any) -> dict[str, list[int]]:
-    """Counts over all sequences by score, of rows as `histograms` makes them or lists of such; a
-    score that no token has is left out."""
+    """Return {score: counts over all sequences}, from the rows of `histograms` or lists of them.
+
+    Leaves out scores without tokens.
+    """
     rows = np.concatenate(rows) if isinstance(rows, (list, tuple)) else np.asarray(rows)
     totals = rows.reshape(-1, len(SCORES), BINS).sum(0, dtype=np.float64)
     return {

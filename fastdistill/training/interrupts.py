@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: a checkpoint at the end of the step, then the end."""
+"""On Ctrl-C or SIGTERM, saves a checkpoint at the end of the step and then stops."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ _DEFAULT = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SI
 
 
 class SavesOnInterrupt(TrainerCallback):
-    """Within a `with`, the first signal asks for a checkpoint, the second ends the process.
+    """Context manager: the first signal requests a checkpoint, the second ends the process.
 
-    Handlers that somebody else set stay. Several processes would stop at different steps and wait
-    for each other, so that there only the checkpoints before remain.
+    Leaves signal handlers that the user installed unchanged. Does nothing with several processes:
+    they would stop at different steps and wait for each other.
     """
 
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
         self._signal: int | None = None
-        self._saved = -1  # the last step that is in a checkpoint, or was before this run
+        self._saved = -1  # last step that is in a checkpoint, or that ran before this run
         self._before: dict[signal.Signals, Any] = {}
 
     @property
     def is_pending(self) -> bool:
-        """Whether a signal waits for the end of its step."""
+        """Whether a signal arrived and its step has not ended yet."""
         return self._signal is not None
 
     def __enter__(self) -> SavesOnInterrupt:
@@ -59,17 +59,19 @@ class SavesOnInterrupt(TrainerCallback):
         if self._signal is not None or not saves or step in (0, self._saved):
             self._end(number, self._saved == step and step > 0)
         self._signal = number
-        os.write(2, b"\nA checkpoint is written after this step. Once more: stop at once.\n")
+        os.write(
+            2, b"\nSaving a checkpoint after this step. Repeat the signal to stop immediately.\n"
+        )
 
     def _end(self, number: int, is_saved: bool) -> None:
         step = self._trainer.state.global_step
         last_saved = self._saved if self._saved > 0 else None
         if is_saved:
-            words = f"Stopped at step {step}; checkpoint-{step} has all of it."
+            words = f"Stopped at step {step}; checkpoint-{step} is complete."
         elif last_saved is not None:
             words = f"Stopped in step {step + 1}; checkpoint-{last_saved} is the last checkpoint."
         else:
-            words = f"Stopped in step {step + 1}; there is no checkpoint, and that work is lost."
+            words = f"Stopped in step {step + 1}; there is no checkpoint, so the progress is lost."
         if number == signal.SIGTERM:
             logger.warning(words)
             raise SystemExit(128 + number)

@@ -1,5 +1,4 @@
-"""How long the rows of a training may be: what student and teacher read, compared with every
-example before the first step."""
+"""Checks before the first step that student and teacher can read every example's length."""
 
 from __future__ import annotations
 
@@ -17,8 +16,10 @@ from .data_checks import RowsWithoutTarget, sample_indices
 
 
 def row_limits(student: nn.Module, teacher: Any, config: DistillConfig) -> tuple[RowLimit, ...]:
-    """What student and teacher read; where rotary positions depend on a batch's longest row, also
-    how long rows may be that share a batch."""
+    """Return the longest rows that student and teacher can read.
+
+    Includes the limit for rows that share a batch, if rotary positions depend on the longest row.
+    """
     limits = [row_limit("student", student), getattr(teacher, "row_limit", None)]
     shared = max(config.train_batch_size, config.eval_batch_size) > 1 or config.packing
     longest = rope_limit(student)
@@ -41,17 +42,19 @@ def check_lengths(
     limits: tuple[RowLimit, ...],
     config: DistillConfig,
 ) -> None:
-    """Raise ValueError for the first example that is too long, with its number; on-policy also for
-    a prompt that leaves no room for max_new_tokens. Warn of rows without a target where every
-    example is read, unless `check_datasets` has found some."""
+    """Raise ValueError for the first example that is too long.
+
+    On-policy, also for the first prompt that leaves no room for max_new_tokens. Warns of rows
+    without a target if every example is read and `check_datasets` has not found any.
+    """
     for name, dataset in datasets.items():
-        untaught = RowsWithoutTarget(name)
-        check_row_lengths(name, dataset, encoder, limits, untaught.add)
+        without_target = RowsWithoutTarget(name)
+        check_row_lengths(name, dataset, encoder, limits, without_target.add)
         sampled = name == "train_dataset" and config.lmbda == 1.0
-        if untaught.indices and not sampled:
-            known = set(sample_indices(len(dataset))) & set(untaught.indices)
-            if not known:
-                untaught.warn()
+        if without_target.indices and not sampled:
+            reported = set(sample_indices(len(dataset))) & set(without_target.indices)
+            if not reported:
+                without_target.warn()
     if config.lmbda > 0:
         _check_room(datasets["train_dataset"], encoder, limits, config.max_new_tokens)
 

@@ -1,4 +1,4 @@
-"""README.md of a trained student: what it learnt from, how, and how far it got."""
+"""Writes the README.md of a trained student: teacher, objective and evaluation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .panel import Panel
 
 _EVALUATED = {
     "eval_kl": "KL(teacher ‖ student), nats per token",
-    "eval_agreement": "same first choice as the teacher",
+    "eval_agreement": "same most likely token as the teacher",
     "eval_teacher_mass": "teacher's mass on its k tokens",
     "eval_student_mass": "student's mass on them",
     "eval_nll": "negative log-likelihood of the text, nats per token",
@@ -28,7 +28,7 @@ _OURS = "Trained with fastdistill's DistillTrainer."
 
 
 def has_other_readme(folder: Path) -> bool:
-    """Whether a README.md is there that is no card of ours: somebody wrote it."""
+    """Return whether a folder has a README.md that this module did not write."""
     try:
         return _OURS not in (folder / "README.md").read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
@@ -44,10 +44,12 @@ def write_card(
     panel: Panel | None,
     state: Any,
 ) -> None:
-    """README.md in `folder`, with the metadata that the Hugging Face hub reads.
+    """Write README.md in `folder`, with the metadata that the Hugging Face hub reads.
 
-    `loss` is what was minimised, the configured Loss or what took its place; `student` is the
-    transformers model without adapters, `state` the trainer's, for its log.
+    Args:
+        loss: the loss that was minimized, the configured Loss or a custom one.
+        student: the transformers model without adapters.
+        state: the trainer's state, for its log.
     """
     name = name_of(student)
     rows = [("teacher", teacher_in_words(teacher)), *_objective(config, loss)]

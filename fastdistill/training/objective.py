@@ -1,10 +1,10 @@
-"""What the trainer computes where the hidden states meet the output head.
+"""The training loss and evaluation sums, computed from hidden states and the output head.
 
     N targets · H hidden size · V vocabulary · K teacher tokens · B sequences
 
-The teacher's answers are its top K, or its hidden states and head for a divergence over the whole
-vocabulary, or nothing, for the labels alone. Every function returns sums over targets, so that
-whoever knows the number of targets in the whole accumulated batch divides, once.
+The teacher's answers are its top K; or its hidden states and head, for a divergence over the whole
+vocabulary; or None, for the labels alone. Every function returns sums over targets. The trainer
+divides them once by the number of targets in the whole accumulated batch.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from .histograms import histograms
 from .selection import Selection, TokenSelection, weights_of
 from .targets import Targets
 
-# Columns of the per-sequence sums that evaluation gathers, instead of logits.
+# Columns of the per-sequence sums that evaluation gathers instead of logits.
 EVAL_COLUMNS = ("tokens", "loss", "nll", "top1", "kl", "agreement", "teacher_mass", "student_mass")
 _LOGGED_SUMS = ("divergence", "teacher_mass", "student_mass", "nll", "entropy")
-SCORING_TOPK = 64  # of a dense teacher, for scores that compare with a teacher's top K
+SCORING_TOPK = 64  # K of the scores that compare with a dense teacher
 
 
 class TeacherHidden(NamedTuple):
@@ -52,21 +52,21 @@ Answers = TopK | TeacherHidden | None  # of N targets; None for the labels alone
 
 
 class LossResult(NamedTuple):
-    """The loss summed over targets, and detached sums of what is logged beside it."""
+    """The loss summed over targets, and detached sums of the logged metrics."""
 
     loss: Tensor  # scalar, carries the gradient
-    per_token: Tensor | None  # (N,), before weights; None from a dense teacher's fused pass
+    per_token: Tensor | None  # (N,), before weights; None with a dense teacher
     sums: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Loss:
-    """The loss a configuration asks for, at one head.
+    """The configured loss at one head.
 
     ℓ_n = w_n · [(1 − c)·D(p_n, q_n) [·T²] + c·CE(label_n) + ζ·LSE_n²]
 
-    `labels_count`: False for tokens that the student sampled itself. Their labels are nobody's
-    truth, so c counts as 0.
+    `labels_count` is False for tokens that the student sampled. They are no ground truth, so c is
+    set to 0.
     """
 
     config: DistillConfig
@@ -144,12 +144,11 @@ class Loss:
     def measure(
         self, hidden: Tensor, head: LMHead, targets: Targets, answers: Answers
     ) -> tuple[Tensor, Tensor]:
-        """Per-sequence sums of the training loss, over all targets, and of what a student is judged
-        by: nll and accuracy, and from the teacher KL (bucket tail of its K; of a dense teacher the
-        whole vocabulary), agreement of the first choice, and both masses on its K.
+        """Return per-sequence sums (B, len(EVAL_COLUMNS)), and the `histograms` of token scores.
 
-        (B, len(EVAL_COLUMNS)), NaN where there is no teacher to compare with; and how nll, KL,
-        entropy and margin are spread, as `histograms` counts them.
+        Sums run over all targets: training loss, nll and accuracy; and, with a teacher, KL (bucket
+        tail of its K; whole vocabulary for a dense teacher), agreement on the most likely token,
+        and both masses on its K. Columns that need a teacher are NaN without one.
         """
         head, labels, topk = head.whole(), targets.labels, self._topk(answers)
         options = self._options(head, True) | {"reduction": "none", "backward": "auto"}
@@ -250,7 +249,7 @@ def _per_token(
 
 
 def _empty_topk(labels: Tensor) -> TopK:
-    """A teacher with one empty slot: under "bucket" it agrees with every student."""
+    """Return a teacher with one empty slot: with tail="bucket" its divergence is 0."""
     ids = torch.full((*labels.shape, 1), -1, dtype=torch.int64, device=labels.device)
     return TopK(ids, torch.zeros_like(ids, dtype=torch.float32), temperature=1.0)
 

@@ -1,5 +1,8 @@
-"""A teacher that is elsewhere. Behind a URL it is asked like a model; answers on disk are read
-where batches are made, in the DataLoader's workers, and travel in the batch."""
+"""Remote and cached teachers.
+
+A server behind a URL is queried like a model. Cached answers are read in the DataLoader's workers
+and travel in the batch.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ _COLUMNS = ("teacher_ids", "teacher_logprobs", "teacher_log_tail")
 
 
 def open_teacher(teacher: Any) -> Any:
-    """The server behind a URL, the cache in a folder; anything else as it is."""
+    """Return the server behind a URL or the cache in a folder; return anything else unchanged."""
     if not isinstance(teacher, (str, Path)):
         return teacher
     source = resolve("teacher", teacher)
@@ -33,7 +36,7 @@ def open_teacher(teacher: Any) -> Any:
 
 @dataclass(frozen=True)
 class CacheLookup:
-    """What a collator adds to a batch; the cache travels to a worker without its open files."""
+    """Adds cached answers to a batch. Can be pickled for workers: open files are left out."""
 
     teacher: TeacherCache
     k: int
@@ -47,22 +50,23 @@ class CacheLookup:
         if unanswered.any():
             raise ValueError(
                 f"labels: expected targets that {self.teacher.path} has answers for, got "
-                f"{int(unanswered.sum())} in one batch that it has none for. It was built with "
-                "positions='targets' from examples with fewer targets: build it from these, or "
-                "with positions='all'"
+                f"{int(unanswered.sum())} targets without answers in one batch. The cache was "
+                "built with positions='targets' from examples with fewer targets: rebuild it from "
+                "these examples, or with positions='all'"
             )
         assert answers.log_tail is not None
         return dict(zip(_COLUMNS, (answers.ids, answers.logprobs, answers.log_tail), strict=True))
 
 
 def cache_lookup(teacher: Any, config: DistillConfig) -> CacheLookup | None:
+    """Return what adds a cached teacher's answers to a batch, or None for other teachers."""
     if not isinstance(teacher, TeacherCache) or config.k is None:
         return None
     return CacheLookup(teacher, config.k, config.temperature)
 
 
 def answers_from_batch(batch: Mapping[str, Tensor], temperature: float) -> TopK | None:
-    """What a worker put into the batch [B, T, K]."""
+    """Return the answers [B, T, K] that a worker added to the batch, or None."""
     if _COLUMNS[0] not in batch:
         return None
     ids, logprobs, log_tail = (batch[name] for name in _COLUMNS)
@@ -72,11 +76,11 @@ def answers_from_batch(batch: Mapping[str, Tensor], temperature: float) -> TopK 
 def check_cache_settings(
     teacher: TeacherCache, config: DistillConfig, processing_class: Any
 ) -> None:
-    """What answers on disk cannot be asked."""
+    """Raise ValueError for settings and tokenizers that do not fit the cached answers."""
     if config.lmbda:
         raise ValueError(
-            f"lmbda: expected 0 with a cached teacher, got {config.lmbda:g}: nobody can say in "
-            "advance what the student will sample. Use the model, or a server"
+            f"lmbda: expected 0 with a cached teacher, got {config.lmbda:g}: a cache has no "
+            "answers for what the student will sample. Use the model or a server"
         )
     if processing_class is not None:
         teacher.check_tokenizer(processing_class)
@@ -85,14 +89,13 @@ def check_cache_settings(
     if teacher.sampled and (config.divergence != "forward_kl" or config.tail == "renorm_both"):
         raise ValueError(
             f"divergence: expected 'forward_kl' (with any tail but 'renorm_both') with sampled "
-            f"targets, got {config.divergence!r} with tail={config.tail!r}. Draws are right on "
-            "average for what is linear in the teacher's probabilities, and for nothing else"
+            f"targets, got {config.divergence!r} with tail={config.tail!r}. Sampled targets are "
+            "unbiased only for losses that are linear in the teacher's probabilities"
         )
 
 
 def check_cache_covers(teacher: Any, encoder: Encoder, datasets: Mapping[str, Any]) -> None:
-    """Before the first step: whether a cache was built from these examples and has answers
-    at their targets, by a look at some."""
+    """Raise ValueError if a cache lacks answers for the targets of some sampled examples."""
     if not isinstance(teacher, TeacherCache):
         return
     for name, dataset in datasets.items():
@@ -102,17 +105,17 @@ def check_cache_covers(teacher: Any, encoder: Encoder, datasets: Mapping[str, An
             if not teacher.has(tokens):
                 raise ValueError(
                     f"{name}: expected examples that {teacher.path} was built from, got one "
-                    f"(number {index}) whose tokens it does not have. The cache read them with "
+                    f"(number {index}) that is not in it. The cache was built with "
                     f"max_length={teacher.manifest.settings.max_length} and completion_only_loss="
-                    f"{teacher.manifest.settings.completion_only}; build one from this dataset, or "
-                    "pass the dataset and the settings that it was built from"
+                    f"{teacher.manifest.settings.completion_only}. Build a cache from this "
+                    "dataset, or use the dataset and settings that it was built from"
                 )
             missing = (targets[1:] != IGNORE_INDEX) & ~teacher.answered(tokens)[:-1]
             if missing.any():
                 raise ValueError(
                     f"labels: expected targets that {teacher.path} has answers for, got "
-                    f"{int(missing.sum())} in example {index} of {name} that it has none for (the "
-                    f"first is token {int(missing.nonzero()[0]) + 1}). It was built with "
-                    "positions='targets' from examples with fewer targets: build it from these, or "
-                    "with positions='all'"
+                    f"{int(missing.sum())} targets without answers in example {index} of {name} "
+                    f"(the first is token {int(missing.nonzero()[0]) + 1}). The cache was built "
+                    "with positions='targets' from examples with fewer targets: rebuild it from "
+                    "these examples, or with positions='all'"
                 )

@@ -1,7 +1,7 @@
-"""What the teacher says about the first batch, before the student has moved.
+"""A report on the first batch, before the first update.
 
-A teacher that answers knows the next token better than the same answers in another order: the
-shuffled control stands beside every figure that it can change.
+A real teacher predicts the next token better than the same answers in another order. So each
+metric that depends on the order is reported with a shuffled control.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .targets import Targets
 _DIVERGENCE_TEXT = {
     "forward_kl": "KL(teacher ‖ student), forward",
     "reverse_kl": "KL(student ‖ teacher), reverse",
-    "jsd": "generalised Jensen–Shannon, beta = {beta:g}",
+    "jsd": "generalized Jensen–Shannon, beta = {beta:g}",
     "tvd": "total variation",
     "hellinger": "squared Hellinger",
     "skew_forward_kl": "KL(teacher ‖ mix), skew = {skew:g}",
@@ -33,8 +33,8 @@ _DIVERGENCE_TEXT = {
 _TAIL_TEXT = {
     "bucket": "compared as one more outcome",
     "truncate": "left out",
-    "renorm_teacher": "teacher renormalised over the k tokens",
-    "renorm_both": "both renormalised over the k tokens",
+    "renorm_teacher": "teacher renormalized over the k tokens",
+    "renorm_both": "both renormalized over the k tokens",
 }
 
 _OVERLAP_TOKENS = 1024
@@ -42,10 +42,10 @@ _OVERLAP_TOKENS = 1024
 
 @dataclass(frozen=True, kw_only=True)
 class Panel:
-    """The first batch in figures; KL and NLL are means over its target tokens, in nats.
+    """Metrics of the first batch; KL and NLL are means over its target tokens, in nats.
 
-    overlap: share of the teacher's k tokens that are among the student's k likeliest too.
-    counts: how the student's token scores are spread, by score (see histograms.py).
+    overlap: share of the teacher's k tokens that are in the student's top k too.
+    counts: histograms of the student's token scores, by score (see histograms.py).
     """
 
     objective: str
@@ -74,7 +74,7 @@ class Panel:
 
     @property
     def informative(self) -> bool:
-        """Whether the teacher fits this text better than its own answers in another order."""
+        """Whether the teacher predicts this text better than its own answers in another order."""
         return self.teacher_nll < self.teacher_nll_shuffled
 
     def lines(self) -> list[tuple[str, str]]:
@@ -85,8 +85,11 @@ class Panel:
             ("temperature", f"T = {self.temperature:g}, divergence × {self.t2:g}"),
             ("teacher tokens", f"top {self.k}; the rest: {self.tail}"),
             ("covered teacher mass", mass),
-            (f"overlap@{self.k}", f"{self.overlap:.1%} of them are the student's top {self.k} too"),
-            ("target tokens", f"{self.tokens:,} ({self.masked_share:.1%} of tokens are no target)"),
+            (f"overlap@{self.k}", f"{self.overlap:.1%} of them are in the student's top {self.k}"),
+            (
+                "target tokens",
+                f"{self.tokens:,} ({self.masked_share:.1%} of tokens are not targets)",
+            ),
             ("KL to the teacher", f"{self.kl:.3f} (shuffled teacher {self.kl_shuffled:.3f})"),
             (
                 f"teacher's NLL of {text}",
@@ -105,8 +108,8 @@ class Panel:
         console.print(table)
         if not self.informative and not self.sampled:
             console.print(
-                "The teacher fits this text no better than its own answers in another order. Is it "
-                "trained, and are these its tokens?",
+                "The teacher predicts this text no better than its own answers in another order. "
+                "Check that it is trained and that it uses this tokenizer.",
                 style="yellow",
             )
 
@@ -123,8 +126,10 @@ def first_batch(
     contexts: Tensor,  # (N,), see `contexts_of`
     sampled: bool,
 ) -> Panel:
-    """Measure the first batch, of which `attended` tokens are no padding; with
-    config.check_signal, raises where the teacher's answers depend on nothing."""
+    """Return the metrics of the first batch, which has `attended` tokens besides padding.
+
+    With config.check_signal, raises ValueError if the teacher's answers do not depend on the text.
+    """
     is_dense = isinstance(answers, TeacherHidden)
     teacher = (
         answers.topk(SCORING_TOPK, config.temperature, config.impl)
@@ -135,7 +140,7 @@ def first_batch(
     if config.check_signal:
         check_teacher_valid(teacher, labels, contexts, head.vocab_size)
     scoring = {"impl": config.impl, **head.options()}
-    # Students half a batch away from their teachers: the same pairs as shuffled teachers make.
+    # Shifting the students by half a batch makes the same pairs as shifting the teacher.
     aligned, shuffled = (
         token_scores(
             hidden[order],

@@ -1,9 +1,9 @@
-"""What a run leaves in its output folder, read without PyTorch.
+"""Reads a run's log from its output folder, without PyTorch.
 
-metrics.jsonl: one JSON object a line, only ever appended to: {"run", "time", "step", …figures}, or
-with "event": train_begin, first_batch, histograms, train_end. run.json: models, settings, versions
-and machine of the last start. A run that is resumed logs the steps behind its checkpoint a second
-time; readers take the later line.
+metrics.jsonl: append-only, one JSON object per line: {"run", "time", "step", …metrics}, or with
+"event": train_begin, first_batch, histograms, train_end. run.json: models, settings, versions and
+machine of the last start. A resumed run logs the steps after its checkpoint a second time; readers
+use the later line.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ SETTINGS = "run.json"
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """The last run in a folder, resumed ones joined.
+    """The last run in a folder, joined with the runs that it resumed.
 
-    lines: figures and events in the order they were written. settings: of run.json; None where it
-    is missing or damaged. damaged: lines that were cut off.
+    lines: metrics and events in the order of writing. settings: content of run.json; None if it is
+    missing or damaged. damaged: number of truncated lines.
     """
 
     lines: list[dict[str, Any]]
@@ -39,7 +39,7 @@ class RunRecord:
 
 
 def read_run(output_dir: str | Path) -> RunRecord:
-    """The record of the last run in a folder.
+    """Return the record of the last run in a folder.
 
     Raises:
         FileNotFoundError: the folder has no metrics.jsonl.
@@ -57,8 +57,8 @@ def read_run(output_dir: str | Path) -> RunRecord:
             continue
         if line.get("event") == "train_begin":
             run, step = line["run"], line["step"]
-            # A new run from step 0, or what an interrupted one had done beyond its checkpoint. An
-            # evaluation before its own beginning belongs to it.
+            # A new run replaces all lines; a resumed run replaces those after its checkpoint. An
+            # evaluation that a run logged before its train_begin belongs to that run.
             before = set() if run in started else {run}
             lines = [e for e in lines if e["run"] in before or (step and e["step"] <= step)]
             started.add(run)
@@ -69,8 +69,10 @@ def read_run(output_dir: str | Path) -> RunRecord:
 
 
 def read_metrics(output_dir: str | Path) -> list[dict[str, Any]]:
-    """The figures of the last run in a folder, resumed ones joined: one entry per step and kind of
-    line, in order of steps. Lines that were cut off are left out."""
+    """Return the metrics of the last run in a folder, in order of steps.
+
+    Includes the runs that it resumed, and leaves out truncated lines.
+    """
     return read_run(output_dir).figures
 
 

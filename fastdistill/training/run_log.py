@@ -1,5 +1,4 @@
-"""Writes metrics.jsonl and run.json: everything a run logs and was asked to do, in its output
-folder, whatever `report_to` says."""
+"""Writes metrics.jsonl and run.json to the output folder, independently of `report_to`."""
 
 from __future__ import annotations
 
@@ -27,7 +26,7 @@ _GIB = 2**30
 
 
 class RunLog(TrainerCallback):
-    """Appends what the trainer logs; `teacher` is what it learns from."""
+    """Appends the trainer's logs to metrics.jsonl; `teacher` is the trainer's teacher."""
 
     def __init__(self) -> None:
         self.teacher: Any = None
@@ -46,7 +45,7 @@ class RunLog(TrainerCallback):
         self._append(args, state, {"event": "first_batch", "edges": EDGES} | asdict(panel))
 
     def evaluated(self, rows: Any) -> None:
-        """Histograms of an evaluation, written when its figures are logged."""
+        """Store the histograms of an evaluation until its metrics are logged."""
         self._counts = {} if rows is None else summed(rows)
 
     def on_evaluate(
@@ -75,15 +74,17 @@ class RunLog(TrainerCallback):
         path.parent.mkdir(parents=True, exist_ok=True)
         line = json.dumps(figures, ensure_ascii=False, allow_nan=False) + "\n"
         with path.open("a+b") as file:
-            # What a killed process left half written stays a line of its own.
+            # Do not append to a line that a killed process left incomplete.
             if file.seek(0, os.SEEK_END) and _last_byte(file) != b"\n":
                 file.write(b"\n")
             file.write(line.encode())
 
 
 def _peak_memory(args: Any) -> dict[str, float]:
-    """The most this process has held so far; PyTorch's own counter on a GPU, which waits for no
-    kernel, and resident memory on a CPU."""
+    """Return the peak memory of this process so far.
+
+    On a GPU, PyTorch's counter, which needs no synchronization; on a CPU, resident memory.
+    """
     if args.device.type == "cuda":
         return {
             "peak_gpu_memory_gib": round(torch.cuda.max_memory_allocated(args.device) / _GIB, 3)
@@ -100,7 +101,7 @@ def _last_byte(file: Any) -> bytes:
 
 
 def _to_json(value: Any) -> Any:
-    """As JSON has it: numbers that are none become null."""
+    """Convert a value to JSON types; NaN and infinity become None."""
     if isinstance(value, dict):
         return {name: _to_json(v) for name, v in value.items()}
     if hasattr(value, "item"):

@@ -1,4 +1,4 @@
-"""What a run was asked to do, and where it ran: models, settings, versions, machine. No secrets."""
+"""Records the models, settings, versions and machine of a run, without secrets."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from .config import DistillConfig
 from .model_card import name_of, teacher_in_words
 from .student import is_adapted, without_adapters
 
-# Ways to say nothing: TrainingArguments turns one into another.
+# Values that mean unset: TrainingArguments converts some into others.
 _UNSET: tuple[Any, ...] = (None, False, "", "none", [], {})
 
 
-# What the optimizer's state in a checkpoint decides, whatever the arguments say.
+# Settings that the optimizer's state in a checkpoint overrides.
 OPTIMIZER_SETTINGS = (
     "learning_rate",
     "weight_decay",
@@ -32,8 +32,8 @@ OPTIMIZER_SETTINGS = (
     "optim",
     "optim_args",
 )
-# Transformers' settings that change which student comes out, beside those above and all of ours but
-# the ones that only say how it is done.
+# Other settings of transformers that change the trained student. Those of DistillConfig do too,
+# except _MANNER_SETTINGS.
 _RESULT_SETTINGS = (
     "lr_scheduler_type",
     "lr_scheduler_kwargs",
@@ -59,7 +59,7 @@ _MANNER_SETTINGS = (
 
 
 def result_settings(config: DistillConfig, student: Any, teacher: Any) -> dict[str, Any]:
-    """JSON of what decides which student a run ends with, as far as it can be told by name."""
+    """Return JSON of the settings that determine the trained student, models by name."""
     inherited = {field.name for field in fields(TrainingArguments)}
     ours = {field.name for field in fields(DistillConfig)} - inherited - set(_MANNER_SETTINGS)
     values = config.to_dict()
@@ -79,12 +79,12 @@ def result_settings(config: DistillConfig, student: Any, teacher: Any) -> dict[s
 
 
 def _absolute(name: str | None) -> str | None:
-    """A relative path means another folder elsewhere."""
+    """Return an existing path as an absolute path, and any other name unchanged."""
     return str(Path(name).resolve()) if name and Path(name).exists() else name
 
 
 def changed_settings(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
-    """Return {name: "now, before"} of the settings that both have and that differ."""
+    """Return {name: "got now, not before"} for the settings in both dicts that differ."""
     return {
         name: f"got {value!r}, not {printable(repr(before[name]))}"
         for name, value in now.items()
@@ -93,8 +93,10 @@ def changed_settings(before: dict[str, Any], now: dict[str, Any]) -> dict[str, s
 
 
 def settings_of(config: DistillConfig, student: Any, teacher: Any) -> dict[str, Any]:
-    """JSON of a run: student, teacher, config, which settings are `changed` from their defaults,
-    versions and machine. Settings that hold tokens are left out, and the folder itself."""
+    """Return JSON of a run: models, config, settings `changed` from defaults, versions, machine.
+
+    Leaves out settings that hold secrets, and the output folder.
+    """
     model = without_adapters(student)
     environment = describe()
     values = {
@@ -108,7 +110,7 @@ def settings_of(config: DistillConfig, student: Any, teacher: Any) -> dict[str, 
             "name": name_of(model),
             "class": type(model).__name__,
             "adapters": is_adapted(student),
-            # Partitions say little of the whole.
+            # A partition has only a part of the parameters.
             "parameters": None if is_partitioned(model) else model.num_parameters(),
             "trainable": None
             if is_partitioned(model)
@@ -147,7 +149,7 @@ def _changed(config: DistillConfig, values: dict[str, Any]) -> list[str]:
 
 
 def _to_json(value: Any) -> Any:
-    """As JSON has it, with what may be a secret left out of dicts."""
+    """Convert a value to JSON types, without entries of dicts that may be secrets."""
     if isinstance(value, dict):
         return {str(k): _to_json(v) for k, v in value.items() if not _is_secret(str(k))}
     if isinstance(value, (list, tuple)):

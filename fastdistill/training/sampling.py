@@ -1,8 +1,8 @@
-"""On-policy batches: the student continues prompts, and learns from what the teacher says of that.
+"""On-policy batches: the student samples completions, and the teacher scores them.
 
-Whether a step samples, and every token it samples, follow from the seed, the step and the prompt by
-hashing: not from a random stream. The same run gives the same samples however its batches are cut
-over micro-batches and processes, and whether or not it was interrupted.
+The seed, the step and the prompt determine by a hash whether a step samples, and every sampled
+token; there is no random stream. So a run gives the same samples for any micro-batch size and
+number of processes, and after an interruption.
 
     step s is on-policy where h(seed, s) < lmbda
     token j of a completion is the first whose cumulative probability exceeds h(seed, s, prompt, j)
@@ -30,7 +30,7 @@ from .data_checks import some_of
 
 
 def uniform(*key: object) -> float:
-    """A number in [0, 1) that depends on the key alone."""
+    """Return a number in [0, 1) that depends only on the key."""
     digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "big") >> 11) * 2.0**-53
 
@@ -40,10 +40,10 @@ def is_on_policy(config: DistillConfig, step: int) -> bool:
 
 
 def prompts_of(batch: Mapping[str, Tensor]) -> list[Tensor]:
-    """The tokens of prompt_mask, as DistillCollator makes it.
+    """Return the prompt tokens of each row, from prompt_mask as DistillCollator makes it.
 
-    A batch of somebody else's has none: there a prompt is what comes before the first target, and
-    the whole row where nothing or one token does, since the first token is never a target.
+    In a batch without prompt_mask, a prompt is everything before the first target. It is the whole
+    row if at most one token comes before, since the first token is never a target.
 
     Raises:
         ValueError: a row without a prompt.
@@ -54,9 +54,9 @@ def prompts_of(batch: Mapping[str, Tensor]) -> list[Tensor]:
         for index, prompt in enumerate(prompts):
             if not len(prompt):
                 raise ValueError(
-                    "prompt: expected at least one token to sample behind, got an empty prompt and "
-                    f"a tokenizer that begins no text (example {index} of its batch). Put a token "
-                    "that begins a text into the prompt"
+                    "prompt: expected at least one token to continue, got an empty prompt and a "
+                    f"tokenizer without a BOS token (example {index} of its batch). Add a BOS "
+                    "token to the prompt"
                 )
         return prompts
     columns = (batch[name].cpu() for name in ("input_ids", "attention_mask", "labels"))
@@ -70,7 +70,7 @@ def prompts_of(batch: Mapping[str, Tensor]) -> list[Tensor]:
 
 
 class _KeyedChoice(LogitsProcessor):
-    """Leaves one token per row, drawn from the row's distribution at its key's number."""
+    """Selects one token per row by inverse transform sampling at the uniform of the row's key."""
 
     def __init__(self, keys: list[tuple[object, ...]], prompt_length: int) -> None:
         self.keys, self.prompt_length = keys, prompt_length
@@ -98,16 +98,16 @@ def sample(
     synced: bool,
     limits: Sequence[RowLimit] | None = None,
 ) -> dict[str, Tensor]:
-    """A batch of the same prompts with completions of the student's own as targets.
+    """Return a batch of the same prompts, with completions sampled by the student as targets.
 
     Args:
-        model: the transformers model of the student, unwrapped. ends: ids that end a completion.
-        vocab: ids from here on are padding of the student's head and are never drawn.
-        synced: other processes generate at the same time and must take as many steps.
-        limits: the longest rows that student and teacher read; None measures the student's.
+        model: the student's transformers model, unwrapped. ends: ids that end a completion.
+        vocab: ids from here on are padding of the student's head and are never sampled.
+        synced: other processes generate at the same time and must run the same number of steps.
+        limits: the longest rows that student and teacher can read; None uses the student's.
 
     Raises:
-        ValueError: a prompt and max_new_tokens are longer than one of the limits.
+        ValueError: a prompt with max_new_tokens is longer than one of the limits.
     """
     device = batch["input_ids"].device
     prompts = prompts_of(batch)
@@ -134,7 +134,7 @@ def sample(
 
 
 def _keys(config: DistillConfig, step: int, prompts: list[Tensor]) -> list[tuple[object, ...]]:
-    """One per prompt; equal prompts of a batch are told apart by their count."""
+    """Return a key per prompt; equal prompts in a batch are distinguished by a counter."""
     seen: Counter[str] = Counter()
     keys: list[tuple[object, ...]] = []
     for prompt in prompts:
@@ -145,7 +145,7 @@ def _keys(config: DistillConfig, step: int, prompts: list[Tensor]) -> list[tuple
 
 
 class _OnlyTokens(LogitsProcessor):
-    """Rows of the head that are padding are never drawn."""
+    """Excludes the padding rows of the head from sampling."""
 
     def __init__(self, vocab: int) -> None:
         self.vocab = vocab
@@ -172,11 +172,11 @@ def _row(prompt: Tensor, completion: Tensor) -> Row:
 
 
 def set_generation_ends(model: Any, encoder: Encoder, dataset: Any) -> None:
-    """Let a student that learns from conversations end what it generates where its turns end.
+    """Add the end-of-turn token to the student's eos_token_id if it trains on conversations.
 
-    The saved model would otherwise go on behind its turn, where the end of a turn is another token
-    than the end of a text. Conversations are examples with that token, however they are written; a
-    stream, which a look would use up, is taken for one of them.
+    Otherwise a saved model would continue after its turn, if the end of a turn is another token
+    than the end of a text. Conversations are examples with that token. A stream, which reading
+    would consume, is assumed to have conversations.
     """
     settings, end = getattr(model, "generation_config", None), turn_end(encoder.tokenizer)
     if settings is None or end is None or dataset is None:

@@ -1,4 +1,4 @@
-"""Whether a student can be saved, found out before it is trained."""
+"""Checks before training that a student can be saved."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .student import is_adapted
 
 
 def check_savable(model: nn.Module, processing_class: Any, args: Any) -> None:
-    """Save everything but the weights beside the output folder, and look at how weights are tied.
+    """Save everything but the weights to a temporary folder, and check the tied weights.
 
     Raises:
         ValueError: the student, its tokenizer or the arguments cannot be saved.
@@ -39,9 +39,9 @@ def check_savable(model: nn.Module, processing_class: Any, args: Any) -> None:
         ):
             try:
                 save()
-            except Exception as error:  # whatever the libraries raise, it would end the run later
+            except Exception as error:  # any error of the libraries would end the run later
                 raise ValueError(
-                    f"{what}: expected one that can be saved, got an error from saving it: "
+                    f"{what}: expected an object that can be saved, got an error on saving it: "
                     f"{printable(error, 1000)}"
                 ) from error
 
@@ -53,7 +53,7 @@ def _save_configs(model: Any, folder: str) -> None:
         return
     if getattr(model, "config", None) is not None:
         model.config.save_pretrained(folder)
-    # As save_pretrained has it.
+    # As in save_pretrained.
     if isinstance(model, PreTrainedModel) and model.can_generate():
         generation: Any = model.generation_config
         generation.save_pretrained(folder)
@@ -65,7 +65,7 @@ def _save_tokenizer(processing_class: Any, folder: str) -> None:
 
 
 def _check_tied(model: nn.Module) -> None:
-    """Raise what save_pretrained raises for weights that share memory without being declared."""
+    """Raise the error of save_pretrained for undeclared weights that share memory."""
     check = getattr(modeling_utils, "remove_tied_weights_from_state_dict", None)
     if check is not None and isinstance(model, PreTrainedModel):
         check(model.state_dict(), model)
@@ -75,15 +75,15 @@ _HASH = "_original_object_hash"
 
 
 def has_loaded_generation_config(model: Any) -> bool:
-    """Return whether the generation config is the one that came with the weights.
+    """Return whether the generation config is unchanged since the model was loaded.
 
-    transformers saves such a one back even where it contradicts itself, as some that are published
-    do, and refuses to save it once it was changed.
+    transformers saves an unchanged config even if it is inconsistent, as some published ones are,
+    but refuses to save it after a change.
     """
     generation = getattr(model, "generation_config", None)
     return generation is not None and getattr(generation, _HASH, None) == hash(generation)
 
 
 def keep_generation_config_savable(model: Any) -> None:
-    """Mark the generation config as loaded, after the Trainer took special tokens over to it."""
+    """Mark the generation config as unchanged, after the Trainer set special tokens in it."""
     setattr(model.generation_config, _HASH, hash(model.generation_config))

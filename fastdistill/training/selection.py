@@ -1,13 +1,13 @@
 """Which tokens to train on, by any score of `token_scores`.
 
-    top share     w_n = n_b / m_b for the m_b = ⌈share · n_b⌉ targets of sequence b that score
-                  highest (or lowest), 0 for the others        (n_b: targets of the sequence)
-    threshold     w_n = 1 where the score is on the wanted side, else 0
+    top share     w_n = n_b / m_b for the m_b = ⌈share · n_b⌉ targets of sequence b with the
+                  highest (or lowest) scores, 0 for the others (n_b: targets of the sequence)
+    threshold     w_n = 1 where the score is on the selected side, else 0
     weight        w_n = s_n / mean of s over the sequence's targets
 
-Everything is decided within a sequence, so that how a batch is cut, over micro-batches or
-processes, changes nothing. The weights of a sequence sum to n_b (a threshold's excepted): the loss
-stays a mean over targets, and a learning rate keeps its meaning at any share.
+Selection is per sequence, so the result does not depend on micro-batch size or number of
+processes. The weights of a sequence sum to n_b (except with a threshold): the loss stays a mean
+over targets, and the same learning rate fits any share.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SCORES = (
     "teacher_mass", "student_mass", "hellinger",
 )  # fmt: skip
 _OF_TEACHER = {"forward_kl", "teacher_mass", "student_mass", "hellinger"}
-_SIGNED = {"max_logprob", "lse"}  # no weights
+_SIGNED = {"max_logprob", "lse"}  # may be negative, so not allowed as weights
 _WORDS = re.compile(
     r"(?P<score>\w+)(?:\s+(?P<side>top|bottom)\s+(?P<share>\S+)"
     r"|\s*(?P<relation>>=|<=)\s*(?P<threshold>\S+)|\s+(?P<weight>weight))"
@@ -37,13 +37,13 @@ _WORDS = re.compile(
 
 @dataclass(frozen=True, kw_only=True)
 class TokenSelection:
-    """One rule. Exactly one of share, threshold and weight is given.
+    """A selection rule with exactly one of share, threshold and weight.
 
     Args:
         score: a field of TokenScores, of the student at the training temperature: "entropy" (after
             arXiv 2506.01939), "nll", "margin", "forward_kl", "hellinger" (arXiv 2510.11615), …
         share: train on this share of each sequence's targets, 0 < share ≤ 1.
-        threshold: train where the score is at least this (at most, with lowest).
+        threshold: train on tokens with at least this score (with lowest: at most).
         weight: multiply each token's loss by its score, divided by the sequence's mean score.
         lowest: prefer low scores.
     """
@@ -57,7 +57,7 @@ class TokenSelection:
     def __post_init__(self) -> None:
         if self.score not in SCORES:
             raise ValueError(
-                f"token_selection: expected a score among {', '.join(SCORES)}, got {self.score!r}"
+                f"token_selection: expected one of {', '.join(SCORES)}, got {self.score!r}"
             )
         options = (self.share is not None, self.threshold is not None, self.weight)
         if sum(options) != 1:
@@ -77,7 +77,7 @@ class TokenSelection:
 
     @classmethod
     def parse(cls, words: str) -> TokenSelection:
-        """ "entropy top 0.2", "nll bottom 0.5", "margin <= 1.5", "forward_kl weight"."""
+        """Parse "entropy top 0.2", "nll bottom 0.5", "margin <= 1.5" or "forward_kl weight"."""
         match = _WORDS.fullmatch(words.strip())
         number = None if match is None else match["share"] or match["threshold"] or "0"
         try:
@@ -118,11 +118,11 @@ class TokenSelection:
             mean = (targets.per_row(values) / count.clamp(min=1))[targets.rows]
             return torch.where(mean > 0, values / mean.clamp(min=1e-30), 1.0)
         assert self.share is not None
-        # Rounded up, but never by what float arithmetic left above a whole number.
+        # Round up, with a tolerance for floating-point error just above an integer.
         selected_count = (self.share * count - 1e-4).ceil().clamp(min=1)
-        place = _place_in_row(values if self.lowest else -values, targets.rows)
+        rank = _rank_in_row(values if self.lowest else -values, targets.rows)
         return torch.where(
-            place < selected_count[targets.rows], (count / selected_count)[targets.rows], 0.0
+            rank < selected_count[targets.rows], (count / selected_count)[targets.rows], 0.0
         )
 
 
@@ -130,20 +130,23 @@ Selection = TokenSelection | Callable[[TokenScores], Tensor]
 
 
 def selection_of(selection: str | Selection | None) -> Selection | None:
-    """What a configuration may say, as a rule. A callable is one already: it takes TokenScores
-    [N] and returns weights [N], 0 where a token is left out."""
+    """Return the selection rule of a configuration value, parsing text.
+
+    A callable is a rule already: it takes TokenScores [N] and returns weights [N], 0 for tokens
+    that are left out.
+    """
     if selection is None or isinstance(selection, TokenSelection) or callable(selection):
         return selection
     if not isinstance(selection, str):
         raise TypeError(
-            "token_selection: expected words, a TokenSelection or a function of TokenScores, got "
+            "token_selection: expected a str, a TokenSelection or a function of TokenScores, got "
             f"{type(selection).__name__}"
         )
     return TokenSelection.parse(selection)
 
 
 def weights_of(rule: Selection, scores: TokenScores, targets: Targets) -> Tensor:
-    """Weights [N] of a rule; raises where a caller's own function gives something else."""
+    """Return the weights [N] of a rule; raise ValueError for invalid weights of a function."""
     if isinstance(rule, TokenSelection):
         return rule(scores, targets)
     weights = torch.as_tensor(rule(scores))
@@ -155,16 +158,18 @@ def weights_of(rule: Selection, scores: TokenScores, targets: Targets) -> Tensor
         )
     weights = weights.to(device=targets.labels.device, dtype=torch.float32)
     if not bool((weights >= 0).all()) or not bool(weights.isfinite().all()):
-        raise ValueError("token_selection: expected finite weights of 0 or more, got others")
+        raise ValueError("token_selection: expected finite weights of 0 or more, got other weights")
     return weights
 
 
-def _place_in_row(values: Tensor, rows: Tensor) -> Tensor:
-    """Each value's place among those of its row, 0 for the smallest; equal ones keep their order.
-    `rows` is ascending."""
+def _rank_in_row(values: Tensor, rows: Tensor) -> Tensor:
+    """Return each value's rank in its row, 0 for the smallest; ties keep their order.
+
+    `rows` is ascending.
+    """
     order = values.sort(stable=True).indices
     order = order[rows[order].sort(stable=True).indices]
     first = torch.searchsorted(rows, rows)
-    place = torch.empty_like(rows)
-    place[order] = torch.arange(len(rows), device=rows.device)
-    return place - first
+    rank = torch.empty_like(rows)
+    rank[order] = torch.arange(len(rows), device=rows.device)
+    return rank - first

@@ -1,9 +1,8 @@
-"""Whether a teacher's answers are about this text; that they are a distribution at all is checked
-in every batch (fastdistill/answer_checks.py).
+"""Checks that a teacher's answers belong to this text and these positions.
 
-Most failed distillations fail in the first batch: a payload of zeros, of another position or of
-another text trains a student smoothly towards nothing. All functions take the answers at N targets
-and the tokens that came there.
+Most failed distillations fail in the first batch: answers that are zeros, shifted or from another
+text train without an error. All functions take the answers at N targets and the true tokens.
+answer_checks.py checks in every batch that answers are a distribution.
 """
 
 from __future__ import annotations
@@ -17,23 +16,23 @@ from torch import Tensor
 from ..examples import IGNORE_INDEX
 from ..outputs import TopK
 
-MIN_TOKENS = 64  # targets for a verdict
+MIN_TOKENS = 64  # targets needed for a decision
 _LEAST_EXPECTED_GAP = (
-    0.25  # nats per token: below it a teacher claims to know nothing, and there is no lie
+    0.25  # nats per token: a teacher with a smaller expected gap makes no prediction to test
 )
-_LEAST_OBSERVED_SHARE = 0.1  # share of its claim that an honest teacher delivers at the very least
+_LEAST_OBSERVED_SHARE = 0.1  # least share of the expected gap that a valid teacher reaches
 _MAX_COMPARED = 2048  # targets
-_CERTAIN_PROBABILITY = 0.99  # probability of one token
-_SLACK = 0.01  # nats above −log V that count as the average
+_CERTAIN_PROBABILITY = 0.99  # of one token
+_SLACK = 0.01  # nats above −log V that still count as uniform
 
 
 @dataclass(frozen=True, kw_only=True)
 class Signal:
-    """Means over targets, in nats, beside the same answers half a batch away.
+    """Means over targets in nats, compared with the same answers shifted by half a batch.
 
-    nll, nll_shuffled: −log p(next token) of the teacher. claimed: KL(p ‖ shuffled p), how far apart
-    the two should be if the answers are right. delivered: nll_shuffled − nll, with its standard
-    error. student: the student's own nll_shuffled − nll, with its error.
+    nll, nll_shuffled: −log p(next token) of the teacher. claimed: the expected gap between them if
+    the answers are correct, KL(p ‖ shuffled p). delivered: the observed gap, nll_shuffled − nll,
+    with its standard error. student: nll_shuffled − nll of the student, with its standard error.
     """
 
     nll: float
@@ -47,7 +46,7 @@ class Signal:
 
     @property
     def is_plausible(self) -> bool:
-        """False where the answers claim to know the text and clearly do not."""
+        """False if the observed gap is clearly smaller than the expected gap."""
         enough = self.tokens >= MIN_TOKENS and self.claimed >= _LEAST_EXPECTED_GAP
         gap_is_small = self.delivered < _LEAST_OBSERVED_SHARE * self.claimed
         gap_is_certain = self.delivered + 3 * self.delivered_error < self.claimed / 2
@@ -55,12 +54,12 @@ class Signal:
 
     @property
     def text_is_predictable(self) -> bool:
-        """Whether the student shows that there is something to know."""
+        """Whether the student predicts this text better than shuffled text."""
         return self.student > max(0.5, 5 * self.student_error)
 
 
 def half_batch_shift(n: int, device: torch.device) -> Tensor:
-    """Half a batch away rather than at random: the run's random stream must not move."""
+    """Return a shift by half a batch, which leaves the run's random state unchanged."""
     return torch.arange(n, device=device).roll(n // 2)
 
 
@@ -89,7 +88,7 @@ def signal(
 
 
 def _distance(p: TopK, other: TopK, vocab: int) -> float:
-    """KL(p ‖ other) over p's K tokens, where `other` spreads its tail evenly."""
+    """Return KL(p ‖ other) over p's K tokens, with the tail of `other` spread evenly."""
     total = torch.zeros(len(p.ids), dtype=torch.float32, device=p.ids.device)
     for slot in range(p.ids.shape[-1]):
         ids, logprobs = p.ids[:, slot], p.logprobs[:, slot].float()
@@ -103,8 +102,10 @@ def _error(values: Tensor) -> float:
 
 
 def contexts_of(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Return a number for what was attended to up to each position, [B, T]: equal contexts have
-    equal numbers, and others different ones (up to chance, 2⁻⁶⁴)."""
+    """Return a hash [B, T] of the attended tokens up to each position.
+
+    Different contexts have equal hashes with probability 2⁻⁶⁴.
+    """
     attended = (attention_mask != 0).long()
     place = (attended.cumsum(-1) - 1).clamp(min=0)
     random = torch.Generator().manual_seed(0)
@@ -113,14 +114,14 @@ def contexts_of(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
 
 
 def check_teacher_valid(teacher: TopK, labels: Tensor, contexts: Tensor, vocab: int) -> None:
-    """Raise ValueError for answers [N, K] that depend on nothing: the same after different
-    contexts (N,), or all of them equally likely and none above the average.
+    """Raise ValueError for answers [N, K] that do not depend on the text.
 
-    An honest teacher says the same after the same context, and may be certain of one token after
-    a few different ones (the answers to questions with choices, say).
+    They are the same after different contexts (N,), or uniform. A valid teacher gives equal answers
+    after equal contexts, and may be certain of one token after a few different contexts (for
+    example in multiple-choice questions).
     """
     if len(labels) < 2 or (labels == labels[0]).all():
-        return  # one position, or one token over and over: an honest teacher may repeat itself
+        return  # one position or one repeated token: equal answers are valid
     used = teacher.ids >= 0
     logprobs = teacher.logprobs.float().masked_fill(~used, -torch.inf)
     different = len(contexts.unique())
@@ -136,18 +137,18 @@ def check_teacher_valid(teacher: TopK, labels: Tensor, contexts: Tensor, vocab: 
         equal = (values.max() - values.min()).item() < 1e-6
         if equal and values.max().item() < _SLACK - math.log(vocab):
             raise _invalid_answers(
-                "all its answers are equally likely, as from logits that are all zero"
+                "all its answers are equally likely, as with logits that are all zero"
             )
 
 
 def check_alignment(teacher: TopK, labels: Tensor, vocab: int) -> None:
-    """Answers [B, T, K] for labels [B, T] that fit a neighbouring position much better are shifted.
+    """Raise ValueError for answers [B, T, K] that fit a neighboring position better.
 
-    Positions without a target hold IGNORE_INDEX in labels.
+    labels [B, T] hold IGNORE_INDEX at positions without a target.
     """
     counted = labels != IGNORE_INDEX
     common = counted & counted.roll(1, -1) & counted.roll(-1, -1)
-    common[..., :1] = common[..., -1:] = False  # what roll brought round the edge
+    common[..., :1] = common[..., -1:] = False  # positions that roll wrapped around
     if common.sum() < MIN_TOKENS:
         return
     answers = pick(teacher, common)
@@ -157,18 +158,18 @@ def check_alignment(teacher: TopK, labels: Tensor, vocab: int) -> None:
         if gain.mean().item() > max(0.5, 5 * _error(gain)):
             side = "next" if shift == -1 else "previous"
             raise ValueError(
-                "teacher: expected position t to answer for the token at t + 1, but its answers "
-                f"fit the {side} position better by {gain.mean().item():.2f} nats per token over "
-                f"{len(gain):,} tokens. Shift its ids and logprobs by one position"
+                "teacher: expected the answer at position t to predict the token at t + 1, but the "
+                f"answers fit the {side} position better by {gain.mean().item():.2f} nats per "
+                f"token over {len(gain):,} tokens. Shift the ids and logprobs by one position"
             )
 
 
 def check_teacher_matches_text(signal: Signal, *, positions_trusted: bool) -> None:
-    """Answers that claim to know this text and do not.
+    """Raise ValueError for answers that are confident but do not predict this text.
 
-    `surely_aligned`: a model in this process answers for the right positions by construction. It
-    may still be new to this text, or untrained; that it reads other tokens than it was trained on
-    is sure only where the student can predict the text.
+    With `positions_trusted` (a model in this process), the teacher may be untrained or new to this
+    text. Then raises only if the student predicts the text, which shows that the teacher reads
+    other tokens than it was trained on.
     """
     if signal.is_plausible or (positions_trusted and not signal.text_is_predictable):
         return
@@ -183,7 +184,7 @@ def check_teacher_matches_text(signal: Signal, *, positions_trusted: bool) -> No
 
 
 def label_logprob(teacher: TopK, labels: Tensor, vocab: int) -> Tensor:
-    """log p(label), the mass outside the payload spread evenly over the ids outside it. [...]"""
+    """Return log p(label) [...], with the tail spread evenly over the ids outside the top K."""
     used = teacher.ids >= 0
     hit = used & (teacher.ids == labels.unsqueeze(-1))
     inside = teacher.logprobs.float().masked_fill(~hit, -torch.inf).logsumexp(-1)
@@ -195,7 +196,7 @@ def label_logprob(teacher: TopK, labels: Tensor, vocab: int) -> Tensor:
 
 
 def mass_of(teacher: TopK) -> Tensor:
-    """Σ p over the payload, [...]."""
+    """Return Σ p over the top K, [...]."""
     return teacher.logprobs.float().exp().masked_fill(teacher.ids < 0, 0.0).sum(-1)
 
 
@@ -206,7 +207,7 @@ def pick(teacher: TopK, where: Tensor | slice) -> TopK:
 
 def _invalid_answers(reason: str) -> ValueError:
     return ValueError(
-        f"teacher: expected the answers of a language model, but {reason}. Training would teach "
-        "the student nothing: check the weights, the cache, or the positions. check_signal=False "
-        "trains all the same"
+        f"teacher: expected the answers of a language model, but {reason}. The student would learn "
+        "nothing from them. Check the weights, the cache and the positions. check_signal=False "
+        "skips this check"
     )

@@ -1,4 +1,4 @@
-"""The student: how it is loaded, adapted and compiled, and how its forward meets the loss."""
+"""Loads, adapts and compiles the student, and runs its forward pass up to the output head."""
 
 from __future__ import annotations
 
@@ -33,15 +33,16 @@ _COMPILE_OPTIONS = ("torch_compile", "torch_compile_backend", "torch_compile_mod
 def prepare_student(
     model: PreTrainedModel | str | Path, config: DistillConfig, peft_config: Any
 ) -> nn.Module:
-    """The model to train: loaded from a path, with adapters around it where peft_config is given.
+    """Return the model to train, loaded if it is a path, with adapters if peft_config is set.
 
-    Raises ValueError or TypeError for a model whose loss cannot be taken at its head.
+    Raises:
+        ValueError, TypeError: the loss cannot be computed at the model's head.
     """
     if isinstance(model, (str, Path)):
         options = dict(config.model_init_kwargs or {})  # type: ignore[arg-type]
         adapted = is_adapter(model)
         if not {"dtype", "torch_dtype"} & options.keys():
-            # Weights under adapters do not move, and need no more precision than they have.
+            # Weights under adapters do not change, so they keep their stored precision.
             whole = peft_config is None and not adapted
             options["dtype"] = config.dtype or ("float32" if whole else "auto")
         dtype: Any = options.get("dtype", options.get("torch_dtype"))
@@ -67,9 +68,9 @@ def prepare_student(
 
 
 def prepare_loaded(model: Any, config: DistillConfig, peft_config: Any) -> nn.Module:
-    """The model that is there, with adapters around it where peft_config is given.
+    """Return a loaded model, with adapters if peft_config is set.
 
-    It may be on the meta device. Raises as `prepare` does.
+    The model may be on the meta device. Raises as `prepare_student` does.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
@@ -77,15 +78,15 @@ def prepare_loaded(model: Any, config: DistillConfig, peft_config: Any) -> nn.Mo
         )
     if is_offloaded(model):
         raise ValueError(
-            "model: expected weights that stay in memory while they train, got some that are "
-            "offloaded by accelerate. Load the student without device_map"
+            "model: expected weights that stay in memory during training, got weights offloaded by "
+            "accelerate. Load the student without device_map"
         )
     if getattr(getattr(model, "config", None), "output_router_logits", False):
         raise ValueError(
-            "model: expected config.output_router_logits=False, got True: the router's loss "
-            "would be dropped, since the loss is taken at the output head"
+            "model: expected config.output_router_logits=False, got True: the loss is "
+            "computed at the output head, so the router's loss would be dropped"
         )
-    head_of(model)  # an adapted or quantised head is refused before anything is built
+    head_of(model)  # raises for an adapted or quantized head
     _keep_differentiable(model)
     if peft_config is not None:
         model = _adapted(model, peft_config)
@@ -93,7 +94,7 @@ def prepare_loaded(model: Any, config: DistillConfig, peft_config: Any) -> nn.Mo
         _check_inside_layers(model)
         head_of(model)
         if getattr(config, "activation_checkpointing", False) or config.gradient_checkpointing:
-            # Reentrant checkpoints pass gradients on only where an input asks for one.
+            # Reentrant checkpoints need an input that requires a gradient.
             model.enable_input_require_grads()
     _warn_of_16_bits(model)
     return model
@@ -103,22 +104,23 @@ def _warn_of_16_bits(model: nn.Module) -> None:
     trained = {p.dtype for p in model.parameters() if p.requires_grad and p.is_floating_point()}
     for dtype in sorted(trained & {torch.float16, torch.bfloat16}, key=str):
         logger.warning(
-            "The student's weights are %s without a copy in float32: an update that is smaller "
-            "than half a step of a weight vanishes. Load it in float32 (and compute in bfloat16 "
-            "with bf16=True).",
+            "The student's weights are %s without a float32 copy: updates smaller than half a step "
+            "of a weight are lost. Load it in float32 (and compute in bfloat16 with bf16=True).",
             str(dtype).removeprefix("torch."),
         )
 
 
 def _keep_differentiable(model: nn.Module) -> None:
-    """bitsandbytes on a CPU with AVX512-BF16 repacks a 4-bit layer's weights at its first forward
-    in evaluation mode, and its backward reads them as if it had not: gradients are then noise
-    (0.50.2). Its other kernel knows one layout only."""
+    """Disable a bitsandbytes kernel whose backward pass is wrong on CPUs with AVX512-BF16.
+
+    It repacks the weights of a 4-bit layer at the first forward in evaluation mode, but its
+    backward reads the old layout, so gradients are noise (0.50.2). The other kernel has one layout.
+    """
     name = "support_avx512bf16_for_cpu"
     for module in model.modules():
         if getattr(module, name, False):
             setattr(module, name, False)
-            module.state_dict()  # puts back what an earlier evaluation repacked
+            module.state_dict()  # restores weights that an earlier evaluation repacked
 
 
 def _adapted(model: Any, peft_config: Any) -> nn.Module:
@@ -133,8 +135,8 @@ def _adapted(model: Any, peft_config: Any) -> nn.Module:
         )
     if is_adapted(model):
         raise ValueError(
-            "peft_config: expected None with a model that has adapters already, got another "
-            "configuration. Merge the first ones, or leave peft_config out"
+            "peft_config: expected None with a model that already has adapters, got another "
+            "configuration. Merge the existing adapters, or omit peft_config"
         )
     return peft.get_peft_model(model, peft_config)
 
@@ -144,18 +146,20 @@ def is_adapted(model: nn.Module) -> bool:
 
 
 def without_adapters(model: nn.Module) -> Any:
-    """The transformers model inside."""
+    """Return the transformers model inside of its adapters."""
     return model.get_base_model() if is_adapted(model) else model  # type: ignore[operator]
 
 
 def is_stored_otherwise(model: Any) -> bool:
-    """Return whether transformers stores weights under other names or in another form than they
-    have in memory, as it does with the experts of a mixture."""
+    """Return whether transformers stores weights in another form than in memory.
+
+    It does so for the experts of a mixture, for example.
+    """
     conversions = getattr(model, "_weight_conversions", None)
     if conversions is None:
         try:
             from transformers.conversion_mapping import get_model_conversion_mapping
-        except ImportError:  # a transformers that stores what is in memory
+        except ImportError:  # this version of transformers stores weights as they are in memory
             return False
         is_ours = isinstance(model, PreTrainedModel)
         conversions = get_model_conversion_mapping(model, add_legacy=False) if is_ours else None
@@ -163,7 +167,7 @@ def is_stored_otherwise(model: Any) -> bool:
 
 
 def load_stored(model: Any, folder: Path) -> None:
-    """Load the weights in a folder into a model in memory, through transformers' conversions.
+    """Load a folder's weights into a model in memory with transformers' conversions.
 
     Raises:
         ValueError: the folder lacks a weight of the model, or has another one.
@@ -180,16 +184,18 @@ def load_stored(model: Any, folder: Path) -> None:
 
 
 def check_keys(missing: Iterable[str], unexpected: Iterable[str]) -> None:
-    """Raise ValueError for weights that a checkpoint lacks, or that the student has not."""
-    for names, words in ((missing, "lacks"), (unexpected, "has, and the student has not,")):
+    """Raise ValueError for weights that the checkpoint or the student lacks."""
+    for names, words in ((missing, "lacks"), (unexpected, "has, and the student lacks,")):
         if listed := sorted(names):
             names = ", ".join(listed[:4]) + (", …" if len(listed) > 4 else "")
             raise ValueError(f"it {words} {len(listed)} weights: {printable(names)}")
 
 
 def check_adapter(model: Any, folder: Path) -> None:
-    """Raise ValueError if a checkpoint has an adapter and the student has none or another one, or
-    the reverse. peft passes over weights that it does not know."""
+    """Raise ValueError unless checkpoint and student have the same adapter, or none.
+
+    peft itself ignores unknown weights.
+    """
     file = folder / "adapter_model.safetensors"
     has_adapter = (folder / "adapter_config.json").exists()
     deeper = any(folder.glob("*/adapter_config.json"))  # of several adapters
@@ -207,21 +213,25 @@ def check_adapter(model: Any, folder: Path) -> None:
 
 
 def _check_inside_layers(model: Any) -> None:
-    """Raise for adapters in front of the model: a student samples and is compiled as the
-    transformers model inside, which would be without them."""
+    """Raise ValueError for prompt-learning adapters, which are outside of the transformers model.
+
+    The student samples and is compiled as that model.
+    """
     for config in model.peft_config.values():
         if config.is_prompt_learning:
             kind = str(getattr(config.peft_type, "value", config.peft_type))
             raise ValueError(
                 f"peft_config: expected adapters on the model's layers, such as LoraConfig, got "
-                f"{kind}: it puts tokens of its own before the row's, outside of the layers"
+                f"{kind}: it adds tokens before the row, outside of the layers"
             )
 
 
 @contextmanager
 def compiled_by_us(config: DistillConfig) -> Iterator[None]:
-    """While the Trainer is built it does not see torch_compile: Accelerate would compile the whole
-    model, with the loss in it."""
+    """Hide torch_compile while the Trainer is built.
+
+    Otherwise Accelerate would compile the whole model, including the loss.
+    """
     compile_options = {name: getattr(config, name) for name in _COMPILE_OPTIONS}
     config.torch_compile = False
     config.torch_compile_backend = config.torch_compile_mode = None
@@ -233,23 +243,24 @@ def compiled_by_us(config: DistillConfig) -> Iterator[None]:
 
 
 def compile_body(model: nn.Module, config: DistillConfig) -> None:
-    """torch.compile for everything below the head, in place.
+    """Compile everything below the head in place.
 
-    The loss is taken by hooks at the head, in eager mode around a compiled body: compiled with
-    them, the model would be traced anew for every batch.
+    Hooks at the head compute the loss in eager mode. Compiling them would trace the model again
+    for every batch.
     """
     body = without_adapters(model).base_model
     body.compile(backend=config.torch_compile_backend or "inductor", mode=config.torch_compile_mode)
 
 
 def check_packable(model: nn.Module) -> None:
+    """Raise ValueError if the sequences of a packed row would affect each other."""
     with evaluating(model):
         is_packable = can_pack(model)  # with its adapters: some take no positions
     if not is_packable:
         raise ValueError(
-            f"packing: expected False for {type(without_adapters(model)).__name__}: its layers "
-            "carry something along the row (a state, or positions of their own), so that one "
-            "sequence would be seen by the next"
+            f"packing: expected False for {type(without_adapters(model)).__name__}, got True: its "
+            "layers carry a state or their own positions along the row, so a sequence would affect "
+            "the next one"
         )
 
 
@@ -262,10 +273,11 @@ def forward_to_head(
     *,
     packed: bool,
 ) -> Any:
-    """use(hidden at the targets [N, H], head), called inside the student's forward.
+    """Return use(hidden states at the targets [N, H], head), called in the student's forward.
 
-    `wrapped` is what is called (DDP, FSDP); `model` is the one inside, where hooks belong. With
-    `packed` the attended tokens run in one row [1, Σ lengths], apart by positions that restart.
+    Args:
+        wrapped: the module to call (DDP, FSDP). model: the module inside, which gets the hooks.
+        packed: run the attended tokens in one row [1, Σ lengths], with positions that restart.
     """
     ids, mask = batch["input_ids"], batch["attention_mask"]
     inputs, sources = {"input_ids": ids, "attention_mask": mask}, targets.sources
@@ -278,9 +290,9 @@ def forward_to_head(
     def at_targets(hidden: Tensor) -> Any:
         check_positions(model, hidden, inputs["input_ids"])
         rows = hidden.flatten(0, 1)
-        # All positions in order are a view: no copy of the hidden states.
-        everywhere = len(sources) == len(rows)
-        return use(rows if everywhere else rows[sources], head_of(model))
+        # If every position is a target, avoid a copy of the hidden states.
+        all_targets = len(sources) == len(rows)
+        return use(rows if all_targets else rows[sources], head_of(model))
 
     with at_head(model, at_targets):
         return wrapped(**inputs, use_cache=False)

@@ -1,9 +1,9 @@
-"""Which tokens of a batch are predicted, from where, and in which sequence.
+"""The targets of a batch: predicted tokens, their source positions and their sequences.
 
     B sequences · T positions · N targets · H hidden size
 
-Everything behind the student's forward works on the N targets alone: positions that teach nothing
-reach neither head.
+Everything after the student's forward works on the N targets alone: other positions reach neither
+head.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from ..outputs import TopK
 
 
 class Targets(NamedTuple):
-    """The N targets of a batch [B, T] in the order of its positions."""
+    """The N targets of a batch [B, T], in the order of positions."""
 
-    sources: Tensor  # (N,) where each is predicted from, in the flattened batch
-    rows: Tensor  # (N,) its sequence
-    labels: Tensor  # (N,) its token
+    sources: Tensor  # (N,) position that predicts the target, in the flattened batch
+    rows: Tensor  # (N,) sequence of the target
+    labels: Tensor  # (N,) token of the target
     shape: tuple[int, int]
 
     def gather(self, values: Tensor) -> Tensor:  # (B, T, ...) -> (N, ...)
@@ -36,19 +36,19 @@ class Targets(NamedTuple):
         )
 
     def take(self, selected: Tensor) -> Targets:
-        """Some of them: indices (M,) or a mask (N,)."""
+        """Return the targets at indices (M,) or under a mask (N,)."""
         return Targets(
             self.sources[selected], self.rows[selected], self.labels[selected], self.shape
         )
 
     def per_row(self, values: Tensor) -> Tensor:  # (N,) -> (B,)
-        """Sums over the targets of each sequence; the same bits every time, also on GPUs."""
+        """Return sums over the targets of each sequence; deterministic on GPUs too."""
         B, T = self.shape
         return values.new_zeros(B * T).index_copy(0, self.sources, values).view(B, T).sum(-1)
 
 
 def targets_of(batch: Mapping[str, Tensor]) -> Targets:
-    """Targets of a collated batch: position t predicts labels[t + 1] unless that is −100."""
+    """Return the targets of a batch: position t predicts labels[t + 1] unless that is −100."""
     labels = batch["labels"]
     B, T = labels.shape
     counted = torch.zeros_like(labels, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""Training does not depend on torch's default dtype and default device."""
+"""Makes training independent of torch's default dtype and default device."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import torch
 def plain_defaults() -> Iterator[None]:
     """Set torch's default dtype to float32 and its default device to the CPU, then restore both.
 
-    Scripts change them to build models small. transformers' sums of the loss, new adapters and
-    samplers follow them. Decorates functions, too.
+    Scripts change them to build small models, but transformers' sums of the loss, new adapters and
+    samplers follow them. Also usable as a decorator.
     """
     dtype, device = torch.get_default_dtype(), torch.get_default_device()
-    # The context of a device runs Python for every operation: only where it changes something.
+    # A device context runs Python for every operation, so use it only if the device differs.
     place: Any = nullcontext() if device.type == "cpu" else torch.device("cpu")
     torch.set_default_dtype(torch.float32)
     try:

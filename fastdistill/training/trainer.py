@@ -1,8 +1,8 @@
-"""DistillTrainer: transformers.Trainer, with the loss taken where hidden states meet the head.
+"""DistillTrainer: transformers.Trainer with the loss computed at the output head.
 
 One update is the gradient of (Σ over all target tokens of the accumulated batch) / (their number),
-whatever the gradient accumulation and the number of processes. The Trainer's own normalisation is
-switched off, since it either divides a second time or averages ragged batches unequally.
+for any gradient accumulation and number of processes. The Trainer's own normalization is disabled:
+it either divides a second time or averages ragged batches unequally.
 """
 
 from __future__ import annotations
@@ -55,30 +55,30 @@ Examples = Dataset | list[dict[str, Any]]
 
 
 class DistillTrainer(WholeCheckpoints):
-    """Train `model` on what `teacher` says of the data, or of what the student samples itself.
+    """Train `model` on the answers of `teacher` for the data or for the student's own samples.
 
     Args:
-        model: the student, a Hugging Face causal LM with a plain (unadapted) output head, with PEFT
-            adapters or without, or its path.
+        model: the student, a Hugging Face causal LM or its path, with or without PEFT adapters.
+            Its output head must not be adapted.
         teacher: a model or its path, a TeacherCache or its folder, a ServedTeacher or its URL, or
             any object with topk(...) or hidden(...) and head (see protocols.py). None trains on the
-            labels alone, through the same code, and needs ce_weight=1.0.
+            labels alone with the same code, and needs ce_weight=1.0.
         args: a DistillConfig.
         train_dataset, eval_dataset: any torch Dataset or list of dicts with messages, prompt and
             completion, text, or input_ids (see examples.py).
-        processing_class: the student's tokenizer; reads text, and with the teacher's proves that
-            both mean the same by an id.
-        peft_config: a PEFT configuration that puts adapters around the model.
+        processing_class: the student's tokenizer. It encodes text, and is compared with the
+            teacher's tokenizer.
+        peft_config: a PEFT configuration of adapters to add to the model.
         callbacks, optimizers: as in transformers.Trainer.
-        loss: computed where the hidden states meet the head, in place of Loss(args), which goes on
-            to evaluate: loss(hidden, head, targets, answers, labels_count=…) -> Objective.
+        loss: replaces Loss(args) in training, but not in evaluation:
+            loss(hidden, head, targets, answers, labels_count=…) -> LossResult.
 
-    `evaluate` gives loss, nll, perplexity and top1 (accuracy), and with a teacher kl (bucket tail),
-    agreement (share of positions where both rank the same token first), teacher_mass and
-    student_mass; all are means over target tokens, and no logits are gathered. `predict` gives the
-    sums behind them, one row of EVAL_COLUMNS per sequence, and as label_ids the counts of
-    histograms.py. `train` takes resume_from_checkpoint="auto" too: the last finished checkpoint, if
-    there is one.
+    `evaluate` returns loss, nll, perplexity and top1 (accuracy), and with a teacher kl (bucket
+    tail), agreement (share of positions where both rank the same token first), teacher_mass and
+    student_mass. All are means over target tokens; no logits are gathered. `predict` returns the
+    per-sequence sums, one row of EVAL_COLUMNS each, and the counts of histograms.py as label_ids.
+    `train` also accepts resume_from_checkpoint="auto": the last complete checkpoint, if there is
+    one.
     """
 
     loss_is_scaled_for_ga = True  # read by transformers >= 5.19
@@ -104,7 +104,7 @@ class DistillTrainer(WholeCheckpoints):
         if args.n_gpu > 1:
             raise ValueError(
                 f"args: expected one GPU per process, got {args.n_gpu} in this one. Start with "
-                "`torchrun --nproc-per-node=N`, or choose one with CUDA_VISIBLE_DEVICES"
+                "`torchrun --nproc-per-node=N`, or select one GPU with CUDA_VISIBLE_DEVICES"
             )
         if loss is not None and not callable(loss):
             raise TypeError(f"loss: expected a function or None, got {type(loss).__name__}")
@@ -139,14 +139,14 @@ class DistillTrainer(WholeCheckpoints):
                 compute_metrics=summarize,
                 compute_loss_func=_never_called,
             )
-        # Where the weights are not all here yet, the first batch is soon enough.
+        # With partitioned weights, the head is verified at the first batch.
         self._needs_verification = True
         if not (self.is_fsdp_enabled or is_partitioned(self.model)):
             self._verify()
             if train_dataset is not None and str(args.save_strategy.value) != "no":
                 self.check_savable()
-        # With a compute_loss_func and without loss kwargs, every version from 5.0 counts the
-        # targets of the accumulated batch, hands the number over, and divides by nothing itself.
+        # With a compute_loss_func and without loss kwargs, transformers from 5.0 counts the targets
+        # of the accumulated batch, passes the number to compute_loss, and does not divide itself.
         self.model_accepts_loss_kwargs = False
         self.panel: Panel | None = None
         self._measured = Loss(args, args.selection)
@@ -161,14 +161,14 @@ class DistillTrainer(WholeCheckpoints):
         if args.check_data:
             check_cache_covers(teacher, encoder, datasets_by_name(train_dataset, eval_dataset))
             check_lengths(datasets_by_name(train_dataset, eval_dataset), encoder, limits, args)
-        if args.torch_compile:  # behind every trial of the model as it is
+        if args.torch_compile:  # after all checks that run the model
             compile_body(self.model, args)
         self._valid_vocab = None if resolved is None else resolved.valid_vocab
         self._vocab = self._valid_vocab or rows_of_head(self.model) if resolved else 0
         self._monitor = AnswerMonitor()
 
     def _verify(self) -> None:
-        """Whether the loss can be taken at this model's head, and its rows be packed."""
+        """Check that the loss can be computed at the head and, if configured, rows be packed."""
         student = self.accelerator.unwrap_model(self.model)
         verify_head(student)
         if self.args.packing:
@@ -178,7 +178,7 @@ class DistillTrainer(WholeCheckpoints):
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
-        """The batches of one update; on an on-policy step with completions of the student's own."""
+        """Return the batches of one update, with sampled completions on an on-policy step."""
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         step = self.state.global_step
         if batches and is_on_policy(self.args, step):
@@ -222,7 +222,7 @@ class DistillTrainer(WholeCheckpoints):
         else:
             loss = result.loss / clamp_to_one(num_items_in_batch)
             if self.args.average_tokens_across_devices:
-                # The count is over all processes, and their gradients are about to be averaged.
+                # The count covers all processes, whose gradients will be averaged.
                 loss = loss * (self.accelerator.num_processes // self.get_tp_size())
         if self.model.training:
             loss = self.mark_loss(loss)
@@ -246,7 +246,7 @@ class DistillTrainer(WholeCheckpoints):
 
         if self._needs_verification:
             self._verify()
-        # DDP and FSDP wrap the model that is called; the hooks belong on the one inside.
+        # DDP and FSDP wrap the model; the hooks belong to the model inside.
         student = self.accelerator.unwrap_model(model)
         packed = self.args.packing
         return forward_to_head(model, student, inputs, targets, with_vocabulary, packed=packed)
@@ -285,7 +285,7 @@ class DistillTrainer(WholeCheckpoints):
         if has_length(loader) and not len(loader):
             raise ValueError(
                 f"train_dataset: expected a batch of {self.args.train_batch_size}, got "
-                f"{len(self.train_dataset):,} examples, of which dataloader_drop_last leaves none"
+                f"{len(self.train_dataset):,} examples, which dataloader_drop_last drops"
             )
         return loader
 
@@ -299,7 +299,7 @@ class DistillTrainer(WholeCheckpoints):
 
     @contextmanager
     def _without_drop_last(self) -> Iterator[None]:
-        """dataloader_drop_last is for training: an evaluation is one of all examples."""
+        """Disable dataloader_drop_last, which is for training: evaluation uses all examples."""
         dropped, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
         try:
             yield
@@ -308,7 +308,7 @@ class DistillTrainer(WholeCheckpoints):
 
     @plain_defaults()
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's, but ranks that share a batch count it once."""
+        """Run the Trainer's loop, but count a batch once that several ranks share."""
         shared = self.get_tp_size()
         if shared > 1:
             self.gather_function = lambda rows: one_per_group(shared, self.accelerator.gather(rows))
@@ -326,8 +326,10 @@ class DistillTrainer(WholeCheckpoints):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[None, Tensor, Tensor]:
-        """Of each sequence sums in place of logits, and histograms in place of labels: gathered and
-        counted exactly, and small."""
+        """Return sums per sequence in place of logits, and histograms in place of labels.
+
+        They are small to gather, and exact.
+        """
         inputs = self._prepare_inputs(inputs)
         targets, answers = self._get_answers(inputs, check=False)
 
@@ -338,7 +340,7 @@ class DistillTrainer(WholeCheckpoints):
             return None, *self._at_head(model, inputs, targets, sums)
 
     def check_update(self, model: nn.Module) -> None:
-        self._monitor.read()  # the norm of the gradient makes this a place to wait
+        self._monitor.read()  # the gradient norm synchronizes here anyway
         super().check_update(model)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -359,7 +361,7 @@ class DistillTrainer(WholeCheckpoints):
             self._write_card(folder)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """README.md in the output folder: teacher, objective, covered mass and evaluation."""
+        """Write README.md to the output folder, with teacher, objective and evaluation."""
         folder = Path(self.args.output_dir)
         if self.is_world_process_zero() and not has_other_readme(folder):
             self._write_card(folder)

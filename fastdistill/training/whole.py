@@ -1,4 +1,4 @@
-"""A Trainer that leaves whole checkpoints, resumes from them, and knows when a run is done."""
+"""A Trainer that writes complete checkpoints, resumes from them, and detects finished runs."""
 
 from __future__ import annotations
 
@@ -46,30 +46,30 @@ from .student import (
 from .torch_defaults import plain_defaults
 
 logger = logging.getLogger(__name__)
-SETTINGS_FILE = "settings.json"  # of a checkpoint: what decides which student the run ends with
+SETTINGS_FILE = "settings.json"  # in a checkpoint: the settings that determine the student
 _TRAIN_ELSEWHERE = (
-    "Train in another output_dir, from the checkpoint as the model if its weights shall go on"
+    "Train in another output_dir, and pass the checkpoint as the model to continue from its weights"
 )
 _INTERVALS = ("logging_steps", "save_steps", "eval_steps")
 
 
 class WholeCheckpoints(FiniteUpdates):
-    """A Trainer that resumes from whole checkpoints only, and always leaves one to resume from."""
+    """A Trainer that writes complete checkpoints and resumes only from complete ones."""
 
     teacher: Any = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.already_done = False  # whether the last train() found nothing left to do
+        self.already_done = False  # whether the last train() had no steps left
         self._without_state = False
-        self._last_saved = 0  # the step of a checkpoint that has all there is to lose
+        self._last_saved = 0  # step of the last checkpoint
         self._intervals: dict[str, Any] = {}
-        self._changed: dict[str, str] = {}  # settings, since the checkpoint that is resumed from
+        self._changed: dict[str, str] = {}  # settings that differ from the resumed checkpoint
         self._interrupts: SavesOnInterrupt | None = None
-        self._weights_from = Path()  # the checkpoint whose weights were loaded last
+        self._weights_from = Path()  # last checkpoint whose weights were loaded
         self._loaded_generation_config = False
-        # First: a run that is done must change no log.
-        self.callback_handler.callbacks.insert(0, _OnTrainBegin(self))
+        # The first callback, so that a finished run changes no log.
+        self.callback_handler.callbacks.insert(0, _BeginRun(self))
 
     @plain_defaults()
     def train(
@@ -78,15 +78,14 @@ class WholeCheckpoints(FiniteUpdates):
         """Train, and return transformers' TrainOutput.
 
         Args:
-            resume_from_checkpoint: a folder; True for the last whole checkpoint of output_dir;
-                "auto" for that one where there is one. None takes args.resume_from_checkpoint. A
-                run that is done already is not trained on: its weights are loaded, and
-                `already_done` is True.
+            resume_from_checkpoint: a folder; True for the last complete checkpoint of output_dir;
+                "auto" for that checkpoint or, if there is none, a new run. None uses
+                args.resume_from_checkpoint. A finished run is not trained further: its weights are
+                loaded, and `already_done` is True.
 
         Raises:
-            ValueError: no such checkpoint; it is damaged; it lacks the optimizer's state or weights
-                of this student; or settings are other than those it was trained with, where they
-                would have no effect.
+            ValueError: there is no such checkpoint; it is damaged; it lacks the optimizer's state
+                or weights of this student; or settings that the checkpoint determines differ.
             FloatingPointError: a loss, a gradient or a weight is NaN or infinite.
         """
         if resume_from_checkpoint is None:
@@ -128,7 +127,7 @@ class WholeCheckpoints(FiniteUpdates):
         super().log(logs, start_time)
 
     def _choose_checkpoint(self, checkpoint: str | Path | bool | None) -> str | None:
-        """The checkpoint to resume from; one process chooses, for it reads every file."""
+        """Return the checkpoint to resume from; only one process reads and checks the files."""
         outcome: list[Any] = [None, None]
         if self.is_world_process_zero():
             try:
@@ -147,21 +146,22 @@ class WholeCheckpoints(FiniteUpdates):
         return folder
 
     def _compare_settings(self, folder: str | None) -> None:
-        """Note what is asked for otherwise than when a checkpoint was written.
+        """Record the settings that differ from those of the checkpoint.
 
-        Raises ValueError for what would come from the optimizer's state instead.
+        Raises:
+            ValueError: a setting differs that the optimizer's state would override.
         """
         self._changed = {}
         path = Path(folder or "") / SETTINGS_FILE
         if folder is None or not path.is_file():
             return
         self._changed = changed_settings(read_json(path, dict), self._result_settings())
-        if self.optimizer is None:  # else it is the caller's, whatever the arguments say
+        if self.optimizer is None:  # otherwise the caller passed an optimizer
             for name in OPTIMIZER_SETTINGS:
                 if name in self._changed:
                     raise ValueError(
-                        f"{name}: expected what {Path(folder).name} was trained with, "
-                        f"{self._changed[name]}: the optimizer's state goes on with the old one. "
+                        f"{name}: expected the value that {Path(folder).name} was trained with, "
+                        f"{self._changed[name]}: the optimizer's state keeps the old value. "
                         f"{_TRAIN_ELSEWHERE}"
                     )
 
@@ -177,7 +177,7 @@ class WholeCheckpoints(FiniteUpdates):
         return completeness_error(folder) or self._find_fault_in_named_folder(folder)
 
     def _find_fault_in_named_folder(self, folder: Path) -> str | None:
-        """As `_fault_of`; a folder that somebody names may come from another trainer."""
+        """As `_find_fault`; a folder that the user names may be of another trainer."""
         error = integrity_error(folder)
         if error is None and not self._is_done_at(read_state(folder)):
             missing = missing_state(folder, has_loss_scaler=bool(self.args.fp16))
@@ -185,20 +185,20 @@ class WholeCheckpoints(FiniteUpdates):
         return error
 
     def _check_state_is_saved(self) -> None:
-        """Raise ValueError if beginning anew would pass over the weights of a run."""
+        """Raise ValueError if a new run would ignore the weights of an earlier run."""
         for folder in reversed(checkpoints(self.args.output_dir)):
             if (
                 completeness_error(folder) is None
                 and (missing := missing_state(folder)) is not None
             ):
                 raise ValueError(
-                    f"resume_from_checkpoint: expected a checkpoint to go on from, but "
+                    f"resume_from_checkpoint: expected a checkpoint to resume from, but "
                     f"{folder.name} lacks {missing}: it was saved with save_only_model=True, or "
-                    "files were deleted. Train in another output_dir, or anew without resuming"
+                    "files were deleted. Train in another output_dir, or start without resuming"
                 )
 
     def _is_done_at(self, state: dict[str, Any]) -> bool:
-        """Whether a run with these arguments is done at a checkpoint's state."""
+        """Return whether a run with these arguments is finished at a checkpoint's state."""
         step = state["global_step"]
         if self.args.max_steps > 0:
             return bool(step >= self.args.max_steps)
@@ -208,8 +208,10 @@ class WholeCheckpoints(FiniteUpdates):
 
     @contextmanager
     def _intervals_from(self, folder: str | None) -> Iterator[None]:
-        """While a checkpoint is read, shares of a run are given as the steps they are there: the
-        Trainer warns where the two differ."""
+        """Replace fractional intervals by a checkpoint's steps while it is read.
+
+        Otherwise the Trainer would warn of a difference.
+        """
         configured = {name: getattr(self.args, name) for name in _INTERVALS}
         if folder is not None:
             state = read_state(Path(folder))
@@ -224,7 +226,7 @@ class WholeCheckpoints(FiniteUpdates):
                 setattr(self.args, name, value)
 
     def begin_run(self, state: Any) -> None:
-        """Check and complete the state of a run whose number of steps is known now."""
+        """Check and complete the state of a run, once the number of steps is known."""
         self._last_saved = state.global_step
         if state.global_step > state.max_steps:
             raise ValueError(
@@ -240,7 +242,7 @@ class WholeCheckpoints(FiniteUpdates):
             raise _AlreadyDone
         if self._changed:
             logger.warning(
-                "The run goes on at step %d with other settings than it began with: %s.",
+                "The run resumes at step %d with settings that differ from the checkpoint: %s.",
                 *(state.global_step, self._changed_text()),
             )
         if self._without_state:
@@ -257,7 +259,7 @@ class WholeCheckpoints(FiniteUpdates):
         resolve_intervals(self.args, state)
 
     def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
-        """With save_strategy="best" this is whether to save: an interrupted run does."""
+        """Return whether to save with save_strategy="best"; True for an interrupted run too."""
         is_best = super()._determine_best_metric(*args, **kwargs)
         return bool(is_best or (self._interrupts is not None and self._interrupts.is_pending))
 
@@ -269,7 +271,7 @@ class WholeCheckpoints(FiniteUpdates):
         self._load_weights(str(self.state.best_model_checkpoint), super()._load_best_model)
 
     def _load_weights(self, folder: str, load: Callable[[], None]) -> None:
-        """Load all weights of a checkpoint, or raise ValueError: none stays as it was before."""
+        """Load all weights of a checkpoint; raise ValueError if one is missing."""
         self._weights_from = Path(folder)
         partitioned = self.is_fsdp_enabled or self.is_deepspeed_enabled
         with _loading(folder, "weights"):
@@ -281,13 +283,13 @@ class WholeCheckpoints(FiniteUpdates):
                 load_stored(self.model, self._weights_from)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """Transformers warns; here every weight comes from the checkpoint, or is tied to one."""
+        """Raise ValueError, where transformers warns, if weights are missing or unexpected."""
         missing = set(load_result.missing_keys)
         state = self.model.state_dict(keep_vars=True)
         loaded = {id(tensor) for name, tensor in state.items() if name not in missing}
         untied = [name for name in missing if id(state.get(name)) not in loaded]
         if (untied or load_result.unexpected_keys) and isinstance(self.model, PreTrainedModel):
-            load_stored(self.model, self._weights_from)  # names of an older transformers
+            load_stored(self.model, self._weights_from)  # weight names of an older transformers
         else:
             check_keys(untied, load_result.unexpected_keys)
 
@@ -304,7 +306,7 @@ class WholeCheckpoints(FiniteUpdates):
             super()._load_rng_state(checkpoint)
 
     def _output_of_done(self) -> TrainOutput:
-        """What train() returns for a run that was done before."""
+        """Return the output of train() for a run that was finished already."""
         self.already_done, self.is_in_train = True, False
         logger.warning("The run is already done at step %d.", self.state.global_step)
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
@@ -322,7 +324,7 @@ class WholeCheckpoints(FiniteUpdates):
         folder = run / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
             begin(folder)
-        # Older ones go when this one is whole, not before.
+        # Delete older checkpoints only after this one is complete.
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(model, trial)
@@ -330,7 +332,7 @@ class WholeCheckpoints(FiniteUpdates):
             self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            torch.save(self.args, folder / TRAINING_ARGS_NAME)  # with the limit as it was given
+            torch.save(self.args, folder / TRAINING_ARGS_NAME)  # with the configured limit
             write_json(folder / SETTINGS_FILE, self._result_settings())
             finish(folder)
             keep_last(run, limit, self.state.best_model_checkpoint)
@@ -342,7 +344,7 @@ class WholeCheckpoints(FiniteUpdates):
             return
         if self._last_saved != step:
             self._save_checkpoint(self.model, trial=None)
-        logger.warning("The run stops; checkpoint-%d has the weights from before that.", step)
+        logger.warning("The run stops; checkpoint-%d has the weights from before this step.", step)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if not _internal_call:
@@ -352,7 +354,7 @@ class WholeCheckpoints(FiniteUpdates):
 
 @contextmanager
 def _loading(folder: str | None, what: str) -> Iterator[None]:
-    """Turn what libraries raise about a part of a checkpoint into a ValueError that names it."""
+    """Convert any error from loading a part of a checkpoint to a ValueError that names it."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError):
@@ -365,10 +367,10 @@ def _loading(folder: str | None, what: str) -> Iterator[None]:
 
 
 class _AlreadyDone(Exception):
-    """The checkpoint that a run resumes from is that of its last step."""
+    """Raised when a run resumes from the checkpoint of its last step."""
 
 
-class _OnTrainBegin(TrainerCallback):
+class _BeginRun(TrainerCallback):
     def __init__(self, trainer: WholeCheckpoints) -> None:
         self._trainer = trainer
 
