@@ -53,7 +53,7 @@ BOT = {"messages": [{**TALK[0]}, {"role": "bot", "content": "it"}]}
     [
         (BOT, "No example has a message with the role 'assistant': the roles are"),
         ({"input_ids": [4, 5, 6], "labels": [-100] * 3}, "All labels are −100"),
-        ({"prompt": "a cat"}, "Prompts alone are for lmbda=1"),
+        ({"prompt": "a cat"}, "Examples with prompts alone need lmbda=1"),
     ],
     ids=["role", "labels", "prompt"],
 )
