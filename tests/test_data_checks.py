@@ -89,7 +89,7 @@ def test_all_rows_are_counted_where_all_are_read(tmp_path, caplog, lacking, seen
     texts = [r.getMessage() for r in caplog.records if "no target token" in r.getMessage()]
     assert len(texts) == (seen is not None)
     if seen is not None:
-        assert f"of {seen} examples looked at" in texts[0]
+        assert f"of {seen} examples checked" in texts[0]
         assert f"(the first: example {min(lacking)})" in texts[0]
 
 
