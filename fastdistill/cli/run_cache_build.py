@@ -119,7 +119,7 @@ def print_result(result: dict[str, Any]) -> None:
         show(result)
         return
     size = f"{result['bytes'] / 1e6:,.1f} MB in {result['shards']} files"
-    say(f"{result['rows']:,} rows, about {result['tokens']:,} answers: {size}")
+    say(f"{result['rows']:,} rows, about {result['tokens']:,} tokens: {size}")
 
 
 def _load_data(options: CacheBuild) -> JsonLines:
