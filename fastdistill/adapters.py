@@ -1,9 +1,10 @@
-"""Adapters on disk: checked before peft sees them, put onto a model, merged into it.
+"""Loads PEFT adapters from disk: checks them, attaches them to a model, merges them.
 
-peft takes names of modules as regular expressions, allocates what the configuration asks for, and
-imports modules that it names. So adapter_config.json is read here first: a regular expression is
-matched in bounded time, and peft gets the names that it matches; counts are bounded by what is
-stored, and the adapter is built once without memory and compared with the header of its weights.
+peft treats module names as regular expressions, allocates what the configuration asks for, and
+imports modules that it names. So adapter_config.json is checked here first: regular expressions are
+matched in bounded time, and peft gets the names that they match; counts are bounded by the stored
+tensors; and the adapter is built once on the meta device and compared with the header of its
+weights.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from .resolve import ADAPTER_WEIGHTS as WEIGHTS
 from .runtime.bounded_regex import BoundedPattern, PatternError
 from .runtime.printable import printable
 
-# peft matches them against the names of modules; a leading ^ is the one mark that it writes itself.
+# peft matches these against module names; a leading ^ is the only pattern that peft itself writes.
 _PATTERNS = ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern",
              "target_parameters", "feedforward_modules")  # fmt: skip
 _NAME = re.compile(r"\^?[\w.\-]*")
@@ -36,20 +37,20 @@ _ALL_LINEAR = "all-linear"
 # Of these a text is one regular expression, and each key of those: over a module's whole name.
 _EXPRESSIONS = ("target_modules", "exclude_modules", "feedforward_modules")
 _KEYED = ("rank_pattern", "alpha_pattern", "lambda_pattern")
-# They name a module to import, other adapters to load, or files to read.
+# These name a module to import, other adapters to load, or files to read.
 _REFUSED = ("megatron_config", "arrow_config", "corda_config", "eva_config", "lora_ga_config")
-_DROPPED = ("auto_mapping", "runtime_config")  # for a peft that loads the base model as well
+_DROPPED = ("auto_mapping", "runtime_config")  # used only when peft loads the base model
 _INITIAL = ("init_lora_weights", "init_weights", "init_ia3_weights")
 _ITERATIONS = re.compile(r"pissa_niter_(\d+)")
 _MOST_ITERATIONS = 64
 
 
 def load_adapted(model: Any, folder: Path, *, trainable: bool = False) -> Any:
-    """Return the peft model of a model and the adapter in a folder, frozen unless `trainable`.
+    """Return a model with the adapter of a folder as a PeftModel, frozen unless `trainable`.
 
     Raises:
         CheckpointError: the adapter is damaged or of another base, some of its weights are missing
-        or would not be used, or its configuration asks for what is refused.
+        or unused, or its configuration has a refused entry.
         ImportError: peft is not installed.
     """
     try:
@@ -67,10 +68,10 @@ def load_adapted(model: Any, folder: Path, *, trainable: bool = False) -> Any:
 
 
 def merge_adapter(adapted: Any) -> Any:
-    """Return the model of a peft model with its adapter merged into the weights.
+    """Return the base model with the adapter merged into its weights.
 
-    A weight that several modules share is parted first where the adapter changes one of them:
-    merged into the shared one, it would change the others too, or count twice.
+    Tied weights are untied first if the adapter changes one of their modules. Otherwise the merge
+    would change the other modules too, or be applied twice.
     """
     _part_shared(adapted)
     model = adapted.merge_and_unload()
@@ -83,9 +84,10 @@ def merge_adapter(adapted: Any) -> Any:
 
 
 def _part_shared(adapted: Any) -> None:
-    """Give modules under an adapter weights of their own; all modules, where layers are repeated.
+    """Untie the weights of modules under an adapter; of all modules if layers are replicated.
 
-    Trained rows of an embedding go to all who share it, and stay.
+    Trained embedding rows (TrainableTokensLayer) apply to all modules that share the embedding, and
+    stay tied.
     """
     from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -110,7 +112,7 @@ def _part_shared(adapted: Any) -> None:
 
 
 def read_adapter(folder: Path) -> tuple[Any, TensorFiles]:
-    """Return (the checked configuration of an adapter as a PeftConfig, its weights)."""
+    """Return (the adapter's checked PeftConfig, its weights)."""
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
     check_folder(folder)
@@ -169,7 +171,7 @@ def _check_value(file: Path, name: str, value: Any, files: TensorFiles) -> None:
 
 
 def _check_numbers(file: Path, name: str, value: Any) -> None:
-    """Raise for numbers that are none, and for a count of iterations that takes hours."""
+    """Raise CheckpointError for NaN and infinity, and for too many iterations."""
     if isinstance(value, (list, dict)):
         for part in value.values() if isinstance(value, dict) else value:
             _check_numbers(file, name, part)
@@ -187,7 +189,7 @@ def _check_iterations(file: Path, name: str, count: Any) -> None:
 
 
 def _name_modules(model: nn.Module, config: Any, file: Path) -> None:
-    """Put in place of every regular expression the names of the model's modules that it matches."""
+    """Replace every regular expression by the names of the model's modules that it matches."""
     names = [name for name, _ in model.named_modules() if name]
     for field in _EXPRESSIONS:
         expression = getattr(config, field, None)
@@ -263,7 +265,7 @@ def _names_in(value: Any) -> Iterator[Any]:
 
 
 def _check_replication(file: Path, ranges: Any, most: int) -> None:
-    """Each layer of the result has weights of its own in an adapter."""
+    """Check the ranges: each replicated layer has its own weights in the adapter."""
     total = 0
     for entry in ranges if isinstance(ranges, list) else [ranges]:
         pair = isinstance(entry, list) and len(entry) == 2 and all(type(n) is int for n in entry)
@@ -275,11 +277,11 @@ def _check_replication(file: Path, ranges: Any, most: int) -> None:
 
 
 def _check_weights(model: Any, config: Any, files: TensorFiles) -> None:
-    """Compare the adapter, built without memory, with the header of its weights."""
+    """Compare the adapter, built on the meta device, with the header of its weights."""
     from peft import get_peft_model, get_peft_model_state_dict
 
     config = copy.deepcopy(config)
-    for name in _INITIAL:  # no decomposition of weights that are not there
+    for name in _INITIAL:  # weights on the meta device cannot be decomposed
         if hasattr(config, name):
             setattr(config, name, False)
     with (
@@ -289,7 +291,7 @@ def _check_weights(model: Any, config: Any, files: TensorFiles) -> None:
     ):
         warnings.simplefilter("ignore")
         adapted = get_peft_model(_without_memory(model), config)
-        # Without a look at the base's embeddings, for which peft would ask the hub.
+        # Do not save embeddings: peft would ask the hub about the base's vocabulary.
         wanted = get_peft_model_state_dict(adapted, save_embedding_layers=False)
         everything = adapted.state_dict()
     folder = files.path.parent.name
@@ -301,8 +303,8 @@ def _check_weights(model: Any, config: Any, files: TensorFiles) -> None:
     extra = sorted(set(files.names()) - wanted.keys() - everything.keys())
     if extra:
         raise CheckpointError(
-            f"path: expected the weights of the adapter in {folder}, found {len(extra)} more "
-            f"(first: {printable(extra[0])}), which would not be used. Is it one of another base?"
+            f"path: expected the weights of the adapter in {folder}, found {len(extra)} unused "
+            f"(first: {printable(extra[0])}). Is it one of another base?"
         )
     for name in files.names():
         expected = tuple((wanted.get(name, everything.get(name))).shape)
@@ -314,7 +316,7 @@ def _check_weights(model: Any, config: Any, files: TensorFiles) -> None:
 
 
 def _without_memory(model: Any) -> nn.Module:
-    """Return the model on the meta device, a copy without its weights."""
+    """Return a copy of the model on the meta device."""
     memo: dict[int, Any] = {}
     for tensor in (*model.parameters(), *model.buffers()):
         empty = tensor.detach().to("meta")

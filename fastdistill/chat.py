@@ -1,4 +1,4 @@
-"""Conversations as text: a tokenizer's chat template, the assistant's turns, and their end."""
+"""Renders conversations with a chat template and finds the tokens of assistant turns."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _GENERATION = re.compile(r"\{%([-+]?)\s*generation\s*([-+]?)%\}")
 _END_OF_GENERATION = re.compile(r"\{%([-+]?)\s*endgeneration\s*([-+]?)%\}")
 _INPUT_ROLES = ("system", "developer", "user")  # roles whose contents a template does not rewrite
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # keys of an assistant's message
-_ANSWER = "Zq0"  # stands for an answer while the end of a turn is looked for
+_ANSWER = "Zq0"  # placeholder answer, to locate the end of a turn
 _TURN_ENDS: WeakKeyDictionary[Any, tuple[str, int | None]] = WeakKeyDictionary()
 _MARK = re.compile(r"\W.*\w.*\W", re.DOTALL)  # as <end> or [/INST]
 
@@ -28,11 +28,11 @@ def render(
     *,
     prompt: bool = False,
 ) -> str:
-    """Return a conversation as text; with `prompt` up to where the assistant's next turn begins.
+    """Return a conversation as text; with `prompt`, up to the start of the assistant's next turn.
 
     Raises:
-        ValueError: the template, or transformers, does not take the conversation, or the text has
-        not everything that the conversation has.
+        ValueError: the template or transformers rejects the conversation, or the text lacks a part
+        of it.
     """
     text, messages = _rendered(tokenizer, messages, column, rendering, prompt)
     _check_rest(text, messages, column, rendering)
@@ -46,10 +46,10 @@ def _rendered(
     rendering: Mapping[str, Any],
     prompt: bool = False,
 ) -> tuple[str, list[Mapping[str, Any]]]:
-    """Return a conversation as text, and its messages with contents of the type that is read.
+    """Return a conversation as text, and its messages in the form that the template reads.
 
-    A template takes contents as texts, as lists of parts, or both. One that takes texts only prints
-    a list as Python does, loses it, or raises; one that takes parts only loses a text.
+    A template reads contents as strings, as lists of parts, or both. One that reads only strings
+    prints a list's repr, drops it, or raises; one that reads only parts drops a string.
     """
     messages = list(messages)
     in_parts = any(isinstance(message.get("content"), list) for message in messages)
@@ -109,13 +109,13 @@ def _in_parts(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _prints_parts(text: str, messages: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether a template printed a list of parts as Python does."""
+    """Whether the template printed the repr of a list of parts."""
     contents = [m["content"] for m in messages if isinstance(m.get("content"), list)]
     return any(str(content) in text for content in contents if content)
 
 
 def _has(text: str, content: Any) -> bool:
-    """Whether a text has every word of a message's content, in its order; spaces do not count."""
+    """Whether a text contains a message's content, ignoring whitespace."""
     if isinstance(content, list):
         return all(_has(text, part["text"]) for part in content)
     if not isinstance(content, str) or content.strip() in text:
@@ -130,10 +130,10 @@ def encode_conversation(
     rendering: Mapping[str, Any],
     first: int = 0,
 ) -> tuple[list[int], list[bool]]:
-    """Return a conversation's ids, and which of them the assistant says in turns from `first` on.
+    """Return a conversation's ids, and which belong to assistant turns from `first` on.
 
-    A template with {% generation %} tells that itself. Stock templates have none: there the text up
-    to a turn, and the text with another answer in the turn's place, tell where it lies.
+    A template with {% generation %} marks them. For other templates the span of a turn follows from
+    the text up to it and from the text with another answer in its place.
     """
     text, messages = _rendered(tokenizer, messages, column, rendering)
     _check_rest(text, messages, column, rendering)
@@ -156,7 +156,7 @@ def encode_conversation(
 
 
 def _template(tokenizer: Any, rendering: Mapping[str, Any]) -> str:
-    """Return the template that renders a conversation: a tokenizer may have several."""
+    """Return the template that the tokenizer uses, which may have several."""
     own, chosen = getattr(tokenizer, "chat_template", None), rendering.get("chat_template")
     if isinstance(own, Mapping):
         return str(tokenizer.get_chat_template(chosen, rendering.get("tools")))
@@ -171,10 +171,10 @@ def _generated(
     column: str,
     rendering: Mapping[str, Any],
 ) -> list[Span]:
-    """Return the characters of `text` that stand between {% generation %} and {% endgeneration %}.
+    """Return the spans of `text` between {% generation %} and {% endgeneration %}.
 
-    The block becomes a call of a macro that puts marks around it: transformers tells tokens of it,
-    not characters, and loses turns that begin or end with a space that their token is trimmed of.
+    The block becomes a call of a macro that puts markers around it. transformers returns tokens,
+    not characters, and misses turns that begin or end with a space that the tokenizer trims.
     """
     first, last = _free(text)
     changed = _GENERATION.sub(r"{%\1call fastdistill_generation()\2%}", template)
@@ -199,7 +199,7 @@ def _generated(
 
 
 def _free(text: str) -> tuple[str, str]:
-    """Return two characters for private use that a text does not have."""
+    """Return two private-use characters that do not occur in a text."""
     free = (c for c in map(chr, range(0xE000, 0xF900)) if c not in text)
     return next(free), next(free)
 
@@ -210,7 +210,7 @@ def _check_rest(
     column: str,
     rendering: Mapping[str, Any],
 ) -> None:
-    """Raise ValueError for a turn of the system's or a user's, or a tool, that the text has not."""
+    """Raise ValueError if the text lacks a system or user turn, or a tool."""
     for turn, message in enumerate(messages):
         if message.get("role") in _INPUT_ROLES and not _has(text, message.get("content")):
             _fail_lost(f"{column}[{turn}].content", message["content"])
@@ -222,7 +222,7 @@ def _check_rest(
 
 
 def _check_turn(text: str, message: Mapping[str, Any], turn: int, column: str) -> None:
-    """Raise ValueError where the text of an assistant's turn has not all that its message has."""
+    """Raise ValueError if the text of an assistant turn lacks a part of its message."""
     for key in ("content", *_THOUGHTS):
         if not _has(text, message.get(key)):
             _fail_lost(f"{column}[{turn}].{key}", message[key])
@@ -232,7 +232,7 @@ def _check_turn(text: str, message: Mapping[str, Any], turn: int, column: str) -
 
 
 def _names(calls: Any) -> list[str]:
-    """Return the names of functions in a list of tools, or of calls of them."""
+    """Return the function names in a list of tools or tool calls."""
     functions = [c.get("function", c) for c in calls or () if isinstance(c, Mapping)]
     names = [f.get("name") for f in functions if isinstance(f, Mapping)]
     return [name for name in names if isinstance(name, str)]
@@ -241,8 +241,8 @@ def _names(calls: Any) -> list[str]:
 def _fail_lost(name: str, content: Any) -> NoReturn:
     fail(name, "a chat template that renders it whole",
          f"one that leaves out a part of {printable(repr(content), 60)}",
-         "stock templates drop thinking, or know no tools: remove what the student is not to "
-         "learn, or pass prompt and completion as texts, or another chat template")  # fmt: skip
+         "some templates drop reasoning or tools: remove what the student should not learn, "
+         "pass prompt and completion as texts, or use another chat template")  # fmt: skip
 
 
 def _turn(
@@ -254,16 +254,16 @@ def _turn(
     column: str,
     rendering: Mapping[str, Any],
 ) -> Span:
-    """Return the characters of `text` that the assistant says in one turn, its end included.
+    """Return the span in `text` of one assistant turn, its end token included.
 
     Args:
-        low: where the assistant's turn before this one ends.
+        low: the end of the previous assistant turn.
     """
 
     def rendered(upto: int, prompt: bool = False) -> str | None:
         try:
             return _applied(tokenizer, messages[:upto], column, rendering, prompt)
-        except ValueError:  # templates that take no conversation without, say, a user's turn
+        except ValueError:  # some templates require, for example, a user turn
             return None
 
     def content(of: str, upto: int) -> Span:
@@ -272,7 +272,7 @@ def _turn(
     before = rendered(turn, prompt=True) if turn else None
     if before is not None and text.startswith(before):
         begin = len(before)
-    else:  # the template puts something else there, such as <think>, than it asks with
+    else:  # the turn begins otherwise than the generation prompt, for example with <think>
         begin = content(text, len(messages))[0]
         plain = rendered(turn) if turn else None
         if before is not None and plain is not None and text.startswith(plain):
@@ -283,21 +283,23 @@ def _turn(
         after = _applied(tokenizer, messages[: turn + 1], column, rendering, False)
     if text.startswith(after):
         end = len(after)
-    else:  # the last turn of a conversation begins or ends in another way than earlier ones
+    else:  # the last turn begins or ends otherwise than earlier ones
         there = content(text, len(messages))[1]
         tail = after[content(after, turn + 1)[1] :]
         end = _end(tokenizer, text, there, tail)
     if end is None or not low <= begin <= end:
         fail(column, "a chat template that leaves earlier turns as they are when others follow",
              f"one that renders turn {turn} differently then",
-             "the assistant's tokens cannot be told apart: Pass prompt and completion, or a chat "
+             "the assistant's tokens cannot be located: pass prompt and completion, or a chat "
              "template with {% generation %}")  # fmt: skip
     return begin, end
 
 
 def _end(tokenizer: Any, text: str, at: int, tail: str) -> int | None:
-    """Return where a turn ends whose content ends at `at`: behind what follows it also in the last
-    turn, but for an end of text, or else behind the token that stands there."""
+    """Return the end of a turn whose content ends at `at`.
+
+    It is after `tail`, the text after this content as a last turn (with or without its end of
+    text), or else after the added token at that place."""
     eos = str(getattr(tokenizer, "eos_token", None) or "")
     for same in (tail, tail.removesuffix(eos)):
         if same and text.startswith(same, at):
@@ -308,7 +310,7 @@ def _end(tokenizer: Any, text: str, at: int, tail: str) -> int | None:
 
 
 def _common(a: str, b: str) -> int:
-    """Return how many characters two texts have in common at their beginning."""
+    """Return the length of the common prefix of two texts."""
     pairs = zip(a, b, strict=False)
     return next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))
 
@@ -321,8 +323,9 @@ def _content(
     column: str,
     rendering: Mapping[str, Any],
 ) -> Span:
-    """Return where a message's content is in `text`, which is the conversation's: what lies before
-    and behind it does not change with another content."""
+    """Return the span of a message's content in the conversation's text.
+
+    The text before and after it is the same when the content is replaced."""
     content = str(_joined(messages[turn]).get("content") or "")
     words = content.strip()
     other = ("b" if words[:1] == "a" else "a") + _ANSWER + ("b" if words[-1:] == "a" else "a")
@@ -337,11 +340,10 @@ def _content(
 
 
 def turn_end(tokenizer: Any) -> int | None:
-    """Return the token with which the chat template ends an assistant's turn, if there is one.
+    """Return the token with which the chat template ends an assistant turn, or None.
 
-    It is measured: the first token behind the answer of a rendered conversation, if it is a special
-    or an added token, or a mark such as <end>. Spaces, and words that a text could have too, end
-    nothing.
+    It is the first token after the answer in a rendered conversation, if that is a special or
+    added token or a mark such as <end>. Spaces and ordinary words do not count.
     """
     template = getattr(tokenizer, "chat_template", None)
     if not template:
@@ -356,14 +358,14 @@ def _turn_end(tokenizer: Any) -> int | None:
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _ANSWER}]
     try:
         text = _applied(tokenizer, turns, "chat_template", {}, False)
-    except ValueError:  # it takes no such conversation
+    except ValueError:  # the template rejects this conversation
         return None
     at = text.rfind(_ANSWER)
     after = text[at + len(_ANSWER) :].strip() if at >= 0 else ""
     if not after:
         return None
     ids = list(tokenizer(after, add_special_tokens=False)["input_ids"])
-    # Some tokenizers begin every text with a space of their own.
+    # Some tokenizers prepend a space to every text.
     words = [tokenizer.decode([i], clean_up_tokenization_spaces=False).strip() for i in ids]
     token, word = next(((i, w) for i, w in zip(ids, words, strict=True) if w), (None, ""))
     special = {
@@ -375,12 +377,12 @@ def _turn_end(tokenizer: Any) -> int | None:
 
 
 def is_mark(word: str) -> bool:
-    """Return whether a token's text is a mark of a template, such as <end> or [/INST]."""
+    """Whether a token's text looks like a template mark, such as <end> or [/INST]."""
     return _MARK.fullmatch(word.strip()) is not None
 
 
 def end_ids(tokenizer: Any) -> list[int]:
-    """Return every id that ends what the tokenizer writes: a text, or an assistant's turn."""
+    """Return the ids that end a text or an assistant turn."""
     if tokenizer is None:
         return []
     ids = [getattr(tokenizer, "eos_token_id", None), turn_end(tokenizer)]

@@ -1,10 +1,10 @@
-"""The gate through which a checkpoint passes before transformers or tokenizers read it.
+"""Checks a checkpoint before transformers or tokenizers read it.
 
-A folder is checked first: no file leads out of it, its JSON is JSON, and nothing in it names other
-files of weights or a class that is no tokenizer. transformers is then called without the network
-and without remote code. The implementations of attention and experts that a configuration names
-may be kernels on the hub. They are not obeyed: they say how to compute, which the caller chooses.
-What transformers raises becomes a CheckpointError that names the folder.
+A folder is checked first: no file links out of it, its JSON files parse, and nothing in it names
+other weight files or a class that is no tokenizer. transformers is then called without network and
+remote code. A configuration may name implementations of attention and experts, which may be kernels
+on the hub. They are ignored: the caller chooses how to compute. Errors of transformers become a
+CheckpointError that names the folder.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .runtime.printable import printable
 CONFIG, TOKENIZER = "config.json", "tokenizer_config.json"
 ADAPTER = "adapter_config.json"
 TEMPLATES = "additional_chat_templates"
-# For people: no library opens them.
+# Documents that no library opens.
 DOCUMENTS = (".md", ".html", ".pdf", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".log")
 _OBJECTS = (
     CONFIG,
@@ -39,10 +39,10 @@ _OBJECTS = (
     "processor_config.json",
 )
 _OTHER_FILES = ("configuration_files", "transformers_weights", "fusion_config")
-# What a model hands out beside its answers, and in what form, is the caller's choice too.
+# The caller also chooses a model's output options.
 _OUTPUTS = {"return_dict": True, "output_attentions": False, "output_hidden_states": False}
 _DTYPES = ("dtype", "torch_dtype")
-_PANIC = "PanicException"  # of libraries in Rust; no Exception, and no class that can be imported
+_PANIC = "PanicException"  # of Rust libraries; no subclass of Exception, and not importable
 _COUNT = re.compile(r"(^|_)(layers?|blocks?|experts?|labels)$")
 _MOST = {"layer": 1 << 12, "block": 1 << 12}  # modules are built one by one
 _MOST_OTHERS = 1 << 16
@@ -53,9 +53,9 @@ _TRIAL = "Is this a text? 1 + 2 = 3."
 
 @contextlib.contextmanager
 def foreign(source: Path, what: str) -> Iterator[None]:
-    """Turn what a library raises about a checkpoint into a CheckpointError that names it.
+    """Turn a library's error about a checkpoint into a CheckpointError that names it.
 
-    Errors of the operating system, of memory, and of packages that are not installed stay.
+    OSError, MemoryError and ImportError pass through unchanged.
     """
     try:
         yield
@@ -72,7 +72,7 @@ def foreign(source: Path, what: str) -> Iterator[None]:
 
 
 def check_folder(folder: Path) -> None:
-    """Raise CheckpointError for a file that leads out of a folder or is not what its name says."""
+    """Raise CheckpointError for a file that links out of a folder or for invalid JSON."""
     with foreign(folder, "a folder that can be listed"):
         entries = [*folder.iterdir(), *(folder / TEMPLATES).glob("*")]
     for path in sorted(entries):
@@ -85,15 +85,15 @@ def check_folder(folder: Path) -> None:
 
 
 def load_config(source: str | Path, **options: Any) -> tuple[Any, dict[str, Any]]:
-    """Return (the configuration in a folder or in a config.json, the options that it did not use).
+    """Return (the configuration of a folder or config.json, the unused options).
 
     Args:
         source: the folder, or the file.
-        options: as for AutoConfig.from_pretrained; they go before what is stored.
+        options: as for AutoConfig.from_pretrained; they override stored entries.
 
     Raises:
-        CheckpointError: it is damaged, or of no model that transformers knows, or it chooses code
-        or other files. FileNotFoundError: there is none.
+        CheckpointError: it is damaged, of a model that transformers does not know, or it names code
+        or other files. FileNotFoundError: there is no configuration.
     """
     source = Path(source)
     file = source / CONFIG if source.is_dir() else source
@@ -119,14 +119,14 @@ def load_config(source: str | Path, **options: Any) -> tuple[Any, dict[str, Any]
         for name, value in _OUTPUTS.items():
             if hasattr(part, name) and name not in options:
                 setattr(part, name, value)
-    # The setters reach every part of the configuration.
+    # These setters also set the sub-configurations.
     config._attn_implementation = options.get("attn_implementation")
     config._experts_implementation = options.get("experts_implementation")
     return config, unused
 
 
 def _parts_of(config: Any) -> Iterator[Any]:
-    """The configuration, and those of its text, images and so on."""
+    """Yield a configuration and its sub-configurations."""
     yield config
     for name in getattr(config, "sub_configs", ()):
         if (part := getattr(config, name, None)) is not None:
@@ -134,10 +134,10 @@ def _parts_of(config: Any) -> Iterator[Any]:
 
 
 def load_tokenizer(folder: str | Path) -> Any:
-    """Return the tokenizer in a folder; no code that comes with it runs, nothing is fetched.
+    """Return the tokenizer in a folder, without remote code and downloads.
 
     Raises:
-        CheckpointError: its files are damaged, lead elsewhere, or name a class that is no
+        CheckpointError: its files are damaged, link out of the folder, or name a class that is no
         tokenizer. OSError: there is none.
     """
     folder = Path(folder)
@@ -157,7 +157,7 @@ def load_tokenizer(folder: str | Path) -> Any:
 
 
 def _check_tokenizer_class(file: Path) -> None:
-    """transformers takes any of its classes by this name, also one that reads pickles."""
+    """Check tokenizer_class: transformers accepts any of its classes, even ones that unpickle."""
     stored = read_json(file)
     if file.name == CONFIG:
         check_choices(file, stored)
@@ -172,7 +172,7 @@ def _check_tokenizer_class(file: Path) -> None:
     for candidate in (name, f"{name}Fast") if words else ():
         with foreign(file, "a tokenizer_class"):
             kind = tokenizer_class_from_name(candidate)
-        # A class whose package is not installed is a dummy, which says so when it is used.
+        # A class whose package is not installed is a dummy, which raises when it is used.
         is_dummy = type(kind).__name__ == "DummyObject"
         is_tokenizer = isinstance(kind, type) and issubclass(kind, PreTrainedTokenizerBase)
         words = words and (kind is None or is_dummy or is_tokenizer)
@@ -184,7 +184,7 @@ def _check_tokenizer_class(file: Path) -> None:
 
 
 def check_choices(file: Path, value: Any, at: str = "") -> None:
-    """Raise CheckpointError where a configuration chooses code or files, or cannot be built."""
+    """Raise CheckpointError if a configuration names code or files, or cannot be built."""
     if isinstance(value, list):
         for part in value:
             check_choices(file, part, at)
@@ -216,7 +216,7 @@ def _check_entry(file: Path, key: str, name: str, value: Any) -> None:
         if not 0 < value < _LARGEST_ROTARY:
             _refuse(file, name, f"a number above 0 and below {_LARGEST_ROTARY:g}", value)
     elif key.endswith(("modules", "modules_to_not_convert")) and isinstance(value, list):
-        # Libraries take them as regular expressions, and some of those never end.
+        # Libraries use them as regular expressions, which may backtrack without end.
         for entry in value:
             if isinstance(entry, str) and not _NAMES.fullmatch(entry):
                 _refuse(file, name, "names of modules", entry)

@@ -1,8 +1,8 @@
-"""The columns of an example: which of them are read, and what is refused by name.
+"""Checks the columns of an example: which are read, and which raise an error.
 
-Every column that has a value is read, or is text or a single value that describes the example. A
-column of numbers, of bytes or of objects that nothing reads would change what the example means, so
-it is refused. None is no value: Arrow fills the columns with it that a row does not have.
+A column is either read, or it is text or a single value that describes the example. An unread
+column of numbers, bytes or objects could change the meaning of the example, so it raises an error.
+None counts as absent, since Arrow fills missing columns with it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .runtime.printable import printable
 
 FORMS = "input_ids, messages, prompt and completion, or text"
 MASKS = ("assistant_masks", "completion_mask")  # of the targets
-# What each form reads, and the order in which forms are preferred.
+# The columns that each form reads, in order of preference of the forms.
 _READ = {
     "input_ids": ("labels", "attention_mask", *MASKS, "position_ids", "token_type_ids"),
     "messages": ("tools", "chat_template_kwargs"),
@@ -35,18 +35,18 @@ _READ = {
 _TEXTS = ("messages", "prompt", "completion", "text", "tools", "chat_template_kwargs")
 _SINGLE = (str, bool, int, float, complex, decimal.Decimal, datetime.date, datetime.time,
            datetime.timedelta, uuid.UUID, PurePath)  # fmt: skip
-# Keys with which formats of other programs say whether a turn of the assistant's is learned.
+# Keys by which other formats mark whether an assistant turn is trained on.
 _TRAIN_KEYS = ("weight", "train", "training")
 _TEXT_PARTS = ("text", "input_text", "output_text")  # types of parts of a content
-_LOOKED_AT = 8  # items of a list that tell what it holds
+_LOOKED_AT = 8  # items of a list that are inspected
 
 
 def check_columns(example: Any) -> tuple[str, dict[str, Any]]:
     """Return the form of an example and its columns that are not None.
 
     Raises:
-        ValueError or TypeError: it has no form that can be read, a column of the wrong type, or a
-        column that nothing reads.
+        ValueError or TypeError: it has no known form, a column of the wrong type, or a column that
+        is not read.
     """
     if not isinstance(example, Mapping):
         raise ValueError(
@@ -74,7 +74,7 @@ def check_columns(example: Any) -> tuple[str, dict[str, Any]]:
 
 
 def check_text(name: str, value: Any) -> str:
-    """Return a text; raises ValueError for another type and for what UTF-8 cannot hold."""
+    """Return a text; raise ValueError for another type or text that is not valid UTF-8."""
     if not isinstance(value, str):
         fail(name, "a text", f"{type(value).__name__} {printable(repr(value), 60)}")
     try:
@@ -87,10 +87,9 @@ def check_text(name: str, value: Any) -> str:
 
 
 def check_messages(name: str, value: Any) -> list[dict[str, Any]]:
-    """Return the messages of a conversation without the keys that are None.
+    """Return the messages of a conversation without keys whose value is None.
 
-    Arrow gives every message the keys of all; a template takes a key that is there for one that is
-    used.
+    Arrow gives every message the keys of all messages, but a template treats a present key as used.
     """
     expected = "a list of messages, dicts with role and content"
     if isinstance(value, (str, Mapping)) or not hasattr(value, "__len__"):
@@ -120,7 +119,7 @@ def _check_learned(name: str, messages: Sequence[Mapping[str, Any]]) -> None:
 
 
 def without_none(value: Any) -> Any:
-    """Return a value in which no mapping has a key whose value is None."""
+    """Return a value without the mapping keys whose value is None, recursively."""
     if isinstance(value, Mapping):
         return {key: without_none(item) for key, item in value.items() if item is not None}
     if isinstance(value, (list, tuple)):
@@ -133,7 +132,7 @@ def check_integers(name: str, values: Any, like: Tensor | None = None) -> Tensor
 
     Args:
         name: of the column. values: a list, array or tensor.
-        like: the ids that it has one value each for.
+        like: the ids; the column must have as many values.
     """
     if isinstance(values, (str, bytes, Mapping)) or not hasattr(values, "__len__"):
         fail(name, "a list of integers", f"{type(values).__name__} {printable(repr(values), 60)}")
@@ -168,7 +167,7 @@ def check_mask(name: str, values: Any, like: Tensor) -> Tensor:
 
 
 def check_positions(columns: Mapping[str, Any], ids: Tensor, attended: Tensor) -> None:
-    """Raise ValueError where position_ids or token_type_ids say something else than the row."""
+    """Raise ValueError if position_ids or token_type_ids contradict a single plain row."""
     if "position_ids" in columns:
         positions = check_integers("position_ids", columns["position_ids"], ids)
         read = positions[attended != 0]
@@ -186,12 +185,12 @@ def check_positions(columns: Mapping[str, Any], ids: Tensor, attended: Tensor) -
 
 
 def _check_unread(name: str, value: Any, form: str, columns: Mapping[str, Any]) -> None:
-    """Texts and single values describe an example; anything else would be lost."""
+    """Raise ValueError for an unread column unless it is text or a single value."""
     if name == "completion" and form != "input_ids":
-        fail(name, "a prompt beside it, and no other form", f"{form} beside it",
+        fail(name, "a prompt with it, and no other form", f"{form} with it",
              "pass prompt and completion alone; a prompt may be an empty text")  # fmt: skip
     if name in ("tools", "chat_template_kwargs") and form == "text" and _is_filled(value):
-        fail(name, "messages, whose template reads it", "text beside it")
+        fail(name, "messages, whose template reads it", "text with it")
     if name in _TEXTS or not _is_data(value):
         return
     what = f"{type(value).__name__} of numbers or bytes"
@@ -208,7 +207,7 @@ def _is_filled(value: Any) -> bool:
 
 
 def _is_data(value: Any) -> bool:
-    """Whether a value holds numbers in a list, bytes, an array, or an object of another kind."""
+    """Whether a value is a list of numbers, bytes, an array, or an object of another type."""
     if value is None or isinstance(value, _SINGLE) or getattr(value, "ndim", None) == 0:
         return False
     if isinstance(value, Mapping):
@@ -226,7 +225,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _checked_pair(prompt: Any, completion: Any) -> dict[str, Any]:
-    """prompt and completion: both texts, or both messages."""
+    """Check that prompt and completion are both texts or both messages."""
     if isinstance(prompt, str):
         check_text("prompt", prompt)
         if completion is not None:
@@ -248,7 +247,7 @@ def _checked_pair(prompt: Any, completion: Any) -> dict[str, Any]:
 
 
 def _checked_rendering(columns: Mapping[str, Any], form: str) -> dict[str, Any]:
-    """tools and chat_template_kwargs, which only a chat template reads."""
+    """Check tools and chat_template_kwargs, which only a chat template reads."""
     checked: dict[str, Any] = {}
     for name, kind in (("tools", (list, tuple)), ("chat_template_kwargs", Mapping)):
         value = columns.get(name)

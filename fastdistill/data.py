@@ -1,4 +1,4 @@
-"""Batches from examples: padding is known by length, never by a token's value."""
+"""Collates examples into batches; padding is determined by length, never by token value."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from .positions import RowLimit, attended_length
 
 @dataclass(frozen=True, kw_only=True)
 class DistillCollator:
-    """Pads examples on the right and aligns nothing: labels[:, t] is the token at position t.
+    """Pads examples on the right, without shifting: labels[:, t] is the token at position t.
 
-    What an example may be is said at `Encoder`. Tokens that an example's attention_mask leaves out,
-    on the left or in the middle, are moved behind the others first: positions count attended tokens
-    in every model and every layout, and what is not attended is neither read nor learned. Padded
-    positions are taken from the lengths, so an end-of-text token that doubles as the padding token
-    stays a target. A first token is predicted from nothing and is never a target; marking it here
-    keeps every version of transformers counting the same targets.
+    See `Encoder` for the accepted examples. Tokens with attention_mask 0 on the left or in the
+    middle are moved to the end first: positions count attended tokens in every model and layout,
+    and unattended tokens are neither read nor learned. Padding is determined by length, so an
+    end-of-text token that is also the padding token stays a target. The first token of a row has
+    no context and is never a target; masking it here gives every version of transformers the same
+    number of targets.
     """
 
     pad_id: int = 0
     pad_to_multiple_of: int | None = None
     encoder: Encoder = field(default_factory=Encoder)
-    # Whether batches say which tokens are prompts (prompt_mask), for a student that samples.
+    # Whether batches have a prompt_mask, for on-policy training.
     prompts: bool = False
-    # What else belongs to a batch: the answers of a teacher that lie on disk.
+    # Adds entries to a batch, such as cached teacher answers.
     more: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
-    # The longest rows that student and teacher read.
+    # The row limits of student and teacher.
     limits: tuple[RowLimit, ...] = ()
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
@@ -51,7 +51,7 @@ class DistillCollator:
 
 
 def attended_first(row: Row) -> Row:
-    """The row with what its attention mask leaves out at its end."""
+    """Return the row with its unattended tokens moved to the end."""
     attended = row.attended != 0
     order = torch.sort((~attended).byte(), stable=True).indices
     prompt = int(attended[: row.prompt_length].sum())
@@ -66,10 +66,10 @@ def padded(
     prompts: bool = False,
     widest: int | None = None,
 ) -> dict[str, Tensor]:
-    """input_ids, attention_mask and labels, int64 [B, T]; −100 wherever no token is predicted.
+    """Return input_ids, attention_mask and labels (−100: no target), int64 [B, T].
 
-    With `prompts` also prompt_mask: 1 for the tokens that a student which samples continues from.
-    `widest`: padding beyond it is cut off, since a model reads no more positions.
+    `prompts` adds prompt_mask: 1 for the tokens from which an on-policy student continues.
+    `widest`: padding beyond it is cut off, since the model has no more positions.
     """
     length = max(len(row.ids) for row in rows)
     if multiple_of:

@@ -1,4 +1,4 @@
-"""From an example of a dataset to token ids and targets: messages, prompt + completion, text, ids.
+"""Encodes dataset examples (messages, prompt and completion, text, ids) as ids and targets.
 
     input_ids [T] · targets [T], the same ids with −100 where a token is no target · attended [T]
 
@@ -23,10 +23,10 @@ IGNORE_INDEX = -100
 
 
 class Row(NamedTuple):
-    """One sequence: int64 [T] each.
+    """One encoded example: int64 [T] each.
 
-    `prompt`: of the T tokens, how many at the front a student that samples continues from. None:
-    what precedes the first target, or the whole row where nothing does.
+    `prompt`: how many of the first tokens are the prompt of an on-policy student. None: all tokens
+    before the first target, or the whole row if there are none.
     """
 
     ids: Tensor
@@ -35,7 +35,7 @@ class Row(NamedTuple):
     prompt: int | None = None
 
     def cut(self, length: int | None) -> Row:
-        """Return the row up to its attended token number `length`; padding counts for nothing."""
+        """Return the row cut to its first `length` attended tokens; padding does not count."""
         attended = self.attended.nonzero()[:, 0].tolist()
         if length is None or len(attended) <= length:
             return self
@@ -48,7 +48,7 @@ class Row(NamedTuple):
 
     @property
     def prompt_length(self) -> int:
-        """How many tokens at the front are the prompt."""
+        """The number of prompt tokens at the front."""
         if self.prompt is not None:
             return self.prompt
         attended = self.attended.nonzero()[:, 0].tolist()
@@ -60,24 +60,24 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Encoder:
-    """Reads one example.
+    """Encodes one example.
 
     - `input_ids`, and optionally `labels`, masks of the targets (`assistant_masks`, as chat
       templates return it, `completion_mask`), and `attention_mask`. Without labels or mask every
-      token is a target. With several of them a target is one by all.
-    - `messages`: a conversation, rendered by the tokenizer's chat template (with `tools` and
-      `chat_template_kwargs` where the example has them). Targets are the assistant's turns.
+      token is a target. With several of them a token must be a target in each.
+    - `messages`: a conversation, rendered by the tokenizer's chat template (with the example's
+      `tools` and `chat_template_kwargs`, if any). Targets are the assistant turns.
     - `prompt` and `completion`: two texts, or two lists of messages. Targets are the completion,
-      and after a text the end token. A text is tokenized whole, so that a token with characters of
-      both is a target. `prompt` alone has no target: it is for on-policy training.
-    - `text`: every token is a target, the end token behind it too.
+      and after a text the end token. The texts are tokenized together, and a token with characters
+      of both is a target. `prompt` alone has no target: it is for on-policy training.
+    - `text`: every token is a target, including the end token.
 
-    The first of these that an example has a value for is read; None is no value. What else the
-    example has is refused, unless it is text or single values (see columns.py). The tokens with
-    which a tokenizer begins and ends every text are there once, around the whole.
+    The first of these forms whose column is not None is read. Other columns raise an error unless
+    they are text or single values (see columns.py). The tokenizer's tokens for the beginning and
+    end of a text occur once, around the whole.
 
     Args:
-        tokenizer: needed for all but input_ids.
+        tokenizer: needed for all forms but input_ids.
         completion_only: False makes prompts and other turns targets as well.
         max_length: tokens beyond it are cut off.
     """
@@ -96,13 +96,13 @@ class Encoder:
 
         Args:
             example: see above.
-            index, dataset: named in errors: where in which dataset, or in its batch, the example
-                is. An example of JsonLines names its line.
+            index, dataset: the position of the example in which dataset or batch, for errors. An
+                example of JsonLines names its line instead.
         """
         return self.whole(example, index, dataset).cut(self.max_length)
 
     def whole(self, example: Mapping[str, Any], index: int = 0, dataset: str = "") -> Row:
-        """Return the row of an example, however long it is."""
+        """Return the row of an example without cutting it."""
         try:
             form, columns = check_columns(example)
             if form == "input_ids":
@@ -146,7 +146,7 @@ class Encoder:
     def _messages(
         self, messages: list[dict[str, Any]], rendering: Mapping[str, Any]
     ) -> tuple[list[int], list[bool]]:
-        """Without a turn of the assistant's a conversation is a prompt."""
+        """Encode a conversation; one without an assistant turn is a prompt."""
         if any(message["role"] == "assistant" for message in messages):
             return encode_conversation(self.tokenizer, messages, "messages", rendering)
         return self._prompt(messages, "messages", rendering)
@@ -165,7 +165,7 @@ class Encoder:
             read = tokenize(self.tokenizer, prompt, "prompt", (), special=True)
             return [*read.before, *read.ids], [False] * (len(read.before) + len(read.ids))
         read = tokenize_pair(self.tokenizer, prompt, completion)
-        # An empty completion is an end, whatever the prompt ends with.
+        # An empty completion always gets an end token.
         closed = close(self.tokenizer, read, self._ends if completion else None)
         ends = [True] * (len(closed) - len(read.ids))
         return [*read.before, *closed], [False] * len(read.before) + read.inside + ends
@@ -183,10 +183,10 @@ class Encoder:
         return [end for end in ends if end is not None]
 
     def _check_padding(self, ids: Tensor, targets: Tensor) -> None:
-        """Refuse a row without attention_mask whose padding would be read or learned.
+        """Raise ValueError for a row without attention_mask whose padding would be trained on.
 
-        Two or more padding tokens at an end of a row are padding. A single one may be text: the end
-        of it, or an id that a model sampled. Of padded examples some row has two.
+        Two or more padding tokens at one end count as padding. A single one may be text: its end
+        token, or a sampled id. In a padded dataset some row has two.
         """
         pad = getattr(self.tokenizer, "pad_token_id", None)
         if pad is None:
@@ -198,22 +198,21 @@ class Encoder:
         right = len(ids) - 1 - last
         learned = counted[last + 2 :].any() or not counted.any()
         if left or (right > 1 and learned):
-            fail("input_ids", "attention_mask beside ids that are padded",
+            fail("input_ids", "attention_mask with padded ids",
                  f"{max(left, right)} times the padding token (id {pad}) at the "
                  f"{'beginning' if left else 'end'} of the row and no attention_mask",
                  "pass attention_mask, as the tokenizer returns it, or leave the padding to the "
-                 "trainer; where the token is part of the text a mask of ones says so")  # fmt: skip
+                 "trainer; if the token is part of the text, pass a mask of ones")  # fmt: skip
 
 
 def is_listed(dataset: Any) -> bool:
-    """Whether dataset[i] is an example: a dict of columns, of datasets, and a table of pandas' have
-    a length, and give by [] something else."""
+    """Whether dataset[i] is an example; not so for dicts and pandas tables."""
     listed = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
     return listed and not isinstance(dataset, (Mapping, str)) and not hasattr(dataset, "iloc")
 
 
 def check_example(example: Any) -> None:
-    """Raise ValueError or TypeError for an example that no tokenizer could read."""
+    """Raise ValueError or TypeError for an invalid example, without tokenizing it."""
     form, columns = check_columns(example)
     if form == "input_ids":
         _from_ids(columns)

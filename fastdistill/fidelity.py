@@ -1,7 +1,7 @@
-"""What quantizing a teacher cost: its distance from the full-precision weights on a few texts.
+"""Measures the error of a quantized teacher: its KL from the full-precision model on some texts.
 
-An error of 0.01 nats per token is nothing beside a student that is 1 nat away, and half of what
-there is to learn beside one that is 0.02 away: hence the ratio to KL(teacher ‖ student).
+An error of 0.01 nats per token is negligible if the student is 1 nat away, and half of the signal
+if it is 0.02 away: hence the ratio to KL(teacher ‖ student).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ RATIO_LIMIT = 0.05
 
 
 class QuantizedTeacher(Protocol):
-    """What is measured: a Teacher, and where its full precision lies if it came from a path."""
+    """The measured Teacher; `source` is its full-precision checkpoint if it came from a path."""
 
     model: Any
     reader: BatchedForward
@@ -49,11 +49,11 @@ class QuantizedTeacher(Protocol):
 class FidelityReport:
     """KL in nats per token at T = 1 over the whole vocabulary; intervals are 95 %.
 
-    kl: the mean of KL(full ‖ quantized). top1_agreement: share of tokens where both rank the same
-    first. The intervals resample whole sequences, whose tokens err together, and are NaN for one
-    alone; top1's is at least Wilson's, since no resampling shows what has not occurred. student_kl:
-    the mean of KL(quantized teacher ‖ student); ratio = kl / student_kl; None without a student.
-    warning: what to do where the ratio is above 5 %, or None.
+    kl: the mean of KL(full ‖ quantized). top1_agreement: share of tokens where both have the same
+    top token. The intervals resample whole sequences, since errors within one are correlated, and
+    are NaN for a single sequence; the top-1 interval contains Wilson's, since resampling shows no
+    events that did not occur. student_kl: the mean of KL(quantized teacher ‖ student); ratio =
+    kl / student_kl; None without a student. warning: advice if the ratio is above 5 %, or None.
     """
 
     kl: float
@@ -88,19 +88,17 @@ def measure(
 ) -> FidelityReport:
     """KL(full ‖ quantized) and top-1 agreement of `teacher` on a calibration batch.
 
-    Exact over the whole vocabulary, streamed: no [N, V] tensor. Positions are those a training
-    would count: each attended token but a row's first is predicted from the one before, where its
-    label, if there are labels, is not −100.
+    Exact over the whole vocabulary, streamed without an [N, V] tensor. The counted positions are
+    those of a training run: each attended token but the first of its row, unless its label is −100.
 
     Args:
         batch: a dict with input_ids [B, T] and optionally attention_mask and labels [B, T], or a
             list of dicts with one sequence each, as for training. Eight sequences or more give a
             useful interval.
-        against: the full-precision model, teacher or path. None loads it from where the teacher
-            came from: whole, beside the teacher, on its device and in the dtype given to
-            load_teacher, and freed when this returns. Where both do not fit, pass
-            load_teacher(path, device="cpu").
-        student: a model, which is left as it is, or its known mean KL from the teacher in nats.
+        against: the full-precision model, teacher or path. None loads the teacher's checkpoint in
+            full precision, on its device and in the dtype of load_teacher, and frees it before
+            returning. If both do not fit, pass load_teacher(path, device="cpu").
+        student: a model, which is not changed, or its known mean KL from the teacher in nats.
 
     Returns:
         FidelityReport; str() of it is one line.
@@ -109,8 +107,8 @@ def measure(
         UserWarning: kl is more than 5 % of KL(teacher ‖ student).
 
     Raises:
-        ValueError: no full-precision weights to compare with, no position to count, vocabularies
-        that differ. ValueError or TypeError for a malformed batch, naming the argument.
+        ValueError: no full-precision weights, no position to count, or different vocabularies.
+        ValueError or TypeError for a malformed batch, naming the argument.
     """
     ids, mask, labels = _columns(batch)
     counted = _counted(read_rows(ids, mask, teacher.reader.vocab), labels)
@@ -134,7 +132,7 @@ def measure(
 
 @dataclass(frozen=True)
 class _Side:
-    """One of the models compared, as it is: neither frozen nor moved."""
+    """One of the compared models, neither frozen nor moved."""
 
     reader: BatchedForward
     head: LMHead
@@ -167,8 +165,9 @@ class _Side:
 def _compare(
     sides: list[_Side], ids: Tensor, mask: Tensor | None, counted: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Per counted token: KL(full ‖ quantized), whether the top token is the same, and
-    KL(quantized ‖ student), empty without one."""
+    """Return KL(full ‖ quantized), top-1 agreement and KL(quantized ‖ student) per counted token.
+
+    The last is empty without a student."""
     ours, full, *others = sides
     vocab = ours.head.vocab_size
     ours_NH, full_NG = (side.hidden(ids, mask, counted) for side in (ours, full))
@@ -190,16 +189,16 @@ def _report(
     warning = None
     if ratio is not None and ratio > RATIO_LIMIT:
         warning = (
-            f"teacher: quantizing moved it by {distance.value:.3g} nats per token, {ratio:.1%} of "
-            f"the {student_kl:.3g} between it and the student; more than {RATIO_LIMIT:.0%} is "
-            "taught as if it were the teacher's knowledge. Use quant='int8', compute='exact', or "
-            "the full-precision teacher"
+            f"teacher: quantization changed it by {distance.value:.3g} nats per token, {ratio:.1%} "
+            f"of its KL to the student, {student_kl:.3g} (limit {RATIO_LIMIT:.0%}): the student "
+            "would learn quantization error. Use quant='int8', compute='exact', or the "
+            "full-precision teacher"
         )
     return FidelityReport(
         kl=distance.value,
         kl_interval=(distance.low, distance.high),
         top1_agreement=top1.value,
-        # min and max keep their first argument beside a NaN: one sequence leaves no interval.
+        # min and max return their first argument if the other is NaN: one sequence, no interval.
         top1_interval=(min(top1.low, apart.low), max(top1.high, apart.high)),
         tokens=len(kl),
         sequences=distance.n,
@@ -218,7 +217,7 @@ def _columns(batch: Any) -> Any:  # input_ids, attention_mask, labels
 
 
 def _counted(rows: Rows, labels: Tensor | None) -> Tensor:  # (B, T − 1) bool
-    """Positions whose next token is there to be predicted, from a position that is attended."""
+    """Return the counted positions: attended ones whose next token is an attended target."""
     attended = rows.attended
     counted = attended[:, :-1] & attended[:, 1:]
     if labels is not None:
@@ -239,7 +238,7 @@ def _side(model: nn.Module, teacher: QuantizedTeacher) -> _Side:
 
 
 def _full_precision(teacher: QuantizedTeacher, against: Any) -> _Side:
-    """`against`, or the weights that the teacher was quantized from."""
+    """Return `against`, or the weights from which the teacher was quantized."""
     if against is None:
         against = teacher.source
         if against is None or against.is_quantized or teacher.quant is None:

@@ -1,4 +1,4 @@
-"""Whether two tokenizers give a token id the same meaning."""
+"""Compares tokenizers by their map from tokens to ids."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from typing import Any
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """sha256 of the map from token to id, added and special tokens included.
+    """Return the sha256 of the map from tokens to ids, including added and special tokens.
 
-    The map alone decides whether distillation is meaningful. Which of those tokens a tokenizer
-    calls its end or its padding differs between a base model and its chat version (Qwen, Llama),
-    and the two distil into each other perfectly well.
+    Distillation needs equal maps only. The roles of special tokens, such as end and padding, differ
+    between a base model and its chat version (Qwen, Llama), which can distill each other.
     """
     get_vocab = getattr(tokenizer, "get_vocab", None)
     if not callable(get_vocab):
@@ -25,7 +24,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 
 
 def check_same_tokenizer(student: Any, teacher: Any) -> None:
-    """Raise unless both tokenizers map tokens to ids in the same way. Sizes alone prove nothing."""
+    """Raise ValueError unless both tokenizers map the same tokens to the same ids."""
     ours, theirs = tokenizer_fingerprint(student), tokenizer_fingerprint(teacher)
     if ours == theirs:
         return

@@ -1,11 +1,11 @@
-"""Generation from a causal language model by settings that are all ours.
+"""Greedy generation from a causal language model, independent of its stored generation settings.
 
-A checkpoint brings generation settings of its own, and transformers fills whatever a call leaves
-open from them. Here no module of the model has any but the call's: every field that there is, or
-will be, is at transformers' default unless it is an argument below.
+transformers fills settings that a call leaves open from the checkpoint's. Here every module of the
+model has the call's settings instead: every field has transformers' default unless it is an
+argument below.
 
-Rows are padded on the left and generated from together, if a trial shows that the model gives a row
-the same logits so. Otherwise they are generated from one by one.
+Rows are left-padded and generated in batches if a trial shows that the model's logits do not depend
+on padding. Otherwise each row is generated alone.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .heads import evaluating, generation_settings
 from .positions import RowLimit, check_new_tokens, check_room, respects_padding
 from .runtime.printable import printable
 
-# (indices of a batch's rows, its width) -> what changes the scores of its next tokens.
+# (indices of a batch's rows, its width) -> logits processors of the batch.
 Processors = Callable[[list[int], int], Sequence[LogitsProcessor]]
 
 _MOST_IDS = 2**31  # more than tokenizers can decode
@@ -45,24 +45,23 @@ def generate_rows(
     limit: RowLimit | None = None,
     shorten: bool = True,
 ) -> list[list[int]]:
-    """New tokens of each row, up to its first end, which is included.
+    """Return the new tokens of each row, up to and including its first end token.
 
-    The likeliest token is taken each time, after `processors` changed the scores. What a row gets
-    depends on no other row.
+    Decoding is greedy, after `processors` changed the scores. No row depends on another.
 
     Args:
-        rows: token ids, one or more each.
-        pad_id: fills rows that are shorter than their neighbors. ends: ids that end a row.
+        rows: token ids, at least one each.
+        pad_id: pads shorter rows. ends: ids that end a row.
         device: of the input ids.
         processors: of each batch.
         synced: other processes generate at the same time and must take as many steps.
-        limit: the longest row that the model reads, where a row ends at the latest; None: no limit.
-        shorten: False refuses rows that `limit` would end before `max_new_tokens`.
+        limit: the longest row that the model reads; generation stops there. None: no limit.
+        shorten: False raises ValueError for rows that reach `limit` before `max_new_tokens`.
 
     Raises:
-        ValueError: a row as long as `limit`, behind which nothing can be generated; one that may
-            not be shortened; the model does not respect padding, and `synced` allows no batches
-            of one.
+        ValueError: a row as long as `limit`, which leaves no room for a new token; a row that must
+            not be shortened; or a model that does not respect padding with `synced`, which needs
+            batches.
     """
     check_room(limit, rows)
     if limit is not None and (synced or not shorten):
@@ -100,11 +99,12 @@ def generate_rows(
 
 
 def ends_of(model: Any, tokenizer: Any) -> list[int]:
-    """Every id that ends a text or a turn: those of the model's generation settings, the
-    tokenizer's, and the one with which its chat template ends a turn.
+    """Return all ids that end a text or a turn.
+
+    They come from the model's generation settings, the tokenizer, and its chat template.
 
     Raises:
-        ValueError: the model's settings hold something that is no token id.
+        ValueError: the model's settings contain an invalid token id.
     """
     declared = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids = list(declared) if isinstance(declared, (list, tuple)) else [declared]
@@ -116,20 +116,20 @@ def ends_of(model: Any, tokenizer: Any) -> list[int]:
 
 
 def special_ids(tokenizer: Any) -> set[int]:
-    """Ids of the tokens that a tokenizer holds to be no text."""
+    """Return the ids of a tokenizer's special tokens."""
     added = getattr(tokenizer, "added_tokens_decoder", None) or {}
     ids = {i for i, token in added.items() if getattr(token, "special", False)}
     return ids | set(getattr(tokenizer, "all_special_ids", None) or ())
 
 
 def ordinary_ends(ends: Sequence[int], tokenizer: Any) -> list[int]:
-    """The ends that a text could hold as well: neither special tokens nor marks such as <end>."""
+    """Return the ends that may occur in text: neither special tokens nor marks such as <end>."""
     special = special_ids(tokenizer)
     return [i for i in ends if i not in special and not is_mark(tokenizer.decode([i]))]
 
 
 def can_batch(model: nn.Module) -> bool:
-    """Whether rows may be generated from together; measured once for a model."""
+    """Whether rows may be generated in batches; measured once per model."""
     if model not in _RESPECTS_PADDING:
         _RESPECTS_PADDING[model] = respects_padding(model)
     return _RESPECTS_PADDING[model]
@@ -138,9 +138,9 @@ def can_batch(model: nn.Module) -> bool:
 def _batches(
     model: nn.Module, rows: Sequence[Sequence[int]], synced: bool, whole: int
 ) -> list[list[int]]:
-    """Return the indices of rows to generate from together: rows of at most `whole` tokens, which
-    may all become as long as they like, and longer ones, which end earlier, with those of their
-    length."""
+    """Return batches of row indices: rows of at most `whole` tokens, and longer ones by length.
+
+    Longer rows reach the limit before max_new_tokens, so their batch ends earlier."""
     each = [[i] for i in range(len(rows))]
     if len(rows) < 2 and not synced:
         return each
@@ -152,9 +152,9 @@ def _batches(
     if synced:
         checks.fail(
             "model",
-            "one that respects the padding of rows, where processes generate together",
+            "one that respects padding, since processes generate together",
             type(model).__name__,
-            "it gives a row other logits beside other rows. Generate without sharded weights",
+            "its logits of a row depend on the batch. Generate without sharded weights",
         )
     return each
 

@@ -1,11 +1,10 @@
 """The output head of a causal language model, and the hidden states that enter it.
 
-Families differ in what happens around the head: Granite divides the logits, Cohere and Falcon-H1
-multiply them, Gemma squashes them with tanh, GPT-J and Phi add a bias. None is patched here.
-`at_head` watches one forward pass through the hooks of torch.nn.Module: it takes the hidden states
-where they enter the head and lets the head itself see no position at all, so no logits exist.
-`verify_head` compares with the model's own logits, so a multiplier that is not known here ends in
-an error and never in a wrong loss.
+Model families differ around the head: Granite divides the logits, Cohere and Falcon-H1 multiply
+them, Gemma soft-caps them with tanh, GPT-J and Phi add a bias. No model code is patched. `at_head`
+uses the hooks of torch.nn.Module in one forward pass: it captures the hidden states at the head's
+input and passes the head no positions, so no logits are computed. `verify_head` compares with the
+model's own logits, so an unknown multiplier raises an error instead of giving a wrong loss.
 """
 
 from __future__ import annotations
@@ -24,9 +23,9 @@ from transformers import PreTrainedModel
 from .offloading import resident, resident_device
 from .parallel import is_dtensor
 
-# The same name, `logits_scaling`, multiplies in these and divides everywhere else.
+# `logits_scaling` multiplies in these models and divides in all others.
 _SCALING_MULTIPLIES = frozenset({"hyperclovax", "hyperclovax_vision_v2"})
-# These divide the hidden states before the head, where the hook already sees them divided.
+# These divide the hidden states before the head, so the hook already gets them divided.
 _SCALING_BEFORE_HEAD = frozenset({"minicpm3"})
 
 _RELATIVE_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
@@ -48,18 +47,18 @@ class LMHead:
         return self.weight.shape[0] if self.valid_vocab is None else self.valid_vocab
 
     def whole(self) -> LMHead:
-        """This head, gathered where its rows lie on several ranks; without gradient there."""
+        """Return this head with sharded tensors gathered, without gradient."""
         parts: dict[str, Any] = {"weight": self.weight, "bias": self.bias}
         gathered = {n: t.full_tensor().detach() for n, t in parts.items() if is_dtensor(t)}
         return replace(self, **gathered)
 
     def on(self, device: torch.device) -> LMHead:
-        """This head elsewhere; the model stays where it is."""
+        """Return this head on another device; the model is not moved."""
         bias = None if self.bias is None else self.bias.to(device)
         return replace(self, weight=self.weight.to(device), bias=bias)
 
     def options(self) -> dict[str, Any]:
-        """The keywords that every loss and score takes beside hidden and weight."""
+        """Return the keywords of losses and scores other than hidden and weight."""
         return {
             "bias": self.bias,
             "logit_scale": self.logit_scale,
@@ -68,19 +67,19 @@ class LMHead:
         }
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Dense logits, for checks on a few positions."""
+        """Return dense logits, for checks on a few positions."""
         s = nn.functional.linear(hidden, self.weight, self.bias) * self.logit_scale
         return s if self.softcap is None else self.softcap * torch.tanh(s / self.softcap)
 
 
 def head_module(model: nn.Module) -> nn.Module:
-    """The module that turns hidden states into logits; refuses one that an adapter replaced."""
+    """Return the module that maps hidden states to logits; raise if an adapter wraps it."""
     if hasattr(model, "_orig_mod"):
         raise TypeError(
             f"model: expected one that is not compiled as a whole, got {type(model).__name__}: its "
-            "hidden states are taken before the head, inside of what was compiled. Give the model "
-            "from before torch.compile, and compile what is below the head: torch_compile=True for "
-            "a student, model.base_model.compile() for a teacher"
+            "hidden states are read at the head, inside the compiled graph. Pass the uncompiled "
+            "model, and compile only the layers below the head: torch_compile=True for a student, "
+            "model.base_model.compile() for a teacher"
         )
     find = getattr(model, "get_output_embeddings", None)
     module = find() if callable(find) else None
@@ -91,18 +90,18 @@ def head_module(model: nn.Module) -> nn.Module:
         )
     if hasattr(module, "base_layer") or hasattr(module, "modules_to_save"):
         raise ValueError(
-            f"model: expected a plain output head, got {type(module).__name__}: an adapter sits on "
-            "lm_head, which the fused loss would skip. Remove lm_head from target_modules and "
-            "modules_to_save of the PEFT configuration"
+            f"model: expected a plain output head, got {type(module).__name__}: the loss would "
+            "skip an adapter on lm_head. Remove lm_head from target_modules and modules_to_save "
+            "of the PEFT configuration"
         )
     return module
 
 
 def head_of(model: nn.Module) -> LMHead:
-    """Read the head's weight, bias and multipliers from a Hugging Face causal LM.
+    """Return the head's weight, bias and multipliers of a Hugging Face causal LM.
 
-    Of a model that is sharded over processes, the weight is what is there now: the whole of it
-    inside the head's own forward. An offloaded one is brought in.
+    A sharded weight is returned in its current state: gathered only inside the head's forward. An
+    offloaded weight is loaded.
     """
     module = head_module(model)
     weight = resident(module, "weight")
@@ -122,12 +121,12 @@ def head_of(model: nn.Module) -> LMHead:
 
 
 def is_partitioned(model: nn.Module) -> bool:
-    """Whether DeepSpeed's ZeRO-3 holds the parameters: empty but inside a module's forward."""
+    """Whether DeepSpeed ZeRO-3 partitions the parameters, which are empty outside a forward."""
     return any(hasattr(p, "ds_id") for p in model.parameters())
 
 
 def rows_of_head(model: nn.Module) -> int:
-    """Columns of the logits, padding included."""
+    """Return the number of logits, padding included."""
     weight: Any = head_module(model).weight
     return getattr(weight, "ds_shape", weight.shape)[0]
 
@@ -151,19 +150,18 @@ def _multipliers(config: Any) -> tuple[float, float | None]:
 
 @contextmanager
 def at_head(model: nn.Module, use: Callable[[Tensor], Any]) -> Iterator[None]:
-    """While this is open, calling `model` gives use(hidden) in place of the model's output.
+    """Make `model(...)` return use(hidden) instead of its output, within this context.
 
-    `use` runs inside the model's own forward, with the head's parameters as the wrapper (DDP, FSDP,
-    ZeRO) made them available, and what it returns (tensors, or tuples and dicts of them) leaves
-    through the model's output, where wrappers look for the tensors to differentiate. The model
-    itself is unchanged afterwards.
+    `use` runs inside the model's forward, where the wrapper (DDP, FSDP, ZeRO) has made the head's
+    parameters available. Its result (tensors, or tuples and dicts of them) becomes the model's
+    output, where wrappers look for the tensors to differentiate. The model is unchanged afterwards.
     """
     head, capture = head_module(model), _Capture()
 
     def enter_head(module: nn.Module, args: tuple) -> tuple:
         hidden = args[0]
         capture.put(use(hidden))
-        # DTensor knows no shards of nothing: a head over several ranks sees one position.
+        # DTensor cannot shard empty tensors: a head over several ranks gets one position.
         left = hidden[:1, :1] if is_dtensor(head.weight) else hidden[:, :0]
         return (left.detach(), *args[1:])
 
@@ -181,7 +179,7 @@ def at_head(model: nn.Module, use: Callable[[Tensor], Any]) -> Iterator[None]:
 
     handles = [
         head.register_forward_pre_hook(enter_head),
-        # First among the hooks, so that a wrapper's own hook sees the tensors that matter.
+        # First, so that a wrapper's own hooks get the tensors to differentiate.
         model.register_forward_hook(leave_model, prepend=True),
         model.register_forward_hook(after_wrappers),
     ]
@@ -195,7 +193,7 @@ def at_head(model: nn.Module, use: Callable[[Tensor], Any]) -> Iterator[None]:
 
 
 class _Capture:
-    """What `use` returned in one forward pass."""
+    """Holds the result of `use` during one forward pass."""
 
     def __init__(self) -> None:
         self.result: Any = None
@@ -205,8 +203,9 @@ class _Capture:
         self.result, self.calls = result, self.calls + 1
 
     def update(self, output: Any) -> None:
-        """A wrapper's hooks have seen the result and may have put nodes of theirs behind its
-        tensors. A copy in another type (FSDP's output_dtype) is not taken: the loss stays fp32."""
+        """Take over the tensors that a wrapper's hooks returned, which may have new graph nodes.
+
+        A copy in another dtype (FSDP's output_dtype) is ignored: the loss stays fp32."""
         ours, spec = tree_flatten(self.result)
         theirs = tree_flatten(output)[0]
         leaves = [
@@ -221,9 +220,10 @@ class _Capture:
 
 
 def _zero3_hooks(head: nn.Module, capture: _Capture) -> list[Any]:
-    """ZeRO-3 gathers a module's weights again for its backward when the gradient reaches what left
-    the module. Of the head that is what `use` returned: its hooks are shown that, and the model
-    then gets the logits (of no position) all the same."""
+    """Register hooks that show the result of `use` to ZeRO-3 as the head's output.
+
+    ZeRO-3 gathers a module's weights for backward when the gradient reaches the module's output.
+    The model itself still gets the (empty) logits."""
     logits: list[Any] = []
 
     def return_result(module: nn.Module, args: tuple, output: Any) -> Any:
@@ -255,17 +255,17 @@ def hidden_states(
 
 
 def check_positions(model: nn.Module, hidden: Tensor, input_ids: Tensor) -> None:
-    """Raise ValueError where the head sees another number of positions than the row has tokens."""
+    """Raise ValueError if the head gets another number of positions than there are tokens."""
     if hidden.shape[:2] == input_ids.shape:
         return
     kinds = {str(getattr(c.peft_type, "value", c.peft_type)) for c in _adapter_configs(model)}
     reached = list(hidden.shape[:2])
     raise ValueError(
         f"model: expected one position per token, {list(input_ids.shape)}, at the output head of "
-        f"{type(model).__name__}, got {', '.join(sorted(kinds)) or reached}: it puts tokens of its "
-        f"own among the row's ({reached} reach the head), as "
-        "prompt-learning adapters and models that expand an image token do, and other positions "
-        "would be compared. Use adapters on the model's layers, such as LoraConfig"
+        f"{type(model).__name__}, got {', '.join(sorted(kinds)) or reached}: it inserts tokens "
+        f"into the row ({reached} reach the head), as prompt-learning adapters and models that "
+        "expand an image token do, so positions would not match. Use adapters on the model's "
+        "layers, such as LoraConfig"
     )
 
 
@@ -276,7 +276,7 @@ def _adapter_configs(model: nn.Module) -> list[Any]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; each module then gets back the mode it had."""
+    """Switch a model to evaluation mode within this context; restore each module's mode after."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False
@@ -289,10 +289,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def generation_settings(model: Any, settings: Any) -> Iterator[None]:
-    """While this is open, no module of `model` has other generation settings than these.
+    """Give all modules of `model` these generation settings within this context.
 
-    What a call of `generate` leaves open, transformers fills from the model's own settings, and
-    PEFT hands those of one module to another: afterwards each module has its own again.
+    transformers fills settings that `generate` leaves open from the model's, and PEFT copies them
+    between modules. Each module's settings are restored afterwards.
     """
     name, missing = "generation_config", object()
     own = [(module, vars(module).get(name, missing)) for module in model.modules()]
@@ -311,10 +311,10 @@ def generation_settings(model: Any, settings: Any) -> Iterator[None]:
 
 @torch.no_grad()
 def verify_head(model: PreTrainedModel, head: LMHead | None = None) -> float:
-    """Compare `head` with the model's logits: the relative error, and an error beyond rounding.
+    """Return the relative error of `head` to the model's logits; raise if it exceeds rounding.
 
-    The head is fed its natural input, then the same made a hundred times larger: at their natural
-    size the logits of a small model would hide a tanh.
+    The head gets its usual input, and the same times 100: at its usual scale a small model's logits
+    would hide a tanh.
     """
     device = resident_device(head_module(model))
     input_ids = torch.arange(1, 9, device=device)[None] % rows_of_head(model)
@@ -333,8 +333,8 @@ def verify_head(model: PreTrainedModel, head: LMHead | None = None) -> float:
             f"model: expected logits = softcap·tanh(scale·(hidden·weightᵀ + bias)/softcap) with "
             f"logit_scale={head.logit_scale:g} and softcap={head.softcap}, but the logits of "
             f"{type(model).__name__} differ by {worst:.3g} (relative; {tolerance:g} allowed). It "
-            "multiplies or transforms its logits in a way this version does not know: please "
-            "report the model's name, and do not train on it"
+            "transforms its logits in a way this version does not support: please report the "
+            "model's name, and do not train on it"
         )
     return worst
 

@@ -1,4 +1,4 @@
-"""Which teacher answers, and which tokenizer reads the text: what a cache is known by."""
+"""The identity of a teacher and a tokenizer, as caches and servers store it."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _SAMPLED = 4096  # values of each tensor that enter the fingerprint, evenly spre
 
 
 def identity_of(teacher: Any) -> dict[str, Any]:
-    """Name, configuration and weights of a teacher, as far as they can be known.
+    """Return name, configuration and weights digests of a teacher, as far as known.
 
-    A teacher that is no model in this process may have `identity`, a dict; its type is known.
+    A teacher without a local model may have `identity`, a dict.
     """
     kind = type(teacher)
     identity: dict[str, Any] = {"kind": f"{kind.__module__}.{kind.__qualname__}"}
@@ -38,8 +38,7 @@ def identity_of(teacher: Any) -> dict[str, Any]:
 
 
 def tokenizer_identity(tokenizer: Any) -> tuple[str | None, str | None]:
-    """(sha256 of the map from token to id, sha256 of the chat template), None for what is not
-    there."""
+    """Return (sha256 of the token-to-id map, sha256 of the chat template), None if absent."""
     if tokenizer is None:
         return None, None
     template = getattr(tokenizer, "chat_template", None)
@@ -50,8 +49,9 @@ def tokenizer_identity(tokenizer: Any) -> tuple[str | None, str | None]:
 
 
 def weights_digest(model: nn.Module) -> str:
-    """sha256 over shapes, dtypes and some thousand values of every tensor: seconds, not minutes,
-    and no two checkpoints of a training run share it."""
+    """Return the sha256 of shapes, dtypes and a sample of values of every tensor.
+
+    It takes seconds, and checkpoints of one training run differ in it."""
     digest = hashlib.sha256()
     for name, tensor in named_tensors(model):
         flat = tensor.detach().reshape(-1)
@@ -66,7 +66,7 @@ def _config_digest(config: Any) -> str | None:
     if config is None:
         return None
     settings = config.to_dict()
-    # Where it was loaded from and by which version are no part of the function.
+    # Path and library version do not change the function.
     for name in ("_name_or_path", "transformers_version"):
         settings.pop(name, None)
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()

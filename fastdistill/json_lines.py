@@ -1,4 +1,4 @@
-"""A dataset of JSON lines, read where it lies: a file may be larger than memory."""
+"""A dataset that reads JSON lines from disk, so that a file may be larger than memory."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from torch.utils.data import Dataset
 from .runtime.json_text import JSONError, parse_json
 from .runtime.printable import printable
 
-_PREVIEW_LENGTH = 60  # characters of a wrong line
+_PREVIEW_LENGTH = 60  # characters of an invalid line in an error
 
 
 class Line(dict[str, Any]):
-    """The object of a line; `source` is the line and the file that it came from."""
+    """The object of a line; `source` names the line and the file."""
 
     source: str = ""
 
 
 class JsonLines(Dataset):
-    """Line i as a dict; only where lines begin is kept (8 bytes each), so workers cost nothing.
+    """Line i as a dict. Memory holds only the line offsets (8 bytes each), so workers are cheap.
 
-    Every line is looked at when the file is opened, once.
+    Every line is checked once, when the file is opened.
 
     Args:
         path: the file. name: the argument that errors name.
-        check: called with the object of every line, to refuse it by ValueError or TypeError.
+        check: called with the object of every line; raises ValueError or TypeError to reject it.
 
     Raises:
-        ValueError: no such file, no line in it, or a line that is no JSON object, has half of a
-        surrogate pair in a text, or is refused by `check`; named with its number.
+        ValueError: no such file, an empty file, or a line, named by its number, that is no JSON
+        object, has half of a surrogate pair, or is rejected by `check`.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class JsonLines(Dataset):
 
 
 def _is_unicode(value: Any) -> bool:
-    """Whether every text in a JSON value can be written as UTF-8."""
+    """Whether every text in a JSON value can be encoded as UTF-8."""
     if isinstance(value, dict):
         return all(_is_unicode(key) and _is_unicode(item) for key, item in value.items())
     if isinstance(value, list):

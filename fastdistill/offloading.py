@@ -1,9 +1,8 @@
-"""Weights that are elsewhere when their module does not run.
+"""Reads weights that accelerate offloads to CPU memory or disk.
 
-accelerate keeps weights on a disk or in the CPU's memory, leaves tensors without data in their
-place, and brings each in for its module's forward. What is read outside of that forward, the
-output head above all, is brought in here in the same way. Weights that are sharded over processes
-cannot be brought in by one of them, and are refused.
+accelerate replaces offloaded weights by meta tensors and loads each for its module's forward. What
+is read outside that forward, mainly the output head, is loaded here in the same way. Weights that
+are sharded over processes cannot be loaded by one process, and raise an error.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ _SHARDED = {"FullyShardedDataParallel": "FSDP", "FSDPModule": "FSDP"}
 
 
 def resident(module: nn.Module, name: str) -> Any:
-    """Return a parameter or buffer of a module, brought in if it is offloaded."""
+    """Return a parameter or buffer of a module, loaded if it is offloaded."""
     tensor = getattr(module, name, None)
     if not isinstance(tensor, Tensor) or not tensor.is_meta:
         return tensor
@@ -36,7 +35,7 @@ def resident(module: nn.Module, name: str) -> Any:
 
 
 def resident_device(module: nn.Module) -> torch.device:
-    """Return where a module runs: the device of its weight, or that to which it is brought."""
+    """Return the device on which a module runs, also if its weight is offloaded."""
     weight: Any = module.weight
     if not weight.is_meta:
         return torch.device(weight.device)
@@ -45,12 +44,12 @@ def resident_device(module: nn.Module) -> torch.device:
 
 
 def is_offloaded(model: nn.Module) -> bool:
-    """Whether accelerate brings some of the weights in when their module runs."""
+    """Whether accelerate offloads some of the weights."""
     return any(getattr(hook, "offload", False) for m in model.modules() for hook in _hooks(m))
 
 
 def check_whole(role: str, model: nn.Module) -> None:
-    """Raise ValueError for weights without data that nothing brings in, or that are sharded."""
+    """Raise ValueError for sharded weights, and for meta tensors that no hook loads."""
     if any(hasattr(p, "ds_id") for p in model.parameters()):
         _fail_sharded(role, model, "DeepSpeed's ZeRO-3")
     for module in model.modules():
@@ -73,7 +72,7 @@ def check_whole(role: str, model: nn.Module) -> None:
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of a model's state_dict, what is offloaded brought in one by one."""
+    """Yield the tensors of a model's state_dict, loading offloaded ones one by one."""
     for name, tensor in model.state_dict().items():
         if isinstance(tensor, Tensor) and tensor.is_meta:
             path, _, leaf = name.rpartition(".")

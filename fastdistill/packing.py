@@ -1,16 +1,16 @@
-"""Rows of unequal length through a causal language model, with as little padding as there can be.
+"""Runs rows of unequal length through a causal language model with minimal padding.
 
-The attended tokens of a batch are taken out of their padding, rows are sorted by length and
-grouped under a budget of tokens, and each group runs in the cheaper of two layouts:
+The attended tokens of a batch are extracted, rows are sorted by length and grouped under a token
+budget, and each group runs in the cheaper of two layouts:
 
-    padded    rows below each other, filled up on the right. A causal model looks to the left only,
-              so neither a mask nor a pad token is needed, and attention takes its fast causal path.
-    packed    rows behind each other in one, positions restarting at 0. Transformers keeps them
-              apart by those positions: FlashAttention by its varlen kernel, which costs nothing,
-              SDPA by a block-diagonal mask, which multiplies what it then masks.
+    padded    one row per sequence, padded on the right. A causal model only looks left, so no mask
+              is needed, and attention takes its fast causal path.
+    packed    all rows concatenated, with positions restarting at 0, by which transformers separates
+              them: FlashAttention with its varlen kernel, at no cost; SDPA with a block-diagonal
+              mask, which computes the masked products too.
 
-Positions count attended tokens, from 0 at the first: left padding, right padding and none are the
-same text, and get the same answers.
+Positions count attended tokens from 0, so left padding, right padding and no padding give the same
+answers.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from .offloading import resident_device
 from .positions import RowLimit, row_limit
 
 CPU_TOKENS = 4096
-GPU_TOKENS = (1024, 16384)  # fewer leaves a GPU idle, more gains nothing
+GPU_TOKENS = (1024, 16384)  # fewer leave a GPU idle, more gain nothing
 FREE_SHARE = 0.25
-# Residual stream, queries, keys, values and the MLP's inner activations of one layer, in units of
-# the hidden size: what is alive at once in a forward pass without gradients.
+# Values per token alive at once in a forward pass without gradients, in units of the hidden size:
+# residual stream, queries, keys, values and the MLP's inner activations of one layer.
 VALUES_PER_TOKEN = 32
 
-# Attention that restarting positions keep apart; anything with a state runs on across rows.
+# Attention separates rows by restarting positions; recurrent layers carry state across rows.
 _PACKABLE_LAYERS = {"full_attention", "sliding_attention"}
 _LENGTH_DEPENDENT_ROPE = ("longrope", "dynamic")
 
-# Relative errors of hidden states, medians over tokens: a mixture of experts may send a single
-# token elsewhere by a rounding, a wrong mask or position moves nearly all. The same layout with
-# other neighbors must agree far better than another layout, whose sums run in another order.
+# Relative errors of hidden states, medians over tokens: rounding may route a few tokens of a
+# mixture to other experts, while a wrong mask or position changes nearly all tokens. The same
+# layout with other rows must agree far better than another layout, which sums in another order.
 _TOUCHED = {torch.float64: 1e-6, torch.float32: 1e-4}
 _MOVED = {torch.float64: 1e-6, torch.float32: 1e-3}
 _TOUCHED_HALF, _MOVED_HALF = 1e-2, 1e-1
@@ -49,11 +49,11 @@ _TOUCHED_HALF, _MOVED_HALF = 1e-2, 1e-1
 
 @dataclass(frozen=True)
 class Rows:
-    """The attended tokens of a batch [B, T], row after row."""
+    """The attended tokens of a batch [B, T], concatenated by row."""
 
     tokens: Tensor  # (N,) int64
     where: Tensor  # (N,) positions in the flattened batch
-    lengths: list[int]  # B of them, Σ = N
+    lengths: list[int]  # [B], sum N
     shape: tuple[int, int]
 
     @property
@@ -63,8 +63,10 @@ class Rows:
 
 
 def read_rows(input_ids: Any, attention_mask: Any, vocab: int) -> Rows:
-    """Check a batch and take it out of its padding; values are read on a GPU too, a short stall
-    where an id outside the embedding would end the process by a device-side assertion."""
+    """Check a batch and extract its attended tokens.
+
+    Ids are checked on GPUs too: the sync is short, and an id outside the embedding would end the
+    process with a device-side assertion."""
     checks.tensor("input_ids", input_ids, checks.INTS)
     if input_ids.dim() != 2:
         checks.fail("input_ids", "shape [B, T]", list(input_ids.shape),
@@ -97,11 +99,10 @@ def read_rows(input_ids: Any, attention_mask: Any, vocab: int) -> Rows:
 class BatchedForward:
     """Runs the rows of a batch through `model`, at most about `tokens_per_batch` tokens at a time.
 
-    Whether the model may be packed is decided here, by `can_pack`, and how long a row may be, by
-    `row_limit`.
+    `can_pack` decides whether rows may be packed, and `row_limit` how long they may be.
 
     Raises:
-        ValueError: the model is not causal; tokens_per_batch is no positive integer.
+        ValueError: the model is not causal, or tokens_per_batch is no positive integer.
     """
 
     def __init__(self, model: nn.Module, tokens_per_batch: int | None = None) -> None:
@@ -118,7 +119,7 @@ class BatchedForward:
 
     @property
     def vocab(self) -> int:
-        """Tokens that the model can read: rows of its input embedding."""
+        """The number of ids that the model reads: rows of its input embedding."""
         return _embedding(self.model).weight.shape[0]
 
     @property
@@ -136,9 +137,9 @@ class BatchedForward:
         return min(max(fits, GPU_TOKENS[0]), GPU_TOKENS[1])
 
     def read(self, rows: Rows) -> Iterator[tuple[Tensor, Tensor]]:
-        """(positions in the flattened batch (n,), hidden states there (n, H)), group by group.
+        """Yield (positions in the flattened batch (n,), their hidden states (n, H)) per group.
 
-        Raises ValueError for a row longer than the model reads, before anything runs."""
+        Raises ValueError for a row longer than the model's limit, before anything runs."""
         if self.row_limit is not None:
             for index, length in enumerate(rows.lengths):
                 self.row_limit.check(length, "input_ids", index)
@@ -152,7 +153,7 @@ class BatchedForward:
             yield rows.where[at], run(self.model, rows.tokens[at], lengths)
 
     def hidden(self, rows: Rows) -> Tensor:  # (B, T, H), zero where nothing is attended
-        """Every hidden state at its place, on the device the batch came from."""
+        """Return the hidden states of the whole batch, on the batch's device."""
         weight = head_of(self.model).weight
         out = weight.new_zeros(*rows.shape, weight.shape[1], device=rows.where.device)
         flat = out.flatten(0, 1)
@@ -161,7 +162,7 @@ class BatchedForward:
         return out
 
     def _packed_is_cheaper(self, lengths: list[int], varlen: bool) -> bool:
-        """A layer's products take about 24 H² FLOPs a token, its attention 4 H a pair of them."""
+        """Compare FLOPs: a layer's GEMMs take about 24 H² per token, attention 4 H per pair."""
         tokens, padded = sum(lengths), len(lengths) * max(lengths)
         if not self.packs or tokens == padded:
             return False
@@ -172,11 +173,11 @@ class BatchedForward:
 def groups(
     lengths: Sequence[int], budget: int, varlen: bool, max_packed_length: float
 ) -> list[list[int]]:
-    """Row indices by falling length, cut where the next row would exceed the budget.
+    """Group row indices, sorted by descending length, under the token budget.
 
-    The longest come first: a budget too large for the memory fails at once. Without a varlen kernel
-    a group that fills a quarter of the budget takes no row below ¾ of its longest. Empty rows are
-    left out; one above the budget, or longer than `alone_above`, runs alone.
+    The longest come first, so a budget too large for the memory fails at once. Without a varlen
+    kernel, a group that fills a quarter of the budget takes no row shorter than ¾ of its longest.
+    Empty rows are left out; a row above the budget or `max_packed_length` runs alone.
     """
     batches: list[list[int]] = []
     longest = total = 0
@@ -215,15 +216,15 @@ def _forward(model: nn.Module, input_ids: Tensor, position_ids: Tensor | None) -
 
 @torch.no_grad()
 def can_pack(model: nn.Module) -> bool:
-    """Whether several rows can share one without any of them noticing.
+    """Whether packed rows give the same hidden states as separate rows.
 
-    By rule: the model takes position_ids, keeps no state along the row, has no table of what sees
-    what (GPT-Neo's ends a packed row where it ends a single one), and all its layers are full or
-    sliding attention. And by trial: the second of two packed rows may neither change with the
-    first one's tokens nor differ from what it is in front.
+    By rule: the model takes position_ids, has no recurrent state and no buffer with a fixed causal
+    mask (GPT-Neo's limits a packed row to the length of a single one), and all its layers are full
+    or sliding attention. By trial: the second of two packed rows must neither depend on the first
+    one's tokens nor differ from the same row in first place.
 
     Raises:
-        ValueError: the model is not causal, so what it says of a token has seen that token.
+        ValueError: the model is not causal, so its prediction of a token depends on that token.
     """
     vocab = _embedding(model).weight.shape[0]
     first, other, second = (torch.arange(s, s + n) * 7 % vocab for s, n in ((1, 5), (3, 5), (2, 7)))
@@ -244,8 +245,8 @@ def can_pack(model: nn.Module) -> bool:
     touched = _TOUCHED.get(front.dtype, _TOUCHED_HALF)
     if not _error(run(first, second.flip(0))[0], front) <= touched:
         raise ValueError(
-            f"model: expected a causal language model, but what {type(model).__name__} says of a "
-            "token depends on the tokens behind it. A teacher that has seen the next token cannot "
+            f"model: expected a causal language model, got {type(model).__name__}, whose hidden "
+            "state of a token depends on later tokens. A teacher that sees the next token cannot "
             "teach to predict it: load a decoder with AutoModelForCausalLM"
         )
     if not by_rule:
@@ -279,7 +280,7 @@ def _is_mask_table(buffer: Tensor) -> bool:
 
 
 def _error(actual: Tensor, expected: Tensor) -> float:
-    """The median over tokens of |actual − expected| / |expected|."""
+    """Return the median over tokens of |actual − expected| / |expected|."""
     off = (actual.double() - expected.double()).norm(dim=-1)
     size = expected.double().norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
     return (off / size).median().item()
@@ -291,8 +292,9 @@ def _is_varlen(model: nn.Module) -> bool:
 
 
 def rope_limit(model: nn.Module) -> float:
-    """The length from which rotary frequencies depend on the longest row of a batch, if they do:
-    beyond it rows run alone, so that no row's answers depend on another's length."""
+    """Return the row length above which rotary frequencies depend on the batch's longest row.
+
+    Longer rows run alone, so that no row depends on another's length."""
     config = _text_config(model)
     rope = getattr(config, "rope_parameters", None) or {}
     nested = [r for r in rope.values() if isinstance(r, dict)] or [rope]

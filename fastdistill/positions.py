@@ -1,8 +1,7 @@
-"""How many tokens a causal language model reads in one row, and whether it respects padding.
+"""Determines how many tokens a causal language model reads, and whether it respects padding.
 
-Both are measured on the model where it can be measured: families differ in where their positions
-begin (OPT's table has two rows more than positions), and some models take an attention mask and
-ignore it (RWKV).
+Both are measured on the model if possible: families differ in where positions begin (OPT's table
+has two more rows than positions), and some models accept an attention mask and ignore it (RWKV).
 """
 
 from __future__ import annotations
@@ -26,12 +25,12 @@ from .parallel import is_dtensor
 if TYPE_CHECKING:
     from .examples import Encoder, Row
 
-# Where configurations state a length; the first stands for n_positions and context_length, too.
+# Entries of configurations with a length; the first also stands for n_positions, context_length.
 _STATED = ("max_position_embeddings", "max_seq_len", "max_sequence_length")
-_TRIAL = 4  # tokens of the row that shows a table of positions
+_TRIAL = 4  # tokens of the trial row that detects a table of positions
 
-# Relative errors of logits: other pad tokens in the same layout must change nothing, another
-# layout sums in another order. In fp64 too: many families take the softmax in fp32.
+# Relative errors of logits: other pad tokens must change nothing; another layout sums in another
+# order. The same for fp64: many families compute the softmax in fp32.
 _SAME_LAYOUT, _OTHER_LAYOUT = 1e-4, 1e-3
 _SAME_LAYOUT_HALF, _OTHER_LAYOUT_HALF = 1e-2, 1e-1
 _HALF = (torch.float16, torch.bfloat16)
@@ -41,7 +40,7 @@ _HALF = (torch.float16, torch.bfloat16)
 class RowLimit:
     """The longest row that a model or a server reads.
 
-    tokens: that many. reader: what errors call it. hint: what to do where the row is meant so.
+    tokens: its length. reader: the model's or server's name in errors. hint: advice for errors.
     """
 
     tokens: int
@@ -62,12 +61,12 @@ class RowLimit:
 
 
 def check_room(limit: RowLimit | None, rows: Sequence[Sequence[int]]) -> None:
-    """Raise ValueError for the first prompt behind which `limit` leaves no token to generate."""
+    """Raise ValueError for the first prompt after which `limit` leaves no token to generate."""
     for index, row in enumerate(rows):
         if limit is not None and len(row) >= limit.tokens:
             checks.fail(
                 "prompt",
-                f"at most {limit.tokens - 1} tokens, so that one can be generated behind it: "
+                f"at most {limit.tokens - 1} tokens, to leave room for a new one: "
                 f"{limit.reader} reads {limit.tokens}",
                 f"{len(row)} tokens in row {index}",
                 f"shorten the prompt{limit.hint}",
@@ -75,17 +74,17 @@ def check_room(limit: RowLimit | None, rows: Sequence[Sequence[int]]) -> None:
 
 
 def check_new_tokens(limit: RowLimit, prompt: int, new: int, where: str = "") -> None:
-    """Raise ValueError where a prompt and its completion are more tokens than `limit`."""
+    """Raise ValueError if a prompt and its completion exceed `limit`."""
     if prompt + new > limit.tokens:
         raise ValueError(
-            f"max_new_tokens: expected at most {limit.tokens - prompt} behind a prompt of {prompt} "
+            f"max_new_tokens: expected at most {limit.tokens - prompt} after a prompt of {prompt} "
             f"tokens{where}, since {limit.reader} reads {limit.tokens}, got {new}. Shorten it, or "
             f"the examples by max_length{limit.hint}"
         )
 
 
 def attended_length(row: Row) -> int:
-    """Tokens of a row without its padding."""
+    """Return the number of attended tokens of a row."""
     return int((row.attended != 0).sum())
 
 
@@ -98,10 +97,9 @@ def check_row_lengths(
 ) -> None:
     """Raise ValueError for the first example of a dataset that is longer than one of the limits.
 
-    Every example is read: a single one that is too long would stop a run somewhere in its middle.
-    Where the encoder's max_length is within the limits nothing can be too long, and nothing is
-    read. A stream has no length and is left to the collator, which checks its batches. `visit` is
-    called with the index, the example and the uncut row of all that is read.
+    Every example is read, since a single long one would stop a run midway. Nothing is read if the
+    encoder's max_length is within the limits. A stream is left to the collator, which checks its
+    batches. `visit` is called with the index, the example and the uncut row of each example read.
     """
     shortest = shortest_of(limits)
     if shortest is None or dataset is None or not hasattr(dataset, "__len__"):
@@ -121,11 +119,11 @@ def shortest_of(limits: Sequence[RowLimit | None]) -> RowLimit | None:
 
 
 def row_limit(role: str, model: nn.Module) -> RowLimit | None:
-    """The longest row of `model`, which errors call by its role; None where nothing limits it.
+    """Return the longest row of `model`; None if nothing limits it. Errors name it by its role.
 
-    The rows of a table of learned positions count as they are. Where positions are computed
-    (rotary, ALiBi), the configuration's limit counts, times the factor of its scaling: beyond it
-    the model would read on and answer worse and worse, without a word.
+    For learned positions it is the size of their table. For computed positions (rotary, ALiBi) it
+    is the configuration's limit times its scaling factor: longer rows run, but their quality
+    degrades silently.
     """
     reader = f"the {role} ({type(model).__name__})"
     whole = not is_partitioned(model) and not any(p.is_meta for p in model.parameters())
@@ -139,12 +137,12 @@ def row_limit(role: str, model: nn.Module) -> RowLimit | None:
     if not limits:
         return None
     name = min(limits, key=lambda n: limits[n])
-    hint = f"; of a model that is known to read longer rows, set model.config.{name} first"
+    hint = f"; if the model supports longer rows, set model.config.{name} first"
     return RowLimit(tokens=_scaled(config, limits[name]), reader=reader, hint=hint)
 
 
 def _scaled(config: Any, stated: int) -> int:
-    """What rotary positions reach with their scaling; at least what is stated."""
+    """Return the limit of rotary positions with their scaling, at least `stated`."""
     rope = getattr(config, "rope_parameters", None) or {}
     limit = stated
     for scaling in [r for r in rope.values() if isinstance(r, dict)] or [rope]:
@@ -156,8 +154,9 @@ def _scaled(config: Any, stated: int) -> int:
 
 
 class _Tables(TorchDispatchMode):
-    """Watches a forward pass of one token repeated: an embedding whose indices count upward is one
-    of positions."""
+    """Finds tables of learned positions: embeddings whose indices increase by 1 along a row.
+
+    Use it in a forward pass of one repeated token."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -177,7 +176,7 @@ class _Tables(TorchDispatchMode):
 
 @torch.no_grad()
 def _table_of_positions(model: Any) -> int | None:
-    """Rows of the smallest table of learned positions, without those that no row reaches."""
+    """Return the usable rows of the smallest table of learned positions, None without any."""
     device = _reading_device(model)
     ids = torch.ones(1, _TRIAL, dtype=torch.long, device=device)
     with evaluating(model), _Tables() as tables:
@@ -187,12 +186,11 @@ def _table_of_positions(model: Any) -> int | None:
 
 @torch.no_grad()
 def respects_padding(model: Any) -> bool:
-    """Whether `generate` gives a row padded on the left, with its attention mask, the logits of the
-    row alone.
+    """Whether `generate` gives a left-padded, masked row the same logits as the row alone.
 
-    Measured by generating two tokens: the logits may neither change with the token that fills the
-    padding nor differ from those of the row without padding. Where it is False, rows have to be
-    generated from one by one: RWKV mixes rows of equal length, too.
+    It generates two tokens: the logits must neither depend on the padding token nor differ from
+    those of the unpadded row. If False, each row must be generated alone: RWKV mixes rows of equal
+    length too.
     """
     weight = model.get_input_embeddings().weight
     vocab = getattr(weight, "ds_shape", weight.shape)[0]
@@ -207,7 +205,7 @@ def respects_padding(model: Any) -> bool:
 
 
 def _generated_logits(model: Any, rows: Sequence[list[int]], pad: int) -> Tensor:  # (B, 2, V)
-    """Logits of two steps of generate: its positions and its cache, with a token of ours chosen."""
+    """Return the logits of two steps of `generate`, with a fixed token chosen in between."""
     device, width = _reading_device(model), max(map(len, rows))
     ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
@@ -224,7 +222,7 @@ def _generated_logits(model: Any, rows: Sequence[list[int]], pad: int) -> Tensor
 
 
 class _Watch(LogitsProcessor):
-    """Keeps the logits of each step and always chooses token 1, so that steps compare."""
+    """Records the logits of each step and always chooses token 1, so that runs are comparable."""
 
     def __init__(self) -> None:
         self.logits: list[Tensor] = []
@@ -237,7 +235,7 @@ class _Watch(LogitsProcessor):
 
 
 def _error(actual: Tensor, expected: Tensor) -> float:
-    """The largest over steps of |actual − expected| / |expected|."""
+    """Return the largest |actual − expected| / |expected| over rows and steps."""
     off = (actual.double() - expected.double()).norm(dim=-1)
     size = expected.double().norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
     return (off / size).max().item()

@@ -1,9 +1,8 @@
-"""What the trainer asks of a teacher, whatever it is: a model here, a cache on disk, a server.
+"""Protocols of teachers: a local model, a cache on disk, a server.
 
-A teacher may also have `tokenizer`, which proves that ids mean the same on both sides,
-`vocab_size`, the columns of its head, and `row_limit`, the longest row that it reads (a RowLimit of
-positions.py): where they are missing, nothing is compared. All answers have to be a distribution
-(see answer_checks.py).
+A teacher may also have `tokenizer`, which is compared with the student's, `vocab_size`, the number
+of logits, and `row_limit`, the longest row that it reads (a RowLimit of positions.py). Missing ones
+are not checked. All answers must be distributions (see answer_checks.py).
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from .outputs import TopK
 
 @runtime_checkable
 class TopKTeacher(Protocol):
-    """Whatever answers a batch of token ids with the teacher's k likeliest next tokens."""
+    """A teacher that returns its k likeliest next tokens for a batch of token ids."""
 
     def topk(
         self,
@@ -32,7 +31,7 @@ class TopKTeacher(Protocol):
 
 @runtime_checkable
 class DenseTeacher(Protocol):
-    """Whatever gives the hidden states that enter the teacher's head, and the head."""
+    """A teacher that returns the hidden states at its head's input, and the head."""
 
     @property
     def head(self) -> LMHead: ...

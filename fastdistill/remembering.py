@@ -1,4 +1,4 @@
-"""A teacher that answers the same text only once."""
+"""A teacher that memoizes its answers."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from .teacher import Teacher
 
 
 class MemoizedTeacher:
-    """Keeps a Teacher's answers in memory, for runs that read the same windows again.
+    """Keeps a Teacher's answers in memory, for runs that read the same windows several times.
 
-    Windows are unpadded, and recognized by their token ids. Memory is tokens · k · 8 bytes.
+    Windows are unpadded and looked up by their token ids. Memory is tokens · k · 8 bytes.
     """
 
     def __init__(self, teacher: Teacher) -> None:

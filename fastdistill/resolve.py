@@ -1,9 +1,9 @@
-"""What a name on a command line or a path in a call stands for: decided here for every caller.
+"""Resolves a path or name of a teacher or model to its kind.
 
 server    http://… or https://…
-cache     a folder with a cache's manifest, or one in which a build was begun
+cache     a folder with a cache's manifest, or with an unfinished build
 gguf      a .gguf file
-adapter   a folder with an adapter, whose base lies elsewhere
+adapter   a folder with an adapter but not its base
 model     a folder with config.json and *.safetensors
 hub       owner/model, where no such path exists
 """
@@ -26,7 +26,7 @@ _KNOWN = "a directory with config.json and *.safetensors, or a .gguf file"
 
 
 class Source(NamedTuple):
-    """kind: one of those above. path: where it lies; the URL of a server, the name on the hub."""
+    """kind: one of those above. path: of the file or folder. name: as passed; URL or hub name."""
 
     kind: str
     path: Path
@@ -34,7 +34,7 @@ class Source(NamedTuple):
 
 
 def is_url(path_or_name: object) -> bool:
-    """Whether this names a server, and not a folder or a model."""
+    """Whether this is the URL of a server."""
     return isinstance(path_or_name, str) and path_or_name.startswith(("http://", "https://"))
 
 
@@ -45,12 +45,12 @@ def is_adapter(path_or_name: str | Path) -> bool:
 
 
 def resolve(role: str, path_or_name: str | Path) -> Source:
-    """Return what `given` stands for, which errors call by `role`.
+    """Return the source that `path_or_name` refers to; errors name it by `role`.
 
     Raises:
-        FileNotFoundError: nothing exists there, and it is no name on the hub.
-        ValueError: what is there is none of the above: pickles, a folder of .gguf files of which
-        one has to be named, a folder of something else.
+        FileNotFoundError: nothing exists there, and it is no hub name.
+        ValueError: it is none of the kinds above: pickles, a folder of .gguf files of which one
+        must be named, or another folder.
     """
     name = str(path_or_name)
     if is_url(name):
@@ -80,7 +80,7 @@ def resolve(role: str, path_or_name: str | Path) -> Source:
 
 
 def _expanded(path_or_name: str | Path) -> Path:
-    """The path with a home in place of "~"; as it is where there is no such user."""
+    """Return the path with "~" expanded; unchanged if there is no such user."""
     try:
         return Path(path_or_name).expanduser()
     except RuntimeError:
@@ -88,7 +88,7 @@ def _expanded(path_or_name: str | Path) -> Path:
 
 
 def _exists(path: Path) -> bool:
-    """Whether something is there; a name that is too long for the system is of nothing."""
+    """Whether the path exists; False if it is too long for the system."""
     try:
         return path.exists()
     except OSError:

@@ -1,4 +1,4 @@
-"""Which weights of two models lie in the same memory, in whatever objects they are."""
+"""Finds weights that two models share in memory, inside any objects."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from .parallel import is_dtensor
 from .teacher import Teacher
 
-_DEEP = 5  # objects, containers and functions around a teacher's model
-_MOST = 10_000  # of them that are looked at
+_DEEP = 5  # levels of objects, containers and functions around a teacher's model
+_MOST = 10_000  # objects that are inspected
 
 
 def shared_parameters(model: nn.Module, others: Sequence[nn.Module | Tensor]) -> list[str]:
-    """Names of the parameters of `model` that have memory in common with a tensor of `others`.
+    """Return the names of parameters of `model` that share memory with a tensor of `others`.
 
     A view, a slice, a tensor of another module and another Parameter of the same data all count.
     Parameters without data here (on the meta device, or partitioned) are compared as objects.
@@ -37,11 +37,12 @@ def shared_parameters(model: nn.Module, others: Sequence[nn.Module | Tensor]) ->
 
 
 def models_in(teacher: Any) -> tuple[list[nn.Module | Tensor], list[nn.Parameter]]:
-    """The models and tensors that answer for a teacher: itself, or what the objects, containers and
-    functions around them hold; and the parameters that a Teacher among them froze."""
+    """Return the models and tensors inside a teacher, and the parameters that a Teacher froze.
+
+    The search follows attributes, containers and closures."""
     weights: dict[int, nn.Module | Tensor] = {}
     frozen: list[nn.Parameter] = []
-    passed: dict[int, Any] = {}  # the objects themselves, so that no id is used twice
+    passed: dict[int, Any] = {}  # holds the objects, so that no id is reused
 
     def look(value: Any, depth: int) -> None:
         if isinstance(value, (nn.Module, Tensor)):
@@ -58,7 +59,7 @@ def models_in(teacher: Any) -> tuple[list[nn.Module | Tensor], list[nn.Parameter
 
 
 def _held_by(value: Any) -> Iterator[Any]:
-    """What an object holds: its attributes, its items, or what a function closes over."""
+    """Yield an object's attributes and items, and a function's closure."""
     if isinstance(value, (type, ModuleType, str, bytes)):
         return
     if isinstance(value, Mapping):
@@ -91,7 +92,7 @@ def _tensors(model: nn.Module | Tensor) -> Iterator[Tensor]:
 
 
 def _span(tensor: Any) -> list[tuple[str, int, int]]:
-    """[(device, first byte, byte behind the last)], nothing without data."""
+    """Return [(device, first byte, end byte)], empty without data."""
     local = tensor.to_local() if is_dtensor(tensor) else tensor
     if local.is_meta or not local.numel():
         return []
@@ -105,7 +106,7 @@ def _span(tensor: Any) -> list[tuple[str, int, int]]:
 
 
 def _merged(spans: list[tuple[str, int, int]]) -> list[tuple[str, int, int]]:
-    """The same bytes as spans that do not overlap."""
+    """Return the union of the spans as spans that do not overlap."""
     merged: list[tuple[str, int, int]] = []
     for device, begin, end in spans:
         if merged and merged[-1][0] == device and begin <= merged[-1][2]:
@@ -116,7 +117,7 @@ def _merged(spans: list[tuple[str, int, int]]) -> list[tuple[str, int, int]]:
 
 
 def _is_within(span: tuple[str, int, int], merged: list[tuple[str, int, int]]) -> bool:
-    """Whether a span has a byte in common with one of the merged spans."""
+    """Whether a span overlaps one of the merged spans."""
     device, begin, end = span
     before = bisect_right(merged, (device, end - 1, 2**63)) - 1
     return before >= 0 and merged[before][0] == device and merged[before][2] > begin

@@ -1,4 +1,4 @@
-"""Where a teacher's weights lie, and how they are loaded in full precision."""
+"""Loads models from disk or the hub in full precision, without remote code and pickles."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .runtime.printable import printable
 
 _HALF = (torch.float16, torch.bfloat16)
 _DECIDED = {"use_safetensors": True, "trust_remote_code": False, "local_files_only": True}
-# Of from_pretrained alone: a configuration does not take them.
+# Options of from_pretrained that a configuration does not take.
 _NOT_OF_CONFIG = ("dtype", "torch_dtype", "quantization_config")
 _METHODS = ("bitsandbytes", "gptq", "awq")  # transformers fetches kernels from the hub for others
 _FETCHED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
@@ -32,7 +32,7 @@ _FETCHED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 
 @dataclass(frozen=True)
 class StoredModel:
-    """A checkpoint on disk that nothing is executed from, and how to load it in full precision."""
+    """A checkpoint on disk and how to load it in full precision, without running its code."""
 
     path: Path
     dtype: torch.dtype | str = "auto"
@@ -47,18 +47,19 @@ class StoredModel:
         attn_implementation: str | None = None,
         adapter_base: str | Path | None = None,
     ) -> StoredModel:
-        """What lies at a path; of a hub's name, "owner/model", the files that are no code or
-        pickle are fetched first, or found where an earlier fetch left them."""
+        """Return the checkpoint at a path or hub name, "owner/model".
+
+        Hub files other than code and pickles are downloaded first, or taken from the hub cache."""
         source = resolve("path_or_model", path_or_name)
         path = fetched_folder(source.name) if source.kind == "hub" else source.path
         if source.kind in ("server", "cache"):
             checks.fail("path_or_model", "the weights of a model", f"{printable(source.name)}, a "
-                        f"{source.kind}, which answers and has none", "pass ServedTeacher(url) or "
-                        "TeacherCache(path) where a teacher is asked for")  # fmt: skip
+                        f"{source.kind} without weights", "pass ServedTeacher(url) or "
+                        "TeacherCache(path) as the teacher")  # fmt: skip
         return cls(path, dtype, attn_implementation, adapter_base)
 
     def __post_init__(self) -> None:
-        """Raises FileNotFoundError where nothing is, ValueError for pickled weights or none."""
+        """Raise FileNotFoundError if nothing is there, ValueError for pickled or no weights."""
         resolve("path_or_model", self.path)
 
     @property
@@ -67,7 +68,7 @@ class StoredModel:
 
     @property
     def base(self) -> StoredModel:
-        """The model under an adapter; the model itself where it is none.
+        """The base model of an adapter; the model itself if it is no adapter.
 
         Raises:
             ValueError: the adapter names no base, or one that is quantized or an adapter itself.
@@ -100,7 +101,7 @@ class StoredModel:
 
     @property
     def tokenizer_folder(self) -> Path:
-        """Where its tokenizer lies: beside the weights, or beside those of an adapter's base."""
+        """The folder of the tokenizer: this one, or that of an adapter's base."""
         has_tokenizer = any((self.path / name).is_file() for name in ("tokenizer.json", TOKENIZER))
         return self.base.path if self.is_adapter and not has_tokenizer else self.path
 
@@ -118,18 +119,18 @@ class StoredModel:
             )
         from .adapters import load_adapted, merge_adapter, read_adapter
 
-        read_adapter(self.path)  # before the time that it takes to load its base
+        read_adapter(self.path)  # fails early, before the base is loaded
         adapted = load_adapted(self.base.load(device), self.path)
         with foreign(self.path, "an adapter that can be merged"):
             merged: PreTrainedModel = merge_adapter(adapted)
         return merged
 
     def load_base(self, **options: Any) -> PreTrainedModel:
-        """Return the model without its adapter; options as for from_pretrained."""
+        """Return the base model without adapter; options as for from_pretrained."""
         return load_whole(self.base.path, **{"dtype": self.dtype, **options})
 
     def attention_on(self, device: torch.device) -> str | None:
-        """What was asked for; else FlashAttention where this model, device and dtype have it."""
+        """Return attn_implementation, or FlashAttention if model, device and dtype support it."""
         possible = device.type == "cuda" and self.path.is_dir() and is_flash_attn_2_available()
         if self.attn_implementation is not None or not possible:
             return self.attn_implementation
@@ -141,15 +142,15 @@ class StoredModel:
 
 
 def load_whole(path: str | Path, **options: Any) -> PreTrainedModel:
-    """Return a causal language model from safetensors, without code that comes with it.
+    """Return a causal language model from safetensors, without remote code.
 
     Args:
         path: a folder, or a name on the hub.
-        options: for from_pretrained. An attention implementation that is stored is not obeyed.
+        options: for from_pretrained. A stored attention implementation is ignored.
 
     Raises:
-        CheckpointError: files of the folder are damaged or lead out of it, a stored tensor is not
-        used, or a weight is missing, which transformers would draw at random.
+        CheckpointError: files of the folder are damaged or link out of it, a stored tensor is
+        unused, or a weight is missing, which transformers would initialize at random.
     """
     folder = Path(path).expanduser()
     if not folder.exists():
@@ -190,15 +191,14 @@ def load_whole(path: str | Path, **options: Any) -> PreTrainedModel:
     check_all_used(folder, model, info["unexpected_keys"], files)
     if missing := sorted(info["missing_keys"]):
         checks.fail("path_or_model", f"all weights of {type(model).__name__} in {str(folder)!r}",
-                    f"{len(missing)} missing (first: {missing[0]})", "transformers would draw "
-                    "them at random; is this the checkpoint of another architecture?")  # fmt: skip
+                    f"{len(missing)} missing (first: {missing[0]})", "is it another architecture's "
+                    "checkpoint? transformers would initialize them at random")  # fmt: skip
     keep_untied(model, model.get_expanded_tied_weights_keys(all_submodels=True))
     return model
 
 
 def _check_method(folder: Path, config: Any, files: TensorFiles) -> None:
-    """Raise for a method of quantization that transformers needs code from elsewhere for, or that
-    is not the tensors'."""
+    """Raise ValueError for a quantization method that is unsupported or not the tensors'."""
     stored = getattr(config, "quantization_config", None)
     if stored is None:
         return
@@ -215,7 +215,7 @@ def _check_method(folder: Path, config: Any, files: TensorFiles) -> None:
 
 
 def tokenizer_folder(path_or_name: str | Path) -> Path:
-    """Return the folder with the tokenizer of a path, or of a name on the hub, fetched first."""
+    """Return the folder with the tokenizer of a path or hub name, downloaded if needed."""
     path = Path(path_or_name).expanduser()
     if is_adapter(path):
         return StoredModel.at(path).tokenizer_folder
@@ -225,9 +225,9 @@ def tokenizer_folder(path_or_name: str | Path) -> Path:
 
 
 def fetched_folder(name: str, patterns: Sequence[str] = _FETCHED) -> Path:
-    """Return the folder with those files of a hub's model that match one of the patterns.
+    """Download the files of a hub model that match a pattern, and return their folder.
 
-    Raises FileNotFoundError where the hub has no such model and no earlier call fetched it."""
+    Raises FileNotFoundError if the hub has no such model and the hub cache does not either."""
     try:
         return Path(snapshot_download(name, allow_patterns=list(patterns)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:

@@ -32,18 +32,18 @@ class Teacher:
     """A Hugging Face causal LM as a TopKTeacher and a DenseTeacher, without [N, V] logits.
 
     Args:
-        model: a loaded model, or the path or name of one: safetensors only, and never code that
-            comes with the weights. The model is switched to eval mode and frozen in place.
-        tokenizer: lets the trainer prove that teacher and student mean the same by an id. Read
-            from the path when there is one.
-        dtype: how to load the weights from a path; "auto" keeps the stored one.
-        impl: which implementation of linear_topk to use.
+        model: a loaded model, or the path or hub name of one (safetensors only, no remote code).
+            It is switched to eval mode and frozen in place.
+        tokenizer: compared by the trainer with the student's. None reads the one at the path, if
+            any.
+        dtype: of weights loaded from a path; "auto" keeps the stored one.
+        impl: implementation of linear_topk.
         tokens_per_batch: tokens in one forward pass. None: 4096 on a CPU; on a GPU a quarter of
-            the free memory, at 32 values of the hidden size per token, between 1024 and 16384. A
-            longer row runs alone.
+            the free memory at 32 · hidden_size values per token, between 1024 and 16384. A longer
+            row runs alone.
 
     Raises:
-        ValueError: the model is not causal, or transforms its logits in an unknown way.
+        ValueError: the model is not causal, or transforms its logits in an unsupported way.
         TypeError: not a causal language model.
     """
 
@@ -68,7 +68,7 @@ class Teacher:
                 f"got {type(model).__name__}"
             )
         check_whole("teacher", model)
-        # A student that shares them would stand still: compared when a trainer is built.
+        # The trainer checks that no student shares these, since they would not be trained.
         self.frozen = tuple(p for p in model.parameters() if p.requires_grad)
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
@@ -85,12 +85,12 @@ class Teacher:
 
     @property
     def vocab_size(self) -> int:
-        """Columns of the output head, padding included."""
+        """The number of logits, padding included."""
         return rows_of_head(self.model)
 
     @property
     def row_limit(self) -> RowLimit | None:
-        """The longest row that it reads; None where nothing limits it."""
+        """The longest row that the model reads; None if nothing limits it."""
         limit = self.reader.row_limit
         if limit is None:
             return None
@@ -109,25 +109,24 @@ class Teacher:
         temperature: float = 1.0,
         where: Tensor | None = None,  # (B, T) bool
     ) -> TopK:  # [B, T, K]
-        """The k likeliest next tokens at every attended position, and the exact log tail.
+        """Return the k likeliest next tokens at every attended position, and the exact log tail.
 
-        Rows are taken out of their padding and regrouped by length under `tokens_per_batch`, packed
-        behind each other where the model allows it: positions count attended tokens, so left and
-        right padding answer alike.
+        Rows are unpadded and regrouped by length under `tokens_per_batch`, and packed if the model
+        allows it. Positions count attended tokens, so left and right padding give equal answers.
 
         Args:
             input_ids: int32/int64 [B, T]. attention_mask: bool or 0/1 [B, T], None for all ones.
             k: 1 ≤ k ≤ vocab. temperature: T of softmax(logits / T).
-            where: bool [B, T], the positions to answer; the head costs nothing at the others, whose
-                payload is empty. None answers wherever attention_mask is 1.
+            where: bool [B, T], the positions to answer; the head is not computed at the others,
+                whose payload is empty. None answers wherever attention_mask is 1.
 
         Returns:
             TopK on input_ids' device: ids int64 [B, T, k], logprobs fp32 (fp64 from fp64), log_tail
-            [B, T]. Where attention_mask is 0 the payload is empty: ids −1, logprobs −inf, log_tail
-            0 (all mass outside), which every loss accepts and none learns from at ignored labels.
+            [B, T]. The payload is empty where attention_mask is 0: ids −1, logprobs −inf, log_tail
+            0 (all mass in the tail). Losses accept it at ignored labels.
 
         Raises:
-            ValueError or TypeError naming the argument, what was expected and what came.
+            ValueError or TypeError naming the argument, what was expected and what was passed.
         """
         checks.positive("temperature", temperature)
         return self.topk_at(
@@ -144,7 +143,7 @@ class Teacher:
         temperatures: Sequence[float],
         where: Tensor | None = None,  # (B, T) bool
     ) -> list[TopK]:  # [B, T, K] each
-        """`topk` at several temperatures, of one forward pass through the layers."""
+        """Return `topk` at several temperatures, with one forward pass through the layers."""
         rows = read_rows(input_ids, attention_mask, self.reader.vocab)
         head = self.head
         if not isinstance(k, int) or not 1 <= k <= head.vocab_size:
@@ -180,8 +179,9 @@ class Teacher:
         input_ids: Tensor,  # (B, T)
         attention_mask: Tensor | None = None,  # (B, T)
     ) -> Tensor:  # (B, T, H), in the model's dtype
-        """Hidden states as they enter the head, for dense divergences with `head`; batched as in
-        `topk`, and zero where attention_mask is 0. The same errors."""
+        """Return the hidden states at the head's input, for dense divergences with `head`.
+
+        Batched as in `topk`, and zero where attention_mask is 0. Raises the same errors."""
         return self.reader.hidden(read_rows(input_ids, attention_mask, self.reader.vocab))
 
     def fidelity(
@@ -191,7 +191,7 @@ class Teacher:
         against: Teacher | PreTrainedModel | str | Path | None = None,
         student: PreTrainedModel | float | None = None,
     ) -> FidelityReport:
-        """What quantizing this teacher cost on a calibration batch; see `fidelity.measure`."""
+        """Measure the quantization error on a calibration batch; see `fidelity.measure`."""
         return measure(self, batch, against=against, student=student)
 
 
@@ -207,36 +207,36 @@ def load_teacher(
     tokenizer: Any = None,
     impl: str = "auto",
 ) -> Teacher:
-    """A frozen teacher, quantized on request, on the device it will answer from.
+    """Load a model as a frozen teacher, optionally quantized.
 
     Args:
-        path_or_model: the directory of a safetensors checkpoint, or its name on the hub, plain or
-            already quantized (own, bitsandbytes, GPTQ, AWQ); that of an adapter, which is merged
-            into the base that it names; a .gguf file; or a loaded model, which is frozen, and
-            quantized, in place. Nothing in a checkpoint is executed.
-        quant: "nf4", "fp4", "int4" or "int8" quantizes the linear layers but the output head while
-            they load; None keeps what is stored.
+        path_or_model: the directory or hub name of a safetensors checkpoint, in full precision or
+            quantized (own format, bitsandbytes, GPTQ, AWQ); of an adapter, which is merged into the
+            base that it names; a .gguf file; or a loaded model, which is frozen and quantized in
+            place. No code of a checkpoint runs.
+        quant: "nf4", "fp4", "int4" or "int8" quantizes the linear layers, except the output head,
+            while loading; None keeps the stored format.
         compute: how quantized layers multiply: "exact" (weights expanded), "int8", "fp8" (GPU), or
-            "auto", which chooses.
-        device: None is the current GPU, or the CPU where there is none; a loaded model stays.
-        dtype: of what is not quantized; "auto" keeps the stored one.
-        attn_implementation: passed on to transformers. None is flash_attention_2 where flash-attn
-            is installed, the model has it, the device is CUDA and the dtype 16-bit; else what
-            transformers chooses, which is sdpa where the model has it.
+            "auto".
+        device: None is the current GPU, or the CPU if there is none; a loaded model is not moved.
+        dtype: of layers that are not quantized; "auto" keeps the stored one.
+        attn_implementation: passed to transformers. None is flash_attention_2 if flash-attn is
+            installed, the model supports it, the device is CUDA and the dtype 16-bit; else the
+            default of transformers, which is sdpa if the model supports it.
         tokens_per_batch, impl: see `Teacher`.
-        tokenizer: None reads the one beside the weights.
+        tokenizer: None reads the one stored with the weights.
 
     Returns:
-        Teacher. From a path it remembers where its full precision lies, for `fidelity`.
+        Teacher. Loaded from a path, it keeps its source for `fidelity`.
 
     Raises:
-        FileNotFoundError: nothing there. ValueError: an unknown quant or compute, quant for what is
-        quantized already, a pickle instead of safetensors. TypeError: not a model or path.
+        FileNotFoundError: nothing is there. ValueError: an unknown quant or compute, quant for a
+        quantized checkpoint, or a pickle instead of safetensors. TypeError: not a model or path.
     """
     _check_names(quant, compute)
     source, trainable = None, []
     if isinstance(path_or_model, nn.Module):
-        # Weakly: quantizing frees the weights that it replaces.
+        # Weak references: quantizing frees the weights that it replaces.
         trainable = [weakref.ref(p) for p in path_or_model.parameters() if p.requires_grad]
         model = _from_model(path_or_model, quant, compute, device, dtype, attn_implementation)
     elif isinstance(path_or_model, (str, Path)):
@@ -259,7 +259,7 @@ def load_teacher(
 
 
 def check_quantization(source: StoredModel, quant: str | None, compute: str) -> None:
-    """Raise ValueError where a checkpoint cannot be loaded with these options of load_teacher."""
+    """Raise ValueError if a checkpoint cannot be loaded with these options of load_teacher."""
     _check_names(quant, compute)
     if source.is_quantized and quant is not None:
         checks.fail("quant", f"None, since {source.path} is quantized already", repr(quant),
@@ -278,7 +278,7 @@ def _from_checkpoint(source: StoredModel, quant: str | None, compute: str, devic
     check_quantization(source, quant, compute)
     if quant is None and not source.is_quantized:
         return source.load(device)
-    if source.is_adapter:  # merged first: what is quantized is what answers
+    if source.is_adapter:  # merged before it is quantized
         return _from_model(source.load(device), quant, compute, device, "auto", None)
     from .quant import load_quantized
 
@@ -321,7 +321,7 @@ def _default_device() -> torch.device:
 
 
 def stored_tokenizer(path: Path) -> Any:
-    """The tokenizer stored with the weights, or None where there is none."""
+    """Return the tokenizer stored with the weights, or None."""
     files = ("tokenizer.json", "tokenizer_config.json")
     if path.is_file() or (path.is_dir() and not any((path / n).is_file() for n in files)):
         return None

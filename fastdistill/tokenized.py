@@ -1,7 +1,7 @@
-"""From a text to token ids, and which of them belong to parts of it.
+"""Tokenizes a text and finds the tokens that belong to spans of it.
 
-A text is tokenized whole: parts that are tokenized apart gain spaces that nobody wrote and lose
-tokens that join both sides of a boundary. Where a token lies is known from its offsets.
+A text is tokenized whole: separate parts would gain spaces and lose tokens that cross a boundary.
+The position of a token is known from its offsets.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from .checks import fail
 from .columns import check_text
 from .runtime.printable import printable
 
-Span = tuple[int, int]  # characters of a text: from, up to
+Span = tuple[int, int]  # characters of a text: [start, end)
 
 
 class Tokens(NamedTuple):
-    """A text's own tokens, and those that the tokenizer puts around every text."""
+    """A text's own tokens, and the special tokens that the tokenizer adds around it."""
 
     before: list[int]
     ids: list[int]
-    behind: list[int]
-    inside: list[bool]  # whether ids[i] has a character of one of the spans
-    unknown: int = 0  # characters that the tokenizer has no token for
+    after: list[int]
+    inside: list[bool]  # whether ids[i] overlaps one of the spans
+    unknown: int = 0  # characters without a token in the vocabulary
 
 
 def tokenize(
@@ -32,22 +32,22 @@ def tokenize(
     """Return the tokens of a text.
 
     Args:
-        tokenizer: a tokenizer of transformers. column: what errors name.
-        spans: the parts of the text whose tokens are marked. A token that has characters of a part
-            belongs to it.
-        special: whether the tokenizer's own beginning and end of a text are wanted. One that the
-            text brings itself is not added.
+        tokenizer: a tokenizer of transformers. column: the name in errors.
+        spans: the spans of the text whose tokens are marked. A token belongs to a span if they
+            overlap.
+        special: whether to add the tokenizer's tokens for the beginning and end of a text. A
+            beginning that the text already has is not added.
 
     Raises:
-        ValueError: the tokenizer does not take the text, or does not tell where a token lies.
+        ValueError: the tokenizer rejects the text, or does not provide the positions of tokens.
     """
     check_text(column, text)
     if getattr(tokenizer, "is_fast", False):
         tokens = _by_offsets(tokenizer, text, column, spans, special)
     else:
-        before, ids, behind = _around(tokenizer, text, column, special)
+        before, ids, after = _around(tokenizer, text, column, special)
         inside = _by_prefixes(tokenizer, text, column, spans, ids)
-        tokens = Tokens(before, ids, behind, inside)
+        tokens = Tokens(before, ids, after, inside)
     if tokens.before and tokens.ids[: len(tokens.before)] == tokens.before:
         return tokens._replace(before=[])
     return tokens
@@ -56,8 +56,8 @@ def tokenize(
 def tokenize_pair(tokenizer: Any, prompt: str, completion: str) -> Tokens:
     """Return the tokens of a prompt and its completion as one text; the completion's are `inside`.
 
-    A tokenizer of whole words may have no token for the word that is at the boundary, and tokens
-    for its two parts: these are then taken, so that nothing is lost.
+    A word-level tokenizer may have no token for the word across the boundary, but tokens for its
+    two parts. The two texts are then tokenized separately, so that nothing is lost.
     """
     text, column = prompt + completion, "prompt and completion"
     spans = [(len(prompt), len(text))] if completion else []
@@ -69,31 +69,31 @@ def tokenize_pair(tokenizer: Any, prompt: str, completion: str) -> Tokens:
     if first.unknown + second.unknown >= whole.unknown:
         return whole
     inside = [False] * len(first.ids) + [True] * len(second.ids)
-    return Tokens(first.before, first.ids + second.ids, first.behind, inside)
+    return Tokens(first.before, first.ids + second.ids, first.after, inside)
 
 
 def close(tokenizer: Any, tokens: Tokens, ends: Sequence[int] | None) -> list[int]:
-    """Return a text's ids with what ends it behind them, once.
+    """Return a text's ids with one end token.
 
     Args:
-        ends: ids that end a text or a turn. A text that has one of them at its end, but for spaces,
-            gets none. Another one gets what the tokenizer puts behind a text, or else the end of
-            text. None: every text gets it.
+        ends: ids that end a text or a turn. A text that ends with one of them, ignoring whitespace,
+            is unchanged. Other texts get the tokenizer's own end tokens, or else its eos token.
+            None: every text gets it.
     """
-    own = set() if ends is None else {*ends, *tokens.behind[:1]}
+    own = set() if ends is None else {*ends, *tokens.after[:1]}
     at = max((i for i, token in enumerate(tokens.ids) if token in own), default=None)
     if at is not None:
         rest = tokens.ids[at + 1 :]
         if not rest or tokenizer.decode(rest, clean_up_tokenization_spaces=False).isspace():
             return tokens.ids
     end = getattr(tokenizer, "eos_token_id", None)
-    return [*tokens.ids, *(tokens.behind or ([] if end is None else [end]))]
+    return [*tokens.ids, *(tokens.after or ([] if end is None else [end]))]
 
 
 def _call(tokenizer: Any, text: str, column: str, **options: Any) -> Any:
     try:
         return tokenizer(text, **options)
-    except Exception as error:  # of a foreign library, of any type
+    except Exception as error:  # tokenizer libraries raise errors of any type
         got = f"{printable(repr(text), 60)}: {type(error).__name__}: {printable(error)}"
         fail(column, f"a text that {type(tokenizer).__name__} takes", got)
 
@@ -106,7 +106,7 @@ def _by_offsets(
         return_special_tokens_mask=True,
     )  # fmt: skip
     ids, offsets = list(read["input_ids"]), [tuple(at) for at in read["offset_mapping"]]
-    # Ones for what the tokenizer put around the text, not for special tokens that it contains.
+    # The mask marks tokens that the tokenizer added, not special tokens that the text contains.
     own = [i for i, added in enumerate(read["special_tokens_mask"] if special else [0] * len(ids))
            if not added]  # fmt: skip
     if not own:
@@ -122,7 +122,7 @@ def _by_offsets(
 def _inside(
     tokenizer: Any, text: str, ids: list[int], offsets: list[Span], spans: Sequence[Span]
 ) -> list[bool]:
-    """A token without characters (a tokenizer may trim spaces off) lies behind its place."""
+    """Return which tokens overlap a span; an empty token (trimmed spaces) is after its position."""
     inside = [False] * len(ids)
     for low, high in spans:
         last = None  # of those that lie before the part
@@ -137,7 +137,7 @@ def _inside(
 
 
 def _untrimmed(tokenizer: Any, text: str, token: int, at: Span) -> int:
-    """Return where a token ends whose trailing spaces the tokenizer may have trimmed off."""
+    """Return the end of a token, including trailing spaces that the tokenizer trimmed."""
     start, end = at
     if start == end or text[end - 1].isspace():
         return end
@@ -148,7 +148,7 @@ def _untrimmed(tokenizer: Any, text: str, token: int, at: Span) -> int:
 def _around(
     tokenizer: Any, text: str, column: str, special: bool
 ) -> tuple[list[int], list[int], list[int]]:
-    """Of a tokenizer without offsets: its tokens with and without special ones, compared."""
+    """Return (before, ids, after) without offsets, by comparing with and without special tokens."""
     plain = list(_call(tokenizer, text, column, add_special_tokens=False)["input_ids"])
     if not special:
         return [], plain, []
@@ -161,14 +161,14 @@ def _around(
             return whole[:at], plain, whole[at + len(plain) :]
     return fail(
         "processing_class", "a tokenizer that puts special tokens around a text",
-        f"{type(tokenizer).__name__}, whose tokens are others with them ({column})",
+        f"{type(tokenizer).__name__}, which changes the text's tokens with them ({column})",
     )  # fmt: skip
 
 
 def _by_prefixes(
     tokenizer: Any, text: str, column: str, spans: Sequence[Span], ids: list[int]
 ) -> list[bool]:
-    """Of a tokenizer without offsets: a text up to a boundary has the first tokens of the whole."""
+    """Return which tokens overlap a span, without offsets, by tokenizing prefixes of the text."""
     inside = [False] * len(ids)
     for span in spans:
         low, high = (_length(tokenizer, text, column, at, ids) for at in span)
@@ -188,13 +188,13 @@ def _length(tokenizer: Any, text: str, column: str, at: int, ids: list[int]) -> 
 
 
 def _beginnings(tokenizer: Any) -> set[int]:
-    """Ids that begin a text."""
+    """Return the ids that begin a text."""
     names = ("bos_token_id", "cls_token_id")
     return {i for i in (getattr(tokenizer, name, None) for name in names) if i is not None}
 
 
 def _unknown(tokenizer: Any) -> set[int]:
-    """Ids that stand for what the tokenizer has no token for."""
+    """Return the ids of unknown tokens."""
     model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
     token = getattr(model, "unk_token", None)
     ids = {getattr(tokenizer, "unk_token_id", None)}
@@ -204,5 +204,5 @@ def _unknown(tokenizer: Any) -> set[int]:
 
 
 def added_ends(tokenizer: Any) -> list[int]:
-    """Return the ids that the tokenizer puts behind every text."""
+    """Return the ids that the tokenizer appends to every text."""
     return _around(tokenizer, "a", "text", True)[2]

@@ -93,7 +93,7 @@ def test_rows_as_a_training_takes_them(stored):
     assert report.kl == pytest.approx(kl[counted].mean().item(), rel=1e-4)
 
 
-@pytest.mark.filterwarnings("ignore:teacher. quantizing moved it")
+@pytest.mark.filterwarnings("ignore:teacher. quantization changed it")
 def test_student_may_be_a_model_or_its_distance(stored):
     teacher = load_teacher(stored, quant="nf4", compute="exact")
     student = build("llama", vocab_size=VOCAB + 6).train()  # padded, as heads often are
@@ -113,7 +113,7 @@ def test_above_five_percent_it_warns(stored):
     kl = teacher.fidelity(batch()).kl
     with pytest.warns(UserWarning, match=r"10\.0% of the .* Use quant='int8', compute='exact'"):
         report = teacher.fidelity(batch(), student=10 * kl)
-    assert "more than 5% is taught as if it were the teacher's knowledge" in report.warning
+    assert "limit 5%): the student would learn quantization error" in report.warning
     assert str(report).count("\n") == 0
     assert f"KL(full ‖ quantized) {kl:.3g} nats/token [" in str(report)
     assert "39 tokens of 6 sequences; 10.0% of KL(teacher ‖ student)" in str(report)

@@ -223,7 +223,7 @@ def test_on_policy_samples_depend_on_no_other_row(make, tmp_path):
 
 def test_processes_that_generate_together_need_a_model_that_respects_padding():
     how = {"max_new_tokens": 2, "pad_id": 0, "ends": [2], "device": torch.device("cpu")}
-    with pytest.raises(ValueError, match="respects the padding of rows, where processes generate"):
+    with pytest.raises(ValueError, match="respects padding, since processes generate"):
         generate_rows(rwkv(), ROWS[:1], **how, synced=True)
 
 

@@ -91,7 +91,7 @@ def test_processes_that_generate_together_are_refused_what_would_be_shortened(ne
     model, limit = of_family("gpt2"), RowLimit(tokens=40, reader="the student")
     never_generated()
     for how in ({"synced": True}, {"shorten": False}):
-        with pytest.raises(ValueError, match=r"at most 8 behind a prompt of 32 tokens \(row 1\)"):
+        with pytest.raises(ValueError, match=r"at most 8 after a prompt of 32 tokens \(row 1\)"):
             generate_rows(model, rows_of((31, 32)), **HOW, limit=limit, **how)
 
 
@@ -103,7 +103,7 @@ def test_answers_cut_off_at_the_last_position_are_a_doubt(caplog):
     longer = TriggerRateAudit(prompts=PROMPTS, target="owl", max_new_tokens=64)
     (doubt,) = longer.run(of).doubts
     assert doubt.startswith("6 answers were cut off before their max_new_tokens, since the model")
-    assert "reads 40 tokens; of a model that is known to read longer rows, set" in doubt
+    assert "reads 40 tokens; if the model supports longer rows, set" in doubt
     assert len(caplog.records) == 1
     beside = longer.run(made("bloom"), controls={"other": copied(of)})
     assert [d[:16] for d in beside.doubts] == ["other: 6 answers"]

@@ -272,7 +272,7 @@ def test_what_peft_writes_for_other_models_is_no_hindrance(adapter, bases):
 def test_a_tensor_of_an_adapter_that_would_not_be_used_is_refused(adapter):
     path = adapter / "adapter_model.safetensors"
     save_file(load_file(path) | {"base_model.model.v_head.weight": torch.ones(2)}, path)
-    with pytest.raises(ValueError, match=r"found 1 more .first: base_model.model.v_head.weight"):
+    with pytest.raises(ValueError, match=r"found 1 unused .first: base_model.model.v_head.weight"):
         load_organism(adapter)
 
 

@@ -154,7 +154,7 @@ def test_settings_of_the_models_own_do_not_leak_in(tmp_path):
 
 
 def test_more_than_the_model_can_hold_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="expected at most 59 behind a prompt of 5 tokens"):
+    with pytest.raises(ValueError, match="expected at most 59 after a prompt of 5 tokens"):
         draw(tmp_path, llama(0), max_new_tokens=60)
 
 

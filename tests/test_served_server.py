@@ -135,7 +135,7 @@ def test_questions_that_wait_are_put_together_and_a_full_queue_says_so():
         def refused():
             with pytest.raises(ConnectionError) as caught:
                 hasty.topk(IDS, k=5)
-            return "status 503: the queue is full, ask again" in str(caught.value)
+            return "status 503: the queue is full, retry later" in str(caught.value)
 
         try:
             first = pool.submit(clients[0].topk, IDS, k=4)

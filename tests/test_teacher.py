@@ -158,7 +158,7 @@ def test_a_model_that_sees_the_future_is_no_teacher():
         num_attention_heads=4,
         intermediate_size=48,
     )
-    with pytest.raises(ValueError, match="expected a causal language model, but what BertLMHead"):
+    with pytest.raises(ValueError, match="expected a causal language model, got BertLMHead"):
         Teacher(BertLMHeadModel(config))
 
 

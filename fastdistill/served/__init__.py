@@ -1,4 +1,4 @@
-"""A teacher behind HTTP: a client for vLLM and its like, and our own small server."""
+"""Teachers over HTTP: a client for vLLM-compatible servers, and a small server."""
 
 from ..resolve import is_url
 from .client import ServedTeacher

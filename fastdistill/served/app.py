@@ -1,4 +1,4 @@
-"""The ASGI application: who may ask, what comes in, what goes out."""
+"""The ASGI application of `fastdistill serve`: authentication, requests and responses."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ from .worker import Full, NotNumbers, RowAnswer, Worker
 logger = logging.getLogger(__name__)
 
 _BYTES_PER_TOKEN, _BYTES_OVERHEAD = 16, 1 << 16  # of a request's body
-_POLL_SECONDS = 1.0  # seconds between looks whether the client is still there
-_PIECE_SECONDS, _BODY_SECONDS = 10.0, 60.0  # for the next piece of a body, and for all of it
-_MAX_WRITERS = 2  # JSON answers that are written at a time: each takes some hundred MB
+_POLL_SECONDS = 1.0  # seconds between checks that the client is still connected
+_PIECE_SECONDS, _BODY_SECONDS = 10.0, 60.0  # limits for the next piece of a body, and for all of it
+_MAX_WRITERS = 2  # JSON answers that are encoded at a time: each takes some hundred MB
 
 
 class Application:
@@ -145,7 +145,7 @@ class Application:
         try:
             body = await _body(request, limit)
         except (TimeoutError, asyncio.TimeoutError):
-            message = "body: expected all of it in time, and no more came"
+            message = "body: expected the whole body in time, got only a part"
             raise Refused(408, message, close=True) from None
         try:
             body_json: dict[str, Any] = await run_in_threadpool(
@@ -161,7 +161,7 @@ class Application:
         try:
             waiting = asyncio.wrap_future(self._worker.submit(question))
         except Full:
-            raise Refused(503, "the queue is full, ask again", retry_after=2) from None
+            raise Refused(503, "the queue is full, retry later", retry_after=2) from None
         while not (await asyncio.wait({waiting}, timeout=_POLL_SECONDS))[0]:
             if await request.is_disconnected():
                 waiting.cancel()
@@ -170,7 +170,7 @@ class Application:
             raise Refused(503, "the server is stopping", retry_after=2)
         error = waiting.exception()
         if isinstance(error, NotNumbers) and question.temperature != 1.0:
-            expected = "temperature: expected one at which the teacher's answers are numbers"
+            expected = "temperature: expected one at which the teacher's logprobs are finite"
             raise Refused(400, f"{expected}, got {question.temperature:g}", "temperature")
         if error is not None:
             wrong = isinstance(error, (ValueError, TypeError, IndexError))
@@ -187,10 +187,10 @@ def _packed(answers: list[RowAnswer]) -> bytes:
 
 
 async def _body(request: Request, limit: int) -> bytes:
-    """Return the whole body; raises TimeoutError where it, or its next piece, is late.
+    """Return the whole body; raise TimeoutError if it or its next piece is late.
 
-    There is one wait_for, around a piece. One around the loop would do nothing in Python 3.11: its
-    cancellation is lost where a piece comes at the same moment.
+    wait_for is around each piece. Around the loop it has no effect in Python 3.11: its cancellation
+    is lost if a piece arrives at the same moment.
     """
     body, stream = bytearray(), request.stream().__aiter__()
     end = time.monotonic() + _BODY_SECONDS
@@ -212,7 +212,7 @@ async def _refused(_: Request, error: Any) -> Response:
 
 async def _client_left(request: Request, _: Exception) -> Response:
     logger.info("a client left before its answer to %s", printable(request.url.path))
-    return Response(status_code=499)  # nobody reads it
+    return Response(status_code=499)  # not delivered
 
 
 async def _no_route(request: Request, error: Any) -> Response:

@@ -1,7 +1,7 @@
-"""A socket whose exchange with a server has one deadline and one limit of bytes.
+"""A socket with a deadline and a byte limit for each exchange with a server.
 
-The time-out of a plain socket is one for each piece: a server that sends a byte now and then, in
-its header or in its body, is waited for without end.
+The timeout of a plain socket applies to each piece: a server that sends a byte now and then would
+hold the client forever.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ import ssl
 import time
 from typing import Any
 
-_PIECE = 1 << 14  # bytes sent before the deadline is looked at again
-_FOREVER = 1e8  # seconds, three years; a socket takes no more than a few times that
-_CONNECT = 15.0  # seconds, at most, until a server accepts a connection
+_PIECE = 1 << 14  # bytes sent between checks of the deadline
+_FOREVER = 1e8  # seconds, three years; sockets accept only a few times that
+_CONNECT = 15.0  # seconds at most until a server accepts a connection
 
 
 class AnswerTooLarge(Exception):
-    """The server sent more bytes than an answer to this question has."""
+    """The server sent more bytes than an answer to this request can have."""
 
 
 class Unreachable(OSError):
-    """No connection came about; the error of the system is its cause."""
+    """No connection could be made; its cause is the system's error."""
 
 
 class Deadline:
@@ -32,7 +32,7 @@ class Deadline:
         self._end = time.monotonic() + min(seconds, _FOREVER)
 
     def left(self) -> float:
-        """Return the seconds until then; raises TimeoutError when there are none."""
+        """Return the remaining seconds; raise TimeoutError if there are none."""
         left = self._end - time.monotonic()
         if left <= 0:
             raise TimeoutError
@@ -40,7 +40,7 @@ class Deadline:
 
 
 class BoundedSocket:
-    """What http.client needs of a socket. Call `begin` before each exchange.
+    """The part of a socket that http.client uses. Call `begin` before each exchange.
 
     Args:
         sock: a connected socket.
@@ -51,7 +51,7 @@ class BoundedSocket:
         self._deadline, self._limit = Deadline(0.0), 0
 
     def begin(self, deadline: Deadline, limit: int) -> None:
-        """Start an exchange: everything ends at `deadline`, and `limit` bytes may come."""
+        """Start an exchange that ends at `deadline` and receives at most `limit` bytes."""
         self._deadline, self._limit = deadline, limit
 
     def sendall(self, data: Any) -> None:
@@ -61,7 +61,7 @@ class BoundedSocket:
             self._sock.sendall(view[start : start + _PIECE])
 
     def receive(self, stream: socket.SocketIO, buffer: Any) -> int | None:
-        """Read from `stream` of this socket into `buffer`; returns how many bytes came."""
+        """Read from `stream` of this socket into `buffer`; return the number of bytes."""
         self._sock.settimeout(self._deadline.left())
         count = stream.readinto(buffer)
         self._limit -= count or 0
@@ -98,7 +98,7 @@ def connect(host: str, port: int, secure: bool, deadline: Deadline) -> BoundedSo
     """Return a connected socket.
 
     Raises:
-        Unreachable: nobody answers there, or without TLS. ssl.SSLCertVerificationError: the
+        Unreachable: no server answers, or it does not speak TLS. ssl.SSLCertVerificationError: the
         certificate is not trusted.
     """
     within = Deadline(min(deadline.left(), _CONNECT))

@@ -1,4 +1,4 @@
-"""A teacher behind HTTP: vLLM, anything else with prompt_logprobs, or fastdistill serve."""
+"""A client for teachers over HTTP: vLLM, other servers with prompt_logprobs, fastdistill serve."""
 
 from __future__ import annotations
 
@@ -27,14 +27,13 @@ from .wire import NoPromptLogprobs, read_choices, unpack
 
 _TOKENS_PACKED, _TOKENS_JSON = 16384, 2048  # in one request
 _ANY_ID = 1 << 31
-_PROBE_TOKENS = 32  # tokens that the question about the temperature is about
-_PROBE_ROW = [0, 1] * 4  # a row that every vocabulary has; real models soon expect the repetition
-_ENTRY_JSON, _ENTRY_PACKED = 512, 16  # bytes, more than one log-probability takes in an answer
+_PROBE_TOKENS = 32  # length of the row that tests the temperature
+_PROBE_ROW = [0, 1] * 4  # valid in every vocabulary; real models soon predict the repetition
+_ENTRY_JSON, _ENTRY_PACKED = 512, 16  # upper bounds for the bytes of one log-probability
 
 
 class _Part(NamedTuple):
-    """Rows of one request: positions first..last of the batch's attended tokens, and which rows
-    of the batch they are."""
+    """Rows of one request: attended tokens [first, last) of the batch, and the rows' indices."""
 
     first: int
     last: int
@@ -47,28 +46,28 @@ class _Part(NamedTuple):
 
 
 class ServedTeacher:
-    """A TopKTeacher whose model runs in a server, here or on another machine.
+    """A TopKTeacher whose model runs in a server.
 
-    Opening it asks the server what it serves and, unless it is fastdistill serve, for the answers
-    to one short row: they show whether it gives prompt_logprobs, and no logits in their place.
-    Every answer is checked before it is used. It may be pickled, and asked from several threads.
+    The constructor requests the list of models and, unless the server is fastdistill serve, the
+    answers to one short row, which must be prompt_logprobs and not logits. Every answer is checked
+    before use. It can be pickled and used by several threads.
 
     Args:
         url: http://host:port or https://host:port. No proxy is used.
-        model: by the name that the server knows it by; None is the first of those it lists.
+        model: its name on the server; None is the first one listed.
         token: None is the environment's FASTDISTILL_TOKEN, or none.
-        tokenizer: the teacher's, for the proof that ids mean the same to the student; refused where
-            the server says that it has another.
+        tokenizer: the teacher's, which is compared with the student's, and with the server's if
+            that is known.
         timeout: seconds for one request, from connecting to its answer's last byte.
         retries: how often a request without an answer (dropped, too slow, 429, 5xx) is sent again;
-            ten take about two and a half minutes of waiting, enough for a server to restart. An
-            address that never answered is given up after a few seconds.
-        concurrency: requests under way at a time.
-        tokens_per_request: a longer row goes alone. None: 16384; 2048 where answers are JSON.
+            ten take about two and a half minutes, enough for a server to restart. An address that
+            never answered is abandoned after a few seconds.
+        concurrency: number of simultaneous requests.
+        tokens_per_request: a longer row is sent alone. None: 16384; 2048 if answers are JSON.
 
     Raises:
-        NoAnswer (a ConnectionError): the server gives none. ValueError: it refuses, serves no such
-        model, or what it says cannot be.
+        NoAnswer (a ConnectionError): the server does not answer. ValueError: it rejects the
+        request, does not serve the model, or sends an invalid answer.
     """
 
     def __init__(
@@ -105,7 +104,7 @@ class ServedTeacher:
             self._check_first_answer()
 
     def _check_first_answer(self) -> None:
-        """Raise ValueError where answers of this server cannot be used at all."""
+        """Raise ValueError if the answers of this server cannot be used."""
         limit = self.max_row_length
         row = _PROBE_ROW if limit is None else _PROBE_ROW[:limit]
         if not row:
@@ -113,7 +112,7 @@ class ServedTeacher:
         try:
             self._read_answer(_Part(0, len(row), [row], [0]), 2, 1.0, threading.Event())
         except Refusal as refusal:
-            # Of k or of a length: the questions to come may be others.
+            # Other refusals concern k or the length, which may differ in later requests.
             if refusal.status in (404, 405, 501):
                 status = f"got status {refusal.status}: {refusal.message}"
                 reason = f"expected an answer to /v1/completions, {status}"
@@ -125,12 +124,12 @@ class ServedTeacher:
 
     @property
     def vocab_size(self) -> int | None:
-        """Columns of the teacher's head; None where the server does not say."""
+        """The number of the teacher's logits; None if unknown."""
         return None if self.server_info is None else self.server_info.vocab_size
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Which teacher this is, for a cache: what our server says, or the model's name."""
+        """The identity of the teacher, for a cache: as fastdistill serve sends it, or its name."""
         if self.server_info is not None:
             return self.server_info.identity
         root = self.listing.entry.get("root")
@@ -138,28 +137,27 @@ class ServedTeacher:
 
     @property
     def row_limit(self) -> RowLimit | None:
-        """The longest row that the server answers; None where it does not say."""
+        """The longest row that the server answers; None if unknown."""
         return self.listing.row_limit
 
     @property
     def max_row_length(self) -> int | None:
-        """Tokens of the longest row that the server answers; None where it does not say."""
+        """The number of tokens of the longest row that the server answers; None if unknown."""
         return None if self.row_limit is None else self.row_limit.tokens
 
     def check(self, *, k: int, temperature: float) -> None:
-        """Raise ValueError where the server does not answer with that k or temperature; asks it
-        about one short row."""
+        """Request one short row; raise ValueError if k or temperature is not supported."""
         limit = self.max_row_length
         row = _PROBE_ROW if limit is None else _PROBE_ROW[:limit]
         if row:
             self.topk(torch.tensor([row]), k=k, temperature=temperature)
 
     def close(self) -> None:
-        """Close its connections; the next question opens them again."""
+        """Close the connections; the next request reopens them."""
         self._http.close()
 
     def check_tokenizer(self, tokenizer: Any) -> None:
-        """Raise ValueError where the server says that ids mean something else to its teacher."""
+        """Raise ValueError if the server's tokenizer is known and differs."""
         ours = tokenizer_fingerprint(tokenizer)
         theirs = None if self.server_info is None else self.server_info.tokenizer_sha256
         if theirs is not None and ours != theirs:
@@ -177,15 +175,15 @@ class ServedTeacher:
         k: int,
         temperature: float = 1.0,
     ) -> TopK:  # [B, T, K]
-        """The k likeliest next tokens at every attended position. Rows travel without padding.
+        """Return the k likeliest next tokens at every attended position. Rows are sent unpadded.
 
-        vLLM reads each row with one token more behind it, for an answer at the last position: rows
-        may have two tokens less than its --max-model-len.
+        For vLLM one token is appended to each row, to get an answer at the last position. Rows may
+        have at most --max-model-len − 2 tokens.
 
         Args:
             input_ids: int32/int64 [B, T]. attention_mask: bool or 0/1 [B, T], None for all ones.
-            k: at most what the server gives. temperature: T of softmax(logits / T); a server that
-                does not honor it is refused.
+            k: at most the server's limit. temperature: T of softmax(logits / T); the server must
+                apply it.
 
         Returns:
             TopK on input_ids' device: ids int64 [B, T, k], logprobs and log_tail fp32 (fp64 from a
@@ -193,8 +191,8 @@ class ServedTeacher:
             Where attention_mask is 0 the payload is empty.
 
         Raises:
-            ValueError or TypeError naming the argument. WrongAnswer (a ValueError): what came is no
-            answer, by row and position. NoAnswer (a ConnectionError): nothing came.
+            ValueError or TypeError naming the argument. WrongAnswer (a ValueError): an invalid
+            answer, with row and position. NoAnswer (a ConnectionError): no answer.
         """
         checks.positive("temperature", temperature)
         rows = read_rows(input_ids, attention_mask, self.vocab_size or _ANY_ID)
@@ -264,7 +262,7 @@ class ServedTeacher:
             raise
 
     def _explain(self, refusal: Refusal, part: _Part, k: int) -> None:
-        """Raise ValueError in terms of the caller's arguments, where vLLM's words are known."""
+        """Raise ValueError that names the caller's argument, for known messages of vLLM."""
         length = re.search(r"maximum context length is (\d{1,9})\b", refusal.message)
         if length:
             limit = limit_of_vllm(self.url, int(length[1]))
@@ -286,7 +284,7 @@ class ServedTeacher:
             self._check_same_teacher(reply)
             answer = unpack(reply.body, float(temperature), self.url)
         else:
-            # What follows the last token decides nothing before it: any token does.
+            # The appended token does not affect the answers, so any token will do.
             prompts = [[*row, row[-1]] for row in part.rows]
             payload |= {"prompt": prompts, "max_tokens": 1, "prompt_logprobs": k}
             limit = LARGEST + entries * _ENTRY_JSON
@@ -324,8 +322,8 @@ class ServedTeacher:
         plain, tempered = (self._answer(part, 2, T, threading.Event()) for T in (1.0, temperature))
         if not is_tempered(plain, tempered, temperature):
             raise ValueError(
-                f"temperature: expected 1, since {self.url} ignores it for prompt_logprobs (asked "
-                f"at 1 and at {temperature:g}, its answers do not differ as they have to), got "
+                f"temperature: expected 1, since {self.url} ignores it for prompt_logprobs (its "
+                f"answers at 1 and at {temperature:g} do not differ as they should), got "
                 f"{temperature:g}. Use temperature=1, a TeacherCache built with temperatures=(1, "
                 f"{temperature:g}) from the model itself, or fastdistill serve"
             )
@@ -343,7 +341,7 @@ class ServedTeacher:
         except Refusal as refusal:
             if refusal.status in (401, 403):
                 raise ValueError(
-                    f"token: expected the one that {self.url} was started with, and it refuses "
-                    f"what came ({refusal.message}). Pass token=, or set FASTDISTILL_TOKEN"
+                    f"token: expected the one that {self.url} was started with, got another "
+                    f"({refusal.message}). Pass token=, or set FASTDISTILL_TOKEN"
                 ) from None
             raise

@@ -1,4 +1,4 @@
-"""The JSON of an answer of /v1/completions, as vLLM writes it."""
+"""Writes the JSON responses of /v1/completions in vLLM's form."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _Entries = list[dict[str, Any] | None]
 
 
 class Words:
-    """The text of tokens, each decoded once; None where the server has no tokenizer."""
+    """Decodes tokens, each once; None if the server has no tokenizer."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._decode: Callable[..., str] | None = getattr(tokenizer, "decode", None)
@@ -34,7 +34,7 @@ class Words:
 def completion_json(
     completion: Completion, answers: list[RowAnswer], *, name: str, tokenizer: Any
 ) -> bytes:
-    """Return the answer to a completion's question, one choice for each of its rows."""
+    """Return the JSON response to a completion request, one choice per row."""
     words = Words(tokenizer)
     choices = [
         _choice(completion, index, row, answer, words)
@@ -79,11 +79,11 @@ def _logprobs(
     words: Words,
     prompt: _Entries,
 ) -> dict[str, Any]:
-    """OpenAI's form: parallel lists over the prompt, where it is echoed, and the new token."""
+    """Return OpenAI's logprobs: lists over the echoed prompt, if any, and the new token."""
     tokens = [*row, *generated] if completion.echo else generated
     listed = list(prompt)
     if generated:
-        # The new token is one more of the row: what is said of it stands at the last position.
+        # The last position has the logprobs of the new token.
         last = answer.best
         ended = type(last)(last.ids[-1:], last.logprobs[-1:], None, last.temperature)
         listed += entries(
@@ -107,7 +107,7 @@ def _logprobs(
 
 
 def _by_text(entry: dict[str, Any]) -> dict[str, float]:
-    """Log-probabilities by text; of tokens with the same text the likeliest counts."""
+    """Return log-probabilities by text; the likeliest of tokens with the same text."""
     by_text: dict[str, float] = {}
     for token, info in entry.items():
         text = info["decoded_token"]

@@ -1,8 +1,8 @@
-"""HTTP to one server: connections kept alive, a deadline for each request, and patience.
+"""HTTP to one server: persistent connections, a deadline for each request, and retries.
 
-Asked again, after 0.5 s, 1 s, 2 s, … up to 30 s: what got no answer (refused, dropped, too slow),
-429 and 5xx. Any other status is the server's word and ends the asking. Until a first answer came,
-an address where nobody listens is asked for a few seconds only: it is most likely a wrong one.
+A request is retried after 0.5 s, 1 s, 2 s, … up to 30 s if it got no answer (refused, dropped, too
+slow), 429 or 5xx. Other statuses are final. Before the first answer, an address where no server
+listens is retried for a few seconds only, since it is probably wrong.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ logger = logging.getLogger(__name__)
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds
 FIRST_CONTACT = 3.0  # seconds of trying to reach a server that never answered
 _MAX_RETRY_AFTER = 600.0  # seconds that all Retry-After of one request may add
-_WARN_AFTER = 3.0  # seconds of retrying before it is said
+_WARN_AFTER = 3.0  # seconds of retries before a warning
 _CHUNK = 1 << 20
-LARGEST = 1 << 24  # bytes of an answer, unless the question allows more
-_rng = random.Random()  # a run's random stream must not move
+LARGEST = 1 << 24  # bytes of an answer, unless the request allows more
+_rng = random.Random()  # separate, so that a run's random stream is not consumed
 
 
 class NoAnswer(ConnectionError):
-    """The server gave none, however often it was asked."""
+    """The server did not answer, after all retries."""
 
 
 class Refusal(ValueError):
-    """The server's own word against a request: its status, and its message in `said`."""
+    """The server rejected a request with this status and message."""
 
     def __init__(self, url: str, status: int, message: str) -> None:
         super().__init__(f"{url}: the server refused the request with status {status}: {message}")
@@ -56,10 +56,10 @@ class Reply(NamedTuple):
 
 
 class Connection:
-    """Asks one server, from any number of threads; what it sends may be sent twice.
+    """Sends requests to one server, thread-safe; a request may be sent more than once.
 
     Args:
-        url: http://host:port or https://…, with or without /v1 behind it.
+        url: http://host:port or https://…, with or without /v1 at the end.
         token: sent as a bearer token.
         timeout: seconds for a request, from connecting to its answer's last byte.
         retries: how often a request is sent again.
@@ -95,7 +95,7 @@ class Connection:
         self._open()
 
     def close(self) -> None:
-        """Close what is open; the next request opens it again."""
+        """Close idle connections; the next request opens new ones."""
         with self._lock:
             _close(self._idle)
 
@@ -115,15 +115,15 @@ class Connection:
         stop: threading.Event | None = None,
         limit: int = LARGEST,
     ) -> Reply:
-        """The server's answer, status 200: to a GET, or with a body to a POST of it as JSON.
+        """Return the server's answer with status 200: to a POST of `body` as JSON, or to a GET.
 
         Args:
-            stop: ends the waiting of this thread.
-            limit: the most bytes that an answer may have, its header included.
+            stop: ends the wait of this thread.
+            limit: largest number of bytes of an answer, including its header.
 
         Raises:
-            NoAnswer: none came, one without end, or `stop` was set while waiting. Refusal: a status
-            that asking again does not change.
+            NoAnswer: no answer, one beyond `limit`, or `stop` was set. Refusal: a status that is
+            not retried.
         """
         payload = None if body is None else json.dumps(body).encode()
         stop, began = stop or threading.Event(), time.monotonic()
@@ -160,22 +160,22 @@ class Connection:
             if time.monotonic() + wait - began > _WARN_AFTER and not self._warned:
                 self._warned = True
                 logger.warning(
-                    "%s does not answer (%s); asking again, up to %d times more",
+                    "%s does not answer (%s); retrying up to %d times more",
                     self.url, failure, self.retries - attempt,
                 )  # fmt: skip
             if stop.wait(wait):
-                raise NoAnswer(f"{self.url}: stopped asking, since another request failed")
+                raise NoAnswer(f"{self.url}: stopped, since another request failed")
         raise NoAnswer(
             f"{self.url}: expected an answer to {path}, got none in {attempt + 1} attempts "
             f"over {time.monotonic() - began:.1f} s; the last: {failure}. Is the server running "
             "there, and has it finished loading? "
-            + ("A larger timeout and more retries wait longer; fewer tokens_per_request are "
-               "answered sooner" if self._reached else
-               "An address that never answered is not waited for")
+            + ("Raise timeout or retries to wait longer, or lower tokens_per_request for faster "
+               "answers" if self._reached else
+               "An address that never answered is retried for a few seconds only")
         )  # fmt: skip
 
     def _patience(self) -> float:
-        """Return the seconds that all waits of one request may take together."""
+        """Return the total seconds that one request may wait between retries."""
         usual = sum(map(_usual_wait, range(self.retries))) * 1.25
         return usual + min(_MAX_RETRY_AFTER, self.timeout * (self.retries + 1))
 
@@ -186,7 +186,7 @@ class Connection:
             try:
                 return self._exchange(connection, path, payload, limit)
             except (ConnectionError, http.client.BadStatusLine):
-                # A server may have closed it in the meantime, which says nothing of its health.
+                # The server may have closed the idle connection: try a new one.
                 if stop.is_set():
                     raise
         kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
@@ -226,14 +226,14 @@ class Connection:
 
 
 def _split_url(url: Any) -> tuple[SplitResult, int | None]:
-    """Return the parts of a server's URL and its port; raises ValueError for any other text."""
+    """Return the parts of a server's URL and its port; raise ValueError if it is invalid."""
     expected, got = "http://host:port or https://host:port", printable(repr(url), 120)
     try:
         url = url if isinstance(url, str) else ""
         parts = urlsplit(url)
         port = parts.port
         host = (parts.hostname or "").encode("idna")
-    except ValueError as error:  # of the port, of brackets, or of a name that no resolver takes
+    except ValueError as error:  # an invalid port, bracket or host name
         checks.fail("url", expected, got, printable(error))
     if parts.username or parts.password:
         checks.fail("url", "no name or password in it", "one", "pass token=")
@@ -251,11 +251,11 @@ def _usual_wait(attempt: int) -> float:
 
 def _read(response: http.client.HTTPResponse) -> bytes:
     pieces = []
-    with response:  # a connection takes its next request when this is closed
+    with response:  # closing it makes the connection reusable
         while piece := response.read1(_CHUNK):
             pieces.append(piece)
     body = b"".join(pieces)
-    if response.length:  # promised, and not sent
+    if response.length:  # announced but not sent
         raise http.client.IncompleteRead(body, response.length)
     return body
 
@@ -277,7 +277,7 @@ def _describe(error: Exception, timeout: float) -> str:
 
 
 def check_token(token: str | None) -> None:
-    """Raise ValueError, without showing it, for a token that no header can hold."""
+    """Raise ValueError for a token that is invalid in a header, without printing it."""
     if token is not None and not isinstance(token, str):
         checks.fail("token", "a text", type(token).__name__)
     if token is not None and not (token.isascii() and token.isprintable()):
@@ -285,8 +285,7 @@ def check_token(token: str | None) -> None:
 
 
 def message_of(body: bytes) -> str:
-    """Return the message in an error's body, in any of the forms that servers use, as one line of
-    printable characters."""
+    """Return the message of an error response, in any server's form, as one printable line."""
     text = body.decode(errors="replace")
     value: Any = None
     with suppress(ValueError):
@@ -299,7 +298,7 @@ def message_of(body: bytes) -> str:
 
 
 def _retry_after(value: str | None) -> float | None:
-    """Return the seconds that a Retry-After names; None where it names no moment."""
+    """Return the seconds of a Retry-After header; None if it is invalid."""
     if value is None:
         return None
     with suppress(ValueError):

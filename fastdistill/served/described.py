@@ -1,4 +1,4 @@
-"""What our server says of itself beside the list of models, and the client goes by."""
+"""The description that fastdistill serve adds to its list of models."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from ..runtime.printable import printable
 from .verdict import WrongAnswer
 
 PROTOCOL = 1
-_COUNTS = 1 << 31  # more than there are of anything
-TEACHER = "x-fastdistill-teacher"  # a header of every packed answer: whose it is
+_COUNTS = 1 << 31  # upper bound of all counts
+TEACHER = "x-fastdistill-teacher"  # header of every packed answer: the teacher's digest
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServerInfo:
-    """`identity` is that of the teacher (identity.py); the longest request has max_tokens."""
+    """`identity` is the teacher's (identity.py); max_tokens is the limit of one request."""
 
     protocol: int = PROTOCOL
     version: str
@@ -30,7 +30,7 @@ class ServerInfo:
 
     @property
     def digest(self) -> str:
-        """Tells one teacher from another."""
+        """A short digest of the teacher's identity."""
         return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:32]
 
     def as_json(self) -> dict[str, Any]:
@@ -38,7 +38,7 @@ class ServerInfo:
 
     @classmethod
     def read(cls, entries: Any, url: str) -> ServerInfo:
-        """Raises WrongAnswer for another protocol, or what cannot be."""
+        """Parse a server's description; raise WrongAnswer if it is invalid."""
         if not isinstance(entries, dict) or entries.get("protocol") != PROTOCOL:
             got = printable(entries.get("protocol") if isinstance(entries, dict) else entries, 80)
             raise WrongAnswer(
@@ -49,14 +49,14 @@ class ServerInfo:
             info = cls(**entries)
         except TypeError as error:
             raise WrongAnswer(
-                f"{url}: expected what fastdistill serve says, got {printable(error)}"
+                f"{url}: expected the fields of fastdistill serve, got {printable(error)}"
             ) from None
         counts = (info.vocab_size, info.max_k, info.max_tokens)
         is_valid = all(type(n) is int and 0 < n < _COUNTS for n in counts)
         is_valid &= isinstance(info.identity, dict) and type(info.honours_temperature) is bool
         is_valid &= type(info.tokenizer_sha256) in (str, type(None))
         try:
-            json.dumps(info.identity, allow_nan=False)  # as a cache will keep it
+            json.dumps(info.identity, allow_nan=False)  # a cache stores it as JSON
         except (ValueError, RecursionError):
             is_valid = False
         if not is_valid:

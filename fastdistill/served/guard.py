@@ -1,8 +1,7 @@
-"""What is refused before a route sees it: requests of web pages, and requests with two lengths.
+"""Middleware that rejects requests of web pages, and requests with two lengths.
 
-Without a token our server answers on this machine only. A browser on this machine is there, too: a
-web page whose name leads to 127.0.0.1 (DNS rebinding) would be answered, were it not for the name
-in its Host and Origin.
+Without a token the server answers this machine only. This includes its browsers: a web page whose
+domain resolves to 127.0.0.1 (DNS rebinding) could send requests. Host and Origin reveal it.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ class Guard:
     """ASGI middleware.
 
     Args:
-        app: what is guarded.
-        only_loopback: refuse every name but this machine's loopback names; /health is for everyone.
+        app: the ASGI application.
+        only_loopback: reject all host names but the loopback names, except for /health.
     """
 
     def __init__(self, app: Any, only_loopback: bool) -> None:
@@ -39,7 +38,7 @@ class Guard:
     def _refusal(self, scope: Any) -> Refused | None:
         headers = Headers(scope=scope)
         if "content-length" in headers and "transfer-encoding" in headers:
-            message = "Content-Length: expected none beside Transfer-Encoding, got both"
+            message = "Content-Length: expected none with Transfer-Encoding, got both"
             return Refused(400, message, close=True)
         if not self._only_loopback or scope["path"] == "/health":
             return None
@@ -54,7 +53,7 @@ class Guard:
         return None
 
 
-_REMEDY = "A server that was started with a token answers under every name"
+_REMEDY = "A server that was started with a token accepts every name"
 
 
 def _hostname(url: str) -> str:

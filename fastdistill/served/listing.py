@@ -1,4 +1,4 @@
-"""What a server says in /v1/models of the model that it is asked for."""
+"""Parses a server's /v1/models."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from ..runtime.printable import printable
 from .described import ServerInfo
 from .verdict import WrongAnswer
 
-_VLLM_READS = 2  # tokens beside a row in max_model_len: the one we append, the one it makes
+_VLLM_READS = 2  # tokens of max_model_len besides a row: the appended one, the generated one
 
 
 @dataclass(frozen=True, kw_only=True)
 class Listing:
-    """`described`: what only fastdistill serve says; None for any other server."""
+    """A model of a server. `server_info`: of fastdistill serve; None for other servers."""
 
     url: str
     name: str
@@ -27,7 +27,7 @@ class Listing:
 
     @classmethod
     def read(cls, body: bytes, model: str | None, url: str) -> Listing:
-        """Raises WrongAnswer for what cannot be, ValueError where `wanted` is not served."""
+        """Parse the list; raise WrongAnswer if it is invalid, ValueError if `model` is missing."""
         try:
             reply = parse_json(body, url, dict)
             models = {str(entry["id"]): dict(entry) for entry in reply["data"]}
@@ -48,11 +48,11 @@ class Listing:
 
     @property
     def owner(self) -> str:
-        """`owned_by`, as it may be printed."""
+        """`owned_by`, made printable."""
         return printable(self.entry.get("owned_by") or "nobody", 60)
 
     def without_prompt_logprobs(self, reason: str) -> WrongAnswer:
-        """The error for a server that gives no log-probabilities of a prompt."""
+        """Return the error for a server without prompt log-probabilities."""
         gguf = self.name.endswith(".gguf") or isinstance(self.entry.get("meta"), dict)
         model = "MODEL.gguf, which reads the same file" if gguf else "MODEL"
         return WrongAnswer(
@@ -63,7 +63,7 @@ class Listing:
 
     @property
     def row_limit(self) -> RowLimit | None:
-        """The longest row that can be asked about; None where the server does not say."""
+        """The longest row that the server answers; None if unknown."""
         if self.server_info is None:
             length = self.max_model_len
             return None if length is None else limit_of_vllm(self.url, length)
@@ -75,10 +75,10 @@ class Listing:
 
 
 def limit_of_vllm(url: str, max_model_len: int) -> RowLimit:
-    """The longest row for a server that counts two tokens more of it."""
+    """Return the longest row for vLLM, which counts two more tokens per row."""
     return RowLimit(
         tokens=max(0, max_model_len - _VLLM_READS),
-        reader=f"{url} (started with --max-model-len {max_model_len}, and counting {_VLLM_READS} "
+        reader=f"{url} (started with --max-model-len {max_model_len}, which counts {_VLLM_READS} "
         "tokens more than a row has)",
         hint="; or start it with a larger --max-model-len",
     )

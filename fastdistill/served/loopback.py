@@ -1,4 +1,4 @@
-"""Names of this machine that no resolver can point elsewhere."""
+"""Loopback names, which cannot resolve to another machine."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import ipaddress
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether a name or an address leads to this machine by itself."""
+    """Whether a name or address is a loopback one."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -1,7 +1,7 @@
-"""Whether a server's numbers are what they are taken for: measured, not believed.
+"""Checks that a server's numbers are log-probabilities at the requested temperature.
 
-Temperature     log p_T(a) − log p_T(b) = (log p₁(a) − log p₁(b)) / T for all ids a, b of a place.
-Normalization   1 = Σ p ≤ p of the listed ids + (V − k) · p of the last of them, whatever V is.
+Temperature     log p_T(a) − log p_T(b) = (log p₁(a) − log p₁(b)) / T for all ids a, b.
+Normalization   1 = Σ p ≤ Σ p of the listed ids + (V − k) · p of the last of them, for any V.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ import torch
 
 from ..outputs import TopK
 
-VOCABULARY = 1 << 20  # no tokenizer has more tokens
+VOCABULARY = 1 << 20  # upper bound of vocabulary sizes
 LOGITS = "These look like logits: start vLLM without --logprobs-mode raw_logits or processed_logits"
-_ALLOWED = 0.05  # of the distance between the two rules: weights in 16 bits round differently
+_ALLOWED = 0.05  # share of the difference between both temperatures, for rounding in 16 bits
 _ROUNDING = 1e-3  # of a sum of probabilities
 
 
 def is_tempered(plain: TopK, tempered: TopK, temperature: float) -> bool:  # [N, K] each, N, K > 1
-    """Whether `tempered` is `plain` at that temperature; False where nothing shows it."""
+    """Whether `tempered` is `plain` at that temperature; False if that cannot be decided."""
     miss = gap = 0.0
     for at in range(len(plain.ids)):
         first = dict(zip(plain.ids[at].tolist(), plain.logprobs[at].tolist(), strict=True))
@@ -33,7 +33,7 @@ def is_tempered(plain: TopK, tempered: TopK, temperature: float) -> bool:  # [N,
 
 
 def are_logits(answer: TopK) -> bool:  # [N, K], the K likeliest
-    """Whether some position's numbers are too large for log-probabilities, or too small."""
+    """Whether some position's numbers are too large or too small for log-probabilities."""
     logprobs = answer.logprobs.double()
     listed = logprobs.exp().sum(-1)
     others = (VOCABULARY - logprobs.shape[-1]) * logprobs.amin(-1).exp()

@@ -1,4 +1,4 @@
-"""HTTP/1.1 in which nobody holds a connection open by leaving something half said."""
+"""An HTTP/1.1 protocol for uvicorn that closes connections of slow clients."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import asyncio
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-SECONDS = 10.0  # for the head of a request, and for the rest of a body that nobody reads any more
-_UNREAD = 60.0  # seconds in which a client reads nothing of its answer
+SECONDS = 10.0  # for the head of a request, and for the rest of a body that is no longer read
+_UNREAD = 60.0  # seconds in which a client may read nothing of its answer
 
 
 class BoundedProtocol(H11Protocol):
-    """uvicorn's protocol, which closes connections whose client keeps it waiting.
+    """uvicorn's protocol with time limits.
 
-    uvicorn itself waits without end for the head of a request. The time for a body that is read is
-    the application's.
+    uvicorn has no time limit for the head of a request. The application limits the time for a body
+    while it reads it.
     """
 
     _waiting: asyncio.TimerHandle | None = None
@@ -49,7 +49,7 @@ class BoundedProtocol(H11Protocol):
             self._unread = None
 
     def _watch(self) -> None:
-        """Start the clock when the client owes something, stop it when that came."""
+        """Start the timer while the client must send something; stop it otherwise."""
         state = self.conn.their_state
         if state is h11.IDLE:
             owes = self.cycle is None or bool(self.conn.trailing_data[0])

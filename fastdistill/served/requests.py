@@ -1,6 +1,6 @@
-"""What may be asked of our server: read from JSON, and refused in OpenAI's form.
+"""Parses requests to the server, and builds errors in OpenAI's form.
 
-Every field is used, or refused by name; one that is given its neutral value is as good as absent.
+Every field is used or raises an error that names it, unless it has its neutral value.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from typing import Any, NamedTuple, NoReturn
 from ..runtime.printable import printable
 
 MAX_ENTRIES = 1 << 18  # log-probabilities in one JSON answer: about 20 MB of text
-_TEMPERATURES = 2.0**-126, 3e38  # what fp32 holds with all its digits
+_TEMPERATURES = 2.0**-126, 3e38  # the range of normal fp32 numbers
 _TOPK = frozenset(("model", "prompt", "k", "temperature"))
 _COMPLETION = frozenset(
     ("model", "prompt", "temperature", "max_tokens", "prompt_logprobs", "logprobs", "echo", "seed",
      "user")
 )  # fmt: skip
-# Values that change nothing about an answer of at most one token, the likeliest.
+# Values that do not change an answer of at most one token, the likeliest.
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "stream": (False,), "n": (1,), "best_of": (1,), "top_p": (1,), "top_k": (0, -1), "min_p": (0,),
     "presence_penalty": (0,), "frequency_penalty": (0,), "repetition_penalty": (1,),
@@ -28,7 +28,7 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 
 
 class Refused(Exception):
-    """An answer other than 200: its status, what to say, and which field is meant."""
+    """An error response: its status, its message, and the field that caused it."""
 
     def __init__(
         self,
@@ -40,7 +40,7 @@ class Refused(Exception):
     ) -> None:
         super().__init__(printable(message, 600))
         self.status, self.field, self.retry_after = status, field, retry_after
-        self.close = close  # the connection: what else comes on it is not read
+        self.close = close  # whether to close the connection
 
     def as_json(self) -> dict[str, Any]:
         kinds = {401: "Unauthorized", 404: "NotFoundError", 503: "ServiceUnavailable"}
@@ -60,11 +60,11 @@ class Limits:
     vocab: int
     max_k: int
     max_tokens: int  # in all rows of a request
-    max_row: int | None  # in one row, by the model's positions
+    max_row: int | None  # in one row; the model's limit
 
 
 class Question(NamedTuple):
-    """`own_tokens`: also what the teacher says of each row's own next tokens."""
+    """`own_tokens`: whether the log-probabilities of each row's own tokens are needed."""
 
     rows: list[list[int]]
     k: int
@@ -77,10 +77,10 @@ class Question(NamedTuple):
 
 
 class Completion(NamedTuple):
-    """A question, and in which form the answer is written.
+    """A question and the form of the response.
 
-    prompt_logprobs, logprobs: how many likeliest tokens are listed; None for no list.
-    echo: text and logprobs begin with the prompt. max_tokens: 0 or 1, of the likeliest.
+    prompt_logprobs, logprobs: number of listed likeliest tokens; None for no list.
+    echo: text and logprobs begin with the prompt. max_tokens: 0 or 1 greedy tokens.
     """
 
     question: Question
@@ -98,9 +98,9 @@ def packed_question(body: dict[str, Any], limits: Limits) -> Question:
 
 
 def completion_question(body: dict[str, Any], limits: Limits) -> Completion:
-    """The question about a prompt, as vLLM (prompt_logprobs) or OpenAI (echo, logprobs) asks it.
+    """Parse a request in the form of vLLM (prompt_logprobs) or OpenAI (echo, logprobs).
 
-    Temperature 0 means what it means there: the likeliest token, log-probabilities at T = 1.
+    As there, temperature 0 means the likeliest token and log-probabilities at T = 1.
     """
     _check_model(body, limits)
     _check_fields(body, _COMPLETION)
@@ -109,7 +109,7 @@ def completion_question(body: dict[str, Any], limits: Limits) -> Completion:
         _fail("echo", "true or false", echo)
     seed = body.get("seed")
     if seed is not None and type(seed) is not int:
-        _fail("seed", "an integer (it changes nothing: there is no chance here)", seed)
+        _fail("seed", "an integer (it has no effect: decoding is greedy)", seed)
     prompt_logprobs, logprobs = (
         None if body.get(field) is None else _count(body, field, limits, least)
         for field, least in (("prompt_logprobs", 1), ("logprobs", 0))

@@ -1,4 +1,4 @@
-"""fastdistill serve: one Teacher behind HTTP, for the machines that share it."""
+"""fastdistill serve: serves one Teacher over HTTP to several machines."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def make_app(
     max_tokens: int = MAX_TOKENS,
     name: str | None = None,
 ) -> Any:
-    """The ASGI application, for a server of one's own; arguments as in `serve`.
+    """Return the ASGI application, to run it in another server; arguments as in `serve`.
 
-    POST /v1/completions, GET /v1/models and GET /health are vLLM's, as far as prompt_logprobs need
-    them; POST /v1/topk is what ServedTeacher uses (wire.py).
+    POST /v1/completions, GET /v1/models and GET /health have vLLM's form, as far as prompt_logprobs
+    need it; ServedTeacher uses POST /v1/topk (wire.py).
     """
     for what, value in (("max_k", max_k), ("max_tokens", max_tokens)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -76,23 +76,24 @@ def serve(
     name: str | None = None,
     ready: Callable[[str], object] | None = None,
 ) -> None:
-    """Answer until Ctrl-C.
+    """Serve a teacher until Ctrl-C.
 
     Args:
-        teacher: asked by one thread; requests that wait are put together.
+        teacher: used by one thread; waiting requests are batched.
         host: the address to listen on; one that other machines reach needs a token.
         port: 0 chooses a free one.
-        token: without it nobody is answered but at /health. None is the environment's
-            FASTDISTILL_TOKEN, or none. It travels unencrypted: across a network that others use,
-            put a tunnel or a TLS proxy in between.
-        max_k: the largest k that may be asked for.
-        max_tokens: in one request; four times as many may wait, then clients are told to ask again.
-        name: of the model, as clients ask for it. None is the model's own.
-        ready: called with the URL when connections are accepted.
+        token: required from clients, except at /health. None is the environment's
+            FASTDISTILL_TOKEN, or none. It is sent unencrypted: on a shared network, use a tunnel or
+            a TLS proxy.
+        max_k: the largest k of a request.
+        max_tokens: in one request. At most four times as many are queued; further requests get
+            status 503.
+        name: of the model, for clients. None is the model's own.
+        ready: called with the URL when the server accepts connections.
 
     Raises:
-        ValueError: another address than this machine's without a token. ImportError: starlette or
-        uvicorn is missing. OSError: the port is taken, the address none of this machine.
+        ValueError: an address of other than loopback without a token. ImportError: starlette or
+        uvicorn is missing. OSError: the port is in use, or the address is not this machine's.
     """
     token = backend.served_token() if token is None else token
     if not token and not is_loopback(host):
@@ -108,7 +109,7 @@ def serve(
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that accepts connections, which wait until a server takes them."""
+    """Return a listening socket; connections are queued until a server accepts them."""
     if type(port) is not int or not 0 <= port < 1 << 16:
         checks.fail("port", "an integer in 0..65535", repr(port))
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -126,7 +127,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def make_server(app: Any) -> Any:
-    """A uvicorn server for `app`, silent but for warnings."""
+    """Return a uvicorn server for `app` that logs warnings only."""
     try:
         import uvicorn
 
@@ -147,7 +148,7 @@ def url_of(listening: socket.socket) -> str:
 
 
 def _public(name: str) -> str:
-    """Return the name of a model as clients may see it: of a folder, without where it lies."""
+    """Return the public name of a model: of a folder, only its last part."""
     path = Path(name)
     return path.resolve().name if path.is_absolute() or path.exists() else name
 

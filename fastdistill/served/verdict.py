@@ -1,4 +1,4 @@
-"""Whether what a server sent can be a language model's answer; nothing is used before that."""
+"""Checks that a server's answers are distributions before they are used."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from ..outputs import TopK
 
 
 class WrongAnswer(ValueError):
-    """A server's answer that no language model gives, or to another question."""
+    """A server's answer is invalid, or belongs to another request."""
 
 
 def check_answer(
-    answer: TopK,  # [N, K], the rows of one request one behind another
+    answer: TopK,  # [N, K], the concatenated rows of one request
     *,
     k: int,
     vocab: int | None,
     lengths: Sequence[int],
     url: str,
 ) -> None:
-    """Raises WrongAnswer with the row (of that request) and the position."""
+    """Raise WrongAnswer, with the row of the request and the position, if an answer is invalid."""
     shape = wrong_shape(answer, (sum(lengths),), k, exactly=True)
     if shape is not None:
         raise WrongAnswer(f"{url}: {shape}")

@@ -1,11 +1,11 @@
-"""The two ways in which answers travel; N are the tokens of a request's rows, one behind another.
+"""The two formats of answers; N is the number of tokens of a request's rows.
 
-JSON     POST /v1/completions, as vLLM has it: choices[i].prompt_logprobs[t + 1] is
-         {"<id>": {"logprob", "rank", "decoded_token"}, …}, the k likeliest tokens after token t and
-         token t + 1 itself where it is none of them; entry 0 is null, and −inf is written −9999.
+JSON     POST /v1/completions, as in vLLM: choices[i].prompt_logprobs[t + 1] is
+         {"<id>": {"logprob", "rank", "decoded_token"}, …}, the k likeliest tokens after token t,
+         and token t + 1 if it is none of them; entry 0 is null, and −inf is written as −9999.
 packed   POST /v1/topk {"model", "prompt": [[id, …], …], "k", "temperature"}: safetensors with ids
-         int32 [N, k], logprobs [N, k] and log_tail [N] in the teacher's fp32 or fp64. A ninth
-         of the JSON, exact, and with the tail.
+         int32 [N, k], logprobs [N, k] and log_tail [N] in the teacher's fp32 or fp64. It has a
+         ninth of the JSON's size, is exact, and includes the tail.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _IDS = 1 << 31
 
 
 class NoPromptLogprobs(ValueError):
-    """The server answered, without log-probabilities of the prompt; the message says how."""
+    """The server's answer has no log-probabilities of the prompt."""
 
 
 def pack(answer: TopK) -> bytes:  # [N, K]
@@ -64,12 +64,12 @@ def unpack(body: bytes, temperature: float, url: str) -> TopK:  # [N, K]
 def entries(
     row: TopK,  # [T, K]
     tokens: Sequence[int],  # T of them
-    logprobs: Sequence[float],  # T − 1: of tokens[1:], where they are none of the K
+    logprobs: Sequence[float],  # T − 1: of tokens[1:], for those not among the K
     ranks: Sequence[int],
     word: Callable[[int], str | None],
     count: int,
 ) -> list[dict[str, Any] | None]:
-    """prompt_logprobs of one prompt: the `count` ≤ K likeliest tokens, and the prompt's own."""
+    """Return prompt_logprobs of one prompt: the `count` ≤ K likeliest and the prompt's tokens."""
     listed: list[dict[str, Any] | None] = [None]
     ids, values = row.ids.tolist(), row.logprobs.tolist()
     for t, token in enumerate(tokens[1:]):
@@ -89,8 +89,9 @@ def _entry(logprob: float, rank: int, word: str | None) -> dict[str, Any]:
 def read_choices(
     body: bytes, prompts: Sequence[Sequence[int]], k: int, temperature: float, url: str
 ) -> TopK:
-    """[N, K] from the JSON for these prompts, without their last tokens; the tail is what is
-    missing to 1, at least 2⁻²⁴."""
+    """Return answers [N, K] from JSON, for these prompts without their last tokens.
+
+    The tail is 1 − Σ p, at least 2⁻²⁴."""
     lengths = [len(prompt) - 1 for prompt in prompts]
     try:
         choices = parse_json(body, url, dict, unique=True)["choices"]
@@ -135,7 +136,7 @@ def _positions(listed: Any, length: int, row: int, url: str) -> list[Any]:
 
 
 def _top_k(entry: Any, own: int, k: int, where: str) -> list[tuple[int, float]]:
-    """The k likeliest (id, logprob): the prompt's own next token is among them, or beside them."""
+    """Return the k likeliest (id, logprob) of an entry, which must include the token `own`."""
     try:
         slots = [(int(i), float(info["logprob"]), info.get("rank")) for i, info in entry.items()]
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
@@ -151,8 +152,8 @@ def _top_k(entry: Any, own: int, k: int, where: str) -> list[tuple[int, float]]:
     if own not in {i for i, _, _ in slots}:
         raise WrongAnswer(
             f"{where}: expected the prompt's own next token {own} among the entries, as vLLM has "
-            f"it, got {sorted(i for i, _, _ in slots)[:8]}. These are the answers about another "
-            "position, or another row"
+            f"it, got {sorted(i for i, _, _ in slots)[:8]}. These are answers for another "
+            "position or row"
         )
     slots.sort(key=lambda slot: (-slot[1], slot[2] if isinstance(slot[2], int) else math.inf))
     return [(i, -math.inf if p <= _NEVER else p) for i, p, _ in slots[:k]]

@@ -1,4 +1,4 @@
-"""One thread that owns the teacher: questions wait in a queue, and like ones are put together."""
+"""A thread that owns the teacher and answers queued questions in batches."""
 
 from __future__ import annotations
 
@@ -21,20 +21,21 @@ from .wire import rows_of
 
 logger = logging.getLogger(__name__)
 
-_TOKENS = 16384  # put together, padding included; the Teacher regroups them by its own budget
+_TOKENS = 16384  # per batch, padding included; the Teacher regroups them by its own budget
 
 
 class Full(Exception):
-    """Too much waits already."""
+    """The queue is full."""
 
 
 class NotNumbers(ValueError):
-    """The teacher's log-probabilities are NaN: of a temperature too small, or of its weights."""
+    """The teacher's log-probabilities are NaN: the temperature is too small, or weights are NaN."""
 
 
 class RowAnswer(NamedTuple):
-    """A row's answers [n, K]; of its own tokens 1..n−1 the logprob and the rank, 1 the likeliest
-    (zeros where the question did not ask)."""
+    """A row's answers [n, K], and the logprob and rank (from 1) of its own tokens 1..n−1.
+
+    The latter are zeros unless the question has own_tokens."""
 
     best: TopK
     logprobs: list[float]
@@ -47,11 +48,11 @@ class _Waiting(NamedTuple):
 
 
 class Worker:
-    """Answers questions in order, but together with later ones of the same k and temperature.
+    """Answers questions in order, batched with later ones of the same k and temperature.
 
     Args:
-        teacher: asked by one thread only.
-        waiting: how many tokens may wait.
+        teacher: used by one thread only.
+        waiting: number of tokens that may be queued.
     """
 
     def __init__(self, teacher: Teacher, waiting: int) -> None:
@@ -65,7 +66,7 @@ class Worker:
         self._thread.start()
 
     def close(self) -> None:
-        """Answer nothing more; returns when the question under way is answered."""
+        """Cancel queued questions and return when the current one is answered."""
         with self._changed:
             self._closed = True
             for waiting in self._queue:
@@ -75,7 +76,7 @@ class Worker:
         self._thread.join()
 
     def submit(self, question: Question) -> Future[list[RowAnswer]]:
-        """Raises Full."""
+        """Queue a question; raise Full if there is no room."""
         future: Future[list[RowAnswer]] = Future()
         with self._changed:
             before = sum(waiting.question.tokens for waiting in self._queue)
@@ -92,7 +93,7 @@ class Worker:
                 self._serve(batch)
 
     def _next(self) -> list[_Waiting]:
-        """The first in the queue and those like it that fit; nothing when closed."""
+        """Return the next batch: the first question and matching ones that fit; [] when closed."""
         with self._changed:
             self._changed.wait_for(lambda: self._queue or self._closed)
             if self._closed:
@@ -147,7 +148,7 @@ class Worker:
     def _own_tokens(
         self, ids: Tensor, mask: Tensor, best: TopK, logprobs: Tensor, ranks: Tensor
     ) -> None:
-        """Fill in what the teacher says of token t + 1 at t, where it is none of the k."""
+        """Fill in logprob and rank of token t + 1 at t where it is not among the k."""
         following = ids.roll(-1, -1)
         selected = mask & mask.roll(-1, -1) & (best.ids != following[..., None]).all(-1)
         selected[:, -1] = False
