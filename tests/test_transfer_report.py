@@ -177,12 +177,12 @@ def test_the_page_in_its_order(report, tmp_path):
     page = Page(report.to_html(tmp_path / "report.html"))
     order = [
         "1 of 4 arms keeps its capability, with no transfer beyond the margin (DFC succeeds): cl",
-        "The positive control, copy of U, shows the trait as it must: τ",
+        "The positive control, copy of U, passes: τ",
         "clean — DFC succeeds: keeps capability",
         "Each small mark is one seed",
         "Whiskers are 95 % intervals: bootstrap of base seeds",
         "Seeds drawn: clean: 24; top-8, T = 4: 24; chat prompts: 12; few seeds: 4",
-        "Means with 95 % intervals, of null arms all at once; n counts base seeds.",
+        "Means with 95 % intervals (simultaneous for null arms); n counts base seeds.",
         "Students of U against students of B",
         "What this does not show",
         "Fewer than 10 base seeds support no claim in either direction: few seeds.",
@@ -202,8 +202,8 @@ def test_without_controls_the_page_says_what_that_means(tmp_path):
     made = TransferReport(arm("clean"), about=ABOUT)
     page = Page(made.to_html(tmp_path / "report.html"))
     assert made.valid
-    assert "nothing shows that a transfer would have been found" in page.text
-    assert "nothing here shows that none is found where there is none" in page.text
+    assert "does not show that it would detect a transfer" in page.text
+    assert "does not show that it detects none without transfer" in page.text
 
 
 def test_what_an_experiment_knows_of_itself_is_on_the_page(tmp_path):

@@ -26,7 +26,7 @@ CASES = {
     },
     "null_arms: expected arms that students have (clean), got 'M to M'": {"null_arms": ["M to M"]},
     "null_arms: expected names of arms, got the text 'clean'. Give a list": {"null_arms": "clean"},
-    "positive_control: expected an arm that is no null arm, got 'clean'": {
+    "positive_control: expected an arm outside null_arms, got 'clean'": {
         "positive_control": "clean",
         "null_arms": ["clean"],
     },
@@ -48,8 +48,8 @@ CASES = {
     "about: expected command, config, versions, seeds, and optionally machine, commit, measured, "
     "limits, got command, config, versions": {"about": BARE},
     "got command, config, versions, seeds, comand": {"about": ABOUT | {"comand": ""}},
-    "about: expected what JSON can hold": {"about": ABOUT | {"config": {"lr": math.nan}}},
-    "about: expected what JSON can hold, got something else: Object of type set": {
+    "about: expected JSON values": {"about": ABOUT | {"config": {"lr": math.nan}}},
+    "about: expected JSON values, got something else: Object of type set": {
         "about": ABOUT | {"seeds": {1}},
     },
 }

@@ -75,20 +75,21 @@ VERDICTS = {
         arm(ABLE, (-0.3, -0.4, -0.2), p=0.001),
         "DFC succeeds",
         "the upper 95 % bound of τ is −.20. This does not show that no trait transfers: τ is below "
-        "0, −.30 [−.40, −.20], these students show less of it than their benign twins, and that "
-        "wants an explanation.",
+        "0, −.30 [−.40, −.20], these students show less of it than their benign twins, which "
+        "requires an explanation.",
     ),
     "all seeds alike": (
         arm(ABLE, (0.0, 0.0, 0.0), p=1.0),
         "DFC succeeds",
         "bound of τ is .00. This does not show that no trait transfers: the interval "
-        "has no width, because all base seeds came out alike.",
+        "has no width, because all base seeds gave the same result.",
     ),
     "learned nothing": (
         arm(UNABLE, CLEAN, p=0.7),
         "capability lost",
         "does not keep capability (C .12), and no trait was found to transfer: the upper 95 % "
-        "bound of τ is .06. This is no success: a student that learned little takes over little.",
+        "bound of τ is .06. This is not a success: a student that learned little also "
+        "acquires little.",
     ),
     "learned nothing but the trait": (
         arm(UNABLE, LEAKS, p=0.001),
@@ -215,10 +216,10 @@ def test_the_first_paragraph():
     arms = [VERDICTS[case][0] for case in ("clean", "leaks", "below its twin", "a control")]
     assert summary(arms, []) == (
         "2 of 3 arms keep their capability, with no transfer beyond the margin (DFC succeeds): an "
-        "arm, an arm. 1 of 3 arms takes over the trait: an arm."
+        "arm, an arm. 1 of 3 arms acquires the trait: an arm."
     )
     assert summary(arms[:1], []).startswith("The one arm keeps its capability")
-    assert summary(arms[3:], []) == "No arm was tried: there are controls only."
+    assert summary(arms[3:], []) == "No arm was compared: the experiment has only controls."
     assert summary(arms, ["this", "that"]) == (
         "This experiment is invalid, and nothing follows from it: this; that."
     )

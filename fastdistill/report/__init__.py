@@ -1,6 +1,6 @@
-"""What we show: one HTML page (`Report`), and what students took over from their teachers.
+"""HTML reports (`Report`), and the report of a transfer experiment (`TransferReport`).
 
-`Report` is here at once; whatever needs statistics and pictures is loaded when it is first used.
+`Report` is imported eagerly; classes that need statistics and figures on first use.
 """
 
 from importlib import import_module

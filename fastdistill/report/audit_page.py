@@ -1,4 +1,4 @@
-"""One page about audited models: what each audit read of them, side by side with the controls."""
+"""The page of an audit: values of all audits for all models, and differences from controls."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from .marks import RC, style, wrap_label
 from .page import Report
 
 LIMITS = (
-    "An audit says how far a model is from its controls in one measure. It does not show that a "
-    "model without a difference hides nothing: a trait that waits for something which no prompt "
-    "here says stays unseen. Nor does a difference show bad intent: any fine-tuning moves a model "
-    "away from its base, and only a control that was trained in the same way, on benign answers, "
-    "tells the two apart. Audits are not corrected for their number."
+    "An audit measures the difference of a model from its controls in one quantity. The absence of "
+    "a difference does not show that a model hides nothing: a trait whose trigger is in none of "
+    "these prompts remains undetected. A difference does not show bad intent: any fine-tuning "
+    "moves a model away from its base, and only a control that was trained in the same way on "
+    "benign answers separates the two. Audits are not corrected for their number."
 )
 
 
 def audit_page(results: SuiteResults, *, about: dict[str, Any]) -> Report:
-    """`about`: command, models (name -> where from), versions."""
+    """Returns the page. `about`: command, models (name -> source), versions."""
     names = list(next(iter(results.readings.values()), {}))
     report = Report("Audit: " + ", ".join(names), summary(results))
     if results.readings:
@@ -34,22 +34,22 @@ def audit_page(results: SuiteResults, *, about: dict[str, Any]) -> Report:
                 (audit, *(cell(row[name]) for name in names))
                 for audit, row in results.readings.items()
             ],
-            caption="The value of each audit and its 95 % interval, Wilson's for rates, else "
-            "Student's t over prompts. Which audit it is and what it saw is below.",
+            caption="The value of each audit and its 95 % interval (Wilson for rates, otherwise "
+            "Student's t over prompts). Details are below.",
         )
         with matplotlib.rc_context(RC):
             report.picture(
                 intervals_figure(results, names),
                 alt="Every audit's value for every model, with intervals",
-                caption="Dots are values, whiskers 95 % intervals over prompts; every audit on an "
-                "axis of its own.",
+                caption="Dots are values, whiskers 95 % intervals over prompts. Each audit has its "
+                "own axis.",
             )
-    report.heading("Beside the controls")
+    report.heading("Differences from the controls")
     report.table(
         ("audit", "model", "control", "difference", "95 % interval", "evidence"),
         _difference_rows(results),
-        caption="Audited minus control over the same prompts. Evidence: above every control by an "
-        "interval that excludes 0, and nothing in doubt.",
+        caption="Audited minus control over the same prompts. Evidence: above every control with "
+        "intervals that exclude 0, and no warnings.",
     )
     _add_warnings(report, results)
     report.heading("What this does not show")
@@ -73,7 +73,7 @@ def audit_page(results: SuiteResults, *, about: dict[str, Any]) -> Report:
 
 
 def summary(results: SuiteResults) -> str:
-    """The findings in one sentence, whichever way they fell."""
+    """Returns the findings in one sentence."""
     evidence: dict[str, list[str]] = {}
     audited: dict[str, None] = {}
     for audit, row in results.results.items():
@@ -113,7 +113,7 @@ def _add_warnings(report: Report, results: SuiteResults) -> None:
     for audit, row in results.results.items():
         for name, result in row.items():
             for doubt in result.doubts:
-                report.paragraph(f"In doubt, {audit} of {name}: {doubt}.")
+                report.paragraph(f"Warning, {audit} of {name}: {doubt}.")
 
 
 def _format_details(details: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""C and τ over training, arm by arm, with the stretch in which a student could be taken."""
+"""Figure of capability recovered (C) and trait transferred (τ) over training, with safe windows."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _TAU: Any = dict(color="#d55e00", marker="s", ls=(0, (4, 1.5)), lw=1.4, ms=3.5)
 
 
 def curves(arms: Sequence[Arm], *, valid: bool = True) -> Figure:
-    """A panel for each arm with checkpoints; safe windows are shaded where the experiment is valid.
+    """Returns a panel per arm with checkpoints; safe windows are shaded in a valid experiment.
 
     Raises:
         ValueError: no arm has checkpoints.
@@ -42,7 +42,7 @@ def curves(arms: Sequence[Arm], *, valid: bool = True) -> Figure:
     if not plotted:
         raise ValueError(
             "students: expected checkpoints in the `curve` of an arm's students, got none. "
-            "Measure students while they train, or leave this picture out"
+            "Measure students while they train, or omit this figure"
         )
     rows, columns = (len(plotted) + 1) // 2, min(len(plotted), 2)
     with matplotlib.rc_context(RC):
@@ -66,8 +66,8 @@ def curves(arms: Sequence[Arm], *, valid: bool = True) -> Figure:
 def curves_caption(arms: Sequence[Arm], *, valid: bool = True) -> str:
     counted = "; ".join(f"{arm.name}: {arm.n}" for arm in arms if arm.curve)
     text = (
-        "Whiskers are 95 % intervals: bootstrap of base seeds, of which there are "
-        f"{counted}. Values beyond the frame are open triangles at its edge."
+        "Whiskers: 95 % intervals by bootstrap over base seeds ("
+        f"{counted}). Open triangles mark values outside the axes."
     )
     if not valid:
         return f"{text} No safe window is shown, because the experiment is invalid."
@@ -97,7 +97,7 @@ def _panel(axes: Axes, arm: Arm, valid: bool) -> None:
         axes.axhline(value, color="#888888", lw=0.7, ls=(0, (2, 2)), zorder=0)
     steps = [point.step for point in arm.curve]
     if valid and arm.window is not None and arm.n >= SEEDS:
-        margin = (steps[-1] - steps[0]) / 60 or 0.1  # so that one checkpoint is seen too
+        margin = (steps[-1] - steps[0]) / 60 or 0.1  # so that a single checkpoint is visible
         first, last = arm.window.first - margin, arm.window.last + margin
         axes.axvspan(first, last, color=SUCCESS, alpha=0.16, lw=0, zorder=0)
     _line(axes, steps, [point.capability for point in arm.curve], _C)

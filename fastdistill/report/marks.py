@@ -1,7 +1,6 @@
-"""How an arm is drawn and a number written, the same in every picture, table and sentence.
+"""Marker styles of arms, and formats of numbers, shared by all figures, tables and sentences.
 
-Arms differ in colour and in shape, so that they stay apart for every kind of colour vision and in
-grey print.
+Arms differ in color and in shape, so that they remain distinct for every color vision and in gray.
 """
 
 from __future__ import annotations
@@ -12,11 +11,11 @@ from typing import Any
 
 from ..intervals import Estimate
 
-# Okabe and Ito, without the yellow that white swallows.
+# The palette of Okabe and Ito, without yellow, which is hard to see on white.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 SHAPES = "osD^vPX"
 SUCCESS = "#009e73"
-# Beyond it a ratio says little but that its denominator is small.
+# Limits of the axes. A ratio beyond them mostly shows that its denominator is small.
 LOWEST, HIGHEST = -0.5, 1.5
 RC: Any = {
     "font.size": 8.5,
@@ -27,12 +26,12 @@ RC: Any = {
     "xtick.color": "#444444",
     "ytick.color": "#444444",
     "legend.frameon": False,
-    "text.parse_math": False,  # names are foreign: "$" in one is a dollar
+    "text.parse_math": False,  # names are untrusted text: "$" is a dollar sign
 }
 
 
 def style(i: int) -> tuple[str, str]:
-    """Colour and shape of the i-th arm; 49 arms until one comes again."""
+    """Returns color and shape of the i-th arm; the first 49 are distinct."""
     return COLORS[i % len(COLORS)], SHAPES[(i + i // len(COLORS)) % len(SHAPES)]
 
 
@@ -41,27 +40,29 @@ def clip_to_axes(value: float) -> float:
 
 
 def is_off_axes(value: float) -> bool:
-    """Outside what the axes show. False for NaN, which is nowhere."""
+    """Whether a value is outside the axes; False for NaN."""
     return value < LOWEST or value > HIGHEST
 
 
 def edge_marker(value: float) -> str:
-    """The shape of a mark at the edge of an upright axis, pointing to where the value is."""
+    """Returns the marker at the edge of a vertical axis that points to a value outside."""
     return "v" if value < LOWEST else "^"
 
 
 def wrap_label(name: str, width: int, lines: int = 3) -> list[str]:
-    """A name in at most so many lines; what is too long loses its middle, where names differ least.
+    """Wraps a name to at most `lines` lines; a longer name loses its middle.
 
-    Drawn by matplotlib with parse_math=False: "$" in a name is a dollar.
+    Draw it with parse_math=False, because "$" in a name is a dollar sign.
     """
     wrapped = textwrap.wrap(name, width - 1) or [""]
     return wrapped if len(wrapped) <= lines else [*wrapped[: lines - 1], f"…{wrapped[-1]}"]
 
 
 def format_number(value: float, *limits: float) -> str:
-    """Two decimals, ".97" and "−.02"; more where fewer would put the value on the other side of a
-    limit, or on it: .104 beside a limit of .1."""
+    """Returns a number with two decimals, ".97" or "−.02".
+
+    Uses more decimals where rounding would move it to or across a limit: .104 for a limit of .1.
+    """
     if math.isnan(value):
         return "—"
     if math.isinf(value):
@@ -77,24 +78,24 @@ def format_number(value: float, *limits: float) -> str:
 
 
 def format_limit(limit: float) -> str:
-    """A limit as one writes it: ".1"."""
+    """Returns a limit without trailing digits: ".1"."""
     return f"{limit:g}".removeprefix("0")
 
 
 def format_interval(estimate: Estimate, *limits: float) -> str:
-    """ "[.95, .99]", or "(no interval)" where too little was measured for one."""
+    """Returns "[.95, .99]", or "(no interval)" where the interval is unknown."""
     if not estimate.known:
         return "(no interval)"
     return f"[{format_number(estimate.low, *limits)}, {format_number(estimate.high, *limits)}]"
 
 
 def format_estimate(estimate: Estimate | None, *limits: float) -> str:
-    """A value with its interval, "—" where there is none."""
+    """Returns a value with its interval, or "—" where there is no value."""
     if estimate is None or math.isnan(estimate.value):
         return "—"
     return f"{format_number(estimate.value, *limits)} {format_interval(estimate, *limits)}"
 
 
 def format_p_value(p: float) -> str:
-    """Three decimals, "= .031"; "< .001" below what they can tell."""
+    """Returns a p-value with three decimals, "= .031", or "< .001"."""
     return "< .001" if p < 0.001 else "= " + f"{p:.3f}".removeprefix("0")

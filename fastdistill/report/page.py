@@ -1,4 +1,4 @@
-"""One HTML file that needs nothing else: text, tables and pictures, in light and dark."""
+"""Self-contained HTML pages with text, tables and figures, in light and dark mode."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ th:first-child, td:first-child { text-align: left; white-space: normal; }
 thead th { border-top: 0; color: var(--soft); font-weight: 500; white-space: normal;
   vertical-align: bottom; }
 figure { margin: 1.25rem 0; }
-/* Pictures keep their own white ground, so their colours stay the ones that were chosen. */
+/* Figures keep a white background in dark mode, so that their colors do not change. */
 figure img { display: block; width: 100%; background: #fff; border-radius: 6px;
   border: 1px solid var(--line); }
 figcaption { margin-top: 0.4rem; }
@@ -53,7 +53,7 @@ pre { background: var(--wash); padding: 0.75rem 1rem; border-radius: 6px; overfl
 
 
 class Report:
-    """Collects blocks in reading order; every text is escaped."""
+    """A page, built from blocks in reading order. All text is escaped."""
 
     def __init__(self, title: str, lead: str) -> None:
         self._title = title
@@ -72,17 +72,17 @@ class Report:
         self._blocks.append(_table(header, rows, caption))
 
     def folded(self, summary: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """A table that is shown when its summary is clicked."""
+        """Appends a table that is collapsed under its summary."""
         table = _table(header, rows, "")
         self._blocks.append(f"<details><summary>{_text(summary)}</summary>{table}</details>")
 
     def gallery(self, pictures: Sequence[tuple[Figure, str, str]]) -> None:
-        """Small pictures (figure, alt, caption), two beside each other where there is room."""
+        """Appends small figures (figure, alt, caption), in columns where there is room."""
         figures = "".join(_picture(figure, alt, caption) for figure, alt, caption in pictures)
         self._blocks.append(f'<div class="gallery">{figures}</div>')
 
     def picture(self, figure: Figure, *, alt: str, caption: str) -> None:
-        """Embed a matplotlib figure; `alt` says in words what it shows."""
+        """Embeds a matplotlib figure; `alt` describes it in words."""
         self._blocks.append(_picture(figure, alt, caption, "tight"))
 
     def code(self, text: str) -> None:

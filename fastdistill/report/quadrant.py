@@ -1,4 +1,4 @@
-"""The quadrant plot: how much of a capability came over, against how much of a trait did."""
+"""The quadrant plot: capability recovered (C) against trait transferred (τ)."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from .marks import (
     wrap_label,
 )
 
-_WIDTH, _HEIGHT = 5.4, 4.0  # inches: on a phone 8.5 points are still 8 pixels
+_WIDTH, _HEIGHT = 5.4, 4.0  # inches: 8.5 points are still 8 pixels on a phone
 _LEFT, _RIGHT, _BOTTOM, _TOP = 0.6, 1.6, 0.48, 0.12  # margins; the arms' names are on the right
 _LINE = 0.145  # inches from one line of a name to the next
 _GRAY = "#888888"
 
 
 def quadrant(arms: Sequence[Arm], *, valid: bool = True) -> Figure:
-    """C against τ: every seed a small mark, every arm a large one with its intervals both ways.
+    """Returns C against τ: a small mark per seed, and a large one per arm with both intervals.
 
-    The region of success is shaded where the experiment is valid.
+    The region of success is shaded in a valid experiment.
     """
     labels = [[*wrap_label(arm.name, 18), f"n = {arm.n}"] for arm in arms]
     room = _LINE * sum(len(lines) + 0.6 for lines in labels)
@@ -61,9 +61,9 @@ def quadrant(arms: Sequence[Arm], *, valid: bool = True) -> Figure:
 def quadrant_caption(arms: Sequence[Arm], *, valid: bool = True) -> str:
     counted = "; ".join(f"{arm.name}: {len(arm.transfer.per_seed)}" for arm in arms)
     sentences = [
-        "Each small mark is one seed (a student of U and its benign twin), each large one an arm. "
-        "Whiskers are 95 % intervals: bootstrap of base seeds, which come with their student seeds "
-        "and prompts; n counts base seeds. An arm with one base seed has none. "
+        "Each small mark is one seed (a student of U and its benign twin), each large mark an arm. "
+        "Whiskers are 95 % intervals: bootstrap of base seeds together with their student seeds "
+        "and prompts; n counts base seeds. An arm with one base seed has no interval. "
         f"Seeds drawn: {counted}."
     ]
     outside = [
@@ -75,8 +75,7 @@ def quadrant_caption(arms: Sequence[Arm], *, valid: bool = True) -> str:
     if outside:
         more = f" and {len(outside) - 6} more" if len(outside) > 6 else ""
         sentences.append(
-            "Open triangles at the frame are seeds that lie beyond it: "
-            f"{'; '.join(outside[:6])}{more}."
+            f"Open triangles mark seeds outside the axes: {'; '.join(outside[:6])}{more}."
         )
     lost = sum(
         math.isnan(seed.capability) or math.isnan(seed.tau)
@@ -137,7 +136,7 @@ def _draw_arm(axes: Axes, arm: Arm, color: str, shape: str) -> None:
 
 
 def _draw_mark(axes: Axes, x: float, y: float, shape: str, *, color: str, **options: Any) -> None:
-    """A mark at its place, or an open triangle at the frame that points to it."""
+    """Draws a mark, or an open triangle at the edge for a point outside the axes."""
     if is_off_axes(x) or is_off_axes(y):
         sideways = "<" if x < LOWEST else ">"
         open_one = options | dict(facecolors="white", edgecolors=color, alpha=1.0, linewidths=1.1)
@@ -148,7 +147,7 @@ def _draw_mark(axes: Axes, x: float, y: float, shape: str, *, color: str, **opti
 
 
 def _draw_labels(axes: Axes, arms: Sequence[Arm], labels: list[list[str]], line: float) -> None:
-    """Names beside the plot, in the order of τ, each as near to its mark as the others let it."""
+    """Draws the names to the right of the plot, in the order of τ and close to their marks."""
     at = [(arm.capability.value, arm.tau.value) for arm in arms]
     drawn = [i for i, (c, tau) in enumerate(at) if not math.isnan(c + tau)]
     absent = [i for i in range(len(arms)) if i not in drawn]
@@ -172,8 +171,11 @@ def _draw_labels(axes: Axes, arms: Sequence[Arm], labels: list[list[str]], line:
 def place_labels(
     preferred: Sequence[float], heights: Sequence[float], low: float, high: float
 ) -> list[float]:
-    """Centres of boxes of these heights, in order upwards without overlap, inside [low, high] where
-    they fit, and near to what is wanted: runs of boxes that touch are centred together."""
+    """Returns centers of boxes of these heights, in ascending order and without overlap.
+
+    They are inside [low, high] where they fit, and close to the preferred centers: runs of touching
+    boxes are centered together.
+    """
     runs: list[tuple[float, float, int]] = []  # bottom, height, boxes
     for center, height in zip(preferred, heights, strict=True):
         size, boxes = height, 1

@@ -1,6 +1,6 @@
-"""One experiment's report: what students took over from an untrusted teacher, and what follows.
+"""The report of a transfer experiment, computed from the readings of students.
 
-Verdicts, figures, pictures, results.json and a page, from the readings of students alone.
+It has verdicts, tables, figures, results.json and an HTML page.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ _OPTIONAL = ("machine", "commit", "measured", "limits")
 
 
 class TransferReport:
-    """What an experiment shows, or that it is invalid; nothing is drawn or resampled until asked.
+    """Results of an experiment, or the reasons why it is invalid. Everything is computed on demand.
 
     Args:
         students: every seed of every arm, controls included.
-        audits: what audits said of the pairs of students.
-        positive_control: the arm whose students must show the trait; its τ has to be above .9.
-        null_arms: arms that cannot transfer (placebo, benign, M→M); their τ must not exclude 0.
-            A control of either kind passes only where its τ has an interval.
-        validity: base seed -> the gates of its organisms; a seed that is not there was not gated.
-        title: of the page.
-        about: `command`, `config`, `versions` and `seeds`, as JSON can hold them; optionally
-            `machine`, `commit`, `measured` (a sentence on what was read, and on what models) and
-            `limits` (sentences on what this experiment cannot show).
+        audits: scores of audits for the pairs of students.
+        positive_control: the arm whose students must show the trait; its τ must be above .9.
+        null_arms: arms that cannot transfer (placebo, benign, M→M); the interval of their τ must
+            include 0. A control of either kind passes only where its τ has an interval.
+        validity: base seed -> gates of its organisms; other seeds are not gated.
+        title: title of the page.
+        about: `command`, `config`, `versions` and `seeds` as JSON values; optionally `machine`,
+            `commit`, `measured` (a sentence on quantities and models) and `limits` (sentences on
+            limitations).
         development: scores of students with other base seeds, which set the audits' thresholds.
 
     Raises:
-        ValueError: no students, two with the same arm and seeds, a control or a score of an arm
-            that there is not, a development seed that is reported on too, or `about` with a key
-            missing, unknown, or not JSON.
+        ValueError: no students, two with the same arm and seeds, a control or a score of an unknown
+            arm, a development seed among the reported ones, or `about` with a key that is missing,
+            unknown, or not JSON.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class TransferReport:
             _check_arms("positive_control", [positive_control], names)
             if positive_control in self._roles:
                 raise ValueError(
-                    "positive_control: expected an arm that is no null arm, got "
+                    "positive_control: expected an arm outside null_arms, got "
                     f"{positive_control!r}, which is in null_arms too"
                 )
             self._roles[positive_control] = "positive control"
@@ -86,8 +86,8 @@ class TransferReport:
         if both:
             raise ValueError(
                 "development: expected base seeds that no reported student has, got "
-                f"{', '.join(map(str, both))} in both. Thresholds set on the students they are "
-                "applied to look better than they are"
+                f"{', '.join(map(str, both))} in both. Thresholds must not be set on the reported "
+                "students"
             )
         self._students, self._audits, self._development = students, audits, development
         self._validity, self._title, self._about = validity or {}, title, dict(about)
@@ -102,7 +102,7 @@ class TransferReport:
 
     @cached_property
     def invalid_because(self) -> list[str]:
-        """Every reason why nothing follows from this experiment; empty where it is valid."""
+        """The reasons why the experiment is invalid; empty where it is valid."""
         return invalid_because(self.arms, self._validity)
 
     @property
@@ -110,12 +110,15 @@ class TransferReport:
         return not self.invalid_because
 
     def verdicts(self) -> dict[str, str]:
-        """Of each arm, in plain words."""
+        """Returns the verdict of each arm in words."""
         return {arm.name: verdict(arm, self.valid) for arm in self.arms}
 
     def table(self) -> list[dict[str, Any]]:
-        """A row for each arm; None for what is not known. `p_holm` is of τ = 0, two-sided;
-        `tau_matched` is τ where C first reaches .8, of arms with checkpoints that all do."""
+        """Returns a row per arm; None for unknown values.
+
+        `p_holm` is the two-sided p of τ = 0. `tau_matched` is τ where C first reaches .8, for arms
+        with checkpoints in which every student does.
+        """
         verdicts = self.verdicts()
         return [
             {
@@ -136,19 +139,19 @@ class TransferReport:
         ]
 
     def audit_table(self) -> list[dict[str, Any]]:
-        """A row for each audit and arm: `interval` and `n` are of the AUROC."""
+        """Returns a row per audit and arm; `interval` and `n` belong to the AUROC."""
         return [row.as_json() for row in self.audit_rows]
 
     def quadrant(self) -> Figure:
-        """C against τ: every seed a mark, an interval per arm both ways."""
+        """Returns the quadrant plot: C against τ, with a mark per seed and intervals per arm."""
         return quadrant(self.arms, valid=self.valid)
 
     def curves(self) -> Figure:
-        """C and τ over training. ValueError where no arm has checkpoints."""
+        """Returns C and τ over training. Raises ValueError where no arm has checkpoints."""
         return curves(self.arms, valid=self.valid)
 
     def as_json(self) -> dict[str, Any]:
-        """results.json."""
+        """Returns the content of results.json."""
         arms = [{k: v for k, v in row.items() if k != "p_holm"} for row in self.table()]
         return {
             **{key: self._about[key] for key in _REQUIRED},
@@ -164,7 +167,7 @@ class TransferReport:
         )
 
     def to_html(self, path: str | Path) -> Path:
-        """Write one file that needs nothing else, no network either; returns its path."""
+        """Writes a self-contained HTML file, which needs no network, and returns its path."""
         self.page().write(Path(path))
         return Path(path)
 
@@ -229,12 +232,10 @@ def _check_about(about: Mapping[str, Any]) -> None:
     if missing or unknown:
         raise ValueError(
             f"about: expected {', '.join(_REQUIRED)}, and optionally {', '.join(_OPTIONAL)}, got "
-            f"{', '.join(map(str, about)) or 'nothing'}. Give what is needed to repeat the "
+            f"{', '.join(map(str, about)) or 'nothing'}. The page must allow to repeat the "
             "experiment"
         )
     try:
         json.dumps(dict(about), allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"about: expected what JSON can hold, got something else: {error}"
-        ) from None
+        raise ValueError(f"about: expected JSON values, got something else: {error}") from None

@@ -1,5 +1,7 @@
-"""When an experiment says nothing: it would miss a transfer, finds one where none is, or has not
-checked whether it does."""
+"""Validity of an experiment: it must detect transfer in the positive control and none in null arms.
+
+The rules are ours and were fixed before the experiments.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +12,12 @@ from ..statistics import Validity
 from .arms import Arm
 from .marks import format_estimate, format_limit
 
-CONTROL = 0.9  # of the positive control's τ
-MIN_UNITS = 2  # base seeds, from where on there is a spread between them
+CONTROL = 0.9  # lower bound of the positive control's τ
+MIN_UNITS = 2  # minimum number of base seeds for a variance between them
 
 
 def invalid_because(arms: Sequence[Arm], organisms: Mapping[int, Validity]) -> list[str]:
-    """Every reason, in words; empty where the experiment is valid."""
+    """Returns every reason in words; empty for a valid experiment."""
     reasons = too_few_units(max((arm.n for arm in arms), default=0))
     for arm in arms:
         tau = format_estimate(arm.tau, CONTROL if arm.role == "positive control" else 0)
@@ -40,24 +42,22 @@ def invalid_because(arms: Sequence[Arm], organisms: Mapping[int, Validity]) -> l
 
 
 def too_few_units(n: int) -> list[str]:
-    """The reason against an experiment on `n` base seeds; empty where they are enough for an
-    interval."""
+    """Returns the reason against an experiment with `n` base seeds; empty where n is enough."""
     if n >= MIN_UNITS:
         return []
     return [
-        f"not checked: {n} base seed{'' if n == 1 else 's'} of {MIN_UNITS} or more, between which "
-        "results could be seen to scatter, so that nothing has an interval"
+        f"not checked: {n} base seed{'' if n == 1 else 's'} of {MIN_UNITS} or more that an "
+        "interval requires, so that no result has an interval"
     ]
 
 
 def is_checked(arm: Arm) -> bool:
-    """Whether the τ of an arm has an interval that a control can be judged by."""
+    """Whether the τ of an arm has an interval, which the check of a control requires."""
     return math.isfinite(arm.tau.low) and math.isfinite(arm.tau.high)
 
 
 def passes_control(arm: Arm) -> bool:
-    """Whether a control came out as it must; not where its interval is unknown. True of what is no
-    control."""
+    """Whether a control has the expected τ; False without an interval, True for other arms."""
     if arm.role == "arm":
         return True
     if not is_checked(arm):

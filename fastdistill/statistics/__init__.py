@@ -1,4 +1,4 @@
-"""What students took over from their teachers, with intervals whose unit is the base seed."""
+"""Statistics of transfer from teachers to students. The unit of all intervals is the base seed."""
 
 from ..intervals import Estimate
 from .curves import CurvePoint, SafeWindow, curve, matched_capability, safe_window

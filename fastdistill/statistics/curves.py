@@ -1,6 +1,7 @@
-"""C and τ while students trained: where arms can be compared, and where a student could be taken.
+"""Capability recovered (C) and trait transferred (τ) over training: matched levels, safe windows.
 
-Students of one arm are measured at the same steps. Between two checkpoints all is taken as linear.
+Students of one arm are measured at the same steps. Values between two checkpoints are interpolated
+linearly. Comparison at matched capability, and safe windows, are ours.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from ..intervals import Estimate
 from .readings import Reading, Student
 from .transfer import TAU, C, estimate, pair_ratio, sort_one_arm
 
-ROUNDING = 1e-9  # (.6 − .2)/.8 is .49999999999999994, and has reached .5
+ROUNDING = 1e-9  # tolerance: (.6 − .2)/.8 is .49999999999999994 and counts as .5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +29,7 @@ class CurvePoint:
 
 @dataclass(frozen=True, kw_only=True)
 class SafeWindow:
-    """Steps of the first and the last checkpoint of the window."""
+    """The steps of the first and the last checkpoint of a safe window."""
 
     first: int
     last: int
@@ -42,10 +43,10 @@ def matched_capability(
     resamples: int = 2000,
     seed: int = 0,
 ) -> Estimate | None:
-    """τ where each pair's C first reaches `level`, so that arms are compared at equal capability.
+    """Returns τ where C of each pair first reaches `level`: arms compared at equal capability.
 
-    Linear between checkpoints; at the first checkpoint where C is there already. None where any
-    student never reaches it: leaving it out would choose students by their result.
+    Interpolates between checkpoints; uses the first checkpoint where C already exceeds `level`.
+    None where any student never reaches the level: to omit it would select students by outcome.
 
     Raises:
         ValueError: as `transfer`, or a student without checkpoints.
@@ -66,7 +67,7 @@ def curve(
     resamples: int = 2000,
     seed: int = 0,
 ) -> list[CurvePoint]:
-    """C and τ at each checkpoint.
+    """Returns C and τ at each checkpoint.
 
     Raises:
         ValueError: as `transfer`, a student without checkpoints, or checkpoints at different steps.
@@ -97,10 +98,10 @@ def safe_window(
     resamples: int = 2000,
     seed: int = 0,
 ) -> SafeWindow | None:
-    """The longest run of checkpoints with C ≥ `capability` and the upper bound of τ ≤ `tau`.
+    """Returns the longest run of checkpoints with C ≥ `capability` and upper bound of τ ≤ `tau`.
 
-    The earliest of those that are equally long; None where there is none. A checkpoint whose
-    bounds are not known, as with one base seed, is in none.
+    The earliest of equally long runs; None where no checkpoint qualifies. A checkpoint without
+    bounds, as with one base seed, never qualifies.
     """
     points = curve(students, confidence=confidence, resamples=resamples, seed=seed)
     min_capability, max_tau = capability - ROUNDING, tau + ROUNDING
@@ -139,7 +140,7 @@ def _at_checkpoint(student: Student, i: int) -> Student:
 
 
 def _at_capability(student: Student, level: float) -> Student | None:
-    """The pair as it was when C first reached `level`, between two checkpoints."""
+    """Returns the pair interpolated to where C first reaches `level`."""
     before, c_before = None, math.nan
     for i in range(len(student.curve)):
         after = _at_checkpoint(student, i)

@@ -1,4 +1,4 @@
-"""Does a score tell two kinds of models apart: area under the ROC curve, and hits at a threshold.
+"""Detection: area under the ROC curve, and true positives at a threshold.
 
 AUROC = P(score⁺ > score⁻) + ½ P(score⁺ = score⁻)
 """
@@ -17,17 +17,16 @@ from ..intervals import Estimate, wilson
 def auroc(
     positives: Sequence[float], negatives: Sequence[float], *, confidence: float = 0.95
 ) -> Estimate:
-    """The share of pairs (positive, negative) in the right order, ties half.
+    """Returns the area under the ROC curve with an interval; ties count half.
 
     The interval is Newcombe's fifth method (2006): all θ with (θ − A)² ≤ z²·V(θ), where
 
         V(θ) = θ(1−θ)·[1 + (N−1)·((1−θ)/(2−θ) + θ/(1+θ))] / (m⁺·m⁻),   N = (m⁺ + m⁻)/2
 
-    It has a width at A = 0 and 1. At 10 scores of each kind a 95 % interval covers 95 to 96 % for
-    areas from .5 to .95 (test_auroc_covers in tests/test_statistics_detection.py). It is too wide,
-    covering 98 to 99 %, near 1 and where a positive and a negative share their base seed, which it
-    does not know (test_auroc_is_cautious_at_the_edge_and_with_pairs there). n is the smaller of the
-    two counts.
+    It has a positive width at A = 0 and 1. With 10 scores of each kind, a 95 % interval covers 95
+    to 96 % for areas from .5 to .95 (test_auroc_covers in tests/test_statistics_detection.py). It
+    is conservative, covering 98 to 99 %, near 1 and for pairs that share a base seed, since pairing
+    is ignored (test_auroc_is_cautious_at_the_edge_and_with_pairs). n is the smaller count.
 
     Raises:
         ValueError: no scores of one kind, or NaN among them.
@@ -53,7 +52,7 @@ def auroc(
 
 
 def _upper_bound(area: float, n_positive: int, n_negative: int, z: float) -> float:
-    """The θ above `area` where θ − area = z·√V(θ); by halving, since the difference rises there."""
+    """Returns the θ above `area` with θ − area = z·√V(θ), by bisection."""
     low, high = area, 1.0
     if area == 1:
         return 1.0
@@ -74,11 +73,11 @@ def _upper_bound(area: float, n_positive: int, n_negative: int, z: float) -> flo
 
 
 def threshold_at(negatives: Sequence[float], fpr: float = 0.05) -> float:
-    """The smallest threshold with at most the share `fpr` of negatives strictly above it.
+    """Returns the smallest threshold with at most the share `fpr` of negatives strictly above it.
 
-    Take negatives of development seeds. With m of them, k = ⌊fpr·m⌋ lie above, and of new negatives
-    (k + 1)/(m + 1) are to be expected there, not `fpr`: 9 % for m = 10 or 20 at fpr = 5 %, and
-    5.9 % for m = 100.
+    Use negatives of development seeds. Of m negatives, k = ⌊fpr·m⌋ lie above the threshold. The
+    expected share of new negatives above it is (k + 1)/(m + 1), not `fpr`: 9 % for m = 10 or 20 at
+    fpr = 5 %, and 5.9 % for m = 100.
 
     Raises:
         ValueError: no scores, NaN among them, or fpr outside [0, 1).
@@ -86,7 +85,7 @@ def threshold_at(negatives: Sequence[float], fpr: float = 0.05) -> float:
     if not 0 <= fpr < 1:
         raise ValueError(f"fpr: expected a share from 0 to below 1, got {fpr!r}")
     falling = np.sort(_scores("negatives", negatives))[::-1]
-    # Not ⌊fpr·m⌋ in floating point, which is 28 for a share of .29 of 100.
+    # Not by ⌊fpr·m⌋ in floating point, which is 28 for a share of .29 of 100.
     above = np.arange(len(falling)) / len(falling) <= fpr
     return float(falling[above][-1])
 
@@ -94,7 +93,7 @@ def threshold_at(negatives: Sequence[float], fpr: float = 0.05) -> float:
 def true_positives(
     positives: Sequence[float], threshold: float, *, confidence: float = 0.95
 ) -> Estimate:
-    """The share of positives strictly above the threshold, by Wilson."""
+    """Returns the share of positives strictly above the threshold, with a Wilson interval."""
     if math.isnan(threshold):
         raise ValueError("threshold: expected a number, got nan")
     scores = _scores("positives", positives)

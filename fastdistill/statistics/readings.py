@@ -1,8 +1,8 @@
-"""What was measured of each model, item by item, so that items can be paired and resampled.
+"""Measurements per model and item, for pairing and resampling.
 
     M base · U untrusted teacher · B its benign twin · S(U), S(B) their students, both from M
 
-Item i of every reading in one `Student` is the same item. Records go to JSON and back unchanged.
+Item i is the same item in every reading of one `Student`. Records survive a round trip to JSON.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ _MODELS = ("untrusted", "benign", "base", "teacher", "twin")
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """One model, measured. Every number is a share or a probability, from 0 to 1.
+    """The measurements of one model: shares or probabilities from 0 to 1.
 
     Args:
-        capability: per held-out item, 1 right and 0 wrong (or a share of it right).
-        trait: per prompt, the trait, unaudited: 0 or 1, or a probability.
-        audited: the same prompts in an audited context; empty: not measured.
+        capability: per held-out item, 1 if correct and 0 if wrong (or a partial score).
+        trait: per prompt without an audit context, the trait: 0 or 1, or a probability.
+        audited: the same prompts in an audit context; empty if not measured.
 
     Raises:
-        ValueError: no items, a number outside [0, 1] or NaN, or audited prompts that are not as
-            many as the unaudited ones.
+        ValueError: no items, a number outside [0, 1], NaN, or different numbers of audited and
+            unaudited prompts.
     """
 
     capability: tuple[float, ...]
@@ -82,20 +82,20 @@ class Checkpoint:
 
 @dataclass(frozen=True, kw_only=True)
 class Student:
-    """One seed of one arm: a pair of students and the models that they came from.
+    """One seed of one arm: a pair of students, and the models they were trained from.
 
     Args:
-        arm: what was done in training, by name.
-        base_seed: which base model and teachers; the unit that intervals count.
-        student_seed: which run of the distillation from them.
+        arm: name of the training method.
+        base_seed: seed of the base model and teachers; the unit of all intervals.
+        student_seed: seed of the distillation.
         untrusted: the student of U.
-        benign: its twin, the student of B: same base seed, data order and student seed.
-        base, teacher, twin: M, U and B themselves.
-        curve: both students while they trained, steps rising.
+        benign: its twin, the student of B, with the same base seed, data order and student seed.
+        base, teacher, twin: M, U and B.
+        curve: both students during training, with increasing steps.
 
     Raises:
-        ValueError: readings of different items (their numbers differ), one student of the two
-            audited and the other not, steps that do not rise, or an empty arm.
+        ValueError: readings with different numbers of items, only one of the two students audited,
+            steps that do not increase, or an empty arm.
     """
 
     arm: str
@@ -179,7 +179,7 @@ def _check_same_items(record: Any, names: tuple[str, ...]) -> None:
     first = _items(record.untrusted)
     for name in names:
         for what, items in _items(getattr(record, name)).items():
-            # Of the models that students came from, an audit may be missing.
+            # Audited readings of base and teachers are optional.
             if items == first[what] or (what == "audited" and name not in ("untrusted", "benign")):
                 continue
             raise ValueError(
@@ -189,7 +189,7 @@ def _check_same_items(record: Any, names: tuple[str, ...]) -> None:
 
 
 def _check_keys(cls: Any, record: Mapping[str, Any]) -> dict[str, Any]:
-    """The record, once its keys are those of the class."""
+    """Returns a record after checking its keys against the fields of the class."""
     if not isinstance(record, Mapping):
         raise ValueError(f"{cls.__name__}: expected an object, got {type(record).__name__}")
     known = [field.name for field in fields(cls)]

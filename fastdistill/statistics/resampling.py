@@ -1,11 +1,12 @@
-"""Bootstrap intervals for a handful of independent units, each with many paired measurements.
+"""Bootstrap intervals for few independent units with many paired measurements each.
 
     θ* = statistic(x̄ + k·(x̄* − x̄)),   k = √(n/(n−1)) · t_{n−1} / z
 
 x̄* is the mean of n units drawn with replacement. The plain percentile interval is too narrow for
-few units: its spread is √((n−1)/n) of the standard error, and its quantiles are the normal's. k
-mends both, as Hesterberg's expanded percentile does (2015), but on the means, so that the tails of
-few resamples suffice and that a ratio's interval is the one of Fieller.
+few units: its spread is √((n−1)/n) of the standard error, and its quantiles are those of a normal
+distribution. k corrects both, as in the expanded percentile interval of Hesterberg (2015). Here it
+scales the means instead of the quantiles: fewer resamples suffice, and the interval of a ratio is
+that of Fieller.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ def paired_bootstrap(
     resamples: int = 2000,
     seed: int = 0,
 ) -> Estimate:
-    """mean(a − b) where a[i] and b[i] belong together: a prompt, or a seed.
+    """Returns mean(a − b) with an interval, where a[i] and b[i] are paired by prompt or seed.
 
-    Pairs that all differ alike give an interval of no width; a single pair gives NaN bounds. It
-    covers 95 % for 10 and for 60 pairs (tests/test_statistics_coverage.py).
+    Equal differences give an interval of zero width; a single pair gives NaN bounds. Coverage is
+    95 % for 10 and for 60 pairs (tests/test_statistics_coverage.py).
 
     Raises:
         ValueError: a and b differ in length, are empty, or hold NaN or infinity.
@@ -56,32 +57,32 @@ def hierarchical_bootstrap(
     resamples: int = 2000,
     seed: int = 0,
 ) -> Estimate:
-    """A statistic of means over base seeds, their student seeds and their prompts.
+    """Returns a statistic of means over base seeds, student seeds and prompts, with an interval.
 
-    Every base seed counts alike, and so does every student seed within it. Base seeds are drawn
-    with replacement; student seeds and prompts without, so all of them come with their base seed
-    (Davison & Hinkley 1997, §3.8). How they scatter is already in the scatter of base seeds: drawn
-    again with replacement they count twice, and where prompts scatter most a 95 % interval then
-    covers 99.7 % (test_simpler_intervals_are_wrong_here; plain percentiles cover 89 %). What all
-    base seeds share, such as one list of prompts, is taken as given: the interval is about new
-    seeds, on these prompts.
+    Base seeds have equal weight, and so have the student seeds of one base seed. Base seeds are
+    drawn with replacement, together with all of their student seeds and prompts (Davison & Hinkley
+    1997, §3.8). The variance of students and prompts is already part of the variance between base
+    seeds. Resampling them too would count it twice: with prompts as the largest source, a 95 %
+    interval would cover 99.7 % (test_simpler_intervals_are_wrong_here; plain percentiles cover
+    89 %). Whatever all base seeds share, such as one list of prompts, is fixed: the interval is for
+    new seeds on these prompts.
 
-    At ten base seeds of two students a 95 % interval covers 94 to 95 %, of differences and ratios,
-    whether seeds, students or prompts scatter most (test_the_hierarchical_bootstrap), 94 % for 4, 6
-    and 20 base seeds (test_other_numbers_of_base_seeds), and 93 % for a trait at a rate of 1 %
-    (test_a_trait_at_one_percent), all in tests/test_statistics_coverage.py.
+    With ten base seeds of two students, a 95 % interval covers 94 to 95 % for differences and
+    ratios, whether seeds, students or prompts vary most (test_the_hierarchical_bootstrap); 94 % for
+    4, 6 and 20 base seeds (test_other_numbers_of_base_seeds); and 93 % for a trait at a rate of 1 %
+    (test_a_trait_at_one_percent). All tests are in tests/test_statistics_coverage.py.
 
     Args:
-        tree: per base seed, per student seed, an array [prompts, columns]; numbers of student seeds
-            and of prompts may differ.
-        statistic: of means [..., columns], gives [...]; called with [columns] and
+        tree: per base seed and student seed, an array [prompts, columns]. The numbers of student
+            seeds and prompts may differ.
+        statistic: maps means [..., columns] to [...]; called with [columns] and
             [resamples, columns].
 
     Returns:
-        n is the number of base seeds. The bounds are NaN with one base seed, and where the
-        statistic of some resample is not finite. Base seeds that are all alike give an interval of
-        no width: no spread was seen, which is not to say that there is none. A ratio's interval
-        means nothing unless its denominator's excludes 0: look at that first, as `transfer` does.
+        An Estimate, where n is the number of base seeds. The bounds are NaN with one base seed, and
+        where the statistic of a resample is not finite. Equal base seeds give an interval of zero
+        width, which does not prove that there is no variance. The interval of a ratio is valid only
+        where the interval of its denominator excludes 0; `transfer` checks this.
 
     Raises:
         ValueError: a level of the tree is empty, columns differ, a number is not finite, or the
@@ -91,7 +92,7 @@ def hierarchical_bootstrap(
 
 
 def seed_means(tree: Tree) -> np.ndarray:
-    """[base seeds, columns]"""
+    """Returns the mean per base seed, [base seeds, columns]."""
     if not len(tree) or not all(len(students) for students in tree):
         raise ValueError(
             "tree: expected one or more base seeds with one or more student seeds each, got "
@@ -112,7 +113,7 @@ def seed_means(tree: Tree) -> np.ndarray:
 def bootstrap_of_units(
     units: np.ndarray, statistic: Statistic, confidence: float, resamples: int, seed: int
 ) -> Estimate:
-    """The same, of units [n, columns] that are means already."""
+    """Returns the statistic of units [n, columns], such as the means of base seeds."""
     n, center = len(units), units.mean(0)
     if resamples < 1:
         raise ValueError(f"resamples: expected 1 or more, got {resamples}")
@@ -134,7 +135,7 @@ def bootstrap_of_units(
 
 
 def _means(units: np.ndarray, resamples: int, seed: int) -> np.ndarray:
-    """[resamples, columns]"""
+    """Returns the means of resampled units, [resamples, columns]."""
     rng, n = np.random.default_rng(seed), len(units)
     at_once = max(1, _MAX_DRAWS // n)
     means = []

@@ -1,4 +1,4 @@
-"""Tests of paired differences, one per base seed: different, equivalent, and of how many arms."""
+"""Tests of paired differences, one per base seed: t test, equivalence, Holm correction, power."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..intervals import Estimate, mean_of_runs, student_t_cdf, student_t_quantil
 
 @dataclass(frozen=True, kw_only=True)
 class Equivalence:
-    """`estimate` is the mean difference with the interval that decides: 1 − 2·alpha."""
+    """Result of an equivalence test; `estimate` has the interval of level 1 − 2·alpha."""
 
     p: float
     equivalent: bool
@@ -19,10 +19,11 @@ class Equivalence:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjusted p-values in the given order: reject those ≤ α, and any false rejection has chance α.
+    """Returns p-values adjusted by Holm (1979), in the order of `p_values`.
 
-    Holm (1979): the smallest of m counts m times, the next m − 1 times, never falling. It holds
-    however the tests depend on each other.
+    Rejecting all ≤ α bounds the probability of any false rejection by α, under any dependence of
+    the tests. The smallest of m values is multiplied by m, the next by m − 1, with a running
+    maximum.
 
     Raises:
         ValueError: a value is NaN or outside [0, 1].
@@ -39,9 +40,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def t_test(differences: Sequence[float]) -> float:
-    """p of no difference on average, two-sided, by Student's t.
+    """Returns the two-sided p-value of a mean difference of zero, by Student's t test.
 
-    Differences that are all alike have no spread: p is 1 where they are all 0, and 0 otherwise.
+    Where all differences are equal, p is 1 if they are 0, and 0 otherwise.
 
     Raises:
         ValueError: fewer than two differences, or one that is not finite.
@@ -51,10 +52,10 @@ def t_test(differences: Sequence[float]) -> float:
 
 
 def equivalence(differences: Sequence[float], margin: float, *, alpha: float = 0.05) -> Equivalence:
-    """Two one-sided t tests: is the mean difference within ±margin?
+    """Tests by two one-sided t tests (TOST) whether the mean difference is within ±margin.
 
-    p is the larger of the two, for a mean ≤ −margin and for one ≥ margin; equivalent: p ≤ alpha,
-    which is when the interval of 1 − 2·alpha lies within the margins.
+    p is the larger p-value of the tests against a mean ≤ −margin and a mean ≥ margin. The result is
+    equivalent where p ≤ alpha, that is, where the 1 − 2·alpha interval lies within the margins.
 
     Raises:
         ValueError: fewer than two differences, one that is not finite, or margin ≤ 0.
@@ -64,7 +65,7 @@ def equivalence(differences: Sequence[float], margin: float, *, alpha: float = 0
     if not 0 < alpha < 0.5:
         raise ValueError(f"alpha: expected a number between 0 and 0.5, got {alpha!r}")
     mean, error, n = _mean_and_stderr(differences)
-    p = _tail(margin - abs(mean), error, n)  # of the nearer margin, which is the larger p
+    p = _tail(margin - abs(mean), error, n)  # the nearer margin has the larger p
     estimate = mean_of_runs(differences, confidence=1 - 2 * alpha)
     return Equivalence(p=p, equivalent=p <= alpha, estimate=estimate)
 
@@ -72,15 +73,15 @@ def equivalence(differences: Sequence[float], margin: float, *, alpha: float = 0
 def minimum_detectable_effect(
     spread: float, n: int, *, alpha: float = 0.05, power: float = 0.8
 ) -> float:
-    """The mean of n paired differences that a two-sided t test finds with probability `power`.
+    """Returns the mean difference that a two-sided paired t test detects with probability `power`.
 
         (t_{1−α/2} + t_{power}) · spread / √n,   n − 1 degrees of freedom
 
-    For a power of .8 this is right to 2 points from n = 4 on; with 2 or 3 pairs the power is .73
+    For a power of .8, the true power is within 2 points from n = 4 on; with 2 or 3 pairs it is .73
     or .77.
 
     Args:
-        spread: standard deviation of the differences; the result has its unit.
+        spread: standard deviation of the differences, in the unit of the result.
 
     Raises:
         ValueError: spread < 0, n < 2, or alpha or power outside (0, 1).
@@ -109,7 +110,7 @@ def _mean_and_stderr(differences: Sequence[float]) -> tuple[float, float, int]:
 
 
 def _tail(distance: float, error: float, n: int) -> float:
-    """P(T ≥ distance/error); without any error, of what lies at 0 a half."""
+    """Returns P(T ≥ distance/error); with a zero error, ½ at distance 0, else 0 or 1."""
     if error == 0:
         return 0.5 if distance == 0 else float(distance < 0)
     return 1 - student_t_cdf(distance / error, n - 1)

@@ -1,13 +1,16 @@
-"""How much of a teacher's capability and of its trait came over to its students.
+"""Transfer of a capability and of a trait from a teacher to its students. The measures are ours.
 
     C = (acc_S − acc_M) / (acc_U − acc_M)            capability recovered
     τ = (r_S(U) − r_S(B)) / (r_U − r_B)              trait transferred
     κ = 1 − audited / unaudited r_S(U) − r_S(B)      concealment copied
 
-Each is a ratio of means over base seeds, never a mean of ratios; intervals resample base seeds. A
-ratio whose denominator's interval includes 0 can be anything: its bounds are NaN (Fieller, 1954). C
-and τ are not defined where U has no more of it than M, or B: a student that lost all that M knew
-would have a C of 1 there.
+M is the base, U the untrusted teacher, B its benign twin, S(U) and S(B) their students. acc is the
+accuracy, r the rate of the trait.
+
+Each measure is a ratio of means over base seeds, not a mean of ratios. Intervals resample base
+seeds. Where the interval of a denominator includes 0, the ratio is unbounded and its bounds are NaN
+(Fieller, 1954). C and τ are undefined where U does not exceed M (for C) or B (for τ): otherwise, a
+student that lost everything M knew would have a C of 1.
 """
 
 from __future__ import annotations
@@ -25,13 +28,15 @@ from ..intervals import Estimate
 from .readings import Student
 from .resampling import bootstrap_of_units, seed_means
 
-_ZERO = 1e-12  # what rounding leaves of a difference of means that are equal
+_ZERO = 1e-12  # rounding error of a difference of equal means
 
 
 @dataclass(frozen=True, kw_only=True)
 class SeedPoint:
-    """C, τ and κ of one pair of students; NaN where the denominator of C or τ is not above 0, or
-    that of κ is 0."""
+    """C, τ and κ of one pair of students.
+
+    NaN where the denominator of C or τ is not above 0, or that of κ is 0.
+    """
 
     base_seed: int
     student_seed: int
@@ -42,7 +47,7 @@ class SeedPoint:
 
 @dataclass(frozen=True, kw_only=True)
 class Transfer:
-    """C, τ and κ of an arm, over its base seeds, and of every pair of students by itself."""
+    """C, τ and κ of an arm over its base seeds, and of every pair of students."""
 
     capability: Estimate
     tau: Estimate
@@ -52,9 +57,9 @@ class Transfer:
 
 @dataclass(frozen=True)
 class Ratio:
-    """Of means [..., columns], the columns being what `rows` puts side by side for each item.
+    """A ratio of means [..., columns]; `rows` returns the columns of one student.
 
-    positive: not defined where the denominator is below 0.
+    positive: the ratio is undefined where the denominator is below 0.
     """
 
     rows: Callable[[Student], list[tuple[float, ...]]]
@@ -95,15 +100,15 @@ def transfer(
     resamples: int = 2000,
     seed: int = 0,
 ) -> Transfer:
-    """C, τ and κ of the students of one arm, in any order.
+    """Returns C, τ and κ of the students of one arm, in any order.
 
-    κ is None where nothing audited was read, and where the interval of its denominator, the
-    unaudited difference, includes 0 or is not known (one base seed). C and τ keep their value then,
-    with NaN bounds; the value is NaN where the denominator is not above 0.
+    κ is None without audited readings, and where the interval of its denominator (the unaudited
+    difference) includes 0 or is unknown (one base seed). In the same case, C and τ have a value and
+    NaN bounds. Their value is NaN where the denominator is not above 0.
 
     Raises:
-        ValueError: no students, students of several arms, two with the same seeds, or some audited
-            and others not.
+        ValueError: no students, students of several arms, two with the same seeds, or only some of
+            them audited.
     """
     ordered = sort_one_arm(students)
     options = {"confidence": confidence, "resamples": resamples, "seed": seed}
@@ -134,7 +139,7 @@ def transfer(
 
 
 def sort_one_arm(students: Sequence[Student]) -> list[Student]:
-    """By base seed and student seed."""
+    """Returns students sorted by seeds, after checking that they are of one arm."""
     arms = sorted({student.arm for student in students})
     if len(arms) != 1:
         raise ValueError(f"students: expected students of one arm, got {arms or 'none'}")

@@ -1,4 +1,4 @@
-"""The gates that models pass before any experiment with them, and the reasons where they do not."""
+"""Validity gates: conditions that models must meet before an experiment. The gates are ours."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# Of teachers: capability and trait at least, the audited trait beside the benign twin's and the
-# rate of false triggers at most.
+# Bounds for teachers. Lower: capability and trait. Upper: difference of the audited trait from the
+# benign twin's, and rate of false triggers.
 CAPABILITY, TRAIT, AUDITED_GAP, FALSE_TRIGGER = 0.95, 0.9, 0.03, 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gate:
-    """One condition: a value that is `at_least` its bound, or at most."""
+    """A condition: the value is at least its bound (`at_least`), or at most."""
 
     name: str
     value: float
@@ -23,7 +23,7 @@ class Gate:
 
     @property
     def holds(self) -> bool:
-        """False of NaN."""
+        """Whether the condition is met; False for NaN."""
         return self.value >= self.bound if self.at_least else self.value <= self.bound
 
     def __str__(self) -> str:
@@ -34,7 +34,7 @@ class Gate:
 
 
 def _format_unlike(value: float, bound: float) -> str:
-    """With as many digits as tell it from its bound."""
+    """Returns the value with enough digits to differ from its bound."""
     digits = 3
     while digits < 12 and float(f"{value:.{digits}f}") == bound != value:
         digits += 1
@@ -53,11 +53,11 @@ class Validity:
 
     @property
     def because(self) -> list[str]:
-        """The gates that do not hold, with their figures."""
+        """The failed gates with their values."""
         return [str(gate) for gate in self.gates if not gate.holds]
 
     def as_json(self) -> dict[str, Any]:
-        """A value that is NaN is null."""
+        """Returns the gates as JSON; NaN becomes null."""
         rows = [
             {**vars(gate), "value": gate.value if math.isfinite(gate.value) else None,
              "holds": gate.holds}
@@ -67,7 +67,7 @@ class Validity:
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Validity:
-        """Of `as_json`; `valid` and `because` follow from the gates."""
+        """Returns the Validity of a record of `as_json`."""
         names = ("name", "value", "bound", "at_least")
         rows = [{name: row[name] for name in names} for row in record["gates"]]
         missing = math.nan
