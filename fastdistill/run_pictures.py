@@ -1,4 +1,4 @@
-"""Figures of a run with alternative texts: curves over steps, and histograms of token scores.
+"""Figures of a run and their alternative texts: curves, and histograms of token scores.
 
 Lines differ in color, dash and marker, so they can be distinguished with any color vision and in
 gray print.
@@ -181,8 +181,8 @@ def _canvas(lines: int) -> tuple[Figure, Axes]:
 def _plain_ticks(axis: Axis) -> None:
     """Label ticks as plain numbers, such as 0.01; within two decades at 2 and 5 too."""
     low, high = axis.get_view_interval()
-    few = high / low < 100
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if few else (1.0,), numticks=8))
+    is_narrow = high / low < 100
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if is_narrow else (1.0,), numticks=8))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
 
@@ -213,10 +213,10 @@ def _caption(quantity: Quantity, lines: Sequence[Line]) -> str:
     if len(lines) > 2:
         return quantity.title
     line = lines[-1]
-    what = f"{quantity.title}, {line.label} " if len(lines) > 1 else f"{quantity.title}, "
+    prefix = f"{quantity.title}, {line.label} " if len(lines) > 1 else f"{quantity.title}, "
     if len(line.points) == 1 or quantity.text(line.first) == quantity.text(line.last):
-        return what + quantity.text(line.last)
-    return f"{what}{quantity.text(line.first)} → {quantity.text(line.last)}"
+        return prefix + quantity.text(line.last)
+    return f"{prefix}{quantity.text(line.first)} → {quantity.text(line.last)}"
 
 
 def _spread(lines: Sequence[Line]) -> float:

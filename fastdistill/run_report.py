@@ -138,9 +138,9 @@ def _figures(report: Report, record: RunRecord) -> None:
         for line in all_series:
             dataset = "" if len(all_series) == 1 and line.label == "training" else f", {line.label}"
             unit_in_title = quantity.share or quantity.unit in quantity.title.lower()
-            what = f"{quantity.title}{dataset}" + ("" if unit_in_title else f" ({quantity.unit})")
+            label = f"{quantity.title}{dataset}" + ("" if unit_in_title else f" ({quantity.unit})")
             first, last = (quantity.text(value) for value in (line.first, line.last))
-            rows.append((what, first, last, f"{line.points[-1][0]:,}"))
+            rows.append((label, first, last, f"{line.points[-1][0]:,}"))
     if rows:
         report.heading("First and last values")
         report.table(("metric", "first", "last", "at step"), rows)

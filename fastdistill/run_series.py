@@ -61,8 +61,8 @@ def evaluations(record: RunRecord) -> dict[str, str]:
         for name in line:
             if name.startswith("eval") and name.endswith("_nll"):
                 prefix = name[: -len("_nll")]
-                more = prefix[len("eval_") :]
-                names[prefix] = f"evaluation, {more}" if more else "evaluation"
+                name_suffix = prefix[len("eval_") :]
+                names[prefix] = f"evaluation, {name_suffix}" if name_suffix else "evaluation"
     return names
 
 

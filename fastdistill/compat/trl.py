@@ -1,4 +1,4 @@
-"""TRL's GKDTrainer and DistillationTrainer, with the same arguments and TRL's configurations.
+"""TRL's GKDTrainer and DistillationTrainer, with TRL's arguments and configurations.
 
 Loss and normalization are TRL's, over the whole vocabulary, without logits of [N, V]. Differences:
 a hash of seed, step and prompt determines the samples instead of a random stream (so a run can be

@@ -3,8 +3,8 @@
     N targets · H hidden size · V vocabulary · S slots of a token (its K answers and the label)
     n tokens of a chunk, as in the loss itself · v vocabulary rows of a slab · computed in fp32
 
-    fused        4nV + dW as it is summed + 4nH + 4nS · (tensors on a chunk's slots)
-    recompute    4vN + 4NH (dX as it is summed) + 4NS · (tensors on all slots)
+    fused        4nV + dW while summed + 4nH + 4nS · (tensors on a chunk's slots)
+    recompute    4vN + 4NH (dX while summed) + 4NS · (tensors on all slots)
     dense        8nV + 4VH + 4NH, with n half a chunk
     top k        4nV on a GPU, slabs on a CPU
 
@@ -88,17 +88,17 @@ def fused(head: HeadShape, N: int, S: int) -> LossMemory:
     peak = n * head.V * ACCUMULATOR + summed + _LOSS_TENSORS * n * S * ACCUMULATOR
     if head.narrow and not in_16_bits:
         peak += N * head.H * (ACCUMULATOR - head.dtype.itemsize)  # dX is summed in fp32, too
-    wide = n * head.H * ACCUMULATOR
+    hidden_fp32 = n * head.H * ACCUMULATOR
     if head.device == "cpu":
         v = head.rows(n)
         gathered = min(GATHER_BYTES, n * S * head.H * ACCUMULATOR)
         peak += v * n * ACCUMULATOR if not head.narrow else 0
-        peak += wide if not head.narrow else 2 * wide + v * head.H * ACCUMULATOR
+        peak += hidden_fp32 if not head.narrow else 2 * hidden_fp32 + v * head.H * ACCUMULATOR
         peak += gathered * 3 // 2 if in_16_bits else 0
     else:
-        peak += wide if head.narrow else 0
-    both = 0 if carried else summed + head.trained * head.weight
-    return LossMemory(max(peak, both), 0)
+        peak += hidden_fp32 if head.narrow else 0
+    both_types = 0 if carried else summed + head.trained * head.weight
+    return LossMemory(max(peak, both_types), 0)
 
 
 def recomputed(head: HeadShape, N: int, S: int) -> LossMemory:
@@ -106,19 +106,23 @@ def recomputed(head: HeadShape, N: int, S: int) -> LossMemory:
 
     Forward: slabs. Backward: logits of a slab for all tokens (4vN), and dX in fp32.
     """
-    slots, wide = _RECOMPUTE_TENSORS * N * S * ACCUMULATOR, N * head.H * ACCUMULATOR
+    slots, hidden_fp32 = _RECOMPUTE_TENSORS * N * S * ACCUMULATOR, N * head.H * ACCUMULATOR
     if head.device == "cpu":
         v = head.rows(N)
         backward = v * N * ACCUMULATOR + slots
         if head.narrow:
-            backward += 2 * wide + 2 * v * head.H * ACCUMULATOR
+            backward += 2 * hidden_fp32 + 2 * v * head.H * ACCUMULATOR
         n = min(N, CPU_BLOCK_TOKENS)
         forward = _SLABS_OF_MOMENTS * n * head.rows(n) * ACCUMULATOR
         return LossMemory(forward + slots, backward)
     columns = min(_columns(head.V), max(64, TRITON_RECOMPUTE_BYTES // (N * ACCUMULATOR)))
     # The slab uses the memory of the returned dX if it fits.
-    lent = head.narrow and columns <= head.H // 2
-    backward = slots + (0 if lent else columns * N * ACCUMULATOR) + (wide if head.narrow else 0)
+    is_reused = head.narrow and columns <= head.H // 2
+    backward = (
+        slots
+        + (0 if is_reused else columns * N * ACCUMULATOR)
+        + (hidden_fp32 if head.narrow else 0)
+    )
     if head.dtype == torch.float16:
         backward += columns * head.H * ACCUMULATOR  # a slab of dW before it is rounded
     return LossMemory(
@@ -133,9 +137,9 @@ def dense(head: HeadShape, teacher: HeadShape, N: int) -> LossMemory:
     peak = n * (head.V + teacher.V) * ACCUMULATOR + grads
     if head.device == "cpu":
         peak += _SLABS_OF_SUMS * min(4096, head.V) * n * ACCUMULATOR
-    both = grads + head.trained * head.weight if head.narrow else 0
+    both_types = grads + head.trained * head.weight if head.narrow else 0
     # The returned dX is created at the end, after the logits are freed.
-    return LossMemory(max(peak - N * head.H * head.dtype.itemsize, both), 0)
+    return LossMemory(max(peak - N * head.H * head.dtype.itemsize, both_types), 0)
 
 
 def topk(head: HeadShape, N: int, k: int) -> int:

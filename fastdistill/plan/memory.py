@@ -63,14 +63,14 @@ class Planner:
         optimizer = optimizer_memory(settings.optim, trained, self.device)
         step = self.step(settings)
         gradients = sum(p.nbytes for p in trained)
-        before = gradients if settings.accumulation > 1 else 0
+        accumulated = gradients if settings.accumulation > 1 else 0
         weights, expanded = self.teacher_weights(settings)
         held = bytes_of(model) + optimizer.state + weights + expanded
-        answers, passing = self.answers(settings), 0
+        answers, teacher_peak = self.answers(settings), 0
         if weights:
-            passing = self.teacher_pass(settings, held + before + answers)
+            teacher_peak = self.teacher_pass(settings, held + accumulated + answers)
         phases = {
-            "teacher": held + before + answers + passing,
+            "teacher": held + accumulated + answers + teacher_peak,
             "forward": held + answers + step.forward,
             "loss": held + answers + step.loss,
             "backward": held + step.backward,
@@ -82,8 +82,8 @@ class Planner:
         on_gpu = self.device == "cuda"
         return Memory(
             settings=settings,
-            parts=_parts(settings, bytes_of(model), gradients, optimizer, step, before)
-            + _teacher_parts(settings, weights, expanded, passing, answers),
+            parts=_parts(settings, bytes_of(model), gradients, optimizer, step, accumulated)
+            + _teacher_parts(settings, weights, expanded, teacher_peak, answers),
             phases=tuple(Phase(name=name, bytes=size) for name, size in phases.items()),
             allowance=CONTEXT + int(FRAGMENTS * peak) if on_gpu else 0,
         )
@@ -189,10 +189,10 @@ def _parts(
 
 
 def _teacher_parts(
-    settings: Settings, weights: int, expanded: int, passing: int, answers: int
+    settings: Settings, weights: int, expanded: int, teacher_peak: int, answers: int
 ) -> tuple[Part, ...]:
-    what = "hidden states" if settings.k is None else f"top {settings.k} of every target"
-    parts = (Part(name="answers", bytes=answers, how=what),)
+    answers_text = "hidden states" if settings.k is None else f"top {settings.k} of every target"
+    parts = (Part(name="answers", bytes=answers, how=answers_text),)
     if not weights:
         return parts
     quant = settings.teacher_quant or "as stored"
@@ -200,7 +200,7 @@ def _teacher_parts(
         Part(name="teacher weights", bytes=weights, how=quant),
         Part(
             name="teacher's pass",
-            bytes=passing + expanded,
+            bytes=teacher_peak + expanded,
             how="layers or LM head, whichever is larger",
         ),
         *parts,

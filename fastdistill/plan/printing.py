@@ -52,8 +52,8 @@ def _verdict(plan: Plan, console: Any) -> None:
             highlight=False,
         )
         return
-    how = f"with {taken}" if taken else "without changes"
-    console.print(f"[green]fits {in_gb(card)}[/green] {how}: {needed} needed", highlight=False)
+    suffix = f"with {taken}" if taken else "without changes"
+    console.print(f"[green]fits {in_gb(card)}[/green] {suffix}: {needed} needed", highlight=False)
     # Two spaces separate settings, so that a line break never splits one.
     _print_line(console, "  ".join(proposal.memory.settings.lines()))
 

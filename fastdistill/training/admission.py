@@ -55,7 +55,7 @@ class TeacherSpec:
 def resolve_teacher(
     teacher: TeacherLike | None, student: nn.Module, config: DistillConfig, processing_class: Any
 ) -> ResolvedTeacher | None:
-    """Return the teacher, loaded and placed, with the vocabulary that it shares with the student.
+    """Return the teacher, loaded and placed, and the vocabulary it shares with the student.
 
     Raises:
         ValueError, TypeError: the teacher cannot teach this student.

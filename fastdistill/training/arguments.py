@@ -42,7 +42,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "eval_use_gather_object": (False, "the sums that evaluation gathers are tensors"),
     "logging_nan_inf_filter": (
         False,
-        "it hides a loss that is not finite; nonfinite= says what becomes of such a step",
+        "it hides a loss that is not finite; nonfinite= sets the treatment of such a step",
     ),
     "fp16_full_eval": (
         False,

@@ -111,7 +111,7 @@ def missing_state(folder: Path, *, has_loss_scaler: bool = False) -> str | None:
         required |= {"the optimizer's state": "optimizer", "the schedule's state": "scheduler"}
         if has_loss_scaler:
             required["the loss scaler's state"] = "scaler"
-    missing = [what for what, prefix in required.items() if not _has_prefix(names, prefix)]
+    missing = [name for name, prefix in required.items() if not _has_prefix(names, prefix)]
     return ", ".join(missing) or None
 
 

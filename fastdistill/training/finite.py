@@ -189,9 +189,9 @@ class FiniteUpdates(Trainer):
     def _processes(self) -> int:
         return int(self.accelerator.num_processes)
 
-    def _stop(self, what: str) -> None:
+    def _stop(self, quantity: str) -> None:
         raise FloatingPointError(
-            f"{what}: expected a finite number, got NaN or infinity in the steps up to "
+            f"{quantity}: expected a finite number, got NaN or infinity in the steps up to "
             f"{self.state.global_step + 1}, before whose update the run stops. {_ADVICE}"
         )
 

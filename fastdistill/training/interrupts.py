@@ -67,15 +67,17 @@ class SavesOnInterrupt(TrainerCallback):
         step = self._trainer.state.global_step
         last_saved = self._saved if self._saved > 0 else None
         if is_saved:
-            words = f"Stopped at step {step}; checkpoint-{step} is complete."
+            message = f"Stopped at step {step}; checkpoint-{step} is complete."
         elif last_saved is not None:
-            words = f"Stopped in step {step + 1}; checkpoint-{last_saved} is the last checkpoint."
+            message = f"Stopped in step {step + 1}; checkpoint-{last_saved} is the last checkpoint."
         else:
-            words = f"Stopped in step {step + 1}; there is no checkpoint, so the progress is lost."
+            message = (
+                f"Stopped in step {step + 1}; there is no checkpoint, so the progress is lost."
+            )
         if number == signal.SIGTERM:
-            logger.warning(words)
+            logger.warning(message)
             raise SystemExit(128 + number)
-        raise KeyboardInterrupt(words)
+        raise KeyboardInterrupt(message)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._saved = state.global_step

@@ -72,7 +72,7 @@ def write_card(
     ]
     last = _last(state.log_history, "eval_loss")
     if last is not None:
-        metrics = [(what, f"{last[n]:.4g}") for n, what in _EVALUATED.items() if n in last]
+        metrics = [(label, f"{last[n]:.4g}") for n, label in _EVALUATED.items() if n in last]
         lines += ["", f"## Evaluation, step {last.get('step', 0):,}", "", *_table(metrics)]
     versions = describe()["packages"]
     used = [f"{n} {versions[n]}" for n in ("torch", "transformers", "peft") if versions.get(n)]
@@ -88,9 +88,9 @@ def teacher_in_words(teacher: Any) -> str:
     if teacher is None:
         return "none: the labels alone"
     name = getattr(teacher, "name", None) or name_of(getattr(teacher, "model", None))
-    known = name or f"{type(getattr(teacher, 'model', teacher)).__name__}, given as an object"
+    label = name or f"{type(getattr(teacher, 'model', teacher)).__name__}, given as an object"
     quant = getattr(teacher, "quant", None)
-    return known if quant is None else f"{known}, quantised to {quant}"
+    return label if quant is None else f"{label}, quantised to {quant}"
 
 
 def _objective(config: DistillConfig, loss: Any) -> list[tuple[str, str]]:

@@ -156,9 +156,9 @@ def first_batch(
     assert shuffled.forward_kl is not None
     assert aligned.nll is not None
     assert shuffled.nll is not None
-    few = slice(_OVERLAP_TOKENS)
-    student_ids = linear_topk(hidden[few], head.weight, min(k, head.vocab_size), **scoring).ids
-    teacher_ids = teacher.ids[few]
+    subset = slice(_OVERLAP_TOKENS)
+    student_ids = linear_topk(hidden[subset], head.weight, min(k, head.vocab_size), **scoring).ids
+    teacher_ids = teacher.ids[subset]
     shared = (teacher_ids.unsqueeze(-1) == student_ids.unsqueeze(-2)).any(-1).sum()
     mass = mass_of(teacher)
     return Panel(

@@ -59,8 +59,8 @@ def read_run(output_dir: str | Path) -> RunRecord:
             run, step = line["run"], line["step"]
             # A new run replaces all lines; a resumed run replaces those after its checkpoint. An
             # evaluation that a run logged before its train_begin belongs to that run.
-            before = set() if run in started else {run}
-            lines = [e for e in lines if e["run"] in before or (step and e["step"] <= step)]
+            own_run = set() if run in started else {run}
+            lines = [e for e in lines if e["run"] in own_run or (step and e["step"] <= step)]
             started.add(run)
         lines.append(line)
     path = folder / SETTINGS

@@ -61,11 +61,13 @@ _MANNER_SETTINGS = (
 def result_settings(config: DistillConfig, student: Any, teacher: Any) -> dict[str, Any]:
     """Return JSON of the settings that determine the trained student, models by name."""
     inherited = {field.name for field in fields(TrainingArguments)}
-    ours = {field.name for field in fields(DistillConfig)} - inherited - set(_MANNER_SETTINGS)
+    distill_fields = (
+        {field.name for field in fields(DistillConfig)} - inherited - set(_MANNER_SETTINGS)
+    )
     values = config.to_dict()
     settings = {
         name: _to_json(values[name])
-        for name in (*OPTIMIZER_SETTINGS, *_RESULT_SETTINGS, *sorted(ours))
+        for name in (*OPTIMIZER_SETTINGS, *_RESULT_SETTINGS, *sorted(distill_fields))
     }
     rows = config.train_batch_size * config.gradient_accumulation_steps * config.world_size
     names = {
@@ -83,12 +85,12 @@ def _absolute(name: str | None) -> str | None:
     return str(Path(name).resolve()) if name and Path(name).exists() else name
 
 
-def changed_settings(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
+def changed_settings(previous: dict[str, Any], current: dict[str, Any]) -> dict[str, str]:
     """Return {name: "got now, not before"} for the settings in both dicts that differ."""
     return {
-        name: f"got {value!r}, not {printable(repr(before[name]))}"
-        for name, value in now.items()
-        if name in before and before[name] != value
+        name: f"got {value!r}, not {printable(repr(previous[name]))}"
+        for name, value in current.items()
+        if name in previous and previous[name] != value
     }
 
 
@@ -157,8 +159,8 @@ def _to_json(value: Any) -> Any:
     value = getattr(value, "value", value)  # of an Enum
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
-    known = value is None or isinstance(value, (bool, int, float, str))
-    return value if known else str(value)
+    is_json = value is None or isinstance(value, (bool, int, float, str))
+    return value if is_json else str(value)
 
 
 def _is_secret(name: str) -> bool:

@@ -25,13 +25,13 @@ def check_savable(model: nn.Module, processing_class: Any, args: Any) -> None:
     folder = Path(args.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        place = tempfile.TemporaryDirectory(prefix=".try-to-save-", dir=folder)
+        temporary = tempfile.TemporaryDirectory(prefix=".try-to-save-", dir=folder)
     except OSError as error:
         raise OSError(
             f"output_dir: expected a folder to save in, got {str(folder)!r}: {error}"
         ) from error
-    with place as name:
-        for what, save in (
+    with temporary as name:
+        for argument, save in (
             ("model", lambda: _save_configs(model, name)),
             ("model", lambda: _check_tied(model)),
             ("processing_class", lambda: _save_tokenizer(processing_class, name)),
@@ -41,7 +41,7 @@ def check_savable(model: nn.Module, processing_class: Any, args: Any) -> None:
                 save()
             except Exception as error:  # any error of the libraries would end the run later
                 raise ValueError(
-                    f"{what}: expected an object that can be saved, got an error on saving it: "
+                    f"{argument}: expected an object that can be saved, got an error on saving it: "
                     f"{printable(error, 1000)}"
                 ) from error
 

@@ -107,10 +107,10 @@ def contexts_of(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     Different contexts have equal hashes with probability 2⁻⁶⁴.
     """
     attended = (attention_mask != 0).long()
-    place = (attended.cumsum(-1) - 1).clamp(min=0)
+    positions = (attended.cumsum(-1) - 1).clamp(min=0)
     random = torch.Generator().manual_seed(0)
     factors = torch.randint(-(1 << 62), 1 << 62, (input_ids.shape[1],), generator=random) * 2 + 1
-    return ((input_ids + 1) * factors.to(input_ids.device)[place] * attended).cumsum(-1)
+    return ((input_ids + 1) * factors.to(input_ids.device)[positions] * attended).cumsum(-1)
 
 
 def check_teacher_valid(teacher: TopK, labels: Tensor, contexts: Tensor, vocab: int) -> None:

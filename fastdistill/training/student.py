@@ -213,9 +213,9 @@ def check_adapter(model: Any, folder: Path) -> None:
 
 
 def _check_inside_layers(model: Any) -> None:
-    """Raise ValueError for prompt-learning adapters, which are outside of the transformers model.
+    """Raise ValueError for prompt-learning adapters: they are outside of the inner model.
 
-    The student samples and is compiled as that model.
+    The student samples and is compiled as the transformers model inside.
     """
     for config in model.peft_config.values():
         if config.is_prompt_learning:

@@ -18,10 +18,10 @@ def plain_defaults() -> Iterator[None]:
     """
     dtype, device = torch.get_default_dtype(), torch.get_default_device()
     # A device context runs Python for every operation, so use it only if the device differs.
-    place: Any = nullcontext() if device.type == "cpu" else torch.device("cpu")
+    device_context: Any = nullcontext() if device.type == "cpu" else torch.device("cpu")
     torch.set_default_dtype(torch.float32)
     try:
-        with place:
+        with device_context:
             yield
     finally:
         torch.set_default_dtype(dtype)

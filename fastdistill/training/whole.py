@@ -353,7 +353,7 @@ class WholeCheckpoints(FiniteUpdates):
 
 
 @contextmanager
-def _loading(folder: str | None, what: str) -> Iterator[None]:
+def _loading(folder: str | None, part: str) -> Iterator[None]:
     """Convert any error from loading a part of a checkpoint to a ValueError that names it."""
     try:
         yield
@@ -361,7 +361,7 @@ def _loading(folder: str | None, what: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise ValueError(
-            f"resume_from_checkpoint: expected the {what} of this student in {folder}, but: "
+            f"resume_from_checkpoint: expected the {part} of this student in {folder}, but: "
             f"{printable(error)}"
         ) from error
 
