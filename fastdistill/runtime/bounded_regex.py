@@ -91,7 +91,8 @@ class _Text:
         if operator in _SINGLE:
             return (starts & self._places(operator, argument)) << 1
         if operator in _REPEATS:
-            return self._repeated(*argument, starts)
+            least, most, body = argument
+            return self._repeated(least, most, body, starts)
         if operator is ops.BRANCH:
             reached = 0
             for branch in argument[1]:
@@ -109,7 +110,7 @@ class _Text:
         return reached
 
     def _repeated(self, least: int, most: int, body: Any, starts: int) -> int:
-        """Match a repeat; after n + 1 rounds the set cannot change: a longer match has an empty round."""
+        """Match a repeat; after n + 1 rounds the set no longer changes."""
         rounds = len(self._text) + 1
         for _ in range(min(least, rounds)):
             starts = self.ends(body, starts)
