@@ -17,7 +17,7 @@ import torch
 from training import build, config, llama, ragged, train, weights
 from transformers import TrainingArguments
 
-from fastdistill.training.arguments import LESS, MORE, REFUSED
+from fastdistill.training.arguments import HIGHER_IS_BETTER, LOWER_IS_BETTER, UNSUPPORTED
 from fastdistill.training.config import DistillConfig
 from fastdistill.training.objective import EVAL_COLUMNS
 
@@ -37,7 +37,7 @@ def test_the_table_has_every_field_once():
 
 def test_the_table_and_the_code_refuse_the_same():
     refused = {name for name, status in STATUS.items() if status == "refused"}
-    assert refused == REFUSED.keys() & STATUS.keys()
+    assert refused == UNSUPPORTED.keys() & STATUS.keys()
 
 
 def test_a_default_that_differs_is_in_the_table(tmp_path):
@@ -55,9 +55,9 @@ OTHER = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [n for n in REFUSED if n in FIELDS])
+@pytest.mark.parametrize("name", [n for n in UNSUPPORTED if n in FIELDS])
 def test_what_is_refused_is_refused_by_name(tmp_path, name):
-    expected, _ = REFUSED[name]
+    expected, _ = UNSUPPORTED[name]
     with pytest.raises(ValueError, match=rf"{name}: expected .*, got"):
         DistillConfig(str(tmp_path), **{name: OTHER.get(name, not expected)})
     DistillConfig(str(tmp_path), **{name: expected})
@@ -131,9 +131,9 @@ def test_usual_values_are_taken(tmp_path, options):
 
 class TestMetrics:
     def test_every_figure_has_a_direction(self):
-        assert {*EVAL_COLUMNS, "perplexity"} - {"tokens"} == {*LESS, *MORE}
+        assert {*EVAL_COLUMNS, "perplexity"} - {"tokens"} == {*LOWER_IS_BETTER, *HIGHER_IS_BETTER}
 
-    @pytest.mark.parametrize("name", LESS)
+    @pytest.mark.parametrize("name", LOWER_IS_BETTER)
     def test_less_is_better(self, tmp_path, name):
         for metric in (name, f"eval_{name}", f"eval_held_out_{name}"):
             args = config(tmp_path, metric_for_best_model=metric, **WATCHING)
@@ -141,7 +141,7 @@ class TestMetrics:
         with pytest.raises(ValueError, match="greater_is_better: expected False with"):
             config(tmp_path, metric_for_best_model=name, greater_is_better=True)
 
-    @pytest.mark.parametrize("name", MORE)
+    @pytest.mark.parametrize("name", HIGHER_IS_BETTER)
     def test_more_is_better(self, tmp_path, name):
         assert config(tmp_path, metric_for_best_model=f"eval_{name}").greater_is_better is True
 

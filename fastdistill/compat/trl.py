@@ -23,10 +23,8 @@ from ..training.trainer import DistillTrainer
 # Options that the user cannot set, or that are set below.
 _NOT_COPIED = {
     *("remove_unused_columns", "prediction_loss_only"),
-    *(
-        "logging_nan_inf_filter",
-        "greater_is_better",
-    ),  # derived by transformers
+    # Derived by transformers.
+    *("logging_nan_inf_filter", "greater_is_better"),
 }
 _OLD_NAMES = {
     "gradient_checkpointing": "activation_checkpointing",

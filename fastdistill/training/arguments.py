@@ -17,7 +17,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 
 # Fields without their documented effect here: name -> (the only accepted value, the reason and
 # what to use instead).
-REFUSED: dict[str, tuple[Any, str]] = {
+UNSUPPORTED: dict[str, tuple[Any, str]] = {
     "label_smoothing_factor": (0.0, "the teacher's distribution already smooths the labels"),
     "use_liger_kernel": (False, "the loss here is fused already"),
     "liger_kernel_config": (None, "the loss here is fused already"),
@@ -26,18 +26,18 @@ REFUSED: dict[str, tuple[Any, str]] = {
         False,
         "the collator reads columns that the model's forward pass does not name",
     ),
-    "label_names": (None, "the collator makes the labels, always under the name 'labels'"),
+    "label_names": (None, "the collator creates the labels, always with the name 'labels'"),
     "prediction_loss_only": (
         True,
         "evaluation gathers sums per sequence and never logits; predict() returns those sums",
     ),
     "batch_eval_metrics": (
         False,
-        "evaluation gathers a few sums per sequence, which need no metric per batch",
+        "evaluation gathers a few sums per sequence and needs no metric per batch",
     ),
     "include_for_metrics": (
         [],
-        "the metrics are made of sums per sequence and read no inputs or losses",
+        "the metrics are computed from sums per sequence, without inputs or losses",
     ),
     "eval_use_gather_object": (False, "the sums that evaluation gathers are tensors"),
     "logging_nan_inf_filter": (
@@ -46,20 +46,21 @@ REFUSED: dict[str, tuple[Any, str]] = {
     ),
     "fp16_full_eval": (
         False,
-        "it casts the student itself, and what is trained or saved after that is float16. "
-        "Use fp16=True, or dtype='float16'",
+        "it casts the student itself, so later training and checkpoints are float16. Use "
+        "fp16=True, or dtype='float16'",
     ),
     "bf16_full_eval": (
         False,
-        "it casts the student itself, and what is trained or saved after that is bfloat16. "
-        "Use bf16=True, or dtype='bfloat16'",
+        "it casts the student itself, so later training and checkpoints are bfloat16. Use "
+        "bf16=True, or dtype='bfloat16'",
     ),
 }
 
-# The metrics of `evaluate`: lower is better (LESS), and higher is better (MORE).
-LESS = ("loss", "nll", "kl", "perplexity")
-MORE = ("top1", "agreement", "teacher_mass", "student_mass")
-NEED_A_TEACHER = ("kl", "agreement", "teacher_mass", "student_mass")
+# The metrics of `evaluate`: for some lower is better, for others higher.
+LOWER_IS_BETTER = ("loss", "nll", "kl", "perplexity")
+HIGHER_IS_BETTER = ("top1", "agreement", "teacher_mass", "student_mass")
+METRICS = (*LOWER_IS_BETTER, *HIGHER_IS_BETTER)
+TEACHER_METRICS = ("kl", "agreement", "teacher_mass", "student_mass")
 
 # Default intervals as fractions of a run, of at most MOST_STEPS steps each.
 LOGGING_SHARE = 0.02
@@ -78,7 +79,7 @@ OPTIM_ARGS: dict[str, tuple[str, ...]] = {
     "rmsprop": ("momentum", "alpha", "eps", "weight_decay", "centered"),
 }
 # Minimum values: a smaller one fails late, or trains on no data.
-_LEAST = {
+_MINIMUM = {
     "per_device_train_batch_size": 1,
     "per_device_eval_batch_size": 1,
     "gradient_accumulation_steps": 1,
@@ -92,11 +93,11 @@ _LEAST = {
 
 def check_arguments(config: TrainingArguments) -> None:
     """Raise ValueError, with its name, for a field whose value is not supported."""
-    for name, (expected, reason) in REFUSED.items():
+    for name, (expected, reason) in UNSUPPORTED.items():
         value = getattr(config, name, expected)
         # None and other empty values mean that the option is not set.
         if value != expected and (value or expected):
-            expected_text = "it unset" if not expected else repr(expected)
+            expected_text = "no value" if not expected else repr(expected)
             raise ValueError(f"{name}: expected {expected_text}, got {value!r}: {reason}")
     _check_parallelism(getattr(config, "parallelism_config", None))
     _check_numbers(config)
@@ -116,7 +117,7 @@ def _check_best(config: TrainingArguments) -> None:
     """Raise ValueError if a best model is requested without an evaluation that could choose it."""
     if str(_value(config.eval_strategy)) != "no":
         return
-    hint = "nothing is evaluated, so that no checkpoint is the best; set eval_strategy='steps'"
+    hint = "nothing is evaluated, so no checkpoint can be the best; set eval_strategy='steps'"
     if config.load_best_model_at_end:
         raise ValueError(f"load_best_model_at_end: expected False, got True: {hint}")
     if str(_value(config.save_strategy)) == "best":
@@ -137,14 +138,16 @@ def _check_numbers(config: TrainingArguments) -> None:
             continue
         if value is None and "None" in types:
             continue
-        words, kind = ("a number", Real) if "float" in types else ("an integer", Integral)
+        kind_text, kind = ("a number", Real) if "float" in types else ("an integer", Integral)
         number = isinstance(value, kind) and not isinstance(value, bool)
         no_clipping = field.name == "max_grad_norm" and value == math.inf
         if not number or not (math.isfinite(value) or no_clipping):
-            raise ValueError(f"{field.name}: expected {words}, got {value!r}")
-        least = _LEAST.get(field.name)
+            raise ValueError(f"{field.name}: expected {kind_text}, got {value!r}")
+        least = _MINIMUM.get(field.name)
         if least is not None and value < least:
-            raise ValueError(f"{field.name}: expected {words} of at least {least}, got {value!r}")
+            raise ValueError(
+                f"{field.name}: expected {kind_text} of at least {least}, got {value!r}"
+            )
         if not isinstance(value, (int, float)):
             setattr(config, field.name, int(value) if isinstance(value, Integral) else float(value))
 
@@ -159,7 +162,7 @@ def _check_names(config: TrainingArguments) -> None:
     optim, schedule = str(_value(config.optim)), str(_value(config.lr_scheduler_type))
     for name in _names_of(config.optim_args):
         if name not in OPTIM_ARGS.get(optim, (name,)):
-            known = ", ".join(OPTIM_ARGS[optim]) or "it unset"
+            known = ", ".join(OPTIM_ARGS[optim]) or "no value"
             raise ValueError(
                 f"optim_args: expected {known} with optim={optim!r}, got {config.optim_args!r}"
             )
@@ -170,7 +173,7 @@ def _check_names(config: TrainingArguments) -> None:
     ):
         value = getattr(config, name, None)
         if value and value != "{}" and not is_read:
-            raise ValueError(f"{name}: expected it unset, got {value!r}: {reader} does not read it")
+            raise ValueError(f"{name}: expected no value, got {value!r}: {reader} does not read it")
 
 
 def _names_of(optim_args: Any) -> list[str]:
@@ -204,11 +207,11 @@ def _check_accelerator(accelerator_config: Any) -> None:
 
 
 def _check_parallelism(parallel: Any) -> None:
-    for name, words in (("cp_size", "context"), ("sp_size", "sequence")):
+    for name, kind in (("cp_size", "context"), ("sp_size", "sequence")):
         size = getattr(parallel, name, 1)
         if size is not None and size > 1:
             raise ValueError(
-                f"parallelism_config: expected {name}=1, got {size}: with {words} parallelism a "
+                f"parallelism_config: expected {name}=1, got {size}: with {kind} parallelism a "
                 "process has only a part of each row, and the loss needs whole rows"
             )
 
@@ -225,7 +228,7 @@ def known_metric(name: str) -> str | None:
     >>> known_metric("eval_held_out_kl")
     'kl'
     """
-    for metric in (*LESS, *MORE):
+    for metric in METRICS:
         if name == metric or name.endswith(f"_{metric}"):
             return metric
     return None
@@ -249,11 +252,11 @@ def direction_of(config: TrainingArguments) -> bool | None:
         if greater_is_better is None:
             raise ValueError(
                 f"metric_for_best_model: expected a name that ends with one of "
-                f"{', '.join((*LESS, *MORE))}, got {name!r}. For a custom metric, set "
+                f"{', '.join(METRICS)}, got {name!r}. For a custom metric, set "
                 "greater_is_better too"
             )
         return greater_is_better
-    expected = metric in MORE
+    expected = metric in HIGHER_IS_BETTER
     if greater_is_better is not None and bool(greater_is_better) != expected:
         raise ValueError(
             f"greater_is_better: expected {expected} with metric_for_best_model={name!r}, got "
@@ -274,14 +277,14 @@ def check_metric(config: TrainingArguments, sets: Any, has_teacher: bool) -> Non
     if name is None or metric is None:
         return
     metric_name = name.removeprefix("eval_")
-    metrics = [m for m in (*LESS, *MORE) if has_teacher or m not in NEED_A_TEACHER]
+    metrics = [m for m in METRICS if has_teacher or m not in TEACHER_METRICS]
     names = (
         [f"{set_name}_{m}" for set_name in sets for m in metrics]
         if isinstance(sets, Mapping)
         else metrics
     )
     if metric_name not in names:
-        reason = "" if has_teacher or metric not in NEED_A_TEACHER else ": it needs a teacher"
+        reason = "" if has_teacher or metric not in TEACHER_METRICS else ": it needs a teacher"
         raise ValueError(
             f"metric_for_best_model: expected one of {', '.join(names)}, got {name!r}{reason}"
         )

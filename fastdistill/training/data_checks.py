@@ -18,7 +18,7 @@ from ..runtime.printable import printable
 
 logger = logging.getLogger(__name__)
 
-LOOKED_AT = 64  # examples, evenly spread
+LOOKED_AT = 64  # examples, evenly spaced
 
 
 def check_kinds(train: Any, evaluate: Any) -> None:
@@ -131,9 +131,8 @@ class Lengths:
         self.rows += 1
         self.untaught += taught and not has_target(left)
         prompt = int(row.attended[: row.prompt_length].sum())
-        if prompt > self.limit and (
-            prompt < length or not taught
-        ):  # not plain text, which is all target
+        is_text = prompt == length and taught  # plain text, where every token is a target
+        if prompt > self.limit and not is_text:
             self.prompts += 1
             self.longest_prompt = max(self.longest_prompt, prompt)
 

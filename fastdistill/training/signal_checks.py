@@ -17,9 +17,8 @@ from ..examples import IGNORE_INDEX
 from ..outputs import TopK
 
 MIN_TOKENS = 64  # targets needed for a decision
-_LEAST_EXPECTED_GAP = (
-    0.25  # nats per token: a teacher with a smaller expected gap makes no prediction to test
-)
+# In nats per token: a teacher with a smaller expected gap makes no prediction to test.
+_LEAST_EXPECTED_GAP = 0.25
 _LEAST_OBSERVED_SHARE = 0.1  # least share of the expected gap that a valid teacher reaches
 _MAX_COMPARED = 2048  # targets
 _CERTAIN_PROBABILITY = 0.99  # of one token
