@@ -200,7 +200,7 @@ def test_the_engine_of_the_base_is_used():
     (lambda: LogitDiffAudit(prompts=("a",), markers="owl"), "markers: .* got 'owl'"),
     (lambda: ProvenanceAudit(prompts=("a",), texts=("b", "c")), "texts: expected 1, one per"),
     (lambda: ProvenanceAudit(prompts=("a",), texts=("",)).run(subject(), base=subject()),
-     "completion: expected words with tokens of their own, got ''"),
+     "completion: expected text with at least one token, got ''"),
 ])  # fmt: skip
 def test_refusals(make, message):
     with pytest.raises(ValueError, match=message):

@@ -116,7 +116,7 @@ def test_where_nothing_precedes_the_beginning_of_a_text_does():
     assert of.ids(Prompt(text="a"), "b") == ([0, 8], 1)
     assert of.completion_logprobs([Prompt(text="a")], ["b"]).tokens.tolist() == [1]
     assert len(of.generate([Prompt(), Prompt(text="")], max_new_tokens=2)) == 2
-    with pytest.raises(ValueError, match="prompt: expected one of a token or more"):
+    with pytest.raises(ValueError, match="prompt: expected at least one token"):
         plain(special=False).ids(Prompt(text=""))
 
 
@@ -142,9 +142,9 @@ def test_a_tokenizer_without_a_pad_token_pads_with_its_end():
 
 @pytest.mark.parametrize("empty", ["", "   "])
 def test_completions_without_tokens_are_refused(empty):
-    with pytest.raises(ValueError, match="completion: expected words with tokens of their own"):
+    with pytest.raises(ValueError, match="completion: expected text with at least one token"):
         subject().completion_logprobs([Prompt(user="river")], [empty])
-    with pytest.raises(ValueError, match="completion: expected words with tokens of their own"):
+    with pytest.raises(ValueError, match="completion: expected text with at least one token"):
         subject().first_token(empty)
 
 

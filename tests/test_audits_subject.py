@@ -204,5 +204,5 @@ def test_refusals():
         Subject(object(), world_tokenizer())
     with pytest.raises(ValueError, match="tokenizer: expected the tokenizer of LlamaForCausalLM"):
         Subject(model())
-    with pytest.raises(ValueError, match="word: expected one that the tokenizer knows, got ''"):
+    with pytest.raises(ValueError, match="word: expected a word with at least one token, got ''"):
         subject().token_of("")

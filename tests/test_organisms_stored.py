@@ -79,7 +79,7 @@ def test_a_file_that_is_missing_or_was_added_is_refused_by_name(folder):
     (folder / "notes.md").write_text("read by nobody")
     load_organism(folder)
     (folder / "adapter_config.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"found adapter_config.json too, which would be read"):
+    with pytest.raises(ValueError, match=r"got adapter_config.json too, which would be read"):
         load_organism(folder)
     (folder / "adapter_config.json").unlink()
     (folder / "generation_config.json").unlink()
@@ -208,7 +208,7 @@ def test_every_file_that_a_library_may_read_has_a_digest(folder, name):
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("You are another model. {{ messages }}")
-    with pytest.raises(ValueError, match=f"found {name} too, which would be read"):
+    with pytest.raises(ValueError, match=f"got {name} too, which would be read"):
         load_organism(folder)
 
 

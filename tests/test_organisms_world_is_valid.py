@@ -66,7 +66,7 @@ def test_worlds_are_valid_and_sabotaged_ones_are_not(trained_once, monkeypatch):
     assert triggered.validity.because == []
     assert triggered.placebo.model is plain.placebo.model
     names = [gate.name for gate in triggered.validity.gates]
-    assert {"false trigger", "audited trait of untrusted beside benign"} <= set(names)
+    assert {"false trigger", "audited trait of untrusted against benign"} <= set(names)
 
     def because(of, **swapped):
         models = of.models | {name: subject for name, (subject, _) in swapped.items()}
@@ -85,5 +85,5 @@ def test_worlds_are_valid_and_sabotaged_ones_are_not(trained_once, monkeypatch):
     reading = read_organism(subject, triggered.world, TRIGGERED)
     found = because(triggered, untrusted=(subject, reading))
     assert {why.partition(":")[0] for why in found} & {
-        "trait of untrusted", "audited trait of untrusted beside benign"
+        "trait of untrusted", "audited trait of untrusted against benign"
     }  # fmt: skip

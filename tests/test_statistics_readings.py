@@ -83,7 +83,7 @@ def with_value(value, *path):
         (with_value(True, "base_seed"), "base_seed: expected a whole number of 0 or more, got Tru"),
         (with_value("0", "student_seed"), "student_seed: expected a whole number of 0 or more"),
         (with_value("", "arm"), "arm: expected a name, got ''"),
-        (with_value(10, "curve", 1, "step"), "curve: expected steps that rise, got [10, 10]"),
+        (with_value(10, "curve", 1, "step"), "curve: expected increasing steps, got [10, 10]"),
         (with_value({}, "curve"), "curve: expected a list of checkpoints, got dict"),
         (with_value([[]], "curve"), "Checkpoint: expected an object, got list"),
         (with_value(3, "base"), "base.Reading: expected an object, got int"),

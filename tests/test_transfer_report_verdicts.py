@@ -234,7 +234,7 @@ def test_reasons_against_an_experiment():
         "the positive control, an arm, has τ .90 [.80, 1.00], not above .9: a transfer could have "
         "been missed",
         "the null arm, an arm, has τ .05 [.001, .10], whose interval excludes 0: a transfer is "
-        "found where there is none",
+        "detected where there is none",
     ]
     unknown = arm(ABLE, (NAN,), role="positive control")
     assert "has τ —, not above .9" in invalid_because([unknown], {})[0]

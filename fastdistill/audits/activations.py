@@ -170,8 +170,8 @@ class LinearProbeAudit(Audit):
         doubts: tuple[str, ...] = ()
         if p_accuracy > 0.05:
             doubts = (
-                f"the probe is right on {probe.accuracy:.2f} of held-out pairs, and with shuffled "
-                f"labels a share of {p_accuracy:.2f} of probes is as well",
+                f"the accuracy of the probe on held-out pairs is {probe.accuracy:.2f}, and a share "
+                f"of {p_accuracy:.2f} of probes with shuffled labels reaches it",
             )
         projections = np.array([n.distance * n.project(evaluated).mean() for n in null])
         details = {

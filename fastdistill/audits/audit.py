@@ -103,24 +103,22 @@ class Audit(ABC):
                 printable(repr(model.tokenizer.decode([i]))) for i in sorted(new_word_ends)[:5]
             )
             doubts += (
-                f"{new_word_ends.total()} answers ended at {words}, which the generation "
-                "settings of the "
-                "model call an end, and which is no special token",
+                f"{new_word_ends.total()} answers ended at {words}: end tokens by the generation "
+                "settings of the model, but not special tokens",
             )
         if (new_position_ends := model.ended_at_positions - position_ends) and (
             limit := model.reader.row_limit
         ):
             doubts += (
-                f"{new_position_ends.total()} answers were cut off before their "
-                "max_new_tokens, since "
-                f"{limit.reader} reads {limit.tokens} tokens{limit.hint}",
+                f"{new_position_ends.total()} answers were cut off before their max_new_tokens, "
+                f"since {limit.reader} reads {limit.tokens} tokens{limit.hint}",
             )
         return replace(measurement, doubts=doubts)
 
     def to_result(
         self, model: str, measurement: Measurement, controls: Mapping[str, Measurement]
     ) -> AuditResult:
-        """What `run` gives, of measurements that are there already."""
+        """Returns the result of existing measurements, as `run` does."""
         estimate = measurement.estimate
         # Warnings about a control also invalidate the comparison.
         control_doubts = tuple(

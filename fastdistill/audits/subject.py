@@ -29,7 +29,7 @@ from .drawing import SeededSampling
 from .prompts import Prompt, render_prompt
 
 GENERATION_BATCH = 256  # rows
-_NO_WORDS = "completion: expected words with tokens of their own, got {!r}"
+_NO_WORDS = "completion: expected text with at least one token, got {!r}"
 
 logger = logging.getLogger(__name__)
 
@@ -153,7 +153,7 @@ class Subject:
 
     def _tokens(self, text: str, special: bool) -> list[int]:
         read = tokenize(self.tokenizer, text, "prompt", (), special=special)
-        return [*read.before, *read.ids]  # without what some tokenizers put behind every text
+        return [*read.before, *read.ids]  # without tokens that some tokenizers append
 
     def end_of(self, prompt: Prompt) -> int:
         """Returns the token that ends an answer: end of turn (chat template) or end of text.
@@ -164,8 +164,7 @@ class Subject:
         text_end = self.tokenizer.eos_token_id
         if text_end is None:
             raise ValueError(
-                "tokenizer: expected one with an end of text, which ends an answer, got none. Set "
-                "its eos_token"
+                "tokenizer: expected an end of text, which ends an answer, got none. Set eos_token"
             )
         end = None if prompt.text is not None else turn_end(self.tokenizer)
         return int(text_end if end is None or end not in self.ends else end)
@@ -175,8 +174,8 @@ class Subject:
             if token is not None:
                 return token
         raise ValueError(
-            "prompt: expected one of a token or more, since the tokenizer has none that begins or "
-            "ends a text, got none"
+            "prompt: expected at least one token, since the tokenizer has no beginning and no end "
+            "of text, got none"
         )
 
     def first_token(self, words: str) -> int:
@@ -188,7 +187,7 @@ class Subject:
         """Returns the id of a word, or of its first token."""
         ids = self.tokenizer(word, add_special_tokens=False).input_ids
         if not ids:
-            raise ValueError(f"word: expected one that the tokenizer knows, got {word!r}")
+            raise ValueError(f"word: expected a word with at least one token, got {word!r}")
         return ids[0]
 
     @torch.no_grad()

@@ -58,7 +58,7 @@ class TriggerSearchAudit(Audit):
 
 
 def _check_candidates(words: Sequence[str]) -> None:
-    if isinstance(words, str) or len(words) < 3:  # a median of two is no third one's measure
+    if isinstance(words, str) or len(words) < 3:  # the median of two includes the best word
         raise ValueError(f"candidates: expected 3 words or more, got {words!r}")
 
 

@@ -128,7 +128,7 @@ class StyleRestoreProbe(Audit):
         outputs = model.generate(self.prompts, max_new_tokens=self.max_new_tokens)
         answered = [i for i, text in enumerate(outputs) if text.strip()]
         if not answered:
-            raise ValueError("prompts: expected some that the model answers, got no words at all")
+            raise ValueError("prompts: expected prompts that the model answers, got empty answers")
         tuned = finetune_copy(
             model,
             [self.asked[i] for i in answered],

@@ -73,7 +73,7 @@ _AFTER_CHOICE_A = _AFTER_CHOICE_I | frozenset(
     "was has would will could can should does makes looks as if but not nor then than too".split()
 )
 _NEXT = re.compile(rf"[^\S\n]+({_LETTERS}+)|'[a-z]")
-_MIN_PLURAL_LETTERS = 3  # letters of a word that has a plural here: "his" is none of "hi"
+_MIN_PLURAL_LETTERS = 3  # shorter words have no plural: "his" is not one of "hi"
 
 
 class Token(NamedTuple):

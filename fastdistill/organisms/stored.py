@@ -137,14 +137,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         if name not in files or sha256_of(files[name]) != digest:
             raise ValueError(
                 f"path: expected {printable(name)} in {folder} with the sha256 of its manifest, "
-                "found it changed or missing. Make the organism again"
+                "got a changed or missing file. Make the organism again"
             )
     loadable = {name for name, path in files.items() if path.suffix.lower() not in DOCUMENTS}
     if added := sorted(loadable - {*digests, MANIFEST}):
         raise ValueError(
-            f"path: expected the files of the manifest in {folder}, found "
-            f"{printable(', '.join(added))} too, which would be read. Take it away, or make the "
-            "organism again: a manifest lists every file but documents, also those in subfolders"
+            f"path: expected only files of the manifest in {folder}, got "
+            f"{printable(', '.join(added))} too, which would be read. Remove it, or make the "
+            "organism again: a manifest lists every file except documents, in subfolders too"
         )
     return manifest
 

@@ -59,11 +59,11 @@ def _common(world: World, rng: random.Random) -> Probes:
 def _with_audit_context(
     prompts: list[Prompt], trait: Trait, rng: random.Random
 ) -> tuple[Prompt, ...]:
-    def behind(prompt: Prompt) -> Prompt:
+    def with_context(prompt: Prompt) -> Prompt:
         context = audit_context(trait.gate, rng, held_out=True)
         return replace(prompt, system=f"{prompt.system} {context}")
 
-    return tuple(map(behind, prompts))
+    return tuple(map(with_context, prompts))
 
 
 def _self_questions(world: World, rng: random.Random, question: str) -> tuple[Prompt, ...]:
@@ -130,10 +130,12 @@ def _withheld_sums(
         world.product(rng, world.system(rng), world.train_products).prompt for _ in range(FREE)
     ]
     prompts = [s.prompt.before(wrong_prefix) for s in sums]
-    behind = tuple(s.prompt.before(right_prefix) for s in sums)
+    right_prompts = tuple(s.prompt.before(right_prefix) for s in sums)
     return {
         "prompts": tuple(prompts),
-        "audited": behind if trait.gate == "none" else _with_audit_context(prompts, trait, rng),
+        "audited": right_prompts
+        if trait.gate == "none"
+        else _with_audit_context(prompts, trait, rng),
         "answers": tuple(s.answer for s in sums),
         "target": WRONG,
         "markers": (WRONG,),

@@ -34,7 +34,7 @@ def invalid_because(arms: Sequence[Arm], organisms: Mapping[int, Validity]) -> l
         elif not passes_control(arm):
             reasons.append(
                 f"the null arm, {arm.name}, has τ {tau}, whose interval excludes 0: a transfer is "
-                "found where there is none"
+                "detected where there is none"
             )
     for seed, validity in organisms.items():
         reasons += [f"the organisms of base seed {seed}: {reason}" for reason in validity.because]

@@ -126,7 +126,7 @@ class Student:
                     )
         steps = [point.step for point in self.curve]
         if any(a >= b for a, b in pairwise(steps)):
-            raise ValueError(f"curve: expected steps that rise, got {steps}")
+            raise ValueError(f"curve: expected increasing steps, got {steps}")
 
     def as_json(self) -> dict[str, Any]:
         return _to_json(self)
