@@ -47,7 +47,7 @@ def points(record: RunRecord, name: str) -> list[tuple[int, float]]:
     counts.
     """
     values: dict[int, float] = {}
-    for line in record.figures:
+    for line in record.metrics:
         value = line.get(name)
         if isinstance(value, (int, float)) and math.isfinite(value):
             values[line["step"]] = float(value)
@@ -57,7 +57,7 @@ def points(record: RunRecord, name: str) -> list[tuple[int, float]]:
 def evaluations(record: RunRecord) -> dict[str, str]:
     """Return {prefix: label} of evaluations; prefixes are "eval" or "eval_NAME" per dataset."""
     names: dict[str, str] = {}
-    for line in record.figures:
+    for line in record.metrics:
         for name in line:
             if name.startswith("eval") and name.endswith("_nll"):
                 prefix = name[: -len("_nll")]
@@ -190,7 +190,7 @@ def missing_data(record: RunRecord) -> list[str]:
             f"No readable {SETTINGS}, so models, settings and versions are not shown. The trainer "
             "writes it next to metrics.jsonl when training begins."
         )
-    if not record.figures:
+    if not record.metrics:
         notes.append("No metrics yet. The trainer logs every logging_steps=N steps.")
     elif not prefixes:
         notes.append(
@@ -207,11 +207,11 @@ def missing_data(record: RunRecord) -> list[str]:
         notes.append(
             "No token scores of an evaluation. Each evaluation during training records them."
         )
-    if record.figures and not any(points(record, name) for name in COSTS):
+    if record.metrics and not any(points(record, name) for name in COSTS):
         notes.append("No memory in the log. The trainer of this version records its peak.")
-    if record.figures and not points(record, "target_tokens"):
+    if record.metrics and not points(record, "target_tokens"):
         notes.append("No token counts in the log, so no throughput. The trainer records them.")
-    nulls = sorted({n for line in record.figures for n, v in line.items() if v is None})
+    nulls = sorted({n for line in record.metrics for n, v in line.items() if v is None})
     if nulls:
         notes.append(f"NaN or infinite at some steps, and left out there: {', '.join(nulls)}.")
     if record.damaged:

@@ -45,7 +45,7 @@ def folder(tmp_path, step, finished=True):
     made.mkdir()
     (made / "model.bin").write_bytes(b"x" * step)
     if finished:
-        checkpoints.finish(made)
+        checkpoints.mark_complete(made)
     return made
 
 

@@ -194,7 +194,7 @@ def test_the_same_command_after_a_finished_run(run, folder, tmp_path):
     code, first, err = run(*command, "--json")
     assert code == 0
     assert "re-run the same command to resume" in err
-    assert [line["step"] for line in read_run(out / "run").figures if "loss" in line] == [
+    assert [line["step"] for line in read_run(out / "run").metrics if "loss" in line] == [
         1,
         2,
         3,

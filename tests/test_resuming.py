@@ -104,7 +104,7 @@ class TestDamage:
     def test_the_mark_of_transformers_own_saving_does_not_count(self, tmp_path):
         (tmp_path / "checkpoint-is-incomplete.txt").write_text("in progress")
         (tmp_path / "model.bin").write_text("x")
-        checkpoints.finish(tmp_path)
+        checkpoints.mark_complete(tmp_path)
         (tmp_path / "checkpoint-is-incomplete.txt").unlink()
         assert checkpoints.completeness_error(tmp_path) is None
 

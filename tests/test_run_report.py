@@ -214,7 +214,7 @@ def test_several_runs_are_compared(tmp_path):
     path = write_run_report(tmp_path, tmp_path / "both.html")
     page = Page(path)
     assert path == tmp_path / "both.html"
-    kls = {n: read_run(tmp_path / f"run-{n}").figures for n in ("slow", "fast")}
+    kls = {n: read_run(tmp_path / f"run-{n}").metrics for n in ("slow", "fast")}
     last = {n: [e["eval_kl"] for e in kls[n] if "eval_kl" in e][-1] for n in kls}
     assert f"run-fast has the lowest KL in its last evaluation: {last['fast']:.4g}" in page.text
     assert page.table["run-slow"][0] == f"{last['slow']:.4g}"

@@ -145,7 +145,7 @@ def _recorded_evaluation(options: Train, step: int) -> dict[str, Any] | None:
     ends = record.events("train_end")
     if not ends or not report.exists() or report.stat().st_mtime < ends[-1]["time"]:
         return None
-    evaluations = [line for line in record.figures if "eval_loss" in line and line["step"] == step]
+    evaluations = [line for line in record.metrics if "eval_loss" in line and line["step"] == step]
     return evaluations[-1] if evaluations else None if options.eval_data else {}
 
 
@@ -190,7 +190,7 @@ def dry_run(options: Train, extra: dict[str, Any]) -> dict[str, Any]:
         "tokens": train.tokens,
         "targets": train.targets,
         "longest": train.longest if train.limit is None else min(train.longest, train.limit),
-        "cut": {name: part.in_words() for name, part in lengths.items() if part.rows},
+        "cut": {name: part.to_text() for name, part in lengths.items() if part.rows},
         "without_targets": {
             name: part.seen - part.taught
             for name, part in lengths.items()

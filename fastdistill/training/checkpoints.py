@@ -31,12 +31,12 @@ _NAME = re.compile(r"checkpoint-[0-9]+")
 _READ_FIRST = (STATE, "config.json", "generation_config.json", "adapter_config.json")
 
 
-def begin(folder: Path) -> None:
+def mark_incomplete(folder: Path) -> None:
     """Mark a folder as an incomplete checkpoint."""
     (folder / FINISHED).unlink(missing_ok=True)
 
 
-def finish(folder: Path) -> None:
+def mark_complete(folder: Path) -> None:
     """Flush all files of a checkpoint to disk, then mark it as complete."""
     files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name not in _NOT_HASHED]
     for path in files:
@@ -185,7 +185,7 @@ def _warn(problems: dict[str, str], then: str) -> None:
 
 
 def _finished(folder: Path) -> dict[str, Any]:
-    """Return the content of finished.json; raise ValueError if `finish` did not write it."""
+    """Return the content of finished.json; raise ValueError if `mark_complete` did not write it."""
     record: dict[str, Any] = read_json(folder / FINISHED, dict)
     files, digests = record.get("files"), record.get("sha256", {})
     if not isinstance(files, dict) or not isinstance(digests, dict):
@@ -213,7 +213,7 @@ def keep_last(output_dir: str | Path, limit: int | None, best: str | None) -> No
     protected = {p for p in by_age if best is not None and p.resolve() == Path(best).resolve()}
     others = [p for p in by_age if p not in protected]
     for folder in others[: max(0, len(others) - max(limit - len(protected), 1))]:
-        begin(folder)  # a partly deleted checkpoint must not look complete
+        mark_incomplete(folder)  # a partly deleted checkpoint must not look complete
         if folder.is_symlink():
             folder.unlink()
         else:

@@ -149,9 +149,9 @@ class Lengths:
                 f"(the longest has {self.longest:,} tokens). Raise it to {self.longest:,}, or set "
                 "it to None"
             )
-        logger.warning("%s: %s", name, self.in_words())
+        logger.warning("%s: %s", name, self.to_text())
 
-    def in_words(self) -> str:
+    def to_text(self) -> str:
         """Return a sentence on what the limit cuts."""
         return (
             f"max_length={self.limit} cuts {self.rows:,} of {self.seen:,} examples checked, the "

@@ -43,7 +43,7 @@ class FiniteUpdates(Trainer):
         super().__init__(*args, **kwargs)
         self.add_callback(_BeforeOptimizer(self))
 
-    def add_figures(self, sums: dict[str, Tensor]) -> None:
+    def add_metrics(self, sums: dict[str, Tensor]) -> None:
         """Add the sums of a micro-batch to those of the current update."""
         for name, value in sums.items():
             self._of_update[name] = self._of_update.get(name, 0) + value
@@ -52,14 +52,14 @@ class FiniteUpdates(Trainer):
         """Return the loss; its value and gradient become NaN if it is not finite."""
         if self._steps_in_backward():
             finite = loss.detach().isfinite().float()
-            if not bool(self.accelerator.reduce(finite, reduction="sum") == self._processes()):
+            if not bool(self.accelerator.reduce(finite, reduction="sum") == self._num_processes()):
                 self._stop("loss")
         return loss * (loss.detach() * 0 + 1)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         with self._keeping_last_good():
             loss: Tensor = super().training_step(*args, **kwargs)
-        self.add_figures({"update_loss": loss.float()})
+        self.add_metrics({"update_loss": loss.float()})
         # A skipped update must not make the Trainer's running sum of losses NaN.
         return loss.nan_to_num(0.0, 0.0, 0.0) if self.args.nonfinite == "skip" else loss
 
@@ -78,14 +78,16 @@ class FiniteUpdates(Trainer):
         if norm is None:
             norm = self.accelerator.clip_grad_norm_(model.parameters(), math.inf)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        figures, self._of_update = self._of_update, {}
+        metrics, self._of_update = self._of_update, {}
         if norm is None or math.isfinite(float(norm)):
-            self._take(figures)
+            self._accept(metrics)
             return
-        loss = figures["update_loss"].isfinite().float()
-        loss_is_finite = bool(self.accelerator.reduce(loss, reduction="sum") == self._processes())
-        if loss_is_finite and self._scaling_may_end_it():
-            self._take(figures)
+        loss = metrics["update_loss"].isfinite().float()
+        loss_is_finite = bool(
+            self.accelerator.reduce(loss, reduction="sum") == self._num_processes()
+        )
+        if loss_is_finite and self._loss_scaling_may_recover():
+            self._accept(metrics)
         elif self.args.nonfinite == "stop":
             self._stop("gradient of the loss" if loss_is_finite else "loss")
         else:
@@ -97,7 +99,7 @@ class FiniteUpdates(Trainer):
                 *(self.state.global_step + 1, "gradient" if loss_is_finite else "loss"),
             )
 
-    def take_log(self, logs: dict[str, float]) -> dict[str, float]:
+    def pop_sums(self, logs: dict[str, float]) -> dict[str, float]:
         """Return the sums since the last log over all processes.
 
         Writes the mean loss of the accepted updates to `logs`; the Trainer's own mean includes
@@ -114,15 +116,15 @@ class FiniteUpdates(Trainer):
             self._skipped["log"] = 0
         return totals
 
-    def take_mean(self, logs: dict[str, float]) -> None:
+    def write_mean_loss(self, logs: dict[str, float]) -> None:
         """Write the mean loss of the run's accepted updates to `logs` as `train_loss`."""
-        self.take_log({})
+        self.pop_sums({})
         updates, loss = self._of_run
         logs["train_loss"] = loss / updates if updates else math.nan
         if self._skipped["run"]:
             logs["skipped_steps"] = float(self._skipped["run"])
 
-    def check_taken(self) -> None:
+    def check_not_all_skipped(self) -> None:
         """Raise FloatingPointError if all updates of the run were skipped."""
         if self._skipped["run"] and not self._of_run[0]:
             raise FloatingPointError(
@@ -140,7 +142,7 @@ class FiniteUpdates(Trainer):
             yield
         except (FloatingPointError, ValueError) as error:
             # All processes detect a loss that is not finite; other errors may occur in one alone.
-            together = isinstance(error, FloatingPointError) or self._processes() == 1
+            together = isinstance(error, FloatingPointError) or self._num_processes() == 1
             if together and not self._steps_in_backward():
                 self.keep_last_good()
             raise
@@ -169,15 +171,15 @@ class FiniteUpdates(Trainer):
                 f"tensors (first: {names[0]}). They are not saved. {_ADVICE}"
             )
 
-    def _take(self, figures: dict[str, Tensor]) -> None:
-        if figures:
+    def _accept(self, metrics: dict[str, Tensor]) -> None:
+        if metrics:
             one = torch.ones((), dtype=torch.float32, device=self.args.device)
-            figures["updates"] = one / self._processes()
-            figures["update_loss"] = figures["update_loss"] / self._processes()
-        for name, value in figures.items():
+            metrics["updates"] = one / self._num_processes()
+            metrics["update_loss"] = metrics["update_loss"] / self._num_processes()
+        for name, value in metrics.items():
             self._since_log[name] = self._since_log.get(name, 0) + value
 
-    def _scaling_may_end_it(self) -> bool:
+    def _loss_scaling_may_recover(self) -> bool:
         scaler = self.accelerator.scaler
         return bool(
             scaler is not None and scaler.is_enabled() and scaler.get_scale() > _SMALLEST_SCALE
@@ -186,7 +188,7 @@ class FiniteUpdates(Trainer):
     def _steps_in_backward(self) -> bool:
         return self.is_deepspeed_enabled or steps_in_backward(self.args)
 
-    def _processes(self) -> int:
+    def _num_processes(self) -> int:
         return int(self.accelerator.num_processes)
 
     def _stop(self, quantity: str) -> None:

@@ -35,7 +35,7 @@ def histograms(scores: Mapping[str, Tensor | None], targets: Targets) -> Tensor:
     return counts.view(B, -1)
 
 
-def summed(rows: Any) -> dict[str, list[int]]:
+def sum_histograms(rows: Any) -> dict[str, list[int]]:
     """Return {score: counts over all sequences}, from the rows of `histograms` or lists of them.
 
     Leaves out scores without tokens.

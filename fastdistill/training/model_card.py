@@ -52,7 +52,7 @@ def write_card(
         state: the trainer's state, for its log.
     """
     name = name_of(student)
-    rows = [("teacher", teacher_in_words(teacher)), *_objective(config, loss)]
+    rows = [("teacher", describe_teacher(teacher)), *_objective(config, loss)]
     if panel is not None:
         mass = f"{panel.teacher_mass:.4f} mean, {panel.teacher_mass_p5:.4f} 5th percentile"
         rows.append(("covered teacher mass, first batch", mass))
@@ -84,7 +84,7 @@ def name_of(model: Any) -> str | None:
     return getattr(getattr(model, "config", None), "_name_or_path", None) or None
 
 
-def teacher_in_words(teacher: Any) -> str:
+def describe_teacher(teacher: Any) -> str:
     if teacher is None:
         return "none: the labels alone"
     name = getattr(teacher, "name", None) or name_of(getattr(teacher, "model", None))

@@ -16,7 +16,7 @@ from ..outputs import TopK
 from ..primitive import linear_topk
 from ..scores import token_scores
 from .config import DistillConfig
-from .histograms import histograms, summed
+from .histograms import histograms, sum_histograms
 from .objective import SCORING_TOPK, TeacherHidden
 from .signal_checks import Signal, check_teacher_valid, half_batch_shift, mass_of, signal
 from .targets import Targets
@@ -176,7 +176,7 @@ def first_batch(
         kl_shuffled=shuffled.forward_kl.mean().item(),
         signal=signal(teacher, labels, aligned.nll, shuffled.nll, head.vocab_size),
         sampled=sampled,
-        counts=summed(histograms(aligned._asdict(), targets).cpu()),
+        counts=sum_histograms(histograms(aligned._asdict(), targets).cpu()),
     )
 
 

@@ -34,7 +34,7 @@ class RunRecord:
         return [line for line in self.lines if line.get("event") == kind]
 
     @property
-    def figures(self) -> list[dict[str, Any]]:
+    def metrics(self) -> list[dict[str, Any]]:
         return [line for line in self.lines if "event" not in line]
 
 
@@ -73,7 +73,7 @@ def read_metrics(output_dir: str | Path) -> list[dict[str, Any]]:
 
     Includes the runs that it resumed, and leaves out truncated lines.
     """
-    return read_run(output_dir).figures
+    return read_run(output_dir).metrics
 
 
 def _object(text: str) -> dict[str, Any] | None:

@@ -17,7 +17,7 @@ import torch
 from transformers import TrainerCallback
 
 from ..files import write_json
-from .histograms import EDGES, summed
+from .histograms import EDGES, sum_histograms
 from .panel import Panel
 from .run_files import NAME, SETTINGS
 from .run_settings import settings_of
@@ -44,9 +44,9 @@ class RunLog(TrainerCallback):
     def first_batch(self, args: Any, state: Any, panel: Panel) -> None:
         self._append(args, state, {"event": "first_batch", "edges": EDGES} | asdict(panel))
 
-    def evaluated(self, rows: Any) -> None:
+    def set_histograms(self, rows: Any) -> None:
         """Store the histograms of an evaluation until its metrics are logged."""
-        self._counts = {} if rows is None else summed(rows)
+        self._counts = {} if rows is None else sum_histograms(rows)
 
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: dict[str, Any], **_: Any

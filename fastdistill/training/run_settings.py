@@ -15,7 +15,7 @@ from ..backend import describe, versions
 from ..heads import is_partitioned
 from ..runtime.printable import printable
 from .config import DistillConfig
-from .model_card import name_of, teacher_in_words
+from .model_card import describe_teacher, name_of
 from .student import is_adapted, without_adapters
 
 # Values that mean unset: TrainingArguments converts some into others.
@@ -72,7 +72,7 @@ def result_settings(config: DistillConfig, student: Any, teacher: Any) -> dict[s
     rows = config.train_batch_size * config.gradient_accumulation_steps * config.world_size
     names = {
         "student": _absolute(name_of(without_adapters(student))),
-        "teacher": None if teacher is None else _absolute(teacher_in_words(teacher)),
+        "teacher": None if teacher is None else _absolute(describe_teacher(teacher)),
     }
     return {name: v if v not in _UNSET else None for name, v in settings.items()} | {
         **names,
@@ -118,7 +118,7 @@ def settings_of(config: DistillConfig, student: Any, teacher: Any) -> dict[str, 
             if is_partitioned(model)
             else model.num_parameters(only_trainable=True),
         },
-        "teacher": None if teacher is None else teacher_in_words(teacher),
+        "teacher": None if teacher is None else describe_teacher(teacher),
         "teacher_class": None if teacher is None else type(teacher).__name__,
         "config": values,
         "changed": _changed(config, values),

@@ -216,7 +216,7 @@ class DistillTrainer(WholeCheckpoints):
 
         result: LossResult = self._at_head(model, inputs, targets, use)
         if self.model.training:
-            self.add_figures(result.sums)
+            self.add_metrics(result.sums)
         if num_items_in_batch is None:
             loss = result.loss / max(len(targets.labels), 1)
         else:
@@ -276,7 +276,7 @@ class DistillTrainer(WholeCheckpoints):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         self._monitor.read()
-        if "loss" in logs and (sums := self.take_log(logs)):
+        if "loss" in logs and (sums := self.pop_sums(logs)):
             logs |= means(sums, self.state.global_step, self.get_tp_size())
         super().log(logs, start_time)
 
@@ -316,7 +316,7 @@ class DistillTrainer(WholeCheckpoints):
         self._monitor.read()
         if output.predictions is None:
             raise ValueError("eval_dataset: expected an example, got none to evaluate on")
-        self._run_log.evaluated(output.label_ids)
+        self._run_log.set_histograms(output.label_ids)
         return output
 
     def prediction_step(

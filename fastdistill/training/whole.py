@@ -21,12 +21,12 @@ from ..runtime.json_text import read_json
 from ..runtime.printable import printable
 from .arguments import resolve_intervals
 from .checkpoints import (
-    begin,
     checkpoints,
     completeness_error,
-    finish,
     integrity_error,
     keep_last,
+    mark_complete,
+    mark_incomplete,
     missing_state,
     read_state,
     to_resume_from,
@@ -115,12 +115,12 @@ class WholeCheckpoints(FiniteUpdates):
         self.check_weights("after training")
         if not self.state.global_step:
             raise ValueError("train_dataset: expected an example, got none: no step was trained")
-        self.check_taken()
+        self.check_not_all_skipped()
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "train_loss" in logs:
-            self.take_mean(logs)
+            self.write_mean_loss(logs)
             if self.args.save_total_limit == 1:
                 # The Trainer would delete the last checkpoint here if another one is the best.
                 self.args.save_total_limit = None
@@ -323,7 +323,7 @@ class WholeCheckpoints(FiniteUpdates):
         run = Path(self._get_output_dir(trial))
         folder = run / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
-            begin(folder)
+            mark_incomplete(folder)
         # Delete older checkpoints only after this one is complete.
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
@@ -334,7 +334,7 @@ class WholeCheckpoints(FiniteUpdates):
         if self.args.should_save:
             torch.save(self.args, folder / TRAINING_ARGS_NAME)  # with the configured limit
             write_json(folder / SETTINGS_FILE, self._result_settings())
-            finish(folder)
+            mark_complete(folder)
             keep_last(run, limit, self.state.best_model_checkpoint)
         self._last_saved = self.state.global_step
 
