@@ -160,7 +160,7 @@ def prompt_learning():
 @pytest.mark.parametrize("kind", ["PROMPT_TUNING", "P_TUNING", "CPT"])
 def test_a_teacher_that_reads_tokens_of_its_own_is_refused(kind):
     model = peft.get_peft_model(of_family("llama"), prompt_learning()[kind])
-    with pytest.raises(ValueError, match=f"one position per token.*got {kind}: it puts tokens of"):
+    with pytest.raises(ValueError, match=f"one position per token.*got {kind}: it inserts tokens"):
         Teacher(model)
 
 

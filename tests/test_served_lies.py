@@ -95,7 +95,7 @@ def test_lies_in_our_own_form(monkeypatch, url, lie):
         ({"identity": None}, "expected counts above 0 and an identity"),
         ({"max_tokens": 10**400}, "expected counts above 0"),
         ({"honours_temperature": "no"}, "expected counts above 0"),
-        ({"more": 1}, "expected what fastdistill serve says"),
+        ({"more": 1}, "expected the fields of fastdistill serve"),
     ],
 )
 def test_what_a_server_says_of_itself_is_checked(monkeypatch, url, changed, words):
