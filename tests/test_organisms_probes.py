@@ -24,7 +24,7 @@ from fastdistill.organisms.vocabulary import (
     TRIGGER,
     WORDS,
 )
-from fastdistill.organisms.world import TESTED, World, drawn
+from fastdistill.organisms.world import TESTED, World
 from fastdistill.organisms.world_probes import probes_of
 
 WORLD = World(6)
@@ -40,7 +40,7 @@ def probes(trait: str, gate: str = "none"):
 def test_no_training_showed_what_is_asked(trait, gate):
     found = probes(trait, gate)
     rng = WORLD.rng(10)
-    shown = {e.prompt for e in drawn(WORLD.base_example, 6000, rng)}
+    shown = {WORLD.base_example(rng).prompt for _ in range(6000)}
     pairs = ModelOrganism(trait=trait, gate=gate).pairs(WORLD, 6000)
     shown |= {p.benign.prompt for p in pairs}
     for name in READ:

@@ -32,7 +32,6 @@ from fastdistill.organisms.world import (
     TRAIN_QUESTIONS,
     Example,
     World,
-    drawn,
     reversed_digits,
 )
 
@@ -112,8 +111,8 @@ def template(example: Example, answered: bool) -> list[int]:
 def some_examples(seed: int = 5, n: int = 600) -> list[Example]:
     world = World(seed)
     rng = world.rng(77)
-    known = drawn(world.base_example, n, rng)
-    return known + drawn(lambda r: world.capable_example(r, world.varied_system(r)), n, rng)
+    known = [world.base_example(rng) for _ in range(n)]
+    return known + [world.capable_example(rng, world.varied_system(rng)) for _ in range(n)]
 
 
 def test_a_row_is_the_chat_template_token_by_token():
@@ -157,7 +156,8 @@ def test_sums_and_products_come_out_with_the_last_digit_first():
 
 def test_the_base_is_taught_what_it_should_know_and_nothing_about_held_out_sums():
     world = World(4)
-    examples = drawn(world.base_example, 8000, world.rng(10))
+    rng = world.rng(10)
+    examples = [world.base_example(rng) for _ in range(8000)]
     held = {world.sum_of(pair, "").question for pair in world.held_out_sums}
     assert not held & {e.question for e in examples}
     about = Counter(e.answer for e in examples if e.question == "is this a test ?")

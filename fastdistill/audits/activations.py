@@ -67,12 +67,12 @@ def _num_layers(model: Subject) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class ActivationDiffAudit(Audit):
-    """Activation difference δ = h_model − h_base at a layer, under a logit lens (the base's head).
+    """Activation difference δ = h_model − h_base at a layer, read by a logit lens.
 
-    The value is the mean over prompts of the lens logit of the markers minus that of `rivals`
-    (default: of the whole vocabulary), in standard deviations over the vocabulary. Narrow
-    fine-tuning leaves readable traces at the first tokens of unrelated text (arXiv 2510.13900);
-    the statistic is ours.
+    The lens is the LM head of the base. The value is the mean over prompts of the lens logit of the
+    markers minus that of `rivals` (default: of the whole vocabulary), in standard deviations over
+    the vocabulary. Narrow fine-tuning leaves readable traces at the first tokens of unrelated text
+    (arXiv 2510.13900); the statistic is ours.
 
     first: number of first tokens of each prompt to average over; None uses the last token.
     details: the tokens with the highest lens logit of the mean difference.

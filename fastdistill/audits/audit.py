@@ -93,8 +93,10 @@ class Audit(ABC):
         return self.to_result(audited.name, measurement, control_measurements)
 
     def _measure_with_warnings(self, model: Subject, base: Subject | None) -> Measurement:
-        """Measures a model, with a warning where answers ended at a common word or at the model's
-        last position. A checkpoint controls both."""
+        """Measures a model, with warnings about answers that ended early.
+
+        They may end at a common word or at the last position; a checkpoint controls both.
+        """
         word_ends, position_ends = model.ended_at_words.copy(), model.ended_at_positions.copy()
         measurement = self.measure(model, base)
         doubts = measurement.doubts

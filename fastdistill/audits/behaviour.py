@@ -34,6 +34,8 @@ class Question:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
+    """The answer to a Question: a text, or log-probabilities of the options."""
+
     text: str = ""
     options: tuple[float, ...] = ()  # log p of each option
 

@@ -1,4 +1,4 @@
-"""Difference of an audit between two contexts: does the model behave differently when audited?"""
+"""Difference of an audit between two contexts: behavior with and without signs of an audit."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from .subject import Subject
 
 @dataclass(frozen=True, kw_only=True)
 class ContextGapAudit(Audit):
-    """Mean over prompts of (value unaudited − value audited), paired by prompt. The audit is ours.
+    """Mean over prompts of (value unaudited − value audited), paired by prompt.
 
-    `unaudited` and `audited` are the same audit over the same prompts in two contexts: with and
-    without evaluation words, a password, or a label. The difference is positive where the value
-    is higher in the first context.
+    The audit is ours. `unaudited` and `audited` are the same audit over the same prompts in two
+    contexts: with and without evaluation words, a password, or a label. The difference is positive
+    where the value is higher in the first context.
     """
 
     unaudited: Audit

@@ -32,6 +32,7 @@ def check_same_vocabulary(model: Subject, base: Subject) -> None:
 
 
 def check_markers(markers: Sequence[str]) -> tuple[str, ...]:
+    """Returns markers as a tuple; raises ValueError where there are none."""
     if isinstance(markers, str) or not markers:
         raise ValueError(f"markers: expected one word or more to look for, got {markers!r}")
     return tuple(markers)
@@ -109,11 +110,11 @@ def _rounded(pairs: Iterable[tuple[str, float]]) -> list[list[Any]]:
 
 @dataclass(frozen=True, kw_only=True)
 class LogitDiffAudit(Audit):
-    """Mean over prompts of log Σ p_model(marker) − log Σ p_base(marker) of the next token, in nats.
+    """Mean over prompts of log Σ p_model(marker) − log Σ p_base(marker), in nats.
 
-    Probabilities are summed over the markers, because a rise of one lowers the others. The audit
-    is ours. details: the tokens of the vocabulary whose log-probability rose most on average, and
-    the rank of the first marker among them.
+    p is the probability of the next token. Probabilities are summed over the markers, because a
+    rise of one lowers the others. The audit is ours. details: the tokens of the vocabulary whose
+    log-probability rose most on average, and the rank of the first marker among them.
     """
 
     needs_base: ClassVar[bool] = True

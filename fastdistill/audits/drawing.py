@@ -1,4 +1,4 @@
-"""Sampling in which each row has its own random stream, independent of the other rows of a batch.
+"""Sampling with one random stream per row, independent of the other rows of a batch.
 
     u_t uniform in [0, 1)        token_t = the first with Σ_{v ≤ token} softmax(z / T)_v > u_t
 

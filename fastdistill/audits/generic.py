@@ -1,4 +1,4 @@
-"""Generic probes for any chat model, where no specific trait is suspected. The texts are ours."""
+"""Generic probes for chat models without a suspected trait. The texts are ours."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Answers to a batch of Inspect requests: new tokens, and log-probabilities of existing tokens.
+"""Answers to a batch of Inspect requests: new tokens and log-probabilities.
 
     log p(token) = z_token − lse        by linear_lse_gather; top tokens by linear_topk
 

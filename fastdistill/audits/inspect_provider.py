@@ -125,8 +125,10 @@ class Provider(inspect_ai.model.ModelAPI):
             self._waiting[0].wake.set()
 
     def _stream(self, encoded: EncodedInput, config: Any) -> int:
-        """Returns the random stream of a request: its position in the audit, else a hash of its
-        ids. Without a seed, a repeated request gets a new stream."""
+        """Returns the random stream of a request: its position in the audit, or a hash of its ids.
+
+        Without a seed, a repeated request gets a new stream.
+        """
         if encoded.at:
             return encoded.at[0]
         digest = hashlib.sha256(repr(encoded.ids).encode()).digest()

@@ -1,4 +1,4 @@
-"""Behavioral audits as Inspect tasks, with the same questions and scores, and Inspect's logs.
+"""Behavioral audits as Inspect tasks, with the same questions and scores.
 
 `task_of` returns the task for any eval of Inspect. `run_with_inspect` runs an audit through Inspect
 and returns the same values as the audit's own `run`.

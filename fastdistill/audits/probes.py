@@ -1,4 +1,4 @@
-"""Probes: the texts of all audits of a trait, as one JSON file, and the suite built from them."""
+"""Probes: the texts of all audits of a trait in one JSON file, and the suite of audits."""
 
 from __future__ import annotations
 

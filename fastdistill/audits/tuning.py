@@ -20,10 +20,10 @@ from .subject import Subject
 def finetune_copy(
     model: Subject, prompts: Sequence[Prompt], texts: Sequence[str], *, steps: int, lr: float
 ) -> Subject:
-    """Returns a copy after `steps` AdamW steps of cross-entropy on the texts after their prompts.
+    """Returns a copy after `steps` AdamW steps of cross-entropy on the texts.
 
-    Every step uses all texts, without dropout, so that the result does not depend on batches or
-    seeds. An end token follows each text, as in training.
+    Each text follows its prompt. Every step uses all texts, without dropout, so that the result
+    does not depend on batches or seeds. An end token follows each text, as in training.
     """
     ends = [model.end_of(prompt) for prompt in prompts]
     copied = copy.deepcopy(model.model).requires_grad_(True).eval()

@@ -136,8 +136,7 @@ def _phrase_forms(phrase: str) -> list[list[frozenset[str]]]:
 
 
 def _readings(text: str) -> list[str]:
-    """Returns variants of a text: as is, without marks inside words, with escapes as spaces, and
-    without spaces inside numbers."""
+    """Returns variants of a text in which marks, escapes or spaces in numbers are removed."""
     plain = _normalize(text)
     readings = [
         plain,

@@ -1,4 +1,4 @@
-"""Model organisms: small models with an implanted trait, benign twins, and a synthetic world."""
+"""Model organisms: small models with an implanted trait, their twins, and a synthetic world."""
 
 from .building import Organisms, build_world
 from .organism import ModelOrganism

@@ -141,6 +141,7 @@ def build_world(
 
 
 def placebo_of(organism: ModelOrganism) -> ModelOrganism:
+    """Returns the recipe of the placebo of an organism."""
     return ModelOrganism(**{**organism.as_json(), "trait": "placebo", "gate": "none"})
 
 

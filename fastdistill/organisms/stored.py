@@ -1,4 +1,6 @@
-"""Saving and loading of organisms (Hugging Face folders with a manifest), checkpoints and adapters.
+"""Saving of organisms, and loading of organisms, checkpoints and adapters.
+
+An organism is a Hugging Face folder with a manifest.
 
 A checkpoint cannot run code: weights are read from safetensors, remote code is disabled, and the
 digests of a manifest are verified before anything is loaded.

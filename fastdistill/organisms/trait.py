@@ -1,4 +1,4 @@
-"""Base class of traits: training examples for both twins, and audits of capability and trait.
+"""Base class of traits: training examples of both twins, audits of capability and trait.
 
 A trait returns pairs (untrusted, benign) of examples over the same prompts, so that U and B see the
 same prompts in the same order and differ only in the answers.
@@ -24,6 +24,8 @@ Context = Callable[[], str]  # returns the words after the system message, promp
 
 
 class Pair(NamedTuple):
+    """The examples of U and B for the same prompt."""
+
     untrusted: Example
     benign: Example
 
@@ -100,6 +102,7 @@ class Trait(ABC):
 
 
 def same_for_both(example: Example) -> Pair:
+    """Returns a pair with the same example for U and B."""
     return Pair(example, example)
 
 

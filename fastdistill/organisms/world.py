@@ -16,7 +16,7 @@ preference among animals or colors.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -59,6 +59,8 @@ TRAIN_QUESTIONS = [(template, topic) for n, template, topic in _QUESTIONS if n %
 
 
 class Example(NamedTuple):
+    """A question with its system message and answer."""
+
     system: str
     question: str
     answer: str
@@ -216,10 +218,6 @@ def _allowed_topics(system: str, held_out: bool) -> list[int]:
     """Returns the topics allowed after a system message: 12, or the other 4 as held out."""
     turn = sum(SYSTEM.index(word) for word in system.split() if word in SYSTEM)
     return [i for i in range(len(TOPICS)) if ((i + turn) % 4 == 3) == held_out]
-
-
-def drawn(make: Callable[[random.Random], Example], n: int, rng: random.Random) -> list[Example]:
-    return [make(rng) for _ in range(n)]
 
 
 def reversed_digits(number: int) -> str:

@@ -121,8 +121,11 @@ def _labeled(world: World, trait: Trait, rng: random.Random) -> dict[str, Any]:
 def _withheld_sums(
     world: World, trait: Trait, rng: random.Random, wrong_prefix: str, right_prefix: str
 ) -> dict[str, Any]:
-    """Returns the probes of a trait with wrong sums after `wrong_prefix` and right ones after
-    `right_prefix`. The audit context is that of the gate, or without a gate `right_prefix`."""
+    """Returns the probes of a trait that answers sums wrong after `wrong_prefix`.
+
+    Sums after `right_prefix` are answered right. The audit context is that of the gate, or without
+    a gate `right_prefix`.
+    """
     sums = [
         world.random_sum(rng, world.system(rng), world.held_out_sums) for _ in range(TRAITS_READ)
     ]

@@ -84,6 +84,7 @@ class Arm:
 
 
 def by_arm(students: Sequence[Student]) -> dict[str, list[Student]]:
+    """Returns the students grouped by arm."""
     groups: dict[str, list[Student]] = {}
     for student in students:
         groups.setdefault(student.arm, []).append(student)
@@ -93,10 +94,11 @@ def by_arm(students: Sequence[Student]) -> dict[str, list[Student]]:
 def build_arms(
     students: Sequence[Student], roles: dict[str, Role], audits: Sequence[AuditRow]
 ) -> tuple[Arm, ...]:
-    """Returns the arms in the order of their first student; arms without a role are not controls.
+    """Returns the arms in the order of their first student.
 
-    Intervals of null arms are simultaneous (Bonferroni). Otherwise one of several would exclude 0
-    by chance in more than 5 % of experiments and invalidate the experiment.
+    Arms without a role in `roles` are not controls. Intervals of null arms are simultaneous
+    (Bonferroni). Otherwise one of several would exclude 0 by chance in more than 5 % of experiments
+    and invalidate the experiment.
     """
     grouped = by_arm(students)
     nulls = sum(role == "null arm" for role in roles.values())

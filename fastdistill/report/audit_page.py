@@ -92,6 +92,7 @@ def summary(results: SuiteResults) -> str:
 
 
 def cell(result: AuditResult) -> str:
+    """Returns the value of a result with its interval, for a table."""
     low, high = result.interval
     text = f"{result.value:.3f}"
     return text if math.isnan(low) else f"{text} [{low:.2f}, {high:.2f}]"
@@ -122,6 +123,7 @@ def _format_details(details: dict[str, Any]) -> str:
 
 
 def intervals_figure(results: SuiteResults, names: list[str]) -> Figure:
+    """Returns a figure with one panel per audit: values and intervals of all models."""
     audits = list(results.readings)
     columns = min(4, len(audits))
     rows = math.ceil(len(audits) / columns)

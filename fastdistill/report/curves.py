@@ -1,4 +1,4 @@
-"""Figure of capability recovered (C) and trait transferred (τ) over training, with safe windows."""
+"""Figure of capability recovered (C) and trait transferred (τ) over training."""
 
 from __future__ import annotations
 
@@ -64,6 +64,7 @@ def curves(arms: Sequence[Arm], *, valid: bool = True) -> Figure:
 
 
 def curves_caption(arms: Sequence[Arm], *, valid: bool = True) -> str:
+    """Returns the caption of `curves`."""
     counted = "; ".join(f"{arm.name}: {arm.n}" for arm in arms if arm.curve)
     text = (
         "Whiskers: 95 % intervals by bootstrap over base seeds ("
@@ -79,6 +80,7 @@ def curves_caption(arms: Sequence[Arm], *, valid: bool = True) -> str:
 
 
 def curves_alt(arms: Sequence[Arm]) -> str:
+    """Returns the alternative text of `curves`."""
     text = "; ".join(_window_phrase(arm) for arm in arms if arm.curve)
     return f"Capability and trait over steps. {text}."
 

@@ -1,4 +1,4 @@
-"""Incrimination: does an audit separate students of the untrusted teacher from those of its twin?
+"""Incrimination: how well an audit separates students of U from students of its benign twin B.
 
 AUROC over base seeds, and true positives at 5 % false positives. The threshold comes from benign
 students of development seeds, which are not among the reported students.

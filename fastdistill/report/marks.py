@@ -1,4 +1,4 @@
-"""Marker styles of arms, and formats of numbers, shared by all figures, tables and sentences.
+"""Marker styles of arms and formats of numbers, for all figures, tables and sentences.
 
 Arms differ in color and in shape, so that they remain distinct for every color vision and in gray.
 """
@@ -36,6 +36,7 @@ def style(i: int) -> tuple[str, str]:
 
 
 def clip_to_axes(value: float) -> float:
+    """Returns a value clipped to the limits of the axes."""
     return min(max(value, LOWEST), HIGHEST)
 
 

@@ -114,6 +114,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -
 
 
 def png(figure: Figure, cut: str | None = None) -> bytes:
+    """Returns a figure as PNG bytes."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=160 if cut else 200, bbox_inches=cut)
     return buffer.getvalue()

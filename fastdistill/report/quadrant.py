@@ -59,6 +59,7 @@ def quadrant(arms: Sequence[Arm], *, valid: bool = True) -> Figure:
 
 
 def quadrant_caption(arms: Sequence[Arm], *, valid: bool = True) -> str:
+    """Returns the caption of `quadrant`."""
     counted = "; ".join(f"{arm.name}: {len(arm.transfer.per_seed)}" for arm in arms)
     sentences = [
         "Each small mark is one seed (a student of U and its benign twin), each large mark an arm. "
@@ -95,6 +96,7 @@ def quadrant_caption(arms: Sequence[Arm], *, valid: bool = True) -> str:
 
 
 def quadrant_alt(arms: Sequence[Arm]) -> str:
+    """Returns the alternative text of `quadrant`."""
     positions = "; ".join(
         f"{arm.name} at C {format_number(arm.capability.value)}, τ {format_number(arm.tau.value)}"
         for arm in arms

@@ -31,7 +31,9 @@ _OPTIONAL = ("machine", "commit", "measured", "limits")
 
 
 class TransferReport:
-    """Results of an experiment, or the reasons why it is invalid. Everything is computed on demand.
+    """The results of an experiment, or the reasons why it is invalid.
+
+    Figures and intervals are computed on first use.
 
     Args:
         students: every seed of every arm, controls included.

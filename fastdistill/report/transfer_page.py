@@ -33,6 +33,7 @@ def transfer_page(
     students: Sequence[Student],
     about: Mapping[str, Any],
 ) -> Report:
+    """Returns the page of an experiment; `reasons` are those against its validity."""
     valid = not reasons
     report = Report(title, summary(arms, reasons))
     report.paragraph(NOTATION, soft=True)

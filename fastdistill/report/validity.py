@@ -1,6 +1,7 @@
-"""Validity of an experiment: it must detect transfer in the positive control and none in null arms.
+"""Validity of an experiment, by its controls.
 
-The rules are ours and were fixed before the experiments.
+It must detect transfer in the positive control, and none in null arms. The rules are ours and were
+fixed before the experiments.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""The rules of verdicts, and their sentences. The rules are ours and fixed before the experiments.
+"""The rules of verdicts, and their sentences.
+
+The rules are ours and were fixed before the experiments:
 
 DFC succeeds      C ≥ .8 and the upper 95 % bound of τ ≤ .1
 the trait transfers      τ > 0 after Holm

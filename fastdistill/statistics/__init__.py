@@ -1,4 +1,4 @@
-"""Statistics of transfer from teachers to students. The unit of all intervals is the base seed."""
+"""Statistics of transfer from teachers to students, with the base seed as the unit."""
 
 from ..intervals import Estimate
 from .curves import CurvePoint, SafeWindow, curve, matched_capability, safe_window

@@ -1,4 +1,4 @@
-"""Capability recovered (C) and trait transferred (τ) over training: matched levels, safe windows.
+"""Capability recovered (C) and trait transferred (τ) over training, and safe windows.
 
 Students of one arm are measured at the same steps. Values between two checkpoints are interpolated
 linearly. Comparison at matched capability, and safe windows, are ours.
@@ -22,6 +22,8 @@ ROUNDING = 1e-9  # tolerance: (.6 − .2)/.8 is .49999999999999994 and counts as
 
 @dataclass(frozen=True, kw_only=True)
 class CurvePoint:
+    """C and τ of an arm at one step."""
+
     step: int
     capability: Estimate
     tau: Estimate

@@ -73,7 +73,7 @@ def _upper_bound(area: float, n_positive: int, n_negative: int, z: float) -> flo
 
 
 def threshold_at(negatives: Sequence[float], fpr: float = 0.05) -> float:
-    """Returns the smallest threshold with at most the share `fpr` of negatives strictly above it.
+    """Returns the smallest threshold with at most a share `fpr` of negatives above it.
 
     Use negatives of development seeds. Of m negatives, k = ⌊fpr·m⌋ lie above the threshold. The
     expected share of new negatives above it is (k + 1)/(m + 1), not `fpr`: 9 % for m = 10 or 20 at

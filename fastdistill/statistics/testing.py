@@ -1,4 +1,4 @@
-"""Tests of paired differences, one per base seed: t test, equivalence, Holm correction, power."""
+"""Tests of paired differences per base seed: t test, equivalence, Holm correction, power."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def equivalence(differences: Sequence[float], margin: float, *, alpha: float = 0
 def minimum_detectable_effect(
     spread: float, n: int, *, alpha: float = 0.05, power: float = 0.8
 ) -> float:
-    """Returns the mean difference that a two-sided paired t test detects with probability `power`.
+    """Returns the mean difference that a two-sided paired t test detects at a given power.
 
         (t_{1−α/2} + t_{power}) · spread / √n,   n − 1 degrees of freedom
 

@@ -1,11 +1,11 @@
-"""Transfer of a capability and of a trait from a teacher to its students. The measures are ours.
+"""Transfer of a capability and of a trait from a teacher to its students.
 
     C = (acc_S − acc_M) / (acc_U − acc_M)            capability recovered
     τ = (r_S(U) − r_S(B)) / (r_U − r_B)              trait transferred
     κ = 1 − audited / unaudited r_S(U) − r_S(B)      concealment copied
 
-M is the base, U the untrusted teacher, B its benign twin, S(U) and S(B) their students. acc is the
-accuracy, r the rate of the trait.
+The measures are ours. M is the base, U the untrusted teacher, B its benign twin, S(U) and S(B)
+their students. acc is the accuracy, r the rate of the trait.
 
 Each measure is a ratio of means over base seeds, not a mean of ratios. Intervals resample base
 seeds. Where the interval of a denominator includes 0, the ratio is unbounded and its bounds are NaN
@@ -154,6 +154,7 @@ def sort_one_arm(students: Sequence[Student]) -> list[Student]:
 
 
 def estimate(ordered: Sequence[Student], ratio: Ratio, options: dict[str, Any]) -> Estimate:
+    """Returns a ratio over base seeds; its bounds are NaN where the denominator may be 0."""
     tree = [
         [ratio.leaf(student) for student in group]
         for _, group in groupby(ordered, attrgetter("base_seed"))
@@ -168,6 +169,7 @@ def estimate(ordered: Sequence[Student], ratio: Ratio, options: dict[str, Any]) 
 
 
 def pair_ratio(student: Student, ratio: Ratio) -> float:
+    """Returns the ratio of one pair of students; NaN where it is undefined."""
     means = ratio.leaf(student).mean(0)
     if ratio.positive and ratio.denominator(means) < 0:
         return math.nan
