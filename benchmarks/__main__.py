@@ -1,7 +1,7 @@
-"""python -m benchmarks, and `fastdistill bench`: measure, print, write results.
+"""python -m benchmarks, and `fastdistill bench`: measure, print and write results.
 
-Names are ops (each at --shape, --tokens and --k), suites with shapes of their own, or studies:
-gradient_error and tile_skipping. Without names: sparse_loss and gradient_error, for the README.
+A name is an op (measured at --shape, --tokens and --k), a suite with its own shapes, or a study
+(such as gradient_error). The default is sparse_loss and gradient_error, for the README.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ DEFAULT = ("gradient_error", "sparse_loss")
 STUDIES = {
     "gradient_error": "every divergence with bf16 operands against fp64",
     "tile_skipping": "what grad_filter_eps saves and costs",
-    "quant_fidelity": "what each quantisation does to a trained model",
-    "teacher_topk": "a whole teacher answering with its top k",
-    "teacher_cache": "what keeping a teacher's answers costs, and reading them",
+    "quant_fidelity": "what each quantization does to a trained model",
+    "teacher_topk": "top-k answers of a whole teacher",
+    "teacher_cache": "the cost of storing and reading a teacher's answers",
     "train_step": "a whole training step, and its memory",
     "large_teacher": "answers of teachers of 8 and 32 billion parameters, on a GPU",
     "large_student": "a step of an 8B student with a 32B teacher, and the longest row that fits",
@@ -51,24 +51,26 @@ def parser(prog: str) -> argparse.ArgumentParser:
         prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     cli.add_argument("names", nargs="*", metavar="NAME", help="see --list")
-    cli.add_argument("--shape", choices=HEADS, help="the model whose head it is (qwen3-0.6b)")
+    cli.add_argument("--shape", choices=HEADS, help="model that the head belongs to (qwen3-0.6b)")
     cli.add_argument("--tokens", type=positive, metavar="N", help="tokens (1024)")
     cli.add_argument("--k", type=positive, help="teacher ids per token (64)")
-    cli.add_argument("--dtype", choices=DTYPES, help="of hidden states and head (bf16)")
+    cli.add_argument("--dtype", choices=DTYPES, help="dtype of hidden states and head (bf16)")
     cli.add_argument("--quick", action="store_true",
-                       help="small shapes, nothing compiled, written only with --out")  # fmt: skip
+                       help="small shapes, no compilation, written only with --out")  # fmt: skip
     cli.add_argument("--repeats", type=positive, default=7, help="turns of each contender (7)")
     cli.add_argument("--budget-seconds", type=float, default=float("inf"), metavar="S",
-                       help="start no case after this long")  # fmt: skip
-    cli.add_argument("--out", type=Path, metavar="DIR", help="(benchmarks/results)")
-    cli.add_argument("--commit", help="what to record where git cannot say")
+                       help="start no case after S seconds")  # fmt: skip
+    cli.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder of results (benchmarks/results)"
+    )
+    cli.add_argument("--commit", help="commit to record if git is not available")
     cli.add_argument("--json", action="store_true", help="print one JSON document, no table")
-    cli.add_argument("--list", action="store_true", help="say what can be measured, and stop")
+    cli.add_argument("--list", action="store_true", help="list what can be measured, and exit")
     return cli
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m benchmarks") -> int:
-    """0: measured. 1: the gate refused a case. 2 (raised by argparse): a request that is wrong."""
+    """Return 0: measured; 1: the gate rejected a case. argparse exits with 2 on a wrong request."""
     parse = parser(prog)
     args = parse.parse_args(argv)
     started = time.monotonic()
@@ -92,7 +94,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m benchmarks") 
     if args.k is not None and fixed:
         parse.error(f"--k is not for {fixed[0]}, whose K is {FIXED_K[fixed[0]]}")
     if args.k == 1 and "renorm_both" in names:
-        parse.error("renorm_both needs --k 2 or more: one token renormalised over itself is 1")
+        parse.error("renorm_both needs --k 2 or more: one token renormalized over itself is 1")
 
     from . import rows
 
@@ -126,7 +128,7 @@ def _say(line: str) -> None:
 
 
 class _Bench:
-    """What one command measures: rates first, once, then each name into files of its own."""
+    """The measurements of one command: rates once, then each name into its own files."""
 
     def __init__(self, args: argparse.Namespace, names: list[str], deadline: float) -> None:
         from .ops import OPS
@@ -157,7 +159,7 @@ class _Bench:
         from .run import Measured, measure_all
 
         folder = self.args.out or (None if self.args.quick else RESULTS)
-        # A CPU's results on record are not overwritten by a GPU's.
+        # Results of a GPU do not overwrite those of a CPU.
         file = name + "_cuda" * torch.cuda.is_available()
         if name in STUDIES:
             from .shapes import GATE

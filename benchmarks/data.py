@@ -1,4 +1,4 @@
-"""Inputs of one case, drawn on the device that is measured."""
+"""Random inputs of one case, on the measured device."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .shapes import Shape
 
 
 class Data(NamedTuple):
-    """hidden [N, H] and weight [V, H] are leaves; each op reads what it needs of the rest."""
+    """Inputs of an op: hidden [N, H] and weight [V, H] are leaves; the rest depends on the op."""
 
     hidden: Tensor
     weight: Tensor
@@ -23,7 +23,7 @@ class Data(NamedTuple):
     teacher_weight: Tensor | None = None
 
     def wide(self) -> Data:
-        """The same numbers in fp64, as fresh leaves."""
+        """The same values in fp64, as new leaves."""
         dense = [None if t is None else t.double() for t in self[4:]]
         leaves = [t.detach().double().requires_grad_() for t in self[:2]]
         return Data(*leaves, self.labels, self.teacher, *dense)
@@ -44,7 +44,7 @@ def _base(shape: Shape, dtype: torch.dtype) -> tuple[Data, torch.Generator]:
 
 
 def labelled(shape: Shape, dtype: torch.dtype) -> Data:
-    """Labels alone, and the one-hot teacher that says the same."""
+    """Labels, and the equivalent one-hot teacher."""
     data, _ = _base(shape, dtype)
     certain = torch.zeros(shape.N, 1, device=data.hidden.device)
     nothing = torch.full((shape.N,), -torch.inf, device=data.hidden.device)
@@ -52,10 +52,10 @@ def labelled(shape: Shape, dtype: torch.dtype) -> Data:
 
 
 def sparse(shape: Shape, dtype: torch.dtype) -> Data:
-    """A teacher 0.5 away from the student's logits, known on the student's K most probable tokens.
+    """A teacher with logits 0.5 from the student's, on the student's K most probable tokens.
 
-    As a real teacher's, they hold most of the mass. K random tokens would hold next to none, and
-    the loss would be what rounding leaves of it.
+    As with a real teacher, they hold most of the mass. K random tokens would hold almost none, and
+    the loss would be rounding error.
     """
     data, g = _base(shape, dtype)
     with torch.no_grad():
@@ -67,7 +67,7 @@ def sparse(shape: Shape, dtype: torch.dtype) -> Data:
 
 
 def dense(shape: Shape, dtype: torch.dtype) -> Data:
-    """A teacher with a head of its own, its logits about 0.5 away from the student's."""
+    """A teacher with its own head, its logits about 0.5 from the student's."""
     data, g = _base(shape, dtype)
     noise = torch.randn(shape.V, shape.H, generator=g, device=data.hidden.device)
     weight = noise.mul_(0.5 / shape.H**0.5).add_(data.weight.detach()).to(dtype)

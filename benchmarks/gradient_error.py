@@ -1,9 +1,9 @@
-"""Gradient error of every divergence with bf16 operands against fp64, near convergence included.
+"""Gradient error of every divergence with bf16 operands against fp64, including near convergence.
 
     error = ‖g − g₆₄‖ / ‖g₆₄‖, the worse of hidden's and weight's
 
 on logits of standard deviation 4, H=1024, V=32000, K=64; the teacher is independent, student + 1.0
-or student + 0.1 noise. Beside it, the same loss on logits rounded to bf16, as eager code has them.
+or student + 0.1 noise. For comparison, the same loss on logits rounded to bf16, as in eager code.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _grads(hidden, weight, teacher, divergence: str, impl: str, **options) -> Ou
 
 
 def _rounded(hidden, weight, teacher, divergence: str) -> Outputs:
-    """The same loss on bf16 logits: K gathered and the rest summed from the materialised ones."""
+    """The same loss on materialized bf16 logits: K gathered, the rest summed."""
     x, w = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
     z = x @ w.t()
     wide = z.float()

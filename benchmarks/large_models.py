@@ -1,7 +1,7 @@
-"""Published models as random weights: what a step takes depends on shapes, not on values.
+"""Published models with random weights: the cost of a step depends on shapes, not on values.
 
-Each layer is made on the device and, where asked, quantised before the next one is: the peak is the
-quantised size. The same seed gives the same weights whatever quantises them.
+Each layer is created on the device and optionally quantized before the next one: the peak is the
+quantized size. The same seed gives the same weights with any quantization.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
 
 
 def narrow(config: Any, shape: Shape) -> Any:
-    """The same kind of model in small."""
+    """A small model of the same kind."""
     config.hidden_size, config.vocab_size, config.intermediate_size = shape.H, shape.V, 2 * shape.H
     config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads = 1, 2, 1
     config.head_dim, config.layer_types = shape.H // 2, None
@@ -58,9 +58,9 @@ def narrow(config: Any, shape: Shape) -> Any:
 def build(
     config: Any, replace: Replace | None = None, *, seed: int = 0, dtype: torch.dtype | None = None
 ) -> Any:
-    """The model on the device in bf16, its linear layers but the head replaced by `replace`."""
+    """The model on the device in bf16; `replace` maps its linear layers except the head."""
     dtype = torch.bfloat16 if dtype is None else dtype
-    with init_empty_weights():  # buffers, such as the rotary frequencies, are real
+    with init_empty_weights():  # buffers, such as the rotary frequencies, have real values
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     linears = dict(targets(model))
     draws = torch.Generator(device()).manual_seed(seed)

@@ -1,6 +1,6 @@
 """python -m benchmarks.large_step WAY CONTENDER N H V K: one process of large_student.py.
 
-Prints a row a line, as soon as it is known: the step, then the longest row under each cap.
+Prints one row per line when it is measured: the step, then the longest row under each cap.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ SHORTEST, LONGEST = 256, 1 << 16
 RANK = 16
 
 
-def optimiser(way: str) -> str:
+def optimizer_name(way: str) -> str:
     return "adamw_8bit" if way == FULL and torch.cuda.is_available() else "adamw_torch"
 
 
 class _Dense(Trainer):
-    """What one writes without a fused loss: Σ p (log p − log q) of all logits."""
+    """The loss without a fused kernel: Σ p (log p − log q) of all logits."""
 
     teacher: Any
     loss_is_scaled_for_ga = True
@@ -67,7 +67,7 @@ class _Dense(Trainer):
 
 
 class Running:
-    """One contender with its models: a step at any length, and what is held."""
+    """One contender with its models: a step at any length, and the memory it holds."""
 
     def __init__(self, way: str, contender: str, shape: Shape, folder: str) -> None:
         self.shape, self.contender = shape, contender
@@ -77,14 +77,14 @@ class Running:
         student = self._student(way, configs[0])
         teacher = None
         if contender != "ours, cached":
-            quantised = ours("nf4", "exact") if contender in OURS else bitsandbytes_nf4
-            teacher = build(configs[1], quantised, seed=7)
+            quantized = ours("nf4", "exact") if contender in OURS else bitsandbytes_nf4
+            teacher = build(configs[1], quantized, seed=7)
         self.models = [student, *([] if teacher is None else [teacher])]
         self.trainer = self._trainer(way, student, teacher, folder)
         self.trainer.create_optimizer()
         self.trainer.current_gradient_accumulation_steps = 1
         self.model = self.trainer.model.train()
-        # Its name in newer versions of transformers, and the one before.
+        # Its name in newer and in older versions of transformers.
         names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
         enable = next(getattr(self.model, name) for name in names if hasattr(self.model, name))
         enable({"use_reentrant": False})
@@ -95,13 +95,13 @@ class Running:
         from peft import LoraConfig, get_peft_model
 
         model = build(config, bitsandbytes_nf4).requires_grad_(False)
-        model.is_loaded_in_4bit = True  # peft asks
+        model.is_loaded_in_4bit = True  # required by peft
         how = LoraConfig(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM")
         torch.manual_seed(0)
         return get_peft_model(model, how)
 
     def _trainer(self, way: str, student: Any, teacher: Any, folder: str) -> Any:
-        optim = optimiser(way)
+        optim = optimizer_name(way)
         if self.contender == "materialised":
             trainer = _Dense(student, settings(TrainingArguments, folder, optim=optim))
             trainer.teacher = teacher
@@ -131,7 +131,7 @@ class Running:
         self.model.zero_grad()
 
     def fits(self, tokens: int) -> bool:
-        """Whether a step of one row this long runs; what it left is freed either way."""
+        """Whether a step of one row of this length runs; its memory is freed either way."""
         batch = self.batch(tokens)
         _, why = attempt(lambda: self.step(batch))
         if why is not None and not why.startswith("out of memory"):
@@ -144,7 +144,7 @@ class Running:
 
 
 def answers(tokens: int, shape: Shape) -> fd.TopK:
-    """Made-up answers of a cache: K different ids of every token, and what is left."""
+    """Synthetic answers of a cache: K different ids per token, and the tail."""
     g = torch.Generator().manual_seed(0)
     logp = torch.randn(1, tokens, shape.K + 1, generator=g).log_softmax(-1).to(device())
     first = torch.randint(shape.V, (1, tokens, 1), generator=g)
@@ -153,7 +153,7 @@ def answers(tokens: int, shape: Shape) -> fd.TopK:
 
 
 def longest(fits: Callable[[int], bool], shortest: int = SHORTEST, most: int = LONGEST) -> int:
-    """The longest length up to `most` that fits, to an eighth; 0 where `shortest` does not."""
+    """The longest length up to `most` that fits, to an eighth; 0 if `shortest` does not fit."""
     if not fits(shortest):
         return 0
     low = shortest
@@ -190,7 +190,7 @@ def rows(way: str, contender: str, shape: Shape, say: Callable[[Row], None]) -> 
 
 
 def _measure(row: Row, running: Running, batch: dict[str, Tensor]) -> None:
-    running.step(batch)  # the optimiser's moments are there from now on
+    running.step(batch)  # allocates the optimizer's moments
     held = _held(running)
     row.output_mb = held
     row.peak_mb = held + peak_mb(lambda: running.step(batch))

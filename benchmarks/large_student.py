@@ -1,21 +1,21 @@
 """A training step of an 8B student with a 32B teacher in process, and the longest row that fits.
 
 Published shapes with random weights; one row a step, gradient checkpointing, a target at every
-token. Ways to train, each with the teacher in NF4 (bitsandbytes' for the first two, ours else):
+token. Ways to train, each with an NF4 teacher (bitsandbytes' for the first two, ours otherwise):
 
     full    bf16 weights and gradients, AdamW with 8-bit moments
     qlora   NF4 weights (bitsandbytes), adapters of rank 16
 
     materialised     transformers' Trainer: KL over the vocabulary, of both models' logits in fp32
-    TRL GKDTrainer   the same loss, as TRL has it
+    TRL GKDTrainer   the same loss in TRL
     ours             the same loss, without logits
-    ours, top 64     the teacher's 64 best of every token
-    ours, cached     such answers from a cache: no teacher in memory
+    ours, top 64     the teacher's 64 most probable tokens per position
+    ours, cached     the same answers from a cache: no teacher in memory
 
-Each is a process of its own. `large_step_*` has the time of a step at SHAPE.N tokens and in peak_mb
-all that is held; beside it, what `plan` says of the same settings. `longest_row_*` has in N the
-longest row that was trained on, to an eighth, under a cap on torch's allocator, and the time of its
-step; N = 0 where less than a row of SHORTEST tokens fits.
+Each runs in its own process. `large_step_*` has the time of a step at SHAPE.N tokens and, in
+peak_mb, all memory; the estimate of `plan` for the same settings is listed next to it.
+`longest_row_*` has in N the longest row (to an eighth) that trains under a cap on torch's
+allocator, and the time of its step; N = 0 if a row of SHORTEST tokens does not fit.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from .large_step import CAPS, OURS, SHAPE, STUDENT, TEACHER, row_of
 from .rows import Row, command, commit
 from .shapes import Shape
 
-SECONDS = 100  # of a process; what it has by then counts
+SECONDS = 100  # per process; rows printed by then count
 IN_ALL = 290  # of all of them
 FIRST = ("ours, top 64", "materialised", "ours", "ours, cached", "TRL GKDTrainer")
 
@@ -51,7 +51,7 @@ def cases() -> list[Case]:
 
 
 def rows(shape: Shape = SHAPE, chosen: Sequence[Case] | None = None) -> list[Row]:
-    """`shape` smaller than SHAPE: narrow models of one layer, to try it out."""
+    """Measure; a `shape` smaller than SHAPE uses narrow models of one layer, for a test run."""
     results = []
     end = time.monotonic() + IN_ALL
     for case in cases() if chosen is None else chosen:
@@ -62,7 +62,7 @@ def rows(shape: Shape = SHAPE, chosen: Sequence[Case] | None = None) -> list[Row
 
 
 def of_process(case: Case, shape: Shape, seconds: float = SECONDS) -> list[Row]:
-    """What a process of its own printed, a row a line; and a missing row for what it did not."""
+    """The rows printed by a separate process, with a missing row for each it did not print."""
     argv = [sys.executable, "-m", "benchmarks.large_step", *case, *map(str, vars(shape).values())]
     try:
         done = subprocess.run(argv, capture_output=True, timeout=seconds, check=False)
@@ -89,7 +89,7 @@ def ops(way: str) -> list[str]:
 
 
 def planned(contender: str, shape: Shape) -> Row:
-    """What `fastdistill plan` says of full fine-tuning, from the two configurations alone."""
+    """The estimate of `fastdistill plan` for full fine-tuning, from the two configurations."""
     row = row_of("large_step_full", f"plan of {contender}", shape)
     with tempfile.TemporaryDirectory() as folder:
         for name in (STUDENT, TEACHER):
@@ -109,7 +109,7 @@ def planned(contender: str, shape: Shape) -> Row:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Of a step tokens a second and MB; of the longest rows their tokens."""
+    """Tokens per second and MB of each step; tokens of the longest rows."""
     lines = []
     for row in rows:
         label = f"{row.op:26} {row.impl:22}"

@@ -1,10 +1,10 @@
-"""What a large teacher's top-64 answers take: tokens a second and memory, from token ids.
+"""Top-64 answers of a large teacher from token ids: tokens per second and memory.
 
 Models of published shapes with random weights. The first two contenders are transformers with
-materialised logits; ours stream the head. Each is alone on the GPU, since two do not fit: times are
-of runs one after the other, not in turns. peak_mb is what an answer adds, output_mb the model;
-grad_error the share of ids that transformers in bf16 does not name, refused for ours in bf16 above
-what rounded logits explain.
+materialized logits; ours stream the head. Each is alone on the GPU, since two do not fit: they run
+one after the other, not in turns. peak_mb is the memory of an answer, output_mb that of the model;
+grad_error is the share of ids that differ from transformers in bf16. Ours in bf16 is rejected if it
+exceeds what rounded logits explain.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from .registry import GateError, attempt, misplaced
 from .rows import Row
 from .run import take_turns
 from .shapes import Shape
-from .teacher_topk import MOST_MISPLACED, materialised
+from .teacher_topk import MOST_MISPLACED, materialized
 
 SHAPE = Shape(N=8192, H=4096, V=151936, K=64)
 ROW = 2048
 TURNS = 3
-IN_ALL = 150  # seconds, from where on no contender starts
+IN_ALL = 150  # seconds after which no contender starts
 MODELS = ("llama-3.1-8b", "qwen3-8b", "qwen3-32b")
 
-# How the layers are made, and whether transformers answers with all logits.
+# How the layers are built, and whether transformers returns all logits.
 CONTENDERS: dict[str, tuple[Replace | None, bool]] = {
     "transformers": (None, True),
     "transformers, bnb NF4": (bitsandbytes_nf4, True),
@@ -45,7 +45,7 @@ CONTENDERS: dict[str, tuple[Replace | None, bool]] = {
 
 
 def rows(shape: Shape = SHAPE, models: tuple[str, ...] = MODELS) -> list[Row]:
-    """`shape` smaller than SHAPE: one layer of each model, narrow, to try it out."""
+    """Measure; a `shape` smaller than SHAPE uses one narrow layer per model, for a test run."""
     results = []
     end = time.monotonic() + IN_ALL
     for name in models:
@@ -87,10 +87,10 @@ def _of(op: str, config: Any, shape: Shape, end: float) -> list[Row]:
 
 
 def _measured(row: Row, model: Any, tokens: torch.Tensor, k: int, all_logits: bool) -> torch.Tensor:
-    """Fills the row; returns the ids that were named."""
+    """Fill the row and return the top ids."""
     teacher = Teacher(model)
     answer: Callable[[torch.Tensor], torch.Tensor] = (
-        materialised(model, k)
+        materialized(model, k)
         if all_logits
         else lambda ids: teacher.topk(ids, k=k).ids.flatten(0, 1)
     )

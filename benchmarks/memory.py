@@ -12,8 +12,8 @@ from torch.profiler import ProfilerActivity, profile
 def peak_mb(run: Callable[[], object]) -> float:
     """MB that `run` adds to what torch has allocated, at its peak.
 
-    On CPU from the allocator's own events: the resident set would also count what the C library
-    kept from before, or miss what it takes from there.
+    On CPU it is computed from the events of the allocator: the resident set also depends on memory
+    that the C library holds from before.
     """
     if torch.cuda.is_available():
         torch.cuda.synchronize()

@@ -1,7 +1,7 @@
-"""The registry: every op that is measured, with its contenders and what it cannot cost less than.
+"""The registry: every measured op with its contenders and lower bounds of its cost.
 
-FLOPs in units of N·V·H: one pass over a head is 2, gradients taken in the forward pass 6, by
-recomputation 8, a dense teacher's own pass 2 more. Bytes: the heads and hidden states read once,
+FLOPs in units of N·V·H: 2 for one pass over a head, 6 with gradients in the forward pass, 8 with
+recomputation, 2 more for the pass of a dense teacher. Bytes: the heads and hidden states read once,
 their gradients written once.
 """
 
@@ -59,7 +59,7 @@ def _eager_topk(d: Data) -> Any:
 def ours(
     compute: Callable[..., Any], methods: dict[str, float] | None = None
 ) -> tuple[Contender, ...]:
-    """Both backends of one function, for each backward method (name: passes) if it has several."""
+    """Both backends of one function, for each of its backward methods (name: passes)."""
 
     def one(impl: str, method: str | None, passes: float | None) -> Contender:
         options = {"impl": impl} | ({} if method is None else {"backward": method})
@@ -84,7 +84,7 @@ def ours(
 
 
 def skipping(eps: float) -> Contender:
-    """The fused loss with tile skipping: shown with its error, since skipping is what it is for."""
+    """The fused loss with tile skipping; not gated, its error is reported."""
 
     def run(d: Data) -> Any:
         if not d.hidden.is_cuda or d.hidden.dtype.itemsize != 2:
@@ -113,7 +113,7 @@ def _dense_bytes(s: Shape, size: int) -> float:
 def _gather_bytes(s: Shape, size: int) -> float:
     """K rows per token gathered twice, their gradients read and written.
 
-    No row is counted as shared between tokens: where ids repeat, a cache can beat this.
+    No row counts as shared between tokens: if ids repeat, a cache can do better.
     """
     return 4 * s.N * s.K * s.H * size
 
@@ -133,7 +133,7 @@ OPS = {
         _grad_bytes,
     ),
     "renorm_both": Op(
-        "forward KL renormalised over the K tokens, with both gradients; no pass over the head",
+        "forward KL renormalized over the K tokens, with both gradients; no pass over the head",
         "both",
         data.sparse,
         truth(_renorm_both),

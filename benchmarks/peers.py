@@ -1,8 +1,8 @@
-"""What one would use instead: eager and compiled PyTorch, and other libraries where installed.
+"""Alternatives: eager and compiled PyTorch, and other libraries if installed.
 
-Each takes the case's data and returns a loss, or outputs by name in forward mode. A library is
-imported when its contender runs; one that is not installed is Missing, and one that is installed
-and cannot be imported or called is a BrokenPeer, each with the reason.
+Each takes the data of a case and returns a loss, or outputs by name in forward mode. A library is
+imported when its contender runs. It raises Missing if it is not installed, and BrokenPeer if it is
+installed but cannot be imported or called.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def named(package: str, module: str, name: str) -> Any:
 
 
 def logits(data: Data) -> Tensor:
-    """In the model's dtype from the head, as a model returns them; wide from there on."""
+    """Logits in the dtype of the model, as a model returns them, then widened."""
     return (data.hidden @ data.weight.t()).float()
 
 
@@ -83,7 +83,7 @@ def dense_jsd(data: Data) -> Tensor:
 
 
 def scoring(data: Data) -> dict[str, Tensor]:
-    """Every field of token_scores from one materialised log-softmax."""
+    """All fields of token_scores from one materialized log-softmax."""
     assert data.teacher is not None
     log_p, log_p_tail = data.teacher.logprobs, data.teacher.log_tail
     assert log_p_tail is not None
@@ -128,7 +128,7 @@ def linear_topk(data: Data, k: int) -> dict[str, Tensor]:
 
 
 def linear_cross_entropy(data: Data) -> Tensor:
-    """PyTorch's own, chunked as its options choose."""
+    """PyTorch's operator, with its default chunking."""
     call = named("torch", "torch.nn.functional", "linear_cross_entropy")
     options = named("torch", "torch.nn", "LinearCrossEntropyOptions")()
     return call(data.hidden, data.weight, data.labels, options=options)
@@ -150,14 +150,14 @@ def liger_fused_jsd(data: Data, beta: float) -> Tensor:
 
 
 def liger_chunked_jsd(data: Data, beta: float) -> Tensor:
-    """The soft loss alone; labels are asked for all the same."""
+    """The soft loss alone; the API requires labels."""
     make = named("liger-kernel", "liger_kernel.chunked_loss", "LigerFusedLinearJSDLoss")
     loss = make(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=beta)
     return loss(data.hidden, data.weight, data.teacher_hidden, data.teacher_weight, data.labels)
 
 
 def liger_kl_div(data: Data) -> Tensor:
-    """A kernel over materialised log-probabilities of both sides."""
+    """A kernel over materialized log-probabilities of both models."""
     make = named("liger-kernel", "liger_kernel.transformers", "LigerKLDIVLoss")
     log_q, log_p = logits(data).log_softmax(-1), teacher_logits(data).log_softmax(-1)
     return make(reduction="batchmean", log_target=True)(log_q, log_p)
@@ -179,12 +179,12 @@ def trl_chunked(data: Data, beta: float) -> Tensor:
 
 @functools.cache
 def _compiled(function: Any) -> Any:
-    # Past its recompile limit a function runs eagerly without a word unless it is a full graph.
+    # Above the recompile limit a function silently runs eagerly unless fullgraph is set.
     return torch.compile(function, dynamic=False, fullgraph=True)
 
 
 def pytorch(compute: Any) -> tuple[Contender, Contender]:
-    """Eager and compiled, the same function."""
+    """The same function, eager and compiled."""
 
     def compiled(data: Data) -> Any:
         return _compiled(compute)(data)
@@ -211,7 +211,7 @@ DENSE_KL = (
 )
 DENSE_JSD = (
     peer("Liger fused JSD", functools.partial(liger_fused_jsd, beta=BETA), LIGER),
-    # Compiles its chunk by default, and is shown as it comes.
+    # Compiles its chunks by default; measured with its defaults.
     peer(
         "Liger chunked JSD", functools.partial(liger_chunked_jsd, beta=BETA), LIGER, compiles=True
     ),

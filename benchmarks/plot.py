@@ -1,4 +1,4 @@
-"""One picture of a result file: time of every contender per case, and the floor."""
+"""Plot a result file: the time of each contender per case, and the floor."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def png(rows: list[Row], path: Path) -> Path:
     """A panel per op, a line per case, a dot per contender from p20 to p80; log scale.
 
     Raises:
-        Missing: matplotlib is not installed, or no row carries a figure.
+        Missing: matplotlib is not installed, or no row has a figure.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg

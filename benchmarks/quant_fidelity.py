@@ -1,8 +1,8 @@
-"""What each quantisation does to a trained model: KL(full ‖ quantised), top-1 agreement.
+"""The effect of each quantization on a trained model: KL(full ‖ quantized), top-1 agreement.
 
 On the demo's teacher (4 layers, H=256, trained on Python's standard library) and held-out files
-of that library, nats per token at T=1 over the whole vocabulary. bitsandbytes' layers stand in the
-same model, read by the same code.
+of that library, in nats per token at T=1 over the whole vocabulary. The layers of bitsandbytes are
+measured in the same model by the same code.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def rows(shape: Shape = SHAPE) -> list[Row]:
 
 
 class _FixedTeacher(fd.Teacher):
-    """A Teacher that leaves train mode as it is: bitsandbytes expands its weights in that mode."""
+    """A Teacher that does not leave train mode, in which bitsandbytes expands its weights."""
 
     def __init__(self, model: nn.Module) -> None:
         training = {m: m.training for m in model.modules()}

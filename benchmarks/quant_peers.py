@@ -1,7 +1,7 @@
-"""What one would use instead for quantised layers: other libraries, each made of a weight [V, H].
+"""Alternatives for quantized layers: other libraries, built from a weight [V, H].
 
-Each takes the full-precision weight and returns what multiplies activations by it (or, of the last
-two, expands it). A library is imported when its contender runs.
+Each takes the full-precision weight and returns a function that multiplies activations by it (the
+last two dequantize it). A library is imported when its contender runs.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def _only_cpu(weight: Tensor, what: str) -> None:
 
 
 def int4pack(weight: Tensor) -> Callable[[Tensor], Tensor]:
-    """PyTorch's own 4-bit product, groups of 64: w = (q − 8) · scale + zero."""
+    """PyTorch's 4-bit product, groups of 64: w = (q − 8) · scale + zero."""
     _only_cpu(weight, "int4pack")
     N, K = weight.shape
     groups = weight.float().view(N, K // 64, 64)
@@ -102,7 +102,7 @@ def bnb_dequant(weight: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def bnb_dequant_reused(weight: Tensor) -> Callable[[Tensor], Tensor]:
-    """Its kernel without its allocation, which on a CPU has no public name."""
+    """The bitsandbytes kernel with a reused output; on a CPU it has no public name."""
     functional = named("bitsandbytes", "bitsandbytes", "functional")
     packed, state = functional.quantize_4bit(weight, quant_type="nf4", blocksize=64)
     out = torch.empty_like(weight)

@@ -1,10 +1,9 @@
-"""Quantised inference: expanding 4-bit weights, linear layers over them, the teacher's top-k.
+"""Quantized inference: 4-bit dequantization, linear layers, the teacher's top-k.
 
-A linear op reads a case's letters as N tokens, H columns and V rows of a weight [V, H]. Its truth
-is the fp64 product with the weights that the bits stand for; a contender that also rounds
-activations, or weights in another way, is shown with its error and not gated. Layers are made once,
-before anything is timed; for a few tokens several copies take turns, so that no cache holds the
-weights.
+In a linear op N is tokens, and H and V are columns and rows of a weight [V, H]. The reference is
+the fp64 product with the dequantized weights. A contender that also rounds activations, or weights
+in another way, is reported with its error and not gated. Layers are built once, before timing; for
+few tokens several copies take turns, so that no cache holds the weights.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ _prepared = WeakTensorKeyDictionary()
 
 
 def plain(shape: Shape, dtype: torch.dtype) -> Data:
-    """Activations of unit variance, and weights of the size that a trained layer has."""
+    """Activations of unit variance, and weights of the scale of a trained layer."""
     at = device()
     g = torch.Generator(at).manual_seed(0)
     hidden = torch.randn(shape.N, shape.H, generator=g, device=at).to(dtype)
@@ -48,7 +47,7 @@ def plain(shape: Shape, dtype: torch.dtype) -> Data:
 
 
 def rows_of_logits(shape: Shape, dtype: torch.dtype) -> Data:
-    """[N, V] logits of standard deviation 4, in the place of the weight."""
+    """[N, V] logits of standard deviation 4, stored as the weight."""
     at = device()
     g = torch.Generator(at).manual_seed(0)
     z = torch.randn(shape.N, shape.V, generator=g, device=at).mul_(4).to(dtype)
@@ -56,7 +55,7 @@ def rows_of_logits(shape: Shape, dtype: torch.dtype) -> Data:
 
 
 def layer(make: Callable[[Tensor], Callable[[Tensor], Tensor]]) -> Callable[[Data], Any]:
-    """A contender that multiplies by layers made of the case's weight, each once."""
+    """A contender that multiplies by each layer built from the weight of the case once."""
 
     def run(data: Data) -> dict[str, Tensor]:
         return {"out": next(_layers(data, make))(data.hidden)}
@@ -65,7 +64,7 @@ def layer(make: Callable[[Tensor], Callable[[Tensor], Tensor]]) -> Callable[[Dat
 
 
 def _layers(data: Data, make: Callable[[Tensor], Any]) -> Iterator[Any]:
-    """Enough copies that one is cold when its turn comes again, where tokens are few."""
+    """For few tokens, enough copies that each is cold again at its next turn."""
     made = _prepared.setdefault(data.weight, {})
     if make not in made:
         copies = 1
@@ -138,7 +137,7 @@ def _row_topk_truth(data: Data) -> dict[str, Tensor]:
 
 
 def _separately(data: Data) -> dict[str, Tensor]:
-    """torch.topk and torch.logsumexp of everything; the rest would be lse + log1p(−Σ)."""
+    """torch.topk and torch.logsumexp over all; the rest would be lse + log1p(−Σ)."""
     best = data.hidden.topk(int(data.labels[0]), dim=-1)
     lse = data.hidden.logsumexp(-1)
     rest = lse + torch.log1p(-(best.values - lse[:, None]).exp().sum(-1))

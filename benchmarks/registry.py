@@ -1,7 +1,7 @@
-"""What can be measured, and the gate that lets nothing wrong through.
+"""Ops, contenders, cases, and the gate that rejects wrong results.
 
-An op says what is computed, its contenders compute it in different ways, and a case is an op on one
-shape in one dtype. Before any timing every contender is compared with the reference in fp64.
+An op defines a computation, its contenders implement it, and a case is an op on one shape in one
+dtype. Before timing, each contender is compared with the fp64 reference.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from .shapes import DTYPES, FIXED_K, GATE, QUICK, Entry, Shape
 Outputs = Mapping[str, Tensor]
 Compute = Callable[[Data], Any]  # a scalar loss, or in forward mode the outputs by name
 INDICES = ("ids", "argmax")
-# ‖g − g₆₄‖ / ‖g₆₄‖. fp32 with tf32 products lands near 3e-4 and is refused.
+# ‖g − g₆₄‖ / ‖g₆₄‖. fp32 with tf32 products is near 3e-4 and rejected.
 BUDGET = {torch.bfloat16: 3e-3, torch.float16: 3e-3, torch.float32: 1e-4, torch.float64: 1e-9}
-# Near convergence a loss is the difference of nearly equal sums, and keeps fewer digits than its
-# gradient does.
+# Near convergence a loss is the difference of nearly equal sums, with fewer exact digits than its
+# gradient.
 LOSS_BUDGET = 3e-3
-# Beyond this a peer with rounded logits does not compute the same thing at all.
+# A peer with rounded logits above this computes another function.
 HOPELESS = 0.5
 
 
@@ -34,8 +34,10 @@ class Missing(Exception):
 
 
 class BrokenPeer(RuntimeError):
-    """A peer whose package is installed cannot be imported or called: its row says so, and a test
-    fails where the version is the pinned one."""
+    """An installed peer cannot be imported or called.
+
+    Its row reports it; a test fails if the version is the pinned one.
+    """
 
 
 class GateError(RuntimeError):
@@ -43,22 +45,24 @@ class GateError(RuntimeError):
 
 
 class DeviceLost(RuntimeError):
-    """The GPU answers nothing after an error; only a new process can go on."""
+    """The GPU does not respond after an error; only a new process can continue."""
 
 
 @dataclass(frozen=True)
 class Contender:
-    """passes: FLOPs of its method in units of N·V·H, where they differ from the op's.
-    rate: "int8" or "fp8" where its products are held to that peak and not to the dtype's.
-    package: the distribution that a peer comes from, also PyTorch; empty for ours and for plain
-    functions of PyTorch."""
+    """An implementation of an op.
+
+    passes: FLOPs of its method in units of N·V·H, if they differ from the op's.
+    rate: "int8" or "fp8" if its products are compared with that peak instead of the dtype's.
+    package: the distribution of a peer; empty for ours and for plain PyTorch functions.
+    """
 
     impl: str
     compute: Compute
-    exact: bool = True  # held to the budget; a peer that rounds logits is shown, not gated
+    exact: bool = True  # must meet the budget; a peer that rounds logits is reported, not gated
     passes: float | None = None
-    compiles: bool = False  # for every shape anew, which takes longer than measuring
-    prepares: bool = False  # its first call makes what later calls use, as loading a model does
+    compiles: bool = False  # for every shape, which takes longer than measuring
+    prepares: bool = False  # its first call prepares later ones, as loading a model does
     rate: str = ""
     package: str = ""
 
@@ -71,7 +75,7 @@ class Op:
     truth: Compute  # called with fp64 data
     contenders: tuple[Contender, ...]
     passes: float  # FLOPs in units of N·V·H
-    bytes: Callable[[Shape, int], float]  # of memory traffic that no method avoids
+    bytes: Callable[[Shape, int], float]  # minimum memory traffic of any method
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,7 @@ def allowed(name: str, dtype: torch.dtype) -> float:
 
 
 class Checked(NamedTuple):
-    """errors of the contenders that may be timed; failures: why the others may not."""
+    """errors of the contenders to be timed; failures: the reasons why others are not timed."""
 
     errors: dict[str, float]
     failures: dict[str, str]
@@ -132,7 +136,7 @@ def run(contender: Contender, case: Case, data: Data) -> Outputs:
 
 
 def installed(package: str) -> str | None:
-    """The version of a distribution that is installed here, None where it is not."""
+    """The installed version of a distribution, or None."""
     try:
         return version(package) if package else None
     except PackageNotFoundError:
@@ -156,14 +160,14 @@ def relative(result: Tensor, truth: Tensor) -> float:
 
 
 def misplaced(result: Tensor, truth: Tensor) -> float:
-    """Share of the found indices that are not among the true ones of their row."""
+    """Share of indices that are not among the true ones of their row."""
     rows = (t.reshape(truth.shape[0], -1) for t in (result, truth))
     a, b = rows
     return 1 - (a.unsqueeze(-1) == b.unsqueeze(-2)).any(-1).double().mean().item()
 
 
 def deviations(results: Outputs, truth: Outputs) -> dict[str, float]:
-    """By output: ‖f − f₆₄‖ / ‖f₆₄‖, or the share of wrong indices."""
+    """Per output: ‖f − f₆₄‖ / ‖f₆₄‖, or the share of wrong indices."""
     return {
         name: (misplaced if name in INDICES else relative)(results[name], truth[name])
         for name in truth
@@ -171,13 +175,13 @@ def deviations(results: Outputs, truth: Outputs) -> dict[str, float]:
 
 
 def worst(errors: Mapping[str, float]) -> float:
-    """The largest, and NaN if any is."""
+    """The largest error; NaN if any is NaN."""
     values = list(errors.values())
     return float("nan") if any(v != v for v in values) else max(values)
 
 
 def attempt(work: Callable[[], Any]) -> tuple[Any, str | None]:
-    """(what `work` returns, None), or (None, why it could not)."""
+    """Return (the result of `work`, None), or (None, the reason why it failed)."""
     memory = False
     try:
         return work(), None
@@ -200,12 +204,12 @@ def attempt(work: Callable[[], Any]) -> tuple[Any, str | None]:
 
 
 def gate(case: Case) -> Checked:
-    """Every contender against fp64 on the gate's shape; raises if an exact one is wrong."""
+    """Compare all contenders with fp64 on the gate's shape; raise if an exact one is wrong."""
     data = case.op.make(case.gate_shape, case.dtype)
     truth = outputs(case.op.truth, case.op.mode, data.wide())
     checked = Checked({}, {})
     for contender in case.op.contenders:
-        # Compared inside the attempt: a kernel that fails on a GPU says so when it is waited for.
+        # Compared inside the attempt: an error of a GPU kernel is raised at synchronization.
         errors, why = attempt(lambda c=contender: deviations(run(c, case, data), truth))
         if why is not None:
             checked.failures[contender.impl] = why

@@ -1,8 +1,8 @@
-"""What this machine can do, measured in the same process, and the floor that follows from it.
+"""Peak rates of this machine, measured in the same process, and the resulting floor.
 
     floor = max(FLOPs / GEMM rate, bytes / copy bandwidth)
 
-No method is much faster than that; a row's roofline share is its floor over its time.
+No method is much faster than the floor. The roofline share of a row is its floor over its time.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ class Rates:
 
     gemm: dict[torch.dtype, float]
     copy: float
-    int8: float | None = None  # multiply-adds of 8-bit integers, counted twice; None: not known
+    int8: float | None = None  # 8-bit integer operations, 2 per multiply-add; None if unknown
 
     def of(self, rate: str, dtype: torch.dtype) -> float | None:
-        """The peak that a contender is held to."""
+        """The peak rate for a contender."""
         return {"": self.gemm.get(dtype), "int8": self.int8}.get(rate)
 
     def __str__(self) -> str:
@@ -42,7 +42,7 @@ class Rates:
 def measure_rates(
     dtypes: Iterable[torch.dtype], time_ms: Callable[[Callable[[], object]], float]
 ) -> Rates:
-    """Medians over random data: zeros multiply faster than what a model holds."""
+    """Median rates on random data: zeros multiply faster."""
     at = device()
 
     def median_s(work: Callable[[], object]) -> float:

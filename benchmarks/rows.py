@@ -1,4 +1,4 @@
-"""Result rows that say where their numbers come from, and how they are written and shown."""
+"""Result rows with their provenance; writing them and printing tables."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from .shapes import Shape, label
 
 RESULTS = Path(__file__).parent / "results"
 PEERS = ("liger-kernel", "trl", "cut-cross-entropy")
-commit_override: str | None = None  # what --commit said, for machines without git or its folder
+commit_override: str | None = None  # from --commit, for machines without git or the repository
 
 
 @dataclass
 class Row:
-    """One contender on one case. A missing one says why in `reason` and carries no figure.
+    """One contender on one case. A missing one has a `reason` and no figures.
 
     grad_error is ‖g − g₆₄‖ / ‖g₆₄‖ on the gate's shape, the worse of hidden's and weight's (in
-    forward mode the worst of the outputs'). peak_mb counts what a call adds to torch's allocator;
-    output_mb of it are the results themselves. roofline_share is floor_ms / ms_median, with the
+    forward mode the worst of the outputs'). peak_mb is the memory that a call adds to torch's
+    allocator; output_mb of it are the results. roofline_share is floor_ms / ms_median, with the
     floor from the rates below, measured in the same process.
     """
 
@@ -54,8 +54,8 @@ class Row:
     peak_mb: float | None = None
     output_mb: float | None = None
     grad_error: float | None = None
-    products_share: float | None = None  # of the gradient's tiles, where some are skipped
-    kl: float | None = None  # KL(full ‖ quantised), nats per token, and its 95 % interval
+    products_share: float | None = None  # share of gradient tiles multiplied, if some are skipped
+    kl: float | None = None  # KL(full ‖ quantized), nats per token, and its 95 % interval
     kl_low: float | None = None
     kl_high: float | None = None
     top1_agreement: float | None = None
@@ -75,7 +75,7 @@ class Row:
 
 @functools.cache
 def machine() -> str:
-    """The kind of machine, without its name."""
+    """The kind of machine, without its host name."""
     here = describe()
     if here["cuda"]:
         return str(here["cuda"][0]["name"])
@@ -100,7 +100,7 @@ def versions() -> dict[str, str | None]:
 
 @functools.cache
 def commit() -> str:
-    """The commit measured, marked when the working tree differed from it at the first row."""
+    """The measured commit, marked if the working tree had changes at the first row."""
 
     def git(*args: str) -> str:
         done = subprocess.run(
@@ -123,7 +123,7 @@ def command() -> str:
 
 
 def _replace(path: Path, text: str) -> None:
-    """Through a temporary name: an interrupted run leaves the old file whole."""
+    """Write through a temporary file: an interrupted run leaves the old file intact."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(path.name + ".tmp")
     with draft.open("w", encoding="utf-8", newline="") as file:
@@ -134,14 +134,14 @@ def _replace(path: Path, text: str) -> None:
 
 
 def cell(value: Any) -> str:
-    """A CSV cell: text as it is, nothing for null, the rest as JSON has it."""
+    """A CSV cell: text unchanged, empty for null, other values as JSON."""
     if value is None:
         return ""
     return value if isinstance(value, str) else json.dumps(value, allow_nan=False)
 
 
 def write(rows: list[Row], stem: Path) -> list[Path]:
-    """stem.json, and the same rows as stem.csv."""
+    """Write the rows to stem.json and stem.csv."""
     records = [asdict(row) for row in rows]
     table = io.StringIO()
     names = [f.name for f in fields(Row)]
@@ -158,7 +158,7 @@ def write(rows: list[Row], stem: Path) -> list[Path]:
 
 
 def table(rows: list[Row]) -> str:
-    """Plain text; time and memory also as a ratio to the first row of the same case with both."""
+    """A text table; time and memory also as ratios to the first complete row of the case."""
     form = "{:12} {:22} {:>10} {:>7} {:>8} {:>7} {:>8} {:>9}"
     heads = ("op", "impl", "ms", "ratio", "MB", "ratio", "error", "roofline")
     lines = []

@@ -1,7 +1,7 @@
 """Measuring: contenders in turns, time and memory, rows written after every case.
 
-Contenders take turns (A B C A B C …) in one process, so that a ratio between them survives a
-machine whose speed drifts. Short ones take several runs per turn, until a slot of time is full.
+Contenders take turns (A B C A B C …) in one process, so that drifts in the speed of the machine do
+not change their ratios. Short ones run several times per turn, until a slot of time is full.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def runs_that_fit(ms: float) -> int:
 
 
 class CudaClock:
-    """Events around one run. A buffer larger than L2 is written before, outside the events."""
+    """Time one run with events, after writing a buffer larger than L2."""
 
     name = "CUDA events, L2 flushed before every run"
 
@@ -79,7 +79,7 @@ def clock() -> WallClock | CudaClock:
 
 
 class First(NamedTuple):
-    """What a first run at full size shows; it is not timed, as recording memory takes time."""
+    """Results of the first run at full size. It is not timed, as recording memory takes time."""
 
     peak_mb: float
     output_mb: float
@@ -100,7 +100,7 @@ def first_run(work: Callable[[], Outputs]) -> First:
 
 
 def agree(case: Case, firsts: dict[str, First]) -> None:
-    """Exact contenders at full size, where the gate's shape says nothing about index overflow.
+    """Compare exact contenders at full size: the gate's shape cannot show index overflow.
 
     Norms only: a second copy of dW would count as memory.
     """
@@ -122,7 +122,7 @@ def measure(
     timer: WallClock | CudaClock,
     say: Callable[[str], None],
 ) -> list[Row]:
-    """Gate, then memory, then every contender in turns; one row for each, the missing included."""
+    """Run the gate, measure memory, time contenders in turns; return a row for each."""
     errors, failures = gate(case)
     data, why = attempt(lambda: case.op.make(case.shape, case.dtype))
     if why is not None:
@@ -145,7 +145,9 @@ def measure(
             continue
         works[impl] = work = functools.partial(run, contender, case, data)
         if contender.compiles or contender.prepares or torch.cuda.is_available():
-            until_it_fails(impl, work)  # compiling and preparing allocate; they are not the call's
+            until_it_fails(
+                impl, work
+            )  # compiling and preparing allocate memory that is not the call's
         first = None if impl in failures else until_it_fails(impl, lambda w=work: first_run(w))
         if first is not None:
             firsts[impl] = first
@@ -183,7 +185,7 @@ def fill_times(row: Row, ms: list[float]) -> None:
 
 
 def take_turns(rows: list[Row], works: dict[str, Callable[[], object]], turns: int) -> None:
-    """Time each row's work, one after the other, `turns` times over; rows without one are left."""
+    """Time the work of each row in turns, `turns` times; rows without work are unchanged."""
     timer = clock()
     times: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(turns):
@@ -209,7 +211,7 @@ def fill_roofline(row: Row, case: Case, contender: Contender, rates: Rates) -> N
 
 
 class Measured(NamedTuple):
-    """refused: what the gate said; not_run: cases the time budget, or a lost GPU, left out."""
+    """rows; refused: errors of the gate; not_run: cases skipped for time or a lost GPU."""
 
     rows: list[Row]
     refused: list[str]
@@ -227,7 +229,7 @@ def measure_all(
     timer: WallClock | CudaClock,
     now: Callable[[], float] = time.monotonic,
 ) -> Measured:
-    """Cases in order until `deadline` on the clock `now`; `save` gets all rows after each."""
+    """Measure the cases in order until `deadline`; `save` gets all rows after each case."""
     measured = Measured([], [], [])
     lost = False
     for case in cases:
@@ -239,12 +241,12 @@ def measure_all(
         except GateError as error:
             measured.refused.append(str(error))
             say(f"  refused: {error}")
-        except Exception as error:  # of the reference, or of the inputs: the other cases go on
+        except Exception as error:  # of the reference or the inputs: continue with the other cases
             lost = isinstance(error, DeviceLost)
             measured.refused.append(f"{case}: {type(error).__name__}: {error}")
             say(f"  {measured.refused[-1]}")
         save(measured.rows)
-        gc.collect()  # what a failed contender's frames hold would count as memory in the next case
+        gc.collect()  # memory held by frames of a failed contender would count in the next case
         if case.compiled and not lost:
-            torch.compiler.reset()  # what one shape compiled does not count for the next
+            torch.compiler.reset()  # the next shape starts without compiled code
     return measured

@@ -1,4 +1,4 @@
-"""The shapes that are measured: LM heads of published models, and the suites made of them."""
+"""Measured shapes: LM heads of published models, and the suites built from them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ HEADS = {
     "gemma-3-4b": Head(2560, 262208),
 }
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-# A dense teacher is known on every token, labels are one each; the other ops take any K.
+# A dense teacher covers all tokens, a label is one token; other ops take any K.
 FIXED_K = {"dense_loss": 0, "dense_jsd": 0, "label_loss": 1}
 # Linear layers have no teacher either.
 FIXED_K |= {"dequant_nf4": 0, "linear_nf4": 0, "linear_int8": 0}
@@ -38,7 +38,7 @@ GATE = Shape(N=96, H=128, V=4000, K=16)
 
 
 class Entry(NamedTuple):
-    """One line of a suite; `compiled` also runs the contenders that compile for the shape."""
+    """One case of a suite; with `compiled`, contenders that compile for the shape run too."""
 
     op: str
     shape: Shape
@@ -54,14 +54,14 @@ def entry(
 
 
 def label(of: Shape) -> str:
-    """The model whose head it is, with N and K."""
+    """The name of the model with N and K."""
     names = [name for name, head in HEADS.items() if head == (of.H, of.V)]
     head = names[0] if names else f"H={of.H} V={of.V}"
     return f"{head} N={of.N}" + (f" K={of.K}" if of.K else "")
 
 
 def _sparse_loss() -> tuple[Entry, ...]:
-    """What the README reports from a CPU: both sparse losses in both precisions."""
+    """CPU results of the README: both sparse losses in both precisions."""
     ops = ("topk_loss", "renorm_both")
     return tuple(
         entry(op, "qwen3-0.6b", 1024, 64, dtype) for dtype in ("bf16", "fp32") for op in ops
@@ -69,9 +69,9 @@ def _sparse_loss() -> tuple[Entry, ...]:
 
 
 def _heads() -> tuple[Entry, ...]:
-    """Every op at the main shape, then the other heads, then N and K, most telling first.
+    """All ops at the main shape, then other heads, then other N and K, by importance.
 
-    Compiling takes longer than measuring, so it is done at the main shape only.
+    Compiling takes longer than measuring, so only the main shape is compiled.
     """
     main = "llama-3.1-8b"
     entries = [
@@ -104,7 +104,7 @@ def _heads() -> tuple[Entry, ...]:
 
 
 def _quantized() -> tuple[Entry, ...]:
-    """Layers of a teacher: one token and sixteen with cold weights, then prefill."""
+    """Layers of a teacher: 1 and 16 tokens with cold weights, then prefill."""
     sizes = [(1, 2048, 2048), (16, 2048, 8192), (256, 2048, 8192), (512, 4096, 4096)]
     shapes = [Shape(N, H, V, 0) for N, H, V in sizes]
     entries = [Entry("dequant_nf4", Shape(1, 4096, 4096, 0), "bf16")]

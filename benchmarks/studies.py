@@ -1,4 +1,4 @@
-"""python -m benchmarks.studies RESULTS.JSON: the README's table of a study that was made.
+"""python -m benchmarks.studies RESULTS.JSON: the README's table of a finished study.
 
 fastdistill experiment double-bind --preset full --out out/double-bind
 python -m benchmarks.studies out/double-bind/results.json
@@ -19,8 +19,10 @@ from fastdistill.report.marks import format_estimate, format_number
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """A line per arm: C, τ with its 95 % interval, what came of it, and the audits that tell its
-    students from those of the benign twin."""
+    """A line per arm: C, τ with its 95 % interval, the verdict, and the incriminating audits.
+
+    Those audits separate its students from students of the benign twin.
+    """
     lines = [
         "| arm | C | τ [95 %] | τ where C reaches .8 | outcome | audits that incriminate |",
         "|---|--:|--:|--:|---|---|",
@@ -39,7 +41,7 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 
 def incriminating(result: Mapping[str, Any], arm: str) -> list[str]:
-    """Audits whose AUROC is above one half with all of its interval, over enough base seeds."""
+    """Audits whose whole AUROC interval is above one half, over enough base seeds."""
     return [
         row["name"]
         for row in result["audits"]

@@ -1,15 +1,14 @@
-"""A teacher's answers on disk: what writing them adds to the teacher's own work, and how fast they
-are read.
+"""Teacher answers on disk: the cost of writing them and the speed of reading them.
 
-    cache_build   a whole build, folder to manifest, beside Teacher.topk of the same rows in the
-                  same batches: a Llama with Qwen's vocabulary, random weights
-    cache_read    rows in a random order, 16 a batch, as the trainer's workers read them: in this
-                  process, in two, in two with the answers handed over; and Parquet, whole row
-                  groups, which is the best case of it
+    cache_build   a whole build, compared with Teacher.topk of the same rows in the same batches: a
+                  Llama with Qwen's vocabulary and random weights
+    cache_read    rows in random order, 16 per batch, as the trainer's workers read them: in this
+                  process, in two, in two with the answers returned to this one; and Parquet in
+                  whole row groups, its best case
 
-N is the tokens of one pass, so that N / ms is thousands of tokens a second. output_mb is the cache,
-peak_mb nothing. grad_error: the largest difference of a probability from the teacher's; above
-MOST_ERROR nothing is reported.
+N is the tokens of one pass: N / ms is thousands of tokens per second. output_mb is the size of the
+cache; peak_mb is not measured. grad_error is the largest error of a probability; above MOST_ERROR
+nothing is reported.
 """
 
 from __future__ import annotations
@@ -39,13 +38,13 @@ SHAPE = Shape(N=1 << 20, H=512, V=151936, K=64)
 ROW = 512
 BATCH = 16
 LAYERS = 8
-BUILT = 8  # rows of a build
+BUILT = 8  # rows per build
 TURNS = 5
 MOST_ERROR = 1e-3  # fp16 log-probabilities
 
 
 class _Peaked:
-    """Answers without a model, the same for the same tokens: a peaked top k of the vocabulary."""
+    """A teacher without a model: deterministic, peaked top-k answers."""
 
     def __init__(self, shape: Shape) -> None:
         self.vocab_size, self._k = shape.V, shape.K
@@ -62,7 +61,7 @@ class _Peaked:
 
 
 def rows(shape: Shape = SHAPE) -> list[Row]:
-    """`shape` smaller than SHAPE: few rows and a small model, to try it out."""
+    """Measure; a `shape` smaller than SHAPE uses few rows and a small model, for a test run."""
     with tempfile.TemporaryDirectory(prefix="fastdistill-") as folder:
         return [*_build(shape, Path(folder)), *_read(shape, Path(folder))]
 
@@ -139,7 +138,7 @@ def _read(shape: Shape, folder: Path) -> list[Row]:
 
 
 def _passes(batches: Any, collate: Callable[[Any], Any]) -> Callable[[], object]:
-    """One pass through a loader whose two workers stay."""
+    """One pass through a loader with two persistent workers."""
     loader = DataLoader(
         batches, batch_size=1, num_workers=2, persistent_workers=True, collate_fn=collate
     )

@@ -1,10 +1,10 @@
-"""A teacher's whole answer: K ids, logprobs and the tail of a batch of tokens, from token ids.
+"""Whole answers of a teacher from token ids: K ids, logprobs and the tail.
 
 A causal language model of Qwen3-0.6B's shape with random weights (time and memory do not depend on
-them), 4 rows of 256 tokens. The first two materialise the logits, as one would with transformers;
-ours stream the head. Contenders take turns; memory is that of one answer, `output_mb` the model's;
-the error is the share of ids that transformers in bf16 does not name, and ours in full precision is
-refused above what bf16 logits explain.
+them), 4 rows of 256 tokens. The first two materialize the logits, as usual with transformers; ours
+stream the head. Contenders take turns. Memory is that of one answer, `output_mb` that of the model.
+The error is the share of ids that differ from transformers in bf16; ours in full precision is
+rejected above what bf16 logits explain.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from .shapes import Shape
 SHAPE = Shape(N=1024, H=1024, V=151936, K=64)
 ROW = 256
 TURNS = 3
-MOST_MISPLACED = 0.1  # of ours in full precision: neighbours in a flat tail that bf16 swaps
+MOST_MISPLACED = 0.1  # of ours in full precision: bf16 swaps neighbors in a flat tail
 CONFIG = Qwen3Config(
     hidden_size=1024,
     intermediate_size=3072,
@@ -47,8 +47,8 @@ CONFIG = Qwen3Config(
 )
 
 
-def materialised(model: nn.Module, k: int) -> Callable[[torch.Tensor], Any]:
-    """log_softmax of all logits, its top K and what the others hold."""
+def materialized(model: nn.Module, k: int) -> Callable[[torch.Tensor], Any]:
+    """Top K of the log_softmax of all logits, and the tail."""
 
     def answer(ids: torch.Tensor) -> Any:
         z = model(input_ids=ids, use_cache=False).logits.float().flatten(0, 1)
@@ -57,8 +57,8 @@ def materialised(model: nn.Module, k: int) -> Callable[[torch.Tensor], Any]:
     return answer
 
 
-def _materialised(model: nn.Module) -> Callable[[torch.Tensor], Any]:
-    return materialised(model, SHAPE.K)
+def _materialized(model: nn.Module) -> Callable[[torch.Tensor], Any]:
+    return materialized(model, SHAPE.K)
 
 
 def _bitsandbytes(model: nn.Module) -> Callable[[torch.Tensor], Any]:
@@ -66,7 +66,7 @@ def _bitsandbytes(model: nn.Module) -> Callable[[torch.Tensor], Any]:
         parent, _, leaf = name.rpartition(".")
         made = quant_peers.bnb4_eval(linear.weight.detach())  # type: ignore[arg-type]
         setattr(model.get_submodule(parent), leaf, made)
-    return _materialised(model)
+    return _materialized(model)
 
 
 def _ours(quant: str | None, compute: str) -> Callable[[nn.Module], Callable[[torch.Tensor], Any]]:
@@ -78,7 +78,7 @@ def _ours(quant: str | None, compute: str) -> Callable[[nn.Module], Callable[[to
 
 
 CONTENDERS: dict[str, Callable[[Any], Callable[[torch.Tensor], Any]]] = {
-    "transformers": _materialised,
+    "transformers": _materialized,
     "transformers, bnb NF4": _bitsandbytes,
     "ours": _ours(None, "auto"),
     "ours, nf4 exact": _ours("nf4", "exact"),
@@ -89,7 +89,7 @@ CONTENDERS: dict[str, Callable[[Any], Callable[[torch.Tensor], Any]]] = {
 
 @torch.no_grad()
 def rows(shape: Shape = SHAPE) -> list[Row]:
-    """`shape` smaller than SHAPE: two layers and two rows, to try it out."""
+    """Measure; a `shape` smaller than SHAPE uses two layers and two rows, for a test run."""
     config = copy.deepcopy(CONFIG)
     if shape != SHAPE:
         config.num_hidden_layers = 2

@@ -1,10 +1,10 @@
-"""What grad_filter_eps saves and costs: the share of gradient tiles multiplied, and the error.
+"""Effect of grad_filter_eps: the share of gradient tiles multiplied, and the error.
 
     products_share = live 128 × 128 tiles of dz / all of them        error = ‖g − g₆₄‖ / ‖g₆₄‖
 
-with bf16 operands, forward KL, bucket tail, on logits of standard deviation 4, 8 and 16: the wider,
-the more peaked the student. Without a GPU it needs Triton's interpreter (TRITON_INTERPRET=1), which
-multiplies the same tiles. On a GPU, `topk_loss` shows the time beside it.
+with bf16 operands, forward KL, bucket tail, on logits of standard deviation 4, 8 and 16, where
+larger means a more peaked student. Without a GPU it needs Triton's interpreter
+(TRITON_INTERPRET=1), which multiplies the same tiles. On a GPU, `topk_loss` measures the time.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def _grads(hidden: Tensor, weight: Tensor, teacher: fd.TopK, **options) -> Outpu
 def _skipping(
     hidden: Tensor, weight: Tensor, teacher: fd.TopK, eps: float
 ) -> tuple[Outputs, float]:
-    """(gradients, the share of tiles that were multiplied)."""
+    """Return the gradients and the share of tiles that were multiplied."""
     try:
         resolve_impl("triton", hidden.device)
     except ValueError as error:

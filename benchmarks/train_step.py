@@ -3,15 +3,15 @@
 A Llama of H=512 with tied embeddings and Qwen's vocabulary, random weights (time and memory do not
 depend on them), in fp32. Two comparisons, each of the same step in turns:
 
-    top-64 answers that are there already    transformers' Trainer on materialised logits; ours,
+    existing top-64 answers                  transformers' Trainer on materialized logits; ours,
                                              with the loss fused and recomputed
     a teacher of the same size in process    TRL's GKDTrainer; ours over the whole vocabulary (the
                                              same loss); ours on the teacher's top 64
 
-peak_mb is what a step adds to what the allocator holds before it, gradients included; output_mb is
-what it holds: weights, AdamW's moments, and the teacher where there is one. grad_error is the
-distance of the step's gradient from the first contender's with the same loss, whose products round
-in another order; more than MOST_ERROR is refused.
+peak_mb is the memory that a step adds, including gradients; output_mb is the memory before it:
+weights, AdamW's moments, and the teacher if there is one. grad_error is the distance of the
+gradient from that of the first contender with the same loss, whose products round in another order;
+more than MOST_ERROR is rejected.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ MOST_ERROR = 1e-3
 
 
 class Work(NamedTuple):
-    """A step that can be repeated, the gradient that it makes, and the modules it keeps alive."""
+    """A repeatable step, its gradient, and the modules that it needs."""
 
     step: Callable[[], object]
     gradient: Callable[[], Tensor]
@@ -72,7 +72,7 @@ def _batch(shape: Shape) -> dict[str, Tensor]:
 
 
 class Known:
-    """Answers that were taken before."""
+    """A teacher that returns stored answers."""
 
     def __init__(self, answers: fd.TopK, vocab: int) -> None:
         self.answers, self.vocab_size = answers, vocab
@@ -81,8 +81,8 @@ class Known:
         return self.answers
 
 
-class _Materialised(Trainer):
-    """What one writes without a fused loss: log-softmax of all logits, K of them compared."""
+class _Materialized(Trainer):
+    """The loss without a fused kernel: log-softmax of all logits, compared on K of them."""
 
     answers: fd.TopK
     loss_is_scaled_for_ga = True
@@ -110,7 +110,7 @@ def settings(kind: Any, folder: str, **options: Any) -> Any:
 
 
 def _work(trainer: Any, batch: dict[str, Tensor], *more: nn.Module) -> Work:
-    """Forward, backward and update as the trainer itself makes them."""
+    """Forward, backward and update, as the trainer performs them."""
     trainer.create_optimizer()
     trainer.current_gradient_accumulation_steps = 1
     count = (batch["labels"][:, 1:] != -100).sum()
@@ -142,8 +142,8 @@ def _with_answers(shape: Shape, folder: str, batch: dict[str, Tensor]) -> dict[s
     with torch.no_grad():
         answers = Teacher(_llama(shape, 7)).topk(batch["input_ids"], k=shape.K)
 
-    def materialised() -> Work:
-        trainer = _Materialised(_llama(shape, 0), settings(TrainingArguments, folder))
+    def materialized() -> Work:
+        trainer = _Materialized(_llama(shape, 0), settings(TrainingArguments, folder))
         trainer.answers = answers
         return _work(trainer, batch)
 
@@ -152,7 +152,7 @@ def _with_answers(shape: Shape, folder: str, batch: dict[str, Tensor]) -> dict[s
         return lambda: _work(_ours(shape, folder, known, k=shape.K, **options), batch)
 
     return {
-        "materialised": materialised,
+        "materialised": materialized,
         "ours": ours(),
         "ours, recompute": ours(backward="recompute"),
     }
@@ -175,7 +175,7 @@ def _with_teacher(shape: Shape, folder: str, batch: dict[str, Tensor]) -> dict[s
 
 
 def gkd_trainer(student: Any, teacher: Any, folder: str, **options: Any) -> Any:
-    """TRL's, for the forward KL on given text."""
+    """TRL's GKDTrainer with the forward KL on given text."""
     config, trainer = (
         named("trl", "trl.experimental.gkd", name) for name in ("GKDConfig", "GKDTrainer")
     )
@@ -208,7 +208,7 @@ def _held(student: nn.Module, *others: nn.Module) -> float:
 
 
 def rows(shape: Shape = SHAPE) -> list[Row]:
-    """`shape` smaller than SHAPE: one turn, to try it out."""
+    """Measure; a `shape` smaller than SHAPE runs one turn, for a test run."""
     results = []
     with tempfile.TemporaryDirectory() as folder:
         for op, case in CASES.items():
@@ -235,7 +235,7 @@ def _measure(op: str, contenders: dict[str, Callable[[], Work]], shape: Shape) -
             if row.grad_error > MOST_ERROR:
                 raise GateError(f"{op}: the gradient of {name} is {row.grad_error:.1e} off")
             del gradient
-        work.step()  # AdamW's moments are there from now on
+        work.step()  # allocates AdamW's moments
         row.output_mb = _held(*work.holds)
         row.peak_mb = peak_mb(work.step)
         works[name] = work.step

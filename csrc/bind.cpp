@@ -29,7 +29,7 @@ std::string compiler_name() {
 #endif
 }
 
-// MSVC leaves __cplusplus at 199711L unless told otherwise; _MSVC_LANG is always right.
+// MSVC sets __cplusplus to 199711L by default; _MSVC_LANG is always right.
 std::string cpp_standard() {
 #ifdef _MSVC_LANG
   const long standard = _MSVC_LANG;
@@ -171,7 +171,7 @@ void gemm(int isa, int threads, uintptr_t x, int x_dtype, const fastdistill::Gem
   check(act_group >= 8 && act_group % 8 == 0, "a GEMM needs agroup to be a multiple of 8");
   check(weights.group >= 1 && weights.group % act_group == 0 && K % weights.group == 0,
         "a GEMM needs K to be a multiple of wgroup, and wgroup one of agroup");
-  // 2^31 / (255 * 127): where the int32 sum of a group could wrap for good.
+  // 2^31 / (255 * 127): where the int32 sum of a group could overflow.
   check(act_group <= 65536, "a GEMM needs agroup <= 65536");
   if (M < 1 || N < 1) return;
   if (!kernels.gemm(threads, at<void>(x), dtype_of(x_dtype), weights, at<void>(out), M, N, K,
@@ -264,7 +264,7 @@ PYBIND11_MODULE(_ext, m) {
       "x_dtype"_a, "q"_a, "scale"_a, "sum"_a, "rows"_a, "cols"_a, "group"_a);
   def("int8_table", &int8_table, "Writes the int8 codes of a table of 16 floats; returns their unit.");
   def("lut4_gemm", &lut4_gemm,
-      "out [M, N] = quantised x [M, K] times weights codes[q] * unit * scale (+ offset), + bias.",
+      "out [M, N] = quantized x [M, K] times weights codes[q] * unit * scale (+ offset), + bias.",
       "x"_a, "x_dtype"_a, "qdata"_a, "codes"_a, "unit"_a, "scale"_a, "offset"_a, "bias"_a, "out"_a,
       "M"_a, "N"_a, "K"_a, "wgroup"_a, "agroup"_a);
   def("int8_gemm", &int8_gemm, "The same for int8 weights q * scale.", "x"_a, "x_dtype"_a,

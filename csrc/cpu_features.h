@@ -1,5 +1,5 @@
 // Which instruction sets this process may execute: the CPU has them AND the kernel saves their
-// registers. Asking cpuid alone is not enough: a virtual machine may show AVX-512 while the OS does
+// registers. cpuid alone is not enough: a virtual machine may report AVX-512 while the OS does
 // not preserve zmm registers, and the first such instruction is then SIGILL.
 //
 // Names are those of /proc/cpuinfo, so a test can compare the two on Linux.

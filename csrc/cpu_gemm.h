@@ -166,7 +166,7 @@ inline bool gemm_typed(int threads, const void* x, const GemmWeights& w, T* out,
   const int64_t wanted = ceil_div(2 * threads, blocks);
   const int64_t parts = threads == 1 ? 1 : min64(tiling.count, wanted);
   const int64_t tasks = blocks * parts;
-  // Few rows: memory decides, so a thread takes neighbouring weights, which it prefetched.
+  // Few rows: memory decides, so a thread takes neighboring weights, which it prefetched.
   const int64_t chunk = M <= 64 ? ceil_div(tasks, 2 * threads) : 1;
   parallel_for(threads, tasks, chunk, [&](int64_t task, int thread) {
     uint8_t* const panel = owned + thread * own;

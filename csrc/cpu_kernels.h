@@ -2,7 +2,7 @@
 // cpu_topk.h) once each and fill in one table; bind.cpp picks a table at run time.
 //
 // Pointers are flat and row-major, sizes are checked by the Python callers, a null pointer means
-// "absent". A kernel that needs scratch returns false when it cannot have it.
+// "absent". A kernel returns false when it cannot allocate its scratch memory.
 #pragma once
 
 #include <stdint.h>
@@ -41,7 +41,7 @@ struct Kernels {
                        Dtype out_dtype, int64_t count, int64_t block);
   void (*quantize_groups)(int threads, const void* x, Dtype x_dtype, int8_t* q, float* scale,
                           int32_t* sum, int64_t rows, int64_t cols, int64_t group);
-  // out[m, n] = sum over k of x[m, k] * w[n, k], x quantised to int8 in groups of act_group.
+  // out[m, n] = sum over k of x[m, k] * w[n, k], x quantized to int8 in groups of act_group.
   bool (*gemm)(int threads, const void* x, Dtype dtype, const GemmWeights& w, void* out, int64_t M,
                int64_t N, int64_t K, int64_t act_group);
   bool (*lse_topk)(int threads, const float* z, int64_t rows, int64_t cols, int64_t row_stride,

@@ -1,4 +1,4 @@
-// How the GEMM reads its weights. They are not kept in a second layout: a thread takes 32 columns
+// How the GEMM reads its weights. There is no second layout: a thread takes 32 columns
 // n, expands their canonical rows into a panel [K/4][32][4 codes] that stays in its cache, and
 // multiplies all activations by it.
 //

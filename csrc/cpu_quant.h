@@ -6,7 +6,7 @@
 namespace fastdistill {
 namespace FASTDISTILL_ISA {
 
-// Table and bit pattern of each output type: a dequantised block is 16 values, so they are computed
+// Table and bit pattern of each output type: a dequantized block is 16 values, so they are computed
 // and rounded once per block, and every weight is then a lookup of finished bits. That costs less
 // than converting each weight, and it is exact because equal nibbles have equal results.
 template <class T>
@@ -80,7 +80,7 @@ inline void int8_dequant(int threads, const int8_t* qdata, const float* scale, v
   });
 }
 
-// Quantises one group, returns the sum of its codes.
+// Quantizes one group, returns the sum of its codes.
 //
 // The largest magnitude is found on the bits, where NaN > inf > every number. A group that holds
 // one of those gets scale NaN, so that every output it takes part in is NaN. A group whose

@@ -35,7 +35,7 @@ inline float find_threshold(const float* z, int64_t cols, F32 inv_temperature, i
   for (int64_t s = 0; s < segments; ++s) {
     F32 top[4] = {splat(-INFINITY), splat(-INFINITY), splat(-INFINITY), splat(-INFINITY)};
     for (int64_t i = strips * s / segments; i < strips * (s + 1) / segments; ++i)
-      for (int j = 0; j < 4; ++j)  // a NaN loses: max gives its second argument
+      for (int j = 0; j < 4; ++j)  // NaN is dropped: max returns its second argument
         top[j] = max(load(z + i * kBuckets + j * kLanes) * inv_temperature, top[j]);
     for (int j = 0; j < 4; ++j) store(maxima + s * kBuckets + j * kLanes, top[j]);
   }

@@ -1,4 +1,4 @@
-// K5: LUT4 weights expanded to fp32, bf16, fp16, fp8-e4m3 or int8.  K6: rows quantised to 8 bits.
+// K5: LUT4 weights expanded to fp32, bf16, fp16, fp8-e4m3 or int8.  K6: rows quantized to 8 bits.
 //
 //   K5   w_i = lut[q_i] * scale[i / block] (+ offset[i / block])   (8 bits: * row_inv[i / cols])
 //   K6   scale_r = amax_r / top,   q_ri = round(x_ri * (top / amax_r)),   top = 127 | 448
@@ -15,7 +15,7 @@
 //
 // Why a warp's result is one store of 512 consecutive bytes: a thread takes the weights of ONE
 // 16-byte store (4 fp32, 8 16-bit, 16 8-bit) and reads their 2, 4 or 8 bytes of nibbles, which lie
-// beside its neighbour's. A 16-byte load per thread would read 32 weights, but its four stores
+// next to its neighbor's. A 16-byte load per thread would read 32 weights, but its four stores
 // would lie 64 bytes apart between lanes, each half of a 32-byte sector: twice the write
 // transactions, where writes are four fifths of the bytes.
 //
@@ -72,7 +72,7 @@ struct Scale {
   __device__ float of(int64_t b) const { return __ldg(scale + b); }
 };
 
-// bitsandbytes' double quantisation: a byte per block, looked up and scaled in blocks of its own.
+// bitsandbytes' double quantization: a byte per block, looked up and scaled in blocks of its own.
 struct NestedScale {
   const uint8_t* absmax;
   const float *code, *nested, *offset;
@@ -103,7 +103,7 @@ __device__ __half2 rounded(float a, float b, __half) { return __floats2half2_rn(
 __device__ __nv_fp8x2_storage_t rounded(float a, float b, Fp8) {
   return __nv_cvt_float2_to_fp8x2(make_float2(a, b), __NV_SATFINITE, __NV_E4M3);
 }
-// The conversion to int sends NaN to 0 and what is too large to the ends.
+// The conversion to int maps NaN to 0 and saturates.
 __device__ char2 rounded(float a, float b, signed char) {
   return make_char2(max(-127, min(127, __float2int_rn(a))), max(-127, min(127, __float2int_rn(b))));
 }
@@ -156,7 +156,7 @@ __global__ void __launch_bounds__(kThreads)
   float scale[kPieces], offset[kPieces], inverse[kPieces];
 #pragma unroll
   for (int j = 0; j < kPieces; j++) {
-    // Lanes behind the end repeat the last piece: a shuffle needs the whole warp.
+    // Lanes after the end repeat the last piece: a shuffle needs the whole warp.
     const int64_t i = min(first + j * kThreads, pieces - 1);
     const int64_t b = block.into(i);
     q[j] = __ldcs(reinterpret_cast<const Word*>(w.qdata) + i);  // never read again
@@ -206,7 +206,7 @@ __global__ void __launch_bounds__(kThreads)
     quantize_row(const In* x, Out* q, float* scale, int64_t cols, float top) {
   const auto* row = reinterpret_cast<const Vector<In, N>*>(x + blockIdx.x * cols);
   auto* row_q = reinterpret_cast<Vector<Out, N>*>(q + blockIdx.x * cols);
-  // As integers the magnitudes of floats have their order, with infinity and then NaN on top.
+  // As integers, magnitudes of floats keep their order, with infinity and then NaN on top.
   uint32_t bits = 0;
 #pragma unroll 2
   for (int64_t i = threadIdx.x; i < cols / N; i += kThreads) {
@@ -216,7 +216,7 @@ __global__ void __launch_bounds__(kThreads)
   }
   bits = largest_of_block(bits);
   const float amax = __uint_as_float(bits);
-  // Above this bar top / amax is finite. Below it, within 1.4e-36, a row counts as zeros.
+  // Above this, top / amax is finite. A row below it (1.4e-36) counts as zeros.
   const bool usable = bits < kInfBits && amax > top * 0x1p-128f;
   const float factor = __fdiv_rn(top, usable ? amax : 1.0f);
   if (threadIdx.x == 0) {

@@ -1,4 +1,4 @@
-// LUT4, the one 4-bit weight format (DESIGN.md): what the CPU and the CUDA kernels must agree on.
+// LUT4, the 4-bit weight format (DESIGN.md): shared by the CPU and the CUDA kernels.
 //
 //   qdata  uint8 [N, K/2]  element 2i in the HIGH nibble of byte i, 2i+1 in the LOW one
 //   scale  fp32  [N, K/g]  one per block of g elements; offset fp32 [N, K/g] may be absent

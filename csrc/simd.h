@@ -122,7 +122,7 @@ inline void parallel_for(int threads, int64_t n, int64_t chunk, const Body& body
 // the normal range. NaN stays NaN.
 inline F32 exp_nonpositive(F32 x) {
   const F32 floor = splat(-87.0f);
-  const F32 clamped = max(floor, x);  // max gives its second argument when one is NaN
+  const F32 clamped = max(floor, x);  // max returns its second argument if one is NaN
   const I32 n = round_to_int(clamped * splat(1.44269504088896341f));
   const F32 nf = to_float(n);
   F32 r = mul_add(nf, splat(-0.693359375f), clamped);

@@ -110,7 +110,7 @@ struct Table32 {
   explicit Table32(const void* entries) : table(_mm512_loadu_ps(entries)) {}
   template <bool streaming>
   void expand(const uint8_t* bytes, void* out) const {
-    // Each byte lands in two neighbouring lanes, the first of which wants its high nibble.
+    // Each byte lands in two neighboring lanes, the first of which wants its high nibble.
     const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes));
     const __m512i shift = _mm512_set1_epi64(4);
     const __m512i first = _mm512_srlv_epi32(_mm512_cvtepu8_epi32(_mm_unpacklo_epi8(b, b)), shift);

@@ -94,11 +94,11 @@ inline float to_float(float x) { return x; }
 inline float to_float(bf16 x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
 inline float to_float(fp16 x) {
   const uint32_t sign = (x.bits & 0x8000u) << 16, magnitude = x.bits & 0x7fffu;
-  if (magnitude >= 0x7c00u) {  // inf and NaN; a signalling NaN becomes quiet
+  if (magnitude >= 0x7c00u) {  // inf and NaN; a signaling NaN becomes quiet
     const uint32_t quiet = magnitude > 0x7c00u ? 0x400000u : 0u;
     return float_of(sign | 0x7f800000u | quiet | (magnitude & 0x3ffu) << 13);
   }
-  // Scaling by 2^112 moves the exponent's bias from 15 to 127 and normalises subnormals as it goes.
+  // Scaling by 2^112 moves the exponent's bias from 15 to 127 and normalizes subnormals as it goes.
   return float_of(sign | bits_of(float_of(magnitude << 13) * 0x1p112f));
 }
 

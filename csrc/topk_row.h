@@ -1,4 +1,4 @@
-// What the vector sweeps of K4 (cpu_topk.h) leave of a row, and the scalar rest of the work. It is
+// The result of the vector sweeps of K4 (cpu_topk.h) for a row, and the scalar work after. It is
 // compiled once for the baseline CPU (topk_row.cpp), so it may use std:: algorithms.
 #pragma once
 

@@ -82,7 +82,7 @@ def test_ours_are_refused_where_they_name_other_tokens(monkeypatch):
     def other(model, k):
         return lambda ids: torch.full((ids.numel(), k), SMALL.V)
 
-    monkeypatch.setattr(large_teacher, "materialised", other)
+    monkeypatch.setattr(large_teacher, "materialized", other)
     with pytest.raises(large_teacher.GateError, match="of our ids are not transformers'"):
         large_teacher.rows(SMALL, models=("qwen3-8b",))
 

@@ -102,7 +102,7 @@ class _Text:
             return self.ends(argument[3], starts)
         if operator is ops.AT:
             return starts & self._at(argument)
-        # A look ahead: of each position for itself.
+        # A lookahead, evaluated at each position.
         reached, expected = 0, operator is ops.ASSERT
         for at in range(len(self._text) + 1):
             if starts >> at & 1 and bool(self.ends(argument[1], 1 << at)) == expected:
@@ -115,7 +115,7 @@ class _Text:
         for _ in range(min(least, rounds)):
             starts = self.ends(body, starts)
         if most == ops.MAXREPEAT and len(body) == 1 and body[0][0] in _SINGLE:
-            # All runs of places that begin at a start, filled by the carry of one addition.
+            # All runs of places that begin at a start: the carry of one addition fills them.
             places = self._places(*body[0])
             return (((starts & places) + places) ^ places | starts) & self._all
         reached = new = starts
