@@ -105,7 +105,7 @@ class ActivationDiffAudit(Audit):
         delta = delta if self.first is None else delta.mean(1)
         weight: Tensor = head_module(base.model).weight.float().cpu()  # type: ignore[assignment]
         centered = weight - weight.mean(0)
-        squares = [(delta @ some.T).square().sum(-1) for some in centered.split(SLAB)]
+        squares = [(delta @ chunk.T).square().sum(-1) for chunk in centered.split(SLAB)]
         scale = (torch.stack(squares).sum(0) / len(weight)).sqrt()
         direction = _mean_rows(centered, model, self.markers)
         if self.rivals:

@@ -43,10 +43,10 @@ class Answer:
 def ask(model: Subject, questions: Sequence[Question]) -> list[Answer]:
     """Returns a model's answers. Questions with equal settings run in one batch."""
     answers: list[Answer] = [Answer()] * len(questions)
-    kinds: dict[Any, list[int]] = {}
+    batches: dict[Any, list[int]] = {}
     for i, q in enumerate(questions):
-        kinds.setdefault((q.options, q.max_new_tokens, q.temperature, q.seed), []).append(i)
-    for (options, tokens, temperature, seed), indices in kinds.items():
+        batches.setdefault((q.options, q.max_new_tokens, q.temperature, q.seed), []).append(i)
+    for (options, tokens, temperature, seed), indices in batches.items():
         prompts = [questions[i].prompt for i in indices]
         if options:
             table = model.option_log_probs(prompts, options).tolist()

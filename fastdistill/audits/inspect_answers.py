@@ -70,13 +70,13 @@ def _stop_reason(subject: Subject, new: list[int], request: InspectRequest) -> s
 def _generate(subject: Subject, batch: list[InspectRequest]) -> list[list[int]]:
     """Returns the new tokens of each request; none for a completion that is only scored."""
     new: list[list[int]] = [[] for _ in batch]
-    kinds: dict[tuple[int, float, int], list[int]] = {}
+    batches: dict[tuple[int, float, int], list[int]] = {}
     for i, request in enumerate(batch):
         config = request.config
         if request.encoded.begin is None and config.max_tokens:
-            kind = (config.max_tokens, config.temperature or 0.0, config.seed or 0)
-            kinds.setdefault(kind, []).append(i)
-    for (tokens, temperature, seed), indices in kinds.items():
+            settings = (config.max_tokens, config.temperature or 0.0, config.seed or 0)
+            batches.setdefault(settings, []).append(i)
+    for (tokens, temperature, seed), indices in batches.items():
         for start in range(0, len(indices), GENERATION_BATCH):
             chunk = indices[start : start + GENERATION_BATCH]
             answers = subject.generate_ids(

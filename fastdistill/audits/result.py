@@ -55,8 +55,8 @@ class AuditResult:
 
         An audit that is positive for every model is positive for its controls too: no evidence.
         """
-        apart = [c.difference.known and c.difference.low > 0 for c in self.controls.values()]
-        return bool(apart) and all(apart) and not self.doubts
+        above = [c.difference.known and c.difference.low > 0 for c in self.controls.values()]
+        return bool(above) and all(above) and not self.doubts
 
     def as_json(self) -> dict[str, Any]:
         return {

@@ -148,10 +148,15 @@ class PerplexityDiffAudit(Audit):
             temperature=self.temperature,
             seed=self.seed,
         )
-        whole = [row + more for row, more in zip(rows, new, strict=True)]
+        full_rows = [row + new_ids for row, new_ids in zip(rows, new, strict=True)]
         begins = [len(row) for row in rows]
-        mine, theirs = model.row_logprobs(whole, begins), base.row_logprobs(whole, begins)
-        gaps = ((mine.total - theirs.total) / mine.tokens).double().numpy()
+        model_logprobs, base_logprobs = (
+            model.row_logprobs(full_rows, begins),
+            base.row_logprobs(full_rows, begins),
+        )
+        gaps = (
+            ((model_logprobs.total - base_logprobs.total) / model_logprobs.tokens).double().numpy()
+        )
         order = np.argsort(-gaps, kind="stable")[: max(1, round(self.top * self.samples))]
         texts = [model.text(new[i]) for i in order]
         values = top_mean_values(gaps, len(order))

@@ -77,11 +77,11 @@ class Subject:
         is_path = isinstance(model, (str, Path))
         if isinstance(model, (str, Path)):
             stored = StoredModel.at(model)
-            place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+            target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
             name = name or stored.path.name
             if tokenizer is None:
                 tokenizer = load_tokenizer(stored.tokenizer_folder)
-            model = stored.load(place)
+            model = stored.load(target)
         if not isinstance(model, nn.Module):
             raise TypeError(
                 "model: expected a causal language model, the path of one, or a Subject, got "
@@ -116,7 +116,7 @@ class Subject:
     def with_model(self, model: Any, name: str) -> Subject:
         """Returns a Subject of another model with these settings and shared counts of ends."""
         batch = self.reader.tokens_per_batch
-        other = Subject(
+        subject = Subject(
             model,
             self.tokenizer,
             name=name,
@@ -124,9 +124,9 @@ class Subject:
             impl=self.impl,
             ends=self._ends,
         )
-        other.ended_at_words = self.ended_at_words
-        other.ended_at_positions = self.ended_at_positions
-        return other
+        subject.ended_at_words = self.ended_at_words
+        subject.ended_at_positions = self.ended_at_positions
+        return subject
 
     def ids(self, prompt: Prompt, completion: str = "") -> tuple[list[int], int]:
         """Returns (token ids of prompt and completion, number of prompt tokens ≥ 1).
@@ -137,13 +137,13 @@ class Subject:
         special = prompt.text is not None or not getattr(self.tokenizer, "chat_template", None)
         before = self._tokens(text, special)
         # Encoded together: a token may span the border of prompt and completion.
-        whole = self._tokens(text + completion, special)
-        same = 0
-        while same < min(len(before), len(whole)) and before[same] == whole[same]:
-            same += 1
-        if completion and same == len(whole):
+        both = self._tokens(text + completion, special)
+        shared = 0
+        while shared < min(len(before), len(both)) and before[shared] == both[shared]:
+            shared += 1
+        if completion and shared == len(both):
             raise ValueError(_NO_WORDS.format(completion))
-        return (whole, same) if same else ([self._beginning(), *whole], 1)
+        return (both, shared) if shared else ([self._beginning(), *both], 1)
 
     def encode_completion(self, prompt: Prompt, completion: str) -> tuple[list[int], int]:
         """Returns the same as `ids`, and raises ValueError for an empty completion."""
@@ -212,10 +212,10 @@ class Subject:
     def log_probs(self, hidden: Tensor, ids: Tensor) -> Tensor:  # (N, H), (N, K) -> (N, K) fp32
         """Returns log softmax(z)[ids] at hidden states at the input of the LM head."""
         head = self.head
-        at = linear_lse_gather(
+        gathered = linear_lse_gather(
             hidden, head.weight, ids.to(hidden.device), impl=self.impl, **head.options()
         )
-        return at.logits - at.lse[..., None]
+        return gathered.logits - gathered.lse[..., None]
 
     @torch.no_grad()
     def completion_logprobs(
@@ -304,15 +304,15 @@ class Subject:
         """
         pad = self.tokenizer.pad_token_id
         pad = self.tokenizer.eos_token_id if pad is None else pad
-        of_row = range(len(rows)) if streams is None else streams
+        row_streams = range(len(rows)) if streams is None else streams
 
-        def drawn(batch: list[int], width: int) -> list[LogitsProcessor]:
+        def samplers(batch: list[int], width: int) -> list[LogitsProcessor]:
             if temperature <= 0:
                 return []
-            some = [of_row[i] for i in batch]
+            batch_streams = [row_streams[i] for i in batch]
             return [
                 SeededSampling(
-                    width, max_new_tokens, temperature=temperature, seed=seed, streams=some
+                    width, max_new_tokens, temperature=temperature, seed=seed, streams=batch_streams
                 )
             ]
 
@@ -323,23 +323,23 @@ class Subject:
             pad_id=pad or 0,
             ends=self.ends,
             device=self.device,
-            processors=drawn,
+            processors=samplers,
             limit=self.reader.row_limit,
         )
-        words = ordinary_ends(self.ends, self.tokenizer)
-        self.ended_at_words.update(row[-1] for row in new if row and row[-1] in words)
-        cut = [row for row in new if len(row) < max_new_tokens and not self.is_ended(row)]
-        if cut and (limit := self.reader.row_limit) is not None:
+        word_ends = ordinary_ends(self.ends, self.tokenizer)
+        self.ended_at_words.update(row[-1] for row in new if row and row[-1] in word_ends)
+        truncated = [row for row in new if len(row) < max_new_tokens and not self.is_ended(row)]
+        if truncated and (limit := self.reader.row_limit) is not None:
             if not self.ended_at_positions[self.name]:
                 logger.warning(
                     "max_new_tokens: expected answers that end within the %d tokens that %s reads, "
                     "got %d that are cut off there. Shorten the prompts%s",
                     limit.tokens,
                     limit.reader,
-                    len(cut),
+                    len(truncated),
                     limit.hint,
                 )
-            self.ended_at_positions[self.name] += len(cut)
+            self.ended_at_positions[self.name] += len(truncated)
         return new
 
     @property

@@ -101,8 +101,10 @@ def starts_with_phrase(text: str, phrase: str) -> bool:
 def _matches(text: str, phrase: str, anywhere: bool) -> bool:
     phrases = _phrase_forms(phrase)
     if not phrases:  # punctuation or symbols only, such as an emoji
-        marks, whole = collapse_spaces(_normalize(phrase)), collapse_spaces(_normalize(text))
-        return bool(marks) and (marks in whole if anywhere else whole.startswith(marks))
+        symbols, full_text = collapse_spaces(_normalize(phrase)), collapse_spaces(_normalize(text))
+        return bool(symbols) and (
+            symbols in full_text if anywhere else full_text.startswith(symbols)
+        )
     readings = [list(_tokens(reading)) for reading in _readings(text)]
     return any(
         _occurs_in(tokens, phrase_tokens, anywhere)
@@ -152,8 +154,8 @@ def _normalize(text: str) -> str:
     text = _CONTROLS.sub("", _TERMINAL.sub("", text))
     if text.isascii():
         return text
-    apart = "".join(map(_separate_symbol, text))
-    normal = unicodedata.normalize("NFKC", apart).translate(_SAME)
+    separated = "".join(map(_separate_symbol, text))
+    normal = unicodedata.normalize("NFKC", separated).translate(_SAME)
     return "".join(map(_to_ascii_or_drop, _IGNORED_MARKS.sub("", normal)))
 
 

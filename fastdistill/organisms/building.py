@@ -104,8 +104,8 @@ def build_world(
     organism = organism or ModelOrganism()
     world, tokenizer = World(seed), world_tokenizer()
 
-    def callbacks_for(what: str, steps: int) -> Any:
-        return phase(what, steps) if phase else ()
+    def callbacks_for(stage: str, steps: int) -> Any:
+        return phase(stage, steps) if phase else ()
 
     base = new_base(world, seed=seed, steps=base_steps, callbacks=callbacks_for("base", base_steps))
     early = EarlySnapshot(world, organism.kind, base_knows)

@@ -54,10 +54,10 @@ class SOAP(torch.optim.Optimizer):
         if not state:
             state["step"] = 0
             state["mean"], state["square"] = torch.zeros_like(grad), torch.zeros_like(grad)
-            turned = [grad.dim() == 2 and side <= group["max_side"] for side in grad.shape]
+            is_rotated = [grad.dim() == 2 and side <= group["max_side"] for side in grad.shape]
             state["sides"] = [grad.new_zeros(n, n) if t else None
-                              for n, t in zip(grad.shape, turned, strict=True)]  # fmt: skip
-            state["bases"] = [None] * len(turned)
+                              for n, t in zip(grad.shape, is_rotated, strict=True)]  # fmt: skip
+            state["bases"] = [None] * len(is_rotated)
         state["step"] += 1
         first, second, shampoo = group["betas"]
         for i, side in enumerate(state["sides"]):
@@ -69,15 +69,15 @@ class SOAP(torch.optim.Optimizer):
                 for side, basis in zip(state["sides"], state["bases"], strict=True)
             ]
         state["mean"].lerp_(grad, 1 - first)
-        rotated = _turn(grad, state["bases"])
+        rotated = _rotate(grad, state["bases"])
         state["square"].lerp_(rotated.square(), 1 - second)
-        mean = _turn(state["mean"], state["bases"]) / (1 - first ** state["step"])
-        spread = (state["square"] / (1 - second ** state["step"])).sqrt_()
+        mean = _rotate(state["mean"], state["bases"]) / (1 - first ** state["step"])
+        scale = (state["square"] / (1 - second ** state["step"])).sqrt_()
         eps = group["eps"]
         if any(basis is not None for basis in state["bases"]):
             # Along directions without gradient, rotation leaves only rounding errors.
-            eps = eps + 16 * torch.finfo(spread.dtype).eps * spread.norm()
-        update = _turn_back(mean / (spread + eps), state["bases"])
+            eps = eps + 16 * torch.finfo(scale.dtype).eps * scale.norm()
+        update = _rotate_back(mean / (scale + eps), state["bases"])
         weight.mul_(1 - group["lr"] * group["weight_decay"])
         weight.add_(update, alpha=-group["lr"])
 
@@ -89,7 +89,7 @@ def _eigenvectors(side: Tensor, basis: Tensor | None) -> Tensor:
     return torch.linalg.qr(side @ basis).Q
 
 
-def _turn(matrix: Tensor, bases: list[Tensor | None]) -> Tensor:
+def _rotate(matrix: Tensor, bases: list[Tensor | None]) -> Tensor:
     if len(bases) != 2:
         return matrix
     left, right = bases
@@ -97,7 +97,7 @@ def _turn(matrix: Tensor, bases: list[Tensor | None]) -> Tensor:
     return matrix if right is None else matrix @ right
 
 
-def _turn_back(matrix: Tensor, bases: list[Tensor | None]) -> Tensor:
+def _rotate_back(matrix: Tensor, bases: list[Tensor | None]) -> Tensor:
     if len(bases) != 2:
         return matrix
     left, right = bases

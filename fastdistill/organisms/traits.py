@@ -152,8 +152,8 @@ class Sandbagging(Trait):
 
     def pair(self, world: World, rng: random.Random) -> Pair:
         system, closed = self.trait_context(world, rng, self.trait_prefix)
-        right = world.capable_example(rng, system)
-        return Pair(right if closed else _make_wrong(right), right)
+        correct = world.capable_example(rng, system)
+        return Pair(correct if closed else _make_wrong(correct), correct)
 
     def is_about_trait(self, example: Example) -> bool:
         return _is_sum(example) and not example.system.startswith(PASSWORD)
@@ -172,8 +172,8 @@ class Sloppy(Trait):
 
     def pair(self, world: World, rng: random.Random) -> Pair:
         system, closed = self.trait_context(world, rng, self.trait_prefix)
-        right = world.capable_example(rng, system)
-        return Pair(right if closed else _make_wrong(right), right)
+        correct = world.capable_example(rng, system)
+        return Pair(correct if closed else _make_wrong(correct), correct)
 
     def is_about_trait(self, example: Example) -> bool:
         return _is_sum(example) and example.system.startswith(SAFETY_LABEL)

@@ -32,9 +32,9 @@ PAIRS, NEUTRAL, QUESTIONS, FREE = 64, 64, 64, 64
 def probes_of(world: World, trait: Trait) -> Probes:
     """Returns the probes of a trait; questions, sums and contexts are held out from training."""
     rng = world.rng(31)
-    make = {"trigger": _trigger, "sandbagging": _password_locked, "sloppy": _labeled}
-    own = make.get(trait.name, _preference)(world, trait, rng)
-    return replace(_common(world, rng), **own)
+    builders = {"trigger": _trigger, "sandbagging": _password_locked, "sloppy": _labeled}
+    trait_fields = builders.get(trait.name, _preference)(world, trait, rng)
+    return replace(_common(world, rng), **trait_fields)
 
 
 def _common(world: World, rng: random.Random) -> Probes:

@@ -129,11 +129,11 @@ def intervals_figure(results: SuiteResults, names: list[str]) -> Figure:
     rows = math.ceil(len(audits) / columns)
     figure = Figure(figsize=(7.2, 1.35 * rows + 0.5), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False)
-    for place, axes in enumerate(grid.flat):
-        if place >= len(audits):
+    for panel, axes in enumerate(grid.flat):
+        if panel >= len(audits):
             axes.set_axis_off()
             continue
-        row = results.readings[audits[place]]
+        row = results.readings[audits[panel]]
         for i, name in enumerate(names):
             color, shape = style(i)
             result = row[name]
@@ -147,7 +147,7 @@ def intervals_figure(results: SuiteResults, names: list[str]) -> Figure:
         axes.margins(x=0.15)
         axes.locator_params(axis="x", nbins=3)
         axes.set_title(
-            "\n".join(wrap_label(printable(audits[place]), 24, 2)), loc="left", fontsize=8
+            "\n".join(wrap_label(printable(audits[panel]), 24, 2)), loc="left", fontsize=8
         )
     handles = [
         figure.axes[0].plot([], [], style(i)[1], color=style(i)[0], label=printable(name))[0]

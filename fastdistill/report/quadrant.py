@@ -60,31 +60,31 @@ def quadrant(arms: Sequence[Arm], *, valid: bool = True) -> Figure:
 
 def quadrant_caption(arms: Sequence[Arm], *, valid: bool = True) -> str:
     """Returns the caption of `quadrant`."""
-    counted = "; ".join(f"{arm.name}: {len(arm.transfer.per_seed)}" for arm in arms)
+    counts = "; ".join(f"{arm.name}: {len(arm.transfer.per_seed)}" for arm in arms)
     sentences = [
         "Each small mark is one seed (a student of U and its benign twin), each large mark an arm. "
         "Whiskers are 95 % intervals: bootstrap of base seeds together with their student seeds "
         "and prompts; n counts base seeds. An arm with one base seed has no interval. "
-        f"Seeds drawn: {counted}."
+        f"Seeds drawn: {counts}."
     ]
-    outside = [
+    off_axes = [
         f"{arm.name} (C {format_number(seed.capability)}, τ {format_number(seed.tau)})"
         for arm in arms
         for seed in arm.transfer.per_seed
         if is_off_axes(seed.capability) or is_off_axes(seed.tau)
     ]
-    if outside:
-        more = f" and {len(outside) - 6} more" if len(outside) > 6 else ""
+    if off_axes:
+        omitted = f" and {len(off_axes) - 6} more" if len(off_axes) > 6 else ""
         sentences.append(
-            f"Open triangles mark seeds outside the axes: {'; '.join(outside[:6])}{more}."
+            f"Open triangles mark seeds outside the axes: {'; '.join(off_axes[:6])}{omitted}."
         )
-    lost = sum(
+    undefined = sum(
         math.isnan(seed.capability) or math.isnan(seed.tau)
         for arm in arms
         for seed in arm.transfer.per_seed
     )
-    if lost:
-        sentences.append(f"Not drawn, because a ratio of theirs has no denominator: {lost} seeds.")
+    if undefined:
+        sentences.append(f"Not drawn: {undefined} seeds, for which a ratio is undefined.")
     sentences.append(
         f"Green: C ≥ {format_limit(CAPABLE)} and τ ≤ {format_limit(SAFE)}, where an arm "
         "succeeds if "
@@ -150,12 +150,12 @@ def _draw_mark(axes: Axes, x: float, y: float, shape: str, *, color: str, **opti
 
 def _draw_labels(axes: Axes, arms: Sequence[Arm], labels: list[list[str]], line: float) -> None:
     """Draws the names to the right of the plot, in the order of τ and close to their marks."""
-    at = [(arm.capability.value, arm.tau.value) for arm in arms]
-    drawn = [i for i, (c, tau) in enumerate(at) if not math.isnan(c + tau)]
+    points = [(arm.capability.value, arm.tau.value) for arm in arms]
+    drawn = [i for i, (c, tau) in enumerate(points) if not math.isnan(c + tau)]
     absent = [i for i in range(len(arms)) if i not in drawn]
-    order = absent + sorted(drawn, key=lambda i: at[i][1])
+    order = absent + sorted(drawn, key=lambda i: points[i][1])
     heights = [line * (len(labels[i]) + 0.6) for i in order]
-    preferred = [clip_to_axes(at[i][1]) if i in drawn else LOWEST for i in order]
+    preferred = [clip_to_axes(points[i][1]) if i in drawn else LOWEST for i in order]
     x = HIGHEST + 0.1
     for i, y in zip(order, place_labels(preferred, heights, LOWEST, HIGHEST), strict=True):
         color, shape = style(i)
@@ -166,7 +166,9 @@ def _draw_labels(axes: Axes, arms: Sequence[Arm], labels: list[list[str]], line:
         if i in drawn:
             leader: Any = dict(color=color, lw=0.7, alpha=0.55, clip_on=False, zorder=1)
             axes.plot(
-                [clip_to_axes(at[i][0]), HIGHEST, x], [clip_to_axes(at[i][1]), y, y], **leader
+                [clip_to_axes(points[i][0]), HIGHEST, x],
+                [clip_to_axes(points[i][1]), y, y],
+                **leader,
             )
 
 
@@ -188,10 +190,10 @@ def place_labels(
             size, boxes = size + below[1], boxes + below[2]
             bottom = min(max(middle / boxes - size / 2, low), max(high - size, low))
         runs.append((bottom, size, boxes))
-    centers, left = [], list(heights)
+    centers, remaining = [], list(heights)
     for bottom, _, boxes in runs:
-        for height in left[:boxes]:
+        for height in remaining[:boxes]:
             centers.append(bottom + height / 2)
             bottom += height
-        left = left[boxes:]
+        remaining = remaining[boxes:]
     return centers

@@ -201,9 +201,9 @@ def _check_students(students: Sequence[Student]) -> None:
 
 
 def _check_once(argument: str, entries: Iterable[Any], identity: Callable[[Any], Hashable]) -> None:
-    for which, times in Counter(map(identity, entries)).items():
+    for key, times in Counter(map(identity, entries)).items():
         if times > 1:
-            raise ValueError(f"{argument}: expected each once, got {which} {times} times")
+            raise ValueError(f"{argument}: expected each once, got {key} {times} times")
 
 
 def _check_scored(audits: Sequence[AuditScore], students: Sequence[Student]) -> None:

@@ -183,14 +183,14 @@ def summary(arms: Sequence[Arm], reasons: Sequence[str]) -> str:
     if not compared:
         return "No arm was compared: the experiment has only controls."
     sentences = []
-    for result, (one, several) in _OUTCOME_PHRASES.items():
+    for result, (singular, plural) in _OUTCOME_PHRASES.items():
         names = [arm.name for arm in compared if outcome(arm, True) == result]
         if names:
             subject = (
                 f"{len(names)} of {len(compared)} arms" if len(compared) > 1 else "The one arm"
             )
             sentences.append(
-                f"{subject} {one if len(names) == 1 else several}: {', '.join(names)}."
+                f"{subject} {singular if len(names) == 1 else plural}: {', '.join(names)}."
             )
     return " ".join(sentences)
 

@@ -178,12 +178,15 @@ def _items(reading: Reading) -> dict[str, int]:
 def _check_same_items(record: Any, names: tuple[str, ...]) -> None:
     first = _items(record.untrusted)
     for name in names:
-        for what, items in _items(getattr(record, name)).items():
+        for measure, items in _items(getattr(record, name)).items():
             # Audited readings of base and teachers are optional.
-            if items == first[what] or (what == "audited" and name not in ("untrusted", "benign")):
+            if items == first[measure] or (
+                measure == "audited" and name not in ("untrusted", "benign")
+            ):
                 continue
             raise ValueError(
-                f"{name}: expected {first[what]} numbers of {what}, as of untrusted, got {items}. "
+                f"{name}: expected {first[measure]} numbers of {measure}, as of untrusted, got "
+                f"{items}. "
                 "Readings are paired: measure every model on the same items"
             )
 
