@@ -166,7 +166,7 @@ def test_other_tensors_come_as_stored(tmp_path):
         (AWQ | {"bits": 8}, "bits: expected 4, got 8"),
         (AWQ | {"group_size": 48}, "scales': expected 2 rows for 64 columns in groups of 48"),
         (GPTQ | {"group_size": 16}, r"expected groups 0 to 1.*got 0 to 3"),
-        (GPTQ | {"group_size": 64}, r"expected 1 rows of .*got 2: the rest would lie idle"),
+        (GPTQ | {"group_size": 64}, r"expected 1 rows of .*got 2: some would be unused"),
         (GPTQ | {"group_size": -1}, r"expected 1 rows of .*group_size: -1.*got 2"),
     ],
 )

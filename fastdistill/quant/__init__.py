@@ -1,6 +1,6 @@
-"""Quantized teachers: 4- and 8-bit weights, the layers over them, and the checkpoints they come in.
+"""Quantized teachers: 4- and 8-bit weights, their layers, and checkpoint formats.
 
-Importing this imports nothing else: every name below is loaded when it is first used.
+Names are imported lazily, on first use.
 """
 
 from importlib import import_module

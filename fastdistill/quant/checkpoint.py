@@ -1,7 +1,7 @@
-"""A checkpoint of any supported kind, as its config and one thunk per weight.
+"""Opens a checkpoint of any supported kind, as its config and one thunk per weight.
 
-Nothing but headers is read until a thunk is called, so a loader can stream a model of any size
-through the memory of its largest tensor.
+Only headers are read until a thunk is called, so a loader can stream a model of any size with the
+memory of its largest tensor.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ _READERS: dict[str, Callable[[TensorFiles, dict[str, Any]], dict[str, Thunk]]] =
 
 @dataclass(frozen=True)
 class Checkpoint:
-    path: Path  # the folder or file; of a folder with one .gguf file, that file
-    config: dict[str, Any]  # config.json, or what a .gguf file says of the same; {} without either
+    path: Path  # the folder or file; for a folder with one .gguf file, that file
+    config: dict[str, Any]  # config.json, or the equivalent of a .gguf file; {} without either
     method: str | None  # "bitsandbytes" | "gptq" | "awq" | "gguf" | "fastdistill"; None: plain
     weights: dict[str, Thunk]  # by parameter name
     files: TensorFiles | None = None  # None: a .gguf file
@@ -62,8 +62,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def is_quantized_checkpoint(path: str | Path) -> bool:
-    """Whether there is a quantized checkpoint at `path`, supported or not; False where there is
-    none at all, so also for a name on the Hugging Face hub.
+    """Whether there is a quantized checkpoint at `path`, supported or not; False for hub names.
 
     Raises:
         CheckpointError: its headers are damaged.
@@ -81,7 +80,7 @@ def is_quantized_checkpoint(path: str | Path) -> bool:
 
 
 def _gguf_file(path: Path) -> Path | None:
-    """The .gguf file that `path` is, or the only one in it beside no safetensors."""
+    """Return `path` if it is a .gguf file, or the only one in a folder without safetensors."""
     if path.is_dir():
         files = sorted(path.glob("*.gguf"))
         if not files or any(path.glob("*.safetensors*")):
@@ -99,7 +98,7 @@ def _gguf_file(path: Path) -> Path | None:
 
 
 def _stored_as(files: TensorFiles) -> tuple[str, ...]:
-    """The methods whose tensors these are, by name; GPTQ and AWQ have the same names."""
+    """Return the methods that fit the tensor names; GPTQ and AWQ have the same names."""
     names = files.names()
     if own_format.is_own_format(files):
         return (own_format.KEY,)
@@ -109,8 +108,7 @@ def _stored_as(files: TensorFiles) -> tuple[str, ...]:
 
 
 def check_stored_method(files: TensorFiles, config: dict[str, Any]) -> str | None:
-    """Return how the weights are quantized, after checking that config.json and the tensors agree;
-    None where they are plain."""
+    """Return how the weights are quantized, None if plain, after checking config.json."""
     settings = config.get("quantization_config")
     stored = _stored_as(files)
     if settings is None:
@@ -128,7 +126,7 @@ def check_stored_method(files: TensorFiles, config: dict[str, Any]) -> str | Non
         )
     method = settings.get("quant_method")
     if method is None and (settings.get("load_in_4bit") or settings.get("load_in_8bit")):
-        method = "bitsandbytes"  # as transformers wrote it before there were others
+        method = "bitsandbytes"  # older transformers did not write quant_method
     if not isinstance(method, str) or method not in _READERS:
         raise CheckpointError(
             f"{files.config_file}: quant_method: expected one of {tuple(_READERS)}, or a .gguf "

@@ -1,7 +1,7 @@
-"""How transformers makes a model's weights from stored tensors, found out from their names alone.
+"""Finds how transformers builds a model's weights from stored tensors, by their names.
 
-A stored tensor is renamed, and may be merged with others (the experts of a mixture are stacked).
-One that ends up in no weight is refused by name: it would be stored and not used.
+A stored tensor is renamed, and may be merged with others (the experts of a mixture are stacked). A
+tensor that no weight uses raises an error.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from ..runtime.printable import printable
 from .tensor_files import CheckpointError, TensorFiles
 
 _MAX_LISTED = 3
-# Older versions stored the causal mask [1, 1, P, P] of a layer, and the number that it puts in.
+# Older versions stored the causal mask [1, 1, P, P] of a layer, and its fill value.
 _MASK = re.compile(r"attn(\.attention)?\.bias$")
 _MASKED = re.compile(r"attn(\.attention)?\.masked_bias$")
 
 
 @dataclass
 class Conversion:
-    """Which stored tensors each weight of a model is made of.
+    """The stored tensors of each weight of a model.
 
     Args:
-        sources: weight -> the (stored name, pattern of a converter or None) that it is made of.
+        sources: weight -> its (stored name, pattern of a converter or None).
         rules: pattern -> the converter of transformers.
-        unused: stored names that end up in no weight and that transformers does not ignore either.
+        unused: stored names that no weight uses and that transformers does not ignore.
     """
 
     sources: dict[str, list[tuple[str, str | None]]] = field(default_factory=dict)
@@ -67,8 +67,7 @@ def conversion_of(
 
 
 def is_ignored(model: PreTrainedModel, name: str) -> bool:
-    """Whether transformers declares that a stored tensor of this name is not needed: buffers that
-    older versions stored, and parts that the class leaves out."""
+    """Whether transformers ignores a stored tensor of this name, such as a former buffer."""
     patterns = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
     buffers = [buffer for buffer, _ in model.named_buffers()]
     if any(buffer.endswith("rotary_emb.inv_freq") for buffer in buffers):
@@ -79,7 +78,7 @@ def is_ignored(model: PreTrainedModel, name: str) -> bool:
 
 
 def is_mask(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether a stored tensor is a causal mask, which every model makes itself."""
+    """Whether a stored tensor is a causal mask, which models compute themselves."""
     square = len(shape) == 4 and shape[:2] == (1, 1) and shape[2] == shape[3]
     return bool((square and _MASK.search(name)) or (shape in ((), (1,)) and _MASKED.search(name)))
 
@@ -87,7 +86,7 @@ def is_mask(name: str, shape: tuple[int, ...]) -> bool:
 def check_all_used(
     path: Path, model: PreTrainedModel, names: Iterable[str], files: TensorFiles | None
 ) -> None:
-    """Raise CheckpointError that names stored tensors which the model has no place for."""
+    """Raise CheckpointError that names stored tensors which the model does not use."""
     if files is not None:
         names = [n for n in names if n not in files or not is_mask(n, files.shape(n))]
     if names := sorted(names, key=_natural):
@@ -95,13 +94,13 @@ def check_all_used(
         more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
         raise CheckpointError(
             f"{path}: expected the tensors of a {type(model).__name__}, got {listed}{more}, which "
-            "it has no place for and which would not be used. Is this the checkpoint of another "
-            "model? Remove these tensors if they are not wanted"
+            "it does not use. Is this the checkpoint of another model? Remove these tensors if "
+            "they are not needed"
         )
 
 
 def check_no_duplicates(path: Path, conversion: Conversion) -> None:
-    """Raise CheckpointError where two stored tensors claim to be one weight."""
+    """Raise CheckpointError if two stored tensors map to one weight."""
     for name, sources in conversion.sources.items():
         plain = [stored for stored, pattern in sources if pattern is None]
         if len(plain) > 1 or (plain and len(sources) > 1):

@@ -1,9 +1,9 @@
-"""Who does the work of quantized inference on a device: one table of functions per implementation.
+"""Selects the implementation of quantized inference on a device.
 
     CPU     the compiled module (csrc/, any of four instruction sets)  →  plain PyTorch
     CUDA    the compiled module (csrc/cuda_quant.cu)  →  Triton  →  plain PyTorch
 
-All of them give the same bits. What runs is the first of the row that is there.
+All of them give the same bits. The first available one of the row is used.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ from . import native, torch_ops
 
 
 class QuantEngine(NamedTuple):
-    """lut4_dequant    codes, scales and a table -> a given [N, K] tensor of floats, fp8 or int8
-    int8_dequant    int8 and scales -> a given [N, K] tensor of floats
+    """The functions of one implementation.
+
+    lut4_dequant    codes, scales and a table -> an output tensor [N, K] of floats, fp8 or int8
+    int8_dequant    int8 and scales -> an output tensor [N, K] of floats
     quantize_rows   activations [M, K] -> (int8 or fp8, fp32 scale [M])
-    lut4_products   x Wᵀ of activations in 8 bits per group and weights in 4, summed in fp32
-    int8_products   the same with weights in 8
+    lut4_products   x Wᵀ of 8-bit activations per group and 4-bit weights, accumulated in fp32
+    int8_products   the same with 8-bit weights
     """
 
     name: str

@@ -1,8 +1,8 @@
-"""Experts of a mixture: one stacked weight [E, N, K], of which a token's forward uses a few.
+"""Quantized experts of a mixture: one stacked weight [E, N, K].
 
-transformers keeps the experts of a layer in 3-D parameters and, in its plain ("eager") forward,
-asks for them one by one: F.linear(x, self.gate_up_proj[e]). An ExpertStack answers that subscript
-with a handle that F.linear takes for a weight, so that no model family is patched here.
+transformers keeps the experts of a layer in 3-D parameters and, in its "eager" forward, uses them
+one by one: F.linear(x, self.gate_up_proj[e]). Indexing an ExpertStack returns a handle that
+F.linear accepts as a weight, so that no model code is patched.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .linear import Parts, QuantizedWeight, check_compute, product, row_scale
 
 
 class ExpertStack(QuantizedWeight):
-    """E weights [N, K] in one QuantWeight [E · N, K]; stack[e] stands for the e-th."""
+    """E weights [N, K] in one QuantWeight [E · N, K]; stack[e] is a handle to the e-th."""
 
     def __init__(self, weight: QuantWeight, experts: int, *, compute: str = "auto") -> None:
         check_compute(compute)
@@ -58,7 +58,7 @@ class ExpertStack(QuantizedWeight):
 
 
 class Expert:
-    """stack[e], good for F.linear(x, stack[e]) and nothing else."""
+    """A handle to one expert; it supports F.linear(x, stack[e]) only."""
 
     def __init__(self, stack: ExpertStack, index: int) -> None:
         self.stack, self.index = stack, index
@@ -85,8 +85,9 @@ class Expert:
 
 
 def expert_parameters(module: nn.Module) -> list[str]:
-    """Names of a module's stacked [E, N, K] weights; empty where it is no such module, or where its
-    weights are stored transposed."""
+    """Return the names of a module's stacked [E, N, K] weights; empty if there are none.
+
+    Weights that are stored transposed are not supported, and not returned."""
     if not hasattr(module, "num_experts") or getattr(module, "is_transposed", False):
         return []
     return [
@@ -97,8 +98,7 @@ def expert_parameters(module: nn.Module) -> list[str]:
 
 
 def put_experts(module: nn.Module, name: str, stack: ExpertStack) -> None:
-    """Put a stack in the place of a 3-D parameter and ask for the forward that goes expert by
-    expert."""
+    """Replace a 3-D parameter by a stack, and select the eager forward of experts."""
     del module._parameters[name]
     module.add_module(name, stack)
     config = getattr(module, "config", None)

@@ -1,12 +1,11 @@
-"""Two weight formats that every checkpoint maps onto, and how a tensor is brought into them.
+"""The two weight formats that represent every checkpoint, and quantization to them.
 
     LUT4   w[i] = lut[q[i]] · scale[i / block] (+ offset[i / block])     4 bits and a table of 16
     INT8   w[i] = q[i] · scale[i / block]                                8 bits
 
-computed in fp32, product and sum rounded one after the other, and rounded once more to the type
-asked for. i runs over the flattened [N, K] tensor and blocks do too: where K is no multiple of the
-block they cross rows, as bitsandbytes' do. Element 2j is the high nibble of byte j, 2j + 1 the
-low.
+are computed in fp32, with separate rounding of product and sum, and then rounded to the output
+dtype. i indexes the flattened [N, K] tensor: if K is no multiple of the block, blocks cross rows,
+as in bitsandbytes. Element 2j is the high nibble of byte j, 2j + 1 the low one.
 
 NF4 and FP4 (Dettmers et al. 2023, QLoRA), GPTQ, AWQ and GGUF Q4_0 are LUT4 with other tables,
 scales and offsets; GGUF Q8_0 is INT8 with a block of 32.
@@ -29,7 +28,7 @@ NF4 = (
     0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
     0.7229568362236023, 1.0,
 )  # fmt: skip
-# 1 sign, 2 exponent and 1 mantissa bit over 12, in the order of bitsandbytes' codes.
+# 1 sign, 2 exponent and 1 mantissa bit, divided by 12, in the order of bitsandbytes' codes.
 _FP4_MAGNITUDES = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
 FP4 = tuple(m / 12 for m in _FP4_MAGNITUDES) + tuple(0 - m / 12 for m in _FP4_MAGNITUDES)
 UNSIGNED = tuple(float(i) for i in range(16))  # GPTQ, AWQ and own int4: scale · q + offset
@@ -68,8 +67,9 @@ class Nested(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Lut4Weight:
-    """A [N, K] weight in 4 bits. `perm` [K]: column j here is column perm[j] of the layer's input
-    (GPTQ's act-order); tensors share one device."""
+    """A 4-bit weight [N, K]; all tensors are on one device.
+
+    `perm` [K]: column j is column perm[j] of the layer's input (GPTQ's act-order)."""
 
     shape: tuple[int, int]
     block: int
@@ -85,13 +85,13 @@ class Lut4Weight:
             _expect("perm", self.perm, torch.int64, self.shape[1])
 
     def expanded(self) -> Lut4Weight:
-        """The same with plain fp32 scales."""
+        """Return the weight with plain fp32 scales."""
         return replace(self, scale=self.scale.expand()) if isinstance(self.scale, Nested) else self
 
 
 @dataclass(frozen=True, kw_only=True)
 class Int8Weight:
-    """A [N, K] weight in 8 bits, one scale per row (block = K) or per block of a row."""
+    """An 8-bit weight [N, K] with one scale per row (block = K) or per block of a row."""
 
     shape: tuple[int, int]
     block: int
@@ -113,7 +113,7 @@ def check_lut4(
     lut: Tensor,
     offset: Tensor | None,
 ) -> None:
-    """Check that the parts of a 4-bit weight have the types and lengths that kernels rely on."""
+    """Check the dtypes and lengths of a 4-bit weight's parts, which kernels rely on."""
     count = math.prod(shape)
     _positive("block", block)
     blocks = -(-count // block)
@@ -132,7 +132,7 @@ def check_lut4(
 
 
 def check_int8(shape: tuple[int, int], block: int, qdata: Tensor, scale: Tensor) -> None:
-    """Check that the parts of an 8-bit weight have the types and lengths that kernels rely on."""
+    """Check the dtypes and lengths of an 8-bit weight's parts, which kernels rely on."""
     N, K = shape
     _positive("block", block)
     if K % block:
@@ -142,7 +142,7 @@ def check_int8(shape: tuple[int, int], block: int, qdata: Tensor, scale: Tensor)
 
 
 def check_row_vector(name: str, value: Tensor | None, rows: int, *, fp32: bool = False) -> None:
-    """Check a bias, or with fp32 a scale of each row: one number for each of `rows` outputs."""
+    """Check a bias, or with `fp32` a row scale: one number for each of `rows` outputs."""
     if value is None:
         return
     if not isinstance(value, Tensor):
@@ -176,8 +176,9 @@ def table(name: str, device: torch.device | str | None = None) -> Tensor:  # fp3
 
 
 def int8_table(lut: Tensor) -> tuple[Tensor, float]:
-    """(codes int8 [16], unit) with lut ≈ unit · codes: exact for integers, else to 1/254 of the
-    largest entry."""
+    """Return (codes int8 [16], unit) with lut ≈ unit · codes.
+
+    Exact for integers, else with an error of at most 1/254 of the largest entry."""
     if bool((lut == lut.round()).all()) and lut.abs().max() <= 127:
         return lut.to(torch.int8), 1.0
     top = lut.abs().max().item()
@@ -185,11 +186,11 @@ def int8_table(lut: Tensor) -> tuple[Tensor, float]:
 
 
 def quantize(weight: Tensor, scheme: str, *, block: int = BLOCK) -> QuantWeight:
-    """Bring a floating-point [N, K] weight into `scheme`.
+    """Quantize a floating-point weight [N, K] with `scheme`.
 
-    nf4, fp4: bitsandbytes' bytes, bit for bit (absmax of each block of the flattened tensor,
-    nearest table entry). int4: 16 equal steps from the block's least to its greatest value. int8:
-    255 steps, symmetric, one scale per row.
+    nf4, fp4: bit-identical to bitsandbytes (absmax of each block of the flattened tensor, nearest
+    table entry). int4: 16 equal steps from the block's minimum to its maximum. int8: 255 symmetric
+    steps, one scale per row.
 
     Raises:
         ValueError: an unknown scheme, a weight that is not floating point and 2-D, an odd block.
@@ -229,33 +230,33 @@ def quantize(weight: Tensor, scheme: str, *, block: int = BLOCK) -> QuantWeight:
 
 
 def _chunk(values: Tensor, scheme: str, lut: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(q uint8, scale, offset) of some whole blocks, the last perhaps short."""
+    """Return (q uint8, scale, offset) of whole blocks; the last one may be short."""
     count = values.numel()
     short = -count % block
-    if short:  # the last value again changes neither the extremes nor, cut off, the codes
+    if short:  # pad with the last value, which does not change the extremes
         values = torch.cat([values, values[-1:].expand(short)])
     by_block = values.view(-1, block)
     if scheme == "int4":
         low, high = by_block.amin(-1), by_block.amax(-1)
         scale = (high - low) / 15
-        least = torch.finfo(torch.float32).tiny  # a block of equal values has no steps
+        least = torch.finfo(torch.float32).tiny  # the scale of equal values is 0
         steps = (by_block - low[:, None]) / scale.clamp(min=least)[:, None]
         return steps.round().clamp_(0, 15).to(torch.uint8).view(-1)[:count], scale, low
     scale = by_block.abs().amax(-1)
-    # Multiplied by the reciprocal, as bitsandbytes does: a division would round otherwise.
+    # Multiply by the reciprocal, as bitsandbytes does: a division would round differently.
     unit = by_block.mul(scale.clamp(min=1e-38).reciprocal()[:, None]).clamp_(-1, 1).view(-1)[:count]
     return _nearest(unit, lut), scale, scale
 
 
 def _nearest(unit: Tensor, lut: Tensor) -> Tensor:
-    """Codes of the nearest entries; halfway goes to the lower one.
+    """Return the codes of the nearest entries; ties go to the lower one.
 
     FP4 has two zeros: as in bitsandbytes, small positive values get the second one's code.
     """
     values, codes = lut.sort(stable=True)
     rank = torch.zeros(unit.shape, dtype=torch.uint8, device=unit.device)
     for halfway in ((values[:-1] + values[1:]) / 2).unbind():
-        rank += unit > halfway  # fifteen comparisons in cache beat a search
+        rank += unit > halfway  # fifteen comparisons in cache are faster than a search
     return rank if torch.equal(values, lut) else codes.to(torch.uint8)[rank.int()]
 
 
@@ -267,7 +268,7 @@ def _int8(weight: Tensor) -> Int8Weight:
     for start in range(0, N, rows):
         values = weight[start : start + rows].detach().float()
         top = values.abs().amax(-1)
-        inverse = torch.full_like(top, 127) / top  # a number over a tensor would round twice
+        inverse = torch.full_like(top, 127) / top  # scalar / tensor would round twice
         usable = inverse.isfinite() | ~top.isfinite()
         scale[start : start + rows] = torch.where(usable, top / 127, 0.0)
         inverse = torch.where(usable, inverse, 0.0)
@@ -277,13 +278,13 @@ def _int8(weight: Tensor) -> Int8Weight:
 
 
 def _finite(scale: Tensor) -> None:
-    """A NaN or infinity among the weights shows in its block's scale."""
+    """Raise ValueError for NaN or infinity, which propagate to the scale of their block."""
     if not bool(scale.isfinite().all()):
         raise ValueError("weight: expected finite values, got NaN or infinity")
 
 
 def pack_nibbles(q: Tensor) -> Tensor:
-    """uint8 codes below 16, flattened -> two per byte, the first in the high nibble."""
+    """Pack uint8 codes below 16, flattened, two per byte, the first in the high nibble."""
     q = q.reshape(-1)
     if q.numel() % 2:
         q = torch.cat([q, q.new_zeros(1)])

@@ -1,12 +1,12 @@
-"""The header of a .gguf file (GGUF version 2 and 3, little-endian), walked within its bounds.
+"""Reads the header of a .gguf file (GGUF version 2 and 3, little-endian) within its bounds.
 
     "GGUF" | u32 version | u64 tensors | u64 fields
     field    string key | u32 type | value          string: u64 length | bytes
     tensor   string name | u32 n | u64 dims[n], the innermost first | u32 type | u64 offset
     padding to general.alignment, then the data, where each tensor begins at its offset
 
-The reader of the gguf package trusts the counts and lengths that it finds, so a flipped bit may
-send it allocating without end. This walk comes first: after it, every length fits into the file.
+The reader of the gguf package trusts counts and lengths, so a flipped bit may make it allocate
+without bound. This reader runs first and checks that every length fits into the file.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, NamedTuple
 from .tensor_files import CheckpointError, check_not_pickle, reading
 
 MAGIC = b"GGUF"
-# Far above what models have (vocabularies of 300,000 words, chat templates of 100 kB).
+# Far above real models (vocabularies of 300,000 words, chat templates of 100 kB).
 _MOST_FIELDS, _MOST_TENSORS, _MOST_ITEMS, _LONGEST = 1 << 12, 1 << 16, 1 << 22, 1 << 22
 _SCALARS = dict(enumerate("BbHhIif?", start=0)) | {10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
@@ -120,7 +120,7 @@ def _tensor(walk: _Walk, sizes: dict[Any, tuple[int, int]]) -> tuple[str, GGUFTe
 
 
 class _Walk:
-    """A position in a file that cannot leave it."""
+    """Reads a file sequentially and checks all lengths against its size."""
 
     def __init__(self, stream: BinaryIO, size: int) -> None:
         self.stream, self.size, self.at, self.items = stream, size, 0, 0

@@ -1,8 +1,7 @@
-"""What the metadata of a .gguf file says of a model: used, or refused by name.
+"""Reads the metadata of a .gguf file and checks that all of it is used.
 
-A key of the architecture's own namespace ("llama.rope.scaling.factor") is read by transformers'
-config of such a file, or here, or changes nothing at the value that it has. Any other one may
-change the mathematics, and the file is refused.
+A key of the architecture's namespace ("llama.rope.scaling.factor") is read by transformers or here,
+or must have a neutral value. Any other key may change the mathematics and raises an error.
 """
 
 from __future__ import annotations
@@ -19,9 +18,9 @@ _READ = {*_REQUIRED, "vocab_size", "attention.head_count_kv", "attention.key_len
          "attention.value_length", "attention.scale", "attention.sliding_window",
          "rope.dimension_count", "rope.freq_base", "rope.scaling.type", "rope.scaling.factor",
          "rope.scale_linear"}  # fmt: skip
-# Of scalings with another type than linear, which are refused by it; where the model came from.
+# Details of non-linear scalings, which are refused by their type; the origin of the model.
 _SILENT = {"rope.scaling.original_context_length", "rope.scaling.finetuned", "tensor_data_layout"}
-# The values at which llama.cpp leaves a model as it is. "" is an absent text.
+# Neutral values, with which llama.cpp computes the plain model.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "attention.causal": (True,),
     "attention.clamp_kqv": (0,),
@@ -43,10 +42,9 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 
 def read_metadata(fields: dict[str, Any], family: str) -> dict[str, Any]:
-    """Return the entries of a config that transformers leaves out.
+    """Return the config entries that transformers does not read.
 
-    Raises ValueError that names a key which is missing, or which changes the mathematics in a way
-    that no config expresses.
+    Raises ValueError for a missing key, and for one that no config can express.
     """
     own = {
         key.removeprefix(f"{family}."): value
@@ -69,7 +67,7 @@ def read_metadata(fields: dict[str, Any], family: str) -> dict[str, Any]:
 
 
 def check_scale(fields: dict[str, Any], family: str, width: int) -> None:
-    """Raise ValueError for heads that are scaled or sized otherwise than by their width."""
+    """Raise ValueError for heads whose scale or value size does not follow from their width."""
     scale, values = (fields.get(f"{family}.attention.{key}") for key in ("scale", "value_length"))
     if scale and not math.isclose(scale, width**-0.5, rel_tol=1e-5):
         raise ValueError(
@@ -83,7 +81,7 @@ def check_scale(fields: dict[str, Any], family: str, width: int) -> None:
 
 
 def _scaling(own: dict[str, Any], family: str) -> dict[str, Any]:
-    """A factor without a type is linear, as llama.cpp takes it; scale_linear is its older name."""
+    """Return rope_scaling. As in llama.cpp, a factor without a type is linear."""
     kind = own.get("rope.scaling.type") or "linear"
     factor = own.get("rope.scaling.factor") or own.get("rope.scale_linear") or 1.0
     if kind not in ("none", "linear"):
@@ -101,7 +99,7 @@ def _scaling(own: dict[str, Any], family: str) -> dict[str, Any]:
 
 
 def _window(own: dict[str, Any], family: str) -> dict[str, Any]:
-    """phi3 has a window in transformers too; a window of the whole context is none."""
+    """Return sliding_window of phi3; raise for a real window in other families."""
     window = own.get("attention.sliding_window") or None
     if family == "phi3":
         return {"sliding_window": window}

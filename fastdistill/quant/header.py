@@ -1,4 +1,4 @@
-"""A configuration against the headers of its checkpoint, before memory is taken for a model."""
+"""Checks a configuration against the headers of its checkpoint, before memory is allocated."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from ..runtime.printable import printable
 from .conversion import check_no_duplicates, conversion_of
 from .tensor_files import CheckpointError, TensorFiles
 
-# A model makes some buffers itself (rotary frequencies, masks). They are small beside its weights.
+# A model creates some buffers itself (rotary frequencies, masks), which are smaller than weights.
 _LARGEST_BUFFERS = 1 << 30
-# Of a checkpoint: weights have 4 bits at least, and a few are made anew (tables of positions).
+# Stored weights have at least 4 bits, and a few are not stored (tables of positions).
 _MOST_PER_BYTE, _MADE_ANEW = 2, 1 << 24
 _FLOATS = ("F64", "F32", "F16", "BF16", "F8_")  # how safetensors' names of such types begin
 
@@ -32,7 +32,7 @@ def check_header(
     *,
     stored: int,
 ) -> None:
-    """Raise CheckpointError where a configuration asks for a model that the tensors contradict.
+    """Raise CheckpointError if a configuration and the stored tensors disagree.
 
     Args:
         path: of the checkpoint. config: its configuration.
@@ -82,8 +82,9 @@ def check_header(
 
 
 def _check_type(files: TensorFiles, name: str, weight: Tensor) -> None:
-    """Raise for integers, truth values and complex numbers where a model has plain floats: they
-    are codes whose scale is missing, and a cast would take them for numbers."""
+    """Raise CheckpointError for integers, bools and complex numbers in place of floats.
+
+    They may be quantization codes without scale, which a cast would treat as numbers."""
     kind = files.dtype(name)
     if weight.is_floating_point() and not kind.startswith(_FLOATS):
         raise CheckpointError(
@@ -93,8 +94,9 @@ def _check_type(files: TensorFiles, name: str, weight: Tensor) -> None:
 
 
 def keep_untied(model: PreTrainedModel, tied: Iterable[str]) -> None:
-    """Say in the configuration that the weights in `tied` are not tied, where none of them is:
-    tied later, what is stored for one of them would be lost."""
+    """Set tie_word_embeddings to False if none of the weights in `tied` is tied any more.
+
+    Otherwise a later tie would overwrite a stored weight."""
     left: set[str] = set(model.all_tied_weights_keys)
     if set(tied) - left and not left:
         for config in (model.config, model.config.get_text_config()):

@@ -1,7 +1,7 @@
-"""Layers over quantized weights, in the place of nn.Linear (and of GPT-2's Conv1D).
+"""Layers with quantized weights, which replace nn.Linear (and GPT-2's Conv1D).
 
-They hold the weight in its canonical format and nothing else: a state_dict is the same before and
-after a forward pass, and on every machine.
+They store the weight in its canonical format only: a state_dict is the same before and after a
+forward pass, and on every machine.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class QuantizedWeight(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        if self._buffers.get("row_scale") is not None:  # made of the weights that were replaced
+        if self._buffers.get("row_scale") is not None:  # derived from the previous weights
             self._buffers["row_scale"] = row_scale(self.quantized, self.compute)
 
     @property
@@ -87,12 +87,12 @@ class QuantizedWeight(nn.Module):
         )
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:  # [N, K]
-        """The dense weight, columns in the order of the layer's input."""
+        """Return the dense weight, with columns in the order of the layer's input."""
         return dequantize(self.quantized, dtype)
 
 
 class Parts(NamedTuple):
-    """A QuantWeight as the operators take it: tensors and numbers."""
+    """The arguments of the operators for a QuantWeight."""
 
     shape: tuple[int, int]
     block: int

@@ -1,9 +1,9 @@
-"""Load a checkpoint one tensor at a time, quantizing on the way: the peak is the quantized model
-and one layer.
+"""Loads and quantizes a checkpoint tensor by tensor.
 
-The model is built without memory for its weights. Each stored tensor is then read, renamed and
-merged by transformers' own conversion rules (which stack the experts of a mixture), quantized on
-the target device if it belongs to a linear layer, and put into its place.
+Peak memory is the quantized model plus one layer in full precision.
+The model is built on the meta device. Each stored tensor is then read, renamed and merged by the
+conversion rules of transformers (which stack the experts of a mixture), quantized on the target
+device if it belongs to a linear layer, and assigned.
 """
 
 from __future__ import annotations
@@ -45,16 +45,16 @@ def load_quantized(
     attn_implementation: str | None = None,
     skip: tuple[str, ...] = ("lm_head",),
 ) -> PreTrainedModel:
-    """A frozen causal language model from a folder of safetensors or a .gguf file.
+    """Load a frozen causal language model from a folder of safetensors or a .gguf file.
 
     Args:
-        path: full-precision weights (then `quant` says what to make of them), or a checkpoint that
-            is quantized: by `save_quantized`, bitsandbytes (NF4, FP4, 8-bit), GPTQ, AWQ, or GGUF
-            Q4_0 and Q8_0; those keep their bits.
+        path: full-precision weights, which `quant` may quantize, or a quantized checkpoint of
+            `save_quantized`, bitsandbytes (NF4, FP4, 8-bit), GPTQ, AWQ, or GGUF Q4_0 and Q8_0,
+            whose bits are kept.
         quant: "nf4", "fp4", "int4" or "int8" for full-precision weights; None keeps them.
         compute: how quantized layers multiply: "exact", "int8", "fp8" or "auto" (ops.py).
-        dtype: of everything that is not quantized; "auto" takes the checkpoint's.
-        device: where the model goes. skip: as in quantize_model.
+        dtype: of everything that is not quantized; "auto" keeps the checkpoint's.
+        device: of the model. skip: as in quantize_model.
 
     Raises:
         CheckpointError (a ValueError) naming the file and the tensor: damaged, truncated, of
@@ -80,7 +80,7 @@ def load_quantized(
 def _skeleton(
     checkpoint: Checkpoint, dtype: torch.dtype | str, attn_implementation: str | None
 ) -> PreTrainedModel:
-    """Return the model on the meta device; buffers that no checkpoint holds are real."""
+    """Return the model on the meta device, with real non-persistent buffers."""
     folder = Path(checkpoint.path)
     what = "the configuration of a causal language model that transformers knows"
     if folder.is_dir():
@@ -89,7 +89,7 @@ def _skeleton(
         with foreign(folder, what):
             config = AutoConfig.for_model(**checkpoint.config)
     if hasattr(config, "quantization_config"):
-        del config.quantization_config  # or transformers would load it its own way
+        del config.quantization_config  # transformers would quantize it itself
     if dtype == "auto":
         dtype = config.dtype or torch.float32
     plain = checkpoint.files if checkpoint.method is None else None
@@ -124,12 +124,12 @@ class _Loader:
         self.experts = {f"{name}.{p}" for name, _, p in stacks(model, skip)}
         self.empty = model.state_dict()  # on the meta device: names, shapes and types
         self.stored: dict[str, str] = {}  # model name -> (first) name in the checkpoint
-        self.filled: set[str] = set()  # names of the model that a value was put into
+        self.filled: set[str] = set()  # names of the model that have a value
 
     def steps(self) -> list[Callable[[], None]]:
-        """One call per parameter of the model, each reading what it needs when it is called."""
+        """Return one callable per parameter of the model, which reads its tensors when called."""
         if self.checkpoint.method in ("fastdistill", "gguf"):
-            named = self.checkpoint.weights  # stored by the names of the model itself
+            named = self.checkpoint.weights  # stored under the model's own names
             unknown = [name for name in named if name not in self.empty]
             check_all_used(self.checkpoint.path, self.model, unknown, None)
             return [partial(self._read, name, read) for name, read in named.items()]
@@ -139,7 +139,7 @@ class _Loader:
         self.place(name, read())
 
     def _conversions(self) -> dict[str, Any]:
-        """Return model name -> how transformers makes it from the stored tensors."""
+        """Return model name -> the transformers rule that builds it from stored tensors."""
         conversion = conversion_of(self.model, self.checkpoint.weights, self.empty)
         check_all_used(self.checkpoint.path, self.model, conversion.unused, self.checkpoint.files)
         check_no_duplicates(self.checkpoint.path, conversion)
@@ -170,13 +170,13 @@ class _Loader:
         return dense
 
     def _merged(self, target: str, merge: Any) -> None:
-        with reading(self._file(target), target):  # parts that do not fit each other
+        with reading(self._file(target), target):  # parts may have inconsistent shapes
             made = merge.convert(target, model=self.model, config=self.model.config)
         for name, value in made.items():
             self.place(name, value[0] if isinstance(value, list) else value)
 
     def place(self, name: str, value: Tensor | QuantWeight) -> None:
-        """Put one value where the model has it."""
+        """Assign one value to the model."""
         empty = self.empty[name]
         self.filled.add(name)
         module_name, _, leaf = name.rpartition(".")
@@ -198,7 +198,7 @@ class _Loader:
             setattr(module, leaf, nn.Parameter(value, requires_grad=False))
 
     def _file(self, name: str) -> Path:
-        """Where a weight of the model is stored; the checkpoint where it is in several parts."""
+        """Return the file of a weight; the checkpoint's path if it is in several parts."""
         files, stored = self.checkpoint.files, self.stored.get(name, name)
         whole = files is not None and stored in files
         return files.file_of(stored) if files is not None and whole else self.checkpoint.path
@@ -236,7 +236,7 @@ class _Loader:
             )
 
     def finish(self) -> None:
-        """Tie what is tied and not stored apart, and see that nothing is missing."""
+        """Tie weights that are not stored separately, and check that none is missing."""
         for name in self.filled & self.model.all_tied_weights_keys.keys():
             module = self.model.get_submodule(name.rpartition(".")[0])
             if isinstance(module, QuantizedWeight):  # has no parameter to compare or to tie

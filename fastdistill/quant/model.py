@@ -1,4 +1,4 @@
-"""quantize_model: every linear layer of a model into 4 or 8 bits, in place."""
+"""quantize_model: quantizes the linear layers of a model to 4 or 8 bits, in place."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ from .formats import SCHEMES, QuantWeight, quantize
 from .linear import check_compute, linear_of
 from .ops import unsupported_reason
 
-# They choose experts: a few rows, and a rounding there changes which expert a token sees.
+# Routers are small, and rounding there would change the experts of a token.
 _ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """GPT-2's linear layer, whose weight is [K, N]."""
+    """Whether a module is GPT-2's linear layer, whose weight is [K, N]."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
 def targets(
     model: nn.Module, skip: Sequence[str] = ("lm_head",)
 ) -> Iterator[tuple[str, nn.Module]]:
-    """The linear layers to quantize: all but the output head, routers and those named in `skip`
-    (a whole name, or its last part, or a parent's)."""
+    """Yield the linear layers to quantize: all but the output head, routers and those in `skip`.
+
+    An entry of `skip` is a full name, its last part, or a parent's name."""
     find = getattr(model, "get_output_embeddings", None)
     head = find() if callable(find) else None
     find = getattr(model, "get_input_embeddings", None)
@@ -48,7 +49,7 @@ def skipped(name: str, skip: Sequence[str]) -> bool:
 
 
 def stacks(model: nn.Module, skip: Sequence[str] = ()) -> Iterator[tuple[str, nn.Module, str]]:
-    """(name, module, parameter) of the stacked experts to quantize."""
+    """Yield (name, module, parameter) of the stacked experts to quantize."""
     for name, module in model.named_modules():
         for parameter in expert_parameters(module):
             if not skipped(f"{name}.{parameter}", skip):
@@ -63,7 +64,7 @@ def dense_rows(module: nn.Module) -> Tensor:  # [N, K]
 def put_layer(
     model: nn.Module, name: str, weight: QuantWeight, bias: Tensor | None, compute: str
 ) -> None:
-    """Put a quantized layer in the place of the one called `name`."""
+    """Replace the layer called `name` by a quantized one."""
     reason = unsupported_reason(compute, weight.qdata.device, *weight.shape, weight.block)
     if reason is not None:
         raise ValueError(
@@ -74,7 +75,7 @@ def put_layer(
 
 
 def put_stack(model: nn.Module, name: str, weight: QuantWeight, experts: int, compute: str) -> None:
-    """Put a stack of quantized experts in the place of the 3-D parameter called `name`."""
+    """Replace the 3-D parameter called `name` by a stack of quantized experts."""
     try:
         stack = ExpertStack(weight, experts, compute=compute)
     except ValueError as error:
@@ -91,23 +92,23 @@ def quantize_model(
     compute: str = "auto",
     skip: Sequence[str] = ("lm_head",),
 ) -> nn.Module:
-    """Replace the linear layers of a loaded model by quantized ones, one after the other, in place.
+    """Replace the linear layers of a loaded model by quantized ones, in place.
 
-    The output head, embeddings, norms and the routers of mixtures keep their type. The model is put
-    into eval mode and frozen: quantized layers are forward only.
+    The output head, embeddings, norms and routers keep their dtype. The model is switched to eval
+    mode and frozen: quantized layers are forward only.
 
     Args:
         model: a Hugging Face causal LM, or any nn.Module with nn.Linear layers, on any device.
         scheme: "nf4", "fp4", "int4" (blocks of 64) or "int8" (one scale per row); formats.py.
         compute: "exact", "int8", "fp8" or "auto"; ops.py.
-        skip: layers to leave alone, by full name, last part of the name, or a parent's name.
+        skip: layers to exclude, by full name, last part of the name, or a parent's name.
 
     Returns:
         The same model.
 
     Raises:
-        ValueError: an unknown scheme or compute, weights that are not finite, a layer whose shape
-            the asked compute cannot run, or a model without anything to quantize.
+        ValueError: an unknown scheme or compute, weights that are not finite, a layer shape that
+            `compute` does not support, or a model with nothing to quantize.
     """
     if scheme not in SCHEMES:
         raise ValueError(f"scheme: expected one of {SCHEMES}, got {scheme!r}")
@@ -142,7 +143,7 @@ def _named(name: str, weight: Tensor, scheme: str) -> QuantWeight:
 
 
 def warn_about_full_precision(model: nn.Module) -> None:
-    """Say which stacked experts were left, since they are most of such a model's memory."""
+    """Warn about stacked experts in full precision, which are most of a mixture's memory."""
     left = [
         name
         for name, module in model.named_modules()

@@ -1,7 +1,7 @@
-"""The compiled modules behind tensors: addresses, sizes, type codes and the current stream.
+"""Calls the compiled modules with addresses, sizes, dtype codes and the current stream.
 
-The compiled functions take addresses and know no lengths: the operators in ops.py check every
-operand's type, length, device and memory before they call one of these.
+The compiled functions do not check lengths: the operators in ops.py check every operand's dtype,
+length, device and memory first.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _at(tensor: Tensor | None) -> int:
-    """Address of a contiguous tensor, 0 for none."""
+    """Return the address of a contiguous tensor, 0 for None."""
     if tensor is None:
         return 0
     assert tensor.is_contiguous()
@@ -42,7 +42,7 @@ def cpu_lut4_dequant(
     row_inverse: Tensor | None = None,
 ) -> None:
     if row_inverse is not None or out.dtype not in FLOATS:
-        # 8-bit results feed GPU products; on a CPU only tests ask for them.
+        # 8-bit outputs are for GPU GEMMs; on a CPU only tests use them.
         torch_ops.lut4_dequant(qdata, scale, offset, lut, out, block, row_inverse)
         return
     ext, isa, threads = _cpu()

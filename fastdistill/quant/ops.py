@@ -5,19 +5,19 @@ fastdistill::int8_linear    x Wᵀ + b with W in 8 bits
 fastdistill::lut4_dequant, int8_dequant    W itself, in a floating-point type
 fastdistill::quantize_rows  activations in 8 bits, a scale per token
 
-`compute` is how the product is made:
+`compute` selects the arithmetic of the product:
 
-    exact   W is expanded into one reused piece of memory per device, then multiplied by the
-            library: the arithmetic of bitsandbytes, GPTQ and AWQ
-    int8    8-bit integers on both sides; activations are rounded per token and group of at most 64
-            columns (beside 8-bit weights 128) on a CPU, per token on a GPU
+    exact   W is expanded into a reused buffer per device, then multiplied by the library's GEMM:
+            the arithmetic of bitsandbytes, GPTQ and AWQ
+    int8    8-bit integers on both sides; activations are quantized per token and group of at most
+            64 columns (128 with 8-bit weights) on a CPU, per token on a GPU
     fp8     8-bit floats (e4m3) on both sides, per token and per row of W; GPUs from sm_89 on
-    auto    int8 on a CPU with VNNI instructions where the shape allows it, else exact
+    auto    int8 on a CPU with VNNI instructions if the shape allows it, else exact
 
-Forward only: a teacher has no gradient, and a reused W could not give one.
+The operators are forward only: a teacher needs no gradient, and the reused W is overwritten.
 
-Every operator checks type, length, device and memory of each operand, whoever calls it: the
-compiled kernels read from addresses.
+Every operator checks dtype, length, device and memory of each operand, since the compiled kernels
+read from addresses.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from .native import FLOATS
 from .torch_ops import FP8, TOP
 
 COMPUTE = ("auto", "exact", "int8", "fp8")
-# Columns that share one activation scale on a CPU. Beside 4-bit weights no more than share one of
-# the weights'; beside 8-bit ones twice as many cost 5 % more KL and take 7 % less time.
+# Columns that share one activation scale on a CPU. With 4-bit weights at most the columns of one
+# weight scale; with 8-bit weights twice as many cost 5 % more KL and take 7 % less time.
 GROUP, INT8_GROUP = 64, 128
-_LEAST_GROUP = 8  # below it, scaling costs more than multiplying
+_LEAST_GROUP = 8  # below this, scaling costs more than multiplying
 
 _library = torch.library.Library("fastdistill", "FRAGMENT")
 _library.define(
@@ -59,9 +59,9 @@ _library.define("int8_dequant(Tensor qdata, Tensor scale, int block, ScalarType 
 
 
 class _Scratch(threading.local):
-    """One growing piece of memory per thread, device and stream, where W is expanded.
+    """A growing buffer per thread, device and stream, into which W is expanded.
 
-    Fresh memory for each layer costs more than the expansion: the pages have to be found first.
+    Allocating memory per layer costs more than the expansion, because of page faults.
     """
 
     def __init__(self) -> None:
@@ -75,7 +75,7 @@ class _Scratch(threading.local):
         buffer = self.of.get(key)
         if buffer is None or buffer.numel() < size:
             self.of.pop(key, None)
-            buffer = None  # the old one goes before the new one comes
+            buffer = None  # free the old buffer before allocating the new one
             buffer = self.of[key] = torch.empty(size, dtype=torch.uint8, device=device)
         return buffer[:size].view(dtype).view(shape)
 
@@ -84,8 +84,9 @@ scratch = _Scratch()
 
 
 def groups(K: int, block: int, most: int = GROUP) -> tuple[int, int] | None:
-    """(columns per weight scale, columns per activation scale) of 8-bit products on a CPU, None
-    where blocks that cross rows would leave groups too small."""
+    """Return (columns per weight scale, columns per activation scale) of 8-bit products on a CPU.
+
+    None if blocks that cross rows would make groups too small."""
     weight_group = math.gcd(K, block)
     group = math.gcd(weight_group, most)
     return (weight_group, group) if group >= _LEAST_GROUP else None
@@ -94,7 +95,7 @@ def groups(K: int, block: int, most: int = GROUP) -> tuple[int, int] | None:
 def unsupported_reason(
     compute: str, device: torch.device, rows: int, K: int, block: int
 ) -> str | None:
-    """What keeps a [rows, K] weight from this compute on this device, None if nothing does."""
+    """Return why `compute` cannot run with a [rows, K] weight on this device; None if it can."""
     if compute in ("auto", "exact"):
         return None
     if device.type == "cpu":
@@ -121,7 +122,7 @@ def _resolved(compute: str, device: torch.device, rows: int, K: int, block: int)
 
 
 def _check_input(x: Tensor, cols: int | None = None) -> None:
-    """x: floating-point [M, K], with K of the weight where that is known."""
+    """Check that x is floating-point [M, K], with K = `cols` if that is known."""
     if x.dim() != 2 or not x.is_floating_point() or cols not in (None, x.shape[1]):
         columns = "K" if cols is None else cols
         got = str(x.dtype).removeprefix("torch.")
@@ -131,7 +132,7 @@ def _check_input(x: Tensor, cols: int | None = None) -> None:
 
 
 def _check_memory(*strided: Tensor | None, **parts: Tensor | None) -> None:
-    """Memory has not been freed, and `parts` of a weight lie in one piece."""
+    """Check that no memory has been freed, and that the `parts` of a weight are contiguous."""
     for name, part in parts.items():
         if part is not None and not part.is_contiguous():
             raise ValueError(
@@ -171,7 +172,7 @@ def _check_lut4(
     offset: Tensor | None,
     lut: Tensor,
 ) -> Tensor | Nested:
-    """The scales, once the weight's parts are what kernels rely on."""
+    """Check a weight's parts and return its scales."""
     if len(nested) not in (0, 3):
         raise ValueError(
             f"nested: expected no tensor or 3 (code, scale, offset), got {len(nested)}"
@@ -185,7 +186,7 @@ def _check_lut4(
 
 
 def regrouped(values: Tensor, rows: int, K: int, block: int, group: int) -> Tensor:
-    """Scales or offsets of the flattened blocks as [N, K / group], where group divides K."""
+    """Return scales or offsets of the flattened blocks as [N, K / group]; group divides K."""
     if group == block:
         return values.view(rows, -1)
     at = torch.arange(0, rows * K, group, device=values.device) // block
@@ -277,7 +278,7 @@ def row_products(
     row_scale: Tensor | None,  # fp32 [N]
     bias: Tensor | None,
 ) -> Tensor:  # [M, N] in x's type
-    """The GPU's 8-bit products: activations rounded per token, the library's GEMM, both scales."""
+    """Return 8-bit products on a GPU: quantize activations per token, GEMM, apply both scales."""
     assert row_scale is not None
     q, sx = engine.quantize_rows(_floats(x), w.dtype)
     if w.dtype == FP8:
@@ -285,7 +286,7 @@ def row_products(
             q, w.t(), scale_a=sx[:, None], scale_b=row_scale[None], out_dtype=torch.bfloat16
         ).to(x.dtype)
     else:
-        # The library takes more than 16 rows.
+        # torch._int_mm needs more than 16 rows.
         padded = q if len(q) > 16 else torch.cat([q, q.new_zeros(32 - len(q), q.shape[1])])
         exact = torch._int_mm(padded, w.t())[: len(q)]
         out = (exact * sx[:, None] * row_scale).to(x.dtype)
@@ -343,7 +344,7 @@ def _int8_dequant(qdata: Tensor, scale: Tensor, block: int, dtype: torch.dtype) 
 
 
 def _quantize_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(q [M, K] int8 or fp8-e4m3fn, scale fp32 [M]) with x ≈ q · scale."""
+    """Return (q [M, K] int8 or fp8-e4m3fn, scale fp32 [M]) with x ≈ q · scale."""
     _check_input(x)
     if dtype not in TOP:
         raise ValueError(f"dtype: expected one of {list(TOP)}, got {dtype}")
@@ -362,7 +363,7 @@ for _name, _kernel in (
         _library.impl(_name, _kernel, _key)
 
 
-# Operands on the meta device come here too: beside ones that hold numbers they are refused.
+# Meta tensors run these functions too; mixed with real tensors they raise an error.
 
 
 @torch.library.register_fake("fastdistill::lut4_linear", lib=_library)

@@ -1,23 +1,23 @@
-"""Our own checkpoints: the tensors of formats.py under their own names, in safetensors.
+"""fastdistill's own checkpoint format: the tensors of formats.py in safetensors.
 
 A quantized weight W ("model.layers.0.mlp.up_proj.weight") is stored as
 
     W.qdata    LUT4: uint8 [N·K / 2], element 2j in the high nibble; INT8: int8 [N, K]
-    W.scale    fp32 [N·K / block], or, quantized themselves:
+    W.scale    fp32 [N·K / block], or, if the scales are quantized:
                W.scale.codes uint8, W.scale.code fp32 [256], W.scale.scale fp32, W.scale.offset fp32
     W.lut      fp32 [16]            LUT4
     W.offset   fp32, as scale       LUT4, optional
     W.perm     int64 [K]            LUT4, optional
 
-and each file's metadata, under "fastdistill", is a JSON that says of its weights
+and each file's metadata has, under "fastdistill", a JSON that describes its weights:
 
     {"version": 1,
      "weights": {W: {"format": "lut4" | "int8", "shape": [N, K], "block": …, "nested_block": …,
                      "optional": ["offset", "perm"]}}}
 
-with nested_block where there are W.scale.codes, and those of the optional tensors that there are.
+nested_block is present with W.scale.codes; "optional" lists the optional tensors that are stored.
 
-Layouts that depend on a CPU or a GPU are never stored: what is read here is read everywhere.
+Layouts that depend on a CPU or a GPU are never stored, so checkpoints are portable.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _PARTS = ("qdata", "scale", "lut", "offset", "perm", *_NESTED)
 
 
 def tensors_of(name: str, weight: QuantWeight) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors to store, what the metadata says of weight `name`); `weights` is the inverse."""
+    """Return (tensors to store, metadata entry) of weight `name`; `weights` is the inverse."""
     entry: dict[str, Any] = {"shape": list(weight.shape), "block": weight.block}
     if isinstance(weight, Int8Weight):
         tensors = {"qdata": weight.qdata, "scale": weight.scale}
@@ -64,7 +64,7 @@ def tensors_of(name: str, weight: QuantWeight) -> tuple[dict[str, Tensor], dict[
 
 
 def metadata(entries: dict[str, dict[str, Any]]) -> dict[str, str]:
-    """The safetensors metadata of a file with these weights: {name: what tensors_of said}."""
+    """Return the safetensors metadata of a file: `entries` maps weight names to their entry."""
     return {"format": "pt", KEY: json.dumps({"version": VERSION, "weights": entries})}
 
 
@@ -106,7 +106,7 @@ def _check_not_newer(values: dict[str, Any]) -> None:
 
 
 def _parts_of(entry: dict[str, Any]) -> list[str]:
-    """What must be stored for this weight. Inside `reading`."""
+    """Return the names of the stored parts of a weight. Call it inside `reading`."""
     if entry["format"] == "int8":
         return ["qdata", "scale"]
     if entry["format"] != "lut4":

@@ -1,15 +1,15 @@
-"""Checkpoints of AWQ (Lin et al. 2023) with 4 bits, in AutoAWQ's layout "gemm".
+"""Reads 4-bit AWQ checkpoints (Lin et al. 2023) in AutoAWQ's layout "gemm".
 
     w[n, k] = (q[n, k] − zero[g, n]) · scale[g, n],    g = k / group_size
 
 A layer X is stored as
 
     X.qweight   int32 [K, N/8]   bits 4r … 4r+3 of word [k, i] are q[8i + ORDER[r], k]
-    X.qzeros    int32 [G, N/8]   the same of zero
+    X.qzeros    int32 [G, N/8]   the same for zero
     X.scales    fp16  [G, N]
 
 and becomes X.weight like a GPTQ layer (read_gptq). The other layouts ("gemv", "gemv_fast",
-"llm-awq") hold the same numbers in other places, for one kernel each.
+"llm-awq") permute the same numbers for one kernel each.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Checkpoints of bitsandbytes, as transformers saves them: 4 bits (NF4, FP4) and LLM.int8.
+"""Reads bitsandbytes checkpoints of transformers: 4 bits (NF4, FP4) and LLM.int8.
 
     4 bits   w[i] = quant_map[q[i]] · absmax[i / blocksize]      i over the flattened [N, K]
     nested   absmax[b] = nested_quant_map[absmax[b]] · nested_absmax[b / nested_blocksize]
@@ -17,9 +17,9 @@ A layer X with 4 bits is stored (bitsandbytes 0.50, QuantState.as_dict) as
                                u8, a JSON: quant_type, blocksize, dtype, shape, nested_blocksize,
                                nested_dtype, nested_offset
 
-This is Lut4Weight already, so nothing is recomputed. The table is the checkpoint's own. With
-8 bits X.weight is int8 [N, K], X.SCB holds
-the fp32 absolute maxima of its rows and X.weight_format, where there is one, says 0: row-major.
+This is a Lut4Weight already, so nothing is recomputed. The table is the checkpoint's. With 8 bits
+X.weight is int8 [N, K], X.SCB holds the fp32 absolute maxima of its rows, and X.weight_format, if
+present, is 0: row-major.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def _eight_bits(files: TensorFiles, weight: str, scale_name: str) -> Int8Weight:
 
 
 def _bytes_of(stored: Tensor) -> Tensor:
-    """The bytes of a tensor whose type is only how they were stored."""
+    """Return the bytes of a tensor, whose dtype has no meaning."""
     return stored.contiguous().reshape(-1).view(torch.uint8)
 
 

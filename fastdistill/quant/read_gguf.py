@@ -1,20 +1,20 @@
-"""Models in one .gguf file (llama.cpp), with weights of type Q4_0 and Q8_0, F32, F16 and BF16.
+"""Reads models in one .gguf file (llama.cpp): weights of type Q4_0, Q8_0, F32, F16 and BF16.
 
     Q4_0   w = (q − 8) · d    blocks of 32 in 18 bytes: fp16 d, then 16 bytes, byte j with element j
                               in its low nibble and element j + 16 in its high one
     Q8_0   w = q · d          blocks of 32 in 34 bytes: fp16 d, then 32 int8
 
 become Lut4Weight and Int8Weight; both multiply in fp32 as llama.cpp does. Embedding, head and norms
-are not quantized here: they may be of any type that the gguf package can expand, and come as fp32
-(files called Q4_0 often hold a Q6_K output.weight).
+may be of any type that the gguf package can expand, and are read as fp32 (Q4_0 files often have a
+Q6_K output.weight).
 
-A .gguf file names tensors otherwise than transformers and, for some families, reorders their rows.
-The names that each family has are below. Llama's query and key projections, and Mistral's,
-which is "llama" here, are stored with the two halves of each head's rotary dimensions interleaved
-(LlamaModel.permute of llama.cpp's convert_hf_to_gguf.py): row (h, i, half) there is row
-(h, half, i) of the model. Whatever is not understood is refused: a weight is right or an error.
+Tensor names differ from transformers, and some families have reordered rows. The names of each
+family are below. The query and key projections of Llama, and of Mistral, which is "llama" here,
+interleave the two halves of each head's rotary dimensions (LlamaModel.permute of llama.cpp's
+convert_hf_to_gguf.py): row (h, i, half) there is row (h, half, i) of the model. Unknown tensors
+raise an error.
 
-The config is the one that transformers derives (load_gguf_checkpoint), and what it leaves out.
+The config is that of transformers (load_gguf_checkpoint), plus the entries that it leaves out.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ BLOCK = 32
 
 
 def read_gguf(file: Path) -> tuple[dict[str, Any], dict[str, Thunk]]:
-    """(the config of transformers, a thunk for each of the model's parameters)."""
+    """Return (the transformers config, a thunk for each of the model's parameters)."""
     header = read_header(file)
     family = header.fields.get("general.architecture")
     if family not in FAMILIES:
@@ -90,7 +90,7 @@ def read_gguf(file: Path) -> tuple[dict[str, Any], dict[str, Thunk]]:
 
 
 def _parameter(file: Path, name: str, family: str) -> str:
-    """transformers' name."""
+    """Return the parameter's name in transformers."""
     match = re.fullmatch(r"blk\.(\d+)\.(.+)", name)
     names, part = (_LAYER[family], match[2]) if match else (_MODEL, name)
     if part not in names:
@@ -130,7 +130,7 @@ def _expand(file: Path, name: str, data: Any, tensor: GGUFTensor) -> Tensor | Qu
             f"{kind}. Make one with llama-quantize --pure, or use the safetensors checkpoint"
         )
     rows = data.reshape(*tensor.shape[:-1], -1)
-    with np.errstate(all="ignore"):  # NaN and infinity come as they are stored
+    with np.errstate(all="ignore"):  # NaN and infinity are kept
         return torch.from_numpy(np.array(gguf_package(file).dequantize(rows, tensor.type)))
 
 
@@ -159,7 +159,7 @@ def q8_0(data: Tensor, shape: tuple[int, int]) -> Int8Weight:  # data uint8 [N·
 def _halves_together(
     weight: Tensor | QuantWeight, rows: int, heads: int
 ) -> Tensor | QuantWeight:  # inside `reading`
-    """Rows (h, i, half) to (h, half, i)."""
+    """Reorder rows (h, i, half) to (h, half, i)."""
     if heads < 1 or rows % (2 * heads):
         raise ValueError(f"expected {heads} heads of an even number of rows each, got {rows} rows")
     order = torch.arange(rows).view(heads, -1, 2).transpose(1, 2).reshape(-1)
@@ -179,7 +179,7 @@ def _config(file: Path, header: GGUFHeader, family: str) -> dict[str, Any]:
     with reading(file, advice="Use the model's safetensors checkpoint"):
         metadata = read_metadata(fields, family)
         config: dict[str, Any] = dict(load_gguf_checkpoint(str(file))["config"])
-        config |= {"model_type": family, **metadata}  # the model's name may make it another one
+        config |= {"model_type": family, **metadata}  # transformers may derive it from the name
         blocks = {name.split(".")[1] for name in header.tensors if name.startswith("blk.")}
         if config["num_hidden_layers"] != len(blocks):
             raise ValueError(
@@ -203,7 +203,7 @@ def _config(file: Path, header: GGUFHeader, family: str) -> dict[str, Any]:
         if _ROPE in header.tensors:
             if "rope_scaling" in metadata:
                 raise ValueError(
-                    f"{family}.rope.scaling.factor: expected none beside {_ROPE}, got "
+                    f"{family}.rope.scaling.factor: expected none with {_ROPE}, got "
                     f"{metadata['rope_scaling']['factor']}"
                 )
             stored = _read(file, _ROPE, header.tensors[_ROPE], None)
@@ -217,10 +217,10 @@ def _config(file: Path, header: GGUFHeader, family: str) -> dict[str, Any]:
 
 
 def _llama3_scaling(stored: Any, theta: float) -> dict[str, Any]:  # inside `reading`
-    """The setting of Llama 3.1 and later that these divisors of the rotary frequencies came from.
+    """Return the llama3 rope_scaling that gives these divisors of the rotary frequencies.
 
-    Wavelengths below context / 4 stay, those above context / 1 grow by `factor`, and between them
-    1 / divisor is linear in context / wavelength, with context = 8192.
+    Wavelengths below context / 4 are kept, those above context / 1 grow by `factor`, and between
+    them 1 / divisor is linear in context / wavelength, with context = 8192.
     """
     divisors = stored.double().view(-1)
     inverse = theta ** -(torch.arange(len(divisors)).double() / len(divisors))

@@ -1,4 +1,4 @@
-"""Checkpoints of GPTQ (Frantar et al. 2022) with 4 bits, as AutoGPTQ and GPTQModel write them.
+"""Reads 4-bit GPTQ checkpoints (Frantar et al. 2022) of AutoGPTQ and GPTQModel.
 
     w[n, k] = (q[n, k] − zero[g(k), n]) · scale[g(k), n],    g(k) = g_idx[k], or k / group_size
 
@@ -8,16 +8,16 @@ A layer X is stored as
     X.qzeros    int32 [G, N/8]   bits 4r … 4r+3 of word [g, i] are zero[g, 8i + r], less 1 (modulo
                                  16) unless checkpoint_format is "gptq_v2"
     X.scales    fp16  [G, N]
-    X.g_idx     int32 [K]        may be missing; with act-order (desc_act) not in order
+    X.g_idx     int32 [K]        optional; unsorted with act-order (desc_act)
     X.bias      as in a plain layer
 
 and becomes X.weight, a Lut4Weight over the integers with offset = −zero · scale. Both products and
 their sum have at most 16 significant bits, so in fp32 q · scale + offset is (q − zero) · scale
 exactly.
 
-A word's bytes, least significant first, hold two consecutive columns each, the earlier one in the
-low nibble: nibbles swapped and bytes transposed they are ours. Columns in act-order are sorted by
-group, once, and `perm` says where they came from.
+Each byte of a word, least significant first, holds two consecutive columns, the first one in the
+low nibble: swapping nibbles and transposing bytes gives our layout. Act-order columns are sorted by
+group once, and `perm` holds their original order.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def weights(files: TensorFiles, config: dict[str, Any]) -> dict[str, Thunk]:
 
 
 def group_size(settings: dict[str, Any]) -> int:
-    """Columns that share a scale, −1 for all; checks that there are 4 bits. Inside `reading`."""
+    """Return the columns per scale, −1 for all; check for 4 bits. Call it inside `reading`."""
     bits = integer(settings, "w_bit" if "w_bit" in settings else "bits")
     if bits != 4:
         raise ValueError(f"bits: expected 4, got {bits}. Use a 4-bit or the unquantized checkpoint")
@@ -63,7 +63,7 @@ def group_size(settings: dict[str, Any]) -> int:
 
 
 def by_layer(files: TensorFiles, read: Any) -> dict[str, Thunk]:
-    """{X.weight: read(X)} for the layers X with a qweight, and the plain tensors."""
+    """Return thunks of X.weight for the layers X with a qweight, and of the plain tensors."""
     names = (name for name in files.names() if name.endswith(".qweight"))
     layers = [name.removesuffix(".qweight") for name in names]
     for layer in layers:
@@ -99,12 +99,12 @@ def _read(files: TensorFiles, layer: str, *, group: int, stored_less: int) -> Lu
 
 
 def _columns(pairs: Tensor, which: Tensor) -> Tensor:
-    """Columns of the weight, one per row [len(which), N], from two per byte, low nibble first."""
+    """Unpack columns of the weight as rows [len(which), N]; two per byte, low nibble first."""
     return pairs[which // 2] >> (which % 2 * 4).to(torch.uint8)[:, None] & 15
 
 
 def _groups(files: TensorFiles, layer: str, K: int, count: int, group: int) -> Tensor:
-    """The row of `scales` that each column uses: int64 [K]."""
+    """Return the row of `scales` of each column: int64 [K]."""
     name = f"{layer}.g_idx"
     if name in files:
         file = files.file_of(name)
@@ -121,7 +121,7 @@ def _groups(files: TensorFiles, layer: str, K: int, count: int, group: int) -> T
     if used != count:
         raise CheckpointError(
             f"{file}: tensor {name!r}: expected {used} rows of '{layer}.scales', one for each "
-            f"group of the {K} columns (group_size: {group}), got {count}: the rest would lie idle"
+            f"group of the {K} columns (group_size: {group}), got {count}: some would be unused"
         )
     return groups
 
@@ -135,8 +135,10 @@ def grouped(
     zero: Tensor,  # uint8 [G, N]
     perm: Tensor | None,
 ) -> Lut4Weight:
-    """The weight in blocks of one size: that of the groups or, if one is shorter (the last, where
-    K % group_size ≠ 0), the largest that they are all made of, with scales repeated."""
+    """Return the weight in blocks of the groups' size.
+
+    If groups differ (the last one is shorter if K % group_size ≠ 0), the block is the greatest
+    common divisor of their sizes, with repeated scales."""
     K, N = len(groups), scale.shape[1]
     block = math.gcd(*torch.unique_consecutive(groups, return_counts=True)[1].tolist())
     if block % 2:
@@ -158,16 +160,16 @@ def grouped(
 
 
 def scales_of(files: TensorFiles, layer: str, N: int) -> Tensor:
-    """fp32 [G, N]."""
+    """Return the scales, fp32 [G, N]."""
     name = f"{layer}.scales"
     file, stored = files.file_of(name), files.read(name)
-    # A scale with the 24 bits of fp32 would make q · scale and its sum with offset inexact.
+    # With fp32 scales of 24 bits, q · scale and its sum with offset would be inexact.
     dtype = torch.bfloat16 if stored.dtype == torch.bfloat16 else torch.float16
     return matrix(file, name, stored, dtype, None, N).float()
 
 
 def nibbles_of(files: TensorFiles, name: str, rows: int, columns: int) -> Tensor:
-    """uint8 [rows, columns] of int32 words with the first of eight in the lowest bits."""
+    """Unpack int32 words of eight nibbles, lowest bits first, to uint8 [rows, columns]."""
     file = files.file_of(name)
     words = matrix(file, name, files.read(name), torch.int32, rows, columns // 8)
     pairs = words.contiguous().view(torch.uint8)

@@ -1,4 +1,4 @@
-"""Save a quantized model as a folder that load_quantized and load_teacher read on any machine."""
+"""Saves a quantized model as a portable folder for load_quantized and load_teacher."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def save_quantized(
     tokenizer: Any = None,
     max_shard_bytes: int = 2 << 30,
 ) -> Path:
-    """Write a model of quantize_model or load_quantized: safetensors in the canonical formats, the
-    configuration, and the tokenizer if given.
+    """Save a model of quantize_model or load_quantized: weights, configuration, tokenizer.
 
-    The folder appears whole or not at all: it is written beside its place, synced and renamed.
+    The folder is written atomically: to a temporary folder, which is synced and renamed. The
+    tokenizer is saved unless it is None.
 
     Raises:
         ValueError: nothing in the model is quantized. FileExistsError: the folder is there already.
@@ -58,7 +58,7 @@ def save_quantized(
             tokenizer.save_pretrained(str(temporary))
         for file in temporary.iterdir():
             sync(file)
-        temporary.chmod(0o755)  # mkdtemp's are for their owner alone
+        temporary.chmod(0o755)  # mkdtemp allows the owner only
         if path.is_dir():
             path.rmdir()
         os.rename(temporary, path)
@@ -70,7 +70,7 @@ def save_quantized(
 
 
 def _write_weights(model: nn.Module, folder: Path, limit: int) -> None:
-    """Shards of about `limit` bytes, and an index where there is more than one."""
+    """Write shards of about `limit` bytes, and an index if there are several."""
     shards: list[tuple[Path, list[str]]] = []
     tensors: dict[str, Tensor] = {}
     says: dict[str, Any] = {}
@@ -105,7 +105,7 @@ def _write_weights(model: nn.Module, folder: Path, limit: int) -> None:
 
 
 def _stored(model: nn.Module) -> Iterator[tuple[dict[str, Tensor], dict[str, Any]]]:
-    """(tensors, what the metadata says of them), layer by layer; tied weights once."""
+    """Yield (tensors, metadata entries) layer by layer; tied weights once."""
     seen: set[int] = set()
     for name, module in model.named_modules():
         if isinstance(module, QuantizedWeight):

@@ -1,7 +1,7 @@
-"""Tensors by name from one .safetensors file or a folder of them, one at a time.
+"""Reads tensors by name from one .safetensors file or a folder of them.
 
-Nothing here executes what it reads: safetensors is a JSON header and raw bytes, while a pickle
-(pytorch_model.bin, *.pt) is a program, and is refused whatever its file is called.
+safetensors files are a JSON header and raw bytes. A pickle (pytorch_model.bin, *.pt) can run code
+and raises an error, whatever its file name.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ Thunk = Callable[[], Tensor | QuantWeight]  # reads one weight when called
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-# What reading damaged bytes may raise. RuntimeError is torch's and TypeError a JSON of other
-# kinds than expected; a MemoryError stays one, since no check here lets damage cause it.
+# Errors that damaged bytes may raise: RuntimeError from torch, TypeError from unexpected JSON.
+# A MemoryError passes through, since the checks here bound allocations.
 _DAMAGE = (
     *(SafetensorError, OSError, ValueError, TypeError, LookupError, ArithmeticError),
     *(AttributeError, RecursionError, RuntimeError, AssertionError),
@@ -33,8 +33,9 @@ _DAMAGE = (
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be read. Names the file and the tensor, what was expected, what
-    came, and what to do. Names of files are foreign text too: the whole is made printable."""
+    """A checkpoint cannot be read; the message is made printable.
+
+    It names the file, the tensor, what was expected, what was found, and what to do."""
 
     def __init__(self, message: str) -> None:
         super().__init__(printable_lines(message))
@@ -42,7 +43,7 @@ class CheckpointError(ValueError):
 
 @contextlib.contextmanager
 def reading(file: Path, tensor: str | None = None, advice: str = "") -> Iterator[None]:
-    """Whatever goes wrong inside becomes a CheckpointError that says where."""
+    """Turn errors within this context into a CheckpointError that names the file and tensor."""
     try:
         yield
     except CheckpointError:
@@ -56,7 +57,7 @@ def reading(file: Path, tensor: str | None = None, advice: str = "") -> Iterator
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Return the object in a JSON file; whatever is wrong with it is a CheckpointError."""
+    """Return the object in a JSON file; raise CheckpointError if that fails."""
     try:
         value = json_text.read_json(file)
     except (json_text.JSONError, OSError) as error:
@@ -73,8 +74,8 @@ def read_json(file: Path) -> dict[str, Any]:
 def check_inside(folder: Path, file: Path) -> None:
     """Raise CheckpointError for a file of a checkpoint that is a link out of its folder.
 
-    The cache of the Hugging Face hub is the one layout in which links are expected: the files of
-    `snapshots/<revision>` are links into the `blobs` beside `snapshots`.
+    Only the cache of the Hugging Face hub has links: the files of `snapshots/<revision>` link to
+    `blobs`, next to `snapshots`.
     """
     with reading(file):
         target, home = file.resolve(strict=True), folder.resolve(strict=True)
@@ -90,7 +91,7 @@ def check_inside(folder: Path, file: Path) -> None:
 
 
 def integer(values: dict[str, Any], key: str) -> int:
-    """values[key], which must be there and an integer; inside `reading`."""
+    """Return values[key], an integer. Call it inside `reading`."""
     value = values[key]
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{key}: expected an integer, got {value!r}")
@@ -98,7 +99,7 @@ def integer(values: dict[str, Any], key: str) -> int:
 
 
 def shape_of(values: dict[str, Any]) -> tuple[int, int]:
-    """values["shape"], a matrix with something in it; inside `reading`."""
+    """Return values["shape"] of a non-empty matrix. Call it inside `reading`."""
     shape = values["shape"]
     if (
         not isinstance(shape, list)
@@ -110,7 +111,7 @@ def shape_of(values: dict[str, Any]) -> tuple[int, int]:
 
 
 def block_of(values: dict[str, Any], key: str) -> int:
-    """values[key], a positive integer; inside `reading`."""
+    """Return values[key], a positive integer. Call it inside `reading`."""
     block = integer(values, key)
     if not 0 < block < 1 << 40:
         raise ValueError(f"{key}: expected a positive block size, got {block}")
@@ -118,11 +119,11 @@ def block_of(values: dict[str, Any], key: str) -> int:
 
 
 def check_not_pickle(file: Path) -> None:
-    """Raise if `file`, which is there, is a pickle by its name or by its first bytes."""
+    """Raise CheckpointError if an existing file is a pickle by its name or first bytes."""
     with reading(file), file.open("rb") as stream:
         head = stream.read(9)
     is_zip, is_bare = head[:4] == b"PK\x03\x04", head[:1] == b"\x80" and head[1:2] <= b"\x05"
-    # Such bytes may also be the length of a safetensors header, which "{" then follows.
+    # The same bytes may be the length of a safetensors header, which is followed by "{".
     pickled = (is_zip or is_bare) and head[8:9] != b"{"
     if pickled or file.suffix.lower() in PICKLE_SUFFIXES:
         raise CheckpointError(
@@ -133,8 +134,7 @@ def check_not_pickle(file: Path) -> None:
 
 
 class TensorFiles:
-    """The tensors of one .safetensors file, or of a folder holding model.safetensors or
-    model.safetensors.index.json with its shards.
+    """The tensors of one .safetensors file, or of a folder with model.safetensors or an index.
 
     Headers are read at once, which finds damage early; a tensor's bytes only by `read`.
     """
@@ -150,7 +150,7 @@ class TensorFiles:
                 f"{self.path}: expected a .safetensors file or a folder with {_SINGLE} or "
                 f"{_INDEX}, got nothing at this path"
             )
-        elif (self.path / _SINGLE).is_file():  # before an index, as transformers has it
+        elif (self.path / _SINGLE).is_file():  # preferred to an index, as in transformers
             check_inside(self.path, self.path / _SINGLE)
             self._add(self.path / _SINGLE)
         elif (self.path / _INDEX).is_file():
@@ -172,7 +172,7 @@ class TensorFiles:
 
     @property
     def config_file(self) -> Path:
-        """Where config.json is, or would be."""
+        """The path of config.json, which may not exist."""
         return (self.path if self.path.is_dir() else self.path.parent) / "config.json"
 
     def file_of(self, name: str) -> Path:
@@ -184,30 +184,30 @@ class TensorFiles:
         return self._file_of[name]
 
     def read(self, name: str) -> Tensor:
-        """The tensor, on the CPU. Its bytes may be the file's own, mapped: do not write to it."""
+        """Return the tensor on the CPU. It may be memory-mapped: do not write to it."""
         file = self.file_of(name)
         with reading(file, name):
             return self._open[file].get_tensor(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape that the header of its file gives a tensor."""
+        """Return a tensor's shape, from the header of its file."""
         file = self.file_of(name)
         with reading(file, name):
             return tuple(self._open[file].get_slice(name).get_shape())
 
     def dtype(self, name: str) -> str:
-        """The type that the header of its file gives a tensor: F32, BF16, I32, BOOL, …"""
+        """Return a tensor's dtype, from the header of its file: F32, BF16, I32, BOOL, …"""
         file = self.file_of(name)
         with reading(file, name):
             return str(self._open[file].get_slice(name).get_dtype())
 
     @property
     def bytes(self) -> int:
-        """The size of all files with tensors."""
+        """The total size of the files with tensors."""
         return sum(file.stat().st_size for file in self._open)
 
     def metadata(self) -> dict[Path, dict[str, str]]:
-        """What each file's header says beside its tensors."""
+        """Return the metadata of each file's header."""
         headers = {}
         for file, handle in self._open.items():
             with reading(file):
@@ -223,7 +223,7 @@ class TensorFiles:
             )
         names_of: dict[str, set[str]] = {}
         for name, shard in shards.items():
-            # A name with a folder in it could point anywhere on this machine.
+            # A path could refer to any file on this machine.
             if not isinstance(shard, str) or Path(shard).name != shard or "\0" in shard:
                 raise CheckpointError(
                     f"{index}: tensor {name!r}: expected the name of a file in the same folder, "
@@ -231,7 +231,7 @@ class TensorFiles:
                 )
             file = index.parent / shard
             if shard not in names_of:
-                with reading(index, name):  # a name may be too long to look for
+                with reading(index, name):  # a name may be too long for the system
                     exists = file.is_file()
                 if not exists:
                     raise CheckpointError(
@@ -250,7 +250,7 @@ class TensorFiles:
         self._check_whole_index(index, names_of)
 
     def _check_whole_index(self, index: Path, names_of: dict[str, set[str]]) -> None:
-        """Raise for a tensor of a shard that the index has elsewhere or nowhere: it is not used."""
+        """Raise CheckpointError for a tensor that the index omits or maps to another shard."""
         for shard, names in names_of.items():
             for name in sorted(names):
                 if name not in self._file_of:
@@ -278,14 +278,14 @@ class TensorFiles:
 def with_plain(
     files: TensorFiles, quantized: dict[str, Thunk], parts: Iterable[str]
 ) -> dict[str, Thunk]:
-    """`quantized` and every other tensor of `files` but their `parts`, as it is stored."""
+    """Return `quantized` plus thunks of all other tensors of `files`, except their `parts`."""
     skipped = {*quantized, *parts}
     plain = [name for name in files.names() if name not in skipped]
     return {**{name: functools.partial(files.read, name) for name in plain}, **quantized}
 
 
 def matrix(file: Path, name: str, tensor: Tensor, dtype: torch.dtype, *shape: int | None) -> Tensor:
-    """`tensor`, after checking its type and shape; None stands for any length."""
+    """Return `tensor` after checking its dtype and shape; None allows any length."""
     fits = tensor.dim() == len(shape) and all(
         want in (None, got) for want, got in zip(shape, tensor.shape, strict=True)
     )

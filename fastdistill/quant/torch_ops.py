@@ -1,5 +1,4 @@
-"""The operations of quantized inference in plain PyTorch: what runs without a compiled module, and
-what the compiled ones are tested against, bit for bit."""
+"""Quantized inference in plain PyTorch: the fallback, and the bitwise reference in tests."""
 
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ TOP = {torch.int8: 127.0, FP8: 448.0}  # the largest value that rows are scaled 
 
 
 def expand_blocks(values: Tensor, start: int, stop: int, block: int) -> Tensor:
-    """values[i / block] for start ≤ i < stop; start is a multiple of block."""
+    """Return values[i / block] for start ≤ i < stop; start is a multiple of block."""
     per_block = values[start // block : -(-stop // block)]
     return per_block.repeat_interleave(block)[: stop - start]
 
@@ -54,7 +53,7 @@ def int8_dequant(qdata: Tensor, scale: Tensor, out: Tensor, block: int) -> None:
 
 
 def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """To `dtype`; int8 to nearest even within ±127, fp8 within ±448."""
+    """Round to `dtype`; int8 to nearest even within ±127, fp8 within ±448."""
     if dtype == torch.int8:
         return values.round().clamp(-127, 127).to(dtype)
     if dtype == FP8:
@@ -63,9 +62,9 @@ def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def quantize_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(q [M, K] of `dtype`, scale fp32 [M]) with x ≈ q · scale.
+    """Return (q [M, K] of `dtype`, scale fp32 [M]) with x ≈ q · scale.
 
-    A row holding NaN or infinity gets the scale NaN, so that everything made from it is NaN.
+    A row with NaN or infinity gets the scale NaN, so that its outputs are NaN.
     """
     q, scale, _ = quantize_groups(x, x.shape[1], dtype)
     return q, scale.view(-1)
@@ -74,16 +73,16 @@ def quantize_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def quantize_groups(
     x: Tensor, group: int, dtype: torch.dtype = torch.int8
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(q [M, K], scale fp32 [M, K/group], Σq [M, K/group] int32 of int8) per group of columns."""
+    """Return (q [M, K], scale fp32 [M, K/group], Σq [M, K/group] int32 of int8) per group."""
     groups = x.float().view(x.shape[0], -1, group)
     top = groups.abs().amax(-1)
     fine = top.isfinite()
-    limit = torch.full_like(top, TOP[dtype])  # a number over a tensor would be rounded twice
+    limit = torch.full_like(top, TOP[dtype])  # scalar / tensor would be rounded twice
     inverse = limit / top
-    usable = fine & inverse.isfinite()  # not zero, nor so small that the inverse overflows
+    usable = fine & inverse.isfinite()  # else 0, or too small to invert
     scale = torch.where(fine, torch.where(usable, top / limit, 0.0), torch.nan)
     inverse = torch.where(usable, inverse, 0.0).unsqueeze(-1)
-    # 0 · inf is NaN, which no integer can be: such groups are zeroed first.
+    # 0 · inf is NaN, which integers cannot represent: zero such groups first.
     q = rounded(torch.where(fine.unsqueeze(-1), groups, 0.0) * inverse, dtype)
     total = q.sum(-1, dtype=torch.int32) if dtype == torch.int8 else scale.new_empty(0)
     return q.view(x.shape), scale, total
@@ -100,7 +99,7 @@ def lut4_products(
     weight_group: int,
     group: int,
 ) -> Tensor:  # [M, rows]
-    """int8_products of the table in 8 bits: lut ≈ unit · codes."""
+    """Return int8_products with the table in 8 bits: lut ≈ unit · codes."""
     table, unit = int8_table(lut)
     codes = table[unpack_nibbles(qdata.view(-1), rows * x.shape[1]).long()].view(rows, -1)
     return int8_products(x, codes, scale * unit, offset, bias, weight_group, group)
