@@ -190,8 +190,8 @@ class _Bench:
 
             try:
                 _say(f"  {png(measured.rows, folder / (file + '.png'))}")
-            except Missing as why:
-                _say(f"  {why}")
+            except Missing as reason:
+                _say(f"  {reason}")
         return measured
 
 

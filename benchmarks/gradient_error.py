@@ -1,4 +1,4 @@
-"""Gradient error of every divergence with bf16 operands against fp64, including near convergence.
+"""Gradient error of each divergence with bf16 operands against fp64.
 
     error = ‖g − g₆₄‖ / ‖g₆₄‖, the worse of hidden's and weight's
 
@@ -82,10 +82,10 @@ def rows(shape: Shape = SHAPE) -> list[Row]:
             wide = (hidden.double(), weight.double())
             truth = _grads(*wide, teacher, divergence, "reference")
             for impl, work in _contenders(hidden, weight, teacher, divergence).items():
-                grads, why = attempt(work)
+                grads, reason = attempt(work)
                 row = Row(f"{divergence}, teacher {name}", impl, "both", **asdict(shape),
-                          dtype="bfloat16", missing=why is not None, reason=why)  # fmt: skip
-                if why is None:
+                          dtype="bfloat16", missing=reason is not None, reason=reason)  # fmt: skip
+                if reason is None:
                     row.grad_error = worst(deviations(grads, truth))
                 results.append(row)
     return results

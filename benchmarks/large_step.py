@@ -133,14 +133,14 @@ class Running:
     def fits(self, tokens: int) -> bool:
         """Whether a step of one row of this length runs; its memory is freed either way."""
         batch = self.batch(tokens)
-        _, why = attempt(lambda: self.step(batch))
-        if why is not None and not why.startswith("out of memory"):
-            raise RuntimeError(f"a row of {tokens} tokens: {why}")
+        _, reason = attempt(lambda: self.step(batch))
+        if reason is not None and not reason.startswith("out of memory"):
+            raise RuntimeError(f"a row of {tokens} tokens: {reason}")
         self.model.zero_grad()
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        return why is None
+        return reason is None
 
 
 def answers(tokens: int, shape: Shape) -> fd.TopK:
@@ -172,12 +172,12 @@ def row_of(op: str, contender: str, shape: Shape) -> Row:
 
 def rows(way: str, contender: str, shape: Shape, say: Callable[[Row], None]) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        running, why = attempt(lambda: Running(way, contender, shape, folder))
+        running, reason = attempt(lambda: Running(way, contender, shape, folder))
         first = row_of(f"large_step_{way}", contender, shape)
         if running is not None:
             batch = running.batch(shape.N)
-            _, why = attempt(lambda: _measure(first, running, batch))
-        first.missing, first.reason = why is not None, why
+            _, reason = attempt(lambda: _measure(first, running, batch))
+        first.missing, first.reason = reason is not None, reason
         say(first)
         if running is None:
             return

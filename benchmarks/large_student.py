@@ -1,4 +1,4 @@
-"""A training step of an 8B student with a 32B teacher in process, and the longest row that fits.
+"""A step of an 8B student with a 32B teacher in process, and the longest row that fits.
 
 Published shapes with random weights; one row a step, gradient checkpointing, a target at every
 token. Ways to train, each with an NF4 teacher (bitsandbytes' for the first two, ours otherwise):
@@ -68,19 +68,19 @@ def of_process(case: Case, shape: Shape, seconds: float = SECONDS) -> list[Row]:
         done = subprocess.run(argv, capture_output=True, timeout=seconds, check=False)
         printed = done.stdout.decode()
         last_line = done.stderr.decode().strip().splitlines()[-1:] or ["it said nothing"]
-        why = f"exit code {done.returncode}: {last_line[0]}"
+        reason = f"exit code {done.returncode}: {last_line[0]}"
     except subprocess.TimeoutExpired as error:
-        printed, why = (error.stdout or b"").decode(), f"not there after {seconds:.3g} s"
+        printed, reason = (error.stdout or b"").decode(), f"not there after {seconds:.3g} s"
     rows = []
     for line in printed.splitlines():
         if line.startswith('{"op"'):
             fields = json.loads(line) | {"commit": commit(), "command": command()}
             rows.append(Row(**fields))
-    there = {row.op for row in rows}
+    printed_ops = {row.op for row in rows}
     for op in ops(case.way):
-        if op not in there:
+        if op not in printed_ops:
             rows.append(row_of(op, case.contender, shape))
-            rows[-1].missing, rows[-1].reason = True, why
+            rows[-1].missing, rows[-1].reason = True, reason
     return rows
 
 

@@ -189,18 +189,18 @@ def attempt(work: Callable[[], Any]) -> tuple[Any, str | None]:
         return None, str(error)
     except torch.OutOfMemoryError as error:
         memory = True
-        why = "out of memory: " + str(error).partition(". GPU")[0]
+        reason = "out of memory: " + str(error).partition(". GPU")[0]
     except Exception as error:
         lines = str(error).strip().splitlines() or [""]
-        why = f"{type(error).__name__}: {lines[0]}"[:300]
+        reason = f"{type(error).__name__}: {lines[0]}"[:300]
     if torch.cuda.is_available():
         try:
             torch.cuda.synchronize()
         except RuntimeError as error:
-            raise DeviceLost(f"{why}; the GPU answers nothing since") from error
+            raise DeviceLost(f"{reason}; the GPU answers nothing since") from error
         if memory:
             torch.cuda.empty_cache()
-    return None, why
+    return None, reason
 
 
 def gate(case: Case) -> Checked:
@@ -210,9 +210,9 @@ def gate(case: Case) -> Checked:
     checked = Checked({}, {})
     for contender in case.op.contenders:
         # Compared inside the attempt: an error of a GPU kernel is raised at synchronization.
-        errors, why = attempt(lambda c=contender: deviations(run(c, case, data), truth))
-        if why is not None:
-            checked.failures[contender.impl] = why
+        errors, reason = attempt(lambda c=contender: deviations(run(c, case, data), truth))
+        if reason is not None:
+            checked.failures[contender.impl] = reason
             continue
         for name, error in errors.items():
             budget = allowed(name, case.dtype)

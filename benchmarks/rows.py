@@ -172,8 +172,8 @@ def table(rows: list[Row]) -> str:
             first[case] = row
         base = first[case]
         if row.ms_median is None or base.ms_median is None:
-            why = (row.reason or "").partition(";")[0]
-            lines.append(f"{row.op:12} {row.impl:22} missing: {why}")
+            reason = (row.reason or "").partition(";")[0]
+            lines.append(f"{row.op:12} {row.impl:22} missing: {reason}")
             continue
         memory, saved = ("—" if r.peak_mb is None else f"{r.peak_mb:.0f}" for r in (row, base))
         if saved not in ("—", "0"):

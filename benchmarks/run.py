@@ -124,18 +124,18 @@ def measure(
 ) -> list[Row]:
     """Run the gate, measure memory, time contenders in turns; return a row for each."""
     errors, failures = gate(case)
-    data, why = attempt(lambda: case.op.make(case.shape, case.dtype))
-    if why is not None:
-        failures.update(dict.fromkeys(errors, f"its inputs could not be made: {why}"))
+    data, reason = attempt(lambda: case.op.make(case.shape, case.dtype))
+    if reason is not None:
+        failures.update(dict.fromkeys(errors, f"its inputs could not be made: {reason}"))
     firsts: dict[str, First] = {}
     works: dict[str, Callable[[], Outputs]] = {}
     runs: dict[str, int] = {}
     times: dict[str, list[float]] = {}
 
     def until_it_fails(impl: str, work: Callable[[], Any]) -> Any:
-        result, why = attempt(work)
-        if why is not None:
-            failures[impl] = why
+        result, reason = attempt(work)
+        if reason is not None:
+            failures[impl] = reason
             works.pop(impl, None)
         return result
 

@@ -74,12 +74,12 @@ def rows(shape: Shape = SHAPE) -> list[Row]:
         teacher = fd.TopK(best.indices, best.values, tail)
         truth = _grads(hidden.double(), weight.double(), teacher, impl="reference")
         for eps in EPS:
-            result, why = attempt(
+            result, reason = attempt(
                 lambda e=eps, x=hidden, w=weight, t=teacher: _skipping(x, w, t, e)
             )
             row = Row(f"grad_filter_eps {eps:.3g}, logits of width {width:g}", "triton fused",
-                      "both", **asdict(shape), dtype="bfloat16", missing=why is not None,
-                      reason=why)  # fmt: skip
+                      "both", **asdict(shape), dtype="bfloat16", missing=reason is not None,
+                      reason=reason)  # fmt: skip
             if result is not None:
                 row.grad_error = worst(deviations(result[0], truth))
                 row.products_share = result[1]

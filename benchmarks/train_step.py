@@ -159,7 +159,7 @@ def _with_answers(shape: Shape, folder: str, batch: dict[str, Tensor]) -> dict[s
 
 
 def _with_teacher(shape: Shape, folder: str, batch: dict[str, Tensor]) -> dict[str, Any]:
-    def theirs() -> Work:
+    def trl() -> Work:
         teacher = _llama(shape, 7)
         trainer = gkd_trainer(_llama(shape, 0), teacher, folder, gradient_checkpointing=False)
         return _work(trainer, batch, teacher)
@@ -171,7 +171,7 @@ def _with_teacher(shape: Shape, folder: str, batch: dict[str, Tensor]) -> dict[s
 
         return make
 
-    return {"TRL GKDTrainer": theirs, "ours": ours(None), "ours, top 64": ours(shape.K)}
+    return {"TRL GKDTrainer": trl, "ours": ours(None), "ours, top 64": ours(shape.K)}
 
 
 def gkd_trainer(student: Any, teacher: Any, folder: str, **options: Any) -> Any:

@@ -135,7 +135,7 @@ class Wrong:
 
 
 def measure(answer: TopK, rules: Rules) -> tuple[Tensor, Tensor]:
-    """Return for answers [N, K] which kinds of error occur, bool [W, N], and their values, [W, N].
+    """Return the errors of answers [N, K] by kind, bool [W, N], and their values, [W, N].
 
     It never waits for a GPU.
     """

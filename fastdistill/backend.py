@@ -67,10 +67,10 @@ def _resolve(impl: str, device_type: str, index: int | None) -> str:
         raise ValueError(f"impl: expected one of {IMPLS}, got {impl!r}")
     if impl == "auto":
         return automatic(device_type, index)
-    why = no_triton(device_type, index) if impl == "triton" else None
-    if why is not None:
+    reason = no_triton(device_type, index) if impl == "triton" else None
+    if reason is not None:
         raise ValueError(
-            f"impl: 'triton' cannot run: {why}. Use impl='torch' (chunked, on CPU and "
+            f"impl: 'triton' cannot run: {reason}. Use impl='torch' (chunked, on CPU and "
             f"CUDA) or impl='auto'"
         )
     return impl
@@ -158,7 +158,7 @@ def describe() -> dict[str, Any]:
     ext, cuda_ext = extension(), cuda_extension()
     chosen = resolve_impl("auto")
     kind = "cuda" if cuda else "cpu"
-    why = no_triton(kind, 0 if cuda else None) or "this GPU runs the Triton kernels"
+    reason = no_triton(kind, 0 if cuda else None) or "this GPU runs the Triton kernels"
     return {
         "python": platform.python_version(),
         "machine": platform.machine(),
@@ -171,7 +171,7 @@ def describe() -> dict[str, Any]:
         "cpu_isa": None if ext is None else ext.isa_names()[cpu_isa()],
         "cuda_extension": None if cuda_ext is None else cuda_ext.build_info(),
         "impl": chosen,
-        "impl_why": why,
+        "impl_why": reason,
     }
 
 

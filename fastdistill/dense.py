@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import checks
 from .backend import resolve_impl
-from .fused import keep_gradients, needs, no_positions
+from .fused import empty_output, keep_gradients, needs
 from .kernels.backends import get_backend
 from .kernels.dense_loss import dense
 from .kernels.head import Head
@@ -47,10 +47,12 @@ def linear_distill_loss(
     impl: str = "auto",
     backward: str = "auto",
 ) -> Tensor:
-    """ℓ = (1 − ce_weight)·D(p, q) [·T² if t2_scale] + ce_weight·CE(label) + z_loss·LSE²
+    """Distill a dense teacher, given by its hidden states and LM head, without [N, V] logits.
+
+        ℓ = (1 − ce_weight)·D(p, q) [·T² if t2_scale] + ce_weight·CE(label) + z_loss·LSE²
 
     over the whole vocabulary. p is the softmax of the teacher's head at T. The logits of both
-    models are computed in slabs, without [N, V]. Options as in `topk_distill`; there is no tail.
+    models are computed in slabs. Options as in `topk_distill`; there is no tail.
 
     Args:
         hidden: [N, H] or [B, T, H] of the student; weight: [V, H], the same dtype.
@@ -110,7 +112,7 @@ def linear_distill_loss(
         vocab=vocab,
     )
     if x.shape[0] == 0:
-        return no_positions(ops, x, reduction, options, label_N).loss
+        return empty_output(ops, x, reduction, options, label_N).loss
     per_row = reduction == "none" or backward == "recompute"
     if reduction == "none" and backward == "fused":
         checks.fail("backward", "'recompute' or 'auto' with reduction='none'", "'fused'",
@@ -202,7 +204,7 @@ def _reference(
         }
 
     with torch.no_grad():
-        theirs = reference.logits(teacher_x, teacher.weight, **scalars(teacher))
+        teacher_logits = reference.logits(teacher_x, teacher.weight, **scalars(teacher))
     return reference.linear_distill(
-        x, head.weight, theirs, label_N, coef_N, options, **scalars(head)
+        x, head.weight, teacher_logits, label_N, coef_N, options, **scalars(head)
     )

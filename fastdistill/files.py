@@ -13,19 +13,19 @@ from typing import Any
 def check_folder(name: str, path: Path) -> None:
     """Raise ValueError, naming the argument, if `path` is no folder and cannot become one."""
     expected = f"{name}: expected a folder, or a path where one can be made, got {str(path)!r}"
-    there = path.absolute()
+    existing = path.absolute()
     try:
-        while not os.path.lexists(there):
-            there = there.parent
+        while not os.path.lexists(existing):
+            existing = existing.parent
         os.lstat(path)
     except FileNotFoundError:
         pass
     except (OSError, ValueError) as error:  # name too long, a file in the path, a zero byte
         raise ValueError(f"{expected}: {error}") from None
-    if not there.is_dir():
-        raise ValueError(f"{expected}, where {str(there)!r} is no folder")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(f"{expected}, where nothing may be written into {str(there)!r}")
+    if not existing.is_dir():
+        raise ValueError(f"{expected}, where {str(existing)!r} is no folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(f"{expected}, where nothing may be written into {str(existing)!r}")
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -231,7 +231,7 @@ def by_reference(
     return LossTerms(*out)
 
 
-def no_positions(
+def empty_output(
     ops: Operands, x: Tensor, reduction: str, options: RowOptions, label_N: Tensor | None
 ) -> DistillOutput:
     """The result without any counted position: 0, with zero gradients."""

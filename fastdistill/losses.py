@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import checks
 from .backend import resolve_impl
-from .fused import LossTerms, by_reference, by_rows, fused, no_positions, recomputed
+from .fused import LossTerms, by_reference, by_rows, empty_output, fused, recomputed
 from .kernels.rows import RowOptions
 from .operands import (
     Operands,
@@ -255,7 +255,7 @@ def _distill(
             weights.mask.unsqueeze(-1), x, 0
         )  # NaN at an ignored position must not spread
     if x.shape[0] == 0:
-        return no_positions(ops, x, reduction, options, label_N)
+        return empty_output(ops, x, reduction, options, label_N)
     if options.filter_eps is not None:
         checks.grad_filter(options, impl, backward, reduction, ops.head.weight.dtype)
     compiled_callable = callable(options.divergence) and torch.compiler.is_compiling()

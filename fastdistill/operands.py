@@ -1,4 +1,4 @@
-"""Turn the arguments of a caller into those of the kernels: check, cast, flatten, floor, merge.
+"""Convert arguments for the kernels: check, cast, flatten, floor, merge.
 
 All public functions share it, so that an option has one meaning.
 """

@@ -1,4 +1,4 @@
-"""Vocabulary-parallel heads: rank r of a group holds rows [offset_r, offset_r + V_r) of W and b.
+"""Vocabulary-parallel heads: rank r holds rows [offset_r, offset_r + V_r) of W and b.
 
     lse_rest = log Σ_r e^{L_r},   mean_rest = Σ_r e^{L_r − lse_rest} m_r,   z_ids = max_r z_ids_r
 
@@ -174,16 +174,16 @@ def shard_of(placement: Placement, weight: Tensor) -> Shard:
     return known[key]
 
 
-def _all_gather_rows(group: ProcessGroup, mine: Tensor) -> list[list[int]]:
-    """The int64 values `mine` of all ranks, in rank order."""
-    rows = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(rows, mine, group=group)
+def _all_gather_rows(group: ProcessGroup, local: Tensor) -> list[list[int]]:
+    """Return the int64 values of all ranks, in rank order."""
+    rows = [torch.empty_like(local) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(rows, local, group=group)
     return torch.stack(rows).tolist()
 
 
 def _exchange_sizes(placement: Placement, weight: Tensor) -> Shard:
-    mine = [placement.position, *weight.shape]
-    rows = sorted(_all_gather_rows(placement.group, torch.tensor(mine, device=weight.device)))
+    local = [placement.position, *weight.shape]
+    rows = sorted(_all_gather_rows(placement.group, torch.tensor(local, device=weight.device)))
     sizes, widths = [size for _, size, _ in rows], {width for _, _, width in rows}
     if len(widths) > 1:
         checks.fail("weight", "shape [V_r, H] with one H on every rank of the group",
@@ -207,8 +207,8 @@ def check_same_on_all_ranks(shard: Shard | None, name: str, ids: Tensor, check: 
         return
     flat = ids.reshape(-1).long()
     index = torch.arange(flat.numel(), device=flat.device)
-    mine = torch.stack([flat.new_tensor(flat.numel()), flat.sum(), (flat * index).sum()])
-    if len({tuple(row) for row in _all_gather_rows(shard.group, mine)}) > 1:
+    local = torch.stack([flat.new_tensor(flat.numel()), flat.sum(), (flat * index).sum()])
+    if len({tuple(row) for row in _all_gather_rows(shard.group, local)}) > 1:
         checks.fail(name, "the same on every rank of group", "ranks that differ",
                     "group joins ranks that share a batch and split the vocabulary; ranks with "
                     "batches of their own are data-parallel")  # fmt: skip

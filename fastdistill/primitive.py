@@ -36,11 +36,12 @@ def linear_lse_gather(
     impl: str = "auto",
     check: bool = False,
 ) -> SelectedLogits:
-    """z = softcap·tanh(s / softcap) / T with s = logit_scale · (x Wᵀ + b); returns z at `ids` and
+    """Return the logits at K ids and the log-sum-exp of all others, without [N, V] logits.
 
+        z = softcap·tanh(s / softcap) / T,  s = logit_scale · (x Wᵀ + b)
         lse_rest = log Σ_{v ∉ ids} e^{z_v}
 
-    without materializing [N, V]. Differentiable in hidden, weight and bias, by recomputation:
+    Differentiable in hidden, weight and bias, by recomputation:
     2NVH FLOPs forward, 6NVH backward, O(N·K) memory beyond one slab of logits.
 
     Args:

@@ -95,8 +95,11 @@ def _named(name: str, beta: float, skew: float) -> str:
 def divergence_on_ids(
     name: str, p: Tensor, q: Tensor, beta: float, skew: float, ids: Tensor
 ) -> Tensor:
-    """Σ_ids d(p, q) [N] of masses that need not sum to 1: q f(p/q) − f′(1) (p − q), which is 0 at
-    q = p and nowhere below; forward KL as it is published, p log(p/q). `ids` is bool [N, V]."""
+    """Σ_ids d(p, q) [N] of masses that need not sum to 1.
+
+    d = q f(p/q) − f′(1) (p − q), whose minimum 0 is at q = p; for forward KL p log(p/q), as
+    published. `ids` is bool [N, V].
+    """
     name = _named(name, beta, skew)
     if name == "hellinger":
         # √ has an infinite slope at 0.

@@ -33,7 +33,7 @@ def token_scores(
     impl: str = "auto",
     check: bool = False,
 ) -> TokenScores:
-    """Scores of q = softmax(z) per position, z as in `linear_lse_gather`, in one streamed pass.
+    """Return scores of q = softmax(z) per position, z as in `linear_lse_gather`, in one pass.
 
         entropy −Σ q log q      varentropy Σ q (log q + H)²      margin log q₁ − log q₂
 

@@ -103,7 +103,7 @@ class RunningLSE:
 
 
 class Top2(NamedTuple):
-    """The two largest u [n, 2] outside the slots, the id of the first, and the rank of the label.
+    """The two largest u [n, 2] outside the slots, the id of the first, the rank of the label.
 
     id and above (how many u exceed the label's) are int64 [n].
     """

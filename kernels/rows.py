@@ -1,4 +1,4 @@
-"""The loss per token from K logits and the log-sum-exp of the rest, and its gradient: [N, K].
+"""The loss per token, and its gradient, from K logits and the log-sum-exp of the rest.
 
     log q_k = z_k − lse,   log q_tail = lse_tail − lse,   lse = log(e^lse_tail + Σ_S e^z)
     ℓ = (1 − ce) · D(p, q) [· T²] + ce · (lse₁ − u_y) + z_loss · lse₁²

@@ -1,4 +1,4 @@
-"""Fused sparse distillation loss: loss, statistics and gradients in one sweep of token chunks.
+"""Fused sparse distillation loss: loss, statistics and gradients in one pass over chunks.
 
     loss = Σ_n coef_n · ℓ_n(z_ids, lse_rest, lse_base)        (ℓ: kernels/rows.py)
 
@@ -150,8 +150,8 @@ def fused(
         scanned = backend.scan(
             head, hidden_NH[at], ids, moments=int(entropy), base=base, buffer=buffer
         )
-        mine = scanned.stats()
-        stats = mine if combine is None else combine(mine)
+        local = scanned.stats()
+        stats = local if combine is None else combine(local)
         gathered = Gathered(stats.z_ids, stats.lse_rest, stats.lse_base)
         part = Teacher(*(t[at] for t in teacher))
         rows, g = token_loss(gathered, part, label, coef, grad)
@@ -164,7 +164,7 @@ def fused(
             entropy_parts.append(entropy_of(gathered, stats.mean_rest, first_slots(support_ids))[0])
         if g is not None:
             part_dx = None if dx is None else dx[at]
-            stats = stats._replace(z_ids=mine.z_ids)  # no gradient for slots of other shards
+            stats = stats._replace(z_ids=local.z_ids)  # no gradient for slots of other shards
             backend.chunk_grads(
                 head,
                 hidden_NH[at],

@@ -181,7 +181,7 @@ def scan(
     at_one = None
     if base and head.temperature != 1.0:
         at_one = RunningLSE.empty(n, u_1n, 1.0, 0)
-    top = _no_best(n, u_1n) if best else None
+    top = _empty_top2(n, u_1n) if best else None
     for at in slabs(head.vocab, n, head.dtype.itemsize):
         rows = at.stop - at.start
         if buffer is not None:
@@ -196,19 +196,19 @@ def scan(
         if at_one is not None:
             at_one.add(u_vn)
         if top is not None:
-            top = _better(top, at, u_vn, label_u_n)
+            top = _merge_top2(top, at, u_vn, label_u_n)
     u_nS = u_1n.new_full((n, ids_nS.shape[1]), NEG)
     if slots.gathered is not None:
         u_nS = slots.gathered.t().contiguous()
     return Scanned(u_nS, running, at_one, top)
 
 
-def _no_best(n: int, like: Tensor) -> Top2:
+def _empty_top2(n: int, like: Tensor) -> Top2:
     nothing = torch.zeros(n, dtype=torch.int64, device=like.device)
     return Top2(torch.full((n, 2), NEG, dtype=like.dtype, device=like.device), nothing, nothing)
 
 
-def _better(best: Top2, at: slice, u_vn: Tensor, label_u_n: Tensor | None) -> Top2:
+def _merge_top2(best: Top2, at: slice, u_vn: Tensor, label_u_n: Tensor | None) -> Top2:
     """Merge the two largest logits of a slab into `best`; overwrites them in the slab."""
     u, first, above = best
     if label_u_n is not None:
@@ -255,7 +255,7 @@ def grad_slab_(
 def topk(
     head: Head, hidden_nH: Tensor, k: int, buffer: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(z [n, k] at T by falling value, ids int64 [n, k], lse_rest [n]); holds one slab at a time.
+    """(z [n, k] at T by falling value, ids int64 [n, k], lse_rest [n]); uses one slab.
 
     The k largest so far are merged with those of each slab. Dropped values are added to the rest,
     so the rest is a sum and never a difference.
@@ -271,9 +271,12 @@ def topk(
             u_1n = u_1n.new_empty(rows, n)
         z_vn = logits(head, matmul, at, u_1n[:rows]).div_(head.temperature)
         values, ids, rest = row_topk(z_vn.t().contiguous(), min(k, rows))
-        both, all_ids = torch.cat([best_nk, values], -1), torch.cat([ids_nk, ids + at.start], -1)
-        best_nk, where = both.topk(min(k, both.shape[1]), -1)
-        ids_nk = all_ids.gather(-1, where)
-        lost = both.scatter(-1, where, -torch.inf).logsumexp(-1)
-        rest_n = torch.logaddexp(torch.logaddexp(rest_n, rest), lost)
+        all_values, all_ids = (
+            torch.cat([best_nk, values], -1),
+            torch.cat([ids_nk, ids + at.start], -1),
+        )
+        best_nk, order = all_values.topk(min(k, all_values.shape[1]), -1)
+        ids_nk = all_ids.gather(-1, order)
+        dropped = all_values.scatter(-1, order, -torch.inf).logsumexp(-1)
+        rest_n = torch.logaddexp(torch.logaddexp(rest_n, rest), dropped)
     return best_nk, ids_nk, rest_n

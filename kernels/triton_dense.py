@@ -155,8 +155,12 @@ def grad_divergence(
 
 
 def _numbers(head: Head, teacher: Head, w: float) -> dict[str, float | bool]:
-    theirs = scalars(teacher)
-    teacher_scalars = {"t_scale": theirs["scale"], "t_cap": theirs["cap"], "T_CAP": theirs["CAP"]}
+    teacher_head_scalars = scalars(teacher)
+    teacher_scalars = {
+        "t_scale": teacher_head_scalars["scale"],
+        "t_cap": teacher_head_scalars["cap"],
+        "T_CAP": teacher_head_scalars["CAP"],
+    }
     return scalars(head) | teacher_scalars | {"w": float(w), "floor": floor_of(head.dtype)}
 
 
@@ -182,7 +186,7 @@ def dense_sums(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(D [n], Σψ [n], the label's u [n])."""
     n = len(lse_n)
-    raw, theirs = logits_view(head, buffers[0], n), logits_view(teacher_head, buffers[1], n)
+    raw, teacher_raw = logits_view(head, buffers[0], n), logits_view(teacher_head, buffers[1], n)
     D, total = torch.zeros_like(lse_n), torch.zeros_like(lse_n)
     if isinstance(options.divergence, str):
         phi, w = functor(options.divergence, options.beta, options.skew)
@@ -191,7 +195,7 @@ def dense_sums(
             (n,),
             raw,
             p_raw=raw,
-            p_t_raw=theirs,
+            p_t_raw=teacher_raw,
             p_bias=head.bias,
             p_t_bias=teacher_head.bias,
             p_lse=lse_n,
@@ -199,7 +203,7 @@ def dense_sums(
             p_D=D,
             p_psi_sum=total,
             ld_raw=raw.stride(0),
-            ld_t_raw=theirs.stride(0),
+            ld_t_raw=teacher_raw.stride(0),
             v=head.vocab,
             **_numbers(head, teacher_head, w),
             PHI=phi,
@@ -210,13 +214,13 @@ def dense_sums(
         T, floor = options.temperature, floor_of(head.dtype)
         for at in blocks(n, max(1, CALLABLE_BYTES // (head.vocab * raw.element_size()))):
             lq = _shaped_rows(head, raw[at]) / T - lse_n[at].unsqueeze(-1)
-            lp = _shaped_rows(teacher_head, theirs[at]) / T - teacher_lse_n[at].unsqueeze(-1)
+            lp = _shaped_rows(teacher_head, teacher_raw[at]) / T - teacher_lse_n[at].unsqueeze(-1)
             with torch.enable_grad():
                 leaf = lq.detach().requires_grad_(grad)
                 value = of_callable(options.divergence, lp.clamp(min=floor), leaf)
                 if grad:
                     psi = torch.autograd.grad(value.sum(), leaf)[0]
-                    theirs[at] = psi
+                    teacher_raw[at] = psi
                     total[at] = psi.sum(-1)
             D[at] = value.detach()
     u_label = None
@@ -244,18 +248,18 @@ def dense_grads(
 ) -> None:
     """Add the gradients of one chunk."""
     n, low = len(hidden_nH), head.weight.dtype
-    raw, theirs = logits_view(head, buffers[0], n), logits_view(teacher_head, buffers[1], n)
+    raw, teacher_raw = logits_view(head, buffers[0], n), logits_view(teacher_head, buffers[1], n)
     dz = raw if low == raw.dtype else raw.view(low)[:, : head.vocab]
     phi, w = None, 0.0
     if isinstance(options.divergence, str):
         phi, w = functor(options.divergence, options.beta, options.skew)
-    rows, grad_scale = _scaled_rows(head, rows, theirs if phi is None else None)
+    rows, grad_scale = _scaled_rows(head, rows, teacher_raw if phi is None else None)
     launch(
         grad_divergence,
         (n,),
         raw,
         p_raw=raw,
-        p_t_raw=theirs,
+        p_t_raw=teacher_raw,
         p_dz=dz,
         p_bias=head.bias,
         p_t_bias=teacher_head.bias,
@@ -268,7 +272,7 @@ def dense_grads(
         p_on_ce=rows.on_ce,
         p_label=rows.label,
         ld_raw=raw.stride(0),
-        ld_t_raw=theirs.stride(0),
+        ld_t_raw=teacher_raw.stride(0),
         ld_dz=dz.stride(0),
         v=head.vocab,
         **_numbers(head, teacher_head, w),

@@ -1,4 +1,4 @@
-"""Separable divergences inside a kernel: (log p, log q) -> (φ, ψ = ∂φ/∂log q), one functor each.
+"""Separable divergences inside a kernel: (log p, log q, w) -> (φ, ψ = ∂φ/∂log q).
 
 divergences.py defines them and names their sources. A kernel takes one of these functions as a
 constexpr. `w` is β or the skew, a run-time number. log-probabilities are finite.

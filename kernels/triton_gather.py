@@ -96,7 +96,7 @@ def sum_runs(
     p_x, p_ids, p_entries, p_g, p_starts, p_dw, p_db, E, S, H, ld_x, ld_dw,
     ADD: tl.constexpr, BE: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
-    """dW_v = Σ g_e x_e and db_v = Σ g_e over the entries e with id v, added or written once per id.
+    """dW_v = Σ g_e x_e and db_v = Σ g_e over the entries e with id v, written once per id.
 
     Args:
         p_x: [N, H] hidden states, row stride ld_x. p_g: [N, S], d(W x).

@@ -1,4 +1,4 @@
-"""Reduce a slab of raw logits row by row into running statistics; move out the slots' logits.
+"""Reduce a slab of raw logits into running statistics per row; move out the slots' logits.
 
     top' = max(top, max z);  s_i' = Σ e^{z − top'} (z − top')^i over the slab and before, i = 0 .. 2
 
