@@ -109,5 +109,5 @@ def test_its_json_is_json():
 def test_nothing_to_compare_is_said():
     models = {"student": model("s", w=None), "base": model("b", w=None)}
     side = run_suite({"weights": Planted(key="w")}, models, base=models["base"])
-    assert summary(side) == "No audit could be made of these models."
-    assert "No audit could be made" in audit_page(side, about=ABOUT).html()
+    assert summary(side) == "No audit could run on these models."
+    assert "No audit could run" in audit_page(side, about=ABOUT).html()

@@ -82,7 +82,7 @@ def summary(results: SuiteResults) -> str:
             if result.is_evidence:
                 evidence.setdefault(name, []).append(audit)
     if not audited:
-        return "No audit could be made of these models."
+        return "No audit could run on these models."
     parts = []
     for name in audited:
         audits = evidence.get(name, [])

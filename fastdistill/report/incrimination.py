@@ -39,7 +39,7 @@ class AuditScore:
 
 @dataclass(frozen=True, kw_only=True)
 class AuditRow:
-    """One audit on one arm; `caught` is None without development seeds."""
+    """One audit on one arm; `true_positive_rate` is None without development seeds."""
 
     name: str
     arm: str
