@@ -1,12 +1,12 @@
 """Check that a teacher's answers can come from a language model.
 
 The same check for models, custom teachers, caches, servers, Parquet files and samples: `measure`
-checks values, `wrong_shape` shapes, and `AnswerMonitor` every batch of a run. The tolerance for
-rounded log-probabilities is computed from them, not assumed:
+checks values, `find_shape_error` shapes, and `AnswerMonitor` every batch of a run. The tolerance
+for rounded log-probabilities is computed from them, not assumed:
 
     stored ln p (1 + δ), |δ| ≤ ε   →   |Σ stored p − Σ p| ≤ ε · (1 + Σ p |ln p|), to first order
 
-    N positions · K slots · W kinds of wrong answers
+    N positions · K slots · W kinds of errors
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _LOW = (torch.float16, torch.bfloat16)  # coarser last
 
 
 class Kind(NamedTuple):
-    """A kind of invalid answer; `Wrong` fills in the texts."""
+    """A kind of invalid answer; `InvalidAnswer` fills in the texts."""
 
     field: str
     expected: str
@@ -64,7 +64,7 @@ _NAMES = tuple(KINDS)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rules:
+class AnswerRules:
     """Requirements on answers, in addition to being a distribution.
 
     vocab: ids are below it; None if unknown.
@@ -86,14 +86,14 @@ class Rules:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wrong:
+class InvalidAnswer:
     """A position with an invalid answer."""
 
     kind: str
     at: int  # position among N
     value: float
     slots: int
-    rules: Rules
+    rules: AnswerRules
     dtype: torch.dtype
 
     @property
@@ -102,15 +102,15 @@ class Wrong:
 
     @property
     def expected(self) -> str:
-        return self._filled(KINDS[self.kind].expected)
+        return self._format(KINDS[self.kind].expected)
 
     @property
     def got(self) -> str:
-        return self._filled(KINDS[self.kind].got)
+        return self._format(KINDS[self.kind].got)
 
     @property
     def description(self) -> str:
-        return self._filled(KINDS[self.kind].description)
+        return self._format(KINDS[self.kind].description)
 
     @property
     def hint(self) -> str:
@@ -122,7 +122,7 @@ class Wrong:
     def __str__(self) -> str:
         return f"expected {self.expected}, got {self.got}"
 
-    def _filled(self, text: str) -> str:
+    def _format(self, text: str) -> str:
         vocab = self.rules.vocab
         return text.format(
             first=0,
@@ -134,7 +134,7 @@ class Wrong:
         ).replace("nan", "NaN")
 
 
-def measure(answer: TopK, rules: Rules) -> tuple[Tensor, Tensor]:
+def measure(answer: TopK, rules: AnswerRules) -> tuple[Tensor, Tensor]:
     """Return the errors of answers [N, K] by kind, bool [W, N], and their values, [W, N].
 
     It never waits for a GPU.
@@ -211,7 +211,7 @@ def _repeated(ids: Tensor, rising: bool) -> tuple[Tensor, Tensor]:
     return same.any(-1), torch.nn.functional.pad(repeated, (1, 0), value=-1).amax(-1)
 
 
-def find_wrong(answer: TopK, rules: Rules) -> Wrong | None:
+def find_invalid(answer: TopK, rules: AnswerRules) -> InvalidAnswer | None:
     """Return the first position of [N, K] with an invalid answer, or None."""
     if not answer.ids.numel():
         return None
@@ -220,7 +220,7 @@ def find_wrong(answer: TopK, rules: Rules) -> Wrong | None:
         return None
     at = int(bad.any(0).int().argmax())
     kind = int(bad[:, at].int().argmax())
-    return Wrong(
+    return InvalidAnswer(
         kind=_NAMES[kind],
         at=at,
         value=float(values[kind, at]),
@@ -230,7 +230,9 @@ def find_wrong(answer: TopK, rules: Rules) -> Wrong | None:
     )
 
 
-def wrong_shape(answer: TopK, lead: Sequence[int], k: int, *, exactly: bool = False) -> str | None:
+def find_shape_error(
+    answer: TopK, lead: Sequence[int], k: int, *, exactly: bool = False
+) -> str | None:
     """Return what is wrong with the shapes and types of answers [*lead, ≤ k], or None.
 
     Args:
@@ -270,7 +272,7 @@ def wrong_shape(answer: TopK, lead: Sequence[int], k: int, *, exactly: bool = Fa
     return None
 
 
-def place(lengths: Sequence[int], at: int) -> str:
+def describe_position(lengths: Sequence[int], at: int) -> str:
     """Return the row and position of entry `at` of concatenated rows of these lengths."""
     for row, length in enumerate(lengths):
         if at < length:
@@ -289,10 +291,10 @@ class AnswerMonitor:
 
     def __init__(self) -> None:
         self.batches = 0
-        self._seen: dict[torch.device, tuple[Tensor, Tensor]] = {}
-        self._rules, self._slots, self._dtype = Rules(), 0, torch.float32
+        self._first_errors: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._rules, self._slots, self._dtype = AnswerRules(), 0, torch.float32
 
-    def check(self, answer: TopK, rows: Tensor, positions: Tensor, rules: Rules) -> None:
+    def check(self, answer: TopK, rows: Tensor, positions: Tensor, rules: AnswerRules) -> None:
         """Check the answers [N, K] of one batch, for its rows (N,) and positions (N,).
 
         Raises:
@@ -302,36 +304,36 @@ class AnswerMonitor:
         self._rules, self._slots, self._dtype = rules, answer.ids.shape[-1], answer.logprobs.dtype
         if not answer.ids.numel():
             return
-        self._note(*measure(answer, rules), rows, positions)
+        self._store(*measure(answer, rules), rows, positions)
         if answer.ids.device.type == "cpu":
             self.read()
 
     def check_hidden(self, hidden: Tensor, rows: Tensor, positions: Tensor) -> None:
         """Check that the hidden states (N, G) of one batch are finite."""
         self.batches += 1
-        self._rules, self._slots, self._dtype = Rules(), 0, hidden.dtype
+        self._rules, self._slots, self._dtype = AnswerRules(), 0, hidden.dtype
         if not hidden.numel():
             return
         count = (~hidden.isfinite()).sum(-1)
         values = torch.zeros(len(_NAMES), len(hidden), device=hidden.device)
         values[_NAMES.index("hidden")] = count
-        self._note(values > 0, values, rows, positions)
+        self._store(values > 0, values, rows, positions)
         if hidden.device.type == "cpu":
             self.read()
 
-    def _note(self, bad: Tensor, values: Tensor, rows: Tensor, positions: Tensor) -> None:
+    def _store(self, bad: Tensor, values: Tensor, rows: Tensor, positions: Tensor) -> None:
         """Store the first invalid position of each kind, [W, N], on its device."""
-        where, noted = self._seen.get(bad.device, (None, None))
-        if where is None or noted is None:
-            where = torch.zeros(len(bad), 3, dtype=torch.int64, device=bad.device)
-            noted = torch.zeros(len(bad), dtype=values.dtype, device=bad.device)
+        first_places, first_values = self._first_errors.get(bad.device, (None, None))
+        if first_places is None or first_values is None:
+            first_places = torch.zeros(len(bad), 3, dtype=torch.int64, device=bad.device)
+            first_values = torch.zeros(len(bad), dtype=values.dtype, device=bad.device)
         at = bad.int().argmax(-1)
-        new = bad.any(-1) & (where[:, 0] == 0)
+        new = bad.any(-1) & (first_places[:, 0] == 0)
         batch = torch.full_like(at, self.batches)
-        here = torch.stack([batch, rows[at], positions[at]], -1)
-        where = torch.where(new[:, None], here, where)
-        noted = torch.where(new, values.gather(-1, at[:, None])[:, 0], noted)
-        self._seen[bad.device] = (where, noted)
+        place = torch.stack([batch, rows[at], positions[at]], -1)
+        first_places = torch.where(new[:, None], place, first_places)
+        first_values = torch.where(new, values.gather(-1, at[:, None])[:, 0], first_values)
+        self._first_errors[bad.device] = (first_places, first_values)
 
     def read(self) -> None:
         """Wait for the positions stored on devices.
@@ -339,18 +341,24 @@ class AnswerMonitor:
         Raises:
             ValueError: an answer since the last `read` was invalid.
         """
-        seen, self._seen = self._seen, {}
-        for where, noted in seen.values():
-            faults = [(*w, kind) for kind, w in enumerate(where.tolist()) if w[0]]
+        stored, self._first_errors = self._first_errors, {}
+        for places, first_values in stored.values():
+            faults = [(*w, kind) for kind, w in enumerate(places.tolist()) if w[0]]
             if not faults:
                 continue
             batch, row, position, kind = min(faults)
-            wrong = Wrong(kind=_NAMES[kind], at=0, value=float(noted[kind]), slots=self._slots,
-                          rules=self._rules, dtype=self._dtype)  # fmt: skip
-            raise _refusal(wrong, batch, row, position)
+            wrong = InvalidAnswer(
+                kind=_NAMES[kind],
+                at=0,
+                value=float(first_values[kind]),
+                slots=self._slots,
+                rules=self._rules,
+                dtype=self._dtype,
+            )
+            raise _invalid_answer_error(wrong, batch, row, position)
 
 
-def _refusal(wrong: Wrong, batch: int, row: int, position: int) -> ValueError:
+def _invalid_answer_error(wrong: InvalidAnswer, batch: int, row: int, position: int) -> ValueError:
     hint = f" ({wrong.hint})" if wrong.hint else ""
     return ValueError(
         f"teacher: expected the answers of a language model, but in batch {batch} that it answered "

@@ -35,7 +35,7 @@ TRITON_CAPABILITY = (8, 0)  # bf16 matrix instructions
 
 
 @functools.cache
-def no_triton(device_type: str, index: int | None) -> str | None:
+def triton_problem(device_type: str, index: int | None) -> str | None:
     """Return why the Triton kernels cannot run on this device, or None if they can."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install triton)"
@@ -58,7 +58,11 @@ def no_triton(device_type: str, index: int | None) -> str | None:
 
 def automatic(device_type: str, index: int | None) -> str:
     """Resolve impl="auto" on a device: Triton on a GPU that runs it, else chunked PyTorch."""
-    return "triton" if device_type == "cuda" and no_triton(device_type, index) is None else "torch"
+    return (
+        "triton"
+        if device_type == "cuda" and triton_problem(device_type, index) is None
+        else "torch"
+    )
 
 
 @torch.compiler.assume_constant_result
@@ -67,7 +71,7 @@ def _resolve(impl: str, device_type: str, index: int | None) -> str:
         raise ValueError(f"impl: expected one of {IMPLS}, got {impl!r}")
     if impl == "auto":
         return automatic(device_type, index)
-    reason = no_triton(device_type, index) if impl == "triton" else None
+    reason = triton_problem(device_type, index) if impl == "triton" else None
     if reason is not None:
         raise ValueError(
             f"impl: 'triton' cannot run: {reason}. Use impl='torch' (chunked, on CPU and "
@@ -158,7 +162,7 @@ def describe() -> dict[str, Any]:
     ext, cuda_ext = extension(), cuda_extension()
     chosen = resolve_impl("auto")
     kind = "cuda" if cuda else "cpu"
-    reason = no_triton(kind, 0 if cuda else None) or "this GPU runs the Triton kernels"
+    reason = triton_problem(kind, 0 if cuda else None) or "this GPU runs the Triton kernels"
     return {
         "python": platform.python_version(),
         "machine": platform.machine(),

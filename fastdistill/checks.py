@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from .answer_checks import Rules, find_wrong
+from .answer_checks import AnswerRules, find_invalid
 from .outputs import TopK
 from .runtime.printable import printable_lines
 
@@ -179,8 +179,8 @@ def teacher(
         )
     # Slots may be empty; renorm_both uses the K ids alone and ignores the rest.
     total = "any" if tail == "renorm_both" else "at most"
-    rules = Rules(vocab=vocab, repeats=True, nothing=True, total=total)
-    wrong = find_wrong(answer.flatten(), rules)
+    rules = AnswerRules(vocab=vocab, repeats=True, nothing=True, total=total)
+    wrong = find_invalid(answer.flatten(), rules)
     if wrong is not None:
         fail(f"teacher.{wrong.field}", wrong.expected, wrong.got, wrong.hint)
 

@@ -10,7 +10,13 @@ from answers import Answers
 from training import VOCAB, build, peaked, ragged, train
 
 from fastdistill import Teacher, topk_distill_loss
-from fastdistill.answer_checks import AnswerMonitor, Rules, find_wrong, measure, wrong_shape
+from fastdistill.answer_checks import (
+    AnswerMonitor,
+    AnswerRules,
+    find_invalid,
+    find_shape_error,
+    measure,
+)
 from fastdistill.heads import LMHead
 from fastdistill.outputs import TopK
 
@@ -48,19 +54,19 @@ def test_what_is_honest_passes():
         changed(ids=put(IDS, torch.tensor([2, -1, 4])), log_tail=None),
         TopK(IDS, torch.tensor([[0.0, -math.inf, -math.inf]] * 2), torch.full((2,), -math.inf)),
     ):
-        assert find_wrong(answer, Rules(vocab=10)) is None
+        assert find_invalid(answer, AnswerRules(vocab=10)) is None
 
 
 @pytest.mark.parametrize("kind", WRONG)
 def test_every_kind_is_found_at_its_position(kind):
-    wrong = find_wrong(WRONG[kind], Rules(vocab=10))
+    wrong = find_invalid(WRONG[kind], AnswerRules(vocab=10))
     assert (wrong.kind, wrong.at) == (kind, 1)
 
 
 def test_all_mass_gone_is_found():
     gone = changed(logprobs=put(HONEST.logprobs, -math.inf), log_tail=put(HONEST.log_tail, -1e9))
-    assert find_wrong(gone, Rules(vocab=10)).kind == "total"
-    assert find_wrong(gone._replace(log_tail=None), Rules(vocab=10, nothing=True)) is None
+    assert find_invalid(gone, AnswerRules(vocab=10)).kind == "total"
+    assert find_invalid(gone._replace(log_tail=None), AnswerRules(vocab=10, nothing=True)) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -80,33 +86,35 @@ def test_rounding_is_no_lie(dtype, upcast, k):
             if upcast:
                 tail = None if tail is None else tail.float()
                 answer = TopK(best.indices, logprobs.float(), tail)
-            assert find_wrong(answer, Rules(vocab=1024)) is None
+            assert find_invalid(answer, AnswerRules(vocab=1024)) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_what_rounding_cannot_do_is_refused(dtype):
     lie = TopK(IDS, (P * 1.25).log().to(dtype))
-    wrong = find_wrong(lie, Rules(vocab=10))
+    wrong = find_invalid(lie, AnswerRules(vocab=10))
     assert wrong.kind == "mass"
     if dtype != torch.float32:
         assert str(dtype).removeprefix("torch.") in wrong.hint
 
 
 def test_shapes_types_and_slots():
-    assert wrong_shape(HONEST, (2,), 3) is None
-    assert "expected answers of shape [3, …]" in wrong_shape(HONEST, (3,), 3)
-    assert "2 were asked for" in wrong_shape(HONEST, (2,), 2)
-    assert "expected a fastdistill.TopK, got tuple" in wrong_shape((IDS, P), (2,), 3)
-    assert wrong_shape(changed(ids=IDS.float()), (2,), 3).startswith("ids: expected int32")
-    assert wrong_shape(changed(logprobs=P[:, :2]), (2,), 3).startswith("logprobs: expected shape")
-    assert wrong_shape(changed(log_tail=P), (2,), 3).startswith("log_tail: expected shape")
+    assert find_shape_error(HONEST, (2,), 3) is None
+    assert "expected answers of shape [3, …]" in find_shape_error(HONEST, (3,), 3)
+    assert "2 were asked for" in find_shape_error(HONEST, (2,), 2)
+    assert "expected a fastdistill.TopK, got tuple" in find_shape_error((IDS, P), (2,), 3)
+    assert find_shape_error(changed(ids=IDS.float()), (2,), 3).startswith("ids: expected int32")
+    assert find_shape_error(changed(logprobs=P[:, :2]), (2,), 3).startswith(
+        "logprobs: expected shape"
+    )
+    assert find_shape_error(changed(log_tail=P), (2,), 3).startswith("log_tail: expected shape")
     empty = "expected a dense tensor with values, got one of "
     assert (
-        wrong_shape(changed(ids=IDS.to("meta")), (2,), 3) == f"ids: {empty}the meta device, "
+        find_shape_error(changed(ids=IDS.to("meta")), (2,), 3) == f"ids: {empty}the meta device, "
         "without values"
     )
     assert (
-        wrong_shape(changed(logprobs=P.to_sparse()), (2,), 3) == f"logprobs: {empty}"
+        find_shape_error(changed(logprobs=P.to_sparse()), (2,), 3) == f"logprobs: {empty}"
         "torch.sparse_coo"
     )
 
@@ -201,17 +209,17 @@ class OnDevice(AnswerMonitor):
     def check(self, answer, rows, positions, rules):
         self.batches += 1
         self._rules, self._slots, self._dtype = rules, answer.ids.shape[-1], answer.logprobs.dtype
-        self._note(*measure(answer, rules), rows, positions)
+        self._store(*measure(answer, rules), rows, positions)
 
 
 def test_what_is_noted_on_a_device_is_raised_when_it_is_read():
     monitor, at = OnDevice(), torch.arange(2)
     for answer in (HONEST, WRONG["total"], WRONG["repeated"], HONEST):
-        monitor.check(answer, at + 5, at + 20, Rules(vocab=10))
+        monitor.check(answer, at + 5, at + 20, AnswerRules(vocab=10))
     with pytest.raises(ValueError, match=r"in batch 2 .* row 6, position 21 is none: log_tail"):
         monitor.read()
     monitor.read()  # said once
-    monitor.check(WRONG["ids"], at, at, Rules(vocab=10))
+    monitor.check(WRONG["ids"], at, at, AnswerRules(vocab=10))
     with pytest.raises(ValueError, match=r"batch 5 .* row 1, position 1 .* expected ids in 0\.\.9"):
         monitor.read()
 
@@ -221,7 +229,7 @@ def test_nothing_waits_for_the_device_and_nothing_is_saved_after_it(tmp_path):
     answer = TopK(*(x.to("meta") for x in HONEST[:3]))
     monitor = AnswerMonitor()
     at = torch.arange(2, device="meta")
-    monitor.check(answer, at, at, Rules(vocab=10))
+    monitor.check(answer, at, at, AnswerRules(vocab=10))
     monitor.check_hidden(torch.empty(2, 4, device="meta"), at, at)
     trainer = build(tmp_path, teacher=turning(TURNS["one id in every slot"][0], 1), max_steps=6,
                     logging_steps=100, save_strategy="steps", save_steps=3, check_signal=False,

@@ -16,9 +16,9 @@ from fastdistill import backend
 @pytest.fixture
 def no_interpreter(monkeypatch):
     monkeypatch.setattr(knobs.runtime, "interpret", False)
-    backend.no_triton.cache_clear()
+    backend.triton_problem.cache_clear()
     yield
-    backend.no_triton.cache_clear()
+    backend.triton_problem.cache_clear()
 
 
 @pytest.mark.usefixtures("no_interpreter")
@@ -38,25 +38,25 @@ def test_auto_is_torch_on_a_cpu_even_under_the_interpreter():
 
 
 def test_other_devices_and_old_gpus_are_named(monkeypatch):
-    backend.no_triton.cache_clear()
+    backend.triton_problem.cache_clear()
     with pytest.raises(ValueError, match=r"the Triton kernels need a CUDA GPU, not 'mps'"):
         backend.resolve_impl("triton", torch.device("mps"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
     with pytest.raises(ValueError, match=r"compute capability \(7, 5\) is below \(8, 0\)"):
         backend.resolve_impl("triton", torch.device("cuda", 0))
     assert backend.resolve_impl("auto", torch.device("cuda", 0)) == "torch"
-    backend.no_triton.cache_clear()
+    backend.triton_problem.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
     assert backend.resolve_impl("auto", torch.device("cuda", 0)) == "triton"
-    backend.no_triton.cache_clear()
+    backend.triton_problem.cache_clear()
 
 
 def test_without_triton_it_says_what_to_install(monkeypatch):
     monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None)
-    backend.no_triton.cache_clear()
+    backend.triton_problem.cache_clear()
     with pytest.raises(ValueError, match="triton is not installed"):
         backend.resolve_impl("triton", torch.device("cuda", 0))
-    backend.no_triton.cache_clear()
+    backend.triton_problem.cache_clear()
 
 
 @pytest.mark.skipif(backend.extension() is None, reason="the C++ extension was not built")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastdistill.answer_checks import Rules, find_wrong, wrong_shape
+from fastdistill.answer_checks import AnswerRules, find_invalid, find_shape_error
 from fastdistill.cache.codec import Packed, bytes_per_token, pack, truncate_k, unpack
 from fastdistill.outputs import TopK
 
@@ -178,14 +178,16 @@ def test_what_no_model_says(ids, logprobs, tail, words):
     answer = TopK(
         torch.tensor(ids), torch.tensor(logprobs), None if tail is None else torch.tensor(tail)
     )
-    found = wrong_shape(answer, (1,), 2) or find_wrong(answer, Rules(vocab=53)).description
+    found = (
+        find_shape_error(answer, (1,), 2) or find_invalid(answer, AnswerRules(vocab=53)).description
+    )
     assert words in found
 
 
 def test_nothing_at_all():
     empty = TopK.empty((0, 3))
-    assert wrong_shape(empty, (0,), 3) is None
-    assert find_wrong(empty, Rules(vocab=53)) is None
+    assert find_shape_error(empty, (0,), 3) is None
+    assert find_invalid(empty, AnswerRules(vocab=53)) is None
     packed = pack([empty], 3, 1)
     assert isinstance(packed, Packed)
     unpack(packed, 0, 1.0, None, empty._replace(ids=empty.ids.int()))

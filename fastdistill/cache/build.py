@@ -23,7 +23,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..answer_checks import Rules, find_wrong, wrong_shape
+from ..answer_checks import AnswerRules, find_invalid, find_shape_error
 from ..examples import Encoder
 from ..outputs import TopK
 from ..progress import Work
@@ -136,10 +136,10 @@ def _check_answers(
     answer: TopK, rows: list[PendingRow], settings: Settings, answers_all: bool
 ) -> None:
     lengths = [len(row.places) for row in rows]
-    shape = wrong_shape(answer, (sum(lengths),), settings.k)
+    shape = find_shape_error(answer, (sum(lengths),), settings.k)
     if shape is not None:
         raise CacheError(f"teacher: {shape}")
-    wrong = find_wrong(answer, Rules(vocab=settings.ids, nothing=not answers_all))
+    wrong = find_invalid(answer, AnswerRules(vocab=settings.ids, nothing=not answers_all))
     if wrong is None:
         return
     row = next(i for i, end in enumerate(accumulate(lengths)) if wrong.at < end)

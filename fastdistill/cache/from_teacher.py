@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..answer_checks import wrong_shape
+from ..answer_checks import find_shape_error
 from ..outputs import TopK
 from ..packing import groups
 from ..teacher import Teacher
@@ -55,7 +55,7 @@ class FromTeacher:
         else:
             answers = [self.teacher.topk(ids, mask, k=k, temperature=T) for T in temperatures]
         for answer in answers:
-            wrong = wrong_shape(answer, ids.shape, k)
+            wrong = find_shape_error(answer, ids.shape, k)
             if wrong is not None:
                 raise CacheError(f"teacher: {wrong}")
         return [_at(answer, where.to(answer.ids.device)) for answer in answers]

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..answer_checks import Rules, find_wrong
+from ..answer_checks import AnswerRules, find_invalid
 from ..outputs import TopK
 from .codec import Array, Packed, truncate_k, unpack
 from .manifest import KEY, CacheError, Manifest
@@ -127,7 +127,7 @@ class Reader:
             if part.stored_mask is not None:
                 packed = Packed(*(tensor[part.stored_mask] for tensor in packed))
             self._unpack(shard, packed, at, _slice(answers, slice(start, stop)), f"row {part.row}")
-        wrong = find_wrong(answers, self._rules)
+        wrong = find_invalid(answers, self._rules)
         if wrong is not None:
             number = bisect_right(bounds, wrong.at) - 1
             part = parts[number]
@@ -143,9 +143,9 @@ class Reader:
         unpack(packed, at, scale, settings.draws, out)
 
     @property
-    def _rules(self) -> Rules:
+    def _rules(self) -> AnswerRules:
         # Empty answers, as for the last token of a Parquet row, have all mass in the tail.
-        return Rules(vocab=self.manifest.settings.ids, nothing=True, rising=True)
+        return AnswerRules(vocab=self.manifest.settings.ids, nothing=True, rising=True)
 
     def check(self, index: int) -> None:
         """Raise CacheError if an answer of a shard is no distribution."""
@@ -163,7 +163,7 @@ class Reader:
             for at, T in enumerate(settings.temperatures):
                 answers = TopK.empty((len(packed.ids), settings.k), T, id_dtype=torch.int32)
                 self._unpack(shard, packed, at, answers, f"answers from {start} on")
-                wrong = find_wrong(answers, self._rules)
+                wrong = find_invalid(answers, self._rules)
                 if wrong is not None:
                     raise shard.damaged(f"answer {start + wrong.at}: {wrong.field}: {wrong}")
 

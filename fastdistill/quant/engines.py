@@ -77,7 +77,7 @@ def engine_for(device: torch.device) -> QuantEngine:
     if device.type == "cuda":
         if backend.cuda_extension() is not None:
             return CUDA
-        if backend.no_triton(device.type, device.index) is None:
+        if backend.triton_problem(device.type, device.index) is None:
             return triton()
     return TORCH
 

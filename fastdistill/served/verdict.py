@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..answer_checks import Rules, find_wrong, place, wrong_shape
+from ..answer_checks import AnswerRules, describe_position, find_invalid, find_shape_error
 from ..outputs import TopK
 
 
@@ -21,9 +21,9 @@ def check_answer(
     url: str,
 ) -> None:
     """Raise WrongAnswer, with the row of the request and the position, if an answer is invalid."""
-    shape = wrong_shape(answer, (sum(lengths),), k, exactly=True)
+    shape = find_shape_error(answer, (sum(lengths),), k, exactly=True)
     if shape is not None:
         raise WrongAnswer(f"{url}: {shape}")
-    wrong = find_wrong(answer, Rules(vocab=vocab, empty=False, ranked=True))
+    wrong = find_invalid(answer, AnswerRules(vocab=vocab, empty=False, ranked=True))
     if wrong is not None:
-        raise WrongAnswer(f"{url}: {place(lengths, wrong.at)}: {wrong}")
+        raise WrongAnswer(f"{url}: {describe_position(lengths, wrong.at)}: {wrong}")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..answer_checks import AnswerMonitor, Rules, wrong_shape
+from ..answer_checks import AnswerMonitor, AnswerRules, find_shape_error
 from ..cache import TeacherCache
 from ..outputs import TopK
 from ..teacher import Teacher
@@ -50,13 +50,13 @@ def get_answers(
     answers = _topk(teacher, batch, targets, config, check)
     teacher_vocab = getattr(teacher, "vocab_size", None)
     if not hasattr(teacher, "valid_vocab") and teacher_vocab and vocab and teacher_vocab > vocab:
-        monitor.check(answers, targets.rows, positions, Rules(vocab=teacher_vocab))
+        monitor.check(answers, targets.rows, positions, AnswerRules(vocab=teacher_vocab))
         return targets, answers.within(vocab)
     # A position may lose all its ids when they are cut to the shared vocabulary; the source was
     # checked before. With a vocabulary of unknown size it means that the vocabularies differ.
     cut = getattr(teacher, "valid_vocab", None) is not None
     may_be_empty = cut and teacher_vocab is not None
-    rules = Rules(vocab=vocab, nothing=may_be_empty, total="any" if cut else "equal")
+    rules = AnswerRules(vocab=vocab, nothing=may_be_empty, total="any" if cut else "equal")
     monitor.check(answers, targets.rows, positions, rules)
     return targets, answers
 
@@ -107,7 +107,7 @@ def _topk(
     answers = answers_from_batch(batch, config.temperature)
     if answers is None:
         answers = teacher.topk(ids, mask, k=k, temperature=config.temperature, **arguments)
-        problem = wrong_shape(answers, ids.shape, k)
+        problem = find_shape_error(answers, ids.shape, k)
         if problem is not None:
             raise ValueError(f"teacher: {problem}")
         answers = answers.to(ids.device)
