@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from .checkpoint_gate import ADAPTER, check_folder, foreign
+from .checkpoint_gate import ADAPTER, as_checkpoint_error, check_folder
 from .quant.header import keep_untied
 from .quant.tensor_files import CheckpointError, TensorFiles, check_inside, read_json
 from .resolve import ADAPTER_WEIGHTS as WEIGHTS
@@ -63,7 +63,7 @@ def load_adapted(model: Any, folder: Path, *, trainable: bool = False) -> Any:
     config, files = read_adapter(folder)
     _name_modules(model, config, folder / ADAPTER)
     _check_weights(model, config, files)
-    with foreign(folder, "an adapter that peft can put onto its base"):
+    with as_checkpoint_error(folder, "an adapter that peft can put onto its base"):
         return PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=trainable)
 
 
@@ -132,40 +132,40 @@ def read_adapter(folder: Path) -> tuple[Any, TensorFiles]:
     }
     kind = stored.get("peft_type")
     if not isinstance(kind, str) or kind not in kinds:
-        _refuse(file, "peft_type", f"one of {', '.join(sorted(kinds))}, which can be merged", kind)
+        _fail(file, "peft_type", f"one of {', '.join(sorted(kinds))}, which can be merged", kind)
     config_class = PEFT_TYPE_TO_CONFIG_MAPPING[kinds[str(kind)]]
     known = {entry.name for entry in dataclasses.fields(config_class)}
     values = {name: value for name, value in stored.items() if name not in _DROPPED}
     for name, value in values.items():
         if name not in known and value not in (None, False, "", [], {}):
-            _refuse(file, name, f"an entry of a {config_class.__name__}", value, "update peft")
+            _fail(file, name, f"an entry of a {config_class.__name__}", value, "update peft")
         _check_value(file, name, value, files)
     values = {name: value for name, value in values.items() if name in known}
-    with foreign(file, f"a {config_class.__name__}"):
+    with as_checkpoint_error(file, f"a {config_class.__name__}"):
         return config_class(**values), files
 
 
 def _check_value(file: Path, name: str, value: Any, files: TensorFiles) -> None:
     if name in _REFUSED and value:
-        _refuse(file, name, "none", value)
+        _fail(file, name, "none", value)
     _check_numbers(file, name, value)
     if name in _EXPRESSIONS and isinstance(value, str):
         _bounded(file, name, value)
     elif name in _PATTERNS:
         for part in _names_in(value):
             if not _is_name(part):
-                _refuse(file, name, f"names of modules, or {_ALL_LINEAR!r}", part, "a regular "
+                _fail(file, name, f"names of modules, or {_ALL_LINEAR!r}", part, "a regular "
                         "expression may never end: list the names of the modules")  # fmt: skip
     if name.endswith("_pattern") and name not in _PATTERNS and value is not None:
         if not isinstance(value, dict):
-            _refuse(file, name, "names of modules with a number each", value)
+            _fail(file, name, "names of modules with a number each", value)
         for part in value:
             if name in _KEYED and not _is_name(part):
                 _bounded(file, name, _as_key(part))
             elif not _is_name(part):
-                _refuse(file, name, "names of modules", part, "a regular expression may never end")
+                _fail(file, name, "names of modules", part, "a regular expression may never end")
     if isinstance(value, (list, dict)) and len(value) > _MOST_NAMES:
-        _refuse(file, name, f"at most {_MOST_NAMES:,} entries", f"{len(value):,}")
+        _fail(file, name, f"at most {_MOST_NAMES:,} entries", f"{len(value):,}")
     if name == "layer_replication" and value is not None:
         _check_replication(file, value, len(files.names()))
 
@@ -178,14 +178,14 @@ def _check_numbers(file: Path, name: str, value: Any) -> None:
         if isinstance(value, dict) and "loftq_iter" in value:
             _check_iterations(file, name, value["loftq_iter"])
     elif isinstance(value, float) and not math.isfinite(value):
-        _refuse(file, name, "a finite number", value)
+        _fail(file, name, "a finite number", value)
     elif name in _INITIAL and isinstance(value, str) and (count := _ITERATIONS.fullmatch(value)):
         _check_iterations(file, name, int(count[1][:9]))
 
 
 def _check_iterations(file: Path, name: str, count: Any) -> None:
     if type(count) is not int or not 0 <= count <= _MOST_ITERATIONS:
-        _refuse(file, name, f"at most {_MOST_ITERATIONS} iterations", count)
+        _fail(file, name, f"at most {_MOST_ITERATIONS} iterations", count)
 
 
 def _name_modules(model: nn.Module, config: Any, file: Path) -> None:
@@ -197,7 +197,7 @@ def _name_modules(model: nn.Module, config: Any, file: Path) -> None:
             continue
         matched = _matched(file, field, expression, names)
         if not matched and field == "target_modules":
-            _refuse(file, field, f"names of modules of {type(model).__name__}", expression,
+            _fail(file, field, f"names of modules of {type(model).__name__}", expression,
                     "it matches none")  # fmt: skip
         listed = field != "feedforward_modules" and not _has_endings(names, matched)
         setattr(config, field, (set(matched) if listed else _either(matched)) if matched else None)
@@ -221,18 +221,18 @@ def _matched(file: Path, field: str, expression: str, names: list[str]) -> list[
     try:
         return [name for name in names if pattern.matches(name)]
     except PatternError as error:
-        _refuse_expression(file, field, expression, error)
+        _fail_expression(file, field, expression, error)
 
 
 def _bounded(file: Path, field: str, expression: str) -> BoundedPattern:
     try:
         return BoundedPattern(expression)
     except PatternError as error:
-        _refuse_expression(file, field, expression, error)
+        _fail_expression(file, field, expression, error)
 
 
-def _refuse_expression(file: Path, field: str, expression: str, error: PatternError) -> NoReturn:
-    _refuse(file, field, "names of modules, or a regular expression that is sure to end",
+def _fail_expression(file: Path, field: str, expression: str, error: PatternError) -> NoReturn:
+    _fail(file, field, "names of modules, or a regular expression that is sure to end",
             expression, f"{error}. List the names of the modules")  # fmt: skip
 
 
@@ -264,16 +264,16 @@ def _names_in(value: Any) -> Iterator[Any]:
         yield value
 
 
-def _check_replication(file: Path, ranges: Any, most: int) -> None:
+def _check_replication(file: Path, ranges: Any, limit: int) -> None:
     """Check the ranges: each replicated layer has its own weights in the adapter."""
     total = 0
     for entry in ranges if isinstance(ranges, list) else [ranges]:
         pair = isinstance(entry, list) and len(entry) == 2 and all(type(n) is int for n in entry)
         if not pair or not 0 <= entry[0] < entry[1]:
-            _refuse(file, "layer_replication", "ranges [first, last)", entry)
+            _fail(file, "layer_replication", "ranges [first, last)", entry)
         total += entry[1] - entry[0]
-    if total > most:
-        _refuse(file, "layer_replication", f"at most {most} layers, one per stored tensor", total)
+    if total > limit:
+        _fail(file, "layer_replication", f"at most {limit} layers, one per stored tensor", total)
 
 
 def _check_weights(model: Any, config: Any, files: TensorFiles) -> None:
@@ -285,29 +285,29 @@ def _check_weights(model: Any, config: Any, files: TensorFiles) -> None:
         if hasattr(config, name):
             setattr(config, name, False)
     with (
-        foreign(files.path, "an adapter of this base"),
+        as_checkpoint_error(files.path, "an adapter of this base"),
         warnings.catch_warnings(),
         torch.device("meta"),
     ):
         warnings.simplefilter("ignore")
         adapted = get_peft_model(_without_memory(model), config)
         # Do not save embeddings: peft would ask the hub about the base's vocabulary.
-        wanted = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+        expected_state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
         everything = adapted.state_dict()
     folder = files.path.parent.name
-    if missing := sorted(wanted.keys() - set(files.names())):
+    if missing := sorted(expected_state.keys() - set(files.names())):
         raise CheckpointError(
             f"path: expected all weights of the adapter in {folder}, found {len(missing)} "
             f"missing (first: {printable(missing[0])}). Is it one of another base?"
         )
-    extra = sorted(set(files.names()) - wanted.keys() - everything.keys())
+    extra = sorted(set(files.names()) - expected_state.keys() - everything.keys())
     if extra:
         raise CheckpointError(
             f"path: expected the weights of the adapter in {folder}, found {len(extra)} unused "
             f"(first: {printable(extra[0])}). Is it one of another base?"
         )
     for name in files.names():
-        expected = tuple((wanted.get(name, everything.get(name))).shape)
+        expected = tuple((expected_state.get(name, everything.get(name))).shape)
         if files.shape(name) != expected:
             raise CheckpointError(
                 f"{files.path}: tensor {printable(name)}: expected the shape {list(expected)} that "
@@ -326,7 +326,7 @@ def _without_memory(model: Any) -> nn.Module:
     return made
 
 
-def _refuse(file: Path, name: str, expected: str, got: Any, hint: str = "") -> NoReturn:
+def _fail(file: Path, name: str, expected: str, got: Any, hint: str = "") -> NoReturn:
     raise CheckpointError(
         f"{file}: {printable(name)}: expected {expected}, got {printable(repr(got))}"
         + (f"; {hint}" if hint else "")

@@ -52,7 +52,7 @@ _TRIAL = "Is this a text? 1 + 2 = 3."
 
 
 @contextlib.contextmanager
-def foreign(source: Path, what: str) -> Iterator[None]:
+def as_checkpoint_error(source: Path, expected: str) -> Iterator[None]:
     """Turn a library's error about a checkpoint into a CheckpointError that names it.
 
     OSError, MemoryError and ImportError pass through unchanged.
@@ -64,16 +64,16 @@ def foreign(source: Path, what: str) -> Iterator[None]:
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != _PANIC:
             raise
-        why = f"{type(error).__name__}: {printable(error, 1000)}"
+        reason = f"{type(error).__name__}: {printable(error, 1000)}"
         raise CheckpointError(
-            f"{source}: expected {what}, got {why}. The file is damaged, or the checkpoint is of "
-            "another version: download it again"
+            f"{source}: expected {expected}, got {reason}. The file is damaged, or the checkpoint "
+            "is of another version: download it again"
         ) from error
 
 
 def check_folder(folder: Path) -> None:
     """Raise CheckpointError for a file that links out of a folder or for invalid JSON."""
-    with foreign(folder, "a folder that can be listed"):
+    with as_checkpoint_error(folder, "a folder that can be listed"):
         entries = [*folder.iterdir(), *(folder / TEMPLATES).glob("*")]
     for path in sorted(entries):
         unread = (*DOCUMENTS, *PICKLE_SUFFIXES)
@@ -105,9 +105,9 @@ def load_config(source: str | Path, **options: Any) -> tuple[Any, dict[str, Any]
     check_choices(file, stored)
     kind = stored.get("model_type")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
-        _refuse(file, "model_type", "a model that transformers knows", kind, "custom code that "
+        _fail(file, "model_type", "a model that transformers knows", kind, "custom code that "
                 "comes with a checkpoint is never run (trust_remote_code)")  # fmt: skip
-    with foreign(file, "the configuration of a model that transformers knows"):
+    with as_checkpoint_error(file, "the configuration of a model that transformers knows"):
         config, unused = AutoConfig.from_pretrained(
             str(source),
             trust_remote_code=False,
@@ -147,11 +147,11 @@ def load_tokenizer(folder: str | Path) -> Any:
     for name in (CONFIG, TOKENIZER):
         if (folder / name).is_file():
             _check_tokenizer_class(folder / name)
-    with foreign(folder, "a tokenizer that transformers can read"):
+    with as_checkpoint_error(folder, "a tokenizer that transformers can read"):
         tokenizer = AutoTokenizer.from_pretrained(
             folder.as_posix(), trust_remote_code=False, local_files_only=True
         )
-    with foreign(folder, "a tokenizer that can read and write text"):
+    with as_checkpoint_error(folder, "a tokenizer that can read and write text"):
         tokenizer.decode(tokenizer(_TRIAL)["input_ids"])
     return tokenizer
 
@@ -170,7 +170,7 @@ def _check_tokenizer_class(file: Path) -> None:
         return
     words = isinstance(name, str) and _NAMES.fullmatch(name) is not None
     for candidate in (name, f"{name}Fast") if words else ():
-        with foreign(file, "a tokenizer_class"):
+        with as_checkpoint_error(file, "a tokenizer_class"):
             kind = tokenizer_class_from_name(candidate)
         # A class whose package is not installed is a dummy, which raises when it is used.
         is_dummy = type(kind).__name__ == "DummyObject"
@@ -194,35 +194,35 @@ def check_choices(file: Path, value: Any, at: str = "") -> None:
             _check_entry(file, key, name, part)
             check_choices(file, part, name)
     elif isinstance(value, float) and math.isnan(value):
-        _refuse(file, at, "a number", "NaN")
+        _fail(file, at, "a number", "NaN")
     elif type(value) is int and abs(value) >= 1 << 63:
-        _refuse(file, at, "a number of 64 bits", f"one of {value.bit_length()}")
+        _fail(file, at, "a number of 64 bits", f"one of {value.bit_length()}")
 
 
 def _check_entry(file: Path, key: str, name: str, value: Any) -> None:
     if key in _OTHER_FILES and value:
-        _refuse(file, name, "none", value, "it replaces files or code that were checked")
+        _fail(file, name, "none", value, "it replaces files or code that were checked")
     elif key in _DTYPES and value not in (None, "auto"):
         stored = str(value).removeprefix("torch.")
         if not isinstance(value, dict) and not isinstance(
             getattr(torch, stored, None), torch.dtype
         ):
-            _refuse(file, name, "the name of a torch.dtype", value)
+            _fail(file, name, "the name of a torch.dtype", value)
     elif _COUNT.search(key) and type(value) is int:
-        most = next((n for part, n in _MOST.items() if part in key), _MOST_OTHERS)
-        if not -1 <= value <= most:
-            _refuse(file, name, f"a number in 0..{most}", value)
+        limit = next((n for part, n in _MOST.items() if part in key), _MOST_OTHERS)
+        if not -1 <= value <= limit:
+            _fail(file, name, f"a number in 0..{limit}", value)
     elif key in _ROTARY and type(value) in (int, float):
         if not 0 < value < _LARGEST_ROTARY:
-            _refuse(file, name, f"a number above 0 and below {_LARGEST_ROTARY:g}", value)
+            _fail(file, name, f"a number above 0 and below {_LARGEST_ROTARY:g}", value)
     elif key.endswith(("modules", "modules_to_not_convert")) and isinstance(value, list):
         # Libraries use them as regular expressions, which may backtrack without end.
         for entry in value:
             if isinstance(entry, str) and not _NAMES.fullmatch(entry):
-                _refuse(file, name, "names of modules", entry)
+                _fail(file, name, "names of modules", entry)
 
 
-def _refuse(file: Path, name: str, expected: str, got: Any, hint: str = "") -> None:
+def _fail(file: Path, name: str, expected: str, got: Any, hint: str = "") -> None:
     raise CheckpointError(
         f"{file}: expected {expected}, got {printable(name)} {printable(repr(got))}"
         + (f"; {hint}" if hint else "")

@@ -215,8 +215,8 @@ def _is_data(value: Any) -> bool:
     if getattr(getattr(value, "dtype", None), "kind", "") in ("U", "T", "O"):  # NumPy's texts
         value = value.tolist()
     if isinstance(value, (list, tuple, Set)):
-        some = islice((item for item in value if item is not None), _LOOKED_AT)
-        return any(_is_data(item) or _is_number(item) for item in some)
+        sample = islice((item for item in value if item is not None), _LOOKED_AT)
+        return any(_is_data(item) or _is_number(item) for item in sample)
     return True
 
 

@@ -151,13 +151,17 @@ class _Side:
 
     def kl_to(self, hidden: Tensor, other: _Side, other_hidden: Tensor, vocab: int) -> Tensor:
         """KL(self ‖ other) per token over the first `vocab` ids."""
-        mine, theirs = self.head, other.head
-        options = theirs.options() | {"valid_vocab": vocab, "reduction": "none", "impl": self.impl}
+        own_head, other_head = self.head, other.head
+        options = other_head.options() | {
+            "valid_vocab": vocab,
+            "reduction": "none",
+            "impl": self.impl,
+        }
         return linear_distill_loss(
-            *(other_hidden, theirs.weight, hidden, mine.weight),
-            teacher_bias=mine.bias,
-            teacher_logit_scale=mine.logit_scale,
-            teacher_softcap=mine.softcap,
+            *(other_hidden, other_head.weight, hidden, own_head.weight),
+            teacher_bias=own_head.bias,
+            teacher_logit_scale=own_head.logit_scale,
+            teacher_softcap=own_head.softcap,
             **options,
         )
 

@@ -25,8 +25,8 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 
 def check_same_tokenizer(student: Any, teacher: Any) -> None:
     """Raise ValueError unless both tokenizers map the same tokens to the same ids."""
-    ours, theirs = tokenizer_fingerprint(student), tokenizer_fingerprint(teacher)
-    if ours == theirs:
+    student_digest, teacher_digest = tokenizer_fingerprint(student), tokenizer_fingerprint(teacher)
+    if student_digest == teacher_digest:
         return
     a, b = student.get_vocab(), teacher.get_vocab()
     differing = [token for token in a.keys() | b.keys() if a.get(token) != b.get(token)]

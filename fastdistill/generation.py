@@ -67,12 +67,14 @@ def generate_rows(
     if limit is not None and (synced or not shorten):
         for i, row in enumerate(rows):
             check_new_tokens(limit, len(row), max_new_tokens, f" (row {i})")
-    most = limit.tokens if limit is not None else max(map(len, rows), default=0) + max_new_tokens
+    max_length = (
+        limit.tokens if limit is not None else max(map(len, rows), default=0) + max_new_tokens
+    )
     new: list[list[int]] = [[] for _ in rows]
-    for batch in _batches(model, rows, synced, most - max_new_tokens):
+    for batch in _batches(model, rows, synced, max_length - max_new_tokens):
         width = max(len(rows[i]) for i in batch)
         settings = GenerationConfig(
-            max_new_tokens=min(max_new_tokens, most - width),
+            max_new_tokens=min(max_new_tokens, max_length - width),
             do_sample=False,
             num_beams=1,
             pad_token_id=pad_id,

@@ -206,11 +206,11 @@ class _Capture:
         """Take over the tensors that a wrapper's hooks returned, which may have new graph nodes.
 
         A copy in another dtype (FSDP's output_dtype) is ignored: the loss stays fp32."""
-        ours, spec = tree_flatten(self.result)
-        theirs = tree_flatten(output)[0]
+        current, spec = tree_flatten(self.result)
+        returned = tree_flatten(output)[0]
         leaves = [
             b if isinstance(b, Tensor) and b.dtype == a.dtype else a
-            for a, b in zip(ours, theirs, strict=True)
+            for a, b in zip(current, returned, strict=True)
         ]
         self.result = tree_unflatten(leaves, spec)
 
@@ -244,14 +244,14 @@ def hidden_states(
     model: nn.Module,
     input_ids: Tensor,  # (B, T)
     attention_mask: Tensor | None = None,  # (B, T)
-    **more: Tensor,  # other inputs of the model, such as position_ids
+    **inputs: Tensor,  # other inputs of the model, such as position_ids
 ) -> Tensor:  # (B, T, H), as they enter the head
     def use(hidden: Tensor) -> Tensor:
         check_positions(model, hidden, input_ids)
         return hidden
 
     with at_head(model, use):
-        return model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **more)
+        return model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **inputs)
 
 
 def check_positions(model: nn.Module, hidden: Tensor, input_ids: Tensor) -> None:
@@ -295,14 +295,14 @@ def generation_settings(model: Any, settings: Any) -> Iterator[None]:
     between modules. Each module's settings are restored afterwards.
     """
     name, missing = "generation_config", object()
-    own = [(module, vars(module).get(name, missing)) for module in model.modules()]
-    for module, before in own:
+    previous = [(module, vars(module).get(name, missing)) for module in model.modules()]
+    for module, before in previous:
         if before is not missing or module is model:
             setattr(module, name, settings)
     try:
         yield
     finally:
-        for module, before in own:
+        for module, before in previous:
             if before is not missing:
                 setattr(module, name, before)
             else:
@@ -351,7 +351,7 @@ def _head_error(
 
     handle = head_module(model).register_forward_pre_hook(enter_head)
     try:
-        theirs = model(input_ids=input_ids, use_cache=False).logits.float()
+        logits = model(input_ids=input_ids, use_cache=False).logits.float()
     except (TypeError, ValueError) as error:
         raise ValueError(
             "model: expected one that reads token ids alone, without other inputs, but "
@@ -359,9 +359,9 @@ def _head_error(
         ) from error
     finally:
         handle.remove()
-    ours = captured[-1]
-    check_positions(model, ours, input_ids)
-    if ours.shape != theirs.shape:
+    computed = captured[-1]
+    check_positions(model, computed, input_ids)
+    if computed.shape != logits.shape:
         return float("inf")
-    scale = theirs.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
-    return ((ours - theirs).abs().max() / scale).item()
+    scale = logits.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
+    return ((computed - logits).abs().max() / scale).item()

@@ -56,9 +56,9 @@ def weights_digest(model: nn.Module) -> str:
     for name, tensor in named_tensors(model):
         flat = tensor.detach().reshape(-1)
         step = max(1, flat.numel() // _SAMPLED)
-        some = flat[::step].cpu().contiguous()
+        sample = flat[::step].cpu().contiguous()
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
-        digest.update(some.view(torch.uint8).numpy().tobytes())
+        digest.update(sample.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -209,9 +209,9 @@ def _padded(model: nn.Module, tokens: Tensor, lengths: list[int]) -> Tensor:
 
 def _forward(model: nn.Module, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
     device = resident_device(_embedding(model))
-    more = {} if position_ids is None else {"position_ids": position_ids.to(device)}
+    inputs = {} if position_ids is None else {"position_ids": position_ids.to(device)}
     with evaluating(model):
-        return hidden_states(model, input_ids.to(device), **more)
+        return hidden_states(model, input_ids.to(device), **inputs)
 
 
 @torch.no_grad()

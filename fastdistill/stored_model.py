@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 
 from . import checks
-from .checkpoint_gate import ADAPTER, CONFIG, TOKENIZER, foreign, load_config
+from .checkpoint_gate import ADAPTER, CONFIG, TOKENIZER, as_checkpoint_error, load_config
 from .quant.checkpoint import check_stored_method
 from .quant.conversion import check_all_used
 from .quant.header import check_header, keep_untied
@@ -121,7 +121,7 @@ class StoredModel:
 
         read_adapter(self.path)  # fails early, before the base is loaded
         adapted = load_adapted(self.base.load(device), self.path)
-        with foreign(self.path, "an adapter that can be merged"):
+        with as_checkpoint_error(self.path, "an adapter that can be merged"):
             merged: PreTrainedModel = merge_adapter(adapted)
         return merged
 
@@ -180,7 +180,7 @@ def load_whole(path: str | Path, **options: Any) -> PreTrainedModel:
     is_plain = getattr(config, "quantization_config", None) is None
     shaped = is_plain and not options.get("ignore_mismatched_sizes")
     check_header(folder, config, files.names(), files if shaped else None, stored=files.bytes)
-    with foreign(folder, "the weights of a causal language model"):
+    with as_checkpoint_error(folder, "the weights of a causal language model"):
         model, info = AutoModelForCausalLM.from_pretrained(
             str(folder),
             config=config,

@@ -236,8 +236,8 @@ def _is_in_use(folder: Path, rank: int) -> bool:
     """Whether a shard is finished or another rank is building in this folder."""
     if any(folder.glob("[0-9]*.safetensors")):
         return True
-    own = _LOCK.format(rank=rank)
-    return any(p.name != own and _is_locked(p) for p in folder.glob(_LOCK.format(rank="*")))
+    own_lock = _LOCK.format(rank=rank)
+    return any(p.name != own_lock and _is_locked(p) for p in folder.glob(_LOCK.format(rank="*")))
 
 
 @contextlib.contextmanager

@@ -194,8 +194,8 @@ def _read(file: Path) -> dict[str, Any]:
     try:
         value: dict[str, Any] = read_json(file, dict)
     except JSONError as error:
-        why = str(error).replace("expected an object", "expected a JSON object")
-        raise _damaged(file, why) from None
+        reason = str(error).replace("expected an object", "expected a JSON object")
+        raise _damaged(file, reason) from None
     return value
 
 
@@ -215,14 +215,14 @@ def _settings(file: Path, entries: dict[str, Any]) -> Settings:
 def _check_settings(file: Path, entries: dict[str, Any]) -> None:
     """Check the entries before use: k and the vocabulary determine how much is allocated."""
     vocab = entries["vocab_size"]
-    most = min(MAX_K, vocab) if _is_count(vocab) else MAX_K
+    limit = min(MAX_K, vocab) if _is_count(vocab) else MAX_K
     temperatures = entries["temperatures"]
     sampled = entries["targets"] == "sampled"
     texts = ("tokenizer_sha256", "chat_template_sha256")
     counts = ("max_length", "tokens_per_batch")
     rules = {
         "vocab_size": (vocab is None or _is_count(vocab, MAX_VOCAB), f"1..{MAX_VOCAB} or null"),
-        "k": (_is_count(entries["k"], most), f"an integer in 1..{most}"),
+        "k": (_is_count(entries["k"], limit), f"an integer in 1..{limit}"),
         "temperatures": (
             isinstance(temperatures, list)
             and all(map(_is_temperature, temperatures))
@@ -254,8 +254,8 @@ def _check_settings(file: Path, entries: dict[str, Any]) -> None:
             )
 
 
-def _is_count(value: Any, most: float = math.inf) -> bool:
-    return type(value) is int and 0 < value <= most
+def _is_count(value: Any, limit: float = math.inf) -> bool:
+    return type(value) is int and 0 < value <= limit
 
 
 def _is_temperature(value: Any) -> bool:
@@ -295,8 +295,8 @@ def _check_shard(file: Path, shard: Shard, settings: Settings, rows: int) -> Non
         )
 
 
-def _damaged(file: Path, why: str) -> CacheError:
+def _damaged(file: Path, reason: str) -> CacheError:
     return CacheError(
-        f"{file}: damaged ({why}). Build the cache again with the same settings: finished shards "
-        "are kept"
+        f"{file}: damaged ({reason}). Build the cache again with the same settings: finished "
+        "shards are kept"
     )

@@ -73,8 +73,8 @@ class Compression:
             compression = cls(**entries)
             compression._check()
         except (TypeError, ValueError) as error:
-            why = printable(error)
-            raise CacheError(f"{file}: expected DistillKit's settings, got {why}") from None
+            reason = printable(error)
+            raise CacheError(f"{file}: expected DistillKit's settings, got {reason}") from None
         return compression
 
     def _check(self) -> None:

@@ -153,9 +153,9 @@ class Mapped:
             )
         return positions
 
-    def damaged(self, why: str) -> CacheError:
+    def damaged(self, reason: str) -> CacheError:
         return CacheError(
-            f"{self.file}: damaged ({why}). Delete it and build the cache again with the same "
+            f"{self.file}: damaged ({reason}). Delete it and build the cache again with the same "
             "settings: only this shard is made anew"
         )
 

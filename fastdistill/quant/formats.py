@@ -147,8 +147,8 @@ def check_row_vector(name: str, value: Tensor | None, rows: int, *, fp32: bool =
         return
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor [{rows}] or None, got {type(value).__name__}")
-    wanted = value.dtype == torch.float32 if fp32 else value.is_floating_point()
-    if tuple(value.shape) != (rows,) or not wanted:
+    is_right_dtype = value.dtype == torch.float32 if fp32 else value.is_floating_point()
+    if tuple(value.shape) != (rows,) or not is_right_dtype:
         kind = "float32" if fp32 else "floating-point"
         got = str(value.dtype).removeprefix("torch.")
         raise ValueError(

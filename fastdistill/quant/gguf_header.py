@@ -95,8 +95,8 @@ def read_header(file: Path) -> GGUFHeader:
 def _check_apart(tensors: dict[str, GGUFTensor]) -> None:
     """Raise for tensors that share bytes: the numbers of one of them are another's."""
     ordered = sorted(tensors.items(), key=lambda item: item[1].start)
-    for (name, tensor), (other, behind) in pairwise(ordered):
-        if behind.start < tensor.start + tensor.bytes:
+    for (name, tensor), (other, following) in pairwise(ordered):
+        if following.start < tensor.start + tensor.bytes:
             raise ValueError(f"tensor {other!r}: expected bytes of its own, got some of {name!r}'s")
 
 
@@ -136,10 +136,10 @@ class _Walk:
     def number(self, code: str) -> Any:
         return struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))[0]
 
-    def count(self, what: str, most: int) -> int:
+    def count(self, name: str, limit: int) -> int:
         count = self.number("Q")
-        if count > most:
-            raise ValueError(f"{what}: expected at most {most:,}, got {count:,}")
+        if count > limit:
+            raise ValueError(f"{name}: expected at most {limit:,}, got {count:,}")
         return count
 
     def string(self) -> str:

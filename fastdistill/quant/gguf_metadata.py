@@ -46,24 +46,26 @@ def read_metadata(fields: dict[str, Any], family: str) -> dict[str, Any]:
 
     Raises ValueError for a missing key, and for one that no config can express.
     """
-    own = {
+    entries = {
         key.removeprefix(f"{family}."): value
         for key, value in fields.items()
         if key.startswith(f"{family}.")
     }
     for key in _REQUIRED:
-        if own.get(key) is None:
+        if entries.get(key) is None:
             raise ValueError(f"{family}.{key}: expected a number for all layers, got none")
-        if not isinstance(own[key], (int, float)) or not 0 < own[key] < math.inf:
-            raise ValueError(f"{family}.{key}: expected a number above 0, got {_short(own[key])}")
-    for key, value in own.items():
+        if not isinstance(entries[key], (int, float)) or not 0 < entries[key] < math.inf:
+            raise ValueError(
+                f"{family}.{key}: expected a number above 0, got {_short(entries[key])}"
+            )
+    for key, value in entries.items():
         if key in _NEUTRAL:
             expected = " or ".join(map(str, _NEUTRAL[key]))
             if value not in _NEUTRAL[key]:
                 raise ValueError(f"{family}.{key}: expected {expected}, got {_short(value)}")
         elif key not in _READ | _SILENT:
             raise ValueError(f"{family}.{key}: expected no such field, got {_short(value)}")
-    return _scaling(own, family) | _window(own, family) | _rope(own)
+    return _scaling(entries, family) | _window(entries, family) | _rope(entries)
 
 
 def check_scale(fields: dict[str, Any], family: str, width: int) -> None:
@@ -80,10 +82,10 @@ def check_scale(fields: dict[str, Any], family: str, width: int) -> None:
         )
 
 
-def _scaling(own: dict[str, Any], family: str) -> dict[str, Any]:
+def _scaling(entries: dict[str, Any], family: str) -> dict[str, Any]:
     """Return rope_scaling. As in llama.cpp, a factor without a type is linear."""
-    kind = own.get("rope.scaling.type") or "linear"
-    factor = own.get("rope.scaling.factor") or own.get("rope.scale_linear") or 1.0
+    kind = entries.get("rope.scaling.type") or "linear"
+    factor = entries.get("rope.scaling.factor") or entries.get("rope.scale_linear") or 1.0
     if kind not in ("none", "linear"):
         raise ValueError(
             f"{family}.rope.scaling.type: expected none or linear, as transformers' config of a "
@@ -98,21 +100,21 @@ def _scaling(own: dict[str, Any], family: str) -> dict[str, Any]:
     return {"rope_scaling": {"rope_type": "linear", "factor": float(factor)}}
 
 
-def _window(own: dict[str, Any], family: str) -> dict[str, Any]:
+def _window(entries: dict[str, Any], family: str) -> dict[str, Any]:
     """Return sliding_window of phi3; raise for a real window in other families."""
-    window = own.get("attention.sliding_window") or None
+    window = entries.get("attention.sliding_window") or None
     if family == "phi3":
         return {"sliding_window": window}
-    if window is not None and window < own["context_length"]:
+    if window is not None and window < entries["context_length"]:
         raise ValueError(
             f"{family}.attention.sliding_window: expected none, or one of the whole context of "
-            f"{own['context_length']}, got {_short(window)}"
+            f"{entries['context_length']}, got {_short(window)}"
         )
     return {}
 
 
-def _rope(own: dict[str, Any]) -> dict[str, Any]:
-    base = own.get("rope.freq_base")
+def _rope(entries: dict[str, Any]) -> dict[str, Any]:
+    base = entries.get("rope.freq_base")
     return {"rope_theta": 10000.0 if base is None else float(base)}  # llama.cpp's default
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ..checkpoint_gate import foreign
+from ..checkpoint_gate import as_checkpoint_error
 from ..runtime.printable import printable
 from .conversion import check_no_duplicates, conversion_of
 from .tensor_files import CheckpointError, TensorFiles
@@ -46,7 +46,9 @@ def check_header(
             f"tensors, got {layers}. config.json belongs to another checkpoint"
         )
     with (
-        foreign(path, "the configuration of a causal language model that transformers knows"),
+        as_checkpoint_error(
+            path, "the configuration of a causal language model that transformers knows"
+        ),
         warnings.catch_warnings(),
         torch.device("meta"),
     ):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.core_model_loading import WeightRenaming
 
-from ..checkpoint_gate import foreign, load_config
+from ..checkpoint_gate import as_checkpoint_error, load_config
 from ..progress import track
 from .checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from .conversion import check_all_used, check_no_duplicates, conversion_of
@@ -82,11 +82,11 @@ def _skeleton(
 ) -> PreTrainedModel:
     """Return the model on the meta device, with real non-persistent buffers."""
     folder = Path(checkpoint.path)
-    what = "the configuration of a causal language model that transformers knows"
+    expected = "the configuration of a causal language model that transformers knows"
     if folder.is_dir():
         config, _ = load_config(folder)
     else:
-        with foreign(folder, what):
+        with as_checkpoint_error(folder, expected):
             config = AutoConfig.for_model(**checkpoint.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # transformers would quantize it itself
@@ -96,12 +96,12 @@ def _skeleton(
     files = checkpoint.files
     stored = checkpoint.path.stat().st_size if files is None else files.bytes
     check_header(checkpoint.path, config, checkpoint.weights, plain, stored=stored)
-    with foreign(folder, what), init_empty_weights(include_buffers=False):
+    with as_checkpoint_error(folder, expected), init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=False
         )
     if (folder / "generation_config.json").is_file():
-        with foreign(folder / "generation_config.json", "settings of generation"):
+        with as_checkpoint_error(folder / "generation_config.json", "settings of generation"):
             model.generation_config = GenerationConfig.from_pretrained(
                 str(folder), local_files_only=True
             )
@@ -242,7 +242,7 @@ class _Loader:
             if isinstance(module, QuantizedWeight):  # has no parameter to compare or to tie
                 del self.model.all_tied_weights_keys[name]
         tied = set(self.model.all_tied_weights_keys)
-        with foreign(self.checkpoint.path, "weights to tie"):
+        with as_checkpoint_error(self.checkpoint.path, "weights to tie"):
             self.model.tie_weights(
                 missing_keys=set(self.empty) - self.filled, recompute_mapping=False
             )

@@ -115,18 +115,18 @@ def quantize_model(
     check_compute(compute)
     if isinstance(skip, str):
         skip = (skip,)
-    done = 0
+    count = 0
     for name, module in list(targets(model, skip)):
         weight = _named(name, dense_rows(module), scheme)
         put_layer(model, name, weight, module.bias, compute)  # type: ignore[arg-type]
-        done += 1
+        count += 1
     for name, module, parameter in list(stacks(model, skip)):
         stacked: Tensor = getattr(module, parameter)
         full = f"{name}.{parameter}"
         weight = _named(full, flat_rows(stacked), scheme)
         put_stack(model, full, weight, stacked.shape[0], compute)
-        done += 1
-    if not done:
+        count += 1
+    if not count:
         raise ValueError(
             f"model: expected linear layers to quantize, found none in {type(model).__name__} "
             f"outside skip={tuple(skip)}"

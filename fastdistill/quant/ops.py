@@ -83,12 +83,12 @@ class _Scratch(threading.local):
 scratch = _Scratch()
 
 
-def groups(K: int, block: int, most: int = GROUP) -> tuple[int, int] | None:
+def groups(K: int, block: int, max_group: int = GROUP) -> tuple[int, int] | None:
     """Return (columns per weight scale, columns per activation scale) of 8-bit products on a CPU.
 
     None if blocks that cross rows would make groups too small."""
     weight_group = math.gcd(K, block)
-    group = math.gcd(weight_group, most)
+    group = math.gcd(weight_group, max_group)
     return (weight_group, group) if group >= _LEAST_GROUP else None
 
 

@@ -83,15 +83,15 @@ def _write_weights(model: nn.Module, folder: Path, limit: int) -> None:
         says.clear()
 
     size = total = 0
-    for more, description in _stored(model):
-        bytes_here = sum(t.nbytes for t in more.values())
-        if tensors and size + bytes_here > limit:
+    for new_tensors, description in _stored(model):
+        new_bytes = sum(t.nbytes for t in new_tensors.values())
+        if tensors and size + new_bytes > limit:
             close()
             size = 0
-        tensors |= more
+        tensors |= new_tensors
         says |= description
-        size += bytes_here
-        total += bytes_here
+        size += new_bytes
+        total += new_bytes
     close()
     if len(shards) == 1:
         shards[0][0].rename(folder / "model.safetensors")
@@ -106,7 +106,7 @@ def _write_weights(model: nn.Module, folder: Path, limit: int) -> None:
 
 def _stored(model: nn.Module) -> Iterator[tuple[dict[str, Tensor], dict[str, Any]]]:
     """Yield (tensors, metadata entries) layer by layer; tied weights once."""
-    seen: set[int] = set()
+    saved: set[int] = set()
     for name, module in model.named_modules():
         if isinstance(module, QuantizedWeight):
             stored = name if isinstance(module, ExpertStack) else f"{name}.weight"
@@ -122,7 +122,7 @@ def _stored(model: nn.Module) -> Iterator[tuple[dict[str, Tensor], dict[str, Any
             if k not in module._non_persistent_buffers_set
         }
         for leaf, tensor in own.items():
-            if id(tensor) not in seen:
-                seen.add(id(tensor))
+            if id(tensor) not in saved:
+                saved.add(id(tensor))
                 full = f"{name}.{leaf}" if name else leaf
                 yield {full: tensor.detach().cpu().contiguous()}, {}

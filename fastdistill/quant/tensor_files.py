@@ -50,10 +50,10 @@ def reading(file: Path, tensor: str | None = None, advice: str = "") -> Iterator
         raise
     except _DAMAGE as error:
         at = f"{file}: tensor {tensor!r}: " if tensor else f"{file}: "
-        why = printable(error, 1000) or type(error).__name__
+        reason = printable(error, 1000) or type(error).__name__
         if isinstance(error, KeyError):
-            why = f"expected an entry {error}, got none"
-        raise CheckpointError(f"{at}{why}{'. ' + advice if advice else ''}") from error
+            reason = f"expected an entry {error}, got none"
+        raise CheckpointError(f"{at}{reason}{'. ' + advice if advice else ''}") from error
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -254,14 +254,14 @@ class TensorFiles:
         for shard, names in names_of.items():
             for name in sorted(names):
                 if name not in self._file_of:
-                    why = f"an index without {printable(name)!r}"
+                    reason = f"an index without {printable(name)!r}"
                 elif self._file_of[name].name != shard:
-                    why = f"{printable(name)!r} in {self._file_of[name].name} too"
+                    reason = f"{printable(name)!r} in {self._file_of[name].name} too"
                 else:
                     continue
                 raise CheckpointError(
                     f"{index}: expected each tensor of {printable(shard)} in the index and in no "
-                    f"other shard, got {why}. Index and shards are of different versions: "
+                    f"other shard, got {reason}. Index and shards are of different versions: "
                     "download both again"
                 )
 

@@ -47,9 +47,12 @@ def int8_dequant(qdata: Tensor, scale: Tensor, out: Tensor, block: int) -> None:
     """out = q · scale."""
     rows, per_row = max(1, _CHUNK // qdata.shape[1]), qdata.shape[1] // block
     for start in range(0, qdata.shape[0], rows):
-        some = qdata[start : start + rows]
-        w = some.view(-1, block) * scale.view(-1)[start * per_row :][: some.numel() // block, None]
-        out[start : start + rows] = w.view(some.shape)
+        chunk = qdata[start : start + rows]
+        w = (
+            chunk.view(-1, block)
+            * scale.view(-1)[start * per_row :][: chunk.numel() // block, None]
+        )
+        out[start : start + rows] = w.view(chunk.shape)
 
 
 def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:

@@ -26,7 +26,7 @@ from ..teacher import Teacher
 from .completion import completion_json
 from .described import TEACHER, ServerInfo
 from .guard import Guard
-from .requests import Limits, Question, Refused, completion_question, packed_question
+from .requests import Limits, Question, RequestError, completion_question, packed_question
 from .wire import pack
 from .worker import Full, NotNumbers, RowAnswer, Worker
 
@@ -73,7 +73,7 @@ class Application:
             ],
             middleware=[Middleware(Guard, only_loopback=token is None)],
             exception_handlers={
-                Refused: _refused,
+                RequestError: _error_response,
                 ClientDisconnect: _client_left,
                 HTTPException: _no_route,
                 Exception: _failed,
@@ -112,7 +112,7 @@ class Application:
         if requested != self.name:
             got = printable(requested, 60)
             message = f"model: expected {self.name!r}, which is served here, got {got!r}"
-            raise Refused(404, message, "model")
+            raise RequestError(404, message, "model")
         return JSONResponse(self._entry())
 
     async def topk(self, request: Request) -> Response:
@@ -134,25 +134,25 @@ class Application:
     def _check_token(self, request: Request) -> None:
         header = request.headers.get("authorization", "").encode()
         if self._token is not None and not hmac.compare_digest(header, self._token):
-            raise Refused(401, "token: expected the one this server was started with", "token")
+            raise RequestError(401, "token: expected the one this server was started with", "token")
 
     async def _json_body(self, request: Request) -> dict[str, Any]:
         self._check_token(request)
         # A web page in a browser can send a form here, but not JSON.
         if request.headers.get("content-type", "").partition(";")[0] != "application/json":
-            raise Refused(415, "Content-Type: expected application/json")
+            raise RequestError(415, "Content-Type: expected application/json")
         limit = self.server_info.max_tokens * _BYTES_PER_TOKEN + _BYTES_OVERHEAD
         try:
             body = await _body(request, limit)
         except (TimeoutError, asyncio.TimeoutError):
             message = "body: expected the whole body in time, got only a part"
-            raise Refused(408, message, close=True) from None
+            raise RequestError(408, message, close=True) from None
         try:
             body_json: dict[str, Any] = await run_in_threadpool(
                 parse_json, body, "body", dict, unique=True
             )
         except JSONError as error:
-            raise Refused(
+            raise RequestError(
                 400, str(error).replace("expected an object", "expected a JSON object")
             ) from None
         return body_json
@@ -161,22 +161,22 @@ class Application:
         try:
             waiting = asyncio.wrap_future(self._worker.submit(question))
         except Full:
-            raise Refused(503, "the queue is full, retry later", retry_after=2) from None
+            raise RequestError(503, "the queue is full, retry later", retry_after=2) from None
         while not (await asyncio.wait({waiting}, timeout=_POLL_SECONDS))[0]:
             if await request.is_disconnected():
                 waiting.cancel()
                 raise ClientDisconnect
         if waiting.cancelled():
-            raise Refused(503, "the server is stopping", retry_after=2)
+            raise RequestError(503, "the server is stopping", retry_after=2)
         error = waiting.exception()
         if isinstance(error, NotNumbers) and question.temperature != 1.0:
             expected = "temperature: expected one at which the teacher's logprobs are finite"
-            raise Refused(400, f"{expected}, got {question.temperature:g}", "temperature")
+            raise RequestError(400, f"{expected}, got {question.temperature:g}", "temperature")
         if error is not None:
-            wrong = isinstance(error, (ValueError, TypeError, IndexError))
-            wrong = wrong and not isinstance(error, NotNumbers)
+            is_client_error = isinstance(error, (ValueError, TypeError, IndexError))
+            is_client_error = is_client_error and not isinstance(error, NotNumbers)
             message = f"the teacher failed: {type(error).__name__}: {printable(error)}"
-            raise Refused(400 if wrong else 500, message)
+            raise RequestError(400 if is_client_error else 500, message)
         return waiting.result()
 
 
@@ -203,10 +203,10 @@ async def _body(request: Request, limit: int) -> bytes:
         except StopAsyncIteration:
             return bytes(body)
         if len(body) > limit:
-            raise Refused(413, f"body: expected at most {limit} bytes", "prompt")
+            raise RequestError(413, f"body: expected at most {limit} bytes", "prompt")
 
 
-async def _refused(_: Request, error: Any) -> Response:
+async def _error_response(_: Request, error: Any) -> Response:
     return JSONResponse(error.as_json(), error.status, error.headers)
 
 
@@ -216,9 +216,9 @@ async def _client_left(request: Request, _: Exception) -> Response:
 
 
 async def _no_route(request: Request, error: Any) -> Response:
-    refused = Refused(error.status_code, f"{request.url.path}: {error.detail}")
-    return await _refused(request, refused)
+    request_error = RequestError(error.status_code, f"{request.url.path}: {error.detail}")
+    return await _error_response(request, request_error)
 
 
 async def _failed(request: Request, error: Exception) -> Response:
-    return await _refused(request, Refused(500, type(error).__name__))
+    return await _error_response(request, RequestError(500, type(error).__name__))

@@ -158,9 +158,9 @@ class ServedTeacher:
 
     def check_tokenizer(self, tokenizer: Any) -> None:
         """Raise ValueError if the server's tokenizer is known and differs."""
-        ours = tokenizer_fingerprint(tokenizer)
-        theirs = None if self.server_info is None else self.server_info.tokenizer_sha256
-        if theirs is not None and ours != theirs:
+        own_digest = tokenizer_fingerprint(tokenizer)
+        server_digest = None if self.server_info is None else self.server_info.tokenizer_sha256
+        if server_digest is not None and own_digest != server_digest:
             raise ValueError(
                 f"tokenizer: expected that of {self.name} at {self.url}, got one in which tokens "
                 "have other ids. Top-k distillation compares probabilities id by id: use a teacher "
@@ -214,12 +214,12 @@ class ServedTeacher:
         return answers.to(input_ids.device)
 
     def _check_k(self, k: int) -> None:
-        vocab, most = self.vocab_size or _ANY_ID, _ANY_ID
+        vocab, max_k = self.vocab_size or _ANY_ID, _ANY_ID
         if self.server_info is not None:
-            most = self.server_info.max_k
-        if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= min(vocab, most):
-            hint = f"start fastdistill serve with max_k={k}" if most < vocab else ""
-            checks.fail("k", f"an integer in 1..{min(vocab, most)} ({self.url})", repr(k), hint)
+            max_k = self.server_info.max_k
+        if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= min(vocab, max_k):
+            hint = f"start fastdistill serve with max_k={k}" if max_k < vocab else ""
+            checks.fail("k", f"an integer in 1..{min(vocab, max_k)} ({self.url})", repr(k), hint)
 
     def _parts(self, tokens: list[int], lengths: list[int]) -> list[_Part]:
         budget = self.tokens_per_request
@@ -268,9 +268,9 @@ class ServedTeacher:
             limit = limit_of_vllm(self.url, int(length[1]))
             for number, row in zip(part.numbers, part.rows, strict=True):
                 limit.check(len(row), "input_ids", number)
-        most = re.search(r"greater than max allowed: (\d{1,9})\b", refusal.message)
-        if most:
-            checks.fail("k", f"at most {most[1]}, what {self.url} gives", k,
+        match = re.search(r"greater than max allowed: (\d{1,9})\b", refusal.message)
+        if match:
+            checks.fail("k", f"at most {match[1]}, what {self.url} gives", k,
                         f"start vLLM with --max-logprobs {k}")  # fmt: skip
 
     def _read_answer(self, part: _Part, k: int, temperature: float, stop: threading.Event) -> TopK:

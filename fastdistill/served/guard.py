@@ -13,7 +13,7 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 
 from .loopback import is_loopback
-from .requests import Refused
+from .requests import RequestError
 
 
 class Guard:
@@ -28,28 +28,30 @@ class Guard:
         self._app, self._only_loopback = app, only_loopback
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        refused = self._refusal(scope) if scope["type"] == "http" else None
-        if refused is None:
+        request_error = self._check(scope) if scope["type"] == "http" else None
+        if request_error is None:
             await self._app(scope, receive, send)
         else:
-            response = JSONResponse(refused.as_json(), refused.status, refused.headers)
+            response = JSONResponse(
+                request_error.as_json(), request_error.status, request_error.headers
+            )
             await response(scope, receive, send)
 
-    def _refusal(self, scope: Any) -> Refused | None:
+    def _check(self, scope: Any) -> RequestError | None:
         headers = Headers(scope=scope)
         if "content-length" in headers and "transfer-encoding" in headers:
             message = "Content-Length: expected none with Transfer-Encoding, got both"
-            return Refused(400, message, close=True)
+            return RequestError(400, message, close=True)
         if not self._only_loopback or scope["path"] == "/health":
             return None
         hosts = headers.getlist("host")
         if len(hosts) != 1 or not is_loopback(_hostname(f"//{hosts[0]}")):
             message = "Host: expected this machine's 127.0.0.1, ::1 or localhost, got another one"
-            return Refused(421, f"{message} ({', '.join(hosts)}). {_REMEDY}", "Host")
+            return RequestError(421, f"{message} ({', '.join(hosts)}). {_REMEDY}", "Host")
         for origin in headers.getlist("origin"):
             if not is_loopback(_hostname(origin)):
                 message = f"Origin: expected a page of this machine, got {origin}. {_REMEDY}"
-                return Refused(403, message, "Origin")
+                return RequestError(403, message, "Origin")
         return None
 
 

@@ -35,14 +35,14 @@ class Listing:
             raise WrongAnswer(f"{url}: expected a list of models, got {body[:80]!r}") from None
         name = next(iter(models), "") if model is None else model
         if name not in models:
-            some = printable(", ".join(models)) or "none"
-            checks.fail("model", f"one that {url} serves ({some})", repr(name))
+            names = printable(", ".join(models)) or "none"
+            checks.fail("model", f"one that {url} serves ({names})", repr(name))
         length = models[name].get("max_model_len")
         if length is not None and (type(length) is not int or length <= 0):
             got = printable(length, 80)
             raise WrongAnswer(f"{url}: expected max_model_len above 0 of its model, got {got}")
-        own = reply.get("fastdistill")
-        server_info = None if own is None else ServerInfo.read(own, url)
+        description = reply.get("fastdistill")
+        server_info = None if description is None else ServerInfo.read(description, url)
         return cls(url=url, name=name, entry=models[name], max_model_len=length,
                    server_info=server_info)  # fmt: skip
 

@@ -27,7 +27,7 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 }  # fmt: skip
 
 
-class Refused(Exception):
+class RequestError(Exception):
     """An error response: its status, its message, and the field that caused it."""
 
     def __init__(
@@ -115,26 +115,26 @@ def completion_question(body: dict[str, Any], limits: Limits) -> Completion:
         for field, least in (("prompt_logprobs", 1), ("logprobs", 0))
     )
     about_prompt = prompt_logprobs is not None or bool(echo)
-    most = body.get("max_tokens")
-    most = 1 if most is None and about_prompt else most
-    if type(most) is not int or most not in (0, 1):
-        got = "none, which means 16 to clients of OpenAI" if most is None else most
+    max_tokens = body.get("max_tokens")
+    max_tokens = 1 if max_tokens is None and about_prompt else max_tokens
+    if type(max_tokens) is not int or max_tokens not in (0, 1):
+        got = "none, which means 16 to clients of OpenAI" if max_tokens is None else max_tokens
         _fail("max_tokens", "0 or 1: this is a teacher, not a chat server", got)
     k = max(prompt_logprobs or 1, logprobs or 1)
-    own = prompt_logprobs is not None or (bool(echo) and logprobs is not None)
+    own_tokens = prompt_logprobs is not None or (bool(echo) and logprobs is not None)
     T = body.get("temperature")
     temperature = 1.0 if type(T) in (int, float) and T == 0 else _temperature(body)
-    question = Question(_rows(body, limits), k, temperature, own)
+    question = Question(_rows(body, limits), k, temperature, own_tokens)
     entries = question.tokens * (k + 1)
-    if own and entries > MAX_ENTRIES:
-        raise Refused(
+    if own_tokens and entries > MAX_ENTRIES:
+        raise RequestError(
             413,
             f"prompt: expected at most {MAX_ENTRIES} log-probabilities in a JSON answer, got "
             f"{entries} ({question.tokens} tokens × {k + 1}). Send fewer tokens, or ask "
             "/v1/topk, whose answers are packed, as ServedTeacher does",
             "prompt",
         )
-    return Completion(question, prompt_logprobs, logprobs, bool(echo), most)
+    return Completion(question, prompt_logprobs, logprobs, bool(echo), max_tokens)
 
 
 def _check_fields(body: dict[str, Any], used: frozenset[str]) -> None:
@@ -154,22 +154,22 @@ def _check_model(body: dict[str, Any], limits: Limits) -> None:
     if body.get("model") not in (None, limits.name):
         got = printable(body["model"], 60)
         message = f"model: expected {limits.name!r}, which is served here, got {got!r}"
-        raise Refused(404, message, "model")
+        raise RequestError(404, message, "model")
 
 
-def _count(body: dict[str, Any], field: str, limits: Limits, least: int) -> int:
+def _count(body: dict[str, Any], field: str, limits: Limits, low: int) -> int:
     k = body.get(field)
-    most = min(limits.max_k, limits.vocab)
-    if type(k) is not int or not least <= k <= most:
-        _fail(field, f"an integer in {least}..{most} (max_k of this server)", k)
+    high = min(limits.max_k, limits.vocab)
+    if type(k) is not int or not low <= k <= high:
+        _fail(field, f"an integer in {low}..{high} (max_k of this server)", k)
     return k
 
 
 def _temperature(body: dict[str, Any]) -> float:
     T = body.get("temperature")
     T = 1.0 if T is None else T
-    least, most = _TEMPERATURES
-    if type(T) not in (int, float) or not least <= T <= most:
+    low, high = _TEMPERATURES
+    if type(T) not in (int, float) or not low <= T <= high:
         expected = "a finite number above 0 that fp32 can hold, the T of softmax(logits / T)"
         _fail("temperature", expected, T)
     return float(T)
@@ -196,4 +196,4 @@ def _rows(body: dict[str, Any], limits: Limits) -> list[list[int]]:
 
 
 def _fail(field: str, expected: str, got: Any) -> NoReturn:
-    raise Refused(400, f"{field}: expected {expected}, got {printable(got, 120)}", field)
+    raise RequestError(400, f"{field}: expected {expected}, got {printable(got, 120)}", field)

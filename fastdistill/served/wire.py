@@ -74,10 +74,10 @@ def entries(
     ids, values = row.ids.tolist(), row.logprobs.tolist()
     for t, token in enumerate(tokens[1:]):
         slots = {i: (p, rank) for rank, (i, p) in enumerate(zip(ids[t], values[t], strict=True), 1)}
-        own = slots.get(token, (logprobs[t], ranks[t]))
+        own_entry = slots.get(token, (logprobs[t], ranks[t]))
         entry = {str(i): _entry(*slots[i], word(i)) for i in ids[t][:count]}
         if str(token) not in entry:
-            entry = {str(token): _entry(*own, word(token)), **entry}
+            entry = {str(token): _entry(*own_entry, word(token)), **entry}
         listed.append(entry)
     return listed
 
