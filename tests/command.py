@@ -28,6 +28,13 @@ def call(capsys, monkeypatch, *arguments: object) -> tuple[int, str, str]:
     return int(ended.value.code or 0), captured.out, captured.err
 
 
+def last_values(*arguments: object) -> tuple[object, ...]:
+    """The arguments without each KEY=VALUE whose key comes again."""
+    keys = [str(word).partition("=")[0] if "=" in str(word) else None for word in arguments]
+    repeated = [key is not None and key in keys[i + 1 :] for i, key in enumerate(keys)]
+    return tuple(word for word, again in zip(arguments, repeated, strict=True) if not again)
+
+
 def files(folder: Path, rows: int = 12) -> Path:
     """A folder with teacher, student, train.jsonl and held-out.jsonl, as the demo leaves it."""
     teacher, tokenizer, _ = shipped_teacher()

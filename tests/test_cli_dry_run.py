@@ -6,7 +6,7 @@ import json
 import shutil
 
 import pytest
-from command import call, files
+from command import call, files, last_values
 from training import llama
 
 from fastdistill.cli.settings import nearest
@@ -52,6 +52,9 @@ WRONG = {
     "weights that are pickles": ({"teacher": "pickled"}, ()),
     "a student of pickles": ({"student": "pickled"}, ()),
     "an unknown quantisation": ({}, ("teacher_quant=nf5",)),
+    "a rank of nothing": ({}, ("--lora-rank", "0")),
+    "a negative rank": ({}, ("lora_rank=-4",)),
+    "a checkpoint that is not there": ({}, ("resume_from_checkpoint=nowhere",)),
     "an unknown arithmetic": ({}, ("teacher_compute=int9",)),
     "arithmetic of what is not quantised": ({}, ("teacher_compute=int8",)),
     "a metric that nothing evaluates": (
@@ -68,12 +71,20 @@ WRONG = {
 @pytest.mark.parametrize("case", WRONG)
 def test_a_dry_run_fails_as_the_run_does(run, folder, tmp_path, case):
     changes, more = WRONG[case]
-    command = (*train_command(folder, tmp_path / "run", **changes), *more)
+    command = last_values(*train_command(folder, tmp_path / "run", **changes), *more)
     code, _, real = run(*command)
     dry_code, _, dry = run(*command, "--dry-run")
     last = [text.strip().splitlines()[-1] for text in (real, dry)]
     assert (code, dry_code) == (2, 2), last
     assert last[0] == last[1]
+
+
+@pytest.mark.parametrize("more", [("resume_from_checkpoint=nowhere",), ("lora_rank=0",)], ids=str)
+def test_a_refused_run_leaves_no_folder(run, folder, tmp_path, more):
+    code, _, err = run(*train_command(folder, tmp_path / "run"), *more)
+    assert code == 2
+    assert f"{more[0].partition('=')[0]}: expected" in err
+    assert not (tmp_path / "run").exists()
 
 
 def test_without_a_look_at_the_data_neither_fails(run, folder, tmp_path):

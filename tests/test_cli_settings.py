@@ -24,6 +24,10 @@ class Some:
     options: dict[str, typing.Any] | str | None = None
 
 
+def with_path(pair):
+    return [pair] if pair.startswith("path=") else ["path=x", pair]
+
+
 @pytest.mark.parametrize(
     ("pair", "value"),
     [
@@ -62,7 +66,7 @@ class Some:
     ],
 )
 def test_key_value(pair, value):
-    raw = gather(None, ["path=x", pair])
+    raw = gather(None, with_path(pair))
     converted = getattr(fill(Some, raw), pair.partition("=")[0])
     assert converted == value
     assert type(converted) is type(value)
@@ -85,7 +89,7 @@ def test_key_value(pair, value):
 )
 def test_what_does_not_fit(pair, words):
     with pytest.raises(ValueError, match=words):
-        fill(Some, gather(None, ["path=x", pair]))
+        fill(Some, gather(None, with_path(pair)))
 
 
 def test_a_file_comes_first_and_pairs_win(tmp_path):
@@ -112,6 +116,19 @@ def test_unknown_and_missing_keys():
         check_keys(["zzz"], ["learning_rate", "k"])
     with pytest.raises(ValueError, match=r"path: expected a value, got none\. Pass --path"):
         fill(Some, {"k": 3})
+
+
+def test_a_setting_that_is_typed_twice(tmp_path):
+    for pairs in (["seed=1", "seed=2"], ["lora-rank=1", "--lora_rank=1"]):
+        name = pairs[0].partition("=")[0].replace("-", "_")
+        with pytest.raises(ValueError, match=f"{name}: expected one value, got '1' and"):
+            gather(None, pairs)
+    file = tmp_path / "run.yaml"
+    file.write_text("seed: 1\n")
+    assert gather(file, ["seed=2"])["seed"] == "2"
+    file.write_text("lora-rank: 1\nlora_rank: 2\n")
+    with pytest.raises(ValueError, match=r"expected each setting once in .*lora_rank twice"):
+        gather(file, [])
 
 
 def test_dashes_are_underscores():

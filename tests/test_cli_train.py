@@ -15,7 +15,7 @@ import sys
 
 import pytest
 import torch
-from command import call, files
+from command import call, files, last_values
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastdistill import Teacher, TeacherCache, operands
@@ -40,7 +40,7 @@ def run(capsys, monkeypatch):
 
 
 def train(folder, out, *more, teacher="teacher"):
-    return (
+    return last_values(
         *("train", "--student", folder / "student", "--teacher", folder / teacher),
         *("--data", folder / "train.jsonl", "--out", out),
         *("k=8", "per_device_train_batch_size=4", "max_steps=4", "use_cpu=true", *more),

@@ -24,7 +24,7 @@ from ..runtime.printable import printable
 from ..served import ServedTeacher
 from ..training.admission import check_fit
 from ..training.arguments import check_metric, check_sampling
-from ..training.checkpoints import last_finished
+from ..training.checkpoints import check_named_checkpoint, last_finished
 from ..training.config import DistillConfig
 from ..training.data_checks import Lengths, check_datasets, datasets_by_name
 from ..training.figures import format_short
@@ -156,6 +156,7 @@ def dry_run(options: Train, extra: dict[str, Any]) -> dict[str, Any]:
     """
     silence_transformers()
     config, (data, held_out) = _config(options, extra), _load_data(options)
+    check_named_checkpoint(config.resume_from_checkpoint)
     student = prepare_loaded(
         outline_model("student", options.student), config, _adapters(options.lora_rank)
     )
@@ -239,6 +240,8 @@ def _config(options: Train, extra: dict[str, Any]) -> DistillConfig:
     }
     if options.teacher is None:
         defaults["ce_weight"] = 1.0
+    if options.lora_rank is not None and options.lora_rank < 1:
+        raise ValueError(f"lora_rank: expected an integer of 1 or more, got {options.lora_rank}")
     return DistillConfig(output_dir=str(options.out), **{**defaults, **_coerced(extra)})
 
 

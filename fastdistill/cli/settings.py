@@ -39,15 +39,16 @@ class Text(str):
 
 def gather(file: Path | None, pairs: Sequence[str]) -> dict[str, Any]:
     """Return the settings of a YAML file and KEY=VALUE pairs; pairs take precedence."""
-    raw: dict[str, Any] = {}
-    if file is not None:
-        raw.update(_read_file(file))
+    raw: dict[str, Any] = {} if file is None else _read_file(file)
+    typed: dict[str, Any] = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals or not key:
             raise ValueError(f"arguments: expected key=value, got {pair!r}")
-        raw[_normalize_key(key)] = Text(value)
-    return raw
+        if (name := _normalize_key(key)) in typed:
+            raise ValueError(f"{name}: expected one value, got {typed[name]!r} and {value!r}")
+        typed[name] = Text(value)
+    return raw | typed
 
 
 def check_keys(keys: Iterable[str], known: Iterable[str]) -> None:
@@ -175,7 +176,13 @@ def _read_file(file: Path) -> dict[str, Any]:
     raw = _yaml(text, str(file))
     if not isinstance(raw, dict):
         raise ValueError(f"config: expected key: value in {file}, got {type(raw).__name__}")
-    return {_normalize_key(str(key)): value for key, value in raw.items()}
+    settings = {_normalize_key(str(key)): value for key, value in raw.items()}
+    if len(settings) < len(raw):
+        names = [_normalize_key(str(key)) for key in raw]
+        name = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"config: expected each setting once in {file}, got {printable(name)} "
+                         "twice, with dashes and with underscores")  # fmt: skip
+    return settings
 
 
 def _normalize_key(key: str) -> str:

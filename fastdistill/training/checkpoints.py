@@ -132,6 +132,24 @@ def last_finished(output_dir: str | Path) -> Path | None:
     return next(whole, None)
 
 
+def check_named_checkpoint(checkpoint: str | Path | bool | None) -> None:
+    """Raise ValueError for a folder to resume from that is no whole checkpoint, by its sizes."""
+    if not isinstance(checkpoint, (str, Path)) or checkpoint in ("", "auto"):
+        return
+    folder = Path(checkpoint)
+    if not (folder / STATE).is_file():
+        raise ValueError(
+            f"resume_from_checkpoint: expected the folder of a checkpoint, got "
+            f"{printable(repr(str(checkpoint)))}, which has no {STATE}"
+        )
+    problem = completeness_error(folder) if (folder / FINISHED).exists() else None
+    if problem is not None:
+        raise ValueError(
+            f"resume_from_checkpoint: expected a whole checkpoint, but {problem}: "
+            f"{printable(checkpoint)}"
+        )
+
+
 def to_resume_from(
     checkpoint: str | Path | bool | None,
     output_dir: str | Path,

@@ -27,6 +27,7 @@ from ..heads import LMHead, is_partitioned, rows_of_head, verify_head
 from .admission import TeacherLike, resolve_teacher
 from .arguments import check_metric, check_sampling
 from .asking import get_answers, has_trusted_positions
+from .checkpoints import check_named_checkpoint
 from .config import DistillConfig
 from .data_checks import check_datasets, check_kinds, datasets_by_name
 from .figures import clamp_to_one, means, one_per_group, summarize
@@ -109,6 +110,7 @@ class DistillTrainer(WholeCheckpoints):
         if loss is not None and not callable(loss):
             raise TypeError(f"loss: expected a function or None, got {type(loss).__name__}")
         check_kinds(train_dataset, eval_dataset)
+        check_named_checkpoint(args.resume_from_checkpoint)
         student = prepare_student(model, args, peft_config)
         encoder = Encoder(
             tokenizer=processing_class,
