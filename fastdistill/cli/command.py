@@ -24,15 +24,7 @@ from typer.core import TyperCommand
 
 from ..files import check_folder
 from .printing import print_json
-from .settings import (
-    Text,
-    check_keys,
-    field_names,
-    fill,
-    gather,
-    nearest,
-    to_yaml,
-)
+from .settings import Text, check_keys, field_names, fill, gather, nearest, to_yaml
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")]
 _METAVARS = {int: "INT", float: "NUMBER", Path: "PATH"}
