@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .examples import IGNORE_INDEX, Encoder, Row
+from .examples import IGNORE_INDEX, EncodedExample, Encoder
 from .positions import RowLimit, attended_length
 
 
@@ -50,16 +50,16 @@ class DistillCollator:
         return batch if self.more is None else batch | self.more(batch)
 
 
-def attended_first(row: Row) -> Row:
+def attended_first(row: EncodedExample) -> EncodedExample:
     """Return the row with its unattended tokens moved to the end."""
-    attended = row.attended != 0
+    attended = row.attention_mask != 0
     order = torch.sort((~attended).byte(), stable=True).indices
     prompt = int(attended[: row.prompt_length].sum())
-    return Row(row.ids[order], row.targets[order], row.attended[order], prompt)
+    return EncodedExample(row.ids[order], row.targets[order], row.attention_mask[order], prompt)
 
 
 def padded(
-    rows: Sequence[Row],
+    rows: Sequence[EncodedExample],
     pad_id: int,
     multiple_of: int | None = None,
     *,
@@ -84,7 +84,7 @@ def padded(
     for i, row in enumerate(rows):
         input_ids[i, : len(row.ids)] = row.ids
         labels[i, : len(row.ids)] = row.targets
-        attention_mask[i, : len(row.ids)] = row.attended
+        attention_mask[i, : len(row.ids)] = row.attention_mask
     labels[:, 0] = IGNORE_INDEX
     labels[attention_mask == 0] = IGNORE_INDEX
     labels[:, 1:][attention_mask[:, :-1] == 0] = IGNORE_INDEX

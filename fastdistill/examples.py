@@ -1,8 +1,8 @@
 """Encodes dataset examples (messages, prompt and completion, text, ids) as ids and targets.
 
-    input_ids [T] · targets [T], the same ids with −100 where a token is no target · attended [T]
+    ids [T] · targets [T], the same ids with −100 where a token is no target · attention_mask [T]
 
-Nothing is shifted: targets[t] is input_ids[t] or −100.
+Nothing is shifted: targets[t] is ids[t] or −100.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .tokenized import close, tokenize, tokenize_pair
 IGNORE_INDEX = -100
 
 
-class Row(NamedTuple):
+class EncodedExample(NamedTuple):
     """One encoded example: int64 [T] each.
 
     `prompt`: how many of the first tokens are the prompt of an on-policy student. None: all tokens
@@ -31,28 +31,31 @@ class Row(NamedTuple):
 
     ids: Tensor
     targets: Tensor
-    attended: Tensor
+    attention_mask: Tensor
     prompt: int | None = None
 
-    def cut(self, length: int | None) -> Row:
+    def cut(self, length: int | None) -> EncodedExample:
         """Return the row cut to its first `length` attended tokens; padding does not count."""
-        attended = self.attended.nonzero()[:, 0].tolist()
+        attended = self.attention_mask.nonzero()[:, 0].tolist()
         if length is None or len(attended) <= length:
             return self
         return self.slots(attended[length])
 
-    def slots(self, length: int) -> Row:
+    def slots(self, length: int) -> EncodedExample:
         """Return the first `length` tokens, attended or not."""
         prompt = self.prompt if self.prompt is None else min(self.prompt, length)
-        return Row(self.ids[:length], self.targets[:length], self.attended[:length], prompt)
+        return EncodedExample(
+            self.ids[:length], self.targets[:length], self.attention_mask[:length], prompt
+        )
 
     @property
     def prompt_length(self) -> int:
         """The number of prompt tokens at the front."""
         if self.prompt is not None:
             return self.prompt
-        attended = self.attended.nonzero()[:, 0].tolist()
-        counted = ((self.targets != IGNORE_INDEX) & (self.attended != 0)).nonzero()[:, 0].tolist()
+        attended = self.attention_mask.nonzero()[:, 0].tolist()
+        is_counted = (self.targets != IGNORE_INDEX) & (self.attention_mask != 0)
+        counted = is_counted.nonzero()[:, 0].tolist()
         if not counted or counted[0] == attended[0]:
             return len(self.ids)
         return int(counted[0])
@@ -91,7 +94,9 @@ class Encoder:
         if length is not None and (type(length) is not int or length < 1):
             raise ValueError(f"max_length: expected an integer of 1 or more, got {length!r}")
 
-    def __call__(self, example: Mapping[str, Any], index: int = 0, dataset: str = "") -> Row:
+    def __call__(
+        self, example: Mapping[str, Any], index: int = 0, dataset: str = ""
+    ) -> EncodedExample:
         """Return the row of an example, cut at max_length.
 
         Args:
@@ -101,7 +106,9 @@ class Encoder:
         """
         return self.whole(example, index, dataset).cut(self.max_length)
 
-    def whole(self, example: Mapping[str, Any], index: int = 0, dataset: str = "") -> Row:
+    def whole(
+        self, example: Mapping[str, Any], index: int = 0, dataset: str = ""
+    ) -> EncodedExample:
         """Return the row of an example without cutting it."""
         try:
             form, columns = check_columns(example)
@@ -117,7 +124,7 @@ class Encoder:
                 place = f"example {index}" + (f" of {dataset}" if dataset else "")
             raise type(error)(f"{error} ({place})") from None
 
-    def _from_text(self, form: str, columns: Mapping[str, Any]) -> Row:
+    def _from_text(self, form: str, columns: Mapping[str, Any]) -> EncodedExample:
         if self.tokenizer is None:
             raise ValueError(
                 f"processing_class: expected the tokenizer, to read [{form!r}], got None. "
@@ -141,7 +148,7 @@ class Encoder:
             targets = [True] * len(ids)
         tokens = torch.tensor(ids, dtype=torch.int64)
         chosen = torch.where(torch.tensor(targets, dtype=torch.bool), tokens, IGNORE_INDEX)
-        return Row(tokens, chosen, torch.ones_like(tokens), prompt)
+        return EncodedExample(tokens, chosen, torch.ones_like(tokens), prompt)
 
     def _messages(
         self, messages: list[dict[str, Any]], rendering: Mapping[str, Any]
@@ -218,7 +225,7 @@ def check_example(example: Any) -> None:
         _from_ids(columns)
 
 
-def _from_ids(columns: Mapping[str, Any]) -> Row:
+def _from_ids(columns: Mapping[str, Any]) -> EncodedExample:
     ids = check_integers("input_ids", columns["input_ids"])
     if (ids < 0).any():
         fail("input_ids", "token ids of 0 or more", int(ids.min()))
@@ -237,4 +244,4 @@ def _from_ids(columns: Mapping[str, Any]) -> Row:
             chosen = check_mask(name, columns[name], ids)
             targets = torch.where(chosen != 0, targets, IGNORE_INDEX)
     check_positions(columns, ids, attended)
-    return Row(ids, torch.where(attended != 0, targets, IGNORE_INDEX), attended)
+    return EncodedExample(ids, torch.where(attended != 0, targets, IGNORE_INDEX), attended)

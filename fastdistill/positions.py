@@ -23,7 +23,7 @@ from .offloading import resident_device
 from .parallel import is_dtensor
 
 if TYPE_CHECKING:
-    from .examples import Encoder, Row
+    from .examples import EncodedExample, Encoder
 
 # Entries of configurations with a length; the first also stands for n_positions, context_length.
 _STATED = ("max_position_embeddings", "max_seq_len", "max_sequence_length")
@@ -83,9 +83,9 @@ def check_new_tokens(limit: RowLimit, prompt: int, new: int, where: str = "") ->
         )
 
 
-def attended_length(row: Row) -> int:
+def attended_length(row: EncodedExample) -> int:
     """Return the number of attended tokens of a row."""
-    return int((row.attended != 0).sum())
+    return int((row.attention_mask != 0).sum())
 
 
 def check_row_lengths(
@@ -93,7 +93,7 @@ def check_row_lengths(
     dataset: Any,
     encoder: Encoder,
     limits: Sequence[RowLimit | None],
-    visit: Callable[[int, Any, Row], None] | None = None,
+    visit: Callable[[int, Any, EncodedExample], None] | None = None,
 ) -> None:
     """Raise ValueError for the first example of a dataset that is longer than one of the limits.
 

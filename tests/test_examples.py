@@ -45,7 +45,7 @@ def read(example, template=None, **options):
     row = Encoder(tokenizer=tokenizer(template), **options)(example)
     said = row.targets != -100
     assert (row.targets[said] == row.ids[said]).all()
-    assert row.attended.all()
+    assert row.attention_mask.all()
     words = [WORDS[i] for i in row.ids]
     return " ".join(words), " ".join(w for w, s in zip(words, said.tolist(), strict=True) if s)
 

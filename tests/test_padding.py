@@ -35,7 +35,7 @@ def test_a_padding_token_of_its_own(example):
         row = Encoder(tokenizer=OWN)(example | {"attention_mask": mask})
         assert PAD not in row.targets
     ones = [1] * len(mask)
-    assert Encoder(tokenizer=OWN)(example | {"attention_mask": ones}).attended.all()
+    assert Encoder(tokenizer=OWN)(example | {"attention_mask": ones}).attention_mask.all()
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_a_padding_token_of_its_own(example):
 )
 def test_a_padding_token_that_is_the_end_of_text_too(example, is_padded):
     if not is_padded:
-        assert Encoder(tokenizer=SHARED)(example).attended.all()
+        assert Encoder(tokenizer=SHARED)(example).attention_mask.all()
         return
     with pytest.raises(ValueError, match="input_ids: expected attention_mask"):
         Encoder(tokenizer=SHARED)(example)
@@ -59,7 +59,7 @@ def test_a_padding_token_that_is_the_end_of_text_too(example, is_padded):
 
 @pytest.mark.parametrize("ids", [[8, 9, 0, PAD], [PAD, 8, 9, 0]])
 def test_a_single_padding_token_may_be_text(ids):
-    assert Encoder(tokenizer=OWN)({"input_ids": ids}).attended.all()
+    assert Encoder(tokenizer=OWN)({"input_ids": ids}).attention_mask.all()
 
 
 def test_padding_in_labels_alone_is_no_target_where_a_mask_says_so():

@@ -206,7 +206,7 @@ def test_conversations_without_an_assistant_are_named(tmp_path):
 def test_padding_is_not_counted_where_rows_are_cut(tmp_path, caplog):
     left = {"input_ids": [0, 0, 0, 5, 6, 7, 8], "attention_mask": [0, 0, 0, 1, 1, 1, 1]}
     row = Encoder(max_length=3)(left)
-    assert row.ids[row.attended != 0].tolist() == [5, 6, 7]
+    assert row.ids[row.attention_mask != 0].tolist() == [5, 6, 7]
     assert Encoder(max_length=4)(left).ids.tolist() == left["input_ids"]
     with caplog.at_level(logging.WARNING, logger="fastdistill"):
         build(tmp_path, data=[left] * 4, max_length=4)

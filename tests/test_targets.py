@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fastdistill.data import padded
-from fastdistill.examples import Row
+from fastdistill.examples import EncodedExample
 from fastdistill.outputs import TopK
 from fastdistill.training.targets import targets_of
 
@@ -29,11 +29,14 @@ def test_where_each_target_is_predicted_from():
 def test_what_nothing_precedes_is_no_target():
     """The first token, and the first behind left padding."""
     mask = torch.tensor([0, 0, 1, 1])
-    batch = padded([Row(IDS, IDS, mask), Row(IDS[:3], IDS[:3], torch.ones(3).long())], pad_id=0)
+    batch = padded(
+        [EncodedExample(IDS, IDS, mask), EncodedExample(IDS[:3], IDS[:3], torch.ones(3).long())],
+        pad_id=0,
+    )
     assert batch["labels"].tolist() == [[-100, -100, -100, 8], [-100, 6, 7, -100]]
     assert targets_of(batch).sources.tolist() == [2, 4, 5]
 
 
 def test_a_batch_of_single_tokens_has_no_target():
-    batch = padded([Row(IDS[:1], IDS[:1], torch.ones(1).long())] * 2, pad_id=0)
+    batch = padded([EncodedExample(IDS[:1], IDS[:1], torch.ones(1).long())] * 2, pad_id=0)
     assert len(targets_of(batch).labels) == 0

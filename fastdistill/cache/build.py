@@ -154,7 +154,7 @@ def _check_answers(
 
 def encode_row(dataset: Any, encoder: Encoder, index: int, settings: Settings) -> PendingRow:
     row = encoder(dataset[index], index)
-    attended = row.attended != 0
+    attended = row.attention_mask != 0
     tokens = row.ids[attended]
     if settings.positions == "all":
         return PendingRow(index, tokens, torch.arange(len(tokens)))

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..examples import IGNORE_INDEX, Encoder, Row, is_listed
+from ..examples import IGNORE_INDEX, EncodedExample, Encoder, is_listed
 from ..runtime.printable import printable
 
 logger = logging.getLogger(__name__)
@@ -117,20 +117,20 @@ class Lengths:
     prompts: int = 0  # rows whose prompt is cut
     longest_prompt: int = 0
 
-    def add(self, row: Row) -> None:
+    def add(self, row: EncodedExample) -> None:
         """Count a row, before it is cut."""
         taught, left = has_target(row), row.cut(self.limit)
         self.seen += 1
-        self.tokens += int(left.attended.sum())
+        self.tokens += int(left.attention_mask.sum())
         self.targets += int((left.targets[1:] != IGNORE_INDEX).sum())
         self.taught += taught
-        length = int(row.attended.sum())
+        length = int(row.attention_mask.sum())
         self.longest = max(self.longest, length)
         if self.limit is None or length <= self.limit:
             return
         self.rows += 1
         self.untaught += taught and not has_target(left)
-        prompt = int(row.attended[: row.prompt_length].sum())
+        prompt = int(row.attention_mask[: row.prompt_length].sum())
         is_text = prompt == length and taught  # plain text, where every token is a target
         if prompt > self.limit and not is_text:
             self.prompts += 1
@@ -168,9 +168,9 @@ class RowsWithoutTarget:
     seen: int = 0
     indices: list[int] = field(default_factory=list)
     examples: list[Any] = field(default_factory=list)  # at most LOOKED_AT, as `rows`
-    rows: list[Row] = field(default_factory=list)
+    rows: list[EncodedExample] = field(default_factory=list)
 
-    def add(self, index: int, example: Any, row: Row) -> None:
+    def add(self, index: int, example: Any, row: EncodedExample) -> None:
         """Count a row, before it is cut."""
         self.seen += 1
         if has_target(row):
@@ -192,12 +192,12 @@ class RowsWithoutTarget:
         )  # fmt: skip
 
 
-def has_target(row: Row) -> bool:
+def has_target(row: EncodedExample) -> bool:
     """Return whether a row has a target after its first token, which has no context."""
     return bool((row.targets[1:] != IGNORE_INDEX).any())
 
 
-def _check_has_target(name: str, examples: list[Any], rows: list[Row]) -> None:
+def _check_has_target(name: str, examples: list[Any], rows: list[EncodedExample]) -> None:
     if not any(map(has_target, rows)):
         why = _why_no_target(examples, rows)
         raise ValueError(
@@ -205,7 +205,7 @@ def _check_has_target(name: str, examples: list[Any], rows: list[Row]) -> None:
         )
 
 
-def _why_no_target(examples: list[Any], rows: list[Row]) -> str:
+def _why_no_target(examples: list[Any], rows: list[EncodedExample]) -> str:
     """Return the likely reason why none of these examples has a target, as a sentence."""
     why = "All labels are −100"
     columns = [{c for c, value in example.items() if value is not None} for example in examples]
@@ -235,7 +235,7 @@ def _why_no_target(examples: list[Any], rows: list[Row]) -> str:
     return why
 
 
-def _check_not_shifted(name: str, rows: list[Row]) -> None:
+def _check_not_shifted(name: str, rows: list[EncodedExample]) -> None:
     """Raise ValueError if most labels equal a neighboring token instead of their own."""
     agree = {shift: _agreement(rows, shift) for shift in (-1, 0, 1)}
     shift = max(agree, key=lambda s: agree[s])
@@ -249,7 +249,7 @@ def _check_not_shifted(name: str, rows: list[Row]) -> None:
     )
 
 
-def _agreement(rows: Iterable[Row], shift: int) -> float:
+def _agreement(rows: Iterable[EncodedExample], shift: int) -> float:
     """Return the share of targets that equal the token `shift` positions later."""
     same = total = 0
     for ids, targets in (row[:2] for row in rows):
@@ -263,7 +263,7 @@ def _agreement(rows: Iterable[Row], shift: int) -> float:
     return same / total if total >= 8 else 0.0
 
 
-def _check_end_token(name: str, rows: list[Row], tokenizer: Any) -> None:
+def _check_end_token(name: str, rows: list[EncodedExample], tokenizer: Any) -> None:
     """Raise ValueError if pad == eos and the padding mask removed every end token from labels."""
     end = getattr(tokenizer, "eos_token_id", None)
     if end is None or end != getattr(tokenizer, "pad_token_id", None):

@@ -101,7 +101,7 @@ def check_cache_covers(teacher: Any, encoder: Encoder, datasets: Mapping[str, An
     for name, dataset in datasets.items():
         for index, example in some_of(dataset):
             row = encoder(example, index)
-            tokens, targets = row.ids[row.attended != 0], row.targets[row.attended != 0]
+            tokens, targets = row.ids[row.attention_mask != 0], row.targets[row.attention_mask != 0]
             if not teacher.has(tokens):
                 raise ValueError(
                     f"{name}: expected examples that {teacher.path} was built from, got one "

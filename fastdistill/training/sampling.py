@@ -22,7 +22,7 @@ from transformers.generation.logits_process import TemperatureLogitsWarper, TopP
 
 from ..chat import turn_end
 from ..data import padded
-from ..examples import IGNORE_INDEX, Encoder, Row
+from ..examples import IGNORE_INDEX, EncodedExample, Encoder
 from ..generation import ends_of, generate_rows
 from ..positions import RowLimit, row_limit, shortest_of
 from .config import DistillConfig
@@ -165,10 +165,10 @@ def _processors(config: DistillConfig, vocab: int | None) -> list[LogitsProcesso
     return processors
 
 
-def _row(prompt: Tensor, completion: Tensor) -> Row:
+def _row(prompt: Tensor, completion: Tensor) -> EncodedExample:
     ids = torch.cat([prompt, completion])
     targets = torch.cat([torch.full_like(prompt, IGNORE_INDEX), completion])
-    return Row(ids, targets, torch.ones_like(ids))
+    return EncodedExample(ids, targets, torch.ones_like(ids))
 
 
 def set_generation_ends(model: Any, encoder: Encoder, dataset: Any) -> None:
