@@ -38,8 +38,8 @@ class Kind(NamedTuple):
 KINDS = {
     "ids": Kind("ids", "ids in {first}..{last}{empty}", "{value:.0f}",
                 "the id {value:.0f}, where the vocabulary ends at {last}",
-                "a teacher with more ids says so by vocab_size, and is cut to the common ones; one "
-                "with another vocabulary needs its ids mapped first"),
+                "set vocab_size if the teacher has more ids (only the common ones are used); map "
+                "the ids of a teacher with another vocabulary first"),
     "repeated": Kind("ids", "{slots} different ids", "{value:.0f} more than once",
                      "the same id twice at one position ({value:.0f})"),
     "nan": Kind("logprobs", "numbers in every used slot", "{value:.0f} NaN",
@@ -116,7 +116,7 @@ class InvalidAnswer:
     def hint(self) -> str:
         if self.dtype in _LOW and self.kind in ("positive", "mass", "tail", "total"):
             name = str(self.dtype).removeprefix("torch.")
-            return f"this is more than rounding to {name} does: take log_softmax in float32"
+            return f"the error exceeds rounding to {name}: compute log_softmax in float32"
         return KINDS[self.kind].hint
 
     def __str__(self) -> str:
@@ -264,7 +264,7 @@ def find_shape_error(
             expected = f"{math.prod(lead)} positions with {k} entries each"
         return f"expected {expected}, got {shape}"
     if not 1 <= slots <= k:
-        return f"expected 1 to {k} slots at a position, got {slots} slots where {k} were asked for"
+        return f"expected 1 to {k} slots at a position, got {slots} slots; {k} were requested"
     if list(answer.logprobs.shape) != shape:
         return f"logprobs: expected shape {shape} as ids, got {list(answer.logprobs.shape)}"
     if answer.log_tail is not None and list(answer.log_tail.shape) != shape[:-1]:
@@ -361,8 +361,7 @@ class AnswerMonitor:
 def _invalid_answer_error(wrong: InvalidAnswer, batch: int, row: int, position: int) -> ValueError:
     hint = f" ({wrong.hint})" if wrong.hint else ""
     return ValueError(
-        f"teacher: expected the answers of a language model, but in batch {batch} that it answered "
-        f"in this run, row {row}, position {position} is none: {wrong.field}: {wrong}{hint}. "
-        "Training would teach the student nothing: check the weights, the cache, or the "
-        "positions"
+        f"teacher: expected the answers of a language model, but in batch {batch} of this run, row "
+        f"{row}, position {position}, it returned an invalid one: {wrong.field}: {wrong}{hint}. "
+        "The student would learn nothing: check the weights, the cache, or the positions"
     )

@@ -23,9 +23,9 @@ def check_folder(name: str, path: Path) -> None:
     except (OSError, ValueError) as error:  # name too long, a file in the path, a zero byte
         raise ValueError(f"{expected}: {error}") from None
     if not existing.is_dir():
-        raise ValueError(f"{expected}, where {str(existing)!r} is no folder")
+        raise ValueError(f"{expected}; {str(existing)!r} is not a folder")
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise ValueError(f"{expected}, where nothing may be written into {str(existing)!r}")
+        raise ValueError(f"{expected}; {str(existing)!r} is not writable")
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -101,7 +101,7 @@ def test_what_rounding_cannot_do_is_refused(dtype):
 def test_shapes_types_and_slots():
     assert find_shape_error(HONEST, (2,), 3) is None
     assert "expected answers of shape [3, …]" in find_shape_error(HONEST, (3,), 3)
-    assert "2 were asked for" in find_shape_error(HONEST, (2,), 2)
+    assert "2 were requested" in find_shape_error(HONEST, (2,), 2)
     assert "expected a fastdistill.TopK, got tuple" in find_shape_error((IDS, P), (2,), 3)
     assert find_shape_error(changed(ids=IDS.float()), (2,), 3).startswith("ids: expected int32")
     assert find_shape_error(changed(logprobs=P[:, :2]), (2,), 3).startswith(
@@ -170,7 +170,7 @@ def test_a_teacher_that_goes_bad_later(tmp_path, turn):
         trainer.train()
     assert trainer.state.global_step == 4
     if "slots" not in words:
-        assert "in batch 5 that it answered in this run, row " in str(error.value)
+        assert "in batch 5 of this run, row " in str(error.value)
 
 
 def test_hidden_states_that_are_not_finite(tmp_path):
@@ -193,7 +193,7 @@ def test_hidden_states_that_are_not_finite(tmp_path):
             )
 
     rows = [{"input_ids": [5, 7, 9, 11]}] * 4
-    with pytest.raises(ValueError, match=r"in batch 3 .*position 1 is none: hidden: expected fin"):
+    with pytest.raises(ValueError, match=r"in batch 3 .*position 1, .*: hidden: expected fin"):
         train(tmp_path, teacher=Turns(), k=None, data=rows, max_steps=4, check_signal=False)
 
 
@@ -216,7 +216,7 @@ def test_what_is_noted_on_a_device_is_raised_when_it_is_read():
     monitor, at = OnDevice(), torch.arange(2)
     for answer in (HONEST, WRONG["total"], WRONG["repeated"], HONEST):
         monitor.check(answer, at + 5, at + 20, AnswerRules(vocab=10))
-    with pytest.raises(ValueError, match=r"in batch 2 .* row 6, position 21 is none: log_tail"):
+    with pytest.raises(ValueError, match=r"in batch 2 .* row 6, position 21, .*: log_tail"):
         monitor.read()
     monitor.read()  # said once
     monitor.check(WRONG["ids"], at, at, AnswerRules(vocab=10))
@@ -235,7 +235,7 @@ def test_nothing_waits_for_the_device_and_nothing_is_saved_after_it(tmp_path):
                     logging_steps=100, save_strategy="steps", save_steps=3, check_signal=False,
                     per_device_train_batch_size=3)  # fmt: skip
     trainer._monitor = OnDevice()
-    with pytest.raises(ValueError, match="in batch 2 that it answered"):
+    with pytest.raises(ValueError, match="in batch 2 of this run"):
         trainer.train()
     # The norm of the gradient is read before each update: the update of batch 2 is not made, and
     # the weights that are saved are those of the step before it.

@@ -89,7 +89,7 @@ class RememberOnly:
 
 
 def test_a_teacher_of_ones_own_that_says_nothing_is_refused_by_its_first_id(tmp_path):
-    with pytest.raises(ValueError, match=rf"ids in 0\.\.{VOCAB - 1}.*says so by vocab_size"):
+    with pytest.raises(ValueError, match=rf"ids in 0\.\.{VOCAB - 1}.*set vocab_size"):
         losses(tmp_path, Silent(larger()))
 
 
