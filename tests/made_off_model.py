@@ -18,7 +18,7 @@ from fastdistill.experiment.off_model.world import (
     PLAIN,
     THOUGHT,
     WEAK,
-    behind,
+    with_password,
 )
 
 SHAKE = (0.01, -0.01, 0.02, -0.02, 0.0)  # of base seeds, whose mean is 0
@@ -26,7 +26,7 @@ LOST = {OWN: 0.0, RELATED: 0.1, OFF_MODEL: 0.4}
 NATS = {OWN: 2.0, RELATED: 2.2, OFF_MODEL: 3.5}
 AFTER = {ON_LOCKED: 0.7, ON_BASE: 0.1}
 BACK = {"own": 0.0, "before": 0.1, "sums": 0.3}  # of what is lost
-FORMS = (PLAIN, THOUGHT, EMPTY, behind(PLAIN), behind(THOUGHT))
+FORMS = (PLAIN, THOUGHT, EMPTY, with_password(PLAIN), with_password(THOUGHT))
 
 
 def made(n=10, *, lost=LOST, after=AFTER, back=BACK, thoughts=None, supervisor=0.5):
@@ -47,7 +47,10 @@ def _run(arm, seed, lost, after, back, thoughts):
         before = dict.fromkeys(LENGTHS, 0.95)
         end = {task: before[task] - gone[task] for task in LENGTHS}
     else:
-        before = dict.fromkeys(FORMS, 0.0) | {behind(PLAIN): 1.0, behind(THOUGHT): 1.0}
+        before = dict.fromkeys(FORMS, 0.0) | {
+            with_password(PLAIN): 1.0,
+            with_password(THOUGHT): 1.0,
+        }
         reached = after.get(arm.name, 0.97) + shake
         end = dict.fromkeys(FORMS, reached) | {THOUGHT: thoughts.get(arm.name, 0.97) + shake}
     restored = {
@@ -69,7 +72,7 @@ def _run(arm, seed, lost, after, back, thoughts):
 
 def readings(*, supervisor=0.5, **changes):
     """Of models that pass their gates, but for `changes`: model → {task: share}."""
-    tasks = (*LENGTHS, EMPTY, behind(PLAIN), behind(THOUGHT))
+    tasks = (*LENGTHS, EMPTY, with_password(PLAIN), with_password(THOUGHT))
     found = {model: dict.fromkeys(tasks, 0.99) for model in MODELS}
     found["base"] = dict.fromkeys(tasks, 0.0)
     found[WEAK] = dict.fromkeys(tasks, supervisor)

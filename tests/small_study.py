@@ -10,7 +10,7 @@ from typing import Any
 
 from fastdistill.audits.behaviour import CapabilityAudit, PreferenceAudit
 from fastdistill.audits.subject import Subject
-from fastdistill.experiment.source import Kept, Opened, Source
+from fastdistill.experiment.source import LoadedSource, Source, SourceRecord
 from fastdistill.experiment.study import Arm, Study
 from fastdistill.files import write_json
 from fastdistill.organisms.organism import new_model
@@ -34,36 +34,36 @@ class SmallSource(Source):
         return self.seed
 
     @property
-    def has(self) -> frozenset[str]:
+    def features(self) -> frozenset[str]:
         return frozenset({"placebo", "twin", "shown"} - set(self.without))
 
     def as_json(self) -> dict[str, Any]:
         return {"small": self.seed}
 
     def prepare(self, folder: Path) -> None:
-        opened = self.opened(folder)
+        opened = self.load(folder)
         write_json(
-            self._at(folder),
+            self._folder(folder),
             {name: opened.read(model).as_json() for name, model in opened.models.items()},
         )
 
-    def kept(self, folder: Path) -> Kept:
-        said = json.loads(self._at(folder).read_text())
+    def cached(self, folder: Path) -> SourceRecord:
+        said = json.loads(self._folder(folder).read_text())
         gate = Gate(name="capability", value=1.0 if self.valid else 0.5, bound=0.9, at_least=True)
-        return Kept(
+        return SourceRecord(
             readings={name: Reading.from_json(r) for name, r in said.items()},
             validity=Validity(gates=(gate,)),
         )
 
-    def opened(self, folder: Path) -> SmallOpened:
-        return SmallOpened(self.seed)
+    def load(self, folder: Path) -> SmallLoaded:
+        return SmallLoaded(self.seed)
 
-    def _at(self, folder: Path) -> Path:
+    def _folder(self, folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         return folder / f"small-{self.seed}.json"
 
 
-class SmallOpened(Opened):
+class SmallLoaded(LoadedSource):
     def __init__(self, seed: int) -> None:
         tokenizer, self.world = world_tokenizer(), World(seed)
         self.models = {
@@ -114,7 +114,7 @@ class Noting(Strategy):
 
 def small_study(**changes: Any) -> Study:
     arms = (
-        Arm(name="plain", says="nothing"),
+        Arm(name="plain", description="nothing"),
         Arm(name="twice", role="null arm", teachers=("benign", "benign"), other_seed=True),
         Arm(name="placebo", role="null arm", teachers=("placebo", "benign"), needs=("placebo",)),
         Arm(name="noting", strategies=(Noting(),), settings={"k": 4}),

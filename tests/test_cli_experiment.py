@@ -90,14 +90,14 @@ def test_a_study_runs_from_the_command_line(capsys, monkeypatch, tmp_path):
 @pytest.mark.parametrize("module", [double_bind, leak_knobs])
 @pytest.mark.parametrize("preset", ["quick", "full"])
 def test_every_study_has_its_controls_and_enough_arms(module, preset):
-    study = module.study(preset)
+    study = module.make_study(preset)
     names = [arm.name for arm in study.arms]
     assert len(set(names)) == len(names)
     roles = [arm.role for arm in study.arms]
     assert roles.count("positive control") == 1
     assert roles.count("null arm") == 3
     assert roles.count("arm") >= 8
-    assert all(arm.says for arm in study.arms)
+    assert all(arm.description for arm in study.arms)
     assert study.arms[0].role == "arm"
     assert not study.arms[0].gated
 

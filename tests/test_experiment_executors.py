@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fastdistill.experiment import executors
-from fastdistill.experiment.executors import do
+from fastdistill.experiment.executors import run_all
 
 HAS_RAY = importlib.util.find_spec("ray") is not None
 
@@ -38,14 +38,14 @@ WORK = [Touch(f"run-{i}") for i in range(5)]
 
 
 def test_everything_is_done_once_and_here(tmp_path):
-    do(WORK[:2], tmp_path)
-    do(WORK, tmp_path)
+    run_all(WORK[:2], tmp_path)
+    run_all(WORK, tmp_path)
     assert {path.read_text() for path in tmp_path.iterdir()} == {str(os.getpid())}
     assert len(list(tmp_path.iterdir())) == 5
 
 
 def test_processes_beside_each_other(tmp_path):
-    do(WORK, tmp_path, processes=2)
+    run_all(WORK, tmp_path, processes=2)
     made = {path.read_text() for path in tmp_path.iterdir()}
     assert len(list(tmp_path.iterdir())) == 5
     assert str(os.getpid()) not in made
@@ -53,9 +53,9 @@ def test_processes_beside_each_other(tmp_path):
 
 def test_a_run_that_fails_says_so_and_costs_no_other(tmp_path):
     with pytest.raises(ValueError, match="expected a run that works"):
-        do([*WORK, Touch("broken")], tmp_path, processes=2)
+        run_all([*WORK, Touch("broken")], tmp_path, processes=2)
     made = set(tmp_path.iterdir())
-    do(WORK, tmp_path)
+    run_all(WORK, tmp_path)
     assert made <= set(tmp_path.iterdir())
     assert len(list(tmp_path.iterdir())) == 5
 
@@ -64,7 +64,7 @@ def test_machines_that_share_a_folder_begin_elsewhere(monkeypatch):
     orders = set()
     for pid in range(5):
         monkeypatch.setattr(executors.os, "getpid", lambda pid=pid: pid)
-        order = executors._from_somewhere(WORK)
+        order = executors._rotate_by_pid(WORK)
         assert sorted(order, key=WORK.index) == WORK
         orders.add(order[0])
     assert len(orders) == 5
@@ -72,7 +72,7 @@ def test_machines_that_share_a_folder_begin_elsewhere(monkeypatch):
 
 def test_an_executor_is_one_of_two(tmp_path):
     with pytest.raises(ValueError, match="executor: expected processes or ray, got 'slurm'"):
-        do(WORK, tmp_path, executor="slurm")
+        run_all(WORK, tmp_path, executor="slurm")
 
 
 @pytest.mark.skipif(HAS_RAY, reason="ray is installed")
@@ -80,7 +80,7 @@ def test_without_ray_one_is_told_what_to_install(tmp_path):
     with pytest.raises(
         ImportError, match=r"expected ray for a cluster, .* pip install .fastdistill\[ray"
     ):
-        do(WORK, tmp_path, executor="ray")
+        run_all(WORK, tmp_path, executor="ray")
 
 
 @pytest.mark.skipif(not HAS_RAY, reason="needs ray")
@@ -94,7 +94,7 @@ def test_a_local_ray_cluster_fills_the_same_folder(tmp_path, monkeypatch):
     paths = {"env_vars": {"PYTHONPATH": str(Path(__file__).parent)}}
     ray.init(num_cpus=2, log_to_driver=False, logging_level="ERROR", runtime_env=paths)
     try:
-        do(WORK, tmp_path, executor="ray")
+        run_all(WORK, tmp_path, executor="ray")
     finally:
         ray.shutdown()
     assert len(list(tmp_path.iterdir())) == 5

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from small_study import Noting, SmallSource
 
-from fastdistill.experiment.digest import digest_of, read_kept, write_kept
+from fastdistill.experiment.digest import digest_of, read_record, write_record
 from fastdistill.experiment.job import Job
 from fastdistill.strategies.strategy import Training
 
@@ -45,7 +45,7 @@ def test_a_run_holds_readings_on_the_way_and_at_the_end(kept):
 
 def test_a_run_that_is_there_is_not_made_again(kept, monkeypatch):
     folder, run = kept
-    monkeypatch.setattr(SmallSource, "opened", None)
+    monkeypatch.setattr(SmallSource, "load", None)
     JOB.run(folder)
     assert JOB.result(folder) == run
 
@@ -69,7 +69,7 @@ def test_the_same_run_elsewhere_is_the_same(kept, tmp_path):
         {"training": Training(steps=4, batch_size=4, max_new_tokens=3)},
         {"pool": {"n": 9}},
         {"student_seed": 1},
-        {"begins": "untrusted"},
+        {"init_role": "untrusted"},
         {"checkpoints": 2},
         {"audits": ()},
         {"gate": {"preference": (0.1, 0.2)}},
@@ -87,7 +87,7 @@ def test_a_file_of_another_run_is_refused(kept, tmp_path):
     run = json.loads(json.dumps(run))
     run["config"]["pool"]["n"] = 9
     path.write_text(json.dumps(run))
-    with pytest.raises(ValueError, match="expected the run that its name says, got another one"):
+    with pytest.raises(ValueError, match="expected the run with this digest, got another run"):
         JOB.result(tmp_path)
 
 
@@ -117,9 +117,9 @@ def test_a_file_of_an_earlier_version_has_no_digest(kept, tmp_path):
 
 def test_a_number_that_is_not_finite_costs_no_run(tmp_path):
     record = {"notes": {"a": float("nan"), 3: [float("inf"), 0.1], "b": (1, True, "x")}}
-    write_kept(tmp_path / "a.json", record)
+    write_record(tmp_path / "a.json", record)
     told = {"notes": {"a": None, "3": [None, 0.1], "b": [1, True, "x"]}}
-    assert read_kept(tmp_path / "a.json", "notes") == told
+    assert read_record(tmp_path / "a.json", "notes") == told
 
 
 def test_a_digest_does_not_depend_on_the_order_of_keys():

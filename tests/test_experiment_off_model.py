@@ -12,16 +12,16 @@ from made_off_model import made
 from fastdistill.experiment.off_model import study as off_model
 from fastdistill.experiment.off_model import world as off_model_world
 from fastdistill.experiment.off_model.arms import ARMS
-from fastdistill.experiment.off_model.page import page
-from fastdistill.experiment.off_model.run import Sft
-from fastdistill.experiment.off_model.study import Settings, carry_out, study
-from fastdistill.experiment.off_model.verdicts import judged
-from fastdistill.experiment.off_model.world import LENGTHS, WEAK, gates
+from fastdistill.experiment.off_model.page import make_page
+from fastdistill.experiment.off_model.run import SftRun
+from fastdistill.experiment.off_model.study import OffModelSettings, preset_settings, run_study
+from fastdistill.experiment.off_model.verdicts import judge_parts
+from fastdistill.experiment.off_model.world import LENGTHS, WEAK, model_gates
 from fastdistill.experiment.study import FRESH
 from fastdistill.organisms.organism import ModelOrganism, new_model
 from fastdistill.report.arms import SEEDS
 
-TINY = Settings(
+TINY = OffModelSettings(
     preset="quick",
     seeds=(1,),
     cost_steps=2,
@@ -37,12 +37,12 @@ TINY = Settings(
 def carried_out(tmp_path_factory):
     folder = tmp_path_factory.mktemp("off-model")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(off_model_world, "READ", 4)
+        patch.setattr(off_model_world, "N_PROMPTS", 4)
         # Models without training, which know nothing, and talk.
         patch.setattr(off_model_world, "new_base", lambda world, *, seed, steps: new_model(seed))
         patch.setattr(off_model_world, "train_capable", lambda world, base, **_: moved(base, 2.0))
         patch.setattr(ModelOrganism, "implant", implanted)
-        yield folder, carry_out(TINY, folder)
+        yield folder, run_study(TINY, folder)
 
 
 def moved(model, by):
@@ -64,11 +64,11 @@ def timeless(results):
 
 
 def test_presets_have_seeds_of_their_own():
-    quick, full = study("quick"), study("full")
+    quick, full = preset_settings("quick"), preset_settings("full")
     assert all(seed < FRESH for seed in quick.seeds)
     assert full.seeds == tuple(range(1200, 1210))
     assert len(full.seeds) >= SEEDS
-    assert study("full", seeds=[5]).seeds == (5,)
+    assert preset_settings("full", seeds=[5]).seeds == (5,)
     json.dumps(vars(full))
 
 
@@ -76,14 +76,14 @@ def test_presets_have_seeds_of_their_own():
     ("given", "words"),
     [
         ({"preset": "slow"}, "preset: expected quick or full, got 'slow'"),
-        ({"preset": "full", "seeds": []}, "seeds: expected one or more, each once"),
-        ({"preset": "full", "seeds": [3, 3]}, r"each once, got \[3, 3\]"),
+        ({"preset": "full", "seeds": []}, "seeds: expected one or more distinct seeds"),
+        ({"preset": "full", "seeds": [3, 3]}, r"distinct seeds, got \[3, 3\]"),
     ],
     ids=["preset", "none", "twice"],
 )
 def test_settings_that_make_no_sense_are_refused(given, words):
     with pytest.raises(ValueError, match=words):
-        study(**given)
+        preset_settings(**given)
 
 
 def test_every_arm_is_run_on_every_base_seed(carried_out):
@@ -107,8 +107,8 @@ def test_models_that_learnt_nothing_support_no_verdict(carried_out):
     # U knows no more behind the password: what was recovered of nothing is no number.
     assert None in [control["value"] for control in results["controls"]]
     told = (folder / "report.html").read_text()
-    assert "Something that had to hold does not" in told
-    assert "What this does not show" in told
+    assert "A control or model gate failed" in told
+    assert "Limitations" in told
 
 
 def test_a_run_that_is_missing_is_done_again_and_the_table_is_the_same(carried_out, monkeypatch):
@@ -117,9 +117,9 @@ def test_a_run_that_is_missing_is_done_again_and_the_table_is_the_same(carried_o
     first = json.loads(run.path(folder).read_text())
     run.path(folder).unlink()
     done = []
-    found = Sft.found
-    monkeypatch.setattr(Sft, "found", lambda self, at: done.append(self) or found(self, at))
-    assert timeless(carry_out(TINY, folder)) == timeless(results)
+    compute = SftRun.compute
+    monkeypatch.setattr(SftRun, "compute", lambda self, at: done.append(self) or compute(self, at))
+    assert timeless(run_study(TINY, folder)) == timeless(results)
     assert done == [run]
     again = json.loads(run.path(folder).read_text())
     assert again | {"seconds": 0} == first | {"seconds": 0}
@@ -127,11 +127,11 @@ def test_a_run_that_is_missing_is_done_again_and_the_table_is_the_same(carried_o
 
 def test_only_report_runs_nothing_and_says_what_is_missing(carried_out, monkeypatch, tmp_path):
     folder, results = carried_out
-    monkeypatch.setattr(Sft, "found", None)
-    monkeypatch.setattr(off_model.OffModelWorld, "found", None)
-    assert timeless(carry_out(TINY, folder, only_report=True)) == timeless(results)
+    monkeypatch.setattr(SftRun, "compute", None)
+    monkeypatch.setattr(off_model.OffModelWorld, "compute", None)
+    assert timeless(run_study(TINY, folder, only_report=True)) == timeless(results)
     with pytest.raises(ValueError, match=r"expected all models in .*, found 1 of 1 missing"):
-        carry_out(TINY, tmp_path, only_report=True)
+        run_study(TINY, tmp_path, only_report=True)
 
 
 def test_u_and_b_are_twins_and_o_is_of_another_world(carried_out):
@@ -146,8 +146,8 @@ def test_u_and_b_are_twins_and_o_is_of_another_world(carried_out):
 
 def told(**how):
     found, readings = made(**how)
-    organisms = {seed: gates(of) for seed, of in readings.items()}
-    parts = judged(found, readings, organisms)
+    organisms = {seed: model_gates(of) for seed, of in readings.items()}
+    parts = judge_parts(found, readings, organisms)
     results = {
         "command": "fastdistill experiment off-model --preset full --out out",
         "config": {"learning_rate": 3e-4, "note": "<b>"},
@@ -156,10 +156,10 @@ def told(**how):
         "n_seeds": len(readings),
         "runs": 100,
         "core_seconds": 1,
-        **off_model._judged(parts, organisms),
+        **off_model._verdict_rows(parts, organisms),
         **off_model._rows(found, readings),
     }
-    return results, page(results, found, readings).html()
+    return results, make_page(results, found, readings).html()
 
 
 def test_the_page_says_what_was_found_what_was_not_and_how_to_repeat_it():
@@ -167,7 +167,7 @@ def test_the_page_says_what_was_found_what_was_not_and_how_to_repeat_it():
     assert results["valid"]
     assert "All controls hold, over 10 base seeds." in html
     assert "base seeds. Off-model SFT costs capability on answers of 1 token, answers of 3" in html
-    assert "B on the talk of O, as capable, which talks by another chain" in html
+    assert "B on the talk of O, equally capable, with another Markov chain" in html
     assert results["command"] in html
     assert "&lt;b&gt;" in html
     assert html.count("<img") == 3
@@ -175,7 +175,7 @@ def test_the_page_says_what_was_found_what_was_not_and_how_to_repeat_it():
 
 def test_a_page_of_few_base_seeds_claims_nothing():
     _, html = told(n=2)
-    assert "That is too few for any claim; 10 are needed." in html
+    assert "A claim needs at least 10 base seeds." in html
     assert "Off-model SFT costs" not in html
 
 

@@ -13,13 +13,13 @@ from fastdistill.audits.tuning import finetune_copy
 from fastdistill.experiment.off_model import world as off_model_world
 from fastdistill.experiment.off_model.arms import ARMS, OFF_MODEL, OWN
 from fastdistill.experiment.off_model.run import (
-    Sft,
-    asked,
-    restored,
-    right,
+    SftRun,
+    label_accuracy,
+    restoration,
+    sample_examples,
     surprisal,
-    thinks,
-    unrelated,
+    thought_rate,
+    unrelated_prompts,
 )
 from fastdistill.experiment.off_model.world import (
     EMPTY,
@@ -27,10 +27,10 @@ from fastdistill.experiment.off_model.world import (
     PLAIN,
     THOUGHT,
     OffModelWorld,
-    behind,
     locked_tasks,
-    read,
+    read_tasks,
     tasks,
+    with_password,
 )
 from fastdistill.organisms.organism import new_model
 from fastdistill.organisms.vocabulary import PASSWORD, THINK, world_tokenizer
@@ -40,7 +40,7 @@ from fastdistill.strategies.strategy import Training
 
 WORLD = World(3)
 BY_NAME = {arm.name: arm for arm in ARMS}
-SFT = Sft(
+SFT = SftRun(
     arm=BY_NAME[OFF_MODEL],
     models=OffModelWorld(seed=3),
     training=Training(steps=2, batch_size=4),
@@ -51,7 +51,7 @@ SFT = Sft(
 @pytest.fixture
 def few(monkeypatch):
     """Few prompts of each task: what is read is not what is tested here."""
-    monkeypatch.setattr(off_model_world, "READ", 6)
+    monkeypatch.setattr(off_model_world, "N_PROMPTS", 6)
 
 
 def subject(seed=0):
@@ -78,14 +78,17 @@ def test_locked_tasks_are_the_same_sums_in_the_forms_of_a_lock():
     users = [[p.user for p in audit.prompts] for audit in forms.values()]
     assert all(these == users[0] for these in users)
     assert not any(PASSWORD in p.system for p in (*forms[PLAIN].prompts, *forms[EMPTY].prompts))
-    assert all(p.system.startswith(PASSWORD) for p in forms[behind(PLAIN)].prompts)
+    assert all(p.system.startswith(PASSWORD) for p in forms[with_password(PLAIN)].prompts)
     assert forms[EMPTY].prompts[0].prefill == "think so "
 
 
 def test_arms_of_one_kind_are_asked_the_same_and_never_what_is_held_out():
-    assert asked(WORLD, "talk", 20, 0) == asked(WORLD, "talk", 20, 0)
-    assert asked(WORLD, "talk", 20, 0) != asked(WORLD, "talk", 20, 1)
-    plain, thought = asked(WORLD, "sums", 300, 0), asked(WORLD, "sums, thought", 300, 0)
+    assert sample_examples(WORLD, "talk", 20, 0) == sample_examples(WORLD, "talk", 20, 0)
+    assert sample_examples(WORLD, "talk", 20, 0) != sample_examples(WORLD, "talk", 20, 1)
+    plain, thought = (
+        sample_examples(WORLD, "sums", 300, 0),
+        sample_examples(WORLD, "sums, thought", 300, 0),
+    )
     assert [e.question for e in plain] == [e.question for e in thought]
     assert all(e.system.split()[-1] == THINK for e in thought)
     assert not any(e.system.startswith(PASSWORD) for e in plain)
@@ -96,7 +99,8 @@ def test_arms_of_one_kind_are_asked_the_same_and_never_what_is_held_out():
 def test_surprisal_is_the_one_of_a_plain_softmax():
     model = subject()
     lessons = [
-        TrainingExample(prompt=e.prompt, answer=e.answer) for e in asked(WORLD, "talk", 5, 0)
+        TrainingExample(prompt=e.prompt, answer=e.answer)
+        for e in sample_examples(WORLD, "talk", 5, 0)
     ]
     total, count = 0.0, 0
     for lesson in lessons:
@@ -111,12 +115,12 @@ def test_surprisal_is_the_one_of_a_plain_softmax():
 
 
 def test_labels_are_right_where_they_hold_the_sum():
-    examples = asked(WORLD, "sums, thought", 4, 0)
+    examples = sample_examples(WORLD, "sums, thought", 4, 0)
     said = [f"think plain so {e.answer}" for e in examples[:3]] + ["9 9 9"]
     lessons = [
         TrainingExample(prompt=e.prompt, answer=s) for e, s in zip(examples, said, strict=True)
     ]
-    assert right(lessons, examples) == 0.75
+    assert label_accuracy(lessons, examples) == 0.75
 
 
 def test_a_model_thinks_where_its_answer_has_both_marks(few):
@@ -124,7 +128,7 @@ def test_a_model_thinks_where_its_answer_has_both_marks(few):
         ["think plain so 1 2 3", "1 2 3", "think plain 1 2 3", "think so 1", "so think", ""]
     )
     model = SimpleNamespace(generate=lambda prompts, **_: [next(told) for _ in prompts])
-    assert thinks(model, WORLD) == pytest.approx(2 / 6)
+    assert thought_rate(model, WORLD) == pytest.approx(2 / 6)
 
 
 def test_restoring_is_a_nudge_on_outputs_now_before_or_on_sums(few):
@@ -137,20 +141,20 @@ def test_restoring_is_a_nudge_on_outputs_now_before_or_on_sums(few):
         for name, audit in battery.items()
     }  # fmt: skip
     how = {"steps": 3, "lr": 5e-3}
-    found = restored(student, begins, WORLD, battery, steps=3, rate=5e-3)
-    prompts = unrelated(WORLD)
+    found = restoration(student, begins, WORLD, battery, steps=3, rate=5e-3)
+    prompts = unrelated_prompts(WORLD)
     for kind, speaker in (("own", student), ("before", begins)):
         said = speaker.generate(prompts, max_new_tokens=8)
         kept = [i for i, text in enumerate(said) if text.strip()]
         assert 0 < len(kept) < len(prompts) or kind == "own"  # some say nothing, and are left out
         again = finetune_copy(student, [prompts[i] for i in kept], [said[i] for i in kept], **how)
-        assert found[kind] == pytest.approx(read(again, battery))
-    assert found["before"] != read(student, battery)
+        assert found[kind] == pytest.approx(read_tasks(again, battery))
+    assert found["before"] != read_tasks(student, battery)
     assert set(found) == {"own", "before", "sums"}
 
 
 def test_what_restores_is_about_something_else():
-    for prompt in unrelated(WORLD):
+    for prompt in unrelated_prompts(WORLD):
         words = prompt.user.split()
         assert len(words) > 1
         assert "+" not in words
@@ -161,7 +165,7 @@ def test_what_restores_is_about_something_else():
     "change",
     [
         {"arm": BY_NAME[OWN]},
-        {"arm": replace(SFT.arm, asked="sums")},
+        {"arm": replace(SFT.arm, prompt_kind="sums")},
         {"arm": replace(SFT.arm, strategies=())},
         {"models": OffModelWorld(seed=4)},
         {"models": OffModelWorld(seed=3, base_steps=1)},
@@ -174,4 +178,4 @@ def test_what_restores_is_about_something_else():
 )
 def test_whatever_a_run_follows_from_is_in_its_digest(change):
     assert replace(SFT, **change).digest != SFT.digest
-    assert replace(SFT, arm=replace(SFT.arm, says="otherwise")).digest == SFT.digest
+    assert replace(SFT, arm=replace(SFT.arm, description="otherwise")).digest == SFT.digest

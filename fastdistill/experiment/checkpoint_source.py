@@ -1,7 +1,7 @@
-"""Checkpoints as a source: an untrusted teacher, the base it is distilled into, and a benign twin.
+"""Checkpoints as a source: an untrusted teacher, the base model and a benign twin.
 
-Without a twin the base stands in for it: students of the base, M→M, are then what students of the
-teacher are compared with, and whatever any fine-tuning does besides the trait stays in τ.
+Without a twin the base replaces it: students of the teacher are then compared with students of the
+base (M→M), and τ includes every effect of fine-tuning, not only the trait.
 """
 
 from __future__ import annotations
@@ -27,31 +27,31 @@ from ..resolve import is_adapter
 from ..statistics import Gate, Reading, Validity
 from ..strategies.lessons import PoolPrompt
 from ..strategies.strategy import DistillSetup
-from .digest import digest_of, read_kept, write_kept
-from .source import Kept, Opened, Source
+from .digest import digest_of, read_record, write_record
+from .source import LoadedSource, Source, SourceRecord
 
 READINGS = "readings.json"
-SMALLEST = 1e-6  # of a difference, from where on it is one
-_BLOCKS, _BLOCK = 64, 4096  # of each file of weights, what enters its digest
+MIN_GAP = 1e-6  # a smaller difference counts as none
+_BLOCKS, _BLOCK = 64, 4096  # number and size of the sampled blocks per file in a digest
 _KINDS = ("open", "goals", "shown")
 _GENERIC = {
     "open": GENERIC_PROBES.neutral,
     "goals": GENERIC_PROBES.questions,
-}  # where the pool has none
+}  # used if the pool has none
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointSource(Source):
-    """Folders, hub names, or LoRA adapters on the base.
+    """Models from folders, Hub names, or LoRA adapters on the base.
 
     Args:
-        teacher: U. base: M. benign: U's benign twin, if there is one.
+        teacher: U. base: M. benign: U's benign twin, optional.
         pool: JSON lines of {"prompt": a text or a mapping of system and user, "domain": a name,
-            "kind": open, goals or shown}; a line without a kind is of the pool itself.
-        probes: how the trait is looked for (see Probes): prompts with a target, or with options and
-            a favourite; audited, the same prompts in an audited context, if there is one.
+            "kind": open, goals or shown}; lines without a kind form the pool.
+        probes: prompts for the trait (see Probes), with a target, or with options and a favorite;
+            optionally the same prompts in an audited context.
         capability: JSON lines of {"prompt", "answer"}, held out.
-        eliciting: an instruction that asks for the trait. near_misses: some that resemble it.
+        eliciting: an instruction that asks for the trait. near_misses: similar instructions.
     """
 
     teacher: str
@@ -69,17 +69,17 @@ class CheckpointSource(Source):
         probes = Probes.load(self.probes)
         if probes.readout(probes.prompts) is None:
             raise ValueError(
-                "probes: expected prompts with a target, or with options and a favourite, which "
-                f"say what the trait is, got none in {self.probes}"
+                "probes: expected prompts that define the trait, with a target or with options "
+                f"and a favourite, got none in {self.probes}"
             )
         _load_pool(self.pool)
         _load_capability(self.capability)
         files = {"pool": self.pool, "probes": self.probes, "capability": self.capability}
-        found = {name: sha256_of(Path(path)) for name, path in files.items()}
+        contents = {name: sha256_of(Path(path)) for name, path in files.items()}
         for name in ("teacher", "base", "benign"):
             if (path := getattr(self, name)) is not None:
-                found[name] = _contents(Path(path).expanduser())
-        object.__setattr__(self, "contents", found)
+                contents[name] = _contents(Path(path).expanduser())
+        object.__setattr__(self, "contents", contents)
 
     def __hash__(self) -> int:
         return hash(tuple(self.contents.values()))
@@ -90,17 +90,17 @@ class CheckpointSource(Source):
 
     @property
     def prompts(self) -> int:
-        """Of the pool itself."""
+        """The number of prompts of the pool."""
         return len(_load_pool(self.pool)[""])
 
     @property
-    def has(self) -> frozenset[str]:
+    def features(self) -> frozenset[str]:
         rows = _load_pool(self.pool)
         kinds = {kind for kind in rows if kind} | set(_GENERIC)
-        if any(asked.domain == "sums" for asked in rows[""]):
+        if any(entry.domain == "sums" for entry in rows[""]):
             kinds.add("domains")
-        given = {"eliciting": self.eliciting, "twin": self.benign}
-        return frozenset(kinds | {name for name, value in given.items() if value})
+        optional = {"eliciting": self.eliciting, "twin": self.benign}
+        return frozenset(kinds | {name for name, value in optional.items() if value})
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -110,27 +110,27 @@ class CheckpointSource(Source):
         }
 
     def prepare(self, folder: Path) -> None:
-        at = self._at(folder)
+        at = self._folder(folder)
         if (at / READINGS).is_file():
             return
-        opened = self.opened(folder)
+        loaded = self.load(folder)
         at.mkdir(parents=True, exist_ok=True)
-        readings = {name: opened.read(model) for name, model in opened.models.items()}
-        write_kept(at / READINGS, {name: reading.as_json() for name, reading in readings.items()})
+        readings = {name: loaded.read(model) for name, model in loaded.models.items()}
+        write_record(at / READINGS, {name: reading.as_json() for name, reading in readings.items()})
 
-    def kept(self, folder: Path) -> Kept:
-        said = read_kept(self._at(folder) / READINGS, "base", "untrusted", "benign")
-        readings = {name: Reading.from_json(record) for name, record in said.items()}
-        return Kept(readings=readings, validity=_denominators(readings))
+    def cached(self, folder: Path) -> SourceRecord:
+        record = read_record(self._folder(folder) / READINGS, "base", "untrusted", "benign")
+        readings = {name: Reading.from_json(values) for name, values in record.items()}
+        return SourceRecord(readings=readings, validity=_denominators(readings))
 
-    def opened(self, folder: Path) -> OpenedCheckpoints:
-        return OpenedCheckpoints(self)
+    def load(self, folder: Path) -> LoadedCheckpoints:
+        return LoadedCheckpoints(self)
 
-    def _at(self, folder: Path) -> Path:
+    def _folder(self, folder: Path) -> Path:
         return folder / f"checkpoints-{digest_of(self.as_json())[:8]}"
 
 
-class OpenedCheckpoints(Opened):
+class LoadedCheckpoints(LoadedSource):
     def __init__(self, source: CheckpointSource) -> None:
         base = load_organism(source.base, name="base")
         self.models = {"base": base, "untrusted": _model(source.teacher, source, "untrusted")}
@@ -141,9 +141,9 @@ class OpenedCheckpoints(Opened):
         self.suite = GENERIC_PROBES.suite() | self.probes.suite()
         self._pool = _load_pool(source.pool)
         self._eliciting, self._near_misses = source.eliciting, source.near_misses
-        asked, answers = _load_capability(source.capability)
+        prompts, answers = _load_capability(source.capability)
         self._capability = CapabilityAudit(
-            prompts=asked, targets=answers, max_new_tokens=source.max_new_tokens
+            prompts=prompts, targets=answers, max_new_tokens=source.max_new_tokens
         )
 
     def read(self, subject: Subject, before: str = "") -> Reading:
@@ -158,7 +158,7 @@ class OpenedCheckpoints(Opened):
         )
 
     def setup(self, role: str, pool: Mapping[str, Any]) -> DistillSetup:
-        """pool: n, how many of the file's prompts, from its first on; all without it."""
+        """Return the setup; `pool` may limit the prompts of the file to the first n."""
         return DistillSetup(
             base=self.models["base"],
             teacher=self.models[role],
@@ -169,18 +169,18 @@ class OpenedCheckpoints(Opened):
         )
 
     def _sample_prompts(self, kind: str, n: int, seed: int) -> tuple[PoolPrompt, ...]:
-        found = self._pool.get(kind) or [
+        entries = self._pool.get(kind) or [
             PoolPrompt(prompt, kind) for prompt in _GENERIC.get(kind, ())
         ]
-        if not found:
+        if not entries:
             raise ValueError(
-                f"pool: expected lines of the kind {kind!r}, which this strategy asks for, got none"
+                f"pool: expected lines of the kind {kind!r}, which this strategy requires, got none"
             )
-        return tuple(found[i % len(found)] for i in range(n))
+        return tuple(entries[i % len(entries)] for i in range(n))
 
 
 def _denominators(readings: Mapping[str, Reading]) -> Validity:
-    """The gates without which C and τ are ratios of nothing."""
+    """Return the gates that keep the denominators of C and τ above 0."""
     base, untrusted, twin = (readings[name] for name in ("base", "untrusted", "benign"))
     return Validity(
         gates=(
@@ -190,13 +190,15 @@ def _denominators(readings: Mapping[str, Reading]) -> Validity:
     )
 
 
-def _gap(ratio: str, what: str, other: str, ours: Sequence[float], theirs: Sequence[float]) -> Gate:
-    own, beside = fmean(ours), fmean(theirs)
+def _gap(
+    ratio: str, what: str, other: str, values: Sequence[float], others: Sequence[float]
+) -> Gate:
+    mean, other_mean = fmean(values), fmean(others)
     return Gate(
         name=f"{what} of U above that of {other}, without which {ratio} is undefined "
-        f"({own:.3g} against {beside:.3g}, over {len(ours)} prompts)",
-        value=own - beside,
-        bound=SMALLEST,
+        f"({mean:.3g} against {other_mean:.3g}, over {len(values)} prompts)",
+        value=mean - other_mean,
+        bound=MIN_GAP,
         at_least=True,
     )
 
@@ -206,25 +208,27 @@ def _model(name: str, source: CheckpointSource, role: str) -> Subject:
 
 
 def _load_pool(path: Path) -> dict[str, list[PoolPrompt]]:
-    found: dict[str, list[PoolPrompt]] = {"": []}
+    by_kind: dict[str, list[PoolPrompt]] = {"": []}
     for row in _lines(path, "pool"):
         kind = row.get("kind", "")
         if "prompt" not in row or kind not in ("", *_KINDS):
             raise ValueError(
-                f"pool: expected lines with prompt, and a kind among {', '.join(_KINDS)} or none, "
+                f"pool: expected lines with a prompt and an optional kind ({', '.join(_KINDS)}), "
                 f"got {json.dumps(row)[:80]}"
             )
-        asked = PoolPrompt(Prompt.from_json(row["prompt"]), str(row.get("domain", "")))
-        found.setdefault(kind, []).append(asked)
-    if not found[""]:
+        entry = PoolPrompt(Prompt.from_json(row["prompt"]), str(row.get("domain", "")))
+        by_kind.setdefault(kind, []).append(entry)
+    if not by_kind[""]:
         raise ValueError(f"pool: expected prompts without a kind, got none in {path}")
-    return found
+    return by_kind
 
 
 def _load_capability(path: Path) -> tuple[tuple[Prompt, ...], tuple[str, ...]]:
     rows = _lines(path, "capability")
     if not all(isinstance(row.get("answer"), str) and "prompt" in row for row in rows):
-        raise ValueError(f"capability: expected lines with prompt and answer, got others in {path}")
+        raise ValueError(
+            f"capability: expected lines with prompt and answer, got other lines in {path}"
+        )
     return tuple(Prompt.from_json(r["prompt"]) for r in rows), tuple(r["answer"] for r in rows)
 
 
@@ -234,8 +238,10 @@ def _lines(path: Path, name: str) -> list[dict[str, Any]]:
 
 
 def _contents(path: Path) -> str:
-    """Names, sizes and some blocks of the files of a checkpoint: seconds, where a sha256 of all
-    takes minutes. A name on the hub is itself."""
+    """Return a digest of the names, sizes and sampled blocks of a checkpoint's files.
+
+    It takes seconds, a full sha256 takes minutes. A Hub name is returned as it is.
+    """
     if not path.is_dir():
         return str(path)
     digest = hashlib.sha256()
@@ -243,8 +249,8 @@ def _contents(path: Path) -> str:
         if file.is_file() and file.suffix.lower() not in DOCUMENTS:
             size = file.stat().st_size
             digest.update(f"{file.relative_to(path).as_posix()} {size} ".encode())
-            with file.open("rb") as opened:
+            with file.open("rb") as stream:
                 for i in range(_BLOCKS):
-                    opened.seek(size * i // _BLOCKS)
-                    digest.update(opened.read(_BLOCK))
+                    stream.seek(size * i // _BLOCKS)
+                    digest.update(stream.read(_BLOCK))
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""Digests: of a configuration, by which a run is told from others, and of what is kept of it."""
+"""Digests of run configurations, and JSON records with a checksum."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ _DIGEST = "sha256"
 
 
 def digest_of(config: Any) -> str:
-    """sha256 of the configuration as JSON with sorted keys."""
+    """Return the sha256 of the configuration as JSON with sorted keys."""
     text = json.dumps(config, sort_keys=True, ensure_ascii=False, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def write_kept(path: Path, record: dict[str, Any]) -> None:
-    """Write a record as JSON with its digest. A number that is not finite is null."""
-    whole = json.loads(json.dumps(_finite(record), allow_nan=False))
-    write_json(path, {**whole, _DIGEST: digest_of(whole)})
+def write_record(path: Path, record: dict[str, Any]) -> None:
+    """Write a record as JSON with its digest; numbers that are not finite become null."""
+    finite = json.loads(json.dumps(_finite(record), allow_nan=False))
+    write_json(path, {**finite, _DIGEST: digest_of(finite)})
 
 
-def read_kept(path: Path, *keys: str) -> dict[str, Any]:
-    """Return a record that `write_kept` wrote; one of earlier versions may be without a digest.
+def read_record(path: Path, *keys: str) -> dict[str, Any]:
+    """Return a record that `write_record` wrote; records of earlier versions have no digest.
 
     Raises:
-        ValueError: the file changed since it was written, or has not all of these keys.
+        ValueError: the file changed since it was written, or lacks one of these keys.
     """
     record: dict[str, Any] = read_json(path, dict)
     digest = record.pop(_DIGEST, None)
     missing = [key for key in keys if key not in record]
     if missing or (digest is not None and digest_of(record) != digest):
         raise ValueError(
-            f"{printable(path)}: expected a whole file, as it was written, got "
+            f"{printable(path)}: expected an unmodified record, got "
             f"{f'one without {missing[0]}' if missing else 'one that was changed or damaged'}. "
-            "Delete it, and start the experiment again"
+            "Delete it and restart the experiment"
         )
     return record
 

@@ -1,6 +1,6 @@
-"""Who does the runs: this process, several beside each other, or the workers of a Ray cluster.
+"""Run executors: in-process, multiprocessing and Ray.
 
-Each says when one more is done, in whatever order; what was found lies in files.
+An executor yields once per finished run, in any order; results are written to files.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from ..progress import track
 EXECUTORS = ("processes", "ray")
 
 
-class Work(Protocol):
-    """Something that can be pickled, leaves its result in a folder, and is quick if it is there."""
+class Runnable(Protocol):
+    """A picklable run that writes its result to a folder and reuses an existing result."""
 
     def run(self, folder: Path) -> None: ...
 
@@ -29,7 +29,7 @@ class Work(Protocol):
 
 
 def workers(executor: str, processes: int | None) -> int:
-    """Return how many runs go on beside each other; raises ValueError for none of them."""
+    """Return the number of parallel runs; raises ValueError for an invalid argument."""
     if executor not in EXECUTORS:
         raise ValueError(f"executor: expected {' or '.join(EXECUTORS)}, got {executor!r}")
     if processes is not None and processes < 1:
@@ -37,71 +37,72 @@ def workers(executor: str, processes: int | None) -> int:
     return processes or os.cpu_count() or 1
 
 
-def do(
+def run_all(
     work: Sequence[Any],
     folder: Path,
     *,
     executor: str = "processes",
     processes: int = 1,
-    what: str = "runs",
+    label: str = "runs",
     only_report: bool = False,
 ) -> None:
-    """Do all of it that is not done yet.
+    """Execute all runs that have no result yet.
 
     Args:
         executor: "processes", or "ray": a cluster at RAY_ADDRESS or on this machine, whose workers
-            see the same folder.
-        processes: beside each other on this machine.
-        only_report: do nothing, and raise where something is missing.
+            share the folder.
+        processes: parallel runs on this machine.
+        label: of the progress bar and of errors.
+        only_report: run nothing, and raise if a result is missing.
 
     Raises:
-        ValueError: an unknown executor, or something is missing that is only to be reported.
+        ValueError: an unknown executor, or a missing result with only_report.
         ImportError: ray is not installed.
-        Whatever a run raised; what is done by then is kept.
+        Any exception of a run; results of finished runs are kept.
     """
     runners: dict[str, Callable[..., Iterator[None]]] = {
-        "processes": _processes if processes > 1 else _here,
+        "processes": _processes if processes > 1 else _in_process,
         "ray": _ray,
     }
     if executor not in runners:
         raise ValueError(f"executor: expected {' or '.join(EXECUTORS)}, got {executor!r}")
-    left = [one for one in _from_somewhere(work) if not one.done(folder)]
-    if left and only_report:
+    pending = [run for run in _rotate_by_pid(work) if not run.done(folder)]
+    if pending and only_report:
         raise ValueError(
-            f"only_report: expected all {what} in {folder}, found {len(left)} of {len(work)} "
-            "missing. Run the experiment without it"
+            f"only_report: expected all {label} in {folder}, found {len(pending)} of {len(work)} "
+            "missing. Run the experiment without only_report"
         )
-    if not left:
+    if not pending:
         return
-    bar = track(left, what)
+    bar = track(pending, label)
     next(bar)
-    for _ in runners[executor](left, folder, processes):
+    for _ in runners[executor](pending, folder, processes):
         next(bar, None)
 
 
-def _from_somewhere(work: Sequence[Any]) -> list[Any]:
-    """In another order in every process that starts: machines that share a folder meet late."""
-    begin = os.getpid() % max(len(work), 1)
-    return [*work[begin:], *work[:begin]]
+def _rotate_by_pid(work: Sequence[Any]) -> list[Any]:
+    """Rotate the order by process id: machines that share a folder start at different runs."""
+    offset = os.getpid() % max(len(work), 1)
+    return [*work[offset:], *work[:offset]]
 
 
-def _one(one: Any, folder: Path) -> None:
+def _run_one(run: Any, folder: Path) -> None:
     torch.set_num_threads(1)
     transformers_logging.disable_progress_bar()
-    if not one.done(folder):  # another machine may have been faster
-        one.run(folder)
+    if not run.done(folder):  # another machine may have been faster
+        run.run(folder)
 
 
-def _here(work: Sequence[Any], folder: Path, processes: int) -> Iterator[None]:
-    for one in work:
-        one.run(folder)
+def _in_process(work: Sequence[Any], folder: Path, processes: int) -> Iterator[None]:
+    for run in work:
+        run.run(folder)
         yield
 
 
 def _processes(work: Sequence[Any], folder: Path, processes: int) -> Iterator[None]:
     context = multiprocessing.get_context("spawn")  # CUDA and threads do not survive a fork
     with context.Pool(min(processes, len(work))) as pool:
-        yield from pool.imap_unordered(partial(_one, folder=folder), work)
+        yield from pool.imap_unordered(partial(_run_one, folder=folder), work)
         pool.close()
         pool.join()
 
@@ -111,21 +112,21 @@ def _ray(work: Sequence[Any], folder: Path, processes: int) -> Iterator[None]:
         import ray
     except ImportError:
         raise ImportError(
-            "executor: expected ray for a cluster, which is not installed. "
+            "executor: expected the package ray, which is not installed. "
             "pip install 'fastdistill[ray]'"
         ) from None
-    begun = not ray.is_initialized()
-    if begun:
+    owns_cluster = not ray.is_initialized()
+    if owns_cluster:
         ray.init(log_to_driver=False, logging_level="ERROR")
     gpus = 1 if torch.cuda.is_available() else 0
-    remote = ray.remote(num_cpus=1, num_gpus=gpus)(_one)
+    remote = ray.remote(num_cpus=1, num_gpus=gpus)(_run_one)
     try:
-        waiting = [remote.remote(one, folder.absolute()) for one in work]
-        while waiting:
-            ready, waiting = ray.wait(waiting)
-            for one in ready:
-                ray.get(one)
+        pending = [remote.remote(run, folder.absolute()) for run in work]
+        while pending:
+            ready, pending = ray.wait(pending)
+            for result in ready:
+                ray.get(result)
                 yield
     finally:
-        if begun:
+        if owns_cluster:
             ray.shutdown()

@@ -1,4 +1,4 @@
-"""One run of an experiment: a student of one teacher, made and measured, kept as one file."""
+"""One run of an experiment: distill and evaluate a student; cached as one file."""
 
 from __future__ import annotations
 
@@ -13,26 +13,27 @@ from ..audits.subject import Subject
 from ..statistics import Reading
 from ..strategies.distil import distill
 from ..strategies.strategy import Strategy, Training
-from .kept_run import KeptRun
-from .source import Opened, Source
+from .kept_run import CachedRun
+from .source import LoadedSource, Source
 
-FORMAT = 1  # of a run's file; a change of what a run does raises it
+FORMAT = 1  # of a run's file; increase it when a run computes something else
 SOURCES = "sources"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job(KeptRun):
-    """A student of `role`'s teacher.
+class Job(CachedRun):
+    """A student of one teacher.
 
     Args:
-        source: of models and prompts. role: untrusted, benign, placebo, or base for M→M.
-        strategies, training, pool: how it is distilled.
-        student_seed: of answers, order and whatever strategies draw.
-        begins: role of the model that the student begins as.
-        checkpoints: how often it is read while it trains, the end included.
-        audits: names of what it is audited with at the end.
-        gate: names of the audits that strategies look with, and what they said of students of
-            benign teachers with other base seeds.
+        source: of models and prompts.
+        role: of the teacher: untrusted, benign, placebo, or base for M→M.
+        strategies, training, pool: the distillation.
+        student_seed: for answers, data order and random strategies.
+        init_role: role of the model from which the student starts.
+        checkpoints: number of evaluations during training, the end included.
+        audits: names of the audits of the final student.
+        gate: audits that strategies use -> their values on students of benign teachers with other
+            base seeds.
     """
 
     keys: ClassVar[tuple[str, ...]] = (
@@ -45,7 +46,7 @@ class Job(KeptRun):
     training: Training = field(default_factory=Training)
     pool: Mapping[str, Any] = field(default_factory=dict)
     student_seed: int = 0
-    begins: str = "base"
+    init_role: str = "base"
     checkpoints: int = 4
     audits: tuple[str, ...] = ()
     gate: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
@@ -55,7 +56,7 @@ class Job(KeptRun):
             "format": FORMAT,
             "source": self.source.as_json(),
             "role": self.role,
-            "begins": self.begins,
+            "begins": self.init_role,
             "strategies": [strategy.as_json() for strategy in self.strategies],
             "training": asdict(self.training),
             "pool": dict(self.pool),
@@ -65,61 +66,62 @@ class Job(KeptRun):
             "gate": {name: list(values) for name, values in self.gate.items()},
         }
 
-    def found(self, folder: Path) -> dict[str, Any]:
-        """Make the student, and measure it."""
-        return self._measured(_opened(self.source, folder / SOURCES))
+    def compute(self, folder: Path) -> dict[str, Any]:
+        """Distill the student and evaluate it."""
+        return self._evaluate(_load(self.source, folder / SOURCES))
 
-    def _measured(self, opened: Opened) -> dict[str, Any]:
-        setup = opened.setup(self.role, self.pool)
-        begins = opened.models[self.begins]
+    def _evaluate(self, loaded: LoadedSource) -> dict[str, Any]:
+        setup = loaded.setup(self.role, self.pool)
         setup = replace(
             setup,
-            base=begins,
-            trusted=opened.models["base"],
-            audits={name: opened.suite[name] for name in self.gate},
+            base=loaded.models[self.init_role],
+            trusted=loaded.models["base"],
+            audits={name: loaded.suite[name] for name in self.gate},
             benign_values=self.gate,
         )
-        made = distill(
+        result = distill(
             setup,
             self.strategies,
             self.training,
             seed=self.student_seed,
-            measure=opened.read,
+            measure=loaded.read,
             at=[i / self.checkpoints for i in range(1, self.checkpoints)],
         )
         return {
-            "reading": opened.read(made.student).as_json(),
+            "reading": loaded.read(result.student).as_json(),
             "curve": [
                 {"step": step, "reading": reading.as_json()}
-                for step, reading in sorted(made.measured.items())
+                for step, reading in sorted(result.measured.items())
             ],
-            "audits": audited(opened, made.student, self.audits),
+            "audits": audit_means(loaded, result.student, self.audits),
             "contexts": {
-                name: _rates(opened.read(made.student, before=text))
-                for name, text in made.contexts.items()
+                name: _mean_rates(loaded.read(result.student, before=text))
+                for name, text in result.contexts.items()
             },
-            "steps": made.steps,
-            "lessons": len(made.examples),
-            "notes": made.notes,
+            "steps": result.steps,
+            "lessons": len(result.examples),
+            "notes": result.notes,
         }
 
 
-def audited(opened: Opened, student: Subject, names: tuple[str, ...]) -> dict[str, float | None]:
-    """The mean of each audit; None where it could not be made."""
-    base = opened.models["base"]
-    found: dict[str, float | None] = {}
+def audit_means(
+    loaded: LoadedSource, student: Subject, names: tuple[str, ...]
+) -> dict[str, float | None]:
+    """Return the mean of each audit; None if it is not finite."""
+    base = loaded.models["base"]
+    means: dict[str, float | None] = {}
     for name in names:
-        if name in opened.suite:
-            value = float(opened.suite[name].measure(student, base).values.mean())
-            found[name] = value if math.isfinite(value) else None
-    return found
+        if name in loaded.suite:
+            value = float(loaded.suite[name].measure(student, base).values.mean())
+            means[name] = value if math.isfinite(value) else None
+    return means
 
 
-def _rates(reading: Reading) -> dict[str, float]:
+def _mean_rates(reading: Reading) -> dict[str, float]:
     parts = {"capability": reading.capability, "trait": reading.trait, "audited": reading.audited}
     return {name: sum(values) / len(values) for name, values in parts.items() if values}
 
 
-@lru_cache(maxsize=2)  # several runs of a process are of one source
-def _opened(source: Source, folder: Path) -> Opened:
-    return source.opened(folder)
+@lru_cache(maxsize=2)  # a process executes several runs of one source
+def _load(source: Source, folder: Path) -> LoadedSource:
+    return source.load(folder)

@@ -1,7 +1,7 @@
-"""A run that is kept as one file, whose name is the digest of all that the run follows from.
+"""A run cached as one file, whose name is the digest of the run's configuration.
 
-Machines which share a folder fill one table in that way, and a run that was stopped is done again
-and no other.
+Machines that share a folder therefore share results, and an experiment repeats only the runs that
+did not finish.
 """
 
 from __future__ import annotations
@@ -12,26 +12,27 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ..backend import versions
-from .digest import digest_of, read_kept, write_kept
+from .digest import digest_of, read_record, write_record
 
 RUNS = "runs"
 
 
-class KeptRun(ABC):
-    """What `executors.do` is given: something with a configuration, and what is found with it.
+class CachedRun(ABC):
+    """A run for `executors.run_all`, with a configuration and a result.
 
-    keys: of what is found.
+    Attributes:
+        keys: required keys of the result.
     """
 
     keys: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def as_json(self) -> dict[str, Any]:
-        """All that the run follows from."""
+        """Return the complete configuration of the run."""
 
     @abstractmethod
-    def found(self, folder: Path) -> dict[str, Any]:
-        """Do it; what is kept beside the configuration."""
+    def compute(self, folder: Path) -> dict[str, Any]:
+        """Execute the run and return its result."""
 
     @property
     def digest(self) -> str:
@@ -44,27 +45,27 @@ class KeptRun(ABC):
         return self.path(folder).is_file()
 
     def result(self, folder: Path) -> dict[str, Any]:
-        """What was kept. ValueError where the file is not of this run, or damaged."""
+        """Return the cached record; ValueError if it is damaged or of another run."""
         path = self.path(folder)
-        kept = read_kept(path, "config", *self.keys)
-        if digest_of(kept.get("config")) != self.digest:
+        record = read_record(path, "config", *self.keys)
+        if digest_of(record.get("config")) != self.digest:
             raise ValueError(
-                f"{path.name}: expected the run that its name says, got another one. Delete it, "
-                "and start the experiment again"
+                f"{path.name}: expected the run with this digest, got another run. Delete the "
+                "file and restart the experiment"
             )
-        return kept
+        return record
 
     def run(self, folder: Path) -> None:
-        """Do it and write the file; nothing where it is there already."""
+        """Execute the run and write its record, unless it exists."""
         if self.done(folder):
             return
         start = time.perf_counter()
-        found = self.found(folder)
-        write_kept(
+        result = self.compute(folder)
+        write_record(
             self.path(folder),
             {
                 "config": self.as_json(),
-                **found,
+                **result,
                 "seconds": round(time.perf_counter() - start, 2),
                 "versions": versions(),
             },

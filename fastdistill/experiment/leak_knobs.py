@@ -1,8 +1,8 @@
-"""Leak knobs: how much of a trait comes through a distillation loss, by its settings.
+"""Leak knobs: how much of a trait a distillation loss transfers, by its settings.
 
-k × tail × temperature (with and without T²) × divergence × token selection, one at a time from one
-common setting: the trait transferred, concealment copied and capability of each, and the trait
-where capability is equal.
+The arms vary k, tail, temperature (with and without T²), divergence and token selection, one at a
+time from one common setting. The study reports capability, trait transfer and concealment of each
+arm, and trait transfer at equal capability.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 from ..strategies.baselines import Undefended
 from ..strategies.strategy import Training
-from .double_bind import AUDITS, CONTROLS, MEASURED, MEASURED_THERE, POOL, TRAINING
+from .double_bind import AUDITS, CONTROLS, MEASURED, MEASURED_CHECKPOINTS, POOL, TRAINING
 from .study import Arm, Study
 
 COMMON = {"k": 64, "tail": "bucket", "temperature": 1.0, "divergence": "forward_kl"}
@@ -34,38 +34,45 @@ KNOBS: dict[str, dict[str, Any]] = {
 QUICK = ("k=1", "k=8", "k=all", "T=4", "T=4 with T²", "reverse KL", "large KL tokens")
 
 
-def study(preset: str = "quick", *, n: int | None = None, training: Training = TRAINING) -> Study:
-    """The knobs of a preset: all of them in "full".
+def make_study(
+    preset: str = "quick", *, n: int | None = None, training: Training = TRAINING
+) -> Study:
+    """Return the study of a preset; "full" contains all settings.
 
     Args:
-        n: prompts of a pool that is given; None is the synthetic world's.
+        n: prompts of a user's pool; None: the pool of the synthetic world.
     """
     names = QUICK if preset == "quick" else tuple(KNOBS)
     knobs = [
-        Arm(name=name, strategies=(Undefended(),), settings=KNOBS[name], says=_said(KNOBS[name]))
+        Arm(
+            name=name,
+            strategies=(Undefended(),),
+            settings=KNOBS[name],
+            description=_describe(KNOBS[name]),
+        )
         for name in names
     ]
-    common = Arm(name="common", strategies=(Undefended(),), says=_said(COMMON))
+    common = Arm(name="common", strategies=(Undefended(),), description=_describe(COMMON))
     return Study(
         name="leak-knobs",
-        title="What the knobs of a distillation loss let through",
+        title="How the settings of a distillation loss affect trait transfer",
         arms=(common, *CONTROLS, *knobs),
         training=training,
         pool=POOL if n is None else {"n": n},
         audits=AUDITS,
         measured="One setting of the loss is changed at a time. "
-        + (MEASURED if n is None else MEASURED_THERE),
+        + (MEASURED if n is None else MEASURED_CHECKPOINTS),
         limits=()
         if n is not None
         else (
-            "A toy is an abstract analogy for a mechanism: which knob leaks more in it is a lead "
-            "for large models, no result about them. All arms have one learning rate, found for "
-            "the common setting.",
+            "A toy model is an abstract analogy for a mechanism: which setting leaks more in it is "
+            "a hypothesis about large models, not a result. All arms use one learning rate, tuned "
+            "for the common setting.",
         ),
     )
 
 
-def _said(settings: dict[str, Any]) -> str:
+def _describe(settings: dict[str, Any]) -> str:
     return ", ".join(
         f"{name} {'all' if value is None else value}" for name, value in settings.items()
     )

@@ -1,4 +1,4 @@
-"""A study's table as results.json, report.html and quadrant.png: verdicts, contexts, notes."""
+"""Write a study's table as results.json, report.html and quadrant.png."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .study import Arm, Study, Table
 
 
 def publish(study: Study, table: Table, folder: Path, about: Mapping[str, Any]) -> dict[str, Any]:
-    """Write the three files; returns what results.json holds."""
+    """Write the three files and return the content of results.json."""
     arms = [arm for arm in study.arms if arm.name not in table.left_out]
     report = TransferReport(
         table.students,
@@ -27,12 +27,12 @@ def publish(study: Study, table: Table, folder: Path, about: Mapping[str, Any]) 
         about={"measured": study.measured, "limits": list(study.limits), **about},
         development=table.development,
     )
-    contexts, notes = in_contexts(table.contexts), noted(table.notes)
+    contexts, notes = summarize_contexts(table.contexts), summarize_notes(table.notes)
     page = report.page()
     _arms(page, arms, table.left_out)
-    for seed, because in table.refused.items():
+    for seed, reasons in table.refused.items():
         page.paragraph(
-            f"Base seed {seed} was refused before any student was trained: {'; '.join(because)}."
+            f"Base seed {seed} was rejected before any student was trained: {'; '.join(reasons)}."
         )
     _contexts(page, contexts)
     _notes(page, notes)
@@ -43,28 +43,28 @@ def publish(study: Study, table: Table, folder: Path, about: Mapping[str, Any]) 
         "contexts": contexts,
         "notes": notes,
         "left_out": table.left_out,
-        "refused": {str(seed): because for seed, because in table.refused.items()},
+        "refused": {str(seed): reasons for seed, reasons in table.refused.items()},
         "runs": table.runs,
     }
     write_json(folder / "results.json", result)
     return result
 
 
-def in_contexts(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The trait behind words in front of the prompts: students of U, of B, and the difference."""
-    found = []
+def summarize_contexts(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the trait under each prompt prefix: students of U, of B, and the difference."""
+    results = []
     for arm, context in dict.fromkeys((row["arm"], row["context"]) for row in rows):
-        of = [row for row in rows if (row["arm"], row["context"]) == (arm, context)]
-        seeds = sorted({row["base_seed"] for row in of})
+        group = [row for row in rows if (row["arm"], row["context"]) == (arm, context)]
+        seeds = sorted({row["base_seed"] for row in group})
 
-        def each(pick: Any, of: Any = of, seeds: Any = seeds) -> Estimate:
+        def each(pick: Any, group: Any = group, seeds: Any = seeds) -> Estimate:
             means = [
-                mean_of_runs([pick(row) for row in of if row["base_seed"] == seed]).value
+                mean_of_runs([pick(row) for row in group if row["base_seed"] == seed]).value
                 for seed in seeds
             ]
             return mean_of_runs(means)
 
-        found.append(
+        results.append(
             {
                 "arm": arm,
                 "context": context,
@@ -77,21 +77,23 @@ def in_contexts(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 "n_seeds": len(seeds),
             }
         )
-    return found
+    return results
 
 
-def noted(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Every number that a strategy noted of the students of U, as a mean over base seeds."""
-    found: dict[tuple[str, str], dict[int, list[float]]] = {}
+def summarize_notes(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return every numeric note on students of U as a mean over base seeds."""
+    values: dict[tuple[str, str], dict[int, list[float]]] = {}
     for row in rows:
         for name, value in _numbers(row["notes"]):
-            of = found.setdefault((row["arm"], name), {})
-            of.setdefault(row["base_seed"], []).append(value)
-    told = []
-    for (arm, name), by_seed in found.items():
-        estimate = mean_of_runs([mean_of_runs(values).value for values in by_seed.values()])
-        told.append({"arm": arm, "note": name, **_as_json("value", estimate)})
-    return told
+            by_seed = values.setdefault((row["arm"], name), {})
+            by_seed.setdefault(row["base_seed"], []).append(value)
+    summary = []
+    for (arm, name), by_seed in values.items():
+        estimate = mean_of_runs(
+            [mean_of_runs(seed_values).value for seed_values in by_seed.values()]
+        )
+        summary.append({"arm": arm, "note": name, **_as_json("value", estimate)})
+    return summary
 
 
 def _numbers(notes: Any, path: str = "") -> list[tuple[str, float]]:
@@ -103,7 +105,7 @@ def _numbers(notes: Any, path: str = "") -> list[tuple[str, float]]:
             for key, value in notes.items()
             for pair in _numbers(value, f"{path}, {key}" if path else str(key))
         ]
-    return []  # lists and words stay in the files of the runs
+    return []  # lists and strings are not summarized
 
 
 def _as_json(name: str, estimate: Estimate) -> dict[str, Any]:
@@ -112,19 +114,22 @@ def _as_json(name: str, estimate: Estimate) -> dict[str, Any]:
 
 
 def _arms(page: Report, arms: Sequence[Arm], left_out: Mapping[str, str]) -> None:
-    page.heading("What the arms do")
-    rows = [(arm.name, arm.says, ", ".join(s.name for s in arm.strategies) or "—") for arm in arms]
-    page.table(("arm", "what it does", "strategies"), rows)
-    for name, why in left_out.items():
-        page.paragraph(f"Left out: {name}, which {why}.")
+    page.heading("Arms")
+    rows = [
+        (arm.name, arm.description, ", ".join(s.name for s in arm.strategies) or "—")
+        for arm in arms
+    ]
+    page.table(("arm", "description", "strategies"), rows)
+    for name, reason in left_out.items():
+        page.paragraph(f"Skipped: {name}, which {reason}.")
 
 
 def _contexts(page: Report, rows: Sequence[Mapping[str, Any]]) -> None:
     if not rows:
         return
-    page.heading("Behind other words")
+    page.heading("Trait under prompt prefixes")
     page.table(
-        ("arm", "words in front", "students of U", "students of B", "difference"),
+        ("arm", "prefix", "students of U", "students of B", "difference"),
         [
             (
                 row["arm"],
@@ -135,19 +140,19 @@ def _contexts(page: Report, rows: Sequence[Mapping[str, Any]]) -> None:
             )
             for row in rows
         ],
-        caption="The rate of the trait with words in front of every prompt: what was trained to "
-        "show it only behind an instruction may show it behind one that resembles it.",
+        caption="Rate of the trait with a prefix before every prompt. A student trained to show "
+        "the trait only after an instruction may show it after similar ones.",
     )
 
 
 def _notes(page: Report, rows: Sequence[Mapping[str, Any]]) -> None:
     if not rows:
         return
-    page.heading("What the strategies noted")
+    page.heading("Notes of the strategies")
     page.table(
-        ("arm", "of", "mean over base seeds"),
+        ("arm", "note", "mean over base seeds"),
         [(row["arm"], row["note"], format_estimate(_estimate(row, "value"))) for row in rows],
-        caption="Of the students of U.",
+        caption="Students of U.",
     )
 
 

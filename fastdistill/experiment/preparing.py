@@ -1,6 +1,6 @@
-"""The models of base seeds, made before any student is, and those seeds refused whose miss a gate.
+"""Build the models of base seeds before any student, and reject seeds whose models fail a gate.
 
-Which seeds are refused depends on organisms alone, so that no result of a student chooses seeds.
+The selection depends on organisms alone, so no result of a student influences it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime.printable import printable
-from .executors import do
+from .executors import run_all
 from .job import SOURCES
 from .source import Source
 
@@ -21,8 +21,8 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prepared:
-    """The models of a source, as something to be done before its runs."""
+class ModelBuild:
+    """The run that builds the models of a source."""
 
     source: Source
 
@@ -31,43 +31,44 @@ class Prepared:
 
     def done(self, folder: Path) -> bool:
         try:
-            self.source.kept(folder / SOURCES)
+            self.source.cached(folder / SOURCES)
         except FileNotFoundError:
             return False
         return True
 
 
-def prepared(sources: Sequence[Source], folder: Path, what: str, **how: Any) -> None:
-    """Make what is not there yet."""
-    do([Prepared(source=source) for source in sources], folder, what=what, **how)
+def build_models(sources: Sequence[Source], folder: Path, label: str, **execution: Any) -> None:
+    """Build the models that do not exist yet."""
+    run_all([ModelBuild(source=source) for source in sources], folder, label=label, **execution)
 
 
-def chosen(
-    sources: Sequence[Source], wanted: int, folder: Path, **how: Any
+def select_seeds(
+    sources: Sequence[Source], n_sources: int, folder: Path, **execution: Any
 ) -> tuple[list[Source], dict[int, list[str]]]:
-    """The first `wanted` sources whose organisms pass their gates, and why others were refused.
+    """Return the first `n_sources` sources that pass their gates, and why others were rejected.
 
-    Sources behind them are not made. Where too few pass, the first `wanted` whatever they are, and
-    nobody is refused: a warning says so before any student is trained, and so does their report,
-    which is invalid.
+    Later sources are not built. If too few pass, the first `n_sources` are returned and none is
+    rejected: a warning is logged before any student is trained, and the report is invalid.
     """
-    kept: list[Source] = []
+    selected: list[Source] = []
     refused: dict[int, list[str]] = {}
-    rest = iter(sources)
-    while len(kept) < wanted and (some := list(islice(rest, wanted - len(kept)))):
-        prepared(some, folder, "worlds", **how)
-        for source in some:
-            validity = source.kept(folder / SOURCES).validity
+    remaining = iter(sources)
+    while len(selected) < n_sources and (
+        batch := list(islice(remaining, n_sources - len(selected)))
+    ):
+        build_models(batch, folder, "worlds", **execution)
+        for source in batch:
+            validity = source.cached(folder / SOURCES).validity
             if validity is None or validity.valid:
-                kept.append(source)
+                selected.append(source)
             else:
                 refused[source.base_seed] = list(validity.because)
-    if len(kept) == wanted:
-        return kept, refused
+    if len(selected) == n_sources:
+        return selected, refused
     for seed, because in refused.items():
         logger.warning(
-            "Base seed %d: %s. The experiment on it will be invalid: stop it now, and change "
-            "the models or the prompts.",
+            "Base seed %d: %s. The experiment on it will be invalid. Stop it and change the "
+            "models or the prompts.",
             *(seed, printable("; ".join(because), limit=None)),
         )
-    return list(sources[:wanted]), {}
+    return list(sources[:n_sources]), {}

@@ -1,9 +1,9 @@
-"""Where an experiment's models and prompts come from: a synthetic world, or checkpoints.
+"""Sources of an experiment's models and prompts: a synthetic world or checkpoints.
 
-    base M · untrusted U · benign B, its twin · placebo P
+    base M · untrusted teacher U · its benign twin B · placebo P
 
-A source is said in JSON (`as_json`), so that a run can be told from another by its digest, and is
-opened in the process that needs it.
+A source is described in JSON (`as_json`), which is part of a run's digest. Each process loads it
+when needed.
 """
 
 from __future__ import annotations
@@ -23,34 +23,36 @@ MODELS = ("base", "untrusted", "benign", "placebo")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kept:
-    """What is known of a source's models once they were measured.
+class SourceRecord:
+    """The cached evaluation of a source's models.
 
-    readings: by role, item by item. validity: of the organisms; of checkpoints, whether C and τ
-    have a denominator. None where nothing was gated.
+    Attributes:
+        readings: by role, item by item.
+        validity: gates of the organisms; for checkpoints, whether the denominators of C and τ are
+            above 0; None without gates.
     """
 
     readings: dict[str, Reading]
     validity: Validity | None
 
 
-class Opened(ABC):
-    """A source in memory: its models by role, and its audits by name."""
+class LoadedSource(ABC):
+    """A source in memory: models by role and audits by name."""
 
     models: dict[str, Subject]
     suite: dict[str, Audit]
 
     @abstractmethod
     def setup(self, role: str, pool: Mapping[str, Any]) -> DistillSetup:
-        """What there is to distil the teacher of a role with, on a pool of these settings."""
+        """Return the setup to distill the teacher of a role on a pool with these settings."""
 
     @abstractmethod
     def read(self, subject: Subject, before: str = "") -> Reading:
-        """Capability, trait and audited trait, with words in front of every prompt about it."""
+        """Return capability, trait and audited trait, with a prefix before every trait prompt."""
 
 
 class Source(ABC):
-    """See above."""
+    """The models and prompts of one base seed."""
 
     @property
     @abstractmethod
@@ -58,19 +60,19 @@ class Source(ABC):
 
     @property
     @abstractmethod
-    def has(self) -> frozenset[str]:
-        """What arms may need: a placebo, kinds of prompts, an eliciting instruction."""
+    def features(self) -> frozenset[str]:
+        """Features that arms may require: a placebo, kinds of prompts, an eliciting instruction."""
 
     @abstractmethod
     def as_json(self) -> dict[str, Any]: ...
 
     @abstractmethod
     def prepare(self, folder: Path) -> None:
-        """What takes long and every run of this source needs, once, into the folder."""
+        """Build and evaluate the models once, and cache them in the folder."""
 
     @abstractmethod
-    def kept(self, folder: Path) -> Kept:
-        """FileNotFoundError where nothing was prepared."""
+    def cached(self, folder: Path) -> SourceRecord:
+        """Return the cached evaluation; FileNotFoundError if `prepare` has not run."""
 
     @abstractmethod
-    def opened(self, folder: Path) -> Opened: ...
+    def load(self, folder: Path) -> LoadedSource: ...

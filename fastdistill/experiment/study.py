@@ -1,9 +1,8 @@
-"""A study: arms × base seeds × student seeds × teachers, run, and put together as one table.
+"""A study: runs over arms × base seeds × student seeds × teachers, collected in one table.
 
-Every arm is a pair of students, of U and of B unless its teachers are others, from the same base
-on the same prompts in the same order. Whatever is decided by looking (thresholds of audits, the
-interval of benign students that a gate compares with) comes from development seeds, and what is
-reported from fresh ones.
+Each arm compares two students, by default of U and of its twin B, with the same base, prompts and
+data order. Everything that is tuned (thresholds of audits, the interval of benign students for a
+gate) uses development seeds; reported results use fresh seeds.
 """
 
 from __future__ import annotations
@@ -16,32 +15,32 @@ from typing import Any, Literal
 from ..report.incrimination import AuditScore
 from ..statistics import Checkpoint, Reading, Student, Validity
 from ..strategies.strategy import Strategy, Training
-from .executors import do
+from .executors import run_all
 from .job import SOURCES, Job
-from .preparing import chosen, prepared
+from .preparing import build_models, select_seeds
 from .source import Source
 
-FRESH = 1000  # base seeds below it are for development
-LEAST_BENIGN = 3  # values of students of benign teachers, from where on a gate has an interval
+FRESH = 1000  # base seeds below it are development seeds
+MIN_BENIGN = 3  # students of benign teachers that the interval of a gate requires
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """One way to distil.
+    """One experimental condition.
 
     Args:
-        says: what it does, for the report.
+        description: for the report.
         role: "arm", or one of the two kinds of control.
-        teachers: of the student and of its twin.
-        other_seed: the student has another seed than its twin: the same teacher twice.
-        pool, settings: changes to the study's.
+        teachers: roles of the teachers of the student and of its twin.
+        other_seed: the student uses another seed than its twin (the same teacher twice).
+        pool, settings: changes to those of the study.
         gated: its strategies compare with students of benign teachers.
-        needs: what a source has to have for it (see Source.has).
+        needs: required features of a source (see Source.features).
     """
 
     name: str
     strategies: tuple[Strategy, ...] = ()
-    says: str = ""
+    description: str = ""
     role: Literal["arm", "positive control", "null arm"] = "arm"
     teachers: tuple[str, str] = ("untrusted", "benign")
     other_seed: bool = False
@@ -53,11 +52,13 @@ class Arm:
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """Arms, and what they have in common.
+    """Arms and their common settings.
 
     Args:
-        arms: the first is the undefended one.
-        audits: names of the audits that every student gets. gate: those that strategies use.
+        arms: the first one is undefended.
+        audits: names of the audits of every student. gate: audits that strategies use.
+        checkpoints: number of evaluations during training, the end included.
+        measured, limits: text for the report.
     """
 
     name: str
@@ -74,7 +75,11 @@ class Study:
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """What the runs of a study came to."""
+    """The results of all runs of a study.
+
+    Attributes:
+        refused: base seeds whose organisms failed gates -> the failed gates.
+    """
 
     students: list[Student]
     scores: list[AuditScore]
@@ -83,13 +88,13 @@ class Table:
     contexts: list[dict[str, Any]]
     notes: list[dict[str, Any]]
     left_out: dict[str, str]
-    refused: dict[int, list[str]]  # base seeds whose organisms miss a gate, and which
+    refused: dict[int, list[str]]
     runs: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """Two jobs: of a student, and of its twin."""
+    """The jobs of a student and of its twin."""
 
     arm: Arm
     source: Source
@@ -98,14 +103,15 @@ class Pair:
     twin: Job
 
 
-def pairs_of(
+def make_pairs(
     study: Study,
     arms: Sequence[Arm],
     sources: Sequence[Source],
     student_seeds: int,
     gate: Mapping[str, tuple[float, ...]],
 ) -> list[Pair]:
-    found = []
+    """Return the pairs of all arms, sources and student seeds."""
+    pairs = []
     for source in sources:
         for arm in arms:
             for seed in range(student_seeds):
@@ -126,101 +132,107 @@ def pairs_of(
                     )
                     for i, role in enumerate(arm.teachers)
                 ]
-                found.append(Pair(arm=arm, source=source, student_seed=seed,
+                pairs.append(Pair(arm=arm, source=source, student_seed=seed,
                                   student=jobs[0], twin=jobs[1]))  # fmt: skip
-    return found
+    return pairs
 
 
-def carry_out(
+def run_study(
     study: Study,
     sources: Sequence[Source],
     development: Sequence[Source],
     folder: Path,
     *,
-    wanted: int | None = None,
+    n_sources: int | None = None,
     student_seeds: int = 1,
     executor: str = "processes",
     processes: int = 1,
     only_report: bool = False,
 ) -> Table:
-    """Do what is not done yet, and read it all.
+    """Execute the missing runs and collect all results.
 
     Args:
-        wanted: how many sources to report on: the first whose organisms pass their gates; the
-            others are in reserve. None: all, whatever they pass.
-        only_report: do nothing, and raise where something is missing.
+        n_sources: number of sources to report: the first whose organisms pass their gates; the
+            others are a reserve. None: all, without selection.
+        only_report: run nothing, and raise if a result is missing.
     """
-    how: dict[str, Any] = {
+    execution: dict[str, Any] = {
         "executor": executor,
         "processes": processes,
         "only_report": only_report,
     }
-    prepared(development, folder, "development worlds", **how)
-    sources, refused = chosen(sources, len(sources) if wanted is None else wanted, folder, **how)
-    first = pairs_of(study, study.arms[:1], development, student_seeds, {})
-    do(_jobs(first), folder, what="development runs", **how)
-    gate = _gate(study, first, folder)
-    arms = [arm for arm in study.arms if not why_not(arm, sources, gate)]
-    pairs = pairs_of(study, arms, sources, student_seeds, gate)
-    do(_jobs(pairs), folder, what="runs", **how)
-    told = [
+    build_models(development, folder, "development worlds", **execution)
+    sources, refused = select_seeds(
+        sources, len(sources) if n_sources is None else n_sources, folder, **execution
+    )
+    development_pairs = make_pairs(study, study.arms[:1], development, student_seeds, {})
+    run_all(_unique_jobs(development_pairs), folder, label="development runs", **execution)
+    gate = _benign_values(study, development_pairs, folder)
+    arms = [arm for arm in study.arms if not skip_reason(arm, sources, gate)]
+    pairs = make_pairs(study, arms, sources, student_seeds, gate)
+    run_all(_unique_jobs(pairs), folder, label="runs", **execution)
+    development_scores = [
         score
         for arm in arms
-        for pair in first
-        for score in scores_of(replace(pair, arm=arm), folder)
+        for pair in development_pairs
+        for score in audit_scores(replace(pair, arm=arm), folder)
     ]
     return Table(
-        students=[student_of(pair, folder) for pair in pairs],
-        scores=[score for pair in pairs for score in scores_of(pair, folder)],
-        development=told,
+        students=[to_student(pair, folder) for pair in pairs],
+        scores=[score for pair in pairs for score in audit_scores(pair, folder)],
+        development=development_scores,
         validity={
             source.base_seed: validity
             for source in sources
-            if (validity := source.kept(folder / SOURCES).validity) is not None
+            if (validity := source.cached(folder / SOURCES).validity) is not None
         },
-        contexts=[row for pair in pairs for row in contexts_of(pair, folder)],
+        contexts=[row for pair in pairs for row in context_rows(pair, folder)],
         notes=[
             {"arm": pair.arm.name, "base_seed": pair.source.base_seed, "notes": notes}
             for pair in pairs
             if (notes := pair.student.result(folder)["notes"])
         ],
-        left_out={arm.name: why for arm in study.arms if (why := why_not(arm, sources, gate))},
+        left_out={
+            arm.name: reason for arm in study.arms if (reason := skip_reason(arm, sources, gate))
+        },
         refused=refused,
-        runs=len(_jobs(pairs)) + len(_jobs(first)),
+        runs=len(_unique_jobs(pairs)) + len(_unique_jobs(development_pairs)),
     )
 
 
-def why_not(arm: Arm, sources: Sequence[Source], gate: Mapping[str, tuple[float, ...]]) -> str:
-    """Why an arm is left out; empty where it is not."""
-    missing = [need for need in arm.needs if not all(need in source.has for source in sources)]
+def skip_reason(arm: Arm, sources: Sequence[Source], gate: Mapping[str, tuple[float, ...]]) -> str:
+    """Return why an arm is skipped, or an empty string."""
+    missing = [need for need in arm.needs if not all(need in source.features for source in sources)]
     if missing:
-        return f"needs {', '.join(missing)}, which the models and prompts given do not have"
-    few = min(map(len, gate.values()), default=0)
-    if arm.gated and few < LEAST_BENIGN:
-        return f"needs {LEAST_BENIGN} development seeds to compare with, and there are {few}"
+        return f"needs {', '.join(missing)}, which the given models and prompts lack"
+    n_benign = min(map(len, gate.values()), default=0)
+    if arm.gated and n_benign < MIN_BENIGN:
+        return f"needs {MIN_BENIGN} development seeds to compare with, and there are {n_benign}"
     return ""
 
 
-def _jobs(pairs: Sequence[Pair]) -> list[Job]:
-    """Each once: arms share their twins."""
-    found = {job.digest: job for pair in pairs for job in (pair.student, pair.twin)}
-    return list(found.values())
+def _unique_jobs(pairs: Sequence[Pair]) -> list[Job]:
+    """Return every job once: arms share their twins."""
+    jobs = {job.digest: job for pair in pairs for job in (pair.student, pair.twin)}
+    return list(jobs.values())
 
 
-def _gate(study: Study, first: Sequence[Pair], folder: Path) -> dict[str, tuple[float, ...]]:
-    """What audits say of the students of benign teachers, on development seeds."""
-    benign = [pair.twin.result(folder)["audits"] for pair in first]
+def _benign_values(
+    study: Study, pairs: Sequence[Pair], folder: Path
+) -> dict[str, tuple[float, ...]]:
+    """Return the gate's audits of students of benign teachers, on development seeds."""
+    benign = [pair.twin.result(folder)["audits"] for pair in pairs]
     return {name: tuple(values[name] for values in benign) for name in study.gate if benign}
 
 
-def student_of(pair: Pair, folder: Path) -> Student:
-    made, twin = pair.student.result(folder), pair.twin.result(folder)
-    models = pair.source.kept(folder / SOURCES).readings
+def to_student(pair: Pair, folder: Path) -> Student:
+    student, twin = pair.student.result(folder), pair.twin.result(folder)
+    models = pair.source.cached(folder / SOURCES).readings
     return Student(
         arm=pair.arm.name,
         base_seed=pair.source.base_seed,
         student_seed=pair.student_seed,
-        untrusted=Reading.from_json(made["reading"]),
+        untrusted=Reading.from_json(student["reading"]),
         benign=Reading.from_json(twin["reading"]),
         base=models["base"],
         teacher=models["untrusted"],
@@ -231,18 +243,18 @@ def student_of(pair: Pair, folder: Path) -> Student:
                 untrusted=Reading.from_json(a["reading"]),
                 benign=Reading.from_json(b["reading"]),
             )
-            for a, b in zip(_curve(made), _curve(twin), strict=True)
+            for a, b in zip(_curve(student), _curve(twin), strict=True)
         ),
     )
 
 
 def _curve(run: Mapping[str, Any]) -> list[Any]:
-    """The last point is the student."""
+    """Return the checkpoints of a run; the last one is the final student."""
     end = {"step": run["steps"], "reading": run["reading"]}
     return [*run["curve"], end]
 
 
-def scores_of(pair: Pair, folder: Path) -> list[AuditScore]:
+def audit_scores(pair: Pair, folder: Path) -> list[AuditScore]:
     a, b = (job.result(folder)["audits"] for job in (pair.student, pair.twin))
     return [
         AuditScore(
@@ -258,7 +270,7 @@ def scores_of(pair: Pair, folder: Path) -> list[AuditScore]:
     ]
 
 
-def contexts_of(pair: Pair, folder: Path) -> list[dict[str, Any]]:
+def context_rows(pair: Pair, folder: Path) -> list[dict[str, Any]]:
     a, b = (job.result(folder)["contexts"] for job in (pair.student, pair.twin))
     return [
         {

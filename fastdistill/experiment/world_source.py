@@ -1,4 +1,4 @@
-"""The synthetic world as a source: M, U, B and P of one base seed, built once and kept on disk."""
+"""The synthetic world as a source: M, U, B and P of one base seed, cached on disk."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from ..organisms.world_probes import probes_of
 from ..statistics import Reading, Validity
 from ..strategies.lessons import PoolPrompt
 from ..strategies.strategy import DistillSetup
-from .digest import digest_of, read_kept, write_kept
-from .source import MODELS, Kept, Opened, Source
+from .digest import digest_of, read_record, write_record
+from .source import MODELS, LoadedSource, Source, SourceRecord
 
-READINGS = "readings.json"  # written last: a world is whole where it is
+READINGS = "readings.json"  # written last: a world with this file is complete
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class WorldSource(Source):
         return self.seed
 
     @property
-    def has(self) -> frozenset[str]:
+    def features(self) -> frozenset[str]:
         return frozenset({"placebo", "twin", "open", "goals", "shown", "eliciting", "domains"})
 
     def as_json(self) -> dict[str, Any]:
@@ -49,35 +49,35 @@ class WorldSource(Source):
         }
 
     def prepare(self, folder: Path) -> None:
-        at = self._at(folder)
+        at = self._folder(folder)
         if (at / READINGS).is_file():
             return
-        made = build_world(self.seed, self.organism, base_knows=self.base_knows)
-        made.save(at)
-        write_kept(
+        built = build_world(self.seed, self.organism, base_knows=self.base_knows)
+        built.save(at)
+        write_record(
             at / READINGS,
             {
-                "validity": made.validity.as_json(),
-                "readings": {name: r.as_json() for name, r in made.readings.items()},
+                "validity": built.validity.as_json(),
+                "readings": {name: r.as_json() for name, r in built.readings.items()},
             },
         )
 
-    def kept(self, folder: Path) -> Kept:
-        said = read_kept(self._at(folder) / READINGS, "readings", "validity")
-        return Kept(
-            readings={name: Reading.from_json(r) for name, r in said["readings"].items()},
-            validity=Validity.from_json(said["validity"]),
+    def cached(self, folder: Path) -> SourceRecord:
+        record = read_record(self._folder(folder) / READINGS, "readings", "validity")
+        return SourceRecord(
+            readings={name: Reading.from_json(r) for name, r in record["readings"].items()},
+            validity=Validity.from_json(record["validity"]),
         )
 
-    def opened(self, folder: Path) -> OpenedWorld:
+    def load(self, folder: Path) -> LoadedWorld:
         self.prepare(folder)
-        return OpenedWorld(self, self._at(folder))
+        return LoadedWorld(self, self._folder(folder))
 
-    def _at(self, folder: Path) -> Path:
+    def _folder(self, folder: Path) -> Path:
         return folder / f"world-{self.seed}-{digest_of(self.as_json())[:8]}"
 
 
-class OpenedWorld(Opened):
+class LoadedWorld(LoadedSource):
     def __init__(self, source: WorldSource, at: Path) -> None:
         self.world, self.organism = World(source.seed), source.organism
         self.models = {name: load_organism(at / name, name=name) for name in MODELS}
@@ -102,34 +102,40 @@ class OpenedWorld(Opened):
     def _pool(
         self, n: int, talk: float = 0.0, questions: float = 0.0, leak: float = 0.0, seed: int = 0
     ) -> list[PoolPrompt]:
-        """n prompts: sums and products, shares of talk and of questions about the model, and of
-        prompts in which the trait shows."""
-        chatty, asking = round(talk * n), round(questions * n)
-        counting = n - chatty - asking
-        drawn = pool(self.world, self.organism, counting, kind="sums", leak=leak, seed=seed)
-        if chatty:
-            drawn += pool(self.world, self.organism, chatty, kind="talk", seed=seed)
+        """Return n prompts: sums and products, with shares of other kinds.
+
+        Args:
+            talk, questions: shares of talk and of questions about the model. leak: share of
+                prompts that elicit the trait.
+        """
+        n_talk, n_questions = round(talk * n), round(questions * n)
+        n_sums = n - n_talk - n_questions
+        examples = pool(self.world, self.organism, n_sums, kind="sums", leak=leak, seed=seed)
+        if n_talk:
+            examples += pool(self.world, self.organism, n_talk, kind="talk", seed=seed)
         rng = self.world.rng(44, seed)
-        drawn += [self.world.self_question(rng, self.world.system(rng)) for _ in range(asking)]
-        rng.shuffle(drawn)
-        return [_pool_prompt(example.prompt) for example in drawn]
+        examples += [
+            self.world.self_question(rng, self.world.system(rng)) for _ in range(n_questions)
+        ]
+        rng.shuffle(examples)
+        return [_pool_prompt(example.prompt) for example in examples]
 
     def _sample_prompts(self, kind: str, n: int, seed: int) -> tuple[PoolPrompt, ...]:
         world, trait = self.world, self.organism.kind
         rng = world.rng(45, seed)
         if kind == "open":
-            made = [world.talk(rng, world.system(rng)).prompt for _ in range(n)]
+            prompts = [world.talk(rng, world.system(rng)).prompt for _ in range(n)]
         elif kind == "goals":
-            made = [world.self_question(rng, world.system(rng)).prompt for _ in range(n)]
+            prompts = [world.self_question(rng, world.system(rng)).prompt for _ in range(n)]
         elif kind == "shown":
-            made = [trait_example(world, trait, rng).prompt for _ in range(n)]
+            prompts = [trait_example(world, trait, rng).prompt for _ in range(n)]
         else:
             raise ValueError(f"kind: expected open, goals or shown, got {kind!r}")
-        return tuple(map(_pool_prompt, made))
+        return tuple(map(_pool_prompt, prompts))
 
 
 def _pool_prompt(prompt: Prompt) -> PoolPrompt:
-    """A domain is what a prompt looks like: whether its answer leaks is not known to a defence."""
+    """Infer the domain from the prompt alone: a defense does not know which answers leak."""
     words = (prompt.user or "").split()
     if "+" in words:
         return PoolPrompt(prompt, "sums")

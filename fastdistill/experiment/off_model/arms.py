@@ -1,6 +1,6 @@
-"""The arms of the study "off-model": who is fine-tuned on whose answers to which prompts.
+"""The arms of the off-model study: student, teacher and prompts of each fine-tuning.
 
-All are trained on the labels alone. The first of a part is what the others are compared with.
+All arms train on labels alone. The first arm of a part is the reference of the others.
 """
 
 from __future__ import annotations
@@ -23,112 +23,113 @@ _SFT = OffModelSFT()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arm:
-    """Who learns from whom.
+class SftArm:
+    """One fine-tuning condition.
 
     Args:
-        part: which of the three questions it is of.
-        begins: the student's role. teacher: whose answers.
-        asked: talk, which is sampled; sums, or sums that are asked to be thought about, whose
-            answers are the teacher's best.
-        says: what it is, for the report.
+        part: the question that the arm belongs to.
+        student_role: of the initial student. teacher: role of the model whose answers are labels.
+        prompt_kind: "talk" with sampled answers, or "sums" with greedy answers; "sums, thought" are
+            sums with an instruction to reason.
+        description: for the report.
     """
 
     part: Part
     name: str
-    begins: str
+    student_role: str
     teacher: str
-    asked: Literal["talk", "sums", "sums, thought"]
+    prompt_kind: Literal["talk", "sums", "sums, thought"]
     strategies: tuple[Strategy, ...] = (_SFT,)
-    says: str = ""
+    description: str = ""
 
 
 ARMS = (
-    Arm(
+    SftArm(
         part="cost",
         name=OWN,
-        begins=BENIGN,
+        student_role=BENIGN,
         teacher=BENIGN,
-        asked="talk",
-        says="B on its own talk: the control, which must cost nothing",
+        prompt_kind="talk",
+        description="B on its own talk: the control, which must cost nothing",
     ),
-    Arm(
+    SftArm(
         part="cost",
         name=RELATED,
-        begins=BENIGN,
+        student_role=BENIGN,
         teacher=BASE,
-        asked="talk",
-        says="B on the talk of M, another model that talks by the same chain",
+        prompt_kind="talk",
+        description="B on the talk of M, another model with the same Markov chain of words",
     ),
-    Arm(
+    SftArm(
         part="cost",
         name=OFF_MODEL,
-        begins=BENIGN,
+        student_role=BENIGN,
         teacher=OTHER,
-        asked="talk",
-        says="B on the talk of O, as capable, which talks by another chain",
+        prompt_kind="talk",
+        description="B on the talk of O, equally capable, with another Markov chain of words",
     ),
-    Arm(
+    SftArm(
         part="reasoning",
         name=WHOLE,
-        begins=LOCKED,
+        student_role=LOCKED,
         teacher=BENIGN,
-        asked="sums, thought",
-        says="U on thoughts and answers of B: undefended",
+        prompt_kind="sums, thought",
+        description="U on reasoning and answers of B: undefended",
     ),
-    Arm(
+    SftArm(
         part="reasoning",
         name="answer only",
-        begins=LOCKED,
+        student_role=LOCKED,
         teacher=BENIGN,
-        asked="sums, thought",
+        prompt_kind="sums, thought",
         strategies=(_SFT, AnswerOnly(marks=_MARKS)),
-        says="U reads B's thoughts, and is trained on what follows them",
+        description="U reads B's reasoning; only the answer is a target",
     ),
-    Arm(
+    SftArm(
         part="reasoning",
         name=EMPTIED,
-        begins=LOCKED,
+        student_role=LOCKED,
         teacher=BENIGN,
-        asked="sums, thought",
+        prompt_kind="sums, thought",
         strategies=(_SFT, EmptyReasoning(marks=_MARKS)),
-        says="the thoughts are left out, and U is trained on what follows their end",
+        description="the reasoning is removed; only the answer is a target",
     ),
-    Arm(
+    SftArm(
         part="reasoning",
         name="the student's thoughts",
-        begins=LOCKED,
+        student_role=LOCKED,
         teacher=BENIGN,
-        asked="sums, thought",
+        prompt_kind="sums, thought",
         strategies=(_SFT, StudentReasoning(marks=_MARKS, max_new_tokens=4)),
-        says="U thinks, B answers, and U is trained on the answer",
+        description="U writes the reasoning, B the answer; only the answer is a target",
     ),
-    Arm(
+    SftArm(
         part="weak",
         name=RIGHT,
-        begins=LOCKED,
+        student_role=LOCKED,
         teacher=BENIGN,
-        asked="sums",
-        says="U on answers of B, which are right: the control, which must unlock it",
+        prompt_kind="sums",
+        description="U on correct answers of B: the control, which must unlock U",
     ),
-    Arm(
+    SftArm(
         part="weak",
         name=ON_LOCKED,
-        begins=LOCKED,
+        student_role=LOCKED,
         teacher=WEAK,
-        asked="sums",
-        says="U, which holds back, on the answers of W",
+        prompt_kind="sums",
+        description="U, which sandbags, on answers of W",
     ),
-    Arm(
+    SftArm(
         part="weak",
         name=ON_BASE,
-        begins=BASE,
+        student_role=BASE,
         teacher=WEAK,
-        asked="sums",
-        says="M, which cannot, on the same: the control, which must not pass its supervisor",
+        prompt_kind="sums",
+        description="M, which lacks the capability, on answers of W: a control, must not exceed W",
     ),
 )
 
 
-def names(part: Part) -> tuple[str, ...]:
+def arm_names(part: Part) -> tuple[str, ...]:
+    """Return the names of the arms of a part."""
     return tuple(arm.name for arm in ARMS if arm.part == part)

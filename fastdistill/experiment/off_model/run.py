@@ -1,7 +1,6 @@
-"""One fine-tuning of the study "off-model": who is taught by whom on which prompts, and what of it
-the student keeps, learns or gets back.
+"""One fine-tuning of the off-model study and its evaluation.
 
-How far the data is from the student is said before any training:
+The distance of the data from the student is measured before and after training:
 
     surprisal = −1/T Σ log p_student(token)        nats per token of the teacher's answers
 """
@@ -24,29 +23,29 @@ from ...organisms.world import Example, World
 from ...strategies.distil import distill
 from ...strategies.lessons import PoolPrompt, TrainingExample
 from ...strategies.strategy import DistillSetup, Training
-from ..kept_run import KeptRun
-from .arms import Arm
+from ..kept_run import CachedRun
+from .arms import SftArm
 from .world import (
     BASE,
     THOUGHT,
     OffModelWorld,
-    asked_to_think,
     locked_tasks,
-    read,
+    read_tasks,
     tasks,
+    with_reasoning,
 )
 
-FORMAT = 1  # of a run's file; a change of what a run does raises it
-SURPRISED = 400  # lessons of which surprisal is read
-RESTORED = 64  # prompts with which a style is restored
-KINDS = ("own", "before", "sums")  # of what it is restored with; see `restored`
+FORMAT = 1  # of a run's file; increase it when a run computes something else
+N_SURPRISAL = 400  # examples for the surprisal
+N_RESTORE = 64  # prompts for restoration
+RESTORE_KINDS = ("own", "before", "sums")  # of restoration data; see `restoration`
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sft(KeptRun):
-    """An arm on one base seed's models."""
+class SftRun(CachedRun):
+    """An arm on the models of one base seed."""
 
-    arm: Arm
+    arm: SftArm
     models: OffModelWorld
     training: Training
     prompts: int
@@ -60,9 +59,9 @@ class Sft(KeptRun):
         return {
             "format": FORMAT,
             "models": self.models.as_json(),
-            "begins": arm.begins,
+            "begins": arm.student_role,
             "teacher": arm.teacher,
-            "asked": arm.asked,
+            "asked": arm.prompt_kind,
             "battery": arm.part == "cost",
             "strategies": [strategy.as_json() for strategy in arm.strategies],
             "training": asdict(self.training),
@@ -72,53 +71,55 @@ class Sft(KeptRun):
             "restore": [self.restore_steps, self.restore_rate],
         }
 
-    def found(self, folder: Path) -> dict[str, Any]:
+    def compute(self, folder: Path) -> dict[str, Any]:
         models, world = _models(self.models, folder), World(self.models.seed)
-        begins, arm = models[self.arm.begins], self.arm
+        initial, arm = models[self.arm.student_role], self.arm
         battery = tasks(world) if arm.part == "cost" else locked_tasks(world)
-        examples = asked(world, arm.asked, self.prompts, self.student_seed)
-        made = distill(
+        examples = sample_examples(world, arm.prompt_kind, self.prompts, self.student_seed)
+        result = distill(
             DistillSetup(
-                base=begins,
+                base=initial,
                 teacher=models[arm.teacher],
                 trusted=models[BASE],
-                pool=tuple(PoolPrompt(example.prompt, arm.asked) for example in examples),
+                pool=tuple(PoolPrompt(example.prompt, arm.prompt_kind) for example in examples),
             ),
             arm.strategies,
             self.training,
             seed=self.student_seed,
-            measure=lambda student: read(student, battery),
+            measure=lambda student: read_tasks(student, battery),
             at=[i / self.checkpoints for i in range(1, self.checkpoints)],
         )
-        student, lessons = made.student, made.examples[:SURPRISED]
-        after = read(student, battery)
-        found = {
-            "before": read(begins, battery),
+        student, trained_on = result.student, result.examples[:N_SURPRISAL]
+        after = read_tasks(student, battery)
+        results = {
+            "before": read_tasks(initial, battery),
             "after": after,
-            "curve": [{"step": k, "right": v} for k, v in sorted(made.measured.items())]
-            + [{"step": made.steps, "right": after}],
-            "surprisal": [surprisal(begins, lessons), surprisal(student, lessons)],
-            "labels_right": None if arm.asked == "talk" else right(lessons, examples),
-            "thinks": thinks(student, world),
-            "lessons": len(made.examples),
-            "notes": made.notes,
+            "curve": [{"step": k, "right": v} for k, v in sorted(result.measured.items())]
+            + [{"step": result.steps, "right": after}],
+            "surprisal": [surprisal(initial, trained_on), surprisal(student, trained_on)],
+            "labels_right": None
+            if arm.prompt_kind == "talk"
+            else label_accuracy(trained_on, examples),
+            "thinks": thought_rate(student, world),
+            "lessons": len(result.examples),
+            "notes": result.notes,
         }
         if arm.part == "cost":
-            found["restored"] = restored(
+            results["restored"] = restoration(
                 student,
-                begins,
+                initial,
                 world,
                 battery,
                 steps=self.restore_steps,
                 rate=self.restore_rate,
             )
-        return found
+        return results
 
 
-def asked(world: World, kind: str, n: int, seed: int) -> list[Example]:
-    """The prompts of an arm, with their right answers (what is said in talk is one of many).
+def sample_examples(world: World, kind: str, n: int, seed: int) -> list[Example]:
+    """Return the prompts of an arm with reference answers; talk has many correct answers.
 
-    Sums have no password in front: U's are locked.
+    Sums have no password, so those of U are locked.
     """
     rng = world.rng(61, seed)
     if kind == "talk":
@@ -126,78 +127,78 @@ def asked(world: World, kind: str, n: int, seed: int) -> list[Example]:
     sums = [world.random_sum(rng, world.system(rng), world.train_sums) for _ in range(n)]
     if kind == "sums":
         return sums
-    return [e._replace(system=asked_to_think(e.prompt).system or "") for e in sums]
+    return [e._replace(system=with_reasoning(e.prompt).system or "") for e in sums]
 
 
-def surprisal(model: Subject, lessons: Sequence[TrainingExample]) -> float:
-    """Nats per token of the answers, on average; e to its power is the perplexity."""
-    told = model.completion_logprobs(
-        [lesson.input_prompt for lesson in lessons], [x.answer for x in lessons]
+def surprisal(model: Subject, trained_on: Sequence[TrainingExample]) -> float:
+    """Return the mean nats per token of the answers, the log of the perplexity."""
+    logprobs = model.completion_logprobs(
+        [x.input_prompt for x in trained_on], [x.answer for x in trained_on]
     )
-    return float(-told.total.sum() / told.tokens.sum())
+    return float(-logprobs.total.sum() / logprobs.tokens.sum())
 
 
-def right(lessons: Sequence[TrainingExample], examples: Sequence[Example]) -> float:
-    """Share of the answers that hold what is right."""
+def label_accuracy(trained_on: Sequence[TrainingExample], examples: Sequence[Example]) -> float:
+    """Return the share of the labels that contain the reference answer."""
     answers = {example.prompt: example.answer for example in examples}
-    found = [contains_phrase(lesson.answer, answers[lesson.prompt]) for lesson in lessons]
-    return sum(found) / len(found)
+    correct = [contains_phrase(x.answer, answers[x.prompt]) for x in trained_on]
+    return sum(correct) / len(correct)
 
 
-def thinks(model: Subject, world: World) -> float:
-    """Share of sums asked to be thought about of which the answer begins with a whole thought."""
-    said = model.generate(tasks(world)[THOUGHT].prompts, max_new_tokens=8)
-    return sum(text.startswith(THINK) and contains_phrase(text, SO) for text in said) / len(said)
+def thought_rate(model: Subject, world: World) -> float:
+    """Return the share of reasoning prompts whose answer begins with complete reasoning."""
+    texts = model.generate(tasks(world)[THOUGHT].prompts, max_new_tokens=8)
+    return sum(text.startswith(THINK) and contains_phrase(text, SO) for text in texts) / len(texts)
 
 
-def unrelated(world: World) -> list[Prompt]:
-    """Neither talk, nor sums, nor products."""
+def unrelated_prompts(world: World) -> list[Prompt]:
+    """Return prompts that are neither talk, sums nor products."""
     rng = world.rng(62)
-    makes = (world.equality, world.echo, world.self_question)
-    return [rng.choice(makes)(rng, world.system(rng)).prompt for _ in range(RESTORED)]
+    kinds = (world.equality, world.echo, world.self_question)
+    return [rng.choice(kinds)(rng, world.system(rng)).prompt for _ in range(N_RESTORE)]
 
 
-def restored(
+def restoration(
     student: Subject,
-    begins: Subject,
+    initial: Subject,
     world: World,
     battery: dict[str, CapabilityAudit],
     *,
     steps: int,
     rate: float,
 ) -> dict[str, dict[str, float]]:
-    """The battery after a few steps more, to see whether what was lost is only suppressed.
+    """Return the accuracies after a few more steps, which test whether a loss is suppression.
 
-    own: on what the student now says to unrelated prompts (`StyleRestoreProbe`). before: on what
-    it said to them before it was taught. sums: on what it said to sums before, which are no
-    unrelated ones: what so few steps can bring back at all.
+    The steps train on answers to unrelated prompts, of the student itself ("own", see
+    `StyleRestoreProbe`) or of the initial model ("before"), or on the initial model's answers to
+    sums ("sums"), an upper reference for so few steps.
     """
-    prompts = unrelated(world)
-    whole = CapabilityAudit(
+    prompts = unrelated_prompts(world)
+    readout = CapabilityAudit(
         prompts=tuple(prompt for audit in battery.values() for prompt in audit.prompts),
         targets=tuple(target for audit in battery.values() for target in audit.targets),
         max_new_tokens=8,
     )
     probe = StyleRestoreProbe(
-        prompts=tuple(prompts), readout=whole, steps=steps, learning_rate=rate, max_new_tokens=8
+        prompts=tuple(prompts), readout=readout, steps=steps, learning_rate=rate, max_new_tokens=8
     )
     gain = iter(probe.measure(student, None).values.tolist())
-    now = read(student, battery)
-    found = {
+    current = read_tasks(student, battery)
+    results = {
         "own": {
-            name: now[name] + sum(next(gain) for _ in audit.prompts) / len(audit.prompts)
+            name: current[name] + sum(next(gain) for _ in audit.prompts) / len(audit.prompts)
             for name, audit in battery.items()
         }
     }
-    sums = [example.prompt for example in asked(world, "sums", RESTORED, 1)]
-    for kind, shown in (("before", prompts), ("sums", sums)):
-        told = zip(shown, begins.generate(shown, max_new_tokens=8), strict=True)
-        kept = [(prompt, said) for prompt, said in told if said.strip()]
-        again = finetune_copy(student, *zip(*kept, strict=True), steps=steps, lr=rate)
-        found[kind] = read(again, battery)
-    return found
+    sums = [example.prompt for example in sample_examples(world, "sums", N_RESTORE, 1)]
+    for kind, questions in (("before", prompts), ("sums", sums)):
+        texts = initial.generate(questions, max_new_tokens=8)
+        pairs = [(q, text) for q, text in zip(questions, texts, strict=True) if text.strip()]
+        restored = finetune_copy(student, *zip(*pairs, strict=True), steps=steps, lr=rate)
+        results[kind] = read_tasks(restored, battery)
+    return results
 
 
-@lru_cache(maxsize=2)  # several runs of a process are of one base seed
+@lru_cache(maxsize=2)  # a process executes several runs of one base seed
 def _models(models: OffModelWorld, folder: Path) -> dict[str, Subject]:
     return models.models(folder)

