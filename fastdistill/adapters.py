@@ -32,7 +32,7 @@ from .runtime.printable import printable
 _PATTERNS = ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern",
              "target_parameters", "feedforward_modules")  # fmt: skip
 _NAME = re.compile(r"\^?[\w.\-]*")
-_LONGEST, _MOST_NAMES = 500, 1 << 16
+_MAX_LENGTH, _MAX_NAMES = 500, 1 << 16
 _ALL_LINEAR = "all-linear"
 # Of these a text is one regular expression, and each key of those: over a module's whole name.
 _EXPRESSIONS = ("target_modules", "exclude_modules", "feedforward_modules")
@@ -42,7 +42,7 @@ _REFUSED = ("megatron_config", "arrow_config", "corda_config", "eva_config", "lo
 _DROPPED = ("auto_mapping", "runtime_config")  # used only when peft loads the base model
 _INITIAL = ("init_lora_weights", "init_weights", "init_ia3_weights")
 _ITERATIONS = re.compile(r"pissa_niter_(\d+)")
-_MOST_ITERATIONS = 64
+_MAX_ITERATIONS = 64
 
 
 def load_adapted(model: Any, folder: Path, *, trainable: bool = False) -> Any:
@@ -164,8 +164,8 @@ def _check_value(file: Path, name: str, value: Any, files: TensorFiles) -> None:
                 _bounded(file, name, _as_key(part))
             elif not _is_name(part):
                 _fail(file, name, "names of modules", part, "a regular expression may never end")
-    if isinstance(value, (list, dict)) and len(value) > _MOST_NAMES:
-        _fail(file, name, f"at most {_MOST_NAMES:,} entries", f"{len(value):,}")
+    if isinstance(value, (list, dict)) and len(value) > _MAX_NAMES:
+        _fail(file, name, f"at most {_MAX_NAMES:,} entries", f"{len(value):,}")
     if name == "layer_replication" and value is not None:
         _check_replication(file, value, len(files.names()))
 
@@ -184,8 +184,8 @@ def _check_numbers(file: Path, name: str, value: Any) -> None:
 
 
 def _check_iterations(file: Path, name: str, count: Any) -> None:
-    if type(count) is not int or not 0 <= count <= _MOST_ITERATIONS:
-        _fail(file, name, f"at most {_MOST_ITERATIONS} iterations", count)
+    if type(count) is not int or not 0 <= count <= _MAX_ITERATIONS:
+        _fail(file, name, f"at most {_MAX_ITERATIONS} iterations", count)
 
 
 def _name_modules(model: nn.Module, config: Any, file: Path) -> None:
@@ -254,7 +254,7 @@ def _has_endings(names: list[str], matched: list[str]) -> bool:
 
 
 def _is_name(value: Any) -> bool:
-    return isinstance(value, str) and len(value) <= _LONGEST and bool(_NAME.fullmatch(value))
+    return isinstance(value, str) and len(value) <= _MAX_LENGTH and bool(_NAME.fullmatch(value))
 
 
 def _names_in(value: Any) -> Iterator[Any]:

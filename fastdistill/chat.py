@@ -28,7 +28,7 @@ def render(
     *,
     prompt: bool = False,
 ) -> str:
-    """Return a conversation as text; with `prompt`, up to the start of the assistant's next turn.
+    """Return a conversation as text; `prompt` adds the start of the assistant's next turn.
 
     Raises:
         ValueError: the template or transformers rejects the conversation, or the text lacks a part
@@ -87,7 +87,7 @@ def _applied(
                 list(messages), add_generation_prompt=prompt, tokenize=False, **rendering
             )
         )
-    except Exception as error:  # jinja's, transformers' or Python's: whatever a template raises
+    except Exception as error:  # templates raise errors of jinja, transformers or Python
         roles = [str(m.get("role")) for m in messages]
         listed = roles if len(roles) <= 6 else [*roles[:3], "…", *roles[-2:]]
         fail(column, "a conversation that the tokenizer's chat template takes",

@@ -44,8 +44,8 @@ _OUTPUTS = {"return_dict": True, "output_attentions": False, "output_hidden_stat
 _DTYPES = ("dtype", "torch_dtype")
 _PANIC = "PanicException"  # of Rust libraries; no subclass of Exception, and not importable
 _COUNT = re.compile(r"(^|_)(layers?|blocks?|experts?|labels)$")
-_MOST = {"layer": 1 << 12, "block": 1 << 12}  # modules are built one by one
-_MOST_OTHERS = 1 << 16
+_MAX_MODULES = {"layer": 1 << 12, "block": 1 << 12}  # modules are built one by one
+_MAX_OTHERS = 1 << 16
 _ROTARY, _LARGEST_ROTARY = ("rope_theta", "rotary_emb_base", "factor"), 1e30
 _NAMES = re.compile(r"[\w.\-]*")
 _TRIAL = "Is this a text? 1 + 2 = 3."
@@ -209,7 +209,7 @@ def _check_entry(file: Path, key: str, name: str, value: Any) -> None:
         ):
             _fail(file, name, "the name of a torch.dtype", value)
     elif _COUNT.search(key) and type(value) is int:
-        limit = next((n for part, n in _MOST.items() if part in key), _MOST_OTHERS)
+        limit = next((n for part, n in _MAX_MODULES.items() if part in key), _MAX_OTHERS)
         if not -1 <= value <= limit:
             _fail(file, name, f"a number in 0..{limit}", value)
     elif key in _ROTARY and type(value) in (int, float):

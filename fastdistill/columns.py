@@ -63,7 +63,7 @@ def check_columns(example: Any) -> tuple[str, dict[str, Any]]:
             _check_unread(str(name), value, form, columns)
     if form == "messages":
         columns["messages"] = check_messages("messages", columns["messages"])
-        _check_learned("messages", columns["messages"])
+        _check_train_keys("messages", columns["messages"])
     elif form == "prompt":
         columns |= _checked_pair(columns["prompt"], columns.get("completion"))
     elif form == "text":
@@ -108,8 +108,8 @@ def check_messages(name: str, value: Any) -> list[dict[str, Any]]:
     return messages
 
 
-def _check_learned(name: str, messages: Sequence[Mapping[str, Any]]) -> None:
-    """Every turn of the assistant's is learned; one that says it is not would be, too."""
+def _check_train_keys(name: str, messages: Sequence[Mapping[str, Any]]) -> None:
+    """Raise ValueError for a key that excludes an assistant turn; all turns are targets."""
     for turn, message in enumerate(messages):
         for key in _TRAIN_KEYS if message["role"] == "assistant" else ():
             if key in message and message[key] not in (1, "1"):
@@ -238,7 +238,7 @@ def _checked_pair(prompt: Any, completion: Any) -> dict[str, Any]:
         if isinstance(completion, str):
             fail("completion", "a list of messages, as prompt is", "a text")
         checked["completion"] = check_messages("completion", completion)
-        _check_learned("completion", checked["completion"])
+        _check_train_keys("completion", checked["completion"])
         if not checked["completion"]:
             fail("completion", "at least one message", "none")
     if not checked["prompt"] and completion is None:

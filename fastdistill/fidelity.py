@@ -1,4 +1,4 @@
-"""Measures the error of a quantized teacher: its KL from the full-precision model on some texts.
+"""Measures the KL of a quantized teacher from its full-precision model.
 
 An error of 0.01 nats per token is negligible if the student is 1 nat away, and half of the signal
 if it is 0.02 away: hence the ratio to KL(teacher ‖ student).
@@ -169,7 +169,7 @@ class _Side:
 def _compare(
     sides: list[_Side], ids: Tensor, mask: Tensor | None, counted: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return KL(full ‖ quantized), top-1 agreement and KL(quantized ‖ student) per counted token.
+    """Return KL(full ‖ quantized), top-1 agreement and KL(quantized ‖ student) per token.
 
     The last is empty without a student."""
     ours, full, *others = sides

@@ -1,4 +1,4 @@
-"""Greedy generation from a causal language model, independent of its stored generation settings.
+"""Greedy generation, independent of a checkpoint's stored generation settings.
 
 transformers fills settings that a call leaves open from the checkpoint's. Here every module of the
 model has the call's settings instead: every field has transformers' default unless it is an
@@ -27,7 +27,7 @@ from .runtime.printable import printable
 # (indices of a batch's rows, its width) -> logits processors of the batch.
 Processors = Callable[[list[int], int], Sequence[LogitsProcessor]]
 
-_MOST_IDS = 2**31  # more than tokenizers can decode
+_MAX_IDS = 2**31  # more than tokenizers can decode
 _RESPECTS_PADDING: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
@@ -112,7 +112,7 @@ def ends_of(model: Any, tokenizer: Any) -> list[int]:
     ids = list(declared) if isinstance(declared, (list, tuple)) else [declared]
     ids += end_ids(tokenizer)
     for token in ids:
-        if token is not None and (type(token) is not int or not 0 <= token < _MOST_IDS):
+        if token is not None and (type(token) is not int or not 0 <= token < _MAX_IDS):
             checks.fail("generation_config.eos_token_id", "token ids", printable(repr(token)))
     return sorted({i for i in ids if i is not None})
 

@@ -40,7 +40,7 @@ class LMHead:
     bias: Tensor | None = None  # (V,)
     logit_scale: float = 1.0
     softcap: float | None = None
-    valid_vocab: int | None = None  # columns from here on are padding, as if their logit were −inf
+    valid_vocab: int | None = None  # ids from this one on are padding, with logit −inf
 
     @property
     def vocab_size(self) -> int:

@@ -97,7 +97,7 @@ def read_rows(input_ids: Any, attention_mask: Any, vocab: int) -> Rows:
 
 
 class BatchedForward:
-    """Runs the rows of a batch through `model`, at most about `tokens_per_batch` tokens at a time.
+    """Runs the rows of a batch through `model`, about `tokens_per_batch` tokens at a time.
 
     `can_pack` decides whether rows may be packed, and `row_limit` how long they may be.
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from .parallel import is_dtensor
 from .teacher import Teacher
 
-_DEEP = 5  # levels of objects, containers and functions around a teacher's model
-_MOST = 10_000  # objects that are inspected
+_MAX_DEPTH = 5  # levels of objects, containers and functions around a teacher's model
+_MAX_OBJECTS = 10_000  # objects that are inspected
 
 
 def shared_parameters(model: nn.Module, others: Sequence[nn.Module | Tensor]) -> list[str]:
@@ -47,14 +47,14 @@ def models_in(teacher: Any) -> tuple[list[nn.Module | Tensor], list[nn.Parameter
     def look(value: Any, depth: int) -> None:
         if isinstance(value, (nn.Module, Tensor)):
             weights[id(value)] = value
-        elif depth and id(value) not in passed and len(passed) < _MOST:
+        elif depth and id(value) not in passed and len(passed) < _MAX_OBJECTS:
             passed[id(value)] = value
             if isinstance(value, Teacher):
                 frozen.extend(value.frozen)
             for inner in _held_by(value):
                 look(inner, depth - 1)
 
-    look(teacher, _DEEP)
+    look(teacher, _MAX_DEPTH)
     return list(weights.values()), frozen
 
 
@@ -63,9 +63,9 @@ def _held_by(value: Any) -> Iterator[Any]:
     if isinstance(value, (type, ModuleType, str, bytes)):
         return
     if isinstance(value, Mapping):
-        yield from islice(value.values(), _MOST)
+        yield from islice(value.values(), _MAX_OBJECTS)
     elif isinstance(value, (list, tuple, set, frozenset, deque)):
-        yield from islice(value, _MOST)
+        yield from islice(value, _MAX_OBJECTS)
     elif isinstance(value, partial):
         yield from (value.func, value.args, value.keywords)
     elif isinstance(value, MethodType):

@@ -83,7 +83,7 @@ class StoredModel:
         if not base_path or not isinstance(base_path, (str, Path)):
             raise ValueError(
                 f"base: expected the model under the adapter {folder}, which names none. "
-                "Pass base=, a path, where there is such an argument, or write it as "
+                "Pass base=, a path, if there is such an argument, or write it as "
                 f"base_model_name_or_path into {ADAPTER}"
             )
         try:
@@ -227,7 +227,7 @@ def tokenizer_folder(path_or_name: str | Path) -> Path:
 def fetched_folder(name: str, patterns: Sequence[str] = _FETCHED) -> Path:
     """Download the files of a hub model that match a pattern, and return their folder.
 
-    Raises FileNotFoundError if the hub has no such model and the hub cache does not either."""
+    Raises FileNotFoundError if neither the hub nor its local cache has the model."""
     try:
         return Path(snapshot_download(name, allow_patterns=list(patterns)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:

@@ -54,7 +54,7 @@ def tokenize(
 
 
 def tokenize_pair(tokenizer: Any, prompt: str, completion: str) -> Tokens:
-    """Return the tokens of a prompt and its completion as one text; the completion's are `inside`.
+    """Return the tokens of prompt + completion as one text; the completion's are `inside`.
 
     A word-level tokenizer may have no token for the word across the boundary, but tokens for its
     two parts. The two texts are then tokenized separately, so that nothing is lost.
@@ -125,7 +125,7 @@ def _inside(
     """Return which tokens overlap a span; an empty token (trimmed spaces) is after its position."""
     inside = [False] * len(ids)
     for low, high in spans:
-        last = None  # of those that lie before the part
+        last = None  # the last token before the span
         for i, (start, end) in enumerate(offsets):
             if end <= low:
                 last = i

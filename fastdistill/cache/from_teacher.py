@@ -1,4 +1,4 @@
-"""The source of a cache built from a teacher: a model, a server, anything with topk or hidden."""
+"""Answers the rows of a cache with a teacher: a model, a server, anything with topk."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class FromTeacher:
 
 
 class _FixedBatches:
-    """Fixes a Teacher's token budget to that of the settings, since other batches round otherwise.
+    """Fixes a Teacher's token budget to the settings', since other batches round otherwise.
 
     By default the budget depends on the free memory."""
 

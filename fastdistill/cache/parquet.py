@@ -43,7 +43,7 @@ _FLOATS: dict[str, torch.dtype] = {
 }
 _CURVES = {"sqrt": np.sqrt, "exp": np.exp}
 _MAX_CONFIG_BYTES = 1 << 16  # bytes of the settings
-_MOST_TERMS, _MOST_BITS = 64, 32
+_MAX_TERMS, _MAX_BITS = 64, 32
 _LIMIT = 1.5  # largest probability mass that lossy compression may yield
 Bytes = NDArray[np.uint8]
 
@@ -87,14 +87,14 @@ class Compression:
             _checked(name, getattr(self, name), "true or false", lambda x: isinstance(x, bool))
         for term in self.polynomial_terms:
             if not (isinstance(term, str) and term in _CURVES):
-                _check_count("polynomial_terms", term, 0, _MOST_TERMS)
-        if len(self.polynomial_terms) > _MOST_TERMS:
-            raise ValueError(f"polynomial_terms: expected at most {_MOST_TERMS}, got more")
+                _check_count("polynomial_terms", term, 0, _MAX_TERMS)
+        if len(self.polynomial_terms) > _MAX_TERMS:
+            raise ValueError(f"polynomial_terms: expected at most {_MAX_TERMS}, got more")
         for number, a_bin in enumerate(self.residual_bins):
             name = f"residual_bins[{number}]"
             _checked(name, a_bin, "an object", lambda x: isinstance(x, dict))
             _check_float(f"{name}.scale_dtype", a_bin.get("scale_dtype"))
-            _check_count(f"{name}.element_bits", a_bin.get("element_bits"), 1, _MOST_BITS)
+            _check_count(f"{name}.element_bits", a_bin.get("element_bits"), 1, _MAX_BITS)
             _check_count(f"{name}.num_elements", a_bin.get("num_elements"), 1, self.k)
 
     def ids(self, packed: Bytes) -> NDArray[np.int64]:  # [n, bytes] -> [n, k]

@@ -25,7 +25,7 @@ def tokenizer_for(teacher: Any, tokenizer: Any) -> Any:
     teacher_tokenizer = getattr(teacher, "tokenizer", None)
     if tokenizer is not None and teacher_tokenizer is not None:
         check_same_tokenizer(tokenizer, teacher_tokenizer)
-    if tokenizer is not None and hasattr(teacher, "check_tokenizer"):  # a server knows its own
+    if tokenizer is not None and hasattr(teacher, "check_tokenizer"):  # a ServedTeacher
         teacher.check_tokenizer(tokenizer)
     return teacher_tokenizer if tokenizer is None else tokenizer
 

@@ -156,7 +156,7 @@ class Mapped:
     def damaged(self, reason: str) -> CacheError:
         return CacheError(
             f"{self.file}: damaged ({reason}). Delete it and build the cache again with the same "
-            "settings: only this shard is made anew"
+            "settings: only this shard is rebuilt"
         )
 
 

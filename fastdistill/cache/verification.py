@@ -1,4 +1,4 @@
-"""Checks that the files are those that were built: their sizes, and their sha256 when needed.
+"""Checks the files of a cache: their sizes, and their sha256 when needed.
 
 Opening a cache skips shards that were checked before and have not changed (.verified.json holds
 size, time and inode). `TeacherCache.verify` reads all of them, since a disk can lose bits without a

@@ -22,7 +22,7 @@ from .tensor_files import CheckpointError, check_not_pickle, reading
 
 MAGIC = b"GGUF"
 # Far above real models (vocabularies of 300,000 words, chat templates of 100 kB).
-_MOST_FIELDS, _MOST_TENSORS, _MOST_ITEMS, _LONGEST = 1 << 12, 1 << 16, 1 << 22, 1 << 22
+_MAX_FIELDS, _MAX_TENSORS, _MAX_ITEMS, _MAX_LENGTH = 1 << 12, 1 << 16, 1 << 22, 1 << 22
 _SCALARS = dict(enumerate("BbHhIif?", start=0)) | {10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 
@@ -62,9 +62,9 @@ def read_header(file: Path) -> GGUFHeader:
         version = walk.number("I")
         if version not in (2, 3):
             raise ValueError(f"GGUF version: expected 2 or 3, little-endian, got {version}")
-        count = walk.count("number of tensors", _MOST_TENSORS)
+        count = walk.count("number of tensors", _MAX_TENSORS)
         fields = {}
-        for _ in range(walk.count("number of fields", _MOST_FIELDS)):
+        for _ in range(walk.count("number of fields", _MAX_FIELDS)):
             key = walk.string()
             if key in fields:
                 raise ValueError(f"{key}: expected one field of this name, got another one")
@@ -143,7 +143,7 @@ class _Walk:
         return count
 
     def string(self) -> str:
-        return self.take(self.count("length of a string", _LONGEST)).decode()
+        return self.take(self.count("length of a string", _MAX_LENGTH)).decode()
 
     def value(self, kind: int) -> Any:
         if kind == _STRING:
@@ -152,9 +152,9 @@ class _Walk:
             return self.number(_SCALARS[kind])
         if kind != _ARRAY:
             raise ValueError(f"type of a field: expected 0 to 12, got {kind}")
-        of, count = self.number("I"), self.count("length of an array", _MOST_ITEMS)
+        of, count = self.number("I"), self.count("length of an array", _MAX_ITEMS)
         self.items += count
-        if self.items > _MOST_ITEMS or (of != _STRING and of not in _SCALARS):
+        if self.items > _MAX_ITEMS or (of != _STRING and of not in _SCALARS):
             raise ValueError(f"array: expected a short one of scalars or strings, got type {of}")
         for _ in range(count if of == _STRING else 0):
             self.string()

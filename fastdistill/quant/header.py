@@ -20,8 +20,8 @@ from .tensor_files import CheckpointError, TensorFiles
 # A model creates some buffers itself (rotary frequencies, masks), which are smaller than weights.
 _LARGEST_BUFFERS = 1 << 30
 # Stored weights have at least 4 bits, and a few are not stored (tables of positions).
-_MOST_PER_BYTE, _MADE_ANEW = 2, 1 << 24
-_FLOATS = ("F64", "F32", "F16", "BF16", "F8_")  # how safetensors' names of such types begin
+_MOST_PER_BYTE, _NOT_STORED = 2, 1 << 24
+_FLOATS = ("F64", "F32", "F16", "BF16", "F8_")  # prefixes of safetensors' floating-point dtypes
 
 
 def check_header(
@@ -55,18 +55,18 @@ def check_header(
         warnings.simplefilter("ignore")
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
     empty = model.state_dict()
-    made = {name: b.nbytes for name, b in model.named_buffers() if name not in empty}
+    buffers = {name: b.nbytes for name, b in model.named_buffers() if name not in empty}
     count = sum(parameter.numel() for parameter in model.parameters())
-    if count > _MOST_PER_BYTE * stored + _MADE_ANEW:
+    if count > _MOST_PER_BYTE * stored + _NOT_STORED:
         raise CheckpointError(
             f"{path}: expected a configuration of the weights in {stored:,} bytes of tensors, got "
             f"one of {count:,} weights. config.json belongs to another checkpoint"
         )
-    if sum(made.values()) > max(_LARGEST_BUFFERS, stored):
-        largest = max(made, key=lambda name: made[name])
+    if sum(buffers.values()) > max(_LARGEST_BUFFERS, stored):
+        largest = max(buffers, key=lambda name: buffers[name])
         raise CheckpointError(
             f"{path}: expected a configuration whose buffers take less memory than the weights, "
-            f"got {printable(largest)} of {made[largest]:,} bytes. config.json is damaged"
+            f"got {printable(largest)} of {buffers[largest]:,} bytes. config.json is damaged"
         )
     if files is None:
         return

@@ -121,7 +121,7 @@ def parts_of(weight: QuantWeight) -> Parts:
 
 
 def dequantize(weight: QuantWeight, dtype: torch.dtype = torch.float32) -> Tensor:  # [N, K]
-    """The dense weight, columns in the order of the layer's input."""
+    """Return the dense weight, with columns in the order of the layer's input."""
     w = parts_of(weight)
     if w.lut is None:
         return torch.ops.fastdistill.int8_dequant(w.qdata.view(w.shape), w.scale, w.block, dtype)
@@ -132,7 +132,7 @@ def dequantize(weight: QuantWeight, dtype: torch.dtype = torch.float32) -> Tenso
 
 
 def row_scale(weight: QuantWeight, compute: str) -> Tensor | None:  # fp32 [N]
-    """The step of each row in 8 bits, for computes that round whole rows; None for the others."""
+    """Return the 8-bit step of each row for computes that need it, else None."""
     if compute not in ("int8", "fp8") or isinstance(weight, Int8Weight):
         return None
     top = dequantize(weight).abs().amax(-1)
@@ -146,10 +146,10 @@ def product(
     steps: Tensor | None,  # row_scale(weight, compute)
     compute: str,
 ) -> Tensor:  # [..., N]
-    """x Wᵀ + bias.
+    """Return x Wᵀ + bias.
 
     Raises:
-        RuntimeError: where a gradient would be needed; quantized weights are forward only.
+        RuntimeError: x requires a gradient; quantized layers are forward only.
     """
     N, K = w.shape
     if x.shape[-1] != K:

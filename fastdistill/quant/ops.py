@@ -38,7 +38,7 @@ COMPUTE = ("auto", "exact", "int8", "fp8")
 # Columns that share one activation scale on a CPU. With 4-bit weights at most the columns of one
 # weight scale; with 8-bit weights twice as many cost 5 % more KL and take 7 % less time.
 GROUP, INT8_GROUP = 64, 128
-_LEAST_GROUP = 8  # below this, scaling costs more than multiplying
+_MIN_GROUP = 8  # below this, scaling costs more than multiplying
 
 _library = torch.library.Library("fastdistill", "FRAGMENT")
 _library.define(
@@ -84,12 +84,12 @@ scratch = _Scratch()
 
 
 def groups(K: int, block: int, max_group: int = GROUP) -> tuple[int, int] | None:
-    """Return (columns per weight scale, columns per activation scale) of 8-bit products on a CPU.
+    """Return (columns per weight scale, columns per activation scale) for 8-bit CPU products.
 
     None if blocks that cross rows would make groups too small."""
     weight_group = math.gcd(K, block)
     group = math.gcd(weight_group, max_group)
-    return (weight_group, group) if group >= _LEAST_GROUP else None
+    return (weight_group, group) if group >= _MIN_GROUP else None
 
 
 def unsupported_reason(

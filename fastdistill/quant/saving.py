@@ -73,23 +73,23 @@ def _write_weights(model: nn.Module, folder: Path, limit: int) -> None:
     """Write shards of about `limit` bytes, and an index if there are several."""
     shards: list[tuple[Path, list[str]]] = []
     tensors: dict[str, Tensor] = {}
-    says: dict[str, Any] = {}
+    entries: dict[str, Any] = {}
 
     def close() -> None:
         file = folder / f"{len(shards)}.safetensors"
-        save_file(tensors, file, metadata=metadata(says))
+        save_file(tensors, file, metadata=metadata(entries))
         shards.append((file, list(tensors)))
         tensors.clear()
-        says.clear()
+        entries.clear()
 
     size = total = 0
-    for new_tensors, description in _stored(model):
+    for new_tensors, new_entries in _stored(model):
         new_bytes = sum(t.nbytes for t in new_tensors.values())
         if tensors and size + new_bytes > limit:
             close()
             size = 0
         tensors |= new_tensors
-        says |= description
+        entries |= new_entries
         size += new_bytes
         total += new_bytes
     close()
@@ -110,11 +110,11 @@ def _stored(model: nn.Module) -> Iterator[tuple[dict[str, Tensor], dict[str, Any
     for name, module in model.named_modules():
         if isinstance(module, QuantizedWeight):
             stored = name if isinstance(module, ExpertStack) else f"{name}.weight"
-            tensors, says = tensors_of(stored, module.quantized)
+            tensors, entry = tensors_of(stored, module.quantized)
             bias = module._buffers.get("bias")
             if bias is not None:
                 tensors[f"{name}.bias"] = bias.contiguous()
-            yield {k: t.cpu() for k, t in tensors.items()}, {stored: says}
+            yield {k: t.cpu() for k, t in tensors.items()}, {stored: entry}
             continue
         own = dict(module.named_parameters(recurse=False)) | {
             k: b

@@ -85,8 +85,8 @@ def check_inside(folder: Path, file: Path) -> None:
         homes.append(home.parent.parent / "blobs")
     if not is_plain or not any(target.is_relative_to(home) for home in homes):
         raise CheckpointError(
-            f"{file}: expected a file of this folder, got a link to {printable(target)}. What lies "
-            "elsewhere is not read: put the file itself into the folder"
+            f"{file}: expected a file of this folder, got a link to {printable(target)}. Files "
+            "outside the folder are not read: put the file itself into the folder"
         )
 
 

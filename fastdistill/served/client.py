@@ -1,4 +1,4 @@
-"""A client for teachers over HTTP: vLLM, other servers with prompt_logprobs, fastdistill serve."""
+"""A client for teachers over HTTP: vLLM-compatible servers and fastdistill serve."""
 
 from __future__ import annotations
 
