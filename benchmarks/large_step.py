@@ -29,7 +29,7 @@ from .registry import Missing, attempt
 from .rows import Row
 from .run import fill_times, take_turns
 from .shapes import Shape
-from .train_step import Known, gkd_trainer, settings
+from .train_step import StoredTeacher, gkd_trainer, settings
 
 SHAPE = Shape(N=4096, H=4096, V=151936, K=64)
 STUDENT, TEACHER = "qwen3-8b", "qwen3-32b"
@@ -110,7 +110,7 @@ class Running:
             return gkd_trainer(student, teacher, folder, optim=optim, gradient_checkpointing=False)
         if self.contender not in OURS:
             raise Missing(f"unknown contender {self.contender!r}")
-        known = Known(None, self.shape.V) if teacher is None else Teacher(teacher)
+        known = StoredTeacher(None, self.shape.V) if teacher is None else Teacher(teacher)
         k = None if self.contender == "ours" else self.shape.K
         args = settings(
             fd.DistillConfig, folder, show_panel=False, check_signal=False, k=k, optim=optim

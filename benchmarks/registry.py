@@ -99,7 +99,7 @@ def allowed(name: str, dtype: torch.dtype) -> float:
     return LOSS_BUDGET if name == "loss" else BUDGET[dtype]
 
 
-class Checked(NamedTuple):
+class GateResult(NamedTuple):
     """errors of the contenders to be timed; failures: the reasons why others are not timed."""
 
     errors: dict[str, float]
@@ -203,11 +203,11 @@ def attempt(work: Callable[[], Any]) -> tuple[Any, str | None]:
     return None, reason
 
 
-def gate(case: Case) -> Checked:
+def gate(case: Case) -> GateResult:
     """Compare all contenders with fp64 on the gate's shape; raise if an exact one is wrong."""
     data = case.op.make(case.gate_shape, case.dtype)
     truth = outputs(case.op.truth, case.op.mode, data.wide())
-    checked = Checked({}, {})
+    checked = GateResult({}, {})
     for contender in case.op.contenders:
         # Compared inside the attempt: an error of a GPU kernel is raised at synchronization.
         errors, reason = attempt(lambda c=contender: deviations(run(c, case, data), truth))

@@ -16,17 +16,17 @@ class Shape:
     K: int
 
 
-class Head(NamedTuple):
+class HeadShape(NamedTuple):
     H: int
     V: int
 
 
 HEADS = {
-    "qwen3-0.6b": Head(1024, 151936),
-    "qwen3-1.7b": Head(2048, 151936),
-    "qwen3-8b": Head(4096, 151936),
-    "llama-3.1-8b": Head(4096, 128256),
-    "gemma-3-4b": Head(2560, 262208),
+    "qwen3-0.6b": HeadShape(1024, 151936),
+    "qwen3-1.7b": HeadShape(2048, 151936),
+    "qwen3-8b": HeadShape(4096, 151936),
+    "llama-3.1-8b": HeadShape(4096, 128256),
+    "gemma-3-4b": HeadShape(2560, 262208),
 }
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 # A dense teacher covers all tokens, a label is one token; other ops take any K.

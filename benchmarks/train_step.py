@@ -44,7 +44,7 @@ TURNS = 5
 MOST_ERROR = 1e-3
 
 
-class Work(NamedTuple):
+class TrainStep(NamedTuple):
     """A repeatable step, its gradient, and the modules that it needs."""
 
     step: Callable[[], object]
@@ -71,7 +71,7 @@ def _batch(shape: Shape) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
-class Known:
+class StoredTeacher:
     """A teacher that returns stored answers."""
 
     def __init__(self, answers: fd.TopK, vocab: int) -> None:
@@ -109,7 +109,7 @@ def settings(kind: Any, folder: str, **options: Any) -> Any:
     return kind(folder, **(shared | options))
 
 
-def _work(trainer: Any, batch: dict[str, Tensor], *more: nn.Module) -> Work:
+def _train_step(trainer: Any, batch: dict[str, Tensor], *more: nn.Module) -> TrainStep:
     """Forward, backward and update, as the trainer performs them."""
     trainer.create_optimizer()
     trainer.current_gradient_accumulation_steps = 1
@@ -130,7 +130,7 @@ def _work(trainer: Any, batch: dict[str, Tensor], *more: nn.Module) -> Work:
         model.zero_grad()
         return gradients
 
-    return Work(step, gradient, [model, *more])
+    return TrainStep(step, gradient, [model, *more])
 
 
 def _ours(shape: Shape, folder: str, teacher: Any, **options: Any) -> Any:
@@ -142,14 +142,14 @@ def _with_answers(shape: Shape, folder: str, batch: dict[str, Tensor]) -> dict[s
     with torch.no_grad():
         answers = Teacher(_llama(shape, 7)).topk(batch["input_ids"], k=shape.K)
 
-    def materialized() -> Work:
+    def materialized() -> TrainStep:
         trainer = _Materialized(_llama(shape, 0), settings(TrainingArguments, folder))
         trainer.answers = answers
-        return _work(trainer, batch)
+        return _train_step(trainer, batch)
 
-    def ours(**options: Any) -> Callable[[], Work]:
-        known = Known(answers, shape.V)
-        return lambda: _work(_ours(shape, folder, known, k=shape.K, **options), batch)
+    def ours(**options: Any) -> Callable[[], TrainStep]:
+        known = StoredTeacher(answers, shape.V)
+        return lambda: _train_step(_ours(shape, folder, known, k=shape.K, **options), batch)
 
     return {
         "materialised": materialized,
@@ -159,15 +159,15 @@ def _with_answers(shape: Shape, folder: str, batch: dict[str, Tensor]) -> dict[s
 
 
 def _with_teacher(shape: Shape, folder: str, batch: dict[str, Tensor]) -> dict[str, Any]:
-    def trl() -> Work:
+    def trl() -> TrainStep:
         teacher = _llama(shape, 7)
         trainer = gkd_trainer(_llama(shape, 0), teacher, folder, gradient_checkpointing=False)
-        return _work(trainer, batch, teacher)
+        return _train_step(trainer, batch, teacher)
 
-    def ours(k: int | None) -> Callable[[], Work]:
-        def make() -> Work:
+    def ours(k: int | None) -> Callable[[], TrainStep]:
+        def make() -> TrainStep:
             teacher = Teacher(_llama(shape, 7))
-            return _work(_ours(shape, folder, teacher, k=k), batch, teacher.model)
+            return _train_step(_ours(shape, folder, teacher, k=k), batch, teacher.model)
 
         return make
 
@@ -217,7 +217,7 @@ def rows(shape: Shape = SHAPE) -> list[Row]:
     return results
 
 
-def _measure(op: str, contenders: dict[str, Callable[[], Work]], shape: Shape) -> list[Row]:
+def _measure(op: str, contenders: dict[str, Callable[[], TrainStep]], shape: Shape) -> list[Row]:
     rows: list[Row] = []
     works: dict[str, Callable[[], object]] = {}
     truth: Tensor | None = None

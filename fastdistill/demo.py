@@ -32,7 +32,7 @@ from .demo_models import STUDENT, TEACHER, WINDOW, new_llama, shipped_teacher, t
 from .demo_result import ARMS, METRICS, DemoResult, DemoRun
 from .files import write_json
 from .intervals import Estimate, bootstrap_ratio, mean_of_runs, paired_difference
-from .progress import Steps
+from .progress import PhaseProgress
 from .remembering import MemoizedTeacher
 from .teacher import Teacher
 from .training.config import DistillConfig
@@ -85,7 +85,7 @@ def run_demo(
             f"out: expected a folder that can be made, got {folder}: {error}"
         ) from None
     start = time.perf_counter()
-    with _quiet_transformers(), Steps() as progress:
+    with _quiet_transformers(), PhaseProgress() as progress:
         setting = _prepare(data, steps * batch_size, k, teacher_steps, progress)
         with one_thread():
             made = [
@@ -121,7 +121,7 @@ def run_demo(
 
 
 def _prepare(
-    data: str | Path | None, n_windows: int, k: int, teacher_steps: int, progress: Steps
+    data: str | Path | None, n_windows: int, k: int, teacher_steps: int, progress: PhaseProgress
 ) -> _Setting:
     text = corpus.standard_library() if data is None else corpus.from_path(data)
     if data is None:
@@ -150,7 +150,7 @@ def _prepare(
 
 
 def _teacher_from(
-    text: Corpus, steps: int, progress: Steps
+    text: Corpus, steps: int, progress: PhaseProgress
 ) -> tuple[Teacher, PreTrainedTokenizerBase]:
     tokenizer = corpus.train_tokenizer(text.train)
     windows = corpus.packed_windows(text.train, tokenizer, length=WINDOW)
@@ -168,7 +168,7 @@ def _teacher_from(
 
 
 def _run(
-    arm: str, seed: int, setting: _Setting, sizes: dict[str, int], progress: Steps
+    arm: str, seed: int, setting: _Setting, sizes: dict[str, int], progress: PhaseProgress
 ) -> tuple[DemoRun, PreTrainedModel]:
     trained = train_model(
         new_llama(STUDENT, vocab_size=setting.teacher.vocab_size, seed=seed),

@@ -14,7 +14,7 @@ from .kernels.backends import get_backend
 from .kernels.dense_loss import dense
 from .kernels.head import Head
 from .kernels.op_dense import dense_loss, dense_rows
-from .kernels.rows import RowOptions
+from .kernels.rows import LossOptions
 from .losses import Divergence
 from .operands import check_mix, check_reduction, operands, token_weights
 
@@ -86,7 +86,9 @@ def linear_distill_loss(
             "teacher_hidden", f"positions {list(ops.batch_shape)}", list(teacher.batch_shape)
         )
     checks.same_device("teacher_hidden", teacher_hidden, hidden)
-    options = RowOptions(divergence, beta, skew, "bucket", temperature, t2_scale, ce_weight, z_loss)
+    options = LossOptions(
+        divergence, beta, skew, "bucket", temperature, t2_scale, ce_weight, z_loss
+    )
     check_mix(options)
     checks.choice("backward", backward, ("auto", "fused", "recompute"))
     check_reduction(reduction, num_items, token_weight, hidden)
@@ -133,7 +135,7 @@ def _run(
     teacher: Head,
     label_N: Tensor | None,
     coef_N: Tensor,
-    options: RowOptions,
+    options: LossOptions,
     impl: str,
     per_row: bool,
 ) -> tuple[Tensor | None, Tensor]:
@@ -191,7 +193,7 @@ def _reference(
     teacher: Head,
     label_N: Tensor | None,
     coef_N: Tensor,
-    options: RowOptions,
+    options: LossOptions,
 ) -> tuple[Tensor, Tensor]:
     from . import reference
 

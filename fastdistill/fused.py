@@ -19,8 +19,8 @@ from .kernels.backends import get_backend
 from .kernels.head import Head, round_scaled
 from .kernels.op_common import or_none
 from .kernels.op_losses import raise_no_second_derivative, scale_saved, topk_loss
-from .kernels.rows import Gathered, RowOptions, entropy_of, first_slots, token_loss_forward
-from .kernels.topk_loss import Fused, callable_token_loss, named_token_loss
+from .kernels.rows import Gathered, LossOptions, entropy_of, first_slots, token_loss_forward
+from .kernels.topk_loss import FusedLoss, callable_token_loss, named_token_loss
 from .kernels.topk_loss import fused as fused_loss
 from .operands import Operands, TeacherRows
 from .outputs import DistillOutput
@@ -49,7 +49,7 @@ def gathered_ids(teacher_rows: TeacherRows, label_N: Tensor | None) -> Tensor:
     return ids if label_N is None else torch.cat([ids, label_N.unsqueeze(-1)], -1)
 
 
-def needed_label(label_N: Tensor | None, options: RowOptions, statistics: bool) -> Tensor | None:
+def needed_label(label_N: Tensor | None, options: LossOptions, statistics: bool) -> Tensor | None:
     """The label if it is needed: for statistics or cross-entropy."""
     return label_N if statistics or options.ce_weight else None
 
@@ -59,7 +59,7 @@ def recomputed(
     head: Head,
     teacher_rows: TeacherRows,
     label_N: Tensor | None,
-    options: RowOptions,
+    options: LossOptions,
     statistics: bool,
     impl: str,
     shard: Shard | None,
@@ -78,7 +78,7 @@ def by_rows(
     x: Tensor,
     head: Head,
     teacher_rows: TeacherRows,
-    options: RowOptions,
+    options: LossOptions,
     impl: str,
     shard: Shard | None,
 ) -> LossTerms:
@@ -93,7 +93,7 @@ def fused(
     teacher_rows: TeacherRows,
     label_N: Tensor | None,
     coef_N: Tensor,
-    options: RowOptions,
+    options: LossOptions,
     statistics: bool,
     impl: str,
     shard: Shard | None,
@@ -107,7 +107,7 @@ def fused(
             checks.fail("backward", "'recompute' or 'auto' under torch.compile", "'fused'",
                         "a callable divergence cannot enter an operator")  # fmt: skip
 
-        def run(coef: Tensor, x: Tensor, head: Head, need: list[bool]) -> Fused:
+        def run(coef: Tensor, x: Tensor, head: Head, need: list[bool]) -> FusedLoss:
             out = fused_loss(
                 get_backend(impl if shard is None else backend_of(impl, head)),
                 head,
@@ -212,7 +212,7 @@ def by_reference(
     teacher_rows: TeacherRows,
     label_N: Tensor | None,
     coef_N: Tensor,
-    options: RowOptions,
+    options: LossOptions,
 ) -> LossTerms:
     from . import reference
 
@@ -232,7 +232,7 @@ def by_reference(
 
 
 def empty_output(
-    ops: Operands, x: Tensor, reduction: str, options: RowOptions, label_N: Tensor | None
+    ops: Operands, x: Tensor, reduction: str, options: LossOptions, label_N: Tensor | None
 ) -> DistillOutput:
     """The result without any counted position: 0, with zero gradients."""
     zero = torch.zeros(ops.batch_shape, dtype=ops.head.dtype, device=x.device)

@@ -18,7 +18,7 @@ from torch import Tensor
 from . import checks
 from .backend import resolve_impl
 from .fused import LossTerms, by_reference, by_rows, empty_output, fused, recomputed
-from .kernels.rows import RowOptions
+from .kernels.rows import LossOptions
 from .operands import (
     Operands,
     TeacherRows,
@@ -70,7 +70,7 @@ def topk_distill_loss(
 
     Same arguments and errors. Returns a scalar, or [...] for reduction="none".
     """
-    options = RowOptions(
+    options = LossOptions(
         divergence, beta, skew, tail, temperature, t2_scale, ce_weight, z_loss, grad_filter_eps
     )
     return _distill(
@@ -175,7 +175,7 @@ def topk_distill(
     Raises:
         ValueError or TypeError that names the argument, what was expected and what was passed.
     """
-    options = RowOptions(
+    options = LossOptions(
         divergence, beta, skew, tail, temperature, t2_scale, ce_weight, z_loss, grad_filter_eps
     )
     return _distill(
@@ -202,7 +202,7 @@ def _distill(
     weight: Tensor,
     teacher: TopK,
     labels: Tensor | None,
-    options: RowOptions,
+    options: LossOptions,
     token_weight: Tensor | None,
     ignore_index: int,
     reduction: str,

@@ -16,7 +16,7 @@ from torch import Tensor
 from . import checks
 from .kernels.divergences import NAMES, floor_of, minimum_of
 from .kernels.head import Head
-from .kernels.rows import TAILS, RowOptions, Teacher, merge_repeats
+from .kernels.rows import TAILS, LossOptions, TeacherTopK, merge_repeats
 from .outputs import TopK
 from .parallel import Placement, Shard, is_dtensor, nonempty_rows, shard_of
 
@@ -85,11 +85,11 @@ def operands(
 class TeacherRows(NamedTuple):
     """The teacher's answers for the kernels, and their mass before any renormalization."""
 
-    teacher: Teacher
+    teacher: TeacherTopK
     mass: Tensor
 
     def take(self, rows: Tensor) -> TeacherRows:
-        return TeacherRows(Teacher(*(t[rows] for t in self.teacher)), self.mass[rows])
+        return TeacherRows(TeacherTopK(*(t[rows] for t in self.teacher)), self.mass[rows])
 
 
 def to_teacher_rows(
@@ -117,7 +117,7 @@ def to_teacher_rows(
     if tail == "renorm_both" and teacher.temperature != temperature:
         # On the ids alone, p at T is the answers' p to the power T_answers / T, renormalized.
         lp = (lp * (teacher.temperature / temperature)).clamp(min=floor).masked_fill(empty, floor)
-    return TeacherRows(Teacher(ids, lp, log_tail), mass)
+    return TeacherRows(TeacherTopK(ids, lp, log_tail), mass)
 
 
 class TokenWeights(NamedTuple):
@@ -258,7 +258,7 @@ def _is_inside(module: str, package: str) -> bool:
     return module.partition(".")[0] in (package, "torch")
 
 
-def check_mix(options: RowOptions) -> None:
+def check_mix(options: LossOptions) -> None:
     """Check the divergence and the scalars that shape a per-token loss."""
     check_divergence(options.divergence, options.beta, options.skew, options.tail)
     if options.t2_scale not in (True, False):

@@ -92,7 +92,7 @@ class _BarContext:
         self._bar.stop()
 
 
-class Work(_BarContext):
+class RowProgress(_BarContext):
     """A bar over rows: rows done, size so far and in all, time left."""
 
     def __init__(self, what: str, *, total: int, done: int = 0, size: int = 0) -> None:
@@ -113,7 +113,7 @@ class Work(_BarContext):
             self._lines.at(self._done, f", {sizes}")
 
 
-class Steps(_BarContext):
+class PhaseProgress(_BarContext):
     """One bar per phase, on stderr."""
 
     def __init__(self) -> None:
@@ -136,7 +136,7 @@ class _Advance(TrainerCallback):
             self._lines.at(state.global_step)
 
 
-class Training(TrainerCallback):
+class TrainingProgress(TrainerCallback):
     """A trainer's steps, last loss and time left; without a terminal, a line per log."""
 
     def __init__(self) -> None:

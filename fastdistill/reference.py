@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .kernels.rows import RowOptions
+from .kernels.rows import LossOptions
 from .outputs import SelectedLogits, TokenScores, TopK
 
 Fn = Callable[[Tensor, Tensor], Tensor]
@@ -127,7 +127,7 @@ def topk_distill(
     log_tail: Tensor,
     labels: Tensor | None,
     coef: Tensor,
-    options: RowOptions,
+    options: LossOptions,
     **head,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]:
     """(Σ coef · ℓ, ℓ, D, student mass, lse at T=1, nll, entropy at T), [N] except the first.
@@ -185,7 +185,7 @@ def linear_distill(
     teacher_logits: Tensor,
     labels: Tensor | None,
     coef: Tensor,
-    options: RowOptions,
+    options: LossOptions,
     **head,
 ) -> tuple[Tensor, Tensor]:
     """(Σ coef · ℓ, ℓ [N]) for a dense teacher's [N, V] logits at T=1."""

@@ -12,7 +12,7 @@ from .backend import resolve_impl
 from .kernels.backends import get_backend
 from .kernels.op_gather import gather_logits
 from .kernels.row_scores import scores
-from .kernels.rows import Gathered, RowOptions, Teacher, token_loss_forward
+from .kernels.rows import Gathered, LossOptions, TeacherTopK, token_loss_forward
 from .operands import Operands, TeacherRows, operands, to_teacher_rows
 from .outputs import TokenScores, TopK
 
@@ -113,12 +113,12 @@ def token_scores(
     return TokenScores._make(None if f is None else ops.unflatten(f) for f in result)
 
 
-def _options(name: str, temperature: float) -> RowOptions:
-    return RowOptions(name, 0.5, 0.1, "bucket", temperature, False, 0.0, 0.0)
+def _options(name: str, temperature: float) -> LossOptions:
+    return LossOptions(name, 0.5, 0.1, "bucket", temperature, False, 0.0, 0.0)
 
 
 def _rows(
-    gathered: Gathered, teacher: Teacher, label_N: Tensor | None, name: str, temperature: float
+    gathered: Gathered, teacher: TeacherTopK, label_N: Tensor | None, name: str, temperature: float
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(D, student mass, nll) [N] of a named divergence with the bucket tail."""
     rows = token_loss_forward(gathered, teacher, label_N, _options(name, temperature))

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from .engines import Backend
 from .head import DenseRows, Head, blocks, chunk_tokens, round_scaled
-from .rows import RowOptions
+from .rows import LossOptions
 
 
-class Dense(NamedTuple):
+class DenseLoss(NamedTuple):
     """The scalar loss, per_token [N], and the gradients of the loss.
 
     Each gradient (None unless needed) is multiplied by its entry of `grad_scale` [3].
@@ -42,12 +42,12 @@ def dense(
     teacher_hidden_NG: Tensor,
     label_N: Tensor | None,
     coef_N: Tensor,
-    options: RowOptions,
+    options: LossOptions,
     *,
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
-) -> Dense:
+) -> DenseLoss:
     """Return Σ coef · ℓ, ℓ [N] and the gradients; label_N is negative without a label."""
     N = hidden_NH.shape[0]
     grad = need_hidden or need_weight or need_bias
@@ -114,4 +114,4 @@ def dense(
     dx, on_dx = round_scaled(dx_NH, hidden_NH)
     db, on_db = round_scaled(db, coef_N if head.bias is None else head.bias)
     grad_scale = torch.stack([on_dx, on_dw, on_db])
-    return Dense((coef_N * per_token).sum(), per_token, dx, dw, db, grad_scale)
+    return DenseLoss((coef_N * per_token).sum(), per_token, dx, dw, db, grad_scale)

@@ -16,7 +16,7 @@ from .backends import get_backend
 from .head import Head
 from .op_common import accumulator, fake_grads, full_precision, needed, or_empty
 from .op_losses import saved_grads, scale_saved
-from .rows import RowOptions
+from .rows import LossOptions
 
 
 @torch.library.custom_op("fastdistill::dense_loss", mutates_args=())
@@ -45,7 +45,9 @@ def dense_loss(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, per_token, grad_scale, dx, dw, db)."""
-    options = RowOptions(divergence, beta, skew, "bucket", temperature, t2_scale, ce_weight, z_loss)
+    options = LossOptions(
+        divergence, beta, skew, "bucket", temperature, t2_scale, ce_weight, z_loss
+    )
     with full_precision(hidden):
         out = losses.dense(
             get_backend(impl),

@@ -16,7 +16,7 @@ from . import topk_loss as losses
 from .backends import get_backend
 from .head import Head
 from .op_common import chosen, fake_grads, full_precision, needed, or_empty
-from .rows import RowOptions, Teacher
+from .rows import LossOptions, TeacherTopK
 
 
 @torch.library.custom_op("fastdistill::topk_loss", mutates_args=())
@@ -48,14 +48,14 @@ def topk_loss(
     filter_eps: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, per_token, divergence, student_mass, lse, nll, entropy, grad_scale, dx, dw, db)."""
-    options = RowOptions(divergence, beta, skew, tail, temperature, t2_scale, ce_weight, z_loss)
+    options = LossOptions(divergence, beta, skew, tail, temperature, t2_scale, ce_weight, z_loss)
     with full_precision(hidden):
         out = losses.fused(
             get_backend(impl),
             Head(weight, bias, logit_scale, softcap, temperature, vocab),
             hidden,
             ids,
-            Teacher(teacher_ids, teacher_lp, teacher_log_tail),
+            TeacherTopK(teacher_ids, teacher_lp, teacher_log_tail),
             labels,
             coef,
             losses.named_token_loss(options),

@@ -18,7 +18,7 @@ from .head import Head, blocks
 from .rows import ABSENT, NEG, first_slots
 
 
-class Scores(NamedTuple):
+class HeadScores(NamedTuple):
     """[N] each at T; lse_rest_base at T=1; z_ids [N, S] at T."""
 
     z_ids: Tensor
@@ -35,7 +35,7 @@ class Scores(NamedTuple):
 
 def scores(
     backend: Backend, head: Head, hidden_NH: Tensor, ids_NS: Tensor, label_u_N: Tensor | None
-) -> Scores:
+) -> HeadScores:
     """Return the scores; label_u_N is the label's logit at T=1, from a product with its row."""
     parts = [
         _block(
@@ -47,12 +47,12 @@ def scores(
         )
         for at in blocks(max(1, hidden_NH.shape[0]), backend.block_tokens)
     ]
-    return Scores._make(torch.cat(pieces) for pieces in zip(*parts, strict=True))
+    return HeadScores._make(torch.cat(pieces) for pieces in zip(*parts, strict=True))
 
 
 def _block(
     backend: Backend, head: Head, hidden_nH: Tensor, ids_nS: Tensor, label_u_n: Tensor | None
-) -> Scores:
+) -> HeadScores:
     T = head.temperature
     scanned = backend.scan(
         head, hidden_nH, ids_nS, moments=2, base=True, best=True, label_u_n=label_u_n
@@ -75,7 +75,7 @@ def _block(
     s0, s1, s2 = running.sums
     mean = s1 / s0
     lse = running.lse()
-    return Scores(
+    return HeadScores(
         torch.where(u_nS < ABSENT, NEG, u_nS / T),
         lse_rest,
         base,

@@ -29,7 +29,7 @@ ABSENT = -1e20  # values below it are NEG, possibly divided by a temperature
 TAILS = ("bucket", "truncate", "renorm_teacher", "renorm_both")
 
 
-class RowOptions(NamedTuple):
+class LossOptions(NamedTuple):
     """The scalars of one loss call, in the order the operators take them."""
 
     divergence: str | Callable[[Tensor, Tensor], Tensor]
@@ -53,7 +53,7 @@ class RowOptions(NamedTuple):
         return bool(self.ce_weight or self.z_loss)
 
 
-class Teacher(NamedTuple):
+class TeacherTopK(NamedTuple):
     """Checked answers: finite, floored, merged. ids_NK int64 (−1 empty), lp_NK, log_tail_N."""
 
     ids: Tensor
@@ -104,7 +104,9 @@ def log_share_left(log_q_S: Tensor, log_q_tail: Tensor) -> Tensor:
     return torch.where(inside < 0.5, torch.log1p(-inside.clamp(max=0.5)), log_q_tail)
 
 
-def _columns(gathered: Gathered, teacher: Teacher, label_N: Tensor | None, tail: str) -> _Columns:
+def _columns(
+    gathered: Gathered, teacher: TeacherTopK, label_N: Tensor | None, tail: str
+) -> _Columns:
     K = teacher.ids.shape[-1]
     empty = teacher.ids < 0
     floor = floor_of(teacher.lp.dtype)
@@ -144,7 +146,7 @@ def _on_ids(divergence: Divergence, tail: str) -> float:
     return divergence.on_ids if tail == "truncate" else 0.0
 
 
-def _base(gathered: Gathered, teacher: Teacher, label_N: Tensor | None, T: float) -> Tensor:
+def _base(gathered: Gathered, teacher: TeacherTopK, label_N: Tensor | None, T: float) -> Tensor:
     """lse₁ [N]: log-sum-exp of the logits at T=1."""
     u_S = torch.where(gathered.z < ABSENT, NEG, gathered.z * T)
     if label_N is not None:
@@ -156,7 +158,7 @@ def _base(gathered: Gathered, teacher: Teacher, label_N: Tensor | None, T: float
 
 
 def token_loss_forward(
-    gathered: Gathered, teacher: Teacher, label_N: Tensor | None, options: RowOptions
+    gathered: Gathered, teacher: TeacherTopK, label_N: Tensor | None, options: LossOptions
 ) -> TokenLosses:
     """Per-token loss and statistics, [N] each; differentiable in `gathered`.
 
@@ -196,9 +198,9 @@ def token_loss_forward(
 
 def token_loss_backward(
     gathered: Gathered,
-    teacher: Teacher,
+    teacher: TeacherTopK,
     label_N: Tensor | None,
-    options: RowOptions,
+    options: LossOptions,
     coef_N: Tensor,
 ) -> Gathered:
     """d(Σ coef · per_token) / d(z, lse_rest, lse_base) for a named divergence, in closed form."""

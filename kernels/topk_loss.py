@@ -21,8 +21,8 @@ from .engines import Backend
 from .head import Head, Stats, blocks, chunk_tokens, round_scaled, sums_in_16_bits
 from .rows import (
     Gathered,
-    RowOptions,
-    Teacher,
+    LossOptions,
+    TeacherTopK,
     TokenLosses,
     entropy_of,
     first_slots,
@@ -34,11 +34,11 @@ from .rows import token_loss_forward as _token_loss_forward
 CARRIED_CHUNKS = {"cpu": 2, "cuda": 4}
 
 TokenLossFunction = Callable[
-    [Gathered, Teacher, Tensor | None, Tensor, bool], tuple[TokenLosses, Gathered | None]
+    [Gathered, TeacherTopK, Tensor | None, Tensor, bool], tuple[TokenLosses, Gathered | None]
 ]
 
 
-class Fused(NamedTuple):
+class FusedLoss(NamedTuple):
     """The summed loss, per-token statistics [N], and the gradients of the sum.
 
     Each gradient (None unless needed) is multiplied by its entry of `grad_scale` [3].
@@ -53,11 +53,11 @@ class Fused(NamedTuple):
     grad_scale: Tensor
 
 
-def named_token_loss(options: RowOptions) -> TokenLossFunction:
+def named_token_loss(options: LossOptions) -> TokenLossFunction:
     """Loss and closed-form gradient of a named divergence."""
 
     def run(
-        gathered: Gathered, teacher: Teacher, label_N: Tensor | None, coef_N: Tensor, grad: bool
+        gathered: Gathered, teacher: TeacherTopK, label_N: Tensor | None, coef_N: Tensor, grad: bool
     ) -> tuple[TokenLosses, Gathered | None]:
         rows = _token_loss_forward(gathered, teacher, label_N, options)
         return rows, token_loss_backward(
@@ -67,11 +67,11 @@ def named_token_loss(options: RowOptions) -> TokenLossFunction:
     return run
 
 
-def callable_token_loss(options: RowOptions) -> TokenLossFunction:
+def callable_token_loss(options: LossOptions) -> TokenLossFunction:
     """Loss and gradient of a user's divergence, by autograd on the [n, K] tensors."""
 
     def run(
-        gathered: Gathered, teacher: Teacher, label_N: Tensor | None, coef_N: Tensor, grad: bool
+        gathered: Gathered, teacher: TeacherTopK, label_N: Tensor | None, coef_N: Tensor, grad: bool
     ) -> tuple[TokenLosses, Gathered | None]:
         if not grad:
             return _token_loss_forward(gathered, teacher, label_N, options), None
@@ -97,7 +97,7 @@ def fused(
     head: Head,
     hidden_NH: Tensor,
     ids_NS: Tensor,
-    teacher: Teacher,
+    teacher: TeacherTopK,
     label_N: Tensor | None,
     coef_N: Tensor,
     token_loss: TokenLossFunction,
@@ -110,7 +110,7 @@ def fused(
     combine: Callable[[Stats], Stats] | None = None,
     chunk: int | None = None,
     filter_eps: float | None = None,
-) -> Fused:
+) -> FusedLoss:
     """Loss, statistics and gradients in one pass over chunks of tokens.
 
     Args:
@@ -153,7 +153,7 @@ def fused(
         local = scanned.stats()
         stats = local if combine is None else combine(local)
         gathered = Gathered(stats.z_ids, stats.lse_rest, stats.lse_base)
-        part = Teacher(*(t[at] for t in teacher))
+        part = TeacherTopK(*(t[at] for t in teacher))
         rows, g = token_loss(gathered, part, label, coef, grad)
         loss += (coef * rows.per_token).sum()
         row_parts.append(rows)
@@ -187,7 +187,7 @@ def fused(
     rows = TokenLosses._make(
         None if pieces[0] is None else torch.cat(pieces) for pieces in zip(*row_parts, strict=True)
     )
-    return Fused(
+    return FusedLoss(
         loss,
         rows,
         torch.cat(entropy_parts) if entropy else None,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .divergences import floor_of, of_callable, resolve
 from .head import DenseRows, Head, blocks
-from .rows import RowOptions
+from .rows import LossOptions
 from .torch_slabs import Matmul, logits_view, slabs
 
 
@@ -24,7 +24,7 @@ def dense_sums(
     lse_n: Tensor,
     teacher_lse_n: Tensor,
     label_n: Tensor | None,
-    options: RowOptions,
+    options: LossOptions,
     *,
     grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -68,7 +68,7 @@ def dense_grads(
     hidden_nH: Tensor,
     buffers: tuple[Tensor, Tensor],
     rows: DenseRows,
-    options: RowOptions,
+    options: LossOptions,
     *,
     first: bool,
     dx: Tensor | None,

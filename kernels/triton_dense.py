@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .divergences import floor_of, of_callable
 from .head import DenseRows, Head, blocks, grad_scale_of
-from .rows import RowOptions
+from .rows import LossOptions
 from .triton_common import (
     add_product,
     launch,
@@ -180,7 +180,7 @@ def dense_sums(
     lse_n: Tensor,
     teacher_lse_n: Tensor,
     label_n: Tensor | None,
-    options: RowOptions,
+    options: LossOptions,
     *,
     grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -239,7 +239,7 @@ def dense_grads(
     hidden_nH: Tensor,
     buffers: tuple[Tensor, Tensor],
     rows: DenseRows,
-    options: RowOptions,
+    options: LossOptions,
     *,
     first: bool,
     dx: Tensor | None,

@@ -51,12 +51,12 @@ def test_a_trl_without_its_trainer_is_named(monkeypatch, tmp_path):
 
 
 def test_another_loss_is_refused(monkeypatch):
-    class Wrong(train_step.Known):
+    class Wrong(train_step.StoredTeacher):
         def topk(self, *args, **kwargs):
             answers = super().topk(*args, **kwargs)
             return answers._replace(ids=(answers.ids + 1) % SMALL.V)
 
-    monkeypatch.setattr(train_step, "Known", Wrong)
+    monkeypatch.setattr(train_step, "StoredTeacher", Wrong)
     with pytest.raises(GateError, match="the gradient of ours is"):
         train_step.rows(SMALL)
 

@@ -17,12 +17,12 @@ import fastdistill as fd
 from fastdistill.kernels import dense_loss, head, lse_gather, row_scores, topk, topk_loss
 from fastdistill.kernels.backends import get_backend
 from fastdistill.kernels.head import Head, Stats
-from fastdistill.kernels.rows import RowOptions
+from fastdistill.kernels.rows import LossOptions
 from fastdistill.operands import to_teacher_rows
 
 N, H, V, K = 8192, 4096, 128256, 64
 NVH = N * V * H
-OPTIONS = RowOptions("forward_kl", 0.5, 0.1, "bucket", 1.0, False, 0.0, 0.0)
+OPTIONS = LossOptions("forward_kl", 0.5, 0.1, "bucket", 1.0, False, 0.0, 0.0)
 NEED = {"need_hidden": True, "need_weight": True, "need_bias": False}
 
 

@@ -17,14 +17,14 @@ class Gone(io.StringIO):
 
 
 def steps(total):
-    with progress.Steps() as bar:
+    with progress.PhaseProgress() as bar:
         (callback,) = bar.phase("steps", total=total)
         for step in range(1, total + 1):
             callback.on_step_end(None, type("State", (), {"global_step": step}), None)
 
 
 def rows(total):
-    with progress.Work("rows", total=total + 1, done=1, size=1_000_000) as bar:
+    with progress.RowProgress("rows", total=total + 1, done=1, size=1_000_000) as bar:
         for _ in range(total):
             bar.advance(1, 1_000_000)
 
@@ -59,4 +59,4 @@ def test_a_log_that_cannot_be_written_ends_no_work(work, monkeypatch):
 def test_a_training_goes_on_when_nobody_reads_its_lines(monkeypatch):
     monkeypatch.setattr("sys.stderr", Gone())
     state = type("State", (), {"global_step": 1, "max_steps": 2, "is_world_process_zero": True})
-    progress.Training().on_log(None, state, None, logs={"loss": 1.0})
+    progress.TrainingProgress().on_log(None, state, None, logs={"loss": 1.0})

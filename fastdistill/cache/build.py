@@ -26,7 +26,7 @@ from torch import Tensor
 from ..answer_checks import AnswerRules, find_invalid, find_shape_error
 from ..examples import Encoder
 from ..outputs import TopK
-from ..progress import Work
+from ..progress import RowProgress
 from .codec import pack
 from .manifest import (
     SETTINGS,
@@ -104,7 +104,7 @@ def build(
         rows_done, size = sum(n.rows for n in done.values()), sum(n.bytes for n in done.values())
         _check_free_space(folder, bytes_per_row * (total - rows_done))
         with (
-            Work("Caching the teacher", total=total, done=rows_done, size=size) as bar,
+            RowProgress("Caching the teacher", total=total, done=rows_done, size=size) as bar,
             _background_writer(folder, settings) as write,
         ):
             for index in own_shards:
@@ -115,7 +115,7 @@ def build(
 
 
 def _answer_shard(
-    index: int, settings: Settings, source: Source, dataset: Any, encoder: Encoder, bar: Work
+    index: int, settings: Settings, source: Source, dataset: Any, encoder: Encoder, bar: RowProgress
 ) -> Writer:
     rows = [encode_row(dataset, encoder, i, settings) for i in settings.rows_of(index)]
     keys = [key_of(row.tokens.numpy()) for row in rows]

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ..files import sha256_of, write_json
-from ..progress import Work
+from ..progress import RowProgress
 from ..runtime.json_text import read_json
 from .manifest import CacheError, Manifest, Shard
 
@@ -56,7 +56,7 @@ def _size_is_wrong(folder: Path, shard: Shard) -> str | None:
 def _hashes_are_wrong(folder: Path, shards: list[Shard]) -> list[str]:
     problems = []
     with (
-        Work("Reading the cache", total=len(shards)) as bar,
+        RowProgress("Reading the cache", total=len(shards)) as bar,
         ThreadPoolExecutor(2) as pool,  # hashing releases the GIL
     ):
         digests = pool.map(lambda s: sha256_of(folder / s.file), shards)

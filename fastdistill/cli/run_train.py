@@ -17,7 +17,7 @@ from transformers import PrinterCallback, TrainingArguments
 
 from ..examples import Encoder, check_example
 from ..json_lines import JsonLines
-from ..progress import Training
+from ..progress import TrainingProgress
 from ..run_report import write_run_report
 from ..run_series import has_diverged
 from ..runtime.printable import printable
@@ -76,7 +76,7 @@ def run(options: Train, extra: dict[str, Any]) -> dict[str, Any] | None:
         eval_dataset=held_out,
         processing_class=tokenizer,
         peft_config=_adapters(options.lora_rank),
-        callbacks=[Training()],
+        callbacks=[TrainingProgress()],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.check_savable()
