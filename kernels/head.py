@@ -82,15 +82,15 @@ class RunningLSE:
 
     def merge(self, top: Tensor, sums: list[Tensor]) -> None:
         """Add sums about `top` ≥ self.top."""
-        down = torch.where(self.top < ABSENT, 0.0, self.top - top)
-        fade = torch.where(self.top < ABSENT, 0.0, down.exp())
+        shift = torch.where(self.top < ABSENT, 0.0, self.top - top)
+        decay = torch.where(self.top < ABSENT, 0.0, shift.exp())
         old = self.sums
         shifted = [old[0]]
         if len(old) > 1:
-            shifted.append(old[1] + down * old[0])
+            shifted.append(old[1] + shift * old[0])
         if len(old) > 2:
-            shifted.append(old[2] + 2 * down * old[1] + down.square() * old[0])
-        self.sums = [fade * a + b for a, b in zip(shifted, sums, strict=True)]
+            shifted.append(old[2] + 2 * shift * old[1] + shift.square() * old[0])
+        self.sums = [decay * a + b for a, b in zip(shifted, sums, strict=True)]
         self.top = top
 
     def lse(self) -> Tensor:

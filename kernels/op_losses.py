@@ -126,9 +126,9 @@ def scale_saved(
     they must outlive the call, and a traced graph owns no memory: then the product is a new tensor.
     """
     factors = (grad / grad_scale).unbind()
-    ours = type(grad) is Tensor and not torch._C._autograd._get_current_graph_task_keep_graph()
+    in_place = type(grad) is Tensor and not torch._C._autograd._get_current_graph_task_keep_graph()
     pairs = zip(saved, factors, strict=True)
-    return chosen((scaled(g, f, ours) if g.numel() else g for g, f in pairs), need)
+    return chosen((scaled(g, f, in_place) if g.numel() else g for g, f in pairs), need)
 
 
 def scaled(grad: Tensor, factor: Tensor, in_place: bool) -> Tensor:

@@ -61,17 +61,17 @@ def _block(
     assert scanned.best is not None
     best, best_id, above = scanned.best
     unique = first_slots(ids_nS)
-    counted = torch.where(unique, u_nS, NEG)
+    unique_u = torch.where(unique, u_nS, NEG)
     if label_u_n is not None:
-        above = above + (counted > u_nS[:, -1:]).sum(-1)
+        above = above + (unique_u > u_nS[:, -1:]).sum(-1)
     lse_rest = running.lse()
     base = lse_rest if scanned.rest_base is None else scanned.rest_base.lse()
     if ids_nS.shape[1]:
-        running.add(counted.t())
-        slot_u, slot = counted.max(-1)
+        running.add(unique_u.t())
+        slot_u, slot = unique_u.max(-1)
         slot_id = ids_nS.gather(-1, slot.unsqueeze(-1))[:, 0]
         best_id = torch.where(slot_u > best[:, 0], slot_id, best_id)
-        best = torch.cat([best, counted], -1).topk(2, -1).values
+        best = torch.cat([best, unique_u], -1).topk(2, -1).values
     s0, s1, s2 = running.sums
     mean = s1 / s0
     lse = running.lse()

@@ -89,12 +89,12 @@ class _Columns(NamedTuple):
     log_q_tail: Tensor | None  # (N,)
 
 
-def outside_label(ids_NK: Tensor, labels_N: Tensor) -> Tensor:
+def has_new_label(ids_NK: Tensor, labels_N: Tensor) -> Tensor:
     """bool [N]: whether the label is a real token outside the teacher's slots."""
     return (labels_N >= 0) & ~(ids_NK == labels_N.unsqueeze(-1)).any(-1)
 
 
-def log_share_left(log_q_S: Tensor, log_q_tail: Tensor) -> Tensor:
+def log_tail_of(log_q_S: Tensor, log_q_tail: Tensor) -> Tensor:
     """log(1 − Σ_S q) [N], from whichever form is exact.
 
     `log_q_tail`, a difference of two log-sum-exps, is used if S holds at least half of the mass.
@@ -123,11 +123,11 @@ def _columns(
     assert gathered.lse_rest is not None
     lse_tail = gathered.lse_rest
     if label_N is not None:
-        z_y = gathered.z[:, K].masked_fill(~outside_label(teacher.ids, label_N), NEG)
+        z_y = gathered.z[:, K].masked_fill(~has_new_label(teacher.ids, label_N), NEG)
         lse_tail = torch.logaddexp(lse_tail, z_y)
     lse = torch.logaddexp(lse_tail, lse_S)
     lq = (z_S - lse.unsqueeze(-1)).masked_fill(empty, floor)
-    log_q_tail = log_share_left(lq, lse_tail - lse)
+    log_q_tail = log_tail_of(lq, lse_tail - lse)
     if tail == "bucket":
         # If the ids cover the vocabulary, the bucket holds rounding error only: like an empty slot,
         # it is set to the floor on both sides.
@@ -150,7 +150,7 @@ def _base(gathered: Gathered, teacher: TeacherTopK, label_N: Tensor | None, T: f
     """lse₁ [N]: log-sum-exp of the logits at T=1."""
     u_S = torch.where(gathered.z < ABSENT, NEG, gathered.z * T)
     if label_N is not None:
-        repeated = ~outside_label(teacher.ids, label_N)
+        repeated = ~has_new_label(teacher.ids, label_N)
         u_S = torch.cat([u_S[:, :-1], u_S[:, -1:].masked_fill(repeated.unsqueeze(-1), NEG)], -1)
     rest = gathered.lse_rest if gathered.lse_base is None else gathered.lse_base
     assert rest is not None
@@ -233,7 +233,7 @@ def token_loss_backward(
         g_tail = g_tail * scale[:, 0]
         g_rest = g_tail * (gathered.lse_rest - cols.lse_tail).exp()
         if label_N is not None:
-            new = outside_label(teacher.ids, label_N)
+            new = has_new_label(teacher.ids, label_N)
             g_z[:, K] = (g_tail * (gathered.z[:, K] - cols.lse_tail).exp()).masked_fill(~new, 0.0)
     g_base = None
     if options.needs_base:
@@ -243,7 +243,7 @@ def token_loss_backward(
         on_lse = on_ce + coef_N * 2 * options.z_loss * lse
         q1 = (gathered.z * T - lse.unsqueeze(-1)).exp()
         if label_N is not None:
-            q1[:, -1].masked_fill_(~outside_label(teacher.ids, label_N), 0.0)
+            q1[:, -1].masked_fill_(~has_new_label(teacher.ids, label_N), 0.0)
         g_z = g_z + T * on_lse.unsqueeze(-1) * q1
         if label_N is not None:
             g_z[:, -1] -= T * on_ce
@@ -274,9 +274,9 @@ def entropy_of(gathered: Gathered, mean_rest_N: Tensor, unique_NS: Tensor) -> tu
 def first_slots(ids_NK: Tensor) -> Tensor:
     """bool [N, K]: slots that are not empty and whose id is in no earlier slot."""
     order = torch.sort(ids_NK, dim=-1, stable=True)
-    new = torch.ones_like(order.values, dtype=torch.bool)
-    new[:, 1:] = order.values[:, 1:] != order.values[:, :-1]
-    first = torch.zeros_like(new).scatter(-1, order.indices, new)
+    is_new = torch.ones_like(order.values, dtype=torch.bool)
+    is_new[:, 1:] = order.values[:, 1:] != order.values[:, :-1]
+    first = torch.zeros_like(is_new).scatter(-1, order.indices, is_new)
     return first & (ids_NK >= 0)
 
 
@@ -284,14 +284,16 @@ def merge_repeats(ids_NK: Tensor, lp_NK: Tensor) -> tuple[Tensor, Tensor]:
     """Repeated ids become one slot with the summed probability; the other slots become empty."""
     order = torch.sort(ids_NK, dim=-1, stable=True)
     lp = lp_NK.gather(-1, order.indices)
-    new = torch.ones_like(order.values, dtype=torch.bool)
-    new[:, 1:] = order.values[:, 1:] != order.values[:, :-1]
-    group = new.cumsum(-1) - 1
+    is_new = torch.ones_like(order.values, dtype=torch.bool)
+    is_new[:, 1:] = order.values[:, 1:] != order.values[:, :-1]
+    group = is_new.cumsum(-1) - 1
     floor = floor_of(lp.dtype)
     top = torch.full_like(lp, floor).scatter_reduce(-1, group, lp, "amax")
     total = torch.zeros_like(lp).scatter_add(-1, group, (lp - top.gather(-1, group)).exp())
-    merged = torch.where(new, (top + total.clamp(min=math.exp(floor)).log()).gather(-1, group), lp)
-    merged_ids = order.values.masked_fill(~new, -1)
+    merged = torch.where(
+        is_new, (top + total.clamp(min=math.exp(floor)).log()).gather(-1, group), lp
+    )
+    merged_ids = order.values.masked_fill(~is_new, -1)
     inverse = torch.empty_like(order.indices).scatter_(
         -1, order.indices, torch.arange(ids_NK.shape[-1], device=ids_NK.device).expand_as(ids_NK)
     )

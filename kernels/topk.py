@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .engines import Backend
 from .head import Head, blocks
-from .rows import ABSENT, log_share_left
+from .rows import ABSENT, log_tail_of
 
 # Logits of one chunk: enough tokens to hide the reading of W behind the products.
 CHUNK_BYTES = 512 << 20
@@ -32,6 +32,6 @@ def topk(backend: Backend, head: Head, hidden_NH: Tensor, k: int) -> tuple[Tenso
         z, ids[at], lse_rest = backend.topk(head, hidden_NH[at], k, buffer)
         lse = torch.logaddexp(lse_rest, torch.logsumexp(z, -1))
         logprobs[at] = z - lse.unsqueeze(-1)
-        left = log_share_left(logprobs[at], lse_rest - lse)
-        log_tail[at] = torch.where(lse_rest < ABSENT, -torch.inf, left)
+        log_rest = log_tail_of(logprobs[at], lse_rest - lse)
+        log_tail[at] = torch.where(lse_rest < ABSENT, -torch.inf, log_rest)
     return ids, logprobs, log_tail

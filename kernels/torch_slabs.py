@@ -178,10 +178,10 @@ def scan(
     matmul, slots = Matmul(head, hidden_nH), Slots(ids_nS)
     u_1n = hidden_nH.new_empty(0, n, dtype=head.dtype)
     running = RunningLSE.empty(n, u_1n, head.temperature, moments)
-    at_one = None
+    running_base = None
     if base and head.temperature != 1.0:
-        at_one = RunningLSE.empty(n, u_1n, 1.0, 0)
-    top = _empty_top2(n, u_1n) if best else None
+        running_base = RunningLSE.empty(n, u_1n, 1.0, 0)
+    top2 = _empty_top2(n, u_1n) if best else None
     for at in slabs(head.vocab, n, head.dtype.itemsize):
         rows = at.stop - at.start
         if buffer is not None:
@@ -193,19 +193,19 @@ def scan(
         u_vn = logits(head, matmul, at, u_vn1[:rows])
         slots.take(at, u_vn1)
         running.add(u_vn)
-        if at_one is not None:
-            at_one.add(u_vn)
-        if top is not None:
-            top = _merge_top2(top, at, u_vn, label_u_n)
+        if running_base is not None:
+            running_base.add(u_vn)
+        if top2 is not None:
+            top2 = _merge_top2(top2, at, u_vn, label_u_n)
     u_nS = u_1n.new_full((n, ids_nS.shape[1]), NEG)
     if slots.gathered is not None:
         u_nS = slots.gathered.t().contiguous()
-    return Scanned(u_nS, running, at_one, top)
+    return Scanned(u_nS, running, running_base, top2)
 
 
 def _empty_top2(n: int, like: Tensor) -> Top2:
-    nothing = torch.zeros(n, dtype=torch.int64, device=like.device)
-    return Top2(torch.full((n, 2), NEG, dtype=like.dtype, device=like.device), nothing, nothing)
+    zeros = torch.zeros(n, dtype=torch.int64, device=like.device)
+    return Top2(torch.full((n, 2), NEG, dtype=like.dtype, device=like.device), zeros, zeros)
 
 
 def _merge_top2(best: Top2, at: slice, u_vn: Tensor, label_u_n: Tensor | None) -> Top2:
@@ -237,9 +237,9 @@ def grad_slab_(
     ds = du · (1 − (u / c)²);  d(W x) = logit_scale · ds
     """
     T, scale = head.temperature, head.logit_scale
-    at_one = None
+    q1 = None
     if g_base_n is not None and stats.lse_base is not None:
-        at_one = (u_vn - stats.lse_base).exp_().mul_(g_base_n * scale)
+        q1 = (u_vn - stats.lse_base).exp_().mul_(g_base_n * scale)
     cap = None if head.softcap is None else 1 - (u_vn / head.softcap).square_()
     z = u_vn.mul_(1 / T) if T != 1.0 else u_vn
     if g_mean_n is not None and stats.mean_rest is not None:
@@ -247,8 +247,8 @@ def grad_slab_(
         d = z.sub_(stats.lse_rest).exp_().mul_(tilt).mul_(scale / T)
     else:
         d = z.sub_(stats.lse_rest).exp_().mul_(g_rest_n * (scale / T))
-    if at_one is not None:
-        d += at_one
+    if q1 is not None:
+        d += q1
     return d if cap is None else d.mul_(cap)
 
 

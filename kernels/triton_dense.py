@@ -154,7 +154,7 @@ def grad_divergence(
         tl.store(p_dz + o_cols, narrowed(b_dz, p_dz.dtype.element_ty), mask=m_cols)
 
 
-def _numbers(head: Head, teacher: Head, w: float) -> dict[str, float | bool]:
+def _kernel_scalars(head: Head, teacher: Head, w: float) -> dict[str, float | bool]:
     teacher_head_scalars = scalars(teacher)
     teacher_scalars = {
         "t_scale": teacher_head_scalars["scale"],
@@ -205,7 +205,7 @@ def dense_sums(
             ld_raw=raw.stride(0),
             ld_t_raw=teacher_raw.stride(0),
             v=head.vocab,
-            **_numbers(head, teacher_head, w),
+            **_kernel_scalars(head, teacher_head, w),
             PHI=phi,
             BV=min(DENSE_TILE["BV"], triton.next_power_of_2(head.vocab)),
             num_warps=DENSE_TILE["num_warps"],
@@ -275,7 +275,7 @@ def dense_grads(
         ld_t_raw=teacher_raw.stride(0),
         ld_dz=dz.stride(0),
         v=head.vocab,
-        **_numbers(head, teacher_head, w),
+        **_kernel_scalars(head, teacher_head, w),
         PHI=phi,
         BV=min(DENSE_TILE["BV"], triton.next_power_of_2(head.vocab)),
         num_warps=DENSE_TILE["num_warps"],

@@ -19,8 +19,8 @@ def log_mix(lp, lq, on_p):
     """log(on_p · p + (1 − on_p) · q) for 0 < on_p < 1."""
     a = lp + tl.log(on_p)
     b = lq + tl.log(1.0 - on_p)
-    top = tl.maximum(a, b)
-    return top + tl.log(1.0 + tl.exp(tl.minimum(a, b) - top))
+    highest = tl.maximum(a, b)
+    return highest + tl.log(1.0 + tl.exp(tl.minimum(a, b) - highest))
 
 
 @triton.jit
@@ -54,8 +54,8 @@ def tvd(lp, lq, w):
 @triton.jit
 def hellinger(lp, lq, w):
     root_q = tl.exp(0.5 * lq)
-    apart = root_q - tl.exp(0.5 * lp)
-    return 0.5 * apart * apart, 0.5 * root_q * apart
+    diff = root_q - tl.exp(0.5 * lp)
+    return 0.5 * diff * diff, 0.5 * root_q * diff
 
 
 @triton.jit

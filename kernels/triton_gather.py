@@ -213,10 +213,10 @@ def weight_grad(
     E = N * S
     ids, entries = torch.sort(ids_NS.reshape(-1), stable=True)
     index = torch.arange(E, device=ids.device)
-    new = torch.ones_like(ids, dtype=torch.bool)
-    new[1:] = ids[1:] != ids[:-1]
+    is_new = torch.ones_like(ids, dtype=torch.bool)
+    is_new[1:] = ids[1:] != ids[:-1]
     # The first entry at or after each where a run of a real id starts; E if none does.
-    begin = torch.where(new & (ids >= 0), index, E).flip(0).cummin(0).values.flip(0)
+    begin = torch.where(is_new & (ids >= 0), index, E).flip(0).cummin(0).values.flip(0)
     BE = RUN_TILE["BE"]
     ends = begin.new_full((1,), E)
     starts = torch.cat([begin[::BE], ends])

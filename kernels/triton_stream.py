@@ -194,10 +194,10 @@ def splits(blocks: int, tiles: int, device: torch.device) -> int:
 def sorted_slots(ids_nS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(ids int32 [n, S] rising and distinct, then NO_ID; the place of each sorted slot; order)."""
     ids, order = torch.sort(ids_nS, dim=-1, stable=True)
-    new = torch.ones_like(ids, dtype=torch.bool)
-    new[:, 1:] = ids[:, 1:] != ids[:, :-1]
-    new &= ids >= 0
-    place = (new.cumsum(-1) - 1).clamp(min=0)
+    is_new = torch.ones_like(ids, dtype=torch.bool)
+    is_new[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    is_new &= ids >= 0
+    place = (is_new.cumsum(-1) - 1).clamp(min=0)
     packed = torch.full_like(ids, NO_ID)
     packed.scatter_reduce_(-1, place, torch.where(ids >= 0, ids, NO_ID), "amin")
     return packed.to(torch.int32), place, order
@@ -272,15 +272,15 @@ def scan(
 def _merge_parts(top_pn: Tensor, sums_pn: list[Tensor], temperature: float) -> RunningLSE:
     """Merge sums about the maximum of each part into sums about the largest, in order."""
     top = top_pn.amax(0)
-    gone = top_pn < _ABSENT
-    down = torch.where(gone, 0.0, top_pn - top)
-    fade = torch.where(gone, 0.0, down.exp())
+    empty = top_pn < _ABSENT
+    shift = torch.where(empty, 0.0, top_pn - top)
+    decay = torch.where(empty, 0.0, shift.exp())
     moved = [sums_pn[0]]
     if len(sums_pn) > 1:
-        moved.append(sums_pn[1] + down * sums_pn[0])
+        moved.append(sums_pn[1] + shift * sums_pn[0])
     if len(sums_pn) > 2:
-        moved.append(sums_pn[2] + 2 * down * sums_pn[1] + down.square() * sums_pn[0])
-    return RunningLSE(top, [(fade * s).sum(0) for s in moved], temperature)
+        moved.append(sums_pn[2] + 2 * shift * sums_pn[1] + shift.square() * sums_pn[0])
+    return RunningLSE(top, [(decay * s).sum(0) for s in moved], temperature)
 
 
 def _merge_best(u_pn2: Tensor, id_pn: Tensor, above_pn: Tensor) -> Top2:
