@@ -26,7 +26,7 @@ from fastdistill import CacheError, Teacher, TeacherCache, TopK
         ({"max_length": 5}, "max_length=None"),
         ({"data": ragged(39)}, "rows=40"),
         ({"teacher": "other"}, "teacher="),
-        ({"data": [*ragged(39), {"input_ids": [1, 2]}]}, "example 39 has other tokens"),
+        ({"data": [*ragged(39), {"input_ids": [1, 2]}]}, "the tokens of example 39 differ"),
     ],
 )
 def test_another_build_in_the_same_folder(tmp_path, change, words):

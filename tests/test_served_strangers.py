@@ -73,7 +73,7 @@ def leave_while_waiting(client):
 
 @pytest.mark.parametrize("leave", [leave_in_the_head, leave_in_the_body, leave_while_waiting])
 def test_a_client_that_leaves_costs_a_line(leave, caplog, monkeypatch):
-    monkeypatch.setattr(app, "_LOOKED", 0.05)
+    monkeypatch.setattr(app, "_POLL_SECONDS", 0.05)
     caplog.set_level(logging.INFO)
     teacher = Held(peaked())
     with ours(teacher) as url:
