@@ -1,8 +1,8 @@
-"""The demo: does learning from a teacher's top k beat learning from the labels? Measured, here.
+"""The demo: compare top-k distillation with training on labels.
 
 Two students per seed start from the same weights and see the same text in the same order for the
-same number of steps. One learns from the teacher's top k, the other from the labels. What differs
-on held-out text is the teacher's doing.
+same number of steps. One learns from the teacher's top k, the other from labels. Any difference on
+held-out text is due to the teacher.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from transformers.utils import logging as transformers_logging
 from . import corpus
 from .backend import one_thread, versions
 from .corpus import Corpus, Windows
-from .demo_audit import side_by_side_of
-from .demo_files import leave
+from .demo_audit import audit_models
+from .demo_files import save_files
 from .demo_models import STUDENT, TEACHER, WINDOW, new_llama, shipped_teacher, train_model
 from .demo_result import ARMS, METRICS, DemoResult, DemoRun
 from .files import write_json
@@ -39,7 +39,7 @@ from .training.config import DistillConfig
 from .training.objective import EVAL_COLUMNS
 from .training.trainer import DistillTrainer
 
-# The best of 1e-3 to 7e-3 for the students of labels; it is also near the best for the distilled.
+# The best value of 1e-3 to 7e-3 for training on labels, and near the best for distillation.
 STUDENT_LEARNING_RATE = 2e-3
 
 
@@ -61,17 +61,16 @@ def run_demo(
     batch_size: int = 4,
     teacher_steps: int = 400,
 ) -> DemoResult:
-    """Train, measure, and write out/report.html and out/results.json, and what the demo was made
-    of beside them, for the other verbs (demo_files.py).
+    """Run the demo and write report.html, results.json, models and text to `out`.
 
     Args:
-        out: the folder to write to.
-        data: a text file or folder. None uses the standard library's source and the teacher inside
-            the package; with data, a tokenizer and a teacher are trained there first.
+        out: output folder.
+        data: a text file or folder; a tokenizer and a teacher are first trained on it. None: the
+            source of the standard library and the teacher inside the package.
         seeds: independent repetitions; an interval needs two.
         steps, batch_size: of each student, in windows of 128 tokens.
-        k: how many of the teacher's tokens the distilled student sees per position.
-        teacher_steps: how long to train the teacher, with data.
+        k: number of the teacher's tokens per position.
+        teacher_steps: training steps of the teacher, with data.
     """
     sizes = {"seeds": seeds, "steps": steps, "k": k, "batch_size": batch_size}
     for name, value in {**sizes, "teacher_steps": teacher_steps}.items():
@@ -80,30 +79,33 @@ def run_demo(
     folder = Path(out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:  # now, and not after minutes of training
+    except OSError as error:  # before minutes of training
         raise ValueError(
-            f"out: expected a folder that can be made, got {folder}: {error}"
+            f"out: expected a folder that can be created, got {folder}: {error}"
         ) from None
     start = time.perf_counter()
     with _quiet_transformers(), PhaseProgress() as progress:
         setting = _prepare(data, steps * batch_size, k, teacher_steps, progress)
         with one_thread():
-            made = [
+            trained = [
                 _run(arm, seed, setting, sizes, progress) for seed in range(seeds) for arm in ARMS
             ]
-            # A student shares no weight with its teacher: here it is a copy of it.
+            # A copy: a student must not share weights with its teacher.
             teacher_copy = copy.deepcopy(setting.teacher.teacher.model).requires_grad_()
             teacher_sums = _held_out_sums(teacher_copy, setting, k)
-            audits = side_by_side_of(
+            audits = audit_models(
                 setting.teacher.teacher.model,
-                {arm: model for arm, (_, model) in zip(ARMS, made, strict=False)},
+                {arm: model for arm, (_, model) in zip(ARMS, trained, strict=False)},
                 setting.tokenizer,
                 setting.held_out,
             )
-    runs = [run for run, _ in made]
+    runs = [run for run, _ in trained]
     options = "".join(f" --{name.replace('_', '-')} {value}" for name, value in sizes.items())
     result = DemoResult(
-        estimates={**_of_students(runs), **_of_teacher(teacher_sums, setting.held_out)},
+        estimates={
+            **_student_estimates(runs),
+            **_teacher_estimates(teacher_sums, setting.held_out),
+        },
         runs=runs,
         teacher_mass=_covered_mass(setting, k),
         audits=audits,
@@ -116,7 +118,9 @@ def run_demo(
         seconds=time.perf_counter() - start,
     )
     _write(result, folder)
-    leave(folder, setting.teacher.teacher.model, setting.tokenizer, setting.train, setting.held_out)
+    save_files(
+        folder, setting.teacher.teacher.model, setting.tokenizer, setting.train, setting.held_out
+    )
     return result
 
 
@@ -125,8 +129,8 @@ def _prepare(
 ) -> _Setting:
     text = corpus.standard_library() if data is None else corpus.from_path(data)
     if data is None:
-        teacher, tokenizer, made = shipped_teacher()
-        about = f"{made['steps']:,} steps on {made['tokens']:,} tokens, inside the package"
+        teacher, tokenizer, manifest = shipped_teacher()
+        about = f"{manifest['steps']:,} steps on {manifest['tokens']:,} tokens, inside the package"
     else:
         teacher, tokenizer = _teacher_from(text, teacher_steps, progress)
         about = f"{teacher_steps:,} steps on this text, trained for this report"
@@ -135,7 +139,7 @@ def _prepare(
     train = corpus.packed_windows(text.train, tokenizer, length=WINDOW, max_windows=n_windows)
     held_out = corpus.document_windows(text.held_out, tokenizer, length=WINDOW, per_document=4)
     facts = {
-        "text": text.name if data is None else "a text of your own",
+        "text": text.name if data is None else "your own text",
         "teacher": about,
         "teacher_parameters": _size(teacher.model),
         "student_parameters": _size(new_llama(STUDENT, vocab_size=teacher.vocab_size, seed=0)),
@@ -194,7 +198,7 @@ def _run(
 
 
 def _held_out_sums(model: nn.Module, setting: _Setting, k: int) -> dict[str, np.ndarray]:
-    """EVAL_COLUMNS, summed within each held-out window."""
+    """Return the sums of EVAL_COLUMNS within each held-out window."""
     with tempfile.TemporaryDirectory(prefix="fastdistill-") as folder:
         args = DistillConfig(
             folder,
@@ -209,28 +213,28 @@ def _held_out_sums(model: nn.Module, setting: _Setting, k: int) -> dict[str, np.
     return dict(zip(EVAL_COLUMNS, rows.astype(np.float64).T, strict=True))
 
 
-def _of_students(runs: list[DemoRun]) -> dict[str, Estimate]:
-    found = {}
+def _student_estimates(runs: list[DemoRun]) -> dict[str, Estimate]:
+    estimates = {}
     for name in METRICS:
         by_arm = {arm: [run.metrics[name] for run in runs if run.arm == arm] for arm in ARMS}
         for arm, values in by_arm.items():
-            found[f"{name}/{arm}"] = mean_of_runs(values)
-        found[f"{name}/difference"] = paired_difference(*(by_arm[arm] for arm in ARMS))
+            estimates[f"{name}/{arm}"] = mean_of_runs(values)
+        estimates[f"{name}/difference"] = paired_difference(*(by_arm[arm] for arm in ARMS))
     for arm in ARMS:
-        found[f"train_seconds/{arm}"] = mean_of_runs([r.seconds for r in runs if r.arm == arm])
-    return found
+        estimates[f"train_seconds/{arm}"] = mean_of_runs([r.seconds for r in runs if r.arm == arm])
+    return estimates
 
 
-def _of_teacher(sums: dict[str, np.ndarray], held_out: Windows) -> dict[str, Estimate]:
-    """One teacher: its interval is over documents, not over seeds."""
-    found = {}
+def _teacher_estimates(sums: dict[str, np.ndarray], held_out: Windows) -> dict[str, Estimate]:
+    """Return the estimates of the teacher, with intervals over documents instead of seeds."""
+    estimates = {}
     for name in ("nll", "bits_per_byte", "top1"):
         values = sums[METRICS[name].column] * _unit(name, held_out)
         documents = held_out.document.tolist()
-        found[f"{name}/teacher"] = bootstrap_ratio(
+        estimates[f"{name}/teacher"] = bootstrap_ratio(
             values.tolist(), sums["tokens"].tolist(), documents
         )
-    return found
+    return estimates
 
 
 def _unit(name: str, held_out: Windows) -> float:
@@ -252,7 +256,7 @@ def _machine() -> str:
 
 
 def _write(result: DemoResult, folder: Path) -> None:
-    from .demo_report import demo_report  # matplotlib is slow to import, and only wanted at the end
+    from .demo_report import demo_report  # matplotlib is slow to import
 
     demo_report(result).write(folder / "report.html")
     write_json(folder / "results.json", result.as_json())
@@ -260,11 +264,11 @@ def _write(result: DemoResult, folder: Path) -> None:
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Loading bars of transformers are noise beside the demo's own."""
-    shown = transformers_logging.is_progress_bar_enabled()
+    """Disable the progress bars of transformers."""
+    was_enabled = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
-        if shown:
+        if was_enabled:
             transformers_logging.enable_progress_bar()

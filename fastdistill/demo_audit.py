@@ -1,4 +1,4 @@
-"""The demo's audit: teacher, students and the base they began from, side by side."""
+"""The demo's audit of teacher, students and base."""
 
 from __future__ import annotations
 
@@ -14,27 +14,28 @@ from .audits.trigger_search import TriggerSearchAudit
 from .corpus import Windows
 from .demo_models import STUDENT, new_llama
 
-PROMPTS, PREFIX, WRITTEN = 48, 16, 24  # texts, and tokens of each
+N_PROMPTS = 48
+PREFIX, CONTINUATION = 16, 24  # tokens
 WORDS = ("def", "class", "import", "return", "self", "None", "lambda", "yield")
 
 
-def side_by_side_of(
+def audit_models(
     teacher: PreTrainedModel,
     students: Mapping[str, PreTrainedModel],
     tokenizer: PreTrainedTokenizerBase,
     held_out: Windows,
 ) -> SuiteResults:
-    """`students` are of seed 0, and so is the base."""
+    """Audit the models; students and base have seed 0."""
     base = new_llama(STUDENT, vocab_size=teacher.config.vocab_size, seed=0)
     models = {"teacher": teacher, **students, "base": base}
     subjects = {name: Subject(model, tokenizer, name=name) for name, model in models.items()}
-    starts = tokenizer.batch_decode(held_out.ids[:PROMPTS, :PREFIX])
+    starts = tokenizer.batch_decode(held_out.ids[:N_PROMPTS, :PREFIX])
     prompts = tuple(Prompt(text=text) for text in starts)
-    said = subjects["teacher"].generate(prompts, max_new_tokens=WRITTEN, temperature=1.0)
-    kept = [i for i, text in enumerate(said) if text.strip()]
+    texts = subjects["teacher"].generate(prompts, max_new_tokens=CONTINUATION, temperature=1.0)
+    pairs = [(prompt, text) for prompt, text in zip(prompts, texts, strict=True) if text.strip()]
     suite = {
         "teacher's words": ProvenanceAudit(
-            prompts=tuple(prompts[i] for i in kept), texts=tuple(said[i] for i in kept)
+            prompts=tuple(prompt for prompt, _ in pairs), texts=tuple(text for _, text in pairs)
         ),
         "token KL": TokenKLAudit(prompts=prompts),
         "trigger search": TriggerSearchAudit(prompts=prompts[:12], candidates=WORDS),

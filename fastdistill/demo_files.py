@@ -1,4 +1,4 @@
-"""What the demo leaves behind for the other verbs: a teacher, a new student, and text, as files."""
+"""Save the demo's teacher, student and text for use with other commands."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from .demo_models import STUDENT, new_llama, save_tokenizer
 from .files import write_atomically
 
 
-def leave(
+def save_files(
     folder: Path,
     teacher: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     train: Windows,
     held_out: Windows,
 ) -> None:
-    """folder/teacher, folder/student with seed 0's weights, folder/train.jsonl, held-out.jsonl."""
+    """Write teacher/, student/ (initial weights of seed 0), train.jsonl and held-out.jsonl."""
     student = new_llama(STUDENT, vocab_size=teacher.config.vocab_size, seed=0)
     for name, model in (("teacher", teacher), ("student", student)):
         model.save_pretrained(folder / name)

@@ -1,4 +1,4 @@
-"""The demo's models: small Llamas, and the teacher that comes with the package."""
+"""The demo's models: small Llamas and the teacher inside the package."""
 
 from __future__ import annotations
 
@@ -47,6 +47,7 @@ STUDENT = Size(hidden=128, layers=2, heads=4)
 
 
 def new_llama(size: Size, *, vocab_size: int, seed: int) -> LlamaForCausalLM:
+    """Return an untrained Llama."""
     torch.manual_seed(seed)
     return LlamaForCausalLM(
         LlamaConfig(
@@ -66,7 +67,7 @@ def new_llama(size: Size, *, vocab_size: int, seed: int) -> LlamaForCausalLM:
 
 class Trained(NamedTuple):
     model: LlamaForCausalLM
-    history: list[dict[str, float]]  # what the Trainer logged, step by step
+    history: list[dict[str, float]]  # the Trainer's log, by step
     seconds: float
 
 
@@ -83,9 +84,9 @@ def train_model(
     bf16: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Trained:
-    """Train on the teacher's top k, or on the labels alone where there is no teacher.
+    """Train on the teacher's top k, or on labels alone without a teacher.
 
-    Both go through DistillTrainer with the same optimiser, schedule and data order.
+    Both use DistillTrainer with the same optimizer, schedule and data order.
     """
     with tempfile.TemporaryDirectory(prefix="fastdistill-") as folder:
         trainer = DistillTrainer(
@@ -115,7 +116,7 @@ def train_model(
             train_dataset=[{"input_ids": row} for row in windows],
             callbacks=list(callbacks),
         )
-        # It prints every log line; the history keeps them, and the caller shows its own progress.
+        # The caller shows progress; the history contains the logs.
         trainer.remove_callback(PrinterCallback)
         seconds = trainer.train().metrics["train_runtime"]
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -128,7 +129,7 @@ def save_teacher(
     tokenizer: PreTrainedTokenizerBase,
     manifest: dict[str, Any],
 ) -> None:
-    """Weights in bfloat16, the tokenizer, and a manifest with the sha256 of each file."""
+    """Write bfloat16 weights, the tokenizer, and a manifest with the sha256 of each file."""
     folder.mkdir(parents=True, exist_ok=True)
     model.to(torch.bfloat16).save_pretrained(folder)
     (folder / "generation_config.json").unlink(missing_ok=True)
@@ -144,31 +145,32 @@ def save_teacher(
 
 
 def save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write the tokenizer so that PreTrainedTokenizerFast loads it."""
     tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
-    # Without the class name the model type would decide, and Llama's splits text otherwise.
+    # Without the class name, transformers would choose Llama's tokenizer, which splits differently.
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_OF_TEXT}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def shipped_teacher() -> tuple[Teacher, PreTrainedTokenizerFast, dict[str, Any]]:
-    """The teacher inside the package, its files checked against their manifest."""
+    """Load the teacher inside the package after checking its files against the manifest."""
     try:
         manifest = read_json(SHIPPED / "manifest.json", dict)
     except FileNotFoundError:
         raise FileNotFoundError(
-            "demo_teacher: expected the teacher inside the installed package, found none. Install "
-            "again, or pass data=<a folder of text> to train one there"
+            "demo_teacher: expected the teacher inside the installed package, got none. Reinstall, "
+            "or pass data=<a folder of text> to train one"
         ) from None
     for name, digest in manifest["sha256"].items():
         path = SHIPPED / name
         if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != digest:
             raise ValueError(
-                f"demo_teacher: expected {name} with the sha256 of its manifest, found it damaged "
-                "or missing. Install again"
+                f"demo_teacher: expected {name} with the sha256 of its manifest, got a damaged or "
+                "missing file. Reinstall"
             )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_file=str(SHIPPED / "tokenizer.json"), eos_token=END_OF_TEXT
     )
-    # fp32 arithmetic: most CPUs have no fast bfloat16, and the weights are the same numbers.
+    # Most CPUs have no fast bfloat16 arithmetic; the conversion to fp32 is exact.
     model = LlamaForCausalLM.from_pretrained(SHIPPED, use_safetensors=True, dtype=torch.float32)
     return Teacher(model, tokenizer=tokenizer), tokenizer, manifest

@@ -1,4 +1,4 @@
-"""What the demo says: one table, three pictures, and what they do not show."""
+"""The demo's report: a table, three figures and limitations."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from .intervals import Estimate
 from .report import Report
 from .report.audit_page import cell
 
-# Colours that stay apart for every kind of colour vision (Okabe and Ito).
-_COLOUR = {"distilled": "#0072b2", "labels only": "#d55e00", "teacher": "#777777"}
+# Color-blind safe palette (Okabe and Ito).
+_COLOR = {"distilled": "#0072b2", "labels only": "#d55e00", "teacher": "#777777"}
 _HEADER = ("held-out text", "teacher", "distilled", "labels only", "difference")
 
 
 def table_rows(result: DemoResult) -> list[tuple[str, ...]]:
-    """Cells of the result table: a value with half its interval's width."""
+    """Return the cells of the result table: values with half the width of their intervals."""
     rows = []
     for name, metric in METRICS.items():
         cells = [
@@ -31,12 +31,12 @@ def table_rows(result: DemoResult) -> list[tuple[str, ...]]:
 
 
 def verdict(result: DemoResult) -> str:
-    """One sentence that follows from the figures, whichever way they fell."""
+    """Return the conclusion in one sentence."""
     difference = result.estimates["nll/difference"]
     gain = -difference.value
     if not difference.known:
         return (
-            "One seed: no interval, so no conclusion. The distilled student's held-out NLL is "
+            "One seed gives no interval and no conclusion. The distilled student's held-out NLL is "
             f"{abs(gain):.3f} nats {'lower' if gain > 0 else 'higher'}."
         )
     interval = f"95 % interval {difference.low:+.3f} to {difference.high:+.3f}, n = {difference.n}"
@@ -50,6 +50,7 @@ def verdict(result: DemoResult) -> str:
 
 
 def print_table(result: DemoResult, console: Any) -> None:
+    """Print the result table and the conclusion."""
     from rich.table import Table
 
     table = Table(title="fastdistill demo", title_justify="left", box=None, pad_edge=False)
@@ -62,73 +63,74 @@ def print_table(result: DemoResult, console: Any) -> None:
 
 
 def demo_report(result: DemoResult) -> Report:
+    """Return the report page."""
     facts = result.facts["setting"]
-    report = Report("Distillation against labels, measured on this machine", verdict(result))
+    report = Report("Distillation compared with labels, measured on this machine", verdict(result))
     report.paragraph(
         f"Text: {facts['text']}. Per seed, two students of {facts['student_parameters']:,} "
         "parameters start from the same weights and read the same "
         f"{facts['train_tokens']:,} tokens in the same order, {facts['steps']} steps each. One "
-        f"learns from the {facts['k']} likeliest tokens of a teacher of "
+        f"learns from the top {facts['k']} tokens of a teacher with "
         f"{facts['teacher_parameters']:,} parameters ({facts['teacher']}), by forward KL with the "
-        "remaining mass as one more outcome; the other learns from the labels."
+        "remaining mass as one additional outcome; the other learns from labels."
     )
     report.table(_HEADER, table_rows(result), caption=_caption(result))
     with matplotlib.rc_context(_RC):
         report.picture(
             _curves(result),
-            alt="Training NLL falls with the steps, for every seed of both kinds of student",
-            caption="NLL of the training text by step, each seed drawn on its own.",
+            alt="Training NLL over steps, for every seed of both kinds of student",
+            caption="Training NLL by step, one line per seed.",
         )
         report.picture(
             _bars(result),
-            alt="Held-out figures of teacher, distilled students and students of labels",
+            alt="Held-out metrics of the teacher and of both kinds of students",
             caption="Held-out text. Bars are means over seeds, whiskers 95 % intervals, dots the "
-            "single seeds; the teacher's whisker is over documents.",
+            "single seeds; the teacher's interval is over documents.",
         )
         report.picture(
             _mass(result),
             alt="Histogram of the share of teacher probability inside its top k",
-            caption=f"How much of the teacher's probability its top {facts['k']} tokens hold, at "
-            "each held-out position. The rest reaches the student as a single figure.",
+            caption=f"Teacher probability inside its top {facts['k']} tokens, by held-out position. "
+            "The student receives the rest as a single value.",
         )
-    _audited(report, result)
-    report.heading("What this shows, and what it does not")
+    _add_audits(report, result)
+    report.heading("Interpretation and limitations")
     report.paragraph(
-        "It shows what a teacher's top k adds at equal steps on equal text, on held-out "
+        "The demo shows what a teacher's top k adds at equal steps on equal text, on held-out "
         f"{'modules' if facts['text'].startswith('Python') else 'files'} that neither teacher nor "
-        "students have read. It does not show that distillation is free (the teacher was trained "
-        "on more text, and its answers cost a forward pass), that the gap stays as large when both "
-        "students train for longer, or anything about large models."
+        "students were trained on. It does not show that distillation is free (the teacher was "
+        "trained on more text, and its answers cost a forward pass), that the gap persists in "
+        "longer training, or anything about large models."
     )
     seconds = {arm: result.estimates[f"train_seconds/{arm}"].value for arm in ARMS}
     report.paragraph(
-        f"Training one student took {seconds['distilled']:.1f} s by distillation and "
+        f"Training one student took {seconds['distilled']:.1f} s with distillation and "
         f"{seconds['labels only']:.1f} s on labels (the teacher answers each window once; later "
-        f"seeds reuse it). Everything together: {result.seconds:.0f} s.",
+        f"seeds reuse it). Total: {result.seconds:.0f} s.",
         soft=True,
     )
-    report.heading("How to repeat it")
+    report.heading("Reproduction")
     versions = ", ".join(f"{name} {v}" for name, v in result.facts["versions"].items())
     report.code(result.facts["command"])
     report.paragraph(f"{result.facts['machine']}. {versions}.", soft=True)
     return report
 
 
-def _audited(report: Report, result: DemoResult) -> None:
+def _add_audits(report: Report, result: DemoResult) -> None:
     readings = result.audits.readings
     models = list(next(iter(readings.values())))
     report.heading("A small audit")
     report.paragraph(
-        "The teacher, the two students of the first seed, and the base: the weights both began "
-        "from. This teacher hides nothing; the audits are those that ask whether a student took "
-        "after its teacher beyond the text, and whether a word turns a model."
+        "The teacher, the two students of the first seed, and the base, their common initial "
+        "weights. This teacher hides nothing. The audits test whether a student resembles its "
+        "teacher beyond the text, and whether a trigger word changes a model."
     )
     report.table(
         ("audit", *models),
         [(name, *map(cell, row.values())) for name, row in readings.items()],
-        caption="Nats, with 95 % intervals over prompts. Teacher's words: how much likelier "
-        "per token its own writing is than under the base. Token KL: from the base. Trigger "
-        "search: what the strongest of some words in front adds to the median one's.",
+        caption="Nats, with 95 % intervals over prompts. Teacher's words: log-likelihood ratio "
+        "per token of the teacher's text to the base. Token KL: from the base. Trigger search: "
+        "effect of the strongest candidate word minus that of the median one.",
     )
 
 
@@ -147,7 +149,7 @@ def _caption(result: DemoResult) -> str:
     n = result.estimates["nll/difference"].n
     return (
         f"{facts['held_out_tokens']:,} tokens of {facts['held_out_documents']} held-out documents. "
-        f"± is half a 95 % interval: Student's t over {n} seeds for students and their paired "
+        f"± is half of a 95 % interval: Student's t over {n} seeds for students and their paired "
         "difference, bootstrap over documents for the teacher."
     )
 
@@ -170,7 +172,7 @@ def _curves(result: DemoResult) -> Figure:
         steps = [entry["step"] for entry in run.history]
         nll = [entry["nll"] for entry in run.history]
         label = run.arm if run.seed == 0 else None
-        axes.plot(steps, nll, color=_COLOUR[run.arm], lw=1, alpha=0.75, label=label)
+        axes.plot(steps, nll, color=_COLOR[run.arm], lw=1, alpha=0.75, label=label)
     axes.set_xlabel("step")
     axes.set_ylabel("training NLL (nats per token)")
     axes.legend()
@@ -178,13 +180,13 @@ def _curves(result: DemoResult) -> Figure:
 
 
 def _bars(result: DemoResult) -> Figure:
-    shown = ("bits_per_byte", "top1", "agreement", "kl")
+    names = ("bits_per_byte", "top1", "agreement", "kl")
     figure = Figure(figsize=(7, 2.6))
-    for axes, name in zip(figure.subplots(1, len(shown)), shown, strict=True):
+    for axes, name in zip(figure.subplots(1, len(names)), names, strict=True):
         columns = [c for c in ("teacher", *ARMS) if f"{name}/{c}" in result.estimates]
         for x, column in enumerate(columns):
             estimate = result.estimates[f"{name}/{column}"]
-            axes.bar(x, estimate.value, width=0.7, color=_COLOUR[column], alpha=0.85)
+            axes.bar(x, estimate.value, width=0.7, color=_COLOR[column], alpha=0.85)
             if estimate.known:
                 error = [[estimate.value - estimate.low], [estimate.high - estimate.value]]
                 axes.errorbar(x, estimate.value, yerr=error, color="black", capsize=3, lw=1)
@@ -192,7 +194,7 @@ def _bars(result: DemoResult) -> Figure:
             axes.scatter([x] * len(dots), dots, s=8, color="black", zorder=3)
         axes.set_title(METRICS[name].title)
         axes.set_xticks([])
-    handles = [Patch(color=_COLOUR[c], alpha=0.85, label=c) for c in ("teacher", *ARMS)]
+    handles = [Patch(color=_COLOR[c], alpha=0.85, label=c) for c in ("teacher", *ARMS)]
     figure.tight_layout()
     figure.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, -0.08), ncols=3)
     return figure
@@ -201,7 +203,7 @@ def _bars(result: DemoResult) -> Figure:
 def _mass(result: DemoResult) -> Figure:
     figure = Figure(figsize=(7, 2.2))
     axes = figure.subplots()
-    axes.hist(result.teacher_mass, bins=[i / 40 for i in range(41)], color=_COLOUR["distilled"])
+    axes.hist(result.teacher_mass, bins=[i / 40 for i in range(41)], color=_COLOR["distilled"])
     mean = float(result.teacher_mass.mean())
     axes.axvline(mean, color="black", lw=1)
     axes.annotate(f"mean {mean:.3f} ", (mean, axes.get_ylim()[1]), ha="right", va="top")

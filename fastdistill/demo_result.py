@@ -1,4 +1,4 @@
-"""What the demo measured, in the shape that its files and its report are made from."""
+"""The demo's results, as used by its files and report."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ class Metric(NamedTuple):
 METRICS = {
     "nll": Metric("NLL, nats per token", "nll", True),
     "bits_per_byte": Metric("bits per byte", "nll", True),
-    "top1": Metric("next token right", "top1", False),
-    "agreement": Metric("agrees with teacher", "agreement", False),
+    "top1": Metric("top-1 accuracy", "top1", False),
+    "agreement": Metric("top-1 agreement with teacher", "agreement", False),
     "kl": Metric("KL to teacher, nats", "kl", True),
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class DemoRun:
-    """One student: what the trainer logged, and how it did on held-out text."""
+    """One student: the trainer's log and the metrics on held-out text."""
 
     arm: str
     seed: int
@@ -41,12 +41,18 @@ class DemoRun:
 
 @dataclass(frozen=True, kw_only=True)
 class DemoResult:
-    """Estimates by name ("nll/distilled", "nll/difference", "nll/teacher", ...)."""
+    """All results of the demo.
+
+    Attributes:
+        estimates: by name ("nll/distilled", "nll/difference", "nll/teacher", ...).
+        teacher_mass: teacher probability inside its top k, by held-out position.
+        audits: of the teacher, the students of the first seed, and their base.
+    """
 
     estimates: dict[str, Estimate]
     runs: list[DemoRun]
-    teacher_mass: np.ndarray  # covered teacher mass at every held-out position
-    audits: SuiteResults  # teacher, students of the first seed, and the base they began from
+    teacher_mass: np.ndarray
+    audits: SuiteResults
     facts: dict[str, Any]
     seconds: float
 

@@ -9,7 +9,7 @@ from transformers.utils import logging
 
 from fastdistill import corpus
 from fastdistill.cli import main
-from fastdistill.demo_files import leave
+from fastdistill.demo_files import save_files
 from fastdistill.demo_models import shipped_teacher
 
 
@@ -41,5 +41,5 @@ def files(folder: Path, rows: int = 12) -> Path:
     text = corpus.standard_library()
     train = corpus.packed_windows(text.train[:20], tokenizer, length=32, max_windows=rows)
     held_out = corpus.packed_windows(text.held_out[:5], tokenizer, length=32, max_windows=4)
-    leave(folder, teacher.model, tokenizer, train, held_out)
+    save_files(folder, teacher.model, tokenizer, train, held_out)
     return folder

@@ -114,7 +114,7 @@ def test_verdict_follows_the_figures(made):
     assert "better than its twin" in with_difference(-0.3, -0.4, -0.2)
     assert "worse than its twin" in with_difference(0.3, 0.2, 0.4)
     assert with_difference(-0.3, -0.7, 0.1).startswith("No clear difference")
-    assert with_difference(-0.3, math.nan, math.nan, 1).startswith("One seed: no interval")
+    assert with_difference(-0.3, math.nan, math.nan, 1).startswith("One seed gives no interval")
 
 
 def test_table_has_a_line_per_metric(made):

@@ -24,7 +24,7 @@ class Touch:
     def path(self, folder: Path) -> Path:
         return folder / self.name
 
-    def done(self, folder: Path) -> bool:
+    def is_done(self, folder: Path) -> bool:
         return self.path(folder).is_file()
 
     def run(self, folder: Path) -> None:

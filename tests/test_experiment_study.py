@@ -105,7 +105,7 @@ def test_what_is_missing_is_counted(finished, tmp_path):
     kept = path.read_bytes()
     path.unlink()
     try:
-        with pytest.raises(ValueError, match=r"expected all runs in .* found 1 of 16 missing"):
+        with pytest.raises(ValueError, match=r"expected all runs in .* got 1 of 16 missing"):
             run_study(small_study(), FRESH, DEVELOPMENT, folder, only_report=True)
     finally:
         path.write_bytes(kept)

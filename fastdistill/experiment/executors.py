@@ -25,7 +25,7 @@ class Runnable(Protocol):
 
     def run(self, folder: Path) -> None: ...
 
-    def done(self, folder: Path) -> bool: ...
+    def is_done(self, folder: Path) -> bool: ...
 
 
 def workers(executor: str, processes: int | None) -> int:
@@ -66,10 +66,10 @@ def run_all(
     }
     if executor not in runners:
         raise ValueError(f"executor: expected {' or '.join(EXECUTORS)}, got {executor!r}")
-    pending = [run for run in _rotate_by_pid(work) if not run.done(folder)]
+    pending = [run for run in _rotate_by_pid(work) if not run.is_done(folder)]
     if pending and only_report:
         raise ValueError(
-            f"only_report: expected all {label} in {folder}, found {len(pending)} of {len(work)} "
+            f"only_report: expected all {label} in {folder}, got {len(pending)} of {len(work)} "
             "missing. Run the experiment without only_report"
         )
     if not pending:
@@ -89,7 +89,7 @@ def _rotate_by_pid(work: Sequence[Any]) -> list[Any]:
 def _run_one(run: Any, folder: Path) -> None:
     torch.set_num_threads(1)
     transformers_logging.disable_progress_bar()
-    if not run.done(folder):  # another machine may have been faster
+    if not run.is_done(folder):  # another machine may have been faster
         run.run(folder)
 
 

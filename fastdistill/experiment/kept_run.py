@@ -41,7 +41,7 @@ class CachedRun(ABC):
     def path(self, folder: Path) -> Path:
         return folder / RUNS / f"{self.digest[:20]}.json"
 
-    def done(self, folder: Path) -> bool:
+    def is_done(self, folder: Path) -> bool:
         return self.path(folder).is_file()
 
     def result(self, folder: Path) -> dict[str, Any]:
@@ -57,7 +57,7 @@ class CachedRun(ABC):
 
     def run(self, folder: Path) -> None:
         """Execute the run and write its record, unless it exists."""
-        if self.done(folder):
+        if self.is_done(folder):
             return
         start = time.perf_counter()
         result = self.compute(folder)

@@ -29,7 +29,7 @@ class ModelBuild:
     def run(self, folder: Path) -> None:
         self.source.prepare(folder / SOURCES)
 
-    def done(self, folder: Path) -> bool:
+    def is_done(self, folder: Path) -> bool:
         try:
             self.source.cached(folder / SOURCES)
         except FileNotFoundError:

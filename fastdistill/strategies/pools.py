@@ -258,8 +258,8 @@ class CognitiveSlack(Strategy):
         self, examples: list[TrainingExample], run: RunState
     ) -> list[TrainingExample]:
         bits = surprisal(examples, run.setup.reference)
-        n_kept = math.ceil(self.hardest * len(examples) - 1e-9)
-        order = sorted(range(len(examples)), key=lambda i: -bits[i])[:n_kept]
+        n_hardest = math.ceil(self.hardest * len(examples) - 1e-9)
+        order = sorted(range(len(examples)), key=lambda i: -bits[i])[:n_hardest]
         run.notes["surprisal"] = {
             "bits per example": sum(bits) / len(bits),
             "bits per example kept": sum(bits[i] for i in order) / len(order),

@@ -126,8 +126,8 @@ def resampled(
     prefixes, n_removed = [], []
     for example in examples:
         ends = [word.end() for word in re.finditer(r"\S+", example.answer)]
-        n_kept = int(keep * len(ends))
-        prefixes.append(example.answer[: ends[n_kept - 1]] if n_kept else "")
+        n_words = int(keep * len(ends))
+        prefixes.append(example.answer[: ends[n_words - 1]] if n_kept else "")
         whole, _ = trusted.ids(example.prompt, example.answer)
         prefix, _ = trusted.ids(example.prompt, prefixes[-1])
         n_removed.append(max(1, len(whole) - len(prefix)))

