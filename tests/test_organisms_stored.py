@@ -66,6 +66,42 @@ def test_the_manifest_holds_what_was_said_versions_and_every_digest(folder):
     assert stored.read_manifest(folder) == manifest
 
 
+@pytest.fixture
+def on_hub(folder, tmp_path, monkeypatch):
+    """The organism as the hub's cache holds it: links to blobs, and what the hub adds."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    at = tmp_path / "hub" / "models--somebody--organism"
+    (at / "refs").mkdir(parents=True)
+    (at / "refs" / "main").write_text("a" * 40)
+    (at / "blobs").mkdir()
+    snapshot = at / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    (folder / ".gitattributes").write_text("*.safetensors filter=lfs")
+    for file in folder.iterdir():
+        file.rename(at / "blobs" / file.name)
+        (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
+    return at
+
+
+def test_the_digests_of_an_organism_on_the_hub_are_compared(on_hub):
+    loaded = load_organism("somebody/organism")
+    same(loaded, subject())
+    assert loaded.name == "untrusted"
+    with pytest.raises(ValueError, match="base: expected None"):
+        load_organism("somebody/organism", base="somebody/organism")
+    weights_file = on_hub / "blobs" / "model.safetensors"
+    raw = bytearray(weights_file.read_bytes())
+    raw[-3] ^= 1
+    weights_file.write_bytes(raw)
+    with pytest.raises(ValueError, match=r"path: expected model\.safetensors in .* changed or"):
+        load_organism("somebody/organism")
+    (on_hub / "snapshots" / ("a" * 40) / "organism.json").unlink()
+    assert load_organism("somebody/organism").name == "organism"  # without a manifest
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
 def test_a_flipped_byte_is_refused_by_name(folder, name):
     raw = bytearray((folder / name).read_bytes())

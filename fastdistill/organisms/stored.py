@@ -21,11 +21,12 @@ from ..backend import versions
 from ..checkpoint_gate import DOCUMENTS, load_tokenizer
 from ..files import sha256_of, sync, write_json
 from ..quant.tensor_files import CheckpointError, check_inside, read_json
-from ..resolve import is_adapter
+from ..resolve import is_adapter, is_url, resolve
 from ..runtime.printable import printable
-from ..stored_model import StoredModel
+from ..stored_model import StoredModel, fetched_folder
 
 MANIFEST = "organism.json"
+_OF_GIT = ".gitattributes"  # every repository of the hub has one, and no library reads it
 
 
 def save_organism(
@@ -99,7 +100,7 @@ def load_organism(
         ValueError: pickled weights, a file that differs from its digest in the manifest, an adapter
             with missing weights, or a base without an adapter.
     """
-    folder = Path(path).expanduser()
+    folder = _local_folder(path)
     manifest = read_manifest(folder)
     if not is_adapter(folder):
         if base is not None:
@@ -107,8 +108,17 @@ def load_organism(
                 f"base: expected None for {folder.name}, which is a whole model and no adapter, "
                 f"got {str(base)!r}"
             )
-        return Subject(path, name=name or manifest.get("role"), device=device)
-    return _with_adapter(folder, base, name, device)
+        label = name or manifest.get("role") or Path(path).name
+        return Subject(folder, name=label, device=device)
+    return _with_adapter(folder, base, name or Path(path).name, device)
+
+
+def _local_folder(path: str | Path) -> Path:
+    """Return the folder of a model; of a name on the hub, that of its downloaded files."""
+    folder = Path(path).expanduser()
+    if not is_url(path) and not folder.exists() and resolve("path", path).kind == "hub":
+        return fetched_folder(str(path))
+    return folder
 
 
 def _with_adapter(folder: Path, base: Any, name: str | None, device: Any) -> Subject:
@@ -142,7 +152,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
                 "got a changed or missing file. Make the organism again"
             )
     loadable = {name for name, path in files.items() if path.suffix.lower() not in DOCUMENTS}
-    if added := sorted(loadable - {*digests, MANIFEST}):
+    if added := sorted(loadable - {*digests, MANIFEST, _OF_GIT}):
         raise ValueError(
             f"path: expected only files of the manifest in {folder}, got "
             f"{printable(', '.join(added))} too, which would be read. Remove it, or make the "
