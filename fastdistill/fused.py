@@ -122,13 +122,13 @@ def fused(
                 need_hidden=need[0],
                 need_weight=need[1],
                 need_bias=need[2],
-                combine=None if shard is None else shard.combined,
+                combine=None if shard is None else shard.combine_stats,
                 chunk=None if shard is None else shard.chunk(head, x.shape[0], need[1]),
                 filter_eps=options.filter_eps,
             )
             if shard is None or out.dx is None:
                 return out
-            dx, grad_scale = round_scaled(shard.summed(out.dx), x)
+            dx, grad_scale = round_scaled(shard.all_reduce_grad(out.dx), x)
             return out._replace(
                 dx=dx, grad_scale=torch.cat([grad_scale.reshape(1), out.grad_scale[1:]])
             )

@@ -68,26 +68,26 @@ class Shard(NamedTuple):
         whole = head._replace(weight=weight, vocab=self.largest)
         return chunk_tokens(whole, tokens, weight_grad)
 
-    def reduced(self, parts: list[Tensor], op: Any) -> list[Tensor]:
+    def all_reduce(self, parts: list[Tensor], op: Any) -> list[Tensor]:
         """All-reduce of [n, ·] columns, packed into one message."""
         dist.all_reduce(packed := torch.cat(parts, -1), op, group=self.group)
         return list(packed.split([p.shape[-1] for p in parts], -1))
 
-    def combined(self, local: Stats) -> Stats:
+    def combine_stats(self, local: Stats) -> Stats:
         """The statistics of the whole vocabulary from those of this shard."""
         lses = [t for t in (local.lse_rest, local.lse_base) if t is not None]
         lse_nL = torch.stack(lses, -1)
-        top_nL, z_nS = self.reduced([lse_nL, local.z_ids], dist.ReduceOp.MAX)
+        top_nL, z_nS = self.all_reduce([lse_nL, local.z_ids], dist.ReduceOp.MAX)
         share_nL = torch.where(lse_nL < ABSENT, 0.0, (lse_nL - top_nL).exp())
         moments = [] if local.mean_rest is None else [share_nL[:, :1] * local.mean_rest[:, None]]
-        sum_nL, *sums = self.reduced([share_nL, *moments], dist.ReduceOp.SUM)
+        sum_nL, *sums = self.all_reduce([share_nL, *moments], dist.ReduceOp.SUM)
         nothing = top_nL < ABSENT
         whole_nL = torch.where(nothing, NEG, top_nL + sum_nL.log())
         mean = torch.where(nothing[:, 0], 0.0, sums[0][:, 0] / sum_nL[:, 0]) if sums else None
         base = None if local.lse_base is None else whole_nL[:, 1].contiguous()
         return Stats(z_nS.contiguous(), whole_nL[:, 0].contiguous(), mean, base)
 
-    def summed(self, dx: Tensor) -> Tensor:
+    def all_reduce_grad(self, dx: Tensor) -> Tensor:
         """dX of the whole vocabulary, in the type of its parts, fp32 or fp64."""
         total = dx.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total, group=self.group)
@@ -234,7 +234,7 @@ class _Replicated(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        return ctx.shard.summed(grad).to(ctx.type), None
+        return ctx.shard.all_reduce_grad(grad).to(ctx.type), None
 
 
 class _Combined(torch.autograd.Function):
@@ -247,7 +247,7 @@ class _Combined(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, shard, z, lse, mean, base):
-        whole = shard.combined(Stats(z, lse, or_none(mean), or_none(base)))
+        whole = shard.combine_stats(Stats(z, lse, or_none(mean), or_none(base)))
         share = torch.where(lse < ABSENT, 0.0, (lse - whole.lse_rest).exp())
         off_mean = mean if whole.mean_rest is None else mean - whole.mean_rest
         base_share = base
@@ -274,7 +274,7 @@ class _CombinedSlots(torch.autograd.Function):
     @staticmethod
     def forward(ctx, shard, z):
         ctx.save_for_backward(z < ABSENT)
-        return shard.reduced([z], dist.ReduceOp.MAX)[0]
+        return shard.all_reduce([z], dist.ReduceOp.MAX)[0]
 
     @staticmethod
     @once_differentiable

@@ -67,7 +67,7 @@ def floor_of(dtype: torch.dtype) -> float:
     return math.log(torch.finfo(torch.float32 if dtype.itemsize < 4 else dtype).tiny)
 
 
-def of_callable(divergence: Elementwise, lp: Tensor, lq: Tensor) -> Tensor:
+def call_divergence(divergence: Elementwise, lp: Tensor, lq: Tensor) -> Tensor:
     """D of a user's divergence; checks its shape and that it depends on the student."""
     D = divergence(lp, lq)
     expected_shape = lp.shape[:-1]

@@ -20,7 +20,7 @@ def or_none(value: Tensor) -> Tensor | None:
     return value if value.numel() else None
 
 
-def chosen(grads: Iterable[Tensor | None], need: Iterable[bool]) -> list[Tensor | None]:
+def select_needed(grads: Iterable[Tensor | None], need: Iterable[bool]) -> list[Tensor | None]:
     """The requested gradients; None for the others."""
     return [g if n else None for g, n in zip(grads, need, strict=True)]
 

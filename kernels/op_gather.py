@@ -18,7 +18,15 @@ from torch import Tensor
 from . import lse_gather as primitive
 from .backends import get_backend
 from .head import Head, Stats
-from .op_common import accumulator, chosen, fake_grads, full_precision, needed, or_empty, or_none
+from .op_common import (
+    accumulator,
+    fake_grads,
+    full_precision,
+    needed,
+    or_empty,
+    or_none,
+    select_needed,
+)
 
 
 @torch.library.custom_op("fastdistill::lse_gather", mutates_args=())
@@ -145,7 +153,7 @@ def _lse_gather_grad(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         need := needed(ctx),
         ctx.scalars[-1],
     )
-    return (*chosen((dx, dw, db), need), *[None] * 8)
+    return (*select_needed((dx, dw, db), need), *[None] * 8)
 
 
 lse_gather.register_autograd(_lse_gather_grad, setup_context=_lse_gather_setup)
@@ -237,7 +245,7 @@ def _gather_grad(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     need = needed(ctx)
     *scalars, impl = ctx.scalars
     grads = gather_logits_backward(*ctx.saved_tensors, grad.contiguous(), *scalars, need, impl)
-    return (*chosen(grads, need), *[None] * 5)
+    return (*select_needed(grads, need), *[None] * 5)
 
 
 gather_logits.register_autograd(_gather_grad, setup_context=_gather_setup)

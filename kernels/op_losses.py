@@ -15,7 +15,7 @@ from torch import Tensor
 from . import topk_loss as losses
 from .backends import get_backend
 from .head import Head
-from .op_common import chosen, fake_grads, full_precision, needed, or_empty
+from .op_common import fake_grads, full_precision, needed, or_empty, select_needed
 from .rows import LossOptions, TeacherTopK
 
 
@@ -128,10 +128,10 @@ def scale_saved(
     factors = (grad / grad_scale).unbind()
     in_place = type(grad) is Tensor and not torch._C._autograd._get_current_graph_task_keep_graph()
     pairs = zip(saved, factors, strict=True)
-    return chosen((scaled(g, f, in_place) if g.numel() else g for g, f in pairs), need)
+    return select_needed((scale_grad(g, f, in_place) if g.numel() else g for g, f in pairs), need)
 
 
-def scaled(grad: Tensor, factor: Tensor, in_place: bool) -> Tensor:
+def scale_grad(grad: Tensor, factor: Tensor, in_place: bool) -> Tensor:
     """grad · factor (0-dim, fp32 or fp64), multiplied in the wider type and rounded once.
 
     A GPU rounds a 0-dim factor to the type of `grad` first, and 2^17 is infinite in float16; a

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .divergences import Divergence, floor_of, of_callable, resolve
+from .divergences import Divergence, call_divergence, floor_of, resolve
 
 NEG = -1e30  # "no such token": finite, so that 0 · NEG is 0 and differences stay finite
 ABSENT = -1e20  # values below it are NEG, possibly divided by a temperature
@@ -178,7 +178,7 @@ def token_loss_forward(
             # Also with the bucket tail: answers stored in 16 bits do not sum to exactly 1.
             D = D + rule.constant * (1 - cols.lp.double().exp().sum(-1)).to(D.dtype)
     else:
-        D = of_callable(options.divergence, cols.lp, cols.lq)
+        D = call_divergence(options.divergence, cols.lp, cols.lq)
     per_token = D * options.on_divergence
     mass = lse = nll = None
     if gathered.lse_rest is not None:

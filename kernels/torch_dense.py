@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .divergences import floor_of, of_callable, resolve
+from .divergences import call_divergence, floor_of, resolve
 from .head import DenseRows, Head, blocks
 from .rows import LossOptions
 from .torch_slabs import Matmul, logits_view, slabs
@@ -49,7 +49,7 @@ def dense_sums(
             psi = None
             with torch.enable_grad():
                 leaf = lq.t().detach().requires_grad_(grad)
-                value = of_callable(options.divergence, lp.t(), leaf)
+                value = call_divergence(options.divergence, lp.t(), leaf)
                 if grad:
                     psi = torch.autograd.grad(value.sum(), leaf)[0].t()
             D += value.detach()

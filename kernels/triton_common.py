@@ -47,7 +47,7 @@ SLOT_TILE = 64  # slots per block
 
 
 @triton.jit
-def shaped(b_raw, p_bias, o_cols, m_cols, scale, cap, CAP: tl.constexpr):
+def shape_logits(b_raw, p_bias, o_cols, m_cols, scale, cap, CAP: tl.constexpr):
     """u of raw products, in their type; o_cols are the columns in the bias."""
     b_u = b_raw
     if p_bias is not None:
@@ -61,7 +61,7 @@ def shaped(b_raw, p_bias, o_cols, m_cols, scale, cap, CAP: tl.constexpr):
 
 
 @triton.jit
-def narrowed(x, to: tl.constexpr):
+def round_to(x, to: tl.constexpr):
     """x in the type `to`, rounded to nearest even (the interpreter truncates to bfloat16)."""
     if INTERPRETED and to == tl.bfloat16:
         bits = x.to(tl.float32).to(tl.int32, bitcast=True)

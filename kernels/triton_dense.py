@@ -15,19 +15,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .divergences import floor_of, of_callable
+from .divergences import call_divergence, floor_of
 from .head import DenseRows, Head, blocks, grad_scale_of
 from .rows import LossOptions
 from .triton_common import (
     add_product,
     launch,
-    narrowed,
     product,
+    round_to,
     scalars,
-    shaped,
+    shape_logits,
     sums_at_scale,
 )
-from .triton_divergences import functor
+from .triton_divergences import divergence_function
 from .triton_slabs import logits_view
 
 DENSE_TILE = {"BV": 2048, "num_warps": 8}
@@ -71,11 +71,11 @@ def sum_divergence(
     for i_col in range(0, v, BV):
         o_cols = i_col + tl.arange(0, BV)
         m_cols = o_cols < v
-        b_u = shaped(
+        b_u = shape_logits(
             tl.load(p_raw + o_cols, mask=m_cols, other=0.0), p_bias, o_cols, m_cols, scale, cap, CAP
         )
         b_t_raw = tl.load(p_t_raw + o_cols, mask=m_cols, other=0.0).to(DT)
-        b_t_u = shaped(b_t_raw, p_t_bias, o_cols, m_cols, t_scale, t_cap, T_CAP)
+        b_t_u = shape_logits(b_t_raw, p_t_bias, o_cols, m_cols, t_scale, t_cap, T_CAP)
         b_lq = tl.where(m_cols, b_u * inv_T - b_lse, 0.0)
         b_lp = tl.where(m_cols, tl.maximum(b_t_u * inv_T - b_t_lse, floor), 0.0)
         b_phi, b_psi = PHI(b_lp, b_lq, w)
@@ -128,14 +128,14 @@ def grad_divergence(
     for i_col in range(0, v, BV):
         o_cols = i_col + tl.arange(0, BV)
         m_cols = o_cols < v
-        b_u = shaped(
+        b_u = shape_logits(
             tl.load(p_raw + o_cols, mask=m_cols, other=0.0), p_bias, o_cols, m_cols, scale, cap, CAP
         )
         b_t_raw = tl.load(p_t_raw + o_cols, mask=m_cols, other=0.0).to(DT)
         if PHI is None:
             b_psi = b_t_raw
         else:
-            b_t_u = shaped(b_t_raw, p_t_bias, o_cols, m_cols, t_scale, t_cap, T_CAP)
+            b_t_u = shape_logits(b_t_raw, p_t_bias, o_cols, m_cols, t_scale, t_cap, T_CAP)
             b_lp = tl.where(m_cols, tl.maximum(b_t_u * inv_T - b_t_lse, floor), 0.0)
             b_lq = tl.where(m_cols, b_u * inv_T - b_lse, 0.0)
             _phi, b_psi = PHI(b_lp, b_lq, w)
@@ -151,7 +151,7 @@ def grad_divergence(
             b_dz *= 1.0 - b_y * b_y
         b_dz *= scale
         tl.debug_barrier()  # a 16-bit row overwrites the front of its own fp32 row
-        tl.store(p_dz + o_cols, narrowed(b_dz, p_dz.dtype.element_ty), mask=m_cols)
+        tl.store(p_dz + o_cols, round_to(b_dz, p_dz.dtype.element_ty), mask=m_cols)
 
 
 def _kernel_scalars(head: Head, teacher: Head, w: float) -> dict[str, float | bool]:
@@ -189,7 +189,7 @@ def dense_sums(
     raw, teacher_raw = logits_view(head, buffers[0], n), logits_view(teacher_head, buffers[1], n)
     D, total = torch.zeros_like(lse_n), torch.zeros_like(lse_n)
     if isinstance(options.divergence, str):
-        phi, w = functor(options.divergence, options.beta, options.skew)
+        phi, w = divergence_function(options.divergence, options.beta, options.skew)
         launch(
             sum_divergence,
             (n,),
@@ -217,7 +217,7 @@ def dense_sums(
             lp = _shaped_rows(teacher_head, teacher_raw[at]) / T - teacher_lse_n[at].unsqueeze(-1)
             with torch.enable_grad():
                 leaf = lq.detach().requires_grad_(grad)
-                value = of_callable(options.divergence, lp.clamp(min=floor), leaf)
+                value = call_divergence(options.divergence, lp.clamp(min=floor), leaf)
                 if grad:
                     psi = torch.autograd.grad(value.sum(), leaf)[0]
                     teacher_raw[at] = psi
@@ -226,10 +226,10 @@ def dense_sums(
     u_label = None
     if label_n is not None:
         index = label_n.clamp(min=0)
-        chosen = raw.gather(1, index.unsqueeze(-1))[:, 0]
+        label_logits = raw.gather(1, index.unsqueeze(-1))[:, 0]
         if head.bias is not None:
-            chosen = chosen + head.bias[index].to(chosen.dtype)
-        u_label = _shaped_rows(head._replace(bias=None), chosen)
+            label_logits = label_logits + head.bias[index].to(label_logits.dtype)
+        u_label = _shaped_rows(head._replace(bias=None), label_logits)
     return D, total, u_label
 
 
@@ -252,7 +252,7 @@ def dense_grads(
     dz = raw if low == raw.dtype else raw.view(low)[:, : head.vocab]
     phi, w = None, 0.0
     if isinstance(options.divergence, str):
-        phi, w = functor(options.divergence, options.beta, options.skew)
+        phi, w = divergence_function(options.divergence, options.beta, options.skew)
     rows, grad_scale = _scaled_rows(head, rows, teacher_raw if phi is None else None)
     launch(
         grad_divergence,

@@ -71,7 +71,7 @@ def skew_reverse_kl(lp, lq, w):
     return q * (lq - lm), q * (lq - lm + 1.0 - w * tl.exp(lq - lm))
 
 
-def functor(name: str, beta: float, skew: float) -> tuple[Any, float]:
+def divergence_function(name: str, beta: float, skew: float) -> tuple[Any, float]:
     """(the function of divergence `name`, its w); at the ends of β and skew it is a KL."""
     name = plain_name(name, beta, skew)
     functions = {

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_common import INTERPRETED, launch, narrowed
+from .triton_common import INTERPRETED, launch, round_to
 
 FILTER_TILE = {"BN": 128, "BV": 128, "BH": 128, "num_warps": 8, "num_stages": 3}
 
@@ -124,7 +124,7 @@ def filtered_weight(
     m_out = (o_cols < v)[:, None] & (o_h < H)[None, :]
     if not FIRST:
         b_acc += tl.load(p_out, mask=m_out, other=0.0).to(tl.float32)
-    tl.store(p_out, narrowed(b_acc, p_dw.dtype.element_ty), mask=m_out)
+    tl.store(p_out, round_to(b_acc, p_dw.dtype.element_ty), mask=m_out)
 
 
 def live_tiles(dz_nv: Tensor, threshold: Tensor) -> Tensor:
@@ -150,7 +150,7 @@ def live_tiles(dz_nv: Tensor, threshold: Tensor) -> Tensor:
     return live
 
 
-def _listed(live: Tensor) -> tuple[Tensor, Tensor]:
+def _sort_tiles(live: Tensor) -> tuple[Tensor, Tensor]:
     """Per row of flags: columns in rising order, live ones first, and how many are live."""
     order = torch.sort(live, dim=1, descending=True, stable=True).indices
     return order.to(torch.int32).contiguous(), live.sum(1, dtype=torch.int32)
@@ -159,7 +159,7 @@ def _listed(live: Tensor) -> tuple[Tensor, Tensor]:
 def hidden_product(dz_nv: Tensor, weight_vH: Tensor, live: Tensor) -> Tensor:
     """dz W over the live tiles, fp32 [n, H]."""
     (n, v), H = dz_nv.shape, weight_vH.shape[1]
-    order, count = _listed(live)
+    order, count = _sort_tiles(live)
     dx = dz_nv.new_empty(n, H, dtype=torch.float32)
     BH = min(FILTER_TILE["BH"], max(16, triton.next_power_of_2(H)))
     launch(
@@ -187,7 +187,7 @@ def add_weight_product(
 ) -> None:
     """dw = (first) or += dzᵀ X over the live tiles, summed in fp32 and rounded once."""
     (n, v), H = dz_nv.shape, hidden_nH.shape[1]
-    order, count = _listed(live.t())
+    order, count = _sort_tiles(live.t())
     BH = min(FILTER_TILE["BH"], max(16, triton.next_power_of_2(H)))
     launch(
         filtered_weight,

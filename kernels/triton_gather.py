@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .head import Head, slot_grads
 from .rows import ABSENT
-from .triton_common import NEG, launch, narrowed, scalars, shaped
+from .triton_common import NEG, launch, round_to, scalars, shape_logits
 
 GATHER_TILE = {"SB": 16, "BH": 256, "num_warps": 4, "maxnreg": 128}
 RUN_TILE = {"BE": 32, "BH": 512, "num_warps": 4}
@@ -53,7 +53,7 @@ def gather_rows(
             other=0.0,
         )
         b_acc += tl.sum(b_w.to(DT) * b_x[None, :], 1)
-    b_z = shaped(b_acc, p_bias, b_ids, m_ids, tl.full([], scale, DT), cap, CAP)
+    b_z = shape_logits(b_acc, p_bias, b_ids, m_ids, tl.full([], scale, DT), cap, CAP)
     b_z = tl.where(m_ids, b_z * tl.full([], inv_T, DT), NEG)
     tl.store(p_z + i_row * S + o_slots, b_z, mask=o_slots < S)
 
@@ -88,7 +88,7 @@ def scatter_hidden(
             other=0.0,
         )
         b_acc += tl.sum(b_w.to(DT) * b_g[:, None], 0)
-    tl.store(p_dx + i_row * ld_dx + o_h, narrowed(b_acc, p_dx.dtype.element_ty), mask=o_h < H)
+    tl.store(p_dx + i_row * ld_dx + o_h, round_to(b_acc, p_dx.dtype.element_ty), mask=o_h < H)
 
 
 @triton.jit
@@ -132,14 +132,14 @@ def sum_runs(
             if ADD:
                 b_row += tl.load(p_dw + i_id * ld_dw + o_h, mask=m_write, other=0.0).to(DT)
             tl.store(
-                p_dw + i_id * ld_dw + o_h, narrowed(b_row, p_dw.dtype.element_ty), mask=m_write
+                p_dw + i_id * ld_dw + o_h, round_to(b_row, p_dw.dtype.element_ty), mask=m_write
             )
         if p_db is not None:
             m_once = m_last & (tl.program_id(1) == 0)
             b_bias = b_db
             if ADD:
                 b_bias += tl.load(p_db + i_id, mask=m_once, other=0.0).to(DT)
-            tl.store(p_db + i_id, narrowed(b_bias, p_db.dtype.element_ty), mask=m_once)
+            tl.store(p_db + i_id, round_to(b_bias, p_db.dtype.element_ty), mask=m_once)
         b_dw = tl.where(m_last, 0.0, b_dw)
         b_db = tl.where(m_last, 0.0, b_db)
 

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .head import Head, Stats
-from .triton_common import ABSENT, ROW_TILE, SLOT_TILE, launch, narrowed, scalars, shaped
+from .triton_common import ABSENT, ROW_TILE, SLOT_TILE, launch, round_to, scalars, shape_logits
 
 
 @triton.jit
@@ -54,7 +54,7 @@ def grad_rows(
         o_cols = i_col + tl.arange(0, BV)
         b_raw = tl.load(p_raw + o_cols, mask=o_cols < v, other=0.0)
         m_valid = (b_raw > ABSENT) & (o_cols < v)
-        b_u = shaped(b_raw, p_bias, v0 + o_cols, m_valid, scale, cap, CAP)
+        b_u = shape_logits(b_raw, p_bias, v0 + o_cols, m_valid, scale, cap, CAP)
         b_z = b_u * inv_T
         b_dz = tl.exp(tl.minimum(b_z - b_lse, 0.0))  # above 0 only at slots, overwritten below
         if p_g_mean is not None:
@@ -72,7 +72,7 @@ def grad_rows(
         tl.debug_barrier()
         tl.store(
             p_dz + o_cols,
-            narrowed(tl.where(m_valid, b_dz, 0.0), p_dz.dtype.element_ty),
+            round_to(tl.where(m_valid, b_dz, 0.0), p_dz.dtype.element_ty),
             mask=o_cols < v,
         )
     p_row_ids = p_ids + i_row.to(tl.int64) * S
@@ -84,7 +84,7 @@ def grad_rows(
             b_ids = tl.load(p_row_ids + o_slots, mask=o_slots < S, other=-1)
             m_in_slab = (b_ids >= v0) & (b_ids < v0 + v)
             b_g = tl.load(p_row_g + o_slots, mask=m_in_slab, other=0.0)
-            tl.store(p_dz + (b_ids - v0), narrowed(b_g, p_dz.dtype.element_ty), mask=m_in_slab)
+            tl.store(p_dz + (b_ids - v0), round_to(b_g, p_dz.dtype.element_ty), mask=m_in_slab)
 
 
 def grad_rows_(

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.target_info import cuda_capability_geq
 
-from .triton_common import INTERPRETED, launch, narrowed
+from .triton_common import INTERPRETED, launch, round_to
 
 EXPAND_TILE = {"BB": 512, "num_warps": 4}  # bytes per program
 ROW_TILE = {"BK": 2048, "num_warps": 8}
@@ -62,18 +62,18 @@ def to_e4m3(x):
 
 
 @triton.jit
-def stored(x, to: tl.constexpr):
+def to_storage(x, to: tl.constexpr):
     """x in the type `to`; uint8 means fp8."""
     if to == tl.int8:
         return to_int8(x)
     elif to == tl.uint8:
         return to_e4m3(x)
     else:
-        return narrowed(x, to)
+        return round_to(x, to)
 
 
 @triton.jit
-def spread(values, R: tl.constexpr, BB: tl.constexpr):
+def repeat(values, R: tl.constexpr, BB: tl.constexpr):
     """Repeat each of R values BB / R times."""
     return tl.reshape(tl.broadcast_to(values[:, None], [R, BB // R]), [BB])
 
@@ -92,9 +92,9 @@ def affine(
             p_scale + o_blocks // NESTED_BLOCK, mask=m_blocks, other=0.0
         )
         b_s += tl.load(p_nested_offset)
-    b_w *= spread(b_s, R, BB)
+    b_w *= repeat(b_s, R, BB)
     if p_offset is not None:
-        b_w += spread(tl.load(p_offset + o_blocks, mask=m_blocks, other=0.0), R, BB)
+        b_w += repeat(tl.load(p_offset + o_blocks, mask=m_blocks, other=0.0), R, BB)
     return b_w
 
 
@@ -146,7 +146,7 @@ def expand(
             b_w *= tl.load(p_row_inv + 2 * i_start // COLS)
         else:
             b_w *= tl.load(p_row_inv + o_weights // COLS, mask=o_weights < n_weights, other=0.0)
-    tl.store(p_out + o_weights, stored(b_w, p_out.dtype.element_ty), mask=o_weights < n_weights)
+    tl.store(p_out + o_weights, to_storage(b_w, p_out.dtype.element_ty), mask=o_weights < n_weights)
 
 
 @triton.jit
@@ -182,7 +182,7 @@ def quantize_row(p_x, p_q, p_scale, n_cols, TOP: tl.constexpr, BK: tl.constexpr)
         o_cols = i_col + tl.arange(0, BK)
         b_x = tl.load(p_x + o_cols, mask=o_cols < n_cols, other=0.0).to(tl.float32)
         b_y = tl.where(m_usable, b_x, 0.0) * b_factor
-        tl.store(p_q + o_cols, stored(b_y, p_q.dtype.element_ty), mask=o_cols < n_cols)
+        tl.store(p_q + o_cols, to_storage(b_y, p_q.dtype.element_ty), mask=o_cols < n_cols)
 
 
 def _bytes(out: Tensor) -> Tensor:

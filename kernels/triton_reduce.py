@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .head import Head, RunningLSE, Scanned, Top2
 from .rows import NEG as _NEG
-from .triton_common import ABSENT, NEG, SLOT_TILE, launch, scalars, shaped
+from .triton_common import ABSENT, NEG, SLOT_TILE, launch, scalars, shape_logits
 
 # Without this bound ptxas spills two registers to fit one more program.
 REDUCE_TILE = {"num_warps": 16, "maxnreg": 64}
@@ -74,7 +74,7 @@ def reduce_slab(
             b_raw = tl.load(p_row + (b_ids - v0), mask=m_in_slab, other=0.0)
             tl.store(
                 p_row_slots + o_slots,
-                shaped(b_raw, p_bias, b_ids, m_in_slab, scale, cap, CAP),
+                shape_logits(b_raw, p_bias, b_ids, m_in_slab, scale, cap, CAP),
                 mask=m_in_slab,
             )
         tl.debug_barrier()  # an id may repeat: every slot has read before any is overwritten
@@ -87,7 +87,7 @@ def reduce_slab(
     o_cols = tl.arange(0, BV)
     b_raw = tl.load(p_row + o_cols, mask=o_cols < v, other=NEG)
     m_valid = b_raw > ABSENT
-    b_u = tl.where(m_valid, shaped(b_raw, p_bias, v0 + o_cols, m_valid, scale, cap, CAP), NEG)
+    b_u = tl.where(m_valid, shape_logits(b_raw, p_bias, v0 + o_cols, m_valid, scale, cap, CAP), NEG)
     b_z = tl.where(m_valid, b_u * inv_T, NEG)
     is_first = v0 == 0
     b_old_max = tl.load(p_max + i_row, mask=not is_first, other=NEG)

@@ -50,7 +50,7 @@ def scan(
 ) -> Scanned:
     """One pass over the head; a buffer receives the raw products, with NEG in the slots."""
     n = hidden_nH.shape[0]
-    if buffer is None and triton_stream.pays(head, hidden_nH):
+    if buffer is None and triton_stream.is_faster(head, hidden_nH):
         return triton_stream.scan(
             head,
             hidden_nH,
@@ -77,7 +77,7 @@ def scan(
     return running.scanned()
 
 
-def distinct(ids_nS: Tensor, g_nS: Tensor) -> tuple[Tensor, Tensor]:
+def merge_repeated_slots(ids_nS: Tensor, g_nS: Tensor) -> tuple[Tensor, Tensor]:
     """Repeated ids of a row become one slot with the summed gradient; the others become empty."""
     ids, order = torch.sort(ids_nS, dim=-1, stable=True)
     g = g_nS.gather(-1, order)
@@ -111,7 +111,7 @@ def chunk_grads(
     products skip tiles whose |dz| is below filter_threshold (0-dim, optional).
     """
     assert g.lse_rest is not None
-    ids, g_nS = distinct(ids_nS, slot_grads(head, stats.z_ids, g.z))
+    ids, g_nS = merge_repeated_slots(ids_nS, slot_grads(head, stats.z_ids, g.z))
     upstream, grad_scale = scaled_grads(head, Stats(g_nS, g.lse_rest, None, g.lse_base))
     if filter_threshold is not None and grad_scale is not None:
         filter_threshold = filter_threshold * grad_scale
@@ -194,7 +194,7 @@ def recompute(
     narrow = None  # the returned dX, if it is not summed in its own type
     if need_hidden and hidden_type != head.dtype:
         narrow = torch.empty_like(hidden_NH, dtype=hidden_type)
-    ids, g_NS = distinct(ids_NS, slot_grads(head, stats.z_ids, grads.z_ids))
+    ids, g_NS = merge_repeated_slots(ids_NS, slot_grads(head, stats.z_ids, grads.z_ids))
     scaled_up, grad_scale = scaled_grads(head, grads._replace(z_ids=g_NS))
     g_NS = scaled_up.z_ids
     lost_NS = g_NS - g_NS.to(head.weight.dtype).to(g_NS.dtype)

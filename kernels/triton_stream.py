@@ -22,7 +22,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .head import Head, RunningLSE, Scanned, Top2
 from .rows import ABSENT as _ABSENT
 from .rows import NEG as _NEG
-from .triton_common import INTERPRETED, NEG, launch, scalars, shaped
+from .triton_common import INTERPRETED, NEG, launch, scalars, shape_logits
 from .triton_reduce import rescale
 
 NO_ID = 2**31 - 1
@@ -109,7 +109,7 @@ def stream(
             b_acc = tl.dot(b_x, b_w.T, b_acc)
         o_cols = i_col + tl.arange(0, BV)
         m_cols = o_cols < v
-        b_u = shaped(b_acc, p_bias, o_cols, m_cols, scale, cap, CAP)
+        b_u = shape_logits(b_acc, p_bias, o_cols, m_cols, scale, cap, CAP)
         b_u = tl.where(m_cols[None, :], b_u, NEG)
         while tl.min(b_next_id, 0) < i_col + BV:
             m_hit = b_next_id < i_col + BV
@@ -170,7 +170,7 @@ def stream(
         tl.store(p_n_above + o_out, b_n_above, mask=m_rows)
 
 
-def pays(head: Head, hidden_nH: Tensor) -> bool:
+def is_faster(head: Head, hidden_nH: Tensor) -> bool:
     """Whether to stream: a small 16-bit head whose rows the copy engine can address."""
     if head.weight.element_size() != 2 or hidden_nH.shape[0] == 0:
         return False
