@@ -1,4 +1,4 @@
-"""Build the models of base seeds before any student, and reject seeds whose models fail a gate.
+"""Build the models of base seeds first, and reject seeds whose models fail a gate.
 
 The selection depends on organisms alone, so no result of a student influences it.
 """

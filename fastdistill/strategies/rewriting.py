@@ -127,7 +127,7 @@ def resampled(
     for example in examples:
         ends = [word.end() for word in re.finditer(r"\S+", example.answer)]
         n_words = int(keep * len(ends))
-        prefixes.append(example.answer[: ends[n_words - 1]] if n_kept else "")
+        prefixes.append(example.answer[: ends[n_words - 1]] if n_words else "")
         whole, _ = trusted.ids(example.prompt, example.answer)
         prefix, _ = trusted.ids(example.prompt, prefixes[-1])
         n_removed.append(max(1, len(whole) - len(prefix)))
