@@ -130,7 +130,8 @@ class InOrder(DistillTrainer):
 class PairLoss:
     """The DPO loss ℓ of rows 2i and 2i + 1 of a batch.
 
-    The reference is a `TeacherHidden` answer. Returns the mean over the pairs times the number of targets, by which the trainer divides.
+    The reference is a `TeacherHidden` answer. Returns the mean over the pairs times the number of
+    targets, by which the trainer divides.
     """
 
     def __init__(self, beta: float, sft: float = 0.0) -> None:
