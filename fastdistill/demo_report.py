@@ -90,7 +90,7 @@ def demo_report(result: DemoResult) -> Report:
         report.picture(
             _mass(result),
             alt="Histogram of the share of teacher probability inside its top k",
-            caption=f"Teacher probability inside its top {facts['k']} tokens, by position. The "
+            caption=f"Teacher probability inside its top {facts['k']} tokens, by position. "
             "The student receives the rest as a single value.",
         )
     _add_audits(report, result)
