@@ -322,8 +322,8 @@ def _without_memory(model: Any) -> nn.Module:
         empty = tensor.detach().to("meta")
         is_parameter = isinstance(tensor, nn.Parameter)
         memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if is_parameter else empty
-    made: nn.Module = copy.deepcopy(model, memo=memo)
-    return made
+    clone: nn.Module = copy.deepcopy(model, memo=memo)
+    return clone
 
 
 def _fail(file: Path, name: str, expected: str, got: Any, hint: str = "") -> NoReturn:

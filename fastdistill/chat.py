@@ -137,7 +137,7 @@ def encode_conversation(
     """
     text, messages = _rendered(tokenizer, messages, column, rendering)
     _check_rest(text, messages, column, rendering)
-    spans, low = [], 0
+    spans, previous_end = [], 0
     template = _template(tokenizer, rendering)
     marked = first == 0 and _GENERATION.search(template) is not None
     for turn, message in enumerate(messages):
@@ -145,10 +145,10 @@ def encode_conversation(
             if marked:
                 _check_turn(text, message, turn, column)
                 continue
-            begin, end = _turn(tokenizer, text, messages, turn, low, column, rendering)
-            _check_turn(text[low:end], message, turn, column)
+            begin, end = _turn(tokenizer, text, messages, turn, previous_end, column, rendering)
+            _check_turn(text[previous_end:end], message, turn, column)
             spans.append((begin, end))
-            low = end
+            previous_end = end
     if marked:
         spans = _generated(tokenizer, text, messages, template, column, rendering)
     read = tokenize(tokenizer, text, column, spans, special=False)
@@ -157,10 +157,13 @@ def encode_conversation(
 
 def _template(tokenizer: Any, rendering: Mapping[str, Any]) -> str:
     """Return the template that the tokenizer uses, which may have several."""
-    own, chosen = getattr(tokenizer, "chat_template", None), rendering.get("chat_template")
-    if isinstance(own, Mapping):
+    tokenizer_template, chosen = (
+        getattr(tokenizer, "chat_template", None),
+        rendering.get("chat_template"),
+    )
+    if isinstance(tokenizer_template, Mapping):
         return str(tokenizer.get_chat_template(chosen, rendering.get("tools")))
-    return str(chosen or own or "")
+    return str(chosen or tokenizer_template or "")
 
 
 def _generated(
@@ -250,14 +253,14 @@ def _turn(
     text: str,
     messages: Sequence[Mapping[str, Any]],
     turn: int,
-    low: int,
+    previous_end: int,
     column: str,
     rendering: Mapping[str, Any],
 ) -> Span:
     """Return the span in `text` of one assistant turn, its end token included.
 
     Args:
-        low: the end of the previous assistant turn.
+        previous_end: the end of the previous assistant turn.
     """
 
     def rendered(upto: int, prompt: bool = False) -> str | None:
@@ -284,10 +287,10 @@ def _turn(
     if text.startswith(after):
         end = len(after)
     else:  # the last turn begins or ends otherwise than earlier ones
-        there = content(text, len(messages))[1]
+        content_end = content(text, len(messages))[1]
         tail = after[content(after, turn + 1)[1] :]
-        end = _end(tokenizer, text, there, tail)
-    if end is None or not low <= begin <= end:
+        end = _end(tokenizer, text, content_end, tail)
+    if end is None or not previous_end <= begin <= end:
         fail(column, "a chat template that leaves earlier turns as they are when others follow",
              f"one that renders turn {turn} differently then",
              "the assistant's tokens cannot be located: pass prompt and completion, or a chat "
@@ -305,8 +308,8 @@ def _end(tokenizer: Any, text: str, at: int, tail: str) -> int | None:
         if same and text.startswith(same, at):
             return at + len(same)
     marks = [str(token) for token in getattr(tokenizer, "added_tokens_decoder", {}).values()]
-    there = [mark for mark in marks if mark.strip() and text.startswith(mark, at)]
-    return at + max(map(len, there)) if there else None
+    matches = [mark for mark in marks if mark.strip() and text.startswith(mark, at)]
+    return at + max(map(len, matches)) if matches else None
 
 
 def _common(a: str, b: str) -> int:
@@ -335,8 +338,8 @@ def _content(
     among = [*messages[:turn], changed, *messages[turn + 1 :]]
     rendered = _applied(tokenizer, among, column, rendering, False)
     begin = _common(text, rendered)
-    same = _common(text[begin:][::-1], rendered[begin:][::-1])
-    return begin, len(text) - same
+    suffix_length = _common(text[begin:][::-1], rendered[begin:][::-1])
+    return begin, len(text) - suffix_length
 
 
 def turn_end(tokenizer: Any) -> int | None:

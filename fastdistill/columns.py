@@ -158,9 +158,9 @@ def check_integers(name: str, values: Any, like: Tensor | None = None) -> Tensor
 def check_mask(name: str, values: Any, like: Tensor) -> Tensor:
     """Return a column of 0 and 1 as int64 [T]."""
     mask = check_integers(name, values, like)
-    other = mask[(mask != 0) & (mask != 1)]
-    if len(other):
-        fail(name, "0 or 1 for each token", int(other[0]),
+    invalid = mask[(mask != 0) & (mask != 1)]
+    if len(invalid):
+        fail(name, "0 or 1 for each token", int(invalid[0]),
              "numbers of documents in a packed row are not read: pass each document as an example "
              "of its own, with packing=True")  # fmt: skip
     return mask

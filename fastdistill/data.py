@@ -76,7 +76,7 @@ def padded(
         length = -(-length // multiple_of) * multiple_of
     if widest is not None and length > widest:
         length = widest
-        rows = [row.slots(widest) for row in rows]
+        rows = [row.first_tokens(widest) for row in rows]
     device = rows[0].ids.device
     input_ids = torch.full((len(rows), length), pad_id, device=device)
     labels = torch.full((len(rows), length), IGNORE_INDEX, device=device)

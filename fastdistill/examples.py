@@ -17,7 +17,7 @@ from torch import Tensor
 from .chat import encode_conversation, render, turn_end
 from .checks import fail
 from .columns import MASKS, check_columns, check_integers, check_mask, check_positions
-from .tokenized import close, tokenize, tokenize_pair
+from .tokenized import append_end, tokenize, tokenize_pair
 
 IGNORE_INDEX = -100
 
@@ -34,14 +34,14 @@ class EncodedExample(NamedTuple):
     attention_mask: Tensor
     prompt: int | None = None
 
-    def cut(self, length: int | None) -> EncodedExample:
+    def truncate(self, length: int | None) -> EncodedExample:
         """Return the row cut to its first `length` attended tokens; padding does not count."""
         attended = self.attention_mask.nonzero()[:, 0].tolist()
         if length is None or len(attended) <= length:
             return self
-        return self.slots(attended[length])
+        return self.first_tokens(attended[length])
 
-    def slots(self, length: int) -> EncodedExample:
+    def first_tokens(self, length: int) -> EncodedExample:
         """Return the first `length` tokens, attended or not."""
         prompt = self.prompt if self.prompt is None else min(self.prompt, length)
         return EncodedExample(
@@ -104,9 +104,9 @@ class Encoder:
             index, dataset: the position of the example in which dataset or batch, for errors. An
                 example of JsonLines names its line instead.
         """
-        return self.whole(example, index, dataset).cut(self.max_length)
+        return self.encode_uncut(example, index, dataset).truncate(self.max_length)
 
-    def whole(
+    def encode_uncut(
         self, example: Mapping[str, Any], index: int = 0, dataset: str = ""
     ) -> EncodedExample:
         """Return the row of an example without cutting it."""
@@ -138,7 +138,7 @@ class Encoder:
             ids, targets = self._completion(columns["prompt"], columns.get("completion"), rendering)
         else:
             read = tokenize(self.tokenizer, columns["text"], "text", (), special=True)
-            ids = [*read.before, *close(self.tokenizer, read, self._ends)]
+            ids = [*read.before, *append_end(self.tokenizer, read, self._ends)]
             targets = [True] * len(ids)
         if not ids:
             raise ValueError(f"{form}: expected at least one token, got an empty text")
@@ -147,8 +147,8 @@ class Encoder:
         if not self.completion_only and any(targets):
             targets = [True] * len(ids)
         tokens = torch.tensor(ids, dtype=torch.int64)
-        chosen = torch.where(torch.tensor(targets, dtype=torch.bool), tokens, IGNORE_INDEX)
-        return EncodedExample(tokens, chosen, torch.ones_like(tokens), prompt)
+        labels = torch.where(torch.tensor(targets, dtype=torch.bool), tokens, IGNORE_INDEX)
+        return EncodedExample(tokens, labels, torch.ones_like(tokens), prompt)
 
     def _messages(
         self, messages: list[dict[str, Any]], rendering: Mapping[str, Any]
@@ -173,9 +173,9 @@ class Encoder:
             return [*read.before, *read.ids], [False] * (len(read.before) + len(read.ids))
         read = tokenize_pair(self.tokenizer, prompt, completion)
         # An empty completion always gets an end token.
-        closed = close(self.tokenizer, read, self._ends if completion else None)
-        ends = [True] * (len(closed) - len(read.ids))
-        return [*read.before, *closed], [False] * len(read.before) + read.inside + ends
+        ended = append_end(self.tokenizer, read, self._ends if completion else None)
+        ends = [True] * (len(ended) - len(read.ids))
+        return [*read.before, *ended], [False] * len(read.before) + read.inside + ends
 
     def _prompt(
         self, messages: list[dict[str, Any]], column: str, rendering: Mapping[str, Any]
@@ -241,7 +241,7 @@ def _from_ids(columns: Mapping[str, Any]) -> EncodedExample:
             fail("labels", f"token ids of 0 or more, or {IGNORE_INDEX}", int(targets.min()))
     for name in MASKS:
         if name in columns:
-            chosen = check_mask(name, columns[name], ids)
-            targets = torch.where(chosen != 0, targets, IGNORE_INDEX)
+            mask = check_mask(name, columns[name], ids)
+            targets = torch.where(mask != 0, targets, IGNORE_INDEX)
     check_positions(columns, ids, attended)
     return EncodedExample(ids, torch.where(attended != 0, targets, IGNORE_INDEX), attended)

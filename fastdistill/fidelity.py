@@ -117,14 +117,16 @@ def measure(
         sides.append(_side(student, teacher))
     elif student is not None:
         checks.positive("student", student)
-    sides = [side.on(sides[0].head.weight.device) for side in sides]
+    sides = [side.to(sides[0].head.weight.device) for side in sides]
     columns = [
         _compare(sides, ids[at], None if mask is None else mask[at], counted[at])
         for at in torch.arange(len(ids)).split(max(1, teacher.reader.budget // ids.shape[1]))
     ]
-    kl, same, learnt = (torch.cat(column).double().cpu() for column in zip(*columns, strict=True))
-    student_kl = learnt.mean().item() if len(learnt) else student
-    report = _report(kl.tolist(), same.tolist(), counted.nonzero()[:, 0].tolist(), student_kl)
+    kl, same_top, student_kls = (
+        torch.cat(column).double().cpu() for column in zip(*columns, strict=True)
+    )
+    student_kl = student_kls.mean().item() if len(student_kls) else student
+    report = _report(kl.tolist(), same_top.tolist(), counted.nonzero()[:, 0].tolist(), student_kl)
     if report.warning is not None:
         warnings.warn(report.warning, UserWarning, stacklevel=3)
     return report
@@ -138,8 +140,8 @@ class _Side:
     head: LMHead
     impl: str
 
-    def on(self, device: torch.device) -> _Side:
-        return replace(self, head=self.head.on(device))
+    def to(self, device: torch.device) -> _Side:
+        return replace(self, head=self.head.to(device))
 
     def hidden(self, ids: Tensor, mask: Tensor | None, counted: Tensor) -> Tensor:  # (n, H)
         hidden = self.reader.hidden(read_rows(ids, mask, self.reader.vocab))
@@ -176,19 +178,19 @@ def _compare(
     vocab = ours.head.vocab_size
     ours_NH, full_NG = (side.hidden(ids, mask, counted) for side in (ours, full))
     kl = full.kl_to(full_NG, ours, ours_NH, vocab)
-    same = ours.first(ours_NH, vocab) == full.first(full_NG, vocab)
-    learnt = kl[:0]
+    same_top = ours.first(ours_NH, vocab) == full.first(full_NG, vocab)
+    student_kls = kl[:0]
     for student in others:
         shared = min(vocab, student.head.vocab_size)
-        learnt = ours.kl_to(ours_NH, student, student.hidden(ids, mask, counted), shared)
-    return kl, same, learnt
+        student_kls = ours.kl_to(ours_NH, student, student.hidden(ids, mask, counted), shared)
+    return kl, same_top, student_kls
 
 
 def _report(
-    kl: list[float], same: list[float], sequences: list[int], student_kl: float | None
+    kl: list[float], same_top: list[float], sequences: list[int], student_kl: float | None
 ) -> FidelityReport:
-    distance, top1 = (bootstrap_ratio(x, [1.0] * len(kl), sequences) for x in (kl, same))
-    apart = wilson(int(sum(same)), len(same))
+    distance, top1 = (bootstrap_ratio(x, [1.0] * len(kl), sequences) for x in (kl, same_top))
+    wilson_interval = wilson(int(sum(same_top)), len(same_top))
     ratio = None if student_kl is None else distance.value / max(student_kl, 1e-30)
     warning = None
     if ratio is not None and ratio > RATIO_LIMIT:
@@ -203,7 +205,7 @@ def _report(
         kl_interval=(distance.low, distance.high),
         top1_agreement=top1.value,
         # min and max return their first argument if the other is NaN: one sequence, no interval.
-        top1_interval=(min(top1.low, apart.low), max(top1.high, apart.high)),
+        top1_interval=(min(top1.low, wilson_interval.low), max(top1.high, wilson_interval.high)),
         tokens=len(kl),
         sequences=distance.n,
         student_kl=student_kl,
@@ -249,7 +251,7 @@ def _full_precision(teacher: QuantizedTeacher, against: Any) -> _Side:
             checks.fail("against", "the full-precision model or its path, as this teacher was not "
                         "quantized from a path by load_teacher", None)  # fmt: skip
     if isinstance(against, (str, Path)):
-        against = StoredModel.at(against)
+        against = StoredModel.from_path(against)
     if isinstance(against, StoredModel):
         against = against.load(teacher.head.weight.device)
     model = against.reader.model if hasattr(against, "reader") else against  # of a Teacher

@@ -52,7 +52,7 @@ class LMHead:
         gathered = {n: t.full_tensor().detach() for n, t in parts.items() if is_dtensor(t)}
         return replace(self, **gathered)
 
-    def on(self, device: torch.device) -> LMHead:
+    def to(self, device: torch.device) -> LMHead:
         """Return this head on another device; the model is not moved."""
         bias = None if self.bias is None else self.bias.to(device)
         return replace(self, weight=self.weight.to(device), bias=bias)

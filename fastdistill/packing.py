@@ -42,9 +42,9 @@ _LENGTH_DEPENDENT_ROPE = ("longrope", "dynamic")
 # Relative errors of hidden states, medians over tokens: rounding may route a few tokens of a
 # mixture to other experts, while a wrong mask or position changes nearly all tokens. The same
 # layout with other rows must agree far better than another layout, which sums in another order.
-_TOUCHED = {torch.float64: 1e-6, torch.float32: 1e-4}
-_MOVED = {torch.float64: 1e-6, torch.float32: 1e-3}
-_TOUCHED_HALF, _MOVED_HALF = 1e-2, 1e-1
+_SAME_LAYOUT = {torch.float64: 1e-6, torch.float32: 1e-4}
+_OTHER_LAYOUT = {torch.float64: 1e-6, torch.float32: 1e-3}
+_SAME_LAYOUT_HALF, _OTHER_LAYOUT_HALF = 1e-2, 1e-1
 
 
 @dataclass(frozen=True)
@@ -82,9 +82,9 @@ def read_rows(input_ids: Any, attention_mask: Any, vocab: int) -> Rows:
             checks.fail("attention_mask", f"shape {[B, T]} as input_ids",
                         list(attention_mask.shape))  # fmt: skip
         mask = attention_mask.to(flat.device)
-        odd = mask[(mask != 0) & (mask != 1)]
-        if odd.numel():
-            checks.fail("attention_mask", "1 for a token and 0 for padding", int(odd[0]))
+        invalid = mask[(mask != 0) & (mask != 1)]
+        if invalid.numel():
+            checks.fail("attention_mask", "1 for a token and 0 for padding", int(invalid[0]))
         where = mask.reshape(-1).nonzero()[:, 0]
         lengths = mask.bool().sum(-1).tolist()
     tokens = flat[where].long()
@@ -242,8 +242,8 @@ def can_pack(model: nn.Module) -> bool:
             f"{type(model).__name__} for the tokens {first.tolist()}. Its weights are NaN, "
             f"infinite, or too large for {str(front.dtype).removeprefix('torch.')}"
         )
-    touched = _TOUCHED.get(front.dtype, _TOUCHED_HALF)
-    if not _error(run(first, second.flip(0))[0], front) <= touched:
+    same_layout = _SAME_LAYOUT.get(front.dtype, _SAME_LAYOUT_HALF)
+    if not _error(run(first, second.flip(0))[0], front) <= same_layout:
         raise ValueError(
             f"model: expected a causal language model, got {type(model).__name__}, whose hidden "
             "state of a token depends on later tokens. A teacher that sees the next token cannot "
@@ -251,10 +251,10 @@ def can_pack(model: nn.Module) -> bool:
         )
     if not by_rule:
         return False
-    moved = _MOVED.get(front.dtype, _MOVED_HALF)
+    other_layout = _OTHER_LAYOUT.get(front.dtype, _OTHER_LAYOUT_HALF)
     return (
-        _error(run(other, second)[1], second_hidden) <= touched
-        and _error(run(second, first)[0], second_hidden) <= moved
+        _error(run(other, second)[1], second_hidden) <= same_layout
+        and _error(run(second, first)[0], second_hidden) <= other_layout
     )
 
 

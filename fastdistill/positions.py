@@ -108,8 +108,8 @@ def check_row_lengths(
         return
     for index in range(len(dataset)):
         example = dataset[index]
-        row = encoder.whole(example, index, name)
-        shortest.check(attended_length(row.cut(encoder.max_length)), name, index)
+        row = encoder.encode_uncut(example, index, name)
+        shortest.check(attended_length(row.truncate(encoder.max_length)), name, index)
         if visit is not None:
             visit(index, example, row)
 

@@ -42,19 +42,19 @@ def models_in(teacher: Any) -> tuple[list[nn.Module | Tensor], list[nn.Parameter
     The search follows attributes, containers and closures."""
     weights: dict[int, nn.Module | Tensor] = {}
     frozen: list[nn.Parameter] = []
-    passed: dict[int, Any] = {}  # holds the objects, so that no id is reused
+    visited: dict[int, Any] = {}  # holds the objects, so that no id is reused
 
-    def look(value: Any, depth: int) -> None:
+    def visit(value: Any, depth: int) -> None:
         if isinstance(value, (nn.Module, Tensor)):
             weights[id(value)] = value
-        elif depth and id(value) not in passed and len(passed) < _MAX_OBJECTS:
-            passed[id(value)] = value
+        elif depth and id(value) not in visited and len(visited) < _MAX_OBJECTS:
+            visited[id(value)] = value
             if isinstance(value, Teacher):
                 frozen.extend(value.frozen)
             for inner in _held_by(value):
-                look(inner, depth - 1)
+                visit(inner, depth - 1)
 
-    look(teacher, _MAX_DEPTH)
+    visit(teacher, _MAX_DEPTH)
     return list(weights.values()), frozen
 
 

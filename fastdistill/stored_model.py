@@ -40,7 +40,7 @@ class StoredModel:
     adapter_base: str | Path | None = None  # the base of an adapter; None is the one that it names
 
     @classmethod
-    def at(
+    def from_path(
         cls,
         path_or_name: str | Path,
         dtype: torch.dtype | str = "auto",
@@ -87,7 +87,7 @@ class StoredModel:
                 f"base_model_name_or_path into {ADAPTER}"
             )
         try:
-            base = StoredModel.at(base_path, self.dtype, self.attn_implementation)
+            base = StoredModel.from_path(base_path, self.dtype, self.attn_implementation)
         except FileNotFoundError as error:
             raise FileNotFoundError(
                 f"base: expected the model under the adapter {folder}, got "
@@ -154,7 +154,7 @@ def load_whole(path: str | Path, **options: Any) -> PreTrainedModel:
     """
     folder = Path(path).expanduser()
     if not folder.exists():
-        folder = StoredModel.at(path).path
+        folder = StoredModel.from_path(path).path
     elif folder.is_dir() and not any(folder.glob("*.safetensors")):
         raise FileNotFoundError(
             f"path_or_model: expected *.safetensors in {folder}, got none. A pickle is not opened"
@@ -218,7 +218,7 @@ def tokenizer_folder(path_or_name: str | Path) -> Path:
     """Return the folder with the tokenizer of a path or hub name, downloaded if needed."""
     path = Path(path_or_name).expanduser()
     if is_adapter(path):
-        return StoredModel.at(path).tokenizer_folder
+        return StoredModel.from_path(path).tokenizer_folder
     if not path.exists() and resolve("tokenizer", path_or_name).kind == "hub":
         return fetched_folder(str(path_or_name), [p for p in _FETCHED if "tensors" not in p])
     return path

@@ -57,7 +57,7 @@ class Teacher:
         tokens_per_batch: int | None = None,
     ) -> None:
         if isinstance(model, (str, Path)):
-            stored = StoredModel.at(model, dtype)
+            stored = StoredModel.from_path(model, dtype)
             if tokenizer is None:
                 tokenizer = stored_tokenizer(stored.tokenizer_folder)
             whole = not stored.is_adapter
@@ -240,7 +240,7 @@ def load_teacher(
         trainable = [weakref.ref(p) for p in path_or_model.parameters() if p.requires_grad]
         model = _from_model(path_or_model, quant, compute, device, dtype, attn_implementation)
     elif isinstance(path_or_model, (str, Path)):
-        source = StoredModel.at(path_or_model, dtype, attn_implementation)
+        source = StoredModel.from_path(path_or_model, dtype, attn_implementation)
         place = _default_device() if device is None else torch.device(device)
         model = _from_checkpoint(source, quant, compute, place)
         tokenizer = stored_tokenizer(source.tokenizer_folder) if tokenizer is None else tokenizer

@@ -72,7 +72,7 @@ def tokenize_pair(tokenizer: Any, prompt: str, completion: str) -> Tokens:
     return Tokens(first.before, first.ids + second.ids, first.after, inside)
 
 
-def close(tokenizer: Any, tokens: Tokens, ends: Sequence[int] | None) -> list[int]:
+def append_end(tokenizer: Any, tokens: Tokens, ends: Sequence[int] | None) -> list[int]:
     """Return a text's ids with one end token.
 
     Args:

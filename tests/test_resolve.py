@@ -34,7 +34,7 @@ CPU = torch.device("cpu")
 ROUTES = {
     "load_teacher": lambda path: load_teacher(path, device="cpu"),
     "Teacher": Teacher,
-    "stored": lambda path: StoredModel.at(path).load(CPU),
+    "stored": lambda path: StoredModel.from_path(path).load(CPU),
     "cli": lambda path: load_any_teacher(str(path), None, "auto", CPU),
     "subject": lambda path: Subject(path, tokenizer=Tokenizer(), device="cpu"),
 }

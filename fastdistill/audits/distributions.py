@@ -81,7 +81,7 @@ def next_token_kl(
     model: Subject, base: Subject, model_states: Tensor, base_states: Tensor
 ) -> Tensor:  # [N, H] -> [N]
     """Returns KL(p_model ‖ p_base) per position: the loss with the audited model as teacher."""
-    head, trusted = model.head.on(base_states.device), base.head
+    head, trusted = model.head.to(base_states.device), base.head
     return linear_distill_loss(
         base_states,
         trusted.weight,

@@ -76,7 +76,7 @@ class Subject:
     ) -> None:
         is_path = isinstance(model, (str, Path))
         if isinstance(model, (str, Path)):
-            stored = StoredModel.at(model)
+            stored = StoredModel.from_path(model)
             target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
             name = name or stored.path.name
             if tokenizer is None:

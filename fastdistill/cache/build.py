@@ -296,14 +296,14 @@ def _is_locked(path: Path) -> bool:
 
 def _agree_on_settings(folder: Path, settings: Settings, rank: int) -> Settings:
     """Return the settings of the build in this folder; write ours if there are none."""
-    begun = check_begun(folder, settings, rank)
-    if begun is None:
+    stored = check_existing_build(folder, settings, rank)
+    if stored is None:
         write_settings(folder, settings)
-        begun = read_settings(folder)
-    return begun
+        stored = read_settings(folder)
+    return stored
 
 
-def check_begun(folder: Path, settings: Settings, rank: int = 0) -> Settings | None:
+def check_existing_build(folder: Path, settings: Settings, rank: int = 0) -> Settings | None:
     """Return the settings of the build in this folder; None if there is nothing to resume.
 
     Sharding, library versions and batch size may differ from `settings`.
@@ -318,10 +318,10 @@ def check_begun(folder: Path, settings: Settings, rank: int = 0) -> Settings | N
                 "safetensors in it"
             )
         return None
-    begun = read_settings(folder)
-    expected = replace(settings, rows_per_shard=begun.rows_per_shard, library=begun.library,
-                     tokens_per_batch=begun.tokens_per_batch)  # fmt: skip
-    new_values, old_values = expected.as_json(), begun.as_json()
+    stored = read_settings(folder)
+    expected = replace(settings, rows_per_shard=stored.rows_per_shard, library=stored.library,
+                     tokens_per_batch=stored.tokens_per_batch)  # fmt: skip
+    new_values, old_values = expected.as_json(), stored.as_json()
     differing = [name for name in new_values if new_values[name] != old_values[name]]
     if differing and not _is_in_use(folder, rank):  # killed before anything was finished
         return None
@@ -332,7 +332,7 @@ def check_begun(folder: Path, settings: Settings, rank: int = 0) -> Settings | N
             f"{name}={_short(new_values[name])}. Build into another folder, or resume with the "
             f"settings in {SETTINGS}"
         )
-    return begun
+    return stored
 
 
 def _short(value: Any) -> str:
@@ -378,7 +378,7 @@ def _check_free_space(folder: Path, needed: float) -> None:
 
 def _wait_for_all(folder: Path, settings: Settings, world: int) -> Manifest:
     """Wait for the other processes and return the manifest; the last one to finish writes it."""
-    begun = time.monotonic()
+    started = time.monotonic()
     missing = list(range(settings.shards))
     while True:
         missing = [i for i in missing if read_shard_record(folder, i) is None]
@@ -386,7 +386,7 @@ def _wait_for_all(folder: Path, settings: Settings, world: int) -> Manifest:
             _remove_locks(folder)
             return manifest
         idle = [i for i in missing if not _is_locked(folder / _LOCK.format(rank=i % world))]
-        if idle and time.monotonic() - begun > _START_TIMEOUT:
+        if idle and time.monotonic() - started > _START_TIMEOUT:
             raise CacheError(
                 f"{folder}: rank {idle[0] % world} of {world} stopped before {shard_name(idle[0])} "
                 "was finished. Restart it with the same settings: finished shards are kept"

@@ -39,10 +39,12 @@ def draw(
         u_Vn = _logits(hidden[at], head)
         for some in blocks(u_Vn.shape[1], _FP64_TOKENS):
             # fp64: rounding in a sum over 150,000 tokens would move draws from one to the next.
-            below = (u_Vn[:, some].t().double() / temperature).softmax(-1).cumsum(-1)
-            u = torch.rand(len(below), k, generator=generator, dtype=torch.float64).to(below.device)
-            drawn = torch.searchsorted(below, u * below[:, -1:], right=True)
-            drawn = drawn.clamp(max=below.shape[-1] - 1).sort(-1).values
+            cumulative = (u_Vn[:, some].t().double() / temperature).softmax(-1).cumsum(-1)
+            u = torch.rand(len(cumulative), k, generator=generator, dtype=torch.float64).to(
+                cumulative.device
+            )
+            drawn = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)
+            drawn = drawn.clamp(max=cumulative.shape[-1] - 1).sort(-1).values
             first = at.start + some.start
             answer.put(
                 torch.arange(first, first + len(drawn), device=hidden.device), _merged(drawn, k)
@@ -65,7 +67,7 @@ def _merged(drawn_nk: Tensor, k: int) -> TopK:
     new = torch.ones_like(drawn_nk, dtype=torch.bool)
     new[:, 1:] = drawn_nk[:, 1:] != drawn_nk[:, :-1]
     slot = new.cumsum(-1) - 1
-    one = torch.ones(drawn_nk.shape, dtype=torch.float32, device=drawn_nk.device)
-    counts = torch.zeros_like(one).scatter_add_(-1, slot, one)
+    ones = torch.ones(drawn_nk.shape, dtype=torch.float32, device=drawn_nk.device)
+    counts = torch.zeros_like(ones).scatter_add_(-1, slot, ones)
     ids = torch.full_like(drawn_nk, -1).scatter_(-1, slot, drawn_nk)
-    return TopK(ids, (counts / k).log(), one.new_zeros(len(one)))
+    return TopK(ids, (counts / k).log(), ones.new_zeros(len(ones)))

@@ -85,7 +85,7 @@ def outline_model(role: str, name: str) -> Any:
     """Return the model of a checkpoint on the meta device; raises if its weights are missing."""
     config = config_of(role, name)
     if Path(name).expanduser().exists():
-        StoredModel.at(name)
+        StoredModel.from_path(name)
     return empty_model(role, config, torch.float32)
 
 
@@ -96,7 +96,7 @@ def outline_teacher(name: str, quant: str | None, compute: str) -> Any:
         return teacher
     path = Path(name).expanduser()
     if path.exists():
-        check_quantization(StoredModel.at(path), quant, compute)
+        check_quantization(StoredModel.from_path(path), quant, compute)
     if path.suffix == ".gguf":
         return TeacherSpec()
     model = outline_model("teacher", name)

@@ -29,7 +29,7 @@ def dry_run(options: Audit, extra: dict[str, Any]) -> dict[str, Any]:
     """Return the audits that would run and their models; raises for a missing folder."""
     check_device(options.device)
     for name in _names(options).values():
-        StoredModel.at(name)
+        StoredModel.from_path(name)
     return {"audits": list(_suite(options)), "models": _names(options), "out": str(options.out)}
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..backend import rank_and_world
 from ..cache import TeacherCache
-from ..cache.build import check_begun
+from ..cache.build import check_existing_build
 from ..cache.manifest import SETTINGS, read_settings
 from ..cache.prepare import settings_for
 from ..examples import Encoder, check_example
@@ -103,7 +103,7 @@ def dry_run(options: CacheBuild, extra: dict[str, Any]) -> dict[str, Any]:
     # A model whose weights are not loaded has no digest: take the one of the unfinished build.
     if teacher is None and (options.out / SETTINGS).is_file():
         settings = replace(settings, teacher=read_settings(options.out).teacher)
-    check_begun(options.out, settings)
+    check_existing_build(options.out, settings)
     size = bytes_per_row * settings.rows
     return {
         "dry_run": True,

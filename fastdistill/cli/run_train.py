@@ -262,7 +262,7 @@ def _lengths(name: str, lines: JsonLines | None, encoder: Encoder) -> Lengths:
     lengths = Lengths(encoder.max_length)
     for index in range(len(lines or ())):
         assert lines is not None
-        lengths.add(encoder.whole(lines[index], index, name))
+        lengths.add(encoder.encode_uncut(lines[index], index, name))
     return lengths
 
 

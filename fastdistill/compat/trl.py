@@ -250,7 +250,7 @@ def _load(path: str, options: Mapping[str, Any]) -> Any:
             f"revision: expected none in the options of a model, got {options['revision']!r:.80}. "
             "Download that revision, and pass its folder"
         )
-    stored = StoredModel.at(path)
+    stored = StoredModel.from_path(path)
     if stored.is_adapter:
         raise ValueError(
             f"model: expected the folder of a whole model, got {path!r:.200}, an adapter. Load its "

@@ -122,7 +122,7 @@ def _local_folder(path: str | Path) -> Path:
 
 
 def _with_adapter(folder: Path, base: Any, name: str | None, device: Any) -> Subject:
-    stored = StoredModel.at(folder, adapter_base=base)
+    stored = StoredModel.from_path(folder, adapter_base=base)
     target_device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     merged = stored.load(target_device)
     tokenizer = load_tokenizer(stored.tokenizer_folder)

@@ -53,7 +53,7 @@ def config_of(role: str, source: str | Path) -> Any:
     path = Path(source).expanduser()
     try:
         if is_adapter(path):
-            path = StoredModel.at(path).base.path
+            path = StoredModel.from_path(path).base.path
         elif not path.exists() and resolve(role, source).kind == "hub":
             path = fetched_folder(str(source), (CONFIG,))
         return load_config(path)[0]

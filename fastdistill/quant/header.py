@@ -99,7 +99,7 @@ def keep_untied(model: PreTrainedModel, tied: Iterable[str]) -> None:
     """Set tie_word_embeddings to False if none of the weights in `tied` is tied any more.
 
     Otherwise a later tie would overwrite a stored weight."""
-    left: set[str] = set(model.all_tied_weights_keys)
-    if set(tied) - left and not left:
+    still_tied: set[str] = set(model.all_tied_weights_keys)
+    if set(tied) - still_tied and not still_tied:
         for config in (model.config, model.config.get_text_config()):
             config.tie_word_embeddings = False

@@ -136,7 +136,7 @@ class _Loader:
         return [partial(self._merged, name, merge) for name, merge in self._conversions().items()]
 
     def _read(self, name: str, read: Read) -> None:
-        self.place(name, read())
+        self.assign(name, read())
 
     def _conversions(self) -> dict[str, Any]:
         """Return model name -> the transformers rule that builds it from stored tensors."""
@@ -171,11 +171,11 @@ class _Loader:
 
     def _merged(self, target: str, merge: Any) -> None:
         with reading(self._file(target), target):  # parts may have inconsistent shapes
-            made = merge.convert(target, model=self.model, config=self.model.config)
-        for name, value in made.items():
-            self.place(name, value[0] if isinstance(value, list) else value)
+            tensors = merge.convert(target, model=self.model, config=self.model.config)
+        for name, value in tensors.items():
+            self.assign(name, value[0] if isinstance(value, list) else value)
 
-    def place(self, name: str, value: Tensor | QuantWeight) -> None:
+    def assign(self, name: str, value: Tensor | QuantWeight) -> None:
         """Assign one value to the model."""
         empty = self.empty[name]
         self.filled.add(name)

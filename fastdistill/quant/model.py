@@ -144,15 +144,15 @@ def _named(name: str, weight: Tensor, scheme: str) -> QuantWeight:
 
 def warn_about_full_precision(model: nn.Module) -> None:
     """Warn about stacked experts in full precision, which are most of a mixture's memory."""
-    left = [
+    full_precision = [
         name
         for name, module in model.named_modules()
         if getattr(module, "is_transposed", False)
         and any(p.dim() == 3 for p in module.parameters(recurse=False))
     ]
-    if left:
+    if full_precision:
         warnings.warn(
-            f"model: {len(left)} groups of experts are stored transposed and stay in full "
-            f"precision ({left[0]}, …)",
+            f"model: {len(full_precision)} groups of experts are stored transposed and stay in "
+            f"full precision ({full_precision[0]}, …)",
             stacklevel=3,
         )

@@ -126,7 +126,7 @@ class Connection:
             not retried.
         """
         payload = None if body is None else json.dumps(body).encode()
-        stop, began = stop or threading.Event(), time.monotonic()
+        stop, started = stop or threading.Event(), time.monotonic()
         patience = self._patience()
         for attempt in range(self.retries + 1):
             requested, give_up = 0.0, attempt == self.retries
@@ -141,7 +141,7 @@ class Connection:
             except (OSError, http.client.HTTPException) as error:
                 failure = _describe(error, self.timeout)
                 unknown = isinstance(error, Unreachable) and not self._reached
-                give_up |= unknown and time.monotonic() - began > FIRST_CONTACT
+                give_up |= unknown and time.monotonic() - started > FIRST_CONTACT
             else:
                 self._reached = True
                 if reply.status == 200:
@@ -157,7 +157,7 @@ class Connection:
             patience -= wait
             if give_up or not wait:
                 break
-            if time.monotonic() + wait - began > _WARN_AFTER and not self._warned:
+            if time.monotonic() + wait - started > _WARN_AFTER and not self._warned:
                 self._warned = True
                 logger.warning(
                     "%s does not answer (%s); retrying up to %d times more",
@@ -167,7 +167,7 @@ class Connection:
                 raise NoAnswer(f"{self.url}: stopped, since another request failed")
         raise NoAnswer(
             f"{self.url}: expected an answer to {path}, got none in {attempt + 1} attempts "
-            f"over {time.monotonic() - began:.1f} s; the last: {failure}. Is the server running "
+            f"over {time.monotonic() - started:.1f} s; the last: {failure}. Is the server running "
             "there, and has it finished loading? "
             + ("Raise timeout or retries to wait longer, or lower tokens_per_request for faster "
                "answers" if self._reached else

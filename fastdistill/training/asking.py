@@ -73,7 +73,7 @@ def has_trusted_positions(teacher: Any) -> bool:
 
 def _teacher_hidden(teacher: Any, batch: Mapping[str, Tensor], targets: Targets) -> TeacherHidden:
     ids = batch["input_ids"]
-    head = teacher.head.on(ids.device)
+    head = teacher.head.to(ids.device)
     if not len(targets.labels):
         return TeacherHidden(head.weight[:0], head)
     with torch.no_grad():

@@ -80,8 +80,8 @@ def check_examples(name: str, dataset: Any, encoder: Encoder, *, prompts_only: b
     if not sampled:
         return
     examples = [example for _, example in sampled]
-    whole = [encoder.whole(example, i, name) for i, example in sampled]
-    rows = [row.cut(encoder.max_length) for row in whole]
+    whole = [encoder.encode_uncut(example, i, name) for i, example in sampled]
+    rows = [row.truncate(encoder.max_length) for row in whole]
     lengths = Lengths(encoder.max_length)
     for row in whole:
         lengths.add(row)
@@ -119,7 +119,7 @@ class Lengths:
 
     def add(self, row: EncodedExample) -> None:
         """Count a row, before it is cut."""
-        taught, left = has_target(row), row.cut(self.limit)
+        taught, left = has_target(row), row.truncate(self.limit)
         self.seen += 1
         self.tokens += int(left.attention_mask.sum())
         self.targets += int((left.targets[1:] != IGNORE_INDEX).sum())

@@ -181,6 +181,6 @@ def set_generation_ends(model: Any, encoder: Encoder, dataset: Any) -> None:
     settings, end = getattr(model, "generation_config", None), turn_end(encoder.tokenizer)
     if settings is None or end is None or dataset is None:
         return
-    rows = [encoder.whole(example, i, "train_dataset") for i, example in some_of(dataset)]
+    rows = [encoder.encode_uncut(example, i, "train_dataset") for i, example in some_of(dataset)]
     if not hasattr(dataset, "__len__") or any((row.ids == end).any() for row in rows):
         settings.eos_token_id = ends_of(model, encoder.tokenizer)

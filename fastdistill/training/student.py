@@ -46,7 +46,7 @@ def prepare_student(
             whole = peft_config is None and not adapted
             options["dtype"] = config.dtype or ("float32" if whole else "auto")
         dtype: Any = options.get("dtype", options.get("torch_dtype"))
-        stored = StoredModel.at(
+        stored = StoredModel.from_path(
             model,
             getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype,
             attn_implementation=options.pop("attn_implementation", None),
