@@ -87,9 +87,9 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m benchmarks") 
         if name not in known:
             parse.error(f"unknown benchmark {name!r}; --list names them")
     shape_options = [o for o in ("shape", "tokens", "k", "dtype") if getattr(args, o) is not None]
-    own = [name for name in names if name not in OPS]
-    if shape_options and own:
-        parse.error(f"--{shape_options[0]} is for ops; {own[0]} has shapes of its own")
+    non_ops = [name for name in names if name not in OPS]
+    if shape_options and non_ops:
+        parse.error(f"--{shape_options[0]} is for ops; {non_ops[0]} has shapes of its own")
     fixed = [name for name in names if name in FIXED_K]
     if args.k is not None and fixed:
         parse.error(f"--k is not for {fixed[0]}, whose K is {FIXED_K[fixed[0]]}")

@@ -168,10 +168,13 @@ def main(argv: list[str] | None = None) -> int:
     args = parse.parse_args(argv)
     start = time.perf_counter()
     seeds = [FRESH + i for i in range(args.seeds)]
-    left = [(s, str(args.out)) for s in seeds if not _seed_file(args.out, s).is_file()]
+    remaining = [(s, str(args.out)) for s in seeds if not _seed_file(args.out, s).is_file()]
     with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
-        for i, _ in enumerate(pool.imap_unordered(_work, left), 1):
-            print(f"{i} of {len(left)} seeds, {time.perf_counter() - start:.0f} s", file=sys.stderr)
+        for i, _ in enumerate(pool.imap_unordered(_work, remaining), 1):
+            print(
+                f"{i} of {len(remaining)} seeds, {time.perf_counter() - start:.0f} s",
+                file=sys.stderr,
+            )
     records = [json.loads(_seed_file(args.out, seed).read_text()) for seed in seeds]
     refused = [record["seed"] for record in records if not valid(record)]
     valid_records = [record for record in records if valid(record)]

@@ -43,12 +43,12 @@ def _base(shape: Shape, dtype: torch.dtype) -> tuple[Data, torch.Generator]:
     return Data(hidden, weight.to(dtype).requires_grad_(), labels), g
 
 
-def labelled(shape: Shape, dtype: torch.dtype) -> Data:
+def labeled(shape: Shape, dtype: torch.dtype) -> Data:
     """Labels, and the equivalent one-hot teacher."""
     data, _ = _base(shape, dtype)
     certain = torch.zeros(shape.N, 1, device=data.hidden.device)
-    nothing = torch.full((shape.N,), -torch.inf, device=data.hidden.device)
-    return data._replace(teacher=fd.TopK(data.labels.unsqueeze(-1), certain, nothing))
+    no_tail = torch.full((shape.N,), -torch.inf, device=data.hidden.device)
+    return data._replace(teacher=fd.TopK(data.labels.unsqueeze(-1), certain, no_tail))
 
 
 def sparse(shape: Shape, dtype: torch.dtype) -> Data:

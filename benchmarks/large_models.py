@@ -66,10 +66,10 @@ def build(
     draws = torch.Generator(device()).manual_seed(seed)
     for name, module in list(model.named_modules()):
         for leaf, parameter in list(module.named_parameters(recurse=False)):
-            made = torch.ones(parameter.shape, dtype=dtype, device=device())
-            if made.dim() > 1:
-                made.normal_(0.0, 0.02, generator=draws)
-            setattr(module, leaf, nn.Parameter(made))
+            values = torch.ones(parameter.shape, dtype=dtype, device=device())
+            if values.dim() > 1:
+                values.normal_(0.0, 0.02, generator=draws)
+            setattr(module, leaf, nn.Parameter(values))
         if replace is not None and name in linears:
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, replace(module.weight.detach()))

@@ -191,13 +191,13 @@ def rows(way: str, contender: str, shape: Shape, say: Callable[[Row], None]) -> 
 
 def _measure(row: Row, running: Running, batch: dict[str, Tensor]) -> None:
     running.step(batch)  # allocates the optimizer's moments
-    held = _held(running)
-    row.output_mb = held
-    row.peak_mb = held + peak_mb(lambda: running.step(batch))
+    before_mb = _memory_mb(running)
+    row.output_mb = before_mb
+    row.peak_mb = before_mb + peak_mb(lambda: running.step(batch))
     take_turns([row], {row.impl: lambda: running.step(batch)}, TURNS)
 
 
-def _held(running: Running) -> float:
+def _memory_mb(running: Running) -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         return torch.cuda.memory_allocated() / 1e6
@@ -213,7 +213,7 @@ def _longest(row: Row, running: Running, cap: int) -> None:
         raise Missing(f"this GPU has {whole / 1e9:.0f} GB")
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(cap * 1e9 / whole)
-    row.N = 0 if _held(running) > cap * 1e3 else longest(running.fits)
+    row.N = 0 if _memory_mb(running) > cap * 1e3 else longest(running.fits)
     if row.N:
         batch = running.batch(row.N)
         torch.cuda.synchronize()

@@ -47,7 +47,7 @@ class Case(NamedTuple):
 
 
 def cases() -> list[Case]:
-    return [Case(way, who) for who in FIRST for way in CAPS]
+    return [Case(way, contender) for contender in FIRST for way in CAPS]
 
 
 def rows(shape: Shape = SHAPE, chosen: Sequence[Case] | None = None) -> list[Row]:
@@ -55,10 +55,10 @@ def rows(shape: Shape = SHAPE, chosen: Sequence[Case] | None = None) -> list[Row
     results = []
     end = time.monotonic() + IN_ALL
     for case in cases() if chosen is None else chosen:
-        made = of_process(case, shape, min(SECONDS, max(end - time.monotonic(), 0)))
-        print(table(made), file=sys.stderr, flush=True)
-        results += made
-    return [*results, *(planned(who, shape) for who in OURS)]
+        case_rows = of_process(case, shape, min(SECONDS, max(end - time.monotonic(), 0)))
+        print(table(case_rows), file=sys.stderr, flush=True)
+        results += case_rows
+    return [*results, *(planned(contender, shape) for contender in OURS)]
 
 
 def of_process(case: Case, shape: Shape, seconds: float = SECONDS) -> list[Row]:

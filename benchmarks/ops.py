@@ -75,11 +75,11 @@ def ours(
 
         return Contender(" ".join(filter(None, (impl, method))), run, passes=passes)
 
-    wanted: dict[str | None, float | None] = {**methods} if methods else {None: None}
+    variants: dict[str | None, float | None] = {**methods} if methods else {None: None}
     return tuple(
         one(impl, method, passes)
         for impl in ("torch", "triton")
-        for method, passes in wanted.items()
+        for method, passes in variants.items()
     )
 
 
@@ -180,7 +180,7 @@ OPS = {
     "label_loss": Op(
         "cross-entropy of labels, with both gradients; ours as top-1 with a one-hot teacher",
         "both",
-        data.labelled,
+        data.labeled,
         truth(_topk_loss),
         (*peers.pytorch(peers.label_loss), *ours(_topk_loss, BACKWARD), *peers.LABEL),
         6,

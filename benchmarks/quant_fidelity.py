@@ -36,8 +36,8 @@ def _bitsandbytes(training: bool) -> Callable[[PreTrainedModel], nn.Module]:
     def make(model: PreTrainedModel) -> nn.Module:
         for name, linear in list(targets(model)):
             parent, _, leaf = name.rpartition(".")
-            made = quant_peers.bnb4(linear.weight.detach(), training)  # type: ignore[arg-type]
-            setattr(model.get_submodule(parent), leaf, made)
+            layer = quant_peers.bnb4(linear.weight.detach(), training)  # type: ignore[arg-type]
+            setattr(model.get_submodule(parent), leaf, layer)
         return model
 
     return make

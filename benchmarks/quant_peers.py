@@ -20,20 +20,20 @@ from .registry import Missing
 
 
 def full(weight: Tensor) -> Callable[[Tensor], Tensor]:
-    own = weight.clone()
-    return lambda x: F.linear(x, own)
+    copy = weight.clone()
+    return lambda x: F.linear(x, copy)
 
 
 def bnb4(weight: Tensor, training: bool) -> nn.Module:
     nn4 = named("bitsandbytes", "bitsandbytes.nn", "Linear4bit")
     params = named("bitsandbytes", "bitsandbytes.nn", "Params4bit")
-    made = nn4(*reversed(weight.shape), bias=False, compute_dtype=weight.dtype, quant_type="nf4",
+    layer = nn4(*reversed(weight.shape), bias=False, compute_dtype=weight.dtype, quant_type="nf4",
                compress_statistics=False)  # fmt: skip
-    made.weight = params(
+    layer.weight = params(
         weight.clone(), requires_grad=False, quant_type="nf4", compress_statistics=False,
-        module=made,
+        module=layer,
     )  # fmt: skip
-    return made.to(weight.device).train(training)
+    return layer.to(weight.device).train(training)
 
 
 def bnb4_eval(weight: Tensor) -> nn.Module:
@@ -47,9 +47,9 @@ def bnb4_train(weight: Tensor) -> nn.Module:
 def bnb8(weight: Tensor) -> nn.Module:
     nn8 = named("bitsandbytes", "bitsandbytes.nn", "Linear8bitLt")
     params = named("bitsandbytes", "bitsandbytes.nn", "Int8Params")
-    made = nn8(*reversed(weight.shape), bias=False, has_fp16_weights=False, threshold=0.0)
-    made.weight = params(weight.float().clone(), requires_grad=False, has_fp16_weights=False)
-    return made.to(weight.device).eval()
+    layer = nn8(*reversed(weight.shape), bias=False, has_fp16_weights=False, threshold=0.0)
+    layer.weight = params(weight.float().clone(), requires_grad=False, has_fp16_weights=False)
+    return layer.to(weight.device).eval()
 
 
 def _only_cpu(weight: Tensor, what: str) -> None:
@@ -73,8 +73,8 @@ def int4pack(weight: Tensor) -> Callable[[Tensor], Tensor]:
 def int8pack(weight: Tensor) -> Callable[[Tensor], Tensor]:
     _only_cpu(weight, "int8pack")
     q, scale = TORCH.quantize_rows(weight, torch.int8)
-    own = scale.to(weight.dtype)
-    return lambda x: torch.ops.aten._weight_int8pack_mm(x, q, own)
+    scale_16 = scale.to(weight.dtype)
+    return lambda x: torch.ops.aten._weight_int8pack_mm(x, q, scale_16)
 
 
 def onednn(weight: Tensor) -> Callable[[Tensor], Tensor]:
@@ -110,12 +110,12 @@ def bnb_dequant_reused(weight: Tensor) -> Callable[[Tensor], Tensor]:
         return lambda x: functional.dequantize_4bit(packed, state, out=out)
     library = named("bitsandbytes", "bitsandbytes.cextension", "lib")
     kernel = library.cdequantize_blockwise_cpu_nf4_bf16
-    held = (packed, state.absmax, out)
-    addresses = [ctypes.c_void_p(t.data_ptr()) for t in held]
+    tensors = (packed, state.absmax, out)
+    addresses = [ctypes.c_void_p(t.data_ptr()) for t in tensors]
     sizes = [ctypes.c_longlong(n) for n in (64, *weight.shape)]
 
     def run(x: Tensor) -> Tensor:
         kernel(*addresses, *sizes)
-        return held[-1]
+        return tensors[-1]
 
     return run

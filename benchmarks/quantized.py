@@ -65,13 +65,13 @@ def layer(make: Callable[[Tensor], Callable[[Tensor], Tensor]]) -> Callable[[Dat
 
 def _layers(data: Data, make: Callable[[Tensor], Any]) -> Iterator[Any]:
     """For few tokens, enough copies that each is cold again at its next turn."""
-    made = _prepared.setdefault(data.weight, {})
-    if make not in made:
+    cache = _prepared.setdefault(data.weight, {})
+    if make not in cache:
         copies = 1
         if data.hidden.shape[0] <= FEW_TOKENS:
             copies = math.ceil(COLD_BYTES / (data.weight.numel() / 2))
-        made[make] = itertools.cycle([make(data.weight) for _ in range(copies)])
-    return made[make]
+        cache[make] = itertools.cycle([make(data.weight) for _ in range(copies)])
+    return cache[make]
 
 
 def _empty_linear(weight: Tensor) -> nn.Linear:
@@ -112,10 +112,16 @@ def expanded(data: Data) -> dict[str, Tensor]:
 
 
 def _into_scratch(weight: Tensor) -> Callable[[Tensor], Tensor]:
-    made, out, engine = quantize(weight, "nf4"), torch.empty_like(weight), engine_for(weight.device)
+    quantized, out, engine = (
+        quantize(weight, "nf4"),
+        torch.empty_like(weight),
+        engine_for(weight.device),
+    )
 
     def run(x: Tensor) -> Tensor:
-        engine.lut4_dequant(made.qdata, made.scale, None, made.lut, out, made.block)
+        engine.lut4_dequant(
+            quantized.qdata, quantized.scale, None, quantized.lut, out, quantized.block
+        )
         return out
 
     return run

@@ -76,15 +76,15 @@ class Row:
 @functools.cache
 def machine() -> str:
     """The kind of machine, without its host name."""
-    here = describe()
-    if here["cuda"]:
-        return str(here["cuda"][0]["name"])
+    machine_info = describe()
+    if machine_info["cuda"]:
+        return str(machine_info["cuda"][0]["name"])
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         names = [x for x in cpuinfo.read_text().splitlines() if x.startswith("model name")]
         model = names[0].split(":", 1)[1].strip() if names else model
-    return f"{model}, {here['threads']} threads, {here['cpu_capability']}"
+    return f"{model}, {machine_info['threads']} threads, {machine_info['cpu_capability']}"
 
 
 @functools.cache

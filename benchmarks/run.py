@@ -107,10 +107,10 @@ def agree(case: Case, firsts: dict[str, First]) -> None:
     exact = [c.impl for c in case.op.contenders if c.exact and c.impl in firsts]
     for impl in exact:
         for name, norm in firsts[impl].norms.items():
-            other = firsts[exact[0]].norms[name]
-            if not abs(norm - other) <= 2 * allowed(name, case.dtype) * abs(other):
+            expected = firsts[exact[0]].norms[name]
+            if not abs(norm - expected) <= 2 * allowed(name, case.dtype) * abs(expected):
                 raise GateError(
-                    f"{case}: the norm of {name} is {norm:.6g} with {impl} and {other:.6g} with "
+                    f"{case}: the norm of {name} is {norm:.6g} with {impl} and {expected:.6g} with "
                     f"{exact[0]}; nothing of this case is reported"
                 )
 
@@ -231,9 +231,9 @@ def measure_all(
 ) -> Measured:
     """Measure the cases in order until `deadline`; `save` gets all rows after each case."""
     measured = Measured([], [], [])
-    lost = False
+    device_lost = False
     for case in cases:
-        if lost or now() >= deadline:
+        if device_lost or now() >= deadline:
             measured.not_run.append(str(case))
             continue
         try:
@@ -242,11 +242,11 @@ def measure_all(
             measured.refused.append(str(error))
             say(f"  refused: {error}")
         except Exception as error:  # of the reference or the inputs: continue with the other cases
-            lost = isinstance(error, DeviceLost)
+            device_lost = isinstance(error, DeviceLost)
             measured.refused.append(f"{case}: {type(error).__name__}: {error}")
             say(f"  {measured.refused[-1]}")
         save(measured.rows)
         gc.collect()  # memory held by frames of a failed contender would count in the next case
-        if case.compiled and not lost:
+        if case.compiled and not device_lost:
             torch.compiler.reset()  # the next shape starts without compiled code
     return measured

@@ -77,11 +77,11 @@ def _build(shape: Shape, folder: Path) -> list[Row]:
     teacher = fd.Teacher(LlamaForCausalLM(config).to(device()))
     ids = torch.randint(shape.V, (2 if small else BUILT, ROW), device=device())
     data = [{"input_ids": row.cpu()} for row in ids]
-    done: list[Path] = []
+    folders: list[Path] = []
 
     def build() -> None:
-        done.append(folder / f"build-{len(done)}")
-        fd.TeacherCache.build(teacher, data, done[-1], k=shape.K)
+        folders.append(folder / f"build-{len(folders)}")
+        fd.TeacherCache.build(teacher, data, folders[-1], k=shape.K)
 
     works: dict[str, Callable[[], object]] = {
         "Teacher.topk": lambda: teacher.topk(ids, k=shape.K),
@@ -90,7 +90,7 @@ def _build(shape: Shape, folder: Path) -> list[Row]:
     rows = [_row("cache_build", name, ids.numel(), shape) for name in works]
     for work in works.values():
         work()
-    cache = fd.TeacherCache(done[0])
+    cache = fd.TeacherCache(folders[0])
     rows[1].output_mb = cache.manifest.bytes / 1e6
     rows[1].grad_error = _error(cache.topk(ids.cpu(), k=shape.K), teacher.topk(ids, k=shape.K))
     take_turns(rows, works, 1 if small else TURNS)
@@ -107,30 +107,32 @@ def _read(shape: Shape, folder: Path) -> list[Row]:
     order = torch.randperm(count, generator=torch.Generator().manual_seed(1))
     batches = [ids[some] for some in order.split(BATCH)]
 
-    def here() -> None:
+    def read_in_process() -> None:
         for batch in batches:
             cache.topk(batch, k=shape.K)
 
-    def handed(batch: list[Tensor]) -> TopK:
+    def to_answers(batch: list[Tensor]) -> TopK:
         return cache.topk(batch[0], k=shape.K)
 
-    def counted(batch: list[Tensor]) -> int:
+    def to_count(batch: list[Tensor]) -> int:
         return cache.topk(batch[0], k=shape.K).ids.numel()
 
     works: dict[str, Callable[[], object]] = {
-        "one process": here,
-        "two workers": _passes(batches, counted),
-        "two workers, handed over": _passes(batches, handed),
+        "one process": read_in_process,
+        "two workers": _passes(batches, to_count),
+        "two workers, handed over": _passes(batches, to_answers),
     }
     rows = [_row("cache_read", name, ids.numel(), shape) for name in works]
     rows[0].output_mb = cache.manifest.bytes / 1e6
     for row in rows:
         row.grad_error = error
     parquet = _row("cache_read", "Parquet, two workers", ids.numel(), shape)
-    made, parquet.reason = attempt(lambda: _parquet(teacher, ids, folder / "p.parquet", shape.K))
-    parquet.missing = made is None
-    if made is not None:
-        works[parquet.impl] = made
+    read_parquet, parquet.reason = attempt(
+        lambda: _parquet(teacher, ids, folder / "p.parquet", shape.K)
+    )
+    parquet.missing = read_parquet is None
+    if read_parquet is not None:
+        works[parquet.impl] = read_parquet
     for work in works.values():
         work()
     take_turns([*rows, parquet], works, 1 if shape != SHAPE else TURNS)

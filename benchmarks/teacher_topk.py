@@ -64,8 +64,8 @@ def _materialized(model: nn.Module) -> Callable[[torch.Tensor], Any]:
 def _bitsandbytes(model: nn.Module) -> Callable[[torch.Tensor], Any]:
     for name, linear in list(targets(model)):
         parent, _, leaf = name.rpartition(".")
-        made = quant_peers.bnb4_eval(linear.weight.detach())  # type: ignore[arg-type]
-        setattr(model.get_submodule(parent), leaf, made)
+        layer = quant_peers.bnb4_eval(linear.weight.detach())  # type: ignore[arg-type]
+        setattr(model.get_submodule(parent), leaf, layer)
     return _materialized(model)
 
 
@@ -104,17 +104,17 @@ def rows(shape: Shape = SHAPE) -> list[Row]:
                   config.vocab_size, SHAPE.K, "bfloat16")  # fmt: skip
         results.append(row)
         model = copy.deepcopy(full)
-        made, row.reason = attempt(lambda m=make, model=model: m(model))
+        answer, row.reason = attempt(lambda m=make, model=model: m(model))
         if row.reason is None:
-            held = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
-            row.output_mb = sum(held.values()) / 1e6
-            peak, row.reason = attempt(lambda m=made: (m(ids), peak_mb(lambda: m(ids)))[1])
+            sizes = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
+            row.output_mb = sum(sizes.values()) / 1e6
+            peak, row.reason = attempt(lambda m=answer: (m(ids), peak_mb(lambda: m(ids)))[1])
             row.peak_mb = peak
         row.missing = row.reason is not None
         if not row.missing:
-            top_ids[name] = made(ids)
+            top_ids[name] = answer(ids)
             row.grad_error = misplaced(top_ids[name], top_ids["transformers"])
-            works[name] = lambda answer=made: answer(ids)
+            works[name] = lambda answer=answer: answer(ids)
         if name == "ours" and not (row.grad_error or 0.0) <= MOST_MISPLACED:
             raise GateError(f"teacher_topk: {row.grad_error:.1%} of our ids are not transformers'")
         gc.collect()

@@ -43,19 +43,19 @@ def _skipping(
         raise Missing(str(error)) from None
     from fastdistill.kernels import triton_filter
 
-    seen = []
+    live = []
     find = triton_filter.live_tiles
 
-    def counted(*args):
-        seen.append(find(*args))
-        return seen[-1]
+    def recording(*args):
+        live.append(find(*args))
+        return live[-1]
 
-    triton_filter.live_tiles = counted
+    triton_filter.live_tiles = recording
     try:
         grads = _grads(hidden, weight, teacher, impl="triton", grad_filter_eps=eps)
     finally:
         triton_filter.live_tiles = find
-    return grads, torch.cat([t.flatten() for t in seen]).double().mean().item()
+    return grads, torch.cat([t.flatten() for t in live]).double().mean().item()
 
 
 def rows(shape: Shape = SHAPE) -> list[Row]:

@@ -201,7 +201,7 @@ CASES = {"train_step": _with_answers, "train_step_teacher": _with_teacher}
 SAME_LOSS = {"materialised", "TRL GKDTrainer", "ours", "ours, recompute"}
 
 
-def _held(student: nn.Module, *others: nn.Module) -> float:
+def _memory_mb(student: nn.Module, *others: nn.Module) -> float:
     """MB of all weights, and of AdamW's two moments of the student's."""
     moments = 2 * sum(p.nbytes for p in student.parameters() if p.requires_grad)
     return (moments + sum(p.nbytes for m in (student, *others) for p in m.parameters())) / 1e6
@@ -236,7 +236,7 @@ def _measure(op: str, contenders: dict[str, Callable[[], TrainStep]], shape: Sha
                 raise GateError(f"{op}: the gradient of {name} is {row.grad_error:.1e} off")
             del gradient
         work.step()  # allocates AdamW's moments
-        row.output_mb = _held(*work.holds)
+        row.output_mb = _memory_mb(*work.holds)
         row.peak_mb = peak_mb(work.step)
         works[name] = work.step
     take_turns(rows, works, TURNS if shape == SHAPE else 1)

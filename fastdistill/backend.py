@@ -103,12 +103,12 @@ def package_versions() -> dict[str, str | None]:
 
 def versions() -> dict[str, str]:
     """Versions of this library, Python and the installed packages, for records of results."""
-    here = {
+    installed = {
         name: version_text
         for name, version_text in package_versions().items()
         if version_text is not None
     }
-    return {"fastdistill": __version__, "python": platform.python_version()} | here
+    return {"fastdistill": __version__, "python": platform.python_version()} | installed
 
 
 @functools.cache

@@ -108,7 +108,7 @@ def linear_distill_loss(
         label_N = None if label_N is None else label_N[weights.rows]
     elif weights.mask is not None:
         x, t = (torch.where(weights.mask.unsqueeze(-1), h, 0) for h in (x, t))
-    other = teacher.head._replace(
+    teacher_head = teacher.head._replace(
         weight=teacher.head.weight.detach(),
         bias=None if teacher.head.bias is None else teacher.head.bias.detach(),
         vocab=vocab,
@@ -119,7 +119,7 @@ def linear_distill_loss(
     if reduction == "none" and backward == "fused":
         checks.fail("backward", "'recompute' or 'auto' with reduction='none'", "'fused'",
                     "gradients taken in the forward pass need a scalar loss")  # fmt: skip
-    total, rows = _run(x, ops.head, t, other, label_N, weights.coef, options, impl, per_row)
+    total, rows = _run(x, ops.head, t, teacher_head, label_N, weights.coef, options, impl, per_row)
     if reduction != "none":
         return (weights.coef * rows).sum() if total is None else total
     rows = weights.coef * rows
@@ -164,8 +164,8 @@ def _run(
 
         loss, out = keep_gradients(run, coef_N, x, head)
         return loss, out.per_token
-    left = (x, head.weight, head.bias)
-    right = (teacher_x, teacher.weight, teacher.bias, label_N)
+    student_args = (x, head.weight, head.bias)
+    teacher_args = (teacher_x, teacher.weight, teacher.bias, label_N)
     scalars = (
         options.divergence,
         options.beta,
@@ -181,8 +181,10 @@ def _run(
         head.vocab,
     )
     if per_row:
-        return None, dense_rows(*left, *right, *scalars, impl)
-    loss, rows, *_ = dense_loss(*left, coef_N, *right, *scalars, needs(x, head), impl)
+        return None, dense_rows(*student_args, *teacher_args, *scalars, impl)
+    loss, rows, *_ = dense_loss(
+        *student_args, coef_N, *teacher_args, *scalars, needs(x, head), impl
+    )
     return loss, rows
 
 

@@ -54,12 +54,12 @@ class TopK(NamedTuple):
         """Write answers [n, K] to positions `at` (n,) of the flattened leading dimensions."""
         assert self.log_tail is not None
         assert answers.log_tail is not None
-        for own, answer in (
+        for target, answer in (
             (self.ids.flatten(0, -2), answers.ids),
             (self.logprobs.flatten(0, -2), answers.logprobs),
             (self.log_tail.flatten(), answers.log_tail),
         ):
-            own.index_copy_(0, at, answer.to(own))
+            target.index_copy_(0, at, answer.to(target))
 
     def flatten(self) -> TopK:
         """The same answers as [N, K], in the order of their positions."""
@@ -76,8 +76,8 @@ class TopK(NamedTuple):
         outside = self.ids >= vocab
         if outside.device.type == "cpu" and not outside.any():  # on a GPU the host would wait
             return self
-        lost = self.logprobs.float().exp().masked_fill(~outside, 0.0).sum(-1, keepdim=True)
-        up = torch.log1p(-lost.clamp(max=1 - 2**-24))
+        outside_mass = self.logprobs.float().exp().masked_fill(~outside, 0.0).sum(-1, keepdim=True)
+        up = torch.log1p(-outside_mass.clamp(max=1 - 2**-24))
         tail = None if self.log_tail is None else self.log_tail - up[..., 0]
         logprobs = (self.logprobs - up).masked_fill(outside, -torch.inf)
         return TopK(self.ids.masked_fill(outside, -1), logprobs, tail, self.temperature)

@@ -81,9 +81,9 @@ class Shard(NamedTuple):
         share_nL = torch.where(lse_nL < ABSENT, 0.0, (lse_nL - top_nL).exp())
         moments = [] if local.mean_rest is None else [share_nL[:, :1] * local.mean_rest[:, None]]
         sum_nL, *sums = self.all_reduce([share_nL, *moments], dist.ReduceOp.SUM)
-        nothing = top_nL < ABSENT
-        whole_nL = torch.where(nothing, NEG, top_nL + sum_nL.log())
-        mean = torch.where(nothing[:, 0], 0.0, sums[0][:, 0] / sum_nL[:, 0]) if sums else None
+        empty = top_nL < ABSENT
+        whole_nL = torch.where(empty, NEG, top_nL + sum_nL.log())
+        mean = torch.where(empty[:, 0], 0.0, sums[0][:, 0] / sum_nL[:, 0]) if sums else None
         base = None if local.lse_base is None else whole_nL[:, 1].contiguous()
         return Stats(z_nS.contiguous(), whole_nL[:, 0].contiguous(), mean, base)
 

@@ -31,7 +31,7 @@ FIGURES = "ms_median ms_p20 ms_p80 peak_mb output_mb grad_error roofline_share f
 
 
 def label_case(*contenders: Contender) -> Case:
-    op = Op("", "both", data.labelled, peers.label_loss, contenders, 6, lambda s, size: 1e6)
+    op = Op("", "both", data.labeled, peers.label_loss, contenders, 6, lambda s, size: 1e6)
     return Case("label_loss", op, Shape(8, 32, 500, 1), torch.float32)
 
 

@@ -21,7 +21,7 @@ RATES = Rates({torch.float32: 1e12}, 1e10)
 
 
 def case_of(*contenders: Contender, name: str = "label_loss") -> Case:
-    op = Op("", "both", data.labelled, peers.label_loss, contenders, 6, lambda s, size: 1e6)
+    op = Op("", "both", data.labeled, peers.label_loss, contenders, 6, lambda s, size: 1e6)
     return Case(name, op, Shape(8, 32, 500, 1), torch.float32)
 
 
@@ -82,6 +82,6 @@ def test_an_installed_peer_that_fails_is_named_in_the_output(compute, words):
 
 def test_one_that_is_not_installed_is_missing():
     with pytest.raises(Missing, match="no-such-peer: No module"):
-        not_installed(data.labelled(Shape(8, 32, 500, 1), torch.float32))
+        not_installed(data.labeled(Shape(8, 32, 500, 1), torch.float32))
     with pytest.raises(BrokenPeer, match="lacks"):
-        not_there(data.labelled(Shape(8, 32, 500, 1), torch.float32))
+        not_there(data.labeled(Shape(8, 32, 500, 1), torch.float32))
