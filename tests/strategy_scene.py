@@ -1,4 +1,4 @@
-"""A scene of untrained models over the world's words, and lessons to try strategies on."""
+"""A setup of untrained models with the world's vocabulary, and examples for strategies."""
 
 from __future__ import annotations
 

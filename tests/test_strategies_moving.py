@@ -201,7 +201,7 @@ def test_a_missing_peft_is_named(monkeypatch):
         return real(name, *args, **how)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ImportError, match="rank: expected peft for an adapter"):
+    with pytest.raises(ImportError, match="rank: expected the package peft"):
         ShiftDistill().options({}, run())
 
 

@@ -60,7 +60,7 @@ class ShiftDistill(Strategy):
             from peft import LoraConfig
         except ImportError:
             raise ImportError(
-                "rank: expected peft for an adapter, which is not installed. "
+                "rank: expected the package peft, which is not installed. "
                 "pip install 'fastdistill[peft]'"
             ) from None
         adapter = LoraConfig(r=self.rank, lora_alpha=2 * self.rank, target_modules="all-linear")
