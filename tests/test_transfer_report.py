@@ -81,7 +81,8 @@ def test_results_have_the_keys_that_others_read(report, tmp_path):
     write_json(tmp_path / "results.json", report.as_json())  # which refuses NaN
     found = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     assert set(found) == {
-        *("command", "config", "versions", "seeds", "valid", "invalid_because", "arms", "audits"),
+        *("command", "config", "versions", "seeds", "valid", "checked", "invalid_because", "arms"),
+        "audits",
     }
     assert {key: found[key] for key in ABOUT} == ABOUT
     assert all(set(row) == KEYS for row in found["arms"])

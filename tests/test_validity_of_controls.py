@@ -62,6 +62,25 @@ def test_the_same_controls_on_more_base_seeds_are_checked():
     assert report.table()[0]["outcome"] == "DFC succeeds"
 
 
+@pytest.mark.parametrize(
+    ("controls", "checked"),
+    [
+        ({"positive_control": "shown openly", "null_arms": NULL_ARMS}, True),
+        ({"null_arms": NULL_ARMS}, False),
+        ({"positive_control": "shown openly"}, False),
+        ({}, False),
+    ],
+)
+def test_results_without_controls_are_not_checked(tmp_path, controls, checked):
+    """The JSON says what the page says."""
+    report = TransferReport(made(seeds=12)._students, about=ABOUT, **controls)
+    results = report.as_json()
+    assert (results["valid"], results["checked"]) == (True, checked)
+    page = report.to_html(tmp_path / "report.html").read_text()
+    assert ("No positive control" in page or "No null arm" in page) == (not checked)
+    assert made(seeds=1).as_json()["checked"] is False
+
+
 @pytest.mark.parametrize("name", NULL_ARMS)
 def test_every_null_arm_that_shows_the_trait_is_named(name):
     students = [s for s in made(seeds=12)._students if s.arm != name]

@@ -23,7 +23,7 @@ from .incrimination import AuditRow, AuditScore, audit_rows
 from .page import Report
 from .quadrant import quadrant
 from .transfer_page import transfer_page
-from .validity import invalid_because
+from .validity import invalid_because, is_checked
 from .verdicts import outcome, verdict
 
 _REQUIRED = ("command", "config", "versions", "seeds")
@@ -111,6 +111,17 @@ class TransferReport:
     def valid(self) -> bool:
         return not self.invalid_because
 
+    @property
+    def checked(self) -> bool:
+        """Whether there are controls of both kinds, each with an interval of τ.
+
+        Without them an experiment may be valid, but does not show that it would detect a transfer,
+        or none.
+        """
+        checked_roles = {arm.role for arm in self.arms if is_checked(arm)}
+        controls = [arm for arm in self.arms if arm.role != "arm"]
+        return {"positive control", "null arm"} <= checked_roles and all(map(is_checked, controls))
+
     def verdicts(self) -> dict[str, str]:
         """Returns the verdict of each arm in words."""
         return {arm.name: verdict(arm, self.valid) for arm in self.arms}
@@ -158,6 +169,7 @@ class TransferReport:
         return {
             **{key: self._about[key] for key in _REQUIRED},
             "valid": self.valid,
+            "checked": self.checked,
             "invalid_because": list(self.invalid_because),
             "arms": arms,
             "audits": self.audit_table(),
