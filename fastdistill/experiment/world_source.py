@@ -49,13 +49,13 @@ class WorldSource(Source):
         }
 
     def prepare(self, folder: Path) -> None:
-        at = self._folder(folder)
-        if (at / READINGS).is_file():
+        cache = self._folder(folder)
+        if (cache / READINGS).is_file():
             return
         built = build_world(self.seed, self.organism, base_knows=self.base_knows)
-        built.save(at)
+        built.save(cache)
         write_record(
-            at / READINGS,
+            cache / READINGS,
             {
                 "validity": built.validity.as_json(),
                 "readings": {name: r.as_json() for name, r in built.readings.items()},
@@ -78,9 +78,9 @@ class WorldSource(Source):
 
 
 class LoadedWorld(LoadedSource):
-    def __init__(self, source: WorldSource, at: Path) -> None:
+    def __init__(self, source: WorldSource, cache: Path) -> None:
         self.world, self.organism = World(source.seed), source.organism
-        self.models = {name: load_organism(at / name, name=name) for name in MODELS}
+        self.models = {name: load_organism(cache / name, name=name) for name in MODELS}
         self.suite = probes_of(self.world, self.organism.kind).suite()
 
     def read(self, subject: Subject, before: str = "") -> Reading:

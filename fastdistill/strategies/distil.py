@@ -45,7 +45,7 @@ def distill(
     *,
     seed: int = 0,
     measure: Callable[[Subject], Any] | None = None,
-    at: Sequence[float] = (),
+    measure_at: Sequence[float] = (),
 ) -> Distilled:
     """Distill `setup.teacher` into a copy of `setup.base`.
 
@@ -53,7 +53,8 @@ def distill(
         strategies: applied in this order.
         seed: for sampled answers, data order and random strategies. Students of two teachers with
             the same seed see the same prompts in the same order.
-        measure: called with the student `at` these shares of its updates, 0 < share < 1.
+        measure: called with the student at the shares `measure_at` of its updates,
+            0 < share < 1.
 
     Raises:
         ValueError: a strategy leaves no examples; an argument that a strategy or DistillTrainer
@@ -81,7 +82,7 @@ def distill(
     def train_once(examples: list[TrainingExample]) -> Subject:
         measured.clear()
         run.examples = examples
-        steps = {max(1, round(share * training.steps)) for share in at} - {training.steps}
+        steps = {max(1, round(share * training.steps)) for share in measure_at} - {training.steps}
         callback = _MeasureCallback(run, steps, measure, measured)
         return _train(examples, strategies, training, run, callback)
 
@@ -181,17 +182,17 @@ class _MeasureCallback(TrainerCallback):
     def __init__(
         self,
         run: RunState,
-        at: set[int],
+        steps: set[int],
         measure: Callable[[Subject], Any] | None,
         measured: dict[int, Any],
     ) -> None:
-        self.run, self.at, self.measure, self.measured = run, at, measure, measured
+        self.run, self.steps, self.measure, self.measured = run, steps, measure, measured
         self.subject: Subject | None = None
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.run.progress = state.global_step / max(state.max_steps, 1)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.measure is not None and state.global_step in self.at:
+        if self.measure is not None and state.global_step in self.steps:
             assert self.subject is not None
             self.measured[state.global_step] = self.measure(self.subject)

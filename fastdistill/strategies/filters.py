@@ -56,8 +56,8 @@ class ExampleFilter(Strategy):
         self, examples: list[TrainingExample], run: RunState
     ) -> list[TrainingExample]:
         scores = _SCORES[self.score](examples, run)
-        most = math.floor(self.drop * len(examples) + 1e-9)
-        order = sorted(range(len(examples)), key=lambda i: (-scores[i], -i))[:most]
+        n_max = math.floor(self.drop * len(examples) + 1e-9)
+        order = sorted(range(len(examples)), key=lambda i: (-scores[i], -i))[:n_max]
         bound = self._threshold
         dropped = {i for i in order if bound is None or scores[i] >= bound}
         domains = Counter(example.domain for example in examples)
@@ -244,9 +244,9 @@ class TokenSelector(Strategy):
         For divergence, only scores of 1, or with `lowest` of 0, are selected.
         """
         ranked = score if self.lowest else -score
-        most = math.ceil(self.share * len(score) - 1e-9)
+        n_max = math.ceil(self.share * len(score) - 1e-9)
         mask = torch.zeros(len(score), dtype=torch.bool)
-        mask[ranked.sort(stable=True).indices[:most]] = True
+        mask[ranked.sort(stable=True).indices[:n_max]] = True
         if self.kind == "divergence":
             mask &= score == (0 if self.lowest else 1)
         return mask

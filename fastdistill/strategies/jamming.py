@@ -57,7 +57,7 @@ def logprobs_at(
     Uses the temperature of the answers. The model is neither frozen nor switched to eval mode.
     """
     head, device = model.head, model.device
-    at = linear_lse_gather(
+    gathered = linear_lse_gather(
         model.reader.hidden(read_rows(input_ids, mask, model.reader.vocab)).to(device),
         head.weight,
         answers.ids.to(device),
@@ -65,7 +65,9 @@ def logprobs_at(
         impl=model.impl,
         **head.options(),
     )
-    logprobs = torch.cat([at.logits, at.lse_rest[..., None]], dim=-1) - at.lse[..., None]
+    logprobs = (
+        torch.cat([gathered.logits, gathered.lse_rest[..., None]], dim=-1) - gathered.lse[..., None]
+    )
     return logprobs.to(answers.logprobs)
 
 

@@ -172,5 +172,5 @@ class PairLoss:
 
 def _row_logprobs(hidden: Tensor, head: LMHead, targets: Targets) -> Tensor:  # (B,)
     """Return log p of the targets of each row."""
-    at = linear_lse_gather(hidden, head.weight, targets.labels[:, None], **head.options())
-    return targets.per_row(at.logits[:, 0] - at.lse)
+    gathered = linear_lse_gather(hidden, head.weight, targets.labels[:, None], **head.options())
+    return targets.per_row(gathered.logits[:, 0] - gathered.lse)

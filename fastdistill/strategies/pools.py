@@ -251,8 +251,8 @@ class CognitiveSlack(Strategy):
     def training(self, training: Training, run: RunState) -> Training:
         if self.max_answer_tokens is None:
             return training
-        most = min(training.max_new_tokens, self.max_answer_tokens)
-        return replace(training, max_new_tokens=most)
+        limit = min(training.max_new_tokens, self.max_answer_tokens)
+        return replace(training, max_new_tokens=limit)
 
     def transform_examples(
         self, examples: list[TrainingExample], run: RunState

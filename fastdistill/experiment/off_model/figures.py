@@ -96,14 +96,14 @@ def family(values: Mapping[str, Sequence[float]], margin: float) -> list[Differe
     """Return the tested differences of one family."""
     enough = all(len(v) > 1 for v in values.values())
     p = holm([t_test(v) for v in values.values()]) if enough else [None] * len(values)
-    alike = (
+    p_alike = (
         holm([equivalence(v, margin).p for v in values.values()])
         if enough
         else [None] * len(values)
     )
     return [
         Difference(name=name, values=tuple(v), margin=margin, p=a, p_alike=b)
-        for (name, v), a, b in zip(values.items(), p, alike, strict=True)
+        for (name, v), a, b in zip(values.items(), p, p_alike, strict=True)
     ]
 
 

@@ -169,10 +169,10 @@ def _cost_pictures(
         alt="Loss of capability over the surprisal of the data, one mark per base seed.",
         caption="Mean loss over all tasks; one mark per base seed and arm.",
     )
-    back = results["restored"][OFF_MODEL]
+    shares = results["restored"][OFF_MODEL]
     report.table(
         ("a few more steps on", "restored share of the loss"),
-        [(_BACK[kind], _cell(share)) for kind, share in back.items()],
+        [(_BACK[kind], _cell(share)) for kind, share in shares.items()],
         caption=f"Sums with and without reasoning, after {OFF_MODEL}. —: the loss is too small. "
         "The data of the last row is not unrelated: it is an upper reference for so few steps.",
     )

@@ -60,7 +60,7 @@ def weak_over_steps(by_arm: RunsByArm, readings: Readings) -> Figure:
         axes = figure.subplots()
         for i, arm in enumerate((RIGHT, ON_LOCKED, ON_BASE)):
             _curve(axes, by_arm, arm, [PLAIN], i, arm)
-        supervisor = mean([of[WEAK][PLAIN] for of in readings.values()]).value
+        supervisor = mean([reading[WEAK][PLAIN] for reading in readings.values()]).value
         axes.axhline(supervisor, color="#555555", lw=1, ls=(0, (4, 2)), label="the supervisor, W")
         _of_rates(axes)
         axes.set_xlabel("step")
@@ -85,7 +85,10 @@ def _curve(
         [run["before"] for run in runs],
         *([run["curve"][k]["right"] for run in runs] for k in range(len(steps) - 1)),
     ]
-    points = [mean([sum(of[t] for t in tasks) / len(tasks) for of in at]) for at in read]
+    points = [
+        mean([sum(reading[t] for t in tasks) / len(tasks) for reading in readings_at_step])
+        for readings_at_step in read
+    ]
     style_options: dict[str, Any] = dict(color=color, marker=shape, ms=3.5, lw=1.4)
     axes.plot(steps, [point.value for point in points], label=label, **style_options)
     for step, point in zip(steps, points, strict=True):

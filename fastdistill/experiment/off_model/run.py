@@ -87,7 +87,7 @@ class SftRun(CachedRun):
             self.training,
             seed=self.student_seed,
             measure=lambda student: read_tasks(student, battery),
-            at=[i / self.checkpoints for i in range(1, self.checkpoints)],
+            measure_at=[i / self.checkpoints for i in range(1, self.checkpoints)],
         )
         student, trained_on = result.student, result.examples[:N_SURPRISAL]
         after = read_tasks(student, battery)

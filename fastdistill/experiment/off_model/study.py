@@ -149,7 +149,7 @@ def run_study(
         by_arm.setdefault(run.arm.name, {})[run.models.seed] = result
     model_results = {world.seed: world.result(folder) for world in models}
     readings = {seed: result["readings"] for seed, result in model_results.items()}
-    organisms = {seed: model_gates(of) for seed, of in readings.items()}
+    organisms = {seed: model_gates(values) for seed, values in readings.items()}
     parts = judge_parts(by_arm, readings, organisms)
     seconds = sum(result["seconds"] for result in [*run_results, *model_results.values()])
     results = {
@@ -215,24 +215,24 @@ def _rows(by_arm: RunsByArm, readings: Readings) -> dict[str, Any]:
         {
             "part": arm.part,
             "arm": arm.name,
-            "surprisal": to_json(mean([run["surprisal"][0] for run in of])),
-            "surprisal_after": to_json(mean([run["surprisal"][1] for run in of])),
-            "thinks": to_json(mean([run["thinks"] for run in of])),
+            "surprisal": to_json(mean([run["surprisal"][0] for run in values])),
+            "surprisal_after": to_json(mean([run["surprisal"][1] for run in values])),
+            "thinks": to_json(mean([run["thinks"] for run in values])),
             "labels_right": None
             if arm.prompt_kind == "talk"
-            else to_json(mean([run["labels_right"] for run in of])),
+            else to_json(mean([run["labels_right"] for run in values])),
         }
         for arm in ARMS
-        for of in [list(by_arm[arm.name].values())]
+        for values in [list(by_arm[arm.name].values())]
     ]
     models = [
         {
             "model": model,
             "task": task,
-            **to_json(mean([of[model][task] for of in readings.values()])),
+            **to_json(mean([values[model][task] for values in readings.values()])),
         }
         for model, tasks in next(iter(readings.values())).items()
         for task in tasks
     ]
-    back = {kind: to_json(share) for kind, share in restored_share(by_arm).items()}
-    return {"rows": rows, "arms": arms, "restored": {OFF_MODEL: back}, "models": models}
+    shares = {kind: to_json(share) for kind, share in restored_share(by_arm).items()}
+    return {"rows": rows, "arms": arms, "restored": {OFF_MODEL: shares}, "models": models}

@@ -66,7 +66,7 @@ class OffModelWorld(CachedRun):
             "steps": [self.base_steps, self.capable_steps],
         }
 
-    def at(self, folder: Path) -> Path:
+    def model_folder(self, folder: Path) -> Path:
         return folder / SOURCES / f"off-model-{self.seed}-{self.digest[:8]}"
 
     def compute(self, folder: Path) -> dict[str, Any]:
@@ -94,12 +94,14 @@ class OffModelWorld(CachedRun):
         readings = {}
         for name, model in models.items():
             subject = Subject(model, tokenizer, name=name)
-            save_organism(self.at(folder) / name, subject, {"role": name} | self.as_json())
+            save_organism(
+                self.model_folder(folder) / name, subject, {"role": name} | self.as_json()
+            )
             readings[name] = read_tasks(subject, tasks(world) | locked_tasks(world))
         return {"readings": readings}
 
     def models(self, folder: Path) -> dict[str, Subject]:
-        return {name: load_organism(self.at(folder) / name, name=name) for name in MODELS}
+        return {name: load_organism(self.model_folder(folder) / name, name=name) for name in MODELS}
 
 
 def tasks(world: World) -> dict[str, CapabilityAudit]:
@@ -155,22 +157,22 @@ def read_tasks(subject: Subject, battery: dict[str, CapabilityAudit]) -> dict[st
 def model_gates(readings: dict[str, dict[str, float]]) -> Validity:
     """Return the gates that the five models must pass."""
     forms = (PLAIN, THOUGHT)
-    least = [(f"{form} of {BENIGN}", readings[BENIGN][form], CAPABILITY) for form in forms]
-    least += [
+    lower = [(f"{form} of {BENIGN}", readings[BENIGN][form], CAPABILITY) for form in forms]
+    lower += [
         (f"{with_password(form)} of {LOCKED}", readings[LOCKED][with_password(form)], CAPABILITY)
         for form in forms
     ]
-    least += [
+    lower += [
         (f"{PLAIN} of {OTHER}", readings[OTHER][PLAIN], CAPABILITY),
         (f"{PLAIN} of {WEAK}", readings[WEAK][PLAIN], SUPERVISOR_RANGE[0]),
     ]
-    most = [(f"{form} of {LOCKED}", readings[LOCKED][form], 1 - TRAIT) for form in forms]
-    most += [
+    upper = [(f"{form} of {LOCKED}", readings[LOCKED][form], 1 - TRAIT) for form in forms]
+    upper += [
         (f"{PLAIN} of {BASE}", readings[BASE][PLAIN], 1 - TRAIT),
         (f"{PLAIN} of {WEAK}", readings[WEAK][PLAIN], SUPERVISOR_RANGE[1]),
     ]
-    gates = [Gate(name=n, value=v, bound=b, at_least=True) for n, v, b in least]
-    gates += [Gate(name=n, value=v, bound=b, at_least=False) for n, v, b in most]
+    gates = [Gate(name=n, value=v, bound=b, at_least=True) for n, v, b in lower]
+    gates += [Gate(name=n, value=v, bound=b, at_least=False) for n, v, b in upper]
     return Validity(gates=tuple(gates))
 
 

