@@ -11,15 +11,15 @@ FOLDERS = ("fastdistill", "kernels", "benchmarks")
 
 # How often each word may occur among the identifiers. The limits only go down.
 LIMITS = {
-    "found": 193,
-    "said": 67,
-    "told": 67,
-    "asked": 53,
-    "kept": 43,
-    "opened": 33,
-    "shown": 21,
-    "beside": 7,
-    "given": 4,
+    "found": 0,
+    "said": 0,
+    "told": 0,
+    "asked": 6,  # a key of probes.json
+    "kept": 0,
+    "opened": 0,
+    "shown": 0,
+    "beside": 2,  # a field of stored audit settings
+    "given": 0,
     "whereof": 0,
 }
 
