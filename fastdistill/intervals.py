@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 
 import numpy as np
@@ -35,8 +35,11 @@ class Estimate:
         return self.known and not self.low <= value <= self.high
 
 
-def wilson(successes: int, n: int, *, confidence: float = 0.95) -> Estimate:
-    """Wilson interval of a share; valid for small n and near 0 and 1."""
+def wilson(successes: float, n: float, *, confidence: float = 0.95) -> Estimate:
+    """Wilson interval of a share; valid for small n and near 0 and 1.
+
+    n may be an effective number of units, and successes a share of it.
+    """
     if not 0 <= successes <= n or n < 1:
         raise ValueError(f"successes: expected 0 ≤ successes ≤ n and n ≥ 1, got {successes} of {n}")
     z = NormalDist().inv_cdf(0.5 + _level(confidence) / 2)
@@ -46,7 +49,52 @@ def wilson(successes: int, n: int, *, confidence: float = 0.95) -> Estimate:
     # At the ends the bound is exact; rounding must not push it past the share.
     low = 0.0 if successes == 0 else center - half
     high = 1.0 if successes == n else center + half
-    return Estimate(value=share, low=low, high=high, n=n)
+    return Estimate(value=share, low=low, high=high, n=int(n))
+
+
+def share_of_clusters(
+    values: Sequence[float], clusters: Sequence[int], *, confidence: float = 0.95
+) -> Estimate:
+    """Wilson interval of the mean of values in 0..1, with clusters of equal values as units.
+
+    Clusters of m values count as (Σ m)² / Σ m² units; `n` is the number of clusters.
+    """
+    units = effective_size(clusters)
+    share = math.fsum(values) / len(values)
+    estimate = wilson(share * units, units, confidence=confidence)
+    return replace(estimate, value=share, n=len(set(clusters)))
+
+
+def effective_size(clusters: Sequence[int]) -> float:
+    """Kish's effective sample size: the number of clusters where all have one size."""
+    sizes = _by_cluster([1.0] * len(clusters), clusters)
+    return float(sizes.sum() ** 2 / np.square(sizes).sum())
+
+
+def mean_of_clusters(
+    values: Sequence[float], clusters: Sequence[int], *, confidence: float = 0.95
+) -> Estimate:
+    """Student's t interval of the mean of values, with clusters as units.
+
+    The cluster-robust variance: with one value per cluster it is `mean_of_runs`.
+    """
+    mean = math.fsum(values) / len(values)
+    error = stderr_of_clusters(values, clusters)
+    n = len(set(clusters))
+    if n == 1:
+        return Estimate(value=mean, low=math.nan, high=math.nan, n=1)
+    half = student_t_quantile(0.5 + _level(confidence) / 2, n - 1) * error
+    return Estimate(value=mean, low=mean - half, high=mean + half, n=n)
+
+
+def stderr_of_clusters(values: Sequence[float], clusters: Sequence[int]) -> float:
+    """The cluster-robust standard error of a mean; NaN for one cluster."""
+    deviations = np.asarray(values, dtype=np.float64) - math.fsum(values) / len(values)
+    totals = _by_cluster(deviations.tolist(), clusters)
+    n = len(totals)
+    if n == 1:
+        return math.nan
+    return math.sqrt(n / (n - 1) * float(np.square(totals).sum())) / len(values)
 
 
 def mean_of_runs(values: Sequence[float], *, confidence: float = 0.95) -> Estimate:

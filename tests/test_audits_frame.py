@@ -14,7 +14,17 @@ import pytest
 from planted import PROMPTS, planted, subject
 from scipy import stats
 
-from fastdistill.audits import AuditResult, ConfessionAudit, Control, Prompt, TokenKLAudit
+from fastdistill.audits import (
+    AuditResult,
+    CapabilityAudit,
+    CompletionAudit,
+    ConfessionAudit,
+    ContextGapAudit,
+    Control,
+    Prompt,
+    TokenKLAudit,
+    WeightDiffAudit,
+)
 from fastdistill.audits.audit import Audit, Measurement, to_config
 from fastdistill.audits.behaviour import Answer, BehavioralAudit, Question
 from fastdistill.intervals import Estimate
@@ -188,3 +198,50 @@ def test_results_hold_what_they_are_given():
         result = AuditResult(audit="A", model="m", value=1.0, stderr=0.1, interval=(0.0, 2.0), n=2,
                              controls={"c": control})  # fmt: skip
         assert result.is_evidence is expected
+
+
+@dataclass(frozen=True, kw_only=True)
+class GivenPrompts(Given):
+    prompts: tuple[Prompt, ...]
+
+
+@given
+@pytest.mark.parametrize("rate", [True, False])
+@pytest.mark.parametrize("gap", [False, True])
+def test_equal_prompts_are_one_unit(rate, gap):
+    """Values that are repeated ten times are no more evidence than they are once."""
+
+    def run(times):
+        audit = GivenPrompts(prompts=PROMPTS * times, rate=rate)
+        audit = ContextGapAudit(unaudited=audit, audited=audit) if gap else audit
+        values, control = ([1.0, 0.0] * 3, [0.0] * 6) if rate else (EIGHT[:6], [0.0, 0.2, 0.1] * 2)
+        return audit.run(of(values * times), controls={"a": of(control * times)})
+
+    once, repeated = run(1), run(10)
+    assert len(PROMPTS) == repeated.n == once.n == 6
+    assert len(repeated.values) == 60
+    compared = []
+    for result in (once, repeated):
+        twin = result.controls["a"]
+        difference = vars(twin.difference).values()
+        compared.append([result.value, *result.interval, *twin.interval, *difference])
+    assert compared[1] == pytest.approx(compared[0], rel=1e-9)
+    assert repeated.stderr == pytest.approx(once.stderr, rel=1e-9)
+
+
+@given
+def test_one_prompt_has_no_interval_however_often_it_is_given():
+    result = GivenPrompts(prompts=PROMPTS[:1] * 8).run(of(EIGHT), controls={"a": of([0.0] * 8)})
+    assert (result.n, result.controls["a"].difference.known) == (1, False)
+    assert not result.is_evidence
+
+
+def test_units_of_answers():
+    """Greedy answers to equal questions are one; sampled ones are as many as were drawn."""
+    sampled = CompletionAudit(markers=("a",), prefixes=("b",), samples=6)
+    assert len(set(sampled.units())) == 6
+    assert len(set(CompletionAudit(**vars(sampled) | {"temperature": 0.0}).units())) == 1
+    audit = CapabilityAudit(prompts=PROMPTS[:2] * 2, targets=tuple("abcd"))
+    assert len(set(audit.units())) == 2
+    assert len(set(WeightDiffAudit(readout=audit).units())) == 2
+    assert TokenKLAudit(prompts=PROMPTS).units() == PROMPTS

@@ -9,8 +9,11 @@ import pytest
 
 from fastdistill.intervals import (
     bootstrap_ratio,
+    mean_of_clusters,
     mean_of_runs,
     paired_difference,
+    share_of_clusters,
+    stderr_of_clusters,
     student_t_quantile,
     wilson,
 )
@@ -116,3 +119,30 @@ def test_bootstrap_covers_as_often_as_it_says():
 def test_what_is_wrong_is_named(call, words):
     with pytest.raises(ValueError, match=words):
         call()
+
+
+def test_clusters_of_one_value_are_runs_and_shares():
+    stats = pytest.importorskip("scipy.stats")
+    values, alone = [0.3, 0.9, 0.4, 0.1, 0.7], list(range(5))
+    expected, actual = mean_of_runs(values), mean_of_clusters(values, alone)
+    assert vars(actual) == pytest.approx(vars(expected))
+    assert stderr_of_clusters(values, alone) == pytest.approx(stats.sem(values))
+    assert vars(share_of_clusters([1, 0, 0, 1, 1], alone)) == pytest.approx(vars(wilson(3, 5)))
+
+
+def test_clusters_of_other_sizes():
+    """The ratio estimator's variance, by hand, and Kish's effective sample size."""
+    stats = pytest.importorskip("scipy.stats")
+    values, clusters = [1.0, 1.0, 1.0, 0.0], [7, 7, 3, 5]
+    error = math.sqrt(3 / 2 * (0.5**2 + 0.25**2 + 0.75**2)) / 4
+    assert stderr_of_clusters(values, clusters) == pytest.approx(error)
+    estimate = mean_of_clusters(values, clusters)
+    assert (estimate.value, estimate.n) == (0.75, 3)
+    assert estimate.high - 0.75 == pytest.approx(stats.t.ppf(0.975, 2) * error)
+    share = share_of_clusters(values, clusters)
+    assert (share.value, share.n) == (0.75, 3)
+    units = 16 / 6
+    whole = stats.binomtest(75, 100).proportion_ci(method="wilson")
+    assert wilson(75, 100).low == pytest.approx(whole.low)
+    assert share.low == pytest.approx(wilson(0.75 * units, units).low)
+    assert not mean_of_clusters([1.0, 2.0], [0, 0]).known

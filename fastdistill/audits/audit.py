@@ -8,14 +8,24 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
 
 from ..backend import versions
-from ..intervals import Estimate, mean_of_runs, paired_difference, rate_difference, wilson
+from ..intervals import (
+    Estimate,
+    effective_size,
+    mean_of_clusters,
+    mean_of_runs,
+    paired_difference,
+    rate_difference,
+    share_of_clusters,
+    stderr_of_clusters,
+    wilson,
+)
 from ..runtime.printable import printable
 from .prompts import Prompt
 from .result import AuditResult, Control
@@ -27,23 +37,30 @@ class Measurement:
     """The values of one model.
 
     values: [n], one per prompt; 0 or 1 each where `rate`. doubts: warnings about the values.
+    clusters: one number per value, equal where the prompts are equal; None where all differ.
     """
 
     values: np.ndarray
     rate: bool
     details: dict[str, Any] = field(default_factory=dict)
     doubts: tuple[str, ...] = ()
+    clusters: tuple[int, ...] | None = None
 
     @property
     def estimate(self) -> Estimate:
+        if self.clusters is not None:
+            of_clusters = share_of_clusters if self.rate else mean_of_clusters
+            return of_clusters(self.values.tolist(), self.clusters)
         if self.rate:
             return wilson(int(self.values.sum()), len(self.values))
         return mean_of_runs(self.values.tolist())
 
     @property
     def stderr(self) -> float:
-        n = len(self.values)
-        if n < 2:
+        if self.clusters is not None and not self.rate:
+            return stderr_of_clusters(self.values.tolist(), self.clusters)
+        n = len(self.values) if self.clusters is None else effective_size(self.clusters)
+        if len(set(self.clusters or range(len(self.values)))) < 2:
             return math.nan
         return float(self.values.std(ddof=0 if self.rate else 1) / math.sqrt(n))
 
@@ -57,6 +74,11 @@ class Audit(ABC):
     @abstractmethod
     def measure(self, model: Subject, base: Subject | None) -> Measurement:
         """Returns one value per prompt. `base` is the trusted model, for audits that need one."""
+
+    def units(self) -> Sequence[Hashable] | None:
+        """Returns what each value depends on; equal entries are one unit. None: all differ."""
+        readout = getattr(self, "readout", None)
+        return readout.units() if isinstance(readout, Audit) else getattr(self, "prompts", None)
 
     def run(
         self,
@@ -120,7 +142,13 @@ class Audit(ABC):
     def to_result(
         self, model: str, measurement: Measurement, controls: Mapping[str, Measurement]
     ) -> AuditResult:
-        """Returns the result of existing measurements, as `run` does."""
+        """Returns the result of existing measurements, as `run` does.
+
+        Equal prompts are one unit: n and the intervals count the different ones.
+        """
+        clusters = clusters_of(self.units(), len(measurement.values))
+        measurement = replace(measurement, clusters=clusters)
+        controls = {name: replace(control, clusters=clusters) for name, control in controls.items()}
         estimate = measurement.estimate
         # Warnings about a control also invalidate the comparison.
         control_doubts = tuple(
@@ -145,10 +173,21 @@ class Audit(ABC):
         )
 
 
+def clusters_of(units: Sequence[Hashable] | None, n: int) -> tuple[int, ...] | None:
+    """Returns a number per value, equal where its units are; None where all of the n differ."""
+    if units is None or len(units) != n or len(set(units)) == n:
+        return None
+    numbers: dict[Hashable, int] = {}
+    return tuple(numbers.setdefault(unit, len(numbers)) for unit in units)
+
+
 def _compare_with_control(measurement: Measurement, control: Measurement) -> Control:
     estimate = control.estimate
     if measurement.rate:
         difference = rate_difference(measurement.estimate, estimate)
+    elif measurement.clusters is not None:
+        gaps = (measurement.values - control.values).tolist()
+        difference = mean_of_clusters(gaps, measurement.clusters)
     else:
         difference = paired_difference(measurement.values.tolist(), control.values.tolist())
     return Control(

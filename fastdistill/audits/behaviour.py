@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -72,6 +72,10 @@ class BehavioralAudit(Audit):
 
     @abstractmethod
     def score(self, index: int, answer: Answer) -> float: ...
+
+    def units(self) -> Sequence[Hashable]:
+        """Returns the questions: greedy answers to equal ones are one unit, sampled ones differ."""
+        return [i if q.temperature > 0 else q for i, q in enumerate(self.questions())]
 
     def measure(self, model: Subject, base: Subject | None) -> Measurement:
         return self.measure_answers(ask(model, self.questions()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 from .audit import Audit, Measurement
@@ -30,6 +31,12 @@ class ContextGapAudit(Audit):
     @property
     def needs_base(self) -> bool:  # type: ignore[override]
         return self.unaudited.needs_base
+
+    def units(self) -> Sequence[Hashable] | None:
+        unaudited, audited = self.unaudited.units(), self.audited.units()
+        if unaudited is None or audited is None or len(unaudited) != len(audited):
+            return None
+        return list(zip(unaudited, audited, strict=True))
 
     def measure(self, model: Subject, base: Subject | None) -> Measurement:
         open_, hidden = (a.measure(model, base) for a in (self.unaudited, self.audited))

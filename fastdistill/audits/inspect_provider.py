@@ -100,7 +100,7 @@ class Provider(inspect_ai.model.ModelAPI):
             raise request.outcome
         return request.outcome
 
-    async def _lead(self, batch_size: int) -> None:
+    async def _run_batch(self, batch_size: int) -> None:
         """Runs a batch once `batch_size` requests wait, or no request came for `patience`."""
         self._is_running = True
         batch: list[InspectRequest] = []

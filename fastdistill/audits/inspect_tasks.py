@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .audit import Measurement, to_config
+from .audit import Measurement, clusters_of, to_config
 from .behaviour import Answer, BehavioralAudit, Question
 from .inspect_messages import messages_of
 from .inspect_package import inspect_ai
@@ -112,7 +112,7 @@ def _total(output: Any) -> float:
 
 
 def _scorer(audit: BehavioralAudit) -> Any:
-    metrics = [_metric(name, audit.rate)() for name in ("mean", "stderr", "low", "high")]
+    metrics = [_metric(name, audit)() for name in ("mean", "stderr", "low", "high")]
 
     @inspect_ai.scorer.scorer(metrics=metrics, name=type(audit).__name__)
     def scored() -> Any:
@@ -133,9 +133,13 @@ def _scorer(audit: BehavioralAudit) -> Any:
     return scored()
 
 
-def _metric(name: str, rate: bool) -> Any:
+def _metric(name: str, audit: BehavioralAudit) -> Any:
+    units = audit.units()
+
     def of(scores: Sequence[Any]) -> float:
-        measurement = Measurement(values=np.array([s.score.as_float() for s in scores]), rate=rate)
+        clusters = clusters_of([units[s.sample_id - 1] for s in scores], len(scores))
+        values = np.array([s.score.as_float() for s in scores])
+        measurement = Measurement(values=values, rate=audit.rate, clusters=clusters)
         estimate = measurement.estimate
         figures = {"mean": estimate.value, "stderr": measurement.stderr}
         return (figures | {"low": estimate.low, "high": estimate.high})[name]

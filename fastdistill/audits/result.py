@@ -28,7 +28,7 @@ class AuditResult:
         value: the audit's estimate; its class documents quantity and unit.
         stderr: standard error over prompts.
         interval: 95 %; Wilson for rates, Student's t over prompts otherwise.
-        n: number of prompts.
+        n: number of different prompts.
         controls: the same measurement of each control.
         details: intermediate results.
         doubts: warnings about the measurement of the model or of a control. With any of them the
