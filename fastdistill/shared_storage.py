@@ -5,7 +5,6 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from functools import partial
 from itertools import islice
 from types import FunctionType, MethodType, ModuleType
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from .parallel import is_dtensor
 from .teacher import Teacher
 
-_MAX_DEPTH = 5  # levels of objects, containers and functions around a teacher's model
+_MAX_DEPTH = 5  # levels of objects and containers around a teacher's model
 _MAX_OBJECTS = 10_000  # objects that are inspected
 
 
@@ -39,7 +38,9 @@ def shared_parameters(model: nn.Module, others: Sequence[nn.Module | Tensor]) ->
 def models_in(teacher: Any) -> tuple[list[nn.Module | Tensor], list[nn.Parameter]]:
     """Return the models and tensors inside a teacher, and the parameters that a Teacher froze.
 
-    The search follows attributes, containers and closures."""
+    The search follows attributes, containers, partials and bound methods. It does not enter a
+    function: its closure may read the student on purpose, as an interpolated target does.
+    """
     weights: dict[int, nn.Module | Tensor] = {}
     frozen: list[nn.Parameter] = []
     visited: dict[int, Any] = {}  # holds the objects, so that no id is reused
@@ -59,7 +60,7 @@ def models_in(teacher: Any) -> tuple[list[nn.Module | Tensor], list[nn.Parameter
 
 
 def _held_by(value: Any) -> Iterator[Any]:
-    """Yield an object's attributes and items, and a function's closure."""
+    """Yield an object's attributes and items."""
     if isinstance(value, (type, ModuleType, str, bytes)):
         return
     if isinstance(value, Mapping):
@@ -71,10 +72,7 @@ def _held_by(value: Any) -> Iterator[Any]:
     elif isinstance(value, MethodType):
         yield from (value.__self__, value.__func__)
     elif isinstance(value, FunctionType):
-        yield value.__defaults__
-        for cell in value.__closure__ or ():
-            with suppress(ValueError):  # an empty cell
-                yield cell.cell_contents
+        return
     yield from getattr(value, "__dict__", {}).values()
     for kind in type(value).__mro__:
         slots = kind.__dict__.get("__slots__", ())

@@ -99,7 +99,6 @@ def looped(model):
 PLACES = {
     "list": lambda model: Around([model]),
     "dict": lambda model: Around({"first": (1, {model})}),
-    "function": lambda model: Around(lambda: model),
     "partial": lambda model: Around(functools.partial(print, m=model)),
     "method": lambda model: Around(model.forward),
     "slots": lambda model: Around(Slotted(model)),
@@ -206,3 +205,10 @@ def test_models_inside_of_teachers():
     teacher = MemoizedTeacher(Teacher(model))
     assert any(found is model for found in models_in(teacher)[0])
     assert models_in(object()) == ([], [])
+
+
+def test_a_function_may_read_the_student(tmp_path):
+    """An interpolated target asks the student that is being trained."""
+    model = llama(0)
+    teacher = Around(lambda: model)
+    assert models_in(teacher) == ([], [])

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from training import build, config, llama, ragged, train, weights
-from transformers import TrainingArguments
+from transformers import HfArgumentParser, TrainingArguments
 
 from fastdistill.training.arguments import HIGHER_IS_BETTER, LOWER_IS_BETTER, UNSUPPORTED
 from fastdistill.training.config import DistillConfig
@@ -188,6 +188,15 @@ class TestMetrics:
         args = config(tmp_path, metric_for_best_model="agreement", **options)
         assert args.lr_scheduler_kwargs == {"mode": "max"}
         assert not config(tmp_path, metric_for_best_model="kl", **options).lr_scheduler_kwargs
+
+
+def test_a_parser_of_arguments_changes_no_check(tmp_path):
+    """HfArgumentParser replaces the types of optional fields by the types without None."""
+    parser = HfArgumentParser(DistillConfig)
+    (args,) = parser.parse_args_into_dataclasses(["--output_dir", str(tmp_path)])
+    assert args.neftune_noise_alpha is None
+    with pytest.raises(ValueError, match="neftune_noise_alpha: expected a number, got 'x'"):
+        config(tmp_path, neftune_noise_alpha="x")
 
 
 class TestEvaluation:

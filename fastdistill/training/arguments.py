@@ -6,11 +6,12 @@ with the installed version and with the names below.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import fields
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
@@ -131,14 +132,13 @@ def _check_numbers(config: TrainingArguments) -> None:
     are left to transformers.
     """
     for field in fields(TrainingArguments):
-        annotation = getattr(field.type, "__name__", str(field.type))
-        types = {part.strip() for part in annotation.split("|")}
+        types = _types_of_fields()[field.name]
         value: Any = getattr(config, field.name, None)
-        if not types & {"int", "float"} or types - {"int", "float", "None"}:
+        if not types & {int, float} or types - {int, float, type(None)}:
             continue
-        if value is None and "None" in types:
+        if value is None and type(None) in types:
             continue
-        kind_text, kind = ("a number", Real) if "float" in types else ("an integer", Integral)
+        kind_text, kind = ("a number", Real) if float in types else ("an integer", Integral)
         number = isinstance(value, kind) and not isinstance(value, bool)
         no_clipping = field.name == "max_grad_norm" and value == math.inf
         if not number or not (math.isfinite(value) or no_clipping):
@@ -150,6 +150,16 @@ def _check_numbers(config: TrainingArguments) -> None:
             )
         if not isinstance(value, (int, float)):
             setattr(config, field.name, int(value) if isinstance(value, Integral) else float(value))
+
+
+@functools.cache
+def _types_of_fields() -> dict[str, set[Any]]:
+    """Return the types that each field's annotation names.
+
+    Read from the annotations, because HfArgumentParser replaces `Field.type` of optional fields.
+    """
+    hints = get_type_hints(TrainingArguments)
+    return {name: {*(get_args(hint) or (hint,))} for name, hint in hints.items()}
 
 
 def _check_names(config: TrainingArguments) -> None:
