@@ -184,6 +184,6 @@ def test_a_supervisor_that_knows_everything_is_none(carried_out):
     results, html = told(supervisor=0.95)
     assert not results["valid"]
     assert f"sums of {WEAK}: 0.950, expected ≤ 0.75" in html
-    assert "What another model&#x27;s outputs cost" in html
+    assert "The cost of another model&#x27;s outputs" in html
     assert results["verdicts"]["weak"].startswith("no verdict")
     assert not results["verdicts"]["cost"].startswith("no verdict")
