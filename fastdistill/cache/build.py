@@ -59,8 +59,7 @@ class PendingRow:
 class Source(Protocol):
     """Answers the rows of a shard.
 
-    answers_all: whether every place has an answer; if not, some may be empty.
-    """
+    answers_all: whether every place has an answer; if not, some may be empty."""
 
     answers_all: bool
 
