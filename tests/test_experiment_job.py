@@ -104,7 +104,7 @@ def test_a_damaged_file_is_refused(kept, tmp_path, change, what):
     change(run)
     JOB.path(tmp_path).parent.mkdir()
     JOB.path(tmp_path).write_text(json.dumps(run))
-    with pytest.raises(ValueError, match=f"expected a whole file, as it was written, got {what}"):
+    with pytest.raises(ValueError, match=f"expected an unmodified record, got {what}"):
         JOB.result(tmp_path)
 
 

@@ -65,7 +65,7 @@ def test_tasks_are_held_out_and_their_answers_as_long_as_said():
         thought = 3 if name.endswith("thought") else 0  # think, what was seen, so
         lengths = {len(target.split()) for target in audit.targets}
         assert lengths == {LENGTHS[name] - thought}
-        assert len(audit.prompts) == off_model_world.READ
+        assert len(audit.prompts) == off_model_world.N_PROMPTS
     said = {WORLD.sum_of(pair, "").question for pair in WORLD.held_out_sums}
     assert {prompt.user for prompt in battery[PLAIN].prompts} <= said
     assert battery[PLAIN].targets == battery[THOUGHT].targets

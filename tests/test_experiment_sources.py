@@ -162,8 +162,12 @@ def test_what_the_files_hold_is_in_the_digest_and_where_they_lie_is_not(files, t
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
-        ("pool", '{"text": "a"}', "pool: expected lines with prompt, and a kind among open, goals"),
-        ("pool", '{"prompt": "a", "kind": "x"}', "pool: expected lines with prompt, and a kind"),
+        ("pool", '{"text": "a"}', "pool: expected lines with a prompt and an optional kind"),
+        (
+            "pool",
+            '{"prompt": "a", "kind": "x"}',
+            "pool: expected lines with a prompt and an optional kind",
+        ),
         ("pool", '{"prompt": "a", "kind": "open"}', "pool: expected prompts without a kind"),
         ("capability", '{"prompt": "a"}', "capability: expected lines with prompt and answer"),
     ],
@@ -177,7 +181,7 @@ def test_files_that_say_something_else_are_refused(files, tmp_path, name, text, 
 
 def test_probes_without_a_trait_are_refused(files, tmp_path):
     Probes(neutral=["a"]).save(tmp_path / "p.json")
-    with pytest.raises(ValueError, match="probes: expected prompts with a target, or with options"):
+    with pytest.raises(ValueError, match="probes: expected prompts that define the trait"):
         source(files, probes=tmp_path / "p.json")
 
 

@@ -10,12 +10,12 @@ from .strategy import RunState, Strategy
 
 @dataclass(frozen=True, kw_only=True)
 class Undefended(Strategy):
-    """The baseline: D(p_teacher, q) on answers that the teacher sampled."""
+    """The baseline without a defense: D(p_teacher, q) on answers that the teacher sampled."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OffModelSFT(Strategy):
-    """Sequence-level distillation (arXiv 1606.07947): −log q(answer) on sampled answers."""
+    """Sequence-level distillation (arXiv 1606.07947): −log q(answer) on the teacher's sampled answers."""
 
     def teacher(self, teacher: Any, student: Any, run: RunState) -> Any:
         return None
