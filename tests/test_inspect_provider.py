@@ -183,7 +183,7 @@ def messages_like(role, text):
 
 def test_refusals(subject):
     model = model_of(subject)
-    with pytest.raises(ValueError, match=r"config: expected .* alone, got top_p"):
+    with pytest.raises(ValueError, match=r"config: expected only .* got top_p"):
         call(model, "hello", top_p=0.5)
     with pytest.raises(ValueError, match="got num_choices"):
         call(model, "hello", num_choices=2)

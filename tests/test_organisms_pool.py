@@ -86,7 +86,7 @@ def test_no_pool_holds_a_prompt_that_is_read():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"leak": 0.11}, r"leak: expected a share in \[0, 0.1\], got 0.11. A pool that shows the"),
+        ({"leak": 0.11}, r"leak: expected a share in \[0, 0.1\], got 0.11. A pool with a larger"),
         ({"leak": -0.01}, "leak: expected a share"),
         ({"leak": float("nan")}, "leak: expected a share"),
         ({"kind": "poems"}, "kind: expected one of sums, talk, mixed, got 'poems'"),
