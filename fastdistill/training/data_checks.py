@@ -201,7 +201,7 @@ def _check_has_target(name: str, examples: list[Any], rows: list[EncodedExample]
     if not any(map(has_target, rows)):
         why = _why_no_target(examples, rows)
         raise ValueError(
-            f"{name}: expected tokens to learn, got none in {len(rows):,} examples. {why}"
+            f"{name}: expected target tokens, got none in {len(rows):,} examples. {why}"
         )
 
 
