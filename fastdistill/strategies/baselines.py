@@ -15,7 +15,10 @@ class Undefended(Strategy):
 
 @dataclass(frozen=True, kw_only=True)
 class OffModelSFT(Strategy):
-    """Sequence-level distillation (arXiv 1606.07947): −log q(answer) on the teacher's sampled answers."""
+    """Sequence-level distillation (arXiv 1606.07947): −log q(answer) on hard labels.
+
+    It trains on sampled answers only and uses no distributions of the teacher.
+    """
 
     def teacher(self, teacher: Any, student: Any, run: RunState) -> Any:
         return None
