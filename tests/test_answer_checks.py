@@ -157,7 +157,7 @@ TURNS = {
     "NaN": (lambda a: a._replace(logprobs=a.logprobs * torch.nan), "got 8 NaN"),
     "foreign ids": (lambda a: a._replace(ids=a.ids + VOCAB), "expected ids in 0..52"),
     "more slots": (
-        lambda a: TopK(*(torch.cat([x, x], -1) for x in a[:2])), "16 slots where 8 were"),
+        lambda a: TopK(*(torch.cat([x, x], -1) for x in a[:2])), "got 16 slots; 8 were requested"),
 }  # fmt: skip
 
 

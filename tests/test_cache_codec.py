@@ -171,7 +171,7 @@ def test_fewer_slots_put_the_rest_into_the_tail():
         ([[1, 99]], [[-1.0, -2.0]], None, "id 99, where the vocabulary ends at 52"),
         ([[1, 1]], [[-1.0, -2.0]], None, "same id twice"),
         ([[1, 2]], [[-1.0, -2.0]], [-0.01], "whose mass differs from 1 by 0.49"),
-        ([[1, 2, 3]], [[-3.0, -2.0, -4.0]], None, "3 slots where 2"),
+        ([[1, 2, 3]], [[-3.0, -2.0, -4.0]], None, "got 3 slots; 2 were requested"),
     ],
 )
 def test_what_no_model_says(ids, logprobs, tail, words):

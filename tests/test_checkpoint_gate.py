@@ -203,7 +203,7 @@ def test_a_stored_tensor_without_a_place_is_refused(folder, loader):
     for i in range(5):
         weights[f"model.mtp.{i}.weight"] = torch.ones(2)
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    words = r"model.mtp.0.weight, model.mtp.1.weight, model.mtp.2.weight and 2 more, which it has"
+    words = r"model.mtp.0.weight, model.mtp.1.weight, model.mtp.2.weight and 2 more, which it does"
     with pytest.raises(CheckpointError, match=words):
         LOADERS[loader](folder)
 
