@@ -111,7 +111,7 @@ def test_student_may_be_a_model_or_its_distance(stored):
 def test_above_five_percent_it_warns(stored):
     teacher = load_teacher(stored, quant="nf4", compute="exact")
     kl = teacher.fidelity(batch()).kl
-    with pytest.warns(UserWarning, match=r"10\.0% of the .* Use quant='int8', compute='exact'"):
+    with pytest.warns(UserWarning, match=r"10\.0% of its KL .* Use quant='int8', compute='exact'"):
         report = teacher.fidelity(batch(), student=10 * kl)
     assert "limit 5%): the student would learn quantization error" in report.warning
     assert str(report).count("\n") == 0
