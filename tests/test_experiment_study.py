@@ -164,7 +164,7 @@ def test_the_report_names_the_seeds_that_were_refused(finished, tmp_path):
     result = publish(small_study(), refusing, tmp_path, ABOUT)
     assert result["refused"] == {"1003": ["capability of placebo: 0.738"]}
     page = (tmp_path / "report.html").read_text()
-    assert "Base seed 1003 was refused before any student was trained: capability of pl" in page
+    assert "Base seed 1003 was rejected before any student was trained: capability of pl" in page
 
 
 def test_contexts_and_notes_are_means_over_base_seeds():
