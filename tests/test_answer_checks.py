@@ -220,7 +220,9 @@ def test_what_is_noted_on_a_device_is_raised_when_it_is_read():
         monitor.read()
     monitor.read()  # said once
     monitor.check(WRONG["ids"], at, at, AnswerRules(vocab=10))
-    with pytest.raises(ValueError, match=r"batch 5 .* row 1, position 1 .* expected ids in 0\.\.9"):
+    with pytest.raises(
+        ValueError, match=r"batch 5 .* row 1, position 1, .* expected ids in 0\.\.9"
+    ):
         monitor.read()
 
 
