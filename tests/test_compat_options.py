@@ -119,7 +119,7 @@ def test_another_trainers_configuration_is_refused(tmp_path):
     ({"teacher_model_init_kwargs": {"dtype": "float32"}}, "teacher_model_init_kwargs: expected"),
     ({"max_completion_length": None}, "max_completion_length: expected an integer in our Dist"),
     ({"remove_unused_columns": True}, "remove_unused_columns: expected False in our Distill"),
-    ({"use_liger_kernel": True}, "use_liger_kernel: expected no value, got True"),
+    ({"use_liger_kernel": True}, "use_liger_kernel: expected False, got True"),
 ])  # fmt: skip
 def test_used_options_that_would_be_dropped_are_refused(tmp_path, options, said):
     args = settings("distillation", tmp_path, **options)

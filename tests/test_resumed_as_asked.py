@@ -197,7 +197,7 @@ class TestOtherSettings:
             again.train(resume_from_checkpoint="auto")
         assert again.state.global_step == 4
         assert (
-            "at step 2 with other settings than it began with: temperature: got 2.0, not 1.0"
+            "at step 2 with settings that differ from the checkpoint: temperature: got 2.0, not 1.0"
             in (caplog.text)
         )
 

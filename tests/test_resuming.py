@@ -336,7 +336,7 @@ class TestDtype:
         with caplog.at_level(logging.WARNING, "fastdistill"):
             trainer = build(tmp_path, model=path, dtype="bfloat16")
         assert trainer.model.dtype == torch.bfloat16
-        assert "The student's weights are bfloat16 without a copy in float32" in caplog.text
+        assert "The student's weights are bfloat16 without a float32 copy" in caplog.text
         assert build(tmp_path, model=path, dtype="auto").model.dtype == torch.float16
         with pytest.raises(ValueError, match="dtype: expected None with a model that is loaded"):
             build(tmp_path, dtype="float32")

@@ -41,8 +41,8 @@ def test_config_works_as_it_stands(tmp_path):
         ({"beta": 1.5}, r"beta: expected a number between 0 and 1, got 1.5"),
         ({"ce_weight": -0.1}, r"ce_weight: expected a number between 0 and 1"),
         ({"tail": "renorm_both", "k": 1}, r"tail: expected a tail other than 'renorm_both'"),
-        ({"label_smoothing_factor": 0.1}, r"label_smoothing_factor: expected no value"),
-        ({"use_liger_kernel": True}, r"use_liger_kernel: expected no value"),
+        ({"label_smoothing_factor": 0.1}, r"label_smoothing_factor: expected 0.0, got 0.1"),
+        ({"use_liger_kernel": True}, r"use_liger_kernel: expected False"),
     ],
 )
 def test_config_says_what_it_expected(tmp_path, options, words):

@@ -98,7 +98,7 @@ def check_arguments(config: TrainingArguments) -> None:
         value = getattr(config, name, expected)
         # None and other empty values mean that the option is not set.
         if value != expected and (value or expected):
-            expected_text = "no value" if not expected else repr(expected)
+            expected_text = "it to be unset" if expected in (None, []) else repr(expected)
             raise ValueError(f"{name}: expected {expected_text}, got {value!r}: {reason}")
     _check_parallelism(getattr(config, "parallelism_config", None))
     _check_numbers(config)
