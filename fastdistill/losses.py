@@ -48,6 +48,7 @@ def topk_distill_loss(
     beta: float = 0.5,
     skew: float = 0.1,
     tail: str = "bucket",
+    allow_biased: bool = False,
     temperature: float = 1.0,
     t2_scale: bool = False,
     ce_weight: float = 0.0,
@@ -88,6 +89,7 @@ def topk_distill_loss(
         impl,
         backward,
         check,
+        allow_biased,
         statistics=False,
     ).loss
 
@@ -102,6 +104,7 @@ def topk_distill(
     beta: float = 0.5,
     skew: float = 0.1,
     tail: str = "bucket",
+    allow_biased: bool = False,
     temperature: float = 1.0,
     t2_scale: bool = False,
     ce_weight: float = 0.0,
@@ -146,9 +149,10 @@ def topk_distill(
             The minimum is at q = p with bucket, with truncate (except forward_kl) and, for the
             ratios among the K ids, with renorm_both. forward_kl with truncate and every divergence
             with renorm_teacher have it at p/M: they are biased and move all of the student's mass
-            onto the K ids. Eager calls warn of that (UserWarning) once per process and pair. Pairs
-            without a minimum are an error: renorm_teacher with reverse_kl, with jsd at β = 1 and
-            with skew_reverse_kl at skew 0.
+            onto the K ids. They are an error without allow_biased. Pairs without a minimum are
+            always an error: renorm_teacher with reverse_kl, with jsd at β = 1 and with
+            skew_reverse_kl at skew 0.
+        allow_biased: accept a loss whose minimum is at p/M, as in published top-k distillation.
         temperature: T > 0; the teacher's answers must use the same (except with renorm_both).
         token_weight: [...] multiplies ℓ. reduction: "mean" Σwℓ / (num_items or the number of
             non-ignored positions), "sum", or "none" -> [...].
@@ -193,6 +197,7 @@ def topk_distill(
         impl,
         backward,
         check,
+        allow_biased,
         statistics=True,
     )
 
@@ -212,13 +217,14 @@ def _distill(
     impl: str,
     backward: str,
     check: bool,
+    allow_biased: bool,
     *,
     statistics: bool,
 ) -> DistillOutput:
     weight, bias, placement = distribute_head(weight, head[0], group, impl)
     ops = operands(hidden, weight, bias, *head[1:], placement=placement)
     impl = resolve_impl(impl, hidden.device)
-    check_mix(options)
+    check_mix(options, allow_biased)
     checks.choice("backward", backward, ("auto", "fused", "recompute"))
     check_reduction(reduction, num_items, token_weight, hidden)
     if labels is not None:

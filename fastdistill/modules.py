@@ -14,7 +14,13 @@ from .outputs import TopK
 
 def _check(options: dict[str, Any]) -> None:
     """Check the options that every call checks."""
-    defaults = {"divergence": "forward_kl", "beta": 0.5, "skew": 0.1, "tail": "bucket"}
+    defaults = {
+        "divergence": "forward_kl",
+        "beta": 0.5,
+        "skew": 0.1,
+        "tail": "bucket",
+        "allow_biased": False,
+    }
     check_divergence(**{name: options.get(name, value) for name, value in defaults.items()})
 
 

@@ -6,8 +6,6 @@ All public functions share it, so that an option has one meaning.
 from __future__ import annotations
 
 import math
-import sys
-import warnings
 from typing import Any, NamedTuple
 
 import torch
@@ -186,28 +184,38 @@ def check_reduction(
             checks.fail("num_items", "a finite number of 0 or more", num_items.item())
 
 
-def check_divergence(divergence: Any, beta: float, skew: float, tail: str = "bucket") -> None:
+def check_divergence(
+    divergence: Any, beta: float, skew: float, tail: str = "bucket", allow_biased: bool = False
+) -> None:
     """Check a divergence, its scalars and its tail.
 
-    A pair without a minimum is an error; one with its minimum away from the teacher warns once.
-    Over a whole vocabulary, as with a dense teacher, the tail is "bucket".
+    A pair whose minimum is not at the teacher is an error, unless it has one at the renormalized
+    teacher and `allow_biased` is True. Over a whole vocabulary the tail is "bucket".
     """
     if not callable(divergence):
         checks.choice("divergence", divergence, NAMES)
     checks.within("beta", beta, 0, 1)
     checks.within("skew", skew, 0, 1, below=True)
     checks.choice("tail", tail, TAILS)
+    if allow_biased not in (True, False):
+        checks.fail("allow_biased", "True or False", repr(allow_biased))
     minimum = minimum_of(divergence, beta, skew, tail)
-    if minimum == "renormalized teacher":
-        _warn_of_bias(divergence, beta, skew, tail)
+    if minimum == "teacher" or (minimum is not None and allow_biased):
+        return
     if minimum is None:
-        checks.fail(
-            "tail",
-            f"'bucket', 'truncate' or 'renorm_both' with {_in_words(divergence, beta, skew)}",
-            repr(tail),
+        reason = (
             "KL(student ‖ teacher) is infinite where the teacher is zero, so this pair has no "
-            "minimum at any teacher. Use tail='bucket'",
+            "minimum at any teacher. Use tail='bucket'"
         )
+    else:
+        reason = (
+            "this pair is smallest where the student is the teacher renormalized over its k "
+            "tokens, so it moves all probability onto them. Use tail='bucket', or "
+            "allow_biased=True if that is the loss you want"
+        )
+    proper = [repr(t) for t in TAILS if minimum_of(divergence, beta, skew, t) == "teacher"]
+    pair = _in_words(divergence, beta, skew)
+    checks.fail("tail", f"{' or '.join(proper)} with {pair}", repr(tail), reason)
 
 
 def _in_words(divergence: str, beta: float, skew: float) -> str:
@@ -220,47 +228,9 @@ def _in_words(divergence: str, beta: float, skew: float) -> str:
     return f"divergence={divergence!r}{at}"
 
 
-_WARNED: set[tuple[str, str]] = set()  # (divergence in words, tail)
-
-
-def _warn_of_bias(divergence: str, beta: float, skew: float, tail: str) -> None:
-    """Warn, once per process and pair, of a loss whose minimum is not at the teacher.
-
-    A graph of torch.compile cannot warn: it stays silent, and a later eager call warns.
-    """
-    if torch.compiler.is_compiling():
-        return
-    pair = (_in_words(divergence, beta, skew), tail)
-    if pair in _WARNED:
-        return
-    proper = [t for t in TAILS if minimum_of(divergence, beta, skew, t) == "teacher"]
-    names = [f"{t!r} (by the ratios among them)" if t == "renorm_both" else repr(t) for t in proper]
-    warnings.warn(
-        f"{pair[0]} with tail={tail!r} is smallest where the student is the teacher renormalized "
-        "over its k tokens: it moves all probability onto them. Tails whose loss is smallest at "
-        f"the teacher itself: {', '.join(names)}",
-        UserWarning,
-        stacklevel=_caller(),
-    )
-    _WARNED.add(pair)
-
-
-def _caller() -> int:
-    """The stacklevel, in the calling function, of the first frame outside this package."""
-    level, frame = 1, sys._getframe(1)
-    package = __name__.partition(".")[0]
-    while frame.f_back is not None and _is_inside(frame.f_globals.get("__name__", ""), package):
-        level, frame = level + 1, frame.f_back
-    return level
-
-
-def _is_inside(module: str, package: str) -> bool:
-    return module.partition(".")[0] in (package, "torch")
-
-
-def check_mix(options: LossOptions) -> None:
+def check_mix(options: LossOptions, allow_biased: bool = False) -> None:
     """Check the divergence and the scalars that shape a per-token loss."""
-    check_divergence(options.divergence, options.beta, options.skew, options.tail)
+    check_divergence(options.divergence, options.beta, options.skew, options.tail, allow_biased)
     if options.t2_scale not in (True, False):
         checks.fail("t2_scale", "True or False", repr(options.t2_scale))
     checks.within("ce_weight", options.ce_weight, 0, 1)

@@ -27,6 +27,8 @@ Pairs of divergence and tail that have their minimum at the teacher (`minimum_of
                     its minimum is at p/M on the ids (biased)
     renorm_teacher  none: the minimum is at p/M on the ids (biased). An error if f(0) is infinite
 
+The public functions accept a biased pair only with allow_biased=True.
+
 M is the teacher's mass on the K ids. A callable is used unchanged.
 
 Inputs are finite: callers floor log-probabilities at `floor_of(dtype)`, so 0 · (−∞) cannot occur.

@@ -18,7 +18,7 @@ import torch
 from command import call, files, last_values
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fastdistill import Teacher, TeacherCache, operands
+from fastdistill import Teacher, TeacherCache
 from fastdistill.run_pictures import Quantity
 from fastdistill.training.figures import format_short
 from fastdistill.training.run_files import read_run
@@ -107,11 +107,12 @@ def test_a_dry_run_checks_everything_and_writes_nothing(run, folder, tmp_path):
     assert json.loads(run(*command, "--json")[1])["steps"] == 9
 
 
-def test_a_dry_run_names_a_biased_loss(run, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(operands, "_WARNED", set())
-    with pytest.warns(UserWarning, match="'forward_kl' with tail='truncate' is smallest where"):
-        code, _, _ = run(*train(folder, tmp_path / "run", "--dry-run", "tail=truncate"))
-    assert code == 0
+def test_a_biased_loss_needs_an_explicit_choice(run, folder, tmp_path):
+    command = train(folder, tmp_path / "run", "--dry-run", "tail=truncate")
+    code, _, error = run(*command)
+    assert code == 2
+    assert "tail: expected 'bucket' or 'renorm_both' with divergence='forward_kl'" in error
+    assert run(*command, "allow_biased=true")[0] == 0
 
 
 def test_what_is_printed_can_be_pasted_back(run, folder, tmp_path):
@@ -136,7 +137,7 @@ def test_what_is_printed_can_be_pasted_back(run, folder, tmp_path):
         (
             ("divergence=reverse_kl", "tail=renorm_teacher", "--dry-run"),
             2,
-            "tail: expected 'bucket', 'truncate' or 'renorm_both' with divergence='reverse_kl'",
+            "tail: expected 'bucket' or 'truncate' or 'renorm_both' with divergence='reverse_kl'",
         ),
         (("k=3000",), 2, "k: expected at most the vocabulary"),
         (("--teacher-quant", "nf5"), 2, "quant: expected"),

@@ -50,7 +50,10 @@ def dense(x, w, b, ids, logprobs, mask, labels, *, T_, beta, normalize, hard, so
 def test_loss_and_gradients(temperature, beta, normalize, dtype):
     hidden, weight, bias, *rest = data(dtype)
     ours, truth = leaves(hidden, weight, bias), leaves(hidden, weight, bias, dtype=torch.float64)
-    loss = TopKLogprobLoss(0.3, 0.7, temperature, beta, normalize_topk=normalize)
+    biased = beta == 0.0 and not normalize
+    loss = TopKLogprobLoss(
+        0.3, 0.7, temperature, beta, normalize_topk=normalize, allow_biased=biased
+    )
     found = loss(ours[1], ours[0], *rest, student_bias=ours[2])
     options = {"T_": temperature, "beta": beta, "normalize": normalize, "hard": 0.3, "soft": 0.7}
     expected = dense(*truth, *rest, **options)
@@ -59,6 +62,11 @@ def test_loss_and_gradients(temperature, beta, normalize, dtype):
     (expected / 7).backward()
     for a, b in zip(ours, truth, strict=True):
         assert_close(a.grad, b.grad, GRADIENT[torch.float32])
+
+
+def test_a_biased_loss_needs_an_explicit_choice():
+    with pytest.raises(ValueError, match=r"tail: expected 'bucket' or .*allow_biased=True"):
+        TopKLogprobLoss(beta=0.0, normalize_topk=False)
 
 
 def test_either_part_alone():

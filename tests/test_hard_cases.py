@@ -14,7 +14,7 @@ from fastdistill.kernels.rows import TAILS
 def run(c, teacher, dtype=torch.float64, impl="auto", **options):
     """(loss, dX, dW) with operands in `dtype`."""
     x, w = leaves(c.hidden, c.weight, dtype=dtype)
-    loss = fd.topk_distill_loss(x, w, teacher, impl=impl, **options)
+    loss = fd.topk_distill_loss(x, w, teacher, impl=impl, allow_biased=True, **options)
     loss.sum().backward()
     return loss, x.grad, w.grad
 
@@ -95,7 +95,7 @@ def test_all_masked_batch(tail, reduction):
     x, w = leaves(c.hidden, c.weight)
     loss = fd.topk_distill_loss(
         x, w, top_k(c.teacher_logits, 5), labels=torch.full((12,), -100), tail=tail,
-        reduction=reduction,
+        reduction=reduction, allow_biased=True,
     )  # fmt: skip
     assert (loss == 0).all()
     loss.sum().backward()
@@ -241,7 +241,8 @@ def test_huge_upstream_gradients_stay_finite(divergence, tail, upstream):
     for k in (3, 5):
         teacher = fd.linear_topk(torch.randn(2, 8), torch.randn(5, 8), k=k, temperature=100.0)
         options = {
-            "divergence": divergence, "tail": tail, "temperature": 100.0, "t2_scale": True,
+            "divergence": divergence, "tail": tail, "allow_biased": True, "temperature": 100.0,
+            "t2_scale": True,
             "labels": torch.tensor([0, 4]), "ce_weight": 0.3, "z_loss": 1e-3, "reduction": "sum",
         }  # fmt: skip
         truth = run_scaled(x, w, teacher, torch.float64, upstream, impl="reference", **options)
@@ -264,7 +265,7 @@ def test_empty_slots_take_no_part_in_renormalisation():
     ids = torch.tensor([[1, 2, -1, -1, -1, -1]])
     lp = torch.tensor([[-86.0, -87.0, -1.0, -1.0, -1.0, -1.0]])
     for tail in ("renorm_teacher", "renorm_both"):
-        loss = fd.topk_distill_loss(x, w, fd.TopK(ids, lp), tail=tail)
+        loss = fd.topk_distill_loss(x, w, fd.TopK(ids, lp), tail=tail, allow_biased=True)
         z = torch.nn.functional.linear(x, w).double()
         p = lp[:, :2].double().softmax(-1)
         q = (

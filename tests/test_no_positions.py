@@ -43,7 +43,7 @@ def test_topk_and_the_primitive():
 @pytest.mark.parametrize(("labels", "ce"), [(LABELS, 0.5), (LABELS, 0.0), (None, 0.0)])
 def test_losses_have_the_fields_of_others_and_zero_gradients(tail, reduction, labels, ce):
     """What a rank without targets reports must have the fields that the other ranks report."""
-    options = {"tail": tail, "reduction": reduction, "ce_weight": ce}
+    options = {"tail": tail, "allow_biased": True, "reduction": reduction, "ce_weight": ce}
     full = fd.topk_distill(HIDDEN, WEIGHT, TEACHER, labels=labels, **options)
     x, w = HIDDEN[:0].clone().requires_grad_(), WEIGHT.clone().requires_grad_()
     nobody = fd.TopK(*map(none, TEACHER[:2]))

@@ -94,7 +94,7 @@ def distil(teacher, **options):
     """topk_distill and its statistics, as a call."""
 
     def call(x, w, b, **where):
-        out = fd.topk_distill(x, w, teacher, bias=b, **options, **where)
+        out = fd.topk_distill(x, w, teacher, bias=b, allow_biased=True, **options, **where)
         return [t for t in out if t is not None]
 
     return call

@@ -5,13 +5,10 @@ The head is the identity, so that hidden states are logits; the teacher is known
 
 from __future__ import annotations
 
-import warnings
-
 import pytest
 import torch
 
 import fastdistill as fd
-from fastdistill import operands
 from fastdistill.kernels.divergences import NAMES, minimum_of
 from fastdistill.kernels.rows import TAILS
 
@@ -34,7 +31,7 @@ def teacher_logits():
 def losses(z, teacher, name, beta, skew, tail, impl="torch"):
     return fd.topk_distill_loss(
         z, torch.eye(V, dtype=z.dtype), teacher, divergence=name, beta=beta, skew=skew, tail=tail,
-        reduction="none", impl=impl,
+        reduction="none", impl=impl, allow_biased=True,
     )  # fmt: skip
 
 
@@ -110,6 +107,7 @@ def test_a_pair_without_minimum_is_refused_wherever_it_is_chosen(pair, tmp_path)
     options = {"divergence": name, "beta": beta, "skew": skew, "tail": tail}
     calls = [
         lambda: fd.topk_distill_loss(z, eye, teacher, **options),
+        lambda: fd.topk_distill_loss(z, eye, teacher, **options, allow_biased=True),
         lambda: fd.topk_distill_loss(z, eye, teacher, impl="reference", **options),
         lambda: fd.topk_distill(z, eye, teacher, **options),
         lambda: fd.TopKDistillLoss(**options),
@@ -117,7 +115,7 @@ def test_a_pair_without_minimum_is_refused_wherever_it_is_chosen(pair, tmp_path)
         lambda: fd.DistillConfig(str(tmp_path), **options),
     ]
     for call in calls:
-        with pytest.raises(ValueError, match=r"tail: expected 'bucket', .*Use tail='bucket'"):
+        with pytest.raises(ValueError, match=r"tail: expected 'bucket' or .*Use tail='bucket'$"):
             call()
 
 
@@ -128,90 +126,56 @@ def test_modules_refuse_at_construction():
         fd.LinearDistillLoss(divergence="kl")
 
 
-BIASED_OPTIONS = [
-    ({"tail": "truncate"}, "'bucket', 'renorm_both' (by the ratios among them)"),
-    ({"tail": "renorm_teacher"}, "'bucket', 'renorm_both' (by the ratios among them)"),
-    ({"tail": "truncate", "divergence": "jsd", "beta": 0.0}, "'bucket', 'renorm_both'"),
-    (
-        {"tail": "renorm_teacher", "divergence": "jsd"},
-        "'bucket', 'truncate', 'renorm_both' (by the ratios among them)",
-    ),
-    ({"tail": "truncate", "divergence": "skew_forward_kl", "skew": 0.0}, "'bucket', 'renorm_both'"),
-]
-
-
-BOUNDARIES = ("topk_distill_loss", "topk_distill", "TopKDistillLoss", "DistillConfig")
-
-
-def boundaries(folder):
-    """Every place where a caller of the package names a divergence and a tail."""
+def test_a_biased_pair_is_refused_without_an_explicit_choice(tmp_path):
+    """At every place where a caller of the package names a divergence and a tail."""
     z, eye = teacher_logits(), torch.eye(V, dtype=torch.float64)
     teacher = fd.linear_topk(z, eye, k=K)
-    return {
-        "topk_distill_loss": lambda **o: fd.topk_distill_loss(z, eye, teacher, **o),
-        "topk_distill": lambda **o: fd.topk_distill(z, eye, teacher, **o),
-        "TopKDistillLoss": lambda **o: fd.TopKDistillLoss(**o),
-        "DistillConfig": lambda **o: fd.DistillConfig(str(folder), **o),
-    }
+    calls = [
+        lambda **o: fd.topk_distill_loss(z, eye, teacher, **o),
+        lambda **o: fd.topk_distill(z, eye, teacher, **o),
+        lambda **o: fd.TopKDistillLoss(**o),
+        lambda **o: fd.TopKDistillLoss()(z, eye, teacher, **o),
+        lambda **o: fd.DistillConfig(str(tmp_path), **o),
+    ]
+    for name, beta, skew, tail in BIASED:
+        options = {"divergence": name, "beta": beta, "skew": skew, "tail": tail}
+        for call in calls:
+            with pytest.raises(ValueError, match=r"tail: expected 'bucket' or .*allow_biased=True"):
+                call(**options)
+            call(**options, allow_biased=True)
 
 
-def warnings_of(call, **options):
-    """The warnings of a call about a minimum, and the files that they point at."""
-    with warnings.catch_warnings(record=True) as seen:
-        warnings.simplefilter("always")
-        call(**options)
-    return [(str(w.message), w.filename) for w in seen if "smallest" in str(w.message)]
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"tail": "truncate"}, "'bucket' or 'renorm_both' with divergence='forward_kl', got"),
+        (
+            {"tail": "truncate", "divergence": "jsd", "beta": 0.0},
+            "'bucket' or 'renorm_both' with divergence='jsd' at beta=0, got 'truncate'",
+        ),
+        (
+            {"tail": "renorm_teacher", "divergence": "jsd"},
+            "'bucket' or 'truncate' or 'renorm_both' with divergence='jsd', got",
+        ),
+    ],
+)
+def test_the_error_names_the_proper_tails(options, expected):
+    z, eye = teacher_logits(), torch.eye(V, dtype=torch.float64)
+    with pytest.raises(ValueError, match=f"tail: expected {expected}"):
+        fd.topk_distill_loss(z, eye, fd.linear_topk(z, eye, k=K), **options)
 
 
-@pytest.mark.parametrize(("options", "proper"), BIASED_OPTIONS, ids=str)
-@pytest.mark.parametrize("boundary", BOUNDARIES)
-def test_a_biased_loss_gives_one_warning(boundary, options, proper, tmp_path, monkeypatch):
-    monkeypatch.setattr(operands, "_WARNED", set())
-    calls = boundaries(tmp_path)
-    ((message, file),) = warnings_of(calls[boundary], **options)
-    assert file == __file__
-    assert f"divergence='{options.get('divergence', 'forward_kl')}'" in message
-    assert (
-        f"tail='{options['tail']}' is smallest where the student is the teacher renorm" in message
-    )
-    assert f"smallest at the teacher itself: {proper}" in message
-    assert not [w for call in calls.values() for w in warnings_of(call, **options)]
+def test_allow_biased_is_a_boolean():
+    with pytest.raises(ValueError, match="allow_biased: expected True or False, got 'yes'"):
+        fd.TopKDistillLoss(allow_biased="yes")
 
 
-def test_each_pair_warns_for_itself_and_a_schedule_of_beta_once(monkeypatch):
-    monkeypatch.setattr(operands, "_WARNED", set())
-    check = operands.check_divergence
-    betas = (0.0, 0.2, 0.4, 0.6, 0.8)
-    seen = [warnings_of(lambda b=b: check("jsd", b, 0.1, "renorm_teacher")) for b in betas]
-    assert [len(w) for w in seen] == [1, 1, 0, 0, 0]
-    assert "at beta=0 with" in seen[0][0][0]
-    assert len(warnings_of(lambda: check("tvd", 0.5, 0.1, "renorm_teacher"))) == 1
-
-
-def test_a_warning_that_is_an_error_stays_one(monkeypatch):
-    monkeypatch.setattr(operands, "_WARNED", set())
-    for _ in range(2):
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            with pytest.raises(UserWarning, match="smallest where"):
-                operands.check_divergence("forward_kl", 0.5, 0.1, "truncate")
-
-
-@pytest.mark.parametrize("boundary", BOUNDARIES)
-def test_proper_losses_are_silent(boundary, tmp_path, monkeypatch):
-    monkeypatch.setattr(operands, "_WARNED", set())
-    call = boundaries(tmp_path)[boundary]
-    for name, beta, skew, tail in PROPER:
-        assert not warnings_of(call, divergence=name, beta=beta, skew=skew, tail=tail)
-
-
-def test_a_compiled_biased_loss_is_one_graph(monkeypatch):
-    monkeypatch.setattr(operands, "_WARNED", set())
+def test_a_compiled_biased_loss_is_one_graph():
     z, eye = teacher_logits(), torch.eye(V, dtype=torch.float64)
     teacher = fd.linear_topk(z, eye, k=K)
 
     def loss(x):
-        return fd.topk_distill_loss(x, eye, teacher, tail="truncate")
+        return fd.topk_distill_loss(x, eye, teacher, tail="truncate", allow_biased=True)
 
     compiled = torch.compile(loss, fullgraph=True, backend="eager")
     assert torch.equal(compiled(z), loss(z))

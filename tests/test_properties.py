@@ -52,7 +52,7 @@ def test_topk_loss_of_any_shape(
         x, w, b = leaves(c.hidden, c.weight, c.bias)
         loss = fd.topk_distill_loss(
             x, w, t, labels=labels, divergence=divergence, tail=tail, temperature=temperature,
-            beta=beta, skew=skew, ce_weight=ce_weight, bias=b, impl=impl,
+            beta=beta, skew=skew, allow_biased=True, ce_weight=ce_weight, bias=b, impl=impl,
             backward="auto" if impl == "reference" else backward,
         )  # fmt: skip
         loss.backward()

@@ -16,7 +16,7 @@ def both(c, teacher, *, dtype, upstream=1.0, bias=True, **options):
     found = []
     for run_dtype, impl in ((dtype, "auto"), (torch.float64, "reference")):
         x, w, b = leaves(c.hidden, c.weight, c.bias, dtype=run_dtype)
-        given = dict(options)
+        given = {"allow_biased": True} | options
         if impl == "reference":
             given.pop("backward", None)
         loss = fd.topk_distill_loss(x, w, teacher, bias=b if bias else None, impl=impl, **given)

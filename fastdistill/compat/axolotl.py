@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .. import checks
 from ..losses import topk_distill_loss
+from ..operands import check_divergence
 from ..outputs import TopK
 
 
@@ -24,14 +24,19 @@ class TopKLogprobLoss(nn.Module):
     Without normalize_topk and with beta=1, axolotl sums q log(q/p) over the K tokens. Its minimum
     is at q = p/e, so it trains a student away from its teacher. Here D is the sum of
     q log(q/p) + p − q, whose minimum is 0 at q = p. With beta=0 it is axolotl's loss, whose minimum
-    is the teacher renormalized over the K tokens: `topk_distill` warns about it, as about
-    forward_kl with tail="truncate".
+    is the teacher renormalized over the K tokens. This needs allow_biased=True, as forward_kl with
+    tail="truncate" does in `topk_distill`.
 
     Args:
         weight_hard_loss, weight_soft_loss: factors of the two sums.
         temperature: T of target_logprobs; divides the student's logits.
         beta, ignore_index, compute_ce_loss, normalize_topk: see above.
         compiled, chunk_size: accepted for compatibility and ignored; the loss is always fused.
+        allow_biased: accept beta=0 without normalize_topk, a loss whose minimum is not at the
+            teacher.
+
+    Raises:
+        ValueError: beta outside [0, 1]; a biased loss without allow_biased.
     """
 
     def __init__(
@@ -45,9 +50,13 @@ class TopKLogprobLoss(nn.Module):
         chunk_size: int = 1024,
         compute_ce_loss: bool = True,
         normalize_topk: bool = True,
+        allow_biased: bool = False,
     ) -> None:
         super().__init__()
-        checks.within("beta", beta, 0.0, 1.0)
+        self.divergence = {0.0: "forward_kl", 1.0: "reverse_kl"}.get(beta, "jsd")
+        self.tail = "renorm_both" if normalize_topk else "truncate"
+        self.allow_biased = allow_biased
+        check_divergence(self.divergence, beta, 0.0, self.tail, allow_biased)
         self.weight_hard_loss = weight_hard_loss if compute_ce_loss else 0.0
         self.weight_soft_loss = weight_soft_loss
         self.temperature = temperature
@@ -77,9 +86,10 @@ class TopKLogprobLoss(nn.Module):
                 student_hidden_states,
                 lm_head_weight,
                 teacher,
-                divergence={0.0: "forward_kl", 1.0: "reverse_kl"}.get(self.beta, "jsd"),
+                divergence=self.divergence,
                 beta=self.beta,
-                tail="renorm_both" if self.normalize_topk else "truncate",
+                tail=self.tail,
+                allow_biased=self.allow_biased,
                 temperature=self.temperature,
                 t2_scale=True,
                 token_weight=used.any(-1).float(),

@@ -20,8 +20,8 @@ KNOBS: dict[str, dict[str, Any]] = {
     "k=2": {"k": 2},
     "k=8": {"k": 8},
     "k=all": {"k": None},
-    "k=8 truncated": {"k": 8, "tail": "truncate"},
-    "k=8 renormalised": {"k": 8, "tail": "renorm_teacher"},
+    "k=8 truncated": {"k": 8, "tail": "truncate", "allow_biased": True},
+    "k=8 renormalised": {"k": 8, "tail": "renorm_teacher", "allow_biased": True},
     "T=2": {"temperature": 2.0},
     "T=4": {"temperature": 4.0},
     "T=4 with T²": {"temperature": 4.0, "t2_scale": True},
@@ -74,5 +74,7 @@ def make_study(
 
 def _describe(settings: dict[str, Any]) -> str:
     return ", ".join(
-        f"{name} {'all' if value is None else value}" for name, value in settings.items()
+        f"{name} {'all' if value is None else value}"
+        for name, value in settings.items()
+        if name != "allow_biased"
     )

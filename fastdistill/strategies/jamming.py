@@ -105,8 +105,8 @@ class LogitJam(Strategy):
     position. It is the same in every epoch, so it does not average out.
 
     Args:
-        k, tail, temperature, t2_scale, divergence: as in DistillConfig; None leaves them
-            unchanged. k="all" is the whole vocabulary.
+        k, tail, allow_biased, temperature, t2_scale, divergence: as in DistillConfig; None leaves
+            them unchanged. k="all" is the whole vocabulary.
         noise: standard deviation in nats. mix: a share in [0, 1].
 
     Raises:
@@ -116,6 +116,7 @@ class LogitJam(Strategy):
 
     k: int | str | None = None
     tail: str | None = None
+    allow_biased: bool | None = None
     temperature: float | None = None
     t2_scale: bool | None = None
     divergence: str | None = None
@@ -132,7 +133,7 @@ class LogitJam(Strategy):
             raise ValueError(f"mix: expected a share in [0, 1], got {self.mix!r}")
 
     def training(self, training: Training, run: RunState) -> Training:
-        names = ("k", "tail", "temperature", "t2_scale", "divergence")
+        names = ("k", "tail", "allow_biased", "temperature", "t2_scale", "divergence")
         overrides = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if overrides.get("k") == "all":
             overrides["k"] = None

@@ -38,8 +38,9 @@ class DistillConfig(TrainingArguments):
         divergence: D(teacher, student); "forward_kl" is KL(teacher ‖ student).
         beta: the mixture weight of "jsd". skew: the mixture weight of the skewed divergences.
         tail: treatment of the probability outside the k tokens; "bucket" compares it as one
-            outcome. A combination of divergence and tail whose minimum is not at the teacher gives
-            a UserWarning; one without a minimum is an error. See `topk_distill`.
+            outcome. A pair of divergence and tail whose minimum is not at the teacher is an error.
+        allow_biased: accept a pair whose minimum is at the renormalized teacher: "forward_kl" with
+            "truncate", and "renorm_teacher". See `topk_distill`.
         temperature: softens both distributions. t2_scale: multiply the divergence by T².
         ce_weight: c in (1 − c)·divergence + c·cross-entropy of the labels.
         z_loss: weight of the squared log-sum-exp.
@@ -95,6 +96,7 @@ class DistillConfig(TrainingArguments):
     beta: float = 0.5
     skew: float = 0.1
     tail: str = "bucket"
+    allow_biased: bool = False
     temperature: float = 1.0
     t2_scale: bool = False
     ce_weight: float = 0.0
@@ -152,7 +154,7 @@ class DistillConfig(TrainingArguments):
             _between(name, getattr(self, name), 0.0, math.inf)
             if getattr(self, name) == 0.0:
                 raise ValueError(f"{name}: expected a number above 0, got 0.0")
-        check_divergence(self.divergence, self.beta, self.skew, self.tail)
+        check_divergence(self.divergence, self.beta, self.skew, self.tail, self.allow_biased)
         if self.tail == "renorm_both" and self.k == 1:
             raise ValueError(
                 "tail: expected a tail other than 'renorm_both' with k=1, where both "

@@ -131,6 +131,7 @@ class Loss:
             "beta": config.beta,
             "skew": config.skew,
             "tail": config.tail,
+            "allow_biased": config.allow_biased,
             "temperature": config.temperature,
             "t2_scale": config.t2_scale,
             "ce_weight": config.ce_weight if labels_count else 0.0,
@@ -214,6 +215,9 @@ def _teacher_hidden_loss(
     return LossResult(loss, None, {})
 
 
+_SPARSE_ONLY = ("tail", "allow_biased", "reduction")  # options that a dense loss does not take
+
+
 def _dense_loss(
     hidden: Tensor,
     head: LMHead,
@@ -233,7 +237,7 @@ def _dense_loss(
         teacher_bias=teacher_head.bias,
         teacher_logit_scale=teacher_head.logit_scale,
         teacher_softcap=teacher_head.softcap,
-        **{name: v for name, v in options.items() if name not in ("tail", "reduction")}
+        **{name: v for name, v in options.items() if name not in _SPARSE_ONLY}
         | {"valid_vocab": shared},
     )
 
