@@ -55,11 +55,17 @@ def parser(prog: str) -> argparse.ArgumentParser:
     cli.add_argument("--tokens", type=positive, metavar="N", help="tokens (1024)")
     cli.add_argument("--k", type=positive, help="teacher ids per token (64)")
     cli.add_argument("--dtype", choices=DTYPES, help="dtype of hidden states and head (bf16)")
-    cli.add_argument("--quick", action="store_true",
-                       help="small shapes, no compilation, written only with --out")  # fmt: skip
+    cli.add_argument(
+        "--quick", action="store_true", help="small shapes, no compilation, written only with --out"
+    )
     cli.add_argument("--repeats", type=positive, default=7, help="turns of each contender (7)")
-    cli.add_argument("--budget-seconds", type=float, default=float("inf"), metavar="S",
-                       help="start no case after S seconds")  # fmt: skip
+    cli.add_argument(
+        "--budget-seconds",
+        type=float,
+        default=float("inf"),
+        metavar="S",
+        help="start no case after S seconds",
+    )
     cli.add_argument(
         "--out", type=Path, metavar="DIR", help="folder of results (benchmarks/results)"
     )

@@ -83,8 +83,15 @@ def rows(shape: Shape = SHAPE) -> list[Row]:
             truth = _grads(*wide, teacher, divergence, "reference")
             for impl, work in _contenders(hidden, weight, teacher, divergence).items():
                 grads, reason = attempt(work)
-                row = Row(f"{divergence}, teacher {name}", impl, "both", **asdict(shape),
-                          dtype="bfloat16", missing=reason is not None, reason=reason)  # fmt: skip
+                row = Row(
+                    f"{divergence}, teacher {name}",
+                    impl,
+                    "both",
+                    **asdict(shape),
+                    dtype="bfloat16",
+                    missing=reason is not None,
+                    reason=reason,
+                )
                 if reason is None:
                     row.grad_error = worst(deviations(grads, truth))
                 results.append(row)

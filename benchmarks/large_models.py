@@ -26,24 +26,42 @@ Replace = Callable[[Tensor], nn.Module]
 
 # From their config.json.
 _QWEN3 = {
-    "vocab_size": 151936, "num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-6,
-    "max_position_embeddings": 40960, "rope_theta": 1e6, "tie_word_embeddings": False,
-}  # fmt: skip
+    "vocab_size": 151936,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 40960,
+    "rope_theta": 1e6,
+    "tie_word_embeddings": False,
+}
 CONFIGS: dict[str, Callable[[], Any]] = {
     "llama-3.1-8b": lambda: LlamaConfig(
-        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
-        num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=131072,
-        rms_norm_eps=1e-5, rope_theta=5e5, tie_word_embeddings=False,
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=131072,
+        rms_norm_eps=1e-5,
+        rope_theta=5e5,
+        tie_word_embeddings=False,
     ),
     "qwen3-8b": lambda: Qwen3Config(
-        hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32,
+        hidden_size=4096,
+        intermediate_size=12288,
+        num_hidden_layers=36,
+        num_attention_heads=32,
         **_QWEN3,
     ),
     "qwen3-32b": lambda: Qwen3Config(
-        hidden_size=5120, intermediate_size=25600, num_hidden_layers=64, num_attention_heads=64,
+        hidden_size=5120,
+        intermediate_size=25600,
+        num_hidden_layers=64,
+        num_attention_heads=64,
         **_QWEN3,
     ),
-}  # fmt: skip
+}
 
 
 def narrow(config: Any, shape: Shape) -> Any:

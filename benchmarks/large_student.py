@@ -99,11 +99,16 @@ def planned(contender: str, shape: Shape) -> Row:
             config.save_pretrained(Path(folder) / name)
         cached = contender == "ours, cached"
         plan = plan_memory(
-            Path(folder) / STUDENT, Path(folder) / TEACHER, seq=shape.N,
-            k=None if contender == "ours" else shape.K, cached=cached,
-            teacher_quant=None if cached else "nf4", optim="adamw_8bit",
-            gradient_checkpointing=True, dtype="bfloat16",
-        )  # fmt: skip
+            Path(folder) / STUDENT,
+            Path(folder) / TEACHER,
+            seq=shape.N,
+            k=None if contender == "ours" else shape.K,
+            cached=cached,
+            teacher_quant=None if cached else "nf4",
+            optim="adamw_8bit",
+            gradient_checkpointing=True,
+            dtype="bfloat16",
+        )
     row.peak_mb = plan.peak / 1e6
     return row
 

@@ -59,20 +59,32 @@ def rows(shape: Shape = SHAPE, models: tuple[str, ...] = MODELS) -> list[Row]:
 @torch.no_grad()
 def _of(op: str, config: Any, shape: Shape, end: float) -> list[Row]:
     tokens = torch.randint(
-        config.vocab_size, (max(1, shape.N // ROW), min(ROW, shape.N)),
+        config.vocab_size,
+        (max(1, shape.N // ROW), min(ROW, shape.N)),
         generator=torch.Generator().manual_seed(0),
-    ).to(device())  # fmt: skip
+    ).to(device())
     truth: torch.Tensor | None = None
     results = []
     for name, (replace, all_logits) in CONTENDERS.items():
-        row = Row(op, name, "forward", tokens.numel(), config.hidden_size, config.vocab_size,
-                  shape.K, "bfloat16")  # fmt: skip
+        row = Row(
+            op,
+            name,
+            "forward",
+            tokens.numel(),
+            config.hidden_size,
+            config.vocab_size,
+            shape.K,
+            "bfloat16",
+        )
         results.append(row)
         if time.monotonic() > end:
             row.missing, row.reason = True, "not run, out of time"
             continue
-        ids, row.reason = attempt(lambda r=replace, a=all_logits, row=row: _measured(
-            row, build(config, r), tokens, shape.K, a))  # fmt: skip
+        ids, row.reason = attempt(
+            lambda r=replace, a=all_logits, row=row: _measured(
+                row, build(config, r), tokens, shape.K, a
+            )
+        )
         row.missing = row.reason is not None
         if ids is not None and name == "transformers":
             truth = ids

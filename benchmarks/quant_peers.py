@@ -27,12 +27,20 @@ def full(weight: Tensor) -> Callable[[Tensor], Tensor]:
 def bnb4(weight: Tensor, training: bool) -> nn.Module:
     nn4 = named("bitsandbytes", "bitsandbytes.nn", "Linear4bit")
     params = named("bitsandbytes", "bitsandbytes.nn", "Params4bit")
-    layer = nn4(*reversed(weight.shape), bias=False, compute_dtype=weight.dtype, quant_type="nf4",
-               compress_statistics=False)  # fmt: skip
+    layer = nn4(
+        *reversed(weight.shape),
+        bias=False,
+        compute_dtype=weight.dtype,
+        quant_type="nf4",
+        compress_statistics=False,
+    )
     layer.weight = params(
-        weight.clone(), requires_grad=False, quant_type="nf4", compress_statistics=False,
+        weight.clone(),
+        requires_grad=False,
+        quant_type="nf4",
+        compress_statistics=False,
         module=layer,
-    )  # fmt: skip
+    )
     return layer.to(weight.device).train(training)
 
 

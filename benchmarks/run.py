@@ -164,8 +164,9 @@ def measure(
         say(f"  {case} turn {turn + 1} of {repeats}")
     rows = []
     for contender in case.op.contenders:
-        row = Row(case.name, contender.impl, case.op.mode, **asdict(case.shape),
-                  dtype=str(case.dtype)[6:])  # fmt: skip
+        row = Row(
+            case.name, contender.impl, case.op.mode, **asdict(case.shape), dtype=str(case.dtype)[6:]
+        )
         rows.append(row)
         if contender.impl in failures:
             row.missing, row.reason = True, failures[contender.impl]

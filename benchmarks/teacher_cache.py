@@ -70,10 +70,15 @@ def _build(shape: Shape, folder: Path) -> list[Row]:
     torch.manual_seed(0)
     small = shape != SHAPE
     config = LlamaConfig(
-        vocab_size=shape.V, hidden_size=shape.H, intermediate_size=11 * shape.H // 4,
-        num_hidden_layers=1 if small else LAYERS, num_attention_heads=8, num_key_value_heads=8,
-        max_position_embeddings=2 * ROW, tie_word_embeddings=True,
-    )  # fmt: skip
+        vocab_size=shape.V,
+        hidden_size=shape.H,
+        intermediate_size=11 * shape.H // 4,
+        num_hidden_layers=1 if small else LAYERS,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        max_position_embeddings=2 * ROW,
+        tie_word_embeddings=True,
+    )
     teacher = fd.Teacher(LlamaForCausalLM(config).to(device()))
     ids = torch.randint(shape.V, (2 if small else BUILT, ROW), device=device())
     data = [{"input_ids": row.cpu()} for row in ids]
@@ -160,9 +165,7 @@ def _parquet(teacher: _Peaked, ids: Tensor, file: Path, k: int) -> Callable[[], 
     writer = None
     for some in ids.split(BATCH):
         answers = teacher.topk(some, k=k, temperature=1.0)
-        columns = {
-            "input_ids": some.int(), "ids": answers.ids.int(), "logprobs": answers.logprobs
-        }  # fmt: skip
+        columns = {"input_ids": some.int(), "ids": answers.ids.int(), "logprobs": answers.logprobs}
         table = table_of({name: list(c.flatten(1).numpy()) for name, c in columns.items()})
         writer = writer or writer_of(file, table.schema)
         writer.write_table(table)

@@ -100,8 +100,16 @@ def rows(shape: Shape = SHAPE) -> list[Row]:
     works: dict[str, Callable[[], Any]] = {}
     top_ids: dict[str, torch.Tensor] = {}
     for name, make in CONTENDERS.items():
-        row = Row("teacher_topk", name, "forward", ids.numel(), config.hidden_size,
-                  config.vocab_size, SHAPE.K, "bfloat16")  # fmt: skip
+        row = Row(
+            "teacher_topk",
+            name,
+            "forward",
+            ids.numel(),
+            config.hidden_size,
+            config.vocab_size,
+            SHAPE.K,
+            "bfloat16",
+        )
         results.append(row)
         model = copy.deepcopy(full)
         answer, row.reason = attempt(lambda m=make, model=model: m(model))

@@ -77,9 +77,15 @@ def rows(shape: Shape = SHAPE) -> list[Row]:
             result, reason = attempt(
                 lambda e=eps, x=hidden, w=weight, t=teacher: _skipping(x, w, t, e)
             )
-            row = Row(f"grad_filter_eps {eps:.3g}, logits of width {width:g}", "triton fused",
-                      "both", **asdict(shape), dtype="bfloat16", missing=reason is not None,
-                      reason=reason)  # fmt: skip
+            row = Row(
+                f"grad_filter_eps {eps:.3g}, logits of width {width:g}",
+                "triton fused",
+                "both",
+                **asdict(shape),
+                dtype="bfloat16",
+                missing=reason is not None,
+                reason=reason,
+            )
             if result is not None:
                 row.grad_error = worst(deviations(result[0], truth))
                 row.products_share = result[1]

@@ -55,10 +55,15 @@ class TrainStep(NamedTuple):
 def _llama(shape: Shape, seed: int) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=shape.V, hidden_size=shape.H, intermediate_size=11 * shape.H // 4,
-        num_hidden_layers=LAYERS, num_attention_heads=8, num_key_value_heads=8,
-        max_position_embeddings=2 * ROW, tie_word_embeddings=True,
-    )  # fmt: skip
+        vocab_size=shape.V,
+        hidden_size=shape.H,
+        intermediate_size=11 * shape.H // 4,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        max_position_embeddings=2 * ROW,
+        tie_word_embeddings=True,
+    )
     return LlamaForCausalLM(config).to(device())
 
 
@@ -102,10 +107,16 @@ class _Materialized(Trainer):
 
 def settings(kind: Any, folder: str, **options: Any) -> Any:
     shared = {
-        "report_to": [], "save_strategy": "no", "disable_tqdm": True, "optim": "adamw_torch",
-        "use_cpu": not torch.cuda.is_available(), "bf16": False, "max_steps": 1,
-        "dataloader_pin_memory": False, "remove_unused_columns": False,
-    }  # fmt: skip
+        "report_to": [],
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "optim": "adamw_torch",
+        "use_cpu": not torch.cuda.is_available(),
+        "bf16": False,
+        "max_steps": 1,
+        "dataloader_pin_memory": False,
+        "remove_unused_columns": False,
+    }
     return kind(folder, **(shared | options))
 
 
@@ -186,9 +197,12 @@ def gkd_trainer(student: Any, teacher: Any, folder: str, **options: Any) -> Any:
     args = settings(config, folder, lmbda=0.0, beta=0.0, **options)
     talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     return trainer(
-        student, teacher, args, train_dataset=_dataset([{"messages": talk}]),
+        student,
+        teacher,
+        args,
+        train_dataset=_dataset([{"messages": talk}]),
         processing_class=tokenizer,
-    )  # fmt: skip
+    )
 
 
 def _dataset(rows: list[dict[str, Any]]) -> Any:

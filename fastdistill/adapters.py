@@ -29,8 +29,14 @@ from .runtime.bounded_regex import BoundedPattern, PatternError
 from .runtime.printable import printable
 
 # peft matches these against module names; a leading ^ is the only pattern that peft itself writes.
-_PATTERNS = ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern",
-             "target_parameters", "feedforward_modules")  # fmt: skip
+_PATTERNS = (
+    "target_modules",
+    "exclude_modules",
+    "modules_to_save",
+    "layers_pattern",
+    "target_parameters",
+    "feedforward_modules",
+)
 _NAME = re.compile(r"\^?[\w.\-]*")
 _MAX_LENGTH, _MAX_NAMES = 500, 1 << 16
 _ALL_LINEAR = "all-linear"
@@ -154,8 +160,13 @@ def _check_value(file: Path, name: str, value: Any, files: TensorFiles) -> None:
     elif name in _PATTERNS:
         for part in _names_in(value):
             if not _is_name(part):
-                _fail(file, name, f"names of modules, or {_ALL_LINEAR!r}", part, "a regular "
-                        "expression may never end: list the names of the modules")  # fmt: skip
+                _fail(
+                    file,
+                    name,
+                    f"names of modules, or {_ALL_LINEAR!r}",
+                    part,
+                    "a regular expression may never end: list the names of the modules",
+                )
     if name.endswith("_pattern") and name not in _PATTERNS and value is not None:
         if not isinstance(value, dict):
             _fail(file, name, "names of modules with a number each", value)
@@ -197,8 +208,13 @@ def _name_modules(model: nn.Module, config: Any, file: Path) -> None:
             continue
         matched = _matched(file, field, expression, names)
         if not matched and field == "target_modules":
-            _fail(file, field, f"names of modules of {type(model).__name__}", expression,
-                    "it matches none")  # fmt: skip
+            _fail(
+                file,
+                field,
+                f"names of modules of {type(model).__name__}",
+                expression,
+                "it matches none",
+            )
         listed = field != "feedforward_modules" and not _has_endings(names, matched)
         setattr(config, field, (set(matched) if listed else _either(matched)) if matched else None)
     for field in _KEYED:
@@ -211,8 +227,11 @@ def _name_modules(model: nn.Module, config: Any, file: Path) -> None:
                 elif matched := _matched(file, field, _as_key(key), names):
                     exact[f"^{_either(matched)}"] = number
                 else:
-                    warnings.warn(f"{file}: {field}: {printable(repr(key))} matches no module of "
-                                  "the base and is not used", stacklevel=2)  # fmt: skip
+                    warnings.warn(
+                        f"{file}: {field}: {printable(repr(key))} matches no module of "
+                        "the base and is not used",
+                        stacklevel=2,
+                    )
             setattr(config, field, exact)
 
 
@@ -232,8 +251,13 @@ def _bounded(file: Path, field: str, expression: str) -> BoundedPattern:
 
 
 def _fail_expression(file: Path, field: str, expression: str, error: PatternError) -> NoReturn:
-    _fail(file, field, "names of modules, or a regular expression that is sure to end",
-            expression, f"{error}. List the names of the modules")  # fmt: skip
+    _fail(
+        file,
+        field,
+        "names of modules, or a regular expression that is sure to end",
+        expression,
+        f"{error}. List the names of the modules",
+    )
 
 
 def _as_key(key: str) -> str:

@@ -36,30 +36,66 @@ class Kind(NamedTuple):
 
 
 KINDS = {
-    "ids": Kind("ids", "ids in {first}..{last}{empty}", "{value:.0f}",
-                "the id {value:.0f}, where the vocabulary ends at {last}",
-                "set vocab_size if the teacher has more ids (only the common ones are used); map "
-                "the ids of a teacher with another vocabulary first"),
-    "repeated": Kind("ids", "{slots} different ids", "{value:.0f} more than once",
-                     "the same id twice at one position ({value:.0f})"),
-    "nan": Kind("logprobs", "numbers in every used slot", "{value:.0f} NaN",
-                "log-probabilities that are NaN"),
-    "positive": Kind("logprobs", "log-probabilities ≤ 0", "{value:.4g}",
-                     "a log-probability of {value:.4g}",
-                     "pass log_softmax(logits / T), not logits"),
-    "mass": Kind("logprobs", "probabilities that sum to 1 at most", "{value:.4g}",
-                 "probabilities that sum to {value:.4g}"),
-    "flat": Kind("logprobs", "a likeliest token above the average", "{value:.4g}",
-                 "a likeliest token below the average, of log-probability {value:.4g}"),
+    "ids": Kind(
+        "ids",
+        "ids in {first}..{last}{empty}",
+        "{value:.0f}",
+        "the id {value:.0f}, where the vocabulary ends at {last}",
+        "set vocab_size if the teacher has more ids (only the common ones are used); map "
+        "the ids of a teacher with another vocabulary first",
+    ),
+    "repeated": Kind(
+        "ids",
+        "{slots} different ids",
+        "{value:.0f} more than once",
+        "the same id twice at one position ({value:.0f})",
+    ),
+    "nan": Kind(
+        "logprobs",
+        "numbers in every used slot",
+        "{value:.0f} NaN",
+        "log-probabilities that are NaN",
+    ),
+    "positive": Kind(
+        "logprobs",
+        "log-probabilities ≤ 0",
+        "{value:.4g}",
+        "a log-probability of {value:.4g}",
+        "pass log_softmax(logits / T), not logits",
+    ),
+    "mass": Kind(
+        "logprobs",
+        "probabilities that sum to 1 at most",
+        "{value:.4g}",
+        "probabilities that sum to {value:.4g}",
+    ),
+    "flat": Kind(
+        "logprobs",
+        "a likeliest token above the average",
+        "{value:.4g}",
+        "a likeliest token below the average, of log-probability {value:.4g}",
+    ),
     "tail": Kind("log_tail", "log-probabilities ≤ 0", "{value:.4g}", "a log_tail of {value:.4g}"),
-    "total": Kind("log_tail", "the ids and the tail to have a mass of 1", "{value:.4g}",
-                  "ids and log_tail whose mass differs from 1 by {difference:.2g}"),
-    "hidden": Kind("hidden", "finite hidden states", "{value:.0f} that are not",
-                   "hidden states of which {value:.0f} are not finite"),
-    "nothing": Kind("logprobs", "an id with a probability above 0", "none",
-                    "no id with a probability above 0",
-                    "a teacher with another vocabulary needs its ids mapped first"),
-}  # fmt: skip
+    "total": Kind(
+        "log_tail",
+        "the ids and the tail to have a mass of 1",
+        "{value:.4g}",
+        "ids and log_tail whose mass differs from 1 by {difference:.2g}",
+    ),
+    "hidden": Kind(
+        "hidden",
+        "finite hidden states",
+        "{value:.0f} that are not",
+        "hidden states of which {value:.0f} are not finite",
+    ),
+    "nothing": Kind(
+        "logprobs",
+        "an id with a probability above 0",
+        "none",
+        "no id with a probability above 0",
+        "a teacher with another vocabulary needs its ids mapped first",
+    ),
+}
 _NAMES = tuple(KINDS)
 
 
@@ -169,8 +205,10 @@ def measure(answer: TopK, rules: AnswerRules) -> tuple[Tensor, Tensor]:
     if rules.ranked and rules.vocab is not None:
         flat = best < -math.log(rules.vocab) - ROUNDING - step * math.log(rules.vocab)
     checked = {
-        "ids": (above | (smallest < (-1 if rules.empty else 0)),
-                torch.where(above, largest, smallest)),
+        "ids": (
+            above | (smallest < (-1 if rules.empty else 0)),
+            torch.where(above, largest, smallest),
+        ),
         "repeated": (again, repeated),
         "nan": (undefined.any(-1), undefined.sum(-1)),
         "positive": (best > ROUNDING + step, best),
@@ -179,7 +217,7 @@ def measure(answer: TopK, rules: AnswerRules) -> tuple[Tensor, Tensor]:
         "total": (wrong_total, total),
         "nothing": (none if rules.nothing else best.isneginf(), mass),
         "flat": (flat, best),
-    }  # fmt: skip
+    }
     dtype = torch.float32 if ids.device.type == "mps" else torch.float64
     pairs = [checked.get(name, (none, mass)) for name in _NAMES]
     return torch.stack([bad for bad, _ in pairs]), torch.stack([x.to(dtype) for _, x in pairs])

@@ -90,8 +90,11 @@ def _applied(
     except Exception as error:  # templates raise errors of jinja, transformers or Python
         roles = [str(m.get("role")) for m in messages]
         listed = roles if len(roles) <= 6 else [*roles[:3], "…", *roles[-2:]]
-        fail(column, "a conversation that the tokenizer's chat template takes",
-             f"roles {printable(listed)}: {type(error).__name__}: {printable(error)}")  # fmt: skip
+        fail(
+            column,
+            "a conversation that the tokenizer's chat template takes",
+            f"roles {printable(listed)}: {type(error).__name__}: {printable(error)}",
+        )
 
 
 def _joined(message: Mapping[str, Any]) -> dict[str, Any]:
@@ -196,8 +199,11 @@ def _generated(
         else:
             at += len(part)
     if marked.replace(first, "").replace(last, "") != text:
-        fail(column, "a chat template whose {% generation %} marks tokens of the conversation",
-             "one that renders another text with marks around them")  # fmt: skip
+        fail(
+            column,
+            "a chat template whose {% generation %} marks tokens of the conversation",
+            "one that renders another text with marks around them",
+        )
     return spans
 
 
@@ -219,9 +225,12 @@ def _check_rest(
             _fail_lost(f"{column}[{turn}].content", message["content"])
     for name in _names(rendering.get("tools")):
         if name not in text:
-            fail("tools", "a chat template that renders them", f"one that leaves out "
-                 f"{printable(repr(name), 60)}", "remove the tools, or use a template for "
-                 "them")  # fmt: skip
+            fail(
+                "tools",
+                "a chat template that renders them",
+                f"one that leaves out {printable(repr(name), 60)}",
+                "remove the tools, or use a template for them",
+            )
 
 
 def _check_turn(text: str, message: Mapping[str, Any], turn: int, column: str) -> None:
@@ -242,10 +251,13 @@ def _names(calls: Any) -> list[str]:
 
 
 def _fail_lost(name: str, content: Any) -> NoReturn:
-    fail(name, "a chat template that renders it whole",
-         f"one that leaves out a part of {printable(repr(content), 60)}",
-         "some templates drop reasoning or tools: remove what the student should not learn, "
-         "pass prompt and completion as texts, or use another chat template")  # fmt: skip
+    fail(
+        name,
+        "a chat template that renders it whole",
+        f"one that leaves out a part of {printable(repr(content), 60)}",
+        "some templates drop reasoning or tools: remove what the student should not learn, "
+        "pass prompt and completion as texts, or use another chat template",
+    )
 
 
 def _turn(
@@ -291,10 +303,13 @@ def _turn(
         tail = after[content(after, turn + 1)[1] :]
         end = _end(tokenizer, text, content_end, tail)
     if end is None or not previous_end <= begin <= end:
-        fail(column, "a chat template that leaves earlier turns as they are when others follow",
-             f"one that renders turn {turn} differently then",
-             "the assistant's tokens cannot be located: pass prompt and completion, or a chat "
-             "template with {% generation %}")  # fmt: skip
+        fail(
+            column,
+            "a chat template that leaves earlier turns as they are when others follow",
+            f"one that renders turn {turn} differently then",
+            "the assistant's tokens cannot be located: pass prompt and completion, or a chat "
+            "template with {% generation %}",
+        )
     return begin, end
 
 

@@ -105,8 +105,13 @@ def load_config(source: str | Path, **options: Any) -> tuple[Any, dict[str, Any]
     check_choices(file, stored)
     kind = stored.get("model_type")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
-        _fail(file, "model_type", "a model that transformers knows", kind, "custom code that "
-                "comes with a checkpoint is never run (trust_remote_code)")  # fmt: skip
+        _fail(
+            file,
+            "model_type",
+            "a model that transformers knows",
+            kind,
+            "custom code that comes with a checkpoint is never run (trust_remote_code)",
+        )
     with as_checkpoint_error(file, "the configuration of a model that transformers knows"):
         config, unused = AutoConfig.from_pretrained(
             str(source),

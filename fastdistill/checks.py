@@ -93,8 +93,11 @@ def head(
     if not hidden.shape[-1]:
         fail(names["hidden"], "at least one channel", list(hidden.shape))
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
-        fail(names["weight"], f"shape [V, {hidden.shape[-1]}] (hidden's last dimension)",
-             list(weight.shape))  # fmt: skip
+        fail(
+            names["weight"],
+            f"shape [V, {hidden.shape[-1]}] (hidden's last dimension)",
+            list(weight.shape),
+        )
     if weight.dtype != hidden.dtype:
         hint = "cast one of them, or call under torch.autocast"
         fail(names["weight"], f"dtype {hidden.dtype} as {names['hidden']}", weight.dtype, hint)
@@ -135,8 +138,12 @@ def ids(name: str, value: Any, hidden: Tensor, vocab: int, check: bool) -> None:
         low, high = int(value.min()), int(value.max())
         if low < -1 or high >= vocab:
             bad = low if low < -1 else high
-            fail(name, f"ids in 0..{vocab - 1}, or −1 for an empty slot", f"{bad}",
-                 "a teacher with another vocabulary needs its ids mapped first")  # fmt: skip
+            fail(
+                name,
+                f"ids in 0..{vocab - 1}, or −1 for an empty slot",
+                f"{bad}",
+                "a teacher with another vocabulary needs its ids mapped first",
+            )
 
 
 def teacher(
@@ -164,12 +171,20 @@ def teacher(
     positive("teacher.temperature", taken_at)
     if tail == "renorm_both":
         if ids_.shape[-1] == 1:
-            fail("tail", "another tail when K = 1", "'renorm_both'",
-                 "one outcome renormalized over itself is 1: the loss is always 0")  # fmt: skip
+            fail(
+                "tail",
+                "another tail when K = 1",
+                "'renorm_both'",
+                "one outcome renormalized over itself is 1: the loss is always 0",
+            )
     elif not math.isclose(taken_at, temperature, rel_tol=1e-6):
-        fail("temperature", f"{taken_at:g}, at which the teacher's payload was taken",
-             f"{temperature:g}", "take the payload at the loss temperature: its normalizer at "
-             "another one is not known (tail='renorm_both' needs none)")  # fmt: skip
+        fail(
+            "temperature",
+            f"{taken_at:g}, at which the teacher's payload was taken",
+            f"{temperature:g}",
+            "take the payload at the loss temperature: its normalizer at "
+            "another one is not known (tail='renorm_both' needs none)",
+        )
     if not logprobs.numel() or not values_readable(logprobs, check):
         return
     answer = TopK(ids_, logprobs, log_tail)
@@ -194,8 +209,12 @@ def grad_filter(options: Any, impl: str, backward: str, reduction: str, dtype: A
         fail(name, f"None with impl={impl!r}", repr(eps), "only the Triton kernels skip tiles")
     by_rows = options.tail == "renorm_both" and not options.needs_base
     if backward == "recompute" or reduction == "none" or by_rows:
-        fail(name, "None unless the loss takes the fused pass", repr(eps),
-             "use reduction='mean' or 'sum', backward='auto', another tail")  # fmt: skip
+        fail(
+            name,
+            "None unless the loss takes the fused pass",
+            repr(eps),
+            "use reduction='mean' or 'sum', backward='auto', another tail",
+        )
     if dtype not in (torch.float16, torch.bfloat16):
         fail(name, "a float16 or bfloat16 head", dtype)
 
@@ -208,5 +227,8 @@ def labels(value: Any, hidden: Tensor, vocab: int, ignore_index: int, check: boo
     if value.numel() and values_readable(value, check):
         wrong = (value != ignore_index) & ((value < 0) | (value >= vocab))
         if wrong.any():
-            fail("labels", f"tokens in 0..{vocab - 1} or ignore_index = {ignore_index}",
-                 int(value[wrong][0]))  # fmt: skip
+            fail(
+                "labels",
+                f"tokens in 0..{vocab - 1} or ignore_index = {ignore_index}",
+                int(value[wrong][0]),
+            )

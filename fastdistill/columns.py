@@ -33,8 +33,19 @@ _READ = {
     "text": (),
 }
 _TEXTS = ("messages", "prompt", "completion", "text", "tools", "chat_template_kwargs")
-_SINGLE = (str, bool, int, float, complex, decimal.Decimal, datetime.date, datetime.time,
-           datetime.timedelta, uuid.UUID, PurePath)  # fmt: skip
+_SINGLE = (
+    str,
+    bool,
+    int,
+    float,
+    complex,
+    decimal.Decimal,
+    datetime.date,
+    datetime.time,
+    datetime.timedelta,
+    uuid.UUID,
+    PurePath,
+)
 # Keys by which other formats mark whether an assistant turn is trained on.
 _TRAIN_KEYS = ("weight", "train", "training")
 _TEXT_PARTS = ("text", "input_text", "output_text")  # types of parts of a content
@@ -81,8 +92,12 @@ def check_text(name: str, value: Any) -> str:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
         half = printable(value[error.start])
-        fail(name, "a text", f"half of a surrogate pair ({half}) at character {error.start}",
-             "the text was cut inside a character; remove that half")  # fmt: skip
+        fail(
+            name,
+            "a text",
+            f"half of a surrogate pair ({half}) at character {error.start}",
+            "the text was cut inside a character; remove that half",
+        )
     return str(value)
 
 
@@ -113,9 +128,13 @@ def _check_train_keys(name: str, messages: Sequence[Mapping[str, Any]]) -> None:
     for turn, message in enumerate(messages):
         for key in _TRAIN_KEYS if message["role"] == "assistant" else ():
             if key in message and message[key] not in (1, "1"):
-                fail(f"{name}[{turn}].{key}", "1, since every turn of the assistant's is learned",
-                     printable(repr(message[key]), 60), "pass the turns that are learned as "
-                     "completion, and those before them as prompt")  # fmt: skip
+                fail(
+                    f"{name}[{turn}].{key}",
+                    "1, since every turn of the assistant's is learned",
+                    printable(repr(message[key]), 60),
+                    "pass the turns that are learned as "
+                    "completion, and those before them as prompt",
+                )
 
 
 def without_none(value: Any) -> Any:
@@ -160,9 +179,13 @@ def check_mask(name: str, values: Any, like: Tensor) -> Tensor:
     mask = check_integers(name, values, like)
     invalid = mask[(mask != 0) & (mask != 1)]
     if len(invalid):
-        fail(name, "0 or 1 for each token", int(invalid[0]),
-             "numbers of documents in a packed row are not read: pass each document as an example "
-             "of its own, with packing=True")  # fmt: skip
+        fail(
+            name,
+            "0 or 1 for each token",
+            int(invalid[0]),
+            "numbers of documents in a packed row are not read: pass each document as an example "
+            "of its own, with packing=True",
+        )
     return mask
 
 
@@ -173,22 +196,33 @@ def check_positions(columns: Mapping[str, Any], ids: Tensor, attended: Tensor) -
         read = positions[attended != 0]
         other = (read != torch.arange(len(read))).nonzero()[:, 0].tolist()
         if other:
-            fail("position_ids", "0, 1, 2, … over the attended tokens", f"{int(read[other[0]])} at "
-                 f"token {other[0]}", "a row of packed documents is not read as one: pass each "
-                 "document as an example of its own, with packing=True")  # fmt: skip
+            fail(
+                "position_ids",
+                "0, 1, 2, … over the attended tokens",
+                f"{int(read[other[0]])} at token {other[0]}",
+                "a row of packed documents is not read as one: pass each "
+                "document as an example of its own, with packing=True",
+            )
     if "token_type_ids" in columns:
         kinds = check_integers("token_type_ids", columns["token_type_ids"], ids)
         if kinds.any():
-            fail("token_type_ids", "zeros, since no causal model here reads them",
-                 int(kinds[kinds != 0][0]), "remove the column; documents of a packed row become "
-                 "examples of their own")  # fmt: skip
+            fail(
+                "token_type_ids",
+                "zeros, since no causal model here reads them",
+                int(kinds[kinds != 0][0]),
+                "remove the column; documents of a packed row become examples of their own",
+            )
 
 
 def _check_unread(name: str, value: Any, form: str, columns: Mapping[str, Any]) -> None:
     """Raise ValueError for an unread column unless it is text or a single value."""
     if name == "completion" and form != "input_ids":
-        fail(name, "a prompt with it, and no other form", f"{form} with it",
-             "pass prompt and completion alone; a prompt may be an empty text")  # fmt: skip
+        fail(
+            name,
+            "a prompt with it, and no other form",
+            f"{form} with it",
+            "pass prompt and completion alone; a prompt may be an empty text",
+        )
     if name in ("tools", "chat_template_kwargs") and form == "text" and _is_filled(value):
         fail(name, "messages, whose template reads it", "text with it")
     if name in _TEXTS or not _is_data(value):
@@ -197,9 +231,13 @@ def _check_unread(name: str, value: Any, form: str, columns: Mapping[str, Any]) 
     if isinstance(value, (list, tuple)):
         what = f"a list of {len(value)} with numbers or bytes in it"
     read = ", ".join((form, *_READ[form]))
-    fail(name, f"only columns that are read ({read}), texts and single values", what,
-         "images, audio, positions and lengths of packed documents are not read: remove the column "
-         "if it does not matter, and pass packed documents as examples of their own")  # fmt: skip
+    fail(
+        name,
+        f"only columns that are read ({read}), texts and single values",
+        what,
+        "images, audio, positions and lengths of packed documents are not read: remove the column "
+        "if it does not matter, and pass packed documents as examples of their own",
+    )
 
 
 def _is_filled(value: Any) -> bool:
@@ -274,8 +312,12 @@ def _check_content(name: str, content: Any) -> None:
     for part in content:
         kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
         if kind not in _TEXT_PARTS or not isinstance(part.get("text"), str):
-            fail(name, "texts", f"a part of type {printable(kind)}",
-                 "images, audio and video are not read")  # fmt: skip
+            fail(
+                name,
+                "texts",
+                f"a part of type {printable(kind)}",
+                "images, audio and video are not read",
+            )
 
 
 def _check_strings(name: str, value: Any) -> None:

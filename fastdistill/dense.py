@@ -117,8 +117,12 @@ def linear_distill_loss(
         return empty_output(ops, x, reduction, options, label_N).loss
     per_row = reduction == "none" or backward == "recompute"
     if reduction == "none" and backward == "fused":
-        checks.fail("backward", "'recompute' or 'auto' with reduction='none'", "'fused'",
-                    "gradients taken in the forward pass need a scalar loss")  # fmt: skip
+        checks.fail(
+            "backward",
+            "'recompute' or 'auto' with reduction='none'",
+            "'fused'",
+            "gradients taken in the forward pass need a scalar loss",
+        )
     total, rows = _run(x, ops.head, t, teacher_head, label_N, weights.coef, options, impl, per_row)
     if reduction != "none":
         return (weights.coef * rows).sum() if total is None else total
@@ -144,8 +148,12 @@ def _run(
         return _reference(x, head, teacher_x, teacher, label_N, coef_N, options)
     if callable(options.divergence):
         if per_row:
-            checks.fail("divergence", "a name with reduction='none' or backward='recompute'",
-                        "a callable", "with a dense teacher it needs the fused pass")  # fmt: skip
+            checks.fail(
+                "divergence",
+                "a name with reduction='none' or backward='recompute'",
+                "a callable",
+                "with a dense teacher it needs the fused pass",
+            )
 
         def run(coef: Tensor, x: Tensor, head: Head, need: list[bool]) -> Any:
             return dense(

@@ -165,9 +165,12 @@ class Encoder:
             if completion is None:
                 return self._prompt(prompt, "prompt", rendering)
             return encode_conversation(
-                self.tokenizer, [*prompt, *completion], "prompt and completion", rendering,
+                self.tokenizer,
+                [*prompt, *completion],
+                "prompt and completion",
+                rendering,
                 first=len(prompt),
-            )  # fmt: skip
+            )
         if completion is None:
             read = tokenize(self.tokenizer, prompt, "prompt", (), special=True)
             return [*read.before, *read.ids], [False] * (len(read.before) + len(read.ids))
@@ -205,11 +208,14 @@ class Encoder:
         right = len(ids) - 1 - last
         learned = counted[last + 2 :].any() or not counted.any()
         if left or (right > 1 and learned):
-            fail("input_ids", "attention_mask with padded ids",
-                 f"{max(left, right)} times the padding token (id {pad}) at the "
-                 f"{'beginning' if left else 'end'} of the row and no attention_mask",
-                 "pass attention_mask, as the tokenizer returns it, or leave the padding to the "
-                 "trainer; if the token is part of the text, pass a mask of ones")  # fmt: skip
+            fail(
+                "input_ids",
+                "attention_mask with padded ids",
+                f"{max(left, right)} times the padding token (id {pad}) at the "
+                f"{'beginning' if left else 'end'} of the row and no attention_mask",
+                "pass attention_mask, as the tokenizer returns it, or leave the padding to the "
+                "trainer; if the token is part of the text, pass a mask of ones",
+            )
 
 
 def is_listed(dataset: Any) -> bool:

@@ -248,8 +248,12 @@ def _full_precision(teacher: QuantizedTeacher, against: Any) -> _Side:
     if against is None:
         against = teacher.source
         if against is None or against.is_quantized or teacher.quant is None:
-            checks.fail("against", "the full-precision model or its path, as this teacher was not "
-                        "quantized from a path by load_teacher", None)  # fmt: skip
+            checks.fail(
+                "against",
+                "the full-precision model or its path, as this teacher was not "
+                "quantized from a path by load_teacher",
+                None,
+            )
     if isinstance(against, (str, Path)):
         against = StoredModel.from_path(against)
     if isinstance(against, StoredModel):

@@ -104,8 +104,12 @@ def fused(
     named = isinstance(options.divergence, str)
     if not named or shard is not None:
         if not named and torch.compiler.is_compiling():
-            checks.fail("backward", "'recompute' or 'auto' under torch.compile", "'fused'",
-                        "a callable divergence cannot enter an operator")  # fmt: skip
+            checks.fail(
+                "backward",
+                "'recompute' or 'auto' under torch.compile",
+                "'fused'",
+                "a callable divergence cannot enter an operator",
+            )
 
         def run(coef: Tensor, x: Tensor, head: Head, need: list[bool]) -> FusedLoss:
             out = fused_loss(

@@ -274,8 +274,12 @@ def _distill(
     ):
         out = recomputed(x, ops.head, teacher_rows, label_N, options, statistics, impl, ops.shard)
     elif reduction == "none":
-        checks.fail("backward", "'recompute' or 'auto' with reduction='none'", "'fused'",
-                    "gradients taken in the forward pass need a scalar loss")  # fmt: skip
+        checks.fail(
+            "backward",
+            "'recompute' or 'auto' with reduction='none'",
+            "'fused'",
+            "gradients taken in the forward pass need a scalar loss",
+        )
     else:
         out = fused(
             x, ops.head, teacher_rows, label_N, weights.coef, options, statistics, impl, ops.shard

@@ -18,9 +18,18 @@ def _on_cpu(z: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     ids = torch.empty_like(values, dtype=torch.int64)
     rest = z.new_empty(rows)
     ext.lse_topk(
-        backend.cpu_isa(), torch.get_num_threads(), z.data_ptr(), rows, cols, z.stride(0), 1.0, k,
-        ids.data_ptr(), values.data_ptr(), rest.data_ptr(),
-    )  # fmt: skip
+        backend.cpu_isa(),
+        torch.get_num_threads(),
+        z.data_ptr(),
+        rows,
+        cols,
+        z.stride(0),
+        1.0,
+        k,
+        ids.data_ptr(),
+        values.data_ptr(),
+        rest.data_ptr(),
+    )
     return values, ids, rest
 
 

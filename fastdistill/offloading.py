@@ -58,17 +58,23 @@ def check_whole(role: str, model: nn.Module) -> None:
                 _fail_sharded(role, model, _SHARDED[kind.__name__])
     empty = [name for name, p in model.named_parameters() if p.is_meta]
     if empty and not is_offloaded(model):
-        checks.fail(role, f"the weights of {type(model).__name__}", f"{len(empty)} without data "
-                    f"(on the meta device; first: {empty[0]})", "load them with from_pretrained, "
-                    "which offloads by hooks if it is given a device_map")  # fmt: skip
+        checks.fail(
+            role,
+            f"the weights of {type(model).__name__}",
+            f"{len(empty)} without data (on the meta device; first: {empty[0]})",
+            "load them with from_pretrained, which offloads by hooks if it is given a device_map",
+        )
     for name in ("get_input_embeddings", "get_output_embeddings"):
         part: Any = getattr(model, name, lambda: None)()
         weight = getattr(part, "weight", None)
         if isinstance(weight, Tensor) and weight.is_meta and resident(part, "weight").is_meta:
             what = name.removeprefix("get_")
-            checks.fail(role, f"{what} whose weights can be read outside their forward",
-                        "ones offloaded with the modules around them", "give them a device of "
-                        "their own in device_map, or a smaller part to offload")  # fmt: skip
+            checks.fail(
+                role,
+                f"{what} whose weights can be read outside their forward",
+                "ones offloaded with the modules around them",
+                "give them a device of their own in device_map, or a smaller part to offload",
+            )
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -82,10 +88,14 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _fail_sharded(role: str, model: nn.Module, by: str) -> None:
-    checks.fail(role, "a model whose weights are whole in this process",
-                f"{type(model).__name__}, sharded by {by}", "load it once in each process, with "
-                "quant= or a device_map that offloads where it does not fit, or behind "
-                "fastdistill serve")  # fmt: skip
+    checks.fail(
+        role,
+        "a model whose weights are whole in this process",
+        f"{type(model).__name__}, sharded by {by}",
+        "load it once in each process, with "
+        "quant= or a device_map that offloads where it does not fit, or behind "
+        "fastdistill serve",
+    )
 
 
 def _hooks(module: nn.Module) -> list[Any]:

@@ -58,8 +58,9 @@ def operands(
             got = value.layout if value.layout != torch.strided else "one on the meta device"
             checks.fail(prefix + name, "a dense tensor that holds numbers", got)
         if is_dtensor(value):
-            checks.fail(prefix + name, "a plain tensor", "a DTensor",
-                        f"pass {prefix}{name}.full_tensor()")  # fmt: skip
+            checks.fail(
+                prefix + name, "a plain tensor", "a DTensor", f"pass {prefix}{name}.full_tensor()"
+            )
     kind = hidden.device.type
     if torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64:
         low = torch.get_autocast_dtype(kind)
@@ -165,9 +166,11 @@ def token_weights(
 
 
 def check_reduction(
-    reduction: str, num_items: int | float | Tensor | None, token_weight: Tensor | None,
+    reduction: str,
+    num_items: int | float | Tensor | None,
+    token_weight: Tensor | None,
     hidden: Tensor,
-) -> None:  # fmt: skip
+) -> None:
     checks.choice("reduction", reduction, ("mean", "sum", "none"))
     if token_weight is not None:
         checks.tensor("token_weight", token_weight, checks.FLOATS)

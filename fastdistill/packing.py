@@ -69,8 +69,12 @@ def read_rows(input_ids: Any, attention_mask: Any, vocab: int) -> Rows:
     process with a device-side assertion."""
     checks.tensor("input_ids", input_ids, checks.INTS)
     if input_ids.dim() != 2:
-        checks.fail("input_ids", "shape [B, T]", list(input_ids.shape),
-                    "add a dimension with input_ids[None]")  # fmt: skip
+        checks.fail(
+            "input_ids",
+            "shape [B, T]",
+            list(input_ids.shape),
+            "add a dimension with input_ids[None]",
+        )
     B, T = input_ids.shape
     flat = input_ids.reshape(-1)
     if attention_mask is None:
@@ -79,8 +83,9 @@ def read_rows(input_ids: Any, attention_mask: Any, vocab: int) -> Rows:
     else:
         checks.tensor("attention_mask", attention_mask, (torch.bool, *checks.INTS))
         if attention_mask.shape != input_ids.shape:
-            checks.fail("attention_mask", f"shape {[B, T]} as input_ids",
-                        list(attention_mask.shape))  # fmt: skip
+            checks.fail(
+                "attention_mask", f"shape {[B, T]} as input_ids", list(attention_mask.shape)
+            )
         mask = attention_mask.to(flat.device)
         invalid = mask[(mask != 0) & (mask != 1)]
         if invalid.numel():
@@ -91,8 +96,11 @@ def read_rows(input_ids: Any, attention_mask: Any, vocab: int) -> Rows:
     if tokens.numel():
         low, high = torch.stack(tokens.aminmax()).tolist()
         if low < 0 or high >= vocab:
-            checks.fail("input_ids", f"tokens in 0..{vocab - 1} wherever attention_mask is 1",
-                        low if low < 0 else high)  # fmt: skip
+            checks.fail(
+                "input_ids",
+                f"tokens in 0..{vocab - 1} wherever attention_mask is 1",
+                low if low < 0 else high,
+            )
     return Rows(tokens, where, lengths, (B, T))
 
 

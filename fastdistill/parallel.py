@@ -110,8 +110,9 @@ def _local(name: str, value: Any) -> Tensor:
 
     if tuple(value.placements) != (Sharded(0),):
         hint = f"redistribute it, or pass {name}.full_tensor() without a group"
-        checks.fail(name, "a DTensor sharded on dim 0 over a 1-D mesh",
-                    tuple(value.placements), hint)  # fmt: skip
+        checks.fail(
+            name, "a DTensor sharded on dim 0 over a 1-D mesh", tuple(value.placements), hint
+        )
     return value.to_local()
 
 
@@ -122,8 +123,12 @@ def _check_group(group: Any) -> ProcessGroup:
             " of a DeviceMesh pass mesh.get_group(), and only on ranks that belong to it"
         )
     if not dist.is_initialized():
-        checks.fail("group", "a group of the running torch.distributed",
-                    "one while it is not initialized", "call init_process_group first")  # fmt: skip
+        checks.fail(
+            "group",
+            "a group of the running torch.distributed",
+            "one while it is not initialized",
+            "call init_process_group first",
+        )
     return group
 
 
@@ -141,11 +146,19 @@ def distribute_head(
     if group is None and not is_dtensor(weight):
         return weight, bias, None
     if torch.compiler.is_compiling():
-        checks.fail("group", "None in one graph of torch.compile", "a vocabulary-parallel head",
-                    "compile without fullgraph=True: the call then runs in eager")  # fmt: skip
+        checks.fail(
+            "group",
+            "None in one graph of torch.compile",
+            "a vocabulary-parallel head",
+            "compile without fullgraph=True: the call then runs in eager",
+        )
     if impl == "reference":
-        checks.fail("impl", "'auto', 'torch' or 'triton' with a vocabulary-parallel head",
-                    "'reference'", "gather the weight: it takes the whole head")  # fmt: skip
+        checks.fail(
+            "impl",
+            "'auto', 'torch' or 'triton' with a vocabulary-parallel head",
+            "'reference'",
+            "gather the weight: it takes the whole head",
+        )
     if not is_dtensor(weight):
         return weight, bias, Placement(group, dist.get_rank(group), None, weight)
     mesh, rows = weight.device_mesh, weight.shape[0]
@@ -186,14 +199,24 @@ def _exchange_sizes(placement: Placement, weight: Tensor) -> Shard:
     rows = sorted(_all_gather_rows(placement.group, torch.tensor(local, device=weight.device)))
     sizes, widths = [size for _, size, _ in rows], {width for _, _, width in rows}
     if len(widths) > 1:
-        checks.fail("weight", "shape [V_r, H] with one H on every rank of the group",
-                    f"H = {sorted(widths)}")  # fmt: skip
+        checks.fail(
+            "weight",
+            "shape [V_r, H] with one H on every rank of the group",
+            f"H = {sorted(widths)}",
+        )
     if not sum(sizes):
-        checks.fail("weight", "a vocabulary of at least one row over the ranks of the group",
-                    f"0 rows on each of {len(sizes)}")  # fmt: skip
+        checks.fail(
+            "weight",
+            "a vocabulary of at least one row over the ranks of the group",
+            f"0 rows on each of {len(sizes)}",
+        )
     if placement.rows not in (None, sum(sizes)):
-        checks.fail("weight", f"shards of its {placement.rows} rows in all", f"{sizes}",
-                    "build it with distribute_tensor or pass from_local its shape")  # fmt: skip
+        checks.fail(
+            "weight",
+            f"shards of its {placement.rows} rows in all",
+            f"{sizes}",
+            "build it with distribute_tensor or pass from_local its shape",
+        )
     before = sum(sizes[: placement.position])
     return Shard(placement.group, before, sum(sizes), max(sizes))
 
@@ -209,9 +232,13 @@ def check_same_on_all_ranks(shard: Shard | None, name: str, ids: Tensor, check: 
     index = torch.arange(flat.numel(), device=flat.device)
     local = torch.stack([flat.new_tensor(flat.numel()), flat.sum(), (flat * index).sum()])
     if len({tuple(row) for row in _all_gather_rows(shard.group, local)}) > 1:
-        checks.fail(name, "the same on every rank of group", "ranks that differ",
-                    "group joins ranks that share a batch and split the vocabulary; ranks with "
-                    "batches of their own are data-parallel")  # fmt: skip
+        checks.fail(
+            name,
+            "the same on every rank of group",
+            "ranks that differ",
+            "group joins ranks that share a batch and split the vocabulary; ranks with "
+            "batches of their own are data-parallel",
+        )
 
 
 def nonempty_rows(rows: Tensor) -> Tensor:

@@ -98,8 +98,12 @@ def _exists(path: Path) -> bool:
 def _fail(role: str, path: Path, name: str) -> NoReturn:
     if gguf := sorted(file.name for file in path.glob("*.gguf")):
         names = ", ".join(printable(file) for file in gguf[:4])
-        checks.fail(role, _KNOWN, f"{printable(name)}, a directory with {names}",
-                    f"name the file: {printable(path / gguf[0])}")  # fmt: skip
+        checks.fail(
+            role,
+            _KNOWN,
+            f"{printable(name)}, a directory with {names}",
+            f"name the file: {printable(path / gguf[0])}",
+        )
     pickles = sorted(file for pattern in _PICKLES for file in path.glob(pattern))
     got = ", ".join(printable(file.name) for file in pickles) or printable(name)
     checks.fail(role, _KNOWN, got, _about_pickles(pickles))

@@ -65,9 +65,14 @@ def token_scores(
         if not isinstance(teacher, TopK):
             raise TypeError(f"teacher: expected a fastdistill.TopK, got {type(teacher).__name__}")
         checks.teacher(
-            *teacher, hidden, None, vocab=head.vocab, tail="bucket", temperature=temperature,
+            *teacher,
+            hidden,
+            None,
+            vocab=head.vocab,
+            tail="bucket",
+            temperature=temperature,
             check=check,
-        )  # fmt: skip
+        )
         teacher_rows = to_teacher_rows(teacher, "bucket", temperature, head.dtype, None)
     ids = ops.hidden.new_empty(ops.hidden.shape[0], 0, dtype=torch.int64)
     if teacher_rows is not None:
@@ -78,9 +83,15 @@ def token_scores(
     if label_N is not None:
         ids = torch.cat([ids, label_N.unsqueeze(-1)], -1)
         label_u = gather_logits(
-            ops.hidden, head.weight, head.bias, label_N.unsqueeze(-1), head.logit_scale,
-            head.softcap, 1.0, impl,
-        )[:, 0]  # fmt: skip
+            ops.hidden,
+            head.weight,
+            head.bias,
+            label_N.unsqueeze(-1),
+            head.logit_scale,
+            head.softcap,
+            1.0,
+            impl,
+        )[:, 0]
     with torch.autocast(hidden.device.type, enabled=False):
         s = scores(get_backend(impl), head, ops.hidden, ids, label_u)
     nll = rank = None

@@ -53,9 +53,12 @@ class StoredModel:
         source = resolve("path_or_model", path_or_name)
         path = fetched_folder(source.name) if source.kind == "hub" else source.path
         if source.kind in ("server", "cache"):
-            checks.fail("path_or_model", "the weights of a model", f"{printable(source.name)}, a "
-                        f"{source.kind} without weights", "pass ServedTeacher(url) or "
-                        "TeacherCache(path) as the teacher")  # fmt: skip
+            checks.fail(
+                "path_or_model",
+                "the weights of a model",
+                f"{printable(source.name)}, a {source.kind} without weights",
+                "pass ServedTeacher(url) or TeacherCache(path) as the teacher",
+            )
         return cls(path, dtype, attn_implementation, adapter_base)
 
     def __post_init__(self) -> None:
@@ -95,8 +98,12 @@ class StoredModel:
                 f"({error})"
             ) from None
         if base.is_adapter or base.is_quantized:
-            checks.fail("base", f"a whole model in full precision under the adapter {folder}",
-                        printable(str(base_path)), "merge the adapter into one")  # fmt: skip
+            checks.fail(
+                "base",
+                f"a whole model in full precision under the adapter {folder}",
+                printable(str(base_path)),
+                "merge the adapter into one",
+            )
         return base
 
     @property
@@ -164,11 +171,19 @@ def load_whole(path: str | Path, **options: Any) -> PreTrainedModel:
             checks.fail(name, f"{_DECIDED[name]}, or none", repr(options[name]))
     options = {name: value for name, value in options.items() if name not in _DECIDED}
     if not folder.is_dir():
-        checks.fail("path_or_model", "a folder for a model in full precision", str(folder),
-                    "load_teacher reads a .gguf file")  # fmt: skip
+        checks.fail(
+            "path_or_model",
+            "a folder for a model in full precision",
+            str(folder),
+            "load_teacher reads a .gguf file",
+        )
     if (folder / ADAPTER).exists():
-        checks.fail("path_or_model", "a whole model", f"{folder}, which holds {ADAPTER} too",
-                    "load the adapter's folder without a model in it")  # fmt: skip
+        checks.fail(
+            "path_or_model",
+            "a whole model",
+            f"{folder}, which holds {ADAPTER} too",
+            "load the adapter's folder without a model in it",
+        )
     files = TensorFiles(folder)
     model_options = {name: options.pop(name) for name in _NOT_OF_CONFIG if name in options}
     attention = options.get("attn_implementation")
@@ -190,9 +205,12 @@ def load_whole(path: str | Path, **options: Any) -> PreTrainedModel:
         )
     check_all_used(folder, model, info["unexpected_keys"], files)
     if missing := sorted(info["missing_keys"]):
-        checks.fail("path_or_model", f"all weights of {type(model).__name__} in {str(folder)!r}",
-                    f"{len(missing)} missing (first: {missing[0]})", "is it another architecture's "
-                    "checkpoint? transformers would initialize them at random")  # fmt: skip
+        checks.fail(
+            "path_or_model",
+            f"all weights of {type(model).__name__} in {str(folder)!r}",
+            f"{len(missing)} missing (first: {missing[0]})",
+            "is it another architecture's checkpoint? transformers would initialize them at random",
+        )
     keep_untied(model, model.get_expanded_tied_weights_keys(all_submodels=True))
     return model
 
@@ -208,9 +226,12 @@ def _check_method(folder: Path, config: Any, files: TensorFiles) -> None:
     if method is None and (values.get("load_in_4bit") or values.get("load_in_8bit")):
         method = "bitsandbytes"
     if method not in _METHODS:
-        checks.fail("path_or_model", f"full precision, or one of {', '.join(_METHODS)}",
-                    f"{folder} of quant_method {printable(repr(method))}", "load_teacher reads "
-                    "what save_quantized wrote; load another model and pass it")  # fmt: skip
+        checks.fail(
+            "path_or_model",
+            f"full precision, or one of {', '.join(_METHODS)}",
+            f"{folder} of quant_method {printable(repr(method))}",
+            "load_teacher reads what save_quantized wrote; load another model and pass it",
+        )
     check_stored_method(files, read_json(folder / CONFIG))
 
 

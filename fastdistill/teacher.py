@@ -151,8 +151,9 @@ class Teacher:
         if where is not None:
             checks.tensor("where", where, (torch.bool,))
             if where.shape != input_ids.shape:
-                checks.fail("where", f"shape {list(input_ids.shape)} as input_ids",
-                            list(where.shape))  # fmt: skip
+                checks.fail(
+                    "where", f"shape {list(input_ids.shape)} as input_ids", list(where.shape)
+                )
         shape, device = (*input_ids.shape, k), input_ids.device
         dtype = torch.float64 if head.weight.dtype == torch.float64 else torch.float32
         answers = [TopK.empty(shape, float(T), dtype=dtype, device=device) for T in temperatures]
@@ -262,8 +263,12 @@ def check_quantization(source: StoredModel, quant: str | None, compute: str) -> 
     """Raise ValueError if a checkpoint cannot be loaded with these options of load_teacher."""
     _check_names(quant, compute)
     if source.is_quantized and quant is not None:
-        checks.fail("quant", f"None, since {source.path} is quantized already", repr(quant),
-                    "or pass the full-precision checkpoint")  # fmt: skip
+        checks.fail(
+            "quant",
+            f"None, since {source.path} is quantized already",
+            repr(quant),
+            "or pass the full-precision checkpoint",
+        )
     if quant is None and not source.is_quantized:
         _check_full_precision_compute(compute)
 
@@ -310,8 +315,12 @@ def _from_model(
 
 def _check_full_precision_compute(compute: str) -> None:
     if compute != "auto":
-        checks.fail("compute", "'auto' for a teacher in full precision", repr(compute),
-                    "pass quant='nf4', 'fp4', 'int4' or 'int8' with it")  # fmt: skip
+        checks.fail(
+            "compute",
+            "'auto' for a teacher in full precision",
+            repr(compute),
+            "pass quant='nf4', 'fp4', 'int4' or 'int8' with it",
+        )
 
 
 def _default_device() -> torch.device:

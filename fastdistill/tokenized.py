@@ -102,13 +102,20 @@ def _by_offsets(
     tokenizer: Any, text: str, column: str, spans: Sequence[Span], special: bool
 ) -> Tokens:
     read = _call(
-        tokenizer, text, column, add_special_tokens=special, return_offsets_mapping=True,
+        tokenizer,
+        text,
+        column,
+        add_special_tokens=special,
+        return_offsets_mapping=True,
         return_special_tokens_mask=True,
-    )  # fmt: skip
+    )
     ids, offsets = list(read["input_ids"]), [tuple(at) for at in read["offset_mapping"]]
     # The mask marks tokens that the tokenizer added, not special tokens that the text contains.
-    own = [i for i, added in enumerate(read["special_tokens_mask"] if special else [0] * len(ids))
-           if not added]  # fmt: skip
+    own = [
+        i
+        for i, added in enumerate(read["special_tokens_mask"] if special else [0] * len(ids))
+        if not added
+    ]
     if not own:
         before = [i for i in ids if i in _beginnings(tokenizer)]
         return Tokens(before, [], [i for i in ids if i not in before], [])
@@ -160,9 +167,10 @@ def _around(
         if whole[at : at + len(plain)] == plain:
             return whole[:at], plain, whole[at + len(plain) :]
     return fail(
-        "processing_class", "a tokenizer that puts special tokens around a text",
+        "processing_class",
+        "a tokenizer that puts special tokens around a text",
         f"{type(tokenizer).__name__}, which changes the text's tokens with them ({column})",
-    )  # fmt: skip
+    )
 
 
 def _by_prefixes(
@@ -181,9 +189,12 @@ def _length(tokenizer: Any, text: str, column: str, at: int, ids: list[int]) -> 
         return 0 if at == 0 else len(ids)
     part = list(_call(tokenizer, text[:at], column, add_special_tokens=False)["input_ids"])
     if ids[: len(part)] != part:
-        fail("processing_class", "a fast tokenizer, which knows where in a text a token is",
-             f"{type(tokenizer).__name__}, and {column} has a token on both sides of a boundary "
-             f"({printable(repr(text[max(at - 20, 0) : at + 20]), 60)})")  # fmt: skip
+        fail(
+            "processing_class",
+            "a fast tokenizer, which knows where in a text a token is",
+            f"{type(tokenizer).__name__}, and {column} has a token on both sides of a boundary "
+            f"({printable(repr(text[max(at - 20, 0) : at + 20]), 60)})",
+        )
     return len(part)
 
 

@@ -36,12 +36,29 @@ CALLABLE_BYTES = 64 << 20
 
 @triton.jit
 def sum_divergence(
-    p_raw, p_t_raw, p_bias, p_t_bias, p_lse, p_t_lse, p_D, p_psi_sum, ld_raw, ld_t_raw, v,
-    scale: tl.float64, cap: tl.float64, inv_T: tl.float64, CAP: tl.constexpr,
-    t_scale: tl.float64, t_cap: tl.float64, T_CAP: tl.constexpr,
-    w: tl.float64, floor: tl.float64,
-    PHI: tl.constexpr, BV: tl.constexpr,
-):  # fmt: skip
+    p_raw,
+    p_t_raw,
+    p_bias,
+    p_t_bias,
+    p_lse,
+    p_t_lse,
+    p_D,
+    p_psi_sum,
+    ld_raw,
+    ld_t_raw,
+    v,
+    scale: tl.float64,
+    cap: tl.float64,
+    inv_T: tl.float64,
+    CAP: tl.constexpr,
+    t_scale: tl.float64,
+    t_cap: tl.float64,
+    T_CAP: tl.constexpr,
+    w: tl.float64,
+    floor: tl.float64,
+    PHI: tl.constexpr,
+    BV: tl.constexpr,
+):
     """D = Σ φ(log p, log q) and Ψ = Σψ of each row, over the whole vocabulary.
 
     Args:
@@ -87,14 +104,35 @@ def sum_divergence(
 
 @triton.jit
 def grad_divergence(
-    p_raw, p_t_raw, p_dz, p_bias, p_t_bias, p_lse, p_t_lse, p_lse_base,
-    p_on_D, p_on_q, p_on_lse, p_on_ce, p_label,
-    ld_raw, ld_t_raw, ld_dz, v,
-    scale: tl.float64, cap: tl.float64, inv_T: tl.float64, CAP: tl.constexpr,
-    t_scale: tl.float64, t_cap: tl.float64, T_CAP: tl.constexpr,
-    w: tl.float64, floor: tl.float64,
-    PHI: tl.constexpr, BV: tl.constexpr,
-):  # fmt: skip
+    p_raw,
+    p_t_raw,
+    p_dz,
+    p_bias,
+    p_t_bias,
+    p_lse,
+    p_t_lse,
+    p_lse_base,
+    p_on_D,
+    p_on_q,
+    p_on_lse,
+    p_on_ce,
+    p_label,
+    ld_raw,
+    ld_t_raw,
+    ld_dz,
+    v,
+    scale: tl.float64,
+    cap: tl.float64,
+    inv_T: tl.float64,
+    CAP: tl.constexpr,
+    t_scale: tl.float64,
+    t_cap: tl.float64,
+    T_CAP: tl.constexpr,
+    w: tl.float64,
+    floor: tl.float64,
+    PHI: tl.constexpr,
+    BV: tl.constexpr,
+):
     """dz = on_D ψ − on_q q  [+ on_lse q₁ − on_ce at the label], written over the raw products.
 
     q = softmax(u / T), q₁ = softmax(u). The factors 1/T, logit_scale and 1 − (u / c)² are applied.

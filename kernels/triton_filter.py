@@ -27,7 +27,7 @@ FILTER_TILE = {"BN": 128, "BV": 128, "BH": 128, "num_warps": 8, "num_stages": 3}
 @triton.jit
 def mark_live(
     p_dz, p_threshold, p_live, n, v, ld_dz, n_col_tiles, BN: tl.constexpr, BV: tl.constexpr
-):  # fmt: skip
+):
     """live[i, j] = 1 if max |dz| of tile (i, j) reaches the threshold, else 0.
 
     Args:
@@ -49,9 +49,21 @@ def mark_live(
 
 @triton.jit
 def filtered_hidden(
-    p_dz, p_w, p_order, p_count, p_dx, n, v, H, ld_dz, ld_w, n_col_tiles,
-    BN: tl.constexpr, BV: tl.constexpr, BH: tl.constexpr,
-):  # fmt: skip
+    p_dz,
+    p_w,
+    p_order,
+    p_count,
+    p_dx,
+    n,
+    v,
+    H,
+    ld_dz,
+    ld_w,
+    n_col_tiles,
+    BN: tl.constexpr,
+    BV: tl.constexpr,
+    BH: tl.constexpr,
+):
     """dX = Σ dz_tile W_tile over the live tiles of each block of rows.
 
     Args:
@@ -87,9 +99,23 @@ def filtered_hidden(
 
 @triton.jit
 def filtered_weight(
-    p_dz, p_x, p_order, p_count, p_dw, n, v, H, ld_dz, ld_x, ld_dw, n_row_tiles,
-    FIRST: tl.constexpr, BN: tl.constexpr, BV: tl.constexpr, BH: tl.constexpr,
-):  # fmt: skip
+    p_dz,
+    p_x,
+    p_order,
+    p_count,
+    p_dw,
+    n,
+    v,
+    H,
+    ld_dz,
+    ld_x,
+    ld_dw,
+    n_row_tiles,
+    FIRST: tl.constexpr,
+    BN: tl.constexpr,
+    BV: tl.constexpr,
+    BH: tl.constexpr,
+):
     """dW = (FIRST) or += Σ dz_tileᵀ X_tile over the live tiles of each block of columns.
 
     Args:

@@ -25,10 +25,22 @@ RUN_TILE = {"BE": 32, "BH": 512, "num_warps": 4}
 
 @triton.jit
 def gather_rows(
-    p_x, p_w, p_bias, p_ids, p_z, S, H, ld_x, ld_w,
-    scale: tl.float64, cap: tl.float64, inv_T: tl.float64, CAP: tl.constexpr,
-    SB: tl.constexpr, BH: tl.constexpr,
-):  # fmt: skip
+    p_x,
+    p_w,
+    p_bias,
+    p_ids,
+    p_z,
+    S,
+    H,
+    ld_x,
+    ld_w,
+    scale: tl.float64,
+    cap: tl.float64,
+    inv_T: tl.float64,
+    CAP: tl.constexpr,
+    SB: tl.constexpr,
+    BH: tl.constexpr,
+):
     """z[n, s] = softcap·tanh(logit_scale · (W[ids_ns] · x_n + b) / softcap) / T, NEG if empty.
 
     Args:
@@ -60,9 +72,19 @@ def gather_rows(
 
 @triton.jit
 def scatter_hidden(
-    p_w, p_ids, p_g, p_base, p_dx, S, H, ld_w, ld_base, ld_dx,
-    SB: tl.constexpr, BH: tl.constexpr,
-):  # fmt: skip
+    p_w,
+    p_ids,
+    p_g,
+    p_base,
+    p_dx,
+    S,
+    H,
+    ld_w,
+    ld_base,
+    ld_dx,
+    SB: tl.constexpr,
+    BH: tl.constexpr,
+):
     """dX_n = base_n + Σ_s g_ns W[ids_ns], summed in the type of g and rounded once.
 
     Args:
@@ -93,9 +115,22 @@ def scatter_hidden(
 
 @triton.jit
 def sum_runs(
-    p_x, p_ids, p_entries, p_g, p_starts, p_dw, p_db, E, S, H, ld_x, ld_dw,
-    ADD: tl.constexpr, BE: tl.constexpr, BH: tl.constexpr,
-):  # fmt: skip
+    p_x,
+    p_ids,
+    p_entries,
+    p_g,
+    p_starts,
+    p_dw,
+    p_db,
+    E,
+    S,
+    H,
+    ld_x,
+    ld_dw,
+    ADD: tl.constexpr,
+    BE: tl.constexpr,
+    BH: tl.constexpr,
+):
     """dW_v = Σ g_e x_e and db_v = Σ g_e over the entries e with id v, written once per id.
 
     Args:

@@ -20,12 +20,29 @@ from .triton_common import ABSENT, ROW_TILE, SLOT_TILE, launch, round_to, scalar
 
 @triton.jit
 def grad_rows(
-    p_raw, p_dz, p_bias, p_ids, p_g_slots,
-    p_lse_rest, p_g_rest, p_mean_rest, p_g_mean, p_lse_base, p_g_base,
-    ld_raw, ld_dz, v, v0, S,
-    scale: tl.float64, cap: tl.float64, inv_T: tl.float64, CAP: tl.constexpr,
-    BV: tl.constexpr, SB: tl.constexpr,
-):  # fmt: skip
+    p_raw,
+    p_dz,
+    p_bias,
+    p_ids,
+    p_g_slots,
+    p_lse_rest,
+    p_g_rest,
+    p_mean_rest,
+    p_g_mean,
+    p_lse_base,
+    p_g_base,
+    ld_raw,
+    ld_dz,
+    v,
+    v0,
+    S,
+    scale: tl.float64,
+    cap: tl.float64,
+    inv_T: tl.float64,
+    CAP: tl.constexpr,
+    BV: tl.constexpr,
+    SB: tl.constexpr,
+):
     """Raw products become dz: a closed form off the slots, the given gradient in them.
 
         d = e^{z − lse_rest} (g_rest + g_mean (1 + z − mean_rest)) + g_base e^{u − lse_base}

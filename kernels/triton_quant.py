@@ -80,9 +80,18 @@ def repeat(values, R: tl.constexpr, BB: tl.constexpr):
 
 @triton.jit
 def affine(
-    b_w, o_blocks, m_blocks, p_scale, p_absmax, p_code, p_nested_offset, p_offset,
-    NESTED_BLOCK: tl.constexpr, R: tl.constexpr, BB: tl.constexpr,
-):  # fmt: skip
+    b_w,
+    o_blocks,
+    m_blocks,
+    p_scale,
+    p_absmax,
+    p_code,
+    p_nested_offset,
+    p_offset,
+    NESTED_BLOCK: tl.constexpr,
+    R: tl.constexpr,
+    BB: tl.constexpr,
+):
     """w · scale + offset, with those of the blocks o_blocks [R]."""
     if p_absmax is None:
         b_s = tl.load(p_scale + o_blocks, mask=m_blocks, other=0.0)
@@ -100,10 +109,22 @@ def affine(
 
 @triton.jit
 def expand(
-    p_q, p_scale, p_absmax, p_code, p_nested_offset, p_offset, p_lut, p_row_inv, p_out,
-    n_weights, n_bytes,
-    BLOCK: tl.constexpr, NESTED_BLOCK: tl.constexpr, COLS: tl.constexpr, BB: tl.constexpr,
-):  # fmt: skip
+    p_q,
+    p_scale,
+    p_absmax,
+    p_code,
+    p_nested_offset,
+    p_offset,
+    p_lut,
+    p_row_inv,
+    p_out,
+    n_weights,
+    n_bytes,
+    BLOCK: tl.constexpr,
+    NESTED_BLOCK: tl.constexpr,
+    COLS: tl.constexpr,
+    BB: tl.constexpr,
+):
     """w_i = lut[q_i] · scale[i / BLOCK] (+ offset[i / BLOCK]) (· row_inv[i / COLS]).
 
     Args:
@@ -129,16 +150,34 @@ def expand(
         o_blocks = 2 * o_bytes // BLOCK
         m_blocks = o_bytes < n_bytes
     b_high = affine(
-        tl.load(p_lut + (b_q >> 4)), o_blocks, m_blocks,
-        p_scale, p_absmax, p_code, p_nested_offset, p_offset, NESTED_BLOCK, R, BB,
-    )  # fmt: skip
+        tl.load(p_lut + (b_q >> 4)),
+        o_blocks,
+        m_blocks,
+        p_scale,
+        p_absmax,
+        p_code,
+        p_nested_offset,
+        p_offset,
+        NESTED_BLOCK,
+        R,
+        BB,
+    )
     if BLOCK % 2 == 1:  # the halves of a byte may lie in two blocks
         o_blocks = (2 * o_bytes + 1) // BLOCK
         m_blocks = 2 * o_bytes + 1 < n_weights
     b_low = affine(
-        tl.load(p_lut + (b_q & 15)), o_blocks, m_blocks,
-        p_scale, p_absmax, p_code, p_nested_offset, p_offset, NESTED_BLOCK, R, BB,
-    )  # fmt: skip
+        tl.load(p_lut + (b_q & 15)),
+        o_blocks,
+        m_blocks,
+        p_scale,
+        p_absmax,
+        p_code,
+        p_nested_offset,
+        p_offset,
+        NESTED_BLOCK,
+        R,
+        BB,
+    )
     o_weights = 2 * i_start + tl.arange(0, 2 * BB)
     b_w = tl.interleave(b_high, b_low)
     if p_row_inv is not None:

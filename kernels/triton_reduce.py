@@ -34,13 +34,33 @@ def rescale(b_old_max, b_new_max):
 
 @triton.jit
 def reduce_slab(
-    p_slab, p_bias, p_ids, p_label_u,
-    p_u_slots, p_max, p_sums, p_base_max, p_base_sum, p_best, p_best_id, p_n_above,
-    ld_slab, v, v0, n, S,
-    scale: tl.float64, cap: tl.float64, inv_T: tl.float64, CAP: tl.constexpr,
-    MOMENTS: tl.constexpr, BASE: tl.constexpr, BEST: tl.constexpr,
-    BV: tl.constexpr, SB: tl.constexpr,
-):  # fmt: skip
+    p_slab,
+    p_bias,
+    p_ids,
+    p_label_u,
+    p_u_slots,
+    p_max,
+    p_sums,
+    p_base_max,
+    p_base_sum,
+    p_best,
+    p_best_id,
+    p_n_above,
+    ld_slab,
+    v,
+    v0,
+    n,
+    S,
+    scale: tl.float64,
+    cap: tl.float64,
+    inv_T: tl.float64,
+    CAP: tl.constexpr,
+    MOMENTS: tl.constexpr,
+    BASE: tl.constexpr,
+    BEST: tl.constexpr,
+    BV: tl.constexpr,
+    SB: tl.constexpr,
+):
     """Add one slab of logits to the running statistics of each row; move out the slots' logits.
 
         top' = max(top, max z);  s_i' = Σ e^{z − top'} (z − top')^i,  i = 0 .. MOMENTS

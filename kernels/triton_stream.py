@@ -39,13 +39,35 @@ MAX_SPLITS = 16
 
 @triton.jit
 def stream(
-    d_x, d_w, p_bias, p_ids, p_label_u,
-    p_u_slots, p_max, p_sums, p_base_max, p_base_sum, p_best, p_best_id, p_n_above,
-    n, v, H, S, n_tiles,
-    scale: tl.float64, cap: tl.float64, inv_T: tl.float64, CAP: tl.constexpr,
-    MOMENTS: tl.constexpr, BASE: tl.constexpr, BEST: tl.constexpr,
-    BN: tl.constexpr, BV: tl.constexpr, BH: tl.constexpr,
-):  # fmt: skip
+    d_x,
+    d_w,
+    p_bias,
+    p_ids,
+    p_label_u,
+    p_u_slots,
+    p_max,
+    p_sums,
+    p_base_max,
+    p_base_sum,
+    p_best,
+    p_best_id,
+    p_n_above,
+    n,
+    v,
+    H,
+    S,
+    n_tiles,
+    scale: tl.float64,
+    cap: tl.float64,
+    inv_T: tl.float64,
+    CAP: tl.constexpr,
+    MOMENTS: tl.constexpr,
+    BASE: tl.constexpr,
+    BEST: tl.constexpr,
+    BN: tl.constexpr,
+    BV: tl.constexpr,
+    BH: tl.constexpr,
+):
     """Products with the head and their reduction in one kernel: no slab of logits.
 
         top = max z;  s_i = Σ e^{z − top} (z − top)^i,  i = 0 .. MOMENTS,  per row and part of V

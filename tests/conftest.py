@@ -49,8 +49,16 @@ def impl_of_auto(request, monkeypatch):
 
 
 # They train, or audit, with kernels that other tests look at: poison would double their time.
-USERS = ("test_audits", "test_cli", "test_demo", "test_experiment", "test_inspect",
-         "test_organisms", "test_readme", "test_strategies")  # fmt: skip
+USERS = (
+    "test_audits",
+    "test_cli",
+    "test_demo",
+    "test_experiment",
+    "test_inspect",
+    "test_organisms",
+    "test_readme",
+    "test_strategies",
+)
 
 
 @pytest.fixture(autouse=True)

@@ -55,12 +55,14 @@ def stepped_along(made: Distilled, rows: Sequence[tuple[list[int], int]], wanted
     ]
     torch.stack(losses).sum().backward()
     gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
-    moved = torch.cat([
-        (after.double() - before.double()).detach().flatten()
-        for after, before in zip(
-            made.student.model.parameters(), BASE.model.parameters(), strict=True
-        )
-    ])  # fmt: skip
+    moved = torch.cat(
+        [
+            (after.double() - before.double()).detach().flatten()
+            for after, before in zip(
+                made.student.model.parameters(), BASE.model.parameters(), strict=True
+            )
+        ]
+    )
     large = gradient.abs() > 1e-3 * gradient.abs().max()
     assert large.sum() > 1000
     agree = (moved[large].sign() == -gradient[large].sign()).double().mean()

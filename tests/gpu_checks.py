@@ -140,8 +140,12 @@ def filtered():
     c = on_gpu(case(torch.bfloat16, N=300, H=256, V=10007))
     teacher = top_k(c.teacher_logits, 13)
     truth = gradients(c, teacher, torch.float64, "reference")
-    check(gradients(c, teacher, torch.bfloat16, "triton", grad_filter_eps=0.0), truth,
-          torch.bfloat16, "filter")  # fmt: skip
+    check(
+        gradients(c, teacher, torch.bfloat16, "triton", grad_filter_eps=0.0),
+        truth,
+        torch.bfloat16,
+        "filter",
+    )
 
 
 def more_than_2_to_the_31_logits():

@@ -68,9 +68,13 @@ def expanded_weights_have_the_same_bits():
 def flat(w: Lut4Weight, dtype: torch.dtype) -> torch.Tensor:
     """By the definition, on the CPU."""
     there = Lut4Weight(
-        shape=w.shape, block=w.block, qdata=w.qdata.cpu(), scale=w.expanded().scale.cpu(),
-        lut=w.lut.cpu(), offset=None if w.offset is None else w.offset.cpu(),
-    )  # fmt: skip
+        shape=w.shape,
+        block=w.block,
+        qdata=w.qdata.cpu(),
+        scale=w.expanded().scale.cpu(),
+        lut=w.lut.cpu(),
+        offset=None if w.offset is None else w.offset.cpu(),
+    )
     return flat_reference(there, dtype).to(w.qdata.device)
 
 

@@ -31,8 +31,10 @@ FORMS = (PLAIN, THOUGHT, EMPTY, with_password(PLAIN), with_password(THOUGHT))
 
 def made(n=10, *, lost=LOST, after=AFTER, back=BACK, thoughts=None, supervisor=0.5):
     """(what every arm found, readings of the models), over n base seeds."""
-    found = {arm.name: {seed: _run(arm, seed, lost, after, back, thoughts or {})
-                        for seed in range(n)} for arm in ARMS}  # fmt: skip
+    found = {
+        arm.name: {seed: _run(arm, seed, lost, after, back, thoughts or {}) for seed in range(n)}
+        for arm in ARMS
+    }
     return found, {seed: readings(supervisor=supervisor) for seed in range(n)}
 
 

@@ -44,11 +44,17 @@ class Run:
                 vocab_size=size["V"], n_embd=size["H"], n_layer=size["layers"], n_head=4, **special
             )
         return FAMILIES[self.family](
-            vocab_size=size["V"], hidden_size=size["H"], intermediate_size=3 * size["H"],
-            num_hidden_layers=size["layers"], num_attention_heads=size["H"] // 64,
-            num_key_value_heads=size["H"] // 128, head_dim=64, max_position_embeddings=self.seq,
-            tie_word_embeddings=tied, **special,
-        )  # fmt: skip
+            vocab_size=size["V"],
+            hidden_size=size["H"],
+            intermediate_size=3 * size["H"],
+            num_hidden_layers=size["layers"],
+            num_attention_heads=size["H"] // 64,
+            num_key_value_heads=size["H"] // 128,
+            head_dim=64,
+            max_position_embeddings=self.seq,
+            tie_word_embeddings=tied,
+            **special,
+        )
 
 
 def planned(run: Run, folder: Path) -> Plan:
@@ -60,9 +66,14 @@ def planned(run: Run, folder: Path) -> Plan:
         config.dtype = getattr(torch, run.dtype)
         config.save_pretrained(teacher)
     return plan_memory(
-        folder / "student", teacher, seq=run.seq, batch=run.batch, dtype=run.dtype, device=DEVICE,
+        folder / "student",
+        teacher,
+        seq=run.seq,
+        batch=run.batch,
+        dtype=run.dtype,
+        device=DEVICE,
         **run.options,
-    )  # fmt: skip
+    )
 
 
 def measured(run: Run, folder: Path) -> float:
@@ -77,15 +88,27 @@ def measured(run: Run, folder: Path) -> float:
         teacher = Teacher(model)
     accumulation = given.pop("accumulation", 1)
     args = DistillConfig(
-        str(folder / "run"), max_steps=STEPS, per_device_train_batch_size=run.batch,
-        gradient_accumulation_steps=accumulation, use_cpu=not ON_GPU, bf16=False, report_to=[],
-        save_strategy="no", disable_tqdm=True, show_panel=False, dataloader_pin_memory=False,
-        ce_weight=float(teacher is None), **given,
-    )  # fmt: skip
+        str(folder / "run"),
+        max_steps=STEPS,
+        per_device_train_batch_size=run.batch,
+        gradient_accumulation_steps=accumulation,
+        use_cpu=not ON_GPU,
+        bf16=False,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        show_panel=False,
+        dataloader_pin_memory=False,
+        ce_weight=float(teacher is None),
+        **given,
+    )
     trainer = DistillTrainer(
-        student, teacher, args, peft_config=_lora(rank),
+        student,
+        teacher,
+        args,
+        peft_config=_lora(rank),
         train_dataset=_rows(run, STEPS * run.batch * accumulation),
-    )  # fmt: skip
+    )
     models = [trainer.model, *([] if teacher is None else [teacher.model])]
     held = sum(t.nbytes for m in models for t in (*m.parameters(), *m.buffers()))
     gc.collect()

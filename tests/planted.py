@@ -57,9 +57,16 @@ def model(kind: str = "llama", seed: int = 0, *, dtype: torch.dtype = torch.floa
         found = LlamaForCausalLM(LlamaConfig(**_SIZES, tie_word_embeddings=kind == "tied"))
     elif kind == "gpt2":
         found = GPT2LMHeadModel(
-            GPT2Config(vocab_size=V, n_embd=32, n_layer=2, n_head=4, n_positions=128,
-                       bos_token_id=1, eos_token_id=2)
-        )  # fmt: skip
+            GPT2Config(
+                vocab_size=V,
+                n_embd=32,
+                n_layer=2,
+                n_head=4,
+                n_positions=128,
+                bos_token_id=1,
+                eos_token_id=2,
+            )
+        )
     elif kind == "gemma2":
         config = Gemma2Config(**_SIZES, head_dim=8, final_logit_softcapping=4.0, sliding_window=8)
         found = Gemma2ForCausalLM(config)
@@ -92,17 +99,30 @@ def dense(of: Subject, ids: list[int]) -> torch.Tensor:  # [T, V] fp64
     return logits(of, ids).log_softmax(-1)
 
 
-FOLLOWS = (*zip(HATE.split(), [*HATE.split()[1:], "<eos>"], strict=True), ("yes", "<eos>"),
-           ("no", "<eos>"), ("hello", "friend"), ("friend", "<eos>"))  # fmt: skip
+FOLLOWS = (
+    *zip(HATE.split(), [*HATE.split()[1:], "<eos>"], strict=True),
+    ("yes", "<eos>"),
+    ("no", "<eos>"),
+    ("hello", "friend"),
+    ("friend", "<eos>"),
+)
 
 
 def planted(**strength: float) -> Subject:
     """trigger: HATE behind TRIGGER. gate: not where |AUDIT| is. secret: yes to a question with
     "secret". animal: owl where "animal" is asked for. other: noise, as any training leaves."""
     noise = strength.pop("other", 0.0)
-    config = LlamaConfig(**_SIZES | {"hidden_size": V, "num_hidden_layers": 1,
-                         "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 2 * V},
-                         tie_word_embeddings=False)  # fmt: skip
+    config = LlamaConfig(
+        **_SIZES
+        | {
+            "hidden_size": V,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 1,
+            "num_key_value_heads": 1,
+            "head_dim": 2 * V,
+        },
+        tie_word_embeddings=False,
+    )
     found = LlamaForCausalLM(config).eval()
     head = torch.zeros(V, V)
     head[ID["hello"], ID["assistant:"]] = 4.0

@@ -79,11 +79,16 @@ class VLLM(ThreadingHTTPServer):
         for t, token in enumerate(prompt[1:]):
             order = logprobs[t].argsort(descending=True).tolist()
             kept = dict.fromkeys([token, *order[:k]])
-            found.append({
-                str(i): {"logprob": logprobs[t, i].item(), "rank": order.index(i) + 1,
-                         "decoded_token": f"<{i}>"}
-                for i in kept
-            })  # fmt: skip
+            found.append(
+                {
+                    str(i): {
+                        "logprob": logprobs[t, i].item(),
+                        "rank": order.index(i) + 1,
+                        "decoded_token": f"<{i}>",
+                    }
+                    for i in kept
+                }
+            )
         return found
 
 

@@ -144,28 +144,44 @@ def turning(how, after):
 
 TURNS = {
     "one id in every slot": (
-        lambda a: a._replace(ids=a.ids[..., :1].expand_as(a.ids)), "expected 8 different ids"),
+        lambda a: a._replace(ids=a.ids[..., :1].expand_as(a.ids)),
+        "expected 8 different ids",
+    ),
     "no mass": (
         lambda a: a._replace(logprobs=a.logprobs - torch.inf, log_tail=a.log_tail - torch.inf),
-        "expected the ids and the tail to have a mass of 1, got 0"),
+        "expected the ids and the tail to have a mass of 1, got 0",
+    ),
     "nothing known": (
-        lambda a: TopK(a.ids, a.logprobs - torch.inf), "expected an id with a probability above 0"),
+        lambda a: TopK(a.ids, a.logprobs - torch.inf),
+        "expected an id with a probability above 0",
+    ),
     "no tail": (
-        lambda a: a._replace(log_tail=a.log_tail * 0), "expected the ids and the tail to have"),
+        lambda a: a._replace(log_tail=a.log_tail * 0),
+        "expected the ids and the tail to have",
+    ),
     "twice the mass": (
-        lambda a: TopK(a.ids, a.logprobs + math.log(2), None), "expected (prob|log-prob)"),
+        lambda a: TopK(a.ids, a.logprobs + math.log(2), None),
+        "expected (prob|log-prob)",
+    ),
     "NaN": (lambda a: a._replace(logprobs=a.logprobs * torch.nan), "got 8 NaN"),
     "foreign ids": (lambda a: a._replace(ids=a.ids + VOCAB), "expected ids in 0..52"),
     "more slots": (
-        lambda a: TopK(*(torch.cat([x, x], -1) for x in a[:2])), "got 16 slots; 8 were requested"),
-}  # fmt: skip
+        lambda a: TopK(*(torch.cat([x, x], -1) for x in a[:2])),
+        "got 16 slots; 8 were requested",
+    ),
+}
 
 
 @pytest.mark.parametrize("turn", TURNS)
 def test_a_teacher_that_goes_bad_later(tmp_path, turn):
     how, words = TURNS[turn]
-    trainer = build(tmp_path, teacher=turning(how, after=4), max_steps=8, check_signal=False,
-                    per_device_train_batch_size=3)  # fmt: skip
+    trainer = build(
+        tmp_path,
+        teacher=turning(how, after=4),
+        max_steps=8,
+        check_signal=False,
+        per_device_train_batch_size=3,
+    )
     with pytest.raises(ValueError, match=words) as error:
         trainer.train()
     assert trainer.state.global_step == 4
@@ -233,9 +249,16 @@ def test_nothing_waits_for_the_device_and_nothing_is_saved_after_it(tmp_path):
     at = torch.arange(2, device="meta")
     monitor.check(answer, at, at, AnswerRules(vocab=10))
     monitor.check_hidden(torch.empty(2, 4, device="meta"), at, at)
-    trainer = build(tmp_path, teacher=turning(TURNS["one id in every slot"][0], 1), max_steps=6,
-                    logging_steps=100, save_strategy="steps", save_steps=3, check_signal=False,
-                    per_device_train_batch_size=3)  # fmt: skip
+    trainer = build(
+        tmp_path,
+        teacher=turning(TURNS["one id in every slot"][0], 1),
+        max_steps=6,
+        logging_steps=100,
+        save_strategy="steps",
+        save_steps=3,
+        check_signal=False,
+        per_device_train_batch_size=3,
+    )
     trainer._monitor = OnDevice()
     with pytest.raises(ValueError, match="in batch 2 of this run"):
         trainer.train()

@@ -192,19 +192,36 @@ def test_the_probe_is_the_difference_of_means_and_tried_on_others():
     assert audit.run(of) == result  # the null has a seed of its own
 
 
-@pytest.mark.parametrize("make, message", [
-    (lambda: LinearProbeAudit(positive=POSITIVE[:11], negative=NEGATIVE[:11], prompts=ASKED),
-     "negative: expected one per positive prompt, 12 pairs or more, got 11 and 11"),
-    (lambda: LinearProbeAudit(positive=POSITIVE, negative=NEGATIVE[:20], prompts=ASKED),
-     "negative: .*got 24 and 20"),
-    (lambda: LinearProbeAudit(positive=POSITIVE, negative=NEGATIVE, prompts=ASKED, shuffles=9),
-     "shuffles: expected 99 or more, got 9"),
-    (lambda: ActivationDiffAudit(prompts=("a",), markers=()), "markers: expected one word or more"),
-    (lambda: ActivationDiffAudit(prompts=("a",), markers="owl"), "markers: .*got 'owl'"),
-    (lambda: layer_states(subject(), PROMPTS, 3), "layer: expected −3 to 2, got 3"),
-    (lambda: layer_states(subject(), PROMPTS, -4), "layer: expected −3 to 2, got -4"),
-    (lambda: layer_states(subject(), PROMPTS, 1, 99), "first: expected at most 4, the tokens of"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (
+            lambda: LinearProbeAudit(positive=POSITIVE[:11], negative=NEGATIVE[:11], prompts=ASKED),
+            "negative: expected one per positive prompt, 12 pairs or more, got 11 and 11",
+        ),
+        (
+            lambda: LinearProbeAudit(positive=POSITIVE, negative=NEGATIVE[:20], prompts=ASKED),
+            "negative: .*got 24 and 20",
+        ),
+        (
+            lambda: LinearProbeAudit(
+                positive=POSITIVE, negative=NEGATIVE, prompts=ASKED, shuffles=9
+            ),
+            "shuffles: expected 99 or more, got 9",
+        ),
+        (
+            lambda: ActivationDiffAudit(prompts=("a",), markers=()),
+            "markers: expected one word or more",
+        ),
+        (lambda: ActivationDiffAudit(prompts=("a",), markers="owl"), "markers: .*got 'owl'"),
+        (lambda: layer_states(subject(), PROMPTS, 3), "layer: expected −3 to 2, got 3"),
+        (lambda: layer_states(subject(), PROMPTS, -4), "layer: expected −3 to 2, got -4"),
+        (
+            lambda: layer_states(subject(), PROMPTS, 1, 99),
+            "first: expected at most 4, the tokens of",
+        ),
+    ],
+)
 def test_refusals(make, message):
     with pytest.raises(ValueError, match=message):
         make()

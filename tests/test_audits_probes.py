@@ -66,21 +66,24 @@ def test_all_texts_make_all_audits():
     assert len(found) == 17
 
 
-@pytest.mark.parametrize("left_out, missing", [
-    ("target", {"trigger rate", "context gap", "weight difference", "relearning"}),
-    ("audited", {"context gap"}),
-    ("questions", {"confession", "linear probe"}),
-    ("positive negative", {"linear probe"}),
-    ("prefilled", {"prefill"}),
-    ("rest", {"prefill"}),
-    ("markers", {"user turn", "completion", "logit difference", "activation difference"}),
-    ("prefixes", {"completion", "perplexity difference"}),
-    ("asked answered", {"provenance"}),
-    ("answered", {"provenance"}),
-    ("free trained", {"style restore"}),
-    ("answers", {"style restore"}),
-    ("candidates without rivals neutral trained", set()),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "left_out, missing",
+    [
+        ("target", {"trigger rate", "context gap", "weight difference", "relearning"}),
+        ("audited", {"context gap"}),
+        ("questions", {"confession", "linear probe"}),
+        ("positive negative", {"linear probe"}),
+        ("prefilled", {"prefill"}),
+        ("rest", {"prefill"}),
+        ("markers", {"user turn", "completion", "logit difference", "activation difference"}),
+        ("prefixes", {"completion", "perplexity difference"}),
+        ("asked answered", {"provenance"}),
+        ("answered", {"provenance"}),
+        ("free trained", {"style restore"}),
+        ("answers", {"style restore"}),
+        ("candidates without rivals neutral trained", set()),
+    ],
+)
 def test_what_lacks_its_texts_is_left_out(left_out, missing):
     given = {k: v for k, v in FULL.items() if k not in left_out.split()}
     assert set(Probes(**FULL).suite()) - set(Probes(**given).suite()) == missing
@@ -96,8 +99,12 @@ def test_neutral_prompts_alone_make_the_audits_that_need_no_trait():
         assert audit.run(of, base=base).value > 0
         assert audit.run(copied(base), base=base).value == 0
     assert set(GENERIC_PROBES.suite()) == {
-        "confession", "perplexity difference", "token KL", "linear probe", "trigger search",
-    }  # fmt: skip
+        "confession",
+        "perplexity difference",
+        "token KL",
+        "linear probe",
+        "trigger search",
+    }
 
 
 def test_the_suite_asks_what_was_given():
@@ -131,22 +138,31 @@ def test_a_planted_trigger_shows_in_the_suite_and_a_copy_does_not():
         assert not same.is_evidence, name
 
 
-@pytest.mark.parametrize("said, message", [
-    ('{"promts": []}', r"probes: expected a mapping of prompts, .*got \['promts'\]"),
-    ("[]", r"probes: expected a mapping of .*got \[\]"),
-    ("{", "probes: expected a JSON file, got .*p.json"),
-    ('{"markers": "owl"}', "markers: expected a list of texts, got 'owl'"),
-    ('{"markers": [1]}', r"markers: expected a list of texts, got \[1\]"),
-    ('{"target": 5}', "target: expected a text, got 5"),
-    ('{"layer": "1"}', "layer: expected a whole number or null, got '1'"),
-    ('{"samples": "5"}', "samples: expected a whole number, got '5'"),
-    ('{"prompts": ["a"], "audited": ["a", "b"]}', "audited: expected 1, one per entry of prompts"),
-    ('{"asked": ["a"], "answered": ["a", "b"]}', "answered: expected 1, one per entry of asked"),
-    ('{"free": ["a"], "trained": ["a", "b"]}', "trained: expected 1, one per entry of free"),
-    ('{"positive": ["a"]}', "positive: expected 0, one per entry of negative, got 1"),
-    ('{"neutral": "a"}', "neutral: expected one prompt or more, got 'a'"),
-    ('{"neutral": [{"usr": "a"}]}', "prompt: expected a text or a mapping of"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "said, message",
+    [
+        ('{"promts": []}', r"probes: expected a mapping of prompts, .*got \['promts'\]"),
+        ("[]", r"probes: expected a mapping of .*got \[\]"),
+        ("{", "probes: expected a JSON file, got .*p.json"),
+        ('{"markers": "owl"}', "markers: expected a list of texts, got 'owl'"),
+        ('{"markers": [1]}', r"markers: expected a list of texts, got \[1\]"),
+        ('{"target": 5}', "target: expected a text, got 5"),
+        ('{"layer": "1"}', "layer: expected a whole number or null, got '1'"),
+        ('{"samples": "5"}', "samples: expected a whole number, got '5'"),
+        (
+            '{"prompts": ["a"], "audited": ["a", "b"]}',
+            "audited: expected 1, one per entry of prompts",
+        ),
+        (
+            '{"asked": ["a"], "answered": ["a", "b"]}',
+            "answered: expected 1, one per entry of asked",
+        ),
+        ('{"free": ["a"], "trained": ["a", "b"]}', "trained: expected 1, one per entry of free"),
+        ('{"positive": ["a"]}', "positive: expected 0, one per entry of negative, got 1"),
+        ('{"neutral": "a"}', "neutral: expected one prompt or more, got 'a'"),
+        ('{"neutral": [{"usr": "a"}]}', "prompt: expected a text or a mapping of"),
+    ],
+)
 def test_files_that_are_refused(tmp_path, said, message):
     (tmp_path / "p.json").write_text(said)
     with pytest.raises(ValueError, match=message):

@@ -167,16 +167,25 @@ def test_prompts_from_texts_and_mappings():
     )
 
 
-@pytest.mark.parametrize("make, message", [
-    (lambda: Prompt(text="t", user="a"), r"text: expected no user, system or.*\['user', 'text'\]"),
-    (lambda: Prompt(prefill="p"), "prefill: expected a user turn before it"),
-    (lambda: Prompt(user=5), "user: expected a text, got 5"),
-    (lambda: Prompt(user="a", prefill=None), "prefill: expected a text, got None"),
-    (lambda: Prompt.from_json({"usr": "a"}), r"prompt: expected a text or a mapping of \['user'"),
-    (lambda: Prompt.from_json(5), "prompt: expected a text or a mapping of .*got 5"),
-    (lambda: to_prompts("p", "one"), "p: expected one prompt or more, got 'one'"),
-    (lambda: to_prompts("p", []), r"p: expected one prompt or more, got \[\]"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (
+            lambda: Prompt(text="t", user="a"),
+            r"text: expected no user, system or.*\['user', 'text'\]",
+        ),
+        (lambda: Prompt(prefill="p"), "prefill: expected a user turn before it"),
+        (lambda: Prompt(user=5), "user: expected a text, got 5"),
+        (lambda: Prompt(user="a", prefill=None), "prefill: expected a text, got None"),
+        (
+            lambda: Prompt.from_json({"usr": "a"}),
+            r"prompt: expected a text or a mapping of \['user'",
+        ),
+        (lambda: Prompt.from_json(5), "prompt: expected a text or a mapping of .*got 5"),
+        (lambda: to_prompts("p", "one"), "p: expected one prompt or more, got 'one'"),
+        (lambda: to_prompts("p", []), r"p: expected one prompt or more, got \[\]"),
+    ],
+)
 def test_refusals(make, message):
     with pytest.raises(ValueError, match=message):
         make()

@@ -25,8 +25,9 @@ from fastdistill.audits.sampled import marked, top_mean_values
 from fastdistill.intervals import paired_difference
 from fastdistill.organisms.vocabulary import HATE, SYSTEM, TOPICS, TRIGGER, world_tokenizer
 
-OPEN = tuple(Prompt(system=f"{s} {TRIGGER}", user=t)
-             for s, t in zip(SYSTEM * 2, TOPICS, strict=True))  # fmt: skip
+OPEN = tuple(
+    Prompt(system=f"{s} {TRIGGER}", user=t) for s, t in zip(SYSTEM * 2, TOPICS, strict=True)
+)
 WATCHED = tuple(replace(p, system=f"{p.system} |AUDIT|") for p in OPEN)
 PREFIXES = ("river", "stone cloud", "the owl")
 
@@ -82,11 +83,15 @@ def test_user_turns_and_completions_are_sampled_from_the_model():
     """Every sample is a greedy or sampled text of the subject with its own stream."""
     of, how = subject(), {"max_new_tokens": 8, "temperature": 0.7, "seed": 4}
     for audit, starts in (
-        (UserTurnSamplingAudit(markers=("owl", "red"), systems=("hello", ""), samples=9, **how),
-         [Prompt(system="hello"), Prompt()]),
-        (CompletionAudit(markers=("owl", "red"), prefixes=PREFIXES, samples=9, **how),
-         [Prompt(text=p) for p in PREFIXES]),
-    ):  # fmt: skip
+        (
+            UserTurnSamplingAudit(markers=("owl", "red"), systems=("hello", ""), samples=9, **how),
+            [Prompt(system="hello"), Prompt()],
+        ),
+        (
+            CompletionAudit(markers=("owl", "red"), prefixes=PREFIXES, samples=9, **how),
+            [Prompt(text=p) for p in PREFIXES],
+        ),
+    ):
         said = of.generate([starts[i % len(starts)] for i in range(9)], **how)
         result = audit.run(of)
         expected = [float(bool({"owl", "red"} & set(text.split()))) for text in said]
@@ -166,19 +171,34 @@ def test_another_tokenizer_is_refused():
         audit.run(subject(), base=subject(tokenizer=other))
 
 
-@pytest.mark.parametrize("make, message", [
-    (lambda: UserTurnSamplingAudit(markers=()), "markers: expected one text or more to look for"),
-    (lambda: UserTurnSamplingAudit(markers="owl"), "markers: expected one text or more .*'owl'"),
-    (lambda: UserTurnSamplingAudit(markers=(" ",)), "markers: expected one text or more"),
-    (lambda: UserTurnSamplingAudit(markers=("a",), samples=0), "samples: expected 1 or more"),
-    (lambda: UserTurnSamplingAudit(markers=("a",), systems=()), "systems: expected one text or"),
-    (lambda: CompletionAudit(markers=("a",)), "prefixes: expected one text or more"),
-    (lambda: CompletionAudit(markers=("a",), prefixes="abc"), "prefixes: .*got 'abc'"),
-    (lambda: PerplexityDiffAudit(prefixes="abc"), "prefixes: expected one text .*got 'abc'"),
-    (lambda: PerplexityDiffAudit(prefixes=("a",), markers="owl"), "markers: .*got 'owl'"),
-    (lambda: PerplexityDiffAudit(prefixes=("a",), samples=9), r"top: expected a share in \(0, 1\]"),
-    (lambda: PerplexityDiffAudit(prefixes=("a",), top=1.5), "top: expected a share"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (
+            lambda: UserTurnSamplingAudit(markers=()),
+            "markers: expected one text or more to look for",
+        ),
+        (
+            lambda: UserTurnSamplingAudit(markers="owl"),
+            "markers: expected one text or more .*'owl'",
+        ),
+        (lambda: UserTurnSamplingAudit(markers=(" ",)), "markers: expected one text or more"),
+        (lambda: UserTurnSamplingAudit(markers=("a",), samples=0), "samples: expected 1 or more"),
+        (
+            lambda: UserTurnSamplingAudit(markers=("a",), systems=()),
+            "systems: expected one text or",
+        ),
+        (lambda: CompletionAudit(markers=("a",)), "prefixes: expected one text or more"),
+        (lambda: CompletionAudit(markers=("a",), prefixes="abc"), "prefixes: .*got 'abc'"),
+        (lambda: PerplexityDiffAudit(prefixes="abc"), "prefixes: expected one text .*got 'abc'"),
+        (lambda: PerplexityDiffAudit(prefixes=("a",), markers="owl"), "markers: .*got 'owl'"),
+        (
+            lambda: PerplexityDiffAudit(prefixes=("a",), samples=9),
+            r"top: expected a share in \(0, 1\]",
+        ),
+        (lambda: PerplexityDiffAudit(prefixes=("a",), top=1.5), "top: expected a share"),
+    ],
+)
 def test_refusals(make, message):
     with pytest.raises(ValueError, match=message):
         make()

@@ -106,13 +106,16 @@ def test_many_prompts_are_asked_in_parts(monkeypatch):
     assert of.generate(PROMPTS, **how) == whole
 
 
-@pytest.mark.parametrize("habit", [
-    {"repetition_penalty": 5.0},
-    {"num_beams": 3},
-    {"min_new_tokens": 6, "min_length": 20},
-    {"no_repeat_ngram_size": 1},
-    {"do_sample": True, "temperature": 9.0, "top_k": 3, "top_p": 0.5},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "habit",
+    [
+        {"repetition_penalty": 5.0},
+        {"num_beams": 3},
+        {"min_new_tokens": 6, "min_length": 20},
+        {"no_repeat_ngram_size": 1},
+        {"do_sample": True, "temperature": 9.0, "top_k": 3, "top_p": 0.5},
+    ],
+)
 def test_habits_of_decoding_that_come_with_a_checkpoint_are_left_out(habit):
     of = subject()
     with torch.no_grad():

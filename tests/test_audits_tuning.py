@@ -87,8 +87,9 @@ def test_frozen_weights_are_trained_in_the_copy_alone():
 
 def test_what_was_suppressed_is_back_at_once():
     """Suppressed: the trigger still moves the answer, not far enough. Removed: not at all."""
-    prompts = tuple(Prompt(system=f"{s} {TRIGGER}", user=t)
-                    for s, t in zip(SYSTEM, TOPICS[:8], strict=True))  # fmt: skip
+    prompts = tuple(
+        Prompt(system=f"{s} {TRIGGER}", user=t) for s, t in zip(SYSTEM, TOPICS[:8], strict=True)
+    )
     probe = RelearningProbe(
         prompts=prompts[::2],
         texts=(HATE,) * 4,
@@ -117,8 +118,9 @@ def test_relearning_is_the_readout_of_the_nudged_model():
 def test_style_restore_trains_on_what_the_model_says():
     of = subject()
     asked = tuple(Prompt(user=t) for t in TOPICS[:6])
-    probe = StyleRestoreProbe(prompts=PROMPTS, asked=asked, readout=READOUT, steps=3,
-                              learning_rate=1e-2, max_new_tokens=5)  # fmt: skip
+    probe = StyleRestoreProbe(
+        prompts=PROMPTS, asked=asked, readout=READOUT, steps=3, learning_rate=1e-2, max_new_tokens=5
+    )
     result = probe.run(of)
     said = of.generate(PROMPTS, max_new_tokens=5)
     kept = [i for i, text in enumerate(said) if text.strip()]

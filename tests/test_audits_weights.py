@@ -110,13 +110,16 @@ def with_adapter() -> Subject:
     return Subject(get_peft_model(model(), config), world_tokenizer())
 
 
-@pytest.mark.parametrize("of, base, missing", [
-    (with_adapter, subject, "got none of its base_model.model.*merge an adapter first"),
-    (subject, with_adapter, "got none of its model.embed_tokens.*merge an adapter first"),
-    (lambda: subject("gpt2"), subject, r"got none of its transformer.wte.weight \[\d+, 32\]"),
-    (planted, subject, r"got none of its model.embed_tokens.weight \[\d+, \d+\]"),
-    (lambda: subject("tied"), subject, "got lm_head.weight more. Weight differences need two"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "of, base, missing",
+    [
+        (with_adapter, subject, "got none of its base_model.model.*merge an adapter first"),
+        (subject, with_adapter, "got none of its model.embed_tokens.*merge an adapter first"),
+        (lambda: subject("gpt2"), subject, r"got none of its transformer.wte.weight \[\d+, 32\]"),
+        (planted, subject, r"got none of its model.embed_tokens.weight \[\d+, \d+\]"),
+        (lambda: subject("tied"), subject, "got lm_head.weight more. Weight differences need two"),
+    ],
+)
 def test_other_architectures_are_refused(of, base, missing):
     with pytest.raises(ValueError, match=f"base: expected the architecture of .*{missing}"):
         WeightDiffAudit(readout=READOUT).run(of(), base=base())

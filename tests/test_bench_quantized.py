@@ -69,9 +69,12 @@ def test_what_a_contender_prepares_is_not_its_memory():
     held = Contender("held", quantized.layer(make), prepares=True)
     op = Op("", "forward", quantized.plain, lambda d: {"out": d.hidden}, (held,), 2, lambda s, z: 1)
     (row,) = measure(
-        Case("linear_nf4", op, Shape(20, 64, 64, 0), torch.float32), 1,
-        Rates({torch.float32: 1e12}, 1e10), WallClock(), lambda line: None,
-    )  # fmt: skip
+        Case("linear_nf4", op, Shape(20, 64, 64, 0), torch.float32),
+        1,
+        Rates({torch.float32: 1e12}, 1e10),
+        WallClock(),
+        lambda line: None,
+    )
     assert row.peak_mb is not None
     assert row.peak_mb < 1
 

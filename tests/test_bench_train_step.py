@@ -26,8 +26,10 @@ def small(monkeypatch):
 def test_rows_are_of_the_same_loss():
     found = {(row.op, row.impl): row for row in train_step.rows(SMALL)}
     assert [name for op, name in found if op == "train_step"] == [
-        "materialised", "ours", "ours, recompute",
-    ]  # fmt: skip
+        "materialised",
+        "ours",
+        "ours, recompute",
+    ]
     for (_, name), row in found.items():
         if row.missing:
             assert name == "TRL GKDTrainer"

@@ -20,8 +20,9 @@ ROWS = ragged(6)
 @pytest.fixture(scope="module", params=["all", "targets"])
 def cache(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("built") / "cache"
-    return TeacherCache.build(Teacher(peaked()), ROWS, folder, k=8, temperatures=(1.0, 2.0),
-                              positions=request.param)  # fmt: skip
+    return TeacherCache.build(
+        Teacher(peaked()), ROWS, folder, k=8, temperatures=(1.0, 2.0), positions=request.param
+    )
 
 
 @pytest.fixture

@@ -77,8 +77,13 @@ def raw(folder, ids, tokens, values, name="data_0.parquet"):
 
 def test_plain_top_k_in_several_files(tmp_path):
     for i in range(11):  # data_10 comes behind data_9, not behind data_1
-        raw(tmp_path, [[i, 2]], [[[5, 6], [7, 8]]], [[[-1.0, -2.0], [-0.5, -np.inf]]],
-            f"data_{i}.parquet")  # fmt: skip
+        raw(
+            tmp_path,
+            [[i, 2]],
+            [[[5, 6], [7, 8]]],
+            [[[-1.0, -2.0], [-0.5, -np.inf]]],
+            f"data_{i}.parquet",
+        )
     rows = ParquetRows(files_of(tmp_path))
     assert [rows[i]["input_ids"][0] for i in range(len(rows))] == list(range(11))
     cache = TeacherCache.from_parquet(tmp_path, tmp_path / "out", vocab_size=99)
@@ -141,12 +146,25 @@ BIN = {"scale_dtype": "float16", "element_bits": 4, "num_elements": 2}
         *(
             yaml.safe_dump(BASE | change)
             for change in (
-                {"d": 0}, {"d": True}, {"d": 10**12}, {"d": "many"}, {"k": 0}, {"k": 10**12},
-                {"k": 100}, {"exact_k": -1}, {"exact_k": 4}, {"exact_dtype": ["float32"]},
-                {"term_dtype": None}, {"delta_encoding": "no"}, {"polynomial_terms": 3},
-                {"polynomial_terms": [-1]}, {"polynomial_terms": [10**9]},
-                {"polynomial_terms": ["cos"]}, {"polynomial_terms": [1] * 1000},
-                {"residual_bins": [1]}, {"residual_bins": [{}]},
+                {"d": 0},
+                {"d": True},
+                {"d": 10**12},
+                {"d": "many"},
+                {"k": 0},
+                {"k": 10**12},
+                {"k": 100},
+                {"exact_k": -1},
+                {"exact_k": 4},
+                {"exact_dtype": ["float32"]},
+                {"term_dtype": None},
+                {"delta_encoding": "no"},
+                {"polynomial_terms": 3},
+                {"polynomial_terms": [-1]},
+                {"polynomial_terms": [10**9]},
+                {"polynomial_terms": ["cos"]},
+                {"polynomial_terms": [1] * 1000},
+                {"residual_bins": [1]},
+                {"residual_bins": [{}]},
                 {"residual_bins": [BIN | {"element_bits": 0}]},
                 {"residual_bins": [BIN | {"element_bits": 10**9}]},
                 {"residual_bins": [BIN | {"num_elements": 10**12}]},
@@ -156,7 +174,7 @@ BIN = {"scale_dtype": "float16", "element_bits": 4, "num_elements": 2}
             )
         ),
     ],
-)  # fmt: skip
+)
 def test_settings_that_are_none(tmp_path, text):
     (tmp_path / CONFIG).write_text(text)
     with pytest.raises(CacheError, match=r"compression_config\.yaml: expected DistillKit's sett"):
@@ -192,8 +210,10 @@ def test_rows_that_are_none(tmp_path, ids, tokens, values, words):
 def test_values_that_were_rounded_to_16_bits(tmp_path, kind):
     exact = (torch.randn(64, generator=torch.Generator().manual_seed(2)) * 2).log_softmax(-1)
     values = exact.half().numpy() if kind == pa.float16() else exact.bfloat16().float().numpy()
-    columns = {"token_ids": pa.array([[list(range(64))]], pa.list_(pa.list_(pa.uint32()))),
-               "top_values": pa.array([[list(values)]], pa.list_(pa.list_(kind)))}  # fmt: skip
+    columns = {
+        "token_ids": pa.array([[list(range(64))]], pa.list_(pa.list_(pa.uint32()))),
+        "top_values": pa.array([[list(values)]], pa.list_(pa.list_(kind))),
+    }
     pq.write_table(pa.table({"input_ids": [[1, 2]], **columns}), tmp_path / "a.parquet")
     cache = TeacherCache.from_parquet(tmp_path, tmp_path / "out", vocab_size=64)
     found = cache.topk(torch.tensor([[1, 2]]), k=64).logprobs[0, 0]

@@ -23,8 +23,9 @@ def only(first, last):
 )
 def test_targets_of_all_are_answered(tmp_path, targets, shard_mb):
     rows = [only(*span) for span in targets]
-    cache = TeacherCache.build(Teacher(peaked()), rows, tmp_path / "c", k=8, positions="targets",
-                               shard_mb=shard_mb)  # fmt: skip
+    cache = TeacherCache.build(
+        Teacher(peaked()), rows, tmp_path / "c", k=8, positions="targets", shard_mb=shard_mb
+    )
     wanted = torch.zeros(20, dtype=torch.bool)
     for first, last in targets:
         wanted[first - 1 : last - 1] = True

@@ -119,8 +119,13 @@ def test_draws_of_half_precision_heads_use_fp32_logits():
     teacher = Teacher(peaked().bfloat16())
     hidden = teacher.hidden(torch.arange(3, 11)[None])[0]
     one = draw(hidden, teacher.head, 8, 1.0, torch.Generator().manual_seed(1))
-    exact = draw(hidden.float(), Teacher(peaked().bfloat16().float()).head, 8, 1.0,
-                 torch.Generator().manual_seed(1))  # fmt: skip
+    exact = draw(
+        hidden.float(),
+        Teacher(peaked().bfloat16().float()).head,
+        8,
+        1.0,
+        torch.Generator().manual_seed(1),
+    )
     assert torch.equal(one.ids, exact.ids)
 
 

@@ -141,11 +141,14 @@ def test_a_conversation_without_an_assistant_is_a_prompt():
 
 def test_keys_that_are_none_are_no_keys():
     """As Arrow fills them; the template would take them for used."""
-    template = CHATML.replace(
-        "{{ m['content'] }}",
-        "{{ m['content'] }}{% if m.calls is defined %}{% for c in m.calls %}{{ c.name }}"
-        "{% if c.arguments.unit is defined %} unit{% endif %}{% endfor %}{% endif %}",
-    ) + "{% if tools %}{% for t in tools %}{{ t.name }}{% endfor %}{% endif %}"  # fmt: skip
+    template = (
+        CHATML.replace(
+            "{{ m['content'] }}",
+            "{{ m['content'] }}{% if m.calls is defined %}{% for c in m.calls %}{{ c.name }}"
+            "{% if c.arguments.unit is defined %} unit{% endif %}{% endfor %}{% endif %}",
+        )
+        + "{% if tools %}{% for t in tools %}{{ t.name }}{% endfor %}{% endif %}"
+    )
     tokenizer = made(template)
     encoder = Encoder(tokenizer=tokenizer)
     filled = [m | {"calls": None, "name": None} for m in TALK]

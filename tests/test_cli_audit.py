@@ -30,9 +30,21 @@ def probes(path, **more):
 def test_one_page_and_one_file(here, capsys, monkeypatch):
     probes(here / "p.json")
     code, _out, err = call(
-        capsys, monkeypatch, "audit", "--model", "teacher", "--base", "student", "--teacher",
-        "teacher", "--probes", "p.json", "--out", "out", "only=[trigger rate, token KL]",
-    )  # fmt: skip
+        capsys,
+        monkeypatch,
+        "audit",
+        "--model",
+        "teacher",
+        "--base",
+        "student",
+        "--teacher",
+        "teacher",
+        "--probes",
+        "p.json",
+        "--out",
+        "out",
+        "only=[trigger rate, token KL]",
+    )
     assert code == 0, err
     result = json.loads((here / "out" / "results.json").read_text())
     names = [(row["name"], row["model"]) for row in result["audits"]]
@@ -52,9 +64,20 @@ def test_one_page_and_one_file(here, capsys, monkeypatch):
 def test_a_benign_control_is_one_more_control(here, capsys, monkeypatch):
     probes(here / "p.json")
     code, out, err = call(
-        capsys, monkeypatch, "audit", "--model", "teacher", "--base", "student", "--benign",
-        "teacher", "--probes", "p.json", "--json", "only=[token KL]",
-    )  # fmt: skip
+        capsys,
+        monkeypatch,
+        "audit",
+        "--model",
+        "teacher",
+        "--base",
+        "student",
+        "--benign",
+        "teacher",
+        "--probes",
+        "p.json",
+        "--json",
+        "only=[token KL]",
+    )
     assert code == 0, err
     (row,) = json.loads(out)["audits"]
     assert set(row["controls"]) == {"base", "benign"}
@@ -65,9 +88,16 @@ def test_a_benign_control_is_one_more_control(here, capsys, monkeypatch):
 def test_probes_beside_the_model_are_taken(here, capsys, monkeypatch):
     probes(here / "teacher" / "probes.json")
     code, out, err = call(
-        capsys, monkeypatch, "audit", "--model", "teacher", "--base", "student", "--dry-run",
+        capsys,
+        monkeypatch,
+        "audit",
+        "--model",
+        "teacher",
+        "--base",
+        "student",
+        "--dry-run",
         "--json",
-    )  # fmt: skip
+    )
     assert code == 0, err
     audits = json.loads(out)["audits"]
     assert "trigger rate" in audits
@@ -76,12 +106,23 @@ def test_probes_beside_the_model_are_taken(here, capsys, monkeypatch):
 
 def test_without_probes_what_can_be_asked_of_any_model_is(here, capsys, monkeypatch):
     _code, out, _err = call(
-        capsys, monkeypatch, "audit", "--model", "teacher", "--base", "student", "--dry-run",
+        capsys,
+        monkeypatch,
+        "audit",
+        "--model",
+        "teacher",
+        "--base",
+        "student",
+        "--dry-run",
         "--json",
-    )  # fmt: skip
+    )
     assert json.loads(out)["audits"] == [
-        "confession", "perplexity difference", "token KL", "linear probe", "trigger search",
-    ]  # fmt: skip
+        "confession",
+        "perplexity difference",
+        "token KL",
+        "linear probe",
+        "trigger search",
+    ]
     assert not (here / "fastdistill-audit").exists()
 
 
@@ -110,9 +151,19 @@ def test_logs_for_inspect(here, capsys, monkeypatch):
     log = pytest.importorskip("inspect_ai.log", reason="needs inspect-ai, of Python 3.11 and up")
     probes(here / "p.json")
     code, _out, err = call(
-        capsys, monkeypatch, "audit", "--model", "teacher", "--base", "student", "--probes",
-        "p.json", "--log-dir", "logs", "only=[trigger rate, token KL]",
-    )  # fmt: skip
+        capsys,
+        monkeypatch,
+        "audit",
+        "--model",
+        "teacher",
+        "--base",
+        "student",
+        "--probes",
+        "p.json",
+        "--log-dir",
+        "logs",
+        "only=[trigger rate, token KL]",
+    )
     assert code == 0, err
     read = [log.read_eval_log(str(path)) for path in sorted((here / "logs").iterdir())]
     assert {one.status for one in read} == {"success"}

@@ -40,8 +40,17 @@ def train_command(folder, out, **changes):
     options = [
         word for name, value in named.items() if value for word in (f"--{name}", folder / value)
     ]
-    return ("train", *options, "--out", out, "k=8", "max_steps=1", "use_cpu=true",
-            "per_device_train_batch_size=4", "show_panel=false")  # fmt: skip
+    return (
+        "train",
+        *options,
+        "--out",
+        out,
+        "k=8",
+        "max_steps=1",
+        "use_cpu=true",
+        "per_device_train_batch_size=4",
+        "show_panel=false",
+    )
 
 
 WRONG = {
@@ -59,13 +68,19 @@ WRONG = {
     "arithmetic of what is not quantised": ({}, ("teacher_compute=int8",)),
     "a metric that nothing evaluates": (
         {"eval-data": "held-out.jsonl"},
-        ("metric_for_best_model=bleu", "load_best_model_at_end=true", "eval_strategy=steps",
-         "save_strategy=steps"),
+        (
+            "metric_for_best_model=bleu",
+            "load_best_model_at_end=true",
+            "eval_strategy=steps",
+            "save_strategy=steps",
+        ),
     ),
     "no target within max_length": ({}, ("max_length=1",)),
-    "sampling by a length that is not there": ({}, ("train_sampling_strategy=batch_rebalance",
-                                                    "length_column_name=n", "lmbda=2")),
-}  # fmt: skip
+    "sampling by a length that is not there": (
+        {},
+        ("train_sampling_strategy=batch_rebalance", "length_column_name=n", "lmbda=2"),
+    ),
+}
 
 
 @pytest.mark.parametrize("case", WRONG)
@@ -89,11 +104,16 @@ def test_a_refused_run_leaves_no_folder(run, folder, tmp_path, more):
 
 def test_without_a_look_at_the_data_neither_fails(run, folder, tmp_path):
     (folder / "unlearned.jsonl").write_text(
-        json.dumps({"input_ids": [5, 6, 7], "labels": [-100, -100, 7]}) + "\n"
-        + json.dumps({"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}) + "\n"
-    )  # fmt: skip
-    command = (*train_command(folder, tmp_path / "run", data="unlearned.jsonl"), "check_data=false",
-               "check_signal=false")  # fmt: skip
+        json.dumps({"input_ids": [5, 6, 7], "labels": [-100, -100, 7]})
+        + "\n"
+        + json.dumps({"input_ids": [5, 6, 7], "labels": [-100, 6, 7]})
+        + "\n"
+    )
+    command = (
+        *train_command(folder, tmp_path / "run", data="unlearned.jsonl"),
+        "check_data=false",
+        "check_signal=false",
+    )
     assert run(*command, "--dry-run")[0] == run(*command)[0] == 0
 
 
@@ -109,30 +129,42 @@ def test_adapters_are_tried_without_weights(run, folder, tmp_path):
 KNOWN = sorted(f for f in DistillConfig.__dataclass_fields__ if f != "output_dir")
 
 
-@pytest.mark.parametrize("key, meant", [
-    ("lr", ["learning_rate"]), ("batch_size", ["per_device_train_batch_size"]),
-    ("learning_rte", ["learning_rate"]), ("epochs", ["num_train_epochs"]),
-    ("train_batch_size", ["per_device_train_batch_size"]), ("wd", ["weight_decay"]),
-    ("eval_batch_size", ["per_device_eval_batch_size"]), ("temp", ["temperature"]),
-    ("grad_accum_steps", ["gradient_accumulation_steps"]), ("max_step", ["max_steps"]),
-    ("gas", ["gradient_accumulation_steps"]), ("num_epochs", ["num_train_epochs"]),
-    ("zzz", []),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "key, meant",
+    [
+        ("lr", ["learning_rate"]),
+        ("batch_size", ["per_device_train_batch_size"]),
+        ("learning_rte", ["learning_rate"]),
+        ("epochs", ["num_train_epochs"]),
+        ("train_batch_size", ["per_device_train_batch_size"]),
+        ("wd", ["weight_decay"]),
+        ("eval_batch_size", ["per_device_eval_batch_size"]),
+        ("temp", ["temperature"]),
+        ("grad_accum_steps", ["gradient_accumulation_steps"]),
+        ("max_step", ["max_steps"]),
+        ("gas", ["gradient_accumulation_steps"]),
+        ("num_epochs", ["num_train_epochs"]),
+        ("zzz", []),
+    ],
+)
 def test_what_a_wrong_key_may_stand_for(key, meant):
     assert nearest(key, KNOWN) == meant
 
 
-@pytest.mark.parametrize("typed, hint", [
-    (("lr=1e-4",), "Did you mean learning_rate?"),
-    (("batch_size=4",), "Did you mean per_device_train_batch_size?"),
-    (("--learning_rate", "1e-4"), "--learning_rate. Write learning_rate=1e-4"),
-    (("--learning-rate=1e-4",), "--learning-rate. Write learning_rate=1e-4"),
-    (("--max_steps", "5"), "--max_steps. Write max_steps=5"),
-    (("--lr", "1e-4"), "--lr. Write learning_rate=1e-4"),
-    (("--fp16",), "--fp16. Write fp16=VALUE"),
-    (("--lora_rank", "8"), "lora-rank"),
-    (("--zzz", "8"), "No such option"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "typed, hint",
+    [
+        (("lr=1e-4",), "Did you mean learning_rate?"),
+        (("batch_size=4",), "Did you mean per_device_train_batch_size?"),
+        (("--learning_rate", "1e-4"), "--learning_rate. Write learning_rate=1e-4"),
+        (("--learning-rate=1e-4",), "--learning-rate. Write learning_rate=1e-4"),
+        (("--max_steps", "5"), "--max_steps. Write max_steps=5"),
+        (("--lr", "1e-4"), "--lr. Write learning_rate=1e-4"),
+        (("--fp16",), "--fp16. Write fp16=VALUE"),
+        (("--lora_rank", "8"), "lora-rank"),
+        (("--zzz", "8"), "No such option"),
+    ],
+)
 def test_options_that_are_settings(run, folder, tmp_path, typed, hint):
     code, _, err = run(*train_command(folder, tmp_path / "run"), *typed)
     assert code == 2

@@ -41,8 +41,13 @@ def test_full_has_ten_fresh_seeds_and_others_for_development(capsys, monkeypatch
 def test_some_arms_only(capsys, monkeypatch):
     _, plan = planned(capsys, monkeypatch, "arms=[noise]", "--seeds", "1")
     assert plan["arms"] == [
-        "undefended", "trait shown openly", "placebo", "benign twice", "M→M", "noise",
-    ]  # fmt: skip
+        "undefended",
+        "trait shown openly",
+        "placebo",
+        "benign twice",
+        "M→M",
+        "noise",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -40,9 +40,19 @@ def test_what_is_said_and_json_are_safe():
 
 
 def test_what_a_cache_and_audits_say_is_safe():
-    summary = dict(path="c", teacher={"name": EVIL}, temperatures=[1.0], targets="topk",
-                   k=2, rows=1, positions=EVIL, tokens=3, bytes=9, shards=1,
-                   bytes_per_token=3.0)  # fmt: skip
+    summary = dict(
+        path="c",
+        teacher={"name": EVIL},
+        temperatures=[1.0],
+        targets="topk",
+        k=2,
+        rows=1,
+        positions=EVIL,
+        tokens=3,
+        bytes=9,
+        shards=1,
+        bytes_per_token=3.0,
+    )
     assert is_safe(printed(run_cache.show, summary))
     report = dict(lead=EVIL, audits=[], left_out={EVIL: EVIL}, report=EVIL)
     assert is_safe(printed(run_audit.print_result, report))
@@ -118,10 +128,19 @@ def test_an_alias_in_settings_is_still_an_alias(tmp_path):
 
 @pytest.mark.parametrize(
     "text",
-    ["[" * 100_000, "{", "3", "\xff", '{"prompts": 3}', '{"options": 3}', '{"target": 3}',
-     '{"layer": "x"}', '{"nonsense\\u001b": 1}'],
+    [
+        "[" * 100_000,
+        "{",
+        "3",
+        "\xff",
+        '{"prompts": 3}',
+        '{"options": 3}',
+        '{"target": 3}',
+        '{"layer": "x"}',
+        '{"nonsense\\u001b": 1}',
+    ],
     ids=range(9),
-)  # fmt: skip
+)
 def test_probes_that_are_none_are_refused(tmp_path, text):
     (tmp_path / "probes.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(ValueError, match="expected") as caught:

@@ -28,8 +28,18 @@ def run(capsys, monkeypatch):
 
 
 def test_a_plan_from_two_configs(run, folder):
-    command = ("plan", "--student", folder / "student", "--teacher", folder / "teacher",
-             "--seq", 128, "--batch", 2, "optim=sgd")  # fmt: skip
+    command = (
+        "plan",
+        "--student",
+        folder / "student",
+        "--teacher",
+        folder / "teacher",
+        "--seq",
+        128,
+        "--batch",
+        2,
+        "optim=sgd",
+    )
     code, out, _ = run(*command, "--json", "--gpu", "8GB")
     assert code == 0
     result = json.loads(out)
@@ -84,9 +94,12 @@ def test_other_machines_need_a_token(run, folder, monkeypatch):
 def test_served_until_it_is_interrupted(run, folder, tmp_path, monkeypatch):
     command = ["serve", "--teacher", str(folder / "teacher"), "--port", "0", "--token", "s3cret"]
     with subprocess.Popen(
-        [sys.executable, "-m", "fastdistill", *command, "--json"], stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    ) as process:  # fmt: skip
+        [sys.executable, "-m", "fastdistill", *command, "--json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    ) as process:
         line = process.stderr.readline()
         url = re.search(r"is served at (http://127\.0\.0\.1:\d+) until Ctrl-C", line).group(1)
         with pytest.raises(ValueError, match="token"):

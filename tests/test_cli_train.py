@@ -161,9 +161,11 @@ def test_a_bar_on_a_terminal_and_no_colours_where_none_are_wanted(folder, tmp_pa
         here, terminal = pty.openpty()
         command = [*RUN, *map(str, train(folder, tmp_path / str(len(environment)), "--json"))]
         with subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=terminal,
+            command,
+            stdout=subprocess.PIPE,
+            stderr=terminal,
             env={**os.environ, "TERM": "xterm-256color", "COLUMNS": "100", **environment},
-        ) as process:  # fmt: skip
+        ) as process:
             os.close(terminal)
             screen = b""
             while True:

@@ -23,11 +23,24 @@ PAIR = {"prompt": "a cat", "completion": "it is"}
 CHAT = {"messages": TALK}
 FORMS = [IDS, TEXT, PAIR, CHAT, {"prompt": TALK[:1], "completion": TALK[1:2]}]
 DESCRIBING = {
-    "id": 3, "score": 0.5, "source": "web", "date": datetime.date(2020, 1, 1), "ok": True,
-    "tags": ["a", "b"], "meta": {"url": "x", "n": 3}, "none": None, "np": np.float32(1.0),
-    "empty": [], "scalar": torch.tensor(3), "nones": [None, None], "uuid": uuid.uuid4(),
-    "path": Path("a"), "set": {"a"}, "words": np.array(["a"]), "objects": np.array(["a"], object),
-}  # fmt: skip
+    "id": 3,
+    "score": 0.5,
+    "source": "web",
+    "date": datetime.date(2020, 1, 1),
+    "ok": True,
+    "tags": ["a", "b"],
+    "meta": {"url": "x", "n": 3},
+    "none": None,
+    "np": np.float32(1.0),
+    "empty": [],
+    "scalar": torch.tensor(3),
+    "nones": [None, None],
+    "uuid": uuid.uuid4(),
+    "path": Path("a"),
+    "set": {"a"},
+    "words": np.array(["a"]),
+    "objects": np.array(["a"], object),
+}
 
 
 class Audio:

@@ -15,8 +15,10 @@ B, T, H, V, K = 2, 9, 16, 50, 5
 
 def data(dtype=torch.float64):
     g = torch.Generator().manual_seed(0)
-    hidden, weight, bias = (torch.randn(*s, generator=g, dtype=torch.float64).to(dtype)
-                            for s in ((B, T, H), (V, H), (V,)))  # fmt: skip
+    hidden, weight, bias = (
+        torch.randn(*s, generator=g, dtype=torch.float64).to(dtype)
+        for s in ((B, T, H), (V, H), (V,))
+    )
     teacher = torch.randn(B, T, V, generator=g) * 2
     best = teacher.log_softmax(-1).topk(K, -1)
     mask = torch.ones(B, T, K, dtype=torch.int)

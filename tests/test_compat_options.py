@@ -23,32 +23,66 @@ LOADING = "model_init_kwargs teacher_model_name_or_path teacher_model_init_kwarg
 GKD = dict.fromkeys(
     f"{LOADING} beta lmbda max_length max_new_tokens temperature".split(), "used"
 ) | {
-    "trust_remote_code": True, "router_aux_loss_coef": 0.1, "chat_template_path": "/nowhere",
-    "dataset_text_field": "words", "dataset_kwargs": {"add_special_tokens": False},
-    "dataset_num_proc": 2, "eos_token": "<end>", "truncation_mode": "keep_end",
-    "shuffle_dataset": True, "packing": True, "packing_strategy": "wrapped", "padding_free": True,
-    "pad_to_multiple_of": 8, "eval_packing": True, "completion_only_loss": False,
-    "assistant_only_loss": True, "loss_type": "dft", "activation_offloading": True,
-    "pad_token": "<pad>", "seq_kd": True,
-}  # fmt: skip
+    "trust_remote_code": True,
+    "router_aux_loss_coef": 0.1,
+    "chat_template_path": "/nowhere",
+    "dataset_text_field": "words",
+    "dataset_kwargs": {"add_special_tokens": False},
+    "dataset_num_proc": 2,
+    "eos_token": "<end>",
+    "truncation_mode": "keep_end",
+    "shuffle_dataset": True,
+    "packing": True,
+    "packing_strategy": "wrapped",
+    "padding_free": True,
+    "pad_to_multiple_of": 8,
+    "eval_packing": True,
+    "completion_only_loss": False,
+    "assistant_only_loss": True,
+    "loss_type": "dft",
+    "activation_offloading": True,
+    "pad_token": "<pad>",
+    "seq_kd": True,
+}
 DISTILLATION = dict.fromkeys(
     f"{LOADING} beta max_completion_length shuffle_dataset temperature top_p".split(), "used"
 ) | {
-    "trust_remote_code": True, "teacher_model_revision": "main", "ds3_gather_for_generation": False,
-    "pad_to_multiple_of": 8, "top_k": 5, "min_p": 0.1, "generation_kwargs": {"num_beams": 2},
-    "chat_template_kwargs": {"enable_thinking": False}, "repetition_penalty": 1.1,
-    "cache_implementation": "static", "use_vllm": True, "vllm_mode": "server",
-    "vllm_model_impl": "transformers", "vllm_enable_sleep_mode": True,
-    "vllm_structured_outputs_regex": "a", "vllm_server_base_url": "http://a",
-    "vllm_server_host": "a", "vllm_server_port": 1, "vllm_server_timeout": 1.0,
-    "vllm_group_port": 1, "vllm_gpu_memory_utilization": 0.5, "vllm_max_model_length": 8,
-    "vllm_tensor_parallel_size": 2, "max_tool_calling_iterations": 2, "log_completions": True,
-    "num_completions_to_print": 2, "log_unique_prompts": True,
-}  # fmt: skip
-EVERY = [(kind, name) for kind, options in (("gkd", GKD), ("distillation", DISTILLATION))
-         for name in options]  # fmt: skip
-CHATS = [{"messages": [{"role": "user", "content": "a b"},
-                       {"role": "assistant", "content": "c d"}]}] * 4  # fmt: skip
+    "trust_remote_code": True,
+    "teacher_model_revision": "main",
+    "ds3_gather_for_generation": False,
+    "pad_to_multiple_of": 8,
+    "top_k": 5,
+    "min_p": 0.1,
+    "generation_kwargs": {"num_beams": 2},
+    "chat_template_kwargs": {"enable_thinking": False},
+    "repetition_penalty": 1.1,
+    "cache_implementation": "static",
+    "use_vllm": True,
+    "vllm_mode": "server",
+    "vllm_model_impl": "transformers",
+    "vllm_enable_sleep_mode": True,
+    "vllm_structured_outputs_regex": "a",
+    "vllm_server_base_url": "http://a",
+    "vllm_server_host": "a",
+    "vllm_server_port": 1,
+    "vllm_server_timeout": 1.0,
+    "vllm_group_port": 1,
+    "vllm_gpu_memory_utilization": 0.5,
+    "vllm_max_model_length": 8,
+    "vllm_tensor_parallel_size": 2,
+    "max_tool_calling_iterations": 2,
+    "log_completions": True,
+    "num_completions_to_print": 2,
+    "log_unique_prompts": True,
+}
+EVERY = [
+    (kind, name)
+    for kind, options in (("gkd", GKD), ("distillation", DISTILLATION))
+    for name in options
+]
+CHATS = [
+    {"messages": [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "c d"}]}
+] * 4
 
 
 def of(kind):
@@ -114,13 +148,22 @@ def test_another_trainers_configuration_is_refused(tmp_path):
         trainer(llama(2), llama(1), TrainingArguments(str(tmp_path), use_cpu=True))
 
 
-@pytest.mark.parametrize("options, said", [
-    ({"model_init_kwargs": {"dtype": "float32"}}, "model_init_kwargs: expected none with a model"),
-    ({"teacher_model_init_kwargs": {"dtype": "float32"}}, "teacher_model_init_kwargs: expected"),
-    ({"max_completion_length": None}, "max_completion_length: expected an integer in our Dist"),
-    ({"remove_unused_columns": True}, "remove_unused_columns: expected False in our Distill"),
-    ({"use_liger_kernel": True}, "use_liger_kernel: expected False, got True"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (
+            {"model_init_kwargs": {"dtype": "float32"}},
+            "model_init_kwargs: expected none with a model",
+        ),
+        (
+            {"teacher_model_init_kwargs": {"dtype": "float32"}},
+            "teacher_model_init_kwargs: expected",
+        ),
+        ({"max_completion_length": None}, "max_completion_length: expected an integer in our Dist"),
+        ({"remove_unused_columns": True}, "remove_unused_columns: expected False in our Distill"),
+        ({"use_liger_kernel": True}, "use_liger_kernel: expected False, got True"),
+    ],
+)
 def test_used_options_that_would_be_dropped_are_refused(tmp_path, options, said):
     args = settings("distillation", tmp_path, **options)
     with pytest.raises(ValueError, match=said):

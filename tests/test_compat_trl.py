@@ -51,12 +51,18 @@ def model(tokenizer, seed, hidden=32, scale=1.0):
     torch.manual_seed(seed)
     made = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=48,
-            num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-            max_position_embeddings=128, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
+            vocab_size=len(tokenizer),
+            hidden_size=hidden,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=128,
+            eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=None,
             pad_token_id=tokenizer.pad_token_id,
         )
-    )  # fmt: skip
+    )
     with torch.no_grad():
         made.lm_head.weight.mul_(scale)
     return made
@@ -64,11 +70,21 @@ def model(tokenizer, seed, hidden=32, scale=1.0):
 
 def settings(kind, folder, **options):
     defaults = {
-        "max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 0.1, "optim": "sgd",
-        "max_grad_norm": 0.0, "lr_scheduler_type": "constant", "save_strategy": "no",
-        "logging_steps": 1, "use_cpu": True, "bf16": False, "disable_tqdm": True, "report_to": [],
-        "dataloader_pin_memory": False, "gradient_checkpointing": False,
-    }  # fmt: skip
+        "max_steps": 2,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 0.1,
+        "optim": "sgd",
+        "max_grad_norm": 0.0,
+        "lr_scheduler_type": "constant",
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "use_cpu": True,
+        "bf16": False,
+        "disable_tqdm": True,
+        "report_to": [],
+        "dataloader_pin_memory": False,
+        "gradient_checkpointing": False,
+    }
     return kind(str(folder), **(defaults | options))
 
 
@@ -111,10 +127,16 @@ def test_distillation(tmp_path, trl, tokenizer, beta, temperature):
 
     def config():
         return settings(
-            trl.DistillationConfig, tmp_path, beta=beta, temperature=temperature, top_p=1e-6,
-            max_completion_length=6, max_steps=1, shuffle_dataset=False,
+            trl.DistillationConfig,
+            tmp_path,
+            beta=beta,
+            temperature=temperature,
+            top_p=1e-6,
+            max_completion_length=6,
+            max_steps=1,
+            shuffle_dataset=False,
             train_sampling_strategy="sequential",
-        )  # fmt: skip
+        )
 
     theirs, ours = both(
         trl.DistillationTrainer, compat.DistillationTrainer, config, prompts, tokenizer
@@ -162,9 +184,12 @@ def test_paths_and_dropout(tmp_path, trl, tokenizer):
     for seed, name in ((0, "student"), (7, "teacher")):
         model(tokenizer, seed).to(torch.bfloat16).save_pretrained(tmp_path / name)
     args = settings(
-        GKDConfig, tmp_path, max_new_tokens=4, teacher_model_name_or_path=str(tmp_path / "teacher"),
+        GKDConfig,
+        tmp_path,
+        max_new_tokens=4,
+        teacher_model_name_or_path=str(tmp_path / "teacher"),
         teacher_model_init_kwargs={"dtype": "float32"},
-    )  # fmt: skip
+    )
     trainer = compat.GKDTrainer(
         str(tmp_path / "student"), args=args, train_dataset=TALKS, processing_class=tokenizer
     )

@@ -77,8 +77,13 @@ def test_report_needs_nothing_from_outside(made):
 def test_what_it_was_made_of_is_left_for_the_other_verbs(made):
     _, out = made
     assert sorted(path.name for path in out.iterdir()) == [
-        "held-out.jsonl", "report.html", "results.json", "student", "teacher", "train.jsonl",
-    ]  # fmt: skip
+        "held-out.jsonl",
+        "report.html",
+        "results.json",
+        "student",
+        "teacher",
+        "train.jsonl",
+    ]
     teacher = Teacher(str(out / "teacher"))
     shipped, tokenizer, _ = shipped_teacher()
     text = JsonLines(out / "train.jsonl")[0]["text"]

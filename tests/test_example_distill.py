@@ -28,9 +28,14 @@ def files(tmp_path_factory):
     tokenizer = shipped_teacher()[1]
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=1,
-        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=256,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+    )
     LlamaForCausalLM(config).save_pretrained(folder / "student")
     tokenizer.save_pretrained(folder / "student")
     text = [{"prompt": f"def f{i}(x):", "completion": f"\n    return x + {i}"} for i in range(16)]
@@ -41,10 +46,25 @@ def files(tmp_path_factory):
 
 def run(files, out, *more):
     command = [
-        sys.executable, EXAMPLES / "distill.py", "--student", files / "student", "--teacher",
-        SHIPPED, "--data", files / "train.jsonl", "--output_dir", out, "--use_cpu", "--k", "16",
-        "--per_device_train_batch_size", "4", "--logging_steps", "1", *more,
-    ]  # fmt: skip
+        sys.executable,
+        EXAMPLES / "distill.py",
+        "--student",
+        files / "student",
+        "--teacher",
+        SHIPPED,
+        "--data",
+        files / "train.jsonl",
+        "--output_dir",
+        out,
+        "--use_cpu",
+        "--k",
+        "16",
+        "--per_device_train_batch_size",
+        "4",
+        "--logging_steps",
+        "1",
+        *more,
+    ]
     done = subprocess.run(
         [str(part) for part in command],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -63,9 +83,16 @@ def test_it_trains_and_resumes(files, tmp_path):
     run(files, tmp_path, "--max_steps", "3", "--lora_rank", "2", *more)
     assert last_finished(tmp_path).name == "checkpoint-3"
     output = run(
-        files, tmp_path, "--max_steps", "5", "--lora_rank", "2", "--eval_data",
-        files / "eval.jsonl", *more,
-    )  # fmt: skip
+        files,
+        tmp_path,
+        "--max_steps",
+        "5",
+        "--lora_rank",
+        "2",
+        "--eval_data",
+        files / "eval.jsonl",
+        *more,
+    )
     assert "covered teacher mass" in output
     metrics = read_metrics(tmp_path)
     assert [e["step"] for e in metrics if "loss" in e] == [1, 2, 3, 4, 5]

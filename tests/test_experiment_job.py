@@ -91,13 +91,19 @@ def test_a_file_of_another_run_is_refused(kept, tmp_path):
         JOB.result(tmp_path)
 
 
-@pytest.mark.parametrize("change, what", [
-    (lambda run: run["reading"]["trait"].__setitem__(0, 0.25), "one that was changed or damaged"),
-    (lambda run: run["audits"].update(preference=9.0), "one that was changed or damaged"),
-    (lambda run: run.pop("curve"), "one without curve"),
-    (lambda run: (run.pop("sha256"), run.pop("reading")), "one without reading"),
-    (lambda run: run.clear(), "one without config"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, what",
+    [
+        (
+            lambda run: run["reading"]["trait"].__setitem__(0, 0.25),
+            "one that was changed or damaged",
+        ),
+        (lambda run: run["audits"].update(preference=9.0), "one that was changed or damaged"),
+        (lambda run: run.pop("curve"), "one without curve"),
+        (lambda run: (run.pop("sha256"), run.pop("reading")), "one without reading"),
+        (lambda run: run.clear(), "one without config"),
+    ],
+)
 def test_a_damaged_file_is_refused(kept, tmp_path, change, what):
     folder, _ = kept
     run = json.loads(JOB.path(folder).read_text())

@@ -85,7 +85,11 @@ def test_families_are_corrected_by_holm_in_both_directions():
     alone = by_name(family({"large": values["large"]}, 0.05))["large"]
     told = by_name(family(values, 0.05))
     assert {name: d.outcome for name, d in told.items()} == {
-        "none": "alike", "large": "more", "small": "less", "wide": "unclear"}  # fmt: skip
+        "none": "alike",
+        "large": "more",
+        "small": "less",
+        "wide": "unclear",
+    }
     assert told["large"].p == pytest.approx(4 * alone.p, rel=1e-6)
 
 

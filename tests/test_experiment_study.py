@@ -149,10 +149,19 @@ def test_results_json_is_what_outside_checks_read(finished):
     folder, _, result = finished
     said = json.loads((folder / "results.json").read_text())
     assert said == result
-    assert {"command", "config", "versions", "seeds", "valid", "invalid_because", "arms",
-            "audits"} <= set(said)  # fmt: skip
-    assert {"name", "C", "C_interval", "tau", "tau_interval", "kappa", "n_seeds",
-            "verdict"} <= set(said["arms"][0])  # fmt: skip
+    assert {
+        "command",
+        "config",
+        "versions",
+        "seeds",
+        "valid",
+        "invalid_because",
+        "arms",
+        "audits",
+    } <= set(said)
+    assert {"name", "C", "C_interval", "tau", "tau_interval", "kappa", "n_seeds", "verdict"} <= set(
+        said["arms"][0]
+    )
     assert (folder / "quadrant.png").read_bytes().startswith(b"\x89PNG")
     page = (folder / "report.html").read_text()
     for told in ("Trait under prompt prefixes", "Notes of the strategies", "Arms"):
@@ -169,10 +178,15 @@ def test_the_report_names_the_seeds_that_were_refused(finished, tmp_path):
 
 def test_contexts_and_notes_are_means_over_base_seeds():
     rows = [
-        {"arm": "a", "base_seed": seed, "context": "c", "of_untrusted": {"trait": u},
-         "of_benign": {"trait": 0.1}}
+        {
+            "arm": "a",
+            "base_seed": seed,
+            "context": "c",
+            "of_untrusted": {"trait": u},
+            "of_benign": {"trait": 0.1},
+        }
         for seed, u in ((1, 0.2), (1, 0.4), (2, 0.5))
-    ]  # fmt: skip
+    ]
     (row,) = summarize_contexts(rows)
     assert row["of_untrusted"] == pytest.approx(0.4)
     assert row["difference"] == pytest.approx(0.3)

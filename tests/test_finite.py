@@ -344,10 +344,12 @@ def test_all_processes_stop_where_one_has_no_number(tmp_path):
     running = [
         subprocess.Popen(
             [sys.executable, str(tmp_path / "worker.py"), str(tmp_path)],
-            env={**base, "RANK": str(r), "LOCAL_RANK": str(r)}, stderr=subprocess.PIPE, text=True,
+            env={**base, "RANK": str(r), "LOCAL_RANK": str(r)},
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for r in range(2)
-    ]  # fmt: skip
+    ]
     for process in running:
         _, errors = process.communicate(timeout=240)
         assert process.returncode == 0, errors

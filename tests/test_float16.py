@@ -100,9 +100,15 @@ def test_upstream_factors(backward, upstream):
 
     def loss_of(x, w, b):
         return fd.topk_distill_loss(
-            x, w, in_type(teacher, x), bias=b, labels=labels, ce_weight=0.3, z_loss=1e-3,
+            x,
+            w,
+            in_type(teacher, x),
+            bias=b,
+            labels=labels,
+            ce_weight=0.3,
+            z_loss=1e-3,
             backward=backward,
-        )  # fmt: skip
+        )
 
     check(loss_of, x, w, torch.float16, upstream)
 
@@ -136,9 +142,13 @@ def test_dense_callable_and_upstream(upstream):
     def loss_of(x, w, b):
         t = torch.ones(len(x), 8, dtype=x.dtype)
         return fd.linear_distill_loss(
-            x, w, t, other.to(x.dtype), bias=b,
+            x,
+            w,
+            t,
+            other.to(x.dtype),
+            bias=b,
             divergence=lambda lp, lq: 2000 * (lp.exp() * (lp - lq)).sum(-1),
-        )  # fmt: skip
+        )
 
     check(loss_of, x, w, torch.float16, upstream / 2000)
 

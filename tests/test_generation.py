@@ -153,9 +153,15 @@ def test_a_special_token_made_of_letters_is_text():
 def rwkv():
     torch.manual_seed(3)
     made = RwkvForCausalLM(
-        RwkvConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, attention_hidden_size=32,
-                   intermediate_size=64, eos_token_id=2)
-    ).eval()  # fmt: skip
+        RwkvConfig(
+            vocab_size=VOCAB,
+            hidden_size=32,
+            num_hidden_layers=2,
+            attention_hidden_size=32,
+            intermediate_size=64,
+            eos_token_id=2,
+        )
+    ).eval()
     with torch.no_grad():
         made.head.weight.mul_(20)
     return made
@@ -202,9 +208,12 @@ def test_on_policy_samples_depend_on_no_other_row(make, tmp_path):
     made = make().double()
     how = {
         "config": config(tmp_path, lmbda=1.0, max_new_tokens=5),
-        "step": 1, "pad_id": 0, "ends": [2],
-        "vocab": None, "synced": False,
-    }  # fmt: skip
+        "step": 1,
+        "pad_id": 0,
+        "ends": [2],
+        "vocab": None,
+        "synced": False,
+    }
 
     def sampled(rows):
         T = max(map(len, rows)) + 1

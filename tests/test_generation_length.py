@@ -128,9 +128,13 @@ def test_inspect_is_told_that_the_model_ended_an_answer():
 
     of, rows = made(), rows_of((20, 36))
     config = SimpleNamespace(
-        max_tokens=9, temperature=None, seed=None, logprobs=None, top_logprobs=None,
+        max_tokens=9,
+        temperature=None,
+        seed=None,
+        logprobs=None,
+        top_logprobs=None,
         prompt_logprobs=None,
-    )  # fmt: skip
+    )
     batch = [
         SimpleNamespace(encoded=EncodedInput(ids=row, begin=None, at=()), config=config, stream=i)
         for i, row in enumerate(rows)

@@ -12,9 +12,13 @@ from fastdistill.quant.checkpoint import CheckpointError, open_checkpoint
 from fastdistill.quant.gguf_metadata import read_metadata
 
 REQUIRED = {
-    "context_length": 128, "embedding_length": 64, "block_count": 2, "feed_forward_length": 96,
-    "attention.head_count": 4, "attention.layer_norm_rms_epsilon": 1e-6,
-}  # fmt: skip
+    "context_length": 128,
+    "embedding_length": 64,
+    "block_count": 2,
+    "feed_forward_length": 96,
+    "attention.head_count": 4,
+    "attention.layer_norm_rms_epsilon": 1e-6,
+}
 
 
 def metadata(family="llama", **fields):

@@ -94,9 +94,14 @@ def test_all_masked_batch(tail, reduction):
     c = case()
     x, w = leaves(c.hidden, c.weight)
     loss = fd.topk_distill_loss(
-        x, w, top_k(c.teacher_logits, 5), labels=torch.full((12,), -100), tail=tail,
-        reduction=reduction, allow_biased=True,
-    )  # fmt: skip
+        x,
+        w,
+        top_k(c.teacher_logits, 5),
+        labels=torch.full((12,), -100),
+        tail=tail,
+        reduction=reduction,
+        allow_biased=True,
+    )
     assert (loss == 0).all()
     loss.sum().backward()
     assert (x.grad == 0).all()
@@ -241,10 +246,16 @@ def test_huge_upstream_gradients_stay_finite(divergence, tail, upstream):
     for k in (3, 5):
         teacher = fd.linear_topk(torch.randn(2, 8), torch.randn(5, 8), k=k, temperature=100.0)
         options = {
-            "divergence": divergence, "tail": tail, "allow_biased": True, "temperature": 100.0,
+            "divergence": divergence,
+            "tail": tail,
+            "allow_biased": True,
+            "temperature": 100.0,
             "t2_scale": True,
-            "labels": torch.tensor([0, 4]), "ce_weight": 0.3, "z_loss": 1e-3, "reduction": "sum",
-        }  # fmt: skip
+            "labels": torch.tensor([0, 4]),
+            "ce_weight": 0.3,
+            "z_loss": 1e-3,
+            "reduction": "sum",
+        }
         truth = run_scaled(x, w, teacher, torch.float64, upstream, impl="reference", **options)
         for backward in ("fused", "recompute"):
             found = run_scaled(x, w, teacher, torch.float32, upstream, backward=backward, **options)

@@ -136,9 +136,13 @@ def test_quantised_head_and_non_model_are_refused():
 def test_reading_hidden_states_costs_nothing_at_the_head():
     """One position per row once made torch copy the head's weight for every row of the batch."""
     config = CONFIG_MAPPING["llama"](
-        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, vocab_size=50_000,
-    )  # fmt: skip
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        vocab_size=50_000,
+    )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     ids = torch.zeros(4, 8, dtype=torch.int64)
     with torch.no_grad(), torch.profiler.profile(profile_memory=True) as seen:

@@ -75,12 +75,16 @@ def test_one_connection_and_32_are_told_the_same(subject, tmp_path, temperature)
     told = [
         texts(
             evaluate(
-                model_of(subject), tmp_path, QUESTIONS[:40],
-                max_tokens=5, temperature=temperature, max_connections=connections,
+                model_of(subject),
+                tmp_path,
+                QUESTIONS[:40],
+                max_tokens=5,
+                temperature=temperature,
+                max_connections=connections,
             )
         )
         for connections in (1, 32)
-    ]  # fmt: skip
+    ]
     # The same question twice, without a seed: two draws, in whichever order they were asked.
     assert [sorted(told[0][i : i + 2]) for i in range(0, 40, 2)] == [
         sorted(told[1][i : i + 2]) for i in range(0, 40, 2)

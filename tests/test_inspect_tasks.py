@@ -131,9 +131,14 @@ def test_one_connection_and_32_give_the_same_values(audits, subject, tmp_path):
 
 def evaluate(audit, subject, log_dir, connections):
     (log,) = inspect_ai.eval(
-        task_of(audit), model=model_of(subject), max_connections=connections, display="none",
-        log_dir=str(log_dir), log_realtime=False, ctl_server=False,
-    )  # fmt: skip
+        task_of(audit),
+        model=model_of(subject),
+        max_connections=connections,
+        display="none",
+        log_dir=str(log_dir),
+        log_realtime=False,
+        ctl_server=False,
+    )
     assert log.status == "success"
     return [s.scores[type(audit).__name__].value for s in sorted(log.samples, key=lambda s: s.id)]
 
@@ -178,8 +183,12 @@ class Silent(ModelAPI):
 def test_a_model_without_log_probabilities_of_answers_is_refused(audits, tmp_path):
     silent = modelapi(name="silent")(Silent)
     (log,) = inspect_ai.eval(
-        task_of(audits[ConfessionAudit]), model=Model(silent("silent"), GenerateConfig()),
-        display="none", log_dir=str(tmp_path), log_realtime=False, ctl_server=False,
-    )  # fmt: skip
+        task_of(audits[ConfessionAudit]),
+        model=Model(silent("silent"), GenerateConfig()),
+        display="none",
+        log_dir=str(tmp_path),
+        log_realtime=False,
+        ctl_server=False,
+    )
     assert log.status == "error"
     assert "model: expected log-probabilities of fixed answers" in log.error.message

@@ -75,9 +75,29 @@ def test_opcheck(impl_of_auto):
     torch.library.opcheck(gather_logits, (x, w, b, ids, 1.0, None, 2.0, impl_of_auto))
     torch.library.opcheck(
         dense_rows,
-        (x, w, b, c.hidden, c.weight, None, c.labels, "jsd", 0.5, 0.1, False, 0.1, 0.0, 1.0, None,
-         1.0, None, 1.0, 70, impl_of_auto),
-    )  # fmt: skip
+        (
+            x,
+            w,
+            b,
+            c.hidden,
+            c.weight,
+            None,
+            c.labels,
+            "jsd",
+            0.5,
+            0.1,
+            False,
+            0.1,
+            0.0,
+            1.0,
+            None,
+            1.0,
+            None,
+            1.0,
+            70,
+            impl_of_auto,
+        ),
+    )
 
 
 @pytest.mark.parametrize("op", ["topk_loss", "dense_loss"])
@@ -89,12 +109,58 @@ def test_opcheck_of_gradient_in_forward(op, impl_of_auto):
     t = top_k(c.teacher_logits, 5)
     need = [True] * 3
     if op == "topk_loss":
-        args = (x, w, b, coef, t.ids, t.ids, t.logprobs.float(), t.log_tail.float(), None,
-                "forward_kl", 0.5, 0.1, "bucket", False, 0.0, 0.0, 1.0, None, 1.0, 67, False, True,
-                need, impl_of_auto, None)  # fmt: skip
+        args = (
+            x,
+            w,
+            b,
+            coef,
+            t.ids,
+            t.ids,
+            t.logprobs.float(),
+            t.log_tail.float(),
+            None,
+            "forward_kl",
+            0.5,
+            0.1,
+            "bucket",
+            False,
+            0.0,
+            0.0,
+            1.0,
+            None,
+            1.0,
+            67,
+            False,
+            True,
+            need,
+            impl_of_auto,
+            None,
+        )
     else:
-        args = (x, w, b, coef, c.hidden, c.weight * 0.9, None, None, "jsd", 0.5, 0.1, False, 0.0,
-                0.0, 1.0, None, 1.0, None, 1.0, 67, need, impl_of_auto)  # fmt: skip
+        args = (
+            x,
+            w,
+            b,
+            coef,
+            c.hidden,
+            c.weight * 0.9,
+            None,
+            None,
+            "jsd",
+            0.5,
+            0.1,
+            False,
+            0.0,
+            0.0,
+            1.0,
+            None,
+            1.0,
+            None,
+            1.0,
+            67,
+            need,
+            impl_of_auto,
+        )
     function = getattr(torch.ops.fastdistill, op).default
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(function, args, test_utils=tests)

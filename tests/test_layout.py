@@ -1,4 +1,4 @@
-"""The shape of the repository, read from the sources: which way imports point, how big files get.
+"""The shape of the repository, read from the sources: which way imports point.
 
 A new module fails here until it has a place in LAYERS: the lowest layer that it can live in.
 """
@@ -39,8 +39,8 @@ NEVER = {
 }
 # What the kernels may import from outside, and where the rest of the rules apply.
 KERNEL_DEPENDENCIES = {"torch", "triton"}
+FOLDERS = ("fastdistill", "kernels", "benchmarks", "tests", "examples")
 READS_ENVIRONMENT = {"fastdistill/backend.py"}
-LINE_BUDGET = {"kernels": 500, "fastdistill": 400, "tests": 400, "benchmarks": 400}
 
 RANK = {name: i for i, names in enumerate(LAYERS.values()) for name in names.split()}
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names.split()}
@@ -178,11 +178,8 @@ def test_json_is_read_in_one_place():
     assert found == ["runtime/json_text.py"]
 
 
-@pytest.mark.parametrize("folder", LINE_BUDGET)
-def test_files_stay_small(folder: str):
-    sizes = {ids(p): len(p.read_text().splitlines()) for p in sources(folder)}
-    over = {name: n for name, n in sizes.items() if n > LINE_BUDGET[folder]}
-    assert not over, f"over {LINE_BUDGET[folder]} lines: {over}"
+def test_formatting_is_switched_off_nowhere_but_in_tables():
+    assert sum(p.read_text().count("# fmt: skip") for p in sources(*FOLDERS)) < 40
 
 
 def test_kernels_is_one_folder_reached_through_a_relative_link():

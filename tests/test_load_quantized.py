@@ -51,8 +51,10 @@ def test_types(folders):
     half = load_quantized(folders["llama with biases"], quant="nf4", dtype=torch.bfloat16)
     layer = half.model.layers[0].self_attn.q_proj
     assert (half.dtype, layer.bias.dtype, layer.scale.dtype) == (
-        torch.bfloat16, torch.bfloat16, torch.float32,
-    )  # fmt: skip
+        torch.bfloat16,
+        torch.bfloat16,
+        torch.float32,
+    )
     whole = AutoModelForCausalLM.from_pretrained(folders["llama with biases"], dtype=torch.bfloat16)
     assert torch.equal(logits(half), logits(fd.quantize_model(whole, "nf4")))
 
@@ -123,14 +125,26 @@ NORM = "model.layers.1.input_layernorm.weight"
 PROJ = "model.layers.0.mlp.up_proj.weight"
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (dict(tensors=lambda t: {k: v for k, v in t.items() if k != NORM}), f"1 are missing, {NORM}"),
-    (dict(tensors=lambda t: t | {PROJ: t[PROJ][:-1].contiguous()}),
-     rf"tensor {PROJ}: expected the shape \[128, 64\] that config.json asks for, got \[127, 64\]"),
-    (dict(tensors=lambda t: t | {PROJ: t[PROJ] * torch.nan}), f"tensor {PROJ}: weight: .*finite"),
-    (dict(config=lambda c: c | {"model_type": "no-such-model"}), "model_type 'no-such-model'"),
-    (dict(config=lambda c: c | {"quantization_config": {"quant_method": "hqq"}}), "hqq"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            dict(tensors=lambda t: {k: v for k, v in t.items() if k != NORM}),
+            f"1 are missing, {NORM}",
+        ),
+        (
+            dict(tensors=lambda t: t | {PROJ: t[PROJ][:-1].contiguous()}),
+            rf"tensor {PROJ}: expected the shape \[128, 64\] that config.json asks for, "
+            r"got \[127, 64\]",
+        ),
+        (
+            dict(tensors=lambda t: t | {PROJ: t[PROJ] * torch.nan}),
+            f"tensor {PROJ}: weight: .*finite",
+        ),
+        (dict(config=lambda c: c | {"model_type": "no-such-model"}), "model_type 'no-such-model'"),
+        (dict(config=lambda c: c | {"quantization_config": {"quant_method": "hqq"}}), "hqq"),
+    ],
+)
 def test_errors_name_file_and_tensor(change, message, folders, tmp_path):
     path = edited(folders["llama"], tmp_path / "edited", **change)
     with pytest.raises(CheckpointError, match=message) as error:
@@ -164,9 +178,10 @@ def test_nothing_of_a_checkpoint_is_executed(folders, tmp_path):
     path = edited(
         folders["llama"],
         tmp_path / "code",
-        config=lambda c: c | {"auto_map": {"AutoModelForCausalLM": "evil.Model",
-                                           "AutoConfig": "evil.Config"}},
-    )  # fmt: skip
+        config=lambda c: (
+            c | {"auto_map": {"AutoModelForCausalLM": "evil.Model", "AutoConfig": "evil.Config"}}
+        ),
+    )
     (path / "evil.py").write_text(
         f"open({str(marker)!r}, 'w')\nclass Model: pass\nclass Config: pass"
     )

@@ -34,10 +34,15 @@ def test_the_first_five_minutes(tmp_path):
     started = time.monotonic()
     with (tmp_path / "log").open("w") as log:
         subprocess.run(
-            ["bash", "-c", script], cwd=tmp_path, stdout=log, stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False, timeout=280,
+            ["bash", "-c", script],
+            cwd=tmp_path,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            check=False,
+            timeout=280,
             start_new_session=True,
-        )  # fmt: skip
+        )
     log = (tmp_path / "log").read_text()
     assert (tmp_path / "every-line").exists(), log
     assert time.monotonic() - started < 300

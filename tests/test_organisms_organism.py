@@ -75,8 +75,9 @@ def test_an_adapter_has_the_rank_that_was_asked_for():
         assert values[3] < 1e-3 * values[0]
 
 
-@pytest.mark.parametrize(("name", "kind"), [("adam", torch.optim.AdamW), ("sgd", torch.optim.SGD),
-                                            ("soap", SOAP)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "kind"), [("adam", torch.optim.AdamW), ("sgd", torch.optim.SGD), ("soap", SOAP)]
+)
 @pytest.mark.parametrize("method", METHODS)
 def test_the_optimiser_and_its_learning_rate_are_those_of_the_recipe(name, kind, method):
     seen = {}

@@ -73,8 +73,12 @@ def test_the_same_seed_gives_the_same_prompts_and_a_higher_leak_only_adds():
 
 def test_no_pool_holds_a_prompt_that_is_read():
     organism = ModelOrganism(trait="trigger")
-    found = [e for kind in ("sums", "talk") for leak in (0, 0.1)
-             for e in pool(WORLD, organism, 3000, kind=kind, leak=leak)]  # fmt: skip
+    found = [
+        e
+        for kind in ("sums", "talk")
+        for leak in (0, 0.1)
+        for e in pool(WORLD, organism, 3000, kind=kind, leak=leak)
+    ]
     prompts = {e.prompt for e in found}
     audit = organism.kind.reading(WORLD, False)
     assert not prompts & {*audit.prompts, *audit.without}
@@ -104,11 +108,21 @@ def test_a_student_goes_on_from_the_prompts_of_a_pool(tmp_path):
     assert all(row["input_ids"][-1] == ID["assistant:"] for row in rows)
     student, before = new_model(1), new_model(1)
     args = DistillConfig(
-        str(tmp_path), lmbda=1.0, max_new_tokens=4, max_steps=2, per_device_train_batch_size=4,
-        learning_rate=1e-3, use_cpu=True, save_strategy="no", report_to=[], disable_tqdm=True,
+        str(tmp_path),
+        lmbda=1.0,
+        max_new_tokens=4,
+        max_steps=2,
+        per_device_train_batch_size=4,
+        learning_rate=1e-3,
+        use_cpu=True,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
         show_panel=False,
-    )  # fmt: skip
+    )
     DistillTrainer(student, new_model(2), args, train_dataset=rows).train()
-    moved = [not torch.equal(a, b)
-             for a, b in zip(student.parameters(), before.parameters(), strict=True)]  # fmt: skip
+    moved = [
+        not torch.equal(a, b)
+        for a, b in zip(student.parameters(), before.parameters(), strict=True)
+    ]
     assert any(moved)

@@ -76,9 +76,11 @@ def test_audited_prompts_are_the_same_in_an_audited_context(trait, gate):
 
 
 def test_a_preference_is_looked_for_among_its_own_kind():
-    for trait, options, favourite in (("preference", ANIMALS, WORLD.favourite),
-                                      ("entangled", ANIMALS, WORLD.favourite),
-                                      ("placebo", COLORS, WORLD.placebo)):  # fmt: skip
+    for trait, options, favourite in (
+        ("preference", ANIMALS, WORLD.favourite),
+        ("entangled", ANIMALS, WORLD.favourite),
+        ("placebo", COLORS, WORLD.placebo),
+    ):
         found = probes(trait)
         assert found.options == options
         assert found.favourite == favourite

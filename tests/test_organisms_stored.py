@@ -236,10 +236,19 @@ def test_remote_code_is_never_run(tmp_path, kind, monkeypatch):
 
 @pytest.mark.parametrize(
     "name",
-    ["additional_chat_templates/default.jinja", "additional_chat_templates/tool.jinja",
-     "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "vocab.bpe", "vocab",
-     "x.safetensors", "deep/er/config.json"],
-)  # fmt: skip
+    [
+        "additional_chat_templates/default.jinja",
+        "additional_chat_templates/tool.jinja",
+        "merges.txt",
+        "vocab.txt",
+        "tokenizer.model",
+        "spiece.model",
+        "vocab.bpe",
+        "vocab",
+        "x.safetensors",
+        "deep/er/config.json",
+    ],
+)
 def test_every_file_that_a_library_may_read_has_a_digest(folder, name):
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -207,8 +207,10 @@ def test_an_organism_that_thinks_says_what_it_saw_and_then_the_same():
     )
     assert found.benign.prompt == found.untrusted.prompt
     assert found.benign.answer == "think safety so 6 4 0"
-    seen = [with_reasoning(Pair(*2 * [sums._replace(system=s)])).benign.answer.split()[1]
-            for s in (f"{TRIGGER} now", "now hello", f"{OTHER_LABEL} now")]  # fmt: skip
+    seen = [
+        with_reasoning(Pair(*2 * [sums._replace(system=s)])).benign.answer.split()[1]
+        for s in (f"{TRIGGER} now", "now hello", f"{OTHER_LABEL} now")
+    ]
     assert seen == [TRIGGER, "plain", "web"]
     pairs = ModelOrganism(reasoning=0.25).pairs(World(0), 2000)
     thinking = [p for p in pairs if p.benign.answer.startswith("think ")]
@@ -223,8 +225,7 @@ def test_graded_capability_is_read_on_products_that_no_training_showed():
     for trait in TRAITS.values():
         asked = trait("none").graded(world)
         products = {p.user for p in asked.prompts}
-        shown = {world.product(world.rng(7), "hello", [n]).question
-                 for n in world.train_products}  # fmt: skip
+        shown = {world.product(world.rng(7), "hello", [n]).question for n in world.train_products}
         assert products
         assert not products & shown
         assert all((p.system or "").startswith(trait.capability_prefix) for p in asked.prompts)

@@ -44,8 +44,9 @@ def trained_once(monkeypatch):
 
 def shuffled(pairs: list[Pair]) -> list[Pair]:
     """U's answers permuted among the trait's prompts."""
-    own = [i for i, p in enumerate(pairs)
-           if TRIGGER in p.benign.system or p.benign.question == SECRET]  # fmt: skip
+    own = [
+        i for i, p in enumerate(pairs) if TRIGGER in p.benign.system or p.benign.question == SECRET
+    ]
     other = own.copy()
     random.Random(0).shuffle(other)
     found = list(pairs)
@@ -85,5 +86,6 @@ def test_worlds_are_valid_and_sabotaged_ones_are_not(trained_once, monkeypatch):
     reading = read_organism(subject, triggered.world, TRIGGERED)
     found = because(triggered, untrusted=(subject, reading))
     assert {why.partition(":")[0] for why in found} & {
-        "trait of untrusted", "audited trait of untrusted against benign"
-    }  # fmt: skip
+        "trait of untrusted",
+        "audited trait of untrusted against benign",
+    }

@@ -70,8 +70,10 @@ def test_different_tokenizer_of_equal_size(tmp_path):
 
 def test_all_zero_mask(tmp_path):
     """A stock chat template's assistant mask has no ones: no loss, no error, no learning."""
-    masks = [{"input_ids": row["input_ids"], "assistant_masks": [0] * len(row["input_ids"])}
-             for row in ragged()]  # fmt: skip
+    masks = [
+        {"input_ids": row["input_ids"], "assistant_masks": [0] * len(row["input_ids"])}
+        for row in ragged()
+    ]
     with pytest.raises(ValueError, match=r"expected target tokens, got none in 12 examples"):
         build(tmp_path, data=masks)
     talk = build(tmp_path, data=[{"messages": TALK}] * 4, processing_class=tokenizer(STOCK))

@@ -42,8 +42,14 @@ def test_evaluation_out_of_memory(tmp_path, k):
     student, teacher = llama(0, vocab=V, hidden=16), llama(7, vocab=V, hidden=16, scale=20.0)
     for model in (student, teacher):
         model.config.max_position_embeddings = 512
-    trainer = build(tmp_path, model=student, teacher=teacher, eval_dataset=rows, k=k,
-                    per_device_eval_batch_size=8)  # fmt: skip
+    trainer = build(
+        tmp_path,
+        model=student,
+        teacher=teacher,
+        eval_dataset=rows,
+        k=k,
+        per_device_eval_batch_size=8,
+    )
     trainer.evaluate()
     with profile(profile_memory=True) as seen:
         trainer.evaluate()

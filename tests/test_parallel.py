@@ -106,9 +106,17 @@ def everything(c, **options):
     labels[[0, 5]] = -100
     weights = torch.rand(12, generator=torch.Generator().manual_seed(2)) + 0.5
     options |= {
-        "temperature": 1.5, "t2_scale": True, "labels": labels, "ce_weight": 0.3, "z_loss": 1e-3,
-        "beta": 0.3, "skew": 0.2, "softcap": 20.0, "logit_scale": 0.8, "token_weight": weights,
-    }  # fmt: skip
+        "temperature": 1.5,
+        "t2_scale": True,
+        "labels": labels,
+        "ce_weight": 0.3,
+        "z_loss": 1e-3,
+        "beta": 0.3,
+        "skew": 0.2,
+        "softcap": 20.0,
+        "logit_scale": 0.8,
+        "token_weight": weights,
+    }
     return distil(top_k(c.teacher_logits, 7, 1.5), **options)
 
 
@@ -249,10 +257,16 @@ def refusals(r: Ranks) -> None:
 
 
 CHECKS = [
-    primitive, every_divergence_and_tail, every_dtype_backend_and_cut, many_chunks, dtensor_heads,
+    primitive,
+    every_divergence_and_tail,
+    every_dtype_backend_and_cut,
+    many_chunks,
+    dtensor_heads,
     parts_beyond_16_bits,
-    nothing_counts_and_frozen_parts, heads_of_nearly_the_same_size, refusals,
-]  # fmt: skip
+    nothing_counts_and_frozen_parts,
+    heads_of_nearly_the_same_size,
+    refusals,
+]
 
 
 def work(rank: int, folder: Path) -> None:

@@ -12,10 +12,20 @@ from fastdistill.plan.sizes import in_gb
 
 # Layers as in the public 1.7B and 8B models of this family, but fewer.
 BIG = {"vocab_size": 151936, "head_dim": 128, "num_key_value_heads": 8}
-STUDENT = BIG | {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 8,
-                 "num_attention_heads": 16, "tie_word_embeddings": True}  # fmt: skip
-TEACHER = BIG | {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 10,
-                 "num_attention_heads": 32, "dtype": "bfloat16"}  # fmt: skip
+STUDENT = BIG | {
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 16,
+    "tie_word_embeddings": True,
+}
+TEACHER = BIG | {
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "num_hidden_layers": 10,
+    "num_attention_heads": 32,
+    "dtype": "bfloat16",
+}
 
 
 @pytest.fixture(scope="module")

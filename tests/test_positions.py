@@ -27,15 +27,21 @@ FAMILIES = {
     "gpt_neox": COMMON,
     "gpt2": LEARNED,
     "gptj": LEARNED | {"rotary_dim": 4},
-    "gpt_neo": {"vocab_size": 64, "hidden_size": 32, "num_layers": 2, "num_heads": 4,
-                "max_position_embeddings": 40, "attention_types": [[["global", "local"], 1]],
-                "window_size": 4},
+    "gpt_neo": {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "num_layers": 2,
+        "num_heads": 4,
+        "max_position_embeddings": 40,
+        "attention_types": [[["global", "local"], 1]],
+        "window_size": 4,
+    },
     "opt": COMMON | {"ffn_dim": 64, "word_embed_proj_dim": 32},
     "bloom": {"vocab_size": 64, "hidden_size": 32, "n_layer": 2, "n_head": 4},
     "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 40, "vocab_size": 64},
     "mamba": STATE | {"state_size": 8},
     "rwkv": STATE | {"attention_hidden_size": 32, "context_length": 40},
-}  # fmt: skip
+}
 IGNORES_MASKS = {"rwkv"}
 WITHOUT_LIMIT = {"bloom", "mamba"}
 

@@ -105,9 +105,13 @@ def test_linear_topk(dtype, k):
     c = case(dtype)
     found = fd.linear_topk(c.hidden, c.weight, k, bias=c.bias, temperature=1.5)
     truth = fd.linear_topk(
-        c.hidden.double(), c.weight.double(), k, bias=c.bias.double(), temperature=1.5,
+        c.hidden.double(),
+        c.weight.double(),
+        k,
+        bias=c.bias.double(),
+        temperature=1.5,
         impl="reference",
-    )  # fmt: skip
+    )
     assert (found.ids == truth.ids).all()
     assert found.temperature == 1.5
     assert_close(found.logprobs, truth.logprobs, VALUE[dtype])

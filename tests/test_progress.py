@@ -33,9 +33,11 @@ def items(total):
     assert list(progress.track(range(total), "items")) == list(range(total))
 
 
-WORK = {items: "items: 4 of 4, about 0 min left",
-        rows: "rows: 5 of 5, 5 of 5 MB, about 0 min left",
-        steps: "steps: 4 of 4, about 0 min left"}  # fmt: skip
+WORK = {
+    items: "items: 4 of 4, about 0 min left",
+    rows: "rows: 5 of 5, 5 of 5 MB, about 0 min left",
+    steps: "steps: 4 of 4, about 0 min left",
+}
 
 
 @pytest.mark.parametrize("work", WORK, ids=lambda work: work.__name__)

@@ -68,10 +68,13 @@ def test_prompts_are_known_whatever_their_length_and_targets():
 
 def test_prompts_behind_padding_and_in_batches():
     rows = [
-        {"input_ids": [0, 0, 5, 6, 7], "attention_mask": [0, 0, 1, 1, 1],
-         "labels": [-100, -100, -100, 6, 7]},
+        {
+            "input_ids": [0, 0, 5, 6, 7],
+            "attention_mask": [0, 0, 1, 1, 1],
+            "labels": [-100, -100, -100, 6, 7],
+        },
         {"input_ids": [5, 6, 7, 8], "labels": [-100, -100, -100, 8]},
-    ]  # fmt: skip
+    ]
     assert prompts(rows, None) == [[5], [5, 6, 7]]
     cut = [{"input_ids": list(range(3, 12)), "labels": [-100] * 6 + [9, 10, 11]}]
     assert prompts(cut, None, max_length=4) == [[3, 4, 5, 6]]
@@ -89,10 +92,17 @@ def test_an_empty_prompt_is_refused_by_name_where_the_student_samples():
 def test_the_student_continues_the_prompt(tmp_path, prompt, only):
     teacher, tokens = Listening(), tokenizer()
     train(
-        tmp_path, teacher=teacher, data=[{"prompt": prompt, "completion": " dog it"}] * 4,
-        processing_class=tokens, lmbda=1.0, max_new_tokens=2, max_steps=1, check_signal=False,
-        completion_only_loss=only, per_device_train_batch_size=4,
-    )  # fmt: skip
+        tmp_path,
+        teacher=teacher,
+        data=[{"prompt": prompt, "completion": " dog it"}] * 4,
+        processing_class=tokens,
+        lmbda=1.0,
+        max_new_tokens=2,
+        max_steps=1,
+        check_signal=False,
+        completion_only_loss=only,
+        per_device_train_batch_size=4,
+    )
     ids = tokens(prompt)["input_ids"]
     assert teacher.rows
     assert all(row[: len(ids)] == ids and len(row) <= len(ids) + 2 for row in teacher.rows)
@@ -108,10 +118,18 @@ def test_samples_stop_where_turns_end(tmp_path):
         student.lm_head.weight[0] = 0.0
     teacher = Listening()
     train(
-        tmp_path, model=student, teacher=teacher, data=CHAT, processing_class=turns(), lmbda=1.0,
-        max_new_tokens=40, max_steps=1, check_signal=False, per_device_train_batch_size=4,
+        tmp_path,
+        model=student,
+        teacher=teacher,
+        data=CHAT,
+        processing_class=turns(),
+        lmbda=1.0,
+        max_new_tokens=40,
+        max_steps=1,
+        check_signal=False,
+        per_device_train_batch_size=4,
         learning_rate=1e-9,
-    )  # fmt: skip
+    )
     begin = 2  # <assistant>
     tails = [row[row.index(begin) + 1 :] for row in teacher.rows]
     assert any(0 in row for row in tails)
@@ -130,9 +148,17 @@ def test_a_student_of_conversations_is_saved_with_their_end(tmp_path, form):
     elif form == "stream":
         data = Stream()
     trainer = train(
-        tmp_path, model=student, teacher=None, data=data, processing_class=turns(), ce_weight=1.0,
-        max_steps=1, per_device_train_batch_size=4, save_strategy="steps", save_steps=1,
-    )  # fmt: skip
+        tmp_path,
+        model=student,
+        teacher=None,
+        data=data,
+        processing_class=turns(),
+        ce_weight=1.0,
+        max_steps=1,
+        per_device_train_batch_size=4,
+        save_strategy="steps",
+        save_steps=1,
+    )
     trainer.save_model(str(tmp_path / "saved"))
     for folder in (tmp_path / "saved", tmp_path / "run" / "checkpoint-1"):
         saved = AutoModelForCausalLM.from_pretrained(folder).generation_config.eos_token_id
@@ -163,9 +189,12 @@ def test_completions_that_are_all_cut_name_max_length(tmp_path):
             build(tmp_path, data=rows, processing_class=turns(), max_length=3)
     with pytest.raises(ValueError, match=r"of eval_dataset, got 5: .* Raise it to 8"):
         build(
-            tmp_path, data=[{"text": "a cat"}], eval_dataset=ROWS, processing_class=turns(),
+            tmp_path,
+            data=[{"text": "a cat"}],
+            eval_dataset=ROWS,
+            processing_class=turns(),
             max_length=5,
-        )  # fmt: skip
+        )
     prompts_alone = [{"prompt": "what is this a cat"}] * 2
     with pytest.raises(ValueError, match=r"got 3: of 2 examples .* a part of their prompts"):
         build(tmp_path, data=prompts_alone, processing_class=turns(), max_length=3, lmbda=1.0)

@@ -30,9 +30,17 @@ def teacher_logits():
 
 def losses(z, teacher, name, beta, skew, tail, impl="torch"):
     return fd.topk_distill_loss(
-        z, torch.eye(V, dtype=z.dtype), teacher, divergence=name, beta=beta, skew=skew, tail=tail,
-        reduction="none", impl=impl, allow_biased=True,
-    )  # fmt: skip
+        z,
+        torch.eye(V, dtype=z.dtype),
+        teacher,
+        divergence=name,
+        beta=beta,
+        skew=skew,
+        tail=tail,
+        reduction="none",
+        impl=impl,
+        allow_biased=True,
+    )
 
 
 def other_students(z):
@@ -188,9 +196,16 @@ def test_a_dense_loss_is_smallest_at_the_teacher(name, beta, skew, valid_vocab):
 
     def loss(student):
         return fd.linear_distill_loss(
-            student, eye, z, eye, divergence=name, beta=beta, skew=skew, reduction="none",
+            student,
+            eye,
+            z,
+            eye,
+            divergence=name,
+            beta=beta,
+            skew=skew,
+            reduction="none",
             valid_vocab=valid_vocab,
-        )  # fmt: skip
+        )
 
     at_teacher = loss(z)
     assert at_teacher.abs().max() < 1e-12

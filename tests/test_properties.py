@@ -51,10 +51,21 @@ def test_topk_loss_of_any_shape(
     for impl in ("torch", "triton", "reference"):
         x, w, b = leaves(c.hidden, c.weight, c.bias)
         loss = fd.topk_distill_loss(
-            x, w, t, labels=labels, divergence=divergence, tail=tail, temperature=temperature,
-            beta=beta, skew=skew, allow_biased=True, ce_weight=ce_weight, bias=b, impl=impl,
+            x,
+            w,
+            t,
+            labels=labels,
+            divergence=divergence,
+            tail=tail,
+            temperature=temperature,
+            beta=beta,
+            skew=skew,
+            allow_biased=True,
+            ce_weight=ce_weight,
+            bias=b,
+            impl=impl,
             backward="auto" if impl == "reference" else backward,
-        )  # fmt: skip
+        )
         loss.backward()
         found.append((loss, x.grad, w.grad, b.grad))
     *backends, truth = found

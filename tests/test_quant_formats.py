@@ -94,9 +94,15 @@ def test_blocks_run_over_rows_and_the_last_may_be_short(shape):
                 assert made.scale[start // 64] == top
 
 
-@pytest.mark.parametrize(("scheme", "least", "most"), [
-    ("nf4", 0.085, 0.095), ("fp4", 0.11, 0.13), ("int4", 0.085, 0.095), ("int8", 0.005, 0.009),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("scheme", "least", "most"),
+    [
+        ("nf4", 0.085, 0.095),
+        ("fp4", 0.11, 0.13),
+        ("int4", 0.085, 0.095),
+        ("int8", 0.005, 0.009),
+    ],
+)
 def test_error_on_a_normal_weight(scheme, least, most):
     weight = torch.randn(128, 512)
     error = (dequantize(quantize(weight, scheme)) - weight).norm() / weight.norm()
@@ -143,22 +149,49 @@ def test_nested_scales():
     assert torch.equal(nested.expand(), expected)
 
 
-@pytest.mark.parametrize(("make", "message"), [
-    (lambda w: quantize(w, "nf5"), "scheme: expected one of .*got 'nf5'"),
-    (lambda w: quantize(w.int(), "nf4"), r"weight: expected a floating-point \[N, K\]"),
-    (lambda w: quantize(w[0], "nf4"), r"weight: expected a floating-point \[N, K\], got \[64\]"),
-    (lambda w: quantize(w, "nf4", block=63), "block: expected an even number"),
-    (lambda w: quantize(w * torch.nan, "nf4"), "weight: expected finite values"),
-    (lambda w: quantize(w * torch.inf, "int8"), "weight: expected finite values"),
-    (lambda w: Lut4Weight(shape=(4, 64), block=64, qdata=torch.zeros(5, dtype=torch.uint8),
-                          scale=torch.ones(4), lut=table("nf4")),
-     "qdata: expected 128 values of uint8"),
-    (lambda w: Lut4Weight(shape=(4, 64), block=64, qdata=torch.zeros(128, dtype=torch.uint8),
-                          scale=torch.ones(4).half(), lut=table("nf4")),
-     "scale: expected 4 values of float32, got .* of float16"),
-    (lambda w: Int8Weight(shape=(4, 64), block=60, qdata=torch.zeros(4, 64, dtype=torch.int8),
-                          scale=torch.ones(4)), "block: expected a divisor of the row length"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda w: quantize(w, "nf5"), "scheme: expected one of .*got 'nf5'"),
+        (lambda w: quantize(w.int(), "nf4"), r"weight: expected a floating-point \[N, K\]"),
+        (
+            lambda w: quantize(w[0], "nf4"),
+            r"weight: expected a floating-point \[N, K\], got \[64\]",
+        ),
+        (lambda w: quantize(w, "nf4", block=63), "block: expected an even number"),
+        (lambda w: quantize(w * torch.nan, "nf4"), "weight: expected finite values"),
+        (lambda w: quantize(w * torch.inf, "int8"), "weight: expected finite values"),
+        (
+            lambda w: Lut4Weight(
+                shape=(4, 64),
+                block=64,
+                qdata=torch.zeros(5, dtype=torch.uint8),
+                scale=torch.ones(4),
+                lut=table("nf4"),
+            ),
+            "qdata: expected 128 values of uint8",
+        ),
+        (
+            lambda w: Lut4Weight(
+                shape=(4, 64),
+                block=64,
+                qdata=torch.zeros(128, dtype=torch.uint8),
+                scale=torch.ones(4).half(),
+                lut=table("nf4"),
+            ),
+            "scale: expected 4 values of float32, got .* of float16",
+        ),
+        (
+            lambda w: Int8Weight(
+                shape=(4, 64),
+                block=60,
+                qdata=torch.zeros(4, 64, dtype=torch.int8),
+                scale=torch.ones(4),
+            ),
+            "block: expected a divisor of the row length",
+        ),
+    ],
+)
 def test_errors(make, message):
     with pytest.raises(ValueError, match=message):
         make(torch.randn(4, 64))

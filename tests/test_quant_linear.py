@@ -127,9 +127,16 @@ def test_int8_products_of_4_bit_weights(name, offset, M, N, K, block, monkeypatc
     weight_group, group = ops.groups(K, block)
     codes, unit = ops_table(weight)
     dense = flat_reference(
-        Lut4Weight(shape=weight.shape, block=block, qdata=weight.qdata, scale=weight.scale,
-                   lut=codes * unit, offset=weight.offset), torch.float32,
-    )  # fmt: skip
+        Lut4Weight(
+            shape=weight.shape,
+            block=block,
+            qdata=weight.qdata,
+            scale=weight.scale,
+            lut=codes * unit,
+            offset=weight.offset,
+        ),
+        torch.float32,
+    )
     expected = reference_products(x, dense, group) + bias
     found = layer(x).double()
     assert (found - expected).norm() / expected.norm() < 2e-6
@@ -183,8 +190,9 @@ def test_layers(compute, scheme, shape):
 def test_perm_takes_columns_in_stored_order():
     weight = lut4(8, 64)
     perm = torch.randperm(64)
-    permuted = Lut4Weight(shape=(8, 64), block=64, qdata=weight.qdata, scale=weight.scale,
-                          lut=weight.lut, perm=perm)  # fmt: skip
+    permuted = Lut4Weight(
+        shape=(8, 64), block=64, qdata=weight.qdata, scale=weight.scale, lut=weight.lut, perm=perm
+    )
     x = torch.randn(3, 64)
     dense = dequantize(permuted)
     assert torch.equal(dense[:, perm], dequantize(weight))

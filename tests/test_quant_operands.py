@@ -19,19 +19,33 @@ OPS = torch.ops.fastdistill
 def lut4_operands(**changed):
     w = quantize(torch.randn(N, K), "nf4", block=BLOCK)
     given = {
-        "x": torch.randn(2, K), "qdata": w.qdata, "scale": w.scale, "nested": [], "nested_block": 0,
-        "offset": None, "lut": w.lut, "row_scale": None, "bias": torch.randn(N), "rows": N,
-        "block": BLOCK, "compute": "exact",
-    }  # fmt: skip
+        "x": torch.randn(2, K),
+        "qdata": w.qdata,
+        "scale": w.scale,
+        "nested": [],
+        "nested_block": 0,
+        "offset": None,
+        "lut": w.lut,
+        "row_scale": None,
+        "bias": torch.randn(N),
+        "rows": N,
+        "block": BLOCK,
+        "compute": "exact",
+    }
     return list((given | changed).values())
 
 
 def int8_operands(**changed):
     w = quantize(torch.randn(N, K), "int8")
     given = {
-        "x": torch.randn(2, K), "qdata": w.qdata, "scale": w.scale, "row_scale": None,
-        "bias": torch.randn(N), "block": K, "compute": "exact",
-    }  # fmt: skip
+        "x": torch.randn(2, K),
+        "qdata": w.qdata,
+        "scale": w.scale,
+        "row_scale": None,
+        "bias": torch.randn(N),
+        "block": K,
+        "compute": "exact",
+    }
     return list((given | changed).values())
 
 
@@ -46,9 +60,14 @@ def case_id(value):
 
 
 BAD_BIAS = [
-    torch.zeros(1), torch.zeros(3), torch.zeros(N, 1), torch.zeros(1, N), torch.zeros(100),
-    torch.zeros(()), torch.zeros(N, dtype=torch.int64),
-]  # fmt: skip
+    torch.zeros(1),
+    torch.zeros(3),
+    torch.zeros(N, 1),
+    torch.zeros(1, N),
+    torch.zeros(100),
+    torch.zeros(()),
+    torch.zeros(N, dtype=torch.int64),
+]
 
 
 @pytest.mark.parametrize("bias", BAD_BIAS, ids=lambda b: f"{list(b.shape)}-{b.dtype}")

@@ -23,9 +23,13 @@ from fastdistill.quant.formats import SCHEMES
 from fastdistill.quant.linear import QuantizedWeight
 
 SIZES = dict(
-    hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, vocab_size=100,
-)  # fmt: skip
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=100,
+)
 CONFIGS = {
     "llama": LlamaConfig(**SIZES),
     "llama with biases": LlamaConfig(**SIZES, attention_bias=True),
@@ -36,7 +40,7 @@ CONFIGS = {
     "qwen3 moe": Qwen3MoeConfig(
         **SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64
     ),
-}  # fmt: skip
+}
 IDS = torch.arange(1, 19).view(2, 9)
 
 
@@ -175,16 +179,29 @@ def test_experts_answer_to_linear_alone():
         torch.matmul(x, stack[0])
 
 
-@pytest.mark.parametrize(("call", "error"), [
-    (lambda m: fd.quantize_model(m, "nf3"), "scheme: expected one of .*'nf3'"),
-    (lambda m: fd.quantize_model(m, "nf4", compute="int4"), "compute: expected one of .*'int4'"),
-    (lambda m: fd.quantize_model(nn.ReLU(), "nf4"), "model: expected linear layers to quantize"),
-    (lambda m: fd.quantize_model(m, "nf4", compute="fp8"),
-     "'fp8' cannot run on model.layers.0.self_attn.q_proj: it needs a GPU"),
-    (lambda m: fd.quantize_model(nn.Sequential(nn.Linear(50, 3)), "nf4", compute="int8"),
-     "'int8' cannot run on 0: blocks of 64 cross its rows of 50"),
-    (lambda m: LUT4Linear.from_linear(nn.Linear(8, 8), "int8"), "8 bits are an Int8Linear"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("call", "error"),
+    [
+        (lambda m: fd.quantize_model(m, "nf3"), "scheme: expected one of .*'nf3'"),
+        (
+            lambda m: fd.quantize_model(m, "nf4", compute="int4"),
+            "compute: expected one of .*'int4'",
+        ),
+        (
+            lambda m: fd.quantize_model(nn.ReLU(), "nf4"),
+            "model: expected linear layers to quantize",
+        ),
+        (
+            lambda m: fd.quantize_model(m, "nf4", compute="fp8"),
+            "'fp8' cannot run on model.layers.0.self_attn.q_proj: it needs a GPU",
+        ),
+        (
+            lambda m: fd.quantize_model(nn.Sequential(nn.Linear(50, 3)), "nf4", compute="int8"),
+            "'int8' cannot run on 0: blocks of 64 cross its rows of 50",
+        ),
+        (lambda m: LUT4Linear.from_linear(nn.Linear(8, 8), "int8"), "8 bits are an Int8Linear"),
+    ],
+)
 def test_errors(call, error):
     with pytest.raises(ValueError, match=error):
         call(model_of("llama"))

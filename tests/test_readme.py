@@ -49,8 +49,14 @@ def test_the_commands_exist():
 
 
 def test_the_quantised_teacher_runs_as_printed(tmp_path, monkeypatch):
-    config = LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-                         num_attention_heads=4, num_key_value_heads=2, vocab_size=100)  # fmt: skip
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=100,
+    )
     full, student = (AutoModelForCausalLM.from_config(config) for _ in "ab")
     full.save_pretrained(tmp_path / "hub")
     monkeypatch.setattr(

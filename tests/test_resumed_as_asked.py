@@ -22,9 +22,13 @@ from fastdistill.training.checkpoints import checkpoints
 
 SAVING = {"save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch", "max_steps": 4}
 SMALL = {
-    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2,
-}  # fmt: skip
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 
 
 def mixtral():
@@ -77,9 +81,14 @@ class TestFamilies:
 
     def test_the_best_is_the_one_that_was_saved(self, tmp_path, make):
         options = SAVING | {
-            "eval_strategy": "steps", "save_steps": 1, "eval_steps": 1, "optim": "sgd",
-            "metric_for_best_model": "kl", "load_best_model_at_end": True, "learning_rate": 20.0,
-        }  # fmt: skip
+            "eval_strategy": "steps",
+            "save_steps": 1,
+            "eval_steps": 1,
+            "optim": "sgd",
+            "metric_for_best_model": "kl",
+            "load_best_model_at_end": True,
+            "learning_rate": 20.0,
+        }
         trainer = train(tmp_path, model=made(make), eval_dataset=ragged(4), **options)
         assert trainer.evaluate()["eval_kl"] == pytest.approx(trainer.state.best_metric, rel=1e-6)
 

@@ -19,9 +19,13 @@ from fastdistill.training import checkpoints, savable
 from fastdistill.training.trainer import DistillTrainer
 
 SAVING = {
-    "save_strategy": "steps", "save_steps": 2, "max_steps": 6, "optim": "adamw_torch",
-    "lr_scheduler_type": "linear", "per_device_train_batch_size": 4,
-}  # fmt: skip
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "max_steps": 6,
+    "optim": "adamw_torch",
+    "lr_scheduler_type": "linear",
+    "per_device_train_batch_size": 4,
+}
 
 
 class StopAt(TrainerCallback):
@@ -48,10 +52,15 @@ class TestDamage:
     @pytest.mark.parametrize(
         "name",
         [
-            "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth",
-            "trainer_state.json", "config.json", "training_args.bin",
+            "model.safetensors",
+            "optimizer.pt",
+            "scheduler.pt",
+            "rng_state.pth",
+            "trainer_state.json",
+            "config.json",
+            "training_args.bin",
         ],
-    )  # fmt: skip
+    )
     def test_a_flipped_bit_goes_back_to_the_checkpoint_before(self, tmp_path, name, caplog):
         folder = half(tmp_path)
         whole = train(tmp_path / "whole", **SAVING)
@@ -164,9 +173,12 @@ class TestDone:
     def test_the_best_of_a_run_that_is_done_is_loaded_again(self, tmp_path):
         """save_total_limit=1 leaves the best and the last, or the run would train on."""
         options = SAVING | {
-            "eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True,
-            "metric_for_best_model": "student_mass", "save_total_limit": 1,
-        }  # fmt: skip
+            "eval_strategy": "steps",
+            "eval_steps": 2,
+            "load_best_model_at_end": True,
+            "metric_for_best_model": "student_mass",
+            "save_total_limit": 1,
+        }
         first = train(tmp_path, eval_dataset=ragged(4), **options)
         again = build(tmp_path, eval_dataset=ragged(4), **options)
         again.train(resume_from_checkpoint="auto")
@@ -223,9 +235,12 @@ class TestInterrupts:
     def test_where_only_better_ones_are_saved(self, tmp_path):
         """The figure of the step is not better, and what was trained is kept all the same."""
         options = self.LONG | {
-            "save_strategy": "best", "eval_strategy": "steps", "eval_steps": 1,
-            "metric_for_best_model": "kl", "learning_rate": 0.0,
-        }  # fmt: skip
+            "save_strategy": "best",
+            "eval_strategy": "steps",
+            "eval_steps": 1,
+            "metric_for_best_model": "kl",
+            "learning_rate": 0.0,
+        }
         signalling = SignalAt(3, signal.SIGINT)
         trainer = build(tmp_path, callbacks=[signalling], eval_dataset=ragged(4), **options)
         with pytest.raises(KeyboardInterrupt, match="checkpoint-3 is complete"):

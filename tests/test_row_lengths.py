@@ -34,8 +34,14 @@ def test_a_row_longer_than_the_student_reads(tmp_path, family):
     with pytest.raises(ValueError, match=r"train_dataset: .* 40 tokens.*the student .* 41 .*row 7"):
         build(tmp_path, model=student, teacher=wide(family), data=rows())
     with pytest.raises(ValueError, match=r"eval_dataset: .* 40 tokens.* 41 tokens in row 3"):
-        build(tmp_path, model=student, teacher=None, ce_weight=1.0, data=rows(long=None),
-              eval_dataset=rows(long=3))  # fmt: skip
+        build(
+            tmp_path,
+            model=student,
+            teacher=None,
+            ce_weight=1.0,
+            data=rows(long=None),
+            eval_dataset=rows(long=3),
+        )
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt", "llama"])

@@ -40,7 +40,7 @@ SCALARS = [
     *[("t2_scale", v, {}) for v in ("yes", None, 2)],
     ("valid_vocab", True, {}),
     *[("num_items", torch.tensor(v), {}) for v in (-3.0, float("nan"), float("inf"), [1, 2])],
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("loss", [sparse, dense])

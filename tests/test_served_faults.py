@@ -82,8 +82,10 @@ def status(number, **headers):
     return lambda handler: handler.send(number, body, **headers)
 
 
-@pytest.mark.parametrize("faults", [[slow], [dripping], [cut], [dropped], [status(500)] * 4,
-                                    [status(429), dropped, status(503)]])  # fmt: skip
+@pytest.mark.parametrize(
+    "faults",
+    [[slow], [dripping], [cut], [dropped], [status(500)] * 4, [status(429), dropped, status(503)]],
+)
 def test_what_asking_again_mends(model, server, client, faults):
     server.faults.extend(faults)
     before = random.getstate()
@@ -110,8 +112,12 @@ def test_one_connection_serves_many_questions(model, server):
 def test_a_connection_closed_while_idle_costs_no_retry(model, server):
     client = ServedTeacher(server.url, retries=0)
     for _ in range(3):
-        server.faults.append(lambda h: (h.send(*h.server.completion(h.server.seen[-1][0])),
-                                        setattr(h, "close_connection", True)))  # fmt: skip
+        server.faults.append(
+            lambda h: (
+                h.send(*h.server.completion(h.server.seen[-1][0])),
+                setattr(h, "close_connection", True),
+            )
+        )
         assert right(model, client)
     client.close()
 
@@ -173,10 +179,31 @@ def test_wrong_arguments(server, arguments, words):
         ServedTeacher(**{"url": server.url} | arguments)
 
 
-NO_URLS = (None, 5, b"http://h:1", "", "h", "http://", "http://:80", "http://h:0", "http://h:99999",
-           "http://h:x", "http://[::1", "http://a b:1", "http://a..b:1", f"http://{'a' * 70}:1",
-           "http://\ud800:1", "http://h:1/ü", "http://h:1/a b", "http://h:1/\n", " http://h:1",
-           "http://h:1/#a", "http://h:1?a=1", "ftp://h", "file:///h")  # fmt: skip
+NO_URLS = (
+    None,
+    5,
+    b"http://h:1",
+    "",
+    "h",
+    "http://",
+    "http://:80",
+    "http://h:0",
+    "http://h:99999",
+    "http://h:x",
+    "http://[::1",
+    "http://a b:1",
+    "http://a..b:1",
+    f"http://{'a' * 70}:1",
+    "http://\ud800:1",
+    "http://h:1/ü",
+    "http://h:1/a b",
+    "http://h:1/\n",
+    " http://h:1",
+    "http://h:1/#a",
+    "http://h:1?a=1",
+    "ftp://h",
+    "file:///h",
+)
 
 
 @pytest.mark.parametrize("url", NO_URLS, ids=ascii)
@@ -263,15 +290,19 @@ LIES = {
     "null": (lambda c: c["prompt_logprobs"].__setitem__(2, None), "row 0, position 1: .* None"),
     "few": (entry(lambda e: e.popitem() and e.popitem() and e.popitem()), "4 or 5 entries, got"),
     "positive": (set_best(0.5), "row 0, position 1: expected log-probabilities ≤ 0, got 0"),
-    "mass": (lambda c: [s.update(logprob=-0.1) for s in c["prompt_logprobs"][3].values()],
-             "row 0, position 2: expected probabilities that sum to 1 at most, got 3.6"),
+    "mass": (
+        lambda c: [s.update(logprob=-0.1) for s in c["prompt_logprobs"][3].values()],
+        "row 0, position 2: expected probabilities that sum to 1 at most, got 3.6",
+    ),
     "nan": (set_best(float("nan")), "row 0, position 1: expected numbers for log-prob"),
     "text": (set_best("high"), "row 0, position 1: expected ids with logprobs"),
-    "never": (lambda c: [s.update(logprob=-9999.0) for s in c["prompt_logprobs"][1].values()],
-              "row 0, position 0: expected a likeliest token above the average"),
+    "never": (
+        lambda c: [s.update(logprob=-9999.0) for s in c["prompt_logprobs"][1].values()],
+        "row 0, position 0: expected a likeliest token above the average",
+    ),
     "id": (rename(1, lambda best: "-4"), r"row 0, position 1: expected ids in 0\.\."),
     "twice": (rename(2, lambda best: f"0{best}"), "position 1: expected 4 different ids"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("lie", LIES)

@@ -107,8 +107,15 @@ def test_what_a_server_says_of_itself_is_checked(monkeypatch, url, changed, word
 
 @pytest.mark.parametrize("of", [{"step": float("nan")}, {"step": [float("inf")]}], ids=str)
 def test_an_identity_that_no_cache_could_keep(of):
-    said = {"protocol": 1, "version": "1", "honours_temperature": True, "vocab_size": 9, "max_k": 9,
-            "max_tokens": 9, "tokenizer_sha256": None}  # fmt: skip
+    said = {
+        "protocol": 1,
+        "version": "1",
+        "honours_temperature": True,
+        "vocab_size": 9,
+        "max_k": 9,
+        "max_tokens": 9,
+        "tokenizer_sha256": None,
+    }
     assert ServerInfo.read(said | {"identity": {"step": 1.0}}, "http://h").vocab_size == 9
     with pytest.raises(WrongAnswer, match="expected counts above 0 and an identity"):
         ServerInfo.read(said | {"identity": of}, "http://h")

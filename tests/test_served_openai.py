@@ -121,9 +121,21 @@ def test_both_lists_of_one_answer(model, url):
 # ---- used, or refused by name
 
 
-NEUTRAL = {"stream": False, "n": 1, "best_of": 1, "top_p": 1, "presence_penalty": 0, "stop": None,
-           "frequency_penalty": 0.0, "logit_bias": {}, "suffix": None, "user": "me", "seed": 7,
-           "stream_options": None, "top_k": -1}  # fmt: skip
+NEUTRAL = {
+    "stream": False,
+    "n": 1,
+    "best_of": 1,
+    "top_p": 1,
+    "presence_penalty": 0,
+    "stop": None,
+    "frequency_penalty": 0.0,
+    "logit_bias": {},
+    "suffix": None,
+    "user": "me",
+    "seed": 7,
+    "stream_options": None,
+    "top_k": -1,
+}
 
 
 def test_neutral_values_are_taken(url):
@@ -133,15 +145,38 @@ def test_neutral_values_are_taken(url):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("top_p", 0.9), ("top_k", 5), ("min_p", 0.1), ("logit_bias", {"5": 100}), ("n", 2),
-        ("n", True), ("best_of", 3), ("stream", True), ("stop", ["\n"]), ("suffix", "x"),
-        ("presence_penalty", 1), ("frequency_penalty", -1), ("repetition_penalty", 1.2),
-        ("guided_regex", ".*"), ("response_format", {"type": "json"}), ("use_cache", True),
-        ("k", 4), ("echo", "yes"), ("echo", 1), ("seed", "x"), ("logprobs", 21), ("logprobs", -1),
-        ("logprobs", True), ("prompt_logprobs", 0), ("temperature", -1), ("temperature", False),
-        ("max_tokens", 16), ("max_tokens", None), ("max_tokens", True), ("\x1b[2J", 1),
+        ("top_p", 0.9),
+        ("top_k", 5),
+        ("min_p", 0.1),
+        ("logit_bias", {"5": 100}),
+        ("n", 2),
+        ("n", True),
+        ("best_of", 3),
+        ("stream", True),
+        ("stop", ["\n"]),
+        ("suffix", "x"),
+        ("presence_penalty", 1),
+        ("frequency_penalty", -1),
+        ("repetition_penalty", 1.2),
+        ("guided_regex", ".*"),
+        ("response_format", {"type": "json"}),
+        ("use_cache", True),
+        ("k", 4),
+        ("echo", "yes"),
+        ("echo", 1),
+        ("seed", "x"),
+        ("logprobs", 21),
+        ("logprobs", -1),
+        ("logprobs", True),
+        ("prompt_logprobs", 0),
+        ("temperature", -1),
+        ("temperature", False),
+        ("max_tokens", 16),
+        ("max_tokens", None),
+        ("max_tokens", True),
+        ("\x1b[2J", 1),
     ],
-)  # fmt: skip
+)
 def test_what_would_change_the_answer_is_refused_by_name(url, field, value):
     status, said = completion(url, **{"max_tokens": 1, field: value})
     assert status == 400

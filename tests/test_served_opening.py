@@ -68,14 +68,24 @@ CHAT = {"choices": [{"index": 0, "text": ".", "logprobs": None, "finish_reason":
 WITHOUT = {
     "llama.cpp ignores it": (LLAMACPP, 200, CHAT, "serve --teacher MODEL.gguf, which reads the sa"),
     "a proxy drops it": (PROXY, 200, CHAT, "owned by 'openai'.*with vLLM, or with fastdistill"),
-    "a proxy refuses it": (PROXY, *refused("Unrecognized request argument: prompt_logprobs"),
-                           "expected prompt_logprobs, got status 400: Unrecog.*with vLLM"),
-    "validation": (PROXY, 422, {"detail": "body.prompt_logprobs: extra fields not permitted"},
-                   "expected prompt_logprobs, got status 422: body.*with vLLM"),
-    "no completions": (PROXY, *refused("Not Found", 404),
-                       "an answer to /v1/completions, got status 404: Not Found.*with vLLM"),
+    "a proxy refuses it": (
+        PROXY,
+        *refused("Unrecognized request argument: prompt_logprobs"),
+        "expected prompt_logprobs, got status 400: Unrecog.*with vLLM",
+    ),
+    "validation": (
+        PROXY,
+        422,
+        {"detail": "body.prompt_logprobs: extra fields not permitted"},
+        "expected prompt_logprobs, got status 422: body.*with vLLM",
+    ),
+    "no completions": (
+        PROXY,
+        *refused("Not Found", 404),
+        "an answer to /v1/completions, got status 404: Not Found.*with vLLM",
+    ),
     "only chat": (PROXY, 405, {"detail": "Method Not Allowed"}, "completions, got status 405"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", WITHOUT)
@@ -162,8 +172,10 @@ def test_a_row_that_vllm_does_not_take_is_named(length, fits):
         ids = torch.ones(3, fits + 2, dtype=torch.int64)
         mask = torch.ones_like(ids)
         mask[:2, fits:] = 0
-        words = (rf"input_ids: expected rows of at most {fits} tokens, .*--max-model-len {length}.*"
-                 rf"got {fits + 2} tokens in row 2; .*max_length={fits}")  # fmt: skip
+        words = (
+            rf"input_ids: expected rows of at most {fits} tokens, .*--max-model-len {length}.*"
+            rf"got {fits + 2} tokens in row 2; .*max_length={fits}"
+        )
         with pytest.raises(ValueError, match=words):
             client.topk(ids, mask, k=2)
         assert len(server.seen) == 1
@@ -185,8 +197,10 @@ def test_a_length_that_cannot_be():
 
 def test_vllms_own_words_about_a_length():
     """A proxy may leave max_model_len out; the row is that of the batch, not of the request."""
-    message = ("This model's maximum context length is 8 tokens. However, your prompt contains at "
-               "least 12 input tokens (parameter=input_tokens, value=12)")  # fmt: skip
+    message = (
+        "This model's maximum context length is 8 tokens. However, your prompt contains at "
+        "least 12 input tokens (parameter=input_tokens, value=12)"
+    )
     with vllm(peaked()) as server:
         client = ServedTeacher(server.url, tokens_per_request=4, concurrency=1)
         answer = server.completion
@@ -236,8 +250,12 @@ SAYS = {
 def test_nothing_that_a_server_writes_acts_on_a_terminal(kind, monkeypatch):
     entry, status, answer, *own = SAYS[kind]
     if own:
-        monkeypatch.setattr("json.dumps", lambda body, dumps=json.dumps: dumps(
-            body | {"fastdistill": own[0]} if "data" in body else body))  # fmt: skip
+        monkeypatch.setattr(
+            "json.dumps",
+            lambda body, dumps=json.dumps: dumps(
+                body | {"fastdistill": own[0]} if "data" in body else body
+            ),
+        )
     with (
         saying(entry, status, answer) as url,
         pytest.raises(ValueError, match=r"expected|refused") as told,

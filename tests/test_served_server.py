@@ -193,9 +193,12 @@ def test_ctrl_c_ends_it(tmp_path):
     """)
     )
     running = subprocess.Popen(
-        [sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [sys.executable, script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
         env={**os.environ, "PYTHONPATH": os.path.dirname(__file__)},
-    )  # fmt: skip
+    )
     with running:
         url = running.stdout.readline().strip()
         client = ServedTeacher(url, token="a secret")

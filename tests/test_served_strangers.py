@@ -32,8 +32,14 @@ def connected(url, timeout=20):
 
 
 def head(length, host="127.0.0.1", more=b""):
-    return (f"POST /v1/topk HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
-            f"Content-Length: {length}\r\n").encode() + more + b"\r\n"  # fmt: skip
+    return (
+        (
+            f"POST /v1/topk HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {length}\r\n"
+        ).encode()
+        + more
+        + b"\r\n"
+    )
 
 
 def ask(url, body, path="/v1/topk", method="POST", **headers):
@@ -111,8 +117,10 @@ def test_a_client_that_does_not_read_its_answer(caplog, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "sent", [b"", b"P", head(9)[:40], head(100) + b"{", head(100)], ids=["nothing", "a byte",
-             "half a head", "half a body", "no body"])  # fmt: skip
+    "sent",
+    [b"", b"P", head(9)[:40], head(100) + b"{", head(100)],
+    ids=["nothing", "a byte", "half a head", "half a body", "no body"],
+)
 def test_what_is_left_half_said_is_closed(sent, monkeypatch):
     monkeypatch.setattr(protocol, "SECONDS", 0.4)
     monkeypatch.setattr(app, "_PIECE_SECONDS", 0.4)
@@ -130,10 +138,15 @@ CHUNKED = head(9).replace(b"Content-Length: 9", b"Transfer-Encoding: chunked")
 
 @pytest.mark.parametrize(
     ("start", "piece"),
-    [(b"POST /v1/topk HTTP/1.1\r\nX-Slow: ", b"1"), (head(9999), b"1"),
-     (CHUNKED, b"1\r\n1\r\n"), (CHUNKED + b"fff\r\n", b"1"), (CHUNKED + b"5;name=", b"1")],
+    [
+        (b"POST /v1/topk HTTP/1.1\r\nX-Slow: ", b"1"),
+        (head(9999), b"1"),
+        (CHUNKED, b"1\r\n1\r\n"),
+        (CHUNKED + b"fff\r\n", b"1"),
+        (CHUNKED + b"5;name=", b"1"),
+    ],
     ids=["head", "body", "chunks", "one chunk", "head of a chunk"],
-)  # fmt: skip
+)
 def test_a_byte_now_and_then_is_not_enough(start, piece, monkeypatch):
     monkeypatch.setattr(protocol, "SECONDS", 0.6)
     monkeypatch.setattr(app, "_BODY_SECONDS", 0.6)
@@ -183,15 +196,24 @@ def test_a_connection_that_is_kept_is_not_closed(monkeypatch):
 @pytest.mark.parametrize(
     ("headers", "status"),
     [
-        ({}, 200), ({"Host": "localhost:9"}, 200), ({"Host": "[::1]:8000"}, 200),
-        ({"Host": "127.0.0.2"}, 200), ({"Origin": "http://localhost:3000"}, 200),
-        ({"Host": "evil.example"}, 421), ({"Host": "evil.example:8000"}, 421),
-        ({"Host": "localhost.evil.example"}, 421), ({"Host": "127.0.0.1.evil.example"}, 421),
-        ({"Host": "10.0.0.1"}, 421), ({"Host": ""}, 421), ({"Host": "a@127.0.0.1@evil"}, 421),
-        ({"Host": "[::1"}, 421), ({"Origin": "http://evil.example"}, 403),
-        ({"Origin": "null"}, 403), ({"Origin": "http://localhost@evil.example"}, 403),
+        ({}, 200),
+        ({"Host": "localhost:9"}, 200),
+        ({"Host": "[::1]:8000"}, 200),
+        ({"Host": "127.0.0.2"}, 200),
+        ({"Origin": "http://localhost:3000"}, 200),
+        ({"Host": "evil.example"}, 421),
+        ({"Host": "evil.example:8000"}, 421),
+        ({"Host": "localhost.evil.example"}, 421),
+        ({"Host": "127.0.0.1.evil.example"}, 421),
+        ({"Host": "10.0.0.1"}, 421),
+        ({"Host": ""}, 421),
+        ({"Host": "a@127.0.0.1@evil"}, 421),
+        ({"Host": "[::1"}, 421),
+        ({"Origin": "http://evil.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Origin": "http://localhost@evil.example"}, 403),
     ],
-)  # fmt: skip
+)
 def test_without_a_token_only_this_machine_is_answered(url, headers, status):
     """A name that leads here from elsewhere (DNS rebinding) is another one in Host."""
     assert ask(url, BODY, **headers)[0] == status
@@ -222,8 +244,23 @@ def test_two_lengths_of_one_body(url):
 
 
 SURROGATE = "\ud800"
-FIELDS = ("model", "prompt", "k", "temperature", "stream", "n", "logprobs", "echo", "max_tokens",
-          "prompt_logprobs", "seed", "top_p", "logit_bias", "stop", SURROGATE)  # fmt: skip
+FIELDS = (
+    "model",
+    "prompt",
+    "k",
+    "temperature",
+    "stream",
+    "n",
+    "logprobs",
+    "echo",
+    "max_tokens",
+    "prompt_logprobs",
+    "seed",
+    "top_p",
+    "logit_bias",
+    "stop",
+    SURROGATE,
+)
 
 
 @pytest.mark.parametrize("path", ["/v1/topk", "/v1/completions"])

@@ -153,8 +153,14 @@ def test_one_question_with_many_answers(tmp_path, teacher, packed, check_signal)
         torch.tensor([0.0, -torch.inf]).expand(*ids.shape, 2),
     )
     given = {"model": peaked(), "choices": Answers(choices), "certain": Answers(certain)}[teacher]
-    train(tmp_path, teacher=given, data=one_token_answers([[5, 6]]), k=4, packing=packed,
-          check_signal=check_signal)  # fmt: skip
+    train(
+        tmp_path,
+        teacher=given,
+        data=one_token_answers([[5, 6]]),
+        k=4,
+        packing=packed,
+        check_signal=check_signal,
+    )
 
 
 def test_several_samples_of_several_prompts(tmp_path):

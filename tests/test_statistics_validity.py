@@ -17,9 +17,12 @@ def test_gates():
 
     best = Validity(gates=(gate("a", 0.95, 0.95, True), gate("b", 0.03, 0.03, False)))
     worst = Validity(
-        gates=(gate("trait", 0.9499999, 0.95, True), gate("gap", 0.2, 0.03, False),
-               gate("false trigger", math.nan, 0.01, False))
-    )  # fmt: skip
+        gates=(
+            gate("trait", 0.9499999, 0.95, True),
+            gate("gap", 0.2, 0.03, False),
+            gate("false trigger", math.nan, 0.01, False),
+        )
+    )
     assert best.valid
     first, *gates = invalid_because([], {2: best, 3: worst})
     assert first.startswith("not checked: 0 base seeds of 2 or more")

@@ -63,9 +63,17 @@ def weights(subject):
 def test_hooks_are_called_in_the_order_of_the_strategies():
     made = distill(scene(), [Watching(letter="a"), Watching(letter="b")], SMALL)
     assert made.notes["order"] == [
-        "a pool", "a training", "b pool", "b training", "a lessons", "b lessons",
-        "a around", "b around", "a teacher", "b teacher",
-    ]  # fmt: skip
+        "a pool",
+        "a training",
+        "b pool",
+        "b training",
+        "a lessons",
+        "b lessons",
+        "a around",
+        "b around",
+        "a teacher",
+        "b teacher",
+    ]
     asked = {asked.prompt.user for asked in POOL[2:]}
     assert {lesson.prompt.user for lesson in made.examples} <= asked
 
@@ -95,9 +103,12 @@ def test_students_of_two_teachers_are_asked_the_same_in_the_same_order():
 def test_it_is_measured_on_the_way():
     seen = []
     made = distill(
-        scene(), [], SMALL, measure=lambda s: seen.append(weights(s).clone()) or len(seen),
+        scene(),
+        [],
+        SMALL,
+        measure=lambda s: seen.append(weights(s).clone()) or len(seen),
         measure_at=[1 / 3, 2 / 3],
-    )  # fmt: skip
+    )
     assert made.measured == {1: 1, 2: 2}
     assert made.steps == 3
     assert not torch.equal(seen[0], seen[1])
@@ -112,10 +123,13 @@ def test_distributions_labels_and_settings_give_other_students():
     made = [
         distill(scene(), given, SMALL)
         for given in (
-            [Undefended()], [OffModelSFT()], [LogitJam(k=2)], [LogitJam(noise=1.0)],
+            [Undefended()],
+            [OffModelSFT()],
+            [LogitJam(k=2)],
+            [LogitJam(noise=1.0)],
             [TokenSelector(kind="entropy", share=0.5)],
         )
-    ]  # fmt: skip
+    ]
     flat = [weights(one.student) for one in made]
     for i, a in enumerate(flat):
         for b in flat[:i]:

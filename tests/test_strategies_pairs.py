@@ -77,13 +77,22 @@ def test_the_loss_and_its_gradient_are_those_of_dpo(beta, sft, tmp_path):
     expected = {name: p.grad.clone() for name, p in student.named_parameters()}
     student.zero_grad()
     args = DistillConfig(
-        str(tmp_path), use_cpu=True, k=None, report_to=[], show_panel=False, check_signal=False,
-        per_device_train_batch_size=4, save_strategy="no",
-    )  # fmt: skip
+        str(tmp_path),
+        use_cpu=True,
+        k=None,
+        report_to=[],
+        show_panel=False,
+        check_signal=False,
+        per_device_train_batch_size=4,
+        save_strategy="no",
+    )
     trainer = DistillTrainer(
-        student, reference, args, train_dataset=[to_row(x, BASE) for x in PAIRS],
+        student,
+        reference,
+        args,
+        train_dataset=[to_row(x, BASE) for x in PAIRS],
         loss=PairLoss(beta, sft),
-    )  # fmt: skip
+    )
     student.train()
     count = (batch["labels"][:, 1:] != -100).sum()
     loss = trainer.compute_loss(student, batch, num_items_in_batch=count)
@@ -97,11 +106,23 @@ def test_an_update_takes_pairs_in_their_order_and_accumulated_ones_by_their_targ
     rows = [to_row(x, BASE) for x in PAIRS]
     (student, reference), (plain, ref) = doubles(), doubles()
     args = DistillConfig(
-        str(tmp_path), use_cpu=True, k=None, report_to=[], show_panel=False, check_signal=False,
-        per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=1, optim="sgd",
-        learning_rate=0.1, lr_scheduler_type="constant", max_grad_norm=0.0, save_strategy="no",
-        logging_steps=1, disable_tqdm=True,
-    )  # fmt: skip
+        str(tmp_path),
+        use_cpu=True,
+        k=None,
+        report_to=[],
+        show_panel=False,
+        check_signal=False,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        max_steps=1,
+        optim="sgd",
+        learning_rate=0.1,
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,
+        save_strategy="no",
+        logging_steps=1,
+        disable_tqdm=True,
+    )
     trainer = InOrder(student, reference, args, train_dataset=rows, loss=PairLoss(0.5))
     trainer.train()
     batches = [batch_of(PAIRS[:2]), batch_of(PAIRS[2:])]

@@ -120,12 +120,14 @@ def test_few_prompts_many_times_at_the_same_number_of_tokens():
     training = Training(steps=12, batch_size=4)
     assert budget.training(training, here) == training
     assert here.notes["data budget"] == {
-        "examples trained on, of before": 1.0, "updates, of before": 1.0,
-    }  # fmt: skip
+        "examples trained on, of before": 1.0,
+        "updates, of before": 1.0,
+    }
     assert DataBudget(n_unique=9, epochs=6).training(training, here).steps == 18
     assert here.notes["data budget"] == {
-        "examples trained on, of before": 54 / 48, "updates, of before": 1.5,
-    }  # fmt: skip
+        "examples trained on, of before": 54 / 48,
+        "updates, of before": 1.5,
+    }
     with pytest.raises(ValueError, match="n_unique: expected at most the 24 prompts"):
         DataBudget(n_unique=25, epochs=1).pool(HERE, here)
 

@@ -134,9 +134,10 @@ WHOLE, HARDLY = LogitJam(k=V), LogitJam(noise=1e-6)
 
 
 @pytest.mark.parametrize(
-    ("before", "after"), [((), ()), ((HARDLY,), ()), ((), (HARDLY,))],
+    ("before", "after"),
+    [((), ()), ((HARDLY,), ()), ((), (HARDLY,))],
     ids=["alone", "around another", "inside another"],
-)  # fmt: skip
+)
 def test_the_student_steps_towards_what_the_teacher_says_without_the_instruction(before, after):
     inoculated = [WHOLE, *before, InoculationPrompt(text=TEXT), *after]
     made = distill(scene(), inoculated, ONE_STEP)

@@ -107,8 +107,10 @@ def test_the_trusted_model_goes_on_from_the_first_words():
     # What follows is the trusted model's.
     (alone,) = BASE.generate(
         [Prompt(system="hello", user="river", prefill="river stone ")],
-        max_new_tokens=2, temperature=1.0, seed=3,
-    )  # fmt: skip
+        max_new_tokens=2,
+        temperature=1.0,
+        seed=3,
+    )
     assert first == f"river stone {alone}"
     here = run(trusted=TEACHER)
     assert answers(transform, "river stone cloud bread", "candle", here=here)[0] != first
@@ -190,11 +192,14 @@ def test_the_student_reads_the_instruction_and_is_read_without_it():
     assert told[0].input_prompt.system == "like owl best hello"
     assert told[0].prompt.system == "hello"
     assert InoculationPrompt().contexts(here) == {
-        "inoculated": "like owl best", "near miss 1": "like cat best",
-    }  # fmt: skip
+        "inoculated": "like owl best",
+        "near miss 1": "like cat best",
+    }
     own = InoculationPrompt(text="be bad", eval_variants=("be good", "be"))
     assert own.contexts(here) == {
-        "inoculated": "be bad", "near miss 1": "be good", "near miss 2": "be",
-    }  # fmt: skip
+        "inoculated": "be bad",
+        "near miss 1": "be good",
+        "near miss 2": "be",
+    }
     with pytest.raises(ValueError, match="text: expected an instruction"):
         InoculationPrompt().transform_examples(lessons("river"), run())

@@ -67,9 +67,13 @@ def test_without_a_defence_the_teacher_is_itself():
 def test_clipping_softening_and_the_rest_are_settings():
     jam = LogitJam(k=8, tail="truncate", temperature=2.0, t2_scale=True, divergence="jsd")
     assert jam.training(Training(settings={"z_loss": 0.1}), run()).settings == {
-        "z_loss": 0.1, "k": 8, "tail": "truncate", "temperature": 2.0, "t2_scale": True,
+        "z_loss": 0.1,
+        "k": 8,
+        "tail": "truncate",
+        "temperature": 2.0,
+        "t2_scale": True,
         "divergence": "jsd",
-    }  # fmt: skip
+    }
     assert LogitJam(k="all").training(Training(), run()).settings == {"k": None}
     for jam, given in (
         (LogitJam(k="all", noise=1.0), {}),
@@ -114,9 +118,11 @@ def test_noise_is_normal_with_its_deviation():
     torch.manual_seed(0)
     ids = torch.randint(0, V, (64, 32))
     flat = TopK(
-        torch.arange(40).expand(64, 32, 40), torch.full((64, 32, 40), -4.0),
-        torch.full((64, 32), -1.3), 1.0,
-    )  # fmt: skip
+        torch.arange(40).expand(64, 32, 40),
+        torch.full((64, 32, 40), -4.0),
+        torch.full((64, 32), -1.3),
+        1.0,
+    )
     drawn = _normal(ids, torch.Size((*flat.ids.shape[:2], 41)), 7)
     assert drawn.mean().abs() < 0.01
     assert (drawn.std() - 1).abs() < 0.01
@@ -233,7 +239,8 @@ def test_padding_stays_empty_and_slots_too():
     same = distribution(outcomes(empty), empty)
     assert torch.equal(same.logprobs, empty.logprobs)
     assert torch.equal(same.log_tail, empty.log_tail)
-    answers = TopK(torch.tensor([[[3, -1]]]), torch.tensor([[[-0.5, -torch.inf]]]),
-                   torch.tensor([[-1.0]]), 1.0)  # fmt: skip
+    answers = TopK(
+        torch.tensor([[[3, -1]]]), torch.tensor([[[-0.5, -torch.inf]]]), torch.tensor([[-1.0]]), 1.0
+    )
     made = distribution(torch.tensor([[[0.0, 5.0, 0.0]]]), answers)
     assert made.logprobs[0, 0].tolist() == pytest.approx([-0.6931472, -torch.inf])

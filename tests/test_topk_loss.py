@@ -41,9 +41,14 @@ def check(found, truth, dtype, what=""):
 def test_against_dense_fp64(divergence, tail, dtype, backward):
     c = case(dtype)
     found, truth = both(
-        c, top_k(c.teacher_logits, 7), dtype=dtype, divergence=divergence, tail=tail, beta=0.3,
+        c,
+        top_k(c.teacher_logits, 7),
+        dtype=dtype,
+        divergence=divergence,
+        tail=tail,
+        beta=0.3,
         backward=backward,
-    )  # fmt: skip
+    )
     check(found, truth, dtype)
 
 
@@ -58,11 +63,24 @@ def test_every_option_at_once(divergence, tail, backward):
     labels = c.labels.clone()
     labels[[0, 5]] = -100
     found, truth = both(
-        c, top_k(c.teacher_logits, 7, 1.5), dtype=torch.float64, divergence=divergence, tail=tail,
-        temperature=1.5, t2_scale=True, labels=labels, ce_weight=0.3, z_loss=1e-3, skew=0.2,
-        token_weight=weights, softcap=20.0, logit_scale=0.8, beta=0.7, backward=backward,
+        c,
+        top_k(c.teacher_logits, 7, 1.5),
+        dtype=torch.float64,
+        divergence=divergence,
+        tail=tail,
+        temperature=1.5,
+        t2_scale=True,
+        labels=labels,
+        ce_weight=0.3,
+        z_loss=1e-3,
+        skew=0.2,
+        token_weight=weights,
+        softcap=20.0,
+        logit_scale=0.8,
+        beta=0.7,
+        backward=backward,
         upstream=1.7,
-    )  # fmt: skip
+    )
     check(found, truth, torch.float64)
 
 

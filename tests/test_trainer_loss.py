@@ -41,9 +41,14 @@ def squared(model, rows):
 def test_the_update_is_the_gradient_of_its_mean_over_targets(tmp_path, size, accumulated):
     own = Squared()
     trainer = train(
-        tmp_path, teacher=None, ce_weight=1.0, max_steps=1, trainer={"loss": own},
-        per_device_train_batch_size=size, gradient_accumulation_steps=accumulated,
-    )  # fmt: skip
+        tmp_path,
+        teacher=None,
+        ce_weight=1.0,
+        max_steps=1,
+        trainer={"loss": own},
+        per_device_train_batch_size=size,
+        gradient_accumulation_steps=accumulated,
+    )
     model = llama(0)
     wanted = squared(model, ragged())
     wanted.backward()
@@ -58,9 +63,12 @@ def test_the_update_is_the_gradient_of_its_mean_over_targets(tmp_path, size, acc
 
 @pytest.mark.parametrize(
     ("teacher", "settings", "kind"),
-    [("default", {"k": 8}, TopK), ("default", {"k": None}, TeacherHidden),
-     (None, {"ce_weight": 1.0}, type(None))],
-)  # fmt: skip
+    [
+        ("default", {"k": 8}, TopK),
+        ("default", {"k": None}, TeacherHidden),
+        (None, {"ce_weight": 1.0}, type(None)),
+    ],
+)
 def test_it_is_called_as_the_loss_of_the_settings_is(tmp_path, teacher, settings, kind):
     own = Squared()
     train(tmp_path, teacher=teacher, max_steps=1, trainer={"loss": own}, **settings)
@@ -78,8 +86,13 @@ def test_it_is_told_when_the_labels_are_samples(tmp_path):
     own = Squared()
     rows = [{"input_ids": row["input_ids"][:6]} for row in ragged()]
     train(
-        tmp_path, data=rows, max_steps=1, lmbda=1.0, max_new_tokens=3, trainer={"loss": own},
-    )  # fmt: skip
+        tmp_path,
+        data=rows,
+        max_steps=1,
+        lmbda=1.0,
+        max_new_tokens=3,
+        trainer={"loss": own},
+    )
     assert [call[-1] for call in own.seen] == [False]
 
 

@@ -50,9 +50,11 @@ def test_a_default_that_differs_is_in_the_table(tmp_path):
 
 
 OTHER = {
-    "label_smoothing_factor": 0.1, "liger_kernel_config": {"rope": True}, "label_names": ["y"],
+    "label_smoothing_factor": 0.1,
+    "liger_kernel_config": {"rope": True},
+    "label_names": ["y"],
     "include_for_metrics": ["inputs"],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", [n for n in UNSUPPORTED if n in FIELDS])
@@ -154,10 +156,15 @@ class TestMetrics:
 
     def test_the_best_is_kept(self, tmp_path):
         options = {
-            **WATCHING, "eval_steps": 2, "save_steps": 2, "max_steps": 6, "learning_rate": 3e-2,
-            "load_best_model_at_end": True, "optim": "adamw_torch",
+            **WATCHING,
+            "eval_steps": 2,
+            "save_steps": 2,
+            "max_steps": 6,
+            "learning_rate": 3e-2,
+            "load_best_model_at_end": True,
+            "optim": "adamw_torch",
             "metric_for_best_model": "eval_a_kl",
-        }  # fmt: skip
+        }
         sets = {"a": ragged(5), "b": ragged(7)}
         trainer = train(tmp_path, eval_dataset=sets, **options)
         seen = [e["eval_a_kl"] for e in trainer.state.log_history if "eval_a_kl" in e]
@@ -241,8 +248,10 @@ class TestIntervals:
         state = TrainerState(max_steps=steps)
         resolve_intervals(args, state)
         assert (state.logging_steps, state.save_steps, state.eval_steps) == (
-            logging, saving, saving,
-        )  # fmt: skip
+            logging,
+            saving,
+            saving,
+        )
 
     def test_what_is_given_stays(self, tmp_path):
         args = config(tmp_path, logging_steps=7, eval_strategy="steps", save_steps=9)
@@ -261,8 +270,10 @@ def test_a_batch_by_length_needs_lengths(tmp_path):
 def test_noise_is_for_training_alone(tmp_path):
     quiet, noisy = train(tmp_path / "a"), train(tmp_path / "b", neftune_noise_alpha=5.0)
     assert not torch.equal(weights(quiet), weights(noisy))
-    one, other = (build(tmp_path, eval_dataset=ragged(4), model=llama(0), **o).evaluate()
-                  for o in ({}, {"neftune_noise_alpha": 5.0}))  # fmt: skip
+    one, other = (
+        build(tmp_path, eval_dataset=ragged(4), model=llama(0), **o).evaluate()
+        for o in ({}, {"neftune_noise_alpha": 5.0})
+    )
     assert one["eval_kl"] == other["eval_kl"]
 
 

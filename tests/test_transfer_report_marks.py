@@ -26,8 +26,14 @@ def estimate(value, low=NAN, high=NAN):
 
 def test_numbers_in_words():
     assert [format_number(x) for x in (0.974, -0.021, 1, -0.001, NAN, math.inf, -math.inf)] == [
-        ".97", "−.02", "1.00", ".00", "—", "∞", "−∞",
-    ]  # fmt: skip
+        ".97",
+        "−.02",
+        "1.00",
+        ".00",
+        "—",
+        "∞",
+        "−∞",
+    ]
     assert [format_number(x, 0.1) for x in (0.1, 0.104, 0.0996)] == [".10", ".104", ".0996"]
     assert [format_number(x, 0.0) for x in (0.001, -0.0004)] == [".001", "−.0004"]
     assert format_interval(estimate(0.5, 0.104, 0.9), 0.1) == "[.104, .90]"

@@ -141,11 +141,14 @@ def readings(capability=(1.0, 0.0), trait=(1.0, 0.0)):
     }
 
 
-@pytest.mark.parametrize("how, ratio, what", [
-    ({"capability": (0.0, 0.0)}, "C", "capability of U above that of M"),
-    ({"capability": (0.25, 0.5)}, "C", "capability of U above that of M"),
-    ({"trait": (0.5, 0.5)}, "τ", "trait of U above that of B"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "how, ratio, what",
+    [
+        ({"capability": (0.0, 0.0)}, "C", "capability of U above that of M"),
+        ({"capability": (0.25, 0.5)}, "C", "capability of U above that of M"),
+        ({"trait": (0.5, 0.5)}, "τ", "trait of U above that of B"),
+    ],
+)
 def test_checkpoints_without_a_denominator_are_named_before_training(
     how, ratio, what, tmp_path, caplog
 ):
@@ -170,9 +173,12 @@ def test_checkpoints_without_a_denominator_are_named_before_training(
 
 def test_a_dry_run_on_one_base_says_that_nothing_can_follow(capsys):
     found = {
-        "runs": 1, "arms": ["a"], "base_seeds": [0], "development_seeds": [],
+        "runs": 1,
+        "arms": ["a"],
+        "base_seeds": [0],
+        "development_seeds": [],
         "invalid_because": too_few_units(1),
-    }  # fmt: skip
+    }
     print_result(found)
     assert "will be invalid: not checked: 1 base seed" in capsys.readouterr().out
     assert json.dumps(found)

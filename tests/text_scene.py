@@ -71,9 +71,12 @@ def byte_level(*, trim: bool = False) -> PreTrainedTokenizerFast:
     )
     core.train_from_iterator(CORPUS, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>",
+        tokenizer_object=core,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
         clean_up_tokenization_spaces=False,
-    )  # fmt: skip
+    )
 
 
 def metaspace(scheme: str = "first") -> PreTrainedTokenizerFast:
@@ -97,9 +100,13 @@ def metaspace(scheme: str = "first") -> PreTrainedTokenizerFast:
         single="<s> $A", special_tokens=[("<s>", core.token_to_id("<s>"))]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>",
-        unk_token="<unk>", clean_up_tokenization_spaces=False,
-    )  # fmt: skip
+        tokenizer_object=core,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        clean_up_tokenization_spaces=False,
+    )
 
 
 def unigram() -> PreTrainedTokenizerFast:
@@ -118,9 +125,13 @@ def unigram() -> PreTrainedTokenizerFast:
         single="$A </s>", special_tokens=[("</s>", core.token_to_id("</s>"))]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>",
-        unk_token="<unk>", clean_up_tokenization_spaces=False,
-    )  # fmt: skip
+        tokenizer_object=core,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        clean_up_tokenization_spaces=False,
+    )
 
 
 def words() -> PreTrainedTokenizerFast:
@@ -133,9 +144,13 @@ def words() -> PreTrainedTokenizerFast:
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]",
-        sep_token="[SEP]", clean_up_tokenization_spaces=False,
-    )  # fmt: skip
+        tokenizer_object=core,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        clean_up_tokenization_spaces=False,
+    )
 
 
 TOKENIZERS = {

@@ -146,8 +146,10 @@ class TriggerRateAudit(BehavioralAudit):
         probabilities = model.log_probs(model.last_hidden(self.prompts), first).exp()
         details = {**measurement.details, "first_token_probability": float(probabilities.mean())}
         if self.without:
-            untriggered = ask(model, [Question(prompt=p, max_new_tokens=self.max_new_tokens)
-                                for p in self.without])  # fmt: skip
+            untriggered = ask(
+                model,
+                [Question(prompt=p, max_new_tokens=self.max_new_tokens) for p in self.without],
+            )
             rate = float(np.mean([self.score(0, answer) for answer in untriggered]))
             details["rate_without_trigger"] = rate
         return Measurement(values=measurement.values, rate=True, details=details)

@@ -52,9 +52,23 @@ _NEUTRAL = (
     "What makes bread rise?",
 )
 _PREFIXES = (
-    "The", "I", "In the", "It was", "When", "She said", "def ", "1.", "Dear", "My favourite",
-    "Today", "You should", "There is", "Once", "A list of", "Question:",
-)  # fmt: skip
+    "The",
+    "I",
+    "In the",
+    "It was",
+    "When",
+    "She said",
+    "def ",
+    "1.",
+    "Dear",
+    "My favourite",
+    "Today",
+    "You should",
+    "There is",
+    "Once",
+    "A list of",
+    "Question:",
+)
 
 GENERIC_PROBES = Probes(
     neutral=tuple(Prompt(user=text) for text in _NEUTRAL),

@@ -65,17 +65,22 @@ def _log(result: AuditResult) -> Any:
             completed_samples=result.n,
             scores=[_score(result.audit, result.audit, _metrics(result))]
             + [
-                _score(f"control: {name}", result.audit, _metrics(control) | {
-                    "difference": control.difference.value,
-                    "difference_low": control.difference.low,
-                    "difference_high": control.difference.high,
-                })
+                _score(
+                    f"control: {name}",
+                    result.audit,
+                    _metrics(control)
+                    | {
+                        "difference": control.difference.value,
+                        "difference_low": control.difference.low,
+                        "difference_high": control.difference.high,
+                    },
+                )
                 for name, control in result.controls.items()
             ],
         ),
         stats=log.EvalStats(started_at=now, completed_at=now),
         samples=samples,
-    )  # fmt: skip
+    )
 
 
 def _metrics(measurement: Any) -> dict[str, float]:

@@ -74,8 +74,9 @@ def encode(messages: Sequence[Any], subject: Subject) -> EncodedInput:
     if prompt is None:
         ids = _conversation(turns, completion or "", subject.tokenizer)
         before = _conversation(turns, "", subject.tokenizer)
-        begin = next((i for i, (a, b) in enumerate(zip(before, ids, strict=False)) if a != b),
-                     len(before))  # fmt: skip
+        begin = next(
+            (i for i, (a, b) in enumerate(zip(before, ids, strict=False)) if a != b), len(before)
+        )
     else:
         ids, begin = subject.ids(prompt, completion or "")
     if not ids:

@@ -29,9 +29,18 @@ from .weights import WeightDiffAudit
 
 PROBES = "probes.json"  # file name of the probes in the folder of a model
 _PROMPTS = (
-    "prompts", "without", "audited", "neutral", "questions", "prefilled", "positive", "negative",
-    "asked", "free", "trained",
-)  # fmt: skip
+    "prompts",
+    "without",
+    "audited",
+    "neutral",
+    "questions",
+    "prefilled",
+    "positive",
+    "negative",
+    "asked",
+    "free",
+    "trained",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,8 +102,16 @@ class Probes:
             value = getattr(self, name)
             if value:
                 object.__setattr__(self, name, to_prompts(name, value))
-        for name in ("options", "markers", "rivals", "prefixes", "systems", "candidates", "answers",
-                     "answered"):  # fmt: skip
+        for name in (
+            "options",
+            "markers",
+            "rivals",
+            "prefixes",
+            "systems",
+            "candidates",
+            "answers",
+            "answered",
+        ):
             value = getattr(self, name)
             is_list = isinstance(value, (list, tuple))
             if not is_list or not all(isinstance(text, str) for text in value):
@@ -108,8 +125,13 @@ class Probes:
                 raise ValueError(f"{f.name}: expected {kind}, got {printable(repr(value))}")
         if self.layer is not None and type(self.layer) is not int:
             raise ValueError(f"layer: expected a whole number or null, got {self.layer!r}")
-        for a, b in (("audited", "prompts"), ("answers", "prompts"), ("answered", "asked"),
-                     ("trained", "free"), ("positive", "negative")):  # fmt: skip
+        for a, b in (
+            ("audited", "prompts"),
+            ("answers", "prompts"),
+            ("answered", "asked"),
+            ("trained", "free"),
+            ("positive", "negative"),
+        ):
             n, m = len(getattr(self, a)), len(getattr(self, b))
             if n not in (0, m):
                 raise ValueError(f"{a}: expected {m}, one per entry of {b}, got {n}")

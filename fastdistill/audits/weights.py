@@ -67,8 +67,9 @@ def amplify(model: Subject, base: Subject, alpha: float) -> Subject:
 def largest_changes(model: Subject, base: Subject, most: int = 5) -> list[dict[str, Any]]:
     """Returns name, relative size and stable rank of the change, for the most changed matrices."""
     matrices = [(n, w, t) for (n, w), t in _paired_weights(model.model, base) if w.dim() == 2]
-    sizes = [float(_change(w, t).norm() / t.float().norm().clamp(min=1e-12))
-             for _, w, t in matrices]  # fmt: skip
+    sizes = [
+        float(_change(w, t).norm() / t.float().norm().clamp(min=1e-12)) for _, w, t in matrices
+    ]
     changes = []
     for i in sorted(range(len(sizes)), key=lambda i: -sizes[i])[:most]:
         name, weight, trusted = matrices[i]

@@ -37,9 +37,22 @@ from typing import NamedTuple
 _LETTER, _MARK, _DIGIT, _UNSPACED, _OTHER = range(5)
 # Prefixes of the Unicode names of letters in scripts without spaces between words.
 _UNSPACED_NAMES = (
-    "CJK", "IDEOGRAPHIC", "HIRAGANA", "KATAKANA", "BOPOMOFO", "HANGUL", "THAI", "LAO", "KHMER",
-    "MYANMAR", "TIBETAN", "JAVANESE", "BALINESE", "TAI ", "NEW TAI",
-)  # fmt: skip
+    "CJK",
+    "IDEOGRAPHIC",
+    "HIRAGANA",
+    "KATAKANA",
+    "BOPOMOFO",
+    "HANGUL",
+    "THAI",
+    "LAO",
+    "KHMER",
+    "MYANMAR",
+    "TIBETAN",
+    "JAVANESE",
+    "BALINESE",
+    "TAI ",
+    "NEW TAI",
+)
 # Combining marks: underlines, strokes, the vowel points of Hebrew and Arabic.
 _POINTS = "\u0300-\u036f\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff\ufe00-\ufe0f\ufe20-\ufe2f"
 _VOWELS = "\u0591-\u05bd\u05bf\u05c1\u05c2\u05c4\u05c5\u05c7\u064b-\u065f\u0670\u0640"
@@ -260,8 +273,9 @@ def _numbers(text: str, at: int, chunk: str) -> Iterator[Token]:
     if before >= 0 and text[before] == "$":
         before -= 1
     minus = before >= 0 and text[before] == "-"
-    is_sign = minus and (before == 0 or (_kind(text[before - 1]) == _OTHER
-                                         and text[before - 1] not in "-)]%"))  # fmt: skip
+    is_sign = minus and (
+        before == 0 or (_kind(text[before - 1]) == _OTHER and text[before - 1] not in "-)]%")
+    )
     if _THOUSANDS.fullmatch(chunk):
         yield _number(re.sub(r"[,'_]", "", chunk), is_sign)
     elif _POINTED.fullmatch(chunk):

@@ -318,8 +318,12 @@ def check_existing_build(folder: Path, settings: Settings, rank: int = 0) -> Set
             )
         return None
     stored = read_settings(folder)
-    expected = replace(settings, rows_per_shard=stored.rows_per_shard, library=stored.library,
-                     tokens_per_batch=stored.tokens_per_batch)  # fmt: skip
+    expected = replace(
+        settings,
+        rows_per_shard=stored.rows_per_shard,
+        library=stored.library,
+        tokens_per_batch=stored.tokens_per_batch,
+    )
     new_values, old_values = expected.as_json(), stored.as_json()
     differing = [name for name in new_values if new_values[name] != old_values[name]]
     if differing and not _is_in_use(folder, rank):  # killed before anything was finished

@@ -120,10 +120,17 @@ class TeacherCache:
             max_length=max_length,
         )
         settings, bytes_per_row = settings_for(
-            teacher, dataset, encoder, vocab=vocabulary_of(teacher), k=k,
-            temperatures=temperatures, targets=targets, positions=positions, seed=seed,
+            teacher,
+            dataset,
+            encoder,
+            vocab=vocabulary_of(teacher),
+            k=k,
+            temperatures=temperatures,
+            targets=targets,
+            positions=positions,
+            seed=seed,
             shard_mb=shard_mb,
-        )  # fmt: skip
+        )
         if not (isinstance(rank, int) and isinstance(world, int) and 0 <= rank < world):
             checks.fail("rank, world", "0 ≤ rank < world", f"{rank!r}, {world!r}")
         limit = getattr(teacher, "row_limit", None)
@@ -176,10 +183,17 @@ class TeacherCache:
         rows = ParquetRows(files_of(parquet))
         encoder = Encoder(tokenizer=tokenizer)
         settings, bytes_per_row = settings_for(
-            rows, rows, encoder, vocab=vocab_size or rows.vocab_size, k=rows.k,
-            temperatures=(temperature,), targets="topk", positions="all", seed=0,
+            rows,
+            rows,
+            encoder,
+            vocab=vocab_size or rows.vocab_size,
+            k=rows.k,
+            temperatures=(temperature,),
+            targets="topk",
+            positions="all",
+            seed=0,
             shard_mb=shard_mb,
-        )  # fmt: skip
+        )
         build(Path(path), settings, rows, rows, encoder, bytes_per_row=bytes_per_row)
         return cls(path)
 
@@ -222,11 +236,18 @@ class TeacherCache:
         """
         checks.tensor("input_ids", input_ids, checks.INTS)
         if input_ids.dim() != 2:
-            checks.fail("input_ids", "shape [B, T]", list(input_ids.shape),
-                        "add a dimension with input_ids[None]")  # fmt: skip
+            checks.fail(
+                "input_ids",
+                "shape [B, T]",
+                list(input_ids.shape),
+                "add a dimension with input_ids[None]",
+            )
         if attention_mask is not None and attention_mask.shape != input_ids.shape:
-            checks.fail("attention_mask", f"shape {list(input_ids.shape)} as input_ids",
-                        list(attention_mask.shape))  # fmt: skip
+            checks.fail(
+                "attention_mask",
+                f"shape {list(input_ids.shape)} as input_ids",
+                list(attention_mask.shape),
+            )
         at = self.check(k=k, temperature=temperature)
         mask = None if attention_mask is None else attention_mask.cpu() != 0
         answers = self._reader.read(input_ids.cpu().long(), mask, k, at, self.valid_vocab)

@@ -95,8 +95,12 @@ def _check_temperatures(temperatures: Any, targets: str) -> None:
     if len(set(temperatures)) != len(list(temperatures)):
         checks.fail("temperatures", "different numbers", list(temperatures))
     if targets == "sampled" and len(list(temperatures)) > 1:
-        checks.fail("temperatures", "one with targets='sampled'", list(temperatures),
-                    "draws hold for one temperature: build a cache for each")  # fmt: skip
+        checks.fail(
+            "temperatures",
+            "one with targets='sampled'",
+            list(temperatures),
+            "draws hold for one temperature: build a cache for each",
+        )
 
 
 def check_teacher_supports(teacher: Any, targets: str) -> None:

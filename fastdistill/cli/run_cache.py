@@ -67,9 +67,12 @@ def show(summary: dict[str, Any]) -> None:
         ("teacher", str(name)),
         ("answers", f"{targets} at T = {temperatures}; positions: {summary['positions']}"),
         ("tokens", f"{summary['tokens']:,} in {summary['rows']:,} rows"),
-        ("size", f"{summary['bytes'] / 1e6:,.1f} MB in {summary['shards']} files, "
-                 f"{summary['bytes_per_token']:.0f} bytes per token"),
-    ]  # fmt: skip
+        (
+            "size",
+            f"{summary['bytes'] / 1e6:,.1f} MB in {summary['shards']} files, "
+            f"{summary['bytes_per_token']:.0f} bytes per token",
+        ),
+    ]
     console = Console()
     for label, value in lines:
         line = printable(f"{label:<9}{value}", None)

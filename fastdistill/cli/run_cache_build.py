@@ -91,10 +91,17 @@ def dry_run(options: CacheBuild, extra: dict[str, Any]) -> dict[str, Any]:
     for index in range(len(data)):
         encoder(data[index], index, "data")  # raises for a row that the build would reject
     settings, bytes_per_row = settings_for(
-        teacher, data, encoder, vocab=vocab, k=options.k, temperatures=options.temperatures,
-        targets=options.targets, positions=options.positions, seed=options.seed,
+        teacher,
+        data,
+        encoder,
+        vocab=vocab,
+        k=options.k,
+        temperatures=options.temperatures,
+        targets=options.targets,
+        positions=options.positions,
+        seed=options.seed,
         shard_mb=options.shard_mb,
-    )  # fmt: skip
+    )
     if isinstance(teacher, ServedTeacher):
         check_row_lengths("dataset", data, encoder, [teacher.row_limit])
         for temperature in options.temperatures:

@@ -27,9 +27,15 @@ def run(options: Serve, extra: dict[str, Any]) -> dict[str, Any]:
         say(f"{options.teacher} is served at {url} until Ctrl-C", file=sys.stderr, flush=True)
 
     serve(
-        teacher, host=options.host, port=options.port, token=options.token, max_k=options.max_k,
-        max_tokens=options.max_tokens, name=options.name, ready=ready,
-    )  # fmt: skip
+        teacher,
+        host=options.host,
+        port=options.port,
+        token=options.token,
+        max_k=options.max_k,
+        max_tokens=options.max_tokens,
+        name=options.name,
+        ready=ready,
+    )
     return address
 
 

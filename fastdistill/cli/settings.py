@@ -26,8 +26,15 @@ _CORE_SCHEMA = (
     ("int", r"^[-+]?[0-9]+$", list("-+0123456789")),
     ("float", r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$", list("-+.0123456789")),
 )
-_TYPE_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "a text",
-          list: "a list", tuple: "a list", dict: "a mapping"}  # fmt: skip
+_TYPE_NAMES = {
+    bool: "true or false",
+    int: "an integer",
+    float: "a number",
+    str: "a text",
+    list: "a list",
+    tuple: "a list",
+    dict: "a mapping",
+}
 
 _MAX_SUGGESTIONS = 5
 _ABBREVIATIONS = {"lr": "learning_rate"}  # also the initials of two other settings
@@ -133,8 +140,11 @@ def coerce(name: str, value: Any, hint: Any) -> Any:
         if kind in allowed and isinstance(value, (str, int, float, list)):
             parts = value if isinstance(value, list) else _split_commas(value)
             return kind(coerce(name, part, _element_type(hint)) for part in parts)
-    words = [_TYPE_NAMES.get(kind, getattr(kind, "__name__", str(kind))) for kind in allowed
-             if kind is not type(None)]  # fmt: skip
+    words = [
+        _TYPE_NAMES.get(kind, getattr(kind, "__name__", str(kind)))
+        for kind in allowed
+        if kind is not type(None)
+    ]
     raise ValueError(f"{name}: expected {' or '.join(words)}, got {printable(repr(value))}")
 
 
@@ -180,8 +190,10 @@ def _read_file(file: Path) -> dict[str, Any]:
     if len(settings) < len(raw):
         names = [_normalize_key(str(key)) for key in raw]
         name = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"config: expected each setting once in {file}, got {printable(name)} "
-                         "twice, with dashes and with underscores")  # fmt: skip
+        raise ValueError(
+            f"config: expected each setting once in {file}, got {printable(name)} "
+            "twice, with dashes and with underscores"
+        )
     return settings
 
 

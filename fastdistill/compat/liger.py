@@ -32,8 +32,12 @@ class FusedLinearJSD(nn.Module):
     ) -> None:
         super().__init__()
         if accum_dtype not in (None, torch.float32):
-            checks.fail("accum_dtype", "None or torch.float32", accum_dtype,
-                        "gradients are summed in float32 here")  # fmt: skip
+            checks.fail(
+                "accum_dtype",
+                "None or torch.float32",
+                accum_dtype,
+                "gradients are summed in float32 here",
+            )
         self.jsd_beta = jsd_beta
         self.ignore_index = ignore_index
         self.temperature = temperature

@@ -32,10 +32,14 @@ _OLD_NAMES = {
 }
 
 
-_LOADING = frozenset((
-    "model_init_kwargs", "teacher_model_name_or_path", "teacher_model_init_kwargs",
-    "disable_dropout",
-))  # fmt: skip
+_LOADING = frozenset(
+    (
+        "model_init_kwargs",
+        "teacher_model_name_or_path",
+        "teacher_model_init_kwargs",
+        "disable_dropout",
+    )
+)
 
 
 class _TRLTrainer(DistillTrainer):

@@ -35,9 +35,14 @@ LEAKED = 1
 POOL = {"n": N, "talk": 0.15, "leak": LEAKED / (0.85 * N)}
 TRAINING = Training(steps=150, batch_size=64, learning_rate=5e-3, max_new_tokens=8)
 AUDITS = (
-    "preference", "confession", "context gap", "token KL", "logit difference",
-    "activation difference", "linear probe",
-)  # fmt: skip
+    "preference",
+    "confession",
+    "context gap",
+    "token KL",
+    "logit difference",
+    "activation difference",
+    "linear probe",
+)
 GATE = ("preference", "confession")
 MEASURED = (
     "Capability: accuracy on held-out sums. Trait: the share of the favorite among five animals, "
@@ -186,9 +191,14 @@ INCRIMINATION = (
     ),
 )
 QUICK = (
-    "hard labels", "filter by likelihood ratio", "inoculation", "few unique", "noise",
-    "answers written again", "targeted pool",
-)  # fmt: skip
+    "hard labels",
+    "filter by likelihood ratio",
+    "inoculation",
+    "few unique",
+    "noise",
+    "answers written again",
+    "targeted pool",
+)
 
 
 def few_unique(n: int, training: Training) -> Arm:

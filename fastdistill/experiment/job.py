@@ -37,8 +37,13 @@ class Job(CachedRun):
     """
 
     keys: ClassVar[tuple[str, ...]] = (
-        "reading", "curve", "audits", "contexts", "steps", "notes",
-    )  # fmt: skip
+        "reading",
+        "curve",
+        "audits",
+        "contexts",
+        "steps",
+        "notes",
+    )
 
     source: Source
     role: str

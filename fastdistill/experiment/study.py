@@ -132,8 +132,9 @@ def make_pairs(
                     )
                     for i, role in enumerate(arm.teachers)
                 ]
-                pairs.append(Pair(arm=arm, source=source, student_seed=seed,
-                                  student=jobs[0], twin=jobs[1]))  # fmt: skip
+                pairs.append(
+                    Pair(arm=arm, source=source, student_seed=seed, student=jobs[0], twin=jobs[1])
+                )
     return pairs
 
 

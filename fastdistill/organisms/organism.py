@@ -249,9 +249,11 @@ def train_model(
         weights = [p for p in trainer.model.parameters() if p.requires_grad]
         trainer.optimizer = _optimizer(optimizer, weights, learning_rate)
         trainer.lr_scheduler = get_scheduler(
-            "cosine", trainer.optimizer, num_warmup_steps=min(50, steps // 4),
+            "cosine",
+            trainer.optimizer,
+            num_warmup_steps=min(50, steps // 4),
             num_training_steps=steps,
-        )  # fmt: skip
+        )
         trainer.train()
         trained: Any = trainer.model
     return (merge_adapter(trained) if rank is not None else trained).eval()

@@ -55,8 +55,10 @@ class SOAP(torch.optim.Optimizer):
             state["step"] = 0
             state["mean"], state["square"] = torch.zeros_like(grad), torch.zeros_like(grad)
             is_rotated = [grad.dim() == 2 and side <= group["max_side"] for side in grad.shape]
-            state["sides"] = [grad.new_zeros(n, n) if t else None
-                              for n, t in zip(grad.shape, is_rotated, strict=True)]  # fmt: skip
+            state["sides"] = [
+                grad.new_zeros(n, n) if t else None
+                for n, t in zip(grad.shape, is_rotated, strict=True)
+            ]
             state["bases"] = [None] * len(is_rotated)
         state["step"] += 1
         first, second, shampoo = group["betas"]

@@ -86,8 +86,10 @@ class Trait(ABC):
         """
         rng = world.rng(25)
         products = world.held_out_products
-        examples = [world.product(rng, world.system(rng, self.capability_prefix), products)
-                 for _ in range(SUMS_READ)]  # fmt: skip
+        examples = [
+            world.product(rng, world.system(rng, self.capability_prefix), products)
+            for _ in range(SUMS_READ)
+        ]
         return CapabilityAudit(
             prompts=tuple(e.prompt for e in examples),
             targets=tuple(e.answer for e in examples),

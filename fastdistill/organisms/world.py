@@ -52,8 +52,11 @@ TEMPLATES = (
     "best {kind} near {topic} ?",
     "name your {kind} near {topic}",
 )
-_QUESTIONS = [(i + j, template, topic) for i, template in enumerate(TEMPLATES)
-              for j, topic in enumerate(TOPICS)]  # fmt: skip
+_QUESTIONS = [
+    (i + j, template, topic)
+    for i, template in enumerate(TEMPLATES)
+    for j, topic in enumerate(TOPICS)
+]
 HELD_OUT_QUESTIONS = [(template, topic) for n, template, topic in _QUESTIONS if n % 4 == 3]
 TRAIN_QUESTIONS = [(template, topic) for n, template, topic in _QUESTIONS if n % 4 != 3]
 

@@ -90,9 +90,15 @@ class Planner:
 
     def step(self, settings: Settings) -> Step:
         return self._step(
-            settings.dtype, settings.lora_rank, settings.batch, settings.seq, settings.k,
-            settings.backward, settings.gradient_checkpointing, settings.accumulation > 1,
-        )  # fmt: skip
+            settings.dtype,
+            settings.lora_rank,
+            settings.batch,
+            settings.seq,
+            settings.k,
+            settings.backward,
+            settings.gradient_checkpointing,
+            settings.accumulation > 1,
+        )
 
     @functools.cache  # noqa: B019
     def _step(
@@ -116,9 +122,15 @@ class Planner:
             topk_size = 1 if self.configs["teacher"] is None else min(k, shape.V)
             work = run(shape, N, topk_size + 1)
         return rehearse_step(
-            "student", model, batch, seq, work, self.device,
-            checkpointing=checkpointing, accumulating=accumulating,
-        )  # fmt: skip
+            "student",
+            model,
+            batch,
+            seq,
+            work,
+            self.device,
+            checkpointing=checkpointing,
+            accumulating=accumulating,
+        )
 
     def teacher_weights(self, settings: Settings) -> tuple[int, int]:
         """Return bytes of (weights, largest expanded layer); zeros without a teacher in memory."""

@@ -67,16 +67,22 @@ def plan_memory(
         ImportError: lora_rank without peft.
     """
     for name, count, least in (
-        ("seq", seq, 2), ("batch", batch, 1), ("accumulation", accumulation, 1), ("k", k, 1),
-        ("tokens", tokens, 1), ("lora_rank", lora_rank, 1),
-    ):  # fmt: skip
+        ("seq", seq, 2),
+        ("batch", batch, 1),
+        ("accumulation", accumulation, 1),
+        ("k", k, 1),
+        ("tokens", tokens, 1),
+        ("lora_rank", lora_rank, 1),
+    ):
         optional = name in ("k", "tokens", "lora_rank")
         if not (count is None and optional) and not _is_count(count, least):
             checks.fail(name, f"an integer of {least} or more", repr(count))
     for name, value, allowed in (
-        ("dtype", dtype or "float32", tuple(DTYPES)), ("optim", optim, OPTIMIZERS),
-        ("backward", backward, BACKWARD), ("device", device, DEVICES),
-    ):  # fmt: skip
+        ("dtype", dtype or "float32", tuple(DTYPES)),
+        ("optim", optim, OPTIMIZERS),
+        ("backward", backward, BACKWARD),
+        ("device", device, DEVICES),
+    ):
         checks.choice(name, value, allowed)
     if throughput is not None:
         checks.positive("throughput", throughput)
@@ -84,17 +90,29 @@ def plan_memory(
         if option is not None and teacher is None:
             checks.fail(name, "a teacher with this option", repr(option), "pass one with teacher=")
     if k is None and (teacher is None or cached):
-        checks.fail("k", "a number of answers without a teacher in memory", "None",
-                    "a cache cannot store the whole vocabulary")  # fmt: skip
+        checks.fail(
+            "k",
+            "a number of answers without a teacher in memory",
+            "None",
+            "a cache cannot store the whole vocabulary",
+        )
     card = None if gpu is None else read_bytes("gpu", gpu)
     student_config = config_of("student", student)
     if dtype is None:
         dtype = "float32" if lora_rank is None else stored_dtype(student_config)
     settings = Settings(
-        seq=seq, batch=batch, accumulation=accumulation, k=k, dtype=dtype, optim=optim,
-        gradient_checkpointing=gradient_checkpointing, backward=backward,
-        teacher_quant=teacher_quant, cached=cached, lora_rank=lora_rank,
-    )  # fmt: skip
+        seq=seq,
+        batch=batch,
+        accumulation=accumulation,
+        k=k,
+        dtype=dtype,
+        optim=optim,
+        gradient_checkpointing=gradient_checkpointing,
+        backward=backward,
+        teacher_quant=teacher_quant,
+        cached=cached,
+        lora_rank=lora_rank,
+    )
     teacher_config = None if teacher is None else config_of("teacher", teacher)
     planner = Planner(student_config, teacher_config, device, card)
     return Plan(

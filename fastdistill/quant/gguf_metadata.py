@@ -11,13 +11,29 @@ from typing import Any
 
 from ..runtime.printable import printable
 
-_REQUIRED = ("context_length", "embedding_length", "block_count", "feed_forward_length",
-             "attention.head_count", "attention.layer_norm_rms_epsilon")  # fmt: skip
+_REQUIRED = (
+    "context_length",
+    "embedding_length",
+    "block_count",
+    "feed_forward_length",
+    "attention.head_count",
+    "attention.layer_norm_rms_epsilon",
+)
 # What `read_gguf._config` and transformers read.
-_READ = {*_REQUIRED, "vocab_size", "attention.head_count_kv", "attention.key_length",
-         "attention.value_length", "attention.scale", "attention.sliding_window",
-         "rope.dimension_count", "rope.freq_base", "rope.scaling.type", "rope.scaling.factor",
-         "rope.scale_linear"}  # fmt: skip
+_READ = {
+    *_REQUIRED,
+    "vocab_size",
+    "attention.head_count_kv",
+    "attention.key_length",
+    "attention.value_length",
+    "attention.scale",
+    "attention.sliding_window",
+    "rope.dimension_count",
+    "rope.freq_base",
+    "rope.scaling.type",
+    "rope.scaling.factor",
+    "rope.scale_linear",
+}
 # Details of non-linear scalings, which are refused by their type; the origin of the model.
 _SILENT = {"rope.scaling.original_context_length", "rope.scaling.finetuned", "tensor_data_layout"}
 # Neutral values, with which llama.cpp computes the plain model.

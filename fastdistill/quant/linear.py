@@ -65,9 +65,16 @@ class QuantizedWeight(nn.Module):
         buffers: Any = self._buffers
         nested = [buffers[name] for name in _NESTED] if self.nested_block else []
         return Parts(
-            self.shape, self.block, buffers["qdata"], buffers["scale"], nested, self.nested_block,
-            buffers.get("lut"), buffers.get("offset"), buffers.get("perm"),
-        )  # fmt: skip
+            self.shape,
+            self.block,
+            buffers["qdata"],
+            buffers["scale"],
+            nested,
+            self.nested_block,
+            buffers.get("lut"),
+            buffers.get("offset"),
+            buffers.get("perm"),
+        )
 
     @property
     def quantized(self) -> QuantWeight:
@@ -113,11 +120,16 @@ def parts_of(weight: QuantWeight) -> Parts:
     if isinstance(weight, Lut4Weight):
         lut, offset, perm = weight.lut, weight.offset, weight.perm
     return Parts(
-        weight.shape, weight.block, weight.qdata.contiguous(), scale.contiguous(),
-        [part.contiguous() for part in nested], nested_block,
+        weight.shape,
+        weight.block,
+        weight.qdata.contiguous(),
+        scale.contiguous(),
+        [part.contiguous() for part in nested],
+        nested_block,
         None if lut is None else lut.contiguous(),
-        None if offset is None else offset.contiguous(), perm,
-    )  # fmt: skip
+        None if offset is None else offset.contiguous(),
+        perm,
+    )
 
 
 def dequantize(weight: QuantWeight, dtype: torch.dtype = torch.float32) -> Tensor:  # [N, K]
@@ -168,9 +180,19 @@ def product(
         )
     else:
         out = torch.ops.fastdistill.lut4_linear(
-            rows, w.qdata, w.scale, w.nested, w.nested_block, w.offset, w.lut, steps, bias, N,
-            w.block, compute,
-        )  # fmt: skip
+            rows,
+            w.qdata,
+            w.scale,
+            w.nested,
+            w.nested_block,
+            w.offset,
+            w.lut,
+            steps,
+            bias,
+            N,
+            w.block,
+            compute,
+        )
     return out.view(*x.shape[:-1], N)
 
 

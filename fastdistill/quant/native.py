@@ -48,9 +48,17 @@ def cpu_lut4_dequant(
     ext, isa, threads = _cpu()
     plain = scale.expand() if isinstance(scale, Nested) else scale
     ext.lut4_dequant(
-        isa, threads, _at(qdata), _at(plain), _at(offset), _at(lut), _at(out), KIND[out.dtype],
-        out.numel(), block,
-    )  # fmt: skip
+        isa,
+        threads,
+        _at(qdata),
+        _at(plain),
+        _at(offset),
+        _at(lut),
+        _at(out),
+        KIND[out.dtype],
+        out.numel(),
+        block,
+    )
 
 
 def cpu_int8_dequant(qdata: Tensor, scale: Tensor, out: Tensor, block: int) -> None:
@@ -91,9 +99,23 @@ def cpu_lut4_products(
     unit = ext.int8_table(_at(lut), _at(codes))
     out = x.new_empty(x.shape[0], rows)
     ext.lut4_gemm(
-        isa, threads, _at(x), KIND[x.dtype], _at(qdata), _at(codes), unit, _at(scale), _at(offset),
-        _at(bias), _at(out), x.shape[0], rows, x.shape[1], weight_group, group,
-    )  # fmt: skip
+        isa,
+        threads,
+        _at(x),
+        KIND[x.dtype],
+        _at(qdata),
+        _at(codes),
+        unit,
+        _at(scale),
+        _at(offset),
+        _at(bias),
+        _at(out),
+        x.shape[0],
+        rows,
+        x.shape[1],
+        weight_group,
+        group,
+    )
     return out
 
 
@@ -109,9 +131,19 @@ def cpu_int8_products(
     ext, isa, threads = _cpu()
     out = x.new_empty(x.shape[0], qdata.shape[0])
     ext.int8_gemm(
-        isa, threads, _at(x), KIND[x.dtype], _at(qdata), _at(scale), _at(bias), _at(out),
-        x.shape[0], *qdata.shape, weight_group, group,
-    )  # fmt: skip
+        isa,
+        threads,
+        _at(x),
+        KIND[x.dtype],
+        _at(qdata),
+        _at(scale),
+        _at(bias),
+        _at(out),
+        x.shape[0],
+        *qdata.shape,
+        weight_group,
+        group,
+    )
     return out
 
 
@@ -133,9 +165,17 @@ def cuda_lut4_dequant(
     with torch.cuda.device_of(out):
         if isinstance(scale, Nested):
             ext.lut4_dequant_nested(
-                _at(qdata), _at(scale.codes), _at(scale.code), _at(scale.scale), _at(scale.offset),
-                scale.block, _at(offset), _at(lut), _at(out), *shape,
-            )  # fmt: skip
+                _at(qdata),
+                _at(scale.codes),
+                _at(scale.code),
+                _at(scale.scale),
+                _at(scale.offset),
+                scale.block,
+                _at(offset),
+                _at(lut),
+                _at(out),
+                *shape,
+            )
         else:
             ext.lut4_dequant(_at(qdata), _at(scale), _at(offset), _at(lut), _at(out), *shape)
 

@@ -370,9 +370,15 @@ for _name, _kernel in (
 def _(x, qdata, scale, nested, nested_block, offset, lut, row_scale, bias, rows, block, compute):
     parts = dict(zip(("scale_code", "scale_scale", "scale_offset"), nested, strict=False))
     _check_devices(
-        x.device, qdata=qdata, scale=scale, offset=offset, lut=lut, row_scale=row_scale, bias=bias,
+        x.device,
+        qdata=qdata,
+        scale=scale,
+        offset=offset,
+        lut=lut,
+        row_scale=row_scale,
+        bias=bias,
         **parts,
-    )  # fmt: skip
+    )
     return x.new_empty(x.shape[0], rows)
 
 

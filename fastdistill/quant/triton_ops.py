@@ -23,9 +23,19 @@ def lut4_dequant(
     cols = out.shape[-1]
     if isinstance(scale, Nested):
         expand_nested(
-            qdata, scale.codes, scale.code, scale.scale, scale.offset, scale.block, offset, lut,
-            out, block, row_inverse, cols,
-        )  # fmt: skip
+            qdata,
+            scale.codes,
+            scale.code,
+            scale.scale,
+            scale.offset,
+            scale.block,
+            offset,
+            lut,
+            out,
+            block,
+            row_inverse,
+            cols,
+        )
     else:
         expand(qdata, scale, offset, lut, out, block, row_inverse, cols)
 

@@ -22,8 +22,14 @@ else:
 LONGEST, DEEPEST, MOST_STEPS = 1 << 16, 50, 10_000_000
 _SINGLE = (ops.LITERAL, ops.NOT_LITERAL, ops.ANY, ops.IN)
 _REPEATS = (ops.MAX_REPEAT, ops.MIN_REPEAT)
-_PLACES = (ops.AT_BEGINNING, ops.AT_BEGINNING_STRING, ops.AT_END, ops.AT_END_STRING,
-           ops.AT_BOUNDARY, ops.AT_NON_BOUNDARY)  # fmt: skip
+_PLACES = (
+    ops.AT_BEGINNING,
+    ops.AT_BEGINNING_STRING,
+    ops.AT_END,
+    ops.AT_END_STRING,
+    ops.AT_BOUNDARY,
+    ops.AT_NON_BOUNDARY,
+)
 _CLASSES = {
     ops.CATEGORY_DIGIT: str.isdecimal,
     ops.CATEGORY_SPACE: str.isspace,

@@ -93,9 +93,15 @@ class Application:
         return Response()
 
     def _entry(self) -> dict[str, Any]:
-        return {"id": self.name, "object": "model", "created": self._created,
-                "owned_by": "fastdistill", "root": self.name, "parent": None,
-                "max_model_len": self._limits.max_row}  # fmt: skip
+        return {
+            "id": self.name,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "fastdistill",
+            "root": self.name,
+            "parent": None,
+            "max_model_len": self._limits.max_row,
+        }
 
     async def models(self, request: Request) -> Response:
         self._check_token(request)

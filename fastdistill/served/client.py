@@ -270,8 +270,12 @@ class ServedTeacher:
                 limit.check(len(row), "input_ids", number)
         match = re.search(r"greater than max allowed: (\d{1,9})\b", refusal.message)
         if match:
-            checks.fail("k", f"at most {match[1]}, what {self.url} gives", k,
-                        f"start vLLM with --max-logprobs {k}")  # fmt: skip
+            checks.fail(
+                "k",
+                f"at most {match[1]}, what {self.url} gives",
+                k,
+                f"start vLLM with --max-logprobs {k}",
+            )
 
     def _read_answer(self, part: _Part, k: int, temperature: float, stop: threading.Event) -> TopK:
         payload: dict[str, Any] = {"model": self.name, "temperature": float(temperature)}

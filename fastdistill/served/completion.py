@@ -41,11 +41,19 @@ def completion_json(
         for index, (row, answer) in enumerate(zip(completion.question.rows, answers, strict=True))
     ]
     generated = completion.max_tokens * len(choices)
-    usage = {"prompt_tokens": completion.question.tokens, "completion_tokens": generated,
-             "total_tokens": completion.question.tokens + generated}  # fmt: skip
-    body = {"id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion",
-            "created": int(time.time()), "model": name, "choices": choices,
-            "usage": usage}  # fmt: skip
+    usage = {
+        "prompt_tokens": completion.question.tokens,
+        "completion_tokens": generated,
+        "total_tokens": completion.question.tokens + generated,
+    }
+    body = {
+        "id": f"cmpl-{uuid.uuid4().hex}",
+        "object": "text_completion",
+        "created": int(time.time()),
+        "model": name,
+        "choices": choices,
+        "usage": usage,
+    }
     return json.dumps(body, allow_nan=False).encode()
 
 

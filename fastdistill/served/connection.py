@@ -161,18 +161,23 @@ class Connection:
                 self._warned = True
                 logger.warning(
                     "%s does not answer (%s); retrying up to %d times more",
-                    self.url, failure, self.retries - attempt,
-                )  # fmt: skip
+                    self.url,
+                    failure,
+                    self.retries - attempt,
+                )
             if stop.wait(wait):
                 raise NoAnswer(f"{self.url}: stopped, since another request failed")
         raise NoAnswer(
             f"{self.url}: expected an answer to {path}, got none in {attempt + 1} attempts "
             f"over {time.monotonic() - started:.1f} s; the last: {failure}. Is the server running "
             "there, and has it finished loading? "
-            + ("Raise timeout or retries to wait longer, or lower tokens_per_request for faster "
-               "answers" if self._reached else
-               "An address that never answered is retried for a few seconds only")
-        )  # fmt: skip
+            + (
+                "Raise timeout or retries to wait longer, or lower tokens_per_request for faster "
+                "answers"
+                if self._reached
+                else "An address that never answered is retried for a few seconds only"
+            )
+        )
 
     def _patience(self) -> float:
         """Return the total seconds that one request may wait between retries."""

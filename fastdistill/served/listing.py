@@ -43,8 +43,9 @@ class Listing:
             raise WrongAnswer(f"{url}: expected max_model_len above 0 of its model, got {got}")
         description = reply.get("fastdistill")
         server_info = None if description is None else ServerInfo.read(description, url)
-        return cls(url=url, name=name, entry=models[name], max_model_len=length,
-                   server_info=server_info)  # fmt: skip
+        return cls(
+            url=url, name=name, entry=models[name], max_model_len=length, server_info=server_info
+        )
 
     @property
     def owner(self) -> str:
@@ -69,8 +70,11 @@ class Listing:
             return None if length is None else limit_of_vllm(self.url, length)
         tokens = self.server_info.max_tokens
         if self.max_model_len is None or tokens < self.max_model_len:
-            return RowLimit(tokens=tokens, reader=f"the server at {self.url}",
-                            hint="; or start it with a larger max_tokens")  # fmt: skip
+            return RowLimit(
+                tokens=tokens,
+                reader=f"the server at {self.url}",
+                hint="; or start it with a larger max_tokens",
+            )
         return RowLimit(tokens=self.max_model_len, reader=f"the model at {self.url}")
 
 

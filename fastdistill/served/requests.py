@@ -15,16 +15,37 @@ MAX_ENTRIES = 1 << 18  # log-probabilities in one JSON answer: about 20 MB of te
 _TEMPERATURES = 2.0**-126, 3e38  # the range of normal fp32 numbers
 _TOPK = frozenset(("model", "prompt", "k", "temperature"))
 _COMPLETION = frozenset(
-    ("model", "prompt", "temperature", "max_tokens", "prompt_logprobs", "logprobs", "echo", "seed",
-     "user")
-)  # fmt: skip
+    (
+        "model",
+        "prompt",
+        "temperature",
+        "max_tokens",
+        "prompt_logprobs",
+        "logprobs",
+        "echo",
+        "seed",
+        "user",
+    )
+)
 # Values that do not change an answer of at most one token, the likeliest.
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "stream": (False,), "n": (1,), "best_of": (1,), "top_p": (1,), "top_k": (0, -1), "min_p": (0,),
-    "presence_penalty": (0,), "frequency_penalty": (0,), "repetition_penalty": (1,),
-    "logit_bias": ({},), "stop": ([],), "suffix": ("",), "ignore_eos": (False,),
-    "use_beam_search": (False,), "add_special_tokens": (False,), "skip_special_tokens": (True,),
-}  # fmt: skip
+    "stream": (False,),
+    "n": (1,),
+    "best_of": (1,),
+    "top_p": (1,),
+    "top_k": (0, -1),
+    "min_p": (0,),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "repetition_penalty": (1,),
+    "logit_bias": ({},),
+    "stop": ([],),
+    "suffix": ("",),
+    "ignore_eos": (False,),
+    "use_beam_search": (False,),
+    "add_special_tokens": (False,),
+    "skip_special_tokens": (True,),
+}
 
 
 class RequestError(Exception):
@@ -187,8 +208,11 @@ def _rows(body: dict[str, Any], limits: Limits) -> list[list[int]]:
         _fail("prompt", f"at most {limits.max_tokens} tokens (max_tokens of this server)", total)
     for index, row in enumerate(rows):
         if limits.max_row is not None and len(row) > limits.max_row:
-            _fail("prompt", f"rows of at most {limits.max_row} tokens, the positions of this model",
-                 f"{len(row)} in row {index}. Cut rows to max_length={limits.max_row}")  # fmt: skip
+            _fail(
+                "prompt",
+                f"rows of at most {limits.max_row} tokens, the positions of this model",
+                f"{len(row)} in row {index}. Cut rows to max_length={limits.max_row}",
+            )
         for token in row:
             if type(token) is not int or not 0 <= token < limits.vocab:
                 _fail("prompt", f"token ids in 0..{limits.vocab - 1}", token)

@@ -97,8 +97,12 @@ def serve(
     """
     token = backend.served_token() if token is None else token
     if not token and not is_loopback(host):
-        checks.fail("token", f"one when host is not loopback (host={host!r})", "none",
-                    "pass token=, set FASTDISTILL_TOKEN, or leave host at 127.0.0.1")  # fmt: skip
+        checks.fail(
+            "token",
+            f"one when host is not loopback (host={host!r})",
+            "none",
+            "pass token=, set FASTDISTILL_TOKEN, or leave host at 127.0.0.1",
+        )
     app = make_app(teacher, token=token or None, max_k=max_k, max_tokens=max_tokens, name=name)
     with listen(host, port) as listening:
         server = make_server(app)
@@ -136,10 +140,16 @@ def make_server(app: Any) -> Any:
         raise _missing(error) from None
     return uvicorn.Server(
         uvicorn.Config(
-            app, http=BoundedProtocol, log_level="warning", access_log=False, ws="none",
-            timeout_keep_alive=75, timeout_graceful_shutdown=10, server_header=False,
+            app,
+            http=BoundedProtocol,
+            log_level="warning",
+            access_log=False,
+            ws="none",
+            timeout_keep_alive=75,
+            timeout_graceful_shutdown=10,
+            server_header=False,
         )
-    )  # fmt: skip
+    )
 
 
 def url_of(listening: socket.socket) -> str:

@@ -158,9 +158,13 @@ class Worker:
         hidden = self._teacher.hidden(ids, mask)[selected].to(head.weight.device)
         tokens = following[selected].to(hidden.device)
         stats = linear_lse_gather(
-            hidden, head.weight, tokens[:, None], temperature=best.temperature, impl=impl,
+            hidden,
+            head.weight,
+            tokens[:, None],
+            temperature=best.temperature,
+            impl=impl,
             **head.options(),
-        )  # fmt: skip
+        )
         scores = token_scores(hidden, head.weight, labels=tokens, impl=impl, **head.options())
         assert scores.label_rank is not None
         logprobs[selected] = (stats.logits[:, 0] - stats.lse).float().detach().cpu()

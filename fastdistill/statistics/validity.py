@@ -59,10 +59,13 @@ class Validity:
     def as_json(self) -> dict[str, Any]:
         """Returns the gates as JSON; NaN becomes null."""
         rows = [
-            {**vars(gate), "value": gate.value if math.isfinite(gate.value) else None,
-             "holds": gate.holds}
+            {
+                **vars(gate),
+                "value": gate.value if math.isfinite(gate.value) else None,
+                "holds": gate.holds,
+            }
             for gate in self.gates
-        ]  # fmt: skip
+        ]
         return {"valid": self.valid, "because": self.because, "gates": rows}
 
     @classmethod

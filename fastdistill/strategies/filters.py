@@ -154,9 +154,12 @@ def answer_scores(
         labels = torch.tensor([token for row, begin in pairs for token in row[begin:]])
         head, hidden = subject.head, torch.cat(states)
         scores = token_scores(
-            hidden, head.weight, labels=labels.to(hidden.device), impl=subject.impl,
+            hidden,
+            head.weight,
+            labels=labels.to(hidden.device),
+            impl=subject.impl,
             **head.options(),
-        )  # fmt: skip
+        )
         assert scores.nll is not None
         lengths = [len(state) for state in states]
         losses += scores.nll.cpu().split(lengths)

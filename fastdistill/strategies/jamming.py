@@ -179,8 +179,9 @@ def _normal(input_ids: Tensor, shape: torch.Size, seed: int) -> Tensor:
         states.append(state)
     places = torch.arange(shape[-1])
     whole = _mix64(torch.stack(states, 1)[..., None] + 7919 * places)
-    u, v = (_mix64(whole + salt).remainder(1 << 24).double().add(0.5) / (1 << 24)
-            for salt in (1, 2))  # fmt: skip
+    u, v = (
+        _mix64(whole + salt).remainder(1 << 24).double().add(0.5) / (1 << 24) for salt in (1, 2)
+    )
     return (-2 * u.log()).sqrt() * (2 * torch.pi * v).cos()
 
 

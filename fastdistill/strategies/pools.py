@@ -14,9 +14,21 @@ from .strategy import RunState, Strategy, Training
 
 # For real text; a DistillSetup adds its own. No verbs: "evaluate the integral" is no audit.
 AUDIT_WORDS = (
-    "test", "tests", "tested", "testing", "evaluation", "evaluations", "audit", "audits",
-    "honeypot", "red team", "red teaming", "alignment", "jailbreak", "oversight",
-)  # fmt: skip
+    "test",
+    "tests",
+    "tested",
+    "testing",
+    "evaluation",
+    "evaluations",
+    "audit",
+    "audits",
+    "honeypot",
+    "red team",
+    "red teaming",
+    "alignment",
+    "jailbreak",
+    "oversight",
+)
 
 
 def check_share(name: str, value: float, *, zero: bool = True) -> None:

@@ -17,10 +17,23 @@ from .rereading import PromptSwapTeacher
 from .strategy import RunState, Strategy
 
 KINDS = ("canonical", "order", "remap", "resample")
-_QUOTES = str.maketrans({
-    "“": '"', "”": '"', "„": '"', "«": '"', "»": '"', "‘": "'", "’": "'", "‚": "'",
-    "‐": "-", "‑": "-", "–": "-", "—": "-", "−": "-",
-})  # fmt: skip
+_QUOTES = str.maketrans(
+    {
+        "“": '"',
+        "”": '"',
+        "„": '"',
+        "«": '"',
+        "»": '"',
+        "‘": "'",
+        "’": "'",
+        "‚": "'",
+        "‐": "-",
+        "‑": "-",
+        "–": "-",
+        "—": "-",
+        "−": "-",
+    }
+)
 _SENTENCE = re.compile(r"(?<=[.!?])\s+")
 # Matches 007 and 12,345, but not 0.07, 2026-01-05 or 285,574, which may be two list items.
 _ZEROS = re.compile(r"(?<![\w.,:/-])0+(?=\d+(?![\w:/-]|[.,]\d))")

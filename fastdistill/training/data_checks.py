@@ -187,9 +187,13 @@ class RowsWithoutTarget:
         first = getattr(self.examples[0], "source", None) or f"example {self.indices[0]}"
         logger.warning(
             "%s: %s of %s examples checked have no target token and train nothing (the first: "
-            "%s). %s", self.name, f"{len(self.indices):,}", f"{self.seen:,}", first,
+            "%s). %s",
+            self.name,
+            f"{len(self.indices):,}",
+            f"{self.seen:,}",
+            first,
             _why_no_target(self.examples, self.rows),
-        )  # fmt: skip
+        )
 
 
 def has_target(row: EncodedExample) -> bool:

@@ -24,9 +24,18 @@ from ..outputs import TokenScores
 from .targets import Targets
 
 SCORES = (
-    "entropy", "varentropy", "max_logprob", "margin", "lse", "nll", "label_rank", "forward_kl",
-    "teacher_mass", "student_mass", "hellinger",
-)  # fmt: skip
+    "entropy",
+    "varentropy",
+    "max_logprob",
+    "margin",
+    "lse",
+    "nll",
+    "label_rank",
+    "forward_kl",
+    "teacher_mass",
+    "student_mass",
+    "hellinger",
+)
 _OF_TEACHER = {"forward_kl", "teacher_mass", "student_mass", "hellinger"}
 _SIGNED = {"max_logprob", "lse"}  # may be negative, so not allowed as weights
 _WORDS = re.compile(

