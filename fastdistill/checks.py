@@ -8,22 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .answer_checks import AnswerRules, find_invalid
 from .outputs import TopK
-from .runtime.printable import printable_lines
+from .runtime.checks import between, choice, fail, integer, number, positive
+
+__all__ = ["between", "choice", "fail", "integer", "number", "positive"]
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTS = (torch.int32, torch.int64)
-
-
-def fail(name: str, expected: str, got: Any, hint: str = "") -> NoReturn:
-    text = f"{name}: expected {expected}, got {got}" + (f"; {hint}" if hint else "")
-    raise ValueError(printable_lines(text))
 
 
 def values_readable(tensor: Tensor, check: bool) -> bool:
@@ -51,28 +48,6 @@ def like_tokens(name: str, value: Tensor, hidden: Tensor) -> None:
 def same_device(name: str, value: Tensor, hidden: Tensor) -> None:
     if value.device != hidden.device:
         fail(name, f"device {hidden.device} as hidden", value.device)
-
-
-def positive(name: str, value: float) -> None:
-    if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
-        fail(name, "a finite number above 0", repr(value))
-
-
-def number(name: str, value: Any) -> None:
-    if isinstance(value, (str, bool)) or value is None or not hasattr(value, "__float__"):
-        raise TypeError(f"{name}: expected a number, got {value!r}")
-
-
-def within(name: str, value: float, low: float, high: float, below: bool = False) -> None:
-    number(name, value)
-    inside = low <= value < high if below else low <= value <= high
-    if not inside:
-        fail(name, f"a number in [{low:g}, {high:g}{')' if below else ']'}", repr(value))
-
-
-def choice(name: str, value: Any, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        fail(name, f"one of {', '.join(map(repr, allowed))}", repr(value))
 
 
 def head(

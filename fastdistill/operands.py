@@ -197,8 +197,8 @@ def check_divergence(
     """
     if not callable(divergence):
         checks.choice("divergence", divergence, NAMES)
-    checks.within("beta", beta, 0, 1)
-    checks.within("skew", skew, 0, 1, below=True)
+    checks.between("beta", beta, 0, 1)
+    checks.between("skew", skew, 0, 1, below=True)
     checks.choice("tail", tail, TAILS)
     if allow_biased not in (True, False):
         checks.fail("allow_biased", "True or False", repr(allow_biased))
@@ -236,5 +236,5 @@ def check_mix(options: LossOptions, allow_biased: bool = False) -> None:
     check_divergence(options.divergence, options.beta, options.skew, options.tail, allow_biased)
     if options.t2_scale not in (True, False):
         checks.fail("t2_scale", "True or False", repr(options.t2_scale))
-    checks.within("ce_weight", options.ce_weight, 0, 1)
-    checks.within("z_loss", options.z_loss, 0, math.inf, below=True)
+    checks.between("ce_weight", options.ce_weight, 0, 1)
+    checks.between("z_loss", options.z_loss, 0, math.inf, below=True)
