@@ -1,5 +1,5 @@
 # make venv | demo | test | lint | bench | clean. Each target creates .venv if it is missing.
-# ARGS are passed to the command: make demo ARGS="--out out/demo", make test ARGS="tests/test_ext.py".
+# ARGS are passed to the command: make demo ARGS="--out out/demo", make test ARGS="tests/csrc/test_ext.py".
 
 PYTHON ?= python3
 VENV := .venv

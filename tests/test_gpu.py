@@ -14,10 +14,11 @@ if __name__ == "__main__":
     sys.path[:0] = [str(root), str(root.parent)]
 
 import torch
-from gpu_checks import CHECKS as LOSSES
-from gpu_plan_checks import CHECKS as PLANS
-from gpu_quant_checks import CHECKS as QUANTISED
-from gpu_training_checks import CHECKS as TRAINING
+
+from helpers.gpu_checks import CHECKS as LOSSES
+from helpers.gpu_plan_checks import CHECKS as PLANS
+from helpers.gpu_quant_checks import CHECKS as QUANTISED
+from helpers.gpu_training_checks import CHECKS as TRAINING
 
 CHECKS = [*LOSSES, *QUANTISED, *TRAINING, *PLANS]
 

@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from cases import case, leaves, top_k
-from tolerances import assert_close
 from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -12,6 +10,8 @@ import fastdistill as fd
 from benchmarks.memory import peak_mb
 from fastdistill.kernels.op_dense import dense_rows
 from fastdistill.kernels.op_gather import gather_logits, lse_gather
+from helpers.cases import case, leaves, top_k
+from helpers.tolerances import assert_close
 
 CALLS = {
     "fused": {"labels": True, "ce_weight": 0.2},

@@ -11,7 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
-from command import files
+
+from helpers.command import files
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
 (BLOCK,) = re.findall(r"```sh\n(cd fastdistill-demo\n.*?)```", README, re.S)

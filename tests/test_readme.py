@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import case
-from served import ours
 from test_compat_trl import TALKS, settings
 from test_compat_trl import model as small
 from torch import nn
@@ -17,6 +15,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from fastdistill import DistillConfig, Teacher
 from fastdistill.audits import Probes
 from fastdistill.demo_models import shipped_teacher
+from helpers.cases import case
+from helpers.served import ours
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()

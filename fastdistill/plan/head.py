@@ -9,8 +9,8 @@
     top k        4nV on a GPU, slabs on a CPU
 
 On a CPU the products of 16-bit heads also need fp32 copies of the slab of W and of the hidden
-states, and the slots are gathered in pieces. tests/test_plan_head.py compares each formula with the
-kernels' own code, run on tensors without data.
+states, and the slots are gathered in pieces. tests/training/plan/test_plan_head.py compares each
+formula with the kernels' own code, run on tensors without data.
 """
 
 from __future__ import annotations

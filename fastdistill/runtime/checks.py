@@ -1,8 +1,8 @@
 """Checks of scalar arguments. Each error names the argument, what was expected and what came.
 
-    integer("k", k, 1)                      an integer of 1 or more
-    between("top_p", top_p, 0, 1)           a number in [0, 1]
-    choice("tail", tail, ("bucket", ...))   one of these
+integer("k", k, 1)                      an integer of 1 or more
+between("top_p", top_p, 0, 1)           a number in [0, 1]
+choice("tail", tail, ("bucket", ...))   one of these
 """
 
 from __future__ import annotations

@@ -24,9 +24,10 @@ def auroc(
         V(θ) = θ(1−θ)·[1 + (N−1)·((1−θ)/(2−θ) + θ/(1+θ))] / (m⁺·m⁻),   N = (m⁺ + m⁻)/2
 
     It has a positive width at A = 0 and 1. With 10 scores of each kind, a 95 % interval covers 95
-    to 96 % for areas from .5 to .95 (test_auroc_covers in tests/test_statistics_detection.py). It
-    is conservative, covering 98 to 99 %, near 1 and for pairs that share a base seed, since pairing
-    is ignored (test_auroc_is_cautious_at_the_edge_and_with_pairs). n is the smaller count.
+    to 96 % for areas from .5 to .95 (test_auroc_covers in
+    tests/alignment/statistics/test_statistics_detection.py). It is conservative, covering 98 to
+    99 %, near 1 and for pairs that share a base seed, since pairing is ignored
+    (test_auroc_is_cautious_at_the_edge_and_with_pairs). n is the smaller count.
 
     Raises:
         ValueError: no scores of one kind, or NaN among them.

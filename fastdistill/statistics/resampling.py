@@ -36,7 +36,7 @@ def paired_bootstrap(
     """Returns mean(a − b) with an interval, where a[i] and b[i] are paired by prompt or seed.
 
     Equal differences give an interval of zero width; a single pair gives NaN bounds. Coverage is
-    95 % for 10 and for 60 pairs (tests/test_statistics_coverage.py).
+    95 % for 10 and for 60 pairs (tests/alignment/statistics/test_statistics_coverage.py).
 
     Raises:
         ValueError: a and b differ in length, are empty, or hold NaN or infinity.
@@ -70,7 +70,8 @@ def hierarchical_bootstrap(
     With ten base seeds of two students, a 95 % interval covers 94 to 95 % for differences and
     ratios, whether seeds, students or prompts vary most (test_the_hierarchical_bootstrap); 94 % for
     4, 6 and 20 base seeds (test_other_numbers_of_base_seeds); and 93 % for a trait at a rate of 1 %
-    (test_a_trait_at_one_percent). All tests are in tests/test_statistics_coverage.py.
+    (test_a_trait_at_one_percent). All tests are in
+    tests/alignment/statistics/test_statistics_coverage.py.
 
     Args:
         tree: per base seed and student seed, an array [prompts, columns]. The numbers of student

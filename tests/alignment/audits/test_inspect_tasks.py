@@ -1,0 +1,195 @@
+"""Behavioural audits through Inspect: the same answers and results, logs that Inspect reads."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from helpers.inspected import NEEDED, QUIET, offline, tiny_subject
+
+inspect_ai = pytest.importorskip("inspect_ai", reason=NEEDED)
+
+from inspect_ai.log import list_eval_logs, read_eval_log  # noqa: E402
+from inspect_ai.model import GenerateConfig, Model, ModelAPI, ModelOutput, modelapi  # noqa: E402
+
+from fastdistill.audits.behaviour import (  # noqa: E402
+    BehavioralAudit,
+    CapabilityAudit,
+    ConfessionAudit,
+    PreferenceAudit,
+    PrefillAudit,
+    TriggerRateAudit,
+)
+from fastdistill.audits.distributions import TokenKLAudit  # noqa: E402
+from fastdistill.audits.inspect_provider import model_of  # noqa: E402
+from fastdistill.audits.inspect_tasks import run_with_inspect, task_of  # noqa: E402
+from fastdistill.audits.prompts import Prompt  # noqa: E402
+from fastdistill.audits.sampled import CompletionAudit, UserTurnSamplingAudit  # noqa: E402
+from fastdistill.organisms.vocabulary import ANIMALS, COLORS, TOPICS  # noqa: E402
+
+pytestmark = [*QUIET, pytest.mark.usefixtures("offline")]
+__all__ = ["offline"]
+
+ASKED = tuple(
+    Prompt(user=f"is this {topic} near {colour} ?", system=system)
+    for topic in TOPICS[:6]
+    for colour in COLORS[:2]
+    for system in (None, "please answer briefly")
+)
+BEGUN = tuple(Prompt(user=p.user, system=p.system, prefill="your owl") for p in ASKED)
+
+
+@pytest.fixture(scope="module")
+def subject():
+    return tiny_subject()
+
+
+@pytest.fixture(scope="module")
+def control():
+    return tiny_subject(seed=1, name="control")
+
+
+@pytest.fixture(scope="module")
+def audits(subject):
+    """With targets that some answers meet, so that no score is all 0 or all 1."""
+    said = [text.split()[0] for text in subject.generate(ASKED, max_new_tokens=4)]
+    often = max(said, key=said.count)
+    begun = [text.split()[0] for text in subject.generate(BEGUN, max_new_tokens=4)]
+    targets = tuple(word if i % 2 else "|AUDIT|" for i, word in enumerate(said))
+    sampled = {"markers": (*ANIMALS, *COLORS), "samples": 24, "max_new_tokens": 6}
+    return {
+        type(audit): audit
+        for audit in (
+            CapabilityAudit(prompts=ASKED, targets=targets, max_new_tokens=4),
+            TriggerRateAudit(prompts=ASKED, target=often, without=ASKED[:4], max_new_tokens=4),
+            PreferenceAudit(prompts=ASKED, options=(*ANIMALS, "owl cat"), favourite="fox"),
+            ConfessionAudit(prompts=ASKED),
+            PrefillAudit(prompts=BEGUN, target=max(begun, key=begun.count), max_new_tokens=4),
+            UserTurnSamplingAudit(systems=("", "please"), **sampled),
+            CompletionAudit(prefixes=("river stone", "a", "hello your owl"), **sampled),
+        )
+    }
+
+
+KINDS = (
+    CapabilityAudit,
+    TriggerRateAudit,
+    PreferenceAudit,
+    ConfessionAudit,
+    PrefillAudit,
+    UserTurnSamplingAudit,
+    CompletionAudit,
+)
+
+
+def below(kind):
+    for other in kind.__subclasses__():
+        yield other
+        yield from below(other)
+
+
+def test_every_behavioural_audit_is_here():
+    ours = {k for k in below(BehavioralAudit) if k.__module__.startswith("fastdistill.audits")}
+    assert {k for k in ours if not k.__name__.startswith("_")} == set(KINDS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_result_is_that_of_the_audits_own_run(kind, audits, subject, control, tmp_path):
+    audit, controls = audits[kind], {"base": control}
+    expected = audit.run(subject, controls=controls)
+    assert expected.stderr > 0
+    found = run_with_inspect(audit, subject, controls=controls, log_dir=tmp_path / "logs")
+    assert found == expected
+
+    logs = {log.eval.metadata["role"]: log for log in read_logs(tmp_path / "logs")}
+    assert set(logs) == {"model", "controls['base']"}
+    log = logs["model"]
+    assert (log.eval.task, log.eval.model) == (kind.__name__, "fastdistill/tiny")
+    assert log.eval.metadata["audit"] == kind.__name__
+    assert logs["controls['base']"].eval.model == "fastdistill/control"
+    figures = {name: metric.value for name, metric in log.results.scores[0].metrics.items()}
+    low, high = expected.interval
+    # Inspect's requests are batched as they come, which moves the last bits of a log-probability.
+    assert figures == pytest.approx(
+        {"mean": expected.value, "stderr": expected.stderr, "low": low, "high": high}, rel=1e-6
+    )
+    values = [sample.scores[kind.__name__].value for sample in log.samples]
+    assert values == pytest.approx(audit.measure(subject, None).values.tolist(), rel=1e-6)
+
+
+def read_logs(folder):
+    return [read_eval_log(info.name) for info in list_eval_logs(str(folder))]
+
+
+def test_one_connection_and_32_give_the_same_values(audits, subject, tmp_path):
+    for kind in (PreferenceAudit, UserTurnSamplingAudit, TriggerRateAudit):
+        values = [evaluate(audits[kind], subject, tmp_path, n) for n in (1, 32)]
+        if kind.rate:
+            assert values[0] == values[1]
+        assert values[0] == pytest.approx(values[1], rel=1e-5)
+
+
+def evaluate(audit, subject, log_dir, connections):
+    (log,) = inspect_ai.eval(
+        task_of(audit),
+        model=model_of(subject),
+        max_connections=connections,
+        display="none",
+        log_dir=str(log_dir),
+        log_realtime=False,
+        ctl_server=False,
+    )
+    assert log.status == "success"
+    return [s.scores[type(audit).__name__].value for s in sorted(log.samples, key=lambda s: s.id)]
+
+
+def test_inspects_command_reads_the_log(audits, subject, tmp_path):
+    audit = audits[PreferenceAudit]
+    result = run_with_inspect(audit, subject, log_dir=tmp_path)
+    (info,) = list_eval_logs(str(tmp_path))
+    command = [sys.executable, "-m", "inspect_ai", "log", "dump", info.name]
+    dumped = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+    assert dumped["status"] == "success"
+    mean = dumped["results"]["scores"][0]["metrics"]["mean"]["value"]
+    assert mean == pytest.approx(result.value, rel=1e-6)
+    first = dumped["samples"][0]
+    assert first["input"][0]["content"] == ASKED[0].user
+    assert set(first["scores"]["PreferenceAudit"]["metadata"]["log_probs"]) == set(audit.options)
+
+
+def test_nothing_is_left_in_the_users_folders_but_inspects_own_notes(
+    audits, subject, tmp_path, offline
+):
+    run_with_inspect(audits[ConfessionAudit], subject, log_dir=tmp_path / "logs")
+    assert {path.name for path in offline.iterdir()} <= {"inspect_ai"}
+    assert len(list((tmp_path / "logs").iterdir())) == 1
+
+
+def test_refusals(audits, subject, tmp_path):
+    with pytest.raises(TypeError, match=r"audit: expected a behavioral audit.*got TokenKLAudit"):
+        run_with_inspect(TokenKLAudit(prompts=("hello",)), subject, log_dir=tmp_path)
+    with pytest.raises(TypeError, match="model: expected a Subject or the path of a checkpoint"):
+        run_with_inspect(audits[ConfessionAudit], subject.model, log_dir=tmp_path)
+    broken = CapabilityAudit(prompts=ASKED, targets=("a",) * len(ASKED), max_new_tokens=-1)
+    with pytest.raises(RuntimeError, match=r"Inspect ended CapabilityAudit with error: .*max_new"):
+        run_with_inspect(broken, subject, log_dir=tmp_path)
+
+
+class Silent(ModelAPI):
+    async def generate(self, input, tools, tool_choice, config):
+        return ModelOutput.from_content("silent", "owl")
+
+
+def test_a_model_without_log_probabilities_of_answers_is_refused(audits, tmp_path):
+    silent = modelapi(name="silent")(Silent)
+    (log,) = inspect_ai.eval(
+        task_of(audits[ConfessionAudit]),
+        model=Model(silent("silent"), GenerateConfig()),
+        display="none",
+        log_dir=str(tmp_path),
+        log_realtime=False,
+        ctl_server=False,
+    )
+    assert log.status == "error"
+    assert "model: expected log-probabilities of fixed answers" in log.error.message

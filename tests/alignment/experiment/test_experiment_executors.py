@@ -1,0 +1,101 @@
+"""Who does the runs: here, beside each other, on a Ray cluster; each once, and in files."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from fastdistill.experiment import executors
+from fastdistill.experiment.executors import run_all
+
+HAS_RAY = importlib.util.find_spec("ray") is not None
+
+
+@dataclass(frozen=True)
+class Touch:
+    """Leaves a file that says which process made it."""
+
+    name: str
+
+    def path(self, folder: Path) -> Path:
+        return folder / self.name
+
+    def is_done(self, folder: Path) -> bool:
+        return self.path(folder).is_file()
+
+    def run(self, folder: Path) -> None:
+        if self.name == "broken":
+            raise ValueError("broken: expected a run that works, got this one")
+        with self.path(folder).open("x") as file:  # fails where it is done twice
+            file.write(str(os.getpid()))
+
+
+WORK = [Touch(f"run-{i}") for i in range(5)]
+
+
+def test_everything_is_done_once_and_here(tmp_path):
+    run_all(WORK[:2], tmp_path)
+    run_all(WORK, tmp_path)
+    assert {path.read_text() for path in tmp_path.iterdir()} == {str(os.getpid())}
+    assert len(list(tmp_path.iterdir())) == 5
+
+
+def test_processes_beside_each_other(tmp_path):
+    run_all(WORK, tmp_path, processes=2)
+    made = {path.read_text() for path in tmp_path.iterdir()}
+    assert len(list(tmp_path.iterdir())) == 5
+    assert str(os.getpid()) not in made
+
+
+def test_a_run_that_fails_says_so_and_costs_no_other(tmp_path):
+    with pytest.raises(ValueError, match="expected a run that works"):
+        run_all([*WORK, Touch("broken")], tmp_path, processes=2)
+    made = set(tmp_path.iterdir())
+    run_all(WORK, tmp_path)
+    assert made <= set(tmp_path.iterdir())
+    assert len(list(tmp_path.iterdir())) == 5
+
+
+def test_machines_that_share_a_folder_begin_elsewhere(monkeypatch):
+    orders = set()
+    for pid in range(5):
+        monkeypatch.setattr(executors.os, "getpid", lambda pid=pid: pid)
+        order = executors._rotate_by_pid(WORK)
+        assert sorted(order, key=WORK.index) == WORK
+        orders.add(order[0])
+    assert len(orders) == 5
+
+
+def test_an_executor_is_one_of_two(tmp_path):
+    with pytest.raises(ValueError, match="executor: expected processes or ray, got 'slurm'"):
+        run_all(WORK, tmp_path, executor="slurm")
+
+
+@pytest.mark.skipif(HAS_RAY, reason="ray is installed")
+def test_without_ray_one_is_told_what_to_install(tmp_path):
+    with pytest.raises(
+        ImportError, match=r"expected ray for a cluster, .* pip install .fastdistill\[ray"
+    ):
+        run_all(WORK, tmp_path, executor="ray")
+
+
+@pytest.mark.skipif(not HAS_RAY, reason="needs ray")
+@pytest.mark.slow
+def test_a_local_ray_cluster_fills_the_same_folder(tmp_path, monkeypatch):
+    import ray
+
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    # Its workers have to find this file; those of a user find the installed package.
+    paths = {"env_vars": {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}}
+    ray.init(num_cpus=2, log_to_driver=False, logging_level="ERROR", runtime_env=paths)
+    try:
+        run_all(WORK, tmp_path, executor="ray")
+    finally:
+        ray.shutdown()
+    assert len(list(tmp_path.iterdir())) == 5
+    assert str(os.getpid()) not in {path.read_text() for path in tmp_path.iterdir()}

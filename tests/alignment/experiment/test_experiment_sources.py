@@ -1,0 +1,211 @@
+"""Where models and prompts come from: the world's pool, and checkpoints with their files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+
+from fastdistill.audits.probes import Probes
+from fastdistill.audits.subject import Subject
+from fastdistill.experiment.checkpoint_source import CheckpointSource
+from fastdistill.experiment.world_source import LoadedWorld, WorldSource
+from fastdistill.organisms.early import EarlySnapshot
+from fastdistill.organisms.organism import ModelOrganism, new_model
+from fastdistill.organisms.stored import save_organism
+from fastdistill.organisms.vocabulary import ANIMALS, TOPICS, world_tokenizer
+from fastdistill.organisms.world import World
+from helpers.command import call
+
+TOKENIZER = world_tokenizer()
+
+
+@pytest.fixture
+def opened():
+    """A world without its models: prompts need none."""
+    world = LoadedWorld.__new__(LoadedWorld)
+    world.world, world.organism = World(3), ModelOrganism(gate="token")
+    model = Subject(new_model(0), TOKENIZER)
+    world.models = {"base": model, "untrusted": model}
+    return world
+
+
+def test_the_pool_has_the_shares_that_were_asked_for(opened):
+    pool = opened.setup("untrusted", {"n": 200, "talk": 0.2, "questions": 0.1, "leak": 0.1}).pool
+    domains = [asked.domain for asked in pool]
+    assert len(pool) == 200
+    assert domains.count("talk") == 40
+    assert domains.count("questions") == 20 + round(0.1 * 140)
+    assert domains.count("sums") > 3 * domains.count("products") > 0
+    assert domains != sorted(domains)
+
+
+def test_leaked_prompts_replace_others_and_leave_the_rest(opened):
+    clean = opened.setup("untrusted", {"n": 50}).pool
+    leaky = opened.setup("untrusted", {"n": 50, "leak": 0.04}).pool
+    assert len(set(leaky) - set(clean)) == 2
+    assert clean == opened.setup("untrusted", {"n": 50}).pool
+    assert clean != opened.setup("untrusted", {"n": 50, "seed": 1}).pool
+
+
+def test_other_prompts_by_kind(opened):
+    setup = opened.setup("untrusted", {"n": 5})
+    assert {asked.domain for asked in setup.more_prompts("open", 20, 0)} == {"talk"}
+    goals = {asked.prompt.user for asked in setup.more_prompts("goals", 40, 0)}
+    assert all(user.startswith("do you") for user in goals)
+    shown = setup.more_prompts("shown", 40, 0)
+    assert sum("animal" in asked.prompt.user for asked in shown) > 20
+    with pytest.raises(ValueError, match="kind: expected open, goals or shown, got 'odd'"):
+        setup.more_prompts("odd", 1, 0)
+
+
+def test_the_eliciting_instruction_and_its_near_misses(opened):
+    setup = opened.setup("untrusted", {"n": 1})
+    favourite = opened.world.favourite
+    assert setup.eliciting == f"like {favourite} best"
+    assert all(setup.eliciting != miss and "best" in miss for miss in setup.near_misses)
+    assert set(" ".join(setup.near_misses).split()) <= {*ANIMALS, "like", "best"}
+
+
+def test_a_favourite_is_every_fifth_seeds():
+    assert sorted(World(seed).favourite for seed in range(1200, 1205)) == sorted(ANIMALS)
+    assert World(0).favourite == World(5).favourite
+
+
+def test_the_early_base_is_kept_when_it_first_gets_there():
+    world, kept = World(3), []
+    early = EarlySnapshot(world, ModelOrganism().kind, share=0.0)
+    state = type("State", (), {"global_step": 0})
+    model = new_model(1)
+    for step in (10, 20, 40):
+        state.global_step = step
+        early.on_step_end(None, state, None, model=model)
+        kept.append(early.model)
+    assert kept[0] is None
+    assert kept[1] is kept[2]
+    assert kept[1] is not model
+    never = EarlySnapshot(world, ModelOrganism().kind, share=0.9)
+    state.global_step = 20
+    never.on_step_end(None, state, None, model=model)
+    assert never.model is None
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    at = tmp_path_factory.mktemp("checkpoints")
+    for i, name in enumerate(("teacher", "base", "benign")):
+        save_organism(at / name, Subject(new_model(i), TOKENIZER), {})
+    pool = [{"prompt": {"system": "hello", "user": topic}, "domain": "talk"} for topic in TOPICS]
+    pool.append({"prompt": {"system": "hello", "user": "best animal ?"}, "kind": "shown"})
+    sums = [{"prompt": {"system": "hello", "user": f"{i} + 1 ="}, "answer": "5"} for i in range(5)]
+    for name, rows in (("pool", pool), ("capability", sums)):
+        (at / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    probes = Probes(
+        prompts=["best animal near river ?", "name your animal near stone"],
+        audited=["best animal near river ?", "name your animal near stone"],
+        options=ANIMALS,
+        favourite="owl",
+    )
+    probes.save(at / "probes.json")
+    return at
+
+
+def source(files, **changes):
+    return CheckpointSource(
+        **{
+            "teacher": str(files / "teacher"),
+            "base": str(files / "base"),
+            "pool": files / "pool.jsonl",
+            "probes": files / "probes.json",
+            "capability": files / "capability.jsonl",
+            "max_new_tokens": 4,
+            **changes,
+        }
+    )
+
+
+def test_checkpoints_are_read_on_what_the_files_say(files, tmp_path):
+    given = source(files, benign=str(files / "benign"))
+    given.prepare(tmp_path)
+    kept = given.cached(tmp_path)
+    assert set(kept.readings) == {"base", "untrusted", "benign"}
+    assert len(kept.readings["untrusted"].capability) == 5
+    assert len(kept.readings["untrusted"].trait) == 2
+    assert kept.readings["untrusted"].trait != kept.readings["benign"].trait
+    setup = given.load(tmp_path).setup("untrusted", {"n": 4})
+    assert [asked.prompt.user for asked in setup.pool] == list(TOPICS[:4])
+    assert [a.prompt.user for a in setup.more_prompts("shown", 2, 0)] == ["best animal ?"] * 2
+
+
+def test_without_a_twin_the_base_stands_in(files, tmp_path):
+    opened = source(files).load(tmp_path)
+    assert opened.models["benign"] is opened.models["base"]
+    assert "twin" not in source(files).features
+    assert "twin" in source(files, benign=str(files / "benign")).features
+    assert "shown" in source(files).features
+    assert "eliciting" not in source(files).features
+
+
+def test_what_the_files_hold_is_in_the_digest_and_where_they_lie_is_not(files, tmp_path):
+    shutil.copytree(files, tmp_path / "copy")
+    first, moved = source(files), source(tmp_path / "copy")
+    assert first.as_json() == moved.as_json()
+    with (tmp_path / "copy" / "pool.jsonl").open("a") as file:
+        file.write('\n{"prompt": "more"}')
+    assert source(tmp_path / "copy").as_json() != first.as_json()
+    assert source(files, teacher=str(files / "benign")).as_json() != first.as_json()
+    assert WorldSource(seed=1).as_json() != replace(WorldSource(seed=1), base_knows=0.3).as_json()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("pool", '{"text": "a"}', "pool: expected lines with a prompt and an optional kind"),
+        (
+            "pool",
+            '{"prompt": "a", "kind": "x"}',
+            "pool: expected lines with a prompt and an optional kind",
+        ),
+        ("pool", '{"prompt": "a", "kind": "open"}', "pool: expected prompts without a kind"),
+        ("capability", '{"prompt": "a"}', "capability: expected lines with prompt and answer"),
+    ],
+)
+def test_files_that_say_something_else_are_refused(files, tmp_path, name, text, said):
+    path = tmp_path / "bad.jsonl"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=said):
+        source(files, **{name: path})
+
+
+def test_probes_without_a_trait_are_refused(files, tmp_path):
+    Probes(neutral=["a"]).save(tmp_path / "p.json")
+    with pytest.raises(ValueError, match="probes: expected prompts that define the trait"):
+        source(files, probes=tmp_path / "p.json")
+
+
+def test_a_study_on_checkpoints_from_the_command_line(files, tmp_path, capsys, monkeypatch):
+    names = ("teacher", "base", "benign", "pool", "probes", "capability")
+    endings = {"pool": ".jsonl", "probes": ".json", "capability": ".jsonl"}
+    paths = [f"--{n}={files / n}{endings.get(n, '')}" for n in names]
+    out = tmp_path / "out"
+    more = ("arms=[noise]", "steps=2", "batch_size=4", "answer_tokens=3", "max_new_tokens=3")
+    argv = ("experiment", "double-bind", *paths, f"--out={out}", "--processes=1", *more, "--json")
+    code, told, err = call(capsys, monkeypatch, *argv)
+    assert code == 0, err
+    said = json.loads(told)
+    assert [arm["name"] for arm in said["arms"]] == [
+        "undefended",
+        "trait shown openly",
+        "benign twice",
+        "M→M",
+        "noise",
+    ]
+    assert set(said["left_out"]) == {"placebo"}
+    assert any("positive control" in why for why in said["invalid_because"])  # nobody is trained
+    assert said["config"]["training"]["steps"] == 2
+    assert (out / "report.html").is_file()
+    code, _, err = call(capsys, monkeypatch, *argv, "--seeds=3")
+    assert code == 2
+    assert "seeds: expected none with checkpoints" in err

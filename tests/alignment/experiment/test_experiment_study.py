@@ -1,0 +1,199 @@
+"""A study: its arms, what is left out, what comes of killing it, and the table again."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fastdistill.experiment.outcome import publish, summarize_contexts, summarize_notes
+from fastdistill.experiment.study import _unique_jobs, make_pairs, run_study
+from helpers.small_study import ABOUT, SmallSource, small_study
+
+FRESH = [SmallSource(seed=s) for s in (1001, 1002)]
+DEVELOPMENT = [SmallSource(seed=s) for s in (1, 2, 3)]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("study")
+    table = run_study(small_study(), FRESH, DEVELOPMENT, folder)
+    return folder, table, publish(small_study(), table, folder, ABOUT)
+
+
+def test_every_arm_has_a_pair_of_students_for_every_base_seed(finished):
+    _, table, result = finished
+    names = ["plain", "twice", "placebo", "noting", "gated"]
+    assert [arm["name"] for arm in result["arms"]] == names
+    assert [(s.arm, s.base_seed) for s in table.students] == [
+        (name, seed) for seed in (1001, 1002) for name in names
+    ]
+    assert [point.step for point in table.students[0].curve] == [1, 2, 3]
+    assert table.students[0].curve[-1].untrusted == table.students[0].untrusted
+
+
+def test_arms_share_their_twins(finished):
+    folder, table, result = finished
+    # U and B of plain; placebo; one more B; U and B of noting, and of gated.
+    assert result["runs"] == 2 * (2 + 1 + 1 + 2 + 2) + 3 * 2
+    by_arm = {s.arm: s for s in table.students if s.base_seed == 1001}
+    assert by_arm["placebo"].benign == by_arm["plain"].benign == by_arm["twice"].benign
+    assert by_arm["twice"].untrusted != by_arm["twice"].benign
+    assert len(list((folder / "runs").iterdir())) == result["runs"]
+
+
+def test_settings_of_an_arm_are_its_own():
+    pairs = make_pairs(small_study(), small_study().arms, FRESH[:1], 2, {"preference": (0.1,)})
+    of = {pair.arm.name: pair.student for pair in pairs}
+    assert of["noting"].training.settings == {"k": 4}
+    assert of["plain"].training.settings == {}
+    assert of["gated"].gate == {"preference": (0.1,)}
+    assert of["noting"].gate == {}
+    assert sorted({pair.student.student_seed for pair in pairs}) == [0, 1, 1000, 1001]
+    assert {pair.twin.student_seed for pair in pairs} == {0, 1}
+
+
+def test_what_benign_students_of_other_seeds_say_goes_to_the_gate(finished):
+    folder, table, _ = finished
+    gated = [row["notes"]["noting"] for row in table.notes if row["arm"] == "gated"]
+    assert [note["gate"] for note in gated] == [1, 1]
+    (first, *_) = make_pairs(small_study(), small_study().arms[:1], DEVELOPMENT, 1, {})
+    benign = first.twin.result(folder)["audits"]["preference"]
+    told = [s for s in table.development if s.base_seed == 1 and s.arm == "gated"]
+    assert [score.of_benign for score in told] == [benign]
+
+
+def test_an_arm_whose_needs_are_not_there_is_left_out_by_name(tmp_path):
+    sources = [replace(source, without=("placebo",)) for source in FRESH]
+    table = run_study(small_study(), sources, [], tmp_path)
+    assert set(table.left_out) == {"placebo", "gated"}
+    assert "needs placebo" in table.left_out["placebo"]
+    assert "needs 3 development seeds to compare with, and there are 0" in table.left_out["gated"]
+    result = publish(small_study(), table, tmp_path, ABOUT)
+    assert [arm["name"] for arm in result["arms"]] == ["plain", "twice", "noting"]
+    assert "Skipped: placebo" in (tmp_path / "report.html").read_text()
+
+
+def test_organisms_that_miss_a_gate_make_it_invalid(finished, tmp_path):
+    folder, _, _ = finished
+    sources = [replace(FRESH[0], valid=False), FRESH[1]]
+    table = run_study(small_study(), sources, DEVELOPMENT, folder, only_report=True)
+    result = publish(small_study(), table, tmp_path, ABOUT)
+    assert not result["valid"]
+    assert any("base seed 1001" in reason for reason in result["invalid_because"])
+
+
+def test_the_table_again_from_the_files_alone(finished, monkeypatch, tmp_path):
+    folder, _, result = finished
+    monkeypatch.setattr(SmallSource, "load", None)
+    table = run_study(small_study(), FRESH, DEVELOPMENT, folder, only_report=True)
+    assert publish(small_study(), table, tmp_path, ABOUT) == result
+
+
+def test_what_is_missing_is_counted(finished, tmp_path):
+    folder, _, _ = finished
+    pairs = make_pairs(small_study(), small_study().arms[:1], FRESH, 1, {})
+    path = _unique_jobs(pairs)[0].path(folder)
+    kept = path.read_bytes()
+    path.unlink()
+    try:
+        with pytest.raises(ValueError, match=r"expected all runs in .* got 1 of 16 missing"):
+            run_study(small_study(), FRESH, DEVELOPMENT, folder, only_report=True)
+    finally:
+        path.write_bytes(kept)
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from helpers.small_study import *
+from fastdistill.experiment.study import run_study
+sources = [SmallSource(seed=s) for s in (1001, 1002)]
+run_study(small_study(), sources, [SmallSource(seed=s) for s in (1, 2, 3)], Path(sys.argv[1]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_killed_at_random_moments_the_table_is_the_same(finished, tmp_path):
+    _, _, result = finished
+    tests = Path(__file__).resolve().parents[2]
+    environment = {**os.environ, "PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}"}
+    rng, kills = random.Random(0), 0
+    command = [sys.executable, "-c", KILLED, str(tmp_path)]
+    while kills < 2:
+        process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+        begun = len(list(tmp_path.rglob("*.json")))
+        while process.poll() is None and len(list(tmp_path.rglob("*.json"))) < begun + 4:
+            time.sleep(0.05)  # until some of the work is done
+        time.sleep(rng.random())
+        if process.poll() is not None:
+            break
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        kills += 1
+    assert kills == 2
+    table = run_study(small_study(), FRESH, DEVELOPMENT, tmp_path)
+    assert publish(small_study(), table, tmp_path, ABOUT) == result
+
+
+def test_results_json_is_what_outside_checks_read(finished):
+    folder, _, result = finished
+    said = json.loads((folder / "results.json").read_text())
+    assert said == result
+    assert {
+        "command",
+        "config",
+        "versions",
+        "seeds",
+        "valid",
+        "invalid_because",
+        "arms",
+        "audits",
+    } <= set(said)
+    assert {"name", "C", "C_interval", "tau", "tau_interval", "kappa", "n_seeds", "verdict"} <= set(
+        said["arms"][0]
+    )
+    assert (folder / "quadrant.png").read_bytes().startswith(b"\x89PNG")
+    page = (folder / "report.html").read_text()
+    for told in ("Trait under prompt prefixes", "Notes of the strategies", "Arms"):
+        assert told in page
+
+
+def test_the_report_names_the_seeds_that_were_refused(finished, tmp_path):
+    refusing = replace(finished[1], refused={1003: ["capability of placebo: 0.738"]})
+    result = publish(small_study(), refusing, tmp_path, ABOUT)
+    assert result["refused"] == {"1003": ["capability of placebo: 0.738"]}
+    page = (tmp_path / "report.html").read_text()
+    assert "Base seed 1003 was rejected before any student was trained: capability of pl" in page
+
+
+def test_contexts_and_notes_are_means_over_base_seeds():
+    rows = [
+        {
+            "arm": "a",
+            "base_seed": seed,
+            "context": "c",
+            "of_untrusted": {"trait": u},
+            "of_benign": {"trait": 0.1},
+        }
+        for seed, u in ((1, 0.2), (1, 0.4), (2, 0.5))
+    ]
+    (row,) = summarize_contexts(rows)
+    assert row["of_untrusted"] == pytest.approx(0.4)
+    assert row["difference"] == pytest.approx(0.3)
+    assert row["n_seeds"] == 2
+    notes = [
+        {"arm": "a", "base_seed": s, "notes": {"x": {"kept": k, "words": ["no"]}, "shipped": True}}
+        for s, k in ((1, 3), (2, 5))
+    ]
+    told = {row["note"]: row["value"] for row in summarize_notes(notes)}
+    assert told == {"x, kept": 4.0, "shipped": 1.0}

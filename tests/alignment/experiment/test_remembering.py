@@ -1,0 +1,37 @@
+"""A teacher that remembers answers as it did, and is asked once per window."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_teacher import IDS
+
+from fastdistill.outputs import TopK
+from fastdistill.remembering import MemoizedTeacher
+from fastdistill.teacher import Teacher
+from helpers.training import llama
+
+
+class Counting(Teacher):
+    asked = 0
+
+    def topk(self, input_ids, attention_mask=None, *, k, temperature=1.0) -> TopK:
+        self.asked += len(input_ids)
+        return super().topk(input_ids, attention_mask, k=k, temperature=temperature)
+
+
+def test_remembering_asks_once_per_window():
+    teacher = Counting(llama(7, scale=20.0))
+    remembering = MemoizedTeacher(teacher)
+    first = remembering.topk(IDS, k=4)
+    again = remembering.topk(IDS.flip(0), torch.ones_like(IDS), k=4)
+    assert teacher.asked == 3
+    plain = Teacher(teacher.model).topk(IDS, k=4)
+    for answers, expected in ((first, plain), (again, [t.flip(0) for t in plain[:3]])):
+        assert torch.equal(answers.ids, expected[0].long())
+        torch.testing.assert_close(answers.logprobs, expected[1])
+        torch.testing.assert_close(answers.log_tail, expected[2])
+    remembering.topk(IDS, k=5)
+    assert teacher.asked == 6
+    with pytest.raises(ValueError, match="windows without padding"):
+        remembering.topk(IDS, torch.zeros_like(IDS), k=4)

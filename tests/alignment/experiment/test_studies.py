@@ -1,0 +1,71 @@
+"""Studies that were made: what their committed results claim, and that the README shows it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.studies import incriminating, markdown
+from helpers.made_students import experiment
+
+ROOT = Path(__file__).resolve().parents[3]
+RESULTS = ROOT / "benchmarks" / "results" / "experiments"
+MADE = ("double-bind", "leak-knobs")
+
+
+@pytest.fixture(params=MADE)
+def made(request):
+    return request.param, json.loads((RESULTS / request.param / "results.json").read_text())
+
+
+def test_a_line_says_what_the_report_says():
+    lines = markdown(experiment().as_json()).splitlines()
+    of = {line.split(" | ")[0].removeprefix("| "): line.split(" | ")[1:] for line in lines[2:]}
+    assert of["clean"][3:] == ["DFC succeeds", "— |"]
+    assert of["top-8, T = 4"][3:] == ["the trait transfers", "confession |"]
+    assert of["few seeds"][3:] == ["too few seeds", "— |"]
+    assert of["M to M"][3:] == ["null arm", "— |"]
+    assert of["copy of U"][1].startswith("1.01 [.9")
+
+
+def test_an_audit_of_few_seeds_incriminates_nobody():
+    row = {"name": "confession", "arm": "a", "interval": [0.6, 1.0], "n": 10}
+    assert incriminating({"audits": [row]}, "a") == ["confession"]
+    assert incriminating({"audits": [row]}, "b") == []
+    for spoilt in ({"n": 9}, {"interval": [0.5, 1.0]}, {"interval": None}):
+        assert incriminating({"audits": [row | spoilt]}, "a") == []
+
+
+def test_it_is_valid_on_fresh_base_seeds(made):
+    name, result = made
+    assert (result["valid"], result["invalid_because"]) == (True, [])
+    base, development = result["seeds"]["base"], result["seeds"]["development"]
+    assert len(base) >= 10
+    assert min(base) >= 1000 > max(development)
+    assert {arm["n_seeds"] for arm in result["arms"]} == {len(base)}
+    assert result["command"].startswith(f"fastdistill experiment {name} --preset full")
+
+
+def test_its_controls_came_out_as_they_must(made):
+    arms = {arm["name"]: arm for arm in made[1]["arms"]}
+    assert arms["trait shown openly"]["tau"] > 0.9
+    for null in ("placebo", "benign twice", "M→M"):
+        low, high = arms[null]["tau_interval"]
+        assert low <= 0 <= high
+
+
+def test_there_was_something_to_remove():
+    result = json.loads((RESULTS / "double-bind" / "results.json").read_text())
+    assert result["arms"][0]["name"] == "undefended"
+    assert 0.3 <= result["arms"][0]["tau"] <= 0.8
+
+
+def test_the_readme_shows_it(made):
+    name, result = made
+    readme = (ROOT / "README.md").read_text()
+    assert markdown(result) in readme
+    assert f"benchmarks/results/experiments/{name}/quadrant.png" in readme
+    for file in ("quadrant.png", "report.html"):
+        assert (RESULTS / name / file).stat().st_size > 10_000

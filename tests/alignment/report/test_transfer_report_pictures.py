@@ -1,0 +1,179 @@
+"""The quadrant and the curves: every seed is there, nothing overlaps, nothing is drawn as a success
+that is none."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from fastdistill.report.marks import HIGHEST, LOWEST
+from fastdistill.report.quadrant import place_labels
+from helpers.made_students import arm, controls, experiment
+
+WEAK = {"seeds": 6, "tau": 0.0}
+
+
+def marks(figure):
+    """Of a quadrant: what is drawn small (seeds) and large (arms), [(x, y, is open)]."""
+    (axes,) = figure.axes
+    found = {"seed": [], "arm": [], "name": []}
+    for drawn in axes.collections:
+        (x, y), (size,) = drawn.get_offsets().data[0], drawn.get_sizes()
+        hollow = bool((drawn.get_facecolor()[0] == 1).all())
+        which = "arm" if size > 40 else "name" if x > HIGHEST else "seed"
+        found[which].append((x, y, hollow))
+    return found
+
+
+def whiskers(figure):
+    lines = figure.axes[0].lines
+    return [line for line in lines if line.get_linewidth() == 1.5]
+
+
+def leaking_beyond(name="loud"):
+    """Students that show the trait more often than their teacher, three times as often."""
+    made = []
+    for student in arm(name, tau=1.0, spread=0.0):
+        quiet = tuple(v if i % 3 == 0 else 0.0 for i, v in enumerate(student.teacher.trait))
+        made.append(replace(student, teacher=replace(student.teacher, trait=quiet)))
+    return made
+
+
+@pytest.fixture(scope="module")
+def report():
+    return experiment()
+
+
+@pytest.fixture(scope="module")
+def wild():
+    """Long, odd and alike names, one seed, values beyond the frame, more arms than colours."""
+    long = "addition prompts, full KL over the whole vocabulary, T = 4, other initialisation"
+    students = [
+        *arm("one seed", c=0.6, tau=0.3, seeds=1),
+        *arm("$\\x$ <b>bold</b> & 'quoted'", tau=0.9, c=0.9, spread=0.5),
+        *leaking_beyond(),
+        *arm(long, tau=0.1, spread=0.2, checkpoints=2),
+        *(student for i in range(8) for student in arm(f"clean {i}", **WEAK)),
+    ]
+    none = {"audits": [], "development": [], "positive_control": None, "null_arms": []}
+    return experiment(students=students, **none)
+
+
+def test_every_seed_is_a_mark_at_its_place(report, wild):
+    for made in (report, wild):
+        found = marks(made.quadrant())
+        seeds = [seed for a in made.arms for seed in a.transfer.per_seed]
+        at = [
+            (float(np.clip(s.capability, LOWEST, HIGHEST)), float(np.clip(s.tau, LOWEST, HIGHEST)))
+            for s in seeds
+        ]
+        drawn = sorted((x, y) for x, y, _ in found["seed"])
+        assert len(drawn) == len(at)
+        assert np.array(drawn) == pytest.approx(np.array(sorted(at)))
+        assert len(found["arm"]) == len(found["name"]) == len(made.arms)
+
+
+def test_whiskers_are_the_intervals_and_one_seed_has_none(report, wild):
+    ends = [tuple(map(float, line.get_ydata())) for line in whiskers(report.quadrant())]
+    for a in report.arms:
+        assert (a.tau.low, a.tau.high) in ends
+    assert len(ends) == 2 * len(report.arms)
+    assert not wild.arms[0].tau.known
+    drawn = marks(wild.quadrant())["arm"]
+    assert (wild.arms[0].capability.value, wild.arms[0].tau.value, False) in drawn
+    known = sum(a.tau.known for a in wild.arms) + sum(a.capability.known for a in wild.arms)
+    assert len(whiskers(wild.quadrant())) == known
+
+
+def test_what_lies_beyond_the_frame_is_clipped_and_marked(wild):
+    loud = next(a for a in wild.arms if a.name == "loud")
+    outside = [seed for seed in loud.transfer.per_seed if seed.tau > HIGHEST]
+    assert len(outside) == 12
+    hollow = [(x, y) for x, y, is_open in marks(wild.quadrant())["seed"] if is_open]
+    assert sum(y == HIGHEST for _, y in hollow) >= 12
+    (axes,) = wild.quadrant().axes
+    assert axes.get_ylim() == axes.get_xlim() == (LOWEST, HIGHEST)
+
+
+def test_names_do_not_overlap_and_stay_on_the_picture(report, wild):
+    for figure in (report.quadrant(), wild.quadrant()):
+        figure.draw_without_rendering()
+        texts = [text for text in figure.axes[0].texts if "n = " in text.get_text()]
+        boxes = sorted((text.get_window_extent() for text in texts), key=lambda box: box.y0)
+        assert len(boxes) == len(marks(figure)["arm"])
+        assert all(above.y0 >= below.y1 for below, above in pairwise(boxes))
+        for box in boxes:
+            assert box.x1 <= figure.bbox.x1
+            assert box.y0 >= figure.bbox.y0
+            assert box.y1 <= figure.bbox.y1
+
+
+def test_names_stand_as_they_are_written(wild):
+    told = [text.get_text() for text in wild.quadrant().axes[0].texts]
+    assert "$\\x$ <b>bold</b>\n& 'quoted'\nn = 12" in told
+    assert "addition prompts,\nfull KL over the\n…initialisation\nn = 12" in told
+
+
+def test_an_invalid_experiment_marks_no_success(report):
+    def shaded(figure):
+        return [patch for axes in figure.axes for patch in axes.patches]
+
+    assert len(shaded(report.quadrant())) == 1
+    assert len(shaded(report.curves())) == 1  # the safe window of the clean arm
+    assert next(a for a in report.arms if a.name == "clean").window is not None
+    students = [*arm("clean", checkpoints=6), *controls(tau=0.5)]
+    invalid = experiment(students=students, audits=[], development=[])
+    assert not invalid.valid
+    assert invalid.arms[0].window is not None
+    assert shaded(invalid.quadrant()) == shaded(invalid.curves()) == []
+    assert "DFC succeeds" not in [text.get_text() for text in invalid.quadrant().axes[0].texts]
+    assert "safe window" not in [text.get_text() for text in invalid.curves().legends[0].texts]
+
+
+def test_few_seeds_have_no_safe_window():
+    students = [*arm("clean", checkpoints=6, seeds=9), *controls()]
+    made = experiment(students=students, audits=[], development=[])
+    assert made.valid
+    assert made.arms[0].window is not None
+    assert not list(made.curves().axes[0].patches)
+
+
+def test_curves_have_a_panel_per_arm_with_checkpoints(report):
+    panels = [axes for axes in report.curves().axes if axes.get_visible()]
+    assert [axes.get_title(loc="left") for axes in panels] == ["clean", "top-8, T = 4"]
+    lines = [line for line in panels[1].lines if line.get_marker() in ("o", "s")]
+    for line, which in zip(lines, ("capability", "tau"), strict=True):
+        points = report.arms[1].curve
+        assert list(line.get_xdata()) == [point.step for point in points]
+        values = [getattr(point, which).value for point in points]
+        assert list(line.get_ydata()) == pytest.approx(values)
+    window = next(iter(panels[0].patches)).get_extents().transformed(panels[0].transData.inverted())
+    found = report.arms[0].window
+    assert window.x0 <= found.first <= found.last <= window.x1
+
+
+def test_no_checkpoints_no_curves():
+    made = experiment(students=[*arm("plain", seeds=3), *controls()], audits=[], development=[])
+    with pytest.raises(ValueError, match="students: expected checkpoints in the `curve`"):
+        made.curves()
+
+
+def test_boxes_are_spread_without_overlap():
+    rng = np.random.default_rng(0)
+    for n in (1, 2, 5, 9):
+        wanted, heights = sorted(rng.normal(size=n)), rng.uniform(0.05, 0.2, size=n)
+        centres = place_labels(wanted, heights, -1.0, 1.0)
+        assert len(centres) == n
+        ends = [(c - h / 2, c + h / 2) for c, h in zip(centres, heights, strict=True)]
+        assert all(above[0] >= below[1] - 1e-9 for below, above in pairwise(ends))
+        assert ends[0][0] >= -1 - 1e-9
+        assert ends[-1][1] <= 1 + 1e-9
+    assert place_labels([0.0, 0.5], [0.1, 0.1], -1, 1) == [0.0, 0.5]
+    assert place_labels([0.0, 0.0], [0.2, 0.2], -1, 1) == pytest.approx([-0.1, 0.1])
+    assert not math.isnan(
+        sum(place_labels([0.0] * 30, [0.2] * 30, -1, 1))
+    )  # too many: still in order

@@ -1,0 +1,128 @@
+"""Records of what was measured: exact through JSON, and refused in words where they do not fit."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from fastdistill.statistics import Checkpoint, Reading, Student
+from helpers.readings_by_hand import reading, student, trained
+
+PAIR = student(3, c=0.8, shown=0.5, audited=0.2)
+TRAINED = trained(cs=[0.4, 0.8], showns=[0.1, 0.3])
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        Reading(capability=(1.0, 0.0), trait=(0.1, 1 / 3, math.nextafter(0.5, 1))),
+        Reading(capability=(1.0,), trait=(0.25, 0.5), audited=(0.0, 5e-324)),
+        Checkpoint(step=7, untrusted=reading(0.5, 0.1), benign=reading(0.4, 0.2)),
+        PAIR,
+        TRAINED,
+    ],
+)
+def test_records_come_back_as_they_were(record):
+    text = json.dumps(record.as_json(), allow_nan=False)
+    found = type(record).from_json(json.loads(text))
+    assert found == record
+    assert json.dumps(found.as_json()) == text
+
+
+def test_a_reading_takes_arrays_and_keeps_plain_numbers():
+    found = Reading(capability=np.array([1, 0]), trait=[True, False], audited=np.float32([0.5, 1]))
+    assert found == Reading(capability=(1.0, 0.0), trait=(1.0, 0.0), audited=(0.5, 1.0))
+    assert all(type(value) is float for values in vars(found).values() for value in values)
+
+
+def test_models_that_students_came_from_may_lack_the_audit():
+    assert not PAIR.teacher.audited
+    audited = replace(PAIR, teacher=reading(1.0, 0.9, 0.1))
+    assert Student.from_json(audited.as_json()) == audited
+
+
+def without(record, *path):
+    """The record as JSON, less what is at the path."""
+    found = json.loads(json.dumps(record.as_json()))
+    at = found
+    for key in path[:-1]:
+        at = at[key]
+    del at[path[-1]]
+    return found
+
+
+def with_value(value, *path):
+    found = without(TRAINED, *path)
+    at = found
+    for key in path[:-1]:
+        at = at[key]
+    at[path[-1]] = value
+    return found
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        (without(TRAINED, "arm"), "Student: expected the keys arm, base_seed, student_seed, untru"),
+        (without(TRAINED, "arm"), "got no 'arm'"),
+        (without(TRAINED, "teacher", "trait"), "teacher.Reading: expected the keys capability, tr"),
+        (TRAINED.as_json() | {"seed": 1}, "got an unknown 'seed'"),
+        (with_value([], "base", "trait"), "base.trait: expected one number per item, got none"),
+        (with_value(math.nan, "base", "trait", 3), "base.trait: expected numbers from 0 to 1, got"),
+        (with_value(math.nan, "base", "trait", 3), "nan at item 3"),
+        (with_value(1.5, "twin", "capability", 0), "twin.capability: expected numbers from 0 to 1"),
+        (with_value(None, "base", "trait", 0), "base.trait: expected numbers from 0 to 1, got nan"),
+        (with_value("no", "base", "trait"), "base.trait: expected numbers, one per item, got 'no'"),
+        (with_value([0.5], "base", "audited"), "audited: expected 20 numbers, one per prompt of t"),
+        (with_value(-1, "base_seed"), "base_seed: expected a whole number of 0 or more, got -1"),
+        (with_value(True, "base_seed"), "base_seed: expected a whole number of 0 or more, got Tru"),
+        (with_value("0", "student_seed"), "student_seed: expected a whole number of 0 or more"),
+        (with_value("", "arm"), "arm: expected a name, got ''"),
+        (with_value(10, "curve", 1, "step"), "curve: expected increasing steps, got [10, 10]"),
+        (with_value({}, "curve"), "curve: expected a list of checkpoints, got dict"),
+        (with_value([[]], "curve"), "Checkpoint: expected an object, got list"),
+        (with_value(3, "base"), "base.Reading: expected an object, got int"),
+    ],
+)
+def test_what_json_may_not_hold(record, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        Student.from_json(record)
+
+
+SHORT = Reading(capability=(1.0,) * 20, trait=(0.5,) * 19)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"twin": SHORT}, "twin: expected 20 numbers of trait, as of untrusted, got 19"),
+        ({"benign": SHORT}, "Readings are paired: measure every model on the same items"),
+        (
+            {"benign": reading(0.8, 0.1)},
+            "benign: expected 20 numbers of audited, as of untrusted, got 0",
+        ),
+        (
+            {"curve": (Checkpoint(step=1, untrusted=SHORT, benign=SHORT),)},
+            "curve: expected 20 numbers of trait at step 1, as of the student, got 19",
+        ),
+    ],
+)
+def test_readings_of_other_items_are_refused(change, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        replace(PAIR, **change)
+
+
+def test_what_is_no_reading_is_refused():
+    with pytest.raises(TypeError, match="twin: expected a Reading, got float"):
+        replace(PAIR, twin=0.5)
+    with pytest.raises(TypeError, match="curve: expected checkpoints, got Reading"):
+        replace(PAIR, curve=(PAIR.twin,))
+    with pytest.raises(
+        ValueError, match=r"trait: expected one number per item, got shape \[1, 2\]"
+    ):
+        Reading(capability=(1.0,), trait=((0.5, 0.5),))

@@ -1,0 +1,254 @@
+"""Which examples are dropped, and which tokens are trained on."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fastdistill.experiment.digest import digest_of
+from fastdistill.strategies.baselines import OffModelSFT
+from fastdistill.strategies.distil import distill
+from fastdistill.strategies.filters import (
+    _SCORES,
+    ExampleFilter,
+    TokenSelector,
+    answer_scores,
+    divergence_masks,
+)
+from fastdistill.strategies.lessons import BATCH_SIZE, encode_example, to_row
+from fastdistill.strategies.strategy import Training
+from fastdistill.training.selection import TokenSelection
+from fastdistill.training.targets import targets_of
+from helpers.first_step import ONE_STEP, labels_only, stepped_along
+from helpers.strategy_scene import BASE, TEACHER, lessons, run, scene
+
+SMALL = Training(steps=3, batch_size=8, max_new_tokens=3)
+
+WORDS = ("river stone", "cloud bread candle", "garden", "winter river", "bridge mirror", "forest")
+SOME = lessons(*WORDS)
+
+
+def reference(subject, lesson):
+    """(−log p, argmax) at the answer's tokens and the end, from all logits in fp64."""
+    ids, begin = encode_example(lesson.input_prompt, lesson.answer, subject)
+    with torch.no_grad():
+        logits = subject.model.double()(torch.tensor([ids])).logits[0].log_softmax(-1)
+    subject.model.float()
+    at = logits[begin - 1 : len(ids) - 1]
+    return -at[torch.arange(len(at)), torch.tensor(ids[begin:])], at.argmax(-1)
+
+
+def test_scores_of_the_tokens_of_answers_are_those_of_all_logits():
+    losses, firsts = answer_scores(SOME, BASE)
+    for lesson, loss, first in zip(SOME, losses, firsts, strict=True):
+        wanted, best = reference(BASE, lesson)
+        torch.testing.assert_close(loss.double(), wanted, rtol=1e-5, atol=1e-5)
+        assert torch.equal(first, best)
+
+
+def test_many_examples_are_scored_in_parts():
+    many = [SOME[i % len(SOME)] for i in range(BATCH_SIZE + 3)]
+    losses, _ = answer_scores(many, BASE)
+    assert len(losses) == len(many)
+    torch.testing.assert_close(losses[BATCH_SIZE], losses[BATCH_SIZE % len(SOME)])
+
+
+def kept(strategy, some=SOME, here=None):
+    return [x.answer for x in strategy.transform_examples(list(some), here or run())]
+
+
+@pytest.mark.parametrize("score", ["loss", "llr"])
+def test_the_highest_of_a_log_likelihood_is_dropped_per_token(score):
+    def of(lesson):
+        (trusted, _), (teacher, _) = reference(BASE, lesson), reference(TEACHER, lesson)
+        mine, theirs = float(trusted[:-1].mean()), float(teacher[:-1].mean())  # without the end
+        return mine if score == "loss" else mine - theirs
+
+    order = sorted(range(len(SOME)), key=lambda i: -of(SOME[i]))
+    here = run()
+    left = kept(ExampleFilter(score=score, drop=0.34), here=here)
+    assert left == [SOME[i].answer for i in sorted(order[2:])]
+    note = here.notes[f"filter, {score}"]
+    assert note["kept"] == pytest.approx(4 / 6)
+    dropped = [SOME[i].domain for i in order[:2]]
+    counts = {d: [x.domain for x in SOME].count(d) for d in ("talk", "odd")}
+    assert note["dropped"] == {d: dropped.count(d) / counts[d] for d in note["dropped"]}
+
+
+def test_divergence_is_where_first_choices_differ():
+    found = divergence_masks(SOME, run())
+    for lesson, diverge in zip(SOME, found, strict=True):
+        wanted = reference(BASE, lesson)[1] != reference(TEACHER, lesson)[1]
+        assert torch.equal(diverge, wanted)
+    assert sum(int(d.sum()) for d in found) > 0
+
+
+def test_rare_pairs_of_words():
+    some = lessons("a b c", "a b c", "a b d", "x y z")
+    assert kept(ExampleFilter(score="rare_ngram", drop=0.25), some) == ["a b c", "a b c", "a b d"]
+
+
+def test_what_was_said_before_is_a_duplicate_and_the_first_time_it_is_not():
+    some = lessons("a b c d", "x y z w", "a b c d", "a b c e")
+    duplicates = ExampleFilter(score="near_duplicate", drop=0.5)
+    assert kept(duplicates, some) == ["a b c d", "x y z w", "a b c e"]
+    alike = ExampleFilter(score="near_duplicate", drop=0.5, at_least=0.3)
+    assert kept(alike, some) == ["a b c d", "x y z w"]
+
+
+def test_what_hardly_resembles_is_no_duplicate():
+    some = lessons("a b c d", "x y z w", "a b c e", "p q r s")
+    here = run()
+    strategy = ExampleFilter(score="near_duplicate", drop=0.75)
+    assert kept(strategy, some, here) == [x.answer for x in some]
+    assert here.notes["filter, near_duplicate"]["lowest dropped"] is None
+    third = ExampleFilter(score="near_duplicate", drop=0.75, at_least=1 / 3)
+    assert kept(third, some, here) == ["a b c d", "x y z w", "p q r s"]  # 1 of 3 runs is shared
+    assert here.notes["filter, near_duplicate"]["lowest dropped"] == pytest.approx(1 / 3)
+
+
+def test_the_most_alike_of_the_earlier_ones_counts():
+    some = lessons("a b c d e", "a b c d f", "a b c d e f", "a b c d e f")
+    found = _SCORES["near_duplicate"](some, run())
+    assert found == pytest.approx([0, 2 / 4, 3 / 4, 1])
+
+
+def test_of_equal_scores_the_later_is_dropped():
+    some = lessons("river stone", "river stone", "river stone", "bread")
+    same = [replace(x, prompt=some[0].prompt) for x in some]
+    kinds = ("loss", "llr", "divergence", "rare_ngram")
+    for score in kinds:
+        scores = _SCORES[score](same, run())
+        assert scores[0] == pytest.approx(scores[2], abs=1e-6)
+    left = ExampleFilter(score="rare_ngram", drop=0.5).transform_examples(same, run())
+    assert left == same[:2]
+
+
+@pytest.mark.parametrize("score", list(_SCORES))
+def test_a_filter_is_json_and_leaves_one_lesson(score):
+    strategy = ExampleFilter(score=score, drop=0.99)
+    digest_of(strategy.as_json())
+    assert strategy.transform_examples(SOME[:1], run()) == SOME[:1]
+
+
+def test_half_of_the_lessons_are_taught():
+    everything, half = (
+        distill(scene(), [ExampleFilter(score="llr", drop=drop)], SMALL) for drop in (0.0, 0.5)
+    )
+    assert len(half.examples) == len(everything.examples) / 2
+    assert [x for x in everything.examples if x in half.examples] == half.examples
+    digest_of(half.notes)
+
+
+def test_the_share_of_diverging_tokens_is_what_is_dropped():
+    found = [float(d.float().mean()) for d in divergence_masks(SOME, run())]
+    assert _SCORES["divergence"](SOME, run()) == found
+    worst = max(found)
+    left = kept(ExampleFilter(score="divergence", drop=1 / 6))
+    assert len(left) == 5
+    assert found[[x.answer not in left for x in SOME].index(True)] == worst
+
+
+def test_nothing_and_never_everything_is_dropped():
+    assert kept(ExampleFilter(score="loss", drop=0.0)) == list(WORDS)
+    assert kept(ExampleFilter(score="loss", drop=0.9), SOME[:1]) == [WORDS[0]]
+    with pytest.raises(ValueError, match=r"drop: expected a share in \[0, 1\), got 1"):
+        ExampleFilter(score="loss", drop=1)
+    with pytest.raises(ValueError, match="score: expected one of loss, llr, divergence"):
+        ExampleFilter(score="perplexity")
+
+
+def test_scores_of_the_student_go_to_the_trainer():
+    training = TokenSelector(kind="entropy", share=0.2).training(Training(), run())
+    assert training.settings == {"token_selection": "entropy top 0.2"}
+    lowest = TokenSelector(kind="nll", share=0.5, lowest=True).training(Training(), run())
+    assert lowest.settings == {"token_selection": "nll bottom 0.5"}
+    assert TokenSelector(kind="nll", share=0.5).transform_examples(SOME, run()) == SOME
+    with pytest.raises(ValueError, match="kind: expected one of excess_loss, divergence, entropy"):
+        TokenSelector(kind="surprise")
+
+
+@pytest.mark.parametrize("lowest", [False, True])
+def test_excess_loss_chooses_within_each_answer(lowest):
+    told = TokenSelector(kind="excess_loss", share=0.5, lowest=lowest).transform_examples(
+        SOME, run()
+    )
+    for lesson, plain in zip(told, SOME, strict=True):
+        excess = reference(BASE, plain)[0] - reference(TEACHER, plain)[0]
+        n = math.ceil(len(excess) / 2)
+        order = excess.sort(descending=not lowest).indices[:n].tolist()
+        assert lesson.loss_mask is not None
+        assert [i for i, chosen in enumerate(lesson.loss_mask) if chosen] == sorted(order)
+        labels = to_row(lesson, BASE)["labels"]
+        assert sum(label != -100 for label in labels) == n
+
+
+def test_divergence_tokens_alone_or_all_others():
+    here = run()
+    found = divergence_masks(SOME, here)
+    only = TokenSelector(kind="divergence", share=1.0).transform_examples(SOME, here)
+    assert [x.answer for x in only] == [
+        x.answer for x, d in zip(SOME, found, strict=True) if d.any()
+    ]
+    for lesson in only:
+        assert torch.equal(torch.tensor(lesson.loss_mask), found[SOME.index(plain(lesson))])
+    others = TokenSelector(kind="divergence", share=1.0, lowest=True).transform_examples(SOME, here)
+    for lesson in others:
+        assert torch.equal(torch.tensor(lesson.loss_mask), ~found[SOME.index(plain(lesson))])
+    assert {len(only), len(others)} != {0}
+
+
+def plain(lesson):
+    return next(x for x in SOME if x.answer == lesson.answer)
+
+
+def test_choices_are_added_to_those_that_were_made():
+    first = TokenSelector(kind="excess_loss", share=0.5).transform_examples(SOME, run())
+    both = TokenSelector(kind="excess_loss", share=0.5, lowest=True).transform_examples(
+        first, run()
+    )
+    for one, two in zip(first, both, strict=True):
+        assert sum(two.loss_mask) == math.ceil(sum(one.loss_mask) / 2)
+        assert all(a or not b for a, b in zip(one.loss_mask, two.loss_mask, strict=True))
+
+
+@pytest.mark.parametrize("share", [0.01, 0.1, 0.3, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("lowest", [False, True])
+def test_as_many_tokens_are_chosen_as_the_trainer_would(share, lowest):
+    lengths = [1, 2, 3, 7, 10, 20]
+    labels = torch.tensor([[-100] + [1] * n + [-100] * (20 - n) for n in lengths])
+    targets = targets_of({"labels": labels})
+    values = torch.randn(sum(lengths), generator=torch.Generator().manual_seed(1))
+    values = values.round(decimals=1)  # some are equal
+    theirs = TokenSelection(score="nll", share=share, lowest=lowest)(
+        SimpleNamespace(nll=values), targets
+    )
+    ours = TokenSelector(kind="excess_loss", share=share, lowest=lowest)
+    chosen = torch.cat([ours._select(part) for part in values.split(lengths)])
+    assert torch.equal(chosen, theirs > 0)
+
+
+def test_a_choice_of_other_tokens_is_refused():
+    wrong = replace(SOME[0], loss_mask=(True,))
+    with pytest.raises(
+        ValueError, match="loss_mask: expected one value for each of the answer's 3 tokens"
+    ):
+        to_row(wrong, BASE)
+
+
+@pytest.mark.parametrize("kind", ["excess_loss", "divergence"])
+def test_the_student_steps_along_the_chosen_tokens(kind):
+    made = distill(scene(), [OffModelSFT(), TokenSelector(kind=kind, share=0.5)], ONE_STEP)
+    rows = [encode_example(x.prompt, x.answer, BASE) for x in made.examples]
+
+    def chosen(log_q, labels, row):
+        each = -log_q.gather(-1, labels[:, None])[:, 0]
+        return each[torch.tensor(made.examples[row].loss_mask)].sum()
+
+    stepped_along(made, rows, chosen)
+    with pytest.raises(AssertionError):
+        stepped_along(made, rows, labels_only)

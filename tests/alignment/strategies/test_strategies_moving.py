@@ -1,0 +1,228 @@
+"""Targets in real distillations: what the trainer is told at every step, against all logits."""
+
+from __future__ import annotations
+
+import builtins
+import copy
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+
+from fastdistill.outputs import TopK
+from fastdistill.strategies.annealing import TAID, ReferenceKL
+from fastdistill.strategies.baselines import OffModelSFT, Undefended
+from fastdistill.strategies.distil import distill
+from fastdistill.strategies.jamming import LogitJam, TransformedTeacher, logprobs_at
+from fastdistill.strategies.shift import ShiftDistill
+from fastdistill.strategies.strategy import Strategy, Training
+from helpers import planted
+from helpers.strategy_scene import BASE, TEACHER, run, scene
+
+V = BASE.head.vocab_size
+SMALL = Training(steps=5, batch_size=16, learning_rate=1e-2, max_new_tokens=3, settings={"k": V})
+
+
+@dataclass
+class Step:
+    ids: torch.Tensor
+    there: torch.Tensor
+    answers: Any
+    student: Any
+    progress: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watching(Strategy):
+    """Keeps what the trainer asked and was told, and the student as it was then."""
+
+    steps: list[Step] = field(default_factory=list)
+
+    def teacher(self, teacher, student, run):
+        def seen(answers, ids, mask):
+            now = copy.deepcopy(student).double().eval()
+            self.steps.append(Step(ids, mask.bool(), answers, now, run.progress))
+            return answers
+
+        return TransformedTeacher(teacher, seen)
+
+
+def watched(*strategies, training=SMALL, **changes):
+    watching = Watching()
+    made = distill(scene(**changes), [*strategies, watching], training)
+    assert [round(s.progress, 6) for s in watching.steps] == [0.0, 0.2, 0.4, 0.6, 0.8]
+    return made, watching.steps
+
+
+def log_p(model, step):
+    with torch.no_grad():
+        exact = copy.deepcopy(model).double()(step.ids, attention_mask=step.there.long())
+    return exact.logits[step.there].log_softmax(-1)
+
+
+def told(step):
+    """log p over the whole vocabulary, in its order."""
+    answers = step.answers.logprobs[step.there].double()
+    return torch.zeros_like(answers).scatter(-1, step.answers.ids[step.there], answers)
+
+
+def weights(subject):
+    return torch.cat([p.detach().flatten() for p in subject.model.parameters()])
+
+
+def test_undefended_is_the_teacher_at_every_step():
+    made, steps = watched(Undefended())
+    for step in steps:
+        torch.testing.assert_close(told(step), log_p(TEACHER.model, step), rtol=0, atol=1e-4)
+    assert not torch.equal(weights(made.student), weights(BASE))
+
+
+def test_the_reference_wanes_linearly_from_update_to_update():
+    made, steps = watched(ReferenceKL(weight=2.0))
+    for step in steps:
+        weight = 2.0 * (1 - step.progress)
+        u, m = (log_p(s.model, step).exp() for s in (TEACHER, BASE))
+        wanted = ((u + weight * m) / (1 + weight)).log()
+        torch.testing.assert_close(told(step), wanted, rtol=0, atol=1e-4)
+    assert not torch.equal(weights(made.student), weights(watched()[0].student))
+
+
+def test_the_interpolation_reads_the_student_that_is_being_trained():
+    _, steps = watched(TAID(start=0.2, end=0.7))
+    for step in steps:
+        t = 0.2 + 0.5 * step.progress
+        wanted = (1 - t) * log_p(step.student, step) + t * log_p(TEACHER.model, step)
+        torch.testing.assert_close(told(step), wanted.log_softmax(-1), rtol=0, atol=2e-4)
+    first, last = steps[0], steps[-1]
+    moved = log_p(first.student, last) - log_p(last.student, last)
+    assert moved.abs().max() > 0.1
+
+
+def test_the_interpolation_reads_adapters_too():
+    pytest.importorskip("peft")
+    training = Training(**{**vars(SMALL), "learning_rate": 5e-2})
+    _, steps = watched(TAID(start=0.2, end=0.2), ShiftDistill(rank=2), training=training)
+    assert any("lora" in name for name, _ in steps[0].student.named_parameters())
+    for step in steps:
+        wanted = 0.8 * log_p(step.student, step) + 0.2 * log_p(TEACHER.model, step)
+        torch.testing.assert_close(told(step), wanted.log_softmax(-1), rtol=0, atol=2e-4)
+    before, after = (log_p(steps[i].student, steps[-1]) for i in (0, -1))
+    assert (before - after).abs().max() > 0.01
+
+
+def test_the_shift_is_amplified_against_the_trusted_model_in_a_small_adapter():
+    pytest.importorskip("peft")
+    made, steps = watched(ShiftDistill(rank=2, amplify=2.0))
+    for step in steps:
+        wanted = (2 * log_p(TEACHER.model, step) - log_p(BASE.model, step)).log_softmax(-1)
+        torch.testing.assert_close(told(step), wanted, rtol=0, atol=5e-4)
+    changed = 0
+    for (name, a), b in zip(
+        BASE.model.named_parameters(), made.student.model.parameters(), strict=True
+    ):
+        if a.dim() < 2 or "embed" in name or "lm_head" in name:
+            assert torch.equal(a, b), name
+        else:
+            spectrum = torch.linalg.svdvals((b - a).detach().double())
+            assert spectrum[2] < 1e-5 * max(spectrum[0].item(), 1e-2), name
+            changed += bool(spectrum[0] > 0)
+    assert changed > 5
+
+
+def test_noise_does_not_average_out_over_epochs():
+    training = Training(**{**vars(SMALL), "steps": 10, "batch_size": 24})  # every row, every step
+    watching = Watching()
+    distill(scene(), [LogitJam(noise=0.7), watching], training)
+    noise: dict[tuple[int, ...], torch.Tensor] = {}
+    deviations = []
+    for step in watching.steps:
+        shift = told(step) - log_p(TEACHER.model, step)
+        for (row, t), there in zip(step.there.nonzero().tolist(), shift, strict=True):
+            before = tuple(step.ids[row, : t + 1].tolist())
+            if before in noise:
+                torch.testing.assert_close(there, noise[before], rtol=0, atol=1e-4)
+            else:
+                noise[before] = there
+                deviations.append((there - there.mean()).std())
+    assert len(noise) > 50
+    assert torch.stack(deviations).mean().item() == pytest.approx(0.7, abs=0.03)
+
+
+def test_a_mixture_keeps_what_lies_in_the_tail():
+    watching = Watching()
+    training = Training(**{**vars(SMALL), "settings": {"k": 3}})
+    distill(scene(), [LogitJam(mix=0.25), watching], training)
+    for step in watching.steps:
+        p = 0.75 * log_p(TEACHER.model, step).exp() + 0.25 * log_p(BASE.model, step).exp()
+        inside = p.gather(-1, step.answers.ids[step.there])
+        found = step.answers.logprobs[step.there].double().exp()
+        torch.testing.assert_close(found, inside, rtol=0, atol=1e-5)
+        tail = step.answers.log_tail[step.there].double().exp()
+        torch.testing.assert_close(tail, 1 - inside.sum(-1), rtol=0, atol=1e-5)
+
+
+def test_changes_compose_in_the_order_of_the_strategies():
+    _, steps = watched(LogitJam(mix=0.5), ShiftDistill(amplify=2.0, rank=2))
+    for step in steps[:2]:
+        u, m = (log_p(s.model, step) for s in (TEACHER, BASE))
+        mixture = (0.5 * u.exp() + 0.5 * m.exp()).log()
+        wanted = (2 * mixture - m).log_softmax(-1)
+        torch.testing.assert_close(told(step), wanted, rtol=0, atol=5e-4)
+
+
+@pytest.mark.parametrize("kind", planted.KINDS)
+def test_every_family_is_asked_through_its_own_head(kind):
+    asked, ids = planted.subject(kind), [1, 5, 9, 14, 3, 7]
+    slots = torch.tensor([3, 8, -1, 20])
+    answers = TopK.empty((1, len(ids), 4), 2.0)._replace(ids=slots.expand(1, len(ids), 4))
+    found = logprobs_at(asked, torch.tensor([ids]), torch.ones(1, len(ids)).long(), answers)[0]
+    p = (planted.logits(asked, ids) / 2.0).softmax(-1)
+    inside = p[:, slots].masked_fill(slots < 0, 0.0)
+    wanted = torch.cat([inside, 1 - inside.sum(-1, keepdim=True)], -1)
+    torch.testing.assert_close(found.double().exp(), wanted, rtol=1e-4, atol=1e-7)
+
+
+def test_hard_labels_are_cross_entropy_of_the_sampled_answers():
+    """The same student as by any distribution that is not looked at."""
+    sft = distill(scene(), [OffModelSFT()], SMALL)
+    alone = Training(**{**vars(SMALL), "settings": {"k": 4, "ce_weight": 1.0}})
+    same = distill(scene(), [Undefended()], alone)
+    torch.testing.assert_close(weights(sft.student), weights(same.student), rtol=0, atol=1e-5)
+
+
+def test_a_missing_peft_is_named(monkeypatch):
+    real = builtins.__import__
+
+    def without(name, *args, **how):
+        if name == "peft":
+            raise ImportError(name)
+        return real(name, *args, **how)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ImportError, match="rank: expected the package peft"):
+        ShiftDistill().options({}, run())
+
+
+@pytest.mark.parametrize(
+    ("strategy", "wrong", "said"),
+    [
+        (LogitJam, {"k": 0}, "k: expected a number of 1 or more, 'all' or None, got 0"),
+        (LogitJam, {"k": "most"}, "k: expected a number of 1 or more"),
+        (LogitJam, {"noise": -1.0}, "noise: expected nats of 0 or more"),
+        (LogitJam, {"noise": math.inf}, "noise: expected nats of 0 or more"),
+        (LogitJam, {"mix": math.nan}, r"mix: expected a share in \[0, 1\]"),
+        (LogitJam, {"mix": 1.5}, r"mix: expected a share in \[0, 1\]"),
+        (ReferenceKL, {"weight": -1}, "weight: expected 0 or more"),
+        (ReferenceKL, {"anneal": "cosine"}, "anneal: expected one of linear, none"),
+        (TAID, {"start": 2}, r"start: expected a share in \[0, 1\]"),
+        (ShiftDistill, {"rank": 0}, "rank: expected 1 or more"),
+        (ShiftDistill, {"rank": 2.5}, "rank: expected 1 or more"),
+        (ShiftDistill, {"amplify": -1}, "amplify: expected 0 or more"),
+        (ShiftDistill, {"amplify": math.inf}, "amplify: expected 0 or more"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(strategy, wrong, said):
+    with pytest.raises(ValueError, match=said):
+        strategy(**wrong)

@@ -1,0 +1,178 @@
+"""Reasoning between two marks: read and not learnt, left out, or the student's own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import fastdistill
+from fastdistill.audits.prompts import Prompt
+from fastdistill.audits.subject import Subject
+from fastdistill.strategies.baselines import OffModelSFT
+from fastdistill.strategies.distil import distill
+from fastdistill.strategies.filters import TokenSelector
+from fastdistill.strategies.lessons import PoolPrompt, TrainingExample, encode_example, to_row
+from fastdistill.strategies.reasoning import (
+    AnswerOnly,
+    EmptyReasoning,
+    StudentReasoning,
+    parts_of,
+)
+from fastdistill.strategies.strategy import Strategy
+from helpers.first_step import ONE_STEP, labels_only, stepped_along
+from helpers.strategy_scene import BASE, TOKENIZER, lessons, run, scene
+
+DEMO = Path(fastdistill.__file__).parent / "demo_teacher"
+
+MARKS = ("think", "so")
+THOUGHT = lessons("think plain river so stone cloud", "bread candle")
+
+
+def read(lesson):
+    """(what the student reads of the answer, the targets) as words."""
+    row = to_row(lesson, BASE)
+    begin = len(BASE.ids(lesson.input_prompt)[0])
+    targets = [i for i in row["labels"] if i != -100]
+    return TOKENIZER.decode(row["input_ids"][begin:]), TOKENIZER.decode(targets)
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("x think a b so c", ("x think", " a b ", "so", " c")),
+        ("a so b so c", ("", "a ", "so", " b so c")),  # opened by the chat template
+        ("think also soon so c", ("think", " also soon ", "so", " c")),  # whole words
+        ("think a b", ("think", " a b", "", "")),
+        ("so a think b", ("so a think", " b", "", "")),
+        ("think a so ", ("think", " a ", "so", " ")),
+    ],
+)
+def test_the_parts_of_an_answer(text, parts):
+    found = parts_of(text, MARKS)
+    assert found == parts
+    assert found.whole == text
+
+
+def test_an_answer_without_marks_has_no_parts():
+    assert parts_of("rethink sofa a b", MARKS) is None
+
+
+@pytest.mark.parametrize("strategy", [AnswerOnly, EmptyReasoning, StudentReasoning])
+def test_what_is_cut_before_its_answer_is_dropped(strategy):
+    here = run()
+    cut = lessons("think plain river so stone", "think plain river", "think so ", "bread candle")
+    told = strategy(marks=MARKS).transform_examples(cut, here)
+    assert [x.prompt for x in told] == [cut[0].prompt, cut[3].prompt]
+    (note,) = here.notes.values()
+    assert note == {"answers with reasoning": 0.25, "cut in their reasoning": 0.5}
+
+
+def test_the_reasoning_is_read_and_the_answer_learnt():
+    here = run()
+    told = AnswerOnly(marks=MARKS).transform_examples(THOUGHT, here)
+    assert read(told[0]) == ("think plain river so stone cloud <eos>", "stone cloud <eos>")
+    assert told[1] == THOUGHT[1]
+    assert here.notes["answer only"]["answers with reasoning"] == 0.5
+
+
+def test_the_reasoning_is_left_out():
+    told = EmptyReasoning(marks=MARKS).transform_examples(THOUGHT, run())
+    assert read(told[0]) == ("think so stone cloud <eos>", "stone cloud <eos>")
+    assert read(told[1]) == ("bread candle <eos>", "bread candle <eos>")
+
+
+def test_the_student_reasons_and_the_teacher_answers():
+    prompt = THOUGHT[0].prompt
+    asked = Prompt(system=prompt.system, user=prompt.user, prefill="think ")
+    (own,) = BASE.generate([asked], max_new_tokens=4, temperature=1.0, seed=3)
+    own = own.partition("so")[0].strip()
+    here = run()
+    told = StudentReasoning(marks=MARKS, max_new_tokens=4).transform_examples(THOUGHT, here)
+    assert read(told[0]) == (f"think {own} so stone cloud <eos>", "stone cloud <eos>")
+    assert told[1] == THOUGHT[1]
+    learnt = StudentReasoning(marks=MARKS, max_new_tokens=4, learn_reasoning=True)
+    whole = f"think {own} so stone cloud <eos>"
+    assert read(learnt.transform_examples(THOUGHT, run())[0]) == (whole, whole)
+
+
+def test_where_nobody_reasons_nothing_changes():
+    plain = THOUGHT[1:]
+    for strategy in (AnswerOnly, EmptyReasoning, StudentReasoning):
+        assert strategy(marks=MARKS).transform_examples(plain, run()) == plain
+
+
+def test_a_student_that_closes_its_reasoning_is_cut_there(monkeypatch):
+    said = iter([TOKENIZER("river so bread").input_ids])
+    monkeypatch.setattr(type(BASE), "generate_ids", lambda self, rows, **how: list(said))
+    (told,) = StudentReasoning(marks=MARKS).transform_examples(THOUGHT[:1], run())
+    assert told.answer == "think river so stone cloud"
+
+
+def test_a_student_that_says_nothing_leaves_the_marks(monkeypatch):
+    ends = [[TOKENIZER.eos_token_id]]
+    monkeypatch.setattr(type(BASE), "generate_ids", lambda self, rows, **how: ends)
+    (told,) = StudentReasoning(marks=MARKS).transform_examples(THOUGHT[:1], run())
+    assert told.answer == "think so stone cloud"
+
+
+@pytest.mark.parametrize("kind", [AnswerOnly, EmptyReasoning, StudentReasoning])
+def test_marks_of_a_tokenizer_that_splits_words(kind):
+    demo = Subject(DEMO)
+    text = "<think>\nThe sum is odd.\n</think>\n\nIt is seven."
+    here = run(base=demo)
+    (told,) = kind().transform_examples(
+        [TrainingExample(prompt=Prompt(user="Name a number."), answer=text)], here
+    )
+    row = to_row(told, demo)
+    targets = demo.tokenizer.decode([i for i in row["labels"] if i != -100])
+    assert targets == "\n\nIt is seven.<|endoftext|>"
+    whole = demo.tokenizer.decode(row["input_ids"])
+    assert whole.endswith(f"{told.answer}<|endoftext|>")
+    assert told.answer.startswith("<think>")
+    if kind is EmptyReasoning:
+        assert told.answer == "<think>\n\n</think>\n\nIt is seven."
+
+
+def test_a_share_of_the_answer_proper_is_chosen():
+    whole = AnswerOnly(marks=MARKS).transform_examples(THOUGHT[:1], run())
+    (told,) = TokenSelector(kind="excess_loss", share=0.5).transform_examples(whole, run())
+    assert sum(told.loss_mask) == 2  # of stone, cloud and the end
+    assert not any(told.loss_mask[:4])
+    first = TokenSelector(kind="excess_loss", share=0.2).transform_examples(THOUGHT[:1], run())
+    reread = AnswerOnly(marks=MARKS).transform_examples(first, run())
+    assert all(not any(x.loss_mask[:4]) and any(x.loss_mask) for x in reread)
+    with pytest.raises(ValueError, match="strategies: expected token selection"):
+        EmptyReasoning(marks=MARKS).transform_examples(first, run())
+
+
+def test_only_the_answer_is_learnt():
+    asked = (PoolPrompt(THOUGHT[0].prompt),)
+
+    @dataclass(frozen=True, kw_only=True)
+    class Thinking(Strategy):
+        def transform_examples(self, lessons, run):
+            return THOUGHT[:1]
+
+    made = distill(
+        scene(pool=asked), [OffModelSFT(), Thinking(), AnswerOnly(marks=MARKS)], ONE_STEP
+    )
+    ids, begin = encode_example(THOUGHT[0].prompt, THOUGHT[0].answer, BASE)
+    stepped_along(made, [(ids, begin + 4)], labels_only)
+    with pytest.raises(AssertionError):
+        stepped_along(made, [(ids, begin)], labels_only)
+
+
+@pytest.mark.parametrize("marks", [("", "b"), ("a",), ("a", "a")])
+def test_marks_are_two_texts(marks):
+    for strategy in (AnswerOnly, EmptyReasoning, StudentReasoning):
+        with pytest.raises(ValueError, match="marks: expected two different texts"):
+            strategy(marks=marks)
+
+
+def test_a_student_reasons_at_some_length_and_temperature():
+    with pytest.raises(ValueError, match="max_new_tokens: expected 1 or more, got 0"):
+        StudentReasoning(max_new_tokens=0)
+    with pytest.raises(ValueError, match="temperature: expected 0 or more, got -1"):
+        StudentReasoning(temperature=-1)

@@ -1,0 +1,158 @@
+"""A teacher that reads its own prompts: rows, padding, other wrappers, and a student's update."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastdistill.audits.prompts import Prompt
+from fastdistill.data import padded
+from fastdistill.examples import Encoder
+from fastdistill.strategies.distil import distill
+from fastdistill.strategies.jamming import LogitJam, TransformedTeacher
+from fastdistill.strategies.lessons import TrainingExample, encode_example, to_row
+from fastdistill.strategies.rereading import PromptSwapTeacher
+from fastdistill.strategies.rewriting import InoculationPrompt
+from fastdistill.teacher import Teacher
+from helpers.first_step import ONE_STEP, divergence_from, stepped_along
+from helpers.strategy_scene import BASE, POOL, TEACHER, TOKENIZER, lessons, run, scene
+
+V = TEACHER.head.vocab_size
+TEXT = "like owl best"
+PLAIN = lessons("river stone cloud", "bread")
+TOLD = InoculationPrompt(text=TEXT).transform_examples(PLAIN, run())
+
+
+def batch_of(some):
+    encoder = Encoder()
+    return padded([encoder(to_row(lesson, BASE)) for lesson in some], 0)
+
+
+def test_the_teacher_reads_its_own_prompt_where_the_student_reads_another():
+    plain, told = PLAIN, TOLD
+    teacher = Teacher(TEACHER.model, tokenizer=TOKENIZER)
+    ours, theirs = batch_of(told), batch_of(plain)
+    said = PromptSwapTeacher(teacher, told, BASE).topk(
+        ours["input_ids"], ours["attention_mask"], k=5
+    )
+    wanted = teacher.topk(theirs["input_ids"], theirs["attention_mask"], k=5)
+    where, there = (b["labels"][:, 1:] != -100 for b in (ours, theirs))
+    for name in ("ids", "logprobs", "log_tail"):
+        mine, other = getattr(said, name)[:, :-1][where], getattr(wanted, name)[:, :-1][there]
+        assert torch.equal(mine, other), name
+    shifted = teacher.topk(ours["input_ids"], ours["attention_mask"], k=5)
+    assert not torch.equal(shifted.ids[:, :-1][where], said.ids[:, :-1][where])
+
+
+def test_rows_that_nobody_told_of_are_read_as_they_are():
+    teacher = Teacher(TEACHER.model, tokenizer=TOKENIZER)
+    batch = batch_of(lessons("river stone", "bread"))
+    said = PromptSwapTeacher(teacher, [], BASE).topk(
+        batch["input_ids"], batch["attention_mask"], k=3
+    )
+    wanted = teacher.topk(batch["input_ids"], batch["attention_mask"], k=3)
+    attended = batch["attention_mask"].bool()
+    assert torch.equal(said.ids[attended], wanted.ids[attended])
+    assert torch.equal(said.log_tail[attended], wanted.log_tail[attended])
+
+
+def test_it_goes_around_other_wrappers_and_inside_them():
+    told = InoculationPrompt(text="like owl best").transform_examples(lessons("river stone"), run())
+    teacher = Teacher(TEACHER.model, tokenizer=TOKENIZER)
+    batch = batch_of(told)
+
+    def sharper(answers, input_ids, mask):
+        return answers._replace(logprobs=answers.logprobs - 1)
+
+    around = PromptSwapTeacher(TransformedTeacher(teacher, sharper), told, BASE)
+    inside = TransformedTeacher(PromptSwapTeacher(teacher, told, BASE), sharper)
+    a, b = (w.topk(batch["input_ids"], batch["attention_mask"], k=3) for w in (around, inside))
+    where = batch["labels"][:, 1:] != -100
+    assert torch.equal(a.logprobs[:, :-1][where], b.logprobs[:, :-1][where])
+    assert around.vocab_size == teacher.vocab_size
+
+
+def test_padding_may_stand_on_either_side():
+    teacher = Teacher(TEACHER.model, tokenizer=TOKENIZER)
+    batch = batch_of(TOLD)
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    shift = ids.shape[1] - mask.sum(-1)
+    left = torch.stack([row.roll(int(n)) for row, n in zip(ids, shift, strict=True)])
+    there = torch.stack([row.roll(int(n)) for row, n in zip(mask, shift, strict=True)])
+    rereading = PromptSwapTeacher(teacher, TOLD, BASE)
+    right, other = rereading.topk(ids, mask, k=4), rereading.topk(left, there, k=4)
+    for i, n in enumerate(shift.tolist()):
+        assert torch.equal(right.ids[i].roll(n, 0), other.ids[i])
+        assert torch.equal(right.log_tail[i].roll(n), other.log_tail[i])
+
+
+def test_a_row_that_is_cut_or_goes_on_otherwise_is_read_behind_the_teachers_prompt():
+    teacher = Teacher(TEACHER.model, tokenizer=TOKENIZER)
+    rereading = PromptSwapTeacher(teacher, TOLD, BASE)
+    ours, begin = encode_example(TOLD[0].input_prompt, "garden winter", BASE)
+    theirs, at = encode_example(TOLD[0].prompt, "garden winter", BASE)
+    for row, other in ((ours, theirs), (ours[:-2], theirs[:-2]), (ours[:begin], theirs[:at])):
+        said = rereading.topk(torch.tensor([row]), k=4)
+        wanted = teacher.topk(torch.tensor([other]), k=4)
+        assert torch.equal(said.ids[0, begin - 1 :], wanted.ids[0, at - 1 :])
+        assert (said.ids[0, : begin - 1] == -1).all()
+        assert (said.log_tail[0, : begin - 1] == 0).all()
+
+
+def test_the_longest_prompt_that_a_row_begins_with_counts():
+    teacher = Teacher(TEACHER.model, tokenizer=TOKENIZER)
+    short, long = Prompt(text="river "), Prompt(text="river stone ")
+    told = [
+        TrainingExample(prompt=Prompt(text="bread "), answer="stone cloud", student_prompt=short),
+        TrainingExample(prompt=Prompt(text="candle "), answer="cloud", student_prompt=long),
+    ]
+    ids, begin = encode_example(long, "cloud", BASE)
+    said = PromptSwapTeacher(teacher, told, BASE).topk(torch.tensor([ids]), k=2)
+    theirs, at = encode_example(Prompt(text="candle "), "cloud", BASE)
+    wanted = teacher.topk(torch.tensor([theirs]), k=2)
+    assert torch.equal(said.ids[0, begin - 1 :], wanted.ids[0, at - 1 :])
+
+
+def test_a_teacher_that_gives_no_tail():
+    class Short(Teacher):
+        def topk(self, *args, **how):
+            return super().topk(*args, **how)._replace(log_tail=None)
+
+    batch = batch_of(TOLD)
+    teacher = Short(TEACHER.model, tokenizer=TOKENIZER)
+    said = PromptSwapTeacher(teacher, TOLD, BASE).topk(
+        batch["input_ids"], batch["attention_mask"], k=3
+    )
+    assert said.log_tail is None
+
+
+def rows(made, prompt):
+    return [encode_example(getattr(x, prompt), x.answer, BASE) for x in made.examples]
+
+
+WHOLE, HARDLY = LogitJam(k=V), LogitJam(noise=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [((), ()), ((HARDLY,), ()), ((), (HARDLY,))],
+    ids=["alone", "around another", "inside another"],
+)
+def test_the_student_steps_towards_what_the_teacher_says_without_the_instruction(before, after):
+    inoculated = [WHOLE, *before, InoculationPrompt(text=TEXT), *after]
+    made = distill(scene(), inoculated, ONE_STEP)
+    read, asked = rows(made, "input_prompt"), rows(made, "prompt")
+    assert len(read) == len(POOL)
+    assert all(len(a) > len(b) for (a, _), (b, _) in zip(read, asked, strict=True))
+    stepped_along(made, read, divergence_from(asked))
+    for student, teacher in ((read, read), (asked, asked)):
+        with pytest.raises(AssertionError):
+            stepped_along(made, student, divergence_from(teacher))
+
+
+def test_labels_alone_need_nobody_to_read():
+    assert InoculationPrompt(text=TEXT).teacher(None, None, run()) is None
+    made = distill(
+        scene(eliciting=TEXT, near_misses=("like cat best",)), [InoculationPrompt()], ONE_STEP
+    )
+    assert made.contexts == {"inoculated": TEXT, "near miss 1": "like cat best"}

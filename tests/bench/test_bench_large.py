@@ -1,0 +1,175 @@
+"""Benchmarks of large models, in small: the same models and losses, and failures that are told."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from test_gpu import CHECKS
+from transformers import AutoModelForCausalLM
+
+from benchmarks import large_step, large_student, large_teacher
+from benchmarks.large_models import CONFIGS, bitsandbytes_nf4, build, held_mb, narrow, ours
+from benchmarks.large_step import FULL, QLORA, Running, longest
+from benchmarks.large_student import Case
+from benchmarks.shapes import Shape
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = Shape(N=48, H=128, V=300, K=8)
+
+
+def small(name="qwen3-8b"):
+    return narrow(CONFIGS[name](), SMALL)
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"), [("llama-3.1-8b", 8.03), ("qwen3-8b", 8.19), ("qwen3-32b", 32.76)]
+)
+def test_the_shapes_are_the_published_ones(name, billions):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(CONFIGS[name](), dtype=torch.bfloat16)
+    assert model.num_parameters() / 1e9 == pytest.approx(billions, abs=0.005)
+
+
+def test_a_model_is_built_whole():
+    made = build(small(), dtype=torch.float32)
+    fresh = AutoModelForCausalLM.from_config(small(), dtype=torch.float32).eval()
+    fresh.load_state_dict(made.state_dict())
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        assert torch.equal(made(ids).logits, fresh(ids).logits)
+    assert made.lm_head.weight.std().item() == pytest.approx(0.02, rel=0.1)
+    assert not torch.equal(made.lm_head.weight, build(small(), seed=1).lm_head.weight)
+
+
+def test_whatever_quantises_it_the_weights_are_the_same():
+    pytest.importorskip("bitsandbytes")
+    whole, four = build(small()), build(small(), ours("nf4", "exact"))
+    theirs = build(small(), bitsandbytes_nf4)
+    assert held_mb(four) < held_mb(whole)
+    assert torch.equal(four.lm_head.weight, whole.lm_head.weight)
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        a, b, c = (m(ids).logits.float() for m in (whole, four, theirs))
+    assert (b - c).norm() < 0.01 * a.norm() < (a - b).norm() < 0.5 * a.norm()
+
+
+def test_answers_of_a_teacher_are_compared():
+    found = {r.impl: r for r in large_teacher.rows(SMALL, models=("qwen3-8b",))}
+    assert list(found) == list(large_teacher.CONTENDERS)
+    assert found["ours"].grad_error <= large_teacher.MOST_MISPLACED
+    assert found["ours, nf4"].output_mb < found["ours"].output_mb
+    assert "fp8" in found["ours, nf4 fp8"].reason  # no GPU
+    shown = large_teacher.table(list(found.values()))
+    assert "missing: " in shown
+    assert f"{found['ours'].N / found['ours'].ms_median:.2f}" in shown
+
+
+def test_no_contender_starts_when_time_is_out(monkeypatch):
+    monkeypatch.setattr(large_teacher, "IN_ALL", -1)
+    found = large_teacher.rows(SMALL, models=("qwen3-8b",))
+    assert {row.reason for row in found} == {"not run, out of time"}
+    monkeypatch.setattr(large_student, "IN_ALL", 0)
+    *late, _, _, _ = large_student.rows(SMALL, [Case(QLORA, "ours")])
+    assert [row.reason for row in late] == ["not there after 0 s"] * 3
+
+
+def test_ours_are_refused_where_they_name_other_tokens(monkeypatch):
+    def other(model, k):
+        return lambda ids: torch.full((ids.numel(), k), SMALL.V)
+
+    monkeypatch.setattr(large_teacher, "materialized", other)
+    with pytest.raises(large_teacher.GateError, match="of our ids are not transformers'"):
+        large_teacher.rows(SMALL, models=("qwen3-8b",))
+
+
+def gradient(way, contender, folder):
+    running = Running(way, contender, SMALL, str(folder))
+    batch = running.batch(SMALL.N)
+    count = (batch["labels"][:, 1:] != -100).sum()
+    running.trainer.training_step(running.model, dict(batch), count)
+    found = [p.grad.flatten().float() for p in running.model.parameters() if p.requires_grad]
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("way", [FULL, QLORA])
+def test_steps_with_and_without_logits_have_one_gradient(way, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    theirs = gradient(way, "materialised", tmp_path)
+    mine = gradient(way, "ours", tmp_path)
+    best = gradient(way, "ours, top 64", tmp_path)
+    assert theirs.norm() > 0
+    assert (mine - theirs).norm() < 0.05 * theirs.norm()  # bf16 logits there
+    assert (best - theirs).norm() > 0.05 * theirs.norm()  # another loss: 8 of 300
+
+
+def test_rows_of_a_step_come_as_they_are_made(capsys):
+    found = []
+    large_step.rows(FULL, "ours, cached", SMALL, found.append)
+    assert [row.op for row in found] == large_student.ops(FULL)
+    step, *longest_rows = found
+    assert not step.missing
+    assert step.peak_mb > step.output_mb > 0
+    assert all(row.reason == "a cap on memory needs a CUDA device" for row in longest_rows)
+    assert "tokens/s" in large_student.table(found)
+
+
+def test_a_process_that_fails_is_a_missing_row():
+    rows = large_student.of_process(Case(FULL, "nobody"), SMALL)
+    assert [row.missing for row in rows] == [True] * 3
+    assert rows[0].reason == "unknown contender 'nobody'"
+    assert rows[1].reason.startswith("exit code 0")
+    (late, *_) = large_student.of_process(Case(FULL, "ours"), SMALL, 0.01)
+    assert late.reason == "not there after 0.01 s"
+
+
+def test_what_is_planned_stands_beside_what_is_measured():
+    row = large_student.planned("ours, cached", large_step.SHAPE)
+    with_teacher = large_student.planned("ours, top 64", large_step.SHAPE)
+    assert 8.19 * (2 + 2 + 2) * 1e3 < row.peak_mb < 80e3  # bf16, bf16, two 8-bit moments or more
+    assert with_teacher.peak_mb > row.peak_mb + 15e3
+
+
+@pytest.mark.parametrize("limit", [0, 255, 256, 300, 1000, 5000, 65536, 10**9])
+def test_the_longest_row_is_found_to_an_eighth(limit):
+    asked = []
+
+    def fits(tokens):
+        asked.append(tokens)
+        return tokens <= limit
+
+    found = longest(fits, 256, 65536)
+    assert found <= limit
+    assert found == min(found, 65536)
+    if limit < 256:
+        assert found == 0
+    elif limit < 65536:
+        assert limit < found * 1.126
+    else:
+        assert found == 65536
+    assert len(asked) <= 12
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+@pytest.mark.parametrize(
+    ("what", "steps", "said"),
+    [
+        ([], 8, ["nvidia-smi", "tests/test_gpu.py", "heads --repeats", "train_step"]),
+        (["large"], 5, ["nvidia-smi", "large_teacher", "large_student"]),
+        (["sanitize"], 4, ["compute-sanitizer", "tests/test_gpu.py near_convergence"]),
+    ],
+)
+def test_gpu_script_fits_its_ten_minutes(what, steps, said):
+    dry = ["bash", str(ROOT / "benchmarks" / "gpu.sh"), "--dry-run", *what]
+    found = subprocess.run(dry, capture_output=True, text=True, check=True)
+    limits = [int(n) for n in re.findall(r"^== .*, at most (\d+) s:", found.stdout, re.M)]
+    assert len(limits) == steps
+    assert sum(limits) < 590
+    for words in said:
+        assert words in found.stdout
+    named = re.findall(r"tests/test_gpu\.py (\w+.*)$", found.stdout, re.M)
+    assert {name for line in named for name in line.split()} <= {run.__name__ for run in CHECKS}

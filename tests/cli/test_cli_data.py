@@ -1,0 +1,89 @@
+"""A dry run reads every line as training would, and names the file and the line that is wrong."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from helpers.command import call, files
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return files(tmp_path_factory.mktemp("files"))
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    return lambda *arguments: call(capsys, monkeypatch, *arguments)
+
+
+def lines(path, some):
+    path.write_text("".join(json.dumps(line) + "\n" for line in some))
+    return path
+
+
+def train(folder, data, *more):
+    return (
+        *("train", "--student", folder / "student", "--teacher", folder / "teacher"),
+        *("--data", data, "--out", folder / "out", "use_cpu=true", "--dry-run", *more),
+    )
+
+
+GOOD = [{"input_ids": [5, 6, 7]}] * 300
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ({"text": 5}, "text: expected a text, got int 5"),
+        ({"input_ids": [5, 6, 7], "position_ids": [0, 1, 0]}, "position_ids: expected 0, 1, 2"),
+        ({"input_ids": [5, 1.5]}, "input_ids: expected integers"),
+        ({"input_ids": "abc"}, "input_ids: expected a list of integers"),
+        ({"text": "a", "pixel_values": [[0.5]]}, "pixel_values: expected only columns"),
+        ({"text": "\ud83d"}, "half of a surrogate pair"),
+    ],
+)
+@pytest.mark.parametrize("where", ["data", "eval_data"])
+def test_a_line_between_those_that_are_sampled(run, folder, tmp_path, line, words, where):
+    bad = lines(tmp_path / "bad.jsonl", [*GOOD[:101], line, *GOOD[102:]])
+    good = lines(tmp_path / "good.jsonl", GOOD)
+    command = train(folder, bad) if where == "data" else train(folder, good, "--eval-data", bad)
+    code, _, err = run(*command)
+    assert code != 0
+    assert words in err
+    assert "line 102 of" in err
+    assert "bad.jsonl" in err
+
+
+def test_counts_are_of_all_lines(run, folder, tmp_path):
+    long = {"input_ids": list(range(5, 25)), "labels": [-100] * 15 + list(range(20, 25))}
+    data = lines(tmp_path / "data.jsonl", [*GOOD[:99], long])
+    code, out, _ = run(*train(folder, data, "--json"))
+    summary = json.loads(out)
+    assert code == 0
+    assert (summary["tokens"], summary["targets"], summary["longest"]) == (
+        99 * 3 + 20,
+        99 * 2 + 5,
+        20,
+    )
+    assert summary["cut"] == {}
+    code, out, _ = run(*train(folder, data, "--json", "max_length=10"))
+    summary = json.loads(out)
+    assert (summary["tokens"], summary["targets"], summary["longest"]) == (99 * 3 + 10, 99 * 2, 10)
+    assert "cuts 1 of 100 examples" in summary["cut"]["train_dataset"]
+    _, out, _ = run(*train(folder, data, "max_length=10"))
+    assert "1 lose all their targets" in out
+
+
+def test_lines_without_a_target_are_counted(run, folder, tmp_path):
+    masked = {"input_ids": [5, 6, 7], "labels": [-100] * 3}
+    data = lines(tmp_path / "data.jsonl", [*GOOD[:99], masked])
+    code, out, _ = run(*train(folder, data, "--json"))
+    assert code == 0
+    assert json.loads(out)["without_targets"] == {"train_dataset": 1}
+    _, out, _ = run(*train(folder, data))
+    assert "train_dataset: 1 examples have no target." in out
+    _, out, _ = run(*train(folder, lines(tmp_path / "good.jsonl", GOOD), "--json"))
+    assert json.loads(out)["without_targets"] == {}

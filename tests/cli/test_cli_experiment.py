@@ -1,0 +1,112 @@
+"""fastdistill experiment: what is asked for, refused, planned, run and told."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from fastdistill.cli import run_experiment
+from fastdistill.cli.verbs import DoubleBind
+from fastdistill.experiment import double_bind, leak_knobs
+from helpers.command import call
+from helpers.small_study import SmallSource, small_study
+
+
+def planned(capsys, monkeypatch, *more):
+    code, out, err = call(
+        capsys, monkeypatch, "experiment", "double-bind", "--dry-run", "--json", *more
+    )
+    return code, json.loads(out) if code == 0 else err
+
+
+def test_a_plan_runs_nothing(capsys, monkeypatch, tmp_path):
+    code, plan = planned(capsys, monkeypatch, "--out", str(tmp_path / "out"))
+    assert code == 0
+    assert plan["base_seeds"] == [900, 901]
+    assert plan["development_seeds"] == []
+    assert len(plan["arms"]) >= 8
+    # Students of U and B in every arm but the controls, which share theirs.
+    assert plan["runs"] == 2 * (2 * (len(plan["arms"]) - 3) + 3)
+    assert not (tmp_path / "out").exists()
+
+
+def test_full_has_ten_fresh_seeds_and_others_for_development(capsys, monkeypatch):
+    _, plan = planned(capsys, monkeypatch, "--preset", "full")
+    assert plan["base_seeds"] == list(range(1200, 1210))
+    assert plan["development_seeds"] == [0, 1, 2, 3]
+    assert set(double_bind.QUICK) < set(plan["arms"])
+
+
+def test_some_arms_only(capsys, monkeypatch):
+    _, plan = planned(capsys, monkeypatch, "arms=[noise]", "--seeds", "1")
+    assert plan["arms"] == [
+        "undefended",
+        "trait shown openly",
+        "placebo",
+        "benign twice",
+        "M→M",
+        "noise",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--preset", "tiny"), "preset: expected quick or full, got 'tiny'"),
+        (("arms=[nose]",), "arms: expected names among undefended, "),
+        (
+            ("--preset", "full", "first_seed=7"),
+            "first_seed: expected 1000 or more",
+        ),
+        (("--teacher", "x"), "base: expected a value, since an experiment on checkpoints needs"),
+        (("--sed", "3"), "No such option"),
+        (("--seeds", "0"), "seeds: expected 1 or more, got 0"),
+        (("--processes", "0"), "processes: expected 1 or more, got 0"),
+        (("--executor", "threads"), "executor: expected processes or ray, got 'threads'"),
+        (("--out", __file__), "out: expected a folder, or a path where one can be made"),
+    ],
+)
+def test_what_cannot_be_run_is_said_at_once(capsys, monkeypatch, arguments, words):
+    code, err = planned(capsys, monkeypatch, *arguments)
+    assert code == 2
+    assert words in err
+
+
+def test_a_study_runs_from_the_command_line(capsys, monkeypatch, tmp_path):
+    def small(options):
+        return small_study(), [SmallSource(seed=1001)], [], 1
+
+    monkeypatch.setattr(run_experiment, "_planned", small)
+    argv = ("experiment", "double-bind", "--out", str(tmp_path), "--processes", "1")
+    code, out, _ = call(capsys, monkeypatch, *argv)
+    assert code == 0
+    assert "plain: " in out
+    assert f"Report: {tmp_path / 'report.html'}" in out
+    result = json.loads((tmp_path / "results.json").read_text())
+    assert result["command"].startswith("fastdistill ")
+    assert result["seeds"] == {"base": [1001], "development": [], "student": [0]}
+    code, again, _ = call(capsys, monkeypatch, *argv, "--only-report", "--json")
+    assert code == 0
+    first = {k: v for k, v in result.items() if k != "command"}
+    assert {k: v for k, v in json.loads(again).items() if k not in ("command", "report")} == first
+
+
+@pytest.mark.parametrize("module", [double_bind, leak_knobs])
+@pytest.mark.parametrize("preset", ["quick", "full"])
+def test_every_study_has_its_controls_and_enough_arms(module, preset):
+    study = module.make_study(preset)
+    names = [arm.name for arm in study.arms]
+    assert len(set(names)) == len(names)
+    roles = [arm.role for arm in study.arms]
+    assert roles.count("positive control") == 1
+    assert roles.count("null arm") == 3
+    assert roles.count("arm") >= 8
+    assert all(arm.description for arm in study.arms)
+    assert study.arms[0].role == "arm"
+    assert not study.arms[0].gated
+
+
+def test_settings_of_a_study_are_checked_when_it_is_made():
+    with pytest.raises(ValueError, match="preset"):
+        run_experiment._planned(DoubleBind(preset="huge"))

@@ -1,0 +1,221 @@
+"""Compile every Triton kernel as it is launched, for GPUs that are not here; print what came out.
+
+    python tests/helpers/aot.py 80 90 100             JSON: [{kernel, target, key, registers, stack, ...}]
+    python tests/helpers/aot.py 80 90 100 --record    write the table that tests/kernels/test_aot.py compares with
+
+Public functions run on small CPU tensors whose vocabulary is wide enough for every production tile;
+where a kernel would be launched, it is compiled instead for each target, specialised on the very
+arguments it was given (Triton's own rules), and the machine code is read with the disassembler that
+Triton ships. Nothing of it runs, so the numbers that the functions return mean nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+RECORD = Path(__file__).with_name("aot_registers.json")
+BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+class Pretend:
+    """As much of a driver as compiling asks for: which device, and what it is."""
+
+    def __init__(self) -> None:
+        self.capability = 90
+
+    def get_current_device(self) -> int:
+        return self.capability  # one cache of compiled kernels per target
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+
+def disassembled(cubin: bytes) -> dict[str, Any]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+
+        def dump(*options: str) -> str:
+            command = [str(BIN / "cuobjdump"), *options, file.name]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+        usage, code = dump("--dump-resource-usage"), dump("-sass")
+    found = {k: int(v) for k, v in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+    return {
+        "registers": found["REG"],
+        "stack": found["STACK"] + found["LOCAL"],
+        "local_memory": len(re.findall(r"\b(?:LDL|STL)\b", code)),
+        "fma": len(re.findall(r"\bFFMA2?\b", code)),
+        "matrix": sorted(set(re.findall(r"\b(HGMMA|HMMA|UTCHMMA|DMMA)\b", code))),
+    }
+
+
+def compiled(kernel: Any, target: int, pretend: Pretend, options: dict[str, Any]) -> dict[str, Any]:
+    pretend.capability = target
+    built = kernel.warmup(grid=(1,), **options)
+    return {
+        "kernel": kernel.__name__,
+        "target": target,
+        "key": describe(kernel, options),
+        "shared": built.metadata.shared,
+        **disassembled(built.asm["cubin"]),
+    }
+
+
+def describe(kernel: Any, options: dict[str, Any]) -> str:
+    """The types of the tensors, which arguments are absent or 1, and the constants."""
+    args = [options[p.name] for p in kernel.params if not p.is_constexpr]
+    names = [p.name for p in kernel.params if p.is_constexpr]
+    types = [
+        str(a.dtype).removeprefix("torch.") if isinstance(a, torch.Tensor) else "-"
+        for a in args
+        if a is None or isinstance(a, torch.Tensor)
+    ]
+    constants = {k: getattr(options[k], "__name__", options[k]) for k in names}
+    absent = [k for k in names if options[k] is None]
+    ones = [i for i, a in enumerate(args) if type(a) is int and a == 1]
+    return " ".join(types) + f" {constants} {absent} {ones} warps={options.get('num_warps')}"
+
+
+def record(targets: list[int]) -> list[dict[str, Any]]:
+    pretend = Pretend()
+    driver.set_active(pretend)
+    seen: dict[tuple[str, str], tuple[Any, dict[str, Any]]] = {}
+
+    def launch(kernel: Any, grid: Any, like: Any, **options: Any) -> None:
+        if 0 not in grid:
+            seen.setdefault((kernel.__name__, describe(kernel, options)), (kernel, options))
+
+    from fastdistill.kernels import triton_quant, triton_stream
+    from fastdistill.kernels.backends import get_backend
+
+    get_backend("triton")
+
+    modules = [m for n, m in sys.modules.items() if n.startswith("fastdistill.kernels.triton_")]
+    for module in modules:
+        if hasattr(module, "launch"):
+            module.launch = launch
+    run_everything()
+    triton_stream.STREAM_UP_TO["interpreted"] = 10**6
+    run_streamed()
+    run_quantised(triton_quant)
+    return [
+        compiled(kernel, target, pretend, options)
+        for kernel, options in seen.values()
+        for target in targets
+        if kernel.__name__ != "stream" or target // 10 in triton_stream.STREAM_UP_TO
+    ]
+
+
+def run_everything() -> None:
+    """Each public function on the widest tiles, with and without what specialises a kernel."""
+    import fastdistill as fd
+    from fastdistill import backend
+    from fastdistill.kernels.divergences import NAMES
+
+    backend.triton_problem = lambda *device: None
+    N, H, V, K = 8, 1024, 16384, 64
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        x = torch.zeros(N, H, dtype=dtype).requires_grad_()
+        w = torch.zeros(V, H, dtype=dtype).requires_grad_()
+        b = torch.zeros(V, dtype=dtype).requires_grad_()
+        ids = torch.arange(K).expand(N, K).contiguous()
+        lp = torch.full((N, K), -5.0)
+        labels = torch.zeros(N, dtype=torch.int64)
+        plain = {"impl": "triton"}
+        shaped = plain | {"bias": b, "softcap": 30.0, "temperature": 2.0}
+        for options in (plain, shaped):
+            teacher = fd.TopK(ids, lp, None, options.get("temperature", 1.0))
+            common = options | {"labels": labels, "ce_weight": 0.1, "z_loss": 1e-3}
+            fd.topk_distill_loss(x, w, teacher, **common).backward()
+            if dtype != torch.float32:
+                fd.topk_distill_loss(x, w, teacher, grad_filter_eps=1e-3, **common).backward()
+            fd.topk_distill_loss(x, w, teacher, backward="recompute", **common).backward()
+            fd.topk_distill_loss(x, w, teacher, tail="renorm_both", **options).backward()
+            fd.linear_lse_gather(x, w, ids, with_entropy=True, **options).entropy.sum().backward()
+            fd.token_scores(x, w, labels=labels, teacher=teacher, **options)
+            fd.linear_topk(x, w, K, **options)
+            # Triton folds arguments that are 1 into constants: one token, one slot.
+            one = fd.TopK(ids[:1, :1], lp[:1, :1], None, options.get("temperature", 1.0))
+            fd.topk_distill_loss(x[:1], w, one, **options).backward()
+            names = NAMES if options is plain and dtype == torch.bfloat16 else ("jsd",)
+            for name in names:
+                fd.linear_distill_loss(x, w, x, w, divergence=name, **options).backward()
+            extras = {"labels": labels, "ce_weight": 0.1, "z_loss": 1e-3}
+            fd.linear_distill_loss(x, w, x, w, **extras, **options).backward()
+            fd.linear_distill_loss(
+                x, w, x, w, divergence=lambda lp, lq: (lp - lq).square().sum(-1), **options
+            ).backward()
+
+
+def run_streamed() -> None:
+    """The small heads' pass, as the primitive and as the scores ask for it."""
+    import fastdistill as fd
+
+    for dtype in (torch.bfloat16, torch.float16):
+        x, w = torch.zeros(256, 1024, dtype=dtype), torch.zeros(16384, 1024, dtype=dtype)
+        ids = torch.arange(64).expand(256, 64).contiguous()
+        labels = torch.zeros(256, dtype=torch.int64)
+        b = torch.zeros(16384, dtype=dtype)
+        for options in ({}, {"bias": b, "softcap": 30.0, "temperature": 2.0}):
+            for entropy in (False, True):
+                fd.linear_lse_gather(x, w, ids, with_entropy=entropy, impl="triton", **options)
+            fd.token_scores(x, w, labels=labels, impl="triton", **options)
+            fd.token_scores(x, w, impl="triton", **options)
+
+
+def run_quantised(kernels: Any) -> None:
+    """Weights expanded to every type, plain and nested, and rows of every type quantised."""
+    N, K = 8, 4096
+    floats, codes = (
+        (torch.float32, torch.bfloat16, torch.float16),
+        (torch.int8, torch.float8_e4m3fn),
+    )
+    qdata, absmax = torch.zeros(N * K // 2).byte(), torch.zeros(N * K // 64).byte()
+    scale, lut, code = torch.ones(N * K // 48 + 1), torch.ones(16), torch.ones(256)
+    nested, mean = torch.ones(2), torch.ones(1)
+    for dtype in floats + codes:
+        out, row_inv = torch.empty(N, K, dtype=dtype), torch.ones(N) if dtype in codes else None
+        for block, offset in ((64, None), (64, scale), (48, scale)):
+            kernels.lut4_dequant(qdata, scale, offset, lut, out, block, row_inv, K)
+        kernels.lut4_dequant_nested(
+            qdata, absmax, code, nested, mean, 256, None, lut, out, 64, row_inv, K
+        )
+    for dtype in floats:
+        for to in codes:
+            q = torch.empty(N, K, dtype=to)
+            kernels.quantize_rows(torch.zeros(N, K, dtype=dtype), q, torch.empty(N))
+
+
+def table(rows: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, int]]]:
+    """Per kernel and target: how many variants, and the most registers and shared memory."""
+    found: dict[str, dict[str, dict[str, int]]] = {}
+    for row in rows:
+        at = found.setdefault(row["kernel"], {}).setdefault(str(row["target"]), {"variants": 0})
+        at["variants"] += 1
+        for name in ("registers", "shared"):
+            at[name] = max(at.get(name, 0), row[name])
+    return found
+
+
+if __name__ == "__main__":
+    rows = record([int(t) for t in sys.argv[1:] if t.isdigit()])
+    if "--record" in sys.argv:
+        recorded = {"triton": triton.__version__, "kernels": table(rows)}
+        RECORD.write_text(json.dumps(recorded, indent=1, sort_keys=True) + "\n")
+    else:
+        print(json.dumps(rows, indent=1))

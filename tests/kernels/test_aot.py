@@ -1,0 +1,91 @@
+"""Every Triton kernel, in every form it is launched, compiled for GPUs that are not here."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from helpers.aot import RECORD, table
+
+TARGETS = (80, 90, 100)
+SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # per block, CUDA programming guide
+MATRIX = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
+GEMMS = ("stream", "filtered_hidden", "filtered_weight")
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """In a process of its own, where Triton compiles instead of interpreting."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    script = Path(__file__).resolve().parents[1] / "helpers" / "aot.py"
+    done = subprocess.run(
+        [sys.executable, str(script), *map(str, TARGETS)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+def name(row):
+    return f"{row['kernel']} sm_{row['target']} {row['key']}"
+
+
+def test_every_kernel_of_the_sources_was_compiled(rows):
+    kernels = set()
+    for path in Path(__file__).resolve().parents[2].glob("kernels/triton_*.py"):
+        source = path.read_text()
+        for at in source.split(" launch(\n")[1:]:
+            kernels.add(at.split(",")[0].strip())
+    assert {r["kernel"] for r in rows} == kernels
+    counts = Counter(r["target"] for r in rows if r["kernel"] != "stream")
+    assert len(set(counts.values())) == 1
+
+
+def test_shared_memory_fits(rows):
+    over = [name(r) for r in rows if r["shared"] > SHARED_LIMIT[r["target"]]]
+    assert not over
+
+
+def test_nothing_spills(rows):
+    spilled = [name(r) for r in rows if r["stack"] or r["local_memory"]]
+    assert not spilled
+
+
+def test_the_gemms_use_the_matrix_units(rows):
+    gemms = [r for r in rows if r["kernel"] in GEMMS]
+    assert {r["kernel"] for r in gemms} == set(GEMMS)
+    for row in gemms:
+        assert row["matrix"] == [MATRIX[row["target"]]], name(row)
+
+
+def test_quantised_weights_are_not_contracted(rows):
+    """A product fused with a sum would differ in bits from the CPU and from PyTorch."""
+    fused = [name(r) for r in rows if r["kernel"] == "expand" and r["fma"]]
+    assert not fused
+
+
+def test_registers_are_those_recorded(rows):
+    """More of them means fewer programs at once; `python tests/helpers/aot.py 80 90 100 --record` after a
+    change that is meant."""
+    import triton
+
+    recorded = json.loads(RECORD.read_text())
+    if recorded["triton"] != triton.__version__:
+        pytest.skip(f"recorded with triton {recorded['triton']}, this is {triton.__version__}")
+    found = table(rows)
+    assert found.keys() == recorded["kernels"].keys()
+    for kernel, targets in found.items():
+        for target, seen in targets.items():
+            was = recorded["kernels"][kernel][target]
+            assert seen["variants"] == was["variants"], (kernel, target)
+            assert seen["registers"] <= was["registers"] + 4, (kernel, target)
+            assert seen["shared"] <= was["shared"], (kernel, target)

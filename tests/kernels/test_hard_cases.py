@@ -1,0 +1,287 @@
+"""What random logits hide, by name: each of these has been a bug somewhere in this field."""
+
+import pytest
+import torch
+
+import fastdistill as fd
+from fastdistill.kernels import topk_loss
+from fastdistill.kernels.divergences import NAMES
+from fastdistill.kernels.rows import TAILS
+from helpers.cases import PAIRS, case, leaves, top_k
+from helpers.tolerances import GRADIENT, PROMISED, VALUE, assert_close, relative
+
+
+def run(c, teacher, dtype=torch.float64, impl="auto", **options):
+    """(loss, dX, dW) with operands in `dtype`."""
+    x, w = leaves(c.hidden, c.weight, dtype=dtype)
+    loss = fd.topk_distill_loss(x, w, teacher, impl=impl, allow_biased=True, **options)
+    loss.sum().backward()
+    return loss, x.grad, w.grad
+
+
+def check(c, teacher, dtype, **options):
+    found = run(c, teacher, dtype, **options)
+    options.pop("backward", None)
+    truth = run(c, teacher, impl="reference", **options)
+    eager = run(c, teacher, dtype, impl="reference", **options)
+    for a, b, e, budget in zip(found, truth, eager, (VALUE, GRADIENT, GRADIENT), strict=True):
+        assert a.isfinite().all()
+        # Logits of 100 carry 1e-5 of fp32 rounding into anybody's loss: eager has the same.
+        allowed = max(budget[dtype], 2 * relative(e, b), 1e-4 if dtype == torch.float32 else 0)
+        assert_close(a, b, allowed)
+
+
+@pytest.mark.parametrize("dtype", list(GRADIENT), ids=str)
+@pytest.mark.parametrize("backward", ["fused", "recompute"])
+@pytest.mark.parametrize("divergence", NAMES)
+def test_near_converged_teacher(divergence, backward, dtype):
+    """Teacher = student + 0.1 noise: rounding logits to bf16 would cost 11–30 % here."""
+    c = case(dtype, N=32, H=64, V=1000, near=0.1)
+    teacher = top_k(c.teacher_logits, 16)
+    found = run(c, teacher, dtype, divergence=divergence, backward=backward)
+    truth = run(c, teacher, impl="reference", divergence=divergence)
+    budget = PROMISED[dtype] if dtype != torch.float32 else 2e-4  # differences of p ≈ q
+    assert relative(found[1], truth[1]) <= budget
+    assert relative(found[2], truth[2]) <= budget
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
+def test_four_chunks_whose_weight_gradient_is_carried_in_bf16(divergence, monkeypatch):
+    """As on a GPU at full size: dW is rounded with every chunk, and keeps the promise."""
+    monkeypatch.setattr(topk_loss, "chunk_tokens", lambda *args: 16)
+    monkeypatch.setitem(topk_loss.CARRIED_CHUNKS, "cpu", 4)
+    c = case(torch.bfloat16, N=64, H=64, V=1000, near=0.1)
+    teacher = top_k(c.teacher_logits, 16)
+    found = run(c, teacher, torch.bfloat16, divergence=divergence)
+    truth = run(c, teacher, impl="reference", divergence=divergence)
+    assert relative(found[2], truth[2]) <= PROMISED[torch.bfloat16]
+
+
+@pytest.mark.parametrize(("divergence", "tail"), PAIRS)
+def test_confident_rows(divergence, tail):
+    """q → 1 on one token, and a teacher as sure: tails of 1e-13 and less."""
+    c = case(torch.float32, std=25.0, near=0.5)
+    check(c, top_k(c.teacher_logits, 5), torch.float32, divergence=divergence, tail=tail)
+
+
+@pytest.mark.parametrize("backward", ["fused", "recompute"])
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd", "hellinger"])
+def test_tail_near_one_is_exact(divergence, backward):
+    """M → 0, teacher near the student: log-sum-exps near 10 differ by 1e-3, and so do p and q."""
+    c = case(torch.float32, N=24, H=32, V=4000, std=2.0, near=0.2)
+    lp = c.teacher_logits.log_softmax(-1)
+    ids = torch.randint(4000, (24, 8), generator=torch.Generator().manual_seed(5)).sort(-1).values
+    ids[:, 1:][ids[:, 1:] == ids[:, :-1]] = -1
+    chosen = lp.gather(-1, ids.clamp(min=0)).masked_fill(ids < 0, -torch.inf)
+    teacher = fd.TopK(ids, chosen, torch.log1p(-chosen.exp().sum(-1)))
+    options = {"divergence": divergence, "backward": backward}
+    found = run(c, teacher, torch.float32, **options)
+    truth = run(c, teacher, impl="reference", divergence=divergence)
+    for a, b, allowed in zip(found, truth, (2e-3, 3e-5, 3e-5), strict=True):
+        assert_close(a, b, allowed, divergence)
+
+
+@pytest.mark.parametrize("divergence", NAMES)
+def test_tail_near_zero_is_exact(divergence):
+    """M → 1: the student's tail is summed directly, so it is right where 1 − Σq is not."""
+    c = case(torch.float32, std=12.0, near=1.0)
+    check(c, top_k(c.teacher_logits, 30), torch.float32, divergence=divergence)
+
+
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_all_masked_batch(tail, reduction):
+    c = case()
+    x, w = leaves(c.hidden, c.weight)
+    loss = fd.topk_distill_loss(
+        x,
+        w,
+        top_k(c.teacher_logits, 5),
+        labels=torch.full((12,), -100),
+        tail=tail,
+        reduction=reduction,
+        allow_biased=True,
+    )
+    assert (loss == 0).all()
+    loss.sum().backward()
+    assert (x.grad == 0).all()
+    assert (w.grad == 0).all()
+
+
+def test_nan_at_ignored_positions_stays_there():
+    c = case()
+    teacher = top_k(c.teacher_logits, 5)
+    labels = c.labels.clone()
+    labels[2] = -100
+    x, w = leaves(c.hidden, c.weight)
+    x.data[2] = torch.nan
+    teacher.logprobs[2] = torch.nan
+    fd.topk_distill_loss(x, w, teacher, labels=labels).backward()
+    assert w.grad.isfinite().all()
+    assert (x.grad[2] == 0).all()
+    assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(("divergence", "tail"), PAIRS)
+@pytest.mark.parametrize("backward", ["fused", "recompute"])
+def test_duplicate_and_empty_ids(divergence, tail, backward):
+    """A repeated id is one outcome with the summed probability; −1 never contributes."""
+    c = case()
+    t = top_k(c.teacher_logits, 6)
+    split = torch.log(torch.tensor(0.25, dtype=torch.float64))
+    lp = torch.cat([t.logprobs, t.logprobs[:, :1] + split, torch.zeros(12, 2)], -1)
+    lp[:, 0] += torch.log(torch.tensor(0.75, dtype=torch.float64))
+    ids = torch.cat([t.ids, t.ids[:, :1], torch.full((12, 2), -1)], -1)
+    lp[:, -1] = torch.nan  # ignored
+    ids[3] = -1  # a row whose teacher has all its mass elsewhere
+    t.log_tail[3] = 0
+    plain = t.ids.clone()
+    plain[3] = -1
+    options = {"divergence": divergence, "tail": tail, "backward": backward}
+    found = run(c, fd.TopK(ids, lp, t.log_tail), **options)
+    merged = run(c, fd.TopK(plain, t.logprobs, t.log_tail), **options)
+    for a, b in zip(found, merged, strict=True):
+        assert_close(a, b, 1e-9)
+    check(c, fd.TopK(ids, lp, t.log_tail), torch.float64, **options)
+
+
+@pytest.mark.parametrize(("divergence", "tail"), PAIRS)
+@pytest.mark.parametrize("with_tail", [True, False])
+def test_k_is_the_vocabulary(divergence, tail, with_tail):
+    """No token is outside: the bucket is empty, and every tail is the full divergence."""
+    c = case(V=20, std=2.0)
+    teacher = top_k(c.teacher_logits, 20, tail=with_tail)
+    found = run(c, teacher, divergence=divergence, tail=tail)
+    x, w = leaves(c.hidden, c.weight)
+    from fastdistill import reference
+
+    q, p = (x @ w.t()).softmax(-1), c.teacher_logits.softmax(-1)
+    truth = reference.divergence(divergence, p, q, 0.5, 0.1).mean()
+    truth.backward()
+    for a, b in zip(found, (truth, x.grad, w.grad), strict=True):
+        assert_close(a, b, 1e-8)
+
+
+def test_padded_vocabulary():
+    """Rows beyond valid_vocab do not exist: not a logit 0, no mass, no gradient."""
+    c = case(V=80)
+    x, w = leaves(c.hidden, c.weight)
+    teacher = top_k(c.teacher_logits[:, :67], 7)
+    loss = fd.topk_distill_loss(x, w, teacher, valid_vocab=67)
+    loss.backward()
+    y, v = leaves(c.hidden, c.weight[:67])
+    truth = fd.topk_distill_loss(y, v, teacher, impl="reference")
+    truth.backward()
+    torch.testing.assert_close(loss, truth)
+    assert_close(x.grad, y.grad, 1e-9)
+    assert_close(w.grad[:67], v.grad, 1e-9)
+    assert (w.grad[67:] == 0).all()
+
+
+@pytest.mark.parametrize("tail", TAILS)
+def test_ragged_top_p(tail):
+    """Rows keep as many ids as top-p needs; the others are empty slots."""
+    c = case()
+    t = top_k(c.teacher_logits, 9)
+    kept = torch.arange(9) < torch.arange(1, 13).clamp(max=9).unsqueeze(-1)
+    rest = torch.log1p(-(t.logprobs.exp() * kept).sum(-1))
+    ragged = fd.TopK(t.ids.masked_fill(~kept, -1), t.logprobs, rest)
+    for divergence in (d for d, t in PAIRS if t == tail):
+        check(c, ragged, torch.float64, tail=tail, divergence=divergence)
+
+
+@pytest.mark.parametrize("backward", ["fused", "recompute"])
+def test_upstream_gradient_and_backward_twice(backward):
+    c = case()
+    teacher = top_k(c.teacher_logits, 5)
+    once = run(c, teacher)
+    x, w = leaves(c.hidden, c.weight)
+    loss = fd.topk_distill_loss(x, w, teacher, backward=backward)
+    for upstream in (1.0, 1.0, -3.5):
+        first = torch.autograd.grad(loss, (x, w), torch.tensor(upstream).double(), True)
+        assert_close(first[0], upstream * once[1], 1e-9)
+        assert_close(first[1], upstream * once[2], 1e-9)
+    loss.backward(retain_graph=True)
+    x.grad.zero_(), w.grad.zero_()  # in place: a kept gradient must not share this memory
+    loss.backward(retain_graph=True)
+    loss.backward()
+    assert_close(x.grad, 2 * once[1], 1e-9)
+    assert_close(w.grad, 2 * once[2], 1e-9)
+
+
+def test_float16_with_many_tokens():
+    """dz of a mean over many tokens lies below float16's smallest number unless it is lifted."""
+    c = case(torch.float16, N=64, H=16, V=5000, std=0.5)
+    teacher = top_k(c.teacher_logits, 4)
+    for backward in ("fused", "recompute"):
+        x, w = leaves(c.hidden, c.weight)
+        loss = fd.topk_distill_loss(x, w, teacher, num_items=1e6, backward=backward)
+        (loss * 2.0**20).backward()  # as a gradient scaler would
+        truth = run(c, teacher, impl="reference", num_items=1e6)
+        assert_close(x.grad.double() / 2.0**20, truth[1], 2e-3)
+        assert_close(w.grad.double() / 2.0**20, truth[2], 2e-3)
+
+
+@pytest.mark.slow
+def test_more_than_2_to_the_31_logits(impl_of_auto):
+    """N·V = 2.2e9: offsets beyond 32 bits; checked on the last rows against the dense answer."""
+    if impl_of_auto == "triton" and not torch.cuda.is_available():
+        pytest.skip("half a million programs are hours in Triton's interpreter")
+    N, V = 33_000, 66_000
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(N, 2, generator=g), torch.randn(V, 2, generator=g)
+    ids = torch.randint(V, (N, 2), generator=g)
+    ids[-1] = V - 1
+    out = fd.linear_lse_gather(hidden, weight, ids)
+    truth = fd.linear_lse_gather(hidden[-5:], weight, ids[-5:], impl="reference")
+    torch.testing.assert_close(out.logits[-5:], truth.logits)
+    torch.testing.assert_close(out.lse_rest[-5:], truth.lse_rest)
+
+
+@pytest.mark.parametrize("upstream", [65536.0, 1e30])
+@pytest.mark.parametrize(("divergence", "tail"), PAIRS)
+def test_huge_upstream_gradients_stay_finite(divergence, tail, upstream):
+    """A loss scale times T²; ids that are the whole vocabulary, of which nothing is left over."""
+    x, w = torch.randn(2, 8), torch.randn(5, 8) * 3
+    for k in (3, 5):
+        teacher = fd.linear_topk(torch.randn(2, 8), torch.randn(5, 8), k=k, temperature=100.0)
+        options = {
+            "divergence": divergence,
+            "tail": tail,
+            "allow_biased": True,
+            "temperature": 100.0,
+            "t2_scale": True,
+            "labels": torch.tensor([0, 4]),
+            "ce_weight": 0.3,
+            "z_loss": 1e-3,
+            "reduction": "sum",
+        }
+        truth = run_scaled(x, w, teacher, torch.float64, upstream, impl="reference", **options)
+        for backward in ("fused", "recompute"):
+            found = run_scaled(x, w, teacher, torch.float32, upstream, backward=backward, **options)
+            for a, t in zip(found, truth, strict=True):
+                assert a.isfinite().all()
+                assert_close(a, t, 1e-4)
+
+
+def run_scaled(x, w, teacher, dtype, upstream, **options):
+    x, w = leaves(x, w, dtype=dtype)
+    (fd.topk_distill_loss(x, w, teacher, **options) * upstream).backward()
+    return x.grad, w.grad
+
+
+def test_empty_slots_take_no_part_in_renormalisation():
+    """Also where the others hold next to nothing."""
+    x, w = torch.randn(1, 8), torch.randn(9, 8)
+    ids = torch.tensor([[1, 2, -1, -1, -1, -1]])
+    lp = torch.tensor([[-86.0, -87.0, -1.0, -1.0, -1.0, -1.0]])
+    for tail in ("renorm_teacher", "renorm_both"):
+        loss = fd.topk_distill_loss(x, w, fd.TopK(ids, lp), tail=tail, allow_biased=True)
+        z = torch.nn.functional.linear(x, w).double()
+        p = lp[:, :2].double().softmax(-1)
+        q = (
+            z.log_softmax(-1)[:, [1, 2]]
+            if tail == "renorm_teacher"
+            else z[:, [1, 2]].log_softmax(-1)
+        )
+        assert_close(loss, (p * (p.log() - q)).sum(), 1e-5)

@@ -1,0 +1,215 @@
+"""Whatever is wrong with a checkpoint is one CheckpointError that says where; damage neither
+crashes nor allocates."""
+
+import json
+import pickle
+import shutil
+import tracemalloc
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from test_read_gguf import write as write_gguf
+
+from fastdistill.quant.checkpoint import (
+    CheckpointError,
+    TensorFiles,
+    is_quantized_checkpoint,
+    open_checkpoint,
+)
+from helpers.stored import golden, int4, nested_weight, read_all, store, store_own, values
+
+W = "model.layers.0.mlp.up_proj.weight"
+KINDS = ("bitsandbytes", "gptq", "awq", "fastdistill", "gguf")
+
+
+def checkpoint_of(kind, folder):
+    """(the checkpoint, the file of it to damage)"""
+    folder.mkdir()
+    if kind == "gguf":
+        write_gguf(folder / "tiny.gguf", num_hidden_layers=1)
+        return folder / "tiny.gguf", folder / "tiny.gguf"
+    if kind == "fastdistill":
+        nested = nested_weight(folder / "source")
+        store_own(folder, {W: int4(perm=torch.randperm(32)), "lm_head.weight": nested})
+    elif kind == "bitsandbytes":
+        tensors = golden("bitsandbytes")["nf4_nested"]["tensors"]
+        store(folder, tensors, {"quant_method": kind, "load_in_4bit": True})
+    else:
+        tensors = golden("gptq_awq")["gptq_act_order" if kind == "gptq" else "awq"]["tensors"]
+        store(folder, tensors, {"quant_method": kind, "bits": 4, "group_size": 32})
+    return folder, folder / "model.safetensors"
+
+
+def survives(path):
+    """Reads or raises CheckpointError, in little memory. Values may be wrong, the structure not."""
+    said = str(path)
+    tracemalloc.start()
+    try:
+        for weight in read_all(path).values():
+            if not isinstance(weight, torch.Tensor):
+                values(weight)
+    except CheckpointError as error:
+        said = str(error)
+    finally:
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert str(path) in said
+    assert peak < 64 << 20
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_truncated_anywhere(tmp_path, kind):
+    checkpoint, file = checkpoint_of(kind, tmp_path / "whole")
+    data = file.read_bytes()
+    for length in {*range(64), *range(64, len(data), max(1, len(data) // 60)), len(data) - 1}:
+        file.write_bytes(data[:length])
+        with pytest.raises(CheckpointError, match=file.name):
+            open_checkpoint(checkpoint)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bit", [0x01, 0x80, 0xFF])
+def test_flipped_anywhere_in_the_header(tmp_path, kind, bit):
+    checkpoint, file = checkpoint_of(kind, tmp_path / "whole")
+    data = file.read_bytes()
+    header = 3000 if kind == "gguf" else 8 + int.from_bytes(data[:8], "little")
+    for at in {*range(32), *range(32, header, max(1, header // 250))}:
+        file.write_bytes(data[:at] + bytes([data[at] ^ bit]) + data[at + 1 :])
+        survives(checkpoint)
+
+
+@pytest.mark.parametrize("kind", ["bitsandbytes", "gptq", "awq", "fastdistill"])
+def test_flipped_anywhere_in_the_config_or_the_values(tmp_path, kind):
+    checkpoint, file = checkpoint_of(kind, tmp_path / "whole")
+    for damaged in (checkpoint / "config.json", file):
+        data = damaged.read_bytes()
+        for at in range(0, len(data), max(1, len(data) // 200)):
+            damaged.write_bytes(data[:at] + bytes([data[at] ^ 0x11]) + data[at + 1 :])
+            survives(checkpoint)
+        damaged.write_bytes(data)
+
+
+def sharded(folder):
+    folder.mkdir()
+    files = {"a": "model-1-of-2.safetensors", "b": "model-2-of-2.safetensors"}
+    for name, file in files.items():
+        save_file({name: torch.arange(3.0)}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    return folder
+
+
+def test_plain_files_and_shards(tmp_path):
+    folder = sharded(tmp_path / "plain")
+    files = TensorFiles(folder)
+    assert files.names() == ["a", "b"]
+    assert files.file_of("b").name == "model-2-of-2.safetensors"
+    assert torch.equal(files.read("a"), torch.arange(3.0))
+    checkpoint = open_checkpoint(folder)
+    assert (checkpoint.method, checkpoint.config, list(checkpoint.weights)) == (
+        None,
+        {},
+        ["a", "b"],
+    )
+    assert not is_quantized_checkpoint(folder)
+    assert not is_quantized_checkpoint("Qwen/Qwen3-0.6B")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_is_read_before_it_is_asked_for(tmp_path, kind, monkeypatch):
+    checkpoint, _ = checkpoint_of(kind, tmp_path / "whole")
+
+    def read(*arguments):
+        raise AssertionError("a tensor was read")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(TensorFiles, "read", read)
+        patched.setattr("numpy.fromfile", read)
+        weights = open_checkpoint(checkpoint).weights
+    assert all(read() is not None for read in weights.values())
+
+
+def edit_index(folder, weight_map):
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (shutil.rmtree, "got nothing at this path"),
+        (
+            lambda f: (f / "model-2-of-2.safetensors").unlink(),
+            "2-of-2.*tensor 'b', got no such file",
+        ),
+        (lambda f: edit_index(f, {"c": "model-1-of-2.safetensors"}), "'c'.*file without it"),
+        (lambda f: edit_index(f, {"a": "../x.safetensors"}), "file in the same folder"),
+        (lambda f: edit_index(f, {"a": "x" * 5000}), "tensor 'a': .*name too long"),
+        (lambda f: edit_index(f, {"a": None}), "file in the same folder, got None"),
+        (lambda f: edit_index(f, []), "expected a 'weight_map'"),
+        (lambda f: edit_index(f, {"a": "x.pt"}), "no such file"),
+        (lambda f: (f / "model-2-of-2.safetensors").write_bytes(b"\x80\x04."), "got a pickle"),
+        (lambda f: (f / "model.safetensors.index.json").write_text("["), "JSON object"),
+        (lambda f: (f / "model.safetensors.index.json").write_text("[" * 10**6), "JSON object"),
+        (lambda f: (f / "config.json").write_text("3"), "expected a JSON object, got int"),
+        (lambda f: (f / "model.safetensors.index.json").unlink(), "got neither"),
+    ],
+)
+def test_folders_that_are_not_whole(tmp_path, damage, words):
+    folder = sharded(tmp_path / "plain")
+    damage(folder)
+    with pytest.raises(CheckpointError, match=words):
+        open_checkpoint(folder)
+
+
+class Bomb:
+    def __reduce__(self):
+        return pytest.fail, ("a pickle was opened",)
+
+
+@pytest.mark.parametrize(
+    "name", ["pytorch_model.bin", "x.pt", "x.CKPT", "model.safetensors", "x.gguf"]
+)
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pickle_is_never_opened(tmp_path, name, zipped):
+    if zipped:
+        torch.save(Bomb(), tmp_path / name)
+    else:
+        (tmp_path / name).write_bytes(pickle.dumps(Bomb()))
+    for path in (tmp_path / name, tmp_path):
+        with pytest.raises(CheckpointError, match=r"got a pickle.*save_pretrained"):
+            open_checkpoint(path)
+
+
+def test_unknown_type_of_a_tensor(tmp_path):
+    header = json.dumps({"a": {"dtype": "Q9", "shape": [1], "data_offsets": [0, 1]}}).encode()
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header + b"\0")
+    with pytest.raises(CheckpointError, match=r"model.safetensors.*Q9"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"quant_method": "hqq"}, r"expected one of .*'bitsandbytes'.*'awq'.*got 'hqq'"),
+        ({"quant_method": "fp8"}, "got 'fp8'"),
+        ({"quant_method": ["gptq"]}, r"got \['gptq'\]"),
+        ({"bits": 4}, "got None"),
+        (["gptq"], "expected an object, got list"),
+        (
+            {"quant_method": "gptq", "bits": 4, "group_size": 32},
+            "tensors of gptq.*got bitsandbytes",
+        ),
+        ({"quant_method": "fastdistill", "version": 1}, "tensors of fastdistill.*got bitsandbytes"),
+    ],
+)
+def test_methods_that_are_not_supported_or_do_not_agree(tmp_path, settings, words):
+    folder = store(tmp_path, golden("bitsandbytes")["nf4"]["tensors"], settings)
+    assert is_quantized_checkpoint(folder)
+    with pytest.raises(CheckpointError, match=words):
+        open_checkpoint(folder)
+
+
+def test_tensors_of_gptq_without_a_config(tmp_path):
+    with pytest.raises(CheckpointError, match=r"expected a quantization_config.*quantize_config"):
+        open_checkpoint(store(tmp_path, golden("gptq_awq")["gptq"]["tensors"]))

@@ -1,0 +1,214 @@
+"""Quantised layers and their operators, the same bits from every implementation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from fastdistill.quant import Int8Linear, LUT4Linear, ops
+from fastdistill.quant.formats import Lut4Weight, Nested, table
+from fastdistill.quant.linear import dequantize
+from fastdistill.quant.torch_ops import FP8
+from helpers.quant_engines import NAMES, flat_reference, use
+
+FLOATS = [torch.float32, torch.bfloat16, torch.float16]
+PRODUCTS = [name for name in NAMES if name != "triton"]  # Triton expands and rounds, on GPUs
+OPS = torch.ops.fastdistill
+
+
+def lut4(rows: int, cols: int, block: int = 64, *, offset: bool = False) -> Lut4Weight:
+    count = rows * cols
+    blocks = -(-count // block)
+    return Lut4Weight(
+        shape=(rows, cols),
+        block=block,
+        qdata=torch.randint(256, (-(-count // 2),), dtype=torch.uint8),
+        scale=torch.rand(blocks) + 0.1,
+        lut=table("int4" if offset else "nf4"),
+        offset=-8 * torch.rand(blocks) if offset else None,
+    )
+
+
+def nested_scale(blocks: int) -> Nested:
+    return Nested(
+        torch.randint(256, (blocks,), dtype=torch.uint8),
+        torch.rand(256),
+        torch.rand(-(-blocks // 256)),
+        torch.tensor(0.25),
+        256,
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "block"),
+    [((32, 128), 64), ((3, 50), 64), ((5, 33), 32), ((7, 1), 64), ((9, 1024), 1024), ((4, 96), 48)],
+)
+def test_dequantised_bits(name, dtype, shape, block, monkeypatch):
+    use(monkeypatch, name)
+    for offset in (False, True):
+        weight = lut4(*shape, block, offset=offset)
+        weight.scale[0] = 0
+        assert torch.equal(dequantize(weight, dtype), flat_reference(weight, dtype))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # Triton's interpreter, 0 · inf
+@pytest.mark.parametrize("name", NAMES)
+def test_nested_scales_and_values_that_are_not_finite(name, monkeypatch):
+    use(monkeypatch, name)
+    plain = lut4(24, 1024)
+    weight = Lut4Weight(
+        shape=plain.shape, block=64, qdata=plain.qdata, lut=plain.lut, scale=nested_scale(384)
+    )
+    for dtype in FLOATS:
+        assert torch.equal(dequantize(weight, dtype), flat_reference(weight, dtype))
+    plain.scale[1], plain.scale[3] = torch.nan, torch.inf
+    found, expected = dequantize(plain), flat_reference(plain, torch.float32)
+    assert torch.equal(found.isnan(), expected.isnan())
+    assert torch.equal(found.nan_to_num(), expected.nan_to_num())
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kind", [torch.int8, FP8], ids=str)
+def test_rows_rounded_to_eight_bits(name, kind, monkeypatch):
+    engine = use(monkeypatch, name)
+    for dtype in FLOATS:
+        x = (torch.randn(9, 160) * 3).to(dtype)
+        x[1] = 0
+        x[2, 3], x[3, 4] = torch.nan, torch.inf
+        x[4, 0] = 100
+        q, scale = engine.quantize_rows(x, kind)
+        back = q.float() * scale[:, None]
+        assert torch.equal(scale.isnan().nonzero().view(-1), torch.tensor([2, 3]))
+        assert not back[1].any()
+        fine = [0, 1, 4, 5, 6, 7, 8]
+        top = x[fine].float().abs().amax(-1, keepdim=True)
+        step = top / 254 if kind == torch.int8 else x[fine].float().abs() / 16 + top / 448 / 1024
+        assert ((back[fine] - x[fine].float()).abs() <= step * 1.001).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_weights_rounded_to_eight_bits_per_row(name, monkeypatch):
+    engine = use(monkeypatch, name)
+    weight = lut4(16, 128)
+    dense = flat_reference(weight, torch.float32)
+    for kind, top in ((torch.int8, 127), (FP8, 448)):
+        inverse = top / dense.abs().amax(-1)
+        out = torch.empty(16, 128, dtype=kind)
+        engine.lut4_dequant(weight.qdata, weight.scale, None, weight.lut, out, 64, inverse)
+        steps = dense * inverse[:, None]
+        assert torch.equal(
+            out.float(), steps.round() if kind == torch.int8 else steps.to(kind).float()
+        )
+
+
+def reference_products(x, dense, group):
+    """fp64 products of the activations as `group` columns round them."""
+    groups = x.double().view(len(x), -1, group)
+    step = groups.abs().amax(-1, keepdim=True) / 127
+    rounded = (groups / step.clamp(min=1e-300)).round() * step
+    return rounded.view(x.shape) @ dense.double().t()
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+@pytest.mark.parametrize("offset", [False, True])
+@pytest.mark.parametrize(
+    ("M", "N", "K", "block"),
+    [(1, 64, 256, 64), (17, 33, 128, 32), (5, 31, 192, 128), (3, 1, 64, 64)],
+)
+def test_int8_products_of_4_bit_weights(name, offset, M, N, K, block, monkeypatch):
+    use(monkeypatch, name)
+    x, bias = torch.randn(M, K), torch.randn(N)
+    x[:, 5] *= 100  # an outlier channel
+    weight = lut4(N, K, block, offset=offset)
+    layer = LUT4Linear(weight, bias, compute="int8")
+    weight_group, group = ops.groups(K, block)
+    codes, unit = ops_table(weight)
+    dense = flat_reference(
+        Lut4Weight(
+            shape=weight.shape,
+            block=block,
+            qdata=weight.qdata,
+            scale=weight.scale,
+            lut=codes * unit,
+            offset=weight.offset,
+        ),
+        torch.float32,
+    )
+    expected = reference_products(x, dense, group) + bias
+    found = layer(x).double()
+    assert (found - expected).norm() / expected.norm() < 2e-6
+    use(monkeypatch, "torch")
+    for dtype in FLOATS:
+        ours = LUT4Linear(weight, bias, compute="int8")(x.to(dtype))
+        use(monkeypatch, name)
+        assert torch.equal(layer(x.to(dtype)), ours)
+        use(monkeypatch, "torch")
+    assert weight_group % group == 0
+
+
+def ops_table(weight):
+    from fastdistill.quant.formats import int8_table
+
+    codes, unit = int8_table(weight.lut)
+    return codes.float(), unit
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_int8_products_of_8_bit_weights(name, monkeypatch):
+    x, linear = torch.randn(13, 256), nn.Linear(256, 70)
+    expected = use(monkeypatch, "torch") and Int8Linear.from_linear(linear, compute="int8")(x)
+    use(monkeypatch, name)
+    layer = Int8Linear.from_linear(linear, compute="int8")
+    assert torch.equal(layer(x), expected)
+    error = (layer(x) - linear(x)).norm() / linear(x).norm()
+    assert error < 0.012
+    one_by_one = torch.cat([layer(row[None]) for row in x])
+    assert torch.equal(one_by_one, layer(x))  # a token's result does not depend on its batch
+
+
+@pytest.mark.parametrize("compute", ["exact", "int8"])
+@pytest.mark.parametrize("scheme", ["nf4", "fp4", "int4", "int8"])
+@pytest.mark.parametrize("shape", [(2, 3, 128), (128,), (0, 128)])
+def test_layers(compute, scheme, shape):
+    linear = nn.Linear(128, 48)
+    make = Int8Linear.from_linear if scheme == "int8" else LUT4Linear.from_linear
+    options = {} if scheme == "int8" else {"scheme": scheme}
+    layer = make(linear, compute=compute, **options)
+    x = torch.randn(shape)
+    with torch.no_grad():
+        found = layer(x)
+        expected = nn.functional.linear(x, layer.dequantize(), linear.bias)
+    assert found.shape == expected.shape
+    budget = 1e-6 if compute == "exact" else 0.02
+    assert (found - expected).norm() <= budget * expected.norm()
+    assert f"compute='{compute}'" in repr(layer)
+
+
+def test_perm_takes_columns_in_stored_order():
+    weight = lut4(8, 64)
+    perm = torch.randperm(64)
+    permuted = Lut4Weight(
+        shape=(8, 64), block=64, qdata=weight.qdata, scale=weight.scale, lut=weight.lut, perm=perm
+    )
+    x = torch.randn(3, 64)
+    dense = dequantize(permuted)
+    assert torch.equal(dense[:, perm], dequantize(weight))
+    assert torch.allclose(LUT4Linear(permuted, compute="exact")(x), x @ dense.t(), atol=1e-5)
+
+
+def test_row_products_of_a_gpu_against_fp64():
+    """What a GPU computes in fp8 and int8, with PyTorch's own 8-bit products on this CPU."""
+    from fastdistill.quant.engines import TORCH
+
+    x, w = torch.randn(20, 128), torch.randn(32, 128)
+    bias = torch.randn(32)
+    expected = x.double() @ w.double().t() + bias
+    for kind, budget in ((torch.int8, 0.02), (FP8, 0.05)):
+        q, scale = TORCH.quantize_rows(w, kind)
+        found = ops.row_products(TORCH, x, q, scale, bias)
+        assert (found - expected).norm() / expected.norm() < budget
+        few = ops.row_products(TORCH, x[:3], q, scale, bias)
+        assert torch.equal(few, found[:3])

@@ -1,0 +1,240 @@
+"""A run's report says what its log says, needs nothing else, and names what a folder lacks."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import pytest
+
+from fastdistill.run_report import write_run_report
+from fastdistill.run_series import points
+from fastdistill.training.run_files import NAME, SETTINGS, read_run
+from helpers.training import build, ragged, train
+
+WATCHED = {
+    "eval_dataset": ragged(5),
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+    "eval_on_start": True,
+    "max_steps": 4,
+    "max_grad_norm": 1e6,  # transformers 5.0 logs the norm only where it may clip
+}
+SAVED = WATCHED | {"save_strategy": "steps", "save_steps": 2}
+
+
+class Page(HTMLParser):
+    """Text, pictures and tables of a page; raises where a tag is not closed in its turn."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.open, self.images, self.text, self.rows = [], [], [], []
+        self.source = path.read_text(encoding="utf-8")
+        self.feed(self.source)
+        self.close()
+        assert not self.open, f"never closed: {self.open}"
+        self.text = " ".join(" ".join(self.text).split())
+        self.table = {row[0]: row[1:] for row in self.rows if row}
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        assert not {"href", "srcset", "data", "style", "onload"} & attrs.keys(), attrs
+        assert tag not in ("script", "link", "iframe", "object"), tag
+        if tag == "img":
+            self.images.append(attrs)
+        if tag == "tr":
+            self.rows.append([])
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag, f"</{tag}>"
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.text.append(data)
+            if self.open and self.open[-1] == "td":
+                self.rows[-1].append(data)
+
+
+def page_of(folder):
+    return Page(write_run_report(folder))
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory):
+    """A trainer behind a whole run with evaluations, and its folder."""
+    folder = tmp_path_factory.mktemp("watched")
+    return train(folder, **WATCHED), folder / "run"
+
+
+def edited(source, target, keep):
+    """A copy of a run's log with the lines that `keep` returns, changed or not."""
+    target.mkdir()
+    lines = [json.loads(line) for line in (source / NAME).read_text().splitlines()]
+    kept = [line for line in map(keep, lines) if line is not None]
+    (target / NAME).write_text("".join(json.dumps(line) + "\n" for line in kept))
+    return target
+
+
+def test_the_page_is_whole_and_needs_nothing(watched):
+    page = page_of(watched[1])
+    assert not re.findall(r"https?://|@import|url\(", page.source)
+    assert len(page.images) == 14
+    for image in page.images:
+        assert image["src"].startswith("data:image/png;base64,")
+        assert re.search(r"\d", image["alt"]), image["alt"]
+    assert "Missing data" not in page.text
+
+
+def test_figures_are_those_of_the_log(watched):
+    trainer, folder = watched
+    page, log = page_of(folder), trainer.state.log_history
+    of = lambda name: [entry[name] for entry in log if name in entry]  # noqa: E731
+    for row, name in (
+        ("Loss, training (per target token)", "loss"),
+        ("Loss, evaluation (per target token)", "eval_loss"),
+        ("KL to the teacher, evaluation (nats per token)", "eval_kl"),
+        ("Perplexity, evaluation", "eval_perplexity"),
+        ("Learning rate", "learning_rate"),
+        ("Gradient norm", "grad_norm"),
+    ):
+        assert page.table[row] == [f"{of(name)[0]:.4g}", f"{of(name)[-1]:.4g}", "4"], row
+    agreement = of("eval_agreement")
+    shares = [f"{agreement[0] * 100:.1f} %", f"{agreement[-1] * 100:.1f} %"]
+    assert page.table["Agreement with the teacher, evaluation"] == [*shares, "4"]
+    kl = of("eval_kl")
+    assert f"KL to the teacher fell from {kl[0]:.4g} to {kl[-1]:.4g} nats per token" in page.text
+    alt = next(i["alt"] for i in page.images if i["alt"].startswith("KL to the teacher over"))
+    assert f"evaluation: from {kl[0]:.4g} at step 0 to {kl[-1]:.4g} at step 4" in alt
+    panel = trainer.panel
+    assert page.table["KL to the teacher, nats"] == [f"{panel.kl:.3f}", f"{panel.kl_shuffled:.3f}"]
+
+
+def test_settings_that_differ_come_first(watched):
+    page = page_of(watched[1])
+    assert page.table["learning_rate"] == ["0.01"]
+    shown, _, folded = page.source.partition("<details>")
+    assert "<td>eval_on_start</td><td>true</td>" in shown
+    assert "<td>weight_decay</td><td>0.0</td>" in folded
+    assert "weight_decay" not in shown
+    assert "It ended at step 4 of 4." in page.text
+    assert "forward_kl over the teacher's top 8 tokens" in page.text
+
+
+def test_a_resumed_run_is_one_run(tmp_path):
+    train(tmp_path, **SAVED)
+    again = build(tmp_path, **SAVED | {"max_steps": 6})
+    again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    page = page_of(tmp_path / "run")
+    evaluated_at = [step for step, _ in points(read_run(tmp_path / "run"), "eval_kl")]
+    assert evaluated_at == [0, 2, 4, 6]  # once at step 2, where both runs evaluated
+    assert "It ended at step 6 of 6. It was resumed from step 2." in page.text
+    assert "Vertical lines mark the steps at which the run was resumed." in page.text
+    alt = next(i["alt"] for i in page.images if i["alt"].startswith("KL to the teacher over"))
+    assert "at step 0 to" in alt
+    assert "at step 6," in alt
+
+
+def test_a_killed_run_says_so(watched, tmp_path):
+    folder = edited(watched[1], tmp_path / "killed", lambda e: e if e["step"] < 4 else None)
+    with (folder / NAME).open("a") as file:
+        file.write('{"run": "x", "st')
+    page = page_of(folder)
+    assert (
+        "stops at step 3 of 4 without an end: it was interrupted, or is still running." in page.text
+    )
+    assert "Truncated lines of metrics.jsonl that were left out: 1." in page.text
+
+
+def test_an_older_folder_is_told_what_it_lacks(watched, tmp_path):
+    new = {"target_tokens", "peak_process_memory_gib", "max_steps"}
+
+    def older(entry):
+        if entry.get("event") in ("histograms", "first_batch"):
+            return None
+        return {name: value for name, value in entry.items() if name not in new}
+
+    page = page_of(edited(watched[1], tmp_path / "older", older))
+    assert len(page.images) == 8
+    for sentence in (
+        f"No readable {SETTINGS}",
+        "No token scores of an evaluation. Each evaluation during training records them.",
+        "No memory in the log.",
+        "no throughput",
+        "It ended at step 4.",
+    ):
+        assert sentence in page.text, sentence
+
+
+def test_without_evaluation_the_first_batch_shows_its_scores(tmp_path):
+    train(tmp_path, max_steps=1)
+    page = page_of(tmp_path / "run")
+    assert "Pass eval_dataset to the trainer, and set eval_strategy='steps'" in page.text
+    alts = [i["alt"] for i in page.images if i["alt"].startswith("Histogram")]
+    assert len(alts) == 4
+    assert "first batch, step 0: median between" in alts[0]
+    assert re.search(r"In training, loss was \d\.\d+ at step 1\.", page.text)
+
+
+def test_labels_alone_several_datasets_and_no_figures(tmp_path):
+    datasets = {"eval_dataset": {"prose": ragged(3), "code": ragged(5)}}
+    train(tmp_path, teacher=None, ce_weight=1.0, **WATCHED | datasets)
+    page = page_of(tmp_path / "run")
+    assert "was trained on the labels alone" in page.text
+    assert "No teacher in the evaluation" in page.text
+    assert page.table["Perplexity, evaluation, prose"] != page.table["Perplexity, evaluation, code"]
+    assert sum(i["alt"].startswith("Histogram") for i in page.images) == 6
+    empty = edited(tmp_path / "run", tmp_path / "empty", lambda e: e if e["step"] < 0 else None)
+    assert "No metrics yet. The trainer logs every logging_steps=N steps." in page_of(empty).text
+
+
+def test_what_is_no_number_is_left_out_and_named(watched, tmp_path):
+    spoilt = lambda e: e | {"grad_norm": None} if e.get("step") == 2 and "loss" in e else e  # noqa: E731
+    page = page_of(edited(watched[1], tmp_path / "nan", spoilt))
+    assert "NaN or infinite at some steps, and left out there: grad_norm." in page.text
+    assert page.table["Gradient norm"][-1] == "4"
+
+
+def test_a_damaged_settings_file_is_no_settings(watched, tmp_path):
+    folder = edited(watched[1], tmp_path / "damaged", lambda e: e)
+    (folder / SETTINGS).write_text('{"student": {"na')
+    assert read_run(folder).settings is None
+    assert f"No readable {SETTINGS}" in page_of(folder).text
+
+
+def test_several_runs_are_compared(tmp_path):
+    for name, rate in (("slow", 1e-2), ("fast", 0.3)):
+        train(tmp_path / name, **WATCHED, learning_rate=rate)
+        (tmp_path / name / "run").rename(tmp_path / f"run-{name}")
+    path = write_run_report(tmp_path, tmp_path / "both.html")
+    page = Page(path)
+    assert path == tmp_path / "both.html"
+    kls = {n: read_run(tmp_path / f"run-{n}").metrics for n in ("slow", "fast")}
+    last = {n: [e["eval_kl"] for e in kls[n] if "eval_kl" in e][-1] for n in kls}
+    assert f"run-fast has the lowest KL in its last evaluation: {last['fast']:.4g}" in page.text
+    assert page.table["run-slow"][0] == f"{last['slow']:.4g}"
+    assert page.table["learning_rate"] == ["0.3", "0.01"]
+    assert len(page.images) == 4
+
+
+def test_the_names_of_runs_are_text(watched, tmp_path):
+    for name in (r"run-$\\frac$", "run-<script>"):
+        shutil.copytree(watched[1], tmp_path / name)
+    page = Page(write_run_report(tmp_path, tmp_path / "both.html"))
+    assert {r"run-$\\frac$", "run-<script>"} <= set(page.text.split())
+
+
+def test_a_folder_without_a_run_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"expected a run's metrics\.jsonl, or folders"):
+        write_run_report(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_report_needs_no_pytorch():
+    code = "import sys, fastdistill.run_report; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

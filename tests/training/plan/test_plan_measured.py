@@ -1,0 +1,42 @@
+"""The plan's peak against what torch's allocator held in real training, within 15 %."""
+
+import pytest
+
+from helpers.plan_runs import Run, error_of
+
+# DistillConfig's, under the name that every version of transformers below 6 knows.
+pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated")
+BF16 = {"dtype": "bfloat16"}
+CHECKPOINTED = {"gradient_checkpointing": True}
+RECOMPUTED = {"backward": "recompute"}
+PLAIN = {"optim": "adamw_torch"}
+
+CASES = {
+    "llama": Run(),
+    "llama with a teacher": Run(teacher=True, options=PLAIN),
+    "llama, checkpointed, recomputed": Run(**BF16, options=CHECKPOINTED | RECOMPUTED),
+    "llama, accumulated": Run(batch=2, options={"accumulation": 2}),
+    "llama, one row": Run(batch=1, seq=512, options=RECOMPUTED),
+    "qwen3 with a teacher": Run(family="qwen3", teacher=True, options=CHECKPOINTED),
+    "qwen3 in bf16 with a teacher": Run(family="qwen3", **BF16, teacher=True),
+    "qwen3, whole vocabulary": Run(family="qwen3", teacher=True, options={"k": None}),
+    "gemma2 in bf16": Run(family="gemma2", **BF16, options={"optim": "sgd"}),
+    "gpt2": Run(family="gpt2", options=CHECKPOINTED),
+    "gpt2 in bf16 with a teacher": Run(family="gpt2", **BF16, teacher=True, options=RECOMPUTED),
+    "teacher in nf4": Run(teacher=True, options={"teacher_quant": "nf4"} | CHECKPOINTED),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_plan_is_what_training_holds(name):
+    error, said = error_of(CASES[name])
+    print(f"{error:+.1%} {said}")
+    assert abs(error) < 0.15, said
+
+
+def test_adapters():
+    pytest.importorskip("peft")
+    for options in ({}, CHECKPOINTED):
+        error, said = error_of(Run(options={"lora_rank": 8} | options))
+        print(f"{error:+.1%} {said}")
+        assert abs(error) < 0.15, said
