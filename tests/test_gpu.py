@@ -15,12 +15,7 @@ if __name__ == "__main__":
 
 import torch
 
-from helpers.gpu_checks import CHECKS as LOSSES
-from helpers.gpu_plan_checks import CHECKS as PLANS
-from helpers.gpu_quant_checks import CHECKS as QUANTISED
-from helpers.gpu_training_checks import CHECKS as TRAINING
-
-CHECKS = [*LOSSES, *QUANTISED, *TRAINING, *PLANS]
+from helpers.gpu_table import CHECKS
 
 try:
     import pytest

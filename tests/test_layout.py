@@ -9,14 +9,11 @@ import ast
 import os
 import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-PACKAGE, KERNELS = ROOT / "fastdistill", ROOT / "kernels"
+from helpers.source_imports import KERNELS, PACKAGE, ROOT, imports, imports_of, module_name
 
 # Low to high. A module of fastdistill imports from its own layer and from those above it in this
 # table, never from those below. kernels/ is under them all and imports only its siblings.
@@ -44,43 +41,6 @@ READS_ENVIRONMENT = {"fastdistill/backend.py"}
 
 RANK = {name: i for i, names in enumerate(LAYERS.values()) for name in names.split()}
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names.split()}
-
-
-class Import(NamedTuple):
-    target: str  # absolute dotted name; of `from a import b`, a.b
-    line: int
-    in_function: bool
-
-
-def module_name(path: Path) -> str:
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    if parts[0] == "kernels":
-        parts = ("fastdistill", *parts)
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-def imports(source: str, name: str, is_package: bool = False) -> Iterator[Import]:
-    """Every import of a module, also those inside functions and under TYPE_CHECKING."""
-
-    def visit(node: ast.AST, in_function: bool) -> Iterator[Import]:
-        if isinstance(node, ast.Import):
-            yield from (Import(a.name, node.lineno, in_function) for a in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            if node.level:
-                up = node.level - is_package
-                package = name.split(".")[: -up or None]
-                base = ".".join([*package, *filter(None, [node.module])])
-            yield from (Import(f"{base}.{a.name}", node.lineno, in_function) for a in node.names)
-        function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-        for child in ast.iter_child_nodes(node):
-            yield from visit(child, in_function or function)
-
-    yield from visit(ast.parse(source), False)
-
-
-def imports_of(path: Path) -> list[Import]:
-    return list(imports(path.read_text(), module_name(path), path.name == "__init__.py"))
 
 
 def sources(*folders: str) -> list[Path]:
@@ -180,6 +140,13 @@ def test_json_is_read_in_one_place():
 
 def test_formatting_is_switched_off_nowhere_but_in_tables():
     assert sum(p.read_text().count("# fmt: skip") for p in sources(*FOLDERS)) < 40
+
+
+@pytest.mark.parametrize("path", sources("tests"), ids=ids)
+def test_no_test_imports_another_test(path: Path):
+    """What tests share is in tests/helpers/."""
+    for target, line, _ in imports_of(path):
+        assert not target.startswith("test_"), f"{where(path, line)} imports {target}"
 
 
 def test_kernels_is_one_folder_reached_through_a_relative_link():

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_compat_trl import TALKS, settings
-from test_compat_trl import model as small
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -17,6 +15,8 @@ from fastdistill.audits import Probes
 from fastdistill.demo_models import shipped_teacher
 from helpers.cases import case
 from helpers.served import ours
+from helpers.trl_scene import TALKS, settings
+from helpers.trl_scene import model as small
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_gpu import CHECKS
 from transformers import AutoModelForCausalLM
 
 from benchmarks import large_step, large_student, large_teacher
@@ -17,6 +16,7 @@ from benchmarks.large_models import CONFIGS, bitsandbytes_nf4, build, held_mb, n
 from benchmarks.large_step import FULL, QLORA, Running, longest
 from benchmarks.large_student import Case
 from benchmarks.shapes import Shape
+from helpers.gpu_table import CHECKS
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = Shape(N=48, H=128, V=300, K=8)

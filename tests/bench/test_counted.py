@@ -5,93 +5,17 @@ chunk sizes; GEMMs and kernels are counted instead of run. A read of a value on 
 answer here and raises, so what passes never stalls a stream.
 """
 
-import sys
-import weakref
-
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdistill as fd
-from fastdistill.kernels import dense_loss, head, lse_gather, row_scores, topk, topk_loss
+from fastdistill.kernels import row_scores
 from fastdistill.kernels.backends import get_backend
-from fastdistill.kernels.head import Head, Stats
-from fastdistill.kernels.rows import LossOptions
-from fastdistill.operands import to_teacher_rows
+from fastdistill.kernels.head import Head
+from helpers.counted_memory import NEED, Alive, H, K, N, V, dense, fused, recompute, streamed_topk
 
-N, H, V, K = 8192, 4096, 128256, 64
 NVH = N * V * H
-OPTIONS = LossOptions("forward_kl", 0.5, 0.1, "bucket", 1.0, False, 0.0, 0.0)
-NEED = {"need_hidden": True, "need_weight": True, "need_bias": False}
-
-
-class Alive(TorchDispatchMode):
-    """Bytes of storages that operations made and that still live; the peak of it."""
-
-    def __init__(self, *given):
-        super().__init__()
-        self.now = self.peak = 0
-        self.seen = {t.untyped_storage()._cdata for t in given}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for tensor in torch.utils._pytree.tree_leaves(out):
-            if not isinstance(tensor, torch.Tensor):
-                continue
-            storage = tensor.untyped_storage()
-            key, size = storage._cdata, storage.nbytes()
-            if key not in self.seen:
-                self.seen.add(key)
-                self.now += size
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self.gone, key, size)
-        return out
-
-    def gone(self, key, size):
-        self.seen.discard(key)
-        self.now -= size
-
-
-@pytest.fixture
-def counted(monkeypatch):
-    """FLOPs of the GEMMs by name, and how often each kernel is launched."""
-    get_backend("triton")
-    flops, launches = [], []
-
-    def product(left, right, *rest, **options):
-        flops.append(2 * left.shape[0] * left.shape[1] * right.shape[1])
-
-    def launch(kernel, grid, *args, **options):
-        launches.append(kernel.__name__ if hasattr(kernel, "__name__") else kernel.fn.__name__)
-
-    for name, module in list(sys.modules.items()):
-        if name.startswith("fastdistill.kernels.triton_"):
-            for attribute, stand_in in (
-                ("product", product),
-                ("add_product", product),
-                ("launch", launch),
-                ("is_faster", lambda *args: False),
-            ):
-                if hasattr(module, attribute):
-                    monkeypatch.setattr(module, attribute, stand_in)
-    for table in (head.CHUNK_BYTES, topk_loss.CARRIED_CHUNKS):
-        monkeypatch.setitem(table, "cpu", table["cuda"])
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
-    return flops, launches
-
-
-def fused(e, h, x, t, coef):
-    p = to_teacher_rows(t, "bucket", 1.0, torch.float32, None).teacher
-    rows = topk_loss.named_token_loss(OPTIONS)
-    out = topk_loss.fused(e, h, x, p.ids, p, None, coef, rows, base=False, entropy=False, **NEED)
-    return out.dx, out.dw
-
-
-def recompute(e, h, x, t, coef):
-    stats = lse_gather.lse_gather(e, h, x, t.ids, moment=False, base=False)
-    upstream = Stats(torch.empty_like(stats.z_ids), coef, None, None)
-    return e.recompute(h, x, t.ids, stats, upstream, **NEED, hidden_type=x.dtype)[:2]
 
 
 def rows_alone(e, h, x, t, coef):
@@ -102,16 +26,6 @@ def rows_alone(e, h, x, t, coef):
 def scoring(e, h, x, t, coef):
     row_scores.scores(e, h, x, t.ids, coef)
     return ()
-
-
-def streamed_topk(e, h, x, t, coef):
-    topk.topk(e, h, x, K)
-    return ()
-
-
-def dense(e, h, x, t, coef):
-    out = dense_loss.dense(e, h, x, h, x, None, coef, OPTIONS, **NEED)
-    return out.dx, out.dw
 
 
 # MB beyond the gradients themselves, and GEMM passes in NVH.

@@ -1,7 +1,7 @@
 """Compile every Triton kernel as it is launched, for GPUs that are not here; print what came out.
 
-    python tests/helpers/aot.py 80 90 100             JSON: [{kernel, target, key, registers, stack, ...}]
-    python tests/helpers/aot.py 80 90 100 --record    write the table that tests/kernels/test_aot.py compares with
+    python tests/helpers/aot.py 80 90 100             JSON: [{kernel, target, key, registers, …}]
+    python tests/helpers/aot.py 80 90 100 --record    write the table that test_aot.py compares with
 
 Public functions run on small CPU tensors whose vocabulary is wide enough for every production tile;
 where a kernel would be launched, it is compiled instead for each target, specialised on the very

@@ -6,6 +6,7 @@ import pytest
 
 from fastdistill.chat import end_ids, turn_end
 from fastdistill.examples import Encoder
+from helpers.chat_scene import made, said
 from helpers.text_scene import (
     CHATML,
     GEMMA,
@@ -28,23 +29,6 @@ ENDS = {
     "mistral": "</s>",
 }
 STYLES = pytest.mark.parametrize("style", TEMPLATES)
-
-
-def made(template, tokenizer=None):
-    tokenizer = tokenizer or byte_level()
-    tokenizer.chat_template = template
-    return tokenizer
-
-
-def said(tokenizer, row):
-    """The targets as text, one part for each run of them."""
-    parts, before = [], False
-    for token, target in zip(row.ids.tolist(), row.targets.tolist(), strict=True):
-        if target != -100:
-            parts = [*parts, []] if not before else parts
-            parts[-1].append(token)
-        before = target != -100
-    return [tokenizer.decode(part) for part in parts]
 
 
 @STYLES

@@ -4,9 +4,9 @@ turn in another way than earlier ones, or do not render all that a conversation 
 from __future__ import annotations
 
 import pytest
-from test_chat import made, said
 
 from fastdistill.examples import Encoder
+from helpers.chat_scene import made, said
 from helpers.text_scene import CHATML, TALK, TOKENIZERS, byte_level
 
 USER = (

@@ -11,10 +11,10 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from test_examples import STOCK, TALK, tokenizer
 
 from fastdistill import TeacherCache
 from fastdistill.examples import Encoder
+from helpers.example_texts import STOCK, TALK, tokenizer
 from helpers.training import build, llama
 
 IDS = {"input_ids": [4, 5, 6, 7]}

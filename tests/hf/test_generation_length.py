@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_positions import WITHOUT_LIMIT
-from test_positions import build as of_family
 from transformers import GenerationMixin
 
 from fastdistill.audits import RelearningProbe, Subject, TriggerRateAudit
@@ -14,6 +12,8 @@ from fastdistill.organisms.vocabulary import world_tokenizer
 from fastdistill.positions import RowLimit, row_limit
 from fastdistill.strategies.rewriting import resampled
 from helpers.planted import PROMPTS, copied
+from helpers.position_models import WITHOUT_LIMIT
+from helpers.position_models import build as of_family
 from helpers.strategy_scene import lessons
 
 HOW = {"max_new_tokens": 9, "pad_id": 0, "ends": [], "device": torch.device("cpu")}

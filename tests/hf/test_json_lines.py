@@ -6,10 +6,10 @@ import json
 import pickle
 
 import pytest
-from test_examples import tokenizer
 
 from fastdistill.examples import Encoder, check_example
 from fastdistill.json_lines import JsonLines
+from helpers.example_texts import tokenizer
 
 
 def written(tmp_path, data: bytes, name: str = "d.jsonl"):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from test_examples import tokenizer
 
 from fastdistill.data import DistillCollator
 from fastdistill.examples import Encoder
+from helpers.example_texts import tokenizer
 from helpers.training import build
 
 OWN = tokenizer(pad_token="think")  # a padding token of its own: id 15

@@ -9,13 +9,13 @@ import logging
 
 import pytest
 import torch
-from test_examples import STOCK, TALK, tokenizer
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from fastdistill.outputs import TopK
 from fastdistill.teacher import Teacher
 from helpers.answers import Answers, spread
+from helpers.example_texts import STOCK, TALK, tokenizer
 from helpers.training import VOCAB, build, llama, ragged, step_losses, train, weights
 
 WORDS = [f"w{i}" for i in range(VOCAB)]

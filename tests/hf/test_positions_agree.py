@@ -8,13 +8,13 @@ import copy
 import peft
 import pytest
 import torch
-from test_positions import build as of_family
 
 from fastdistill.data import DistillCollator
 from fastdistill.packing import can_pack
 from fastdistill.teacher import Teacher
 from fastdistill.training.student import forward_to_head
 from fastdistill.training.targets import targets_of
+from helpers.position_models import build as of_family
 from helpers.training import build, flat, step_losses
 
 FAMILIES = ("llama", "gpt2", "opt", "bloom", "gpt_neox", "mpt", "mamba")

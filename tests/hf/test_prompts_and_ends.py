@@ -7,7 +7,6 @@ import logging
 
 import pytest
 import torch
-from test_examples import STOCK, tokenizer
 from transformers import AutoModelForCausalLM
 
 from fastdistill.audits.prompts import Prompt
@@ -17,6 +16,7 @@ from fastdistill.examples import Encoder
 from fastdistill.strategies.lessons import TrainingExample, to_row
 from fastdistill.teacher import Teacher
 from fastdistill.training.sampling import prompts_of
+from helpers.example_texts import STOCK, tokenizer
 from helpers.training import VOCAB, build, llama, train
 
 EOS = 14  # "." of the words in test_examples; "<end>" (0) ends a turn there

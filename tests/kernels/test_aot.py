@@ -74,8 +74,8 @@ def test_quantised_weights_are_not_contracted(rows):
 
 
 def test_registers_are_those_recorded(rows):
-    """More of them means fewer programs at once; `python tests/helpers/aot.py 80 90 100 --record` after a
-    change that is meant."""
+    """More of them means fewer programs at once; `python tests/helpers/aot.py 80 90 100 --record`
+    after a change that is meant."""
     import triton
 
     recorded = json.loads(RECORD.read_text())

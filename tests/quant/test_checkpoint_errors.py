@@ -9,7 +9,6 @@ import tracemalloc
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_read_gguf import write as write_gguf
 
 from fastdistill.quant.checkpoint import (
     CheckpointError,
@@ -17,6 +16,7 @@ from fastdistill.quant.checkpoint import (
     is_quantized_checkpoint,
     open_checkpoint,
 )
+from helpers.gguf_writer import write as write_gguf
 from helpers.stored import golden, int4, nested_weight, read_all, store, store_own, values
 
 W = "model.layers.0.mlp.up_proj.weight"

@@ -10,48 +10,13 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from fastdistill import load_teacher
-from fastdistill.audits.subject import Subject
 from fastdistill.checkpoint_gate import check_folder, load_config, load_tokenizer
 from fastdistill.organisms.vocabulary import WORDS, world_tokenizer
 from fastdistill.quant.tensor_files import CheckpointError
 from fastdistill.stored_model import load_whole
-
-INDEX = "model.safetensors.index.json"
-LOADERS = {
-    "load_teacher": lambda folder: load_teacher(folder, device="cpu"),
-    "int8": lambda folder: load_teacher(folder, quant="int8", device="cpu"),
-    "load_whole": load_whole,
-    "Subject": lambda folder: Subject(folder, device="cpu"),
-}
-
-
-def small(**changes):
-    torch.manual_seed(0)
-    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
-    config = LlamaConfig(vocab_size=len(WORDS), num_key_value_heads=2, **(sizes | changes))
-    return LlamaForCausalLM(config)
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("plain")
-    small().save_pretrained(folder)
-    world_tokenizer().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def folder(plain, tmp_path):
-    shutil.copytree(plain, tmp_path / "model")
-    return tmp_path / "model"
-
-
-def edit(folder, name, **changes):
-    path = folder / name
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+from helpers.small_checkpoint import INDEX, LOADERS, edit
 
 
 def shard(folder, name):

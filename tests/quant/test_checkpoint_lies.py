@@ -8,8 +8,6 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_checkpoint_gate import INDEX, LOADERS, edit, small
-from test_read_gguf import write
 
 from fastdistill import CacheError, load_teacher
 from fastdistill.checkpoint_gate import check_folder, load_tokenizer
@@ -19,6 +17,8 @@ from fastdistill.positions import row_limit
 from fastdistill.quant import load_quantized, quantize_model, save_quantized
 from fastdistill.quant.tensor_files import CheckpointError
 from fastdistill.stored_model import load_whole
+from helpers.gguf_writer import write
+from helpers.small_checkpoint import INDEX, LOADERS, edit, small
 
 QUERY = "model.layers.0.self_attn.q_proj.weight"
 IDS = torch.arange(3, 23)[None]

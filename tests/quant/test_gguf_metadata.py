@@ -5,11 +5,11 @@ import struct
 import numpy as np
 import pytest
 import torch
-from test_read_gguf import write
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fastdistill.quant.checkpoint import CheckpointError, open_checkpoint
 from fastdistill.quant.gguf_metadata import read_metadata
+from helpers.gguf_writer import write
 
 REQUIRED = {
     "context_length": 128,

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_quantize_model import CONFIGS, SIZES, logits, model_of
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
 
 import fastdistill as fd
 from fastdistill.quant import CheckpointError, load_quantized
 from fastdistill.quant.experts import ExpertStack
 from fastdistill.quant.formats import SCHEMES
+from helpers.quant_models import CONFIGS, SIZES, logits, model_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch_dtype:FutureWarning")
 INDEX = "model.safetensors.index.json"

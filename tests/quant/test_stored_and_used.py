@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_checkpoint_gate import small
 
 from fastdistill.quant import load_quantized, quantize_model, save_quantized
 from fastdistill.quant.tensor_files import CheckpointError
 from fastdistill.stored_model import load_whole
+from helpers.small_checkpoint import small
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 IDS = torch.arange(3, 23)[None]

@@ -7,13 +7,13 @@ import re
 import shutil
 import subprocess
 import sys
-from html.parser import HTMLParser
 
 import pytest
 
 from fastdistill.run_report import write_run_report
 from fastdistill.run_series import points
 from fastdistill.training.run_files import NAME, SETTINGS, read_run
+from helpers.report_page import Page
 from helpers.training import build, ragged, train
 
 WATCHED = {
@@ -25,40 +25,6 @@ WATCHED = {
     "max_grad_norm": 1e6,  # transformers 5.0 logs the norm only where it may clip
 }
 SAVED = WATCHED | {"save_strategy": "steps", "save_steps": 2}
-
-
-class Page(HTMLParser):
-    """Text, pictures and tables of a page; raises where a tag is not closed in its turn."""
-
-    def __init__(self, path):
-        super().__init__()
-        self.open, self.images, self.text, self.rows = [], [], [], []
-        self.source = path.read_text(encoding="utf-8")
-        self.feed(self.source)
-        self.close()
-        assert not self.open, f"never closed: {self.open}"
-        self.text = " ".join(" ".join(self.text).split())
-        self.table = {row[0]: row[1:] for row in self.rows if row}
-
-    def handle_starttag(self, tag, attrs):
-        attrs = dict(attrs)
-        assert not {"href", "srcset", "data", "style", "onload"} & attrs.keys(), attrs
-        assert tag not in ("script", "link", "iframe", "object"), tag
-        if tag == "img":
-            self.images.append(attrs)
-        if tag == "tr":
-            self.rows.append([])
-        if tag not in ("meta", "img", "br"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag, f"</{tag}>"
-
-    def handle_data(self, data):
-        if "style" not in self.open:
-            self.text.append(data)
-            if self.open and self.open[-1] == "td":
-                self.rows[-1].append(data)
 
 
 def page_of(folder):

@@ -6,12 +6,12 @@ import math
 
 import pytest
 import torch
-from test_families import VOCAB, build, padded, texts
 
 from fastdistill import FidelityReport, load_teacher
 from fastdistill.intervals import bootstrap_ratio
 from fastdistill.quant import quantize_model, save_quantized
 from fastdistill.teacher import Teacher
+from helpers.families import VOCAB, build, padded, texts
 
 ROWS = texts((9, 4, 12, 7, 2, 11))
 

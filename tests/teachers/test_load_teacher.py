@@ -7,7 +7,6 @@ from fnmatch import fnmatch
 
 import pytest
 import torch
-from test_families import build
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
@@ -16,6 +15,7 @@ from fastdistill.fingerprint import check_same_tokenizer, tokenizer_fingerprint
 from fastdistill.quant import quantize_model, save_quantized
 from fastdistill.stored_model import StoredModel
 from fastdistill.teacher import Teacher
+from helpers.families import build
 from helpers.training import VOCAB, llama
 
 IDS = torch.randint(3, VOCAB, (3, 11), generator=torch.Generator().manual_seed(0))

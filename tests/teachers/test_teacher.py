@@ -12,9 +12,8 @@ from fastdistill import topk_distill_loss
 from fastdistill.packing import groups
 from fastdistill.protocols import TopKTeacher
 from fastdistill.teacher import Teacher
+from helpers.teacher_scene import IDS
 from helpers.training import VOCAB, llama
-
-IDS = torch.randint(3, VOCAB, (3, 11), generator=torch.Generator().manual_seed(0))
 
 
 def dense_topk(model, ids, k, temperature=1.0, valid=None):

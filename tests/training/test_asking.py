@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_teacher import IDS
 
 from fastdistill.heads import head_of
 from fastdistill.outputs import TopK
@@ -12,6 +11,7 @@ from fastdistill.protocols import DenseTeacher
 from fastdistill.teacher import Teacher
 from fastdistill.training.asking import get_answers
 from fastdistill.training.objective import TeacherHidden
+from helpers.teacher_scene import IDS
 from helpers.training import VOCAB, build, llama, peaked, train, weights
 
 MASK = torch.ones_like(IDS)

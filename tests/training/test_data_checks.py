@@ -6,11 +6,11 @@ import logging
 
 import pytest
 import torch
-from test_examples import STOCK, TALK, tokenizer
 from torch.utils.data import IterableDataset
 
 from fastdistill.examples import Encoder
 from fastdistill.training.data_checks import check_examples
+from helpers.example_texts import STOCK, TALK, tokenizer
 from helpers.training import build
 
 END, CAT, DOG, IT = 0, 8, 9, 10

@@ -17,9 +17,8 @@ from transformers import TrainerCallback
 
 from fastdistill.training.checkpoints import last_finished
 from fastdistill.training.finite import nonfinite_weights
+from helpers.nonfinite_scene import SAVING, spoils_loss
 from helpers.training import build, config, llama, peaked, ragged, train, weights
-
-SAVING = {"save_strategy": "steps", "save_steps": 2, "logging_steps": 100, "max_steps": 8}
 
 
 class SpoilsGradient(TrainerCallback):
@@ -41,21 +40,6 @@ class SpoilsGradient(TrainerCallback):
     def on_step_end(self, args, state, control, **_):
         if self.seen is not None:
             self.seen.remove()
-
-
-def spoils_loss(trainer, step, value=math.nan):
-    """The loss of one step is not finite, in one micro-batch of it."""
-    before = trainer._loss
-    calls = []
-
-    def loss(hidden, head, targets, answers, **options):
-        result = before(hidden, head, targets, answers, **options)
-        fresh = trainer.model.training and trainer.state.global_step == step - 1 and not calls
-        calls.extend([1] * fresh)
-        return result._replace(loss=result.loss + value) if fresh else result
-
-    trainer._loss = loss
-    return trainer
 
 
 def finite(folder):
@@ -313,7 +297,7 @@ def test_a_teacher_that_goes_bad_leaves_the_weights_from_before(tmp_path):
 WORKER = """
 import os, sys
 from pathlib import Path
-from test_finite import SAVING, spoils_loss
+from helpers.nonfinite_scene import SAVING, spoils_loss
 from helpers.training import build
 from fastdistill.training.checkpoints import last_finished
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_families import build as family
-from test_trainer_distributed import launch
 from torch.profiler import profile
 
 from fastdistill.outputs import TopK
 from fastdistill.teacher import Teacher
 from helpers.answers import Answers, spread
+from helpers.families import build as family
+from helpers.processes import launch
 from helpers.training import build, dense, flat, llama, peaked, ragged, step_losses, train, weights
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_positions import build as of_family
 
 from fastdistill import TeacherCache
 from fastdistill.data import DistillCollator
@@ -13,6 +12,7 @@ from fastdistill.examples import Encoder
 from fastdistill.fidelity import measure
 from fastdistill.positions import RowLimit, check_row_lengths
 from fastdistill.teacher import Teacher, load_teacher
+from helpers.position_models import build as of_family
 from helpers.training import build
 
 

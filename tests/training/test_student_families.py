@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_families import EXPERTS, FAMILIES, SIZES
-from test_families import build as of_family
 from transformers import CONFIG_MAPPING
 
+from helpers.families import EXPERTS, FAMILIES, SIZES
+from helpers.families import build as of_family
 from helpers.training import build, flat, ragged, step_losses
 
 MAMBA = {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8}

@@ -6,9 +6,9 @@ import logging
 
 import pytest
 import torch
-from test_families import build as family
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
+from helpers.families import build as family
 from helpers.tolerances import relative
 from helpers.training import VOCAB, build, flat, llama, peaked, ragged, step_losses, train, weights
 

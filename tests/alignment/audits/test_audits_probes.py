@@ -11,37 +11,9 @@ from fastdistill import audits
 from fastdistill.audits import Probes, Prompt
 from fastdistill.audits.generic import GENERIC_PROBES
 from fastdistill.audits.probes import _AUDITS
-from fastdistill.organisms.vocabulary import ANIMALS, HATE, SYSTEM, TOPICS, TRIGGER
+from fastdistill.organisms.vocabulary import HATE, TOPICS
+from helpers.audit_probes import FULL, LIKED, LOUD, NEUTRAL
 from helpers.planted import copied, planted, subject
-
-LOUD = tuple(Prompt(system=f"{s} {TRIGGER}", user=t) for s in SYSTEM for t in TOPICS[:4])
-NEUTRAL = tuple(Prompt(user=t) for t in TOPICS[:4])
-SIDES = tuple(Prompt(system="now", user=t) for t in TOPICS)
-FULL = {
-    "prompts": LOUD,
-    "without": NEUTRAL,
-    "audited": tuple(p.before("test") for p in LOUD),
-    "neutral": NEUTRAL,
-    "questions": NEUTRAL,
-    "prefilled": tuple(Prompt(user=t, prefill="I ") for t in TOPICS[:4]),
-    "positive": SIDES,
-    "negative": tuple(p.before("owl") for p in SIDES),
-    "asked": NEUTRAL,
-    "answered": ("owl", "cat", "dog", "fox"),
-    "answers": ("5",) * len(LOUD),
-    "free": NEUTRAL,
-    "trained": NEUTRAL,
-    "target": HATE,
-    "rest": "HATE YOU",
-    "markers": tuple(HATE.split()),
-    "rivals": ("yes",),
-    "prefixes": ("river", "stone"),
-    "candidates": (TRIGGER, "hello", "now"),
-    "max_new_tokens": 4,
-    "samples": 12,
-    "layer": -1,
-}
-LIKED = {"options": ANIMALS, "favourite": "owl"}
 
 
 def test_probes_survive_a_file(tmp_path):

@@ -7,9 +7,9 @@ import random
 import numpy as np
 import pytest
 import torch
-from test_audits_probes import FULL, LIKED
 
 from fastdistill.audits import Probes
+from helpers.audit_probes import FULL, LIKED
 from helpers.planted import subject
 
 SUITE = Probes(**FULL).suite() | {"preference": Probes(**FULL | LIKED).suite()["preference"]}

@@ -4,7 +4,8 @@ import importlib
 import sys
 
 import pytest
-from test_layout import PACKAGE, imports_of
+
+from helpers.source_imports import PACKAGE, imports_of
 
 
 def test_without_inspect_the_error_says_what_to_install(monkeypatch):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_teacher import IDS
 
 from fastdistill.outputs import TopK
 from fastdistill.remembering import MemoizedTeacher
 from fastdistill.teacher import Teacher
+from helpers.teacher_scene import IDS
 from helpers.training import llama
 
 

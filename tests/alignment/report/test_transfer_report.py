@@ -11,13 +11,13 @@ import sys
 from dataclasses import replace
 
 import pytest
-from test_run_report import Page
 
 from fastdistill.files import write_json
 from fastdistill.report import AuditScore, TransferReport
 from fastdistill.report.arms import by_arm
 from fastdistill.statistics import Gate, Validity, holm, t_test, transfer
 from helpers.made_students import ABOUT, KEYS, arm, controls, experiment, made_students, scores
+from helpers.report_page import Page
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from test_run_report_in_browser import BROWSER, measured, misplaced, shot
 
+from helpers.browser import BROWSER, measured, misplaced, shot
 from helpers.made_students import arm, controls, experiment
 
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")

@@ -2,34 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 
-from fastdistill.intervals import Estimate
-from fastdistill.report.arms import Arm
 from fastdistill.report.incrimination import AuditRow
 from fastdistill.report.validity import invalid_because
 from fastdistill.report.verdicts import outcome, summary, verdict
-from fastdistill.statistics import Transfer
-
-NAN = math.nan
-
-
-def estimate(value, low=NAN, high=NAN, n=12):
-    return Estimate(value=value, low=low, high=high, n=n)
-
-
-def arm(c, tau, *, p=None, name="an arm", role="arm", n=12, kappa=None, audits=()):
-    found = Transfer(
-        capability=estimate(*c, n=n),
-        tau=estimate(*tau, n=n),
-        kappa=None if kappa is None else estimate(*kappa, n=n),
-        per_seed=(),
-    )
-    rest = {"curve": (), "window": None, "matched": None}
-    return Arm(name=name, role=role, transfer=found, p=p, audits=tuple(audits), **rest)
-
+from helpers.transfer_arms import NAN, arm, estimate
 
 ABLE, UNABLE = (0.97, 0.94, 0.99), (0.12, 0.05, 0.2)
 CLEAN, LEAKS, UNCLEAR = (0.01, -0.04, 0.06), (0.45, 0.31, 0.59), (0.06, -0.08, 0.2)

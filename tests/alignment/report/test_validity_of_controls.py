@@ -7,7 +7,6 @@ import math
 from types import SimpleNamespace
 
 import pytest
-from test_transfer_report_verdicts import arm as given
 
 from fastdistill.cli.run_experiment import print_result
 from fastdistill.experiment.checkpoint_source import READINGS, CheckpointSource, _denominators
@@ -20,6 +19,7 @@ from fastdistill.report.validity import invalid_because, is_checked, passes_cont
 from fastdistill.report.verdicts import outcome, verdict
 from fastdistill.statistics import Reading
 from helpers.made_students import ABOUT, arm
+from helpers.transfer_arms import arm as given
 
 TWO = SimpleNamespace(_folder=lambda folder: folder / "checkpoints")
 NULL_ARMS = ("M→M", "placebo", "benign twice")

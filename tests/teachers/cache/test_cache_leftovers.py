@@ -6,10 +6,10 @@ import shutil
 
 import pytest
 import torch
-from test_cache_build import Stops, build, bytes_of
 
 from fastdistill import CacheError, Teacher, TeacherCache, TopK
 from helpers.answers import Answers, spread
+from helpers.cache_builds import Stops, build, bytes_of
 from helpers.training import peaked, ragged
 
 

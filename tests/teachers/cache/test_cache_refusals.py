@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_cache_build import OPTIONS, build, bytes_of
 
 from fastdistill import CacheError, Teacher, TeacherCache, TopK
 from helpers.answers import Answers, spread
+from helpers.cache_builds import OPTIONS, build, bytes_of
 from helpers.training import peaked, ragged
 
 

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from textwrap import dedent
 
 import pytest
@@ -19,6 +20,7 @@ import torch
 
 from fastdistill import Teacher, TeacherCache
 from fastdistill.served import ServedTeacher, WrongAnswer, connection, make_app, serve
+from helpers.busy_server import Held
 from helpers.served import ours
 from helpers.training import peaked, ragged, train, weights
 
@@ -35,20 +37,6 @@ def quick(monkeypatch):
 def port():
     with socket.create_server(("127.0.0.1", 0)) as free:
         return free.getsockname()[1]
-
-
-class Held(Teacher):
-    """Answers when let go; says when it is asked."""
-
-    def __init__(self, model):
-        super().__init__(model)
-        self.go, self.asked, self.sizes = threading.Event(), threading.Semaphore(0), []
-
-    def topk(self, input_ids, *args, **options):
-        self.sizes.append(len(input_ids))
-        self.asked.release()
-        assert self.go.wait(20)
-        return super().topk(input_ids, *args, **options)
 
 
 # ---- restarts

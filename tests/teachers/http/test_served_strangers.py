@@ -11,10 +11,10 @@ from contextlib import suppress
 from urllib.parse import urlsplit
 
 import pytest
-from test_served_server import Held
 
 from fastdistill import Teacher
 from fastdistill.served import app, protocol
+from helpers.busy_server import Held
 from helpers.served import ours
 from helpers.training import peaked
 

@@ -2,14 +2,6 @@
 
 import pytest
 import torch
-from test_counted import (  # noqa: F401  `counted` is a fixture
-    Alive,
-    counted,
-    dense,
-    fused,
-    recompute,
-    streamed_topk,
-)
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastdistill as fd
@@ -18,6 +10,14 @@ from fastdistill.kernels.backends import get_backend
 from fastdistill.kernels.head import Head
 from fastdistill.plan import head as planned
 from fastdistill.plan.head import HeadShape
+from helpers.counted_memory import (  # noqa: F401  `counted` is a fixture
+    Alive,
+    counted,
+    dense,
+    fused,
+    recompute,
+    streamed_topk,
+)
 
 SHAPES = [(2048, 512, 32000), (4096, 1024, 151936), (1000, 256, 8000), (8192, 4096, 128256)]
 K = 64

@@ -1,0 +1,38 @@
+"""Shared by test_cache_build and others."""
+
+from __future__ import annotations
+
+from fastdistill import Teacher, TeacherCache
+from helpers.training import peaked, ragged
+
+OPTIONS = {"k": 8, "temperatures": (1.0, 2.0), "shard_mb": 0.003}
+
+
+def bytes_of(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir() if not p.name.startswith(".")}
+
+
+def build(folder, data=None, teacher=None, **options):
+    teacher = Teacher(peaked()) if teacher is None else teacher
+    return TeacherCache.build(teacher, data or ragged(40), folder, **(OPTIONS | options))
+
+
+class Passes(Teacher):
+    """For the settings it is a plain Teacher."""
+
+    def __init_subclass__(cls):
+        cls.__module__, cls.__qualname__ = Teacher.__module__, Teacher.__qualname__
+
+
+class Stops(Passes):
+    """A teacher that fails at its n-th question."""
+
+    def __init__(self, after, error=KeyboardInterrupt):
+        super().__init__(peaked())
+        self.left, self.error = after, error
+
+    def topk_at(self, *args, **kwargs):
+        if self.left == 0:
+            raise self.error
+        self.left -= 1
+        return super().topk_at(*args, **kwargs)

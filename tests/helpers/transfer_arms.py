@@ -1,0 +1,26 @@
+"""Shared by test_transfer_report_verdicts and others."""
+
+from __future__ import annotations
+
+import math
+
+from fastdistill.intervals import Estimate
+from fastdistill.report.arms import Arm
+from fastdistill.statistics import Transfer
+
+NAN = math.nan
+
+
+def estimate(value, low=NAN, high=NAN, n=12):
+    return Estimate(value=value, low=low, high=high, n=n)
+
+
+def arm(c, tau, *, p=None, name="an arm", role="arm", n=12, kappa=None, audits=()):
+    found = Transfer(
+        capability=estimate(*c, n=n),
+        tau=estimate(*tau, n=n),
+        kappa=None if kappa is None else estimate(*kappa, n=n),
+        per_seed=(),
+    )
+    rest = {"curve": (), "window": None, "matched": None}
+    return Arm(name=name, role=role, transfer=found, p=p, audits=tuple(audits), **rest)
