@@ -149,6 +149,12 @@ def test_no_test_imports_another_test(path: Path):
         assert not target.startswith("test_"), f"{where(path, line)} imports {target}"
 
 
+def test_the_list_of_modules_that_are_not_strictly_typed_only_shrinks():
+    text = (ROOT / "pyproject.toml").read_text()
+    listed = re.search(r"# Not strict yet.*?module = \[(.*?)\]", text, re.S)
+    assert len(re.findall(r'"fastdistill\.', listed[1] if listed else "")) <= 61
+
+
 def test_kernels_is_one_folder_reached_through_a_relative_link():
     assert not (KERNELS / "__init__.py").exists(), "it would shadow the PyPI package `kernels`"
     link = PACKAGE / "kernels"

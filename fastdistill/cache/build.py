@@ -27,9 +27,9 @@ from ..answer_checks import AnswerRules, find_invalid, find_shape_error
 from ..examples import Encoder
 from ..outputs import TopK
 from ..progress import RowProgress
+from ..resolve import SETTINGS
 from .codec import pack
 from .manifest import (
-    SETTINGS,
     CacheError,
     Manifest,
     Settings,

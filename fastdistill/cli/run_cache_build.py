@@ -11,12 +11,13 @@ from typing import Any
 from ..backend import rank_and_world
 from ..cache import TeacherCache
 from ..cache.build import check_existing_build
-from ..cache.manifest import SETTINGS, read_settings
+from ..cache.manifest import read_settings
 from ..cache.prepare import settings_for
 from ..examples import Encoder, check_example
 from ..json_lines import JsonLines
 from ..plan.shapes import config_of
 from ..positions import check_row_lengths
+from ..resolve import SETTINGS
 from ..served import ServedTeacher, is_url
 from .opening import (
     as_exit_code_1,
