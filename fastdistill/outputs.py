@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,8 +30,16 @@ class TopK(NamedTuple):
 
     def to(self, device: torch.device | str) -> TopK:
         """The same answers on another device."""
-        tail = None if self.log_tail is None else self.log_tail.to(device)
-        return TopK(self.ids.to(device), self.logprobs.to(device), tail, self.temperature)
+        return self.map(lambda tensor: tensor.to(device))
+
+    def at(self, index: Any) -> TopK:
+        """The answers at these positions: an index, slice or mask of the leading dimensions."""
+        return self.map(lambda tensor: tensor[index])
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> TopK:
+        """The answers with `change` applied to ids, logprobs and log_tail."""
+        tail = None if self.log_tail is None else change(self.log_tail)
+        return TopK(change(self.ids), change(self.logprobs), tail, self.temperature)
 
     @classmethod
     def empty(

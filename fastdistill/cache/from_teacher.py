@@ -58,7 +58,7 @@ class FromTeacher:
             wrong = find_shape_error(answer, ids.shape, k)
             if wrong is not None:
                 raise CacheError(f"teacher: {wrong}")
-        return [_at(answer, where.to(answer.ids.device)) for answer in answers]
+        return [answer.at(where.to(answer.ids.device)) for answer in answers]
 
     def _sampled_answers(
         self, ids: Tensor, mask: Tensor, where: Tensor, settings: Settings, generator: Any
@@ -105,8 +105,3 @@ def _batch(rows: list[PendingRow]) -> tuple[Tensor, Tensor, Tensor]:
         mask[i, : len(row.tokens)] = 1
         where[i, row.places] = True
     return ids, mask, where
-
-
-def _at(answer: TopK, where: Tensor) -> TopK:  # [B, T, K] -> [n, K]
-    tail = None if answer.log_tail is None else answer.log_tail[where]
-    return TopK(answer.ids[where], answer.logprobs[where], tail, answer.temperature)

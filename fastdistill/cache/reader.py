@@ -126,7 +126,7 @@ class Reader:
             _, packed = shard.row(part.row)
             if part.stored_mask is not None:
                 packed = Packed(*(tensor[part.stored_mask] for tensor in packed))
-            self._unpack(shard, packed, at, _slice(answers, slice(start, stop)), f"row {part.row}")
+            self._unpack(shard, packed, at, answers.at(slice(start, stop)), f"row {part.row}")
         wrong = find_invalid(answers, self._rules)
         if wrong is not None:
             number = bisect_right(bounds, wrong.at) - 1
@@ -176,12 +176,6 @@ class Reader:
             f"completion_only_loss={settings.completion_only}: another tokenizer, chat template, "
             "length or packing gives other rows"
         )
-
-
-def _slice(answers: TopK, at: slice) -> TopK:
-    tail = answers.log_tail
-    assert tail is not None
-    return TopK(answers.ids[at], answers.logprobs[at], tail[at], answers.temperature)
 
 
 class _Index:

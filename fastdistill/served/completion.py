@@ -92,11 +92,9 @@ def _logprobs(
     listed = list(prompt)
     if generated:
         # The last position has the logprobs of the new token.
-        last = answer.best
-        ended = type(last)(last.ids[-1:], last.logprobs[-1:], None, last.temperature)
-        listed += entries(
-            ended, [row[-1], *generated], [0.0], [0], words, completion.logprobs or 0
-        )[1:]
+        last = answer.best.at(slice(-1, None))
+        count = completion.logprobs or 0
+        listed += entries(last, [row[-1], *generated], [0.0], [0], words, count)[1:]
     texts = [words(token) for token in tokens]
     names = [f"token_id:{t}" if x is None else x for t, x in zip(tokens, texts, strict=True)]
     offsets, at = [], 0

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
-from torch import Tensor
 
 from ..outputs import TopK
 from ..runtime.json_text import JSONError, RepeatedName, parse_json
@@ -157,11 +156,3 @@ def _top_k(entry: Any, own: int, k: int, where: str) -> list[tuple[int, float]]:
         )
     slots.sort(key=lambda slot: (-slot[1], slot[2] if isinstance(slot[2], int) else math.inf))
     return [(i, -math.inf if p <= _NEVER else p) for i, p, _ in slots[:k]]
-
-
-def rows_of(answer: TopK, mask: Tensor) -> list[TopK]:  # [B, T, K] -> B of [n, K]
-    assert answer.log_tail is not None
-    return [
-        TopK(answer.ids[b, on], answer.logprobs[b, on], answer.log_tail[b, on], answer.temperature)
-        for b, on in enumerate(mask)
-    ]

@@ -17,7 +17,6 @@ from ..primitive import linear_lse_gather
 from ..scores import token_scores
 from ..teacher import Teacher
 from .requests import Question
-from .wire import rows_of
 
 logger = logging.getLogger(__name__)
 
@@ -140,8 +139,9 @@ class Worker:
             ranks = torch.zeros_like(ids)
             if question.own_tokens:
                 self._own_tokens(ids, mask, best, logprobs, ranks)
-            for b, (i, row) in enumerate(zip(group, rows_of(best, mask), strict=True)):
+            for b, i in enumerate(group):
                 n = len(rows[i]) - 1
+                row = best.at((b, mask[b]))
                 by_row[i] = RowAnswer(row, logprobs[b, :n].tolist(), ranks[b, :n].tolist())
         return [by_row[i] for i in range(len(rows))]
 
