@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fastdistill.demo_models import shipped_teacher
+
+os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 
 TALKS = [
     {
