@@ -1,15 +1,13 @@
-"""Shared by test_checkpoint_gate and others."""
+"""A small checkpoint, and every way to load it."""
 
 import json
-import shutil
 
-import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fastdistill import load_teacher
 from fastdistill.audits.subject import Subject
-from fastdistill.organisms.vocabulary import WORDS, world_tokenizer
+from fastdistill.organisms.vocabulary import WORDS
 from fastdistill.stored_model import load_whole
 
 INDEX = "model.safetensors.index.json"
@@ -28,20 +26,6 @@ def small(**changes):
     sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
     config = LlamaConfig(vocab_size=len(WORDS), num_key_value_heads=2, **(sizes | changes))
     return LlamaForCausalLM(config)
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("plain")
-    small().save_pretrained(folder)
-    world_tokenizer().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def folder(plain, tmp_path):
-    shutil.copytree(plain, tmp_path / "model")
-    return tmp_path / "model"
 
 
 def edit(folder, name, **changes):

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import shutil
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ from safetensors.torch import load_file, save_file
 from fastdistill import CacheError, load_teacher
 from fastdistill.checkpoint_gate import check_folder, load_tokenizer
 from fastdistill.checks import fail
-from fastdistill.organisms.vocabulary import world_tokenizer
 from fastdistill.positions import row_limit
 from fastdistill.quant import load_quantized, quantize_model, save_quantized
 from fastdistill.quant.tensor_files import CheckpointError
@@ -22,20 +20,6 @@ from helpers.small_checkpoint import INDEX, LOADERS, edit, small
 
 QUERY = "model.layers.0.self_attn.q_proj.weight"
 IDS = torch.arange(3, 23)[None]
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("plain")
-    small().save_pretrained(folder)
-    world_tokenizer().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def folder(plain, tmp_path):
-    shutil.copytree(plain, tmp_path / "model")
-    return tmp_path / "model"
 
 
 def put(folder, name, tensor):
