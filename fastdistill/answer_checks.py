@@ -30,69 +30,34 @@ class Kind(NamedTuple):
 
     field: str
     expected: str
-    got: str
-    description: str
+    got: str = "{value:.4g}"
     hint: str = ""
 
 
 KINDS = {
     "ids": Kind(
         "ids",
-        "ids in {first}..{last}{empty}",
+        "ids in 0..{last}{empty}",
         "{value:.0f}",
-        "the id {value:.0f}, where the vocabulary ends at {last}",
         "set vocab_size if the teacher has more ids (only the common ones are used); map "
         "the ids of a teacher with another vocabulary first",
     ),
-    "repeated": Kind(
-        "ids",
-        "{slots} different ids",
-        "{value:.0f} more than once",
-        "the same id twice at one position ({value:.0f})",
-    ),
-    "nan": Kind(
-        "logprobs",
-        "numbers in every used slot",
-        "{value:.0f} NaN",
-        "log-probabilities that are NaN",
-    ),
+    "repeated": Kind("ids", "{slots} different ids", "{value:.0f} more than once"),
+    "nan": Kind("logprobs", "numbers in every used slot", "{value:.0f} NaN"),
     "positive": Kind(
         "logprobs",
         "log-probabilities ≤ 0",
-        "{value:.4g}",
-        "a log-probability of {value:.4g}",
-        "pass log_softmax(logits / T), not logits",
+        hint="pass log_softmax(logits / T), not logits",
     ),
-    "mass": Kind(
-        "logprobs",
-        "probabilities that sum to 1 at most",
-        "{value:.4g}",
-        "probabilities that sum to {value:.4g}",
-    ),
-    "flat": Kind(
-        "logprobs",
-        "a likeliest token above the average",
-        "{value:.4g}",
-        "a likeliest token below the average, of log-probability {value:.4g}",
-    ),
-    "tail": Kind("log_tail", "log-probabilities ≤ 0", "{value:.4g}", "a log_tail of {value:.4g}"),
-    "total": Kind(
-        "log_tail",
-        "the ids and the tail to have a mass of 1",
-        "{value:.4g}",
-        "ids and log_tail whose mass differs from 1 by {difference:.2g}",
-    ),
-    "hidden": Kind(
-        "hidden",
-        "finite hidden states",
-        "{value:.0f} that are not",
-        "hidden states of which {value:.0f} are not finite",
-    ),
+    "mass": Kind("logprobs", "probabilities that sum to 1 at most"),
+    "flat": Kind("logprobs", "a likeliest token above the average"),
+    "tail": Kind("log_tail", "log-probabilities ≤ 0"),
+    "total": Kind("log_tail", "the ids and the tail to have a mass of 1"),
+    "hidden": Kind("hidden", "finite hidden states", "{value:.0f} that are not"),
     "nothing": Kind(
         "logprobs",
         "an id with a probability above 0",
         "none",
-        "no id with a probability above 0",
         "a teacher with another vocabulary needs its ids mapped first",
     ),
 }
@@ -138,15 +103,15 @@ class InvalidAnswer:
 
     @property
     def expected(self) -> str:
-        return self._format(KINDS[self.kind].expected)
+        return KINDS[self.kind].expected.format(
+            last="" if self.rules.vocab is None else self.rules.vocab - 1,
+            empty=", or −1 for an empty slot" if self.rules.empty else "",
+            slots=self.slots,
+        )
 
     @property
     def got(self) -> str:
-        return self._format(KINDS[self.kind].got)
-
-    @property
-    def description(self) -> str:
-        return self._format(KINDS[self.kind].description)
+        return KINDS[self.kind].got.format(value=self.value).replace("nan", "NaN")
 
     @property
     def hint(self) -> str:
@@ -156,18 +121,7 @@ class InvalidAnswer:
         return KINDS[self.kind].hint
 
     def __str__(self) -> str:
-        return f"expected {self.expected}, got {self.got}"
-
-    def _format(self, text: str) -> str:
-        vocab = self.rules.vocab
-        return text.format(
-            first=0,
-            last="" if vocab is None else vocab - 1,
-            empty=", or −1 for an empty slot" if self.rules.empty else "",
-            slots=self.slots,
-            value=self.value,
-            difference=abs(self.value - 1),
-        ).replace("nan", "NaN")
+        return f"{self.field}: expected {self.expected}, got {self.got}"
 
 
 def measure(answer: TopK, rules: AnswerRules) -> tuple[Tensor, Tensor]:
@@ -310,11 +264,11 @@ def find_shape_error(
     return None
 
 
-def describe_position(lengths: Sequence[int], at: int) -> str:
+def row_and_position(lengths: Sequence[int], at: int) -> tuple[int, int]:
     """Return the row and position of entry `at` of concatenated rows of these lengths."""
     for row, length in enumerate(lengths):
         if at < length:
-            return f"row {row}, position {at}"
+            return row, at
         at -= length
     raise IndexError(at)
 
@@ -352,19 +306,18 @@ class AnswerMonitor:
         self._rules, self._slots, self._dtype = AnswerRules(), 0, hidden.dtype
         if not hidden.numel():
             return
-        count = (~hidden.isfinite()).sum(-1)
         values = torch.zeros(len(_NAMES), len(hidden), device=hidden.device)
-        values[_NAMES.index("hidden")] = count
+        values[_NAMES.index("hidden")] = (~hidden.isfinite()).sum(-1)
         self._store(values > 0, values, rows, positions)
         if hidden.device.type == "cpu":
             self.read()
 
     def _store(self, bad: Tensor, values: Tensor, rows: Tensor, positions: Tensor) -> None:
         """Store the first invalid position of each kind, [W, N], on its device."""
-        first_places, first_values = self._first_errors.get(bad.device, (None, None))
-        if first_places is None or first_values is None:
-            first_places = torch.zeros(len(bad), 3, dtype=torch.int64, device=bad.device)
-            first_values = torch.zeros(len(bad), dtype=values.dtype, device=bad.device)
+        first_places, first_values = self._first_errors.get(bad.device) or (
+            torch.zeros(len(bad), 3, dtype=torch.int64, device=bad.device),
+            torch.zeros(len(bad), dtype=values.dtype, device=bad.device),
+        )
         at = bad.int().argmax(-1)
         new = bad.any(-1) & (first_places[:, 0] == 0)
         batch = torch.full_like(at, self.batches)
@@ -393,13 +346,9 @@ class AnswerMonitor:
                 rules=self._rules,
                 dtype=self._dtype,
             )
-            raise _invalid_answer_error(wrong, batch, row, position)
-
-
-def _invalid_answer_error(wrong: InvalidAnswer, batch: int, row: int, position: int) -> ValueError:
-    hint = f" ({wrong.hint})" if wrong.hint else ""
-    return ValueError(
-        f"teacher: expected the answers of a language model, but in batch {batch} of this run, row "
-        f"{row}, position {position}, it returned an invalid one: {wrong.field}: {wrong}{hint}. "
-        "The student would learn nothing: check the weights, the cache, or the positions"
-    )
+            hint = f" ({wrong.hint})" if wrong.hint else ""
+            raise ValueError(
+                f"teacher: expected the answers of a language model, but in batch {batch} of this "
+                f"run, row {row}, position {position}, it returned an invalid one: {wrong}{hint}. "
+                "The student would learn nothing: check the weights, the cache, or the positions"
+            )

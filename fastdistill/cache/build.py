@@ -16,14 +16,13 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ..answer_checks import AnswerRules, find_invalid, find_shape_error
+from ..answer_checks import AnswerRules, find_invalid, find_shape_error, row_and_position
 from ..examples import Encoder
 from ..outputs import TopK
 from ..progress import RowProgress
@@ -141,13 +140,12 @@ def _check_answers(
     wrong = find_invalid(answer, AnswerRules(vocab=settings.ids, nothing=not answers_all))
     if wrong is None:
         return
-    row = next(i for i, end in enumerate(accumulate(lengths)) if wrong.at < end)
-    position = int(rows[row].places[wrong.at - sum(lengths[:row])])
+    row, place = row_and_position(lengths, wrong.at)
     hint = f" ({wrong.hint})" if wrong.hint else ""
     raise CacheError(
-        f"teacher: expected the answers of a language model, got {wrong.description} at T="
-        f"{answer.temperature:g} for example {rows[row].index}, position {position}{hint}. Nothing "
-        "of this shard was written"
+        "teacher: expected the answers of a language model, got an invalid one at T="
+        f"{answer.temperature:g} for example {rows[row].index}, position "
+        f"{int(rows[row].places[place])}: {wrong}{hint}. Nothing of this shard was written"
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..answer_checks import AnswerRules, find_invalid
+from ..answer_checks import AnswerRules, find_invalid, row_and_position
 from ..outputs import TopK
 from .codec import Array, Packed, truncate_k, unpack
 from .manifest import KEY, CacheError, Manifest
@@ -129,10 +128,10 @@ class Reader:
             self._unpack(shard, packed, at, answers.at(slice(start, stop)), f"row {part.row}")
         wrong = find_invalid(answers, self._rules)
         if wrong is not None:
-            number = bisect_right(bounds, wrong.at) - 1
+            number, position = row_and_position([len(part.places) for part in parts], wrong.at)
             part = parts[number]
-            where = f"row {part.row}, position {part.places[wrong.at - bounds[number]]}"
-            raise self.shard(part.shard).damaged(f"{where}: {wrong.field}: {wrong}")
+            where = f"row {part.row}, position {part.places[position]}"
+            raise self.shard(part.shard).damaged(f"{where}: {wrong}")
         return answers
 
     def _unpack(self, shard: Mapped, packed: Packed, at: int, out: TopK, where: str) -> None:
@@ -165,7 +164,7 @@ class Reader:
                 self._unpack(shard, packed, at, answers, f"answers from {start} on")
                 wrong = find_invalid(answers, self._rules)
                 if wrong is not None:
-                    raise shard.damaged(f"answer {start + wrong.at}: {wrong.field}: {wrong}")
+                    raise shard.damaged(f"answer {start + wrong.at}: {wrong}")
 
     def _unknown(self, row: int, tokens: Tensor) -> CacheError:
         settings = self.manifest.settings

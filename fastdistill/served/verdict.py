@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..answer_checks import AnswerRules, describe_position, find_invalid, find_shape_error
+from ..answer_checks import AnswerRules, find_invalid, find_shape_error, row_and_position
 from ..outputs import TopK
 
 
@@ -26,4 +26,5 @@ def check_answer(
         raise WrongAnswer(f"{url}: {shape}")
     wrong = find_invalid(answer, AnswerRules(vocab=vocab, empty=False, ranked=True))
     if wrong is not None:
-        raise WrongAnswer(f"{url}: {describe_position(lengths, wrong.at)}: {wrong}")
+        row, position = row_and_position(lengths, wrong.at)
+        raise WrongAnswer(f"{url}: row {row}, position {position}: {wrong}")

@@ -60,7 +60,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
 
 def test_files_of_somebody_else_stay(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="sum to 8"):
+    with pytest.raises(ValueError, match="sum to 1 at most, got 8"):
         build(tmp_path, ragged(4), Answers(zeros), temperatures=(1.0,))
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
 

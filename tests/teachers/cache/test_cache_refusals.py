@@ -47,7 +47,7 @@ def test_a_folder_with_something_else_in_it(tmp_path):
 
 def test_answers_of_no_language_model_are_refused(tmp_path):
     zeros = Answers(lambda ids, k: TopK(spread(ids, k), torch.zeros(*ids.shape, k)))
-    with pytest.raises(CacheError, match="got probabilities that sum to 8"):
+    with pytest.raises(CacheError, match="probabilities that sum to 1 at most, got 8"):
         build(tmp_path / "c", teacher=zeros, temperatures=(1.0,))
     assert not list((tmp_path / "c").glob("*.safetensors"))
     flat = Answers(lambda ids, k: TopK(ids[0], torch.zeros(k)))

@@ -289,19 +289,22 @@ LIES = {
     "none": (lambda c: c.update(prompt_logprobs=None), "row 0: expected .* got NoneType"),
     "null": (lambda c: c["prompt_logprobs"].__setitem__(2, None), "row 0, position 1: .* None"),
     "few": (entry(lambda e: e.popitem() and e.popitem() and e.popitem()), "4 or 5 entries, got"),
-    "positive": (set_best(0.5), "row 0, position 1: expected log-probabilities ≤ 0, got 0"),
+    "positive": (
+        set_best(0.5),
+        "row 0, position 1: logprobs: expected log-probabilities ≤ 0, got 0",
+    ),
     "mass": (
         lambda c: [s.update(logprob=-0.1) for s in c["prompt_logprobs"][3].values()],
-        "row 0, position 2: expected probabilities that sum to 1 at most, got 3.6",
+        "row 0, position 2: logprobs: expected probabilities that sum to 1 at most, got 3.6",
     ),
     "nan": (set_best(float("nan")), "row 0, position 1: expected numbers for log-prob"),
     "text": (set_best("high"), "row 0, position 1: expected ids with logprobs"),
     "never": (
         lambda c: [s.update(logprob=-9999.0) for s in c["prompt_logprobs"][1].values()],
-        "row 0, position 0: expected a likeliest token above the average",
+        "row 0, position 0: logprobs: expected a likeliest token above the average",
     ),
     "id": (rename(1, lambda best: "-4"), r"row 0, position 1: expected ids in 0\.\."),
-    "twice": (rename(2, lambda best: f"0{best}"), "position 1: expected 4 different ids"),
+    "twice": (rename(2, lambda best: f"0{best}"), "position 1: ids: expected 4 different ids"),
 }
 
 

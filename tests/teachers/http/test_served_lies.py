@@ -65,12 +65,21 @@ LIES = {
     "shapes": (change(log_tail=less), r"expected ids \[N, k\], got \[8, 4\], \[7\]"),
     "rows": (change(ids=less, logprobs=less, log_tail=less), r"expected 8 positions .* got \[7, 4"),
     "k": (change(ids=narrow, logprobs=narrow), "8 positions with 4 entries each, got .8, 3"),
-    "vocabulary": (change(ids=at_5(VOCAB)), r"row 1, position 1: expected ids in 0\.\.52, got 53"),
-    "negative": (change(ids=at_5(-1)), r"row 1, position 1: expected ids in 0\.\.52, got -1"),
-    "nan": (change(logprobs=at_5(float("nan"))), "row 1, position 1: expected numbers"),
+    "vocabulary": (
+        change(ids=at_5(VOCAB)),
+        r"row 1, position 1: ids: expected ids in 0\.\.52, got 53",
+    ),
+    "negative": (change(ids=at_5(-1)), r"row 1, position 1: ids: expected ids in 0\.\.52, got -1"),
+    "nan": (change(logprobs=at_5(float("nan"))), "row 1, position 1: logprobs: expected numbers"),
     "uniform": (change(logprobs=at_5(-9.0)), "a likeliest token above the average, got -9"),
-    "tail": (change(log_tail=at_5(-0.01)), "row 1, position 1: expected the ids and the tail"),
-    "tail nan": (change(log_tail=at_5(float("nan"))), "row 1, position 1: expected log-.* got NaN"),
+    "tail": (
+        change(log_tail=at_5(-0.01)),
+        "row 1, position 1: log_tail: expected the ids and the tail",
+    ),
+    "tail nan": (
+        change(log_tail=at_5(float("nan"))),
+        "row 1, position 1: log_tail: expected log-.* got NaN",
+    ),
 }
 
 
