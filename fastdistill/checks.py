@@ -50,6 +50,16 @@ def same_device(name: str, value: Tensor, hidden: Tensor) -> None:
         fail(name, f"device {hidden.device} as hidden", value.device)
 
 
+def batch(input_ids: Any, attention_mask: Any) -> None:
+    """Check token ids [B, T] and the shape of their mask, a tensor or None."""
+    tensor("input_ids", input_ids, INTS)
+    shape = list(input_ids.shape)
+    if len(shape) != 2:
+        fail("input_ids", "shape [B, T]", shape, "add a dimension with input_ids[None]")
+    if attention_mask is not None and list(attention_mask.shape) != shape:
+        fail("attention_mask", f"shape {shape} as input_ids", list(attention_mask.shape))
+
+
 def head(
     hidden: Any,
     weight: Any,

@@ -67,25 +67,15 @@ def read_rows(input_ids: Any, attention_mask: Any, vocab: int) -> Rows:
 
     Ids are checked on GPUs too: the sync is short, and an id outside the embedding would end the
     process with a device-side assertion."""
-    checks.tensor("input_ids", input_ids, checks.INTS)
-    if input_ids.dim() != 2:
-        checks.fail(
-            "input_ids",
-            "shape [B, T]",
-            list(input_ids.shape),
-            "add a dimension with input_ids[None]",
-        )
+    if attention_mask is not None:
+        checks.tensor("attention_mask", attention_mask, (torch.bool, *checks.INTS))
+    checks.batch(input_ids, attention_mask)
     B, T = input_ids.shape
     flat = input_ids.reshape(-1)
     if attention_mask is None:
         where = torch.arange(B * T, device=flat.device)
         lengths = [T] * B
     else:
-        checks.tensor("attention_mask", attention_mask, (torch.bool, *checks.INTS))
-        if attention_mask.shape != input_ids.shape:
-            checks.fail(
-                "attention_mask", f"shape {[B, T]} as input_ids", list(attention_mask.shape)
-            )
         mask = attention_mask.to(flat.device)
         invalid = mask[(mask != 0) & (mask != 1)]
         if invalid.numel():

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from ..answer_checks import AnswerRules, find_invalid, find_shape_error, row_and
 from ..examples import Encoder
 from ..outputs import TopK
 from ..progress import RowProgress
-from ..resolve import SETTINGS
+from ..resolve import MANIFEST, SETTINGS
 from .codec import pack
 from .manifest import (
     CacheError,
@@ -54,6 +54,26 @@ class PendingRow:
     tokens: Tensor  # (T,) int64
     places: Tensor  # (P,) int64
 
+    @property
+    def key(self) -> bytes:
+        return key_of(self.tokens.numpy())
+
+
+class Examples(NamedTuple):
+    """A dataset, and what encodes its examples."""
+
+    dataset: Any
+    encoder: Encoder
+
+    def row(self, index: int, positions: str) -> PendingRow:
+        """Return an example as a row to be answered at "all" positions or at its "targets"."""
+        row = self.encoder(self.dataset[index], index)
+        attended = row.attention_mask != 0
+        tokens = row.ids[attended]
+        if positions == "all":
+            return PendingRow(index, tokens, torch.arange(len(tokens)))
+        return PendingRow(index, tokens, (row.targets[attended][1:] >= 0).nonzero()[:, 0])
+
 
 class Source(Protocol):
     """Answers the rows of a shard.
@@ -74,8 +94,7 @@ def build(
     folder: Path,
     settings: Settings,
     source: Source,
-    dataset: Any,
-    encoder: Encoder,
+    examples: Examples,
     *,
     bytes_per_row: float,
     rank: int = 0,
@@ -90,34 +109,43 @@ def build(
         If no shard is finished, an error leaves the folder as it was.
     """
     with _prepared_folder(folder, rank), _exclusive(folder, rank):
-        settings = _agree_on_settings(folder, settings, rank)
+        stored = check_existing_build(folder, settings, rank)
+        if stored is None:
+            write_settings(folder, settings)
+            stored = read_settings(folder)
+        settings = stored
         own_shards = range(rank, settings.shards, world)
         done = {
             i: record for i in own_shards if (record := read_shard_record(folder, i)) is not None
         }
         for index, record in done.items():
-            _check_same_rows(folder, index, record, settings, dataset, encoder)
+            _check_same_rows(folder, index, record, settings, examples)
         _remove_leftovers(folder, [i for i in own_shards if i not in done], alone=world == 1)
         total = sum(len(settings.rows_of(i)) for i in own_shards)
         rows_done, size = sum(n.rows for n in done.values()), sum(n.bytes for n in done.values())
         _check_free_space(folder, bytes_per_row * (total - rows_done))
         with (
             RowProgress("Caching the teacher", total=total, done=rows_done, size=size) as bar,
-            _background_writer(folder, settings) as write,
+            ThreadPoolExecutor(1) as pool,
         ):
+            # One shard is written in a thread, while the teacher answers the next one.
+            writing: Future[None] | None = None
             for index in own_shards:
                 if index not in done:
-                    writer = _answer_shard(index, settings, source, dataset, encoder, bar)
-                    write(index, writer)
+                    writer = _answer_shard(index, settings, source, examples, bar)
+                    if writing is not None:
+                        writing.result()
+                    writing = pool.submit(_write, folder, settings, index, writer)
+            if writing is not None:
+                writing.result()
     return _wait_for_all(folder, settings, world)
 
 
 def _answer_shard(
-    index: int, settings: Settings, source: Source, dataset: Any, encoder: Encoder, bar: RowProgress
+    index: int, settings: Settings, source: Source, examples: Examples, bar: RowProgress
 ) -> Writer:
-    rows = [encode_row(dataset, encoder, i, settings) for i in settings.rows_of(index)]
-    keys = [key_of(row.tokens.numpy()) for row in rows]
-    writer = Writer(settings, keys, [row.places.numpy() for row in rows])
+    rows = [examples.row(i, settings.positions) for i in settings.rows_of(index)]
+    writer = Writer(settings, [row.key for row in rows], [row.places.numpy() for row in rows])
     for group, answers in source.answers(rows, settings, index):
         group_rows = [rows[at] for at in group]
         for answer in answers:
@@ -149,32 +177,6 @@ def _check_answers(
     )
 
 
-def encode_row(dataset: Any, encoder: Encoder, index: int, settings: Settings) -> PendingRow:
-    row = encoder(dataset[index], index)
-    attended = row.attention_mask != 0
-    tokens = row.ids[attended]
-    if settings.positions == "all":
-        return PendingRow(index, tokens, torch.arange(len(tokens)))
-    targets = row.targets[attended]
-    return PendingRow(index, tokens, (targets[1:] >= 0).nonzero()[:, 0])
-
-
-@contextlib.contextmanager
-def _background_writer(folder: Path, settings: Settings) -> Iterator[Any]:
-    """Write one shard at a time in a thread, while the teacher answers the next one."""
-    with ThreadPoolExecutor(1) as pool:
-        pending: list[Future[None]] = []
-
-        def write(index: int, writer: Writer) -> None:
-            while pending:
-                pending.pop().result()
-            pending.append(pool.submit(_write, folder, settings, index, writer))
-
-        yield write
-        while pending:
-            pending.pop().result()
-
-
 def _write(folder: Path, settings: Settings, index: int, writer: Writer) -> None:
     try:
         if not (folder / SETTINGS).is_file():  # another rank failed and removed it
@@ -196,17 +198,6 @@ def _prepared_folder(folder: Path, rank: int) -> Iterator[None]:
     A killed or interrupted build leaves its settings, and the next one resumes."""
     missing = [p for p in (folder, *folder.parents) if not p.exists()]
     begun_before = (folder / SETTINGS).is_file()
-    _make_folder(folder, rank, missing)
-    try:
-        yield
-    except Exception:
-        if not begun_before and not _is_in_use(folder, rank):
-            (folder / SETTINGS).unlink(missing_ok=True)
-        _remove_empty(missing)
-        raise
-
-
-def _make_folder(folder: Path, rank: int, missing: list[Path]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / _LOCK.format(rank=rank)).touch()
@@ -219,6 +210,13 @@ def _make_folder(folder: Path, rank: int, missing: list[Path]) -> None:
             f"path: expected a folder that can be written to, got {str(folder)!r} "
             f"({error.strerror}). Choose another, or let this user write there",
         ) from None
+    try:
+        yield
+    except Exception:
+        if not begun_before and not _is_in_use(folder, rank):
+            (folder / SETTINGS).unlink(missing_ok=True)
+        _remove_empty(missing)
+        raise
 
 
 def _remove_empty(folders: list[Path]) -> None:
@@ -241,31 +239,21 @@ def _is_in_use(folder: Path, rank: int) -> bool:
 def _exclusive(folder: Path, rank: int) -> Iterator[None]:
     """Hold the lock of this rank's shards; raise CacheError if another process holds it."""
     path = folder / _LOCK.format(rank=rank)
-    with _locked(path) as acquired:
-        if not acquired:
-            raise CacheError(
-                f"{folder}: expected no other builder, but another process is building"
-                f"{f' as rank {rank}' if rank else ''}. Wait for it, or give each process its own "
-                "rank"
-            )
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[bool]:
-    """Try to acquire a file lock; yield whether it is held."""
     # Retried: a rank that probes the lock holds it for an instant, and the previous holder may
     # have removed the file.
     for _ in range(10):
         with path.open("a") as file:
             if _lock(file) and _is_at(path, file):
-                yield True
+                try:
+                    yield
+                finally:
+                    path.unlink(missing_ok=True)
                 return
         time.sleep(0.05)
-    yield False
+    raise CacheError(
+        f"{folder}: expected no other builder, but another process is building"
+        f"{f' as rank {rank}' if rank else ''}. Wait for it, or give each process its own rank"
+    )
 
 
 def _is_at(path: Path, file: Any) -> bool:
@@ -289,15 +277,6 @@ def _is_locked(path: Path) -> bool:
             return not _lock(file)
     except FileNotFoundError:
         return False
-
-
-def _agree_on_settings(folder: Path, settings: Settings, rank: int) -> Settings:
-    """Return the settings of the build in this folder; write ours if there are none."""
-    stored = check_existing_build(folder, settings, rank)
-    if stored is None:
-        write_settings(folder, settings)
-        stored = read_settings(folder)
-    return stored
 
 
 def check_existing_build(folder: Path, settings: Settings, rank: int = 0) -> Settings | None:
@@ -342,11 +321,11 @@ def _short(value: Any) -> str:
 
 
 def _check_same_rows(
-    folder: Path, index: int, record: Shard, settings: Settings, dataset: Any, encoder: Encoder
+    folder: Path, index: int, record: Shard, settings: Settings, examples: Examples
 ) -> None:
     rows = settings.rows_of(index)
     for at, key in ((rows[0], record.first_row), (rows[-1], record.last_row)):
-        if key_of(encode_row(dataset, encoder, at, settings).tokens.numpy()).hex() != key:
+        if examples.row(at, settings.positions).key.hex() != key:
             raise CacheError(
                 f"{folder}: expected the examples that it was begun with, but the tokens of "
                 f"example {at} differ from those in {record.file}. Build another dataset into "
@@ -357,11 +336,11 @@ def _check_same_rows(
 def _remove_leftovers(folder: Path, to_do: list[int], alone: bool) -> None:
     """Remove temporary files of killed processes."""
     names = [shard_name(index) for index in to_do]
-    for name in [*names, *(n.replace(".safetensors", ".json") for n in names)]:
-        for leftover in folder.glob(f".{name}.*"):
-            leftover.unlink()
+    names += [name.replace(".safetensors", ".json") for name in names]
     if alone:
-        for leftover in [*folder.glob(".settings.json.*"), *folder.glob(".manifest.json.*")]:
+        names += [SETTINGS, MANIFEST]
+    for name in names:
+        for leftover in folder.glob(f".{name}.*"):
             leftover.unlink()
 
 
@@ -384,7 +363,9 @@ def _wait_for_all(folder: Path, settings: Settings, world: int) -> Manifest:
     while True:
         missing = [i for i in missing if read_shard_record(folder, i) is None]
         if not missing and (manifest := write_manifest(folder, settings)) is not None:
-            _remove_locks(folder)
+            for path in folder.glob(_LOCK.format(rank="*")):  # of killed processes
+                if not _is_locked(path):
+                    path.unlink(missing_ok=True)
             return manifest
         idle = [i for i in missing if not _is_locked(folder / _LOCK.format(rank=i % world))]
         if idle and time.monotonic() - started > _START_TIMEOUT:
@@ -393,10 +374,3 @@ def _wait_for_all(folder: Path, settings: Settings, world: int) -> Manifest:
                 "was finished. Restart it with the same settings: finished shards are kept"
             )
         time.sleep(0.2)
-
-
-def _remove_locks(folder: Path) -> None:
-    """Remove the lock files of killed processes."""
-    for path in folder.glob(_LOCK.format(rank="*")):
-        if not _is_locked(path):
-            path.unlink(missing_ok=True)

@@ -17,10 +17,16 @@ from ..outputs import TopK
 from ..positions import check_row_lengths
 from ..teacher import load_teacher
 from . import verification
-from .build import build
+from .build import Examples, build
 from .from_teacher import FromTeacher
 from .manifest import CacheError, Manifest, read_manifest
-from .prepare import check_teacher_supports, settings_for, tokenizer_for, vocabulary_of
+from .prepare import (
+    BuildOptions,
+    check_teacher_supports,
+    settings_for,
+    tokenizer_for,
+    vocabulary_of,
+)
 from .reader import Reader
 
 
@@ -59,7 +65,7 @@ class TeacherCache:
             self.check_tokenizer(tokenizer)
 
     @classmethod
-    def build(
+    def build(  # noqa: PLR0913 (the options of a build, each a keyword)
         cls,
         teacher: Any,
         dataset: Any,
@@ -111,6 +117,14 @@ class TeacherCache:
             another process builds in it, or the teacher's answers are no distributions. OSError: no
             space or no permission; finished shards stay.
         """
+        options = BuildOptions(
+            k=k,
+            temperatures=temperatures,
+            targets=targets,
+            positions=positions,
+            seed=seed,
+            shard_mb=shard_mb,
+        )
         if isinstance(teacher, (nn.Module, str, Path)):
             teacher = load_teacher(teacher, tokenizer=tokenizer)
         check_teacher_supports(teacher, targets)
@@ -119,28 +133,16 @@ class TeacherCache:
             completion_only=completion_only_loss,
             max_length=max_length,
         )
-        settings, bytes_per_row = settings_for(
-            teacher,
-            dataset,
-            encoder,
-            vocab=vocabulary_of(teacher),
-            k=k,
-            temperatures=temperatures,
-            targets=targets,
-            positions=positions,
-            seed=seed,
-            shard_mb=shard_mb,
-        )
+        examples = Examples(dataset, encoder)
+        settings, bytes_per_row = settings_for(teacher, examples, options, vocabulary_of(teacher))
         if not (isinstance(rank, int) and isinstance(world, int) and 0 <= rank < world):
             checks.fail("rank, world", "0 ≤ rank < world", f"{rank!r}, {world!r}")
-        limit = getattr(teacher, "row_limit", None)
-        check_row_lengths("dataset", dataset, encoder, [limit])
+        check_row_lengths("dataset", dataset, encoder, [getattr(teacher, "row_limit", None)])
         manifest = build(
             Path(path),
             settings,
             FromTeacher(teacher),
-            dataset,
-            encoder,
+            examples,
             bytes_per_row=bytes_per_row,
             rank=rank,
             world=world,
@@ -181,20 +183,11 @@ class TeacherCache:
         from .parquet import ParquetRows, files_of
 
         rows = ParquetRows(files_of(parquet))
-        encoder = Encoder(tokenizer=tokenizer)
-        settings, bytes_per_row = settings_for(
-            rows,
-            rows,
-            encoder,
-            vocab=vocab_size or rows.vocab_size,
-            k=rows.k,
-            temperatures=(temperature,),
-            targets="topk",
-            positions="all",
-            seed=0,
-            shard_mb=shard_mb,
-        )
-        build(Path(path), settings, rows, rows, encoder, bytes_per_row=bytes_per_row)
+        examples = Examples(rows, Encoder(tokenizer=tokenizer))
+        options = BuildOptions(k=rows.k, temperatures=(temperature,), shard_mb=shard_mb)
+        vocab = vocab_size or rows.vocab_size
+        settings, bytes_per_row = settings_for(rows, examples, options, vocab)
+        build(Path(path), settings, rows, examples, bytes_per_row=bytes_per_row)
         return cls(path)
 
     @property
@@ -205,7 +198,7 @@ class TeacherCache:
     @property
     def of_a_model(self) -> bool:
         """Whether a Teacher answered, which counts positions from the first attended token."""
-        return self.manifest.settings.teacher["kind"] == "fastdistill.teacher.Teacher"
+        return bool(self.manifest.settings.teacher["kind"] == "fastdistill.teacher.Teacher")
 
     @property
     def sampled(self) -> bool:
@@ -234,20 +227,7 @@ class TeacherCache:
         Raises:
             CacheError: the cache does not have this row, k or temperature.
         """
-        checks.tensor("input_ids", input_ids, checks.INTS)
-        if input_ids.dim() != 2:
-            checks.fail(
-                "input_ids",
-                "shape [B, T]",
-                list(input_ids.shape),
-                "add a dimension with input_ids[None]",
-            )
-        if attention_mask is not None and attention_mask.shape != input_ids.shape:
-            checks.fail(
-                "attention_mask",
-                f"shape {list(input_ids.shape)} as input_ids",
-                list(attention_mask.shape),
-            )
+        checks.batch(input_ids, attention_mask)
         at = self.check(k=k, temperature=temperature)
         mask = None if attention_mask is None else attention_mask.cpu() != 0
         answers = self._reader.read(input_ids.cpu().long(), mask, k, at, self.valid_vocab)
@@ -256,7 +236,7 @@ class TeacherCache:
     def check(self, *, k: int, temperature: float) -> int:
         """Return the index of a stored temperature; raise CacheError if k or T is not stored."""
         settings = self.manifest.settings
-        if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= settings.k:
+        if type(k) is not int or not 1 <= k <= settings.k:
             raise CacheError(
                 f"k: expected an integer in 1..{settings.k}, the k of {self.path}, got {k!r}"
             )
@@ -289,8 +269,9 @@ class TeacherCache:
             tokens = torch.as_tensor(input_ids)
         except (TypeError, ValueError, RuntimeError):
             return False
-        whole = tokens.dim() == 1 and not (tokens.is_floating_point() or tokens.is_complex())
-        return whole and self._reader.has(tokens.cpu().long())
+        if tokens.dim() != 1 or tokens.is_floating_point() or tokens.is_complex():
+            return False
+        return self._reader.has(tokens.cpu().long())
 
     def has(self, input_ids: Tensor) -> bool:
         """Return whether the cache has this row [T]: `input_ids in cache`."""

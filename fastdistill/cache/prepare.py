@@ -3,21 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from .. import __version__, checks
-from ..examples import Encoder, is_listed
+from ..examples import is_listed
 from ..fingerprint import check_same_tokenizer
 from ..identity import identity_of, tokenizer_identity
 from ..protocols import DenseTeacher, TopKTeacher
 from ..teacher import Teacher
-from .build import encode_row
-from .manifest import POSITIONS, TARGETS, Settings
+from .build import Examples
+from .manifest import MAX_K, POSITIONS, TARGETS, Settings
 
 _SAMPLED_ROWS = 256  # examples from whose lengths the size of the cache is estimated
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildOptions:
+    """What a cache stores of each row, checked; see `TeacherCache.build`."""
+
+    k: int
+    temperatures: Sequence[float] = (1.0,)
+    targets: str = "topk"
+    positions: str = "all"
+    seed: int = 0
+    shard_mb: float = 256
+
+    def __post_init__(self) -> None:
+        checks.choice("targets", self.targets, TARGETS)
+        checks.choice("positions", self.positions, POSITIONS)
+        checks.positive("shard_mb", self.shard_mb)
+        if isinstance(self.temperatures, (int, float)) or not list(self.temperatures):
+            checks.fail("temperatures", "a list of at least one number", repr(self.temperatures))
+        for T in self.temperatures:
+            checks.positive("temperatures", T)
+        if len(set(self.temperatures)) != len(self.temperatures):
+            checks.fail("temperatures", "different numbers", list(self.temperatures))
+        if self.targets == "sampled" and len(self.temperatures) > 1:
+            checks.fail(
+                "temperatures",
+                "one with targets='sampled'",
+                list(self.temperatures),
+                "draws hold for one temperature: build a cache for each",
+            )
 
 
 def tokenizer_for(teacher: Any, tokenizer: Any) -> Any:
@@ -31,31 +61,19 @@ def tokenizer_for(teacher: Any, tokenizer: Any) -> Any:
 
 
 def settings_for(
-    teacher: Any,
-    dataset: Any,
-    encoder: Encoder,
-    *,
-    vocab: int | None,
-    k: int,
-    temperatures: Sequence[float],
-    targets: str,
-    positions: str,
-    seed: int,
-    shard_mb: float,
+    teacher: Any, examples: Examples, options: BuildOptions, vocab: int | None
 ) -> tuple[Settings, float]:
     """Return (settings, average bytes per row)."""
-    checks.choice("positions", positions, POSITIONS)
-    checks.positive("shard_mb", shard_mb)
-    _check_k(k, vocab)
-    _check_temperatures(temperatures, targets)
+    checks.integer("k", options.k, 1, min(vocab or MAX_K, MAX_K))
+    dataset, encoder = examples
     _check_dataset(dataset)
     tokens, template = tokenizer_identity(encoder.tokenizer)
     settings = Settings(
-        k=k,
-        temperatures=tuple(float(T) for T in temperatures),
-        targets=targets,
-        positions=positions,
-        seed=seed if targets == "sampled" else None,
+        k=options.k,
+        temperatures=tuple(float(T) for T in options.temperatures),
+        targets=options.targets,
+        positions=options.positions,
+        seed=options.seed if options.targets == "sampled" else None,
         vocab_size=vocab,
         max_length=encoder.max_length,
         completion_only=encoder.completion_only,
@@ -69,9 +87,9 @@ def settings_for(
     )
     size = len(dataset)
     at = sorted({i * (size - 1) // max(_SAMPLED_ROWS - 1, 1) for i in range(_SAMPLED_ROWS)})
-    places = sum(len(encode_row(dataset, encoder, i, settings).places) for i in at)
+    places = sum(len(examples.row(i, options.positions).places) for i in at)
     bytes_per_row = max(places / len(at), 1.0) * settings.bytes_per_token
-    rows = int(max(1, min(size, shard_mb * 1e6 // bytes_per_row)))
+    rows = int(max(1, min(size, options.shard_mb * 1e6 // bytes_per_row)))
     return replace(settings, rows_per_shard=rows), bytes_per_row
 
 
@@ -81,31 +99,8 @@ def vocabulary_of(teacher: Any) -> int | None:
     return min(rows, valid) if rows and valid else rows
 
 
-def _check_k(k: Any, vocab: int | None) -> None:
-    limit = min(vocab or 65535, 65535)
-    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= limit:
-        checks.fail("k", f"an integer in 1..{limit}", repr(k))
-
-
-def _check_temperatures(temperatures: Any, targets: str) -> None:
-    if isinstance(temperatures, (int, float)) or not list(temperatures):
-        checks.fail("temperatures", "a list of at least one number", repr(temperatures))
-    for T in temperatures:
-        checks.positive("temperatures", T)
-    if len(set(temperatures)) != len(list(temperatures)):
-        checks.fail("temperatures", "different numbers", list(temperatures))
-    if targets == "sampled" and len(list(temperatures)) > 1:
-        checks.fail(
-            "temperatures",
-            "one with targets='sampled'",
-            list(temperatures),
-            "draws hold for one temperature: build a cache for each",
-        )
-
-
 def check_teacher_supports(teacher: Any, targets: str) -> None:
     """Raise TypeError if the teacher cannot provide such targets."""
-    checks.choice("targets", targets, TARGETS)
     protocol = DenseTeacher if targets == "sampled" else TopKTeacher
     if not isinstance(teacher, protocol):
         topk = "topk(input_ids, attention_mask, *, k, temperature)"

@@ -5,14 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 from ..backend import rank_and_world
 from ..cache import TeacherCache
-from ..cache.build import check_existing_build
+from ..cache.build import Examples, check_existing_build
 from ..cache.manifest import read_settings
-from ..cache.prepare import settings_for
+from ..cache.prepare import BuildOptions, settings_for
 from ..examples import Encoder, check_example
 from ..json_lines import JsonLines
 from ..plan.shapes import config_of
@@ -91,18 +91,9 @@ def dry_run(options: CacheBuild, extra: dict[str, Any]) -> dict[str, Any]:
     )
     for index in range(len(data)):
         encoder(data[index], index, "data")  # raises for a row that the build would reject
-    settings, bytes_per_row = settings_for(
-        teacher,
-        data,
-        encoder,
-        vocab=vocab,
-        k=options.k,
-        temperatures=options.temperatures,
-        targets=options.targets,
-        positions=options.positions,
-        seed=options.seed,
-        shard_mb=options.shard_mb,
-    )
+    names = (field.name for field in fields(BuildOptions))
+    build_options = BuildOptions(**{name: getattr(options, name) for name in names})
+    settings, bytes_per_row = settings_for(teacher, Examples(data, encoder), build_options, vocab)
     if isinstance(teacher, ServedTeacher):
         check_row_lengths("dataset", data, encoder, [teacher.row_limit])
         for temperature in options.temperatures:

@@ -74,7 +74,7 @@ def test_what_is_printed_can_be_pasted_back(run, folder, tmp_path):
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (("--k", "0"), "k: expected an integer in 1"),
+        (("--k", "0"), "k: expected 1 to "),
         (("tmperatures=1",), "Did you mean temperatures?"),
         (("--teacher", "/none/here"), "expected"),
         (
