@@ -119,9 +119,7 @@ def _into_scratch(weight: Tensor) -> Callable[[Tensor], Tensor]:
     )
 
     def run(x: Tensor) -> Tensor:
-        engine.lut4_dequant(
-            quantized.qdata, quantized.scale, None, quantized.lut, out, quantized.block
-        )
+        engine.lut4_dequant(quantized, out)
         return out
 
     return run

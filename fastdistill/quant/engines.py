@@ -22,11 +22,13 @@ from . import native, torch_ops
 class QuantEngine(NamedTuple):
     """The functions of one implementation.
 
-    lut4_dequant    codes, scales and a table -> an output tensor [N, K] of floats, fp8 or int8
-    int8_dequant    int8 and scales -> an output tensor [N, K] of floats
-    quantize_rows   activations [M, K] -> (int8 or fp8, fp32 scale [M])
-    lut4_products   x Wᵀ of 8-bit activations per group and 4-bit weights, accumulated in fp32
-    int8_products   the same with 8-bit weights
+        lut4_dequant    writes a Lut4Weight into a tensor [N, K] of floats, fp8 or int8
+        int8_dequant    writes an Int8Weight into a tensor [N, K] of floats
+        quantize_rows   activations [M, K] -> (int8 or fp8, fp32 scale [M])
+        lut4_products   x Wᵀ of 8-bit activations per group and 4-bit weights, accumulated in fp32
+        int8_products   the same with 8-bit weights
+
+    None of them applies the order of columns, `perm`.
     """
 
     name: str

@@ -7,10 +7,12 @@ F.linear accepts as a weight, so that no model code is patched.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
+from ..runtime.checks import fail
 from .formats import Lut4Weight, QuantWeight
 from .linear import Parts, QuantizedWeight, check_compute, product, row_scale
 
@@ -22,12 +24,10 @@ class ExpertStack(QuantizedWeight):
         check_compute(compute)
         rows, K = weight.shape
         if rows % experts or (rows // experts * K) % (2 * weight.block):
-            raise ValueError(
-                f"weight: expected {experts} experts of whole blocks of {weight.block}, got "
-                f"{list(weight.shape)}"
-            )
-        if isinstance(weight, Lut4Weight):
-            weight = weight.expanded()  # blocks of nested scales may span two experts
+            expected = f"{experts} experts of whole blocks of {weight.block}"
+            fail("weight", expected, list(weight.shape))
+        if isinstance(weight, Lut4Weight):  # blocks of nested scales may span two experts
+            weight = replace(weight, scale=weight.scales)
         super().__init__(weight)
         self.experts, self.compute = experts, compute
         self.register_buffer("row_scale", row_scale(weight, compute), persistent=False)
@@ -65,7 +65,7 @@ class Expert:
 
     @classmethod
     def __torch_function__(
-        cls, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+        cls, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Tensor:
         arguments = dict(zip(("input", "weight", "bias"), args, strict=False), **(kwargs or {}))
         expert = arguments.get("weight")

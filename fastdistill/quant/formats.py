@@ -15,11 +15,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from ..runtime import checks
+from ..runtime.checks import fail
 
 # Quantiles of the normal distribution (QLoRA, appendix E), as bitsandbytes stores them.
 NF4 = (
@@ -46,6 +49,7 @@ FP4 = tuple(m / 12 for m in _FP4_MAGNITUDES) + tuple(0 - m / 12 for m in _FP4_MA
 UNSIGNED = tuple(float(i) for i in range(16))  # GPTQ, AWQ and own int4: scale · q + offset
 CENTERED = tuple(float(i - 8) for i in range(16))  # GGUF Q4_0
 
+NESTED = ("scale_code", "scale_scale", "scale_offset")  # names of Nested.parts
 SCHEMES = ("nf4", "fp4", "int4", "int8")
 BLOCK = 64
 _CHUNK = 1 << 18  # weights quantized at a time: their fp32 copies stay in cache
@@ -92,13 +96,29 @@ class Lut4Weight:
     perm: Tensor | None = None  # int64 [K]
 
     def __post_init__(self) -> None:
-        check_lut4(self.shape, self.block, self.qdata, self.scale, self.lut, self.offset)
+        """Check dtypes and lengths, which kernels rely on."""
+        count = math.prod(self.shape)
+        checks.integer("block", self.block, 1)
+        blocks = -(-count // self.block)
+        _expect("qdata", self.qdata, torch.uint8, -(-count // 2))
+        _expect("lut", self.lut, torch.float32, 16)
+        if isinstance(self.scale, Nested):
+            checks.integer("scale block", self.scale.block, 1)
+            _expect("scale codes", self.scale.codes, torch.uint8, blocks)
+            _expect("scale code", self.scale.code, torch.float32, 256)
+            _expect("scale scale", self.scale.scale, torch.float32, -(-blocks // self.scale.block))
+            _expect("scale offset", self.scale.offset, torch.float32, 1)
+        else:
+            _expect("scale", self.scale, torch.float32, blocks)
+        if self.offset is not None:
+            _expect("offset", self.offset, torch.float32, blocks)
         if self.perm is not None:
             _expect("perm", self.perm, torch.int64, self.shape[1])
 
-    def expanded(self) -> Lut4Weight:
-        """Return the weight with plain fp32 scales."""
-        return replace(self, scale=self.scale.expand()) if isinstance(self.scale, Nested) else self
+    @property
+    def scales(self) -> Tensor:
+        """The scales in fp32."""
+        return self.scale.expand() if isinstance(self.scale, Nested) else self.scale
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,46 +131,16 @@ class Int8Weight:
     scale: Tensor  # fp32 [N·K / block]
 
     def __post_init__(self) -> None:
-        check_int8(self.shape, self.block, self.qdata, self.scale)
+        """Check dtypes and lengths, which kernels rely on."""
+        N, K = self.shape
+        checks.integer("block", self.block, 1)
+        if K % self.block:
+            fail("block", f"a divisor of the row length {K}", self.block)
+        _expect("qdata", self.qdata, torch.int8, N * K)
+        _expect("scale", self.scale, torch.float32, N * K // self.block)
 
 
 QuantWeight = Lut4Weight | Int8Weight
-
-
-def check_lut4(
-    shape: tuple[int, int],
-    block: int,
-    qdata: Tensor,
-    scale: Tensor | Nested,
-    lut: Tensor,
-    offset: Tensor | None,
-) -> None:
-    """Check the dtypes and lengths of a 4-bit weight's parts, which kernels rely on."""
-    count = math.prod(shape)
-    _positive("block", block)
-    blocks = -(-count // block)
-    _expect("qdata", qdata, torch.uint8, -(-count // 2))
-    _expect("lut", lut, torch.float32, 16)
-    if isinstance(scale, Nested):
-        _positive("scale block", scale.block)
-        _expect("scale codes", scale.codes, torch.uint8, blocks)
-        _expect("scale code", scale.code, torch.float32, 256)
-        _expect("scale scale", scale.scale, torch.float32, -(-blocks // scale.block))
-        _expect("scale offset", scale.offset, torch.float32, 1)
-    else:
-        _expect("scale", scale, torch.float32, blocks)
-    if offset is not None:
-        _expect("offset", offset, torch.float32, blocks)
-
-
-def check_int8(shape: tuple[int, int], block: int, qdata: Tensor, scale: Tensor) -> None:
-    """Check the dtypes and lengths of an 8-bit weight's parts, which kernels rely on."""
-    N, K = shape
-    _positive("block", block)
-    if K % block:
-        raise ValueError(f"block: expected a divisor of the row length {K}, got {block}")
-    _expect("qdata", qdata, torch.int8, N * K)
-    _expect("scale", scale, torch.float32, N * K // block)
 
 
 def check_row_vector(name: str, value: Tensor | None, rows: int, *, fp32: bool = False) -> None:
@@ -162,24 +152,19 @@ def check_row_vector(name: str, value: Tensor | None, rows: int, *, fp32: bool =
     is_right_dtype = value.dtype == torch.float32 if fp32 else value.is_floating_point()
     if tuple(value.shape) != (rows,) or not is_right_dtype:
         kind = "float32" if fp32 else "floating-point"
-        got = str(value.dtype).removeprefix("torch.")
-        raise ValueError(
-            f"{name}: expected a {kind} tensor [{rows}], one number for each output, got "
-            f"{list(value.shape)} of {got}"
-        )
+        expected = f"a {kind} tensor [{rows}], one number for each output"
+        fail(name, expected, f"{list(value.shape)} of {short(value.dtype)}")
 
 
-def _positive(name: str, value: int) -> None:
-    if value < 1:
-        raise ValueError(f"{name}: expected a positive number, got {value}")
+def short(dtype: torch.dtype) -> str:
+    """Return "float32" for torch.float32."""
+    return str(dtype).removeprefix("torch.")
 
 
 def _expect(name: str, tensor: Tensor, dtype: torch.dtype, count: int) -> None:
     if tensor.numel() != count or tensor.dtype != dtype:
-        want, got = (str(d).removeprefix("torch.") for d in (dtype, tensor.dtype))
-        raise ValueError(
-            f"{name}: expected {count} values of {want}, got {list(tensor.shape)} of {got}"
-        )
+        got = f"{list(tensor.shape)} of {short(tensor.dtype)}"
+        fail(name, f"{count} values of {short(dtype)}", got)
 
 
 def table(name: str, device: torch.device | str | None = None) -> Tensor:  # fp32 [16]
@@ -207,14 +192,12 @@ def quantize(weight: Tensor, scheme: str, *, block: int = BLOCK) -> QuantWeight:
     Raises:
         ValueError: an unknown scheme, a weight that is not floating point and 2-D, an odd block.
     """
-    if scheme not in SCHEMES:
-        raise ValueError(f"scheme: expected one of {SCHEMES}, got {scheme!r}")
+    checks.choice("scheme", scheme, SCHEMES)
     if weight.dim() != 2 or not weight.is_floating_point():
-        raise ValueError(
-            f"weight: expected a floating-point [N, K], got {list(weight.shape)} of {weight.dtype}"
-        )
+        got = f"{list(weight.shape)} of {short(weight.dtype)}"
+        fail("weight", "a floating-point [N, K]", got)
     if block < 2 or block % 2:
-        raise ValueError(f"block: expected an even number of at least 2, got {block}")
+        fail("block", "an even number of at least 2", block)
     if scheme == "int8":
         return _int8(weight)
     N, K = weight.shape
@@ -230,12 +213,13 @@ def quantize(weight: Tensor, scheme: str, *, block: int = BLOCK) -> QuantWeight:
         offsets.append(offset)
         packed = pack_nibbles(q)
         qdata[start // 2 : start // 2 + packed.numel()] = packed
-    _finite(torch.cat(scales))
+    scale = torch.cat(scales)
+    _finite(scale)
     return Lut4Weight(
         shape=(N, K),
         block=block,
         qdata=qdata,
-        scale=torch.cat(scales),
+        scale=scale,
         lut=lut,
         offset=torch.cat(offsets) if scheme == "int4" else None,
     )
@@ -292,7 +276,7 @@ def _int8(weight: Tensor) -> Int8Weight:
 def _finite(scale: Tensor) -> None:
     """Raise ValueError for NaN or infinity, which propagate to the scale of their block."""
     if not bool(scale.isfinite().all()):
-        raise ValueError("weight: expected finite values, got NaN or infinity")
+        fail("weight", "finite values", "NaN or infinity")
 
 
 def pack_nibbles(q: Tensor) -> Tensor:

@@ -12,9 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..runtime import checks
+from ..runtime.checks import fail
 from . import ops
 from .formats import (
     BLOCK,
+    NESTED,
     Int8Weight,
     Lut4Weight,
     Nested,
@@ -22,8 +25,6 @@ from .formats import (
     check_row_vector,
     quantize,
 )
-
-_NESTED = ("scale_code", "scale_scale", "scale_offset")
 
 
 class QuantizedWeight(nn.Module):
@@ -37,7 +38,7 @@ class QuantizedWeight(nn.Module):
         super().__init__()
         parts = parts_of(weight)
         self.shape, self.block, self.nested_block = parts.shape, parts.block, parts.nested_block
-        for name, tensor in zip(_NESTED, parts.nested, strict=False):
+        for name, tensor in zip(NESTED, parts.nested, strict=False):
             self.register_buffer(name, tensor)
         self.register_buffer("qdata", parts.qdata)
         self.register_buffer("scale", parts.scale)
@@ -48,7 +49,7 @@ class QuantizedWeight(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         before = {name: b for name, b in self._buffers.items() if b is not None and name != "bias"}
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, buffer in before.items():  # model.bfloat16() must not round the scales
             after = self._buffers[name]
             if after is not None and after.dtype != buffer.dtype:
@@ -63,18 +64,10 @@ class QuantizedWeight(nn.Module):
     @property
     def parts(self) -> Parts:
         buffers: Any = self._buffers
-        nested = [buffers[name] for name in _NESTED] if self.nested_block else []
-        return Parts(
-            self.shape,
-            self.block,
-            buffers["qdata"],
-            buffers["scale"],
-            nested,
-            self.nested_block,
-            buffers.get("lut"),
-            buffers.get("offset"),
-            buffers.get("perm"),
-        )
+        nested = [buffers[name] for name in NESTED] if self.nested_block else []
+        scales = (buffers["scale"], nested, self.nested_block)
+        tables = (buffers.get("offset"), buffers.get("lut"), buffers.get("perm"))
+        return Parts(buffers["qdata"], *scales, *tables, self.shape, self.block)
 
     @property
     def quantized(self) -> QuantWeight:
@@ -99,47 +92,45 @@ class QuantizedWeight(nn.Module):
 
 
 class Parts(NamedTuple):
-    """The arguments of the operators for a QuantWeight."""
+    """A QuantWeight as the operators take it."""
 
-    shape: tuple[int, int]
-    block: int
     qdata: Tensor
     scale: Tensor  # fp32, or the uint8 codes of nested scales
     nested: list[Tensor]
     nested_block: int
-    lut: Tensor | None  # None: INT8
     offset: Tensor | None
+    lut: Tensor | None  # None: INT8
     perm: Tensor | None
+    shape: tuple[int, int]
+    block: int
+
+    @property
+    def lut4(self) -> tuple[Any, ...]:
+        """The operands of a 4-bit weight, in the order of the operators."""
+        return self[:6]
 
 
 def parts_of(weight: QuantWeight) -> Parts:
-    scale, lut, offset, perm = weight.scale, None, None, None
-    nested, nested_block = [], 0
+    qdata, scale, nested, nested_block = weight.qdata.contiguous(), weight.scale, [], 0
     if isinstance(scale, Nested):
-        nested, nested_block, scale = scale.parts, scale.block, scale.codes
-    if isinstance(weight, Lut4Weight):
-        lut, offset, perm = weight.lut, weight.offset, weight.perm
-    return Parts(
-        weight.shape,
-        weight.block,
-        weight.qdata.contiguous(),
-        scale.contiguous(),
-        [part.contiguous() for part in nested],
-        nested_block,
-        None if lut is None else lut.contiguous(),
-        None if offset is None else offset.contiguous(),
-        perm,
-    )
+        nested, nested_block = [part.contiguous() for part in scale.parts], scale.block
+        scale = scale.codes
+    scales = (scale.contiguous(), nested, nested_block)
+    if isinstance(weight, Int8Weight):
+        return Parts(qdata, *scales, None, None, None, weight.shape, weight.block)
+    offset = None if weight.offset is None else weight.offset.contiguous()
+    tables = (offset, weight.lut.contiguous(), weight.perm)
+    return Parts(qdata, *scales, *tables, weight.shape, weight.block)
 
 
 def dequantize(weight: QuantWeight, dtype: torch.dtype = torch.float32) -> Tensor:  # [N, K]
     """Return the dense weight, with columns in the order of the layer's input."""
     w = parts_of(weight)
+    dense: Tensor
     if w.lut is None:
-        return torch.ops.fastdistill.int8_dequant(w.qdata.view(w.shape), w.scale, w.block, dtype)
-    dense = torch.ops.fastdistill.lut4_dequant(
-        w.qdata, w.scale, w.nested, w.nested_block, w.offset, w.lut, *w.shape, w.block, dtype
-    )
+        dense = torch.ops.fastdistill.int8_dequant(w.qdata.view(w.shape), w.scale, w.block, dtype)
+    else:
+        dense = torch.ops.fastdistill.lut4_dequant(*w.lut4, *w.shape, w.block, dtype)
     return dense if w.perm is None else dense[:, w.perm.argsort()]
 
 
@@ -164,8 +155,9 @@ def product(
         RuntimeError: x requires a gradient; quantized layers are forward only.
     """
     N, K = w.shape
+    out: Tensor
     if x.shape[-1] != K:
-        raise ValueError(f"x: expected [..., {K}], got {list(x.shape)}")
+        fail("x", f"[..., {K}]", list(x.shape))
     if x.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(
             "x: a quantized layer is forward only and gives no gradient, but x requires one. Run "
@@ -179,20 +171,8 @@ def product(
             rows, w.qdata.view(N, K), w.scale, steps, bias, w.block, compute
         )
     else:
-        out = torch.ops.fastdistill.lut4_linear(
-            rows,
-            w.qdata,
-            w.scale,
-            w.nested,
-            w.nested_block,
-            w.offset,
-            w.lut,
-            steps,
-            bias,
-            N,
-            w.block,
-            compute,
-        )
+        outputs = (steps, bias, N, w.block, compute)
+        out = torch.ops.fastdistill.lut4_linear(rows, *w.lut4, *outputs)
     return out.view(*x.shape[:-1], N)
 
 
@@ -264,5 +244,4 @@ def linear_of(weight: QuantWeight, bias: Tensor | None, compute: str) -> LUT4Lin
 
 
 def check_compute(compute: str) -> None:
-    if compute not in ops.COMPUTE:
-        raise ValueError(f"compute: expected one of {ops.COMPUTE}, got {compute!r}")
+    checks.choice("compute", compute, ops.COMPUTE)

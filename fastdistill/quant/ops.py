@@ -22,15 +22,21 @@ read from addresses.
 
 from __future__ import annotations
 
+import inspect
 import math
 import threading
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..runtime import checks
+from ..runtime.checks import fail
 from .engines import QuantEngine, engine_for, fast_int8_on_cpu
-from .formats import Nested, check_int8, check_lut4, check_row_vector
+from .formats import NESTED, Int8Weight, Lut4Weight, Nested, check_row_vector, short
 from .native import FLOATS
 from .torch_ops import FP8, TOP
 
@@ -38,24 +44,10 @@ COMPUTE = ("auto", "exact", "int8", "fp8")
 # Columns that share one activation scale on a CPU. With 4-bit weights at most the columns of one
 # weight scale; with 8-bit weights twice as many cost 5 % more KL and take 7 % less time.
 GROUP, INT8_GROUP = 64, 128
+_STRIDED = ("bias", "row_scale")  # copied before a kernel reads them
 _MIN_GROUP = 8  # below this, scaling costs more than multiplying
 
-_library = torch.library.Library("fastdistill", "FRAGMENT")
-_library.define(
-    "lut4_linear(Tensor x, Tensor qdata, Tensor scale, Tensor[] nested, int nested_block, "
-    "Tensor? offset, Tensor lut, Tensor? row_scale, Tensor? bias, int rows, int block, "
-    "str compute) -> Tensor"
-)
-_library.define(
-    "int8_linear(Tensor x, Tensor qdata, Tensor scale, Tensor? row_scale, Tensor? bias, int block, "
-    "str compute) -> Tensor"
-)
-_library.define(
-    "lut4_dequant(Tensor qdata, Tensor scale, Tensor[] nested, int nested_block, Tensor? offset, "
-    "Tensor lut, int rows, int cols, int block, ScalarType dtype) -> Tensor"
-)
-_library.define("quantize_rows(Tensor x, ScalarType dtype) -> (Tensor q, Tensor scale)")
-_library.define("int8_dequant(Tensor qdata, Tensor scale, int block, ScalarType dtype) -> Tensor")
+_library = torch.library.Library("fastdistill", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
 class _Scratch(threading.local):
@@ -65,12 +57,11 @@ class _Scratch(threading.local):
     """
 
     def __init__(self) -> None:
-        self.of: dict[tuple, Tensor] = {}
+        self.of: dict[tuple[object, ...], Tensor] = {}
 
     def take(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        key: tuple = (device,)
-        if device.type == "cuda":
-            key = (device, torch.cuda.current_stream(device).cuda_stream)
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
+        key = (device, stream)
         size = math.prod(shape) * dtype.itemsize
         buffer = self.of.get(key)
         if buffer is None or buffer.numel() < size:
@@ -125,45 +116,44 @@ def _check_input(x: Tensor, cols: int | None = None) -> None:
     """Check that x is floating-point [M, K], with K = `cols` if that is known."""
     if x.dim() != 2 or not x.is_floating_point() or cols not in (None, x.shape[1]):
         columns = "K" if cols is None else cols
-        got = str(x.dtype).removeprefix("torch.")
-        raise ValueError(
-            f"x: expected a floating-point tensor [M, {columns}], got {list(x.shape)} of {got}"
-        )
+        got = f"{list(x.shape)} of {short(x.dtype)}"
+        fail("x", f"a floating-point tensor [M, {columns}]", got)
 
 
-def _check_memory(*strided: Tensor | None, **parts: Tensor | None) -> None:
-    """Check that no memory has been freed, and that the `parts` of a weight are contiguous."""
-    for name, part in parts.items():
-        if part is not None and not part.is_contiguous():
-            raise ValueError(
-                f"{name}: expected contiguous memory, got strides {list(part.stride())} of "
-                f"{list(part.shape)}. Call .contiguous()"
-            )
-    names = ("bias", "row_scale")
-    for name, part in (*zip(names, strided, strict=False), *parts.items()):
+def _check_memory(**tensors: Tensor | None) -> None:
+    """Check that no memory has been freed, and that the parts of a weight are contiguous."""
+    for name, part in tensors.items():
+        if part is not None and name not in _STRIDED and not part.is_contiguous():
+            got = f"strides {list(part.stride())} of {list(part.shape)}"
+            fail(name, "contiguous memory", got, "call .contiguous()")
+    for name, part in tensors.items():
         if part is None or not part.numel():
             continue
         last = sum((n - 1) * step for n, step in zip(part.shape, part.stride(), strict=True))
         needed = (part.storage_offset() + last + 1) * part.element_size()
         if part.untyped_storage().nbytes() < needed:
-            raise ValueError(
-                f"{name}: expected {needed} bytes for {list(part.shape)}, got memory that has been "
-                "freed. Load the weight again"
-            )
+            expected = f"{needed} bytes for {list(part.shape)}"
+            fail(name, expected, "memory that has been freed", "load the weight again")
 
 
 def _check_devices(device: torch.device, **operands: Tensor | None) -> None:
     for name, tensor in operands.items():
         if tensor is not None and tensor.device != device:
-            raise ValueError(
-                f"{name}: expected a tensor on {device}, as the other operands, got one on "
-                f"{tensor.device}"
-            )
+            expected = f"a tensor on {device}, as the other operands"
+            fail(name, expected, f"one on {tensor.device}")
 
 
-def _check_lut4(
-    rows: int,
-    cols: int,
+def _check_outputs(x: Tensor, rows: int, row_scale: Tensor | None, bias: Tensor | None) -> None:
+    """Check the operands that have one number for each output."""
+    check_row_vector("bias", bias, rows)
+    check_row_vector("row_scale", row_scale, rows, fp32=True)
+    _check_devices(x.device, bias=bias, row_scale=row_scale)
+    _check_memory(bias=bias, row_scale=row_scale)
+
+
+def _lut4(
+    device: torch.device,
+    shape: tuple[int, int],
     block: int,
     qdata: Tensor,
     scale: Tensor,
@@ -171,26 +161,38 @@ def _check_lut4(
     nested_block: int,
     offset: Tensor | None,
     lut: Tensor,
-) -> Tensor | Nested:
-    """Check a weight's parts and return its scales."""
+) -> Lut4Weight:
+    """Return a 4-bit weight after checking its parts."""
     if len(nested) not in (0, 3):
-        raise ValueError(
-            f"nested: expected no tensor or 3 (code, scale, offset), got {len(nested)}"
-        )
+        fail("nested", "no tensor or 3 (code, scale, offset)", len(nested))
     scales = Nested.of(scale, nested, nested_block) if nested else scale
-    check_lut4((rows, cols), block, qdata, scales, lut, offset)
-    parts = dict(zip(("scale_code", "scale_scale", "scale_offset"), nested, strict=False))
-    _check_devices(qdata.device, scale=scale, offset=offset, lut=lut, **parts)
+    weight = Lut4Weight(shape=shape, block=block, qdata=qdata, scale=scales, lut=lut, offset=offset)
+    parts = dict(zip(NESTED, nested, strict=False))
+    _check_devices(device, qdata=qdata, scale=scale, offset=offset, lut=lut, **parts)
     _check_memory(qdata=qdata, scale=scale, offset=offset, lut=lut, **parts)
-    return scales
+    return weight
 
 
-def regrouped(values: Tensor, rows: int, K: int, block: int, group: int) -> Tensor:
-    """Return scales or offsets of the flattened blocks as [N, K / group]; group divides K."""
-    if group == block:
-        return values.view(rows, -1)
-    at = torch.arange(0, rows * K, group, device=values.device) // block
-    return values.view(-1)[at].view(rows, -1)
+def _int8(device: torch.device, qdata: Tensor, scale: Tensor, block: int) -> Int8Weight:
+    """Return an 8-bit weight after checking its parts."""
+    if qdata.dim() != 2:
+        fail("qdata", "a tensor [N, K]", list(qdata.shape))
+    weight = Int8Weight(
+        shape=(qdata.shape[0], qdata.shape[1]), block=block, qdata=qdata, scale=scale
+    )
+    _check_devices(device, qdata=qdata, scale=scale)
+    _check_memory(qdata=qdata, scale=scale)
+    return weight
+
+
+def regrouped(weight: Lut4Weight, group: int) -> Lut4Weight:
+    """Return a weight with blocks of `group` columns, which do not cross rows."""
+    if group == weight.block:
+        return weight
+    count = math.prod(weight.shape)
+    at = torch.arange(0, count, group, device=weight.qdata.device) // weight.block
+    offset = None if weight.offset is None else weight.offset.view(-1)[at]
+    return replace(weight, block=group, scale=weight.scales.view(-1)[at], offset=offset)
 
 
 def _lut4_linear(
@@ -208,30 +210,22 @@ def _lut4_linear(
     compute: str,
 ) -> Tensor:  # [M, N]
     _check_input(x)
-    K, engine = x.shape[1], engine_for(x.device)
-    scales = _check_lut4(rows, K, block, qdata, scale, nested, nested_block, offset, lut)
-    check_row_vector("bias", bias, rows)
-    check_row_vector("row_scale", row_scale, rows, fp32=True)
-    _check_devices(x.device, qdata=qdata, bias=bias, row_scale=row_scale)
-    _check_memory(bias, row_scale)
-    compute = _resolved(compute, x.device, rows, K, block)
+    shape, engine = (rows, x.shape[1]), engine_for(x.device)
+    weight = _lut4(x.device, shape, block, qdata, scale, nested, nested_block, offset, lut)
+    _check_outputs(x, rows, row_scale, bias)
+    compute = _resolved(compute, x.device, *shape, block)
     x = x.contiguous()
     if compute == "exact":
-        W = scratch.take((rows, K), _storage(x.dtype), x.device)
-        engine.lut4_dequant(qdata, scales, offset, lut, W, block)
+        W = scratch.take(shape, _storage(x.dtype), x.device)
+        engine.lut4_dequant(weight, W)
         return _exact(x, W, bias)
     if x.device.type == "cpu":
-        weight_group, group = groups(K, block) or (block, GROUP)
-        plain = scales.expand() if isinstance(scales, Nested) else scales
-        plain = regrouped(plain, rows, K, block, weight_group)
-        if offset is not None:
-            offset = regrouped(offset, rows, K, block, weight_group)
-        return engine.lut4_products(
-            _floats(x), qdata, lut, plain, offset, _fp32(bias), rows, weight_group, group
-        ).to(x.dtype)
-    kind = FP8 if compute == "fp8" else torch.int8
-    W = scratch.take((rows, K), kind, x.device)
-    engine.lut4_dequant(qdata, scales, offset, lut, W, block, _inverse(row_scale))
+        weight_group, group = groups(shape[1], block) or (block, GROUP)
+        weight = regrouped(weight, weight_group)
+        return engine.lut4_products(_floats(x), weight, _fp32(bias), group).to(x.dtype)
+    assert row_scale is not None
+    W = scratch.take(shape, FP8 if compute == "fp8" else torch.int8, x.device)
+    engine.lut4_dequant(weight, W, torch.where(row_scale > 0, 1 / row_scale, 0.0))
     return row_products(engine, x, W, row_scale, bias)
 
 
@@ -244,30 +238,22 @@ def _int8_linear(
     block: int,
     compute: str,
 ) -> Tensor:
-    if qdata.dim() != 2:
-        raise ValueError(f"qdata: expected a tensor [N, K], got {list(qdata.shape)}")
-    (rows, K), engine = qdata.shape, engine_for(x.device)
+    weight = _int8(x.device, qdata, scale, block)
+    (rows, K), engine = weight.shape, engine_for(x.device)
     _check_input(x, K)
-    check_int8((rows, K), block, qdata, scale)
-    check_row_vector("bias", bias, rows)
-    check_row_vector("row_scale", row_scale, rows, fp32=True)
-    _check_devices(x.device, qdata=qdata, scale=scale, bias=bias, row_scale=row_scale)
-    _check_memory(bias, row_scale, qdata=qdata, scale=scale)
+    _check_outputs(x, rows, row_scale, bias)
     compute = _resolved(compute, x.device, rows, K, block)
     x = x.contiguous()
     if compute == "int8" and x.device.type == "cpu":
         _, group = groups(K, block, INT8_GROUP) or (block, INT8_GROUP)
-        return engine.int8_products(
-            _floats(x), qdata, scale.view(rows, -1), None, _fp32(bias), block, group
-        ).to(x.dtype)
+        return engine.int8_products(_floats(x), weight, _fp32(bias), group).to(x.dtype)
     if compute == "int8" and block == K:
         return row_products(engine, x, qdata, scale.view(-1), bias)
-    W = scratch.take((rows, K), _storage(x.dtype), x.device)
-    engine.int8_dequant(qdata, scale, W, block)
+    W = scratch.take(weight.shape, _storage(x.dtype), x.device)
+    engine.int8_dequant(weight, W)
     if compute == "exact":
         return _exact(x, W, bias)
-    kind = FP8 if compute == "fp8" else torch.int8
-    w, row_scale = engine.quantize_rows(W, kind)
+    w, row_scale = engine.quantize_rows(W, FP8 if compute == "fp8" else torch.int8)
     return row_products(engine, x, w, row_scale, bias)
 
 
@@ -275,11 +261,10 @@ def row_products(
     engine: QuantEngine,
     x: Tensor,  # [M, K]
     w: Tensor,  # int8 or fp8 [N, K]
-    row_scale: Tensor | None,  # fp32 [N]
+    row_scale: Tensor,  # fp32 [N]
     bias: Tensor | None,
 ) -> Tensor:  # [M, N] in x's type
     """Return 8-bit products on a GPU: quantize activations per token, GEMM, apply both scales."""
-    assert row_scale is not None
     q, sx = engine.quantize_rows(_floats(x), w.dtype)
     if w.dtype == FP8:
         out = torch._scaled_mm(
@@ -291,11 +276,6 @@ def row_products(
         exact = torch._int_mm(padded, w.t())[: len(q)]
         out = (exact * sx[:, None] * row_scale).to(x.dtype)
     return out if bias is None else out + bias.to(out.dtype)
-
-
-def _inverse(row_scale: Tensor | None) -> Tensor:
-    assert row_scale is not None
-    return torch.where(row_scale > 0, 1 / row_scale, 0.0)
 
 
 def _storage(dtype: torch.dtype) -> torch.dtype:
@@ -326,80 +306,80 @@ def _lut4_dequant(
     block: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    scales = _check_lut4(rows, cols, block, qdata, scale, nested, nested_block, offset, lut)
-    out = qdata.new_empty(rows, cols, dtype=dtype)
-    engine_for(qdata.device).lut4_dequant(qdata, scales, offset, lut, out, block)
+    shape, device = (rows, cols), qdata.device
+    weight = _lut4(device, shape, block, qdata, scale, nested, nested_block, offset, lut)
+    out = qdata.new_empty(shape, dtype=dtype)
+    engine_for(device).lut4_dequant(weight, out)
     return out
 
 
 def _int8_dequant(qdata: Tensor, scale: Tensor, block: int, dtype: torch.dtype) -> Tensor:
-    if qdata.dim() != 2:
-        raise ValueError(f"qdata: expected a tensor [N, K], got {list(qdata.shape)}")
-    check_int8((qdata.shape[0], qdata.shape[1]), block, qdata, scale)
-    _check_devices(qdata.device, scale=scale)
-    _check_memory(qdata=qdata, scale=scale)
+    weight = _int8(qdata.device, qdata, scale, block)
     out = torch.empty_like(qdata, dtype=dtype, memory_format=torch.contiguous_format)
-    engine_for(qdata.device).int8_dequant(qdata, scale, out, block)
+    engine_for(qdata.device).int8_dequant(weight, out)
     return out
 
 
 def _quantize_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return (q [M, K] int8 or fp8-e4m3fn, scale fp32 [M]) with x ≈ q · scale."""
     _check_input(x)
-    if dtype not in TOP:
-        raise ValueError(f"dtype: expected one of {list(TOP)}, got {dtype}")
+    checks.choice("dtype", dtype, TOP)
     x = _floats(x)
     return engine_for(x.device).quantize_rows(x.contiguous(), dtype)
 
 
-for _name, _kernel in (
-    ("lut4_linear", _lut4_linear),
-    ("int8_linear", _int8_linear),
-    ("lut4_dequant", _lut4_dequant),
-    ("int8_dequant", _int8_dequant),
-    ("quantize_rows", _quantize_rows),
-):
-    for _key in ("CPU", "CUDA"):
-        _library.impl(_name, _kernel, _key)
+def _register(
+    schema: str, kernel: Callable[..., object], empty: Callable[..., Tensor | tuple[Tensor, Tensor]]
+) -> None:
+    """Register an operator; `empty` returns its result without values, for tracing.
+
+    Tracing includes meta tensors; mixed with real tensors they raise an error.
+    """
+    name = schema.partition("(")[0]
+    _library.define(schema)  # type: ignore[no-untyped-call]
+    for key in ("CPU", "CUDA"):
+        _library.impl(name, kernel, key)  # type: ignore[no-untyped-call]
+    parameters = list(inspect.signature(kernel).parameters)
+
+    def trace(*arguments: Any) -> Tensor | tuple[Tensor, Tensor]:
+        operands = dict(zip(parameters, arguments, strict=True))
+        parts = operands | dict(zip(NESTED, operands.get("nested", ()), strict=False))
+        tensors = {part: value for part, value in parts.items() if isinstance(value, Tensor)}
+        _check_devices(arguments[0].device, **tensors)
+        return empty(**operands)
+
+    torch.library.register_fake(f"fastdistill::{name}", trace, lib=_library)
 
 
-# Meta tensors run these functions too; mixed with real tensors they raise an error.
-
-
-@torch.library.register_fake("fastdistill::lut4_linear", lib=_library)
-def _(x, qdata, scale, nested, nested_block, offset, lut, row_scale, bias, rows, block, compute):
-    parts = dict(zip(("scale_code", "scale_scale", "scale_offset"), nested, strict=False))
-    _check_devices(
-        x.device,
-        qdata=qdata,
-        scale=scale,
-        offset=offset,
-        lut=lut,
-        row_scale=row_scale,
-        bias=bias,
-        **parts,
-    )
-    return x.new_empty(x.shape[0], rows)
-
-
-@torch.library.register_fake("fastdistill::int8_linear", lib=_library)
-def _(x, qdata, scale, row_scale, bias, block, compute):
-    _check_devices(x.device, qdata=qdata, scale=scale, row_scale=row_scale, bias=bias)
-    return x.new_empty(x.shape[0], qdata.shape[0])
-
-
-@torch.library.register_fake("fastdistill::lut4_dequant", lib=_library)
-def _(qdata, scale, nested, nested_block, offset, lut, rows, cols, block, dtype):
-    _check_devices(qdata.device, scale=scale, offset=offset, lut=lut)
-    return qdata.new_empty(rows, cols, dtype=dtype)
-
-
-@torch.library.register_fake("fastdistill::quantize_rows", lib=_library)
-def _(x, dtype):
-    return torch.empty_like(x, dtype=dtype), x.new_empty(x.shape[0], dtype=torch.float32)
-
-
-@torch.library.register_fake("fastdistill::int8_dequant", lib=_library)
-def _(qdata, scale, block, dtype):
-    _check_devices(qdata.device, scale=scale)
-    return torch.empty_like(qdata, dtype=dtype)
+_register(
+    "lut4_linear(Tensor x, Tensor qdata, Tensor scale, Tensor[] nested, int nested_block, "
+    "Tensor? offset, Tensor lut, Tensor? row_scale, Tensor? bias, int rows, int block, "
+    "str compute) -> Tensor",
+    _lut4_linear,
+    lambda x, rows, **_: x.new_empty(x.shape[0], rows),
+)
+_register(
+    "int8_linear(Tensor x, Tensor qdata, Tensor scale, Tensor? row_scale, Tensor? bias, int block, "
+    "str compute) -> Tensor",
+    _int8_linear,
+    lambda x, qdata, **_: x.new_empty(x.shape[0], qdata.shape[0]),
+)
+_register(
+    "lut4_dequant(Tensor qdata, Tensor scale, Tensor[] nested, int nested_block, Tensor? offset, "
+    "Tensor lut, int rows, int cols, int block, ScalarType dtype) -> Tensor",
+    _lut4_dequant,
+    lambda qdata, rows, cols, dtype, **_: qdata.new_empty(rows, cols, dtype=dtype),
+)
+_register(
+    "int8_dequant(Tensor qdata, Tensor scale, int block, ScalarType dtype) -> Tensor",
+    _int8_dequant,
+    lambda qdata, dtype, **_: torch.empty_like(qdata, dtype=dtype),
+)
+_register(
+    "quantize_rows(Tensor x, ScalarType dtype) -> (Tensor q, Tensor scale)",
+    _quantize_rows,
+    lambda x, dtype: (
+        torch.empty_like(x, dtype=dtype),
+        x.new_empty(x.shape[0], dtype=torch.float32),
+    ),
+)

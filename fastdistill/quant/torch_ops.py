@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .formats import Nested, int8_table, unpack_nibbles
+from .formats import Int8Weight, Lut4Weight, int8_table, unpack_nibbles
 
 _CHUNK = 1 << 22
 FP8 = torch.float8_e4m3fn
@@ -18,41 +18,31 @@ def expand_blocks(values: Tensor, start: int, stop: int, block: int) -> Tensor:
     return per_block.repeat_interleave(block)[: stop - start]
 
 
-def lut4_dequant(
-    qdata: Tensor,
-    scale: Tensor | Nested,
-    offset: Tensor | None,
-    lut: Tensor,
-    out: Tensor,  # [N, K] fp32 | bf16 | fp16 | fp8 | int8
-    block: int,
-    row_inverse: Tensor | None = None,  # fp32 [N], with fp8 and int8
-) -> None:
-    """out = lut[q] · scale + offset, times row_inverse for 8-bit results."""
-    if isinstance(scale, Nested):
-        scale = scale.expand()
+def lut4_dequant(weight: Lut4Weight, out: Tensor, row_inverse: Tensor | None = None) -> None:
+    """out = lut[q] · scale + offset, times row_inverse (fp32 [N]) for 8-bit results."""
+    block, scale = weight.block, weight.scales.view(-1)
     flat, count, cols = out.view(-1), out.numel(), out.shape[-1]
     step = max(1, _CHUNK // (2 * block)) * 2 * block  # whole blocks and whole bytes
     for start in range(0, count, step):
         stop = min(start + step, count)
-        q = unpack_nibbles(qdata[start // 2 : -(-stop // 2)], stop - start)
-        w = lut[q.long()] * expand_blocks(scale.view(-1), start, stop, block)
-        if offset is not None:
-            w = w + expand_blocks(offset.view(-1), start, stop, block)
+        q = unpack_nibbles(weight.qdata[start // 2 : -(-stop // 2)], stop - start)
+        w = weight.lut[q.long()] * expand_blocks(scale, start, stop, block)
+        if weight.offset is not None:
+            w = w + expand_blocks(weight.offset.view(-1), start, stop, block)
         if row_inverse is not None:
             w *= row_inverse[torch.arange(start, stop, device=w.device) // cols]
         flat[start:stop] = rounded(w, out.dtype)
 
 
-def int8_dequant(qdata: Tensor, scale: Tensor, out: Tensor, block: int) -> None:
+def int8_dequant(weight: Int8Weight, out: Tensor) -> None:
     """out = q · scale."""
-    rows, per_row = max(1, _CHUNK // qdata.shape[1]), qdata.shape[1] // block
-    for start in range(0, qdata.shape[0], rows):
-        chunk = qdata[start : start + rows]
-        w = (
-            chunk.view(-1, block)
-            * scale.view(-1)[start * per_row :][: chunk.numel() // block, None]
-        )
-        out[start : start + rows] = w.view(chunk.shape)
+    (rows, cols), block = weight.shape, weight.block
+    scale = weight.scale.view(-1)
+    step, per_row = max(1, _CHUNK // cols), cols // block
+    for start in range(0, rows, step):
+        q = weight.qdata[start : start + step]
+        w = q.view(-1, block) * scale[start * per_row :][: q.numel() // block, None]
+        out[start : start + step] = w.view(q.shape)
 
 
 def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -91,30 +81,25 @@ def quantize_groups(
     return q.view(x.shape), scale, total
 
 
-def lut4_products(
-    x: Tensor,  # [M, K]
-    qdata: Tensor,  # uint8 [rows · K / 2]
-    lut: Tensor,
-    scale: Tensor,
-    offset: Tensor | None,
-    bias: Tensor | None,
-    rows: int,
-    weight_group: int,
-    group: int,
-) -> Tensor:  # [M, rows]
+def lut4_products(x: Tensor, weight: Lut4Weight, bias: Tensor | None, group: int) -> Tensor:
     """Return int8_products with the table in 8 bits: lut ≈ unit · codes."""
-    table, unit = int8_table(lut)
-    codes = table[unpack_nibbles(qdata.view(-1), rows * x.shape[1]).long()].view(rows, -1)
-    return int8_products(x, codes, scale * unit, offset, bias, weight_group, group)
+    table, unit = int8_table(weight.lut)
+    q = unpack_nibbles(weight.qdata.view(-1), weight.shape[0] * weight.shape[1])
+    codes = table[q.long()].view(weight.shape)
+    return _products(x, codes, weight.scales * unit, weight.offset, bias, group)
 
 
-def int8_products(
+def int8_products(x: Tensor, weight: Int8Weight, bias: Tensor | None, group: int) -> Tensor:
+    """Return x Wᵀ + bias, with 8-bit activations per group of columns."""
+    return _products(x, weight.qdata, weight.scale, None, bias, group)
+
+
+def _products(
     x: Tensor,  # [M, K]
     codes: Tensor,  # int8 [N, K]
-    scale: Tensor,  # fp32 [N, K / weight_group]
-    offset: Tensor | None,
+    scale: Tensor,  # fp32 [N · weight groups]
+    offset: Tensor | None,  # as scale
     bias: Tensor | None,
-    weight_group: int,
     group: int,
 ) -> Tensor:  # [M, N] in x's type
     """Σ_g (Σ_{k ∈ g} qx · codes) · sx · scale (+ sx · Σ qx · offset) + bias.
@@ -123,8 +108,10 @@ def int8_products(
     """
     q, sx, total = quantize_groups(x, group)
     out = x.new_zeros(x.shape[0], codes.shape[0], dtype=torch.float32)
+    scale = scale.view(codes.shape[0], -1)
+    offset = None if offset is None else offset.view(scale.shape)
     for g in range(sx.shape[1]):
-        at, w = slice(g * group, (g + 1) * group), g * group // weight_group
+        at, w = slice(g * group, (g + 1) * group), g * scale.shape[1] // sx.shape[1]
         exact = q[:, at].float() @ codes[:, at].float().t()
         out += exact * (sx[:, g, None] * scale[None, :, w])
         if offset is not None:

@@ -8,36 +8,15 @@ from torch import Tensor
 from ..kernels.triton_quant import lut4_dequant as expand
 from ..kernels.triton_quant import lut4_dequant_nested as expand_nested
 from ..kernels.triton_quant import quantize_rows as round_rows
-from .formats import Nested
+from .formats import Lut4Weight, Nested
 
 
-def lut4_dequant(
-    qdata: Tensor,
-    scale: Tensor | Nested,
-    offset: Tensor | None,
-    lut: Tensor,
-    out: Tensor,
-    block: int,
-    row_inverse: Tensor | None = None,
-) -> None:
-    cols = out.shape[-1]
+def lut4_dequant(weight: Lut4Weight, out: Tensor, row_inverse: Tensor | None = None) -> None:
+    scale, rest = weight.scale, (weight.offset, weight.lut, out, weight.block, row_inverse)
     if isinstance(scale, Nested):
-        expand_nested(
-            qdata,
-            scale.codes,
-            scale.code,
-            scale.scale,
-            scale.offset,
-            scale.block,
-            offset,
-            lut,
-            out,
-            block,
-            row_inverse,
-            cols,
-        )
+        expand_nested(weight.qdata, *scale, *rest, out.shape[-1])
     else:
-        expand(qdata, scale, offset, lut, out, block, row_inverse, cols)
+        expand(weight.qdata, scale, *rest, out.shape[-1])
 
 
 def quantize_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

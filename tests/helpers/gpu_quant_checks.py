@@ -55,10 +55,9 @@ def expanded_weights_have_the_same_bits():
                 top = flat(w, torch.float32).abs().amax(-1)
                 for dtype in (*FLOATS, torch.int8, FP8):
                     inverse = None if dtype in FLOATS else TOP[dtype] / top
-                    given = (w.qdata, w.scale, w.offset, w.lut)
                     found, truth = (torch.empty(shape, dtype=dtype, device=DEVICE) for _ in "ab")
-                    engine.lut4_dequant(*given, found, block, inverse)
-                    TORCH.lut4_dequant(*given, truth, block, inverse)
+                    engine.lut4_dequant(w, found, inverse)
+                    TORCH.lut4_dequant(w, truth, inverse)
                     what = f"{engine.name} {shape} {block} {options} {dtype}"
                     assert torch.equal(found.view(torch.uint8), truth.view(torch.uint8)), what
                     if dtype in FLOATS:
@@ -71,7 +70,7 @@ def flat(w: Lut4Weight, dtype: torch.dtype) -> torch.Tensor:
         shape=w.shape,
         block=w.block,
         qdata=w.qdata.cpu(),
-        scale=w.expanded().scale.cpu(),
+        scale=w.scales.cpu(),
         lut=w.lut.cpu(),
         offset=None if w.offset is None else w.offset.cpu(),
     )
@@ -85,7 +84,7 @@ def more_than_two_to_the_31_weights():
     for engine in engines():
         w = random_weight(shape, 64)
         out = torch.empty(shape, dtype=torch.bfloat16, device=DEVICE)
-        engine.lut4_dequant(w.qdata, w.scale, None, w.lut, out, 64)
+        engine.lut4_dequant(w, out)
         last, start = out[-3:], (shape[0] - 3) * shape[1]
         qdata, scale = w.qdata[start // 2 :], w.scale[start // 64 :]
         end = Lut4Weight(shape=(3, shape[1]), block=64, qdata=qdata, scale=scale, lut=w.lut)

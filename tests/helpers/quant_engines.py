@@ -41,12 +41,11 @@ def use(monkeypatch: pytest.MonkeyPatch, name: str) -> engines.QuantEngine:
 
 def flat_reference(weight, dtype: torch.dtype) -> torch.Tensor:
     """lut[q]·scale + offset by the definition, one value at a time over the flattened tensor."""
-    weight = weight.expanded()
     N, K = weight.shape
     i = torch.arange(N * K)
     byte = weight.qdata.view(-1)[i // 2]
     q = torch.where(i % 2 == 0, byte >> 4, byte & 15)
-    w = weight.lut[q.long()] * weight.scale.view(-1)[i // weight.block]
+    w = weight.lut[q.long()] * weight.scales.view(-1)[i // weight.block]
     if weight.offset is not None:
         w = w + weight.offset.view(-1)[i // weight.block]
     return w.view(N, K).to(dtype)

@@ -30,10 +30,10 @@ def values(weight, dtype=torch.float32):
     """What `weight` stands for, in the layer's own order of columns."""
     out = torch.empty(weight.shape, dtype=dtype)
     if isinstance(weight, Int8Weight):
-        int8_dequant(weight.qdata, weight.scale, out, weight.block)
+        int8_dequant(weight, out)
         return out
     assert isinstance(weight, Lut4Weight)
-    lut4_dequant(weight.qdata, weight.scale, weight.offset, weight.lut, out, weight.block)
+    lut4_dequant(weight, out)
     return out if weight.perm is None else out[:, weight.perm.argsort()]
 
 

@@ -97,7 +97,7 @@ def test_weights_rounded_to_eight_bits_per_row(name, monkeypatch):
     for kind, top in ((torch.int8, 127), (FP8, 448)):
         inverse = top / dense.abs().amax(-1)
         out = torch.empty(16, 128, dtype=kind)
-        engine.lut4_dequant(weight.qdata, weight.scale, None, weight.lut, out, 64, inverse)
+        engine.lut4_dequant(weight, out, inverse)
         steps = dense * inverse[:, None]
         assert torch.equal(
             out.float(), steps.round() if kind == torch.int8 else steps.to(kind).float()
