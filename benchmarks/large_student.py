@@ -29,7 +29,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from fastdistill.plan import plan_memory
+from fastdistill.plan import Settings, plan_memory
 
 from .large_models import CONFIGS, narrow
 from .large_step import CAPS, OURS, SHAPE, STUDENT, TEACHER, row_of
@@ -101,13 +101,15 @@ def planned(contender: str, shape: Shape) -> Row:
         plan = plan_memory(
             Path(folder) / STUDENT,
             Path(folder) / TEACHER,
-            seq=shape.N,
-            k=None if contender == "ours" else shape.K,
-            cached=cached,
-            teacher_quant=None if cached else "nf4",
-            optim="adamw_8bit",
-            gradient_checkpointing=True,
-            dtype="bfloat16",
+            settings=Settings(
+                seq=shape.N,
+                k=None if contender == "ours" else shape.K,
+                cached=cached,
+                teacher_quant=None if cached else "nf4",
+                optim="adamw_8bit",
+                gradient_checkpointing=True,
+                dtype="bfloat16",
+            ),
         )
     row.peak_mb = plan.peak / 1e6
     return row

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 from rich.console import Console
 
 from ..plan import Plan as Planned
-from ..plan import plan_memory, print_plan
+from ..plan import Settings, plan_memory, print_plan
 from .opening import silence_transformers
 from .verbs import Plan
 
 
 def run(options: Plan, extra: dict[str, Any]) -> Planned:
     silence_transformers()
-    return plan_memory(**vars(options))
+    values = dict(vars(options))
+    settings = Settings(**{field.name: values.pop(field.name) for field in fields(Settings)})
+    return plan_memory(**values, settings=settings)
 
 
 def as_json(plan: Planned) -> dict[str, Any]:

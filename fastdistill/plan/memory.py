@@ -12,18 +12,17 @@ peak      = the largest of these five
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
-import torch
-
 from ..packing import CPU_TOKENS, FREE_SHARE, GPU_TOKENS, VALUES_PER_TOKEN
+from ..runtime.optional import require
 from . import head
-from .optimisers import OptimizerMemory, optimizer_memory
-from .parts import Memory, Part, Phase, Settings
+from .optimisers import optimizer_memory
+from .parts import DTYPES, Memory, Part, Phase, Settings
 from .rehearsal import Step, TeacherPass, head_shape, rehearse_step, rehearse_teacher
-from .shapes import bytes_of, empty_model, quantized_size
+from .shapes import QuantizedSize, bytes_of, empty_model, quantized_size
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # Memory outside torch's allocator: CUDA context, libraries and their workspaces, kernels.
 CONTEXT = 700 * 10**6
 # Share of the peak that the allocator loses to fragmentation.
@@ -53,9 +52,13 @@ class Planner:
         return empty_model("teacher", config, DTYPES[stored_dtype(config, "bfloat16")])
 
     @functools.cache  # noqa: B019  a planner lives as long as one plan
-    def student(self, dtype: str, lora_rank: int | None) -> Any:
-        model = empty_model("student", self.configs["student"], DTYPES[dtype])
-        return model if lora_rank is None else _adapted(model, lora_rank)
+    def student(self, dtype: str | None, lora_rank: int | None) -> Any:
+        model = empty_model("student", self.configs["student"], DTYPES[dtype or "float32"])
+        if lora_rank is None:
+            return model
+        peft = require("peft", "lora_rank")
+        adapters = peft.LoraConfig(r=lora_rank, target_modules="all-linear", task_type="CAUSAL_LM")
+        return peft.get_peft_model(model, adapters)
 
     def memory(self, settings: Settings) -> Memory:
         model = self.student(settings.dtype, settings.lora_rank)
@@ -64,91 +67,91 @@ class Planner:
         step = self.step(settings)
         gradients = sum(p.nbytes for p in trained)
         accumulated = gradients if settings.accumulation > 1 else 0
-        weights, expanded = self.teacher_weights(settings)
-        held = bytes_of(model) + optimizer.state + weights + expanded
-        answers, teacher_peak = self.answers(settings), 0
-        if weights:
-            teacher_peak = self.teacher_pass(settings, held + accumulated + answers)
-        phases = {
-            "teacher": held + accumulated + answers + teacher_peak,
-            "forward": held + answers + step.forward,
-            "loss": held + answers + step.loss,
-            "backward": held + step.backward,
-            "update": held + gradients + optimizer.scratch,
-        }
-        if not weights:
-            del phases["teacher"]
-        peak = max(phases.values())
-        on_gpu = self.device == "cuda"
+        teacher = self.teacher_weights(settings)
+        held = bytes_of(model) + optimizer.state + teacher.weights + teacher.expanded
+        answers = self.answers(settings)
+        parts = [
+            Part("student weights", bytes_of(model), settings.dtype or "float32"),
+            Part(
+                "gradients",
+                gradients,
+                "adapters only" if settings.lora_rank is not None else settings.dtype or "float32",
+            ),
+            Part("optimizer", optimizer.state + optimizer.scratch, settings.optim),
+            Part(
+                "activations",
+                step.activations - accumulated,
+                f"{'gradient' if settings.gradient_checkpointing else 'no'} checkpointing",
+            ),
+            Part("head and loss", step.loss - step.activations, _loss_text(settings)),
+        ]
+        phases = []
+        if teacher.weights:
+            before = held + accumulated + answers
+            teacher_pass = self.teacher_pass(settings, before)
+            phases.append(Phase("teacher", before + teacher_pass))
+            parts += [
+                Part("teacher weights", teacher.weights, settings.teacher_quant or "as stored"),
+                Part(
+                    "teacher's pass",
+                    teacher_pass + teacher.expanded,
+                    "layers or LM head, whichever is larger",
+                ),
+            ]
+        answers_text = (
+            "hidden states" if settings.k is None else f"top {settings.k} of every target"
+        )
+        parts.append(Part("answers", answers, answers_text))
+        phases += [
+            Phase("forward", held + answers + step.forward),
+            Phase("loss", held + answers + step.loss),
+            Phase("backward", held + step.backward),
+            Phase("update", held + gradients + optimizer.scratch),
+        ]
+        peak = max(phase.bytes for phase in phases)
         return Memory(
             settings=settings,
-            parts=_parts(settings, bytes_of(model), gradients, optimizer, step, accumulated)
-            + _teacher_parts(settings, weights, expanded, teacher_peak, answers),
-            phases=tuple(Phase(name=name, bytes=size) for name, size in phases.items()),
-            allowance=CONTEXT + int(FRAGMENTS * peak) if on_gpu else 0,
+            parts=tuple(parts),
+            phases=tuple(phases),
+            allowance=CONTEXT + int(FRAGMENTS * peak) if self.device == "cuda" else 0,
         )
 
     def step(self, settings: Settings) -> Step:
-        return self._step(
-            settings.dtype,
-            settings.lora_rank,
-            settings.batch,
-            settings.seq,
-            settings.k,
-            settings.backward,
-            settings.gradient_checkpointing,
-            settings.accumulation > 1,
-        )
+        """Return the memory of a micro-batch; settings that it ignores do not run it again."""
+        accumulation = min(settings.accumulation, 2)
+        same = replace(settings, optim="sgd", teacher_quant=None, cached=False)
+        return self._step(replace(same, accumulation=accumulation))
 
     @functools.cache  # noqa: B019
-    def _step(
-        self,
-        dtype: str,
-        lora_rank: int | None,
-        batch: int,
-        seq: int,
-        k: int | None,
-        backward: str,
-        checkpointing: bool,
-        accumulating: bool,
-    ) -> Step:
-        model = self.student(dtype, lora_rank)
-        shape, N = head_shape(model, self.device), batch * (seq - 1)
-        if k is None:
+    def _step(self, settings: Settings) -> Step:
+        model = self.student(settings.dtype, settings.lora_rank)
+        shape, N = head_shape(model, self.device), settings.batch * (settings.seq - 1)
+        if settings.k is None:
             work = head.dense(shape, head_shape(self.teacher, self.device), N)
         else:
-            run = head.recomputed if backward == "recompute" else head.fused
+            run = head.recomputed if settings.backward == "recompute" else head.fused
             # Without a teacher, the loss has one empty slot in place of answers.
-            topk_size = 1 if self.configs["teacher"] is None else min(k, shape.V)
+            topk_size = 1 if self.configs["teacher"] is None else min(settings.k, shape.V)
             work = run(shape, N, topk_size + 1)
-        return rehearse_step(
-            "student",
-            model,
-            batch,
-            seq,
-            work,
-            self.device,
-            checkpointing=checkpointing,
-            accumulating=accumulating,
-        )
+        return rehearse_step(model, settings, work, self.device)
 
-    def teacher_weights(self, settings: Settings) -> tuple[int, int]:
-        """Return bytes of (weights, largest expanded layer); zeros without a teacher in memory."""
+    def teacher_weights(self, settings: Settings) -> QuantizedSize:
+        """Return bytes of weights and the largest expanded layer; 0 without a teacher in memory."""
         if self.configs["teacher"] is None or settings.cached:
-            return 0, 0
+            return QuantizedSize(weights=0, expanded=0)
         if settings.teacher_quant is None:
-            return bytes_of(self.teacher), 0
-        size = quantized_size("teacher", self.teacher, settings.teacher_quant)
-        return size.weights, size.expanded
+            return QuantizedSize(weights=bytes_of(self.teacher), expanded=0)
+        return quantized_size(self.teacher, settings.teacher_quant)
 
     def teacher_pass(self, settings: Settings, held: int) -> int:
         """Return the peak of a teacher's pass: layers, or hidden states and head, of its rows."""
         shape = head_shape(self.teacher, self.device)
-        tokens = self._tokens_in_pass(shape.H * shape.dtype.itemsize, held)
+        hidden_bytes = shape.H * shape.dtype.itemsize
+        tokens = self._tokens_in_pass(hidden_bytes, held)
         rows = max(1, min(settings.batch, tokens // settings.seq))
         run = self._teacher_pass(rows, settings.seq)
         if settings.k is None:
-            return run.forward + settings.batch * settings.seq * shape.H * shape.dtype.itemsize
+            return run.forward + settings.batch * settings.seq * hidden_bytes
         N = rows * settings.seq
         return max(run.forward, run.hidden + head.topk(shape, N, min(settings.k, shape.V)))
 
@@ -164,7 +167,7 @@ class Planner:
 
     @functools.cache  # noqa: B019
     def _teacher_pass(self, rows: int, seq: int) -> TeacherPass:
-        return rehearse_teacher("teacher", self.teacher, rows, seq, self.device)
+        return rehearse_teacher(self.teacher, rows, seq, self.device)
 
     def answers(self, settings: Settings) -> int:
         """Return bytes of the answers: ids and log-probabilities, or hidden states, per target."""
@@ -177,52 +180,7 @@ class Planner:
         return N * shape.H * shape.dtype.itemsize
 
 
-def _parts(
-    settings: Settings,
-    weights: int,
-    gradients: int,
-    optimizer: OptimizerMemory,
-    step: Step,
-    accumulated: int,
-) -> tuple[Part, ...]:
-    gradients_text = settings.dtype if settings.lora_rank is None else "adapters only"
-    activations_text = (
-        "gradient checkpointing" if settings.gradient_checkpointing else "no checkpointing"
-    )
-    recompute = settings.backward == "recompute" and settings.k is not None
-    loss_text = "dense" if settings.k is None else "recompute" if recompute else "fused"
-    return (
-        Part(name="student weights", bytes=weights, how=settings.dtype),
-        Part(name="gradients", bytes=gradients, how=gradients_text),
-        Part(name="optimizer", bytes=optimizer.state + optimizer.scratch, how=settings.optim),
-        Part(name="activations", bytes=step.activations - accumulated, how=activations_text),
-        Part(name="head and loss", bytes=step.loss - step.activations, how=loss_text),
-    )
-
-
-def _teacher_parts(
-    settings: Settings, weights: int, expanded: int, teacher_peak: int, answers: int
-) -> tuple[Part, ...]:
-    answers_text = "hidden states" if settings.k is None else f"top {settings.k} of every target"
-    parts = (Part(name="answers", bytes=answers, how=answers_text),)
-    if not weights:
-        return parts
-    quant = settings.teacher_quant or "as stored"
-    return (
-        Part(name="teacher weights", bytes=weights, how=quant),
-        Part(
-            name="teacher's pass",
-            bytes=teacher_peak + expanded,
-            how="layers or LM head, whichever is larger",
-        ),
-        *parts,
-    )
-
-
-def _adapted(model: Any, rank: int) -> Any:
-    try:
-        import peft
-    except ImportError:
-        raise ImportError("lora_rank: expected peft to be installed: pip install peft") from None
-    config = peft.LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    return peft.get_peft_model(model, config)
+def _loss_text(settings: Settings) -> str:
+    if settings.k is None:
+        return "dense"
+    return "recompute" if settings.backward == "recompute" else "fused"

@@ -25,22 +25,15 @@ class OptimizerMemory(NamedTuple):
 
 
 def optimizer_memory(name: str, trained: Sequence[Tensor], device: str) -> OptimizerMemory:
-    """Return the memory of an optimizer; raise ValueError if it is not known."""
-    if name not in OPTIMIZERS:
-        raise ValueError(
-            f"optim: expected one of {', '.join(OPTIMIZERS)}, got {name!r}, whose memory use "
-            "is not known"
-        )
+    """Return the memory of one of OPTIMIZERS."""
     sizes = [p.nbytes for p in trained]
     if name == "sgd":
         return OptimizerMemory(0, 0)
     if name.endswith("8bit"):
-        return OptimizerMemory(sum(_in_8_bits(p.numel()) for p in trained), 0)
+        counts = [p.numel() for p in trained]
+        blocks = [4 * n if n < _LEAST else n + 4 * -(-n // _BLOCK) for n in counts]
+        return OptimizerMemory(2 * sum(blocks), 0)
     state = 2 * sum(sizes)
     if name == "adamw_torch_fused":
         return OptimizerMemory(state, 0)
     return OptimizerMemory(state, sum(sizes) if device == "cuda" else 2 * max(sizes, default=0))
-
-
-def _in_8_bits(count: int) -> int:
-    return 2 * (4 * count if count < _LEAST else count + 4 * -(-count // _BLOCK))

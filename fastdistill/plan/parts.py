@@ -1,14 +1,21 @@
-"""Results of `plan_memory`, and their JSON."""
+"""Settings and results of `plan_memory`, and their JSON."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
+from ..quant.formats import SCHEMES
+from ..runtime import checks
+from .optimisers import OPTIMIZERS
 from .shapes import Shapes
 
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
-@dataclass(frozen=True, kw_only=True)
+
+@dataclass(frozen=True)
 class Part:
     """Bytes of one kind, and what determines them."""
 
@@ -17,7 +24,7 @@ class Part:
     how: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Phase:
     """Peak bytes of one phase of an update."""
 
@@ -27,19 +34,46 @@ class Phase:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Settings that the memory depends on, besides the two models."""
+    """Settings that the memory depends on, besides the two models.
+
+    Args:
+        seq: tokens per row. batch: rows per micro-batch; several rows are assumed to be of unequal
+            length. accumulation: micro-batches per update.
+        k: number of the teacher's answers per position; None compares the whole vocabulary.
+        dtype: type of the student's weights, gradients and activations: "bfloat16", "float16",
+            "float32". None is the trainer's default: "float32", or with lora_rank the stored
+            dtype.
+        optim: adamw_torch_fused, adamw_torch, adamw_8bit (adamw_bnb_8bit) or sgd.
+        gradient_checkpointing, backward, lora_rank: as in training.
+        teacher_quant: nf4, fp4, int4 or int8. cached: answers come from a cache, and no teacher is
+            in memory.
+
+    Raises:
+        ValueError: an invalid setting.
+    """
 
     seq: int
     batch: int = 1
     accumulation: int = 1
     k: int | None = 64
-    dtype: str = "float32"
+    dtype: str | None = None
     optim: str = "adamw_torch_fused"
     gradient_checkpointing: bool = False
     backward: str = "auto"
     teacher_quant: str | None = None
     cached: bool = False
     lora_rank: int | None = None
+
+    def __post_init__(self) -> None:
+        checks.integer("seq", self.seq, 2)
+        checks.integer("batch", self.batch, 1)
+        checks.integer("accumulation", self.accumulation, 1)
+        checks.integer("k", self.k, 1, optional=True)
+        checks.integer("lora_rank", self.lora_rank, 1, optional=True)
+        checks.choice("dtype", self.dtype, (*DTYPES, None))
+        checks.choice("optim", self.optim, OPTIMIZERS)
+        checks.choice("backward", self.backward, ("auto", "fused", "recompute"))
+        checks.choice("teacher_quant", self.teacher_quant, (*SCHEMES, None))
 
     def lines(self) -> list[str]:
         """Return lines of key=value for DistillConfig and the command line.
@@ -56,10 +90,10 @@ class Settings:
             f"backward={self.backward}",
             f"dtype={self.dtype}",
         ]
-        if self.teacher_quant is not None and not self.cached:
-            lines.append(f"teacher_quant={self.teacher_quant}")
         if self.cached:
             lines.append("teacher=CACHE")
+        elif self.teacher_quant is not None:
+            lines.append(f"teacher_quant={self.teacher_quant}")
         if self.lora_rank is not None:
             lines.append(f"lora_rank={self.lora_rank}")
         return lines
@@ -92,6 +126,9 @@ class Memory:
     def largest(self) -> Part:
         return max(self.parts, key=lambda part: part.bytes)
 
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self) | {"peak": self.peak, "needed": self.needed}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Proposal:
@@ -123,32 +160,15 @@ class Plan:
         return self.memory.peak
 
     @property
-    def parts(self) -> tuple[Part, ...]:
-        return self.memory.parts
-
-    @property
     def fits(self) -> bool | None:
         """Whether the requested settings fit the card; None without a card."""
         return None if self.card is None else self.memory.needed <= self.card
 
     def as_json(self) -> dict[str, Any]:
-        content = asdict(self) | {"fits": self.fits, "memory": _memory_to_json(self.memory)}
+        content = asdict(self) | {"fits": self.fits, "memory": self.memory.as_json()}
         if self.proposal is not None:
-            content["proposal"] = {
-                "memory": _memory_to_json(self.proposal.memory),
-                "measures": list(self.proposal.measures),
-                "missing": self.proposal.missing,
+            content["proposal"] |= {
+                "memory": self.proposal.memory.as_json(),
                 "settings": self.proposal.memory.settings.lines(),
             }
-        return content | {"assumptions": list(self.assumptions)}
-
-
-def _memory_to_json(memory: Memory) -> dict[str, Any]:
-    return {
-        "settings": asdict(memory.settings),
-        "parts": [asdict(part) for part in memory.parts],
-        "phases": [asdict(phase) for phase in memory.phases],
-        "peak": memory.peak,
-        "allowance": memory.allowance,
-        "needed": memory.needed,
-    }
+        return content

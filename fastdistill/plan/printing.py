@@ -41,7 +41,6 @@ def _verdict(plan: Plan, console: Any) -> None:
     proposal, card = plan.proposal, plan.card
     assert proposal is not None
     assert card is not None
-    needed = in_gb(proposal.memory.needed)
     taken = ", ".join(proposal.measures)
     if proposal.missing:
         tried = f" with {taken}" if taken else ""
@@ -53,7 +52,10 @@ def _verdict(plan: Plan, console: Any) -> None:
         )
         return
     suffix = f"with {taken}" if taken else "without changes"
-    console.print(f"[green]fits {in_gb(card)}[/green] {suffix}: {needed} needed", highlight=False)
+    console.print(
+        f"[green]fits {in_gb(card)}[/green] {suffix}: {in_gb(proposal.memory.needed)} needed",
+        highlight=False,
+    )
     # Two spaces separate settings, so that a line break never splits one.
     _print_line(console, "  ".join(proposal.memory.settings.lines()))
 
@@ -74,21 +76,24 @@ def _count(parameters: int) -> str:
     return f"{parameters / 1e9:.2f}B" if parameters >= 1e8 else f"{parameters / 1e6:.1f}M"
 
 
-def _parts(plan: Plan) -> Table:
+def _table(first: str) -> Table:
     table = Table(box=None, pad_edge=False)
-    table.add_column("part")
+    table.add_column(first)
     table.add_column("memory", justify="right")
+    return table
+
+
+def _parts(plan: Plan) -> Table:
+    table = _table("part")
     table.add_column("how", style="dim")
-    for part in plan.parts:
+    for part in plan.memory.parts:
         table.add_row(part.name, in_gb(part.bytes), part.how)
     return table
 
 
 def _phases(memory: Memory) -> Table:
     """Return a table of the memory at the peak of each phase; the largest is in bold."""
-    table = Table(box=None, pad_edge=False)
-    table.add_column("at the peak of")
-    table.add_column("memory", justify="right")
+    table = _table("at the peak of")
     for phase in memory.phases:
         style = "bold" if phase.bytes == memory.peak else ""
         table.add_row(phase.name, in_gb(phase.bytes), style=style)

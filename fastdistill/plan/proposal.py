@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .memory import Planner, stored_dtype
 from .parts import Proposal, Settings
@@ -19,7 +19,7 @@ LORA_RANK = 16
 
 class Measure(NamedTuple):
     name: str
-    changes: dict[str, object]
+    changes: dict[str, Any]
 
 
 def propose(planner: Planner, start: Settings, card: int) -> Proposal:
@@ -67,7 +67,7 @@ def measures(planner: Planner, start: Settings) -> Iterator[Measure]:
         yield Measure("teacher's answers from a cache", {"cached": True})
     if start.lora_rank is None and importlib.util.find_spec("peft") is not None:
         stored = stored_dtype(planner.configs.get("student"))
-        changes: dict[str, object] = {"lora_rank": LORA_RANK}
+        changes: dict[str, Any] = {"lora_rank": LORA_RANK}
         if start.dtype == "float32" and stored != start.dtype:
             # Weights that do not change keep their stored precision.
             changes["dtype"] = stored
@@ -75,5 +75,7 @@ def measures(planner: Planner, start: Settings) -> Iterator[Measure]:
 
 
 def _with(start: Settings, taken: list[Measure]) -> Settings:
-    changes = {name: value for measure in taken for name, value in measure.changes.items()}
-    return replace(start, **changes)  # type: ignore[arg-type]
+    changes: dict[str, Any] = {}
+    for measure in taken:
+        changes |= measure.changes
+    return replace(start, **changes)

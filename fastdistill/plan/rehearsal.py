@@ -16,6 +16,7 @@ from ..heads import LMHead, evaluating, head_module, hidden_states
 from ..training.student import forward_to_head, without_adapters
 from ..training.targets import Targets
 from .head import HeadShape, LossMemory
+from .parts import Settings
 from .tracking import MemoryTracker
 
 
@@ -49,20 +50,10 @@ def head_shape(model: Any, device: str) -> HeadShape:
     return HeadShape(V, H, weight.dtype, device, weight.requires_grad)
 
 
-def rehearse_step(
-    role: str,
-    model: Any,
-    batch: int,
-    seq: int,
-    work: LossMemory,
-    device: str,
-    *,
-    checkpointing: bool,
-    accumulating: bool,
-) -> Step:
+def rehearse_step(model: Any, settings: Settings, work: LossMemory, device: str) -> Step:
     """Run one micro-batch [batch, seq] through a student on the meta device; return its memory.
 
-    All tokens are targets. With `accumulating`, gradients of an earlier micro-batch exist.
+    All tokens are targets. With accumulation, gradients of an earlier micro-batch exist.
 
     Raises:
         ValueError: the model cannot run without the values of its inputs.
@@ -70,48 +61,48 @@ def rehearse_step(
     model.train()
     base_model = without_adapters(model)
     marks: dict[str, int] = {}
-    tracker = MemoryTracker(model, device, padded=batch > 1)
+    tracker = MemoryTracker(model, device, padded=settings.batch > 1)
 
-    if checkpointing:
+    if settings.gradient_checkpointing:
         options = {"use_reentrant": False, "context_fn": tracker.in_recomputation}
         _checkpointing(base_model, "enable", options)
 
     def use(hidden: Tensor, head: LMHead) -> Tensor:
         marks["activations"], marks["forward"] = tracker.now, tracker.peak()
-        loss = _Loss.apply(hidden, head.weight, work)
+        loss: Tensor = _Loss.apply(hidden, head.weight, work)  # type: ignore[no-untyped-call]
         marks["loss"] = tracker.peak()
         return loss
 
     try:
         with tracker:
-            inputs, targets = _batch(batch, seq)
-            if accumulating:
-                _fill_gradients(model)
+            inputs, targets = _batch(settings.batch, settings.seq)
+            if settings.accumulation > 1:
+                for p in model.parameters():
+                    p.grad = torch.empty_like(p) if p.requires_grad else None
             loss = forward_to_head(model, base_model, inputs, targets, use, packed=False)
             # Tensor.backward would be intercepted and run without the modes.
             torch.autograd.backward(loss)
             del loss, inputs, targets
             marks["backward"], marks["gradients"] = tracker.peak(), tracker.now
     except (RuntimeError, NotImplementedError) as error:
-        raise _impossible(role, model, error) from None
+        raise _impossible("student", model, error) from None
     finally:
         model.zero_grad()
-        if checkpointing:
+        if settings.gradient_checkpointing:
             _checkpointing(base_model, "disable")
             base_model.disable_input_require_grads()
     return Step(**marks)
 
 
-def rehearse_teacher(role: str, model: Any, rows: int, seq: int, device: str) -> TeacherPass:
+def rehearse_teacher(model: Any, rows: int, seq: int, device: str) -> TeacherPass:
     """Run rows of equal length through a teacher on the meta device; return their memory."""
     tracker = MemoryTracker(model, device, padded=False)
     try:
         with tracker, torch.no_grad(), evaluating(model):
             ids = torch.zeros(rows, seq, dtype=torch.int64, device="meta")
-            hidden = hidden_states(model, ids)
-            size = hidden.nbytes
+            size = hidden_states(model, ids).nbytes
     except (RuntimeError, NotImplementedError) as error:
-        raise _impossible(role, model, error) from None
+        raise _impossible("teacher", model, error) from None
     return TeacherPass(forward=tracker.peak(), hidden=size)
 
 
@@ -119,31 +110,28 @@ class _Loss(torch.autograd.Function):
     """Allocates gradients of the same size, and at the same time, as the loss."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, work):
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, work: LossMemory) -> Tensor:
         ctx.work = work
-        grads: tuple = ()
+        grads: tuple[Tensor | None, ...] = ()
+        # new_empty allocates what the loss holds, which is freed at once.
         if work.backward:
-            _hold(hidden, work.forward)
+            hidden.new_empty(work.forward, dtype=torch.uint8)
         else:
             dx = torch.empty_like(hidden)
-            _hold(hidden, work.forward)
+            hidden.new_empty(work.forward, dtype=torch.uint8)
             # dW is summed in the memory just freed, and then has its own type.
             grads = (dx, torch.empty_like(weight) if weight.requires_grad else None)
         ctx.save_for_backward(hidden, weight, *grads)
         return hidden.new_empty((), dtype=torch.float32)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, *grads = ctx.saved_tensors
         if not grads:
             grads = [torch.empty_like(hidden)]
             grads.append(torch.empty_like(weight) if ctx.needs_input_grad[1] else None)
-            _hold(hidden, ctx.work.backward)
+            hidden.new_empty(ctx.work.backward, dtype=torch.uint8)
         return (*grads, None)
-
-
-def _hold(like: Tensor, size: int) -> None:
-    like.new_empty(size, dtype=torch.uint8)
 
 
 def _batch(rows: int, seq: int) -> tuple[dict[str, Tensor], Targets]:
@@ -159,12 +147,6 @@ def _checkpointing(model: Any, change: str, *options: Any) -> None:
     if not hasattr(model, name):
         name = f"gradient_checkpointing_{change}"
     getattr(model, name)(*options)
-
-
-def _fill_gradients(model: nn.Module) -> None:
-    for p in model.parameters():
-        if p.requires_grad:
-            p.grad = torch.empty_like(p)
 
 
 def _impossible(role: str, model: nn.Module, error: Exception) -> ValueError:

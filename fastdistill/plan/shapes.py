@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from ..checkpoint_gate import CONFIG, load_config
 from ..heads import head_module
-from ..quant.formats import BLOCK, SCHEMES, Int8Weight, Lut4Weight, QuantWeight
+from ..quant.formats import BLOCK, Int8Weight, Lut4Weight, QuantWeight
 from ..quant.model import stacks, targets
 from ..resolve import is_adapter, resolve
 from ..runtime.printable import printable
@@ -117,21 +117,17 @@ class QuantizedSize:
     expanded: int
 
 
-def quantized_size(role: str, model: nn.Module, scheme: str) -> QuantizedSize:
+def quantized_size(model: nn.Module, scheme: str) -> QuantizedSize:
     """Return the size of a model after quantize_model, without changing the model.
 
     Raises:
-        ValueError: an unknown scheme, or a model without layers to quantize.
+        ValueError: a model without layers to quantize.
     """
-    if scheme not in SCHEMES:
-        raise ValueError(
-            f"{role}_quant: expected one of {', '.join(SCHEMES)}, or None, got {scheme!r}"
-        )
     dense: list[Any] = [module.weight for _, module in targets(model)]
     dense += [getattr(module, parameter) for _, module, parameter in stacks(model)]
     if not dense:
         raise ValueError(
-            f"{role}: expected linear layers to quantize, got none in {type(model).__name__}"
+            f"teacher: expected linear layers to quantize, got none in {type(model).__name__}"
         )
     saved = sum(w.nbytes - stored_bytes(w, scheme) for w in dense)
     largest = max(w.nbytes // (w.shape[0] if w.dim() == 3 else 1) for w in dense)

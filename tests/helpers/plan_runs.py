@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig, Qwen3Config
 
 from benchmarks.memory import peak_mb
-from fastdistill.plan import Plan, plan_memory
+from fastdistill.plan import Plan, Settings, plan_memory
 from fastdistill.quant import quantize_model
 from fastdistill.teacher import Teacher
 from fastdistill.training.config import DistillConfig
@@ -26,7 +26,7 @@ FAMILIES = {"llama": LlamaConfig, "qwen3": Qwen3Config, "gemma2": Gemma2Config}
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A student, perhaps a teacher, and settings that plan_memory and the trainer share."""
+    """A student, perhaps a teacher, and settings that the plan and the trainer share."""
 
     family: str = "llama"
     dtype: str = "float32"
@@ -34,7 +34,7 @@ class Run:
     seq: int = 192
     batch: int = 4
     teacher: bool = False
-    options: dict[str, Any] = field(default_factory=dict)  # of plan_memory
+    options: dict[str, Any] = field(default_factory=dict)  # of Settings
 
     def config(self, *, tied: bool = True) -> Any:
         size = {"V": 8000, "H": 256, "layers": 3} | self.size
@@ -68,11 +68,8 @@ def planned(run: Run, folder: Path) -> Plan:
     return plan_memory(
         folder / "student",
         teacher,
-        seq=run.seq,
-        batch=run.batch,
-        dtype=run.dtype,
+        settings=Settings(seq=run.seq, batch=run.batch, dtype=run.dtype, **run.options),
         device=DEVICE,
-        **run.options,
     )
 
 

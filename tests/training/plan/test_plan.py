@@ -13,7 +13,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from fastdistill.plan import plan_memory, tracking
+from fastdistill.plan import Settings, plan_memory, tracking
 from fastdistill.plan.optimisers import optimizer_memory
 from fastdistill.plan.shapes import bytes_of, empty_model, quantized_size, shapes_of
 from fastdistill.plan.sizes import read_bytes
@@ -28,6 +28,8 @@ SMALL = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
+
+NOT_SETTINGS = ("gpu", "device", "throughput")
 
 
 @pytest.fixture(scope="module")
@@ -71,25 +73,29 @@ def test_no_cards(text):
     ],
 )
 def test_refusals(models, options, words):
+    arguments = {name: value for name, value in options.items() if name in NOT_SETTINGS}
+    options = {"seq": 8} | {name: v for name, v in options.items() if name not in NOT_SETTINGS}
     with pytest.raises(ValueError, match=words):
-        plan_memory(models / "small", **{"seq": 8} | options)
+        plan_memory(models / "small", settings=Settings(**options), **arguments)
 
 
 def test_an_unknown_scheme(models):
     small = models / "small"
-    with pytest.raises(ValueError, match="teacher_quant: expected one of nf4, fp4, int4, int8"):
-        plan_memory(small, small, seq=8, teacher_quant="int3")
+    with pytest.raises(
+        ValueError, match="teacher_quant: expected one of 'nf4', 'fp4', 'int4', 'int8'"
+    ):
+        plan_memory(small, small, settings=Settings(seq=8, teacher_quant="int3"))
 
 
 def test_where_a_configuration_is_read_from(models, tmp_path):
-    folder = plan_memory(models / "small", seq=8)
-    file = plan_memory(models / "small" / "config.json", seq=8)
+    folder = plan_memory(models / "small", settings=Settings(seq=8))
+    file = plan_memory(models / "small" / "config.json", settings=Settings(seq=8))
     assert folder.memory == file.memory
     with pytest.raises(ValueError, match="student: expected a folder with"):
-        plan_memory(tmp_path, seq=8)
+        plan_memory(tmp_path, settings=Settings(seq=8))
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')
     with pytest.raises(ValueError, match="teacher: expected the configuration of a causal"):
-        plan_memory(models / "small", tmp_path, seq=8)
+        plan_memory(models / "small", tmp_path, settings=Settings(seq=8))
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -107,7 +113,7 @@ def test_parameters_are_those_of_the_model(tied):
 def test_quantised_bytes_are_those_of_the_quantised_model(kind, scheme):
     experts = {"num_experts": 4, "moe_intermediate_size": 32} if kind is Qwen3MoeConfig else {}
     config = kind(**SMALL, **experts)
-    found = quantized_size("teacher", empty_model("teacher", config, torch.float32), scheme)
+    found = quantized_size(empty_model("teacher", config, torch.float32), scheme)
     real = quantize_model(AutoModelForCausalLM.from_config(config), scheme, compute="exact")
     assert found.weights == bytes_of(real)
 
@@ -126,11 +132,13 @@ def test_optimisers_keep_what_they_say():
 
 
 def test_cache_and_time(models):
-    plan = plan_memory(models / "small", models / "teacher", seq=8, tokens=10**8, throughput=9e3)
+    plan = plan_memory(
+        models / "small", models / "teacher", settings=Settings(seq=8), tokens=10**8, throughput=9e3
+    )
     assert plan.cache_per_token == 267
     assert plan.cache == 267 * 10**8
     assert plan.seconds == pytest.approx(11111, rel=1e-3)
-    untimed = plan_memory(models / "small", models / "teacher", seq=8)
+    untimed = plan_memory(models / "small", models / "teacher", settings=Settings(seq=8))
     assert untimed.cache is None
     assert untimed.seconds is None
 
@@ -144,14 +152,16 @@ def test_families(kind, tmp_path):
         del sizes["intermediate_size"], sizes["num_key_value_heads"]
     kind(**sizes, pad_token_id=0, bos_token_id=1, eos_token_id=2).save_pretrained(tmp_path)
     for batch in (1, 2):
-        plan = plan_memory(tmp_path, tmp_path, seq=64, batch=batch, gradient_checkpointing=True)
+        plan = plan_memory(
+            tmp_path, tmp_path, settings=Settings(seq=64, batch=batch, gradient_checkpointing=True)
+        )
         assert plan.activations["checkpointed"] < plan.activations["kept"]
 
 
 def test_a_model_that_cannot_be_counted_is_named(models, monkeypatch):
     monkeypatch.setattr(tracking, "MOST_OPERATIONS", 20)
     with pytest.raises(ValueError, match="student: expected a model whose memory can be counted"):
-        plan_memory(models / "small", seq=8)
+        plan_memory(models / "small", settings=Settings(seq=8))
 
 
 def test_code_beside_a_configuration_is_not_run(tmp_path):
@@ -159,4 +169,4 @@ def test_code_beside_a_configuration_is_not_run(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mine", "auto_map": auto}))
     (tmp_path / "mine.py").write_text("raise SystemExit('run')")
     with pytest.raises(ValueError, match="student: expected"):
-        plan_memory(tmp_path, seq=8)
+        plan_memory(tmp_path, settings=Settings(seq=8))

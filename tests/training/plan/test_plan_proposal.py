@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 from transformers import Qwen3Config
 
-from fastdistill.plan import plan_memory, print_plan, proposal
+from fastdistill.plan import Settings, plan_memory, print_plan, proposal
 from fastdistill.plan.sizes import in_gb
 
 # Layers as in the public 1.7B and 8B models of this family, but fewer.
@@ -54,16 +54,8 @@ def part(memory, name):
 def plans(models):
     def plan(gpu, **options):
         pair = models / "student", models / "teacher"
-        return plan_memory(
-            *pair,
-            seq=2048,
-            batch=2,
-            gpu=gpu,
-            tokens=10**8,
-            throughput=9e3,
-            dtype="bfloat16",
-            **options,
-        )
+        options = Settings(seq=2048, batch=2, dtype="bfloat16", **options)
+        return plan_memory(*pair, settings=options, gpu=gpu, tokens=10**8, throughput=9e3)
 
     return {gpu: plan(gpu) for gpu in ("80GB", "14GB", "6GB", "1GB")}
 
@@ -86,8 +78,10 @@ def test_proposals_take_no_more_than_they_need(plans):
 def test_a_measure_keeps_the_rows_of_an_update(models):
     student = models / "student"
     least = {"gradient_checkpointing": True, "backward": "recompute"}
-    enough = plan_memory(student, seq=8192, batch=3, accumulation=2, **least).memory.needed
-    found = settings(plan_memory(student, seq=8192, batch=6, gpu=enough))
+    enough = plan_memory(
+        student, settings=Settings(seq=8192, batch=3, accumulation=2, **least)
+    ).memory.needed
+    found = settings(plan_memory(student, settings=Settings(seq=8192, batch=6), gpu=enough))
     assert (found.batch, found.accumulation) == (3, 2)
     batches = [m.changes["batch"] for m in measures_of(6) if "batch" in m.changes]
     assert batches == [3, 1]
@@ -97,7 +91,7 @@ def measures_of(batch):
     class Alone:
         configs = {"teacher": None}  # noqa: RUF012
 
-    return proposal.measures(Alone(), proposal.Settings(seq=8, batch=batch))
+    return proposal.measures(Alone(), Settings(seq=8, batch=batch))
 
 
 def test_every_phase_is_there_and_the_largest_is_the_peak(plans):
