@@ -16,6 +16,7 @@ from ..heads import rows_of_head
 from ..offloading import is_offloaded
 from ..positions import RowLimit
 from ..protocols import DenseTeacher, TopKTeacher
+from ..runtime import checks
 from ..served import ServedTeacher
 from ..shared_storage import models_in, shared_parameters
 from ..teacher import Teacher
@@ -72,11 +73,10 @@ def resolve_teacher(
         # Answers of a server or cache of unknown vocabulary size are cut to the student's head.
         unknown = getattr(teacher, "vocab_size", None) is None
         teacher.valid_vocab = rows_of_head(student) if vocab is None and unknown else vocab
-    has_placement = isinstance(teacher, Teacher) and (
-        hasattr(teacher.model, "hf_device_map") or is_offloaded(teacher.model)
-    )
-    if isinstance(teacher, Teacher) and not has_placement:
-        teacher.to(config.device)
+    if isinstance(teacher, Teacher):
+        model = teacher.model
+        if not (hasattr(model, "hf_device_map") or is_offloaded(model)):
+            teacher.to(config.device)
     return ResolvedTeacher(teacher, vocab)
 
 
@@ -92,15 +92,11 @@ def check_fit(
     """
     if teacher is None:
         if config.ce_weight != 1.0:
-            raise ValueError(
-                f"teacher: expected a teacher, got None with ce_weight={config.ce_weight:g}. Pass "
-                "a teacher, or set ce_weight=1.0 to train on the labels alone"
-            )
+            hint = "pass a teacher, or set ce_weight=1.0 to train on the labels alone"
+            checks.fail("teacher", "a teacher", f"None with ce_weight={config.ce_weight:g}", hint)
         if config.lmbda:
-            raise ValueError(
-                f"teacher: expected a teacher for the student's samples, got None with "
-                f"lmbda={config.lmbda:g}"
-            )
+            got = f"None with lmbda={config.lmbda:g}"
+            checks.fail("teacher", "a teacher for the student's samples", got)
         return None
     if not isinstance(teacher, TeacherSpec):
         _check_interface(teacher, config)
@@ -111,10 +107,8 @@ def check_fit(
     vocab = _shared_vocabulary(teacher, student, processing_class)
     rows = vocab if vocab is not None else rows_of_head(student)
     if config.k is not None and config.k > rows:
-        raise ValueError(
-            f"k: expected at most the vocabulary's {rows} tokens, got {config.k}. k=None compares "
-            "the whole vocabulary"
-        )
+        hint = "k=None compares the whole vocabulary"
+        checks.fail("k", f"at most the vocabulary's {rows} tokens", config.k, hint)
     return vocab
 
 
@@ -168,36 +162,32 @@ def _shared_vocabulary(teacher: Any, student: nn.Module, processing_class: Any) 
     if processing_class is not None and teacher_tokenizer is not None:
         check_same_tokenizer(processing_class, teacher_tokenizer)
     student_rows = rows_of_head(student)
-    teacher_rows = getattr(teacher, "vocab_size", None)
+    teacher_rows: int | None = getattr(teacher, "vocab_size", None)
+    hint = "" if has_compared else _TOKENIZERS_NOT_COMPARED
     if teacher_rows is None:
         logger.warning(
             "%s does not report the size of its teacher's vocabulary: the %d tokens of the "
             "student's head are assumed; %s.%s",
-            *(type(teacher).__name__, student_rows),
-            "other ids count as padding"
-            if hasattr(teacher, "valid_vocab")
-            else "other ids are refused",
-            "" if has_compared else _TOKENIZERS_NOT_COMPARED,
+            type(teacher).__name__,
+            student_rows,
+            f"other ids {'count as padding' if hasattr(teacher, 'valid_vocab') else 'are refused'}",
+            hint,
         )
         return None
     if teacher_rows == student_rows:
         return None
+    rows = min(teacher_rows, student_rows)
     logger.warning(
         "The student's head has %d rows and the teacher's %d: both are cut to the first "
         "%d rows; the other rows count as padding.%s",
-        *(
-            student_rows,
-            teacher_rows,
-            min(teacher_rows, student_rows),
-            "" if has_compared else _TOKENIZERS_NOT_COMPARED,
-        ),
+        *(student_rows, teacher_rows, rows, hint),
     )
-    return min(teacher_rows, student_rows)
+    return rows
 
 
 def _has_compared_tokenizer(teacher: Any) -> bool:
     """Return whether a cache or server compared its teacher's tokenizer with the student's."""
-    if isinstance(teacher, TeacherCache):
-        return teacher.manifest.settings.tokenizer_sha256 is not None
     described = getattr(teacher, "described", None)
+    if isinstance(teacher, TeacherCache):
+        described = teacher.manifest.settings
     return getattr(described, "tokenizer_sha256", None) is not None

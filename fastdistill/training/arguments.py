@@ -16,6 +16,8 @@ from typing import Any, get_args, get_type_hints
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
+from ..runtime import checks
+
 # Fields without their documented effect here: name -> (the only accepted value, the reason and
 # what to use instead).
 UNSUPPORTED: dict[str, tuple[Any, str]] = {
@@ -68,7 +70,6 @@ LOGGING_SHARE = 0.02
 SAVING_SHARE = 0.2
 MOST_STEPS = 500
 
-
 SAMPLING = ("random", "sequential", "group_by_length", "batch_rebalance")
 # Options in optim_args that torch's own optimizers read; transformers ignores the others.
 OPTIM_ARGS: dict[str, tuple[str, ...]] = {
@@ -99,30 +100,30 @@ def check_arguments(config: TrainingArguments) -> None:
         # None and other empty values mean that the option is not set.
         if value != expected and (value or expected):
             expected_text = "it to be unset" if expected in (None, []) else repr(expected)
-            raise ValueError(f"{name}: expected {expected_text}, got {value!r}: {reason}")
-    _check_parallelism(getattr(config, "parallelism_config", None))
+            checks.fail(name, expected_text, repr(value), reason)
+    for name, kind in (("cp_size", "context"), ("sp_size", "sequence")):
+        size = getattr(getattr(config, "parallelism_config", None), name, 1)
+        if size is not None and size > 1:
+            hint = f"{kind} parallelism splits each row over processes; the loss needs whole rows"
+            checks.fail("parallelism_config", f"{name}=1", size, hint)
     _check_numbers(config)
     for name in ("num_train_epochs", "max_steps"):
         value = getattr(config, name)
         if value == 0 or (name == "num_train_epochs" and value < 0):
-            raise ValueError(
-                f"{name}: expected more than 0, got {value!r}: nothing would be trained. "
-                "evaluate() needs no training"
-            )
+            hint = "nothing would be trained. evaluate() needs no training"
+            checks.fail(name, "more than 0", repr(value), hint)
     _check_names(config)
-    _check_accelerator(config.accelerator_config)
-    _check_best(config)
-
-
-def _check_best(config: TrainingArguments) -> None:
-    """Raise ValueError if a best model is requested without an evaluation that could choose it."""
-    if str(_value(config.eval_strategy)) != "no":
-        return
-    hint = "nothing is evaluated, so no checkpoint can be the best; set eval_strategy='steps'"
-    if config.load_best_model_at_end:
-        raise ValueError(f"load_best_model_at_end: expected False, got True: {hint}")
-    if str(_value(config.save_strategy)) == "best":
-        raise ValueError(f"save_strategy: expected 'steps', 'epoch' or 'no', got 'best': {hint}")
+    if isinstance(config.accelerator_config, Mapping):
+        known = [field.name for field in fields(AcceleratorConfig)]
+        for name in config.accelerator_config:
+            if name not in known:
+                checks.fail("accelerator_config", f"some of {', '.join(known)}", repr(name))
+    if _text(config.eval_strategy) == "no":
+        hint = "nothing is evaluated, so no checkpoint can be the best; set eval_strategy='steps'"
+        if config.load_best_model_at_end:
+            checks.fail("load_best_model_at_end", "False", True, hint)
+        if _text(config.save_strategy) == "best":
+            checks.fail("save_strategy", "'steps', 'epoch' or 'no'", "'best'", hint)
 
 
 def _check_numbers(config: TrainingArguments) -> None:
@@ -142,12 +143,10 @@ def _check_numbers(config: TrainingArguments) -> None:
         number = isinstance(value, kind) and not isinstance(value, bool)
         no_clipping = field.name == "max_grad_norm" and value == math.inf
         if not number or not (math.isfinite(value) or no_clipping):
-            raise ValueError(f"{field.name}: expected {kind_text}, got {value!r}")
+            checks.fail(field.name, kind_text, repr(value))
         least = _MINIMUM.get(field.name)
         if least is not None and value < least:
-            raise ValueError(
-                f"{field.name}: expected {kind_text} of at least {least}, got {value!r}"
-            )
+            checks.fail(field.name, f"{kind_text} of at least {least}", repr(value))
         if not isinstance(value, (int, float)):
             setattr(config, field.name, int(value) if isinstance(value, Integral) else float(value))
 
@@ -164,18 +163,13 @@ def _types_of_fields() -> dict[str, set[Any]]:
 
 def _check_names(config: TrainingArguments) -> None:
     """Raise ValueError for names and options that transformers would ignore silently."""
-    strategy = str(_value(getattr(config, "train_sampling_strategy", "random")))
-    if strategy not in SAMPLING:
-        raise ValueError(
-            f"train_sampling_strategy: expected one of {', '.join(SAMPLING)}, got {strategy!r}"
-        )
-    optim, schedule = str(_value(config.optim)), str(_value(config.lr_scheduler_type))
+    strategy = _text(getattr(config, "train_sampling_strategy", "random"))
+    checks.choice("train_sampling_strategy", strategy, SAMPLING)
+    optim, schedule = _text(config.optim), _text(config.lr_scheduler_type)
     for name in _names_of(config.optim_args):
         if name not in OPTIM_ARGS.get(optim, (name,)):
             known = ", ".join(OPTIM_ARGS[optim]) or "no value"
-            raise ValueError(
-                f"optim_args: expected {known} with optim={optim!r}, got {config.optim_args!r}"
-            )
+            checks.fail("optim_args", f"{known} with optim={optim!r}", repr(config.optim_args))
     low_rank = "galore" in optim or "apollo" in optim
     for name, is_read, reader in (
         ("optim_target_modules", low_rank, f"optim={optim!r}"),
@@ -183,52 +177,27 @@ def _check_names(config: TrainingArguments) -> None:
     ):
         value = getattr(config, name, None)
         if value and value != "{}" and not is_read:
-            raise ValueError(f"{name}: expected no value, got {value!r}: {reader} does not read it")
+            checks.fail(name, "no value", repr(value), f"{reader} does not read it")
 
 
 def _names_of(optim_args: Any) -> list[str]:
     """Return the option names in "name=value,name=value"."""
     parts = [part.partition("=") for part in str(optim_args or "").replace(" ", "").split(",")]
     if optim_args and not all(name and equals and value for name, equals, value in parts):
-        raise ValueError(f"optim_args: expected name=value,name=value, got {optim_args!r}")
+        checks.fail("optim_args", "name=value,name=value", repr(optim_args))
     return [name for name, _, _ in parts if name]
 
 
 def check_device(config: TrainingArguments) -> None:
     """Raise ValueError for a precision that this device does not support in training."""
     if config.fp16 and config.device.type == "cpu":
-        raise ValueError(
-            "fp16: expected False on a CPU, got True: half precision needs a GPU's loss scaling. "
-            "Use bf16=True"
-        )
-
-
-def _check_accelerator(accelerator_config: Any) -> None:
-    known = [field.name for field in fields(AcceleratorConfig)]
-    unknown = (
-        []
-        if not isinstance(accelerator_config, Mapping)
-        else [name for name in accelerator_config if name not in known]
-    )
-    if unknown:
-        raise ValueError(
-            f"accelerator_config: expected some of {', '.join(known)}, got {unknown[0]!r}"
-        )
-
-
-def _check_parallelism(parallel: Any) -> None:
-    for name, kind in (("cp_size", "context"), ("sp_size", "sequence")):
-        size = getattr(parallel, name, 1)
-        if size is not None and size > 1:
-            raise ValueError(
-                f"parallelism_config: expected {name}=1, got {size}: with {kind} parallelism a "
-                "process has only a part of each row, and the loss needs whole rows"
-            )
+        hint = "half precision needs a GPU's loss scaling. Use bf16=True"
+        checks.fail("fp16", "False on a CPU", True, hint)
 
 
 def steps_in_backward(config: Any) -> bool:
     """Return whether the optimizer updates weights during the backward pass."""
-    optim = str(_value(config.optim))
+    optim = _text(config.optim)
     return "lomo" in optim or optim.endswith("_layerwise")
 
 
@@ -238,10 +207,7 @@ def known_metric(name: str) -> str | None:
     >>> known_metric("eval_held_out_kl")
     'kl'
     """
-    for metric in METRICS:
-        if name == metric or name.endswith(f"_{metric}"):
-            return metric
-    return None
+    return next((m for m in METRICS if name == m or name.endswith(f"_{m}")), None)
 
 
 def direction_of(config: TrainingArguments) -> bool | None:
@@ -251,27 +217,25 @@ def direction_of(config: TrainingArguments) -> bool | None:
         ValueError: the configured direction is wrong for the metric, or missing for a metric that
             is not known here.
     """
-    name, greater_is_better = config.metric_for_best_model, config.greater_is_better
+    name: str | None = config.metric_for_best_model
+    greater_is_better: bool | None = config.greater_is_better
     if name is None:
-        watched = config.load_best_model_at_end or str(_value(config.save_strategy)) == "best"
+        watched = config.load_best_model_at_end or _text(config.save_strategy) == "best"
         if not watched and not _adapts_to_metric(config):
             return greater_is_better
         name = "loss"
     metric = known_metric(name)
     if metric is None:
         if greater_is_better is None:
-            raise ValueError(
-                f"metric_for_best_model: expected a name that ends with one of "
-                f"{', '.join(METRICS)}, got {name!r}. For a custom metric, set "
-                "greater_is_better too"
-            )
+            expected_name = f"a name that ends with one of {', '.join(METRICS)}"
+            hint = "for a custom metric, set greater_is_better too"
+            checks.fail("metric_for_best_model", expected_name, repr(name), hint)
         return greater_is_better
     expected = metric in HIGHER_IS_BETTER
     if greater_is_better is not None and bool(greater_is_better) != expected:
-        raise ValueError(
-            f"greater_is_better: expected {expected} with metric_for_best_model={name!r}, got "
-            f"{greater_is_better!r}: {'higher' if expected else 'lower'} is better"
-        )
+        hint = f"{'higher' if expected else 'lower'} is better"
+        with_metric = f"{expected} with metric_for_best_model={name!r}"
+        checks.fail("greater_is_better", with_metric, repr(greater_is_better), hint)
     return expected
 
 
@@ -286,32 +250,28 @@ def check_metric(config: TrainingArguments, sets: Any, has_teacher: bool) -> Non
     metric = None if name is None else known_metric(name)
     if name is None or metric is None:
         return
-    metric_name = name.removeprefix("eval_")
-    metrics = [m for m in METRICS if has_teacher or m not in TEACHER_METRICS]
-    names = (
-        [f"{set_name}_{m}" for set_name in sets for m in metrics]
-        if isinstance(sets, Mapping)
-        else metrics
-    )
-    if metric_name not in names:
-        reason = "" if has_teacher or metric not in TEACHER_METRICS else ": it needs a teacher"
-        raise ValueError(
-            f"metric_for_best_model: expected one of {', '.join(names)}, got {name!r}{reason}"
-        )
+    names = [m for m in METRICS if has_teacher or m not in TEACHER_METRICS]
+    if isinstance(sets, Mapping):
+        names = [f"{set_name}_{m}" for set_name in sets for m in names]
+    if name.removeprefix("eval_") not in names:
+        hint = "" if has_teacher or metric not in TEACHER_METRICS else "it needs a teacher"
+        checks.fail("metric_for_best_model", f"one of {', '.join(names)}", repr(name), hint)
 
 
 def check_sampling(config: TrainingArguments, dataset: Any) -> None:
     """Raise ValueError if sampling by length is set and the rows have no readable length."""
-    strategy = str(_value(getattr(config, "train_sampling_strategy", "random")))
+    strategy = _text(getattr(config, "train_sampling_strategy", "random"))
     if strategy not in ("group_by_length", "batch_rebalance") or not hasattr(dataset, "__len__"):
         return
     if config.length_column_name in (getattr(dataset, "column_names", None) or ()):
         return
     if len(dataset) and "input_ids" not in dataset[0]:
-        raise ValueError(
-            f"train_sampling_strategy: expected rows with input_ids for {strategy!r}, got "
-            f"{sorted(dataset[0])}. Use 'random', or a datasets.Dataset with a column "
-            f"{config.length_column_name!r} (length_column_name)"
+        checks.fail(
+            "train_sampling_strategy",
+            f"rows with input_ids for {strategy!r}",
+            sorted(dataset[0]),
+            f"use 'random', or a datasets.Dataset with a column {config.length_column_name!r} "
+            "(length_column_name)",
         )
 
 
@@ -327,12 +287,11 @@ def schedule_options(config: TrainingArguments) -> Any:
 
 def scale_intervals(config: Any) -> None:
     """Derive unset intervals from those that the user set, before validation."""
-    evaluates = str(_value(config.eval_strategy)) == "steps"
-    if not evaluates:
+    if _text(config.eval_strategy) != "steps":
         return
     if not config.eval_steps and config.logging_steps == LOGGING_SHARE:
         config.eval_steps = config.save_steps
-    saves = str(_value(config.save_strategy)) == "steps"
+    saves = _text(config.save_strategy) == "steps"
     if config.load_best_model_at_end and saves and config.save_steps == SAVING_SHARE:
         config.save_steps = config.eval_steps or config.logging_steps
 
@@ -350,8 +309,9 @@ def resolve_intervals(config: Any, state: Any) -> None:
 
 
 def _adapts_to_metric(config: TrainingArguments) -> bool:
-    return str(_value(config.lr_scheduler_type)) in ("reduce_lr_on_plateau", "greedy")
+    return _text(config.lr_scheduler_type) in ("reduce_lr_on_plateau", "greedy")
 
 
-def _value(option: Any) -> Any:
-    return getattr(option, "value", option)
+def _text(option: Any) -> str:
+    """Return an option, perhaps an Enum of transformers, as text."""
+    return str(getattr(option, "value", option))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -14,6 +13,7 @@ from ..backend import resolve_impl
 from ..kernels.divergences import NAMES as DIVERGENCES
 from ..kernels.rows import TAILS
 from ..operands import check_divergence
+from ..runtime import checks
 from ..runtime.json_text import parse_json
 from .arguments import (
     LOGGING_SHARE,
@@ -134,42 +134,41 @@ class DistillConfig(TrainingArguments):
     dataloader_pin_memory: bool = field(default_factory=torch.cuda.is_available)
 
     def __post_init__(self) -> None:
-        for name, least in (("k", 1), ("max_length", 2), ("max_new_tokens", 1)):
-            _integer(name, getattr(self, name), least, optional=name != "max_new_tokens")
-        _one_of("divergence", self.divergence, DIVERGENCES)
-        _one_of("tail", self.tail, TAILS)
-        _one_of("backward", self.backward, ("auto", "fused", "recompute"))
-        _one_of("nonfinite", self.nonfinite, ("stop", "skip"))
-        if self.dtype is not None:
-            _one_of("dtype", self.dtype, ("float32", "bfloat16", "float16", "auto"))
-            if {"dtype", "torch_dtype"} & set(_json_object(self.model_init_kwargs)):
-                raise ValueError(
-                    f"dtype: expected None with a dtype in model_init_kwargs, got {self.dtype!r}"
-                )
+        checks.integer("k", self.k, 1, optional=True)
+        checks.integer("max_length", self.max_length, 2, optional=True)
+        checks.integer("max_new_tokens", self.max_new_tokens, 1)
+        checks.choice("divergence", self.divergence, DIVERGENCES)
+        checks.choice("tail", self.tail, TAILS)
+        checks.choice("backward", self.backward, ("auto", "fused", "recompute"))
+        checks.choice("nonfinite", self.nonfinite, ("stop", "skip"))
+        checks.choice("dtype", self.dtype, ("float32", "bfloat16", "float16", "auto", None))
+        options = self.model_init_kwargs
+        if isinstance(options, str):  # from the command line
+            options = parse_json(options, "model_init_kwargs", dict)
+        if self.dtype is not None and {"dtype", "torch_dtype"} & set(options or {}):
+            checks.fail("dtype", "None with a dtype in model_init_kwargs", repr(self.dtype))
         resolve_impl(self.impl)
         for name in ("beta", "skew", "ce_weight", "lmbda", "top_p"):
-            _between(name, getattr(self, name), 0.0, 1.0)
-        _between("z_loss", self.z_loss, 0.0, math.inf)
+            checks.between(name, getattr(self, name), 0.0, 1.0)
+        checks.between("z_loss", self.z_loss, 0.0)
         for name in ("temperature", "sampling_temperature", "top_p"):
-            _between(name, getattr(self, name), 0.0, math.inf)
-            if getattr(self, name) == 0.0:
-                raise ValueError(f"{name}: expected a number above 0, got 0.0")
+            checks.number(name, getattr(self, name))
+            checks.positive(name, getattr(self, name))
         check_divergence(self.divergence, self.beta, self.skew, self.tail, self.allow_biased)
         if self.tail == "renorm_both" and self.k == 1:
-            raise ValueError(
-                "tail: expected a tail other than 'renorm_both' with k=1, where both "
-                "distributions are the constant 1. Raise k, or use tail='bucket'"
+            checks.fail(
+                "tail",
+                "a tail other than 'renorm_both' with k=1, where both distributions are the "
+                "constant 1",
+                repr(self.tail),
+                "raise k, or use tail='bucket'",
             )
         if self.k is None and self.tail != "bucket":
-            raise ValueError(
-                f"tail: expected 'bucket' with k=None, got {self.tail!r}: the whole vocabulary "
-                "has no tail"
-            )
+            hint = "the whole vocabulary has no tail"
+            checks.fail("tail", "'bucket' with k=None", repr(self.tail), hint)
         if self.lmbda == 1.0 and self.ce_weight:
-            raise ValueError(
-                f"ce_weight: expected 0 with lmbda=1, got {self.ce_weight:g}: tokens that the "
-                "student sampled cannot serve as labels"
-            )
+            hint = "tokens that the student sampled cannot serve as labels"
+            checks.fail("ce_weight", "0 with lmbda=1", f"{self.ce_weight:g}", hint)
         selection_of(self.token_selection)
         check_arguments(self)
         self.greater_is_better = direction_of(self)
@@ -180,10 +179,11 @@ class DistillConfig(TrainingArguments):
         super().__post_init__()
         check_device(self)
         if self.nonfinite == "skip" and (self.deepspeed or steps_in_backward(self)):
-            raise ValueError(
-                "nonfinite: expected 'stop' with DeepSpeed, LOMO or a layerwise optimizer, got "
-                "'skip': they update weights during the backward pass, before the gradient can be "
-                "checked"
+            checks.fail(
+                "nonfinite",
+                "'stop' with DeepSpeed, LOMO or a layerwise optimizer",
+                "'skip'",
+                "they update weights during the backward pass, before the gradient can be checked",
             )
 
     @property
@@ -192,41 +192,15 @@ class DistillConfig(TrainingArguments):
         return selection_of(self.token_selection)
 
     def to_dict(self) -> dict[str, Any]:
-        return super().to_dict() | {"token_selection": _selection_text(self.token_selection)}
+        content: dict[str, Any] = super().to_dict()
+        return content | {"token_selection": _selection_text(self.token_selection)}
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state to pickle, where a caller's selection function becomes its name."""
         return self.__dict__ | {"token_selection": _selection_text(self.token_selection)}
 
 
-def _json_object(value: Any) -> Any:
-    """Return a dict, parsed from JSON text if it comes from the command line."""
-    if isinstance(value, str):
-        return parse_json(value, "model_init_kwargs", dict)
-    return value or {}
-
-
 def _selection_text(selection: Any) -> str | None:
     if callable(selection) and not hasattr(selection, "score"):
         return f"function {getattr(selection, '__qualname__', type(selection).__name__)}"
     return None if selection is None else str(selection)
-
-
-def _integer(name: str, value: object, least: int, optional: bool) -> None:
-    if value is None and optional:
-        return
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}: expected an integer of {least} or more, got {value!r}")
-
-
-def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
-
-
-def _between(name: str, value: object, low: float, high: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected a number, got {value!r}")
-    if not low <= value <= high or math.isinf(value):
-        top = "finite" if math.isinf(high) else f"{high:g}"
-        raise ValueError(f"{name}: expected a number between {low:g} and {top}, got {value!r}")

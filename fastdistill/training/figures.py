@@ -64,7 +64,9 @@ def clamp_to_one(count: Tensor | int) -> Tensor | int:
 def one_per_group(group_size: int, gathered: Any) -> Any:
     """Return gathered rows, once per group of `group_size` ranks that have the same rows."""
     if isinstance(gathered, Tensor):
-        return gathered.unflatten(0, (dist.get_world_size(), -1))[::group_size].flatten(0, 1)
+        return gathered.reshape(dist.get_world_size(), -1, *gathered.shape[1:])[
+            ::group_size
+        ].flatten(0, 1)
     return type(gathered)(one_per_group(group_size, part) for part in gathered)
 
 

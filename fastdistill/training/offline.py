@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor
 
@@ -17,6 +17,7 @@ from ..cache import TeacherCache
 from ..examples import IGNORE_INDEX, Encoder
 from ..outputs import TopK
 from ..resolve import resolve
+from ..runtime import checks
 from ..served import ServedTeacher
 from .config import DistillConfig
 from .data_checks import some_of
@@ -48,11 +49,8 @@ class CacheLookup:
         )
         unanswered = (answers.ids[:, :-1] < 0).all(-1) & (batch["labels"][:, 1:] != IGNORE_INDEX)
         if unanswered.any():
-            raise ValueError(
-                f"labels: expected targets that {self.teacher.path} has answers for, got "
-                f"{int(unanswered.sum())} targets without answers in one batch. The cache was "
-                "built with positions='targets' from examples with fewer targets: rebuild it from "
-                "these examples, or with positions='all'"
+            _fail_unanswered(
+                self.teacher, f"{unanswered.sum()} targets without answers in one batch"
             )
         assert answers.log_tail is not None
         return dict(zip(_COLUMNS, (answers.ids, answers.logprobs, answers.log_tail), strict=True))
@@ -78,19 +76,18 @@ def check_cache_settings(
 ) -> None:
     """Raise ValueError for settings and tokenizers that do not fit the cached answers."""
     if config.lmbda:
-        raise ValueError(
-            f"lmbda: expected 0 with a cached teacher, got {config.lmbda:g}: a cache has no "
-            "answers for what the student will sample. Use the model or a server"
-        )
+        hint = "a cache has no answers for what the student will sample. Use the model or a server"
+        checks.fail("lmbda", "0 with a cached teacher", f"{config.lmbda:g}", hint)
     if processing_class is not None:
         teacher.check_tokenizer(processing_class)
     assert config.k is not None
     teacher.check(k=config.k, temperature=config.temperature)
     if teacher.sampled and (config.divergence != "forward_kl" or config.tail == "renorm_both"):
-        raise ValueError(
-            f"divergence: expected 'forward_kl' (with any tail but 'renorm_both') with sampled "
-            f"targets, got {config.divergence!r} with tail={config.tail!r}. Sampled targets are "
-            "unbiased only for losses that are linear in the teacher's probabilities"
+        checks.fail(
+            "divergence",
+            "'forward_kl' (with any tail but 'renorm_both') with sampled targets",
+            f"{config.divergence!r} with tail={config.tail!r}",
+            "they are unbiased only for losses that are linear in the teacher's probabilities",
         )
 
 
@@ -103,19 +100,28 @@ def check_cache_covers(teacher: Any, encoder: Encoder, datasets: Mapping[str, An
             row = encoder(example, index)
             tokens, targets = row.ids[row.attention_mask != 0], row.targets[row.attention_mask != 0]
             if not teacher.has(tokens):
-                raise ValueError(
-                    f"{name}: expected examples that {teacher.path} was built from, got one "
-                    f"(number {index}) that is not in it. The cache was built with "
-                    f"max_length={teacher.manifest.settings.max_length} and completion_only_loss="
-                    f"{teacher.manifest.settings.completion_only}. Build a cache from this "
-                    "dataset, or use the dataset and settings that it was built from"
+                settings = teacher.manifest.settings
+                checks.fail(
+                    name,
+                    f"examples that {teacher.path} was built from",
+                    f"one (number {index}) that is not in it",
+                    f"the cache was built with max_length={settings.max_length} and "
+                    f"completion_only_loss={settings.completion_only}. Build a cache from this "
+                    "dataset, or use the dataset and settings that it was built from",
                 )
             missing = (targets[1:] != IGNORE_INDEX) & ~teacher.answered(tokens)[:-1]
             if missing.any():
-                raise ValueError(
-                    f"labels: expected targets that {teacher.path} has answers for, got "
-                    f"{int(missing.sum())} targets without answers in example {index} of {name} "
-                    f"(the first is token {int(missing.nonzero()[0]) + 1}). The cache was built "
-                    "with positions='targets' from examples with fewer targets: rebuild it from "
-                    "these examples, or with positions='all'"
-                )
+                where = f"example {index} of {name}"
+                first = f"the first is token {missing.int().argmax() + 1}"
+                got = f"{missing.sum()} targets without answers in {where} ({first})"
+                _fail_unanswered(teacher, got)
+
+
+def _fail_unanswered(teacher: TeacherCache, got: str) -> NoReturn:
+    checks.fail(
+        "labels",
+        f"targets that {teacher.path} has answers for",
+        got,
+        "the cache was built with positions='targets' from examples with fewer targets: rebuild it "
+        "from these examples, or with positions='all'",
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,12 @@ def check_savable(model: nn.Module, processing_class: Any, args: Any) -> None:
             f"output_dir: expected a folder to save in, got {str(folder)!r}: {error}"
         ) from error
     with temporary as name:
-        for argument, save in (
-            ("model", lambda: _save_configs(model, name)),
-            ("model", lambda: _check_tied(model)),
-            ("processing_class", lambda: _save_tokenizer(processing_class, name)),
+        saves: list[tuple[str, Callable[[], object]]] = [
+            ("model", lambda: _save_model(model, name)),
+            ("processing_class", lambda: _save(processing_class, name)),
             ("args", lambda: torch.save(args, io.BytesIO())),
-        ):
+        ]
+        for argument, save in saves:
             try:
                 save()
             except Exception as error:  # any error of the libraries would end the run later
@@ -46,29 +47,25 @@ def check_savable(model: nn.Module, processing_class: Any, args: Any) -> None:
                 ) from error
 
 
-def _save_configs(model: Any, folder: str) -> None:
+def _save_model(model: Any, folder: str) -> None:
+    """Save the configurations; raise the error of save_pretrained for undeclared tied weights."""
     if is_adapted(model):
         for config in model.peft_config.values():
-            config.save_pretrained(folder)
+            _save(config, folder)
+    else:
+        _save(getattr(model, "config", None), folder)
+    if not isinstance(model, PreTrainedModel):
         return
-    if getattr(model, "config", None) is not None:
-        model.config.save_pretrained(folder)
-    # As in save_pretrained.
-    if isinstance(model, PreTrainedModel) and model.can_generate():
-        generation: Any = model.generation_config
-        generation.save_pretrained(folder)
-
-
-def _save_tokenizer(processing_class: Any, folder: str) -> None:
-    if processing_class is not None:
-        processing_class.save_pretrained(folder)
-
-
-def _check_tied(model: nn.Module) -> None:
-    """Raise the error of save_pretrained for undeclared weights that share memory."""
+    if model.can_generate():
+        _save(model.generation_config, folder)
     check = getattr(modeling_utils, "remove_tied_weights_from_state_dict", None)
-    if check is not None and isinstance(model, PreTrainedModel):
+    if check is not None:
         check(model.state_dict(), model)
+
+
+def _save(item: Any, folder: str) -> None:
+    if item is not None:
+        item.save_pretrained(folder)
 
 
 _HASH = "_original_object_hash"

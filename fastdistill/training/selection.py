@@ -117,7 +117,7 @@ class TokenSelection:
         return self.score in _OF_TEACHER
 
     def __call__(self, scores: TokenScores, targets: Targets) -> Tensor:  # (N,) weights ≥ 0
-        values = getattr(scores, self.score).float()
+        values: Tensor = getattr(scores, self.score).float()
         if self.threshold is not None:
             chosen = values <= self.threshold if self.lowest else values >= self.threshold
             return chosen.float()

@@ -123,7 +123,7 @@ def check_teacher_valid(teacher: TopK, labels: Tensor, contexts: Tensor, vocab: 
         return  # one position or one repeated token: equal answers are valid
     used = teacher.ids >= 0
     logprobs = teacher.logprobs.float().masked_fill(~used, -torch.inf)
-    different = len(contexts.unique())
+    different = len(torch.unique(contexts))
     certain = logprobs.max().item() > math.log(_CERTAIN_PROBABILITY) and len(labels) < MIN_TOKENS
     same = (teacher.ids == teacher.ids[0]).all() and (logprobs == logprobs[0]).all()
     if same and different > 1 and not certain:

@@ -52,7 +52,7 @@ from .targets import Targets
 from .torch_defaults import plain_defaults
 from .whole import WholeCheckpoints
 
-Examples = Dataset | list[dict[str, Any]]
+Examples = Dataset[Any] | list[dict[str, Any]]
 
 
 class DistillTrainer(WholeCheckpoints):
@@ -282,8 +282,8 @@ class DistillTrainer(WholeCheckpoints):
             logs |= means(sums, self.state.global_step, self.get_tp_size())
         super().log(logs, start_time)
 
-    def get_train_dataloader(self) -> DataLoader:
-        loader = super().get_train_dataloader()
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        loader: DataLoader[Any] = super().get_train_dataloader()
         if has_length(loader) and not len(loader):
             raise ValueError(
                 f"train_dataset: expected a batch of {self.args.train_batch_size}, got "
@@ -291,11 +291,11 @@ class DistillTrainer(WholeCheckpoints):
             )
         return loader
 
-    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         with self._without_drop_last():
             return super().get_eval_dataloader(*args, **kwargs)
 
-    def get_test_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+    def get_test_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         with self._without_drop_last():
             return super().get_test_dataloader(*args, **kwargs)
 

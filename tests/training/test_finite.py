@@ -275,7 +275,7 @@ def test_skip_is_refused_with_layerwise_optimizers(tmp_path, optim):
 def test_skip_is_refused_where_weights_move_in_the_backward_pass(tmp_path):
     with pytest.raises(ValueError, match="nonfinite: expected 'stop' with DeepSpeed, LOMO"):
         config(tmp_path, nonfinite="skip", optim="lomo")
-    with pytest.raises(ValueError, match="nonfinite: expected one of stop, skip, got 'go'"):
+    with pytest.raises(ValueError, match="nonfinite: expected one of 'stop', 'skip', got 'go'"):
         config(tmp_path, nonfinite="go")
 
 

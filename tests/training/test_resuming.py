@@ -355,7 +355,7 @@ class TestDtype:
         assert build(tmp_path, model=path, dtype="auto").model.dtype == torch.float16
         with pytest.raises(ValueError, match="dtype: expected None with a model that is loaded"):
             build(tmp_path, dtype="float32")
-        with pytest.raises(ValueError, match="dtype: expected one of float32"):
+        with pytest.raises(ValueError, match="dtype: expected one of 'float32'"):
             config(tmp_path, dtype="int8")
         with pytest.raises(ValueError, match="dtype: expected None with a dtype in model_init_kw"):
             config(tmp_path, dtype="auto", model_init_kwargs={"dtype": "float32"})

@@ -175,7 +175,7 @@ class TestMetrics:
     def test_one_that_evaluation_will_not_have_is_refused(self, tmp_path):
         with pytest.raises(ValueError, match=r"expected one of a_loss, .*, got 'kl'"):
             build(tmp_path, eval_dataset={"a": ragged(4)}, metric_for_best_model="kl")
-        with pytest.raises(ValueError, match="got 'kl': it needs a teacher"):
+        with pytest.raises(ValueError, match="got 'kl'; it needs a teacher"):
             build(tmp_path, teacher=None, ce_weight=1.0, metric_for_best_model="kl")
 
     @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ class TestMetrics:
     )
     def test_a_best_model_without_evaluation_is_refused(self, tmp_path, options):
         name = next(iter(options))
-        with pytest.raises(ValueError, match=f"{name}: expected .*: nothing is evaluated"):
+        with pytest.raises(ValueError, match=f"{name}: expected .*; nothing is evaluated"):
             config(tmp_path, eval_strategy="no", **options)
 
     def test_a_schedule_follows_the_metric(self, tmp_path):
