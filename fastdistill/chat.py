@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 from weakref import WeakKeyDictionary
 
 from .checks import fail
 from .runtime.printable import printable
 from .tokenized import Span, added_ends, tokenize
+
+Message = Mapping[str, Any]
+Messages = Sequence[Message]
 
 _GENERATION = re.compile(r"\{%([-+]?)\s*generation\s*([-+]?)%\}")
 _END_OF_GENERATION = re.compile(r"\{%([-+]?)\s*endgeneration\s*([-+]?)%\}")
@@ -20,98 +24,235 @@ _TURN_ENDS: WeakKeyDictionary[Any, tuple[str, int | None]] = WeakKeyDictionary()
 _MARK = re.compile(r"\W.*\w.*\W", re.DOTALL)  # as <end> or [/INST]
 
 
-def render(
-    tokenizer: Any,
-    messages: Sequence[Mapping[str, Any]],
-    column: str,
-    rendering: Mapping[str, Any],
-    *,
-    prompt: bool = False,
-) -> str:
-    """Return a conversation as text; `prompt` adds the start of the assistant's next turn.
+@dataclass(frozen=True)
+class ChatRenderer:
+    """Renders conversations with a tokenizer's chat template, or encodes them.
+
+    column: the name in errors. rendering: further arguments of apply_chat_template, as `tools`.
 
     Raises:
-        ValueError: the template or transformers rejects the conversation, or the text lacks a part
+        ValueError: the template or transformers rejects a conversation, or the text lacks a part
         of it.
     """
-    text, messages = _rendered(tokenizer, messages, column, rendering, prompt)
-    _check_rest(text, messages, column, rendering)
-    return text
 
+    tokenizer: Any
+    column: str
+    rendering: Mapping[str, Any] = field(default_factory=dict)
 
-def _rendered(
-    tokenizer: Any,
-    messages: Sequence[Mapping[str, Any]],
-    column: str,
-    rendering: Mapping[str, Any],
-    prompt: bool = False,
-) -> tuple[str, list[Mapping[str, Any]]]:
-    """Return a conversation as text, and its messages in the form that the template reads.
+    def render(self, messages: Messages, prompt: bool = False) -> tuple[str, Messages]:
+        """Return a conversation as text, and its messages in the form that the template reads.
 
-    A template reads contents as strings, as lists of parts, or both. One that reads only strings
-    prints a list's repr, drops it, or raises; one that reads only parts drops a string.
-    """
-    messages = list(messages)
-    in_parts = any(isinstance(message.get("content"), list) for message in messages)
-    other: list[Mapping[str, Any]] = [_joined(m) if in_parts else _in_parts(m) for m in messages]
-    read: list[tuple[str, list[Mapping[str, Any]]]] = []
-    refused: list[ValueError] = []
-    for form in (messages, other):
+        `prompt` adds the start of the assistant's next turn. A template reads contents as strings,
+        as lists of parts, or both. One that reads only strings prints a list's repr, drops it, or
+        raises; one that reads only parts drops a string.
+        """
+        in_parts = any(isinstance(message.get("content"), list) for message in messages)
+        other = [_joined(m) if in_parts else _in_parts(m) for m in messages]
+        incomplete: list[tuple[str, Messages]] = []
+        errors: list[ValueError] = []
+        for form in (messages, other):
+            try:
+                text = self._apply(form, prompt)
+            except ValueError as error:
+                errors.append(error)
+                continue
+            if _prints_parts(text, form):
+                continue
+            if all(_has(text, message.get("content")) for message in form):
+                self._check_inputs(text, form)
+                return text, form
+            incomplete.append((text, form))
+        if incomplete:
+            self._check_inputs(*incomplete[0])
+            return incomplete[0]
+        if errors:
+            raise errors[0]
+        return fail(
+            self.column, "texts, or a chat template that takes lists of parts", "lists of parts"
+        )
+
+    def encode(self, messages: Messages, first: int = 0) -> tuple[list[int], list[bool]]:
+        """Return a conversation's ids, and which belong to assistant turns from `first` on.
+
+        A template with {% generation %} marks them. For other templates the span of a turn follows
+        from the text up to it and from the text with another answer in its place.
+        """
+        text, messages = self.render(messages)
+        template = self._template()
+        marked = first == 0 and _GENERATION.search(template) is not None
+        spans: list[Span] = []
+        for turn, message in enumerate(messages):
+            if turn < first or message.get("role") != "assistant":
+                continue
+            part = text
+            if not marked:
+                previous_end = spans[-1][1] if spans else 0
+                spans.append(self._turn(text, messages, turn, previous_end))
+                part = text[previous_end : spans[-1][1]]
+            _check_turn(part, message, f"{self.column}[{turn}]")
+        if marked:
+            spans = self._generated(text, messages, template)
+        tokens = tokenize(self.tokenizer, text, self.column, spans, special=False)
+        return tokens.ids, tokens.inside
+
+    def _apply(self, messages: Messages, prompt: bool = False, **options: Any) -> str:
         try:
-            text = _applied(tokenizer, form, column, rendering, prompt)
-        except ValueError as error:
-            refused.append(error)
-            continue
-        if _prints_parts(text, form):
-            continue
-        if all(_has(text, message.get("content")) for message in form):
-            return text, form
-        read.append((text, form))
-    if read:
-        return read[0]
-    if refused:
-        raise refused[0]
-    return fail(column, "texts, or a chat template that takes lists of parts", "lists of parts")
-
-
-def _applied(
-    tokenizer: Any,
-    messages: Sequence[Mapping[str, Any]],
-    column: str,
-    rendering: Mapping[str, Any],
-    prompt: bool,
-) -> str:
-    try:
-        return str(
-            tokenizer.apply_chat_template(
-                list(messages), add_generation_prompt=prompt, tokenize=False, **rendering
+            return str(
+                self.tokenizer.apply_chat_template(
+                    list(messages),
+                    add_generation_prompt=prompt,
+                    tokenize=False,
+                    **{**self.rendering, **options},
+                )
             )
-        )
-    except Exception as error:  # templates raise errors of jinja, transformers or Python
-        roles = [str(m.get("role")) for m in messages]
-        listed = roles if len(roles) <= 6 else [*roles[:3], "…", *roles[-2:]]
-        fail(
-            column,
-            "a conversation that the tokenizer's chat template takes",
-            f"roles {printable(listed)}: {type(error).__name__}: {printable(error)}",
-        )
+        except Exception as error:  # templates raise errors of jinja, transformers or Python
+            roles = [str(m.get("role")) for m in messages]
+            listed = roles if len(roles) <= 6 else [*roles[:3], "…", *roles[-2:]]
+            fail(
+                self.column,
+                "a conversation that the tokenizer's chat template takes",
+                f"roles {printable(listed)}: {type(error).__name__}: {printable(error)}",
+            )
+
+    def _template(self) -> str:
+        """Return the template that the tokenizer uses, which may have several."""
+        default = getattr(self.tokenizer, "chat_template", None)
+        chosen = self.rendering.get("chat_template")
+        if isinstance(default, Mapping):
+            return str(self.tokenizer.get_chat_template(chosen, self.rendering.get("tools")))
+        return str(chosen or default or "")
+
+    def _generated(self, text: str, messages: Messages, template: str) -> list[Span]:
+        """Return the spans of `text` between {% generation %} and {% endgeneration %}.
+
+        The block becomes a call of a macro that puts markers around it. transformers returns
+        tokens, not characters, and misses turns that begin or end with a space that the tokenizer
+        trims.
+        """
+        free = (c for c in map(chr, range(0xE000, 0xF900)) if c not in text)  # for private use
+        first, last = next(free), next(free)
+        changed = _GENERATION.sub(r"{%\1call fastdistill_generation()\2%}", template)
+        changed = _END_OF_GENERATION.sub(r"{%\1endcall\2%}", changed)
+        call = f"{first}{{{{ caller() }}}}{last}"
+        macro = f"{{% macro fastdistill_generation() %}}{call}{{% endmacro %}}"
+        marked = self._apply(messages, chat_template=f"{macro}\n{changed}")
+        spans: list[Span] = []
+        at = 0
+        for part in re.split(f"([{first}{last}])", marked):
+            if part == first:
+                spans.append((at, at))
+            elif part == last:
+                spans[-1] = (spans[-1][0], at)
+            else:
+                at += len(part)
+        if marked.replace(first, "").replace(last, "") != text:
+            fail(
+                self.column,
+                "a chat template whose {% generation %} marks tokens of the conversation",
+                "one that renders another text with marks around them",
+            )
+        return spans
+
+    def _check_inputs(self, text: str, messages: Messages) -> None:
+        """Raise ValueError if the text lacks a system or user turn, or a tool."""
+        for turn, message in enumerate(messages):
+            if message.get("role") in _INPUT_ROLES and not _has(text, message.get("content")):
+                _fail_lost(f"{self.column}[{turn}].content", message["content"])
+        for name in _names(self.rendering.get("tools")):
+            if name not in text:
+                fail(
+                    "tools",
+                    "a chat template that renders them",
+                    f"one that leaves out {printable(repr(name), 60)}",
+                    "remove the tools, or use a template for them",
+                )
+
+    def _turn(self, text: str, messages: Messages, turn: int, previous_end: int) -> Span:
+        """Return the span in `text` of one assistant turn, its end token included.
+
+        Args:
+            previous_end: the end of the previous assistant turn.
+        """
+
+        def rendered(upto: int, prompt: bool = False) -> str | None:
+            try:
+                return self._apply(messages[:upto], prompt)
+            except ValueError:  # some templates require, for example, a user turn
+                return None
+
+        before = rendered(turn, prompt=True) if turn else None
+        if before is not None and text.startswith(before):
+            begin = len(before)
+        else:  # the turn begins otherwise than the generation prompt, for example with <think>
+            begin = self._content(text, messages, turn)[0]
+            plain = rendered(turn) if turn else None
+            if before is not None and plain is not None and text.startswith(plain):
+                begin = min(max(_common(before, text), len(plain)), begin)
+        end: int | None
+        after = text
+        if turn + 1 < len(messages):
+            after = self._apply(messages[: turn + 1])
+        if text.startswith(after):
+            end = len(after)
+        else:  # the last turn begins or ends otherwise than earlier ones
+            content_end = self._content(text, messages, turn)[1]
+            tail = after[self._content(after, messages[: turn + 1], turn)[1] :]
+            end = self._end(text, content_end, tail)
+        if end is None or not previous_end <= begin <= end:
+            fail(
+                self.column,
+                "a chat template that leaves earlier turns as they are when others follow",
+                f"one that renders turn {turn} differently then",
+                "the assistant's tokens cannot be located: pass prompt and completion, or a chat "
+                "template with {% generation %}",
+            )
+        return begin, end
+
+    def _end(self, text: str, at: int, tail: str) -> int | None:
+        """Return the end of a turn whose content ends at `at`.
+
+        It is after `tail`, the text after this content as a last turn (with or without its end of
+        text), or else after the added token at that place."""
+        eos = str(getattr(self.tokenizer, "eos_token", None) or "")
+        for same in (tail, tail.removesuffix(eos)):
+            if same and text.startswith(same, at):
+                return at + len(same)
+        marks = [
+            str(token) for token in getattr(self.tokenizer, "added_tokens_decoder", {}).values()
+        ]
+        matches = [mark for mark in marks if mark.strip() and text.startswith(mark, at)]
+        return at + max(map(len, matches)) if matches else None
+
+    def _content(self, text: str, messages: Messages, turn: int) -> Span:
+        """Return the span of a message's content in the conversation's text.
+
+        The text before and after it is the same when the content is replaced."""
+        words = str(_joined(messages[turn]).get("content") or "").strip()
+        other = ("b" if words[:1] == "a" else "a") + _ANSWER + ("b" if words[-1:] == "a" else "a")
+        changed = {**messages[turn], "content": other}
+        if isinstance(messages[turn].get("content"), list):
+            changed = _in_parts(changed)
+        rendered = self._apply([*messages[:turn], changed, *messages[turn + 1 :]])
+        begin = _common(text, rendered)
+        suffix_length = _common(text[begin:][::-1], rendered[begin:][::-1])
+        return begin, len(text) - suffix_length
 
 
-def _joined(message: Mapping[str, Any]) -> dict[str, Any]:
+def _joined(message: Message) -> dict[str, Any]:
     content = message.get("content")
     if isinstance(content, list):
         return {**message, "content": "".join(part["text"] for part in content)}
     return dict(message)
 
 
-def _in_parts(message: Mapping[str, Any]) -> dict[str, Any]:
+def _in_parts(message: Message) -> dict[str, Any]:
     content = message.get("content")
     if isinstance(content, str):
         return {**message, "content": [{"type": "text", "text": content}]}
     return dict(message)
 
 
-def _prints_parts(text: str, messages: Sequence[Mapping[str, Any]]) -> bool:
+def _prints_parts(text: str, messages: Messages) -> bool:
     """Whether the template printed the repr of a list of parts."""
     contents = [m["content"] for m in messages if isinstance(m.get("content"), list)]
     return any(str(content) in text for content in contents if content)
@@ -126,121 +267,14 @@ def _has(text: str, content: Any) -> bool:
     return "".join(content.split()) in "".join(text.split())
 
 
-def encode_conversation(
-    tokenizer: Any,
-    messages: Sequence[Mapping[str, Any]],
-    column: str,
-    rendering: Mapping[str, Any],
-    first: int = 0,
-) -> tuple[list[int], list[bool]]:
-    """Return a conversation's ids, and which belong to assistant turns from `first` on.
-
-    A template with {% generation %} marks them. For other templates the span of a turn follows from
-    the text up to it and from the text with another answer in its place.
-    """
-    text, messages = _rendered(tokenizer, messages, column, rendering)
-    _check_rest(text, messages, column, rendering)
-    spans, previous_end = [], 0
-    template = _template(tokenizer, rendering)
-    marked = first == 0 and _GENERATION.search(template) is not None
-    for turn, message in enumerate(messages):
-        if turn >= first and message.get("role") == "assistant":
-            if marked:
-                _check_turn(text, message, turn, column)
-                continue
-            begin, end = _turn(tokenizer, text, messages, turn, previous_end, column, rendering)
-            _check_turn(text[previous_end:end], message, turn, column)
-            spans.append((begin, end))
-            previous_end = end
-    if marked:
-        spans = _generated(tokenizer, text, messages, template, column, rendering)
-    read = tokenize(tokenizer, text, column, spans, special=False)
-    return read.ids, read.inside
-
-
-def _template(tokenizer: Any, rendering: Mapping[str, Any]) -> str:
-    """Return the template that the tokenizer uses, which may have several."""
-    tokenizer_template, chosen = (
-        getattr(tokenizer, "chat_template", None),
-        rendering.get("chat_template"),
-    )
-    if isinstance(tokenizer_template, Mapping):
-        return str(tokenizer.get_chat_template(chosen, rendering.get("tools")))
-    return str(chosen or tokenizer_template or "")
-
-
-def _generated(
-    tokenizer: Any,
-    text: str,
-    messages: Sequence[Mapping[str, Any]],
-    template: str,
-    column: str,
-    rendering: Mapping[str, Any],
-) -> list[Span]:
-    """Return the spans of `text` between {% generation %} and {% endgeneration %}.
-
-    The block becomes a call of a macro that puts markers around it. transformers returns tokens,
-    not characters, and misses turns that begin or end with a space that the tokenizer trims.
-    """
-    first, last = _free(text)
-    changed = _GENERATION.sub(r"{%\1call fastdistill_generation()\2%}", template)
-    changed = _END_OF_GENERATION.sub(r"{%\1endcall\2%}", changed)
-    macro = f"{{% macro fastdistill_generation() %}}{first}{{{{ caller() }}}}{last}{{% endmacro %}}"
-    marked = _applied(
-        tokenizer, messages, column, {**rendering, "chat_template": f"{macro}\n{changed}"}, False
-    )
-    spans: list[Span] = []
-    at = 0
-    for part in re.split(f"([{first}{last}])", marked):
-        if part == first:
-            spans.append((at, at))
-        elif part == last:
-            spans[-1] = (spans[-1][0], at)
-        else:
-            at += len(part)
-    if marked.replace(first, "").replace(last, "") != text:
-        fail(
-            column,
-            "a chat template whose {% generation %} marks tokens of the conversation",
-            "one that renders another text with marks around them",
-        )
-    return spans
-
-
-def _free(text: str) -> tuple[str, str]:
-    """Return two private-use characters that do not occur in a text."""
-    free = (c for c in map(chr, range(0xE000, 0xF900)) if c not in text)
-    return next(free), next(free)
-
-
-def _check_rest(
-    text: str,
-    messages: Sequence[Mapping[str, Any]],
-    column: str,
-    rendering: Mapping[str, Any],
-) -> None:
-    """Raise ValueError if the text lacks a system or user turn, or a tool."""
-    for turn, message in enumerate(messages):
-        if message.get("role") in _INPUT_ROLES and not _has(text, message.get("content")):
-            _fail_lost(f"{column}[{turn}].content", message["content"])
-    for name in _names(rendering.get("tools")):
-        if name not in text:
-            fail(
-                "tools",
-                "a chat template that renders them",
-                f"one that leaves out {printable(repr(name), 60)}",
-                "remove the tools, or use a template for them",
-            )
-
-
-def _check_turn(text: str, message: Mapping[str, Any], turn: int, column: str) -> None:
+def _check_turn(text: str, message: Message, name: str) -> None:
     """Raise ValueError if the text of an assistant turn lacks a part of its message."""
     for key in ("content", *_THOUGHTS):
         if not _has(text, message.get(key)):
-            _fail_lost(f"{column}[{turn}].{key}", message[key])
-    for name in _names(message.get("tool_calls")):
-        if name not in text:
-            _fail_lost(f"{column}[{turn}].tool_calls", name)
+            _fail_lost(f"{name}.{key}", message[key])
+    for function in _names(message.get("tool_calls")):
+        if function not in text:
+            _fail_lost(f"{name}.tool_calls", function)
 
 
 def _names(calls: Any) -> list[str]:
@@ -260,101 +294,10 @@ def _fail_lost(name: str, content: Any) -> NoReturn:
     )
 
 
-def _turn(
-    tokenizer: Any,
-    text: str,
-    messages: Sequence[Mapping[str, Any]],
-    turn: int,
-    previous_end: int,
-    column: str,
-    rendering: Mapping[str, Any],
-) -> Span:
-    """Return the span in `text` of one assistant turn, its end token included.
-
-    Args:
-        previous_end: the end of the previous assistant turn.
-    """
-
-    def rendered(upto: int, prompt: bool = False) -> str | None:
-        try:
-            return _applied(tokenizer, messages[:upto], column, rendering, prompt)
-        except ValueError:  # some templates require, for example, a user turn
-            return None
-
-    def content(of: str, upto: int) -> Span:
-        return _content(tokenizer, of, messages[:upto], turn, column, rendering)
-
-    before = rendered(turn, prompt=True) if turn else None
-    if before is not None and text.startswith(before):
-        begin = len(before)
-    else:  # the turn begins otherwise than the generation prompt, for example with <think>
-        begin = content(text, len(messages))[0]
-        plain = rendered(turn) if turn else None
-        if before is not None and plain is not None and text.startswith(plain):
-            begin = min(max(_common(before, text), len(plain)), begin)
-    end: int | None
-    after = text
-    if turn + 1 < len(messages):
-        after = _applied(tokenizer, messages[: turn + 1], column, rendering, False)
-    if text.startswith(after):
-        end = len(after)
-    else:  # the last turn begins or ends otherwise than earlier ones
-        content_end = content(text, len(messages))[1]
-        tail = after[content(after, turn + 1)[1] :]
-        end = _end(tokenizer, text, content_end, tail)
-    if end is None or not previous_end <= begin <= end:
-        fail(
-            column,
-            "a chat template that leaves earlier turns as they are when others follow",
-            f"one that renders turn {turn} differently then",
-            "the assistant's tokens cannot be located: pass prompt and completion, or a chat "
-            "template with {% generation %}",
-        )
-    return begin, end
-
-
-def _end(tokenizer: Any, text: str, at: int, tail: str) -> int | None:
-    """Return the end of a turn whose content ends at `at`.
-
-    It is after `tail`, the text after this content as a last turn (with or without its end of
-    text), or else after the added token at that place."""
-    eos = str(getattr(tokenizer, "eos_token", None) or "")
-    for same in (tail, tail.removesuffix(eos)):
-        if same and text.startswith(same, at):
-            return at + len(same)
-    marks = [str(token) for token in getattr(tokenizer, "added_tokens_decoder", {}).values()]
-    matches = [mark for mark in marks if mark.strip() and text.startswith(mark, at)]
-    return at + max(map(len, matches)) if matches else None
-
-
 def _common(a: str, b: str) -> int:
     """Return the length of the common prefix of two texts."""
     pairs = zip(a, b, strict=False)
     return next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))
-
-
-def _content(
-    tokenizer: Any,
-    text: str,
-    messages: Sequence[Mapping[str, Any]],
-    turn: int,
-    column: str,
-    rendering: Mapping[str, Any],
-) -> Span:
-    """Return the span of a message's content in the conversation's text.
-
-    The text before and after it is the same when the content is replaced."""
-    content = str(_joined(messages[turn]).get("content") or "")
-    words = content.strip()
-    other = ("b" if words[:1] == "a" else "a") + _ANSWER + ("b" if words[-1:] == "a" else "a")
-    changed = {**messages[turn], "content": other}
-    if isinstance(messages[turn].get("content"), list):
-        changed = _in_parts(changed)
-    among = [*messages[:turn], changed, *messages[turn + 1 :]]
-    rendered = _applied(tokenizer, among, column, rendering, False)
-    begin = _common(text, rendered)
-    suffix_length = _common(text[begin:][::-1], rendered[begin:][::-1])
-    return begin, len(text) - suffix_length
 
 
 def turn_end(tokenizer: Any) -> int | None:
@@ -366,16 +309,16 @@ def turn_end(tokenizer: Any) -> int | None:
     template = getattr(tokenizer, "chat_template", None)
     if not template:
         return None
-    known = _TURN_ENDS.get(tokenizer)
-    if known is None or known[0] != str(template):
-        known = _TURN_ENDS[tokenizer] = (str(template), _turn_end(tokenizer))
-    return known[1]
+    cached = _TURN_ENDS.get(tokenizer)
+    if cached is None or cached[0] != str(template):
+        cached = _TURN_ENDS[tokenizer] = (str(template), _turn_end(tokenizer))
+    return cached[1]
 
 
 def _turn_end(tokenizer: Any) -> int | None:
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _ANSWER}]
     try:
-        text = _applied(tokenizer, turns, "chat_template", {}, False)
+        text = ChatRenderer(tokenizer, "chat_template")._apply(turns)
     except ValueError:  # the template rejects this conversation
         return None
     at = text.rfind(_ANSWER)

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .chat import encode_conversation, render, turn_end
-from .checks import fail
+from .chat import ChatRenderer, turn_end
+from .checks import fail, integer
 from .columns import MASKS, check_columns, check_integers, check_mask, check_positions
 from .tokenized import append_end, tokenize, tokenize_pair
 
@@ -90,9 +90,7 @@ class Encoder:
     max_length: int | None = None
 
     def __post_init__(self) -> None:
-        length = self.max_length
-        if length is not None and (type(length) is not int or length < 1):
-            raise ValueError(f"max_length: expected an integer of 1 or more, got {length!r}")
+        integer("max_length", self.max_length, 1, optional=True)
 
     def __call__(
         self, example: Mapping[str, Any], index: int = 0, dataset: str = ""
@@ -126,22 +124,23 @@ class Encoder:
 
     def _from_text(self, form: str, columns: Mapping[str, Any]) -> EncodedExample:
         if self.tokenizer is None:
-            raise ValueError(
-                f"processing_class: expected the tokenizer, to read [{form!r}], got None. "
-                "Pass processing_class, or a dataset with input_ids"
+            fail(
+                "processing_class",
+                f"the tokenizer, to read [{form!r}]",
+                None,
+                "pass processing_class, or a dataset with input_ids",
             )
-        rendering = {"tools": columns["tools"], **columns["chat_template_kwargs"]}
         prompt: int | None = None
-        if form == "messages":
-            ids, targets = self._messages(columns["messages"], rendering)
-        elif form == "prompt":
-            ids, targets = self._completion(columns["prompt"], columns.get("completion"), rendering)
-        else:
-            read = tokenize(self.tokenizer, columns["text"], "text", (), special=True)
-            ids = [*read.before, *append_end(self.tokenizer, read, self._ends)]
+        if form == "text":
+            text = tokenize(self.tokenizer, columns["text"], "text", (), special=True)
+            ids = [*text.before, *append_end(self.tokenizer, text, self._ends)]
             targets = [True] * len(ids)
+        elif isinstance(columns[form], str):
+            ids, targets = self._texts(columns["prompt"], columns.get("completion"))
+        else:
+            ids, targets = self._conversation(form, columns)
         if not ids:
-            raise ValueError(f"{form}: expected at least one token, got an empty text")
+            fail(form, "at least one token", "an empty text")
         if form != "text":
             prompt = targets.index(True) if any(targets) else len(ids)
         if not self.completion_only and any(targets):
@@ -150,42 +149,32 @@ class Encoder:
         labels = torch.where(torch.tensor(targets, dtype=torch.bool), tokens, IGNORE_INDEX)
         return EncodedExample(tokens, labels, torch.ones_like(tokens), prompt)
 
-    def _messages(
-        self, messages: list[dict[str, Any]], rendering: Mapping[str, Any]
-    ) -> tuple[list[int], list[bool]]:
-        """Encode a conversation; one without an assistant turn is a prompt."""
-        if any(message["role"] == "assistant" for message in messages):
-            return encode_conversation(self.tokenizer, messages, "messages", rendering)
-        return self._prompt(messages, "messages", rendering)
-
-    def _completion(
-        self, prompt: Any, completion: Any, rendering: Mapping[str, Any]
-    ) -> tuple[list[int], list[bool]]:
-        if not isinstance(prompt, str):
-            if completion is None:
-                return self._prompt(prompt, "prompt", rendering)
-            return encode_conversation(
-                self.tokenizer,
-                [*prompt, *completion],
-                "prompt and completion",
-                rendering,
-                first=len(prompt),
-            )
-        if completion is None:
-            read = tokenize(self.tokenizer, prompt, "prompt", (), special=True)
-            return [*read.before, *read.ids], [False] * (len(read.before) + len(read.ids))
-        read = tokenize_pair(self.tokenizer, prompt, completion)
-        # An empty completion always gets an end token.
-        ended = append_end(self.tokenizer, read, self._ends if completion else None)
-        ends = [True] * (len(ended) - len(read.ids))
-        return [*read.before, *ended], [False] * len(read.before) + read.inside + ends
-
-    def _prompt(
-        self, messages: list[dict[str, Any]], column: str, rendering: Mapping[str, Any]
-    ) -> tuple[list[int], list[bool]]:
-        text = render(self.tokenizer, messages, column, rendering, prompt=True)
+    def _conversation(self, form: str, columns: Mapping[str, Any]) -> tuple[list[int], list[bool]]:
+        """Encode messages; without an answer, up to the start of the assistant's next turn."""
+        messages, column, first = columns[form], form, 0
+        has_answer = any(message["role"] == "assistant" for message in messages)
+        if form == "prompt":
+            has_answer = "completion" in columns
+            if has_answer:
+                column, first = "prompt and completion", len(messages)
+                messages = [*messages, *columns["completion"]]
+        rendering = {"tools": columns["tools"], **columns["chat_template_kwargs"]}
+        chat = ChatRenderer(self.tokenizer, column, rendering)
+        if has_answer:
+            return chat.encode(messages, first)
+        text, _ = chat.render(messages, prompt=True)
         ids = tokenize(self.tokenizer, text, column, (), special=False).ids
         return ids, [False] * len(ids)
+
+    def _texts(self, prompt: str, completion: str | None) -> tuple[list[int], list[bool]]:
+        if completion is None:
+            tokens = tokenize(self.tokenizer, prompt, "prompt", (), special=True)
+            return [*tokens.before, *tokens.ids], [False] * (len(tokens.before) + len(tokens.ids))
+        tokens = tokenize_pair(self.tokenizer, prompt, completion)
+        # An empty completion always gets an end token.
+        ended = append_end(self.tokenizer, tokens, self._ends if completion else None)
+        ends = [True] * (len(ended) - len(tokens.ids))
+        return [*tokens.before, *ended], [False] * len(tokens.before) + tokens.inside + ends
 
     @property
     def _ends(self) -> list[int]:

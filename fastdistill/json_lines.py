@@ -21,7 +21,7 @@ class Line(dict[str, Any]):
     source: str = ""
 
 
-class JsonLines(Dataset):
+class JsonLines(Dataset[Line]):
     """Line i as a dict. Memory holds only the line offsets (8 bytes each), so workers are cheap.
 
     Every line is checked once, when the file is opened.

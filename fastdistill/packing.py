@@ -25,8 +25,14 @@ from torch import Tensor, nn
 
 from . import checks
 from .heads import evaluating, head_of, hidden_states
-from .offloading import resident_device
-from .positions import RowLimit, row_limit
+from .positions import (
+    RowLimit,
+    reading_device,
+    relative_errors,
+    rope_scalings,
+    row_limit,
+    text_config,
+)
 
 CPU_TOKENS = 4096
 GPU_TOKENS = (1024, 16384)  # fewer leave a GPU idle, more gain nothing
@@ -104,33 +110,30 @@ class BatchedForward:
     """
 
     def __init__(self, model: nn.Module, tokens_per_batch: int | None = None) -> None:
-        if tokens_per_batch is not None and (
-            not isinstance(tokens_per_batch, int) or tokens_per_batch < 1
-        ):
-            checks.fail("tokens_per_batch", "an integer above 0, or None", repr(tokens_per_batch))
+        checks.integer("tokens_per_batch", tokens_per_batch, 1, optional=True)
         self.model = model
         self.tokens_per_batch = tokens_per_batch
         self.packs = can_pack(model)
         self.row_limit: RowLimit | None = row_limit("model", model)
-        self._hidden_size = int(getattr(_text_config(model), "hidden_size", 0))
+        self._hidden_size = int(getattr(text_config(model), "hidden_size", 0))
         self._max_packed_length = rope_limit(model)
 
     @property
     def vocab(self) -> int:
         """The number of ids that the model reads: rows of its input embedding."""
-        return _embedding(self.model).weight.shape[0]
+        return len(_embedding(self.model).weight)
 
     @property
     def budget(self) -> int:
         """Tokens in one forward pass, padding included."""
-        device = resident_device(_embedding(self.model))
+        device = reading_device(self.model)
         if self.tokens_per_batch is not None:
             return self.tokens_per_batch
         if device.type != "cuda":
             return CPU_TOKENS
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         free = torch.cuda.mem_get_info(device)[0] + unused
-        item = _embedding(self.model).weight.element_size()
+        item: int = _embedding(self.model).weight.element_size()
         fits = int(free * FREE_SHARE) // (VALUES_PER_TOKEN * item * max(self._hidden_size, 1))
         return min(max(fits, GPU_TOKENS[0]), GPU_TOKENS[1])
 
@@ -206,7 +209,7 @@ def _padded(model: nn.Module, tokens: Tensor, lengths: list[int]) -> Tensor:
 
 
 def _forward(model: nn.Module, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
-    device = resident_device(_embedding(model))
+    device = reading_device(model)
     inputs = {} if position_ids is None else {"position_ids": position_ids.to(device)}
     with evaluating(model):
         return hidden_states(model, input_ids.to(device), **inputs)
@@ -257,7 +260,7 @@ def can_pack(model: nn.Module) -> bool:
 
 
 def _packable_by_rule(model: nn.Module) -> bool:
-    config = _text_config(model)
+    config = text_config(model)
     layers = set(getattr(config, "layer_types", None) or ())
     inside: Any = model
     if hasattr(inside, "get_base_model"):
@@ -279,9 +282,7 @@ def _is_mask_table(buffer: Tensor) -> bool:
 
 def _error(actual: Tensor, expected: Tensor) -> float:
     """Return the median over tokens of |actual − expected| / |expected|."""
-    off = (actual.double() - expected.double()).norm(dim=-1)
-    size = expected.double().norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
-    return (off / size).median().item()
+    return float(relative_errors(actual, expected).median())
 
 
 def _is_varlen(model: nn.Module) -> bool:
@@ -293,20 +294,14 @@ def rope_limit(model: nn.Module) -> float:
     """Return the row length above which rotary frequencies depend on the batch's longest row.
 
     Longer rows run alone, so that no row depends on another's length."""
-    config = _text_config(model)
-    rope = getattr(config, "rope_parameters", None) or {}
-    nested = [r for r in rope.values() if isinstance(r, dict)] or [rope]
+    config = text_config(model)
+    own_limit: float = getattr(config, "max_position_embeddings", 0)
     limits = [
-        r.get("original_max_position_embeddings") or getattr(config, "max_position_embeddings", 0)
-        for r in nested
+        float(r.get("original_max_position_embeddings") or own_limit)
+        for r in rope_scalings(config)
         if r.get("rope_type") in _LENGTH_DEPENDENT_ROPE
     ]
     return min(limits, default=float("inf"))
-
-
-def _text_config(model: nn.Module) -> Any:
-    config: Any = getattr(model, "config", None)
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def _embedding(model: nn.Module) -> Any:

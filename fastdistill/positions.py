@@ -130,8 +130,7 @@ def row_limit(role: str, model: nn.Module) -> RowLimit | None:
     table = _table_of_positions(model) if whole else None
     if table is not None:
         return RowLimit(tokens=table, reader=reader)
-    config: Any = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    config = text_config(model)
     stated = {name: getattr(config, name, None) for name in _STATED}
     limits = {n: v for n, v in stated.items() if type(v) is int and v > 0}
     if not limits:
@@ -143,9 +142,8 @@ def row_limit(role: str, model: nn.Module) -> RowLimit | None:
 
 def _scaled(config: Any, stated: int) -> int:
     """Return the limit of rotary positions with their scaling, at least `stated`."""
-    rope = getattr(config, "rope_parameters", None) or {}
     limit = stated
-    for scaling in [r for r in rope.values() if isinstance(r, dict)] or [rope]:
+    for scaling in rope_scalings(config):
         factor = scaling.get("factor")
         original = scaling.get("original_max_position_embeddings") or stated
         if isinstance(factor, (int, float)) and math.isfinite(factor * original):
@@ -153,13 +151,25 @@ def _scaled(config: Any, stated: int) -> int:
     return limit
 
 
-class _Tables(TorchDispatchMode):
+def rope_scalings(config: Any) -> list[dict[str, Any]]:
+    """Return the parameters of rotary positions, of each type of layer if there are several."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return [r for r in rope.values() if isinstance(r, dict)] or [rope]
+
+
+def text_config(model: nn.Module) -> Any:
+    """Return the configuration of the language model in a model, or None."""
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+class _Tables(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Finds tables of learned positions: embeddings whose indices increase by 1 along a row.
 
     Use it in a forward pass of one repeated token."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.limits: list[int] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -177,7 +187,7 @@ class _Tables(TorchDispatchMode):
 @torch.no_grad()
 def _table_of_positions(model: Any) -> int | None:
     """Return the usable rows of the smallest table of learned positions, None without any."""
-    device = _reading_device(model)
+    device = reading_device(model)
     ids = torch.ones(1, _TRIAL, dtype=torch.long, device=device)
     with evaluating(model), _Tables() as tables:
         model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
@@ -201,12 +211,15 @@ def respects_padding(model: Any) -> bool:
     half = weight.dtype in _HALF
     same = _SAME_LAYOUT_HALF if half else _SAME_LAYOUT
     moved = _OTHER_LAYOUT_HALF if half else _OTHER_LAYOUT
-    return _error(other, padded) <= same and _error(padded, alone) <= moved
+    return bool(
+        (relative_errors(other, padded) <= same).all()
+        and (relative_errors(padded, alone) <= moved).all()
+    )
 
 
 def _generated_logits(model: Any, rows: Sequence[list[int]], pad: int) -> Tensor:  # (B, 2, V)
     """Return the logits of two steps of `generate`, with a fixed token chosen in between."""
-    device, width = _reading_device(model), max(map(len, rows))
+    device, width = reading_device(model), max(map(len, rows))
     ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
     watch = _Watch()
@@ -234,12 +247,13 @@ class _Watch(LogitsProcessor):
         return chosen
 
 
-def _error(actual: Tensor, expected: Tensor) -> float:
-    """Return the largest |actual − expected| / |expected| over rows and steps."""
-    off = (actual.double() - expected.double()).norm(dim=-1)
-    size = expected.double().norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
-    return (off / size).max().item()
+def relative_errors(actual: Tensor, expected: Tensor) -> Tensor:
+    """Return |actual − expected| / |expected| of each vector."""
+    off: Tensor = (actual.double() - expected.double()).norm(dim=-1)
+    size: Tensor = expected.double().norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
+    return off / size
 
 
-def _reading_device(model: Any) -> torch.device:
+def reading_device(model: Any) -> torch.device:
+    """Return the device of the input embedding."""
     return resident_device(model.get_input_embeddings())

@@ -111,11 +111,8 @@ def _by_offsets(
     )
     ids, offsets = list(read["input_ids"]), [tuple(at) for at in read["offset_mapping"]]
     # The mask marks tokens that the tokenizer added, not special tokens that the text contains.
-    own = [
-        i
-        for i, added in enumerate(read["special_tokens_mask"] if special else [0] * len(ids))
-        if not added
-    ]
+    added = read["special_tokens_mask"] if special else [0] * len(ids)
+    own = [i for i in range(len(ids)) if not added[i]]
     if not own:
         before = [i for i in ids if i in _beginnings(tokenizer)]
         return Tokens(before, [], [i for i in ids if i not in before], [])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import sys
 import traceback
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,32 +30,26 @@ from .verbs import (
     Train,
 )
 
-app = typer.Typer(
-    name="fastdistill",
-    help="Distill language models from the top-k probabilities of a teacher.",
+_group = partial(
+    typer.Typer,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # its boxes leave a third of each line for text
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-cache = typer.Typer(
+app = _group(
+    name="fastdistill", help="Distill language models from the top-k probabilities of a teacher."
+)
+cache = _group(
     name="cache",
     help="Build, inspect and verify caches of teacher outputs.",
     short_help="Build, inspect and verify teacher caches.",
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-experiment = typer.Typer(
+experiment = _group(
     name="experiment",
     help="Compare ways to distill an untrusted teacher: what do its students inherit?",
     short_help="Compare ways to distill an untrusted teacher.",
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 

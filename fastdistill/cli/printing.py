@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 from typing import Any, TextIO
 
 from ..runtime.printable import printable_lines
@@ -17,6 +19,11 @@ def print_json(value: Any) -> None:
     """Print a value as JSON; control characters are written as JSON escapes."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
     print("".join(map(_escaped, text)))
+
+
+def command_line() -> str:
+    """Return the command of this process, as a shell takes it."""
+    return shlex.join(["fastdistill", *sys.argv[1:]])
 
 
 def _escaped(character: str) -> str:

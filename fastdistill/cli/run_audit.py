@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +18,8 @@ from ..organisms.stored import load_organism
 from ..report.audit_page import audit_page, summary
 from ..resolve import is_adapter
 from ..stored_model import StoredModel
-from .opening import as_exit_code_1, check_device, silence_transformers
-from .printing import say
+from .opening import as_exit_code_1, check_device
+from .printing import command_line, say
 from .verbs import Audit
 
 
@@ -34,7 +32,6 @@ def dry_run(options: Audit, extra: dict[str, Any]) -> dict[str, Any]:
 
 
 def run(options: Audit, extra: dict[str, Any]) -> dict[str, Any]:
-    silence_transformers()
     check_device(options.device)
     suite = _suite(options)
     names = _names(options)
@@ -42,7 +39,7 @@ def run(options: Audit, extra: dict[str, Any]) -> dict[str, Any]:
     controls = [key for key in ("base", "benign") if key in models]
     with as_exit_code_1("audit"):
         comparison = run_suite(suite, models, base=models["base"], controls=controls)
-        about = {"command": _command(), "models": names, "versions": versions()}
+        about = {"command": command_line(), "models": names, "versions": versions()}
         options.out.mkdir(parents=True, exist_ok=True)
         result = {**about, "lead": summary(comparison), **comparison.as_json()}
         write_json(options.out / "results.json", result)
@@ -99,10 +96,6 @@ def _probes(options: Audit) -> Probes:
         if name is not None and (Path(name).expanduser() / PROBES).is_file():
             return Probes.load(Path(name).expanduser() / PROBES)
     return GENERIC_PROBES
-
-
-def _command() -> str:
-    return shlex.join(["fastdistill", *sys.argv[1:]])
 
 
 def _write_logs(

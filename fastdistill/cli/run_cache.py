@@ -6,11 +6,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from ..cache import CacheError, TeacherCache
 from ..runtime.printable import printable
 from .opening import Failed
+from .printing import say
 
 
 def figures(cache: TeacherCache) -> dict[str, Any]:
@@ -73,7 +72,5 @@ def show(summary: dict[str, Any]) -> None:
             f"{summary['bytes_per_token']:.0f} bytes per token",
         ),
     ]
-    console = Console()
     for label, value in lines:
-        line = printable(f"{label:<9}{value}", None)
-        console.print(line, soft_wrap=True, markup=False, highlight=False)
+        say(printable(f"{label:<9}{value}", None))

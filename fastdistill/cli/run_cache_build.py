@@ -25,7 +25,6 @@ from .opening import (
     load_any_teacher,
     open_remote_teacher,
     open_tokenizer,
-    silence_transformers,
 )
 from .printing import say
 from .run_cache import figures, show
@@ -33,7 +32,6 @@ from .verbs import CacheBuild
 
 
 def run(options: CacheBuild, extra: dict[str, Any]) -> dict[str, Any] | None:
-    silence_transformers()
     data = _load_data(options)
     teacher = load_any_teacher(
         options.teacher, options.teacher_quant, options.teacher_compute, device()
@@ -76,7 +74,6 @@ def _report_interruption(options: CacheBuild) -> Iterator[None]:
 
 def dry_run(options: CacheBuild, extra: dict[str, Any]) -> dict[str, Any]:
     """Return the estimated tokens and bytes of a build; needs no weights."""
-    silence_transformers()
     data = _load_data(options)
     teacher = open_remote_teacher(options.teacher, options.teacher_quant, options.teacher_compute)
     if teacher is None:

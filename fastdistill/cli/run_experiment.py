@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from dataclasses import replace
 from typing import Any
 
@@ -16,9 +14,10 @@ from ..experiment.source import Source
 from ..experiment.study import FRESH, Study, Table, make_pairs, run_study, skip_reason
 from ..experiment.world_source import WorldSource
 from ..report.validity import too_few_units
+from ..runtime.checks import choice, fail, integer
 from ..strategies.strategy import Training
-from .opening import as_exit_code_1, silence_transformers
-from .printing import say
+from .opening import as_exit_code_1
+from .printing import command_line, say
 from .verbs import DoubleBind, LeakKnobs
 
 STUDIES = {DoubleBind: double_bind.make_study, LeakKnobs: leak_knobs.make_study}
@@ -50,7 +49,6 @@ def dry_run(options: DoubleBind, extra: dict[str, Any]) -> dict[str, Any]:
 
 
 def run(options: DoubleBind, extra: dict[str, Any]) -> dict[str, Any]:
-    silence_transformers()
     processes = workers(options.executor, options.processes)
     study, sources, development, n_reported = _planned(options)
     with as_exit_code_1("experiment"):
@@ -90,18 +88,18 @@ def print_result(result: dict[str, Any]) -> None:
 
 def _planned(options: DoubleBind) -> tuple[Study, list[Source], list[Source], int]:
     """Return the study, its sources with a reserve, development sources, and how many to report."""
-    if options.preset not in PRESETS:
-        raise ValueError(f"preset: expected quick or full, got {options.preset!r}")
+    choice("preset", options.preset, PRESETS)
+    integer("seeds", options.seeds, 1, optional=True)
     checkpoints, make = _checkpoint_source(options), STUDIES[type(options)]
     fresh, tuned = PRESETS[options.preset]
-    if options.seeds is not None and options.seeds < 1:
-        raise ValueError(f"seeds: expected 1 or more, got {options.seeds}")
     fresh = options.seeds or fresh
     if checkpoints is not None:
         if options.seeds not in (None, 1):
-            raise ValueError(
-                f"seeds: expected none with checkpoints, which have one base, got {options.seeds}. "
-                "student_seeds=N repeats on that base, without an interval"
+            fail(
+                "seeds",
+                "none with checkpoints, which have one base",
+                options.seeds,
+                "student_seeds=N repeats on that base, without an interval",
             )
         training = Training(
             steps=options.steps,
@@ -114,10 +112,8 @@ def _planned(options: DoubleBind) -> tuple[Study, list[Source], list[Source], in
     first = (
         FIRST[type(options)][options.preset] if options.first_seed is None else options.first_seed
     )
-    if options.preset == "full" and first < FRESH:
-        raise ValueError(
-            f"first_seed: expected {FRESH} or more (lower seeds are for development), got {first}"
-        )
+    if options.preset == "full":
+        integer("first_seed", first, FRESH, hint="lower seeds are for development")
     return (
         _select_arms(make(options.preset), options.arms),
         [WorldSource(seed=first + i) for i in range(RESERVE * fresh)],
@@ -163,7 +159,7 @@ def _about(
     options: DoubleBind, study: Study, table: Table, source: Source, development: list[Source]
 ) -> dict[str, Any]:
     return {
-        "command": shlex.join(["fastdistill", *sys.argv[1:]]),
+        "command": command_line(),
         "config": {
             "study": study.name,
             "preset": options.preset,

@@ -9,12 +9,10 @@ from rich.console import Console
 
 from ..plan import Plan as Planned
 from ..plan import Settings, plan_memory, print_plan
-from .opening import silence_transformers
 from .verbs import Plan
 
 
 def run(options: Plan, extra: dict[str, Any]) -> Planned:
-    silence_transformers()
     values = dict(vars(options))
     settings = Settings(**{field.name: values.pop(field.name) for field in fields(Settings)})
     return plan_memory(**values, settings=settings)

@@ -7,13 +7,12 @@ from typing import Any
 
 from ..served import serve
 from ..teacher import load_teacher
-from .opening import device, silence_transformers
+from .opening import device
 from .printing import say
 from .verbs import Serve
 
 
 def run(options: Serve, extra: dict[str, Any]) -> dict[str, Any]:
-    silence_transformers()
     teacher = load_teacher(
         options.teacher,
         quant=options.teacher_quant,

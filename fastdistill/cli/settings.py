@@ -138,8 +138,9 @@ def coerce(name: str, value: Any, hint: Any) -> Any:
         return str(value).lower() if isinstance(value, bool) else str(value)
     for kind in (tuple, list):
         if kind in allowed and isinstance(value, (str, int, float, list)):
-            parts = value if isinstance(value, list) else _split_commas(value)
-            return kind(coerce(name, part, _element_type(hint)) for part in parts)
+            if not isinstance(value, list):
+                value = [_yaml(part, part) for part in str(value).split(",")]
+            return kind(coerce(name, part, _element_type(hint)) for part in value)
     words = [
         _TYPE_NAMES.get(kind, getattr(kind, "__name__", str(kind)))
         for kind in allowed
@@ -175,7 +176,7 @@ def to_yaml(settings: Mapping[str, Any]) -> str:
 
     _add_resolvers(Dumper)
     plain = {key: _to_plain(value) for key, value in settings.items()}
-    return yaml.dump(plain, Dumper=Dumper, sort_keys=False, allow_unicode=True)
+    return str(yaml.dump(plain, Dumper=Dumper, sort_keys=False, allow_unicode=True))
 
 
 def _read_file(file: Path) -> dict[str, Any]:
@@ -285,10 +286,6 @@ def _element_type(hint: Any) -> Any:
         if typing.get_origin(member) in (list, tuple) and typing.get_args(member):
             return typing.get_args(member)[0]
     return Any
-
-
-def _split_commas(value: Any) -> list[Any]:
-    return [_yaml(part, part) for part in str(value).split(",")]
 
 
 def _construct(name: str, kind: Any, value: str) -> Any:

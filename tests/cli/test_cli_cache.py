@@ -83,7 +83,7 @@ def test_what_is_printed_can_be_pasted_back(run, folder, tmp_path):
         ),
         (("--data", "/none/here.jsonl"), "data: expected a file of JSON lines"),
         (("--targets", "best"), "targets: expected"),
-        (("max_length=0",), "max_length: expected an integer of 1 or more, got 0"),
+        (("max_length=0",), "max_length: expected an integer of 1 or more or None, got 0"),
         (("--out", ""), "out: expected a path, got an empty text"),
         (("targets",), "expected key=value, got 'targets'"),
         (("--config", "/none.yaml"), "config: expected a YAML file"),

@@ -53,15 +53,15 @@ def test_some_arms_only(capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--preset", "tiny"), "preset: expected quick or full, got 'tiny'"),
+        (("--preset", "tiny"), "preset: expected one of 'quick', 'full', got 'tiny'"),
         (("arms=[nose]",), "arms: expected names among undefended, "),
         (
             ("--preset", "full", "first_seed=7"),
-            "first_seed: expected 1000 or more",
+            "first_seed: expected an integer of 1000 or more",
         ),
         (("--teacher", "x"), "base: expected a value, since an experiment on checkpoints needs"),
         (("--sed", "3"), "No such option"),
-        (("--seeds", "0"), "seeds: expected 1 or more, got 0"),
+        (("--seeds", "0"), "seeds: expected an integer of 1 or more or None, got 0"),
         (("--processes", "0"), "processes: expected 1 or more, got 0"),
         (("--executor", "threads"), "executor: expected processes or ray, got 'threads'"),
         (("--out", __file__), "out: expected a folder, or a path where one can be made"),

@@ -201,7 +201,7 @@ def test_malformed_batches_are_refused(case):
 
 
 def test_tokens_per_batch_is_a_number_of_tokens():
-    with pytest.raises(ValueError, match="tokens_per_batch: expected an integer above 0, or None"):
+    with pytest.raises(ValueError, match="tokens_per_batch: expected an integer of 1 or more"):
         Teacher(llama(7), tokens_per_batch=0)
 
 
