@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ..answer_checks import find_shape_error
 from ..outputs import TopK
@@ -37,9 +39,8 @@ class FromTeacher:
         generator = _generator(settings.seed or 0, shard)
         lengths = [len(row.tokens) if len(row.places) else 0 for row in rows]
         for group in groups(lengths, _TOKENS, False, math.inf):
-            group_rows = [rows[i] for i in group]
-            ids, mask, where = (x.to(self.device) for x in _batch(group_rows))
-            with _FixedBatches(self.teacher, settings):
+            ids, mask, where = (x.to(self.device) for x in _batch([rows[i] for i in group]))
+            with _fixed_batches(self.teacher, settings.tokens_per_batch):
                 if settings.targets == "sampled":
                     answers = self._sampled_answers(ids, mask, where, settings, generator)
                 else:
@@ -69,23 +70,20 @@ class FromTeacher:
         return [draw(hidden, head, settings.k, settings.temperatures[0], generator)]
 
 
-class _FixedBatches:
-    """Fixes a Teacher's token budget to the settings', since other batches round otherwise.
+@contextmanager
+def _fixed_batches(teacher: Any, tokens_per_batch: int | None) -> Iterator[None]:
+    """Fix a Teacher's token budget, which depends on the free memory by default.
 
-    By default the budget depends on the free memory."""
-
-    def __init__(self, teacher: Any, settings: Settings) -> None:
-        self._reader = getattr(teacher, "reader", None)
-        self._budget = settings.tokens_per_batch
-
-    def __enter__(self) -> None:
-        if self._reader is not None:
-            self._before = self._reader.tokens_per_batch
-            self._reader.tokens_per_batch = self._budget
-
-    def __exit__(self, *_: object) -> None:
-        if self._reader is not None:
-            self._reader.tokens_per_batch = self._before
+    Other batches round otherwise."""
+    reader = getattr(teacher, "reader", None)
+    if reader is None:
+        yield
+        return
+    before, reader.tokens_per_batch = reader.tokens_per_batch, tokens_per_batch
+    try:
+        yield
+    finally:
+        reader.tokens_per_batch = before
 
 
 def _generator(seed: int, shard: int) -> torch.Generator:
@@ -96,12 +94,10 @@ def _generator(seed: int, shard: int) -> torch.Generator:
 
 
 def _batch(rows: list[PendingRow]) -> tuple[Tensor, Tensor, Tensor]:
-    shape = (len(rows), max(len(row.tokens) for row in rows))
-    ids = torch.zeros(shape, dtype=torch.int64)
-    mask = torch.zeros(shape, dtype=torch.int64)
-    where = torch.zeros(shape, dtype=torch.bool)
+    """Return ids, mask and answered positions of padded rows, [B, T] each."""
+    ids = pad_sequence([row.tokens for row in rows], batch_first=True)
+    mask = pad_sequence([torch.ones_like(row.tokens) for row in rows], batch_first=True)
+    where = torch.zeros_like(ids, dtype=torch.bool)
     for i, row in enumerate(rows):
-        ids[i, : len(row.tokens)] = row.tokens
-        mask[i, : len(row.tokens)] = 1
         where[i, row.places] = True
     return ids, mask, where

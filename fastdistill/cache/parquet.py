@@ -15,12 +15,11 @@ The entry of position t is the answer after input_ids[t]; the last token may hav
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,11 +28,11 @@ from numpy.typing import NDArray
 
 from .. import checks
 from ..outputs import TopK
+from ..runtime.optional import require
 from ..runtime.printable import printable
 from .build import PendingRow
+from .codec import log_tail_of
 from .manifest import MAX_K, MAX_VOCAB, CacheError, Settings
-
-logger = logging.getLogger(__name__)
 
 CONFIG = "compression_config.yaml"
 _RAW, _COMPRESSED = ("token_ids", "top_values"), ("bytepacked_indices", "compressed_logprobs")
@@ -48,6 +47,23 @@ _LIMIT = 1.5  # largest probability mass that lossy compression may yield
 Bytes = NDArray[np.uint8]
 
 
+class ResidualBin(NamedTuple):
+    """Residuals of `num_elements` values: a scale, and an integer for each."""
+
+    scale_dtype: str
+    element_bits: int
+    num_elements: int
+
+    @classmethod
+    def read(cls, name: str, entry: Any, k: int) -> ResidualBin:
+        _check(name, entry, "an object", isinstance(entry, dict))
+        a_bin = cls(*(entry.get(field) for field in cls._fields))
+        _check_float(f"{name}.scale_dtype", a_bin.scale_dtype)
+        _check_count(f"{name}.element_bits", a_bin.element_bits, 1, _MAX_BITS)
+        _check_count(f"{name}.num_elements", a_bin.num_elements, 1, k)
+        return a_bin
+
+
 @dataclass(frozen=True, kw_only=True)
 class Compression:
     """compression_config.yaml."""
@@ -58,7 +74,7 @@ class Compression:
     exact_dtype: str = "float32"
     polynomial_terms: tuple[int | str, ...] = ()
     term_dtype: str = "float32"
-    residual_bins: tuple[dict[str, Any], ...] = ()
+    residual_bins: tuple[ResidualBin, ...] = ()
     delta_encoding: bool = True
     error_diffusion: bool = False  # used by the writer only
     normalize_t: bool = False
@@ -69,33 +85,36 @@ class Compression:
         try:
             entries = _yaml(file)
             for name in ("polynomial_terms", "residual_bins"):
-                entries[name] = tuple(_checked(name, entries.get(name) or [], "a list", _is_list))
-            compression = cls(**entries)
-            compression._check()
+                value = entries.get(name) or []
+                _check(name, value, "a list", isinstance(value, list))
+                entries[name] = tuple(value)
+            return cls(**entries).checked()
         except (TypeError, ValueError) as error:
             reason = printable(error)
             raise CacheError(f"{file}: expected DistillKit's settings, got {reason}") from None
-        return compression
 
-    def _check(self) -> None:
+    def checked(self) -> Compression:
+        """Return these settings with the entries of `residual_bins` as records."""
         _check_count("d", self.d, 2, MAX_VOCAB)
         _check_count("k", self.k, 1, min(self.d, MAX_K))
         _check_count("exact_k", self.exact_k, 0, self.k)
         for name in ("exact_dtype", "term_dtype"):
             _check_float(name, getattr(self, name))
         for name in ("delta_encoding", "error_diffusion", "normalize_t"):
-            _checked(name, getattr(self, name), "true or false", lambda x: isinstance(x, bool))
+            value = getattr(self, name)
+            _check(name, value, "true or false", isinstance(value, bool))
         for term in self.polynomial_terms:
             if not (isinstance(term, str) and term in _CURVES):
                 _check_count("polynomial_terms", term, 0, _MAX_TERMS)
         if len(self.polynomial_terms) > _MAX_TERMS:
             raise ValueError(f"polynomial_terms: expected at most {_MAX_TERMS}, got more")
-        for number, a_bin in enumerate(self.residual_bins):
-            name = f"residual_bins[{number}]"
-            _checked(name, a_bin, "an object", lambda x: isinstance(x, dict))
-            _check_float(f"{name}.scale_dtype", a_bin.get("scale_dtype"))
-            _check_count(f"{name}.element_bits", a_bin.get("element_bits"), 1, _MAX_BITS)
-            _check_count(f"{name}.num_elements", a_bin.get("num_elements"), 1, self.k)
+        bins = enumerate(self.residual_bins)
+        return replace(
+            self,
+            residual_bins=tuple(
+                ResidualBin.read(f"residual_bins[{i}]", b, self.k) for i, b in bins
+            ),
+        )
 
     def ids(self, packed: Bytes) -> NDArray[np.int64]:  # [n, bytes] -> [n, k]
         bits = math.ceil(np.log2(np.float32(self.d)))
@@ -109,9 +128,8 @@ class Compression:
         if self.polynomial_terms:
             others += rest.floats(self.term_dtype, len(self.polynomial_terms)) @ self._curves(size)
         start = 0
-        for a_bin in self.residual_bins:
-            bits, count = int(a_bin["element_bits"]), int(a_bin["num_elements"])
-            scale = rest.floats(a_bin["scale_dtype"], 1)
+        for scale_dtype, bits, count in self.residual_bins:
+            scale = rest.floats(scale_dtype, 1)
             steps = rest.integers(bits, count).astype(np.float64)
             if start + count > size:
                 raise CacheError(
@@ -147,26 +165,19 @@ def _yaml(file: Path) -> dict[str, Any]:
     return dict(entries)
 
 
-def _is_list(value: Any) -> bool:
-    return isinstance(value, list)
-
-
-def _checked(name: str, value: Any, expected: str, is_valid: Callable[[Any], bool]) -> Any:
-    if not is_valid(value):
+def _check(name: str, value: Any, expected: str, is_valid: bool) -> None:
+    if not is_valid:
         # Do not print the value: a YAML alias bomb is small until it is printed.
         got = repr(value) if isinstance(value, (int, float)) else type(value).__name__
-        raise ValueError(f"{name}: expected {expected}, got {got}")
-    return value
+        checks.fail(name, expected, got)
 
 
 def _check_count(name: str, value: Any, low: int, high: int) -> None:
-    expected = f"an integer in {low}..{high}"
-    _checked(name, value, expected, lambda x: type(x) is int and low <= x <= high)
+    _check(name, value, f"{low} to {high}", type(value) is int and low <= value <= high)
 
 
 def _check_float(name: str, value: Any) -> None:
-    expected = f"one of {', '.join(_FLOATS)}"
-    _checked(name, value, expected, lambda x: isinstance(x, str) and x in _FLOATS)
+    _check(name, value, f"one of {', '.join(_FLOATS)}", isinstance(value, str) and value in _FLOATS)
 
 
 class _ByteReader:
@@ -208,7 +219,7 @@ class ParquetRows:
     answers_all = False  # a row's last token may have none
 
     def __init__(self, files: list[Path]) -> None:
-        self._pq = _pyarrow()
+        self._pq = require("pyarrow.parquet", "from_parquet")
         self.compression = None
         if (config := files[0].parent / CONFIG).is_file():
             self.compression = Compression.read(config)
@@ -295,15 +306,10 @@ class ParquetRows:
                     f"row {row.index}: expected {tokens - 1} or {tokens} answers to its {tokens} "
                     f"tokens, got {count}"
                 )
-            padded = TopK.empty((tokens, answer.ids.shape[1]), settings.temperatures[0])
-            padded = padded._replace(logprobs=padded.logprobs.double())
-            padded.put(torch.arange(count), answer._replace(log_tail=_tail(answer)))
+            shape, temperature = (tokens, answer.ids.shape[1]), settings.temperatures[0]
+            padded = TopK.empty(shape, temperature, dtype=torch.float64)
+            padded.put(torch.arange(count), answer._replace(log_tail=log_tail_of(answer)))
             yield [at], [padded]
-
-
-def _tail(answer: TopK) -> Any:
-    mass = answer.logprobs.exp().sum(-1)
-    return (1 - mass).clamp(min=2.0**-24).log()
 
 
 def _array(column: Any, name: str, kinds: str) -> NDArray[Any]:
@@ -336,13 +342,3 @@ def files_of(path: str | Path) -> list[Path]:
     if not numbered:
         checks.fail("parquet", "a Parquet file, or a folder with some", repr(str(path)))
     return numbered
-
-
-def _pyarrow() -> Any:
-    try:
-        import pyarrow.parquet as pq
-    except ImportError:
-        raise ImportError(
-            "from_parquet: expected pyarrow to be installed (pip install pyarrow)"
-        ) from None
-    return pq

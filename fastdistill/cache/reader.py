@@ -33,6 +33,8 @@ class Reader:
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder, self.manifest = folder, manifest
+        # Empty answers, as for the last token of a Parquet row, have all mass in the tail.
+        self._rules = AnswerRules(vocab=manifest.settings.ids, nothing=True, rising=True)
         self._shards: dict[int, Mapped] = {}
         self._index: _Index | None = None
         self._joined: dict[tuple[int, int], list[_Part]] = {}  # of rows stored more than once
@@ -72,9 +74,8 @@ class Reader:
         rows = self._find(tokens)
         if not rows:
             return []
-        known = self._joined.get(rows[0])
-        if known is not None:
-            return known
+        if rows[0] in self._joined:
+            return self._joined[rows[0]]
         parts: list[_Part] = []
         missing = np.ones(len(tokens), bool)
         for shard, row in rows:
@@ -140,11 +141,6 @@ class Reader:
             raise shard.damaged(f"{where}: blocks: expected at most {settings.k} ids at a position")
         scale = settings.temperatures[0] / settings.temperatures[at]
         unpack(packed, at, scale, settings.draws, out)
-
-    @property
-    def _rules(self) -> AnswerRules:
-        # Empty answers, as for the last token of a Parquet row, have all mass in the tail.
-        return AnswerRules(vocab=self.manifest.settings.ids, nothing=True, rising=True)
 
     def check(self, index: int) -> None:
         """Raise CacheError if an answer of a shard is no distribution."""

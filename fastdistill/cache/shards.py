@@ -175,17 +175,14 @@ def _map(file: Path) -> dict[str, Array]:
 def _tensor(data: memoryview, name: str, entry: Any) -> Array:
     try:
         kind = np.dtype(_KINDS[entry["dtype"]])
-        shape = [_count(n) for n in entry["shape"]]
-        start, stop = (_count(n) for n in entry["data_offsets"])
-        sound = start <= stop <= len(data) and math.prod(shape) * kind.itemsize == stop - start
+        shape, (start, stop) = [*entry["shape"]], entry["data_offsets"]
+        sound = (
+            all(type(n) is int and n >= 0 for n in (*shape, start, stop))
+            and start <= stop <= len(data)
+            and math.prod(shape) * kind.itemsize == stop - start
+        )
     except (KeyError, TypeError, ValueError):
         sound = False
     if not sound:
         raise ValueError(f"{name!r}: expected a type, a shape and where it lies in the file")
     return np.frombuffer(data[start:stop], kind).reshape(shape)
-
-
-def _count(value: Any) -> int:
-    if type(value) is not int or value < 0:
-        raise ValueError(value)
-    return value

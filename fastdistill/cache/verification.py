@@ -20,9 +20,7 @@ _KNOWN = ".verified.json"
 
 def compare(folder: Path, manifest: Manifest, *, everything: bool, hashes: bool = True) -> None:
     """Raise CacheError that names every missing or damaged shard."""
-    problems = [
-        problem for s in manifest.shards if (problem := _size_is_wrong(folder, s)) is not None
-    ]
+    problems = [problem for s in manifest.shards if (problem := _size_is_wrong(folder, s))]
     if not problems and hashes:
         known = {} if everything else _known(folder)
         unread = [s for s in manifest.shards if known.get(s.file) != _stamp(folder, s)]
@@ -74,7 +72,6 @@ def _stamp(folder: Path, shard: Shard) -> list[int | str]:
 
 def _known(folder: Path) -> dict[str, list[int | str]]:
     try:
-        known: dict[str, list[int | str]] = read_json(folder / _KNOWN, dict)
+        return dict(read_json(folder / _KNOWN, dict))
     except (OSError, ValueError):
         return {}
-    return known

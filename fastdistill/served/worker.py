@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ..outputs import TopK
 from ..packing import groups
@@ -128,7 +129,9 @@ class Worker:
         by_row: dict[int, RowAnswer] = {}
         for group in groups([len(row) for row in rows], _TOKENS, False, float("inf")):
             group.sort()
-            ids, mask = _padded([rows[i] for i in group])
+            tokens = [torch.tensor(rows[i]) for i in group]
+            ids = pad_sequence(tokens, batch_first=True)
+            mask = pad_sequence([torch.ones_like(t).bool() for t in tokens], batch_first=True)
             best = self._teacher.topk(ids, mask, k=question.k, temperature=question.temperature)
             assert best.log_tail is not None
             if (best.logprobs.isnan().any(-1) | best.log_tail.isnan())[mask].any():
@@ -169,12 +172,3 @@ class Worker:
         assert scores.label_rank is not None
         logprobs[selected] = (stats.logits[:, 0] - stats.lse).float().detach().cpu()
         ranks[selected] = scores.label_rank.long().cpu() + 1
-
-
-def _padded(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
-    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
-    mask = torch.zeros(ids.shape, dtype=torch.bool)
-    for b, row in enumerate(rows):
-        ids[b, : len(row)] = torch.tensor(row)
-        mask[b, : len(row)] = True
-    return ids, mask
