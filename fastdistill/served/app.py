@@ -25,8 +25,15 @@ from ..runtime.printable import printable
 from ..teacher import Teacher
 from .completion import completion_json
 from .described import TEACHER, ServerInfo
-from .guard import Guard
-from .requests import Limits, Question, RequestError, completion_question, packed_question
+from .guard import Guard, error_response
+from .requests import (
+    Limits,
+    Question,
+    RequestError,
+    check_model,
+    completion_question,
+    packed_question,
+)
 from .wire import pack
 from .worker import Full, NotNumbers, RowAnswer, Worker
 
@@ -48,15 +55,15 @@ class Application:
         *,
         name: str,
         token: str | None,
-        max_row: int | None,
     ) -> None:
+        row_limit = teacher.row_limit
         self.server_info, self.name = server_info, name
         self._limits = Limits(
             name=name,
             vocab=min(server_info.vocab_size, teacher.reader.vocab),
             max_k=server_info.max_k,
             max_tokens=server_info.max_tokens,
-            max_row=max_row,
+            max_row=None if row_limit is None else row_limit.tokens,
         )
         self._token = None if token is None else f"Bearer {token}".encode()
         self._tokenizer = teacher.tokenizer
@@ -73,7 +80,7 @@ class Application:
             ],
             middleware=[Middleware(Guard, only_loopback=token is None)],
             exception_handlers={
-                RequestError: _error_response,
+                RequestError: _refused,
                 ClientDisconnect: _client_left,
                 HTTPException: _no_route,
                 Exception: _failed,
@@ -114,11 +121,7 @@ class Application:
 
     async def model(self, request: Request) -> Response:
         self._check_token(request)
-        requested = request.path_params["model"]
-        if requested != self.name:
-            got = printable(requested, 60)
-            message = f"model: expected {self.name!r}, which is served here, got {got!r}"
-            raise RequestError(404, message, "model")
+        check_model(request.path_params["model"], self.name)
         return JSONResponse(self._entry())
 
     async def topk(self, request: Request) -> Response:
@@ -212,8 +215,8 @@ async def _body(request: Request, limit: int) -> bytes:
             raise RequestError(413, f"body: expected at most {limit} bytes", "prompt")
 
 
-async def _error_response(_: Request, error: Any) -> Response:
-    return JSONResponse(error.as_json(), error.status, error.headers)
+async def _refused(_: Request, error: Any) -> Response:
+    return error_response(error)
 
 
 async def _client_left(request: Request, _: Exception) -> Response:
@@ -222,9 +225,8 @@ async def _client_left(request: Request, _: Exception) -> Response:
 
 
 async def _no_route(request: Request, error: Any) -> Response:
-    request_error = RequestError(error.status_code, f"{request.url.path}: {error.detail}")
-    return await _error_response(request, request_error)
+    return error_response(RequestError(error.status_code, f"{request.url.path}: {error.detail}"))
 
 
-async def _failed(request: Request, error: Exception) -> Response:
-    return await _error_response(request, RequestError(500, type(error).__name__))
+async def _failed(_: Request, error: Exception) -> Response:
+    return error_response(RequestError(500, type(error).__name__))

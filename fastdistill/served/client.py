@@ -82,12 +82,8 @@ class ServedTeacher:
         concurrency: int = 4,
         tokens_per_request: int | None = None,
     ) -> None:
-        for name, value in (
-            ("concurrency", concurrency),
-            ("tokens_per_request", tokens_per_request),
-        ):
-            if value is not None and (type(value) is not int or value < 1):
-                checks.fail(name, "an integer above 0", repr(value))
+        checks.integer("concurrency", concurrency, 1)
+        checks.integer("tokens_per_request", tokens_per_request, 1, optional=True)
         token = backend.served_token() if token is None else token
         self._http = Connection(url, token=token, timeout=timeout, retries=retries)
         self.url, self.concurrency = self._http.url, concurrency
@@ -105,22 +101,20 @@ class ServedTeacher:
 
     def _check_first_answer(self) -> None:
         """Raise ValueError if the answers of this server cannot be used."""
-        limit = self.max_row_length
-        row = _PROBE_ROW if limit is None else _PROBE_ROW[:limit]
+        row = _PROBE_ROW[: self.max_row_length]
         if not row:
             return
         try:
             self._read_answer(_Part(0, len(row), [row], [0]), 2, 1.0, threading.Event())
         except Refusal as refusal:
-            # Other refusals concern k or the length, which may differ in later requests.
             if refusal.status in (404, 405, 501):
-                status = f"got status {refusal.status}: {refusal.message}"
-                reason = f"expected an answer to /v1/completions, {status}"
-                raise self.listing.without_prompt_logprobs(reason) from None
-            if "prompt_logprobs" in refusal.message and "max allowed" not in refusal.message:
-                status = f"got status {refusal.status}: {refusal.message}"
-                reason = f"expected prompt_logprobs, {status}"
-                raise self.listing.without_prompt_logprobs(reason) from None
+                expected = "an answer to /v1/completions"
+            elif "prompt_logprobs" in refusal.message and "max allowed" not in refusal.message:
+                expected = "prompt_logprobs"
+            else:
+                return  # it concerns k or the length, which may differ in later requests
+            reason = f"expected {expected}, got status {refusal.status}: {refusal.message}"
+            raise self.listing.without_prompt_logprobs(reason) from None
 
     @property
     def vocab_size(self) -> int | None:
@@ -147,8 +141,7 @@ class ServedTeacher:
 
     def check(self, *, k: int, temperature: float) -> None:
         """Request one short row; raise ValueError if k or temperature is not supported."""
-        limit = self.max_row_length
-        row = _PROBE_ROW if limit is None else _PROBE_ROW[:limit]
+        row = _PROBE_ROW[: self.max_row_length]
         if row:
             self.topk(torch.tensor([row]), k=k, temperature=temperature)
 
@@ -214,10 +207,9 @@ class ServedTeacher:
         return answers.to(input_ids.device)
 
     def _check_k(self, k: int) -> None:
-        vocab, max_k = self.vocab_size or _ANY_ID, _ANY_ID
-        if self.server_info is not None:
-            max_k = self.server_info.max_k
-        if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= min(vocab, max_k):
+        vocab = self.vocab_size or _ANY_ID
+        max_k = _ANY_ID if self.server_info is None else self.server_info.max_k
+        if type(k) is not int or not 1 <= k <= min(vocab, max_k):
             hint = f"start fastdistill serve with max_k={k}" if max_k < vocab else ""
             checks.fail("k", f"an integer in 1..{min(vocab, max_k)} ({self.url})", repr(k), hint)
 

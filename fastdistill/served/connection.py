@@ -18,6 +18,7 @@ import time
 import weakref
 from contextlib import suppress
 from email.utils import parsedate_to_datetime
+from functools import partial
 from typing import Any, NamedTuple
 from urllib.parse import SplitResult, urlsplit
 
@@ -69,8 +70,7 @@ class Connection:
         parts, port = _split_url(url)
         check_token(token)
         checks.positive("timeout", timeout)
-        if isinstance(retries, bool) or not isinstance(retries, int) or retries < 0:
-            checks.fail("retries", "an integer from 0 on", repr(retries))
+        checks.integer("retries", retries, 0)
         self.url = url.rstrip("/").removesuffix("/v1")
         self._secure = parts.scheme == "https"
         self._host = str(parts.hostname)
@@ -255,11 +255,8 @@ def _usual_wait(attempt: int) -> float:
 
 
 def _read(response: http.client.HTTPResponse) -> bytes:
-    pieces = []
     with response:  # closing it makes the connection reusable
-        while piece := response.read1(_CHUNK):
-            pieces.append(piece)
-    body = b"".join(pieces)
+        body = b"".join(iter(partial(response.read1, _CHUNK), b""))
     if response.length:  # announced but not sent
         raise http.client.IncompleteRead(body, response.length)
     return body

@@ -32,10 +32,7 @@ class Guard:
         if request_error is None:
             await self._app(scope, receive, send)
         else:
-            response = JSONResponse(
-                request_error.as_json(), request_error.status, request_error.headers
-            )
-            await response(scope, receive, send)
+            await error_response(request_error)(scope, receive, send)
 
     def _check(self, scope: Any) -> RequestError | None:
         headers = Headers(scope=scope)
@@ -53,6 +50,10 @@ class Guard:
                 message = f"Origin: expected a page of this machine, got {origin}. {_REMEDY}"
                 return RequestError(403, message, "Origin")
         return None
+
+
+def error_response(error: RequestError) -> JSONResponse:
+    return JSONResponse(error.as_json(), error.status, error.headers)
 
 
 _REMEDY = "A server that was started with a token accepts every name"

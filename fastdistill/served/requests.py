@@ -13,20 +13,9 @@ from ..runtime.printable import printable
 
 MAX_ENTRIES = 1 << 18  # log-probabilities in one JSON answer: about 20 MB of text
 _TEMPERATURES = 2.0**-126, 3e38  # the range of normal fp32 numbers
-_TOPK = frozenset(("model", "prompt", "k", "temperature"))
-_COMPLETION = frozenset(
-    (
-        "model",
-        "prompt",
-        "temperature",
-        "max_tokens",
-        "prompt_logprobs",
-        "logprobs",
-        "echo",
-        "seed",
-        "user",
-    )
-)
+_COMMON = frozenset(("model", "prompt", "temperature"))
+_TOPK = _COMMON | {"k"}
+_COMPLETION = _COMMON | {"max_tokens", "prompt_logprobs", "logprobs", "echo", "seed", "user"}
 # Values that do not change an answer of at most one token, the likeliest.
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "stream": (False,),
@@ -112,7 +101,7 @@ class Completion(NamedTuple):
 
 
 def packed_question(body: dict[str, Any], limits: Limits) -> Question:
-    _check_model(body, limits)
+    check_model(body.get("model"), limits.name)
     _check_fields(body, _TOPK)
     k = _count(body, "k", limits, 1)
     return Question(_rows(body, limits), k, _temperature(body), False)
@@ -123,7 +112,7 @@ def completion_question(body: dict[str, Any], limits: Limits) -> Completion:
 
     As there, temperature 0 means the likeliest token and log-probabilities at T = 1.
     """
-    _check_model(body, limits)
+    check_model(body.get("model"), limits.name)
     _check_fields(body, _COMPLETION)
     echo = body.get("echo")
     if echo not in (None, False, True) or type(echo) is int:
@@ -171,10 +160,10 @@ def _check_fields(body: dict[str, Any], used: frozenset[str]) -> None:
         _fail(printable(field, 60), f"no such field, only {', '.join(sorted(used))}", value)
 
 
-def _check_model(body: dict[str, Any], limits: Limits) -> None:
-    if body.get("model") not in (None, limits.name):
-        got = printable(body["model"], 60)
-        message = f"model: expected {limits.name!r}, which is served here, got {got!r}"
+def check_model(model: Any, name: str) -> None:
+    """Raise RequestError if a request is for another model than `name`."""
+    if model not in (None, name):
+        message = f"model: expected {name!r}, which is served here, got {printable(model, 60)!r}"
         raise RequestError(404, message, "model")
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from .. import __version__, backend, checks
 from ..identity import identity_of, tokenizer_identity
+from ..runtime.optional import require
 from ..runtime.printable import printable
 from ..teacher import Teacher
 from .connection import check_token
@@ -18,6 +19,7 @@ from .described import ServerInfo
 from .loopback import is_loopback
 
 MAX_K, MAX_TOKENS = 256, 65536
+_EXTRA = "'fastdistill[serve]'"
 
 
 def make_app(
@@ -33,16 +35,14 @@ def make_app(
     POST /v1/completions, GET /v1/models and GET /health have vLLM's form, as far as prompt_logprobs
     need it; ServedTeacher uses POST /v1/topk (wire.py).
     """
-    for what, value in (("max_k", max_k), ("max_tokens", max_tokens)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            checks.fail(what, "an integer above 0", repr(value))
+    checks.integer("max_k", max_k, 1)
+    checks.integer("max_tokens", max_tokens, 1)
     check_token(token)
     if not isinstance(teacher, Teacher):
         raise TypeError(f"teacher: expected a Teacher, got {type(teacher).__name__}")
-    try:
-        from .app import Application
-    except ImportError as error:
-        raise _missing(error) from None
+    require("starlette", "serve", _EXTRA)
+    from .app import Application
+
     identity = identity_of(teacher)
     identity["name"] = _public(str(identity["name"]))
     server_info = ServerInfo(
@@ -55,14 +55,7 @@ def make_app(
         identity=identity,
     )
     name = str(identity["name"]) if name is None else name
-    limit = teacher.row_limit
-    return Application(
-        teacher,
-        server_info,
-        name=name,
-        token=token,
-        max_row=None if limit is None else limit.tokens,
-    ).starlette
+    return Application(teacher, server_info, name=name, token=token).starlette
 
 
 def serve(
@@ -114,8 +107,7 @@ def serve(
 
 def listen(host: str, port: int) -> socket.socket:
     """Return a listening socket; connections are queued until a server accepts them."""
-    if type(port) is not int or not 0 <= port < 1 << 16:
-        checks.fail("port", "an integer in 0..65535", repr(port))
+    checks.integer("port", port, 0, 65535)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=128)
@@ -132,12 +124,9 @@ def listen(host: str, port: int) -> socket.socket:
 
 def make_server(app: Any) -> Any:
     """Return a uvicorn server for `app` that logs warnings only."""
-    try:
-        import uvicorn
+    uvicorn = require("uvicorn", "serve", _EXTRA)
+    from .protocol import BoundedProtocol
 
-        from .protocol import BoundedProtocol
-    except ImportError as error:
-        raise _missing(error) from None
     return uvicorn.Server(
         uvicorn.Config(
             app,
@@ -161,10 +150,3 @@ def _public(name: str) -> str:
     """Return the public name of a model: of a folder, only its last part."""
     path = Path(name)
     return path.resolve().name if path.is_absolute() or path.exists() else name
-
-
-def _missing(error: ImportError) -> ImportError:
-    return ImportError(
-        f"serve: expected starlette and uvicorn to be installed ({error}). "
-        "pip install 'fastdistill[serve]'"
-    )

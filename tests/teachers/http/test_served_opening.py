@@ -130,7 +130,7 @@ class Logits(VLLM):
 
 @pytest.mark.parametrize("shift", [27.0, 1.0, -20.0, -60.0, -400.0])
 def test_logits_are_found_at_opening(monkeypatch, shift):
-    monkeypatch.setattr("served.VLLM", Logits)
+    monkeypatch.setattr("helpers.served.VLLM", Logits)
     with vllm(peaked()) as server:
         server.shift = shift
         with pytest.raises(WrongAnswer, match="without --logprobs-mode raw_logits"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import http.client
 import os
 import signal
@@ -19,7 +18,7 @@ import pytest
 import torch
 
 from fastdistill import Teacher, TeacherCache
-from fastdistill.served import ServedTeacher, WrongAnswer, connection, make_app, serve
+from fastdistill.served import ServedTeacher, WrongAnswer, connection, serve
 from helpers.busy_server import Held
 from helpers.served import ours
 from helpers.training import peaked, ragged, train, weights
@@ -207,18 +206,12 @@ def test_a_port_that_is_taken(port):
         serve(Teacher(peaked()), port=port)
 
 
-def test_without_starlette(monkeypatch):
-    real = builtins.__import__
-
-    def missing(name, *args, **options):
-        if name.startswith(("starlette", "uvicorn")):
-            raise ImportError(f"No module named {name!r}")
-        return real(name, *args, **options)
-
-    monkeypatch.delitem(sys.modules, "fastdistill.served.app", raising=False)
-    monkeypatch.setattr(builtins, "__import__", missing)
-    with pytest.raises(ImportError, match=r"pip install 'fastdistill\[serve\]'"):
-        make_app(Teacher(peaked()))
+@pytest.mark.parametrize("package", ["starlette", "uvicorn"])
+def test_without_a_package_of_the_server(monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    words = rf"serve: expected the package {package}, .*; pip install 'fastdistill\[serve\]'"
+    with pytest.raises(ImportError, match=words):
+        serve(Teacher(peaked()), port=0)
 
 
 def test_a_form_of_a_web_page_is_no_question():
