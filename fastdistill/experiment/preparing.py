@@ -10,10 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from ..runtime.printable import printable
-from .executors import run_all
+from .executors import SERIAL, Execution, run_all
 from .job import SOURCES
 from .source import Source
 
@@ -37,13 +36,13 @@ class ModelBuild:
         return True
 
 
-def build_models(sources: Sequence[Source], folder: Path, label: str, **execution: Any) -> None:
+def build_models(sources: Sequence[Source], folder: Path, execution: Execution, label: str) -> None:
     """Build the models that do not exist yet."""
-    run_all([ModelBuild(source=source) for source in sources], folder, label=label, **execution)
+    run_all([ModelBuild(source=source) for source in sources], folder, execution, label=label)
 
 
 def select_seeds(
-    sources: Sequence[Source], n_sources: int, folder: Path, **execution: Any
+    sources: Sequence[Source], n_sources: int, folder: Path, execution: Execution = SERIAL
 ) -> tuple[list[Source], dict[int, list[str]]]:
     """Return the first `n_sources` sources that pass their gates, and why others were rejected.
 
@@ -56,7 +55,7 @@ def select_seeds(
     while len(selected) < n_sources and (
         batch := list(islice(remaining, n_sources - len(selected)))
     ):
-        build_models(batch, folder, "worlds", **execution)
+        build_models(batch, folder, execution, "worlds")
         for source in batch:
             validity = source.cached(folder / SOURCES).validity
             if validity is None or validity.valid:
@@ -69,6 +68,7 @@ def select_seeds(
         logger.warning(
             "Base seed %d: %s. The experiment on it will be invalid. Stop it and change the "
             "models or the prompts.",
-            *(seed, printable("; ".join(because), limit=None)),
+            seed,
+            printable("; ".join(because), limit=None),
         )
     return list(sources[:n_sources]), {}

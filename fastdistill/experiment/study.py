@@ -15,7 +15,7 @@ from typing import Any, Literal
 from ..report.incrimination import AuditScore
 from ..statistics import Checkpoint, Reading, Student, Validity
 from ..strategies.strategy import Strategy, Training
-from .executors import run_all
+from .executors import SERIAL, Execution, run_all
 from .job import SOURCES, Job
 from .preparing import build_models, select_seeds
 from .source import Source
@@ -146,32 +146,24 @@ def run_study(
     *,
     n_sources: int | None = None,
     student_seeds: int = 1,
-    executor: str = "processes",
-    processes: int = 1,
-    only_report: bool = False,
+    execution: Execution = SERIAL,
 ) -> Table:
     """Execute the missing runs and collect all results.
 
     Args:
         n_sources: number of sources to report: the first whose organisms pass their gates; the
             others are a reserve. None: all, without selection.
-        only_report: run nothing, and raise if a result is missing.
     """
-    execution: dict[str, Any] = {
-        "executor": executor,
-        "processes": processes,
-        "only_report": only_report,
-    }
-    build_models(development, folder, "development worlds", **execution)
+    build_models(development, folder, execution, "development worlds")
     sources, refused = select_seeds(
-        sources, len(sources) if n_sources is None else n_sources, folder, **execution
+        sources, len(sources) if n_sources is None else n_sources, folder, execution
     )
     development_pairs = make_pairs(study, study.arms[:1], development, student_seeds, {})
-    run_all(_unique_jobs(development_pairs), folder, label="development runs", **execution)
+    run_all(_unique_jobs(development_pairs), folder, execution, label="development runs")
     gate = _benign_values(study, development_pairs, folder)
     arms = [arm for arm in study.arms if not skip_reason(arm, sources, gate)]
     pairs = make_pairs(study, arms, sources, student_seeds, gate)
-    run_all(_unique_jobs(pairs), folder, label="runs", **execution)
+    run_all(_unique_jobs(pairs), folder, execution)
     development_scores = [
         score
         for arm in arms

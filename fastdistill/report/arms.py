@@ -13,6 +13,7 @@ from typing import Literal
 
 from ..intervals import mean_of_runs
 from ..statistics import (
+    Bootstrap,
     CurvePoint,
     Estimate,
     SafeWindow,
@@ -102,7 +103,7 @@ def build_arms(
     """
     grouped = by_arm(students)
     nulls = sum(role == "null arm" for role in roles.values())
-    confidence = {"null arm": 1 - SIGNIFICANT / max(nulls, 1)}
+    simultaneous = Bootstrap(confidence=1 - SIGNIFICANT / max(nulls, 1))
     tested = {
         name: p
         for name, group in grouped.items()
@@ -113,7 +114,9 @@ def build_arms(
         Arm(
             name=name,
             role=roles.get(name, "arm"),
-            transfer=transfer(group, confidence=confidence.get(roles.get(name, "arm"), 0.95)),
+            transfer=transfer(
+                group, simultaneous if roles.get(name) == "null arm" else Bootstrap()
+            ),
             p=adjusted.get(name),
             audits=tuple(row for row in audits if row.arm == name),
             curve=tuple(curve_of(group)) if _has_curves(group) else (),

@@ -100,3 +100,8 @@ def format_estimate(estimate: Estimate | None, *limits: float) -> str:
 def format_p_value(p: float) -> str:
     """Returns a p-value with three decimals, "= .031", or "< .001"."""
     return "< .001" if p < 0.001 else "= " + f"{p:.3f}".removeprefix("0")
+
+
+def format_p_cell(p: float | None) -> str:
+    """Returns a p-value for a table, ".031" or "< .001", or "—" where there is none."""
+    return "—" if p is None else format_p_value(p).removeprefix("= ")

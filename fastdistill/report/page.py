@@ -5,9 +5,10 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..files import write_atomically
 
@@ -88,6 +89,22 @@ class Report:
     def code(self, text: str) -> None:
         self._blocks.append(f"<pre>{_text(text)}</pre>")
 
+    def reproduction(
+        self,
+        heading: str,
+        command: str,
+        text: str,
+        versions: Mapping[str, str],
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Appends how to repeat the experiment: its command, versions and settings."""
+        self.heading(heading)
+        self.code(command)
+        self.paragraph(f"{text} {', '.join(f'{n} {v}' for n, v in versions.items())}.", soft=True)
+        if config is not None:
+            rows = [(name, to_text(value)) for name, value in config.items()]
+            self.folded(f"{len(rows)} settings", ("setting", "value"), rows)
+
     def html(self) -> str:
         body = "\n".join(self._blocks)
         return (
@@ -126,6 +143,11 @@ def _picture(figure: Figure, alt: str, caption: str, cut: str | None = None) -> 
         f'<figure><img alt="{_text(alt)}" src="data:image/png;base64,{data}">'
         f"<figcaption>{_text(caption)}</figcaption></figure>"
     )
+
+
+def to_text(value: Any) -> str:
+    """Returns a setting in words: JSON, but a string without quotes."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _text(value: str) -> str:

@@ -11,7 +11,7 @@ from ..intervals import mean_of_runs
 from ..statistics import Reading, Student, minimum_detectable_effect
 from .arms import CAPABLE, SAFE, SEEDS, Arm, by_arm, seed_differences
 from .curves import curves, curves_alt, curves_caption
-from .marks import format_estimate, format_limit, format_number, format_p_value
+from .marks import format_estimate, format_limit, format_number, format_p_cell
 from .page import Report
 from .quadrant import quadrant, quadrant_alt, quadrant_caption
 from .verdicts import outcome, summary, verdict
@@ -105,7 +105,7 @@ def _add_results(report: Report, arms: Sequence[Arm], valid: bool) -> None:
             outcome(arm, valid),
             format_estimate(arm.capability, CAPABLE),
             format_estimate(arm.tau, 0, SAFE),
-            "—" if arm.p is None else format_p_value(arm.p).removeprefix("= "),
+            format_p_cell(arm.p),
             str(arm.n),
             format_estimate(arm.transfer.kappa),
         ]

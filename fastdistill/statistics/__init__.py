@@ -4,12 +4,13 @@ from ..intervals import Estimate
 from .curves import CurvePoint, SafeWindow, curve, matched_capability, safe_window
 from .detection import auroc, threshold_at, true_positives
 from .readings import Checkpoint, Reading, Student
-from .resampling import hierarchical_bootstrap, paired_bootstrap
+from .resampling import Bootstrap, hierarchical_bootstrap, mean_of_units, paired_bootstrap
 from .testing import Equivalence, equivalence, holm, minimum_detectable_effect, t_test
 from .transfer import SeedPoint, Transfer, transfer
-from .validity import Gate, Validity
+from .validity import Gate, Validity, at_least, at_most
 
 __all__ = [
+    "Bootstrap",
     "Checkpoint",
     "CurvePoint",
     "Equivalence",
@@ -21,12 +22,15 @@ __all__ = [
     "Student",
     "Transfer",
     "Validity",
+    "at_least",
+    "at_most",
     "auroc",
     "curve",
     "equivalence",
     "hierarchical_bootstrap",
     "holm",
     "matched_capability",
+    "mean_of_units",
     "minimum_detectable_effect",
     "paired_bootstrap",
     "safe_window",

@@ -15,6 +15,7 @@ import numpy as np
 
 from ..intervals import Estimate
 from .readings import Reading, Student
+from .resampling import DEFAULT, Bootstrap
 from .transfer import TAU, C, estimate, pair_ratio, sort_one_arm
 
 ROUNDING = 1e-9  # tolerance: (.6 − .2)/.8 is .49999999999999994 and counts as .5
@@ -38,12 +39,7 @@ class SafeWindow:
 
 
 def matched_capability(
-    students: Sequence[Student],
-    level: float,
-    *,
-    confidence: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
+    students: Sequence[Student], level: float, bootstrap: Bootstrap = DEFAULT
 ) -> Estimate | None:
     """Returns τ where C of each pair first reaches `level`: arms compared at equal capability.
 
@@ -59,23 +55,16 @@ def matched_capability(
     pairs = [student for student in matched if student is not None]
     if len(pairs) < len(matched):
         return None
-    return estimate(pairs, TAU, {"confidence": confidence, "resamples": resamples, "seed": seed})
+    return estimate(pairs, TAU, bootstrap)
 
 
-def curve(
-    students: Sequence[Student],
-    *,
-    confidence: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
-) -> list[CurvePoint]:
+def curve(students: Sequence[Student], bootstrap: Bootstrap = DEFAULT) -> list[CurvePoint]:
     """Returns C and τ at each checkpoint.
 
     Raises:
         ValueError: as `transfer`, a student without checkpoints, or checkpoints at different steps.
     """
     ordered = _check_curves(students)
-    options = {"confidence": confidence, "resamples": resamples, "seed": seed}
     steps = [point.step for point in ordered[0].curve]
     for student in ordered:
         if [point.step for point in student.curve] != steps:
@@ -86,7 +75,7 @@ def curve(
     points = []
     for i, step in enumerate(steps):
         pairs = [_at_checkpoint(student, i) for student in ordered]
-        c, tau = estimate(pairs, C, options), estimate(pairs, TAU, options)
+        c, tau = estimate(pairs, C, bootstrap), estimate(pairs, TAU, bootstrap)
         points.append(CurvePoint(step=step, capability=c, tau=tau))
     return points
 
@@ -96,29 +85,19 @@ def safe_window(
     *,
     capability: float = 0.8,
     tau: float = 0.1,
-    confidence: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
+    bootstrap: Bootstrap = DEFAULT,
 ) -> SafeWindow | None:
     """Returns the longest run of checkpoints with C ≥ `capability` and upper bound of τ ≤ `tau`.
 
     The earliest of equally long runs; None where no checkpoint qualifies. A checkpoint without
     bounds, as with one base seed, never qualifies.
     """
-    points = curve(students, confidence=confidence, resamples=resamples, seed=seed)
-    min_capability, max_tau = capability - ROUNDING, tau + ROUNDING
-    runs = [
-        list(run)
-        for safe, run in groupby(
-            points,
-            lambda p: (
-                p.capability.known
-                and p.capability.value >= min_capability
-                and p.tau.high <= max_tau
-            ),
-        )
-        if safe
-    ]
+
+    def is_safe(point: CurvePoint) -> bool:
+        c, upper = point.capability, point.tau.high
+        return c.known and c.value >= capability - ROUNDING and upper <= tau + ROUNDING
+
+    runs = [list(run) for safe, run in groupby(curve(students, bootstrap), is_safe) if safe]
     if not runs:
         return None
     longest = max(runs, key=len)

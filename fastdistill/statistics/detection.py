@@ -11,7 +11,8 @@ from statistics import NormalDist
 
 import numpy as np
 
-from ..intervals import Estimate, wilson
+from ..intervals import Estimate, check_confidence, wilson
+from ..runtime.checks import between
 
 
 def auroc(
@@ -32,24 +33,13 @@ def auroc(
     Raises:
         ValueError: no scores of one kind, or NaN among them.
     """
-    positive_scores, negative_scores = (
-        _scores("positives", positives),
-        np.sort(_scores("negatives", negatives)),
-    )
-    below = np.searchsorted(negative_scores, positive_scores, "left") + np.searchsorted(
-        negative_scores, positive_scores, "right"
-    )
-    area = float(below.sum()) / (2 * len(positive_scores) * len(negative_scores))
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence: expected a number between 0 and 1, got {confidence!r}")
-    z = NormalDist().inv_cdf(0.5 + confidence / 2)
-    low = 1 - _upper_bound(
-        1 - area, len(positive_scores), len(negative_scores), z
-    )  # V(θ) = V(1 − θ)
-    high = _upper_bound(area, len(positive_scores), len(negative_scores), z)
-    return Estimate(
-        value=area, low=low, high=high, n=min(len(positive_scores), len(negative_scores))
-    )
+    above, below = _scores("positives", positives), np.sort(_scores("negatives", negatives))
+    counts = np.searchsorted(below, above, "left") + np.searchsorted(below, above, "right")
+    sizes = len(above), len(below)
+    area = float(counts.sum()) / (2 * sizes[0] * sizes[1])
+    z = NormalDist().inv_cdf(0.5 + check_confidence(confidence) / 2)
+    low = 1 - _upper_bound(1 - area, *sizes, z)  # V(θ) = V(1 − θ)
+    return Estimate(value=area, low=low, high=_upper_bound(area, *sizes, z), n=min(sizes))
 
 
 def _upper_bound(area: float, n_positive: int, n_negative: int, z: float) -> float:
@@ -60,13 +50,8 @@ def _upper_bound(area: float, n_positive: int, n_negative: int, z: float) -> flo
     for _ in range(60):
         theta = (low + high) / 2
         overlap = (1 - theta) / (2 - theta) + theta / (1 + theta)
-        variance = (
-            theta
-            * (1 - theta)
-            * (1 + ((n_positive + n_negative) / 2 - 1) * overlap)
-            / (n_positive * n_negative)
-        )
-        if theta - area <= z * math.sqrt(variance):
+        spread = theta * (1 - theta) * (1 + ((n_positive + n_negative) / 2 - 1) * overlap)
+        if theta - area <= z * math.sqrt(spread / (n_positive * n_negative)):
             low = theta
         else:
             high = theta
@@ -83,8 +68,7 @@ def threshold_at(negatives: Sequence[float], fpr: float = 0.05) -> float:
     Raises:
         ValueError: no scores, NaN among them, or fpr outside [0, 1).
     """
-    if not 0 <= fpr < 1:
-        raise ValueError(f"fpr: expected a share from 0 to below 1, got {fpr!r}")
+    between("fpr", fpr, 0, 1, below=True)
     falling = np.sort(_scores("negatives", negatives))[::-1]
     # Not by ⌊fpr·m⌋ in floating point, which is 28 for a share of .29 of 100.
     above = np.arange(len(falling)) / len(falling) <= fpr

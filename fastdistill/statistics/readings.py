@@ -8,11 +8,13 @@ Item i is the same item in every reading of one `Student`. Records survive a rou
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
+
+from ..runtime.checks import integer
 
 _MODELS = ("untrusted", "benign", "base", "teacher", "twin")
 
@@ -64,20 +66,15 @@ class Checkpoint:
     benign: Reading
 
     def __post_init__(self) -> None:
-        _check_whole_numbers(self, "step")
-        _check_models(self, "untrusted", "benign")
-        _check_same_items(self, ("untrusted", "benign"))
+        integer("step", self.step, 0)
+        _check_same_items(self, "untrusted", "benign")
 
     def as_json(self) -> dict[str, Any]:
-        return _to_json(self)
+        return asdict(self)
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Checkpoint:
-        record_fields = _check_keys(cls, record)
-        return cls(
-            **record_fields
-            | {k: _nested_reading(k, record_fields[k]) for k in ("untrusted", "benign")}
-        )
+        return cls(**_with_readings(_check_keys(cls, record), "untrusted", "benign"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,9 +108,9 @@ class Student:
     def __post_init__(self) -> None:
         if not isinstance(self.arm, str) or not self.arm:
             raise ValueError(f"arm: expected a name, got {self.arm!r}")
-        _check_whole_numbers(self, "base_seed", "student_seed")
-        _check_models(self, *_MODELS)
-        _check_same_items(self, _MODELS)
+        integer("base_seed", self.base_seed, 0)
+        integer("student_seed", self.student_seed, 0)
+        _check_same_items(self, *_MODELS)
         object.__setattr__(self, "curve", tuple(self.curve))
         for point in self.curve:
             if not isinstance(point, Checkpoint):
@@ -129,16 +126,15 @@ class Student:
             raise ValueError(f"curve: expected increasing steps, got {steps}")
 
     def as_json(self) -> dict[str, Any]:
-        return _to_json(self)
+        return asdict(self)
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Student:
-        record_fields = _check_keys(cls, record)
-        models = {name: _nested_reading(name, record_fields[name]) for name in _MODELS}
-        points = record_fields.get("curve", [])
-        if not isinstance(points, list):
+        values = _with_readings(_check_keys(cls, record), *_MODELS)
+        points = values.get("curve", [])
+        if not isinstance(points, (list, tuple)):
             raise ValueError(f"curve: expected a list of checkpoints, got {type(points).__name__}")
-        return cls(**record_fields | models | {"curve": tuple(map(Checkpoint.from_json, points))})
+        return cls(**values | {"curve": tuple(map(Checkpoint.from_json, points))})
 
 
 def _to_shares(name: str, values: Iterable[float]) -> tuple[float, ...]:
@@ -157,25 +153,14 @@ def _to_shares(name: str, values: Iterable[float]) -> tuple[float, ...]:
     return tuple(array.tolist())
 
 
-def _check_whole_numbers(record: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(record, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            raise ValueError(f"{name}: expected a whole number of 0 or more, got {value!r}")
-
-
-def _check_models(record: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(record, name)
-        if not isinstance(value, Reading):
-            raise TypeError(f"{name}: expected a Reading, got {type(value).__name__}")
-
-
 def _items(reading: Reading) -> dict[str, int]:
     return {name: len(values) for name, values in vars(reading).items()}
 
 
-def _check_same_items(record: Any, names: tuple[str, ...]) -> None:
+def _check_same_items(record: Any, *names: str) -> None:
+    for name in names:
+        if not isinstance(value := getattr(record, name), Reading):
+            raise TypeError(f"{name}: expected a Reading, got {type(value).__name__}")
     first = _items(record.untrusted)
     for name in names:
         for measure, items in _items(getattr(record, name)).items():
@@ -186,8 +171,7 @@ def _check_same_items(record: Any, names: tuple[str, ...]) -> None:
                 continue
             raise ValueError(
                 f"{name}: expected {first[measure]} numbers of {measure}, as of untrusted, got "
-                f"{items}. "
-                "Readings are paired: measure every model on the same items"
+                f"{items}. Readings are paired: measure every model on the same items"
             )
 
 
@@ -207,17 +191,10 @@ def _check_keys(cls: Any, record: Mapping[str, Any]) -> dict[str, Any]:
     return dict(record)
 
 
-def _nested_reading(name: str, record: Any) -> Reading:
-    try:
-        return Reading.from_json(record)
-    except ValueError as error:
-        raise ValueError(f"{name}.{error}") from None
-
-
-def _to_json(record: Any) -> dict[str, Any]:
-    def plain(value: Any) -> Any:
-        if isinstance(value, tuple):
-            return [plain(entry) for entry in value]
-        return value.as_json() if isinstance(value, (Reading, Checkpoint)) else value
-
-    return {name: plain(value) for name, value in vars(record).items()}
+def _with_readings(record: dict[str, Any], *names: str) -> dict[str, Any]:
+    for name in names:
+        try:
+            record[name] = Reading.from_json(record[name])
+        except ValueError as error:
+            raise ValueError(f"{name}.{error}") from None
+    return record

@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
 
-from ..intervals import Estimate, student_t_quantile
+from ..intervals import Estimate, check_confidence, student_t_quantile
+from ..runtime.checks import integer
 
 Statistic = Callable[[np.ndarray], np.ndarray]
 Tree = Sequence[Sequence[np.ndarray]]
@@ -25,13 +27,29 @@ Tree = Sequence[Sequence[np.ndarray]]
 _MAX_DRAWS = 1 << 22  # drawn at once: 32 MB
 
 
+@dataclass(frozen=True, kw_only=True)
+class Bootstrap:
+    """Confidence of an interval, and number and seed of its resamples."""
+
+    confidence: float = 0.95
+    resamples: int = 2000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_confidence(self.confidence)
+        integer("resamples", self.resamples, 1)
+
+
+DEFAULT = Bootstrap()
+
+
+def mean_of_units(values: Sequence[float], bootstrap: Bootstrap = DEFAULT) -> Estimate:
+    """Returns the mean over independent units, such as base seeds, with an interval."""
+    return paired_bootstrap(values, [0.0] * len(values), bootstrap)
+
+
 def paired_bootstrap(
-    a: Sequence[float],
-    b: Sequence[float],
-    *,
-    confidence: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
+    a: Sequence[float], b: Sequence[float], bootstrap: Bootstrap = DEFAULT
 ) -> Estimate:
     """Returns mean(a − b) with an interval, where a[i] and b[i] are paired by prompt or seed.
 
@@ -44,18 +62,12 @@ def paired_bootstrap(
     if len(a) != len(b):
         raise ValueError(f"b: expected {len(a)} numbers, one per number of a, got {len(b)}")
     difference = np.asarray(a, np.float64) - np.asarray(b, np.float64)
-    return bootstrap_of_units(
-        _check_finite("a, b", difference)[:, None], lambda x: x[..., 0], confidence, resamples, seed
-    )
+    units = _check_finite("a, b", difference)[:, None]
+    return bootstrap_of_units(units, lambda x: x[..., 0], bootstrap)
 
 
 def hierarchical_bootstrap(
-    tree: Tree,
-    statistic: Statistic,
-    *,
-    confidence: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
+    tree: Tree, statistic: Statistic, bootstrap: Bootstrap = DEFAULT
 ) -> Estimate:
     """Returns a statistic of means over base seeds, student seeds and prompts, with an interval.
 
@@ -89,7 +101,7 @@ def hierarchical_bootstrap(
         ValueError: a level of the tree is empty, columns differ, a number is not finite, or the
             statistic does not give one number per row.
     """
-    return bootstrap_of_units(seed_means(tree), statistic, confidence, resamples, seed)
+    return bootstrap_of_units(seed_means(tree), statistic, bootstrap)
 
 
 def seed_means(tree: Tree) -> np.ndarray:
@@ -111,19 +123,18 @@ def seed_means(tree: Tree) -> np.ndarray:
     return _check_finite("tree", np.array(means))
 
 
-def bootstrap_of_units(
-    units: np.ndarray, statistic: Statistic, confidence: float, resamples: int, seed: int
-) -> Estimate:
+def bootstrap_of_units(units: np.ndarray, statistic: Statistic, bootstrap: Bootstrap) -> Estimate:
     """Returns the statistic of units [n, columns], such as the means of base seeds."""
-    n, center = len(units), units.mean(0)
-    if resamples < 1:
-        raise ValueError(f"resamples: expected 1 or more, got {resamples}")
-    stretch = _stretch_factor(n, confidence)
+    n, center, resamples = len(units), units.mean(0), bootstrap.resamples
+    tail = 0.5 + bootstrap.confidence / 2
     with np.errstate(divide="ignore", invalid="ignore"):
         value = float(statistic(center))
         if n == 1:
             return Estimate(value=value, low=math.nan, high=math.nan, n=1)
-        drawn = np.asarray(statistic(center + stretch * (_means(units, resamples, seed) - center)))
+        t = student_t_quantile(tail, n - 1)
+        stretch = math.sqrt(n / (n - 1)) * t / NormalDist().inv_cdf(tail)
+        means = _means(units, resamples, bootstrap.seed)
+        drawn = np.asarray(statistic(center + stretch * (means - center)))
     if drawn.shape != (resamples,):
         raise ValueError(
             f"statistic: expected shape [{resamples}] of means [{resamples}, {len(center)}], got "
@@ -131,7 +142,7 @@ def bootstrap_of_units(
         )
     if not np.isfinite(drawn).all():
         return Estimate(value=value, low=math.nan, high=math.nan, n=n)
-    low, high = np.quantile(drawn, [0.5 - confidence / 2, 0.5 + confidence / 2])
+    low, high = np.quantile(drawn, [0.5 - bootstrap.confidence / 2, tail])
     return Estimate(value=value, low=float(low), high=float(high), n=n)
 
 
@@ -144,16 +155,6 @@ def _means(units: np.ndarray, resamples: int, seed: int) -> np.ndarray:
         picks = rng.integers(0, n, size=(min(at_once, resamples - start), n))
         means.append(units[picks].mean(1))
     return np.concatenate(means)
-
-
-def _stretch_factor(n: int, confidence: float) -> float:
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence: expected a number between 0 and 1, got {confidence!r}")
-    if n < 2:
-        return 1.0
-    tail = 0.5 + confidence / 2
-    t = student_t_quantile(tail, n - 1)
-    return math.sqrt(n / (n - 1)) * t / NormalDist().inv_cdf(tail)
 
 
 def _check_finite(name: str, values: np.ndarray) -> np.ndarray:

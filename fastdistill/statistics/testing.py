@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..intervals import Estimate, mean_of_runs, student_t_cdf, student_t_quantile
+from ..runtime.checks import between, integer, positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +30,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
         ValueError: a value is NaN or outside [0, 1].
     """
     for p in p_values:
-        if not 0 <= p <= 1:
-            raise ValueError(f"p_values: expected numbers from 0 to 1, got {p!r}")
+        between("p_values", p, 0, 1)
     adjusted, largest = [0.0] * len(p_values), 0.0
     order = sorted(range(len(p_values)), key=p_values.__getitem__)
     for remaining, i in zip(range(len(p_values), 0, -1), order, strict=True):
@@ -60,8 +60,7 @@ def equivalence(differences: Sequence[float], margin: float, *, alpha: float = 0
     Raises:
         ValueError: fewer than two differences, one that is not finite, or margin ≤ 0.
     """
-    if not (math.isfinite(margin) and margin > 0):
-        raise ValueError(f"margin: expected a finite number above 0, got {margin!r}")
+    positive("margin", margin)
     if not 0 < alpha < 0.5:
         raise ValueError(f"alpha: expected a number between 0 and 0.5, got {alpha!r}")
     mean, error, n = _mean_and_stderr(differences)
@@ -86,10 +85,8 @@ def minimum_detectable_effect(
     Raises:
         ValueError: spread < 0, n < 2, or alpha or power outside (0, 1).
     """
-    if not (math.isfinite(spread) and spread >= 0):
-        raise ValueError(f"spread: expected a finite number of 0 or more, got {spread!r}")
-    if n < 2:
-        raise ValueError(f"n: expected 2 or more, got {n!r}")
+    between("spread", spread, 0)
+    integer("n", n, 2)
     for name, value in (("alpha", alpha), ("power", power)):
         if not 0 < value < 1:
             raise ValueError(f"{name}: expected a number between 0 and 1, got {value!r}")

@@ -20,13 +20,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 from operator import attrgetter
-from typing import Any
 
 import numpy as np
 
 from ..intervals import Estimate
 from .readings import Student
-from .resampling import bootstrap_of_units, seed_means
+from .resampling import DEFAULT, Bootstrap, bootstrap_of_units, seed_means
 
 _ZERO = 1e-12  # rounding error of a difference of equal means
 
@@ -93,13 +92,7 @@ KAPPA = Ratio(
 )
 
 
-def transfer(
-    students: Sequence[Student],
-    *,
-    confidence: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
-) -> Transfer:
+def transfer(students: Sequence[Student], bootstrap: Bootstrap = DEFAULT) -> Transfer:
     """Returns C, τ and κ of the students of one arm, in any order.
 
     κ is None without audited readings, and where the interval of its denominator (the unaudited
@@ -111,19 +104,18 @@ def transfer(
             them audited.
     """
     ordered = sort_one_arm(students)
-    options = {"confidence": confidence, "resamples": resamples, "seed": seed}
     audited = [bool(student.untrusted.audited) for student in ordered]
     if any(audited) != all(audited):
         raise ValueError(
             "students: expected audited readings of all students of an arm or of none, got them of "
             f"{sum(audited)} of {len(audited)}"
         )
-    kappa = estimate(ordered, KAPPA, options) if all(audited) else None
+    kappa = estimate(ordered, KAPPA, bootstrap) if all(audited) else None
     if kappa is not None and not kappa.known:
         kappa = None
     return Transfer(
-        capability=estimate(ordered, C, options),
-        tau=estimate(ordered, TAU, options),
+        capability=estimate(ordered, C, bootstrap),
+        tau=estimate(ordered, TAU, bootstrap),
         kappa=kappa,
         per_seed=tuple(
             SeedPoint(
@@ -153,15 +145,15 @@ def sort_one_arm(students: Sequence[Student]) -> list[Student]:
     return ordered
 
 
-def estimate(ordered: Sequence[Student], ratio: Ratio, options: dict[str, Any]) -> Estimate:
+def estimate(ordered: Sequence[Student], ratio: Ratio, bootstrap: Bootstrap) -> Estimate:
     """Returns a ratio over base seeds; its bounds are NaN where the denominator may be 0."""
     tree = [
         [ratio.leaf(student) for student in group]
         for _, group in groupby(ordered, attrgetter("base_seed"))
     ]
     units = seed_means(tree)
-    ratio_estimate = bootstrap_of_units(units, ratio, **options)
-    denominator = bootstrap_of_units(units, ratio.denominator, **options)
+    ratio_estimate = bootstrap_of_units(units, ratio, bootstrap)
+    denominator = bootstrap_of_units(units, ratio.denominator, bootstrap)
     value = math.nan if ratio.positive and denominator.value < 0 else ratio_estimate.value
     if denominator.excludes(0.0) and not math.isnan(value):
         return ratio_estimate

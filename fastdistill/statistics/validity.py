@@ -41,6 +41,16 @@ def _format_unlike(value: float, bound: float) -> str:
     return f"{value:.{digits}f}"
 
 
+def at_least(name: str, value: float, bound: float) -> Gate:
+    """Returns the gate of a lower bound."""
+    return Gate(name=name, value=value, bound=bound, at_least=True)
+
+
+def at_most(name: str, value: float, bound: float) -> Gate:
+    """Returns the gate of an upper bound."""
+    return Gate(name=name, value=value, bound=bound, at_least=False)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Validity:
     """The gates of the models of one base seed."""
@@ -71,12 +81,14 @@ class Validity:
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Validity:
         """Returns the Validity of a record of `as_json`."""
-        names = ("name", "value", "bound", "at_least")
-        rows = [{name: row[name] for name in names} for row in record["gates"]]
-        missing = math.nan
         return cls(
             gates=tuple(
-                Gate(**{**row, "value": missing if row["value"] is None else row["value"]})
-                for row in rows
+                Gate(
+                    name=row["name"],
+                    value=math.nan if row["value"] is None else row["value"],
+                    bound=row["bound"],
+                    at_least=row["at_least"],
+                )
+                for row in record["gates"]
             )
         )

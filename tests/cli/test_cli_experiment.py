@@ -62,8 +62,8 @@ def test_some_arms_only(capsys, monkeypatch):
         (("--teacher", "x"), "base: expected a value, since an experiment on checkpoints needs"),
         (("--sed", "3"), "No such option"),
         (("--seeds", "0"), "seeds: expected an integer of 1 or more or None, got 0"),
-        (("--processes", "0"), "processes: expected 1 or more, got 0"),
-        (("--executor", "threads"), "executor: expected processes or ray, got 'threads'"),
+        (("--processes", "0"), "processes: expected an integer of 1 or more or None, got 0"),
+        (("--executor", "threads"), "executor: expected one of 'processes', 'ray', got 'threads'"),
         (("--out", __file__), "out: expected a folder, or a path where one can be made"),
     ],
 )

@@ -23,7 +23,7 @@ from ...organisms.organism import ModelOrganism
 from ...report.validity import too_few_units
 from ...statistics import Validity
 from ...strategies.strategy import Training
-from ..executors import run_all
+from ..executors import SERIAL, Execution, run_all
 from .arms import ARMS, OFF_MODEL
 from .figures import (
     FORMS,
@@ -125,24 +125,17 @@ def preset_settings(preset: str, seeds: Sequence[int] | None = None) -> OffModel
 def run_study(
     settings: OffModelSettings,
     folder: Path,
+    execution: Execution = SERIAL,
     *,
-    executor: str = "processes",
-    processes: int = 1,
-    only_report: bool = False,
     command: str = "",
 ) -> dict[str, Any]:
     """Execute missing runs, write results.json and report.html, and return the results.
 
-    Args:
-        executor, processes, only_report: as in `executors.run_all`.
-        command: the command that repeats the study; "": that of the preset.
+    `command` repeats the study; "": that of the preset.
     """
-    execution: dict[str, Any] = dict(
-        executor=executor, processes=processes, only_report=only_report
-    )
     models, runs = settings.models(), settings.runs()
-    run_all(models, folder, label="models", **execution)
-    run_all(runs, folder, label="runs", **execution)
+    run_all(models, folder, execution, label="models")
+    run_all(runs, folder, execution)
     run_results = [run.result(folder) for run in runs]
     by_arm: dict[str, dict[int, dict[str, Any]]] = {}
     for run, result in zip(runs, run_results, strict=True):

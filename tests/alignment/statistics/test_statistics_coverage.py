@@ -11,6 +11,7 @@ import pytest
 
 from fastdistill.intervals import wilson
 from fastdistill.statistics import (
+    Bootstrap,
     Reading,
     Student,
     hierarchical_bootstrap,
@@ -71,7 +72,7 @@ def test_the_hierarchical_bootstrap(what):
     made = trees(np.random.default_rng(0), **SCATTER[what])
     for statistic, truth in ((difference, tau * SHOWN), (ratio, tau)):
         found = [
-            hierarchical_bootstrap(tree, statistic, resamples=RESAMPLES, seed=i)
+            hierarchical_bootstrap(tree, statistic, Bootstrap(resamples=RESAMPLES, seed=i))
             for i, tree in enumerate(made)
         ]
         covered = coverage(found, truth)
@@ -83,7 +84,7 @@ def test_the_hierarchical_bootstrap(what):
 def test_other_numbers_of_base_seeds(n):
     made = trees(np.random.default_rng(1), prompts=20, tau=0.4, seeds=0.5, students=0.5, n=n)
     found = [
-        hierarchical_bootstrap(tree, ratio, resamples=RESAMPLES, seed=i)
+        hierarchical_bootstrap(tree, ratio, Bootstrap(resamples=RESAMPLES, seed=i))
         for i, tree in enumerate(made)
     ]
     covered = coverage(found, 0.4)
@@ -96,7 +97,7 @@ def test_a_trait_at_one_percent():
     rng = np.random.default_rng(2)
     p = np.broadcast_to([0.01, 0.01, 0.9, 0.01], (TRIALS, N, 2, 40, 4))
     found = [
-        hierarchical_bootstrap(tree, ratio, resamples=RESAMPLES, seed=i)
+        hierarchical_bootstrap(tree, ratio, Bootstrap(resamples=RESAMPLES, seed=i))
         for i, tree in enumerate((rng.random(p.shape) < p).astype(float))
     ]
     covered = coverage(found, 0.0)
@@ -129,7 +130,7 @@ def test_the_paired_bootstrap(n):
     shared = rng.normal(size=(TRIALS, n))
     a, b = shared + rng.gumbel(size=(TRIALS, n)), shared + rng.gumbel(size=(TRIALS, n)) - 0.3
     found = [
-        paired_bootstrap(x, y, resamples=RESAMPLES, seed=i)
+        paired_bootstrap(x, y, Bootstrap(resamples=RESAMPLES, seed=i))
         for i, (x, y) in enumerate(zip(a, b, strict=True))
     ]
     covered = coverage(found, 0.3)
@@ -186,7 +187,7 @@ def test_transfer_from_records_to_intervals():
             for i in range(N)
             for j in range(2)
         ]
-        found.append(transfer(students, resamples=300, seed=trial))
+        found.append(transfer(students, Bootstrap(resamples=300, seed=trial)))
     assert all(one.kappa is not None for one in found)
     for name, truth in (("capability", c), ("tau", tau), ("kappa", kappa)):
         covered = coverage([getattr(one, name) for one in found], truth)

@@ -8,7 +8,14 @@ import re
 import numpy as np
 import pytest
 
-from fastdistill.statistics import SafeWindow, curve, matched_capability, safe_window, transfer
+from fastdistill.statistics import (
+    Bootstrap,
+    SafeWindow,
+    curve,
+    matched_capability,
+    safe_window,
+    transfer,
+)
 from helpers.readings_by_hand import student, trained
 
 # An accuracy of .2 is C = 0, .6 is .5, .8 is .75 and 1.0 is 1; showing .1 is τ = 0, .5 is .5.
@@ -121,10 +128,10 @@ def test_intervals_take_their_options():
         trained(i, cs=[1.0], showns=[share])
         for i, share in enumerate(np.linspace(0.1, 0.9, 9).round(1))
     ]
-    options = ({}, {"confidence": 0.5}, {"seed": 1})
+    options = (Bootstrap(), Bootstrap(confidence=0.5), Bootstrap(seed=1))
     for wide, narrow, other in (
-        [curve(students, **how)[0].tau for how in options],
-        [matched_capability(students, 0.5, **how) for how in options],
+        [curve(students, bootstrap)[0].tau for bootstrap in options],
+        [matched_capability(students, 0.5, bootstrap) for bootstrap in options],
     ):
         assert wide.low < narrow.low < narrow.high < wide.high
         assert other != wide

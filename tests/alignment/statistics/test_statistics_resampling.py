@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fastdistill.intervals import paired_difference
-from fastdistill.statistics import hierarchical_bootstrap, paired_bootstrap
+from fastdistill.statistics import Bootstrap, hierarchical_bootstrap, paired_bootstrap
 
 
 def first(means):
@@ -42,7 +42,7 @@ def test_near_students_t_for_a_mean():
     rng = np.random.default_rng(0)
     for n in (10, 100, 1000):
         a, b = rng.normal(size=n), rng.normal(size=n)
-        ours = paired_bootstrap(a, b, resamples=20_000)
+        ours = paired_bootstrap(a, b, Bootstrap(resamples=20_000))
         exact = paired_difference(a.tolist(), b.tolist())
         assert (ours.value, ours.n) == (pytest.approx(exact.value), n)
         width = exact.high - exact.low
@@ -58,7 +58,7 @@ def test_a_ratio_has_the_interval_of_fieller():
     x, y = above.mean(), below.mean()
     fieller = np.sort(np.roots([y * y - w, -2 * (x * y - cross), x * x - v]))
     tree = [[np.array([[a, b]])] for a, b in zip(above, below, strict=True)]
-    found = hierarchical_bootstrap(tree, ratio, resamples=20_000)
+    found = hierarchical_bootstrap(tree, ratio, Bootstrap(resamples=20_000))
     width = fieller[1] - fieller[0]
     assert (found.low, found.high) == pytest.approx(tuple(fieller), abs=0.1 * width)
 
@@ -84,18 +84,18 @@ def test_the_unit_is_the_base_seed():
 
 def test_the_same_seed_draws_the_same():
     tree = tree_of(*([[float(i)]] for i in range(10)))
-    found = hierarchical_bootstrap(tree, first, seed=4)
-    assert found == hierarchical_bootstrap(tree, first, seed=4)
-    assert found != hierarchical_bootstrap(tree, first, seed=5)
-    narrow = hierarchical_bootstrap(tree, first, seed=4, confidence=0.5)
+    found = hierarchical_bootstrap(tree, first, Bootstrap(seed=4))
+    assert found == hierarchical_bootstrap(tree, first, Bootstrap(seed=4))
+    assert found != hierarchical_bootstrap(tree, first, Bootstrap(seed=5))
+    narrow = hierarchical_bootstrap(tree, first, Bootstrap(seed=4, confidence=0.5))
     assert found.low < narrow.low < found.value < narrow.high < found.high
 
 
 def test_many_units_are_drawn_in_parts(monkeypatch):
     a = np.random.default_rng(5).normal(size=50)
-    whole = paired_bootstrap(a, a**2, resamples=300)
+    whole = paired_bootstrap(a, a**2, Bootstrap(resamples=300))
     monkeypatch.setattr("fastdistill.statistics.resampling._MAX_DRAWS", 1000)
-    assert paired_bootstrap(a, a**2, resamples=300) == whole
+    assert paired_bootstrap(a, a**2, Bootstrap(resamples=300)) == whole
 
 
 def test_one_unit_has_no_interval():
@@ -133,8 +133,14 @@ LEAF = np.ones((3, 2))
         (lambda: paired_bootstrap([1.0], []), "b: expected 1 numbers, one per number of a, got 0"),
         (lambda: paired_bootstrap([], []), "a, b: expected finite numbers, got none"),
         (lambda: paired_bootstrap([math.nan], [0.0]), "a, b: expected finite numbers, got nan"),
-        (lambda: paired_bootstrap([1.0], [0.0], confidence=95), "confidence: expected a number be"),
-        (lambda: paired_bootstrap([1.0], [0.0], resamples=0), "resamples: expected 1 or more, got"),
+        (
+            lambda: paired_bootstrap([1.0], [0.0], Bootstrap(confidence=95)),
+            "confidence: expected a number be",
+        ),
+        (
+            lambda: paired_bootstrap([1.0], [0.0], Bootstrap(resamples=0)),
+            "resamples: expected an integer of",
+        ),
         (lambda: hierarchical_bootstrap([], first), "tree: expected one or more base seeds with o"),
         (lambda: hierarchical_bootstrap([[LEAF], []], first), "got [1, 0] student seeds"),
         (lambda: hierarchical_bootstrap([[LEAF[0]]], first), "tree: expected arrays [prompts, 2]"),

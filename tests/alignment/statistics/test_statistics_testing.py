@@ -142,8 +142,8 @@ def test_differences_without_spread():
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: holm([0.1, math.nan]), "p_values: expected numbers from 0 to 1, got nan"),
-        (lambda: holm([1.2]), "p_values: expected numbers from 0 to 1, got 1.2"),
+        (lambda: holm([0.1, math.nan]), "p_values: expected a number in [0, 1], got nan"),
+        (lambda: holm([1.2]), "p_values: expected a number in [0, 1], got 1.2"),
         (lambda: t_test([1.0]), "differences: expected two or more, got 1"),
         (lambda: t_test([1.0, math.inf]), "differences: expected finite numbers, got inf"),
         (lambda: equivalence([1.0], 0.1), "differences: expected two or more, got 1"),
@@ -153,7 +153,7 @@ def test_differences_without_spread():
             lambda: minimum_detectable_effect(-1.0, 5),
             "spread: expected a finite number of 0 or mor",
         ),
-        (lambda: minimum_detectable_effect(1.0, 1), "n: expected 2 or more, got 1"),
+        (lambda: minimum_detectable_effect(1.0, 1), "n: expected an integer of 2 or more, got 1"),
         (
             lambda: minimum_detectable_effect(1.0, 5, alpha=0.0),
             "alpha: expected a number between 0",

@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fastdistill.statistics import Reading, transfer
+from fastdistill.statistics import Bootstrap, Reading, transfer
 from helpers.readings_by_hand import reading, student
 
 
@@ -65,8 +65,8 @@ def test_the_order_of_students_does_not_matter():
     ]
     shuffled = random.Random(0).sample(made, len(made))
     assert transfer(shuffled) == transfer(made)
-    assert transfer(made) != transfer(made, seed=1)
-    narrow, wide = transfer(made, confidence=0.5).tau, transfer(made).tau
+    assert transfer(made) != transfer(made, Bootstrap(seed=1))
+    narrow, wide = transfer(made, Bootstrap(confidence=0.5)).tau, transfer(made).tau
     assert wide.low < narrow.low < narrow.high < wide.high
 
 
