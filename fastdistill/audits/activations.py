@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..heads import evaluating, head_module
-from .audit import Audit, Measurement
-from .distributions import SLAB, check_markers, check_same_vocabulary
-from .prompts import Prompt, to_prompts
-from .subject import Subject
+from ..runtime.checks import fail, integer
+from .audit import Audit, Measurement, PromptAudit
+from .distributions import SLAB, check_same_vocabulary
+from .prompts import Prompt, set_prompts, set_texts
+from .subject import Subject, pad_rows
 
 BATCH_SIZE = 64  # prompts
 
@@ -27,46 +28,36 @@ def layer_states(
 
     Shape [n, H] at the last token of each prompt, or [n, first, H] at its first tokens.
     """
-    parts = []
     rows = [model.ids(p)[0] for p in prompts]
-    if first is not None and min(map(len, rows)) < first:
-        raise ValueError(
-            f"first: expected at most {min(map(len, rows))}, the tokens of the shortest prompt, "
-            f"got {first}"
-        )
+    shortest = min(map(len, rows))
+    if first is not None and shortest < first:
+        fail("first", f"at most {shortest}, the tokens of the shortest prompt", first)
     depth = _num_layers(model)
-    if not -depth - 1 <= layer <= depth:
-        raise ValueError(f"layer: expected −{depth + 1} to {depth}, got {layer}")
+    integer("layer", layer, -depth - 1, depth)
+    parts = []
+    body = model.model.get_decoder()  # without the LM head: no logits are computed
     with evaluating(model.model):
         for start in range(0, len(rows), BATCH_SIZE):
             batch = rows[start : start + BATCH_SIZE]
-            ids = torch.zeros((len(batch), max(map(len, batch))), dtype=torch.long)
-            for i, row in enumerate(batch):  # padded right: a causal model attends to the left
-                ids[i, : len(row)] = torch.tensor(row)
-            out = _hidden_states(model, ids)[layer]
+            # Padding is on the right: a causal model attends to the left.
+            ids = pad_rows(batch).to(model.device)
+            outputs = body(input_ids=ids, output_hidden_states=True, use_cache=False)
+            states = outputs.hidden_states[layer]
             if first is None:
-                ends = torch.tensor([len(row) - 1 for row in batch])
-                parts.append(out[torch.arange(len(batch)), ends.to(out.device)].float().cpu())
+                ends = torch.tensor([len(row) - 1 for row in batch], device=states.device)
+                states = states[torch.arange(len(batch)), ends]
             else:
-                parts.append(out[:, :first].float().cpu())
+                states = states[:, :first]
+            parts.append(states.float().cpu())
     return torch.cat(parts)
 
 
-def _hidden_states(model: Subject, ids: Tensor) -> Any:
-    # The body without the LM head: no logits are computed.
-    body: Any = model.model.get_decoder()
-    return body(
-        input_ids=ids.to(model.device), output_hidden_states=True, use_cache=False
-    ).hidden_states
-
-
 def _num_layers(model: Subject) -> int:
-    config: Any = model.model.config
-    return config.get_text_config().num_hidden_layers
+    return int(model.model.config.get_text_config().num_hidden_layers)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ActivationDiffAudit(Audit):
+class ActivationDiffAudit(PromptAudit):
     """Activation difference δ = h_model − h_base at a layer, read by a logit lens.
 
     The lens is the LM head of the base. The value is the mean over prompts of the lens logit of the
@@ -80,32 +71,31 @@ class ActivationDiffAudit(Audit):
 
     needs_base: ClassVar[bool] = True
 
-    prompts: tuple[Prompt, ...]
     markers: tuple[str, ...]
     rivals: tuple[str, ...] = ()
     layer: int | None = None
     first: int | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "prompts", to_prompts("prompts", self.prompts))
-        object.__setattr__(self, "markers", check_markers(self.markers))
+        super().__post_init__()
+        set_texts(self, "markers")
 
     @torch.no_grad()
     def measure(self, model: Subject, base: Subject | None) -> Measurement:
         assert base is not None
         check_same_vocabulary(model, base)
         layer = -1 if self.layer is None else self.layer
-        states = [layer_states(m, self.prompts, layer, self.first) for m in (model, base)]
-        if states[0].shape != states[1].shape:
-            raise ValueError(
-                f"base: expected the hidden size of the audited model, {states[0].shape[-1]}, got "
-                f"{states[1].shape[-1]}"
-            )
-        delta = states[0] - states[1]
+        states, base_states = (
+            layer_states(m, self.prompts, layer, self.first) for m in (model, base)
+        )
+        if states.shape != base_states.shape:
+            expected = f"the hidden size of the audited model, {states.shape[-1]}"
+            fail("base", expected, base_states.shape[-1])
+        delta = states - base_states
         delta = delta if self.first is None else delta.mean(1)
         weight: Tensor = head_module(base.model).weight.float().cpu()  # type: ignore[assignment]
         centered = weight - weight.mean(0)
-        squares = [(delta @ chunk.T).square().sum(-1) for chunk in centered.split(SLAB)]
+        squares = [(delta @ chunk.T).square().sum(-1) for chunk in torch.split(centered, SLAB)]
         scale = (torch.stack(squares).sum(0) / len(weight)).sqrt()
         direction = _mean_rows(centered, model, self.markers)
         if self.rivals:
@@ -146,16 +136,12 @@ class LinearProbeAudit(Audit):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("positive", "negative", "prompts"):
-            object.__setattr__(self, name, to_prompts(name, getattr(self, name)))
+        set_prompts(self, "positive", "negative", "prompts")
         # By chance all of six held-out pairs are right once in 64 times; with fewer, too often.
         if len(self.positive) != len(self.negative) or len(self.positive) < 12:
-            raise ValueError(
-                "negative: expected one per positive prompt, 12 pairs or more, got "
-                f"{len(self.positive)} and {len(self.negative)}"
-            )
-        if self.shuffles < 99:
-            raise ValueError(f"shuffles: expected 99 or more, got {self.shuffles}")
+            got = f"{len(self.positive)} and {len(self.negative)}"
+            fail("negative", "one per positive prompt, 12 pairs or more", got)
+        integer("shuffles", self.shuffles, 99)
 
     def measure(self, model: Subject, base: Subject | None) -> Measurement:
         layer = _num_layers(model) // 2 if self.layer is None else self.layer
@@ -194,7 +180,8 @@ class _Probe(NamedTuple):
     accuracy: float
 
     def project(self, states: np.ndarray) -> np.ndarray:  # [..., H] -> [...]
-        return (states - self.center) @ self.direction
+        projections: np.ndarray = (states - self.center) @ self.direction
+        return projections
 
 
 def _fit_probe(pairs: np.ndarray) -> _Probe:  # (2, pairs, H)
@@ -209,7 +196,8 @@ def _fit_probe(pairs: np.ndarray) -> _Probe:  # (2, pairs, H)
 def _shuffle_labels(pairs: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Swaps the labels of random pairs, so that labels carry no information."""
     flip = rng.integers(2, size=(1, pairs.shape[1], 1)) == 1
-    return np.where(flip, pairs[::-1], pairs)
+    shuffled: np.ndarray = np.where(flip, pairs[::-1], pairs)
+    return shuffled
 
 
 def _permutation_p(exceeds: np.ndarray) -> float:

@@ -26,8 +26,9 @@ from ..intervals import (
     stderr_of_clusters,
     wilson,
 )
+from ..runtime.checks import fail
 from ..runtime.printable import printable
-from .prompts import Prompt
+from .prompts import Prompt, set_prompts
 from .result import AuditResult, Control
 from .subject import Subject, to_subject
 
@@ -101,10 +102,8 @@ class Audit(ABC):
             TypeError: not a model.
         """
         if self.needs_base and base is None:
-            raise ValueError(
-                f"base: expected the trusted model that {type(self).__name__} compares with, got "
-                "none. Pass base=Subject(model, tokenizer) or a path"
-            )
+            expected = f"the trusted model that {type(self).__name__} compares with"
+            fail("base", expected, "none", "pass base=Subject(model, tokenizer) or a path")
         audited = to_subject("model", model)
         trusted = None if base is None else to_subject("base", base)
         measurement = self._measure_with_warnings(audited, trusted)
@@ -171,6 +170,16 @@ class Audit(ABC):
             doubts=measurement.doubts + control_doubts,
             values=tuple(measurement.values.tolist()),
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptAudit(Audit):
+    """An audit over given prompts; a string is the user turn of one."""
+
+    prompts: tuple[Prompt, ...]
+
+    def __post_init__(self) -> None:
+        set_prompts(self, "prompts")
 
 
 def clusters_of(units: Sequence[Hashable] | None, n: int) -> tuple[int, ...] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
+from ..runtime.checks import fail
 from .audit import Audit, Measurement
 from .subject import Subject
 
@@ -41,10 +42,8 @@ class ContextGapAudit(Audit):
     def measure(self, model: Subject, base: Subject | None) -> Measurement:
         open_, hidden = (a.measure(model, base) for a in (self.unaudited, self.audited))
         if len(open_.values) != len(hidden.values):
-            raise ValueError(
-                f"audited: expected {len(open_.values)} prompts, those of unaudited, got "
-                f"{len(hidden.values)}"
-            )
+            expected = f"{len(open_.values)} prompts, those of unaudited"
+            fail("audited", expected, len(hidden.values))
         details = {
             "unaudited": float(open_.values.mean()),
             "audited": float(hidden.values.mean()),

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ..dense import linear_distill_loss
-from .audit import Audit, Measurement
-from .prompts import Prompt, to_prompts
+from ..runtime.checks import fail
+from .audit import Measurement, PromptAudit
+from .prompts import Prompt, check_one_per_prompt, set_prompts, set_texts
 from .subject import Subject
 
 SLAB = 8192  # columns of the vocabulary at once
@@ -24,22 +25,16 @@ def check_same_vocabulary(model: Subject, base: Subject) -> None:
     """Raises ValueError where the tokenizers of two models differ."""
     vocab, base_vocab = model.tokenizer.get_vocab(), base.tokenizer.get_vocab()
     if vocab != base_vocab:
-        raise ValueError(
-            "base: expected a model with the tokenizer of the audited one, got one in which "
-            f"{len(vocab.items() ^ base_vocab.items())} entries differ. Their distributions cannot "
-            "be compared token by token"
+        fail(
+            "base",
+            "a model with the tokenizer of the audited one",
+            f"one in which {len(vocab.items() ^ base_vocab.items())} entries differ",
+            "their distributions cannot be compared token by token",
         )
 
 
-def check_markers(markers: Sequence[str]) -> tuple[str, ...]:
-    """Returns markers as a tuple; raises ValueError where there are none."""
-    if isinstance(markers, str) or not markers:
-        raise ValueError(f"markers: expected one word or more to look for, got {markers!r}")
-    return tuple(markers)
-
-
 @dataclass(frozen=True, kw_only=True)
-class TokenKLAudit(Audit):
+class TokenKLAudit(PromptAudit):
     """Mean over prompts of KL(p_model ‖ p_base) of the next token, in nats. The audit is ours.
 
     details: the KL at every token of `texts`, which locates the differences, and the mean over
@@ -48,32 +43,31 @@ class TokenKLAudit(Audit):
 
     needs_base: ClassVar[bool] = True
 
-    prompts: tuple[Prompt, ...]
     neutral: tuple[Prompt, ...] = ()
     texts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "prompts", to_prompts("prompts", self.prompts))
+        super().__post_init__()
         if self.neutral:
-            object.__setattr__(self, "neutral", to_prompts("neutral", self.neutral))
+            set_prompts(self, "neutral")
         if isinstance(self.texts, str):
-            raise ValueError(f"texts: expected a list of texts, got {self.texts!r}")
+            fail("texts", "a list of texts", repr(self.texts))
 
     def measure(self, model: Subject, base: Subject | None) -> Measurement:
         assert base is not None
         check_same_vocabulary(model, base)
-        values = next_token_kl(
-            model, base, model.last_hidden(self.prompts), base.last_hidden(self.prompts)
-        )
+        values = prompt_kl(model, base, self.prompts)
         details: dict[str, Any] = {}
         if self.neutral:
-            neutral = next_token_kl(
-                model, base, model.last_hidden(self.neutral), base.last_hidden(self.neutral)
-            )
-            details["neutral"] = float(neutral.mean())
+            details["neutral"] = float(prompt_kl(model, base, self.neutral).mean())
         if self.texts:
             details["map"] = [_kl_per_token(model, base, text) for text in self.texts]
         return Measurement(values=values.double().numpy(), rate=False, details=details)
+
+
+def prompt_kl(model: Subject, base: Subject, prompts: Sequence[Prompt]) -> Tensor:  # (n,)
+    """Returns KL(p_model ‖ p_base) of the first token after each prompt."""
+    return next_token_kl(model, base, model.last_hidden(prompts), base.last_hidden(prompts))
 
 
 @torch.no_grad()
@@ -109,7 +103,7 @@ def _rounded(pairs: Iterable[tuple[str, float]]) -> list[list[Any]]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LogitDiffAudit(Audit):
+class LogitDiffAudit(PromptAudit):
     """Mean over prompts of log Σ p_model(marker) − log Σ p_base(marker), in nats.
 
     p is the probability of the next token. Probabilities are summed over the markers, because a
@@ -119,13 +113,12 @@ class LogitDiffAudit(Audit):
 
     needs_base: ClassVar[bool] = True
 
-    prompts: tuple[Prompt, ...]
     markers: tuple[str, ...]
     top: int = 10
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "prompts", to_prompts("prompts", self.prompts))
-        object.__setattr__(self, "markers", check_markers(self.markers))
+        super().__post_init__()
+        set_texts(self, "markers")
 
     def measure(self, model: Subject, base: Subject | None) -> Measurement:
         assert base is not None
@@ -133,25 +126,22 @@ class LogitDiffAudit(Audit):
         marker_ids = torch.tensor([sorted({model.token_of(m) for m in self.markers})])
         marker_ids = marker_ids.expand(len(self.prompts), -1)
         model_states, base_states = model.last_hidden(self.prompts), base.last_hidden(self.prompts)
-        gaps = _log_prob_of_any(model, model_states, marker_ids) - _log_prob_of_any(
-            base, base_states, marker_ids
+        log_probs, base_log_probs = (
+            m.log_probs(states, marker_ids).cpu().logsumexp(-1)
+            for m, states in ((model, model_states), (base, base_states))
         )
         rises = mean_rise(model, base, model_states, base_states)
         top = rises.topk(min(self.top, len(rises)))
         tokens = model.tokenizer.convert_ids_to_tokens(top.indices.tolist())
         rank = int((rises > rises[marker_ids[0]].max()).sum()) + 1
         return Measurement(
-            values=gaps.double().numpy(),
+            values=(log_probs - base_log_probs).double().numpy(),
             rate=False,
             details={
                 "risen": _rounded(zip(tokens, top.values.tolist(), strict=True)),
                 "place_of_marker": rank,
             },
         )
-
-
-def _log_prob_of_any(subject: Subject, hidden: Tensor, ids: Tensor) -> Tensor:  # [N, K] -> [N]
-    return subject.log_probs(hidden, ids).cpu().logsumexp(-1)
 
 
 @torch.no_grad()
@@ -163,21 +153,16 @@ def mean_rise(
     Computed in slabs of columns. Padding columns of the head are not tokens and are skipped.
     """
     vocab = min(model.head.vocab_size, base.head.vocab_size, len(model.tokenizer))
-    chunks = torch.arange(vocab).split(SLAB)
     rises = []
-    for ids in chunks:
+    for ids in torch.split(torch.arange(vocab), SLAB):
         row = ids[None].expand(len(model_states), -1)
-        rise = _mean_log_probs(model, model_states, row) - _mean_log_probs(base, base_states, row)
-        rises.append(rise)
+        log_probs = model.log_probs(model_states, row).mean(0).cpu()
+        rises.append(log_probs - base.log_probs(base_states, row).mean(0).cpu())
     return torch.cat(rises)
 
 
-def _mean_log_probs(subject: Subject, hidden: Tensor, ids: Tensor) -> Tensor:
-    return subject.log_probs(hidden, ids).mean(0).cpu()
-
-
 @dataclass(frozen=True, kw_only=True)
-class ProvenanceAudit(Audit):
+class ProvenanceAudit(PromptAudit):
     """Mean over a dataset's texts of (log p_model − log p_base) per token, in nats.
 
     Texts that the model wrote are more likely under it than under the base: a check of a dataset
@@ -186,23 +171,15 @@ class ProvenanceAudit(Audit):
 
     needs_base: ClassVar[bool] = True
 
-    prompts: tuple[Prompt, ...]
     texts: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "prompts", to_prompts("prompts", self.prompts))
-        if len(self.texts) != len(self.prompts):
-            raise ValueError(
-                f"texts: expected {len(self.prompts)}, one per prompt, got {len(self.texts)}"
-            )
+        super().__post_init__()
+        check_one_per_prompt("texts", self.texts, self.prompts)
 
     def measure(self, model: Subject, base: Subject | None) -> Measurement:
         assert base is not None
         check_same_vocabulary(model, base)
-        model_logprobs = model.completion_logprobs(self.prompts, self.texts)
-        base_logprobs = base.completion_logprobs(self.prompts, self.texts)
-        per_token = (
-            model_logprobs.total / model_logprobs.tokens
-            - base_logprobs.total / base_logprobs.tokens
-        )
-        return Measurement(values=per_token.double().numpy(), rate=False)
+        scores = [m.completion_logprobs(self.prompts, self.texts) for m in (model, base)]
+        per_token, base_per_token = (score.total / score.tokens for score in scores)
+        return Measurement(values=(per_token - base_per_token).double().numpy(), rate=False)

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..runtime.checks import integer
+
 
 class SeededSampling:
     """A logits processor that samples one token per row and masks all others.
@@ -29,8 +31,8 @@ class SeededSampling:
     def __init__(
         self, begin: int, steps: int, *, temperature: float, seed: int, streams: Sequence[int]
     ) -> None:
-        if seed < 0 or min(streams) < 0:
-            raise ValueError(f"seed: expected 0 or more, got {seed}, with streams {min(streams)} …")
+        integer("seed", seed, 0)
+        integer("streams", min(streams), 0)
         self.begin, self.temperature = begin, temperature
         rows = [np.random.default_rng([seed, stream]).random(steps) for stream in streams]
         self.uniform = torch.from_numpy(np.stack(rows)).float()

@@ -7,14 +7,13 @@ Logits [tokens, vocabulary] exist only for the next token.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..outputs import TopK
 from ..primitive import linear_topk
 from .inspect_messages import EncodedInput
 from .inspect_package import inspect_ai
@@ -32,32 +31,52 @@ class InspectRequest:
     outcome: Any = None  # ModelOutput or Exception
 
 
+class _ScoredRow(NamedTuple):
+    """Token ids whose log-probabilities from `begin` on are requested, with `top` alternatives."""
+
+    ids: list[int]
+    begin: int
+    top: int
+
+
 def outputs(subject: Subject, batch: list[InspectRequest]) -> list[Any]:
     """Returns a ModelOutput per request."""
+    model = inspect_ai.model
     generated = _generate(subject, batch)
-    texts = [subject.text(ids) for ids in generated]
-    prompt_logprobs, new_logprobs = (
-        _prompt_logprobs(subject, batch),
-        _new_logprobs(subject, batch, generated),
+    prompt_logprobs = _log_probs(
+        subject,
+        {
+            i: _ScoredRow(r.encoded.ids, r.encoded.begin or 0, n if n > 1 else 0)
+            for i, r in enumerate(batch)
+            if (n := r.config.prompt_logprobs)
+        },
+    )
+    new_logprobs = _log_probs(
+        subject,
+        {
+            i: _ScoredRow(
+                r.encoded.ids + generated[i], len(r.encoded.ids), r.config.top_logprobs or 0
+            )
+            for i, r in enumerate(batch)
+            if r.config.logprobs or r.config.top_logprobs
+        },
     )
     model_outputs = []
-    for i, request in enumerate(batch):
-        message = inspect_ai.model.ChatMessageAssistant(
-            content=texts[i], model=subject.name, source="generate"
+    for i, (request, new) in enumerate(zip(batch, generated, strict=True)):
+        message = model.ChatMessageAssistant(
+            content=subject.text(new), model=subject.name, source="generate"
         )
-        choice = inspect_ai.model.ChatCompletionChoice(
+        choice = model.ChatCompletionChoice(
             message=message,
-            stop_reason=_stop_reason(subject, generated[i], request),
+            stop_reason=_stop_reason(subject, new, request),
             logprobs=new_logprobs.get(i),
             prompt_logprobs=prompt_logprobs.get(i),
         )
-        n_input, n_output = len(request.encoded.ids), len(generated[i])
-        usage = inspect_ai.model.ModelUsage(
+        n_input, n_output = len(request.encoded.ids), len(new)
+        usage = model.ModelUsage(
             input_tokens=n_input, output_tokens=n_output, total_tokens=n_input + n_output
         )
-        model_outputs.append(
-            inspect_ai.model.ModelOutput(model=subject.name, choices=[choice], usage=usage)
-        )
+        model_outputs.append(model.ModelOutput(model=subject.name, choices=[choice], usage=usage))
     return model_outputs
 
 
@@ -91,76 +110,33 @@ def _generate(subject: Subject, batch: list[InspectRequest]) -> list[list[int]]:
     return new
 
 
-def _prompt_logprobs(subject: Subject, batch: list[InspectRequest]) -> dict[int, Any]:
-    """Returns log-probabilities of the prompt tokens, or of the completion tokens only."""
-    indices = [i for i, a in enumerate(batch) if a.config.prompt_logprobs]
-    requests = [batch[i] for i in indices]
-    logprobs = _log_probs(
-        subject,
-        [a.encoded.ids for a in requests],
-        [a.encoded.begin or 0 for a in requests],
-        [a.config.prompt_logprobs if a.config.prompt_logprobs > 1 else 0 for a in requests],
-    )
-    return dict(zip(indices, logprobs, strict=True))
-
-
-def _new_logprobs(
-    subject: Subject, batch: list[InspectRequest], new: list[list[int]]
-) -> dict[int, Any]:
-    """Returns log-probabilities of the generated tokens, at temperature 1."""
-    indices = [i for i, a in enumerate(batch) if a.config.logprobs or a.config.top_logprobs]
-    logprobs = _log_probs(
-        subject,
-        [batch[i].encoded.ids + new[i] for i in indices],
-        [len(batch[i].encoded.ids) for i in indices],
-        [batch[i].config.top_logprobs or 0 for i in indices],
-    )
-    return dict(zip(indices, logprobs, strict=True))
-
-
 @torch.no_grad()
-def _log_probs(
-    subject: Subject, rows: list[list[int]], begins: list[int], tops: list[int]
-) -> list[Any]:
-    """Returns log p of each row's tokens from `begin` on, with the `top` alternatives of each."""
+def _log_probs(subject: Subject, rows: Mapping[int, _ScoredRow]) -> dict[int, Any]:
+    """Returns Logprobs of rows, at temperature 1; the first token of a row has no prediction."""
     if not rows:
-        return []
-    # The first token of a row has no prediction.
-    parts = [slice(max(begin, 1), len(row)) for row, begin in zip(rows, begins, strict=True)]
-    states = [
-        h[part.start - 1 : part.stop - 1]
-        for h, part in zip(subject.hidden(rows), parts, strict=True)
-    ]
-    targets = [row[part] for row, part in zip(rows, parts, strict=True)]
-    ids = torch.tensor([t for target in targets for t in target], dtype=torch.long)[:, None]
-    values = subject.log_probs(torch.cat(states), ids)[:, 0].cpu()
-    sizes = [len(target) for target in targets]
-    return [
-        inspect_ai.model.Logprobs(content=_entries(subject, target, value.tolist(), top, state))
-        for target, value, top, state in zip(
-            targets, values.split(sizes), tops, states, strict=True
-        )
-    ]
+        return {}
+    ids, begins, _ = zip(*rows.values(), strict=True)
+    scores = subject.token_logprobs(ids, begins)
+    return {
+        i: inspect_ai.model.Logprobs(content=_entries(subject, row, states, values.tolist()))
+        for (i, row), (states, values) in zip(rows.items(), scores, strict=True)
+    }
 
 
-def _entries(
-    subject: Subject, target: list[int], values: list[float], top: int, states: Tensor
-) -> list[Any]:
-    decode = subject.tokenizer.decode
+def _entries(subject: Subject, row: _ScoredRow, states: Tensor, values: list[float]) -> list[Any]:
+    decode, target = subject.tokenizer.decode, row.ids[max(row.begin, 1) :]
     alternatives: list[Any] = [None] * len(target)
-    if top and target:
+    if row.top and target:
         head = subject.head
-        likeliest = linear_topk(states, head.weight, top, impl=subject.impl, **head.options())
+        topk = linear_topk(states, head.weight, row.top, impl=subject.impl, **head.options())
         alternatives = [
-            [inspect_ai.model.TopLogprob(token=decode([i]), logprob=v) for i, v in pairs]
-            for pairs in _id_logprob_pairs(likeliest)
+            [
+                inspect_ai.model.TopLogprob(token=decode([token]), logprob=value)
+                for token, value in zip(ids, logprobs, strict=True)
+            ]
+            for ids, logprobs in zip(topk.ids.tolist(), topk.logprobs.tolist(), strict=True)
         ]
     return [
         inspect_ai.model.Logprob(token=decode([token]), logprob=value, top_logprobs=others)
         for token, value, others in zip(target, values, alternatives, strict=True)
     ]
-
-
-def _id_logprob_pairs(topk: TopK) -> Iterator[Iterator[tuple[int, float]]]:
-    for ids, values in zip(topk.ids.tolist(), topk.logprobs.tolist(), strict=True):
-        yield zip(ids, values, strict=True)

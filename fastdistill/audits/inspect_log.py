@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import sync
+from ..runtime.checks import fail
 from .inspect_package import inspect_ai
 from .result import AuditResult
 
@@ -32,7 +33,7 @@ def export_log(result: AuditResult, path: str | Path) -> None:
     """
     path = Path(path)
     if path.suffix not in _SUFFIXES:
-        raise ValueError(f"path: expected one that ends with {' or '.join(_SUFFIXES)}, got {path}")
+        fail("path", f"one that ends with {' or '.join(_SUFFIXES)}", path)
     log = _log(result)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:

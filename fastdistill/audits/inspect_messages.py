@@ -12,16 +12,22 @@ message holds what chats cannot express, under "fastdistill":
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
+from ..runtime.checks import fail
 from .inspect_package import inspect_ai
-from .prompts import Prompt
-from .subject import Subject
+from .prompts import Prompt, render_turns
+from .subject import Subject, common_length
 
 METADATA_KEY = "fastdistill"
 _TEXT, _USER_TURN, _COMPLETION = "text", "user turn", "completion"
 _ROLES = ("system", "user", "assistant")
+
+
+class _Turn(NamedTuple):
+    role: str
+    content: str
+    metadata: dict[str, Any]
 
 
 class EncodedInput(NamedTuple):
@@ -34,19 +40,15 @@ class EncodedInput(NamedTuple):
 
 def messages_of(prompt: Prompt, completion: str | None = None, at: Sequence[int] = ()) -> list[Any]:
     """Returns a prompt as messages, with the completion whose log-probability is requested."""
-    position: dict[str, Any] = {"at": list(at)} if at else {}
-    turns: list[tuple[str, str, dict[str, Any]]]
+    turns = [_Turn(t["role"], t["content"], {}) for t in prompt.messages()]
     if prompt.text is not None:
-        turns = [("user", prompt.text, {"kind": _TEXT})]
+        turns.append(_Turn("user", prompt.text, {"kind": _TEXT}))
     elif prompt.user is None:
-        turns = [(t["role"], t["content"], {}) for t in prompt.messages()]
-        turns.append(("user", "", {"kind": _USER_TURN}))
-    else:
-        turns = [(t["role"], t["content"], {}) for t in prompt.messages()]
+        turns.append(_Turn("user", "", {"kind": _USER_TURN}))
     if completion is not None:
-        turns.append(("assistant", completion, {"kind": _COMPLETION}))
-    role, content, metadata = turns[-1]
-    turns[-1] = (role, content, {**metadata, **position})
+        turns.append(_Turn("assistant", completion, {"kind": _COMPLETION}))
+    if at:
+        turns[-1].metadata["at"] = list(at)
     return [_message(*turn) for turn in turns]
 
 
@@ -65,76 +67,57 @@ def encode(messages: Sequence[Any], subject: Subject) -> EncodedInput:
     Raises:
         ValueError: turns that the chat template does not support, or that are not text.
     """
-    turns = [(_role(m), _text(m), (m.metadata or {}).get(METADATA_KEY, {})) for m in messages]
+    turns = [_Turn(_role(m), _text(m), (m.metadata or {}).get(METADATA_KEY, {})) for m in messages]
     if not turns:
-        raise ValueError("input: expected one message or more, got none")
-    at = tuple(turns[-1][2].get("at", ()))
-    completion = turns.pop()[1] if turns[-1][2].get("kind") == _COMPLETION else None
+        fail("input", "one message or more", "none")
+    at = tuple(turns[-1].metadata.get("at", ()))
+    is_scored = turns[-1].metadata.get("kind") == _COMPLETION
+    completion = turns.pop().content if is_scored else None
     prompt = _prompt(turns)
     if prompt is None:
         ids = _conversation(turns, completion or "", subject.tokenizer)
-        before = _conversation(turns, "", subject.tokenizer)
-        begin = next(
-            (i for i, (a, b) in enumerate(zip(before, ids, strict=False)) if a != b), len(before)
-        )
+        begin = common_length(_conversation(turns, "", subject.tokenizer), ids)
     else:
         ids, begin = subject.ids(prompt, completion or "")
     if not ids:
-        raise ValueError("input: expected words that the tokenizer knows, got no tokens")
+        fail("input", "words that the tokenizer knows", "no tokens")
     return EncodedInput(ids, None if completion is None else begin, at)
 
 
 def _role(message: Any) -> str:
     if message.role not in _ROLES or getattr(message, "tool_calls", None):
-        raise ValueError(
-            f"input: expected turns of {', '.join(_ROLES)}, without tools, got {message.role!r}"
-        )
-    return message.role
+        fail("input", f"turns of {', '.join(_ROLES)}, without tools", repr(message.role))
+    return str(message.role)
 
 
 def _text(message: Any) -> str:
     if isinstance(message.content, str):
         return message.content
-    kinds = {part.type for part in message.content}
-    if kinds - {"text"}:
-        raise ValueError(f"input: expected text, got {', '.join(sorted(kinds - {'text'}))}")
+    if kinds := {part.type for part in message.content} - {"text"}:
+        fail("input", "text", ", ".join(sorted(kinds)))
     return "".join(part.text for part in message.content)
 
 
-def _prompt(turns: Sequence[tuple[str, str, dict[str, Any]]]) -> Prompt | None:
+def _prompt(turns: Sequence[_Turn]) -> Prompt | None:
     """Returns the turns as a Prompt; None for a conversation with several questions."""
-    kind = turns[-1][2].get("kind")
+    kind = turns[-1].metadata.get("kind")
     if kind == _TEXT:
         if len(turns) > 1:
-            raise ValueError(f"input: expected one message of plain text, got {len(turns)}")
-        return Prompt(text=turns[0][1])
-    roles = [role for role, _, _ in turns]
+            fail("input", "one message of plain text", len(turns))
+        return Prompt(text=turns[0].content)
+    roles = [turn.role for turn in turns]
     if roles not in [["system"] * s + ["user"] + ["assistant"] * a for s in (0, 1) for a in (0, 1)]:
         return None
-    content_by_role = {role: content for role, content, _ in turns}
-    prompt = Prompt(
-        user=content_by_role["user"],
-        system=content_by_role.get("system"),
-        prefill=content_by_role.get("assistant", ""),
-    )
-    return replace(prompt, user=None) if kind == _USER_TURN else prompt
+    content = {turn.role: turn.content for turn in turns}
+    user = None if kind == _USER_TURN else content["user"]
+    return Prompt(user=user, system=content.get("system"), prefill=content.get("assistant", ""))
 
 
-def _conversation(turns: Sequence[Any], completion: str, tokenizer: Any) -> list[int]:
+def _conversation(turns: Sequence[_Turn], completion: str, tokenizer: Any) -> list[int]:
     """Returns the ids of several questions and answers; a final assistant turn is a prefill."""
-    messages = [{"role": role, "content": content} for role, content, _ in turns]
+    messages = [{"role": turn.role, "content": turn.content} for turn in turns]
     prefill = messages.pop()["content"] if messages[-1]["role"] == "assistant" else ""
-    template = getattr(tokenizer, "chat_template", None)
-    if template:
-        try:
-            text = tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True
-            )
-        except Exception as error:  # an error of Jinja or raised by the template
-            raise ValueError(
-                "input: expected turns that the chat template of the model supports, got "
-                f"{[t['role'] for t in messages]}: {error}"
-            ) from None
-    else:
-        text = "".join(turn["content"] + "\n\n" for turn in messages)
-    return tokenizer(text + prefill + completion, add_special_tokens=not template).input_ids
+    text = render_turns("input", messages, tokenizer) + prefill + completion
+    special = not getattr(tokenizer, "chat_template", None)
+    ids: list[int] = tokenizer(text, add_special_tokens=special).input_ids
+    return ids

@@ -15,6 +15,7 @@ from typing import Any
 
 import anyio
 
+from ..runtime.checks import fail, integer
 from .inspect_answers import InspectRequest, outputs
 from .inspect_messages import EncodedInput, encode
 from .inspect_package import inspect_ai
@@ -48,8 +49,7 @@ class Provider(inspect_ai.model.ModelAPI):
                 f"subject: expected a Subject, got {type(subject).__name__}. Pass a model of "
                 "fastdistill in the same process: eval(task, model=model_of(subject))"
             )
-        if at_once < 1:
-            raise ValueError(f"at_once: expected 1 or more, got {at_once}")
+        integer("at_once", at_once, 1)
         super().__init__(model_name, base_url, api_key, [], config)
         self.subject, self.at_once, self.patience = subject, at_once, patience
         self._waiting: list[InspectRequest] = []
@@ -66,7 +66,8 @@ class Provider(inspect_ai.model.ModelAPI):
         return f"{self.model_name} {id(self.subject)}"
 
     async def tokenize(self, text: str) -> list[int]:
-        return self.subject.tokenizer(text, add_special_tokens=False).input_ids
+        ids: list[int] = self.subject.tokenizer(text, add_special_tokens=False).input_ids
+        return ids
 
     async def count_text_tokens(self, text: str) -> int:
         return len(await self.tokenize(text))
@@ -75,13 +76,11 @@ class Provider(inspect_ai.model.ModelAPI):
         self, input: list[Any], tools: list[Any], tool_choice: Any, config: Any
     ) -> Any:
         if tools:
-            raise ValueError(f"tools: expected none, got {len(tools)}. Tools are not supported")
+            fail("tools", "none", len(tools), "tools are not supported")
         unsupported = [name for name in _UNSUPPORTED if getattr(config, name) is not None]
         if unsupported or (config.num_choices or 1) > 1:
-            raise ValueError(
-                f"config: expected only max_tokens, temperature, seed and log-probabilities, got "
-                f"{', '.join(unsupported or ['num_choices'])}"
-            )
+            expected = "only max_tokens, temperature, seed and log-probabilities"
+            fail("config", expected, ", ".join(unsupported or ["num_choices"]))
         encoded = encode(input, self.subject)
         request = InspectRequest(encoded, config, self._stream(encoded, config), anyio.Event())
         self._waiting.append(request)

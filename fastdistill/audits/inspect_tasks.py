@@ -7,7 +7,7 @@ and returns the same values as the audit's own `run`.
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..runtime.checks import fail
 from .audit import Measurement, clusters_of, to_config
 from .behaviour import Answer, BehavioralAudit, Question
 from .inspect_messages import messages_of
@@ -67,70 +68,56 @@ def task_of(audit: BehavioralAudit) -> Any:
 
 
 def _answers(prompts: Sequence[Prompt]) -> Any:
-    @inspect_ai.solver.solver(name="audit_answers")
-    def answers() -> Any:
-        async def solve(state: Any, generate: Any) -> Any:
-            index, question = state.sample_id - 1, state.metadata
-            model = inspect_ai.model.get_model()
-            if not question["options"]:
-                state.output = await model.generate(
-                    state.messages,
-                    config=inspect_ai.model.GenerateConfig(
-                        max_tokens=question["max_new_tokens"],
-                        temperature=question["temperature"],
-                        seed=question["seed"],
-                    ),
-                )
-                state.messages.append(state.output.message)
-                return state
-            config = inspect_ai.model.GenerateConfig(prompt_logprobs=1, max_tokens=1)
-            outputs = await inspect_ai.util.collect(
-                *(
-                    model.generate(
-                        messages_of(prompts[index], completion=option, at=(index, i)), config=config
-                    )
-                    for i, option in enumerate(question["options"])
-                )
+    async def solve(state: Any, generate: Any) -> Any:
+        index, question = state.sample_id - 1, state.metadata
+        model = inspect_ai.model.get_model()
+        if not question["options"]:
+            state.output = await model.generate(
+                state.messages,
+                config=inspect_ai.model.GenerateConfig(
+                    max_tokens=question["max_new_tokens"],
+                    temperature=question["temperature"],
+                    seed=question["seed"],
+                ),
             )
-            state.store.set("options", [_total(output) for output in outputs])
+            state.messages.append(state.output.message)
             return state
+        config = inspect_ai.model.GenerateConfig(prompt_logprobs=1, max_tokens=1)
+        inputs = [
+            messages_of(prompts[index], completion=option, at=(index, i))
+            for i, option in enumerate(question["options"])
+        ]
+        outputs = await inspect_ai.util.collect(*(model.generate(x, config=config) for x in inputs))
+        state.store.set("options", [_total(output) for output in outputs])
+        return state
 
-        return solve
-
-    return answers()
+    return inspect_ai.solver.solver(name="audit_answers")(lambda: solve)()
 
 
 def _total(output: Any) -> float:
     """Returns Σ log p of a completion, summed in the same type and order as in Subject."""
     logprobs = output.choices[0].prompt_logprobs
     if logprobs is None:
-        raise ValueError(
-            "model: expected log-probabilities of fixed answers, got none. Pass "
-            "model_of(Subject(model, tokenizer))"
-        )
+        hint = "pass model_of(Subject(model, tokenizer))"
+        fail("model", "log-probabilities of fixed answers", "none", hint)
     return math.fsum(token.logprob for token in logprobs.content)
 
 
 def _scorer(audit: BehavioralAudit) -> Any:
     metrics = [_metric(name, audit)() for name in ("mean", "stderr", "low", "high")]
 
-    @inspect_ai.scorer.scorer(metrics=metrics, name=type(audit).__name__)
-    def scored() -> Any:
-        async def score(state: Any, target: Any) -> Any:
-            index = state.sample_id - 1
-            options = state.store.get("options", [])
-            answer = Answer(text=state.output.completion, options=tuple(options))
-            best = answer.text
-            log_probs = dict(zip(state.metadata["options"], options, strict=True))
-            if log_probs:
-                best = max(log_probs, key=lambda option: log_probs[option])
-            return inspect_ai.scorer.Score(
-                value=audit.score(index, answer), answer=best, metadata={"log_probs": log_probs}
-            )
+    async def score(state: Any, target: Any) -> Any:
+        index = state.sample_id - 1
+        options = state.store.get("options", [])
+        answer = Answer(text=state.output.completion, options=tuple(options))
+        log_probs = dict(zip(state.metadata["options"], options, strict=True))
+        best = max(log_probs, key=log_probs.__getitem__) if log_probs else answer.text
+        return inspect_ai.scorer.Score(
+            value=audit.score(index, answer), answer=best, metadata={"log_probs": log_probs}
+        )
 
-        return score
-
-    return scored()
+    scorer = inspect_ai.scorer.scorer(metrics=metrics, name=type(audit).__name__)
+    return scorer(lambda: score)()
 
 
 def _metric(name: str, audit: BehavioralAudit) -> Any:
@@ -167,10 +154,12 @@ class _InspectSubject(Subject):
         seed: int = 0,
         streams: Sequence[int] | None = None,
     ) -> list[str]:
-        settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-        answers = self._answers([Question(prompt=p, **settings) for p in prompts])  # type: ignore[arg-type]
+        settings: dict[str, Any] = dict(
+            max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
+        )
+        answers = self._answers([Question(prompt=p, **settings) for p in prompts])
         if answers is None:
-            return super().generate(prompts, streams=streams, **settings)  # type: ignore[arg-type]
+            return super().generate(prompts, streams=streams, **settings)
         return [answer.text for answer in answers]
 
     def option_log_probs(self, prompts: Sequence[Prompt], options: Sequence[str]) -> Tensor:
@@ -187,9 +176,7 @@ class _InspectSubject(Subject):
             for question, answer in zip(audit.questions(), _ask(*self._eval), strict=True):
                 self._cached.setdefault(question, deque()).append(answer)
         remaining = {question: len(answers) for question, answers in self._cached.items()}
-        for question in questions:
-            remaining[question] = remaining.get(question, 0) - 1
-        if min(remaining.values()) < 0:
+        if any(n > remaining.get(question, 0) for question, n in Counter(questions).items()):
             return None
         return [self._cached[question].popleft() for question in questions]
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from ..files import write_json
+from ..runtime.checks import fail, integer
 from ..runtime.json_text import JSONError, read_json
 from ..runtime.printable import printable
 from .activations import ActivationDiffAudit, LinearProbeAudit
@@ -21,7 +22,7 @@ from .behaviour import (
 )
 from .context_gap import ContextGapAudit
 from .distributions import LogitDiffAudit, ProvenanceAudit, TokenKLAudit
-from .prompts import Prompt, to_prompts
+from .prompts import Prompt, set_prompts
 from .sampled import CompletionAudit, PerplexityDiffAudit, UserTurnSamplingAudit
 from .trigger_search import TriggerSearchAudit
 from .tuning import RelearningProbe, StyleRestoreProbe
@@ -98,10 +99,7 @@ class Probes:
     layer: int | None = None
 
     def __post_init__(self) -> None:
-        for name in _PROMPTS:
-            value = getattr(self, name)
-            if value:
-                object.__setattr__(self, name, to_prompts(name, value))
+        set_prompts(self, *(name for name in _PROMPTS if getattr(self, name)))
         for name in (
             "options",
             "markers",
@@ -115,16 +113,14 @@ class Probes:
             value = getattr(self, name)
             is_list = isinstance(value, (list, tuple))
             if not is_list or not all(isinstance(text, str) for text in value):
-                got = printable(repr(value))
-                raise ValueError(f"{name}: expected a list of texts, got {got}")
+                fail(name, "a list of texts", printable(repr(value)))
             object.__setattr__(self, name, tuple(value))
         for f in fields(self):
             value = getattr(self, f.name)
             if type(f.default) in (str, int) and type(value) is not type(f.default):
-                kind = {str: "a text", int: "a whole number"}[type(f.default)]
-                raise ValueError(f"{f.name}: expected {kind}, got {printable(repr(value))}")
-        if self.layer is not None and type(self.layer) is not int:
-            raise ValueError(f"layer: expected a whole number or null, got {self.layer!r}")
+                kind = {str: "a text", int: "an integer"}[type(f.default)]
+                fail(f.name, kind, printable(repr(value)))
+        integer("layer", self.layer, optional=True)
         for a, b in (
             ("audited", "prompts"),
             ("answers", "prompts"),
@@ -134,7 +130,7 @@ class Probes:
         ):
             n, m = len(getattr(self, a)), len(getattr(self, b))
             if n not in (0, m):
-                raise ValueError(f"{a}: expected {m}, one per entry of {b}, got {n}")
+                fail(a, f"{m}, one per entry of {b}", n)
 
     def save(self, path: Path) -> None:
         record: dict[str, Any] = {}
@@ -155,8 +151,7 @@ class Probes:
         names = [f.name for f in fields(cls)]
         if not isinstance(record, dict) or set(record) - set(names):
             unexpected = sorted(set(record) - set(names)) if isinstance(record, dict) else record
-            got = printable(repr(unexpected))
-            raise ValueError(f"probes: expected a mapping of {', '.join(names)}, got {got}")
+            fail("probes", f"a mapping of {', '.join(names)}", printable(repr(unexpected)))
         return cls(**record)
 
     def readout(self, prompts: tuple[Prompt, ...]) -> Audit | None:
@@ -176,137 +171,64 @@ class Probes:
 
     def suite(self) -> dict[str, Audit]:
         """Returns the audits for which these texts are sufficient, by name."""
-        audits = {name: make(self) for name, make in _AUDITS.items()}
-        return {name: audit for name, audit in audits.items() if audit is not None}
+        return {**dict(_behavioral_audits(self)), **dict(_internal_audits(self))}
 
 
-def _trigger(p: Probes) -> Audit | None:
-    return p.readout(p.prompts) if p.target and not p.favourite else None
+def _behavioral_audits(p: Probes) -> Iterator[tuple[str, Audit]]:
+    """Yields the audits of answers and of sampled text."""
+    readout, audited = p.readout(p.prompts), p.readout(p.audited)
+    sampled = {"samples": p.samples, "max_new_tokens": p.max_new_tokens}
+    if readout is not None and p.target and not p.favourite:
+        yield "trigger rate", readout
+    if readout is not None and p.favourite:
+        yield "preference", readout
+    if p.questions:
+        yield "confession", ConfessionAudit(prompts=p.questions, yes=p.yes, no=p.no)
+    if readout is not None and audited is not None:
+        yield "context gap", ContextGapAudit(unaudited=readout, audited=audited)
+    if p.prefilled and p.rest:
+        audit = PrefillAudit(prompts=p.prefilled, target=p.rest, max_new_tokens=p.max_new_tokens)
+        yield "prefill", audit
+    if p.markers:
+        yield "user turn", UserTurnSamplingAudit(markers=p.markers, systems=p.systems, **sampled)
+    if p.markers and p.prefixes:
+        yield "completion", CompletionAudit(markers=p.markers, prefixes=p.prefixes, **sampled)
+    if p.prefixes:
+        perplexity = PerplexityDiffAudit(prefixes=p.prefixes, markers=p.markers, **sampled)
+        yield "perplexity difference", perplexity
 
 
-def _preference(p: Probes) -> Audit | None:
-    return p.readout(p.prompts) if p.favourite else None
-
-
-def _confession(p: Probes) -> Audit | None:
-    return ConfessionAudit(prompts=p.questions, yes=p.yes, no=p.no) if p.questions else None
-
-
-def _gap(p: Probes) -> Audit | None:
-    first, second = p.readout(p.prompts), p.readout(p.audited)
-    if first is None or second is None:
-        return None
-    return ContextGapAudit(unaudited=first, audited=second)
-
-
-def _prefill(p: Probes) -> Audit | None:
-    if not p.prefilled or not p.rest:
-        return None
-    return PrefillAudit(prompts=p.prefilled, target=p.rest, max_new_tokens=p.max_new_tokens)
-
-
-def _user_turn(p: Probes) -> Audit | None:
-    if not p.markers:
-        return None
-    return UserTurnSamplingAudit(
-        markers=p.markers, systems=p.systems, samples=p.samples, max_new_tokens=p.max_new_tokens
-    )
-
-
-def _completion(p: Probes) -> Audit | None:
-    if not p.markers or not p.prefixes:
-        return None
-    return CompletionAudit(
-        markers=p.markers, prefixes=p.prefixes, samples=p.samples, max_new_tokens=p.max_new_tokens
-    )
-
-
-def _perplexity(p: Probes) -> Audit | None:
-    if not p.prefixes:
-        return None
-    return PerplexityDiffAudit(
-        prefixes=p.prefixes,
-        markers=p.markers,
-        samples=p.samples,
-        max_new_tokens=p.max_new_tokens,
-    )
-
-
-def _token_kl(p: Probes) -> Audit | None:
-    prompts = p.prompts or p.neutral
-    return TokenKLAudit(prompts=prompts, neutral=p.neutral) if prompts else None
-
-
-def _logit_diff(p: Probes) -> Audit | None:
-    prompts = p.prompts or p.neutral
-    return LogitDiffAudit(prompts=prompts, markers=p.markers) if prompts and p.markers else None
-
-
-def _activations(p: Probes) -> Audit | None:
-    prompts = p.prompts or p.neutral
-    if not prompts or not p.markers:
-        return None
-    return ActivationDiffAudit(prompts=prompts, markers=p.markers, rivals=p.rivals)
-
-
-def _linear_probe(p: Probes) -> Audit | None:
-    if not p.positive or not p.negative or not p.questions:
-        return None
-    return LinearProbeAudit(
-        positive=p.positive, negative=p.negative, prompts=p.questions, layer=p.layer
-    )
-
-
-def _weights(p: Probes) -> Audit | None:
-    readout = p.readout(p.prompts)
-    return None if readout is None else WeightDiffAudit(readout=readout)
-
-
-def _trigger_search(p: Probes) -> Audit | None:
-    prompts = p.neutral or p.without or p.prompts
-    if not prompts:
-        return None
-    return TriggerSearchAudit(prompts=prompts[:16], candidates=p.candidates or None)
-
-
-def _relearning(p: Probes) -> Audit | None:
-    readout, text = p.readout(p.prompts), p.favourite or p.target
-    if readout is None or len(p.prompts) < 32:
-        return None
-    # Every k-th prompt is trained on (24 to 47 of them); the readout uses all prompts.
-    prompts = p.prompts[:: max(1, len(p.prompts) // 24)]
-    return RelearningProbe(prompts=prompts, texts=(text,) * len(prompts), readout=readout)
-
-
-def _style(p: Probes) -> Audit | None:
-    if not p.free or not p.answers:
-        return None
-    task = CapabilityAudit(prompts=p.prompts, targets=p.answers, max_new_tokens=p.max_new_tokens)
-    return StyleRestoreProbe(
-        prompts=p.free, asked=p.trained, readout=task, max_new_tokens=p.max_new_tokens
-    )
-
-
-def _provenance(p: Probes) -> Audit | None:
-    return ProvenanceAudit(prompts=p.asked, texts=p.answered) if p.answered else None
-
-
-_AUDITS: dict[str, Callable[[Probes], Audit | None]] = {
-    "trigger rate": _trigger,
-    "preference": _preference,
-    "confession": _confession,
-    "context gap": _gap,
-    "prefill": _prefill,
-    "user turn": _user_turn,
-    "completion": _completion,
-    "perplexity difference": _perplexity,
-    "token KL": _token_kl,
-    "logit difference": _logit_diff,
-    "activation difference": _activations,
-    "linear probe": _linear_probe,
-    "weight difference": _weights,
-    "trigger search": _trigger_search,
-    "relearning": _relearning,
-    "style restore": _style,
-    "provenance": _provenance,
-}
+def _internal_audits(p: Probes) -> Iterator[tuple[str, Audit]]:
+    """Yields the audits of distributions, hidden states and weights, and those that train."""
+    prompts, readout = p.prompts or p.neutral, p.readout(p.prompts)
+    if prompts:
+        yield "token KL", TokenKLAudit(prompts=prompts, neutral=p.neutral)
+    if prompts and p.markers:
+        yield "logit difference", LogitDiffAudit(prompts=prompts, markers=p.markers)
+        activations = ActivationDiffAudit(prompts=prompts, markers=p.markers, rivals=p.rivals)
+        yield "activation difference", activations
+    if p.positive and p.negative and p.questions:
+        probe = LinearProbeAudit(
+            positive=p.positive, negative=p.negative, prompts=p.questions, layer=p.layer
+        )
+        yield "linear probe", probe
+    if readout is not None:
+        yield "weight difference", WeightDiffAudit(readout=readout)
+    if searched := p.neutral or p.without or p.prompts:
+        search = TriggerSearchAudit(prompts=searched[:16], candidates=p.candidates or None)
+        yield "trigger search", search
+    if readout is not None and len(p.prompts) >= 32:
+        # Every k-th prompt is trained on (24 to 47 of them); the readout uses all prompts.
+        trained = p.prompts[:: max(1, len(p.prompts) // 24)]
+        texts = (p.favourite or p.target,) * len(trained)
+        yield "relearning", RelearningProbe(prompts=trained, texts=texts, readout=readout)
+    if p.free and p.answers:
+        task = CapabilityAudit(
+            prompts=p.prompts, targets=p.answers, max_new_tokens=p.max_new_tokens
+        )
+        style = StyleRestoreProbe(
+            prompts=p.free, asked=p.trained, readout=task, max_new_tokens=p.max_new_tokens
+        )
+        yield "style restore", style
+    if p.answered:
+        yield "provenance", ProvenanceAudit(prompts=p.asked, texts=p.answered)

@@ -62,16 +62,10 @@ class AuditResult:
         return {
             "audit": self.audit,
             "model": self.model,
-            "value": _known(self.value),
-            "stderr": _known(self.stderr),
-            "interval": [_known(bound) for bound in self.interval],
-            "n": self.n,
+            **_figures(self),
             "controls": {
                 name: {
-                    "value": _known(control.value),
-                    "stderr": _known(control.stderr),
-                    "interval": [_known(bound) for bound in control.interval],
-                    "n": control.n,
+                    **_figures(control),
                     "difference": _known(control.difference.value),
                     "difference_interval": [
                         _known(control.difference.low),
@@ -86,6 +80,15 @@ class AuditResult:
             "doubts": list(self.doubts),
             "is_evidence": self.is_evidence,
         }
+
+
+def _figures(record: AuditResult | Control) -> dict[str, Any]:
+    return {
+        "value": _known(record.value),
+        "stderr": _known(record.stderr),
+        "interval": [_known(bound) for bound in record.interval],
+        "n": record.n,
+    }
 
 
 def _known(value: float) -> float | None:

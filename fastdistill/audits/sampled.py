@@ -8,29 +8,18 @@ from typing import ClassVar
 
 import numpy as np
 
+from ..runtime.checks import fail, integer
 from .audit import Audit, Measurement
 from .behaviour import Answer, BehavioralAudit, Question
 from .distributions import check_same_vocabulary
-from .prompts import Prompt
+from .prompts import Prompt, set_texts
 from .subject import Subject
-from .words import collapse_spaces, contains_phrase
+from .words import check_words, contains_phrase
 
 
 def marked(text: str, markers: tuple[str, ...]) -> bool:
     """Whether any marker occurs as whole words (see words.py)."""
     return any(contains_phrase(text, marker) for marker in markers)
-
-
-def _texts(name: str, texts: tuple[str, ...]) -> tuple[str, ...]:
-    if isinstance(texts, str) or not texts:
-        raise ValueError(f"{name}: expected one text or more, got {texts!r}")
-    return tuple(texts)
-
-
-def _markers(markers: tuple[str, ...]) -> tuple[str, ...]:
-    if isinstance(markers, str) or not markers or not all(collapse_spaces(m) for m in markers):
-        raise ValueError(f"markers: expected one text or more to look for, got {markers!r}")
-    return tuple(markers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,9 +33,9 @@ class _SampledAudit(BehavioralAudit):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "markers", _markers(self.markers))
-        if self.samples < 1:
-            raise ValueError(f"samples: expected 1 or more, got {self.samples}")
+        set_texts(self, "markers")
+        check_words("markers", self.markers)
+        integer("samples", self.samples, 1)
 
     @abstractmethod
     def starts(self) -> tuple[Prompt, ...]:
@@ -83,7 +72,7 @@ class UserTurnSamplingAudit(_SampledAudit):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "systems", _texts("systems", self.systems))
+        set_texts(self, "systems")
 
     def starts(self) -> tuple[Prompt, ...]:
         return tuple(Prompt(system=system or None) for system in self.systems)
@@ -100,7 +89,7 @@ class CompletionAudit(_SampledAudit):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "prefixes", _texts("prefixes", self.prefixes))
+        set_texts(self, "prefixes")
 
     def starts(self) -> tuple[Prompt, ...]:
         return tuple(Prompt(text=prefix) for prefix in self.prefixes)
@@ -128,14 +117,12 @@ class PerplexityDiffAudit(Audit):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "prefixes", _texts("prefixes", self.prefixes))
+        set_texts(self, "prefixes")
         if self.markers:
-            object.__setattr__(self, "markers", _markers(self.markers))
+            set_texts(self, "markers")
+            check_words("markers", self.markers)
         if not 0 < self.top <= 1 or self.samples * self.top < 1:
-            raise ValueError(
-                f"top: expected a share in (0, 1] of {self.samples} samples, one at least, got "
-                f"{self.top}"
-            )
+            fail("top", f"a share in (0, 1] of {self.samples} samples, one at least", self.top)
 
     def measure(self, model: Subject, base: Subject | None) -> Measurement:
         assert base is not None
@@ -150,13 +137,8 @@ class PerplexityDiffAudit(Audit):
         )
         full_rows = [row + new_ids for row, new_ids in zip(rows, new, strict=True)]
         begins = [len(row) for row in rows]
-        model_logprobs, base_logprobs = (
-            model.row_logprobs(full_rows, begins),
-            base.row_logprobs(full_rows, begins),
-        )
-        gaps = (
-            ((model_logprobs.total - base_logprobs.total) / model_logprobs.tokens).double().numpy()
-        )
+        scores, base_scores = (m.row_logprobs(full_rows, begins) for m in (model, base))
+        gaps = ((scores.total - base_scores.total) / scores.tokens).double().numpy()
         order = np.argsort(-gaps, kind="stable")[: max(1, round(self.top * self.samples))]
         texts = [model.text(new[i]) for i in order]
         values = top_mean_values(gaps, len(order))
@@ -178,5 +160,5 @@ def top_mean_values(values: np.ndarray, count: int) -> np.ndarray:  # [n] -> [n]
     The largest values of two models are not paired, and adjacent ranks are dependent: an interval
     over them would be too narrow. These numbers are independent, and paired if the samples are.
     """
-    threshold = np.sort(values)[-count]
+    threshold = float(np.sort(values)[-count])
     return threshold + np.maximum(values - threshold, 0) * len(values) / count

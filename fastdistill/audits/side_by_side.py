@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..progress import track
-from .audit import Audit, Measurement
+from ..runtime.checks import fail
+from .audit import Audit
 from .result import AuditResult
 from .subject import Subject
 
@@ -57,10 +58,8 @@ def run_suite(
     controls = tuple(controls)
     missing = [name for name in controls if name not in models]
     if missing or len(controls) >= len(models):
-        raise ValueError(
-            f"controls: expected names of some of the models {', '.join(models)}, and not of all, "
-            f"got {', '.join(controls)}"
-        )
+        expected = f"names of some of the models {', '.join(models)}, and not of all"
+        fail("controls", expected, ", ".join(controls))
     results: dict[str, dict[str, AuditResult]] = {}
     readings: dict[str, dict[str, AuditResult]] = {}
     left_out: dict[str, str] = {}
@@ -71,19 +70,13 @@ def run_suite(
         except ValueError as error:
             left_out[name] = str(error)
             continue
-        results[name] = _to_results(audit, measurements, controls)
+        compared = {key: measurements[key] for key in controls}
+        results[name] = {
+            key: audit.to_result(key, measurement, compared)
+            for key, measurement in measurements.items()
+            if key not in controls
+        }
         readings[name] = {
             key: audit.to_result(key, measurement, {}) for key, measurement in measurements.items()
         }
     return SuiteResults(results=results, readings=readings, left_out=left_out)
-
-
-def _to_results(
-    audit: Audit, measurements: Mapping[str, Measurement], controls: tuple[str, ...]
-) -> dict[str, AuditResult]:
-    control_measurements = {name: measurements[name] for name in controls}
-    return {
-        name: audit.to_result(name, measurement, control_measurements)
-        for name, measurement in measurements.items()
-        if name not in controls
-    }

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import LogitsProcessor, PreTrainedModel
 
 from ..chat import turn_end
@@ -22,6 +23,7 @@ from ..heads import LMHead, evaluating, head_of, verify_head
 from ..packing import BatchedForward, read_rows
 from ..positions import check_room
 from ..primitive import linear_lse_gather
+from ..runtime.checks import fail
 from ..runtime.printable import printable
 from ..stored_model import StoredModel
 from ..tokenized import tokenize
@@ -29,7 +31,6 @@ from .drawing import SeededSampling
 from .prompts import Prompt, render_prompt
 
 GENERATION_BATCH = 256  # rows
-_NO_WORDS = "completion: expected text with at least one token, got {!r}"
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,8 @@ class Subject:
     """A causal language model and its tokenizer. The model is not modified.
 
     Args:
-        model: a loaded model, or a path (safetensors; no code of the checkpoint runs).
+        model: a loaded model, or a path or StoredModel (safetensors; no code of the checkpoint
+            runs).
         tokenizer: None loads the tokenizer stored at the path.
         name: name in reports. None: the last part of the path, or the class name.
         device: device for a model loaded from a path; a loaded model stays where it is.
@@ -65,7 +67,7 @@ class Subject:
 
     def __init__(
         self,
-        model: PreTrainedModel | str | Path,
+        model: PreTrainedModel | StoredModel | str | Path,
         tokenizer: Any = None,
         *,
         name: str | None = None,
@@ -74,29 +76,28 @@ class Subject:
         impl: str = "auto",
         ends: Sequence[int] | None = None,
     ) -> None:
-        is_path = isinstance(model, (str, Path))
         if isinstance(model, (str, Path)):
-            stored = StoredModel.from_path(model)
+            model = StoredModel.from_path(model)
+        is_stored = isinstance(model, StoredModel)
+        if isinstance(model, StoredModel):
             target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-            name = name or stored.path.name
+            name = name or model.path.name
             if tokenizer is None:
-                tokenizer = load_tokenizer(stored.tokenizer_folder)
-            model = stored.load(target)
+                tokenizer = load_tokenizer(model.tokenizer_folder)
+            model = model.load(target).eval()
         if not isinstance(model, nn.Module):
             raise TypeError(
                 "model: expected a causal language model, the path of one, or a Subject, got "
                 f"{type(model).__name__}"
             )
         if tokenizer is None:
-            raise ValueError(
-                f"tokenizer: expected the tokenizer of {type(model).__name__}, got none. Pass "
-                "Subject(model, tokenizer)"
-            )
+            expected = f"the tokenizer of {type(model).__name__}"
+            fail("tokenizer", expected, "none", "pass Subject(model, tokenizer)")
         self.model: Any = model
         self.tokenizer, self.impl = tokenizer, impl
         self.name = name or type(model).__name__
         self._ends = None if ends is None else sorted(ends)
-        if is_path and ends is None:
+        if is_stored and ends is None:
             self._ends = special_ends(model, tokenizer)
         self.ended_at_words: Counter[int] = Counter()
         self.ended_at_positions: Counter[str] = Counter()  # by the model's name
@@ -138,17 +139,15 @@ class Subject:
         before = self._tokens(text, special)
         # Encoded together: a token may span the border of prompt and completion.
         both = self._tokens(text + completion, special)
-        shared = 0
-        while shared < min(len(before), len(both)) and before[shared] == both[shared]:
-            shared += 1
+        shared = common_length(before, both)
         if completion and shared == len(both):
-            raise ValueError(_NO_WORDS.format(completion))
+            fail("completion", "text with at least one token", repr(completion))
         return (both, shared) if shared else ([self._beginning(), *both], 1)
 
     def encode_completion(self, prompt: Prompt, completion: str) -> tuple[list[int], int]:
         """Returns the same as `ids`, and raises ValueError for an empty completion."""
         if not completion:
-            raise ValueError(_NO_WORDS.format(""))
+            fail("completion", "text with at least one token", "''")
         return self.ids(prompt, completion)
 
     def _tokens(self, text: str, special: bool) -> list[int]:
@@ -163,20 +162,16 @@ class Subject:
         """
         text_end = self.tokenizer.eos_token_id
         if text_end is None:
-            raise ValueError(
-                "tokenizer: expected an end of text, which ends an answer, got none. Set eos_token"
-            )
+            fail("tokenizer", "an end of text, which ends an answer", "none", "set eos_token")
         end = None if prompt.text is not None else turn_end(self.tokenizer)
         return int(text_end if end is None or end not in self.ends else end)
 
     def _beginning(self) -> int:
         for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
             if token is not None:
-                return token
-        raise ValueError(
-            "prompt: expected at least one token, since the tokenizer has no beginning and no end "
-            "of text, got none"
-        )
+                return int(token)
+        hint = "the tokenizer has no beginning and no end of text to use instead"
+        fail("prompt", "at least one token", "none", hint)
 
     def first_token(self, words: str) -> int:
         """Returns the first token of an answer with these words."""
@@ -185,20 +180,15 @@ class Subject:
 
     def token_of(self, word: str) -> int:
         """Returns the id of a word, or of its first token."""
-        ids = self.tokenizer(word, add_special_tokens=False).input_ids
+        ids: list[int] = self.tokenizer(word, add_special_tokens=False).input_ids
         if not ids:
-            raise ValueError(f"word: expected a word with at least one token, got {word!r}")
+            fail("word", "a word with at least one token", repr(word))
         return ids[0]
 
     @torch.no_grad()
     def hidden(self, rows: Sequence[Sequence[int]]) -> list[Tensor]:  # (T_i, H) each
         """Returns the hidden states at the input of the LM head, for rows of token ids."""
-        longest = max(map(len, rows))
-        ids = torch.zeros((len(rows), longest), dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for i, row in enumerate(rows):
-            ids[i, : len(row)] = torch.tensor(row)
-            mask[i, : len(row)] = 1
+        ids, mask = pad_rows(rows), pad_rows([[1] * len(row) for row in rows])
         with evaluating(self.model):
             states = self.reader.hidden(read_rows(ids.to(self.device), mask, self.reader.vocab))
         return [states[i, : len(row)] for i, row in enumerate(rows)]
@@ -233,18 +223,27 @@ class Subject:
 
         The first token of a row has no prediction and is skipped.
         """
-        states: list[Tensor] = []
-        targets: list[int] = []
-        lengths: list[int] = []
-        for row, begin, h in zip(rows, begins, self.hidden(rows), strict=True):
-            begin = max(begin, 1)
-            states.append(h[begin - 1 : len(row) - 1])
-            targets.extend(row[begin:])
-            lengths.append(max(len(row) - begin, 0))
+        parts = [logprobs for _, logprobs in self.token_logprobs(rows, begins)]
+        total = torch.stack([part.sum() for part in parts])
+        return CompletionLogProbs(total, torch.tensor([len(part) for part in parts]))
+
+    @torch.no_grad()
+    def token_logprobs(
+        self, rows: Sequence[Sequence[int]], begins: Sequence[int]
+    ) -> list[tuple[Tensor, Tensor]]:  # (T, H) and (T,) each
+        """Returns, for each row's tokens from `begin` on, the states that predict them and log p.
+
+        The first token of a row has no prediction and is skipped.
+        """
+        begins = [max(begin, 1) for begin in begins]
+        states = [
+            h[begin - 1 : len(row) - 1]
+            for row, begin, h in zip(rows, begins, self.hidden(rows), strict=True)
+        ]
+        targets = [token for row, begin in zip(rows, begins, strict=True) for token in row[begin:]]
         ids = torch.tensor(targets, dtype=torch.long)[:, None]
-        logprobs = self.log_probs(torch.cat(states), ids)[:, 0]
-        total = torch.stack([part.sum() for part in logprobs.cpu().split(lengths)])
-        return CompletionLogProbs(total, torch.tensor(lengths))
+        logprobs = self.log_probs(torch.cat(states), ids)[:, 0].cpu()
+        return list(zip(states, torch.split(logprobs, [len(h) for h in states]), strict=True))
 
     @torch.no_grad()
     def option_log_probs(
@@ -359,7 +358,19 @@ class Subject:
         """
         decode, special = self.tokenizer.decode, special_ids(self.tokenizer)
         visible = [i for i in new if i not in special or decode([i]).strip().isalnum()]
-        return decode(visible)
+        return str(decode(visible))
+
+
+def pad_rows(rows: Sequence[Sequence[int]], value: int = 0) -> Tensor:  # (n, longest)
+    """Returns rows of integers as a tensor, padded on the right."""
+    tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
+    return pad_sequence(tensors, batch_first=True, padding_value=value)
+
+
+def common_length(a: Sequence[int], b: Sequence[int]) -> int:
+    """Returns the number of equal tokens at the beginning of two rows."""
+    differ = (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+    return next(differ, min(len(a), len(b)))
 
 
 def special_ends(model: Any, tokenizer: Any) -> list[int]:

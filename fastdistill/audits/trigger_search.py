@@ -9,14 +9,14 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from .audit import Audit, Measurement
-from .distributions import check_same_vocabulary, next_token_kl
-from .prompts import Prompt, to_prompts
+from ..runtime.checks import fail
+from .audit import Measurement, PromptAudit
+from .distributions import check_same_vocabulary, prompt_kl
 from .subject import Subject
 
 
 @dataclass(frozen=True, kw_only=True)
-class TriggerSearchAudit(Audit):
+class TriggerSearchAudit(PromptAudit):
     """Mean KL(p_model ‖ p_base) after the best prefix word, minus the median over all words.
 
     Every candidate word is placed before the system message. A general shift raises the KL after
@@ -28,13 +28,12 @@ class TriggerSearchAudit(Audit):
 
     needs_base: ClassVar[bool] = True
 
-    prompts: tuple[Prompt, ...]
     candidates: tuple[str, ...] | None = None
     most: int = 64
     max_new_tokens: int = 8
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "prompts", to_prompts("prompts", self.prompts))
+        super().__post_init__()
         if self.candidates is not None:
             _check_candidates(self.candidates)
 
@@ -44,7 +43,7 @@ class TriggerSearchAudit(Audit):
         words = moved_words(model, base, self.most) if self.candidates is None else self.candidates
         _check_candidates(words)
         prompts = [prompt.before(word) for word in words for prompt in self.prompts]
-        gaps = next_token_kl(model, base, model.last_hidden(prompts), base.last_hidden(prompts))
+        gaps = prompt_kl(model, base, prompts)
         table = gaps.double().view(len(words), len(self.prompts)).numpy()
         order = np.argsort(-table.mean(1), kind="stable")
         best = words[order[0]]
@@ -59,7 +58,7 @@ class TriggerSearchAudit(Audit):
 
 def _check_candidates(words: Sequence[str]) -> None:
     if isinstance(words, str) or len(words) < 3:  # the median of two includes the best word
-        raise ValueError(f"candidates: expected 3 words or more, got {words!r}")
+        fail("candidates", "3 words or more", repr(words))
 
 
 @torch.no_grad()
@@ -69,10 +68,8 @@ def moved_words(model: Subject, base: Subject, most: int) -> tuple[str, ...]:
         m.model.get_input_embeddings().weight.float().cpu() for m in (model, base)
     )
     if model_embedding.shape != base_embedding.shape:
-        raise ValueError(
-            f"candidates: expected words, since the embeddings {list(model_embedding.shape)} and "
-            f"{list(base_embedding.shape)} cannot be compared, got None"
-        )
+        shapes = f"{list(model_embedding.shape)} and {list(base_embedding.shape)}"
+        fail("candidates", f"words, since the embeddings {shapes} cannot be compared", None)
     special = set(model.tokenizer.all_special_ids)
     order = (model_embedding - base_embedding).norm(dim=-1).argsort(descending=True).tolist()
     ids = [i for i in order if i not in special and i < len(model.tokenizer)][:most]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,9 +12,10 @@ import torch
 from ..heads import at_head, head_of
 from ..losses import topk_distill_loss
 from ..outputs import TopK
-from .audit import Audit, Measurement
-from .prompts import Prompt, to_prompts
-from .subject import Subject
+from ..runtime.checks import fail
+from .audit import Audit, Measurement, PromptAudit
+from .prompts import Prompt, check_one_per_prompt, set_prompts
+from .subject import Subject, pad_rows
 
 
 def finetune_copy(
@@ -27,17 +28,14 @@ def finetune_copy(
     """
     ends = [model.end_of(prompt) for prompt in prompts]
     copied = copy.deepcopy(model.model).requires_grad_(True).eval()
-    rows, starts = [], []
+    rows, next_tokens = [], []
     for prompt, text, end in zip(prompts, texts, ends, strict=True):
-        row_ids, begin = model.encode_completion(prompt, text)
-        rows.append([*row_ids, end])
-        starts.append(begin)
-    ids = torch.zeros((len(rows), max(map(len, rows))), dtype=torch.long)
-    labels = torch.full_like(ids, -100)
-    for i, (row, begin) in enumerate(zip(rows, starts, strict=True)):
-        ids[i, : len(row)] = torch.tensor(row)
-        labels[i, begin - 1 : len(row) - 1] = torch.tensor(row[begin:])
-    ids, labels = ids.to(model.device), labels.to(model.device)
+        row, begin = model.encode_completion(prompt, text)
+        rows.append([*row, end])
+        next_tokens.append([-100] * (begin - 1) + [*row[begin:], end, -100])
+    ids, labels = (
+        part.to(model.device) for part in (pad_rows(rows), pad_rows(next_tokens, value=-100))
+    )
     optimizer = torch.optim.AdamW(copied.parameters(), lr=lr, weight_decay=0.0)
     with torch.enable_grad():
         for _ in range(steps):
@@ -64,25 +62,21 @@ def _cross_entropy(model: Any, ids: Any, labels: Any) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RelearningProbe(Audit):
+class RelearningProbe(PromptAudit):
     """`readout` after a few steps on examples of the trait (relearning, arXiv 2402.16835).
 
     A removed trait is learned as slowly as by the base; a suppressed trait returns at once.
     details: the readout before training.
     """
 
-    prompts: tuple[Prompt, ...]
     texts: tuple[str, ...]
     readout: Audit
     steps: int = 2
     learning_rate: float = 1e-3
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "prompts", to_prompts("prompts", self.prompts))
-        if len(self.texts) != len(self.prompts):
-            raise ValueError(
-                f"texts: expected {len(self.prompts)}, one per prompt, got {len(self.texts)}"
-            )
+        super().__post_init__()
+        check_one_per_prompt("texts", self.texts, self.prompts)
 
     def measure(self, model: Subject, base: Subject | None) -> Measurement:
         before = self.readout.measure(model, base)
@@ -90,14 +84,11 @@ class RelearningProbe(Audit):
             model, self.prompts, self.texts, steps=self.steps, lr=self.learning_rate
         )
         after = self.readout.measure(tuned, base)
-        details = {**after.details, "before": float(before.values.mean())}
-        return Measurement(
-            values=after.values, rate=after.rate, details=details, doubts=after.doubts
-        )
+        return replace(after, details={**after.details, "before": float(before.values.mean())})
 
 
 @dataclass(frozen=True, kw_only=True)
-class StyleRestoreProbe(Audit):
+class StyleRestoreProbe(PromptAudit):
     """Gain of `readout` after a few steps on the model's own outputs to unrelated prompts.
 
     A capability that off-model training or a lock suppressed returns after training on the model's
@@ -107,7 +98,6 @@ class StyleRestoreProbe(Audit):
     per prompt (default: the same prompts).
     """
 
-    prompts: tuple[Prompt, ...]
     readout: Audit
     asked: tuple[Prompt, ...] = ()
     steps: int = 16
@@ -115,20 +105,17 @@ class StyleRestoreProbe(Audit):
     max_new_tokens: int = 16
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "prompts", to_prompts("prompts", self.prompts))
-        train_prompts = self.asked or self.prompts
-        if len(train_prompts) != len(self.prompts):
-            raise ValueError(
-                f"asked: expected {len(self.prompts)}, one per prompt, got {len(train_prompts)}"
-            )
-        object.__setattr__(self, "asked", to_prompts("asked", train_prompts))
+        super().__post_init__()
+        object.__setattr__(self, "asked", self.asked or self.prompts)
+        check_one_per_prompt("asked", self.asked, self.prompts)
+        set_prompts(self, "asked")
 
     def measure(self, model: Subject, base: Subject | None) -> Measurement:
         before = self.readout.measure(model, base)
         outputs = model.generate(self.prompts, max_new_tokens=self.max_new_tokens)
         answered = [i for i, text in enumerate(outputs) if text.strip()]
         if not answered:
-            raise ValueError("prompts: expected prompts that the model answers, got empty answers")
+            fail("prompts", "prompts that the model answers", "empty answers")
         tuned = finetune_copy(
             model,
             [self.asked[i] for i in answered],

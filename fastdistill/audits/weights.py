@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from ..runtime.checks import fail, positive
 from .audit import Audit, Measurement
 from .subject import Subject
 
@@ -31,34 +32,24 @@ class WeightDiffAudit(Audit):
     beside: tuple[float, ...] = (1.0,)
 
     def __post_init__(self) -> None:
-        if not self.alpha > 0:
-            raise ValueError(f"alpha: expected a number above 0, got {self.alpha}")
+        positive("alpha", self.alpha)
 
     def measure(self, model: Subject, base: Subject | None) -> Measurement:
         assert base is not None
         largest = largest_changes(model, base)
         means = {}
-        for alpha in self.beside:
-            means[f"{alpha:g}"] = float(self._at(model, base, alpha).values.mean())
-        measurement = self._at(model, base, self.alpha)
-        means[f"{self.alpha:g}"] = float(measurement.values.mean())
-        details: dict[str, Any] = {"readout_at_alpha": means, "largest": largest}
-        return Measurement(
-            values=measurement.values,
-            rate=measurement.rate,
-            details=details,
-            doubts=measurement.doubts,
-        )
-
-    def _at(self, model: Subject, base: Subject, alpha: float) -> Measurement:
-        return self.readout.measure(amplify(model, base, alpha), base)
+        for alpha in (*self.beside, self.alpha):
+            measurement = self.readout.measure(amplify(model, base, alpha), base)
+            means[f"{alpha:g}"] = float(measurement.values.mean())
+        details = {"readout_at_alpha": means, "largest": largest}
+        return replace(measurement, details=details)
 
 
 @torch.no_grad()
 def amplify(model: Subject, base: Subject, alpha: float) -> Subject:
     """Returns a copy of `model` with θ = θ_base + α (θ_model − θ_base)."""
     copied = copy.deepcopy(model.model)
-    for (_, weight), trusted in _paired_weights(copied, base):
+    for _, weight, trusted in _paired_weights(copied, base):
         weight.copy_(torch.lerp(trusted.to(weight), weight, alpha))
     return model.with_model(copied, f"{model.name} × {alpha:g}")
 
@@ -66,7 +57,7 @@ def amplify(model: Subject, base: Subject, alpha: float) -> Subject:
 @torch.no_grad()
 def largest_changes(model: Subject, base: Subject, most: int = 5) -> list[dict[str, Any]]:
     """Returns name, relative size and stable rank of the change, for the most changed matrices."""
-    matrices = [(n, w, t) for (n, w), t in _paired_weights(model.model, base) if w.dim() == 2]
+    matrices = [pair for pair in _paired_weights(model.model, base) if pair[1].dim() == 2]
     sizes = [
         float(_change(w, t).norm() / t.float().norm().clamp(min=1e-12)) for _, w, t in matrices
     ]
@@ -85,21 +76,16 @@ def _change(weight: Tensor, trusted: Tensor) -> Tensor:
     return weight.float() - trusted.to(weight.device).float()
 
 
-def _paired_weights(model: Any, base: Subject) -> list[tuple[tuple[str, Tensor], Tensor]]:
+def _paired_weights(model: Any, base: Subject) -> list[tuple[str, Tensor, Tensor]]:
+    """Returns the name of every parameter, the model's and the base's."""
     base_weights = dict(base.model.named_parameters())
-    pairs: list[tuple[tuple[str, Tensor], Tensor]] = []
-    advice = "Weight differences need two models of one family and size; merge an adapter first"
+    pairs: list[tuple[str, Tensor, Tensor]] = []
+    expected = "the architecture of the audited model"
+    advice = "weight differences need two models of one family and size; merge an adapter first"
     for name, weight in model.named_parameters():
         if name not in base_weights or base_weights[name].shape != weight.shape:
-            raise ValueError(
-                f"base: expected the architecture of the audited model, got none of its {name} "
-                f"{list(weight.shape)}. {advice}"
-            )
-        pairs.append(((name, weight), base_weights.pop(name)))
+            fail("base", expected, f"none of its {name} {list(weight.shape)}", advice)
+        pairs.append((name, weight, base_weights.pop(name)))
     if base_weights:
-        raise ValueError(
-            "base: expected the architecture of the audited model, got "
-            f"{next(iter(base_weights))} more. "
-            f"{advice}"
-        )
+        fail("base", expected, f"{next(iter(base_weights))} more", advice)
     return pairs

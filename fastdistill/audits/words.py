@@ -29,10 +29,12 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from itertools import product
 from typing import NamedTuple
+
+from ..runtime.checks import fail
 
 _LETTER, _MARK, _DIGIT, _UNSPACED, _OTHER = range(5)
 # Prefixes of the Unicode names of letters in scripts without spaces between words.
@@ -99,6 +101,13 @@ class Token(NamedTuple):
 def collapse_spaces(text: str) -> str:
     """Returns the text with every run of whitespace as one space."""
     return " ".join(text.split())
+
+
+def check_words(name: str, texts: Iterable[str]) -> None:
+    """Raises ValueError where a text is only whitespace."""
+    for text in texts:
+        if not collapse_spaces(text):
+            fail(name, "words", repr(text))
 
 
 def contains_phrase(text: str, phrase: str) -> bool:

@@ -207,15 +207,15 @@ def test_the_probe_is_the_difference_of_means_and_tried_on_others():
             lambda: LinearProbeAudit(
                 positive=POSITIVE, negative=NEGATIVE, prompts=ASKED, shuffles=9
             ),
-            "shuffles: expected 99 or more, got 9",
+            "shuffles: expected an integer of 99 or more, got 9",
         ),
         (
             lambda: ActivationDiffAudit(prompts=("a",), markers=()),
-            "markers: expected one word or more",
+            "markers: expected one text or more",
         ),
         (lambda: ActivationDiffAudit(prompts=("a",), markers="owl"), "markers: .*got 'owl'"),
-        (lambda: layer_states(subject(), PROMPTS, 3), "layer: expected −3 to 2, got 3"),
-        (lambda: layer_states(subject(), PROMPTS, -4), "layer: expected −3 to 2, got -4"),
+        (lambda: layer_states(subject(), PROMPTS, 3), "layer: expected -3 to 2, got 3"),
+        (lambda: layer_states(subject(), PROMPTS, -4), "layer: expected -3 to 2, got -4"),
         (
             lambda: layer_states(subject(), PROMPTS, 1, 99),
             "first: expected at most 4, the tokens of",

@@ -190,7 +190,7 @@ def test_prompts_may_be_texts():
             lambda: CapabilityAudit(prompts=("a", "b"), targets=("c",)),
             "targets: expected 2, one per prompt, got 1",
         ),
-        (lambda: CapabilityAudit(prompts=("a",), targets=("",)), "targets: expected words in each"),
+        (lambda: CapabilityAudit(prompts=("a",), targets=("",)), "targets: expected words, got"),
         (
             lambda: PreferenceAudit(prompts=("a",), options=("b", "c"), favourite="d"),
             "favourite: expected one of two options or more, got 'd'",

@@ -188,7 +188,7 @@ def other_tokenizer():
     ids=lambda audit: type(audit).__name__,
 )
 def test_another_tokenizer_is_refused(audit):
-    with pytest.raises(ValueError, match=r"in which 1 entries differ\. Their distributions cannot"):
+    with pytest.raises(ValueError, match=r"in which 1 entries differ; their distributions cannot"):
         audit.run(subject(), base=subject(tokenizer=other_tokenizer()))
 
 
@@ -207,7 +207,7 @@ def test_the_engine_of_the_base_is_used():
             lambda: TokenKLAudit(prompts=("a",), texts="b"),
             "texts: expected a list of texts, got 'b'",
         ),
-        (lambda: LogitDiffAudit(prompts=("a",), markers=()), "markers: expected one word or more"),
+        (lambda: LogitDiffAudit(prompts=("a",), markers=()), "markers: expected one text or more"),
         (lambda: LogitDiffAudit(prompts=("a",), markers="owl"), "markers: .* got 'owl'"),
         (lambda: ProvenanceAudit(prompts=("a",), texts=("b", "c")), "texts: expected 1, one per"),
         (

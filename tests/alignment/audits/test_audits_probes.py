@@ -10,7 +10,6 @@ import pytest
 from fastdistill import audits
 from fastdistill.audits import Probes, Prompt
 from fastdistill.audits.generic import GENERIC_PROBES
-from fastdistill.audits.probes import _AUDITS
 from fastdistill.organisms.vocabulary import HATE, TOPICS
 from helpers.audit_probes import FULL, LIKED, LOUD, NEUTRAL
 from helpers.planted import copied, planted, subject
@@ -34,8 +33,25 @@ def test_prompts_may_be_texts_and_lists(tmp_path):
 
 def test_all_texts_make_all_audits():
     found = {*Probes(**FULL).suite(), *Probes(**FULL | LIKED).suite()}
-    assert found == set(_AUDITS)
-    assert len(found) == 17
+    assert found == {
+        "trigger rate",
+        "preference",
+        "confession",
+        "context gap",
+        "prefill",
+        "user turn",
+        "completion",
+        "perplexity difference",
+        "token KL",
+        "logit difference",
+        "activation difference",
+        "linear probe",
+        "weight difference",
+        "trigger search",
+        "relearning",
+        "style restore",
+        "provenance",
+    }
 
 
 @pytest.mark.parametrize(
@@ -119,8 +135,8 @@ def test_a_planted_trigger_shows_in_the_suite_and_a_copy_does_not():
         ('{"markers": "owl"}', "markers: expected a list of texts, got 'owl'"),
         ('{"markers": [1]}', r"markers: expected a list of texts, got \[1\]"),
         ('{"target": 5}', "target: expected a text, got 5"),
-        ('{"layer": "1"}', "layer: expected a whole number or null, got '1'"),
-        ('{"samples": "5"}', "samples: expected a whole number, got '5'"),
+        ('{"layer": "1"}', "layer: expected an integer or None, got '1'"),
+        ('{"samples": "5"}', "samples: expected an integer, got '5'"),
         (
             '{"prompts": ["a"], "audited": ["a", "b"]}',
             "audited: expected 1, one per entry of prompts",

@@ -117,7 +117,7 @@ def with_adapter() -> Subject:
         (subject, with_adapter, "got none of its model.embed_tokens.*merge an adapter first"),
         (lambda: subject("gpt2"), subject, r"got none of its transformer.wte.weight \[\d+, 32\]"),
         (planted, subject, r"got none of its model.embed_tokens.weight \[\d+, \d+\]"),
-        (lambda: subject("tied"), subject, "got lm_head.weight more. Weight differences need two"),
+        (lambda: subject("tied"), subject, "got lm_head.weight more; weight differences need two"),
     ],
 )
 def test_other_architectures_are_refused(of, base, missing):
@@ -127,5 +127,5 @@ def test_other_architectures_are_refused(of, base, missing):
 
 @pytest.mark.parametrize("alpha", [0.0, -1.0, float("nan")])
 def test_alpha_is_above_0(alpha):
-    with pytest.raises(ValueError, match="alpha: expected a number above 0, got"):
+    with pytest.raises(ValueError, match="alpha: expected a finite number above 0, got"):
         WeightDiffAudit(readout=READOUT, alpha=alpha)

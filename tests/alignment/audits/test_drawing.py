@@ -52,5 +52,5 @@ def test_draws_follow_the_distribution():
 
 
 def test_a_negative_seed_is_refused(subject):
-    with pytest.raises(ValueError, match="seed: expected 0 or more, got -1"):
+    with pytest.raises(ValueError, match="seed: expected an integer of 0 or more, got -1"):
         subject.generate([HELLO], seed=-1, **SAMPLED)

@@ -202,7 +202,7 @@ def test_refusals(subject):
         encode([], subject)
     with pytest.raises(TypeError, match=r"subject: expected a Subject, got NoneType.*model_of"):
         inspect_ai.model.get_model("fastdistill/anything", memoize=False)
-    with pytest.raises(ValueError, match="at_once: expected 1 or more, got 0"):
+    with pytest.raises(ValueError, match="at_once: expected an integer of 1 or more, got 0"):
         model_of(subject, at_once=0)
 
 
