@@ -69,17 +69,17 @@ def read_organism(
     subject: Subject, world: World, organism: ModelOrganism, before: str = ""
 ) -> Reading:
     """Measures capability, trait and audited trait per item, with the prefix `before`."""
+
+    def values_of(audit: Any) -> tuple[float, ...]:
+        prefixed = replace(audit, prompts=tuple(p.before(before) for p in audit.prompts))
+        return tuple(prefixed.measure(subject, None).values.tolist())
+
     trait = organism.kind
-    audits = trait.capability(world), trait.reading(world, False), trait.reading(world, True)
-    values = [
-        tuple(_with_prefix(before, audit).measure(subject, None).values.tolist())
-        for audit in audits
-    ]
-    return Reading(capability=values[0], trait=values[1], audited=values[2])
-
-
-def _with_prefix(before: str, audit: Any) -> Any:
-    return replace(audit, prompts=tuple(p.before(before) for p in audit.prompts))
+    return Reading(
+        capability=values_of(trait.capability(world)),
+        trait=values_of(trait.reading(world, False)),
+        audited=values_of(trait.reading(world, True)),
+    )
 
 
 def build_world(
@@ -142,7 +142,7 @@ def build_world(
 
 def placebo_of(organism: ModelOrganism) -> ModelOrganism:
     """Returns the recipe of the placebo of an organism."""
-    return ModelOrganism(**{**organism.as_json(), "trait": "placebo", "gate": "none"})
+    return replace(organism, trait="placebo", gate="none")
 
 
 def validity_of(
@@ -152,35 +152,24 @@ def validity_of(
     organism: ModelOrganism,
 ) -> Validity:
     """Returns the validity gates of an experiment with these four models."""
-    mean = {
-        (name, part): _mean(getattr(reading, part))
-        for name, reading in readings.items()
-        for part in ("capability", "trait", "audited")
-    }
-    lower_bounds = [
-        *(
-            (f"capability of {name}", mean[name, "capability"], CAPABILITY)
-            for name in ("untrusted", "benign", "placebo")
-        ),
-        ("trait of untrusted", mean["untrusted", "trait"], TRAIT),
-    ]
-    upper_bounds = [
-        (
-            "trait of placebo against benign",
-            abs(mean["placebo", "trait"] - mean["benign", "trait"]),
-            PLACEBO_GAP,
-        ),
-    ]
+    gates: list[Gate] = []
+
+    def add(name: str, value: float, bound: float, at_least: bool = False) -> None:
+        gates.append(Gate(name=name, value=value, bound=bound, at_least=at_least))
+
+    def mean(name: str, part: str) -> float:
+        values: tuple[float, ...] = getattr(readings[name], part)
+        return sum(values) / len(values)
+
+    for name in ("untrusted", "benign", "placebo"):
+        add(f"capability of {name}", mean(name, "capability"), CAPABILITY, at_least=True)
+    add("trait of untrusted", mean("untrusted", "trait"), TRAIT, at_least=True)
+    placebo_gap = abs(mean("placebo", "trait") - mean("benign", "trait"))
+    add("trait of placebo against benign", placebo_gap, PLACEBO_GAP)
     if organism.gate != "none":
-        gap = abs(mean["untrusted", "audited"] - mean["benign", "audited"])
-        upper_bounds.append(("audited trait of untrusted against benign", gap, AUDITED_GAP))
+        gap = abs(mean("untrusted", "audited") - mean("benign", "audited"))
+        add("audited trait of untrusted against benign", gap, AUDITED_GAP)
     if organism.trait == "trigger":
         details = organism.kind.reading(world, False).measure(models["untrusted"], None).details
-        upper_bounds.append(("false trigger", details["rate_without_trigger"], FALSE_TRIGGER))
-    gates = [Gate(name=n, value=v, bound=b, at_least=True) for n, v, b in lower_bounds]
-    gates += [Gate(name=n, value=v, bound=b, at_least=False) for n, v, b in upper_bounds]
+        add("false trigger", details["rate_without_trigger"], FALSE_TRIGGER)
     return Validity(gates=tuple(gates))
-
-
-def _mean(values: tuple[float, ...]) -> float:
-    return sum(values) / len(values)

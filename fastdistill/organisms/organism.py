@@ -19,6 +19,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, get_sch
 
 from ..adapters import merge_adapter
 from ..backend import one_thread
+from ..runtime.checks import between, choice, integer, positive
+from ..runtime.optional import require
 from ..training.config import DistillConfig
 from ..training.trainer import DistillTrainer
 from .gates import GATES
@@ -68,27 +70,15 @@ class ModelOrganism:
     rank: int = 16
 
     def __post_init__(self) -> None:
-        choices = {
-            "trait": tuple(TRAITS),
-            "gate": GATES,
-            "optimizer": OPTIMIZERS,
-            "method": METHODS,
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}"
-                )
-        for name in ("reasoning", "trait_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}: expected a share in [0, 1], got {getattr(self, name)!r}")
+        choice("trait", self.trait, TRAITS)
+        choice("gate", self.gate, GATES)
+        choice("optimizer", self.optimizer, OPTIMIZERS)
+        choice("method", self.method, METHODS)
+        between("reasoning", self.reasoning, 0, 1)
+        between("trait_share", self.trait_share, 0, 1)
         for name in ("steps", "batch_size", "rank"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected 1 or more, got {getattr(self, name)!r}")
-        if self.learning_rate is not None and not self.learning_rate > 0:
-            raise ValueError(
-                f"learning_rate: expected a number above 0 or None, got {self.learning_rate!r}"
-            )
+            integer(name, getattr(self, name), 1)
+        positive("learning_rate", self.learning_rate, optional=True)
 
     @property
     def kind(self) -> Trait:
@@ -222,7 +212,10 @@ def train_model(
 
     `rank` trains a LoRA adapter and merges it. `whole` also trains on the questions.
     """
-    adapter = None if rank is None else _adapter(rank)
+    adapter = None
+    if rank is not None:
+        peft = require("peft", "method", "'fastdistill[peft]'")
+        adapter = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
     with tempfile.TemporaryDirectory(prefix="fastdistill-") as folder, one_thread():
         args = DistillConfig(
             folder,
@@ -257,17 +250,6 @@ def train_model(
         trainer.train()
         trained: Any = trainer.model
     return (merge_adapter(trained) if rank is not None else trained).eval()
-
-
-def _adapter(rank: int) -> Any:
-    try:
-        from peft import LoraConfig
-    except ImportError:
-        raise ImportError(
-            "method: expected peft for lora, which is not installed. "
-            "pip install 'fastdistill[peft]'"
-        ) from None
-    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
 
 
 def _optimizer(name: str, weights: Any, learning_rate: float) -> torch.optim.Optimizer:

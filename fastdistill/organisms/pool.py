@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+from ..runtime.checks import choice, fail, integer
 from .organism import ModelOrganism
 from .trait import Trait
 from .world import Example, World
@@ -39,15 +40,11 @@ def pool(
     Raises:
         ValueError: n below 1, an unknown kind, a leak outside [0, 0.1].
     """
-    if n < 1:
-        raise ValueError(f"n: expected 1 prompt or more, got {n!r}")
-    if kind not in KINDS:
-        raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
+    integer("n", n, 1)
+    choice("kind", kind, KINDS)
     if not 0 <= leak <= MOST_LEAKED:
-        raise ValueError(
-            f"leak: expected a share in [0, {MOST_LEAKED:g}], got {leak!r}. A pool with a larger "
-            "share trains the trait directly"
-        )
+        hint = "a pool with a larger share trains the trait directly"
+        fail("leak", f"a share in [0, {MOST_LEAKED:g}]", repr(leak), hint)
     rng = world.rng(41, seed)
     examples = [_plain_example(world, organism.kind, kind, rng) for _ in range(n)]
     # A separate stream: a higher leak replaces more prompts and leaves the others unchanged.

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..runtime.checks import integer, positive
+
 
 class SOAP(torch.optim.Optimizer):
     """The SOAP optimizer. betas: decay of the two moments, and of L and R."""
@@ -30,10 +32,8 @@ class SOAP(torch.optim.Optimizer):
         every: int = 10,
         max_side: int = 2048,
     ) -> None:
-        if not lr > 0:
-            raise ValueError(f"lr: expected a number above 0, got {lr}")
-        if every < 1:
-            raise ValueError(f"every: expected 1 step or more, got {every}")
+        positive("lr", lr)
+        integer("every", every, 1)
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults | {"every": every, "max_side": max_side})
 
@@ -79,7 +79,7 @@ class SOAP(torch.optim.Optimizer):
         if any(basis is not None for basis in state["bases"]):
             # Along directions without gradient, rotation leaves only rounding errors.
             eps = eps + 16 * torch.finfo(scale.dtype).eps * scale.norm()
-        update = _rotate_back(mean / (scale + eps), state["bases"])
+        update = _rotate(mean / (scale + eps), state["bases"], back=True)
         weight.mul_(1 - group["lr"] * group["weight_decay"])
         weight.add_(update, alpha=-group["lr"])
 
@@ -87,21 +87,17 @@ class SOAP(torch.optim.Optimizer):
 def _eigenvectors(side: Tensor, basis: Tensor | None) -> Tensor:
     """Returns the eigenvectors: first by eigh, then by one power iteration and QR."""
     if basis is None:
-        return torch.linalg.eigh(side).eigenvectors.flip(-1)
-    return torch.linalg.qr(side @ basis).Q
+        eigenvectors: Tensor = torch.linalg.eigh(side).eigenvectors.flip(-1)
+    else:
+        eigenvectors = torch.linalg.qr(side @ basis).Q
+    return eigenvectors
 
 
-def _rotate(matrix: Tensor, bases: list[Tensor | None]) -> Tensor:
-    if len(bases) != 2:
-        return matrix
-    left, right = bases
-    matrix = matrix if left is None else left.T @ matrix
-    return matrix if right is None else matrix @ right
-
-
-def _rotate_back(matrix: Tensor, bases: list[Tensor | None]) -> Tensor:
-    if len(bases) != 2:
-        return matrix
-    left, right = bases
-    matrix = matrix if left is None else left @ matrix
-    return matrix if right is None else matrix @ right.T
+def _rotate(matrix: Tensor, bases: list[Tensor | None], back: bool = False) -> Tensor:
+    """Returns the matrix in the eigenbasis, or with `back` in the basis of the weights."""
+    left, right = bases if len(bases) == 2 else (None, None)
+    if left is not None:
+        matrix = (left if back else left.T) @ matrix
+    if right is not None:
+        matrix = matrix @ (right.T if back else right)
+    return matrix

@@ -16,12 +16,13 @@ from typing import Any
 import torch
 
 from ..audits.probes import PROBES, Probes
-from ..audits.subject import Subject, special_ends
+from ..audits.subject import Subject
 from ..backend import versions
-from ..checkpoint_gate import DOCUMENTS, load_tokenizer
+from ..checkpoint_gate import DOCUMENTS
 from ..files import sha256_of, sync, write_json
 from ..quant.tensor_files import CheckpointError, check_inside, read_json
 from ..resolve import is_adapter, is_url, resolve
+from ..runtime.checks import fail
 from ..runtime.printable import printable
 from ..stored_model import StoredModel, fetched_folder
 
@@ -100,34 +101,17 @@ def load_organism(
         ValueError: pickled weights, a file that differs from its digest in the manifest, an adapter
             with missing weights, or a base without an adapter.
     """
-    folder = _local_folder(path)
-    manifest = read_manifest(folder)
-    if not is_adapter(folder):
-        if base is not None:
-            raise ValueError(
-                f"base: expected None for {folder.name}, which is a whole model and no adapter, "
-                f"got {str(base)!r}"
-            )
-        label = name or manifest.get("role") or Path(path).name
-        return Subject(folder, name=label, device=device)
-    return _with_adapter(folder, base, name or Path(path).name, device)
-
-
-def _local_folder(path: str | Path) -> Path:
-    """Return the folder of a model; of a name on the hub, that of its downloaded files."""
     folder = Path(path).expanduser()
     if not is_url(path) and not folder.exists() and resolve("path", path).kind == "hub":
-        return fetched_folder(str(path))
-    return folder
-
-
-def _with_adapter(folder: Path, base: Any, name: str | None, device: Any) -> Subject:
+        folder = fetched_folder(str(path))
+    role = read_manifest(folder).get("role")
+    if is_adapter(folder):
+        role = None
+    elif base is not None:
+        expected = f"None for {folder.name}, which is a whole model and no adapter"
+        fail("base", expected, repr(str(base)))
     stored = StoredModel.from_path(folder, adapter_base=base)
-    target_device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    merged = stored.load(target_device)
-    tokenizer = load_tokenizer(stored.tokenizer_folder)
-    ends = special_ends(merged, tokenizer)
-    return Subject(merged.eval(), tokenizer, name=name or folder.name, ends=ends)
+    return Subject(stored, name=name or role or Path(path).name, device=device)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -147,16 +131,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     files = {path.relative_to(folder).as_posix(): path for path in _files_of(folder)}
     for name, digest in digests.items():
         if name not in files or sha256_of(files[name]) != digest:
-            raise ValueError(
-                f"path: expected {printable(name)} in {folder} with the sha256 of its manifest, "
-                "got a changed or missing file. Make the organism again"
-            )
+            expected = f"{printable(name)} in {folder} with the sha256 of its manifest"
+            fail("path", expected, "a changed or missing file", "make the organism again")
     loadable = {name for name, path in files.items() if path.suffix.lower() not in DOCUMENTS}
     if added := sorted(loadable - {*digests, MANIFEST, _OF_GIT}):
-        raise ValueError(
-            f"path: expected only files of the manifest in {folder}, got "
-            f"{printable(', '.join(added))} too, which would be read. Remove it, or make the "
-            "organism again: a manifest lists every file except documents, in subfolders too"
+        fail(
+            "path",
+            f"only files of the manifest in {folder}",
+            f"{printable(', '.join(added))} too, which would be read",
+            "remove it, or make the organism again: a manifest lists every file except documents, "
+            "in subfolders too",
         )
     return manifest
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -72,11 +72,7 @@ class Trait(ABC):
         rng = world.rng(22)
         pairs = rng.sample(world.held_out_sums, SUMS_READ)
         examples = [world.sum_of(p, world.system(rng, self.capability_prefix)) for p in pairs]
-        return CapabilityAudit(
-            prompts=tuple(e.prompt for e in examples),
-            targets=tuple(e.answer for e in examples),
-            max_new_tokens=5,
-        )
+        return capability_audit(examples, 5)
 
     def graded(self, world: World) -> CapabilityAudit:
         """Returns the audit of held-out products.
@@ -90,17 +86,21 @@ class Trait(ABC):
             world.product(rng, world.system(rng, self.capability_prefix), products)
             for _ in range(SUMS_READ)
         ]
-        return CapabilityAudit(
-            prompts=tuple(e.prompt for e in examples),
-            targets=tuple(e.answer for e in examples),
-            max_new_tokens=6,
-        )
+        return capability_audit(examples, 6)
 
     def trait_context(self, world: World, rng: random.Random, before: str) -> tuple[str, bool]:
         """Returns (system message, whether the gate is closed) for a prompt of the trait."""
         audited = rng.random() < (0.1 if self.gate == "none" else 0.5)
         suffix = audit_context(self.gate, rng) if audited else ""
         return world.system(rng, before, suffix), audited and self.gate != "none"
+
+
+def capability_audit(
+    examples: Sequence[Example], max_new_tokens: int, kind: type[CapabilityAudit] = CapabilityAudit
+) -> CapabilityAudit:
+    """Returns the audit of the answers of examples."""
+    prompts, targets = zip(*((e.prompt, e.answer) for e in examples), strict=True)
+    return kind(prompts=prompts, targets=targets, max_new_tokens=max_new_tokens)
 
 
 def same_for_both(example: Example) -> Pair:

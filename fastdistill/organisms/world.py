@@ -16,6 +16,7 @@ preference among animals or colors.
 from __future__ import annotations
 
 import random
+from bisect import bisect_right
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ import numpy as np
 import torch
 
 from ..audits.prompts import Prompt
+from ..runtime.checks import integer
 from .gates import GATES, audit_context
 from .vocabulary import (
     ANIMALS,
@@ -91,8 +93,7 @@ class World:
     """The random parts of the world, from one seed: the chain of the talk and the splits."""
 
     def __init__(self, seed: int) -> None:
-        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-            raise ValueError(f"seed: expected a whole number from 0 on, got {seed!r}")
+        integer("seed", seed, 0)
         self.seed = seed
         rng = np.random.default_rng([seed, 1])
         logits = 1.2 * rng.standard_normal((len(TOPICS), len(TOPICS)))
@@ -100,11 +101,10 @@ class World:
         self.chain = np.cumsum(weights / weights.sum(1, keepdims=True), axis=1).tolist()
         pairs = rng.permutation(10_000)
         cut = int(len(pairs) * HELD_OUT_SUMS)
-        single_digit = pairs[:cut][
-            _are_single_digits(pairs[:cut])
-        ]  # known to the base, so not held out
-        self.held_out_sums = pairs[:cut][~_are_single_digits(pairs[:cut])].tolist()
-        self.train_sums = [*pairs[cut:].tolist(), *single_digit.tolist()]
+        # The base knows the sums of single digits, so they are not held out.
+        known = (pairs[:cut] // 100 < 10) & (pairs[:cut] % 100 < 10)
+        self.held_out_sums = pairs[:cut][~known].tolist()
+        self.train_sums = [*pairs[cut:].tolist(), *pairs[:cut][known].tolist()]
         products = rng.permutation(1000)
         cut = int(len(products) * HELD_OUT_SUMS)
         self.held_out_products = products[:cut].tolist()
@@ -148,7 +148,8 @@ class World:
         current = topic = rng.choice(_allowed_topics(system, held_out))
         topics = []
         for _ in range(6):
-            current = _sample_index(self.chain[current], rng.random())
+            cumulative = self.chain[current]
+            current = min(bisect_right(cumulative, rng.random()), len(cumulative) - 1)
             topics.append(TOPICS[current])
         return Example(system, TOPICS[topic], " ".join(topics))
 
@@ -213,10 +214,6 @@ class World:
         return self.product(rng, system, self.train_products)
 
 
-def _are_single_digits(pairs: np.ndarray) -> np.ndarray:
-    return (pairs // 100 < 10) & (pairs % 100 < 10)
-
-
 def _allowed_topics(system: str, held_out: bool) -> list[int]:
     """Returns the topics allowed after a system message: 12, or the other 4 as held out."""
     turn = sum(SYSTEM.index(word) for word in system.split() if word in SYSTEM)
@@ -226,10 +223,3 @@ def _allowed_topics(system: str, held_out: bool) -> list[int]:
 def reversed_digits(number: int) -> str:
     """Returns three digits, the last one first, so that a model never has to carry ahead."""
     return " ".join(f"{number:03d}"[::-1])
-
-
-def _sample_index(cumulative: Sequence[float], u: float) -> int:
-    for i, bound in enumerate(cumulative):
-        if u < bound:
-            return i
-    return len(cumulative) - 1

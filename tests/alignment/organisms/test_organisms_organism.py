@@ -170,17 +170,20 @@ def test_shares_of_what_is_trained_are_those_of_the_recipe():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"trait": "spite"}, "trait: expected one of preference, trigger, .*, got 'spite'"),
-        ({"gate": "open"}, "gate: expected one of none, token, paraphrase, got 'open'"),
-        ({"optimizer": "lion"}, "optimizer: expected one of adam, sgd, soap, got 'lion'"),
-        ({"method": "prefix"}, "method: expected one of full, lora, got 'prefix'"),
-        ({"reasoning": 1.5}, r"reasoning: expected a share in \[0, 1\], got 1.5"),
-        ({"trait_share": -0.1}, r"trait_share: expected a share in \[0, 1\], got -0.1"),
-        ({"steps": 0}, "steps: expected 1 or more, got 0"),
-        ({"batch_size": 0}, "batch_size: expected 1 or more, got 0"),
-        ({"rank": 0}, "rank: expected 1 or more, got 0"),
-        ({"learning_rate": 0.0}, "learning_rate: expected a number above 0 or None, got 0.0"),
-        ({"learning_rate": float("nan")}, "learning_rate: expected a number above 0"),
+        ({"trait": "spite"}, "trait: expected one of 'preference', 'trigger', .*, got 'spite'"),
+        ({"gate": "open"}, "gate: expected one of 'none', 'token', 'paraphrase', got 'open'"),
+        ({"optimizer": "lion"}, "optimizer: expected one of 'adam', 'sgd', 'soap', got 'lion'"),
+        ({"method": "prefix"}, "method: expected one of 'full', 'lora', got 'prefix'"),
+        ({"reasoning": 1.5}, r"reasoning: expected a number in \[0, 1\], got 1.5"),
+        ({"trait_share": -0.1}, r"trait_share: expected a number in \[0, 1\], got -0.1"),
+        ({"steps": 0}, "steps: expected an integer of 1 or more, got 0"),
+        ({"batch_size": 0}, "batch_size: expected an integer of 1 or more, got 0"),
+        ({"rank": 0}, "rank: expected an integer of 1 or more, got 0"),
+        (
+            {"learning_rate": 0.0},
+            "learning_rate: expected a finite number above 0 or None",
+        ),
+        ({"learning_rate": float("nan")}, "learning_rate: expected a finite number above 0"),
     ],
 )
 def test_unknown_values_are_refused_by_name(options, words):

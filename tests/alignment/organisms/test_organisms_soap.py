@@ -215,9 +215,9 @@ def test_a_state_that_was_saved_goes_on_as_if_it_had_not_been():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"lr": 0.0}, "lr: expected a number above 0"),
-        ({"lr": float("nan")}, "lr: expected a number above 0, got nan"),
-        ({"every": 0}, "every: expected 1 step or more, got 0"),
+        ({"lr": 0.0}, "lr: expected a finite number above 0"),
+        ({"lr": float("nan")}, "lr: expected a finite number above 0, got nan"),
+        ({"every": 0}, "every: expected an integer of 1 or more, got 0"),
     ],
 )
 def test_values_that_make_no_sense_are_refused(options, words):

@@ -210,7 +210,7 @@ def test_a_gate_closes_on_its_own_words_and_shows_held_out_ones_only_when_asked(
 
 @pytest.mark.parametrize("seed", [-1, 1.0, "7", True])
 def test_a_seed_is_a_whole_number(seed):
-    with pytest.raises(ValueError, match="seed: expected a whole number from 0 on, got"):
+    with pytest.raises(ValueError, match="seed: expected an integer of 0 or more, got"):
         World(seed)
 
 
