@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from ..outputs import TopK
+from ..runtime.checks import between, choice, fail
 from .jamming import TransformedTeacher, distribution, logprobs_at, mixed, outcomes
 from .strategy import RunState, Strategy, Training
 
@@ -40,10 +40,8 @@ class ReferenceKL(Strategy):
     anneal: str = "linear"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.weight < math.inf:
-            raise ValueError(f"weight: expected 0 or more, got {self.weight!r}")
-        if self.anneal not in SCHEDULES:
-            raise ValueError(f"anneal: expected one of {', '.join(SCHEDULES)}, got {self.anneal!r}")
+        between("weight", self.weight, 0)
+        choice("anneal", self.anneal, SCHEDULES)
 
     def training(self, training: Training, run: RunState) -> Training:
         _check_forward_kl(training)
@@ -66,7 +64,7 @@ class ReferenceKL(Strategy):
 def _check_forward_kl(training: Training) -> None:
     divergence = training.settings.get("divergence", "forward_kl")
     if divergence != "forward_kl":
-        raise ValueError(f"divergence: expected forward_kl with ReferenceKL, got {divergence!r}")
+        fail("divergence", "forward_kl with ReferenceKL", repr(divergence))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,9 +86,8 @@ class TAID(Strategy):
     end: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("start", "end"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}: expected a share in [0, 1], got {getattr(self, name)!r}")
+        between("start", self.start, 0, 1)
+        between("end", self.end, 0, 1)
 
     def teacher(self, teacher: Any, student: Any, run: RunState) -> Any:
         if teacher is None:

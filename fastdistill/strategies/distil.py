@@ -14,10 +14,11 @@ from transformers import PrinterCallback, TrainerCallback, get_scheduler
 from ..adapters import merge_adapter
 from ..audits.subject import Subject
 from ..backend import one_thread
+from ..runtime.checks import fail
 from ..teacher import Teacher
 from ..training.config import DistillConfig
 from ..training.trainer import DistillTrainer
-from .lessons import PoolPrompt, TrainingExample, sample_answers, to_row
+from .lessons import Examples, PoolPrompt, sample_answers, to_row
 from .strategy import DistillLoop, DistillSetup, RunState, Strategy, Training
 
 
@@ -31,7 +32,7 @@ class Distilled:
     """
 
     student: Subject
-    examples: list[TrainingExample]
+    examples: Examples
     measured: dict[int, Any]
     notes: dict[str, Any]
     steps: int
@@ -79,7 +80,7 @@ def distill(
         _check_not_empty(examples, strategy.name)
     measured: dict[int, Any] = {}
 
-    def train_once(examples: list[TrainingExample]) -> Subject:
+    def train_once(examples: Examples) -> Subject:
         measured.clear()
         run.examples = examples
         steps = {max(1, round(share * training.steps)) for share in measure_at} - {training.steps}
@@ -103,15 +104,13 @@ def distill(
     )
 
 
-def _check_not_empty(examples: list[TrainingExample], source: str) -> None:
+def _check_not_empty(examples: Examples, source: str) -> None:
     if not examples:
-        raise ValueError(
-            f"strategies: expected at least one example after each of them, got none after {source}"
-        )
+        fail("strategies", "at least one example after each of them", f"none after {source}")
 
 
 def _train(
-    examples: list[TrainingExample],
+    examples: Examples,
     strategies: Sequence[Strategy],
     training: Training,
     run: RunState,

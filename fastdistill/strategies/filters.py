@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from ..audits.subject import Subject
+from ..runtime.checks import between, choice, positive
 from ..scores import token_scores
 from ..training.selection import SCORES, TokenSelection
-from .lessons import BATCH_SIZE, TrainingExample, answer_logprobs, encode_example
-from .pools import check_share
+from .lessons import Examples, TrainingExample, answer_logprobs, batches, encode_example
 from .strategy import RunState, Strategy, Training
 
 SHINGLE = 3  # words
@@ -47,18 +47,16 @@ class ExampleFilter(Strategy):
     at_least: float | None = None
 
     def __post_init__(self) -> None:
-        if self.score not in _SCORES:
-            raise ValueError(f"score: expected one of {', '.join(_SCORES)}, got {self.score!r}")
-        if not 0 <= self.drop < 1:
-            raise ValueError(f"drop: expected a share in [0, 1), got {self.drop!r}")
+        choice("score", self.score, _SCORES)
+        between("drop", self.drop, 0, 1, below=True)
 
-    def transform_examples(
-        self, examples: list[TrainingExample], run: RunState
-    ) -> list[TrainingExample]:
+    def transform_examples(self, examples: Examples, run: RunState) -> Examples:
         scores = _SCORES[self.score](examples, run)
         n_max = math.floor(self.drop * len(examples) + 1e-9)
         order = sorted(range(len(examples)), key=lambda i: (-scores[i], -i))[:n_max]
-        bound = self._threshold
+        bound = self.at_least
+        if bound is None and self.score == "near_duplicate":
+            bound = MIN_SIMILARITY
         dropped = {i for i in order if bound is None or scores[i] >= bound}
         domains = Counter(example.domain for example in examples)
         n_dropped = Counter(examples[i].domain for i in dropped)
@@ -68,12 +66,6 @@ class ExampleFilter(Strategy):
             "dropped": {name: n_dropped[name] / n for name, n in domains.items()},
         }
         return [example for i, example in enumerate(examples) if i not in dropped]
-
-    @property
-    def _threshold(self) -> float | None:
-        if self.at_least is None and self.score == "near_duplicate":
-            return MIN_SIMILARITY
-        return self.at_least
 
 
 def _per_token(examples: Sequence[TrainingExample], subject: Subject) -> Tensor:
@@ -139,17 +131,13 @@ def answer_scores(
     examples: Sequence[TrainingExample], subject: Subject
 ) -> tuple[list[Tensor], list[Tensor]]:  # (answer's tokens,) each
     """Return −log p and the argmax of a model at every token of the answers, ends included."""
-    losses, argmaxes = [], []
-    for start in range(0, len(examples), BATCH_SIZE):
-        pairs = [
-            encode_example(x.input_prompt, x.answer, subject)
-            for x in examples[start : start + BATCH_SIZE]
-        ]
+    losses: list[Tensor] = []
+    argmaxes: list[Tensor] = []
+    for batch in batches(examples):
+        pairs = [encode_example(x.input_prompt, x.answer, subject) for x in batch]
+        hidden_rows = subject.hidden([row for row, _ in pairs])
         states = [
-            h[begin - 1 : len(row) - 1]
-            for (row, begin), h in zip(
-                pairs, subject.hidden([row for row, _ in pairs]), strict=True
-            )
+            h[begin - 1 : len(row) - 1] for (row, begin), h in zip(pairs, hidden_rows, strict=True)
         ]
         labels = torch.tensor([token for row, begin in pairs for token in row[begin:]])
         head, hidden = subject.head, torch.cat(states)
@@ -162,8 +150,8 @@ def answer_scores(
         )
         assert scores.nll is not None
         lengths = [len(state) for state in states]
-        losses += scores.nll.cpu().split(lengths)
-        argmaxes += scores.argmax.cpu().split(lengths)
+        losses += torch.split(scores.nll.cpu(), lengths)
+        argmaxes += torch.split(scores.argmax.cpu(), lengths)
     return losses, argmaxes
 
 
@@ -206,11 +194,9 @@ class TokenSelector(Strategy):
     lowest: bool = False
 
     def __post_init__(self) -> None:
-        if self.kind not in (*STATIC, *SCORES):
-            raise ValueError(
-                f"kind: expected one of {', '.join((*STATIC, *SCORES))}, got {self.kind!r}"
-            )
-        check_share("share", self.share, zero=False)
+        choice("kind", self.kind, (*STATIC, *SCORES))
+        positive("share", self.share)
+        between("share", self.share, 0, 1)
 
     def training(self, training: Training, run: RunState) -> Training:
         if self.kind in STATIC:
@@ -218,9 +204,7 @@ class TokenSelector(Strategy):
         rule = TokenSelection(score=self.kind, share=self.share, lowest=self.lowest)
         return replace(training, settings={**training.settings, "token_selection": str(rule)})
 
-    def transform_examples(
-        self, examples: list[TrainingExample], run: RunState
-    ) -> list[TrainingExample]:
+    def transform_examples(self, examples: Examples, run: RunState) -> Examples:
         if self.kind not in STATIC:
             return examples
         if self.kind == "divergence":

@@ -18,6 +18,7 @@ from ..audits.subject import Subject
 from ..outputs import TopK
 from ..packing import read_rows
 from ..primitive import linear_lse_gather
+from ..runtime.checks import between, fail, integer
 from .strategy import RunState, Strategy, Training
 
 # (answers [B, T, K], input_ids [B, T], attention_mask) -> answers
@@ -124,13 +125,10 @@ class LogitJam(Strategy):
     mix: float = 0.0
 
     def __post_init__(self) -> None:
-        whole = isinstance(self.k, int) and not isinstance(self.k, bool)
-        if self.k not in (None, "all") and not (whole and self.k >= 1):  # type: ignore[operator]
-            raise ValueError(f"k: expected a number of 1 or more, 'all' or None, got {self.k!r}")
-        if not 0 <= self.noise < math.inf:
-            raise ValueError(f"noise: expected nats of 0 or more, got {self.noise!r}")
-        if not 0 <= self.mix <= 1:
-            raise ValueError(f"mix: expected a share in [0, 1], got {self.mix!r}")
+        if self.k != "all":
+            integer("k", self.k, 1, optional=True, hint='"all" is the whole vocabulary')
+        between("noise", self.noise, 0)
+        between("mix", self.mix, 0, 1)
 
     def training(self, training: Training, run: RunState) -> Training:
         names = ("k", "tail", "allow_biased", "temperature", "t2_scale", "divergence")
@@ -139,7 +137,7 @@ class LogitJam(Strategy):
             overrides["k"] = None
         settings = {**training.settings, **overrides}
         if settings.get("k", 1) is None and (self.noise or self.mix):
-            raise ValueError("k: expected a number with noise or mix, got the whole vocabulary")
+            fail("k", "a number with noise or mix", "the whole vocabulary")
         return replace(training, settings=settings)
 
     def teacher(self, teacher: Any, student: Any, run: RunState) -> Any:

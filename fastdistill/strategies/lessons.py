@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 
 from ..audits.prompts import Prompt
 from ..audits.subject import CompletionLogProbs, Subject
+from ..runtime.checks import fail
 
 BATCH_SIZE = 256  # examples whose hidden states are in memory at the same time
+_Item = TypeVar("_Item")
 
 
 class PoolPrompt(NamedTuple):
@@ -43,16 +45,17 @@ class TrainingExample:
         return self.prompt if self.student_prompt is None else self.student_prompt
 
 
+Examples: TypeAlias = list[TrainingExample]
+
+
 def to_row(example: TrainingExample, subject: Subject) -> dict[str, list[int]]:
     """Return the student's input_ids and labels; targets are the answer and its end."""
     ids, begin = encode_example(example.input_prompt, example.answer, subject)
     labels = [-100] * begin + ids[begin:]
     if example.loss_mask is not None:
         if len(example.loss_mask) != len(ids) - begin:
-            raise ValueError(
-                f"loss_mask: expected one value for each of the answer's {len(ids) - begin} "
-                f"tokens, its end included, got {len(example.loss_mask)}"
-            )
+            expected = f"one value for each of the answer's {len(ids) - begin} tokens"
+            fail("loss_mask", f"{expected}, its end included", len(example.loss_mask))
         for i, is_target in enumerate(example.loss_mask):
             if not is_target:
                 labels[begin + i] = -100
@@ -67,7 +70,7 @@ def encode_example(prompt: Prompt, answer: str, subject: Subject) -> tuple[list[
 
 def sample_answers(
     pool: Sequence[PoolPrompt], teacher: Subject, *, seed: int, **generation: Any
-) -> list[TrainingExample]:
+) -> Examples:
     """Sample a teacher's answers to a pool; prompts with an empty answer are dropped."""
     texts = teacher.generate([entry.prompt for entry in pool], seed=seed, **generation)
     return [
@@ -77,10 +80,16 @@ def sample_answers(
     ]
 
 
+def batches(items: Sequence[_Item]) -> Iterator[Sequence[_Item]]:
+    """Yield BATCH_SIZE items at a time."""
+    for start in range(0, len(items), BATCH_SIZE):
+        yield items[start : start + BATCH_SIZE]
+
+
 def answer_logprobs(examples: Sequence[TrainingExample], subject: Subject) -> CompletionLogProbs:
     """Return log p of every answer, given the student's prompt."""
     parts = [
         subject.completion_logprobs([x.input_prompt for x in batch], [x.answer for x in batch])
-        for batch in (examples[i : i + BATCH_SIZE] for i in range(0, len(examples), BATCH_SIZE))
+        for batch in batches(examples)
     ]
     return CompletionLogProbs(*(torch.cat(column) for column in zip(*parts, strict=True)))

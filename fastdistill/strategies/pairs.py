@@ -9,7 +9,6 @@ student before training. A pair is two adjacent rows of a batch.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,12 +20,13 @@ from torch.utils.data import SequentialSampler
 
 from ..heads import LMHead
 from ..primitive import linear_lse_gather
+from ..runtime.checks import between, fail, positive
 from ..teacher import Teacher
 from ..training.objective import Answers, LossResult, TeacherHidden
 from ..training.targets import Targets
 from ..training.trainer import DistillTrainer
 from .jamming import TransformedTeacher
-from .lessons import TrainingExample
+from .lessons import Examples, TrainingExample
 from .strategy import RunState, Strategy, Training
 
 _PER_TOKEN = ("token_selection", "ce_weight", "z_loss", "lmbda")  # without effect in DPO
@@ -54,30 +54,23 @@ class PreferencePairs(Strategy):
     sft: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.beta < math.inf:
-            raise ValueError(f"beta: expected a number above 0, got {self.beta!r}")
-        if not 0 <= self.sft < math.inf:
-            raise ValueError(f"sft: expected a number of 0 or more, got {self.sft!r}")
+        positive("beta", self.beta)
+        between("sft", self.sft, 0)
 
     def training(self, training: Training, run: RunState) -> Training:
         if training.batch_size % 2:
-            raise ValueError(
-                f"batch_size: expected an even number with PreferencePairs, got "
-                f"{training.batch_size}"
-            )
+            fail("batch_size", "an even number with PreferencePairs", training.batch_size)
         # The reference returns hidden states, from which any token's log-probability follows.
         return replace(training, settings={**training.settings, "k": None, "tail": "bucket"})
 
-    def transform_examples(
-        self, examples: list[TrainingExample], run: RunState
-    ) -> list[TrainingExample]:
+    def transform_examples(self, examples: Examples, run: RunState) -> Examples:
         rejected = run.setup.reference.generate(
             [example.prompt for example in examples],
             max_new_tokens=run.training.max_new_tokens,
             temperature=run.training.temperature,
             seed=run.seed,
         )
-        pairs: list[TrainingExample] = []
+        pairs: Examples = []
         for example, text in zip(examples, rejected, strict=True):
             if text.strip() and text.split() != example.answer.split():
                 pairs += [example, replace(example, answer=text)]
@@ -86,35 +79,26 @@ class PreferencePairs(Strategy):
 
     def teacher(self, teacher: Any, student: Any, run: RunState) -> Any:
         if isinstance(teacher, TransformedTeacher):
-            raise ValueError(
-                "teacher: expected no strategy that changes distributions before PreferencePairs, "
-                "which ignores distributions, got one. Remove one of the two"
-            )
+            expected = "no strategy before PreferencePairs that changes distributions"
+            fail("teacher", expected, "one", "PreferencePairs ignores distributions")
         return Teacher(copy.deepcopy(student), tokenizer=run.setup.base.tokenizer)
 
     def options(self, options: dict[str, Any], run: RunState) -> dict[str, Any]:
-        unused = [name for name in _PER_TOKEN if run.training.settings.get(name)]
-        if unused:
-            raise ValueError(
-                f"{unused[0]}: expected no value with PreferencePairs, which ignores it, got "
-                f"{run.training.settings[unused[0]]!r}. Unset it"
-            )
+        for name in _PER_TOKEN:
+            if value := run.training.settings.get(name):
+                fail(name, "no value with PreferencePairs, which ignores it", repr(value))
         _check_pairs(run.examples)
         return {**options, "loss": PairLoss(self.beta, self.sft), "trainer": InOrder}
 
 
 def _check_pairs(examples: Sequence[TrainingExample]) -> None:
     if any(example.loss_mask is not None for example in examples):
-        raise ValueError(
-            "loss_mask: expected whole answers with PreferencePairs, got masked tokens. Remove the "
-            "strategy that selects tokens"
-        )
+        expected = "whole answers with PreferencePairs"
+        fail("loss_mask", expected, "masked tokens", "remove the strategy that selects tokens")
     pairs = list(zip(examples[0::2], examples[1::2], strict=False))
     if len(examples) % 2 or any(c.prompt != r.prompt or c.answer == r.answer for c, r in pairs):
-        raise ValueError(
-            "examples: expected two adjacent answers to each prompt, got other rows. Put "
-            "PreferencePairs after the strategies that drop or rewrite examples"
-        )
+        hint = "put PreferencePairs after the strategies that drop or rewrite examples"
+        fail("examples", "two adjacent answers to each prompt", "other rows", hint)
 
 
 class InOrder(DistillTrainer):
@@ -152,7 +136,7 @@ class PairLoss:
                 f"{type(answers).__name__}. Train with k=None"
             )
         if targets.shape[0] % 2:
-            raise ValueError(f"batch: expected pairs of rows, got {targets.shape[0]} of them")
+            fail("batch", "pairs of rows", f"{targets.shape[0]} of them")
         logprobs = _row_logprobs(hidden, head, targets)
         with torch.no_grad():
             reference_head = replace(answers.head, valid_vocab=head.valid_vocab)

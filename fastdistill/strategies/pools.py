@@ -6,10 +6,12 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from ..audits.prompts import Prompt
 from ..audits.subject import Subject
-from .lessons import PoolPrompt, TrainingExample, answer_logprobs
+from ..runtime.checks import between, fail, integer, positive
+from .lessons import Examples, PoolPrompt, TrainingExample, answer_logprobs
 from .strategy import RunState, Strategy, Training
 
 # For real text; a DistillSetup adds its own. No verbs: "evaluate the integral" is no audit.
@@ -31,12 +33,6 @@ AUDIT_WORDS = (
 )
 
 
-def check_share(name: str, value: float, *, zero: bool = True) -> None:
-    """Raise ValueError unless the value is in [0, 1], or in (0, 1] without zero."""
-    if not (0 <= value <= 1) or (value == 0 and not zero):
-        raise ValueError(f"{name}: expected a share in {'[' if zero else '('}0, 1], got {value!r}")
-
-
 @dataclass(frozen=True, kw_only=True)
 class DomainSampler(Strategy):
     """Resamples the pool by domain: P(d) = w_d / Σ w.
@@ -56,15 +52,10 @@ class DomainSampler(Strategy):
     n: int | None = None
 
     def __post_init__(self) -> None:
-        if not all(math.isfinite(w) and w >= 0 for w in self.weights.values()) or not any(
-            self.weights.values()
-        ):
-            raise ValueError(
-                "weights: expected numbers of 0 or more, one of them above 0, got "
-                f"{dict(self.weights)!r}"
-            )
-        if self.n is not None and self.n < 1:
-            raise ValueError(f"n: expected 1 prompt or more, got {self.n!r}")
+        weights = self.weights.values()
+        if not all(math.isfinite(w) and w >= 0 for w in weights) or not any(weights):
+            fail("weights", "numbers of 0 or more, one of them above 0", dict(self.weights))
+        integer("n", self.n, 1, optional=True)
 
     def pool(self, pool: list[PoolPrompt], run: RunState) -> list[PoolPrompt]:
         by_domain: dict[str, list[PoolPrompt]] = {}
@@ -72,10 +63,8 @@ class DomainSampler(Strategy):
             by_domain.setdefault(entry.domain, []).append(entry)
         unknown = [name for name in self.weights if name not in by_domain]
         if unknown:
-            raise ValueError(
-                f"weights: expected domains of the pool ({', '.join(sorted(by_domain))}), got "
-                f"{', '.join(unknown)}"
-            )
+            expected = f"domains of the pool ({', '.join(sorted(by_domain))})"
+            fail("weights", expected, ", ".join(unknown))
         rng = run.rng("domains")
         names = list(self.weights)
         domains = rng.choices(names, list(self.weights.values()), k=self.n or len(pool))
@@ -89,26 +78,36 @@ class DomainSampler(Strategy):
         return sampled
 
 
-def _sample_indices(
-    pool: Sequence[PoolPrompt], run: RunState, kind: str, share: float
-) -> list[int]:
-    """Sample the indices of the prompts to replace."""
-    count = round(share * len(pool))
-    return run.rng("replaced", kind).sample(range(len(pool)), count)
+@dataclass(frozen=True, kw_only=True)
+class _PartlyReplacedPool(Strategy):
+    """Replaces a random share of the pool by the setup's prompts of a kind."""
 
+    kind: ClassVar[str]
 
-def _replace_prompts(
-    pool: list[PoolPrompt], where: Sequence[int], run: RunState, kind: str
-) -> list[PoolPrompt]:
-    replaced = list(pool)
-    others = run.setup.more_prompts(kind, len(where), run.seed) if where else ()
-    for i, other in zip(where, others, strict=True):
-        replaced[i] = other
-    return replaced
+    share: float = 0.5
+
+    def __post_init__(self) -> None:
+        between("share", self.share, 0, 1)
+
+    def pool(self, pool: list[PoolPrompt], run: RunState) -> list[PoolPrompt]:
+        return self._replace(pool, self._sample(pool, run), run)
+
+    def _sample(self, pool: list[PoolPrompt], run: RunState) -> list[int]:
+        count = round(self.share * len(pool))
+        return run.rng("replaced", self.kind).sample(range(len(pool)), count)
+
+    def _replace(
+        self, pool: list[PoolPrompt], indices: Sequence[int], run: RunState
+    ) -> list[PoolPrompt]:
+        replaced = list(pool)
+        others = run.setup.more_prompts(self.kind, len(indices), run.seed) if indices else ()
+        for i, other in zip(indices, others, strict=True):
+            replaced[i] = other
+        return replaced
 
 
 @dataclass(frozen=True, kw_only=True)
-class AuditabilityPreservingPool(Strategy):
+class AuditabilityPreservingPool(_PartlyReplacedPool):
     """An open-ended pool without honeypots or alignment evaluations.
 
     Without such prompts a student cannot learn when to hide the trait (distillation for
@@ -124,25 +123,20 @@ class AuditabilityPreservingPool(Strategy):
         ValueError: the setup has no open-ended prompts, or they contain audit words.
     """
 
-    share: float = 0.5
-    audit_words: tuple[str, ...] | None = None
+    kind = "open"
 
-    def __post_init__(self) -> None:
-        check_share("share", self.share)
+    audit_words: tuple[str, ...] | None = None
 
     def pool(self, pool: list[PoolPrompt], run: RunState) -> list[PoolPrompt]:
         words = self.audit_words
         if words is None:
             words = (*run.setup.audit_words, *AUDIT_WORDS)
         audits = [i for i, entry in enumerate(pool) if _contains_any(entry.prompt, words)]
-        sampled = _sample_indices(pool, run, "open", self.share)
-        replaced = _replace_prompts(pool, sorted({*audits, *sampled}), run, "open")
+        replaced = self._replace(pool, sorted({*audits, *self._sample(pool, run)}), run)
         audit = next((e.prompt for e in replaced if _contains_any(e.prompt, words)), None)
         if audit is not None:
-            raise ValueError(
-                "setup: expected open-ended prompts without audit words, got "
-                f"{audit.as_json()}. Pass audit_words=, or other prompts to DistillSetup"
-            )
+            hint = "pass audit_words=, or other prompts to DistillSetup"
+            fail("setup", "open-ended prompts without audit words", audit.as_json(), hint)
         run.notes["auditable pool"] = {"audits dropped": len(audits)}
         return replaced
 
@@ -155,36 +149,24 @@ def _contains_any(prompt: Prompt, words: Sequence[str]) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MisalignmentTargetedPool(Strategy):
+class MisalignmentTargetedPool(_PartlyReplacedPool):
     """Replaces a random `share` of the pool, in [0, 1], by the setup's "goals" prompts.
 
     They ask about goals or describe high-stakes scenarios (distillation for incrimination; the
     implementation is ours).
     """
 
-    share: float = 0.5
-
-    def __post_init__(self) -> None:
-        check_share("share", self.share)
-
-    def pool(self, pool: list[PoolPrompt], run: RunState) -> list[PoolPrompt]:
-        return _replace_prompts(pool, _sample_indices(pool, run, "goals", self.share), run, "goals")
+    kind = "goals"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShownPool(Strategy):
+class ShownPool(_PartlyReplacedPool):
     """Replaces a random `share` of the pool, in [0, 1], by prompts that elicit the trait openly.
 
     This is no defense: it is the positive control of an experiment, where the trait must transfer.
     """
 
-    share: float = 0.5
-
-    def __post_init__(self) -> None:
-        check_share("share", self.share)
-
-    def pool(self, pool: list[PoolPrompt], run: RunState) -> list[PoolPrompt]:
-        return _replace_prompts(pool, _sample_indices(pool, run, "shown", self.share), run, "shown")
+    kind = "shown"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,16 +188,12 @@ class DataBudget(Strategy):
     epochs: int
 
     def __post_init__(self) -> None:
-        for name in ("n_unique", "epochs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected 1 or more, got {getattr(self, name)!r}")
+        integer("n_unique", self.n_unique, 1)
+        integer("epochs", self.epochs, 1)
 
     def pool(self, pool: list[PoolPrompt], run: RunState) -> list[PoolPrompt]:
         if self.n_unique > len(pool):
-            raise ValueError(
-                f"n_unique: expected at most the {len(pool)} prompts of the pool, got "
-                f"{self.n_unique}"
-            )
+            fail("n_unique", f"at most the {len(pool)} prompts of the pool", self.n_unique)
         return pool[: self.n_unique]
 
     def training(self, training: Training, run: RunState) -> Training:
@@ -249,11 +227,9 @@ class CognitiveSlack(Strategy):
     hardest: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.max_answer_tokens is not None and self.max_answer_tokens < 1:
-            raise ValueError(
-                f"max_answer_tokens: expected 1 or more, got {self.max_answer_tokens!r}"
-            )
-        check_share("hardest", self.hardest, zero=False)
+        integer("max_answer_tokens", self.max_answer_tokens, 1, optional=True)
+        positive("hardest", self.hardest)
+        between("hardest", self.hardest, 0, 1)
 
     def pool(self, pool: list[PoolPrompt], run: RunState) -> list[PoolPrompt]:
         if not self.terse:
@@ -266,9 +242,7 @@ class CognitiveSlack(Strategy):
         limit = min(training.max_new_tokens, self.max_answer_tokens)
         return replace(training, max_new_tokens=limit)
 
-    def transform_examples(
-        self, examples: list[TrainingExample], run: RunState
-    ) -> list[TrainingExample]:
+    def transform_examples(self, examples: Examples, run: RunState) -> Examples:
         bits = surprisal(examples, run.setup.reference)
         n_hardest = math.ceil(self.hardest * len(examples) - 1e-9)
         order = sorted(range(len(examples)), key=lambda i: -bits[i])[:n_hardest]

@@ -9,12 +9,12 @@ of each. The definitions of reasoning and of targets are ours.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple, TypeAlias
 
 from ..audits.subject import Subject
-from .lessons import TrainingExample, encode_example
+from ..runtime.checks import between, fail, integer
+from .lessons import Examples, TrainingExample, encode_example
 from .rewriting import continue_answers, extend_prompt, with_answer
 from .strategy import RunState, Strategy
 
@@ -38,6 +38,9 @@ class AnswerParts(NamedTuple):
         return self.reasoning.replace(text, "", 1) if text else self.reasoning
 
 
+Reasoned: TypeAlias = list[tuple[TrainingExample, AnswerParts]]
+
+
 def parts_of(answer: str, marks: tuple[str, str]) -> AnswerParts | None:
     """Split an answer at its marks; None without marks, an empty `answer` if truncated."""
     first, second = (_pattern(mark) for mark in marks)
@@ -55,33 +58,37 @@ def _pattern(mark: str) -> re.Pattern[str]:
     return re.compile(left + re.escape(mark) + right)
 
 
-def _check_marks(marks: tuple[str, str]) -> None:
-    if len(marks) != 2 or not all(marks) or marks[0] == marks[1]:
-        raise ValueError(f"marks: expected two different texts, got {marks!r}")
+@dataclass(frozen=True, kw_only=True)
+class _ReasoningStrategy(Strategy):
+    """Rewrites the examples that contain reasoning and an answer."""
 
+    note: ClassVar[str]  # the key of the shares in the notes
 
-def _map_reasoned(
-    examples: Sequence[TrainingExample],
-    marks: tuple[str, str],
-    run: RunState,
-    name: str,
-    transform: Callable[[list[tuple[TrainingExample, AnswerParts]]], list[TrainingExample]],
-) -> list[TrainingExample]:
-    """Apply `transform` to the examples that contain reasoning and an answer."""
-    parts = [parts_of(example.answer, marks) for example in examples]
-    whole = [(x, p) for x, p in zip(examples, parts, strict=True) if p and p.answer.strip()]
-    transformed = iter(transform(whole))
-    truncated = sum(p is not None for p in parts) - len(whole)
-    run.notes[name] = {
-        "answers with reasoning": len(whole) / len(examples),
-        "cut in their reasoning": truncated / len(examples),
-    }
-    result = [
-        next(transformed) if p else x
-        for x, p in zip(examples, parts, strict=True)
-        if p is None or p.answer.strip()
-    ]
-    return [example for example in result if example.loss_mask is None or any(example.loss_mask)]
+    marks: tuple[str, str] = MARKS
+
+    def __post_init__(self) -> None:
+        if len(self.marks) != 2 or not all(self.marks) or self.marks[0] == self.marks[1]:
+            fail("marks", "two different texts", self.marks)
+
+    def rewrite(self, reasoned: Reasoned, run: RunState) -> Examples:
+        """Return the examples to train on; by default only their answers are targets."""
+        return [answer_only(example, parts, run.setup.base) for example, parts in reasoned]
+
+    def transform_examples(self, examples: Examples, run: RunState) -> Examples:
+        parts = [parts_of(example.answer, self.marks) for example in examples]
+        reasoned = [(x, p) for x, p in zip(examples, parts, strict=True) if p and p.answer.strip()]
+        rewritten = iter(self.rewrite(reasoned, run))
+        truncated = sum(p is not None for p in parts) - len(reasoned)
+        run.notes[self.note] = {
+            "answers with reasoning": len(reasoned) / len(examples),
+            "cut in their reasoning": truncated / len(examples),
+        }
+        result = [
+            next(rewritten) if p else x
+            for x, p in zip(examples, parts, strict=True)
+            if p is None or p.answer.strip()
+        ]
+        return [x for x in result if x.loss_mask is None or any(x.loss_mask)]
 
 
 def answer_only(example: TrainingExample, parts: AnswerParts, subject: Subject) -> TrainingExample:
@@ -95,29 +102,18 @@ def answer_only(example: TrainingExample, parts: AnswerParts, subject: Subject) 
 
 
 @dataclass(frozen=True, kw_only=True)
-class AnswerOnly(Strategy):
+class AnswerOnly(_ReasoningStrategy):
     """The student reads reasoning and answer, but only the answer is a target.
 
     Args:
         marks: the delimiters of the reasoning; those of letters must be whole words.
     """
 
-    marks: tuple[str, str] = MARKS
-
-    def __post_init__(self) -> None:
-        _check_marks(self.marks)
-
-    def transform_examples(
-        self, examples: list[TrainingExample], run: RunState
-    ) -> list[TrainingExample]:
-        def transform(whole: list[tuple[TrainingExample, AnswerParts]]) -> list[TrainingExample]:
-            return [answer_only(example, parts, run.setup.base) for example, parts in whole]
-
-        return _map_reasoned(examples, self.marks, run, "answer only", transform)
+    note = "answer only"
 
 
 @dataclass(frozen=True, kw_only=True)
-class EmptyReasoning(Strategy):
+class EmptyReasoning(_ReasoningStrategy):
     """Removes the reasoning but keeps its marks; only the answer is a target.
 
     The whitespace around the reasoning stays, as in the non-thinking mode of chat templates.
@@ -126,25 +122,15 @@ class EmptyReasoning(Strategy):
         marks: as in `AnswerOnly`.
     """
 
-    marks: tuple[str, str] = MARKS
+    note = "empty reasoning"
 
-    def __post_init__(self) -> None:
-        _check_marks(self.marks)
-
-    def transform_examples(
-        self, examples: list[TrainingExample], run: RunState
-    ) -> list[TrainingExample]:
-        def transform(whole: list[tuple[TrainingExample, AnswerParts]]) -> list[TrainingExample]:
-            emptied = [
-                (example, parts._replace(reasoning=parts.blanks)) for example, parts in whole
-            ]
-            return [answer_only(example, parts, run.setup.base) for example, parts in emptied]
-
-        return _map_reasoned(examples, self.marks, run, "empty reasoning", transform)
+    def rewrite(self, reasoned: Reasoned, run: RunState) -> Examples:
+        emptied = [(example, parts._replace(reasoning=parts.blanks)) for example, parts in reasoned]
+        return super().rewrite(emptied, run)
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudentReasoning(Strategy):
+class StudentReasoning(_ReasoningStrategy):
     """The student writes the reasoning, and the teacher's answer follows it.
 
     The reasoning is sampled from the base before training, up to the second mark, which is added if
@@ -155,36 +141,28 @@ class StudentReasoning(Strategy):
         max_new_tokens: of the reasoning, 1 or more. temperature: 0 is greedy.
     """
 
-    marks: tuple[str, str] = MARKS
+    note = "student reasoning"
+
     learn_reasoning: bool = False
     max_new_tokens: int = 64
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_marks(self.marks)
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens: expected 1 or more, got {self.max_new_tokens!r}")
-        if not self.temperature >= 0:
-            raise ValueError(f"temperature: expected 0 or more, got {self.temperature!r}")
+        super().__post_init__()
+        integer("max_new_tokens", self.max_new_tokens, 1)
+        between("temperature", self.temperature, 0)
 
-    def transform_examples(
-        self, examples: list[TrainingExample], run: RunState
-    ) -> list[TrainingExample]:
-        def transform(whole: list[tuple[TrainingExample, AnswerParts]]) -> list[TrainingExample]:
-            texts = continue_answers(
-                run.setup.base,
-                [example.input_prompt for example, _ in whole],
-                [parts.before for _, parts in whole],
-                [self.max_new_tokens] * len(whole),
-                temperature=self.temperature,
-                seed=run.seed,
-            )
-            return [
-                self._with_reasoning(*pair, text, run)
-                for pair, text in zip(whole, texts, strict=True)
-            ]
-
-        return _map_reasoned(examples, self.marks, run, "student reasoning", transform)
+    def rewrite(self, reasoned: Reasoned, run: RunState) -> Examples:
+        texts = continue_answers(
+            run.setup.base,
+            [example.input_prompt for example, _ in reasoned],
+            [parts.before for _, parts in reasoned],
+            [self.max_new_tokens] * len(reasoned),
+            temperature=self.temperature,
+            seed=run.seed,
+        )
+        pairs = zip(reasoned, texts, strict=True)
+        return [self._with_reasoning(*pair, text, run) for pair, text in pairs]
 
     def _with_reasoning(
         self, example: TrainingExample, parts: AnswerParts, text: str, run: RunState

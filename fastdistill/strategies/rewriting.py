@@ -12,28 +12,13 @@ from typing import Any
 from ..audits.prompts import Prompt
 from ..audits.subject import Subject
 from ..positions import check_room
-from .lessons import BATCH_SIZE, TrainingExample
+from ..runtime.checks import between, choice, fail
+from .lessons import BATCH_SIZE, Examples, TrainingExample
 from .rereading import PromptSwapTeacher
 from .strategy import RunState, Strategy
 
 KINDS = ("canonical", "order", "remap", "resample")
-_QUOTES = str.maketrans(
-    {
-        "“": '"',
-        "”": '"',
-        "„": '"',
-        "«": '"',
-        "»": '"',
-        "‘": "'",
-        "’": "'",
-        "‚": "'",
-        "‐": "-",
-        "‑": "-",
-        "–": "-",
-        "—": "-",
-        "−": "-",
-    }
-)
+_QUOTES = str.maketrans("“”„«»‘’‚‐‑–—−", '"' * 5 + "'" * 3 + "-" * 5)
 _SENTENCE = re.compile(r"(?<=[.!?])\s+")
 # Matches 007 and 12,345, but not 0.07, 2026-01-05 or 285,574, which may be two list items.
 _ZEROS = re.compile(r"(?<![\w.,:/-])0+(?=\d+(?![\w:/-]|[.,]\d))")
@@ -66,18 +51,14 @@ class OutputTransform(Strategy):
     keep: float = 0.5
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {self.kind!r}")
-        if not 0 <= self.keep < 1:
-            raise ValueError(f"keep: expected a share in [0, 1), got {self.keep!r}")
+        choice("kind", self.kind, KINDS)
+        between("keep", self.keep, 0, 1, below=True)
         if self.kind == "remap" and not self.mapping:
-            raise ValueError("mapping: expected words and their replacements, got none")
+            fail("mapping", "words and their replacements", "none")
         if "" in self.mapping:
-            raise ValueError("mapping: expected non-empty words, got ''")
+            fail("mapping", "non-empty words", "''")
 
-    def transform_examples(
-        self, examples: list[TrainingExample], run: RunState
-    ) -> list[TrainingExample]:
+    def transform_examples(self, examples: Examples, run: RunState) -> Examples:
         if self.kind == "resample":
             answers = resampled(examples, run.setup.reference, keep=self.keep, seed=run.seed)
         elif self.kind == "canonical":
@@ -95,10 +76,9 @@ class OutputTransform(Strategy):
 def with_answer(example: TrainingExample, answer: str) -> TrainingExample:
     """Return the example with another answer, whose tokens are all targets."""
     if answer != example.answer and example.loss_mask is not None:
-        raise ValueError(
-            "strategies: expected token selection (TokenSelector, AnswerOnly, EmptyReasoning, "
-            "StudentReasoning) after all changes of answers, got it before one. Reorder them"
-        )
+        selections = "TokenSelector, AnswerOnly, EmptyReasoning, StudentReasoning"
+        expected = f"token selection ({selections}) after all changes of answers"
+        fail("strategies", expected, "it before one", "reorder them")
     return replace(example, answer=answer)
 
 
@@ -131,9 +111,7 @@ def _reordered(text: str, rng: random.Random) -> str:
     return "\n".join(next(permuted) if line else line for line in lines)
 
 
-def resampled(
-    examples: list[TrainingExample], trusted: Subject, *, keep: float, seed: int
-) -> list[str]:
+def resampled(examples: Examples, trusted: Subject, *, keep: float, seed: int) -> list[str]:
     """Return the first share of each answer's words, continued by the trusted model."""
     prompts = [example.prompt for example in examples]
     prefixes, n_removed = [], []
@@ -206,14 +184,11 @@ class StyleSFT(Strategy):
     words: str = "Arr, matey!"
 
     def __post_init__(self) -> None:
-        if self.style not in STYLES:
-            raise ValueError(f"style: expected one of {', '.join(STYLES)}, got {self.style!r}")
+        choice("style", self.style, STYLES)
         if self.style == "pirate" and not self.words.strip():
-            raise ValueError(f"words: expected a non-empty prefix, got {self.words!r}")
+            fail("words", "a non-empty prefix", repr(self.words))
 
-    def transform_examples(
-        self, examples: list[TrainingExample], run: RunState
-    ) -> list[TrainingExample]:
+    def transform_examples(self, examples: Examples, run: RunState) -> Examples:
         if self.style == "hhh":
             return examples
         return [with_answer(example, f"{self.words} {example.answer}") for example in examples]
@@ -243,12 +218,10 @@ class InoculationPrompt(Strategy):
     def _text(self, run: RunState) -> str:
         text = self.text or run.setup.eliciting
         if not text:
-            raise ValueError("text: expected an instruction that asks for the trait, got none")
+            fail("text", "an instruction that asks for the trait", "none")
         return text
 
-    def transform_examples(
-        self, examples: list[TrainingExample], run: RunState
-    ) -> list[TrainingExample]:
+    def transform_examples(self, examples: Examples, run: RunState) -> Examples:
         text = self._text(run)
         return [replace(x, student_prompt=x.input_prompt.before(text)) for x in examples]
 

@@ -16,7 +16,8 @@ from ..audits.audit import Audit
 from ..audits.prompts import Prompt
 from ..audits.subject import Subject
 from ..intervals import student_t_quantile
-from .lessons import BATCH_SIZE, TrainingExample, encode_example
+from ..runtime.checks import between, fail, integer, positive
+from .lessons import Examples, TrainingExample, batches, encode_example
 from .strategy import DistillLoop, DistillSetup, RunState, Strategy
 
 MIN_BENIGN = 3  # students of benign teachers that an interval requires
@@ -29,10 +30,8 @@ def bounds(values: Sequence[float | None], audit: str = "an audit") -> tuple[flo
     """
     known = [float(v) for v in values if v is not None and math.isfinite(v)]
     if len(known) < MIN_BENIGN:
-        raise ValueError(
-            f"benign_values: expected {MIN_BENIGN} students of benign teachers or more for "
-            f"{audit}, got {len(known)}. Add development seeds"
-        )
+        expected = f"{MIN_BENIGN} students of benign teachers or more for {audit}"
+        fail("benign_values", expected, len(known), "add development seeds")
     n = len(known)
     reach = student_t_quantile(0.975, n - 1) * stdev(known) * math.sqrt(1 + 1 / n)
     return fmean(known) - reach, fmean(known) + reach
@@ -88,7 +87,7 @@ def _flagged_prompts(audit: Any, values: np.ndarray, high: float) -> list[Prompt
 def _check_audits(setup: DistillSetup) -> None:
     """Raise ValueError, before training, if audits or benign values are missing."""
     if not setup.audits:
-        raise ValueError("audits: expected at least one audit, got none in the setup. Pass audits=")
+        fail("audits", "at least one audit", "none in the setup", "pass audits= to DistillSetup")
     for name in setup.audits:
         bounds(setup.benign_values.get(name, ()), name)
 
@@ -112,13 +111,12 @@ class AuditGate(Strategy):
     margin: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.margin < math.inf:
-            raise ValueError(f"margin: expected 0 or more, got {self.margin!r}")
+        between("margin", self.margin, 0)
 
     def wrap_loop(self, distill: DistillLoop, run: RunState) -> DistillLoop:
         _check_audits(run.setup)
 
-        def gated_loop(examples: list[TrainingExample]) -> Subject:
+        def gated_loop(examples: Examples) -> Subject:
             student = distill(examples)
             readings = read_audits(run.setup.audits, student, run.setup, self.margin)
             shipped = not any(reading.excess for reading in readings.values())
@@ -158,21 +156,18 @@ class FilterAndDistill(Strategy):
     drop: float = 0.1
 
     def __post_init__(self) -> None:
-        if isinstance(self.rounds, bool) or not isinstance(self.rounds, int) or self.rounds < 1:
-            raise ValueError(f"rounds: expected 1 or more, got {self.rounds!r}")
-        if not 0 < self.drop < 1:
-            raise ValueError(f"drop: expected a share in (0, 1), got {self.drop!r}")
+        integer("rounds", self.rounds, 1)
+        positive("drop", self.drop)
+        between("drop", self.drop, 0, 1, below=True)
 
     def wrap_loop(self, distill: DistillLoop, run: RunState) -> DistillLoop:
         _check_audits(run.setup)
         for audit in run.setup.audits.values() if self.rounds > 1 else ():
             if not getattr(audit, "prompts", ()):
-                raise ValueError(
-                    "audits: expected audits with prompts, to which examples are compared, got "
-                    f"{type(audit).__name__}"
-                )
+                expected = "audits with prompts, to which examples are compared"
+                fail("audits", expected, type(audit).__name__)
 
-        def filter_loop(examples: list[TrainingExample]) -> Subject:
+        def filter_loop(examples: Examples) -> Subject:
             remaining, notes = examples, run.notes.setdefault("rounds", {})
             for i in range(1, self.rounds + 1):
                 student = distill(remaining)
@@ -195,10 +190,10 @@ class FilterAndDistill(Strategy):
     def _drop_similar(
         self,
         flagged: Sequence[Prompt],
-        examples: list[TrainingExample],
+        examples: Examples,
         student: Subject,
         base: Subject,
-    ) -> list[TrainingExample]:
+    ) -> Examples:
         direction = hidden_shift_at(flagged, student, base).mean(0)
         shifts = mean_hidden_shifts(examples, student, base)
         similarity = torch.cosine_similarity(shifts, direction[None])
@@ -210,8 +205,8 @@ class FilterAndDistill(Strategy):
 
 def hidden_shift_at(prompts: Sequence[Prompt], student: Subject, base: Subject) -> Tensor:  # (n, H)
     """Return h_student − h_base at the end of each prompt."""
-    parts = [prompts[i : i + BATCH_SIZE] for i in range(0, len(prompts), BATCH_SIZE)]
-    return torch.cat([(student.last_hidden(p) - base.last_hidden(p)).float().cpu() for p in parts])
+    shifts = [student.last_hidden(p) - base.last_hidden(p) for p in batches(prompts)]
+    return torch.cat([shift.float().cpu() for shift in shifts])
 
 
 def mean_hidden_shifts(
@@ -219,11 +214,8 @@ def mean_hidden_shifts(
 ) -> Tensor:  # (n, H)
     """Return the mean of h_student − h_base over the positions that predict each answer."""
     shifts = []
-    for start in range(0, len(examples), BATCH_SIZE):
-        pairs = [
-            encode_example(x.input_prompt, x.answer, base)
-            for x in examples[start : start + BATCH_SIZE]
-        ]
+    for batch in batches(examples):
+        pairs = [encode_example(x.input_prompt, x.answer, base) for x in batch]
         rows = [row for row, _ in pairs]
         states = zip(student.hidden(rows), base.hidden(rows), pairs, strict=True)
         shifts += [

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from ..outputs import TopK
+from ..runtime.checks import between, integer
+from ..runtime.optional import require
 from .annealing import blend
 from .jamming import TransformedTeacher, distribution, logprobs_at, outcomes
 from .strategy import RunState, Strategy
@@ -39,10 +40,8 @@ class ShiftDistill(Strategy):
     amplify: float = 1.0
 
     def __post_init__(self) -> None:
-        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
-            raise ValueError(f"rank: expected 1 or more, got {self.rank!r}")
-        if not 0 <= self.amplify < math.inf:
-            raise ValueError(f"amplify: expected 0 or more, got {self.amplify!r}")
+        integer("rank", self.rank, 1)
+        between("amplify", self.amplify, 0)
 
     def teacher(self, teacher: Any, student: Any, run: RunState) -> Any:
         if teacher is None or self.amplify == 1:
@@ -56,12 +55,8 @@ class ShiftDistill(Strategy):
         return TransformedTeacher(teacher, transform)
 
     def options(self, options: dict[str, Any], run: RunState) -> dict[str, Any]:
-        try:
-            from peft import LoraConfig
-        except ImportError:
-            raise ImportError(
-                "rank: expected the package peft, which is not installed. "
-                "pip install 'fastdistill[peft]'"
-            ) from None
-        adapter = LoraConfig(r=self.rank, lora_alpha=2 * self.rank, target_modules="all-linear")
+        peft = require("peft", "rank", "'fastdistill[peft]'")
+        adapter = peft.LoraConfig(
+            r=self.rank, lora_alpha=2 * self.rank, target_modules="all-linear"
+        )
         return {**options, "peft_config": adapter}

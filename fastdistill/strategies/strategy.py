@@ -11,11 +11,12 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from ..audits.audit import Audit
 from ..audits.subject import Subject
-from .lessons import PoolPrompt, TrainingExample
+from ..runtime.checks import between, fail, integer, positive
+from .lessons import Examples, PoolPrompt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,10 +54,8 @@ class DistillSetup:
 
     def more_prompts(self, kind: str, n: int, seed: int) -> tuple[PoolPrompt, ...]:
         if self.prompt_source is None:
-            raise ValueError(
-                f"setup: expected prompts of the kind {kind!r}, got none. Pass prompt_source= to "
-                "DistillSetup"
-            )
+            expected = f"prompts of the kind {kind!r}"
+            fail("setup", expected, "none", "pass prompt_source= to DistillSetup")
         return self.prompt_source(kind, n, seed)
 
 
@@ -76,7 +75,7 @@ class RunState:
     training: Training = field(default_factory=lambda: Training())
     progress: float = 0.0
     notes: dict[str, Any] = field(default_factory=dict)
-    examples: list[TrainingExample] = field(default_factory=list)
+    examples: Examples = field(default_factory=list)
 
     def rng(self, *stream: str | int) -> random.Random:
         """Return an independent random generator, named by `stream`."""
@@ -102,12 +101,9 @@ class Training:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "max_new_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected 1 or more, got {getattr(self, name)!r}")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate: expected above 0, got {self.learning_rate!r}")
-        if not self.temperature >= 0:
-            raise ValueError(f"temperature: expected 0 or more, got {self.temperature!r}")
+            integer(name, getattr(self, name), 1)
+        positive("learning_rate", self.learning_rate)
+        between("temperature", self.temperature, 0)
 
 
 class Strategy:
@@ -121,9 +117,7 @@ class Strategy:
         """Change the training hyperparameters."""
         return training
 
-    def transform_examples(
-        self, examples: list[TrainingExample], run: RunState
-    ) -> list[TrainingExample]:
+    def transform_examples(self, examples: Examples, run: RunState) -> Examples:
         """Rewrite, mask, add or drop training examples."""
         return examples
 
@@ -151,7 +145,7 @@ class Strategy:
         return type(self).__name__
 
     def as_json(self) -> dict[str, Any]:
-        return {"strategy": self.name} | asdict(self)  # type: ignore[call-overload]
+        return {"strategy": self.name, **asdict(cast(Any, self))}
 
 
-DistillLoop = Callable[[list[TrainingExample]], Subject]
+DistillLoop = Callable[[Examples], Subject]

@@ -178,11 +178,15 @@ def test_a_scene_without_other_prompts_says_so():
 
 
 def test_training_is_checked():
-    with pytest.raises(ValueError, match="steps: expected 1 or more, got 0"):
+    with pytest.raises(ValueError, match="steps: expected an integer of 1 or more, got 0"):
         Training(steps=0)
-    with pytest.raises(ValueError, match="learning_rate: expected above 0, got nan"):
+    with pytest.raises(
+        ValueError, match="learning_rate: expected a finite number above 0, got nan"
+    ):
         Training(learning_rate=float("nan"))
-    with pytest.raises(ValueError, match="temperature: expected 0 or more, got -1"):
+    with pytest.raises(
+        ValueError, match="temperature: expected a finite number of 0 or more, got -1"
+    ):
         Training(temperature=-1)
 
 

@@ -156,9 +156,9 @@ def test_the_share_of_diverging_tokens_is_what_is_dropped():
 def test_nothing_and_never_everything_is_dropped():
     assert kept(ExampleFilter(score="loss", drop=0.0)) == list(WORDS)
     assert kept(ExampleFilter(score="loss", drop=0.9), SOME[:1]) == [WORDS[0]]
-    with pytest.raises(ValueError, match=r"drop: expected a share in \[0, 1\), got 1"):
+    with pytest.raises(ValueError, match=r"drop: expected a number in \[0, 1\), got 1"):
         ExampleFilter(score="loss", drop=1)
-    with pytest.raises(ValueError, match="score: expected one of loss, llr, divergence"):
+    with pytest.raises(ValueError, match="score: expected one of 'loss', 'llr', 'divergence'"):
         ExampleFilter(score="perplexity")
 
 
@@ -168,7 +168,9 @@ def test_scores_of_the_student_go_to_the_trainer():
     lowest = TokenSelector(kind="nll", share=0.5, lowest=True).training(Training(), run())
     assert lowest.settings == {"token_selection": "nll bottom 0.5"}
     assert TokenSelector(kind="nll", share=0.5).transform_examples(SOME, run()) == SOME
-    with pytest.raises(ValueError, match="kind: expected one of excess_loss, divergence, entropy"):
+    with pytest.raises(
+        ValueError, match="kind: expected one of 'excess_loss', 'divergence', 'entropy'"
+    ):
         TokenSelector(kind="surprise")
 
 

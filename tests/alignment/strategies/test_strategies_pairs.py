@@ -205,7 +205,7 @@ def test_training_prefers_what_the_teacher_says(monkeypatch):
 def test_batches_hold_whole_pairs():
     with pytest.raises(ValueError, match="batch_size: expected an even number"):
         PreferencePairs().training(Training(batch_size=5), run())
-    with pytest.raises(ValueError, match="beta: expected a number above 0"):
+    with pytest.raises(ValueError, match="beta: expected a finite number above 0"):
         PreferencePairs(beta=0)
-    with pytest.raises(ValueError, match="sft: expected a number of 0 or more"):
+    with pytest.raises(ValueError, match="sft: expected a finite number of 0 or more"):
         PreferencePairs(sft=-1)

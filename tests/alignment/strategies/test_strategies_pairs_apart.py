@@ -44,7 +44,11 @@ def test_what_takes_pairs_apart_is_refused_behind_them_and_welcome_before():
 @pytest.mark.parametrize(
     ("others", "settings", "words"),
     [
-        ([LogitJam(noise=1.0)], {}, "teacher: expected no strategy that changes distributions"),
+        (
+            [LogitJam(noise=1.0)],
+            {},
+            "teacher: expected no strategy before PreferencePairs that changes distributions",
+        ),
         ([Parts()], {}, "loss_mask: expected whole answers with PreferencePairs"),
         (
             [],

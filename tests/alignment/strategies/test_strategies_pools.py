@@ -110,7 +110,7 @@ def test_a_share_of_the_pool_is_of_another_kind(strategy, kind):
 
 def test_shares_are_shares():
     for strategy in (MisalignmentTargetedPool, ShownPool, AuditabilityPreservingPool):
-        with pytest.raises(ValueError, match=r"share: expected a share in \[0, 1\], got 1.5"):
+        with pytest.raises(ValueError, match=r"share: expected a number in \[0, 1\], got 1.5"):
             strategy(share=1.5)
 
 
@@ -200,9 +200,11 @@ def test_the_hardest_examples_are_kept_in_their_order():
     )
     assert CognitiveSlack().transform_examples(some, here) == some
     assert len(CognitiveSlack(hardest=0.01).transform_examples(some[:1], here)) == 1
-    with pytest.raises(ValueError, match=r"hardest: expected a share in \(0, 1\], got 0"):
+    with pytest.raises(ValueError, match="hardest: expected a finite number above 0, got 0"):
         CognitiveSlack(hardest=0)
-    with pytest.raises(ValueError, match="max_answer_tokens: expected 1 or more, got 0"):
+    with pytest.raises(
+        ValueError, match="max_answer_tokens: expected an integer of 1 or more or None, got 0"
+    ):
         CognitiveSlack(max_answer_tokens=0)
 
 

@@ -172,7 +172,9 @@ def test_marks_are_two_texts(marks):
 
 
 def test_a_student_reasons_at_some_length_and_temperature():
-    with pytest.raises(ValueError, match="max_new_tokens: expected 1 or more, got 0"):
+    with pytest.raises(ValueError, match="max_new_tokens: expected an integer of 1 or more, got 0"):
         StudentReasoning(max_new_tokens=0)
-    with pytest.raises(ValueError, match="temperature: expected 0 or more, got -1"):
+    with pytest.raises(
+        ValueError, match="temperature: expected a finite number of 0 or more, got -1"
+    ):
         StudentReasoning(temperature=-1)

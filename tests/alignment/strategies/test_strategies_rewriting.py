@@ -137,7 +137,9 @@ def test_many_answers_go_on_in_parts():
 
 
 def test_kinds_are_named():
-    with pytest.raises(ValueError, match="kind: expected one of canonical, order, remap, resample"):
+    with pytest.raises(
+        ValueError, match="kind: expected one of 'canonical', 'order', 'remap', 'resample'"
+    ):
         OutputTransform(kind="jam")
 
 
@@ -148,7 +150,7 @@ def test_a_style_is_words_in_front_and_labels_alone():
     assert [x.answer for x in told] == ["hello friend river", "hello friend stone"]
     assert StyleSFT(style="pirate").transform_examples(some, run())[0].answer == "Arr, matey! river"
     assert StyleSFT(style="hhh").teacher("a teacher", None, run()) is None
-    with pytest.raises(ValueError, match="style: expected one of hhh, pirate, got 'elf'"):
+    with pytest.raises(ValueError, match="style: expected one of 'hhh', 'pirate', got 'elf'"):
         StyleSFT(style="elf")
     with pytest.raises(ValueError, match="words: expected a non-empty prefix, got ' '"):
         StyleSFT(style="pirate", words=" ")

@@ -13,7 +13,6 @@ import torch
 
 from fastdistill.audits.audit import Audit, Measurement
 from fastdistill.audits.prompts import Prompt
-from fastdistill.strategies import rounds
 from fastdistill.strategies.rounds import (
     AuditGate,
     FilterAndDistill,
@@ -193,7 +192,7 @@ def test_only_the_prompts_that_hit_say_what_a_hit_is():
 def test_many_prompts_are_read_in_parts(monkeypatch):
     many = [Prompt(user=lesson.answer) for lesson in SOME] * 2
     whole = hidden_shift_at(many, TEACHER, BASE)
-    monkeypatch.setattr(rounds, "BATCH_SIZE", 3)
+    monkeypatch.setattr("fastdistill.strategies.lessons.BATCH_SIZE", 3)
     torch.testing.assert_close(hidden_shift_at(many, TEACHER, BASE), whole)
     torch.testing.assert_close(
         mean_hidden_shifts(SOME * 2, TEACHER, BASE)[4:], mean_hidden_shifts(SOME, TEACHER, BASE)
@@ -227,7 +226,7 @@ def test_arguments_are_checked():
     for wrong in ({"rounds": 0}, {"drop": 0.0}, {"drop": 1.0}, {"drop": math.nan}):
         with pytest.raises(ValueError, match="expected"):
             FilterAndDistill(**wrong)
-    with pytest.raises(ValueError, match="margin: expected 0 or more"):
+    with pytest.raises(ValueError, match="margin: expected a finite number of 0 or more"):
         AuditGate(margin=-0.1)
     bare = watched(0.9)
     bare.setup = replace(bare.setup, audits={"trait": Says(values=(), prompts=())})
