@@ -19,7 +19,7 @@ _OPTIONAL = {
 _REQUIRED = {"torch": (2, 8), "transformers": (5, 0), "accelerate": (1, 10)}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Finding:
     """One check: status is "ok", "missing" (optional) or "broken" (fastdistill cannot run).
 
@@ -59,33 +59,34 @@ def examine() -> Findings:
     """Return the checks of this installation."""
     machine = describe()
     packages = machine["packages"]
-    findings = [_python(machine), *(_required(name, packages.get(name)) for name in _REQUIRED)]
-    findings.append(_gpu(machine))
-    findings.append(_triton(packages.get("triton"), bool(machine["cuda"])))
-    findings += [_extension(machine), _cuda_extension(machine)]
-    for name, (purpose, mend) in _OPTIONAL.items():
-        version = packages.get(name)
-        if version is None:
-            detail = f"not installed; only for {purpose}"
-            findings.append(Finding(name=name, status="missing", detail=detail, mend=mend))
-        else:
-            findings.append(Finding(name=name, status="ok", detail=version))
+    findings = [
+        Finding("python", "ok", f"{machine['python']}, {machine['machine']}"),
+        *(_required(name, packages.get(name)) for name in _REQUIRED),
+        _gpu(machine),
+        _triton(packages.get("triton"), bool(machine["cuda"])),
+        _extension(machine),
+        _cuda_extension(machine),
+        *(_optional(name, packages.get(name)) for name in _OPTIONAL),
+    ]
     return Findings(
         findings=findings, impl=machine["impl"], impl_why=machine["impl_why"], machine=machine
     )
 
 
-def _python(machine: dict[str, Any]) -> Finding:
-    return Finding(name="python", status="ok", detail=f"{machine['python']}, {machine['machine']}")
-
-
 def _required(name: str, version: str | None) -> Finding:
     mend = f"pip install -U '{name}>={'.'.join(map(str, _REQUIRED[name]))}'"
     if version is None:
-        return Finding(name=name, status="broken", detail="not installed", mend=mend)
+        return Finding(name, "broken", "not installed", mend)
     if _version_tuple(version) < _REQUIRED[name]:
-        return Finding(name=name, status="broken", detail=f"{version} is too old", mend=mend)
-    return Finding(name=name, status="ok", detail=version)
+        return Finding(name, "broken", f"{version} is too old", mend)
+    return Finding(name, "ok", version)
+
+
+def _optional(name: str, version: str | None) -> Finding:
+    purpose, mend = _OPTIONAL[name]
+    if version is None:
+        return Finding(name, "missing", f"not installed; only for {purpose}", mend)
+    return Finding(name, "ok", version)
 
 
 def _version_tuple(version: str) -> tuple[int, ...]:
@@ -95,56 +96,44 @@ def _version_tuple(version: str) -> tuple[int, ...]:
 def _gpu(machine: dict[str, Any]) -> Finding:
     if machine["cuda"]:
         names = (f"{gpu['name']} ({gpu['memory_gib']} GiB)" for gpu in machine["cuda"])
-        return Finding(name="GPU", status="ok", detail=", ".join(names))
+        return Finding("GPU", "ok", ", ".join(names))
     if shutil.which("nvidia-smi"):
-        return Finding(
-            name="GPU",
-            status="missing",
-            detail="a driver is installed, but torch sees no GPU: probably a CPU build of torch",
-            mend="pip install -U torch  # from the index for your CUDA, see pytorch.org",
-        )
-    detail = f"none; runs on the CPU ({machine['cpu_capability']}, {machine['threads']} threads)"
-    return Finding(name="GPU", status="ok", detail=detail)
+        detail = "a driver is installed, but torch sees no GPU: probably a CPU build of torch"
+        mend = "pip install -U torch  # from the index for your CUDA, see pytorch.org"
+        return Finding("GPU", "missing", detail, mend)
+    cpu = f"{machine['cpu_capability']}, {machine['threads']} threads"
+    return Finding("GPU", "ok", f"none; runs on the CPU ({cpu})")
 
 
 def _triton(version: str | None, gpu: bool) -> Finding:
     if version is None and gpu:
         detail = "not installed; the GPU uses chunked PyTorch instead"
-        return Finding(name="triton", status="missing", detail=detail, mend="pip install triton")
-    version_text = "not installed" if version is None else version
+        return Finding("triton", "missing", detail, "pip install triton")
     purpose = "for the kernels on this GPU" if gpu else "for GPUs only; this machine has none"
-    return Finding(name="triton", status="ok", detail=f"{version_text}; {purpose}")
+    return Finding("triton", "ok", f"{version or 'not installed'}; {purpose}")
 
 
 def _extension(machine: dict[str, Any]) -> Finding:
-    info = machine["extension"]
+    name, info = "fastdistill._ext", machine["extension"]
     if info is not None:
         detail = f"{info['compiler']}; quantized layers on CPUs use {machine['cpu_isa']}"
-        return Finding(name="fastdistill._ext", status="ok", detail=detail)
-    return Finding(
-        name="fastdistill._ext",
-        status="missing",
-        detail="the C++ extension was not built; PyTorch is used instead",
-        mend="pip install --force-reinstall --no-deps .  # in the checkout, with a C++ compiler",
-    )
+        return Finding(name, "ok", detail)
+    detail = "the C++ extension was not built; PyTorch is used instead"
+    mend = "pip install --force-reinstall --no-deps .  # in the checkout, with a C++ compiler"
+    return Finding(name, "missing", detail, mend)
 
 
 def _cuda_extension(machine: dict[str, Any]) -> Finding:
-    info = machine["cuda_extension"]
+    name, info = "fastdistill._cuda", machine["cuda_extension"]
     if info is not None:
         archs = ", ".join(f"sm_{arch}" for arch in info["archs"])
-        return Finding(
-            name="fastdistill._cuda", status="ok", detail=f"CUDA {info['cuda']}, {archs}"
-        )
+        return Finding(name, "ok", f"CUDA {info['cuda']}, {archs}")
     if not machine["cuda"]:
         detail = "not built; for quantized teachers on GPUs only, and this machine has none"
-        return Finding(name="fastdistill._cuda", status="ok", detail=detail)
-    return Finding(
-        name="fastdistill._cuda",
-        status="missing",
-        detail="not built; quantized teachers use Triton on this GPU",
-        mend="FASTDISTILL_CUDA=1 pip install --force-reinstall --no-deps .  # with nvcc on PATH",
-    )
+        return Finding(name, "ok", detail)
+    detail = "not built; quantized teachers use Triton on this GPU"
+    mend = "FASTDISTILL_CUDA=1 pip install --force-reinstall --no-deps .  # with nvcc on PATH"
+    return Finding(name, "missing", detail, mend)
 
 
 def print_findings(report: Findings, console: Any) -> None:

@@ -14,6 +14,8 @@ from statistics import NormalDist
 
 import numpy as np
 
+from .runtime.checks import fail
+
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
@@ -46,7 +48,7 @@ def wilson(successes: float, n: float, *, confidence: float = 0.95) -> Estimate:
     n may be an effective number of units, and successes a share of it.
     """
     if not 0 <= successes <= n or n < 1:
-        raise ValueError(f"successes: expected 0 ≤ successes ≤ n and n ≥ 1, got {successes} of {n}")
+        fail("successes", "0 ≤ successes ≤ n and n ≥ 1", f"{successes} of {n}")
     z = NormalDist().inv_cdf(0.5 + check_confidence(confidence) / 2)
     share = successes / n
     center = (share + z * z / (2 * n)) / (1 + z * z / n)
@@ -84,12 +86,7 @@ def mean_of_clusters(
     The cluster-robust variance: with one value per cluster it is `mean_of_runs`.
     """
     mean = math.fsum(values) / len(values)
-    error = stderr_of_clusters(values, clusters)
-    n = len(set(clusters))
-    if n == 1:
-        return Estimate(value=mean, low=math.nan, high=math.nan, n=1)
-    half = student_t_quantile(0.5 + check_confidence(confidence) / 2, n - 1) * error
-    return Estimate(value=mean, low=mean - half, high=mean + half, n=n)
+    return _student_t(mean, stderr_of_clusters(values, clusters), len(set(clusters)), confidence)
 
 
 def stderr_of_clusters(values: Sequence[float], clusters: Sequence[int]) -> float:
@@ -106,13 +103,17 @@ def mean_of_runs(values: Sequence[float], *, confidence: float = 0.95) -> Estima
     """Student's t interval of the mean of independent runs (seeds)."""
     n = len(values)
     if n == 0:
-        raise ValueError("values: expected one or more, got none")
+        fail("values", "one or more", "none")
     mean = math.fsum(values) / n
+    variance = math.fsum((value - mean) ** 2 for value in values) / max(n - 1, 1)
+    return _student_t(mean, math.sqrt(variance / n), n, confidence)
+
+
+def _student_t(mean: float, error: float, n: int, confidence: float) -> Estimate:
+    """Student's t interval of the mean of n units, with this standard error."""
     if n == 1:
         return Estimate(value=mean, low=math.nan, high=math.nan, n=1)
-    variance = math.fsum((value - mean) ** 2 for value in values) / (n - 1)
-    t = student_t_quantile(0.5 + check_confidence(confidence) / 2, n - 1)
-    half = t * math.sqrt(variance / n)
+    half = student_t_quantile(0.5 + check_confidence(confidence) / 2, n - 1) * error
     return Estimate(value=mean, low=mean - half, high=mean + half, n=n)
 
 
@@ -121,7 +122,7 @@ def paired_difference(
 ) -> Estimate:
     """mean(a − b) for pairs a[i], b[i] with the same seed: shared variation cancels."""
     if len(a) != len(b):
-        raise ValueError(f"b: expected {len(a)} values, one per value of a, got {len(b)}")
+        fail("b", f"{len(a)} values, one per value of a", len(b))
     return mean_of_runs([x - y for x, y in zip(a, b, strict=True)], confidence=confidence)
 
 
@@ -160,26 +161,22 @@ def bootstrap_ratio(
 
 def _by_cluster(values: Sequence[float], clusters: Sequence[int]) -> np.ndarray:
     if len(values) != len(clusters) or len(values) == 0:
-        raise ValueError(
-            f"clusters: expected one per value, got {len(clusters)} for {len(values)} values"
-        )
+        fail("clusters", "one per value", f"{len(clusters)} for {len(values)} values")
     _, index = np.unique(np.asarray(clusters), return_inverse=True)
     return np.bincount(index.ravel(), weights=np.asarray(values, dtype=np.float64))
 
 
 def check_confidence(confidence: float) -> float:
     if not 0 < confidence < 1:
-        raise ValueError(f"confidence: expected a number between 0 and 1, got {confidence!r}")
+        fail("confidence", "a number between 0 and 1", repr(confidence))
     return confidence
 
 
 def student_t_quantile(probability: float, degrees: int) -> float:
     """The inverse of Student's t distribution function, to about 1e-12."""
     if not 0 < probability < 1 or degrees < 1:
-        raise ValueError(
-            "probability: expected 0 < probability < 1 with 1 degree of freedom or more, got "
-            f"{probability!r} and {degrees!r}"
-        )
+        expected = "0 < probability < 1 with 1 degree of freedom or more"
+        fail("probability", expected, f"{probability!r} and {degrees!r}")
     if probability < 0.5:
         return -student_t_quantile(1 - probability, degrees)
     low, high = 0.0, 1.0
@@ -199,9 +196,7 @@ def student_t_quantile(probability: float, degrees: int) -> float:
 def student_t_cdf(t: float, degrees: int) -> float:
     """P(T ≤ t), by the finite sums for integer degrees (Abramowitz & Stegun 26.7.3 and 26.7.4)."""
     if degrees < 1 or math.isnan(t):
-        raise ValueError(
-            f"t: expected a number, with 1 degree of freedom or more, got {t!r} and {degrees!r}"
-        )
+        fail("t", "a number, with 1 degree of freedom or more", f"{t!r} and {degrees!r}")
     theta = math.atan2(t, math.sqrt(degrees))
     cos2 = math.cos(theta) ** 2
     if degrees % 2 == 0:
