@@ -143,37 +143,34 @@ def measure(answer: TopK, rules: AnswerRules) -> tuple[Tensor, Tensor]:
     none = torch.zeros_like(best, dtype=torch.bool)
     largest, smallest = ids.amax(-1), ids.amin(-1)
     above = none if rules.vocab is None else largest >= rules.vocab
-    again, repeated = (none, mass) if rules.repeats else _repeated(ids, rules.rising)
-    tail, wrong_tail, total, wrong_total = mass, none, mass, none
+    below = smallest < (-1 if rules.empty else 0)
+    errors = {
+        "ids": (above | below, torch.where(above, largest, smallest)),
+        "nan": (undefined.any(-1), undefined.sum(-1)),
+        "positive": (best > ROUNDING + step, best),
+        "mass": (mass > 1 + allowed, mass),
+    }
+    if not rules.repeats:
+        errors["repeated"] = _repeated(ids, rules.rising)
+    if not rules.nothing:
+        errors["nothing"] = (best.isneginf(), mass)
+    if rules.ranked:
+        flat = best.isneginf()
+        if rules.vocab is not None:
+            flat = best < -math.log(rules.vocab) - ROUNDING - step * math.log(rules.vocab)
+        errors["flat"] = (flat, best)
     if answer.log_tail is not None:
         tail = answer.log_tail.to(wide)
         grain = _resolution(answer.log_tail.unsqueeze(-1), torch.ones_like(used[..., :1]))
         outside = tail.exp()
-        total = mass + outside
-        wrong_tail = tail.isnan() | (tail > ROUNDING + grain)
-        slack = allowed + grain * (1 + outside * tail.clamp(min=-1e4).abs())
+        errors["tail"] = (tail.isnan() | (tail > ROUNDING + grain), tail)
         if rules.total != "any":
-            excess = total - 1 if rules.total == "at most" else (total - 1).abs()
-            wrong_total = ~(excess <= slack)
-    flat = best.isneginf() if rules.ranked else none
-    if rules.ranked and rules.vocab is not None:
-        flat = best < -math.log(rules.vocab) - ROUNDING - step * math.log(rules.vocab)
-    checked = {
-        "ids": (
-            above | (smallest < (-1 if rules.empty else 0)),
-            torch.where(above, largest, smallest),
-        ),
-        "repeated": (again, repeated),
-        "nan": (undefined.any(-1), undefined.sum(-1)),
-        "positive": (best > ROUNDING + step, best),
-        "mass": (mass > 1 + allowed, mass),
-        "tail": (wrong_tail, tail),
-        "total": (wrong_total, total),
-        "nothing": (none if rules.nothing else best.isneginf(), mass),
-        "flat": (flat, best),
-    }
+            excess = mass + outside - 1
+            excess = excess if rules.total == "at most" else excess.abs()
+            slack = allowed + grain * (1 + outside * tail.clamp(min=-1e4).abs())
+            errors["total"] = (~(excess <= slack), mass + outside)
     dtype = torch.float32 if ids.device.type == "mps" else torch.float64
-    pairs = [checked.get(name, (none, mass)) for name in _NAMES]
+    pairs = [errors.get(name, (none, mass)) for name in _NAMES]
     return torch.stack([bad for bad, _ in pairs]), torch.stack([x.to(dtype) for _, x in pairs])
 
 

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 from torch import nn
 from transformers import TrainingArguments
 
+from ..runtime.checks import fail
 from ..stored_model import StoredModel, load_whole
 from ..training.config import DistillConfig
 from ..training.trainer import DistillTrainer
@@ -30,8 +31,6 @@ _OLD_NAMES = {
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
 }
-
-
 _LOADING = frozenset(
     (
         "model_init_kwargs",
@@ -71,23 +70,17 @@ class _TRLTrainer(DistillTrainer):
             raise TypeError(f"args: expected TRL's configuration, got {type(args).__name__}")
         for name, value in unsupported.items():
             if value is not None:
-                raise ValueError(f"{name}: expected None in our {kind}, got {value!r:.80}")
+                fail(name, f"None in our {kind}", f"{value!r:.80}")
         _check_options(args, self.used, self.same, kind)
         if teacher_model is None:
             teacher_model = getattr(args, "teacher_model_name_or_path", None)
-        model_kwargs = dict(getattr(args, "model_init_kwargs", None) or {})
+        options = getattr(args, "model_init_kwargs", None) or {}
         if isinstance(model, str):
             # TRL's default; that of transformers is the stored type.
-            model = _load(model, {"dtype": "float32"} | model_kwargs)
-        elif model_kwargs:
-            _raise_loaded("model_init_kwargs", "model", model, model_kwargs)
-        teacher_kwargs = getattr(args, "teacher_model_init_kwargs", None)
-        if teacher_kwargs:
-            if not isinstance(teacher_model, str):
-                _raise_loaded(
-                    "teacher_model_init_kwargs", "teacher_model", teacher_model, teacher_kwargs
-                )
-            teacher_model = _load(teacher_model, teacher_kwargs)
+            options = {"dtype": "float32"} | options
+        model = _load("model", model, options)
+        teacher_options = getattr(args, "teacher_model_init_kwargs", None) or {}
+        teacher_model = _load("teacher_model", teacher_model, teacher_options)
         if getattr(args, "disable_dropout", False) and isinstance(model, nn.Module):
             for module in model.modules():
                 if isinstance(module, nn.Dropout):
@@ -157,15 +150,12 @@ class DistillationTrainer(_TRLTrainer):
 
     def options(self, args: Any) -> dict[str, Any]:
         if args.max_completion_length is None:
-            raise ValueError(
-                "max_completion_length: expected an integer in our DistillationTrainer, got None: "
-                "the student's samples may never end"
-            )
+            expected = "an integer in our DistillationTrainer"
+            hint = "the student's samples may never end"
+            fail("max_completion_length", expected, None, hint)
         if args.remove_unused_columns:
-            raise ValueError(
-                "remove_unused_columns: expected False in our DistillationTrainer, got True: "
-                "remove all columns but the prompt from the dataset"
-            )
+            hint = "remove all columns but the prompt from the dataset"
+            fail("remove_unused_columns", "False in our DistillationTrainer", True, hint)
         order = {} if args.shuffle_dataset else {"train_sampling_strategy": "sequential"}
         return order | {
             "k": None,
@@ -207,9 +197,9 @@ def _last_turn(example: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _split_last_turn(dataset: Any) -> Any:
     """Return a dataset split by `_last_turn`; uses the map method of a stream."""
-    if dataset is None or hasattr(dataset, "__len__"):
-        return None if dataset is None else _LastTurns(dataset)
-    return dataset.map(_last_turn)
+    if dataset is None:
+        return None
+    return _LastTurns(dataset) if hasattr(dataset, "__len__") else dataset.map(_last_turn)
 
 
 def _check_options(args: Any, used: frozenset[str], same: Mapping[str, Any], kind: str) -> None:
@@ -228,17 +218,8 @@ def _check_options(args: Any, used: frozenset[str], same: Mapping[str, Any], kin
         default = field.default if field.default_factory is MISSING else field.default_factory()
         # None means that the option is not set.
         if value is not None and value != default and value != same.get(field.name):
-            raise ValueError(
-                f"{field.name}: expected {default!r} in our {kind}, got {value!r:.80}: it has no "
-                "counterpart here"
-            )
-
-
-def _raise_loaded(name: str, argument: str, model: Any, options: Mapping[str, Any]) -> None:
-    raise ValueError(
-        f"{name}: expected none with a {argument} that is loaded already, got "
-        f"{dict(options)!r:.80} with a {type(model).__name__}. Pass {argument} as a path"
-    )
+            got, hint = f"{value!r:.80}", "it has no counterpart here"
+            fail(field.name, f"{default!r} in our {kind}", got, hint)
 
 
 def _shared(args: TrainingArguments) -> dict[str, Any]:
@@ -248,16 +229,30 @@ def _shared(args: TrainingArguments) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names - old - _NOT_COPIED}
 
 
-def _load(path: str, options: Mapping[str, Any]) -> Any:
-    if options.get("revision") is not None:
-        raise ValueError(
-            f"revision: expected none in the options of a model, got {options['revision']!r:.80}. "
-            "Download that revision, and pass its folder"
+def _load(argument: str, model: Any, options: Mapping[str, Any]) -> Any:
+    """Return the model of a path, loaded with `options`; without any, what was passed."""
+    if not options:
+        return model
+    if not isinstance(model, str):
+        fail(
+            f"{argument}_init_kwargs",
+            f"none with a {argument} that is loaded already",
+            f"{dict(options)!r:.80} with a {type(model).__name__}",
+            f"pass {argument} as a path",
         )
-    stored = StoredModel.from_path(path)
+    if options.get("revision") is not None:
+        fail(
+            "revision",
+            "none in the options of a model",
+            f"{options['revision']!r:.80}",
+            "download that revision, and pass its folder",
+        )
+    stored = StoredModel.from_path(model)
     if stored.is_adapter:
-        raise ValueError(
-            f"model: expected the folder of a whole model, got {path!r:.200}, an adapter. Load its "
-            "base and add the adapter (PeftModel.from_pretrained), or merge it"
+        fail(
+            "model",
+            "the folder of a whole model",
+            f"{model!r:.200}, an adapter",
+            "load its base and add the adapter (PeftModel.from_pretrained), or merge it",
         )
     return load_whole(stored.path, **options)
