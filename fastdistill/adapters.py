@@ -14,18 +14,25 @@ import dataclasses
 import math
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import nn
 
 from .checkpoint_gate import ADAPTER, as_checkpoint_error, check_folder
 from .quant.header import keep_untied
-from .quant.tensor_files import CheckpointError, TensorFiles, check_inside, read_json
+from .quant.tensor_files import (
+    TensorFiles,
+    check_inside,
+    fail_checkpoint,
+    fail_entry,
+    read_json,
+)
 from .resolve import ADAPTER_WEIGHTS as WEIGHTS
 from .runtime.bounded_regex import BoundedPattern, PatternError
+from .runtime.optional import require
 from .runtime.printable import printable
 
 # peft matches these against module names; a leading ^ is the only pattern that peft itself writes.
@@ -49,6 +56,7 @@ _DROPPED = ("auto_mapping", "runtime_config")  # used only when peft loads the b
 _INITIAL = ("init_lora_weights", "init_weights", "init_ia3_weights")
 _ITERATIONS = re.compile(r"pissa_niter_(\d+)")
 _MAX_ITERATIONS = 64
+_OTHER_BASE = "is it one of another base?"
 
 
 def load_adapted(model: Any, folder: Path, *, trainable: bool = False) -> Any:
@@ -59,14 +67,9 @@ def load_adapted(model: Any, folder: Path, *, trainable: bool = False) -> Any:
         or unused, or its configuration has a refused entry.
         ImportError: peft is not installed.
     """
-    try:
-        from peft import PeftModel
-    except ImportError:
-        raise ImportError(
-            "path: expected peft for an adapter, which is not installed. "
-            "pip install 'fastdistill[peft]'"
-        ) from None
     config, files = read_adapter(folder)
+    from peft import PeftModel
+
     _name_modules(model, config, folder / ADAPTER)
     _check_weights(model, config, files)
     with as_checkpoint_error(folder, "an adapter that peft can put onto its base"):
@@ -119,32 +122,31 @@ def _part_shared(adapted: Any) -> None:
 
 def read_adapter(folder: Path) -> tuple[Any, TensorFiles]:
     """Return (the adapter's checked PeftConfig, its weights)."""
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-
+    peft = require("peft.mapping", "path", "'fastdistill[peft]'")
     check_folder(folder)
     file, weights = folder / ADAPTER, folder / WEIGHTS
     if not weights.is_file():
-        raise CheckpointError(
-            f"path: expected {WEIGHTS} in {folder.name}, found none. A pickle can "
-            "run code: save the adapter again from where you trust it"
-        )
+        hint = "a pickle can run code: save the adapter again from where you trust it"
+        fail_checkpoint("path", f"{WEIGHTS} in {folder.name}", "none", hint)
     check_inside(folder, weights)
     files = TensorFiles(weights)
     stored = read_json(file)
     kinds = {
         str(kind.value): kind
-        for kind, tuner in PEFT_TYPE_TO_TUNER_MAPPING.items()
+        for kind, tuner in peft.PEFT_TYPE_TO_TUNER_MAPPING.items()
         if hasattr(tuner, "merge_and_unload")
     }
     kind = stored.get("peft_type")
     if not isinstance(kind, str) or kind not in kinds:
-        _fail(file, "peft_type", f"one of {', '.join(sorted(kinds))}, which can be merged", kind)
-    config_class = PEFT_TYPE_TO_CONFIG_MAPPING[kinds[str(kind)]]
+        fail_entry(
+            file, "peft_type", f"one of {', '.join(sorted(kinds))}, which can be merged", kind
+        )
+    config_class = peft.PEFT_TYPE_TO_CONFIG_MAPPING[kinds[str(kind)]]
     known = {entry.name for entry in dataclasses.fields(config_class)}
     values = {name: value for name, value in stored.items() if name not in _DROPPED}
     for name, value in values.items():
         if name not in known and value not in (None, False, "", [], {}):
-            _fail(file, name, f"an entry of a {config_class.__name__}", value, "update peft")
+            fail_entry(file, name, f"an entry of a {config_class.__name__}", value, "update peft")
         _check_value(file, name, value, files)
     values = {name: value for name, value in values.items() if name in known}
     with as_checkpoint_error(file, f"a {config_class.__name__}"):
@@ -153,30 +155,28 @@ def read_adapter(folder: Path) -> tuple[Any, TensorFiles]:
 
 def _check_value(file: Path, name: str, value: Any, files: TensorFiles) -> None:
     if name in _REFUSED and value:
-        _fail(file, name, "none", value)
+        fail_entry(file, name, "none", value)
     _check_numbers(file, name, value)
     if name in _EXPRESSIONS and isinstance(value, str):
-        _bounded(file, name, value)
-    elif name in _PATTERNS:
-        for part in _names_in(value):
+        _matched(file, name, value)
+    elif name in _PATTERNS and value is not None:
+        for part in value if isinstance(value, (list, dict)) else [value]:
             if not _is_name(part):
-                _fail(
-                    file,
-                    name,
-                    f"names of modules, or {_ALL_LINEAR!r}",
-                    part,
-                    "a regular expression may never end: list the names of the modules",
-                )
+                expected = f"names of modules, or {_ALL_LINEAR!r}"
+                hint = "a regular expression may never end: list the names of the modules"
+                fail_entry(file, name, expected, part, hint)
     if name.endswith("_pattern") and name not in _PATTERNS and value is not None:
         if not isinstance(value, dict):
-            _fail(file, name, "names of modules with a number each", value)
+            fail_entry(file, name, "names of modules with a number each", value)
         for part in value:
             if name in _KEYED and not _is_name(part):
-                _bounded(file, name, _as_key(part))
+                _matched(file, name, _as_key(part))
             elif not _is_name(part):
-                _fail(file, name, "names of modules", part, "a regular expression may never end")
+                fail_entry(
+                    file, name, "names of modules", part, "a regular expression may never end"
+                )
     if isinstance(value, (list, dict)) and len(value) > _MAX_NAMES:
-        _fail(file, name, f"at most {_MAX_NAMES:,} entries", f"{len(value):,}")
+        fail_entry(file, name, f"at most {_MAX_NAMES:,} entries", f"{len(value):,}")
     if name == "layer_replication" and value is not None:
         _check_replication(file, value, len(files.names()))
 
@@ -189,14 +189,14 @@ def _check_numbers(file: Path, name: str, value: Any) -> None:
         if isinstance(value, dict) and "loftq_iter" in value:
             _check_iterations(file, name, value["loftq_iter"])
     elif isinstance(value, float) and not math.isfinite(value):
-        _fail(file, name, "a finite number", value)
+        fail_entry(file, name, "a finite number", value)
     elif name in _INITIAL and isinstance(value, str) and (count := _ITERATIONS.fullmatch(value)):
         _check_iterations(file, name, int(count[1][:9]))
 
 
 def _check_iterations(file: Path, name: str, count: Any) -> None:
     if type(count) is not int or not 0 <= count <= _MAX_ITERATIONS:
-        _fail(file, name, f"at most {_MAX_ITERATIONS} iterations", count)
+        fail_entry(file, name, f"at most {_MAX_ITERATIONS} iterations", count)
 
 
 def _name_modules(model: nn.Module, config: Any, file: Path) -> None:
@@ -208,13 +208,8 @@ def _name_modules(model: nn.Module, config: Any, file: Path) -> None:
             continue
         matched = _matched(file, field, expression, names)
         if not matched and field == "target_modules":
-            _fail(
-                file,
-                field,
-                f"names of modules of {type(model).__name__}",
-                expression,
-                "it matches none",
-            )
+            expected = f"names of modules of {type(model).__name__}"
+            fail_entry(file, field, expected, expression, "it matches none")
         listed = field != "feedforward_modules" and not _has_endings(names, matched)
         setattr(config, field, (set(matched) if listed else _either(matched)) if matched else None)
     for field in _KEYED:
@@ -235,29 +230,14 @@ def _name_modules(model: nn.Module, config: Any, file: Path) -> None:
             setattr(config, field, exact)
 
 
-def _matched(file: Path, field: str, expression: str, names: list[str]) -> list[str]:
-    pattern = _bounded(file, field, expression)
+def _matched(file: Path, field: str, expression: str, names: Iterable[str] = ()) -> list[str]:
+    """Return the names that an expression matches; raise CheckpointError if that may not end."""
     try:
+        pattern = BoundedPattern(expression)
         return [name for name in names if pattern.matches(name)]
     except PatternError as error:
-        _fail_expression(file, field, expression, error)
-
-
-def _bounded(file: Path, field: str, expression: str) -> BoundedPattern:
-    try:
-        return BoundedPattern(expression)
-    except PatternError as error:
-        _fail_expression(file, field, expression, error)
-
-
-def _fail_expression(file: Path, field: str, expression: str, error: PatternError) -> NoReturn:
-    _fail(
-        file,
-        field,
-        "names of modules, or a regular expression that is sure to end",
-        expression,
-        f"{error}. List the names of the modules",
-    )
+        expected = "names of modules, or a regular expression that is sure to end"
+        fail_entry(file, field, expected, expression, f"{error}. List the names of the modules")
 
 
 def _as_key(key: str) -> str:
@@ -281,23 +261,18 @@ def _is_name(value: Any) -> bool:
     return isinstance(value, str) and len(value) <= _MAX_LENGTH and bool(_NAME.fullmatch(value))
 
 
-def _names_in(value: Any) -> Iterator[Any]:
-    if isinstance(value, (list, dict)):
-        yield from value
-    elif value is not None:
-        yield value
-
-
 def _check_replication(file: Path, ranges: Any, limit: int) -> None:
     """Check the ranges: each replicated layer has its own weights in the adapter."""
     total = 0
     for entry in ranges if isinstance(ranges, list) else [ranges]:
         pair = isinstance(entry, list) and len(entry) == 2 and all(type(n) is int for n in entry)
         if not pair or not 0 <= entry[0] < entry[1]:
-            _fail(file, "layer_replication", "ranges [first, last)", entry)
+            fail_entry(file, "layer_replication", "ranges [first, last)", entry)
         total += entry[1] - entry[0]
     if total > limit:
-        _fail(file, "layer_replication", f"at most {limit} layers, one per stored tensor", total)
+        fail_entry(
+            file, "layer_replication", f"at most {limit} layers, one per stored tensor", total
+        )
 
 
 def _check_weights(model: Any, config: Any, files: TensorFiles) -> None:
@@ -320,23 +295,16 @@ def _check_weights(model: Any, config: Any, files: TensorFiles) -> None:
         everything = adapted.state_dict()
     folder = files.path.parent.name
     if missing := sorted(expected_state.keys() - set(files.names())):
-        raise CheckpointError(
-            f"path: expected all weights of the adapter in {folder}, found {len(missing)} "
-            f"missing (first: {printable(missing[0])}). Is it one of another base?"
-        )
-    extra = sorted(set(files.names()) - expected_state.keys() - everything.keys())
-    if extra:
-        raise CheckpointError(
-            f"path: expected the weights of the adapter in {folder}, found {len(extra)} unused "
-            f"(first: {printable(extra[0])}). Is it one of another base?"
-        )
+        got = f"{len(missing)} missing (first: {printable(missing[0])})"
+        fail_checkpoint("path", f"all weights of the adapter in {folder}", got, _OTHER_BASE)
+    if extra := sorted(set(files.names()) - expected_state.keys() - everything.keys()):
+        got = f"{len(extra)} unused (first: {printable(extra[0])})"
+        fail_checkpoint("path", f"the weights of the adapter in {folder}", got, _OTHER_BASE)
     for name in files.names():
-        expected = tuple((expected_state.get(name, everything.get(name))).shape)
-        if files.shape(name) != expected:
-            raise CheckpointError(
-                f"{files.path}: tensor {printable(name)}: expected the shape {list(expected)} that "
-                f"{ADAPTER} asks for, got {list(files.shape(name))}"
-            )
+        shape = tuple((expected_state.get(name, everything.get(name))).shape)
+        if files.shape(name) != shape:
+            expected = f"the shape {list(shape)} that {ADAPTER} asks for"
+            files.fail(name, expected, list(files.shape(name)))
 
 
 def _without_memory(model: Any) -> nn.Module:
@@ -348,10 +316,3 @@ def _without_memory(model: Any) -> nn.Module:
         memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if is_parameter else empty
     clone: nn.Module = copy.deepcopy(model, memo=memo)
     return clone
-
-
-def _fail(file: Path, name: str, expected: str, got: Any, hint: str = "") -> NoReturn:
-    raise CheckpointError(
-        f"{file}: {printable(name)}: expected {expected}, got {printable(repr(got))}"
-        + (f"; {hint}" if hint else "")
-    )

@@ -20,7 +20,13 @@ import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
-from .quant.tensor_files import PICKLE_SUFFIXES, CheckpointError, check_inside, read_json
+from .quant.tensor_files import (
+    PICKLE_SUFFIXES,
+    CheckpointError,
+    check_inside,
+    fail_entry,
+    read_json,
+)
 from .runtime.printable import printable
 
 CONFIG, TOKENIZER = "config.json", "tokenizer_config.json"
@@ -66,7 +72,7 @@ def as_checkpoint_error(source: Path, expected: str) -> Iterator[None]:
             raise
         reason = f"{type(error).__name__}: {printable(error, 1000)}"
         raise CheckpointError(
-            f"{source}: expected {expected}, got {reason}. The file is damaged, or the checkpoint "
+            f"{source}: expected {expected}, got {reason}; the file is damaged, or the checkpoint "
             "is of another version: download it again"
         ) from error
 
@@ -105,13 +111,8 @@ def load_config(source: str | Path, **options: Any) -> tuple[Any, dict[str, Any]
     check_choices(file, stored)
     kind = stored.get("model_type")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
-        _fail(
-            file,
-            "model_type",
-            "a model that transformers knows",
-            kind,
-            "custom code that comes with a checkpoint is never run (trust_remote_code)",
-        )
+        hint = "custom code that comes with a checkpoint is never run (trust_remote_code)"
+        fail_entry(file, "model_type", "a model that transformers knows", kind, hint)
     with as_checkpoint_error(file, "the configuration of a model that transformers knows"):
         config, unused = AutoConfig.from_pretrained(
             str(source),
@@ -166,10 +167,8 @@ def _check_tokenizer_class(file: Path) -> None:
     stored = read_json(file)
     if file.name == CONFIG:
         check_choices(file, stored)
-    if stored.get("init_inputs"):
-        raise CheckpointError(
-            f"{file}: init_inputs: expected none, got some: they may be files outside the folder"
-        )
+    if inputs := stored.get("init_inputs"):
+        fail_entry(file, "init_inputs", "none", inputs, "they may be files outside the folder")
     name = stored.get("tokenizer_class")
     if name is None:
         return
@@ -182,10 +181,8 @@ def _check_tokenizer_class(file: Path) -> None:
         is_tokenizer = isinstance(kind, type) and issubclass(kind, PreTrainedTokenizerBase)
         words = words and (kind is None or is_dummy or is_tokenizer)
     if not words:
-        raise CheckpointError(
-            f"{file}: tokenizer_class: expected the name of a tokenizer of transformers, got "
-            f"{printable(repr(name))}"
-        )
+        expected = "the name of a tokenizer of transformers"
+        fail_entry(file, "tokenizer_class", expected, name)
 
 
 def check_choices(file: Path, value: Any, at: str = "") -> None:
@@ -199,36 +196,28 @@ def check_choices(file: Path, value: Any, at: str = "") -> None:
             _check_entry(file, key, name, part)
             check_choices(file, part, name)
     elif isinstance(value, float) and math.isnan(value):
-        _fail(file, at, "a number", "NaN")
+        fail_entry(file, at, "a number", "NaN")
     elif type(value) is int and abs(value) >= 1 << 63:
-        _fail(file, at, "a number of 64 bits", f"one of {value.bit_length()}")
+        fail_entry(file, at, "a number of 64 bits", f"one of {value.bit_length()}")
 
 
 def _check_entry(file: Path, key: str, name: str, value: Any) -> None:
     if key in _OTHER_FILES and value:
-        _fail(file, name, "none", value, "it replaces files or code that were checked")
+        fail_entry(file, name, "none", value, "it replaces files or code that were checked")
     elif key in _DTYPES and value not in (None, "auto"):
         stored = str(value).removeprefix("torch.")
-        if not isinstance(value, dict) and not isinstance(
-            getattr(torch, stored, None), torch.dtype
-        ):
-            _fail(file, name, "the name of a torch.dtype", value)
+        is_dtype = isinstance(getattr(torch, stored, None), torch.dtype)
+        if not isinstance(value, dict) and not is_dtype:
+            fail_entry(file, name, "the name of a torch.dtype", value)
     elif _COUNT.search(key) and type(value) is int:
         limit = next((n for part, n in _MAX_MODULES.items() if part in key), _MAX_OTHERS)
         if not -1 <= value <= limit:
-            _fail(file, name, f"a number in 0..{limit}", value)
+            fail_entry(file, name, f"a number in 0..{limit}", value)
     elif key in _ROTARY and type(value) in (int, float):
         if not 0 < value < _LARGEST_ROTARY:
-            _fail(file, name, f"a number above 0 and below {_LARGEST_ROTARY:g}", value)
+            fail_entry(file, name, f"a number above 0 and below {_LARGEST_ROTARY:g}", value)
     elif key.endswith(("modules", "modules_to_not_convert")) and isinstance(value, list):
         # Libraries use them as regular expressions, which may backtrack without end.
         for entry in value:
             if isinstance(entry, str) and not _NAMES.fullmatch(entry):
-                _fail(file, name, "names of modules", entry)
-
-
-def _fail(file: Path, name: str, expected: str, got: Any, hint: str = "") -> None:
-    raise CheckpointError(
-        f"{file}: expected {expected}, got {printable(name)} {printable(repr(got))}"
-        + (f"; {hint}" if hint else "")
-    )
+                fail_entry(file, name, "names of modules", entry)

@@ -18,6 +18,7 @@ from .tensor_files import (
     CheckpointError,
     TensorFiles,
     Thunk,
+    fail_checkpoint,
     read_json,
     reading,
     with_plain,
@@ -86,10 +87,8 @@ def _gguf_file(path: Path) -> Path | None:
         if not files or any(path.glob("*.safetensors*")):
             return None
         if len(files) > 1:
-            names = ", ".join(file.name for file in files)
-            raise CheckpointError(
-                f"{path}: expected one .gguf file, got {len(files)} ({names}). Give the path of one"
-            )
+            got = f"{len(files)} ({', '.join(file.name for file in files)})"
+            fail_checkpoint(path, "one .gguf file", got, "pass the path of one")
         return files[0]
     if not path.is_file():
         return None
@@ -113,29 +112,26 @@ def check_stored_method(files: TensorFiles, config: dict[str, Any]) -> str | Non
     stored = _stored_as(files)
     if settings is None:
         if len(stored) > 1:
-            raise CheckpointError(
-                f"{files.config_file}: expected a quantization_config, because the tensors are "
-                "GPTQ's or AWQ's, got none. Older checkpoints keep it in quantize_config.json or "
-                'quant_config.json: copy it here, with "quant_method": "gptq" or "awq"'
+            fail_checkpoint(
+                files.config_file,
+                "a quantization_config, because the tensors are GPTQ's or AWQ's",
+                "none",
+                "older checkpoints keep it in quantize_config.json or quant_config.json: copy it "
+                'here, with "quant_method": "gptq" or "awq"',
             )
         return stored[0] if stored else None
     if not isinstance(settings, dict):
-        raise CheckpointError(
-            f"{files.config_file}: quantization_config: expected an object, got "
-            f"{type(settings).__name__}"
-        )
+        got = type(settings).__name__
+        fail_checkpoint(f"{files.config_file}: quantization_config", "an object", got)
     method = settings.get("quant_method")
     if method is None and (settings.get("load_in_4bit") or settings.get("load_in_8bit")):
         method = "bitsandbytes"  # older transformers did not write quant_method
     if not isinstance(method, str) or method not in _READERS:
-        raise CheckpointError(
-            f"{files.config_file}: quant_method: expected one of {tuple(_READERS)}, or a .gguf "
-            f"file, got {method!r}. Use the unquantized checkpoint, and quantize it here"
-        )
+        expected = f"one of {tuple(_READERS)}, or a .gguf file"
+        hint = "use the unquantized checkpoint, and quantize it here"
+        fail_checkpoint(f"{files.config_file}: quant_method", expected, repr(method), hint)
     if method not in stored:
-        raise CheckpointError(
-            f"{files.path}: expected the tensors of {method}, because config.json says so, got "
-            f"{' or '.join(stored) if stored else 'plain'} ones. The config belongs to another "
-            "checkpoint"
-        )
+        expected = f"the tensors of {method}, because config.json says so"
+        got = f"{' or '.join(stored) or 'plain'} ones"
+        fail_checkpoint(files.path, expected, got, "the config belongs to another checkpoint")
     return method

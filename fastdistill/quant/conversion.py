@@ -18,7 +18,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from ..runtime.printable import printable
-from .tensor_files import CheckpointError, TensorFiles
+from .tensor_files import TensorFiles, fail_checkpoint
 
 _MAX_LISTED = 3
 # Older versions stored the causal mask [1, 1, P, P] of a layer, and its fill value.
@@ -92,10 +92,11 @@ def check_all_used(
     if names := sorted(names, key=_natural):
         listed = ", ".join(printable(name) for name in names[:_MAX_LISTED])
         more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
-        raise CheckpointError(
-            f"{path}: expected the tensors of a {type(model).__name__}, got {listed}{more}, which "
-            "it does not use. Is this the checkpoint of another model? Remove these tensors if "
-            "they are not needed"
+        fail_checkpoint(
+            path,
+            f"the tensors of a {type(model).__name__}",
+            f"{listed}{more}, which it does not use",
+            "is this the checkpoint of another model? Remove these tensors if they are not needed",
         )
 
 
@@ -105,10 +106,8 @@ def check_no_duplicates(path: Path, conversion: Conversion) -> None:
         plain = [stored for stored, pattern in sources if pattern is None]
         if len(plain) > 1 or (plain and len(sources) > 1):
             both = " and ".join(printable(stored) for stored, _ in sources[:2])
-            raise CheckpointError(
-                f"{path}: expected one tensor for {printable(name)}, got {both}: one of them would "
-                "not be used. Remove it"
-            )
+            got = f"{both}: one of them would not be used"
+            fail_checkpoint(path, f"one tensor for {printable(name)}", got, "remove it")
 
 
 def _natural(name: str) -> list[tuple[int, int | str]]:

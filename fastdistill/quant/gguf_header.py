@@ -11,13 +11,14 @@ without bound. This reader runs first and checks that every length fits into the
 
 from __future__ import annotations
 
-import importlib
 import math
 import struct
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from ..runtime.checks import fail
+from ..runtime.optional import require
 from .tensor_files import CheckpointError, check_not_pickle, reading
 
 MAGIC = b"GGUF"
@@ -41,12 +42,9 @@ class GGUFHeader(NamedTuple):
 
 def gguf_package(file: Path) -> Any:
     try:
-        return importlib.import_module("gguf")
+        return require("gguf", str(file))
     except ImportError as error:
-        raise CheckpointError(
-            f"{file}: a .gguf file is read with the package gguf, which is not installed: "
-            "pip install gguf"
-        ) from error
+        raise CheckpointError(str(error)) from None
 
 
 def read_header(file: Path) -> GGUFHeader:
@@ -58,21 +56,21 @@ def read_header(file: Path) -> GGUFHeader:
     ):
         walk = _Walk(stream, file.stat().st_size)
         if walk.take(4) != MAGIC:
-            raise ValueError("expected the first bytes 'GGUF', got others")
+            fail("file", "the first bytes 'GGUF'", "others")
         version = walk.number("I")
         if version not in (2, 3):
-            raise ValueError(f"GGUF version: expected 2 or 3, little-endian, got {version}")
+            fail("GGUF version", "2 or 3, little-endian", version)
         count = walk.count("number of tensors", _MAX_TENSORS)
         fields = {}
         for _ in range(walk.count("number of fields", _MAX_FIELDS)):
             key = walk.string()
             if key in fields:
-                raise ValueError(f"{key}: expected one field of this name, got another one")
+                fail(key, "one field of this name", "another one")
             fields[key] = walk.value(walk.number("I"))
         entries = [_tensor(walk, sizes) for _ in range(count)]
         alignment = fields.get("general.alignment", 32)
         if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
-            raise ValueError(f"general.alignment: expected a power of 2, got {alignment!r}")
+            fail("general.alignment", "a power of 2", repr(alignment))
         data = -(-walk.at // alignment) * alignment
         tensors = {}
         for name, tensor in entries:
@@ -83,10 +81,8 @@ def read_header(file: Path) -> GGUFHeader:
                     f"{start + tensor.bytes:,} in the file, which has {walk.size:,}"
                 )
             if tensor.start % alignment:
-                raise ValueError(
-                    f"tensor {name!r}: expected an offset that is a multiple of general.alignment, "
-                    f"{alignment}, got {tensor.start:,}"
-                )
+                expected = f"an offset that is a multiple of general.alignment, {alignment}"
+                fail(f"tensor {name!r}", expected, f"{tensor.start:,}")
             tensors[name] = tensor._replace(start=start)
         _check_apart(tensors)
     return GGUFHeader(fields, tensors)
@@ -97,24 +93,22 @@ def _check_apart(tensors: dict[str, GGUFTensor]) -> None:
     ordered = sorted(tensors.items(), key=lambda item: item[1].start)
     for (name, tensor), (other, following) in pairwise(ordered):
         if following.start < tensor.start + tensor.bytes:
-            raise ValueError(f"tensor {other!r}: expected bytes of its own, got some of {name!r}'s")
+            fail(f"tensor {other!r}", "bytes of its own", f"some of {name!r}'s")
 
 
 def _tensor(walk: _Walk, sizes: dict[Any, tuple[int, int]]) -> tuple[str, GGUFTensor]:
     name = walk.string()
-    n = walk.number("I")
+    at, n = f"tensor {name!r}", walk.number("I")
     if not 1 <= n <= 4:
-        raise ValueError(f"tensor {name!r}: expected 1 to 4 dimensions, got {n}")
+        fail(at, "1 to 4 dimensions", n)
     shape = tuple(reversed([walk.number("Q") for _ in range(n)]))
     kind, offset = walk.number("I"), walk.number("Q")
     known = {int(t): t for t in sizes}
     if kind not in known:
-        raise ValueError(f"tensor {name!r}: expected a type that gguf knows, got {kind}")
+        fail(at, "a type that gguf knows", kind)
     per_block, block_bytes = sizes[known[kind]]
     if 0 in shape or shape[-1] % per_block:
-        raise ValueError(
-            f"tensor {name!r}: expected rows of whole blocks of {per_block}, got {list(shape)}"
-        )
+        fail(at, f"rows of whole blocks of {per_block}", list(shape))
     size = math.prod(shape) // per_block * block_bytes
     return name, GGUFTensor(known[kind], shape, offset, size)
 
@@ -127,9 +121,7 @@ class _Walk:
 
     def take(self, count: int) -> bytes:
         if count > self.size - self.at:
-            raise ValueError(
-                f"expected {count:,} more bytes at {self.at:,}, got the end of the file"
-            )
+            fail("file", f"{count:,} more bytes at {self.at:,}", "its end")
         self.at += count
         return self.stream.read(count)
 
@@ -137,9 +129,9 @@ class _Walk:
         return struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))[0]
 
     def count(self, name: str, limit: int) -> int:
-        count = self.number("Q")
+        count: int = self.number("Q")
         if count > limit:
-            raise ValueError(f"{name}: expected at most {limit:,}, got {count:,}")
+            fail(name, f"at most {limit:,}", f"{count:,}")
         return count
 
     def string(self) -> str:
@@ -151,11 +143,11 @@ class _Walk:
         if kind in _SCALARS:
             return self.number(_SCALARS[kind])
         if kind != _ARRAY:
-            raise ValueError(f"type of a field: expected 0 to 12, got {kind}")
+            fail("type of a field", "0 to 12", kind)
         of, count = self.number("I"), self.count("length of an array", _MAX_ITEMS)
         self.items += count
         if self.items > _MAX_ITEMS or (of != _STRING and of not in _SCALARS):
-            raise ValueError(f"array: expected a short one of scalars or strings, got type {of}")
+            fail("array", "a short one of scalars or strings", f"type {of}")
         for _ in range(count if of == _STRING else 0):
             self.string()
         if of != _STRING:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from ..runtime import checks
+from ..runtime.checks import fail
 from ..runtime.printable import printable
 
 _REQUIRED = (
@@ -69,33 +71,27 @@ def read_metadata(fields: dict[str, Any], family: str) -> dict[str, Any]:
     }
     for key in _REQUIRED:
         if entries.get(key) is None:
-            raise ValueError(f"{family}.{key}: expected a number for all layers, got none")
-        if not isinstance(entries[key], (int, float)) or not 0 < entries[key] < math.inf:
-            raise ValueError(
-                f"{family}.{key}: expected a number above 0, got {_short(entries[key])}"
-            )
+            fail(f"{family}.{key}", "a number for all layers", "none")
+        checks.positive(f"{family}.{key}", entries[key])
     for key, value in entries.items():
         if key in _NEUTRAL:
-            expected = " or ".join(map(str, _NEUTRAL[key]))
             if value not in _NEUTRAL[key]:
-                raise ValueError(f"{family}.{key}: expected {expected}, got {_short(value)}")
+                fail(f"{family}.{key}", " or ".join(map(str, _NEUTRAL[key])), _short(value))
         elif key not in _READ | _SILENT:
-            raise ValueError(f"{family}.{key}: expected no such field, got {_short(value)}")
-    return _scaling(entries, family) | _window(entries, family) | _rope(entries)
+            fail(f"{family}.{key}", "no such field", _short(value))
+    base = entries.get("rope.freq_base")
+    rope = {"rope_theta": 10000.0 if base is None else float(base)}  # llama.cpp's default
+    return _scaling(entries, family) | _window(entries, family) | rope
 
 
 def check_scale(fields: dict[str, Any], family: str, width: int) -> None:
     """Raise ValueError for heads whose scale or value size does not follow from their width."""
     scale, values = (fields.get(f"{family}.attention.{key}") for key in ("scale", "value_length"))
     if scale and not math.isclose(scale, width**-0.5, rel_tol=1e-5):
-        raise ValueError(
-            f"{family}.attention.scale: expected {width**-0.5:g}, 1/√{width}, got {_short(scale)}"
-        )
+        expected = f"{width**-0.5:g}, 1/√{width}"
+        fail(f"{family}.attention.scale", expected, _short(scale))
     if values not in (None, width):
-        raise ValueError(
-            f"{family}.attention.value_length: expected {width}, as key_length, got "
-            f"{_short(values)}"
-        )
+        fail(f"{family}.attention.value_length", f"{width}, as key_length", _short(values))
 
 
 def _scaling(entries: dict[str, Any], family: str) -> dict[str, Any]:
@@ -103,14 +99,9 @@ def _scaling(entries: dict[str, Any], family: str) -> dict[str, Any]:
     kind = entries.get("rope.scaling.type") or "linear"
     factor = entries.get("rope.scaling.factor") or entries.get("rope.scale_linear") or 1.0
     if kind not in ("none", "linear"):
-        raise ValueError(
-            f"{family}.rope.scaling.type: expected none or linear, as transformers' config of a "
-            f".gguf file knows no other, got {_short(kind)}"
-        )
-    if not isinstance(factor, (int, float)) or not 0 < factor < math.inf:
-        raise ValueError(
-            f"{family}.rope.scaling.factor: expected a number above 0, got {_short(factor)}"
-        )
+        expected = "none or linear, as transformers' config of a .gguf file knows no other"
+        fail(f"{family}.rope.scaling.type", expected, _short(kind))
+    checks.positive(f"{family}.rope.scaling.factor", factor)
     if kind == "none" or factor == 1:
         return {}
     return {"rope_scaling": {"rope_type": "linear", "factor": float(factor)}}
@@ -122,16 +113,9 @@ def _window(entries: dict[str, Any], family: str) -> dict[str, Any]:
     if family == "phi3":
         return {"sliding_window": window}
     if window is not None and window < entries["context_length"]:
-        raise ValueError(
-            f"{family}.attention.sliding_window: expected none, or one of the whole context of "
-            f"{entries['context_length']}, got {_short(window)}"
-        )
+        expected = f"none, or one of the whole context of {entries['context_length']}"
+        fail(f"{family}.attention.sliding_window", expected, _short(window))
     return {}
-
-
-def _rope(entries: dict[str, Any]) -> dict[str, Any]:
-    base = entries.get("rope.freq_base")
-    return {"rope_theta": 10000.0 if base is None else float(base)}  # llama.cpp's default
 
 
 def _short(value: Any) -> str:

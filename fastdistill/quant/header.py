@@ -13,14 +13,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..checkpoint_gate import as_checkpoint_error
-from ..runtime.printable import printable
 from .conversion import check_no_duplicates, conversion_of
-from .tensor_files import CheckpointError, TensorFiles
+from .tensor_files import TensorFiles, fail_checkpoint
 
 # A model creates some buffers itself (rotary frequencies, masks), which are smaller than weights.
 _LARGEST_BUFFERS = 1 << 30
 # Stored weights have at least 4 bits, and a few are not stored (tables of positions).
 _MOST_PER_BYTE, _NOT_STORED = 2, 1 << 24
+_OTHER = "config.json belongs to another checkpoint"
 _FLOATS = ("F64", "F32", "F16", "BF16", "F8_")  # prefixes of safetensors' floating-point dtypes
 
 
@@ -41,10 +41,8 @@ def check_header(
     """
     layers = getattr(config.get_text_config(), "num_hidden_layers", None)
     if type(layers) is int and layers > len(names):
-        raise CheckpointError(
-            f"{path}: num_hidden_layers: expected at most {len(names)}, the number of stored "
-            f"tensors, got {layers}. config.json belongs to another checkpoint"
-        )
+        expected = f"at most {len(names)}, the number of stored tensors"
+        fail_checkpoint(f"{path}: num_hidden_layers", expected, layers, _OTHER)
     with (
         as_checkpoint_error(
             path, "the configuration of a causal language model that transformers knows"
@@ -58,29 +56,25 @@ def check_header(
     buffers = {name: b.nbytes for name, b in model.named_buffers() if name not in empty}
     count = sum(parameter.numel() for parameter in model.parameters())
     if count > _MOST_PER_BYTE * stored + _NOT_STORED:
-        raise CheckpointError(
-            f"{path}: expected a configuration of the weights in {stored:,} bytes of tensors, got "
-            f"one of {count:,} weights. config.json belongs to another checkpoint"
-        )
+        expected = f"a configuration of the weights in {stored:,} bytes of tensors"
+        fail_checkpoint(path, expected, f"one of {count:,} weights", _OTHER)
     if sum(buffers.values()) > max(_LARGEST_BUFFERS, stored):
         largest = max(buffers, key=lambda name: buffers[name])
-        raise CheckpointError(
-            f"{path}: expected a configuration whose buffers take less memory than the weights, "
-            f"got {printable(largest)} of {buffers[largest]:,} bytes. config.json is damaged"
-        )
+        expected = "a configuration whose buffers take less memory than the weights"
+        got = f"{largest} of {buffers[largest]:,} bytes"
+        fail_checkpoint(path, expected, got, "config.json is damaged")
     if files is None:
         return
     conversion = conversion_of(model, names, empty)
     check_no_duplicates(path, conversion)
-    for name, ((stored_name, pattern), *others) in conversion.sources.items():
-        for each, _ in [(stored_name, pattern), *others]:
+    for name, sources in conversion.sources.items():
+        (stored_name, pattern), *others = sources
+        for each, _ in sources:
             _check_type(files, each, empty[name])
-        expected, got = tuple(empty[name].shape), files.shape(stored_name)
-        if pattern is None and not others and got != expected:
-            raise CheckpointError(
-                f"{files.file_of(stored_name)}: tensor {printable(stored_name)}: expected the "
-                f"shape {list(expected)} that config.json asks for, got {list(got)}"
-            )
+        shape, stored_shape = tuple(empty[name].shape), files.shape(stored_name)
+        if pattern is None and not others and stored_shape != shape:
+            expected = f"the shape {list(shape)} that config.json asks for"
+            files.fail(stored_name, expected, list(stored_shape))
 
 
 def _check_type(files: TensorFiles, name: str, weight: Tensor) -> None:
@@ -89,10 +83,8 @@ def _check_type(files: TensorFiles, name: str, weight: Tensor) -> None:
     They may be quantization codes without scale, which a cast would treat as numbers."""
     kind = files.dtype(name)
     if weight.is_floating_point() and not kind.startswith(_FLOATS):
-        raise CheckpointError(
-            f"{files.file_of(name)}: tensor {printable(name)}: expected floating point, got "
-            f"{printable(kind)}. Is the checkpoint quantized, without a quantization_config?"
-        )
+        hint = "is the checkpoint quantized, without a quantization_config?"
+        files.fail(name, "floating point", kind, hint)
 
 
 def keep_untied(model: PreTrainedModel, tied: Iterable[str]) -> None:

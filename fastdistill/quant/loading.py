@@ -22,14 +22,15 @@ from transformers.core_model_loading import WeightRenaming
 
 from ..checkpoint_gate import as_checkpoint_error, load_config
 from ..progress import track
-from .checkpoint import Checkpoint, CheckpointError, open_checkpoint
+from ..runtime import checks
+from .checkpoint import Checkpoint, open_checkpoint
 from .conversion import check_all_used, check_no_duplicates, conversion_of
 from .experts import flat_rows
 from .formats import SCHEMES, QuantWeight, quantize
 from .header import check_header, keep_untied
 from .linear import QuantizedWeight, check_compute
 from .model import is_conv1d, put_layer, put_stack, stacks, targets, warn_about_full_precision
-from .tensor_files import reading
+from .tensor_files import fail_checkpoint, reading
 
 Read = Callable[[], Any]
 
@@ -60,15 +61,12 @@ def load_quantized(
         CheckpointError (a ValueError) naming the file and the tensor: damaged, truncated, of
         another shape, missing, or in an unknown format. Nothing in a checkpoint is executed.
     """
-    if quant is not None and quant not in SCHEMES:
-        raise ValueError(f"quant: expected one of {SCHEMES} or None, got {quant!r}")
+    checks.choice("quant", quant, (*SCHEMES, None))
     check_compute(compute)
     checkpoint = open_checkpoint(path)
     if checkpoint.method is not None and quant is not None:
-        raise ValueError(
-            f"quant: expected None, since {checkpoint.path} is quantized already "
-            f"({checkpoint.method}), got {quant!r}"
-        )
+        reason = f"{checkpoint.path} is quantized already ({checkpoint.method})"
+        checks.fail("quant", f"None, since {reason}", repr(quant))
     model = _skeleton(checkpoint, dtype, attn_implementation)
     loader = _Loader(checkpoint, model, quant, compute, torch.device(device), skip)
     for read in track(loader.steps(), "loading weights"):
@@ -149,25 +147,23 @@ class _Loader:
                 if name not in plan:
                     rule = None if pattern is None else copy.deepcopy(conversion.rules[pattern])
                     plan[name] = rule or WeightRenaming(stored, name)
-                read = self.checkpoint.weights[stored]
+                read: Read = self.checkpoint.weights[stored]
                 if pattern is not None:
-                    read = self._dense_only(stored, read)
+                    read = partial(self._dense, stored)
                 plan[name].add_tensor(name, stored, pattern or stored, read)
                 self.stored.setdefault(name, stored)
         return plan
 
-    def _dense_only(self, stored: str, read: Read) -> Read:
-        def dense() -> Tensor:
-            value = read()
-            if not isinstance(value, Tensor):
-                raise CheckpointError(
-                    f"{self.checkpoint.path}: tensor {stored}: a quantized weight that the model "
-                    "stores merged with others (experts of a mixture) can be read from "
-                    "fastdistill's own format only. Load the full-precision checkpoint with quant="
-                )
-            return value
-
-        return dense
+    def _dense(self, stored: str) -> Tensor:
+        value = self.checkpoint.weights[stored]()
+        if not isinstance(value, Tensor):
+            fail_checkpoint(
+                f"{self.checkpoint.path}: tensor {stored!r}",
+                "full precision, or fastdistill's own format",
+                "a quantized weight that the model merges with others (experts of a mixture)",
+                "load the full-precision checkpoint with quant=",
+            )
+        return value
 
     def _merged(self, target: str, merge: Any) -> None:
         with reading(self._file(target), target):  # parts may have inconsistent shapes
@@ -203,11 +199,12 @@ class _Loader:
         whole = files is not None and stored in files
         return files.file_of(stored) if files is not None and whole else self.checkpoint.path
 
+    def _place(self, name: str) -> str:
+        return f"{self._file(name)}: tensor {name!r}"
+
     def _quantized(self, name: str, value: Tensor) -> QuantWeight:
-        try:
+        with reading(self._file(name), name):
             return quantize(value, self.quant or "")
-        except ValueError as error:
-            raise CheckpointError(f"{self._file(name)}: tensor {name}: {error}") from None
 
     def _put(self, name: str, weight: QuantWeight) -> None:
         if self.empty[name].dim() == 3:
@@ -216,10 +213,8 @@ class _Loader:
         layer = name.removesuffix(".weight")
         module = self.model.get_submodule(layer)
         if not (isinstance(module, nn.Linear) or is_conv1d(module)):
-            raise CheckpointError(
-                f"{self._file(name)}: tensor {name}: expected full precision for a "
-                f"{type(module).__name__}, got a quantized weight"
-            )
+            expected = f"full precision for a {type(module).__name__}"
+            fail_checkpoint(self._place(name), expected, "a quantized weight")
         bias = module._parameters.get("bias")
         put_layer(self.model, layer, weight, bias, self.compute)
 
@@ -229,11 +224,9 @@ class _Loader:
         return tuple(reversed(empty.shape)) if is_conv1d(module) else tuple(empty.shape)
 
     def _shape(self, name: str, expected: tuple[int, ...], got: tuple[int, ...]) -> None:
-        if tuple(got) != tuple(expected):
-            raise CheckpointError(
-                f"{self._file(name)}: tensor {name}: expected the shape {list(expected)} that "
-                f"config.json asks for, got {list(got)}"
-            )
+        if got != expected:
+            shape = f"the shape {list(expected)} that config.json asks for"
+            fail_checkpoint(self._place(name), shape, list(got))
 
     def finish(self) -> None:
         """Tie weights that are not stored separately, and check that none is missing."""
@@ -253,10 +246,9 @@ class _Loader:
             if tensor.is_meta
         ]
         if missing:
-            raise CheckpointError(
-                f"{self.checkpoint.path}: expected every weight of a {type(self.model).__name__}, "
-                f"{len(missing)} are missing, {missing[0]} among them"
-            )
+            expected = f"every weight of a {type(self.model).__name__}"
+            got = f"{len(missing)} missing, {missing[0]} among them"
+            fail_checkpoint(self.checkpoint.path, expected, got)
         self.model.to(self.device)
         warn_about_full_precision(self.model)
 

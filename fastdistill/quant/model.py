@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..runtime import checks
 from .experts import ExpertStack, expert_parameters, flat_rows, put_experts
 from .formats import SCHEMES, QuantWeight, quantize
 from .linear import check_compute, linear_of
@@ -110,8 +111,7 @@ def quantize_model(
         ValueError: an unknown scheme or compute, weights that are not finite, a layer shape that
             `compute` does not support, or a model with nothing to quantize.
     """
-    if scheme not in SCHEMES:
-        raise ValueError(f"scheme: expected one of {SCHEMES}, got {scheme!r}")
+    checks.choice("scheme", scheme, SCHEMES)
     check_compute(compute)
     if isinstance(skip, str):
         skip = (skip,)
@@ -127,10 +127,8 @@ def quantize_model(
         put_stack(model, full, weight, stacked.shape[0], compute)
         count += 1
     if not count:
-        raise ValueError(
-            f"model: expected linear layers to quantize, found none in {type(model).__name__} "
-            f"outside skip={tuple(skip)}"
-        )
+        got = f"none in {type(model).__name__} outside skip={tuple(skip)}"
+        checks.fail("model", "linear layers to quantize", got)
     warn_about_full_precision(model)
     return model.eval().requires_grad_(False)
 

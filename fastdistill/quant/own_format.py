@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..runtime.checks import fail
 from ..runtime.json_text import parse_json
 from .formats import Int8Weight, Lut4Weight, Nested, QuantWeight
 from .tensor_files import TensorFiles, Thunk, block_of, integer, reading, shape_of, with_plain
@@ -73,7 +74,9 @@ def is_own_format(files: TensorFiles) -> bool:
 
 
 def weights(files: TensorFiles, config: dict[str, Any]) -> dict[str, Thunk]:
-    check_version(files, config)
+    if (settings := config.get("quantization_config")) is not None:
+        with reading(files.config_file, "quantization_config"):
+            _check_not_newer(settings)
     thunks: dict[str, Thunk] = {}
     for file, values in files.metadata().items():
         if KEY not in values:
@@ -89,20 +92,11 @@ def weights(files: TensorFiles, config: dict[str, Any]) -> dict[str, Thunk]:
     return with_plain(files, thunks, [f"{name}.{part}" for name in thunks for part in _PARTS])
 
 
-def check_version(files: TensorFiles, config: dict[str, Any]) -> None:
-    settings = config.get("quantization_config")
-    if settings is not None:
-        with reading(files.config_file, "quantization_config"):
-            _check_not_newer(settings)
-
-
 def _check_not_newer(values: dict[str, Any]) -> None:
     version = integer(values, "version")
     if not 1 <= version <= VERSION:
-        raise ValueError(
-            f"version: expected at most {VERSION}, got {version}. A newer fastdistill wrote this: "
-            "update with pip install -U fastdistill"
-        )
+        hint = "a newer fastdistill wrote this: update with pip install -U fastdistill"
+        fail("version", f"at most {VERSION}", version, hint)
 
 
 def _parts_of(entry: dict[str, Any]) -> list[str]:
@@ -110,39 +104,26 @@ def _parts_of(entry: dict[str, Any]) -> list[str]:
     if entry["format"] == "int8":
         return ["qdata", "scale"]
     if entry["format"] != "lut4":
-        raise ValueError(f"format: expected 'lut4' or 'int8', got {entry['format']!r}")
+        fail("format", "'lut4' or 'int8'", repr(entry["format"]))
     optional = entry["optional"]
     if not isinstance(optional, list) or not set(optional) <= {"offset", "perm"}:
-        raise ValueError(f"optional: expected some of 'offset' and 'perm', got {optional!r}")
+        fail("optional", "some of 'offset' and 'perm'", repr(optional))
     return ["qdata", "lut", *(_NESTED if "nested_block" in entry else ["scale"]), *optional]
 
 
 def _read(files: TensorFiles, name: str, entry: dict[str, Any], parts: list[str]) -> QuantWeight:
-    stored = {part: files.read(f"{name}.{part}") for part in parts}
+    stored: dict[str, Any] = {part: files.read(f"{name}.{part}") for part in parts}
     with reading(files.file_of(f"{name}.qdata"), name):
         shape, block = shape_of(entry), block_of(entry, "block")
         if entry["format"] == "int8":
             if tuple(stored["qdata"].shape) != shape:
-                raise ValueError(
-                    f"qdata: expected {list(shape)}, got {list(stored['qdata'].shape)}"
-                )
+                fail("qdata", str(list(shape)), list(stored["qdata"].shape))
             return Int8Weight(shape=shape, block=block, **stored)
-        scale: Tensor | Nested
         if "nested_block" in entry:
-            codes, code, scales, offset = (stored[part] for part in _NESTED)
-            scale = Nested(codes, code, scales, offset, block_of(entry, "nested_block"))
-        else:
-            scale = stored["scale"]
-        optional = {part: stored.get(part) for part in ("offset", "perm")}
-        weight = Lut4Weight(
-            shape=shape,
-            block=block,
-            qdata=stored["qdata"],
-            scale=scale,
-            lut=stored["lut"],
-            offset=optional.get("offset"),
-            perm=optional.get("perm"),
-        )
+            codes, code, scales, offset = (stored.pop(part) for part in _NESTED)
+            nested_block = block_of(entry, "nested_block")
+            stored["scale"] = Nested(codes, code, scales, offset, nested_block)
+        weight = Lut4Weight(shape=shape, block=block, **stored)
         perm = weight.perm
         if perm is not None and not torch.equal(perm.sort().values, torch.arange(shape[1])):
             raise ValueError(f"perm: expected each of 0 to {shape[1] - 1} once")

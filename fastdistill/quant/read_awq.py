@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..runtime.checks import fail
 from .formats import Lut4Weight
 from .read_gptq import by_layer, group_size, grouped, nibbles_of, scales_of
-from .tensor_files import CheckpointError, TensorFiles, Thunk, matrix, reading
+from .tensor_files import TensorFiles, Thunk, reading
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _PLACE = [ORDER.index(n) for n in range(8)]  # which nibble of a word holds its n-th row
@@ -33,35 +34,28 @@ def weights(files: TensorFiles, config: dict[str, Any]) -> dict[str, Thunk]:
         settings = config["quantization_config"]
         layout = settings.get("version") or settings.get("format") or "gemm"
         if str(layout).lower() != "gemm":
-            raise ValueError(
-                f"version: expected 'gemm', got {layout!r}. Save it as 'gemm', or use the "
-                "unquantized checkpoint"
-            )
+            hint = "save it as 'gemm', or use the unquantized checkpoint"
+            fail("version", "'gemm'", repr(layout), hint)
         group = group_size(settings)
     return by_layer(files, functools.partial(_read, files, group=group))
 
 
 def _read(files: TensorFiles, layer: str, *, group: int) -> Lut4Weight:
     name = f"{layer}.qweight"
-    file = files.file_of(name)
-    words = matrix(file, name, files.read(name), torch.int32, None, None)
+    words = files.matrix(name, torch.int32, None, None)
     K, N = words.shape[0], 8 * words.shape[1]
     if not N or not K or K % 2:
-        raise CheckpointError(
-            f"{file}: tensor {name!r}: expected [K, N/8] with an even K, got {list(words.shape)}"
-        )
+        files.fail(name, "[K, N/8] with an even K", list(words.shape))
     scale = scales_of(files, layer, N)
     groups = torch.arange(K) // (K if group == -1 else group)
     if len(scale) != groups[-1] + 1:
-        raise CheckpointError(
-            f"{files.file_of(layer + '.scales')}: tensor '{layer}.scales': expected "
-            f"{groups[-1].item() + 1} rows for {K} columns in groups of {group}, got {len(scale)}"
-        )
+        expected = f"{groups[-1].item() + 1} rows for {K} columns in groups of {group}"
+        files.fail(f"{layer}.scales", expected, len(scale))
     zero = _in_order(nibbles_of(files, f"{layer}.qzeros", len(scale), N))
     # Of two columns k and k + 1: their low nibbles into one byte, their high ones into the next.
     even, odd = words.contiguous().view(torch.uint8).view(K // 2, 2, N // 2).unbind(1)
     pairs = torch.stack([even << 4 | odd & 15, even & 240 | odd >> 4], -1).view(K // 2, N)
-    return grouped(file, f"{layer}.weight", _in_order(pairs).t(), groups, scale, zero, None)
+    return grouped(files, layer, _in_order(pairs).t(), groups, scale, zero, None)
 
 
 def _in_order(stored: Tensor) -> Tensor:  # [any, N], in the order of the words' nibbles

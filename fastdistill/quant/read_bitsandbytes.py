@@ -30,18 +30,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..runtime.checks import fail
 from ..runtime.json_text import parse_json
 from .formats import Int8Weight, Lut4Weight, Nested
-from .tensor_files import (
-    CheckpointError,
-    TensorFiles,
-    Thunk,
-    block_of,
-    matrix,
-    reading,
-    shape_of,
-    with_plain,
-)
+from .tensor_files import TensorFiles, Thunk, block_of, reading, shape_of, with_plain
 
 STATE = ".quant_state.bitsandbytes__"
 TYPES = ("nf4", "fp4")
@@ -60,10 +52,7 @@ def weights(files: TensorFiles, config: dict[str, Any]) -> dict[str, Thunk]:
         if STATE in name:
             weight, _, kind = name.partition(STATE)
             if kind not in TYPES:
-                raise CheckpointError(
-                    f"{files.file_of(name)}: tensor {weight!r}: expected one of the 4-bit types "
-                    f"{TYPES}, got {kind!r}"
-                )
+                files.fail(name, f"one of the 4-bit types {TYPES}", repr(kind))
             thunks[weight] = functools.partial(_four_bits, files, weight, name, kind)
             parts |= {name, *(weight + part for part in _PARTS)}
         elif name.endswith(".SCB"):
@@ -80,18 +69,16 @@ def _four_bits(files: TensorFiles, weight: str, state_name: str, kind: str) -> L
         state = parse_json(_bytes_of(state_bytes).numpy().tobytes(), "quant_state", dict)
         shape, block = shape_of(state), block_of(state, "blocksize")
         if state["quant_type"] != kind:
-            raise ValueError(f"quant_type: expected {kind!r}, got {state['quant_type']!r}")
+            fail("quant_type", repr(kind), repr(state["quant_type"]))
     absmax, lut = files.read(weight + ".absmax"), files.read(weight + ".quant_map")
     with reading(file, weight):
-        return Lut4Weight(
-            shape=shape,
-            block=block,
-            qdata=_bytes_of(packed),
-            scale=_nested(files, weight, absmax, state)
-            if "nested_blocksize" in state
-            else _floats(absmax, "absmax"),
-            lut=_floats(lut, "quant_map"),
-        )
+        scale: Tensor | Nested
+        if "nested_blocksize" in state:
+            scale = _nested(files, weight, absmax, state)
+        else:
+            scale = _floats(absmax, "absmax")
+        table = _floats(lut, "quant_map")
+        return Lut4Weight(shape=shape, block=block, qdata=_bytes_of(packed), scale=scale, lut=table)
 
 
 def _nested(
@@ -110,19 +97,16 @@ def _nested(
 
 
 def _eight_bits(files: TensorFiles, weight: str, scale_name: str) -> Int8Weight:
-    file = files.file_of(weight)
-    q = matrix(file, weight, files.read(weight), torch.int8, None, None)
+    q = files.matrix(weight, torch.int8, None, None)
     N, K = q.shape
-    if weight + "_format" in files:
-        order = files.read(weight + "_format")
+    if (layout := weight + "_format") in files:
+        order = files.read(layout)
         if order.numel() != 1 or order.item() != 0:
-            raise CheckpointError(
-                f"{file}: tensor {weight + '_format'!r}: expected 0, rows one after the other, got "
-                f"{order.flatten()[:4].tolist()}: the order of an old bitsandbytes for one GPU. "
-                "Load and save the model with a newer one"
-            )
+            got = f"{order.flatten()[:4].tolist()}: the order of an old bitsandbytes for one GPU"
+            hint = "load and save the model with a newer one"
+            files.fail(layout, "0, rows one after the other", got, hint)
     top = files.read(scale_name)
-    with reading(file, weight):
+    with reading(files.file_of(weight), weight):
         shape = shape_of({"shape": [N, K]})
         scale = _floats(top, "SCB") / 127
         return Int8Weight(shape=shape, block=K, qdata=q, scale=scale)

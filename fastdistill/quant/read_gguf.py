@@ -30,10 +30,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..runtime import checks
+from ..runtime.checks import fail
 from .formats import Int8Weight, Lut4Weight, QuantWeight, pack_nibbles, table
 from .gguf_header import GGUFHeader, GGUFTensor, gguf_package, read_header
 from .gguf_metadata import check_scale, read_metadata
-from .tensor_files import CheckpointError, Thunk, reading
+from .tensor_files import Thunk, fail_checkpoint, reading
 
 _MODEL = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -62,6 +64,7 @@ _LAYER = {  # the tensors of a layer, by general.architecture
 }
 FAMILIES = tuple(_LAYER)
 _ROPE = "rope_freqs.weight"
+_INSTEAD = "use the model's safetensors checkpoint"
 BLOCK = 32
 
 
@@ -70,15 +73,11 @@ def read_gguf(file: Path) -> tuple[dict[str, Any], dict[str, Thunk]]:
     header = read_header(file)
     family = header.fields.get("general.architecture")
     if family not in FAMILIES:
-        raise CheckpointError(
-            f"{file}: general.architecture: expected one of {FAMILIES}, whose layout is known, got "
-            f"{family!r}. Use the model's safetensors checkpoint"
-        )
-    if header.fields.get("split.count", 1) != 1:
-        raise CheckpointError(
-            f"{file}: expected a model in one file, got one of {header.fields['split.count']}. "
-            "Join them with llama-gguf-split --merge"
-        )
+        expected = f"one of {FAMILIES}, whose layout is known"
+        fail_checkpoint(f"{file}: general.architecture", expected, repr(family), _INSTEAD)
+    if (parts := header.fields.get("split.count", 1)) != 1:
+        hint = "join them with llama-gguf-split --merge"
+        fail_checkpoint(file, "a model in one file", f"one of {parts}", hint)
     config = _config(file, header, family)
     weights: dict[str, Thunk] = {}
     for name, tensor in header.tensors.items():
@@ -94,25 +93,27 @@ def _parameter(file: Path, name: str, family: str) -> str:
     match = re.fullmatch(r"blk\.(\d+)\.(.+)", name)
     names, part = (_LAYER[family], match[2]) if match else (_MODEL, name)
     if part not in names:
-        raise CheckpointError(
-            f"{file}: tensor {name!r}: expected a tensor of a {family} model as transformers has "
-            "it, got an unknown one (of a mixture of experts, of rescaled rotary frequencies, a "
-            "bias). Use the model's safetensors checkpoint"
+        fail_checkpoint(
+            f"{file}: tensor {name!r}",
+            f"a tensor of a {family} model as transformers has it",
+            "an unknown one (of a mixture of experts, of rescaled rotary frequencies, a bias)",
+            _INSTEAD,
         )
     return f"model.layers.{match[1]}.{names[part]}" if match else names[part]
 
 
 def _interleaved_heads(name: str, config: dict[str, Any]) -> int | None:
-    if name.endswith(".attn_q.weight"):
-        return config["num_attention_heads"]
-    return config["num_key_value_heads"] if name.endswith(".attn_k.weight") else None
+    heads: int | None = None
+    if name.endswith((".attn_q.weight", ".attn_k.weight")):
+        heads = config["num_attention_heads" if "attn_q" in name else "num_key_value_heads"]
+    return heads
 
 
 def _read(file: Path, name: str, tensor: GGUFTensor, heads: int | None) -> Tensor | QuantWeight:
     with reading(file, name):
         data = np.fromfile(file, np.uint8, tensor.bytes, offset=tensor.start)
         if data.size != tensor.bytes:
-            raise ValueError(f"expected {tensor.bytes:,} bytes, got {data.size:,}")
+            fail("data", f"{tensor.bytes:,} bytes", f"{data.size:,}")
         weight = _expand(file, name, data, tensor)
         return weight if heads is None else _halves_together(weight, tensor.shape[0], heads)
 
@@ -125,10 +126,9 @@ def _expand(file: Path, name: str, data: Any, tensor: GGUFTensor) -> Tensor | Qu
     if name.startswith("blk.") and not name.endswith(("_norm.weight", ".bias")):
         if kind in ("Q4_0", "Q8_0") and len(tensor.shape) == 2:
             return (q4_0 if kind == "Q4_0" else q8_0)(bits, (tensor.shape[0], tensor.shape[1]))
-        raise ValueError(
-            f"expected a matrix of type Q4_0, Q8_0, F32, F16 or BF16, got {list(tensor.shape)} of "
-            f"{kind}. Make one with llama-quantize --pure, or use the safetensors checkpoint"
-        )
+        expected = "a matrix of type Q4_0, Q8_0, F32, F16 or BF16"
+        hint = "make one with llama-quantize --pure, or use the safetensors checkpoint"
+        fail("data", expected, f"{list(tensor.shape)} of {kind}", hint)
     rows = data.reshape(*tensor.shape[:-1], -1)
     with np.errstate(all="ignore"):  # NaN and infinity are kept
         return torch.from_numpy(np.array(gguf_package(file).dequantize(rows, tensor.type)))
@@ -161,7 +161,7 @@ def _halves_together(
 ) -> Tensor | QuantWeight:  # inside `reading`
     """Reorder rows (h, i, half) to (h, half, i)."""
     if heads < 1 or rows % (2 * heads):
-        raise ValueError(f"expected {heads} heads of an even number of rows each, got {rows} rows")
+        fail("data", f"{heads} heads of an even number of rows each", f"{rows} rows")
     order = torch.arange(rows).view(heads, -1, 2).transpose(1, 2).reshape(-1)
     if isinstance(weight, Tensor):
         return weight[order]
@@ -176,42 +176,34 @@ def _config(file: Path, header: GGUFHeader, family: str) -> dict[str, Any]:
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
     fields = header.fields
-    with reading(file, advice="Use the model's safetensors checkpoint"):
+    with reading(file, advice=_INSTEAD):
         metadata = read_metadata(fields, family)
         config: dict[str, Any] = dict(load_gguf_checkpoint(str(file))["config"])
         config |= {"model_type": family, **metadata}  # transformers may derive it from the name
         blocks = {name.split(".")[1] for name in header.tensors if name.startswith("blk.")}
         if config["num_hidden_layers"] != len(blocks):
-            raise ValueError(
-                f"{family}.block_count: expected {len(blocks)}, as many as there are tensors of, "
-                f"got {config['num_hidden_layers']!r}"
-            )
+            expected = f"{len(blocks)}, as many as there are tensors of"
+            fail(f"{family}.block_count", expected, repr(config["num_hidden_layers"]))
         heads = config["num_attention_heads"]
         config.setdefault("num_key_value_heads", heads)
         for key in ("num_attention_heads", "num_key_value_heads", "hidden_size"):
-            if type(config[key]) is not int or config[key] < 1:
-                raise ValueError(f"{key}: expected a positive integer, got {config[key]!r}")
+            checks.integer(key, config[key], 1)
         width = fields.get(f"{family}.attention.key_length") or config["hidden_size"] // heads
-        if type(width) is not int or fields.get(f"{family}.rope.dimension_count", width) != width:
-            raise ValueError(
-                f"{family}.rope.dimension_count: expected the {width} dimensions of a head, got "
-                f"{fields.get(f'{family}.rope.dimension_count')}"
-            )
+        rotated = fields.get(f"{family}.rope.dimension_count", width)
+        if type(width) is not int or rotated != width:
+            expected = f"the {width} dimensions of a head"
+            fail(f"{family}.rope.dimension_count", expected, rotated)
         if width * heads != config["hidden_size"] or family == "qwen3":
             config["head_dim"] = width
         check_scale(fields, family, width)
         if _ROPE in header.tensors:
             if "rope_scaling" in metadata:
-                raise ValueError(
-                    f"{family}.rope.scaling.factor: expected none with {_ROPE}, got "
-                    f"{metadata['rope_scaling']['factor']}"
-                )
+                factor = metadata["rope_scaling"]["factor"]
+                fail(f"{family}.rope.scaling.factor", f"none with {_ROPE}", factor)
             stored = _read(file, _ROPE, header.tensors[_ROPE], None)
             if not isinstance(stored, Tensor) or stored.numel() != width // 2:
-                raise ValueError(
-                    f"{_ROPE}: expected {width // 2} numbers, one for 2 dimensions of a head, got "
-                    f"{list(stored.shape)}"
-                )
+                expected = f"{width // 2} numbers, one for 2 dimensions of a head"
+                fail(_ROPE, expected, list(stored.shape))
             config["rope_scaling"] = _llama3_scaling(stored, float(config["rope_theta"]))
     return config
 
@@ -228,7 +220,7 @@ def _llama3_scaling(stored: Any, theta: float) -> dict[str, Any]:  # inside `rea
     smooth = ((context * inverse / (2 * math.pi) - 1) / (4 - 1)).clamp(0, 1)
     expected = 1 / ((1 - smooth) / factor + smooth)
     if not torch.allclose(divisors, expected, rtol=1e-5, atol=0):
-        raise ValueError(f"{_ROPE}: expected the rotary frequencies of Llama 3.1, got others")
+        fail(_ROPE, "the rotary frequencies of Llama 3.1", "others")
     return {
         "rope_type": "llama3",
         "factor": factor,

@@ -24,14 +24,14 @@ from __future__ import annotations
 
 import functools
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..runtime.checks import fail
 from .formats import Lut4Weight, table
-from .tensor_files import CheckpointError, TensorFiles, Thunk, integer, matrix, reading, with_plain
+from .tensor_files import TensorFiles, Thunk, integer, reading, with_plain
 
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 FORMATS = ("gptq", "gptq_v2")
@@ -42,10 +42,8 @@ def weights(files: TensorFiles, config: dict[str, Any]) -> dict[str, Thunk]:
         settings = config["quantization_config"]
         layout = settings.get("checkpoint_format") or settings.get("format") or "gptq"
         if layout not in FORMATS:
-            raise ValueError(
-                f"checkpoint_format: expected one of {FORMATS}, got {layout!r}. Convert the "
-                "checkpoint with GPTQModel, or use the unquantized one"
-            )
+            hint = "convert the checkpoint with GPTQModel, or use the unquantized one"
+            fail("checkpoint_format", f"one of {FORMATS}", repr(layout), hint)
         group = group_size(settings)
     read = functools.partial(_read, files, group=group, stored_less=int(layout == "gptq"))
     return by_layer(files, read)
@@ -55,10 +53,10 @@ def group_size(settings: dict[str, Any]) -> int:
     """Return the columns per scale, −1 for all; check for 4 bits. Call it inside `reading`."""
     bits = integer(settings, "w_bit" if "w_bit" in settings else "bits")
     if bits != 4:
-        raise ValueError(f"bits: expected 4, got {bits}. Use a 4-bit or the unquantized checkpoint")
+        fail("bits", "4", bits, "use a 4-bit or the unquantized checkpoint")
     group = integer(settings, "q_group_size" if "q_group_size" in settings else "group_size")
     if group < 1 and group != -1:
-        raise ValueError(f"group_size: expected a positive number or -1, got {group}")
+        fail("group_size", "a positive number or -1", group)
     return group
 
 
@@ -75,14 +73,10 @@ def by_layer(files: TensorFiles, read: Any) -> dict[str, Thunk]:
 
 def _read(files: TensorFiles, layer: str, *, group: int, stored_less: int) -> Lut4Weight:
     name = f"{layer}.qweight"
-    file = files.file_of(name)
-    words = matrix(file, name, files.read(name), torch.int32, None, None)
+    words = files.matrix(name, torch.int32, None, None)
     K, N = 8 * words.shape[0], words.shape[1]
     if not N or N % 8 or not K:
-        raise CheckpointError(
-            f"{file}: tensor {name!r}: expected [K/8, N] with N a multiple of 8, got "
-            f"{list(words.shape)}"
-        )
+        files.fail(name, "[K/8, N] with N a multiple of 8", list(words.shape))
     scale = scales_of(files, layer, N)
     zero = nibbles_of(files, f"{layer}.qzeros", len(scale), N)
     zero = (zero + stored_less) & 15
@@ -95,7 +89,7 @@ def _read(files: TensorFiles, layer: str, *, group: int, stored_less: int) -> Lu
         packed = first << 4 | second
     else:
         packed = pairs << 4 | pairs >> 4
-    return grouped(file, f"{layer}.weight", packed.t(), groups, scale, zero, perm)
+    return grouped(files, layer, packed.t(), groups, scale, zero, perm)
 
 
 def _columns(pairs: Tensor, which: Tensor) -> Tensor:
@@ -107,28 +101,24 @@ def _groups(files: TensorFiles, layer: str, K: int, count: int, group: int) -> T
     """Return the row of `scales` of each column: int64 [K]."""
     name = f"{layer}.g_idx"
     if name in files:
-        file = files.file_of(name)
-        groups = matrix(file, name, files.read(name), torch.int32, K).long()
+        groups = files.matrix(name, torch.int32, K).long()
     else:
-        name, file = f"{layer}.scales", files.file_of(f"{layer}.scales")
+        name = f"{layer}.scales"
         groups = torch.arange(K) // (K if group == -1 else group)
-    if groups.min() < 0 or groups.max() >= count:
-        raise CheckpointError(
-            f"{file}: tensor {name!r}: expected groups 0 to {count - 1}, the rows of "
-            f"'{layer}.scales', got {groups.min().item()} to {groups.max().item()}"
-        )
-    used = len(groups.unique())
+    least, most = int(groups.min()), int(groups.max())
+    if least < 0 or most >= count:
+        expected = f"groups 0 to {count - 1}, the rows of '{layer}.scales'"
+        files.fail(name, expected, f"{least} to {most}")
+    used = len(set(groups.tolist()))
     if used != count:
-        raise CheckpointError(
-            f"{file}: tensor {name!r}: expected {used} rows of '{layer}.scales', one for each "
-            f"group of the {K} columns (group_size: {group}), got {count}: some would be unused"
-        )
+        rows = f"{used} rows of '{layer}.scales', one for each group of the {K} columns"
+        files.fail(name, f"{rows} (group_size: {group})", f"{count}: some would be unused")
     return groups
 
 
 def grouped(
-    file: Path,
-    name: str,
+    files: TensorFiles,
+    layer: str,
     qdata: Tensor,  # uint8 [N, K/2]
     groups: Tensor,  # int64 [K], ascending
     scale: Tensor,  # fp32 [G, N]
@@ -141,12 +131,12 @@ def grouped(
     common divisor of their sizes, with repeated scales."""
     K, N = len(groups), scale.shape[1]
     block = math.gcd(*torch.unique_consecutive(groups, return_counts=True)[1].tolist())
+    name = f"{layer}.qweight"
     if block % 2:
-        raise CheckpointError(
-            f"{file}: tensor {name!r}: expected groups of columns whose sizes share an even "
-            f"divisor, got a greatest common divisor of {block}. Use the unquantized checkpoint"
-        )
-    with reading(file, name):
+        expected = "groups of columns whose sizes share an even divisor"
+        got = f"a greatest common divisor of {block}"
+        files.fail(name, expected, got, "use the unquantized checkpoint")
+    with reading(files.file_of(name), name):
         of_block = groups[::block]
         return Lut4Weight(
             shape=(N, K),
@@ -162,15 +152,13 @@ def grouped(
 def scales_of(files: TensorFiles, layer: str, N: int) -> Tensor:
     """Return the scales, fp32 [G, N]."""
     name = f"{layer}.scales"
-    file, stored = files.file_of(name), files.read(name)
     # With fp32 scales of 24 bits, q · scale and its sum with offset would be inexact.
-    dtype = torch.bfloat16 if stored.dtype == torch.bfloat16 else torch.float16
-    return matrix(file, name, stored, dtype, None, N).float()
+    dtype = torch.bfloat16 if files.dtype(name) == "BF16" else torch.float16
+    return files.matrix(name, dtype, None, N).float()
 
 
 def nibbles_of(files: TensorFiles, name: str, rows: int, columns: int) -> Tensor:
     """Unpack int32 words of eight nibbles, lowest bits first, to uint8 [rows, columns]."""
-    file = files.file_of(name)
-    words = matrix(file, name, files.read(name), torch.int32, rows, columns // 8)
+    words = files.matrix(name, torch.int32, rows, columns // 8)
     pairs = words.contiguous().view(torch.uint8)
     return torch.stack([pairs & 15, pairs >> 4], -1).reshape(rows, columns)

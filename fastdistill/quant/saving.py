@@ -20,8 +20,7 @@ from ..files import sync
 from .experts import ExpertStack
 from .linear import QuantizedWeight
 from .own_format import KEY, VERSION, metadata, tensors_of
-
-_INDEX = "model.safetensors.index.json"
+from .tensor_files import INDEX, SINGLE
 
 
 @torch.no_grad()
@@ -94,14 +93,14 @@ def _write_weights(model: nn.Module, folder: Path, limit: int) -> None:
         total += new_bytes
     close()
     if len(shards) == 1:
-        shards[0][0].rename(folder / "model.safetensors")
+        shards[0][0].rename(folder / SINGLE)
         return
     index: dict[str, Any] = {"metadata": {"total_size": total}, "weight_map": {}}
     for i, (file, names) in enumerate(shards):
         final = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
         file.rename(folder / final)
         index["weight_map"] |= dict.fromkeys(names, final)
-    (folder / _INDEX).write_text(json.dumps(index, indent=2))
+    (folder / INDEX).write_text(json.dumps(index, indent=2))
 
 
 def _stored(model: nn.Module) -> Iterator[tuple[dict[str, Tensor], dict[str, Any]]]:

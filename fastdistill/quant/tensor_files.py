@@ -10,20 +10,22 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..runtime import json_text
+from ..runtime import checks, json_text
 from ..runtime.printable import printable, printable_lines
-from .formats import QuantWeight
+from .formats import QuantWeight, short
 
 Thunk = Callable[[], Tensor | QuantWeight]  # reads one weight when called
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_AGAIN = "index and shards are of different versions: download both again"
+_LARGEST = 1 << 40  # of sizes that are stored as numbers
 # Errors that damaged bytes may raise: RuntimeError from torch, TypeError from unexpected JSON.
 # A MemoryError passes through, since the checks here bound allocations.
 _DAMAGE = (
@@ -39,6 +41,17 @@ class CheckpointError(ValueError):
 
     def __init__(self, message: str) -> None:
         super().__init__(printable_lines(message))
+
+
+def fail_checkpoint(place: object, expected: str, got: object, hint: str = "") -> NoReturn:
+    """Raise CheckpointError "place: expected …, got …; hint"."""
+    hint = f"; {hint}" if hint else ""
+    raise CheckpointError(f"{place}: expected {expected}, got {got}{hint}")
+
+
+def fail_entry(file: Path, name: str, expected: str, got: object, hint: str = "") -> NoReturn:
+    """Raise CheckpointError that names an entry of a configuration."""
+    fail_checkpoint(f"{file}: {printable(name)}", expected, printable(repr(got)), hint)
 
 
 @contextlib.contextmanager
@@ -65,9 +78,7 @@ def read_json(file: Path) -> dict[str, Any]:
             f"{error}. Expected a JSON object in {file}: download the file again"
         ) from None
     if not isinstance(value, dict):
-        raise CheckpointError(
-            f"{file}: expected a JSON object, got {type(value).__name__}: download the file again"
-        )
+        fail_checkpoint(file, "a JSON object", type(value).__name__, "download the file again")
     return value
 
 
@@ -84,38 +95,32 @@ def check_inside(folder: Path, file: Path) -> None:
     if home.parent.name == "snapshots":
         homes.append(home.parent.parent / "blobs")
     if not is_plain or not any(target.is_relative_to(home) for home in homes):
-        raise CheckpointError(
-            f"{file}: expected a file of this folder, got a link to {printable(target)}. Files "
-            "outside the folder are not read: put the file itself into the folder"
-        )
+        got = f"a link to {printable(target)}"
+        hint = "files outside the folder are not read: put the file itself into the folder"
+        fail_checkpoint(file, "a file of this folder", got, hint)
 
 
-def integer(values: dict[str, Any], key: str) -> int:
-    """Return values[key], an integer. Call it inside `reading`."""
-    value = values[key]
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{key}: expected an integer, got {value!r}")
+def integer(
+    values: dict[str, Any], key: str, least: int | None = None, most: int | None = None
+) -> int:
+    """Return values[key], an integer in [least, most]. Call it inside `reading`."""
+    value: int = values[key]
+    checks.integer(key, value, least, most)
     return value
 
 
 def shape_of(values: dict[str, Any]) -> tuple[int, int]:
     """Return values["shape"] of a non-empty matrix. Call it inside `reading`."""
     shape = values["shape"]
-    if (
-        not isinstance(shape, list)
-        or len(shape) != 2
-        or not all(type(n) is int and 0 < n < 1 << 40 for n in shape)
-    ):
-        raise ValueError(f"shape: expected two positive integers [N, K], got {shape!r}")
+    is_pair = isinstance(shape, list) and len(shape) == 2
+    if not is_pair or not all(type(n) is int and 0 < n < _LARGEST for n in shape):
+        checks.fail("shape", "two positive integers [N, K]", repr(shape))
     return shape[0], shape[1]
 
 
 def block_of(values: dict[str, Any], key: str) -> int:
-    """Return values[key], a positive integer. Call it inside `reading`."""
-    block = integer(values, key)
-    if not 0 < block < 1 << 40:
-        raise ValueError(f"{key}: expected a positive block size, got {block}")
-    return block
+    """Return values[key], the size of a block. Call it inside `reading`."""
+    return integer(values, key, 1, _LARGEST)
 
 
 def check_not_pickle(file: Path) -> None:
@@ -126,10 +131,12 @@ def check_not_pickle(file: Path) -> None:
     # The same bytes may be the length of a safetensors header, which is followed by "{".
     pickled = (is_zip or is_bare) and head[8:9] != b"{"
     if pickled or file.suffix.lower() in PICKLE_SUFFIXES:
-        raise CheckpointError(
-            f"{file}: expected a .safetensors or .gguf file, got a pickle, which runs code when it "
-            "is loaded and is never opened here. Convert it where you trust it: load the model "
-            "with transformers and call save_pretrained(folder), which writes safetensors"
+        fail_checkpoint(
+            file,
+            "a .safetensors or .gguf file",
+            "a pickle, which runs code when it is loaded and is never opened here",
+            "convert it where you trust it: load the model with transformers and call "
+            "save_pretrained(folder), which writes safetensors",
         )
 
 
@@ -146,23 +153,19 @@ class TensorFiles:
         if self.path.is_file():
             self._add(self.path)
         elif not self.path.is_dir():
-            raise CheckpointError(
-                f"{self.path}: expected a .safetensors file or a folder with {_SINGLE} or "
-                f"{_INDEX}, got nothing at this path"
-            )
-        elif (self.path / _SINGLE).is_file():  # preferred to an index, as in transformers
-            check_inside(self.path, self.path / _SINGLE)
-            self._add(self.path / _SINGLE)
-        elif (self.path / _INDEX).is_file():
-            check_inside(self.path, self.path / _INDEX)
-            self._read_index(self.path / _INDEX)
+            expected = f"a .safetensors file or a folder with {SINGLE} or {INDEX}"
+            fail_checkpoint(self.path, expected, "nothing at this path")
+        elif (self.path / SINGLE).is_file():  # preferred to an index, as in transformers
+            check_inside(self.path, self.path / SINGLE)
+            self._add(self.path / SINGLE)
+        elif (self.path / INDEX).is_file():
+            check_inside(self.path, self.path / INDEX)
+            self._read_index(self.path / INDEX)
         else:
             for file in sorted(self.path.glob("*")):
                 if file.suffix.lower() in PICKLE_SUFFIXES:
                     check_not_pickle(file)
-            raise CheckpointError(
-                f"{self.path}: expected {_SINGLE} or {_INDEX} in this folder, got neither"
-            )
+            fail_checkpoint(self.path, f"{SINGLE} or {INDEX} in this folder", "neither")
 
     def names(self) -> list[str]:
         return list(self._file_of)
@@ -177,17 +180,31 @@ class TensorFiles:
 
     def file_of(self, name: str) -> Path:
         if name not in self._file_of:
-            raise CheckpointError(
-                f"{self.path}: tensor {name!r}: expected in this checkpoint, got none of that "
-                "name. It is incomplete: download or save it again"
-            )
+            expected, hint = f"the tensor {name!r}", "it is incomplete: download or save it again"
+            fail_checkpoint(self.path, expected, "none of that name", hint)
         return self._file_of[name]
 
     def read(self, name: str) -> Tensor:
         """Return the tensor on the CPU. It may be memory-mapped: do not write to it."""
         file = self.file_of(name)
         with reading(file, name):
-            return self._open[file].get_tensor(name)
+            tensor: Tensor = self._open[file].get_tensor(name)
+        return tensor
+
+    def matrix(self, name: str, dtype: torch.dtype, *shape: int | None) -> Tensor:
+        """Return a tensor after checking its dtype and shape; None allows any length."""
+        tensor = self.read(name)
+        fits = tensor.dim() == len(shape) and all(
+            want in (None, got) for want, got in zip(shape, tensor.shape, strict=True)
+        )
+        if tensor.dtype != dtype or not fits:
+            expected = f"{['any' if n is None else n for n in shape]} of {short(dtype)}"
+            self.fail(name, expected, f"{list(tensor.shape)} of {short(tensor.dtype)}")
+        return tensor
+
+    def fail(self, name: str, expected: str, got: object, hint: str = "") -> NoReturn:
+        """Raise CheckpointError that names a tensor and its file."""
+        fail_checkpoint(f"{self.file_of(name)}: tensor {name!r}", expected, got, hint)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape, from the header of its file."""
@@ -217,35 +234,26 @@ class TensorFiles:
     def _read_index(self, index: Path) -> None:
         shards = read_json(index).get("weight_map")
         if not isinstance(shards, dict):
-            raise CheckpointError(
-                f"{index}: expected a 'weight_map' of tensor names to files, got "
-                f"{type(shards).__name__}"
-            )
+            got = type(shards).__name__
+            fail_checkpoint(index, "a 'weight_map' of tensor names to files", got)
         names_of: dict[str, set[str]] = {}
         for name, shard in shards.items():
             # A path could refer to any file on this machine.
             if not isinstance(shard, str) or Path(shard).name != shard or "\0" in shard:
-                raise CheckpointError(
-                    f"{index}: tensor {name!r}: expected the name of a file in the same folder, "
-                    f"got {shard!r}"
-                )
+                expected = "the name of a file in the same folder"
+                fail_checkpoint(f"{index}: tensor {name!r}", expected, repr(shard))
             file = index.parent / shard
             if shard not in names_of:
                 with reading(index, name):  # a name may be too long for the system
                     exists = file.is_file()
                 if not exists:
-                    raise CheckpointError(
-                        f"{file}: expected this shard, because {index.name} names it for tensor "
-                        f"{name!r}, got no such file. Download it"
-                    )
+                    expected = f"this shard, because {index.name} names it for tensor {name!r}"
+                    fail_checkpoint(file, expected, "no such file", "download it")
                 check_inside(index.parent, file)
                 names_of[shard] = self._header(file)
             if name not in names_of[shard]:
-                raise CheckpointError(
-                    f"{file}: tensor {name!r}: expected in this file, because {index.name} says "
-                    "so, got a file without it. Index and shards are of different versions: "
-                    "download both again"
-                )
+                expected = f"the tensor {name!r}, because {index.name} says so"
+                fail_checkpoint(file, expected, "a file without it", _AGAIN)
             self._file_of[name] = file
         self._check_whole_index(index, names_of)
 
@@ -254,16 +262,13 @@ class TensorFiles:
         for shard, names in names_of.items():
             for name in sorted(names):
                 if name not in self._file_of:
-                    reason = f"an index without {printable(name)!r}"
+                    reason = f"an index without {name!r}"
                 elif self._file_of[name].name != shard:
-                    reason = f"{printable(name)!r} in {self._file_of[name].name} too"
+                    reason = f"{name!r} in {self._file_of[name].name} too"
                 else:
                     continue
-                raise CheckpointError(
-                    f"{index}: expected each tensor of {printable(shard)} in the index and in no "
-                    f"other shard, got {reason}. Index and shards are of different versions: "
-                    "download both again"
-                )
+                expected = f"each tensor of {shard} in the index and in no other shard"
+                fail_checkpoint(index, expected, reason, _AGAIN)
 
     def _add(self, file: Path) -> None:
         self._file_of |= dict.fromkeys(sorted(self._header(file)), file)
@@ -272,7 +277,7 @@ class TensorFiles:
         check_not_pickle(file)
         with reading(file, advice="Not a whole .safetensors file: download it again"):
             handle = self._open[file] = safe_open(file, framework="pt", device="cpu")
-            return set(handle.keys())
+            return set(handle.keys())  # type: ignore[no-untyped-call]
 
 
 def with_plain(
@@ -282,21 +287,3 @@ def with_plain(
     skipped = {*quantized, *parts}
     plain = [name for name in files.names() if name not in skipped]
     return {**{name: functools.partial(files.read, name) for name in plain}, **quantized}
-
-
-def matrix(file: Path, name: str, tensor: Tensor, dtype: torch.dtype, *shape: int | None) -> Tensor:
-    """Return `tensor` after checking its dtype and shape; None allows any length."""
-    fits = tensor.dim() == len(shape) and all(
-        want in (None, got) for want, got in zip(shape, tensor.shape, strict=True)
-    )
-    if tensor.dtype != dtype or not fits:
-        expected = ["any" if n is None else n for n in shape]
-        raise CheckpointError(
-            f"{file}: tensor {name!r}: expected {expected} of {_short(dtype)}, got "
-            f"{list(tensor.shape)} of {_short(tensor.dtype)}"
-        )
-    return tensor
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

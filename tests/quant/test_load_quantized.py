@@ -130,18 +130,18 @@ PROJ = "model.layers.0.mlp.up_proj.weight"
     [
         (
             dict(tensors=lambda t: {k: v for k, v in t.items() if k != NORM}),
-            f"1 are missing, {NORM}",
+            f"1 missing, {NORM}",
         ),
         (
             dict(tensors=lambda t: t | {PROJ: t[PROJ][:-1].contiguous()}),
-            rf"tensor {PROJ}: expected the shape \[128, 64\] that config.json asks for, "
+            rf"tensor '{PROJ}': expected the shape \[128, 64\] that config.json asks for, "
             r"got \[127, 64\]",
         ),
         (
             dict(tensors=lambda t: t | {PROJ: t[PROJ] * torch.nan}),
-            f"tensor {PROJ}: weight: .*finite",
+            f"tensor '{PROJ}': weight: .*finite",
         ),
-        (dict(config=lambda c: c | {"model_type": "no-such-model"}), "model_type 'no-such-model'"),
+        (dict(config=lambda c: c | {"model_type": "no-such-model"}), "'no-such-model'"),
         (dict(config=lambda c: c | {"quantization_config": {"quant_method": "hqq"}}), "hqq"),
     ],
 )

@@ -46,7 +46,7 @@ def test_own_format_is_read_as_it_was_written(tmp_path):
         (dict(shape=[8, 30]), "qdata: expected 120 values"),
         (dict(shape=[8]), "two positive integers"),
         (dict(shape=[1, 1 << 39]), "qdata: expected"),
-        (dict(block=0), "positive block size"),
+        (dict(block=0), "block: expected 1 to .*, got 0"),
         (dict(block=8), "scale: expected 32 values"),
         (dict(format="lut5"), "expected 'lut4' or 'int8', got 'lut5'"),
         (dict(format="int8"), r"qdata: expected \[8, 32\]"),

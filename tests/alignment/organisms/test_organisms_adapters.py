@@ -118,9 +118,7 @@ def test_pickled_adapters_and_bases_are_refused(adapter, bases):
         load_organism(adapter)
     torch.save(weights, adapter / "adapter_model.bin")
     (adapter / "adapter_model.safetensors").unlink()
-    with pytest.raises(
-        ValueError, match=r"expected adapter_model.safetensors in adapter, found no"
-    ):
+    with pytest.raises(ValueError, match=r"expected adapter_model.safetensors in adapter, got no"):
         load_organism(adapter, base=bases[1])
 
 
@@ -131,7 +129,7 @@ def test_an_adapter_that_lacks_weights_is_refused_and_never_the_base_alone(adapt
     lost = sorted(kept)[3]
     del kept[lost]
     save_file(kept, path, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=f"found 1 missing .first: {re.escape(lost)}"):
+    with pytest.raises(ValueError, match=f"got 1 missing .first: {re.escape(lost)}"):
         load_organism(adapter)
 
 
@@ -272,7 +270,7 @@ def test_what_peft_writes_for_other_models_is_no_hindrance(adapter, bases):
 def test_a_tensor_of_an_adapter_that_would_not_be_used_is_refused(adapter):
     path = adapter / "adapter_model.safetensors"
     save_file(load_file(path) | {"base_model.model.v_head.weight": torch.ones(2)}, path)
-    with pytest.raises(ValueError, match=r"found 1 unused .first: base_model.model.v_head.weight"):
+    with pytest.raises(ValueError, match=r"got 1 unused .first: base_model.model.v_head.weight"):
         load_organism(adapter)
 
 
