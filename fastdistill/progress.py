@@ -33,18 +33,21 @@ def _say(text: str) -> None:
             print(text, file=sys.stderr, flush=True)
 
 
-class _Lines:
-    """Progress lines for logs; none for work of less than a minute."""
+class _Task:
+    """A task of a bar; without a terminal, lines for work of more than a minute."""
 
-    def __init__(self, what: str, total: int, done: int = 0) -> None:
-        self._what, self._total, self._first = what, total, done
+    def __init__(self, bar: Progress, what: str, total: int, done: int = 0, **fields: Any) -> None:
+        self._bar, self._what, self._total, self._first = bar, what, total, done
+        self._task = bar.add_task(what, total=total, completed=done, **fields)
         self._began = self._last = time.monotonic()
 
-    def at(self, done: int, more: str = "") -> None:
+    def at(self, done: int, size: str = "") -> None:
+        self._bar.update(self._task, completed=done, size=size)
         now = time.monotonic()
-        if now - self._last < _SECONDS or done <= self._first:
+        if not self._bar.disable or now - self._last < _SECONDS or done <= self._first:
             return
         self._last = now
+        more = f", {size}" if size else ""
         left = (now - self._began) / (done - self._first) * (self._total - done)
         _say(f"{self._what}: {done:,} of {self._total:,}{more}, about {left / 60:,.0f} min left")
 
@@ -63,14 +66,11 @@ def _bar(*more: ProgressColumn) -> Progress:
 
 def track(items: Sequence[T], what: str) -> Iterator[T]:
     """Yield the items with a progress bar on stderr that disappears at the end."""
-    lines = _Lines(what, len(items))
     with _bar() as bar:
-        task = bar.add_task(what, total=len(items))
+        task = _Task(bar, what, len(items))
         for done, item in enumerate(items, 1):
             yield item
-            bar.advance(task)
-            if bar.disable:
-                lines.at(done)
+            task.at(done)
 
 
 class _BarContext:
@@ -92,19 +92,14 @@ class RowProgress(_BarContext):
     def __init__(self, what: str, *, total: int, done: int = 0, size: int = 0) -> None:
         """`done` rows with `size` bytes existed before."""
         self._bar = _bar(TextColumn("{task.fields[size]}"), TimeRemainingColumn())
-        self._bytes = size
-        self._task = self._bar.add_task(what, total=total, completed=done, size="")
-        self._done, self._lines = done, _Lines(what, total, done)
+        self._bytes, self._done, self._total = size, done, total
+        self._task = _Task(self._bar, what, total, done, size="")
 
     def advance(self, rows: int, size: int = 0) -> None:
         self._bytes += size
-        task = self._bar.tasks[self._task]
         self._done += rows
-        whole = self._bytes * (task.total or 0) / max(self._done, 1)
-        sizes = f"{self._bytes / 1e6:,.0f} of {whole / 1e6:,.0f} MB"
-        self._bar.update(self._task, completed=self._done, size=sizes)
-        if self._bar.disable:
-            self._lines.at(self._done, f", {sizes}")
+        whole = self._bytes * self._total / max(self._done, 1)
+        self._task.at(self._done, f"{self._bytes / 1e6:,.0f} of {whole / 1e6:,.0f} MB")
 
 
 class PhaseProgress(_BarContext):
@@ -112,22 +107,18 @@ class PhaseProgress(_BarContext):
 
     def __init__(self) -> None:
         self._bar = _bar()
-        self._task: Any = None
 
     def phase(self, what: str, *, total: int) -> list[TrainerCallback]:
         """Start a phase; the callback advances it with the trainer's steps."""
-        self._task = self._bar.add_task(what, total=total)
-        return [_Advance(self._bar, self._task, _Lines(what, total))]
+        return [_Advance(_Task(self._bar, what, total))]
 
 
 class _Advance(TrainerCallback):
-    def __init__(self, bar: Progress, task: Any, lines: _Lines) -> None:
-        self._bar, self._task, self._lines = bar, task, lines
+    def __init__(self, task: _Task) -> None:
+        self._task = task
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._bar.update(self._task, completed=state.global_step)
-        if self._bar.disable:
-            self._lines.at(state.global_step)
+        self._task.at(state.global_step)
 
 
 class TrainingProgress(TrainerCallback):

@@ -15,7 +15,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..answer_checks import AnswerRules, find_invalid, find_shape_error, row_and_position
 from ..examples import Encoder
+from ..files import write_json
 from ..outputs import TopK
 from ..progress import RowProgress
 from ..resolve import MANIFEST, SETTINGS
@@ -37,8 +38,6 @@ from .manifest import (
     read_shard_record,
     shard_name,
     write_manifest,
-    write_settings,
-    write_shard_record,
 )
 from .shards import Writer, key_of
 
@@ -111,7 +110,7 @@ def build(
     with _prepared_folder(folder, rank), _exclusive(folder, rank):
         stored = check_existing_build(folder, settings, rank)
         if stored is None:
-            write_settings(folder, settings)
+            write_json(folder / SETTINGS, settings.as_json())
             stored = read_settings(folder)
         settings = stored
         own_shards = range(rank, settings.shards, world)
@@ -180,8 +179,9 @@ def _check_answers(
 def _write(folder: Path, settings: Settings, index: int, writer: Writer) -> None:
     try:
         if not (folder / SETTINGS).is_file():  # another rank failed and removed it
-            write_settings(folder, settings)
-        write_shard_record(folder, writer.write(folder / shard_name(index)))
+            write_json(folder / SETTINGS, settings.as_json())
+        shard = writer.write(folder / shard_name(index))
+        write_json((folder / shard.file).with_suffix(".json"), asdict(shard))
     except OSError as error:
         raise OSError(
             error.errno,

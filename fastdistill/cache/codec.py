@@ -20,7 +20,7 @@ rounding. With it the error is of second order.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -45,21 +45,23 @@ class Packed(NamedTuple):
 
     @classmethod
     def zeros(cls, n: int, k: int, blocks: int, temperatures: int) -> Packed:
-        return cls(
-            np.zeros((n, k), np.uint16),
-            np.zeros((n, blocks), count_type(k)),
-            np.zeros((n, k), np.float16),
-            np.zeros((n, temperatures), np.float32),
-            np.zeros((n, temperatures), np.float32),
-        )
+        columns = layout(k, blocks, temperatures)
+        return cls(**{name: np.zeros((n, width), kind) for name, (kind, width) in columns.items()})
 
 
-def count_type(k: int) -> type[np.uint8] | type[np.uint16]:
-    return np.uint8 if k < 1 << 8 else np.uint16
+def layout(k: int, blocks: int, temperatures: int) -> dict[str, tuple[np.dtype[Any], int]]:
+    """Return the type and the values per token of each array."""
+    return {
+        "ids": (np.dtype(np.uint16), k),
+        "blocks": (np.dtype(np.uint8 if k < 1 << 8 else np.uint16), blocks),
+        "logprobs": (np.dtype(np.float16), k),
+        "log_tail": (np.dtype(np.float32), temperatures),
+        "shift": (np.dtype(np.float32), temperatures),
+    }
 
 
 def bytes_per_token(k: int, blocks: int, temperatures: int) -> int:
-    return 4 * k + blocks * np.dtype(count_type(k)).itemsize + 8 * temperatures
+    return sum(kind.itemsize * width for kind, width in layout(k, blocks, temperatures).values())
 
 
 def pack(answers: list[TopK], k: int, blocks: int) -> Packed:

@@ -127,16 +127,8 @@ def shard_name(index: int) -> str:
     return f"{index:05}.safetensors"
 
 
-def write_settings(folder: Path, settings: Settings) -> None:
-    write_json(folder / SETTINGS, settings.as_json())
-
-
 def read_settings(folder: Path) -> Settings:
     return _settings(folder / SETTINGS, _read(folder / SETTINGS))
-
-
-def write_shard_record(folder: Path, shard: Shard) -> None:
-    write_json((folder / shard.file).with_suffix(".json"), asdict(shard))
 
 
 def read_shard_record(folder: Path, index: int) -> Shard | None:

@@ -186,10 +186,6 @@ class _Index:
 
     def find(self, key: bytes) -> list[tuple[int, int]]:
         half = np.frombuffer(key[:8], "<u8")[0]
-        at, matches = int(np.searchsorted(self._half, half)), []
-        while at < len(self._half) and self._half[at] == half:
-            row = int(self._order[at])
-            if self._keys[row].tobytes() == key:
-                matches.append(divmod(row, self._rows_per_shard))
-            at += 1
-        return matches
+        first, last = (np.searchsorted(self._half, half, side) for side in ("left", "right"))
+        rows = self._order[first:last].tolist()
+        return [divmod(i, self._rows_per_shard) for i in rows if self._keys[i].tobytes() == key]

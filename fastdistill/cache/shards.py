@@ -27,7 +27,7 @@ from ..files import sha256_of, sync
 from ..resolve import MANIFEST
 from ..runtime.json_text import parse_json
 from ..runtime.printable import printable
-from .codec import Array, Packed, count_type
+from .codec import Array, Packed, layout
 from .manifest import KEY, CacheError, Settings, Shard
 
 _HEADER = 1 << 20  # bytes at most
@@ -95,14 +95,11 @@ class Mapped:
     """A memory-mapped shard: reading a row touches its pages only."""
 
     def __init__(self, file: Path, settings: Settings, shard: Shard) -> None:
-        kinds = {
+        columns = layout(settings.k, settings.blocks, len(settings.temperatures))
+        kinds: dict[str, tuple[Any, tuple[int, ...]]] = {
             "keys": (np.uint8, (shard.rows, KEY)),
             "starts": (np.int64, (shard.rows + 1,)),
-            "ids": (np.uint16, (shard.tokens, settings.k)),
-            "blocks": (count_type(settings.k), (shard.tokens, settings.blocks)),
-            "logprobs": (np.float16, (shard.tokens, settings.k)),
-            "log_tail": (np.float32, (shard.tokens, len(settings.temperatures))),
-            "shift": (np.float32, (shard.tokens, len(settings.temperatures))),
+            **{name: (kind, (shard.tokens, width)) for name, (kind, width) in columns.items()},
         }
         if settings.positions == "targets":
             kinds["places"] = (np.int32, (shard.tokens,))

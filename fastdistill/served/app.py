@@ -79,12 +79,9 @@ class Application:
                 Route("/v1/completions", self.completions, methods=["POST"]),
             ],
             middleware=[Middleware(Guard, only_loopback=token is None)],
-            exception_handlers={
-                RequestError: _refused,
-                ClientDisconnect: _client_left,
-                HTTPException: _no_route,
-                Exception: _failed,
-            },
+            exception_handlers=dict.fromkeys(
+                (RequestError, ClientDisconnect, HTTPException, Exception), _failed
+            ),
             lifespan=self._lifespan,
         )
 
@@ -215,18 +212,12 @@ async def _body(request: Request, limit: int) -> bytes:
             raise RequestError(413, f"body: expected at most {limit} bytes", "prompt")
 
 
-async def _refused(_: Request, error: Any) -> Response:
+async def _failed(request: Request, error: Exception) -> Response:
+    if isinstance(error, ClientDisconnect):
+        logger.info("a client left before its answer to %s", printable(request.url.path))
+        return Response(status_code=499)  # not delivered
+    if isinstance(error, HTTPException):  # no such route
+        error = RequestError(error.status_code, f"{request.url.path}: {error.detail}")
+    if not isinstance(error, RequestError):
+        error = RequestError(500, type(error).__name__)
     return error_response(error)
-
-
-async def _client_left(request: Request, _: Exception) -> Response:
-    logger.info("a client left before its answer to %s", printable(request.url.path))
-    return Response(status_code=499)  # not delivered
-
-
-async def _no_route(request: Request, error: Any) -> Response:
-    return error_response(RequestError(error.status_code, f"{request.url.path}: {error.detail}"))
-
-
-async def _failed(_: Request, error: Exception) -> Response:
-    return error_response(RequestError(500, type(error).__name__))

@@ -6,6 +6,7 @@ import json
 import time
 import uuid
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any
 
 from .requests import Completion
@@ -97,12 +98,8 @@ def _logprobs(
         listed += entries(last, [row[-1], *generated], [0.0], [0], words, count)[1:]
     texts = [words(token) for token in tokens]
     names = [f"token_id:{t}" if x is None else x for t, x in zip(tokens, texts, strict=True)]
-    offsets, at = [], 0
-    for name in names:
-        offsets.append(at)
-        at += len(name)
     return {
-        "text_offset": offsets,
+        "text_offset": [0, *accumulate(map(len, names))][: len(names)],
         "token_logprobs": [
             None if entry is None else entry[str(token)]["logprob"]
             for token, entry in zip(tokens, listed, strict=True)

@@ -52,10 +52,9 @@ def unpack(body: bytes, temperature: float, url: str) -> TopK:  # [N, K]
             f"{url}: expected ids, logprobs and log_tail, got {printable(error)}"
         ) from None
     floats = (torch.float32, torch.float64)
-    shapes = ids.dim() == 2 and tail.shape == ids.shape[:1]
     if ids.dtype != torch.int32 or logprobs.dtype not in floats or tail.dtype not in floats:
         raise WrongAnswer(f"{url}: expected int32 and floats, got {ids.dtype}, {logprobs.dtype}")
-    if not shapes:
+    if ids.dim() != 2 or tail.shape != ids.shape[:1]:
         raise WrongAnswer(f"{url}: expected ids [N, k], got {list(ids.shape)}, {list(tail.shape)}")
     return TopK(ids.long(), logprobs, tail, temperature)
 
