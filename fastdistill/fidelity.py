@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -26,23 +26,10 @@ from .packing import BatchedForward, Rows, read_rows
 from .primitive import linear_topk
 from .stored_model import StoredModel
 
+if TYPE_CHECKING:
+    from .teacher import Teacher
+
 RATIO_LIMIT = 0.05
-
-
-class QuantizedTeacher(Protocol):
-    """The measured Teacher; `source` is its full-precision checkpoint if it came from a path."""
-
-    model: Any
-    reader: BatchedForward
-    impl: str
-    quant: str | None
-    source: StoredModel | None
-
-    @property
-    def head(self) -> LMHead: ...
-
-    @property
-    def vocab_size(self) -> int: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,10 +67,10 @@ class FidelityReport:
 
 @torch.no_grad()
 def measure(
-    teacher: QuantizedTeacher,
+    teacher: Teacher,
     batch: Mapping[str, Tensor] | Sequence[Mapping[str, Any]],
     *,
-    against: QuantizedTeacher | PreTrainedModel | str | Path | None = None,
+    against: Teacher | PreTrainedModel | str | Path | None = None,
     student: PreTrainedModel | float | None = None,
 ) -> FidelityReport:
     """KL(full ‖ quantized) and top-1 agreement of `teacher` on a calibration batch.
@@ -118,9 +105,10 @@ def measure(
     elif student is not None:
         checks.positive("student", student)
     sides = [side.to(sides[0].head.weight.device) for side in sides]
+    step = max(1, teacher.reader.budget // ids.shape[1])
     columns = [
         _compare(sides, ids[at], None if mask is None else mask[at], counted[at])
-        for at in torch.arange(len(ids)).split(max(1, teacher.reader.budget // ids.shape[1]))
+        for at in (slice(start, start + step) for start in range(0, len(ids), step))
     ]
     kl, same_top, student_kls = (
         torch.cat(column).double().cpu() for column in zip(*columns, strict=True)
@@ -154,16 +142,13 @@ class _Side:
     def kl_to(self, hidden: Tensor, other: _Side, other_hidden: Tensor, vocab: int) -> Tensor:
         """KL(self ‖ other) per token over the first `vocab` ids."""
         own_head, other_head = self.head, other.head
-        options = other_head.options() | {
-            "valid_vocab": vocab,
-            "reduction": "none",
-            "impl": self.impl,
-        }
+        options = other_head.options() | {"valid_vocab": vocab, "impl": self.impl}
         return linear_distill_loss(
             *(other_hidden, other_head.weight, hidden, own_head.weight),
             teacher_bias=own_head.bias,
             teacher_logit_scale=own_head.logit_scale,
             teacher_softcap=own_head.softcap,
+            reduction="none",
             **options,
         )
 
@@ -236,24 +221,20 @@ def _counted(rows: Rows, labels: Tensor | None) -> Tensor:  # (B, T − 1) bool
     return counted
 
 
-def _side(model: nn.Module, teacher: QuantizedTeacher) -> _Side:
+def _side(model: nn.Module, teacher: Teacher) -> _Side:
     with evaluating(model):
         verify_head(model)
         reader = BatchedForward(model, teacher.reader.tokens_per_batch)
         return _Side(reader, head_of(model), teacher.impl)
 
 
-def _full_precision(teacher: QuantizedTeacher, against: Any) -> _Side:
+def _full_precision(teacher: Teacher, against: Any) -> _Side:
     """Return `against`, or the weights from which the teacher was quantized."""
     if against is None:
         against = teacher.source
         if against is None or against.is_quantized or teacher.quant is None:
-            checks.fail(
-                "against",
-                "the full-precision model or its path, as this teacher was not "
-                "quantized from a path by load_teacher",
-                None,
-            )
+            expected = "the full-precision model or its path, as this teacher was not quantized"
+            checks.fail("against", f"{expected} from a path by load_teacher", None)
     if isinstance(against, (str, Path)):
         against = StoredModel.from_path(against)
     if isinstance(against, StoredModel):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .outputs import TopK
+from .runtime.checks import fail
 from .teacher import Teacher
 
 
@@ -30,15 +31,13 @@ class MemoizedTeacher:
         temperature: float = 1.0,
     ) -> TopK:  # [B, T, K]
         if attention_mask is not None and not bool((attention_mask == 1).all()):
-            raise ValueError("attention_mask: expected windows without padding, got some")
+            fail("attention_mask", "windows without padding", "some")
         keys = [(row.numpy().tobytes(), k, temperature) for row in input_ids.cpu()]
         new = [i for i, key in enumerate(keys) if key not in self._known]
         if new:
             answer = self.teacher.topk(input_ids[new], k=k, temperature=temperature)
-            for j, i in enumerate(new):
-                tail = None if answer.log_tail is None else answer.log_tail[j]
-                ids = answer.ids[j].to(torch.int32)
-                self._known[keys[i]] = TopK(ids, answer.logprobs[j], tail, temperature)
+            small = answer._replace(ids=answer.ids.to(torch.int32))
+            self._known |= {keys[i]: small.at(j) for j, i in enumerate(new)}
         rows = [self._known[key] for key in keys]
         tails = [row.log_tail for row in rows if row.log_tail is not None]
         return TopK(

@@ -21,7 +21,7 @@ from .runtime.printable import printable
 SETTINGS, MANIFEST = "settings.json", "manifest.json"  # of a cache
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-_PICKLES = ("*.bin", "*.pt", "*.pth")
+_PICKLES = (".bin", ".pt", ".pth")
 _KNOWN = "a directory with config.json and *.safetensors, or a .gguf file"
 
 
@@ -63,10 +63,8 @@ def resolve(role: str, path_or_name: str | Path) -> Source:
             f"{role}: expected a checkpoint or the hub's name of one (owner/model), got "
             f"{printable(repr(name))}, where nothing exists"
         )
-    if path.is_file():
-        if path.suffix == ".gguf":
-            return Source("gguf", path, name)
-        checks.fail(role, _KNOWN, printable(name), _about_pickles([path]))
+    if path.is_file() and path.suffix == ".gguf":
+        return Source("gguf", path, name)
     whole = (path / CONFIG).is_file()
     if not whole and any((path / file).is_file() for file in (MANIFEST, SETTINGS)):
         return Source("cache", path, name)
@@ -96,20 +94,12 @@ def _exists(path: Path) -> bool:
 
 
 def _fail(role: str, path: Path, name: str) -> NoReturn:
-    if gguf := sorted(file.name for file in path.glob("*.gguf")):
-        names = ", ".join(printable(file) for file in gguf[:4])
-        checks.fail(
-            role,
-            _KNOWN,
-            f"{printable(name)}, a directory with {names}",
-            f"name the file: {printable(path / gguf[0])}",
-        )
-    pickles = sorted(file for pattern in _PICKLES for file in path.glob(pattern))
-    got = ", ".join(printable(file.name) for file in pickles) or printable(name)
-    checks.fail(role, _KNOWN, got, _about_pickles(pickles))
-
-
-def _about_pickles(files: list[Path]) -> str:
-    if any(file.suffix in (".bin", ".pt", ".pth") for file in files):
-        return "a pickle can run code: load it where you trust it, and save_pretrained it again"
-    return ""
+    files = [path] if path.is_file() else sorted(path.glob("*"))
+    if gguf := [file for file in files if file.suffix == ".gguf"]:
+        names = ", ".join(printable(file.name) for file in gguf[:4])
+        got = f"{printable(name)}, a directory with {names}"
+        checks.fail(role, _KNOWN, got, f"name the file: {printable(gguf[0])}")
+    pickles = [printable(file.name) for file in files if file.suffix in _PICKLES]
+    hint = "a pickle can run code: load it where you trust it, and save_pretrained it again"
+    got = ", ".join(pickles) if path.is_dir() else ""
+    checks.fail(role, _KNOWN, got or printable(name), hint if pickles else "")

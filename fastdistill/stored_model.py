@@ -15,7 +15,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from . import checks
 from .checkpoint_gate import ADAPTER, CONFIG, TOKENIZER, as_checkpoint_error, load_config
-from .quant.checkpoint import check_stored_method
+from .quant.checkpoint import check_stored_method, method_of
 from .quant.conversion import check_all_used
 from .quant.header import check_header, keep_untied
 from .quant.tensor_files import TensorFiles, read_json
@@ -53,12 +53,9 @@ class StoredModel:
         source = resolve("path_or_model", path_or_name)
         path = fetched_folder(source.name) if source.kind == "hub" else source.path
         if source.kind in ("server", "cache"):
-            checks.fail(
-                "path_or_model",
-                "the weights of a model",
-                f"{printable(source.name)}, a {source.kind} without weights",
-                "pass ServedTeacher(url) or TeacherCache(path) as the teacher",
-            )
+            got = f"{printable(source.name)}, a {source.kind} without weights"
+            hint = "pass ServedTeacher(url) or TeacherCache(path) as the teacher"
+            checks.fail("path_or_model", "the weights of a model", got, hint)
         return cls(path, dtype, attn_implementation, adapter_base)
 
     def __post_init__(self) -> None:
@@ -98,12 +95,8 @@ class StoredModel:
                 f"({error})"
             ) from None
         if base.is_adapter or base.is_quantized:
-            checks.fail(
-                "base",
-                f"a whole model in full precision under the adapter {folder}",
-                printable(str(base_path)),
-                "merge the adapter into one",
-            )
+            expected = f"a whole model in full precision under the adapter {folder}"
+            checks.fail("base", expected, printable(base_path), "merge the adapter into one")
         return base
 
     @property
@@ -171,19 +164,12 @@ def load_whole(path: str | Path, **options: Any) -> PreTrainedModel:
             checks.fail(name, f"{_DECIDED[name]}, or none", repr(options[name]))
     options = {name: value for name, value in options.items() if name not in _DECIDED}
     if not folder.is_dir():
-        checks.fail(
-            "path_or_model",
-            "a folder for a model in full precision",
-            str(folder),
-            "load_teacher reads a .gguf file",
-        )
+        expected = "a folder for a model in full precision"
+        checks.fail("path_or_model", expected, folder, "load_teacher reads a .gguf file")
     if (folder / ADAPTER).exists():
-        checks.fail(
-            "path_or_model",
-            "a whole model",
-            f"{folder}, which holds {ADAPTER} too",
-            "load the adapter's folder without a model in it",
-        )
+        got = f"{folder}, which holds {ADAPTER} too"
+        hint = "load the adapter's folder without a model in it"
+        checks.fail("path_or_model", "a whole model", got, hint)
     files = TensorFiles(folder)
     model_options = {name: options.pop(name) for name in _NOT_OF_CONFIG if name in options}
     attention = options.get("attn_implementation")
@@ -220,18 +206,12 @@ def _check_method(folder: Path, config: Any, files: TensorFiles) -> None:
     stored = getattr(config, "quantization_config", None)
     if stored is None:
         return
-    values = stored if isinstance(stored, dict) else vars(stored)
-    method = values.get("quant_method")
-    method = getattr(method, "value", method)
-    if method is None and (values.get("load_in_4bit") or values.get("load_in_8bit")):
-        method = "bitsandbytes"
+    method = method_of(stored if isinstance(stored, dict) else vars(stored))
     if method not in _METHODS:
-        checks.fail(
-            "path_or_model",
-            f"full precision, or one of {', '.join(_METHODS)}",
-            f"{folder} of quant_method {printable(repr(method))}",
-            "load_teacher reads what save_quantized wrote; load another model and pass it",
-        )
+        expected = f"full precision, or one of {', '.join(_METHODS)}"
+        got = f"{folder} of quant_method {printable(repr(method))}"
+        hint = "load_teacher reads what save_quantized wrote; load another model and pass it"
+        checks.fail("path_or_model", expected, got, hint)
     check_stored_method(files, read_json(folder / CONFIG))
 
 

@@ -151,9 +151,8 @@ class Teacher:
         if where is not None:
             checks.tensor("where", where, (torch.bool,))
             if where.shape != input_ids.shape:
-                checks.fail(
-                    "where", f"shape {list(input_ids.shape)} as input_ids", list(where.shape)
-                )
+                expected = f"shape {list(input_ids.shape)} as input_ids"
+                checks.fail("where", expected, list(where.shape))
         shape, device = (*input_ids.shape, k), input_ids.device
         dtype = torch.float64 if head.weight.dtype == torch.float64 else torch.float32
         answers = [TopK.empty(shape, float(T), dtype=dtype, device=device) for T in temperatures]

@@ -106,6 +106,14 @@ def _stored_as(files: TensorFiles) -> tuple[str, ...]:
     return ("gptq", "awq") if any(name.endswith(".qweight") for name in names) else ()
 
 
+def method_of(settings: dict[str, Any]) -> Any:
+    """Return the quant_method of a quantization_config."""
+    method = settings.get("quant_method")
+    if method is None and (settings.get("load_in_4bit") or settings.get("load_in_8bit")):
+        return "bitsandbytes"  # older transformers did not write quant_method
+    return getattr(method, "value", method)  # of an enum
+
+
 def check_stored_method(files: TensorFiles, config: dict[str, Any]) -> str | None:
     """Return how the weights are quantized, None if plain, after checking config.json."""
     settings = config.get("quantization_config")
@@ -123,9 +131,7 @@ def check_stored_method(files: TensorFiles, config: dict[str, Any]) -> str | Non
     if not isinstance(settings, dict):
         got = type(settings).__name__
         fail_checkpoint(f"{files.config_file}: quantization_config", "an object", got)
-    method = settings.get("quant_method")
-    if method is None and (settings.get("load_in_4bit") or settings.get("load_in_8bit")):
-        method = "bitsandbytes"  # older transformers did not write quant_method
+    method = method_of(settings)
     if not isinstance(method, str) or method not in _READERS:
         expected = f"one of {tuple(_READERS)}, or a .gguf file"
         hint = "use the unquantized checkpoint, and quantize it here"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 if sys.version_info >= (3, 11):
@@ -30,7 +30,7 @@ _PLACES = (
     ops.AT_BOUNDARY,
     ops.AT_NON_BOUNDARY,
 )
-_CLASSES = {
+_CLASSES: dict[Any, Callable[[str], bool]] = {
     ops.CATEGORY_DIGIT: str.isdecimal,
     ops.CATEGORY_SPACE: str.isspace,
     ops.CATEGORY_WORD: lambda c: c.isalnum() or c == "_",
@@ -157,13 +157,11 @@ _WORD = [(ops.CATEGORY, ops.CATEGORY_WORD)]
 
 def _is_of(character: str, operator: Any, argument: Any) -> bool:
     code = ord(character)
-    if operator is ops.LITERAL:
-        return code == argument
-    if operator is ops.NOT_LITERAL:
-        return code != argument
+    if operator in (ops.LITERAL, ops.NOT_LITERAL):
+        return bool(code == argument) == (operator is ops.LITERAL)
     if operator is ops.ANY:
         return character != "\n"
-    negated = argument[0][0] is ops.NEGATE
+    negated: bool = argument[0][0] is ops.NEGATE
     for kind, value in argument[negated:]:
         if (
             (kind is ops.LITERAL and code == value)
