@@ -3,16 +3,18 @@ the same device, bit for bit, and every compute against fp64."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
 from fastdistill import backend
 from fastdistill.quant import Int8Linear, LUT4Linear
 from fastdistill.quant.engines import CUDA, TORCH, QuantEngine, triton
-from fastdistill.quant.formats import Lut4Weight, Nested, quantize, table
+from fastdistill.quant.formats import Lut4Weight, quantize
 from fastdistill.quant.torch_ops import FP8, TOP
 from helpers.gpu_checks import DEVICE
-from helpers.quant_engines import flat_reference
+from helpers.quant_engines import flat_reference, random_lut4
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = [((3, 50), 64), ((5, 33), 32), ((9, 1024), 1024), ((4, 96), 48), ((64, 4096), 64)]
@@ -25,33 +27,11 @@ def engines() -> list[QuantEngine]:
     return here
 
 
-def random_weight(shape, block, *, offset=False, nested=False) -> Lut4Weight:
-    count = shape[0] * shape[1]
-    blocks = -(-count // block)
-    scale = torch.rand(blocks, device=DEVICE) + 0.1
-    if nested:
-        scale = Nested(
-            torch.randint(256, (blocks,), dtype=torch.uint8, device=DEVICE),
-            torch.rand(256, device=DEVICE),
-            torch.rand(-(-blocks // 256), device=DEVICE),
-            torch.rand((), device=DEVICE),
-            256,
-        )
-    return Lut4Weight(
-        shape=shape,
-        block=block,
-        qdata=torch.randint(256, (-(-count // 2),), dtype=torch.uint8, device=DEVICE),
-        scale=scale,
-        lut=table("int4" if offset else "nf4", DEVICE),
-        offset=-8 * torch.rand(blocks, device=DEVICE) if offset else None,
-    )
-
-
 def expanded_weights_have_the_same_bits():
     for engine in engines():
         for shape, block in SHAPES:
             for options in ({}, {"offset": True}, {"nested": True}):
-                w = random_weight(shape, block, **options)
+                w = random_lut4(shape, block, device=DEVICE, **options)
                 top = flat(w, torch.float32).abs().amax(-1)
                 for dtype in (*FLOATS, torch.int8, FP8):
                     inverse = None if dtype in FLOATS else TOP[dtype] / top
@@ -66,9 +46,8 @@ def expanded_weights_have_the_same_bits():
 
 def flat(w: Lut4Weight, dtype: torch.dtype) -> torch.Tensor:
     """By the definition, on the CPU."""
-    there = Lut4Weight(
-        shape=w.shape,
-        block=w.block,
+    there = replace(
+        w,
         qdata=w.qdata.cpu(),
         scale=w.scales.cpu(),
         lut=w.lut.cpu(),
@@ -82,12 +61,12 @@ def more_than_two_to_the_31_weights():
     shape = (1 << 19, 1 << 12) if DEVICE == "cuda" else (64, 128)
     shape = (shape[0] + 3, shape[1])
     for engine in engines():
-        w = random_weight(shape, 64)
+        w = random_lut4(shape, device=DEVICE)
         out = torch.empty(shape, dtype=torch.bfloat16, device=DEVICE)
         engine.lut4_dequant(w, out)
         last, start = out[-3:], (shape[0] - 3) * shape[1]
         qdata, scale = w.qdata[start // 2 :], w.scale[start // 64 :]
-        end = Lut4Weight(shape=(3, shape[1]), block=64, qdata=qdata, scale=scale, lut=w.lut)
+        end = replace(w, shape=(3, shape[1]), qdata=qdata, scale=scale)
         assert torch.equal(last, flat(end, torch.bfloat16)), engine.name
 
 

@@ -8,6 +8,7 @@ import torch
 
 from fastdistill import backend
 from fastdistill.quant import engines, ops
+from fastdistill.quant.formats import Lut4Weight, Nested, table
 
 if TYPE_CHECKING:
     import pytest
@@ -37,6 +38,34 @@ def use(monkeypatch: pytest.MonkeyPatch, name: str) -> engines.QuantEngine:
     for module in (engines, ops):
         monkeypatch.setattr(module, "engine_for", lambda device: chosen)
     return chosen
+
+
+def random_lut4(
+    shape: tuple[int, int],
+    block: int = 64,
+    *,
+    offset: bool = False,
+    nested: bool = False,
+    device: str = "cpu",
+) -> Lut4Weight:
+    """A 4-bit weight of random codes and scales."""
+    count = shape[0] * shape[1]
+    blocks = -(-count // block)
+    scale: torch.Tensor | Nested = torch.rand(blocks, device=device) + 0.1
+    if nested:
+        codes = torch.randint(256, (blocks,), dtype=torch.uint8, device=device)
+        code, scales, middle = (
+            torch.rand(size, device=device) for size in ((256,), (-(-blocks // 256),), ())
+        )
+        scale = Nested(codes, code, scales, middle, 256)
+    return Lut4Weight(
+        shape=shape,
+        block=block,
+        qdata=torch.randint(256, (-(-count // 2),), dtype=torch.uint8, device=device),
+        scale=scale,
+        lut=table("int4" if offset else "nf4", device),
+        offset=-8 * torch.rand(blocks, device=device) if offset else None,
+    )
 
 
 def flat_reference(weight, dtype: torch.dtype) -> torch.Tensor:

@@ -3,6 +3,7 @@
 import json
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fastdistill import load_teacher
@@ -26,6 +27,13 @@ def small(**changes):
     sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
     config = LlamaConfig(vocab_size=len(WORDS), num_key_value_heads=2, **(sizes | changes))
     return LlamaForCausalLM(config)
+
+
+def edit_weights(folder, **changes):
+    """Put tensors into a folder's one file; None takes one out."""
+    weights = load_file(folder / "model.safetensors") | changes
+    weights = {name: tensor for name, tensor in weights.items() if tensor is not None}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
 
 def edit(folder, name, **changes):

@@ -16,7 +16,7 @@ from fastdistill.checkpoint_gate import check_folder, load_config, load_tokenize
 from fastdistill.organisms.vocabulary import WORDS, world_tokenizer
 from fastdistill.quant.tensor_files import CheckpointError
 from fastdistill.stored_model import load_whole
-from helpers.small_checkpoint import INDEX, LOADERS, edit
+from helpers.small_checkpoint import INDEX, LOADERS, edit, edit_weights
 
 
 def shard(folder, name):
@@ -164,10 +164,7 @@ def test_a_tokenizer_is_read_without_code_and_network(folder, monkeypatch):
 
 @pytest.mark.parametrize("loader", LOADERS)
 def test_a_stored_tensor_without_a_place_is_refused(folder, loader):
-    weights = load_file(folder / "model.safetensors")
-    for i in range(5):
-        weights[f"model.mtp.{i}.weight"] = torch.ones(2)
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    edit_weights(folder, **{f"model.mtp.{i}.weight": torch.ones(2) for i in range(5)})
     words = r"model.mtp.0.weight, model.mtp.1.weight, model.mtp.2.weight and 2 more, which it does"
     with pytest.raises(CheckpointError, match=words):
         LOADERS[loader](folder)
@@ -175,20 +172,19 @@ def test_a_stored_tensor_without_a_place_is_refused(folder, loader):
 
 @pytest.mark.parametrize("loader", LOADERS)
 def test_what_transformers_does_not_need_is_no_hindrance(folder, loader):
-    weights = load_file(folder / "model.safetensors")
     for i in range(2):
-        weights[f"model.layers.{i}.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
-        weights[f"model.layers.{i}.attn.bias"] = torch.ones(1, 1, 8, 8).tril()
-        weights[f"model.layers.{i}.attn.masked_bias"] = torch.tensor(-1e9)
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+        buffers = {
+            "self_attn.rotary_emb.inv_freq": torch.ones(4),
+            "attn.bias": torch.ones(1, 1, 8, 8).tril(),
+            "attn.masked_bias": torch.tensor(-1e9),
+        }
+        edit_weights(folder, **{f"model.layers.{i}.{name}": b for name, b in buffers.items()})
     assert LOADERS[loader](folder) is not None
 
 
 @pytest.mark.parametrize("loader", LOADERS)
 def test_a_weight_that_is_stored_twice_is_refused(folder, loader):
-    weights = load_file(folder / "model.safetensors")
-    weights["norm.weight"] = weights["model.norm.weight"] * 2
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    edit_weights(folder, **{"norm.weight": torch.full((32,), 2.0)})
     with pytest.raises(CheckpointError, match=r"expected one tensor for model.norm.weight"):
         LOADERS[loader](folder)
 

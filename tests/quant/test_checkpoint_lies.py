@@ -16,15 +16,10 @@ from fastdistill.quant import load_quantized, quantize_model, save_quantized
 from fastdistill.quant.tensor_files import CheckpointError
 from fastdistill.stored_model import load_whole
 from helpers.gguf_writer import write
-from helpers.small_checkpoint import INDEX, LOADERS, edit, small
+from helpers.small_checkpoint import INDEX, LOADERS, edit, edit_weights, small
 
 QUERY = "model.layers.0.self_attn.q_proj.weight"
 IDS = torch.arange(3, 23)[None]
-
-
-def put(folder, name, tensor):
-    weights = load_file(folder / "model.safetensors") | {name: tensor}
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
 
 def logits(model):
@@ -38,7 +33,7 @@ def logits(model):
     "dtype", [torch.bool, torch.uint8, torch.int8, torch.uint16, torch.int64, torch.complex64]
 )
 def test_weights_that_are_no_floats_are_refused(folder, loader, dtype):
-    put(folder, QUERY, torch.ones(32, 32).to(dtype))
+    edit_weights(folder, **{QUERY: torch.ones(32, 32).to(dtype)})
     with pytest.raises(CheckpointError, match=rf"{QUERY}': expected floating point, got"):
         LOADERS[loader](folder)
 
@@ -46,7 +41,7 @@ def test_weights_that_are_no_floats_are_refused(folder, loader, dtype):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_floats_of_any_precision_are_read(folder, dtype):
     weight = torch.ones(32, 32) / 64
-    put(folder, QUERY, weight.to(dtype))
+    edit_weights(folder, **{QUERY: weight.to(dtype)})
     for load in (load_whole, lambda path: load_quantized(path)):
         assert torch.equal(load(folder).get_parameter(QUERY), weight)
 
@@ -54,7 +49,7 @@ def test_floats_of_any_precision_are_read(folder, dtype):
 @pytest.mark.parametrize("loader", ["load_teacher", "int8", "Subject"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_weights_that_are_not_finite_are_called_so(folder, loader, value):
-    put(folder, QUERY, torch.full((32, 32), value))
+    edit_weights(folder, **{QUERY: torch.full((32, 32), value)})
     with pytest.raises(ValueError, match=r"expected finite (values|logits|hidden states), got NaN"):
         LOADERS[loader](folder)
 
@@ -122,11 +117,6 @@ def test_a_scaling_without_end_is_no_limit():
     assert row_limit("teacher", model).tokens == 64
 
 
-def damage(folder, **parts):
-    path = folder / "tokenizer.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | parts))
-
-
 @pytest.mark.parametrize("loader", ["load_teacher", "int8"])
 @pytest.mark.parametrize(
     "parts",
@@ -145,7 +135,7 @@ def damage(folder, **parts):
 )
 def test_a_panic_of_the_tokenizers_is_an_error_that_names_the_folder(folder, loader, parts):
     """They are no Exception: `except Exception` lets them pass."""
-    damage(folder, **parts)
+    edit(folder, "tokenizer.json", **parts)
     with pytest.raises(CheckpointError, match=rf"{folder}: expected a tokenizer that .*Panic"):
         LOADERS[loader](folder)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,8 +13,6 @@ from fastdistill.quant.formats import (
     FP4,
     NF4,
     SCHEMES,
-    Int8Weight,
-    Lut4Weight,
     Nested,
     int8_table,
     pack_nibbles,
@@ -162,32 +161,15 @@ def test_nested_scales():
         (lambda w: quantize(w * torch.nan, "nf4"), "weight: expected finite values"),
         (lambda w: quantize(w * torch.inf, "int8"), "weight: expected finite values"),
         (
-            lambda w: Lut4Weight(
-                shape=(4, 64),
-                block=64,
-                qdata=torch.zeros(5, dtype=torch.uint8),
-                scale=torch.ones(4),
-                lut=table("nf4"),
-            ),
+            lambda w: replace(quantize(w, "nf4"), qdata=torch.zeros(5, dtype=torch.uint8)),
             "qdata: expected 128 values of uint8",
         ),
         (
-            lambda w: Lut4Weight(
-                shape=(4, 64),
-                block=64,
-                qdata=torch.zeros(128, dtype=torch.uint8),
-                scale=torch.ones(4).half(),
-                lut=table("nf4"),
-            ),
+            lambda w: replace(quantize(w, "nf4"), scale=torch.ones(4).half()),
             "scale: expected 4 values of float32, got .* of float16",
         ),
         (
-            lambda w: Int8Weight(
-                shape=(4, 64),
-                block=60,
-                qdata=torch.zeros(4, 64, dtype=torch.int8),
-                scale=torch.ones(4),
-            ),
+            lambda w: replace(quantize(w, "int8"), block=60),
             "block: expected a divisor of the row length",
         ),
     ],

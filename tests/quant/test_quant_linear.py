@@ -2,42 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
 from fastdistill.quant import Int8Linear, LUT4Linear, ops
-from fastdistill.quant.formats import Lut4Weight, Nested, table
+from fastdistill.quant.engines import TORCH
+from fastdistill.quant.formats import int8_table
 from fastdistill.quant.linear import dequantize
 from fastdistill.quant.torch_ops import FP8
-from helpers.quant_engines import NAMES, flat_reference, use
+from helpers.quant_engines import NAMES, flat_reference, random_lut4, use
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 PRODUCTS = [name for name in NAMES if name != "triton"]  # Triton expands and rounds, on GPUs
 OPS = torch.ops.fastdistill
-
-
-def lut4(rows: int, cols: int, block: int = 64, *, offset: bool = False) -> Lut4Weight:
-    count = rows * cols
-    blocks = -(-count // block)
-    return Lut4Weight(
-        shape=(rows, cols),
-        block=block,
-        qdata=torch.randint(256, (-(-count // 2),), dtype=torch.uint8),
-        scale=torch.rand(blocks) + 0.1,
-        lut=table("int4" if offset else "nf4"),
-        offset=-8 * torch.rand(blocks) if offset else None,
-    )
-
-
-def nested_scale(blocks: int) -> Nested:
-    return Nested(
-        torch.randint(256, (blocks,), dtype=torch.uint8),
-        torch.rand(256),
-        torch.rand(-(-blocks // 256)),
-        torch.tensor(0.25),
-        256,
-    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -49,7 +29,7 @@ def nested_scale(blocks: int) -> Nested:
 def test_dequantised_bits(name, dtype, shape, block, monkeypatch):
     use(monkeypatch, name)
     for offset in (False, True):
-        weight = lut4(*shape, block, offset=offset)
+        weight = random_lut4(shape, block, offset=offset)
         weight.scale[0] = 0
         assert torch.equal(dequantize(weight, dtype), flat_reference(weight, dtype))
 
@@ -58,10 +38,7 @@ def test_dequantised_bits(name, dtype, shape, block, monkeypatch):
 @pytest.mark.parametrize("name", NAMES)
 def test_nested_scales_and_values_that_are_not_finite(name, monkeypatch):
     use(monkeypatch, name)
-    plain = lut4(24, 1024)
-    weight = Lut4Weight(
-        shape=plain.shape, block=64, qdata=plain.qdata, lut=plain.lut, scale=nested_scale(384)
-    )
+    weight, plain = random_lut4((24, 1024), nested=True), random_lut4((24, 1024))
     for dtype in FLOATS:
         assert torch.equal(dequantize(weight, dtype), flat_reference(weight, dtype))
     plain.scale[1], plain.scale[3] = torch.nan, torch.inf
@@ -92,7 +69,7 @@ def test_rows_rounded_to_eight_bits(name, kind, monkeypatch):
 @pytest.mark.parametrize("name", NAMES)
 def test_weights_rounded_to_eight_bits_per_row(name, monkeypatch):
     engine = use(monkeypatch, name)
-    weight = lut4(16, 128)
+    weight = random_lut4((16, 128))
     dense = flat_reference(weight, torch.float32)
     for kind, top in ((torch.int8, 127), (FP8, 448)):
         inverse = top / dense.abs().amax(-1)
@@ -122,21 +99,11 @@ def test_int8_products_of_4_bit_weights(name, offset, M, N, K, block, monkeypatc
     use(monkeypatch, name)
     x, bias = torch.randn(M, K), torch.randn(N)
     x[:, 5] *= 100  # an outlier channel
-    weight = lut4(N, K, block, offset=offset)
+    weight = random_lut4((N, K), block, offset=offset)
     layer = LUT4Linear(weight, bias, compute="int8")
     weight_group, group = ops.groups(K, block)
-    codes, unit = ops_table(weight)
-    dense = flat_reference(
-        Lut4Weight(
-            shape=weight.shape,
-            block=block,
-            qdata=weight.qdata,
-            scale=weight.scale,
-            lut=codes * unit,
-            offset=weight.offset,
-        ),
-        torch.float32,
-    )
+    codes, unit = int8_table(weight.lut)
+    dense = flat_reference(replace(weight, lut=codes.float() * unit), torch.float32)
     expected = reference_products(x, dense, group) + bias
     found = layer(x).double()
     assert (found - expected).norm() / expected.norm() < 2e-6
@@ -147,13 +114,6 @@ def test_int8_products_of_4_bit_weights(name, offset, M, N, K, block, monkeypatc
         assert torch.equal(layer(x.to(dtype)), ours)
         use(monkeypatch, "torch")
     assert weight_group % group == 0
-
-
-def ops_table(weight):
-    from fastdistill.quant.formats import int8_table
-
-    codes, unit = int8_table(weight.lut)
-    return codes.float(), unit
 
 
 @pytest.mark.parametrize("name", PRODUCTS)
@@ -188,11 +148,9 @@ def test_layers(compute, scheme, shape):
 
 
 def test_perm_takes_columns_in_stored_order():
-    weight = lut4(8, 64)
+    weight = random_lut4((8, 64))
     perm = torch.randperm(64)
-    permuted = Lut4Weight(
-        shape=(8, 64), block=64, qdata=weight.qdata, scale=weight.scale, lut=weight.lut, perm=perm
-    )
+    permuted = replace(weight, perm=perm)
     x = torch.randn(3, 64)
     dense = dequantize(permuted)
     assert torch.equal(dense[:, perm], dequantize(weight))
@@ -201,8 +159,6 @@ def test_perm_takes_columns_in_stored_order():
 
 def test_row_products_of_a_gpu_against_fp64():
     """What a GPU computes in fp8 and int8, with PyTorch's own 8-bit products on this CPU."""
-    from fastdistill.quant.engines import TORCH
-
     x, w = torch.randn(20, 128), torch.randn(32, 128)
     bias = torch.randn(32)
     expected = x.double() @ w.double().t() + bias

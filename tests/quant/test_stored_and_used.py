@@ -1,15 +1,14 @@
 """What a checkpoint stores for a tied pair is used: by both loaders, and after saving again."""
 
-import json
-
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from fastdistill.quant import load_quantized, quantize_model, save_quantized
 from fastdistill.quant.tensor_files import CheckpointError
 from fastdistill.stored_model import load_whole
-from helpers.small_checkpoint import small
+from helpers.small_checkpoint import edit, edit_weights, small
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 IDS = torch.arange(3, 23)[None]
@@ -24,13 +23,8 @@ def store(folder, tied, **changes):
     """A model with a head of its own, under a config that says `tied`; changes to its tensors."""
     model = small(tie_word_embeddings=False).eval()
     model.save_pretrained(folder)
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"tie_word_embeddings": tied}))
-    if changes:
-        weights = load_file(folder / "model.safetensors")
-        for name, tensor in changes.items():
-            weights.pop(name) if tensor is None else weights.__setitem__(name, tensor)
-        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    edit(folder, "config.json", tie_word_embeddings=tied)
+    edit_weights(folder, **changes)
     return model
 
 
@@ -88,8 +82,6 @@ def test_a_tensor_of_our_own_format_without_a_place_is_refused(tmp_path):
     model = quantize_model(small().eval(), "int8")
     save_quantized(model, tmp_path / "own")
     file = tmp_path / "own" / "model.safetensors"
-    from safetensors import safe_open
-
     with safe_open(file, "pt") as opened:
         metadata = opened.metadata()
     save_file(load_file(file) | {"score.weight": torch.ones(2)}, file, metadata)
