@@ -28,6 +28,7 @@ from ..files import write_json
 from ..outputs import TopK
 from ..progress import RowProgress
 from ..resolve import MANIFEST, SETTINGS
+from ..runtime.printable import printable
 from .codec import pack
 from .manifest import (
     CacheError,
@@ -220,11 +221,9 @@ def _prepared_folder(folder: Path, rank: int) -> Iterator[None]:
 
 
 def _remove_empty(folders: list[Path]) -> None:
-    for folder in folders:
-        try:
+    with contextlib.suppress(OSError):  # one is not empty, or does not exist
+        for folder in folders:
             folder.rmdir()
-        except OSError:  # it is not empty, or does not exist
-            return
 
 
 def _is_in_use(folder: Path, rank: int) -> bool:
@@ -307,17 +306,12 @@ def check_existing_build(folder: Path, settings: Settings, rank: int = 0) -> Set
         return None
     if differing:
         name = differing[0]
+        old, new = (printable(repr(values[name]), 200) for values in (old_values, new_values))
         raise CacheError(
-            f"{folder}: begun with {name}={_short(old_values[name])}, got "
-            f"{name}={_short(new_values[name])}. Build into another folder, or resume with the "
-            f"settings in {SETTINGS}"
+            f"{folder}: begun with {name}={old}, got {name}={new}. Build into another folder, or "
+            f"resume with the settings in {SETTINGS}"
         )
     return stored
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) < 200 else f"{text[:200]}…"
 
 
 def _check_same_rows(

@@ -217,7 +217,7 @@ def _check_settings(file: Path, entries: dict[str, Any]) -> None:
         "k": (_is_count(entries["k"], limit), f"an integer in 1..{limit}"),
         "temperatures": (
             isinstance(temperatures, list)
-            and all(map(_is_temperature, temperatures))
+            and all(type(T) in (int, float) and 0 < T < 1e30 for T in temperatures)  # NaN is not
             and 0 < len(set(temperatures)) == len(temperatures)
             and not (sampled and len(temperatures) > 1),
             "different finite numbers above 0 (one of sampled targets)",
@@ -248,10 +248,6 @@ def _check_settings(file: Path, entries: dict[str, Any]) -> None:
 
 def _is_count(value: Any, limit: float = math.inf) -> bool:
     return type(value) is int and 0 < value <= limit
-
-
-def _is_temperature(value: Any) -> bool:
-    return type(value) in (int, float) and 0 < value < 1e30  # NaN is not
 
 
 def _describe(value: Any) -> str:

@@ -66,7 +66,13 @@ def settings_for(
     """Return (settings, average bytes per row)."""
     checks.integer("k", options.k, 1, min(vocab or MAX_K, MAX_K))
     dataset, encoder = examples
-    _check_dataset(dataset)
+    if hasattr(dataset, "__len__") and len(dataset) == 0:
+        checks.fail("dataset", "at least one example", "none")
+    if not is_listed(dataset):
+        raise TypeError(
+            "dataset: expected a list or Dataset with a length, so that a build can resume, got "
+            f"{type(dataset).__name__}. Pass one split of several, and write a stream to disk first"
+        )
     tokens, template = tokenizer_identity(encoder.tokenizer)
     settings = Settings(
         k=options.k,
@@ -108,14 +114,4 @@ def check_teacher_supports(teacher: Any, targets: str) -> None:
         raise TypeError(
             f"teacher: expected a model, a path, or an object with {needs}, got "
             f"{type(teacher).__name__}"
-        )
-
-
-def _check_dataset(dataset: Any) -> None:
-    if hasattr(dataset, "__len__") and len(dataset) == 0:
-        checks.fail("dataset", "at least one example", "none")
-    if not is_listed(dataset):
-        raise TypeError(
-            "dataset: expected a list or Dataset with a length, so that a build can resume, got "
-            f"{type(dataset).__name__}. Pass one split of several, and write a stream to disk first"
         )

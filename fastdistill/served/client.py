@@ -18,7 +18,7 @@ from ..outputs import TopK
 from ..packing import read_rows
 from ..positions import RowLimit
 from ..runtime.printable import printable
-from .connection import LARGEST, Connection, Refusal, Reply
+from .connection import LARGEST, Connection, Refusal
 from .described import TEACHER
 from .listing import Listing, limit_of_vllm
 from .probing import LOGITS, are_logits, is_tempered
@@ -33,16 +33,19 @@ _ENTRY_JSON, _ENTRY_PACKED = 512, 16  # upper bounds for the bytes of one log-pr
 
 
 class _Part(NamedTuple):
-    """Rows of one request: attended tokens [first, last) of the batch, and the rows' indices."""
+    """Rows of one request, by their index in the batch; `first` among the attended tokens."""
 
     first: int
-    last: int
-    rows: list[list[int]]
-    numbers: list[int]
+    rows: dict[int, list[int]]
 
     @property
     def lengths(self) -> list[int]:
-        return [len(row) for row in self.rows]
+        return [len(row) for row in self.rows.values()]
+
+    @property
+    def where(self) -> slice:
+        """The attended tokens of the batch that these rows hold."""
+        return slice(self.first, self.first + sum(self.lengths))
 
 
 class ServedTeacher:
@@ -89,7 +92,7 @@ class ServedTeacher:
         self.url, self.concurrency = self._http.url, concurrency
         self.valid_vocab: int | None = None
         self.tokenizer = tokenizer
-        self.listing = Listing.read(self._request("/v1/models").body, model, self.url)
+        self.listing = Listing.read(self._http.ask("/v1/models").body, model, self.url)
         self.name, self.server_info = self.listing.name, self.listing.server_info
         usual = _TOKENS_JSON if self.server_info is None else _TOKENS_PACKED
         self.tokens_per_request = tokens_per_request or usual
@@ -105,7 +108,7 @@ class ServedTeacher:
         if not row:
             return
         try:
-            self._read_answer(_Part(0, len(row), [row], [0]), 2, 1.0, threading.Event())
+            self._read_answer(_Part(0, {0: row}), 2, 1.0, threading.Event())
         except Refusal as refusal:
             if refusal.status in (404, 405, 501):
                 expected = "an answer to /v1/completions"
@@ -195,13 +198,13 @@ class ServedTeacher:
                 self.row_limit.check(length, "input_ids", index)
         parts = self._parts(rows.tokens.tolist(), rows.lengths)
         if temperature != 1.0 and parts:
-            self._check_temperature(parts[0].rows[0], temperature)
+            self._check_temperature(next(iter(parts[0].rows.values())), temperature)
         part_answers = self._answer_all(parts, k, temperature)
         dtype = part_answers[0].logprobs.dtype if part_answers else torch.float32
         answers = TopK.empty((*rows.shape, k), float(temperature), dtype=dtype)
         where = rows.where.cpu()
         for part, answer in zip(parts, part_answers, strict=True):
-            answers.put(where[part.first : part.last], answer)
+            answers.put(where[part.where], answer)
         if self.valid_vocab is not None:
             answers = answers.within(self.valid_vocab)
         return answers.to(input_ids.device)
@@ -219,15 +222,11 @@ class ServedTeacher:
             budget = min(budget, self.server_info.max_tokens)
         parts: list[_Part] = []
         for number, (length, last) in enumerate(zip(lengths, accumulate(lengths), strict=True)):
-            start = last - length
-            row = tokens[start:last]
-            if not row:
-                continue
-            if parts and last - parts[-1].first <= budget:
-                first, _, rows, numbers = parts[-1]
-                parts[-1] = _Part(first, last, [*rows, row], [*numbers, number])
-            else:
-                parts.append(_Part(start, last, [row], [number]))
+            row = tokens[last - length : last]
+            if row and parts and last - parts[-1].first <= budget:
+                parts[-1].rows[number] = row
+            elif row:
+                parts.append(_Part(last - length, {number: row}))
         return parts
 
     def _answer_all(self, parts: Sequence[_Part], k: int, temperature: float) -> list[TopK]:
@@ -258,7 +257,7 @@ class ServedTeacher:
         length = re.search(r"maximum context length is (\d{1,9})\b", refusal.message)
         if length:
             limit = limit_of_vllm(self.url, int(length[1]))
-            for number, row in zip(part.numbers, part.rows, strict=True):
+            for number, row in part.rows.items():
                 limit.check(len(row), "input_ids", number)
         match = re.search(r"greater than max allowed: (\d{1,9})\b", refusal.message)
         if match:
@@ -271,20 +270,26 @@ class ServedTeacher:
 
     def _read_answer(self, part: _Part, k: int, temperature: float, stop: threading.Event) -> TopK:
         payload: dict[str, Any] = {"model": self.name, "temperature": float(temperature)}
-        entries = (part.last - part.first + len(part.rows)) * (k + 1)
+        rows = list(part.rows.values())
+        entries = (sum(part.lengths) + len(rows)) * (k + 1)
         if self.server_info is not None:
-            payload |= {"prompt": part.rows, "k": k}
-            reply = self._request(
-                "/v1/topk", payload, stop, limit=LARGEST + entries * _ENTRY_PACKED
-            )
-            self._check_same_teacher(reply)
+            payload |= {"prompt": rows, "k": k}
+            limit = LARGEST + entries * _ENTRY_PACKED
+            reply = self._http.ask("/v1/topk", payload, stop=stop, limit=limit)
+            if reply.headers.get(TEACHER) != self.server_info.digest:
+                name = printable(self.server_info.identity.get("name"))
+                raise WrongAnswer(
+                    f"{self.url}: expected the teacher that answered at first ({name}), got "
+                    "answers of another one. Was the server started again with another model? Open "
+                    "a new ServedTeacher"
+                )
             answer = unpack(reply.body, float(temperature), self.url)
         else:
             # The appended token does not affect the answers, so any token will do.
-            prompts = [[*row, row[-1]] for row in part.rows]
+            prompts = [[*row, row[-1]] for row in rows]
             payload |= {"prompt": prompts, "max_tokens": 1, "prompt_logprobs": k}
             limit = LARGEST + entries * _ENTRY_JSON
-            reply = self._request("/v1/completions", payload, stop, limit=limit)
+            reply = self._http.ask("/v1/completions", payload, stop=stop, limit=limit)
             try:
                 answer = read_choices(reply.body, prompts, k, float(temperature), self.url)
             except NoPromptLogprobs as error:
@@ -301,20 +306,11 @@ class ServedTeacher:
             )
         return answer
 
-    def _check_same_teacher(self, reply: Reply) -> None:
-        assert self.server_info is not None
-        if reply.headers.get(TEACHER) != self.server_info.digest:
-            raise WrongAnswer(
-                f"{self.url}: expected the teacher that answered at first "
-                f"({printable(self.server_info.identity.get('name'))}), got answers of another "
-                "one. Was the server started again with another model? Open a new ServedTeacher"
-            )
-
     def _check_temperature(self, row: list[int], temperature: float) -> None:
         honors = self.server_info is not None and self.server_info.honours_temperature
         if honors or temperature in self._tempered:
             return
-        part = _Part(0, len(row[:_PROBE_TOKENS]), [row[:_PROBE_TOKENS]], [0])
+        part = _Part(0, {0: row[:_PROBE_TOKENS]})
         plain, tempered = (self._answer(part, 2, T, threading.Event()) for T in (1.0, temperature))
         if not is_tempered(plain, tempered, temperature):
             raise ValueError(
@@ -324,20 +320,3 @@ class ServedTeacher:
                 f"{temperature:g}) from the model itself, or fastdistill serve"
             )
         self._tempered.add(temperature)
-
-    def _request(
-        self,
-        path: str,
-        body: dict[str, Any] | None = None,
-        stop: threading.Event | None = None,
-        limit: int = LARGEST,
-    ) -> Reply:
-        try:
-            return self._http.ask(path, body, stop=stop, limit=limit)
-        except Refusal as refusal:
-            if refusal.status in (401, 403):
-                raise ValueError(
-                    f"token: expected the one that {self.url} was started with, got another "
-                    f"({refusal.message}). Pass token=, or set FASTDISTILL_TOKEN"
-                ) from None
-            raise

@@ -123,7 +123,7 @@ class Connection:
 
         Raises:
             NoAnswer: no answer, one beyond `limit`, or `stop` was set. Refusal: a status that is
-            not retried.
+            not retried. ValueError: another token.
         """
         payload = None if body is None else json.dumps(body).encode()
         stop, started = stop or threading.Event(), time.monotonic()
@@ -148,6 +148,10 @@ class Connection:
                     self._warned = False
                     return reply
                 message = message_of(reply.body)
+                if reply.status in (401, 403):
+                    expected = f"the one that {self.url} was started with"
+                    hint = "pass token=, or set FASTDISTILL_TOKEN"
+                    checks.fail("token", expected, f"another ({message})", hint)
                 if reply.status != 429 and reply.status < 500:
                     raise Refusal(self.url, reply.status, message)
                 failure = f"status {reply.status}: {message}"
