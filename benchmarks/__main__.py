@@ -167,6 +167,11 @@ class _Bench:
         folder = self.args.out or (None if self.args.quick else RESULTS)
         # Results of a GPU do not overwrite those of a CPU.
         file = name + "_cuda" * torch.cuda.is_available()
+
+        def save(rows: list[Row]) -> None:
+            if folder is not None:
+                write(rows, folder / file)
+
         if name in STUDIES:
             from .shapes import GATE
 
@@ -174,14 +179,8 @@ class _Bench:
                 return Measured([], [], [name])
             module = study(name)
             rows = module.rows(GATE if self.args.quick else module.SHAPE)
-            if folder is not None:
-                write(rows, folder / file)
+            save(rows)
             return Measured(rows, [], [])
-
-        def save(rows: list[Row]) -> None:
-            if folder is not None:
-                write(rows, folder / file)
-
         measured = measure_all(
             self.cases[name],
             self.args.repeats,

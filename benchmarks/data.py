@@ -43,6 +43,13 @@ def _base(shape: Shape, dtype: torch.dtype) -> tuple[Data, torch.Generator]:
     return Data(hidden, weight.to(dtype).requires_grad_(), labels), g
 
 
+def topk_of(logprobs: Tensor, k: int) -> fd.TopK:
+    """The K most probable tokens of [N, V] log-probabilities, and the tail."""
+    best = logprobs.topk(k, -1)
+    tail = logprobs.scatter(-1, best.indices, -torch.inf).logsumexp(-1)
+    return fd.TopK(best.indices, best.values, tail)
+
+
 def labeled(shape: Shape, dtype: torch.dtype) -> Data:
     """Labels, and the equivalent one-hot teacher."""
     data, _ = _base(shape, dtype)

@@ -9,7 +9,7 @@ or student + 0.1 noise. For comparison, the same loss on logits rounded to bf16,
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
+from functools import partial
 
 import torch
 
@@ -17,7 +17,7 @@ import fastdistill as fd
 from fastdistill.backend import resolve_impl
 from fastdistill.kernels.divergences import NAMES
 
-from .data import device
+from .data import device, topk_of
 from .registry import Missing, Outputs, attempt, deviations, worst
 from .rows import Row
 from .shapes import Shape
@@ -26,13 +26,14 @@ SHAPE = Shape(N=64, H=1024, V=32000, K=64)
 TEACHERS = {"independent": None, "student + 1.0": 1.0, "student + 0.1": 0.1}
 
 
-def _grads(hidden, weight, teacher, divergence: str, impl: str, **options) -> Outputs:
+def grads(hidden, weight, teacher, impl: str, **options) -> Outputs:
+    """The gradients of the loss; Missing if `impl` cannot run here."""
     try:
-        resolve_impl(impl)
+        resolve_impl(impl, hidden.device)
     except ValueError as error:
         raise Missing(str(error)) from None
     leaves = [hidden.detach().requires_grad_(), weight.detach().requires_grad_()]
-    loss = fd.topk_distill_loss(*leaves, teacher, divergence=divergence, impl=impl, **options)
+    loss = fd.topk_distill_loss(*leaves, teacher, impl=impl, **options)
     return dict(zip(("hidden", "weight"), torch.autograd.grad(loss, leaves), strict=True))
 
 
@@ -54,14 +55,14 @@ def _rounded(hidden, weight, teacher, divergence: str) -> Outputs:
 
 
 def _contenders(hidden, weight, teacher, divergence: str) -> dict[str, Callable[[], Outputs]]:
-    inputs = (hidden, weight, teacher, divergence)
+    inputs = (hidden, weight, teacher)
     impls = ("torch", "triton") if hidden.is_cuda else ("torch",)
-    contenders: dict[str, Callable[[], Outputs]] = {}
-    for impl in impls:
-        for method in ("fused", "recompute"):
-            contenders[f"{impl} {method}"] = lambda i=impl, m=method: _grads(*inputs, i, backward=m)
-    contenders["eager, bf16 logits"] = lambda: _rounded(*inputs)
-    return contenders
+    contenders: dict[str, Callable[[], Outputs]] = {
+        f"{impl} {method}": partial(grads, *inputs, impl, backward=method, divergence=divergence)
+        for impl in impls
+        for method in ("fused", "recompute")
+    }
+    return contenders | {"eager, bf16 logits": partial(_rounded, *inputs, divergence)}
 
 
 def rows(shape: Shape = SHAPE) -> list[Row]:
@@ -75,25 +76,16 @@ def rows(shape: Shape = SHAPE) -> list[Row]:
     noise = torch.randn(shape.N, shape.V, generator=g, dtype=torch.float64, device=at)
     for name, near in TEACHERS.items():
         lp = (4 * noise if near is None else z + near * noise).log_softmax(-1)
-        best = lp.topk(shape.K, -1)
-        tail = lp.scatter(-1, best.indices, -torch.inf).logsumexp(-1)
-        teacher = fd.TopK(best.indices, best.values, tail)
+        teacher = topk_of(lp, shape.K)
         for divergence in NAMES:
             wide = (hidden.double(), weight.double())
-            truth = _grads(*wide, teacher, divergence, "reference")
+            truth = grads(*wide, teacher, "reference", divergence=divergence)
             for impl, work in _contenders(hidden, weight, teacher, divergence).items():
-                grads, reason = attempt(work)
-                row = Row(
-                    f"{divergence}, teacher {name}",
-                    impl,
-                    "both",
-                    **asdict(shape),
-                    dtype="bfloat16",
-                    missing=reason is not None,
-                    reason=reason,
-                )
+                row = Row.at(shape, f"{divergence}, teacher {name}", impl, "both")
+                rounded, reason = attempt(work)
+                row.set_reason(reason)
                 if reason is None:
-                    row.grad_error = worst(deviations(grads, truth))
+                    row.grad_error = worst(deviations(rounded, truth))
                 results.append(row)
     return results
 

@@ -12,13 +12,12 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config
 
 from fastdistill.quant.formats import quantize
 from fastdistill.quant.linear import linear_of
 from fastdistill.quant.model import targets
 
-from . import quant_peers
 from .data import device
 from .shapes import Shape
 
@@ -89,8 +88,7 @@ def build(
                 values.normal_(0.0, 0.02, generator=draws)
             setattr(module, leaf, nn.Parameter(values))
         if replace is not None and name in linears:
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, replace(module.weight.detach()))
+            model.set_submodule(name, replace(module.weight.detach()))
     model.tie_weights()
     return model.to(device()).eval()
 
@@ -99,11 +97,17 @@ def ours(scheme: str, compute: str) -> Replace:
     return lambda weight: linear_of(quantize(weight, scheme), None, compute)
 
 
-def bitsandbytes_nf4(weight: Tensor) -> nn.Module:
-    return quant_peers.bnb4_eval(weight)
-
-
-def held_mb(*models: nn.Module) -> float:
-    """MB of parameters and buffers, each once."""
-    tensors = (t for m in models for t in (*m.parameters(), *m.buffers()))
-    return sum({t.data_ptr(): t.nbytes for t in tensors}.values()) / 1e6
+def small_llama(shape: Shape, layers: int, longest: int, seed: int) -> LlamaForCausalLM:
+    """A Llama with tied embeddings and 8 heads of attention, in fp32."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=shape.V,
+        hidden_size=shape.H,
+        intermediate_size=11 * shape.H // 4,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        max_position_embeddings=longest,
+        tie_word_embeddings=True,
+    )
+    return LlamaForCausalLM(config).to(device())

@@ -6,7 +6,6 @@ Prints one row per line when it is measured: the step, then the longest row unde
 from __future__ import annotations
 
 import functools
-import gc
 import json
 import sys
 import tempfile
@@ -23,8 +22,9 @@ import fastdistill as fd
 from fastdistill.teacher import Teacher
 
 from .data import device
-from .large_models import CONFIGS, bitsandbytes_nf4, build, held_mb, narrow, ours
-from .memory import peak_mb
+from .large_models import CONFIGS, build, narrow, ours
+from .memory import held_mb, peak_mb, release
+from .quant_peers import bnb4_eval
 from .registry import Missing, attempt
 from .rows import Row
 from .run import fill_times, take_turns
@@ -77,7 +77,7 @@ class Running:
         student = self._student(way, configs[0])
         teacher = None
         if contender != "ours, cached":
-            quantized = ours("nf4", "exact") if contender in OURS else bitsandbytes_nf4
+            quantized = ours("nf4", "exact") if contender in OURS else bnb4_eval
             teacher = build(configs[1], quantized, seed=7)
         self.models = [student, *([] if teacher is None else [teacher])]
         self.trainer = self._trainer(way, student, teacher, folder)
@@ -94,7 +94,7 @@ class Running:
             return build(config)
         from peft import LoraConfig, get_peft_model
 
-        model = build(config, bitsandbytes_nf4).requires_grad_(False)
+        model = build(config, bnb4_eval).requires_grad_(False)
         model.is_loaded_in_4bit = True  # required by peft
         how = LoraConfig(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM")
         torch.manual_seed(0)
@@ -137,9 +137,7 @@ class Running:
         if reason is not None and not reason.startswith("out of memory"):
             raise RuntimeError(f"a row of {tokens} tokens: {reason}")
         self.model.zero_grad()
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        release()
         return reason is None
 
 
@@ -166,26 +164,20 @@ def longest(fits: Callable[[int], bool], shortest: int = SHORTEST, most: int = L
     return low
 
 
-def row_of(op: str, contender: str, shape: Shape) -> Row:
-    return Row(op, contender, "both", shape.N, shape.H, shape.V, shape.K, "bfloat16")
-
-
 def rows(way: str, contender: str, shape: Shape, say: Callable[[Row], None]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         running, reason = attempt(lambda: Running(way, contender, shape, folder))
-        first = row_of(f"large_step_{way}", contender, shape)
+        first = Row.at(shape, f"large_step_{way}", contender, "both")
         if running is not None:
             batch = running.batch(shape.N)
             _, reason = attempt(lambda: _measure(first, running, batch))
-        first.missing, first.reason = reason is not None, reason
+        first.set_reason(reason)
         say(first)
         if running is None:
             return
         for cap in CAPS[way]:
-            row = row_of(f"longest_row_{way}_{cap}GB", contender, shape)
-            work = functools.partial(_longest, row, running, cap)
-            _, row.reason = attempt(work)
-            row.missing = row.reason is not None
+            row = Row.at(shape, f"longest_row_{way}_{cap}GB", contender, "both")
+            row.set_reason(attempt(functools.partial(_longest, row, running, cap))[1])
             say(row)
 
 

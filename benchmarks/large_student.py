@@ -32,7 +32,7 @@ from typing import NamedTuple
 from fastdistill.plan import Settings, plan_memory
 
 from .large_models import CONFIGS, narrow
-from .large_step import CAPS, OURS, SHAPE, STUDENT, TEACHER, row_of
+from .large_step import CAPS, OURS, SHAPE, STUDENT, TEACHER
 from .rows import Row, command, commit
 from .shapes import Shape
 
@@ -79,8 +79,8 @@ def of_process(case: Case, shape: Shape, seconds: float = SECONDS) -> list[Row]:
     printed_ops = {row.op for row in rows}
     for op in ops(case.way):
         if op not in printed_ops:
-            rows.append(row_of(op, case.contender, shape))
-            rows[-1].missing, rows[-1].reason = True, reason
+            rows.append(Row.at(shape, op, case.contender, "both"))
+            rows[-1].set_reason(reason)
     return rows
 
 
@@ -90,7 +90,7 @@ def ops(way: str) -> list[str]:
 
 def planned(contender: str, shape: Shape) -> Row:
     """The estimate of `fastdistill plan` for full fine-tuning, from the two configurations."""
-    row = row_of("large_step_full", f"plan of {contender}", shape)
+    row = Row.at(shape, "large_step_full", f"plan of {contender}", "both")
     with tempfile.TemporaryDirectory() as folder:
         for name in (STUDENT, TEACHER):
             config = CONFIGS[name]()

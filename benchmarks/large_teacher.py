@@ -9,7 +9,6 @@ exceeds what rounded logits explain.
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Callable
 from typing import Any
@@ -19,8 +18,9 @@ import torch
 from fastdistill.teacher import Teacher
 
 from .data import device
-from .large_models import CONFIGS, Replace, bitsandbytes_nf4, build, held_mb, narrow, ours
-from .memory import peak_mb
+from .large_models import CONFIGS, Replace, build, narrow, ours
+from .memory import held_mb, peak_mb, release
+from .quant_peers import bnb4_eval
 from .registry import GateError, attempt, misplaced
 from .rows import Row
 from .run import take_turns
@@ -36,7 +36,7 @@ MODELS = ("llama-3.1-8b", "qwen3-8b", "qwen3-32b")
 # How the layers are built, and whether transformers returns all logits.
 CONTENDERS: dict[str, tuple[Replace | None, bool]] = {
     "transformers": (None, True),
-    "transformers, bnb NF4": (bitsandbytes_nf4, True),
+    "transformers, bnb NF4": (bnb4_eval, True),
     "ours": (None, False),
     "ours, int8": (ours("int8", "auto"), False),
     "ours, nf4": (ours("nf4", "exact"), False),
@@ -63,38 +63,28 @@ def _of(op: str, config: Any, shape: Shape, end: float) -> list[Row]:
         (max(1, shape.N // ROW), min(ROW, shape.N)),
         generator=torch.Generator().manual_seed(0),
     ).to(device())
+    sizes = Shape(tokens.numel(), config.hidden_size, config.vocab_size, shape.K)
     truth: torch.Tensor | None = None
     results = []
     for name, (replace, all_logits) in CONTENDERS.items():
-        row = Row(
-            op,
-            name,
-            "forward",
-            tokens.numel(),
-            config.hidden_size,
-            config.vocab_size,
-            shape.K,
-            "bfloat16",
-        )
+        row = Row.at(sizes, op, name, "forward")
         results.append(row)
         if time.monotonic() > end:
-            row.missing, row.reason = True, "not run, out of time"
+            row.set_reason("not run, out of time")
             continue
-        ids, row.reason = attempt(
+        ids, reason = attempt(
             lambda r=replace, a=all_logits, row=row: _measured(
                 row, build(config, r), tokens, shape.K, a
             )
         )
-        row.missing = row.reason is not None
+        row.set_reason(reason)
         if ids is not None and name == "transformers":
             truth = ids
         if ids is not None and truth is not None:
             row.grad_error = misplaced(ids, truth)
             if name == "ours" and not row.grad_error <= MOST_MISPLACED:
                 raise GateError(f"{op}: {row.grad_error:.1%} of our ids are not transformers'")
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        release()
     return results
 
 

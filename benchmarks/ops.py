@@ -98,16 +98,8 @@ def truth(compute: Callable[..., Any]) -> Callable[[Data], Any]:
     return functools.partial(compute, impl="reference")
 
 
-def _scan_bytes(s: Shape, size: int) -> float:
-    return (s.V + s.N) * s.H * size
-
-
-def _grad_bytes(s: Shape, size: int) -> float:
-    return 2 * _scan_bytes(s, size)
-
-
-def _dense_bytes(s: Shape, size: int) -> float:
-    return 3 * _scan_bytes(s, size)
+def _scan_bytes(s: Shape, size: int, times: int = 1) -> float:
+    return times * (s.V + s.N) * s.H * size
 
 
 def _gather_bytes(s: Shape, size: int) -> float:
@@ -118,6 +110,8 @@ def _gather_bytes(s: Shape, size: int) -> float:
     return 4 * s.N * s.K * s.H * size
 
 
+_grad_bytes = functools.partial(_scan_bytes, times=2)
+_dense_bytes = functools.partial(_scan_bytes, times=3)
 BACKWARD = {"fused": 6.0, "recompute": 8.0}
 _kl = functools.partial(_dense, divergence="forward_kl")
 _jsd = functools.partial(_dense, divergence="jsd")

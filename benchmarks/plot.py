@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
+
+from fastdistill.files import write_atomically
 
 from .registry import Missing
 from .rows import Row
@@ -55,8 +58,7 @@ def png(rows: list[Row], path: Path) -> Path:
     for i, impl in enumerate(impls):
         axes[0].plot([], [], marks[i % len(marks)], color=f"C{i % 10}", label=impl)
     figure.legend(loc="outside upper center", ncols=4, fontsize=8, frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(path.name + ".tmp")
-    figure.savefig(draft, format="png", dpi=120)
-    draft.replace(path)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    write_atomically(path, picture.getvalue())
     return path

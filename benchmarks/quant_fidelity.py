@@ -35,9 +35,8 @@ def _ours(scheme: str, compute: str) -> Callable[[PreTrainedModel], nn.Module]:
 def _bitsandbytes(training: bool) -> Callable[[PreTrainedModel], nn.Module]:
     def make(model: PreTrainedModel) -> nn.Module:
         for name, linear in list(targets(model)):
-            parent, _, leaf = name.rpartition(".")
             layer = quant_peers.bnb4(linear.weight.detach(), training)  # type: ignore[arg-type]
-            setattr(model.get_submodule(parent), leaf, layer)
+            model.set_submodule(name, layer)
         return model
 
     return make
@@ -59,17 +58,18 @@ def rows(shape: Shape = SHAPE) -> list[Row]:
     text = corpus.standard_library().held_out
     windows = corpus.document_windows(text, tokenizer, length=LENGTH, per_document=2)
     batch = {"input_ids": windows.ids[: SHAPE.N]}
+    config = full.model.config
+    sizes = Shape(SHAPE.N, config.hidden_size, config.vocab_size, 0)
     results = []
     for name, make in CONTENDERS.items():
-        row = Row("fidelity", name, "forward", *_sizes(full.model), dtype="bfloat16")
+        row = Row.at(sizes, "fidelity", name, "forward")
         model = copy.deepcopy(full.model).bfloat16()
 
         def work(make=make, model=model) -> fd.FidelityReport:
-            teacher = _FixedTeacher(make(model))
-            return teacher.fidelity(batch, against=full)
+            return _FixedTeacher(make(model)).fidelity(batch, against=full)
 
-        report, row.reason = attempt(work)
-        row.missing = report is None
+        report, reason = attempt(work)
+        row.set_reason(reason)
         if report is not None:
             row.kl, row.top1_agreement = report.kl, report.top1_agreement
             row.kl_low, row.kl_high = report.kl_interval
@@ -85,10 +85,6 @@ class _FixedTeacher(fd.Teacher):
         super().__init__(model)  # type: ignore[arg-type]
         for module, mode in training.items():
             module.training = mode
-
-
-def _sizes(model: PreTrainedModel) -> tuple[int, int, int, int]:
-    return SHAPE.N, model.config.hidden_size, model.config.vocab_size, 0
 
 
 def table(rows: list[Row]) -> str:

@@ -7,6 +7,7 @@ last two dequantize it). A library is imported when its contender runs.
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Callable
 
 import torch
@@ -44,12 +45,8 @@ def bnb4(weight: Tensor, training: bool) -> nn.Module:
     return layer.to(weight.device).train(training)
 
 
-def bnb4_eval(weight: Tensor) -> nn.Module:
-    return bnb4(weight, training=False)
-
-
-def bnb4_train(weight: Tensor) -> nn.Module:
-    return bnb4(weight, training=True)
+bnb4_eval = functools.partial(bnb4, training=False)
+bnb4_train = functools.partial(bnb4, training=True)
 
 
 def bnb8(weight: Tensor) -> nn.Module:

@@ -6,18 +6,18 @@ import csv
 import functools
 import io
 import json
-import os
 import platform
 import shlex
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, field, fields
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from fastdistill.backend import describe, package_versions
+from fastdistill.files import write_atomically
 
+from .registry import installed
 from .shapes import Shape, label
 
 RESULTS = Path(__file__).parent / "results"
@@ -68,9 +68,18 @@ class Row:
     commit: str = field(default_factory=lambda: commit())
     command: str = field(default_factory=lambda: command())
 
+    @classmethod
+    def at(cls, shape: Shape, op: str, impl: str, mode: str, dtype: str = "bfloat16") -> Row:
+        """A row without figures."""
+        return cls(op, impl, mode, **asdict(shape), dtype=dtype)
+
     @property
     def shape(self) -> Shape:
         return Shape(self.N, self.H, self.V, self.K)
+
+    def set_reason(self, reason: str | None) -> None:
+        """Mark the row as missing, unless the reason is None."""
+        self.missing, self.reason = reason is not None, reason
 
 
 @functools.cache
@@ -89,13 +98,7 @@ def machine() -> str:
 
 @functools.cache
 def versions() -> dict[str, str | None]:
-    versions_by_name = package_versions()
-    for name in PEERS:
-        try:
-            versions_by_name[name] = version(name)
-        except PackageNotFoundError:
-            versions_by_name[name] = None
-    return versions_by_name
+    return package_versions() | {name: installed(name) for name in PEERS}
 
 
 @functools.cache
@@ -122,17 +125,6 @@ def command() -> str:
     return shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]])
 
 
-def _replace(path: Path, text: str) -> None:
-    """Write through a temporary file: an interrupted run leaves the old file intact."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(path.name + ".tmp")
-    with draft.open("w", encoding="utf-8", newline="") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
-
-
 def cell(value: Any) -> str:
     """A CSV cell: text unchanged, empty for null, other values as JSON."""
     if value is None:
@@ -149,12 +141,12 @@ def write(rows: list[Row], stem: Path) -> list[Path]:
     lines.writerow(names)
     lines.writerows([cell(record[name]) for name in names] for record in records)
     texts = {
-        ".json": json.dumps(records, indent=1, allow_nan=False) + "\n",
-        ".csv": table.getvalue(),
+        stem.with_name(f"{stem.name}.json"): json.dumps(records, indent=1, allow_nan=False) + "\n",
+        stem.with_name(f"{stem.name}.csv"): table.getvalue(),
     }
-    for ending, text in texts.items():
-        _replace(stem.with_name(stem.name + ending), text)
-    return [stem.with_name(stem.name + ending) for ending in texts]
+    for path, text in texts.items():
+        write_atomically(path, text)
+    return list(texts)
 
 
 def table(rows: list[Row]) -> str:

@@ -11,7 +11,6 @@ import gc
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import torch
@@ -145,9 +144,8 @@ def measure(
             continue
         works[impl] = work = functools.partial(run, contender, case, data)
         if contender.compiles or contender.prepares or torch.cuda.is_available():
-            until_it_fails(
-                impl, work
-            )  # compiling and preparing allocate memory that is not the call's
+            # Compiling and preparing allocate memory that is not the call's.
+            until_it_fails(impl, work)
         first = None if impl in failures else until_it_fails(impl, lambda w=work: first_run(w))
         if first is not None:
             firsts[impl] = first
@@ -164,12 +162,10 @@ def measure(
         say(f"  {case} turn {turn + 1} of {repeats}")
     rows = []
     for contender in case.op.contenders:
-        row = Row(
-            case.name, contender.impl, case.op.mode, **asdict(case.shape), dtype=str(case.dtype)[6:]
-        )
+        row = Row.at(case.shape, case.name, contender.impl, case.op.mode, str(case.dtype)[6:])
         rows.append(row)
-        if contender.impl in failures:
-            row.missing, row.reason = True, failures[contender.impl]
+        row.set_reason(failures.get(contender.impl))
+        if row.missing:
             continue
         first = firsts[contender.impl]
         row.peak_mb, row.output_mb = first.peak_mb, first.output_mb

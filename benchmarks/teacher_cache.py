@@ -14,19 +14,21 @@ nothing is reported.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import fastdistill as fd
 from fastdistill import TopK
 
 from .data import device
+from .large_models import small_llama
 from .peers import named
 from .registry import GateError, attempt
 from .rows import Row
@@ -67,19 +69,8 @@ def rows(shape: Shape = SHAPE) -> list[Row]:
 
 
 def _build(shape: Shape, folder: Path) -> list[Row]:
-    torch.manual_seed(0)
     small = shape != SHAPE
-    config = LlamaConfig(
-        vocab_size=shape.V,
-        hidden_size=shape.H,
-        intermediate_size=11 * shape.H // 4,
-        num_hidden_layers=1 if small else LAYERS,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        max_position_embeddings=2 * ROW,
-        tie_word_embeddings=True,
-    )
-    teacher = fd.Teacher(LlamaForCausalLM(config).to(device()))
+    teacher = fd.Teacher(small_llama(shape, 1 if small else LAYERS, 2 * ROW, seed=0))
     ids = torch.randint(shape.V, (2 if small else BUILT, ROW), device=device())
     data = [{"input_ids": row.cpu()} for row in ids]
     folders: list[Path] = []
@@ -132,10 +123,8 @@ def _read(shape: Shape, folder: Path) -> list[Row]:
     for row in rows:
         row.grad_error = error
     parquet = _row("cache_read", "Parquet, two workers", ids.numel(), shape)
-    read_parquet, parquet.reason = attempt(
-        lambda: _parquet(teacher, ids, folder / "p.parquet", shape.K)
-    )
-    parquet.missing = read_parquet is None
+    read_parquet, reason = attempt(lambda: _parquet(teacher, ids, folder / "p.parquet", shape.K))
+    parquet.set_reason(reason)
     if read_parquet is not None:
         works[parquet.impl] = read_parquet
     for work in works.values():
@@ -149,12 +138,7 @@ def _passes(batches: Any, collate: Callable[[Any], Any]) -> Callable[[], object]
     loader = DataLoader(
         batches, batch_size=1, num_workers=2, persistent_workers=True, collate_fn=collate
     )
-    return lambda: _exhausted(iter(loader))
-
-
-def _exhausted(items: Iterator[Any]) -> None:
-    for _ in items:
-        pass
+    return lambda: deque(loader, maxlen=0)
 
 
 def _parquet(teacher: _Peaked, ids: Tensor, file: Path, k: int) -> Callable[[], object]:
@@ -183,7 +167,7 @@ def _parquet(teacher: _Peaked, ids: Tensor, file: Path, k: int) -> Callable[[], 
 
 
 def _row(op: str, impl: str, tokens: int, shape: Shape) -> Row:
-    return Row(op, impl, "forward", tokens, shape.H, shape.V, shape.K, "float32")
+    return Row.at(replace(shape, N=tokens), op, impl, "forward", "float32")
 
 
 def _error(answers: TopK, truth: TopK) -> float:

@@ -24,10 +24,10 @@ from fastdistill.quant.model import targets
 
 from . import quant_peers
 from .data import device
-from .memory import peak_mb
+from .memory import held_mb, peak_mb
 from .registry import GateError, attempt, misplaced
 from .rows import Row
-from .rows import table as table_of
+from .rows import table as table
 from .run import take_turns
 from .shapes import Shape
 
@@ -47,7 +47,7 @@ CONFIG = Qwen3Config(
 )
 
 
-def materialized(model: nn.Module, k: int) -> Callable[[torch.Tensor], Any]:
+def materialized(model: nn.Module, k: int = SHAPE.K) -> Callable[[torch.Tensor], Any]:
     """Top K of the log_softmax of all logits, and the tail."""
 
     def answer(ids: torch.Tensor) -> Any:
@@ -57,16 +57,10 @@ def materialized(model: nn.Module, k: int) -> Callable[[torch.Tensor], Any]:
     return answer
 
 
-def _materialized(model: nn.Module) -> Callable[[torch.Tensor], Any]:
-    return materialized(model, SHAPE.K)
-
-
 def _bitsandbytes(model: nn.Module) -> Callable[[torch.Tensor], Any]:
     for name, linear in list(targets(model)):
-        parent, _, leaf = name.rpartition(".")
-        layer = quant_peers.bnb4_eval(linear.weight.detach())  # type: ignore[arg-type]
-        setattr(model.get_submodule(parent), leaf, layer)
-    return _materialized(model)
+        model.set_submodule(name, quant_peers.bnb4_eval(linear.weight.detach()))
+    return materialized(model)
 
 
 def _ours(quant: str | None, compute: str) -> Callable[[nn.Module], Callable[[torch.Tensor], Any]]:
@@ -78,7 +72,7 @@ def _ours(quant: str | None, compute: str) -> Callable[[nn.Module], Callable[[to
 
 
 CONTENDERS: dict[str, Callable[[Any], Callable[[torch.Tensor], Any]]] = {
-    "transformers": _materialized,
+    "transformers": materialized,
     "transformers, bnb NF4": _bitsandbytes,
     "ours": _ours(None, "auto"),
     "ours, nf4 exact": _ours("nf4", "exact"),
@@ -96,29 +90,19 @@ def rows(shape: Shape = SHAPE) -> list[Row]:
     torch.manual_seed(0)
     full = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).to(device()).eval()
     ids = torch.randint(config.vocab_size, (shape.N // ROW or 2, ROW), device=device())
+    sizes = Shape(ids.numel(), config.hidden_size, config.vocab_size, SHAPE.K)
     results: list[Row] = []
     works: dict[str, Callable[[], Any]] = {}
     top_ids: dict[str, torch.Tensor] = {}
     for name, make in CONTENDERS.items():
-        row = Row(
-            "teacher_topk",
-            name,
-            "forward",
-            ids.numel(),
-            config.hidden_size,
-            config.vocab_size,
-            SHAPE.K,
-            "bfloat16",
-        )
+        row = Row.at(sizes, "teacher_topk", name, "forward")
         results.append(row)
         model = copy.deepcopy(full)
-        answer, row.reason = attempt(lambda m=make, model=model: m(model))
-        if row.reason is None:
-            sizes = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
-            row.output_mb = sum(sizes.values()) / 1e6
-            peak, row.reason = attempt(lambda m=answer: (m(ids), peak_mb(lambda: m(ids)))[1])
-            row.peak_mb = peak
-        row.missing = row.reason is not None
+        answer, reason = attempt(lambda m=make, model=model: m(model))
+        if reason is None:
+            row.output_mb = held_mb(model)
+            row.peak_mb, reason = attempt(lambda m=answer: (m(ids), peak_mb(lambda: m(ids)))[1])
+        row.set_reason(reason)
         if not row.missing:
             top_ids[name] = answer(ids)
             row.grad_error = misplaced(top_ids[name], top_ids["transformers"])
@@ -128,6 +112,3 @@ def rows(shape: Shape = SHAPE) -> list[Row]:
         gc.collect()
     take_turns(results, works, TURNS if shape == SHAPE else 1)
     return results
-
-
-table = table_of

@@ -9,15 +9,14 @@ larger means a more peaked student. Without a GPU it needs Triton's interpreter
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 import torch
 from torch import Tensor
 
 import fastdistill as fd
 from fastdistill.backend import resolve_impl
 
-from .data import device
+from .data import device, topk_of
+from .gradient_error import grads
 from .registry import Missing, Outputs, attempt, deviations, worst
 from .rows import Row
 from .shapes import Shape
@@ -25,12 +24,6 @@ from .shapes import Shape
 SHAPE = Shape(N=256, H=128, V=16000, K=16)  # minutes in the interpreter, as it is
 WIDTHS = (4.0, 8.0, 16.0)
 EPS = (2.0**-16, 2.0**-12, 2.0**-9)
-
-
-def _grads(hidden: Tensor, weight: Tensor, teacher: fd.TopK, **options) -> Outputs:
-    leaves = [hidden.detach().requires_grad_(), weight.detach().requires_grad_()]
-    loss = fd.topk_distill_loss(*leaves, teacher, **options)
-    return dict(zip(("hidden", "weight"), torch.autograd.grad(loss, leaves), strict=True))
 
 
 def _skipping(
@@ -52,10 +45,10 @@ def _skipping(
 
     triton_filter.live_tiles = recording
     try:
-        grads = _grads(hidden, weight, teacher, impl="triton", grad_filter_eps=eps)
+        gradients = grads(hidden, weight, teacher, "triton", grad_filter_eps=eps)
     finally:
         triton_filter.live_tiles = find
-    return grads, torch.cat([t.flatten() for t in live]).double().mean().item()
+    return gradients, torch.cat([t.flatten() for t in live]).double().mean().item()
 
 
 def rows(shape: Shape = SHAPE) -> list[Row]:
@@ -69,23 +62,15 @@ def rows(shape: Shape = SHAPE) -> list[Row]:
         z = hidden.double() @ weight.double().t()
         noise = torch.randn(z.shape, generator=g, dtype=torch.float64, device=at)
         lp = (z + noise).log_softmax(-1)
-        best = lp.topk(shape.K, -1)
-        tail = lp.scatter(-1, best.indices, -torch.inf).logsumexp(-1)
-        teacher = fd.TopK(best.indices, best.values, tail)
-        truth = _grads(hidden.double(), weight.double(), teacher, impl="reference")
+        teacher = topk_of(lp, shape.K)
+        truth = grads(hidden.double(), weight.double(), teacher, "reference")
         for eps in EPS:
             result, reason = attempt(
                 lambda e=eps, x=hidden, w=weight, t=teacher: _skipping(x, w, t, e)
             )
-            row = Row(
-                f"grad_filter_eps {eps:.3g}, logits of width {width:g}",
-                "triton fused",
-                "both",
-                **asdict(shape),
-                dtype="bfloat16",
-                missing=reason is not None,
-                reason=reason,
-            )
+            op = f"grad_filter_eps {eps:.3g}, logits of width {width:g}"
+            row = Row.at(shape, op, "triton fused", "both")
+            row.set_reason(reason)
             if result is not None:
                 row.grad_error = worst(deviations(result[0], truth))
                 row.products_share = result[1]

@@ -23,17 +23,18 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
 import fastdistill as fd
 from fastdistill.teacher import Teacher
 
 from .data import device
+from .large_models import small_llama
 from .memory import peak_mb
 from .peers import named
 from .registry import GateError, attempt
 from .rows import Row
-from .rows import table as table_of
+from .rows import table as table
 from .run import take_turns
 from .shapes import Shape
 
@@ -53,18 +54,7 @@ class TrainStep(NamedTuple):
 
 
 def _llama(shape: Shape, seed: int) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=shape.V,
-        hidden_size=shape.H,
-        intermediate_size=11 * shape.H // 4,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        max_position_embeddings=2 * ROW,
-        tie_word_embeddings=True,
-    )
-    return LlamaForCausalLM(config).to(device())
+    return small_llama(shape, LAYERS, 2 * ROW, seed)
 
 
 def _batch(shape: Shape) -> dict[str, Tensor]:
@@ -190,6 +180,8 @@ def gkd_trainer(student: Any, teacher: Any, folder: str, **options: Any) -> Any:
     config, trainer = (
         named("trl", "trl.experimental.gkd", name) for name in ("GKDConfig", "GKDTrainer")
     )
+    from datasets import Dataset
+
     from fastdistill.demo_models import shipped_teacher
 
     tokenizer = shipped_teacher()[1]
@@ -200,15 +192,9 @@ def gkd_trainer(student: Any, teacher: Any, folder: str, **options: Any) -> Any:
         student,
         teacher,
         args,
-        train_dataset=_dataset([{"messages": talk}]),
+        train_dataset=Dataset.from_list([{"messages": talk}]),
         processing_class=tokenizer,
     )
-
-
-def _dataset(rows: list[dict[str, Any]]) -> Any:
-    from datasets import Dataset
-
-    return Dataset.from_list(rows)
 
 
 CASES = {"train_step": _with_answers, "train_step_teacher": _with_teacher}
@@ -236,10 +222,10 @@ def _measure(op: str, contenders: dict[str, Callable[[], TrainStep]], shape: Sha
     works: dict[str, Callable[[], object]] = {}
     truth: Tensor | None = None
     for name, make in contenders.items():
-        row = Row(op, name, "both", shape.N, shape.H, shape.V, shape.K, "float32")
+        row = Row.at(shape, op, name, "both", "float32")
         rows.append(row)
-        work, row.reason = attempt(make)
-        row.missing = work is None
+        work, reason = attempt(make)
+        row.set_reason(reason)
         if work is None:
             continue
         if name in SAME_LOSS:
@@ -255,6 +241,3 @@ def _measure(op: str, contenders: dict[str, Callable[[], TrainStep]], shape: Sha
         works[name] = work.step
     take_turns(rows, works, TURNS if shape == SHAPE else 1)
     return rows
-
-
-table = table_of

@@ -60,15 +60,13 @@ def check_columns(example: Any) -> tuple[str, dict[str, Any]]:
         is not read.
     """
     if not isinstance(example, Mapping):
-        raise ValueError(
-            f"train_dataset: expected dicts with {FORMS}, got {type(example).__name__}"
-        )
+        fail("train_dataset", f"dicts with {FORMS}", type(example).__name__)
     columns = {name: value for name, value in example.items() if value is not None}
     form = next((name for name in _READ if name in columns), None)
     if form is None:
         empty = sorted(str(name) for name in example if name not in columns)
         got = f"{sorted(map(str, columns))}" + (f", and None in {empty}" if empty else "")
-        raise ValueError(f"train_dataset: expected dicts with {FORMS}, got {printable(got)}")
+        fail("train_dataset", f"dicts with {FORMS}", printable(got))
     for name, value in columns.items():
         if name != form and name not in _READ[form]:
             _check_unread(str(name), value, form, columns)
@@ -160,17 +158,13 @@ def check_integers(name: str, values: Any, like: Tensor | None = None) -> Tensor
     except (TypeError, ValueError, RuntimeError) as error:
         fail(name, "a list of integers", f"a list that is no tensor ({printable(error, 80)})")
     if row.dim() != 1 or row.numel() == 0:
-        raise ValueError(
-            f"{name}: expected a non-empty one-dimensional list of integers, got shape "
-            f"{tuple(row.shape)}"
-        )
+        expected = "a non-empty one-dimensional list of integers"
+        fail(name, expected, f"shape {tuple(row.shape)}")
     is_mask = name == "attention_mask" or name in MASKS
     if row.is_floating_point() or row.is_complex() or (row.dtype == torch.bool and not is_mask):
         raise TypeError(f"{name}: expected integers, got {row.dtype}")
     if like is not None and len(row) != len(like):
-        raise ValueError(
-            f"{name}: expected {len(like)} values, one per token of input_ids, got {len(row)}"
-        )
+        fail(name, f"{len(like)} values, one per token of input_ids", len(row))
     return row.long()
 
 
@@ -223,7 +217,8 @@ def _check_unread(name: str, value: Any, form: str, columns: Mapping[str, Any]) 
             f"{form} with it",
             "pass prompt and completion alone; a prompt may be an empty text",
         )
-    if name in ("tools", "chat_template_kwargs") and form == "text" and _is_filled(value):
+    is_empty = isinstance(value, (Mapping, Sequence)) and not len(value)
+    if name in ("tools", "chat_template_kwargs") and form == "text" and not is_empty:
         fail(name, "messages, whose template reads it", "text with it")
     if name in _TEXTS or not _is_data(value):
         return
@@ -238,10 +233,6 @@ def _check_unread(name: str, value: Any, form: str, columns: Mapping[str, Any]) 
         "images, audio, positions and lengths of packed documents are not read: remove the column "
         "if it does not matter, and pass packed documents as examples of their own",
     )
-
-
-def _is_filled(value: Any) -> bool:
-    return not isinstance(value, (Mapping, Sequence)) or len(value) > 0
 
 
 def _is_data(value: Any) -> bool:

@@ -76,10 +76,12 @@ def check_room(limit: RowLimit | None, rows: Sequence[Sequence[int]]) -> None:
 def check_new_tokens(limit: RowLimit, prompt: int, new: int, where: str = "") -> None:
     """Raise ValueError if a prompt and its completion exceed `limit`."""
     if prompt + new > limit.tokens:
-        raise ValueError(
-            f"max_new_tokens: expected at most {limit.tokens - prompt} after a prompt of {prompt} "
-            f"tokens{where}, since {limit.reader} reads {limit.tokens}, got {new}. Shorten it, or "
-            f"the examples by max_length{limit.hint}"
+        checks.fail(
+            "max_new_tokens",
+            f"at most {limit.tokens - prompt} after a prompt of {prompt} tokens{where}, since "
+            f"{limit.reader} reads {limit.tokens}",
+            new,
+            f"shorten it, or the examples by max_length{limit.hint}",
         )
 
 

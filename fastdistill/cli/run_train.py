@@ -6,16 +6,16 @@ import math
 import sys
 import time
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from transformers import PrinterCallback, TrainingArguments
 
 from ..examples import Encoder, check_example
-from ..json_lines import JsonLines
+from ..json_lines import JsonLines, Line
 from ..progress import TrainingProgress
 from ..run_report import write_run_report
 from ..run_series import has_diverged
@@ -46,6 +46,61 @@ from .settings import coerce
 from .verbs import Train
 
 
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """The result of a run, which may have been finished before."""
+
+    out: str
+    report: str
+    steps: int
+    already_done: bool
+    loss: float | None
+    diverged: bool
+    evaluation: dict[str, Any]
+    seconds: float
+
+    def to_lines(self) -> list[str]:
+        figures = "  ".join(
+            f"{name} {format_short(self.evaluation[name])}"
+            for name in ("kl", "agreement", "perplexity")
+            if self.evaluation.get(name) is not None
+        )
+        loss = "none" if self.loss is None else format_short(self.loss)
+        summary = f"{self.steps:,} steps, loss {loss}, {self.seconds:.0f} s."
+        if self.already_done:
+            summary = f"Already finished at step {self.steps:,}; nothing was trained."
+        elif self.diverged:
+            summary += " The loss rose: the run diverged. Lower the learning rate."
+        evaluation = [f"Evaluation: {figures}"] if figures else []
+        return [summary, *evaluation, f"Student: {self.out}. Report: {self.report}"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checked:
+    """The result of a dry run; `cut` and `without_targets` by dataset."""
+
+    dry_run: bool = True
+    examples: int
+    tokens: int
+    targets: int
+    longest: int
+    cut: dict[str, str]
+    without_targets: dict[str, int]
+    steps: int
+
+    def to_lines(self) -> list[str]:
+        return [
+            f"{self.examples:,} examples, {self.tokens:,} tokens "
+            f"({self.targets:,} targets), {self.steps:,} steps.",
+            *(f"{name}: {cut}." for name, cut in self.cut.items()),
+            *(
+                f"{name}: {n:,} examples have no target."
+                for name, n in self.without_targets.items()
+            ),
+            "All checks passed. `fastdistill plan` estimates the memory.",
+        ]
+
+
 def extra_keys() -> list[str]:
     """Return the fields of DistillConfig that KEY=VALUE accepts; --out sets output_dir."""
     names = [field.name for field in fields(DistillConfig) if field.init]
@@ -60,7 +115,7 @@ def resolved_settings(options: Train, extra: dict[str, Any]) -> dict[str, Any]:
     return vars(options) | own_settings | _coerced(extra)
 
 
-def run(options: Train, extra: dict[str, Any]) -> dict[str, Any] | None:
+def run(options: Train, extra: dict[str, Any]) -> Trained | None:
     config, (data, held_out) = _config(options, extra), _load_data(options)
     tokenizer = open_tokenizer(options.tokenizer or options.student)
     teacher = None
@@ -96,16 +151,16 @@ def run(options: Train, extra: dict[str, Any]) -> dict[str, Any] | None:
             report = write_run_report(options.out) if trainer.is_world_process_zero() else None
     if report is None:
         return None
-    return {
-        "out": str(options.out),
-        "report": str(report),
-        "steps": outcome.global_step,
-        "already_done": trainer.already_done,
-        "loss": outcome.training_loss if math.isfinite(outcome.training_loss) else None,
-        "diverged": has_diverged(read_run(options.out)),
-        "evaluation": {name.removeprefix("eval_"): value for name, value in evaluated.items()},
-        "seconds": time.perf_counter() - start,
-    }
+    return Trained(
+        out=str(options.out),
+        report=str(report),
+        steps=outcome.global_step,
+        already_done=trainer.already_done,
+        loss=outcome.training_loss if math.isfinite(outcome.training_loss) else None,
+        diverged=has_diverged(read_run(options.out)),
+        evaluation={name.removeprefix("eval_"): value for name, value in evaluated.items()},
+        seconds=time.perf_counter() - start,
+    )
 
 
 def _resume_note(options: Train, config: DistillConfig) -> str:
@@ -149,7 +204,7 @@ def _recorded_evaluation(options: Train, step: int) -> dict[str, Any] | None:
     return evaluations[-1] if evaluations else None if options.eval_data else {}
 
 
-def dry_run(options: Train, extra: dict[str, Any]) -> dict[str, Any]:
+def dry_run(options: Train, extra: dict[str, Any]) -> Checked:
     """Run every check that needs no weights, and return the size of the run.
 
     Models are built on the meta device, so the checks are those of the run itself.
@@ -184,62 +239,37 @@ def dry_run(options: Train, extra: dict[str, Any]) -> dict[str, Any]:
             teacher.close()
     lengths = {name: _lengths(name, lines, encoder) for name, lines in datasets.items()}
     train = lengths["train_dataset"]
-    return {
-        "dry_run": True,
-        "examples": len(data),
-        "tokens": train.tokens,
-        "targets": train.targets,
-        "longest": train.longest if train.limit is None else min(train.longest, train.limit),
-        "cut": {name: part.to_text() for name, part in lengths.items() if part.rows},
-        "without_targets": {
+    return Checked(
+        examples=len(data),
+        tokens=train.tokens,
+        targets=train.targets,
+        longest=train.longest if train.limit is None else min(train.longest, train.limit),
+        cut={name: part.to_text() for name, part in lengths.items() if part.rows},
+        without_targets={
             name: part.seen - part.taught
             for name, part in lengths.items()
             if part.taught < part.seen and not (name == "train_dataset" and config.lmbda == 1.0)
         },
-        "steps": _steps(config, len(data)),
-    }
+        steps=_steps(config, len(data)),
+    )
 
 
-def print_result(result: dict[str, Any]) -> None:
-    if result.get("dry_run"):
-        without = result["without_targets"]
-        lines = [
-            f"{result['examples']:,} examples, {result['tokens']:,} tokens "
-            f"({result['targets']:,} targets), {result['steps']:,} steps.",
-            *(f"{name}: {cut}." for name, cut in result["cut"].items()),
-            *(f"{name}: {n:,} examples have no target." for name, n in without.items()),
-            "All checks passed. `fastdistill plan` estimates the memory.",
-        ]
-    else:
-        figures = "  ".join(
-            f"{name} {format_short(result['evaluation'][name])}"
-            for name in ("kl", "agreement", "perplexity")
-            if result["evaluation"].get(name) is not None
-        )
-        loss = "none" if result["loss"] is None else format_short(result["loss"])
-        summary = f"{result['steps']:,} steps, loss {loss}, {result['seconds']:.0f} s."
-        if result["already_done"]:
-            summary = f"Already finished at step {result['steps']:,}; nothing was trained."
-        elif result["diverged"]:
-            summary += " The loss rose: the run diverged. Lower the learning rate."
-        lines = [
-            summary,
-            *([f"Evaluation: {figures}"] if figures else []),
-            f"Student: {result['out']}. Report: {result['report']}",
-        ]
-    for line in lines:
+def print_result(result: Trained | Checked) -> None:
+    for line in result.to_lines():
         say(printable(line, None))
 
 
+def as_json(result: Trained | Checked) -> dict[str, Any]:
+    return asdict(result)
+
+
 def _config(options: Train, extra: dict[str, Any]) -> DistillConfig:
-    defaults: dict[str, Any] = {
-        "disable_tqdm": True,
-        "eval_on_start": options.eval_data is not None,
-    }
+    integer("lora_rank", options.lora_rank, 1, optional=True)
+    defaults: dict[str, Any] = {"eval_on_start": options.eval_data is not None}
     if options.teacher is None:
         defaults["ce_weight"] = 1.0
-    integer("lora_rank", options.lora_rank, 1, optional=True)
-    return DistillConfig(output_dir=str(options.out), **{**defaults, **_coerced(extra)})
+    settings = {"disable_tqdm": True, **defaults, **_coerced(extra)}
+    return DistillConfig(output_dir=str(options.out), **settings)
 
 
 def _coerced(extra: dict[str, Any]) -> dict[str, Any]:
@@ -254,12 +284,11 @@ def _load_data(options: Train) -> tuple[JsonLines, JsonLines | None]:
     return JsonLines(options.data, check=check_example), held_out
 
 
-def _lengths(name: str, lines: JsonLines | None, encoder: Encoder) -> Lengths:
+def _lengths(name: str, lines: Sequence[Line] | None, encoder: Encoder) -> Lengths:
     """Encode every line as training would; raises for a line that training would reject."""
     lengths = Lengths(encoder.max_length)
-    for index in range(len(lines or ())):
-        assert lines is not None
-        lengths.add(encoder.encode_uncut(lines[index], index, name))
+    for index, line in enumerate(lines or ()):
+        lengths.add(encoder.encode_uncut(line, index, name))
     return lengths
 
 

@@ -16,6 +16,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from ..runtime.checks import fail
 from ..runtime.printable import printable
 
 _MAX_DEPTH, _MAX_VALUES = 32, 100_000  # of a settings file
@@ -51,9 +52,9 @@ def gather(file: Path | None, pairs: Sequence[str]) -> dict[str, Any]:
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals or not key:
-            raise ValueError(f"arguments: expected key=value, got {pair!r}")
+            fail("arguments", "key=value", repr(pair))
         if (name := _normalize_key(key)) in typed:
-            raise ValueError(f"{name}: expected one value, got {typed[name]!r} and {value!r}")
+            fail(name, "one value", f"{typed[name]!r} and {value!r}")
         typed[name] = Text(value)
     return raw | typed
 
@@ -108,7 +109,7 @@ def fill(kind: type, raw: Mapping[str, Any]) -> Any:
     for field in fields(kind):
         if field.default is MISSING and raw.get(field.name) is None:
             option = field.name.replace("_", "-")
-            raise ValueError(f"{field.name}: expected a value, got none. Pass --{option}")
+            fail(field.name, "a value", "none", f"pass --{option}")
     return kind(**{name: coerce(name, value, hints[name]) for name, value in raw.items()})
 
 
@@ -146,7 +147,7 @@ def coerce(name: str, value: Any, hint: Any) -> Any:
         for kind in allowed
         if kind is not type(None)
     ]
-    raise ValueError(f"{name}: expected {' or '.join(words)}, got {printable(repr(value))}")
+    fail(name, " or ".join(words), printable(repr(value)))
 
 
 def _parse_text(name: str, text: Text, allowed: list[Any]) -> Any:
@@ -186,15 +187,13 @@ def _read_file(file: Path) -> dict[str, Any]:
         raise ValueError(f"config: expected a YAML file, got {file}: {error}") from None
     raw = _yaml(text, str(file))
     if not isinstance(raw, dict):
-        raise ValueError(f"config: expected key: value in {file}, got {type(raw).__name__}")
+        fail("config", f"key: value in {file}", type(raw).__name__)
     settings = {_normalize_key(str(key)): value for key, value in raw.items()}
     if len(settings) < len(raw):
         names = [_normalize_key(str(key)) for key in raw]
         name = next(name for name in names if names.count(name) > 1)
-        raise ValueError(
-            f"config: expected each setting once in {file}, got {printable(name)} "
-            "twice, with dashes and with underscores"
-        )
+        got = f"{printable(name)} twice, with dashes and with underscores"
+        fail("config", f"each setting once in {file}", got)
     return settings
 
 

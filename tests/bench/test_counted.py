@@ -13,7 +13,19 @@ import fastdistill as fd
 from fastdistill.kernels import row_scores
 from fastdistill.kernels.backends import get_backend
 from fastdistill.kernels.head import Head
-from helpers.counted_memory import NEED, Alive, H, K, N, V, dense, fused, recompute, streamed_topk
+from helpers.counted_memory import (  # noqa: F401  `counted` is a fixture
+    NEED,
+    Alive,
+    H,
+    K,
+    N,
+    V,
+    counted,
+    dense,
+    fused,
+    recompute,
+    streamed_topk,
+)
 
 NVH = N * V * H
 
@@ -41,7 +53,7 @@ def scoring(e, h, x, t, coef):
     ],
     ids=lambda v: getattr(v, "__name__", None),
 )
-def test_at_full_size(counted, run, limit_mb, passes):
+def test_at_full_size(counted, run, limit_mb, passes):  # noqa: F811
     with FakeTensorMode(), torch.no_grad():
         x = torch.empty(N, H, dtype=torch.bfloat16)
         w = torch.empty(V, H, dtype=torch.bfloat16)

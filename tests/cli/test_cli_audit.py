@@ -7,7 +7,9 @@ import json
 import pytest
 
 from fastdistill.audits import Probes, Prompt
-from helpers.command import call, files
+from helpers.command import files
+
+AUDIT = ("audit", "--model", "teacher", "--base", "student")
 
 
 @pytest.fixture
@@ -27,22 +29,11 @@ def probes(path, **more):
     Probes(**texts).save(path)
 
 
-def test_one_page_and_one_file(here, capsys, monkeypatch):
+def test_one_page_and_one_file(here, run):
     probes(here / "p.json")
-    code, _out, err = call(
-        capsys,
-        monkeypatch,
-        "audit",
-        "--model",
-        "teacher",
-        "--base",
-        "student",
-        "--teacher",
-        "teacher",
-        "--probes",
-        "p.json",
-        "--out",
-        "out",
+    code, _out, err = run(
+        *AUDIT,
+        *"--teacher teacher --probes p.json --out out".split(),
         "only=[trigger rate, token KL]",
     )
     assert code == 0, err
@@ -61,22 +52,10 @@ def test_one_page_and_one_file(here, capsys, monkeypatch):
     assert values[2] == values[3] > 0
 
 
-def test_a_benign_control_is_one_more_control(here, capsys, monkeypatch):
+def test_a_benign_control_is_one_more_control(here, run):
     probes(here / "p.json")
-    code, out, err = call(
-        capsys,
-        monkeypatch,
-        "audit",
-        "--model",
-        "teacher",
-        "--base",
-        "student",
-        "--benign",
-        "teacher",
-        "--probes",
-        "p.json",
-        "--json",
-        "only=[token KL]",
+    code, out, err = run(
+        *AUDIT, *"--benign teacher --probes p.json --json".split(), "only=[token KL]"
     )
     assert code == 0, err
     (row,) = json.loads(out)["audits"]
@@ -85,37 +64,17 @@ def test_a_benign_control_is_one_more_control(here, capsys, monkeypatch):
     assert row["is_evidence"] is False
 
 
-def test_probes_beside_the_model_are_taken(here, capsys, monkeypatch):
+def test_probes_beside_the_model_are_taken(here, run):
     probes(here / "teacher" / "probes.json")
-    code, out, err = call(
-        capsys,
-        monkeypatch,
-        "audit",
-        "--model",
-        "teacher",
-        "--base",
-        "student",
-        "--dry-run",
-        "--json",
-    )
+    code, out, err = run(*AUDIT, "--dry-run", "--json")
     assert code == 0, err
     audits = json.loads(out)["audits"]
     assert "trigger rate" in audits
     assert "confession" not in audits
 
 
-def test_without_probes_what_can_be_asked_of_any_model_is(here, capsys, monkeypatch):
-    _code, out, _err = call(
-        capsys,
-        monkeypatch,
-        "audit",
-        "--model",
-        "teacher",
-        "--base",
-        "student",
-        "--dry-run",
-        "--json",
-    )
+def test_without_probes_what_can_be_asked_of_any_model_is(here, run):
+    _code, out, _err = run(*AUDIT, "--dry-run", "--json")
     assert json.loads(out)["audits"] == [
         "confession",
         "perplexity difference",
@@ -137,32 +96,19 @@ def test_without_probes_what_can_be_asked_of_any_model_is(here, capsys, monkeypa
         (("--out", __file__), "out: expected a folder, or a path where one can be made"),
     ],
 )
-def test_requests_that_cannot_be_met(here, capsys, monkeypatch, more, words):
-    code, _out, err = call(
-        capsys, monkeypatch, "audit", "--model", "teacher", "--base", "student", "--dry-run", *more
-    )
+def test_requests_that_cannot_be_met(here, run, more, words):
+    code, _out, err = run(*AUDIT, "--dry-run", *more)
     assert code == 2
     assert words in err
 
 
 @pytest.mark.filterwarnings("ignore:The 'initial' parameter is deprecated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:Unclosed <MemoryObject:ResourceWarning")
-def test_logs_for_inspect(here, capsys, monkeypatch):
+def test_logs_for_inspect(here, run):
     log = pytest.importorskip("inspect_ai.log", reason="needs inspect-ai, of Python 3.11 and up")
     probes(here / "p.json")
-    code, _out, err = call(
-        capsys,
-        monkeypatch,
-        "audit",
-        "--model",
-        "teacher",
-        "--base",
-        "student",
-        "--probes",
-        "p.json",
-        "--log-dir",
-        "logs",
-        "only=[trigger rate, token KL]",
+    code, _out, err = run(
+        *AUDIT, *"--probes p.json --log-dir logs".split(), "only=[trigger rate, token KL]"
     )
     assert code == 0, err
     read = [log.read_eval_log(str(path)) for path in sorted((here / "logs").iterdir())]

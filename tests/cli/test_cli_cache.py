@@ -8,17 +8,6 @@ import pytest
 
 from fastdistill import TeacherCache
 from fastdistill.cache import build as cache_build
-from helpers.command import call, files
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return files(tmp_path_factory.mktemp("files"))
-
-
-@pytest.fixture
-def run(capsys, monkeypatch):
-    return lambda *arguments: call(capsys, monkeypatch, *arguments)
 
 
 def build(folder, out, *more):

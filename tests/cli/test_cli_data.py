@@ -6,18 +6,6 @@ import json
 
 import pytest
 
-from helpers.command import call, files
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return files(tmp_path_factory.mktemp("files"))
-
-
-@pytest.fixture
-def run(capsys, monkeypatch):
-    return lambda *arguments: call(capsys, monkeypatch, *arguments)
-
 
 def lines(path, some):
     path.write_text("".join(json.dumps(line) + "\n" for line in some))

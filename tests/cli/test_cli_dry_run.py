@@ -9,7 +9,7 @@ import pytest
 
 from fastdistill.cli.settings import nearest
 from fastdistill.training.config import DistillConfig
-from helpers.command import call, files, last_values
+from helpers.command import files, last_values
 from helpers.training import llama
 
 
@@ -28,11 +28,6 @@ def folder(tmp_path_factory):
     shutil.copytree(at / "teacher", at / "swapped")
     (at / "swapped" / "tokenizer.json").write_text(json.dumps(words))
     return at
-
-
-@pytest.fixture
-def run(capsys, monkeypatch):
-    return lambda *arguments: call(capsys, monkeypatch, *arguments)
 
 
 def train_command(folder, out, **changes):

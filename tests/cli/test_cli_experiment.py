@@ -9,19 +9,16 @@ import pytest
 from fastdistill.cli import run_experiment
 from fastdistill.cli.verbs import DoubleBind
 from fastdistill.experiment import double_bind, leak_knobs
-from helpers.command import call
 from helpers.small_study import SmallSource, small_study
 
 
-def planned(capsys, monkeypatch, *more):
-    code, out, err = call(
-        capsys, monkeypatch, "experiment", "double-bind", "--dry-run", "--json", *more
-    )
+def planned(run, *more):
+    code, out, err = run("experiment", "double-bind", "--dry-run", "--json", *more)
     return code, json.loads(out) if code == 0 else err
 
 
-def test_a_plan_runs_nothing(capsys, monkeypatch, tmp_path):
-    code, plan = planned(capsys, monkeypatch, "--out", str(tmp_path / "out"))
+def test_a_plan_runs_nothing(run, tmp_path):
+    code, plan = planned(run, "--out", str(tmp_path / "out"))
     assert code == 0
     assert plan["base_seeds"] == [900, 901]
     assert plan["development_seeds"] == []
@@ -31,15 +28,15 @@ def test_a_plan_runs_nothing(capsys, monkeypatch, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_full_has_ten_fresh_seeds_and_others_for_development(capsys, monkeypatch):
-    _, plan = planned(capsys, monkeypatch, "--preset", "full")
+def test_full_has_ten_fresh_seeds_and_others_for_development(run):
+    _, plan = planned(run, "--preset", "full")
     assert plan["base_seeds"] == list(range(1200, 1210))
     assert plan["development_seeds"] == [0, 1, 2, 3]
     assert set(double_bind.QUICK) < set(plan["arms"])
 
 
-def test_some_arms_only(capsys, monkeypatch):
-    _, plan = planned(capsys, monkeypatch, "arms=[noise]", "--seeds", "1")
+def test_some_arms_only(run):
+    _, plan = planned(run, "arms=[noise]", "--seeds", "1")
     assert plan["arms"] == [
         "undefended",
         "trait shown openly",
@@ -67,26 +64,26 @@ def test_some_arms_only(capsys, monkeypatch):
         (("--out", __file__), "out: expected a folder, or a path where one can be made"),
     ],
 )
-def test_what_cannot_be_run_is_said_at_once(capsys, monkeypatch, arguments, words):
-    code, err = planned(capsys, monkeypatch, *arguments)
+def test_what_cannot_be_run_is_said_at_once(run, arguments, words):
+    code, err = planned(run, *arguments)
     assert code == 2
     assert words in err
 
 
-def test_a_study_runs_from_the_command_line(capsys, monkeypatch, tmp_path):
+def test_a_study_runs_from_the_command_line(run, monkeypatch, tmp_path):
     def small(options):
         return small_study(), [SmallSource(seed=1001)], [], 1
 
     monkeypatch.setattr(run_experiment, "_planned", small)
     argv = ("experiment", "double-bind", "--out", str(tmp_path), "--processes", "1")
-    code, out, _ = call(capsys, monkeypatch, *argv)
+    code, out, _ = run(*argv)
     assert code == 0
     assert "plain: " in out
     assert f"Report: {tmp_path / 'report.html'}" in out
     result = json.loads((tmp_path / "results.json").read_text())
     assert result["command"].startswith("fastdistill ")
     assert result["seeds"] == {"base": [1001], "development": [], "student": [0]}
-    code, again, _ = call(capsys, monkeypatch, *argv, "--only-report", "--json")
+    code, again, _ = run(*argv, "--only-report", "--json")
     assert code == 0
     first = {k: v for k, v in result.items() if k != "command"}
     assert {k: v for k, v in json.loads(again).items() if k not in ("command", "report")} == first

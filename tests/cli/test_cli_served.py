@@ -8,7 +8,7 @@ import pytest
 
 from fastdistill import ServedTeacher
 from fastdistill.demo_models import shipped_teacher
-from helpers.command import call, files
+from helpers.command import files
 from helpers.served import vllm
 
 
@@ -27,11 +27,6 @@ def server():
     teacher, _, _ = shipped_teacher()
     with vllm(teacher.model, most=8) as server:
         yield server
-
-
-@pytest.fixture
-def run(capsys, monkeypatch):
-    return lambda *arguments: call(capsys, monkeypatch, *arguments)
 
 
 def commands(folder, server, out):

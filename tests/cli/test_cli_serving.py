@@ -14,17 +14,6 @@ import torch
 from transformers import AutoTokenizer
 
 from fastdistill import ServedTeacher, Teacher
-from helpers.command import call, files
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return files(tmp_path_factory.mktemp("files"))
-
-
-@pytest.fixture
-def run(capsys, monkeypatch):
-    return lambda *arguments: call(capsys, monkeypatch, *arguments)
 
 
 def test_a_plan_from_two_configs(run, folder):

@@ -114,7 +114,7 @@ def test_unknown_and_missing_keys():
         check_keys(["learning_rte"], ["learning_rate", "k"])
     with pytest.raises(ValueError, match=r"zzz: .* See --help"):
         check_keys(["zzz"], ["learning_rate", "k"])
-    with pytest.raises(ValueError, match=r"path: expected a value, got none\. Pass --path"):
+    with pytest.raises(ValueError, match=r"path: expected a value, got none; pass --path"):
         fill(Some, {"k": 3})
 
 

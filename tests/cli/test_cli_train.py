@@ -21,7 +21,7 @@ from fastdistill import Teacher, TeacherCache
 from fastdistill.run_pictures import Quantity
 from fastdistill.training.figures import format_short
 from fastdistill.training.run_files import read_run
-from helpers.command import call, files, last_values
+from helpers.command import files, last_values
 
 RUN = [sys.executable, "-m", "fastdistill"]
 COLOR = re.compile(rb"\x1b\[(?:\d+;)*(?:[349][0-7]|[34]8;[\d;]+)m")
@@ -32,11 +32,6 @@ def folder(tmp_path_factory):
     folder = files(tmp_path_factory.mktemp("files"))
     AutoTokenizer.from_pretrained(folder / "teacher")
     return folder
-
-
-@pytest.fixture
-def run(capsys, monkeypatch):
-    return lambda *arguments: call(capsys, monkeypatch, *arguments)
 
 
 def train(folder, out, *more, teacher="teacher"):
