@@ -61,7 +61,7 @@ def models_in(teacher: Any) -> tuple[list[nn.Module | Tensor], list[nn.Parameter
 
 def _held_by(value: Any) -> Iterator[Any]:
     """Yield an object's attributes and items."""
-    if isinstance(value, (type, ModuleType, str, bytes)):
+    if isinstance(value, (type, ModuleType, FunctionType, str, bytes)):
         return
     if isinstance(value, Mapping):
         yield from islice(value.values(), _MAX_OBJECTS)
@@ -71,8 +71,6 @@ def _held_by(value: Any) -> Iterator[Any]:
         yield from (value.func, value.args, value.keywords)
     elif isinstance(value, MethodType):
         yield from (value.__self__, value.__func__)
-    elif isinstance(value, FunctionType):
-        return
     yield from getattr(value, "__dict__", {}).values()
     for kind in type(value).__mro__:
         slots = kind.__dict__.get("__slots__", ())

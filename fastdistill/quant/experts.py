@@ -104,7 +104,3 @@ def put_experts(module: nn.Module, name: str, stack: ExpertStack) -> None:
     config = getattr(module, "config", None)
     if config is not None:
         config._experts_implementation = "eager"
-
-
-def flat_rows(stacked: Tensor) -> Tensor:  # [E, N, K] -> [E · N, K]
-    return stacked.reshape(-1, stacked.shape[-1]).contiguous()

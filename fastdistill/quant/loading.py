@@ -25,12 +25,11 @@ from ..progress import track
 from ..runtime import checks
 from .checkpoint import Checkpoint, open_checkpoint
 from .conversion import check_all_used, check_no_duplicates, conversion_of
-from .experts import flat_rows
 from .formats import SCHEMES, QuantWeight, quantize
 from .header import check_header, keep_untied
 from .linear import QuantizedWeight, check_compute
-from .model import is_conv1d, put_layer, put_stack, stacks, targets, warn_about_full_precision
-from .tensor_files import fail_checkpoint, reading
+from .model import is_conv1d, put, quantizable, rows_of, warn_about_full_precision
+from .tensor_files import CheckpointError, fail_checkpoint, reading
 
 Read = Callable[[], Any]
 
@@ -118,8 +117,7 @@ class _Loader:
     ) -> None:
         self.checkpoint, self.model, self.device = checkpoint, model, device
         self.quant, self.compute = quant, compute
-        self.linears = {f"{name}.weight": name for name, _ in targets(model, skip)}
-        self.experts = {f"{name}.{p}" for name, _, p in stacks(model, skip)}
+        self.quantizable = set(quantizable(model, skip))
         self.empty = model.state_dict()  # on the meta device: names, shapes and types
         self.stored: dict[str, str] = {}  # model name -> (first) name in the checkpoint
         self.filled: set[str] = set()  # names of the model that have a value
@@ -178,16 +176,17 @@ class _Loader:
         module_name, _, leaf = name.rpartition(".")
         module = self.model.get_submodule(module_name)
         if not isinstance(value, Tensor):
-            self._shape(name, self._rows_shape(module, empty), value.shape)
-            self._put(name, _moved(value, self.device))
+            self._shape(name, tuple(rows_of(module, empty).shape), value.shape)
+            self._put(name, module, QuantizedWeight(value).to(self.device).quantized)
             return
         self._shape(name, tuple(empty.shape), tuple(value.shape))
         value = value.to(self.device, empty.dtype if value.is_floating_point() else value.dtype)
-        if self.quant is not None and name in self.linears:
-            rows = value.t().contiguous() if is_conv1d(module) else value
-            self._put(name, self._quantized(name, rows))
-        elif self.quant is not None and name in self.experts:
-            self._put(name, self._quantized(name, flat_rows(value)))
+        if self.quant is not None and name in self.quantizable:
+            try:
+                weight = quantize(rows_of(module, value), self.quant)
+            except ValueError as error:
+                raise CheckpointError(f"{self._place(name)}: {error}") from None
+            self._put(name, module, weight)
         elif leaf in module._buffers:
             module._buffers[leaf] = value
         else:
@@ -202,26 +201,12 @@ class _Loader:
     def _place(self, name: str) -> str:
         return f"{self._file(name)}: tensor {name!r}"
 
-    def _quantized(self, name: str, value: Tensor) -> QuantWeight:
-        with reading(self._file(name), name):
-            return quantize(value, self.quant or "")
-
-    def _put(self, name: str, weight: QuantWeight) -> None:
-        if self.empty[name].dim() == 3:
-            put_stack(self.model, name, weight, self.empty[name].shape[0], self.compute)
-            return
-        layer = name.removesuffix(".weight")
-        module = self.model.get_submodule(layer)
-        if not (isinstance(module, nn.Linear) or is_conv1d(module)):
+    def _put(self, name: str, module: nn.Module, weight: QuantWeight) -> None:
+        is_layer = isinstance(module, nn.Linear) or is_conv1d(module)
+        if not is_layer and self.empty[name].dim() != 3:
             expected = f"full precision for a {type(module).__name__}"
             fail_checkpoint(self._place(name), expected, "a quantized weight")
-        bias = module._parameters.get("bias")
-        put_layer(self.model, layer, weight, bias, self.compute)
-
-    def _rows_shape(self, module: nn.Module, empty: Tensor) -> tuple[int, ...]:
-        if empty.dim() == 3:
-            return (empty.shape[0] * empty.shape[1], empty.shape[2])
-        return tuple(reversed(empty.shape)) if is_conv1d(module) else tuple(empty.shape)
+        put(self.model, name, weight, self.compute)
 
     def _shape(self, name: str, expected: tuple[int, ...], got: tuple[int, ...]) -> None:
         if got != expected:
@@ -251,7 +236,3 @@ class _Loader:
             fail_checkpoint(self.checkpoint.path, expected, got)
         self.model.to(self.device)
         warn_about_full_precision(self.model)
-
-
-def _moved(weight: QuantWeight, device: torch.device) -> QuantWeight:
-    return QuantizedWeight(weight).to(device).quantized

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..runtime import checks
-from .experts import ExpertStack, expert_parameters, flat_rows, put_experts
+from .experts import ExpertStack, expert_parameters, put_experts
 from .formats import SCHEMES, QuantWeight, quantize
 from .linear import check_compute, linear_of
 from .ops import unsupported_reason
@@ -57,32 +57,39 @@ def stacks(model: nn.Module, skip: Sequence[str] = ()) -> Iterator[tuple[str, nn
                 yield name, module, parameter
 
 
-def dense_rows(module: nn.Module) -> Tensor:  # [N, K]
-    weight: Tensor = module.weight  # type: ignore[assignment]
+def quantizable(model: nn.Module, skip: Sequence[str]) -> list[str]:
+    """Return the names of the parameters to quantize: of `targets` and `stacks`."""
+    layers = [f"{name}.weight" for name, _ in targets(model, skip)]
+    return layers + [f"{name}.{parameter}" for name, _, parameter in stacks(model, skip)]
+
+
+def rows_of(module: nn.Module, weight: Tensor) -> Tensor:  # [N, K]
+    """Return a parameter as the rows that are quantized."""
+    if weight.dim() == 3:  # [E, N, K]
+        return weight.reshape(-1, weight.shape[-1]).contiguous()
     return weight.t().contiguous() if is_conv1d(module) else weight
 
 
-def put_layer(
-    model: nn.Module, name: str, weight: QuantWeight, bias: Tensor | None, compute: str
-) -> None:
-    """Replace the layer called `name` by a quantized one."""
+def put(model: nn.Module, name: str, weight: QuantWeight, compute: str) -> None:
+    """Replace a parameter by a quantized layer, or if it is 3-D by a stack of experts."""
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    parameter: Tensor = getattr(module, leaf)
+    if parameter.dim() == 3:
+        try:
+            stack = ExpertStack(weight, parameter.shape[0], compute=compute)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}, or name it in skip=") from None
+        put_experts(module, leaf, stack)
+        return
     reason = unsupported_reason(compute, weight.qdata.device, *weight.shape, weight.block)
     if reason is not None:
         raise ValueError(
-            f"compute: {compute!r} cannot run on {name}: {reason}, or name it in skip="
+            f"compute: {compute!r} cannot run on {owner}: {reason}, or name it in skip="
         )
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, linear_of(weight, bias, compute))
-
-
-def put_stack(model: nn.Module, name: str, weight: QuantWeight, experts: int, compute: str) -> None:
-    """Replace the 3-D parameter called `name` by a stack of quantized experts."""
-    try:
-        stack = ExpertStack(weight, experts, compute=compute)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}, or name it in skip=") from None
-    parent, _, parameter = name.rpartition(".")
-    put_experts(model.get_submodule(parent), parameter, stack)
+    parent, _, child = owner.rpartition(".")
+    layer = linear_of(weight, module._parameters.get("bias"), compute)
+    setattr(model.get_submodule(parent), child, layer)
 
 
 @torch.no_grad()
@@ -115,29 +122,20 @@ def quantize_model(
     check_compute(compute)
     if isinstance(skip, str):
         skip = (skip,)
-    count = 0
-    for name, module in list(targets(model, skip)):
-        weight = _named(name, dense_rows(module), scheme)
-        put_layer(model, name, weight, module.bias, compute)  # type: ignore[arg-type]
-        count += 1
-    for name, module, parameter in list(stacks(model, skip)):
-        stacked: Tensor = getattr(module, parameter)
-        full = f"{name}.{parameter}"
-        weight = _named(full, flat_rows(stacked), scheme)
-        put_stack(model, full, weight, stacked.shape[0], compute)
-        count += 1
-    if not count:
+    names = quantizable(model, skip)
+    for name in names:
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        try:
+            weight = quantize(rows_of(module, getattr(module, leaf)), scheme)
+        except ValueError as error:
+            raise ValueError(f"{name.removesuffix('.weight')}: {error}") from None
+        put(model, name, weight, compute)
+    if not names:
         got = f"none in {type(model).__name__} outside skip={tuple(skip)}"
         checks.fail("model", "linear layers to quantize", got)
     warn_about_full_precision(model)
     return model.eval().requires_grad_(False)
-
-
-def _named(name: str, weight: Tensor, scheme: str) -> QuantWeight:
-    try:
-        return quantize(weight, scheme)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
 
 
 def warn_about_full_precision(model: nn.Module) -> None:
