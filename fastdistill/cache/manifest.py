@@ -184,11 +184,9 @@ def read_manifest(folder: Path) -> Manifest:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        value: dict[str, Any] = read_json(file, dict)
+        return dict(read_json(file, dict))
     except JSONError as error:
-        reason = str(error).replace("expected an object", "expected a JSON object")
-        raise _damaged(file, reason) from None
-    return value
+        raise _damaged(file, str(error)) from None
 
 
 def _settings(file: Path, entries: dict[str, Any]) -> Settings:

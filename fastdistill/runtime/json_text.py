@@ -45,7 +45,7 @@ def parse_json(
         reason = printable(error)
         raise JSONError(f"{source}: expected JSON, got a text that is not: {reason}") from None
     if expected is not None and not isinstance(value, expected):
-        kind = "an object" if expected is dict else "a list"
+        kind = "a JSON object" if expected is dict else "a JSON list"
         raise JSONError(f"{source}: expected {kind}, got {type(value).__name__}")
     return value
 

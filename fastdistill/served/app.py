@@ -109,12 +109,8 @@ class Application:
 
     async def models(self, request: Request) -> Response:
         self._check_token(request)
-        listing = {
-            "object": "list",
-            "data": [self._entry()],
-            "fastdistill": self.server_info.as_json(),
-        }
-        return JSONResponse(listing)
+        info = self.server_info.as_json()
+        return JSONResponse({"object": "list", "data": [self._entry()], "fastdistill": info})
 
     async def model(self, request: Request) -> Response:
         self._check_token(request)
@@ -154,14 +150,9 @@ class Application:
             message = "body: expected the whole body in time, got only a part"
             raise RequestError(408, message, close=True) from None
         try:
-            body_json: dict[str, Any] = await run_in_threadpool(
-                parse_json, body, "body", dict, unique=True
-            )
+            return dict(await run_in_threadpool(parse_json, body, "body", dict, unique=True))
         except JSONError as error:
-            raise RequestError(
-                400, str(error).replace("expected an object", "expected a JSON object")
-            ) from None
-        return body_json
+            raise RequestError(400, str(error)) from None
 
     async def _answers(self, request: Request, question: Question) -> list[RowAnswer]:
         try:
@@ -179,10 +170,10 @@ class Application:
             expected = "temperature: expected one at which the teacher's logprobs are finite"
             raise RequestError(400, f"{expected}, got {question.temperature:g}", "temperature")
         if error is not None:
-            is_client_error = isinstance(error, (ValueError, TypeError, IndexError))
-            is_client_error = is_client_error and not isinstance(error, NotNumbers)
+            of_client = isinstance(error, (ValueError, TypeError, IndexError))
+            status = 400 if of_client and not isinstance(error, NotNumbers) else 500
             message = f"the teacher failed: {type(error).__name__}: {printable(error)}"
-            raise RequestError(400 if is_client_error else 500, message)
+            raise RequestError(status, message)
         return waiting.result()
 
 

@@ -246,27 +246,18 @@ class ServedTeacher:
             return [future.result() for future in waiting]
 
     def _answer(self, part: _Part, k: int, temperature: float, stop: threading.Event) -> TopK:
+        """Return a checked answer; known refusals of vLLM name the caller's argument."""
         try:
             return self._read_answer(part, k, temperature, stop)
         except Refusal as refusal:
-            self._explain(refusal, part, k)
+            if match := re.search(r"maximum context length is (\d{1,9})\b", refusal.message):
+                limit = limit_of_vllm(self.url, int(match[1]))
+                for number, row in part.rows.items():
+                    limit.check(len(row), "input_ids", number)
+            if match := re.search(r"greater than max allowed: (\d{1,9})\b", refusal.message):
+                expected = f"at most {match[1]}, what {self.url} gives"
+                checks.fail("k", expected, k, f"start vLLM with --max-logprobs {k}")
             raise
-
-    def _explain(self, refusal: Refusal, part: _Part, k: int) -> None:
-        """Raise ValueError that names the caller's argument, for known messages of vLLM."""
-        length = re.search(r"maximum context length is (\d{1,9})\b", refusal.message)
-        if length:
-            limit = limit_of_vllm(self.url, int(length[1]))
-            for number, row in part.rows.items():
-                limit.check(len(row), "input_ids", number)
-        match = re.search(r"greater than max allowed: (\d{1,9})\b", refusal.message)
-        if match:
-            checks.fail(
-                "k",
-                f"at most {match[1]}, what {self.url} gives",
-                k,
-                f"start vLLM with --max-logprobs {k}",
-            )
 
     def _read_answer(self, part: _Part, k: int, temperature: float, stop: threading.Event) -> TopK:
         payload: dict[str, Any] = {"model": self.name, "temperature": float(temperature)}

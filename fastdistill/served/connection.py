@@ -67,14 +67,14 @@ class Connection:
     """
 
     def __init__(self, url: str, *, token: str | None, timeout: float, retries: int) -> None:
-        parts, port = _split_url(url)
+        parts = _split_url(url)
         check_token(token)
         checks.positive("timeout", timeout)
         checks.integer("retries", retries, 0)
         self.url = url.rstrip("/").removesuffix("/v1")
         self._secure = parts.scheme == "https"
         self._host = str(parts.hostname)
-        self._port = (443 if self._secure else 80) if port is None else port
+        self._port = parts.port or (443 if self._secure else 80)
         self._prefix = urlsplit(self.url).path.rstrip("/")
         self._token, self.timeout, self.retries = token, timeout, retries
         self._reached = False  # whether it ever answered
@@ -127,7 +127,9 @@ class Connection:
         """
         payload = None if body is None else json.dumps(body).encode()
         stop, started = stop or threading.Event(), time.monotonic()
-        patience = self._patience()
+        # Seconds that this request may wait between its attempts.
+        patience = sum(map(_usual_wait, range(self.retries))) * 1.25
+        patience += min(_MAX_RETRY_AFTER, self.timeout * (self.retries + 1))
         for attempt in range(self.retries + 1):
             requested, give_up = 0.0, attempt == self.retries
             try:
@@ -163,30 +165,18 @@ class Connection:
                 break
             if time.monotonic() + wait - started > _WARN_AFTER and not self._warned:
                 self._warned = True
-                logger.warning(
-                    "%s does not answer (%s); retrying up to %d times more",
-                    self.url,
-                    failure,
-                    self.retries - attempt,
-                )
+                message = "%s does not answer (%s); retrying up to %d times more"
+                logger.warning(message, self.url, failure, self.retries - attempt)
             if stop.wait(wait):
                 raise NoAnswer(f"{self.url}: stopped, since another request failed")
+        advice = "An address that never answered is retried for a few seconds only"
+        if self._reached:
+            advice = "Raise timeout or retries, or lower tokens_per_request for faster answers"
         raise NoAnswer(
             f"{self.url}: expected an answer to {path}, got none in {attempt + 1} attempts "
             f"over {time.monotonic() - started:.1f} s; the last: {failure}. Is the server running "
-            "there, and has it finished loading? "
-            + (
-                "Raise timeout or retries to wait longer, or lower tokens_per_request for faster "
-                "answers"
-                if self._reached
-                else "An address that never answered is retried for a few seconds only"
-            )
+            f"there, and has it finished loading? {advice}"
         )
-
-    def _patience(self) -> float:
-        """Return the total seconds that one request may wait between retries."""
-        usual = sum(map(_usual_wait, range(self.retries))) * 1.25
-        return usual + min(_MAX_RETRY_AFTER, self.timeout * (self.retries + 1))
 
     def _once(self, path: str, payload: bytes | None, stop: threading.Event, limit: int) -> Reply:
         with self._lock:
@@ -234,12 +224,12 @@ class Connection:
                 connection.close()
 
 
-def _split_url(url: Any) -> tuple[SplitResult, int | None]:
-    """Return the parts of a server's URL and its port; raise ValueError if it is invalid."""
+def _split_url(url: Any) -> SplitResult:
+    """Return the parts of a server's URL; raise ValueError if it is invalid."""
     expected, got = "http://host:port or https://host:port", printable(repr(url), 120)
     try:
-        url = url if isinstance(url, str) else ""
-        parts = urlsplit(url)
+        text = url if isinstance(url, str) else ""
+        parts = urlsplit(text)
         port = parts.port
         host = (parts.hostname or "").encode("idna")
     except ValueError as error:  # an invalid port, bracket or host name
@@ -247,11 +237,11 @@ def _split_url(url: Any) -> tuple[SplitResult, int | None]:
     if parts.username or parts.password:
         checks.fail("url", "no name or password in it", "one", "pass token=")
     # http.client sends the path as it is written.
-    sendable = url == url.strip() and all("!" <= letter <= "~" for letter in parts.path)
+    sendable = text == text.strip() and all("!" <= letter <= "~" for letter in parts.path)
     named = parts.scheme in ("http", "https") and host and not host.count(b" ")
     if not named or not sendable or port == 0 or parts.query or parts.fragment:
         checks.fail("url", expected, got)
-    return parts, port
+    return parts
 
 
 def _usual_wait(attempt: int) -> float:

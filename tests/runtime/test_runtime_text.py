@@ -41,7 +41,7 @@ def test_every_fault_of_json_names_its_source(text):
 
 def test_the_type_is_checked():
     assert parse_json('{"a": 1}', "x", dict) == {"a": 1}
-    with pytest.raises(JSONError, match="x: expected an object, got list"):
+    with pytest.raises(JSONError, match="x: expected a JSON object, got list"):
         parse_json("[]", "x", dict)
 
 
