@@ -67,9 +67,8 @@ def generate_rows(
     if limit is not None and (synced or not shorten):
         for i, row in enumerate(rows):
             check_new_tokens(limit, len(row), max_new_tokens, f" (row {i})")
-    max_length = (
-        limit.tokens if limit is not None else max(map(len, rows), default=0) + max_new_tokens
-    )
+    longest = max(map(len, rows), default=0)
+    max_length = longest + max_new_tokens if limit is None else limit.tokens
     new: list[list[int]] = [[] for _ in rows]
     for batch in _batches(model, rows, synced, max_length - max_new_tokens):
         width = max(len(rows[i]) for i in batch)
@@ -91,12 +90,13 @@ def generate_rows(
                 attention_mask=mask.to(device),
                 generation_config=settings,
                 logits_processor=LogitsProcessorList(
-                    processors(batch, width) if processors is not None else []
+                    [] if processors is None else processors(batch, width)
                 ),
                 synced_gpus=synced,
             )
         for i, row in zip(batch, out[:, width:].tolist(), strict=True):
-            new[i] = _until(row, ends)
+            length = next((n for n, token in enumerate(row, 1) if token in ends), len(row))
+            new[i] = row[:length]
     return new
 
 
@@ -109,12 +109,13 @@ def ends_of(model: Any, tokenizer: Any) -> list[int]:
         ValueError: the model's settings contain an invalid token id.
     """
     declared = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    ids = list(declared) if isinstance(declared, (list, tuple)) else [declared]
-    ids += end_ids(tokenizer)
+    if not isinstance(declared, (list, tuple)):
+        declared = [declared]
+    ids = [token for token in (*declared, *end_ids(tokenizer)) if token is not None]
     for token in ids:
-        if token is not None and (type(token) is not int or not 0 <= token < _MAX_IDS):
+        if type(token) is not int or not 0 <= token < _MAX_IDS:
             checks.fail("generation_config.eos_token_id", "token ids", printable(repr(token)))
-    return sorted({i for i in ids if i is not None})
+    return sorted(set(ids))
 
 
 def special_ids(tokenizer: Any) -> set[int]:
@@ -142,7 +143,8 @@ def _batches(
 ) -> list[list[int]]:
     """Return batches of row indices: rows of at most `whole` tokens, and longer ones by length.
 
-    Longer rows reach the limit before max_new_tokens, so their batch ends earlier."""
+    Longer rows reach the limit before max_new_tokens, so their batch ends earlier.
+    """
     each = [[i] for i in range(len(rows))]
     if len(rows) < 2 and not synced:
         return each
@@ -159,10 +161,3 @@ def _batches(
             "its logits of a row depend on the batch. Generate without sharded weights",
         )
     return each
-
-
-def _until(row: list[int], ends: Sequence[int]) -> list[int]:
-    for i, token in enumerate(row):
-        if token in ends:
-            return row[: i + 1]
-    return row

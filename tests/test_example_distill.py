@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from fastdistill.demo_models import SHIPPED, shipped_teacher
 from fastdistill.training.checkpoints import last_finished
-from fastdistill.training.run_files import read_metrics
+from fastdistill.training.run_files import read_run
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
@@ -94,7 +94,7 @@ def test_it_trains_and_resumes(files, tmp_path):
         *more,
     )
     assert "covered teacher mass" in output
-    metrics = read_metrics(tmp_path)
+    metrics = read_run(tmp_path).metrics
     assert [e["step"] for e in metrics if "loss" in e] == [1, 2, 3, 4, 5]
     assert metrics[-1]["eval_kl"] > 0
     assert (tmp_path / "adapter_model.safetensors").is_file()

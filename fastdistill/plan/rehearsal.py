@@ -75,14 +75,18 @@ def rehearse_step(model: Any, settings: Settings, work: LossMemory, device: str)
 
     try:
         with tracker:
-            inputs, targets = _batch(settings.batch, settings.seq)
+            ids = torch.zeros(settings.batch, settings.seq, dtype=torch.int64, device="meta")
+            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            count = settings.batch * (settings.seq - 1)
+            at = torch.zeros(count, dtype=torch.int64, device="meta")
+            targets = Targets(at, at, at, (settings.batch, settings.seq))
             if settings.accumulation > 1:
                 for p in model.parameters():
                     p.grad = torch.empty_like(p) if p.requires_grad else None
             loss = forward_to_head(model, base_model, inputs, targets, use, packed=False)
             # Tensor.backward would be intercepted and run without the modes.
             torch.autograd.backward(loss)
-            del loss, inputs, targets
+            del loss, inputs, targets, ids, at
             marks["backward"], marks["gradients"] = tracker.peak(), tracker.now
     except (RuntimeError, NotImplementedError) as error:
         raise _impossible("student", model, error) from None
@@ -132,13 +136,6 @@ class _Loss(torch.autograd.Function):
             grads.append(torch.empty_like(weight) if ctx.needs_input_grad[1] else None)
             hidden.new_empty(ctx.work.backward, dtype=torch.uint8)
         return (*grads, None)
-
-
-def _batch(rows: int, seq: int) -> tuple[dict[str, Tensor], Targets]:
-    ids = torch.zeros(rows, seq, dtype=torch.int64, device="meta")
-    at = torch.zeros(rows * (seq - 1), dtype=torch.int64, device="meta")
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    return inputs, Targets(at, at, at, (rows, seq))
 
 
 def _checkpointing(model: Any, change: str, *options: Any) -> None:

@@ -135,33 +135,24 @@ def quantized_size(model: nn.Module, scheme: str) -> QuantizedSize:
 
 
 def stored_bytes(weight: Tensor, scheme: str) -> int:
-    """Return the bytes of a weight in a scheme, in the layout of quant/formats.py."""
-    w = _layout(math.prod(weight.shape[:-1]), weight.shape[-1], scheme)
-    parts: list[Any] = [w.qdata, w.scale]
-    if isinstance(w, Lut4Weight):
-        parts += [w.lut, w.offset]
-    return sum(p.nbytes for p in parts if isinstance(p, Tensor))
-
-
-def _layout(N: int, K: int, scheme: str) -> QuantWeight:
-    """Return a quantized weight on the meta device; the format checks the sizes of its parts."""
+    """Return the bytes of a weight in a scheme; the format checks the sizes of its parts."""
+    N, K = math.prod(weight.shape[:-1]), weight.shape[-1]
+    quantized: QuantWeight
 
     def part(count: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(count, dtype=dtype, device="meta")
 
     if scheme == "int8":
-        return Int8Weight(
+        qdata, scale = part(N * K, torch.int8), part(N, torch.float32)
+        quantized = Int8Weight(shape=(N, K), block=K, qdata=qdata, scale=scale)
+    else:
+        blocks = -(-N * K // BLOCK)
+        quantized = Lut4Weight(
             shape=(N, K),
-            block=K,
-            qdata=part(N * K, torch.int8),
-            scale=part(N, torch.float32),
+            block=BLOCK,
+            qdata=part(-(-N * K // 2), torch.uint8),
+            scale=part(blocks, torch.float32),
+            lut=part(16, torch.float32),
+            offset=part(blocks, torch.float32) if scheme == "int4" else None,
         )
-    blocks = -(-N * K // BLOCK)
-    return Lut4Weight(
-        shape=(N, K),
-        block=BLOCK,
-        qdata=part(-(-N * K // 2), torch.uint8),
-        scale=part(blocks, torch.float32),
-        lut=part(16, torch.float32),
-        offset=part(blocks, torch.float32) if scheme == "int4" else None,
-    )
+    return sum(p.nbytes for p in vars(quantized).values() if isinstance(p, Tensor))

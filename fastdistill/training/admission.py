@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -32,16 +32,11 @@ _TOKENIZERS_NOT_COMPARED = (
 TeacherLike: TypeAlias = TopKTeacher | DenseTeacher | PreTrainedModel | str | Path
 
 
-@dataclass(frozen=True)
-class ResolvedTeacher:
+class ResolvedTeacher(NamedTuple):
     """A checked teacher, and the number of real tokens in the student's head (None: all rows)."""
 
     teacher: Any
     valid_vocab: int | None
-
-    @property
-    def tokenizer(self) -> Any:
-        return getattr(self.teacher, "tokenizer", None)
 
 
 @dataclass(frozen=True)
@@ -55,7 +50,7 @@ class TeacherSpec:
 
 def resolve_teacher(
     teacher: TeacherLike | None, student: nn.Module, config: DistillConfig, processing_class: Any
-) -> ResolvedTeacher | None:
+) -> ResolvedTeacher:
     """Return the teacher, loaded and placed, and the vocabulary it shares with the student.
 
     Raises:
@@ -67,9 +62,7 @@ def resolve_teacher(
     if loadable and not isinstance(teacher, (TopKTeacher, DenseTeacher)):
         teacher = Teacher(teacher, impl=config.impl)
     vocab = check_fit(teacher, student, config, processing_class)
-    if teacher is None:
-        return None
-    if hasattr(teacher, "valid_vocab"):
+    if teacher is not None and hasattr(teacher, "valid_vocab"):
         # Answers of a server or cache of unknown vocabulary size are cut to the student's head.
         unknown = getattr(teacher, "vocab_size", None) is None
         teacher.valid_vocab = rows_of_head(student) if vocab is None and unknown else vocab
@@ -98,8 +91,17 @@ def check_fit(
             got = f"None with lmbda={config.lmbda:g}"
             checks.fail("teacher", "a teacher for the student's samples", got)
         return None
-    if not isinstance(teacher, TeacherSpec):
-        _check_interface(teacher, config)
+    is_spec, kind = isinstance(teacher, TeacherSpec), type(teacher).__name__
+    if config.k is None and not isinstance(teacher, DenseTeacher) and not is_spec:
+        raise TypeError(
+            "teacher: expected a model, or an object with hidden(input_ids, attention_mask) and "
+            f"head, with k=None, got {kind}. Give k to learn from its top k"
+        )
+    if config.k is not None and not isinstance(teacher, TopKTeacher) and not is_spec:
+        raise TypeError(
+            "teacher: expected a model, a path, or an object with topk(input_ids, attention_mask, "
+            f"*, k, temperature), got {kind}"
+        )
     if isinstance(teacher, TeacherCache):
         check_cache_settings(teacher, config, processing_class)
     if isinstance(teacher, ServedTeacher) and processing_class is not None:
@@ -140,25 +142,15 @@ def check_own_weights(teacher: Any, student: nn.Module) -> None:
     )
 
 
-def _check_interface(teacher: Any, config: DistillConfig) -> None:
-    if config.k is None and not isinstance(teacher, DenseTeacher):
-        raise TypeError(
-            "teacher: expected a model, or an object with hidden(input_ids, attention_mask) and "
-            f"head, with k=None, got {type(teacher).__name__}. Give k to learn from its top k"
-        )
-    if config.k is not None and not isinstance(teacher, TopKTeacher):
-        raise TypeError(
-            "teacher: expected a model, a path, or an object with topk(input_ids, attention_mask, "
-            f"*, k, temperature), got {type(teacher).__name__}"
-        )
-
-
 def _shared_vocabulary(teacher: Any, student: nn.Module, processing_class: Any) -> int | None:
     """Return the number of token ids that both have, or None if both heads have equal rows."""
     teacher_tokenizer = getattr(teacher, "tokenizer", None)
-    has_compared = processing_class is not None and (
-        teacher_tokenizer is not None or _has_compared_tokenizer(teacher)
-    )
+    described = getattr(teacher, "described", None)  # of a server
+    if isinstance(teacher, TeacherCache):
+        described = teacher.manifest.settings
+    digest = getattr(described, "tokenizer_sha256", None)
+    can_compare = teacher_tokenizer is not None or digest is not None
+    has_compared = processing_class is not None and can_compare
     if processing_class is not None and teacher_tokenizer is not None:
         check_same_tokenizer(processing_class, teacher_tokenizer)
     student_rows = rows_of_head(student)
@@ -183,11 +175,3 @@ def _shared_vocabulary(teacher: Any, student: nn.Module, processing_class: Any) 
         *(student_rows, teacher_rows, rows, hint),
     )
     return rows
-
-
-def _has_compared_tokenizer(teacher: Any) -> bool:
-    """Return whether a cache or server compared its teacher's tokenizer with the student's."""
-    described = getattr(teacher, "described", None)
-    if isinstance(teacher, TeacherCache):
-        described = teacher.manifest.settings
-    return getattr(described, "tokenizer_sha256", None) is not None

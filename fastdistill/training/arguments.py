@@ -6,7 +6,6 @@ that table with the installed version and with the names below.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Mapping
 from dataclasses import fields
@@ -132,33 +131,24 @@ def _check_numbers(config: TrainingArguments) -> None:
     Converts NumPy numbers to Python numbers. Fields that also accept other types, such as `debug`,
     are left to transformers.
     """
-    for field in fields(TrainingArguments):
-        types = _types_of_fields()[field.name]
-        value: Any = getattr(config, field.name, None)
+    # HfArgumentParser replaces `Field.type` of optional fields, but not the annotations.
+    for name, hint in get_type_hints(TrainingArguments).items():
+        types = {*(get_args(hint) or (hint,))}
+        value: Any = getattr(config, name, None)
         if not types & {int, float} or types - {int, float, type(None)}:
             continue
         if value is None and type(None) in types:
             continue
         kind_text, kind = ("a number", Real) if float in types else ("an integer", Integral)
         number = isinstance(value, kind) and not isinstance(value, bool)
-        no_clipping = field.name == "max_grad_norm" and value == math.inf
+        no_clipping = name == "max_grad_norm" and value == math.inf
         if not number or not (math.isfinite(value) or no_clipping):
-            checks.fail(field.name, kind_text, repr(value))
-        least = _MINIMUM.get(field.name)
+            checks.fail(name, kind_text, repr(value))
+        least = _MINIMUM.get(name)
         if least is not None and value < least:
-            checks.fail(field.name, f"{kind_text} of at least {least}", repr(value))
+            checks.fail(name, f"{kind_text} of at least {least}", repr(value))
         if not isinstance(value, (int, float)):
-            setattr(config, field.name, int(value) if isinstance(value, Integral) else float(value))
-
-
-@functools.cache
-def _types_of_fields() -> dict[str, set[Any]]:
-    """Return the types that each field's annotation names.
-
-    Read from the annotations, because HfArgumentParser replaces `Field.type` of optional fields.
-    """
-    hints = get_type_hints(TrainingArguments)
-    return {name: {*(get_args(hint) or (hint,))} for name, hint in hints.items()}
+            setattr(config, name, int(value) if isinstance(value, Integral) else float(value))
 
 
 def _check_names(config: TrainingArguments) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..answer_checks import AnswerMonitor, AnswerRules, find_shape_error
 from ..cache import TeacherCache
 from ..outputs import TopK
+from ..runtime import checks
 from ..teacher import Teacher
 from .config import DistillConfig
 from .objective import Answers, TeacherHidden
@@ -80,25 +81,18 @@ def _teacher_hidden(teacher: Any, batch: Mapping[str, Tensor], targets: Targets)
         hidden = teacher.hidden(ids, batch["attention_mask"])
     if hidden.shape[:2] != ids.shape:
         B, T = ids.shape
-        raise ValueError(
-            f"teacher: expected hidden states of shape [{B}, {T}, …], one per position of "
-            f"input_ids, got {list(hidden.shape)}"
-        )
+        expected = f"hidden states of shape [{B}, {T}, …], one per position of input_ids"
+        checks.fail("teacher", expected, list(hidden.shape))
     return TeacherHidden(targets.gather(hidden.to(ids.device)), head)
 
 
 def _topk(
-    teacher: Any,
-    batch: Mapping[str, Tensor],
-    targets: Targets,
-    config: DistillConfig,
-    check: bool,
+    teacher: Any, batch: Mapping[str, Tensor], targets: Targets, config: DistillConfig, check: bool
 ) -> TopK:
     ids, mask, k = batch["input_ids"], batch["attention_mask"], config.k
     assert k is not None
     if not len(targets.labels):
-        empty = torch.empty(0, k, dtype=torch.float32, device=ids.device)
-        return TopK(empty.long(), empty, empty[:, 0], config.temperature)
+        return TopK.empty((0, k), config.temperature, device=ids.device)
     arguments = {}
     trusted = has_trusted_positions(teacher)
     if isinstance(teacher, Teacher) and trusted:
@@ -112,14 +106,7 @@ def _topk(
             raise ValueError(f"teacher: {problem}")
         answers = answers.to(ids.device)
     if check and not trusted:
-        check_alignment(_before_last(answers), batch["labels"][:, 1:], _vocabulary(teacher, ids))
+        vocab = getattr(teacher, "vocab_size", None) or int(ids.max()) + 1
+        before_last = answers.map(lambda tensor: tensor[:, :-1])
+        check_alignment(before_last, batch["labels"][:, 1:], vocab)
     return targets.gather_topk(answers)
-
-
-def _before_last(answers: TopK) -> TopK:
-    tail = None if answers.log_tail is None else answers.log_tail[:, :-1]
-    return TopK(answers.ids[:, :-1], answers.logprobs[:, :-1], tail, answers.temperature)
-
-
-def _vocabulary(teacher: Any, ids: Tensor) -> int:
-    return getattr(teacher, "vocab_size", None) or int(ids.max()) + 1

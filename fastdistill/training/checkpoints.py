@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import sha256_of, sync, write_json
+from ..runtime import checks
 from ..runtime.json_text import JSONError, read_json
 from ..runtime.printable import printable
 
@@ -43,10 +44,9 @@ def mark_complete(folder: Path) -> None:
         sync(path)
     for path in {p.parent for p in files}:
         sync(path)
-    names = [str(p.relative_to(folder)) for p in files]
-    sizes = {name: p.stat().st_size for name, p in zip(names, files, strict=True)}
+    sizes = {str(p.relative_to(folder)): p.stat().st_size for p in files}
     with ThreadPoolExecutor() as pool:
-        digests = dict(zip(names, pool.map(sha256_of, files), strict=True))
+        digests = dict(zip(sizes, pool.map(sha256_of, files), strict=True))
     write_json(folder / FINISHED, {"files": sizes, "sha256": digests})
 
 
@@ -79,10 +79,9 @@ def integrity_error(folder: Path) -> str | None:
         if problem is not None:
             return problem
         digests = _finished(folder).get("sha256", {})
-    names = list(digests)
     with ThreadPoolExecutor() as pool:
-        actual = pool.map(sha256_of, (folder / name for name in names))
-        for name, digest in zip(names, actual, strict=True):
+        actual = pool.map(sha256_of, (folder / name for name in digests))
+        for name, digest in zip(digests, actual, strict=True):
             if digest != digests[name]:
                 return f"{printable(name)} is damaged: its sha256 is not the one in {FINISHED}"
     for name in _READ_FIRST:
@@ -105,19 +104,18 @@ def missing_state(folder: Path, *, has_loss_scaler: bool = False) -> str | None:
         has_loss_scaler: the run has a loss scaler, whose state is needed too.
     """
     names = [p.name for p in folder.iterdir()]
-    deepspeed = "latest" in names
     required = {"the random state": "rng_state"}
-    if not deepspeed:
+    if "latest" not in names:  # as written by DeepSpeed
         required |= {"the optimizer's state": "optimizer", "the schedule's state": "scheduler"}
         if has_loss_scaler:
             required["the loss scaler's state"] = "scaler"
-    missing = [name for name, prefix in required.items() if not _has_prefix(names, prefix)]
-    return ", ".join(missing) or None
-
-
-def _has_prefix(names: list[str], prefix: str) -> bool:
     # FSDP writes pytorch_model_fsdp_0 and optimizer_0; XLA puts the rank before the name.
-    return any(n.startswith(prefix) or (n.startswith("rank") and prefix in n) for n in names)
+    missing = [
+        name
+        for name, prefix in required.items()
+        if not any(n.startswith(prefix) or (n.startswith("rank") and prefix in n) for n in names)
+    ]
+    return ", ".join(missing) or None
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -138,22 +136,15 @@ def check_named_checkpoint(checkpoint: str | Path | bool | None) -> None:
         return
     folder = Path(checkpoint)
     if not (folder / STATE).is_file():
-        raise ValueError(
-            f"resume_from_checkpoint: expected the folder of a checkpoint, got "
-            f"{printable(repr(str(checkpoint)))}, which has no {STATE}"
-        )
-    problem = completeness_error(folder) if (folder / FINISHED).exists() else None
-    if problem is not None:
-        raise ValueError(
-            f"resume_from_checkpoint: expected a whole checkpoint, but {problem}: "
-            f"{printable(checkpoint)}"
-        )
+        got = f"{str(checkpoint)!r}, which has no {STATE}"
+        checks.fail("resume_from_checkpoint", "the folder of a checkpoint", got)
+    _check_whole(folder)
 
 
 def to_resume_from(
     checkpoint: str | Path | bool | None,
     output_dir: str | Path,
-    find_fault: Callable[[Path], str | None] | None = None,
+    find_fault: Callable[[Path], str | None] = lambda folder: None,
 ) -> str | None:
     """Return the folder that `train(resume_from_checkpoint=checkpoint)` resumes from, or None.
 
@@ -161,45 +152,43 @@ def to_resume_from(
     instead. A warning names the checkpoints that are skipped.
 
     Args:
-        find_fault: returns why a checkpoint cannot be used, or None if it can. The default
-            compares sizes.
+        find_fault: returns why a checkpoint of the right sizes cannot be used, or None.
 
     Raises:
         ValueError: there is no such checkpoint, or it is damaged.
     """
     if checkpoint is None or checkpoint is False:
         return None
-    find_fault = find_fault or completeness_error
     if checkpoint is True or checkpoint == "auto":
         problems: dict[str, str] = {}
+        usable = None
         for folder in reversed(checkpoints(output_dir)):
-            problem = find_fault(folder)
+            problem = completeness_error(folder) or find_fault(folder)
             if problem is None:
-                _warn(problems, f"the run resumes from {folder.name}")
-                return str(folder)
+                usable = folder
+                break
             problems[folder.name] = problem
-        if checkpoint is True:
-            first = next(iter(problems.items()), None)
-            raise ValueError(
-                f"resume_from_checkpoint: expected a finished checkpoint in {str(output_dir)!r}, "
-                f"got {'none' if first is None else f'{first[0]}, but {first[1]}'}. 'auto' starts "
-                "a new run if there is none"
-            )
-        _warn(problems, "a new run starts")
-        return None
+        if usable is None and checkpoint is True:
+            got = next((f"{name}, but {problem}" for name, problem in problems.items()), "none")
+            hint = "'auto' starts a new run if there is none"
+            expected = f"a finished checkpoint in {str(output_dir)!r}"
+            checks.fail("resume_from_checkpoint", expected, got, hint)
+        then = "a new run starts" if usable is None else f"the run resumes from {usable.name}"
+        for name, problem in problems.items():
+            logger.warning("%s is not used: %s; %s.", name, problem, then)
+        return None if usable is None else str(usable)
     folder = Path(checkpoint)
-    checked = (folder / FINISHED).exists() or find_fault is not completeness_error
-    problem = find_fault(folder) if checked else None
-    if problem is not None:
-        raise ValueError(
-            f"resume_from_checkpoint: expected a complete checkpoint, but {problem}: {checkpoint}"
-        )
+    _check_whole(folder, find_fault(folder))
     return str(checkpoint)
 
 
-def _warn(problems: dict[str, str], then: str) -> None:
-    for name, problem in problems.items():
-        logger.warning("%s is not used: %s; %s.", name, problem, then)
+def _check_whole(folder: Path, problem: str | None = None) -> None:
+    """Raise ValueError for a problem, or if files have other sizes than in finished.json."""
+    if (folder / FINISHED).exists():
+        problem = completeness_error(folder) or problem
+    if problem is not None:
+        got = f"{folder}: {problem}"
+        checks.fail("resume_from_checkpoint", "a whole checkpoint", got)
 
 
 def _finished(folder: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ..examples import IGNORE_INDEX, EncodedExample, Encoder, is_listed
+from ..runtime import checks
 from ..runtime.printable import printable
 
 logger = logging.getLogger(__name__)
@@ -24,7 +25,9 @@ LOOKED_AT = 64  # examples, evenly spaced
 def check_kinds(train: Any, evaluate: Any) -> None:
     """Raise TypeError for an object that is no dataset, ValueError for an empty dataset."""
     for name, dataset in datasets_by_name(train, evaluate).items():
-        if dataset is None or _is_stream(dataset):
+        # A stream has no length, but can be read repeatedly.
+        is_stream = hasattr(dataset, "__iter__") and not hasattr(dataset, "__len__")
+        if dataset is None or (is_stream and not hasattr(dataset, "__next__")):
             continue
         if not is_listed(dataset):
             raise TypeError(
@@ -33,13 +36,7 @@ def check_kinds(train: Any, evaluate: Any) -> None:
                 "Dataset.from_dict, from_pandas or from_generator"
             )
         if not len(dataset):
-            raise ValueError(f"{name}: expected an example, got none")
-
-
-def _is_stream(dataset: Any) -> bool:
-    """Return whether a dataset is an iterable without length that can be read repeatedly."""
-    once = hasattr(dataset, "__next__")
-    return hasattr(dataset, "__iter__") and not hasattr(dataset, "__len__") and not once
+            checks.fail(name, "an example", "none")
 
 
 def check_datasets(encoder: Encoder, train: Any, evaluate: Any, *, prompts_only: bool) -> None:
@@ -80,22 +77,20 @@ def check_examples(name: str, dataset: Any, encoder: Encoder, *, prompts_only: b
     if not sampled:
         return
     examples = [example for _, example in sampled]
-    whole = [encoder.encode_uncut(example, i, name) for i, example in sampled]
-    rows = [row.truncate(encoder.max_length) for row in whole]
-    lengths = Lengths(encoder.max_length)
-    for row in whole:
+    lengths, without_target, rows = Lengths(encoder.max_length), RowsWithoutTarget(name), []
+    for index, example in sampled:
+        row = encoder.encode_uncut(example, index, name)
         lengths.add(row)
+        without_target.add(index, example, row)
+        rows.append(row.truncate(encoder.max_length))
     lengths.check(name, prompts_only=prompts_only)
     if not prompts_only:
-        _check_has_target(name, examples, rows)
-        without_target = RowsWithoutTarget(name)
-        for (index, example), row in zip(sampled, whole, strict=True):
-            without_target.add(index, example, row)
+        if not any(map(has_target, rows)):
+            got = f"none in {len(rows):,} examples"
+            checks.fail(name, "target tokens", got, _why_no_target(examples, rows))
         without_target.warn()
     labeled_rows = [
-        row
-        for example, row in zip(examples, rows, strict=True)
-        if example.get("labels") is not None
+        row for x, row in zip(examples, rows, strict=True) if x.get("labels") is not None
     ]
     if labeled_rows:
         _check_not_shifted(name, labeled_rows)
@@ -143,11 +138,13 @@ class Lengths:
         lost = self.prompts == self.seen if prompts_only else self.untaught == self.taught > 0
         if lost:
             what = "a part of their prompts" if prompts_only else "all their targets"
-            raise ValueError(
-                f"max_length: expected room for more than the prompts of {name}, got {self.limit}: "
+            checks.fail(
+                "max_length",
+                f"room for more than the prompts of {name}",
+                self.limit,
                 f"of {self.seen:,} examples checked, {self.rows:,} are longer and lose {what} "
                 f"(the longest has {self.longest:,} tokens). Raise it to {self.longest:,}, or set "
-                "it to None"
+                "it to None",
             )
         logger.warning("%s: %s", name, self.to_text())
 
@@ -187,11 +184,8 @@ class RowsWithoutTarget:
         first = getattr(self.examples[0], "source", None) or f"example {self.indices[0]}"
         logger.warning(
             "%s: %s of %s examples checked have no target token and train nothing (the first: "
-            "%s). %s",
-            self.name,
-            f"{len(self.indices):,}",
-            f"{self.seen:,}",
-            first,
+            "%s): %s",
+            *(self.name, f"{len(self.indices):,}", f"{self.seen:,}", first),
             _why_no_target(self.examples, self.rows),
         )
 
@@ -201,42 +195,35 @@ def has_target(row: EncodedExample) -> bool:
     return bool((row.targets[1:] != IGNORE_INDEX).any())
 
 
-def _check_has_target(name: str, examples: list[Any], rows: list[EncodedExample]) -> None:
-    if not any(map(has_target, rows)):
-        why = _why_no_target(examples, rows)
-        raise ValueError(
-            f"{name}: expected target tokens, got none in {len(rows):,} examples. {why}"
-        )
-
-
 def _why_no_target(examples: list[Any], rows: list[EncodedExample]) -> str:
-    """Return the likely reason why none of these examples has a target, as a sentence."""
-    why = "All labels are −100"
-    columns = [{c for c, value in example.items() if value is not None} for example in examples]
-    present, form = set.union(*columns), [c & {"input_ids"} for c in columns]
+    """Return the likely reason why none of these examples has a target."""
+    present = {name for x in examples for name, value in x.items() if value is not None}
+    is_tokenized = "input_ids" in present
     if all(len(row.ids) == 1 for row in rows):
-        why = "All examples are one token long, and the first token has no context"
-    elif any(form):
-        if "assistant_masks" in present:
-            why = (
-                "The assistant masks are all zero. A chat template without {% generation %} gives "
-                "such masks (among them the stock templates of Llama-3.1, Qwen3 and Gemma-3). Pass "
-                "messages, or prompt and completion, so that the trainer finds the turns; or use a "
-                "chat template with {% generation %}"
-            )
-        elif "completion_mask" in present:
-            why = "The completion masks are all zero"
-    elif "messages" in present:
-        roles = sorted({str(m["role"]) for e in examples for m in e.get("messages") or ()})
-        why = (
-            f"No example has a message with the role 'assistant': the roles are {printable(roles)}"
-            if "assistant" not in roles
-            else "The chat template marks none of the assistant's tokens: its {% generation %} "
-            "block is in the wrong place, or the turns are empty"
+        return "all examples are one token long, and the first token has no context"
+    if is_tokenized and "assistant_masks" in present:
+        return (
+            "the assistant masks are all zero. A chat template without {% generation %} gives "
+            "such masks (among them the stock templates of Llama-3.1, Qwen3 and Gemma-3). Pass "
+            "messages, or prompt and completion, so that the trainer finds the turns; or use a "
+            "chat template with {% generation %}"
         )
-    elif "prompt" in present:
-        why = "Examples with prompts alone need lmbda=1: the student samples completions"
-    return why
+    if is_tokenized and "completion_mask" in present:
+        return "the completion masks are all zero"
+    if "messages" in present and not is_tokenized:
+        roles = sorted({str(m["role"]) for x in examples for m in x.get("messages") or ()})
+        if "assistant" not in roles:
+            return (
+                "no example has a message with the role 'assistant': the roles are "
+                f"{printable(roles)}"
+            )
+        return (
+            "the chat template marks none of the assistant's tokens: its {% generation %} block "
+            "is in the wrong place, or the turns are empty"
+        )
+    if "prompt" in present and not is_tokenized:
+        return "examples with prompts alone need lmbda=1: the student samples completions"
+    return "all labels are −100"
 
 
 def _check_not_shifted(name: str, rows: list[EncodedExample]) -> None:
@@ -246,10 +233,11 @@ def _check_not_shifted(name: str, rows: list[EncodedExample]) -> None:
     if shift == 0 or agree[shift] < 0.9 or agree[0] > 0.5:
         return
     side = "next" if shift == 1 else "previous"
-    raise ValueError(
-        f"{name}: expected labels[t] to be input_ids[t] or −100, but {agree[shift]:.0%} of them "
-        f"are the {side} token: the labels are shifted already, and the trainer shifts them again. "
-        "Pass unshifted labels"
+    checks.fail(
+        name,
+        "labels[t] to be input_ids[t] or −100",
+        f"the {side} token in {agree[shift]:.0%} of them",
+        "the labels are shifted already, and the trainer shifts them again. Pass unshifted labels",
     )
 
 
@@ -280,9 +268,11 @@ def _check_end_token(name: str, rows: list[EncodedExample], tokenizer: Any) -> N
         labeled += int((ends & (targets == end)).sum())
         masked += int((ends & (targets == IGNORE_INDEX)).sum())
     if masked and not labeled:
-        raise ValueError(
-            f"{name}: expected the end token (id {end}) among the labels, but all {masked} that "
-            "follow a target are −100. The padding token is the same token, so masking it masks "
-            "the end too: the student would never learn to stop. Leave padding to the trainer, "
-            "which masks by length, or set another pad_token"
+        checks.fail(
+            name,
+            f"the end token (id {end}) among the labels",
+            f"−100 for all {masked} that follow a target",
+            "the padding token is the same token, so masking it masks the end too: the student "
+            "would never learn to stop. Leave padding to the trainer, which masks by length, or "
+            "set another pad_token",
         )

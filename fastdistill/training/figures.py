@@ -22,12 +22,9 @@ def summarize(prediction: EvalPrediction) -> dict[str, float]:
     if not tokens > 0:
         raise ValueError("eval_dataset: expected a target token, got none in all of its examples")
     # Without a teacher, all values of a column are NaN; with one, NaN is a result.
-    empty = dict(zip(EVAL_COLUMNS, np.isnan(rows).all(0), strict=True))
-    metrics = {
-        name: float(v / tokens)
-        for name, v in totals.items()
-        if name in ("loss", "nll", "top1") or not empty[name]
-    }
+    empty = {n for n, nan in zip(EVAL_COLUMNS, np.isnan(rows).all(0), strict=True) if nan}
+    empty -= {"loss", "nll", "top1"}
+    metrics = {name: float(v / tokens) for name, v in totals.items() if name not in empty}
     metrics["perplexity"] = math.exp(min(metrics["nll"], 700.0))
     return metrics
 

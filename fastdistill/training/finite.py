@@ -35,29 +35,30 @@ class FiniteUpdates(Trainer):
     """A Trainer that checks each update before the optimizer's step, and weights before saving."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.begin_updates()
+        super().__init__(*args, **kwargs)
+        self.add_callback(_BeforeOptimizer(self))
+
+    def begin_updates(self) -> None:
+        """Reset the sums, also after an attempt that was aborted to retry with a smaller batch."""
         self._norm: Any = None  # gradient norm of the update, from clipping
         self._of_update: dict[str, Tensor] = {}  # sums of metrics over the current update
         self._since_log: dict[str, Tensor] = {}  # and over the accepted updates since the last log
         self._skipped = {"log": 0, "run": 0}
         self._of_run = (0, 0.0)  # number of accepted updates, and the sum of their losses
-        super().__init__(*args, **kwargs)
-        self.add_callback(_BeforeOptimizer(self))
 
     def add_metrics(self, sums: dict[str, Tensor]) -> None:
         """Add the sums of a micro-batch to those of the current update."""
-        for name, value in sums.items():
-            self._of_update[name] = self._of_update.get(name, 0) + value
+        _add(self._of_update, sums)
 
     def mark_loss(self, loss: Tensor) -> Tensor:
         """Return the loss; its value and gradient become NaN if it is not finite."""
-        if self._steps_in_backward():
-            finite = loss.detach().isfinite().float()
-            if not bool(self.accelerator.reduce(finite, reduction="sum") == self._num_processes()):
-                self._stop("loss")
+        if self._steps_in_backward() and not self._is_finite_everywhere(loss.detach()):
+            self._stop("loss")
         return loss * (loss.detach() * 0 + 1)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        with self._keeping_last_good():
+        with self.keeping_last_good():
             loss: Tensor = super().training_step(*args, **kwargs)
         self.add_metrics({"update_loss": loss.float()})
         # A skipped update must not make the Trainer's running sum of losses NaN.
@@ -66,11 +67,6 @@ class FiniteUpdates(Trainer):
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
         self._norm = super()._get_grad_norm(*args, **kwargs)
         return self._norm
-
-    def before_optimizer_step(self, model: nn.Module) -> None:
-        """Call `check_update`; if it stops the run, save the weights from before the step."""
-        with self._keeping_last_good():
-            self.check_update(model)
 
     def check_update(self, model: nn.Module) -> None:
         """Stop or skip an update whose gradient is not finite, before the optimizer's step."""
@@ -82,11 +78,10 @@ class FiniteUpdates(Trainer):
         if norm is None or math.isfinite(float(norm)):
             self._accept(metrics)
             return
-        loss = metrics["update_loss"].isfinite().float()
-        loss_is_finite = bool(
-            self.accelerator.reduce(loss, reduction="sum") == self._num_processes()
-        )
-        if loss_is_finite and self._loss_scaling_may_recover():
+        loss_is_finite = self._is_finite_everywhere(metrics["update_loss"])
+        scaler = self.accelerator.scaler
+        has_scaler = scaler is not None and scaler.is_enabled()
+        if loss_is_finite and has_scaler and scaler.get_scale() > _SMALLEST_SCALE:
             self._accept(metrics)
         elif self.args.nonfinite == "stop":
             self._stop("gradient of the loss" if loss_is_finite else "loss")
@@ -136,22 +131,16 @@ class FiniteUpdates(Trainer):
         """Save the weights from before a step that stops the run."""
 
     @contextmanager
-    def _keeping_last_good(self) -> Iterator[None]:
+    def keeping_last_good(self) -> Iterator[None]:
         """Save the weights from before this step if its loss, gradient or data raise an error."""
         try:
             yield
         except (FloatingPointError, ValueError) as error:
             # All processes detect a loss that is not finite; other errors may occur in one alone.
-            together = isinstance(error, FloatingPointError) or self._num_processes() == 1
+            together = isinstance(error, FloatingPointError) or self.accelerator.num_processes == 1
             if together and not self._steps_in_backward():
                 self.keep_last_good()
             raise
-
-    def begin_updates(self) -> None:
-        """Reset the sums, also after an attempt that was aborted to retry with a smaller batch."""
-        self._norm, self._of_update, self._since_log = None, {}, {}
-        self._of_run = (0, 0.0)
-        self._skipped = {"log": 0, "run": 0}
 
     def check_weights(self, when: str) -> None:
         """Raise FloatingPointError if a weight of the student is NaN or infinite.
@@ -174,28 +163,28 @@ class FiniteUpdates(Trainer):
     def _accept(self, metrics: dict[str, Tensor]) -> None:
         if metrics:
             one = torch.ones((), dtype=torch.float32, device=self.args.device)
-            metrics["updates"] = one / self._num_processes()
-            metrics["update_loss"] = metrics["update_loss"] / self._num_processes()
-        for name, value in metrics.items():
-            self._since_log[name] = self._since_log.get(name, 0) + value
+            metrics["updates"] = one / self.accelerator.num_processes
+            metrics["update_loss"] = metrics["update_loss"] / self.accelerator.num_processes
+        _add(self._since_log, metrics)
 
-    def _loss_scaling_may_recover(self) -> bool:
-        scaler = self.accelerator.scaler
-        return bool(
-            scaler is not None and scaler.is_enabled() and scaler.get_scale() > _SMALLEST_SCALE
-        )
+    def _is_finite_everywhere(self, loss: Tensor) -> bool:
+        """Return whether the loss is finite in all processes."""
+        count = self.accelerator.reduce(loss.isfinite().float(), reduction="sum")
+        return bool(count == self.accelerator.num_processes)
 
     def _steps_in_backward(self) -> bool:
         return self.is_deepspeed_enabled or steps_in_backward(self.args)
-
-    def _num_processes(self) -> int:
-        return int(self.accelerator.num_processes)
 
     def _stop(self, quantity: str) -> None:
         raise FloatingPointError(
             f"{quantity}: expected a finite number, got NaN or infinity in the steps up to "
             f"{self.state.global_step + 1}, before whose update the run stops. {_ADVICE}"
         )
+
+
+def _add(totals: dict[str, Tensor], sums: dict[str, Tensor]) -> None:
+    for name, value in sums.items():
+        totals[name] = totals.get(name, 0) + value
 
 
 class _BeforeOptimizer(TrainerCallback):
@@ -208,7 +197,8 @@ class _BeforeOptimizer(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
     ) -> None:
-        self._trainer.before_optimizer_step(self._trainer.model if model is None else model)
+        with self._trainer.keeping_last_good():
+            self._trainer.check_update(self._trainer.model if model is None else model)
 
 
 @torch.no_grad()

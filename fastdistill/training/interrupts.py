@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 import threading
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 from transformers import TrainerCallback
@@ -43,12 +43,7 @@ class SavesOnInterrupt(TrainerCallback):
                     self._before[number] = signal.signal(number, self._handle)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
@@ -59,20 +54,17 @@ class SavesOnInterrupt(TrainerCallback):
         if self._signal is not None or not saves or step in (0, self._saved):
             self._end(number, self._saved == step and step > 0)
         self._signal = number
-        os.write(
-            2, b"\nSaving a checkpoint after this step. Repeat the signal to stop immediately.\n"
-        )
+        text = b"\nSaving a checkpoint after this step. Repeat the signal to stop immediately.\n"
+        os.write(2, text)
 
     def _end(self, number: int, is_saved: bool) -> None:
         step = self._trainer.state.global_step
-        last_saved = self._saved if self._saved > 0 else None
+        message = f"Stopped in step {step + 1}; there is no checkpoint, so the progress is lost."
         if is_saved:
             message = f"Stopped at step {step}; checkpoint-{step} is complete."
-        elif last_saved is not None:
-            message = f"Stopped in step {step + 1}; checkpoint-{last_saved} is the last checkpoint."
-        else:
+        elif self._saved > 0:
             message = (
-                f"Stopped in step {step + 1}; there is no checkpoint, so the progress is lost."
+                f"Stopped in step {step + 1}; checkpoint-{self._saved} is the last checkpoint."
             )
         if number == signal.SIGTERM:
             logger.warning(message)

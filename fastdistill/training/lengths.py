@@ -51,18 +51,12 @@ def check_lengths(
         without_target = RowsWithoutTarget(name)
         check_row_lengths(name, dataset, encoder, limits, without_target.add)
         sampled = name == "train_dataset" and config.lmbda == 1.0
-        if without_target.indices and not sampled:
-            reported = set(sample_indices(len(dataset))) & set(without_target.indices)
-            if not reported:
-                without_target.warn()
-    if config.lmbda > 0:
-        _check_room(datasets["train_dataset"], encoder, limits, config.max_new_tokens)
-
-
-def _check_room(dataset: Any, encoder: Encoder, limits: tuple[RowLimit, ...], new: int) -> None:
-    shortest = shortest_of(limits)
-    if shortest is None or not hasattr(dataset, "__len__"):
-        return
-    for index in range(len(dataset)):
-        prompt = attended_first(encoder(dataset[index], index)).prompt_length
-        check_new_tokens(shortest, prompt, new, f" (train_dataset, example {index})")
+        indices = set(without_target.indices)
+        if indices and not sampled and not indices & set(sample_indices(len(dataset))):
+            without_target.warn()
+    dataset, shortest = datasets["train_dataset"], shortest_of(limits)
+    if config.lmbda > 0 and shortest is not None and hasattr(dataset, "__len__"):
+        for index in range(len(dataset)):
+            prompt = attended_first(encoder(dataset[index], index)).prompt_length
+            where = f" (train_dataset, example {index})"
+            check_new_tokens(shortest, prompt, config.max_new_tokens, where)

@@ -22,8 +22,6 @@ _EVALUATED = {
     "eval_perplexity": "perplexity",
     "eval_top1": "accuracy of the next token",
 }
-
-
 _OURS = "Trained with fastdistill's DistillTrainer."
 
 
@@ -54,8 +52,7 @@ def write_card(
     name = name_of(student)
     rows = [("teacher", describe_teacher(teacher)), *_objective(config, loss)]
     if panel is not None:
-        mass = f"{panel.teacher_mass:.4f} mean, {panel.teacher_mass_p5:.4f} 5th percentile"
-        rows.append(("covered teacher mass, first batch", mass))
+        rows.append(("covered teacher mass, first batch", panel.mass_text()))
     trained = _last(state.log_history, "teacher_mass")
     if trained is not None:
         rows.append(("covered teacher mass, last log", f"{trained['teacher_mass']:.4f} mean"))

@@ -77,14 +77,16 @@ class Panel:
         """Whether the teacher predicts this text better than its own answers in another order."""
         return self.teacher_nll < self.teacher_nll_shuffled
 
+    def mass_text(self) -> str:
+        return f"{self.teacher_mass:.4f} mean, {self.teacher_mass_p5:.4f} 5th percentile"
+
     def lines(self) -> list[tuple[str, str]]:
-        mass = f"{self.teacher_mass:.4f} mean, {self.teacher_mass_p5:.4f} 5th percentile"
         text = "the student's own text" if self.sampled else "the text"
         return [
             ("objective", self.objective),
             ("temperature", f"T = {self.temperature:g}, divergence × {self.t2:g}"),
             ("teacher tokens", f"top {self.k}; the rest: {self.tail}"),
-            ("covered teacher mass", mass),
+            ("covered teacher mass", self.mass_text()),
             (f"overlap@{self.k}", f"{self.overlap:.1%} of them are in the student's top {self.k}"),
             (
                 "target tokens",

@@ -35,6 +35,7 @@ class RunRecord:
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
+        """Metrics in order of steps, without events."""
         return [line for line in self.lines if "event" not in line]
 
 
@@ -66,14 +67,6 @@ def read_run(output_dir: str | Path) -> RunRecord:
     path = folder / SETTINGS
     settings = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     return RunRecord(lines=lines, settings=_object(settings), damaged=damaged)
-
-
-def read_metrics(output_dir: str | Path) -> list[dict[str, Any]]:
-    """Return the metrics of the last run in a folder, in order of steps.
-
-    Includes the runs that it resumed, and leaves out truncated lines.
-    """
-    return read_run(output_dir).metrics
 
 
 def _object(text: str) -> dict[str, Any] | None:

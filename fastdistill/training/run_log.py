@@ -22,8 +22,6 @@ from .panel import Panel
 from .run_files import NAME, SETTINGS
 from .run_settings import settings_of
 
-_GIB = 2**30
-
 
 class RunLog(TrainerCallback):
     """Appends the trainer's logs to metrics.jsonl; `teacher` is the trainer's teacher."""
@@ -74,9 +72,10 @@ class RunLog(TrainerCallback):
         path.parent.mkdir(parents=True, exist_ok=True)
         line = json.dumps(figures, ensure_ascii=False, allow_nan=False) + "\n"
         with path.open("a+b") as file:
-            # Do not append to a line that a killed process left incomplete.
-            if file.seek(0, os.SEEK_END) and _last_byte(file) != b"\n":
-                file.write(b"\n")
+            if file.seek(0, os.SEEK_END):
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":  # a killed process left the line incomplete
+                    file.write(b"\n")
             file.write(line.encode())
 
 
@@ -86,18 +85,12 @@ def _peak_memory(args: Any) -> dict[str, float]:
     On a GPU, PyTorch's counter, which needs no synchronization; on a CPU, resident memory.
     """
     if args.device.type == "cuda":
-        return {
-            "peak_gpu_memory_gib": round(torch.cuda.max_memory_allocated(args.device) / _GIB, 3)
-        }
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return {"peak_process_memory_gib": round(peak / _GIB, 3)}
-
-
-def _last_byte(file: Any) -> bytes:
-    file.seek(-1, os.SEEK_END)
-    last: bytes = file.read(1)
-    return last
+        name, peak = "peak_gpu_memory_gib", torch.cuda.max_memory_allocated(args.device)
+    else:
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        name = "peak_process_memory_gib"
+    return {name: round(peak / 2**30, 3)}
 
 
 def _to_json(value: Any) -> Any:

@@ -60,23 +60,16 @@ _MANNER_SETTINGS = (
 
 def result_settings(config: DistillConfig, student: Any, teacher: Any) -> dict[str, Any]:
     """Return JSON of the settings that determine the trained student, models by name."""
-    inherited = {field.name for field in fields(TrainingArguments)}
-    distill_fields = (
-        {field.name for field in fields(DistillConfig)} - inherited - set(_MANNER_SETTINGS)
-    )
+    own, inherited = ({f.name for f in fields(c)} for c in (DistillConfig, TrainingArguments))
+    names = sorted(own - inherited - set(_MANNER_SETTINGS))
     values = config.to_dict()
-    settings = {
-        name: _to_json(values[name])
-        for name in (*OPTIMIZER_SETTINGS, *_RESULT_SETTINGS, *sorted(distill_fields))
-    }
-    rows = config.train_batch_size * config.gradient_accumulation_steps * config.world_size
-    names = {
+    settings = {n: _to_json(values[n]) for n in (*OPTIMIZER_SETTINGS, *_RESULT_SETTINGS, *names)}
+    return {name: v if v not in _UNSET else None for name, v in settings.items()} | {
         "student": _absolute(name_of(without_adapters(student))),
         "teacher": None if teacher is None else _absolute(describe_teacher(teacher)),
-    }
-    return {name: v if v not in _UNSET else None for name, v in settings.items()} | {
-        **names,
-        "rows of an update": rows,
+        "rows of an update": config.train_batch_size
+        * config.gradient_accumulation_steps
+        * config.world_size,
     }
 
 
@@ -100,6 +93,7 @@ def settings_of(config: DistillConfig, student: Any, teacher: Any) -> dict[str, 
     Leaves out settings that hold secrets, and the output folder.
     """
     model = without_adapters(student)
+    is_whole = not is_partitioned(model)  # a partition has only a part of the parameters
     environment = describe()
     values = {
         name: _to_json(value)
@@ -112,11 +106,8 @@ def settings_of(config: DistillConfig, student: Any, teacher: Any) -> dict[str, 
             "name": name_of(model),
             "class": type(model).__name__,
             "adapters": is_adapted(student),
-            # A partition has only a part of the parameters.
-            "parameters": None if is_partitioned(model) else model.num_parameters(),
-            "trainable": None
-            if is_partitioned(model)
-            else model.num_parameters(only_trainable=True),
+            "parameters": model.num_parameters() if is_whole else None,
+            "trainable": model.num_parameters(only_trainable=True) if is_whole else None,
         },
         "teacher": None if teacher is None else describe_teacher(teacher),
         "teacher_class": None if teacher is None else type(teacher).__name__,
@@ -140,12 +131,10 @@ def _changed(config: DistillConfig, values: dict[str, Any]) -> list[str]:
             continue
         value = getattr(config, field.name)
         default = field.default if field.default_factory is MISSING else field.default_factory()
-        is_default_accelerator = (
+        is_default = values[field.name] == _to_json(default) or (
             isinstance(value, AcceleratorConfig) and value == AcceleratorConfig()
         )
-        is_default = values[field.name] == _to_json(default)
-        is_unset = values[field.name] in _UNSET and default in _UNSET
-        if not (is_default or is_unset or is_default_accelerator):
+        if not is_default and not (values[field.name] in _UNSET and default in _UNSET):
             changed.append(field.name)
     return changed
 

@@ -25,6 +25,7 @@ from ..data import padded
 from ..examples import IGNORE_INDEX, EncodedExample, Encoder
 from ..generation import ends_of, generate_rows
 from ..positions import RowLimit, row_limit, shortest_of
+from ..runtime import checks
 from .config import DistillConfig
 from .data_checks import some_of
 
@@ -53,10 +54,12 @@ def prompts_of(batch: Mapping[str, Tensor]) -> list[Tensor]:
         prompts = [row[chosen != 0] for row, chosen in zip(ids, mask, strict=True)]
         for index, prompt in enumerate(prompts):
             if not len(prompt):
-                raise ValueError(
-                    "prompt: expected at least one token to continue, got an empty prompt and a "
-                    f"tokenizer without a BOS token (example {index} of its batch). Add a BOS "
-                    "token to the prompt"
+                checks.fail(
+                    "prompt",
+                    "at least one token to continue",
+                    "an empty prompt and a tokenizer without a BOS token (example "
+                    f"{index} of its batch)",
+                    "add a BOS token to the prompt",
                 )
         return prompts
     columns = (batch[name].cpu() for name in ("input_ids", "attention_mask", "labels"))
@@ -115,7 +118,12 @@ def sample(
     keys = _keys(config, step, prompts)
 
     def chosen(rows: list[int], width: int) -> list[LogitsProcessor]:
-        return [*_processors(config, vocab), _KeyedChoice([keys[i] for i in rows], width)]
+        processors: list[LogitsProcessor] = [] if vocab is None else [_OnlyTokens(vocab)]
+        if config.sampling_temperature != 1.0:
+            processors.append(TemperatureLogitsWarper(float(config.sampling_temperature)))
+        if config.top_p < 1.0:
+            processors.append(TopPLogitsWarper(float(config.top_p)))
+        return [*processors, _KeyedChoice([keys[i] for i in rows], width)]
 
     new = generate_rows(
         model,
@@ -129,7 +137,12 @@ def sample(
         limit=shortest_of(read),
         shorten=False,
     )
-    rows = [_row(p, torch.tensor(c, dtype=torch.long)) for p, c in zip(prompts, new, strict=True)]
+    rows = []
+    for prompt, tokens in zip(prompts, new, strict=True):
+        completion = torch.tensor(tokens, dtype=torch.long)
+        ids = torch.cat([prompt, completion])
+        targets = torch.cat([torch.full_like(prompt, IGNORE_INDEX), completion])
+        rows.append(EncodedExample(ids, targets, torch.ones_like(ids)))
     return {name: column.to(device) for name, column in padded(rows, pad_id).items()}
 
 
@@ -154,21 +167,6 @@ class _OnlyTokens(LogitsProcessor):
         scores = scores.clone()
         scores[:, self.vocab :] = -torch.inf
         return scores
-
-
-def _processors(config: DistillConfig, vocab: int | None) -> list[LogitsProcessor]:
-    processors: list[LogitsProcessor] = [] if vocab is None else [_OnlyTokens(vocab)]
-    if config.sampling_temperature != 1.0:
-        processors.append(TemperatureLogitsWarper(float(config.sampling_temperature)))
-    if config.top_p < 1.0:
-        processors.append(TopPLogitsWarper(float(config.top_p)))
-    return processors
-
-
-def _row(prompt: Tensor, completion: Tensor) -> EncodedExample:
-    ids = torch.cat([prompt, completion])
-    targets = torch.cat([torch.full_like(prompt, IGNORE_INDEX), completion])
-    return EncodedExample(ids, targets, torch.ones_like(ids))
 
 
 def set_generation_ends(model: Any, encoder: Encoder, dataset: Any) -> None:

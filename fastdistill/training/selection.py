@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..outputs import TokenScores
+from ..runtime import checks
 from .targets import Targets
 
 SCORES = (
@@ -64,25 +65,18 @@ class TokenSelection:
     lowest: bool = False
 
     def __post_init__(self) -> None:
-        if self.score not in SCORES:
-            raise ValueError(
-                f"token_selection: expected one of {', '.join(SCORES)}, got {self.score!r}"
-            )
-        options = (self.share is not None, self.threshold is not None, self.weight)
-        if sum(options) != 1:
-            raise ValueError(
-                "token_selection: expected one of share, threshold and weight, got "
-                f"share={self.share}, threshold={self.threshold}, weight={self.weight}"
-            )
+        name = "token_selection"
+        checks.choice(name, self.score, SCORES)
+        if (self.share is not None) + (self.threshold is not None) + self.weight != 1:
+            got = f"share={self.share}, threshold={self.threshold}, weight={self.weight}"
+            checks.fail(name, "one of share, threshold and weight", got)
         if self.share is not None and not 0 < self.share <= 1:
-            raise ValueError(f"token_selection: expected a share in (0, 1], got {self.share}")
+            checks.fail(name, "a share in (0, 1]", self.share)
         if self.threshold is not None and not math.isfinite(self.threshold):
-            raise ValueError(f"token_selection: expected a finite threshold, got {self.threshold}")
+            checks.fail(name, "a finite threshold", self.threshold)
         if self.weight and (self.score in _SIGNED or self.lowest):
-            raise ValueError(
-                "token_selection: expected a score that is never negative as a weight, got "
-                f"{self.score!r}{' with lowest=True' if self.lowest else ''}"
-            )
+            got = f"{self.score!r}{' with lowest=True' if self.lowest else ''}"
+            checks.fail(name, "a score that is never negative as a weight", got)
 
     @classmethod
     def parse(cls, words: str) -> TokenSelection:
@@ -161,13 +155,11 @@ def weights_of(rule: Selection, scores: TokenScores, targets: Targets) -> Tensor
     weights = torch.as_tensor(rule(scores))
     N = len(targets.labels)
     if weights.shape != (N,):
-        raise ValueError(
-            f"token_selection: expected weights of shape [{N}], one per target, got "
-            f"{list(weights.shape)}"
-        )
+        expected = f"weights of shape [{N}], one per target"
+        checks.fail("token_selection", expected, list(weights.shape))
     weights = weights.to(device=targets.labels.device, dtype=torch.float32)
     if not bool((weights >= 0).all()) or not bool(weights.isfinite().all()):
-        raise ValueError("token_selection: expected finite weights of 0 or more, got other weights")
+        checks.fail("token_selection", "finite weights of 0 or more", "other weights")
     return weights
 
 

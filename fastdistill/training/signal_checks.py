@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from ..examples import IGNORE_INDEX
 from ..outputs import TopK
+from ..runtime import checks
 
 MIN_TOKENS = 64  # targets needed for a decision
 # In nats per token: a teacher with a smaller expected gap makes no prediction to test.
@@ -70,14 +72,15 @@ def signal(
     vocab: int,
 ) -> Signal:
     at = half_batch_shift(len(labels), labels.device)
-    shuffled = pick(teacher, at)
-    gain = label_logprob(teacher, labels, vocab) - label_logprob(shuffled, labels, vocab)
+    shuffled = teacher.at(at)
+    nll, nll_shuffled = (-label_logprob(answers, labels, vocab) for answers in (teacher, shuffled))
+    gain = nll_shuffled - nll
     student_gain = student_nll_shuffled - student_nll
     subset = slice(_MAX_COMPARED)
     return Signal(
-        nll=-label_logprob(teacher, labels, vocab).mean().item(),
-        nll_shuffled=-label_logprob(shuffled, labels, vocab).mean().item(),
-        claimed=_distance(pick(teacher, subset), pick(shuffled, subset), vocab),
+        nll=nll.mean().item(),
+        nll_shuffled=nll_shuffled.mean().item(),
+        claimed=_distance(teacher.at(subset), shuffled.at(subset), vocab),
         delivered=gain.mean().item(),
         delivered_error=_error(gain),
         student=student_gain.mean().item(),
@@ -127,17 +130,15 @@ def check_teacher_valid(teacher: TopK, labels: Tensor, contexts: Tensor, vocab: 
     certain = logprobs.max().item() > math.log(_CERTAIN_PROBABILITY) and len(labels) < MIN_TOKENS
     same = (teacher.ids == teacher.ids[0]).all() and (logprobs == logprobs[0]).all()
     if same and different > 1 and not certain:
-        raise _invalid_answers(
-            f"it gives the same answer at all {len(labels):,} positions, after {different:,} "
-            "different contexts"
+        _fail_invalid(
+            f"the same answer at all {len(labels):,} positions, after {different:,} different "
+            "contexts"
         )
     values = logprobs[used]
     if teacher.ids.shape[-1] > 1 and len(values):
         equal = (values.max() - values.min()).item() < 1e-6
         if equal and values.max().item() < _SLACK - math.log(vocab):
-            raise _invalid_answers(
-                "all its answers are equally likely, as with logits that are all zero"
-            )
+            _fail_invalid("answers that are all equally likely, as with logits that are all zero")
 
 
 def check_alignment(teacher: TopK, labels: Tensor, vocab: int) -> None:
@@ -150,16 +151,18 @@ def check_alignment(teacher: TopK, labels: Tensor, vocab: int) -> None:
     common[..., :1] = common[..., -1:] = False  # positions that roll wrapped around
     if common.sum() < MIN_TOKENS:
         return
-    answers = pick(teacher, common)
+    answers = teacher.at(common)
     nll = {s: -label_logprob(answers, labels.roll(s, -1)[common], vocab) for s in (-1, 0, 1)}
     for shift in (-1, 1):
         gain = nll[0] - nll[shift]
         if gain.mean().item() > max(0.5, 5 * _error(gain)):
             side = "next" if shift == -1 else "previous"
-            raise ValueError(
-                "teacher: expected the answer at position t to predict the token at t + 1, but the "
-                f"answers fit the {side} position better by {gain.mean().item():.2f} nats per "
-                f"token over {len(gain):,} tokens. Shift the ids and logprobs by one position"
+            checks.fail(
+                "teacher",
+                "the answer at position t to predict the token at t + 1",
+                f"answers that fit the {side} position better by {gain.mean().item():.2f} nats per "
+                f"token over {len(gain):,} tokens",
+                "shift the ids and logprobs by one position",
             )
 
 
@@ -199,14 +202,11 @@ def mass_of(teacher: TopK) -> Tensor:
     return teacher.logprobs.float().exp().masked_fill(teacher.ids < 0, 0.0).sum(-1)
 
 
-def pick(teacher: TopK, where: Tensor | slice) -> TopK:
-    tail = None if teacher.log_tail is None else teacher.log_tail[where]
-    return TopK(teacher.ids[where], teacher.logprobs[where], tail, teacher.temperature)
-
-
-def _invalid_answers(reason: str) -> ValueError:
-    return ValueError(
-        f"teacher: expected the answers of a language model, but {reason}. The student would learn "
-        "nothing from them. Check the weights, the cache and the positions. check_signal=False "
-        "skips this check"
+def _fail_invalid(answers: str) -> NoReturn:
+    checks.fail(
+        "teacher",
+        "the answers of a language model",
+        answers,
+        "the student would learn nothing from them. Check the weights, the cache and the "
+        "positions. check_signal=False skips this check",
     )

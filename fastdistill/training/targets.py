@@ -30,10 +30,7 @@ class Targets(NamedTuple):
         return values.flatten(0, 1)[self.sources]
 
     def gather_topk(self, answers: TopK) -> TopK:  # [B, T, K] -> [N, K]
-        tail = None if answers.log_tail is None else self.gather(answers.log_tail)
-        return TopK(
-            self.gather(answers.ids), self.gather(answers.logprobs), tail, answers.temperature
-        )
+        return answers.map(self.gather)
 
     def take(self, selected: Tensor) -> Targets:
         """Return the targets at indices (M,) or under a mask (N,)."""

@@ -24,6 +24,7 @@ from ..data import DistillCollator
 from ..examples import Encoder
 from ..generation import ends_of
 from ..heads import LMHead, is_partitioned, rows_of_head, verify_head
+from ..runtime import checks
 from .admission import TeacherLike, resolve_teacher
 from .arguments import check_metric, check_sampling
 from .asking import get_answers, has_trusted_positions
@@ -156,17 +157,19 @@ class DistillTrainer(WholeCheckpoints):
         resolved = resolve_teacher(teacher, self.model, args, processing_class)
         check_sampling(args, train_dataset)
         check_metric(args, eval_dataset, has_teacher=teacher is not None)
-        self.teacher = self._run_log.teacher = None if resolved is None else resolved.teacher
+        self.teacher = self._run_log.teacher = resolved.teacher
         limits = row_limits(self.model, self.teacher, args)
         collator: Any = self.data_collator
         self.data_collator: Any = replace(collator, limits=limits)
         if args.check_data:
-            check_cache_covers(teacher, encoder, datasets_by_name(train_dataset, eval_dataset))
-            check_lengths(datasets_by_name(train_dataset, eval_dataset), encoder, limits, args)
+            datasets = datasets_by_name(train_dataset, eval_dataset)
+            check_cache_covers(teacher, encoder, datasets)
+            check_lengths(datasets, encoder, limits, args)
         if args.torch_compile:  # after all checks that run the model
             compile_body(self.model, args)
-        self._valid_vocab = None if resolved is None else resolved.valid_vocab
-        self._vocab = self._valid_vocab or rows_of_head(self.model) if resolved else 0
+        self._valid_vocab = resolved.valid_vocab
+        has_teacher = self.teacher is not None
+        self._vocab = self._valid_vocab or rows_of_head(self.model) if has_teacher else 0
         self._monitor = AnswerMonitor()
 
     def _verify(self) -> None:
@@ -285,10 +288,9 @@ class DistillTrainer(WholeCheckpoints):
     def get_train_dataloader(self) -> DataLoader[Any]:
         loader: DataLoader[Any] = super().get_train_dataloader()
         if has_length(loader) and not len(loader):
-            raise ValueError(
-                f"train_dataset: expected a batch of {self.args.train_batch_size}, got "
-                f"{len(self.train_dataset):,} examples, which dataloader_drop_last drops"
-            )
+            expected = f"a batch of {self.args.train_batch_size}"
+            got = f"{len(self.train_dataset):,} examples, which dataloader_drop_last drops"
+            checks.fail("train_dataset", expected, got)
         return loader
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:

@@ -17,6 +17,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import TrainOutput, has_length
 
 from ..files import write_json
+from ..runtime import checks
 from ..runtime.json_text import read_json
 from ..runtime.printable import printable
 from .arguments import resolve_intervals
@@ -48,7 +49,7 @@ from .torch_defaults import plain_defaults
 logger = logging.getLogger(__name__)
 SETTINGS_FILE = "settings.json"  # in a checkpoint: the settings that determine the student
 _TRAIN_ELSEWHERE = (
-    "Train in another output_dir, and pass the checkpoint as the model to continue from its weights"
+    "train in another output_dir, and pass the checkpoint as the model to continue from its weights"
 )
 _INTERVALS = ("logging_steps", "save_steps", "eval_steps")
 
@@ -128,21 +129,19 @@ class WholeCheckpoints(FiniteUpdates):
 
     def _choose_checkpoint(self, checkpoint: str | Path | bool | None) -> str | None:
         """Return the checkpoint to resume from; only one process reads and checks the files."""
-        outcome: list[Any] = [None, None]
+        outcome: list[str | None] = [None, None]
         if self.is_world_process_zero():
             try:
-                is_search = checkpoint is True or checkpoint == "auto"
-                find_fault = self._find_fault if is_search else self._find_fault_in_named_folder
-                outcome[0] = to_resume_from(checkpoint, self.args.output_dir, find_fault)
+                outcome[0] = to_resume_from(checkpoint, self.args.output_dir, self._find_fault)
                 if outcome[0] is None and checkpoint == "auto":
                     self._check_state_is_saved()
             except ValueError as error:
                 outcome[1] = str(error)
         if self.args.world_size > 1:
             broadcast_object_list(outcome)
-        if outcome[1] is not None:
-            raise ValueError(outcome[1])
-        folder: str | None = outcome[0]
+        folder, problem = outcome
+        if problem is not None:
+            raise ValueError(problem)
         return folder
 
     def _compare_settings(self, folder: str | None) -> None:
@@ -161,7 +160,7 @@ class WholeCheckpoints(FiniteUpdates):
                 if name in self._changed:
                     raise ValueError(
                         f"{name}: expected the value that {Path(folder).name} was trained with, "
-                        f"{self._changed[name]}: the optimizer's state keeps the old value. "
+                        f"{self._changed[name]}; the optimizer's state keeps the old value; "
                         f"{_TRAIN_ELSEWHERE}"
                     )
 
@@ -170,14 +169,7 @@ class WholeCheckpoints(FiniteUpdates):
         data = self.train_dataset
         return settings | {"examples": len(data) if has_length(data) else None}
 
-    def _changed_text(self) -> str:
-        return ", ".join(f"{name}: {text}" for name, text in self._changed.items())
-
     def _find_fault(self, folder: Path) -> str | None:
-        return completeness_error(folder) or self._find_fault_in_named_folder(folder)
-
-    def _find_fault_in_named_folder(self, folder: Path) -> str | None:
-        """As `_find_fault`; a folder that the user names may be of another trainer."""
         error = integrity_error(folder)
         if error is None and not self._is_done_at(read_state(folder)):
             missing = missing_state(folder, has_loss_scaler=bool(self.args.fp16))
@@ -187,14 +179,14 @@ class WholeCheckpoints(FiniteUpdates):
     def _check_state_is_saved(self) -> None:
         """Raise ValueError if a new run would ignore the weights of an earlier run."""
         for folder in reversed(checkpoints(self.args.output_dir)):
-            if (
-                completeness_error(folder) is None
-                and (missing := missing_state(folder)) is not None
-            ):
-                raise ValueError(
-                    f"resume_from_checkpoint: expected a checkpoint to resume from, but "
-                    f"{folder.name} lacks {missing}: it was saved with save_only_model=True, or "
-                    "files were deleted. Train in another output_dir, or start without resuming"
+            missing = None if completeness_error(folder) else missing_state(folder)
+            if missing is not None:
+                checks.fail(
+                    "resume_from_checkpoint",
+                    "a checkpoint to resume from",
+                    f"{folder.name}, which lacks {missing}",
+                    "it was saved with save_only_model=True, or files were deleted. Train in "
+                    "another output_dir, or start without resuming",
                 )
 
     def _is_done_at(self, state: dict[str, Any]) -> bool:
@@ -228,28 +220,28 @@ class WholeCheckpoints(FiniteUpdates):
     def begin_run(self, state: Any) -> None:
         """Check and complete the state of a run, once the number of steps is known."""
         self._last_saved = state.global_step
+        changed_text = ", ".join(f"{name}: {text}" for name, text in self._changed.items())
         if state.global_step > state.max_steps:
-            raise ValueError(
-                f"resume_from_checkpoint: expected a checkpoint of at most the run's "
-                f"{state.max_steps} steps, got one of step {state.global_step}. {_TRAIN_ELSEWHERE}"
-            )
+            expected = f"a checkpoint of at most the run's {state.max_steps} steps"
+            got = f"one of step {state.global_step}"
+            checks.fail("resume_from_checkpoint", expected, got, _TRAIN_ELSEWHERE)
         if state.global_step and state.global_step == state.max_steps:
             if self._changed:
-                raise ValueError(
-                    "resume_from_checkpoint: expected the settings of the run that finished at "
-                    f"step {state.global_step}, but {self._changed_text()}. {_TRAIN_ELSEWHERE}"
-                )
+                expected = f"the settings of the run that finished at step {state.global_step}"
+                got = f"other ones: {changed_text}"
+                checks.fail("resume_from_checkpoint", expected, got, _TRAIN_ELSEWHERE)
             raise _AlreadyDone
         if self._changed:
             logger.warning(
                 "The run resumes at step %d with settings that differ from the checkpoint: %s.",
-                *(state.global_step, self._changed_text()),
+                *(state.global_step, changed_text),
             )
         if self._without_state:
-            raise ValueError(
-                "resume_from_checkpoint: expected a checkpoint with the optimizer's state for a "
-                f"run of {state.max_steps} steps, got one of step {state.global_step} without it"
+            expected = (
+                f"a checkpoint with the optimizer's state for a run of {state.max_steps} steps"
             )
+            got = f"one of step {state.global_step} without it"
+            checks.fail("resume_from_checkpoint", expected, got)
         if self._loaded_generation_config:
             keep_generation_config_savable(
                 without_adapters(self.accelerator.unwrap_model(self.model))

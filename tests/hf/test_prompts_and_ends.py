@@ -185,9 +185,9 @@ ROWS = [{"prompt": "what is this a cat", "completion": " it is"}] * 6
 
 def test_completions_that_are_all_cut_name_max_length(tmp_path):
     for rows in (ROWS, [{"messages": CHAT[0]["messages"]}] * 4):
-        with pytest.raises(ValueError, match=r"max_length: .*train_dataset, got 3: of \d examples"):
+        with pytest.raises(ValueError, match=r"max_length: .*train_dataset, got 3; of \d examples"):
             build(tmp_path, data=rows, processing_class=turns(), max_length=3)
-    with pytest.raises(ValueError, match=r"of eval_dataset, got 5: .* Raise it to 8"):
+    with pytest.raises(ValueError, match=r"of eval_dataset, got 5; .* Raise it to 8"):
         build(
             tmp_path,
             data=[{"text": "a cat"}],
@@ -196,7 +196,7 @@ def test_completions_that_are_all_cut_name_max_length(tmp_path):
             max_length=5,
         )
     prompts_alone = [{"prompt": "what is this a cat"}] * 2
-    with pytest.raises(ValueError, match=r"got 3: of 2 examples .* a part of their prompts"):
+    with pytest.raises(ValueError, match=r"got 3; of 2 examples .* a part of their prompts"):
         build(tmp_path, data=prompts_alone, processing_class=turns(), max_length=3, lmbda=1.0)
 
 
@@ -226,7 +226,7 @@ def test_trl_configs_name_max_length_too(tmp_path):
 
 def test_conversations_without_an_assistant_are_named(tmp_path):
     rows = [{"messages": [{"role": "user", "content": "what is"}]}] * 4
-    with pytest.raises(ValueError, match=r"No example has a message with the role 'assistant'"):
+    with pytest.raises(ValueError, match=r"no example has a message with the role 'assistant'"):
         build(tmp_path, data=rows, processing_class=turns())
     build(tmp_path, data=rows, processing_class=turns(), lmbda=1.0, max_new_tokens=4)  # prompts
     build(tmp_path, data=[*rows, *CHAT], processing_class=turns())

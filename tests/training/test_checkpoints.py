@@ -60,7 +60,7 @@ def test_only_what_is_whole_counts(tmp_path):
     assert checkpoints.last_finished(tmp_path) == whole
     assert checkpoints.to_resume_from(True, tmp_path) == str(whole)
     assert checkpoints.to_resume_from("auto", tmp_path) == str(whole)
-    with pytest.raises(ValueError, match=r"a complete checkpoint, but model\.bin is missing"):
+    with pytest.raises(ValueError, match=r"a whole checkpoint, got .*: model\.bin is missing"):
         checkpoints.to_resume_from(gone, tmp_path)
     assert checkpoints.to_resume_from(open_, tmp_path) == str(open_)  # of another trainer, perhaps
     (whole / "finished.json").write_text("{")
@@ -70,7 +70,7 @@ def test_only_what_is_whole_counts(tmp_path):
 def test_nothing_to_resume_from(tmp_path):
     assert checkpoints.to_resume_from(None, tmp_path) is None
     assert checkpoints.to_resume_from("auto", tmp_path) is None
-    with pytest.raises(ValueError, match=r"expected a finished checkpoint in '.*', got none\."):
+    with pytest.raises(ValueError, match=r"expected a finished checkpoint in '.*', got none;"):
         checkpoints.to_resume_from(True, tmp_path)
     folder(tmp_path, 3, finished=False)
     with pytest.raises(ValueError, match=r"got checkpoint-3, but it has no finished\.json"):

@@ -87,7 +87,7 @@ def test_what_cannot_be_on_policy_is_refused(tmp_path):
         build(tmp_path, teacher=None, ce_weight=1.0, lmbda=0.5)
     with pytest.raises(ValueError, match="max_new_tokens: expected an integer of 1 or more, got 0"):
         build(tmp_path, max_new_tokens=0)
-    with pytest.raises(ValueError, match="sampling_temperature: expected a number above 0"):
+    with pytest.raises(ValueError, match="sampling_temperature: expected a finite number above 0"):
         build(tmp_path, sampling_temperature=0.0)
     with pytest.raises(ValueError, match="max_new_tokens: expected at most"):
         train(tmp_path, lmbda=1.0, max_new_tokens=64)

@@ -66,7 +66,7 @@ def test_teacher_that_is_zeros(tmp_path, teacher):
             parameter.zero_()
     zeros = lambda ids, k: TopK(spread(ids, k) * 0, torch.zeros(*ids.shape, k))  # noqa: E731
     given = model if teacher == "model" else Answers(zeros)
-    with pytest.raises(ValueError, match="expected the answers of a language model, but"):
+    with pytest.raises(ValueError, match=r"expected the answers of a language model, (but|got)"):
         train(tmp_path, teacher=given, k=4)
 
 
@@ -77,7 +77,7 @@ def test_teacher_without_information(tmp_path):
     even = lambda ids, k: TopK(spread(ids, k), torch.full((*ids.shape, k), -4.0))  # noqa: E731
     with pytest.raises(ValueError, match="the same answer at all"):
         train(tmp_path, teacher=Answers(same), k=4)
-    with pytest.raises(ValueError, match="all its answers are equally likely"):
+    with pytest.raises(ValueError, match="answers that are all equally likely"):
         train(tmp_path, teacher=Answers(even), k=4)
 
 

@@ -76,7 +76,7 @@ class TestDamage:
         folder = half(tmp_path) / "checkpoint-4"
         flip(folder / "optimizer.pt")
         with pytest.raises(
-            ValueError, match=r"a complete checkpoint, but optimizer\.pt is damaged"
+            ValueError, match=r"a whole checkpoint, got .*: optimizer\.pt is damaged"
         ):
             build(tmp_path, **SAVING).train(resume_from_checkpoint=folder)
 
@@ -121,11 +121,11 @@ class TestDamage:
 class TestWithoutState:
     def test_weights_alone_are_nothing_to_go_on_from(self, tmp_path):
         half(tmp_path, save_only_model=True)
-        with pytest.raises(ValueError, match=r"checkpoint-4 lacks .*save_only_model=True"):
+        with pytest.raises(ValueError, match=r"checkpoint-4, which lacks .*save_only_model=True"):
             build(tmp_path, **SAVING).train(resume_from_checkpoint="auto")
         folder = tmp_path / "run" / "checkpoint-4"
         with pytest.raises(
-            ValueError, match="a complete checkpoint, but it lacks the random state"
+            ValueError, match=r"a whole checkpoint, got .*: it lacks the random state"
         ):
             build(tmp_path, **SAVING).train(resume_from_checkpoint=folder)
 
@@ -134,7 +134,7 @@ class TestWithoutState:
         folder = half(tmp_path) / "checkpoint-4"
         (folder / name).unlink()
         (folder / "finished.json").unlink()  # as a plain Trainer's folder
-        with pytest.raises(ValueError, match="a complete checkpoint, but it lacks"):
+        with pytest.raises(ValueError, match=r"a whole checkpoint, got .*: it lacks"):
             build(tmp_path, **SAVING).train(resume_from_checkpoint=folder)
         again = build(tmp_path, **SAVING)
         again.train(resume_from_checkpoint="auto")

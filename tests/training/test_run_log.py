@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from fastdistill.training.run_files import NAME, SETTINGS, read_metrics, read_run
+from fastdistill.training.run_files import NAME, SETTINGS, read_run
 from fastdistill.training.run_settings import settings_of
 from helpers.training import build, config, llama, peaked, ragged, train
 
@@ -34,7 +34,7 @@ def test_a_resumed_run_reads_as_one(tmp_path):
     train(tmp_path, **SAVING)
     train_again = build(tmp_path, **SAVING | {"max_steps": 6})
     train_again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
-    found = read_metrics(tmp_path / "run")
+    found = read_run(tmp_path / "run").metrics
     assert [e["step"] for e in found if "loss" in e] == [1, 2, 3, 4, 5, 6]
     assert len({e["run"] for e in found}) == 2
 
@@ -44,7 +44,7 @@ def test_a_new_run_in_the_same_folder_is_read_alone(tmp_path):
     trainer = build(tmp_path, eval_dataset=ragged(3), max_steps=2)
     trainer.evaluate()
     trainer.train()
-    found = read_metrics(tmp_path / "run")
+    found = read_run(tmp_path / "run").metrics
     assert [e["step"] for e in found if "loss" in e] == [1, 2]
     assert [e["step"] for e in found if "eval_loss" in e] == [0]
     assert sum("loss" in e for e in lines(tmp_path / "run")) == 6  # nothing was thrown away
@@ -55,7 +55,7 @@ def test_a_resumed_run_keeps_what_was_before_its_training(tmp_path):
     train(tmp_path, **watched, eval_on_start=True)
     again = build(tmp_path, **watched | {"max_steps": 6})
     again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
-    assert [e["step"] for e in read_metrics(tmp_path / "run") if "eval_kl" in e] == [0, 2, 4, 6]
+    assert [e["step"] for e in read_run(tmp_path / "run").metrics if "eval_kl" in e] == [0, 2, 4, 6]
     batches = read_run(tmp_path / "run").events("first_batch")
     assert [e["step"] for e in batches] == [0, 2]
 
@@ -63,7 +63,7 @@ def test_a_resumed_run_keeps_what_was_before_its_training(tmp_path):
 def test_training_a_second_time_is_another_run(tmp_path):
     trainer = train(tmp_path, max_steps=3)
     trainer.train()
-    assert [e["step"] for e in read_metrics(tmp_path / "run") if "loss" in e] == [1, 2, 3]
+    assert [e["step"] for e in read_run(tmp_path / "run").metrics if "loss" in e] == [1, 2, 3]
 
 
 def test_settings_name_models_changes_and_versions(tmp_path):
@@ -89,7 +89,7 @@ def test_settings_hold_no_secrets(tmp_path):
 
 def test_every_line_of_figures_has_the_peak_of_memory(tmp_path):
     train(tmp_path, max_steps=2)
-    peaks = [e["peak_process_memory_gib"] for e in read_metrics(tmp_path / "run")]
+    peaks = [e["peak_process_memory_gib"] for e in read_run(tmp_path / "run").metrics]
     assert len(peaks) == 3  # two steps and the end
     assert peaks == sorted(peaks)
     assert peaks[0] > 0.1
@@ -98,7 +98,7 @@ def test_every_line_of_figures_has_the_peak_of_memory(tmp_path):
 def test_target_tokens_are_those_since_the_last_line(tmp_path):
     options = {"max_steps": 4, "logging_steps": 2, "gradient_accumulation_steps": 3}
     train(tmp_path, per_device_train_batch_size=4, **options)
-    tokens = [e["target_tokens"] for e in read_metrics(tmp_path / "run") if "loss" in e]
+    tokens = [e["target_tokens"] for e in read_run(tmp_path / "run").metrics if "loss" in e]
     assert tokens == [2 * 122, 2 * 122]
 
 
@@ -107,7 +107,7 @@ def test_half_a_line_does_not_spoil_the_next(tmp_path):
     path = tmp_path / "run" / NAME
     path.write_text(path.read_text() + '{"run": "x", "st')
     train(tmp_path, max_steps=1)
-    assert [e["step"] for e in read_metrics(tmp_path / "run") if "loss" in e] == [1]
+    assert [e["step"] for e in read_run(tmp_path / "run").metrics if "loss" in e] == [1]
 
 
 def test_what_is_no_number_is_null(tmp_path):
