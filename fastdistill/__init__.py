@@ -7,6 +7,8 @@ do not import transformers.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .runtime.lazy import lazy_names
+
 if TYPE_CHECKING:
     from . import compat
     from .cache import CacheError, TeacherCache
@@ -81,14 +83,13 @@ _MODULE_OF = {
 }
 
 
+_import_name = lazy_names(__name__, _MODULE_OF)
+
+
 def __getattr__(name: str) -> Any:
     if name == "compat":
         return import_module(".compat", __name__)
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
-    globals()[name] = value
-    return value
+    return _import_name(name)
 
 
 def __dir__() -> list[str]:

@@ -4,8 +4,7 @@ Each audit is a frozen dataclass of its settings, with run(model, base=, control
 Names are imported on first use.
 """
 
-from importlib import import_module
-from typing import Any
+from ..runtime.lazy import lazy_names
 
 _MODULE_OF = {
     "ActivationDiffAudit": "activations",
@@ -36,13 +35,7 @@ _MODULE_OF = {
 
 __all__ = sorted(_MODULE_OF)
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
-    globals()[name] = value
-    return value
+__getattr__ = lazy_names(__name__, _MODULE_OF)
 
 
 def __dir__() -> list[str]:

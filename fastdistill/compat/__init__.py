@@ -9,8 +9,9 @@ The trainers accept TRL's own configuration objects, and raise an error that nam
 without a counterpart here.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ..runtime.lazy import lazy_names
 
 if TYPE_CHECKING:
     from .axolotl import TopKLogprobLoss
@@ -26,8 +27,4 @@ _MODULE_OF = {
     "TopKLogprobLoss": "axolotl",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
+__getattr__ = lazy_names(__name__, _MODULE_OF)

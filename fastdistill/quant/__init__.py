@@ -3,8 +3,9 @@
 Names are imported lazily, on first use.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ..runtime.lazy import lazy_names
 
 if TYPE_CHECKING:
     from .checkpoint import CheckpointError, is_quantized_checkpoint
@@ -33,10 +34,4 @@ _MODULE_OF = {
     "save_quantized": "saving",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
-    globals()[name] = value
-    return value
+__getattr__ = lazy_names(__name__, _MODULE_OF)

@@ -3,9 +3,9 @@
 `Report` is imported eagerly; classes that need statistics and figures on first use.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from ..runtime.lazy import lazy_names
 from .page import Report
 
 if TYPE_CHECKING:
@@ -16,13 +16,7 @@ __all__ = ["AuditScore", "Report", "TransferReport"]
 
 _MODULE_OF = {"AuditScore": "incrimination", "TransferReport": "transfer"}
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
-    globals()[name] = value
-    return value
+__getattr__ = lazy_names(__name__, _MODULE_OF)
 
 
 def __dir__() -> list[str]:
