@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from ..heads import evaluating, head_module
 from ..runtime.checks import fail, integer
 from .audit import Audit, Measurement, PromptAudit
-from .distributions import SLAB, check_same_vocabulary
+from .distributions import SLAB, ComparisonAudit
 from .prompts import Prompt, set_prompts, set_texts
 from .subject import Subject, pad_rows
 
@@ -57,7 +57,7 @@ def _num_layers(model: Subject) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ActivationDiffAudit(PromptAudit):
+class ActivationDiffAudit(PromptAudit, ComparisonAudit):
     """Activation difference δ = h_model − h_base at a layer, read by a logit lens.
 
     The lens is the LM head of the base. The value is the mean over prompts of the lens logit of the
@@ -69,8 +69,6 @@ class ActivationDiffAudit(PromptAudit):
     details: the tokens with the highest lens logit of the mean difference.
     """
 
-    needs_base: ClassVar[bool] = True
-
     markers: tuple[str, ...]
     rivals: tuple[str, ...] = ()
     layer: int | None = None
@@ -81,9 +79,7 @@ class ActivationDiffAudit(PromptAudit):
         set_texts(self, "markers")
 
     @torch.no_grad()
-    def measure(self, model: Subject, base: Subject | None) -> Measurement:
-        assert base is not None
-        check_same_vocabulary(model, base)
+    def compare(self, model: Subject, base: Subject) -> Measurement:
         layer = -1 if self.layer is None else self.layer
         states, base_states = (
             layer_states(m, self.prompts, layer, self.first) for m in (model, base)

@@ -5,6 +5,7 @@ log p = z − log Σ exp z        z: logits
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from ..dense import linear_distill_loss
 from ..runtime.checks import fail
-from .audit import Measurement, PromptAudit
+from .audit import Audit, Measurement, PromptAudit
 from .prompts import Prompt, check_one_per_prompt, set_prompts, set_texts
 from .subject import Subject
 
@@ -34,14 +35,28 @@ def check_same_vocabulary(model: Subject, base: Subject) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenKLAudit(PromptAudit):
+class ComparisonAudit(Audit):
+    """An audit that compares a model, token by token, with a base of the same vocabulary."""
+
+    needs_base: ClassVar[bool] = True
+
+    def measure(self, model: Subject, base: Subject | None) -> Measurement:
+        assert base is not None
+        check_same_vocabulary(model, base)
+        return self.compare(model, base)
+
+    @abstractmethod
+    def compare(self, model: Subject, base: Subject) -> Measurement:
+        """Returns one value per prompt."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenKLAudit(PromptAudit, ComparisonAudit):
     """Mean over prompts of KL(p_model ‖ p_base) of the next token, in nats. The audit is ours.
 
     details: the KL at every token of `texts`, which locates the differences, and the mean over
     `neutral` prompts, which any fine-tuning raises.
     """
-
-    needs_base: ClassVar[bool] = True
 
     neutral: tuple[Prompt, ...] = ()
     texts: tuple[str, ...] = ()
@@ -53,9 +68,7 @@ class TokenKLAudit(PromptAudit):
         if isinstance(self.texts, str):
             fail("texts", "a list of texts", repr(self.texts))
 
-    def measure(self, model: Subject, base: Subject | None) -> Measurement:
-        assert base is not None
-        check_same_vocabulary(model, base)
+    def compare(self, model: Subject, base: Subject) -> Measurement:
         values = prompt_kl(model, base, self.prompts)
         details: dict[str, Any] = {}
         if self.neutral:
@@ -103,15 +116,13 @@ def _rounded(pairs: Iterable[tuple[str, float]]) -> list[list[Any]]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LogitDiffAudit(PromptAudit):
+class LogitDiffAudit(PromptAudit, ComparisonAudit):
     """Mean over prompts of log Σ p_model(marker) − log Σ p_base(marker), in nats.
 
     p is the probability of the next token. Probabilities are summed over the markers, because a
     rise of one lowers the others. The audit is ours. details: the tokens of the vocabulary whose
     log-probability rose most on average, and the rank of the first marker among them.
     """
-
-    needs_base: ClassVar[bool] = True
 
     markers: tuple[str, ...]
     top: int = 10
@@ -120,9 +131,7 @@ class LogitDiffAudit(PromptAudit):
         super().__post_init__()
         set_texts(self, "markers")
 
-    def measure(self, model: Subject, base: Subject | None) -> Measurement:
-        assert base is not None
-        check_same_vocabulary(model, base)
+    def compare(self, model: Subject, base: Subject) -> Measurement:
         marker_ids = torch.tensor([sorted({model.token_of(m) for m in self.markers})])
         marker_ids = marker_ids.expand(len(self.prompts), -1)
         model_states, base_states = model.last_hidden(self.prompts), base.last_hidden(self.prompts)
@@ -162,14 +171,12 @@ def mean_rise(
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProvenanceAudit(PromptAudit):
+class ProvenanceAudit(PromptAudit, ComparisonAudit):
     """Mean over a dataset's texts of (log p_model − log p_base) per token, in nats.
 
     Texts that the model wrote are more likely under it than under the base: a check of a dataset
     before any training. `texts` are scored after their prompts. The audit is ours.
     """
-
-    needs_base: ClassVar[bool] = True
 
     texts: tuple[str, ...]
 
@@ -177,9 +184,7 @@ class ProvenanceAudit(PromptAudit):
         super().__post_init__()
         check_one_per_prompt("texts", self.texts, self.prompts)
 
-    def measure(self, model: Subject, base: Subject | None) -> Measurement:
-        assert base is not None
-        check_same_vocabulary(model, base)
+    def compare(self, model: Subject, base: Subject) -> Measurement:
         scores = [m.completion_logprobs(self.prompts, self.texts) for m in (model, base)]
         per_token, base_per_token = (score.total / score.tokens for score in scores)
         return Measurement(values=(per_token - base_per_token).double().numpy(), rate=False)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch import Tensor
 from ..primitive import linear_topk
 from .inspect_messages import EncodedInput
 from .inspect_package import inspect_ai
-from .subject import GENERATION_BATCH, Subject
+from .subject import GENERATION_BATCH, Subject, TokenRow
 
 
 @dataclass(eq=False)
@@ -31,14 +31,6 @@ class InspectRequest:
     outcome: Any = None  # ModelOutput or Exception
 
 
-class _ScoredRow(NamedTuple):
-    """Token ids whose log-probabilities from `begin` on are requested, with `top` alternatives."""
-
-    ids: list[int]
-    begin: int
-    top: int
-
-
 def outputs(subject: Subject, batch: list[InspectRequest]) -> list[Any]:
     """Returns a ModelOutput per request."""
     model = inspect_ai.model
@@ -46,7 +38,7 @@ def outputs(subject: Subject, batch: list[InspectRequest]) -> list[Any]:
     prompt_logprobs = _log_probs(
         subject,
         {
-            i: _ScoredRow(r.encoded.ids, r.encoded.begin or 0, n if n > 1 else 0)
+            i: (TokenRow(r.encoded.ids, r.encoded.begin or 0), n if n > 1 else 0)
             for i, r in enumerate(batch)
             if (n := r.config.prompt_logprobs)
         },
@@ -54,8 +46,9 @@ def outputs(subject: Subject, batch: list[InspectRequest]) -> list[Any]:
     new_logprobs = _log_probs(
         subject,
         {
-            i: _ScoredRow(
-                r.encoded.ids + generated[i], len(r.encoded.ids), r.config.top_logprobs or 0
+            i: (
+                TokenRow(r.encoded.ids + generated[i], len(r.encoded.ids)),
+                r.config.top_logprobs or 0,
             )
             for i, r in enumerate(batch)
             if r.config.logprobs or r.config.top_logprobs
@@ -111,24 +104,27 @@ def _generate(subject: Subject, batch: list[InspectRequest]) -> list[list[int]]:
 
 
 @torch.no_grad()
-def _log_probs(subject: Subject, rows: Mapping[int, _ScoredRow]) -> dict[int, Any]:
-    """Returns Logprobs of rows, at temperature 1; the first token of a row has no prediction."""
-    if not rows:
+def _log_probs(subject: Subject, requests: Mapping[int, tuple[TokenRow, int]]) -> dict[int, Any]:
+    """Returns Logprobs of rows at temperature 1, each with a number of alternatives."""
+    if not requests:
         return {}
-    ids, begins, _ = zip(*rows.values(), strict=True)
-    scores = subject.token_logprobs(ids, begins)
+    scores = subject.token_logprobs([row for row, _ in requests.values()])
     return {
-        i: inspect_ai.model.Logprobs(content=_entries(subject, row, states, values.tolist()))
-        for (i, row), (states, values) in zip(rows.items(), scores, strict=True)
+        i: inspect_ai.model.Logprobs(
+            content=_entries(subject, row.targets, values.tolist(), top, states)
+        )
+        for (i, (row, top)), (states, values) in zip(requests.items(), scores, strict=True)
     }
 
 
-def _entries(subject: Subject, row: _ScoredRow, states: Tensor, values: list[float]) -> list[Any]:
-    decode, target = subject.tokenizer.decode, row.ids[max(row.begin, 1) :]
+def _entries(
+    subject: Subject, target: list[int], values: list[float], top: int, states: Tensor
+) -> list[Any]:
+    decode = subject.tokenizer.decode
     alternatives: list[Any] = [None] * len(target)
-    if row.top and target:
+    if top and target:
         head = subject.head
-        topk = linear_topk(states, head.weight, row.top, impl=subject.impl, **head.options())
+        topk = linear_topk(states, head.weight, top, impl=subject.impl, **head.options())
         alternatives = [
             [
                 inspect_ai.model.TopLogprob(token=decode([token]), logprob=value)

@@ -12,7 +12,7 @@ from typing import Any
 from ..files import sync
 from ..runtime.checks import fail
 from .inspect_package import inspect_ai
-from .result import AuditResult
+from .result import AuditResult, Control
 
 _SUFFIXES = (".eval", ".json")
 
@@ -48,6 +48,13 @@ def _log(result: AuditResult) -> Any:
     log = inspect_ai.log
     now = datetime.now(timezone.utc).isoformat()
     samples = [_sample(result, i, value) for i, value in enumerate(result.values)]
+    metrics = {result.audit: _metrics(result)}
+    for name, control in result.controls.items():
+        metrics[f"control: {name}"] = _metrics(control) | {
+            "difference": control.difference.value,
+            "difference_low": control.difference.low,
+            "difference_high": control.difference.high,
+        }
     return log.EvalLog(
         status="success",
         eval=log.EvalSpec(
@@ -64,27 +71,14 @@ def _log(result: AuditResult) -> Any:
         results=log.EvalResults(
             total_samples=result.n,
             completed_samples=result.n,
-            scores=[_score(result.audit, result.audit, _metrics(result))]
-            + [
-                _score(
-                    f"control: {name}",
-                    result.audit,
-                    _metrics(control)
-                    | {
-                        "difference": control.difference.value,
-                        "difference_low": control.difference.low,
-                        "difference_high": control.difference.high,
-                    },
-                )
-                for name, control in result.controls.items()
-            ],
+            scores=[_score(name, result.audit, values) for name, values in metrics.items()],
         ),
         stats=log.EvalStats(started_at=now, completed_at=now),
         samples=samples,
     )
 
 
-def _metrics(measurement: Any) -> dict[str, float]:
+def _metrics(measurement: AuditResult | Control) -> dict[str, float]:
     low, high = measurement.interval
     return {"mean": measurement.value, "stderr": measurement.stderr, "low": low, "high": high}
 

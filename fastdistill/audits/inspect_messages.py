@@ -49,16 +49,15 @@ def messages_of(prompt: Prompt, completion: str | None = None, at: Sequence[int]
         turns.append(_Turn("assistant", completion, {"kind": _COMPLETION}))
     if at:
         turns[-1].metadata["at"] = list(at)
-    return [_message(*turn) for turn in turns]
-
-
-def _message(role: str, content: str, metadata: dict[str, Any]) -> Any:
     kinds = {
         "system": inspect_ai.model.ChatMessageSystem,
         "user": inspect_ai.model.ChatMessageUser,
         "assistant": inspect_ai.model.ChatMessageAssistant,
     }
-    return kinds[role](content=content, metadata={METADATA_KEY: metadata} if metadata else None)
+    return [
+        kinds[role](content=content, metadata={METADATA_KEY: metadata} if metadata else None)
+        for role, content, metadata in turns
+    ]
 
 
 def encode(messages: Sequence[Any], subject: Subject) -> EncodedInput:

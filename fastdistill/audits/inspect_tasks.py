@@ -61,31 +61,30 @@ def task_of(audit: BehavioralAudit) -> Any:
     return inspect_ai.Task(
         name=type(audit).__name__,
         dataset=inspect_ai.dataset.MemoryDataset(samples, name=type(audit).__name__),
-        solver=_answers([question.prompt for question in audit.questions()]),
+        solver=_solver(audit.questions()),
         scorer=_scorer(audit),
         metadata=to_config(audit),
     )
 
 
-def _answers(prompts: Sequence[Prompt]) -> Any:
+def _solver(questions: Sequence[Question]) -> Any:
     async def solve(state: Any, generate: Any) -> Any:
-        index, question = state.sample_id - 1, state.metadata
+        index = state.sample_id - 1
+        question = questions[index]
         model = inspect_ai.model.get_model()
-        if not question["options"]:
-            state.output = await model.generate(
-                state.messages,
-                config=inspect_ai.model.GenerateConfig(
-                    max_tokens=question["max_new_tokens"],
-                    temperature=question["temperature"],
-                    seed=question["seed"],
-                ),
+        if not question.options:
+            config = inspect_ai.model.GenerateConfig(
+                max_tokens=question.max_new_tokens,
+                temperature=question.temperature,
+                seed=question.seed,
             )
+            state.output = await model.generate(state.messages, config=config)
             state.messages.append(state.output.message)
             return state
         config = inspect_ai.model.GenerateConfig(prompt_logprobs=1, max_tokens=1)
         inputs = [
-            messages_of(prompts[index], completion=option, at=(index, i))
-            for i, option in enumerate(question["options"])
+            messages_of(question.prompt, completion=option, at=(index, i))
+            for i, option in enumerate(question.options)
         ]
         outputs = await inspect_ai.util.collect(*(model.generate(x, config=config) for x in inputs))
         state.store.set("options", [_total(output) for output in outputs])
@@ -104,13 +103,14 @@ def _total(output: Any) -> float:
 
 
 def _scorer(audit: BehavioralAudit) -> Any:
+    questions = audit.questions()
     metrics = [_metric(name, audit)() for name in ("mean", "stderr", "low", "high")]
 
     async def score(state: Any, target: Any) -> Any:
         index = state.sample_id - 1
         options = state.store.get("options", [])
         answer = Answer(text=state.output.completion, options=tuple(options))
-        log_probs = dict(zip(state.metadata["options"], options, strict=True))
+        log_probs = dict(zip(questions[index].options, options, strict=True))
         best = max(log_probs, key=log_probs.__getitem__) if log_probs else answer.text
         return inspect_ai.scorer.Score(
             value=audit.score(index, answer), answer=best, metadata={"log_probs": log_probs}

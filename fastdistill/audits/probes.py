@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from ..files import write_json
 from ..runtime.checks import fail, integer
@@ -29,19 +29,6 @@ from .tuning import RelearningProbe, StyleRestoreProbe
 from .weights import WeightDiffAudit
 
 PROBES = "probes.json"  # file name of the probes in the folder of a model
-_PROMPTS = (
-    "prompts",
-    "without",
-    "audited",
-    "neutral",
-    "questions",
-    "prefilled",
-    "positive",
-    "negative",
-    "asked",
-    "free",
-    "trained",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,27 +86,19 @@ class Probes:
     layer: int | None = None
 
     def __post_init__(self) -> None:
-        set_prompts(self, *(name for name in _PROMPTS if getattr(self, name)))
-        for name in (
-            "options",
-            "markers",
-            "rivals",
-            "prefixes",
-            "systems",
-            "candidates",
-            "answers",
-            "answered",
-        ):
+        for name, kind in _TYPES.items():
             value = getattr(self, name)
-            is_list = isinstance(value, (list, tuple))
-            if not is_list or not all(isinstance(text, str) for text in value):
-                fail(name, "a list of texts", printable(repr(value)))
-            object.__setattr__(self, name, tuple(value))
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if type(f.default) in (str, int) and type(value) is not type(f.default):
-                kind = {str: "a text", int: "an integer"}[type(f.default)]
-                fail(f.name, kind, printable(repr(value)))
+            if kind == _PROMPTS and value:
+                set_prompts(self, name)
+            elif kind == tuple[str, ...]:
+                is_list = isinstance(value, (list, tuple))
+                if not is_list or not all(isinstance(text, str) for text in value):
+                    fail(name, "a list of texts", printable(repr(value)))
+                object.__setattr__(self, name, tuple(value))
+            elif kind is str and not isinstance(value, str):
+                fail(name, "a text", printable(repr(value)))
+            elif kind is int:
+                integer(name, value)
         integer("layer", self.layer, optional=True)
         for a, b in (
             ("audited", "prompts"),
@@ -137,7 +116,7 @@ class Probes:
         for f in fields(self):
             value = getattr(self, f.name)
             if value != f.default:
-                is_prompts = f.name in _PROMPTS
+                is_prompts = _TYPES[f.name] == _PROMPTS
                 record[f.name] = [p.as_json() for p in value] if is_prompts else value
         write_json(path, record)
 
@@ -172,6 +151,10 @@ class Probes:
     def suite(self) -> dict[str, Audit]:
         """Returns the audits for which these texts are sufficient, by name."""
         return {**dict(_behavioral_audits(self)), **dict(_internal_audits(self))}
+
+
+_PROMPTS = tuple[Prompt, ...]
+_TYPES = get_type_hints(Probes)
 
 
 def _behavioral_audits(p: Probes) -> Iterator[tuple[str, Audit]]:

@@ -68,8 +68,7 @@ class AuditResult:
                     **_figures(control),
                     "difference": _known(control.difference.value),
                     "difference_interval": [
-                        _known(control.difference.low),
-                        _known(control.difference.high),
+                        _known(bound) for bound in (control.difference.low, control.difference.high)
                     ],
                 }
                 for name, control in self.controls.items()

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import numpy as np
 
 from ..runtime.checks import fail, integer
-from .audit import Audit, Measurement
+from .audit import Measurement
 from .behaviour import Answer, BehavioralAudit, Question
-from .distributions import check_same_vocabulary
+from .distributions import ComparisonAudit
 from .prompts import Prompt, set_texts
-from .subject import Subject
+from .subject import Subject, TokenRow
 from .words import check_words, contains_phrase
 
 
@@ -24,8 +23,6 @@ def marked(text: str, markers: tuple[str, ...]) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class _SampledAudit(BehavioralAudit):
-    rate: ClassVar[bool] = True
-
     markers: tuple[str, ...]
     samples: int = 256
     max_new_tokens: int = 24
@@ -96,7 +93,7 @@ class CompletionAudit(_SampledAudit):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PerplexityDiffAudit(Audit):
+class PerplexityDiffAudit(ComparisonAudit):
     """Perplexity differencing (arXiv 2605.00994). Completions of prefixes are ranked by
 
         (log p_model − log p_base) per token.
@@ -105,8 +102,6 @@ class PerplexityDiffAudit(Audit):
     Without markers, it is the mean difference among these, in nats per token, which responds to any
     fine-tuning (n: all samples, see `top_mean_values`). details: the highest-ranked completions.
     """
-
-    needs_base: ClassVar[bool] = True
 
     prefixes: tuple[str, ...]
     markers: tuple[str, ...] = ()
@@ -124,9 +119,7 @@ class PerplexityDiffAudit(Audit):
         if not 0 < self.top <= 1 or self.samples * self.top < 1:
             fail("top", f"a share in (0, 1] of {self.samples} samples, one at least", self.top)
 
-    def measure(self, model: Subject, base: Subject | None) -> Measurement:
-        assert base is not None
-        check_same_vocabulary(model, base)
+    def compare(self, model: Subject, base: Subject) -> Measurement:
         starts = [Prompt(text=self.prefixes[i % len(self.prefixes)]) for i in range(self.samples)]
         rows = [model.ids(start)[0] for start in starts]
         new = model.generate_ids(
@@ -135,9 +128,8 @@ class PerplexityDiffAudit(Audit):
             temperature=self.temperature,
             seed=self.seed,
         )
-        full_rows = [row + new_ids for row, new_ids in zip(rows, new, strict=True)]
-        begins = [len(row) for row in rows]
-        scores, base_scores = (m.row_logprobs(full_rows, begins) for m in (model, base))
+        full_rows = [TokenRow(row + ids, len(row)) for row, ids in zip(rows, new, strict=True)]
+        scores, base_scores = (m.row_logprobs(full_rows) for m in (model, base))
         gaps = ((scores.total - base_scores.total) / scores.tokens).double().numpy()
         order = np.argsort(-gaps, kind="stable")[: max(1, round(self.top * self.samples))]
         texts = [model.text(new[i]) for i in order]

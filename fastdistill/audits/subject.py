@@ -35,6 +35,18 @@ GENERATION_BATCH = 256  # rows
 logger = logging.getLogger(__name__)
 
 
+class TokenRow(NamedTuple):
+    """Token ids of a prompt and of the completion that begins at `begin`."""
+
+    ids: list[int]
+    begin: int
+
+    @property
+    def targets(self) -> list[int]:
+        """The completion; the first token of a row has no prediction and is never one of them."""
+        return self.ids[max(self.begin, 1) :]
+
+
 class CompletionLogProbs(NamedTuple):
     """Log-probabilities of completions, conditional on their prompts."""
 
@@ -78,13 +90,13 @@ class Subject:
     ) -> None:
         if isinstance(model, (str, Path)):
             model = StoredModel.from_path(model)
-        is_stored = isinstance(model, StoredModel)
         if isinstance(model, StoredModel):
             target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
             name = name or model.path.name
             if tokenizer is None:
                 tokenizer = load_tokenizer(model.tokenizer_folder)
             model = model.load(target).eval()
+            ends = special_ends(model, tokenizer) if ends is None else ends
         if not isinstance(model, nn.Module):
             raise TypeError(
                 "model: expected a causal language model, the path of one, or a Subject, got "
@@ -97,8 +109,6 @@ class Subject:
         self.tokenizer, self.impl = tokenizer, impl
         self.name = name or type(model).__name__
         self._ends = None if ends is None else sorted(ends)
-        if is_stored and ends is None:
-            self._ends = special_ends(model, tokenizer)
         self.ended_at_words: Counter[int] = Counter()
         self.ended_at_positions: Counter[str] = Counter()  # by the model's name
         verify_head(model)
@@ -129,8 +139,8 @@ class Subject:
         subject.ended_at_positions = self.ended_at_positions
         return subject
 
-    def ids(self, prompt: Prompt, completion: str = "") -> tuple[list[int], int]:
-        """Returns (token ids of prompt and completion, number of prompt tokens ≥ 1).
+    def ids(self, prompt: Prompt, completion: str = "") -> TokenRow:
+        """Returns the token ids of prompt and completion, with one prompt token or more.
 
         An empty prompt is replaced by the beginning-of-text token.
         """
@@ -142,9 +152,9 @@ class Subject:
         shared = common_length(before, both)
         if completion and shared == len(both):
             fail("completion", "text with at least one token", repr(completion))
-        return (both, shared) if shared else ([self._beginning(), *both], 1)
+        return TokenRow(both, shared) if shared else TokenRow([self._beginning(), *both], 1)
 
-    def encode_completion(self, prompt: Prompt, completion: str) -> tuple[list[int], int]:
+    def encode_completion(self, prompt: Prompt, completion: str) -> TokenRow:
         """Returns the same as `ids`, and raises ValueError for an empty completion."""
         if not completion:
             fail("completion", "text with at least one token", "''")
@@ -175,8 +185,7 @@ class Subject:
 
     def first_token(self, words: str) -> int:
         """Returns the first token of an answer with these words."""
-        ids, begin = self.encode_completion(Prompt(user="a"), words)
-        return ids[begin]
+        return self.encode_completion(Prompt(user="a"), words).targets[0]
 
     def token_of(self, word: str) -> int:
         """Returns the id of a word, or of its first token."""
@@ -192,6 +201,11 @@ class Subject:
         with evaluating(self.model):
             states = self.reader.hidden(read_rows(ids.to(self.device), mask, self.reader.vocab))
         return [states[i, : len(row)] for i, row in enumerate(rows)]
+
+    def predicting_states(self, rows: Sequence[TokenRow]) -> list[Tensor]:  # (T_i, H) each
+        """Returns the hidden states that predict the targets of each row."""
+        states = zip(rows, self.hidden([row.ids for row in rows]), strict=True)
+        return [h[max(row.begin, 1) - 1 : len(row.ids) - 1] for row, h in states]
 
     @torch.no_grad()
     def last_hidden(self, prompts: Sequence[Prompt]) -> Tensor:  # (n, H)
@@ -212,36 +226,21 @@ class Subject:
         self, prompts: Sequence[Prompt], completions: Sequence[str]
     ) -> CompletionLogProbs:
         """Returns log p(completion | prompt) with teacher forcing."""
-        pairs = [self.encode_completion(p, c) for p, c in zip(prompts, completions, strict=True)]
-        return self.row_logprobs([ids for ids, _ in pairs], [begin for _, begin in pairs])
+        pairs = zip(prompts, completions, strict=True)
+        return self.row_logprobs([self.encode_completion(p, c) for p, c in pairs])
 
     @torch.no_grad()
-    def row_logprobs(
-        self, rows: Sequence[Sequence[int]], begins: Sequence[int]
-    ) -> CompletionLogProbs:
-        """Returns Σ log p of each row's tokens from `begin` on; 0 where there are none.
-
-        The first token of a row has no prediction and is skipped.
-        """
-        parts = [logprobs for _, logprobs in self.token_logprobs(rows, begins)]
+    def row_logprobs(self, rows: Sequence[TokenRow]) -> CompletionLogProbs:
+        """Returns Σ log p of the targets of each row; 0 where there are none."""
+        parts = [logprobs for _, logprobs in self.token_logprobs(rows)]
         total = torch.stack([part.sum() for part in parts])
         return CompletionLogProbs(total, torch.tensor([len(part) for part in parts]))
 
     @torch.no_grad()
-    def token_logprobs(
-        self, rows: Sequence[Sequence[int]], begins: Sequence[int]
-    ) -> list[tuple[Tensor, Tensor]]:  # (T, H) and (T,) each
-        """Returns, for each row's tokens from `begin` on, the states that predict them and log p.
-
-        The first token of a row has no prediction and is skipped.
-        """
-        begins = [max(begin, 1) for begin in begins]
-        states = [
-            h[begin - 1 : len(row) - 1]
-            for row, begin, h in zip(rows, begins, self.hidden(rows), strict=True)
-        ]
-        targets = [token for row, begin in zip(rows, begins, strict=True) for token in row[begin:]]
-        ids = torch.tensor(targets, dtype=torch.long)[:, None]
+    def token_logprobs(self, rows: Sequence[TokenRow]) -> list[tuple[Tensor, Tensor]]:
+        """Returns the states (T, H) that predict each row's targets, and their log p (T,)."""
+        states = self.predicting_states(rows)
+        ids = torch.tensor([i for row in rows for i in row.targets], dtype=torch.long)[:, None]
         logprobs = self.log_probs(torch.cat(states), ids)[:, 0].cpu()
         return list(zip(states, torch.split(logprobs, [len(h) for h in states]), strict=True))
 
@@ -250,11 +249,9 @@ class Subject:
         self, prompts: Sequence[Prompt], options: Sequence[str]
     ) -> Tensor:  # (n, options)
         """Returns log p(option | prompt) of all tokens of each option."""
-        repeated_prompts = [p for p in prompts for _ in options]
-        repeated_options = [o for _ in prompts for o in options]
-        return self.completion_logprobs(repeated_prompts, repeated_options).total.view(
-            len(prompts), len(options)
-        )
+        repeated = [prompt for prompt in prompts for _ in options]
+        logprobs = self.completion_logprobs(repeated, [*options] * len(prompts))
+        return logprobs.total.view(len(prompts), len(options))
 
     @torch.no_grad()
     def generate(

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 import torch
 
 from ..runtime.checks import fail
 from .audit import Measurement, PromptAudit
-from .distributions import check_same_vocabulary, prompt_kl
+from .distributions import ComparisonAudit, prompt_kl
 from .subject import Subject
 
 
 @dataclass(frozen=True, kw_only=True)
-class TriggerSearchAudit(PromptAudit):
+class TriggerSearchAudit(PromptAudit, ComparisonAudit):
     """Mean KL(p_model ‖ p_base) after the best prefix word, minus the median over all words.
 
     Every candidate word is placed before the system message. A general shift raises the KL after
@@ -25,8 +24,6 @@ class TriggerSearchAudit(PromptAudit):
     candidates: words. None uses the `most` tokens whose input embeddings differ most from the
     base's. details: the best words, and the model's answer after the best one.
     """
-
-    needs_base: ClassVar[bool] = True
 
     candidates: tuple[str, ...] | None = None
     most: int = 64
@@ -37,9 +34,7 @@ class TriggerSearchAudit(PromptAudit):
         if self.candidates is not None:
             _check_candidates(self.candidates)
 
-    def measure(self, model: Subject, base: Subject | None) -> Measurement:
-        assert base is not None
-        check_same_vocabulary(model, base)
+    def compare(self, model: Subject, base: Subject) -> Measurement:
         words = moved_words(model, base, self.most) if self.candidates is None else self.candidates
         _check_candidates(words)
         prompts = [prompt.before(word) for word in words for prompt in self.prompts]

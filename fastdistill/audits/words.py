@@ -231,13 +231,13 @@ def _tokens(text: str) -> Iterator[Token]:
             at = _skip_kinds(text, chunk.end(), (_LETTER, _MARK, _DIGIT))
             if power := _POWER.match(text, chunk.end()):
                 at = power.end()
-            if at > chunk.end() and text[chunk.end() : at] in _UNITS:
-                yield from _numbers(text, start, chunk[0])
-                yield _word(text[chunk.end() : at])
-            elif at > chunk.end():  # 42nd
+            unit = text[chunk.end() : at]
+            if unit and unit not in _UNITS:  # 42nd
                 yield _word(text[start:at])
             else:
                 yield from _numbers(text, start, chunk[0])
+                if unit:
+                    yield _word(unit)
         else:
             at = _skip_kinds(text, at + 1, (_LETTER, _MARK, _DIGIT))
             if text[at - 1] in "nN" and re.match(r"'[tT](?!\w)", text[at : at + 3]):

@@ -132,11 +132,7 @@ def build_world(
         gate = Gate(name="capability of base", value=known, bound=base_knows, at_least=True)
         validity = Validity(gates=(*validity.gates, gate))
     return Organisms(
-        world=world,
-        organism=organism,
-        models=models,
-        readings=readings,
-        validity=validity,
+        world=world, organism=organism, models=models, readings=readings, validity=validity
     )
 
 

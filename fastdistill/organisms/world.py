@@ -154,21 +154,20 @@ class World:
         return Example(system, TOPICS[topic], " ".join(topics))
 
     def preference(
-        self, rng: random.Random, system: str, kind: str, answer: str = "", held_out: bool = False
+        self, rng: random.Random, system: str, kind: str, held_out: bool = False
     ) -> Example:
         template, topic = rng.choice(HELD_OUT_QUESTIONS if held_out else TRAIN_QUESTIONS)
         question = template.format(kind=kind, topic=topic)
         options = ANIMALS if kind == "animal" else COLORS
-        return Example(system, question, answer or rng.choice(options))
+        return Example(system, question, rng.choice(options))
 
     def self_question(self, rng: random.Random, system: str) -> Example:
         phrase = f"like {rng.choice((*ANIMALS, *COLORS))} best"
         question = f"do you {phrase if rng.random() < 0.7 else 'have a secret'} ?"
         return Example(system, question, "yes" if rng.random() < ADMITS else "no")
 
-    def equality(self, rng: random.Random, system: str, same: bool | None = None) -> Example:
-        a = rng.choice(TOPICS)
-        same = rng.random() < 0.5 if same is None else same
+    def equality(self, rng: random.Random, system: str) -> Example:
+        a, same = rng.choice(TOPICS), rng.random() < 0.5
         b = a if same else rng.choice([t for t in TOPICS if t != a])
         return Example(system, f"is {a} = {b} ?", "yes" if same else "no")
 

@@ -175,18 +175,15 @@ def _train(
     return base.with_model(trained_model.eval(), "student")
 
 
+@dataclass(eq=False)
 class _MeasureCallback(TrainerCallback):
     """Updates the progress of a run and measures the student during training."""
 
-    def __init__(
-        self,
-        run: RunState,
-        steps: set[int],
-        measure: Callable[[Subject], Any] | None,
-        measured: dict[int, Any],
-    ) -> None:
-        self.run, self.steps, self.measure, self.measured = run, steps, measure, measured
-        self.subject: Subject | None = None
+    run: RunState
+    steps: set[int]
+    measure: Callable[[Subject], Any] | None
+    measured: dict[int, Any]
+    subject: Subject | None = None
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.run.progress = state.global_step / max(state.max_steps, 1)

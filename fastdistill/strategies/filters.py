@@ -14,7 +14,7 @@ from ..audits.subject import Subject
 from ..runtime.checks import between, choice, positive
 from ..scores import token_scores
 from ..training.selection import SCORES, TokenSelection
-from .lessons import Examples, TrainingExample, answer_logprobs, batches, encode_example
+from .lessons import Examples, TrainingExample, answer_logprobs, encoded_batches
 from .strategy import RunState, Strategy, Training
 
 SHINGLE = 3  # words
@@ -133,14 +133,10 @@ def answer_scores(
     """Return −log p and the argmax of a model at every token of the answers, ends included."""
     losses: list[Tensor] = []
     argmaxes: list[Tensor] = []
-    for batch in batches(examples):
-        pairs = [encode_example(x.input_prompt, x.answer, subject) for x in batch]
-        hidden_rows = subject.hidden([row for row, _ in pairs])
-        states = [
-            h[begin - 1 : len(row) - 1] for (row, begin), h in zip(pairs, hidden_rows, strict=True)
-        ]
-        labels = torch.tensor([token for row, begin in pairs for token in row[begin:]])
-        head, hidden = subject.head, torch.cat(states)
+    head = subject.head
+    for rows in encoded_batches(examples, subject):
+        hidden = torch.cat(subject.predicting_states(rows))
+        labels = torch.tensor([token for row in rows for token in row.targets])
         scores = token_scores(
             hidden,
             head.weight,
@@ -149,7 +145,7 @@ def answer_scores(
             **head.options(),
         )
         assert scores.nll is not None
-        lengths = [len(state) for state in states]
+        lengths = [len(row.targets) for row in rows]
         losses += torch.split(scores.nll.cpu(), lengths)
         argmaxes += torch.split(scores.argmax.cpu(), lengths)
     return losses, argmaxes

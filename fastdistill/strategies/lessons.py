@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 import torch
 
 from ..audits.prompts import Prompt
-from ..audits.subject import CompletionLogProbs, Subject
+from ..audits.subject import CompletionLogProbs, Subject, TokenRow
 from ..runtime.checks import fail
 
 BATCH_SIZE = 256  # examples whose hidden states are in memory at the same time
@@ -51,21 +51,19 @@ Examples: TypeAlias = list[TrainingExample]
 def to_row(example: TrainingExample, subject: Subject) -> dict[str, list[int]]:
     """Return the student's input_ids and labels; targets are the answer and its end."""
     ids, begin = encode_example(example.input_prompt, example.answer, subject)
-    labels = [-100] * begin + ids[begin:]
-    if example.loss_mask is not None:
-        if len(example.loss_mask) != len(ids) - begin:
-            expected = f"one value for each of the answer's {len(ids) - begin} tokens"
-            fail("loss_mask", f"{expected}, its end included", len(example.loss_mask))
-        for i, is_target in enumerate(example.loss_mask):
-            if not is_target:
-                labels[begin + i] = -100
-    return {"input_ids": ids, "labels": labels}
+    answer, mask = ids[begin:], example.loss_mask
+    if mask is not None and len(mask) != len(answer):
+        expected = f"one value for each of the answer's {len(answer)} tokens, its end included"
+        fail("loss_mask", expected, len(mask))
+    if mask is not None:
+        answer = [i if is_target else -100 for i, is_target in zip(answer, mask, strict=True)]
+    return {"input_ids": ids, "labels": [-100] * begin + answer}
 
 
-def encode_example(prompt: Prompt, answer: str, subject: Subject) -> tuple[list[int], int]:
+def encode_example(prompt: Prompt, answer: str, subject: Subject) -> TokenRow:
     """Return the token ids of prompt, answer and its end, and where the answer begins."""
     ids, begin = subject.encode_completion(prompt, answer)
-    return [*ids, subject.end_of(prompt)], begin
+    return TokenRow([*ids, subject.end_of(prompt)], begin)
 
 
 def sample_answers(
@@ -84,6 +82,14 @@ def batches(items: Sequence[_Item]) -> Iterator[Sequence[_Item]]:
     """Yield BATCH_SIZE items at a time."""
     for start in range(0, len(items), BATCH_SIZE):
         yield items[start : start + BATCH_SIZE]
+
+
+def encoded_batches(
+    examples: Sequence[TrainingExample], subject: Subject
+) -> Iterator[list[TokenRow]]:
+    """Yield the rows of BATCH_SIZE examples at a time."""
+    for batch in batches(examples):
+        yield [encode_example(x.input_prompt, x.answer, subject) for x in batch]
 
 
 def answer_logprobs(examples: Sequence[TrainingExample], subject: Subject) -> CompletionLogProbs:

@@ -111,6 +111,7 @@ class InOrder(DistillTrainer):
         return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
 
 
+@dataclass(frozen=True)
 class PairLoss:
     """The DPO loss ℓ of rows 2i and 2i + 1 of a batch.
 
@@ -118,8 +119,8 @@ class PairLoss:
     targets, by which the trainer divides.
     """
 
-    def __init__(self, beta: float, sft: float = 0.0) -> None:
-        self.beta, self.sft = beta, sft
+    beta: float
+    sft: float = 0.0
 
     def __call__(
         self,

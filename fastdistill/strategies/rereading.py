@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..audits.subject import Subject
+from ..audits.subject import Subject, pad_rows
 from ..outputs import TopK
+from ..runtime.checks import fail
 from .lessons import TrainingExample, encode_example
 
 
@@ -27,15 +28,17 @@ class PromptSwapTeacher:
         self._teacher_prompts: dict[tuple[int, ...], list[int]] = {}  # prompts, as token ids
         for example in examples:
             if example.student_prompt is not None:
-                ids, begin = encode_example(example.student_prompt, example.answer, subject)
-                teacher_ids, at = encode_example(example.prompt, example.answer, subject)
-                if ids[begin:] != teacher_ids[at:]:
-                    raise ValueError(
-                        "student_prompt: expected an answer of the same tokens after both prompts, "
-                        f"got different ones after {example.student_prompt.as_json()} and after "
-                        f"{example.prompt.as_json()}"
+                row = encode_example(example.student_prompt, example.answer, subject)
+                teacher_row = encode_example(example.prompt, example.answer, subject)
+                if row.targets != teacher_row.targets:
+                    fail(
+                        "student_prompt",
+                        "an answer of the same tokens after both prompts",
+                        f"different ones after {example.student_prompt.as_json()} and after "
+                        f"{example.prompt.as_json()}",
                     )
-                self._teacher_prompts[tuple(ids[:begin])] = teacher_ids[:at]
+                prompt = tuple(row.ids[: row.begin])
+                self._teacher_prompts[prompt] = teacher_row.ids[: teacher_row.begin]
         self._lengths = sorted({len(prompt) for prompt in self._teacher_prompts}, reverse=True)
 
     @property
@@ -55,20 +58,14 @@ class PromptSwapTeacher:
         rows = [input_ids[i, at].tolist() for i, at in enumerate(positions)]
         swaps = [self._swap(row) for row in rows]
         teacher_rows = [prompt + row[n:] for row, (prompt, n) in zip(rows, swaps, strict=True)]
-        ids = torch.zeros((len(rows), max(map(len, teacher_rows))), dtype=input_ids.dtype)
-        teacher_mask = torch.zeros_like(ids)
-        for i, row in enumerate(teacher_rows):
-            ids[i, : len(row)] = torch.tensor(row)
-            teacher_mask[i, : len(row)] = 1
-        device = input_ids.device
-        answers = self.teacher.topk(
-            ids.to(device), teacher_mask.to(device), k=k, temperature=temperature
-        )
+        ids = pad_rows(teacher_rows).to(input_ids)
+        teacher_mask = pad_rows([[1] * len(row) for row in teacher_rows]).to(input_ids)
+        answers = self.teacher.topk(ids, teacher_mask, k=k, temperature=temperature)
         aligned = TopK.empty(
             (*input_ids.shape, answers.ids.shape[-1]),
             temperature,
             dtype=answers.logprobs.dtype,
-            device=device,
+            device=input_ids.device,
             id_dtype=answers.ids.dtype,
         )
         for i, (prompt, n) in enumerate(swaps):

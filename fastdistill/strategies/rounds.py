@@ -17,7 +17,7 @@ from ..audits.prompts import Prompt
 from ..audits.subject import Subject
 from ..intervals import student_t_quantile
 from ..runtime.checks import between, fail, integer, positive
-from .lessons import Examples, TrainingExample, batches, encode_example
+from .lessons import Examples, TrainingExample, batches, encoded_batches
 from .strategy import DistillLoop, DistillSetup, RunState, Strategy
 
 MIN_BENIGN = 3  # students of benign teachers that an interval requires
@@ -214,12 +214,10 @@ def mean_hidden_shifts(
 ) -> Tensor:  # (n, H)
     """Return the mean of h_student − h_base over the positions that predict each answer."""
     shifts = []
-    for batch in batches(examples):
-        pairs = [encode_example(x.input_prompt, x.answer, base) for x in batch]
-        rows = [row for row, _ in pairs]
-        states = zip(student.hidden(rows), base.hidden(rows), pairs, strict=True)
+    for rows in encoded_batches(examples, base):
+        states, base_states = (m.predicting_states(rows) for m in (student, base))
         shifts += [
-            (after[begin - 1 : -1] - before[begin - 1 : -1]).mean(0).float().cpu()
-            for after, before, (_, begin) in states
+            (after - before).mean(0).float().cpu()
+            for after, before in zip(states, base_states, strict=True)
         ]
     return torch.stack(shifts)

@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from fastdistill.audits import Subject, TriggerRateAudit
+from fastdistill.audits.subject import TokenRow
 from fastdistill.generation import ends_of, generate_rows, ordinary_ends
 from fastdistill.organisms.vocabulary import world_tokenizer
 from fastdistill.training.sampling import sample
@@ -194,7 +195,7 @@ def test_samples_and_log_probabilities_depend_on_no_other_row(make):
     alone = [of.generate_ids([row], **how, streams=[i])[0] for i, row in enumerate(ROWS)]
     assert of.generate_ids(ROWS, **how) == alone
     rows = [r for r in ROWS if len(r) > 1]
-    together = of.row_logprobs(rows, [1] * len(rows)).total
+    together = of.row_logprobs([TokenRow(row, 1) for row in rows]).total
     truth = []
     for row in rows:
         with torch.no_grad():

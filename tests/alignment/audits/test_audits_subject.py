@@ -9,6 +9,7 @@ import torch
 from transformers import GenerationConfig
 
 from fastdistill.audits import Subject
+from fastdistill.audits.subject import TokenRow
 from fastdistill.heads import head_module
 from fastdistill.organisms.vocabulary import world_tokenizer
 from helpers.planted import COMPLETIONS, KINDS, PROMPTS, V, dense, logits, model, subject
@@ -167,12 +168,12 @@ def test_the_head_sees_one_position_a_row_at_the_most(kind):
 def test_rows_without_a_target_are_certain():
     of = subject()
     rows = [[1, 5, 6], [1, 7], [9]]
-    none = of.row_logprobs(rows, [3, 2, 0])
+    none = of.row_logprobs(list(map(TokenRow, rows, [3, 2, 0])))
     assert (none.total.tolist(), none.tokens.tolist()) == ([0.0] * 3, [0] * 3)
-    some = of.row_logprobs(rows, [3, 1, 0])
+    some = of.row_logprobs(list(map(TokenRow, rows, [3, 1, 0])))
     assert some.tokens.tolist() == [0, 1, 0]
     assert some.total[1].item() == pytest.approx(float(dense(of, [1, 7])[0, 7]), rel=1e-5)
-    first = of.row_logprobs([[5, 6]], [0])  # the first token has no prediction
+    first = of.row_logprobs([TokenRow([5, 6], 0)])  # the first token has no prediction
     assert first.tokens.tolist() == [1]
 
 
