@@ -77,7 +77,8 @@ def _required(name: str, version: str | None) -> Finding:
     mend = f"pip install -U '{name}>={'.'.join(map(str, _REQUIRED[name]))}'"
     if version is None:
         return Finding(name, "broken", "not installed", mend)
-    if _version_tuple(version) < _REQUIRED[name]:
+    numbers = version.split("+")[0].split(".")[:2]
+    if tuple(int(number) for number in numbers if number.isdigit()) < _REQUIRED[name]:
         return Finding(name, "broken", f"{version} is too old", mend)
     return Finding(name, "ok", version)
 
@@ -87,10 +88,6 @@ def _optional(name: str, version: str | None) -> Finding:
     if version is None:
         return Finding(name, "missing", f"not installed; only for {purpose}", mend)
     return Finding(name, "ok", version)
-
-
-def _version_tuple(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split("+")[0].split(".")[:2] if part.isdigit())
 
 
 def _gpu(machine: dict[str, Any]) -> Finding:

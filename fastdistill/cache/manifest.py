@@ -139,10 +139,9 @@ def read_shard_record(folder: Path, index: int) -> Shard | None:
     except (CacheError, FileNotFoundError):
         return None
     path = folder / record.file
-    is_complete = (
-        record.file == shard_name(index) and path.is_file() and path.stat().st_size == record.bytes
-    )
-    return record if is_complete else None
+    if record.file != shard_name(index) or not path.is_file():
+        return None
+    return record if path.stat().st_size == record.bytes else None
 
 
 def write_manifest(folder: Path, settings: Settings) -> Manifest | None:
@@ -169,9 +168,7 @@ def read_manifest(folder: Path) -> Manifest:
         )
     entries = _read(file)
     listed = entries.pop("shards", None)
-    for derived in ("tokens", "bytes"):
-        entries.pop(derived, None)
-    settings = _settings(file, entries)
+    settings = _settings(file, {n: x for n, x in entries.items() if n not in ("tokens", "bytes")})
     if not isinstance(listed, list) or len(listed) != settings.shards:
         raise _damaged(file, f"it should list {settings.shards} shards")
     shards = tuple(_shard(file, entry) for entry in listed)
@@ -224,8 +221,7 @@ def _check_settings(file: Path, entries: dict[str, Any]) -> None:
         "positions": (entries["positions"] in POSITIONS, f"one of {', '.join(POSITIONS)}"),
         "seed": (entries["seed"] is None or type(entries["seed"]) is int, "an integer or null"),
         "completion_only": (type(entries["completion_only"]) is bool, "true or false"),
-        "rows": (_is_count(entries["rows"]), "an integer above 0"),
-        "rows_per_shard": (_is_count(entries["rows_per_shard"]), "an integer above 0"),
+        **{n: (_is_count(entries[n]), "an integer above 0") for n in ("rows", "rows_per_shard")},
         "teacher": (
             isinstance(entries["teacher"], dict)
             and isinstance(entries["teacher"].get("kind"), str),

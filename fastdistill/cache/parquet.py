@@ -36,7 +36,6 @@ from .manifest import MAX_K, MAX_VOCAB, CacheError, Settings
 
 CONFIG = "compression_config.yaml"
 _RAW, _COMPRESSED = ("token_ids", "top_values"), ("bytepacked_indices", "compressed_logprobs")
-_FLOATING = ("top_values",)
 _FLOATS: dict[str, torch.dtype] = {
     name: getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64")
 }
@@ -227,7 +226,7 @@ class ParquetRows:
         self._starts = [0]
         for file in files:
             metadata = self._pq.ParquetFile(file).metadata
-            self.columns = self._check(file, set(metadata.schema.to_arrow_schema().names))
+            self.columns = self._columns_of(file, set(metadata.schema.to_arrow_schema().names))
             for group in range(metadata.num_row_groups):
                 self._groups.append((file, group))
                 self._starts.append(self._starts[-1] + metadata.row_group(group).num_rows)
@@ -238,7 +237,7 @@ class ParquetRows:
         self.vocab_size = None if self.compression is None else self.compression.d
         self.identity = {"kind": "DistillKit", "name": str(files[0].parent)}
 
-    def _check(self, file: Path, names: set[str]) -> tuple[str, str]:
+    def _columns_of(self, file: Path, names: set[str]) -> tuple[str, str]:
         for columns in (_RAW, _COMPRESSED):
             if {"input_ids", *columns} <= names:
                 if columns == _COMPRESSED and self.compression is None:
@@ -263,10 +262,9 @@ class ParquetRows:
             table = self._pq.ParquetFile(file).read_row_group(number, columns=columns)
             self._open = (group, table)
         row = self._open[1].slice(index - self._starts[group], 1)
+        kinds = {"top_values": "iuf"}
         return {
-            name: _array(
-                row.column(name), f"row {index}: {name}", "iuf" if name in _FLOATING else "iu"
-            )
+            name: _array(row.column(name), f"row {index}: {name}", kinds.get(name, "iu"))
             for name in row.column_names
         }
 

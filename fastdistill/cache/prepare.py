@@ -42,12 +42,8 @@ class BuildOptions:
         if len(set(self.temperatures)) != len(self.temperatures):
             checks.fail("temperatures", "different numbers", list(self.temperatures))
         if self.targets == "sampled" and len(self.temperatures) > 1:
-            checks.fail(
-                "temperatures",
-                "one with targets='sampled'",
-                list(self.temperatures),
-                "draws hold for one temperature: build a cache for each",
-            )
+            hint = "draws hold for one temperature: build a cache for each"
+            checks.fail("temperatures", "one with targets='sampled'", list(self.temperatures), hint)
 
 
 def tokenizer_for(teacher: Any, tokenizer: Any) -> Any:

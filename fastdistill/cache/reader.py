@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -92,17 +91,24 @@ class Reader:
 
     def read(self, ids: Tensor, mask: Tensor | None, k: int, at: int, vocab: int | None) -> TopK:
         """Return answers [B, T, k] at the stored temperature `at`; see `TeacherCache.topk`."""
-        T = self.manifest.settings.temperatures[at]
-        answers = TopK.empty((*ids.shape, k), T, id_dtype=torch.int32)
+        settings = self.manifest.settings
+        answers = TopK.empty((*ids.shape, k), settings.temperatures[at], id_dtype=torch.int32)
         parts: list[_Part] = []
         positions = []
         for row in range(len(ids)):
             attended = torch.arange(ids.shape[1]) if mask is None else mask[row].nonzero()[:, 0]
             if not len(attended):
                 continue
-            row_parts = self._parts(ids[row, attended])
+            tokens = ids[row, attended]
+            row_parts = self._parts(tokens)
             if not row_parts:
-                raise self._unknown(row, ids[row, attended])
+                raise CacheError(
+                    f"input_ids: expected rows that {self.folder} was built from, but row {row} "
+                    f"({len(tokens)} tokens: {', '.join(map(str, tokens[:6].tolist()))}, …) is "
+                    f"none of its {settings.rows:,}. They were read with max_length="
+                    f"{settings.max_length} and completion_only_loss={settings.completion_only}: "
+                    "another tokenizer, chat template, length or packing gives other rows"
+                )
             parts += row_parts
             positions += [
                 row * ids.shape[1] + attended[torch.from_numpy(p.places)] for p in row_parts
@@ -118,18 +124,20 @@ class Reader:
     def _read_parts(self, parts: list[_Part], at: int) -> TopK:
         """Return the checked answers of these parts, [Σ P, k of the cache]."""
         settings = self.manifest.settings
-        bounds = [0, *accumulate(len(part.places) for part in parts)]
-        shape, T = (bounds[-1], settings.k), settings.temperatures[at]
-        answers = TopK.empty(shape, T, id_dtype=torch.int32)
-        for part, start, stop in zip(parts, bounds, bounds[1:], strict=False):
+        lengths = [len(part.places) for part in parts]
+        shape, T = (sum(lengths), settings.k), settings.temperatures[at]
+        answers, start = TopK.empty(shape, T, id_dtype=torch.int32), 0
+        for part, length in zip(parts, lengths, strict=True):
             shard = self.shard(part.shard)
             _, packed = shard.row(part.row)
             if part.stored_mask is not None:
                 packed = Packed(*(tensor[part.stored_mask] for tensor in packed))
-            self._unpack(shard, packed, at, answers.at(slice(start, stop)), f"row {part.row}")
+            out = answers.at(slice(start, start + length))
+            self._unpack(shard, packed, at, out, f"row {part.row}")
+            start += length
         wrong = find_invalid(answers, self._rules)
         if wrong is not None:
-            number, position = row_and_position([len(part.places) for part in parts], wrong.at)
+            number, position = row_and_position(lengths, wrong.at)
             part = parts[number]
             where = f"row {part.row}, position {part.places[position]}"
             raise self.shard(part.shard).damaged(f"{where}: {wrong}")
@@ -161,16 +169,6 @@ class Reader:
                 wrong = find_invalid(answers, self._rules)
                 if wrong is not None:
                     raise shard.damaged(f"answer {start + wrong.at}: {wrong}")
-
-    def _unknown(self, row: int, tokens: Tensor) -> CacheError:
-        settings = self.manifest.settings
-        return CacheError(
-            f"input_ids: expected rows that {self.folder} was built from, but row {row} "
-            f"({len(tokens)} tokens: {', '.join(map(str, tokens[:6].tolist()))}, …) is none of "
-            f"its {settings.rows:,}. They were read with max_length={settings.max_length} and "
-            f"completion_only_loss={settings.completion_only}: another tokenizer, chat template, "
-            "length or packing gives other rows"
-        )
 
 
 class _Index:

@@ -46,9 +46,8 @@ def draw(
             drawn = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)
             drawn = drawn.clamp(max=cumulative.shape[-1] - 1).sort(-1).values
             first = at.start + some.start
-            answer.put(
-                torch.arange(first, first + len(drawn), device=hidden.device), _merged(drawn, k)
-            )
+            rows = torch.arange(first, first + len(drawn), device=hidden.device)
+            answer.put(rows, _merged(drawn, k))
     return answer._replace(log_tail=torch.full_like(answer.logprobs[:, 0], -torch.inf))
 
 

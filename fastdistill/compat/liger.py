@@ -32,12 +32,8 @@ class FusedLinearJSD(nn.Module):
     ) -> None:
         super().__init__()
         if accum_dtype not in (None, torch.float32):
-            checks.fail(
-                "accum_dtype",
-                "None or torch.float32",
-                accum_dtype,
-                "gradients are summed in float32 here",
-            )
+            hint = "gradients are summed in float32 here"
+            checks.fail("accum_dtype", "None or torch.float32", accum_dtype, hint)
         self.jsd_beta = jsd_beta
         self.ignore_index = ignore_index
         self.temperature = temperature

@@ -183,12 +183,8 @@ class _LastTurns:
 
 
 def _last_turn(example: Mapping[str, Any]) -> Mapping[str, Any]:
-    messages = example.get("messages")
-    if (
-        not isinstance(messages, (list, tuple))
-        or not messages
-        or example.get("input_ids") is not None
-    ):
+    messages = example.get("messages") if example.get("input_ids") is None else None
+    if not isinstance(messages, (list, tuple)) or not messages:
         return example
     *prompt, last = messages
     rest = {name: value for name, value in example.items() if name != "messages"}
@@ -234,25 +230,14 @@ def _load(argument: str, model: Any, options: Mapping[str, Any]) -> Any:
     if not options:
         return model
     if not isinstance(model, str):
-        fail(
-            f"{argument}_init_kwargs",
-            f"none with a {argument} that is loaded already",
-            f"{dict(options)!r:.80} with a {type(model).__name__}",
-            f"pass {argument} as a path",
-        )
+        expected = f"none with a {argument} that is loaded already"
+        got = f"{dict(options)!r:.80} with a {type(model).__name__}"
+        fail(f"{argument}_init_kwargs", expected, got, f"pass {argument} as a path")
     if options.get("revision") is not None:
-        fail(
-            "revision",
-            "none in the options of a model",
-            f"{options['revision']!r:.80}",
-            "download that revision, and pass its folder",
-        )
+        got, hint = f"{options['revision']!r:.80}", "download that revision, and pass its folder"
+        fail("revision", "none in the options of a model", got, hint)
     stored = StoredModel.from_path(model)
     if stored.is_adapter:
-        fail(
-            "model",
-            "the folder of a whole model",
-            f"{model!r:.200}, an adapter",
-            "load its base and add the adapter (PeftModel.from_pretrained), or merge it",
-        )
+        hint = "load its base and add the adapter (PeftModel.from_pretrained), or merge it"
+        fail("model", "the folder of a whole model", f"{model!r:.200}, an adapter", hint)
     return load_whole(stored.path, **options)

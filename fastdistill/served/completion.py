@@ -63,39 +63,31 @@ def _choice(
 ) -> dict[str, Any]:
     best, logprobs, ranks = answer
     generated = [int(best.ids[-1, best.logprobs[-1].argmax()])] * completion.max_tokens
+    tokens = [*row, *generated] if completion.echo else generated
 
-    def listed(count: int | None) -> _Entries | None:
-        return None if count is None else entries(best, row, logprobs, ranks, words, count)
+    def prompt(count: int) -> _Entries:
+        return entries(best, row, logprobs, ranks, words, count)
 
-    prompt = listed(completion.logprobs) if completion.echo else []
+    listed: _Entries | None = None
+    if (count := completion.logprobs) is not None:
+        listed = prompt(count) if completion.echo else []
+        if generated:
+            # The last position has the logprobs of the new token.
+            last = best.at(slice(-1, None))
+            listed += entries(last, [row[-1], *generated], [0.0], [0], words, count)[1:]
+    count = completion.prompt_logprobs
     return {
         "index": index,
-        "text": words.text([*row, *generated] if completion.echo else generated),
-        "logprobs": None
-        if completion.logprobs is None
-        else _logprobs(completion, row, generated, answer, words, prompt or []),
+        "text": words.text(tokens),
+        "logprobs": None if listed is None else _logprobs(tokens, listed, words),
         "finish_reason": "length",
         "stop_reason": None,
-        "prompt_logprobs": listed(completion.prompt_logprobs),
+        "prompt_logprobs": None if count is None else prompt(count),
     }
 
 
-def _logprobs(
-    completion: Completion,
-    row: list[int],
-    generated: list[int],
-    answer: RowAnswer,
-    words: Words,
-    prompt: _Entries,
-) -> dict[str, Any]:
-    """Return OpenAI's logprobs: lists over the echoed prompt, if any, and the new token."""
-    tokens = [*row, *generated] if completion.echo else generated
-    listed = list(prompt)
-    if generated:
-        # The last position has the logprobs of the new token.
-        last = answer.best.at(slice(-1, None))
-        count = completion.logprobs or 0
-        listed += entries(last, [row[-1], *generated], [0.0], [0], words, count)[1:]
+def _logprobs(tokens: list[int], listed: _Entries, words: Words) -> dict[str, Any]:
+    """Return OpenAI's form of the entries of these tokens."""
     texts = [words(token) for token in tokens]
     names = [f"token_id:{t}" if x is None else x for t, x in zip(tokens, texts, strict=True)]
     return {

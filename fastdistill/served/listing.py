@@ -47,17 +47,13 @@ class Listing:
             url=url, name=name, entry=models[name], max_model_len=length, server_info=server_info
         )
 
-    @property
-    def owner(self) -> str:
-        """`owned_by`, made printable."""
-        return printable(self.entry.get("owned_by") or "nobody", 60)
-
     def without_prompt_logprobs(self, reason: str) -> WrongAnswer:
         """Return the error for a server without prompt log-probabilities."""
         gguf = self.name.endswith(".gguf") or isinstance(self.entry.get("meta"), dict)
+        owner = printable(self.entry.get("owned_by") or "nobody", 60)
         model = "MODEL.gguf, which reads the same file" if gguf else "MODEL"
         return WrongAnswer(
-            f"{self.url}: {reason}. The server (its model is owned by {self.owner!r}) does not "
+            f"{self.url}: {reason}. The server (its model is owned by {owner!r}) does not "
             "give log-probabilities of prompts: serve the model with vLLM, or with fastdistill "
             f"serve --teacher {model}"
         )

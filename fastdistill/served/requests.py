@@ -197,11 +197,9 @@ def _rows(body: dict[str, Any], limits: Limits) -> list[list[int]]:
         _fail("prompt", f"at most {limits.max_tokens} tokens (max_tokens of this server)", total)
     for index, row in enumerate(rows):
         if limits.max_row is not None and len(row) > limits.max_row:
-            _fail(
-                "prompt",
-                f"rows of at most {limits.max_row} tokens, the positions of this model",
-                f"{len(row)} in row {index}. Cut rows to max_length={limits.max_row}",
-            )
+            expected = f"rows of at most {limits.max_row} tokens, the positions of this model"
+            got = f"{len(row)} in row {index}. Cut rows to max_length={limits.max_row}"
+            _fail("prompt", expected, got)
         for token in row:
             if type(token) is not int or not 0 <= token < limits.vocab:
                 _fail("prompt", f"token ids in 0..{limits.vocab - 1}", token)

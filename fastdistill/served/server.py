@@ -90,12 +90,9 @@ def serve(
     """
     token = backend.served_token() if token is None else token
     if not token and not is_loopback(host):
-        checks.fail(
-            "token",
-            f"one when host is not loopback (host={host!r})",
-            "none",
-            "pass token=, set FASTDISTILL_TOKEN, or leave host at 127.0.0.1",
-        )
+        expected = f"one when host is not loopback (host={host!r})"
+        hint = "pass token=, set FASTDISTILL_TOKEN, or leave host at 127.0.0.1"
+        checks.fail("token", expected, "none", hint)
     app = make_app(teacher, token=token or None, max_k=max_k, max_tokens=max_tokens, name=name)
     with listen(host, port) as listening:
         server = make_server(app)
@@ -112,14 +109,13 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family, backlog=128)
     except (OSError, UnicodeError) as error:
-        if not isinstance(error, OSError) or error.errno not in (errno.EADDRINUSE, errno.EACCES):
-            raise OSError(
-                f"host: expected an address of this machine, got {host!r} ({printable(error)})"
-            ) from None
-        raise OSError(
-            f"port: expected a free one on {host}, got {port} ({error.strerror or error}). Choose "
-            "another with port=, or stop what listens there"
-        ) from None
+        message = f"host: expected an address of this machine, got {host!r} ({printable(error)})"
+        if isinstance(error, OSError) and error.errno in (errno.EADDRINUSE, errno.EACCES):
+            message = (
+                f"port: expected a free one on {host}, got {port} ({error.strerror or error}). "
+                "Choose another with port=, or stop what listens there"
+            )
+        raise OSError(message) from None
 
 
 def make_server(app: Any) -> Any:

@@ -103,17 +103,16 @@ def read_choices(
             f"{url}: expected {len(lengths)} choices, one for each prompt, got {len(choices)} with "
             f"the indices {printable(sorted(map(str, by_index))[:8])}"
         )
-    ids: list[list[int]] = []
-    values: list[list[float]] = []
-    for row, length in enumerate(lengths):
-        for t, entry in enumerate(_positions(by_index[row], length, row, url)):
-            best = _top_k(entry, prompts[row][t + 1], k, f"{url}: row {row}, position {t}")
-            ids.append([i for i, _ in best])
-            values.append([p for _, p in best])
+    best = [
+        _top_k(entry, prompts[row][t + 1], k, f"{url}: row {row}, position {t}")
+        for row, length in enumerate(lengths)
+        for t, entry in enumerate(_positions(by_index[row], length, row, url))
+    ]
+    ids = torch.tensor([[i for i, _ in slots] for slots in best], dtype=torch.int64).view(-1, k)
+    values = [[p for _, p in slots] for slots in best]
     exact = torch.tensor(values, dtype=torch.float64).view(-1, k)
     tail = (1 - exact.exp().sum(-1)).clamp(min=_FLOOR).log()
-    where = torch.tensor(ids, dtype=torch.int64).view(-1, k)
-    return TopK(where, exact.float(), tail.float(), temperature)
+    return TopK(ids, exact.float(), tail.float(), temperature)
 
 
 def _positions(listed: Any, length: int, row: int, url: str) -> list[Any]:
