@@ -138,9 +138,8 @@ def read_adapter(folder: Path) -> tuple[Any, TensorFiles]:
     }
     kind = stored.get("peft_type")
     if not isinstance(kind, str) or kind not in kinds:
-        fail_entry(
-            file, "peft_type", f"one of {', '.join(sorted(kinds))}, which can be merged", kind
-        )
+        expected = f"one of {', '.join(sorted(kinds))}, which can be merged"
+        fail_entry(file, "peft_type", expected, kind)
     config_class = peft.PEFT_TYPE_TO_CONFIG_MAPPING[kinds[str(kind)]]
     known = {entry.name for entry in dataclasses.fields(config_class)}
     values = {name: value for name, value in stored.items() if name not in _DROPPED}
@@ -172,9 +171,8 @@ def _check_value(file: Path, name: str, value: Any, files: TensorFiles) -> None:
             if name in _KEYED and not _is_name(part):
                 _matched(file, name, _as_key(part))
             elif not _is_name(part):
-                fail_entry(
-                    file, name, "names of modules", part, "a regular expression may never end"
-                )
+                hint = "a regular expression may never end"
+                fail_entry(file, name, "names of modules", part, hint)
     if isinstance(value, (list, dict)) and len(value) > _MAX_NAMES:
         fail_entry(file, name, f"at most {_MAX_NAMES:,} entries", f"{len(value):,}")
     if name == "layer_replication" and value is not None:
@@ -270,9 +268,8 @@ def _check_replication(file: Path, ranges: Any, limit: int) -> None:
             fail_entry(file, "layer_replication", "ranges [first, last)", entry)
         total += entry[1] - entry[0]
     if total > limit:
-        fail_entry(
-            file, "layer_replication", f"at most {limit} layers, one per stored tensor", total
-        )
+        expected = f"at most {limit} layers, one per stored tensor"
+        fail_entry(file, "layer_replication", expected, total)
 
 
 def _check_weights(model: Any, config: Any, files: TensorFiles) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import checks
+from .runtime import checks
 
 _SHARDED = {"FullyShardedDataParallel": "FSDP", "FSDPModule": "FSDP"}
 
@@ -37,9 +37,8 @@ def resident(module: nn.Module, name: str) -> Any:
 def resident_device(module: nn.Module) -> torch.device:
     """Return the device on which a module runs, also if its weight is offloaded."""
     weight: Any = module.weight
-    if not weight.is_meta:
-        return torch.device(weight.device)
-    devices = [_execution_device(h) for h in _hooks(module) if getattr(h, "offload", False)]
+    hooks = _hooks(module) if weight.is_meta else []
+    devices = [_execution_device(hook) for hook in hooks if getattr(hook, "offload", False)]
     return devices[0] if devices else torch.device(weight.device)
 
 
@@ -58,23 +57,17 @@ def check_whole(role: str, model: nn.Module) -> None:
                 _fail_sharded(role, model, _SHARDED[kind.__name__])
     empty = [name for name, p in model.named_parameters() if p.is_meta]
     if empty and not is_offloaded(model):
-        checks.fail(
-            role,
-            f"the weights of {type(model).__name__}",
-            f"{len(empty)} without data (on the meta device; first: {empty[0]})",
-            "load them with from_pretrained, which offloads by hooks if it is given a device_map",
-        )
+        got = f"{len(empty)} without data (on the meta device; first: {empty[0]})"
+        hint = "load them with from_pretrained, which offloads by hooks with a device_map"
+        checks.fail(role, f"the weights of {type(model).__name__}", got, hint)
     for name in ("get_input_embeddings", "get_output_embeddings"):
         part: Any = getattr(model, name, lambda: None)()
         weight = getattr(part, "weight", None)
         if isinstance(weight, Tensor) and weight.is_meta and resident(part, "weight").is_meta:
-            what = name.removeprefix("get_")
-            checks.fail(
-                role,
-                f"{what} whose weights can be read outside their forward",
-                "ones offloaded with the modules around them",
-                "give them a device of their own in device_map, or a smaller part to offload",
-            )
+            part_name = name.removeprefix("get_")
+            expected = f"{part_name} whose weights can be read outside their forward"
+            hint = "give them a device of their own in device_map, or a smaller part to offload"
+            checks.fail(role, expected, "ones offloaded with the modules around them", hint)
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -88,14 +81,12 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _fail_sharded(role: str, model: nn.Module, by: str) -> None:
-    checks.fail(
-        role,
-        "a model whose weights are whole in this process",
-        f"{type(model).__name__}, sharded by {by}",
-        "load it once in each process, with "
-        "quant= or a device_map that offloads where it does not fit, or behind "
-        "fastdistill serve",
+    hint = (
+        "load it once in each process, with quant= or a device_map that offloads where it does "
+        "not fit, or behind fastdistill serve"
     )
+    got = f"{type(model).__name__}, sharded by {by}"
+    checks.fail(role, "a model whose weights are whole in this process", got, hint)
 
 
 def _hooks(module: nn.Module) -> list[Any]:

@@ -14,8 +14,8 @@ import re
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-from . import checks
 from .checkpoint_gate import ADAPTER, CONFIG
+from .runtime import checks
 from .runtime.printable import printable
 
 SETTINGS, MANIFEST = "settings.json", "manifest.json"  # of a cache

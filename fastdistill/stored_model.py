@@ -13,13 +13,13 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 
-from . import checks
 from .checkpoint_gate import ADAPTER, CONFIG, TOKENIZER, as_checkpoint_error, load_config
 from .quant.checkpoint import check_stored_method, method_of
 from .quant.conversion import check_all_used
 from .quant.header import check_header, keep_untied
 from .quant.tensor_files import TensorFiles, read_json
 from .resolve import is_adapter, resolve
+from .runtime import checks
 from .runtime.printable import printable
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -81,11 +81,9 @@ class StoredModel:
             "base_model_name_or_path"
         )
         if not base_path or not isinstance(base_path, (str, Path)):
-            raise ValueError(
-                f"base: expected the model under the adapter {folder}, which names none. "
-                "Pass base=, a path, if there is such an argument, or write it as "
-                f"base_model_name_or_path into {ADAPTER}"
-            )
+            expected = f"the model under the adapter {folder}, which names none"
+            hint = "pass base=, a path, if there is such an argument, or write it as "
+            checks.fail("base", expected, "none", f"{hint}base_model_name_or_path into {ADAPTER}")
         try:
             base = StoredModel.from_path(base_path, self.dtype, self.attn_implementation)
         except FileNotFoundError as error:
@@ -191,12 +189,12 @@ def load_whole(path: str | Path, **options: Any) -> PreTrainedModel:
         )
     check_all_used(folder, model, info["unexpected_keys"], files)
     if missing := sorted(info["missing_keys"]):
-        checks.fail(
-            "path_or_model",
-            f"all weights of {type(model).__name__} in {str(folder)!r}",
-            f"{len(missing)} missing (first: {missing[0]})",
-            "is it another architecture's checkpoint? transformers would initialize them at random",
+        expected = f"all weights of {type(model).__name__} in {str(folder)!r}"
+        got = f"{len(missing)} missing (first: {missing[0]})"
+        hint = (
+            "is it another architecture's checkpoint? transformers would initialize them at random"
         )
+        checks.fail("path_or_model", expected, got, hint)
     keep_untied(model, model.get_expanded_tied_weights_keys(all_submodels=True))
     return model
 

@@ -262,19 +262,14 @@ def check_quantization(source: StoredModel, quant: str | None, compute: str) -> 
     """Raise ValueError if a checkpoint cannot be loaded with these options of load_teacher."""
     _check_names(quant, compute)
     if source.is_quantized and quant is not None:
-        checks.fail(
-            "quant",
-            f"None, since {source.path} is quantized already",
-            repr(quant),
-            "or pass the full-precision checkpoint",
-        )
+        expected = f"None, since {source.path} is quantized already"
+        checks.fail("quant", expected, repr(quant), "or pass the full-precision checkpoint")
     if quant is None and not source.is_quantized:
         _check_full_precision_compute(compute)
 
 
 def _check_names(quant: str | None, compute: str) -> None:
-    if quant is not None:
-        checks.choice("quant", quant, SCHEMES)
+    checks.choice("quant", quant, (*SCHEMES, None))
     checks.choice("compute", compute, COMPUTE)
 
 
@@ -314,12 +309,8 @@ def _from_model(
 
 def _check_full_precision_compute(compute: str) -> None:
     if compute != "auto":
-        checks.fail(
-            "compute",
-            "'auto' for a teacher in full precision",
-            repr(compute),
-            "pass quant='nf4', 'fp4', 'int4' or 'int8' with it",
-        )
+        hint = "pass quant='nf4', 'fp4', 'int4' or 'int8' with it"
+        checks.fail("compute", "'auto' for a teacher in full precision", repr(compute), hint)
 
 
 def _default_device() -> torch.device:

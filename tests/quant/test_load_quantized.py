@@ -37,9 +37,9 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_streamed_is_loaded_and_quantised(name, scheme, folders):
     expected = fd.quantize_model(model_of(name), scheme, compute="exact")
-    found = load_quantized(folders[name], quant=scheme, compute="exact")
-    assert torch.equal(logits(found), logits(expected))
-    assert not any(p.requires_grad for p in found.parameters())
+    actual = load_quantized(folders[name], quant=scheme, compute="exact")
+    assert torch.equal(logits(actual), logits(expected))
+    assert not any(p.requires_grad for p in actual.parameters())
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -50,11 +50,8 @@ def test_without_a_scheme_the_weights_are_the_checkpoints(name, folders):
 def test_types(folders):
     half = load_quantized(folders["llama with biases"], quant="nf4", dtype=torch.bfloat16)
     layer = half.model.layers[0].self_attn.q_proj
-    assert (half.dtype, layer.bias.dtype, layer.scale.dtype) == (
-        torch.bfloat16,
-        torch.bfloat16,
-        torch.float32,
-    )
+    assert half.dtype == layer.bias.dtype == torch.bfloat16
+    assert layer.scale.dtype == torch.float32
     whole = AutoModelForCausalLM.from_pretrained(folders["llama with biases"], dtype=torch.bfloat16)
     assert torch.equal(logits(half), logits(fd.quantize_model(whole, "nf4")))
 
@@ -78,9 +75,9 @@ def test_tied_head_is_stored_once(tmp_path):
     fd.save_quantized(model, tmp_path / "q")
     names = load_file(tmp_path / "q" / "model.safetensors")
     assert "lm_head.weight" not in names
-    found = load_quantized(tmp_path / "q", compute="exact")
-    assert torch.equal(logits(found), logits(model))
-    assert found.lm_head.weight is found.model.embed_tokens.weight
+    actual = load_quantized(tmp_path / "q", compute="exact")
+    assert torch.equal(logits(actual), logits(model))
+    assert actual.lm_head.weight is actual.model.embed_tokens.weight
 
 
 def test_experts_stay_in_one_stack(folders):

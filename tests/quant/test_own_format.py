@@ -6,11 +6,7 @@ import pytest
 import torch
 
 from fastdistill.quant import own_format
-from fastdistill.quant.checkpoint import (
-    CheckpointError,
-    is_quantized_checkpoint,
-    open_checkpoint,
-)
+from fastdistill.quant.checkpoint import CheckpointError, is_quantized_checkpoint, open_checkpoint
 from fastdistill.quant.formats import quantize
 from helpers.stored import W, int4, nested_weight, read_all, store_own
 
@@ -32,8 +28,8 @@ def test_own_format_is_read_as_it_was_written(tmp_path):
         again = checkpoint.weights[name]()
         assert type(again) is type(weight)
         assert (again.shape, again.block) == (weight.shape, weight.block)
-        (ours, says), (theirs, said) = (own_format.tensors_of(name, w) for w in (again, weight))
-        assert says == said
+        (ours, says), (theirs, wrote) = (own_format.tensors_of(name, w) for w in (again, weight))
+        assert says == wrote
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[part], theirs[part]) for part in ours)
     shutil.move(path / "config.json", path / "other.json")

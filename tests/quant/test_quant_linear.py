@@ -42,9 +42,9 @@ def test_nested_scales_and_values_that_are_not_finite(name, monkeypatch):
     for dtype in FLOATS:
         assert torch.equal(dequantize(weight, dtype), flat_reference(weight, dtype))
     plain.scale[1], plain.scale[3] = torch.nan, torch.inf
-    found, expected = dequantize(plain), flat_reference(plain, torch.float32)
-    assert torch.equal(found.isnan(), expected.isnan())
-    assert torch.equal(found.nan_to_num(), expected.nan_to_num())
+    actual, expected = dequantize(plain), flat_reference(plain, torch.float32)
+    assert torch.equal(actual.isnan(), expected.isnan())
+    assert torch.equal(actual.nan_to_num(), expected.nan_to_num())
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -105,8 +105,8 @@ def test_int8_products_of_4_bit_weights(name, offset, M, N, K, block, monkeypatc
     codes, unit = int8_table(weight.lut)
     dense = flat_reference(replace(weight, lut=codes.float() * unit), torch.float32)
     expected = reference_products(x, dense, group) + bias
-    found = layer(x).double()
-    assert (found - expected).norm() / expected.norm() < 2e-6
+    actual = layer(x).double()
+    assert (actual - expected).norm() / expected.norm() < 2e-6
     use(monkeypatch, "torch")
     for dtype in FLOATS:
         ours = LUT4Linear(weight, bias, compute="int8")(x.to(dtype))
@@ -139,11 +139,11 @@ def test_layers(compute, scheme, shape):
     layer = make(linear, compute=compute, **options)
     x = torch.randn(shape)
     with torch.no_grad():
-        found = layer(x)
+        actual = layer(x)
         expected = nn.functional.linear(x, layer.dequantize(), linear.bias)
-    assert found.shape == expected.shape
+    assert actual.shape == expected.shape
     budget = 1e-6 if compute == "exact" else 0.02
-    assert (found - expected).norm() <= budget * expected.norm()
+    assert (actual - expected).norm() <= budget * expected.norm()
     assert f"compute='{compute}'" in repr(layer)
 
 
@@ -164,7 +164,7 @@ def test_row_products_of_a_gpu_against_fp64():
     expected = x.double() @ w.double().t() + bias
     for kind, budget in ((torch.int8, 0.02), (FP8, 0.05)):
         q, scale = TORCH.quantize_rows(w, kind)
-        found = ops.row_products(TORCH, x, q, scale, bias)
-        assert (found - expected).norm() / expected.norm() < budget
+        actual = ops.row_products(TORCH, x, q, scale, bias)
+        assert (actual - expected).norm() / expected.norm() < budget
         few = ops.row_products(TORCH, x[:3], q, scale, bias)
-        assert torch.equal(few, found[:3])
+        assert torch.equal(few, actual[:3])

@@ -18,7 +18,7 @@ OPS = torch.ops.fastdistill
 
 def lut4_operands(**changed):
     w = quantize(torch.randn(N, K), "nf4", block=BLOCK)
-    given = {
+    operands = {
         "x": torch.randn(2, K),
         "qdata": w.qdata,
         "scale": w.scale,
@@ -32,21 +32,14 @@ def lut4_operands(**changed):
         "block": BLOCK,
         "compute": "exact",
     }
-    return list((given | changed).values())
+    return list((operands | changed).values())
 
 
 def int8_operands(**changed):
     w = quantize(torch.randn(N, K), "int8")
-    given = {
-        "x": torch.randn(2, K),
-        "qdata": w.qdata,
-        "scale": w.scale,
-        "row_scale": None,
-        "bias": torch.randn(N),
-        "block": K,
-        "compute": "exact",
-    }
-    return list((given | changed).values())
+    operands = {"x": torch.randn(2, K), "qdata": w.qdata, "scale": w.scale, "row_scale": None}
+    operands |= {"bias": torch.randn(N), "block": K, "compute": "exact"}
+    return list((operands | changed).values())
 
 
 def case_id(value):
@@ -163,14 +156,11 @@ def test_the_operators_that_expand_and_round_refuse():
 @pytest.mark.parametrize("scheme", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
 def test_a_right_bias_of_any_floating_type_is_added(scheme, compute, dtype):
-    weight, bias, x = (
-        quantize(torch.randn(N, K), scheme, block=BLOCK),
-        torch.randn(N),
-        torch.randn(2, K),
-    )
+    weight = quantize(torch.randn(N, K), scheme, block=BLOCK)
+    bias, x = torch.randn(N), torch.randn(2, K)
     plain = KINDS[scheme](weight, compute=compute)(x)
-    found = KINDS[scheme](weight, bias.to(dtype), compute=compute)(x)
-    torch.testing.assert_close(found, plain + bias.to(dtype).float(), atol=1e-5, rtol=1e-5)
+    actual = KINDS[scheme](weight, bias.to(dtype), compute=compute)(x)
+    torch.testing.assert_close(actual, plain + bias.to(dtype).float(), atol=1e-5, rtol=1e-5)
 
 
 def layer_of(scheme, compute):
@@ -221,16 +211,13 @@ def test_a_meta_input_of_a_layer_that_holds_numbers_is_refused(scheme, compute):
 @pytest.mark.parametrize("compute", COMPUTES)
 @pytest.mark.parametrize("scheme", KINDS)
 def test_parts_and_a_bias_that_are_strided_are_taken(scheme, compute):
-    weight, bias, x = (
-        quantize(torch.randn(N, K), scheme, block=BLOCK),
-        torch.randn(N),
-        torch.ones(2, K),
-    )
+    weight = quantize(torch.randn(N, K), scheme, block=BLOCK)
+    bias, x = torch.randn(N), torch.ones(2, K)
     expected = KINDS[scheme](weight, bias, compute=compute)(x)
     names = [n for n in ("qdata", "scale", "lut") if hasattr(weight, n)]
     apart = replace(weight, **{name: every_second(getattr(weight, name)) for name in names})
-    found = KINDS[scheme](apart, every_second(bias), compute=compute)(every_second(x))
-    assert torch.equal(found, expected)
+    actual = KINDS[scheme](apart, every_second(bias), compute=compute)(every_second(x))
+    assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("scheme", KINDS)

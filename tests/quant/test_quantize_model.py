@@ -7,10 +7,7 @@ import copy
 import pytest
 import torch
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    MixtralConfig,
-)
+from transformers import AutoModelForCausalLM, MixtralConfig
 
 import fastdistill as fd
 from fastdistill.kernels import row_topk as row_topk  # registers an operator
@@ -29,15 +26,12 @@ def densely(model: nn.Module, quantised: nn.Module) -> nn.Module:
         if not isinstance(module, QuantizedWeight):
             continue
         weight = module.dequantize()
-        target = dense.get_submodule(name) if not isinstance(module, ExpertStack) else None
-        if target is None:
-            getattr(dense.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]).copy_(
-                weight.view(module.experts, -1, weight.shape[1])
-            )
+        if isinstance(module, ExpertStack):
+            target = dense.get_parameter(name)
+            target.copy_(weight.view(target.shape))
         else:
-            target.weight.copy_(weight.t() if target.weight.shape != weight.shape else weight)
-            if hasattr(target, "nf"):  # Conv1D, also where it is square
-                target.weight.copy_(weight.t())
+            target = dense.get_submodule(name)
+            target.weight.copy_(weight.t() if hasattr(target, "nf") else weight)  # Conv1D
     return dense
 
 
@@ -69,12 +63,12 @@ def test_what_is_swapped_and_what_is_not():
     assert not issubclass(kinds["model.layers.0.mlp.gate"], QuantizedWeight)
     assert not any(p.requires_grad for p in model.parameters())
     assert not model.training
-    kept = fd.quantize_model(
+    partial = fd.quantize_model(
         model_of("llama"), "int8", skip=("model.layers.0", "o_proj", "lm_head")
     )
-    assert isinstance(kept.model.layers[0].self_attn.q_proj, nn.Linear)
-    assert isinstance(kept.model.layers[1].self_attn.o_proj, nn.Linear)
-    assert isinstance(kept.model.layers[1].self_attn.q_proj, Int8Linear)
+    assert isinstance(partial.model.layers[0].self_attn.q_proj, nn.Linear)
+    assert isinstance(partial.model.layers[1].self_attn.o_proj, nn.Linear)
+    assert isinstance(partial.model.layers[1].self_attn.q_proj, Int8Linear)
 
 
 def test_a_tied_head_stays_although_nobody_named_it():
@@ -139,8 +133,8 @@ def test_experts_answer_to_linear_alone():
     assert len(stack) == 4
     x = torch.randn(3, 128)
     dense = stack.dequantize().view(4, 64, 128)[2]
-    found = nn.functional.linear(x, stack[torch.tensor(2)])
-    assert torch.allclose(found, x @ dense.t(), atol=1e-6)
+    actual = nn.functional.linear(x, stack[torch.tensor(2)])
+    assert torch.allclose(actual, x @ dense.t(), atol=1e-6)
     assert isinstance(stack[1], Expert)
     with pytest.raises(TypeError, match=r"quantized experts: expected .*linear"):
         torch.matmul(x, stack[0])
@@ -196,17 +190,14 @@ def test_compiles_into_one_graph(compute):
     block = nn.Sequential(layer, nn.GELU())
     x = torch.randn(5, 128)
     with torch.no_grad():
-        found = torch.compile(block, fullgraph=True, backend="aot_eager")(x)
-        assert torch.equal(found, block(x))
+        actual = torch.compile(block, fullgraph=True, backend="aot_eager")(x)
+        assert torch.equal(actual, block(x))
 
 
 def test_operators_pass_opcheck():
-    four, eight = (
-        LUT4Linear.from_linear(nn.Linear(128, 64)),
-        Int8Linear.from_linear(nn.Linear(128, 64)),
-    )
+    four, eight = (kind.from_linear(nn.Linear(128, 64)) for kind in (LUT4Linear, Int8Linear))
     w, e, x = four.quantized, eight.quantized, torch.randn(5, 128)
-    given = {
+    calls_of = {
         "lut4_dequant": [(w.qdata, w.scale, [], 0, None, w.lut, 64, 128, 64, torch.bfloat16)],
         "int8_dequant": [(e.qdata, e.scale, 128, torch.float16)],
         "quantize_rows": [(x, torch.int8), (x, torch.float8_e4m3fn)],
@@ -219,7 +210,7 @@ def test_operators_pass_opcheck():
             (x, e.qdata, e.scale, None, None, 128, compute) for compute in ("exact", "int8")
         ],
     }
-    for name, calls in given.items():
+    for name, calls in calls_of.items():
         for arguments in calls:
             torch.library.opcheck(
                 getattr(torch.ops.fastdistill, name).default,

@@ -10,11 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 
-from fastdistill.quant.checkpoint import (
-    CheckpointError,
-    is_quantized_checkpoint,
-    open_checkpoint,
-)
+from fastdistill.quant.checkpoint import CheckpointError, is_quantized_checkpoint, open_checkpoint
 from fastdistill.quant.formats import Int8Weight, Lut4Weight, Nested, unpack_nibbles
 from helpers.stored import DTYPES, golden, store, values, write_golden
 

@@ -58,11 +58,11 @@ def test_it_is_used_after_it_was_saved_again(tmp_path):
 
 
 @pytest.mark.parametrize("loader", LOADERS)
-@pytest.mark.parametrize("kept", [EMBEDDING, HEAD])
-def test_a_tied_weight_is_stored_under_either_name(tmp_path, loader, kept):
-    other = HEAD if kept == EMBEDDING else EMBEDDING
+@pytest.mark.parametrize("name", [EMBEDDING, HEAD])
+def test_a_tied_weight_is_stored_under_either_name(tmp_path, loader, name):
+    other = HEAD if name == EMBEDDING else EMBEDDING
     store(tmp_path, True, **{other: None})
-    stored = load_file(tmp_path / "model.safetensors")[kept]
+    stored = load_file(tmp_path / "model.safetensors")[name]
     model = LOADERS[loader](tmp_path)
     assert torch.equal(model.lm_head.weight, stored)
     assert model.lm_head.weight is model.model.embed_tokens.weight
@@ -82,8 +82,8 @@ def test_a_tensor_of_our_own_format_without_a_place_is_refused(tmp_path):
     model = quantize_model(small().eval(), "int8")
     save_quantized(model, tmp_path / "own")
     file = tmp_path / "own" / "model.safetensors"
-    with safe_open(file, "pt") as opened:
-        metadata = opened.metadata()
+    with safe_open(file, "pt") as stored:
+        metadata = stored.metadata()
     save_file(load_file(file) | {"score.weight": torch.ones(2)}, file, metadata)
     with pytest.raises(CheckpointError, match=r"got score.weight, which it does not use"):
         load_quantized(tmp_path / "own")

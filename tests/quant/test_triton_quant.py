@@ -30,10 +30,10 @@ def expanded(qdata, scale, offset, lut, out, block, row_inv=None, cols=None):
     return rounded(w, out.dtype)
 
 
-def same_bits(found, expected):
-    assert found.dtype == expected.dtype
-    kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[found.dtype.itemsize]
-    return torch.equal(found.view(kind), expected.view(kind))
+def same_bits(actual, expected):
+    assert actual.dtype == expected.dtype
+    kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[actual.dtype.itemsize]
+    return torch.equal(actual.view(kind), expected.view(kind))
 
 
 def blocks(count, block):
@@ -133,12 +133,12 @@ def test_what_is_not_a_number_stays_so_or_becomes_zero():
     scale = torch.tensor([torch.nan, torch.inf, -torch.inf], device=DEVICE)
     zeros = torch.zeros(2, dtype=torch.uint8, device=DEVICE)
     one = torch.ones(16, device=DEVICE)
-    found = {}
+    actual = {}
     for dtype in BYTES:
-        found[dtype] = torch.empty(3, dtype=dtype, device=DEVICE)
-        kernels.lut4_dequant(zeros, scale, None, one, found[dtype], 1)
-    assert found[torch.int8].tolist() == [0, 127, -127]
-    fp8 = found[torch.float8_e4m3fn].float()
+        actual[dtype] = torch.empty(3, dtype=dtype, device=DEVICE)
+        kernels.lut4_dequant(zeros, scale, None, one, actual[dtype], 1)
+    assert actual[torch.int8].tolist() == [0, 127, -127]
+    fp8 = actual[torch.float8_e4m3fn].float()
     assert fp8[0].isnan()
     assert fp8[1:].tolist() == [448, -448]
 

@@ -51,18 +51,18 @@ def test_student_t_and_wilson_against_scipy():
 
 def test_wilson_by_hand():
     # (p + z²/2n ± z √(p(1−p)/n + z²/4n²)) / (1 + z²/n) with z = 1.959964, for 8 of 10
-    found = wilson(8, 10)
-    assert (found.value, found.n) == (0.8, 10)
-    assert (found.low, found.high) == pytest.approx((0.490162, 0.943318), abs=1e-6)
+    interval = wilson(8, 10)
+    assert (interval.value, interval.n) == (0.8, 10)
+    assert (interval.low, interval.high) == pytest.approx((0.490162, 0.943318), abs=1e-6)
     assert wilson(0, 10).low == 0.0
     assert wilson(10, 10).high == 1.0
 
 
 def test_mean_of_runs_by_hand():
-    found = mean_of_runs([1.0, 2.0, 3.0])
+    interval = mean_of_runs([1.0, 2.0, 3.0])
     half = 4.302653 / math.sqrt(3)
-    assert found.value == 2.0
-    assert (found.low, found.high) == pytest.approx((2 - half, 2 + half), abs=1e-6)
+    assert interval.value == 2.0
+    assert (interval.low, interval.high) == pytest.approx((2 - half, 2 + half), abs=1e-6)
 
 
 def test_pairing_removes_what_the_pairs_share():
@@ -75,10 +75,10 @@ def test_pairing_removes_what_the_pairs_share():
 
 
 def test_one_run_has_no_interval():
-    found = mean_of_runs([3.0])
-    assert found.value == 3.0
-    assert not found.known
-    assert not found.excludes(0.0)
+    interval = mean_of_runs([3.0])
+    assert interval.value == 3.0
+    assert not interval.known
+    assert not interval.excludes(0.0)
 
 
 def test_bootstrap_resamples_clusters_and_not_tokens():
@@ -99,8 +99,8 @@ def test_bootstrap_covers_as_often_as_it_says():
     rng = random.Random(0)
     for trial in range(trials):
         values = [rng.gauss(1.0, 1.0) for _ in range(40)]
-        found = bootstrap_ratio(values, [1.0] * 40, range(40), resamples=400, seed=trial)
-        hits += found.low <= 1.0 <= found.high
+        interval = bootstrap_ratio(values, [1.0] * 40, range(40), resamples=400, seed=trial)
+        hits += interval.low <= 1.0 <= interval.high
     assert 0.90 <= hits / trials <= 0.985
 
 

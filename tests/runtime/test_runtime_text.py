@@ -16,9 +16,9 @@ from fastdistill.runtime.printable import printable
     ["\x1b]52;c;aGk=\x07", "\x1b[2J", "\x9b31m", "\u202eabc", "a\r\nb", "\u2028", "\ud83d", "\x7f"],
 )
 def test_no_character_acts_on_a_terminal(text):
-    shown = printable(text)
-    assert shown.isprintable()
-    assert shown.encode("utf-8").decode("unicode_escape") == text
+    line = printable(text)
+    assert line.isprintable()
+    assert line.encode("utf-8").decode("unicode_escape") == text
 
 
 def test_plain_text_of_any_script_stays():

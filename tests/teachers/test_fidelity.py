@@ -71,11 +71,11 @@ def test_kl_and_agreement_are_the_dense_ones(family):
 
 def test_full_precision_weights_are_found_again(stored):
     teacher = load_teacher(stored, quant="nf4", compute="exact")
-    found = teacher.fidelity(batch())
+    report = teacher.fidelity(batch())
     for against in (stored, str(stored), build("gptj"), load_teacher(stored)):
-        assert_same(teacher.fidelity(batch(), against=against), found)
+        assert_same(teacher.fidelity(batch(), against=against), report)
     p, q = log_softmax(build("gptj")), log_softmax(teacher.model)
-    assert found.kl == pytest.approx(dense_kl(p, q).mean().item(), rel=1e-4)
+    assert report.kl == pytest.approx(dense_kl(p, q).mean().item(), rel=1e-4)
 
 
 def test_rows_as_a_training_takes_them(stored):

@@ -82,8 +82,8 @@ def same_answers(a, b):
 
 def test_full_precision_from_a_path(stored):
     model, path = stored
-    for given in (path, str(path)):
-        teacher = load_teacher(given, tokens_per_batch=64, impl="torch")
+    for name in (path, str(path)):
+        teacher = load_teacher(name, tokens_per_batch=64, impl="torch")
         same_answers(teacher, Teacher(model))
         assert tokenizer_fingerprint(teacher.tokenizer) == tokenizer_fingerprint(tokenizer(WORDS))
         assert (teacher.reader.budget, teacher.impl, teacher.quant) == (64, "torch", None)
@@ -120,17 +120,17 @@ def test_a_checkpoint_that_is_quantised_already(tmp_path):
 
 
 def test_a_name_is_fetched_without_code_or_pickles(stored, monkeypatch):
-    asked = []
+    requests = []
 
     def fetch(name, allow_patterns):
-        asked.append((name, allow_patterns))
+        requests.append((name, allow_patterns))
         if name == "nobody/nothing":
             raise OSError("no route to host")
         return str(stored[1])
 
     monkeypatch.setattr("fastdistill.stored_model.snapshot_download", fetch)
     same_answers(load_teacher("someone/a-model", device="cpu"), Teacher(stored[0]))
-    ((name, patterns),) = asked
+    ((name, patterns),) = requests
     assert name == "someone/a-model"
     assert not any(fnmatch(f, p) for p in patterns for f in ("model.py", "pytorch_model.bin"))
     with pytest.raises(FileNotFoundError, match=r"'nobody/nothing': there is no .*no route"):

@@ -39,9 +39,9 @@ def test_padding_changes_no_answer():
     teacher = Teacher(llama(7, scale=20.0))
     padded = torch.cat([IDS, torch.zeros(3, 4, dtype=torch.long)], 1)
     mask = (torch.arange(15) < 11).long().expand(3, 15)
-    alone, beside = teacher.topk(IDS, k=5), teacher.topk(padded, mask, k=5)
-    assert torch.equal(alone.ids, beside.ids[:, :11])
-    torch.testing.assert_close(alone.logprobs, beside.logprobs[:, :11], rtol=1e-4, atol=1e-5)
+    alone, batched = teacher.topk(IDS, k=5), teacher.topk(padded, mask, k=5)
+    assert torch.equal(alone.ids, batched.ids[:, :11])
+    torch.testing.assert_close(alone.logprobs, batched.logprobs[:, :11], rtol=1e-4, atol=1e-5)
 
 
 def test_nothing_is_said_where_nothing_is_attended():
