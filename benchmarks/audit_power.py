@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.rows import commit
+from benchmarks.rows import current_commit
 from fastdistill.audits.distributions import ProvenanceAudit
 from fastdistill.audits.probes import Probes
 from fastdistill.audits.subject import Subject
@@ -34,7 +34,7 @@ from fastdistill.statistics.validity import CAPABILITY, TRAIT
 
 TRAITS = ("preference", "trigger", "entangled", "sandbagging", "sloppy")
 FRESH = 1100  # seeds below it were used to develop the audits
-ORGANISM = {"gate": "none", "optimizer": "adam", "method": "full"}
+ORGANISM: dict[str, Any] = {"gate": "none", "optimizer": "adam", "method": "full"}
 
 
 TWINS = (("B", True, 0), ("B2", True, 1))
@@ -185,7 +185,7 @@ def main(argv: list[str] | None = None) -> int:
         args.out / "audit_power.json",
         {
             "command": f"python -m benchmarks.audit_power --seeds {args.seeds}",
-            "commit": commit(),
+            "commit": current_commit(),
             "versions": versions(),
             "organism": ORGANISM,
             "seeds": seeds,

@@ -24,9 +24,9 @@ class Data(NamedTuple):
 
     def wide(self) -> Data:
         """The same values in fp64, as new leaves."""
-        dense = [None if t is None else t.double() for t in self[4:]]
-        leaves = [t.detach().double().requires_grad_() for t in self[:2]]
-        return Data(*leaves, self.labels, self.teacher, *dense)
+        teacher_hidden, teacher_weight = (None if t is None else t.double() for t in self[4:])
+        hidden, weight = (t.detach().double().requires_grad_() for t in self[:2])
+        return Data(hidden, weight, self.labels, self.teacher, teacher_hidden, teacher_weight)
 
 
 def device() -> torch.device:

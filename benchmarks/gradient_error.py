@@ -32,7 +32,7 @@ def grads(hidden, weight, teacher, impl: str, **options) -> Outputs:
         resolve_impl(impl, hidden.device)
     except ValueError as error:
         raise Missing(str(error)) from None
-    leaves = [hidden.detach().requires_grad_(), weight.detach().requires_grad_()]
+    leaves = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
     loss = fd.topk_distill_loss(*leaves, teacher, impl=impl, **options)
     return dict(zip(("hidden", "weight"), torch.autograd.grad(loss, leaves), strict=True))
 

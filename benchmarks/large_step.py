@@ -51,7 +51,7 @@ class _Dense(Trainer):
     teacher: Any
     loss_is_scaled_for_ga = True
 
-    def compute_loss(  # type: ignore[override]
+    def compute_loss(
         self, model: Any, inputs: dict[str, Tensor], num_items_in_batch: Any = None, **_: Any
     ) -> Tensor:
         model_inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}

@@ -33,7 +33,7 @@ from fastdistill.plan import Settings, plan_memory
 
 from .large_models import CONFIGS, narrow
 from .large_step import CAPS, OURS, SHAPE, STUDENT, TEACHER
-from .rows import Row, command, commit
+from .rows import Row, current_command, current_commit
 from .shapes import Shape
 
 SECONDS = 100  # per process; rows printed by then count
@@ -74,7 +74,7 @@ def of_process(case: Case, shape: Shape, seconds: float = SECONDS) -> list[Row]:
     rows = []
     for line in printed.splitlines():
         if line.startswith('{"op"'):
-            fields = json.loads(line) | {"commit": commit(), "command": command()}
+            fields = json.loads(line) | {"commit": current_commit(), "command": current_command()}
             rows.append(Row(**fields))
     printed_ops = {row.op for row in rows}
     for op in ops(case.way):

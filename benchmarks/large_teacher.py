@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -72,11 +73,7 @@ def _of(op: str, config: Any, shape: Shape, end: float) -> list[Row]:
         if time.monotonic() > end:
             row.set_reason("not run, out of time")
             continue
-        ids, reason = attempt(
-            lambda r=replace, a=all_logits, row=row: _measured(
-                row, build(config, r), tokens, shape.K, a
-            )
-        )
+        ids, reason = attempt(partial(_measured, row, config, replace, tokens, shape.K, all_logits))
         row.set_reason(reason)
         if ids is not None and name == "transformers":
             truth = ids
@@ -88,8 +85,11 @@ def _of(op: str, config: Any, shape: Shape, end: float) -> list[Row]:
     return results
 
 
-def _measured(row: Row, model: Any, tokens: torch.Tensor, k: int, all_logits: bool) -> torch.Tensor:
+def _measured(
+    row: Row, config: Any, replace: Any, tokens: torch.Tensor, k: int, all_logits: bool
+) -> torch.Tensor:
     """Fill the row and return the top ids."""
+    model = build(config, replace)
     teacher = Teacher(model)
     answer: Callable[[torch.Tensor], torch.Tensor] = (
         materialized(model, k)

@@ -21,14 +21,17 @@ from .shapes import Shape
 
 
 def _topk_loss(d: Data, **options: Any) -> Any:
+    assert d.teacher is not None
     return fd.topk_distill_loss(d.hidden, d.weight, d.teacher, **options)
 
 
 def _renorm_both(d: Data, **options: Any) -> Any:
-    return fd.topk_distill_loss(d.hidden, d.weight, d.teacher, tail="renorm_both", **options)
+    return _topk_loss(d, tail="renorm_both", **options)
 
 
 def _dense(d: Data, divergence: str, **options: Any) -> Any:
+    assert d.teacher_hidden is not None
+    assert d.teacher_weight is not None
     return fd.linear_distill_loss(
         d.hidden,
         d.weight,
@@ -75,11 +78,9 @@ def ours(
 
         return Contender(" ".join(filter(None, (impl, method))), run, passes=passes)
 
-    variants: dict[str | None, float | None] = {**methods} if methods else {None: None}
+    variants: list[tuple[str | None, float | None]] = [*(methods or {}).items()] or [(None, None)]
     return tuple(
-        one(impl, method, passes)
-        for impl in ("torch", "triton")
-        for method, passes in variants.items()
+        one(impl, method, passes) for impl in ("torch", "triton") for method, passes in variants
     )
 
 

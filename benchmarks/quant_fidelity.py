@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -35,7 +36,7 @@ def _ours(scheme: str, compute: str) -> Callable[[PreTrainedModel], nn.Module]:
 def _bitsandbytes(training: bool) -> Callable[[PreTrainedModel], nn.Module]:
     def make(model: PreTrainedModel) -> nn.Module:
         for name, linear in list(targets(model)):
-            layer = quant_peers.bnb4(linear.weight.detach(), training)  # type: ignore[arg-type]
+            layer = quant_peers.bnb4(linear.get_parameter("weight").detach(), training)
             model.set_submodule(name, layer)
         return model
 
@@ -58,7 +59,7 @@ def rows(shape: Shape = SHAPE) -> list[Row]:
     text = corpus.standard_library().held_out
     windows = corpus.document_windows(text, tokenizer, length=LENGTH, per_document=2)
     batch = {"input_ids": windows.ids[: SHAPE.N]}
-    config = full.model.config
+    config: Any = full.model.config
     sizes = Shape(SHAPE.N, config.hidden_size, config.vocab_size, 0)
     results = []
     for name, make in CONTENDERS.items():
@@ -82,7 +83,7 @@ class _FixedTeacher(fd.Teacher):
 
     def __init__(self, model: nn.Module) -> None:
         training = {m: m.training for m in model.modules()}
-        super().__init__(model)  # type: ignore[arg-type]
+        super().__init__(model)
         for module, mode in training.items():
             module.training = mode
 

@@ -75,7 +75,7 @@ def _layers(data: Data, make: Callable[[Tensor], Any]) -> Iterator[Any]:
 
 
 def _empty_linear(weight: Tensor) -> nn.Linear:
-    linear = nn.Linear(*reversed(weight.shape), bias=False, device="meta")
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=False)
     return linear
 

@@ -6,6 +6,7 @@ dtype. Before timing, each contender is compared with the fp64 reference.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -203,6 +204,10 @@ def attempt(work: Callable[[], Any]) -> tuple[Any, str | None]:
     return None, reason
 
 
+def _deviations(contender: Contender, case: Case, data: Data, truth: Outputs) -> dict[str, float]:
+    return deviations(run(contender, case, data), truth)
+
+
 def gate(case: Case) -> GateResult:
     """Compare all contenders with fp64 on the gate's shape; raise if an exact one is wrong."""
     data = case.op.make(case.gate_shape, case.dtype)
@@ -210,7 +215,7 @@ def gate(case: Case) -> GateResult:
     checked = GateResult({}, {})
     for contender in case.op.contenders:
         # Compared inside the attempt: an error of a GPU kernel is raised at synchronization.
-        errors, reason = attempt(lambda c=contender: deviations(run(c, case, data), truth))
+        errors, reason = attempt(functools.partial(_deviations, contender, case, data, truth))
         if reason is not None:
             checked.failures[contender.impl] = reason
             continue

@@ -7,6 +7,7 @@ No method is much faster than the floor. The roofline share of a row is its floo
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -55,7 +56,7 @@ def measure_rates(
     for dtype in dict.fromkeys(dtypes):
         a, b = (torch.randn(n, n, device=at).to(dtype) for _ in range(2))
         out = torch.empty_like(a)
-        gemm[dtype] = 2 * n**3 / median_s(lambda a=a, b=b, out=out: torch.mm(a, b, out=out))
+        gemm[dtype] = 2 * n**3 / median_s(functools.partial(torch.mm, a, b, out=out))
     size = COPY_BYTES[at.type]
     source = torch.randn(size // 4, device=at)
     target = torch.empty_like(source)

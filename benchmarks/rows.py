@@ -25,6 +25,49 @@ PEERS = ("liger-kernel", "trl", "cut-cross-entropy")
 commit_override: str | None = None  # from --commit, for machines without git or the repository
 
 
+@functools.cache
+def current_machine() -> str:
+    """The kind of machine, without its host name."""
+    machine_info = describe()
+    if machine_info["cuda"]:
+        return str(machine_info["cuda"][0]["name"])
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [x for x in cpuinfo.read_text().splitlines() if x.startswith("model name")]
+        model = names[0].split(":", 1)[1].strip() if names else model
+    return f"{model}, {machine_info['threads']} threads, {machine_info['cpu_capability']}"
+
+
+@functools.cache
+def current_versions() -> dict[str, str | None]:
+    return package_versions() | {name: installed(name) for name in PEERS}
+
+
+@functools.cache
+def current_commit() -> str:
+    """The measured commit, marked if the working tree had changes at the first row."""
+
+    def git(*args: str) -> str:
+        done = subprocess.run(
+            ["git", *args], cwd=RESULTS.parent, capture_output=True, text=True, check=False
+        )
+        return done.stdout.strip()
+
+    try:
+        head = git("rev-parse", "HEAD")
+        dirty = git("status", "--porcelain", "--untracked-files=no")
+    except OSError:
+        head = dirty = ""
+    return head + (" with changes" if dirty else "") if head else commit_override or "unknown"
+
+
+def current_command() -> str:
+    if sys.argv[1:2] == ["bench"]:
+        return shlex.join(["fastdistill", *sys.argv[1:]])
+    return shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]])
+
+
 @dataclass
 class Row:
     """One contender on one case. A missing one has a `reason` and no figures.
@@ -63,10 +106,10 @@ class Row:
     floor_ms: float | None = None
     gemm_tflops: float | None = None
     copy_gb_s: float | None = None
-    machine: str = field(default_factory=lambda: machine())
-    versions: dict[str, str | None] = field(default_factory=lambda: versions())
-    commit: str = field(default_factory=lambda: commit())
-    command: str = field(default_factory=lambda: command())
+    machine: str = field(default_factory=current_machine)
+    versions: dict[str, str | None] = field(default_factory=current_versions)
+    commit: str = field(default_factory=current_commit)
+    command: str = field(default_factory=current_command)
 
     @classmethod
     def at(cls, shape: Shape, op: str, impl: str, mode: str, dtype: str = "bfloat16") -> Row:
@@ -80,49 +123,6 @@ class Row:
     def set_reason(self, reason: str | None) -> None:
         """Mark the row as missing, unless the reason is None."""
         self.missing, self.reason = reason is not None, reason
-
-
-@functools.cache
-def machine() -> str:
-    """The kind of machine, without its host name."""
-    machine_info = describe()
-    if machine_info["cuda"]:
-        return str(machine_info["cuda"][0]["name"])
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [x for x in cpuinfo.read_text().splitlines() if x.startswith("model name")]
-        model = names[0].split(":", 1)[1].strip() if names else model
-    return f"{model}, {machine_info['threads']} threads, {machine_info['cpu_capability']}"
-
-
-@functools.cache
-def versions() -> dict[str, str | None]:
-    return package_versions() | {name: installed(name) for name in PEERS}
-
-
-@functools.cache
-def commit() -> str:
-    """The measured commit, marked if the working tree had changes at the first row."""
-
-    def git(*args: str) -> str:
-        done = subprocess.run(
-            ["git", *args], cwd=RESULTS.parent, capture_output=True, text=True, check=False
-        )
-        return done.stdout.strip()
-
-    try:
-        head = git("rev-parse", "HEAD")
-        dirty = git("status", "--porcelain", "--untracked-files=no")
-    except OSError:
-        head = dirty = ""
-    return head + (" with changes" if dirty else "") if head else commit_override or "unknown"
-
-
-def command() -> str:
-    if sys.argv[1:2] == ["bench"]:
-        return shlex.join(["fastdistill", *sys.argv[1:]])
-    return shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]])
 
 
 def cell(value: Any) -> str:

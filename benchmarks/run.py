@@ -6,11 +6,11 @@ not change their ratios. Short ones run several times per turn, until a slot of 
 
 from __future__ import annotations
 
-import functools
 import gc
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -142,20 +142,21 @@ def measure(
         impl = contender.impl
         if impl in failures:
             continue
-        works[impl] = work = functools.partial(run, contender, case, data)
+        work: Callable[[], Any] = partial(run, contender, case, data)
+        works[impl] = work
         if contender.compiles or contender.prepares or torch.cuda.is_available():
             # Compiling and preparing allocate memory that is not the call's.
             until_it_fails(impl, work)
-        first = None if impl in failures else until_it_fails(impl, lambda w=work: first_run(w))
+        first = None if impl in failures else until_it_fails(impl, partial(first_run, work))
         if first is not None:
             firsts[impl] = first
-            count = until_it_fails(impl, functools.partial(timer.runs_per_turn, work))
+            count = until_it_fails(impl, partial(timer.runs_per_turn, work))
             runs[impl], times[impl] = count or 0, []
     agree(case, firsts)
     for turn in range(repeats):
         for impl, work in list(works.items()):
             for _ in range(runs[impl]):
-                ms = until_it_fails(impl, functools.partial(timer.time, work))
+                ms = until_it_fails(impl, partial(timer.time, work))
                 if ms is None:
                     break
                 times[impl].append(ms)

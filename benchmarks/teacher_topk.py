@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import gc
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,7 +60,7 @@ def materialized(model: nn.Module, k: int = SHAPE.K) -> Callable[[torch.Tensor],
 
 def _bitsandbytes(model: nn.Module) -> Callable[[torch.Tensor], Any]:
     for name, linear in list(targets(model)):
-        model.set_submodule(name, quant_peers.bnb4_eval(linear.weight.detach()))
+        model.set_submodule(name, quant_peers.bnb4_eval(linear.get_parameter("weight").detach()))
     return materialized(model)
 
 
@@ -69,6 +70,11 @@ def _ours(quant: str | None, compute: str) -> Callable[[nn.Module], Callable[[to
         return lambda ids: teacher.topk(ids, k=SHAPE.K).ids.flatten(0, 1)
 
     return make
+
+
+def _warm_peak_mb(work: Callable[[], Any]) -> float:
+    work()
+    return peak_mb(work)
 
 
 CONTENDERS: dict[str, Callable[[Any], Callable[[torch.Tensor], Any]]] = {
@@ -98,15 +104,15 @@ def rows(shape: Shape = SHAPE) -> list[Row]:
         row = Row.at(sizes, "teacher_topk", name, "forward")
         results.append(row)
         model = copy.deepcopy(full)
-        answer, reason = attempt(lambda m=make, model=model: m(model))
+        answer, reason = attempt(partial(make, model))
         if reason is None:
             row.output_mb = held_mb(model)
-            row.peak_mb, reason = attempt(lambda m=answer: (m(ids), peak_mb(lambda: m(ids)))[1])
+            row.peak_mb, reason = attempt(partial(_warm_peak_mb, partial(answer, ids)))
         row.set_reason(reason)
         if not row.missing:
+            works[name] = partial(answer, ids)
             top_ids[name] = answer(ids)
             row.grad_error = misplaced(top_ids[name], top_ids["transformers"])
-            works[name] = lambda answer=answer: answer(ids)
         if name == "ours" and not (row.grad_error or 0.0) <= MOST_MISPLACED:
             raise GateError(f"teacher_topk: {row.grad_error:.1%} of our ids are not transformers'")
         gc.collect()

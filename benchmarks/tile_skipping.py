@@ -9,6 +9,8 @@ larger means a more peaked student. Without a GPU it needs Triton's interpreter
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -65,9 +67,7 @@ def rows(shape: Shape = SHAPE) -> list[Row]:
         teacher = topk_of(lp, shape.K)
         truth = grads(hidden.double(), weight.double(), teacher, "reference")
         for eps in EPS:
-            result, reason = attempt(
-                lambda e=eps, x=hidden, w=weight, t=teacher: _skipping(x, w, t, e)
-            )
+            result, reason = attempt(partial(_skipping, hidden, weight, teacher, eps))
             op = f"grad_filter_eps {eps:.3g}, logits of width {width:g}"
             row = Row.at(shape, op, "triton fused", "both")
             row.set_reason(reason)

@@ -69,10 +69,11 @@ def _batch(shape: Shape) -> dict[str, Tensor]:
 class StoredTeacher:
     """A teacher that returns stored answers."""
 
-    def __init__(self, answers: fd.TopK, vocab: int) -> None:
+    def __init__(self, answers: fd.TopK | None, vocab: int) -> None:
         self.answers, self.vocab_size = answers, vocab
 
     def topk(self, input_ids: Tensor, attention_mask: Any = None, **_: Any) -> fd.TopK:
+        assert self.answers is not None
         return self.answers
 
 
@@ -82,13 +83,15 @@ class _Materialized(Trainer):
     answers: fd.TopK
     loss_is_scaled_for_ga = True
 
-    def compute_loss(  # type: ignore[override]
+    def compute_loss(
         self, model: Any, inputs: dict[str, Tensor], num_items_in_batch: Any = None, **_: Any
     ) -> Tensor:
         logits = model(
             input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
         ).logits[:, :-1]
-        ids, logp, log_tail = (t[:, :-1] for t in self.answers[:3])
+        answers = self.answers.map(lambda tensor: tensor[:, :-1])
+        ids, logp, log_tail = answers.ids, answers.logprobs, answers.log_tail
+        assert log_tail is not None
         logq = logits.float().log_softmax(-1).gather(-1, ids)
         tail_q = torch.log1p(-logq.exp().sum(-1).clamp(max=1 - 2**-24))
         kl = (logp.exp() * (logp - logq)).sum(-1) + log_tail.exp() * (log_tail - tail_q)
