@@ -24,8 +24,13 @@ from .tensor_files import (
     with_plain,
 )
 
-__all__ = ["Checkpoint", "CheckpointError", "TensorFiles", "is_quantized_checkpoint"]
-__all__ += ["open_checkpoint"]
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "TensorFiles",
+    "is_quantized_checkpoint",
+    "open_checkpoint",
+]
 
 _READERS: dict[str, Callable[[TensorFiles, dict[str, Any]], dict[str, Thunk]]] = {
     "bitsandbytes": read_bitsandbytes.weights,

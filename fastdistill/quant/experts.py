@@ -12,16 +12,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..runtime import checks
 from ..runtime.checks import fail
 from .formats import Lut4Weight, QuantWeight
-from .linear import Parts, QuantizedWeight, check_compute, product, row_scale
+from .linear import Parts, QuantizedWeight, product, row_scale
+from .ops import COMPUTE
 
 
 class ExpertStack(QuantizedWeight):
     """E weights [N, K] in one QuantWeight [E · N, K]; stack[e] is a handle to the e-th."""
 
     def __init__(self, weight: QuantWeight, experts: int, *, compute: str = "auto") -> None:
-        check_compute(compute)
+        checks.choice("compute", compute, COMPUTE)
         rows, K = weight.shape
         if rows % experts or (rows // experts * K) % (2 * weight.block):
             expected = f"{experts} experts of whole blocks of {weight.block}"

@@ -76,10 +76,8 @@ def read_header(file: Path) -> GGUFHeader:
         for name, tensor in entries:
             start = data + tensor.start
             if start + tensor.bytes > walk.size or name in tensors:
-                raise ValueError(
-                    f"tensor {name!r}: expected once, and bytes {start:,} to "
-                    f"{start + tensor.bytes:,} in the file, which has {walk.size:,}"
-                )
+                expected = f"once, and bytes {start:,} to {start + tensor.bytes:,} in the file"
+                fail(f"tensor {name!r}", expected, f"a file of {walk.size:,}")
             if tensor.start % alignment:
                 expected = f"an offset that is a multiple of general.alignment, {alignment}"
                 fail(f"tensor {name!r}", expected, f"{tensor.start:,}")

@@ -180,7 +180,7 @@ class _QuantLinear(QuantizedWeight):
     def __init__(
         self, weight: QuantWeight, bias: Tensor | None = None, *, compute: str = "auto"
     ) -> None:
-        check_compute(compute)
+        checks.choice("compute", compute, ops.COMPUTE)
         check_row_vector("bias", bias, weight.shape[0])
         super().__init__(weight)
         self.compute = compute
@@ -241,7 +241,3 @@ class Int8Linear(_QuantLinear):
 def linear_of(weight: QuantWeight, bias: Tensor | None, compute: str) -> LUT4Linear | Int8Linear:
     kind = Int8Linear if isinstance(weight, Int8Weight) else LUT4Linear
     return kind(weight, bias, compute=compute)
-
-
-def check_compute(compute: str) -> None:
-    checks.choice("compute", compute, ops.COMPUTE)

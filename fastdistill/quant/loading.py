@@ -27,8 +27,9 @@ from .checkpoint import Checkpoint, open_checkpoint
 from .conversion import check_all_used, check_no_duplicates, conversion_of
 from .formats import SCHEMES, QuantWeight, quantize
 from .header import check_header, keep_untied
-from .linear import QuantizedWeight, check_compute
+from .linear import QuantizedWeight
 from .model import is_conv1d, put, quantizable, rows_of, warn_about_full_precision
+from .ops import COMPUTE
 from .tensor_files import CheckpointError, fail_checkpoint, reading
 
 Read = Callable[[], Any]
@@ -61,7 +62,7 @@ def load_quantized(
         another shape, missing, or in an unknown format. Nothing in a checkpoint is executed.
     """
     checks.choice("quant", quant, (*SCHEMES, None))
-    check_compute(compute)
+    checks.choice("compute", compute, COMPUTE)
     checkpoint = open_checkpoint(path)
     if checkpoint.method is not None and quant is not None:
         reason = f"{checkpoint.path} is quantized already ({checkpoint.method})"
@@ -78,7 +79,7 @@ def _skeleton(
     checkpoint: Checkpoint, dtype: torch.dtype | str, attn_implementation: str | None
 ) -> PreTrainedModel:
     """Return the model on the meta device, with real non-persistent buffers."""
-    folder = Path(checkpoint.path)
+    folder = checkpoint.path
     expected = "the configuration of a causal language model that transformers knows"
     if folder.is_dir():
         config, _ = load_config(folder)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from ..runtime import checks
 from .experts import ExpertStack, expert_parameters, put_experts
 from .formats import SCHEMES, QuantWeight, quantize
-from .linear import check_compute, linear_of
-from .ops import unsupported_reason
+from .linear import linear_of
+from .ops import COMPUTE, unsupported_reason
 
 # Routers are small, and rounding there would change the experts of a token.
 _ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
@@ -29,11 +29,9 @@ def targets(
     """Yield the linear layers to quantize: all but the output head, routers and those in `skip`.
 
     An entry of `skip` is a full name, its last part, or a parent's name."""
-    find = getattr(model, "get_output_embeddings", None)
-    head = find() if callable(find) else None
-    find = getattr(model, "get_input_embeddings", None)
-    embedding = find() if callable(find) else None
-    tied = {id(getattr(m, "weight", None)) for m in (head, embedding) if m is not None}
+    methods = ("get_output_embeddings", "get_input_embeddings")
+    ends = [getattr(model, method, lambda: None)() for method in methods]
+    tied = {id(getattr(end, "weight", None)) for end in ends if end is not None}
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear) and not is_conv1d(module):
             continue
@@ -119,7 +117,7 @@ def quantize_model(
             `compute` does not support, or a model with nothing to quantize.
     """
     checks.choice("scheme", scheme, SCHEMES)
-    check_compute(compute)
+    checks.choice("compute", compute, COMPUTE)
     if isinstance(skip, str):
         skip = (skip,)
     names = quantizable(model, skip)

@@ -155,12 +155,12 @@ class TensorFiles:
         elif not self.path.is_dir():
             expected = f"a .safetensors file or a folder with {SINGLE} or {INDEX}"
             fail_checkpoint(self.path, expected, "nothing at this path")
-        elif (self.path / SINGLE).is_file():  # preferred to an index, as in transformers
-            check_inside(self.path, self.path / SINGLE)
-            self._add(self.path / SINGLE)
-        elif (self.path / INDEX).is_file():
-            check_inside(self.path, self.path / INDEX)
-            self._read_index(self.path / INDEX)
+        elif (file := self.path / SINGLE).is_file():  # preferred to an index, as in transformers
+            check_inside(self.path, file)
+            self._add(file)
+        elif (file := self.path / INDEX).is_file():
+            check_inside(self.path, file)
+            self._read_index(file)
         else:
             for file in sorted(self.path.glob("*")):
                 if file.suffix.lower() in PICKLE_SUFFIXES:
@@ -208,15 +208,16 @@ class TensorFiles:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape, from the header of its file."""
-        file = self.file_of(name)
-        with reading(file, name):
-            return tuple(self._open[file].get_slice(name).get_shape())
+        return tuple(self._slice(name).get_shape())
 
     def dtype(self, name: str) -> str:
         """Return a tensor's dtype, from the header of its file: F32, BF16, I32, BOOL, …"""
+        return str(self._slice(name).get_dtype())
+
+    def _slice(self, name: str) -> Any:
         file = self.file_of(name)
         with reading(file, name):
-            return str(self._open[file].get_slice(name).get_dtype())
+            return self._open[file].get_slice(name)
 
     @property
     def bytes(self) -> int:

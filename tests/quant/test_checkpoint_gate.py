@@ -16,16 +16,7 @@ from fastdistill.checkpoint_gate import check_folder, load_config, load_tokenize
 from fastdistill.organisms.vocabulary import WORDS, world_tokenizer
 from fastdistill.quant.tensor_files import CheckpointError
 from fastdistill.stored_model import load_whole
-from helpers.small_checkpoint import INDEX, LOADERS, edit, edit_weights
-
-
-def shard(folder, name):
-    """An index that names one shard for everything; the model's own file is gone."""
-    weights = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
-    save_file({"x": torch.zeros(1)}, folder / "other.safetensors")
-    (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(weights, str(name))}))
-    return weights
+from helpers.small_checkpoint import INDEX, LOADERS, edit, edit_weights, shard
 
 
 @pytest.mark.parametrize("loader", LOADERS)

@@ -8,10 +8,9 @@ from safetensors.torch import load_file, save_file
 from fastdistill.quant import load_quantized, quantize_model, save_quantized
 from fastdistill.quant.tensor_files import CheckpointError
 from fastdistill.stored_model import load_whole
-from helpers.small_checkpoint import edit, edit_weights, small
+from helpers.small_checkpoint import edit, edit_weights, logits, small
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-IDS = torch.arange(3, 23)[None]
 LOADERS = {
     "whole": load_whole,
     "streamed": load_quantized,
@@ -26,11 +25,6 @@ def store(folder, tied, **changes):
     edit(folder, "config.json", tie_word_embeddings=tied)
     edit_weights(folder, **changes)
     return model
-
-
-@torch.no_grad()
-def logits(model):
-    return model(IDS).logits
 
 
 @pytest.mark.parametrize("loader", LOADERS)

@@ -40,12 +40,18 @@ def test_from_a_path_with_its_tokenizer(tmp_path):
     assert torch.equal(teacher.topk(IDS, k=3).ids, Teacher(model).topk(IDS, k=3).ids)
 
 
-def test_pickled_weights_are_not_loaded(tmp_path):
+@pytest.fixture
+def pickled(tmp_path):
+    """A model whose weights are a pickle."""
     model = llama(7)
     model.config.save_pretrained(tmp_path)
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    return tmp_path
+
+
+def test_pickled_weights_are_not_loaded(pickled):
     with pytest.raises(ValueError, match=r"safetensors.*a pickle can run code"):
-        Teacher(tmp_path)
+        Teacher(pickled)
 
 
 def test_something_else_is_refused():
@@ -164,12 +170,9 @@ def test_what_cannot_be_a_teacher_is_refused(stored, tmp_path):
 
 
 @pytest.mark.parametrize("options", [{}, {"quant": "nf4"}])
-def test_pickles_are_refused_by_name(tmp_path, options):
-    model = llama(7)
-    model.config.save_pretrained(tmp_path)
-    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+def test_pickles_are_refused_by_name(pickled, options):
     with pytest.raises(ValueError, match=r"pytorch_model\.bin; a pickle can run code"):
-        load_teacher(tmp_path, **options)
+        load_teacher(pickled, **options)
 
 
 def test_code_beside_the_weights_is_not_run(tmp_path):
