@@ -45,7 +45,7 @@ def _rounded(hidden, weight, teacher, divergence: str) -> Outputs:
     rest = wide.scatter(-1, teacher.ids, -torch.inf).logsumexp(-1)
     from fastdistill.kernels.rows import Gathered, LossOptions, TeacherTopK, token_loss_forward
 
-    options = LossOptions(divergence, 0.5, 0.1, "bucket", 1.0, False, 0.0, 0.0)
+    options = LossOptions(divergence)
     rounded_teacher = TeacherTopK(teacher.ids, teacher.logprobs.float(), teacher.log_tail.float())
     rows = token_loss_forward(
         Gathered(wide.gather(-1, teacher.ids), rest, None), rounded_teacher, None, options

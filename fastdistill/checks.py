@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from .answer_checks import AnswerRules, find_invalid
+from .kernels.head import LMHead
+from .kernels.rows import LossOptions
 from .outputs import TopK
 from .runtime.checks import between, choice, fail, integer, number, positive
 
@@ -60,16 +62,9 @@ def batch(input_ids: Any, attention_mask: Any) -> None:
         fail("attention_mask", f"shape {shape} as input_ids", list(attention_mask.shape))
 
 
-def head(
-    hidden: Any,
-    weight: Any,
-    bias: Any,
-    logit_scale: float,
-    softcap: float | None,
-    temperature: float,
-    prefix: str = "",
-) -> None:
+def head(hidden: Any, lm_head: LMHead, prefix: str = "") -> None:
     """Check hidden [..., H] against an LM head [V, H]."""
+    weight, bias, logit_scale, softcap = lm_head[:4]
     names = {n: prefix + n for n in ("hidden", "weight", "bias", "logit_scale", "softcap")}
     tensor(names["hidden"], hidden, FLOATS)
     tensor(names["weight"], weight, FLOATS)
@@ -97,7 +92,7 @@ def head(
         fail(names["logit_scale"], "a finite number other than 0", repr(logit_scale))
     if softcap is not None:
         positive(names["softcap"], softcap)
-    positive("temperature", temperature)
+    positive("temperature", lm_head.temperature)
 
 
 def vocabulary(valid_vocab: int | None, rows: int) -> int:
@@ -132,19 +127,19 @@ def ids(name: str, value: Any, hidden: Tensor, vocab: int, check: bool) -> None:
 
 
 def teacher(
-    ids_: Tensor,
-    logprobs: Any,
-    log_tail: Any,
-    taken_at: float,
+    answers: Any,
     hidden: Tensor,
     active: Tensor | None,
     *,
     vocab: int,
-    tail: str,
-    temperature: float,
+    options: LossOptions,
     check: bool,
 ) -> None:
     """Check a TopK against the loss that uses it; `active` is bool [...], or None for all."""
+    if not isinstance(answers, TopK):
+        raise TypeError(f"teacher: expected a fastdistill.TopK, got {type(answers).__name__}")
+    ids_, logprobs, log_tail, taken_at = answers
+    tail, temperature = options.tail, options.temperature
     ids("teacher.ids", ids_, hidden, vocab, check)
     tensor("teacher.logprobs", logprobs, FLOATS)
     if logprobs.shape != ids_.shape:
@@ -172,28 +167,24 @@ def teacher(
         )
     if not logprobs.numel() or not values_readable(logprobs, check):
         return
-    answer = TopK(ids_, logprobs, log_tail)
-    if active is not None:
-        answer = TopK(
-            ids_[active], logprobs[active], None if log_tail is None else log_tail[active]
-        )
     # Slots may be empty; renorm_both uses the K ids alone and ignores the rest.
     total = "any" if tail == "renorm_both" else "at most"
     rules = AnswerRules(vocab=vocab, repeats=True, nothing=True, total=total)
-    wrong = find_invalid(answer.flatten(), rules)
+    counted = answers if active is None else answers.at(active)
+    wrong = find_invalid(counted.flatten(), rules)
     if wrong is not None:
         fail(f"teacher.{wrong.field}", wrong.expected, wrong.got, wrong.hint)
 
 
-def grad_filter(options: Any, impl: str, backward: str, reduction: str, dtype: Any) -> None:
+def grad_filter(options: LossOptions, reduction: str, dtype: torch.dtype) -> None:
     """Check `grad_filter_eps`: only the fused Triton pass can skip tiles."""
-    name, eps = "grad_filter_eps", options.filter_eps
+    name, eps, impl = "grad_filter_eps", options.filter_eps, options.impl
     if not (isinstance(eps, (int, float)) and math.isfinite(eps) and eps >= 0):
         fail(name, "a number ≥ 0 or None", repr(eps))
     if impl != "triton":
         fail(name, f"None with impl={impl!r}", repr(eps), "only the Triton kernels skip tiles")
     by_rows = options.tail == "renorm_both" and not options.needs_base
-    if backward == "recompute" or reduction == "none" or by_rows:
+    if options.backward == "recompute" or reduction == "none" or by_rows:
         fail(
             name,
             "None unless the loss takes the fused pass",

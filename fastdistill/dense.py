@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,12 +11,21 @@ from . import checks
 from .backend import resolve_impl
 from .fused import empty_output, keep_gradients, needs
 from .kernels.backends import get_backend
-from .kernels.dense_loss import dense
-from .kernels.head import Head
+from .kernels.dense_loss import DenseLoss, dense
+from .kernels.head import LMHead
 from .kernels.op_dense import dense_loss, dense_rows
 from .kernels.rows import LossOptions
 from .losses import Divergence
-from .operands import check_mix, check_reduction, operands, token_weights
+from .operands import (
+    Operands,
+    Reduction,
+    TokenWeights,
+    check_fused,
+    check_options,
+    check_reduction,
+    operands,
+    token_weights,
+)
 
 
 def linear_distill_loss(
@@ -69,154 +78,154 @@ def linear_distill_loss(
     Raises:
         ValueError or TypeError that names the argument, what was expected and what was passed.
     """
-    ops = operands(hidden, weight, bias, logit_scale, softcap, temperature, valid_vocab)
-    impl = resolve_impl(impl, hidden.device)
-    teacher = operands(
-        teacher_hidden,
-        teacher_weight,
-        teacher_bias,
-        teacher_logit_scale,
-        teacher_softcap,
-        temperature,
-        None,
-        prefix="teacher_",
+    head = LMHead(weight, bias, logit_scale, softcap, valid_vocab)
+    teacher_head = LMHead(teacher_weight, teacher_bias, teacher_logit_scale, teacher_softcap)
+    options = LossOptions(
+        divergence,
+        beta,
+        skew,
+        temperature=temperature,
+        t2_scale=t2_scale,
+        ce_weight=ce_weight,
+        z_loss=z_loss,
+        impl=impl,
+        backward=backward,
     )
+    reduction_of = Reduction(labels, token_weight, ignore_index, reduction, num_items)
+    return distill_dense(hidden, head, teacher_hidden, teacher_head, options, reduction_of)
+
+
+class DenseCall(NamedTuple):
+    """A checked call of the dense loss, on the tokens that count."""
+
+    ops: Operands  # all tokens, and the head
+    hidden: Tensor  # [N, H]
+    teacher_hidden: Tensor  # [N, G]
+    teacher_head: LMHead
+    label: Tensor | None  # [N]
+    weights: TokenWeights
+    options: LossOptions
+
+    @property
+    def head(self) -> LMHead:
+        return self.ops.head
+
+    def scalars(self) -> dict[str, Any]:
+        """The scalars of fastdistill::dense_loss and dense_rows."""
+        return {
+            **self.options.scalars(),
+            **self.head.scalars(),
+            "teacher_logit_scale": self.teacher_head.logit_scale,
+            "teacher_softcap": self.teacher_head.softcap,
+            "impl": self.options.impl,
+        }
+
+
+def distill_dense(
+    hidden: Tensor,
+    head: LMHead,
+    teacher_hidden: Tensor,
+    teacher_head: LMHead,
+    options: LossOptions,
+    reduction: Reduction,
+) -> Tensor:
+    """`linear_distill_loss` of LM heads, options and reduction that exist already."""
+    call = _checked(hidden, head, teacher_hidden, teacher_head, options, reduction)
+    x, options, coef = call.hidden, call.options, call.weights.coef
+    if not x.shape[0]:
+        return empty_output(call.ops, x, reduction, options).loss
+    check_fused(reduction, options)
+    per_row = reduction.kind == "none" or options.backward == "recompute"
+    student = (x, call.head.weight, call.head.bias)
+    teacher = (call.teacher_hidden, call.teacher_head.weight, call.teacher_head.bias, call.label)
+    total = None
+    if options.impl == "reference":
+        total, rows = _by_reference(call)
+    elif callable(options.divergence):
+        total, rows = _with_callable(call, per_row)
+    elif per_row:
+        rows = dense_rows(*student, *teacher, **call.scalars())
+    else:
+        need = needs(x, call.head)
+        total, rows = dense_loss(*student, coef, *teacher, need=need, **call.scalars())[:2]
+    if reduction.kind == "none":
+        N = call.ops.hidden.shape[0]
+        return call.ops.unflatten(call.weights.put_back(coef * rows, N))
+    return (coef * rows).sum() if total is None else total
+
+
+def _checked(
+    hidden: Tensor,
+    head: LMHead,
+    teacher_hidden: Tensor,
+    teacher_head: LMHead,
+    options: LossOptions,
+    reduction: Reduction,
+) -> DenseCall:
+    head, teacher_head = (h._replace(temperature=options.temperature) for h in (head, teacher_head))
+    ops = operands(hidden, head)
+    options = options._replace(impl=resolve_impl(options.impl, hidden.device))
+    teacher = operands(teacher_hidden, teacher_head, prefix="teacher_")
     if teacher.batch_shape != ops.batch_shape:
         checks.fail(
             "teacher_hidden", f"positions {list(ops.batch_shape)}", list(teacher.batch_shape)
         )
     checks.same_device("teacher_hidden", teacher_hidden, hidden)
-    options = LossOptions(
-        divergence, beta, skew, "bucket", temperature, t2_scale, ce_weight, z_loss
+    check_options(options)
+    vocab = min(ops.vocab, teacher.vocab)
+    check_reduction(reduction, hidden, vocab, options, check=False)
+    ops = ops._replace(head=ops.head._replace(valid_vocab=vocab))
+    weights, label_N = token_weights(ops, reduction), reduction.label_N
+    bias = teacher.head.bias
+    return DenseCall(
+        ops,
+        weights.take_hidden(ops.hidden),
+        weights.take_hidden(teacher.hidden.detach()),
+        teacher.head._replace(
+            weight=teacher.head.weight.detach(),
+            bias=None if bias is None else bias.detach(),
+            valid_vocab=vocab,
+        ),
+        None if label_N is None else weights.take(label_N),
+        weights,
+        options,
     )
-    check_mix(options)
-    checks.choice("backward", backward, ("auto", "fused", "recompute"))
-    check_reduction(reduction, num_items, token_weight, hidden)
-    vocab = min(ops.head.vocab, teacher.head.vocab)
-    ops = ops._replace(head=ops.head._replace(vocab=vocab))
-    if labels is not None:
-        checks.labels(labels, hidden, vocab, ignore_index, check=False)
-    elif ce_weight:
-        checks.fail("labels", "a tensor when ce_weight > 0", "None")
-    weights = token_weights(ops, labels, token_weight, ignore_index, reduction, num_items)
-    x, t = ops.hidden, teacher.hidden.detach()
-    label_N = None if labels is None else labels.reshape(-1).long()
-    if label_N is not None:
-        label_N = torch.where(label_N == ignore_index, -1, label_N)
-    if weights.rows is not None:
-        x, t = x[weights.rows], t[weights.rows]
-        label_N = None if label_N is None else label_N[weights.rows]
-    elif weights.mask is not None:
-        x, t = (torch.where(weights.mask.unsqueeze(-1), h, 0) for h in (x, t))
-    teacher_head = teacher.head._replace(
-        weight=teacher.head.weight.detach(),
-        bias=None if teacher.head.bias is None else teacher.head.bias.detach(),
-        vocab=vocab,
-    )
-    if x.shape[0] == 0:
-        return empty_output(ops, x, reduction, options, label_N).loss
-    per_row = reduction == "none" or backward == "recompute"
-    if reduction == "none" and backward == "fused":
-        checks.fail(
-            "backward",
-            "'recompute' or 'auto' with reduction='none'",
-            "'fused'",
-            "gradients taken in the forward pass need a scalar loss",
-        )
-    total, rows = _run(x, ops.head, t, teacher_head, label_N, weights.coef, options, impl, per_row)
-    if reduction != "none":
-        return (weights.coef * rows).sum() if total is None else total
-    rows = weights.coef * rows
-    if weights.rows is not None:
-        rows = rows.new_zeros(ops.hidden.shape[0]).index_copy(0, weights.rows, rows)
-    return ops.unflatten(rows)
 
 
-def _run(
-    x: Tensor,
-    head: Head,
-    teacher_x: Tensor,
-    teacher: Head,
-    label_N: Tensor | None,
-    coef_N: Tensor,
-    options: LossOptions,
-    impl: str,
-    per_row: bool,
-) -> tuple[Tensor | None, Tensor]:
-    """(Σ coef · ℓ or None, ℓ [N]); the gradient is on the first, or on the second if per_row."""
-    if impl == "reference":
-        return _reference(x, head, teacher_x, teacher, label_N, coef_N, options)
-    if callable(options.divergence):
-        if per_row:
-            checks.fail(
-                "divergence",
-                "a name with reduction='none' or backward='recompute'",
-                "a callable",
-                "with a dense teacher it needs the fused pass",
-            )
-
-        def run(coef: Tensor, x: Tensor, head: Head, need: list[bool]) -> Any:
-            return dense(
-                get_backend(impl),
-                head,
-                x,
-                teacher,
-                teacher_x,
-                label_N,
-                coef,
-                options,
-                need_hidden=need[0],
-                need_weight=need[1],
-                need_bias=need[2],
-            )
-
-        loss, out = keep_gradients(run, coef_N, x, head)
-        return loss, out.per_token
-    student_args = (x, head.weight, head.bias)
-    teacher_args = (teacher_x, teacher.weight, teacher.bias, label_N)
-    scalars = (
-        options.divergence,
-        options.beta,
-        options.skew,
-        options.t2_scale,
-        options.ce_weight,
-        options.z_loss,
-        head.logit_scale,
-        head.softcap,
-        teacher.logit_scale,
-        teacher.softcap,
-        head.temperature,
-        head.vocab,
-    )
+def _with_callable(call: DenseCall, per_row: bool) -> tuple[Tensor, Tensor]:
+    """(Σ coef · ℓ with its gradient, ℓ [N]) of a divergence that cannot enter an operator."""
     if per_row:
-        return None, dense_rows(*student_args, *teacher_args, *scalars, impl)
-    loss, rows, *_ = dense_loss(
-        *student_args, coef_N, *teacher_args, *scalars, needs(x, head), impl
-    )
-    return loss, rows
+        checks.fail(
+            "divergence",
+            "a name with reduction='none' or backward='recompute'",
+            "a callable",
+            "with a dense teacher it needs the fused pass",
+        )
+
+    def run(coef: Tensor, x: Tensor, head: LMHead, need: list[bool]) -> DenseLoss:
+        return dense(
+            get_backend(call.options.impl),
+            head,
+            x,
+            call.teacher_head,
+            call.teacher_hidden,
+            call.label,
+            coef,
+            call.options,
+            need_hidden=need[0],
+            need_weight=need[1],
+            need_bias=need[2],
+        )
+
+    loss, out = keep_gradients(run, call.weights.coef, call.hidden, call.head)
+    return loss, out.per_token
 
 
-def _reference(
-    x: Tensor,
-    head: Head,
-    teacher_x: Tensor,
-    teacher: Head,
-    label_N: Tensor | None,
-    coef_N: Tensor,
-    options: LossOptions,
-) -> tuple[Tensor, Tensor]:
+def _by_reference(call: DenseCall) -> tuple[Tensor, Tensor]:
     from . import reference
 
-    def scalars(h: Head) -> dict[str, Any]:
-        return {
-            "bias": h.bias,
-            "logit_scale": h.logit_scale,
-            "softcap": h.softcap,
-            "valid_vocab": h.vocab,
-        }
-
     with torch.no_grad():
-        teacher_logits = reference.logits(teacher_x, teacher.weight, **scalars(teacher))
+        teacher_logits = reference.logits(call.teacher_hidden, call.teacher_head)
     return reference.linear_distill(
-        x, head.weight, teacher_logits, label_N, coef_N, options, **scalars(head)
+        call.hidden, call.head, teacher_logits, call.label, call.weights.coef, call.options
     )

@@ -1,6 +1,7 @@
 """The gradient paths of the sparse losses: the same loss, computed in different ways.
 
-fused         gradients in the forward pass, scaled in backward: 6NVH FLOPs, scalar losses only
+topk_loss     gradients in the forward pass, scaled in backward: 6NVH FLOPs, scalar losses only
+              (an operator; `fused` where none can be: a callable divergence, a sharded head)
 recomputed    ordinary autograd on [N, K], the head through the primitive: 8NVH, any upstream
 by_rows       K gathered rows, no pass over the head: tail="renorm_both" only
 by_reference  the specification on materialized logits
@@ -16,165 +17,160 @@ from torch import Tensor
 
 from . import checks
 from .kernels.backends import get_backend
-from .kernels.head import Head, round_scaled
+from .kernels.head import LMHead, round_scaled
 from .kernels.op_common import or_none
-from .kernels.op_losses import raise_no_second_derivative, scale_saved, topk_loss
+from .kernels.op_losses import raise_no_second_derivative, scale_saved
 from .kernels.rows import Gathered, LossOptions, entropy_of, first_slots, token_loss_forward
 from .kernels.topk_loss import FusedLoss, callable_token_loss, named_token_loss
 from .kernels.topk_loss import fused as fused_loss
-from .operands import Operands, TeacherRows
+from .operands import LossTerms, Operands, Reduction, TeacherRows, TokenWeights, check_fused
 from .outputs import DistillOutput
-from .parallel import Shard, backend_of, gather_logits, lse_gather
+from .parallel import backend_of, gather_logits, lse_gather
 
 
-class LossTerms(NamedTuple):
-    """Loss and statistics, [N] each.
+class TopKCall(NamedTuple):
+    """A checked call of the sparse loss, on the tokens that count."""
 
-    `loss` is Σ coef · ℓ if the path computes the sum itself; otherwise None, and per_token carries
-    the gradient.
-    """
+    ops: Operands  # all tokens, and the head
+    hidden: Tensor  # [N, H]
+    teacher_rows: TeacherRows
+    label: Tensor | None  # [N]
+    weights: TokenWeights
+    options: LossOptions
+    statistics: bool  # whether to compute what only DistillOutput needs
 
-    loss: Tensor | None
-    per_token: Tensor
-    divergence: Tensor
-    student_mass: Tensor | None
-    lse: Tensor | None
-    nll: Tensor | None
-    entropy: Tensor | None
+    @property
+    def head(self) -> LMHead:
+        return self.ops.head
+
+    @property
+    def needed_label(self) -> Tensor | None:
+        """The label if it is needed: for statistics or cross-entropy."""
+        return self.label if self.statistics or self.options.ce_weight else None
+
+    @property
+    def ids(self) -> Tensor:
+        """The teacher's ids, followed by the label if it is needed: [N, K] or [N, K+1]."""
+        ids, label = self.teacher_rows.teacher.ids, self.needed_label
+        return ids if label is None else torch.cat([ids, label.unsqueeze(-1)], -1)
+
+    @property
+    def base(self) -> bool:
+        """Whether the log-sum-exp at T=1 is another one, and needed."""
+        return self.head.temperature != 1.0 and (self.statistics or self.options.needs_base)
+
+    def operands(self) -> tuple[Tensor | None, ...]:
+        """The tensors of fastdistill::topk_loss."""
+        head, teacher = self.head, self.teacher_rows.teacher
+        tensors = (self.hidden, head.weight, head.bias, self.weights.coef, self.ids)
+        return *tensors, *teacher, self.needed_label
+
+    def scalars(self) -> dict[str, Any]:
+        """The scalars of fastdistill::topk_loss."""
+        options = self.options
+        return {
+            **options.scalars(),
+            **self.head.scalars(),
+            "base": self.base,
+            "entropy": self.statistics,
+            "need": needs(self.hidden, self.head),
+            "impl": options.impl,
+            "filter_eps": options.filter_eps,
+        }
 
 
-def gathered_ids(teacher_rows: TeacherRows, label_N: Tensor | None) -> Tensor:
-    """The teacher's ids, followed by the label if there is one: [N, K] or [N, K+1]."""
-    ids = teacher_rows.teacher.ids
-    return ids if label_N is None else torch.cat([ids, label_N.unsqueeze(-1)], -1)
+def terms_of(outputs: tuple[Tensor, ...]) -> LossTerms:
+    """The terms in the outputs of fastdistill::topk_loss, in the order of its schema."""
+    return LossTerms._make((*outputs[:4], *(or_none(t) for t in outputs[4:7])))
 
 
-def needed_label(label_N: Tensor | None, options: LossOptions, statistics: bool) -> Tensor | None:
-    """The label if it is needed: for statistics or cross-entropy."""
-    return label_N if statistics or options.ce_weight else None
+def path_of(call: TopKCall, reduction: Reduction) -> Callable[[TopKCall], LossTerms] | None:
+    """The function that computes this call; None for the operator."""
+    options, named = call.options, isinstance(call.options.divergence, str)
+    if options.filter_eps is not None:
+        checks.grad_filter(options, reduction.kind, call.head.weight.dtype)
+    if options.impl == "reference":
+        return by_reference
+    if options.tail == "renorm_both" and not options.needs_base:
+        return by_rows
+    compiled_callable = not named and torch.compiler.is_compiling()
+    automatic = options.backward == "auto" and (reduction.kind == "none" or compiled_callable)
+    if options.backward == "recompute" or automatic:
+        return recomputed
+    check_fused(reduction, options)
+    if compiled_callable:
+        checks.fail(
+            "backward",
+            "'recompute' or 'auto' under torch.compile",
+            "'fused'",
+            "a callable divergence cannot enter an operator",
+        )
+    return None if named and call.ops.shard is None else fused
 
 
-def recomputed(
-    x: Tensor,
-    head: Head,
-    teacher_rows: TeacherRows,
-    label_N: Tensor | None,
-    options: LossOptions,
-    statistics: bool,
-    impl: str,
-    shard: Shard | None,
-) -> LossTerms:
-    label_N = needed_label(label_N, options, statistics)
-    ids = gathered_ids(teacher_rows, label_N)
-    base = head.temperature != 1.0 and (statistics or options.needs_base)
-    z, lse_rest, mean_rest, lse_base = lse_gather(x, head, ids, statistics, base, impl, shard)
-    gathered = Gathered(z, lse_rest, lse_base if base else None)
-    rows = token_loss_forward(gathered, teacher_rows.teacher, label_N, options)
-    entropy = entropy_of(gathered, mean_rest, first_slots(ids))[0] if statistics else None
+def recomputed(call: TopKCall) -> LossTerms:
+    ids, label = call.ids, call.needed_label
+    z, lse_rest, mean_rest, lse_base = lse_gather(
+        call.hidden, call.head, ids, call.statistics, call.base, call.options.impl, call.ops.shard
+    )
+    gathered = Gathered(z, lse_rest, lse_base if call.base else None)
+    rows = token_loss_forward(gathered, call.teacher_rows.teacher, label, call.options)
+    entropy = entropy_of(gathered, mean_rest, first_slots(ids))[0] if call.statistics else None
     return LossTerms(None, *rows, entropy)
 
 
-def by_rows(
-    x: Tensor,
-    head: Head,
-    teacher_rows: TeacherRows,
-    options: LossOptions,
-    impl: str,
-    shard: Shard | None,
-) -> LossTerms:
-    z = gather_logits(x, head, teacher_rows.teacher.ids, impl, shard)
-    rows = token_loss_forward(Gathered(z, None, None), teacher_rows.teacher, None, options)
+def by_rows(call: TopKCall) -> LossTerms:
+    teacher, options = call.teacher_rows.teacher, call.options
+    z = gather_logits(call.hidden, call.head, teacher.ids, options.impl, call.ops.shard)
+    rows = token_loss_forward(Gathered(z, None, None), teacher, None, options)
     return LossTerms(None, *rows, None)
 
 
-def fused(
-    x: Tensor,
-    head: Head,
-    teacher_rows: TeacherRows,
-    label_N: Tensor | None,
-    coef_N: Tensor,
-    options: LossOptions,
-    statistics: bool,
-    impl: str,
-    shard: Shard | None,
-) -> LossTerms:
-    label_N = needed_label(label_N, options, statistics)
-    ids = gathered_ids(teacher_rows, label_N)
-    base = head.temperature != 1.0 and (statistics or options.needs_base)
-    named = isinstance(options.divergence, str)
-    if not named or shard is not None:
-        if not named and torch.compiler.is_compiling():
-            checks.fail(
-                "backward",
-                "'recompute' or 'auto' under torch.compile",
-                "'fused'",
-                "a callable divergence cannot enter an operator",
-            )
+def fused(call: TopKCall) -> LossTerms:
+    """What fastdistill::topk_loss computes, with a callable divergence or a sharded head."""
+    options, shard, ids = call.options, call.ops.shard, call.ids
+    token_loss = named_token_loss if isinstance(options.divergence, str) else callable_token_loss
 
-        def run(coef: Tensor, x: Tensor, head: Head, need: list[bool]) -> FusedLoss:
-            out = fused_loss(
-                get_backend(impl if shard is None else backend_of(impl, head)),
-                head,
-                x,
-                ids if shard is None else shard.slots(ids, head),
-                teacher_rows.teacher,
-                label_N,
-                coef,
-                named_token_loss(options) if named else callable_token_loss(options),
-                base=base,
-                entropy=statistics,
-                need_hidden=need[0],
-                need_weight=need[1],
-                need_bias=need[2],
-                combine=None if shard is None else shard.combine_stats,
-                chunk=None if shard is None else shard.chunk(head, x.shape[0], need[1]),
-                filter_eps=options.filter_eps,
-            )
-            if shard is None or out.dx is None:
-                return out
-            dx, grad_scale = round_scaled(shard.all_reduce_grad(out.dx), x)
-            return out._replace(
-                dx=dx, grad_scale=torch.cat([grad_scale.reshape(1), out.grad_scale[1:]])
-            )
+    def run(coef: Tensor, x: Tensor, head: LMHead, need: list[bool]) -> FusedLoss:
+        out = fused_loss(
+            get_backend(options.impl if shard is None else backend_of(options.impl, head)),
+            head,
+            x,
+            ids if shard is None else shard.slots(ids, head),
+            call.teacher_rows.teacher,
+            call.needed_label,
+            coef,
+            token_loss(options),
+            base=call.base,
+            entropy=call.statistics,
+            need_hidden=need[0],
+            need_weight=need[1],
+            need_bias=need[2],
+            combine=None if shard is None else shard.combine_stats,
+            chunk=None if shard is None else shard.chunk(head, x.shape[0], need[1]),
+            filter_eps=options.filter_eps,
+        )
+        if shard is None or out.dx is None:
+            return out
+        dx, grad_scale = round_scaled(shard.all_reduce_grad(out.dx), x)
+        scales = torch.cat([grad_scale.reshape(1), out.grad_scale[1:]])
+        return out._replace(dx=dx, grad_scale=scales)
 
-        loss, out = keep_gradients(run, coef_N, x, head)
-        return LossTerms._make((loss, *out.rows, out.entropy))
-    loss, per_token, D, mass, lse, nll, entropy, *_ = topk_loss(
-        x,
-        head.weight,
-        head.bias,
-        coef_N,
-        ids,
-        *teacher_rows.teacher,
-        label_N,
-        options.divergence,
-        options.beta,
-        options.skew,
-        options.tail,
-        options.t2_scale,
-        options.ce_weight,
-        options.z_loss,
-        head.logit_scale,
-        head.softcap,
-        head.temperature,
-        head.vocab,
-        base,
-        statistics,
-        needs(x, head),
-        impl,
-        options.filter_eps,
-    )
-    return LossTerms(loss, per_token, D, mass, or_none(lse), or_none(nll), or_none(entropy))
+    loss, out = keep_gradients(run, call.weights.coef, call.hidden, call.head)
+    return LossTerms._make((loss, *out.rows, out.entropy))
 
 
-def needs(x: Tensor, head: Head) -> list[bool]:
+def needs(x: Tensor, head: LMHead) -> list[bool]:
     """Which of hidden, weight and bias need a gradient."""
     on = torch.is_grad_enabled()
     return [on and t is not None and t.requires_grad for t in (x, head.weight, head.bias)]
 
 
 def keep_gradients(
-    run: Callable[[Tensor, Tensor, Head, list[bool]], Any], coef_N: Tensor, x: Tensor, head: Head
+    run: Callable[[Tensor, Tensor, LMHead, list[bool]], Any],
+    coef_N: Tensor,
+    x: Tensor,
+    head: LMHead,
 ) -> tuple[Tensor, Any]:
     """Run a computation of gradients in the forward pass that cannot be an operator.
 
@@ -210,33 +206,15 @@ class _PrecomputedGradients(torch.autograd.Function):
         return None, None, None, None, d_coef, *grads
 
 
-def by_reference(
-    x: Tensor,
-    head: Head,
-    teacher_rows: TeacherRows,
-    label_N: Tensor | None,
-    coef_N: Tensor,
-    options: LossOptions,
-) -> LossTerms:
+def by_reference(call: TopKCall) -> LossTerms:
     from . import reference
 
-    out = reference.topk_distill(
-        x,
-        head.weight,
-        *teacher_rows.teacher,
-        label_N,
-        coef_N,
-        options,
-        bias=head.bias,
-        logit_scale=head.logit_scale,
-        softcap=head.softcap,
-        valid_vocab=head.vocab,
-    )
-    return LossTerms(*out)
+    teacher, coef = call.teacher_rows.teacher, call.weights.coef
+    return reference.topk_distill(call.hidden, call.head, teacher, call.label, coef, call.options)
 
 
 def empty_output(
-    ops: Operands, x: Tensor, reduction: str, options: LossOptions, label_N: Tensor | None
+    ops: Operands, x: Tensor, reduction: Reduction, options: LossOptions
 ) -> DistillOutput:
     """The result without any counted position: 0, with zero gradients."""
     zero = torch.zeros(ops.batch_shape, dtype=ops.head.dtype, device=x.device)
@@ -244,6 +222,6 @@ def empty_output(
     loss = sum((p.sum().to(zero.dtype) for p in parts), start=zero.sum())
     by_rows = options.tail == "renorm_both" and not options.needs_base
     of_head = None if by_rows else zero
-    nll = None if label_N is None else of_head
-    loss = loss if reduction != "none" else zero + loss
+    nll = None if reduction.labels is None else of_head
+    loss = loss if reduction.kind != "none" else zero + loss
     return DistillOutput(loss, zero, zero, zero, of_head, of_head, nll, of_head)

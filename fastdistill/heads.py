@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers import PreTrainedModel
 
+from .kernels.head import LMHead as LMHead
 from .offloading import resident, resident_device
 from .parallel import is_dtensor
 
@@ -30,46 +30,6 @@ _SCALING_BEFORE_HEAD = frozenset({"minicpm3"})
 
 _RELATIVE_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
 _HALF_TOLERANCE = 2e-2
-
-
-@dataclass(frozen=True, kw_only=True)
-class LMHead:
-    """logits = softcap · tanh(s / softcap), s = logit_scale · (hidden · weightᵀ + bias)."""
-
-    weight: Tensor  # (V, H)
-    bias: Tensor | None = None  # (V,)
-    logit_scale: float = 1.0
-    softcap: float | None = None
-    valid_vocab: int | None = None  # ids from this one on are padding, with logit −inf
-
-    @property
-    def vocab_size(self) -> int:
-        return self.weight.shape[0] if self.valid_vocab is None else self.valid_vocab
-
-    def whole(self) -> LMHead:
-        """Return this head with sharded tensors gathered, without gradient."""
-        parts: dict[str, Any] = {"weight": self.weight, "bias": self.bias}
-        gathered = {n: t.full_tensor().detach() for n, t in parts.items() if is_dtensor(t)}
-        return replace(self, **gathered)
-
-    def to(self, device: torch.device) -> LMHead:
-        """Return this head on another device; the model is not moved."""
-        bias = None if self.bias is None else self.bias.to(device)
-        return replace(self, weight=self.weight.to(device), bias=bias)
-
-    def options(self) -> dict[str, Any]:
-        """Return the keywords of losses and scores other than hidden and weight."""
-        return {
-            "bias": self.bias,
-            "logit_scale": self.logit_scale,
-            "softcap": self.softcap,
-            "valid_vocab": self.valid_vocab,
-        }
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Return dense logits, for checks on a few positions."""
-        s = nn.functional.linear(hidden, self.weight, self.bias) * self.logit_scale
-        return s if self.softcap is None else self.softcap * torch.tanh(s / self.softcap)
 
 
 def head_module(model: nn.Module) -> nn.Module:
@@ -149,8 +109,12 @@ def _multipliers(config: Any) -> tuple[float, float | None]:
 
 
 @contextmanager
-def at_head(model: nn.Module, use: Callable[[Tensor], Any]) -> Iterator[None]:
-    """Make `model(...)` return use(hidden) instead of its output, within this context.
+def at_head(
+    model: nn.Module,
+    use: Callable[..., Any],
+    arguments: Callable[[Tensor], tuple[Any, ...]] = lambda hidden: (hidden,),
+) -> Iterator[None]:
+    """Make `model(...)` return use(*arguments(hidden)) instead of its output, in this context.
 
     `use` runs inside the model's forward, where the wrapper (DDP, FSDP, ZeRO) has made the head's
     parameters available. Its result (tensors, or tuples and dicts of them) becomes the model's
@@ -160,7 +124,7 @@ def at_head(model: nn.Module, use: Callable[[Tensor], Any]) -> Iterator[None]:
 
     def enter_head(module: nn.Module, args: tuple) -> tuple:
         hidden = args[0]
-        capture.put(use(hidden))
+        capture.put(use(*arguments(hidden)))
         # DTensor cannot shard empty tensors: a head over several ranks gets one position.
         left = hidden[:1, :1] if is_dtensor(head.weight) else hidden[:, :0]
         return (left.detach(), *args[1:])

@@ -9,21 +9,22 @@ in the forward pass, recomputation through the primitive, or K rows only.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-import torch
 from torch import Tensor
 
 from . import checks
 from .backend import resolve_impl
-from .fused import LossTerms, by_reference, by_rows, empty_output, fused, recomputed
+from .fused import TopKCall, empty_output, path_of, terms_of
+from .kernels.head import LMHead
+from .kernels.op_losses import topk_loss
 from .kernels.rows import LossOptions
 from .operands import (
-    Operands,
-    TeacherRows,
-    TokenWeights,
-    check_mix,
+    LossTerms,
+    Reduction,
+    check_options,
     check_reduction,
     operands,
     to_teacher_rows,
@@ -36,9 +37,11 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 Divergence = str | Callable[[Tensor, Tensor], Tensor]
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
-def topk_distill_loss(
+def _arguments(
     hidden: Tensor,
     weight: Tensor,
     teacher: TopK,
@@ -66,63 +69,58 @@ def topk_distill_loss(
     backward: str = "auto",
     grad_filter_eps: float | None = None,
     check: bool = False,
-) -> Tensor:
+) -> dict[str, Any]:
+    """The arguments of `distill_topk` from those of the public functions."""
+    head = LMHead(weight, bias, logit_scale, softcap, valid_vocab)
+    options = LossOptions(
+        divergence,
+        beta,
+        skew,
+        tail,
+        temperature,
+        t2_scale,
+        ce_weight,
+        z_loss,
+        grad_filter_eps,
+        allow_biased,
+        impl,
+        backward,
+    )
+    reduction_of = Reduction(labels, token_weight, ignore_index, reduction, num_items)
+    return {
+        "hidden": hidden,
+        "head": head,
+        "teacher": teacher,
+        "options": options,
+        "reduction": reduction_of,
+        "group": group,
+        "check": check,
+    }
+
+
+def _takes(arguments: Callable[P, Any]) -> Callable[[Callable[..., R]], Callable[P, R]]:
+    """Decorator: the function has the parameters of `arguments`, also for inspect and help()."""
+
+    def declare(function: Callable[..., R]) -> Callable[P, R]:
+        returns = inspect.signature(function).return_annotation
+        signature = inspect.signature(arguments).replace(return_annotation=returns)
+        function.__signature__ = signature  # type: ignore[attr-defined]
+        return function
+
+    return declare
+
+
+@_takes(_arguments)
+def topk_distill_loss(*args: Any, **options: Any) -> Tensor:
     """The loss of `topk_distill`, without its other statistics.
 
     Same arguments and errors. Returns a scalar, or [...] for reduction="none".
     """
-    options = LossOptions(
-        divergence, beta, skew, tail, temperature, t2_scale, ce_weight, z_loss, grad_filter_eps
-    )
-    return _distill(
-        hidden,
-        weight,
-        teacher,
-        labels,
-        options,
-        token_weight,
-        ignore_index,
-        reduction,
-        num_items,
-        (bias, logit_scale, softcap, temperature, valid_vocab),
-        group,
-        impl,
-        backward,
-        check,
-        allow_biased,
-        statistics=False,
-    ).loss
+    return distill_topk(**_arguments(*args, **options), statistics=False).loss
 
 
-def topk_distill(
-    hidden: Tensor,
-    weight: Tensor,
-    teacher: TopK,
-    *,
-    labels: Tensor | None = None,
-    divergence: Divergence = "forward_kl",
-    beta: float = 0.5,
-    skew: float = 0.1,
-    tail: str = "bucket",
-    allow_biased: bool = False,
-    temperature: float = 1.0,
-    t2_scale: bool = False,
-    ce_weight: float = 0.0,
-    z_loss: float = 0.0,
-    token_weight: Tensor | None = None,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    num_items: int | float | Tensor | None = None,
-    bias: Tensor | None = None,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    valid_vocab: int | None = None,
-    group: ProcessGroup | None = None,
-    impl: str = "auto",
-    backward: str = "auto",
-    grad_filter_eps: float | None = None,
-    check: bool = False,
-) -> DistillOutput:
+@_takes(_arguments)
+def topk_distill(*args: Any, **options: Any) -> DistillOutput:
     """Distill a teacher known on K tokens per position into hidden states and an LM head.
 
         ℓ = (1 − ce_weight)·D(p, q) [·T² if t2_scale] + ce_weight·CE(label) + z_loss·LSE²
@@ -179,137 +177,78 @@ def topk_distill(
     Raises:
         ValueError or TypeError that names the argument, what was expected and what was passed.
     """
-    options = LossOptions(
-        divergence, beta, skew, tail, temperature, t2_scale, ce_weight, z_loss, grad_filter_eps
-    )
-    return _distill(
-        hidden,
-        weight,
-        teacher,
-        labels,
-        options,
-        token_weight,
-        ignore_index,
-        reduction,
-        num_items,
-        (bias, logit_scale, softcap, temperature, valid_vocab),
-        group,
-        impl,
-        backward,
-        check,
-        allow_biased,
-        statistics=True,
-    )
+    return distill_topk(**_arguments(*args, **options))
 
 
-def _distill(
+def distill_topk(
     hidden: Tensor,
-    weight: Tensor,
+    head: LMHead,
     teacher: TopK,
-    labels: Tensor | None,
     options: LossOptions,
-    token_weight: Tensor | None,
-    ignore_index: int,
-    reduction: str,
-    num_items: int | float | Tensor | None,
-    head: tuple[Tensor | None, float, float | None, float, int | None],
-    group: ProcessGroup | None,
-    impl: str,
-    backward: str,
-    check: bool,
-    allow_biased: bool,
+    reduction: Reduction,
     *,
-    statistics: bool,
+    group: ProcessGroup | None = None,
+    check: bool = False,
+    statistics: bool = True,
 ) -> DistillOutput:
-    weight, bias, placement = distribute_head(weight, head[0], group, impl)
-    ops = operands(hidden, weight, bias, *head[1:], placement=placement)
-    impl = resolve_impl(impl, hidden.device)
-    check_mix(options, allow_biased)
-    checks.choice("backward", backward, ("auto", "fused", "recompute"))
-    check_reduction(reduction, num_items, token_weight, hidden)
-    if labels is not None:
-        checks.labels(labels, hidden, ops.vocab, ignore_index, check)
-        check_same_on_all_ranks(ops.shard, "labels", labels, check)
-    elif options.ce_weight:
-        checks.fail("labels", "a tensor when ce_weight > 0", "None")
-    if not isinstance(teacher, TopK):
-        raise TypeError(f"teacher: expected a fastdistill.TopK, got {type(teacher).__name__}")
+    """`topk_distill` of an LM head, options and reduction that exist already."""
+    call = _checked(hidden, head, teacher, options, reduction, group, check, statistics)
+    if not call.hidden.shape[0]:
+        return empty_output(call.ops, call.hidden, reduction, options)
+    path = path_of(call, reduction)
+    if path is None:
+        terms = terms_of(topk_loss(*call.operands(), **call.scalars()))
+    else:
+        terms = path(call)
+    return _output(call, terms, reduction)
+
+
+def _checked(
+    hidden: Tensor,
+    head: LMHead,
+    teacher: TopK,
+    options: LossOptions,
+    reduction: Reduction,
+    group: ProcessGroup | None,
+    check: bool,
+    statistics: bool,
+) -> TopKCall:
+    head = head._replace(temperature=options.temperature)
+    head, placement = distribute_head(head, group, options.impl)
+    ops = operands(hidden, head, placement=placement)
+    options = options._replace(impl=resolve_impl(options.impl, hidden.device))
+    check_options(options)
+    check_reduction(reduction, hidden, ops.vocab, options, check)
+    if reduction.labels is not None:
+        check_same_on_all_ranks(ops.shard, "labels", reduction.labels, check)
     checks.teacher(
-        *teacher,
-        hidden,
-        None if labels is None else labels != ignore_index,
-        vocab=ops.vocab,
-        tail=options.tail,
-        temperature=options.temperature,
-        check=check,
+        teacher, hidden, reduction.counted, vocab=ops.vocab, options=options, check=check
     )
     check_same_on_all_ranks(ops.shard, "teacher.ids", teacher.ids, check)
-    weights = token_weights(ops, labels, token_weight, ignore_index, reduction, num_items)
-    label_N = None
-    if labels is not None:
-        label_N = labels.reshape(-1).long()
-        label_N = torch.where(label_N == ignore_index, -1, label_N)
-    teacher_rows = to_teacher_rows(
-        teacher, options.tail, options.temperature, ops.head.dtype, weights.mask
+    weights, label_N = token_weights(ops, reduction), reduction.label_N
+    rows = to_teacher_rows(teacher, options, ops.head.dtype, weights.mask)
+    return TopKCall(
+        ops,
+        weights.take_hidden(ops.hidden),
+        rows if weights.rows is None else rows.take(weights.rows),
+        None if label_N is None else weights.take(label_N),
+        weights,
+        options,
+        statistics,
     )
-    x = ops.hidden
-    if weights.rows is not None:
-        x, label_N = x[weights.rows], None if label_N is None else label_N[weights.rows]
-        teacher_rows = teacher_rows.take(weights.rows)
-    elif weights.mask is not None:
-        x = torch.where(
-            weights.mask.unsqueeze(-1), x, 0
-        )  # NaN at an ignored position must not spread
-    if x.shape[0] == 0:
-        return empty_output(ops, x, reduction, options, label_N)
-    if options.filter_eps is not None:
-        checks.grad_filter(options, impl, backward, reduction, ops.head.weight.dtype)
-    compiled_callable = callable(options.divergence) and torch.compiler.is_compiling()
-    if impl == "reference":
-        out = by_reference(x, ops.head, teacher_rows, label_N, weights.coef, options)
-    elif options.tail == "renorm_both" and not options.needs_base:
-        out = by_rows(x, ops.head, teacher_rows, options, impl, ops.shard)
-    elif backward == "recompute" or (
-        backward == "auto" and (reduction == "none" or compiled_callable)
-    ):
-        out = recomputed(x, ops.head, teacher_rows, label_N, options, statistics, impl, ops.shard)
-    elif reduction == "none":
-        checks.fail(
-            "backward",
-            "'recompute' or 'auto' with reduction='none'",
-            "'fused'",
-            "gradients taken in the forward pass need a scalar loss",
-        )
-    else:
-        out = fused(
-            x, ops.head, teacher_rows, label_N, weights.coef, options, statistics, impl, ops.shard
-        )
-    return _assemble(ops, out, teacher_rows, weights, reduction)
 
 
-def _assemble(
-    ops: Operands, out: LossTerms, teacher_rows: TeacherRows, weights: TokenWeights, reduction: str
-) -> DistillOutput:
+def _output(call: TopKCall, terms: LossTerms, reduction: Reduction) -> DistillOutput:
     """Sum or weight the loss, restore dropped positions as zeros, detach the statistics."""
+    ops, weights = call.ops, call.weights
 
-    def scatter_back(values_n: Tensor | None) -> Tensor | None:
-        if values_n is None:
-            return None
-        if weights.rows is not None:
-            blank = values_n.new_zeros(ops.hidden.shape[0])
-            values_n = blank.index_copy(0, weights.rows, values_n)
-        elif weights.mask is not None:
-            values_n = torch.where(weights.mask, values_n, 0.0)
-        return ops.unflatten(values_n)
+    def restored(values_n: Tensor) -> Tensor:
+        return ops.unflatten(weights.put_back(values_n, ops.hidden.shape[0]))
 
-    if reduction == "none":
-        loss = scatter_back(weights.coef * out.per_token)
+    if reduction.kind == "none":
+        loss = restored(weights.coef * terms.per_token)
     else:
-        loss = (weights.coef * out.per_token).sum() if out.loss is None else out.loss
-    assert loss is not None
-    fields = (out.per_token, out.divergence, teacher_rows.mass, *out[3:])
-    per_token, D, mass, *rest = (None if f is None else scatter_back(f.detach()) for f in fields)
-    assert per_token is not None
-    assert D is not None
-    assert mass is not None
-    return DistillOutput(loss, per_token, D, mass, *rest)
+        loss = terms.loss if terms.loss is not None else (weights.coef * terms.per_token).sum()
+    rows = (terms.per_token, terms.divergence, call.teacher_rows.mass, *terms[3:])
+    statistics = (None if t is None else restored(t.detach()) for t in rows)
+    return DistillOutput._make((loss, *statistics))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import checks
 from .kernels.divergences import NAMES, floor_of, minimum_of
-from .kernels.head import Head
+from .kernels.head import LMHead
 from .kernels.rows import TAILS, LossOptions, TeacherTopK, merge_repeats
 from .outputs import TopK
 from .parallel import Placement, Shard, is_dtensor, nonempty_rows, shard_of
@@ -28,7 +28,7 @@ class Operands(NamedTuple):
     """
 
     hidden: Tensor
-    head: Head
+    head: LMHead
     batch_shape: torch.Size
     vocab: int
     shard: Shard | None
@@ -38,20 +38,13 @@ class Operands(NamedTuple):
 
 
 def operands(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    logit_scale: float,
-    softcap: float | None,
-    temperature: float,
-    valid_vocab: int | None,
-    prefix: str = "",
-    placement: Placement | None = None,
+    hidden: Tensor, head: LMHead, *, prefix: str = "", placement: Placement | None = None
 ) -> Operands:
     """Check the arguments, cast as F.linear does under autocast, flatten [..., H] to [N, H].
 
     With a placement, weight and bias are the rows of this rank; valid_vocab counts all ranks.
     """
+    weight, bias = head.weight, head.bias
     for name, value in (("hidden", hidden), ("weight", weight)):
         checks.tensor(prefix + name, value, checks.FLOATS)
         if value.layout != torch.strided or hidden.device.type == "meta":
@@ -65,17 +58,17 @@ def operands(
     if torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64:
         low = torch.get_autocast_dtype(kind)
         hidden, weight = hidden.to(low), weight.to(low)
-    checks.head(hidden, weight, bias, logit_scale, softcap, temperature, prefix)
+    checks.head(hidden, head._replace(weight=weight), prefix)
     shard = None if placement is None else shard_of(placement, weight)
     rows, offset = (weight.shape[0], 0) if shard is None else (shard.rows, shard.offset)
-    vocab = checks.vocabulary(valid_vocab, rows)
-    head = Head(
+    vocab = checks.vocabulary(head.valid_vocab, rows)
+    head = LMHead(
         nonempty_rows(weight).contiguous(),
         None if bias is None else nonempty_rows(bias).contiguous(),
-        float(logit_scale),
-        None if softcap is None else float(softcap),
-        float(temperature),
+        float(head.logit_scale),
+        None if head.softcap is None else float(head.softcap),
         max(0, min(weight.shape[0], vocab - offset)),
+        float(head.temperature),
     )
     flat = hidden.reshape(-1, hidden.shape[-1]).contiguous()
     return Operands(flat, head, hidden.shape[:-1], vocab, shard)
@@ -92,7 +85,10 @@ class TeacherRows(NamedTuple):
 
 
 def to_teacher_rows(
-    teacher: TopK, tail: str, temperature: float, dtype: torch.dtype, mask_N: Tensor | None
+    teacher: TopK,
+    options: LossOptions,
+    dtype: torch.dtype = torch.float32,
+    mask_N: Tensor | None = None,
 ) -> TeacherRows:
     """Flatten a checked TopK; rows outside mask_N become empty slots."""
     K = teacher.ids.shape[-1]
@@ -113,10 +109,53 @@ def to_teacher_rows(
         log_tail = teacher.log_tail.detach().reshape(-1).to(dtype).clamp(min=floor, max=0.0)
     if mask_N is not None:
         log_tail = torch.where(mask_N, log_tail, 0.0)
-    if tail == "renorm_both" and teacher.temperature != temperature:
+    if options.tail == "renorm_both" and teacher.temperature != options.temperature:
         # On the ids alone, p at T is the answers' p to the power T_answers / T, renormalized.
-        lp = (lp * (teacher.temperature / temperature)).clamp(min=floor).masked_fill(empty, floor)
+        lp = (
+            (lp * (teacher.temperature / options.temperature))
+            .clamp(min=floor)
+            .masked_fill(empty, floor)
+        )
     return TeacherRows(TeacherTopK(ids, lp, log_tail), mass)
+
+
+class LossTerms(NamedTuple):
+    """Loss and statistics, [N] each.
+
+    `loss` is Σ coef · ℓ if it was computed itself; otherwise None, and per_token carries the
+    gradient.
+    """
+
+    loss: Tensor | None
+    per_token: Tensor
+    divergence: Tensor
+    student_mass: Tensor | None
+    lse: Tensor | None
+    nll: Tensor | None
+    entropy: Tensor | None
+
+
+class Reduction(NamedTuple):
+    """Which positions count, their factors, and how their losses are summed."""
+
+    labels: Tensor | None = None
+    token_weight: Tensor | None = None
+    ignore_index: int = -100
+    kind: str = "mean"
+    num_items: int | float | Tensor | None = None
+
+    @property
+    def counted(self) -> Tensor | None:
+        """bool [...]: positions with a label; None if all count."""
+        return None if self.labels is None else self.labels != self.ignore_index
+
+    @property
+    def label_N(self) -> Tensor | None:
+        """int64 [N], −1 at ignored positions."""
+        if self.labels is None:
+            return None
+        flat = self.labels.reshape(-1).long()
+        return torch.where(flat == self.ignore_index, -1, flat)
 
 
 class TokenWeights(NamedTuple):
@@ -131,24 +170,34 @@ class TokenWeights(NamedTuple):
     rows: Tensor | None
     mask: Tensor | None
 
+    def take(self, tensor_N: Tensor) -> Tensor:
+        """The used tokens of a tensor [N]."""
+        return tensor_N if self.rows is None else tensor_N[self.rows]
 
-def token_weights(
-    ops: Operands,
-    labels: Tensor | None,
-    token_weight: Tensor | None,
-    ignore_index: int,
-    reduction: str,
-    num_items: int | float | Tensor | None,
-) -> TokenWeights:
+    def take_hidden(self, hidden_NH: Tensor) -> Tensor:
+        """The hidden states of the used tokens; a NaN at an ignored one must not spread."""
+        if self.mask is not None:
+            return torch.where(self.mask.unsqueeze(-1), hidden_NH, 0)
+        return self.take(hidden_NH)
+
+    def put_back(self, values_n: Tensor, tokens: int) -> Tensor:
+        """Values of the used tokens as [N], zero at ignored ones."""
+        if self.rows is not None:
+            return values_n.new_zeros(tokens).index_copy(0, self.rows, values_n)
+        return values_n if self.mask is None else torch.where(self.mask, values_n, 0.0)
+
+
+def token_weights(ops: Operands, reduction: Reduction) -> TokenWeights:
     """Factors w_n / (num_items or the number of non-ignored tokens) for a mean, else w_n."""
     N, wide = ops.hidden.shape[0], ops.head.dtype
     coef = torch.ones(N, dtype=wide, device=ops.hidden.device)
-    mask = None if labels is None else labels.reshape(-1) != ignore_index
-    if token_weight is not None:
-        coef = token_weight.reshape(-1).to(wide)
+    mask, num_items = reduction.counted, reduction.num_items
+    mask = None if mask is None else mask.reshape(-1)
+    if reduction.token_weight is not None:
+        coef = reduction.token_weight.reshape(-1).to(wide)
     if mask is not None:
         coef = torch.where(mask, coef, 0.0)
-    if reduction == "mean":
+    if reduction.kind == "mean":
         if num_items is None:
             num_items = N if mask is None else mask.sum()
         if isinstance(num_items, Tensor):
@@ -166,18 +215,18 @@ def token_weights(
 
 
 def check_reduction(
-    reduction: str,
-    num_items: int | float | Tensor | None,
-    token_weight: Tensor | None,
-    hidden: Tensor,
+    reduction: Reduction, hidden: Tensor, vocab: int, options: LossOptions, check: bool
 ) -> None:
-    checks.choice("reduction", reduction, ("mean", "sum", "none"))
+    """Check the positions, and that `options` can be summed like this."""
+    kind, token_weight, num_items = reduction.kind, reduction.token_weight, reduction.num_items
+    checks.choice("backward", options.backward, ("auto", "fused", "recompute"))
+    checks.choice("reduction", kind, ("mean", "sum", "none"))
     if token_weight is not None:
         checks.tensor("token_weight", token_weight, checks.FLOATS)
         checks.like_tokens("token_weight", token_weight, hidden)
     if num_items is not None:
-        if reduction != "mean":
-            checks.fail("num_items", "None unless reduction='mean'", f"with {reduction!r}")
+        if kind != "mean":
+            checks.fail("num_items", "None unless reduction='mean'", f"with {kind!r}")
         if not isinstance(num_items, Tensor):
             checks.positive("num_items", num_items)
         elif num_items.numel() != 1 or num_items.is_complex():
@@ -185,6 +234,21 @@ def check_reduction(
             checks.fail("num_items", "a number, or a tensor of one", got)
         elif checks.values_readable(num_items, False) and not 0 <= num_items.item() < math.inf:
             checks.fail("num_items", "a finite number of 0 or more", num_items.item())
+    if reduction.labels is not None:
+        checks.labels(reduction.labels, hidden, vocab, reduction.ignore_index, check)
+    elif options.ce_weight:
+        checks.fail("labels", "a tensor when ce_weight > 0", "None")
+
+
+def check_fused(reduction: Reduction, options: LossOptions) -> None:
+    """Check that gradients may be computed in the forward pass, for a scalar."""
+    if options.backward == "fused" and reduction.kind == "none":
+        checks.fail(
+            "backward",
+            "'recompute' or 'auto' with reduction='none'",
+            "'fused'",
+            "gradients taken in the forward pass need a scalar loss",
+        )
 
 
 def check_divergence(
@@ -231,9 +295,11 @@ def _in_words(divergence: str, beta: float, skew: float) -> str:
     return f"divergence={divergence!r}{at}"
 
 
-def check_mix(options: LossOptions, allow_biased: bool = False) -> None:
+def check_options(options: LossOptions) -> None:
     """Check the divergence and the scalars that shape a per-token loss."""
-    check_divergence(options.divergence, options.beta, options.skew, options.tail, allow_biased)
+    check_divergence(
+        options.divergence, options.beta, options.skew, options.tail, options.allow_biased
+    )
     if options.t2_scale not in (True, False):
         checks.fail("t2_scale", "True or False", repr(options.t2_scale))
     checks.between("ce_weight", options.ce_weight, 0, 1)

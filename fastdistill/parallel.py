@@ -25,7 +25,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import checks
 from .kernels import op_gather
-from .kernels.head import Head, Stats, chunk_tokens
+from .kernels.head import LMHead, Stats, chunk_tokens
 from .kernels.op_common import or_empty, or_none
 from .kernels.rows import ABSENT, NEG
 
@@ -54,18 +54,18 @@ class Shard(NamedTuple):
     rows: int
     largest: int
 
-    def slots(self, ids: Tensor, head: Head) -> Tensor:
+    def slots(self, ids: Tensor, head: LMHead) -> Tensor:
         """Ids relative to the first row of this shard; −1 in empty slots and for other ranks."""
         local = ids - self.offset
-        return torch.where((local >= 0) & (local < head.vocab), local, -1)
+        return torch.where((local >= 0) & (local < head.vocab_size), local, -1)
 
-    def chunk(self, head: Head, tokens: int, weight_grad: bool) -> int:
+    def chunk(self, head: LMHead, tokens: int, weight_grad: bool) -> int:
         """Tokens per chunk of the fused loss, computed from the largest shard.
 
         All ranks combine the same chunks, so the size may not depend on this shard.
         """
         weight = head.weight.new_empty(1, 1).expand(self.largest, head.weight.shape[1])
-        whole = head._replace(weight=weight, vocab=self.largest)
+        whole = head._replace(weight=weight, valid_vocab=self.largest)
         return chunk_tokens(whole, tokens, weight_grad)
 
     def all_reduce(self, parts: list[Tensor], op: Any) -> list[Tensor]:
@@ -94,9 +94,9 @@ class Shard(NamedTuple):
         return total
 
 
-def backend_of(impl: str, head: Head) -> str:
+def backend_of(impl: str, head: LMHead) -> str:
     """The implementation for this shard: the Triton kernels cannot run on padding alone."""
-    return impl if head.vocab else "torch"
+    return impl if head.vocab_size else "torch"
 
 
 def is_dtensor(value: object) -> bool:
@@ -132,19 +132,19 @@ def _check_group(group: Any) -> ProcessGroup:
     return group
 
 
-def distribute_head(
-    weight: Any, bias: Any, group: Any, impl: str
-) -> tuple[Tensor, Tensor | None, Placement | None]:
-    """Return this rank's weight [V_r, H], bias [V_r] and their placement.
+def distribute_head(head: LMHead, group: Any, impl: str) -> tuple[LMHead, Placement | None]:
+    """Return the head with this rank's weight [V_r, H] and bias [V_r], and their placement.
 
-    For a head that is not distributed: the tensors themselves and None.
+    For a head that is not distributed: the head itself and None.
     """
+    weight: Any = head.weight
+    bias: Any = head.bias
     if group is not None:
         group = _check_group(group)
     if is_dtensor(bias) and not is_dtensor(weight):
         checks.fail("bias", "a tensor, as weight is", "a DTensor", "pass bias.to_local()")
     if group is None and not is_dtensor(weight):
-        return weight, bias, None
+        return head, None
     if torch.compiler.is_compiling():
         checks.fail(
             "group",
@@ -160,7 +160,7 @@ def distribute_head(
             "gather the weight: it takes the whole head",
         )
     if not is_dtensor(weight):
-        return weight, bias, Placement(group, dist.get_rank(group), None, weight)
+        return head, Placement(group, dist.get_rank(group), None, weight)
     mesh, rows = weight.device_mesh, weight.shape[0]
     local = _local("weight", weight)
     if group is not None and group != mesh.get_group():
@@ -170,7 +170,7 @@ def distribute_head(
             checks.fail("bias", f"the mesh of weight, {mesh}", bias.device_mesh)
         bias = _local("bias", bias)
     placement = Placement(mesh.get_group(), mesh.get_coordinate()[0], rows, weight)
-    return local, bias, placement
+    return head._replace(weight=local, bias=bias), placement
 
 
 # {weight: {(group, V_r): Shard}}. Exchanging the sizes is a collective that the host waits for: it
@@ -310,27 +310,27 @@ class _CombinedSlots(torch.autograd.Function):
 
 
 def lse_gather(
-    x: Tensor, head: Head, ids: Tensor, moment: bool, base: bool, impl: str, shard: Shard | None
+    x: Tensor, head: LMHead, ids: Tensor, moment: bool, base: bool, impl: str, shard: Shard | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(z_ids, lse_rest, mean_rest, lse_base) over the whole vocabulary, differentiable.
 
     The last two are empty unless requested. Ids are global.
     """
-    weight, bias, *scalars = head
+    scalars = head.scalars() | {"moment": moment, "base": base}
     if shard is None:
-        return op_gather.lse_gather(x, weight, bias, ids, *scalars, moment, base, impl)
+        return op_gather.lse_gather(x, head.weight, head.bias, ids, impl=impl, **scalars)
     local, impl = shard.slots(ids, head), backend_of(impl, head)
     x = _Replicated.apply(x, shard)
-    stats = op_gather.lse_gather(x, weight, bias, local, *scalars, moment, base, impl)
+    stats = op_gather.lse_gather(x, head.weight, head.bias, local, impl=impl, **scalars)
     return _Combined.apply(shard, *stats)
 
 
-def gather_logits(x: Tensor, head: Head, ids: Tensor, impl: str, shard: Shard | None) -> Tensor:
+def gather_logits(x: Tensor, head: LMHead, ids: Tensor, impl: str, shard: Shard | None) -> Tensor:
     """z at global ids [N, K], NEG in empty slots, without a pass over the head."""
-    weight, bias, *scalars, _ = head
+    scalars = head.scalars()
     if shard is None:
-        return op_gather.gather_logits(x, weight, bias, ids, *scalars, impl)
+        return op_gather.gather_logits(x, head.weight, head.bias, ids, impl=impl, **scalars)
     local, impl = shard.slots(ids, head), backend_of(impl, head)
     x = _Replicated.apply(x, shard)
-    z = op_gather.gather_logits(x, weight, bias, local, *scalars, impl)
+    z = op_gather.gather_logits(x, head.weight, head.bias, local, impl=impl, **scalars)
     return _CombinedSlots.apply(shard, z)

@@ -11,6 +11,7 @@ from . import checks
 from . import native_topk as native_topk  # registers a kernel of the C++ extension
 from .backend import resolve_impl
 from .kernels.backends import get_backend
+from .kernels.head import LMHead
 from .kernels.rows import ABSENT, Gathered, entropy_of, first_slots
 from .kernels.topk import topk
 from .operands import operands
@@ -69,32 +70,20 @@ def linear_lse_gather(
         ValueError or TypeError that names the argument: ids outside the vocabulary, K > V, shapes,
         dtypes or devices that do not match, temperature ≤ 0.
     """
-    weight, bias, placement = distribute_head(weight, bias, group, impl)
-    ops = operands(
-        hidden, weight, bias, logit_scale, softcap, temperature, valid_vocab, placement=placement
-    )
+    head = LMHead(weight, bias, logit_scale, softcap, valid_vocab, temperature)
+    head, placement = distribute_head(head, group, impl)
+    ops = operands(hidden, head, placement=placement)
     impl = resolve_impl(impl, hidden.device)
     checks.ids("ids", ids, hidden, ops.vocab, check)
     check_same_on_all_ranks(ops.shard, "ids", ids, check)
     ids_NK = ids.reshape(-1, ids.shape[-1]).long()
-    head = ops.head
     if impl == "reference":
         from . import reference
 
-        selected = reference.linear_lse_gather(
-            ops.hidden,
-            head.weight,
-            ids_NK,
-            bias=head.bias,
-            logit_scale=head.logit_scale,
-            softcap=head.softcap,
-            temperature=head.temperature,
-            valid_vocab=head.vocab,
-            with_entropy=with_entropy,
-        )
+        selected = reference.linear_lse_gather(ops.hidden, ops.head, ids_NK, with_entropy)
         return SelectedLogits._make(None if t is None else ops.unflatten(t) for t in selected)
     z, lse_rest, mean_rest, _ = lse_gather(
-        ops.hidden, head, ids_NK, with_entropy, False, impl, ops.shard
+        ops.hidden, ops.head, ids_NK, with_entropy, False, impl, ops.shard
     )
     unique = first_slots(ids_NK)
     gathered = Gathered(z, lse_rest, None)
@@ -135,29 +124,15 @@ def linear_topk(
     Raises:
         ValueError or TypeError that names the argument.
     """
-    ops = operands(hidden, weight, bias, logit_scale, softcap, temperature, valid_vocab)
+    ops = operands(hidden, LMHead(weight, bias, logit_scale, softcap, valid_vocab, temperature))
     impl = resolve_impl(impl, hidden.device)
-    if not isinstance(k, int) or not 1 <= k <= ops.head.vocab:
-        checks.fail("k", f"an integer in 1..{ops.head.vocab} (V)", repr(k))
-    head = ops.head
+    if not isinstance(k, int) or not 1 <= k <= ops.vocab:
+        checks.fail("k", f"an integer in 1..{ops.vocab} (V)", repr(k))
     if impl == "reference":
         from . import reference
 
-        best = reference.linear_topk(
-            ops.hidden,
-            head.weight,
-            k,
-            bias=head.bias,
-            logit_scale=head.logit_scale,
-            softcap=head.softcap,
-            temperature=head.temperature,
-            valid_vocab=head.vocab,
-        )
-        ids, logprobs, log_tail = best.ids, best.logprobs, best.log_tail
+        best = reference.linear_topk(ops.hidden, ops.head, k)
     else:
         with torch.autocast(hidden.device.type, enabled=False):
-            ids, logprobs, log_tail = topk(get_backend(impl), head, ops.hidden, k)
-    assert log_tail is not None
-    return TopK(
-        ops.unflatten(ids), ops.unflatten(logprobs), ops.unflatten(log_tail), float(temperature)
-    )
+            best = TopK(*topk(get_backend(impl), ops.head, ops.hidden, k), ops.head.temperature)
+    return best.map(ops.unflatten)

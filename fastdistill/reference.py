@@ -9,39 +9,31 @@ sum over all V tokens of a dense p and q.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from .kernels.rows import LossOptions
+from .kernels.head import LMHead
+from .kernels.rows import LossOptions, TeacherTopK
+from .operands import LossTerms
 from .outputs import SelectedLogits, TokenScores, TopK
 
-Fn = Callable[[Tensor, Tensor], Tensor]
 
-
-def logits(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    valid_vocab: int | None = None,
-) -> Tensor:
+def logits(hidden: Tensor, head: LMHead) -> Tensor:
     """[N, V] at T=1: softcap · tanh(logit_scale · (x Wᵀ + b) / softcap)."""
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    V = weight.shape[0] if valid_vocab is None else valid_vocab
-    s = hidden.to(wide) @ weight[:V].to(wide).t()
-    if bias is not None:
-        s = s + bias[:V].to(wide)
-    s = s * logit_scale
-    return s if softcap is None else softcap * torch.tanh(s / softcap)
+    V = head.vocab_size
+    s = hidden.to(wide) @ head.weight[:V].to(wide).t()
+    if head.bias is not None:
+        s = s + head.bias[:V].to(wide)
+    s = s * head.logit_scale
+    return s if head.softcap is None else head.softcap * torch.tanh(s / head.softcap)
 
 
 def linear_lse_gather(
-    hidden: Tensor, weight: Tensor, ids: Tensor, *, temperature: float, with_entropy: bool, **head
+    hidden: Tensor, head: LMHead, ids: Tensor, with_entropy: bool
 ) -> SelectedLogits:
-    z = logits(hidden, weight, **head) / temperature
+    z = logits(hidden, head) / head.temperature
     empty = ids < 0
     selected = z.gather(-1, ids.clamp(min=0)).masked_fill(empty, -math.inf)
     rest = z.masked_fill(_support(ids, z.shape[-1]), -math.inf)
@@ -121,31 +113,26 @@ def divergence(name: str, p: Tensor, q: Tensor, beta: float, skew: float) -> Ten
 
 def topk_distill(
     hidden: Tensor,
-    weight: Tensor,
-    ids: Tensor,
-    logprobs: Tensor,
-    log_tail: Tensor,
+    head: LMHead,
+    teacher: TeacherTopK,
     labels: Tensor | None,
     coef: Tensor,
     options: LossOptions,
-    **head,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]:
-    """(Σ coef · ℓ, ℓ, D, student mass, lse at T=1, nll, entropy at T), [N] except the first.
-
-    ids [N, K] (−1 empty, none repeated); logprobs and log_tail finite; labels −1 if absent.
-    """
-    u = logits(hidden, weight, **head)
+) -> LossTerms:
+    """The terms of the loss; no id of the teacher is repeated, labels are −1 if absent."""
+    ids = teacher.ids
+    u = logits(hidden, head)
     z = u / options.temperature
     q_NV = z.softmax(-1)
     V = u.shape[-1]
     S = _support(ids, V)
-    p_slots = logprobs.to(u.dtype).exp().masked_fill(ids < 0, 0.0)
+    p_slots = teacher.lp.to(u.dtype).exp().masked_fill(ids < 0, 0.0)
     p_NV = torch.zeros_like(u).scatter_add(-1, ids.clamp(min=0), p_slots)
     if options.tail in ("renorm_teacher", "renorm_both"):
         p_NV = p_NV / p_NV.sum(-1, keepdim=True).clamp(min=torch.finfo(u.dtype).tiny)
     if options.tail == "bucket":
         # If the ids are the whole vocabulary, there is no outcome outside them.
-        rest = log_tail.to(u.dtype).exp().masked_fill(S.all(-1), 0.0)
+        rest = teacher.log_tail.to(u.dtype).exp().masked_fill(S.all(-1), 0.0)
         p = torch.cat([p_NV, rest.unsqueeze(-1)], -1)
         q = torch.cat([q_NV * S, (q_NV * ~S).sum(-1, keepdim=True)], -1)
     elif options.tail == "renorm_both":
@@ -176,20 +163,20 @@ def topk_distill(
         nll = (lse - label_u).masked_fill(labels < 0, 0.0)
         per_token = per_token + options.ce_weight * nll
     entropy = -(q_NV * z.log_softmax(-1)).sum(-1)
-    return (coef * per_token).sum(), per_token, D, (q_NV * S).sum(-1), lse, nll, entropy
+    mass = (q_NV * S).sum(-1)
+    return LossTerms((coef * per_token).sum(), per_token, D, mass, lse, nll, entropy)
 
 
 def linear_distill(
     hidden: Tensor,
-    weight: Tensor,
+    head: LMHead,
     teacher_logits: Tensor,
     labels: Tensor | None,
     coef: Tensor,
     options: LossOptions,
-    **head,
 ) -> tuple[Tensor, Tensor]:
     """(Σ coef · ℓ, ℓ [N]) for a dense teacher's [N, V] logits at T=1."""
-    u, T = logits(hidden, weight, **head), options.temperature
+    u, T = logits(hidden, head), options.temperature
     lq, lp = (u / T).log_softmax(-1), (teacher_logits / T).log_softmax(-1)
     if isinstance(options.divergence, str):
         D = divergence(options.divergence, lp.exp(), lq.exp(), options.beta, options.skew)
@@ -203,20 +190,19 @@ def linear_distill(
     return (coef * per_token).sum(), per_token
 
 
-def linear_topk(hidden: Tensor, weight: Tensor, k: int, *, temperature: float, **head) -> TopK:
-    z = logits(hidden, weight, **head) / temperature
+def linear_topk(hidden: Tensor, head: LMHead, k: int) -> TopK:
+    z = logits(hidden, head) / head.temperature
     lp = z.log_softmax(-1)
     best = lp.topk(k, -1)
     rest = z.scatter(-1, best.indices, -math.inf).logsumexp(-1) - z.logsumexp(-1)
-    return TopK(best.indices, best.values, rest, temperature)
+    return TopK(best.indices, best.values, rest, head.temperature)
 
 
-def token_scores(
-    hidden: Tensor, weight: Tensor, *, labels: Tensor | None, temperature: float, **head
-) -> TokenScores:
+def token_scores(hidden: Tensor, head: LMHead, labels: Tensor | None) -> TokenScores:
     """The scores that do not need a teacher."""
-    u = logits(hidden, weight, **head)
-    lq = (u / temperature).log_softmax(-1)
+    u = logits(hidden, head)
+    z = u / head.temperature
+    lq = z.log_softmax(-1)
     q = lq.exp()
     entropy = -(q * lq).sum(-1)
     top2 = lq.topk(2, -1)
@@ -226,7 +212,7 @@ def token_scores(
         nll = (u.logsumexp(-1) - label_u[:, 0]).masked_fill(labels < 0, 0.0)
         rank = (u > label_u).sum(-1).masked_fill(labels < 0, 0)
     return TokenScores(
-        (u / temperature).logsumexp(-1),
+        z.logsumexp(-1),
         entropy,
         (q * (lq + entropy.unsqueeze(-1)).square()).sum(-1),
         top2.values[:, 0],

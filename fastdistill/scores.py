@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from . import checks
 from .backend import resolve_impl
 from .kernels.backends import get_backend
-from .kernels.op_gather import gather_logits
+from .kernels.head import LMHead
 from .kernels.row_scores import scores
 from .kernels.rows import Gathered, LossOptions, TeacherTopK, token_loss_forward
-from .operands import Operands, TeacherRows, operands, to_teacher_rows
+from .operands import Operands, Reduction, TeacherRows, operands, to_teacher_rows
 from .outputs import TokenScores, TopK
+from .parallel import gather_logits
 
 
 @torch.no_grad()
@@ -52,46 +51,25 @@ def token_scores(
     Raises:
         ValueError or TypeError that names the argument, what was expected and what was passed.
     """
-    ops = operands(hidden, weight, bias, logit_scale, softcap, temperature, valid_vocab)
+    ops = operands(hidden, LMHead(weight, bias, logit_scale, softcap, valid_vocab, temperature))
     impl = resolve_impl(impl, hidden.device)
-    head = ops.head
-    label_N = None
     if labels is not None:
-        checks.labels(labels, hidden, head.vocab, ignore_index, check)
-        label_N = labels.reshape(-1).long()
-        label_N = torch.where(label_N == ignore_index, -1, label_N)
+        checks.labels(labels, hidden, ops.vocab, ignore_index, check)
+    head, label_N = ops.head, Reduction(labels, ignore_index=ignore_index).label_N
     teacher_rows = None
-    if teacher is not None:
-        if not isinstance(teacher, TopK):
-            raise TypeError(f"teacher: expected a fastdistill.TopK, got {type(teacher).__name__}")
-        checks.teacher(
-            *teacher,
-            hidden,
-            None,
-            vocab=head.vocab,
-            tail="bucket",
-            temperature=temperature,
-            check=check,
-        )
-        teacher_rows = to_teacher_rows(teacher, "bucket", temperature, head.dtype, None)
     ids = ops.hidden.new_empty(ops.hidden.shape[0], 0, dtype=torch.int64)
-    if teacher_rows is not None:
+    if teacher is not None:
+        options = LossOptions(temperature=temperature)
+        checks.teacher(teacher, hidden, None, vocab=ops.vocab, options=options, check=check)
+        teacher_rows = to_teacher_rows(teacher, options, head.dtype)
         ids = teacher_rows.teacher.ids
     if impl == "reference":
         return _reference(ops, label_N, teacher_rows)
     label_u = None
     if label_N is not None:
         ids = torch.cat([ids, label_N.unsqueeze(-1)], -1)
-        label_u = gather_logits(
-            ops.hidden,
-            head.weight,
-            head.bias,
-            label_N.unsqueeze(-1),
-            head.logit_scale,
-            head.softcap,
-            1.0,
-            impl,
-        )[:, 0]
+        unscaled = head._replace(temperature=1.0)
+        label_u = gather_logits(ops.hidden, unscaled, label_N.unsqueeze(-1), impl, None)[:, 0]
     with torch.autocast(hidden.device.type, enabled=False):
         s = scores(get_backend(impl), head, ops.hidden, ids, label_u)
     nll = rank = None
@@ -124,15 +102,12 @@ def token_scores(
     return TokenScores._make(None if f is None else ops.unflatten(f) for f in result)
 
 
-def _options(name: str, temperature: float) -> LossOptions:
-    return LossOptions(name, 0.5, 0.1, "bucket", temperature, False, 0.0, 0.0)
-
-
 def _rows(
     gathered: Gathered, teacher: TeacherTopK, label_N: Tensor | None, name: str, temperature: float
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(D, student mass, nll) [N] of a named divergence with the bucket tail."""
-    rows = token_loss_forward(gathered, teacher, label_N, _options(name, temperature))
+    options = LossOptions(name, temperature=temperature)
+    rows = token_loss_forward(gathered, teacher, label_N, options)
     return rows.divergence, rows.student_mass, rows.nll
 
 
@@ -141,34 +116,24 @@ def _reference(
 ) -> TokenScores:
     from . import reference
 
-    head = ops.head
-    scalars: dict[str, Any] = {
-        "bias": head.bias,
-        "logit_scale": head.logit_scale,
-        "softcap": head.softcap,
-        "valid_vocab": head.vocab,
-    }
-    result = reference.token_scores(
-        ops.hidden, head.weight, labels=label_N, temperature=head.temperature, **scalars
-    )
+    result = reference.token_scores(ops.hidden, ops.head, label_N)
     if teacher_rows is not None:
-        one = torch.ones_like(result.lse)
+        one, T = torch.ones_like(result.lse), ops.head.temperature
         kl, hellinger = (
             reference.topk_distill(
                 ops.hidden,
-                head.weight,
-                *teacher_rows.teacher,
+                ops.head,
+                teacher_rows.teacher,
                 None,
                 one,
-                _options(name, head.temperature),
-                **scalars,
+                LossOptions(name, temperature=T),
             )
             for name in ("forward_kl", "hellinger")
         )
         result = result._replace(
-            forward_kl=kl[2],
+            forward_kl=kl.divergence,
             teacher_mass=teacher_rows.mass,
-            student_mass=kl[3],
-            hellinger=hellinger[2].clamp(min=0).sqrt(),
+            student_mass=kl.student_mass,
+            hellinger=hellinger.divergence.clamp(min=0).sqrt(),
         )
     return TokenScores._make(None if f is None else ops.unflatten(f) for f in result)

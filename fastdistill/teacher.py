@@ -81,7 +81,7 @@ class Teacher:
 
     @property
     def head(self) -> LMHead:
-        return replace(head_of(self.model), valid_vocab=self.valid_vocab)
+        return head_of(self.model)._replace(valid_vocab=self.valid_vocab)
 
     @property
     def vocab_size(self) -> int:

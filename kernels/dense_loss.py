@@ -10,13 +10,15 @@ backward. A callable divergence gets whole rows, and ψ comes from autograd.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .backends import get_backend
 from .engines import Backend
-from .head import DenseRows, Head, blocks, chunk_tokens, round_scaled
+from .head import DenseRows, LMHead, blocks, chunk_tokens, round_scaled
+from .op_common import full_precision, or_empty
 from .rows import LossOptions
 
 
@@ -36,9 +38,9 @@ class DenseLoss(NamedTuple):
 
 def dense(
     backend: Backend,
-    head: Head,
+    head: LMHead,
     hidden_NH: Tensor,
-    teacher_head: Head,
+    teacher_head: LMHead,
     teacher_hidden_NG: Tensor,
     label_N: Tensor | None,
     coef_N: Tensor,
@@ -109,9 +111,47 @@ def dense(
         )
     del buffers
     if dw is not None:
-        dw[head.vocab :] = 0
+        dw[head.vocab_size :] = 0
     dw, on_dw = round_scaled(dw, head.weight)  # first: frees the fp32 dW before dX is rounded
     dx, on_dx = round_scaled(dx_NH, hidden_NH)
     db, on_db = round_scaled(db, coef_N if head.bias is None else head.bias)
     grad_scale = torch.stack([on_dx, on_dw, on_db])
     return DenseLoss((coef_N * per_token).sum(), per_token, dx, dw, db, grad_scale)
+
+
+def dense_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    coef: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    teacher_bias: Tensor | None,
+    labels: Tensor | None,
+    **scalars: Any,
+) -> tuple[Tensor, ...]:
+    """fastdistill::dense_loss: `dense` of a named divergence; its schema is in op_dense.py."""
+    head = LMHead.of(weight, bias, scalars)
+    teacher = head._replace(
+        weight=teacher_weight,
+        bias=teacher_bias,
+        logit_scale=scalars["teacher_logit_scale"],
+        softcap=scalars["teacher_softcap"],
+    )
+    need_hidden, need_weight, need_bias = scalars["need"]
+    with full_precision(hidden):
+        out = dense(
+            get_backend(scalars["impl"]),
+            head,
+            hidden,
+            teacher,
+            teacher_hidden,
+            labels,
+            coef,
+            LossOptions.of(scalars),
+            need_hidden=need_hidden,
+            need_weight=need_weight,
+            need_bias=need_bias,
+        )
+    grads = (or_empty(t, coef) for t in (out.dx, out.dw, out.db))
+    return out.loss, out.per_token, out.grad_scale, *grads

@@ -3,7 +3,7 @@
     torch    vocabulary-major slabs, library GEMMs, ordinary PyTorch    (torch_*.py; CPU, CUDA)
     triton   token-major slabs, library GEMMs, Triton between them      (triton_*.py; CUDA)
 
-Every function takes the tensors of one block or chunk of tokens, and the Head.
+Every function takes the tensors of one block or chunk of tokens, and the LM head.
 """
 
 from __future__ import annotations

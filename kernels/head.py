@@ -13,9 +13,10 @@ valid_vocab on), S slots.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .rows import ABSENT, NEG
@@ -25,20 +26,64 @@ MIN_CHUNK_TOKENS = 96
 SHARE_OF_MATERIALIZED = 0.38  # target of the fused loss; materialized logits take three fp32 [N, V]
 
 
-class Head(NamedTuple):
-    """An LM head: weight [≥V, H], bias [≥V] or None, and the scalars that shape its logits."""
+class LMHead(NamedTuple):
+    """An LM head: its tensors and the scalars that shape its logits.
 
-    weight: Tensor
-    bias: Tensor | None
-    logit_scale: float
-    softcap: float | None
-    temperature: float
-    vocab: int
+    A model's own head has temperature 1; a loss, a score or an answer sets its own.
+    """
+
+    weight: Tensor  # [≥V, H]
+    bias: Tensor | None = None  # [≥V]
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    valid_vocab: int | None = None  # rows from this one on are padding
+    temperature: float = 1.0
+
+    @property
+    def vocab_size(self) -> int:
+        """V, the number of real tokens."""
+        return self.weight.shape[0] if self.valid_vocab is None else self.valid_vocab
 
     @property
     def dtype(self) -> torch.dtype:
         """The type of logits, statistics and accumulators."""
         return torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+
+    def scalars(self) -> dict[str, Any]:
+        """The scalars as an operator takes them."""
+        return dict(zip(self._fields[2:], self[2:], strict=True))
+
+    @classmethod
+    def of(cls, weight: Tensor, bias: Tensor | None, scalars: dict[str, Any]) -> LMHead:
+        """The head of an operator, whose scalars are among `scalars`."""
+        return cls(weight, bias, *(scalars[name] for name in cls._fields[2:]))
+
+    def whole(self) -> LMHead:
+        """Return this head with sharded tensors gathered, without gradient."""
+
+        def gathered(part: Any) -> Any:
+            return part.full_tensor().detach() if hasattr(part, "full_tensor") else part
+
+        return self._replace(weight=gathered(self.weight), bias=gathered(self.bias))
+
+    def to(self, device: torch.device) -> LMHead:
+        """Return this head on another device; the model is not moved."""
+        bias = None if self.bias is None else self.bias.to(device)
+        return self._replace(weight=self.weight.to(device), bias=bias)
+
+    def options(self) -> dict[str, Any]:
+        """Return the keywords of the public losses and scores other than hidden and weight."""
+        return {
+            "bias": self.bias,
+            "logit_scale": self.logit_scale,
+            "softcap": self.softcap,
+            "valid_vocab": self.valid_vocab,
+        }
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return dense logits u, padding included, for checks on a few positions."""
+        s = F.linear(hidden, self.weight, self.bias) * self.logit_scale
+        return s if self.softcap is None else self.softcap * torch.tanh(s / self.softcap)
 
 
 class Stats(NamedTuple):
@@ -152,7 +197,7 @@ def blocks(tokens: int, size: int) -> Iterator[slice]:
         yield slice(start, min(start + size, tokens))
 
 
-def chunk_tokens(head: Head, tokens: int, weight_grad: bool) -> int:
+def chunk_tokens(head: LMHead, tokens: int, weight_grad: bool) -> int:
     """Return the tokens per chunk of the fused loss.
 
     The logits of a chunk plus the weight gradient stay below SHARE_OF_MATERIALIZED of three fp32
@@ -160,7 +205,7 @@ def chunk_tokens(head: Head, tokens: int, weight_grad: bool) -> int:
     chunks are preferred if they fit: a bfloat16 dW then needs no fp32 accumulator.
     """
     low, high = CHUNK_BYTES.get(head.weight.device.type, CHUNK_BYTES["cuda"])
-    row_bytes = head.vocab * head.dtype.itemsize
+    row_bytes = head.vocab_size * head.dtype.itemsize
     share = int(SHARE_OF_MATERIALIZED * 3 * tokens * row_bytes)
     floor = max(low, MIN_CHUNK_TOKENS * row_bytes)
 
@@ -178,7 +223,7 @@ def chunk_tokens(head: Head, tokens: int, weight_grad: bool) -> int:
     return max(1, min(chunk, even + -even % 32))  # multiples of the tile of the library GEMM
 
 
-def sums_in_16_bits(head: Head) -> bool:
+def sums_in_16_bits(head: LMHead) -> bool:
     """Whether gradients of this head may be summed in its own type.
 
     float16 may not: the range of the sum is known only when it is complete.
@@ -221,7 +266,7 @@ def round_scaled(wide: Tensor | None, like: Tensor) -> ScaledGrad:
     return ScaledGrad(wide.mul_(grad_scale).to(like.dtype), grad_scale)
 
 
-def scaled_grads(head: Head, grads: Stats) -> tuple[Stats, Tensor | None]:
+def scaled_grads(head: LMHead, grads: Stats) -> tuple[Stats, Tensor | None]:
     """(grads · scale, scale) such that dz fits float16; (grads, None) for other types.
 
     z_ids holds d(W x) of distinct slots; elsewhere |dz| is at most |g_rest| + |g_base| +
@@ -237,7 +282,7 @@ def scaled_grads(head: Head, grads: Stats) -> tuple[Stats, Tensor | None]:
     return Stats._make(None if t is None else t * grad_scale for t in grads), grad_scale
 
 
-def slot_grads(head: Head, z_ids_nS: Tensor, g_z_nS: Tensor) -> Tensor:
+def slot_grads(head: LMHead, z_ids_nS: Tensor, g_z_nS: Tensor) -> Tensor:
     """d(W x) of the slots from d z, [n, S]."""
     g = g_z_nS * (head.logit_scale / head.temperature)
     if head.softcap is not None:

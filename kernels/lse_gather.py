@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from .engines import Backend
-from .head import Head, Stats, blocks
+from .head import LMHead, Stats, blocks
 
 
 def lse_gather(
-    backend: Backend, head: Head, hidden_NH: Tensor, ids_NS: Tensor, *, moment: bool, base: bool
+    backend: Backend, head: LMHead, hidden_NH: Tensor, ids_NS: Tensor, *, moment: bool, base: bool
 ) -> Stats:
     """Return the statistics of all tokens."""
     parts = [

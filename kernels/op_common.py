@@ -1,6 +1,7 @@
 """Helpers of all operators: empty tensors for None, fp32 inside, shapes of gradients.
 
-Operators return tensors only; one that was not requested is empty (numel 0).
+Operators return tensors only; one that was not requested is empty (numel 0). The tensors among
+their arguments are positional, the scalars keyword-only: an operator unpacks them once.
 """
 
 from __future__ import annotations
@@ -10,6 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+# The scalars of an LM head and of a loss, in the schemas of the operators.
+HEAD = "float logit_scale, float? softcap, SymInt? valid_vocab, float temperature"
+LOSS = (
+    "str divergence, float beta, float skew, str tail, bool t2_scale, float ce_weight, float z_loss"
+)
 
 
 def or_empty(value: Tensor | None, like: Tensor) -> Tensor:

@@ -12,199 +12,66 @@ import torch
 from torch import Tensor
 
 from . import dense_loss as losses
-from .backends import get_backend
-from .head import Head
-from .op_common import accumulator, fake_grads, full_precision, needed, or_empty
-from .op_losses import saved_grads, scale_saved
-from .rows import LossOptions
+from .op_common import HEAD, LOSS, accumulator, fake_grads, needed
+from .op_losses import save_grads, saved_grads, scale_saved
 
+_TEACHER = "Tensor teacher_hidden, Tensor teacher_weight, Tensor? teacher_bias, Tensor? labels"
+_SCALARS = f"{LOSS}, {HEAD}, float teacher_logit_scale, float? teacher_softcap"
 
-@torch.library.custom_op("fastdistill::dense_loss", mutates_args=())
-def dense_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    coef: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
-    teacher_bias: Tensor | None,
-    labels: Tensor | None,
-    divergence: str,
-    beta: float,
-    skew: float,
-    t2_scale: bool,
-    ce_weight: float,
-    z_loss: float,
-    logit_scale: float,
-    softcap: float | None,
-    teacher_logit_scale: float,
-    teacher_softcap: float | None,
-    temperature: float,
-    vocab: int,
-    need: list[bool],
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, per_token, grad_scale, dx, dw, db)."""
-    options = LossOptions(
-        divergence, beta, skew, "bucket", temperature, t2_scale, ce_weight, z_loss
-    )
-    with full_precision(hidden):
-        out = losses.dense(
-            get_backend(impl),
-            Head(weight, bias, logit_scale, softcap, temperature, vocab),
-            hidden,
-            Head(
-                teacher_weight,
-                teacher_bias,
-                teacher_logit_scale,
-                teacher_softcap,
-                temperature,
-                vocab,
-            ),
-            teacher_hidden,
-            labels,
-            coef,
-            options,
-            need_hidden=need[0],
-            need_weight=need[1],
-            need_bias=need[2],
-        )
-    dx, dw, db = (or_empty(t, coef) for t in (out.dx, out.dw, out.db))
-    return out.loss, out.per_token, out.grad_scale, dx, dw, db
+dense_loss = torch.library.custom_op(
+    "fastdistill::dense_loss",
+    losses.dense_loss,
+    mutates_args=(),
+    schema=f"(Tensor hidden, Tensor weight, Tensor? bias, Tensor coef, {_TEACHER}, *, {_SCALARS}, "
+    "bool[] need, str impl) -> "
+    "(Tensor loss, Tensor per_token, Tensor grad_scale, Tensor dx, Tensor dw, Tensor db)",
+)
 
 
 @dense_loss.register_fake
 def _(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    coef: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
-    teacher_bias: Tensor | None,
-    labels: Tensor | None,
-    divergence: str,
-    beta: float,
-    skew: float,
-    t2_scale: bool,
-    ce_weight: float,
-    z_loss: float,
-    logit_scale: float,
-    softcap: float | None,
-    teacher_logit_scale: float,
-    teacher_softcap: float | None,
-    temperature: float,
-    vocab: int,
-    need: list[bool],
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return (
-        coef.new_empty(()),
-        torch.empty_like(coef),
-        coef.new_empty(3),
-        *fake_grads(hidden, weight, bias, need),
-    )
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, coef: Tensor, *teacher: Any, **scalars: Any
+) -> tuple[Tensor, ...]:
+    grads = fake_grads(hidden, weight, bias, scalars["need"])
+    return coef.new_empty(()), torch.empty_like(coef), coef.new_empty(3), *grads
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.set_materialize_grads(False)  # or autograd would allocate zeros of the size of dW
-    ctx.save_for_backward(output[1], *output[2:])
-    ctx.count = len(inputs)
+dense_loss.register_autograd(saved_grads, setup_context=save_grads)
 
 
-dense_loss.register_autograd(saved_grads, setup_context=_setup)
-
-
-@torch.library.custom_op("fastdistill::dense_rows", mutates_args=())
+@torch.library.custom_op(
+    "fastdistill::dense_rows",
+    mutates_args=(),
+    schema=f"(Tensor hidden, Tensor weight, Tensor? bias, {_TEACHER}, *, {_SCALARS}, str impl) -> "
+    "Tensor",
+)
 def dense_rows(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
-    teacher_bias: Tensor | None,
-    labels: Tensor | None,
-    divergence: str,
-    beta: float,
-    skew: float,
-    t2_scale: bool,
-    ce_weight: float,
-    z_loss: float,
-    logit_scale: float,
-    softcap: float | None,
-    teacher_logit_scale: float,
-    teacher_softcap: float | None,
-    temperature: float,
-    vocab: int,
-    impl: str,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, *teacher: Any, **scalars: Any
 ) -> Tensor:
     coef = hidden.new_ones(hidden.shape[0], dtype=accumulator(weight))
-    return dense_loss(
-        hidden,
-        weight,
-        bias,
-        coef,
-        teacher_hidden,
-        teacher_weight,
-        teacher_bias,
-        labels,
-        divergence,
-        beta,
-        skew,
-        t2_scale,
-        ce_weight,
-        z_loss,
-        logit_scale,
-        softcap,
-        teacher_logit_scale,
-        teacher_softcap,
-        temperature,
-        vocab,
-        [False] * 3,
-        impl,
-    )[1]
+    return losses.dense_loss(hidden, weight, bias, coef, *teacher, need=[False] * 3, **scalars)[1]
 
 
 @dense_rows.register_fake
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
-    teacher_bias: Tensor | None,
-    labels: Tensor | None,
-    divergence: str,
-    beta: float,
-    skew: float,
-    t2_scale: bool,
-    ce_weight: float,
-    z_loss: float,
-    logit_scale: float,
-    softcap: float | None,
-    teacher_logit_scale: float,
-    teacher_softcap: float | None,
-    temperature: float,
-    vocab: int,
-    impl: str,
-) -> Tensor:
+def _(hidden: Tensor, weight: Tensor, *others: Any, **scalars: Any) -> Tensor:
     return hidden.new_empty(hidden.shape[0], dtype=accumulator(weight))
 
 
-def _rows_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:7])
-    ctx.scalars = inputs[7:]
+def _save_inputs(
+    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor
+) -> None:
+    ctx.save_for_backward(*inputs)
+    ctx.scalars = keyword_only_inputs
 
 
 def _rows_grad(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     hidden, weight, bias, *teacher = ctx.saved_tensors
     need = needed(ctx)
-    *scalars, impl = ctx.scalars
     _, _, grad_scale, *scaled_up = dense_loss(
-        hidden, weight, bias, grad.contiguous(), *teacher, *scalars, need, impl
+        hidden, weight, bias, grad.contiguous(), *teacher, need=need, **ctx.scalars
     )
     grads = scale_saved(scaled_up, grad_scale.new_ones(()), grad_scale, need)
-    return (*grads, *[None] * (4 + len(ctx.scalars)))
+    return (*grads, *[None] * len(teacher))
 
 
-dense_rows.register_autograd(_rows_grad, setup_context=_rows_setup)
+dense_rows.register_autograd(_rows_grad, setup_context=_save_inputs)

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from . import lse_gather as primitive
 from .backends import get_backend
-from .head import Head, Stats
+from .head import LMHead, Stats
 from .op_common import (
+    HEAD,
     accumulator,
     fake_grads,
     full_precision,
@@ -28,59 +29,45 @@ from .op_common import (
     select_needed,
 )
 
+_INPUTS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor ids"
+_GRADS = "(Tensor dx, Tensor dw, Tensor db)"
 
-@torch.library.custom_op("fastdistill::lse_gather", mutates_args=())
+
+@torch.library.custom_op(
+    "fastdistill::lse_gather",
+    mutates_args=(),
+    schema=f"({_INPUTS}, *, {HEAD}, bool moment, bool base, str impl) -> "
+    "(Tensor z_ids, Tensor lse_rest, Tensor mean_rest, Tensor lse_base)",
+)
 def lse_gather(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    ids: Tensor,
-    logit_scale: float,
-    softcap: float | None,
-    temperature: float,
-    vocab: int,
-    moment: bool,
-    base: bool,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    head = Head(weight, bias, logit_scale, softcap, temperature, vocab)
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, **scalars: Any
+) -> tuple[Tensor, ...]:
+    backend, head = get_backend(scalars["impl"]), LMHead.of(weight, bias, scalars)
+    moment, base = scalars["moment"], scalars["base"]
     x = hidden.to(weight.dtype)
     with full_precision(hidden):
-        stats = primitive.lse_gather(get_backend(impl), head, x, ids, moment=moment, base=base)
+        stats = primitive.lse_gather(backend, head, x, ids, moment=moment, base=base)
     z_ids = stats.z_ids.contiguous()
-    return (
-        z_ids,
-        stats.lse_rest,
-        or_empty(stats.mean_rest, z_ids),
-        or_empty(stats.lse_base, z_ids),
-    )
+    optional = (or_empty(t, z_ids) for t in (stats.mean_rest, stats.lse_base))
+    return z_ids, stats.lse_rest, *optional
 
 
 @lse_gather.register_fake
 def _(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    ids: Tensor,
-    logit_scale: float,
-    softcap: float | None,
-    temperature: float,
-    vocab: int,
-    moment: bool,
-    base: bool,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, **scalars: Any
+) -> tuple[Tensor, ...]:
     z_ids = hidden.new_empty(ids.shape, dtype=accumulator(weight))
-    row = z_ids.new_empty(ids.shape[0])
-    return (
-        z_ids,
-        row,
-        torch.empty_like(row) if moment else z_ids.new_empty(0),
-        torch.empty_like(row) if base and temperature != 1.0 else z_ids.new_empty(0),
-    )
+    at_base = scalars["base"] and scalars["temperature"] != 1.0
+    optional = (z_ids.new_empty(len(ids) if n else 0) for n in (scalars["moment"], at_base))
+    return z_ids, z_ids.new_empty(len(ids)), *optional
 
 
-@torch.library.custom_op("fastdistill::lse_gather_backward", mutates_args=())
+@torch.library.custom_op(
+    "fastdistill::lse_gather_backward",
+    mutates_args=(),
+    schema=f"({_INPUTS}, Tensor[] stats, Tensor[] grads, *, {HEAD}, bool[] need, str impl) -> "
+    f"{_GRADS}",
+)
 def lse_gather_backward(
     hidden: Tensor,
     weight: Tensor,
@@ -88,108 +75,78 @@ def lse_gather_backward(
     ids: Tensor,
     stats: list[Tensor],
     grads: list[Tensor],
-    logit_scale: float,
-    softcap: float | None,
-    temperature: float,
-    vocab: int,
-    need: list[bool],
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    head = Head(weight, bias, logit_scale, softcap, temperature, vocab)
-    z_ids, lse_rest, mean_rest, lse_base = stats
+    **scalars: Any,
+) -> tuple[Tensor, ...]:
+    need_hidden, need_weight, need_bias = scalars["need"]
     with full_precision(hidden):
-        computed = get_backend(impl).recompute(
-            head,
+        computed = get_backend(scalars["impl"]).recompute(
+            LMHead.of(weight, bias, scalars),
             hidden.to(weight.dtype),
             ids,
-            Stats(z_ids, lse_rest, or_none(mean_rest), or_none(lse_base)),
-            Stats(grads[0], grads[1], or_none(grads[2]), or_none(grads[3])),
-            need_hidden=need[0],
-            need_weight=need[1],
-            need_bias=need[2],
+            _stats(stats),
+            _stats(grads),
+            need_hidden=need_hidden,
+            need_weight=need_weight,
+            need_bias=need_bias,
             hidden_type=hidden.dtype,
         )
-    dx, dw, db = (or_empty(g, hidden) for g in computed)
-    return dx, dw, db
+    return tuple(or_empty(g, hidden) for g in computed)
+
+
+def _stats(tensors: list[Tensor]) -> Stats:
+    z_ids, lse_rest, *optional = tensors
+    return Stats(z_ids, lse_rest, *map(or_none, optional))
 
 
 @lse_gather_backward.register_fake
 def _(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    ids: Tensor,
-    stats: list[Tensor],
-    grads: list[Tensor],
-    logit_scale: float,
-    softcap: float | None,
-    temperature: float,
-    vocab: int,
-    need: list[bool],
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return fake_grads(hidden, weight, bias, need)
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, *others: Any, **scalars: Any
+) -> tuple[Tensor, ...]:
+    return fake_grads(hidden, weight, bias, scalars["need"])
 
 
-def _lse_gather_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, ids, *ctx.scalars = inputs
-    ctx.save_for_backward(hidden, weight, bias, ids, *output)
+def _save(
+    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any
+) -> None:
+    outputs = [output] if isinstance(output, Tensor) else output
+    ctx.save_for_backward(*inputs, *outputs)
+    ctx.scalars = {n: v for n, v in keyword_only_inputs.items() if n not in ("moment", "base")}
 
 
 def _lse_gather_grad(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
     hidden, weight, bias, ids, *stats = ctx.saved_tensors
-    scale, softcap, temperature, vocab = ctx.scalars[:4]
-    dx, dw, db = lse_gather_backward(
-        hidden,
-        weight,
-        bias,
-        ids,
-        stats,
-        [g.contiguous() for g in grads],
-        scale,
-        softcap,
-        temperature,
-        vocab,
-        need := needed(ctx),
-        ctx.scalars[-1],
+    need, upstream = needed(ctx), [g.contiguous() for g in grads]
+    computed = lse_gather_backward(
+        hidden, weight, bias, ids, stats, upstream, need=need, **ctx.scalars
     )
-    return (*select_needed((dx, dw, db), need), *[None] * 8)
+    return (*select_needed(computed, need), None)
 
 
-lse_gather.register_autograd(_lse_gather_grad, setup_context=_lse_gather_setup)
+lse_gather.register_autograd(_lse_gather_grad, setup_context=_save)
 
 
-@torch.library.custom_op("fastdistill::gather_logits", mutates_args=())
+@torch.library.custom_op(
+    "fastdistill::gather_logits",
+    mutates_args=(),
+    schema=f"({_INPUTS}, *, {HEAD}, str impl) -> Tensor",
+)
 def gather_logits(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    ids: Tensor,
-    logit_scale: float,
-    softcap: float | None,
-    temperature: float,
-    impl: str,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, **scalars: Any
 ) -> Tensor:
-    head = Head(weight, bias, logit_scale, softcap, temperature, weight.shape[0])
     with full_precision(hidden):
-        return get_backend(impl).gather(head, hidden, ids)
+        return get_backend(scalars["impl"]).gather(LMHead.of(weight, bias, scalars), hidden, ids)
 
 
 @gather_logits.register_fake
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    ids: Tensor,
-    logit_scale: float,
-    softcap: float | None,
-    temperature: float,
-    impl: str,
-) -> Tensor:
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, **scalars: Any) -> Tensor:
     return hidden.new_empty(ids.shape, dtype=accumulator(weight))
 
 
-@torch.library.custom_op("fastdistill::gather_logits_backward", mutates_args=())
+@torch.library.custom_op(
+    "fastdistill::gather_logits_backward",
+    mutates_args=(),
+    schema=f"({_INPUTS}, Tensor z_ids, Tensor grad, *, {HEAD}, bool[] need, str impl) -> {_GRADS}",
+)
 def gather_logits_backward(
     hidden: Tensor,
     weight: Tensor,
@@ -197,55 +154,34 @@ def gather_logits_backward(
     ids: Tensor,
     z_ids: Tensor,
     grad: Tensor,
-    logit_scale: float,
-    softcap: float | None,
-    temperature: float,
-    need: list[bool],
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    head = Head(weight, bias, logit_scale, softcap, temperature, weight.shape[0])
+    **scalars: Any,
+) -> tuple[Tensor, ...]:
+    need_hidden, need_weight, need_bias = scalars["need"]
     with full_precision(hidden):
-        computed = get_backend(impl).gather_grads(
-            head,
+        computed = get_backend(scalars["impl"]).gather_grads(
+            LMHead.of(weight, bias, scalars),
             hidden,
             ids,
             z_ids,
             grad,
-            need_hidden=need[0],
-            need_weight=need[1],
-            need_bias=need[2],
+            need_hidden=need_hidden,
+            need_weight=need_weight,
+            need_bias=need_bias,
         )
-    dx, dw, db = (or_empty(g, hidden) for g in computed)
-    return dx, dw, db
+    return tuple(or_empty(g, hidden) for g in computed)
 
 
 @gather_logits_backward.register_fake
 def _(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    ids: Tensor,
-    z_ids: Tensor,
-    grad: Tensor,
-    logit_scale: float,
-    softcap: float | None,
-    temperature: float,
-    need: list[bool],
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return fake_grads(hidden, weight, bias, need)
-
-
-def _gather_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    hidden, weight, bias, ids, *ctx.scalars = inputs
-    ctx.save_for_backward(hidden, weight, bias, ids, output)
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, *others: Any, **scalars: Any
+) -> tuple[Tensor, ...]:
+    return fake_grads(hidden, weight, bias, scalars["need"])
 
 
 def _gather_grad(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     need = needed(ctx)
-    *scalars, impl = ctx.scalars
-    grads = gather_logits_backward(*ctx.saved_tensors, grad.contiguous(), *scalars, need, impl)
-    return (*select_needed(grads, need), *[None] * 5)
+    grads = gather_logits_backward(*ctx.saved_tensors, grad.contiguous(), need=need, **ctx.scalars)
+    return (*select_needed(grads, need), None)
 
 
-gather_logits.register_autograd(_gather_grad, setup_context=_gather_setup)
+gather_logits.register_autograd(_gather_grad, setup_context=_save)

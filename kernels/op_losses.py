@@ -13,106 +13,38 @@ import torch
 from torch import Tensor
 
 from . import topk_loss as losses
-from .backends import get_backend
-from .head import Head
-from .op_common import fake_grads, full_precision, needed, or_empty, select_needed
-from .rows import LossOptions, TeacherTopK
+from .op_common import HEAD, LOSS, fake_grads, needed, select_needed
 
-
-@torch.library.custom_op("fastdistill::topk_loss", mutates_args=())
-def topk_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    coef: Tensor,
-    ids: Tensor,
-    teacher_ids: Tensor,
-    teacher_lp: Tensor,
-    teacher_log_tail: Tensor,
-    labels: Tensor | None,
-    divergence: str,
-    beta: float,
-    skew: float,
-    tail: str,
-    t2_scale: bool,
-    ce_weight: float,
-    z_loss: float,
-    logit_scale: float,
-    softcap: float | None,
-    temperature: float,
-    vocab: int,
-    base: bool,
-    entropy: bool,
-    need: list[bool],
-    impl: str,
-    filter_eps: float | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, per_token, divergence, student_mass, lse, nll, entropy, grad_scale, dx, dw, db)."""
-    options = LossOptions(divergence, beta, skew, tail, temperature, t2_scale, ce_weight, z_loss)
-    with full_precision(hidden):
-        out = losses.fused(
-            get_backend(impl),
-            Head(weight, bias, logit_scale, softcap, temperature, vocab),
-            hidden,
-            ids,
-            TeacherTopK(teacher_ids, teacher_lp, teacher_log_tail),
-            labels,
-            coef,
-            losses.named_token_loss(options),
-            base=base,
-            entropy=entropy,
-            need_hidden=need[0],
-            need_weight=need[1],
-            need_bias=need[2],
-            filter_eps=filter_eps,
-        )
-    outputs = (*out.rows, out.entropy, out.dx, out.dw, out.db)
-    per_token, D, mass, lse, nll, H, dx, dw, db = (or_empty(t, coef) for t in outputs)
-    if D.data_ptr() == per_token.data_ptr():
-        D = D.clone()  # an operator's outputs may not share memory
-    return out.loss, per_token, D, mass, lse, nll, H, out.grad_scale, dx, dw, db
+topk_loss = torch.library.custom_op(
+    "fastdistill::topk_loss",
+    losses.topk_loss,
+    mutates_args=(),
+    schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor coef, Tensor ids, "
+    "Tensor teacher_ids, Tensor teacher_lp, Tensor teacher_log_tail, Tensor? labels, *, "
+    f"{LOSS}, {HEAD}, bool base, bool entropy, bool[] need, str impl, float? filter_eps) -> "
+    "(Tensor loss, Tensor per_token, Tensor divergence, Tensor student_mass, Tensor lse, "
+    "Tensor nll, Tensor entropy, Tensor grad_scale, Tensor dx, Tensor dw, Tensor db)",
+)
 
 
 @topk_loss.register_fake
 def _(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    coef: Tensor,
-    ids: Tensor,
-    teacher_ids: Tensor,
-    teacher_lp: Tensor,
-    teacher_log_tail: Tensor,
-    labels: Tensor | None,
-    divergence: str,
-    beta: float,
-    skew: float,
-    tail: str,
-    t2_scale: bool,
-    ce_weight: float,
-    z_loss: float,
-    logit_scale: float,
-    softcap: float | None,
-    temperature: float,
-    vocab: int,
-    base: bool,
-    entropy: bool,
-    need: list[bool],
-    impl: str,
-    filter_eps: float | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    row, none = torch.empty_like(coef), coef.new_empty(0)
-    has_base = temperature == 1.0 or base
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, coef: Tensor, *others: Any, **scalars: Any
+) -> tuple[Tensor, ...]:
+    has_lse = scalars["temperature"] == 1.0 or scalars["base"]
+    has_label = others[-1] is not None
+
+    def row(present: bool = True) -> Tensor:
+        return torch.empty_like(coef) if present else coef.new_empty(0)
+
     return (
         coef.new_empty(()),
-        row,
-        torch.empty_like(row),
-        torch.empty_like(row),
-        torch.empty_like(row) if has_base else none,
-        torch.empty_like(row) if has_base and labels is not None else coef.new_empty(0),
-        torch.empty_like(row) if entropy else coef.new_empty(0),
+        *(row(), row(), row()),
+        row(has_lse),
+        row(has_lse and has_label),
+        row(scalars["entropy"]),
         coef.new_empty(3),
-        *fake_grads(hidden, weight, bias, need),
+        *fake_grads(hidden, weight, bias, scalars["need"]),
     )
 
 
@@ -144,9 +76,12 @@ def scale_grad(grad: Tensor, factor: Tensor, in_place: bool) -> Tensor:
     return grad.mul_(factor.reshape(1))
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def save_grads(
+    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: Any, output: tuple[Tensor, ...]
+) -> None:
+    """Save per_token, grad_scale, dx, dw, db: the second output and the last four."""
     ctx.set_materialize_grads(False)  # or autograd would allocate zeros of the size of dW
-    ctx.save_for_backward(output[1], *output[7:])
+    ctx.save_for_backward(output[1], *output[-4:])
     ctx.count = len(inputs)
 
 
@@ -158,9 +93,9 @@ def raise_no_second_derivative() -> NoReturn:
 
 
 def saved_grads(ctx: Any, grad: Tensor, *others: Tensor) -> tuple[Any, ...]:
-    """Backward of an operator (hidden, weight, bias, coef, ...) -> (loss, ...).
+    """Backward of an operator (hidden, weight, bias, coef, ...) -> (loss, ...) after `save_grads`.
 
-    It saved per_token, grad_scale, dx, dw, db. The statistics carry no gradient.
+    The statistics carry no gradient.
     """
     if grad is None:  # only a gradient of the gradient was requested
         raise_no_second_derivative()
@@ -170,4 +105,4 @@ def saved_grads(ctx: Any, grad: Tensor, *others: Tensor) -> tuple[Any, ...]:
     return (*grads, d_coef, *[None] * (ctx.count - 4))
 
 
-topk_loss.register_autograd(saved_grads, setup_context=_setup)
+topk_loss.register_autograd(saved_grads, setup_context=save_grads)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .engines import Backend
-from .head import Head, blocks
+from .head import LMHead, blocks
 from .rows import ABSENT, NEG, first_slots
 
 
@@ -34,7 +34,7 @@ class HeadScores(NamedTuple):
 
 
 def scores(
-    backend: Backend, head: Head, hidden_NH: Tensor, ids_NS: Tensor, label_u_N: Tensor | None
+    backend: Backend, head: LMHead, hidden_NH: Tensor, ids_NS: Tensor, label_u_N: Tensor | None
 ) -> HeadScores:
     """Return the scores; label_u_N is the label's logit at T=1, from a product with its row."""
     parts = [
@@ -51,7 +51,7 @@ def scores(
 
 
 def _block(
-    backend: Backend, head: Head, hidden_nH: Tensor, ids_nS: Tensor, label_u_n: Tensor | None
+    backend: Backend, head: LMHead, hidden_nH: Tensor, ids_nS: Tensor, label_u_n: Tensor | None
 ) -> HeadScores:
     T = head.temperature
     scanned = backend.scan(

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,17 +30,37 @@ TAILS = ("bucket", "truncate", "renorm_teacher", "renorm_both")
 
 
 class LossOptions(NamedTuple):
-    """The scalars of one loss call, in the order the operators take them."""
+    """The loss of one position, and how it and its gradient are computed."""
 
-    divergence: str | Callable[[Tensor, Tensor], Tensor]
-    beta: float
-    skew: float
-    tail: str
-    temperature: float
-    t2_scale: bool
-    ce_weight: float
-    z_loss: float
+    divergence: str | Callable[[Tensor, Tensor], Tensor] = "forward_kl"
+    beta: float = 0.5
+    skew: float = 0.1
+    tail: str = "bucket"
+    temperature: float = 1.0
+    t2_scale: bool = False
+    ce_weight: float = 0.0
+    z_loss: float = 0.0
     filter_eps: float | None = None  # skip gradient tiles below this times the largest factor
+    allow_biased: bool = False
+    impl: str = "auto"
+    backward: str = "auto"
+
+    def scalars(self) -> dict[str, Any]:
+        """The terms of the loss as an operator takes them; it gets the temperature of its head."""
+        return {
+            "divergence": self.divergence,
+            "beta": self.beta,
+            "skew": self.skew,
+            "tail": self.tail,
+            "t2_scale": self.t2_scale,
+            "ce_weight": self.ce_weight,
+            "z_loss": self.z_loss,
+        }
+
+    @classmethod
+    def of(cls, scalars: dict[str, Any]) -> LossOptions:
+        """The options of an operator, which are among `scalars`."""
+        return cls(**{name: scalars[name] for name in cls._fields if name in scalars})
 
     @property
     def on_divergence(self) -> float:

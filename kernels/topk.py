@@ -11,16 +11,18 @@ import torch
 from torch import Tensor
 
 from .engines import Backend
-from .head import Head, blocks
+from .head import LMHead, blocks
 from .rows import ABSENT, log_tail_of
 
 # Logits of one chunk: enough tokens to hide the reading of W behind the products.
 CHUNK_BYTES = 512 << 20
 
 
-def topk(backend: Backend, head: Head, hidden_NH: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+def topk(
+    backend: Backend, head: LMHead, hidden_NH: Tensor, k: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """(ids int64 [N, k] by falling probability, logprobs [N, k], log_tail [N], −inf if k = V)."""
-    N, V = hidden_NH.shape[0], head.vocab
+    N, V = hidden_NH.shape[0], head.vocab_size
     ids = hidden_NH.new_empty(N, k, dtype=torch.int64)
     logprobs = hidden_NH.new_empty(N, k, dtype=head.dtype)
     log_tail = hidden_NH.new_empty(N, dtype=head.dtype)

@@ -12,13 +12,15 @@ if that is the type of the head and there are at most CARRIED_CHUNKS of them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .backends import get_backend
 from .engines import Backend
-from .head import Head, Stats, blocks, chunk_tokens, round_scaled, sums_in_16_bits
+from .head import LMHead, Stats, blocks, chunk_tokens, round_scaled, sums_in_16_bits
+from .op_common import full_precision, or_empty
 from .rows import (
     Gathered,
     LossOptions,
@@ -94,7 +96,7 @@ def callable_token_loss(options: LossOptions) -> TokenLossFunction:
 
 def fused(
     backend: Backend,
-    head: Head,
+    head: LMHead,
     hidden_NH: Tensor,
     ids_NS: Tensor,
     teacher: TeacherTopK,
@@ -180,7 +182,7 @@ def fused(
             )
     del buffer  # before dW is rounded: its copy can reuse the memory
     if dw is not None:
-        dw[head.vocab :] = 0
+        dw[head.vocab_size :] = 0
     dw, on_dw = round_scaled(dw, head.weight)  # first: frees the fp32 dW before dX is rounded
     dx, on_dx = round_scaled(dx, hidden_NH if combine is None else coef_N)
     db, on_db = round_scaled(db, coef_N if head.bias is None else head.bias)
@@ -195,4 +197,49 @@ def fused(
         dw,
         db,
         torch.stack([on_dx, on_dw, on_db]),
+    )
+
+
+def topk_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    coef: Tensor,
+    ids: Tensor,
+    teacher_ids: Tensor,
+    teacher_lp: Tensor,
+    teacher_log_tail: Tensor,
+    labels: Tensor | None,
+    **scalars: Any,
+) -> tuple[Tensor, ...]:
+    """fastdistill::topk_loss: `fused` of a named divergence; its schema is in op_losses.py."""
+    head, options = LMHead.of(weight, bias, scalars), LossOptions.of(scalars)
+    need_hidden, need_weight, need_bias = scalars["need"]
+    with full_precision(hidden):
+        out = fused(
+            get_backend(scalars["impl"]),
+            head,
+            hidden,
+            ids,
+            TeacherTopK(teacher_ids, teacher_lp, teacher_log_tail),
+            labels,
+            coef,
+            named_token_loss(options),
+            base=scalars["base"],
+            entropy=scalars["entropy"],
+            need_hidden=need_hidden,
+            need_weight=need_weight,
+            need_bias=need_bias,
+            filter_eps=scalars["filter_eps"],
+        )
+    divergence = out.rows.divergence
+    if divergence.data_ptr() == out.rows.per_token.data_ptr():
+        divergence = divergence.clone()  # an operator's outputs may not share memory
+    rows = out.rows._replace(divergence=divergence)
+    grads = (out.dx, out.dw, out.db)
+    return (
+        out.loss,
+        *(or_empty(t, coef) for t in (*rows, out.entropy)),
+        out.grad_scale,
+        *(or_empty(t, coef) for t in grads),
     )

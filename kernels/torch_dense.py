@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from .divergences import call_divergence, floor_of, resolve
-from .head import DenseRows, Head, blocks
+from .head import DenseRows, LMHead, blocks
 from .rows import LossOptions
 from .torch_slabs import Matmul, logits_view, slabs
 
 
 def dense_sums(
-    head: Head,
-    teacher_head: Head,
+    head: LMHead,
+    teacher_head: LMHead,
     buffers: tuple[Tensor, Tensor],
     lse_n: Tensor,
     teacher_lse_n: Tensor,
@@ -29,7 +29,7 @@ def dense_sums(
     grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(D [n], Σψ [n], the label's u [n]); with grad, ψ overwrites the teacher's logits."""
-    n, V = len(lse_n), head.vocab
+    n, V = len(lse_n), head.vocab_size
     u_Vn, psi_Vn = (
         logits_view(head, buffers[0], n)[:-1],
         logits_view(teacher_head, buffers[1], n)[:-1],
@@ -63,8 +63,8 @@ def dense_sums(
 
 
 def dense_grads(
-    head: Head,
-    teacher_head: Head,
+    head: LMHead,
+    teacher_head: LMHead,
     hidden_nH: Tensor,
     buffers: tuple[Tensor, Tensor],
     rows: DenseRows,
@@ -86,7 +86,7 @@ def dense_grads(
     dx_Hn = None
     if dx is not None:
         dx_Hn = torch.zeros(dx.shape[::-1], dtype=head.dtype, device=dx.device)
-    for at in slabs(head.vocab, n, head.dtype.itemsize):
+    for at in slabs(head.vocab_size, n, head.dtype.itemsize):
         u = u_Vn[at]
         d = psi_Vn[at].mul_(rows.on_D)
         d -= (u / T).sub_(rows.lse).exp_().mul_(rows.on_q)

@@ -13,23 +13,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .head import Head, blocks, slot_grads
+from .head import LMHead, blocks, slot_grads
 from .rows import ABSENT, NEG
 
 GATHER_BYTES = 16 << 20
 
 
-def _rows(head: Head, ids_nS: Tensor) -> Tensor:
+def _rows(head: LMHead, ids_nS: Tensor) -> Tensor:
     rows = head.weight.index_select(0, ids_nS.clamp(min=0).flatten())
     return rows.view(*ids_nS.shape, -1).to(head.dtype)
 
 
-def _blocks(head: Head, ids_NS: Tensor) -> list[slice]:
+def _blocks(head: LMHead, ids_NS: Tensor) -> list[slice]:
     per_token = max(1, ids_NS.shape[1] * head.weight.shape[1] * head.dtype.itemsize)
     return list(blocks(ids_NS.shape[0], max(1, GATHER_BYTES // per_token)))
 
 
-def forward(head: Head, hidden_NH: Tensor, ids_NS: Tensor) -> Tensor:
+def forward(head: LMHead, hidden_NH: Tensor, ids_NS: Tensor) -> Tensor:
     """z [N, S] at T, NEG in empty slots."""
     z_NS = hidden_NH.new_empty(ids_NS.shape, dtype=head.dtype)
     for at in _blocks(head, ids_NS):
@@ -43,7 +43,7 @@ def forward(head: Head, hidden_NH: Tensor, ids_NS: Tensor) -> Tensor:
     return (z_NS / head.temperature).masked_fill(ids_NS < 0, NEG)
 
 
-def hidden_grad(head: Head, ids_NS: Tensor, g_NS: Tensor) -> Tensor:
+def hidden_grad(head: LMHead, ids_NS: Tensor, g_NS: Tensor) -> Tensor:
     """Σ_s g_ns W[ids_ns], [N, H] in fp32; g is d(W x) and 0 in empty slots."""
     if head.weight.dtype == head.dtype:
         ids_NS = ids_NS.clamp(min=0)
@@ -55,7 +55,7 @@ def hidden_grad(head: Head, ids_NS: Tensor, g_NS: Tensor) -> Tensor:
 
 
 def backward(
-    head: Head,
+    head: LMHead,
     hidden_NH: Tensor,
     ids_NS: Tensor,
     z_NS: Tensor,

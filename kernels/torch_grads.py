@@ -15,14 +15,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .head import Head, Stats, slot_grads, sums_in_16_bits
+from .head import LMHead, Stats, slot_grads, sums_in_16_bits
 from .rows import Gathered
 from .torch_gather import hidden_grad
-from .torch_slabs import Matmul, Slots, grad_slab_, logits, logits_view, slabs
+from .torch_slabs import Matmul, Slots, grad_slab_, logits_view, slabs
 
 
 def chunk_grads(
-    head: Head,
+    head: LMHead,
     hidden_nH: Tensor,
     ids_nS: Tensor,
     stats: Stats,
@@ -47,8 +47,8 @@ def chunk_grads(
     dx_Hn = None
     if dx is not None and not packed:
         dx_Hn = torch.zeros(hidden_nH.shape[::-1], dtype=head.dtype, device=dx.device)
-    dz_Vn = buffer_V1n.view(-1).view(low)[: head.vocab * n].view(head.vocab, n)
-    for at in slabs(head.vocab, n, head.dtype.itemsize):
+    dz_Vn = buffer_V1n.view(-1).view(low)[: head.vocab_size * n].view(head.vocab_size, n)
+    for at in slabs(head.vocab_size, n, head.dtype.itemsize):
         ds1, after = buffer_V1n[at.start : at.stop + 1], buffer_V1n[at.stop].clone()
         ds = grad_slab_(head, buffer_V1n[at], stats, g.lse_rest, None, g.lse_base)
         slots.clear(at, ds1)
@@ -70,12 +70,12 @@ def chunk_grads(
         dx.copy_(dx_Hn.t())
     else:
         # dz of the slots, by far the largest, stays in fp32: its rounding would dominate the error.
-        off_slots = torch.mm(dz_Vn.t(), head.weight[: head.vocab])
+        off_slots = torch.mm(dz_Vn.t(), head.weight[: head.vocab_size])
         dx.copy_(hidden_grad(head, ids_nS, g_nS).add_(off_slots))
 
 
 def recompute(
-    head: Head,
+    head: LMHead,
     hidden_NH: Tensor,
     ids_NS: Tensor,
     stats: Stats,
@@ -100,11 +100,11 @@ def recompute(
     g_SN = slot_grads(head, stats.z_ids, grads.z_ids).t().contiguous()
     matmul, slots = Matmul(head, hidden_NH), Slots(ids_NS)
     d_vN1 = hidden_NH.new_empty(0, N, dtype=head.dtype)
-    for at in slabs(head.vocab, N, head.dtype.itemsize):
+    for at in slabs(head.vocab_size, N, head.dtype.itemsize):
         rows = at.stop - at.start
         if d_vN1.shape[0] < rows + 1:
             d_vN1 = d_vN1.new_empty(rows + 1, N)
-        u_vN = logits(head, matmul, at, d_vN1[:rows])
+        u_vN = matmul.logits(at, d_vN1[:rows])
         ds_vN = grad_slab_(head, u_vN, stats, grads.lse_rest, grads.mean_rest, grads.lse_base)
         slots.clear(at, d_vN1[: rows + 1])
         slots.put(at, d_vN1[: rows + 1], g_SN)

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .head import Head, RunningLSE, Scanned, Stats, Top2, grad_scale_of
+from .head import LMHead, RunningLSE, Scanned, Stats, Top2, grad_scale_of
 from .row_topk import row_topk
 from .rows import ABSENT, NEG
 
@@ -43,7 +43,7 @@ class Matmul:
     reused.
     """
 
-    def __init__(self, head: Head, hidden_nH: Tensor) -> None:
+    def __init__(self, head: LMHead, hidden_nH: Tensor) -> None:
         self.head = head
         self.native = head.weight.dtype == head.dtype
         self.mixed = not self.native and hidden_nH.is_cuda
@@ -64,12 +64,20 @@ class Matmul:
             self._slab = (at.start, at.stop)
         return self._scratch[:rows]
 
-    def products(self, at: slice, out_vn: Tensor) -> None:
-        """out = W[v] x."""
+    def logits(self, at: slice, u_vn: Tensor) -> Tensor:
+        """u of one slab, at T=1, into `u_vn`."""
+        head = self.head
         if self.mixed:
-            out_vn.copy_(torch.mm(self.head.weight[at], self.hidden_Hn, out_dtype=self.head.dtype))
+            u_vn.copy_(torch.mm(head.weight[at], self.hidden_Hn, out_dtype=head.dtype))
         else:
-            torch.mm(self.weight(at), self.hidden_Hn, out=out_vn)
+            torch.mm(self.weight(at), self.hidden_Hn, out=u_vn)
+        if head.bias is not None:
+            u_vn += head.bias[at].to(u_vn.dtype).unsqueeze(-1)
+        if head.logit_scale != 1.0:
+            u_vn *= head.logit_scale
+        if head.softcap is not None:
+            u_vn.mul_(1 / head.softcap).tanh_().mul_(head.softcap)
+        return u_vn
 
     def grad_scale(self, ds_vn: Tensor) -> Tensor:
         """The factor of ds before it is rounded to the type of the head."""
@@ -101,18 +109,6 @@ class Matmul:
         else:
             part = torch.mm(ds_vn, x_nH)
         dw_vH.copy_(part if first else part.add_(dw_vH))
-
-
-def logits(head: Head, matmul: Matmul, at: slice, u_vn: Tensor) -> Tensor:
-    """u of one slab, at T=1, into `u_vn`."""
-    matmul.products(at, u_vn)
-    if head.bias is not None:
-        u_vn += head.bias[at].to(u_vn.dtype).unsqueeze(-1)
-    if head.logit_scale != 1.0:
-        u_vn *= head.logit_scale
-    if head.softcap is not None:
-        u_vn.mul_(1 / head.softcap).tanh_().mul_(head.softcap)
-    return u_vn
 
 
 class Slots:
@@ -149,18 +145,18 @@ class Slots:
             ds_vn1.scatter_add_(0, self.index(at)[0], g_Sn)
 
 
-def new_logits_buffer(head: Head, tokens: int) -> Tensor:
+def new_logits_buffer(head: LMHead, tokens: int) -> Tensor:
     """Memory for the logits of up to `tokens` tokens, plus one spare row."""
-    return head.weight.new_empty((head.vocab + 1) * tokens, dtype=head.dtype)
+    return head.weight.new_empty((head.vocab_size + 1) * tokens, dtype=head.dtype)
 
 
-def logits_view(head: Head, buffer: Tensor, tokens: int) -> Tensor:
+def logits_view(head: LMHead, buffer: Tensor, tokens: int) -> Tensor:
     """The logits of n tokens in a buffer, [V + 1, n]."""
-    return buffer[: (head.vocab + 1) * tokens].view(head.vocab + 1, tokens)
+    return buffer[: (head.vocab_size + 1) * tokens].view(head.vocab_size + 1, tokens)
 
 
 def scan(
-    head: Head,
+    head: LMHead,
     hidden_nH: Tensor,
     ids_nS: Tensor,
     *,
@@ -182,7 +178,7 @@ def scan(
     if base and head.temperature != 1.0:
         running_base = RunningLSE.empty(n, u_1n, 1.0, 0)
     top2 = _empty_top2(n, u_1n) if best else None
-    for at in slabs(head.vocab, n, head.dtype.itemsize):
+    for at in slabs(head.vocab_size, n, head.dtype.itemsize):
         rows = at.stop - at.start
         if buffer is not None:
             u_vn1 = logits_view(head, buffer, n)[at.start : at.stop + 1]
@@ -190,7 +186,7 @@ def scan(
             if u_1n.shape[0] < rows + 1:
                 u_1n = u_1n.new_empty(rows + 1, n)
             u_vn1 = u_1n[: rows + 1]
-        u_vn = logits(head, matmul, at, u_vn1[:rows])
+        u_vn = matmul.logits(at, u_vn1[:rows])
         slots.take(at, u_vn1)
         running.add(u_vn)
         if running_base is not None:
@@ -223,7 +219,7 @@ def _merge_top2(best: Top2, at: slice, u_vn: Tensor, label_u_n: Tensor | None) -
 
 
 def grad_slab_(
-    head: Head,
+    head: LMHead,
     u_vn: Tensor,
     stats: Stats,
     g_rest_n: Tensor,
@@ -253,7 +249,7 @@ def grad_slab_(
 
 
 def topk(
-    head: Head, hidden_nH: Tensor, k: int, buffer: Tensor | None = None
+    head: LMHead, hidden_nH: Tensor, k: int, buffer: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(z [n, k] at T by falling value, ids int64 [n, k], lse_rest [n]); uses one slab.
 
@@ -265,11 +261,11 @@ def topk(
     u_1n = hidden_nH.new_empty(0, n, dtype=head.dtype)
     best_nk, ids_nk = u_1n.new_empty(n, 0), u_1n.new_empty(n, 0, dtype=torch.int64)
     rest_n = u_1n.new_full((n,), -torch.inf)
-    for at in slabs(head.vocab, n, head.dtype.itemsize):
+    for at in slabs(head.vocab_size, n, head.dtype.itemsize):
         rows = at.stop - at.start
         if u_1n.shape[0] < rows:
             u_1n = u_1n.new_empty(rows, n)
-        z_vn = logits(head, matmul, at, u_1n[:rows]).div_(head.temperature)
+        z_vn = matmul.logits(at, u_1n[:rows]).div_(head.temperature)
         values, ids, rest = row_topk(z_vn.t().contiguous(), min(k, rows))
         all_values, all_ids = (
             torch.cat([best_nk, values], -1),

@@ -32,7 +32,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .head import Head
+from .head import LMHead
 from .rows import ABSENT as _ABSENT
 from .rows import NEG as _NEG
 
@@ -80,7 +80,7 @@ def launch(kernel: Any, grid: tuple[int, ...], like: Tensor, **arguments: Any) -
         kernel[grid](**arguments)
 
 
-def scalars(head: Head) -> dict[str, float | bool]:
+def scalars(head: LMHead) -> dict[str, float | bool]:
     return {
         "scale": float(head.logit_scale),
         "cap": 0.0 if head.softcap is None else float(head.softcap),

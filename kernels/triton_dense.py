@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .divergences import call_divergence, floor_of
-from .head import DenseRows, Head, blocks, grad_scale_of
+from .head import DenseRows, LMHead, blocks, grad_scale_of
 from .rows import LossOptions
 from .triton_common import (
     add_product,
@@ -192,7 +192,7 @@ def grad_divergence(
         tl.store(p_dz + o_cols, round_to(b_dz, p_dz.dtype.element_ty), mask=m_cols)
 
 
-def _kernel_scalars(head: Head, teacher: Head, w: float) -> dict[str, float | bool]:
+def _kernel_scalars(head: LMHead, teacher: LMHead, w: float) -> dict[str, float | bool]:
     teacher_head_scalars = scalars(teacher)
     teacher_scalars = {
         "t_scale": teacher_head_scalars["scale"],
@@ -202,18 +202,18 @@ def _kernel_scalars(head: Head, teacher: Head, w: float) -> dict[str, float | bo
     return scalars(head) | teacher_scalars | {"w": float(w), "floor": floor_of(head.dtype)}
 
 
-def _shaped_rows(head: Head, raw_nV: Tensor) -> Tensor:
+def _shaped_rows(head: LMHead, raw_nV: Tensor) -> Tensor:
     """u of raw products, in PyTorch."""
     u = raw_nV
     if head.bias is not None:
-        u = u + head.bias[: head.vocab].to(u.dtype)
+        u = u + head.bias[: head.vocab_size].to(u.dtype)
     u = u * head.logit_scale
     return u if head.softcap is None else head.softcap * torch.tanh(u / head.softcap)
 
 
 def dense_sums(
-    head: Head,
-    teacher_head: Head,
+    head: LMHead,
+    teacher_head: LMHead,
     buffers: tuple[Tensor, Tensor],
     lse_n: Tensor,
     teacher_lse_n: Tensor,
@@ -242,15 +242,15 @@ def dense_sums(
             p_psi_sum=total,
             ld_raw=raw.stride(0),
             ld_t_raw=teacher_raw.stride(0),
-            v=head.vocab,
+            v=head.vocab_size,
             **_kernel_scalars(head, teacher_head, w),
             PHI=phi,
-            BV=min(DENSE_TILE["BV"], triton.next_power_of_2(head.vocab)),
+            BV=min(DENSE_TILE["BV"], triton.next_power_of_2(head.vocab_size)),
             num_warps=DENSE_TILE["num_warps"],
         )
     else:
         T, floor = options.temperature, floor_of(head.dtype)
-        for at in blocks(n, max(1, CALLABLE_BYTES // (head.vocab * raw.element_size()))):
+        for at in blocks(n, max(1, CALLABLE_BYTES // (head.vocab_size * raw.element_size()))):
             lq = _shaped_rows(head, raw[at]) / T - lse_n[at].unsqueeze(-1)
             lp = _shaped_rows(teacher_head, teacher_raw[at]) / T - teacher_lse_n[at].unsqueeze(-1)
             with torch.enable_grad():
@@ -272,8 +272,8 @@ def dense_sums(
 
 
 def dense_grads(
-    head: Head,
-    teacher_head: Head,
+    head: LMHead,
+    teacher_head: LMHead,
     hidden_nH: Tensor,
     buffers: tuple[Tensor, Tensor],
     rows: DenseRows,
@@ -287,7 +287,7 @@ def dense_grads(
     """Add the gradients of one chunk."""
     n, low = len(hidden_nH), head.weight.dtype
     raw, teacher_raw = logits_view(head, buffers[0], n), logits_view(teacher_head, buffers[1], n)
-    dz = raw if low == raw.dtype else raw.view(low)[:, : head.vocab]
+    dz = raw if low == raw.dtype else raw.view(low)[:, : head.vocab_size]
     phi, w = None, 0.0
     if isinstance(options.divergence, str):
         phi, w = divergence_function(options.divergence, options.beta, options.skew)
@@ -312,25 +312,25 @@ def dense_grads(
         ld_raw=raw.stride(0),
         ld_t_raw=teacher_raw.stride(0),
         ld_dz=dz.stride(0),
-        v=head.vocab,
+        v=head.vocab_size,
         **_kernel_scalars(head, teacher_head, w),
         PHI=phi,
-        BV=min(DENSE_TILE["BV"], triton.next_power_of_2(head.vocab)),
+        BV=min(DENSE_TILE["BV"], triton.next_power_of_2(head.vocab_size)),
         num_warps=DENSE_TILE["num_warps"],
     )
-    db = None if db is None else db[: head.vocab]
-    dw = None if dw is None else dw[: head.vocab]
+    db = None if db is None else db[: head.vocab_size]
+    dw = None if dw is None else dw[: head.vocab_size]
     with sums_at_scale(grad_scale, first, dx, dw, db):
         if db is not None:
             db += dz.sum(0, dtype=db.dtype)
         if dw is not None:
             add_product(dz.t(), hidden_nH, dw, first)
         if dx is not None:
-            product(dz, head.weight[: head.vocab], dx)
+            product(dz, head.weight[: head.vocab_size], dx)
 
 
 def _scaled_rows(
-    head: Head, rows: DenseRows, psi_nV: Tensor | None
+    head: LMHead, rows: DenseRows, psi_nV: Tensor | None
 ) -> tuple[DenseRows, Tensor | None]:
     """(rows · scale, scale) such that dz fits float16; (rows, None) for other types.
 

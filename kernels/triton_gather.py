@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .head import Head, slot_grads
+from .head import LMHead, slot_grads
 from .rows import ABSENT
 from .triton_common import NEG, launch, round_to, scalars, shape_logits
 
@@ -179,7 +179,7 @@ def sum_runs(
         b_db = tl.where(m_last, 0.0, b_db)
 
 
-def forward(head: Head, hidden_NH: Tensor, ids_NS: Tensor) -> Tensor:
+def forward(head: LMHead, hidden_NH: Tensor, ids_NS: Tensor) -> Tensor:
     """z [N, S] at T, NEG in empty slots."""
     (N, H), S = hidden_NH.shape, ids_NS.shape[1]
     z_NS = hidden_NH.new_empty(N, S, dtype=head.dtype)
@@ -207,7 +207,7 @@ def forward(head: Head, hidden_NH: Tensor, ids_NS: Tensor) -> Tensor:
 
 
 def hidden_grad(
-    head: Head, ids_NS: Tensor, g_NS: Tensor, out: Tensor, base: Tensor | None = None
+    head: LMHead, ids_NS: Tensor, g_NS: Tensor, out: Tensor, base: Tensor | None = None
 ) -> None:
     """out [N, H] = base + Σ_s g_ns W[ids_ns], summed in fp32; g is d(W x)."""
     N, S = ids_NS.shape
@@ -280,7 +280,7 @@ def weight_grad(
 
 
 def backward(
-    head: Head,
+    head: LMHead,
     hidden_NH: Tensor,
     ids_NS: Tensor,
     z_NS: Tensor,

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .head import Head, Stats
+from .head import LMHead, Stats
 from .triton_common import ABSENT, ROW_TILE, SLOT_TILE, launch, round_to, scalars, shape_logits
 
 
@@ -105,7 +105,7 @@ def grad_rows(
 
 
 def grad_rows_(
-    head: Head,
+    head: LMHead,
     raw_nv: Tensor,
     v0: int,
     ids_nS: Tensor,

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .head import Head, RunningLSE, Scanned, Top2
+from .head import LMHead, RunningLSE, Scanned, Top2
 from .rows import NEG as _NEG
 from .triton_common import ABSENT, NEG, SLOT_TILE, launch, scalars, shape_logits
 
@@ -162,7 +162,7 @@ class Running:
 
     def __init__(
         self,
-        head: Head,
+        head: LMHead,
         ids_nS: Tensor,
         moments: int,
         base: bool,

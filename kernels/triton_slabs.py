@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import triton_filter, triton_gather, triton_stream
-from .head import Head, RunningLSE, Scanned, Stats, blocks, scaled_grads, slot_grads
+from .head import LMHead, RunningLSE, Scanned, Stats, blocks, scaled_grads, slot_grads
 from .rows import Gathered
 from .triton_common import add_product, product, slab_columns, sums_at_scale
 from .triton_grad import grad_rows_
@@ -27,18 +27,18 @@ BLOCK_TOKENS = 2048
 RECOMPUTE_BYTES = 64 << 20
 
 
-def new_logits_buffer(head: Head, tokens: int) -> Tensor:
+def new_logits_buffer(head: LMHead, tokens: int) -> Tensor:
     """Memory for the raw logits of up to `tokens` tokens; rows are aligned to 64 bytes."""
-    return head.weight.new_empty(tokens, -(-head.vocab // 16) * 16, dtype=head.dtype)
+    return head.weight.new_empty(tokens, -(-head.vocab_size // 16) * 16, dtype=head.dtype)
 
 
-def logits_view(head: Head, buffer: Tensor, tokens: int) -> Tensor:
+def logits_view(head: LMHead, buffer: Tensor, tokens: int) -> Tensor:
     """The logits of n tokens in a buffer, [n, V]."""
-    return buffer[:tokens, : head.vocab]
+    return buffer[:tokens, : head.vocab_size]
 
 
 def scan(
-    head: Head,
+    head: LMHead,
     hidden_nH: Tensor,
     ids_nS: Tensor,
     *,
@@ -61,11 +61,11 @@ def scan(
             label_u_n=label_u_n,
         )
     running = Running(head, ids_nS, moments, base, best, label_u_n)
-    columns = slab_columns(head.vocab)
+    columns = slab_columns(head.vocab_size)
     slab = None
     for rows in blocks(n, BLOCK_TOKENS):
         x, reduce = hidden_nH[rows], running.block(rows)
-        for at in blocks(head.vocab, columns):
+        for at in blocks(head.vocab_size, columns):
             if buffer is not None:
                 raw = logits_view(head, buffer, n)[rows, at]
             else:
@@ -92,7 +92,7 @@ def merge_repeated_slots(ids_nS: Tensor, g_nS: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def chunk_grads(
-    head: Head,
+    head: LMHead,
     hidden_nH: Tensor,
     ids_nS: Tensor,
     stats: Stats,
@@ -116,9 +116,9 @@ def chunk_grads(
     if filter_threshold is not None and grad_scale is not None:
         filter_threshold = filter_threshold * grad_scale
     if dw is not None:
-        dw = dw[: head.vocab]
+        dw = dw[: head.vocab_size]
     if db is not None:
-        db = db[: head.vocab]
+        db = db[: head.vocab_size]
     with sums_at_scale(grad_scale, first, dx, dw, db):
         _add_grads(
             head, hidden_nH, ids, stats, upstream, buffer, first, dx, dw, db, filter_threshold
@@ -126,7 +126,7 @@ def chunk_grads(
 
 
 def _add_grads(
-    head: Head,
+    head: LMHead,
     hidden_nH: Tensor,
     ids: Tensor,
     stats: Stats,
@@ -144,7 +144,7 @@ def _add_grads(
     dz = grad_rows_(
         head, logits_view(head, buffer, len(hidden_nH)), 0, ids, in_place, stats, upstream
     )
-    weight = head.weight[: head.vocab]
+    weight = head.weight[: head.vocab_size]
     if filter_threshold is not None:
         live = triton_filter.live_tiles(dz, filter_threshold)
         if db is not None:
@@ -173,7 +173,7 @@ def _add_grads(
 
 
 def recompute(
-    head: Head,
+    head: LMHead,
     hidden_NH: Tensor,
     ids_NS: Tensor,
     stats: Stats,
@@ -185,7 +185,7 @@ def recompute(
     hidden_type: torch.dtype,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dX [N, H] in hidden_type, dW like weight, db like bias), each None unless needed."""
-    (N, H), V = hidden_NH.shape, head.vocab
+    (N, H), V = hidden_NH.shape, head.vocab_size
     dw = torch.zeros_like(head.weight) if need_weight else None
     db = None
     if need_bias and head.bias is not None:
@@ -240,13 +240,13 @@ def _store(left: Tensor, right: Tensor, grad_scale: Tensor | None, out: Tensor) 
     out.copy_(wide.div_(grad_scale))
 
 
-def topk(head: Head, hidden_nH: Tensor, k: int, buffer: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def topk(head: LMHead, hidden_nH: Tensor, k: int, buffer: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(z [n, k] at T by falling value, ids int64 [n, k], lse_rest [n]); overwrites buffer."""
     n = hidden_nH.shape[0]
     z_nV = logits_view(head, buffer, n)
-    product(hidden_nH, head.weight[: head.vocab].t(), z_nV)
+    product(hidden_nH, head.weight[: head.vocab_size].t(), z_nV)
     if head.bias is not None:
-        z_nV += head.bias[: head.vocab].to(z_nV.dtype)
+        z_nV += head.bias[: head.vocab_size].to(z_nV.dtype)
     if head.logit_scale != 1.0:
         z_nV *= head.logit_scale
     if head.softcap is not None:
@@ -254,10 +254,10 @@ def topk(head: Head, hidden_nH: Tensor, k: int, buffer: Tensor) -> tuple[Tensor,
     if head.temperature != 1.0:
         z_nV /= head.temperature
     best = z_nV.topk(k, dim=-1)
-    plain = Head(head.weight, None, 1.0, None, 1.0, head.vocab)
+    plain = LMHead(head.weight, valid_vocab=head.valid_vocab)
     running = Running(plain, best.indices, 0, False, False, None)
     reduce = running.block(slice(0, n))
-    for at in blocks(head.vocab, slab_columns(head.vocab)):
+    for at in blocks(head.vocab_size, slab_columns(head.vocab_size)):
         reduce(at, z_nV[:, at])
     rest: RunningLSE = running.scanned().rest
     return best.values, best.indices, rest.lse()

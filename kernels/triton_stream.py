@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .head import Head, RunningLSE, Scanned, Top2
+from .head import LMHead, RunningLSE, Scanned, Top2
 from .rows import ABSENT as _ABSENT
 from .rows import NEG as _NEG
 from .triton_common import INTERPRETED, NEG, launch, scalars, shape_logits
@@ -192,7 +192,7 @@ def stream(
         tl.store(p_n_above + o_out, b_n_above, mask=m_rows)
 
 
-def is_faster(head: Head, hidden_nH: Tensor) -> bool:
+def is_faster(head: LMHead, hidden_nH: Tensor) -> bool:
     """Whether to stream: a small 16-bit head whose rows the copy engine can address."""
     if head.weight.element_size() != 2 or hidden_nH.shape[0] == 0:
         return False
@@ -226,7 +226,7 @@ def sorted_slots(ids_nS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def scan(
-    head: Head,
+    head: LMHead,
     hidden_nH: Tensor,
     ids_nS: Tensor,
     *,
@@ -240,7 +240,7 @@ def scan(
     base = base and T != 1.0
     tile = HEAVY if best else LIGHT
     BN, BV, BH = tile["BN"], tile["BV"], tile["BH"]
-    tiles = triton.cdiv(head.vocab, BV)
+    tiles = triton.cdiv(head.vocab_size, BV)
     parts = splits(triton.cdiv(n, BN), tiles, hidden_nH.device)
     each = triton.cdiv(tiles, parts)
     parts = triton.cdiv(tiles, each)
@@ -270,7 +270,7 @@ def scan(
         p_best_id=best_id if best else None,
         p_n_above=above if best else None,
         n=n,
-        v=head.vocab,
+        v=head.vocab_size,
         H=H,
         S=S,
         n_tiles=each,

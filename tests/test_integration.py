@@ -8,8 +8,10 @@ from torch.utils.checkpoint import checkpoint
 
 import fastdistill as fd
 from benchmarks.memory import peak_mb
+from fastdistill.kernels.head import LMHead
 from fastdistill.kernels.op_dense import dense_rows
 from fastdistill.kernels.op_gather import gather_logits, lse_gather
+from fastdistill.kernels.rows import LossOptions
 from helpers.cases import case, leaves, top_k
 from helpers.tolerances import assert_close
 
@@ -68,36 +70,19 @@ def test_opcheck(impl_of_auto):
     c = case(torch.float32, V=70)
     x, w, b = leaves(c.hidden, c.weight, c.bias)
     ids = top_k(c.teacher_logits, 5).ids
-    torch.library.opcheck(lse_gather, (x, w, b, ids, 1.0, None, 2.0, 67, True, True, impl_of_auto))
-    torch.library.opcheck(
-        lse_gather, (x, w, None, ids, 0.7, 5.0, 1.0, 70, False, False, impl_of_auto)
-    )
-    torch.library.opcheck(gather_logits, (x, w, b, ids, 1.0, None, 2.0, impl_of_auto))
-    torch.library.opcheck(
-        dense_rows,
-        (
-            x,
-            w,
-            b,
-            c.hidden,
-            c.weight,
-            None,
-            c.labels,
-            "jsd",
-            0.5,
-            0.1,
-            False,
-            0.1,
-            0.0,
-            1.0,
-            None,
-            1.0,
-            None,
-            1.0,
-            70,
-            impl_of_auto,
-        ),
-    )
+    at_2 = LMHead(w, b, valid_vocab=67, temperature=2.0).scalars() | {"impl": impl_of_auto}
+    shaped = LMHead(w, None, 0.7, 5.0, 70).scalars() | {"impl": impl_of_auto}
+    torch.library.opcheck(lse_gather, (x, w, b, ids), {**at_2, "moment": True, "base": True})
+    torch.library.opcheck(lse_gather, (x, w, None, ids), {**shaped, "moment": False, "base": False})
+    torch.library.opcheck(gather_logits, (x, w, b, ids), at_2)
+    scalars = dense_scalars(LMHead(w, valid_vocab=70), impl_of_auto, ce_weight=0.1)
+    teacher = (c.hidden, c.weight, None, c.labels)
+    torch.library.opcheck(dense_rows, (x, w, b, *teacher), scalars)
+
+
+def dense_scalars(head, impl, **options):
+    options = LossOptions("jsd", **options).scalars() | head.scalars() | {"impl": impl}
+    return options | {"teacher_logit_scale": 1.0, "teacher_softcap": None}
 
 
 @pytest.mark.parametrize("op", ["topk_loss", "dense_loss"])
@@ -107,63 +92,18 @@ def test_opcheck_of_gradient_in_forward(op, impl_of_auto):
     x, w, b = leaves(c.hidden, c.weight, c.bias)
     (coef,) = leaves(torch.full((12,), 1 / 12))
     t = top_k(c.teacher_logits, 5)
-    need = [True] * 3
+    need, head = [True] * 3, LMHead(w, valid_vocab=67)
     if op == "topk_loss":
-        args = (
-            x,
-            w,
-            b,
-            coef,
-            t.ids,
-            t.ids,
-            t.logprobs.float(),
-            t.log_tail.float(),
-            None,
-            "forward_kl",
-            0.5,
-            0.1,
-            "bucket",
-            False,
-            0.0,
-            0.0,
-            1.0,
-            None,
-            1.0,
-            67,
-            False,
-            True,
-            need,
-            impl_of_auto,
-            None,
-        )
+        teacher = (t.ids, t.logprobs.float(), t.log_tail.float())
+        args = (x, w, b, coef, t.ids, *teacher, None)
+        scalars = LossOptions().scalars() | head.scalars()
+        scalars |= {"base": False, "entropy": True, "impl": impl_of_auto, "filter_eps": None}
     else:
-        args = (
-            x,
-            w,
-            b,
-            coef,
-            c.hidden,
-            c.weight * 0.9,
-            None,
-            None,
-            "jsd",
-            0.5,
-            0.1,
-            False,
-            0.0,
-            0.0,
-            1.0,
-            None,
-            1.0,
-            None,
-            1.0,
-            67,
-            need,
-            impl_of_auto,
-        )
+        args = (x, w, b, coef, c.hidden, c.weight * 0.9, None, None)
+        scalars = dense_scalars(head, impl_of_auto)
     function = getattr(torch.ops.fastdistill, op).default
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(function, args, test_utils=tests)
+    torch.library.opcheck(function, args, scalars | {"need": need}, test_utils=tests)
 
 
 @pytest.mark.parametrize("name", list(CALLS))

@@ -13,6 +13,7 @@ SPARSE = [
     "beta",
     "skew",
     "tail",
+    "allow_biased",
     "temperature",
     "t2_scale",
     "ce_weight",

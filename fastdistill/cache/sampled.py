@@ -13,9 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..heads import LMHead
-from ..kernels.head import Head, blocks
-from ..kernels.torch_slabs import Matmul, logits, slabs
+from ..kernels.head import LMHead, blocks
+from ..kernels.torch_slabs import Matmul, slabs
 from ..outputs import TopK
 
 _TOKENS = 256  # whose logits are in memory at a time
@@ -53,11 +52,10 @@ def draw(
 
 def _logits(hidden_nH: Tensor, head: LMHead) -> Tensor:
     """Return logits [V, n] in fp32."""
-    inner = Head(head.weight, head.bias, head.logit_scale, head.softcap, 1.0, head.vocab_size)
-    matmul, n = Matmul(inner, hidden_nH), len(hidden_nH)
-    u_Vn = hidden_nH.new_empty(inner.vocab, n, dtype=inner.dtype)
-    for at in slabs(inner.vocab, n, u_Vn.element_size()):
-        logits(inner, matmul, at, u_Vn[at])
+    matmul, n = Matmul(head, hidden_nH), len(hidden_nH)
+    u_Vn = hidden_nH.new_empty(head.vocab_size, n, dtype=head.dtype)
+    for at in slabs(head.vocab_size, n, u_Vn.element_size()):
+        matmul.logits(at, u_Vn[at])
     return u_Vn
 
 

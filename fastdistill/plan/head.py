@@ -21,7 +21,7 @@ import torch
 
 from ..kernels import topk as topk_kernel
 from ..kernels.backends import CPU_BLOCK_TOKENS
-from ..kernels.head import Head, chunk_tokens
+from ..kernels.head import LMHead, chunk_tokens
 from ..kernels.topk_loss import CARRIED_CHUNKS
 from ..kernels.torch_gather import GATHER_BYTES
 from ..kernels.torch_slabs import slabs
@@ -58,7 +58,7 @@ class HeadShape(NamedTuple):
         """Return the number of tokens in a chunk of the fused loss."""
         device = self.device if self.device == "cpu" else "meta"  # has the limits of a GPU
         weight = torch.empty(1, dtype=self.dtype, device=device).expand(self.V, self.H)
-        return min(N, chunk_tokens(Head(weight, None, 1.0, None, 1.0, self.V), N, self.trained))
+        return min(N, chunk_tokens(LMHead(weight), N, self.trained))
 
     def rows(self, tokens: int) -> int:
         """Return the number of vocabulary rows in a slab on a CPU."""

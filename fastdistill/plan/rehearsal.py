@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..heads import LMHead, evaluating, head_module, hidden_states
-from ..training.student import forward_to_head, without_adapters
+from ..training.student import student_at_head, without_adapters
 from ..training.targets import Targets
 from .head import HeadShape, LossMemory
 from .parts import Settings
@@ -83,7 +83,8 @@ def rehearse_step(model: Any, settings: Settings, work: LossMemory, device: str)
             if settings.accumulation > 1:
                 for p in model.parameters():
                     p.grad = torch.empty_like(p) if p.requires_grad else None
-            loss = forward_to_head(model, base_model, inputs, targets, use, packed=False)
+            with student_at_head(base_model, inputs, targets, use) as student_inputs:
+                loss = model(**student_inputs)
             # Tensor.backward would be intercepted and run without the modes.
             torch.autograd.backward(loss)
             del loss, inputs, targets, ids, at

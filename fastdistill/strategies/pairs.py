@@ -140,7 +140,7 @@ class PairLoss:
             fail("batch", "pairs of rows", f"{targets.shape[0]} of them")
         logprobs = _row_logprobs(hidden, head, targets)
         with torch.no_grad():
-            reference_head = replace(answers.head, valid_vocab=head.valid_vocab)
+            reference_head = answers.head._replace(valid_vocab=head.valid_vocab)
             reference = _row_logprobs(answers.hidden, reference_head, targets)
         ratio = self.beta * (logprobs - reference)
         margin = ratio[0::2] - ratio[1::2]

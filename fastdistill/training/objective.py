@@ -9,16 +9,17 @@ divides them once by the number of targets in the whole accumulated batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..dense import linear_distill_loss
+from ..dense import distill_dense
 from ..heads import LMHead
-from ..losses import topk_distill
+from ..kernels.rows import LossOptions
+from ..losses import distill_topk
+from ..operands import Reduction
 from ..outputs import TokenScores, TopK
 from ..primitive import linear_topk
 from ..scores import token_scores
@@ -39,13 +40,15 @@ class TeacherHidden(NamedTuple):
     hidden: Tensor  # (N, G)
     head: LMHead
 
-    def take(self, indices: Tensor) -> TeacherHidden:
+    def at(self, indices: Tensor) -> TeacherHidden:
         return TeacherHidden(self.hidden[indices], self.head)
 
     def topk(self, k: int, temperature: float, impl: str) -> TopK:
         k = min(k, self.head.vocab_size)
-        options = {"temperature": temperature, "impl": impl, **self.head.options()}
-        return linear_topk(self.hidden, self.head.weight, k, **options)
+        options = self.head.options()
+        return linear_topk(
+            self.hidden, self.head.weight, k, temperature=temperature, impl=impl, **options
+        )
 
 
 Answers = TopK | TeacherHidden | None  # of N targets; None for the labels alone
@@ -90,13 +93,21 @@ class Loss:
             indices = weights.nonzero()[:, 0]
             sums["selected"] = _count(indices)
             hidden, targets, weights = hidden[indices], targets.take(indices), weights[indices]
-            answers = _take(answers, indices)
-        options = self._options(head, labels_count)
-        loss: Callable[..., LossResult] = (
-            _teacher_hidden_loss if isinstance(answers, TeacherHidden) else _topk_loss
+            answers = None if answers is None else answers.at(indices)
+        options, reduction = (
+            self._options(answers, labels_count),
+            Reduction(targets.labels, weights, kind="sum"),
         )
-        result = loss(hidden, head, targets.labels, answers, weights, options)
-        return result._replace(sums=sums | {"loss": result.loss.detach().float()} | result.sums)
+        if isinstance(answers, TeacherHidden):
+            loss = distill_dense(hidden, head, answers.hidden, answers.head, options, reduction)
+            return LossResult(loss, None, sums | {"loss": loss.detach().float()})
+        teacher = _empty_topk(targets.labels) if answers is None else answers
+        out = distill_topk(hidden, head, teacher, options, reduction)
+        sums["loss"] = out.loss.detach().float()
+        for name in ("nll",) if answers is None else _LOGGED_SUMS:
+            if (statistic := getattr(out, name)) is not None:
+                sums[name] = statistic.float().sum()
+        return LossResult(out.loss, out.per_token, sums)
 
     def _weights(self, hidden: Tensor, head: LMHead, targets: Targets, answers: Answers) -> Tensor:
         assert self.selection is not None
@@ -124,22 +135,24 @@ class Loss:
             **head.options(),
         )
 
-    def _options(self, head: LMHead, labels_count: bool) -> dict[str, Any]:
+    def _options(self, answers: Answers, labels_count: bool = True) -> LossOptions:
         config = self.config
-        return {
-            "divergence": config.divergence,
-            "beta": config.beta,
-            "skew": config.skew,
-            "tail": config.tail,
-            "allow_biased": config.allow_biased,
-            "temperature": config.temperature,
-            "t2_scale": config.t2_scale,
-            "ce_weight": config.ce_weight if labels_count else 0.0,
-            "z_loss": config.z_loss,
-            "impl": config.impl,
-            "backward": config.backward,
-            **head.options(),
-        }
+        options = LossOptions(
+            divergence=config.divergence,
+            beta=config.beta,
+            skew=config.skew,
+            tail=config.tail,
+            allow_biased=config.allow_biased,
+            temperature=config.temperature,
+            t2_scale=config.t2_scale,
+            ce_weight=config.ce_weight if labels_count else 0.0,
+            z_loss=config.z_loss,
+            impl=config.impl,
+            backward=config.backward,
+        )
+        if answers is not None:
+            return options
+        return options._replace(divergence="forward_kl", tail="bucket", temperature=1.0)
 
     @torch.no_grad()
     def measure(
@@ -152,13 +165,13 @@ class Loss:
         and both masses on its K. Columns that need a teacher are NaN without one.
         """
         head, labels, topk = head.whole(), targets.labels, self._topk(answers)
-        options = self._options(head, True) | {"reduction": "none", "backward": "auto"}
+        options = self._options(answers)._replace(backward="auto")
         per_token = _per_token(hidden, head, labels, answers, options)
         scores = self._scores(hidden, head, labels, topk)
         kl = scores.forward_kl
         if isinstance(answers, TeacherHidden):
-            plain = {"divergence": "forward_kl", "ce_weight": 0.0, "z_loss": 0.0, "t2_scale": False}
-            kl = _per_token(hidden, head, labels, answers, options | plain)
+            kl_alone = LossOptions(temperature=options.temperature, impl=options.impl)
+            kl = _per_token(hidden, head, labels, answers, kl_alone)
         columns: dict[str, Tensor | None] = {
             "tokens": torch.ones_like(scores.lse),
             "loss": per_token,
@@ -179,77 +192,14 @@ class Loss:
         return rows, histograms(scores._asdict() | {"forward_kl": kl}, targets)
 
 
-def _topk_loss(
-    hidden: Tensor,
-    head: LMHead,
-    labels: Tensor,
-    teacher: TopK | None,
-    weights: Tensor | None,
-    options: dict[str, Any],
-) -> LossResult:
-    out = topk_distill(
-        hidden,
-        head.weight,
-        _empty_topk(labels) if teacher is None else teacher,
-        labels=labels,
-        token_weight=weights,
-        reduction="sum",
-        **_without_teacher(options) if teacher is None else options,
-    )
-    logged = {
-        name: getattr(out, name) for name in (_LOGGED_SUMS if teacher is not None else ("nll",))
-    }
-    sums = {name: x.float().sum() for name, x in logged.items() if x is not None}
-    return LossResult(out.loss, out.per_token, sums)
-
-
-def _teacher_hidden_loss(
-    hidden: Tensor,
-    head: LMHead,
-    labels: Tensor,
-    teacher: TeacherHidden,
-    weights: Tensor | None,
-    options: dict[str, Any],
-) -> LossResult:
-    loss = _dense_loss(hidden, head, labels, teacher, options, "sum", weights)
-    return LossResult(loss, None, {})
-
-
-_SPARSE_ONLY = ("tail", "allow_biased", "reduction")  # options that a dense loss does not take
-
-
-def _dense_loss(
-    hidden: Tensor,
-    head: LMHead,
-    labels: Tensor,
-    teacher: TeacherHidden,
-    options: dict[str, Any],
-    reduction: str,
-    weights: Tensor | None = None,
-) -> Tensor:
-    teacher_head = teacher.head
-    shared = min(head.vocab_size, teacher_head.vocab_size)
-    return linear_distill_loss(
-        *(hidden, head.weight, teacher.hidden, teacher_head.weight),
-        labels=labels,
-        token_weight=weights,
-        reduction=reduction,
-        teacher_bias=teacher_head.bias,
-        teacher_logit_scale=teacher_head.logit_scale,
-        teacher_softcap=teacher_head.softcap,
-        **{name: v for name, v in options.items() if name not in _SPARSE_ONLY}
-        | {"valid_vocab": shared},
-    )
-
-
 def _per_token(
-    hidden: Tensor, head: LMHead, labels: Tensor, answers: Answers, options: dict[str, Any]
+    hidden: Tensor, head: LMHead, labels: Tensor, answers: Answers, options: LossOptions
 ) -> Tensor:
+    reduction = Reduction(labels, kind="none")
     if isinstance(answers, TeacherHidden):
-        return _dense_loss(hidden, head, labels, answers, options, "none")
-    options = _without_teacher(options) if answers is None else options
+        return distill_dense(hidden, head, answers.hidden, answers.head, options, reduction)
     teacher = _empty_topk(labels) if answers is None else answers
-    return topk_distill(hidden, head.weight, teacher, labels=labels, **options).loss
+    return distill_topk(hidden, head, teacher, options, reduction).loss
 
 
 def _empty_topk(labels: Tensor) -> TopK:
@@ -258,19 +208,8 @@ def _empty_topk(labels: Tensor) -> TopK:
     return TopK(ids, torch.zeros_like(ids, dtype=torch.float32), temperature=1.0)
 
 
-def _without_teacher(options: dict[str, Any]) -> dict[str, Any]:
-    return options | {"divergence": "forward_kl", "tail": "bucket", "temperature": 1.0}
-
-
 def _count(rows: Tensor) -> Tensor:
     return torch.tensor(float(len(rows)), dtype=torch.float32, device=rows.device)
-
-
-def _take(answers: Answers, indices: Tensor) -> Answers:
-    if answers is None or isinstance(answers, TeacherHidden):
-        return None if answers is None else answers.take(indices)
-    tail = None if answers.log_tail is None else answers.log_tail[indices]
-    return TopK(answers.ids[indices], answers.logprobs[indices], tail, answers.temperature)
 
 
 def _first_choice(teacher: TopK) -> Tensor:

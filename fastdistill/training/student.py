@@ -264,20 +264,23 @@ def check_packable(model: nn.Module) -> None:
         )
 
 
-def forward_to_head(
-    wrapped: nn.Module,
+@contextmanager
+def student_at_head(
     model: nn.Module,
     batch: Mapping[str, Tensor],
     targets: Targets,
     use: Callable[[Tensor, LMHead], Any],
     *,
-    packed: bool,
-) -> Any:
-    """Return use(hidden states at the targets [N, H], head), called in the student's forward.
+    packed: bool = False,
+    valid_vocab: int | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Make the student return use(hidden states at the targets [N, H], head), in this context.
 
     Args:
-        wrapped: the module to call (DDP, FSDP). model: the module inside, which gets the hooks.
+        model: gets the hooks. The module to call, with the inputs that this yields, may wrap it
+            (DDP, FSDP).
         packed: run the attended tokens in one row [1, Σ lengths], with positions that restart.
+        valid_vocab: the head's rows from this one on are padding.
     """
     ids, mask = batch["input_ids"], batch["attention_mask"]
     inputs, sources = {"input_ids": ids, "attention_mask": mask}, targets.sources
@@ -287,12 +290,13 @@ def forward_to_head(
         sources = (attended.view(-1).long().cumsum(0) - 1)[sources]
         inputs = {"input_ids": ids[attended][None], "position_ids": positions[attended][None]}
 
-    def at_targets(hidden: Tensor) -> Any:
+    def at_targets(hidden: Tensor) -> tuple[Tensor, LMHead]:
         check_positions(model, hidden, inputs["input_ids"])
         rows = hidden.flatten(0, 1)
         # If every position is a target, avoid a copy of the hidden states.
         all_targets = len(sources) == len(rows)
-        return use(rows if all_targets else rows[sources], head_of(model))
+        head = head_of(model)._replace(valid_vocab=valid_vocab)
+        return rows if all_targets else rows[sources], head
 
-    with at_head(model, at_targets):
-        return wrapped(**inputs, use_cache=False)
+    with at_head(model, use, at_targets):
+        yield {**inputs, "use_cache": False}

@@ -8,7 +8,7 @@ it either divides a second time or averages ragged batches unequally.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,8 +45,8 @@ from .student import (
     check_packable,
     compile_body,
     compiled_by_us,
-    forward_to_head,
     prepare_student,
+    student_at_head,
     without_adapters,
 )
 from .targets import Targets
@@ -219,7 +219,8 @@ class DistillTrainer(WholeCheckpoints):
                 self._first_batch(hidden, head, targets, answers, inputs)
             return self._loss(hidden, head, targets, answers, labels_count=not sampled)
 
-        result: LossResult = self._at_head(model, inputs, targets, use)
+        with self._at_head(model, inputs, targets, use) as student_inputs:
+            result: LossResult = model(**student_inputs)
         if self.model.training:
             self.add_metrics(result.sums)
         if num_items_in_batch is None:
@@ -245,16 +246,19 @@ class DistillTrainer(WholeCheckpoints):
         inputs: dict[str, Any],
         targets: Targets,
         use: Callable[[Tensor, LMHead], Any],
-    ) -> Any:
-        def with_vocabulary(hidden: Tensor, head: LMHead) -> Any:
-            return use(hidden, replace(head, valid_vocab=self._valid_vocab))
-
+    ) -> AbstractContextManager[dict[str, Any]]:
         if self._needs_verification:
             self._verify()
         # DDP and FSDP wrap the model; the hooks belong to the model inside.
         student = self.accelerator.unwrap_model(model)
-        packed = self.args.packing
-        return forward_to_head(model, student, inputs, targets, with_vocabulary, packed=packed)
+        return student_at_head(
+            student,
+            inputs,
+            targets,
+            use,
+            packed=self.args.packing,
+            valid_vocab=self._valid_vocab,
+        )
 
     def _first_batch(
         self,
@@ -340,8 +344,9 @@ class DistillTrainer(WholeCheckpoints):
         def sums(hidden: Tensor, head: LMHead) -> tuple[Tensor, Tensor]:
             return self._measured.measure(hidden, head, targets, answers)
 
-        with torch.no_grad(), self.compute_loss_context_manager():
-            return None, *self._at_head(model, inputs, targets, sums)
+        at_head = self._at_head(model, inputs, targets, sums)
+        with torch.no_grad(), self.compute_loss_context_manager(), at_head as student_inputs:
+            return None, *model(**student_inputs)
 
     def check_update(self, model: nn.Module) -> None:
         self._monitor.read()  # the gradient norm synchronizes here anyway

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import fastdistill as fd
 from fastdistill.kernels import row_scores
 from fastdistill.kernels.backends import get_backend
-from fastdistill.kernels.head import Head
+from fastdistill.kernels.head import LMHead
 from helpers.counted_memory import (  # noqa: F401  `counted` is a fixture
     NEED,
     Alive,
@@ -60,7 +60,7 @@ def test_at_full_size(counted, run, limit_mb, passes):  # noqa: F811
         t = fd.TopK(torch.empty(N, K, dtype=torch.int64), torch.empty(N, K), torch.empty(N))
         coef = torch.empty(N)
         with Alive(x, w, *t[:3], coef) as alive:
-            grads = run(get_backend("triton"), Head(w, None, 1.0, None, 1.0, V), x, t, coef)
+            grads = run(get_backend("triton"), LMHead(w), x, t, coef)
             returned = sum(g.numel() * g.element_size() for g in grads)
     assert (alive.peak - returned) / 1e6 < limit_mb
     flops, launches = counted

@@ -16,7 +16,7 @@ from fastdistill.operands import to_teacher_rows
 N, H, V, K = 8192, 4096, 128256, 64
 
 
-OPTIONS = LossOptions("forward_kl", 0.5, 0.1, "bucket", 1.0, False, 0.0, 0.0)
+OPTIONS = LossOptions()
 
 
 NEED = {"need_hidden": True, "need_weight": True, "need_bias": False}
@@ -78,7 +78,7 @@ def counted(monkeypatch):
 
 
 def fused(e, h, x, t, coef):
-    p = to_teacher_rows(t, "bucket", 1.0, torch.float32, None).teacher
+    p = to_teacher_rows(t, OPTIONS).teacher
     rows = topk_loss.named_token_loss(OPTIONS)
     out = topk_loss.fused(e, h, x, p.ids, p, None, coef, rows, base=False, entropy=False, **NEED)
     return out.dx, out.dw

@@ -12,7 +12,7 @@ import torch
 from fastdistill.data import DistillCollator
 from fastdistill.packing import can_pack
 from fastdistill.teacher import Teacher
-from fastdistill.training.student import forward_to_head
+from fastdistill.training.student import student_at_head
 from fastdistill.training.targets import targets_of
 from helpers.position_models import build as of_family
 from helpers.training import build, flat, step_losses
@@ -72,9 +72,9 @@ def test_the_student_reads_each_row_as_if_alone(family, form):
     ids = [torch.tensor([row]) for row in bare()]
     found = {}
     for packed in {False, can_pack(model)}:
-        found[packed] = forward_to_head(
-            model, model, batch, targets, lambda h, head: head.logits(h), packed=packed
-        )
+        logits = lambda h, head: head.logits(h)  # noqa: E731
+        with student_at_head(model, batch, targets, logits, packed=packed) as inputs:
+            found[packed] = model(**inputs)
     alone = torch.cat([model(input_ids=row).logits[0, :-1] for row in ids])
     assert len(targets.labels) == sum(row.shape[1] - 1 for row in ids)
     assert targets.labels.tolist() == [t for row in ids for t in row[0, 1:].tolist()]

@@ -184,7 +184,7 @@ def many_chunks(r: Ranks) -> None:
     call = distil(top_k(c.teacher_logits, 7), labels=c.labels)
     for cut in (900, 100):
         rows = r.rows(c.weight, cut)
-        tokens = heads.chunk_tokens(heads.Head(rows, None, 1.0, None, 1.0, len(rows)), 220, True)
+        tokens = heads.chunk_tokens(heads.LMHead(rows), 220, True)
         if (tokens < 110) != (len(rows) == 900):
             r.found.append(f"{len(rows)} rows take {tokens} tokens: nothing is tested")
         r.same(f"cut at {cut}", call, c, cut)

@@ -149,13 +149,13 @@ def test_unselected_tokens_never_reach_the_loss(tmp_path, monkeypatch):
     from fastdistill.training import objective
 
     seen = []
-    whole = objective.topk_distill
+    whole = objective.distill_topk
 
     def watched(hidden, *args, **options):
         seen.append(len(hidden))
         return whole(hidden, *args, **options)
 
-    monkeypatch.setattr(objective, "topk_distill", watched)
+    monkeypatch.setattr(objective, "distill_topk", watched)
     train(tmp_path, max_steps=1, token_selection=TokenSelection(score="entropy", share=0.2))
     assert seen == [29]  # of 122 targets
 

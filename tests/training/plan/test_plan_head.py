@@ -7,7 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import fastdistill as fd
 from fastdistill.kernels import triton_common, triton_slabs
 from fastdistill.kernels.backends import get_backend
-from fastdistill.kernels.head import Head
+from fastdistill.kernels.head import LMHead
 from fastdistill.plan import head as planned
 from fastdistill.plan.head import HeadShape
 from helpers.counted_memory import (  # noqa: F401  `counted` is a fixture
@@ -30,7 +30,7 @@ def count(impl, run, dtype, N, H, V):
         t = fd.TopK(torch.empty(N, K, dtype=torch.int64), torch.empty(N, K), torch.empty(N))
         coef = torch.empty(N)
         with Alive(x, w, *t[:3], coef) as alive:
-            run(get_backend(impl), Head(w, None, 1.0, None, 1.0, V), x, t, coef)
+            run(get_backend(impl), LMHead(w), x, t, coef)
     return alive.peak
 
 
