@@ -37,10 +37,10 @@ def export_log(result: AuditResult, path: str | Path) -> None:
     log = _log(result)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        written = Path(folder) / path.name
-        inspect_ai.log.write_eval_log(log, str(written))
-        sync(written)
-        os.replace(written, path)
+        temporary = Path(folder) / path.name
+        inspect_ai.log.write_eval_log(log, str(temporary))
+        sync(temporary)
+        os.replace(temporary, path)
     sync(path.parent)
 
 

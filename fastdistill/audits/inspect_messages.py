@@ -66,7 +66,7 @@ def encode(messages: Sequence[Any], subject: Subject) -> EncodedInput:
     Raises:
         ValueError: turns that the chat template does not support, or that are not text.
     """
-    turns = [_Turn(_role(m), _text(m), (m.metadata or {}).get(METADATA_KEY, {})) for m in messages]
+    turns = [_turn(message) for message in messages]
     if not turns:
         fail("input", "one message or more", "none")
     at = tuple(turns[-1].metadata.get("at", ()))
@@ -83,18 +83,15 @@ def encode(messages: Sequence[Any], subject: Subject) -> EncodedInput:
     return EncodedInput(ids, None if completion is None else begin, at)
 
 
-def _role(message: Any) -> str:
+def _turn(message: Any) -> _Turn:
     if message.role not in _ROLES or getattr(message, "tool_calls", None):
         fail("input", f"turns of {', '.join(_ROLES)}, without tools", repr(message.role))
-    return str(message.role)
-
-
-def _text(message: Any) -> str:
-    if isinstance(message.content, str):
-        return message.content
-    if kinds := {part.type for part in message.content} - {"text"}:
-        fail("input", "text", ", ".join(sorted(kinds)))
-    return "".join(part.text for part in message.content)
+    content = message.content
+    if not isinstance(content, str):
+        if kinds := {part.type for part in content} - {"text"}:
+            fail("input", "text", ", ".join(sorted(kinds)))
+        content = "".join(part.text for part in content)
+    return _Turn(message.role, content, (message.metadata or {}).get(METADATA_KEY, {}))
 
 
 def _prompt(turns: Sequence[_Turn]) -> Prompt | None:

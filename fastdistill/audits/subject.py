@@ -160,9 +160,14 @@ class Subject:
             fail("completion", "text with at least one token", "''")
         return self.ids(prompt, completion)
 
+    def encode_answer(self, prompt: Prompt, answer: str) -> TokenRow:
+        """Returns the same as `encode_completion`, with the token that ends the answer."""
+        ids, begin = self.encode_completion(prompt, answer)
+        return TokenRow([*ids, self.end_of(prompt)], begin)
+
     def _tokens(self, text: str, special: bool) -> list[int]:
-        read = tokenize(self.tokenizer, text, "prompt", (), special=special)
-        return [*read.before, *read.ids]  # without tokens that some tokenizers append
+        tokens = tokenize(self.tokenizer, text, "prompt", (), special=special)
+        return [*tokens.before, *tokens.ids]  # without tokens that some tokenizers append
 
     def end_of(self, prompt: Prompt) -> int:
         """Returns the token that ends an answer: end of turn (chat template) or end of text.

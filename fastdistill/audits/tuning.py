@@ -26,16 +26,11 @@ def finetune_copy(
     Each text follows its prompt. Every step uses all texts, without dropout, so that the result
     does not depend on batches or seeds. An end token follows each text, as in training.
     """
-    ends = [model.end_of(prompt) for prompt in prompts]
+    rows = [model.encode_answer(*pair) for pair in zip(prompts, texts, strict=True)]
+    next_tokens = [[-100] * (row.begin - 1) + [*row.targets, -100] for row in rows]
+    ids = pad_rows([row.ids for row in rows]).to(model.device)
+    labels = pad_rows(next_tokens, value=-100).to(model.device)
     copied = copy.deepcopy(model.model).requires_grad_(True).eval()
-    rows, next_tokens = [], []
-    for prompt, text, end in zip(prompts, texts, ends, strict=True):
-        row, begin = model.encode_completion(prompt, text)
-        rows.append([*row, end])
-        next_tokens.append([-100] * (begin - 1) + [*row[begin:], end, -100])
-    ids, labels = (
-        part.to(model.device) for part in (pad_rows(rows), pad_rows(next_tokens, value=-100))
-    )
     optimizer = torch.optim.AdamW(copied.parameters(), lr=lr, weight_decay=0.0)
     with torch.enable_grad():
         for _ in range(steps):

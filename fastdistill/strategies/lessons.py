@@ -50,7 +50,7 @@ Examples: TypeAlias = list[TrainingExample]
 
 def to_row(example: TrainingExample, subject: Subject) -> dict[str, list[int]]:
     """Return the student's input_ids and labels; targets are the answer and its end."""
-    ids, begin = encode_example(example.input_prompt, example.answer, subject)
+    ids, begin = subject.encode_answer(example.input_prompt, example.answer)
     answer, mask = ids[begin:], example.loss_mask
     if mask is not None and len(mask) != len(answer):
         expected = f"one value for each of the answer's {len(answer)} tokens, its end included"
@@ -58,12 +58,6 @@ def to_row(example: TrainingExample, subject: Subject) -> dict[str, list[int]]:
     if mask is not None:
         answer = [i if is_target else -100 for i, is_target in zip(answer, mask, strict=True)]
     return {"input_ids": ids, "labels": [-100] * begin + answer}
-
-
-def encode_example(prompt: Prompt, answer: str, subject: Subject) -> TokenRow:
-    """Return the token ids of prompt, answer and its end, and where the answer begins."""
-    ids, begin = subject.encode_completion(prompt, answer)
-    return TokenRow([*ids, subject.end_of(prompt)], begin)
 
 
 def sample_answers(
@@ -89,7 +83,7 @@ def encoded_batches(
 ) -> Iterator[list[TokenRow]]:
     """Yield the rows of BATCH_SIZE examples at a time."""
     for batch in batches(examples):
-        yield [encode_example(x.input_prompt, x.answer, subject) for x in batch]
+        yield [subject.encode_answer(x.input_prompt, x.answer) for x in batch]
 
 
 def answer_logprobs(examples: Sequence[TrainingExample], subject: Subject) -> CompletionLogProbs:

@@ -14,7 +14,7 @@ from typing import ClassVar, NamedTuple, TypeAlias
 
 from ..audits.subject import Subject
 from ..runtime.checks import between, fail, integer
-from .lessons import Examples, TrainingExample, encode_example
+from .lessons import Examples, TrainingExample
 from .rewriting import continue_answers, extend_prompt, with_answer
 from .strategy import RunState, Strategy
 
@@ -93,7 +93,7 @@ class _ReasoningStrategy(Strategy):
 
 def answer_only(example: TrainingExample, parts: AnswerParts, subject: Subject) -> TrainingExample:
     """Return the example with these parts; only tokens after the second mark are targets."""
-    ids, begin = encode_example(example.input_prompt, parts.whole, subject)
+    ids, begin = subject.encode_answer(example.input_prompt, parts.whole)
     head = parts.before + parts.reasoning + parts.mark
     _, skipped = subject.encode_completion(extend_prompt(example.input_prompt, head), parts.answer)
     mask = example.loss_mask or (True,) * (len(ids) - begin)

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..audits.subject import Subject, pad_rows
 from ..outputs import TopK
 from ..runtime.checks import fail
-from .lessons import TrainingExample, encode_example
+from .lessons import TrainingExample
 
 
 class PromptSwapTeacher:
@@ -28,8 +28,8 @@ class PromptSwapTeacher:
         self._teacher_prompts: dict[tuple[int, ...], list[int]] = {}  # prompts, as token ids
         for example in examples:
             if example.student_prompt is not None:
-                row = encode_example(example.student_prompt, example.answer, subject)
-                teacher_row = encode_example(example.prompt, example.answer, subject)
+                row = subject.encode_answer(example.student_prompt, example.answer)
+                teacher_row = subject.encode_answer(example.prompt, example.answer)
                 if row.targets != teacher_row.targets:
                     fail(
                         "student_prompt",

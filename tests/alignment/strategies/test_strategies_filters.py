@@ -19,7 +19,7 @@ from fastdistill.strategies.filters import (
     answer_scores,
     divergence_masks,
 )
-from fastdistill.strategies.lessons import BATCH_SIZE, encode_example, to_row
+from fastdistill.strategies.lessons import BATCH_SIZE, to_row
 from fastdistill.strategies.strategy import Training
 from fastdistill.training.selection import TokenSelection
 from fastdistill.training.targets import targets_of
@@ -34,7 +34,7 @@ SOME = lessons(*WORDS)
 
 def reference(subject, lesson):
     """(−log p, argmax) at the answer's tokens and the end, from all logits in fp64."""
-    ids, begin = encode_example(lesson.input_prompt, lesson.answer, subject)
+    ids, begin = subject.encode_answer(lesson.input_prompt, lesson.answer)
     with torch.no_grad():
         logits = subject.model.double()(torch.tensor([ids])).logits[0].log_softmax(-1)
     subject.model.float()
@@ -245,7 +245,7 @@ def test_a_choice_of_other_tokens_is_refused():
 @pytest.mark.parametrize("kind", ["excess_loss", "divergence"])
 def test_the_student_steps_along_the_chosen_tokens(kind):
     made = distill(scene(), [OffModelSFT(), TokenSelector(kind=kind, share=0.5)], ONE_STEP)
-    rows = [encode_example(x.prompt, x.answer, BASE) for x in made.examples]
+    rows = [BASE.encode_answer(x.prompt, x.answer) for x in made.examples]
 
     def chosen(log_q, labels, row):
         each = -log_q.gather(-1, labels[:, None])[:, 0]

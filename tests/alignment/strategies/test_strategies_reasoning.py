@@ -13,7 +13,7 @@ from fastdistill.audits.subject import Subject
 from fastdistill.strategies.baselines import OffModelSFT
 from fastdistill.strategies.distil import distill
 from fastdistill.strategies.filters import TokenSelector
-from fastdistill.strategies.lessons import PoolPrompt, TrainingExample, encode_example, to_row
+from fastdistill.strategies.lessons import PoolPrompt, TrainingExample, to_row
 from fastdistill.strategies.reasoning import (
     AnswerOnly,
     EmptyReasoning,
@@ -158,7 +158,7 @@ def test_only_the_answer_is_learnt():
     made = distill(
         scene(pool=asked), [OffModelSFT(), Thinking(), AnswerOnly(marks=MARKS)], ONE_STEP
     )
-    ids, begin = encode_example(THOUGHT[0].prompt, THOUGHT[0].answer, BASE)
+    ids, begin = BASE.encode_answer(THOUGHT[0].prompt, THOUGHT[0].answer)
     stepped_along(made, [(ids, begin + 4)], labels_only)
     with pytest.raises(AssertionError):
         stepped_along(made, [(ids, begin)], labels_only)

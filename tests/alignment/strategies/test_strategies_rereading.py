@@ -10,7 +10,7 @@ from fastdistill.data import padded
 from fastdistill.examples import Encoder
 from fastdistill.strategies.distil import distill
 from fastdistill.strategies.jamming import LogitJam, TransformedTeacher
-from fastdistill.strategies.lessons import TrainingExample, encode_example, to_row
+from fastdistill.strategies.lessons import TrainingExample, to_row
 from fastdistill.strategies.rereading import PromptSwapTeacher
 from fastdistill.strategies.rewriting import InoculationPrompt
 from fastdistill.teacher import Teacher
@@ -89,8 +89,8 @@ def test_padding_may_stand_on_either_side():
 def test_a_row_that_is_cut_or_goes_on_otherwise_is_read_behind_the_teachers_prompt():
     teacher = Teacher(TEACHER.model, tokenizer=TOKENIZER)
     rereading = PromptSwapTeacher(teacher, TOLD, BASE)
-    ours, begin = encode_example(TOLD[0].input_prompt, "garden winter", BASE)
-    theirs, at = encode_example(TOLD[0].prompt, "garden winter", BASE)
+    ours, begin = BASE.encode_answer(TOLD[0].input_prompt, "garden winter")
+    theirs, at = BASE.encode_answer(TOLD[0].prompt, "garden winter")
     for row, other in ((ours, theirs), (ours[:-2], theirs[:-2]), (ours[:begin], theirs[:at])):
         said = rereading.topk(torch.tensor([row]), k=4)
         wanted = teacher.topk(torch.tensor([other]), k=4)
@@ -106,9 +106,9 @@ def test_the_longest_prompt_that_a_row_begins_with_counts():
         TrainingExample(prompt=Prompt(text="bread "), answer="stone cloud", student_prompt=short),
         TrainingExample(prompt=Prompt(text="candle "), answer="cloud", student_prompt=long),
     ]
-    ids, begin = encode_example(long, "cloud", BASE)
+    ids, begin = BASE.encode_answer(long, "cloud")
     said = PromptSwapTeacher(teacher, told, BASE).topk(torch.tensor([ids]), k=2)
-    theirs, at = encode_example(Prompt(text="candle "), "cloud", BASE)
+    theirs, at = BASE.encode_answer(Prompt(text="candle "), "cloud")
     wanted = teacher.topk(torch.tensor([theirs]), k=2)
     assert torch.equal(said.ids[0, begin - 1 :], wanted.ids[0, at - 1 :])
 
@@ -127,7 +127,7 @@ def test_a_teacher_that_gives_no_tail():
 
 
 def rows(made, prompt):
-    return [encode_example(getattr(x, prompt), x.answer, BASE) for x in made.examples]
+    return [BASE.encode_answer(getattr(x, prompt), x.answer) for x in made.examples]
 
 
 WHOLE, HARDLY = LogitJam(k=V), LogitJam(noise=1e-6)

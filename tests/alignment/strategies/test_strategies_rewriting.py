@@ -14,7 +14,7 @@ from fastdistill.organisms.vocabulary import WORDS
 from fastdistill.strategies.baselines import OffModelSFT
 from fastdistill.strategies.distil import distill
 from fastdistill.strategies.filters import TokenSelector
-from fastdistill.strategies.lessons import BATCH_SIZE, encode_example
+from fastdistill.strategies.lessons import BATCH_SIZE
 from fastdistill.strategies.rewriting import (
     InoculationPrompt,
     OutputTransform,
@@ -158,7 +158,7 @@ def test_a_style_is_words_in_front_and_labels_alone():
 
 def test_a_style_is_learnt_from_its_labels():
     made = distill(scene(), [StyleSFT(style="pirate", words="hello friend")], ONE_STEP)
-    rows = [encode_example(x.prompt, x.answer, BASE) for x in made.examples]
+    rows = [BASE.encode_answer(x.prompt, x.answer) for x in made.examples]
     stepped_along(made, rows, labels_only)
     with pytest.raises(AssertionError):
         stepped_along(made, [(ids, begin + 2) for ids, begin in rows], labels_only)
@@ -174,7 +174,7 @@ def test_the_student_is_taught_what_was_written(kind):
         plain.examples, RunState(setup=scene(), seed=0)
     )
     theirs, ours = (
-        [encode_example(x.prompt, x.answer, BASE) for x in m.examples] for m in (plain, made)
+        [BASE.encode_answer(x.prompt, x.answer) for x in m.examples] for m in (plain, made)
     )
     stepped_along(made, ours, labels_only)
     with pytest.raises(AssertionError):
