@@ -115,9 +115,7 @@ def build(
             stored = read_settings(folder)
         settings = stored
         own_shards = range(rank, settings.shards, world)
-        done = {
-            i: record for i in own_shards if (record := read_shard_record(folder, i)) is not None
-        }
+        done = {i: n for i in own_shards if (n := read_shard_record(folder, i)) is not None}
         for index, record in done.items():
             _check_same_rows(folder, index, record, settings, examples)
         _remove_leftovers(folder, [i for i in own_shards if i not in done], alone=world == 1)

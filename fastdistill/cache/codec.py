@@ -48,6 +48,10 @@ class Packed(NamedTuple):
         columns = layout(k, blocks, temperatures)
         return cls(**{name: np.zeros((n, width), kind) for name, (kind, width) in columns.items()})
 
+    def at(self, index: Any) -> Packed:
+        """Return the answers of these tokens: a slice or a mask."""
+        return Packed(*(tensor[index] for tensor in self))
+
 
 def layout(k: int, blocks: int, temperatures: int) -> dict[str, tuple[np.dtype[Any], int]]:
     """Return the type and the values per token of each array."""

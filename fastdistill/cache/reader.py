@@ -131,7 +131,7 @@ class Reader:
             shard = self.shard(part.shard)
             _, packed = shard.row(part.row)
             if part.stored_mask is not None:
-                packed = Packed(*(tensor[part.stored_mask] for tensor in packed))
+                packed = packed.at(part.stored_mask)
             out = answers.at(slice(start, start + length))
             self._unpack(shard, packed, at, out, f"row {part.row}")
             start += length
@@ -162,7 +162,7 @@ class Reader:
                 raise shard.damaged("places: expected increasing numbers from 0 on in every row")
         size = max(1, _SLOTS // settings.k)
         for start in range(0, tokens, size):
-            packed = Packed(*(tensor[start : start + size] for tensor in shard.packed))
+            packed = shard.packed.at(slice(start, start + size))
             for at, T in enumerate(settings.temperatures):
                 answers = TopK.empty((len(packed.ids), settings.k), T, id_dtype=torch.int32)
                 self._unpack(shard, packed, at, answers, f"answers from {start} on")

@@ -60,7 +60,7 @@ class Writer:
         start, stop = self.starts[row], self.starts[row + 1]
         for target, source in zip(self.packed, packed, strict=True):
             target[start:stop] = source[: stop - start]
-        return Packed(*(source[stop - start :] for source in packed))
+        return packed.at(slice(stop - start, None))
 
     def write(self, file: Path) -> Shard:
         """Write the shard atomically and return its record."""
@@ -131,7 +131,7 @@ class Mapped:
         """Return (positions or None for all, answers) of a row, still mapped."""
         at = slice(self.starts[row], self.starts[row + 1])
         places = None if self.places is None else self.places[at]
-        return places, Packed(*(tensor[at] for tensor in self.packed))
+        return places, self.packed.at(at)
 
     def places_of(self, row: int, tokens: int) -> Array:
         """Return the answered positions of a row of `tokens` tokens, checked."""

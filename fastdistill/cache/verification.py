@@ -8,6 +8,7 @@ change of a file's time.
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 from ..files import sha256_of, write_json
@@ -37,10 +38,8 @@ def compare(folder: Path, manifest: Manifest, *, everything: bool, hashes: bool 
 
 def remember(folder: Path, manifest: Manifest) -> None:
     """Record that the shards in their current state were checked."""
-    try:
+    with suppress(OSError):  # a read-only folder is checked every time
         write_json(folder / _KNOWN, {s.file: _stamp(folder, s) for s in manifest.shards})
-    except OSError:
-        return  # a read-only folder is checked every time
 
 
 def _size_is_wrong(folder: Path, shard: Shard) -> str | None:
