@@ -14,7 +14,7 @@ from ..losses import topk_distill_loss
 from ..outputs import TopK
 from ..runtime.checks import fail
 from .audit import Audit, Measurement, PromptAudit
-from .prompts import Prompt, check_one_per_prompt, set_prompts
+from .prompts import Prompt, check_one_per_prompt, to_prompts
 from .subject import Subject, pad_rows
 
 
@@ -101,9 +101,9 @@ class StyleRestoreProbe(PromptAudit):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "asked", self.asked or self.prompts)
-        check_one_per_prompt("asked", self.asked, self.prompts)
-        set_prompts(self, "asked")
+        train_prompts = to_prompts("asked", self.asked or self.prompts)
+        check_one_per_prompt("asked", train_prompts, self.prompts)
+        object.__setattr__(self, "asked", train_prompts)
 
     def measure(self, model: Subject, base: Subject | None) -> Measurement:
         before = self.readout.measure(model, base)
