@@ -9,6 +9,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from fastdistill import compat
+from fastdistill.demo_models import shipped_teacher
 from helpers.training import flat
 from helpers.trl_scene import TALKS, model, settings
 
@@ -18,6 +19,20 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning"),
     pytest.mark.slow,
 ]
+
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    made = shipped_teacher()[1]
+    made.pad_token = made.eos_token
+    made.chat_template = TEMPLATE
+    return made
 
 
 @pytest.fixture(scope="module")

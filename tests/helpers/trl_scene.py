@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import os
 
-import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
-
-from fastdistill.demo_models import shipped_teacher
 
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 
@@ -21,20 +18,6 @@ TALKS = [
     }
     for i in range(8)
 ]
-
-
-TEMPLATE = (
-    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    made = shipped_teacher()[1]
-    made.pad_token = made.eos_token
-    made.chat_template = TEMPLATE
-    return made
 
 
 def model(tokenizer, seed, hidden=32, scale=1.0):
