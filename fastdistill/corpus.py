@@ -17,6 +17,8 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from .runtime.checks import fail
+
 END_OF_TEXT = "<|endoftext|>"
 
 # Tests and fixtures are repetitive, Tk is an optional package, codec tables and generated files are
@@ -64,7 +66,7 @@ def from_path(path: str | Path) -> Corpus:
     if path.is_file():
         return _split_one_file(path)
     if not path.is_dir():
-        raise ValueError(f"data: expected a text file or a folder of text files, got {path}")
+        fail("data", "a text file or a folder of text files", path)
     documents = list(_read_folder(path, suffixes=_TEXT_SUFFIXES))
     return _split(path.name, documents, lambda name: name)
 
@@ -110,9 +112,6 @@ class Windows(NamedTuple):
     document: torch.Tensor  # (N,) int64, or -1 if a window spans several
     bytes_per_token: float
 
-    def rows(self) -> list[dict[str, torch.Tensor]]:
-        return [{"input_ids": row} for row in self.ids]
-
 
 def packed_windows(
     documents: Sequence[Document],
@@ -123,20 +122,19 @@ def packed_windows(
     seed: int = 0,
 ) -> Windows:
     """Documents in a seeded order, joined by end-of-text, cut into windows without padding."""
+    if tokenizer.eos_token_id is None:
+        fail("tokenizer", "one with an end-of-text token", "eos_token_id=None")
     order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed))
     stream: list[int] = []
     n_bytes = 0
     for index in order.tolist():
-        ids = _encode(tokenizer, documents[index].text)
-        stream += [*ids, _eos(tokenizer)]
+        stream += [*_encode(tokenizer, documents[index].text), tokenizer.eos_token_id]
         n_bytes += len(documents[index].text.encode())
         if max_windows is not None and len(stream) >= max_windows * length:
             break
     n_windows = len(stream) // length
     if n_windows == 0:
-        raise ValueError(
-            f"data: expected at least {length} tokens of text for one window, got {len(stream)}"
-        )
+        fail("data", f"at least {length} tokens of text for one window", len(stream))
     n_windows = min(n_windows, max_windows or n_windows)
     ids_NT = torch.tensor(stream[: n_windows * length]).view(n_windows, length)
     return Windows(ids_NT, torch.full((n_windows,), -1), n_bytes / len(stream))
@@ -167,18 +165,13 @@ def document_windows(
         rows += [ids[start : start + length] for start in starts]
         owner += [index] * take
     if not rows:
-        raise ValueError(f"data: expected a held-out document of {length} tokens or more, got none")
+        fail("data", f"a held-out document of {length} tokens or more", "none")
     return Windows(torch.tensor(rows), torch.tensor(owner), n_bytes / n_tokens)
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-
-
-def _eos(tokenizer: PreTrainedTokenizerBase) -> int:
-    if tokenizer.eos_token_id is None:
-        raise ValueError("tokenizer: expected one with an end-of-text token, got eos_token_id=None")
-    return tokenizer.eos_token_id
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
 
 
 def _read_folder(root: Path, *, suffixes: frozenset[str]) -> Iterator[Document]:
@@ -216,7 +209,7 @@ def _split_one_file(path: Path, *, pieces: int = 24) -> Corpus:
     except UnicodeDecodeError as error:
         raise ValueError(f"data: expected UTF-8 text, got {path.name}: {error}") from None
     if len(text) < 50_000:
-        raise ValueError(f"data: expected 50,000 characters of text or more, got {len(text):,}")
+        fail("data", "50,000 characters of text or more", f"{len(text):,}")
     step = -(-len(text) // pieces)
     documents = tuple(
         Document(f"{path.name}#{i}", text[i * step : (i + 1) * step]) for i in range(pieces)

@@ -15,11 +15,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from torch import nn
+from torch.backends.cpu import get_cpu_capability as cpu_capability
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -29,11 +28,12 @@ from .corpus import Corpus, Windows
 from .demo_audit import audit_models
 from .demo_files import save_files
 from .demo_models import STUDENT, TEACHER, WINDOW, new_llama, shipped_teacher, train_model
-from .demo_result import ARMS, METRICS, DemoResult, DemoRun
-from .files import write_json
+from .demo_result import ARMS, METRICS, DemoResult, DemoRun, DemoSetting
+from .files import check_folder, write_json
 from .intervals import Estimate, bootstrap_ratio, mean_of_runs, paired_difference
 from .progress import PhaseProgress
 from .remembering import MemoizedTeacher
+from .runtime.checks import fail, integer
 from .teacher import Teacher
 from .training.config import DistillConfig
 from .training.objective import EVAL_COLUMNS
@@ -41,14 +41,6 @@ from .training.trainer import DistillTrainer
 
 # The best value of 1e-3 to 7e-3 for training on labels, and near the best for distillation.
 STUDENT_LEARNING_RATE = 2e-3
-
-
-class _Setting(NamedTuple):
-    teacher: MemoizedTeacher
-    tokenizer: PreTrainedTokenizerBase
-    train: Windows
-    held_out: Windows
-    facts: dict[str, Any]
 
 
 def run_demo(
@@ -74,15 +66,9 @@ def run_demo(
     """
     sizes = {"seeds": seeds, "steps": steps, "k": k, "batch_size": batch_size}
     for name, value in {**sizes, "teacher_steps": teacher_steps}.items():
-        if value < 1:
-            raise ValueError(f"{name}: expected 1 or more, got {value}")
+        integer(name, value, 1)
     folder = Path(out)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:  # before minutes of training
-        raise ValueError(
-            f"out: expected a folder that can be created, got {folder}: {error}"
-        ) from None
+    check_folder("out", folder)  # before minutes of training
     start = time.perf_counter()
     with _quiet_transformers(), PhaseProgress() as progress:
         setting = _prepare(data, steps * batch_size, k, teacher_steps, progress)
@@ -91,14 +77,10 @@ def run_demo(
                 _run(arm, seed, setting, sizes, progress) for seed in range(seeds) for arm in ARMS
             ]
             # A copy: a student must not share weights with its teacher.
-            teacher_copy = copy.deepcopy(setting.teacher.teacher.model).requires_grad_()
+            teacher_copy = copy.deepcopy(setting.model).requires_grad_()
             teacher_sums = _held_out_sums(teacher_copy, setting, k)
-            audits = audit_models(
-                setting.teacher.teacher.model,
-                {arm: model for arm, (_, model) in zip(ARMS, trained, strict=False)},
-                setting.tokenizer,
-                setting.held_out,
-            )
+            students = {arm: model for arm, (_, model) in zip(ARMS, trained, strict=False)}
+            audits = audit_models(setting, students)
     runs = [run for run, _ in trained]
     options = "".join(f" --{name.replace('_', '-')} {value}" for name, value in sizes.items())
     result = DemoResult(
@@ -112,21 +94,22 @@ def run_demo(
         facts={
             "command": "fastdistill demo" + (" --data …" if data else "") + options,
             "versions": versions(),
-            "machine": _machine(),
+            "machine": f"{platform.machine()} CPU ({cpu_capability()}), one thread",
             "setting": {**sizes, **setting.facts},
         },
         seconds=time.perf_counter() - start,
     )
-    _write(result, folder)
-    save_files(
-        folder, setting.teacher.teacher.model, setting.tokenizer, setting.train, setting.held_out
-    )
+    from .demo_report import demo_report  # matplotlib is slow to import
+
+    demo_report(result).write(folder / "report.html")
+    write_json(folder / "results.json", result.as_json())
+    save_files(folder, setting)
     return result
 
 
 def _prepare(
     data: str | Path | None, n_windows: int, k: int, teacher_steps: int, progress: PhaseProgress
-) -> _Setting:
+) -> DemoSetting:
     text = corpus.standard_library() if data is None else corpus.from_path(data)
     if data is None:
         teacher, tokenizer, manifest = shipped_teacher()
@@ -135,7 +118,7 @@ def _prepare(
         teacher, tokenizer = _teacher_from(text, teacher_steps, progress)
         about = f"{teacher_steps:,} steps on this text, trained for this report"
     if k > teacher.vocab_size:
-        raise ValueError(f"k: expected at most the vocabulary's {teacher.vocab_size}, got {k}")
+        fail("k", f"at most the vocabulary's {teacher.vocab_size}", k)
     train = corpus.packed_windows(text.train, tokenizer, length=WINDOW, max_windows=n_windows)
     held_out = corpus.document_windows(text.held_out, tokenizer, length=WINDOW, per_document=4)
     facts = {
@@ -146,11 +129,11 @@ def _prepare(
         "vocabulary": teacher.vocab_size,
         "train_tokens": train.ids.numel(),
         "held_out_tokens": held_out.ids.numel(),
-        "held_out_documents": len(held_out.document.unique()),
+        "held_out_documents": len(set(held_out.document.tolist())),
         "bytes_per_token": held_out.bytes_per_token,
         "learning_rate": STUDENT_LEARNING_RATE,
     }
-    return _Setting(MemoizedTeacher(teacher), tokenizer, train, held_out, facts)
+    return DemoSetting(MemoizedTeacher(teacher), tokenizer, train, held_out, facts)
 
 
 def _teacher_from(
@@ -172,7 +155,7 @@ def _teacher_from(
 
 
 def _run(
-    arm: str, seed: int, setting: _Setting, sizes: dict[str, int], progress: PhaseProgress
+    arm: str, seed: int, setting: DemoSetting, sizes: dict[str, int], progress: PhaseProgress
 ) -> tuple[DemoRun, PreTrainedModel]:
     trained = train_model(
         new_llama(STUDENT, vocab_size=setting.teacher.vocab_size, seed=seed),
@@ -197,7 +180,7 @@ def _run(
     return run, trained.model
 
 
-def _held_out_sums(model: nn.Module, setting: _Setting, k: int) -> dict[str, np.ndarray]:
+def _held_out_sums(model: nn.Module, setting: DemoSetting, k: int) -> dict[str, np.ndarray]:
     """Return the sums of EVAL_COLUMNS within each held-out window."""
     with tempfile.TemporaryDirectory(prefix="fastdistill-") as folder:
         args = DistillConfig(
@@ -227,39 +210,26 @@ def _student_estimates(runs: list[DemoRun]) -> dict[str, Estimate]:
 
 def _teacher_estimates(sums: dict[str, np.ndarray], held_out: Windows) -> dict[str, Estimate]:
     """Return the estimates of the teacher, with intervals over documents instead of seeds."""
-    estimates = {}
-    for name in ("nll", "bits_per_byte", "top1"):
-        values = sums[METRICS[name].column] * _unit(name, held_out)
-        documents = held_out.document.tolist()
-        estimates[f"{name}/teacher"] = bootstrap_ratio(
-            values.tolist(), sums["tokens"].tolist(), documents
+    tokens, documents = sums["tokens"].tolist(), held_out.document.tolist()
+    return {
+        f"{name}/teacher": bootstrap_ratio(
+            (sums[METRICS[name].column] * _unit(name, held_out)).tolist(), tokens, documents
         )
-    return estimates
+        for name in ("nll", "bits_per_byte", "top1")
+    }
 
 
 def _unit(name: str, held_out: Windows) -> float:
     return 1 / (math.log(2) * held_out.bytes_per_token) if name == "bits_per_byte" else 1.0
 
 
-def _covered_mass(setting: _Setting, k: int) -> np.ndarray:
+def _covered_mass(setting: DemoSetting, k: int) -> np.ndarray:
     answers = setting.teacher.topk(setting.held_out.ids, k=k)
     return answers.logprobs[:, :-1].float().exp().sum(-1).flatten().numpy()
 
 
 def _size(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def _machine() -> str:
-    capability = torch.backends.cpu.get_cpu_capability()
-    return f"{platform.machine()} CPU ({capability}), one thread"
-
-
-def _write(result: DemoResult, folder: Path) -> None:
-    from .demo_report import demo_report  # matplotlib is slow to import
-
-    demo_report(result).write(folder / "report.html")
-    write_json(folder / "results.json", result.as_json())
 
 
 @contextmanager

@@ -5,26 +5,18 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-from .corpus import Windows
 from .demo_models import STUDENT, new_llama, save_tokenizer
+from .demo_result import DemoSetting
 from .files import write_atomically
 
 
-def save_files(
-    folder: Path,
-    teacher: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    train: Windows,
-    held_out: Windows,
-) -> None:
+def save_files(folder: Path, setting: DemoSetting) -> None:
     """Write teacher/, student/ (initial weights of seed 0), train.jsonl and held-out.jsonl."""
-    student = new_llama(STUDENT, vocab_size=teacher.config.vocab_size, seed=0)
-    for name, model in (("teacher", teacher), ("student", student)):
+    student = new_llama(STUDENT, vocab_size=setting.teacher.vocab_size, seed=0)
+    for name, model in (("teacher", setting.model), ("student", student)):
         model.save_pretrained(folder / name)
-        save_tokenizer(folder / name, tokenizer)
-    for name, windows in (("train", train), ("held-out", held_out)):
-        texts = tokenizer.batch_decode(windows.ids)
+        save_tokenizer(folder / name, setting.tokenizer)
+    for name, windows in (("train", setting.train), ("held-out", setting.held_out)):
+        texts = setting.tokenizer.batch_decode(windows.ids)
         lines = (json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
         write_atomically(folder / f"{name}.jsonl", "".join(lines))

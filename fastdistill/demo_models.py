@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tempfile
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from transformers import (
 )
 
 from .corpus import END_OF_TEXT
+from .files import sha256_of
 from .protocols import TopKTeacher
 from .runtime.json_text import read_json
 from .teacher import Teacher
@@ -136,7 +136,7 @@ def save_teacher(
     (folder / "model.safetensors").chmod(0o644)
     save_tokenizer(folder, tokenizer)
     digests = {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        path.name: sha256_of(path)
         for path in sorted(folder.iterdir())
         if path.name != "manifest.json"
     }
@@ -163,7 +163,7 @@ def shipped_teacher() -> tuple[Teacher, PreTrainedTokenizerFast, dict[str, Any]]
         ) from None
     for name, digest in manifest["sha256"].items():
         path = SHIPPED / name
-        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+        if not path.is_file() or sha256_of(path) != digest:
             raise ValueError(
                 f"demo_teacher: expected {name} with the sha256 of its manifest, got a damaged or "
                 "missing file. Reinstall"

@@ -12,9 +12,9 @@ from .demo_result import ARMS, METRICS, DemoResult
 from .intervals import Estimate
 from .report import Report
 from .report.audit_page import cell
+from .report.marks import COLORS, GRAY, RC
 
-# Color-blind safe palette (Okabe and Ito).
-_COLOR = {"distilled": "#0072b2", "labels only": "#d55e00", "teacher": "#777777"}
+_COLOR = {"distilled": COLORS[0], "labels only": COLORS[1], "teacher": GRAY}
 _HEADER = ("held-out text", "teacher", "distilled", "labels only", "difference")
 
 
@@ -75,7 +75,7 @@ def demo_report(result: DemoResult) -> Report:
         "remaining mass as one additional outcome; the other learns from labels."
     )
     report.table(_HEADER, table_rows(result), caption=_caption(result))
-    with matplotlib.rc_context(_RC):
+    with matplotlib.rc_context(RC):
         report.picture(
             _curves(result),
             alt="Training NLL over steps, for every seed of both kinds of student",
@@ -109,10 +109,12 @@ def demo_report(result: DemoResult) -> Report:
         f"seeds reuse it). Total: {result.seconds:.0f} s.",
         soft=True,
     )
-    report.heading("Reproduction")
-    versions = ", ".join(f"{name} {v}" for name, v in result.facts["versions"].items())
-    report.code(result.facts["command"])
-    report.paragraph(f"{result.facts['machine']}. {versions}.", soft=True)
+    report.reproduction(
+        "Reproduction",
+        result.facts["command"],
+        f"{result.facts['machine']}.",
+        result.facts["versions"],
+    )
     return report
 
 
@@ -132,16 +134,6 @@ def _add_audits(report: Report, result: DemoResult) -> None:
         "per token of the teacher's text to the base. Token KL: from the base. Trigger search: "
         "effect of the strongest candidate word minus that of the median one.",
     )
-
-
-_RC: Any = {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 9,
-    "axes.titlelocation": "left",
-    "legend.frameon": False,
-}
 
 
 def _caption(result: DemoResult) -> str:

@@ -6,11 +6,28 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .audits.side_by_side import SuiteResults
+from .corpus import Windows
 from .intervals import Estimate
+from .remembering import MemoizedTeacher
 
 ARMS = ("distilled", "labels only")
+
+
+class DemoSetting(NamedTuple):
+    """What all students of the demo share; `facts` describe it in the report."""
+
+    teacher: MemoizedTeacher
+    tokenizer: PreTrainedTokenizerBase
+    train: Windows
+    held_out: Windows
+    facts: dict[str, Any]
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self.teacher.teacher.model
 
 
 class Metric(NamedTuple):
@@ -61,7 +78,7 @@ class DemoResult:
             {
                 "name": name,
                 "value": estimate.value,
-                "interval": [estimate.low, estimate.high] if estimate.known else None,
+                "interval": estimate.interval,
                 "n": estimate.n,
             }
             for name, estimate in self.estimates.items()

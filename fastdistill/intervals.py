@@ -8,9 +8,10 @@ reports need only numpy.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 
@@ -35,11 +36,31 @@ class Estimate:
 
     @property
     def interval(self) -> list[float] | None:
-        """[low, high] for a JSON file; None if unknown."""
-        return [self.low, self.high] if self.known else None
+        """[low, high] for a JSON file; None if one is not finite."""
+        finite = math.isfinite(self.low) and math.isfinite(self.high)
+        return [self.low, self.high] if finite else None
+
+    @property
+    def finite_value(self) -> float | None:
+        """The value for a JSON file; None if it is not finite."""
+        return self.value if math.isfinite(self.value) else None
 
     def excludes(self, value: float) -> bool:
         return self.known and not self.low <= value <= self.high
+
+
+UNKNOWN = Estimate(value=math.nan, low=math.nan, high=math.nan, n=0)
+
+
+def flat_json(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record for a JSON file, with two entries for an estimate e: e and e_interval."""
+    flat: dict[str, Any] = {}
+    for name, value in record.items():
+        if isinstance(value, Estimate):
+            flat |= {name: value.finite_value, f"{name}_interval": value.interval}
+        else:
+            flat[name] = value
+    return flat
 
 
 def wilson(successes: float, n: float, *, confidence: float = 0.95) -> Estimate:
@@ -97,6 +118,14 @@ def stderr_of_clusters(values: Sequence[float], clusters: Sequence[int]) -> floa
     if n == 1:
         return math.nan
     return math.sqrt(n / (n - 1) * float(np.square(totals).sum())) / len(values)
+
+
+def means_by_cluster(values: Iterable[float], clusters: Iterable[int]) -> list[float]:
+    """The mean of each cluster, in the order of their first values."""
+    by_cluster: dict[int, list[float]] = {}
+    for value, cluster in zip(values, clusters, strict=True):
+        by_cluster.setdefault(cluster, []).append(value)
+    return [math.fsum(group) / len(group) for group in by_cluster.values()]
 
 
 def mean_of_runs(values: Sequence[float], *, confidence: float = 0.95) -> Estimate:

@@ -19,28 +19,15 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from .report.marks import COLORS, GUIDE, RC, style
 from .runtime.printable import printable
 
-# The palette of Okabe and Ito, without yellow, which is faint on white.
-_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 _DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)))
-_MARKERS = "osD^vPX"
 _DIVERGED_ABOVE = 1e6  # a larger loss or perplexity is not printed
 _LARGEST_DRAWN = 1e12  # values are clipped here, because axes overflow near the largest float
 _MOST_MARKED = 30  # lines with at most this many points have markers
 _LOG_SCALE_FROM = 20.0  # ratio of largest to smallest value with a logarithmic axis
-_RC: Any = {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.labelcolor": "#444444",
-    "axes.edgecolor": "#888888",
-    "xtick.color": "#444444",
-    "ytick.color": "#444444",
-    "legend.frameon": False,
-    "legend.fontsize": 8,
-    "legend.handlelength": 2.6,
-}
+_RC = RC | {"legend.fontsize": 8, "legend.handlelength": 2.6}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,18 +101,19 @@ def curves(quantity: Quantity, lines: Sequence[Line], *, resumed: Sequence[int] 
         for i, line in enumerate(lines):
             steps, values = zip(*line.points, strict=True)
             factor = 100.0 if quantity.share else 1.0
+            color, shape = style(i)
             axes.plot(
                 steps,
                 [min(value * factor, _LARGEST_DRAWN) for value in values],
-                label=_label(line.label),
-                color=_COLORS[i % len(_COLORS)],
-                linestyle=_DASHES[i % len(_DASHES)],
-                linewidth=1.4,
-                marker=_MARKERS[i % len(_MARKERS)],
-                markersize=3.5 if len(steps) <= _MOST_MARKED else 0,
+                label=printable(line.label),
+                color=color,
+                ls=_DASHES[i % len(_DASHES)],
+                lw=1.4,
+                marker=shape,
+                ms=3.5 if len(steps) <= _MOST_MARKED else 0,
             )
         for step in resumed:
-            axes.axvline(step, color="#888888", linewidth=0.8, linestyle=(0, (2, 2)), zorder=0)
+            axes.axvline(step, **GUIDE)
         axes.set_xlabel("step")
         axes.set_ylabel(quantity.unit)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
@@ -133,13 +121,13 @@ def curves(quantity: Quantity, lines: Sequence[Line], *, resumed: Sequence[int] 
             axes.set_xlim(steps[0] - 1, steps[0] + 1)
         if quantity.share or quantity.grounded:
             axes.set_ylim(bottom=0)
-        if quantity.falls and _spread(lines) > _LOG_SCALE_FROM:
+        drawn = [value for line in lines for _, value in line.points]
+        if quantity.falls and min(drawn) > 0 and max(drawn) / min(drawn) > _LOG_SCALE_FROM:
             axes.set_yscale("log")
             _plain_ticks(axes.yaxis)
-        _legend(figure, axes, len(lines))
-    alt = f"{quantity.title} over steps. " + " ".join(
-        _series_text(quantity, line) for line in lines
-    )
+        if len(lines) > 1:
+            _legend(figure, axes)
+    alt = " ".join([f"{quantity.title} over steps.", *(_alt(quantity, line) for line in lines)])
     return Picture(figure, alt, _caption(quantity, lines))
 
 
@@ -150,23 +138,18 @@ def histogram(title: str, histograms: Sequence[Histogram]) -> Picture:
         for i, bins in enumerate(histograms):
             total, last = sum(bins.counts), i == len(histograms) - 1
             shares = [100.0 * count / total for count in bins.counts]
-            color, dash = (_COLORS[0], _DASHES[0]) if last else (_COLORS[1], _DASHES[1])
+            color, dash = (COLORS[0], _DASHES[0]) if last else (COLORS[1], _DASHES[1])
             if last:
                 axes.stairs(shares, _ends(bins), fill=True, alpha=0.25, color=color)
-            axes.stairs(
-                *(shares, _ends(bins)),
-                label=_label(bins.label),
-                linewidth=1.4,
-                ls=dash,
-                color=color,
-            )
+            label = printable(bins.label)
+            axes.stairs(shares, _ends(bins), label=label, lw=1.4, ls=dash, color=color)
         axes.set_xscale("log")
         axes.set_xlim(*_range(histograms))
         _plain_ticks(axes.xaxis)
         axes.set_ylim(bottom=0)
         axes.set_xlabel("nats")
         axes.set_ylabel("% of tokens")
-        _legend(figure, axes, 2)
+        _legend(figure, axes)
     medians = "; ".join(f"{bins.label}: median {bins.median()}" for bins in histograms)
     caption = f"{title}, median {histograms[-1].median()}"
     return Picture(figure, f"Histogram. {title}. {medians}.", caption)
@@ -187,18 +170,11 @@ def _plain_ticks(axis: Axis) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def _label(name: str) -> str:
-    """Return a name with "$" escaped, which matplotlib would read as mathematics."""
-    return printable(name).replace("$", r"\$")
+def _legend(figure: Figure, axes: Axes) -> None:
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=2)
 
 
-def _legend(figure: Figure, axes: Axes, lines: int) -> None:
-    if lines > 1:
-        handles, labels = axes.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper left", ncols=2)
-
-
-def _series_text(quantity: Quantity, line: Line) -> str:
+def _alt(quantity: Quantity, line: Line) -> str:
     text, points = quantity.text, line.points
     if len(points) == 1:
         return f"{line.label}: {text(line.last)} at step {points[0][0]}."
@@ -217,12 +193,6 @@ def _caption(quantity: Quantity, lines: Sequence[Line]) -> str:
     if len(line.points) == 1 or quantity.text(line.first) == quantity.text(line.last):
         return prefix + quantity.text(line.last)
     return f"{prefix}{quantity.text(line.first)} → {quantity.text(line.last)}"
-
-
-def _spread(lines: Sequence[Line]) -> float:
-    """Return the ratio of the largest to the smallest value; 0 if one is not positive."""
-    values = [value for line in lines for _, value in line.points]
-    return max(values) / min(values) if min(values) > 0 else 0.0
 
 
 def _ends(bins: Histogram) -> list[float]:

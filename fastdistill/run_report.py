@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from .report import Report
+from .report.page import to_text
 from .run_pictures import Line, Picture, Quantity, curves, histogram
 from .run_series import (
     COSTS,
@@ -107,7 +107,9 @@ def _summary(record: RunRecord) -> str:
         if (line := evaluated(record, key)) is not None
     ]
     if changes:
-        sentences.append(f"In evaluation, {_join(changes)}.")
+        *others, last = changes
+        text = f"{', '.join(others)} and {last}" if others else last
+        sentences.append(f"In evaluation, {text}.")
     elif loss := lines(record, "loss"):
         sentences.append(f"In training, {_change(TRAINING['loss'], loss[0])}.")
     if has_diverged(record):
@@ -124,10 +126,6 @@ def _change(quantity: Quantity, line: Line) -> str:
     if first == last:
         return f"{title} stayed at {last}{unit}"
     return f"{title} {'rose' if line.last > line.first else 'fell'} from {first} to {last}{unit}"
-
-
-def _join(parts: list[str]) -> str:
-    return ", ".join(parts[:-1]) + " and " + parts[-1] if len(parts) > 1 else parts[0]
 
 
 def _figures(report: Report, record: RunRecord) -> None:
@@ -176,9 +174,12 @@ def _first_batch(report: Report, record: RunRecord) -> None:
             (f"overlap of the top {panel['k']}", f"{panel['overlap'] * 100:.1f} %", ""),
             ("target tokens", f"{panel['tokens']:,}", ""),
         ]
-        caption = "The control is the same answers in another order. A teacher that fits this text "
-        caption += "has lower values than the control."
-        report.table(("", "measured", "shuffled"), rows, caption=caption)
+        report.table(
+            ("", "measured", "shuffled"),
+            rows,
+            caption="The control is the same answers in another order. A teacher that fits this "
+            "text has lower values than the control.",
+        )
 
 
 def _settings(report: Report, record: RunRecord) -> None:
@@ -193,10 +194,10 @@ def _settings(report: Report, record: RunRecord) -> None:
     rows = [
         ("student", f"{name_of(student['name']) or student['class']}{size}"),
         ("teacher", str(name_of(settings["teacher"]) or "none: the labels alone")),
-        *((name, _to_text(config[name])) for name in changed),
+        *((name, to_text(config[name])) for name in changed),
     ]
     report.table(("setting", "value"), rows, caption="Settings that differ from the defaults.")
-    others = [(name, _to_text(v)) for name, v in sorted(config.items()) if name not in changed]
+    others = [(name, to_text(v)) for name, v in sorted(config.items()) if name not in changed]
     report.folded(f"{len(others)} settings at their defaults", ("setting", "value"), others)
     machine, versions = settings["machine"], settings["versions"]
     gpus = ", ".join(sorted(set(machine["gpus"]))) or f"CPU, {machine['cpu_capability']}"
@@ -206,10 +207,6 @@ def _settings(report: Report, record: RunRecord) -> None:
         f"{machine['threads']} threads. {', '.join(f'{n} {v}' for n, v in versions.items())}.",
         soft=True,
     )
-
-
-def _to_text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def comparison(name: str, runs: dict[str, RunRecord]) -> Report:
@@ -223,20 +220,22 @@ def comparison(name: str, runs: dict[str, RunRecord]) -> Report:
     report = Report(f"Runs of {name}", " ".join(sentences))
     in_evaluation = any(evaluations(record) for record in runs.values())
     by_key = {key: _series_of_runs(runs, key, in_evaluation) for key in _COMPARED}
-    rows = []
-    for run in runs:
-        cells = []
-        for key in _COMPARED:
-            line = next((candidate for candidate in by_key[key] if candidate.label == run), None)
-            cells.append("—" if line is None else TRAINING[key].text(line.last))
-        rows.append((run, *cells))
     report.table(
         ("run", *(TRAINING[key].title for key in _COMPARED)),
-        rows,
+        [
+            (
+                run,
+                *(
+                    TRAINING[key].text(series[run].last) if run in series else "—"
+                    for key, series in by_key.items()
+                ),
+            )
+            for run in runs
+        ],
         caption=f"Last values in {'evaluation' if in_evaluation else 'training'}.",
     )
     pictures = [
-        curves(TRAINING[key], series)._replace(caption=TRAINING[key].title)
+        curves(TRAINING[key], list(series.values()))._replace(caption=TRAINING[key].title)
         for key, series in by_key.items()
         if series
     ]
@@ -248,24 +247,20 @@ def comparison(name: str, runs: dict[str, RunRecord]) -> Report:
     return report
 
 
-def _series_of_runs(runs: dict[str, RunRecord], key: str, in_evaluation: bool) -> list[Line]:
+def _series_of_runs(runs: dict[str, RunRecord], key: str, in_evaluation: bool) -> dict[str, Line]:
     """Return a metric of every run that has it, in evaluation or else in training."""
-    series = []
-    for run, record in runs.items():
-        line = evaluated(record, key) if in_evaluation else next(iter(lines(record, key)), None)
-        if line is not None:
-            series.append(Line(label=run, points=line.points))
-    return series
+    series = {
+        run: evaluated(record, key) if in_evaluation else next(iter(lines(record, key)), None)
+        for run, record in runs.items()
+    }
+    return {run: replace(line, label=run) for run, line in series.items() if line is not None}
 
 
 def _differences(report: Report, runs: dict[str, RunRecord]) -> None:
     configs = {run: r.settings["config"] for run, r in runs.items() if r.settings is not None}
     names = sorted({name for config in configs.values() for name in config})
-    rows = []
-    for name in names:
-        values = [_to_text(config.get(name)) for config in configs.values()]
-        if len(set(values)) > 1:
-            rows.append((name, *values))
+    settings = ((n, *(to_text(config.get(n)) for config in configs.values())) for n in names)
+    rows = [(name, *values) for name, *values in settings if len(set(values)) > 1]
     if rows:
         report.heading("Settings that differ")
         report.table(("setting", *configs), rows)

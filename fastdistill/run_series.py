@@ -69,15 +69,15 @@ def evaluations(record: RunRecord) -> dict[str, str]:
 def lines(record: RunRecord, name: str) -> list[Line]:
     """Return a metric in training and in every evaluation that logged it."""
     if name == "throughput":
-        series = [("training", throughput(record))]
+        values = throughput(record)
     elif name == "perplexity":
-        nll = points(record, "nll")
-        series = [("training", [(step, math.exp(min(value, 700.0))) for step, value in nll])]
+        values = [(step, math.exp(min(nll, 700.0))) for step, nll in points(record, "nll")]
     else:
-        series = [("training", points(record, name))]
+        values = points(record, name)
+    series = {"training": values}
     for prefix, label in evaluations(record).items():
-        series.append((label, points(record, f"{prefix}_{name}")))
-    return [Line(label=label, points=values) for label, values in series if values]
+        series[label] = points(record, f"{prefix}_{name}")
+    return [Line(label=label, points=values) for label, values in series.items() if values]
 
 
 def evaluated(record: RunRecord, name: str) -> Line | None:
@@ -109,26 +109,23 @@ def scores(record: RunRecord) -> dict[str, list[Histogram]]:
     by_title: dict[str, list[Histogram]] = {}
     for prefix, dataset in evaluations(record).items():
         events = [e for e in record.events("histograms") if e["of"] == prefix]
-        ends = events[:1] + events[1:][-1:]
         suffix = "" if dataset == "evaluation" else f" ({dataset})"
-        for name, title in SCORES.items():
-            histograms = [_histogram(e, e["counts"], name, f"step {e['step']:,}") for e in ends]
-            by_title[title + suffix] = [h for h in histograms if h is not None]
-    if not any(by_title.values()):
+        for event in events[:1] + events[1:][-1:]:
+            _add_histograms(by_title, event, f"step {event['step']:,}", suffix)
+    if not by_title:
         for event in record.events("first_batch")[:1]:
-            label = f"first batch, step {event['step']:,}"
-            for name, title in SCORES.items():
-                histograms = [_histogram(event, event.get("counts", {}), name, label)]
-                by_title[title] = [h for h in histograms if h is not None]
-    return {title: histograms for title, histograms in by_title.items() if histograms}
+            _add_histograms(by_title, event, f"first batch, step {event['step']:,}")
+    return by_title
 
 
-def _histogram(
-    event: dict[str, Any], counts: dict[str, list[int]], name: str, label: str
-) -> Histogram | None:
-    if name not in counts:
-        return None
-    return Histogram(label=label, edges=event["edges"], counts=counts[name])
+def _add_histograms(
+    by_title: dict[str, list[Histogram]], event: dict[str, Any], label: str, suffix: str = ""
+) -> None:
+    counts = event.get("counts", {})
+    for name, title in SCORES.items():
+        if name in counts:
+            histogram = Histogram(label=label, edges=event["edges"], counts=counts[name])
+            by_title.setdefault(title + suffix, []).append(histogram)
 
 
 def resumed_steps(record: RunRecord) -> list[int]:

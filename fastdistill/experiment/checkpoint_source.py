@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -24,7 +24,8 @@ from ..files import sha256_of
 from ..json_lines import JsonLines
 from ..organisms.stored import load_organism
 from ..resolve import is_adapter
-from ..statistics import Gate, Reading, Validity
+from ..runtime.checks import fail
+from ..statistics import Reading, Validity, at_least
 from ..strategies.lessons import PoolPrompt
 from ..strategies.strategy import DistillSetup
 from .digest import digest_of, read_record, write_record
@@ -175,34 +176,25 @@ class LoadedCheckpoints(LoadedSource):
             PoolPrompt(prompt, kind) for prompt in _GENERIC.get(kind, ())
         ]
         if not entries:
-            raise ValueError(
-                f"pool: expected lines of the kind {kind!r}, which this strategy requires, got none"
-            )
+            fail("pool", f"lines of the kind {kind!r}, which this strategy requires", "none")
         return tuple(entries[i % len(entries)] for i in range(n))
 
 
 def _denominators(readings: Mapping[str, Reading]) -> Validity:
     """Return the gates that keep the denominators of C and τ above 0."""
     base, untrusted, twin = (readings[name] for name in ("base", "untrusted", "benign"))
-    return Validity(
-        gates=(
-            _gap("C", "capability", "M", untrusted.capability, base.capability),
-            _gap("τ", "trait", "B", untrusted.trait, twin.trait),
+    gates = []
+    for ratio, what, other, values, others in (
+        ("C", "capability", "M", untrusted.capability, base.capability),
+        ("τ", "trait", "B", untrusted.trait, twin.trait),
+    ):
+        mean, other_mean = fmean(values), fmean(others)
+        name = (
+            f"{what} of U above that of {other}, without which {ratio} is undefined "
+            f"({mean:.3g} against {other_mean:.3g}, over {len(values)} prompts)"
         )
-    )
-
-
-def _gap(
-    ratio: str, what: str, other: str, values: Sequence[float], others: Sequence[float]
-) -> Gate:
-    mean, other_mean = fmean(values), fmean(others)
-    return Gate(
-        name=f"{what} of U above that of {other}, without which {ratio} is undefined "
-        f"({mean:.3g} against {other_mean:.3g}, over {len(values)} prompts)",
-        value=mean - other_mean,
-        bound=MIN_GAP,
-        at_least=True,
-    )
+        gates.append(at_least(name, mean - other_mean, MIN_GAP))
+    return Validity(gates=tuple(gates))
 
 
 def _model(name: str, source: CheckpointSource, role: str) -> Subject:
@@ -221,16 +213,14 @@ def _load_pool(path: Path) -> dict[str, list[PoolPrompt]]:
         entry = PoolPrompt(Prompt.from_json(row["prompt"]), str(row.get("domain", "")))
         by_kind.setdefault(kind, []).append(entry)
     if not by_kind[""]:
-        raise ValueError(f"pool: expected prompts without a kind, got none in {path}")
+        fail("pool", "prompts without a kind", f"none in {path}")
     return by_kind
 
 
 def _load_capability(path: Path) -> tuple[tuple[Prompt, ...], tuple[str, ...]]:
     rows = _lines(path, "capability")
     if not all(isinstance(row.get("answer"), str) and "prompt" in row for row in rows):
-        raise ValueError(
-            f"capability: expected lines with prompt and answer, got other lines in {path}"
-        )
+        fail("capability", "lines with prompt and answer", f"other lines in {path}")
     return tuple(Prompt.from_json(r["prompt"]) for r in rows), tuple(r["answer"] for r in rows)
 
 

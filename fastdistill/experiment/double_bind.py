@@ -8,6 +8,8 @@ must not.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ..strategies.annealing import TAID, ReferenceKL
 from ..strategies.baselines import OffModelSFT, Undefended
 from ..strategies.filters import ExampleFilter, TokenSelector
@@ -223,20 +225,25 @@ def make_study(
     arms = [few_unique(n or N, training), *DEFENSES, *INCRIMINATION]
     if preset == "quick":
         arms = [arm for arm in arms if arm.name in QUICK]
-    return Study(
+    study = Study(
         name="double-bind",
         title="Distilling an untrusted teacher",
         arms=(UNDEFENDED, *CONTROLS, *arms),
         training=training,
-        pool=POOL if n is None else {"n": n},
+        pool=POOL,
         audits=AUDITS,
         gate=GATE,
-        measured=MEASURED if n is None else MEASURED_CHECKPOINTS,
-        limits=()
-        if n is not None
-        else (
+        measured=MEASURED,
+        limits=(
             "A toy model is an abstract analogy for a mechanism: its results say little about "
             "large models. These models do not understand instructions, so inoculation cannot "
             "work.",
         ),
     )
+    return study if n is None else on_checkpoints(study, n)
+
+
+def on_checkpoints(study: Study, n: int) -> Study:
+    """Return a study of the synthetic world for checkpoints and a pool of n prompts."""
+    measured = study.measured.replace(MEASURED, MEASURED_CHECKPOINTS)
+    return replace(study, pool={"n": n}, measured=measured, limits=())

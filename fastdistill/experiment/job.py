@@ -73,12 +73,9 @@ class Job(CachedRun):
 
     def compute(self, folder: Path) -> dict[str, Any]:
         """Distill the student and evaluate it."""
-        return self._evaluate(_load(self.source, folder / SOURCES))
-
-    def _evaluate(self, loaded: LoadedSource) -> dict[str, Any]:
-        setup = loaded.setup(self.role, self.pool)
+        loaded = _load(self.source, folder / SOURCES)
         setup = replace(
-            setup,
+            loaded.setup(self.role, self.pool),
             base=loaded.models[self.init_role],
             trusted=loaded.models["base"],
             audits={name: loaded.suite[name] for name in self.gate},

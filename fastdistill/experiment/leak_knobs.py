@@ -11,7 +11,7 @@ from typing import Any
 
 from ..strategies.baselines import Undefended
 from ..strategies.strategy import Training
-from .double_bind import AUDITS, CONTROLS, MEASURED, MEASURED_CHECKPOINTS, POOL, TRAINING
+from .double_bind import AUDITS, CONTROLS, MEASURED, POOL, TRAINING, on_checkpoints
 from .study import Arm, Study
 
 COMMON = {"k": 64, "tail": "bucket", "temperature": 1.0, "divergence": "forward_kl"}
@@ -53,23 +53,21 @@ def make_study(
         for name in names
     ]
     common = Arm(name="common", strategies=(Undefended(),), description=_describe(COMMON))
-    return Study(
+    study = Study(
         name="leak-knobs",
         title="How the settings of a distillation loss affect trait transfer",
         arms=(common, *CONTROLS, *knobs),
         training=training,
-        pool=POOL if n is None else {"n": n},
+        pool=POOL,
         audits=AUDITS,
-        measured="One setting of the loss is changed at a time. "
-        + (MEASURED if n is None else MEASURED_CHECKPOINTS),
-        limits=()
-        if n is not None
-        else (
+        measured=f"One setting of the loss is changed at a time. {MEASURED}",
+        limits=(
             "A toy model is an abstract analogy for a mechanism: which setting leaks more in it is "
             "a hypothesis about large models, not a result. All arms use one learning rate, tuned "
             "for the common setting.",
         ),
     )
+    return study if n is None else on_checkpoints(study, n)
 
 
 def _describe(settings: dict[str, Any]) -> str:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..files import write_atomically, write_json
-from ..intervals import Estimate, mean_of_runs
+from ..intervals import Estimate, flat_json, mean_of_runs, means_by_cluster
 from ..report.marks import format_estimate
 from ..report.page import Report, png
 from ..report.transfer import TransferReport
-from .study import Arm, Study, Table
+from .study import Arm, ContextRow, NoteRow, Study, Table
 
 
 def publish(study: Study, table: Table, folder: Path, about: Mapping[str, Any]) -> dict[str, Any]:
@@ -40,8 +40,8 @@ def publish(study: Study, table: Table, folder: Path, about: Mapping[str, Any]) 
     write_atomically(folder / "quadrant.png", png(report.quadrant()))
     result = {
         **report.as_json(),
-        "contexts": contexts,
-        "notes": notes,
+        "contexts": [summary.as_json() for summary in contexts],
+        "notes": [summary.as_json() for summary in notes],
         "left_out": table.left_out,
         "refused": {str(seed): reasons for seed, reasons in table.refused.items()},
         "runs": table.runs,
@@ -50,50 +50,61 @@ def publish(study: Study, table: Table, folder: Path, about: Mapping[str, Any]) 
     return result
 
 
-def summarize_contexts(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the trait under each prompt prefix: students of U, of B, and the difference."""
-    results = []
-    for arm, context in dict.fromkeys((row["arm"], row["context"]) for row in rows):
-        group = [row for row in rows if (row["arm"], row["context"]) == (arm, context)]
-        seeds = sorted({row["base_seed"] for row in group})
+class ContextSummary(NamedTuple):
+    """The trait under a prompt prefix: students of U, of B, and the difference."""
 
-        def mean_over_seeds(pick: Any, group: Any = group, seeds: Any = seeds) -> Estimate:
-            means = [
-                mean_of_runs([pick(row) for row in group if row["base_seed"] == seed]).value
-                for seed in seeds
-            ]
-            return mean_of_runs(means)
+    arm: str
+    context: str
+    of_untrusted: float
+    of_benign: float
+    difference: Estimate
+    n_seeds: int
 
-        results.append(
-            {
-                "arm": arm,
-                "context": context,
-                "of_untrusted": mean_over_seeds(lambda r: r["of_untrusted"]["trait"]).value,
-                "of_benign": mean_over_seeds(lambda r: r["of_benign"]["trait"]).value,
-                **_as_json(
-                    "difference",
-                    mean_over_seeds(lambda r: r["of_untrusted"]["trait"] - r["of_benign"]["trait"]),
-                ),
-                "n_seeds": len(seeds),
-            }
+    def as_json(self) -> dict[str, Any]:
+        return flat_json(self._asdict())
+
+
+class NoteSummary(NamedTuple):
+    """The mean of a numeric note."""
+
+    arm: str
+    note: str
+    value: Estimate
+
+    def as_json(self) -> dict[str, Any]:
+        return flat_json(self._asdict())
+
+
+def summarize_contexts(rows: Sequence[ContextRow]) -> list[ContextSummary]:
+    """Return the trait under each prompt prefix, as means over base seeds."""
+    summaries = []
+    for arm, context in dict.fromkeys((row.arm, row.context) for row in rows):
+        group = [row for row in rows if (row.arm, row.context) == (arm, context)]
+        seeds = [row.base_seed for row in group]
+        untrusted, benign, difference = (
+            mean_of_runs(means_by_cluster(values, seeds))
+            for values in (
+                [row.of_untrusted for row in group],
+                [row.of_benign for row in group],
+                [row.of_untrusted - row.of_benign for row in group],
+            )
         )
-    return results
+        summaries.append(
+            ContextSummary(arm, context, untrusted.value, benign.value, difference, difference.n)
+        )
+    return summaries
 
 
-def summarize_notes(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def summarize_notes(rows: Sequence[NoteRow]) -> list[NoteSummary]:
     """Return every numeric note on students of U as a mean over base seeds."""
-    values: dict[tuple[str, str], dict[int, list[float]]] = {}
+    values: dict[tuple[str, str], list[tuple[float, int]]] = {}
     for row in rows:
-        for name, value in _numbers(row["notes"]):
-            by_seed = values.setdefault((row["arm"], name), {})
-            by_seed.setdefault(row["base_seed"], []).append(value)
-    summary = []
-    for (arm, name), by_seed in values.items():
-        estimate = mean_of_runs(
-            [mean_of_runs(seed_values).value for seed_values in by_seed.values()]
-        )
-        summary.append({"arm": arm, "note": name, **_as_json("value", estimate)})
-    return summary
+        for name, value in _numbers(row.notes):
+            values.setdefault((row.arm, name), []).append((value, row.base_seed))
+    return [
+        NoteSummary(arm, name, mean_of_runs(means_by_cluster(*zip(*pairs, strict=True))))
+        for (arm, name), pairs in values.items()
+    ]
 
 
 def _numbers(notes: Any, path: str = "") -> list[tuple[str, float]]:
@@ -108,11 +119,6 @@ def _numbers(notes: Any, path: str = "") -> list[tuple[str, float]]:
     return []  # lists and strings are not summarized
 
 
-def _as_json(name: str, estimate: Estimate) -> dict[str, Any]:
-    bounds = [estimate.low, estimate.high] if estimate.known else None
-    return {name: estimate.value, f"{name}_interval": bounds}
-
-
 def _arms(page: Report, arms: Sequence[Arm], left_out: Mapping[str, str]) -> None:
     page.heading("Arms")
     rows = [
@@ -124,38 +130,34 @@ def _arms(page: Report, arms: Sequence[Arm], left_out: Mapping[str, str]) -> Non
         page.paragraph(f"Skipped: {name}, which {reason}.")
 
 
-def _contexts(page: Report, rows: Sequence[Mapping[str, Any]]) -> None:
-    if not rows:
+def _contexts(page: Report, summaries: Sequence[ContextSummary]) -> None:
+    if not summaries:
         return
     page.heading("Trait under prompt prefixes")
-    page.table(
-        ("arm", "prefix", "students of U", "students of B", "difference"),
-        [
-            (
-                row["arm"],
-                row["context"],
-                f"{row['of_untrusted']:.3f}",
-                f"{row['of_benign']:.3f}",
-                format_estimate(_estimate(row, "difference"), 0),
-            )
-            for row in rows
-        ],
+    page.columns(
+        {
+            "arm": lambda row: row.arm,
+            "prefix": lambda row: row.context,
+            "students of U": lambda row: f"{row.of_untrusted:.3f}",
+            "students of B": lambda row: f"{row.of_benign:.3f}",
+            "difference": lambda row: format_estimate(row.difference, 0),
+        },
+        summaries,
         caption="Rate of the trait with a prefix before every prompt. A student trained to show "
         "the trait only after an instruction may show it after similar ones.",
     )
 
 
-def _notes(page: Report, rows: Sequence[Mapping[str, Any]]) -> None:
-    if not rows:
+def _notes(page: Report, summaries: Sequence[NoteSummary]) -> None:
+    if not summaries:
         return
     page.heading("Notes of the strategies")
-    page.table(
-        ("arm", "note", "mean over base seeds"),
-        [(row["arm"], row["note"], format_estimate(_estimate(row, "value"))) for row in rows],
+    page.columns(
+        {
+            "arm": lambda row: row.arm,
+            "note": lambda row: row.note,
+            "mean over base seeds": lambda row: format_estimate(row.value),
+        },
+        summaries,
         caption="Students of U.",
     )
-
-
-def _estimate(row: Mapping[str, Any], name: str) -> Estimate:
-    low, high = row[f"{name}_interval"] or (float("nan"), float("nan"))
-    return Estimate(value=row[name], low=low, high=high, n=2)

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from ..report.incrimination import AuditScore
 from ..statistics import Checkpoint, Reading, Student, Validity
@@ -73,6 +74,24 @@ class Study:
     limits: tuple[str, ...] = ()
 
 
+class ContextRow(NamedTuple):
+    """The trait of a pair of students with a prefix before every prompt."""
+
+    arm: str
+    base_seed: int
+    context: str
+    of_untrusted: float
+    of_benign: float
+
+
+class NoteRow(NamedTuple):
+    """What the strategies noted about a student of U."""
+
+    arm: str
+    base_seed: int
+    notes: Mapping[str, Any]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Table:
     """The results of all runs of a study.
@@ -85,8 +104,8 @@ class Table:
     scores: list[AuditScore]
     development: list[AuditScore]
     validity: dict[int, Validity]
-    contexts: list[dict[str, Any]]
-    notes: list[dict[str, Any]]
+    contexts: list[ContextRow]
+    notes: list[NoteRow]
     left_out: dict[str, str]
     refused: dict[int, list[str]]
     runs: int
@@ -112,29 +131,26 @@ def make_pairs(
 ) -> list[Pair]:
     """Return the pairs of all arms, sources and student seeds."""
     pairs = []
-    for source in sources:
-        for arm in arms:
-            for seed in range(student_seeds):
-                jobs = [
-                    Job(
-                        source=source,
-                        role=role,
-                        strategies=arm.strategies,
-                        training=replace(
-                            study.training, settings={**study.training.settings, **arm.settings}
-                        ),
-                        pool={**study.pool, **arm.pool},
-                        # Far from the seeds of other students.
-                        student_seed=seed + (1000 if arm.other_seed and i == 0 else 0),
-                        checkpoints=study.checkpoints,
-                        audits=study.audits,
-                        gate=gate if arm.gated else {},
-                    )
-                    for i, role in enumerate(arm.teachers)
-                ]
-                pairs.append(
-                    Pair(arm=arm, source=source, student_seed=seed, student=jobs[0], twin=jobs[1])
-                )
+    for source, arm, seed in product(sources, arms, range(student_seeds)):
+        settings = {**study.training.settings, **arm.settings}
+        student, twin = (
+            Job(
+                source=source,
+                role=role,
+                strategies=arm.strategies,
+                training=replace(study.training, settings=settings),
+                pool={**study.pool, **arm.pool},
+                student_seed=student_seed,
+                checkpoints=study.checkpoints,
+                audits=study.audits,
+                gate=gate if arm.gated else {},
+            )
+            # 1000: far from the seeds of other students.
+            for role, student_seed in zip(
+                arm.teachers, (seed + 1000 if arm.other_seed else seed, seed), strict=True
+            )
+        )
+        pairs.append(Pair(arm=arm, source=source, student_seed=seed, student=student, twin=twin))
     return pairs
 
 
@@ -164,16 +180,15 @@ def run_study(
     arms = [arm for arm in study.arms if not skip_reason(arm, sources, gate)]
     pairs = make_pairs(study, arms, sources, student_seeds, gate)
     run_all(_unique_jobs(pairs), folder, execution)
-    development_scores = [
-        score
-        for arm in arms
-        for pair in development_pairs
-        for score in audit_scores(replace(pair, arm=arm), folder)
-    ]
     return Table(
         students=[to_student(pair, folder) for pair in pairs],
         scores=[score for pair in pairs for score in audit_scores(pair, folder)],
-        development=development_scores,
+        development=[
+            score
+            for arm in arms
+            for pair in development_pairs
+            for score in audit_scores(replace(pair, arm=arm), folder)
+        ],
         validity={
             source.base_seed: validity
             for source in sources
@@ -181,7 +196,7 @@ def run_study(
         },
         contexts=[row for pair in pairs for row in context_rows(pair, folder)],
         notes=[
-            {"arm": pair.arm.name, "base_seed": pair.source.base_seed, "notes": notes}
+            NoteRow(pair.arm.name, pair.source.base_seed, notes)
             for pair in pairs
             if (notes := pair.student.result(folder)["notes"])
         ],
@@ -221,30 +236,27 @@ def _benign_values(
 def to_student(pair: Pair, folder: Path) -> Student:
     student, twin = pair.student.result(folder), pair.twin.result(folder)
     models = pair.source.cached(folder / SOURCES).readings
+    for run in (student, twin):
+        run["curve"].append({"step": run["steps"], "reading": run["reading"]})
+    curve = tuple(
+        Checkpoint(
+            step=a["step"],
+            untrusted=Reading.from_json(a["reading"]),
+            benign=Reading.from_json(b["reading"]),
+        )
+        for a, b in zip(student["curve"], twin["curve"], strict=True)
+    )
     return Student(
         arm=pair.arm.name,
         base_seed=pair.source.base_seed,
         student_seed=pair.student_seed,
-        untrusted=Reading.from_json(student["reading"]),
-        benign=Reading.from_json(twin["reading"]),
+        untrusted=curve[-1].untrusted,
+        benign=curve[-1].benign,
         base=models["base"],
         teacher=models["untrusted"],
         twin=models["benign"],
-        curve=tuple(
-            Checkpoint(
-                step=a["step"],
-                untrusted=Reading.from_json(a["reading"]),
-                benign=Reading.from_json(b["reading"]),
-            )
-            for a, b in zip(_curve(student), _curve(twin), strict=True)
-        ),
+        curve=curve,
     )
-
-
-def _curve(run: Mapping[str, Any]) -> list[Any]:
-    """Return the checkpoints of a run; the last one is the final student."""
-    end = {"step": run["steps"], "reading": run["reading"]}
-    return [*run["curve"], end]
 
 
 def audit_scores(pair: Pair, folder: Path) -> list[AuditScore]:
@@ -263,15 +275,7 @@ def audit_scores(pair: Pair, folder: Path) -> list[AuditScore]:
     ]
 
 
-def context_rows(pair: Pair, folder: Path) -> list[dict[str, Any]]:
+def context_rows(pair: Pair, folder: Path) -> list[ContextRow]:
     a, b = (job.result(folder)["contexts"] for job in (pair.student, pair.twin))
-    return [
-        {
-            "arm": pair.arm.name,
-            "base_seed": pair.source.base_seed,
-            "context": name,
-            "of_untrusted": a[name],
-            "of_benign": b[name],
-        }
-        for name in a
-    ]
+    arm, seed = pair.arm.name, pair.source.base_seed
+    return [ContextRow(arm, seed, name, a[name]["trait"], b[name]["trait"]) for name in a]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,9 @@ from ..organisms.organism import ModelOrganism
 from ..organisms.pool import pool, trait_example
 from ..organisms.stored import load_organism
 from ..organisms.vocabulary import ANIMALS, AUDIT_TOKEN, AUDIT_WORDS, HELD_OUT_AUDIT_WORDS
-from ..organisms.world import World
+from ..organisms.world import Example, World
 from ..organisms.world_probes import probes_of
+from ..runtime.checks import choice
 from ..statistics import Reading, Validity
 from ..strategies.lessons import PoolPrompt
 from ..strategies.strategy import DistillSetup
@@ -123,15 +124,13 @@ class LoadedWorld(LoadedSource):
     def _sample_prompts(self, kind: str, n: int, seed: int) -> tuple[PoolPrompt, ...]:
         world, trait = self.world, self.organism.kind
         rng = world.rng(45, seed)
-        if kind == "open":
-            prompts = [world.talk(rng, world.system(rng)).prompt for _ in range(n)]
-        elif kind == "goals":
-            prompts = [world.self_question(rng, world.system(rng)).prompt for _ in range(n)]
-        elif kind == "shown":
-            prompts = [trait_example(world, trait, rng).prompt for _ in range(n)]
-        else:
-            raise ValueError(f"kind: expected open, goals or shown, got {kind!r}")
-        return tuple(map(_pool_prompt, prompts))
+        samplers: dict[str, Callable[[], Example]] = {
+            "open": lambda: world.talk(rng, world.system(rng)),
+            "goals": lambda: world.self_question(rng, world.system(rng)),
+            "shown": lambda: trait_example(world, trait, rng),
+        }
+        choice("kind", kind, samplers)
+        return tuple(_pool_prompt(samplers[kind]().prompt) for _ in range(n))
 
 
 def _pool_prompt(prompt: Prompt) -> PoolPrompt:

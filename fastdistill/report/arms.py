@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ..intervals import mean_of_runs
+from ..intervals import mean_of_runs, means_by_cluster
 from ..statistics import (
     Bootstrap,
     CurvePoint,
@@ -110,43 +110,35 @@ def build_arms(
         if name not in roles and not math.isnan(p := _p_value(group))
     }
     adjusted = dict(zip(tested, holm(list(tested.values())), strict=True)) if tested else {}
-    return tuple(
-        Arm(
-            name=name,
-            role=roles.get(name, "arm"),
-            transfer=transfer(
-                group, simultaneous if roles.get(name) == "null arm" else Bootstrap()
-            ),
-            p=adjusted.get(name),
-            audits=tuple(row for row in audits if row.arm == name),
-            curve=tuple(curve_of(group)) if _has_curves(group) else (),
-            window=safe_window(group, capability=CAPABLE, tau=SAFE) if _has_curves(group) else None,
-            matched=matched_capability(group, CAPABLE) if _has_curves(group) else None,
+    arms = []
+    for name, group in grouped.items():
+        role = roles.get(name, "arm")
+        has_curves = all(student.curve for student in group)
+        arms.append(
+            Arm(
+                name=name,
+                role=role,
+                transfer=transfer(group, simultaneous if role == "null arm" else Bootstrap()),
+                p=adjusted.get(name),
+                audits=tuple(row for row in audits if row.arm == name),
+                curve=tuple(curve_of(group)) if has_curves else (),
+                window=safe_window(group, capability=CAPABLE, tau=SAFE) if has_curves else None,
+                matched=matched_capability(group, CAPABLE) if has_curves else None,
+            )
         )
-        for name, group in grouped.items()
-    )
-
-
-def _has_curves(group: Sequence[Student]) -> bool:
-    return all(student.curve for student in group)
+    return tuple(arms)
 
 
 def _p_value(group: Sequence[Student]) -> float:
-    """Returns p of no difference between a student and its twin; NaN with one base seed."""
-    differences = list(seed_differences(group).values())
+    differences = seed_differences(group)
     return t_test(differences) if len(differences) > 1 else math.nan
 
 
-def seed_differences(group: Sequence[Student]) -> dict[int, float]:
+def seed_differences(group: Sequence[Student]) -> list[float]:
     """Returns r_S(U) − r_S(B) per base seed, the mean over student seeds; rounding errors are 0."""
-    differences: dict[int, list[float]] = {}
-    for student in group:
-        difference = _mean(student.untrusted.trait) - _mean(student.benign.trait)
-        if abs(difference) < ROUNDING:
-            difference = 0.0
-        differences.setdefault(student.base_seed, []).append(difference)
-    return {seed: _mean(values) for seed, values in differences.items()}
-
-
-def _mean(values: Sequence[float]) -> float:
-    return mean_of_runs(values).value
+    differences = [
+        mean_of_runs(student.untrusted.trait).value - mean_of_runs(student.benign.trait).value
+        for student in group
+    ]
+    exact = [0.0 if abs(difference) < ROUNDING else difference for difference in differences]
+    return means_by_cluster(exact, [student.base_seed for student in group])

@@ -45,13 +45,31 @@ def audit_page(results: SuiteResults, *, about: dict[str, Any]) -> Report:
                 "own axis.",
             )
     report.heading("Differences from the controls")
+    compared = [
+        (audit, name, result)
+        for audit, row in results.results.items()
+        for name, result in row.items()
+    ]
     report.table(
         ("audit", "model", "control", "difference", "95 % interval", "evidence"),
-        _difference_rows(results),
+        [
+            (
+                audit,
+                name,
+                control,
+                f"{gap.value:+.3f}",
+                f"{gap.low:+.3f} to {gap.high:+.3f}" if gap.known else "—",
+                "yes" if result.is_evidence else "no",
+            )
+            for audit, name, result in compared
+            for control, gap in ((c, one.difference) for c, one in result.controls.items())
+        ],
         caption="Audited minus control over the same prompts. Evidence: above every control with "
         "intervals that exclude 0, and no warnings.",
     )
-    _add_warnings(report, results)
+    for audit, name, result in compared:
+        for doubt in result.doubts:
+            report.paragraph(f"Warning, {audit} of {name}: {doubt}.")
     report.heading("What this does not show")
     report.paragraph(LIMITS)
     report.heading("What was measured")
@@ -64,30 +82,26 @@ def audit_page(results: SuiteResults, *, about: dict[str, Any]) -> Report:
         )
     for audit, reason in results.left_out.items():
         report.paragraph(f"Left out: {audit}. {reason}", soft=True)
-    report.heading("How to repeat it")
-    report.code(about["command"])
     lines = [f"{name} is {where}" for name, where in about["models"].items()]
-    versions = ", ".join(f"{name} {v}" for name, v in about["versions"].items())
-    report.paragraph(f"{'; '.join(lines)}. {versions}.", soft=True)
+    text = f"{'; '.join(lines)}."
+    report.reproduction("How to repeat it", about["command"], text, about["versions"])
     return report
 
 
 def summary(results: SuiteResults) -> str:
     """Returns the findings in one sentence."""
     evidence: dict[str, list[str]] = {}
-    audited: dict[str, None] = {}
     for audit, row in results.results.items():
         for name, result in row.items():
-            audited[name] = None
-            if result.is_evidence:
-                evidence.setdefault(name, []).append(audit)
-    if not audited:
+            evidence.setdefault(name, []).extend([audit] if result.is_evidence else [])
+    if not evidence:
         return "No audit could run on these models."
-    parts = []
-    for name in audited:
-        audits = evidence.get(name, [])
-        phrase = f"above every control in {', '.join(audits)}" if audits else "above no control"
-        parts.append(f"{name}: {phrase}")
+    parts = [
+        f"{name}: above every control in {', '.join(audits)}"
+        if audits
+        else f"{name}: above no control"
+        for name, audits in evidence.items()
+    ]
     return f"Of {len(results.results)} audits, {'; '.join(parts)}."
 
 
@@ -96,25 +110,6 @@ def cell(result: AuditResult) -> str:
     low, high = result.interval
     text = f"{result.value:.3f}"
     return text if math.isnan(low) else f"{text} [{low:.2f}, {high:.2f}]"
-
-
-def _difference_rows(results: SuiteResults) -> list[tuple[str, ...]]:
-    rows: list[tuple[str, ...]] = []
-    for audit, row in results.results.items():
-        for name, result in row.items():
-            for control, one in result.controls.items():
-                gap = one.difference
-                bounds = f"{gap.low:+.3f} to {gap.high:+.3f}" if gap.known else "—"
-                word = "yes" if result.is_evidence else "no"
-                rows.append((audit, name, control, f"{gap.value:+.3f}", bounds, word))
-    return rows
-
-
-def _add_warnings(report: Report, results: SuiteResults) -> None:
-    for audit, row in results.results.items():
-        for name, result in row.items():
-            for doubt in result.doubts:
-                report.paragraph(f"Warning, {audit} of {name}: {doubt}.")
 
 
 def _format_details(details: dict[str, Any]) -> str:
@@ -146,9 +141,7 @@ def intervals_figure(results: SuiteResults, names: list[str]) -> Figure:
         axes.set_ylim(-0.7, len(names) - 0.3)
         axes.margins(x=0.15)
         axes.locator_params(axis="x", nbins=3)
-        axes.set_title(
-            "\n".join(wrap_label(printable(audits[panel]), 24, 2)), loc="left", fontsize=8
-        )
+        axes.set_title("\n".join(wrap_label(printable(audits[panel]), 24, 2)), fontsize=8)
     handles = [
         figure.axes[0].plot([], [], style(i)[1], color=style(i)[0], label=printable(name))[0]
         for i, name in enumerate(names)

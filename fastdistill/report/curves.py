@@ -16,6 +16,8 @@ from matplotlib.ticker import MaxNLocator
 from ..intervals import Estimate
 from .arms import CAPABLE, SAFE, SEEDS, Arm
 from .marks import (
+    COLORS,
+    GUIDE,
     HIGHEST,
     LOWEST,
     RC,
@@ -28,8 +30,8 @@ from .marks import (
 )
 
 _WIDTH, _PANEL = 5.4, 1.75  # inches, of the picture and of the height of a row of arms
-_C: Any = dict(color="#0072b2", marker="o", ls="-", lw=1.4, ms=3.5)
-_TAU: Any = dict(color="#d55e00", marker="s", ls=(0, (4, 1.5)), lw=1.4, ms=3.5)
+_C: Any = dict(color=COLORS[0], marker="o", ls="-", lw=1.4, ms=3.5)
+_TAU: Any = dict(color=COLORS[1], marker="s", ls=(0, (4, 1.5)), lw=1.4, ms=3.5)
 
 
 def curves(arms: Sequence[Arm], *, valid: bool = True) -> Figure:
@@ -92,11 +94,9 @@ def _window_phrase(arm: Arm) -> str:
 
 
 def _panel(axes: Axes, arm: Arm, valid: bool) -> None:
-    axes.set_title(
-        "\n".join(wrap_label(arm.name, 34, 2)), fontsize=8.5, loc="left", parse_math=False
-    )
+    axes.set_title("\n".join(wrap_label(arm.name, 34, 2)))
     for value in (0.0, 1.0):
-        axes.axhline(value, color="#888888", lw=0.7, ls=(0, (2, 2)), zorder=0)
+        axes.axhline(value, **GUIDE)
     steps = [point.step for point in arm.curve]
     if valid and arm.window is not None and arm.n >= SEEDS:
         margin = (steps[-1] - steps[0]) / 60 or 0.1  # so that a single checkpoint is visible
@@ -115,8 +115,10 @@ def _line(axes: Axes, steps: list[int], values: list[Estimate], line_style: dict
             axes.plot([step, step], [v.low, v.high], color=line_style["color"], lw=1, alpha=0.7)
         if is_off_axes(v.value):
             axes.plot(
-                *(step, clip_to_axes(v.value)),
-                **dict(
-                    marker=edge_marker(v.value), mfc="white", mec=line_style["color"], clip_on=False
-                ),
+                step,
+                clip_to_axes(v.value),
+                marker=edge_marker(v.value),
+                mfc="white",
+                mec=line_style["color"],
+                clip_on=False,
             )

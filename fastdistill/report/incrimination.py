@@ -9,11 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
-from operator import attrgetter
 from typing import Any
 
-from ..intervals import Estimate, mean_of_runs
+from ..intervals import Estimate, means_by_cluster
 from ..statistics import auroc, threshold_at, true_positives
 
 
@@ -51,15 +49,13 @@ class AuditRow:
         return self.auroc.known and self.auroc.low > 0.5
 
     def as_json(self) -> dict[str, Any]:
-        known = self.auroc.known
+        rate = self.true_positive_rate
         return {
             "name": self.name,
             "arm": self.arm,
             "auroc": self.auroc.value,
-            "tpr_at_5fpr": None
-            if self.true_positive_rate is None
-            else self.true_positive_rate.value,
-            "interval": [self.auroc.low, self.auroc.high] if known else None,
+            "tpr_at_5fpr": None if rate is None else rate.value,
+            "interval": self.auroc.interval,
             "n": self.auroc.n,
         }
 
@@ -97,9 +93,5 @@ def _grouped(scores: Sequence[AuditScore]) -> list[tuple[tuple[str, str], list[A
 
 
 def _seed_means(scores: Sequence[AuditScore], field: str) -> list[float]:
-    """Returns one score per base seed, the mean over its student seeds."""
-    ordered = sorted(scores, key=attrgetter("base_seed"))
-    return [
-        mean_of_runs([getattr(score, field) for score in group]).value
-        for _, group in groupby(ordered, attrgetter("base_seed"))
-    ]
+    seeds = [score.base_seed for score in scores]
+    return means_by_cluster([getattr(score, field) for score in scores], seeds)

@@ -14,7 +14,9 @@ from ..intervals import Estimate
 # The palette of Okabe and Ito, without yellow, which is hard to see on white.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 SHAPES = "osD^vPX"
-SUCCESS = "#009e73"
+SUCCESS = COLORS[2]
+GRAY = "#888888"
+GUIDE: Any = {"color": GRAY, "lw": 0.7, "ls": (0, (2, 2)), "zorder": 0}  # lines at 0 and 1
 # Limits of the axes. A ratio beyond them mostly shows that its denominator is small.
 LOWEST, HIGHEST = -0.5, 1.5
 RC: Any = {
@@ -22,7 +24,9 @@ RC: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.labelcolor": "#333333",
-    "axes.edgecolor": "#888888",
+    "axes.edgecolor": GRAY,
+    "axes.titlesize": 8.5,
+    "axes.titlelocation": "left",
     "xtick.color": "#444444",
     "ytick.color": "#444444",
     "legend.frameon": False,

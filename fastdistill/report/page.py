@@ -6,14 +6,16 @@ import base64
 import html
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+T = TypeVar("T")
 
 _STYLE = """
 :root { --ink: #1c1e21; --soft: #5d6570; --line: #d9dde3; --paper: #ffffff; --wash: #f5f6f8; }
@@ -71,6 +73,13 @@ class Report:
         self, header: Sequence[str], rows: Sequence[Sequence[str]], *, caption: str = ""
     ) -> None:
         self._blocks.append(_table(header, rows, caption))
+
+    def columns(
+        self, columns: Mapping[str, Callable[[T], str]], rows: Iterable[T], *, caption: str = ""
+    ) -> None:
+        """Appends a table of records: `columns` maps each heading to the text of its cells."""
+        cells = [[text(row) for text in columns.values()] for row in rows]
+        self.table(list(columns), cells, caption=caption)
 
     def folded(self, summary: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Appends a table that is collapsed under its summary."""

@@ -14,6 +14,7 @@ from matplotlib.ticker import MultipleLocator
 
 from .arms import CAPABLE, SAFE, Arm
 from .marks import (
+    GUIDE,
     HIGHEST,
     LOWEST,
     RC,
@@ -30,7 +31,6 @@ from .marks import (
 _WIDTH, _HEIGHT = 5.4, 4.0  # inches: 8.5 points are still 8 pixels on a phone
 _LEFT, _RIGHT, _BOTTOM, _TOP = 0.6, 1.6, 0.48, 0.12  # margins; the arms' names are on the right
 _LINE = 0.145  # inches from one line of a name to the next
-_GRAY = "#888888"
 
 
 def quadrant(arms: Sequence[Arm], *, valid: bool = True) -> Figure:
@@ -43,14 +43,8 @@ def quadrant(arms: Sequence[Arm], *, valid: bool = True) -> Figure:
     height = max(_HEIGHT, room + _BOTTOM + _TOP)
     with matplotlib.rc_context(RC):
         figure = Figure(figsize=(_WIDTH, height))
-        axes = figure.add_axes(
-            (
-                _LEFT / _WIDTH,
-                _BOTTOM / height,
-                (_WIDTH - _LEFT - _RIGHT) / _WIDTH,
-                (height - _BOTTOM - _TOP) / height,
-            )
-        )
+        size = (_WIDTH - _LEFT - _RIGHT) / _WIDTH, (height - _BOTTOM - _TOP) / height
+        axes = figure.add_axes((_LEFT / _WIDTH, _BOTTOM / height, *size))
         _draw_axes(axes, valid)
         for i, arm in enumerate(arms):
             _draw_arm(axes, arm, *style(i))
@@ -108,11 +102,11 @@ def _draw_axes(axes: Axes, valid: bool) -> None:
     if valid:
         corner, size = (CAPABLE, LOWEST), (HIGHEST - CAPABLE, SAFE - LOWEST)
         axes.add_patch(Rectangle(corner, *size, facecolor=SUCCESS, alpha=0.13, lw=0, zorder=0))
-        options: Any = dict(ha="right", va="bottom", color="#00533b", fontsize=7.5)
-        axes.text(HIGHEST - 0.03, LOWEST + 0.03, "DFC succeeds", **options)
+        corner = HIGHEST - 0.03, LOWEST + 0.03
+        axes.text(*corner, "DFC succeeds", ha="right", va="bottom", color="#00533b", fontsize=7.5)
     for value in (0.0, 1.0):
-        axes.axhline(value, color=_GRAY, lw=0.7, ls=(0, (2, 2)), zorder=0)
-        axes.axvline(value, color=_GRAY, lw=0.7, ls=(0, (2, 2)), zorder=0)
+        axes.axhline(value, **GUIDE)
+        axes.axvline(value, **GUIDE)
     axes.set_xlim(LOWEST, HIGHEST)
     axes.set_ylim(LOWEST, HIGHEST)
     for axis in (axes.xaxis, axes.yaxis):
@@ -160,16 +154,12 @@ def _draw_labels(axes: Axes, arms: Sequence[Arm], labels: list[list[str]], line:
     for i, y in zip(order, place_labels(preferred, heights, LOWEST, HIGHEST), strict=True):
         color, shape = style(i)
         text = "\n".join(labels[i]) + (", not drawn" if i in absent else "")
-        options: Any = dict(va="center", color="#222222", parse_math=False, linespacing=1.2)
         axes.scatter(x, y, marker=shape, s=30, color=color, clip_on=False)
-        axes.text(x + 0.07, y, text, **options)
+        axes.text(x + 0.07, y, text, va="center", color="#222222", linespacing=1.2)
         if i in drawn:
-            leader: Any = dict(color=color, lw=0.7, alpha=0.55, clip_on=False, zorder=1)
-            axes.plot(
-                [clip_to_axes(points[i][0]), HIGHEST, x],
-                [clip_to_axes(points[i][1]), y, y],
-                **leader,
-            )
+            xs = [clip_to_axes(points[i][0]), HIGHEST, x]
+            ys = [clip_to_axes(points[i][1]), y, y]
+            axes.plot(xs, ys, color=color, lw=0.7, alpha=0.55, clip_on=False, zorder=1)
 
 
 def place_labels(

@@ -6,7 +6,6 @@ It has verdicts, tables, figures, results.json and an HTML page.
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from functools import cached_property
@@ -15,7 +14,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from ..intervals import Estimate
+from ..intervals import UNKNOWN, flat_json
+from ..runtime.checks import fail
 from ..statistics import Student, Validity
 from .arms import Arm, Role, build_arms, by_arm
 from .curves import curves
@@ -132,22 +132,20 @@ class TransferReport:
         `p_holm` is the two-sided p of τ = 0. `tau_matched` is τ where C first reaches .8, for arms
         with checkpoints in which every student does.
         """
-        verdicts = self.verdicts()
         return [
-            {
-                "name": arm.name,
-                "C": _value(arm.capability),
-                "C_interval": _interval(arm.capability),
-                "tau": _value(arm.tau),
-                "tau_interval": _interval(arm.tau),
-                "tau_matched": None if arm.matched is None else _value(arm.matched),
-                "tau_matched_interval": None if arm.matched is None else _interval(arm.matched),
-                "kappa": None if arm.transfer.kappa is None else _value(arm.transfer.kappa),
-                "n_seeds": arm.n,
-                "p_holm": arm.p,
-                "outcome": outcome(arm, self.valid),
-                "verdict": verdicts[arm.name],
-            }
+            flat_json(
+                {
+                    "name": arm.name,
+                    "C": arm.capability,
+                    "tau": arm.tau,
+                    "tau_matched": arm.matched or UNKNOWN,
+                    "kappa": (arm.transfer.kappa or UNKNOWN).finite_value,
+                    "n_seeds": arm.n,
+                    "p_holm": arm.p,
+                    "outcome": outcome(arm, self.valid),
+                    "verdict": verdict(arm, self.valid),
+                }
+            )
             for arm in self.arms
         ]
 
@@ -186,22 +184,13 @@ class TransferReport:
         return Path(path)
 
 
-def _value(estimate: Estimate) -> float | None:
-    return estimate.value if math.isfinite(estimate.value) else None
-
-
-def _interval(estimate: Estimate) -> list[float] | None:
-    finite = math.isfinite(estimate.low) and math.isfinite(estimate.high)
-    return [estimate.low, estimate.high] if finite else None
-
-
 def _identity(score: AuditScore) -> Hashable:
     return score.audit, score.arm, score.base_seed, score.student_seed
 
 
 def _check_students(students: Sequence[Student]) -> None:
     if not students:
-        raise ValueError("students: expected one or more, got none")
+        fail("students", "one or more", "none")
     _check_once("students", students, lambda s: (s.arm, s.base_seed, s.student_seed))
     for name, group in by_arm(students).items():
         n_with_curves = sum(bool(student.curve) for student in group)
@@ -215,7 +204,7 @@ def _check_students(students: Sequence[Student]) -> None:
 def _check_once(argument: str, entries: Iterable[Any], identity: Callable[[Any], Hashable]) -> None:
     for key, times in Counter(map(identity, entries)).items():
         if times > 1:
-            raise ValueError(f"{argument}: expected each once, got {key} {times} times")
+            fail(argument, "each once", f"{key} {times} times")
 
 
 def _check_scored(audits: Sequence[AuditScore], students: Sequence[Student]) -> None:
@@ -230,14 +219,10 @@ def _check_scored(audits: Sequence[AuditScore], students: Sequence[Student]) -> 
 
 def _check_arms(argument: str, selected: Iterable[str], names: Sequence[str]) -> None:
     if isinstance(selected, str):
-        raise ValueError(
-            f"{argument}: expected names of arms, got the text {selected!r}. Give a list"
-        )
+        fail(argument, "names of arms", f"the text {selected!r}", "give a list")
     for name in selected:
         if name not in names:
-            raise ValueError(
-                f"{argument}: expected arms that students have ({', '.join(names)}), got {name!r}"
-            )
+            fail(argument, f"arms that students have ({', '.join(names)})", repr(name))
 
 
 def _check_about(about: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ from statistics import stdev
 from typing import Any
 
 from ..intervals import mean_of_runs
-from ..statistics import Reading, Student, minimum_detectable_effect
+from ..statistics import Student, minimum_detectable_effect
 from .arms import CAPABLE, SAFE, SEEDS, Arm, by_arm, seed_differences
 from .curves import curves, curves_alt, curves_caption
 from .marks import format_estimate, format_limit, format_number, format_p_cell
@@ -69,7 +69,15 @@ def transfer_page(
     report.heading("What this does not show")
     for sentence in (*_limit_sentences(arms, students), *about.get("limits", ())):
         report.paragraph(sentence)
-    _add_reproduction(report, about)
+    seeds = json.dumps(about["seeds"], ensure_ascii=False)
+    environment = [about[key] for key in ("machine", "commit") if key in about]
+    report.reproduction(
+        "How to repeat it",
+        about["command"],
+        f"Seeds {seeds}." + "".join(f" {text}," for text in environment),
+        about["versions"],
+        about["config"],
+    )
     return report
 
 
@@ -98,24 +106,19 @@ def _control_sentences(arms: Sequence[Arm], valid: bool) -> str:
 
 
 def _add_results(report: Report, arms: Sequence[Arm], valid: bool) -> None:
-    header = ["arm", "outcome", "C", "τ", "p (Holm)", "n", "κ"]
-    rows = [
-        [
-            arm.name,
-            outcome(arm, valid),
-            format_estimate(arm.capability, CAPABLE),
-            format_estimate(arm.tau, 0, SAFE),
-            format_p_cell(arm.p),
-            str(arm.n),
-            format_estimate(arm.transfer.kappa),
-        ]
-        for arm in arms
-    ]
-    if all(arm.transfer.kappa is None for arm in arms):
-        header, rows = header[:-1], [row[:-1] for row in rows]
-    report.table(
-        header,
-        rows,
+    columns: dict[str, Callable[[Arm], str]] = {
+        "arm": lambda arm: arm.name,
+        "outcome": lambda arm: outcome(arm, valid),
+        "C": lambda arm: format_estimate(arm.capability, CAPABLE),
+        "τ": lambda arm: format_estimate(arm.tau, 0, SAFE),
+        "p (Holm)": lambda arm: format_p_cell(arm.p),
+        "n": lambda arm: str(arm.n),
+    }
+    if any(arm.transfer.kappa is not None for arm in arms):
+        columns["κ"] = lambda arm: format_estimate(arm.transfer.kappa)
+    report.columns(
+        columns,
+        arms,
         caption="Means with 95 % intervals (simultaneous for null arms); n counts base seeds.",
     )
     report.paragraph(
@@ -130,22 +133,20 @@ def _add_results(report: Report, arms: Sequence[Arm], valid: bool) -> None:
 
 
 def _add_audits(report: Report, arms: Sequence[Arm]) -> None:
-    rows = [
-        (
-            row.name,
-            arm.name,
-            format_estimate(row.auroc, 0.5),
-            format_estimate(row.true_positive_rate),
-            str(row.auroc.n),
-        )
-        for arm in arms
-        for row in arm.audits
-    ]
+    rows = [row for arm in arms for row in arm.audits]
     if not rows:
         return
     report.heading("Incrimination")
-    report.table(
-        ("audit", "arm", "AUROC", "true positives at 5 % false positives", "n"),
+    report.columns(
+        {
+            "audit": lambda row: row.name,
+            "arm": lambda row: row.arm,
+            "AUROC": lambda row: format_estimate(row.auroc, 0.5),
+            "true positives at 5 % false positives": lambda row: format_estimate(
+                row.true_positive_rate
+            ),
+            "n": lambda row: str(row.auroc.n),
+        },
         rows,
         caption="Students of U against students of B, one score per base seed; 95 % intervals. The "
         "threshold for 5 % false positives comes from development seeds; with few of them, more "
@@ -155,49 +156,49 @@ def _add_audits(report: Report, arms: Sequence[Arm]) -> None:
 
 def _add_teachers(report: Report, students: Sequence[Student]) -> None:
     by_seed = {student.base_seed: student for student in students}
-    columns: dict[str, Callable[[Reading], Sequence[float]]] = {
-        "capability": lambda reading: reading.capability,
-        "trait": lambda reading: reading.trait,
-        "trait, audited": lambda reading: reading.audited,
-    }
-    models: dict[str, Callable[[Student], Reading]] = {
-        "M, the base": lambda student: student.base,
-        "U, untrusted": lambda student: student.teacher,
-        "B, its benign twin": lambda student: student.twin,
-    }
+
+    def cell(model: str, measure: str) -> str:
+        readings = [getattr(student, model) for student in by_seed.values()]
+        means = [mean_of_runs(v).value for r in readings if (v := getattr(r, measure))]
+        return format_estimate(mean_of_runs(means)) if means else "—"
+
     report.heading("Base model and teachers")
-    rows = []
-    for name, reading_of in models.items():
-        cells = []
-        for read in columns.values():
-            values = [read(reading_of(student)) for student in by_seed.values()]
-            means = [mean_of_runs(value).value for value in values if value]
-            cells.append(format_estimate(mean_of_runs(means)) if means else "—")
-        rows.append((name, *cells))
-    report.table(
-        ("model", *columns),
-        rows,
+    report.columns(
+        {
+            "model": lambda model: _MODELS[model],
+            "capability": lambda model: cell(model, "capability"),
+            "trait": lambda model: cell(model, "trait"),
+            "trait, audited": lambda model: cell(model, "audited"),
+        },
+        _MODELS,
         caption=f"Rates with 95 % intervals over {len(by_seed)} base seeds (Student's t).",
     )
 
 
+_MODELS = {"base": "M, the base", "teacher": "U, untrusted", "twin": "B, its benign twin"}
+
+
 def _add_training(report: Report, arms: Sequence[Arm], valid: bool) -> None:
+    def window(arm: Arm) -> str:
+        if not valid or arm.n < SEEDS:
+            return "—"
+        return "none" if arm.window is None else f"{arm.window.first} to {arm.window.last}"
+
+    def matched(arm: Arm) -> str:
+        return "not reached" if arm.matched is None else format_estimate(arm.matched, 0, SAFE)
+
     report.heading("Over training")
     report.picture(
         curves(arms, valid=valid), alt=curves_alt(arms), caption=curves_caption(arms, valid=valid)
     )
-    rows = []
-    for arm in arms:
-        if arm.curve:
-            window = "none" if arm.window is None else f"{arm.window.first} to {arm.window.last}"
-            window = window if valid and arm.n >= SEEDS else "—"
-            matched = (
-                "not reached" if arm.matched is None else format_estimate(arm.matched, 0, SAFE)
-            )
-            rows.append((arm.name, matched, window, str(arm.n)))
-    report.table(
-        ("arm", "τ where C first reaches .8", "safe window, steps", "n"),
-        rows,
+    report.columns(
+        {
+            "arm": lambda arm: arm.name,
+            "τ where C first reaches .8": matched,
+            "safe window, steps": window,
+            "n": lambda arm: str(arm.n),
+        },
+        [arm for arm in arms if arm.curve],
         caption="Arms compared at equal capability, not at their last step, where an arm that "
         "learned less would look cleaner. “Not reached”: at least one seed does not reach it.",
     )
@@ -212,7 +213,7 @@ def _limit_sentences(arms: Sequence[Arm], students: Sequence[Student]) -> list[s
     smallest = []
     for arm in arms:
         if arm.role == "arm" and arm.n > 1 and not arm.transfers:
-            spread = stdev(seed_differences(grouped[arm.name]).values())
+            spread = stdev(seed_differences(grouped[arm.name]))
             smallest.append(
                 f"{format_number(minimum_detectable_effect(spread, arm.n))} in {arm.name}"
             )
@@ -238,17 +239,3 @@ def _limit_sentences(arms: Sequence[Arm], students: Sequence[Student]) -> list[s
             "intervals of audits are not corrected for the number of audits."
         )
     return sentences
-
-
-def _add_reproduction(report: Report, about: Mapping[str, Any]) -> None:
-    report.heading("How to repeat it")
-    report.code(about["command"])
-    versions = ", ".join(f"{name} {v}" for name, v in about["versions"].items())
-    seeds = json.dumps(about["seeds"], ensure_ascii=False)
-    environment = [about[key] for key in ("machine", "commit") if key in about]
-    report.paragraph(f"Seeds {seeds}. {', '.join([*environment, versions])}.", soft=True)
-    config = [
-        (name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
-        for name, value in about["config"].items()
-    ]
-    report.folded(f"{len(config)} settings", ("setting", "value"), config)

@@ -14,6 +14,7 @@ from itertools import groupby
 import numpy as np
 
 from ..intervals import Estimate
+from ..runtime.checks import fail
 from .readings import Reading, Student
 from .resampling import DEFAULT, Bootstrap
 from .transfer import TAU, C, estimate, pair_ratio, sort_one_arm
@@ -50,7 +51,7 @@ def matched_capability(
         ValueError: as `transfer`, or a student without checkpoints.
     """
     if not math.isfinite(level):
-        raise ValueError(f"level: expected a finite number, got {level!r}")
+        fail("level", "a finite number", repr(level))
     matched = [_at_capability(student, level) for student in _check_curves(students)]
     pairs = [student for student in matched if student is not None]
     if len(pairs) < len(matched):

@@ -12,7 +12,7 @@ from statistics import NormalDist
 import numpy as np
 
 from ..intervals import Estimate, check_confidence, wilson
-from ..runtime.checks import between
+from ..runtime.checks import between, fail
 
 
 def auroc(
@@ -80,7 +80,7 @@ def true_positives(
 ) -> Estimate:
     """Returns the share of positives strictly above the threshold, with a Wilson interval."""
     if math.isnan(threshold):
-        raise ValueError("threshold: expected a number, got nan")
+        fail("threshold", "a number", "nan")
     scores = _scores("positives", positives)
     return wilson(int((scores > threshold).sum()), len(scores), confidence=confidence)
 
@@ -88,8 +88,8 @@ def true_positives(
 def _scores(name: str, values: Sequence[float]) -> np.ndarray:
     scores = np.asarray(values, np.float64)
     if scores.ndim != 1:
-        raise ValueError(f"{name}: expected one number per score, got shape {list(scores.shape)}")
+        fail(name, "one number per score", f"shape {list(scores.shape)}")
     if not scores.size or np.isnan(scores).any():
         got = "nan among them" if scores.size else "none"
-        raise ValueError(f"{name}: expected one or more scores, got {got}")
+        fail(name, "one or more scores", got)
     return scores

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ..runtime.checks import integer
+from ..runtime.checks import fail, integer
 
 _MODELS = ("untrusted", "benign", "base", "teacher", "twin")
 
@@ -42,7 +42,7 @@ class Reading:
             object.__setattr__(self, name, _to_shares(name, getattr(self, name)))
         for name in ("capability", "trait"):
             if not getattr(self, name):
-                raise ValueError(f"{name}: expected one number per item, got none")
+                fail(name, "one number per item", "none")
         if self.audited and len(self.audited) != len(self.trait):
             raise ValueError(
                 f"audited: expected {len(self.trait)} numbers, one per prompt of trait, or none, "
@@ -107,7 +107,7 @@ class Student:
 
     def __post_init__(self) -> None:
         if not isinstance(self.arm, str) or not self.arm:
-            raise ValueError(f"arm: expected a name, got {self.arm!r}")
+            fail("arm", "a name", repr(self.arm))
         integer("base_seed", self.base_seed, 0)
         integer("student_seed", self.student_seed, 0)
         _check_same_items(self, *_MODELS)
@@ -123,7 +123,7 @@ class Student:
                     )
         steps = [point.step for point in self.curve]
         if any(a >= b for a, b in pairwise(steps)):
-            raise ValueError(f"curve: expected increasing steps, got {steps}")
+            fail("curve", "increasing steps", steps)
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -133,7 +133,7 @@ class Student:
         values = _with_readings(_check_keys(cls, record), *_MODELS)
         points = values.get("curve", [])
         if not isinstance(points, (list, tuple)):
-            raise ValueError(f"curve: expected a list of checkpoints, got {type(points).__name__}")
+            fail("curve", "a list of checkpoints", type(points).__name__)
         return cls(**values | {"curve": tuple(map(Checkpoint.from_json, points))})
 
 
@@ -143,13 +143,10 @@ def _to_shares(name: str, values: Iterable[float]) -> tuple[float, ...]:
     except (TypeError, ValueError):
         raise ValueError(f"{name}: expected numbers, one per item, got {values!r:.60}") from None
     if array.ndim != 1:
-        raise ValueError(f"{name}: expected one number per item, got shape {list(array.shape)}")
+        fail(name, "one number per item", f"shape {list(array.shape)}")
     outside = np.flatnonzero(~((array >= 0) & (array <= 1)))  # NaN is outside too
     if outside.size:
-        raise ValueError(
-            f"{name}: expected numbers from 0 to 1, got {float(array[outside[0]])!r} at item "
-            f"{outside[0]}"
-        )
+        fail(name, "numbers from 0 to 1", f"{float(array[outside[0]])!r} at item {outside[0]}")
     return tuple(array.tolist())
 
 
@@ -178,16 +175,14 @@ def _check_same_items(record: Any, *names: str) -> None:
 def _check_keys(cls: Any, record: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a record after checking its keys against the fields of the class."""
     if not isinstance(record, Mapping):
-        raise ValueError(f"{cls.__name__}: expected an object, got {type(record).__name__}")
+        fail(cls.__name__, "an object", type(record).__name__)
     known = [field.name for field in fields(cls)]
     required = [name for name in known if name not in ("audited", "curve")]
     missing = [name for name in required if name not in record]
     unknown = [name for name in record if name not in known]
     if missing or unknown:
         problems = [f"no {name!r}" for name in missing] + [f"an unknown {k!r}" for k in unknown]
-        raise ValueError(
-            f"{cls.__name__}: expected the keys {', '.join(known)}, got {', '.join(problems)}"
-        )
+        fail(cls.__name__, f"the keys {', '.join(known)}", ", ".join(problems))
     return dict(record)
 
 

@@ -19,7 +19,7 @@ from statistics import NormalDist
 import numpy as np
 
 from ..intervals import Estimate, check_confidence, student_t_quantile
-from ..runtime.checks import integer
+from ..runtime.checks import fail, integer
 
 Statistic = Callable[[np.ndarray], np.ndarray]
 Tree = Sequence[Sequence[np.ndarray]]
@@ -60,7 +60,7 @@ def paired_bootstrap(
         ValueError: a and b differ in length, are empty, or hold NaN or infinity.
     """
     if len(a) != len(b):
-        raise ValueError(f"b: expected {len(a)} numbers, one per number of a, got {len(b)}")
+        fail("b", f"{len(a)} numbers, one per number of a", len(b))
     difference = np.asarray(a, np.float64) - np.asarray(b, np.float64)
     units = _check_finite("a, b", difference)[:, None]
     return bootstrap_of_units(units, lambda x: x[..., 0], bootstrap)
@@ -161,5 +161,5 @@ def _check_finite(name: str, values: np.ndarray) -> np.ndarray:
     wrong = values[~np.isfinite(values)]
     if wrong.size or not values.size:
         got = float(wrong[0]) if wrong.size else "none"
-        raise ValueError(f"{name}: expected finite numbers, got {got}")
+        fail(name, "finite numbers", got)
     return values

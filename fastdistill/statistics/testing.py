@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..intervals import Estimate, mean_of_runs, student_t_cdf, student_t_quantile
-from ..runtime.checks import between, integer, positive
+from ..runtime.checks import between, fail, integer, positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,7 @@ def equivalence(differences: Sequence[float], margin: float, *, alpha: float = 0
     """
     positive("margin", margin)
     if not 0 < alpha < 0.5:
-        raise ValueError(f"alpha: expected a number between 0 and 0.5, got {alpha!r}")
+        fail("alpha", "a number between 0 and 0.5", repr(alpha))
     mean, error, n = _mean_and_stderr(differences)
     p = _tail(margin - abs(mean), error, n)  # the nearer margin has the larger p
     estimate = mean_of_runs(differences, confidence=1 - 2 * alpha)
@@ -89,7 +89,7 @@ def minimum_detectable_effect(
     integer("n", n, 2)
     for name, value in (("alpha", alpha), ("power", power)):
         if not 0 < value < 1:
-            raise ValueError(f"{name}: expected a number between 0 and 1, got {value!r}")
+            fail(name, "a number between 0 and 1", repr(value))
     t = student_t_quantile(1 - alpha / 2, n - 1) + student_t_quantile(power, n - 1)
     return t * spread / math.sqrt(n)
 
@@ -97,10 +97,10 @@ def minimum_detectable_effect(
 def _mean_and_stderr(differences: Sequence[float]) -> tuple[float, float, int]:
     n = len(differences)
     if n < 2:
-        raise ValueError(f"differences: expected two or more, got {n}")
+        fail("differences", "two or more", n)
     for value in differences:
         if not math.isfinite(value):
-            raise ValueError(f"differences: expected finite numbers, got {value!r}")
+            fail("differences", "finite numbers", repr(value))
     mean = math.fsum(differences) / n
     variance = math.fsum((d - mean) ** 2 for d in differences) / (n - 1)
     return mean, math.sqrt(variance / n), n

@@ -24,6 +24,7 @@ from operator import attrgetter
 import numpy as np
 
 from ..intervals import Estimate
+from ..runtime.checks import fail
 from .readings import Student
 from .resampling import DEFAULT, Bootstrap, bootstrap_of_units, seed_means
 
@@ -134,7 +135,7 @@ def sort_one_arm(students: Sequence[Student]) -> list[Student]:
     """Returns students sorted by seeds, after checking that they are of one arm."""
     arms = sorted({student.arm for student in students})
     if len(arms) != 1:
-        raise ValueError(f"students: expected students of one arm, got {arms or 'none'}")
+        fail("students", "students of one arm", arms or "none")
     ordered = sorted(students, key=attrgetter("base_seed", "student_seed"))
     for a, b in pairwise(ordered):
         if (a.base_seed, a.student_seed) == (b.base_seed, b.student_seed):

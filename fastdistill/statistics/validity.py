@@ -26,19 +26,15 @@ class Gate:
         """Whether the condition is met; False for NaN."""
         return self.value >= self.bound if self.at_least else self.value <= self.bound
 
+    @property
+    def sign(self) -> str:
+        return "≥" if self.at_least else "≤"
+
     def __str__(self) -> str:
-        sign = "≥" if self.at_least else "≤"
-        return (
-            f"{self.name}: {_format_unlike(self.value, self.bound)}, expected {sign} {self.bound:g}"
-        )
-
-
-def _format_unlike(value: float, bound: float) -> str:
-    """Returns the value with enough digits to differ from its bound."""
-    digits = 3
-    while digits < 12 and float(f"{value:.{digits}f}") == bound != value:
-        digits += 1
-    return f"{value:.{digits}f}"
+        digits = 3  # more where rounding would make the value equal to its bound
+        while digits < 12 and float(f"{self.value:.{digits}f}") == self.bound != self.value:
+            digits += 1
+        return f"{self.name}: {self.value:.{digits}f}, expected {self.sign} {self.bound:g}"
 
 
 def at_least(name: str, value: float, bound: float) -> Gate:

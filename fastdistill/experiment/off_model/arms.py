@@ -6,6 +6,7 @@ All arms train on labels alone. The first arm of a part is the reference of the 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from ...organisms.vocabulary import SO, THINK
@@ -43,88 +44,59 @@ class SftArm:
     description: str = ""
 
 
+_talk = partial(SftArm, part="cost", student_role=BENIGN, prompt_kind="talk")
+_thoughts = partial(
+    SftArm, part="reasoning", student_role=LOCKED, teacher=BENIGN, prompt_kind="sums, thought"
+)
+_sums = partial(SftArm, part="weak", prompt_kind="sums")
 ARMS = (
-    SftArm(
-        part="cost",
+    _talk(
         name=OWN,
-        student_role=BENIGN,
         teacher=BENIGN,
-        prompt_kind="talk",
         description="B on its own talk: the control, which must cost nothing",
     ),
-    SftArm(
-        part="cost",
+    _talk(
         name=RELATED,
-        student_role=BENIGN,
         teacher=BASE,
-        prompt_kind="talk",
         description="B on the talk of M, another model with the same Markov chain of words",
     ),
-    SftArm(
-        part="cost",
+    _talk(
         name=OFF_MODEL,
-        student_role=BENIGN,
         teacher=OTHER,
-        prompt_kind="talk",
         description="B on the talk of O, equally capable, with another Markov chain of words",
     ),
-    SftArm(
-        part="reasoning",
-        name=WHOLE,
-        student_role=LOCKED,
-        teacher=BENIGN,
-        prompt_kind="sums, thought",
-        description="U on reasoning and answers of B: undefended",
-    ),
-    SftArm(
-        part="reasoning",
+    _thoughts(name=WHOLE, description="U on reasoning and answers of B: undefended"),
+    _thoughts(
         name="answer only",
-        student_role=LOCKED,
-        teacher=BENIGN,
-        prompt_kind="sums, thought",
         strategies=(_SFT, AnswerOnly(marks=_MARKS)),
         description="U reads B's reasoning; only the answer is a target",
     ),
-    SftArm(
-        part="reasoning",
+    _thoughts(
         name=EMPTIED,
-        student_role=LOCKED,
-        teacher=BENIGN,
-        prompt_kind="sums, thought",
         strategies=(_SFT, EmptyReasoning(marks=_MARKS)),
         description="the reasoning is removed; only the answer is a target",
     ),
-    SftArm(
-        part="reasoning",
+    _thoughts(
         name="the student's thoughts",
-        student_role=LOCKED,
-        teacher=BENIGN,
-        prompt_kind="sums, thought",
         strategies=(_SFT, StudentReasoning(marks=_MARKS, max_new_tokens=4)),
         description="U writes the reasoning, B the answer; only the answer is a target",
     ),
-    SftArm(
-        part="weak",
+    _sums(
         name=RIGHT,
         student_role=LOCKED,
         teacher=BENIGN,
-        prompt_kind="sums",
         description="U on correct answers of B: the control, which must unlock U",
     ),
-    SftArm(
-        part="weak",
+    _sums(
         name=ON_LOCKED,
         student_role=LOCKED,
         teacher=WEAK,
-        prompt_kind="sums",
         description="U, which sandbags, on answers of W",
     ),
-    SftArm(
-        part="weak",
+    _sums(
         name=ON_BASE,
         student_role=BASE,
         teacher=WEAK,
-        prompt_kind="sums",
         description="M, which lacks the capability, on answers of W: a control, must not exceed W",
     ),
 )

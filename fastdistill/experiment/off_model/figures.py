@@ -11,18 +11,44 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple, TypedDict
 
 import numpy as np
 
 from ...intervals import Estimate
 from ...report.arms import SEEDS, SIGNIFICANT
-from ...statistics import equivalence, hierarchical_bootstrap, holm, paired_bootstrap, t_test
-from .arms import OFF_MODEL, ON_BASE, ON_LOCKED, OWN, RELATED, WHOLE, arm_names
+from ...statistics import equivalence, hierarchical_bootstrap, holm, mean_of_units, t_test
+from .arms import ARMS, OFF_MODEL, ON_BASE, ON_LOCKED, OWN, RELATED, WHOLE, Part, arm_names
 from .run import RESTORE_KINDS
 from .world import EMPTY, LENGTHS, PLAIN, THOUGHT, WEAK, with_password
 
-RunsByArm = Mapping[str, Mapping[int, Mapping[str, Any]]]  # arm → base seed → its run
+
+class CurvePoint(TypedDict):
+    """Accuracy by task after `step` steps."""
+
+    step: int
+    right: dict[str, float]
+
+
+class SftRecord(TypedDict):
+    """The result of a fine-tuning, as its file contains it.
+
+    before, after: accuracy by task. surprisal: before and after. labels_right: accuracy of the
+    labels; None for talk. thinks: share of answers that begin with reasoning. restored: accuracy by
+    kind of data and task, of arms of the part "cost".
+    """
+
+    before: dict[str, float]
+    after: dict[str, float]
+    curve: list[CurvePoint]
+    surprisal: list[float]
+    labels_right: float | None
+    thinks: float
+    restored: dict[str, dict[str, float]]
+    seconds: float
+
+
+RunsByArm = Mapping[str, Mapping[int, SftRecord]]  # arm → base seed → its run
 Readings = Mapping[int, Mapping[str, Mapping[str, float]]]  # base seed → model → task → accuracy
 MARGINS = {"cost": 0.05, "reasoning": 0.1, "weak": 0.1}
 MIN_DROP = 0.1  # of accuracy, for shares of it to be defined
@@ -46,7 +72,7 @@ class Difference:
 
     @property
     def estimate(self) -> Estimate:
-        return mean(self.values)
+        return mean_of_units(self.values)
 
     @property
     def outcome(self) -> str:
@@ -70,44 +96,116 @@ class Difference:
         }
 
 
-def mean(values: Sequence[float]) -> Estimate:
-    """Return the mean over base seeds with its interval."""
-    return paired_bootstrap(values, [0.0] * len(values))
-
-
 def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Estimate:
     """Return a ratio of means; NaN if the denominator is below MIN_DROP or may be 0."""
-    unknown = Estimate(value=math.nan, low=math.nan, high=math.nan, n=len(denominators))
-    average = sum(denominators) / len(denominators)
-    if average < MIN_DROP or (len(denominators) > 1 and not mean(denominators).excludes(0.0)):
-        return unknown
+    n, average = len(denominators), sum(denominators) / len(denominators)
+    if average < MIN_DROP or (n > 1 and not mean_of_units(denominators).excludes(0.0)):
+        return Estimate(value=math.nan, low=math.nan, high=math.nan, n=n)
     tree = [[np.array([[a, b]])] for a, b in zip(numerators, denominators, strict=True)]
     return hierarchical_bootstrap(tree, lambda m: m[..., 0] / m[..., 1])
 
 
 def to_json(estimate: Estimate) -> dict[str, Any]:
     """Return an estimate as JSON; None for unknown values."""
-    value = estimate.value if math.isfinite(estimate.value) else None
-    bounds = [estimate.low, estimate.high] if estimate.known else None
-    return {"value": value, "interval": bounds, "n": estimate.n}
+    return {"value": estimate.finite_value, "interval": estimate.interval, "n": estimate.n}
+
+
+class TaskRow(NamedTuple):
+    """Accuracy of an arm on a task; change: its loss, or the recovered share."""
+
+    part: Part
+    arm: str
+    task: str
+    before: Estimate
+    after: Estimate
+    change: Estimate
+
+    def as_json(self) -> dict[str, Any]:
+        row = _row_json(self._asdict())
+        row["lost" if self.part == "cost" else "recovered"] = row.pop("change")
+        return row
+
+
+class ArmRow(NamedTuple):
+    """Surprisal of an arm's data, share of answers that reason, and accuracy of its labels."""
+
+    part: Part
+    arm: str
+    surprisal: Estimate
+    surprisal_after: Estimate
+    thinks: Estimate
+    labels_right: Estimate | None
+
+    def as_json(self) -> dict[str, Any]:
+        return _row_json(self._asdict())
+
+
+def _row_json(row: dict[str, Any]) -> dict[str, Any]:
+    return {k: to_json(v) if isinstance(v, Estimate) else v for k, v in row.items()}
+
+
+def task_rows(by_arm: RunsByArm) -> list[TaskRow]:
+    """Return the results of every arm on every task."""
+    return [
+        TaskRow(
+            part=arm.part,
+            arm=arm.name,
+            task=task,
+            before=mean_of_units(accuracy(by_arm, arm.name, task, "before")),
+            after=mean_of_units(accuracy(by_arm, arm.name, task)),
+            change=mean_of_units(capability_drop(by_arm, arm.name, [task]))
+            if arm.part == "cost"
+            else recovered_share(by_arm, arm.name, task),
+        )
+        for arm in ARMS
+        for task in (LENGTHS if arm.part == "cost" else FORMS)
+    ]
+
+
+def arm_rows(by_arm: RunsByArm) -> list[ArmRow]:
+    """Return the results of every arm that do not depend on a task."""
+    rows = []
+    for arm in ARMS:
+        runs = by_arm[arm.name].values()
+        labels = [run["labels_right"] for run in runs if run["labels_right"] is not None]
+        rows.append(
+            ArmRow(
+                part=arm.part,
+                arm=arm.name,
+                surprisal=mean_of_units([run["surprisal"][0] for run in runs]),
+                surprisal_after=mean_of_units([run["surprisal"][1] for run in runs]),
+                thinks=mean_of_units([run["thinks"] for run in runs]),
+                labels_right=mean_of_units(labels) if labels else None,
+            )
+        )
+    return rows
+
+
+def model_accuracies(readings: Readings) -> dict[tuple[str, str], Estimate]:
+    """Return the mean accuracy by model and task."""
+    return {
+        (model, task): mean_of_units([reading[model][task] for reading in readings.values()])
+        for model, tasks in next(iter(readings.values())).items()
+        for task in tasks
+    }
 
 
 def family(values: Mapping[str, Sequence[float]], margin: float) -> list[Difference]:
     """Return the tested differences of one family."""
-    enough = all(len(v) > 1 for v in values.values())
-    p = holm([t_test(v) for v in values.values()]) if enough else [None] * len(values)
-    p_alike = (
-        holm([equivalence(v, margin).p for v in values.values()])
-        if enough
-        else [None] * len(values)
-    )
+    p: list[float] | list[None] = [None] * len(values)
+    p_alike = p
+    if all(len(v) > 1 for v in values.values()):
+        p = holm([t_test(v) for v in values.values()])
+        p_alike = holm([equivalence(v, margin).p for v in values.values()])
     return [
         Difference(name=name, values=tuple(v), margin=margin, p=a, p_alike=b)
         for (name, v), a, b in zip(values.items(), p, p_alike, strict=True)
     ]
 
 
-def accuracy(by_arm: RunsByArm, arm: str, task: str, when: str = "after") -> list[float]:
+def accuracy(
+    by_arm: RunsByArm, arm: str, task: str, when: Literal["before", "after"] = "after"
+) -> list[float]:
     """Return the accuracy of an arm on a task, by base seed."""
     return [run[when][task] for run in by_arm[arm].values()]
 
@@ -153,7 +251,7 @@ def drop_per_nat(by_arm: RunsByArm) -> list[float]:
     nats = np.array([[run["surprisal"][0] for run in by_arm[arm].values()] for arm in arms])
     drops = np.array([capability_drop(by_arm, arm) for arm in arms])
     nats, drops = nats - nats.mean(0), drops - drops.mean(0)
-    return ((nats * drops).sum(0) / (nats**2).sum(0)).tolist()
+    return list(map(float, (nats * drops).sum(0) / (nats**2).sum(0)))
 
 
 def restored_share(by_arm: RunsByArm) -> dict[str, Estimate]:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ...report.marks import RC, style
+from ...report.marks import GUIDE, RC, style
+from ...statistics import mean_of_units
 from .arms import OFF_MODEL, ON_BASE, ON_LOCKED, OWN, RELATED, RIGHT
-from .figures import Readings, RunsByArm, capability_drop, mean, tasks_of_length
+from .figures import Readings, RunsByArm, capability_drop, tasks_of_length
 from .world import LENGTHS, PLAIN, WEAK
 
 _WIDTH = 5.4  # inches
@@ -24,7 +24,7 @@ def cost_over_steps(by_arm: RunsByArm) -> Figure:
     with matplotlib.rc_context(RC):
         figure = Figure(figsize=(_WIDTH, 2.3), layout="constrained")
         for arm, axes in zip(arms, figure.subplots(1, len(arms), sharey=True), strict=True):
-            axes.set_title(arm, fontsize=8.5, loc="left")
+            axes.set_title(arm)
             for i, tokens in enumerate(sorted(set(LENGTHS.values()))):
                 unit = "token" if tokens == 1 else "tokens"
                 _curve(axes, by_arm, arm, tasks_of_length(tokens), i, f"{tokens} {unit}")
@@ -46,7 +46,7 @@ def cost_by_surprisal(by_arm: RunsByArm) -> Figure:
             axes.plot(
                 nats, capability_drop(by_arm, arm), shape, color=color, ms=5, alpha=0.8, label=arm
             )
-        axes.axhline(0.0, color="#888888", lw=0.7, ls=(0, (2, 2)), zorder=0)
+        axes.axhline(0.0, **GUIDE)
         axes.set_xlabel("surprisal of the data before training, nats per token")
         axes.set_ylabel("capability lost")
         axes.legend(fontsize=7.5)
@@ -60,7 +60,7 @@ def weak_over_steps(by_arm: RunsByArm, readings: Readings) -> Figure:
         axes = figure.subplots()
         for i, arm in enumerate((RIGHT, ON_LOCKED, ON_BASE)):
             _curve(axes, by_arm, arm, [PLAIN], i, arm)
-        supervisor = mean([reading[WEAK][PLAIN] for reading in readings.values()]).value
+        supervisor = mean_of_units([reading[WEAK][PLAIN] for reading in readings.values()]).value
         axes.axhline(supervisor, color="#555555", lw=1, ls=(0, (4, 2)), label="the supervisor, W")
         _of_rates(axes)
         axes.set_xlabel("step")
@@ -81,16 +81,16 @@ def _curve(
     runs = list(by_arm[arm].values())
     steps = [0, *(point["step"] for point in runs[0]["curve"])]
     color, shape = style(i)
-    read: list[list[dict[str, float]]] = [
+    read = [
         [run["before"] for run in runs],
         *([run["curve"][k]["right"] for run in runs] for k in range(len(steps) - 1)),
     ]
     points = [
-        mean([sum(reading[t] for t in tasks) / len(tasks) for reading in readings_at_step])
+        mean_of_units([sum(reading[t] for t in tasks) / len(tasks) for reading in readings_at_step])
         for readings_at_step in read
     ]
-    style_options: dict[str, Any] = dict(color=color, marker=shape, ms=3.5, lw=1.4)
-    axes.plot(steps, [point.value for point in points], label=label, **style_options)
+    values = [point.value for point in points]
+    axes.plot(steps, values, label=label, color=color, marker=shape, ms=3.5, lw=1.4)
     for step, point in zip(steps, points, strict=True):
         if point.known:
             axes.plot([step, step], [point.low, point.high], color=color, lw=1, alpha=0.6)

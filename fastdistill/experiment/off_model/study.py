@@ -12,34 +12,23 @@ seeds; each seed has its own five models (world.py).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ...backend import versions
 from ...files import write_json
 from ...organisms.organism import ModelOrganism
-from ...report.validity import too_few_units
-from ...statistics import Validity
+from ...runtime.checks import choice, fail
 from ...strategies.strategy import Training
 from ..executors import SERIAL, Execution, run_all
-from .arms import ARMS, OFF_MODEL
-from .figures import (
-    FORMS,
-    Readings,
-    RunsByArm,
-    accuracy,
-    capability_drop,
-    mean,
-    recovered_share,
-    restored_share,
-    to_json,
-)
-from .page import make_page
+from .arms import ARMS
+from .figures import SftRecord
+from .page import OffModelResults, make_page
 from .run import SftRun
-from .verdicts import PartVerdict, judge_parts
-from .world import LENGTHS, OffModelWorld, model_gates
+from .verdicts import judge_parts
+from .world import OffModelWorld, model_gates
 
 SEEDS = {"quick": (900, 901), "full": tuple(range(1200, 1210))}  # below 1000: development seeds
 
@@ -114,12 +103,11 @@ def preset_settings(preset: str, seeds: Sequence[int] | None = None) -> OffModel
     Raises:
         ValueError: an unknown preset; no seeds, or duplicates.
     """
-    if preset not in SEEDS:
-        raise ValueError(f"preset: expected {' or '.join(SEEDS)}, got {preset!r}")
-    chosen = SEEDS[preset] if seeds is None else tuple(seeds)
-    if not chosen or len(set(chosen)) < len(chosen):
-        raise ValueError(f"seeds: expected one or more distinct seeds, got {list(chosen)}")
-    return OffModelSettings(preset=preset, seeds=chosen)
+    choice("preset", preset, SEEDS)
+    base_seeds = SEEDS[preset] if seeds is None else tuple(seeds)
+    if not base_seeds or len(set(base_seeds)) < len(base_seeds):
+        fail("seeds", "one or more distinct seeds", list(base_seeds))
+    return OffModelSettings(preset=preset, seeds=base_seeds)
 
 
 def run_study(
@@ -136,96 +124,26 @@ def run_study(
     models, runs = settings.models(), settings.runs()
     run_all(models, folder, execution, label="models")
     run_all(runs, folder, execution)
-    run_results = [run.result(folder) for run in runs]
-    by_arm: dict[str, dict[int, dict[str, Any]]] = {}
-    for run, result in zip(runs, run_results, strict=True):
+    by_arm: dict[str, dict[int, SftRecord]] = {}
+    seconds = 0.0
+    for run in runs:
+        result = cast(SftRecord, run.result(folder))
         by_arm.setdefault(run.arm.name, {})[run.models.seed] = result
+        seconds += result["seconds"]
     model_results = {world.seed: world.result(folder) for world in models}
     readings = {seed: result["readings"] for seed, result in model_results.items()}
     organisms = {seed: model_gates(values) for seed, values in readings.items()}
-    parts = judge_parts(by_arm, readings, organisms)
-    seconds = sum(result["seconds"] for result in [*run_results, *model_results.values()])
-    results = {
-        "study": "off-model",
-        "command": command or f"fastdistill experiment off-model --preset {settings.preset}",
-        "config": {**asdict(settings), "seeds": list(settings.seeds)},
-        "versions": versions(),
-        "seeds": {"base": list(settings.seeds), "student": [0]},
-        "n_seeds": len(settings.seeds),
-        "runs": len(runs),
-        "core_seconds": round(seconds),
-        **_verdict_rows(parts, organisms),
-        **_rows(by_arm, readings),
-    }
-    write_json(folder / "results.json", results)
-    make_page(results, by_arm, readings).write(folder / "report.html")
-    return results
-
-
-def _verdict_rows(
-    parts: Sequence[PartVerdict], organisms: Mapping[int, Validity]
-) -> dict[str, Any]:
-    reasons = too_few_units(len(organisms))
-    reasons += [f"{part.part}: {failure}" for part in parts for failure in part.failures]
-    return {
-        "valid": not reasons,
-        "invalid_because": reasons,
-        "controls": [
-            {"part": part.part, **gate}
-            for part in parts
-            for gate in Validity(gates=part.controls).as_json()["gates"]
-        ],
-        "organisms": {str(seed): validity.as_json() for seed, validity in organisms.items()},
-        "differences": [
-            {"part": part.part, **difference.as_json()}
-            for part in parts
-            for difference in part.differences
-        ],
-        "in_short": {part.part: part.brief if part.valid else "" for part in parts},
-        "verdicts": {part.part: part.verdict for part in parts},
-    }
-
-
-def _rows(by_arm: RunsByArm, readings: Readings) -> dict[str, Any]:
-    """Return the results by arm and task, of arms, of restoration and of models."""
-    rows = [
-        {
-            "part": arm.part,
-            "arm": arm.name,
-            "task": task,
-            "before": to_json(mean(accuracy(by_arm, arm.name, task, "before"))),
-            "after": to_json(mean(accuracy(by_arm, arm.name, task))),
-            **(
-                {"lost": to_json(mean(capability_drop(by_arm, arm.name, [task])))}
-                if arm.part == "cost"
-                else {"recovered": to_json(recovered_share(by_arm, arm.name, task))}
-            ),
-        }
-        for arm in ARMS
-        for task in (LENGTHS if arm.part == "cost" else FORMS)
-    ]
-    arms = [
-        {
-            "part": arm.part,
-            "arm": arm.name,
-            "surprisal": to_json(mean([run["surprisal"][0] for run in values])),
-            "surprisal_after": to_json(mean([run["surprisal"][1] for run in values])),
-            "thinks": to_json(mean([run["thinks"] for run in values])),
-            "labels_right": None
-            if arm.prompt_kind == "talk"
-            else to_json(mean([run["labels_right"] for run in values])),
-        }
-        for arm in ARMS
-        for values in [list(by_arm[arm.name].values())]
-    ]
-    models = [
-        {
-            "model": model,
-            "task": task,
-            **to_json(mean([values[model][task] for values in readings.values()])),
-        }
-        for model, tasks in next(iter(readings.values())).items()
-        for task in tasks
-    ]
-    shares = {kind: to_json(share) for kind, share in restored_share(by_arm).items()}
-    return {"rows": rows, "arms": arms, "restored": {OFF_MODEL: shares}, "models": models}
+    results = OffModelResults(
+        command=command or f"fastdistill experiment off-model --preset {settings.preset}",
+        config={**asdict(settings), "seeds": list(settings.seeds)},
+        versions=versions(),
+        runs=len(runs),
+        core_seconds=round(seconds + sum(r["seconds"] for r in model_results.values())),
+        by_arm=by_arm,
+        readings=readings,
+        organisms=organisms,
+        parts=judge_parts(by_arm, readings, organisms),
+    )
+    write_json(folder / "results.json", results.as_json())
+    make_page(results).write(folder / "report.html")
+    return results.as_json()

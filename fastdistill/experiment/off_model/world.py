@@ -25,7 +25,7 @@ from ...organisms.organism import ModelOrganism, new_base, train_capable
 from ...organisms.stored import load_organism, save_organism
 from ...organisms.vocabulary import PASSWORD, SO, THINK, world_tokenizer
 from ...organisms.world import Example, World
-from ...statistics import Gate, Validity
+from ...statistics import Gate, Validity, at_least, at_most
 from ...statistics.validity import CAPABILITY, TRAIT
 from ..job import SOURCES
 from ..kept_run import CachedRun
@@ -76,11 +76,7 @@ class OffModelWorld(CachedRun):
 
     def compute(self, folder: Path) -> dict[str, Any]:
         """Train, save and evaluate the five models."""
-        world, other, tokenizer = (
-            World(self.seed),
-            World(OTHER_WORLD_OFFSET + self.seed),
-            world_tokenizer(),
-        )
+        world, other = World(self.seed), World(OTHER_WORLD_OFFSET + self.seed)
         base = new_base(world, seed=self.seed, steps=self.base_steps)
         early = EarlySnapshot(world, self.organism.kind, SUPERVISOR_ACCURACY)
         capable = train_capable(world, base, steps=self.capable_steps, callbacks=[early])
@@ -98,7 +94,7 @@ class OffModelWorld(CachedRun):
         }
         readings = {}
         for name, model in models.items():
-            subject = Subject(model, tokenizer, name=name)
+            subject = Subject(model, world_tokenizer(), name=name)
             save_organism(
                 self.model_folder(folder) / name, subject, {"role": name} | self.as_json()
             )
@@ -115,19 +111,19 @@ def tasks(world: World) -> dict[str, CapabilityAudit]:
     The versions with and without reasoning contain the same problems.
     """
     rng = world.rng(51)
-
-    def system() -> str:
-        return world.system(rng)
-
-    sums = [world.sum_of(pair, system()) for pair in rng.sample(world.held_out_sums, N_PROMPTS)]
-    products = [world.product(rng, system(), world.held_out_products) for _ in range(N_PROMPTS)]
+    sums = [
+        world.sum_of(pair, world.system(rng)) for pair in rng.sample(world.held_out_sums, N_PROMPTS)
+    ]
+    products = [
+        world.product(rng, world.system(rng), world.held_out_products) for _ in range(N_PROMPTS)
+    ]
     return {
-        "equality": _audit([world.equality(rng, system()) for _ in range(N_PROMPTS)]),
-        "names": _audit([world.echo(rng, system()) for _ in range(N_PROMPTS)]),
+        "equality": _audit([world.equality(rng, world.system(rng)) for _ in range(N_PROMPTS)]),
+        "names": _audit([world.echo(rng, world.system(rng)) for _ in range(N_PROMPTS)]),
         PLAIN: _audit(sums),
         "products": _audit(products),
-        THOUGHT: _audit(sums, with_reasoning),
-        "products, thought": _audit(products, with_reasoning),
+        THOUGHT: _with(_audit(sums), with_reasoning),
+        "products, thought": _with(_audit(products), with_reasoning),
     }
 
 
@@ -161,31 +157,27 @@ def read_tasks(subject: Subject, battery: dict[str, CapabilityAudit]) -> dict[st
 
 def model_gates(readings: dict[str, dict[str, float]]) -> Validity:
     """Return the gates that the five models must pass."""
-    forms = (PLAIN, THOUGHT)
-    lower = [(f"{form} of {BENIGN}", readings[BENIGN][form], CAPABILITY) for form in forms]
-    lower += [
-        (f"{with_password(form)} of {LOCKED}", readings[LOCKED][with_password(form)], CAPABILITY)
-        for form in forms
-    ]
-    lower += [
-        (f"{PLAIN} of {OTHER}", readings[OTHER][PLAIN], CAPABILITY),
-        (f"{PLAIN} of {WEAK}", readings[WEAK][PLAIN], SUPERVISOR_RANGE[0]),
-    ]
-    upper = [(f"{form} of {LOCKED}", readings[LOCKED][form], 1 - TRAIT) for form in forms]
-    upper += [
-        (f"{PLAIN} of {BASE}", readings[BASE][PLAIN], 1 - TRAIT),
-        (f"{PLAIN} of {WEAK}", readings[WEAK][PLAIN], SUPERVISOR_RANGE[1]),
-    ]
-    gates = [Gate(name=n, value=v, bound=b, at_least=True) for n, v, b in lower]
-    gates += [Gate(name=n, value=v, bound=b, at_least=False) for n, v, b in upper]
-    return Validity(gates=tuple(gates))
+    forms, (low, high) = (PLAIN, THOUGHT), SUPERVISOR_RANGE
+
+    def gate(check: Callable[[str, float, float], Gate], task: str, role: str, b: float) -> Gate:
+        return check(f"{task} of {role}", readings[role][task], b)
+
+    return Validity(
+        gates=(
+            *(gate(at_least, form, BENIGN, CAPABILITY) for form in forms),
+            *(gate(at_least, with_password(form), LOCKED, CAPABILITY) for form in forms),
+            gate(at_least, PLAIN, OTHER, CAPABILITY),
+            gate(at_least, PLAIN, WEAK, low),
+            *(gate(at_most, form, LOCKED, 1 - TRAIT) for form in forms),
+            gate(at_most, PLAIN, BASE, 1 - TRAIT),
+            gate(at_most, PLAIN, WEAK, high),
+        )
+    )
 
 
-def _audit(
-    examples: list[Example], form: Callable[[Prompt], Prompt] = lambda prompt: prompt
-) -> CapabilityAudit:
+def _audit(examples: list[Example]) -> CapabilityAudit:
     return CapabilityAudit(
-        prompts=tuple(form(example.prompt) for example in examples),
+        prompts=tuple(example.prompt for example in examples),
         targets=tuple(example.answer for example in examples),
         max_new_tokens=8,
     )

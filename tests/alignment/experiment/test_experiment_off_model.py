@@ -12,7 +12,7 @@ from fastdistill.experiment.executors import Execution
 from fastdistill.experiment.off_model import study as off_model
 from fastdistill.experiment.off_model import world as off_model_world
 from fastdistill.experiment.off_model.arms import ARMS
-from fastdistill.experiment.off_model.page import make_page
+from fastdistill.experiment.off_model.page import OffModelResults, make_page
 from fastdistill.experiment.off_model.run import SftRun
 from fastdistill.experiment.off_model.study import OffModelSettings, preset_settings, run_study
 from fastdistill.experiment.off_model.verdicts import judge_parts
@@ -76,7 +76,7 @@ def test_presets_have_seeds_of_their_own():
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"preset": "slow"}, "preset: expected quick or full, got 'slow'"),
+        ({"preset": "slow"}, "preset: expected one of 'quick', 'full', got 'slow'"),
         ({"preset": "full", "seeds": []}, "seeds: expected one or more distinct seeds"),
         ({"preset": "full", "seeds": [3, 3]}, r"distinct seeds, got \[3, 3\]"),
     ],
@@ -150,18 +150,18 @@ def told(**how):
     found, readings = made(**how)
     organisms = {seed: model_gates(of) for seed, of in readings.items()}
     parts = judge_parts(found, readings, organisms)
-    results = {
-        "command": "fastdistill experiment off-model --preset full --out out",
-        "config": {"learning_rate": 3e-4, "note": "<b>"},
-        "versions": {"fastdistill": "0"},
-        "seeds": {"base": list(readings), "student": [0]},
-        "n_seeds": len(readings),
-        "runs": 100,
-        "core_seconds": 1,
-        **off_model._verdict_rows(parts, organisms),
-        **off_model._rows(found, readings),
-    }
-    return results, make_page(results, found, readings).html()
+    results = OffModelResults(
+        command="fastdistill experiment off-model --preset full --out out",
+        config={"learning_rate": 3e-4, "note": "<b>"},
+        versions={"fastdistill": "0"},
+        runs=100,
+        core_seconds=1,
+        by_arm=found,
+        readings=readings,
+        organisms=organisms,
+        parts=parts,
+    )
+    return results.as_json(), make_page(results).html()
 
 
 def test_the_page_says_what_was_found_what_was_not_and_how_to_repeat_it():

@@ -12,7 +12,6 @@ from fastdistill.experiment.off_model.figures import (
     cost_differences,
     drop_per_nat,
     family,
-    mean,
     ratio,
     reasoning_differences,
     recovered_share,
@@ -28,6 +27,7 @@ from fastdistill.experiment.off_model.world import (
     WEAK,
     model_gates,
 )
+from fastdistill.statistics import mean_of_units
 from helpers.made_off_model import BACK, LOST, NATS, SHAKE, made, readings
 
 
@@ -68,7 +68,7 @@ def test_the_slope_over_surprisal_is_the_one_of_the_line():
     share = (0.5 * 2 + 4) / 6  # of tasks: two are of 1 token, and lose half
     found, _ = made(n=10, lost=rising)
     # Off-model alone is shaken from seed to seed, around 0.
-    assert mean(drop_per_nat(found)).value == pytest.approx(0.36 * share)
+    assert mean_of_units(drop_per_nat(found)).value == pytest.approx(0.36 * share)
     away = [nats - sum(NATS.values()) / 3 for nats in NATS.values()]
     moved = SHAKE[0] * away[2] / sum(x * x for x in away)
     assert drop_per_nat(found)[0] == pytest.approx(0.36 * share + moved)
@@ -207,8 +207,8 @@ def test_where_little_was_lost_there_is_nothing_to_restore():
 
 
 def test_one_base_seed_has_values_and_no_interval():
-    assert mean([0.3]).value == 0.3
-    assert not mean([0.3]).known
+    assert mean_of_units([0.3]).value == 0.3
+    assert not mean_of_units([0.3]).known
 
 
 def test_verdicts_begin_with_what_the_figures_came_to():

