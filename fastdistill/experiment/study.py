@@ -177,7 +177,8 @@ def run_study(
     development_pairs = make_pairs(study, study.arms[:1], development, student_seeds, {})
     run_all(_unique_jobs(development_pairs), folder, execution, label="development runs")
     gate = _benign_values(study, development_pairs, folder)
-    arms = [arm for arm in study.arms if not skip_reason(arm, sources, gate)]
+    left_out = {a.name: reason for a in study.arms if (reason := skip_reason(a, sources, gate))}
+    arms = [arm for arm in study.arms if arm.name not in left_out]
     pairs = make_pairs(study, arms, sources, student_seeds, gate)
     run_all(_unique_jobs(pairs), folder, execution)
     return Table(
@@ -200,9 +201,7 @@ def run_study(
             for pair in pairs
             if (notes := pair.student.result(folder)["notes"])
         ],
-        left_out={
-            arm.name: reason for arm in study.arms if (reason := skip_reason(arm, sources, gate))
-        },
+        left_out=left_out,
         refused=refused,
         runs=len(_unique_jobs(pairs)) + len(_unique_jobs(development_pairs)),
     )

@@ -75,22 +75,21 @@ def curves_caption(arms: Sequence[Arm], *, valid: bool = True) -> str:
     if not valid:
         return f"{text} No safe window is shown, because the experiment is invalid."
     return (
-        f"{text} Safe window: the longest run of checkpoints with C ≥ {format_limit(CAPABLE)} "
-        "and the "
-        f"upper bound of τ ≤ {format_limit(SAFE)}, shown from {SEEDS} base seeds on."
+        f"{text} Safe window: the longest run of checkpoints with C ≥ {format_limit(CAPABLE)} and "
+        f"the upper bound of τ ≤ {format_limit(SAFE)}, shown from {SEEDS} base seeds on."
     )
 
 
 def curves_alt(arms: Sequence[Arm]) -> str:
     """Returns the alternative text of `curves`."""
-    text = "; ".join(_window_phrase(arm) for arm in arms if arm.curve)
-    return f"Capability and trait over steps. {text}."
-
-
-def _window_phrase(arm: Arm) -> str:
-    if arm.window is None:
-        return f"{arm.name}: no safe window"
-    return f"{arm.name}: safe from step {arm.window.first} to {arm.window.last}"
+    phrases = [
+        f"{arm.name}: no safe window"
+        if arm.window is None
+        else f"{arm.name}: safe from step {arm.window.first} to {arm.window.last}"
+        for arm in arms
+        if arm.curve
+    ]
+    return f"Capability and trait over steps. {'; '.join(phrases)}."
 
 
 def _panel(axes: Axes, arm: Arm, valid: bool) -> None:

