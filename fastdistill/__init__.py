@@ -55,32 +55,22 @@ __all__ = [
     "topk_distill_loss",
 ]
 
-_MODULE_OF = {
-    "CacheError": "cache",
-    "DistillConfig": "training.config",
-    "DistillOutput": "outputs",
-    "DistillTrainer": "training.trainer",
-    "FidelityReport": "fidelity",
-    "Int8Linear": "quant",
-    "LUT4Linear": "quant",
-    "LinearDistillLoss": "modules",
-    "SelectedLogits": "outputs",
-    "ServedTeacher": "served",
-    "Teacher": "teacher",
-    "TeacherCache": "cache",
-    "TokenScores": "outputs",
-    "TopK": "outputs",
-    "TopKDistillLoss": "modules",
-    "linear_distill_loss": "dense",
-    "linear_lse_gather": "primitive",
-    "linear_topk": "primitive",
-    "load_teacher": "teacher",
-    "quantize_model": "quant",
-    "save_quantized": "quant",
-    "token_scores": "scores",
-    "topk_distill": "losses",
-    "topk_distill_loss": "losses",
+_NAMES_OF = {
+    "cache": ("CacheError", "TeacherCache"),
+    "dense": ("linear_distill_loss",),
+    "fidelity": ("FidelityReport",),
+    "losses": ("topk_distill", "topk_distill_loss"),
+    "modules": ("LinearDistillLoss", "TopKDistillLoss"),
+    "outputs": ("DistillOutput", "SelectedLogits", "TokenScores", "TopK"),
+    "primitive": ("linear_lse_gather", "linear_topk"),
+    "quant": ("Int8Linear", "LUT4Linear", "quantize_model", "save_quantized"),
+    "scores": ("token_scores",),
+    "served": ("ServedTeacher",),
+    "teacher": ("Teacher", "load_teacher"),
+    "training.config": ("DistillConfig",),
+    "training.trainer": ("DistillTrainer",),
 }
+_MODULE_OF = {name: module for module, names in _NAMES_OF.items() for name in names}
 
 
 _import_name = lazy_names(__name__, _MODULE_OF)

@@ -37,6 +37,13 @@ def grads(function, *tensors):
     return [loss.detach(), *[t.grad for t in tensors]]
 
 
+def check_compiled(run, c):
+    torch._dynamo.reset()
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for a, b in zip(grads(compiled, *c[:2]), grads(run, *c[:2]), strict=True):
+        assert_close(a, b, 1e-6)
+
+
 @pytest.mark.parametrize("name", list(CALLS))
 def test_compile_fullgraph(name):
     c = case(torch.float32)
@@ -45,10 +52,7 @@ def test_compile_fullgraph(name):
     def run(x, w):
         return call(name, x * 1.5, w, c, t) * 2
 
-    torch._dynamo.reset()
-    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
-    for a, b in zip(grads(compiled, *c[:2]), grads(run, *c[:2]), strict=True):
-        assert_close(a, b, 1e-6)
+    check_compiled(run, c)
 
 
 def test_compile_fullgraph_of_the_others():
@@ -60,10 +64,7 @@ def test_compile_fullgraph_of_the_others():
         dense = fd.linear_distill_loss(x, w, c.hidden, c.weight * 0.9, divergence="jsd")
         return out.logits.sum() + out.lse_rest.sum() + out.entropy.sum() + dense
 
-    torch._dynamo.reset()
-    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
-    for a, b in zip(grads(compiled, *c[:2]), grads(run, *c[:2]), strict=True):
-        assert_close(a, b, 1e-6)
+    check_compiled(run, c)
 
 
 def test_opcheck(impl_of_auto):

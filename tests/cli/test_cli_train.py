@@ -127,7 +127,7 @@ def test_what_is_printed_can_be_pasted_back(run, folder, tmp_path):
     ("more", "code", "words"),
     [
         (("learning_rte=1",), 2, "Did you mean learning_rate?"),
-        (("divergence=kl",), 2, "divergence: expected one of forward_kl"),
+        (("divergence=kl",), 2, "divergence: expected one of 'forward_kl'"),
         (("lr_scheduler_type=cosin",), 2, "cosin"),
         (
             ("divergence=reverse_kl", "tail=renorm_teacher", "--dry-run"),
