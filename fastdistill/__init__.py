@@ -70,10 +70,9 @@ _NAMES_OF = {
     "training.config": ("DistillConfig",),
     "training.trainer": ("DistillTrainer",),
 }
-_MODULE_OF = {name: module for module, names in _NAMES_OF.items() for name in names}
-
-
-_import_name = lazy_names(__name__, _MODULE_OF)
+_import_name = lazy_names(
+    __name__, {name: module for module, names in _NAMES_OF.items() for name in names}
+)
 
 
 def __getattr__(name: str) -> Any:
