@@ -238,7 +238,13 @@ def load_teacher(
     if isinstance(path_or_model, nn.Module):
         # Weak references: quantizing frees the weights that it replaces.
         trainable = [weakref.ref(p) for p in path_or_model.parameters() if p.requires_grad]
-        model = _from_model(path_or_model, quant, compute, device, dtype, attn_implementation)
+        model: Any = path_or_model
+        if dtype != "auto":
+            checks.fail("dtype", "'auto' with a loaded model", dtype, "load it in that dtype")
+        if attn_implementation is not None:
+            model.set_attn_implementation(attn_implementation)
+        model = _quantized(model, quant, compute)
+        model = model if device is None else model.to(device)
     elif isinstance(path_or_model, (str, Path)):
         source = StoredModel.from_path(path_or_model, dtype, attn_implementation)
         place = _default_device() if device is None else torch.device(device)
@@ -278,7 +284,7 @@ def _from_checkpoint(source: StoredModel, quant: str | None, compute: str, devic
     if quant is None and not source.is_quantized:
         return source.load(device)
     if source.is_adapter:  # merged before it is quantized
-        return _from_model(source.load(device), quant, compute, device, "auto", None)
+        return _quantized(source.load(device), quant, compute)
     from .quant import load_quantized
 
     return load_quantized(
@@ -291,20 +297,13 @@ def _from_checkpoint(source: StoredModel, quant: str | None, compute: str, devic
     )
 
 
-def _from_model(
-    model: Any, quant: str | None, compute: str, device: Any, dtype: Any, attention: str | None
-) -> Any:
-    if dtype != "auto":
-        checks.fail("dtype", "'auto' with a loaded model", dtype, "load it in that dtype")
-    if attention is not None:
-        model.set_attn_implementation(attention)
+def _quantized(model: Any, quant: str | None, compute: str) -> Any:
     if quant is None:
         _check_full_precision_compute(compute)
-    else:
-        from .quant import quantize_model
+        return model
+    from .quant import quantize_model
 
-        model = quantize_model(model, quant, compute=compute)
-    return model if device is None else model.to(device)
+    return quantize_model(model, quant, compute=compute)
 
 
 def _check_full_precision_compute(compute: str) -> None:

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ def group_size(settings: dict[str, Any]) -> int:
     return group
 
 
-def by_layer(files: TensorFiles, read: Any) -> dict[str, Thunk]:
+def by_layer(files: TensorFiles, read: Callable[[str], Lut4Weight]) -> dict[str, Thunk]:
     """Return thunks of X.weight for the layers X with a qweight, and of the plain tensors."""
     names = (name for name in files.names() if name.endswith(".qweight"))
     layers = [name.removesuffix(".qweight") for name in names]
