@@ -73,25 +73,21 @@ def check_examples(name: str, dataset: Any, encoder: Encoder, *, prompts_only: b
 
     `prompts_only`: the student samples all targets, so the examples need none.
     """
-    sampled = some_of(dataset)
-    if not sampled:
-        return
-    examples = [example for _, example in sampled]
     lengths, without_target, rows = Lengths(encoder.max_length), RowsWithoutTarget(name), []
-    for index, example in sampled:
+    for index, example in some_of(dataset):
         row = encoder.encode_uncut(example, index, name)
         lengths.add(row)
         without_target.add(index, example, row)
-        rows.append(row.truncate(encoder.max_length))
+        rows.append((example, row.truncate(encoder.max_length)))
+    if not rows:
+        return
     lengths.check(name, prompts_only=prompts_only)
     if not prompts_only:
-        if not any(map(has_target, rows)):
+        if not any(has_target(row) for _, row in rows):
             got = f"none in {len(rows):,} examples"
-            checks.fail(name, "target tokens", got, _why_no_target(examples, rows))
+            checks.fail(name, "target tokens", got, _why_no_target(rows))
         without_target.warn()
-    labeled_rows = [
-        row for x, row in zip(examples, rows, strict=True) if x.get("labels") is not None
-    ]
+    labeled_rows = [row for x, row in rows if x.get("labels") is not None]
     if labeled_rows:
         _check_not_shifted(name, labeled_rows)
         _check_end_token(name, labeled_rows, encoder.tokenizer)
@@ -164,8 +160,7 @@ class RowsWithoutTarget:
     name: str
     seen: int = 0
     indices: list[int] = field(default_factory=list)
-    examples: list[Any] = field(default_factory=list)  # at most LOOKED_AT, as `rows`
-    rows: list[EncodedExample] = field(default_factory=list)
+    rows: list[tuple[Any, EncodedExample]] = field(default_factory=list)  # at most LOOKED_AT
 
     def add(self, index: int, example: Any, row: EncodedExample) -> None:
         """Count a row, before it is cut."""
@@ -174,19 +169,18 @@ class RowsWithoutTarget:
             return
         self.indices.append(index)
         if len(self.rows) < LOOKED_AT:
-            self.examples.append(example)
-            self.rows.append(row)
+            self.rows.append((example, row))
 
     def warn(self) -> None:
         """Log the number of rows without a target, the first one, and the likely reason."""
         if not self.indices:
             return
-        first = getattr(self.examples[0], "source", None) or f"example {self.indices[0]}"
+        first = getattr(self.rows[0][0], "source", None) or f"example {self.indices[0]}"
         logger.warning(
             "%s: %s of %s examples checked have no target token and train nothing (the first: "
             "%s): %s",
             *(self.name, f"{len(self.indices):,}", f"{self.seen:,}", first),
-            _why_no_target(self.examples, self.rows),
+            _why_no_target(self.rows),
         )
 
 
@@ -195,11 +189,11 @@ def has_target(row: EncodedExample) -> bool:
     return bool((row.targets[1:] != IGNORE_INDEX).any())
 
 
-def _why_no_target(examples: list[Any], rows: list[EncodedExample]) -> str:
+def _why_no_target(rows: list[tuple[Any, EncodedExample]]) -> str:
     """Return the likely reason why none of these examples has a target."""
-    present = {name for x in examples for name, value in x.items() if value is not None}
+    present = {name for x, _ in rows for name, value in x.items() if value is not None}
     is_tokenized = "input_ids" in present
-    if all(len(row.ids) == 1 for row in rows):
+    if all(len(row.ids) == 1 for _, row in rows):
         return "all examples are one token long, and the first token has no context"
     if is_tokenized and "assistant_masks" in present:
         return (
@@ -211,7 +205,7 @@ def _why_no_target(examples: list[Any], rows: list[EncodedExample]) -> str:
     if is_tokenized and "completion_mask" in present:
         return "the completion masks are all zero"
     if "messages" in present and not is_tokenized:
-        roles = sorted({str(m["role"]) for x in examples for m in x.get("messages") or ()})
+        roles = sorted({str(m["role"]) for x, _ in rows for m in x.get("messages") or ()})
         if "assistant" not in roles:
             return (
                 "no example has a message with the role 'assistant': the roles are "

@@ -24,19 +24,7 @@ from ..outputs import TokenScores
 from ..runtime import checks
 from .targets import Targets
 
-SCORES = (
-    "entropy",
-    "varentropy",
-    "max_logprob",
-    "margin",
-    "lse",
-    "nll",
-    "label_rank",
-    "forward_kl",
-    "teacher_mass",
-    "student_mass",
-    "hellinger",
-)
+SCORES = tuple(name for name in TokenScores._fields if name != "argmax")
 _OF_TEACHER = {"forward_kl", "teacher_mass", "student_mass", "hellinger"}
 _SIGNED = {"max_logprob", "lse"}  # may be negative, so not allowed as weights
 _WORDS = re.compile(

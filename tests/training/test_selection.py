@@ -87,7 +87,7 @@ def test_words_are_read_and_written(words):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("surprise top 0.2", "expected one of 'entropy', .* got 'surprise'"),
+        ("surprise top 0.2", "expected one of 'lse', 'entropy', .* got 'surprise'"),
         ("entropy top 20%", "expected '<score> top"),
         ("entropy top 1.5", r"share in \(0, 1\], got 1.5"),
         ("entropy", "expected '<score> top"),

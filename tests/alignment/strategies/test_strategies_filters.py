@@ -169,7 +169,7 @@ def test_scores_of_the_student_go_to_the_trainer():
     assert lowest.settings == {"token_selection": "nll bottom 0.5"}
     assert TokenSelector(kind="nll", share=0.5).transform_examples(SOME, run()) == SOME
     with pytest.raises(
-        ValueError, match="kind: expected one of 'excess_loss', 'divergence', 'entropy'"
+        ValueError, match="kind: expected one of 'excess_loss', 'divergence', 'lse', 'entropy'"
     ):
         TokenSelector(kind="surprise")
 
