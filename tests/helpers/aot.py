@@ -108,7 +108,7 @@ def record(targets: list[int]) -> list[dict[str, Any]]:
     modules = [m for n, m in sys.modules.items() if n.startswith("fastdistill.kernels.triton_")]
     for module in modules:
         if hasattr(module, "launch"):
-            module.launch = launch
+            vars(module)["launch"] = launch
     run_everything()
     triton_stream.STREAM_UP_TO["interpreted"] = 10**6
     run_streamed()
@@ -127,7 +127,7 @@ def run_everything() -> None:
     from fastdistill import backend
     from fastdistill.kernels.divergences import NAMES
 
-    backend.triton_problem = lambda *device: None
+    vars(backend)["triton_problem"] = lambda *device: None
     N, H, V, K = 8, 1024, 16384, 64
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         x = torch.zeros(N, H, dtype=dtype).requires_grad_()
@@ -136,7 +136,7 @@ def run_everything() -> None:
         ids = torch.arange(K).expand(N, K).contiguous()
         lp = torch.full((N, K), -5.0)
         labels = torch.zeros(N, dtype=torch.int64)
-        plain = {"impl": "triton"}
+        plain: dict[str, Any] = {"impl": "triton"}
         shaped = plain | {"bias": b, "softcap": 30.0, "temperature": 2.0}
         for options in (plain, shaped):
             teacher = fd.TopK(ids, lp, None, options.get("temperature", 1.0))
@@ -146,7 +146,9 @@ def run_everything() -> None:
                 fd.topk_distill_loss(x, w, teacher, grad_filter_eps=1e-3, **common).backward()
             fd.topk_distill_loss(x, w, teacher, backward="recompute", **common).backward()
             fd.topk_distill_loss(x, w, teacher, tail="renorm_both", **options).backward()
-            fd.linear_lse_gather(x, w, ids, with_entropy=True, **options).entropy.sum().backward()
+            entropy = fd.linear_lse_gather(x, w, ids, with_entropy=True, **options).entropy
+            assert entropy is not None
+            entropy.sum().backward()
             fd.token_scores(x, w, labels=labels, teacher=teacher, **options)
             fd.linear_topk(x, w, K, **options)
             # Triton folds arguments that are 1 into constants: one token, one slot.
@@ -155,7 +157,7 @@ def run_everything() -> None:
             names = NAMES if options is plain and dtype == torch.bfloat16 else ("jsd",)
             for name in names:
                 fd.linear_distill_loss(x, w, x, w, divergence=name, **options).backward()
-            extras = {"labels": labels, "ce_weight": 0.1, "z_loss": 1e-3}
+            extras: dict[str, Any] = {"labels": labels, "ce_weight": 0.1, "z_loss": 1e-3}
             fd.linear_distill_loss(x, w, x, w, **extras, **options).backward()
             fd.linear_distill_loss(
                 x, w, x, w, divergence=lambda lp, lq: (lp - lq).square().sum(-1), **options
@@ -171,7 +173,8 @@ def run_streamed() -> None:
         ids = torch.arange(64).expand(256, 64).contiguous()
         labels = torch.zeros(256, dtype=torch.int64)
         b = torch.zeros(16384, dtype=dtype)
-        for options in ({}, {"bias": b, "softcap": 30.0, "temperature": 2.0}):
+        shaped: dict[str, Any] = {"bias": b, "softcap": 30.0, "temperature": 2.0}
+        for options in ({}, shaped):
             for entropy in (False, True):
                 fd.linear_lse_gather(x, w, ids, with_entropy=entropy, impl="triton", **options)
             fd.token_scores(x, w, labels=labels, impl="triton", **options)

@@ -39,6 +39,7 @@ window.onload = () => {{
 
 
 def browse(tmp_path, *options):
+    assert BROWSER is not None
     command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
     command += [f"--user-data-dir={tmp_path / 'profile'}", *options]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
@@ -49,7 +50,9 @@ def measured(tmp_path, page, width):
     frame = tmp_path / "frame.html"
     frame.write_text(MEASURE.format(width=width, page=html.escape(page)), encoding="utf-8")
     dom = browse(tmp_path, "--dump-dom", f"--window-size={width + 50},900", frame.as_uri())
-    return json.loads(html.unescape(re.search(r'<pre id="found">(.+?)</pre>', dom).group(1)))
+    match = re.search(r'<pre id="found">(.+?)</pre>', dom)
+    assert match is not None
+    return json.loads(html.unescape(match.group(1)))
 
 
 def shot(tmp_path, page, width, height, scheme):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastdistill import Teacher, TeacherCache
 from helpers.training import peaked, ragged
 
-OPTIONS = {"k": 8, "temperatures": (1.0, 2.0), "shard_mb": 0.003}
+OPTIONS: dict[str, Any] = {"k": 8, "temperatures": (1.0, 2.0), "shard_mb": 0.003}
 
 
 def bytes_of(folder):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from helpers.text_scene import (
     byte_level,
 )
@@ -15,7 +17,8 @@ def made(template, tokenizer=None):
 
 def said(tokenizer, row):
     """The targets as text, one part for each run of them."""
-    parts, before = [], False
+    parts: list[Any] = []
+    before = False
     for token, target in zip(row.ids.tolist(), row.targets.tolist(), strict=True):
         if target != -100:
             parts = [*parts, []] if not before else parts

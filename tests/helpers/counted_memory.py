@@ -2,6 +2,7 @@
 
 import sys
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ N, H, V, K = 8192, 4096, 128256, 64
 OPTIONS = LossOptions()
 
 
-NEED = {"need_hidden": True, "need_weight": True, "need_bias": False}
+NEED: dict[str, Any] = {"need_hidden": True, "need_weight": True, "need_bias": False}
 
 
 class Alive(TorchDispatchMode):

@@ -7,6 +7,8 @@ interpreter, slowly, which proves the checks and not the device.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 import fastdistill as fd
@@ -17,7 +19,7 @@ from helpers.tolerances import GRADIENT, PROMISED, VALUE, assert_close, relative
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IMPLS = ("triton", "torch")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-OPTIONS = {"softcap": 20.0, "logit_scale": 0.8, "temperature": 1.5}
+OPTIONS: dict[str, Any] = {"softcap": 20.0, "logit_scale": 0.8, "temperature": 1.5}
 
 
 def on_gpu(c):
@@ -94,27 +96,33 @@ def primitive_scores_and_topk():
             wide = [t.double() for t in c[:3]]
             for impl in IMPLS:
                 for options in ({}, OPTIONS):
-                    common = {"with_entropy": True, **options}
-                    a = fd.linear_lse_gather(*c[:2], ids, bias=c.bias, impl=impl, **common)
+                    common: dict[str, Any] = {"with_entropy": True, **options}
+                    a = fd.linear_lse_gather(
+                        c.hidden, c.weight, ids, bias=c.bias, impl=impl, **common
+                    )
                     b = fd.linear_lse_gather(
-                        *wide[:2], ids, bias=wide[2], impl="reference", **common
+                        wide[0], wide[1], ids, bias=wide[2], impl="reference", **common
                     )
                     for x, y in zip(a, b, strict=True):
+                        assert x is not None
+                        assert y is not None
                         assert (x.isinf() == y.isinf()).all()
                         dense = y.masked_fill(y.isinf(), 0)
                         assert_close(x.masked_fill(x.isinf(), 0), dense, 5 * VALUE[dtype])
-                given = {"labels": c.labels, "teacher": teacher, "temperature": 1.5}
-                a = fd.token_scores(*c[:2], bias=c.bias, impl=impl, **given)
-                b = fd.token_scores(*wide[:2], bias=wide[2], impl="reference", **given)
-                for name, x, y in zip(a._fields, a, b, strict=True):
+                given: dict[str, Any] = {"labels": c.labels, "teacher": teacher, "temperature": 1.5}
+                scores = fd.token_scores(*c[:2], bias=c.bias, impl=impl, **given)
+                truth = fd.token_scores(*wide[:2], bias=wide[2], impl="reference", **given)
+                for name, x, y in zip(scores._fields, scores, truth, strict=True):
+                    assert x is not None
+                    assert y is not None
                     if y.is_floating_point():
                         assert_close(x, y, 1e-3, f"{dtype} {impl} {name}")
                     else:
-                        assert (x != y).double().mean() < 0.01, f"{dtype} {impl} {name}"
-                a = fd.linear_topk(*c[:2], 9, bias=c.bias, impl=impl)
-                b = fd.linear_topk(*wide[:2], 9, bias=wide[2], impl="reference")
-                assert_close(a.logprobs, b.logprobs, 5 * VALUE[dtype])
-                assert_close(a.log_tail, b.log_tail, 1e-4)
+                        assert x.ne(y).double().mean() < 0.01, f"{dtype} {impl} {name}"
+                top = fd.linear_topk(c.hidden, c.weight, 9, bias=c.bias, impl=impl)
+                best = fd.linear_topk(wide[0], wide[1], 9, bias=wide[2], impl="reference")
+                assert_close(top.logprobs, best.logprobs, 5 * VALUE[dtype])
+                assert_close(top.log_tail, best.log_tail, 1e-4)
 
 
 def dense_teacher():
@@ -168,6 +176,7 @@ def more_than_2_to_the_31_logits():
         (y,) = leaves(hidden[last].double())
         part = fd.TopK(ids[last], teacher.logprobs[last])
         fd.topk_distill_loss(y, weight.double(), part, reduction="sum", impl="reference").backward()
+        assert x.grad is not None
         assert_close(x.grad[last], y.grad, GRADIENT[torch.bfloat16])
 
 
@@ -175,6 +184,7 @@ def without_a_host_sync_and_in_a_graph():
     """The stream never waits for the host, so a whole step can be captured and replayed."""
     c = on_gpu(case(torch.bfloat16, N=512, H=128, V=8000))
     teacher = top_k(c.teacher_logits, 16)
+    assert teacher.log_tail is not None
     teacher = teacher._replace(logprobs=teacher.logprobs.float(), log_tail=teacher.log_tail.float())
     for backward in ("fused", "recompute"):
         x, w = leaves(c.hidden, c.weight)

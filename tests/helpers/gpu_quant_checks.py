@@ -65,6 +65,7 @@ def more_than_two_to_the_31_weights():
         out = torch.empty(shape, dtype=torch.bfloat16, device=DEVICE)
         engine.lut4_dequant(w, out)
         last, start = out[-3:], (shape[0] - 3) * shape[1]
+        assert isinstance(w.scale, torch.Tensor)
         qdata, scale = w.qdata[start // 2 :], w.scale[start // 64 :]
         end = replace(w, shape=(3, shape[1]), qdata=qdata, scale=scale)
         assert torch.equal(last, flat(end, torch.bfloat16)), engine.name
@@ -109,6 +110,8 @@ def quantising_on_the_device_gives_the_same_bytes():
     for scheme in ("nf4", "fp4", "int4", "int8"):
         here, there = quantize(weight, scheme), quantize(weight.to(DEVICE), scheme)
         assert torch.equal(here.qdata, there.qdata.cpu()), scheme
+        assert isinstance(here.scale, torch.Tensor)
+        assert isinstance(there.scale, torch.Tensor)
         assert torch.equal(here.scale, there.scale.cpu()), scheme
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 SAVING = {"save_strategy": "steps", "save_steps": 2, "logging_steps": 100, "max_steps": 8}
 
@@ -10,7 +11,7 @@ SAVING = {"save_strategy": "steps", "save_steps": 2, "logging_steps": 100, "max_
 def spoils_loss(trainer, step, value=math.nan):
     """The loss of one step is not finite, in one micro-batch of it."""
     before = trainer._loss
-    calls = []
+    calls: list[Any] = []
 
     def loss(hidden, head, targets, answers, **options):
         result = before(hidden, head, targets, answers, **options)

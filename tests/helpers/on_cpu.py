@@ -43,7 +43,8 @@ def fsdp2_every_linear(model: Any, options: dict[str, Any], out: Path) -> Any:
 def _count_gathers(model: Any) -> None:
     from torch.distributed.fsdp._fully_shard import _fsdp_param_group as groups
 
-    gather = groups.foreach_all_gather
+    names_of_groups: Any = vars(groups)
+    gather = names_of_groups["foreach_all_gather"]
 
     def counted(params: list[Any], *args: Any, **kwargs: Any) -> Any:
         names = [p._param_fqn or "" for p in params]
@@ -51,7 +52,7 @@ def _count_gathers(model: Any) -> None:
         SEEN["head_gathered"] += any(name.endswith(tied) for name in names)
         return gather(params, *args, **kwargs)
 
-    groups.foreach_all_gather = counted
+    names_of_groups["foreach_all_gather"] = counted
     model.model.register_forward_pre_hook(lambda *_: SEEN.update(passes=SEEN["passes"] + 1))
 
 

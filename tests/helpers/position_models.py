@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
@@ -25,7 +27,7 @@ LEARNED = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 40, "vocab_si
 STATE = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2}
 
 
-FAMILIES = {
+FAMILIES: dict[str, Any] = {
     "llama": COMMON,
     "gpt_neox": COMMON,
     "gpt2": LEARNED,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from html.parser import HTMLParser
+from typing import Any
 
 
 class Page(HTMLParser):
@@ -10,7 +11,10 @@ class Page(HTMLParser):
 
     def __init__(self, path):
         super().__init__()
-        self.open, self.images, self.text, self.rows = [], [], [], []
+        self.open: list[str] = []
+        self.images: list[Any] = []
+        self.text: Any = []
+        self.rows: list[list[Any]] = []
         self.source = path.read_text(encoding="utf-8")
         self.feed(self.source)
         self.close()

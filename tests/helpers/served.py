@@ -7,6 +7,7 @@ import threading
 from collections import deque
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 import torch
 
@@ -43,7 +44,9 @@ class VLLM(ThreadingHTTPServer):
     def __init__(self, model, *, tempered=False, most=20, port=0):
         super().__init__(("127.0.0.1", port), _Handler)
         self.model, self.tempered, self.most = model, tempered, most
-        self.faults, self.twist, self.seen = deque(), None, []
+        self.faults: deque[Any] = deque()
+        self.twist: Any = None
+        self.seen: list[Any] = []
         self.connections, self.listed = 0, {}
         self.release = threading.Event()  # ends answers that take forever
 
@@ -75,7 +78,7 @@ class VLLM(ThreadingHTTPServer):
     def _said(self, prompt, k, temperature):
         logits = self.model(input_ids=torch.tensor([prompt])).logits[0]
         logprobs = (logits / temperature).log_softmax(-1)
-        found = [None]
+        found: list[Any] = [None]
         for t, token in enumerate(prompt[1:]):
             order = logprobs[t].argsort(descending=True).tolist()
             kept = dict.fromkeys([token, *order[:k]])
@@ -93,6 +96,7 @@ class VLLM(ThreadingHTTPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
+    server: Any
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *_):

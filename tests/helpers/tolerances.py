@@ -31,6 +31,8 @@ def relative(found: Tensor, truth: Tensor) -> float:
     return float((found - truth).norm() / (size if size > 0 else 1.0))
 
 
-def assert_close(found: Tensor, truth: Tensor, budget: float, what: str = "") -> None:
+def assert_close(found: Tensor | None, truth: Tensor | None, budget: float, what: str = "") -> None:
+    assert found is not None, what
+    assert truth is not None, what
     error = relative(found, truth)
     assert error <= budget, f"{what}: relative error {error:.3g} > {budget:.3g}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -45,7 +47,7 @@ def ragged(n: int = 12):
 
 
 def config(tmp_path, **options):
-    defaults = {
+    defaults: dict[str, Any] = {
         "k": 8,
         "max_steps": 2,
         "per_device_train_batch_size": 12,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from fastdistill.intervals import Estimate
 from fastdistill.report.arms import Arm
@@ -11,7 +12,7 @@ from fastdistill.statistics import Transfer
 NAN = math.nan
 
 
-def estimate(value, low=NAN, high=NAN, n=12):
+def estimate(value, low=NAN, high=NAN, *, n=12):
     return Estimate(value=value, low=low, high=high, n=n)
 
 
@@ -22,5 +23,5 @@ def arm(c, tau, *, p=None, name="an arm", role="arm", n=12, kappa=None, audits=(
         kappa=None if kappa is None else estimate(*kappa, n=n),
         per_seed=(),
     )
-    rest = {"curve": (), "window": None, "matched": None}
+    rest: dict[str, Any] = {"curve": (), "window": None, "matched": None}
     return Arm(name=name, role=role, transfer=found, p=p, audits=tuple(audits), **rest)
