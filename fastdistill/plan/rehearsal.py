@@ -77,8 +77,7 @@ def rehearse_step(model: Any, settings: Settings, work: LossMemory, device: str)
         with tracker:
             ids = torch.zeros(settings.batch, settings.seq, dtype=torch.int64, device="meta")
             inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-            count = settings.batch * (settings.seq - 1)
-            at = torch.zeros(count, dtype=torch.int64, device="meta")
+            at = torch.zeros(settings.batch * (settings.seq - 1), dtype=torch.int64, device="meta")
             targets = Targets(at, at, at, (settings.batch, settings.seq))
             if settings.accumulation > 1:
                 for p in model.parameters():

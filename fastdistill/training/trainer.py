@@ -168,8 +168,7 @@ class DistillTrainer(WholeCheckpoints):
         if args.torch_compile:  # after all checks that run the model
             compile_body(self.model, args)
         self._valid_vocab = resolved.valid_vocab
-        has_teacher = self.teacher is not None
-        self._vocab = self._valid_vocab or rows_of_head(self.model) if has_teacher else 0
+        self._vocab = 0 if teacher is None else self._valid_vocab or rows_of_head(self.model)
         self._monitor = AnswerMonitor()
 
     def _verify(self) -> None:
