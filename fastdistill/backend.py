@@ -65,7 +65,7 @@ def automatic(device_type: str, index: int | None) -> str:
     )
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _resolve(impl: str, device_type: str, index: int | None) -> str:
     if impl not in IMPLS:
         raise ValueError(f"impl: expected one of {IMPLS}, got {impl!r}")
@@ -87,7 +87,8 @@ def resolve_impl(impl: str, device: torch.device | None = None) -> str:
     """
     if device is None:
         device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    return _resolve(impl, device.type, device.index)
+    resolved: str = _resolve(impl, device.type, device.index)
+    return resolved
 
 
 def package_versions() -> dict[str, str | None]:

@@ -12,7 +12,7 @@ from .backend import resolve_impl
 from .fused import empty_output, keep_gradients, needs
 from .kernels.backends import get_backend
 from .kernels.dense_loss import DenseLoss, dense
-from .kernels.head import LMHead
+from .kernels.head import LMHead, needed
 from .kernels.op_dense import dense_loss, dense_rows
 from .kernels.rows import LossOptions
 from .losses import Divergence
@@ -212,9 +212,7 @@ def _with_callable(call: DenseCall, per_row: bool) -> tuple[Tensor, Tensor]:
             call.label,
             coef,
             call.options,
-            need_hidden=need[0],
-            need_weight=need[1],
-            need_bias=need[2],
+            **needed(need),
         )
 
     loss, out = keep_gradients(run, call.weights.coef, call.hidden, call.head)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import checks
 from .kernels.backends import get_backend
-from .kernels.head import LMHead, round_scaled
+from .kernels.head import LMHead, needed, round_scaled
 from .kernels.op_common import or_none
 from .kernels.op_losses import raise_no_second_derivative, scale_saved
 from .kernels.rows import Gathered, LossOptions, entropy_of, first_slots, token_loss_forward
@@ -143,9 +143,7 @@ def fused(call: TopKCall) -> LossTerms:
             token_loss(options),
             base=call.base,
             entropy=call.statistics,
-            need_hidden=need[0],
-            need_weight=need[1],
-            need_bias=need[2],
+            **needed(need),
             combine=None if shard is None else shard.combine_stats,
             chunk=None if shard is None else shard.chunk(head, x.shape[0], need[1]),
             filter_eps=options.filter_eps,
@@ -177,7 +175,7 @@ def keep_gradients(
     It calls the user's code or communicates with other ranks.
     """
     box: list[Any] = []
-    loss = _PrecomputedGradients.apply(
+    loss: Tensor = _PrecomputedGradients.apply(  # type: ignore[no-untyped-call]
         run, box, head, needs(x, head), coef_N, x, head.weight, head.bias
     )
     return loss, box[0]
@@ -185,7 +183,17 @@ def keep_gradients(
 
 class _PrecomputedGradients(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, run, box, head, need, coef, x, weight, bias):
+    def forward(
+        ctx: Any,
+        run: Callable[..., Any],
+        box: list[Any],
+        head: LMHead,
+        need: list[bool],
+        coef: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+    ) -> Tensor:
         head = head._replace(weight=weight, bias=bias)
         with torch.autocast(x.device.type, enabled=False):
             out = run(coef, x, head, need)
@@ -194,10 +202,11 @@ class _PrecomputedGradients(torch.autograd.Function):
         ctx.save_for_backward(per_token, out.grad_scale, *saved)
         # Otherwise the box would hold dW after backward has freed it.
         box.append(out._replace(dx=None, dw=None, db=None))
-        return out.loss
+        loss: Tensor = out.loss
+        return loss
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # create_graph=True
             raise_no_second_derivative()
         per_token, grad_scale, *saved = ctx.saved_tensors

@@ -42,7 +42,7 @@ def head_module(model: nn.Module) -> nn.Module:
             "model.base_model.compile() for a teacher"
         )
     find = getattr(model, "get_output_embeddings", None)
-    module = find() if callable(find) else None
+    module: nn.Module | None = find() if callable(find) else None
     if module is None:
         raise TypeError(
             "model: expected a causal language model with get_output_embeddings(), got "
@@ -88,7 +88,7 @@ def is_partitioned(model: nn.Module) -> bool:
 def rows_of_head(model: nn.Module) -> int:
     """Return the number of logits, padding included."""
     weight: Any = head_module(model).weight
-    return getattr(weight, "ds_shape", weight.shape)[0]
+    return int(getattr(weight, "ds_shape", weight.shape)[0])
 
 
 def _multipliers(config: Any) -> tuple[float, float | None]:
@@ -122,14 +122,14 @@ def at_head(
     """
     head, capture = head_module(model), _Capture()
 
-    def enter_head(module: nn.Module, args: tuple) -> tuple:
+    def enter_head(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         hidden = args[0]
         capture.put(use(*arguments(hidden)))
         # DTensor cannot shard empty tensors: a head over several ranks gets one position.
         left = hidden[:1, :1] if is_dtensor(head.weight) else hidden[:, :0]
         return (left.detach(), *args[1:])
 
-    def leave_model(module: nn.Module, args: tuple, output: Any) -> Any:
+    def leave_model(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if capture.calls != 1:
             raise RuntimeError(
                 f"model: expected {type(model).__name__} to call its output head once per forward, "
@@ -137,7 +137,7 @@ def at_head(
             )
         return capture.result
 
-    def after_wrappers(module: nn.Module, args: tuple, output: Any) -> Any:
+    def after_wrappers(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         capture.update(output)
         return capture.take()
 
@@ -190,11 +190,11 @@ def _zero3_hooks(head: nn.Module, capture: _Capture) -> list[Any]:
     The model itself still gets the (empty) logits."""
     logits: list[Any] = []
 
-    def return_result(module: nn.Module, args: tuple, output: Any) -> Any:
+    def return_result(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         logits.append(output)
         return capture.result
 
-    def return_logits(module: nn.Module, args: tuple, output: Any) -> Any:
+    def return_logits(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         capture.update(output)
         return logits.pop()
 
@@ -215,7 +215,10 @@ def hidden_states(
         return hidden
 
     with at_head(model, use):
-        return model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **inputs)
+        states: Tensor = model(
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **inputs
+        )
+        return states
 
 
 def check_positions(model: nn.Module, hidden: Tensor, input_ids: Tensor) -> None:
@@ -308,7 +311,7 @@ def _head_error(
 ) -> float:
     captured: list[Tensor] = []
 
-    def enter_head(module: nn.Module, args: tuple) -> tuple:
+    def enter_head(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         hidden = args[0] * boost
         captured.append((head_of(model) if head is None else head).whole().logits(hidden).float())
         return (hidden, *args[1:])
@@ -328,4 +331,4 @@ def _head_error(
     if computed.shape != logits.shape:
         return float("inf")
     scale = logits.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
-    return ((computed - logits).abs().max() / scale).item()
+    return float((computed - logits).abs().max() / scale)

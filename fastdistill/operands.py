@@ -18,8 +18,6 @@ from .kernels.rows import TAILS, LossOptions, TeacherTopK, merge_repeats
 from .outputs import TopK
 from .parallel import Placement, Shard, is_dtensor, nonempty_rows, shard_of
 
-TAIL_FLOOR = 2.0**-24  # 1 − Σp below this is rounding error, not mass
-
 
 class Operands(NamedTuple):
     """hidden [N, H], the head, and the shape [...] that was flattened to N.
@@ -102,11 +100,7 @@ def to_teacher_rows(
     empty = ids < 0
     lp = lp.masked_fill(empty, floor)
     mass = lp.exp().sum(-1)
-    if teacher.log_tail is None:
-        inside = lp.double().exp().sum(-1).clamp(max=1 - TAIL_FLOOR)
-        log_tail = torch.log1p(-inside).to(dtype)
-    else:
-        log_tail = teacher.log_tail.detach().reshape(-1).to(dtype).clamp(min=floor, max=0.0)
+    log_tail = teacher.tail().detach().reshape(-1).to(dtype).clamp(min=floor, max=0.0)
     if mask_N is not None:
         log_tail = torch.where(mask_N, log_tail, 0.0)
     if options.tail == "renorm_both" and teacher.temperature != options.temperature:

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+TAIL_FLOOR = 2.0**-24  # 1 − Σp below this is rounding error in fp32, not mass
+
 
 class TopK(NamedTuple):
     """A teacher known on K tokens per position.
@@ -40,6 +42,13 @@ class TopK(NamedTuple):
         """The answers with `change` applied to ids, logprobs and log_tail."""
         tail = None if self.log_tail is None else change(self.log_tail)
         return TopK(change(self.ids), change(self.logprobs), tail, self.temperature)
+
+    def tail(self) -> Tensor:
+        """The log of the mass outside `ids` [...]: log_tail, or computed in fp64 if it is None."""
+        if self.log_tail is not None:
+            return self.log_tail
+        inside = self.logprobs.double().exp().masked_fill(self.ids < 0, 0.0).sum(-1)
+        return torch.log1p(-inside.clamp(max=1 - TAIL_FLOOR))
 
     @classmethod
     def empty(
@@ -86,7 +95,7 @@ class TopK(NamedTuple):
         if outside.device.type == "cpu" and not outside.any():  # on a GPU the host would wait
             return self
         outside_mass = self.logprobs.float().exp().masked_fill(~outside, 0.0).sum(-1, keepdim=True)
-        up = torch.log1p(-outside_mass.clamp(max=1 - 2**-24))
+        up = torch.log1p(-outside_mass.clamp(max=1 - TAIL_FLOOR))
         tail = None if self.log_tail is None else self.log_tail - up[..., 0]
         logprobs = (self.logprobs - up).masked_fill(outside, -torch.inf)
         return TopK(self.ids.masked_fill(outside, -1), logprobs, tail, self.temperature)

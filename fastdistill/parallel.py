@@ -113,7 +113,8 @@ def _local(name: str, value: Any) -> Tensor:
         checks.fail(
             name, "a DTensor sharded on dim 0 over a 1-D mesh", tuple(value.placements), hint
         )
-    return value.to_local()
+    local: Tensor = value.to_local()
+    return local
 
 
 def _check_group(group: Any) -> ProcessGroup:
@@ -253,14 +254,14 @@ class _Replicated(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, shard):
+    def forward(ctx: Any, x: Tensor, shard: Shard) -> Tensor:
         ctx.shard, ctx.type = shard, x.dtype
         wide = torch.promote_types(x.dtype, torch.float32)
         return x.view_as(x) if wide == x.dtype else x.to(wide)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         return ctx.shard.all_reduce_grad(grad).to(ctx.type), None
 
 
@@ -273,7 +274,9 @@ class _Combined(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, shard, z, lse, mean, base):
+    def forward(
+        ctx: Any, shard: Shard, z: Tensor, lse: Tensor, mean: Tensor, base: Tensor
+    ) -> tuple[Tensor, ...]:
         whole = shard.combine_stats(Stats(z, lse, or_none(mean), or_none(base)))
         share = torch.where(lse < ABSENT, 0.0, (lse - whole.lse_rest).exp())
         off_mean = mean if whole.mean_rest is None else mean - whole.mean_rest
@@ -286,7 +289,9 @@ class _Combined(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g_z, g_lse, g_mean, g_base):
+    def backward(
+        ctx: Any, g_z: Tensor, g_lse: Tensor, g_mean: Tensor, g_base: Tensor
+    ) -> tuple[Any, ...]:
         absent, share, off_mean, base_share = ctx.saved_tensors
         on_lse, on_mean = g_lse, g_mean
         if off_mean.numel():
@@ -299,38 +304,41 @@ class _CombinedSlots(torch.autograd.Function):
     """The logits of the slots alone; each is held by one rank."""
 
     @staticmethod
-    def forward(ctx, shard, z):
+    def forward(ctx: Any, shard: Shard, z: Tensor) -> Tensor:
         ctx.save_for_backward(z < ABSENT)
         return shard.all_reduce([z], dist.ReduceOp.MAX)[0]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         return None, grad.masked_fill(ctx.saved_tensors[0], 0.0)
 
 
 def lse_gather(
     x: Tensor, head: LMHead, ids: Tensor, moment: bool, base: bool, impl: str, shard: Shard | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """(z_ids, lse_rest, mean_rest, lse_base) over the whole vocabulary, differentiable.
 
     The last two are empty unless requested. Ids are global.
     """
     scalars = head.scalars() | {"moment": moment, "base": base}
     if shard is None:
-        return op_gather.lse_gather(x, head.weight, head.bias, ids, impl=impl, **scalars)
+        return tuple(op_gather.lse_gather(x, head.weight, head.bias, ids, impl=impl, **scalars))
     local, impl = shard.slots(ids, head), backend_of(impl, head)
-    x = _Replicated.apply(x, shard)
+    x = _Replicated.apply(x, shard)  # type: ignore[no-untyped-call]
     stats = op_gather.lse_gather(x, head.weight, head.bias, local, impl=impl, **scalars)
-    return _Combined.apply(shard, *stats)
+    return tuple(_Combined.apply(shard, *stats))  # type: ignore[no-untyped-call]
 
 
 def gather_logits(x: Tensor, head: LMHead, ids: Tensor, impl: str, shard: Shard | None) -> Tensor:
     """z at global ids [N, K], NEG in empty slots, without a pass over the head."""
     scalars = head.scalars()
+    z: Tensor
     if shard is None:
-        return op_gather.gather_logits(x, head.weight, head.bias, ids, impl=impl, **scalars)
+        z = op_gather.gather_logits(x, head.weight, head.bias, ids, impl=impl, **scalars)
+        return z
     local, impl = shard.slots(ids, head), backend_of(impl, head)
-    x = _Replicated.apply(x, shard)
+    x = _Replicated.apply(x, shard)  # type: ignore[no-untyped-call]
     z = op_gather.gather_logits(x, head.weight, head.bias, local, impl=impl, **scalars)
-    return _CombinedSlots.apply(shard, z)
+    z = _CombinedSlots.apply(shard, z)  # type: ignore[no-untyped-call]
+    return z

@@ -165,7 +165,7 @@ def text_config(model: nn.Module) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
-class _Tables(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Tables(TorchDispatchMode):
     """Finds tables of learned positions: embeddings whose indices increase by 1 along a row.
 
     Use it in a forward pass of one repeated token."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 
 from . import torch_dense, torch_gather, torch_grads, torch_slabs
-from .engines import Backend
+from .engines import TRITON_BLOCK_TOKENS, Backend
 
 CPU_BLOCK_TOKENS = 1024
 
@@ -26,7 +26,7 @@ def get_backend(impl: str) -> Backend:
             triton_slabs.topk,
             triton_dense.dense_sums,
             triton_dense.dense_grads,
-            triton_slabs.BLOCK_TOKENS,
+            TRITON_BLOCK_TOKENS,
             topk_needs_buffer=True,
         )
     return Backend(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .backends import get_backend
 from .engines import Backend
-from .head import DenseRows, LMHead, blocks, chunk_tokens, round_scaled
+from .head import DenseRows, LMHead, blocks, chunk_tokens, needed, round_scaled
 from .op_common import full_precision, or_empty
 from .rows import LossOptions
 
@@ -138,7 +138,6 @@ def dense_loss(
         logit_scale=scalars["teacher_logit_scale"],
         softcap=scalars["teacher_softcap"],
     )
-    need_hidden, need_weight, need_bias = scalars["need"]
     with full_precision(hidden):
         out = dense(
             get_backend(scalars["impl"]),
@@ -149,9 +148,7 @@ def dense_loss(
             labels,
             coef,
             LossOptions.of(scalars),
-            need_hidden=need_hidden,
-            need_weight=need_weight,
-            need_bias=need_bias,
+            **needed(scalars["need"]),
         )
     grads = (or_empty(t, coef) for t in (out.dx, out.dw, out.db))
     return out.loss, out.per_token, out.grad_scale, *grads

@@ -15,6 +15,11 @@ from torch import Tensor
 
 from .head import Scanned
 
+# Sizes of the Triton backend, here because they need no Triton.
+TRITON_BLOCK_TOKENS = 2048
+TRITON_RECOMPUTE_BYTES = 64 << 20
+TRITON_SLAB_COLUMNS = (64, 4096)
+
 Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
@@ -44,3 +49,9 @@ class Backend(NamedTuple):
     dense_grads: Callable[..., None]
     block_tokens: int
     topk_needs_buffer: bool
+
+
+def triton_slab_columns(vocab: int) -> int:
+    """A power of two that fits one program and is less than the vocabulary."""
+    low, high = TRITON_SLAB_COLUMNS
+    return max(low, min(high, 1 << max(0, (vocab // 2).bit_length() - 1)))

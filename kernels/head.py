@@ -12,7 +12,7 @@ valid_vocab on), S slots.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -84,6 +84,11 @@ class LMHead(NamedTuple):
         """Return dense logits u, padding included, for checks on a few positions."""
         s = F.linear(hidden, self.weight, self.bias) * self.logit_scale
         return s if self.softcap is None else self.softcap * torch.tanh(s / self.softcap)
+
+
+def needed(need: Sequence[bool]) -> dict[str, Any]:
+    """Keywords of a backward pass: whether hidden, weight and bias need a gradient."""
+    return dict(zip(("need_hidden", "need_weight", "need_bias"), need, strict=True))
 
 
 class Stats(NamedTuple):
@@ -214,7 +219,7 @@ def chunk_tokens(head: LMHead, tokens: int, weight_grad: bool) -> int:
         return max(floor, min(high, budget)) // row_bytes
 
     half = -(-tokens // 2)
-    stored = head.weight.element_size() if sums_in_16_bits(head) else head.dtype.itemsize
+    stored = (head.weight.dtype if sums_in_16_bits(head.weight.dtype) else head.dtype).itemsize
     chunk = fits(head.dtype.itemsize)
     saved = weight_grad * head.weight.numel() * (head.dtype.itemsize - stored)
     if half <= fits(stored) or half * row_bytes <= min(high, chunk * row_bytes + saved):
@@ -223,12 +228,12 @@ def chunk_tokens(head: LMHead, tokens: int, weight_grad: bool) -> int:
     return max(1, min(chunk, even + -even % 32))  # multiples of the tile of the library GEMM
 
 
-def sums_in_16_bits(head: LMHead) -> bool:
-    """Whether gradients of this head may be summed in its own type.
+def sums_in_16_bits(dtype: torch.dtype) -> bool:
+    """Whether gradients of a head of this type may be summed in it.
 
     float16 may not: the range of the sum is known only when it is complete.
     """
-    return head.weight.dtype == torch.bfloat16
+    return dtype == torch.bfloat16
 
 
 def grad_scale_of(*grads: Tensor | None, top_bits: int = 7) -> Tensor:

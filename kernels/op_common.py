@@ -41,7 +41,7 @@ def accumulator(weight: Tensor) -> torch.dtype:
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
-def needed(ctx: Any) -> list[bool]:
+def needed_by(ctx: Any) -> list[bool]:
     """Which of hidden, weight and bias (the first inputs of an operator) need a gradient."""
     return [bool(n) for n in ctx.needs_input_grad[:3]]
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import dense_loss as losses
-from .op_common import HEAD, LOSS, accumulator, fake_grads, needed
+from .op_common import HEAD, LOSS, accumulator, fake_grads, needed_by
 from .op_losses import save_grads, saved_grads, scale_saved
 
 _TEACHER = "Tensor teacher_hidden, Tensor teacher_weight, Tensor? teacher_bias, Tensor? labels"
@@ -66,7 +66,7 @@ def _save_inputs(
 
 def _rows_grad(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     hidden, weight, bias, *teacher = ctx.saved_tensors
-    need = needed(ctx)
+    need = needed_by(ctx)
     _, _, grad_scale, *scaled_up = dense_loss(
         hidden, weight, bias, grad.contiguous(), *teacher, need=need, **ctx.scalars
     )

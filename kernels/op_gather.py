@@ -17,13 +17,13 @@ from torch import Tensor
 
 from . import lse_gather as primitive
 from .backends import get_backend
-from .head import LMHead, Stats
+from .head import LMHead, Stats, needed
 from .op_common import (
     HEAD,
     accumulator,
     fake_grads,
     full_precision,
-    needed,
+    needed_by,
     or_empty,
     or_none,
     select_needed,
@@ -77,7 +77,6 @@ def lse_gather_backward(
     grads: list[Tensor],
     **scalars: Any,
 ) -> tuple[Tensor, ...]:
-    need_hidden, need_weight, need_bias = scalars["need"]
     with full_precision(hidden):
         computed = get_backend(scalars["impl"]).recompute(
             LMHead.of(weight, bias, scalars),
@@ -85,9 +84,7 @@ def lse_gather_backward(
             ids,
             _stats(stats),
             _stats(grads),
-            need_hidden=need_hidden,
-            need_weight=need_weight,
-            need_bias=need_bias,
+            **needed(scalars["need"]),
             hidden_type=hidden.dtype,
         )
     return tuple(or_empty(g, hidden) for g in computed)
@@ -115,7 +112,7 @@ def _save(
 
 def _lse_gather_grad(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
     hidden, weight, bias, ids, *stats = ctx.saved_tensors
-    need, upstream = needed(ctx), [g.contiguous() for g in grads]
+    need, upstream = needed_by(ctx), [g.contiguous() for g in grads]
     computed = lse_gather_backward(
         hidden, weight, bias, ids, stats, upstream, need=need, **ctx.scalars
     )
@@ -156,7 +153,6 @@ def gather_logits_backward(
     grad: Tensor,
     **scalars: Any,
 ) -> tuple[Tensor, ...]:
-    need_hidden, need_weight, need_bias = scalars["need"]
     with full_precision(hidden):
         computed = get_backend(scalars["impl"]).gather_grads(
             LMHead.of(weight, bias, scalars),
@@ -164,9 +160,7 @@ def gather_logits_backward(
             ids,
             z_ids,
             grad,
-            need_hidden=need_hidden,
-            need_weight=need_weight,
-            need_bias=need_bias,
+            **needed(scalars["need"]),
         )
     return tuple(or_empty(g, hidden) for g in computed)
 
@@ -179,7 +173,7 @@ def _(
 
 
 def _gather_grad(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    need = needed(ctx)
+    need = needed_by(ctx)
     grads = gather_logits_backward(*ctx.saved_tensors, grad.contiguous(), need=need, **ctx.scalars)
     return (*select_needed(grads, need), None)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import topk_loss as losses
-from .op_common import HEAD, LOSS, fake_grads, needed, select_needed
+from .op_common import HEAD, LOSS, fake_grads, needed_by, select_needed
 
 topk_loss = torch.library.custom_op(
     "fastdistill::topk_loss",
@@ -100,7 +100,7 @@ def saved_grads(ctx: Any, grad: Tensor, *others: Tensor) -> tuple[Any, ...]:
     if grad is None:  # only a gradient of the gradient was requested
         raise_no_second_derivative()
     per_token, grad_scale, *saved = ctx.saved_tensors
-    grads = scale_saved(saved, grad, grad_scale, needed(ctx))
+    grads = scale_saved(saved, grad, grad_scale, needed_by(ctx))
     d_coef = grad * per_token if ctx.needs_input_grad[3] else None
     return (*grads, d_coef, *[None] * (ctx.count - 4))
 

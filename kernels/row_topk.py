@@ -23,7 +23,8 @@ library.define("row_topk(Tensor(a!) z, int k) -> (Tensor values, Tensor ids, Ten
 
 def row_topk(z_nV: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """(values [n, k], ids int64 [n, k], lse_rest [n]) in z's type; z may be overwritten."""
-    return torch.ops.fastdistill.row_topk(z_nV, k)
+    values, ids, lse_rest = torch.ops.fastdistill.row_topk(z_nV, k)
+    return values, ids, lse_rest
 
 
 def by_sorting(z_nV: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -40,7 +41,7 @@ def by_sorting(z_nV: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
 library.impl("row_topk", by_sorting, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("fastdistill::row_topk", lib=library)
+@torch.library.register_fake("fastdistill::row_topk", lib=library)  # type: ignore[untyped-decorator]
 def _(z: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     values = z.new_empty(z.shape[0], k)
     return values, torch.empty_like(values, dtype=torch.int64), z.new_empty(z.shape[0])

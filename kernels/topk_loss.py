@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .backends import get_backend
 from .engines import Backend
-from .head import LMHead, Stats, blocks, chunk_tokens, round_scaled, sums_in_16_bits
+from .head import LMHead, Stats, blocks, chunk_tokens, needed, round_scaled, sums_in_16_bits
 from .op_common import full_precision, or_empty
 from .rows import (
     Gathered,
@@ -128,10 +128,10 @@ def fused(
     chunk = chunk or chunk_tokens(head, N, need_weight)
     max_chunks = CARRIED_CHUNKS.get(hidden_NH.device.type, 4)
     dw_rounded = head.weight.dtype == head.dtype or (
-        sums_in_16_bits(head) and chunk * max_chunks >= N
+        sums_in_16_bits(head.weight.dtype) and chunk * max_chunks >= N
     )
     # Shards of the vocabulary add their parts of dX before it is rounded.
-    dx_rounded = combine is None and sums_in_16_bits(head)
+    dx_rounded = combine is None and sums_in_16_bits(head.weight.dtype)
     dx = None
     if need_hidden:
         dx = torch.empty_like(hidden_NH, dtype=None if dx_rounded else head.dtype)
@@ -214,7 +214,6 @@ def topk_loss(
 ) -> tuple[Tensor, ...]:
     """fastdistill::topk_loss: `fused` of a named divergence; its schema is in op_losses.py."""
     head, options = LMHead.of(weight, bias, scalars), LossOptions.of(scalars)
-    need_hidden, need_weight, need_bias = scalars["need"]
     with full_precision(hidden):
         out = fused(
             get_backend(scalars["impl"]),
@@ -227,9 +226,7 @@ def topk_loss(
             named_token_loss(options),
             base=scalars["base"],
             entropy=scalars["entropy"],
-            need_hidden=need_hidden,
-            need_weight=need_weight,
-            need_bias=need_bias,
+            **needed(scalars["need"]),
             filter_eps=scalars["filter_eps"],
         )
     divergence = out.rows.divergence

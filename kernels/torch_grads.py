@@ -40,7 +40,7 @@ def chunk_grads(
     assert g.lse_rest is not None
     n, low = hidden_nH.shape[0], head.weight.dtype
     buffer_V1n = logits_view(head, buffer, n)
-    packed = sums_in_16_bits(head)
+    packed = sums_in_16_bits(head.weight.dtype)
     g_nS = slot_grads(head, stats.z_ids, g.z)
     g_Sn = g_nS.t().contiguous()
     matmul, slots = Matmul(head, hidden_nH), Slots(ids_nS)

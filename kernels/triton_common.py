@@ -40,7 +40,6 @@ NEG = tl.constexpr(_NEG)
 ABSENT = tl.constexpr(_ABSENT)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
-SLAB_COLUMNS = (64, 4096)
 # Columns per program and its warps: 16 fp32 per thread.
 ROW_TILE = {"BV": 4096, "num_warps": 8}
 SLOT_TILE = 64  # slots per block
@@ -87,12 +86,6 @@ def scalars(head: LMHead) -> dict[str, float | bool]:
         "CAP": head.softcap is not None,
         "inv_T": 1.0 / head.temperature,
     }
-
-
-def slab_columns(vocab: int) -> int:
-    """A power of two that fits one program and is less than the vocabulary."""
-    low, high = SLAB_COLUMNS
-    return max(low, min(high, 1 << max(0, (vocab // 2).bit_length() - 1)))
 
 
 @contextmanager

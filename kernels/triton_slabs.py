@@ -17,14 +17,12 @@ import torch
 from torch import Tensor
 
 from . import triton_filter, triton_gather, triton_stream
+from .engines import TRITON_BLOCK_TOKENS, TRITON_RECOMPUTE_BYTES, triton_slab_columns
 from .head import LMHead, RunningLSE, Scanned, Stats, blocks, scaled_grads, slot_grads
 from .rows import Gathered
-from .triton_common import add_product, product, slab_columns, sums_at_scale
+from .triton_common import add_product, product, sums_at_scale
 from .triton_grad import grad_rows_
 from .triton_reduce import Running
-
-BLOCK_TOKENS = 2048
-RECOMPUTE_BYTES = 64 << 20
 
 
 def new_logits_buffer(head: LMHead, tokens: int) -> Tensor:
@@ -61,16 +59,18 @@ def scan(
             label_u_n=label_u_n,
         )
     running = Running(head, ids_nS, moments, base, best, label_u_n)
-    columns = slab_columns(head.vocab_size)
+    columns = triton_slab_columns(head.vocab_size)
     slab = None
-    for rows in blocks(n, BLOCK_TOKENS):
+    for rows in blocks(n, TRITON_BLOCK_TOKENS):
         x, reduce = hidden_nH[rows], running.block(rows)
         for at in blocks(head.vocab_size, columns):
             if buffer is not None:
                 raw = logits_view(head, buffer, n)[rows, at]
             else:
                 if slab is None:
-                    slab = head.weight.new_empty(min(n, BLOCK_TOKENS), columns, dtype=head.dtype)
+                    slab = head.weight.new_empty(
+                        min(n, TRITON_BLOCK_TOKENS), columns, dtype=head.dtype
+                    )
                 raw = slab[: x.shape[0], : at.stop - at.start]
             product(x, head.weight[at].t(), raw)
             reduce(at, raw)
@@ -198,14 +198,16 @@ def recompute(
     scaled_up, grad_scale = scaled_grads(head, grads._replace(z_ids=g_NS))
     g_NS = scaled_up.z_ids
     lost_NS = g_NS - g_NS.to(head.weight.dtype).to(g_NS.dtype)
-    columns = min(slab_columns(V), max(64, RECOMPUTE_BYTES // (max(N, 1) * head.dtype.itemsize)))
+    columns = min(
+        triton_slab_columns(V), max(64, TRITON_RECOMPUTE_BYTES // (max(N, 1) * head.dtype.itemsize))
+    )
     if narrow is not None and H % 2 == 0 and columns <= H // 2:
         slab = narrow.view(head.dtype)  # its memory is free until the sum is complete
     else:
         slab = hidden_NH.new_empty(N, columns, dtype=head.dtype)
     for i, at in enumerate(blocks(V, columns)):
         raw = slab[:, : at.stop - at.start]
-        for rows in blocks(N, BLOCK_TOKENS):
+        for rows in blocks(N, TRITON_BLOCK_TOKENS):
             part = Stats._make(None if t is None else t[rows] for t in stats)
             up = Stats._make(None if t is None else t[rows] for t in scaled_up)
             product(hidden_NH[rows], head.weight[at].t(), raw[rows])
@@ -257,7 +259,7 @@ def topk(head: LMHead, hidden_nH: Tensor, k: int, buffer: Tensor) -> tuple[Tenso
     plain = LMHead(head.weight, valid_vocab=head.valid_vocab)
     running = Running(plain, best.indices, 0, False, False, None)
     reduce = running.block(slice(0, n))
-    for at in blocks(head.vocab_size, slab_columns(head.vocab_size)):
+    for at in blocks(head.vocab_size, triton_slab_columns(head.vocab_size)):
         reduce(at, z_nV[:, at])
     rest: RunningLSE = running.scanned().rest
     return best.values, best.indices, rest.lse()

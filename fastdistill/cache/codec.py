@@ -83,21 +83,13 @@ def pack(answers: list[TopK], k: int, blocks: int) -> Packed:
     packed.blocks[:] = below.diff(dim=-1).cpu().numpy()
     packed.logprobs[:, :width] = rounded.cpu().numpy()
     for i, answer in enumerate(answers):
-        tail = log_tail_of(answer).double()
+        tail = answer.tail().float().double()
         scaled = rounded.double() * (first.temperature / answer.temperature)
         mass = scaled.masked_fill(unused, -torch.inf).logsumexp(-1)
         shift = torch.where(mass.isfinite(), torch.log(-torch.expm1(tail)) - mass, 0.0)
         packed.log_tail[:, i] = tail.float().cpu().numpy()
         packed.shift[:, i] = shift.float().cpu().numpy()
     return packed
-
-
-def log_tail_of(answer: TopK) -> Tensor:
-    """Return log_tail, or log(1 − Σ p) if it is None, at least log 2⁻²⁴. fp32 [n]."""
-    if answer.log_tail is not None:
-        return answer.log_tail.float()
-    logprobs = answer.logprobs.double().masked_fill(answer.ids < 0, -torch.inf)
-    return (1 - logprobs.exp().sum(-1)).clamp(min=2.0**-24).log().float()
 
 
 def unpack(packed: Packed, at: int, scale: float, draws: int | None, out: TopK) -> None:

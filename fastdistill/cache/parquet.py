@@ -31,7 +31,6 @@ from ..outputs import TopK
 from ..runtime.optional import require
 from ..runtime.printable import printable
 from .build import PendingRow
-from .codec import log_tail_of
 from .manifest import MAX_K, MAX_VOCAB, CacheError, Settings
 
 CONFIG = "compression_config.yaml"
@@ -306,7 +305,7 @@ class ParquetRows:
                 )
             shape, temperature = (tokens, answer.ids.shape[1]), settings.temperatures[0]
             padded = TopK.empty(shape, temperature, dtype=torch.float64)
-            padded.put(torch.arange(count), answer._replace(log_tail=log_tail_of(answer)))
+            padded.put(torch.arange(count), answer._replace(log_tail=answer.tail().float()))
             yield [at], [padded]
 
 

@@ -21,14 +21,17 @@ import torch
 
 from ..kernels import topk as topk_kernel
 from ..kernels.backends import CPU_BLOCK_TOKENS
-from ..kernels.head import LMHead, chunk_tokens
+from ..kernels.engines import (
+    TRITON_BLOCK_TOKENS,
+    TRITON_RECOMPUTE_BYTES,
+    triton_slab_columns,
+)
+from ..kernels.head import LMHead, chunk_tokens, sums_in_16_bits
 from ..kernels.topk_loss import CARRIED_CHUNKS
 from ..kernels.torch_gather import GATHER_BYTES
 from ..kernels.torch_slabs import slabs
 
 ACCUMULATOR = 4
-# As in kernels/triton_slabs.py and triton_common.py, which need Triton to be imported.
-TRITON_BLOCK_TOKENS, TRITON_COLUMNS, TRITON_RECOMPUTE_BYTES = 2048, 4096, 64 << 20
 # Number of fp32 tensors on a token's slots that are alive at once, in the loss and in its
 # recomputation.
 _LOSS_TENSORS, _RECOMPUTE_TENSORS = 20, 9
@@ -62,7 +65,7 @@ class HeadShape(NamedTuple):
 
     def rows(self, tokens: int) -> int:
         """Return the number of vocabulary rows in a slab on a CPU."""
-        return next(slabs(self.V, tokens, ACCUMULATOR)).stop
+        return int(next(slabs(self.V, tokens, ACCUMULATOR)).stop)
 
 
 class LossMemory(NamedTuple):
@@ -82,7 +85,7 @@ def fused(head: HeadShape, N: int, S: int) -> LossMemory:
     the slots' tensors; or dW in both types, after the logits are freed.
     """
     n = head.chunk(N)
-    in_16_bits = head.dtype == torch.bfloat16  # as in kernels/head.py: sums_in_16_bits
+    in_16_bits = sums_in_16_bits(head.dtype)
     carried = not head.narrow or (in_16_bits and n * CARRIED_CHUNKS[head.device] >= N)
     summed = head.trained * (head.weight if carried else head.V * head.H * ACCUMULATOR)
     peak = n * head.V * ACCUMULATOR + summed + _LOSS_TENSORS * n * S * ACCUMULATOR
@@ -115,7 +118,7 @@ def recomputed(head: HeadShape, N: int, S: int) -> LossMemory:
         n = min(N, CPU_BLOCK_TOKENS)
         forward = _SLABS_OF_MOMENTS * n * head.rows(n) * ACCUMULATOR
         return LossMemory(forward + slots, backward)
-    columns = min(_columns(head.V), max(64, TRITON_RECOMPUTE_BYTES // (N * ACCUMULATOR)))
+    columns = min(triton_slab_columns(head.V), max(64, TRITON_RECOMPUTE_BYTES // (N * ACCUMULATOR)))
     # The slab uses the memory of the returned dX if it fits.
     is_reused = head.narrow and columns <= head.H // 2
     backward = (
@@ -126,7 +129,7 @@ def recomputed(head: HeadShape, N: int, S: int) -> LossMemory:
     if head.dtype == torch.float16:
         backward += columns * head.H * ACCUMULATOR  # a slab of dW before it is rounded
     return LossMemory(
-        min(N, TRITON_BLOCK_TOKENS) * _columns(head.V) * ACCUMULATOR + slots, backward
+        min(N, TRITON_BLOCK_TOKENS) * triton_slab_columns(head.V) * ACCUMULATOR + slots, backward
     )
 
 
@@ -152,7 +155,3 @@ def topk(head: HeadShape, N: int, k: int) -> int:
         return answers + 3 * v * n * ACCUMULATOR + copied
     step = max(1, min(topk_kernel.CHUNK_BYTES // (head.V * ACCUMULATOR), -(-N // 2)))
     return answers + step * head.V * ACCUMULATOR
-
-
-def _columns(V: int) -> int:
-    return max(64, min(TRITON_COLUMNS, 1 << max(0, (V // 2).bit_length() - 1)))

@@ -77,12 +77,16 @@ def _is_autocast_enabled(*device_type: str) -> bool:
 
 class _LiveMemory(TorchDispatchMode):
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = self.operations = 0
         self.storages: set[int] = set()
 
     def __torch_dispatch__(
-        self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+        self,
+        function: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         self.operations += 1
         if self.operations > MOST_OPERATIONS:
@@ -113,7 +117,11 @@ class _MetaOverrides(TorchFunctionMode):
         self.device, self.padded = device, padded
 
     def __torch_function__(
-        self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+        self,
+        function: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         if function is Tensor.__bool__ and args[0].is_meta:
@@ -124,10 +132,10 @@ class _MetaOverrides(TorchFunctionMode):
         if function is F.scaled_dot_product_attention and args[0].is_meta:
             arguments = _attention(*args, **kwargs)
             if _is_fused(self.device, *arguments):
-                return _FusedAttention.apply(*arguments[:4], self.device)
+                return _FusedAttention.apply(*arguments[:4], self.device)  # type: ignore[no-untyped-call]
         if function in _GROUPED and args[0].is_meta and args[0].dtype != torch.bfloat16:
             # PyTorch supports only bfloat16 on meta tensors; kernels support other types too.
-            return _GroupedProduct.apply(args[0], args[1])
+            return _GroupedProduct.apply(args[0], args[1])  # type: ignore[no-untyped-call]
         return function(*args, **kwargs)
 
 
@@ -140,7 +148,7 @@ def _attention(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
-) -> tuple:
+) -> tuple[Any, ...]:
     return query, key, value, attn_mask, dropout_p, is_causal, enable_gqa
 
 
@@ -183,12 +191,12 @@ class _GroupedProduct(torch.autograd.Function):
     """Allocates the tensors of [S, in] · [experts, in, out], one expert's weight per row."""
 
     @staticmethod
-    def forward(ctx, rows, weight):
+    def forward(ctx: Any, rows: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(rows, weight)
         return rows.new_empty(rows.shape[0], weight.shape[-1])
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return tuple(torch.empty_like(t) for t in ctx.saved_tensors)
 
 
@@ -200,7 +208,9 @@ class _FusedAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, query, key, value, mask, device):
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, device: str
+    ) -> Tensor:
         B, heads, T, _ = query.shape
         bias = None
         if mask is not None:
@@ -212,7 +222,7 @@ class _FusedAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, *_ = ctx.saved_tensors
         grads = [torch.empty_like(t) for t in (query, key, value)]
         if ctx.device == "cuda":

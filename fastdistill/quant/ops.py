@@ -47,7 +47,7 @@ GROUP, INT8_GROUP = 64, 128
 _STRIDED = ("bias", "row_scale")  # copied before a kernel reads them
 _MIN_GROUP = 8  # below this, scaling costs more than multiplying
 
-_library = torch.library.Library("fastdistill", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library = torch.library.Library("fastdistill", "FRAGMENT")
 
 
 class _Scratch(threading.local):
@@ -336,9 +336,9 @@ def _register(
     Tracing includes meta tensors; mixed with real tensors they raise an error.
     """
     name = schema.partition("(")[0]
-    _library.define(schema)  # type: ignore[no-untyped-call]
+    _library.define(schema)
     for key in ("CPU", "CUDA"):
-        _library.impl(name, kernel, key)  # type: ignore[no-untyped-call]
+        _library.impl(name, kernel, key)
     parameters = list(inspect.signature(kernel).parameters)
 
     def trace(*arguments: Any) -> Tensor | tuple[Tensor, Tensor]:

@@ -190,9 +190,7 @@ def label_logprob(teacher: TopK, labels: Tensor, vocab: int) -> Tensor:
     used = teacher.ids >= 0
     hit = used & (teacher.ids == labels.unsqueeze(-1))
     inside = teacher.logprobs.float().masked_fill(~hit, -torch.inf).logsumexp(-1)
-    tail = torch.log1p(-mass_of(teacher).clamp(max=1 - 2**-24))
-    if teacher.log_tail is not None:
-        tail = teacher.log_tail.float().clamp(min=-100.0)
+    tail = teacher.tail().float().clamp(min=-100.0)
     outside = (vocab - used.sum(-1)).clamp(min=1).log()
     return torch.where(hit.any(-1), inside, tail - outside)
 

@@ -97,7 +97,8 @@ def prepare_loaded(model: Any, config: DistillConfig, peft_config: Any) -> nn.Mo
             # Reentrant checkpoints need an input that requires a gradient.
             model.enable_input_require_grads()
     _warn_of_16_bits(model)
-    return model
+    prepared: nn.Module = model
+    return prepared
 
 
 def _warn_of_16_bits(model: nn.Module) -> None:
@@ -138,7 +139,8 @@ def _adapted(model: Any, peft_config: Any) -> nn.Module:
             "peft_config: expected None with a model that already has adapters, got another "
             "configuration. Merge the existing adapters, or omit peft_config"
         )
-    return peft.get_peft_model(model, peft_config)
+    adapted: nn.Module = peft.get_peft_model(model, peft_config)
+    return adapted
 
 
 def is_adapted(model: nn.Module) -> bool:

@@ -343,8 +343,11 @@ class DistillTrainer(WholeCheckpoints):
         def sums(hidden: Tensor, head: LMHead) -> tuple[Tensor, Tensor]:
             return self._measured.measure(hidden, head, targets, answers)
 
-        at_head = self._at_head(model, inputs, targets, sums)
-        with torch.no_grad(), self.compute_loss_context_manager(), at_head as student_inputs:
+        with (
+            torch.no_grad(),
+            self.compute_loss_context_manager(),
+            self._at_head(model, inputs, targets, sums) as student_inputs,
+        ):
             return None, *model(**student_inputs)
 
     def check_update(self, model: nn.Module) -> None:

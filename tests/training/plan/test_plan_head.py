@@ -5,7 +5,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastdistill as fd
-from fastdistill.kernels import triton_common, triton_slabs
+from fastdistill.kernels import triton_slabs
 from fastdistill.kernels.backends import get_backend
 from fastdistill.kernels.head import LMHead
 from fastdistill.plan import head as planned
@@ -68,8 +68,7 @@ def test_formulas_are_what_the_kernels_hold(case, request, monkeypatch):
 
 
 def test_the_triton_kernels_still_have_these_sizes():
-    assert triton_slabs.BLOCK_TOKENS == planned.TRITON_BLOCK_TOKENS
-    assert triton_slabs.RECOMPUTE_BYTES == planned.TRITON_RECOMPUTE_BYTES
-    assert triton_common.SLAB_COLUMNS[1] == planned.TRITON_COLUMNS
+    assert triton_slabs.TRITON_BLOCK_TOKENS == planned.TRITON_BLOCK_TOKENS
+    assert triton_slabs.TRITON_RECOMPUTE_BYTES == planned.TRITON_RECOMPUTE_BYTES
     for vocab in (50, 3000, 128256):
-        assert triton_common.slab_columns(vocab) == planned._columns(vocab)
+        assert triton_slabs.triton_slab_columns(vocab) == planned.triton_slab_columns(vocab)
