@@ -11,6 +11,8 @@ from fastdistill import corpus
 from fastdistill.cli import main
 from fastdistill.demo_files import save_files
 from fastdistill.demo_models import shipped_teacher
+from fastdistill.demo_result import DemoSetting
+from fastdistill.remembering import MemoizedTeacher
 
 
 def call(capsys, monkeypatch, *arguments: object) -> tuple[int, str, str]:
@@ -41,5 +43,6 @@ def files(folder: Path, rows: int = 12) -> Path:
     text = corpus.standard_library()
     train = corpus.packed_windows(text.train[:20], tokenizer, length=32, max_windows=rows)
     held_out = corpus.packed_windows(text.held_out[:5], tokenizer, length=32, max_windows=4)
-    save_files(folder, teacher.model, tokenizer, train, held_out)
+    setting = DemoSetting(MemoizedTeacher(teacher), tokenizer, train, held_out, {})
+    save_files(folder, setting)
     return folder
