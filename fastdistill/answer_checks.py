@@ -129,6 +129,16 @@ def measure(answer: TopK, rules: AnswerRules) -> tuple[Tensor, Tensor]:
 
     It never waits for a GPU.
     """
+    errors = _errors(answer, rules)
+    bad, values = errors["mass"]
+    absent = (torch.zeros_like(bad), values)
+    dtype = torch.float32 if values.device.type == "mps" else torch.float64
+    pairs = [errors.get(name, absent) for name in _NAMES]
+    return torch.stack([bad for bad, _ in pairs]), torch.stack([x.to(dtype) for _, x in pairs])
+
+
+def _errors(answer: TopK, rules: AnswerRules) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return (bool [N], values [N]) for each kind of error that the rules look for."""
     ids, low = answer.ids, answer.logprobs
     wide = torch.float64 if low.dtype == torch.float64 else torch.float32
     used = ids >= 0
@@ -140,9 +150,8 @@ def measure(answer: TopK, rules: AnswerRules) -> tuple[Tensor, Tensor]:
     step = _resolution(low, used)
     entropy = (p * safe.clamp(min=-1e4).abs()).sum(-1)
     allowed = ROUNDING + step * (1 + entropy)
-    none = torch.zeros_like(best, dtype=torch.bool)
     largest, smallest = ids.amax(-1), ids.amin(-1)
-    above = none if rules.vocab is None else largest >= rules.vocab
+    above = torch.zeros_like(used[..., 0]) if rules.vocab is None else largest >= rules.vocab
     below = smallest < (-1 if rules.empty else 0)
     errors = {
         "ids": (above | below, torch.where(above, largest, smallest)),
@@ -169,9 +178,7 @@ def measure(answer: TopK, rules: AnswerRules) -> tuple[Tensor, Tensor]:
             excess = excess if rules.total == "at most" else excess.abs()
             slack = allowed + grain * (1 + outside * tail.clamp(min=-1e4).abs())
             errors["total"] = (~(excess <= slack), mass + outside)
-    dtype = torch.float32 if ids.device.type == "mps" else torch.float64
-    pairs = [errors.get(name, (none, mass)) for name in _NAMES]
-    return torch.stack([bad for bad, _ in pairs]), torch.stack([x.to(dtype) for _, x in pairs])
+    return errors
 
 
 def _resolution(values: Tensor, used: Tensor) -> Tensor:
@@ -204,9 +211,9 @@ def find_invalid(answer: TopK, rules: AnswerRules) -> InvalidAnswer | None:
     """Return the first position of [N, K] with an invalid answer, or None."""
     if not answer.ids.numel():
         return None
-    bad, values = measure(answer, rules)
-    if not bad.any():
+    if not torch.stack([bad for bad, _ in _errors(answer, rules).values()]).any():
         return None
+    bad, values = measure(answer, rules)
     at = int(bad.any(0).int().argmax())
     kind = int(bad[:, at].int().argmax())
     return InvalidAnswer(

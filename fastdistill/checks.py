@@ -33,11 +33,12 @@ def values_readable(tensor: Tensor, check: bool) -> bool:
 
 
 def tensor(name: str, value: Any, dtypes: Sequence[torch.dtype]) -> None:
+    if isinstance(value, Tensor) and value.dtype in dtypes:
+        return
     names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor of {names}, got {type(value).__name__}")
-    if value.dtype not in dtypes:
-        raise TypeError(f"{name}: expected dtype {names}, got {value.dtype}")
+    raise TypeError(f"{name}: expected dtype {names}, got {value.dtype}")
 
 
 def like_tokens(name: str, value: Tensor, hidden: Tensor) -> None:

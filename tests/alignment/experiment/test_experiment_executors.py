@@ -93,7 +93,7 @@ def test_a_local_ray_cluster_fills_the_same_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     # Its workers have to find this file; those of a user find the installed package.
-    paths = {"env_vars": {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}}
+    paths = {"env_vars": {"PYTHONPATH": str(Path(__file__).resolve().parent)}}
     ray.init(num_cpus=2, log_to_driver=False, logging_level="ERROR", runtime_env=paths)
     try:
         run_all(WORK, tmp_path, Execution(executor="ray"))
