@@ -17,9 +17,9 @@ from .answer_checks import AnswerRules, find_invalid
 from .kernels.head import LMHead
 from .kernels.rows import LossOptions
 from .outputs import TopK
-from .runtime.checks import between, choice, fail, integer, number, positive
+from .runtime.checks import between, boolean, choice, fail, integer, number, positive
 
-__all__ = ["between", "choice", "fail", "integer", "number", "positive"]
+__all__ = ["between", "boolean", "choice", "fail", "integer", "number", "positive"]
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTS = (torch.int32, torch.int64)

@@ -77,6 +77,11 @@ def linear_distill_loss(
 
     Raises:
         ValueError or TypeError that names the argument, what was expected and what was passed.
+
+    Example:
+        >>> hidden, weight = torch.randn(5, 16), torch.randn(100, 16, requires_grad=True)
+        >>> teacher_hidden, teacher_weight = torch.randn(5, 32), torch.randn(100, 32)
+        >>> linear_distill_loss(hidden, weight, teacher_hidden, teacher_weight).backward()
     """
     head = LMHead(weight, bias, logit_scale, softcap, valid_vocab)
     teacher_head = LMHead(teacher_weight, teacher_bias, teacher_logit_scale, teacher_softcap)
@@ -129,7 +134,7 @@ def distill_dense(
     options: LossOptions,
     reduction: Reduction,
 ) -> Tensor:
-    """`linear_distill_loss` of LM heads, options and reduction that exist already."""
+    """Compute `linear_distill_loss` from two LM heads, options and a reduction."""
     call = _checked(hidden, head, teacher_hidden, teacher_head, options, reduction)
     x, options, coef = call.hidden, call.options, call.weights.coef
     if not x.shape[0]:

@@ -127,7 +127,7 @@ def by_rows(call: TopKCall) -> LossTerms:
 
 
 def fused(call: TopKCall) -> LossTerms:
-    """What fastdistill::topk_loss computes, with a callable divergence or a sharded head."""
+    """Compute the fused loss of a callable divergence or a sharded head, without an operator."""
     options, shard, ids = call.options, call.ops.shard, call.ids
     token_loss = named_token_loss if isinstance(options.divergence, str) else callable_token_loss
 

@@ -41,7 +41,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def _arguments(
+def topk_arguments(
     hidden: Tensor,
     weight: Tensor,
     teacher: TopK,
@@ -99,7 +99,7 @@ def _arguments(
 
 
 def _takes(arguments: Callable[P, Any]) -> Callable[[Callable[..., R]], Callable[P, R]]:
-    """Decorator: the function has the parameters of `arguments`, also for inspect and help()."""
+    """Decorator that gives a function the signature of `arguments`, for inspect and help()."""
 
     def declare(function: Callable[..., R]) -> Callable[P, R]:
         returns = inspect.signature(function).return_annotation
@@ -110,16 +110,22 @@ def _takes(arguments: Callable[P, Any]) -> Callable[[Callable[..., R]], Callable
     return declare
 
 
-@_takes(_arguments)
+@_takes(topk_arguments)
 def topk_distill_loss(*args: Any, **options: Any) -> Tensor:
     """The loss of `topk_distill`, without its other statistics.
 
     Same arguments and errors. Returns a scalar, or [...] for reduction="none".
+
+    Example:
+        >>> hidden = torch.randn(5, 16, requires_grad=True)
+        >>> weight, teacher_hidden = torch.randn(100, 16), torch.randn(5, 16)
+        >>> teacher = linear_topk(teacher_hidden, weight, k=8)
+        >>> topk_distill_loss(hidden, weight, teacher, divergence="jsd").backward()
     """
-    return distill_topk(**_arguments(*args, **options), statistics=False).loss
+    return distill_topk(**topk_arguments(*args, **options), statistics=False).loss
 
 
-@_takes(_arguments)
+@_takes(topk_arguments)
 def topk_distill(*args: Any, **options: Any) -> DistillOutput:
     """Distill a teacher known on K tokens per position into hidden states and an LM head.
 
@@ -176,8 +182,15 @@ def topk_distill(*args: Any, **options: Any) -> DistillOutput:
 
     Raises:
         ValueError or TypeError that names the argument, what was expected and what was passed.
+
+    Example:
+        >>> hidden, weight = torch.randn(2, 5, 16), torch.randn(100, 16)
+        >>> teacher = linear_topk(torch.randn(2, 5, 16), weight, k=8)
+        >>> out = topk_distill(hidden, weight, teacher, labels=torch.ones(2, 5, dtype=torch.long))
+        >>> out.loss.shape, out.nll.shape
+        (torch.Size([]), torch.Size([2, 5]))
     """
-    return distill_topk(**_arguments(*args, **options))
+    return distill_topk(**topk_arguments(*args, **options))
 
 
 def distill_topk(
@@ -191,7 +204,7 @@ def distill_topk(
     check: bool = False,
     statistics: bool = True,
 ) -> DistillOutput:
-    """`topk_distill` of an LM head, options and reduction that exist already."""
+    """Compute `topk_distill` from an LM head, options and a reduction."""
     call = _checked(hidden, head, teacher, options, reduction, group, check, statistics)
     if not call.hidden.shape[0]:
         return empty_output(call.ops, call.hidden, reduction, options)

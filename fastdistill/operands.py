@@ -258,8 +258,7 @@ def check_divergence(
     checks.between("beta", beta, 0, 1)
     checks.between("skew", skew, 0, 1, below=True)
     checks.choice("tail", tail, TAILS)
-    if allow_biased not in (True, False):
-        checks.fail("allow_biased", "True or False", repr(allow_biased))
+    checks.boolean("allow_biased", allow_biased)
     minimum = minimum_of(divergence, beta, skew, tail)
     if minimum == "teacher" or (minimum is not None and allow_biased):
         return

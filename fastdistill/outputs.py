@@ -44,7 +44,10 @@ class TopK(NamedTuple):
         return TopK(change(self.ids), change(self.logprobs), tail, self.temperature)
 
     def tail(self) -> Tensor:
-        """The log of the mass outside `ids` [...]: log_tail, or computed in fp64 if it is None."""
+        """The log of the mass outside `ids`, [...].
+
+        log_tail, or where it is None log max(1 − Σ exp logprobs, 2⁻²⁴), computed in fp64
+        """
         if self.log_tail is not None:
             return self.log_tail
         inside = self.logprobs.double().exp().masked_fill(self.ids < 0, 0.0).sum(-1)

@@ -69,6 +69,11 @@ def linear_lse_gather(
     Raises:
         ValueError or TypeError that names the argument: ids outside the vocabulary, K > V, shapes,
         dtypes or devices that do not match, temperature ≤ 0.
+
+    Example:
+        >>> hidden, weight = torch.randn(5, 16), torch.randn(100, 16)
+        >>> out = linear_lse_gather(hidden, weight, torch.tensor([[3], [1], [4], [1], [5]]))
+        >>> nll = out.lse - out.logits[:, 0]
     """
     head = LMHead(weight, bias, logit_scale, softcap, valid_vocab, temperature)
     head, placement = distribute_head(head, group, impl)
@@ -123,6 +128,11 @@ def linear_topk(
 
     Raises:
         ValueError or TypeError that names the argument.
+
+    Example:
+        >>> answers = linear_topk(torch.randn(5, 16), torch.randn(100, 16), k=8)
+        >>> answers.ids.shape, answers.log_tail.shape
+        (torch.Size([5, 8]), torch.Size([5]))
     """
     ops = operands(hidden, LMHead(weight, bias, logit_scale, softcap, valid_vocab, temperature))
     impl = resolve_impl(impl, hidden.device)

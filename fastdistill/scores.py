@@ -50,6 +50,12 @@ def token_scores(
 
     Raises:
         ValueError or TypeError that names the argument, what was expected and what was passed.
+
+    Example:
+        >>> hidden, weight = torch.randn(5, 16), torch.randn(100, 16)
+        >>> teacher = linear_topk(torch.randn(5, 16), weight, k=8)
+        >>> scores = token_scores(hidden, weight, teacher=teacher)
+        >>> hardest = scores.forward_kl.topk(2).indices
     """
     ops = operands(hidden, LMHead(weight, bias, logit_scale, softcap, valid_vocab, temperature))
     impl = resolve_impl(impl, hidden.device)

@@ -55,7 +55,7 @@ class LMHead(NamedTuple):
 
     @classmethod
     def of(cls, weight: Tensor, bias: Tensor | None, scalars: dict[str, Any]) -> LMHead:
-        """The head of an operator, whose scalars are among `scalars`."""
+        """The head of an operator, from its tensors and scalars."""
         return cls(weight, bias, *(scalars[name] for name in cls._fields[2:]))
 
     def whole(self) -> LMHead:

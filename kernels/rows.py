@@ -59,7 +59,7 @@ class LossOptions(NamedTuple):
 
     @classmethod
     def of(cls, scalars: dict[str, Any]) -> LossOptions:
-        """The options of an operator, which are among `scalars`."""
+        """The options among the scalars of an operator."""
         return cls(**{name: scalars[name] for name in cls._fields if name in scalars})
 
     @property

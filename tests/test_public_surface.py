@@ -1,6 +1,10 @@
 """What `fastdistill` exports, with which arguments: outside code calls these by name."""
 
+import doctest
 import inspect
+
+import pytest
+import torch
 
 import fastdistill as fd
 
@@ -191,3 +195,20 @@ def test_every_public_callable_says_what_it_takes():
         if name != "topk_distill_loss":  # which points at topk_distill
             assert "Returns:" in doc, name
             assert "Raises:" in doc, name
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_the_example_of_a_docstring_runs(name):
+    names = {"torch": torch, **{n: getattr(fd, n) for n in SIGNATURES}}
+    example = doctest.DocTestParser().get_doctest(
+        inspect.getdoc(getattr(fd, name)), names, name, None, None
+    )
+    assert example.examples, "no example"
+    results = doctest.DocTestRunner().run(example)
+    assert results.failed == 0
+
+
+def test_a_wrong_keyword_of_a_sparse_loss_is_a_type_error():
+    for function in (fd.topk_distill_loss, fd.topk_distill):
+        with pytest.raises(TypeError, match="unexpected keyword argument 'temprature'"):
+            function(None, None, None, temprature=2.0)

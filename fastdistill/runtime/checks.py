@@ -29,7 +29,7 @@ def integer(
     optional: bool = False,
     hint: str = "",
 ) -> None:
-    """Check an integer in [least, most]; a bool is none. With `optional`, None passes."""
+    """Check an integer in [least, most]; a bool does not count. With `optional`, None passes."""
     if optional and value is None:
         return
     is_integer = isinstance(value, int) and not isinstance(value, bool)
@@ -45,7 +45,7 @@ def integer(
 
 
 def number(name: str, value: Any) -> None:
-    """Check a real number, NaN and infinity included: TypeError otherwise."""
+    """Check a real number; NaN and infinity pass. The error is a TypeError."""
     if isinstance(value, (str, bool)) or value is None or not hasattr(value, "__float__"):
         raise TypeError(printable_lines(f"{name}: expected a number, got {value!r}"))
 
