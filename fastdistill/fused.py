@@ -56,7 +56,7 @@ class TopKCall(NamedTuple):
 
     @property
     def base(self) -> bool:
-        """Whether the log-sum-exp at T=1 is another one, and needed."""
+        """Whether a separate log-sum-exp at T=1 is needed."""
         return self.head.temperature != 1.0 and (self.statistics or self.options.needs_base)
 
     def operands(self) -> tuple[Tensor | None, ...]:

@@ -14,7 +14,7 @@ from .outputs import TopK
 
 
 class _FixedOptions(nn.Module):
-    """A loss with the options that are given once."""
+    """Base of the modules: a loss whose options are fixed in the constructor."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
