@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 from weakref import WeakKeyDictionary
 
-from .checks import fail
+from .runtime.checks import fail
 from .runtime.printable import printable
 from .tokenized import Span, added_ends, tokenize
 

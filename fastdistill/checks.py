@@ -1,4 +1,4 @@
-"""Argument checks: each error names the argument, what was expected and what was passed.
+"""Checks of what the losses take: hidden states, a head, ids, labels and a teacher's top k.
 
 Shapes, types, devices and scalars are always checked. Checks of values (`values_readable`) read the
 data: they run on CPU tensors, and on a GPU only with check=True, since they stall its stream.
@@ -7,7 +7,6 @@ data: they run on CPU tensors, and on a GPU only with check=True, since they sta
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,53 +16,18 @@ from .answer_checks import AnswerRules, find_invalid
 from .kernels.head import LMHead
 from .kernels.rows import LossOptions
 from .outputs import TopK
-from .runtime.checks import between, boolean, choice, fail, integer, number, positive
-
-__all__ = ["between", "boolean", "choice", "fail", "integer", "number", "positive"]
-
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-INTS = (torch.int32, torch.int64)
-
-
-def values_readable(tensor: Tensor, check: bool) -> bool:
-    """Whether values may be read: never inside a traced graph."""
-    if torch.compiler.is_compiling():
-        return False
-    return check or tensor.device.type == "cpu"
+from .runtime.checks import fail, number, positive
+from .runtime.tensor_checks import (
+    FLOATS,
+    INTS,
+    like_tokens,
+    same_device,
+    tensor,
+    values_readable,
+)
 
 
-def tensor(name: str, value: Any, dtypes: Sequence[torch.dtype]) -> None:
-    if isinstance(value, Tensor) and value.dtype in dtypes:
-        return
-    names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a tensor of {names}, got {type(value).__name__}")
-    raise TypeError(f"{name}: expected dtype {names}, got {value.dtype}")
-
-
-def like_tokens(name: str, value: Tensor, hidden: Tensor) -> None:
-    """Check that `value` has one entry per position of `hidden`, on the same device."""
-    if value.shape != hidden.shape[:-1]:
-        fail(name, f"shape {list(hidden.shape[:-1])} as hidden's positions", list(value.shape))
-    same_device(name, value, hidden)
-
-
-def same_device(name: str, value: Tensor, hidden: Tensor) -> None:
-    if value.device != hidden.device:
-        fail(name, f"device {hidden.device} as hidden", value.device)
-
-
-def batch(input_ids: Any, attention_mask: Any) -> None:
-    """Check token ids [B, T] and the shape of their mask, a tensor or None."""
-    tensor("input_ids", input_ids, INTS)
-    shape = list(input_ids.shape)
-    if len(shape) != 2:
-        fail("input_ids", "shape [B, T]", shape, "add a dimension with input_ids[None]")
-    if attention_mask is not None and list(attention_mask.shape) != shape:
-        fail("attention_mask", f"shape {shape} as input_ids", list(attention_mask.shape))
-
-
-def head(hidden: Any, lm_head: LMHead, prefix: str = "") -> None:
+def check_head(hidden: Any, lm_head: LMHead, prefix: str = "") -> None:
     """Check hidden [..., H] against an LM head [V, H]."""
     weight, bias, logit_scale, softcap = lm_head[:4]
     names = {n: prefix + n for n in ("hidden", "weight", "bias", "logit_scale", "softcap")}
@@ -96,7 +60,7 @@ def head(hidden: Any, lm_head: LMHead, prefix: str = "") -> None:
     positive("temperature", lm_head.temperature)
 
 
-def vocabulary(valid_vocab: int | None, rows: int) -> int:
+def check_vocabulary(valid_vocab: int | None, rows: int) -> int:
     """The number of real tokens among the rows of a head."""
     if valid_vocab is None:
         return rows
@@ -105,7 +69,7 @@ def vocabulary(valid_vocab: int | None, rows: int) -> int:
     return valid_vocab
 
 
-def ids(name: str, value: Any, hidden: Tensor, vocab: int, check: bool) -> None:
+def check_ids(name: str, value: Any, hidden: Tensor, vocab: int, check: bool) -> None:
     """Check ids int32/int64 [..., K] over the positions of hidden, each −1 or a token."""
     tensor(name, value, INTS)
     if value.shape[:-1] != hidden.shape[:-1] or value.dim() != hidden.dim():
@@ -127,7 +91,7 @@ def ids(name: str, value: Any, hidden: Tensor, vocab: int, check: bool) -> None:
             )
 
 
-def teacher(
+def check_teacher(
     answers: Any,
     hidden: Tensor,
     active: Tensor | None,
@@ -141,7 +105,7 @@ def teacher(
         raise TypeError(f"teacher: expected a fastdistill.TopK, got {type(answers).__name__}")
     ids_, logprobs, log_tail, taken_at = answers
     tail, temperature = options.tail, options.temperature
-    ids("teacher.ids", ids_, hidden, vocab, check)
+    check_ids("teacher.ids", ids_, hidden, vocab, check)
     tensor("teacher.logprobs", logprobs, FLOATS)
     if logprobs.shape != ids_.shape:
         fail("teacher.logprobs", f"shape {list(ids_.shape)} as teacher.ids", list(logprobs.shape))
@@ -177,7 +141,7 @@ def teacher(
         fail(f"teacher.{wrong.field}", wrong.expected, wrong.got, wrong.hint)
 
 
-def grad_filter(options: LossOptions, reduction: str, dtype: torch.dtype) -> None:
+def check_grad_filter(options: LossOptions, reduction: str, dtype: torch.dtype) -> None:
     """Check `grad_filter_eps`: only the fused Triton pass can skip tiles."""
     name, eps, impl = "grad_filter_eps", options.filter_eps, options.impl
     if not (isinstance(eps, (int, float)) and math.isfinite(eps) and eps >= 0):
@@ -196,7 +160,7 @@ def grad_filter(options: LossOptions, reduction: str, dtype: torch.dtype) -> Non
         fail(name, "a float16 or bfloat16 head", dtype)
 
 
-def labels(value: Any, hidden: Tensor, vocab: int, ignore_index: int, check: bool) -> None:
+def check_labels(value: Any, hidden: Tensor, vocab: int, ignore_index: int, check: bool) -> None:
     tensor("labels", value, INTS)
     if not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index: expected an integer, got {ignore_index!r}")

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import fail
+from .runtime.checks import fail
 from .runtime.json_text import JSONError, parse_json
 from .runtime.printable import printable
 

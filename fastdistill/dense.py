@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks
 from .backend import resolve_impl
 from .fused import empty_output, keep_gradients, needs
 from .kernels.backends import get_backend
@@ -26,6 +25,7 @@ from .operands import (
     operands,
     token_weights,
 )
+from .runtime import checks, tensor_checks
 
 
 def linear_distill_loss(
@@ -175,7 +175,7 @@ def _checked(
         checks.fail(
             "teacher_hidden", f"positions {list(ops.batch_shape)}", list(teacher.batch_shape)
         )
-    checks.same_device("teacher_hidden", teacher_hidden, hidden)
+    tensor_checks.same_device("teacher_hidden", teacher_hidden, hidden)
     check_options(options)
     vocab = min(ops.vocab, teacher.vocab)
     check_reduction(reduction, hidden, vocab, options, check=False)

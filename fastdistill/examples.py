@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from .chat import ChatRenderer, turn_end
-from .checks import fail, integer
 from .columns import MASKS, check_columns, check_integers, check_mask, check_positions
+from .runtime.checks import fail, integer
 from .tokenized import append_end, tokenize, tokenize_pair
 
 IGNORE_INDEX = -100

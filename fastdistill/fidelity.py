@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from . import checks
 from .data import DistillCollator
 from .dense import linear_distill_loss
 from .examples import IGNORE_INDEX
@@ -24,6 +23,7 @@ from .heads import LMHead, evaluating, head_of, verify_head
 from .intervals import bootstrap_ratio, wilson
 from .packing import BatchedForward, Rows, read_rows
 from .primitive import linear_topk
+from .runtime import checks, tensor_checks
 from .stored_model import StoredModel
 
 if TYPE_CHECKING:
@@ -212,7 +212,7 @@ def _counted(rows: Rows, labels: Tensor | None) -> Tensor:  # (B, T − 1) bool
     attended = rows.attended
     counted = attended[:, :-1] & attended[:, 1:]
     if labels is not None:
-        checks.tensor("labels", labels, checks.INTS)
+        tensor_checks.tensor("labels", labels, tensor_checks.INTS)
         if labels.shape != attended.shape:
             checks.fail("labels", f"shape {[*attended.shape]} as input_ids", [*labels.shape])
         counted &= labels[:, 1:].to(counted.device) != IGNORE_INDEX

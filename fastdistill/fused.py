@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks
+from .checks import check_grad_filter
 from .kernels.backends import get_backend
 from .kernels.head import LMHead, needed, round_scaled
 from .kernels.op_common import or_none
@@ -26,6 +26,7 @@ from .kernels.topk_loss import fused as fused_loss
 from .operands import LossTerms, Operands, Reduction, TeacherRows, TokenWeights, check_fused
 from .outputs import DistillOutput
 from .parallel import backend_of, gather_logits, lse_gather
+from .runtime import checks
 
 
 class TopKCall(NamedTuple):
@@ -88,7 +89,7 @@ def path_of(call: TopKCall, reduction: Reduction) -> Callable[[TopKCall], LossTe
     """The function that computes this call; None for the operator."""
     options, named = call.options, isinstance(call.options.divergence, str)
     if options.filter_eps is not None:
-        checks.grad_filter(options, reduction.kind, call.head.weight.dtype)
+        check_grad_filter(options, reduction.kind, call.head.weight.dtype)
     if options.impl == "reference":
         return by_reference
     if options.tail == "renorm_both" and not options.needs_base:

@@ -18,10 +18,10 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from . import checks
 from .chat import end_ids, is_mark
 from .heads import evaluating, generation_settings
 from .positions import RowLimit, check_new_tokens, check_room, respects_padding
+from .runtime import checks
 from .runtime.printable import printable
 
 # (indices of a batch's rows, its width) -> logits processors of the batch.

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from torch import Tensor
 
-from . import checks
 from .backend import resolve_impl
+from .checks import check_teacher
 from .fused import TopKCall, empty_output, path_of, terms_of
 from .kernels.head import LMHead
 from .kernels.op_losses import topk_loss
@@ -234,9 +234,7 @@ def _checked(
     check_reduction(reduction, hidden, ops.vocab, options, check)
     if reduction.labels is not None:
         check_same_on_all_ranks(ops.shard, "labels", reduction.labels, check)
-    checks.teacher(
-        teacher, hidden, reduction.counted, vocab=ops.vocab, options=options, check=check
-    )
+    check_teacher(teacher, hidden, reduction.counted, vocab=ops.vocab, options=options, check=check)
     check_same_on_all_ranks(ops.shard, "teacher.ids", teacher.ids, check)
     weights, label_N = token_weights(ops, reduction), reduction.label_N
     rows = to_teacher_rows(teacher, options, ops.head.dtype, weights.mask)

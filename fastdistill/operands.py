@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks
+from .checks import check_head, check_labels, check_vocabulary
 from .kernels.divergences import NAMES, floor_of, minimum_of
 from .kernels.head import LMHead
 from .kernels.rows import TAILS, LossOptions, TeacherTopK, merge_repeats
 from .outputs import TopK
 from .parallel import Placement, Shard, is_dtensor, nonempty_rows, shard_of
+from .runtime import checks, tensor_checks
 
 
 class Operands(NamedTuple):
@@ -44,7 +45,7 @@ def operands(
     """
     weight, bias = head.weight, head.bias
     for name, value in (("hidden", hidden), ("weight", weight)):
-        checks.tensor(prefix + name, value, checks.FLOATS)
+        tensor_checks.tensor(prefix + name, value, tensor_checks.FLOATS)
         if value.layout != torch.strided or hidden.device.type == "meta":
             got = value.layout if value.layout != torch.strided else "one on the meta device"
             checks.fail(prefix + name, "a dense tensor that holds numbers", got)
@@ -56,10 +57,10 @@ def operands(
     if torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64:
         low = torch.get_autocast_dtype(kind)
         hidden, weight = hidden.to(low), weight.to(low)
-    checks.head(hidden, head._replace(weight=weight), prefix)
+    check_head(hidden, head._replace(weight=weight), prefix)
     shard = None if placement is None else shard_of(placement, weight)
     rows, offset = (weight.shape[0], 0) if shard is None else (shard.rows, shard.offset)
-    vocab = checks.vocabulary(head.valid_vocab, rows)
+    vocab = check_vocabulary(head.valid_vocab, rows)
     head = LMHead(
         nonempty_rows(weight).contiguous(),
         None if bias is None else nonempty_rows(bias).contiguous(),
@@ -216,8 +217,8 @@ def check_reduction(
     checks.choice("backward", options.backward, ("auto", "fused", "recompute"))
     checks.choice("reduction", kind, ("mean", "sum", "none"))
     if token_weight is not None:
-        checks.tensor("token_weight", token_weight, checks.FLOATS)
-        checks.like_tokens("token_weight", token_weight, hidden)
+        tensor_checks.tensor("token_weight", token_weight, tensor_checks.FLOATS)
+        tensor_checks.like_tokens("token_weight", token_weight, hidden)
     if num_items is not None:
         if kind != "mean":
             checks.fail("num_items", "None unless reduction='mean'", f"with {kind!r}")
@@ -226,10 +227,12 @@ def check_reduction(
         elif num_items.numel() != 1 or num_items.is_complex():
             got = f"{list(num_items.shape)} of {num_items.dtype}"
             checks.fail("num_items", "a number, or a tensor of one", got)
-        elif checks.values_readable(num_items, False) and not 0 <= num_items.item() < math.inf:
+        elif (
+            tensor_checks.values_readable(num_items, False) and not 0 <= num_items.item() < math.inf
+        ):
             checks.fail("num_items", "a finite number of 0 or more", num_items.item())
     if reduction.labels is not None:
-        checks.labels(reduction.labels, hidden, vocab, reduction.ignore_index, check)
+        check_labels(reduction.labels, hidden, vocab, reduction.ignore_index, check)
     elif options.ce_weight:
         checks.fail("labels", "a tensor when ce_weight > 0", "None")
 

@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import checks
 from .heads import evaluating, head_of, hidden_states
 from .positions import (
     RowLimit,
@@ -33,6 +32,7 @@ from .positions import (
     row_limit,
     text_config,
 )
+from .runtime import checks, tensor_checks
 
 CPU_TOKENS = 4096
 GPU_TOKENS = (1024, 16384)  # fewer leave a GPU idle, more gain nothing
@@ -74,8 +74,8 @@ def read_rows(input_ids: Any, attention_mask: Any, vocab: int) -> Rows:
     Ids are checked on GPUs too: the sync is short, and an id outside the embedding would end the
     process with a device-side assertion."""
     if attention_mask is not None:
-        checks.tensor("attention_mask", attention_mask, (torch.bool, *checks.INTS))
-    checks.batch(input_ids, attention_mask)
+        tensor_checks.tensor("attention_mask", attention_mask, (torch.bool, *tensor_checks.INTS))
+    tensor_checks.batch(input_ids, attention_mask)
     B, T = input_ids.shape
     flat = input_ids.reshape(-1)
     if attention_mask is None:

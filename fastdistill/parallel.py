@@ -23,11 +23,11 @@ from torch import distributed as dist
 from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from . import checks
 from .kernels import op_gather
 from .kernels.head import LMHead, Stats, chunk_tokens
 from .kernels.op_common import or_empty, or_none
 from .kernels.rows import ABSENT, NEG
+from .runtime import checks, tensor_checks
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -225,9 +225,9 @@ def _exchange_sizes(placement: Placement, weight: Tensor) -> Shard:
 def check_same_on_all_ranks(shard: Shard | None, name: str, ids: Tensor, check: bool) -> None:
     """Raise ValueError if ids or labels differ between the ranks of a group.
 
-    Such a group shares a head but not a batch. It reads values: see `checks.values_readable`.
+    Such a group shares a head but not a batch. It reads values: see `values_readable`.
     """
-    if shard is None or not checks.values_readable(ids, check):
+    if shard is None or not tensor_checks.values_readable(ids, check):
         return
     flat = ids.reshape(-1).long()
     index = torch.arange(flat.numel(), device=flat.device)

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from . import checks
 from .heads import evaluating, generation_settings, is_partitioned
 from .offloading import resident_device
 from .parallel import is_dtensor
+from .runtime import checks
 
 if TYPE_CHECKING:
     from .examples import EncodedExample, Encoder

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from . import checks
 from . import native_topk as native_topk  # registers a kernel of the C++ extension
 from .backend import resolve_impl
+from .checks import check_ids
 from .kernels.backends import get_backend
 from .kernels.head import LMHead
 from .kernels.rows import ABSENT, Gathered, entropy_of, first_slots
@@ -17,6 +17,7 @@ from .kernels.topk import topk
 from .operands import operands
 from .outputs import SelectedLogits, TopK
 from .parallel import check_same_on_all_ranks, distribute_head, lse_gather
+from .runtime import checks
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -79,7 +80,7 @@ def linear_lse_gather(
     head, placement = distribute_head(head, group, impl)
     ops = operands(hidden, head, placement=placement)
     impl = resolve_impl(impl, hidden.device)
-    checks.ids("ids", ids, hidden, ops.vocab, check)
+    check_ids("ids", ids, hidden, ops.vocab, check)
     check_same_on_all_ranks(ops.shard, "ids", ids, check)
     ids_NK = ids.reshape(-1, ids.shape[-1]).long()
     if impl == "reference":

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import checks
 from .backend import resolve_impl
+from .checks import check_labels, check_teacher
 from .kernels.backends import get_backend
 from .kernels.head import LMHead
 from .kernels.row_scores import scores
@@ -60,13 +60,13 @@ def token_scores(
     ops = operands(hidden, LMHead(weight, bias, logit_scale, softcap, valid_vocab, temperature))
     impl = resolve_impl(impl, hidden.device)
     if labels is not None:
-        checks.labels(labels, hidden, ops.vocab, ignore_index, check)
+        check_labels(labels, hidden, ops.vocab, ignore_index, check)
     head, label_N = ops.head, Reduction(labels, ignore_index=ignore_index).label_N
     teacher_rows = None
     ids = ops.hidden.new_empty(ops.hidden.shape[0], 0, dtype=torch.int64)
     if teacher is not None:
         options = LossOptions(temperature=temperature)
-        checks.teacher(teacher, hidden, None, vocab=ops.vocab, options=options, check=check)
+        check_teacher(teacher, hidden, None, vocab=ops.vocab, options=options, check=check)
         teacher_rows = to_teacher_rows(teacher, options, head.dtype)
         ids = teacher_rows.teacher.ids
     if impl == "reference":

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from . import checks
 from .checkpoint_gate import load_tokenizer
 from .fidelity import FidelityReport, measure
 from .heads import LMHead, head_of, rows_of_head, verify_head
@@ -22,6 +21,7 @@ from .positions import RowLimit
 from .primitive import linear_topk
 from .quant.formats import SCHEMES
 from .quant.ops import COMPUTE
+from .runtime import checks, tensor_checks
 from .stored_model import StoredModel
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ class Teacher:
         if not isinstance(k, int) or not 1 <= k <= head.vocab_size:
             checks.fail("k", f"an integer in 1..{head.vocab_size} (V)", repr(k))
         if where is not None:
-            checks.tensor("where", where, (torch.bool,))
+            tensor_checks.tensor("where", where, (torch.bool,))
             if where.shape != input_ids.shape:
                 expected = f"shape {list(input_ids.shape)} as input_ids"
                 checks.fail("where", expected, list(where.shape))

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import checks
 from ..examples import Encoder
 from ..fingerprint import tokenizer_fingerprint
 from ..outputs import TopK
 from ..positions import check_row_lengths
+from ..runtime import checks, tensor_checks
 from ..teacher import load_teacher
 from . import verification
 from .build import Examples, build
@@ -227,7 +227,7 @@ class TeacherCache:
         Raises:
             CacheError: the cache does not have this row, k or temperature.
         """
-        checks.batch(input_ids, attention_mask)
+        tensor_checks.batch(input_ids, attention_mask)
         at = self.check(k=k, temperature=temperature)
         mask = None if attention_mask is None else attention_mask.cpu() != 0
         answers = self._reader.read(input_ids.cpu().long(), mask, k, at, self.valid_vocab)

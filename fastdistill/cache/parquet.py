@@ -26,8 +26,8 @@ import torch
 import yaml
 from numpy.typing import NDArray
 
-from .. import checks
 from ..outputs import TopK
+from ..runtime import checks
 from ..runtime.optional import require
 from ..runtime.printable import printable
 from .build import PendingRow

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .. import checks
 from ..dense import linear_distill_loss
+from ..runtime import checks
 
 
 class FusedLinearJSD(nn.Module):

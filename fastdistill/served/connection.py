@@ -22,7 +22,7 @@ from functools import partial
 from typing import Any, NamedTuple
 from urllib.parse import SplitResult, urlsplit
 
-from .. import checks
+from ..runtime import checks
 from ..runtime.json_text import parse_json
 from ..runtime.printable import LIMIT, printable
 from .bounded import AnswerTooLarge, Deadline, Unreachable, connect

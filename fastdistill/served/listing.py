@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from .. import checks
 from ..positions import RowLimit
+from ..runtime import checks
 from ..runtime.json_text import JSONError, parse_json
 from ..runtime.printable import printable
 from .described import ServerInfo

@@ -9,8 +9,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from .. import __version__, backend, checks
+from .. import __version__, backend
 from ..identity import identity_of, tokenizer_identity
+from ..runtime import checks
 from ..runtime.optional import require
 from ..runtime.printable import printable
 from ..teacher import Teacher
