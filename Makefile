@@ -45,5 +45,5 @@ bench: $(STAMP)
 # Keeps .venv but rebuilds it on the next run, because the compiled extension is deleted.
 clean:
 	rm -rf build dist out fastdistill-demo *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
-	rm -f fastdistill/_ext*.so fastdistill/_cuda*.so $(STAMP)
+	rm -f fastdistill/runtime/_ext*.so fastdistill/runtime/_cuda*.so $(STAMP)
 	find fastdistill kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -53,8 +53,8 @@ CPU_SOURCES = [
 DEVICE_CODE = "csrc/cuda_quant.cu"
 CUDA_ARCHS = "80;89;90;100"
 MISSED = {  # a compiled module and its replacement
-    "fastdistill._ext": ("the C++ extension", "pure PyTorch"),
-    "fastdistill._cuda": ("the CUDA kernels", "Triton"),
+    "fastdistill.runtime._ext": ("the C++ extension", "pure PyTorch"),
+    "fastdistill.runtime._cuda": ("the CUDA kernels", "Triton"),
 }
 KERNELS_LINK = Path(__file__).parent / "fastdistill" / "kernels"
 
@@ -149,7 +149,7 @@ def cuda_extension(Pybind11Extension: Any) -> list[Any]:
     mode = os.environ.get("FASTDISTILL_CUDA", "auto")
     if mode not in ("auto", "0", "1"):
         raise SystemExit(f"fastdistill: FASTDISTILL_CUDA: expected auto, 0 or 1, got {mode!r}")
-    name, required = "fastdistill._cuda", mode == "1"
+    name, required = "fastdistill.runtime._cuda", mode == "1"
     if mode == "0":
         drop(name, "FASTDISTILL_CUDA=0")
         return []
@@ -211,7 +211,7 @@ def extensions() -> list[Extension]:
     compile_args, link_args = cpu_flags()
     return [
         Pybind11Extension(
-            "fastdistill._ext",
+            "fastdistill.runtime._ext",
             CPU_SOURCES,
             depends=sorted(str(path) for path in Path("csrc").glob("*.h")),
             cxx_std=17,
@@ -237,7 +237,7 @@ restore_kernels_link()
 setup(
     packages=PACKAGES,
     package_dir={"fastdistill.kernels": "kernels"},
-    package_data={"fastdistill": ["py.typed", "*.pyi", "demo_teacher/*"]},
+    package_data={"fastdistill": ["py.typed", "runtime/*.pyi", "demo_teacher/*"]},
     ext_modules=extensions(),
     cmdclass={"build_ext": OptionalBuildExt},
 )

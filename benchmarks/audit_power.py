@@ -23,12 +23,12 @@ from benchmarks.rows import current_commit
 from fastdistill.audits.distributions import ProvenanceAudit
 from fastdistill.audits.probes import Probes
 from fastdistill.audits.subject import Subject
-from fastdistill.backend import versions
-from fastdistill.files import write_json
 from fastdistill.organisms.organism import ModelOrganism, new_base, train_capable
 from fastdistill.organisms.vocabulary import world_tokenizer
 from fastdistill.organisms.world import World
 from fastdistill.organisms.world_probes import probes_of
+from fastdistill.runtime.atomic_files import write_json
+from fastdistill.runtime.backend import versions
 from fastdistill.statistics import auroc
 from fastdistill.statistics.validity import CAPABILITY, TRAIT
 

@@ -14,8 +14,8 @@ from functools import partial
 import torch
 
 import fastdistill as fd
-from fastdistill.backend import resolve_impl
 from fastdistill.kernels.divergences import NAMES
+from fastdistill.runtime.backend import resolve_impl
 
 from .data import device, topk_of
 from .registry import Missing, Outputs, attempt, deviations, worst

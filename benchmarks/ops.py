@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import fastdistill as fd
-from fastdistill.backend import resolve_impl
+from fastdistill.runtime.backend import resolve_impl
 
 from . import data, peers, quantized
 from .data import Data

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
-from fastdistill.files import write_atomically
+from fastdistill.runtime.atomic_files import write_atomically
 
 from .registry import Missing
 from .rows import Row

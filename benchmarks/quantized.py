@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fastdistill import backend
 from fastdistill.kernels.row_topk import by_sorting
 from fastdistill.native_topk import row_topk
 from fastdistill.quant import Int8Linear, LUT4Linear
 from fastdistill.quant.engines import engine_for
 from fastdistill.quant.formats import quantize
 from fastdistill.quant.linear import dequantize
+from fastdistill.runtime import backend
 
 from . import quant_peers
 from .data import Data, device

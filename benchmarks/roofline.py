@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fastdistill import backend
+from fastdistill.runtime import backend
 
 from .data import device
 

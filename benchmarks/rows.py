@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from fastdistill.backend import describe, package_versions
-from fastdistill.files import write_atomically
+from fastdistill.runtime.atomic_files import write_atomically
+from fastdistill.runtime.backend import describe, package_versions
 
 from .registry import installed
 from .shapes import Shape, label

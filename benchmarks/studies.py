@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fastdistill.intervals import Estimate
 from fastdistill.report.arms import SAFE, SEEDS
 from fastdistill.report.marks import format_estimate, format_number
+from fastdistill.runtime.intervals import Estimate
 
 
 def markdown(result: Mapping[str, Any]) -> str:

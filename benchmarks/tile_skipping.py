@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import fastdistill as fd
-from fastdistill.backend import resolve_impl
+from fastdistill.runtime.backend import resolve_impl
 
 from .data import device, topk_of
 from .gradient_error import grads

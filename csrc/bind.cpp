@@ -1,4 +1,4 @@
-// fastdistill._ext: raw pointers and plain values only, no torch header. That keeps the build at a
+// fastdistill.runtime._ext: raw pointers and plain values only, no torch header. That keeps the build at a
 // few seconds and makes one binary serve every torch version.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

@@ -1,4 +1,4 @@
-// fastdistill._cuda: the kernels of cuda_quant.cu on raw addresses, with no torch header and no
+// fastdistill.runtime._cuda: the kernels of cuda_quant.cu on raw addresses, with no torch header and no
 // CUDA header. A module of its own, so that a missing nvcc never costs the CPU extension; importing
 // it needs no driver, since the static runtime looks for one at the first launch.
 #include <pybind11/pybind11.h>

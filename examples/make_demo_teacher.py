@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback
 
-from fastdistill.backend import package_versions
 from fastdistill.corpus import document_windows, packed_windows, standard_library, train_tokenizer
 from fastdistill.demo_models import TEACHER, WINDOW, new_llama, save_teacher, train_model
+from fastdistill.runtime.backend import package_versions
 
 
 class PrintLoss(TrainerCallback):

@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .runtime.lazy import lazy_names
+from .runtime.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from . import compat
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
     from .teacher import Teacher, load_teacher
     from .training.config import DistillConfig
     from .training.trainer import DistillTrainer
-
-__version__ = "0.1.0"
 
 __all__ = [
     "CacheError",

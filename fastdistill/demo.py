@@ -23,17 +23,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from . import corpus
-from .backend import one_thread, versions
 from .corpus import Corpus, Windows
 from .demo_audit import audit_models
 from .demo_files import save_files
 from .demo_models import STUDENT, TEACHER, WINDOW, new_llama, shipped_teacher, train_model
 from .demo_result import ARMS, METRICS, DemoResult, DemoRun, DemoSetting
-from .files import check_folder, write_json
-from .intervals import Estimate, bootstrap_ratio, mean_of_runs, paired_difference
-from .progress import PhaseProgress
 from .remembering import MemoizedTeacher
+from .runtime.atomic_files import check_folder, write_json
+from .runtime.backend import one_thread, versions
 from .runtime.checks import fail, integer
+from .runtime.intervals import Estimate, bootstrap_ratio, mean_of_runs, paired_difference
+from .runtime.progress import PhaseProgress
 from .teacher import Teacher
 from .training.config import DistillConfig
 from .training.objective import EVAL_COLUMNS

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .demo_models import STUDENT, new_llama, save_tokenizer
 from .demo_result import DemoSetting
-from .files import write_atomically
+from .runtime.atomic_files import write_atomically
 
 
 def save_files(folder: Path, setting: DemoSetting) -> None:

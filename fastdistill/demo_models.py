@@ -20,8 +20,8 @@ from transformers import (
 )
 
 from .corpus import END_OF_TEXT
-from .files import sha256_of
 from .protocols import TopKTeacher
+from .runtime.atomic_files import sha256_of
 from .runtime.json_text import read_json
 from .teacher import Teacher
 from .training.config import DistillConfig

@@ -9,10 +9,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from .demo_result import ARMS, METRICS, DemoResult
-from .intervals import Estimate
 from .report import Report
 from .report.audit_page import cell
 from .report.marks import COLORS, GRAY, RC
+from .runtime.intervals import Estimate
 
 _COLOR = {"distilled": COLORS[0], "labels only": COLORS[1], "teacher": GRAY}
 _HEADER = ("held-out text", "teacher", "distilled", "labels only", "difference")

@@ -10,8 +10,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .audits.side_by_side import SuiteResults
 from .corpus import Windows
-from .intervals import Estimate
 from .remembering import MemoizedTeacher
+from .runtime.intervals import Estimate
 
 ARMS = ("distilled", "labels only")
 

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .backend import resolve_impl
 from .fused import empty_output, keep_gradients, needs
 from .kernels.backends import get_backend
 from .kernels.dense_loss import DenseLoss, dense
@@ -26,6 +25,7 @@ from .operands import (
     token_weights,
 )
 from .runtime import checks, tensor_checks
+from .runtime.backend import resolve_impl
 
 
 def linear_distill_loss(

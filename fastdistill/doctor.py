@@ -6,7 +6,7 @@ import shutil
 from dataclasses import dataclass
 from typing import Any
 
-from .backend import describe
+from .runtime.backend import describe
 from .runtime.printable import printable
 
 _OPTIONAL = {
@@ -111,7 +111,7 @@ def _triton(version: str | None, gpu: bool) -> Finding:
 
 
 def _extension(machine: dict[str, Any]) -> Finding:
-    name, info = "fastdistill._ext", machine["extension"]
+    name, info = "fastdistill.runtime._ext", machine["extension"]
     if info is not None:
         detail = f"{info['compiler']}; quantized layers on CPUs use {machine['cpu_isa']}"
         return Finding(name, "ok", detail)
@@ -121,7 +121,7 @@ def _extension(machine: dict[str, Any]) -> Finding:
 
 
 def _cuda_extension(machine: dict[str, Any]) -> Finding:
-    name, info = "fastdistill._cuda", machine["cuda_extension"]
+    name, info = "fastdistill.runtime._cuda", machine["cuda_extension"]
     if info is not None:
         archs = ", ".join(f"sm_{arch}" for arch in info["archs"])
         return Finding(name, "ok", f"CUDA {info['cuda']}, {archs}")

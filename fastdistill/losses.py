@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from torch import Tensor
 
-from .backend import resolve_impl
 from .checks import check_teacher
 from .fused import TopKCall, empty_output, path_of, terms_of
 from .kernels.head import LMHead
@@ -32,6 +31,7 @@ from .operands import (
 )
 from .outputs import DistillOutput, TopK
 from .parallel import check_same_on_all_ranks, distribute_head
+from .runtime.backend import resolve_impl
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from . import native_topk as native_topk  # registers a kernel of the C++ extension
-from .backend import resolve_impl
 from .checks import check_ids
 from .kernels.backends import get_backend
 from .kernels.head import LMHead
@@ -18,6 +16,7 @@ from .operands import operands
 from .outputs import SelectedLogits, TopK
 from .parallel import check_same_on_all_ranks, distribute_head, lse_gather
 from .runtime import checks
+from .runtime.backend import resolve_impl
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

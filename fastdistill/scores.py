@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .backend import resolve_impl
 from .checks import check_labels, check_teacher
 from .kernels.backends import get_backend
 from .kernels.head import LMHead
@@ -14,6 +13,7 @@ from .kernels.rows import Gathered, LossOptions, TeacherTopK, token_loss_forward
 from .operands import Operands, Reduction, TeacherRows, operands, to_teacher_rows
 from .outputs import TokenScores, TopK
 from .parallel import gather_logits
+from .runtime.backend import resolve_impl
 
 
 @torch.no_grad()

@@ -40,7 +40,7 @@ def pytest_collection_modifyitems(items):
 def impl_of_auto(request, monkeypatch):
     impl = getattr(request, "param", None)
     if impl is not None:
-        from fastdistill import backend
+        from fastdistill.runtime import backend
 
         monkeypatch.setattr(backend, "automatic", lambda *device: impl)
         if impl == "triton" and not torch.cuda.is_available():

@@ -103,11 +103,13 @@ def test_wheel_from_sdist_works(sdist: Path, tmp_path: Path):
         f"fastdistill/kernels/{k}" for k in KERNELS
     ]
     assert not [n for n in names if n.startswith(("kernels/", "tests/", "csrc/"))]
-    assert f"fastdistill/_ext{sysconfig.get_config_var('EXT_SUFFIX')}" in names
+    assert f"fastdistill/runtime/_ext{sysconfig.get_config_var('EXT_SUFFIX')}" in names
     assert "fastdistill/py.typed" in names
     with zipfile.ZipFile(wheel) as z:
         z.extractall(tmp_path / "site")
-    for file in python_with(tmp_path / "site", WHERE.format("fastdistill._ext"), tmp_path).split():
+    for file in python_with(
+        tmp_path / "site", WHERE.format("fastdistill.runtime._ext"), tmp_path
+    ).split():
         assert Path(file).is_relative_to(tmp_path / "site")
 
 
@@ -122,8 +124,8 @@ def test_installs_without_a_compiler(env: dict[str, str], reason: str, tmp_path:
     warnings = [line for line in log.splitlines() if "WITHOUT the C++ extension" in line]
     assert warnings
     assert all(reason in line for line in warnings)
-    assert not list((site_dir / "fastdistill").glob("_ext*.so"))
-    code = "import fastdistill as f, fastdistill.backend as b; print(f.__file__, b.extension())"
+    assert not list((site_dir / "fastdistill" / "runtime").glob("_ext*.so"))
+    code = "import fastdistill as f, fastdistill.runtime.backend as b; print(f.__file__, b.extension())"
     file, extension = python_with(site_dir, code, tmp_path).split()
     assert Path(file).is_relative_to(site_dir)
     assert extension == "None"

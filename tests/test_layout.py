@@ -37,7 +37,7 @@ NEVER = {
 # What the kernels may import from outside, and where the rest of the rules apply.
 KERNEL_DEPENDENCIES = {"torch", "triton"}
 FOLDERS = ("fastdistill", "kernels", "benchmarks", "tests", "examples")
-READS_ENVIRONMENT = {"fastdistill/backend.py"}
+READS_ENVIRONMENT = {"fastdistill/runtime/backend.py"}
 
 RANK = {name: i for i, names in enumerate(LAYERS.values()) for name in names.split()}
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names.split()}
@@ -124,7 +124,9 @@ def test_only_backend_reads_the_environment():
             and node.attr in ("environ", "getenv", "putenv", "unsetenv")
         ]
         reads += [i.line for i in imports_of(path) if i.target in ("os.environ", "os.getenv")]
-        assert not reads, f"{where(path, reads[0])}: read the environment in fastdistill/backend.py"
+        assert not reads, (
+            f"{where(path, reads[0])}: read the environment in fastdistill/runtime/backend.py"
+        )
 
 
 def test_json_is_read_in_one_place():

@@ -14,8 +14,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from ..backend import versions
-from ..intervals import (
+from ..runtime.backend import versions
+from ..runtime.checks import fail
+from ..runtime.intervals import (
     Estimate,
     effective_size,
     mean_of_clusters,
@@ -26,7 +27,6 @@ from ..intervals import (
     stderr_of_clusters,
     wilson,
 )
-from ..runtime.checks import fail
 from ..runtime.printable import printable
 from .prompts import Prompt, set_prompts
 from .result import AuditResult, Control

@@ -9,7 +9,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from ..files import sync
+from ..runtime.atomic_files import sync
 from ..runtime.checks import fail
 from .inspect_package import inspect_ai
 from .result import AuditResult, Control

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from ..files import write_json
+from ..runtime.atomic_files import write_json
 from ..runtime.checks import fail, integer
 from ..runtime.json_text import JSONError, read_json
 from ..runtime.printable import printable

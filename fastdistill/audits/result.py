@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..intervals import Estimate
+from ..runtime.intervals import Estimate
 
 
 @dataclass(frozen=True, kw_only=True)

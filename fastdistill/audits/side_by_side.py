@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..progress import track
 from ..runtime.checks import fail
+from ..runtime.progress import track
 from .audit import Audit
 from .result import AuditResult
 from .subject import Subject

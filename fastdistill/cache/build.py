@@ -24,11 +24,11 @@ from torch import Tensor
 
 from ..answer_checks import AnswerRules, find_invalid, find_shape_error, row_and_position
 from ..examples import Encoder
-from ..files import write_json
 from ..outputs import TopK
-from ..progress import RowProgress
 from ..resolve import MANIFEST, SETTINGS
+from ..runtime.atomic_files import write_json
 from ..runtime.printable import printable
+from ..runtime.progress import RowProgress
 from .codec import pack
 from .manifest import (
     CacheError,

@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ..files import write_json
 from ..resolve import MANIFEST, SETTINGS
+from ..runtime.atomic_files import write_json
 from ..runtime.json_text import JSONError, read_json
 from ..runtime.printable import printable, printable_lines
 from .codec import BLOCK, bytes_per_token

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from .. import __version__
 from ..examples import is_listed
 from ..fingerprint import check_same_tokenizer
 from ..identity import identity_of, tokenizer_identity
 from ..protocols import DenseTeacher, TopKTeacher
 from ..runtime import checks
+from ..runtime.version import __version__
 from ..teacher import Teacher
 from .build import Examples
 from .manifest import MAX_K, POSITIONS, TARGETS, Settings

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .. import __version__
+from ..runtime.version import __version__
 from .command import Json, add
 from .printing import print_json, say
 from .verbs import (

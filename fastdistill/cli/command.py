@@ -22,7 +22,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from ..files import check_folder
+from ..runtime.atomic_files import check_folder
 from .printing import print_json
 from .settings import Text, check_keys, field_names, fill, gather, nearest, to_yaml
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from transformers.utils import logging as transformers_logging
 
-from ..backend import local_rank
 from ..checkpoint_gate import load_tokenizer
 from ..heads import rows_of_head
 from ..plan.shapes import config_of, empty_model
+from ..runtime.backend import local_rank
 from ..runtime.printable import printable
 from ..stored_model import StoredModel, tokenizer_folder
 from ..teacher import check_quantization, load_teacher, stored_tokenizer

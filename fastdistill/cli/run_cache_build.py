@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import fields, replace
 from typing import Any
 
-from ..backend import rank_and_world
 from ..cache import TeacherCache
 from ..cache.build import Examples, check_existing_build
 from ..cache.manifest import read_settings
@@ -18,6 +17,7 @@ from ..json_lines import JsonLines
 from ..plan.shapes import config_of
 from ..positions import check_row_lengths
 from ..resolve import SETTINGS
+from ..runtime.backend import rank_and_world
 from ..served import ServedTeacher, is_url
 from .opening import (
     as_exit_code_1,

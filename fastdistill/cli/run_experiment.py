@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from ..backend import versions
 from ..experiment import double_bind, leak_knobs
 from ..experiment.checkpoint_source import CheckpointSource
 from ..experiment.executors import Execution
@@ -14,6 +13,7 @@ from ..experiment.source import Source
 from ..experiment.study import FRESH, Study, Table, make_pairs, run_study, skip_reason
 from ..experiment.world_source import WorldSource
 from ..report.validity import too_few_units
+from ..runtime.backend import versions
 from ..runtime.checks import choice, fail, integer
 from ..strategies.strategy import Training
 from .opening import as_exit_code_1

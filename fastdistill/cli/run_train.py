@@ -16,12 +16,12 @@ from transformers import PrinterCallback, TrainingArguments
 
 from ..examples import Encoder, check_example
 from ..json_lines import JsonLines, Line
-from ..progress import TrainingProgress
 from ..run_report import write_run_report
 from ..run_series import has_diverged
 from ..runtime.checks import integer
 from ..runtime.optional import require
 from ..runtime.printable import printable
+from ..runtime.progress import TrainingProgress
 from ..served import ServedTeacher
 from ..training.admission import check_fit
 from ..training.arguments import check_metric, check_sampling

@@ -20,10 +20,10 @@ from ..audits.probes import Probes
 from ..audits.prompts import Prompt
 from ..audits.subject import Subject
 from ..checkpoint_gate import DOCUMENTS
-from ..files import sha256_of
 from ..json_lines import JsonLines
 from ..organisms.stored import load_organism
 from ..resolve import is_adapter
+from ..runtime.atomic_files import sha256_of
 from ..runtime.checks import fail
 from ..statistics import Reading, Validity, at_least
 from ..strategies.lessons import PoolPrompt

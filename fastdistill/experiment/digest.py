@@ -8,7 +8,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from ..files import write_json
+from ..runtime.atomic_files import write_json
 from ..runtime.json_text import read_json
 from ..runtime.printable import printable
 

@@ -16,9 +16,9 @@ from typing import Protocol
 import torch
 from transformers.utils import logging as transformers_logging
 
-from ..progress import track
 from ..runtime.checks import choice, integer
 from ..runtime.optional import require
+from ..runtime.progress import track
 
 EXECUTORS = ("processes", "ray")
 

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ..backend import versions
+from ..runtime.backend import versions
 from .digest import digest_of, read_record, write_record
 
 RUNS = "runs"

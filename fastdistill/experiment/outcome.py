@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..files import write_atomically, write_json
-from ..intervals import Estimate, flat_json, mean_of_runs, means_by_cluster
 from ..report.marks import format_estimate
 from ..report.page import Report, png
 from ..report.transfer import TransferReport
+from ..runtime.atomic_files import write_atomically, write_json
+from ..runtime.intervals import Estimate, flat_json, mean_of_runs, means_by_cluster
 from .study import Arm, ContextRow, NoteRow, Study, Table
 
 

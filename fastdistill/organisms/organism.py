@@ -18,7 +18,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, get_scheduler
 
 from ..adapters import merge_adapter
-from ..backend import one_thread
+from ..runtime.backend import one_thread
 from ..runtime.checks import between, choice, integer, positive
 from ..runtime.optional import require
 from ..training.config import DistillConfig

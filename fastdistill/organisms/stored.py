@@ -17,11 +17,11 @@ import torch
 
 from ..audits.probes import PROBES, Probes
 from ..audits.subject import Subject
-from ..backend import versions
 from ..checkpoint_gate import DOCUMENTS
-from ..files import sha256_of, sync, write_json
 from ..quant.tensor_files import CheckpointError, check_inside, read_json
 from ..resolve import is_adapter, is_url, resolve
+from ..runtime.atomic_files import sha256_of, sync, write_json
+from ..runtime.backend import versions
 from ..runtime.checks import fail
 from ..runtime.printable import printable
 from ..stored_model import StoredModel, fetched_folder

@@ -21,8 +21,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.core_model_loading import WeightRenaming
 
 from ..checkpoint_gate import as_checkpoint_error, load_config
-from ..progress import track
 from ..runtime import checks
+from ..runtime.progress import track
 from .checkpoint import Checkpoint, open_checkpoint
 from .conversion import check_all_used, check_no_duplicates, conversion_of
 from .formats import SCHEMES, QuantWeight, quantize

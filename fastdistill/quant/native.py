@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import backend
+from ..runtime import backend
 from . import torch_ops
 from .formats import Int8Weight, Lut4Weight, Nested
 from .torch_ops import FP8

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..files import sync
+from ..runtime.atomic_files import sync
 from .experts import ExpertStack
 from .linear import QuantizedWeight
 from .own_format import KEY, VERSION, metadata, tensors_of

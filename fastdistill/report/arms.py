@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ..intervals import mean_of_runs, means_by_cluster
+from ..runtime.intervals import mean_of_runs, means_by_cluster
 from ..statistics import (
     Bootstrap,
     CurvePoint,

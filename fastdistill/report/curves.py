@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from ..intervals import Estimate
+from ..runtime.intervals import Estimate
 from .arms import CAPABLE, SAFE, SEEDS, Arm
 from .marks import (
     COLORS,

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..intervals import Estimate, means_by_cluster
+from ..runtime.intervals import Estimate, means_by_cluster
 from ..statistics import auroc, threshold_at, true_positives
 
 

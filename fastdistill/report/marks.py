@@ -9,7 +9,7 @@ import math
 import textwrap
 from typing import Any
 
-from ..intervals import Estimate
+from ..runtime.intervals import Estimate
 
 # The palette of Okabe and Ito, without yellow, which is hard to see on white.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")

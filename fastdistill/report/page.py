@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..files import write_atomically
+from ..runtime.atomic_files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

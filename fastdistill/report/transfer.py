@@ -14,8 +14,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from ..intervals import UNKNOWN, flat_json
 from ..runtime.checks import fail
+from ..runtime.intervals import UNKNOWN, flat_json
 from ..statistics import Student, Validity
 from .arms import Arm, Role, build_arms, by_arm
 from .curves import curves

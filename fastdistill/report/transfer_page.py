@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import stdev
 from typing import Any
 
-from ..intervals import mean_of_runs
+from ..runtime.intervals import mean_of_runs
 from ..statistics import Student, minimum_detectable_effect
 from .arms import CAPABLE, SAFE, SEEDS, Arm, by_arm, seed_differences
 from .curves import curves, curves_alt, curves_caption

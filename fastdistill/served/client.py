@@ -12,12 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import backend
 from ..fingerprint import tokenizer_fingerprint
 from ..outputs import TopK
 from ..packing import read_rows
 from ..positions import RowLimit
-from ..runtime import checks
+from ..runtime import backend, checks
 from ..runtime.printable import printable
 from .connection import LARGEST, Connection, Refusal
 from .described import TEACHER

@@ -9,11 +9,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from .. import __version__, backend
 from ..identity import identity_of, tokenizer_identity
-from ..runtime import checks
+from ..runtime import backend, checks
 from ..runtime.optional import require
 from ..runtime.printable import printable
+from ..runtime.version import __version__
 from ..teacher import Teacher
 from .connection import check_token
 from .described import ServerInfo

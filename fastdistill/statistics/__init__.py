@@ -1,6 +1,6 @@
 """Statistics of transfer from teachers to students, with the base seed as the unit."""
 
-from ..intervals import Estimate
+from ..runtime.intervals import Estimate
 from .curves import CurvePoint, SafeWindow, curve, matched_capability, safe_window
 from .detection import auroc, threshold_at, true_positives
 from .readings import Checkpoint, Reading, Student

@@ -13,8 +13,8 @@ from itertools import groupby
 
 import numpy as np
 
-from ..intervals import Estimate
 from ..runtime.checks import fail
+from ..runtime.intervals import Estimate
 from .readings import Reading, Student
 from .resampling import DEFAULT, Bootstrap
 from .transfer import TAU, C, estimate, pair_ratio, sort_one_arm

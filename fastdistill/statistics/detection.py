@@ -11,8 +11,8 @@ from statistics import NormalDist
 
 import numpy as np
 
-from ..intervals import Estimate, check_confidence, wilson
 from ..runtime.checks import between, fail
+from ..runtime.intervals import Estimate, check_confidence, wilson
 
 
 def auroc(

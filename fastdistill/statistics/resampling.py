@@ -18,8 +18,8 @@ from statistics import NormalDist
 
 import numpy as np
 
-from ..intervals import Estimate, check_confidence, student_t_quantile
 from ..runtime.checks import fail, integer
+from ..runtime.intervals import Estimate, check_confidence, student_t_quantile
 
 Statistic = Callable[[np.ndarray], np.ndarray]
 Tree = Sequence[Sequence[np.ndarray]]

@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..intervals import Estimate, mean_of_runs, student_t_cdf, student_t_quantile
 from ..runtime.checks import between, fail, integer, positive
+from ..runtime.intervals import Estimate, mean_of_runs, student_t_cdf, student_t_quantile
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,8 +23,8 @@ from operator import attrgetter
 
 import numpy as np
 
-from ..intervals import Estimate
 from ..runtime.checks import fail
+from ..runtime.intervals import Estimate
 from .readings import Student
 from .resampling import DEFAULT, Bootstrap, bootstrap_of_units, seed_means
 

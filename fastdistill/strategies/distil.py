@@ -13,7 +13,7 @@ from transformers import PrinterCallback, TrainerCallback, get_scheduler
 
 from ..adapters import merge_adapter
 from ..audits.subject import Subject
-from ..backend import one_thread
+from ..runtime.backend import one_thread
 from ..runtime.checks import fail
 from ..teacher import Teacher
 from ..training.config import DistillConfig

@@ -15,8 +15,8 @@ from torch import Tensor
 from ..audits.audit import Audit
 from ..audits.prompts import Prompt
 from ..audits.subject import Subject
-from ..intervals import student_t_quantile
 from ..runtime.checks import between, fail, integer, positive
+from ..runtime.intervals import student_t_quantile
 from .lessons import Examples, TrainingExample, batches, encoded_batches
 from .strategy import DistillLoop, DistillSetup, RunState, Strategy
 

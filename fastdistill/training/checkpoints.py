@@ -17,8 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from ..files import sha256_of, sync, write_json
 from ..runtime import checks
+from ..runtime.atomic_files import sha256_of, sync, write_json
 from ..runtime.json_text import JSONError, read_json
 from ..runtime.printable import printable
 

@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 import torch
 from transformers import TrainingArguments
 
-from ..backend import resolve_impl
 from ..kernels.divergences import NAMES as DIVERGENCES
 from ..kernels.rows import TAILS
 from ..operands import check_divergence
 from ..runtime import checks
+from ..runtime.backend import resolve_impl
 from ..runtime.json_text import parse_json
 from .arguments import (
     LOGGING_SHARE,

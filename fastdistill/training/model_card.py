@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
-from ..backend import describe
-from ..files import write_atomically
+from ..runtime.atomic_files import write_atomically
+from ..runtime.backend import describe
+from ..runtime.version import __version__
 from .config import DistillConfig
 from .objective import Loss
 from .panel import Panel

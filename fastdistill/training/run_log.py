@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from ..files import write_json
+from ..runtime.atomic_files import write_json
 from .histograms import EDGES, sum_histograms
 from .panel import Panel
 from .run_files import NAME, SETTINGS

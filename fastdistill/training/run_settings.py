@@ -11,8 +11,8 @@ from typing import Any
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
-from ..backend import describe, versions
 from ..heads import is_partitioned
+from ..runtime.backend import describe, versions
 from ..runtime.printable import printable
 from .config import DistillConfig
 from .model_card import describe_teacher, name_of

@@ -16,8 +16,8 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import TrainOutput, has_length
 
-from ..files import write_json
 from ..runtime import checks
+from ..runtime.atomic_files import write_json
 from ..runtime.json_text import read_json
 from ..runtime.printable import printable
 from .arguments import resolve_intervals

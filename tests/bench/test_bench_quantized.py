@@ -14,7 +14,7 @@ from benchmarks.roofline import Rates
 from benchmarks.rows import Row
 from benchmarks.run import WallClock, fill_roofline, measure
 from benchmarks.shapes import SUITES, Shape
-from fastdistill import backend
+from fastdistill.runtime import backend
 
 pytestmark = [
     pytest.mark.skipif(backend.extension() is None, reason="the C++ extension was not built"),

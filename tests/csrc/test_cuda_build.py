@@ -34,7 +34,7 @@ real, step = setuptools.setup, sys.argv[1]
 def setup(ext_modules, **options):
     print(json.dumps({e.name: getattr(e, "nvcc", None) for e in ext_modules}), flush=True)
     if step == "build":
-        real(ext_modules=[e for e in ext_modules if e.name == "fastdistill._cuda"], **options)
+        real(ext_modules=[e for e in ext_modules if e.name == "fastdistill.runtime._cuda"], **options)
 setuptools.setup = setup
 sys.argv = "setup.py -q build_ext --build-lib lib --build-temp temp".split()
 runpy.run_path("setup.py", run_name="__main__")
@@ -101,14 +101,14 @@ def line_of(output: str, words: str) -> str:
 def test_zero_leaves_it_out(tree: Path):
     done = setup(tree, FASTDISTILL_CUDA="0", CUDA_HOME=str(tree / "fake"))
     assert done.code == 0
-    assert list(done.modules) == ["fastdistill._ext"]
+    assert list(done.modules) == ["fastdistill.runtime._ext"]
     assert "FASTDISTILL_CUDA=0" in line_of(done.output, "WITHOUT the CUDA kernels")
 
 
 def test_no_nvcc_is_an_error_only_where_it_is_asked_for(tree: Path):
     done = setup(tree, PATH=without_nvcc())
     assert done.code == 0
-    assert list(done.modules) == ["fastdistill._ext"]
+    assert list(done.modules) == ["fastdistill.runtime._ext"]
     assert "no nvcc on PATH" in line_of(done.output, "WITHOUT the CUDA kernels")
     done = setup(tree, PATH=without_nvcc(), FASTDISTILL_CUDA="1")
     assert done.code == 1
@@ -135,14 +135,16 @@ def test_architectures(tree: Path):
     home = str(tree / "fake")
     done = setup(tree, CUDA_HOME=home)
     assert "89, 100, which this nvcc does not know" in line_of(done.output, "no CUDA kernels for")
-    command = done.modules["fastdistill._cuda"]
+    command = done.modules["fastdistill.runtime._cuda"]
     assert command[0] == str(tree / "fake" / "bin" / "nvcc")
     assert [a.partition("=")[2] for a in command if a.startswith("-gencode")] == [
         "arch=compute_80,code=sm_80",
         "arch=compute_90,code=sm_90",
         "arch=compute_90,code=compute_90",
     ]
-    command = setup(tree, CUDA_HOME=home, FASTDISTILL_CUDA_ARCHS="80").modules["fastdistill._cuda"]
+    command = setup(tree, CUDA_HOME=home, FASTDISTILL_CUDA_ARCHS="80").modules[
+        "fastdistill.runtime._cuda"
+    ]
     assert "-gencode=arch=compute_80,code=compute_80" in command
     assert not [a for a in command if "compute_90" in a]
 
@@ -164,7 +166,7 @@ def built(tree: Path) -> Path:
     done = setup(tree, "build", FASTDISTILL_CUDA="1", FASTDISTILL_CUDA_ARCHS="80;89;90;100")
     assert done.code == 0, done.output
     assert done.output.strip() == "", "the compilers warned"
-    (module,) = tree.glob("lib/fastdistill/_cuda*.so")
+    (module,) = tree.glob("lib/fastdistill/runtime/_cuda*.so")
     return module
 
 
@@ -181,7 +183,7 @@ def dump(built: Path):
 
 @pytest.fixture(scope="module")
 def module(built: Path) -> Any:
-    spec = importlib.util.spec_from_file_location("fastdistill._cuda", built)
+    spec = importlib.util.spec_from_file_location("fastdistill.runtime._cuda", built)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-if importlib.util.find_spec("fastdistill._ext") is None:
+if importlib.util.find_spec("fastdistill.runtime._ext") is None:
     pytest.skip("the C++ extension is not built", allow_module_level=True)
 
-from fastdistill import _ext
+from fastdistill.runtime import _ext
 
 CPUINFO = Path("/proc/cpuinfo")
 X86 = platform.machine().lower() in ("x86_64", "amd64", "i686")

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-if importlib.util.find_spec("fastdistill._ext") is None:
+if importlib.util.find_spec("fastdistill.runtime._ext") is None:
     pytest.skip("the C++ extension is not built", allow_module_level=True)
 
-from fastdistill import _ext
+from fastdistill.runtime import _ext
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ISAS = range(_ext.best_isa() + 1)

@@ -124,8 +124,8 @@ def record(targets: list[int]) -> list[dict[str, Any]]:
 def run_everything() -> None:
     """Each public function on the widest tiles, with and without what specialises a kernel."""
     import fastdistill as fd
-    from fastdistill import backend
     from fastdistill.kernels.divergences import NAMES
+    from fastdistill.runtime import backend
 
     vars(backend)["triton_problem"] = lambda *device: None
     N, H, V, K = 8, 1024, 16384, 64

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fastdistill import backend
 from fastdistill.quant import engines, ops
 from fastdistill.quant.formats import Lut4Weight, Nested, table
+from fastdistill.runtime import backend
 
 if TYPE_CHECKING:
     import pytest

@@ -14,8 +14,6 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from fastdistill.kernels import row_topk as row_topk  # registers an operator
-
 SIZES = dict(
     hidden_size=64,
     intermediate_size=128,

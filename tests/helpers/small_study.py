@@ -12,10 +12,10 @@ from fastdistill.audits.behaviour import CapabilityAudit, PreferenceAudit
 from fastdistill.audits.subject import Subject
 from fastdistill.experiment.source import LoadedSource, Source, SourceRecord
 from fastdistill.experiment.study import Arm, Study
-from fastdistill.files import write_json
 from fastdistill.organisms.organism import new_model
 from fastdistill.organisms.vocabulary import ANIMALS, world_tokenizer
 from fastdistill.organisms.world import World
+from fastdistill.runtime.atomic_files import write_json
 from fastdistill.statistics import Gate, Reading, Validity
 from fastdistill.strategies.lessons import PoolPrompt
 from fastdistill.strategies.strategy import DistillSetup, Strategy, Training

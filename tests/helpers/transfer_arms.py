@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from fastdistill.intervals import Estimate
 from fastdistill.report.arms import Arm
+from fastdistill.runtime.intervals import Estimate
 from fastdistill.statistics import Transfer
 
 NAN = math.nan

@@ -10,7 +10,6 @@ from torch import nn
 from transformers import AutoModelForCausalLM, MixtralConfig
 
 import fastdistill as fd
-from fastdistill.kernels import row_topk as row_topk  # registers an operator
 from fastdistill.quant import Int8Linear, LUT4Linear
 from fastdistill.quant.experts import Expert, ExpertStack
 from fastdistill.quant.formats import SCHEMES

@@ -9,7 +9,7 @@ import torch
 from triton import knobs
 
 import fastdistill as fd
-from fastdistill import backend
+from fastdistill.runtime import backend
 from helpers.cases import case, top_k
 
 

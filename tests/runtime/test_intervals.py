@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from fastdistill.intervals import (
+from fastdistill.runtime.intervals import (
     bootstrap_ratio,
     mean_of_clusters,
     mean_of_runs,

@@ -6,7 +6,7 @@ import io
 
 import pytest
 
-from fastdistill import progress
+from fastdistill.runtime import progress
 
 
 class Gone(io.StringIO):

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from fastdistill import FidelityReport, load_teacher
-from fastdistill.intervals import bootstrap_ratio
 from fastdistill.quant import quantize_model, save_quantized
+from fastdistill.runtime.intervals import bootstrap_ratio
 from fastdistill.teacher import Teacher
 from helpers.families import VOCAB, build, padded, texts
 

@@ -15,8 +15,8 @@ from typing import Any, Literal, NamedTuple, TypedDict
 
 import numpy as np
 
-from ...intervals import Estimate
 from ...report.arms import SEEDS, SIGNIFICANT
+from ...runtime.intervals import Estimate
 from ...statistics import equivalence, hierarchical_bootstrap, holm, mean_of_units, t_test
 from .arms import ARMS, OFF_MODEL, ON_BASE, ON_LOCKED, OWN, RELATED, WHOLE, Part, arm_names
 from .run import RESTORE_KINDS

@@ -17,9 +17,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from ...backend import versions
-from ...files import write_json
 from ...organisms.organism import ModelOrganism
+from ...runtime.atomic_files import write_json
+from ...runtime.backend import versions
 from ...runtime.checks import choice, fail
 from ...strategies.strategy import Training
 from ..executors import SERIAL, Execution, run_all

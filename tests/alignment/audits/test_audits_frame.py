@@ -26,7 +26,7 @@ from fastdistill.audits import (
 )
 from fastdistill.audits.audit import Audit, Measurement, to_config
 from fastdistill.audits.behaviour import Answer, BehavioralAudit, Question
-from fastdistill.intervals import Estimate
+from fastdistill.runtime.intervals import Estimate
 from helpers.planted import PROMPTS, planted, subject
 
 EIGHT = [1.0, 1.2, 0.9, 1.4, 1.1, 0.8, 1.3, 1.0]

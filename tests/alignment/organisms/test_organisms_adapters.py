@@ -134,7 +134,7 @@ def test_an_adapter_that_lacks_weights_is_refused_and_never_the_base_alone(adapt
 
 
 def test_an_adapter_with_a_manifest_has_its_digests_compared(adapter, tmp_path):
-    from fastdistill.files import sha256_of
+    from fastdistill.runtime.atomic_files import sha256_of
 
     names = ("adapter_config.json", "adapter_model.safetensors")
     digests = {name: sha256_of(adapter / name) for name in names}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-from fastdistill.intervals import Estimate
 from fastdistill.report.marks import (
     clip_to_axes,
     format_estimate,
@@ -16,6 +15,7 @@ from fastdistill.report.marks import (
     style,
     wrap_label,
 )
+from fastdistill.runtime.intervals import Estimate
 
 NAN = math.nan
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fastdistill.intervals import wilson
+from fastdistill.runtime.intervals import wilson
 from fastdistill.statistics import (
     Bootstrap,
     Reading,

@@ -9,7 +9,7 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 
-from fastdistill.intervals import wilson
+from fastdistill.runtime.intervals import wilson
 from fastdistill.statistics import auroc, threshold_at, true_positives
 
 

@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 
-from fastdistill.intervals import paired_difference
+from fastdistill.runtime.intervals import paired_difference
 from fastdistill.statistics import Bootstrap, hierarchical_bootstrap, paired_bootstrap
 
 

@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 
-from fastdistill.intervals import student_t_cdf
+from fastdistill.runtime.intervals import student_t_cdf
 from fastdistill.statistics import equivalence, holm, minimum_detectable_effect, t_test
 
 

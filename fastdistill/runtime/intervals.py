@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from .runtime.checks import fail
+from .checks import fail
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from . import __version__
+from .version import __version__
 
 IMPLS = ("auto", "triton", "torch", "reference")
 PACKAGES = (
@@ -114,14 +114,14 @@ def versions() -> dict[str, str]:
 
 @functools.cache
 def extension() -> Any | None:
-    """The compiled module `fastdistill._ext`; None if not built or FASTDISTILL_NO_EXT=1."""
-    return _compiled("fastdistill._ext")
+    """The compiled module `fastdistill.runtime._ext`; None if not built or FASTDISTILL_NO_EXT=1."""
+    return _compiled("fastdistill.runtime._ext")
 
 
 @functools.cache
 def cuda_extension() -> Any | None:
-    """The CUDA module `fastdistill._cuda`, under the same conditions."""
-    return _compiled("fastdistill._cuda")
+    """The CUDA module `fastdistill.runtime._cuda`, under the same conditions."""
+    return _compiled("fastdistill.runtime._cuda")
 
 
 def _compiled(name: str) -> Any | None:
