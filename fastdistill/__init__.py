@@ -13,14 +13,14 @@ from .runtime.version import __version__ as __version__
 if TYPE_CHECKING:
     from . import compat
     from .cache import CacheError, TeacherCache
-    from .dense import linear_distill_loss
     from .fidelity import FidelityReport
-    from .losses import topk_distill, topk_distill_loss
-    from .modules import LinearDistillLoss, TopKDistillLoss
-    from .outputs import DistillOutput, SelectedLogits, TokenScores, TopK
-    from .primitive import linear_lse_gather, linear_topk
+    from .losses.dense import linear_distill_loss
+    from .losses.linear_head import linear_lse_gather, linear_topk
+    from .losses.modules import LinearDistillLoss, TopKDistillLoss
+    from .losses.scores import token_scores
+    from .losses.topk import topk_distill, topk_distill_loss
+    from .losses.types import DistillOutput, SelectedLogits, TokenScores, TopK
     from .quant import Int8Linear, LUT4Linear, quantize_model, save_quantized
-    from .scores import token_scores
     from .served import ServedTeacher
     from .teacher import Teacher, load_teacher
     from .training.config import DistillConfig
@@ -56,14 +56,14 @@ __all__ = [
 
 _NAMES_OF = {
     "cache": ("CacheError", "TeacherCache"),
-    "dense": ("linear_distill_loss",),
+    "losses.dense": ("linear_distill_loss",),
     "fidelity": ("FidelityReport",),
-    "losses": ("topk_distill", "topk_distill_loss"),
-    "modules": ("LinearDistillLoss", "TopKDistillLoss"),
-    "outputs": ("DistillOutput", "SelectedLogits", "TokenScores", "TopK"),
-    "primitive": ("linear_lse_gather", "linear_topk"),
+    "losses.topk": ("topk_distill", "topk_distill_loss"),
+    "losses.modules": ("LinearDistillLoss", "TopKDistillLoss"),
+    "losses.types": ("DistillOutput", "SelectedLogits", "TokenScores", "TopK"),
+    "losses.linear_head": ("linear_lse_gather", "linear_topk"),
     "quant": ("Int8Linear", "LUT4Linear", "quantize_model", "save_quantized"),
-    "scores": ("token_scores",),
+    "losses.scores": ("token_scores",),
     "served": ("ServedTeacher",),
     "teacher": ("Teacher", "load_teacher"),
     "training.config": ("DistillConfig",),

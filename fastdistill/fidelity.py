@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .data import DistillCollator
-from .dense import linear_distill_loss
 from .examples import IGNORE_INDEX
 from .heads import LMHead, evaluating, head_of, verify_head
+from .losses.dense import linear_distill_loss
+from .losses.linear_head import linear_topk
 from .packing import BatchedForward, Rows, read_rows
-from .primitive import linear_topk
 from .runtime import checks, tensor_checks
 from .runtime.intervals import bootstrap_ratio, wilson
 from .stored_model import StoredModel

@@ -20,8 +20,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers import PreTrainedModel
 
 from .kernels.head import LMHead as LMHead
+from .losses.vocab_parallel import is_dtensor
 from .offloading import resident, resident_device
-from .parallel import is_dtensor
 
 # `logits_scaling` multiplies in these models and divides in all others.
 _SCALING_MULTIPLIES = frozenset({"hyperclovax", "hyperclovax_vision_v2"})

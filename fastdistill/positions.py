@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from .heads import evaluating, generation_settings, is_partitioned
+from .losses.vocab_parallel import is_dtensor
 from .offloading import resident_device
-from .parallel import is_dtensor
 from .runtime import checks
 
 if TYPE_CHECKING:

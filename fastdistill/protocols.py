@@ -12,7 +12,7 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor
 
 from .heads import LMHead
-from .outputs import TopK
+from .losses.types import TopK
 
 
 @runtime_checkable

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .outputs import TopK
+from .losses.types import TopK
 from .runtime.checks import fail
 from .teacher import Teacher
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .parallel import is_dtensor
+from .losses.vocab_parallel import is_dtensor
 from .teacher import Teacher
 
 _MAX_DEPTH = 5  # levels of objects and containers around a teacher's model

@@ -14,11 +14,11 @@ from transformers import PreTrainedModel
 from .checkpoint_gate import load_tokenizer
 from .fidelity import FidelityReport, measure
 from .heads import LMHead, head_of, rows_of_head, verify_head
+from .losses.linear_head import linear_topk
+from .losses.types import TopK
 from .offloading import check_whole
-from .outputs import TopK
 from .packing import BatchedForward, read_rows
 from .positions import RowLimit
-from .primitive import linear_topk
 from .quant.formats import SCHEMES
 from .quant.ops import COMPUTE
 from .runtime import checks, tensor_checks

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..dense import linear_distill_loss
+from ..losses.dense import linear_distill_loss
 from ..runtime.checks import fail
 from .audit import Audit, Measurement, PromptAudit
 from .prompts import Prompt, check_one_per_prompt, set_prompts, set_texts

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..primitive import linear_topk
+from ..losses.linear_head import linear_topk
 from .inspect_messages import EncodedInput
 from .inspect_package import inspect_ai
 from .subject import GENERATION_BATCH, Subject, TokenRow

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from ..heads import at_head, head_of
-from ..losses import topk_distill_loss
-from ..outputs import TopK
+from ..losses.topk import topk_distill_loss
+from ..losses.types import TopK
 from ..runtime.checks import fail
 from .audit import Audit, Measurement, PromptAudit
 from .prompts import Prompt, check_one_per_prompt, to_prompts

@@ -22,9 +22,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..answer_checks import AnswerRules, find_invalid, find_shape_error, row_and_position
 from ..examples import Encoder
-from ..outputs import TopK
+from ..losses.answer_checks import AnswerRules, find_invalid, find_shape_error, row_and_position
+from ..losses.types import TopK
 from ..resolve import MANIFEST, SETTINGS
 from ..runtime.atomic_files import write_json
 from ..runtime.printable import printable

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..examples import Encoder
 from ..fingerprint import tokenizer_fingerprint
-from ..outputs import TopK
+from ..losses.types import TopK
 from ..positions import check_row_lengths
 from ..runtime import checks, tensor_checks
 from ..teacher import load_teacher

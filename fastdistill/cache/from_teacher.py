@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ..answer_checks import find_shape_error
-from ..outputs import TopK
+from ..losses.answer_checks import find_shape_error
+from ..losses.types import TopK
 from ..packing import groups
 from ..teacher import Teacher
 from .build import PendingRow

@@ -26,7 +26,7 @@ import torch
 import yaml
 from numpy.typing import NDArray
 
-from ..outputs import TopK
+from ..losses.types import TopK
 from ..runtime import checks
 from ..runtime.optional import require
 from ..runtime.printable import printable

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..kernels.head import LMHead, blocks
 from ..kernels.torch_slabs import Matmul, slabs
-from ..outputs import TopK
+from ..losses.types import TopK
 
 _TOKENS = 256  # whose logits are in memory at a time
 _FP64_TOKENS = 16

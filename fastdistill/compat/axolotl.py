@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..losses import topk_distill_loss
-from ..operands import check_divergence
-from ..outputs import TopK
+from ..losses.arguments import check_divergence
+from ..losses.topk import topk_distill_loss
+from ..losses.types import TopK
 
 
 class TopKLogprobLoss(nn.Module):

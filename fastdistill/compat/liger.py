@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..dense import linear_distill_loss
+from ..losses.dense import linear_distill_loss
 from ..runtime import checks
 
 

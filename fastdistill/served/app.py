@@ -19,7 +19,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from ..outputs import TopK
+from ..losses.types import TopK
 from ..runtime.json_text import JSONError, parse_json
 from ..runtime.printable import printable
 from ..teacher import Teacher

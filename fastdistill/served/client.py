@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..fingerprint import tokenizer_fingerprint
-from ..outputs import TopK
+from ..losses.types import TopK
 from ..packing import read_rows
 from ..positions import RowLimit
 from ..runtime import backend, checks

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..answer_checks import AnswerRules, find_invalid, find_shape_error, row_and_position
-from ..outputs import TopK
+from ..losses.answer_checks import AnswerRules, find_invalid, find_shape_error, row_and_position
+from ..losses.types import TopK
 
 
 class WrongAnswer(ValueError):

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from ..outputs import TopK
+from ..losses.types import TopK
 from ..runtime.json_text import JSONError, RepeatedName, parse_json
 from ..runtime.printable import printable
 from .verdict import WrongAnswer

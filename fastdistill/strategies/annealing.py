@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..outputs import TopK
+from ..losses.types import TopK
 from ..runtime.checks import between, choice, fail
 from .jamming import TransformedTeacher, distribution, logprobs_at, mixed, outcomes
 from .strategy import RunState, Strategy, Training

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from ..audits.subject import Subject
-from ..outputs import TopK
+from ..losses.linear_head import linear_lse_gather
+from ..losses.types import TopK
 from ..packing import read_rows
-from ..primitive import linear_lse_gather
 from ..runtime.checks import between, fail, integer
 from .strategy import RunState, Strategy, Training
 

@@ -19,7 +19,7 @@ from torch.nn.functional import logsigmoid
 from torch.utils.data import SequentialSampler
 
 from ..heads import LMHead
-from ..primitive import linear_lse_gather
+from ..losses.linear_head import linear_lse_gather
 from ..runtime.checks import between, fail, positive
 from ..teacher import Teacher
 from ..training.objective import Answers, LossResult, TeacherHidden

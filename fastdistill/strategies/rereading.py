@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..audits.subject import Subject, pad_rows
-from ..outputs import TopK
+from ..losses.types import TopK
 from ..runtime.checks import fail
 from .lessons import TrainingExample
 

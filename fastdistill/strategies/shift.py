@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..outputs import TopK
+from ..losses.types import TopK
 from ..runtime.checks import between, integer
 from ..runtime.optional import require
 from .annealing import blend

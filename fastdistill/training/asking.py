@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..answer_checks import AnswerMonitor, AnswerRules, find_shape_error
 from ..cache import TeacherCache
-from ..outputs import TopK
+from ..losses.answer_checks import AnswerMonitor, AnswerRules, find_shape_error
+from ..losses.types import TopK
 from ..runtime import checks
 from ..teacher import Teacher
 from .config import DistillConfig

@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 
 from ..kernels.divergences import NAMES as DIVERGENCES
 from ..kernels.rows import TAILS
-from ..operands import check_divergence
+from ..losses.arguments import check_divergence
 from ..runtime import checks
 from ..runtime.backend import resolve_impl
 from ..runtime.json_text import parse_json

@@ -15,14 +15,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..dense import distill_dense
 from ..heads import LMHead
 from ..kernels.rows import LossOptions
-from ..losses import distill_topk
-from ..operands import Reduction
-from ..outputs import TokenScores, TopK
-from ..primitive import linear_topk
-from ..scores import token_scores
+from ..losses.arguments import Reduction
+from ..losses.dense import distill_dense
+from ..losses.linear_head import linear_topk
+from ..losses.scores import token_scores
+from ..losses.topk import distill_topk
+from ..losses.types import TokenScores, TopK
 from .config import DistillConfig
 from .histograms import histograms
 from .selection import Selection, TokenSelection, weights_of

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..cache import TeacherCache
 from ..examples import IGNORE_INDEX, Encoder
-from ..outputs import TopK
+from ..losses.types import TopK
 from ..resolve import resolve
 from ..runtime import checks
 from ..served import ServedTeacher

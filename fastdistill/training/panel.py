@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ..heads import LMHead
-from ..outputs import TopK
-from ..primitive import linear_topk
-from ..scores import token_scores
+from ..losses.linear_head import linear_topk
+from ..losses.scores import token_scores
+from ..losses.types import TopK
 from .config import DistillConfig
 from .histograms import histograms, sum_histograms
 from .objective import SCORING_TOPK, TeacherHidden

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..outputs import TokenScores
+from ..losses.types import TokenScores
 from ..runtime import checks
 from .targets import Targets
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..examples import IGNORE_INDEX
-from ..outputs import TopK
+from ..losses.types import TopK
 from ..runtime import checks
 
 MIN_TOKENS = 64  # targets needed for a decision

@@ -19,11 +19,11 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import has_length
 
-from ..answer_checks import AnswerMonitor
 from ..data import DistillCollator
 from ..examples import Encoder
 from ..generation import ends_of
 from ..heads import LMHead, is_partitioned, rows_of_head, verify_head
+from ..losses.answer_checks import AnswerMonitor
 from ..runtime import checks
 from .admission import TeacherLike, resolve_teacher
 from .arguments import check_metric, check_sampling

@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from fastdistill.outputs import TopK
+from fastdistill.losses.types import TopK
 from fastdistill.teacher import Teacher
 from helpers.answers import Answers, spread
 from helpers.example_texts import STOCK, TALK, tokenizer

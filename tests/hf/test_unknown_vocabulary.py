@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastdistill import ServedTeacher, TeacherCache
-from fastdistill.outputs import TopK
+from fastdistill.losses.types import TopK
 from fastdistill.remembering import MemoizedTeacher
 from fastdistill.teacher import Teacher
 from helpers.served import vllm

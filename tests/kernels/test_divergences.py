@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from fastdistill import reference
 from fastdistill.kernels.divergences import NAMES, resolve
+from fastdistill.losses import reference
 
 
 def distributions(seed=0, V=11):

@@ -153,7 +153,7 @@ def test_k_is_the_vocabulary(divergence, tail, with_tail):
     teacher = top_k(c.teacher_logits, 20, tail=with_tail)
     found = run(c, teacher, divergence=divergence, tail=tail)
     x, w = leaves(c.hidden, c.weight)
-    from fastdistill import reference
+    from fastdistill.losses import reference
 
     q, p = (x @ w.t()).softmax(-1), c.teacher_logits.softmax(-1)
     truth = reference.divergence(divergence, p, q, 0.5, 0.1).mean()

@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from fastdistill import Teacher, topk_distill_loss
-from fastdistill.answer_checks import (
+from fastdistill.heads import LMHead
+from fastdistill.losses.answer_checks import (
     AnswerMonitor,
     AnswerRules,
     find_invalid,
     find_shape_error,
     measure,
 )
-from fastdistill.heads import LMHead
-from fastdistill.outputs import TopK
+from fastdistill.losses.types import TopK
 from helpers.answers import Answers
 from helpers.training import VOCAB, build, peaked, ragged, train
 

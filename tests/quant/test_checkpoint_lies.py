@@ -8,7 +8,7 @@ import torch
 
 from fastdistill import CacheError, load_teacher
 from fastdistill.checkpoint_gate import check_folder, load_tokenizer
-from fastdistill.checks import fail
+from fastdistill.losses.checks import fail
 from fastdistill.positions import row_limit
 from fastdistill.quant import load_quantized, quantize_model, save_quantized
 from fastdistill.quant.tensor_files import CheckpointError

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastdistill.heads import head_of
-from fastdistill.outputs import TopK
+from fastdistill.losses.types import TopK
 from fastdistill.protocols import DenseTeacher
 from fastdistill.teacher import Teacher
 from fastdistill.training.asking import get_answers
@@ -46,7 +46,7 @@ def test_the_head_of_a_teacher_here_runs_on_the_targets_alone(tmp_path, monkeypa
         "linear_topk",
         lambda x, *a, **o: (seen.append(len(x)), linear_topk(x, *a, **o))[1],
     )
-    linear_topk = __import__("fastdistill.primitive", fromlist=["linear_topk"]).linear_topk
+    linear_topk = __import__("fastdistill.losses.linear_head", fromlist=["linear_topk"]).linear_topk
     targets, answers = get_answers(Teacher(peaked()), BATCH, build(tmp_path).args, check=False)
     assert sum(seen) == len(targets.labels) == 14
     assert answers.ids.shape == (14, 8)

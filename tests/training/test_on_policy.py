@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastdistill.outputs import TopK
+from fastdistill.losses.types import TopK
 from fastdistill.training.sampling import is_on_policy, sample
 from helpers.training import build, llama, peaked, ragged, step_losses, train, weights
 

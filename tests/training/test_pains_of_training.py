@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.profiler import profile
 
-from fastdistill.outputs import TopK
+from fastdistill.losses.types import TopK
 from fastdistill.teacher import Teacher
 from helpers.answers import Answers, spread
 from helpers.families import build as family

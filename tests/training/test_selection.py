@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastdistill.outputs import TokenScores
+from fastdistill.losses.types import TokenScores
 from fastdistill.training.selection import SCORES, TokenSelection, selection_of, weights_of
 from fastdistill.training.targets import targets_of
 

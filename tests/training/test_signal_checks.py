@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastdistill import Teacher, TeacherCache
-from fastdistill.outputs import TopK
+from fastdistill.losses.types import TopK
 from fastdistill.training.signal_checks import (
     Signal,
     check_teacher_matches_text,

@@ -6,7 +6,7 @@ import torch
 
 from fastdistill.data import padded
 from fastdistill.examples import EncodedExample
-from fastdistill.outputs import TopK
+from fastdistill.losses.types import TopK
 from fastdistill.training.targets import targets_of
 
 IDS = torch.tensor([5, 6, 7, 8])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from fastdistill.outputs import TopK
+from fastdistill.losses.types import TopK
 from fastdistill.teacher import Teacher
 from fastdistill.training.trainer import DistillTrainer
 from helpers.training import VOCAB, config, dense, llama, ragged, step_losses, train, weights

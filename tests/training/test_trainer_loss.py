@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastdistill.outputs import TopK
-from fastdistill.primitive import linear_lse_gather
+from fastdistill.losses.linear_head import linear_lse_gather
+from fastdistill.losses.types import TopK
 from fastdistill.training.objective import Loss, LossResult, TeacherHidden
 from fastdistill.training.targets import Targets
 from helpers.training import build, config, llama, peaked, ragged, step_losses, train, weights

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastdistill.outputs import TopK
+from fastdistill.losses.types import TopK
 from fastdistill.remembering import MemoizedTeacher
 from fastdistill.teacher import Teacher
 from helpers.teacher_scene import IDS

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastdistill.outputs import TopK
+from fastdistill.losses.types import TopK
 from fastdistill.strategies.annealing import TAID, ReferenceKL
 from fastdistill.strategies.baselines import OffModelSFT, Undefended
 from fastdistill.strategies.distil import distill

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from fastdistill.outputs import TopK
+from fastdistill.losses.types import TopK
 from fastdistill.strategies.annealing import TAID, ReferenceKL
 from fastdistill.strategies.baselines import OffModelSFT, Undefended
 from fastdistill.strategies.jamming import LogitJam, _normal, distribution, mixed, outcomes

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load, save
 
 from fastdistill import Teacher
-from fastdistill.outputs import TopK
+from fastdistill.losses.types import TopK
 from fastdistill.served import NoAnswer, ServedTeacher, WrongAnswer, app
 from fastdistill.served.connection import _retry_after, message_of
 from fastdistill.served.described import ServerInfo

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fastdistill import Teacher
-from fastdistill.outputs import TopK
+from fastdistill.losses.types import TopK
 from fastdistill.served import ServedTeacher, WrongAnswer
 from fastdistill.served.probing import are_logits
 from helpers.served import MODEL, VLLM, ours, vllm

@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..kernels.divergences import NAMES, floor_of, minimum_of
+from ..kernels.head import LMHead
+from ..kernels.rows import TAILS, LossOptions, TeacherTopK, merge_repeats
+from ..runtime import checks, tensor_checks
 from .checks import check_head, check_labels, check_vocabulary
-from .kernels.divergences import NAMES, floor_of, minimum_of
-from .kernels.head import LMHead
-from .kernels.rows import TAILS, LossOptions, TeacherTopK, merge_repeats
-from .outputs import TopK
-from .parallel import Placement, Shard, is_dtensor, nonempty_rows, shard_of
-from .runtime import checks, tensor_checks
+from .types import TopK
+from .vocab_parallel import Placement, Shard, is_dtensor, nonempty_rows, shard_of
 
 
 class Operands(NamedTuple):

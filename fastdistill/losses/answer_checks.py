@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .outputs import TopK
+from .types import TopK
 
 ROUNDING = 1e-3  # error of a sum of probabilities computed in fp32 or from 16-bit logits
 _LOW = (torch.float16, torch.bfloat16)  # coarser last

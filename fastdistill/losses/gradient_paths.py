@@ -15,18 +15,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..kernels.backends import get_backend
+from ..kernels.head import LMHead, needed, round_scaled
+from ..kernels.op_common import or_none
+from ..kernels.op_losses import raise_no_second_derivative, scale_saved
+from ..kernels.rows import Gathered, LossOptions, entropy_of, first_slots, token_loss_forward
+from ..kernels.topk_loss import FusedLoss, callable_token_loss, named_token_loss
+from ..kernels.topk_loss import fused as fused_loss
+from ..runtime import checks
+from .arguments import LossTerms, Operands, Reduction, TeacherRows, TokenWeights, check_fused
 from .checks import check_grad_filter
-from .kernels.backends import get_backend
-from .kernels.head import LMHead, needed, round_scaled
-from .kernels.op_common import or_none
-from .kernels.op_losses import raise_no_second_derivative, scale_saved
-from .kernels.rows import Gathered, LossOptions, entropy_of, first_slots, token_loss_forward
-from .kernels.topk_loss import FusedLoss, callable_token_loss, named_token_loss
-from .kernels.topk_loss import fused as fused_loss
-from .operands import LossTerms, Operands, Reduction, TeacherRows, TokenWeights, check_fused
-from .outputs import DistillOutput
-from .parallel import backend_of, gather_logits, lse_gather
-from .runtime import checks
+from .types import DistillOutput
+from .vocab_parallel import backend_of, gather_logits, lse_gather
 
 
 class TopKCall(NamedTuple):

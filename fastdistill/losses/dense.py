@@ -7,14 +7,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .fused import empty_output, keep_gradients, needs
-from .kernels.backends import get_backend
-from .kernels.dense_loss import DenseLoss, dense
-from .kernels.head import LMHead, needed
-from .kernels.op_dense import dense_loss, dense_rows
-from .kernels.rows import LossOptions
-from .losses import Divergence
-from .operands import (
+from ..kernels.backends import get_backend
+from ..kernels.dense_loss import DenseLoss, dense
+from ..kernels.head import LMHead, needed
+from ..kernels.op_dense import dense_loss, dense_rows
+from ..kernels.rows import LossOptions
+from ..runtime import checks, tensor_checks
+from ..runtime.backend import resolve_impl
+from .arguments import (
     Operands,
     Reduction,
     TokenWeights,
@@ -24,8 +24,8 @@ from .operands import (
     operands,
     token_weights,
 )
-from .runtime import checks, tensor_checks
-from .runtime.backend import resolve_impl
+from .gradient_paths import empty_output, keep_gradients, needs
+from .topk import Divergence
 
 
 def linear_distill_loss(

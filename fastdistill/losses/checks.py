@@ -12,19 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels.head import LMHead
+from ..kernels.rows import LossOptions
+from ..runtime.checks import fail, number, positive
+from ..runtime.tensor_checks import FLOATS, INTS, like_tokens, same_device, tensor, values_readable
 from .answer_checks import AnswerRules, find_invalid
-from .kernels.head import LMHead
-from .kernels.rows import LossOptions
-from .outputs import TopK
-from .runtime.checks import fail, number, positive
-from .runtime.tensor_checks import (
-    FLOATS,
-    INTS,
-    like_tokens,
-    same_device,
-    tensor,
-    values_readable,
-)
+from .types import TopK
 
 
 def check_head(hidden: Any, lm_head: LMHead, prefix: str = "") -> None:

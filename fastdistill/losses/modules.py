@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..kernels.rows import LossOptions
+from .arguments import check_options
 from .dense import linear_distill_loss
-from .kernels.rows import LossOptions
-from .losses import topk_distill_loss
-from .operands import check_options
-from .outputs import TopK
+from .topk import topk_distill_loss
+from .types import TopK
 
 
 class _FixedOptions(nn.Module):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .kernels.row_topk import by_sorting, library, row_topk
-from .runtime import backend
+from ..kernels.row_topk import by_sorting, library, row_topk
+from ..runtime import backend
 
 
 def _on_cpu(z: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:

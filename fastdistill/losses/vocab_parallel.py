@@ -23,11 +23,11 @@ from torch import distributed as dist
 from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .kernels import op_gather
-from .kernels.head import LMHead, Stats, chunk_tokens
-from .kernels.op_common import or_empty, or_none
-from .kernels.rows import ABSENT, NEG
-from .runtime import checks, tensor_checks
+from ..kernels import op_gather
+from ..kernels.head import LMHead, Stats, chunk_tokens
+from ..kernels.op_common import or_empty, or_none
+from ..kernels.rows import ABSENT, NEG
+from ..runtime import checks, tensor_checks
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

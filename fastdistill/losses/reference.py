@@ -13,10 +13,10 @@ import math
 import torch
 from torch import Tensor
 
-from .kernels.head import LMHead
-from .kernels.rows import LossOptions, TeacherTopK
-from .operands import LossTerms
-from .outputs import SelectedLogits, TokenScores, TopK
+from ..kernels.head import LMHead
+from ..kernels.rows import LossOptions, TeacherTopK
+from .arguments import LossTerms
+from .types import SelectedLogits, TokenScores, TopK
 
 
 def logits(hidden: Tensor, head: LMHead) -> Tensor:

@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..kernels.backends import get_backend
+from ..kernels.head import LMHead
+from ..kernels.rows import ABSENT, Gathered, entropy_of, first_slots
+from ..kernels.topk import topk
+from ..runtime import checks
+from ..runtime.backend import resolve_impl
+from .arguments import operands
 from .checks import check_ids
-from .kernels.backends import get_backend
-from .kernels.head import LMHead
-from .kernels.rows import ABSENT, Gathered, entropy_of, first_slots
-from .kernels.topk import topk
-from .operands import operands
-from .outputs import SelectedLogits, TopK
-from .parallel import check_same_on_all_ranks, distribute_head, lse_gather
-from .runtime import checks
-from .runtime.backend import resolve_impl
+from .types import SelectedLogits, TopK
+from .vocab_parallel import check_same_on_all_ranks, distribute_head, lse_gather
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from torch import Tensor
 
-from .checks import check_teacher
-from .fused import TopKCall, empty_output, path_of, terms_of
-from .kernels.head import LMHead
-from .kernels.op_losses import topk_loss
-from .kernels.rows import LossOptions
-from .operands import (
+from ..kernels.head import LMHead
+from ..kernels.op_losses import topk_loss
+from ..kernels.rows import LossOptions
+from ..runtime.backend import resolve_impl
+from .arguments import (
     LossTerms,
     Reduction,
     check_options,
@@ -29,9 +28,10 @@ from .operands import (
     to_teacher_rows,
     token_weights,
 )
-from .outputs import DistillOutput, TopK
-from .parallel import check_same_on_all_ranks, distribute_head
-from .runtime.backend import resolve_impl
+from .checks import check_teacher
+from .gradient_paths import TopKCall, empty_output, path_of, terms_of
+from .types import DistillOutput, TopK
+from .vocab_parallel import check_same_on_all_ranks, distribute_head
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

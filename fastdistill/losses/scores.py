@@ -5,15 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..kernels.backends import get_backend
+from ..kernels.head import LMHead
+from ..kernels.row_scores import scores
+from ..kernels.rows import Gathered, LossOptions, TeacherTopK, token_loss_forward
+from ..runtime.backend import resolve_impl
+from .arguments import Operands, Reduction, TeacherRows, operands, to_teacher_rows
 from .checks import check_labels, check_teacher
-from .kernels.backends import get_backend
-from .kernels.head import LMHead
-from .kernels.row_scores import scores
-from .kernels.rows import Gathered, LossOptions, TeacherTopK, token_loss_forward
-from .operands import Operands, Reduction, TeacherRows, operands, to_teacher_rows
-from .outputs import TokenScores, TopK
-from .parallel import gather_logits
-from .runtime.backend import resolve_impl
+from .types import TokenScores, TopK
+from .vocab_parallel import gather_logits
 
 
 @torch.no_grad()

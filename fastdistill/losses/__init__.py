@@ -1,0 +1,1 @@
+"""The public losses, scores and top k over hidden states and an LM head."""
