@@ -39,6 +39,8 @@ PACKAGES = [
     "fastdistill.organisms",
     "fastdistill.plan",
     "fastdistill.quant",
+    "fastdistill.quant.backends",
+    "fastdistill.quant.formats",
     "fastdistill.report",
     "fastdistill.runtime",
     "fastdistill.served",

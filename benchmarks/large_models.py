@@ -14,9 +14,9 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config
 
-from fastdistill.quant.formats import quantize
 from fastdistill.quant.linear import linear_of
 from fastdistill.quant.model import targets
+from fastdistill.quant.schemes import quantize
 
 from .data import device
 from .shapes import Shape

@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 import fastdistill as fd
 from fastdistill import corpus
 from fastdistill.demo_models import shipped_teacher
-from fastdistill.quant.formats import SCHEMES
 from fastdistill.quant.model import targets
+from fastdistill.quant.schemes import SCHEMES
 
 from . import quant_peers
 from .registry import attempt

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdistill.quant.engines import TORCH
+from fastdistill.quant.backends.table import TORCH
 
 from .peers import named
 from .registry import Missing

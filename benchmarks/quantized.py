@@ -20,9 +20,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from fastdistill.kernels.row_topk import by_sorting
 from fastdistill.losses.cpu_topk import row_topk
 from fastdistill.quant import Int8Linear, LUT4Linear
-from fastdistill.quant.engines import engine_for
-from fastdistill.quant.formats import quantize
+from fastdistill.quant.backends.table import engine_for
 from fastdistill.quant.linear import dequantize
+from fastdistill.quant.schemes import quantize
 from fastdistill.runtime import backend
 
 from . import quant_peers

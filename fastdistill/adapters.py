@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .checkpoint_gate import ADAPTER, as_checkpoint_error, check_folder
-from .quant.header import keep_untied
-from .quant.tensor_files import (
+from .quant.formats.checkpoint_gate import ADAPTER, as_checkpoint_error, check_folder
+from .quant.formats.header import keep_untied
+from .quant.formats.tensor_files import (
     TensorFiles,
     check_inside,
     fail_checkpoint,

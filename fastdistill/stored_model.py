@@ -13,11 +13,17 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 
-from .checkpoint_gate import ADAPTER, CONFIG, TOKENIZER, as_checkpoint_error, load_config
-from .quant.checkpoint import check_stored_method, method_of
-from .quant.conversion import check_all_used
-from .quant.header import check_header, keep_untied
-from .quant.tensor_files import TensorFiles, read_json
+from .quant.formats.checkpoint_gate import (
+    ADAPTER,
+    CONFIG,
+    TOKENIZER,
+    as_checkpoint_error,
+    load_config,
+)
+from .quant.formats.conversion import check_all_used
+from .quant.formats.detect import check_stored_method, method_of
+from .quant.formats.header import check_header, keep_untied
+from .quant.formats.tensor_files import TensorFiles, read_json
 from .resolve import is_adapter, resolve
 from .runtime import checks
 from .runtime.printable import printable

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .checkpoint_gate import load_tokenizer
 from .fidelity import FidelityReport, measure
 from .heads import LMHead, head_of, rows_of_head, verify_head
 from .losses.linear_head import linear_topk
@@ -19,8 +18,9 @@ from .losses.types import TopK
 from .offloading import check_whole
 from .packing import BatchedForward, read_rows
 from .positions import RowLimit
-from .quant.formats import SCHEMES
+from .quant.formats.checkpoint_gate import load_tokenizer
 from .quant.ops import COMPUTE
+from .quant.schemes import SCHEMES
 from .runtime import checks, tensor_checks
 from .stored_model import StoredModel
 

@@ -17,12 +17,12 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import LogitsProcessor, PreTrainedModel
 
 from ..chat import turn_end
-from ..checkpoint_gate import load_tokenizer
 from ..generation import can_batch, ends_of, generate_rows, ordinary_ends, special_ids
 from ..heads import LMHead, evaluating, head_of, verify_head
 from ..losses.linear_head import linear_lse_gather
 from ..packing import BatchedForward, read_rows
 from ..positions import check_room
+from ..quant.formats.checkpoint_gate import load_tokenizer
 from ..runtime.checks import fail
 from ..runtime.printable import printable
 from ..stored_model import StoredModel

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from transformers.utils import logging as transformers_logging
 
-from ..checkpoint_gate import load_tokenizer
 from ..heads import rows_of_head
 from ..plan.shapes import config_of, empty_model
+from ..quant.formats.checkpoint_gate import load_tokenizer
 from ..runtime.backend import local_rank
 from ..runtime.printable import printable
 from ..stored_model import StoredModel, tokenizer_folder

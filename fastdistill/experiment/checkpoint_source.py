@@ -19,9 +19,9 @@ from ..audits.generic import GENERIC_PROBES
 from ..audits.probes import Probes
 from ..audits.prompts import Prompt
 from ..audits.subject import Subject
-from ..checkpoint_gate import DOCUMENTS
 from ..json_lines import JsonLines
 from ..organisms.stored import load_organism
+from ..quant.formats.checkpoint_gate import DOCUMENTS
 from ..resolve import is_adapter
 from ..runtime.atomic_files import sha256_of
 from ..runtime.checks import fail

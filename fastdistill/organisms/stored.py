@@ -17,8 +17,8 @@ import torch
 
 from ..audits.probes import PROBES, Probes
 from ..audits.subject import Subject
-from ..checkpoint_gate import DOCUMENTS
-from ..quant.tensor_files import CheckpointError, check_inside, read_json
+from ..quant.formats.checkpoint_gate import DOCUMENTS
+from ..quant.formats.tensor_files import CheckpointError, check_inside, read_json
 from ..resolve import is_adapter, is_url, resolve
 from ..runtime.atomic_files import sha256_of, sync, write_json
 from ..runtime.backend import versions

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..quant.formats import SCHEMES
+from ..quant.schemes import SCHEMES
 from ..runtime import checks
 from .optimisers import OPTIMIZERS
 from .shapes import Shapes

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from ..checkpoint_gate import CONFIG, load_config
 from ..heads import head_module
-from ..quant.formats import BLOCK, Int8Weight, Lut4Weight, QuantWeight
+from ..quant.formats.checkpoint_gate import CONFIG, load_config
 from ..quant.model import stacks, targets
+from ..quant.schemes import BLOCK, Int8Weight, Lut4Weight, QuantWeight
 from ..resolve import is_adapter, resolve
 from ..runtime.printable import printable
 from ..stored_model import StoredModel, fetched_folder

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ..runtime.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from .checkpoint import CheckpointError, is_quantized_checkpoint
+    from .formats.detect import CheckpointError, is_quantized_checkpoint
     from .linear import Int8Linear, LUT4Linear
     from .loading import load_quantized
     from .model import quantize_model
@@ -25,10 +25,10 @@ __all__ = [
 ]
 
 _MODULE_OF = {
-    "CheckpointError": "checkpoint",
+    "CheckpointError": "formats.detect",
     "Int8Linear": "linear",
     "LUT4Linear": "linear",
-    "is_quantized_checkpoint": "checkpoint",
+    "is_quantized_checkpoint": "formats.detect",
     "load_quantized": "loading",
     "quantize_model": "model",
     "save_quantized": "saving",

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from ..runtime import checks
 from ..runtime.checks import fail
-from .formats import Lut4Weight, QuantWeight
 from .linear import Parts, QuantizedWeight, product, row_scale
 from .ops import COMPUTE
+from .schemes import Lut4Weight, QuantWeight
 
 
 class ExpertStack(QuantizedWeight):

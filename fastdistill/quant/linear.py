@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..runtime import checks
 from ..runtime.checks import fail
 from . import ops
-from .formats import (
+from .schemes import (
     BLOCK,
     NESTED,
     Int8Weight,

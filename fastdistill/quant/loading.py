@@ -20,17 +20,17 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.core_model_loading import WeightRenaming
 
-from ..checkpoint_gate import as_checkpoint_error, load_config
 from ..runtime import checks
 from ..runtime.progress import track
-from .checkpoint import Checkpoint, open_checkpoint
-from .conversion import check_all_used, check_no_duplicates, conversion_of
-from .formats import SCHEMES, QuantWeight, quantize
-from .header import check_header, keep_untied
+from .formats.checkpoint_gate import as_checkpoint_error, load_config
+from .formats.conversion import check_all_used, check_no_duplicates, conversion_of
+from .formats.detect import Checkpoint, open_checkpoint
+from .formats.header import check_header, keep_untied
+from .formats.tensor_files import CheckpointError, fail_checkpoint, reading
 from .linear import QuantizedWeight
 from .model import is_conv1d, put, quantizable, rows_of, warn_about_full_precision
 from .ops import COMPUTE
-from .tensor_files import CheckpointError, fail_checkpoint, reading
+from .schemes import SCHEMES, QuantWeight, quantize
 
 Read = Callable[[], Any]
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from ..runtime import checks
 from .experts import ExpertStack, expert_parameters, put_experts
-from .formats import SCHEMES, QuantWeight, quantize
 from .linear import linear_of
 from .ops import COMPUTE, unsupported_reason
+from .schemes import SCHEMES, QuantWeight, quantize
 
 # Routers are small, and rounding there would change the experts of a token.
 _ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})

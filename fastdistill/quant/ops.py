@@ -35,10 +35,10 @@ from torch.nn import functional as F
 
 from ..runtime import checks
 from ..runtime.checks import fail
-from .engines import QuantEngine, engine_for, fast_int8_on_cpu
-from .formats import NESTED, Int8Weight, Lut4Weight, Nested, check_row_vector, short
-from .native import FLOATS
-from .torch_ops import FP8, TOP
+from .backends.native import FLOATS
+from .backends.table import QuantEngine, engine_for, fast_int8_on_cpu
+from .backends.torch_ops import FP8, TOP
+from .schemes import NESTED, Int8Weight, Lut4Weight, Nested, check_row_vector, short
 
 COMPUTE = ("auto", "exact", "int8", "fp8")
 # Columns that share one activation scale on a CPU. With 4-bit weights at most the columns of one

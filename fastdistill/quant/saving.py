@@ -18,9 +18,9 @@ from transformers import PreTrainedModel
 
 from ..runtime.atomic_files import sync
 from .experts import ExpertStack
+from .formats.own_format import KEY, VERSION, metadata, tensors_of
+from .formats.tensor_files import INDEX, SINGLE
 from .linear import QuantizedWeight
-from .own_format import KEY, VERSION, metadata, tensors_of
-from .tensor_files import INDEX, SINGLE
 
 
 @torch.no_grad()

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from fastdistill.quant import Int8Linear, LUT4Linear
-from fastdistill.quant.engines import CUDA, TORCH, QuantEngine, triton
-from fastdistill.quant.formats import Lut4Weight, quantize
-from fastdistill.quant.torch_ops import FP8, TOP
+from fastdistill.quant.backends.table import CUDA, TORCH, QuantEngine, triton
+from fastdistill.quant.backends.torch_ops import FP8, TOP
+from fastdistill.quant.schemes import Lut4Weight, quantize
 from fastdistill.runtime import backend
 from helpers.gpu_checks import DEVICE
 from helpers.quant_engines import flat_reference, random_lut4

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fastdistill.quant import engines, ops
-from fastdistill.quant.formats import Lut4Weight, Nested, table
+from fastdistill.quant import ops
+from fastdistill.quant.backends import table as engines
+from fastdistill.quant.schemes import Lut4Weight, Nested, table
 from fastdistill.runtime import backend
 
 if TYPE_CHECKING:

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from fastdistill.quant import own_format
-from fastdistill.quant.checkpoint import open_checkpoint
-from fastdistill.quant.formats import Int8Weight, Lut4Weight, quantize
-from fastdistill.quant.torch_ops import int8_dequant, lut4_dequant
+from fastdistill.quant.backends.torch_ops import int8_dequant, lut4_dequant
+from fastdistill.quant.formats import own_format
+from fastdistill.quant.formats.detect import open_checkpoint
+from fastdistill.quant.schemes import Int8Weight, Lut4Weight, quantize
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 W = "model.layers.0.mlp.up_proj.weight"

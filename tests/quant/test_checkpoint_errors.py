@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fastdistill.quant.checkpoint import (
+from fastdistill.quant.formats.detect import (
     CheckpointError,
     TensorFiles,
     is_quantized_checkpoint,

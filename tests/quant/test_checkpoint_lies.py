@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from fastdistill import CacheError, load_teacher
-from fastdistill.checkpoint_gate import check_folder, load_tokenizer
 from fastdistill.losses.checks import fail
 from fastdistill.positions import row_limit
 from fastdistill.quant import load_quantized, quantize_model, save_quantized
-from fastdistill.quant.tensor_files import CheckpointError
+from fastdistill.quant.formats.checkpoint_gate import check_folder, load_tokenizer
+from fastdistill.quant.formats.tensor_files import CheckpointError
 from fastdistill.stored_model import load_whole
 from helpers.gguf_writer import write
 from helpers.small_checkpoint import LOADERS, edit, edit_weights, logits, shard, small

@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from fastdistill.quant.checkpoint import CheckpointError, open_checkpoint
-from fastdistill.quant.gguf_metadata import read_metadata
+from fastdistill.quant.formats.detect import CheckpointError, open_checkpoint
+from fastdistill.quant.formats.gguf_metadata import read_metadata
 from helpers.gguf_writer import write
 
 REQUIRED = {

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
 import fastdistill as fd
 from fastdistill.quant import CheckpointError, load_quantized
 from fastdistill.quant.experts import ExpertStack
-from fastdistill.quant.formats import SCHEMES
+from fastdistill.quant.schemes import SCHEMES
 from helpers.quant_models import CONFIGS, SIZES, logits, model_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch_dtype:FutureWarning")

@@ -5,9 +5,13 @@ import shutil
 import pytest
 import torch
 
-from fastdistill.quant import own_format
-from fastdistill.quant.checkpoint import CheckpointError, is_quantized_checkpoint, open_checkpoint
-from fastdistill.quant.formats import quantize
+from fastdistill.quant.formats import own_format
+from fastdistill.quant.formats.detect import (
+    CheckpointError,
+    is_quantized_checkpoint,
+    open_checkpoint,
+)
+from fastdistill.quant.schemes import quantize
 from helpers.stored import W, int4, nested_weight, read_all, store_own
 
 

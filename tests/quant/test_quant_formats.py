@@ -9,7 +9,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fastdistill.quant.formats import (
+from fastdistill.quant.linear import dequantize
+from fastdistill.quant.schemes import (
     FP4,
     NF4,
     SCHEMES,
@@ -20,7 +21,6 @@ from fastdistill.quant.formats import (
     table,
     unpack_nibbles,
 )
-from fastdistill.quant.linear import dequantize
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from fastdistill.quant import Int8Linear, LUT4Linear, ops
-from fastdistill.quant.engines import TORCH
-from fastdistill.quant.formats import int8_table
+from fastdistill.quant.backends.table import TORCH
+from fastdistill.quant.backends.torch_ops import FP8
 from fastdistill.quant.linear import dequantize
-from fastdistill.quant.torch_ops import FP8
+from fastdistill.quant.schemes import int8_table
 from helpers.quant_engines import NAMES, flat_reference, random_lut4, use
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastdistill.quant import Int8Linear, LUT4Linear
-from fastdistill.quant.formats import quantize
+from fastdistill.quant.schemes import quantize
 
 N, K, BLOCK = 8, 64, 16
 KINDS = {"nf4": LUT4Linear, "int8": Int8Linear}

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 import fastdistill as fd
 from fastdistill.quant import Int8Linear, LUT4Linear
 from fastdistill.quant.experts import Expert, ExpertStack
-from fastdistill.quant.formats import SCHEMES
 from fastdistill.quant.linear import QuantizedWeight
+from fastdistill.quant.schemes import SCHEMES
 from helpers.quant_models import CONFIGS, SIZES, logits, model_of
 
 

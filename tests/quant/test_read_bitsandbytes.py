@@ -10,8 +10,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 
-from fastdistill.quant.checkpoint import CheckpointError, is_quantized_checkpoint, open_checkpoint
-from fastdistill.quant.formats import Int8Weight, Lut4Weight, Nested, unpack_nibbles
+from fastdistill.quant.formats.detect import (
+    CheckpointError,
+    is_quantized_checkpoint,
+    open_checkpoint,
+)
+from fastdistill.quant.schemes import Int8Weight, Lut4Weight, Nested, unpack_nibbles
 from helpers.stored import DTYPES, golden, store, values, write_golden
 
 SETTINGS = {"quant_method": "bitsandbytes", "load_in_4bit": True}

@@ -9,9 +9,13 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from fastdistill.quant.checkpoint import CheckpointError, is_quantized_checkpoint, open_checkpoint
-from fastdistill.quant.formats import CENTERED, Int8Weight, Lut4Weight
-from fastdistill.quant.read_gguf import q4_0, q8_0
+from fastdistill.quant.formats.detect import (
+    CheckpointError,
+    is_quantized_checkpoint,
+    open_checkpoint,
+)
+from fastdistill.quant.formats.gguf import q4_0, q8_0
+from fastdistill.quant.schemes import CENTERED, Int8Weight, Lut4Weight
 from helpers.gguf_writer import write
 from helpers.stored import DTYPES, read_all, values
 

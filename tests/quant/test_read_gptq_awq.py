@@ -7,9 +7,9 @@ codes; what a layer means is computed from the codes before they are packed.
 import pytest
 import torch
 
-from fastdistill.quant.checkpoint import CheckpointError, open_checkpoint
-from fastdistill.quant.formats import UNSIGNED
-from fastdistill.quant.read_awq import ORDER
+from fastdistill.quant.formats.awq import ORDER
+from fastdistill.quant.formats.detect import CheckpointError, open_checkpoint
+from fastdistill.quant.schemes import UNSIGNED
 from helpers.stored import DTYPES, golden, store, values, write_golden
 
 LAYER = "model.layers.1.mlp.up_proj"

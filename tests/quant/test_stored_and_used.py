@@ -6,7 +6,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from fastdistill.quant import load_quantized, quantize_model, save_quantized
-from fastdistill.quant.tensor_files import CheckpointError
+from fastdistill.quant.formats.tensor_files import CheckpointError
 from fastdistill.stored_model import load_whole
 from helpers.small_checkpoint import edit, edit_weights, logits, small
 

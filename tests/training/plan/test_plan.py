@@ -18,7 +18,7 @@ from fastdistill.plan.optimisers import optimizer_memory
 from fastdistill.plan.shapes import bytes_of, empty_model, quantized_size, shapes_of
 from fastdistill.plan.sizes import read_bytes
 from fastdistill.quant import quantize_model
-from fastdistill.quant.formats import SCHEMES
+from fastdistill.quant.schemes import SCHEMES
 
 SMALL = {
     "vocab_size": 500,

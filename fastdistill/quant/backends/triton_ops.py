@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..kernels.triton_quant import lut4_dequant as expand
-from ..kernels.triton_quant import lut4_dequant_nested as expand_nested
-from ..kernels.triton_quant import quantize_rows as round_rows
-from .formats import Lut4Weight, Nested
+from ...kernels.triton_quant import lut4_dequant as expand
+from ...kernels.triton_quant import lut4_dequant_nested as expand_nested
+from ...kernels.triton_quant import quantize_rows as round_rows
+from ..schemes import Lut4Weight, Nested
 
 
 def lut4_dequant(weight: Lut4Weight, out: Tensor, row_inverse: Tensor | None = None) -> None:

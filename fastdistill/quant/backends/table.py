@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..runtime import backend
+from ...runtime import backend
 from . import native, torch_ops
 
 

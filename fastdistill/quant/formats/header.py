@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ..checkpoint_gate import as_checkpoint_error
+from .checkpoint_gate import as_checkpoint_error
 from .conversion import check_no_duplicates, conversion_of
 from .tensor_files import TensorFiles, fail_checkpoint
 

@@ -17,8 +17,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from ..runtime.checks import fail
-from ..runtime.optional import require
+from ...runtime.checks import fail
+from ...runtime.optional import require
 from .tensor_files import CheckpointError, check_not_pickle, reading
 
 MAGIC = b"GGUF"

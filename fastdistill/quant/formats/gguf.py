@@ -30,9 +30,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..runtime import checks
-from ..runtime.checks import fail
-from .formats import Int8Weight, Lut4Weight, QuantWeight, pack_nibbles, table
+from ...runtime import checks
+from ...runtime.checks import fail
+from ..schemes import Int8Weight, Lut4Weight, QuantWeight, pack_nibbles, table
 from .gguf_header import GGUFHeader, GGUFTensor, gguf_package, read_header
 from .gguf_metadata import check_scale, read_metadata
 from .tensor_files import Thunk, fail_checkpoint, reading

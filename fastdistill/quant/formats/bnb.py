@@ -30,9 +30,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..runtime.checks import fail
-from ..runtime.json_text import parse_json
-from .formats import Int8Weight, Lut4Weight, Nested
+from ...runtime.checks import fail
+from ...runtime.json_text import parse_json
+from ..schemes import Int8Weight, Lut4Weight, Nested
 from .tensor_files import TensorFiles, Thunk, block_of, reading, shape_of, with_plain
 
 STATE = ".quant_state.bitsandbytes__"

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from ..runtime.printable import printable
+from ...runtime.printable import printable
 from .tensor_files import TensorFiles, fail_checkpoint
 
 _MAX_LISTED = 3

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import own_format, read_awq, read_bitsandbytes, read_gptq
+from . import awq, bnb, gptq, own_format
+from .gguf import read_gguf
 from .gguf_header import MAGIC
-from .read_gguf import read_gguf
 from .tensor_files import (
     CheckpointError,
     TensorFiles,
@@ -33,9 +33,9 @@ __all__ = [
 ]
 
 _READERS: dict[str, Callable[[TensorFiles, dict[str, Any]], dict[str, Thunk]]] = {
-    "bitsandbytes": read_bitsandbytes.weights,
-    "gptq": read_gptq.weights,
-    "awq": read_awq.weights,
+    "bitsandbytes": bnb.weights,
+    "gptq": gptq.weights,
+    "awq": awq.weights,
     own_format.KEY: own_format.weights,
 }
 
@@ -106,7 +106,7 @@ def _stored_as(files: TensorFiles) -> tuple[str, ...]:
     names = files.names()
     if own_format.is_own_format(files):
         return (own_format.KEY,)
-    if read_bitsandbytes.is_bitsandbytes(names):
+    if bnb.is_bitsandbytes(names):
         return ("bitsandbytes",)
     return ("gptq", "awq") if any(name.endswith(".qweight") for name in names) else ()
 

@@ -20,14 +20,8 @@ import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
-from .quant.tensor_files import (
-    PICKLE_SUFFIXES,
-    CheckpointError,
-    check_inside,
-    fail_entry,
-    read_json,
-)
-from .runtime.printable import printable
+from ...runtime.printable import printable
+from .tensor_files import PICKLE_SUFFIXES, CheckpointError, check_inside, fail_entry, read_json
 
 CONFIG, TOKENIZER = "config.json", "tokenizer_config.json"
 ADAPTER = "adapter_config.json"

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..runtime.checks import fail
-from .formats import Lut4Weight
-from .read_gptq import by_layer, group_size, grouped, nibbles_of, scales_of
+from ...runtime.checks import fail
+from ..schemes import Lut4Weight
+from .gptq import by_layer, group_size, grouped, nibbles_of, scales_of
 from .tensor_files import TensorFiles, Thunk, reading
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)

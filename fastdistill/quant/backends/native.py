@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..runtime import backend
+from ...runtime import backend
+from ..schemes import Int8Weight, Lut4Weight, Nested
 from . import torch_ops
-from .formats import Int8Weight, Lut4Weight, Nested
 from .torch_ops import FP8
 
 KIND = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, FP8: 3, torch.int8: 4}

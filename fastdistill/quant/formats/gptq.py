@@ -30,8 +30,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..runtime.checks import fail
-from .formats import Lut4Weight, table
+from ...runtime.checks import fail
+from ..schemes import Lut4Weight, table
 from .tensor_files import TensorFiles, Thunk, integer, reading, with_plain
 
 PARTS = ("qweight", "qzeros", "scales", "g_idx")

@@ -16,9 +16,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..runtime import checks, json_text
-from ..runtime.printable import printable, printable_lines
-from .formats import QuantWeight, short
+from ...runtime import checks, json_text
+from ...runtime.printable import printable, printable_lines
+from ..schemes import QuantWeight, short
 
 Thunk = Callable[[], Tensor | QuantWeight]  # reads one weight when called
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ..runtime import checks
-from ..runtime.checks import fail
-from ..runtime.printable import printable
+from ...runtime import checks
+from ...runtime.checks import fail
+from ...runtime.printable import printable
 
 _REQUIRED = (
     "context_length",

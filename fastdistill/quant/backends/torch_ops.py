@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .formats import Int8Weight, Lut4Weight, int8_table, unpack_nibbles
+from ..schemes import Int8Weight, Lut4Weight, int8_table, unpack_nibbles
 
 _CHUNK = 1 << 22
 FP8 = torch.float8_e4m3fn

@@ -1,0 +1,1 @@
+"""How quantized weights are expanded and multiplied: native, torch and Triton."""
