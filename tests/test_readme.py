@@ -60,7 +60,7 @@ def test_the_quantised_teacher_runs_as_printed(tmp_path, monkeypatch):
     full, student = (AutoModelForCausalLM.from_config(config) for _ in "ab")
     full.save_pretrained(tmp_path / "hub")
     monkeypatch.setattr(
-        "fastdistill.stored_model.snapshot_download", lambda *_, **__: str(tmp_path / "hub")
+        "fastdistill.hf.checkpoint.snapshot_download", lambda *_, **__: str(tmp_path / "hub")
     )
     monkeypatch.chdir(tmp_path)
     input_ids = torch.arange(96).view(8, 12)

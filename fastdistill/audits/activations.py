@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..heads import evaluating, head_module
+from ..hf.lm_head import evaluating, head_module
 from ..runtime.checks import fail, integer
 from .audit import Audit, Measurement, PromptAudit
 from .distributions import SLAB, ComparisonAudit

@@ -16,17 +16,17 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LogitsProcessor, PreTrainedModel
 
-from ..chat import turn_end
-from ..generation import can_batch, ends_of, generate_rows, ordinary_ends, special_ids
-from ..heads import LMHead, evaluating, head_of, verify_head
+from ..hf.chat import turn_end
+from ..hf.checkpoint import StoredModel
+from ..hf.generation import can_batch, ends_of, generate_rows, ordinary_ends, special_ids
+from ..hf.lm_head import LMHead, evaluating, head_of, verify_head
+from ..hf.positions import check_room
+from ..hf.row_reader import BatchedForward, read_rows
+from ..hf.tokenized import tokenize
 from ..losses.linear_head import linear_lse_gather
-from ..packing import BatchedForward, read_rows
-from ..positions import check_room
 from ..quant.formats.checkpoint_gate import load_tokenizer
 from ..runtime.checks import fail
 from ..runtime.printable import printable
-from ..stored_model import StoredModel
-from ..tokenized import tokenize
 from .drawing import SeededSampling
 from .prompts import Prompt, render_prompt
 

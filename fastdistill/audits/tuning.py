@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..heads import at_head, head_of
+from ..hf.lm_head import at_head, head_of
 from ..losses.topk import topk_distill_loss
 from ..losses.types import TopK
 from ..runtime.checks import fail

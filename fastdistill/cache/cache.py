@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..examples import Encoder
-from ..fingerprint import tokenizer_fingerprint
+from ..hf.encoder import Encoder
+from ..hf.positions import check_row_lengths
+from ..hf.tokenizers import tokenizer_fingerprint
 from ..losses.types import TopK
-from ..positions import check_row_lengths
 from ..runtime import checks, tensor_checks
 from ..teacher import load_teacher
 from . import verification

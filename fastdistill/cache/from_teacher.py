@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from ..hf.row_reader import groups
 from ..losses.answer_checks import find_shape_error
 from ..losses.types import TopK
-from ..packing import groups
 from ..teacher import Teacher
 from .build import PendingRow
 from .manifest import CacheError, Settings

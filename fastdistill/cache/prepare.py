@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from ..examples import is_listed
-from ..fingerprint import check_same_tokenizer
+from ..hf.encoder import is_listed
+from ..hf.tokenizers import check_same_tokenizer
 from ..identity import identity_of, tokenizer_identity
 from ..protocols import DenseTeacher, TopKTeacher
 from ..runtime import checks

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from transformers.utils import logging as transformers_logging
 
-from ..heads import rows_of_head
+from ..hf.checkpoint import StoredModel, tokenizer_folder
+from ..hf.lm_head import rows_of_head
 from ..plan.shapes import config_of, empty_model
 from ..quant.formats.checkpoint_gate import load_tokenizer
 from ..runtime.backend import local_rank
 from ..runtime.printable import printable
-from ..stored_model import StoredModel, tokenizer_folder
 from ..teacher import check_quantization, load_teacher, stored_tokenizer
 from ..training.admission import TeacherSpec
 from ..training.offline import open_teacher

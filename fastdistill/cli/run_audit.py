@@ -12,12 +12,12 @@ from ..audits.probes import PROBES, Probes
 from ..audits.result import AuditResult
 from ..audits.side_by_side import run_suite
 from ..audits.subject import Subject
+from ..hf.checkpoint import StoredModel
+from ..hf.resolve import is_adapter
 from ..organisms.stored import load_organism
 from ..report.audit_page import audit_page, summary
-from ..resolve import is_adapter
 from ..runtime.atomic_files import write_json
 from ..runtime.backend import versions
-from ..stored_model import StoredModel
 from .opening import as_exit_code_1, check_device
 from .printing import command_line, say
 from .verbs import Audit

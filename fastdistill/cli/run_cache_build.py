@@ -12,11 +12,11 @@ from ..cache import TeacherCache
 from ..cache.build import Examples, check_existing_build
 from ..cache.manifest import read_settings
 from ..cache.prepare import BuildOptions, settings_for
-from ..examples import Encoder, check_example
-from ..json_lines import JsonLines
+from ..hf.encoder import Encoder, check_example
+from ..hf.jsonl import JsonLines
+from ..hf.positions import check_row_lengths
+from ..hf.resolve import SETTINGS
 from ..plan.shapes import config_of
-from ..positions import check_row_lengths
-from ..resolve import SETTINGS
 from ..runtime.backend import rank_and_world
 from ..served import ServedTeacher, is_url
 from .opening import (

@@ -14,8 +14,8 @@ from typing import Any
 
 from transformers import PrinterCallback, TrainingArguments
 
-from ..examples import Encoder, check_example
-from ..json_lines import JsonLines, Line
+from ..hf.encoder import Encoder, check_example
+from ..hf.jsonl import JsonLines, Line
 from ..run_report import write_run_report
 from ..run_series import has_diverged
 from ..runtime.checks import integer

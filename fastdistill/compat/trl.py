@@ -16,8 +16,8 @@ from typing import Any, ClassVar
 from torch import nn
 from transformers import TrainingArguments
 
+from ..hf.checkpoint import StoredModel, load_whole
 from ..runtime.checks import fail
-from ..stored_model import StoredModel, load_whole
 from ..training.config import DistillConfig
 from ..training.trainer import DistillTrainer
 

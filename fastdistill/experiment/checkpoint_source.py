@@ -19,10 +19,10 @@ from ..audits.generic import GENERIC_PROBES
 from ..audits.probes import Probes
 from ..audits.prompts import Prompt
 from ..audits.subject import Subject
-from ..json_lines import JsonLines
+from ..hf.jsonl import JsonLines
+from ..hf.resolve import is_adapter
 from ..organisms.stored import load_organism
 from ..quant.formats.checkpoint_gate import DOCUMENTS
-from ..resolve import is_adapter
 from ..runtime.atomic_files import sha256_of
 from ..runtime.checks import fail
 from ..statistics import Reading, Validity, at_least

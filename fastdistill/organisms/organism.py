@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, get_scheduler
 
-from ..adapters import merge_adapter
+from ..hf.adapters import merge_adapter
 from ..runtime.backend import one_thread
 from ..runtime.checks import between, choice, integer, positive
 from ..runtime.optional import require

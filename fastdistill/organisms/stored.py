@@ -17,14 +17,14 @@ import torch
 
 from ..audits.probes import PROBES, Probes
 from ..audits.subject import Subject
+from ..hf.checkpoint import StoredModel, fetched_folder
+from ..hf.resolve import is_adapter, is_url, resolve
 from ..quant.formats.checkpoint_gate import DOCUMENTS
 from ..quant.formats.tensor_files import CheckpointError, check_inside, read_json
-from ..resolve import is_adapter, is_url, resolve
 from ..runtime.atomic_files import sha256_of, sync, write_json
 from ..runtime.backend import versions
 from ..runtime.checks import fail
 from ..runtime.printable import printable
-from ..stored_model import StoredModel, fetched_folder
 
 MANIFEST = "organism.json"
 _OF_GIT = ".gitattributes"  # every repository of the hub has one, and no library reads it

@@ -15,7 +15,7 @@ import functools
 from dataclasses import replace
 from typing import Any
 
-from ..packing import CPU_TOKENS, FREE_SHARE, GPU_TOKENS, VALUES_PER_TOKEN
+from ..hf.row_reader import CPU_TOKENS, FREE_SHARE, GPU_TOKENS, VALUES_PER_TOKEN
 from ..runtime.optional import require
 from . import head
 from .optimisers import optimizer_memory

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..heads import LMHead, evaluating, head_module, hidden_states
+from ..hf.lm_head import LMHead, evaluating, head_module, hidden_states
 from ..training.student import student_at_head, without_adapters
 from ..training.targets import Targets
 from .head import HeadShape, LossMemory

@@ -1,6 +1,6 @@
 """Teachers over HTTP: a client for vLLM-compatible servers, and a small server."""
 
-from ..resolve import is_url
+from ..hf.resolve import is_url
 from .client import ServedTeacher
 from .connection import NoAnswer
 from .server import make_app, serve

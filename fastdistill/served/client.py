@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..fingerprint import tokenizer_fingerprint
+from ..hf.positions import RowLimit
+from ..hf.row_reader import read_rows
+from ..hf.tokenizers import tokenizer_fingerprint
 from ..losses.types import TopK
-from ..packing import read_rows
-from ..positions import RowLimit
 from ..runtime import backend, checks
 from ..runtime.printable import printable
 from .connection import LARGEST, Connection, Refusal

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..positions import RowLimit
+from ..hf.positions import RowLimit
 from ..runtime import checks
 from ..runtime.json_text import JSONError, parse_json
 from ..runtime.printable import printable

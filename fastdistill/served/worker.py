@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from ..hf.row_reader import groups
 from ..losses.linear_head import linear_lse_gather
 from ..losses.scores import token_scores
 from ..losses.types import TopK
-from ..packing import groups
 from ..teacher import Teacher
 from .requests import Question
 

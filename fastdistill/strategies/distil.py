@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, TrainerCallback, get_scheduler
 
-from ..adapters import merge_adapter
 from ..audits.subject import Subject
+from ..hf.adapters import merge_adapter
 from ..runtime.backend import one_thread
 from ..runtime.checks import fail
 from ..teacher import Teacher

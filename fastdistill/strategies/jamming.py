@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from ..audits.subject import Subject
+from ..hf.row_reader import read_rows
 from ..losses.linear_head import linear_lse_gather
 from ..losses.types import TopK
-from ..packing import read_rows
 from ..runtime.checks import between, fail, integer
 from .strategy import RunState, Strategy, Training
 

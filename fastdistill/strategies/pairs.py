@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from torch.utils.data import SequentialSampler
 
-from ..heads import LMHead
+from ..hf.lm_head import LMHead
 from ..losses.linear_head import linear_lse_gather
 from ..runtime.checks import between, fail, positive
 from ..teacher import Teacher

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..audits.prompts import Prompt
 from ..audits.subject import Subject
-from ..positions import check_room
+from ..hf.positions import check_room
 from ..runtime.checks import between, choice, fail
 from .lessons import BATCH_SIZE, Examples, TrainingExample
 from .rereading import PromptSwapTeacher

@@ -11,10 +11,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..cache import TeacherCache
-from ..fingerprint import check_same_tokenizer
-from ..heads import rows_of_head
-from ..offloading import is_offloaded
-from ..positions import RowLimit
+from ..hf.lm_head import rows_of_head
+from ..hf.offloading import is_offloaded
+from ..hf.positions import RowLimit
+from ..hf.tokenizers import check_same_tokenizer
 from ..protocols import DenseTeacher, TopKTeacher
 from ..runtime import checks
 from ..served import ServedTeacher

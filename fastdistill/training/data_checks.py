@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..examples import IGNORE_INDEX, EncodedExample, Encoder, is_listed
+from ..hf.encoder import IGNORE_INDEX, EncodedExample, Encoder, is_listed
 from ..runtime import checks
 from ..runtime.printable import printable
 

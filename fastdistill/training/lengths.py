@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from ..data import attended_first
-from ..examples import Encoder
-from ..packing import rope_limit
-from ..positions import RowLimit, check_new_tokens, check_row_lengths, row_limit, shortest_of
+from ..hf.collator import attended_first
+from ..hf.encoder import Encoder
+from ..hf.positions import RowLimit, check_new_tokens, check_row_lengths, row_limit, shortest_of
+from ..hf.row_reader import rope_limit
 from .config import DistillConfig
 from .data_checks import RowsWithoutTarget, sample_indices
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..heads import LMHead
+from ..hf.lm_head import LMHead
 from ..kernels.rows import LossOptions
 from ..losses.arguments import Reduction
 from ..losses.dense import distill_dense

@@ -14,9 +14,9 @@ from typing import Any, NoReturn
 from torch import Tensor
 
 from ..cache import TeacherCache
-from ..examples import IGNORE_INDEX, Encoder
+from ..hf.encoder import IGNORE_INDEX, Encoder
+from ..hf.resolve import resolve
 from ..losses.types import TopK
-from ..resolve import resolve
 from ..runtime import checks
 from ..served import ServedTeacher
 from .config import DistillConfig

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..heads import LMHead
+from ..hf.lm_head import LMHead
 from ..losses.linear_head import linear_topk
 from ..losses.scores import token_scores
 from ..losses.types import TopK

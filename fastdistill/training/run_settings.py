@@ -11,7 +11,7 @@ from typing import Any
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
-from ..heads import is_partitioned
+from ..hf.lm_head import is_partitioned
 from ..runtime.backend import describe, versions
 from ..runtime.printable import printable
 from .config import DistillConfig

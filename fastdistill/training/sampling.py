@@ -20,11 +20,11 @@ from torch import Tensor
 from transformers import LogitsProcessor
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
 
-from ..chat import turn_end
-from ..data import padded
-from ..examples import IGNORE_INDEX, EncodedExample, Encoder
-from ..generation import ends_of, generate_rows
-from ..positions import RowLimit, row_limit, shortest_of
+from ..hf.chat import turn_end
+from ..hf.collator import padded
+from ..hf.encoder import IGNORE_INDEX, EncodedExample, Encoder
+from ..hf.generation import ends_of, generate_rows
+from ..hf.positions import RowLimit, row_limit, shortest_of
 from ..runtime import checks
 from .config import DistillConfig
 from .data_checks import some_of

@@ -14,7 +14,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from ..examples import IGNORE_INDEX
+from ..hf.encoder import IGNORE_INDEX
 from ..losses.types import TopK
 from ..runtime import checks
 

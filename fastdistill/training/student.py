@@ -15,13 +15,13 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..adapters import load_adapted
-from ..heads import LMHead, at_head, check_positions, evaluating, head_of
-from ..offloading import is_offloaded
-from ..packing import can_pack
-from ..resolve import is_adapter
+from ..hf.adapters import load_adapted
+from ..hf.checkpoint import StoredModel
+from ..hf.lm_head import LMHead, at_head, check_positions, evaluating, head_of
+from ..hf.offloading import is_offloaded
+from ..hf.resolve import is_adapter
+from ..hf.row_reader import can_pack
 from ..runtime.printable import printable
-from ..stored_model import StoredModel
 from .config import DistillConfig
 from .targets import Targets
 

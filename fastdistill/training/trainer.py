@@ -19,10 +19,10 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import has_length
 
-from ..data import DistillCollator
-from ..examples import Encoder
-from ..generation import ends_of
-from ..heads import LMHead, is_partitioned, rows_of_head, verify_head
+from ..hf.collator import DistillCollator
+from ..hf.encoder import Encoder
+from ..hf.generation import ends_of
+from ..hf.lm_head import LMHead, is_partitioned, rows_of_head, verify_head
 from ..losses.answer_checks import AnswerMonitor
 from ..runtime import checks
 from .admission import TeacherLike, resolve_teacher

@@ -8,8 +8,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from fastdistill import load_teacher
 from fastdistill.audits.subject import Subject
+from fastdistill.hf.checkpoint import load_whole
 from fastdistill.organisms.vocabulary import WORDS
-from fastdistill.stored_model import load_whole
 
 INDEX = "model.safetensors.index.json"
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from fastdistill.chat import end_ids, turn_end
-from fastdistill.examples import Encoder
+from fastdistill.hf.chat import end_ids, turn_end
+from fastdistill.hf.encoder import Encoder
 from helpers.chat_scene import made, said
 from helpers.text_scene import (
     CHATML,

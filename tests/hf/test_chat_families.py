@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from fastdistill.examples import Encoder
+from fastdistill.hf.encoder import Encoder
 from helpers.chat_scene import made, said
 from helpers.text_scene import CHATML, TALK, TOKENIZERS, byte_level
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fastdistill import TeacherCache
-from fastdistill.examples import Encoder
+from fastdistill.hf.encoder import Encoder
 from helpers.example_texts import STOCK, TALK, tokenizer
 from helpers.training import build, llama
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastdistill.data import DistillCollator
+from fastdistill.hf.collator import DistillCollator
 
 EOS = 2
 

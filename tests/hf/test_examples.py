@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fastdistill.examples import Encoder
+from fastdistill.hf.encoder import Encoder
 from helpers.example_texts import STOCK, TALK, WORDS, tokenizer
 
 MARKED = (

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from fastdistill.packing import can_pack
+from fastdistill.hf.row_reader import can_pack
 from fastdistill.quant import quantize_model
 from fastdistill.quant.linear import QuantizedWeight
 from fastdistill.teacher import Teacher

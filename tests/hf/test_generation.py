@@ -16,7 +16,7 @@ from transformers import (
 
 from fastdistill.audits import Subject, TriggerRateAudit
 from fastdistill.audits.subject import TokenRow
-from fastdistill.generation import ends_of, generate_rows, ordinary_ends
+from fastdistill.hf.generation import ends_of, generate_rows, ordinary_ends
 from fastdistill.organisms.vocabulary import world_tokenizer
 from fastdistill.training.sampling import sample
 from helpers.planted import PROMPTS, model, subject

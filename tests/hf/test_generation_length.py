@@ -7,9 +7,9 @@ import torch
 from transformers import GenerationMixin
 
 from fastdistill.audits import RelearningProbe, Subject, TriggerRateAudit
-from fastdistill.generation import generate_rows
+from fastdistill.hf.generation import generate_rows
+from fastdistill.hf.positions import RowLimit, row_limit
 from fastdistill.organisms.vocabulary import world_tokenizer
-from fastdistill.positions import RowLimit, row_limit
 from fastdistill.strategies.rewriting import resampled
 from helpers.planted import PROMPTS, copied
 from helpers.position_models import WITHOUT_LIMIT

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from fastdistill.heads import LMHead, at_head, head_of, hidden_states, verify_head
+from fastdistill.hf.lm_head import LMHead, at_head, head_of, hidden_states, verify_head
 
 SMALL = {
     "vocab_size": 61,

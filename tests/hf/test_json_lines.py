@@ -7,8 +7,8 @@ import pickle
 
 import pytest
 
-from fastdistill.examples import Encoder, check_example
-from fastdistill.json_lines import JsonLines
+from fastdistill.hf.encoder import Encoder, check_example
+from fastdistill.hf.jsonl import JsonLines
 from helpers.example_texts import tokenizer
 
 

@@ -8,8 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from fastdistill import TeacherCache
+from fastdistill.hf.offloading import is_offloaded
 from fastdistill.identity import weights_digest
-from fastdistill.offloading import is_offloaded
 from fastdistill.teacher import Teacher
 from helpers.training import VOCAB, build, llama, ragged, step_losses
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from fastdistill.data import DistillCollator
-from fastdistill.examples import Encoder
+from fastdistill.hf.collator import DistillCollator
+from fastdistill.hf.encoder import Encoder
 from helpers.example_texts import tokenizer
 from helpers.training import build
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastdistill.positions import respects_padding, row_limit
+from fastdistill.hf.positions import respects_padding, row_limit
 from helpers.position_models import FAMILIES, WITHOUT_LIMIT, build
 
 IGNORES_MASKS = {"rwkv"}

@@ -9,8 +9,8 @@ import peft
 import pytest
 import torch
 
-from fastdistill.data import DistillCollator
-from fastdistill.packing import can_pack
+from fastdistill.hf.collator import DistillCollator
+from fastdistill.hf.row_reader import can_pack
 from fastdistill.teacher import Teacher
 from fastdistill.training.student import student_at_head
 from fastdistill.training.targets import targets_of

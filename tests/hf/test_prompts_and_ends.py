@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from fastdistill.audits.prompts import Prompt
 from fastdistill.audits.subject import Subject
-from fastdistill.data import DistillCollator
-from fastdistill.examples import Encoder
+from fastdistill.hf.collator import DistillCollator
+from fastdistill.hf.encoder import Encoder
 from fastdistill.strategies.lessons import TrainingExample, to_row
 from fastdistill.teacher import Teacher
 from fastdistill.training.sampling import prompts_of

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from tokenizers.processors import TemplateProcessing
 
-from fastdistill.chat import end_ids
-from fastdistill.examples import Encoder
+from fastdistill.hf.chat import end_ids
+from fastdistill.hf.encoder import Encoder
 from helpers.text_scene import CHATML, TALK, TOKENIZERS, Slow, byte_level, metaspace, unigram, words
 
 PAIRS = [

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastdistill import Teacher, topk_distill_loss
-from fastdistill.heads import LMHead
+from fastdistill.hf.lm_head import LMHead
 from fastdistill.losses.answer_checks import (
     AnswerMonitor,
     AnswerRules,

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from fastdistill import CacheError, load_teacher
+from fastdistill.hf.checkpoint import load_whole
+from fastdistill.hf.positions import row_limit
 from fastdistill.losses.checks import fail
-from fastdistill.positions import row_limit
 from fastdistill.quant import load_quantized, quantize_model, save_quantized
 from fastdistill.quant.formats.checkpoint_gate import check_folder, load_tokenizer
 from fastdistill.quant.formats.tensor_files import CheckpointError
-from fastdistill.stored_model import load_whole
 from helpers.gguf_writer import write
 from helpers.small_checkpoint import LOADERS, edit, edit_weights, logits, shard, small
 

@@ -5,9 +5,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from fastdistill.hf.checkpoint import load_whole
 from fastdistill.quant import load_quantized, quantize_model, save_quantized
 from fastdistill.quant.formats.tensor_files import CheckpointError
-from fastdistill.stored_model import load_whole
 from helpers.small_checkpoint import edit, edit_weights, logits, small
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"

@@ -11,9 +11,9 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from fastdistill import load_teacher
-from fastdistill.fingerprint import check_same_tokenizer, tokenizer_fingerprint
+from fastdistill.hf.checkpoint import StoredModel
+from fastdistill.hf.tokenizers import check_same_tokenizer, tokenizer_fingerprint
 from fastdistill.quant import quantize_model, save_quantized
-from fastdistill.stored_model import StoredModel
 from fastdistill.teacher import Teacher
 from helpers.families import build
 from helpers.training import VOCAB, llama
@@ -134,7 +134,7 @@ def test_a_name_is_fetched_without_code_or_pickles(stored, monkeypatch):
             raise OSError("no route to host")
         return str(stored[1])
 
-    monkeypatch.setattr("fastdistill.stored_model.snapshot_download", fetch)
+    monkeypatch.setattr("fastdistill.hf.checkpoint.snapshot_download", fetch)
     same_answers(load_teacher("someone/a-model", device="cpu"), Teacher(stored[0]))
     ((name, patterns),) = requests
     assert name == "someone/a-model"
@@ -189,11 +189,11 @@ def test_code_beside_the_weights_is_not_run(tmp_path):
 
 def test_flash_attention_is_chosen_where_it_runs(stored, monkeypatch):
     path, cuda = stored[1], torch.device("cuda")
-    monkeypatch.setattr("fastdistill.stored_model.is_flash_attn_2_available", lambda: True)
+    monkeypatch.setattr("fastdistill.hf.checkpoint.is_flash_attn_2_available", lambda: True)
     half = StoredModel(path, torch.bfloat16)
     assert half.attention_on(cuda) == "flash_attention_2"
     assert half.attention_on(torch.device("cpu")) is None
     assert StoredModel(path).attention_on(cuda) is None  # stored in fp32
     assert StoredModel(path, torch.bfloat16, "sdpa").attention_on(cuda) == "sdpa"
-    monkeypatch.setattr("fastdistill.stored_model.is_flash_attn_2_available", lambda: False)
+    monkeypatch.setattr("fastdistill.hf.checkpoint.is_flash_attn_2_available", lambda: False)
     assert half.attention_on(cuda) is None

@@ -9,7 +9,7 @@ import torch
 from transformers import BertConfig, BertLMHeadModel
 
 from fastdistill import topk_distill_loss
-from fastdistill.packing import groups
+from fastdistill.hf.row_reader import groups
 from fastdistill.protocols import TopKTeacher
 from fastdistill.teacher import Teacher
 from helpers.teacher_scene import IDS

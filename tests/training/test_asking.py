@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastdistill.heads import head_of
+from fastdistill.hf.lm_head import head_of
 from fastdistill.losses.types import TopK
 from fastdistill.protocols import DenseTeacher
 from fastdistill.teacher import Teacher

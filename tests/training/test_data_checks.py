@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.data import IterableDataset
 
-from fastdistill.examples import Encoder
+from fastdistill.hf.encoder import Encoder
 from fastdistill.training.data_checks import check_examples
 from helpers.example_texts import STOCK, TALK, tokenizer
 from helpers.training import build

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from fastdistill import TeacherCache
-from fastdistill.data import DistillCollator
-from fastdistill.examples import Encoder
 from fastdistill.fidelity import measure
-from fastdistill.positions import RowLimit, check_row_lengths
+from fastdistill.hf.collator import DistillCollator
+from fastdistill.hf.encoder import Encoder
+from fastdistill.hf.positions import RowLimit, check_row_lengths
 from fastdistill.teacher import Teacher, load_teacher
 from helpers.position_models import build as of_family
 from helpers.training import build

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastdistill.generation import ends_of
+from fastdistill.hf.generation import ends_of
 from fastdistill.training.sampling import (
     _KeyedChoice,
     is_on_policy,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from fastdistill.data import padded
-from fastdistill.examples import EncodedExample
+from fastdistill.hf.collator import padded
+from fastdistill.hf.encoder import EncodedExample
 from fastdistill.losses.types import TopK
 from fastdistill.training.targets import targets_of
 

@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 
 from fastdistill.audits import Subject
 from fastdistill.audits.subject import TokenRow
-from fastdistill.heads import head_module
+from fastdistill.hf.lm_head import head_module
 from fastdistill.organisms.vocabulary import world_tokenizer
 from helpers.planted import COMPLETIONS, KINDS, PROMPTS, V, dense, logits, model, subject
 

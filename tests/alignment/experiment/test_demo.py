@@ -17,8 +17,8 @@ from fastdistill.demo import run_demo
 from fastdistill.demo_models import shipped_teacher
 from fastdistill.demo_report import demo_report, table_rows, verdict
 from fastdistill.demo_result import ARMS, METRICS
-from fastdistill.fingerprint import check_same_tokenizer
-from fastdistill.json_lines import JsonLines
+from fastdistill.hf.jsonl import JsonLines
+from fastdistill.hf.tokenizers import check_same_tokenizer
 from fastdistill.runtime.intervals import Estimate
 
 

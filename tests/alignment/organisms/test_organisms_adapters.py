@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fastdistill.adapters import load_adapted
 from fastdistill.audits.subject import Subject
+from fastdistill.hf.adapters import load_adapted
 from fastdistill.organisms import load_organism, save_organism
 from fastdistill.organisms.organism import new_model
 from fastdistill.organisms.vocabulary import WORDS, world_tokenizer

@@ -10,8 +10,8 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from fastdistill import DistillConfig, DistillTrainer
-from fastdistill.data import padded
-from fastdistill.examples import Encoder
+from fastdistill.hf.collator import padded
+from fastdistill.hf.encoder import Encoder
 from fastdistill.strategies.distil import distill
 from fastdistill.strategies.lessons import to_row
 from fastdistill.strategies.pairs import InOrder, PairLoss, PreferencePairs

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from fastdistill.audits.prompts import Prompt
-from fastdistill.data import padded
-from fastdistill.examples import Encoder
+from fastdistill.hf.collator import padded
+from fastdistill.hf.encoder import Encoder
 from fastdistill.strategies.distil import distill
 from fastdistill.strategies.jamming import LogitJam, TransformedTeacher
 from fastdistill.strategies.lessons import TrainingExample, to_row

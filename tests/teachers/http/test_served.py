@@ -14,9 +14,9 @@ import torch
 from transformers import AutoTokenizer
 
 from fastdistill import Teacher, TeacherCache, load_teacher
-from fastdistill.data import padded
 from fastdistill.demo_models import SHIPPED
-from fastdistill.examples import Encoder
+from fastdistill.hf.collator import padded
+from fastdistill.hf.encoder import Encoder
 from fastdistill.served import ServedTeacher, serve
 from helpers.served import MODEL, ours, vllm
 from helpers.training import VOCAB, build, llama, peaked, ragged, train, weights

@@ -13,20 +13,20 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 
-from .quant.formats.checkpoint_gate import (
+from ..quant.formats.checkpoint_gate import (
     ADAPTER,
     CONFIG,
     TOKENIZER,
     as_checkpoint_error,
     load_config,
 )
-from .quant.formats.conversion import check_all_used
-from .quant.formats.detect import check_stored_method, method_of
-from .quant.formats.header import check_header, keep_untied
-from .quant.formats.tensor_files import TensorFiles, read_json
+from ..quant.formats.conversion import check_all_used
+from ..quant.formats.detect import check_stored_method, method_of
+from ..quant.formats.header import check_header, keep_untied
+from ..quant.formats.tensor_files import TensorFiles, read_json
+from ..runtime import checks
+from ..runtime.printable import printable
 from .resolve import is_adapter, resolve
-from .runtime import checks
-from .runtime.printable import printable
 
 _HALF = (torch.float16, torch.bfloat16)
 _DECIDED = {"use_safetensors": True, "trust_remote_code": False, "local_files_only": True}
@@ -111,7 +111,7 @@ class StoredModel:
 
     @property
     def is_quantized(self) -> bool:
-        from .quant import is_quantized_checkpoint
+        from ..quant import is_quantized_checkpoint
 
         return not self.is_adapter and is_quantized_checkpoint(self.path)
 

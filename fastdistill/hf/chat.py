@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 from weakref import WeakKeyDictionary
 
-from .runtime.checks import fail
-from .runtime.printable import printable
+from ..runtime.checks import fail
+from ..runtime.printable import printable
 from .tokenized import Span, added_ends, tokenize
 
 Message = Mapping[str, Any]

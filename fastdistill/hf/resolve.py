@@ -14,9 +14,9 @@ import re
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-from .quant.formats.checkpoint_gate import ADAPTER, CONFIG
-from .runtime import checks
-from .runtime.printable import printable
+from ..quant.formats.checkpoint_gate import ADAPTER, CONFIG
+from ..runtime import checks
+from ..runtime.printable import printable
 
 SETTINGS, MANIFEST = "settings.json", "manifest.json"  # of a cache
 ADAPTER_WEIGHTS = "adapter_model.safetensors"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .examples import IGNORE_INDEX, EncodedExample, Encoder
+from .encoder import IGNORE_INDEX, EncodedExample, Encoder
 from .positions import RowLimit, attended_length
 
 

@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .heads import evaluating, head_of, hidden_states
+from ..runtime import checks, tensor_checks
+from .lm_head import evaluating, head_of, hidden_states
 from .positions import (
     RowLimit,
     reading_device,
@@ -32,7 +33,6 @@ from .positions import (
     row_limit,
     text_config,
 )
-from .runtime import checks, tensor_checks
 
 CPU_TOKENS = 4096
 GPU_TOKENS = (1024, 16384)  # fewer leave a GPU idle, more gain nothing

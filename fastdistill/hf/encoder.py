@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..runtime.checks import fail, integer
 from .chat import ChatRenderer, turn_end
 from .columns import MASKS, check_columns, check_integers, check_mask, check_positions
-from .runtime.checks import fail, integer
 from .tokenized import append_end, tokenize, tokenize_pair
 
 IGNORE_INDEX = -100

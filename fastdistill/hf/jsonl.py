@@ -9,8 +9,8 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from .runtime.json_text import JSONError, parse_json
-from .runtime.printable import printable
+from ..runtime.json_text import JSONError, parse_json
+from ..runtime.printable import printable
 
 _PREVIEW_LENGTH = 60  # characters of an invalid line in an error
 

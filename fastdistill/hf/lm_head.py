@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers import PreTrainedModel
 
-from .kernels.head import LMHead as LMHead
-from .losses.vocab_parallel import is_dtensor
+from ..kernels.head import LMHead as LMHead
+from ..losses.vocab_parallel import is_dtensor
 from .offloading import resident, resident_device
 
 # `logits_scaling` multiplies in these models and divides in all others.

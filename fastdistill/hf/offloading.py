@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .runtime import checks
+from ..runtime import checks
 
 _SHARDED = {"FullyShardedDataParallel": "FSDP", "FSDPModule": "FSDP"}
 

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from .heads import evaluating, generation_settings, is_partitioned
-from .losses.vocab_parallel import is_dtensor
+from ..losses.vocab_parallel import is_dtensor
+from ..runtime import checks
+from .lm_head import evaluating, generation_settings, is_partitioned
 from .offloading import resident_device
-from .runtime import checks
 
 if TYPE_CHECKING:
-    from .examples import EncodedExample, Encoder
+    from .encoder import EncodedExample, Encoder
 
 # Entries of configurations with a length; the first also stands for n_positions, context_length.
 _STATED = ("max_position_embeddings", "max_seq_len", "max_sequence_length")

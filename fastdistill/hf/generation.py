@@ -18,11 +18,11 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from ..runtime import checks
+from ..runtime.printable import printable
 from .chat import end_ids, is_mark
-from .heads import evaluating, generation_settings
+from .lm_head import evaluating, generation_settings
 from .positions import RowLimit, check_new_tokens, check_room, respects_padding
-from .runtime import checks
-from .runtime.printable import printable
 
 # (indices of a batch's rows, its width) -> logits processors of the batch.
 Processors = Callable[[list[int], int], Sequence[LogitsProcessor]]

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .runtime.checks import fail
-from .runtime.json_text import JSONError, parse_json
-from .runtime.printable import printable
+from ..runtime.checks import fail
+from ..runtime.json_text import JSONError, parse_json
+from ..runtime.printable import printable
 
 FORMS = "input_ids, messages, prompt and completion, or text"
 MASKS = ("assistant_masks", "completion_mask")  # of the targets

@@ -21,19 +21,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from .quant.formats.checkpoint_gate import ADAPTER, as_checkpoint_error, check_folder
-from .quant.formats.header import keep_untied
-from .quant.formats.tensor_files import (
+from ..quant.formats.checkpoint_gate import ADAPTER, as_checkpoint_error, check_folder
+from ..quant.formats.header import keep_untied
+from ..quant.formats.tensor_files import (
     TensorFiles,
     check_inside,
     fail_checkpoint,
     fail_entry,
     read_json,
 )
+from ..runtime.bounded_regex import BoundedPattern, PatternError
+from ..runtime.optional import require
+from ..runtime.printable import printable
 from .resolve import ADAPTER_WEIGHTS as WEIGHTS
-from .runtime.bounded_regex import BoundedPattern, PatternError
-from .runtime.optional import require
-from .runtime.printable import printable
 
 # peft matches these against module names; a leading ^ is the only pattern that peft itself writes.
 _PATTERNS = (

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from ..runtime.checks import fail
+from ..runtime.printable import printable
 from .columns import check_text
-from .runtime.checks import fail
-from .runtime.printable import printable
 
 Span = tuple[int, int]  # characters of a text: [start, end)
 

@@ -1,0 +1,1 @@
+"""Everything that touches transformers: heads, checkpoints, tokenizers, encoding and collation."""
