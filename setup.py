@@ -28,7 +28,6 @@ from setuptools.command.build_ext import build_ext
 PACKAGES = [
     "fastdistill",
     "fastdistill.audits",
-    "fastdistill.cache",
     "fastdistill.cli",
     "fastdistill.compat",
     "fastdistill.experiment",
@@ -44,9 +43,11 @@ PACKAGES = [
     "fastdistill.quant.formats",
     "fastdistill.report",
     "fastdistill.runtime",
-    "fastdistill.served",
     "fastdistill.statistics",
     "fastdistill.strategies",
+    "fastdistill.teachers",
+    "fastdistill.teachers.cache",
+    "fastdistill.teachers.http",
     "fastdistill.training",
 ]
 

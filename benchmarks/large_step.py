@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
 import fastdistill as fd
-from fastdistill.teacher import Teacher
+from fastdistill.teachers.local import Teacher
 
 from .data import device
 from .large_models import CONFIGS, build, narrow, ours

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from fastdistill.teacher import Teacher
+from fastdistill.teachers.local import Teacher
 
 from .data import device
 from .large_models import CONFIGS, Replace, build, narrow, ours

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
 import fastdistill as fd
-from fastdistill.teacher import Teacher
+from fastdistill.teachers.local import Teacher
 
 from .data import device
 from .large_models import small_llama

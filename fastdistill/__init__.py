@@ -12,8 +12,6 @@ from .runtime.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from . import compat
-    from .cache import CacheError, TeacherCache
-    from .fidelity import FidelityReport
     from .losses.dense import linear_distill_loss
     from .losses.linear_head import linear_lse_gather, linear_topk
     from .losses.modules import LinearDistillLoss, TopKDistillLoss
@@ -21,8 +19,10 @@ if TYPE_CHECKING:
     from .losses.topk import topk_distill, topk_distill_loss
     from .losses.types import DistillOutput, SelectedLogits, TokenScores, TopK
     from .quant import Int8Linear, LUT4Linear, quantize_model, save_quantized
-    from .served import ServedTeacher
-    from .teacher import Teacher, load_teacher
+    from .teachers.cache import CacheError, TeacherCache
+    from .teachers.fidelity import FidelityReport
+    from .teachers.http import ServedTeacher
+    from .teachers.local import Teacher, load_teacher
     from .training.config import DistillConfig
     from .training.trainer import DistillTrainer
 
@@ -55,17 +55,17 @@ __all__ = [
 ]
 
 _NAMES_OF = {
-    "cache": ("CacheError", "TeacherCache"),
+    "teachers.cache": ("CacheError", "TeacherCache"),
     "losses.dense": ("linear_distill_loss",),
-    "fidelity": ("FidelityReport",),
+    "teachers.fidelity": ("FidelityReport",),
     "losses.topk": ("topk_distill", "topk_distill_loss"),
     "losses.modules": ("LinearDistillLoss", "TopKDistillLoss"),
     "losses.types": ("DistillOutput", "SelectedLogits", "TokenScores", "TopK"),
     "losses.linear_head": ("linear_lse_gather", "linear_topk"),
     "quant": ("Int8Linear", "LUT4Linear", "quantize_model", "save_quantized"),
     "losses.scores": ("token_scores",),
-    "served": ("ServedTeacher",),
-    "teacher": ("Teacher", "load_teacher"),
+    "teachers.http": ("ServedTeacher",),
+    "teachers.local": ("Teacher", "load_teacher"),
     "training.config": ("DistillConfig",),
     "training.trainer": ("DistillTrainer",),
 }

@@ -34,7 +34,7 @@ from .runtime.backend import one_thread, versions
 from .runtime.checks import fail, integer
 from .runtime.intervals import Estimate, bootstrap_ratio, mean_of_runs, paired_difference
 from .runtime.progress import PhaseProgress
-from .teacher import Teacher
+from .teachers.local import Teacher
 from .training.config import DistillConfig
 from .training.objective import EVAL_COLUMNS
 from .training.trainer import DistillTrainer

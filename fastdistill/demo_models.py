@@ -20,10 +20,10 @@ from transformers import (
 )
 
 from .corpus import END_OF_TEXT
-from .protocols import TopKTeacher
 from .runtime.atomic_files import sha256_of
 from .runtime.json_text import read_json
-from .teacher import Teacher
+from .teachers.local import Teacher
+from .teachers.protocols import TopKTeacher
 from .training.config import DistillConfig
 from .training.trainer import DistillTrainer
 

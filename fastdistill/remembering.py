@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .losses.types import TopK
 from .runtime.checks import fail
-from .teacher import Teacher
+from .teachers.local import Teacher
 
 
 class MemoizedTeacher:

@@ -16,7 +16,7 @@ from ..plan.shapes import config_of, empty_model
 from ..quant.formats.checkpoint_gate import load_tokenizer
 from ..runtime.backend import local_rank
 from ..runtime.printable import printable
-from ..teacher import check_quantization, load_teacher, stored_tokenizer
+from ..teachers.local import check_quantization, load_teacher, stored_tokenizer
 from ..training.admission import TeacherSpec
 from ..training.offline import open_teacher
 

@@ -6,8 +6,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ..cache import CacheError, TeacherCache
 from ..runtime.printable import printable
+from ..teachers.cache import CacheError, TeacherCache
 from .opening import Failed
 from .printing import say
 

@@ -8,17 +8,17 @@ from contextlib import contextmanager
 from dataclasses import fields, replace
 from typing import Any
 
-from ..cache import TeacherCache
-from ..cache.build import Examples, check_existing_build
-from ..cache.manifest import read_settings
-from ..cache.prepare import BuildOptions, settings_for
 from ..hf.encoder import Encoder, check_example
 from ..hf.jsonl import JsonLines
 from ..hf.positions import check_row_lengths
 from ..hf.resolve import SETTINGS
 from ..plan.shapes import config_of
 from ..runtime.backend import rank_and_world
-from ..served import ServedTeacher, is_url
+from ..teachers.cache import TeacherCache
+from ..teachers.cache.build import Examples, check_existing_build
+from ..teachers.cache.manifest import read_settings
+from ..teachers.cache.settings import BuildOptions, settings_for
+from ..teachers.http import ServedTeacher, is_url
 from .opening import (
     as_exit_code_1,
     device,

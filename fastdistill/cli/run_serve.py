@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from ..served import serve
-from ..teacher import load_teacher
+from ..teachers.http import serve
+from ..teachers.local import load_teacher
 from .opening import device
 from .printing import say
 from .verbs import Serve

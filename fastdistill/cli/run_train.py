@@ -22,7 +22,7 @@ from ..runtime.checks import integer
 from ..runtime.optional import require
 from ..runtime.printable import printable
 from ..runtime.progress import TrainingProgress
-from ..served import ServedTeacher
+from ..teachers.http import ServedTeacher
 from ..training.admission import check_fit
 from ..training.arguments import check_metric, check_sampling
 from ..training.checkpoints import check_named_checkpoint, last_finished

@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..cache.codec import BLOCK, bytes_per_token
 from ..runtime import checks
+from ..teachers.cache.codec import BLOCK, bytes_per_token
 from .memory import CONTEXT, FRAGMENTS, Planner, stored_dtype
 from .parts import Plan, Settings
 from .proposal import propose

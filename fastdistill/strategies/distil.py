@@ -15,7 +15,7 @@ from ..audits.subject import Subject
 from ..hf.adapters import merge_adapter
 from ..runtime.backend import one_thread
 from ..runtime.checks import fail
-from ..teacher import Teacher
+from ..teachers.local import Teacher
 from ..training.config import DistillConfig
 from ..training.trainer import DistillTrainer
 from .lessons import Examples, PoolPrompt, sample_answers, to_row

@@ -21,7 +21,7 @@ from torch.utils.data import SequentialSampler
 from ..hf.lm_head import LMHead
 from ..losses.linear_head import linear_lse_gather
 from ..runtime.checks import between, fail, positive
-from ..teacher import Teacher
+from ..teachers.local import Teacher
 from ..training.objective import Answers, LossResult, TeacherHidden
 from ..training.targets import Targets
 from ..training.trainer import DistillTrainer

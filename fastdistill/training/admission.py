@@ -10,16 +10,16 @@ from typing import Any, NamedTuple, TypeAlias
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..cache import TeacherCache
 from ..hf.lm_head import rows_of_head
 from ..hf.offloading import is_offloaded
 from ..hf.positions import RowLimit
 from ..hf.tokenizers import check_same_tokenizer
-from ..protocols import DenseTeacher, TopKTeacher
 from ..runtime import checks
-from ..served import ServedTeacher
 from ..shared_storage import models_in, shared_parameters
-from ..teacher import Teacher
+from ..teachers.cache import TeacherCache
+from ..teachers.http import ServedTeacher
+from ..teachers.local import Teacher
+from ..teachers.protocols import DenseTeacher, TopKTeacher
 from .config import DistillConfig
 from .offline import check_cache_settings
 

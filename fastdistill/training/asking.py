@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cache import TeacherCache
 from ..losses.answer_checks import AnswerMonitor, AnswerRules, find_shape_error
 from ..losses.types import TopK
 from ..runtime import checks
-from ..teacher import Teacher
+from ..teachers.cache import TeacherCache
+from ..teachers.local import Teacher
 from .config import DistillConfig
 from .objective import Answers, TeacherHidden
 from .offline import answers_from_batch

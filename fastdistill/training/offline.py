@@ -13,12 +13,12 @@ from typing import Any, NoReturn
 
 from torch import Tensor
 
-from ..cache import TeacherCache
 from ..hf.encoder import IGNORE_INDEX, Encoder
 from ..hf.resolve import resolve
 from ..losses.types import TopK
 from ..runtime import checks
-from ..served import ServedTeacher
+from ..teachers.cache import TeacherCache
+from ..teachers.http import ServedTeacher
 from .config import DistillConfig
 from .data_checks import some_of
 

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from fastdistill import TeacherCache
-from fastdistill.cache import build as cache_build
+from fastdistill.teachers.cache import build as cache_build
 
 
 def build(folder, out, *more):
@@ -147,7 +147,7 @@ def test_a_full_disk_is_exit_1(run, folder, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("fastdistill.cache.build.Writer.write", full)
+    monkeypatch.setattr("fastdistill.teachers.cache.build.Writer.write", full)
     code, _, err = run(*build(folder, tmp_path / "c"))
     assert code == 1
     assert "finished files stay in" in err

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaCo
 from benchmarks.memory import peak_mb
 from fastdistill.plan import Plan, Settings, plan_memory
 from fastdistill.quant import quantize_model
-from fastdistill.teacher import Teacher
+from fastdistill.teachers.local import Teacher
 from fastdistill.training.config import DistillConfig
 from fastdistill.training.trainer import DistillTrainer
 

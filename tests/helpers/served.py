@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from fastdistill.served import make_app
-from fastdistill.served.server import listen, make_server, url_of
+from fastdistill.teachers.http import make_app
+from fastdistill.teachers.http.server import listen, make_server, url_of
 
 MODEL = "a-teacher"
 

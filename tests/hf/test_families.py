@@ -10,7 +10,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from fastdistill.hf.row_reader import can_pack
 from fastdistill.quant import quantize_model
 from fastdistill.quant.linear import QuantizedWeight
-from fastdistill.teacher import Teacher
+from fastdistill.teachers.local import Teacher
 from helpers.families import FAMILIES, SIZES, VOCAB, build, padded, texts
 
 

@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from fastdistill import TeacherCache
 from fastdistill.hf.offloading import is_offloaded
-from fastdistill.identity import weights_digest
-from fastdistill.teacher import Teacher
+from fastdistill.teachers.identity import weights_digest
+from fastdistill.teachers.local import Teacher
 from helpers.training import VOCAB, build, llama, ragged, step_losses
 
 IDS = torch.arange(2, 26).view(2, 12) % VOCAB

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from fastdistill.losses.types import TopK
-from fastdistill.teacher import Teacher
+from fastdistill.teachers.local import Teacher
 from helpers.answers import Answers, spread
 from helpers.example_texts import STOCK, TALK, tokenizer
 from helpers.training import VOCAB, build, llama, ragged, step_losses, train, weights

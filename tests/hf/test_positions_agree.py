@@ -11,7 +11,7 @@ import torch
 
 from fastdistill.hf.collator import DistillCollator
 from fastdistill.hf.row_reader import can_pack
-from fastdistill.teacher import Teacher
+from fastdistill.teachers.local import Teacher
 from fastdistill.training.student import student_at_head
 from fastdistill.training.targets import targets_of
 from helpers.position_models import build as of_family

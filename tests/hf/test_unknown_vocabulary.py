@@ -12,7 +12,7 @@ import torch
 from fastdistill import ServedTeacher, TeacherCache
 from fastdistill.losses.types import TopK
 from fastdistill.remembering import MemoizedTeacher
-from fastdistill.teacher import Teacher
+from fastdistill.teachers.local import Teacher
 from helpers.served import vllm
 from helpers.training import VOCAB, build, llama, ragged, step_losses
 

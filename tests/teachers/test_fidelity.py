@@ -10,7 +10,7 @@ import torch
 from fastdistill import FidelityReport, load_teacher
 from fastdistill.quant import quantize_model, save_quantized
 from fastdistill.runtime.intervals import bootstrap_ratio
-from fastdistill.teacher import Teacher
+from fastdistill.teachers.local import Teacher
 from helpers.families import VOCAB, build, padded, texts
 
 ROWS = texts((9, 4, 12, 7, 2, 11))
@@ -162,4 +162,4 @@ def test_what_cannot_be_compared_is_refused(stored, tmp_path):
 
 
 def test_report_is_public():
-    assert FidelityReport.__module__ == "fastdistill.fidelity"
+    assert FidelityReport.__module__ == "fastdistill.teachers.fidelity"

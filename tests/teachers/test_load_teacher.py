@@ -14,7 +14,7 @@ from fastdistill import load_teacher
 from fastdistill.hf.checkpoint import StoredModel
 from fastdistill.hf.tokenizers import check_same_tokenizer, tokenizer_fingerprint
 from fastdistill.quant import quantize_model, save_quantized
-from fastdistill.teacher import Teacher
+from fastdistill.teachers.local import Teacher
 from helpers.families import build
 from helpers.training import VOCAB, llama
 

@@ -10,8 +10,8 @@ from transformers import BertConfig, BertLMHeadModel
 
 from fastdistill import topk_distill_loss
 from fastdistill.hf.row_reader import groups
-from fastdistill.protocols import TopKTeacher
-from fastdistill.teacher import Teacher
+from fastdistill.teachers.local import Teacher
+from fastdistill.teachers.protocols import TopKTeacher
 from helpers.teacher_scene import IDS
 from helpers.training import VOCAB, llama
 

@@ -7,8 +7,8 @@ import torch
 
 from fastdistill.hf.lm_head import head_of
 from fastdistill.losses.types import TopK
-from fastdistill.protocols import DenseTeacher
-from fastdistill.teacher import Teacher
+from fastdistill.teachers.local import Teacher
+from fastdistill.teachers.protocols import DenseTeacher
 from fastdistill.training.asking import get_answers
 from fastdistill.training.objective import TeacherHidden
 from helpers.teacher_scene import IDS
@@ -38,7 +38,7 @@ def test_the_head_answers_where_it_is_asked():
 
 
 def test_the_head_of_a_teacher_here_runs_on_the_targets_alone(tmp_path, monkeypatch):
-    from fastdistill import teacher as module
+    from fastdistill.teachers import local as module
 
     seen = []
     monkeypatch.setattr(

@@ -7,8 +7,8 @@ import torch
 from transformers import AutoTokenizer
 
 from fastdistill import Teacher, TeacherCache
-from fastdistill.cache.sampled import draw
 from fastdistill.demo_models import SHIPPED
+from fastdistill.teachers.cache.sampled_targets import draw
 from helpers.training import VOCAB, build, llama, peaked, ragged, step_losses, train, weights
 
 RUN = {"max_steps": 4, "per_device_train_batch_size": 5, "data": ragged(12)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fastdistill.strategies.pairs import PairLoss
-from fastdistill.teacher import Teacher
+from fastdistill.teachers.local import Teacher
 from helpers.training import build, llama, peaked, ragged, train
 
 

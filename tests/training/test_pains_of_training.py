@@ -7,7 +7,7 @@ import torch
 from torch.profiler import profile
 
 from fastdistill.losses.types import TopK
-from fastdistill.teacher import Teacher
+from fastdistill.teachers.local import Teacher
 from helpers.answers import Answers, spread
 from helpers.families import build as family
 from helpers.processes import launch

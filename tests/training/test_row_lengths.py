@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from fastdistill import TeacherCache
-from fastdistill.fidelity import measure
 from fastdistill.hf.collator import DistillCollator
 from fastdistill.hf.encoder import Encoder
 from fastdistill.hf.positions import RowLimit, check_row_lengths
-from fastdistill.teacher import Teacher, load_teacher
+from fastdistill.teachers.fidelity import measure
+from fastdistill.teachers.local import Teacher, load_teacher
 from helpers.position_models import build as of_family
 from helpers.training import build
 

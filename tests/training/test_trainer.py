@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from fastdistill.losses.types import TopK
-from fastdistill.teacher import Teacher
+from fastdistill.teachers.local import Teacher
 from fastdistill.training.trainer import DistillTrainer
 from helpers.training import VOCAB, config, dense, llama, ragged, step_losses, train, weights
 

@@ -7,7 +7,7 @@ import torch
 
 from fastdistill.losses.types import TopK
 from fastdistill.remembering import MemoizedTeacher
-from fastdistill.teacher import Teacher
+from fastdistill.teachers.local import Teacher
 from helpers.teacher_scene import IDS
 from helpers.training import llama
 

@@ -13,7 +13,7 @@ from fastdistill.strategies.jamming import LogitJam, TransformedTeacher
 from fastdistill.strategies.lessons import TrainingExample, to_row
 from fastdistill.strategies.rereading import PromptSwapTeacher
 from fastdistill.strategies.rewriting import InoculationPrompt
-from fastdistill.teacher import Teacher
+from fastdistill.teachers.local import Teacher
 from helpers.first_step import ONE_STEP, divergence_from, stepped_along
 from helpers.strategy_scene import BASE, POOL, TEACHER, TOKENIZER, lessons, run, scene
 

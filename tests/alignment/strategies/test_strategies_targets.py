@@ -13,7 +13,7 @@ from fastdistill.strategies.baselines import OffModelSFT, Undefended
 from fastdistill.strategies.jamming import LogitJam, _normal, distribution, mixed, outcomes
 from fastdistill.strategies.shift import ShiftDistill
 from fastdistill.strategies.strategy import Training
-from fastdistill.teacher import Teacher
+from fastdistill.teachers.local import Teacher
 from helpers.strategy_scene import BASE, TEACHER, TOKENIZER, run
 
 V = TEACHER.head.vocab_size

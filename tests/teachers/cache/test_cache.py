@@ -111,7 +111,7 @@ def test_what_the_manifest_says(built, tmp_path):
     said = json.loads((cache.path / "manifest.json").read_text())
     assert (said["k"], said["temperatures"], said["vocab_size"]) == (8, [1.0, 2.0], VOCAB)
     assert said["tokens"] == sum(len(row["input_ids"]) for row in ragged(40))
-    assert said["teacher"]["kind"] == "fastdistill.teacher.Teacher"
+    assert said["teacher"]["kind"] == "fastdistill.teachers.local.Teacher"
     assert said["teacher"]["dtype"] == "float32"
     assert len(said["teacher"]["weights_sha256"]) == len(said["shards"][0]["sha256"]) == 64
     other = TeacherCache.build(Teacher(peaked(8)), ragged(2), tmp_path / "c", k=8)

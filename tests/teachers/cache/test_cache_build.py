@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from fastdistill import CacheError, TeacherCache
-from fastdistill.cache import build as building
-from fastdistill.cache import shards
+from fastdistill.teachers.cache import build as building
+from fastdistill.teachers.cache import shards
 from helpers.cache_builds import Passes, Stops, build, bytes_of
 from helpers.training import peaked
 
@@ -53,7 +53,9 @@ def _run(folder):
 def test_killed_at_twenty_random_moments(tmp_path, undisturbed):
     """kill -9, start again, twenty times, in folders new and half built; then the same bytes."""
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["training", "fastdistill.cache", "fastdistill.teacher"])
+    processes.set_forkserver_preload(
+        ["training", "fastdistill.teachers.cache", "fastdistill.teachers.local"]
+    )
     moments = random.Random(3)
     folder, kills, finished = tmp_path / "cache", 0, 0
 
@@ -166,7 +168,9 @@ def _rank(folder, rank, world):
 
 def test_several_processes_make_the_same_cache(tmp_path, undisturbed):
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["training", "fastdistill.cache", "fastdistill.teacher"])
+    processes.set_forkserver_preload(
+        ["training", "fastdistill.teachers.cache", "fastdistill.teachers.local"]
+    )
     all_of_them = [
         processes.Process(target=_rank, args=(tmp_path / "c", rank, 3)) for rank in range(3)
     ]

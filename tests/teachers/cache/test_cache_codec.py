@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from fastdistill.cache.codec import Packed, bytes_per_token, pack, truncate_k, unpack
 from fastdistill.losses.answer_checks import AnswerRules, find_invalid, find_shape_error
 from fastdistill.losses.types import TopK
+from fastdistill.teachers.cache.codec import Packed, bytes_per_token, pack, truncate_k, unpack
 
 V, K = 151_936, 64
 

@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from fastdistill import CacheError, Teacher, TeacherCache
-from fastdistill.cache import verification
+from fastdistill.teachers.cache import verification
 from helpers.training import peaked, ragged
 
 

@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from fastdistill import CacheError, TeacherCache
-from fastdistill.cache.parquet import CONFIG, Compression, ParquetRows, files_of
+from fastdistill.teachers.cache.distillkit_parquet import CONFIG, Compression, ParquetRows, files_of
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")

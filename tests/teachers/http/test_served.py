@@ -17,7 +17,7 @@ from fastdistill import Teacher, TeacherCache, load_teacher
 from fastdistill.demo_models import SHIPPED
 from fastdistill.hf.collator import padded
 from fastdistill.hf.encoder import Encoder
-from fastdistill.served import ServedTeacher, serve
+from fastdistill.teachers.http import ServedTeacher, serve
 from helpers.served import MODEL, ours, vllm
 from helpers.training import VOCAB, build, llama, peaked, ragged, train, weights
 

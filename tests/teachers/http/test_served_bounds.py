@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from fastdistill import Teacher
-from fastdistill.served import NoAnswer, ServedTeacher, connection
-from fastdistill.served.connection import Connection, _retry_after
+from fastdistill.teachers.http import NoAnswer, ServedTeacher, connection
+from fastdistill.teachers.http.connection import Connection, _retry_after
 from helpers.served import ours, vllm
 from helpers.training import peaked
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fastdistill import Teacher
-from fastdistill.served import NoAnswer, ServedTeacher, WrongAnswer, connection
+from fastdistill.teachers.http import NoAnswer, ServedTeacher, WrongAnswer, connection
 from helpers.served import MODEL, ours, vllm
 from helpers.training import peaked, train
 

@@ -16,10 +16,10 @@ from safetensors.torch import load, save
 
 from fastdistill import Teacher
 from fastdistill.losses.types import TopK
-from fastdistill.served import NoAnswer, ServedTeacher, WrongAnswer, app
-from fastdistill.served.connection import _retry_after, message_of
-from fastdistill.served.described import ServerInfo
-from fastdistill.served.probing import is_tempered
+from fastdistill.teachers.http import NoAnswer, ServedTeacher, WrongAnswer, app
+from fastdistill.teachers.http.connection import _retry_after, message_of
+from fastdistill.teachers.http.probing import is_tempered
+from fastdistill.teachers.http.server_info import ServerInfo
 from helpers.served import VLLM, ours, vllm
 from helpers.training import VOCAB, peaked
 

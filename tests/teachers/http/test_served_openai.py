@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from fastdistill import Teacher
 from fastdistill.demo_models import SHIPPED
-from fastdistill.served import ServedTeacher, requests
+from fastdistill.teachers.http import ServedTeacher, requests
 from helpers.served import ours
 from helpers.training import VOCAB, llama, peaked
 

@@ -12,8 +12,8 @@ import torch
 
 from fastdistill import Teacher
 from fastdistill.losses.types import TopK
-from fastdistill.served import ServedTeacher, WrongAnswer
-from fastdistill.served.probing import are_logits
+from fastdistill.teachers.http import ServedTeacher, WrongAnswer
+from fastdistill.teachers.http.probing import are_logits
 from helpers.served import MODEL, VLLM, ours, vllm
 from helpers.training import llama, peaked
 

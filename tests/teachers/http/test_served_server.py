@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from fastdistill import Teacher, TeacherCache
-from fastdistill.served import ServedTeacher, WrongAnswer, connection, serve
+from fastdistill.teachers.http import ServedTeacher, WrongAnswer, connection, serve
 from helpers.busy_server import Held
 from helpers.served import ours
 from helpers.training import peaked, ragged, train, weights

@@ -13,7 +13,8 @@ from urllib.parse import urlsplit
 import pytest
 
 from fastdistill import Teacher
-from fastdistill.served import app, protocol
+from fastdistill.teachers.http import app
+from fastdistill.teachers.http import http_protocol as protocol
 from helpers.busy_server import Held
 from helpers.served import ours
 from helpers.training import peaked

@@ -22,13 +22,13 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..hf.encoder import Encoder
-from ..hf.resolve import MANIFEST, SETTINGS
-from ..losses.answer_checks import AnswerRules, find_invalid, find_shape_error, row_and_position
-from ..losses.types import TopK
-from ..runtime.atomic_files import write_json
-from ..runtime.printable import printable
-from ..runtime.progress import RowProgress
+from ...hf.encoder import Encoder
+from ...hf.resolve import MANIFEST, SETTINGS
+from ...losses.answer_checks import AnswerRules, find_invalid, find_shape_error, row_and_position
+from ...losses.types import TopK
+from ...runtime.atomic_files import write_json
+from ...runtime.printable import printable
+from ...runtime.progress import RowProgress
 from .codec import pack
 from .manifest import (
     CacheError,

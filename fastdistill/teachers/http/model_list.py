@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..hf.positions import RowLimit
-from ..runtime import checks
-from ..runtime.json_text import JSONError, parse_json
-from ..runtime.printable import printable
-from .described import ServerInfo
-from .verdict import WrongAnswer
+from ...hf.positions import RowLimit
+from ...runtime import checks
+from ...runtime.json_text import JSONError, parse_json
+from ...runtime.printable import printable
+from .response_checks import WrongAnswer
+from .server_info import ServerInfo
 
 _VLLM_READS = 2  # tokens of max_model_len besides a row: the appended one, the generated one
 

@@ -12,18 +12,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..hf.positions import RowLimit
-from ..hf.row_reader import read_rows
-from ..hf.tokenizers import tokenizer_fingerprint
-from ..losses.types import TopK
-from ..runtime import backend, checks
-from ..runtime.printable import printable
+from ...hf.positions import RowLimit
+from ...hf.row_reader import read_rows
+from ...hf.tokenizers import tokenizer_fingerprint
+from ...losses.types import TopK
+from ...runtime import backend, checks
+from ...runtime.printable import printable
 from .connection import LARGEST, Connection, Refusal
-from .described import TEACHER
-from .listing import Listing, limit_of_vllm
+from .model_list import Listing, limit_of_vllm
 from .probing import LOGITS, are_logits, is_tempered
-from .verdict import WrongAnswer, check_answer
-from .wire import NoPromptLogprobs, read_choices, unpack
+from .response_checks import WrongAnswer, check_answer
+from .server_info import TEACHER
+from .wire_format import NoPromptLogprobs, read_choices, unpack
 
 _TOKENS_PACKED, _TOKENS_JSON = 16384, 2048  # in one request
 _ANY_ID = 1 << 31

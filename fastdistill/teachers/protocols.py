@@ -11,8 +11,8 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from .hf.lm_head import LMHead
-from .losses.types import TopK
+from ..hf.lm_head import LMHead
+from ..losses.types import TopK
 
 
 @runtime_checkable

@@ -9,15 +9,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from ...runtime import backend, checks
+from ...runtime.optional import require
+from ...runtime.printable import printable
+from ...runtime.version import __version__
 from ..identity import identity_of, tokenizer_identity
-from ..runtime import backend, checks
-from ..runtime.optional import require
-from ..runtime.printable import printable
-from ..runtime.version import __version__
-from ..teacher import Teacher
+from ..local import Teacher
 from .connection import check_token
-from .described import ServerInfo
 from .loopback import is_loopback
+from .server_info import ServerInfo
 
 MAX_K, MAX_TOKENS = 256, 65536
 _EXTRA = "'fastdistill[serve]'"
@@ -122,7 +122,7 @@ def listen(host: str, port: int) -> socket.socket:
 def make_server(app: Any) -> Any:
     """Return a uvicorn server for `app` that logs warnings only."""
     uvicorn = require("uvicorn", "serve", _EXTRA)
-    from .protocol import BoundedProtocol
+    from .http_protocol import BoundedProtocol
 
     return uvicorn.Server(
         uvicorn.Config(

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ..hf.row_reader import groups
-from ..losses.answer_checks import find_shape_error
-from ..losses.types import TopK
-from ..teacher import Teacher
+from ...hf.row_reader import groups
+from ...losses.answer_checks import find_shape_error
+from ...losses.types import TopK
+from ..local import Teacher
 from .build import PendingRow
 from .manifest import CacheError, Settings
-from .sampled import draw
+from .sampled_targets import draw
 
 _TOKENS = 16384  # per call, padding included; a Teacher regroups them by its own budget
 

@@ -19,13 +19,12 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from ..losses.types import TopK
-from ..runtime.json_text import JSONError, parse_json
-from ..runtime.printable import printable
-from ..teacher import Teacher
+from ...losses.types import TopK
+from ...runtime.json_text import JSONError, parse_json
+from ...runtime.printable import printable
+from ..local import Teacher
 from .completion import completion_json
-from .described import TEACHER, ServerInfo
-from .guard import Guard, error_response
+from .request_guard import Guard, error_response
 from .requests import (
     Limits,
     Question,
@@ -34,7 +33,8 @@ from .requests import (
     completion_question,
     packed_question,
 )
-from .wire import pack
+from .server_info import TEACHER, ServerInfo
+from .wire_format import pack
 from .worker import Full, NotNumbers, RowAnswer, Worker
 
 logger = logging.getLogger(__name__)

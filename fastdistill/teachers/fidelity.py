@@ -16,18 +16,18 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .hf.checkpoint import StoredModel
-from .hf.collator import DistillCollator
-from .hf.encoder import IGNORE_INDEX
-from .hf.lm_head import LMHead, evaluating, head_of, verify_head
-from .hf.row_reader import BatchedForward, Rows, read_rows
-from .losses.dense import linear_distill_loss
-from .losses.linear_head import linear_topk
-from .runtime import checks, tensor_checks
-from .runtime.intervals import bootstrap_ratio, wilson
+from ..hf.checkpoint import StoredModel
+from ..hf.collator import DistillCollator
+from ..hf.encoder import IGNORE_INDEX
+from ..hf.lm_head import LMHead, evaluating, head_of, verify_head
+from ..hf.row_reader import BatchedForward, Rows, read_rows
+from ..losses.dense import linear_distill_loss
+from ..losses.linear_head import linear_topk
+from ..runtime import checks, tensor_checks
+from ..runtime.intervals import bootstrap_ratio, wilson
 
 if TYPE_CHECKING:
-    from .teacher import Teacher
+    from .local import Teacher
 
 RATIO_LIMIT = 0.05
 

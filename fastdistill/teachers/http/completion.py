@@ -10,7 +10,7 @@ from itertools import accumulate
 from typing import Any
 
 from .requests import Completion
-from .wire import entries
+from .wire_format import entries
 from .worker import RowAnswer
 
 _Entries = list[dict[str, Any] | None]

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
-from ..runtime.printable import printable
+from ...runtime.printable import printable
 
 MAX_ENTRIES = 1 << 18  # log-probabilities in one JSON answer: about 20 MB of text
 _TEMPERATURES = 2.0**-126, 3e38  # the range of normal fp32 numbers

@@ -13,10 +13,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ..hf.resolve import MANIFEST, SETTINGS
-from ..runtime.atomic_files import write_json
-from ..runtime.json_text import JSONError, read_json
-from ..runtime.printable import printable, printable_lines
+from ...hf.resolve import MANIFEST, SETTINGS
+from ...runtime.atomic_files import write_json
+from ...runtime.json_text import JSONError, read_json
+from ...runtime.printable import printable, printable_lines
 from .codec import BLOCK, bytes_per_token
 
 VERSION = 1

@@ -13,9 +13,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..kernels.head import LMHead, blocks
-from ..kernels.torch_slabs import Matmul, slabs
-from ..losses.types import TopK
+from ...kernels.head import LMHead, blocks
+from ...kernels.torch_slabs import Matmul, slabs
+from ...losses.types import TopK
 
 _TOKENS = 256  # whose logits are in memory at a time
 _FP64_TOKENS = 16

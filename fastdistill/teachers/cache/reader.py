@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..losses.answer_checks import AnswerRules, find_invalid, row_and_position
-from ..losses.types import TopK
+from ...losses.answer_checks import AnswerRules, find_invalid, row_and_position
+from ...losses.types import TopK
 from .codec import Array, Packed, truncate_k, unpack
 from .manifest import KEY, CacheError, Manifest
 from .shards import Mapped, key_of

@@ -27,7 +27,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..losses.types import TopK
+from ...losses.types import TopK
 
 BLOCK = 1 << 16
 _TABLE = 256  # slots

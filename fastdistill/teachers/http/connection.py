@@ -22,10 +22,10 @@ from functools import partial
 from typing import Any, NamedTuple
 from urllib.parse import SplitResult, urlsplit
 
-from ..runtime import checks
-from ..runtime.json_text import parse_json
-from ..runtime.printable import LIMIT, printable
-from .bounded import AnswerTooLarge, Deadline, Unreachable, connect
+from ...runtime import checks
+from ...runtime.json_text import parse_json
+from ...runtime.printable import LIMIT, printable
+from .bounded_socket import AnswerTooLarge, Deadline, Unreachable, connect
 
 logger = logging.getLogger(__name__)
 

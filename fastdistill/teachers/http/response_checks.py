@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..losses.answer_checks import AnswerRules, find_invalid, find_shape_error, row_and_position
-from ..losses.types import TopK
+from ...losses.answer_checks import AnswerRules, find_invalid, find_shape_error, row_and_position
+from ...losses.types import TopK
 
 
 class WrongAnswer(ValueError):

@@ -7,8 +7,8 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..runtime.printable import printable
-from .verdict import WrongAnswer
+from ...runtime.printable import printable
+from .response_checks import WrongAnswer
 
 PROTOCOL = 1
 _COUNTS = 1 << 31  # upper bound of all counts

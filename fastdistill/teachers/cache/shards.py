@@ -23,10 +23,10 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from ..hf.resolve import MANIFEST
-from ..runtime.atomic_files import sha256_of, sync
-from ..runtime.json_text import parse_json
-from ..runtime.printable import printable
+from ...hf.resolve import MANIFEST
+from ...runtime.atomic_files import sha256_of, sync
+from ...runtime.json_text import parse_json
+from ...runtime.printable import printable
 from .codec import Array, Packed, layout
 from .manifest import KEY, CacheError, Settings, Shard
 

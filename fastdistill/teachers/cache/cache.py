@@ -10,24 +10,24 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..hf.encoder import Encoder
-from ..hf.positions import check_row_lengths
-from ..hf.tokenizers import tokenizer_fingerprint
-from ..losses.types import TopK
-from ..runtime import checks, tensor_checks
-from ..teacher import load_teacher
+from ...hf.encoder import Encoder
+from ...hf.positions import check_row_lengths
+from ...hf.tokenizers import tokenizer_fingerprint
+from ...losses.types import TopK
+from ...runtime import checks, tensor_checks
+from ..local import load_teacher
 from . import verification
 from .build import Examples, build
-from .from_teacher import FromTeacher
 from .manifest import CacheError, Manifest, read_manifest
-from .prepare import (
+from .reader import Reader
+from .settings import (
     BuildOptions,
     check_teacher_supports,
     settings_for,
     tokenizer_for,
     vocabulary_of,
 )
-from .reader import Reader
+from .teacher_source import FromTeacher
 
 
 class Verified(NamedTuple):
@@ -180,7 +180,7 @@ class TeacherCache:
             CacheError: other columns, or answers that are no distributions. ImportError: no
             pyarrow.
         """
-        from .parquet import ParquetRows, files_of
+        from .distillkit_parquet import ParquetRows, files_of
 
         rows = ParquetRows(files_of(parquet))
         examples = Examples(rows, Encoder(tokenizer=tokenizer))
@@ -198,7 +198,7 @@ class TeacherCache:
     @property
     def of_a_model(self) -> bool:
         """Whether a Teacher answered, which counts positions from the first attended token."""
-        return bool(self.manifest.settings.teacher["kind"] == "fastdistill.teacher.Teacher")
+        return bool(self.manifest.settings.teacher["kind"] == "fastdistill.teachers.local.Teacher")
 
     @property
     def sampled(self) -> bool:

@@ -26,10 +26,10 @@ import torch
 import yaml
 from numpy.typing import NDArray
 
-from ..losses.types import TopK
-from ..runtime import checks
-from ..runtime.optional import require
-from ..runtime.printable import printable
+from ...losses.types import TopK
+from ...runtime import checks
+from ...runtime.optional import require
+from ...runtime.printable import printable
 from .build import PendingRow
 from .manifest import MAX_K, MAX_VOCAB, CacheError, Settings
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from ..hf.encoder import is_listed
-from ..hf.tokenizers import check_same_tokenizer
+from ...hf.encoder import is_listed
+from ...hf.tokenizers import check_same_tokenizer
+from ...runtime import checks
+from ...runtime.version import __version__
 from ..identity import identity_of, tokenizer_identity
+from ..local import Teacher
 from ..protocols import DenseTeacher, TopKTeacher
-from ..runtime import checks
-from ..runtime.version import __version__
-from ..teacher import Teacher
 from .build import Examples
 from .manifest import MAX_K, POSITIONS, TARGETS, Settings
 

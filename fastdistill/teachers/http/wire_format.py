@@ -18,10 +18,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from ..losses.types import TopK
-from ..runtime.json_text import JSONError, RepeatedName, parse_json
-from ..runtime.printable import printable
-from .verdict import WrongAnswer
+from ...losses.types import TopK
+from ...runtime.json_text import JSONError, RepeatedName, parse_json
+from ...runtime.printable import printable
+from .response_checks import WrongAnswer
 
 _NEVER = -9999.0  # −inf in JSON
 _FLOOR = 2.0**-24

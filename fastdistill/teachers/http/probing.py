@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from ..losses.types import TopK
+from ...losses.types import TopK
 
 VOCABULARY = 1 << 20  # upper bound of vocabulary sizes
 LOGITS = "These look like logits: start vLLM without --logprobs-mode raw_logits or processed_logits"

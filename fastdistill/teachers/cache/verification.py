@@ -11,9 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
-from ..runtime.atomic_files import sha256_of, write_json
-from ..runtime.json_text import read_json
-from ..runtime.progress import RowProgress
+from ...runtime.atomic_files import sha256_of, write_json
+from ...runtime.json_text import read_json
+from ...runtime.progress import RowProgress
 from .manifest import CacheError, Manifest, Shard
 
 _KNOWN = ".verified.json"

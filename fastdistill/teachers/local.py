@@ -11,18 +11,18 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..hf.checkpoint import StoredModel
+from ..hf.lm_head import LMHead, head_of, rows_of_head, verify_head
+from ..hf.offloading import check_whole
+from ..hf.positions import RowLimit
+from ..hf.row_reader import BatchedForward, read_rows
+from ..losses.linear_head import linear_topk
+from ..losses.types import TopK
+from ..quant.formats.checkpoint_gate import load_tokenizer
+from ..quant.ops import COMPUTE
+from ..quant.schemes import SCHEMES
+from ..runtime import checks, tensor_checks
 from .fidelity import FidelityReport, measure
-from .hf.checkpoint import StoredModel
-from .hf.lm_head import LMHead, head_of, rows_of_head, verify_head
-from .hf.offloading import check_whole
-from .hf.positions import RowLimit
-from .hf.row_reader import BatchedForward, read_rows
-from .losses.linear_head import linear_topk
-from .losses.types import TopK
-from .quant.formats.checkpoint_gate import load_tokenizer
-from .quant.ops import COMPUTE
-from .quant.schemes import SCHEMES
-from .runtime import checks, tensor_checks
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -285,7 +285,7 @@ def _from_checkpoint(source: StoredModel, quant: str | None, compute: str, devic
         return source.load(device)
     if source.is_adapter:  # merged before it is quantized
         return _quantized(source.load(device), quant, compute)
-    from .quant import load_quantized
+    from ..quant import load_quantized
 
     return load_quantized(
         source.path,
@@ -301,7 +301,7 @@ def _quantized(model: Any, quant: str | None, compute: str) -> Any:
     if quant is None:
         _check_full_precision_compute(compute)
         return model
-    from .quant import quantize_model
+    from ..quant import quantize_model
 
     return quantize_model(model, quant, compute=compute)
 

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ..hf.row_reader import groups
-from ..losses.linear_head import linear_lse_gather
-from ..losses.scores import token_scores
-from ..losses.types import TopK
-from ..teacher import Teacher
+from ...hf.row_reader import groups
+from ...losses.linear_head import linear_lse_gather
+from ...losses.scores import token_scores
+from ...losses.types import TopK
+from ..local import Teacher
 from .requests import Question
 
 logger = logging.getLogger(__name__)

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .hf.offloading import named_tensors
-from .hf.tokenizers import tokenizer_fingerprint
-from .quant.linear import QuantizedWeight
+from ..hf.offloading import named_tensors
+from ..hf.tokenizers import tokenizer_fingerprint
+from ..quant.linear import QuantizedWeight
 
 _SAMPLED = 4096  # values of each tensor that enter the fingerprint, evenly spread
 

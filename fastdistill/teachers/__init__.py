@@ -1,0 +1,1 @@
+"""Teachers: in this process, cached on disk, or behind HTTP."""
