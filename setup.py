@@ -37,7 +37,6 @@ PACKAGES = [
     "fastdistill.kernels",
     "fastdistill.losses",
     "fastdistill.organisms",
-    "fastdistill.plan",
     "fastdistill.quant",
     "fastdistill.quant.backends",
     "fastdistill.quant.formats",
@@ -49,6 +48,9 @@ PACKAGES = [
     "fastdistill.teachers.cache",
     "fastdistill.teachers.http",
     "fastdistill.training",
+    "fastdistill.training.checks",
+    "fastdistill.training.logs",
+    "fastdistill.training.plan",
 ]
 
 CPU_SOURCES = [

@@ -29,7 +29,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from fastdistill.plan import Settings, plan_memory
+from fastdistill.training.plan import Settings, plan_memory
 
 from .large_models import CONFIGS, narrow
 from .large_step import CAPS, OURS, SHAPE, STUDENT, TEACHER

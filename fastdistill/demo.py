@@ -36,7 +36,7 @@ from .runtime.intervals import Estimate, bootstrap_ratio, mean_of_runs, paired_d
 from .runtime.progress import PhaseProgress
 from .teachers.local import Teacher
 from .training.config import DistillConfig
-from .training.objective import EVAL_COLUMNS
+from .training.loss import EVAL_COLUMNS
 from .training.trainer import DistillTrainer
 
 # The best value of 1e-3 to 7e-3 for training on labels, and near the best for distillation.

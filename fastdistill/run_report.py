@@ -24,7 +24,7 @@ from .run_series import (
     scores,
     training_summary,
 )
-from .training.run_files import NAME, RunRecord, read_run
+from .training.logs.run_files import NAME, RunRecord, read_run
 
 _COMPARED = ("kl", "agreement", "perplexity", "loss")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .run_pictures import Histogram, Line, Quantity
-from .training.run_files import SETTINGS, RunRecord
+from .training.logs.run_files import SETTINGS, RunRecord
 
 TRAINING = {
     "loss": Quantity(title="Loss", unit="per target token", falls=True),

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from fastdistill.demo_models import SHIPPED, shipped_teacher
 from fastdistill.training.checkpoints import last_finished
-from fastdistill.training.run_files import read_run
+from fastdistill.training.logs.run_files import read_run
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 

@@ -12,13 +12,13 @@ from transformers.utils import logging as transformers_logging
 
 from ..hf.checkpoint import StoredModel, tokenizer_folder
 from ..hf.lm_head import rows_of_head
-from ..plan.shapes import config_of, empty_model
 from ..quant.formats.checkpoint_gate import load_tokenizer
 from ..runtime.backend import local_rank
 from ..runtime.printable import printable
 from ..teachers.local import check_quantization, load_teacher, stored_tokenizer
-from ..training.admission import TeacherSpec
-from ..training.offline import open_teacher
+from ..training.cached_answers import open_teacher
+from ..training.plan.shapes import config_of, empty_model
+from ..training.teacher_setup import TeacherSpec
 
 
 class Failed(Exception):

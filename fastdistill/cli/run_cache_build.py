@@ -12,13 +12,13 @@ from ..hf.encoder import Encoder, check_example
 from ..hf.jsonl import JsonLines
 from ..hf.positions import check_row_lengths
 from ..hf.resolve import SETTINGS
-from ..plan.shapes import config_of
 from ..runtime.backend import rank_and_world
 from ..teachers.cache import TeacherCache
 from ..teachers.cache.build import Examples, check_existing_build
 from ..teachers.cache.manifest import read_settings
 from ..teachers.cache.settings import BuildOptions, settings_for
 from ..teachers.http import ServedTeacher, is_url
+from ..training.plan.shapes import config_of
 from .opening import (
     as_exit_code_1,
     device,

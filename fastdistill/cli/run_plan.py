@@ -7,8 +7,8 @@ from typing import Any
 
 from rich.console import Console
 
-from ..plan import Plan as Planned
-from ..plan import Settings, plan_memory, print_plan
+from ..training.plan import Plan as Planned
+from ..training.plan import Settings, plan_memory, print_plan
 from .verbs import Plan
 
 

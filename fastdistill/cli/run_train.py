@@ -23,16 +23,16 @@ from ..runtime.optional import require
 from ..runtime.printable import printable
 from ..runtime.progress import TrainingProgress
 from ..teachers.http import ServedTeacher
-from ..training.admission import check_fit
 from ..training.arguments import check_metric, check_sampling
+from ..training.cached_answers import check_cache_covers
 from ..training.checkpoints import check_named_checkpoint, last_finished
+from ..training.checks.dataset import Lengths, check_datasets, datasets_by_name
+from ..training.checks.lengths import check_lengths, row_limits
 from ..training.config import DistillConfig
-from ..training.data_checks import Lengths, check_datasets, datasets_by_name
-from ..training.figures import format_short
-from ..training.lengths import check_lengths, row_limits
-from ..training.offline import check_cache_covers
-from ..training.run_files import read_run
+from ..training.logs.metrics import format_short
+from ..training.logs.run_files import read_run
 from ..training.student import prepare_loaded
+from ..training.teacher_setup import check_fit
 from ..training.trainer import DistillTrainer
 from .opening import (
     as_exit_code_1,

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..audits.subject import Subject
 from ..losses.scores import token_scores
 from ..runtime.checks import between, choice, positive
-from ..training.selection import SCORES, TokenSelection
+from ..training.token_selection import SCORES, TokenSelection
 from .lessons import Examples, TrainingExample, answer_logprobs, encoded_batches
 from .strategy import RunState, Strategy, Training
 

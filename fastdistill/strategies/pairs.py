@@ -22,7 +22,7 @@ from ..hf.lm_head import LMHead
 from ..losses.linear_head import linear_lse_gather
 from ..runtime.checks import between, fail, positive
 from ..teachers.local import Teacher
-from ..training.objective import Answers, LossResult, TeacherHidden
+from ..training.loss import Answers, LossResult, TeacherHidden
 from ..training.targets import Targets
 from ..training.trainer import DistillTrainer
 from .jamming import TransformedTeacher

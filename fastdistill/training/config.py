@@ -25,7 +25,7 @@ from .arguments import (
     schedule_options,
     steps_in_backward,
 )
-from .selection import Selection, TokenSelection, selection_of
+from .token_selection import Selection, TokenSelection, selection_of
 
 
 @dataclass(kw_only=True)

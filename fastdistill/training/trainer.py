@@ -25,22 +25,21 @@ from ..hf.generation import ends_of
 from ..hf.lm_head import LMHead, is_partitioned, rows_of_head, verify_head
 from ..losses.answer_checks import AnswerMonitor
 from ..runtime import checks
-from .admission import TeacherLike, resolve_teacher
 from .arguments import check_metric, check_sampling
-from .asking import get_answers, has_trusted_positions
+from .cached_answers import cache_lookup, check_cache_covers, open_teacher
 from .checkpoints import check_named_checkpoint
+from .checks.dataset import check_datasets, check_kinds, datasets_by_name
+from .checks.lengths import check_lengths, row_limits
+from .checks.savable import check_savable
+from .checks.signal import check_teacher_matches_text, contexts_of
 from .config import DistillConfig
-from .data_checks import check_datasets, check_kinds, datasets_by_name
-from .figures import clamp_to_one, means, one_per_group, summarize
-from .lengths import check_lengths, row_limits
-from .model_card import has_other_readme, write_card
-from .objective import Answers, Loss, LossResult, TeacherHidden
-from .offline import cache_lookup, check_cache_covers, open_teacher
-from .panel import Panel, first_batch
-from .run_log import RunLog
-from .sampling import is_on_policy, sample, set_generation_ends
-from .savable import check_savable
-from .signal_checks import check_teacher_matches_text, contexts_of
+from .logs.first_batch import Panel, first_batch
+from .logs.metrics import clamp_to_one, means, one_per_group, summarize
+from .logs.model_card import has_other_readme, write_card
+from .logs.run_log import RunLog
+from .loss import Answers, Loss, LossResult, TeacherHidden
+from .on_policy import is_on_policy, sample, set_generation_ends
+from .resumable_trainer import WholeCheckpoints
 from .student import (
     check_packable,
     compile_body,
@@ -50,8 +49,9 @@ from .student import (
     without_adapters,
 )
 from .targets import Targets
+from .teacher_answers import get_answers, has_trusted_positions
+from .teacher_setup import TeacherLike, resolve_teacher
 from .torch_defaults import plain_defaults
-from .whole import WholeCheckpoints
 
 Examples = Dataset[Any] | list[dict[str, Any]]
 

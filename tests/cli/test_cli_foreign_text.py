@@ -13,7 +13,7 @@ from fastdistill.audits.probes import Probes
 from fastdistill.cli import app, run_audit, run_cache, settings
 from fastdistill.cli.printing import print_json, say
 from fastdistill.doctor import Finding, Findings, print_findings
-from fastdistill.training.run_files import read_run
+from fastdistill.training.logs.run_files import read_run
 
 EVIL = "good\x1b]0;title\x07\x1b[2J\x9b31m\u202e[bold]x[/bold]"
 ACTING = ("\x1b", "\x07", "\x9b", "\u202e")

@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastdistill import Teacher, TeacherCache
 from fastdistill.run_pictures import Quantity
-from fastdistill.training.figures import format_short
-from fastdistill.training.run_files import read_run
+from fastdistill.training.logs.metrics import format_short
+from fastdistill.training.logs.run_files import read_run
 from helpers.command import files, last_values
 
 RUN = [sys.executable, "-m", "fastdistill"]

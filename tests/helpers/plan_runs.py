@@ -12,10 +12,10 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig, Qwen3Config
 
 from benchmarks.memory import peak_mb
-from fastdistill.plan import Plan, Settings, plan_memory
 from fastdistill.quant import quantize_model
 from fastdistill.teachers.local import Teacher
 from fastdistill.training.config import DistillConfig
+from fastdistill.training.plan import Plan, Settings, plan_memory
 from fastdistill.training.trainer import DistillTrainer
 
 ON_GPU = torch.cuda.is_available()

@@ -18,7 +18,7 @@ from fastdistill.audits import Subject, TriggerRateAudit
 from fastdistill.audits.subject import TokenRow
 from fastdistill.hf.generation import ends_of, generate_rows, ordinary_ends
 from fastdistill.organisms.vocabulary import world_tokenizer
-from fastdistill.training.sampling import sample
+from fastdistill.training.on_policy import sample
 from helpers.planted import PROMPTS, model, subject
 from helpers.training import VOCAB, config
 

@@ -15,7 +15,7 @@ from fastdistill.hf.collator import DistillCollator
 from fastdistill.hf.encoder import Encoder
 from fastdistill.strategies.lessons import TrainingExample, to_row
 from fastdistill.teachers.local import Teacher
-from fastdistill.training.sampling import prompts_of
+from fastdistill.training.on_policy import prompts_of
 from helpers.example_texts import STOCK, tokenizer
 from helpers.training import VOCAB, build, llama, train
 

@@ -15,9 +15,9 @@ from fastdistill.audits.subject import Subject
 from fastdistill.cli.opening import load_any_teacher, open_tokenizer
 from fastdistill.hf.checkpoint import StoredModel
 from fastdistill.hf.resolve import resolve
-from fastdistill.plan.shapes import config_of
 from fastdistill.teachers.local import Teacher, load_teacher
-from fastdistill.training.offline import open_teacher
+from fastdistill.training.cached_answers import open_teacher
+from fastdistill.training.plan.shapes import config_of
 from helpers.training import VOCAB, build, llama, ragged, step_losses
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from fastdistill.run_report import write_run_report
 from fastdistill.run_series import points
-from fastdistill.training.run_files import NAME, SETTINGS, read_run
+from fastdistill.training.logs.run_files import NAME, SETTINGS, read_run
 from helpers.report_page import Page
 from helpers.training import build, ragged, train
 

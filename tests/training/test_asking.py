@@ -9,8 +9,8 @@ from fastdistill.hf.lm_head import head_of
 from fastdistill.losses.types import TopK
 from fastdistill.teachers.local import Teacher
 from fastdistill.teachers.protocols import DenseTeacher
-from fastdistill.training.asking import get_answers
-from fastdistill.training.objective import TeacherHidden
+from fastdistill.training.loss import TeacherHidden
+from fastdistill.training.teacher_answers import get_answers
 from helpers.teacher_scene import IDS
 from helpers.training import VOCAB, build, llama, peaked, train, weights
 

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import IterableDataset
 
 from fastdistill.hf.encoder import Encoder
-from fastdistill.training.data_checks import check_examples
+from fastdistill.training.checks.dataset import check_examples
 from helpers.example_texts import STOCK, TALK, tokenizer
 from helpers.training import build
 

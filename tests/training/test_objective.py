@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 from fastdistill.kernels.divergences import NAMES
 from fastdistill.training.histograms import EDGES, SCORES
-from fastdistill.training.run_files import read_run
-from fastdistill.training.selection import TokenSelection
+from fastdistill.training.logs.run_files import read_run
+from fastdistill.training.token_selection import TokenSelection
 from helpers.training import build, flat, llama, peaked, ragged, step_losses, train, weights
 
 
@@ -146,7 +146,7 @@ def test_selected_tokens_are_trained_on_at_their_weights(tmp_path, k, words):
 
 
 def test_unselected_tokens_never_reach_the_loss(tmp_path, monkeypatch):
-    from fastdistill.training import objective
+    from fastdistill.training import loss as objective
 
     seen = []
     whole = objective.distill_topk

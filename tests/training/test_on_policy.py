@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastdistill.losses.types import TopK
-from fastdistill.training.sampling import is_on_policy, sample
+from fastdistill.training.on_policy import is_on_policy, sample
 from helpers.training import build, llama, peaked, ragged, step_losses, train, weights
 
 

@@ -14,7 +14,8 @@ from tokenizers import Tokenizer, models
 from torch import nn
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
-from fastdistill.training import checkpoints, savable
+from fastdistill.training import checkpoints
+from fastdistill.training.checks import savable
 from fastdistill.training.trainer import DistillTrainer
 from helpers.training import build, config, flat, llama, ragged, train, weights
 

@@ -7,8 +7,8 @@ import json
 
 import pytest
 
-from fastdistill.training.run_files import NAME, SETTINGS, read_run
-from fastdistill.training.run_settings import settings_of
+from fastdistill.training.logs.run_files import NAME, SETTINGS, read_run
+from fastdistill.training.logs.run_settings import settings_of
 from helpers.training import build, config, llama, peaked, ragged, train
 
 SAVING = {"save_strategy": "steps", "save_steps": 1, "max_steps": 4}

@@ -6,13 +6,7 @@ import pytest
 import torch
 
 from fastdistill.hf.generation import ends_of
-from fastdistill.training.sampling import (
-    _KeyedChoice,
-    is_on_policy,
-    prompts_of,
-    sample,
-    uniform,
-)
+from fastdistill.training.on_policy import _KeyedChoice, is_on_policy, prompts_of, sample, uniform
 from helpers.training import VOCAB, config, llama
 
 PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13, 14]]

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from fastdistill.losses.types import TokenScores
-from fastdistill.training.selection import SCORES, TokenSelection, selection_of, weights_of
 from fastdistill.training.targets import targets_of
+from fastdistill.training.token_selection import SCORES, TokenSelection, selection_of, weights_of
 
 LENGTHS = [7, 1, 0, 12]  # targets of each sequence
 T = 14

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from fastdistill.remembering import MemoizedTeacher
-from fastdistill.shared_storage import models_in, shared_parameters
 from fastdistill.teachers.local import Teacher, load_teacher
+from fastdistill.training.checks.shared_storage import models_in, shared_parameters
 from helpers.training import build, llama, ragged
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"

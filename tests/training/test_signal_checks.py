@@ -9,7 +9,7 @@ import torch
 
 from fastdistill import Teacher, TeacherCache
 from fastdistill.losses.types import TopK
-from fastdistill.training.signal_checks import (
+from fastdistill.training.checks.signal import (
     Signal,
     check_teacher_matches_text,
     contexts_of,

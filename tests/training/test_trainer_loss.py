@@ -7,7 +7,7 @@ import torch
 
 from fastdistill.losses.linear_head import linear_lse_gather
 from fastdistill.losses.types import TopK
-from fastdistill.training.objective import Loss, LossResult, TeacherHidden
+from fastdistill.training.loss import Loss, LossResult, TeacherHidden
 from fastdistill.training.targets import Targets
 from helpers.training import build, config, llama, peaked, ragged, step_losses, train, weights
 

@@ -18,7 +18,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from fastdistill.training.arguments import HIGHER_IS_BETTER, LOWER_IS_BETTER, UNSUPPORTED
 from fastdistill.training.config import DistillConfig
-from fastdistill.training.objective import EVAL_COLUMNS
+from fastdistill.training.loss import EVAL_COLUMNS
 from helpers.training import build, config, llama, ragged, train, weights
 
 TABLE = Path(__file__).resolve().parents[2] / "docs" / "training-arguments.md"

@@ -21,8 +21,8 @@ from fastdistill.strategies.filters import (
 )
 from fastdistill.strategies.lessons import BATCH_SIZE, to_row
 from fastdistill.strategies.strategy import Training
-from fastdistill.training.selection import TokenSelection
 from fastdistill.training.targets import targets_of
+from fastdistill.training.token_selection import TokenSelection
 from helpers.first_step import ONE_STEP, labels_only, stepped_along
 from helpers.strategy_scene import BASE, TEACHER, lessons, run, scene
 

@@ -16,7 +16,7 @@ from fastdistill.strategies.distil import distill
 from fastdistill.strategies.lessons import to_row
 from fastdistill.strategies.pairs import InOrder, PairLoss, PreferencePairs
 from fastdistill.strategies.strategy import Training
-from fastdistill.training.objective import TeacherHidden
+from fastdistill.training.loss import TeacherHidden
 from fastdistill.training.targets import Targets
 from helpers.strategy_scene import BASE, TEACHER, lessons, run, scene
 

@@ -13,12 +13,13 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from fastdistill.plan import Settings, plan_memory, tracking
-from fastdistill.plan.optimisers import optimizer_memory
-from fastdistill.plan.shapes import bytes_of, empty_model, quantized_size, shapes_of
-from fastdistill.plan.sizes import read_bytes
 from fastdistill.quant import quantize_model
 from fastdistill.quant.schemes import SCHEMES
+from fastdistill.training.plan import Settings, plan_memory
+from fastdistill.training.plan import meta_memory as tracking
+from fastdistill.training.plan.optimisers import optimizer_memory
+from fastdistill.training.plan.shapes import bytes_of, empty_model, quantized_size, shapes_of
+from fastdistill.training.plan.sizes import read_bytes
 
 SMALL = {
     "vocab_size": 500,

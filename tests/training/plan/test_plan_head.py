@@ -8,8 +8,8 @@ import fastdistill as fd
 from fastdistill.kernels import triton_slabs
 from fastdistill.kernels.backends import get_backend
 from fastdistill.kernels.head import LMHead
-from fastdistill.plan import head as planned
-from fastdistill.plan.head import HeadShape
+from fastdistill.training.plan import loss_memory as planned
+from fastdistill.training.plan.loss_memory import HeadShape
 from helpers.counted_memory import (  # noqa: F401  `counted` is a fixture
     Alive,
     counted,

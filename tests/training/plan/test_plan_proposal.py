@@ -7,8 +7,8 @@ import pytest
 from rich.console import Console
 from transformers import Qwen3Config
 
-from fastdistill.plan import Settings, plan_memory, print_plan, proposal
-from fastdistill.plan.sizes import in_gb
+from fastdistill.training.plan import Settings, plan_memory, print_plan, proposal
+from fastdistill.training.plan.sizes import in_gb
 
 # Layers as in the public 1.7B and 8B models of this family, but fewer.
 BIG = {"vocab_size": 151936, "head_dim": 128, "num_key_value_heads": 8}

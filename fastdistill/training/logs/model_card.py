@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..runtime.atomic_files import write_atomically
-from ..runtime.backend import describe
-from ..runtime.version import __version__
-from .config import DistillConfig
-from .objective import Loss
-from .panel import Panel
+from ...runtime.atomic_files import write_atomically
+from ...runtime.backend import describe
+from ...runtime.version import __version__
+from ..config import DistillConfig
+from ..loss import Loss
+from .first_batch import Panel
 
 _EVALUATED = {
     "eval_kl": "KL(teacher ‖ student), nats per token",

@@ -25,8 +25,8 @@ from ..losses.topk import distill_topk
 from ..losses.types import TokenScores, TopK
 from .config import DistillConfig
 from .histograms import histograms
-from .selection import Selection, TokenSelection, weights_of
 from .targets import Targets
+from .token_selection import Selection, TokenSelection, weights_of
 
 # Columns of the per-sequence sums that evaluation gathers instead of logits.
 EVAL_COLUMNS = ("tokens", "loss", "nll", "top1", "kl", "agreement", "teacher_mass", "student_mass")

@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import nn
 
-from ..hf.collator import attended_first
-from ..hf.encoder import Encoder
-from ..hf.positions import RowLimit, check_new_tokens, check_row_lengths, row_limit, shortest_of
-from ..hf.row_reader import rope_limit
-from .config import DistillConfig
-from .data_checks import RowsWithoutTarget, sample_indices
+from ...hf.collator import attended_first
+from ...hf.encoder import Encoder
+from ...hf.positions import RowLimit, check_new_tokens, check_row_lengths, row_limit, shortest_of
+from ...hf.row_reader import rope_limit
+from ..config import DistillConfig
+from .dataset import RowsWithoutTarget, sample_indices
 
 
 def row_limits(student: nn.Module, teacher: Any, config: DistillConfig) -> tuple[RowLimit, ...]:

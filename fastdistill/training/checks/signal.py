@@ -14,9 +14,9 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from ..hf.encoder import IGNORE_INDEX
-from ..losses.types import TopK
-from ..runtime import checks
+from ...hf.encoder import IGNORE_INDEX
+from ...losses.types import TopK
+from ...runtime import checks
 
 MIN_TOKENS = 64  # targets needed for a decision
 # In nats per token: a teacher with a smaller expected gap makes no prediction to test.

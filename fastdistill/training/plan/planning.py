@@ -6,13 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..runtime import checks
-from ..teachers.cache.codec import BLOCK, bytes_per_token
+from ...runtime import checks
+from ...teachers.cache.codec import BLOCK, bytes_per_token
 from .memory import CONTEXT, FRAGMENTS, Planner, stored_dtype
-from .parts import Plan, Settings
 from .proposal import propose
 from .shapes import bytes_of, config_of, quantized_size, shapes_of
 from .sizes import in_gb, read_bytes
+from .types import Plan, Settings
 
 
 def plan_memory(

@@ -15,13 +15,13 @@ import functools
 from dataclasses import replace
 from typing import Any
 
-from ..hf.row_reader import CPU_TOKENS, FREE_SHARE, GPU_TOKENS, VALUES_PER_TOKEN
-from ..runtime.optional import require
-from . import head
+from ...hf.row_reader import CPU_TOKENS, FREE_SHARE, GPU_TOKENS, VALUES_PER_TOKEN
+from ...runtime.optional import require
+from . import loss_memory as head
+from .meta_step import Step, TeacherPass, head_shape, rehearse_step, rehearse_teacher
 from .optimisers import optimizer_memory
-from .parts import DTYPES, Memory, Part, Phase, Settings
-from .rehearsal import Step, TeacherPass, head_shape, rehearse_step, rehearse_teacher
 from .shapes import QuantizedSize, bytes_of, empty_model, quantized_size
+from .types import DTYPES, Memory, Part, Phase, Settings
 
 # Memory outside torch's allocator: CUDA context, libraries and their workspaces, kernels.
 CONTEXT = 700 * 10**6

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from ..quant.schemes import SCHEMES
-from ..runtime import checks
+from ...quant.schemes import SCHEMES
+from ...runtime import checks
 from .optimisers import OPTIMIZERS
 from .shapes import Shapes
 

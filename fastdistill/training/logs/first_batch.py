@@ -11,15 +11,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..hf.lm_head import LMHead
-from ..losses.linear_head import linear_topk
-from ..losses.scores import token_scores
-from ..losses.types import TopK
-from .config import DistillConfig
-from .histograms import histograms, sum_histograms
-from .objective import SCORING_TOPK, TeacherHidden
-from .signal_checks import Signal, check_teacher_valid, half_batch_shift, mass_of, signal
-from .targets import Targets
+from ...hf.lm_head import LMHead
+from ...losses.linear_head import linear_topk
+from ...losses.scores import token_scores
+from ...losses.types import TopK
+from ..checks.signal import Signal, check_teacher_valid, half_batch_shift, mass_of, signal
+from ..config import DistillConfig
+from ..histograms import histograms, sum_histograms
+from ..loss import SCORING_TOPK, TeacherHidden
+from ..targets import Targets
 
 _DIVERGENCE_TEXT = {
     "forward_kl": "KL(teacher ‖ student), forward",

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from ..hf.encoder import IGNORE_INDEX, EncodedExample, Encoder, is_listed
-from ..runtime import checks
-from ..runtime.printable import printable
+from ...hf.encoder import IGNORE_INDEX, EncodedExample, Encoder, is_listed
+from ...runtime import checks
+from ...runtime.printable import printable
 
 logger = logging.getLogger(__name__)
 

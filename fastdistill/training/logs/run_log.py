@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from ..runtime.atomic_files import write_json
-from .histograms import EDGES, sum_histograms
-from .panel import Panel
+from ...runtime.atomic_files import write_json
+from ..histograms import EDGES, sum_histograms
+from .first_batch import Panel
 from .run_files import NAME, SETTINGS
 from .run_settings import settings_of
 

@@ -13,10 +13,10 @@ from ..losses.types import TopK
 from ..runtime import checks
 from ..teachers.cache import TeacherCache
 from ..teachers.local import Teacher
+from .cached_answers import answers_from_batch
+from .checks.signal import check_alignment
 from .config import DistillConfig
-from .objective import Answers, TeacherHidden
-from .offline import answers_from_batch
-from .signal_checks import check_alignment
+from .loss import Answers, TeacherHidden
 from .targets import Targets, targets_of
 
 

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from ..hf.checkpoint import StoredModel, fetched_folder
-from ..hf.lm_head import head_module
-from ..hf.resolve import is_adapter, resolve
-from ..quant.formats.checkpoint_gate import CONFIG, load_config
-from ..quant.model import stacks, targets
-from ..quant.schemes import BLOCK, Int8Weight, Lut4Weight, QuantWeight
-from ..runtime.printable import printable
+from ...hf.checkpoint import StoredModel, fetched_folder
+from ...hf.lm_head import head_module
+from ...hf.resolve import is_adapter, resolve
+from ...quant.formats.checkpoint_gate import CONFIG, load_config
+from ...quant.model import stacks, targets
+from ...quant.schemes import BLOCK, Int8Weight, Lut4Weight, QuantWeight
+from ...runtime.printable import printable
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,13 +15,13 @@ from ..hf.offloading import is_offloaded
 from ..hf.positions import RowLimit
 from ..hf.tokenizers import check_same_tokenizer
 from ..runtime import checks
-from ..shared_storage import models_in, shared_parameters
 from ..teachers.cache import TeacherCache
 from ..teachers.http import ServedTeacher
 from ..teachers.local import Teacher
 from ..teachers.protocols import DenseTeacher, TopKTeacher
+from .cached_answers import check_cache_settings
+from .checks.shared_storage import models_in, shared_parameters
 from .config import DistillConfig
-from .offline import check_cache_settings
 
 logger = logging.getLogger(__name__)
 

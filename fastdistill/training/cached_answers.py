@@ -19,8 +19,8 @@ from ..losses.types import TopK
 from ..runtime import checks
 from ..teachers.cache import TeacherCache
 from ..teachers.http import ServedTeacher
+from .checks.dataset import some_of
 from .config import DistillConfig
-from .data_checks import some_of
 
 _COLUMNS = ("teacher_ids", "teacher_logprobs", "teacher_log_tail")
 

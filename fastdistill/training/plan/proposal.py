@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from .memory import Planner, stored_dtype
-from .parts import Proposal, Settings
+from .types import Proposal, Settings
 
 LORA_RANK = 16
 

@@ -19,17 +19,13 @@ from typing import NamedTuple
 
 import torch
 
-from ..kernels import topk as topk_kernel
-from ..kernels.backends import CPU_BLOCK_TOKENS
-from ..kernels.engines import (
-    TRITON_BLOCK_TOKENS,
-    TRITON_RECOMPUTE_BYTES,
-    triton_slab_columns,
-)
-from ..kernels.head import LMHead, chunk_tokens, sums_in_16_bits
-from ..kernels.topk_loss import CARRIED_CHUNKS
-from ..kernels.torch_gather import GATHER_BYTES
-from ..kernels.torch_slabs import slabs
+from ...kernels import topk as topk_kernel
+from ...kernels.backends import CPU_BLOCK_TOKENS
+from ...kernels.engines import TRITON_BLOCK_TOKENS, TRITON_RECOMPUTE_BYTES, triton_slab_columns
+from ...kernels.head import LMHead, chunk_tokens, sums_in_16_bits
+from ...kernels.topk_loss import CARRIED_CHUNKS
+from ...kernels.torch_gather import GATHER_BYTES
+from ...kernels.torch_slabs import slabs
 
 ACCUMULATOR = 4
 # Number of fp32 tensors on a token's slots that are alive at once, in the loss and in its

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..hf.lm_head import LMHead, evaluating, head_module, hidden_states
-from ..training.student import student_at_head, without_adapters
-from ..training.targets import Targets
-from .head import HeadShape, LossMemory
-from .parts import Settings
-from .tracking import MemoryTracker
+from ...hf.lm_head import LMHead, evaluating, head_module, hidden_states
+from ..student import student_at_head, without_adapters
+from ..targets import Targets
+from .loss_memory import HeadShape, LossMemory
+from .meta_memory import MemoryTracker
+from .types import Settings
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import EvalPrediction
 
-from .objective import EVAL_COLUMNS
+from ..loss import EVAL_COLUMNS
 
 
 def summarize(prediction: EvalPrediction) -> dict[str, float]:

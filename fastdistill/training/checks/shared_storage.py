@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .losses.vocab_parallel import is_dtensor
-from .teachers.local import Teacher
+from ...losses.vocab_parallel import is_dtensor
+from ...teachers.local import Teacher
 
 _MAX_DEPTH = 5  # levels of objects and containers around a teacher's model
 _MAX_OBJECTS = 10_000  # objects that are inspected

@@ -11,12 +11,12 @@ from typing import Any
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
-from ..hf.lm_head import is_partitioned
-from ..runtime.backend import describe, versions
-from ..runtime.printable import printable
-from .config import DistillConfig
+from ...hf.lm_head import is_partitioned
+from ...runtime.backend import describe, versions
+from ...runtime.printable import printable
+from ..config import DistillConfig
+from ..student import is_adapted, without_adapters
 from .model_card import describe_teacher, name_of
-from .student import is_adapted, without_adapters
 
 # Values that mean unset: TrainingArguments converts some into others.
 _UNSET: tuple[Any, ...] = (None, False, "", "none", [], {})

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..runtime.json_text import JSONError, parse_json
+from ...runtime.json_text import JSONError, parse_json
 
 NAME = "metrics.jsonl"
 SETTINGS = "run.json"

@@ -32,10 +32,10 @@ from .checkpoints import (
     read_state,
     to_resume_from,
 )
+from .checks.savable import has_loaded_generation_config, keep_generation_config_savable
 from .finite import FiniteUpdates
 from .interrupts import SavesOnInterrupt
-from .run_settings import OPTIMIZER_SETTINGS, changed_settings, result_settings
-from .savable import has_loaded_generation_config, keep_generation_config_savable
+from .logs.run_settings import OPTIMIZER_SETTINGS, changed_settings, result_settings
 from .student import (
     check_adapter,
     check_keys,

@@ -7,9 +7,9 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from .parts import Memory, Plan
 from .shapes import Shapes
 from .sizes import in_gb
+from .types import Memory, Plan
 
 
 def print_plan(plan: Plan, console: Any) -> None:

@@ -26,8 +26,8 @@ from ..hf.encoder import IGNORE_INDEX, EncodedExample, Encoder
 from ..hf.generation import ends_of, generate_rows
 from ..hf.positions import RowLimit, row_limit, shortest_of
 from ..runtime import checks
+from .checks.dataset import some_of
 from .config import DistillConfig
-from .data_checks import some_of
 
 
 def uniform(*key: object) -> float:

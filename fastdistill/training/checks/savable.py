@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, modeling_utils
 
-from ..runtime.printable import printable
-from .student import is_adapted
+from ...runtime.printable import printable
+from ..student import is_adapted
 
 
 def check_savable(model: nn.Module, processing_class: Any, args: Any) -> None:

@@ -1,0 +1,1 @@
+"""Checks of a dataset and of a teacher's answers."""
