@@ -41,6 +41,7 @@ PACKAGES = [
     "fastdistill.quant.backends",
     "fastdistill.quant.formats",
     "fastdistill.report",
+    "fastdistill.report.run",
     "fastdistill.runtime",
     "fastdistill.statistics",
     "fastdistill.strategies",

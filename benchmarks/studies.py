@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdistill.report.arms import SAFE, SEEDS
-from fastdistill.report.marks import format_estimate, format_number
+from fastdistill.report.number_format import format_estimate, format_number
 from fastdistill.runtime.intervals import Estimate
 
 

@@ -11,7 +11,7 @@ from matplotlib.patches import Patch
 from .demo_result import ARMS, METRICS, DemoResult
 from .report import Report
 from .report.audit_page import cell
-from .report.marks import COLORS, GRAY, RC
+from .report.number_format import COLORS, GRAY, RC
 from .runtime.intervals import Estimate
 
 _COLOR = {"distilled": COLORS[0], "labels only": COLORS[1], "teacher": GRAY}

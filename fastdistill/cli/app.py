@@ -134,7 +134,7 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Write one HTML report about a training run: curves, scores, memory, settings."""
-    from ..run_report import write_run_report
+    from ..report.run.page import write_run_report
 
     path = write_run_report(folder, out)
     if as_json:

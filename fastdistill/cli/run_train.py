@@ -16,8 +16,8 @@ from transformers import PrinterCallback, TrainingArguments
 
 from ..hf.encoder import Encoder, check_example
 from ..hf.jsonl import JsonLines, Line
-from ..run_report import write_run_report
-from ..run_series import has_diverged
+from ..report.run.page import write_run_report
+from ..report.run.series import has_diverged
 from ..runtime.checks import integer
 from ..runtime.optional import require
 from ..runtime.printable import printable

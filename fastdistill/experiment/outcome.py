@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..report.marks import format_estimate
-from ..report.page import Report, png
+from ..report.html import Report, png
+from ..report.number_format import format_estimate
 from ..report.transfer import TransferReport
 from ..runtime.atomic_files import write_atomically, write_json
 from ..runtime.intervals import Estimate, flat_json, mean_of_runs, means_by_cluster

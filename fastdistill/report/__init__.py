@@ -6,7 +6,7 @@
 from typing import TYPE_CHECKING
 
 from ..runtime.lazy import lazy_names
-from .page import Report
+from .html import Report
 
 if TYPE_CHECKING:
     from .incrimination import AuditScore

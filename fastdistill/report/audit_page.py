@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from ..audits.result import AuditResult
 from ..audits.side_by_side import SuiteResults
 from ..runtime.printable import printable
-from .marks import RC, style, wrap_label
-from .page import Report
+from .html import Report
+from .number_format import RC, style, wrap_label
 
 LIMITS = (
     "An audit measures the difference of a model from its controls in one quantity. The absence of "

@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 
 from ..runtime.intervals import Estimate
 from .arms import CAPABLE, SAFE, SEEDS, Arm
-from .marks import (
+from .number_format import (
     COLORS,
     GUIDE,
     HIGHEST,

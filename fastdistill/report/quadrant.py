@@ -13,7 +13,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MultipleLocator
 
 from .arms import CAPABLE, SAFE, Arm
-from .marks import (
+from .number_format import (
     GUIDE,
     HIGHEST,
     LOWEST,

@@ -19,8 +19,8 @@ from ..runtime.intervals import UNKNOWN, flat_json
 from ..statistics import Student, Validity
 from .arms import Arm, Role, build_arms, by_arm
 from .curves import curves
+from .html import Report
 from .incrimination import AuditRow, AuditScore, audit_rows
-from .page import Report
 from .quadrant import quadrant
 from .transfer_page import transfer_page
 from .validity import invalid_because, is_checked

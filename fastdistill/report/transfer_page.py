@@ -11,8 +11,8 @@ from ..runtime.intervals import mean_of_runs
 from ..statistics import Student, minimum_detectable_effect
 from .arms import CAPABLE, SAFE, SEEDS, Arm, by_arm, seed_differences
 from .curves import curves, curves_alt, curves_caption
-from .marks import format_estimate, format_limit, format_number, format_p_cell
-from .page import Report
+from .html import Report
+from .number_format import format_estimate, format_limit, format_number, format_p_cell
 from .quadrant import quadrant, quadrant_alt, quadrant_caption
 from .verdicts import outcome, summary, verdict
 

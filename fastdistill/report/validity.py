@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from ..statistics import Validity
 from .arms import Arm
-from .marks import format_estimate, format_limit
+from .number_format import format_estimate, format_limit
 
 CONTROL = 0.9  # lower bound of the positive control's τ
 MIN_UNITS = 2  # minimum number of base seeds for a variance between them

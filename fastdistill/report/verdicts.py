@@ -18,7 +18,7 @@ import math
 from collections.abc import Sequence
 
 from .arms import CAPABLE, SAFE, SEEDS, Arm
-from .marks import format_estimate, format_number, format_p_value
+from .number_format import format_estimate, format_number, format_p_value
 from .validity import CONTROL, is_checked, passes_control
 
 

@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastdistill import Teacher, TeacherCache
-from fastdistill.run_pictures import Quantity
+from fastdistill.report.run.plots import Quantity
 from fastdistill.training.logs.metrics import format_short
 from fastdistill.training.logs.run_files import read_run
 from helpers.command import files, last_values

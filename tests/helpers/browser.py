@@ -14,7 +14,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from fastdistill.run_report import write_run_report
+from fastdistill.report.run.page import write_run_report
 from helpers.training import ragged, train
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")

@@ -10,8 +10,8 @@ import sys
 
 import pytest
 
-from fastdistill.run_report import write_run_report
-from fastdistill.run_series import points
+from fastdistill.report.run.page import write_run_report
+from fastdistill.report.run.series import points
 from fastdistill.training.logs.run_files import NAME, SETTINGS, read_run
 from helpers.report_page import Page
 from helpers.training import build, ragged, train
@@ -202,5 +202,5 @@ def test_a_folder_without_a_run_is_named(tmp_path):
 
 
 def test_a_report_needs_no_pytorch():
-    code = "import sys, fastdistill.run_report; sys.exit('torch' in sys.modules)"
+    code = "import sys, fastdistill.report.run.page; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

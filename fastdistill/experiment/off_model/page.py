@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...report.arms import SEEDS
-from ...report.marks import format_estimate, format_p_cell
-from ...report.page import Report
+from ...report.html import Report
+from ...report.number_format import format_estimate, format_p_cell
 from ...report.validity import too_few_units
 from ...statistics import Validity
 from .arms import ARMS, OFF_MODEL, Part

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ...report.marks import GUIDE, RC, style
+from ...report.number_format import GUIDE, RC, style
 from ...statistics import mean_of_units
 from .arms import OFF_MODEL, ON_BASE, ON_LOCKED, OWN, RELATED, RIGHT
 from .figures import Readings, RunsByArm, capability_drop, tasks_of_length

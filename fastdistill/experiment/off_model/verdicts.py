@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ...report.arms import SEEDS
-from ...report.marks import format_estimate, format_limit
+from ...report.number_format import format_estimate, format_limit
 from ...statistics import Estimate, Gate, Validity, at_least, at_most, mean_of_units
 from .arms import EMPTIED, OFF_MODEL, ON_BASE, ON_LOCKED, OWN, RIGHT, WHOLE, Part
 from .figures import (

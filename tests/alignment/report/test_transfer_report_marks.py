@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from fastdistill.report.marks import (
+from fastdistill.report.number_format import (
     clip_to_axes,
     format_estimate,
     format_interval,

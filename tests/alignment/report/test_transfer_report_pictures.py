@@ -10,7 +10,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from fastdistill.report.marks import HIGHEST, LOWEST
+from fastdistill.report.number_format import HIGHEST, LOWEST
 from fastdistill.report.quadrant import place_labels
 from helpers.made_students import arm, controls, experiment
 

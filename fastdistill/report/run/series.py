@@ -6,8 +6,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from .run_pictures import Histogram, Line, Quantity
-from .training.logs.run_files import SETTINGS, RunRecord
+from ...training.logs.run_files import SETTINGS, RunRecord
+from .plots import Histogram, Line, Quantity
 
 TRAINING = {
     "loss": Quantity(title="Loss", unit="per target token", falls=True),

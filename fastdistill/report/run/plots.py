@@ -19,8 +19,8 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from .report.marks import COLORS, GUIDE, RC, style
-from .runtime.printable import printable
+from ...runtime.printable import printable
+from ..number_format import COLORS, GUIDE, RC, style
 
 _DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)))
 _DIVERGED_ABOVE = 1e6  # a larger loss or perplexity is not printed

@@ -6,10 +6,11 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from .report import Report
-from .report.page import to_text
-from .run_pictures import Line, Picture, Quantity, curves, histogram
-from .run_series import (
+from ...training.logs.run_files import NAME, RunRecord, read_run
+from .. import Report
+from ..html import to_text
+from .plots import Line, Picture, Quantity, curves, histogram
+from .series import (
     COSTS,
     MASSES,
     TRAINING,
@@ -24,7 +25,6 @@ from .run_series import (
     scores,
     training_summary,
 )
-from .training.logs.run_files import NAME, RunRecord, read_run
 
 _COMPARED = ("kl", "agreement", "perplexity", "loss")
 

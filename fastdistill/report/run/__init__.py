@@ -1,0 +1,1 @@
+"""The report of one training run: its figures, plots and page."""
