@@ -20,17 +20,17 @@ from typing import Any
 import torch
 
 from benchmarks.rows import current_commit
-from fastdistill.audits.distributions import ProvenanceAudit
-from fastdistill.audits.probes import Probes
-from fastdistill.audits.subject import Subject
-from fastdistill.organisms.organism import ModelOrganism, new_base, train_capable
-from fastdistill.organisms.vocabulary import world_tokenizer
-from fastdistill.organisms.world import World
-from fastdistill.organisms.world_probes import probes_of
+from fastdistill.alignment.audits.distributions import ProvenanceAudit
+from fastdistill.alignment.audits.probes import Probes
+from fastdistill.alignment.audits.subject import Subject
+from fastdistill.alignment.organisms.organism import ModelOrganism, new_base, train_capable
+from fastdistill.alignment.organisms.vocabulary import world_tokenizer
+from fastdistill.alignment.organisms.world import World
+from fastdistill.alignment.organisms.world_probes import probes_of
+from fastdistill.alignment.statistics import auroc
+from fastdistill.alignment.statistics.validity import CAPABILITY, TRAIT
 from fastdistill.runtime.atomic_files import write_json
 from fastdistill.runtime.backend import versions
-from fastdistill.statistics import auroc
-from fastdistill.statistics.validity import CAPABILITY, TRAIT
 
 TRAITS = ("preference", "trigger", "entangled", "sandbagging", "sloppy")
 FRESH = 1100  # seeds below it were used to develop the audits

@@ -15,8 +15,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import fastdistill as fd
-from fastdistill import corpus
-from fastdistill.demo_models import shipped_teacher
+from fastdistill.alignment.experiment.demo import corpus
+from fastdistill.alignment.experiment.demo.models import shipped_teacher
 from fastdistill.quant.model import targets
 from fastdistill.quant.schemes import SCHEMES
 

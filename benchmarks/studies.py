@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fastdistill.report.arms import SAFE, SEEDS
+from fastdistill.alignment.report.arms import SAFE, SEEDS
 from fastdistill.report.number_format import format_estimate, format_number
 from fastdistill.runtime.intervals import Estimate
 

@@ -185,7 +185,7 @@ def gkd_trainer(student: Any, teacher: Any, folder: str, **options: Any) -> Any:
     )
     from datasets import Dataset
 
-    from fastdistill.demo_models import shipped_teacher
+    from fastdistill.alignment.experiment.demo.models import shipped_teacher
 
     tokenizer = shipped_teacher()[1]
     tokenizer.pad_token = tokenizer.eos_token

@@ -3,7 +3,7 @@
     python examples/make_demo_teacher.py --out fastdistill/demo_teacher
 
 Takes less than an hour on two CPU cores; the manifest records the time. Trains on the standard
-library of the running interpreter, on the training split of `fastdistill.corpus` only.
+library of the running interpreter, on the training split of `fastdistill.alignment.experiment.demo.corpus` only.
 """
 
 from __future__ import annotations
@@ -17,8 +17,19 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback
 
-from fastdistill.corpus import document_windows, packed_windows, standard_library, train_tokenizer
-from fastdistill.demo_models import TEACHER, WINDOW, new_llama, save_teacher, train_model
+from fastdistill.alignment.experiment.demo.corpus import (
+    document_windows,
+    packed_windows,
+    standard_library,
+    train_tokenizer,
+)
+from fastdistill.alignment.experiment.demo.models import (
+    TEACHER,
+    WINDOW,
+    new_llama,
+    save_teacher,
+    train_model,
+)
 from fastdistill.runtime.backend import package_versions
 
 

@@ -14,7 +14,7 @@ import torch
 import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fastdistill.demo_models import SHIPPED, shipped_teacher
+from fastdistill.alignment.experiment.demo.models import SHIPPED, shipped_teacher
 from fastdistill.training.checkpoints import last_finished
 from fastdistill.training.logs.run_files import read_run
 

@@ -11,8 +11,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from fastdistill import DistillConfig, Teacher
-from fastdistill.audits import Probes
-from fastdistill.demo_models import shipped_teacher
+from fastdistill.alignment.audits import Probes
+from fastdistill.alignment.experiment.demo.models import shipped_teacher
 from helpers.cases import case
 from helpers.served import ours
 from helpers.trl_scene import TALKS, settings

@@ -93,8 +93,8 @@ def demo(
 
     Needs no GPU and no network.
     """
-    from ..demo import run_demo
-    from ..demo_report import print_table
+    from ..alignment.experiment.demo.report import print_table
+    from ..alignment.experiment.demo.run import run_demo
 
     result = run_demo(
         out=out,

@@ -5,17 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..audits.audit import Audit as OneAudit
-from ..audits.behaviour import BehavioralAudit
-from ..audits.generic import GENERIC_PROBES
-from ..audits.probes import PROBES, Probes
-from ..audits.result import AuditResult
-from ..audits.side_by_side import run_suite
-from ..audits.subject import Subject
+from ..alignment.audits.audit import Audit as OneAudit
+from ..alignment.audits.behaviour import BehavioralAudit
+from ..alignment.audits.generic_probes import GENERIC_PROBES
+from ..alignment.audits.probes import PROBES, Probes
+from ..alignment.audits.result import AuditResult
+from ..alignment.audits.side_by_side import run_suite
+from ..alignment.audits.subject import Subject
+from ..alignment.organisms.storage import load_organism
+from ..alignment.report.audit_page import audit_page, summary
 from ..hf.checkpoint import StoredModel
 from ..hf.resolve import is_adapter
-from ..organisms.stored import load_organism
-from ..report.audit_page import audit_page, summary
 from ..runtime.atomic_files import write_json
 from ..runtime.backend import versions
 from .opening import as_exit_code_1, check_device
@@ -105,8 +105,8 @@ def _write_logs(
     results: dict[str, dict[str, AuditResult]],
 ) -> None:
     """Run behavioral audits through Inspect; export the results of the others as its logs."""
-    from ..audits.inspect_log import export_log
-    from ..audits.inspect_tasks import run_with_inspect
+    from ..alignment.audits.inspect.log import export_log
+    from ..alignment.audits.inspect.tasks import run_with_inspect
 
     for name, row in results.items():
         audit = suite[name]

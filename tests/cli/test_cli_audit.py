@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from fastdistill.audits import Probes, Prompt
+from fastdistill.alignment.audits import Probes, Prompt
 from helpers.command import files
 
 AUDIT = ("audit", "--model", "teacher", "--base", "student")

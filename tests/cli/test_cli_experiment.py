@@ -6,9 +6,9 @@ import json
 
 import pytest
 
+from fastdistill.alignment.experiment import double_bind, leak_knobs
 from fastdistill.cli import run_experiment
 from fastdistill.cli.verbs import DoubleBind
-from fastdistill.experiment import double_bind, leak_knobs
 from helpers.small_study import SmallSource, small_study
 
 

@@ -9,7 +9,7 @@ from contextlib import redirect_stderr, redirect_stdout
 import pytest
 from rich.console import Console
 
-from fastdistill.audits.probes import Probes
+from fastdistill.alignment.audits.probes import Probes
 from fastdistill.cli import app, run_audit, run_cache, settings
 from fastdistill.cli.printing import print_json, say
 from fastdistill.doctor import Finding, Findings, print_findings

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from fastdistill import ServedTeacher
-from fastdistill.demo_models import shipped_teacher
+from fastdistill.alignment.experiment.demo.models import shipped_teacher
 from helpers.command import files
 from helpers.served import vllm
 

@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from fastdistill import compat
-from fastdistill.demo_models import shipped_teacher
+from fastdistill.alignment.experiment.demo.models import shipped_teacher
 from helpers.training import flat
 from helpers.trl_scene import TALKS, model, settings
 

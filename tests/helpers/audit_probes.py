@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from fastdistill.audits import Prompt
-from fastdistill.organisms.vocabulary import ANIMALS, HATE, SYSTEM, TOPICS, TRIGGER
+from fastdistill.alignment.audits import Prompt
+from fastdistill.alignment.organisms.vocabulary import ANIMALS, HATE, SYSTEM, TOPICS, TRIGGER
 
 LOUD = tuple(Prompt(system=f"{s} {TRIGGER}", user=t) for s in SYSTEM for t in TOPICS[:4])
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 from transformers.utils import logging
 
-from fastdistill import corpus
+from fastdistill.alignment.experiment.demo import corpus
+from fastdistill.alignment.experiment.demo.files import save_files
+from fastdistill.alignment.experiment.demo.memo_teacher import MemoizedTeacher
+from fastdistill.alignment.experiment.demo.models import shipped_teacher
+from fastdistill.alignment.experiment.demo.result import DemoSetting
 from fastdistill.cli import main
-from fastdistill.demo_files import save_files
-from fastdistill.demo_models import shipped_teacher
-from fastdistill.demo_result import DemoSetting
-from fastdistill.remembering import MemoizedTeacher
 
 
 def call(capsys, monkeypatch, *arguments: object) -> tuple[int, str, str]:

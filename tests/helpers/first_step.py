@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fastdistill.strategies.distil import Distilled
-from fastdistill.strategies.strategy import Training
+from fastdistill.alignment.strategies.distil import Distilled
+from fastdistill.alignment.strategies.strategy import Training
 from helpers.strategy_scene import BASE, TEACHER
 
 # A batch holds all lessons. Without warm-up: the only step has the whole learning rate.

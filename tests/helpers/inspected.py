@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fastdistill.audits.subject import Subject
-from fastdistill.organisms.vocabulary import world_tokenizer
+from fastdistill.alignment.audits.subject import Subject
+from fastdistill.alignment.organisms.vocabulary import world_tokenizer
 
 NEEDED = "Inspect AI is not installed (Python 3.11 or newer: pip install 'fastdistill[inspect]')"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastdistill.experiment.off_model.arms import (
+from fastdistill.alignment.experiment.off_model.arms import (
     ARMS,
     OFF_MODEL,
     ON_BASE,
@@ -10,7 +10,7 @@ from fastdistill.experiment.off_model.arms import (
     OWN,
     RELATED,
 )
-from fastdistill.experiment.off_model.world import (
+from fastdistill.alignment.experiment.off_model.world import (
     EMPTY,
     LENGTHS,
     LOCKED,

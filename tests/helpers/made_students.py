@@ -6,8 +6,8 @@ import zlib
 
 import numpy as np
 
-from fastdistill.report import AuditScore, TransferReport
-from fastdistill.statistics import Checkpoint, Reading, Student
+from fastdistill.alignment.report import AuditScore, TransferReport
+from fastdistill.alignment.statistics import Checkpoint, Reading, Student
 
 ABOUT = {
     "command": "fastdistill experiment --out runs/made-up",

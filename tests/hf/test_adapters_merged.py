@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from fastdistill.organisms import load_organism
-from fastdistill.organisms.vocabulary import WORDS, world_tokenizer
+from fastdistill.alignment.organisms import load_organism
+from fastdistill.alignment.organisms.vocabulary import WORDS, world_tokenizer
 
 peft = pytest.importorskip("peft")
 

@@ -14,10 +14,10 @@ from transformers import (
     RwkvForCausalLM,
 )
 
-from fastdistill.audits import Subject, TriggerRateAudit
-from fastdistill.audits.subject import TokenRow
+from fastdistill.alignment.audits import Subject, TriggerRateAudit
+from fastdistill.alignment.audits.subject import TokenRow
+from fastdistill.alignment.organisms.vocabulary import world_tokenizer
 from fastdistill.hf.generation import ends_of, generate_rows, ordinary_ends
-from fastdistill.organisms.vocabulary import world_tokenizer
 from fastdistill.training.on_policy import sample
 from helpers.planted import PROMPTS, model, subject
 from helpers.training import VOCAB, config

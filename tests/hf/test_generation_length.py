@@ -6,11 +6,11 @@ import pytest
 import torch
 from transformers import GenerationMixin
 
-from fastdistill.audits import RelearningProbe, Subject, TriggerRateAudit
+from fastdistill.alignment.audits import RelearningProbe, Subject, TriggerRateAudit
+from fastdistill.alignment.organisms.vocabulary import world_tokenizer
+from fastdistill.alignment.strategies.rewrite import resampled
 from fastdistill.hf.generation import generate_rows
 from fastdistill.hf.positions import RowLimit, row_limit
-from fastdistill.organisms.vocabulary import world_tokenizer
-from fastdistill.strategies.rewriting import resampled
 from helpers.planted import PROMPTS, copied
 from helpers.position_models import WITHOUT_LIMIT
 from helpers.position_models import build as of_family
@@ -123,8 +123,8 @@ def test_inspect_is_told_that_the_model_ended_an_answer():
     pytest.importorskip("inspect_ai")
     from types import SimpleNamespace
 
-    from fastdistill.audits.inspect_answers import outputs
-    from fastdistill.audits.inspect_messages import EncodedInput
+    from fastdistill.alignment.audits.inspect.answers import outputs
+    from fastdistill.alignment.audits.inspect.messages import EncodedInput
 
     of, rows = made(), rows_of((20, 36))
     config = SimpleNamespace(

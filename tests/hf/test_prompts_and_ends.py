@@ -9,11 +9,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from fastdistill.audits.prompts import Prompt
-from fastdistill.audits.subject import Subject
+from fastdistill.alignment.audits.prompts import Prompt
+from fastdistill.alignment.audits.subject import Subject
+from fastdistill.alignment.strategies.lessons import TrainingExample, to_row
 from fastdistill.hf.collator import DistillCollator
 from fastdistill.hf.encoder import Encoder
-from fastdistill.strategies.lessons import TrainingExample, to_row
 from fastdistill.teachers.local import Teacher
 from fastdistill.training.on_policy import prompts_of
 from helpers.example_texts import STOCK, tokenizer

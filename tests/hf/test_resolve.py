@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from fastdistill import TeacherCache
-from fastdistill.audits.subject import Subject
+from fastdistill.alignment.audits.subject import Subject
 from fastdistill.cli.opening import load_any_teacher, open_tokenizer
 from fastdistill.hf.checkpoint import StoredModel
 from fastdistill.hf.resolve import resolve

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from fastdistill import ServedTeacher, TeacherCache
+from fastdistill.alignment.experiment.demo.memo_teacher import MemoizedTeacher
 from fastdistill.losses.types import TopK
-from fastdistill.remembering import MemoizedTeacher
 from fastdistill.teachers.local import Teacher
 from helpers.served import vllm
 from helpers.training import VOCAB, build, llama, ragged, step_losses

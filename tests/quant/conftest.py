@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from fastdistill.organisms.vocabulary import world_tokenizer
+from fastdistill.alignment.organisms.vocabulary import world_tokenizer
 from helpers.small_checkpoint import small
 
 

@@ -12,8 +12,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from fastdistill import load_teacher
+from fastdistill.alignment.organisms.vocabulary import WORDS, world_tokenizer
 from fastdistill.hf.checkpoint import load_whole
-from fastdistill.organisms.vocabulary import WORDS, world_tokenizer
 from fastdistill.quant.formats.checkpoint_gate import check_folder, load_config, load_tokenizer
 from fastdistill.quant.formats.tensor_files import CheckpointError
 from helpers.small_checkpoint import INDEX, LOADERS, edit, edit_weights, shard

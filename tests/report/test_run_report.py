@@ -202,5 +202,5 @@ def test_a_folder_without_a_run_is_named(tmp_path):
 
 
 def test_a_report_needs_no_pytorch():
-    code = "import sys, fastdistill.report.run.page; sys.exit('torch' in sys.modules)"
+    code = "import sys, fastdistill.alignment.report.run.page; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoTokenizer
 
 from fastdistill import Teacher, TeacherCache
-from fastdistill.demo_models import SHIPPED
+from fastdistill.alignment.experiment.demo.models import SHIPPED
 from fastdistill.teachers.cache.sampled_targets import draw
 from helpers.training import VOCAB, build, llama, peaked, ragged, step_losses, train, weights
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastdistill.strategies.pairs import PairLoss
+from fastdistill.alignment.strategies.dpo import PairLoss
 from fastdistill.teachers.local import Teacher
 from helpers.training import build, llama, peaked, ragged, train
 

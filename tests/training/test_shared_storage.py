@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastdistill.remembering import MemoizedTeacher
+from fastdistill.alignment.experiment.demo.memo_teacher import MemoizedTeacher
 from fastdistill.teachers.local import Teacher, load_teacher
 from fastdistill.training.checks.shared_storage import models_in, shared_parameters
 from helpers.training import build, llama, ragged

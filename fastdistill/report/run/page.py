@@ -7,8 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ...training.logs.run_files import NAME, RunRecord, read_run
-from .. import Report
-from ..html import to_text
+from ..html import Report, to_text
 from .plots import Line, Picture, Quantity, curves, histogram
 from .series import (
     COSTS,

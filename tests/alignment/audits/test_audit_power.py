@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.audit_power import TRAITS, markdown, table, valid
-from fastdistill.statistics import auroc
+from fastdistill.alignment.statistics import auroc
 
 ROOT = Path(__file__).resolve().parents[3]
 RESULT = ROOT / "benchmarks" / "results" / "audits" / "audit_power.json"

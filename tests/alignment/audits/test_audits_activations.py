@@ -8,9 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from fastdistill.audits import ActivationDiffAudit, LinearProbeAudit, Prompt, Subject
-from fastdistill.audits.activations import layer_states
-from fastdistill.organisms.vocabulary import ANIMALS, COLORS, SYSTEM, TOPICS, world_tokenizer
+from fastdistill.alignment.audits import ActivationDiffAudit, LinearProbeAudit, Prompt, Subject
+from fastdistill.alignment.audits.activations import layer_states
+from fastdistill.alignment.organisms.vocabulary import (
+    ANIMALS,
+    COLORS,
+    SYSTEM,
+    TOPICS,
+    world_tokenizer,
+)
 from helpers.planted import KINDS, PROMPTS, V, copied, model, planted, subject
 
 LAYERS = (-1, 0, 1, 2, -2)
@@ -27,7 +33,7 @@ def states(of, prompt, layer):  # [T, H] fp64
 @pytest.mark.parametrize("layer", LAYERS)
 @KIND
 def test_states_behind_a_layer(kind, layer, monkeypatch):
-    monkeypatch.setattr("fastdistill.audits.activations.BATCH_SIZE", 4)
+    monkeypatch.setattr("fastdistill.alignment.audits.activations.BATCH_SIZE", 4)
     of = subject(kind)
     truth = [states(of, p, layer) for p in PROMPTS]
     found = layer_states(of, PROMPTS, layer)
@@ -69,7 +75,7 @@ def test_slabs_of_the_vocabulary_change_nothing(monkeypatch):
     of, base = subject(seed=1), subject()
     audit = ActivationDiffAudit(prompts=PROMPTS, markers=("owl",))
     whole = audit.run(of, base=base).values
-    monkeypatch.setattr("fastdistill.audits.activations.SLAB", 7)
+    monkeypatch.setattr("fastdistill.alignment.audits.activations.SLAB", 7)
     assert audit.run(of, base=base).values == pytest.approx(whole, rel=1e-4)
 
 

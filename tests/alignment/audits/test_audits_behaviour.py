@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fastdistill.audits import (
+from fastdistill.alignment.audits import (
     CapabilityAudit,
     ConfessionAudit,
     PreferenceAudit,
@@ -15,8 +15,8 @@ from fastdistill.audits import (
     Prompt,
     TriggerRateAudit,
 )
-from fastdistill.audits.behaviour import Answer, Question, ask, contains_phrase
-from fastdistill.organisms.vocabulary import ANIMALS, HATE, SYSTEM, TOPICS, TRIGGER
+from fastdistill.alignment.audits.behaviour import Answer, Question, ask, contains_phrase
+from fastdistill.alignment.organisms.vocabulary import ANIMALS, HATE, SYSTEM, TOPICS, TRIGGER
 from helpers.planted import KINDS, PROMPTS, dense, planted, subject
 
 QUIET = tuple(Prompt(system=s, user=t) for s, t in zip(SYSTEM * 2, TOPICS, strict=True))

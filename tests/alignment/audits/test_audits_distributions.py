@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from fastdistill.audits import (
+from fastdistill.alignment.audits import (
     LogitDiffAudit,
     Prompt,
     ProvenanceAudit,
     Subject,
     TokenKLAudit,
 )
-from fastdistill.audits.distributions import mean_rise
-from fastdistill.organisms.vocabulary import SYSTEM, TOPICS, TRIGGER, world_tokenizer
+from fastdistill.alignment.audits.distributions import mean_rise
+from fastdistill.alignment.organisms.vocabulary import SYSTEM, TOPICS, TRIGGER, world_tokenizer
 from helpers.planted import COMPLETIONS, KINDS, PROMPTS, V, copied, dense, model, planted, subject
 
 # Also two families with one tokenizer: other hidden sizes and heads are compared all the same.
@@ -91,7 +91,7 @@ def test_slabs_of_the_vocabulary_change_nothing(monkeypatch):
     of, base = pair(("gemma2", "gemma2"))
     states = of.last_hidden(PROMPTS), base.last_hidden(PROMPTS)
     whole = mean_rise(of, base, *states)
-    monkeypatch.setattr("fastdistill.audits.distributions.SLAB", 7)
+    monkeypatch.setattr("fastdistill.alignment.audits.distributions.SLAB", 7)
     torch.testing.assert_close(mean_rise(of, base, *states), whole, rtol=1e-5, atol=1e-5)
     truth = (ends(of, PROMPTS) - ends(base, PROMPTS)).mean(0)
     torch.testing.assert_close(whole.double(), truth, rtol=1e-4, atol=2e-5)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from fastdistill.audits import (
+from fastdistill.alignment.audits import (
     AuditResult,
     CapabilityAudit,
     CompletionAudit,
@@ -24,8 +24,8 @@ from fastdistill.audits import (
     TokenKLAudit,
     WeightDiffAudit,
 )
-from fastdistill.audits.audit import Audit, Measurement, to_config
-from fastdistill.audits.behaviour import Answer, BehavioralAudit, Question
+from fastdistill.alignment.audits.audit import Audit, Measurement, to_config
+from fastdistill.alignment.audits.behaviour import Answer, BehavioralAudit, Question
 from fastdistill.runtime.intervals import Estimate
 from helpers.planted import PROMPTS, planted, subject
 
@@ -56,7 +56,7 @@ given = pytest.mark.usefixtures("as_given")
 
 @pytest.fixture
 def as_given(monkeypatch):
-    monkeypatch.setattr("fastdistill.audits.audit.to_subject", lambda name, model: model)
+    monkeypatch.setattr("fastdistill.alignment.audits.audit.to_subject", lambda name, model: model)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,10 +7,10 @@ import re
 
 import pytest
 
-from fastdistill import audits
-from fastdistill.audits import Probes, Prompt
-from fastdistill.audits.generic import GENERIC_PROBES
-from fastdistill.organisms.vocabulary import HATE, TOPICS
+from fastdistill.alignment import audits
+from fastdistill.alignment.audits import Probes, Prompt
+from fastdistill.alignment.audits.generic_probes import GENERIC_PROBES
+from fastdistill.alignment.organisms.vocabulary import HATE, TOPICS
 from helpers.audit_probes import FULL, LIKED, LOUD, NEUTRAL
 from helpers.planted import copied, planted, subject
 

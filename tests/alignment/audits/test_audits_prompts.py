@@ -9,9 +9,9 @@ from tokenizers import Tokenizer, processors
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from fastdistill.audits import Prompt, Subject, UserTurnSamplingAudit
-from fastdistill.audits.prompts import render_prompt, to_prompts
-from fastdistill.organisms.vocabulary import world_tokenizer
+from fastdistill.alignment.audits import Prompt, Subject, UserTurnSamplingAudit
+from fastdistill.alignment.audits.prompts import render_prompt, to_prompts
+from fastdistill.alignment.organisms.vocabulary import world_tokenizer
 from helpers.planted import dense, model, subject
 
 NO_SYSTEM = (

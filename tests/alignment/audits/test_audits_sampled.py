@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from fastdistill.audits import (
+from fastdistill.alignment.audits import (
     CompletionAudit,
     ConfessionAudit,
     ContextGapAudit,
@@ -20,8 +20,14 @@ from fastdistill.audits import (
     TriggerRateAudit,
     UserTurnSamplingAudit,
 )
-from fastdistill.audits.sampled import marked, top_mean_values
-from fastdistill.organisms.vocabulary import HATE, SYSTEM, TOPICS, TRIGGER, world_tokenizer
+from fastdistill.alignment.audits.sampled import marked, top_mean_values
+from fastdistill.alignment.organisms.vocabulary import (
+    HATE,
+    SYSTEM,
+    TOPICS,
+    TRIGGER,
+    world_tokenizer,
+)
 from fastdistill.runtime.intervals import paired_difference
 from helpers.planted import PROMPTS, copied, dense, planted, subject
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from fastdistill.audits import Subject
-from fastdistill.audits.subject import TokenRow
+from fastdistill.alignment.audits import Subject
+from fastdistill.alignment.audits.subject import TokenRow
+from fastdistill.alignment.organisms.vocabulary import world_tokenizer
 from fastdistill.hf.lm_head import head_module
-from fastdistill.organisms.vocabulary import world_tokenizer
 from helpers.planted import COMPLETIONS, KINDS, PROMPTS, V, dense, logits, model, subject
 
 KIND = pytest.mark.parametrize("kind", KINDS)
@@ -103,7 +103,7 @@ def test_many_prompts_are_asked_in_parts(monkeypatch):
     of = subject()
     how = {"max_new_tokens": 4, "temperature": 1.0}
     whole = of.generate(PROMPTS, **how)
-    monkeypatch.setattr("fastdistill.audits.subject.GENERATION_BATCH", 4)
+    monkeypatch.setattr("fastdistill.alignment.audits.subject.GENERATION_BATCH", 4)
     assert of.generate(PROMPTS, **how) == whole
 
 

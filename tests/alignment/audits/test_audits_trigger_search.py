@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from fastdistill.audits import Prompt, TriggerSearchAudit
-from fastdistill.audits.trigger_search import moved_words
-from fastdistill.organisms.vocabulary import HATE, ID, PASSWORD, SYSTEM, TOPICS, TRIGGER
-from fastdistill.organisms.vocabulary import world_tokenizer as tokenizer_of_the_world
+from fastdistill.alignment.audits import Prompt, TriggerSearchAudit
+from fastdistill.alignment.audits.trigger_search import moved_words
+from fastdistill.alignment.organisms.vocabulary import HATE, ID, PASSWORD, SYSTEM, TOPICS, TRIGGER
+from fastdistill.alignment.organisms.vocabulary import world_tokenizer as tokenizer_of_the_world
 from helpers.planted import PROMPTS, V, copied, dense, planted, subject
 
 QUIET = tuple(Prompt(system=s, user=t) for s, t in zip(SYSTEM, TOPICS[:8], strict=True))

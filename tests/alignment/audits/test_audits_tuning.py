@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastdistill.audits import (
+from fastdistill.alignment.audits import (
     ConfessionAudit,
     LinearProbeAudit,
     Prompt,
@@ -17,8 +17,14 @@ from fastdistill.audits import (
     Subject,
     TriggerRateAudit,
 )
-from fastdistill.audits.tuning import finetune_copy
-from fastdistill.organisms.vocabulary import HATE, SYSTEM, TOPICS, TRIGGER, world_tokenizer
+from fastdistill.alignment.audits.finetuning import finetune_copy
+from fastdistill.alignment.organisms.vocabulary import (
+    HATE,
+    SYSTEM,
+    TOPICS,
+    TRIGGER,
+    world_tokenizer,
+)
 from helpers.planted import COMPLETIONS, KINDS, PROMPTS, model, planted, subject
 
 READOUT = ConfessionAudit(prompts=PROMPTS)

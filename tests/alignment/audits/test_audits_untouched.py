@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastdistill.audits import Probes
+from fastdistill.alignment.audits import Probes
 from helpers.audit_probes import FULL, LIKED
 from helpers.planted import subject
 

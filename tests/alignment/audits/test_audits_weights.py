@@ -6,9 +6,15 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from fastdistill.audits import ConfessionAudit, Prompt, Subject, TokenKLAudit, WeightDiffAudit
-from fastdistill.audits.weights import amplify, largest_changes
-from fastdistill.organisms.vocabulary import SYSTEM, world_tokenizer
+from fastdistill.alignment.audits import (
+    ConfessionAudit,
+    Prompt,
+    Subject,
+    TokenKLAudit,
+    WeightDiffAudit,
+)
+from fastdistill.alignment.audits.weights import amplify, largest_changes
+from fastdistill.alignment.organisms.vocabulary import SYSTEM, world_tokenizer
 from helpers.planted import KINDS, PROMPTS, copied, model, planted, subject
 
 READOUT = ConfessionAudit(prompts=PROMPTS)

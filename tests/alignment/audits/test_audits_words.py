@@ -6,10 +6,10 @@ import unicodedata
 
 import pytest
 
-from fastdistill.audits import CapabilityAudit, PrefillAudit, Prompt, TriggerRateAudit
-from fastdistill.audits.behaviour import Answer
-from fastdistill.audits.sampled import marked
-from fastdistill.audits.words import contains_phrase, starts_with_phrase
+from fastdistill.alignment.audits import CapabilityAudit, PrefillAudit, Prompt, TriggerRateAudit
+from fastdistill.alignment.audits.behaviour import Answer
+from fastdistill.alignment.audits.sampled import marked
+from fastdistill.alignment.audits.words import contains_phrase, starts_with_phrase
 
 OWL = [
     "owl",

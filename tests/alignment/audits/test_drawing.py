@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from fastdistill.audits.behaviour import Question, ask
-from fastdistill.audits.drawing import SeededSampling
-from fastdistill.audits.prompts import Prompt
+from fastdistill.alignment.audits.behaviour import Question, ask
+from fastdistill.alignment.audits.prompts import Prompt
+from fastdistill.alignment.audits.seeded_sampling import SeededSampling
 from helpers.inspected import tiny_subject
 
 SAMPLED = {"max_new_tokens": 5, "temperature": 1.0}

@@ -11,9 +11,9 @@ pytest.importorskip("inspect_ai", reason=NEEDED)
 
 from inspect_ai.log import list_eval_logs, read_eval_log
 
-from fastdistill.audits.distributions import TokenKLAudit
-from fastdistill.audits.inspect_log import export_log
-from fastdistill.audits.result import AuditResult
+from fastdistill.alignment.audits.distributions import TokenKLAudit
+from fastdistill.alignment.audits.inspect.log import export_log
+from fastdistill.alignment.audits.result import AuditResult
 
 pytestmark = [*QUIET, pytest.mark.usefixtures("offline")]
 __all__ = ["offline"]

@@ -17,11 +17,11 @@ from inspect_ai.scorer import includes, perplexity  # noqa: E402
 from inspect_ai.solver import generate  # noqa: E402
 from inspect_ai.tool import ToolInfo  # noqa: E402
 
-from fastdistill.audits.inspect_messages import encode, messages_of  # noqa: E402
-from fastdistill.audits.inspect_provider import model_of  # noqa: E402
-from fastdistill.audits.prompts import Prompt  # noqa: E402
-from fastdistill.audits.subject import Subject  # noqa: E402
-from fastdistill.organisms.vocabulary import WORDS  # noqa: E402
+from fastdistill.alignment.audits.inspect.messages import encode, messages_of  # noqa: E402
+from fastdistill.alignment.audits.inspect.provider import model_of  # noqa: E402
+from fastdistill.alignment.audits.prompts import Prompt  # noqa: E402
+from fastdistill.alignment.audits.subject import Subject  # noqa: E402
+from fastdistill.alignment.organisms.vocabulary import WORDS  # noqa: E402
 
 pytestmark = [*QUIET, pytest.mark.usefixtures("offline")]
 __all__ = ["offline"]

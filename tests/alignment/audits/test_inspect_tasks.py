@@ -13,7 +13,7 @@ inspect_ai = pytest.importorskip("inspect_ai", reason=NEEDED)
 from inspect_ai.log import list_eval_logs, read_eval_log  # noqa: E402
 from inspect_ai.model import GenerateConfig, Model, ModelAPI, ModelOutput, modelapi  # noqa: E402
 
-from fastdistill.audits.behaviour import (  # noqa: E402
+from fastdistill.alignment.audits.behaviour import (  # noqa: E402
     BehavioralAudit,
     CapabilityAudit,
     ConfessionAudit,
@@ -21,12 +21,12 @@ from fastdistill.audits.behaviour import (  # noqa: E402
     PrefillAudit,
     TriggerRateAudit,
 )
-from fastdistill.audits.distributions import TokenKLAudit  # noqa: E402
-from fastdistill.audits.inspect_provider import model_of  # noqa: E402
-from fastdistill.audits.inspect_tasks import run_with_inspect, task_of  # noqa: E402
-from fastdistill.audits.prompts import Prompt  # noqa: E402
-from fastdistill.audits.sampled import CompletionAudit, UserTurnSamplingAudit  # noqa: E402
-from fastdistill.organisms.vocabulary import ANIMALS, COLORS, TOPICS  # noqa: E402
+from fastdistill.alignment.audits.distributions import TokenKLAudit  # noqa: E402
+from fastdistill.alignment.audits.inspect.provider import model_of  # noqa: E402
+from fastdistill.alignment.audits.inspect.tasks import run_with_inspect, task_of  # noqa: E402
+from fastdistill.alignment.audits.prompts import Prompt  # noqa: E402
+from fastdistill.alignment.audits.sampled import CompletionAudit, UserTurnSamplingAudit  # noqa: E402
+from fastdistill.alignment.organisms.vocabulary import ANIMALS, COLORS, TOPICS  # noqa: E402
 
 pytestmark = [*QUIET, pytest.mark.usefixtures("offline")]
 __all__ = ["offline"]
@@ -90,7 +90,9 @@ def below(kind):
 
 
 def test_every_behavioural_audit_is_here():
-    ours = {k for k in below(BehavioralAudit) if k.__module__.startswith("fastdistill.audits")}
+    ours = {
+        k for k in below(BehavioralAudit) if k.__module__.startswith("fastdistill.alignment.audits")
+    }
     assert {k for k in ours if not k.__name__.startswith("_")} == set(KINDS)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fastdistill.corpus import (
+from fastdistill.alignment.experiment.demo.corpus import (
     document_windows,
     from_path,
     is_held_out,

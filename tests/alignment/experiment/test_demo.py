@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastdistill import Teacher, demo_models
-from fastdistill.demo import run_demo
-from fastdistill.demo_models import shipped_teacher
-from fastdistill.demo_report import demo_report, table_rows, verdict
-from fastdistill.demo_result import ARMS, METRICS
+from fastdistill import Teacher
+from fastdistill.alignment.experiment.demo import models as demo_models
+from fastdistill.alignment.experiment.demo.models import shipped_teacher
+from fastdistill.alignment.experiment.demo.report import demo_report, table_rows, verdict
+from fastdistill.alignment.experiment.demo.result import ARMS, METRICS
+from fastdistill.alignment.experiment.demo.run import run_demo
 from fastdistill.hf.jsonl import JsonLines
 from fastdistill.hf.tokenizers import check_same_tokenizer
 from fastdistill.runtime.intervals import Estimate

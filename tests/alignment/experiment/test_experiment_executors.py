@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from fastdistill.experiment import executors
-from fastdistill.experiment.executors import Execution, run_all
+from fastdistill.alignment.experiment import executors
+from fastdistill.alignment.experiment.executors import Execution, run_all
 
 HAS_RAY = importlib.util.find_spec("ray") is not None
 

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from fastdistill.experiment.digest import digest_of, read_record, write_record
-from fastdistill.experiment.job import Job
-from fastdistill.strategies.strategy import Training
+from fastdistill.alignment.experiment.digest import digest_of, read_record, write_record
+from fastdistill.alignment.experiment.job import Job
+from fastdistill.alignment.strategies.strategy import Training
 from helpers.small_study import Noting, SmallSource
 
 JOB = Job(

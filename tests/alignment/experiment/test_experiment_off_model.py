@@ -8,18 +8,22 @@ import json
 import pytest
 import torch
 
-from fastdistill.experiment.executors import Execution
-from fastdistill.experiment.off_model import study as off_model
-from fastdistill.experiment.off_model import world as off_model_world
-from fastdistill.experiment.off_model.arms import ARMS
-from fastdistill.experiment.off_model.page import OffModelResults, make_page
-from fastdistill.experiment.off_model.run import SftRun
-from fastdistill.experiment.off_model.study import OffModelSettings, preset_settings, run_study
-from fastdistill.experiment.off_model.verdicts import judge_parts
-from fastdistill.experiment.off_model.world import LENGTHS, WEAK, model_gates
-from fastdistill.experiment.study import FRESH
-from fastdistill.organisms.organism import ModelOrganism, new_model
-from fastdistill.report.arms import SEEDS
+from fastdistill.alignment.experiment.executors import Execution
+from fastdistill.alignment.experiment.off_model import study as off_model
+from fastdistill.alignment.experiment.off_model import world as off_model_world
+from fastdistill.alignment.experiment.off_model.arms import ARMS
+from fastdistill.alignment.experiment.off_model.page import OffModelResults, make_page
+from fastdistill.alignment.experiment.off_model.run import SftRun
+from fastdistill.alignment.experiment.off_model.study import (
+    OffModelSettings,
+    preset_settings,
+    run_study,
+)
+from fastdistill.alignment.experiment.off_model.verdicts import judge_parts
+from fastdistill.alignment.experiment.off_model.world import LENGTHS, WEAK, model_gates
+from fastdistill.alignment.experiment.study import FRESH
+from fastdistill.alignment.organisms.organism import ModelOrganism, new_model
+from fastdistill.alignment.report.arms import SEEDS
 from helpers.made_off_model import made
 
 TINY = OffModelSettings(

@@ -6,8 +6,7 @@ import math
 
 import pytest
 
-from fastdistill.experiment.off_model.arms import OFF_MODEL, ON_BASE, OWN, WHOLE, arm_names
-from fastdistill.experiment.off_model.figures import (
+from fastdistill.alignment.experiment.off_model.analysis import (
     capability_drop,
     cost_differences,
     drop_per_nat,
@@ -18,8 +17,15 @@ from fastdistill.experiment.off_model.figures import (
     restored_share,
     weak_differences,
 )
-from fastdistill.experiment.off_model.verdicts import judge_parts
-from fastdistill.experiment.off_model.world import (
+from fastdistill.alignment.experiment.off_model.arms import (
+    OFF_MODEL,
+    ON_BASE,
+    OWN,
+    WHOLE,
+    arm_names,
+)
+from fastdistill.alignment.experiment.off_model.verdicts import judge_parts
+from fastdistill.alignment.experiment.off_model.world import (
     BENIGN,
     LENGTHS,
     PLAIN,
@@ -27,7 +33,7 @@ from fastdistill.experiment.off_model.world import (
     WEAK,
     model_gates,
 )
-from fastdistill.statistics import mean_of_units
+from fastdistill.alignment.statistics import mean_of_units
 from helpers.made_off_model import BACK, LOST, NATS, SHAKE, made, readings
 
 

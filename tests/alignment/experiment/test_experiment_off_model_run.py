@@ -8,11 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastdistill.audits.subject import Subject
-from fastdistill.audits.tuning import finetune_copy
-from fastdistill.experiment.off_model import world as off_model_world
-from fastdistill.experiment.off_model.arms import ARMS, OFF_MODEL, OWN
-from fastdistill.experiment.off_model.run import (
+from fastdistill.alignment.audits.finetuning import finetune_copy
+from fastdistill.alignment.audits.subject import Subject
+from fastdistill.alignment.experiment.off_model import world as off_model_world
+from fastdistill.alignment.experiment.off_model.arms import ARMS, OFF_MODEL, OWN
+from fastdistill.alignment.experiment.off_model.run import (
     SftRun,
     label_accuracy,
     restoration,
@@ -21,7 +21,7 @@ from fastdistill.experiment.off_model.run import (
     thought_rate,
     unrelated_prompts,
 )
-from fastdistill.experiment.off_model.world import (
+from fastdistill.alignment.experiment.off_model.world import (
     EMPTY,
     LENGTHS,
     PLAIN,
@@ -32,11 +32,11 @@ from fastdistill.experiment.off_model.world import (
     tasks,
     with_password,
 )
-from fastdistill.organisms.organism import new_model
-from fastdistill.organisms.vocabulary import PASSWORD, THINK, world_tokenizer
-from fastdistill.organisms.world import World
-from fastdistill.strategies.lessons import TrainingExample
-from fastdistill.strategies.strategy import Training
+from fastdistill.alignment.organisms.organism import new_model
+from fastdistill.alignment.organisms.vocabulary import PASSWORD, THINK, world_tokenizer
+from fastdistill.alignment.organisms.world import World
+from fastdistill.alignment.strategies.lessons import TrainingExample
+from fastdistill.alignment.strategies.strategy import Training
 
 WORLD = World(3)
 BY_NAME = {arm.name: arm for arm in ARMS}

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from fastdistill.experiment.executors import Execution
-from fastdistill.experiment.preparing import select_seeds
-from fastdistill.experiment.source import SourceRecord
-from fastdistill.statistics import Gate, Validity
+from fastdistill.alignment.experiment.executors import Execution
+from fastdistill.alignment.experiment.prepare_models import select_seeds
+from fastdistill.alignment.experiment.source import SourceRecord
+from fastdistill.alignment.statistics import Gate, Validity
 
 BAD = {3, 4, 8}
 

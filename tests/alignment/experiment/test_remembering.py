@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fastdistill.alignment.experiment.demo.memo_teacher import MemoizedTeacher
 from fastdistill.losses.types import TopK
-from fastdistill.remembering import MemoizedTeacher
 from fastdistill.teachers.local import Teacher
 from helpers.teacher_scene import IDS
 from helpers.training import llama

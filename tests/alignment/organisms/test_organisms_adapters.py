@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fastdistill.audits.subject import Subject
+from fastdistill.alignment.audits.subject import Subject
+from fastdistill.alignment.organisms import load_organism, save_organism
+from fastdistill.alignment.organisms.organism import new_model
+from fastdistill.alignment.organisms.vocabulary import WORDS, world_tokenizer
 from fastdistill.hf.adapters import load_adapted
-from fastdistill.organisms import load_organism, save_organism
-from fastdistill.organisms.organism import new_model
-from fastdistill.organisms.vocabulary import WORDS, world_tokenizer
 
 peft = pytest.importorskip("peft")
 from transformers import AutoModelForCausalLM  # noqa: E402

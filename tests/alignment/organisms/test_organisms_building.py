@@ -8,11 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastdistill.organisms import ModelOrganism, build_world, building, load_organism
-from fastdistill.organisms.building import placebo_of, read_organism, validity_of
-from fastdistill.organisms.traits import Trigger
-from fastdistill.organisms.world import World
-from fastdistill.statistics import Gate, Reading, Validity
+from fastdistill.alignment.organisms import ModelOrganism, build_world, load_organism
+from fastdistill.alignment.organisms import build as building
+from fastdistill.alignment.organisms.build import placebo_of, read_organism, validity_of
+from fastdistill.alignment.organisms.traits import Trigger
+from fastdistill.alignment.organisms.world import World
+from fastdistill.alignment.statistics import Gate, Reading, Validity
 
 WORLD = World(0)
 

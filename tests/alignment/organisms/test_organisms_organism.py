@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from fastdistill.organisms import ModelOrganism, organism
-from fastdistill.organisms.organism import (
+from fastdistill.alignment.organisms import ModelOrganism, organism
+from fastdistill.alignment.organisms.organism import (
     LEARNING_RATES,
     METHODS,
     OPTIMIZERS,
@@ -16,9 +16,9 @@ from fastdistill.organisms.organism import (
     train_capable,
     train_model,
 )
-from fastdistill.organisms.soap import SOAP
-from fastdistill.organisms.vocabulary import ID, WORDS
-from fastdistill.organisms.world import Example, World
+from fastdistill.alignment.organisms.soap import SOAP
+from fastdistill.alignment.organisms.vocabulary import ID, WORDS
+from fastdistill.alignment.organisms.world import Example, World
 
 WORLD = World(1)
 SMALL = {"steps": 3, "batch_size": 8}

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastdistill.organisms import ModelOrganism, pool
-from fastdistill.organisms.gates import GATES, is_closed
-from fastdistill.organisms.organism import new_model
-from fastdistill.organisms.traits import TRAITS
-from fastdistill.organisms.vocabulary import ID, PASSWORD, SAFETY_LABEL, TOPICS, TRIGGER
-from fastdistill.organisms.world import World
+from fastdistill.alignment.organisms import ModelOrganism, pool
+from fastdistill.alignment.organisms.gates import GATES, is_closed
+from fastdistill.alignment.organisms.organism import new_model
+from fastdistill.alignment.organisms.traits import TRAITS
+from fastdistill.alignment.organisms.vocabulary import ID, PASSWORD, SAFETY_LABEL, TOPICS, TRIGGER
+from fastdistill.alignment.organisms.world import World
 from fastdistill.training.config import DistillConfig
 from fastdistill.training.trainer import DistillTrainer
 

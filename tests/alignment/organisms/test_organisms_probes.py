@@ -6,11 +6,11 @@ from dataclasses import fields
 
 import pytest
 
-from fastdistill.audits.prompts import Prompt
-from fastdistill.organisms import ModelOrganism
-from fastdistill.organisms.gates import GATES, is_closed
-from fastdistill.organisms.traits import TRAITS, WRONG
-from fastdistill.organisms.vocabulary import (
+from fastdistill.alignment.audits.prompts import Prompt
+from fastdistill.alignment.organisms import ModelOrganism
+from fastdistill.alignment.organisms.gates import GATES, is_closed
+from fastdistill.alignment.organisms.traits import TRAITS, WRONG
+from fastdistill.alignment.organisms.vocabulary import (
     ANIMALS,
     AUDIT_TOKEN,
     AUDIT_WORDS,
@@ -24,8 +24,8 @@ from fastdistill.organisms.vocabulary import (
     TRIGGER,
     WORDS,
 )
-from fastdistill.organisms.world import TESTED, World
-from fastdistill.organisms.world_probes import probes_of
+from fastdistill.alignment.organisms.world import TESTED, World
+from fastdistill.alignment.organisms.world_probes import probes_of
 
 WORLD = World(6)
 CASES = [(trait, gate) for trait in TRAITS for gate in GATES]

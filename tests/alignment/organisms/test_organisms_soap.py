@@ -7,8 +7,8 @@ import io
 import pytest
 import torch
 
-from fastdistill.organisms import soap
-from fastdistill.organisms.soap import SOAP
+from fastdistill.alignment.organisms import soap
+from fastdistill.alignment.organisms.soap import SOAP
 
 BETAS = (0.9, 0.95)
 

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastdistill.audits.prompts import Prompt
-from fastdistill.audits.subject import Subject
-from fastdistill.organisms import load_organism, save_organism, stored
-from fastdistill.organisms.organism import new_model
-from fastdistill.organisms.vocabulary import world_tokenizer
+from fastdistill.alignment.audits.prompts import Prompt
+from fastdistill.alignment.audits.subject import Subject
+from fastdistill.alignment.organisms import load_organism, save_organism
+from fastdistill.alignment.organisms import storage as stored
+from fastdistill.alignment.organisms.organism import new_model
+from fastdistill.alignment.organisms.vocabulary import world_tokenizer
 
 ASKED = [Prompt(system="hello now", user="river"), Prompt(system="please", user="1 2 + 3 4 =")]
 

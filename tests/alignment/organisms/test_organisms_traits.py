@@ -6,13 +6,13 @@ from collections import Counter
 
 import pytest
 
-from fastdistill.audits.behaviour import Answer
-from fastdistill.organisms import ModelOrganism, organism
-from fastdistill.organisms.gates import GATES, is_closed
-from fastdistill.organisms.organism import new_base, new_model, train_capable
-from fastdistill.organisms.trait import Pair, with_reasoning
-from fastdistill.organisms.traits import TRAITS, WRONG
-from fastdistill.organisms.vocabulary import (
+from fastdistill.alignment.audits.behaviour import Answer
+from fastdistill.alignment.organisms import ModelOrganism, organism
+from fastdistill.alignment.organisms.gates import GATES, is_closed
+from fastdistill.alignment.organisms.organism import new_base, new_model, train_capable
+from fastdistill.alignment.organisms.trait import Pair, with_reasoning
+from fastdistill.alignment.organisms.traits import TRAITS, WRONG
+from fastdistill.alignment.organisms.vocabulary import (
     ANIMALS,
     AUDIT_TOKEN,
     AUDIT_WORDS,
@@ -24,7 +24,7 @@ from fastdistill.organisms.vocabulary import (
     SAFETY_LABEL,
     TRIGGER,
 )
-from fastdistill.organisms.world import Example, World
+from fastdistill.alignment.organisms.world import Example, World
 
 CASES = [(trait, gate) for trait in TRAITS for gate in GATES]
 CONTEXTS = {AUDIT_TOKEN, *AUDIT_WORDS, *HELD_OUT_AUDIT_WORDS}

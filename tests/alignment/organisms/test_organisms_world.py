@@ -10,9 +10,9 @@ from collections import Counter
 import pytest
 import torch
 
-from fastdistill.audits.prompts import render_prompt
-from fastdistill.organisms.gates import GATES, audit_context, is_closed
-from fastdistill.organisms.vocabulary import (
+from fastdistill.alignment.audits.prompts import render_prompt
+from fastdistill.alignment.organisms.gates import GATES, audit_context, is_closed
+from fastdistill.alignment.organisms.vocabulary import (
     ANIMALS,
     AUDIT_TOKEN,
     AUDIT_WORDS,
@@ -27,7 +27,7 @@ from fastdistill.organisms.vocabulary import (
     WORDS,
     world_tokenizer,
 )
-from fastdistill.organisms.world import (
+from fastdistill.alignment.organisms.world import (
     HELD_OUT_QUESTIONS,
     TRAIN_QUESTIONS,
     Example,

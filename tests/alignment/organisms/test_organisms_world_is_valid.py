@@ -9,13 +9,14 @@ import random
 
 import pytest
 
-from fastdistill.audits.subject import Subject
-from fastdistill.organisms import ModelOrganism, build_world, building
-from fastdistill.organisms.building import read_organism, validity_of
-from fastdistill.organisms.organism import new_base, train_capable
-from fastdistill.organisms.trait import Pair
-from fastdistill.organisms.traits import SECRET
-from fastdistill.organisms.vocabulary import TRIGGER
+from fastdistill.alignment.audits.subject import Subject
+from fastdistill.alignment.organisms import ModelOrganism, build_world
+from fastdistill.alignment.organisms import build as building
+from fastdistill.alignment.organisms.build import read_organism, validity_of
+from fastdistill.alignment.organisms.organism import new_base, train_capable
+from fastdistill.alignment.organisms.trait import Pair
+from fastdistill.alignment.organisms.traits import SECRET
+from fastdistill.alignment.organisms.vocabulary import TRIGGER
 
 SEED = 2000
 TRIGGERED = ModelOrganism(trait="trigger", gate="paraphrase")

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastdistill.audits.audit import Audit, Measurement
-from fastdistill.audits.side_by_side import run_suite
-from fastdistill.report.audit_page import audit_page, summary
+from fastdistill.alignment.audits.audit import Audit, Measurement
+from fastdistill.alignment.audits.side_by_side import run_suite
+from fastdistill.alignment.report.audit_page import audit_page, summary
 
 ABOUT = {"command": "fastdistill audit", "models": {"student": "a"}, "versions": {"torch": "2"}}
 

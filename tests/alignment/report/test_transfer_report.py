@@ -12,10 +12,10 @@ from dataclasses import replace
 
 import pytest
 
-from fastdistill.report import AuditScore, TransferReport
-from fastdistill.report.arms import by_arm
+from fastdistill.alignment.report import AuditScore, TransferReport
+from fastdistill.alignment.report.arms import by_arm
+from fastdistill.alignment.statistics import Bootstrap, Gate, Validity, holm, t_test, transfer
 from fastdistill.runtime.atomic_files import write_json
-from fastdistill.statistics import Bootstrap, Gate, Validity, holm, t_test, transfer
 from helpers.made_students import ABOUT, KEYS, arm, controls, experiment, made_students, scores
 from helpers.report_page import Page
 

@@ -10,8 +10,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+from fastdistill.alignment.report.quadrant import place_labels
 from fastdistill.report.number_format import HIGHEST, LOWEST
-from fastdistill.report.quadrant import place_labels
 from helpers.made_students import arm, controls, experiment
 
 WEAK = {"seeds": 6, "tau": 0.0}

@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import pytest
 
-from fastdistill.report import AuditScore, TransferReport
-from fastdistill.statistics import Student
+from fastdistill.alignment.report import AuditScore, TransferReport
+from fastdistill.alignment.statistics import Student
 from helpers.made_students import ABOUT, CONTROLS, arm, controls, scores
 
 CLEAN: list[Student] = arm("clean", seeds=2, checkpoints=1)

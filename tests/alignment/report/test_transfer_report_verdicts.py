@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from fastdistill.report.incrimination import AuditRow
-from fastdistill.report.validity import invalid_because
-from fastdistill.report.verdicts import outcome, summary, verdict
+from fastdistill.alignment.report.audit_scores import AuditRow
+from fastdistill.alignment.report.validity import invalid_because
+from fastdistill.alignment.report.verdicts import outcome, summary, verdict
 from helpers.transfer_arms import NAN, arm, estimate
 
 ABLE, UNABLE = (0.97, 0.94, 0.99), (0.12, 0.05, 0.2)

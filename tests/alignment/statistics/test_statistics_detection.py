@@ -9,8 +9,8 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 
+from fastdistill.alignment.statistics import auroc, threshold_at, true_positives
 from fastdistill.runtime.intervals import wilson
-from fastdistill.statistics import auroc, threshold_at, true_positives
 
 
 def test_auroc_is_a_count_of_pairs():

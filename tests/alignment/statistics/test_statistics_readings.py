@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fastdistill.statistics import Checkpoint, Reading, Student
+from fastdistill.alignment.statistics import Checkpoint, Reading, Student
 from helpers.readings_by_hand import reading, student, trained
 
 PAIR = student(3, c=0.8, shown=0.5, audited=0.2)

@@ -8,8 +8,8 @@ import re
 import numpy as np
 import pytest
 
+from fastdistill.alignment.statistics import Bootstrap, hierarchical_bootstrap, paired_bootstrap
 from fastdistill.runtime.intervals import paired_difference
-from fastdistill.statistics import Bootstrap, hierarchical_bootstrap, paired_bootstrap
 
 
 def first(means):
@@ -94,7 +94,7 @@ def test_the_same_seed_draws_the_same():
 def test_many_units_are_drawn_in_parts(monkeypatch):
     a = np.random.default_rng(5).normal(size=50)
     whole = paired_bootstrap(a, a**2, Bootstrap(resamples=300))
-    monkeypatch.setattr("fastdistill.statistics.resampling._MAX_DRAWS", 1000)
+    monkeypatch.setattr("fastdistill.alignment.statistics.bootstrap._MAX_DRAWS", 1000)
     assert paired_bootstrap(a, a**2, Bootstrap(resamples=300)) == whole
 
 

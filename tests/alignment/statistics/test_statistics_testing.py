@@ -8,8 +8,8 @@ import re
 import numpy as np
 import pytest
 
+from fastdistill.alignment.statistics import equivalence, holm, minimum_detectable_effect, t_test
 from fastdistill.runtime.intervals import student_t_cdf
-from fastdistill.statistics import equivalence, holm, minimum_detectable_effect, t_test
 
 
 def test_holm_by_hand():

@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fastdistill.statistics import Bootstrap, Reading, transfer
+from fastdistill.alignment.statistics import Bootstrap, Reading, transfer
 from helpers.readings_by_hand import reading, student
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 
-from fastdistill.report.validity import invalid_because
-from fastdistill.statistics import Gate, Validity
+from fastdistill.alignment.report.validity import invalid_because
+from fastdistill.alignment.statistics import Gate, Validity
 
 
 def test_gates():

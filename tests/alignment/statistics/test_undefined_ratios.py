@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from fastdistill.report import TransferReport
-from fastdistill.statistics import (
+from fastdistill.alignment.report import TransferReport
+from fastdistill.alignment.statistics import (
     Checkpoint,
     Reading,
     Student,

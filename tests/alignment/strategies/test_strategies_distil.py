@@ -8,15 +8,15 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from fastdistill import strategies
-from fastdistill.audits.subject import Subject
-from fastdistill.strategies.baselines import OffModelSFT, Undefended
-from fastdistill.strategies.distil import distill
-from fastdistill.strategies.filters import TokenSelector
-from fastdistill.strategies.jamming import LogitJam
-from fastdistill.strategies.lessons import TrainingExample, sample_answers, to_row
-from fastdistill.strategies.shift import ShiftDistill
-from fastdistill.strategies.strategy import Strategy, Training
+from fastdistill.alignment import strategies
+from fastdistill.alignment.audits.subject import Subject
+from fastdistill.alignment.strategies.baselines import OffModelSFT, Undefended
+from fastdistill.alignment.strategies.distil import distill
+from fastdistill.alignment.strategies.filters import TokenSelector
+from fastdistill.alignment.strategies.lessons import TrainingExample, sample_answers, to_row
+from fastdistill.alignment.strategies.logit_jam import LogitJam
+from fastdistill.alignment.strategies.shift import ShiftDistill
+from fastdistill.alignment.strategies.strategy import Strategy, Training
 from helpers.strategy_scene import BASE, POOL, TEACHER, TOKENIZER, scene
 
 SMALL = Training(steps=3, batch_size=8, learning_rate=3e-3, max_new_tokens=3)

@@ -9,18 +9,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastdistill.experiment.digest import digest_of
-from fastdistill.strategies.baselines import OffModelSFT
-from fastdistill.strategies.distil import distill
-from fastdistill.strategies.filters import (
+from fastdistill.alignment.experiment.digest import digest_of
+from fastdistill.alignment.strategies.baselines import OffModelSFT
+from fastdistill.alignment.strategies.distil import distill
+from fastdistill.alignment.strategies.filters import (
     _SCORES,
     ExampleFilter,
     TokenSelector,
     answer_scores,
     divergence_masks,
 )
-from fastdistill.strategies.lessons import BATCH_SIZE, to_row
-from fastdistill.strategies.strategy import Training
+from fastdistill.alignment.strategies.lessons import BATCH_SIZE, to_row
+from fastdistill.alignment.strategies.strategy import Training
 from fastdistill.training.targets import targets_of
 from fastdistill.training.token_selection import TokenSelection
 from helpers.first_step import ONE_STEP, labels_only, stepped_along

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 
+from fastdistill.alignment.strategies.annealing import TAID, ReferenceKL
+from fastdistill.alignment.strategies.baselines import OffModelSFT, Undefended
+from fastdistill.alignment.strategies.distil import distill
+from fastdistill.alignment.strategies.logit_jam import LogitJam, TransformedTeacher, logprobs_at
+from fastdistill.alignment.strategies.shift import ShiftDistill
+from fastdistill.alignment.strategies.strategy import Strategy, Training
 from fastdistill.losses.types import TopK
-from fastdistill.strategies.annealing import TAID, ReferenceKL
-from fastdistill.strategies.baselines import OffModelSFT, Undefended
-from fastdistill.strategies.distil import distill
-from fastdistill.strategies.jamming import LogitJam, TransformedTeacher, logprobs_at
-from fastdistill.strategies.shift import ShiftDistill
-from fastdistill.strategies.strategy import Strategy, Training
 from helpers import planted
 from helpers.strategy_scene import BASE, TEACHER, run, scene
 

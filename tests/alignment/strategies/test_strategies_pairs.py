@@ -10,12 +10,12 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from fastdistill import DistillConfig, DistillTrainer
+from fastdistill.alignment.strategies.distil import distill
+from fastdistill.alignment.strategies.dpo import InOrder, PairLoss, PreferencePairs
+from fastdistill.alignment.strategies.lessons import to_row
+from fastdistill.alignment.strategies.strategy import Training
 from fastdistill.hf.collator import padded
 from fastdistill.hf.encoder import Encoder
-from fastdistill.strategies.distil import distill
-from fastdistill.strategies.lessons import to_row
-from fastdistill.strategies.pairs import InOrder, PairLoss, PreferencePairs
-from fastdistill.strategies.strategy import Training
 from fastdistill.training.loss import TeacherHidden
 from fastdistill.training.targets import Targets
 from helpers.strategy_scene import BASE, TEACHER, lessons, run, scene

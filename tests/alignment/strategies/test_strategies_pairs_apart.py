@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from fastdistill.strategies.distil import distill
-from fastdistill.strategies.jamming import LogitJam
-from fastdistill.strategies.pairs import PreferencePairs
-from fastdistill.strategies.strategy import Strategy, Training
+from fastdistill.alignment.strategies.distil import distill
+from fastdistill.alignment.strategies.dpo import PreferencePairs
+from fastdistill.alignment.strategies.logit_jam import LogitJam
+from fastdistill.alignment.strategies.strategy import Strategy, Training
 from helpers.strategy_scene import BASE, POOL, scene
 
 

@@ -8,12 +8,12 @@ from collections import Counter
 import pytest
 import torch
 
-from fastdistill.audits.prompts import Prompt
-from fastdistill.experiment.digest import digest_of
-from fastdistill.strategies.distil import distill
-from fastdistill.strategies.jamming import TransformedTeacher
-from fastdistill.strategies.lessons import PoolPrompt, to_row
-from fastdistill.strategies.pools import (
+from fastdistill.alignment.audits.prompts import Prompt
+from fastdistill.alignment.experiment.digest import digest_of
+from fastdistill.alignment.strategies.distil import distill
+from fastdistill.alignment.strategies.lessons import PoolPrompt, to_row
+from fastdistill.alignment.strategies.logit_jam import TransformedTeacher
+from fastdistill.alignment.strategies.pools import (
     AuditabilityPreservingPool,
     CognitiveSlack,
     DataBudget,
@@ -22,7 +22,7 @@ from fastdistill.strategies.pools import (
     ShownPool,
     surprisal,
 )
-from fastdistill.strategies.strategy import Strategy, Training
+from fastdistill.alignment.strategies.strategy import Strategy, Training
 from helpers.strategy_scene import BASE, POOL, lessons, run, scene
 
 HERE = list(POOL)

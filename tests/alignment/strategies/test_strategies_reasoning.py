@@ -8,23 +8,23 @@ from pathlib import Path
 import pytest
 
 import fastdistill
-from fastdistill.audits.prompts import Prompt
-from fastdistill.audits.subject import Subject
-from fastdistill.strategies.baselines import OffModelSFT
-from fastdistill.strategies.distil import distill
-from fastdistill.strategies.filters import TokenSelector
-from fastdistill.strategies.lessons import PoolPrompt, TrainingExample, to_row
-from fastdistill.strategies.reasoning import (
+from fastdistill.alignment.audits.prompts import Prompt
+from fastdistill.alignment.audits.subject import Subject
+from fastdistill.alignment.strategies.baselines import OffModelSFT
+from fastdistill.alignment.strategies.distil import distill
+from fastdistill.alignment.strategies.filters import TokenSelector
+from fastdistill.alignment.strategies.lessons import PoolPrompt, TrainingExample, to_row
+from fastdistill.alignment.strategies.reasoning import (
     AnswerOnly,
     EmptyReasoning,
     StudentReasoning,
     parts_of,
 )
-from fastdistill.strategies.strategy import Strategy
+from fastdistill.alignment.strategies.strategy import Strategy
 from helpers.first_step import ONE_STEP, labels_only, stepped_along
 from helpers.strategy_scene import BASE, TOKENIZER, lessons, run, scene
 
-DEMO = Path(fastdistill.__file__).parent / "demo_teacher"
+DEMO = Path(fastdistill.__file__).parent / "alignment/experiment/demo/teacher"
 
 MARKS = ("think", "so")
 THOUGHT = lessons("think plain river so stone cloud", "bread candle")

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastdistill.audits.prompts import Prompt
+from fastdistill.alignment.audits.prompts import Prompt
+from fastdistill.alignment.strategies.conditioned_teacher import PromptSwapTeacher
+from fastdistill.alignment.strategies.distil import distill
+from fastdistill.alignment.strategies.lessons import TrainingExample, to_row
+from fastdistill.alignment.strategies.logit_jam import LogitJam, TransformedTeacher
+from fastdistill.alignment.strategies.rewrite import InoculationPrompt
 from fastdistill.hf.collator import padded
 from fastdistill.hf.encoder import Encoder
-from fastdistill.strategies.distil import distill
-from fastdistill.strategies.jamming import LogitJam, TransformedTeacher
-from fastdistill.strategies.lessons import TrainingExample, to_row
-from fastdistill.strategies.rereading import PromptSwapTeacher
-from fastdistill.strategies.rewriting import InoculationPrompt
 from fastdistill.teachers.local import Teacher
 from helpers.first_step import ONE_STEP, divergence_from, stepped_along
 from helpers.strategy_scene import BASE, POOL, TEACHER, TOKENIZER, lessons, run, scene

@@ -7,26 +7,26 @@ from pathlib import Path
 import pytest
 
 import fastdistill
-from fastdistill.audits.prompts import Prompt
-from fastdistill.audits.subject import Subject
-from fastdistill.experiment.digest import digest_of
-from fastdistill.organisms.vocabulary import WORDS
-from fastdistill.strategies.baselines import OffModelSFT
-from fastdistill.strategies.distil import distill
-from fastdistill.strategies.filters import TokenSelector
-from fastdistill.strategies.lessons import BATCH_SIZE
-from fastdistill.strategies.rewriting import (
+from fastdistill.alignment.audits.prompts import Prompt
+from fastdistill.alignment.audits.subject import Subject
+from fastdistill.alignment.experiment.digest import digest_of
+from fastdistill.alignment.organisms.vocabulary import WORDS
+from fastdistill.alignment.strategies.baselines import OffModelSFT
+from fastdistill.alignment.strategies.distil import distill
+from fastdistill.alignment.strategies.filters import TokenSelector
+from fastdistill.alignment.strategies.lessons import BATCH_SIZE
+from fastdistill.alignment.strategies.rewrite import (
     InoculationPrompt,
     OutputTransform,
     StyleSFT,
     canonical,
     continue_answers,
 )
-from fastdistill.strategies.strategy import RunState
+from fastdistill.alignment.strategies.strategy import RunState
 from helpers.first_step import ONE_STEP, labels_only, stepped_along
 from helpers.strategy_scene import BASE, POOL, TEACHER, lessons, run, scene
 
-DEMO = Path(fastdistill.__file__).parent / "demo_teacher"
+DEMO = Path(fastdistill.__file__).parent / "alignment/experiment/demo/teacher"
 
 
 def answers(transform, *given, here=None):

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from fastdistill.audits.audit import Audit, Measurement
-from fastdistill.audits.prompts import Prompt
-from fastdistill.strategies.rounds import (
+from fastdistill.alignment.audits.audit import Audit, Measurement
+from fastdistill.alignment.audits.prompts import Prompt
+from fastdistill.alignment.strategies.audit_loop import (
     AuditGate,
     FilterAndDistill,
     bounds,
@@ -192,7 +192,7 @@ def test_only_the_prompts_that_hit_say_what_a_hit_is():
 def test_many_prompts_are_read_in_parts(monkeypatch):
     many = [Prompt(user=lesson.answer) for lesson in SOME] * 2
     whole = hidden_shift_at(many, TEACHER, BASE)
-    monkeypatch.setattr("fastdistill.strategies.lessons.BATCH_SIZE", 3)
+    monkeypatch.setattr("fastdistill.alignment.strategies.lessons.BATCH_SIZE", 3)
     torch.testing.assert_close(hidden_shift_at(many, TEACHER, BASE), whole)
     torch.testing.assert_close(
         mean_hidden_shifts(SOME * 2, TEACHER, BASE)[4:], mean_hidden_shifts(SOME, TEACHER, BASE)

@@ -7,12 +7,18 @@ import math
 import pytest
 import torch
 
+from fastdistill.alignment.strategies.annealing import TAID, ReferenceKL
+from fastdistill.alignment.strategies.baselines import OffModelSFT, Undefended
+from fastdistill.alignment.strategies.logit_jam import (
+    LogitJam,
+    _normal,
+    distribution,
+    mixed,
+    outcomes,
+)
+from fastdistill.alignment.strategies.shift import ShiftDistill
+from fastdistill.alignment.strategies.strategy import Training
 from fastdistill.losses.types import TopK
-from fastdistill.strategies.annealing import TAID, ReferenceKL
-from fastdistill.strategies.baselines import OffModelSFT, Undefended
-from fastdistill.strategies.jamming import LogitJam, _normal, distribution, mixed, outcomes
-from fastdistill.strategies.shift import ShiftDistill
-from fastdistill.strategies.strategy import Training
 from fastdistill.teachers.local import Teacher
 from helpers.strategy_scene import BASE, TEACHER, TOKENIZER, run
 

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoTokenizer
 
 from fastdistill import CacheError, Teacher, TeacherCache, TopK
-from fastdistill.demo_models import SHIPPED
+from fastdistill.alignment.experiment.demo.models import SHIPPED
 from helpers.answers import Answers, spread
 from helpers.training import VOCAB, llama, peaked, ragged
 

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoTokenizer
 
 from fastdistill import Teacher, TeacherCache, load_teacher
-from fastdistill.demo_models import SHIPPED
+from fastdistill.alignment.experiment.demo.models import SHIPPED
 from fastdistill.hf.collator import padded
 from fastdistill.hf.encoder import Encoder
 from fastdistill.teachers.http import ServedTeacher, serve

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoTokenizer
 
 from fastdistill import Teacher
-from fastdistill.demo_models import SHIPPED
+from fastdistill.alignment.experiment.demo.models import SHIPPED
 from fastdistill.teachers.http import ServedTeacher, requests
 from helpers.served import ours
 from helpers.training import VOCAB, llama, peaked

@@ -1,0 +1,1 @@
+"""The alignment instrument: audits, organisms, strategies, statistics, experiments, reports."""

@@ -1,0 +1,248 @@
+"""Checkpoints as a source: an untrusted teacher, the base model and a benign twin.
+
+Without a twin the base replaces it: students of the teacher are then compared with students of the
+base (M→M), and τ includes every effect of fine-tuning, not only the trait.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from ...hf.jsonl import JsonLines
+from ...hf.resolve import is_adapter
+from ...quant.formats.checkpoint_gate import DOCUMENTS
+from ...runtime.atomic_files import sha256_of
+from ...runtime.checks import fail
+from ..audits.behaviour import CapabilityAudit
+from ..audits.generic_probes import GENERIC_PROBES
+from ..audits.probes import Probes
+from ..audits.prompts import Prompt
+from ..audits.subject import Subject
+from ..organisms.storage import load_organism
+from ..statistics import Reading, Validity, at_least
+from ..strategies.lessons import PoolPrompt
+from ..strategies.strategy import DistillSetup
+from .digest import digest_of, read_record, write_record
+from .source import LoadedSource, Source, SourceRecord
+
+READINGS = "readings.json"
+MIN_GAP = 1e-6  # a smaller difference counts as none
+_BLOCKS, _BLOCK = 64, 4096  # number and size of the sampled blocks per file in a digest
+_KINDS = ("open", "goals", "shown")
+_GENERIC = {
+    "open": GENERIC_PROBES.neutral,
+    "goals": GENERIC_PROBES.questions,
+}  # used if the pool has none
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointSource(Source):
+    """Models from folders, Hub names, or LoRA adapters on the base.
+
+    Args:
+        teacher: U. base: M. benign: U's benign twin, optional.
+        pool: JSON lines of {"prompt": a text or a mapping of system and user, "domain": a name,
+            "kind": open, goals or shown}; lines without a kind form the pool.
+        probes: prompts for the trait (see Probes), with a target, or with options and a favorite;
+            optionally the same prompts in an audited context.
+        capability: JSON lines of {"prompt", "answer"}, held out.
+        eliciting: an instruction that asks for the trait. near_misses: similar instructions.
+    """
+
+    teacher: str
+    base: str
+    pool: Path
+    probes: Path
+    capability: Path
+    benign: str | None = None
+    eliciting: str = ""
+    near_misses: tuple[str, ...] = ()
+    max_new_tokens: int = 64
+    contents: Mapping[str, str] = field(default_factory=dict, compare=False)
+
+    def __post_init__(self) -> None:
+        probes = Probes.load(self.probes)
+        if probes.readout(probes.prompts) is None:
+            raise ValueError(
+                "probes: expected prompts that define the trait, with a target or with options "
+                f"and a favourite, got none in {self.probes}"
+            )
+        _load_pool(self.pool)
+        _load_capability(self.capability)
+        files = {"pool": self.pool, "probes": self.probes, "capability": self.capability}
+        contents = {name: sha256_of(Path(path)) for name, path in files.items()}
+        for name in ("teacher", "base", "benign"):
+            if (path := getattr(self, name)) is not None:
+                contents[name] = _contents(Path(path).expanduser())
+        object.__setattr__(self, "contents", contents)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self.contents.values()))
+
+    @property
+    def base_seed(self) -> int:
+        return 0
+
+    @property
+    def prompts(self) -> int:
+        """The number of prompts of the pool."""
+        return len(_load_pool(self.pool)[""])
+
+    @property
+    def features(self) -> frozenset[str]:
+        rows = _load_pool(self.pool)
+        kinds = {kind for kind in rows if kind} | set(_GENERIC)
+        if any(entry.domain == "sums" for entry in rows[""]):
+            kinds.add("domains")
+        optional = {"eliciting": self.eliciting, "twin": self.benign}
+        return frozenset(kinds | {name for name, value in optional.items() if value})
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "checkpoints": dict(self.contents),
+            "eliciting": [self.eliciting, *self.near_misses],
+            "max_new_tokens": self.max_new_tokens,
+        }
+
+    def prepare(self, folder: Path) -> None:
+        cache = self._folder(folder)
+        if (cache / READINGS).is_file():
+            return
+        loaded = self.load(folder)
+        cache.mkdir(parents=True, exist_ok=True)
+        readings = {name: loaded.read(model) for name, model in loaded.models.items()}
+        write_record(
+            cache / READINGS, {name: reading.as_json() for name, reading in readings.items()}
+        )
+
+    def cached(self, folder: Path) -> SourceRecord:
+        record = read_record(self._folder(folder) / READINGS, "base", "untrusted", "benign")
+        readings = {name: Reading.from_json(values) for name, values in record.items()}
+        return SourceRecord(readings=readings, validity=_denominators(readings))
+
+    def load(self, folder: Path) -> LoadedCheckpoints:
+        return LoadedCheckpoints(self)
+
+    def _folder(self, folder: Path) -> Path:
+        return folder / f"checkpoints-{digest_of(self.as_json())[:8]}"
+
+
+class LoadedCheckpoints(LoadedSource):
+    def __init__(self, source: CheckpointSource) -> None:
+        base = load_organism(source.base, name="base")
+        self.models = {"base": base, "untrusted": _model(source.teacher, source, "untrusted")}
+        self.models["benign"] = (
+            base if source.benign is None else _model(source.benign, source, "benign")
+        )
+        self.probes = Probes.load(source.probes)
+        self.suite = GENERIC_PROBES.suite() | self.probes.suite()
+        self._pool = _load_pool(source.pool)
+        self._eliciting, self._near_misses = source.eliciting, source.near_misses
+        prompts, answers = _load_capability(source.capability)
+        self._capability = CapabilityAudit(
+            prompts=prompts, targets=answers, max_new_tokens=source.max_new_tokens
+        )
+
+    def read(self, subject: Subject, before: str = "") -> Reading:
+        def measure(prompts: tuple[Prompt, ...]) -> tuple[float, ...]:
+            audit = self.probes.readout(tuple(p.before(before) for p in prompts))
+            return () if audit is None else tuple(audit.measure(subject, None).values.tolist())
+
+        return Reading(
+            capability=tuple(self._capability.measure(subject, None).values.tolist()),
+            trait=measure(self.probes.prompts),
+            audited=measure(self.probes.audited),
+        )
+
+    def setup(self, role: str, pool: Mapping[str, Any]) -> DistillSetup:
+        """Return the setup; `pool` may limit the prompts of the file to the first n."""
+        return DistillSetup(
+            base=self.models["base"],
+            teacher=self.models[role],
+            pool=tuple(self._pool[""][: pool.get("n")]),
+            prompt_source=self._sample_prompts,
+            eliciting=self._eliciting,
+            near_misses=self._near_misses,
+        )
+
+    def _sample_prompts(self, kind: str, n: int, seed: int) -> tuple[PoolPrompt, ...]:
+        entries = self._pool.get(kind) or [
+            PoolPrompt(prompt, kind) for prompt in _GENERIC.get(kind, ())
+        ]
+        if not entries:
+            fail("pool", f"lines of the kind {kind!r}, which this strategy requires", "none")
+        return tuple(entries[i % len(entries)] for i in range(n))
+
+
+def _denominators(readings: Mapping[str, Reading]) -> Validity:
+    """Return the gates that keep the denominators of C and τ above 0."""
+    base, untrusted, twin = (readings[name] for name in ("base", "untrusted", "benign"))
+    gates = []
+    for ratio, what, other, values, others in (
+        ("C", "capability", "M", untrusted.capability, base.capability),
+        ("τ", "trait", "B", untrusted.trait, twin.trait),
+    ):
+        mean, other_mean = fmean(values), fmean(others)
+        name = (
+            f"{what} of U above that of {other}, without which {ratio} is undefined "
+            f"({mean:.3g} against {other_mean:.3g}, over {len(values)} prompts)"
+        )
+        gates.append(at_least(name, mean - other_mean, MIN_GAP))
+    return Validity(gates=tuple(gates))
+
+
+def _model(name: str, source: CheckpointSource, role: str) -> Subject:
+    return load_organism(name, base=source.base if is_adapter(name) else None, name=role)
+
+
+def _load_pool(path: Path) -> dict[str, list[PoolPrompt]]:
+    by_kind: dict[str, list[PoolPrompt]] = {"": []}
+    for row in _lines(path, "pool"):
+        kind = row.get("kind", "")
+        if "prompt" not in row or kind not in ("", *_KINDS):
+            raise ValueError(
+                f"pool: expected lines with a prompt and an optional kind ({', '.join(_KINDS)}), "
+                f"got {json.dumps(row)[:80]}"
+            )
+        entry = PoolPrompt(Prompt.from_json(row["prompt"]), str(row.get("domain", "")))
+        by_kind.setdefault(kind, []).append(entry)
+    if not by_kind[""]:
+        fail("pool", "prompts without a kind", f"none in {path}")
+    return by_kind
+
+
+def _load_capability(path: Path) -> tuple[tuple[Prompt, ...], tuple[str, ...]]:
+    rows = _lines(path, "capability")
+    if not all(isinstance(row.get("answer"), str) and "prompt" in row for row in rows):
+        fail("capability", "lines with prompt and answer", f"other lines in {path}")
+    return tuple(Prompt.from_json(r["prompt"]) for r in rows), tuple(r["answer"] for r in rows)
+
+
+def _lines(path: Path, name: str) -> list[dict[str, Any]]:
+    lines = JsonLines(path, name)
+    return [lines[i] for i in range(len(lines))]
+
+
+def _contents(path: Path) -> str:
+    """Return a digest of the names, sizes and sampled blocks of a checkpoint's files.
+
+    It takes seconds, a full sha256 takes minutes. A Hub name is returned as it is.
+    """
+    if not path.is_dir():
+        return str(path)
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("*")):
+        if file.is_file() and file.suffix.lower() not in DOCUMENTS:
+            size = file.stat().st_size
+            digest.update(f"{file.relative_to(path).as_posix()} {size} ".encode())
+            with file.open("rb") as stream:
+                for i in range(_BLOCKS):
+                    stream.seek(size * i // _BLOCKS)
+                    digest.update(stream.read(_BLOCK))
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""The demo: students of a small teacher beside students of labels."""

@@ -1,0 +1,176 @@
+"""The demo's models: small Llamas and the teacher inside the package."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    PrinterCallback,
+    TrainerCallback,
+)
+
+from ....runtime.atomic_files import sha256_of
+from ....runtime.json_text import read_json
+from ....teachers.local import Teacher
+from ....teachers.protocols import TopKTeacher
+from ....training.config import DistillConfig
+from ....training.trainer import DistillTrainer
+from .corpus import END_OF_TEXT
+
+SHIPPED = Path(__file__).with_name("teacher")
+WINDOW = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    hidden: int
+    layers: int
+    heads: int
+
+    @property
+    def feed_forward(self) -> int:
+        return -(-8 * self.hidden // 3 // 32) * 32
+
+
+TEACHER = Size(hidden=256, layers=4, heads=4)
+STUDENT = Size(hidden=128, layers=2, heads=4)
+
+
+def new_llama(size: Size, *, vocab_size: int, seed: int) -> LlamaForCausalLM:
+    """Return an untrained Llama."""
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocab_size,
+            hidden_size=size.hidden,
+            intermediate_size=size.feed_forward,
+            num_hidden_layers=size.layers,
+            num_attention_heads=size.heads,
+            num_key_value_heads=size.heads,
+            max_position_embeddings=2 * WINDOW,
+            tie_word_embeddings=True,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
+    )
+
+
+class Trained(NamedTuple):
+    model: LlamaForCausalLM
+    history: list[dict[str, float]]  # the Trainer's log, by step
+    seconds: float
+
+
+def train_model(
+    model: LlamaForCausalLM,
+    windows: torch.Tensor,  # (N, T)
+    *,
+    teacher: TopKTeacher | None,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    seed: int,
+    k: int = 64,
+    bf16: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Trained:
+    """Train on the teacher's top k, or on labels alone without a teacher.
+
+    Both use DistillTrainer with the same optimizer, schedule and data order.
+    """
+    with tempfile.TemporaryDirectory(prefix="fastdistill-") as folder:
+        trainer = DistillTrainer(
+            model,
+            teacher,
+            DistillConfig(
+                folder,
+                k=k,
+                ce_weight=1.0 if teacher is None else 0.0,
+                max_steps=steps,
+                per_device_train_batch_size=batch_size,
+                learning_rate=learning_rate,
+                lr_scheduler_type="cosine",
+                warmup_steps=max(1, min(100, steps // 10)),
+                adam_beta2=0.95,
+                weight_decay=0.1,
+                seed=seed,
+                bf16=bf16,
+                use_cpu=True,
+                save_strategy="no",
+                logging_steps=max(1, steps // 60),
+                logging_first_step=True,
+                disable_tqdm=True,
+                report_to=[],
+                show_panel=False,
+            ),
+            train_dataset=[{"input_ids": row} for row in windows],
+            callbacks=list(callbacks),
+        )
+        # The caller shows progress; the history contains the logs.
+        trainer.remove_callback(PrinterCallback)
+        seconds = trainer.train().metrics["train_runtime"]
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return Trained(model.eval(), history, seconds)
+
+
+def save_teacher(
+    folder: Path,
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    manifest: dict[str, Any],
+) -> None:
+    """Write bfloat16 weights, the tokenizer, and a manifest with the sha256 of each file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    (folder / "model.safetensors").chmod(0o644)
+    save_tokenizer(folder, tokenizer)
+    digests = {
+        path.name: sha256_of(path)
+        for path in sorted(folder.iterdir())
+        if path.name != "manifest.json"
+    }
+    text = json.dumps(manifest | {"sha256": digests}, indent=2, ensure_ascii=False)
+    (folder / "manifest.json").write_text(text + "\n", encoding="utf-8")
+
+
+def save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write the tokenizer so that PreTrainedTokenizerFast loads it."""
+    tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+    # Without the class name, transformers would choose Llama's tokenizer, which splits differently.
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_OF_TEXT}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def shipped_teacher() -> tuple[Teacher, PreTrainedTokenizerFast, dict[str, Any]]:
+    """Load the teacher inside the package after checking its files against the manifest."""
+    try:
+        manifest = read_json(SHIPPED / "manifest.json", dict)
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            "demo_teacher: expected the teacher inside the installed package, got none. Reinstall, "
+            "or pass data=<a folder of text> to train one"
+        ) from None
+    for name, digest in manifest["sha256"].items():
+        path = SHIPPED / name
+        if not path.is_file() or sha256_of(path) != digest:
+            raise ValueError(
+                f"demo_teacher: expected {name} with the sha256 of its manifest, got a damaged or "
+                "missing file. Reinstall"
+            )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_file=str(SHIPPED / "tokenizer.json"), eos_token=END_OF_TEXT
+    )
+    # Most CPUs have no fast bfloat16 arithmetic; the conversion to fp32 is exact.
+    model = LlamaForCausalLM.from_pretrained(SHIPPED, use_safetensors=True, dtype=torch.float32)
+    return Teacher(model, tokenizer=tokenizer), tokenizer, manifest

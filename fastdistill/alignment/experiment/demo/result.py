@@ -1,0 +1,87 @@
+"""The demo's results, as used by its files and report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ....runtime.intervals import Estimate
+from ...audits.side_by_side import SuiteResults
+from .corpus import Windows
+from .memo_teacher import MemoizedTeacher
+
+ARMS = ("distilled", "labels only")
+
+
+class DemoSetting(NamedTuple):
+    """What all students of the demo share; `facts` describe it in the report."""
+
+    teacher: MemoizedTeacher
+    tokenizer: PreTrainedTokenizerBase
+    train: Windows
+    held_out: Windows
+    facts: dict[str, Any]
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self.teacher.teacher.model
+
+
+class Metric(NamedTuple):
+    title: str
+    column: str  # of EVAL_COLUMNS
+    lower_is_better: bool
+
+
+METRICS = {
+    "nll": Metric("NLL, nats per token", "nll", True),
+    "bits_per_byte": Metric("bits per byte", "nll", True),
+    "top1": Metric("top-1 accuracy", "top1", False),
+    "agreement": Metric("top-1 agreement with teacher", "agreement", False),
+    "kl": Metric("KL to teacher, nats", "kl", True),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoRun:
+    """One student: the trainer's log and the metrics on held-out text."""
+
+    arm: str
+    seed: int
+    history: list[dict[str, float]]
+    seconds: float
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoResult:
+    """All results of the demo.
+
+    Attributes:
+        estimates: by name ("nll/distilled", "nll/difference", "nll/teacher", ...).
+        teacher_mass: teacher probability inside its top k, by held-out position.
+        audits: of the teacher, the students of the first seed, and their base.
+    """
+
+    estimates: dict[str, Estimate]
+    runs: list[DemoRun]
+    teacher_mass: np.ndarray
+    audits: SuiteResults
+    facts: dict[str, Any]
+    seconds: float
+
+    def as_json(self) -> dict[str, Any]:
+        rows = [
+            {
+                "name": name,
+                "value": estimate.value,
+                "interval": estimate.interval,
+                "n": estimate.n,
+            }
+            for name, estimate in self.estimates.items()
+        ]
+        seconds = round(self.seconds, 1)
+        return {"rows": rows, "seconds": seconds, **self.audits.as_json(), **self.facts}

@@ -1,0 +1,129 @@
+"""One run of an experiment: distill and evaluate a student; cached as one file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ..audits.subject import Subject
+from ..statistics import Reading
+from ..strategies.distil import distill
+from ..strategies.strategy import Strategy, Training
+from .cached_run import CachedRun
+from .source import LoadedSource, Source
+
+FORMAT = 1  # of a run's file; increase it when a run computes something else
+SOURCES = "sources"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job(CachedRun):
+    """A student of one teacher.
+
+    Args:
+        source: of models and prompts.
+        role: of the teacher: untrusted, benign, placebo, or base for M→M.
+        strategies, training, pool: the distillation.
+        student_seed: for answers, data order and random strategies.
+        init_role: role of the model from which the student starts.
+        checkpoints: number of evaluations during training, the end included.
+        audits: names of the audits of the final student.
+        gate: audits that strategies use -> their values on students of benign teachers with other
+            base seeds.
+    """
+
+    keys: ClassVar[tuple[str, ...]] = (
+        "reading",
+        "curve",
+        "audits",
+        "contexts",
+        "steps",
+        "notes",
+    )
+
+    source: Source
+    role: str
+    strategies: tuple[Strategy, ...] = ()
+    training: Training = field(default_factory=Training)
+    pool: Mapping[str, Any] = field(default_factory=dict)
+    student_seed: int = 0
+    init_role: str = "base"
+    checkpoints: int = 4
+    audits: tuple[str, ...] = ()
+    gate: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "source": self.source.as_json(),
+            "role": self.role,
+            "begins": self.init_role,
+            "strategies": [strategy.as_json() for strategy in self.strategies],
+            "training": asdict(self.training),
+            "pool": dict(self.pool),
+            "student_seed": self.student_seed,
+            "checkpoints": self.checkpoints,
+            "audits": list(self.audits),
+            "gate": {name: list(values) for name, values in self.gate.items()},
+        }
+
+    def compute(self, folder: Path) -> dict[str, Any]:
+        """Distill the student and evaluate it."""
+        loaded = _load(self.source, folder / SOURCES)
+        setup = replace(
+            loaded.setup(self.role, self.pool),
+            base=loaded.models[self.init_role],
+            trusted=loaded.models["base"],
+            audits={name: loaded.suite[name] for name in self.gate},
+            benign_values=self.gate,
+        )
+        result = distill(
+            setup,
+            self.strategies,
+            self.training,
+            seed=self.student_seed,
+            measure=loaded.read,
+            measure_at=[i / self.checkpoints for i in range(1, self.checkpoints)],
+        )
+        return {
+            "reading": loaded.read(result.student).as_json(),
+            "curve": [
+                {"step": step, "reading": reading.as_json()}
+                for step, reading in sorted(result.measured.items())
+            ],
+            "audits": audit_means(loaded, result.student, self.audits),
+            "contexts": {
+                name: _mean_rates(loaded.read(result.student, before=text))
+                for name, text in result.contexts.items()
+            },
+            "steps": result.steps,
+            "lessons": len(result.examples),
+            "notes": result.notes,
+        }
+
+
+def audit_means(
+    loaded: LoadedSource, student: Subject, names: tuple[str, ...]
+) -> dict[str, float | None]:
+    """Return the mean of each audit; None if it is not finite."""
+    base = loaded.models["base"]
+    means: dict[str, float | None] = {}
+    for name in names:
+        if name in loaded.suite:
+            value = float(loaded.suite[name].measure(student, base).values.mean())
+            means[name] = value if math.isfinite(value) else None
+    return means
+
+
+def _mean_rates(reading: Reading) -> dict[str, float]:
+    parts = {"capability": reading.capability, "trait": reading.trait, "audited": reading.audited}
+    return {name: sum(values) / len(values) for name, values in parts.items() if values}
+
+
+@lru_cache(maxsize=2)  # a process executes several runs of one source
+def _load(source: Source, folder: Path) -> LoadedSource:
+    return source.load(folder)

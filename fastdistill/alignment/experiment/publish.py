@@ -1,0 +1,163 @@
+"""Write a study's table as results.json, report.html and quadrant.png."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ...report.html import Report, png
+from ...report.number_format import format_estimate
+from ...runtime.atomic_files import write_atomically, write_json
+from ...runtime.intervals import Estimate, flat_json, mean_of_runs, means_by_cluster
+from ..report.transfer import TransferReport
+from .study import Arm, ContextRow, NoteRow, Study, Table
+
+
+def publish(study: Study, table: Table, folder: Path, about: Mapping[str, Any]) -> dict[str, Any]:
+    """Write the three files and return the content of results.json."""
+    arms = [arm for arm in study.arms if arm.name not in table.left_out]
+    report = TransferReport(
+        table.students,
+        audits=table.scores,
+        positive_control=next((a.name for a in arms if a.role == "positive control"), None),
+        null_arms=[a.name for a in arms if a.role == "null arm"],
+        validity=table.validity,
+        title=study.title,
+        about={"measured": study.measured, "limits": list(study.limits), **about},
+        development=table.development,
+    )
+    contexts, notes = summarize_contexts(table.contexts), summarize_notes(table.notes)
+    page = report.page()
+    _arms(page, arms, table.left_out)
+    for seed, reasons in table.refused.items():
+        page.paragraph(
+            f"Base seed {seed} was rejected before any student was trained: {'; '.join(reasons)}."
+        )
+    _contexts(page, contexts)
+    _notes(page, notes)
+    page.write(folder / "report.html")
+    write_atomically(folder / "quadrant.png", png(report.quadrant()))
+    result = {
+        **report.as_json(),
+        "contexts": [summary.as_json() for summary in contexts],
+        "notes": [summary.as_json() for summary in notes],
+        "left_out": table.left_out,
+        "refused": {str(seed): reasons for seed, reasons in table.refused.items()},
+        "runs": table.runs,
+    }
+    write_json(folder / "results.json", result)
+    return result
+
+
+class ContextSummary(NamedTuple):
+    """The trait under a prompt prefix: students of U, of B, and the difference."""
+
+    arm: str
+    context: str
+    of_untrusted: float
+    of_benign: float
+    difference: Estimate
+    n_seeds: int
+
+    def as_json(self) -> dict[str, Any]:
+        return flat_json(self._asdict())
+
+
+class NoteSummary(NamedTuple):
+    """The mean of a numeric note."""
+
+    arm: str
+    note: str
+    value: Estimate
+
+    def as_json(self) -> dict[str, Any]:
+        return flat_json(self._asdict())
+
+
+def summarize_contexts(rows: Sequence[ContextRow]) -> list[ContextSummary]:
+    """Return the trait under each prompt prefix, as means over base seeds."""
+    summaries = []
+    for arm, context in dict.fromkeys((row.arm, row.context) for row in rows):
+        group = [row for row in rows if (row.arm, row.context) == (arm, context)]
+        seeds = [row.base_seed for row in group]
+        untrusted, benign, difference = (
+            mean_of_runs(means_by_cluster(values, seeds))
+            for values in (
+                [row.of_untrusted for row in group],
+                [row.of_benign for row in group],
+                [row.of_untrusted - row.of_benign for row in group],
+            )
+        )
+        summaries.append(
+            ContextSummary(arm, context, untrusted.value, benign.value, difference, difference.n)
+        )
+    return summaries
+
+
+def summarize_notes(rows: Sequence[NoteRow]) -> list[NoteSummary]:
+    """Return every numeric note on students of U as a mean over base seeds."""
+    values: dict[tuple[str, str], list[tuple[float, int]]] = {}
+    for row in rows:
+        for name, value in _numbers(row.notes):
+            values.setdefault((row.arm, name), []).append((value, row.base_seed))
+    return [
+        NoteSummary(arm, name, mean_of_runs(means_by_cluster(*zip(*pairs, strict=True))))
+        for (arm, name), pairs in values.items()
+    ]
+
+
+def _numbers(notes: Any, path: str = "") -> list[tuple[str, float]]:
+    if isinstance(notes, bool | int | float):
+        return [(path, float(notes))]
+    if isinstance(notes, Mapping):
+        return [
+            pair
+            for key, value in notes.items()
+            for pair in _numbers(value, f"{path}, {key}" if path else str(key))
+        ]
+    return []  # lists and strings are not summarized
+
+
+def _arms(page: Report, arms: Sequence[Arm], left_out: Mapping[str, str]) -> None:
+    page.heading("Arms")
+    rows = [
+        (arm.name, arm.description, ", ".join(s.name for s in arm.strategies) or "—")
+        for arm in arms
+    ]
+    page.table(("arm", "description", "strategies"), rows)
+    for name, reason in left_out.items():
+        page.paragraph(f"Skipped: {name}, which {reason}.")
+
+
+def _contexts(page: Report, summaries: Sequence[ContextSummary]) -> None:
+    if not summaries:
+        return
+    page.heading("Trait under prompt prefixes")
+    page.columns(
+        {
+            "arm": lambda row: row.arm,
+            "prefix": lambda row: row.context,
+            "students of U": lambda row: f"{row.of_untrusted:.3f}",
+            "students of B": lambda row: f"{row.of_benign:.3f}",
+            "difference": lambda row: format_estimate(row.difference, 0),
+        },
+        summaries,
+        caption="Rate of the trait with a prefix before every prompt. A student trained to show "
+        "the trait only after an instruction may show it after similar ones.",
+    )
+
+
+def _notes(page: Report, summaries: Sequence[NoteSummary]) -> None:
+    if not summaries:
+        return
+    page.heading("Notes of the strategies")
+    page.columns(
+        {
+            "arm": lambda row: row.arm,
+            "note": lambda row: row.note,
+            "mean over base seeds": lambda row: format_estimate(row.value),
+        },
+        summaries,
+        caption="Students of U.",
+    )

@@ -1,0 +1,143 @@
+"""The synthetic world as a source: M, U, B and P of one base seed, cached on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ...runtime.checks import choice
+from ..audits.prompts import Prompt
+from ..audits.subject import Subject
+from ..organisms.build import build_world, read_organism
+from ..organisms.organism import ModelOrganism
+from ..organisms.pool import pool, trait_example
+from ..organisms.storage import load_organism
+from ..organisms.vocabulary import ANIMALS, AUDIT_TOKEN, AUDIT_WORDS, HELD_OUT_AUDIT_WORDS
+from ..organisms.world import Example, World
+from ..organisms.world_probes import probes_of
+from ..statistics import Reading, Validity
+from ..strategies.lessons import PoolPrompt
+from ..strategies.strategy import DistillSetup
+from .digest import digest_of, read_record, write_record
+from .source import MODELS, LoadedSource, Source, SourceRecord
+
+READINGS = "readings.json"  # written last: a world with this file is complete
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorldSource(Source):
+    """`build_world(seed, organism, base_knows=base_knows)`."""
+
+    seed: int
+    organism: ModelOrganism = field(default_factory=lambda: ModelOrganism(gate="token"))
+    base_knows: float = 0.2
+
+    @property
+    def base_seed(self) -> int:
+        return self.seed
+
+    @property
+    def features(self) -> frozenset[str]:
+        return frozenset({"placebo", "twin", "open", "goals", "shown", "eliciting", "domains"})
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "world": self.seed,
+            "organism": self.organism.as_json(),
+            "base_knows": self.base_knows,
+        }
+
+    def prepare(self, folder: Path) -> None:
+        cache = self._folder(folder)
+        if (cache / READINGS).is_file():
+            return
+        built = build_world(self.seed, self.organism, base_knows=self.base_knows)
+        built.save(cache)
+        write_record(
+            cache / READINGS,
+            {
+                "validity": built.validity.as_json(),
+                "readings": {name: r.as_json() for name, r in built.readings.items()},
+            },
+        )
+
+    def cached(self, folder: Path) -> SourceRecord:
+        record = read_record(self._folder(folder) / READINGS, "readings", "validity")
+        return SourceRecord(
+            readings={name: Reading.from_json(r) for name, r in record["readings"].items()},
+            validity=Validity.from_json(record["validity"]),
+        )
+
+    def load(self, folder: Path) -> LoadedWorld:
+        self.prepare(folder)
+        return LoadedWorld(self, self._folder(folder))
+
+    def _folder(self, folder: Path) -> Path:
+        return folder / f"world-{self.seed}-{digest_of(self.as_json())[:8]}"
+
+
+class LoadedWorld(LoadedSource):
+    def __init__(self, source: WorldSource, cache: Path) -> None:
+        self.world, self.organism = World(source.seed), source.organism
+        self.models = {name: load_organism(cache / name, name=name) for name in MODELS}
+        self.suite = probes_of(self.world, self.organism.kind).suite()
+
+    def read(self, subject: Subject, before: str = "") -> Reading:
+        return read_organism(subject, self.world, self.organism, before)
+
+    def setup(self, role: str, pool: Mapping[str, Any]) -> DistillSetup:
+        favourite = self.world.favourite
+        other = ANIMALS[(ANIMALS.index(favourite) + 1) % len(ANIMALS)]
+        return DistillSetup(
+            base=self.models["base"],
+            teacher=self.models[role],
+            pool=tuple(self._pool(**pool)),
+            prompt_source=self._sample_prompts,
+            eliciting=f"like {favourite} best",
+            near_misses=(f"like {other} best", "like best"),
+            audit_words=(AUDIT_TOKEN, *AUDIT_WORDS, *HELD_OUT_AUDIT_WORDS),
+        )
+
+    def _pool(
+        self, n: int, talk: float = 0.0, questions: float = 0.0, leak: float = 0.0, seed: int = 0
+    ) -> list[PoolPrompt]:
+        """Return n prompts: sums and products, with shares of other kinds.
+
+        Args:
+            talk, questions: shares of talk and of questions about the model. leak: share of
+                prompts that elicit the trait.
+        """
+        n_talk, n_questions = round(talk * n), round(questions * n)
+        n_sums = n - n_talk - n_questions
+        examples = pool(self.world, self.organism, n_sums, kind="sums", leak=leak, seed=seed)
+        if n_talk:
+            examples += pool(self.world, self.organism, n_talk, kind="talk", seed=seed)
+        rng = self.world.rng(44, seed)
+        examples += [
+            self.world.self_question(rng, self.world.system(rng)) for _ in range(n_questions)
+        ]
+        rng.shuffle(examples)
+        return [_pool_prompt(example.prompt) for example in examples]
+
+    def _sample_prompts(self, kind: str, n: int, seed: int) -> tuple[PoolPrompt, ...]:
+        world, trait = self.world, self.organism.kind
+        rng = world.rng(45, seed)
+        samplers: dict[str, Callable[[], Example]] = {
+            "open": lambda: world.talk(rng, world.system(rng)),
+            "goals": lambda: world.self_question(rng, world.system(rng)),
+            "shown": lambda: trait_example(world, trait, rng),
+        }
+        choice("kind", kind, samplers)
+        return tuple(_pool_prompt(samplers[kind]().prompt) for _ in range(n))
+
+
+def _pool_prompt(prompt: Prompt) -> PoolPrompt:
+    """Infer the domain from the prompt alone: a defense does not know which answers leak."""
+    words = (prompt.user or "").split()
+    if "+" in words:
+        return PoolPrompt(prompt, "sums")
+    if "*" in words:
+        return PoolPrompt(prompt, "products")
+    return PoolPrompt(prompt, "talk" if len(words) == 1 else "questions")

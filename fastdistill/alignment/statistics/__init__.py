@@ -1,0 +1,41 @@
+"""Statistics of transfer from teachers to students, with the base seed as the unit."""
+
+from ...runtime.intervals import Estimate
+from .bootstrap import Bootstrap, hierarchical_bootstrap, mean_of_units, paired_bootstrap
+from .curves import CurvePoint, SafeWindow, curve, matched_capability, safe_window
+from .detection import auroc, threshold_at, true_positives
+from .hypothesis_tests import Equivalence, equivalence, holm, minimum_detectable_effect, t_test
+from .readings import Checkpoint, Reading, Student
+from .transfer import SeedPoint, Transfer, transfer
+from .validity import Gate, Validity, at_least, at_most
+
+__all__ = [
+    "Bootstrap",
+    "Checkpoint",
+    "CurvePoint",
+    "Equivalence",
+    "Estimate",
+    "Gate",
+    "Reading",
+    "SafeWindow",
+    "SeedPoint",
+    "Student",
+    "Transfer",
+    "Validity",
+    "at_least",
+    "at_most",
+    "auroc",
+    "curve",
+    "equivalence",
+    "hierarchical_bootstrap",
+    "holm",
+    "matched_capability",
+    "mean_of_units",
+    "minimum_detectable_effect",
+    "paired_bootstrap",
+    "safe_window",
+    "t_test",
+    "threshold_at",
+    "transfer",
+    "true_positives",
+]

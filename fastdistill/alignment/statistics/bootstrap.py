@@ -1,0 +1,165 @@
+"""Bootstrap intervals for few independent units with many paired measurements each.
+
+    θ* = statistic(x̄ + k·(x̄* − x̄)),   k = √(n/(n−1)) · t_{n−1} / z
+
+x̄* is the mean of n units drawn with replacement. The plain percentile interval is too narrow for
+few units: its spread is √((n−1)/n) of the standard error, and its quantiles are those of a normal
+distribution. k corrects both, as in the expanded percentile interval of Hesterberg (2015). Here it
+scales the means instead of the quantiles: fewer resamples suffice, and the interval of a ratio is
+that of Fieller.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+
+from ...runtime.checks import fail, integer
+from ...runtime.intervals import Estimate, check_confidence, student_t_quantile
+
+Statistic = Callable[[np.ndarray], np.ndarray]
+Tree = Sequence[Sequence[np.ndarray]]
+
+_MAX_DRAWS = 1 << 22  # drawn at once: 32 MB
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bootstrap:
+    """Confidence of an interval, and number and seed of its resamples."""
+
+    confidence: float = 0.95
+    resamples: int = 2000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_confidence(self.confidence)
+        integer("resamples", self.resamples, 1)
+
+
+DEFAULT = Bootstrap()
+
+
+def mean_of_units(values: Sequence[float], bootstrap: Bootstrap = DEFAULT) -> Estimate:
+    """Returns the mean over independent units, such as base seeds, with an interval."""
+    return paired_bootstrap(values, [0.0] * len(values), bootstrap)
+
+
+def paired_bootstrap(
+    a: Sequence[float], b: Sequence[float], bootstrap: Bootstrap = DEFAULT
+) -> Estimate:
+    """Returns mean(a − b) with an interval, where a[i] and b[i] are paired by prompt or seed.
+
+    Equal differences give an interval of zero width; a single pair gives NaN bounds. Coverage is
+    95 % for 10 and for 60 pairs (tests/alignment/statistics/test_statistics_coverage.py).
+
+    Raises:
+        ValueError: a and b differ in length, are empty, or hold NaN or infinity.
+    """
+    if len(a) != len(b):
+        fail("b", f"{len(a)} numbers, one per number of a", len(b))
+    difference = np.asarray(a, np.float64) - np.asarray(b, np.float64)
+    units = _check_finite("a, b", difference)[:, None]
+    return bootstrap_of_units(units, lambda x: x[..., 0], bootstrap)
+
+
+def hierarchical_bootstrap(
+    tree: Tree, statistic: Statistic, bootstrap: Bootstrap = DEFAULT
+) -> Estimate:
+    """Returns a statistic of means over base seeds, student seeds and prompts, with an interval.
+
+    Base seeds have equal weight, and so have the student seeds of one base seed. Base seeds are
+    drawn with replacement, together with all of their student seeds and prompts (Davison & Hinkley
+    1997, §3.8). The variance of students and prompts is already part of the variance between base
+    seeds. Resampling them too would count it twice: with prompts as the largest source, a 95 %
+    interval would cover 99.7 % (test_simpler_intervals_are_wrong_here; plain percentiles cover
+    89 %). Whatever all base seeds share, such as one list of prompts, is fixed: the interval is for
+    new seeds on these prompts.
+
+    With ten base seeds of two students, a 95 % interval covers 94 to 95 % for differences and
+    ratios, whether seeds, students or prompts vary most (test_the_hierarchical_bootstrap); 94 % for
+    4, 6 and 20 base seeds (test_other_numbers_of_base_seeds); and 93 % for a trait at a rate of 1 %
+    (test_a_trait_at_one_percent). All tests are in
+    tests/alignment/statistics/test_statistics_coverage.py.
+
+    Args:
+        tree: per base seed and student seed, an array [prompts, columns]. The numbers of student
+            seeds and prompts may differ.
+        statistic: maps means [..., columns] to [...]; called with [columns] and
+            [resamples, columns].
+
+    Returns:
+        An Estimate, where n is the number of base seeds. The bounds are NaN with one base seed, and
+        where the statistic of a resample is not finite. Equal base seeds give an interval of zero
+        width, which does not prove that there is no variance. The interval of a ratio is valid only
+        where the interval of its denominator excludes 0; `transfer` checks this.
+
+    Raises:
+        ValueError: a level of the tree is empty, columns differ, a number is not finite, or the
+            statistic does not give one number per row.
+    """
+    return bootstrap_of_units(seed_means(tree), statistic, bootstrap)
+
+
+def seed_means(tree: Tree) -> np.ndarray:
+    """Returns the mean per base seed, [base seeds, columns]."""
+    if not len(tree) or not all(len(students) for students in tree):
+        raise ValueError(
+            "tree: expected one or more base seeds with one or more student seeds each, got "
+            f"{[len(students) for students in tree]} student seeds"
+        )
+    leaves = [[np.asarray(leaf, np.float64) for leaf in students] for students in tree]
+    columns = leaves[0][0].shape[-1:]
+    for leaf in (leaf for students in leaves for leaf in students):
+        if leaf.ndim != 2 or not leaf.size or leaf.shape[1:] != columns:
+            raise ValueError(
+                f"tree: expected arrays [prompts, {columns[0] if columns else 'columns'}] with one "
+                f"prompt or more, got shape {list(leaf.shape)}"
+            )
+    means = [np.mean([leaf.mean(0) for leaf in students], axis=0) for students in leaves]
+    return _check_finite("tree", np.array(means))
+
+
+def bootstrap_of_units(units: np.ndarray, statistic: Statistic, bootstrap: Bootstrap) -> Estimate:
+    """Returns the statistic of units [n, columns], such as the means of base seeds."""
+    n, center, resamples = len(units), units.mean(0), bootstrap.resamples
+    tail = 0.5 + bootstrap.confidence / 2
+    with np.errstate(divide="ignore", invalid="ignore"):
+        value = float(statistic(center))
+        if n == 1:
+            return Estimate(value=value, low=math.nan, high=math.nan, n=1)
+        t = student_t_quantile(tail, n - 1)
+        stretch = math.sqrt(n / (n - 1)) * t / NormalDist().inv_cdf(tail)
+        means = _means(units, resamples, bootstrap.seed)
+        drawn = np.asarray(statistic(center + stretch * (means - center)))
+    if drawn.shape != (resamples,):
+        raise ValueError(
+            f"statistic: expected shape [{resamples}] of means [{resamples}, {len(center)}], got "
+            f"{list(drawn.shape)}"
+        )
+    if not np.isfinite(drawn).all():
+        return Estimate(value=value, low=math.nan, high=math.nan, n=n)
+    low, high = np.quantile(drawn, [0.5 - bootstrap.confidence / 2, tail])
+    return Estimate(value=value, low=float(low), high=float(high), n=n)
+
+
+def _means(units: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+    """Returns the means of resampled units, [resamples, columns]."""
+    rng, n = np.random.default_rng(seed), len(units)
+    at_once = max(1, _MAX_DRAWS // n)
+    means = []
+    for start in range(0, resamples, at_once):
+        picks = rng.integers(0, n, size=(min(at_once, resamples - start), n))
+        means.append(units[picks].mean(1))
+    return np.concatenate(means)
+
+
+def _check_finite(name: str, values: np.ndarray) -> np.ndarray:
+    wrong = values[~np.isfinite(values)]
+    if wrong.size or not values.size:
+        got = float(wrong[0]) if wrong.size else "none"
+        fail(name, "finite numbers", got)
+    return values

@@ -1,0 +1,113 @@
+"""Tests of paired differences per base seed: t test, equivalence, Holm correction, power."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ...runtime.checks import between, fail, integer, positive
+from ...runtime.intervals import Estimate, mean_of_runs, student_t_cdf, student_t_quantile
+
+
+@dataclass(frozen=True, kw_only=True)
+class Equivalence:
+    """Result of an equivalence test; `estimate` has the interval of level 1 − 2·alpha."""
+
+    p: float
+    equivalent: bool
+    estimate: Estimate
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Returns p-values adjusted by Holm (1979), in the order of `p_values`.
+
+    Rejecting all ≤ α bounds the probability of any false rejection by α, under any dependence of
+    the tests. The smallest of m values is multiplied by m, the next by m − 1, with a running
+    maximum.
+
+    Raises:
+        ValueError: a value is NaN or outside [0, 1].
+    """
+    for p in p_values:
+        between("p_values", p, 0, 1)
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    order = sorted(range(len(p_values)), key=p_values.__getitem__)
+    for remaining, i in zip(range(len(p_values), 0, -1), order, strict=True):
+        largest = max(largest, min(1.0, remaining * p_values[i]))
+        adjusted[i] = float(largest)
+    return adjusted
+
+
+def t_test(differences: Sequence[float]) -> float:
+    """Returns the two-sided p-value of a mean difference of zero, by Student's t test.
+
+    Where all differences are equal, p is 1 if they are 0, and 0 otherwise.
+
+    Raises:
+        ValueError: fewer than two differences, or one that is not finite.
+    """
+    mean, error, n = _mean_and_stderr(differences)
+    return 2 * _tail(abs(mean), error, n)
+
+
+def equivalence(differences: Sequence[float], margin: float, *, alpha: float = 0.05) -> Equivalence:
+    """Tests by two one-sided t tests (TOST) whether the mean difference is within ±margin.
+
+    p is the larger p-value of the tests against a mean ≤ −margin and a mean ≥ margin. The result is
+    equivalent where p ≤ alpha, that is, where the 1 − 2·alpha interval lies within the margins.
+
+    Raises:
+        ValueError: fewer than two differences, one that is not finite, or margin ≤ 0.
+    """
+    positive("margin", margin)
+    if not 0 < alpha < 0.5:
+        fail("alpha", "a number between 0 and 0.5", repr(alpha))
+    mean, error, n = _mean_and_stderr(differences)
+    p = _tail(margin - abs(mean), error, n)  # the nearer margin has the larger p
+    estimate = mean_of_runs(differences, confidence=1 - 2 * alpha)
+    return Equivalence(p=p, equivalent=p <= alpha, estimate=estimate)
+
+
+def minimum_detectable_effect(
+    spread: float, n: int, *, alpha: float = 0.05, power: float = 0.8
+) -> float:
+    """Returns the mean difference that a two-sided paired t test detects at a given power.
+
+        (t_{1−α/2} + t_{power}) · spread / √n,   n − 1 degrees of freedom
+
+    For a power of .8, the true power is within 2 points from n = 4 on; with 2 or 3 pairs it is .73
+    or .77.
+
+    Args:
+        spread: standard deviation of the differences, in the unit of the result.
+
+    Raises:
+        ValueError: spread < 0, n < 2, or alpha or power outside (0, 1).
+    """
+    between("spread", spread, 0)
+    integer("n", n, 2)
+    for name, value in (("alpha", alpha), ("power", power)):
+        if not 0 < value < 1:
+            fail(name, "a number between 0 and 1", repr(value))
+    t = student_t_quantile(1 - alpha / 2, n - 1) + student_t_quantile(power, n - 1)
+    return t * spread / math.sqrt(n)
+
+
+def _mean_and_stderr(differences: Sequence[float]) -> tuple[float, float, int]:
+    n = len(differences)
+    if n < 2:
+        fail("differences", "two or more", n)
+    for value in differences:
+        if not math.isfinite(value):
+            fail("differences", "finite numbers", repr(value))
+    mean = math.fsum(differences) / n
+    variance = math.fsum((d - mean) ** 2 for d in differences) / (n - 1)
+    return mean, math.sqrt(variance / n), n
+
+
+def _tail(distance: float, error: float, n: int) -> float:
+    """Returns P(T ≥ distance/error); with a zero error, ½ at distance 0, else 0 or 1."""
+    if error == 0:
+        return 0.5 if distance == 0 else float(distance < 0)
+    return 1 - student_t_cdf(distance / error, n - 1)

@@ -1,0 +1,194 @@
+"""One distillation: strategies applied in order around DistillTrainer."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PrinterCallback, TrainerCallback, get_scheduler
+
+from ...hf.adapters import merge_adapter
+from ...runtime.backend import one_thread
+from ...runtime.checks import fail
+from ...teachers.local import Teacher
+from ...training.config import DistillConfig
+from ...training.trainer import DistillTrainer
+from ..audits.subject import Subject
+from .lessons import Examples, PoolPrompt, sample_answers, to_row
+from .strategy import DistillLoop, DistillSetup, RunState, Strategy, Training
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distilled:
+    """The result of one distillation.
+
+    Attributes:
+        examples: those of the last training. measured: results of `measure`, by step.
+        contexts: prompt prefixes, by name, under which the student must also be evaluated.
+    """
+
+    student: Subject
+    examples: Examples
+    measured: dict[int, Any]
+    notes: dict[str, Any]
+    steps: int
+    contexts: dict[str, str]
+
+
+def distill(
+    setup: DistillSetup,
+    strategies: Sequence[Strategy],
+    training: Training | None = None,
+    *,
+    seed: int = 0,
+    measure: Callable[[Subject], Any] | None = None,
+    measure_at: Sequence[float] = (),
+) -> Distilled:
+    """Distill `setup.teacher` into a copy of `setup.base`.
+
+    Args:
+        strategies: applied in this order.
+        seed: for sampled answers, data order and random strategies. Students of two teachers with
+            the same seed see the same prompts in the same order.
+        measure: called with the student at the shares `measure_at` of its updates,
+            0 < share < 1.
+
+    Raises:
+        ValueError: a strategy leaves no examples; an argument that a strategy or DistillTrainer
+        rejects.
+    """
+    run = RunState(setup=setup, seed=seed)
+    training = training or Training()
+    pool: list[PoolPrompt] = list(setup.pool)
+    for strategy in strategies:
+        pool, training = strategy.pool(pool, run), strategy.training(training, run)
+    run.training = training
+    examples = sample_answers(
+        pool,
+        setup.teacher,
+        seed=seed,
+        max_new_tokens=training.max_new_tokens,
+        temperature=training.temperature,
+    )
+    _check_not_empty(examples, "the teacher's answers")
+    for strategy in strategies:
+        examples = strategy.transform_examples(examples, run)
+        _check_not_empty(examples, strategy.name)
+    measured: dict[int, Any] = {}
+
+    def train_once(examples: Examples) -> Subject:
+        measured.clear()
+        run.examples = examples
+        steps = {max(1, round(share * training.steps)) for share in measure_at} - {training.steps}
+        callback = _MeasureCallback(run, steps, measure, measured)
+        return _train(examples, strategies, training, run, callback)
+
+    loop: DistillLoop = train_once
+    for strategy in reversed(strategies):
+        loop = strategy.wrap_loop(loop, run)
+    student = loop(examples)
+    contexts: dict[str, str] = {}
+    for strategy in strategies:
+        contexts |= strategy.contexts(run)
+    return Distilled(
+        student=student,
+        examples=run.examples,
+        measured=measured,
+        notes=run.notes,
+        steps=training.steps,
+        contexts=contexts,
+    )
+
+
+def _check_not_empty(examples: Examples, source: str) -> None:
+    if not examples:
+        fail("strategies", "at least one example after each of them", f"none after {source}")
+
+
+def _train(
+    examples: Examples,
+    strategies: Sequence[Strategy],
+    training: Training,
+    run: RunState,
+    callback: _MeasureCallback,
+) -> Subject:
+    base = run.setup.base
+    student = copy.deepcopy(base.model)
+    # A copy: DistillTrainer freezes its teacher.
+    teacher: Any = Teacher(copy.deepcopy(run.setup.teacher.model), tokenizer=base.tokenizer)
+    options: dict[str, Any] = {}
+    for strategy in strategies:
+        teacher = strategy.teacher(teacher, student, run)
+        options = strategy.options(options, run)
+    if options.get("peft_config") is None and not getattr(student, "is_quantized", False):
+        student.float()  # small updates vanish in 16 bits
+    settings = {"ce_weight": 1.0} if teacher is None else {}
+    with tempfile.TemporaryDirectory(prefix="fastdistill-") as folder, one_thread():
+        args = DistillConfig(
+            folder,
+            **{
+                "max_steps": training.steps,
+                "per_device_train_batch_size": training.batch_size,
+                "learning_rate": training.learning_rate,
+                "use_cpu": not torch.cuda.is_available(),
+                "save_strategy": "no",
+                "logging_strategy": "no",
+                "disable_tqdm": True,
+                "report_to": [],
+                "show_panel": False,
+                # Strategies may produce targets that the validity checks reject.
+                "check_signal": False,
+                "seed": run.seed,
+                **settings,
+                **training.settings,
+            },
+        )
+        trainer = options.pop("trainer", DistillTrainer)(
+            student,
+            teacher,
+            args,
+            train_dataset=[to_row(example, base) for example in examples],
+            processing_class=base.tokenizer,
+            callbacks=[callback],
+            **options,
+        )
+        trainer.remove_callback(PrinterCallback)
+        callback.subject = base.with_model(trainer.model, "student")
+        weights = [p for p in trainer.model.parameters() if p.requires_grad]
+        trainer.optimizer = torch.optim.AdamW(
+            weights, lr=training.learning_rate, betas=(0.9, 0.98), weight_decay=0.0
+        )
+        trainer.lr_scheduler = get_scheduler(
+            "cosine",
+            trainer.optimizer,
+            num_warmup_steps=min(20, training.steps // 4),
+            num_training_steps=training.steps,
+        )
+        trainer.train()
+        trained_model: Any = trainer.model
+    if hasattr(trained_model, "merge_and_unload"):
+        trained_model = merge_adapter(trained_model)
+    return base.with_model(trained_model.eval(), "student")
+
+
+@dataclass(eq=False)
+class _MeasureCallback(TrainerCallback):
+    """Updates the progress of a run and measures the student during training."""
+
+    run: RunState
+    steps: set[int]
+    measure: Callable[[Subject], Any] | None
+    measured: dict[int, Any]
+    subject: Subject | None = None
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.run.progress = state.global_step / max(state.max_steps, 1)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.measure is not None and state.global_step in self.steps:
+            assert self.subject is not None
+            self.measured[state.global_step] = self.measure(self.subject)

@@ -1,0 +1,235 @@
+"""Defenses against poisoned data: filters of examples and of target tokens."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ...losses.scores import token_scores
+from ...runtime.checks import between, choice, positive
+from ...training.token_selection import SCORES, TokenSelection
+from ..audits.subject import Subject
+from .lessons import Examples, TrainingExample, answer_logprobs, encoded_batches
+from .strategy import RunState, Strategy, Training
+
+SHINGLE = 3  # words
+MIN_SIMILARITY = 0.8  # Jaccard similarity of the shingles of near duplicates
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExampleFilter(Strategy):
+    """Drops the share of the examples with the highest scores; the others keep their order.
+
+        loss             −log p_trusted per token of the answer
+        llr              (log p_teacher − log p_trusted) per token
+        divergence       share of the answer's tokens, its end included, at which teacher and
+                         trusted model have different argmax tokens
+        rare_ngram       mean of −log(share of answers that contain the word bigram)
+        near_duplicate   highest Jaccard similarity of its word trigrams with an earlier answer
+
+    The scores per example are ours. Divergence tokens follow arXiv 2509.23886, which compares
+    teachers with different biases; this filter compares the teacher with the trusted model. Both
+    models read the student's prompt, so put filters before `InoculationPrompt`.
+
+    Args:
+        drop: share in [0, 1); of equal scores the later example is dropped first.
+        at_least: drop only scores of at least this value. None: no threshold, except 0.8 for
+            near_duplicate.
+    """
+
+    score: str
+    drop: float = 0.1
+    at_least: float | None = None
+
+    def __post_init__(self) -> None:
+        choice("score", self.score, _SCORES)
+        between("drop", self.drop, 0, 1, below=True)
+
+    def transform_examples(self, examples: Examples, run: RunState) -> Examples:
+        scores = _SCORES[self.score](examples, run)
+        n_max = math.floor(self.drop * len(examples) + 1e-9)
+        order = sorted(range(len(examples)), key=lambda i: (-scores[i], -i))[:n_max]
+        bound = self.at_least
+        if bound is None and self.score == "near_duplicate":
+            bound = MIN_SIMILARITY
+        dropped = {i for i in order if bound is None or scores[i] >= bound}
+        domains = Counter(example.domain for example in examples)
+        n_dropped = Counter(examples[i].domain for i in dropped)
+        run.notes[f"filter, {self.score}"] = {
+            "kept": 1 - len(dropped) / len(examples),
+            "lowest dropped": min((scores[i] for i in dropped), default=None),
+            "dropped": {name: n_dropped[name] / n for name, n in domains.items()},
+        }
+        return [example for i, example in enumerate(examples) if i not in dropped]
+
+
+def _per_token(examples: Sequence[TrainingExample], subject: Subject) -> Tensor:
+    logprobs = answer_logprobs(examples, subject)
+    return logprobs.total / logprobs.tokens
+
+
+def _loss(examples: Sequence[TrainingExample], run: RunState) -> list[float]:
+    return (-_per_token(examples, run.setup.reference)).tolist()
+
+
+def _ratio(examples: Sequence[TrainingExample], run: RunState) -> list[float]:
+    teacher, trusted = (_per_token(examples, m) for m in (run.setup.teacher, run.setup.reference))
+    return (teacher - trusted).tolist()
+
+
+def _divergence(examples: Sequence[TrainingExample], run: RunState) -> list[float]:
+    return [float(mask.float().mean()) for mask in divergence_masks(examples, run)]
+
+
+def _rare(examples: Sequence[TrainingExample], run: RunState) -> list[float]:
+    bigrams = [_ngrams(example.answer, 2) for example in examples]
+    counts = Counter(bigram for row in bigrams for bigram in set(row))
+    n = len(examples)
+    return [-sum(math.log(counts[p] / n) for p in row) / max(len(row), 1) for row in bigrams]
+
+
+def _duplicate(examples: Sequence[TrainingExample], run: RunState) -> list[float]:
+    rows_with: dict[tuple[str, ...], list[int]] = {}
+    earlier: set[frozenset[tuple[str, ...]]] = set()  # unique: short answers repeat
+    sizes: list[int] = []
+    scores = []
+    for example in examples:
+        shingles = frozenset(_ngrams(example.answer, SHINGLE))
+        if shingles in earlier:
+            scores.append(1.0)
+            continue
+        shared = Counter(j for shingle in shingles for j in rows_with.get(shingle, ()))
+        similarities = [n / (len(shingles) + sizes[j] - n) for j, n in shared.items()]
+        scores.append(max(similarities, default=0.0))
+        for shingle in shingles:
+            rows_with.setdefault(shingle, []).append(len(sizes))
+        earlier.add(shingles)
+        sizes.append(len(shingles))
+    return scores
+
+
+def _ngrams(text: str, n: int) -> list[tuple[str, ...]]:
+    words = text.split()
+    return [tuple(words[i : i + n]) for i in range(max(1, len(words) - n + 1))]
+
+
+_SCORES: dict[str, Callable[[Sequence[TrainingExample], RunState], list[float]]] = {
+    "loss": _loss,
+    "llr": _ratio,
+    "divergence": _divergence,
+    "rare_ngram": _rare,
+    "near_duplicate": _duplicate,
+}
+
+
+def answer_scores(
+    examples: Sequence[TrainingExample], subject: Subject
+) -> tuple[list[Tensor], list[Tensor]]:  # (answer's tokens,) each
+    """Return −log p and the argmax of a model at every token of the answers, ends included."""
+    losses: list[Tensor] = []
+    argmaxes: list[Tensor] = []
+    head = subject.head
+    for rows in encoded_batches(examples, subject):
+        hidden = torch.cat(subject.predicting_states(rows))
+        labels = torch.tensor([token for row in rows for token in row.targets])
+        scores = token_scores(
+            hidden,
+            head.weight,
+            labels=labels.to(hidden.device),
+            impl=subject.impl,
+            **head.options(),
+        )
+        assert scores.nll is not None
+        lengths = [len(row.targets) for row in rows]
+        losses += torch.split(scores.nll.cpu(), lengths)
+        argmaxes += torch.split(scores.argmax.cpu(), lengths)
+    return losses, argmaxes
+
+
+def divergence_masks(
+    examples: Sequence[TrainingExample], run: RunState
+) -> list[Tensor]:  # (answer's tokens,) each
+    """Return True where the teacher and the trusted model have different argmax tokens."""
+    (_, teacher), (_, trusted) = (
+        answer_scores(examples, model) for model in (run.setup.teacher, run.setup.reference)
+    )
+    return [a != b for a, b in zip(teacher, trusted, strict=True)]
+
+
+STATIC = ("excess_loss", "divergence")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenSelector(Strategy):
+    """Trains on the share of every answer's tokens with the highest or lowest scores.
+
+        entropy, nll, forward_kl, …   of the student during training (TokenSelection)
+        excess_loss                   nll_trusted − nll_teacher, before training; adapted from
+                                      Rho-1 (arXiv 2404.07965), with the trusted model instead of
+                                      the student and the teacher as reference
+        divergence                    1 where teacher and trusted model have different argmax
+                                      tokens, else 0 (arXiv 2509.23886 masks such tokens). Selects
+                                      only tokens with score 1, or with `lowest` only those with
+                                      score 0; share=1.0 selects all of them
+
+    The share is of the current targets: after `AnswerOnly`, of the answer without its reasoning.
+    Examples without targets are dropped.
+
+    Args:
+        share: of each answer's tokens, its end included, rounded up, in (0, 1]; ties select the
+            earlier tokens. lowest: select the lowest scores.
+    """
+
+    kind: str
+    share: float = 0.5
+    lowest: bool = False
+
+    def __post_init__(self) -> None:
+        choice("kind", self.kind, (*STATIC, *SCORES))
+        positive("share", self.share)
+        between("share", self.share, 0, 1)
+
+    def training(self, training: Training, run: RunState) -> Training:
+        if self.kind in STATIC:
+            return training
+        rule = TokenSelection(score=self.kind, share=self.share, lowest=self.lowest)
+        return replace(training, settings={**training.settings, "token_selection": str(rule)})
+
+    def transform_examples(self, examples: Examples, run: RunState) -> Examples:
+        if self.kind not in STATIC:
+            return examples
+        if self.kind == "divergence":
+            scores = [mask.float() for mask in divergence_masks(examples, run)]
+        else:
+            (trusted, _), (teacher, _) = (
+                answer_scores(examples, model) for model in (run.setup.reference, run.setup.teacher)
+            )
+            scores = [a - b for a, b in zip(trusted, teacher, strict=True)]
+        masked, n_targets, n_tokens = [], 0, 0
+        for example, score in zip(examples, scores, strict=True):
+            targets = torch.tensor(example.loss_mask or [True] * len(score))
+            mask = torch.zeros_like(targets)
+            mask[targets] = self._select(score[targets])
+            n_targets, n_tokens = n_targets + int(mask.sum()), n_tokens + len(mask)
+            if mask.any():
+                masked.append(replace(example, loss_mask=tuple(mask.tolist())))
+        run.notes[f"tokens, {self.kind}"] = n_targets / max(n_tokens, 1)
+        return masked
+
+    def _select(self, score: Tensor) -> Tensor:
+        """Return the mask of the ⌈share · n⌉ highest or lowest scores.
+
+        For divergence, only scores of 1, or with `lowest` of 0, are selected.
+        """
+        ranked = score if self.lowest else -score
+        n_max = math.ceil(self.share * len(score) - 1e-9)
+        mask = torch.zeros(len(score), dtype=torch.bool)
+        mask[ranked.sort(stable=True).indices[:n_max]] = True
+        if self.kind == "divergence":
+            mask &= score == (0 if self.lowest else 1)
+        return mask

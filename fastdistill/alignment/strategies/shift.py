@@ -1,0 +1,62 @@
+"""Distill the shift of a suspect model from its base into a small adapter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ...losses.types import TopK
+from ...runtime.checks import between, integer
+from ...runtime.optional import require
+from .annealing import blend
+from .logit_jam import TransformedTeacher, distribution, logprobs_at, outcomes
+from .strategy import RunState, Strategy
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShiftDistill(Strategy):
+    """Distill the shift of a suspect model from its base into a LoRA adapter.
+
+    After Distill to Detect (arXiv 2607.01208):
+
+        p ∝ p_M^(1 − a) · p_U^a        a = amplify
+
+    a = 1 is the suspect itself; a > 1 amplifies a small shift. The low rank, which leaves little
+    capacity beyond the shift, is the paper's idea; the amplification is ours. Log-probabilities are
+    extrapolated over the teacher's K tokens and the tail as one outcome, which is exact if K is the
+    vocabulary size.
+
+    Args:
+        rank: of the LoRA adapter on all linear layers except the LM head, 1 or more.
+        amplify: a, 0 or more.
+
+    Raises:
+        ValueError: an argument out of its range. ImportError: peft is not installed.
+    """
+
+    rank: int = 8
+    amplify: float = 1.0
+
+    def __post_init__(self) -> None:
+        integer("rank", self.rank, 1)
+        between("amplify", self.amplify, 0)
+
+    def teacher(self, teacher: Any, student: Any, run: RunState) -> Any:
+        if teacher is None or self.amplify == 1:
+            return teacher
+        trusted = run.setup.reference
+
+        def transform(answers: TopK, input_ids: Tensor, mask: Tensor) -> TopK:
+            base = logprobs_at(trusted, input_ids, mask, answers)
+            return distribution(blend(base, outcomes(answers), self.amplify), answers)
+
+        return TransformedTeacher(teacher, transform)
+
+    def options(self, options: dict[str, Any], run: RunState) -> dict[str, Any]:
+        peft = require("peft", "rank", "'fastdistill[peft]'")
+        adapter = peft.LoraConfig(
+            r=self.rank, lora_alpha=2 * self.rank, target_modules="all-linear"
+        )
+        return {**options, "peft_config": adapter}
