@@ -116,7 +116,7 @@ def demo(
 @app.command(short_help="Check the installation.")
 def doctor(as_json: Json = False) -> None:
     """Check the installation: versions, backends, and the command that fixes each problem."""
-    from ..doctor import examine, print_findings
+    from .doctor import examine, print_findings
 
     findings = examine()
     if as_json:

@@ -18,7 +18,7 @@ from ..hf.checkpoint import StoredModel
 from ..hf.resolve import is_adapter
 from ..runtime.atomic_files import write_json
 from ..runtime.backend import versions
-from .opening import as_exit_code_1, check_device
+from .loaders import as_exit_code_1, check_device
 from .printing import command_line, say
 from .verbs import Audit
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..runtime.printable import printable
 from ..teachers.cache import CacheError, TeacherCache
-from .opening import Failed
+from .loaders import Failed
 from .printing import say
 
 

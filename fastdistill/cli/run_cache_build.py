@@ -19,13 +19,7 @@ from ..teachers.cache.manifest import read_settings
 from ..teachers.cache.settings import BuildOptions, settings_for
 from ..teachers.http import ServedTeacher, is_url
 from ..training.plan.shapes import config_of
-from .opening import (
-    as_exit_code_1,
-    device,
-    load_any_teacher,
-    open_remote_teacher,
-    open_tokenizer,
-)
+from .loaders import as_exit_code_1, device, load_any_teacher, open_remote_teacher, open_tokenizer
 from .printing import say
 from .run_cache import figures, show
 from .verbs import CacheBuild

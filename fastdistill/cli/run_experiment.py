@@ -16,7 +16,7 @@ from ..alignment.report.validity import too_few_units
 from ..alignment.strategies.strategy import Training
 from ..runtime.backend import versions
 from ..runtime.checks import choice, fail, integer
-from .opening import as_exit_code_1
+from .loaders import as_exit_code_1
 from .printing import command_line, say
 from .verbs import DoubleBind, LeakKnobs
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..teachers.http import serve
 from ..teachers.local import load_teacher
-from .opening import device
+from .loaders import device
 from .printing import say
 from .verbs import Serve
 

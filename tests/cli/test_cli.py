@@ -12,7 +12,7 @@ import pytest
 import typer
 
 from fastdistill.cli.app import app
-from fastdistill.doctor import Finding, Findings, examine
+from fastdistill.cli.doctor import Finding, Findings, examine
 from helpers.command import call
 
 RUN = [sys.executable, "-c", "from fastdistill.cli import main; main()"]

@@ -11,8 +11,8 @@ from rich.console import Console
 
 from fastdistill.alignment.audits.probes import Probes
 from fastdistill.cli import app, run_audit, run_cache, settings
+from fastdistill.cli.doctor import Finding, Findings, print_findings
 from fastdistill.cli.printing import print_json, say
-from fastdistill.doctor import Finding, Findings, print_findings
 from fastdistill.training.logs.run_files import read_run
 
 EVIL = "good\x1b]0;title\x07\x1b[2J\x9b31m\u202e[bold]x[/bold]"

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from fastdistill import TeacherCache
 from fastdistill.alignment.audits.subject import Subject
-from fastdistill.cli.opening import load_any_teacher, open_tokenizer
+from fastdistill.cli.loaders import load_any_teacher, open_tokenizer
 from fastdistill.hf.checkpoint import StoredModel
 from fastdistill.hf.resolve import resolve
 from fastdistill.teachers.local import Teacher, load_teacher

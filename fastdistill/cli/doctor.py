@@ -6,8 +6,8 @@ import shutil
 from dataclasses import dataclass
 from typing import Any
 
-from .runtime.backend import describe
-from .runtime.printable import printable
+from ..runtime.backend import describe
+from ..runtime.printable import printable
 
 _OPTIONAL = {
     "flash-attn": ("models loaded with attn_implementation", "pip install flash-attn"),
