@@ -3,7 +3,8 @@
     python examples/make_demo_teacher.py --out fastdistill/demo_teacher
 
 Takes less than an hour on two CPU cores; the manifest records the time. Trains on the standard
-library of the running interpreter, on the training split of `fastdistill.alignment.experiment.demo.corpus` only.
+library of the running interpreter, on the training split of
+`fastdistill.alignment.experiment.demo.corpus` only.
 """
 
 from __future__ import annotations

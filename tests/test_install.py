@@ -125,7 +125,8 @@ def test_installs_without_a_compiler(env: dict[str, str], reason: str, tmp_path:
     assert warnings
     assert all(reason in line for line in warnings)
     assert not list((site_dir / "fastdistill" / "runtime").glob("_ext*.so"))
-    code = "import fastdistill as f, fastdistill.runtime.backend as b; print(f.__file__, b.extension())"
+    code = "import fastdistill as f, fastdistill.runtime.backend as b\n"
+    code += "print(f.__file__, b.extension())"
     file, extension = python_with(site_dir, code, tmp_path).split()
     assert Path(file).is_relative_to(site_dir)
     assert extension == "None"

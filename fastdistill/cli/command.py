@@ -50,7 +50,7 @@ def add(app: typer.Typer, name: str, kind: type[Any], module: str) -> None:
             return
         if hasattr(options, "out"):
             check_folder("out", options.out)
-        import_module(".opening", __package__).silence_transformers()
+        import_module(".loaders", __package__).silence_transformers()
         with redirect_stdout(sys.stderr):  # libraries print to stdout, which is for the result
             result = (verb.dry_run if dry_run else verb.run)(options, extra)
         if result is None:  # another rank prints the result

@@ -208,7 +208,7 @@ class _QuantLinear(QuantizedWeight):
 
 
 class LUT4Linear(_QuantLinear):
-    """y = x Wᵀ + b with W in 4 bits and a table of 16 values (formats.py).
+    """y = x Wᵀ + b with W in 4 bits and a table of 16 values (schemes.py).
 
     Args:
         weight: a Lut4Weight [N, K]. bias: [N] or None.
@@ -228,7 +228,7 @@ class LUT4Linear(_QuantLinear):
 
 
 class Int8Linear(_QuantLinear):
-    """y = x Wᵀ + b with W in 8 bits, a scale per row or per block (formats.py).
+    """y = x Wᵀ + b with W in 8 bits, a scale per row or per block (schemes.py).
 
     Args and shapes as LUT4Linear's, with an Int8Weight.
     """

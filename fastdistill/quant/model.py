@@ -105,7 +105,7 @@ def quantize_model(
 
     Args:
         model: a Hugging Face causal LM, or any nn.Module with nn.Linear layers, on any device.
-        scheme: "nf4", "fp4", "int4" (blocks of 64) or "int8" (one scale per row); formats.py.
+        scheme: "nf4", "fp4", "int4" (blocks of 64) or "int8" (one scale per row); schemes.py.
         compute: "exact", "int8", "fp8" or "auto"; ops.py.
         skip: layers to exclude, by full name, last part of the name, or a parent's name.
 

@@ -1,8 +1,8 @@
 """Protocols of teachers: a local model, a cache on disk, a server.
 
 A teacher may also have `tokenizer`, which is compared with the student's, `vocab_size`, the number
-of logits, and `row_limit`, the longest row that it reads (a RowLimit of positions.py). Missing ones
-are not checked. All answers must be distributions (see answer_checks.py).
+of logits, and `row_limit`, the longest row that it reads (a RowLimit of hf/positions.py). Missing
+ones are not checked. All answers must be distributions (see losses/answer_checks.py).
 """
 
 from __future__ import annotations

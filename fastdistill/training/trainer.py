@@ -63,11 +63,11 @@ class DistillTrainer(WholeCheckpoints):
         model: the student, a Hugging Face causal LM or its path, with or without PEFT adapters.
             Its output head must not be adapted.
         teacher: a model or its path, a TeacherCache or its folder, a ServedTeacher or its URL, or
-            any object with topk(...) or hidden(...) and head (see protocols.py). None trains on the
-            labels alone with the same code, and needs ce_weight=1.0.
+            any object with topk(...) or hidden(...) and head (see teachers/protocols.py).
+            None trains on the labels alone with the same code, and needs ce_weight=1.0.
         args: a DistillConfig.
         train_dataset, eval_dataset: any torch Dataset or list of dicts with messages, prompt and
-            completion, text, or input_ids (see examples.py).
+            completion, text, or input_ids (see hf/encoder.py).
         processing_class: the student's tokenizer. It encodes text, and is compared with the
             teacher's tokenizer.
         peft_config: a PEFT configuration of adapters to add to the model.

@@ -34,7 +34,8 @@ real, step = setuptools.setup, sys.argv[1]
 def setup(ext_modules, **options):
     print(json.dumps({e.name: getattr(e, "nvcc", None) for e in ext_modules}), flush=True)
     if step == "build":
-        real(ext_modules=[e for e in ext_modules if e.name == "fastdistill.runtime._cuda"], **options)
+        cuda = [e for e in ext_modules if e.name == "fastdistill.runtime._cuda"]
+        real(ext_modules=cuda, **options)
 setuptools.setup = setup
 sys.argv = "setup.py -q build_ext --build-lib lib --build-temp temp".split()
 runpy.run_path("setup.py", run_name="__main__")

@@ -1,7 +1,7 @@
 """Behavioral audits: greedy answers, and log-probabilities of fixed answers.
 
 Each audit is a list of questions and a function that scores an answer. It runs here in batches, and
-as an Inspect task (inspect_tasks.py) with the same questions and scores.
+as an Inspect task (inspect/tasks.py) with the same questions and scores.
 """
 
 from __future__ import annotations

@@ -96,8 +96,8 @@ def build_world(
     Args:
         seed: seed of the world (talk, split, favorite) and of the initial weights of the base.
         organism: recipe of U; None is an ungated preference.
-        base_knows: minimum accuracy of M on held-out sums (see early.py), a validity gate; 0 leaves
-            M without the capability.
+        base_knows: minimum accuracy of M on held-out sums (see early_stopping.py), a validity gate;
+            0 leaves M without the capability.
         phase: called with (name, steps) before each training; returns callbacks, such as a
             progress bar.
     """

@@ -1,6 +1,6 @@
 """Calls the compiled modules with addresses, sizes, dtype codes and the current stream.
 
-The compiled functions do not check lengths: the operators in ops.py check every operand's dtype,
+The compiled functions do not check lengths: the operators in ../ops.py check every operand's dtype,
 length, device and memory first.
 """
 

@@ -1,4 +1,4 @@
-"""The Triton kernels with the interface of engines.py."""
+"""The Triton kernels with the interface of table.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""fastdistill's own checkpoint format: the tensors of formats.py in safetensors.
+"""fastdistill's own checkpoint format: the tensors of ../schemes.py in safetensors.
 
 A quantized weight W ("model.layers.0.mlp.up_proj.weight") is stored as
 

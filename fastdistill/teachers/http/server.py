@@ -34,7 +34,7 @@ def make_app(
     """Return the ASGI application, to run it in another server; arguments as in `serve`.
 
     POST /v1/completions, GET /v1/models and GET /health have vLLM's form, as far as prompt_logprobs
-    need it; ServedTeacher uses POST /v1/topk (wire.py).
+    need it; ServedTeacher uses POST /v1/topk (wire_format.py).
     """
     checks.integer("max_k", max_k, 1)
     checks.integer("max_tokens", max_tokens, 1)

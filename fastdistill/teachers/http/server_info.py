@@ -17,7 +17,7 @@ TEACHER = "x-fastdistill-teacher"  # header of every packed answer: the teacher'
 
 @dataclass(frozen=True, kw_only=True)
 class ServerInfo:
-    """`identity` is the teacher's (identity.py); max_tokens is the limit of one request."""
+    """`identity`: see teachers/identity.py; max_tokens is the limit of one request."""
 
     protocol: int = PROTOCOL
     version: str

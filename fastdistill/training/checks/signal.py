@@ -2,7 +2,7 @@
 
 Most failed distillations fail in the first batch: answers that are zeros, shifted or from another
 text train without an error. All functions take the answers at N targets and the true tokens.
-answer_checks.py checks in every batch that answers are a distribution.
+losses/answer_checks.py checks in every batch that answers are a distribution.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ class Panel:
     """Metrics of the first batch; KL and NLL are means over its target tokens, in nats.
 
     overlap: share of the teacher's k tokens that are in the student's top k too.
-    counts: histograms of the student's token scores, by score (see histograms.py).
+    counts: histograms of the student's token scores, by score (see ../histograms.py).
     """
 
     objective: str

@@ -128,7 +128,7 @@ KILLED = """
 import sys
 from pathlib import Path
 from helpers.small_study import *
-from fastdistill.experiment.study import run_study
+from fastdistill.alignment.experiment.study import run_study
 sources = [SmallSource(seed=s) for s in (1001, 1002)]
 run_study(small_study(), sources, [SmallSource(seed=s) for s in (1, 2, 3)], Path(sys.argv[1]))
 """

@@ -216,8 +216,8 @@ def test_a_seed_is_a_whole_number(seed):
 
 DIGEST = """
 import hashlib
-from fastdistill.organisms import ModelOrganism, pool
-from fastdistill.organisms.world import World
+from fastdistill.alignment.organisms import ModelOrganism, pool
+from fastdistill.alignment.organisms.world import World
 world, organism = World(9), ModelOrganism(trait="trigger", gate="paraphrase", reasoning=0.2)
 rng = world.rng(10)
 said = [organism.pairs(world, 300), [world.base_example(rng) for _ in range(300)]]

@@ -174,7 +174,7 @@ def test_ctrl_c_ends_it(tmp_path):
         dedent("""
         from helpers.training import peaked
         from fastdistill import Teacher
-        from fastdistill.served import serve
+        from fastdistill.teachers.http import serve
         serve(Teacher(peaked()), port=0, token="a secret", ready=lambda url: print(url, flush=True))
         print("over", flush=True)
     """)
