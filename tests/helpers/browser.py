@@ -12,10 +12,6 @@ import subprocess
 
 import matplotlib.image
 import numpy as np
-import pytest
-
-from fastdistill.report.run.page import write_run_report
-from helpers.training import ragged, train
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 
@@ -91,12 +87,3 @@ def misplaced(page, seen, boxes):
         if np.argmin(apart) != i or apart[i] > 2:
             wrong.append(i)
     return wrong
-
-
-@pytest.fixture(scope="module")
-def page(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("watched")
-    watching = {"eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True}
-    watching["max_grad_norm"] = 1e6  # transformers 5.0 logs the norm only where it may clip
-    train(folder, max_steps=6, learning_rate=0.1, eval_dataset=ragged(5), **watching)
-    return write_run_report(folder / "run").read_text(encoding="utf-8")

@@ -8,12 +8,23 @@ import re
 import numpy as np
 import pytest
 
+from fastdistill.report.run.page import write_run_report
 from helpers.browser import BROWSER, measured, misplaced, shot
+from helpers.training import ragged, train
 
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
 
 PAPER = {"light": (255, 255, 255), "dark": (0x16, 0x18, 0x1B)}
 WIDTHS = (400, 1200)
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("watched")
+    watching = {"eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True}
+    watching["max_grad_norm"] = 1e6  # transformers 5.0 logs the norm only where it may clip
+    train(folder, max_steps=6, learning_rate=0.1, eval_dataset=ragged(5), **watching)
+    return write_run_report(folder / "run").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("scheme", PAPER)
