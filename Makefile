@@ -1,4 +1,4 @@
-# make venv | demo | test | lint | bench | clean. Each target creates .venv if it is missing.
+# make venv | demo | test | lint | docs | bench | clean. Each target creates .venv if it is missing.
 # ARGS are passed to the command: make demo ARGS="--out out/demo", make test ARGS="tests/csrc/test_ext.py".
 
 PYTHON ?= python3
@@ -12,7 +12,7 @@ ARGS ?=
 NEWER_PYTHON = fastdistill needs Python 3.10 or newer; pass one: make PYTHON=python3.11 $(MAKECMDGOALS)
 
 .DEFAULT_GOAL := test
-.PHONY: venv demo test lint bench clean
+.PHONY: venv demo test lint docs bench clean
 
 venv: $(STAMP)
 
@@ -39,11 +39,15 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(STAMP)
+	$(BIN)/python -m pip install -q -c constraints.txt furo myst-parser sphinx
+	$(BIN)/python -m sphinx -W --keep-going -n docs docs/_build/html
+
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks $(ARGS)
 
 # Keeps .venv but rebuilds it on the next run, because the compiled extension is deleted.
 clean:
-	rm -rf build dist out fastdistill-demo *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist docs/_build out fastdistill-demo *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	rm -f fastdistill/runtime/_ext*.so fastdistill/runtime/_cuda*.so $(STAMP)
 	find fastdistill kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,6 +1,6 @@
 """Checks of the fields of transformers' TrainingArguments: supported and unsupported values.
 
-docs/training-arguments.md lists every field; tests/training/test_training_arguments.py compares
+docs/training/arguments.md lists every field; tests/training/test_training_arguments.py compares
 that table with the installed version and with the names below.
 """
 

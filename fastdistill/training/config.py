@@ -81,7 +81,7 @@ class DistillConfig(TrainingArguments):
             and then stops, if one process trains and save_strategy is not "no"; the second stops
             immediately.
 
-    docs/training-arguments.md lists every field of TrainingArguments: unchanged, with another
+    docs/training/arguments.md lists every field of TrainingArguments: unchanged, with another
     default, or unsupported.
     """
 

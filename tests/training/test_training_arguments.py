@@ -1,6 +1,6 @@
 """Every field of transformers' TrainingArguments: as it is there, with another default, or refused.
 
-The table is docs/training-arguments.md. A new field of a new version fails here.
+The table is docs/training/arguments.md. A new field of a new version fails here.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fastdistill.training.config import DistillConfig
 from fastdistill.training.loss import EVAL_COLUMNS
 from helpers.training import build, config, llama, ragged, train, weights
 
-TABLE = Path(__file__).resolve().parents[2] / "docs" / "training-arguments.md"
+TABLE = Path(__file__).resolve().parents[2] / "docs" / "training" / "arguments.md"
 ROWS = re.findall(r"^\| `(\w+)` \| (\w+) \| (.*)\|$", TABLE.read_text(), re.MULTILINE)
 STATUS = {name: status for name, status, _ in ROWS}
 FIELDS = {field.name: field for field in dataclasses.fields(TrainingArguments)}
@@ -30,7 +30,7 @@ WATCHING = {"eval_strategy": "steps", "save_strategy": "steps"}
 
 def test_the_table_has_every_field_once():
     missing = FIELDS.keys() - STATUS.keys()
-    assert not missing, f"docs/training-arguments.md: decide what these mean here: {missing}"
+    assert not missing, f"docs/training/arguments.md: decide what these mean here: {missing}"
     assert len(ROWS) == len(STATUS)
     assert set(STATUS.values()) == {"same", "default", "refused"}
 

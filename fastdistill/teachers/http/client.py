@@ -126,7 +126,7 @@ class ServedTeacher:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The identity of the teacher, for a cache: as fastdistill serve sends it, or its name."""
+        """The identity that a cache records, from fastdistill serve, or the name of the model."""
         if self.server_info is not None:
             return self.server_info.identity
         root = self.listing.entry.get("root")
