@@ -1,0 +1,79 @@
+"""The documentation builds without a warning, its Python runs, and its commands exist.
+
+Blocks of Python run in the order of their page, in one namespace and an empty folder.
+`helpers.docs_pages.names_for` has the names that a page may use without defining them.
+"""
+
+import subprocess
+import sys
+
+import pytest
+import typer
+
+import fastdistill
+from fastdistill.cli import main
+from fastdistill.cli.app import app
+from helpers.command import files
+from helpers.docs_pages import PAGES, ROOT, commands, names_for, python_blocks
+
+
+def identify(page):
+    return page.relative_to(ROOT / "docs").with_suffix("").as_posix()
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if python_blocks(p)], ids=identify)
+def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    executed = python_blocks(page)
+    code = "\n".join(executed)
+    if ".jsonl" in code:
+        files(tmp_path)
+    names = names_for(code)
+    for number, block in enumerate(executed, 1):
+        exec(compile(block, f"{identify(page)}.md, block {number}", "exec"), names)
+
+
+def test_few_blocks_do_not_run_and_they_say_why():
+    skipped = [(p, b) for p in PAGES for b in python_blocks(p, run=False)]
+    assert len(skipped) <= 12
+    for page, block in skipped:
+        assert block.startswith("# Not run in tests: "), f"{identify(page)}: {block}"
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if any(commands(p))], ids=identify)
+def test_the_commands_of_a_page_exist(page, tmp_path, monkeypatch, capsys):
+    """Options are parsed; where the command prints its settings, their values are checked too."""
+    monkeypatch.chdir(tmp_path)
+    for words in commands(page):
+        command, arguments = typer.main.get_command(app), list(words)
+        while getattr(command, "commands", None) and arguments[:1] and arguments[0][0] != "-":
+            command = command.commands[arguments.pop(0)]
+        if "--help" in words or not words:
+            continue
+        prints = any("--print-config" in option.opts for option in command.params)
+        if not prints or "--config" in words:
+            command.make_context(command.name, arguments)
+            continue
+        monkeypatch.setattr("sys.argv", ["fastdistill", *words, "--print-config"])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert not ended.value.code, f"{' '.join(words)}: {capsys.readouterr().err}"
+
+
+def test_every_public_name_is_in_the_reference():
+    page = (ROOT / "docs" / "reference" / "fastdistill.md").read_text()
+    missing = set(fastdistill.__all__) - set(page.split()) - {"DistillConfig"}
+    assert not missing
+
+
+@pytest.mark.slow
+def test_the_documentation_builds(tmp_path):
+    pytest.importorskip("sphinx")
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-n", "-q"]
+    built = subprocess.run(
+        [*command, ROOT / "docs", tmp_path], capture_output=True, text=True, check=False
+    )
+    assert built.returncode == 0, built.stderr
+    pages = {p.relative_to(ROOT / "docs").with_suffix(".html") for p in PAGES}
+    assert all((tmp_path / page).is_file() for page in pages)
+    assert "topk_distill_loss" in (tmp_path / "reference" / "fastdistill.html").read_text()
