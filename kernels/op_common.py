@@ -1,4 +1,4 @@
-"""Helpers of all operators: empty tensors for None, fp32 inside, shapes of gradients.
+"""Definition and helpers of all operators: empty tensors for None, fp32, shapes of gradients.
 
 Operators return tensors only; one that was not requested is empty (numel 0). The tensors among
 their arguments are positional, the scalars keyword-only: an operator unpacks them once.
@@ -6,17 +6,55 @@ their arguments are positional, the scalars keyword-only: an operator unpacks th
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+import sys
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+library = torch.library.Library("fastdistill", "FRAGMENT")
+BODIES: dict[str, Callable[..., Any]] = {}  # the Python function of each operator
 
 # The scalars of an LM head and of a loss, in the schemas of the operators.
 HEAD = "float logit_scale, float? softcap, SymInt? valid_vocab, float temperature"
 LOSS = (
     "str divergence, float beta, float skew, str tail, bool t2_scale, float ce_weight, float z_loss"
 )
+
+
+def define_operator(schema: str, body: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Define the operator fastdistill::`schema` and return it.
+
+    torch.library.custom_op does the same, but its first call imports torch._dynamo, which takes
+    seconds.
+
+    Args:
+        body: the implementation on every device; torch.compile does not trace it.
+        fake: returns empty outputs, for tracing.
+    """
+    name = schema.partition("(")[0]
+    library.define(schema, tags=torch.Tag.pt2_compliant_tag)
+    library.impl(name, _untraced(body), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastdistill::{name}", fake, lib=library)
+    BODIES[name] = body
+    return getattr(torch.ops.fastdistill, name).default
+
+
+def _untraced(body: Callable[..., Any]) -> Callable[..., Any]:
+    """`body` under torch.compiler.disable, as soon as something has imported torch._dynamo."""
+    disabled: list[Callable[..., Any]] = []
+
+    @functools.wraps(body)
+    def call(*args: Any, **scalars: Any) -> Any:
+        if not disabled:
+            if "torch._dynamo" not in sys.modules:
+                return body(*args, **scalars)
+            disabled.append(torch.compiler.disable(body))
+        return disabled[0](*args, **scalars)
+
+    return call
 
 
 def or_empty(value: Tensor | None, like: Tensor) -> Tensor:

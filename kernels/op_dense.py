@@ -12,49 +12,47 @@ import torch
 from torch import Tensor
 
 from . import dense_loss as losses
-from .op_common import HEAD, LOSS, accumulator, fake_grads, needed_by
+from .op_common import HEAD, LOSS, accumulator, define_operator, fake_grads, library, needed_by
 from .op_losses import save_grads, saved_grads, scale_saved
 
 _TEACHER = "Tensor teacher_hidden, Tensor teacher_weight, Tensor? teacher_bias, Tensor? labels"
 _SCALARS = f"{LOSS}, {HEAD}, float teacher_logit_scale, float? teacher_softcap"
 
-dense_loss = torch.library.custom_op(
-    "fastdistill::dense_loss",
-    losses.dense_loss,
-    mutates_args=(),
-    schema=f"(Tensor hidden, Tensor weight, Tensor? bias, Tensor coef, {_TEACHER}, *, {_SCALARS}, "
-    "bool[] need, str impl) -> "
-    "(Tensor loss, Tensor per_token, Tensor grad_scale, Tensor dx, Tensor dw, Tensor db)",
-)
 
-
-@dense_loss.register_fake
-def _(
+def _fake_dense_loss(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, coef: Tensor, *teacher: Any, **scalars: Any
 ) -> tuple[Tensor, ...]:
     grads = fake_grads(hidden, weight, bias, scalars["need"])
     return coef.new_empty(()), torch.empty_like(coef), coef.new_empty(3), *grads
 
 
-dense_loss.register_autograd(saved_grads, setup_context=save_grads)
-
-
-@torch.library.custom_op(
-    "fastdistill::dense_rows",
-    mutates_args=(),
-    schema=f"(Tensor hidden, Tensor weight, Tensor? bias, {_TEACHER}, *, {_SCALARS}, str impl) -> "
-    "Tensor",
+dense_loss = define_operator(
+    f"dense_loss(Tensor hidden, Tensor weight, Tensor? bias, Tensor coef, {_TEACHER}, *, "
+    f"{_SCALARS}, bool[] need, str impl) -> "
+    "(Tensor loss, Tensor per_token, Tensor grad_scale, Tensor dx, Tensor dw, Tensor db)",
+    losses.dense_loss,
+    _fake_dense_loss,
 )
-def dense_rows(
+torch.library.register_autograd(dense_loss, saved_grads, setup_context=save_grads, lib=library)
+
+
+def _dense_rows(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, *teacher: Any, **scalars: Any
 ) -> Tensor:
     coef = hidden.new_ones(hidden.shape[0], dtype=accumulator(weight))
     return losses.dense_loss(hidden, weight, bias, coef, *teacher, need=[False] * 3, **scalars)[1]
 
 
-@dense_rows.register_fake
-def _(hidden: Tensor, weight: Tensor, *others: Any, **scalars: Any) -> Tensor:
+def _fake_dense_rows(hidden: Tensor, weight: Tensor, *others: Any, **scalars: Any) -> Tensor:
     return hidden.new_empty(hidden.shape[0], dtype=accumulator(weight))
+
+
+dense_rows = define_operator(
+    f"dense_rows(Tensor hidden, Tensor weight, Tensor? bias, {_TEACHER}, *, {_SCALARS}, "
+    "str impl) -> Tensor",
+    _dense_rows,
+    _fake_dense_rows,
+)
 
 
 def _save_inputs(
@@ -74,4 +72,4 @@ def _rows_grad(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return (*grads, *[None] * len(teacher))
 
 
-dense_rows.register_autograd(_rows_grad, setup_context=_save_inputs)
+torch.library.register_autograd(dense_rows, _rows_grad, setup_context=_save_inputs, lib=library)

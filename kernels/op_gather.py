@@ -21,8 +21,10 @@ from .head import LMHead, Stats, needed
 from .op_common import (
     HEAD,
     accumulator,
+    define_operator,
     fake_grads,
     full_precision,
+    library,
     needed_by,
     or_empty,
     or_none,
@@ -33,13 +35,7 @@ _INPUTS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor ids"
 _GRADS = "(Tensor dx, Tensor dw, Tensor db)"
 
 
-@torch.library.custom_op(
-    "fastdistill::lse_gather",
-    mutates_args=(),
-    schema=f"({_INPUTS}, *, {HEAD}, bool moment, bool base, str impl) -> "
-    "(Tensor z_ids, Tensor lse_rest, Tensor mean_rest, Tensor lse_base)",
-)
-def lse_gather(
+def _lse_gather(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, **scalars: Any
 ) -> tuple[Tensor, ...]:
     backend, head = get_backend(scalars["impl"]), LMHead.of(weight, bias, scalars)
@@ -52,8 +48,7 @@ def lse_gather(
     return z_ids, stats.lse_rest, *optional
 
 
-@lse_gather.register_fake
-def _(
+def _fake_lse_gather(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, **scalars: Any
 ) -> tuple[Tensor, ...]:
     z_ids = hidden.new_empty(ids.shape, dtype=accumulator(weight))
@@ -62,13 +57,15 @@ def _(
     return z_ids, z_ids.new_empty(len(ids)), *optional
 
 
-@torch.library.custom_op(
-    "fastdistill::lse_gather_backward",
-    mutates_args=(),
-    schema=f"({_INPUTS}, Tensor[] stats, Tensor[] grads, *, {HEAD}, bool[] need, str impl) -> "
-    f"{_GRADS}",
+lse_gather = define_operator(
+    f"lse_gather({_INPUTS}, *, {HEAD}, bool moment, bool base, str impl) -> "
+    "(Tensor z_ids, Tensor lse_rest, Tensor mean_rest, Tensor lse_base)",
+    _lse_gather,
+    _fake_lse_gather,
 )
-def lse_gather_backward(
+
+
+def _lse_gather_backward(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -95,11 +92,18 @@ def _stats(tensors: list[Tensor]) -> Stats:
     return Stats(z_ids, lse_rest, *map(or_none, optional))
 
 
-@lse_gather_backward.register_fake
-def _(
+def _fake_lse_gather_backward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, *others: Any, **scalars: Any
 ) -> tuple[Tensor, ...]:
     return fake_grads(hidden, weight, bias, scalars["need"])
+
+
+lse_gather_backward = define_operator(
+    f"lse_gather_backward({_INPUTS}, Tensor[] stats, Tensor[] grads, *, {HEAD}, "
+    f"bool[] need, str impl) -> {_GRADS}",
+    _lse_gather_backward,
+    _fake_lse_gather_backward,
+)
 
 
 def _save(
@@ -119,32 +123,30 @@ def _lse_gather_grad(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
     return (*select_needed(computed, need), None)
 
 
-lse_gather.register_autograd(_lse_gather_grad, setup_context=_save)
+torch.library.register_autograd(lse_gather, _lse_gather_grad, setup_context=_save, lib=library)
 
 
-@torch.library.custom_op(
-    "fastdistill::gather_logits",
-    mutates_args=(),
-    schema=f"({_INPUTS}, *, {HEAD}, str impl) -> Tensor",
-)
-def gather_logits(
+def _gather_logits(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, **scalars: Any
 ) -> Tensor:
     with full_precision(hidden):
         return get_backend(scalars["impl"]).gather(LMHead.of(weight, bias, scalars), hidden, ids)
 
 
-@gather_logits.register_fake
-def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, **scalars: Any) -> Tensor:
+def _fake_gather_logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, **scalars: Any
+) -> Tensor:
     return hidden.new_empty(ids.shape, dtype=accumulator(weight))
 
 
-@torch.library.custom_op(
-    "fastdistill::gather_logits_backward",
-    mutates_args=(),
-    schema=f"({_INPUTS}, Tensor z_ids, Tensor grad, *, {HEAD}, bool[] need, str impl) -> {_GRADS}",
+gather_logits = define_operator(
+    f"gather_logits({_INPUTS}, *, {HEAD}, str impl) -> Tensor",
+    _gather_logits,
+    _fake_gather_logits,
 )
-def gather_logits_backward(
+
+
+def _gather_logits_backward(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -165,11 +167,18 @@ def gather_logits_backward(
     return tuple(or_empty(g, hidden) for g in computed)
 
 
-@gather_logits_backward.register_fake
-def _(
+def _fake_gather_logits_backward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, *others: Any, **scalars: Any
 ) -> tuple[Tensor, ...]:
     return fake_grads(hidden, weight, bias, scalars["need"])
+
+
+gather_logits_backward = define_operator(
+    f"gather_logits_backward({_INPUTS}, Tensor z_ids, Tensor grad, *, {HEAD}, "
+    f"bool[] need, str impl) -> {_GRADS}",
+    _gather_logits_backward,
+    _fake_gather_logits_backward,
+)
 
 
 def _gather_grad(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -178,4 +187,4 @@ def _gather_grad(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return (*select_needed(grads, need), None)
 
 
-gather_logits.register_autograd(_gather_grad, setup_context=_save)
+torch.library.register_autograd(gather_logits, _gather_grad, setup_context=_save, lib=library)

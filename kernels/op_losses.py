@@ -13,22 +13,18 @@ import torch
 from torch import Tensor
 
 from . import topk_loss as losses
-from .op_common import HEAD, LOSS, fake_grads, needed_by, select_needed
-
-topk_loss = torch.library.custom_op(
-    "fastdistill::topk_loss",
-    losses.topk_loss,
-    mutates_args=(),
-    schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor coef, Tensor ids, "
-    "Tensor teacher_ids, Tensor teacher_lp, Tensor teacher_log_tail, Tensor? labels, *, "
-    f"{LOSS}, {HEAD}, bool base, bool entropy, bool[] need, str impl, float? filter_eps) -> "
-    "(Tensor loss, Tensor per_token, Tensor divergence, Tensor student_mass, Tensor lse, "
-    "Tensor nll, Tensor entropy, Tensor grad_scale, Tensor dx, Tensor dw, Tensor db)",
+from .op_common import (
+    HEAD,
+    LOSS,
+    define_operator,
+    fake_grads,
+    library,
+    needed_by,
+    select_needed,
 )
 
 
-@topk_loss.register_fake
-def _(
+def _fake_topk_loss(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, coef: Tensor, *others: Any, **scalars: Any
 ) -> tuple[Tensor, ...]:
     has_lse = scalars["temperature"] == 1.0 or scalars["base"]
@@ -46,6 +42,17 @@ def _(
         coef.new_empty(3),
         *fake_grads(hidden, weight, bias, scalars["need"]),
     )
+
+
+topk_loss = define_operator(
+    "topk_loss(Tensor hidden, Tensor weight, Tensor? bias, Tensor coef, Tensor ids, "
+    "Tensor teacher_ids, Tensor teacher_lp, Tensor teacher_log_tail, Tensor? labels, *, "
+    f"{LOSS}, {HEAD}, bool base, bool entropy, bool[] need, str impl, float? filter_eps) -> "
+    "(Tensor loss, Tensor per_token, Tensor divergence, Tensor student_mass, Tensor lse, "
+    "Tensor nll, Tensor entropy, Tensor grad_scale, Tensor dx, Tensor dw, Tensor db)",
+    losses.topk_loss,
+    _fake_topk_loss,
+)
 
 
 def scale_saved(
@@ -105,4 +112,4 @@ def saved_grads(ctx: Any, grad: Tensor, *others: Tensor) -> tuple[Any, ...]:
     return (*grads, d_coef, *[None] * (ctx.count - 4))
 
 
-topk_loss.register_autograd(saved_grads, setup_context=save_grads)
+torch.library.register_autograd(topk_loss, saved_grads, setup_context=save_grads, lib=library)

@@ -81,3 +81,37 @@ def test_version_is_the_installed_one():
     import fastdistill
 
     assert fastdistill.__version__ == version("fastdistill")
+
+
+# Every loss once on a CPU, forward and backward.
+FIRST_CALLS = """
+import json, sys
+import torch
+loaded = set(sys.modules)
+import fastdistill as fd
+hidden, weight = torch.randn(5, 8, requires_grad=True), torch.randn(40, 8, requires_grad=True)
+teacher = fd.linear_topk(torch.randn(5, 8), torch.randn(40, 8), k=4)
+labels = torch.ones(5, dtype=torch.long)
+fd.topk_distill_loss(hidden, weight, teacher, labels=labels, ce_weight=0.5).backward()
+fd.topk_distill_loss(hidden, weight, teacher, reduction="none").sum().backward()
+fd.linear_distill_loss(hidden, weight, torch.randn(5, 8), torch.randn(40, 8)).backward()
+fd.linear_lse_gather(hidden, weight, teacher.ids).lse_rest.sum().backward()
+fd.token_scores(hidden, weight, labels=labels)
+print(json.dumps(sorted(set(sys.modules) - loaded)))
+"""
+
+
+def test_first_calls_of_the_losses_import_only_the_package(tmp_path: Path):
+    """torch._dynamo alone would take seconds."""
+    done = subprocess.run(
+        [sys.executable, "-c", FIRST_CALLS],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    new = json.loads(done.stdout)
+    foreign = {name.partition(".")[0] for name in new} - {*sys.stdlib_module_names, "fastdistill"}
+    assert not foreign - {"torch"}, foreign
+    assert not [name for name in new if name.startswith(("torch._dynamo", "torch.distributed"))]

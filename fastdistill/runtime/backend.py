@@ -65,7 +65,6 @@ def automatic(device_type: str, index: int | None) -> str:
     )
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _resolve(impl: str, device_type: str, index: int | None) -> str:
     if impl not in IMPLS:
         raise ValueError(f"impl: expected one of {IMPLS}, got {impl!r}")
@@ -78,6 +77,11 @@ def _resolve(impl: str, device_type: str, index: int | None) -> str:
             f"CUDA) or impl='auto'"
         )
     return impl
+
+
+# The mark that torch.compiler.assume_constant_result sets. Calling that function imports
+# torch._dynamo, which takes seconds.
+_resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def resolve_impl(impl: str, device: torch.device | None = None) -> str:
