@@ -36,7 +36,7 @@ def blocks(page: Path) -> list[Block]:
 
 def python_blocks(page: Path, *, run: bool = True) -> list[str]:
     """The Python of a page that is executed, or that is not."""
-    return [b.code for b in blocks(page) if b.language == "python" and ("no-run" != b.flags) == run]
+    return [b.code for b in blocks(page) if b.language == "python" and (b.flags != "no-run") == run]
 
 
 def commands(page: Path) -> Iterator[list[str]]:
