@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,20 @@ def pyproject() -> dict[str, Any]:
     return tomllib.loads(read_text("pyproject.toml"))
 
 
+_BOOL = "tag:yaml.org,2002:bool"
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads only true and false as booleans, as YAML 1.2 does: `on` is a key of workflows."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [(tag, pattern) for tag, pattern in rules if tag != _BOOL]
+        for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_Loader.add_implicit_resolver(_BOOL, re.compile("true|false"), ["t", "f"])
+
+
 def read_yaml(path: Path | str) -> Any:
-    """Return the value of a YAML file; `on` stays a string, as GitHub reads it."""
-
-    class Loader(yaml.SafeLoader):
-        yaml_implicit_resolvers = {  # noqa: RUF012
-            first: [(tag, pattern) for tag, pattern in rules if tag != "tag:yaml.org,2002:bool"]
-            for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
-        }
-
-    return yaml.load((ROOT / path).read_text(encoding="utf-8"), Loader=Loader)
+    return yaml.load((ROOT / path).read_text(encoding="utf-8"), Loader=_Loader)
