@@ -13,7 +13,7 @@ from helpers.project_files import ROOT, pyproject, read_text, read_yaml
 TEXT = read_text("docs/stability.md")
 FORMATS = re.findall(r"^\| .+ \| (\d+) \| .+ \| `([\w.]+)` \|$", TEXT, re.M)
 # Extras that only developers install, and unions of others.
-NOT_OF_USERS = {"all", "dev"}
+NOT_OF_USERS = {"all", "dev", "docs"}
 NEWER, OLDER = 'python_version >= "3.11"', 'python_version < "3.11"'
 
 
