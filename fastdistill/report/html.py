@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import base64
 import html
 import io
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..runtime.atomic_files import write_atomically
+from .svg import to_svg
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -41,14 +42,18 @@ th, td { padding: 0.4rem 0.75rem 0.4rem 0; text-align: right; border-top: 1px so
 th:first-child, td:first-child { text-align: left; white-space: normal; }
 thead th { border-top: 0; color: var(--soft); font-weight: 500; white-space: normal;
   vertical-align: bottom; }
+table.text th, table.text td { text-align: left; white-space: pre-wrap; vertical-align: top;
+  overflow-wrap: anywhere; }
 figure { margin: 1.25rem 0; }
 /* Figures keep a white background in dark mode, so that their colors do not change. */
-figure img { display: block; width: 100%; background: #fff; border-radius: 6px;
-  border: 1px solid var(--line); }
+figure svg { display: block; width: 100%; height: auto; background: #fff; border-radius: 6px;
+  border: 1px solid var(--line); font-family: "DejaVu Sans", Verdana, sans-serif; }
+figure svg * { stroke-linejoin: round; stroke-linecap: butt; }
 figcaption { margin-top: 0.4rem; }
 .gallery { display: grid; gap: 0 1.25rem;
   grid-template-columns: repeat(auto-fill, minmax(min(18rem, 100%), 1fr)); }
 .gallery figure { margin: 0.75rem 0; min-width: 0; }
+details { margin: 0.75rem 0; }
 summary { cursor: pointer; color: var(--soft); font-size: 0.92rem; }
 pre { background: var(--wash); padding: 0.75rem 1rem; border-radius: 6px; overflow-x: auto;
   font-size: 0.85rem; }
@@ -56,11 +61,16 @@ pre { background: var(--wash); padding: 0.75rem 1rem; border-radius: 6px; overfl
 
 
 class Report:
-    """A page, built from blocks in reading order. All text is escaped."""
+    """A page, built from blocks in reading order. All text is escaped.
+
+    A page leads with its picture: a lead of at most two sentences, a figure, a table. Longer text
+    is folded below.
+    """
 
     def __init__(self, title: str, lead: str) -> None:
         self._title = title
         self._blocks = [f"<h1>{_text(title)}</h1>", f'<p class="lead">{_text(lead)}</p>']
+        self._figures = 0
 
     def heading(self, text: str) -> None:
         self._blocks.append(f"<h2>{_text(text)}</h2>")
@@ -70,9 +80,15 @@ class Report:
         self._blocks.append(f"<p{kind}>{_text(text)}</p>")
 
     def table(
-        self, header: Sequence[str], rows: Sequence[Sequence[str]], *, caption: str = ""
+        self,
+        header: Sequence[str],
+        rows: Sequence[Sequence[str]],
+        *,
+        caption: str = "",
+        is_text: bool = False,
     ) -> None:
-        self._blocks.append(_table(header, rows, caption))
+        """Appends a table. Cells of text break into lines; others do not, as figures must not."""
+        self._blocks.append(_table(header, rows, caption, is_text))
 
     def columns(
         self, columns: Mapping[str, Callable[[T], str]], rows: Iterable[T], *, caption: str = ""
@@ -81,38 +97,52 @@ class Report:
         cells = [[text(row) for text in columns.values()] for row in rows]
         self.table(list(columns), cells, caption=caption)
 
-    def folded(self, summary: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """Appends a table that is collapsed under its summary."""
-        table = _table(header, rows, "")
-        self._blocks.append(f"<details><summary>{_text(summary)}</summary>{table}</details>")
+    @contextmanager
+    def folded(self, summary: str) -> Iterator[None]:
+        """Collapses the blocks that are appended inside under a summary."""
+        self._blocks.append(f"<details><summary>{_text(summary)}</summary>")
+        yield
+        self._blocks.append("</details>")
 
     def gallery(self, pictures: Sequence[tuple[Figure, str, str]]) -> None:
         """Appends small figures (figure, alt, caption), in columns where there is room."""
-        figures = "".join(_picture(figure, alt, caption) for figure, alt, caption in pictures)
+        figures = "".join(self._picture(*picture) for picture in pictures)
         self._blocks.append(f'<div class="gallery">{figures}</div>')
 
-    def picture(self, figure: Figure, *, alt: str, caption: str) -> None:
-        """Embeds a matplotlib figure; `alt` describes it in words."""
-        self._blocks.append(_picture(figure, alt, caption, "tight"))
+    def picture(self, figure: Figure, *, alt: str, caption: str, notes: str = "") -> None:
+        """Appends a matplotlib figure; `alt` describes it in words.
+
+        `notes`, folded under the caption, say how to read it.
+        """
+        self._blocks.append(self._picture(figure, alt, caption, notes, cut="tight"))
 
     def code(self, text: str) -> None:
         self._blocks.append(f"<pre>{_text(text)}</pre>")
 
     def reproduction(
         self,
-        heading: str,
+        summary: str,
         command: str,
         text: str,
         versions: Mapping[str, str],
         config: Mapping[str, Any] | None = None,
     ) -> None:
-        """Appends how to repeat the experiment: its command, versions and settings."""
-        self.heading(heading)
-        self.code(command)
-        self.paragraph(f"{text} {', '.join(f'{n} {v}' for n, v in versions.items())}.", soft=True)
-        if config is not None:
-            rows = [(name, to_text(value)) for name, value in config.items()]
-            self.folded(f"{len(rows)} settings", ("setting", "value"), rows)
+        """Appends, folded, how to repeat the experiment: its command, versions and settings."""
+        with self.folded(summary):
+            self.code(command)
+            listed = ", ".join(f"{name} {version}" for name, version in versions.items())
+            self.paragraph(f"{text} {listed}.", soft=True)
+            if config is not None:
+                rows = [(name, to_text(value)) for name, value in config.items()]
+                self.table(("setting", "value"), rows)
+
+    def _picture(
+        self, figure: Figure, alt: str, caption: str, notes: str = "", cut: str | None = None
+    ) -> str:
+        self._figures += 1
+        drawing = to_svg(figure, alt=alt, salt=str(self._figures), cut=cut)
+        folded = f"<details><summary>Notes</summary>{_text(notes)}</details>" if notes else ""
+        return f"<figure>{drawing}<figcaption>{_text(caption)}{folded}</figcaption></figure>"
 
     def html(self) -> str:
         body = "\n".join(self._blocks)
@@ -127,31 +157,26 @@ class Report:
         write_atomically(path, self.html())
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> str:
+def _table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], caption: str, is_text: bool
+) -> str:
     head = "".join(f'<th scope="col">{_text(cell)}</th>' for cell in header)
     body = "".join(
         "<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>" for row in rows
     )
     title = f"<caption>{_text(caption)}</caption>" if caption else ""
+    kind = ' class="text"' if is_text else ""
     return (
-        f'<div class="scroll"><table>{title}<thead><tr>{head}</tr></thead>'
+        f'<div class="scroll"><table{kind}>{title}<thead><tr>{head}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
     )
 
 
-def png(figure: Figure, cut: str | None = None) -> bytes:
+def png(figure: Figure) -> bytes:
     """Returns a figure as PNG bytes."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=160 if cut else 200, bbox_inches=cut)
+    figure.savefig(buffer, format="png", dpi=200)
     return buffer.getvalue()
-
-
-def _picture(figure: Figure, alt: str, caption: str, cut: str | None = None) -> str:
-    data = base64.b64encode(png(figure, cut)).decode()
-    return (
-        f'<figure><img alt="{_text(alt)}" src="data:image/png;base64,{data}">'
-        f"<figcaption>{_text(caption)}</figcaption></figure>"
-    )
 
 
 def to_text(value: Any) -> str:

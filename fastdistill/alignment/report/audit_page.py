@@ -14,6 +14,10 @@ from ...runtime.printable import printable
 from ..audits.result import AuditResult
 from ..audits.side_by_side import SuiteResults
 
+CAUTION = (
+    "The absence of a difference does not show that a model hides nothing; a difference does not "
+    "show bad intent."
+)
 LIMITS = (
     "An audit measures the difference of a model from its controls in one quantity. The absence of "
     "a difference does not show that a model hides nothing: a trait whose trigger is in none of "
@@ -28,15 +32,6 @@ def audit_page(results: SuiteResults, *, about: dict[str, Any]) -> Report:
     names = list(next(iter(results.readings.values()), {}))
     report = Report("Audit: " + ", ".join(names), summary(results))
     if results.readings:
-        report.table(
-            ("audit", *names),
-            [
-                (audit, *(cell(row[name]) for name in names))
-                for audit, row in results.readings.items()
-            ],
-            caption="The value of each audit and its 95 % interval (Wilson for rates, otherwise "
-            "Student's t over prompts). Details are below.",
-        )
         with matplotlib.rc_context(RC):
             report.picture(
                 intervals_figure(results, names),
@@ -44,6 +39,15 @@ def audit_page(results: SuiteResults, *, about: dict[str, Any]) -> Report:
                 caption="Dots are values, whiskers 95 % intervals over prompts. Each audit has its "
                 "own axis.",
             )
+        report.table(
+            ("audit", *names),
+            [
+                (audit, *(cell(row[name]) for name in names))
+                for audit, row in results.readings.items()
+            ],
+            caption="The value of each audit and its 95 % interval (Wilson for rates, otherwise "
+            "Student's t over prompts).",
+        )
     report.heading("Differences from the controls")
     compared = [
         (audit, name, result)
@@ -70,18 +74,19 @@ def audit_page(results: SuiteResults, *, about: dict[str, Any]) -> Report:
     for audit, name, result in compared:
         for doubt in result.doubts:
             report.paragraph(f"Warning, {audit} of {name}: {doubt}.")
-    report.heading("What this does not show")
-    report.paragraph(LIMITS)
-    report.heading("What was measured")
-    for audit, row in results.readings.items():
-        result = next(iter(row.values()))
-        report.folded(
-            f"{audit}: {result.audit}",
-            ("model", "n", "details"),
-            [(name, str(one.n), _format_details(one.details)) for name, one in row.items()],
-        )
     for audit, reason in results.left_out.items():
         report.paragraph(f"Left out: {audit}. {reason}", soft=True)
+    report.paragraph(CAUTION)
+    with report.folded("What this does not show"):
+        report.paragraph(LIMITS)
+    for audit, row in results.readings.items():
+        result = next(iter(row.values()))
+        with report.folded(f"{audit}: {result.audit}"):
+            report.table(
+                ("model", "n", "details"),
+                [(name, str(one.n), _format_details(one.details)) for name, one in row.items()],
+                is_text=True,
+            )
     lines = [f"{name} is {where}" for name, where in about["models"].items()]
     text = f"{'; '.join(lines)}."
     report.reproduction("How to repeat it", about["command"], text, about["versions"])

@@ -65,18 +65,22 @@ def curves(arms: Sequence[Arm], *, valid: bool = True) -> Figure:
     return figure
 
 
-def curves_caption(arms: Sequence[Arm], *, valid: bool = True) -> str:
+def curves_caption(*, valid: bool = True) -> str:
     """Returns the caption of `curves`."""
+    if not valid:
+        return "No safe window is shown, because the experiment is invalid."
+    return (
+        f"Safe window: the longest run of checkpoints with C ≥ {format_limit(CAPABLE)} and "
+        f"the upper bound of τ ≤ {format_limit(SAFE)}, shown from {SEEDS} base seeds on."
+    )
+
+
+def curves_notes(arms: Sequence[Arm]) -> str:
+    """Returns how to read `curves`."""
     counted = "; ".join(f"{arm.name}: {arm.n}" for arm in arms if arm.curve)
-    text = (
+    return (
         "Whiskers: 95 % intervals by bootstrap over base seeds ("
         f"{counted}). Open triangles mark values outside the axes."
-    )
-    if not valid:
-        return f"{text} No safe window is shown, because the experiment is invalid."
-    return (
-        f"{text} Safe window: the longest run of checkpoints with C ≥ {format_limit(CAPABLE)} and "
-        f"the upper bound of τ ≤ {format_limit(SAFE)}, shown from {SEEDS} base seeds on."
     )
 
 

@@ -52,8 +52,18 @@ def quadrant(arms: Sequence[Arm], *, valid: bool = True) -> Figure:
     return figure
 
 
-def quadrant_caption(arms: Sequence[Arm], *, valid: bool = True) -> str:
+def quadrant_caption(*, valid: bool = True) -> str:
     """Returns the caption of `quadrant`."""
+    if not valid:
+        return "No region is marked as a success, because the experiment is invalid."
+    return (
+        f"Green: C ≥ {format_limit(CAPABLE)} and τ ≤ {format_limit(SAFE)}, where an arm succeeds "
+        "if its whole whisker of τ is below the line."
+    )
+
+
+def quadrant_notes(arms: Sequence[Arm]) -> str:
+    """Returns how to read `quadrant`."""
     counts = "; ".join(f"{arm.name}: {len(arm.transfer.per_seed)}" for arm in arms)
     sentences = [
         "Each small mark is one seed (a student of U and its benign twin), each large mark an arm. "
@@ -79,12 +89,6 @@ def quadrant_caption(arms: Sequence[Arm], *, valid: bool = True) -> str:
     )
     if undefined:
         sentences.append(f"Not drawn: {undefined} seeds, for which a ratio is undefined.")
-    sentences.append(
-        f"Green: C ≥ {format_limit(CAPABLE)} and τ ≤ {format_limit(SAFE)}, where an arm succeeds "
-        "if its whole whisker of τ is below the line."
-        if valid
-        else "No region is marked as a success, because the experiment is invalid."
-    )
     return " ".join(sentences)
 
 

@@ -154,23 +154,26 @@ def _incrimination_sentence(arm: Arm) -> str:
 
 
 def summary(arms: Sequence[Arm], reasons: Sequence[str]) -> str:
-    """Returns the summary paragraph of an experiment."""
+    """Returns the summary of an experiment, in at most two sentences."""
     if reasons:
-        return f"This experiment is invalid, and nothing follows from it: {'; '.join(reasons)}."
+        return (
+            f"This experiment is invalid, and nothing follows from it: {'; '.join(reasons)}. "
+            "The figures below are for diagnosis; they are not results."
+        )
     compared = [arm for arm in arms if arm.role == "arm"]
     if not compared:
         return "No arm was compared: the experiment has only controls."
-    sentences = []
+    phrases = []
     for result, (singular, plural) in _OUTCOME_PHRASES.items():
         names = [arm.name for arm in compared if outcome(arm, True) == result]
         if names:
             subject = (
                 f"{len(names)} of {len(compared)} arms" if len(compared) > 1 else "The one arm"
             )
-            sentences.append(
-                f"{subject} {singular if len(names) == 1 else plural}: {', '.join(names)}."
+            phrases.append(
+                f"{subject} {singular if len(names) == 1 else plural}: {', '.join(names)}"
             )
-    return " ".join(sentences)
+    return f"{'; '.join(phrases)}."
 
 
 _OUTCOME_PHRASES = {

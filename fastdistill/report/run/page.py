@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ...training.logs.run_files import NAME, RunRecord, read_run
 from ..html import Report, to_text
@@ -16,7 +17,8 @@ from .series import (
     completion_summary,
     evaluated,
     evaluations,
-    has_diverged,
+    failure,
+    has_ended,
     lines,
     missing_data,
     name_of,
@@ -25,6 +27,7 @@ from .series import (
     training_summary,
 )
 
+_LEADING = ("loss", "kl", "agreement", "perplexity")  # the curves that lead the page
 _COMPARED = ("kl", "agreement", "perplexity", "loss")
 
 
@@ -59,10 +62,18 @@ def write_run_report(folder: str | Path, out: str | Path | None = None) -> Path:
 
 def run_report(name: str, record: RunRecord) -> Report:
     """Return the report of one run."""
-    report = Report(f"Training run: {name}", _summary(record))
+    first, second, *others = [*_sentences(record), ""]
+    report = Report(f"Training run: {name}", f"{first} {second}".strip())
     resumed = resumed_steps(record)
-    text = "Vertical lines mark the steps at which the run was resumed." if resumed else ""
-    _gallery(report, "Curves", _curves(record, TRAINING, resumed), text)
+    drawn = [key for key in _LEADING if lines(record, key)]
+    _gallery(report, "", _curves(record, {key: TRAINING[key] for key in drawn}, resumed))
+    _first_and_last(report, record)
+    resumed_note = "Vertical lines mark the steps at which it was resumed." if resumed else ""
+    if text := " ".join(filter(None, (*others, resumed_note))):
+        report.paragraph(text)
+    _samples(report, record)
+    rest = {key: quantity for key, quantity in TRAINING.items() if key not in drawn}
+    _gallery(report, "More curves", _curves(record, rest, resumed))
     masses = [
         Line(label=label, points=series.points)
         for key, label in (("teacher_mass", "teacher"), ("student_mass", "student"))
@@ -87,19 +98,23 @@ def run_report(name: str, record: RunRecord) -> Report:
         "many tokens differ slightly or a few differ strongly.",
     )
     _gallery(report, "Memory and speed", _curves(record, COSTS, resumed))
-    _figures(report, record)
     _first_batch(report, record)
     _settings(report, record)
     notes = missing_data(record)
     if notes:
-        report.heading("Missing data")
-        for sentence in notes:
-            report.paragraph(sentence)
+        with report.folded("Missing data"):
+            for sentence in notes:
+                report.paragraph(sentence)
     return report
 
 
-def _summary(record: RunRecord) -> str:
-    sentences = [training_summary(record), completion_summary(record)]
+def _sentences(record: RunRecord) -> list[str]:
+    """Return sentences on a run, the most important first: one that failed says so."""
+    ending = completion_summary(record)
+    alarms = [sentence for sentence in (failure(record),) if sentence]
+    if not has_ended(record):
+        alarms.append(ending)
+    sentences = [*alarms, training_summary(record)]
     changes = [
         _change(TRAINING[key], line)
         for key in ("kl", "agreement", "perplexity")
@@ -111,9 +126,7 @@ def _summary(record: RunRecord) -> str:
         sentences.append(f"In evaluation, {text}.")
     elif loss := lines(record, "loss"):
         sentences.append(f"In training, {_change(TRAINING['loss'], loss[0])}.")
-    if has_diverged(record):
-        sentences.append("The loss increased: the run diverged, and the student is unusable.")
-    return " ".join(sentences)
+    return sentences if ending in alarms else [*sentences, ending]
 
 
 def _change(quantity: Quantity, line: Line) -> str:
@@ -127,7 +140,7 @@ def _change(quantity: Quantity, line: Line) -> str:
     return f"{title} {'rose' if line.last > line.first else 'fell'} from {first} to {last}{unit}"
 
 
-def _figures(report: Report, record: RunRecord) -> None:
+def _first_and_last(report: Report, record: RunRecord) -> None:
     """Add a table of the first and last value of each metric."""
     rows = []
     for key, quantity in (TRAINING | MASSES | COSTS).items():
@@ -139,8 +152,7 @@ def _figures(report: Report, record: RunRecord) -> None:
             first, last = (quantity.text(value) for value in (line.first, line.last))
             rows.append((label, first, last, f"{line.points[-1][0]:,}"))
     if rows:
-        report.heading("First and last values")
-        report.table(("metric", "first", "last", "at step"), rows)
+        report.table(("metric", "first", "last", "at step"), rows, caption="First and last values.")
 
 
 def _curves(
@@ -153,12 +165,15 @@ def _curves(
 
 
 def _gallery(report: Report, heading: str, pictures: Iterable[Picture], text: str = "") -> None:
+    """Add figures, and below them the folded text on what they show."""
     figures = list(pictures)
     if figures:
-        report.heading(heading)
-        if text:
-            report.paragraph(text, soft=True)
+        if heading:
+            report.heading(heading)
         report.gallery(figures)
+        if text:
+            with report.folded("What this shows"):
+                report.paragraph(text, soft=True)
 
 
 def _first_batch(report: Report, record: RunRecord) -> None:
@@ -166,8 +181,8 @@ def _first_batch(report: Report, record: RunRecord) -> None:
         report.heading("The first batch, before the first update")
         signal = panel["signal"]
         rows = [
-            ("KL to the teacher, nats", f"{panel['kl']:.3f}", f"{panel['kl_shuffled']:.3f}"),
-            ("teacher's NLL, nats", f"{signal['nll']:.3f}", f"{signal['nll_shuffled']:.3f}"),
+            ("KL to the teacher, nats", _nats(panel["kl"]), _nats(panel["kl_shuffled"])),
+            ("teacher's NLL, nats", _nats(signal["nll"]), _nats(signal["nll_shuffled"])),
             ("covered teacher mass", f"{panel['teacher_mass'] * 100:.1f} %", ""),
             ("its 5th percentile", f"{panel['teacher_mass_p5'] * 100:.1f} %", ""),
             (f"overlap of the top {panel['k']}", f"{panel['overlap'] * 100:.1f} %", ""),
@@ -179,6 +194,34 @@ def _first_batch(report: Report, record: RunRecord) -> None:
             caption="The control is the same answers in another order. A teacher that fits this "
             "text has lower values than the control.",
         )
+
+
+def _nats(value: float | None) -> str:
+    """Return a number of nats; the log has None for NaN and infinity."""
+    if value is None:
+        return "—"
+    return f"{value:.3f}" if abs(value) < 1e6 else f"{value:.4g}"
+
+
+def _samples(report: Report, record: RunRecord) -> None:
+    """Add samples of the student: the last ones, and folded the earlier ones."""
+    events = record.events("samples")
+    if not events:
+        return
+
+    def rows(events: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+        return [
+            (f"{event['step']:,}", sample["prompt"], sample["completion"])
+            for event in events
+            for sample in event["samples"]
+        ]
+
+    header = ("step", "prompt", "completion")
+    report.heading("Samples of the student")
+    report.table(header, rows(events[-1:]), caption="Truncated.", is_text=True)
+    if len(events) > 1:
+        with report.folded("Earlier samples"):
+            report.table(header, rows(events[:-1]), is_text=True)
 
 
 def _settings(report: Report, record: RunRecord) -> None:
@@ -197,7 +240,8 @@ def _settings(report: Report, record: RunRecord) -> None:
     ]
     report.table(("setting", "value"), rows, caption="Settings that differ from the defaults.")
     others = [(name, to_text(v)) for name, v in sorted(config.items()) if name not in changed]
-    report.folded(f"{len(others)} settings at their defaults", ("setting", "value"), others)
+    with report.folded(f"{len(others)} settings at their defaults"):
+        report.table(("setting", "value"), others)
     machine, versions = settings["machine"], settings["versions"]
     gpus = ", ".join(sorted(set(machine["gpus"]))) or f"CPU, {machine['cpu_capability']}"
     processes = settings["processes"]
@@ -219,6 +263,12 @@ def comparison(name: str, runs: dict[str, RunRecord]) -> Report:
     report = Report(f"Runs of {name}", " ".join(sentences))
     in_evaluation = any(evaluations(record) for record in runs.values())
     by_key = {key: _series_of_runs(runs, key, in_evaluation) for key in _COMPARED}
+    pictures = [
+        curves(TRAINING[key], list(series.values()))._replace(caption=TRAINING[key].title)
+        for key, series in by_key.items()
+        if series
+    ]
+    _gallery(report, "", pictures)
     report.table(
         ("run", *(TRAINING[key].title for key in _COMPARED)),
         [
@@ -233,16 +283,13 @@ def comparison(name: str, runs: dict[str, RunRecord]) -> Report:
         ],
         caption=f"Last values in {'evaluation' if in_evaluation else 'training'}.",
     )
-    pictures = [
-        curves(TRAINING[key], list(series.values()))._replace(caption=TRAINING[key].title)
-        for key, series in by_key.items()
-        if series
-    ]
-    _gallery(report, "Curves", pictures)
-    _differences(report, runs)
-    report.heading("The runs")
     for run, record in runs.items():
-        report.paragraph(f"{run}: {_summary(record)}")
+        if text := failure(record):
+            report.paragraph(f"{run}: {text}")
+    _differences(report, runs)
+    with report.folded("The runs in words"):
+        for run, record in runs.items():
+            report.paragraph(f"{run}: {' '.join(_sentences(record))}")
     return report
 
 

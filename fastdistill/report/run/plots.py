@@ -6,7 +6,6 @@ gray print.
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -90,8 +89,7 @@ class Quantity:
             return f"{value * 100:.1f} %"
         if self.falls and value > _DIVERGED_ABOVE:
             return "> 1e6"
-        large = abs(value) >= 1000 and math.isfinite(value)
-        return f"{value:,.0f}" if large else f"{value:.4g}"
+        return f"{value:,.0f}" if 1000 <= abs(value) < 1e12 else f"{value:.4g}"
 
 
 def curves(quantity: Quantity, lines: Sequence[Line], *, resumed: Sequence[int] = ()) -> Picture:

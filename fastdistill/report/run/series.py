@@ -144,7 +144,7 @@ def completion_summary(record: RunRecord) -> str:
     resumed = resumed_steps(record)
     steps = ", ".join(f"{at:,}" for at in resumed)
     resumed_text = f" It was resumed from step {steps}." if resumed else ""
-    if marks[-1]["event"] == "train_end":
+    if has_ended(record):
         return f"It ended at step {step:,}{of_planned}.{resumed_text}"
     return (
         f"Its log stops at step {step:,}{of_planned} without an end: it was interrupted, or is "
@@ -152,10 +152,33 @@ def completion_summary(record: RunRecord) -> str:
     )
 
 
+def has_ended(record: RunRecord) -> bool:
+    """Return whether the log has the end of the training, or no start."""
+    mark = _last_mark(record)
+    return mark is None or mark["event"] != "train_begin"
+
+
+def _last_mark(record: RunRecord) -> dict[str, Any] | None:
+    kinds = ("train_begin", "train_end", "nonfinite")
+    return next((e for e in reversed(record.lines) if e.get("event") in kinds), None)
+
+
 def has_diverged(record: RunRecord) -> bool:
     """Return whether the training loss ended far above where it began."""
     loss = [value for _, value in points(record, "loss")]
     return bool(loss) and loss[-1] > 2 * max(loss[0], 0.0) + 1
+
+
+def failure(record: RunRecord) -> str:
+    """Return a sentence on a run whose numbers are unusable, or an empty text."""
+    mark = _last_mark(record)
+    if mark is not None and mark["event"] == "nonfinite":
+        return (
+            f"The run stopped after step {mark['step']:,}: its {mark['of']} became NaN or infinite."
+        )
+    if has_diverged(record):
+        return "The loss increased: the run diverged, and the student is unusable."
+    return ""
 
 
 def training_summary(record: RunRecord) -> str:

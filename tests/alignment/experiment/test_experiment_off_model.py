@@ -176,7 +176,7 @@ def test_the_page_says_what_was_found_what_was_not_and_how_to_repeat_it():
     assert "B on the talk of O, equally capable, with another Markov chain" in html
     assert results["command"] in html
     assert "&lt;b&gt;" in html
-    assert html.count("<img") == 3
+    assert html.count("<svg") == 3
 
 
 def test_a_page_of_few_base_seeds_claims_nothing():

