@@ -78,14 +78,14 @@ def drawings(tmp_path, page):
 
 
 def misplaced(tmp_path, page, seen, boxes):
-    """Of the pictures of a page: those that are not painted in their boxes. In the run's report,
-    they differ from themselves by 0.3 to 0.8 on average in place, by 1.1 to 2.9 painted 8 pixels
-    off, and by 2.4 to 14 from blank paper."""
+    """Of the pictures of a page: those that are not painted in their boxes. Pictures of a run and
+    of a transfer differ from themselves by 0.2 to 1.9 on average, from each other by 1.9 to 8, and
+    from blank paper by 2.4 to 14."""
     drawn, wrong = [coarse(picture) for picture in drawings(tmp_path, page)], []
     for i, (x, y, w, h) in enumerate(boxes):
         inside = coarse(seen[y + 1 : y + h - 1, x + 1 : x + w - 1])  # without the border
         apart = [np.abs(inside - picture).mean() for picture in drawn]
         assert np.abs(drawn[i] - 255).mean() > 2  # there is something on it to recognise
-        if np.argmin(apart) != i or apart[i] > 1:
+        if np.argmin(apart) != i or apart[i] > 2:
             wrong.append(i)
     return wrong
