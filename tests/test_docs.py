@@ -4,6 +4,8 @@ Blocks of Python run in the order of their page, in one namespace and an empty f
 `helpers.docs_pages.names_for` has the names that a page may use without defining them.
 """
 
+import ast
+import re
 import subprocess
 import sys
 
@@ -64,6 +66,45 @@ def test_every_public_name_is_in_the_reference():
     page = (ROOT / "docs" / "reference" / "fastdistill.md").read_text()
     missing = set(fastdistill.__all__) - set(page.split()) - {"DistillConfig"}
     assert not missing
+
+
+ERRORS = (ROOT / "docs" / "training" / "errors.md").read_text()
+RAISING = ("cli", "compat", "hf", "losses", "quant", "teachers", "training")
+
+
+def sources(*parts):
+    """The files of these folders, parsed."""
+    return {f: ast.parse(f.read_text()) for part in parts for f in (ROOT / part).rglob("*.py")}
+
+
+def texts(node):
+    return [n.value for n in ast.walk(node) if isinstance(n, ast.Constant) and str is type(n.value)]
+
+
+def test_the_messages_in_the_list_of_errors_exist():
+    trees = sources("fastdistill", "kernels").values()
+    written = "\0".join(text for tree in trees for text in texts(tree))
+    rows = re.findall(r"^\| (?!argument|expected|---)(.+?) \| (`.+?`) \|", ERRORS, re.M)
+    assert len(rows) > 150
+    for argument, message in rows:
+        for fragment in message.strip("`").replace("\\|", "|").split("…"):
+            assert fragment.strip(" ,.;:") in written, f"{argument}: {message}"
+
+
+def test_the_list_of_errors_has_every_argument():
+    """Every argument that a literal message of these packages names, but for file formats."""
+    named = set()
+    folders = (f"fastdistill/{name}" for name in RAISING)
+    trees = [tree for file, tree in sources(*folders).items() if "formats" not in file.parts]
+    for call in (n for tree in trees for n in ast.walk(tree) if isinstance(n, ast.Call)):
+        function = getattr(call.func, "attr", getattr(call.func, "id", ""))
+        words = texts(call.args[0]) if call.args else []
+        if function == "fail" and isinstance(call.args[0], ast.Constant):
+            named |= set(words)
+        elif function.endswith(("Error", "Answer")) and words:
+            named |= set(re.findall(r"^(\w+): expected", words[0]))
+    assert named <= set(re.findall(r"`([\w., ]+)`", ERRORS))
+    assert len(named) > 60
 
 
 @pytest.mark.slow
