@@ -2,6 +2,7 @@
 
 A name is an op (measured at --shape, --tokens and --k), a suite with its own shapes, or a study
 (such as gradient_error). The default is sparse_loss and gradient_error, for the README.
+`plot` measures nothing: it draws the README's picture, docs/pictures/loss.svg, from the results.
 """
 
 from __future__ import annotations
@@ -87,6 +88,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m benchmarks") 
     if args.list:
         _list(args.json)
         return 0
+    if args.names == ["plot"]:
+        return _plot()
     known = {*OPS, *SUITES, *STUDIES}
     names = list(dict.fromkeys(args.names or DEFAULT))
     for name in names:
@@ -127,6 +130,18 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m benchmarks") 
     for line in not_run:
         _say(f"not run, out of time: {line}")
     return 1 if refused else 0
+
+
+def _plot() -> int:
+    from .readme_plot import write
+    from .registry import Missing
+
+    try:
+        print(write())
+    except Missing as reason:
+        _say(str(reason))
+        return 1
+    return 0
 
 
 def _say(line: str) -> None:

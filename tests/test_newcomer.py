@@ -1,4 +1,4 @@
-"""The README's commands for a newcomer, typed as they stand there into a shell."""
+"""The commands of the quickstart, typed as they stand there into a shell."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ import pytest
 
 from helpers.command import files
 
-README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
-(BLOCK,) = re.findall(r"```sh\n(cd fastdistill-demo\n.*?)```", README, re.S)
+ROOT = Path(__file__).resolve().parent.parent
+QUICKSTART = (ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8")
+(BLOCK,) = re.findall(r"```sh\n(cd fastdistill-demo\n.*?)```", QUICKSTART, re.S)
 
 
 def free_port() -> str:
@@ -25,7 +26,7 @@ def free_port() -> str:
 
 @pytest.mark.slow
 def test_the_first_five_minutes(tmp_path):
-    """Every line ends with exit code 0, and a browser would find what the README says is there."""
+    """Every line ends with exit code 0, and a browser would find what the page says is there."""
     files(tmp_path / "fastdistill-demo", rows=24)
     port = free_port()
     here = f"set -e; export PATH={Path(sys.executable).parent}:$PATH; trap 'kill 0' EXIT; set -v\n"

@@ -1,4 +1,7 @@
-"""The README's Python runs as printed, and the commands it names exist."""
+"""The README's Python runs as printed and keeps its budget; so do blocks of docs/ that need help.
+
+tests/test_docs.py runs all other blocks of docs/.
+"""
 
 import importlib
 import re
@@ -8,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig
 
-from fastdistill import DistillConfig, Teacher
+from fastdistill import Teacher
 from fastdistill.alignment.audits import Probes
+from fastdistill.alignment.experiment.checkpoint_source import CheckpointSource
 from fastdistill.alignment.experiment.demo.models import shipped_teacher
 from helpers.cases import case
 from helpers.served import ours
@@ -19,8 +22,36 @@ from helpers.trl_scene import TALKS, settings
 from helpers.trl_scene import model as small
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
+DOCS = ROOT / "docs"
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(text: str) -> list[str]:
+    """The Python of a page, also of `no-run` blocks, which run here with small models."""
+    return re.findall(r"```python(?: no-run)?\n(.*?)```", text, re.S)
+
+
+def page(name: str) -> list[str]:
+    return blocks((DOCS / name).read_text(encoding="utf-8"))
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 150
+    assert len(README.split()) <= 1200
+
+
+@pytest.mark.parametrize(
+    "path",
+    [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))],
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
+def test_links_lead_to_files(path):
+    if "_build" in path.parts:
+        pytest.skip("built, not written")
+    text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.S)
+    targets = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text)
+    missing = [t for t in targets if "://" not in t and not (path.parent / t).exists()]
+    assert not missing
 
 
 def test_the_losses_run_as_printed():
@@ -33,62 +64,30 @@ def test_the_losses_run_as_printed():
         "teacher_hidden": c.hidden.detach() * 1.1,
         "teacher_head": c.weight,
     }
-    blocks = [b for b in BLOCKS if "fd." in b]
-    assert len(blocks) == 2
-    for block in blocks:
-        exec(block, names)
-    assert lm_head.weight.grad.abs().sum() > 0
+    before, after, sparse = (b for b in blocks(README) if "lm_head" in b)
+    exec(before, names)
+    materialized = lm_head.weight.grad.clone()
+    lm_head.weight.grad = None
+    exec(after, names)
+    torch.testing.assert_close(lm_head.weight.grad, materialized)  # the loss that it replaces
+    exec(sparse, names)
+    assert names["scores"].entropy.shape == names["labels"].shape
 
 
 def test_the_commands_exist():
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))
-    named = set(re.findall(r"make (\w+)", README))
+    named = set(re.findall(r"(?:^|`)make (\w+)", README, re.M))
     assert {"demo", "test"} <= named <= targets
-    for file in re.findall(r"\]\(([\w/]+\.\w+)\)", README):
-        assert (ROOT / file).exists()
-
-
-def test_the_quantised_teacher_runs_as_printed(tmp_path, monkeypatch):
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=100,
-    )
-    full, student = (AutoModelForCausalLM.from_config(config) for _ in "ab")
-    full.save_pretrained(tmp_path / "hub")
-    monkeypatch.setattr(
-        "fastdistill.hf.checkpoint.snapshot_download", lambda *_, **__: str(tmp_path / "hub")
-    )
-    monkeypatch.chdir(tmp_path)
-    input_ids = torch.arange(96).view(8, 12)
-    names = {
-        "student": student,
-        "batch": {"input_ids": input_ids},
-        "input_ids": input_ids,
-        "attention_mask": torch.ones_like(input_ids),
-    }
-    (block,) = (b for b in BLOCKS if "load_teacher" in b)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # random weights are not near their teacher
-        exec(block.replace("k=64", "k=9"), names)
-    assert names["best"].ids.shape == (8, 12, 9)
-    assert (tmp_path / "qwen3-8b-nf4" / "model.safetensors").is_file()
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
-@pytest.mark.parametrize("config", ["DistillConfig", "GKDConfig", "DistillationConfig"])
-def test_the_trainers_run_as_printed(tmp_path, monkeypatch, config):
-    """Ours, and the drop-ins with their own configurations where TRL is installed."""
-    if config == "DistillConfig":
-        kind, more = DistillConfig, {"k": 8, "save_strategy": "steps"}
-    else:
-        trl = pytest.importorskip("trl")
-        gkd = importlib.import_module("trl.experimental.gkd")
-        kind = gkd.GKDConfig if config == "GKDConfig" else trl.DistillationConfig
-        more = {"lmbda": 0.0} if config == "GKDConfig" else {"max_completion_length": 3}
+@pytest.mark.parametrize("config", ["GKDConfig", "DistillationConfig"])
+def test_trls_trainers_run_as_printed(tmp_path, monkeypatch, config):
+    pytest.importorskip("trl")
+    gkd = importlib.import_module("trl.experimental.gkd")
+    trl = importlib.import_module("trl")
+    kind = gkd.GKDConfig if config == "GKDConfig" else trl.DistillationConfig
+    more = {"lmbda": 0.0} if config == "GKDConfig" else {"max_completion_length": 3}
     monkeypatch.chdir(tmp_path)
     tokenizer = shipped_teacher()[1]
     tokenizer.pad_token = tokenizer.eos_token
@@ -101,45 +100,23 @@ def test_the_trainers_run_as_printed(tmp_path, monkeypatch, config):
         "big": small(tokenizer, 7, hidden=48),
         config: lambda folder, **options: settings(kind, folder, max_steps=1, **more),
     }
-    (block,) = (b for b in BLOCKS if f" {config}(" in b or f"={config}(" in b)
-    exec(block.replace("import DistillConfig, ", "import "), names)
+    (block,) = (b for b in page("integrations/trl.md") if f" {config}(" in b)
+    exec(block, names)
     assert names["trainer"].state.global_step == 1
 
 
-def test_teachers_that_are_elsewhere_run_as_printed(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    tokenizer = shipped_teacher()[1]
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
-    big = small(tokenizer, 7, hidden=48)
-    names = {"tokenizer": tokenizer, "train": TALKS, "big": big}
-    built, served = (b for b in BLOCKS if "TeacherCache" in b or "ServedTeacher" in b)
-    exec(built, names)
-    assert names["cache"].manifest.settings.temperatures == (1.0, 2.0)
-    with ours(Teacher(big)) as url:
-        exec(served.replace("http://127.0.0.1:8000", url), names)
+def test_a_served_teacher_runs_as_printed():
+    (block,) = page("teachers/served.md")
+    tokenizer, names = shipped_teacher()[1], {}
+    with ours(Teacher(small(tokenizer, 7, hidden=48))) as url:
+        exec(block.replace("http://127.0.0.1:8000", url), names)
         assert names["teacher"].vocab_size == len(tokenizer)
         names["teacher"].close()
 
 
-def test_the_loss_for_axolotl_runs_as_printed():
-    (block,) = (b for b in BLOCKS if "LigerFusedLinear" in b)
-    g = torch.Generator().manual_seed(0)
-    names = {
-        "lm_head": nn.Linear(8, 20, bias=False),
-        "hidden": torch.randn(2, 5, 8, generator=g).requires_grad_(),
-        "target_token_ids": torch.arange(3).expand(2, 5, 3),
-        "target_logprobs": torch.tensor([0.5, 0.3, 0.2]).log().expand(2, 5, 3),
-        "target_mask": torch.ones(2, 5, 3),
-        "labels": torch.randint(20, (2, 5), generator=g),
-    }
-    exec(block, names)
-    names["loss"].backward()
-    assert names["hidden"].grad.abs().sum() > 0
-
-
 def test_the_audit_of_an_organism_runs_as_printed(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    (block,) = (b for b in BLOCKS if "made.save" in b)
+    (block,) = page("audits/organisms.md")
     # As printed, but for the minute that its training takes.
     hasty = block.replace('"paraphrase"))', '"paraphrase"), base_steps=1, capable_steps=1)')
     hasty = hasty.replace('ModelOrganism(trait="trigger"', 'ModelOrganism(steps=1, trait="trigger"')
@@ -151,7 +128,7 @@ def test_the_audit_of_an_organism_runs_as_printed(tmp_path, monkeypatch, capsys)
 
 
 def test_strategies_go_in_a_row_as_printed(capsys):
-    (block,) = (b for b in BLOCKS if "ExampleFilter" in b)
+    (block,) = page("studies/overview.md")
     hasty = block.replace("import build_world", "import ModelOrganism, build_world").replace(
         "build_world(2)", "build_world(2, ModelOrganism(steps=1), base_steps=1, capable_steps=1)"
     )
@@ -159,7 +136,73 @@ def test_strategies_go_in_a_row_as_printed(capsys):
     assert "'kept': 0.9" in capsys.readouterr().out
 
 
+def test_the_teacher_of_the_readme_runs_as_printed(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    tokenizer = shipped_teacher()[1]
+    small(tokenizer, 0).save_pretrained(tmp_path / "fastdistill-demo" / "teacher")
+    rows = [{"input_ids": list(range(i, i + 12))} for i in range(8)]
+    (block,) = (b for b in blocks(README) if "load_teacher" in b)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a random student is near a random teacher
+        exec(block, {"rows": rows, "student": small(tokenizer, 1)})
+    (printed,) = re.findall(r"```text\n(.*?)\n```", README, re.S)
+    without_figures = [
+        re.sub(r"[\d.,e-]+", "0", text) for text in (printed, capsys.readouterr().out)
+    ]
+    assert without_figures[0] == without_figures[1].strip()
+
+
+def json_blocks(name: str) -> list[str]:
+    return re.findall(r"```json\n(.*?)```", (DOCS / name).read_text(encoding="utf-8"), re.S)
+
+
 def test_the_probes_are_read_as_printed(tmp_path):
-    (block,) = re.findall(r"```json\n(.*?)```", README, re.S)
-    (tmp_path / "probes.json").write_text(block)
-    assert list(Probes.load(tmp_path / "probes.json").suite())[:2] == ["trigger rate", "confession"]
+    probes = [b for b in json_blocks("audits/probes.md") if b.startswith('{"prompts"')]
+    suites = []
+    for block in probes:
+        (tmp_path / "probes.json").write_text(block)
+        suites.append(list(Probes.load(tmp_path / "probes.json").suite()))
+    trigger, preference, sandbagging = suites
+    assert trigger[:2] == ["trigger rate", "confession"]
+    assert preference[:2] == ["preference", "context gap"]
+    assert "style restore" in sandbagging
+
+
+def test_pool_and_capability_lines_are_read_as_printed(tmp_path):
+    pool, capability = json_blocks("audits/probes.md")[-2:]
+    for name, text in (("pool", pool), ("capability", capability)):
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    (tmp_path / "probes.json").write_text(json_blocks("audits/probes.md")[1])
+    source = CheckpointSource(
+        teacher="teacher",
+        base="base",
+        pool=tmp_path / "pool.jsonl",
+        probes=tmp_path / "probes.json",
+        capability=tmp_path / "capability.jsonl",
+    )
+    assert source.prompts == 2
+    assert source.features >= {"open", "goals", "shown", "domains"}
+
+
+def test_the_page_of_audits_names_the_keys_that_each_needs():
+    """The keys after `Needs` enable the audit; with one of them missing it does not run."""
+    texts = {"target", "favourite", "rest"}
+    lists = {"options": ["a", "b"], "prefilled": [{"user": "a", "prefill": "b"}]}
+    body = (DOCS / "audits" / "seventeen.md").read_text(encoding="utf-8")
+    sections = re.findall(r"^## (.+?)\n.*?^- \*\*Needs\*\*: ([^(\n]*)", body, re.M | re.S)
+    assert len(sections) == 17
+    for title, needs in sections:
+        for keys in (re.findall(r"`(\w+)`", choice) for choice in needs.split("; or")):
+            record = {k: "a" if k in texts else lists.get(k, ["a"] * 32) for k in keys}
+            assert is_enabled(title, record), (title, keys)
+            for key in keys:
+                fewer = {k: v for k, v in record.items() if k != key}
+                assert not is_enabled(title, fewer), (title, keys, key)
+
+
+def is_enabled(title: str, record: dict) -> bool:
+    try:
+        suite = Probes(**record).suite()
+    except ValueError:  # a key without the one that it belongs to
+        return False
+    return title.lower() in {name.lower() for name in suite}
