@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
-import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -20,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from ...hf.encoder import Encoder
@@ -236,44 +235,30 @@ def _is_in_use(folder: Path, rank: int) -> bool:
 def _exclusive(folder: Path, rank: int) -> Iterator[None]:
     """Hold the lock of this rank's shards; raise CacheError if another process holds it."""
     path = folder / _LOCK.format(rank=rank)
-    # Retried: a rank that probes the lock holds it for an instant, and the previous holder may
-    # have removed the file.
-    for _ in range(10):
-        with path.open("a") as file:
-            if _lock(file) and _is_at(path, file):
-                try:
-                    yield
-                finally:
-                    path.unlink(missing_ok=True)
-                return
-        time.sleep(0.05)
-    raise CacheError(
-        f"{folder}: expected no other builder, but another process is building"
-        f"{f' as rank {rank}' if rank else ''}. Wait for it, or give each process its own rank"
-    )
-
-
-def _is_at(path: Path, file: Any) -> bool:
+    lock = FileLock(path)
     try:
-        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
-    except FileNotFoundError:
-        return False
-
-
-def _lock(file: Any) -> bool:
+        lock.acquire(timeout=0.5)  # a rank that probes the lock holds it for an instant
+    except Timeout:
+        raise CacheError(
+            f"{folder}: expected no other builder, but another process is building"
+            f"{f' as rank {rank}' if rank else ''}. Wait for it, or give each process its own rank"
+        ) from None
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+        yield
+    finally:
+        with contextlib.suppress(PermissionError):  # Windows removes the file on release
+            path.unlink(missing_ok=True)
+        lock.release()
 
 
 def _is_locked(path: Path) -> bool:
-    try:
-        with path.open("r+") as file:
-            return not _lock(file)
-    except FileNotFoundError:
+    if not path.exists():
         return False
+    try:
+        with FileLock(path, blocking=False):
+            return False
+    except Timeout:
+        return True
 
 
 def check_existing_build(folder: Path, settings: Settings, rank: int = 0) -> Settings | None:
