@@ -21,7 +21,6 @@ from ..report.run.series import has_diverged
 from ..runtime.checks import integer
 from ..runtime.optional import require
 from ..runtime.printable import printable
-from ..runtime.progress import TrainingProgress
 from ..teachers.http import ServedTeacher
 from ..training.arguments import check_metric, check_sampling
 from ..training.cached_answers import check_cache_covers
@@ -31,6 +30,7 @@ from ..training.checks.lengths import check_lengths, row_limits
 from ..training.config import DistillConfig
 from ..training.logs.metrics import format_short
 from ..training.logs.run_files import read_run
+from ..training.progress import TrainingProgress
 from ..training.student import prepare_loaded
 from ..training.teacher_setup import check_fit
 from ..training.trainer import DistillTrainer

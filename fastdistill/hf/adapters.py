@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..quant.formats.checkpoint_gate import ADAPTER, as_checkpoint_error, check_folder
+from ..quant.formats.checkpoint_gate import as_checkpoint_error, check_folder
+from ..quant.formats.file_names import ADAPTER
 from ..quant.formats.header import keep_untied
 from ..quant.formats.tensor_files import (
     TensorFiles,

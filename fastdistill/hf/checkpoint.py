@@ -14,14 +14,12 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 
 from ..quant.formats.checkpoint_gate import (
-    ADAPTER,
-    CONFIG,
-    TOKENIZER,
     as_checkpoint_error,
     load_config,
 )
 from ..quant.formats.conversion import check_all_used
 from ..quant.formats.detect import check_stored_method, method_of
+from ..quant.formats.file_names import ADAPTER, CONFIG, TOKENIZER
 from ..quant.formats.header import check_header, keep_untied
 from ..quant.formats.tensor_files import TensorFiles, read_json
 from ..runtime import checks

@@ -12,16 +12,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
-from transformers import PreTrainedModel
 
 from ..kernels.head import LMHead as LMHead
 from ..losses.vocab_parallel import is_dtensor
 from .offloading import resident, resident_device
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # `logits_scaling` multiplies in these models and divides in all others.
 _SCALING_MULTIPLIES = frozenset({"hyperclovax", "hyperclovax_vision_v2"})

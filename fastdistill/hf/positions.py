@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from ..losses.vocab_parallel import is_dtensor
 from ..runtime import checks
@@ -224,6 +223,8 @@ def _generated_logits(model: Any, rows: Sequence[list[int]], pad: int) -> Tensor
     device, width = reading_device(model), max(map(len, rows))
     ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+    from transformers import GenerationConfig, LogitsProcessorList
+
     watch = _Watch()
     plain = GenerationConfig(max_new_tokens=2, do_sample=False, num_beams=1, pad_token_id=pad)
     with evaluating(model), generation_settings(model, plain):
@@ -236,7 +237,7 @@ def _generated_logits(model: Any, rows: Sequence[list[int]], pad: int) -> Tensor
     return torch.stack(watch.logits, 1)
 
 
-class _Watch(LogitsProcessor):
+class _Watch:  # a LogitsProcessor
     """Records the logits of each step and always chooses token 1, so that runs are comparable."""
 
     def __init__(self) -> None:

@@ -14,7 +14,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-from ..quant.formats.checkpoint_gate import ADAPTER, CONFIG
+from ..quant.formats.file_names import ADAPTER, CONFIG
 from ..runtime import checks
 from ..runtime.printable import printable
 

@@ -7,11 +7,12 @@ ones are not checked. All answers must be distributions (see losses/answer_check
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from ..hf.lm_head import LMHead
+from ..hf.row_reader import BatchedForward
 from ..losses.types import TopK
 
 
@@ -41,3 +42,9 @@ class DenseTeacher(Protocol):
         input_ids: Tensor,  # (B, T)
         attention_mask: Tensor | None = None,  # (B, T)
     ) -> Tensor: ...  # (B, T, G)
+
+
+def reader_of(teacher: Any) -> BatchedForward | None:
+    """Return what reads the rows of a local Teacher; None for a teacher of another kind."""
+    reader = getattr(teacher, "reader", None)
+    return reader if isinstance(reader, BatchedForward) else None

@@ -7,6 +7,7 @@ import io
 import pytest
 
 from fastdistill.runtime import progress
+from fastdistill.training import progress as training_progress
 
 
 class Gone(io.StringIO):
@@ -17,7 +18,7 @@ class Gone(io.StringIO):
 
 
 def steps(total):
-    with progress.PhaseProgress() as bar:
+    with training_progress.PhaseProgress() as bar:
         (callback,) = bar.phase("steps", total=total)
         for step in range(1, total + 1):
             callback.on_step_end(None, type("State", (), {"global_step": step}), None)
@@ -61,4 +62,4 @@ def test_a_log_that_cannot_be_written_ends_no_work(work, monkeypatch):
 def test_a_training_goes_on_when_nobody_reads_its_lines(monkeypatch):
     monkeypatch.setattr("sys.stderr", Gone())
     state = type("State", (), {"global_step": 1, "max_steps": 2, "is_world_process_zero": True})
-    progress.TrainingProgress().on_log(None, state, None, logs={"loss": 1.0})
+    training_progress.TrainingProgress().on_log(None, state, None, logs={"loss": 1.0})

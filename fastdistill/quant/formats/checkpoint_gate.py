@@ -21,10 +21,9 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PreTrainedTo
 from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
 from ...runtime.printable import printable
+from .file_names import CONFIG, TOKENIZER
 from .tensor_files import PICKLE_SUFFIXES, CheckpointError, check_inside, fail_entry, read_json
 
-CONFIG, TOKENIZER = "config.json", "tokenizer_config.json"
-ADAPTER = "adapter_config.json"
 TEMPLATES = "additional_chat_templates"
 # Documents that no library opens.
 DOCUMENTS = (".md", ".html", ".pdf", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".log")

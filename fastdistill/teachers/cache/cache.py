@@ -15,7 +15,6 @@ from ...hf.positions import check_row_lengths
 from ...hf.tokenizers import tokenizer_fingerprint
 from ...losses.types import TopK
 from ...runtime import checks, tensor_checks
-from ..local import load_teacher
 from . import verification
 from .build import Examples, build
 from .manifest import CacheError, Manifest, read_manifest
@@ -126,6 +125,8 @@ class TeacherCache:
             shard_mb=shard_mb,
         )
         if isinstance(teacher, (nn.Module, str, Path)):
+            from ..local import load_teacher
+
             teacher = load_teacher(teacher, tokenizer=tokenizer)
         check_teacher_supports(teacher, targets)
         encoder = Encoder(

@@ -13,8 +13,7 @@ from ...hf.tokenizers import check_same_tokenizer
 from ...runtime import checks
 from ...runtime.version import __version__
 from ..identity import identity_of, tokenizer_identity
-from ..local import Teacher
-from ..protocols import DenseTeacher, TopKTeacher
+from ..protocols import DenseTeacher, TopKTeacher, reader_of
 from .build import Examples
 from .manifest import MAX_K, POSITIONS, TARGETS, Settings
 
@@ -71,6 +70,7 @@ def settings_for(
             f"{type(dataset).__name__}. Pass one split of several, and write a stream to disk first"
         )
     tokens, template = tokenizer_identity(encoder.tokenizer)
+    reader = reader_of(teacher)
     settings = Settings(
         k=options.k,
         temperatures=tuple(float(T) for T in options.temperatures),
@@ -82,7 +82,7 @@ def settings_for(
         completion_only=encoder.completion_only,
         rows=len(dataset),
         rows_per_shard=1,
-        tokens_per_batch=teacher.reader.budget if isinstance(teacher, Teacher) else None,
+        tokens_per_batch=None if reader is None else reader.budget,
         teacher=identity_of(teacher),
         tokenizer_sha256=tokens,
         chat_template_sha256=template,

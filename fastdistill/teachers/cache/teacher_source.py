@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ...hf.row_reader import groups
 from ...losses.answer_checks import find_shape_error
 from ...losses.types import TopK
-from ..local import Teacher
+from ..protocols import reader_of
 from .build import PendingRow
 from .manifest import CacheError, Settings
 from .sampled_targets import draw
@@ -31,7 +31,7 @@ class FromTeacher:
     def __init__(self, teacher: Any) -> None:
         self.teacher = teacher
         # Answers stay on the model's device until they are packed: sorting is slow on a CPU.
-        self.device = teacher.head.weight.device if isinstance(teacher, Teacher) else "cpu"
+        self.device = "cpu" if reader_of(teacher) is None else teacher.head.weight.device
 
     def answers(
         self, rows: list[PendingRow], settings: Settings, shard: int
@@ -51,7 +51,7 @@ class FromTeacher:
         self, ids: Tensor, mask: Tensor, where: Tensor, settings: Settings
     ) -> list[TopK]:
         k, temperatures = settings.k, settings.temperatures
-        if isinstance(self.teacher, Teacher):
+        if reader_of(self.teacher) is not None:
             answers = self.teacher.topk_at(ids, mask, k=k, temperatures=temperatures, where=where)
         else:
             answers = [self.teacher.topk(ids, mask, k=k, temperature=T) for T in temperatures]

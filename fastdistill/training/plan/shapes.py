@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM
 from ...hf.checkpoint import StoredModel, fetched_folder
 from ...hf.lm_head import head_module
 from ...hf.resolve import is_adapter, resolve
-from ...quant.formats.checkpoint_gate import CONFIG, load_config
+from ...quant.formats.checkpoint_gate import load_config
+from ...quant.formats.file_names import CONFIG
 from ...quant.model import stacks, targets
 from ...quant.schemes import BLOCK, Int8Weight, Lut4Weight, QuantWeight
 from ...runtime.printable import printable

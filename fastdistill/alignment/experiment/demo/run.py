@@ -26,10 +26,10 @@ from ....runtime.atomic_files import check_folder, write_json
 from ....runtime.backend import one_thread, versions
 from ....runtime.checks import fail, integer
 from ....runtime.intervals import Estimate, bootstrap_ratio, mean_of_runs, paired_difference
-from ....runtime.progress import PhaseProgress
 from ....teachers.local import Teacher
 from ....training.config import DistillConfig
 from ....training.loss import EVAL_COLUMNS
+from ....training.progress import PhaseProgress
 from ....training.trainer import DistillTrainer
 from . import corpus
 from .audit import audit_models

@@ -1,0 +1,43 @@
+"""Python in a process where some packages cannot be imported."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+# Everything beyond torch that an extra brings.
+OF_EXTRAS = (
+    *("accelerate", "huggingface_hub", "matplotlib", "numpy", "rich", "safetensors", "tokenizers"),
+    *("transformers", "typer", "yaml"),
+    *("starlette", "uvicorn", "gguf", "inspect_ai", "pyarrow", "peft", "ray"),
+    "fastdistill_demo_teacher",
+)
+
+_BLOCK = """
+import sys
+import torch  # it uses numpy where it is installed
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {blocked!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+for name in [name for name in sys.modules if name.partition(".")[0] in {blocked!r}]:
+    del sys.modules[name]
+sys.meta_path.insert(0, Blocked())
+"""
+
+
+def run_without(
+    packages: Iterable[str], code: str, cwd: Path, *args: str
+) -> subprocess.CompletedProcess[str]:
+    """Run `code` in `cwd` with sys.argv[1:] = args; importing one of `packages` fails."""
+    return subprocess.run(
+        [sys.executable, "-c", _BLOCK.format(blocked=set(packages)) + code, *args],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
