@@ -40,7 +40,7 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 docs: $(STAMP)
-	$(BIN)/python -m pip install -q -c constraints.txt furo myst-parser sphinx
+	$(BIN)/python -m pip install -q -c constraints.txt furo latex2mathml myst-parser sphinx
 	$(BIN)/python -m sphinx -W --keep-going -n docs docs/_build/html
 
 bench: $(STAMP)

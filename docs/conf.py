@@ -18,11 +18,13 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "command_help",
+    "mathml",
     "plain_docstrings",
     "public_api",
 ]
 exclude_patterns = ["_build"]
 html_theme = "furo"
+html_math_renderer = "mathml"
 html_title = f"fastdistill {version}"
 
 myst_enable_extensions = ["dollarmath", "amsmath", "deflist", "colon_fence"]
@@ -30,6 +32,7 @@ myst_heading_anchors = 3
 
 default_role = "literal"
 add_module_names = False
+python_maximum_signature_line_length = 88
 autodoc_class_signature = "separated"
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
