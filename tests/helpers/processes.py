@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from helpers import on_cpu
 from helpers.training import build, llama, ragged
-from fastdistill.training.run_files import read_run
+from fastdistill.training.logs.run_files import read_run
 
 out, kind = Path(sys.argv[1]), sys.argv[2]
 size, accumulation = int(sys.argv[3]), int(sys.argv[4])
