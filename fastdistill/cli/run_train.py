@@ -69,10 +69,14 @@ class Trained:
         summary = f"{self.steps:,} steps, loss {loss}, {self.seconds:.0f} s."
         if self.already_done:
             summary = f"Already finished at step {self.steps:,}; nothing was trained."
-        elif self.diverged:
-            summary += " The loss rose: the run diverged. Lower the learning rate."
         evaluation = [f"Evaluation: {figures}"] if figures else []
-        return [summary, *evaluation, f"Student: {self.out}. Report: {self.report}"]
+        alarm = ["The loss rose: the run diverged. Lower the learning rate."]
+        return [
+            summary,
+            *evaluation,
+            f"Student: {self.out}. Report: {self.report}",
+            *(alarm if self.diverged else []),
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +143,11 @@ def run(options: Train, extra: dict[str, Any]) -> Trained | None:
     if trainer.is_world_process_zero():
         print(_resume_note(options, config), file=sys.stderr)
     resume = config.resume_from_checkpoint or ("auto" if options.resume else None)
-    with as_exit_code_1("train: stopped"), _report_interruption(options):
+    with (
+        as_exit_code_1("train: stopped"),
+        _report_nonfinite(options, trainer),
+        _report_interruption(options),
+    ):
         outcome = trainer.train(resume_from_checkpoint=resume)
         evaluated = (
             _recorded_evaluation(options, outcome.global_step) if trainer.already_done else None
@@ -192,6 +200,18 @@ def _report_interruption(options: Train) -> Iterator[None]:
         )
         print(f"fastdistill: train: {error or 'Stopped.'} {message}", file=sys.stderr)
         raise
+
+
+@contextmanager
+def _report_nonfinite(options: Train, trainer: DistillTrainer) -> Iterator[None]:
+    """Write the report of a run that a number stopped which is NaN or infinite."""
+    try:
+        yield
+    except FloatingPointError as error:
+        if not trainer.is_world_process_zero():
+            raise
+        report = write_run_report(options.out)
+        raise FloatingPointError(f"{error}. Report: {report}") from error
 
 
 def _recorded_evaluation(options: Train, step: int) -> dict[str, Any] | None:

@@ -29,6 +29,9 @@ from ..runtime import checks
 from .checks.dataset import some_of
 from .config import DistillConfig
 
+EXCERPTS = 3  # samples per log
+PROMPT_CHARS, COMPLETION_CHARS = 200, 400  # of a sample in the log
+
 
 def uniform(*key: object) -> float:
     """Return a number in [0, 1) that depends only on the key."""
@@ -144,6 +147,25 @@ def sample(
         targets = torch.cat([torch.full_like(prompt, IGNORE_INDEX), completion])
         rows.append(EncodedExample(ids, targets, torch.ones_like(ids)))
     return {name: column.to(device) for name, column in padded(rows, pad_id).items()}
+
+
+def excerpts(batch: Mapping[str, Tensor], tokenizer: Any) -> list[dict[str, str]]:
+    """Return the first rows of a sampled batch as text: the end of the prompt, the completion."""
+    columns = (batch[name][:EXCERPTS].cpu() for name in ("input_ids", "attention_mask", "labels"))
+    texts = []
+    for ids, mask, labels in zip(*columns, strict=True):
+        is_sampled = labels != IGNORE_INDEX
+        prompt = tokenizer.decode(ids[(mask != 0) & ~is_sampled])
+        completion = tokenizer.decode(ids[is_sampled])
+        texts.append(
+            {
+                "prompt": prompt if len(prompt) <= PROMPT_CHARS else f"…{prompt[-PROMPT_CHARS:]}",
+                "completion": completion
+                if len(completion) <= COMPLETION_CHARS
+                else f"{completion[:COMPLETION_CHARS]}…",
+            }
+        )
+    return texts
 
 
 def _keys(config: DistillConfig, step: int, prompts: list[Tensor]) -> list[tuple[object, ...]]:

@@ -38,7 +38,7 @@ from .logs.metrics import clamp_to_one, means, one_per_group, summarize
 from .logs.model_card import has_other_readme, write_card
 from .logs.run_log import RunLog
 from .loss import Answers, Loss, LossResult, TeacherHidden
-from .on_policy import is_on_policy, sample, set_generation_ends
+from .on_policy import excerpts, is_on_policy, sample, set_generation_ends
 from .resumable_trainer import WholeCheckpoints
 from .student import (
     check_packable,
@@ -171,6 +171,19 @@ class DistillTrainer(WholeCheckpoints):
         self._vocab = 0 if teacher is None else self._valid_vocab or rows_of_head(self.model)
         self._monitor = AnswerMonitor()
 
+    def train(
+        self, resume_from_checkpoint: str | Path | bool | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Train, and return transformers' TrainOutput; see WholeCheckpoints.train.
+
+        A stop because of NaN or infinity is recorded in metrics.jsonl.
+        """
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        except FloatingPointError as error:
+            self._run_log.nonfinite(self.args, self.state, error)
+            raise
+
     def _verify(self) -> None:
         """Check that the loss can be computed at the head and, if configured, rows be packed."""
         student = self.accelerator.unwrap_model(self.model)
@@ -198,6 +211,12 @@ class DistillTrainer(WholeCheckpoints):
             }
             with self.compute_loss_context_manager():
                 batches = [sample(model, batch, **options) for batch in batches]
+            if (
+                self._run_log.needs_samples
+                and self.processing_class is not None
+                and self.is_world_process_zero()
+            ):
+                self._run_log.set_samples(excerpts(batches[0], self.processing_class))
             count = self._get_num_items_in_batch(batches, device)
             batches = [{**batch, "sampled": True} for batch in batches]
         return batches, count

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import html
 import json
 import math
 import os
@@ -211,10 +212,40 @@ def test_a_run_that_diverges_says_so(run, folder, tmp_path):
     command = train(folder, tmp_path / "run", "learning_rate=0.3", "lr_scheduler_type=constant")
     code, out, err = run(*command, "--eval-data", folder / "held-out.jsonl")
     assert code == 0, err
-    assert "The loss rose: the run diverged." in out
-    assert "the run diverged" in (tmp_path / "run" / "report.html").read_text()
+    assert out.splitlines()[-1].startswith("The loss rose: the run diverged.")
+    lead = re.findall(r'<p class="lead">(.*?)</p>', (tmp_path / "run" / "report.html").read_text())
+    assert lead[0].startswith("The loss increased: the run diverged")
     assert Quantity(title="Perplexity", falls=True).text(1e300) == "> 1e6"
     assert [format_short(x) for x in (1e300, 2.5, math.nan)] == ["> 1e6", "2.5000", "not a number"]
+
+
+def test_a_run_whose_loss_is_no_number_says_so(run, folder, tmp_path):
+    out = tmp_path / "run"
+    code, _, err = run(*train(folder, out, "learning_rate=1e30", "logging_steps=1"))
+    assert code == 1
+    last = err.splitlines()[-1]
+    assert "loss: expected a finite number, got NaN or infinity" in last
+    assert last.endswith(f"Report: {out / 'report.html'}")
+    page = (out / "report.html").read_text()
+    lead = r'<p class="lead">The run stopped after step 1 because of NaN or infinity \('
+    assert re.search(lead, page)
+    assert "it was interrupted" not in page
+    assert max(map(len, re.findall(r"[\d,]+", re.sub(r"<svg.*?</svg>", "", page)))) < 20
+
+
+def test_samples_of_an_on_policy_run_are_logged(run, folder, tmp_path):
+    out, options = tmp_path / "run", ("lmbda=1.0", "max_new_tokens=6", "logging_steps=2")
+    code, _, err = run(*train(folder, out, *options, "completion_only_loss=false"))
+    assert code == 0, err
+    events = read_run(out).events("samples")
+    assert [event["step"] for event in events] == [2, 4]
+    assert all(1 <= len(event["samples"]) <= 3 for event in events)
+    sample = events[-1]["samples"][0]
+    assert sample["prompt"]
+    assert sample["completion"]
+    page = (out / "report.html").read_text()
+    assert "Samples of the student" in page
+    assert html.escape(sample["completion"], quote=True) in page
 
 
 def test_what_an_interrupted_run_leaves_is_said(folder, tmp_path):

@@ -11,6 +11,7 @@ import sys
 import pytest
 
 from fastdistill.report.run.page import write_run_report
+from fastdistill.report.run.plots import Quantity
 from fastdistill.report.run.series import points
 from fastdistill.training.logs.run_files import NAME, SETTINGS, read_run
 from helpers.report_page import Page
@@ -163,6 +164,53 @@ def test_what_is_no_number_is_left_out_and_named(watched, tmp_path):
     page = page_of(edited(watched[1], tmp_path / "nan", spoilt))
     assert "NaN or infinite at some steps, and left out there: grad_norm." in page.text
     assert page.table["Gradient norm"][-1] == "4"
+
+
+def with_events(source, target, *events):
+    """A copy of a run's log with other events at its end."""
+    folder = edited(source, target, lambda e: None if e.get("event") == "train_end" else e)
+    where = {"run": json.loads((folder / NAME).read_text().splitlines()[0])["run"], "time": 0.0}
+    with (folder / NAME).open("a") as file:
+        for event in events:
+            file.write(json.dumps(where | event) + "\n")
+    return folder
+
+
+def test_a_run_that_stopped_at_no_number_says_so_first(watched, tmp_path):
+    stop = {"step": 4, "event": "nonfinite", "of": "gradient of the loss"}
+    page = page_of(with_events(watched[1], tmp_path / "stopped", stop))
+    lead = "The run stopped after step 4 because of NaN or infinity (gradient of the loss)."
+    assert page.blocks[0][1].startswith(lead)
+    assert "It ended at step 4 of 4." in page.text
+    resumed = {"step": 4, "event": "train_begin", "max_steps": 8}
+    again = page_of(with_events(watched[1], tmp_path / "resumed", stop, resumed))
+    assert "NaN" not in again.text
+    assert again.blocks[0][1].startswith("Its log stops at step 4 of 8 without an end")
+
+
+def test_samples_are_shown_the_last_first(watched, tmp_path):
+    events = [
+        {"step": s, "event": "samples", "samples": [{"prompt": f"p{s}", "completion": "<b>"}]}
+        for s in (2, 4)
+    ]
+    page = page_of(with_events(watched[1], tmp_path / "sampled", *events))
+    assert page.table["4"] == ["p4", "<b>"]
+    assert page.table["2"] == ["p2", "<b>"]
+    shown, _, folded = page.source.partition("<summary>Earlier samples</summary>")
+    assert "p4" in shown
+    assert "p2" not in shown
+    assert "p2" in folded
+
+
+def test_a_first_batch_without_numbers_is_shown(watched, tmp_path):
+    lost = lambda e: e | {"kl": None} if e.get("event") == "first_batch" else e  # noqa: E731
+    page = page_of(edited(watched[1], tmp_path / "lost", lost))
+    assert page.table["KL to the teacher, nats"][0] == "—"
+
+
+def test_no_number_has_hundreds_of_digits():
+    assert Quantity(title="x").text(1e300) == "1e+300"
+    assert Quantity(title="x").text(123456.7) == "123,457"
 
 
 def test_a_damaged_settings_file_is_no_settings(watched, tmp_path):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fastdistill.hf.collator import padded
+from fastdistill.hf.encoder import EncodedExample
 from fastdistill.losses.types import TopK
-from fastdistill.training.on_policy import is_on_policy, sample
+from fastdistill.training.on_policy import excerpts, is_on_policy, sample
 from helpers.training import build, llama, peaked, ragged, step_losses, train, weights
 
 
@@ -72,6 +74,29 @@ def test_a_teacher_of_another_vocabulary_never_meets_a_padding_token(tmp_path):
     train(
         tmp_path, model=student, teacher=Careful(), lmbda=1.0, max_new_tokens=8, data=prompts(), k=4
     )
+
+
+class Letters:
+    """A tokenizer of one letter per id."""
+
+    def decode(self, ids):
+        return "".join(chr(97 + int(i) % 26) for i in ids)
+
+
+def test_samples_are_text_and_truncated():
+    prompt, completion = [0] * 300, [1] * 500
+    row = EncodedExample(
+        torch.tensor(prompt + completion),
+        torch.tensor([-100] * 300 + completion),
+        torch.ones(800, dtype=torch.long),
+    )
+    short = EncodedExample(
+        torch.tensor([2, 3]), torch.tensor([-100, 3]), torch.ones(2, dtype=torch.long)
+    )
+    texts = excerpts(padded([row, short, short, short], 0), Letters())
+    assert texts[0] == {"prompt": "…" + "a" * 200, "completion": "b" * 400 + "…"}
+    assert texts[1] == {"prompt": "c", "completion": "d"}  # without padding
+    assert len(texts) == 3
 
 
 def test_the_panel_says_that_the_text_is_the_students(tmp_path):

@@ -173,9 +173,8 @@ def failure(record: RunRecord) -> str:
     """Return a sentence on a run whose numbers are unusable, or an empty text."""
     mark = _last_mark(record)
     if mark is not None and mark["event"] == "nonfinite":
-        return (
-            f"The run stopped after step {mark['step']:,}: its {mark['of']} became NaN or infinite."
-        )
+        step, quantity = mark["step"], mark["of"]
+        return f"The run stopped after step {step:,} because of NaN or infinity ({quantity})."
     if has_diverged(record):
         return "The loss increased: the run diverged, and the student is unusable."
     return ""

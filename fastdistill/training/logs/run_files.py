@@ -1,9 +1,9 @@
 """Reads a run's log from its output folder, without PyTorch.
 
 metrics.jsonl: append-only, one JSON object per line: {"run", "time", "step", …metrics}, or with
-"event": train_begin, first_batch, histograms, train_end. run.json: models, settings, versions and
-machine of the last start. A resumed run logs the steps after its checkpoint a second time; readers
-use the later line.
+"event": train_begin, first_batch, samples, histograms, nonfinite, train_end. run.json: models,
+settings, versions and machine of the last start. A resumed run logs the steps after its checkpoint
+a second time; readers use the later line.
 """
 
 from __future__ import annotations

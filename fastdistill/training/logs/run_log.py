@@ -30,6 +30,7 @@ class RunLog(TrainerCallback):
         self.teacher: Any = None
         self._run = uuid.uuid4().hex[:12]
         self._counts: dict[str, list[int]] = {}
+        self._samples: list[dict[str, str]] = []
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
@@ -41,6 +42,22 @@ class RunLog(TrainerCallback):
 
     def first_batch(self, args: Any, state: Any, panel: Panel) -> None:
         self._append(args, state, {"event": "first_batch", "edges": EDGES} | asdict(panel))
+
+    def nonfinite(self, args: Any, state: Any, error: FloatingPointError) -> None:
+        """Log that the run stopped, and which quantity was NaN or infinite."""
+        quantity = str(error).partition(":")[0]
+        if quantity == "nonfinite":  # the setting that skipped them
+            quantity = "all updates"
+        self._append(args, state, {"event": "nonfinite", "of": quantity})
+
+    @property
+    def needs_samples(self) -> bool:
+        """Whether no samples were stored since the last log."""
+        return not self._samples
+
+    def set_samples(self, samples: list[dict[str, str]]) -> None:
+        """Store samples of the student until the loss of their steps is logged."""
+        self._samples = samples
 
     def set_histograms(self, rows: Any) -> None:
         """Store the histograms of an evaluation until its metrics are logged."""
@@ -62,6 +79,9 @@ class RunLog(TrainerCallback):
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
     ) -> None:
         self._append(args, state, dict(logs or {}) | _peak_memory(args))
+        if self._samples and "loss" in (logs or {}):
+            self._append(args, state, {"event": "samples", "samples": self._samples})
+            self._samples = []
 
     def _append(self, args: Any, state: Any, entry: dict[str, Any]) -> None:
         if not state.is_world_process_zero:
