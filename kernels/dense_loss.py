@@ -67,11 +67,11 @@ def dense(
         x_nH, none = hidden_NH[at], no_ids[at]
         scanned = backend.scan(head, x_nH, none, base=True, buffer=buffers[0])
         teacher_scanned = backend.scan(teacher_head, teacher_hidden_NG[at], none, buffer=buffers[1])
-        lse = scanned.rest.lse()
+        lse, teacher_lse = scanned.rest.lse(), teacher_scanned.rest.lse()
         lse_base = lse if scanned.rest_base is None else scanned.rest_base.lse()
         label = None if label_N is None else label_N[at]
         D, total, u_label = backend.dense_sums(
-            head, teacher_head, buffers, lse, teacher_scanned.rest.lse(), label, options, grad=grad
+            head, teacher_head, buffers, lse, teacher_lse, label, options, grad=grad
         )
         loss = D * options.on_divergence
         on_lse = on_ce = None
@@ -95,7 +95,7 @@ def dense(
             buffers,
             DenseRows(
                 lse,
-                teacher_scanned.rest.lse(),
+                teacher_lse,
                 lse_base,
                 coef * options.on_divergence,
                 total * (coef * options.on_divergence),

@@ -132,8 +132,9 @@ class RunningLSE:
 
     def merge(self, top: Tensor, sums: list[Tensor]) -> None:
         """Add sums about `top` ≥ self.top."""
-        shift = torch.where(self.top < ABSENT, 0.0, self.top - top)
-        decay = torch.where(self.top < ABSENT, 0.0, shift.exp())
+        absent = self.top < ABSENT
+        shift = torch.where(absent, 0.0, self.top - top)
+        decay = torch.where(absent, 0.0, shift.exp())
         old = self.sums
         shifted = [old[0]]
         if len(old) > 1:

@@ -276,19 +276,21 @@ def token_loss_backward(
     return Gathered(g_z, g_rest, g_base)
 
 
-def entropy_of(gathered: Gathered, mean_rest_N: Tensor, unique_NS: Tensor) -> tuple[Tensor, Tensor]:
-    """(entropy_N, lse_N) of the full softmax at T from its K logits and the rest's mean logit.
+def lse_of(z_NS: Tensor, lse_rest_N: Tensor, unique_NS: Tensor) -> Tensor:
+    """lse [N] of the full softmax; unique_NS: slots that are neither empty nor a repeat."""
+    return torch.logaddexp(lse_rest_N, torch.logsumexp(torch.where(unique_NS, z_NS, NEG), -1))
 
-    H = lse − E_q[z], E_q[z] = q_rest · mean_rest + Σ_unique q_k z_k. unique_NS: slots that are
-    neither empty nor a repeat.
+
+def entropy_of(
+    z_NS: Tensor, lse_rest_N: Tensor, mean_rest_N: Tensor, lse_N: Tensor, unique_NS: Tensor
+) -> Tensor:
+    """H [N] of the full softmax at T from its K logits and the rest's mean logit.
+
+    H = lse − E_q[z], E_q[z] = q_rest · mean_rest + Σ_unique q_k z_k, lse from `lse_of`.
     """
-    assert gathered.lse_rest is not None
-    z = torch.where(unique_NS, gathered.z, NEG)
-    lse = torch.logaddexp(gathered.lse_rest, torch.logsumexp(z, -1))
-    q = (z - lse.unsqueeze(-1)).exp()
-    expected = (q * torch.where(unique_NS, gathered.z, 0.0)).sum(-1)
-    expected = expected + (gathered.lse_rest - lse).exp() * mean_rest_N
-    return lse - expected, lse
+    q = (torch.where(unique_NS, z_NS, NEG) - lse_N.unsqueeze(-1)).exp()
+    expected = (q * torch.where(unique_NS, z_NS, 0.0)).sum(-1)
+    return lse_N - (expected + (lse_rest_N - lse_N).exp() * mean_rest_N)
 
 
 def first_slots(ids_NK: Tensor) -> Tensor:

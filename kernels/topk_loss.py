@@ -28,6 +28,7 @@ from .rows import (
     TokenLosses,
     entropy_of,
     first_slots,
+    lse_of,
     token_loss_backward,
 )
 from .rows import token_loss_forward as _token_loss_forward
@@ -163,7 +164,11 @@ def fused(
             support_ids = (
                 part.ids if label is None else torch.cat([part.ids, label.unsqueeze(-1)], -1)
             )
-            entropy_parts.append(entropy_of(gathered, stats.mean_rest, first_slots(support_ids))[0])
+            unique = first_slots(support_ids)
+            lse = lse_of(stats.z_ids, stats.lse_rest, unique)
+            entropy_parts.append(
+                entropy_of(stats.z_ids, stats.lse_rest, stats.mean_rest, lse, unique)
+            )
         if g is not None:
             part_dx = None if dx is None else dx[at]
             stats = stats._replace(z_ids=local.z_ids)  # no gradient for slots of other shards

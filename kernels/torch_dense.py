@@ -90,7 +90,8 @@ def dense_grads(
         u = u_Vn[at]
         d = psi_Vn[at].mul_(rows.on_D)
         d -= (u / T).sub_(rows.lse).exp_().mul_(rows.on_q)
-        d /= T
+        if T != 1.0:
+            d /= T
         if rows.on_lse is not None:
             d += (u - rows.lse_base).exp_().mul_(rows.on_lse)
         if rows.on_ce is not None and rows.label is not None:
@@ -99,7 +100,8 @@ def dense_grads(
             d.scatter_add_(0, index, torch.where(in_slab, -rows.on_ce, 0.0).unsqueeze(0))
         if head.softcap is not None:
             d *= 1 - (u / head.softcap).square_()
-        d *= head.logit_scale
+        if head.logit_scale != 1.0:
+            d *= head.logit_scale
         if db is not None:
             db[at] += d.sum(1)
         if dx_Hn is not None:

@@ -19,7 +19,14 @@ from ..kernels.backends import get_backend
 from ..kernels.head import LMHead, needed, round_scaled
 from ..kernels.op_common import or_none
 from ..kernels.op_losses import raise_no_second_derivative, scale_saved
-from ..kernels.rows import Gathered, LossOptions, entropy_of, first_slots, token_loss_forward
+from ..kernels.rows import (
+    Gathered,
+    LossOptions,
+    entropy_of,
+    first_slots,
+    lse_of,
+    token_loss_forward,
+)
 from ..kernels.topk_loss import FusedLoss, callable_token_loss, named_token_loss
 from ..kernels.topk_loss import fused as fused_loss
 from ..runtime import checks
@@ -116,7 +123,10 @@ def recomputed(call: TopKCall) -> LossTerms:
     )
     gathered = Gathered(z, lse_rest, lse_base if call.base else None)
     rows = token_loss_forward(gathered, call.teacher_rows.teacher, label, call.options)
-    entropy = entropy_of(gathered, mean_rest, first_slots(ids))[0] if call.statistics else None
+    entropy = None
+    if call.statistics:
+        unique = first_slots(ids)
+        entropy = entropy_of(z, lse_rest, mean_rest, lse_of(z, lse_rest, unique), unique)
     return LossTerms(None, *rows, entropy)
 
 

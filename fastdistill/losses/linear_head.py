@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..kernels.backends import get_backend
 from ..kernels.head import LMHead
-from ..kernels.rows import ABSENT, Gathered, entropy_of, first_slots
+from ..kernels.rows import ABSENT, entropy_of, first_slots, lse_of
 from ..kernels.topk import topk
 from ..runtime import checks
 from ..runtime.backend import resolve_impl
@@ -91,13 +91,11 @@ def linear_lse_gather(
         ops.hidden, ops.head, ids_NK, with_entropy, False, impl, ops.shard
     )
     unique = first_slots(ids_NK)
-    gathered = Gathered(z, lse_rest, None)
-    zero = torch.zeros_like(lse_rest)
-    entropy, lse = entropy_of(gathered, mean_rest if with_entropy else zero, unique)
+    lse = lse_of(z, lse_rest, unique)
     return SelectedLogits(
         ops.unflatten(z.masked_fill(ids_NK < 0, -torch.inf)),
         ops.unflatten(lse_rest.masked_fill(lse_rest < ABSENT, -torch.inf)),
-        ops.unflatten(entropy) if with_entropy else None,
+        ops.unflatten(entropy_of(z, lse_rest, mean_rest, lse, unique)) if with_entropy else None,
         ops.unflatten(lse),
     )
 
