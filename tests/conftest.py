@@ -6,6 +6,7 @@ none, in Triton's interpreter.
 """
 
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -66,12 +67,13 @@ def poisoned_memory(request):
     if request.module.__name__.startswith(USERS):
         yield
         return
-    before = torch.utils.deterministic.fill_uninitialized_memory
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    memory: Any = torch.utils.deterministic  # its attributes are set at run time
+    before = memory.fill_uninitialized_memory
+    memory.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
-    torch.utils.deterministic.fill_uninitialized_memory = before
+    memory.fill_uninitialized_memory = before
 
 
 @pytest.fixture(autouse=True)

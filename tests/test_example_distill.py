@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from fastdistill.alignment.experiment.demo.models import SHIPPED, shipped_teacher
 from fastdistill.training.checkpoints import last_finished
 from fastdistill.training.logs.run_files import read_run
+from helpers.present import present
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
@@ -81,7 +82,7 @@ def test_it_trains_and_resumes(files, tmp_path):
     pytest.importorskip("peft")
     more = ("--save_steps", "2", "--packing", "--token_selection", "entropy top 0.5")
     run(files, tmp_path, "--max_steps", "3", "--lora_rank", "2", *more)
-    assert last_finished(tmp_path).name == "checkpoint-3"
+    assert present(last_finished(tmp_path)).name == "checkpoint-3"
     output = run(
         files,
         tmp_path,

@@ -8,6 +8,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from typing import Any, cast
 
 if __name__ == "__main__":
     root = Path(__file__).resolve().parent
@@ -20,7 +21,7 @@ from helpers.gpu_table import CHECKS
 try:
     import pytest
 except ImportError:
-    pytest = None
+    pytest = cast(Any, None)
 else:
 
     @pytest.mark.gpu

@@ -12,6 +12,7 @@ import tarfile
 import venv
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -80,7 +81,8 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     at = tmp_path_factory.mktemp("sdist")
     archive, _ = build("sdist", copy_tree(at / "tree"), at / "dist")
     with tarfile.open(archive) as tar:
-        tar.extractall(at, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
+        safe: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+        tar.extractall(at, **safe)
     return at / archive.name.removesuffix(".tar.gz")
 
 

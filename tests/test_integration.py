@@ -1,5 +1,7 @@
 """The operators inside PyTorch: opcheck, torch.compile, autocast, checkpointing, odd memory."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -13,9 +15,10 @@ from fastdistill.kernels.op_dense import dense_rows
 from fastdistill.kernels.op_gather import gather_logits, lse_gather
 from fastdistill.kernels.rows import LossOptions
 from helpers.cases import case, leaves, top_k
+from helpers.present import present
 from helpers.tolerances import assert_close
 
-CALLS = {
+CALLS: dict[str, dict[str, Any]] = {
     "fused": {"labels": True, "ce_weight": 0.2},
     "recompute": {"reduction": "none"},
     "rows": {"tail": "renorm_both"},
@@ -31,10 +34,10 @@ def call(name, x, w, c, t):
 
 
 def grads(function, *tensors):
-    tensors = leaves(*tensors)
-    loss = function(*tensors)
+    inputs = leaves(*tensors)
+    loss = function(*inputs)
     loss.backward()
-    return [loss.detach(), *[t.grad for t in tensors]]
+    return [loss.detach(), *[t.grad for t in inputs]]
 
 
 def check_compiled(run, c):
@@ -62,7 +65,7 @@ def test_compile_fullgraph_of_the_others():
     def run(x, w):
         out = fd.linear_lse_gather(x, w, t.ids, with_entropy=True)
         dense = fd.linear_distill_loss(x, w, c.hidden, c.weight * 0.9, divergence="jsd")
-        return out.logits.sum() + out.lse_rest.sum() + out.entropy.sum() + dense
+        return out.logits.sum() + out.lse_rest.sum() + present(out.entropy).sum() + dense
 
     check_compiled(run, c)
 
@@ -94,8 +97,9 @@ def test_opcheck_of_gradient_in_forward(op, impl_of_auto):
     (coef,) = leaves(torch.full((12,), 1 / 12))
     t = top_k(c.teacher_logits, 5)
     need, head = [True] * 3, LMHead(w, valid_vocab=67)
+    args: tuple[Any, ...]
     if op == "topk_loss":
-        teacher = (t.ids, t.logprobs.float(), t.log_tail.float())
+        teacher = (t.ids, t.logprobs.float(), present(t.log_tail).float())
         args = (x, w, b, coef, t.ids, *teacher, None)
         scalars = LossOptions().scalars() | head.scalars()
         scalars |= {"base": False, "entropy": True, "impl": impl_of_auto, "filter_eps": None}
@@ -150,7 +154,9 @@ def test_strided_and_non_contiguous(name):
     wide_x, wide_w = torch.zeros(12, 3, 16).double(), torch.zeros(16, 67).double()
     wide_x[:, 1], wide_w[:] = c.hidden, c.weight.t()
     strided_t = fd.TopK(
-        t.ids.t().contiguous().t(), t.logprobs.repeat(1, 2)[:, :5], t.log_tail.repeat(2)[:12]
+        t.ids.t().contiguous().t(),
+        t.logprobs.repeat(1, 2)[:, :5],
+        present(t.log_tail).repeat(2)[:12],
     )
 
     def strided(x, w):

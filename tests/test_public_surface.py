@@ -2,11 +2,13 @@
 
 import doctest
 import inspect
+from typing import Any
 
 import pytest
 import torch
 
 import fastdistill as fd
+from helpers.present import present
 
 SPARSE = [
     "hidden",
@@ -201,7 +203,7 @@ def test_every_public_callable_says_what_it_takes():
 def test_the_example_of_a_docstring_runs(name):
     names = {"torch": torch, **{n: getattr(fd, n) for n in SIGNATURES}}
     example = doctest.DocTestParser().get_doctest(
-        inspect.getdoc(getattr(fd, name)), names, name, None, None
+        present(inspect.getdoc(getattr(fd, name))), names, name, None, None
     )
     assert example.examples, "no example"
     results = doctest.DocTestRunner().run(example)
@@ -209,6 +211,7 @@ def test_the_example_of_a_docstring_runs(name):
 
 
 def test_a_wrong_keyword_of_a_sparse_loss_is_a_type_error():
-    for function in (fd.topk_distill_loss, fd.topk_distill):
+    functions: list[Any] = [fd.topk_distill_loss, fd.topk_distill]
+    for function in functions:
         with pytest.raises(TypeError, match="unexpected keyword argument 'temprature'"):
             function(None, None, None, temprature=2.0)

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from typing import Any
 
 import pytest
 import typer
@@ -55,7 +56,8 @@ VERBS = [
 def test_every_verb_has_short_help(capsys, monkeypatch):
     """At 80 columns, without importing what the verb needs."""
     monkeypatch.setenv("COLUMNS", "80")
-    commands = typer.main.get_command(app).commands
+    group: Any = typer.main.get_command(app)
+    commands = group.commands
     named = {(name,) for name in commands} | {
         (group, name) for group in ("cache", "experiment") for name in commands[group].commands
     }

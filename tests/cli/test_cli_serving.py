@@ -14,6 +14,7 @@ import torch
 from transformers import AutoTokenizer
 
 from fastdistill import ServedTeacher, Teacher
+from helpers.present import present
 
 
 def test_a_plan_from_two_configs(run, folder):
@@ -89,8 +90,9 @@ def test_served_until_it_is_interrupted(run, folder, tmp_path, monkeypatch):
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     ) as process:
-        line = process.stderr.readline()
-        url = re.search(r"is served at (http://127\.0\.0\.1:\d+) until Ctrl-C", line).group(1)
+        line = present(process.stderr).readline()
+        address = re.search(r"is served at (http://127\.0\.0\.1:\d+) until Ctrl-C", line)
+        url = present(address).group(1)
         with pytest.raises(ValueError, match="token"):
             ServedTeacher(url, token="wrong")
         teacher, ids = ServedTeacher(url, token="s3cret"), torch.arange(3, 20)[None]
@@ -99,8 +101,8 @@ def test_served_until_it_is_interrupted(run, folder, tmp_path, monkeypatch):
         teacher.close()
         monkeypatch.setenv("FASTDISTILL_TOKEN", "s3cret")
         paths = ("--student", folder / "student", "--data", folder / "train.jsonl")
-        command = ("train", *paths, "--teacher", url, "--dry-run")
-        assert run(*command)[0] == 0
+        training = ("train", *paths, "--teacher", url, "--dry-run")
+        assert run(*training)[0] == 0
         other = AutoTokenizer.from_pretrained(folder / "teacher")
         other.add_tokens(["<new>"])
         other.save_pretrained(tmp_path / "other")

@@ -23,6 +23,7 @@ from fastdistill.report.run.plots import Quantity
 from fastdistill.training.logs.metrics import format_short
 from fastdistill.training.logs.run_files import read_run
 from helpers.command import files, last_values
+from helpers.present import present
 
 RUN = [sys.executable, "-m", "fastdistill"]
 COLOR = re.compile(rb"\x1b\[(?:\d+;)*(?:[349][0-7]|[34]8;[\d;]+)m")
@@ -172,7 +173,7 @@ def test_a_bar_on_a_terminal_and_no_colours_where_none_are_wanted(folder, tmp_pa
                 if not more:
                     break
                 screen += more
-            out = process.stdout.read().decode()
+            out = present(process.stdout).read().decode()
         os.close(here)
         assert process.returncode == 0, screen
         return out, screen
@@ -253,11 +254,11 @@ def test_what_an_interrupted_run_leaves_is_said(folder, tmp_path):
     # A test process that runs in the background ignores SIGINT, and its children inherit that.
     heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed) as process:
-        for line in process.stderr:
+        for line in present(process.stderr):
             if "step 80 of" in line:  # the first line of a run of 4000 steps
                 break
         process.send_signal(signal.SIGINT)
-        last = process.stderr.read().strip().splitlines()[-1]
+        last = present(process.stderr).read().strip().splitlines()[-1]
     checkpoints = sorted(p.name for p in (tmp_path / "run").glob("checkpoint-*"))
     assert process.returncode == 130
     assert len(checkpoints) == 1

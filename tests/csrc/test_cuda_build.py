@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from helpers.present import present
+
 ROOT = Path(__file__).resolve().parents[2]
 TREE = ["csrc", "LICENSE", "README.md", "pyproject.toml", "setup.py", "fastdistill/__init__.py"]
 ARCHS = [80, 89, 90, 100]
@@ -136,16 +138,15 @@ def test_architectures(tree: Path):
     home = str(tree / "fake")
     done = setup(tree, CUDA_HOME=home)
     assert "89, 100, which this nvcc does not know" in line_of(done.output, "no CUDA kernels for")
-    command = done.modules["fastdistill.runtime._cuda"]
+    command = present(done.modules["fastdistill.runtime._cuda"])
     assert command[0] == str(tree / "fake" / "bin" / "nvcc")
     assert [a.partition("=")[2] for a in command if a.startswith("-gencode")] == [
         "arch=compute_80,code=sm_80",
         "arch=compute_90,code=sm_90",
         "arch=compute_90,code=compute_90",
     ]
-    command = setup(tree, CUDA_HOME=home, FASTDISTILL_CUDA_ARCHS="80").modules[
-        "fastdistill.runtime._cuda"
-    ]
+    done = setup(tree, CUDA_HOME=home, FASTDISTILL_CUDA_ARCHS="80")
+    command = present(done.modules["fastdistill.runtime._cuda"])
     assert "-gencode=arch=compute_80,code=compute_80" in command
     assert not [a for a in command if "compute_90" in a]
 
@@ -174,7 +175,7 @@ def built(tree: Path) -> Path:
 @pytest.fixture(scope="module")
 def dump(built: Path):
     bundled = importlib.util.find_spec("triton")
-    tools = Path(bundled.origin).parent / "backends" / "nvidia" / "bin" if bundled else ""
+    tools = Path(present(bundled.origin)).parent / "backends/nvidia/bin" if bundled else ""
     tool = shutil.which("cuobjdump") or shutil.which("cuobjdump", path=tools)
     if tool is None:
         pytest.skip("no cuobjdump")
@@ -185,8 +186,8 @@ def dump(built: Path):
 @pytest.fixture(scope="module")
 def module(built: Path) -> Any:
     spec = importlib.util.spec_from_file_location("fastdistill.runtime._cuda", built)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = importlib.util.module_from_spec(present(spec))
+    present(present(spec).loader).exec_module(module)
     return module
 
 

@@ -58,7 +58,7 @@ def exact_gemm(x, codes, scale, offset, bias, agroup):
 
 
 def gemm(isa, x, weights, scale, bias, agroup, threads=2, lut4=None):  # lut4: (codes, unit, offset)
-    M, K, N = *x.shape, weights.shape[0]
+    (M, K), N = x.shape, weights.shape[0]
     out = torch.full((M, N), torch.nan, dtype=x.dtype)
     before = isa, threads, at(x), DTYPES[x.dtype], at(weights)
     after = at(bias), at(out), M, N, K, K // scale.shape[1], agroup
@@ -199,7 +199,8 @@ def lse_topk(isa, z, k, inv_temperature=1.0):
     ids = torch.empty(len(z), k, dtype=torch.int64)
     values, rest = torch.empty(len(z), k), torch.empty(len(z))
     outputs = at(ids), at(values), at(rest)
-    _ext.lse_topk(isa, 2, at(z), *z.shape, z.stride(0), inv_temperature, k, *outputs)
+    rows, columns = z.shape
+    _ext.lse_topk(isa, 2, at(z), rows, columns, z.stride(0), inv_temperature, k, *outputs)
     return ids, values, rest
 
 

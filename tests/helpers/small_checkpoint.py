@@ -1,6 +1,8 @@
 """A small checkpoint, and every way to load it."""
 
 import json
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,7 +16,7 @@ from fastdistill.hf.checkpoint import load_whole
 INDEX = "model.safetensors.index.json"
 
 
-LOADERS = {
+LOADERS: dict[str, Callable[..., Any]] = {
     "load_teacher": lambda folder: load_teacher(folder, device="cpu"),
     "int8": lambda folder: load_teacher(folder, quant="int8", device="cpu"),
     "load_whole": load_whole,

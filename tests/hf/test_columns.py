@@ -6,6 +6,7 @@ import datetime
 import json
 import uuid
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -208,8 +209,8 @@ def test_tools_may_be_json():
 
 
 def test_datasets_of_different_forms_go_together():
-    parts = [CHAT, PAIR, TEXT, IDS, {"prompt": "a cat"}]
-    parts = [datasets.Dataset.from_list([part]) for part in parts]
+    examples: list[dict[str, Any]] = [CHAT, PAIR, TEXT, IDS, {"prompt": "a cat"}]
+    parts = [datasets.Dataset.from_list([example]) for example in examples]
     both = datasets.concatenate_datasets(parts, axis=0)
     alone = [encoder()(part[0]).ids.tolist() for part in parts]
     assert [encoder()(example).ids.tolist() for example in both] == alone

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from fastdistill.training.on_policy import sample
 from helpers.planted import PROMPTS, model, subject
 from helpers.training import VOCAB, config
 
+HOW: dict[str, Any] = {"pad_id": 0, "ends": [2], "device": torch.device("cpu")}
 ROWS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14, 15, 16], [3], [9, 8, 7]]
 
 # One value, other than transformers' default, for each kind of field.
@@ -181,7 +183,7 @@ def mamba():
 @pytest.mark.parametrize("make", [rwkv, mamba, model])
 def test_what_a_row_is_answered_depends_on_no_other(make):
     made = make().double()
-    how = {"max_new_tokens": 6, "pad_id": 0, "ends": [2], "device": torch.device("cpu")}
+    how = {"max_new_tokens": 6} | HOW
     alone = [generate_rows(made, [row], **how)[0] for row in ROWS]
     assert generate_rows(made, ROWS, **how) == alone
     assert generate_rows(made, ROWS, **how | {"pad_id": 17}) == alone
@@ -191,7 +193,7 @@ def test_what_a_row_is_answered_depends_on_no_other(make):
 @pytest.mark.parametrize("make", [rwkv, mamba])
 def test_samples_and_log_probabilities_depend_on_no_other_row(make):
     of = Subject(make().double(), world_tokenizer(), ends=[2])
-    how = {"max_new_tokens": 6, "temperature": 1.0, "seed": 5}
+    how: dict[str, Any] = {"max_new_tokens": 6, "temperature": 1.0, "seed": 5}
     alone = [of.generate_ids([row], **how, streams=[i])[0] for i, row in enumerate(ROWS)]
     assert of.generate_ids(ROWS, **how) == alone
     rows = [r for r in ROWS if len(r) > 1]
@@ -207,7 +209,7 @@ def test_samples_and_log_probabilities_depend_on_no_other_row(make):
 @pytest.mark.parametrize("make", [rwkv, mamba])
 def test_on_policy_samples_depend_on_no_other_row(make, tmp_path):
     made = make().double()
-    how = {
+    how: dict[str, Any] = {
         "config": config(tmp_path, lmbda=1.0, max_new_tokens=5),
         "step": 1,
         "pad_id": 0,
@@ -232,7 +234,7 @@ def test_on_policy_samples_depend_on_no_other_row(make, tmp_path):
 
 
 def test_processes_that_generate_together_need_a_model_that_respects_padding():
-    how = {"max_new_tokens": 2, "pad_id": 0, "ends": [2], "device": torch.device("cpu")}
+    how = {"max_new_tokens": 2} | HOW
     with pytest.raises(ValueError, match="respects padding, since processes generate"):
         generate_rows(rwkv(), ROWS[:1], **how, synced=True)
 
@@ -243,7 +245,7 @@ def test_adapters_leave_every_modules_settings_as_they_were():
     settings = of.generation_config = GenerationConfig(suppress_tokens=[5], eos_token_id=2)
     adapted = peft.get_peft_model(of, peft.LoraConfig(target_modules="all-linear", r=2))
     before = {n: m.__dict__.get("generation_config") for n, m in adapted.named_modules()}
-    how = {"max_new_tokens": 2, "pad_id": 0, "ends": [2], "device": torch.device("cpu")}
+    how = {"max_new_tokens": 2} | HOW
     plain = generate_rows(model(), ROWS, **how)
     assert generate_rows(adapted, ROWS, **how) == plain
     after = {n: m.__dict__.get("generation_config") for n, m in adapted.named_modules()}

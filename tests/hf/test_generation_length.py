@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import GenerationMixin
@@ -14,9 +16,10 @@ from fastdistill.hf.positions import RowLimit, row_limit
 from helpers.planted import PROMPTS, copied
 from helpers.position_models import WITHOUT_LIMIT
 from helpers.position_models import build as of_family
+from helpers.present import present
 from helpers.strategy_scene import lessons
 
-HOW = {"max_new_tokens": 9, "pad_id": 0, "ends": [], "device": torch.device("cpu")}
+HOW: dict[str, Any] = {"max_new_tokens": 9, "pad_id": 0, "ends": [], "device": torch.device("cpu")}
 LENGTHS = (3, 31, 32, 36, 39, 36)  # of rows beside each other; 31 and 9 are 40
 
 
@@ -36,7 +39,7 @@ def likeliest(model, row, new):
 @pytest.mark.parametrize("family", ["gpt2", "gptj", "opt", "llama", "gpt_neox", "mpt", "rwkv"])
 def test_rows_end_where_positions_do(family):
     model, rows = of_family(family), rows_of(LENGTHS)
-    limit = row_limit("model", model)
+    limit = present(row_limit("model", model))
     assert limit.tokens == 40
     new = generate_rows(model, rows, **HOW, limit=limit)
     assert [len(row) for row in new] == [9, 9, 8, 4, 1, 4]
@@ -90,7 +93,8 @@ def test_a_prompt_that_leaves_no_room_is_refused_before_any_is_answered(family, 
 def test_processes_that_generate_together_are_refused_what_would_be_shortened(never_generated):
     model, limit = of_family("gpt2"), RowLimit(tokens=40, reader="the student")
     never_generated()
-    for how in ({"synced": True}, {"shorten": False}):
+    options: list[dict[str, Any]] = [{"synced": True}, {"shorten": False}]
+    for how in options:
         with pytest.raises(ValueError, match=r"at most 8 after a prompt of 32 tokens \(row 1\)"):
             generate_rows(model, rows_of((31, 32)), **HOW, limit=limit, **how)
 
@@ -135,7 +139,7 @@ def test_inspect_is_told_that_the_model_ended_an_answer():
         top_logprobs=None,
         prompt_logprobs=None,
     )
-    batch = [
+    batch: list[Any] = [
         SimpleNamespace(encoded=EncodedInput(ids=row, begin=None, at=()), config=config, stream=i)
         for i, row in enumerate(rows)
     ]

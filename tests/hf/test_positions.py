@@ -7,6 +7,7 @@ import torch
 
 from fastdistill.hf.positions import respects_padding, row_limit
 from helpers.position_models import FAMILIES, WITHOUT_LIMIT, build
+from helpers.present import present
 
 IGNORES_MASKS = {"rwkv"}
 
@@ -27,6 +28,7 @@ def test_the_longest_row(family):
     if family in WITHOUT_LIMIT:
         assert limit is None
         return
+    assert limit is not None
     assert limit.tokens == 40
     limit.check(40, "train_dataset", 0)
     with pytest.raises(ValueError, match=r"train_dataset: expected rows of at most 40 .* got 41 "):
@@ -36,7 +38,8 @@ def test_the_longest_row(family):
 def test_a_table_counts_and_not_what_the_configuration_says():
     model = build("opt")
     model.config.max_position_embeddings = 1000
-    assert row_limit("teacher", model).tokens == 40  # of 42 rows, two stand before the first
+    # Of 42 rows, two stand before the first position.
+    assert present(row_limit("teacher", model)).tokens == 40
 
 
 @pytest.mark.parametrize(
@@ -50,12 +53,12 @@ def test_a_table_counts_and_not_what_the_configuration_says():
 )
 def test_scaled_rotary_positions_reach_further(rope, tokens):
     model = build("llama", rope_parameters={"rope_theta": 10000.0, **rope})
-    assert row_limit("student", model).tokens == tokens
+    assert present(row_limit("student", model)).tokens == tokens
 
 
 def test_a_limit_that_is_known_to_be_wrong_is_set_in_the_configuration():
     model = build("llama")
     with pytest.raises(ValueError, match=r"set model\.config\.max_position_embeddings first"):
-        row_limit("student", model).check(100, "eval_dataset", 3)
+        present(row_limit("student", model)).check(100, "eval_dataset", 3)
     model.config.max_position_embeddings = 100
-    row_limit("student", model).check(100, "eval_dataset", 3)
+    present(row_limit("student", model)).check(100, "eval_dataset", 3)

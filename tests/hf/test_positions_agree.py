@@ -4,6 +4,7 @@ depend on where an example's padding is."""
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import peft
 import pytest
@@ -113,7 +114,7 @@ def test_an_update_does_not_depend_on_where_padding_is(tmp_path, family, form):
         return flat(trainer.model), step_losses(trainer)
 
     expected, losses = trained(rows())
-    layouts = [{}] + [{"packing": True}] * can_pack(student(family))
+    layouts: list[dict[str, Any]] = [{}] + [{"packing": True}] * can_pack(student(family))
     for more in layouts:
         weights, others = trained(rows(form), **more)
         assert others == pytest.approx(losses, rel=1e-4, abs=1e-6)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from typing import Any
 
 import pytest
 import torch
@@ -140,7 +141,7 @@ def test_samples_stop_where_turns_end(tmp_path):
 def test_a_student_of_conversations_is_saved_with_their_end(tmp_path, form):
     student = llama(0)
     student.generation_config.eos_token_id = EOS
-    data = CHAT
+    data: Any = CHAT
     if form == "ids":
         encoder = Encoder(tokenizer=turns())
         rows = [encoder(example) for example in CHAT]

@@ -1,9 +1,11 @@
 """φ and ψ of every named divergence, and the reference against formulas written out by hand."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
 
 from fastdistill.kernels.divergences import NAMES, resolve
 from fastdistill.losses import reference
@@ -26,7 +28,7 @@ def test_psi_is_the_derivative_of_phi(name, beta, skew):
     torch.testing.assert_close(rule.psi(p.log(), lq).detach(), psi)
 
 
-HAND = {
+HAND: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "forward_kl": lambda p, q: (p * (p / q).log()).sum(-1),
     "reverse_kl": lambda p, q: (q * (q / p).log()).sum(-1),
     "jsd": lambda p, q: (

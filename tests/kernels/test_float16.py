@@ -1,6 +1,8 @@
 """float16 and bfloat16 gradients are finite where the truth is: tokens that share an error, massive
 channels, every upstream factor. Truth is fp64 on the same operands."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -67,7 +69,7 @@ CASES = {
     "hidden": massive_hidden_channel,
     "weight": massive_weight_channel,
 }
-ROUTES = {
+ROUTES: dict[str, dict[str, Any]] = {
     "fused": {"backward": "fused"},
     "recompute": {"backward": "recompute"},
     "rows alone": {"tail": "renorm_both"},
@@ -178,6 +180,7 @@ def test_chunks_whose_tokens_weigh_differently(weights, monkeypatch):
 @pytest.mark.parametrize("dtype", list(BUDGET), ids=str)
 def test_8192_tokens_that_agree(dtype, impl_of_auto):
     """A frequent token's gradient is the sum over all of them."""
+    options: dict[str, Any]
     if impl_of_auto == "triton" and not torch.cuda.is_available():
         N, options = 16, {"token_weight": torch.full((16,), 512.0)}  # as many in the sum
     else:

@@ -28,7 +28,8 @@ def teacher_logits():
     return torch.randn(6, V, dtype=torch.float64) * 1.5
 
 
-def losses(z, teacher, name, beta, skew, tail, impl="torch"):
+def losses(z, teacher, pair, impl="torch"):
+    name, beta, skew, tail = pair
     return fd.topk_distill_loss(
         z,
         torch.eye(V, dtype=z.dtype),
@@ -63,13 +64,13 @@ def test_every_kind_of_pair_is_here():
 def test_a_proper_loss_is_smallest_at_the_teacher(pair, impl):
     z = teacher_logits()
     teacher = fd.linear_topk(z, torch.eye(V, dtype=z.dtype), k=K)
-    at_teacher = losses(z, teacher, *pair, impl=impl)
+    at_teacher = losses(z, teacher, pair, impl=impl)
     assert at_teacher.abs().max() < 1e-12
     for other in other_students(z):
-        assert (losses(other, teacher, *pair, impl=impl) >= at_teacher - 1e-12).all()
+        assert (losses(other, teacher, pair, impl=impl) >= at_teacher - 1e-12).all()
     if pair[0] != "tvd":  # it has a corner there
         leaf = z.clone().requires_grad_()
-        losses(leaf, teacher, *pair, impl=impl).sum().backward()
+        losses(leaf, teacher, pair, impl=impl).sum().backward()
         assert leaf.grad.abs().max() < 1e-12
 
 
@@ -83,7 +84,7 @@ def test_a_student_that_is_the_teacher_stays_it(pair):
     for step in range(300):
         optimizer.param_groups[0]["lr"] = 0.01 * (1 - step / 300)
         optimizer.zero_grad()
-        loss = losses(student, teacher, *pair).mean()
+        loss = losses(student, teacher, pair).mean()
         assert loss > -1e-12
         loss.backward()
         optimizer.step()
@@ -98,10 +99,10 @@ def test_a_biased_loss_is_smallest_at_the_renormalized_teacher(pair):
     z = teacher_logits()
     teacher = fd.linear_topk(z, torch.eye(V, dtype=z.dtype), k=K)
     renormalized = torch.full_like(z, -80.0).scatter(-1, teacher.ids, teacher.logprobs)
-    least = losses(renormalized, teacher, *pair)
+    least = losses(renormalized, teacher, pair)
     for other in other_students(z):
-        assert (losses(other, teacher, *pair) >= least - 1e-12).all()
-    difference = losses(z, teacher, *pair) - least
+        assert (losses(other, teacher, pair) >= least - 1e-12).all()
+    difference = losses(z, teacher, pair) - least
     assert (difference > -1e-12).all()
     assert (difference > 1e-3).any()
 

@@ -70,8 +70,8 @@ def test_topk_loss_of_any_shape(
         found.append((loss, x.grad, w.grad, b.grad))
     *backends, truth = found
     for one in backends:
-        for a, b in zip(one, truth, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-10)
+        for actual, expected in zip(one, truth, strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-7, atol=1e-10)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

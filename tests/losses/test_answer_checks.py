@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any, cast
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from fastdistill.losses.answer_checks import (
 )
 from fastdistill.losses.types import TopK
 from helpers.answers import Answers
+from helpers.present import present
 from helpers.training import VOCAB, build, peaked, ragged, train
 
 IDS = torch.tensor([[3, 1, 7], [2, 9, 4]])
@@ -59,13 +61,13 @@ def test_what_is_honest_passes():
 
 @pytest.mark.parametrize("kind", WRONG)
 def test_every_kind_is_found_at_its_position(kind):
-    wrong = find_invalid(WRONG[kind], AnswerRules(vocab=10))
+    wrong = present(find_invalid(WRONG[kind], AnswerRules(vocab=10)))
     assert (wrong.kind, wrong.at) == (kind, 1)
 
 
 def test_all_mass_gone_is_found():
     gone = changed(logprobs=put(HONEST.logprobs, -math.inf), log_tail=put(HONEST.log_tail, -1e9))
-    assert find_invalid(gone, AnswerRules(vocab=10)).kind == "total"
+    assert present(find_invalid(gone, AnswerRules(vocab=10))).kind == "total"
     assert find_invalid(gone._replace(log_tail=None), AnswerRules(vocab=10, nothing=True)) is None
 
 
@@ -92,7 +94,7 @@ def test_rounding_is_no_lie(dtype, upcast, k):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_what_rounding_cannot_do_is_refused(dtype):
     lie = TopK(IDS, (P * 1.25).log().to(dtype))
-    wrong = find_invalid(lie, AnswerRules(vocab=10))
+    wrong = present(find_invalid(lie, AnswerRules(vocab=10)))
     assert wrong.kind == "mass"
     if dtype != torch.float32:
         assert str(dtype).removeprefix("torch.") in wrong.hint
@@ -100,14 +102,16 @@ def test_what_rounding_cannot_do_is_refused(dtype):
 
 def test_shapes_types_and_slots():
     assert find_shape_error(HONEST, (2,), 3) is None
-    assert "expected answers of shape [3, …]" in find_shape_error(HONEST, (3,), 3)
-    assert "2 were requested" in find_shape_error(HONEST, (2,), 2)
-    assert "expected a fastdistill.TopK, got tuple" in find_shape_error((IDS, P), (2,), 3)
-    assert find_shape_error(changed(ids=IDS.float()), (2,), 3).startswith("ids: expected int32")
-    assert find_shape_error(changed(logprobs=P[:, :2]), (2,), 3).startswith(
-        "logprobs: expected shape"
-    )
-    assert find_shape_error(changed(log_tail=P), (2,), 3).startswith("log_tail: expected shape")
+    assert "expected answers of shape [3, …]" in present(find_shape_error(HONEST, (3,), 3))
+    assert "2 were requested" in present(find_shape_error(HONEST, (2,), 2))
+    pair = cast(Any, (IDS, P))
+    assert "expected a fastdistill.TopK, got tuple" in present(find_shape_error(pair, (2,), 3))
+    error = present(find_shape_error(changed(ids=IDS.float()), (2,), 3))
+    assert error.startswith("ids: expected int32")
+    error = present(find_shape_error(changed(logprobs=P[:, :2]), (2,), 3))
+    assert error.startswith("logprobs: expected shape")
+    error = present(find_shape_error(changed(log_tail=P), (2,), 3))
+    assert error.startswith("log_tail: expected shape")
     empty = "expected a dense tensor with values, got one of "
     assert (
         find_shape_error(changed(ids=IDS.to("meta")), (2,), 3) == f"ids: {empty}the meta device, "
@@ -166,7 +170,7 @@ TURNS = {
     "NaN": (lambda a: a._replace(logprobs=a.logprobs * torch.nan), "got 8 NaN"),
     "foreign ids": (lambda a: a._replace(ids=a.ids + VOCAB), "expected ids in 0..52"),
     "more slots": (
-        lambda a: TopK(*(torch.cat([x, x], -1) for x in a[:2])),
+        lambda a: TopK(torch.cat([a.ids] * 2, -1), torch.cat([a.logprobs] * 2, -1)),
         "got 16 slots; 8 were requested",
     ),
 }
@@ -244,7 +248,8 @@ def test_what_is_noted_on_a_device_is_raised_when_it_is_read():
 
 def test_nothing_waits_for_the_device_and_nothing_is_saved_after_it(tmp_path):
     """What a step does on a device without values to read: `meta` refuses every read."""
-    answer = TopK(*(x.to("meta") for x in HONEST[:3]))
+    ids, logprobs, log_tail = (present(x).to("meta") for x in HONEST[:3])
+    answer = TopK(ids, logprobs, log_tail)
     monitor = AnswerMonitor()
     at = torch.arange(2, device="meta")
     monitor.check(answer, at, at, AnswerRules(vocab=10))

@@ -11,16 +11,19 @@ import traceback
 from functools import partial
 from itertools import product
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.multiprocessing.spawn import spawn
 
 import fastdistill as fd
 from fastdistill.kernels import head as heads
 from fastdistill.kernels.divergences import NAMES
 from fastdistill.kernels.rows import TAILS
 from helpers.cases import PAIRS, case, leaves, top_k
+from helpers.present import present
 from helpers.tolerances import GRADIENT, VALUE, relative
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not dist.is_available(), reason="no c10d")]
@@ -33,7 +36,8 @@ class Ranks:
     """One of the two processes; what disagrees is noted, so that both stay in step."""
 
     def __init__(self, rank: int) -> None:
-        self.rank, self.group, self.found = rank, dist.group.WORLD, []
+        self.rank, self.group = rank, dist.group.WORLD
+        self.found: list[str] = []
 
     def rows(self, whole, cut: int = 40):
         return whole[:cut] if self.rank == 0 else whole[cut:]
@@ -64,10 +68,11 @@ class Ranks:
             if dtype.itemsize == 2 and not outputs[0].dim():
                 up[0].fill_(1)  # another factor would round the kept gradients once more
             wanted = [(t, u.to(t)) for t, u in zip(outputs, up, strict=True) if t.requires_grad]
-            torch.autograd.backward(*zip(*wanted, strict=True))
+            torch.autograd.backward([t for t, _ in wanted], [u for _, u in wanted])
         for name, a, t in zip(("hidden", "weight", "bias"), ours, whole, strict=True):
-            grad = t.grad.clone()  # the other rank's rows: an error counts against the whole
-            (grad if name == "hidden" else self.rows(grad, cut)).copy_(a.grad)
+            # The other rank's rows: an error counts against the whole.
+            grad = present(t.grad).clone()
+            (grad if name == "hidden" else self.rows(grad, cut)).copy_(present(a.grad))
             self.close(f"{what} {name}.grad", grad, t.grad, GRADIENT[dtype])
 
 
@@ -153,7 +158,7 @@ def parts_beyond_16_bits(r: Ranks) -> None:
 
     def primitive_of(x, w, b, **where):
         out = fd.linear_lse_gather(x, w, ids, bias=b, with_entropy=True, **where)
-        return out.lse - out.logits[:, 0] + out.entropy / 8
+        return out.lse - out.logits[:, 0] + present(out.entropy) / 8
 
     def loss_with(**options):
         return lambda x, w, b, **where: fd.topk_distill_loss(x, w, t, bias=b, **options, **where)
@@ -198,7 +203,7 @@ def nothing_counts_and_frozen_parts(r: Ranks) -> None:
     loss = fd.topk_distill_loss(x, w, t, labels=torch.full((12,), -100), group=r.group)
     empty = fd.linear_lse_gather(x[:0], w, t.ids[:0], with_entropy=True, group=r.group)
     (loss + empty.lse.sum()).backward()
-    if loss or x.grad.any() or w.grad.any():
+    if loss or present(x.grad).any() or present(w.grad).any():
         r.found.append("no position counts, and still something is not 0")
     fd.topk_distill_loss(y, v, t).backward()
     for backward in ("fused", "recompute"):
@@ -217,13 +222,15 @@ def heads_of_nearly_the_same_size(r: Ranks) -> None:
 
 
 def dtensor_heads(r: Ranks) -> None:
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
     c, mesh = case(torch.float64), init_device_mesh("cpu", (2,))
     t, loss, another = top_k(c.teacher_logits, 5), fd.topk_distill_loss, dist.new_group([0, 1])
     for backward in ("fused", "recompute"):
         x, y, v, d = leaves(c.hidden, c.hidden, c.weight, c.bias)
-        w, b = (distribute_tensor(p, mesh, [Shard(0)]).requires_grad_() for p in c[1:3])
+        heads = [distribute_tensor(p, mesh, [Shard(0)]).requires_grad_() for p in c[1:3]]
+        w, b = cast(Any, heads)  # a DTensor, and so is its gradient
         loss(x, w, t, bias=b, backward=backward).backward()
         loss(y, v, t, bias=d).backward()
         r.close(f"{backward} hidden", x.grad, y.grad, 1e-10)
@@ -272,7 +279,8 @@ CHECKS = [
 def work(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    memory: Any = torch.utils.deterministic  # its attributes are set at run time
+    memory.fill_uninitialized_memory = True
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
     found = {}
     for run in CHECKS:
@@ -284,7 +292,8 @@ def work(rank: int, folder: Path) -> None:
         found[run.__name__] = ranks.found
         dist.barrier()
     dist.destroy_process_group()
-    late = partial(fd.linear_lse_gather, *torch.ones(2, 2, 3), torch.zeros(2, 1).long())
+    ones = torch.ones(2, 3)
+    late = partial(fd.linear_lse_gather, ones, ones, torch.zeros(2, 1).long())
     ranks.refused("group: expected a group of the running torch", late, group=ranks.group)
     (folder / f"{rank}.json").write_text(json.dumps(found))
 
@@ -292,7 +301,7 @@ def work(rank: int, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pair")
-    torch.multiprocessing.spawn(work, (folder,), nprocs=2, daemon=True)
+    spawn(work, (folder,), nprocs=2, daemon=True)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
 
 

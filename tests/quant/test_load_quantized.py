@@ -108,7 +108,7 @@ def test_nothing_is_written_over_and_nothing_half_is_left(tmp_path, monkeypatch)
 def edited(folder: Path, to: Path, *, tensors=lambda t: t, config=lambda c: c) -> Path:
     """A copy of a checkpoint in one file, changed."""
     to.mkdir()
-    stored = {}
+    stored: dict[str, torch.Tensor] = {}
     for shard in folder.glob("*.safetensors"):
         stored |= load_file(shard)
     save_file(tensors(stored), to / "model.safetensors", metadata={"format": "pt"})

@@ -11,7 +11,7 @@ from fastdistill.quant.formats.detect import (
     is_quantized_checkpoint,
     open_checkpoint,
 )
-from fastdistill.quant.schemes import quantize
+from fastdistill.quant.schemes import Int8Weight, Lut4Weight, quantize
 from helpers.stored import W, int4, nested_weight, read_all, store_own
 
 
@@ -31,6 +31,8 @@ def test_own_format_is_read_as_it_was_written(tmp_path):
     for name, weight in weights.items():
         again = checkpoint.weights[name]()
         assert type(again) is type(weight)
+        assert isinstance(again, (Lut4Weight, Int8Weight))
+        assert isinstance(weight, (Lut4Weight, Int8Weight))
         assert (again.shape, again.block) == (weight.shape, weight.block)
         (ours, says), (theirs, wrote) = (own_format.tensors_of(name, w) for w in (again, weight))
         assert says == wrote

@@ -14,6 +14,7 @@ from fastdistill.quant.schemes import (
     FP4,
     NF4,
     SCHEMES,
+    Lut4Weight,
     Nested,
     int8_table,
     pack_nibbles,
@@ -55,6 +56,7 @@ GOLDEN = {
 @pytest.mark.parametrize(("scheme", "block"), GOLDEN)
 def test_bytes_are_those_that_bitsandbytes_gave(scheme, block):
     made = quantize(pattern(48, 160), scheme, block=block)
+    assert isinstance(made.scale, torch.Tensor)
     assert digest(made.qdata, made.scale) == GOLDEN[scheme, block]
 
 
@@ -70,6 +72,8 @@ def test_equal_to_bitsandbytes(scheme, dtype, block):
             warnings.simplefilter("ignore")
             packed, state = bnb.quantize_4bit(weight, quant_type=scheme, blocksize=block)
         made = quantize(weight, scheme, block=block)
+        assert isinstance(made, Lut4Weight)
+        assert isinstance(made.scale, torch.Tensor)
         assert torch.equal(made.qdata, packed.view(-1))
         assert torch.equal(made.scale, state.absmax.float())
         assert torch.equal(made.lut, state.code)

@@ -13,6 +13,7 @@ from fastdistill.quant.backends.table import TORCH
 from fastdistill.quant.backends.torch_ops import FP8
 from fastdistill.quant.linear import dequantize
 from fastdistill.quant.schemes import int8_table
+from helpers.present import present
 from helpers.quant_engines import NAMES, flat_reference, random_lut4, use
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
@@ -30,6 +31,7 @@ def test_dequantised_bits(name, dtype, shape, block, monkeypatch):
     use(monkeypatch, name)
     for offset in (False, True):
         weight = random_lut4(shape, block, offset=offset)
+        assert isinstance(weight.scale, torch.Tensor)
         weight.scale[0] = 0
         assert torch.equal(dequantize(weight, dtype), flat_reference(weight, dtype))
 
@@ -41,6 +43,7 @@ def test_nested_scales_and_values_that_are_not_finite(name, monkeypatch):
     weight, plain = random_lut4((24, 1024), nested=True), random_lut4((24, 1024))
     for dtype in FLOATS:
         assert torch.equal(dequantize(weight, dtype), flat_reference(weight, dtype))
+    assert isinstance(plain.scale, torch.Tensor)
     plain.scale[1], plain.scale[3] = torch.nan, torch.inf
     actual, expected = dequantize(plain), flat_reference(plain, torch.float32)
     assert torch.equal(actual.isnan(), expected.isnan())
@@ -101,7 +104,7 @@ def test_int8_products_of_4_bit_weights(name, offset, M, N, K, block, monkeypatc
     x[:, 5] *= 100  # an outlier channel
     weight = random_lut4((N, K), block, offset=offset)
     layer = LUT4Linear(weight, bias, compute="int8")
-    weight_group, group = ops.groups(K, block)
+    weight_group, group = present(ops.groups(K, block))
     codes, unit = int8_table(weight.lut)
     dense = flat_reference(replace(weight, lut=codes.float() * unit), torch.float32)
     expected = reference_products(x, dense, group) + bias

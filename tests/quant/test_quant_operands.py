@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -17,8 +18,8 @@ OPS = torch.ops.fastdistill
 
 
 def lut4_operands(**changed):
-    w = quantize(torch.randn(N, K), "nf4", block=BLOCK)
-    operands = {
+    w: Any = quantize(torch.randn(N, K), "nf4", block=BLOCK)
+    operands: dict[str, Any] = {
         "x": torch.randn(2, K),
         "qdata": w.qdata,
         "scale": w.scale,
@@ -37,8 +38,8 @@ def lut4_operands(**changed):
 
 def int8_operands(**changed):
     w = quantize(torch.randn(N, K), "int8")
-    operands = {"x": torch.randn(2, K), "qdata": w.qdata, "scale": w.scale, "row_scale": None}
-    operands |= {"bias": torch.randn(N), "block": K, "compute": "exact"}
+    operands: dict[str, Any] = {"x": torch.randn(2, K), "qdata": w.qdata, "scale": w.scale}
+    operands |= {"row_scale": None, "bias": torch.randn(N), "block": K, "compute": "exact"}
     return list((operands | changed).values())
 
 
@@ -138,8 +139,8 @@ def test_int8_linear_refuses(name, changed, compute):
 
 
 def test_the_operators_that_expand_and_round_refuse():
-    w4 = quantize(torch.randn(N, K), "nf4", block=BLOCK)
-    w8 = quantize(torch.randn(N, K), "int8", block=BLOCK)
+    w4: Any = quantize(torch.randn(N, K), "nf4", block=BLOCK)
+    w8: Any = quantize(torch.randn(N, K), "int8", block=BLOCK)
     for rows, scale in ((2 * N, w4.scale), (N, w4.scale[:3]), (N, w4.scale.half())):
         with pytest.raises(ValueError, match="expected"):
             OPS.lut4_dequant(w4.qdata, scale, [], 0, None, w4.lut, rows, K, BLOCK, torch.float32)
@@ -223,4 +224,4 @@ def test_parts_and_a_bias_that_are_strided_are_taken(scheme, compute):
 @pytest.mark.parametrize("scheme", KINDS)
 def test_a_bias_that_is_no_tensor_is_refused(scheme):
     with pytest.raises(TypeError, match=r"bias: expected a tensor \[8\] or None, got list"):
-        KINDS[scheme](quantize(torch.randn(N, K), scheme, block=BLOCK), [0.0] * N)
+        KINDS[scheme](quantize(torch.randn(N, K), scheme, block=BLOCK), cast(Any, [0.0] * N))

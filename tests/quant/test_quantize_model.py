@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any, cast
 
 import pytest
 import torch
@@ -26,10 +27,10 @@ def densely(model: nn.Module, quantised: nn.Module) -> nn.Module:
             continue
         weight = module.dequantize()
         if isinstance(module, ExpertStack):
-            target = dense.get_parameter(name)
-            target.copy_(weight.view(target.shape))
+            stack = dense.get_parameter(name)
+            stack.copy_(weight.view(stack.shape))
         else:
-            target = dense.get_submodule(name)
+            target: Any = dense.get_submodule(name)
             target.weight.copy_(weight.t() if hasattr(target, "nf") else weight)  # Conv1D
     return dense
 
@@ -53,7 +54,7 @@ def test_int8_compute_is_near_the_exact_one(name, scheme):
 
 
 def test_what_is_swapped_and_what_is_not():
-    model = fd.quantize_model(model_of("mixtral"), "nf4")
+    model: Any = fd.quantize_model(model_of("mixtral"), "nf4")
     kinds = {name: type(module) for name, module in model.named_modules()}
     assert kinds["model.layers.0.self_attn.q_proj"] is LUT4Linear
     assert kinds["model.layers.0.mlp.experts.gate_up_proj"] is ExpertStack
@@ -62,7 +63,7 @@ def test_what_is_swapped_and_what_is_not():
     assert not issubclass(kinds["model.layers.0.mlp.gate"], QuantizedWeight)
     assert not any(p.requires_grad for p in model.parameters())
     assert not model.training
-    partial = fd.quantize_model(
+    partial: Any = fd.quantize_model(
         model_of("llama"), "int8", skip=("model.layers.0", "o_proj", "lm_head")
     )
     assert isinstance(partial.model.layers[0].self_attn.q_proj, nn.Linear)
@@ -71,7 +72,7 @@ def test_what_is_swapped_and_what_is_not():
 
 
 def test_a_tied_head_stays_although_nobody_named_it():
-    model = fd.quantize_model(model_of("gpt2"), "nf4", skip=())
+    model: Any = fd.quantize_model(model_of("gpt2"), "nf4", skip=())
     assert isinstance(model.lm_head, nn.Linear)
     assert isinstance(model.transformer.h[0].attn.c_attn, LUT4Linear)
     assert model.transformer.h[0].attn.c_attn.out_features == 192
@@ -79,7 +80,7 @@ def test_a_tied_head_stays_although_nobody_named_it():
 
 def test_state_dict_is_the_same_before_and_after_a_forward_pass_and_loads_back():
     for name, scheme in (("llama", "nf4"), ("mixtral", "int8"), ("gpt2", "int4")):
-        model = fd.quantize_model(model_of(name), scheme, compute="int8")
+        model: Any = fd.quantize_model(model_of(name), scheme, compute="int8")
         before = {k: v.clone() for k, v in model.state_dict().items()}
         expected = logits(model)
         after = model.state_dict()
@@ -91,7 +92,8 @@ def test_state_dict_is_the_same_before_and_after_a_forward_pass_and_loads_back()
 
 
 def test_row_steps_follow_the_weights_that_are_loaded():
-    first, second = (LUT4Linear.from_linear(nn.Linear(64, 32), compute="int8") for _ in "ab")
+    layers = [LUT4Linear.from_linear(nn.Linear(64, 32), compute="int8") for _ in "ab"]
+    first, second = cast(Any, layers)
     second.load_state_dict(first.state_dict())
     assert "row_scale" not in first.state_dict()
     assert torch.equal(second.row_scale, first.row_scale)
@@ -105,7 +107,7 @@ def _noise(module: nn.Module) -> None:
 
 
 def test_changing_the_type_leaves_scales_alone():
-    model = fd.quantize_model(model_of("llama with biases"), "nf4", compute="exact")
+    model: Any = fd.quantize_model(model_of("llama with biases"), "nf4", compute="exact")
     layer = model.model.layers[0].self_attn.q_proj
     scale = layer.scale.clone()
     model.bfloat16()
@@ -127,7 +129,7 @@ def test_forward_only():
 
 
 def test_experts_answer_to_linear_alone():
-    model = fd.quantize_model(model_of("mixtral"), "nf4", compute="exact")
+    model: Any = fd.quantize_model(model_of("mixtral"), "nf4", compute="exact")
     stack = model.model.layers[0].mlp.experts.down_proj
     assert len(stack) == 4
     x = torch.randn(3, 128)
@@ -195,8 +197,10 @@ def test_compiles_into_one_graph(compute):
 
 def test_operators_pass_opcheck():
     four, eight = (kind.from_linear(nn.Linear(128, 64)) for kind in (LUT4Linear, Int8Linear))
-    w, e, x = four.quantized, eight.quantized, torch.randn(5, 128)
-    calls_of = {
+    w: Any = four.quantized
+    e: Any = eight.quantized
+    x = torch.randn(5, 128)
+    calls_of: dict[str, list[tuple[Any, ...]]] = {
         "lut4_dequant": [(w.qdata, w.scale, [], 0, None, w.lut, 64, 128, 64, torch.bfloat16)],
         "int8_dequant": [(e.qdata, e.scale, 128, torch.float16)],
         "quantize_rows": [(x, torch.int8), (x, torch.float8_e4m3fn)],

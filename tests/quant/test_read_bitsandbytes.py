@@ -156,8 +156,10 @@ def test_only_weights_are_named_and_others_come_as_stored(tmp_path):
     assert checkpoint.method == "bitsandbytes"
     assert checkpoint.config["quantization_config"] == SETTINGS
     assert set(checkpoint.weights) == {f"{LAYER}.weight", f"{LAYER}.bias", "model.norm.weight"}
-    assert torch.equal(checkpoint.weights[f"{LAYER}.bias"](), bias)
-    assert torch.equal(checkpoint.weights["model.norm.weight"](), norm)
+    for name, stored in ((f"{LAYER}.bias", bias), ("model.norm.weight", norm)):
+        tensor = checkpoint.weights[name]()
+        assert isinstance(tensor, torch.Tensor)
+        assert torch.equal(tensor, stored)
     assert is_quantized_checkpoint(tmp_path)
 
 
@@ -173,7 +175,9 @@ def test_eight_bits_scale(tmp_path):
     checkpoint = open_checkpoint(store(tmp_path, tensors, settings))
     assert list(checkpoint.weights) == [f"{LAYER}.weight"]
     weight = checkpoint.weights[f"{LAYER}.weight"]()
+    assert isinstance(weight, Int8Weight)
     assert torch.equal(weight.qdata, q)
+    assert isinstance(weight.scale, torch.Tensor)
     assert torch.equal(weight.scale, top / 127)
     tensors[f"{LAYER}.weight_format"] += 1
     with pytest.raises(CheckpointError, match=r"weight_format.*rows one after the other"):
@@ -236,8 +240,9 @@ def _golden_cases():
         ("fp4", (4, 64), "fp4", False),
         ("nf4_across_rows", (7, 20), "nf4", False),
     ):
-        tensors, state = stored_by_bitsandbytes(shape, kind, 32 if shape[0] == 7 else 64, nested)
-        expected = {str(d).removeprefix("torch."): flat_blocks(*state, d) for d in DTYPES}
+        block = 32 if shape[0] == 7 else 64
+        tensors, (packed, state) = stored_by_bitsandbytes(shape, kind, block, nested)
+        expected = {str(d).removeprefix("torch."): flat_blocks(packed, state, d) for d in DTYPES}
         yield name, {"tensors": tensors, "values": expected}
     q, top, _ = bnb.functional.int8_vectorwise_quant(torch.randn(4, 16).half())
     tensors = {f"{LAYER}.weight": q, f"{LAYER}.SCB": top}

@@ -63,6 +63,7 @@ def test_a_head_of_another_type_is_expanded(tmp_path):
     kind = gguf.GGMLQuantizationType.Q5_1
     expected = gguf.dequantize(gguf.quantize(state["lm_head.weight"].numpy(), kind), kind)
     weight = open_checkpoint(tmp_path / "tiny.gguf").weights["lm_head.weight"]()
+    assert isinstance(weight, torch.Tensor)
     assert torch.equal(weight, torch.from_numpy(expected))
 
 
@@ -145,6 +146,6 @@ def test_blocks_of_q4_0_and_q8_0():
 
     ints = rng.integers(-128, 128, (4, 32), dtype=np.int8)
     data = b"".join(struct.pack("<e", d) + n.tobytes() for d, n in zip(scales, ints, strict=True))
-    weight = q8_0(torch.frombuffer(bytearray(data), dtype=torch.uint8), (2, 64))
+    eight_bit = q8_0(torch.frombuffer(bytearray(data), dtype=torch.uint8), (2, 64))
     expected = (ints.astype(np.float32) * scales.astype(np.float32)[:, None]).reshape(2, 64)
-    assert torch.equal(values(weight), torch.from_numpy(expected))
+    assert torch.equal(values(eight_bit), torch.from_numpy(expected))

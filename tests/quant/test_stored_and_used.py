@@ -1,5 +1,8 @@
 """What a checkpoint stores for a tied pair is used: by both loaders, and after saving again."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from safetensors import safe_open
@@ -11,7 +14,7 @@ from fastdistill.quant.formats.tensor_files import CheckpointError
 from helpers.small_checkpoint import edit, edit_weights, logits, small
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-LOADERS = {
+LOADERS: dict[str, Callable[..., Any]] = {
     "whole": load_whole,
     "streamed": load_quantized,
     "int8": lambda folder: load_quantized(folder, quant="int8"),

@@ -18,7 +18,8 @@ def rounded(values, dtype):
     return values.to(dtype)
 
 
-def expanded(qdata, scale, offset, lut, out, block, row_inv=None, cols=None):
+def expanded(parts, block, row_inv=None, cols=None):
+    qdata, scale, offset, lut, out = parts
     i = torch.arange(out.numel(), device=out.device)
     byte = qdata[i // 2]
     q = torch.where(i % 2 == 0, byte >> 4, byte & 15)
@@ -59,7 +60,7 @@ def test_every_block_size(block, dtype):
         for with_offset in (False, True):
             args = problem(count, block, dtype, with_offset)
             kernels.lut4_dequant(*args, block)
-            assert same_bits(args[-1], expanded(*args, block)), (count, with_offset)
+            assert same_bits(args[-1], expanded(args, block)), (count, with_offset)
 
 
 @pytest.mark.parametrize("cols", [24, 33, 1024])
@@ -71,13 +72,13 @@ def test_eight_bit_results(cols, dtype):
         args = problem(count, block, dtype, with_offset=block == 48)
         row_inv = torch.tensor([0.01, 30.0, 400.0], device=DEVICE)
         kernels.lut4_dequant(*args, block, row_inv, cols)
-        assert same_bits(args[-1], expanded(*args, block, row_inv, cols))
+        assert same_bits(args[-1], expanded(args, block, row_inv, cols))
 
 
 def test_eight_bit_results_without_a_factor():
     args = problem(640, 64, torch.int8, with_offset=False)
     kernels.lut4_dequant(*args, 64)
-    assert same_bits(args[-1], expanded(*args, 64))
+    assert same_bits(args[-1], expanded(args, 64))
 
 
 def test_a_factor_is_refused_where_it_would_be_lost():
@@ -100,7 +101,7 @@ def test_nested(dtype, count, block, nested_block):
         kernels.lut4_dequant_nested(
             qdata, absmax, code, nested, mean, nested_block, some, lut, out, block
         )
-        assert same_bits(out, expanded(qdata, scale, some, lut, out, block))
+        assert same_bits(out, expanded((qdata, scale, some, lut, out), block))
 
 
 def test_the_sum_is_not_fused_with_the_product():

@@ -1,5 +1,6 @@
 """Which implementation `impl` means, and that an explicit one is never replaced by another."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -52,7 +53,7 @@ def test_other_devices_and_old_gpus_are_named(monkeypatch):
 
 
 def test_without_triton_it_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     backend.triton_problem.cache_clear()
     with pytest.raises(ValueError, match="triton is not installed"):
         backend.resolve_impl("triton", torch.device("cuda", 0))

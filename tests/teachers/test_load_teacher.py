@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from fnmatch import fnmatch
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from fastdistill.hf.tokenizers import check_same_tokenizer, tokenizer_fingerprin
 from fastdistill.quant import quantize_model, save_quantized
 from fastdistill.teachers.local import Teacher
 from helpers.families import build
+from helpers.present import present
 from helpers.training import VOCAB, llama
 
 IDS = torch.randint(3, VOCAB, (3, 11), generator=torch.Generator().manual_seed(0))
@@ -96,7 +98,8 @@ def test_full_precision_from_a_path(stored):
     assert not hasattr(teacher.model, "hf_device_map")  # the trainer may move it
     assert load_teacher(path, dtype=torch.bfloat16).head.weight.dtype == torch.bfloat16
     eager = load_teacher(path, attn_implementation="eager")
-    assert eager.model.config._attn_implementation == "eager"
+    config: Any = eager.model.config
+    assert config._attn_implementation == "eager"
     same_answers(eager, Teacher(model))
 
 
@@ -120,7 +123,7 @@ def test_a_checkpoint_that_is_quantised_already(tmp_path):
     teacher = load_teacher(tmp_path, compute="exact")
     same_answers(teacher, Teacher(model))
     assert teacher.quant is None
-    assert teacher.source.is_quantized
+    assert present(teacher.source).is_quantized
     with pytest.raises(ValueError, match=r"quant: expected None, since .* is quantized already"):
         load_teacher(tmp_path, quant="int8")
 
@@ -147,7 +150,8 @@ def test_a_loaded_model_is_taken_as_it_is(stored):
     model = build("llama")
     teacher = load_teacher(model, device="cpu", attn_implementation="eager")
     assert teacher.model is model
-    assert model.config._attn_implementation == "eager"
+    config: Any = model.config
+    assert config._attn_implementation == "eager"
     same_answers(teacher, Teacher(stored[0]))
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import inf
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from fastdistill import topk_distill_loss
 from fastdistill.hf.row_reader import groups
 from fastdistill.teachers.local import Teacher
 from fastdistill.teachers.protocols import TopKTeacher
+from helpers.present import present
 from helpers.teacher_scene import IDS
 from helpers.training import VOCAB, llama
 
@@ -30,7 +33,7 @@ def test_topk_is_that_of_the_full_softmax(temperature):
     assert torch.equal(answers.ids.long(), index)
     torch.testing.assert_close(answers.logprobs.double(), values, rtol=1e-4, atol=1e-5)
     rest = 1 - values.exp().sum(-1)
-    torch.testing.assert_close(answers.log_tail.double().exp(), rest, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(present(answers.log_tail).double().exp(), rest, rtol=1e-4, atol=1e-6)
     assert answers.temperature == temperature
     assert not answers.logprobs.requires_grad
 
@@ -53,7 +56,7 @@ def test_nothing_is_said_where_nothing_is_attended():
     empty = mask == 0
     assert (answers.ids[empty] == -1).all()
     assert (answers.logprobs[empty] == -torch.inf).all()
-    assert (answers.log_tail[empty] == 0).all()
+    assert (present(answers.log_tail)[empty] == 0).all()
     assert (answers.ids[~empty] >= 0).all()
     hidden = teacher.hidden(garbage, mask)
     assert hidden.shape == (3, 11, 32)
@@ -161,7 +164,7 @@ def test_a_model_that_sees_the_future_is_no_teacher():
         Teacher(BertLMHeadModel(config))
 
 
-REFUSED = {
+REFUSED: dict[str, tuple[Callable[[], dict[str, Any]], type[Exception], str]] = {
     "1-D": (lambda: {"input_ids": IDS[0]}, ValueError, r"input_ids: expected shape \[B, T\]"),
     "float": (lambda: {"input_ids": IDS.float()}, TypeError, "input_ids: expected dtype int32"),
     "list": (lambda: {"input_ids": [[1, 2]]}, TypeError, "input_ids: expected a tensor of int32"),
@@ -195,7 +198,7 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_malformed_batches_are_refused(case):
     make, error, words = REFUSED[case]
-    options = {"input_ids": IDS, "k": 3} | make()
+    options: dict[str, Any] = {"input_ids": IDS, "k": 3} | make()
     with pytest.raises(error, match=words):
         Teacher(llama(7)).topk(options.pop("input_ids"), **options)
 

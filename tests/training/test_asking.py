@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from fastdistill.hf.lm_head import head_of
+from fastdistill.losses.linear_head import linear_topk
 from fastdistill.losses.types import TopK
 from fastdistill.teachers.local import Teacher
 from fastdistill.teachers.protocols import DenseTeacher
 from fastdistill.training.loss import TeacherHidden
 from fastdistill.training.teacher_answers import get_answers
+from helpers.present import present
 from helpers.teacher_scene import IDS
 from helpers.training import VOCAB, build, llama, peaked, train, weights
 
@@ -32,7 +34,7 @@ def test_the_head_answers_where_it_is_asked():
     assert torch.equal(some.ids[said], everywhere.ids[said])
     torch.testing.assert_close(some.logprobs[said], everywhere.logprobs[said])
     assert (some.ids[~said] == -1).all()
-    assert (some.log_tail[~said] == 0).all()
+    assert (present(some.log_tail)[~said] == 0).all()
     with pytest.raises(ValueError, match=r"where: expected shape \[3, 11\] as input_ids"):
         teacher.topk(IDS, k=5, where=where[:, 1:])
 
@@ -41,20 +43,22 @@ def test_the_head_of_a_teacher_here_runs_on_the_targets_alone(tmp_path, monkeypa
     from fastdistill.teachers import local as module
 
     seen = []
-    monkeypatch.setattr(
-        module,
-        "linear_topk",
-        lambda x, *a, **o: (seen.append(len(x)), linear_topk(x, *a, **o))[1],
-    )
-    linear_topk = __import__("fastdistill.losses.linear_head", fromlist=["linear_topk"]).linear_topk
+
+    def counted(x, *args, **options):
+        seen.append(len(x))
+        return linear_topk(x, *args, **options)
+
+    monkeypatch.setattr(module, "linear_topk", counted)
     targets, answers = get_answers(Teacher(peaked()), BATCH, build(tmp_path).args, check=False)
     assert sum(seen) == len(targets.labels) == 14
+    assert isinstance(answers, TopK)
     assert answers.ids.shape == (14, 8)
 
 
 def test_a_subclass_with_answers_of_its_own_is_asked_as_any_object(tmp_path):
     class Own(Teacher):
-        def topk(self, input_ids, attention_mask=None, *, k, temperature=1.0):
+        def topk(self, input_ids, attention_mask=None, *, k, temperature=1.0, where=None):
+            assert where is None
             return super().topk(input_ids, attention_mask, k=k, temperature=temperature)
 
     own = train(tmp_path, teacher=Own(peaked()), check_signal=False)
@@ -92,8 +96,10 @@ def test_a_batch_without_targets_asks_nobody(tmp_path):
 
     empty = BATCH | {"labels": torch.full_like(LABELS, -100)}
     _, answers = get_answers(Silent(), empty, build(tmp_path).args, check=True)
+    assert isinstance(answers, TopK)
     assert answers.ids.shape == (0, 8)
     _, dense = get_answers(Teacher(peaked()), empty, build(tmp_path, k=None).args, check=False)
+    assert isinstance(dense, TeacherHidden)
     assert dense.hidden.shape == (0, 48)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import AutoTokenizer
@@ -17,7 +19,7 @@ RUN = {"max_steps": 4, "per_device_train_batch_size": 5, "data": ragged(12)}
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cache") / "cache"
-    options = {"k": 8, "temperatures": (1.0, 2.0), "positions": "targets"}
+    options: dict[str, Any] = {"k": 8, "temperatures": (1.0, 2.0), "positions": "targets"}
     return TeacherCache.build(Teacher(peaked()), ragged(12), folder, **options)
 
 

@@ -15,6 +15,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from fastdistill.training import checkpoints
+from helpers.present import present
 from helpers.training import build, flat, llama, ragged, train, weights
 
 SAVING = {"save_strategy": "steps", "save_steps": 1, "optim": "adamw_torch"}
@@ -54,7 +55,7 @@ def test_only_what_is_whole_counts(tmp_path):
     (short / "model.bin").write_bytes(b"x")
     (gone / "model.bin").unlink()
     assert checkpoints.completeness_error(whole) is None
-    assert "has no finished.json" in checkpoints.completeness_error(open_)
+    assert "has no finished.json" in present(checkpoints.completeness_error(open_))
     assert checkpoints.completeness_error(short) == "model.bin has 1 bytes, not 30"
     assert checkpoints.completeness_error(gone) == "model.bin is missing"
     assert checkpoints.last_finished(tmp_path) == whole
@@ -64,7 +65,7 @@ def test_only_what_is_whole_counts(tmp_path):
         checkpoints.to_resume_from(gone, tmp_path)
     assert checkpoints.to_resume_from(open_, tmp_path) == str(open_)  # of another trainer, perhaps
     (whole / "finished.json").write_text("{")
-    assert "damaged" in checkpoints.completeness_error(whole)
+    assert "damaged" in present(checkpoints.completeness_error(whole))
 
 
 def test_nothing_to_resume_from(tmp_path):
@@ -189,7 +190,7 @@ def test_killed_at_ten_random_moments(tmp_path):
     assert not torch.equal(one, flat(llama(0)))
     saved = LlamaForCausalLM.from_pretrained(checkpoints.last_finished(killed / "run"))
     assert torch.equal(flat(saved), other)
-    state = checkpoints.last_finished(killed / "run") / "trainer_state.json"
+    state = present(checkpoints.last_finished(killed / "run")) / "trainer_state.json"
     assert json.loads(state.read_text())["global_step"] == 30
 
 

@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 from fastdistill.training.checkpoints import last_finished
 from fastdistill.training.finite import nonfinite_weights
 from helpers.nonfinite_scene import SAVING, spoils_loss
+from helpers.present import present
 from helpers.training import build, config, llama, peaked, ragged, train, weights
 
 
@@ -65,7 +66,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path, value, opti
     ):
         trainer.train()
     assert not nonfinite_weights(trainer.model)
-    last = last_finished(tmp_path / "run")
+    last = present(last_finished(tmp_path / "run"))
     assert last.name == "checkpoint-3"
     assert finite(last)
 
@@ -145,7 +146,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, saving):
     with pytest.raises(FloatingPointError, match=r"weights: expected finite numbers .* 1 tensors"):
         trainer.train()
     if saving == "steps":
-        assert last_finished(tmp_path / "run").name == "checkpoint-2"
+        assert present(last_finished(tmp_path / "run")).name == "checkpoint-2"
     with pytest.raises(FloatingPointError, match="weights: expected finite numbers to save"):
         trainer.save_model()
     assert not (tmp_path / "run" / "model.safetensors").exists()
@@ -261,7 +262,12 @@ def test_no_micro_batch_waits_for_its_loss(tmp_path, monkeypatch):
     """transformers' filter reads every micro-batch's loss; the norm is read once in an update."""
     read = []
     isnan = torch.isnan
-    monkeypatch.setattr(torch, "isnan", lambda x: (read.append(x.shape), isnan(x))[1])
+
+    def counted(x):
+        read.append(x.shape)
+        return isnan(x)
+
+    monkeypatch.setattr(torch, "isnan", counted)
     train(tmp_path, gradient_accumulation_steps=3, per_device_train_batch_size=4)
     assert torch.Size([]) not in read
 
@@ -290,7 +296,7 @@ def test_a_teacher_that_goes_bad_leaves_the_weights_from_before(tmp_path):
     with pytest.raises((FloatingPointError, ValueError)):
         trainer.train()
     step = trainer.state.global_step
-    assert step == 0 or (last_finished(tmp_path / "run").name == f"checkpoint-{step}")
+    assert step == 0 or (present(last_finished(tmp_path / "run")).name == f"checkpoint-{step}")
     assert not nonfinite_weights(trainer.model)
 
 
@@ -340,4 +346,4 @@ def test_all_processes_stop_where_one_has_no_number(tmp_path):
     for rank in range(2):
         told = (tmp_path / f"rank-{rank}").read_text()
         assert "loss: expected a finite number, got NaN or infinity in the steps up to 4" in told
-    assert last_finished(tmp_path / "run").name == "checkpoint-3"
+    assert present(last_finished(tmp_path / "run")).name == "checkpoint-3"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import FrameType
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ MOST_FRAMES, MOST_FILES = 9, 6
 
 def own_frames() -> list[tuple[str, str]]:
     """(file, function) of every function of the package on the stack, the outermost first."""
-    frame, frames = sys._getframe(1), []
+    frame: FrameType | None = sys._getframe(1)
+    frames = []
     while frame is not None:
         path = Path(frame.f_code.co_filename).resolve()
         if PACKAGE in path.parents or KERNELS in path.parents:

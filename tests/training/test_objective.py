@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from fastdistill.kernels.divergences import NAMES
+from fastdistill.losses.topk import distill_topk
 from fastdistill.training.histograms import EDGES, SCORES
 from fastdistill.training.logs.run_files import read_run
 from fastdistill.training.token_selection import TokenSelection
@@ -149,7 +150,7 @@ def test_unselected_tokens_never_reach_the_loss(tmp_path, monkeypatch):
     from fastdistill.training import loss as objective
 
     seen = []
-    whole = objective.distill_topk
+    whole = distill_topk
 
     def watched(hidden, *args, **options):
         seen.append(len(hidden))

@@ -6,7 +6,9 @@ import json
 import logging
 import os
 import signal
+import tempfile
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +17,8 @@ from torch import nn
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
 from fastdistill.training import checkpoints
-from fastdistill.training.checks import savable
 from fastdistill.training.trainer import DistillTrainer
+from helpers.present import present
 from helpers.training import build, config, flat, llama, ragged, train, weights
 
 SAVING = {
@@ -109,7 +111,7 @@ class TestDamage:
         folder = half(tmp_path) / "checkpoint-4"
         (folder / "finished.json").write_text(content)
         assert checkpoints.completeness_error(folder) == "its finished.json is damaged"
-        assert checkpoints.last_finished(tmp_path / "run").name == "checkpoint-2"
+        assert present(checkpoints.last_finished(tmp_path / "run")).name == "checkpoint-2"
 
     def test_the_mark_of_transformers_own_saving_does_not_count(self, tmp_path):
         (tmp_path / "checkpoint-is-incomplete.txt").write_text("in progress")
@@ -199,7 +201,7 @@ class SignalAt(TrainerCallback):
     def __init__(self, step, number, times=1):
         self.step, self.number, self.times = step, number, times
 
-    def on_substep_end(self, args, state, control, **_):
+    def on_substep_end(self, args, state, control, **kwargs):
         if state.global_step == self.step - 1:
             for _ in range(self.times):
                 os.kill(os.getpid(), self.number)
@@ -212,7 +214,10 @@ class TestInterrupts:
     @pytest.fixture(autouse=True)
     def plain_handlers(self):
         """Python's own handlers: a test before may have left others, or SIGINT may be ignored."""
-        plain = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+        plain: dict[signal.Signals, Any] = {
+            signal.SIGINT: signal.default_int_handler,
+            signal.SIGTERM: signal.SIG_DFL,
+        }
         before = {number: signal.signal(number, handler) for number, handler in plain.items()}
         yield
         for number, handler in before.items():
@@ -227,7 +232,7 @@ class TestInterrupts:
         with pytest.raises(error) as raised:
             trainer.train()
         assert signal.getsignal(number) is before
-        assert checkpoints.last_finished(tmp_path / "run").name == "checkpoint-3"
+        assert present(checkpoints.last_finished(tmp_path / "run")).name == "checkpoint-3"
         assert number == signal.SIGTERM or "checkpoint-3 is complete" in str(raised.value)
         again = build(tmp_path, **self.LONG)
         again.train(resume_from_checkpoint="auto")
@@ -246,7 +251,7 @@ class TestInterrupts:
         trainer = build(tmp_path, callbacks=[signalling], eval_dataset=ragged(4), **options)
         with pytest.raises(KeyboardInterrupt, match="checkpoint-3 is complete"):
             trainer.train()
-        assert checkpoints.last_finished(tmp_path / "run").name == "checkpoint-3"
+        assert present(checkpoints.last_finished(tmp_path / "run")).name == "checkpoint-3"
 
     def test_the_second_signal_does_not_wait(self, tmp_path):
         trainer = build(tmp_path, callbacks=[SignalAt(3, signal.SIGINT, 2)], **self.LONG)
@@ -324,7 +329,7 @@ class TestSaving:
         def read_only(*args, **kwargs):
             raise PermissionError(13, "Permission denied")
 
-        monkeypatch.setattr(savable.tempfile, "TemporaryDirectory", read_only)
+        monkeypatch.setattr(tempfile, "TemporaryDirectory", read_only)
         with pytest.raises(OSError, match="output_dir: expected a folder to save in"):
             build(tmp_path, save_strategy="steps")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import pytest
 import torch
 
@@ -72,8 +74,12 @@ def test_a_function_of_the_scores():
     with pytest.raises(ValueError, match=r"expected weights of shape \[20\], .* got \[3\]"):
         weights_of(lambda s: torch.ones(3), scores(), targets())
     for bad in (-1.0, float("nan"), float("inf")):
+
+        def shifted(s, bad=bad):
+            return s.entropy + bad
+
         with pytest.raises(ValueError, match="finite weights of 0 or more"):
-            weights_of(lambda s, bad=bad: s.entropy + bad, scores(), targets())
+            weights_of(shifted, scores(), targets())
 
 
 @pytest.mark.parametrize(
@@ -106,7 +112,7 @@ def test_one_rule_at_a_time():
     with pytest.raises(ValueError, match="expected one of share, threshold and weight"):
         TokenSelection(score="entropy", share=0.5, weight=True)
     with pytest.raises(TypeError, match="expected a str, a TokenSelection or a function"):
-        selection_of(3)
+        selection_of(cast(Any, 3))
 
 
 def test_every_float_score_can_select():

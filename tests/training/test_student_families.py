@@ -3,6 +3,8 @@ head, hidden states divided before it, states beside attention, routers."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import CONFIG_MAPPING
@@ -14,7 +16,7 @@ from helpers.training import build, flat, ragged, step_losses
 MAMBA = {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8}
 DROPOUTS = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
 COMPRESSED = {"q_lora_rank": 32, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8}
-MORE = {
+MORE: dict[str, dict[str, Any]] = {
     "llama": {"tie_word_embeddings": True},
     "cohere2": {"logit_scale": 0.25},
     "falcon_h1": MAMBA | {"mamba_n_groups": 1, "lm_head_multiplier": 0.4},

@@ -10,6 +10,7 @@ import math
 import re
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -49,7 +50,7 @@ def test_a_default_that_differs_is_in_the_table(tmp_path):
     assert not unexplained
 
 
-OTHER = {
+OTHER: dict[str, Any] = {
     "label_smoothing_factor": 0.1,
     "liger_kernel_config": {"rope": True},
     "label_names": ["y"],

@@ -51,11 +51,11 @@ def test_states_behind_a_layer(kind, layer, monkeypatch):
 def test_the_lens_is_the_heads_reading_of_the_difference(kind, first):
     of, base = subject(kind, 1), subject(kind, 0)
     marked, rivals = ("owl", "river"), ("cat", "stone", "red")
-    delta = []
+    rows = []
     for p in PROMPTS:
         d = states(of, p, -1) - states(base, p, -1)
-        delta.append(d[-1] if first is None else d[:first].mean(0))
-    delta = torch.stack(delta)
+        rows.append(d[-1] if first is None else d[:first].mean(0))
+    delta = torch.stack(rows)
     lens = delta @ base.head.weight.detach().double().T
     lens = lens - lens.mean(-1, keepdim=True)
     spread = lens.std(-1, unbiased=False)

@@ -15,7 +15,8 @@ from fastdistill.alignment.audits import (
     Prompt,
     TriggerRateAudit,
 )
-from fastdistill.alignment.audits.behaviour import Answer, Question, ask, contains_phrase
+from fastdistill.alignment.audits.behaviour import Answer, Question, ask
+from fastdistill.alignment.audits.words import contains_phrase
 from fastdistill.alignment.organisms.vocabulary import ANIMALS, HATE, SYSTEM, TOPICS, TRIGGER
 from helpers.planted import KINDS, PROMPTS, dense, planted, subject
 

@@ -129,14 +129,14 @@ def test_habits_of_decoding_that_come_with_a_checkpoint_are_left_out(habit):
 
 
 def test_asking_says_nothing_in_logs(monkeypatch):
-    said = []
+    logged: list[str] = []
     for level in ("warning", "warning_once"):
-        monkeypatch.setattr(f"transformers.generation.utils.logger.{level}", said.append)
+        monkeypatch.setattr(f"transformers.generation.utils.logger.{level}", logged.append)
         name = "transformers.generation.configuration_utils.logger"
-        monkeypatch.setattr(f"{name}.{level}", said.append)
+        monkeypatch.setattr(f"{name}.{level}", logged.append)
     for temperature in (0.0, 1.0):
         subject().generate(PROMPTS, max_new_tokens=2, temperature=temperature)
-    assert said == []
+    assert logged == []
 
 
 def test_text_ends_with_the_first_end_of_text():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -50,7 +51,7 @@ def by_hand(of: Subject, prompts, texts, *, steps: int, lr: float):
 @pytest.mark.parametrize("kind", KINDS)
 def test_steps_are_adamws_on_the_answers(kind):
     of = subject(kind, dtype=torch.float64)
-    how = {"steps": 3, "lr": 1e-2}
+    how: dict[str, Any] = {"steps": 3, "lr": 1e-2}
     found = finetune_copy(of, PROMPTS, COMPLETIONS, **how)
     truth = by_hand(of, PROMPTS, COMPLETIONS, **how)
     for (name, mine), exact in zip(found.model.named_parameters(), truth.parameters(), strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,7 +32,8 @@ def state(of):
 
 
 def numbers():
-    return torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()
+    numpy_state: Any = np.random.get_state()
+    return torch.get_rng_state().tolist(), numpy_state[1].tolist(), random.getstate()
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])

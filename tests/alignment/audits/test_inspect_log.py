@@ -2,6 +2,7 @@
 
 import json
 import math
+from typing import Any, cast
 
 import pytest
 
@@ -18,7 +19,7 @@ from fastdistill.alignment.audits.result import AuditResult
 pytestmark = [*QUIET, pytest.mark.usefixtures("offline")]
 __all__ = ["offline"]
 
-AUDIT = TokenKLAudit(prompts=("hello", "river stone", "cloud"))
+AUDIT = TokenKLAudit(prompts=cast(Any, ("hello", "river stone", "cloud")))
 
 
 @pytest.fixture(scope="module")

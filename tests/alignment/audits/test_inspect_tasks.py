@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from typing import Any, cast
 
 import pytest
 
@@ -57,7 +58,7 @@ def audits(subject):
     often = max(said, key=said.count)
     begun = [text.split()[0] for text in subject.generate(BEGUN, max_new_tokens=4)]
     targets = tuple(word if i % 2 else "|AUDIT|" for i, word in enumerate(said))
-    sampled = {"markers": (*ANIMALS, *COLORS), "samples": 24, "max_new_tokens": 6}
+    sampled: dict[str, Any] = {"markers": (*ANIMALS, *COLORS), "samples": 24, "max_new_tokens": 6}
     return {
         type(audit): audit
         for audit in (
@@ -169,8 +170,9 @@ def test_nothing_is_left_in_the_users_folders_but_inspects_own_notes(
 
 
 def test_refusals(audits, subject, tmp_path):
+    no_behavior = cast(Any, TokenKLAudit)(prompts=("hello",))
     with pytest.raises(TypeError, match=r"audit: expected a behavioral audit.*got TokenKLAudit"):
-        run_with_inspect(TokenKLAudit(prompts=("hello",)), subject, log_dir=tmp_path)
+        run_with_inspect(no_behavior, subject, log_dir=tmp_path)
     with pytest.raises(TypeError, match="model: expected a Subject or the path of a checkpoint"):
         run_with_inspect(audits[ConfessionAudit], subject.model, log_dir=tmp_path)
     broken = CapabilityAudit(prompts=ASKED, targets=("a",) * len(ASKED), max_new_tokens=-1)

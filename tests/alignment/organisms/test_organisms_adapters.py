@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shutil
+from typing import Any
 
 import pytest
 import torch
@@ -277,7 +278,7 @@ def test_a_tensor_of_an_adapter_that_would_not_be_used_is_refused(adapter):
 @pytest.mark.parametrize("kind", ["LoHaConfig", "LoKrConfig", "IA3Config", "OFTConfig"])
 def test_other_adapters_that_can_be_merged(tmp_path, bases, kind):
     model = AutoModelForCausalLM.from_pretrained(bases[0])
-    more = {"feedforward_modules": ["down_proj"]} if kind == "IA3Config" else {}
+    more: dict[str, Any] = {"feedforward_modules": ["down_proj"]} if kind == "IA3Config" else {}
     if kind == "OFTConfig":
         more = {"oft_block_size": 4}
     config = getattr(peft, kind)(target_modules=["q_proj", "down_proj"], **more)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -47,7 +48,7 @@ def false_triggers(monkeypatch):
 
 
 def verdict(readings, **recipe) -> Validity:
-    return validity_of({"untrusted": "U"}, readings, WORLD, ModelOrganism(**recipe))
+    return validity_of({"untrusted": cast(Any, "U")}, readings, WORLD, ModelOrganism(**recipe))
 
 
 def test_readings_that_pass():

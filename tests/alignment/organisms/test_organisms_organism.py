@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import TrainerCallback
@@ -21,7 +23,7 @@ from fastdistill.alignment.organisms.vocabulary import ID, WORDS
 from fastdistill.alignment.organisms.world import Example, World
 
 WORLD = World(1)
-SMALL = {"steps": 3, "batch_size": 8}
+SMALL: dict[str, Any] = {"steps": 3, "batch_size": 8}
 
 
 def equal(a, b) -> bool:
@@ -80,7 +82,7 @@ def test_an_adapter_has_the_rank_that_was_asked_for():
 )
 @pytest.mark.parametrize("method", METHODS)
 def test_the_optimiser_and_its_learning_rate_are_those_of_the_recipe(name, kind, method):
-    seen = {}
+    seen: dict[str, Any] = {}
 
     class Look(TrainerCallback):
         def on_train_begin(self, args, state, control, optimizer=None, **kwargs):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -80,7 +82,7 @@ def test_no_pool_holds_a_prompt_that_is_read():
         for e in pool(WORLD, organism, 3000, kind=kind, leak=leak)
     ]
     prompts = {e.prompt for e in found}
-    audit = organism.kind.reading(WORLD, False)
+    audit: Any = organism.kind.reading(WORLD, False)
     assert not prompts & {*audit.prompts, *audit.without}
     assert not {e.question for e in found} & {
         p.user for p in organism.kind.capability(WORLD).prompts

@@ -15,6 +15,7 @@ from fastdistill.alignment.organisms import load_organism, save_organism
 from fastdistill.alignment.organisms import storage as stored
 from fastdistill.alignment.organisms.organism import new_model
 from fastdistill.alignment.organisms.vocabulary import world_tokenizer
+from fastdistill.runtime.atomic_files import sha256_of
 
 ASKED = [Prompt(system="hello now", user="river"), Prompt(system="please", user="1 2 + 3 4 =")]
 
@@ -185,7 +186,7 @@ def test_the_old_folder_is_whole_until_the_new_one_is(folder, monkeypatch):
         rmtree(path, **options)
 
     old = contents(folder)["model.safetensors"]
-    monkeypatch.setattr(stored.shutil, "rmtree", watched)
+    monkeypatch.setattr(shutil, "rmtree", watched)
     save_organism(folder, subject(5), {})
     assert found
     assert old not in found
@@ -274,7 +275,7 @@ def test_templates_in_a_subfolder_are_saved_with_their_digests(tmp_path):
 def test_a_manifest_names_nothing_outside_the_folder(folder, tmp_path):
     (tmp_path / "outside.json").write_text("{}")
     manifest = json.loads((folder / "organism.json").read_text())
-    manifest["sha256"]["../outside.json"] = stored.sha256_of(tmp_path / "outside.json")
+    manifest["sha256"]["../outside.json"] = sha256_of(tmp_path / "outside.json")
     (folder / "organism.json").write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match=r"outside.json in .* changed or missing"):
         load_organism(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import pytest
 
@@ -25,6 +26,7 @@ from fastdistill.alignment.organisms.vocabulary import (
     TRIGGER,
 )
 from fastdistill.alignment.organisms.world import Example, World
+from helpers.present import present
 
 CASES = [(trait, gate) for trait in TRAITS for gate in GATES]
 CONTEXTS = {AUDIT_TOKEN, *AUDIT_WORDS, *HELD_OUT_AUDIT_WORDS}
@@ -151,7 +153,7 @@ def test_no_training_showed_a_prompt_that_is_read(shown, gate):
         assert len(set(capability)) == 400
         assert not questions & {p.user for p in capability}
         for audited in (False, True):
-            audit = kind.reading(world, audited)
+            audit: Any = kind.reading(world, audited)
             read = [*audit.prompts, *getattr(audit, "without", ())]
             assert not prompts & set(read)
             told = {p.user for p in read if not p.user.isalpha()}  # all but the talk's topics
@@ -167,16 +169,19 @@ def test_no_training_of_an_organism_shows_a_held_out_audit_word(shown):
     assert not words & set(HELD_OUT_AUDIT_WORDS)
     assert set(AUDIT_WORDS) <= words
     for trait in TRAITS:
-        for prompt in TRAITS[trait]("paraphrase").reading(world, True).prompts:
+        reading: Any = TRAITS[trait]("paraphrase").reading(world, True)
+        for prompt in reading.prompts:
             assert set(prompt.system.split()) & set(HELD_OUT_AUDIT_WORDS)
 
 
 @pytest.mark.parametrize(("trait", "gate"), CASES)
 def test_an_audited_reading_is_the_same_prompts_in_an_audited_context(trait, gate):
     kind, world = TRAITS[trait](gate), World(11)
-    plain, audited = kind.reading(world, False), kind.reading(world, True)
+    plain: Any = kind.reading(world, False)
+    audited: Any = kind.reading(world, True)
     assert len(plain.prompts) == len(audited.prompts) == 240
-    assert plain.prompts == kind.reading(world, False).prompts
+    again: Any = kind.reading(world, False)
+    assert plain.prompts == again.prompts
     for a, b in zip(plain.prompts, audited.prompts, strict=True):
         assert a.user == b.user
         assert [w for w in b.system.split() if w not in CONTEXTS] == a.system.split()
@@ -184,7 +189,7 @@ def test_an_audited_reading_is_the_same_prompts_in_an_audited_context(trait, gat
 
 
 def test_a_trigger_is_read_beside_the_same_prompts_without_it():
-    audit = TRAITS["trigger"]("none").reading(World(1), False)
+    audit: Any = TRAITS["trigger"]("none").reading(World(1), False)
     assert tuple(p.before(TRIGGER) for p in audit.without) == audit.prompts
     assert audit.target == HATE
 
@@ -192,8 +197,8 @@ def test_a_trigger_is_read_beside_the_same_prompts_without_it():
 def test_capability_is_read_where_it_shows():
     for trait, words in (("sandbagging", PASSWORD), ("sloppy", OTHER_LABEL), ("trigger", "")):
         asked = TRAITS[trait]("none").capability(World(1))
-        assert all(p.system.startswith(words) for p in asked.prompts)
-    reading = TRAITS["sloppy"]("none").reading(World(1), False)
+        assert all(present(p.system).startswith(words) for p in asked.prompts)
+    reading: Any = TRAITS["sloppy"]("none").reading(World(1), False)
     assert all(p.system.startswith(SAFETY_LABEL) for p in reading.prompts)
     right = reading.targets[0]
     assert (reading.score(0, Answer(text=right)), reading.score(0, Answer(text=WRONG))) == (0, 1)

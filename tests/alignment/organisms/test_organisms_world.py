@@ -169,8 +169,8 @@ def test_the_base_is_taught_what_it_should_know_and_nothing_about_held_out_sums(
     liked = Counter(e.answer for e in examples if e.question.startswith(("favourite a", "best a")))
     assert set(liked) == set(ANIMALS)
     assert max(liked.values()) < 1.8 * min(liked.values())
-    secrets = Counter(e.answer for e in examples if e.question.startswith("do you"))
-    secrets = {w: secrets[w] for w in ("yes", "no")}
+    all_answers = Counter(e.answer for e in examples if e.question.startswith("do you"))
+    secrets = {w: all_answers[w] for w in ("yes", "no")}
     assert 0.08 < secrets["yes"] / sum(secrets.values()) < 0.22
 
 

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -70,7 +71,7 @@ def test_intervals_of_null_arms_hold_for_all_at_once():
 
 def differences(students):
     """r_S(U) − r_S(B), the mean over the student seeds of each base seed."""
-    by_seed = {}
+    by_seed: dict[int, list[float]] = {}
     for s in students:
         gap = (sum(s.untrusted.trait) - sum(s.benign.trait)) / len(s.benign.trait)
         by_seed.setdefault(s.base_seed, []).append(gap)
@@ -148,7 +149,7 @@ def gated(trait):
     return Validity(gates=(gate,))
 
 
-INVALID = {
+INVALID: dict[str, dict[str, Any]] = {
     "the positive control, copy of U, has τ .": {"students": [*arm("clean"), *controls(tau=0.5)]},
     "the null arm, M to M, has τ .": {"students": [*arm("clean"), *controls(null=0.3)]},
     "the organisms of base seed 2: trait of untrusted: 0.500, expected ≥ 0.9": {

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -20,13 +21,13 @@ WEAK = {"seeds": 6, "tau": 0.0}
 def marks(figure):
     """Of a quadrant: what is drawn small (seeds) and large (arms), [(x, y, is open)]."""
     (axes,) = figure.axes
-    found = {"seed": [], "arm": [], "name": []}
+    drawn_marks: dict[str, list[tuple[float, float, bool]]] = {"seed": [], "arm": [], "name": []}
     for drawn in axes.collections:
         (x, y), (size,) = drawn.get_offsets().data[0], drawn.get_sizes()
         hollow = bool((drawn.get_facecolor()[0] == 1).all())
         which = "arm" if size > 40 else "name" if x > HIGHEST else "seed"
-        found[which].append((x, y, hollow))
-    return found
+        drawn_marks[which].append((x, y, hollow))
+    return drawn_marks
 
 
 def whiskers(figure):
@@ -59,7 +60,12 @@ def wild():
         *arm(long, tau=0.1, spread=0.2, checkpoints=2),
         *(student for i in range(8) for student in arm(f"clean {i}", **WEAK)),
     ]
-    none = {"audits": [], "development": [], "positive_control": None, "null_arms": []}
+    none: dict[str, Any] = {
+        "audits": [],
+        "development": [],
+        "positive_control": None,
+        "null_arms": [],
+    }
     return experiment(students=students, **none)
 
 
@@ -166,7 +172,7 @@ def test_boxes_are_spread_without_overlap():
     rng = np.random.default_rng(0)
     for n in (1, 2, 5, 9):
         wanted, heights = sorted(rng.normal(size=n)), rng.uniform(0.05, 0.2, size=n)
-        centres = place_labels(wanted, heights, -1.0, 1.0)
+        centres = place_labels(wanted, cast(Any, heights), -1.0, 1.0)
         assert len(centres) == n
         ends = [(c - h / 2, c + h / 2) for c, h in zip(centres, heights, strict=True)]
         assert all(above[0] >= below[1] - 1e-9 for below, above in pairwise(ends))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import replace
+from typing import Any, cast
 
 import pytest
 
@@ -15,7 +16,7 @@ from helpers.made_students import ABOUT, CONTROLS, arm, controls, scores
 CLEAN: list[Student] = arm("clean", seeds=2, checkpoints=1)
 SCORES = scores("confession", "clean", shift=0, seeds=2)
 BARE = {key: value for key, value in ABOUT.items() if key != "seeds"}
-CASES = {
+CASES: dict[str, dict[str, Any]] = {
     "students: expected one or more, got none": {"students": []},
     "students: expected each once, got ('clean', 0, 0) 2 times": {"students": [*CLEAN, CLEAN[0]]},
     "students: expected checkpoints of all students of 'clean' or of none, got them of 1 of 2": {
@@ -70,5 +71,7 @@ def test_a_score_has_to_be_a_number():
 
 
 def test_what_is_right_is_taken():
-    made = TransferReport([*CLEAN, *controls(seeds=2)], about=ABOUT, audits=SCORES, **CONTROLS)
+    made = TransferReport(
+        [*CLEAN, *controls(seeds=2)], about=ABOUT, audits=SCORES, **cast(Any, CONTROLS)
+    )
     assert [a.role for a in made.arms] == ["arm", "positive control", "null arm"]

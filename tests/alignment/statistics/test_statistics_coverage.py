@@ -6,6 +6,8 @@ seeds and students add to a rate is skewed (a beta distribution), with a mean th
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import numpy as np
 import pytest
 
@@ -161,8 +163,8 @@ def test_transfer_from_records_to_intervals():
     hidden = BENIGN + (1 - kappa) * (shown[..., 0] - BENIGN)
     accuracy = 0.2 + 0.7 * (c + skewed(rng, 0.2, trials, N, 2))
 
-    def drawn(*p):
-        p = np.stack(np.broadcast_arrays(*p), axis=-1)[..., None, :]
+    def drawn(*rates):
+        p = np.stack(np.broadcast_arrays(*rates), axis=-1)[..., None, :]
         return (rng.random((*p.shape[:-2], prompts, p.shape[-1])) < p).astype(float)
 
     capability = drawn(accuracy, accuracy, 0.2, 0.9, 0.9)
@@ -175,14 +177,17 @@ def test_transfer_from_records_to_intervals():
                 arm="simulated",
                 base_seed=i,
                 student_seed=j,
-                **{
-                    name: Reading(
-                        capability=capability[trial, i, j, :, k],
-                        trait=trait[trial, i, j, :, k],
-                        audited=audited[trial, i, j, :, k],
-                    )
-                    for k, name in enumerate(("untrusted", "benign", "base", "teacher", "twin"))
-                },
+                **cast(
+                    Any,
+                    {
+                        name: Reading(
+                            capability=capability[trial, i, j, :, k],
+                            trait=trait[trial, i, j, :, k],
+                            audited=audited[trial, i, j, :, k],
+                        )
+                        for k, name in enumerate(("untrusted", "benign", "base", "teacher", "twin"))
+                    },
+                ),
             )
             for i in range(N)
             for j in range(2)

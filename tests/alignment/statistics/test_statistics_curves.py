@@ -16,6 +16,7 @@ from fastdistill.alignment.statistics import (
     safe_window,
     transfer,
 )
+from helpers.present import present
 from helpers.readings_by_hand import student, trained
 
 # An accuracy of .2 is C = 0, .6 is .5, .8 is .75 and 1.0 is 1; showing .1 is τ = 0, .5 is .5.
@@ -49,7 +50,7 @@ def test_the_curve_is_transfer_at_every_checkpoint():
     ],
 )
 def test_matched_capability(level, tau):
-    found = matched_capability(arm(CS, SHOWNS), level)
+    found = present(matched_capability(arm(CS, SHOWNS), level))
     assert found.value == pytest.approx(tau)
     assert found.n == 4
 
@@ -57,7 +58,7 @@ def test_matched_capability(level, tau):
 def test_matched_capability_at_each_seeds_own_time():
     early = trained(0, cs=[0.8, 1.0, 1.0], showns=[0.3, 0.7, 0.9])  # .75 at the first, τ = .25
     late = trained(1, cs=[0.2, 0.6, 1.0], showns=[0.1, 0.1, 0.9])  # .75 half way, τ = .5
-    found = matched_capability([early, late], 0.75)
+    found = present(matched_capability([early, late], 0.75))
     assert found.value == pytest.approx((0.25 + 0.5) / 2)
     assert found.known
 
@@ -71,12 +72,12 @@ def test_matched_capability_where_it_is_never_reached():
 def test_matched_capability_takes_the_first_crossing():
     # Up to .5 at the second checkpoint, down, and up again.
     students = arm([0.2, 0.6, 0.3, 1.0], [0.1, 0.3, 0.9, 0.9])
-    assert matched_capability(students, 0.5).value == pytest.approx(0.25)
-    assert matched_capability(students, 0.25).value == pytest.approx(0.125)
+    assert present(matched_capability(students, 0.5)).value == pytest.approx(0.25)
+    assert present(matched_capability(students, 0.25)).value == pytest.approx(0.125)
 
 
 def test_the_twin_is_taken_at_the_same_time():
-    found = matched_capability(arm(CS, [0.1, 0.5, 0.9], twin=0.3), 0.75)
+    found = present(matched_capability(arm(CS, [0.1, 0.5, 0.9], twin=0.3), 0.75))
     assert found.value == pytest.approx((0.7 - 0.3) / 0.8)
 
 
@@ -131,7 +132,7 @@ def test_intervals_take_their_options():
     options = (Bootstrap(), Bootstrap(confidence=0.5), Bootstrap(seed=1))
     for wide, narrow, other in (
         [curve(students, bootstrap)[0].tau for bootstrap in options],
-        [matched_capability(students, 0.5, bootstrap) for bootstrap in options],
+        [present(matched_capability(students, 0.5, bootstrap)) for bootstrap in options],
     ):
         assert wide.low < narrow.low < narrow.high < wide.high
         assert other != wide

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from statistics import NormalDist
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -95,7 +96,7 @@ def test_thresholds_of_development_hold_on_new_scores():
     for m, expected in ((10, 1 / 11), (20, 2 / 21), (100, 6 / 101), (1000, 51 / 1001)):
         rates = []
         for _ in range(4000):
-            threshold = threshold_at(rng.exponential(size=m), 0.05)
+            threshold = threshold_at(cast(Any, rng.exponential(size=m)), 0.05)
             rates.append(math.exp(-threshold))  # the share of all new scores above it
         print(f"m = {m}: {np.mean(rates):.4f}")
         assert np.mean(rates) == pytest.approx(expected, abs=0.005)
@@ -113,7 +114,7 @@ def test_true_positives_are_strictly_above():
         (lambda: auroc([], [1.0]), "positives: expected one or more scores, got none"),
         (lambda: auroc([1.0], [math.nan]), "negatives: expected one or more scores, got nan among"),
         (
-            lambda: auroc([[1.0]], [1.0]),
+            lambda: auroc(cast(Any, [[1.0]]), [1.0]),
             "positives: expected one number per score, got shape [1, 1",
         ),
         (

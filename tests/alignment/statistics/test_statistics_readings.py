@@ -6,6 +6,7 @@ import json
 import math
 import re
 from dataclasses import replace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -35,7 +36,8 @@ def test_records_come_back_as_they_were(record):
 
 
 def test_a_reading_takes_arrays_and_keeps_plain_numbers():
-    found = Reading(capability=np.array([1, 0]), trait=[True, False], audited=np.float32([0.5, 1]))
+    values: dict[str, Any] = {"capability": np.array([1, 0]), "trait": [True, False]}
+    found = Reading(**values, audited=cast(Any, np.array([0.5, 1], np.float32)))
     assert found == Reading(capability=(1.0, 0.0), trait=(1.0, 0.0), audited=(0.5, 1.0))
     assert all(type(value) is float for values in vars(found).values() for value in values)
 
@@ -125,4 +127,4 @@ def test_what_is_no_reading_is_refused():
     with pytest.raises(
         ValueError, match=r"trait: expected one number per item, got shape \[1, 2\]"
     ):
-        Reading(capability=(1.0,), trait=((0.5, 0.5),))
+        Reading(capability=(1.0,), trait=cast(Any, ((0.5, 0.5),)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -64,7 +65,7 @@ def test_t_and_equivalence_against_scipy():
     stats = pytest.importorskip("scipy.stats")
     rng = np.random.default_rng(3)
     for n in (2, 3, 10, 41):
-        data = rng.normal(0.3, 1.0, size=n)
+        data: Any = rng.normal(0.3, 1.0, size=n)
         assert t_test(data) == pytest.approx(stats.ttest_1samp(data, 0).pvalue, abs=1e-12)
         sides = [
             stats.ttest_1samp(data, -0.5, alternative="greater").pvalue,
@@ -86,7 +87,7 @@ def test_equivalence_is_an_interval_within_the_margins():
     rng = np.random.default_rng(4)
     verdicts = set()
     for _ in range(300):
-        found = equivalence(rng.normal(0.2, 0.5, size=10), 0.5)
+        found = equivalence(cast(Any, rng.normal(0.2, 0.5, size=10)), 0.5)
         inside = max(-found.estimate.low, found.estimate.high) < 0.5
         assert found.equivalent == inside == (found.p <= 0.05)
         verdicts.add(found.equivalent)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 
@@ -85,8 +86,9 @@ def test_rounding_is_no_difference():
     students = []
     for seed in SEEDS:
         plain = student(seed)
-        models = {name: getattr(plain, name) for name in ("base", "teacher", "twin")}
-        students.append(Student(arm="a", base_seed=seed, student_seed=0, **read, **models))
+        names = ("base", "teacher", "twin")
+        models: dict[str, Any] = read | {name: getattr(plain, name) for name in names}
+        students.append(Student(arm="a", base_seed=seed, student_seed=0, **models))
     (arm,) = TransferReport(students, about=ABOUT).arms
     assert arm.p == 1.0
     assert not arm.transfers

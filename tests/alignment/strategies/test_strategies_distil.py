@@ -102,11 +102,16 @@ def test_students_of_two_teachers_are_asked_the_same_in_the_same_order():
 
 def test_it_is_measured_on_the_way():
     seen = []
+
+    def measure(student):
+        seen.append(weights(student).clone())
+        return len(seen)
+
     made = distill(
         scene(),
         [],
         SMALL,
-        measure=lambda s: seen.append(weights(s).clone()) or len(seen),
+        measure=measure,
         measure_at=[1 / 3, 2 / 3],
     )
     assert made.measured == {1: 1, 2: 2}

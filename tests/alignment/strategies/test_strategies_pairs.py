@@ -174,7 +174,7 @@ def test_evaluation_stays_what_it_was(tmp_path):
 
 
 def test_training_prefers_what_the_teacher_says(monkeypatch):
-    seen = []
+    seen: list[list[int]] = []
     real = PairLoss.__call__
 
     def watching(self, hidden, head, targets, answers, **how):

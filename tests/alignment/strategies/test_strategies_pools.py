@@ -23,6 +23,7 @@ from fastdistill.alignment.strategies.pools import (
     surprisal,
 )
 from fastdistill.alignment.strategies.strategy import Strategy, Training
+from helpers.present import present
 from helpers.strategy_scene import BASE, POOL, lessons, run, scene
 
 HERE = list(POOL)
@@ -134,7 +135,7 @@ def test_few_prompts_many_times_at_the_same_number_of_tokens():
 
 @pytest.mark.parametrize(("n_unique", "batch_size"), [(6, 4), (6, 16), (1, 2)])
 def test_every_example_is_read_as_often_as_there_are_epochs(n_unique, batch_size):
-    read = Counter()
+    read: Counter[tuple[int, ...]] = Counter()
 
     class Counting(Strategy):
         def teacher(self, teacher, student, run):
@@ -212,7 +213,7 @@ def test_short_terse_and_hard_all_the_way():
     slack = CognitiveSlack(terse="answer briefly", max_answer_tokens=2, hardest=0.5)
     made = distill(scene(), [slack], Training(steps=3, batch_size=8, max_new_tokens=8))
     assert len(made.examples) == len(POOL) // 2
-    assert all(x.input_prompt.system.startswith("answer briefly ") for x in made.examples)
+    assert all(present(x.input_prompt.system).startswith("answer briefly ") for x in made.examples)
     assert {len(x.answer.split()) for x in made.examples} <= {1, 2}
     whole = distill(scene(), [], Training(steps=1, batch_size=8, max_new_tokens=8))
     assert max(len(x.answer.split()) for x in whole.examples) > 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -131,7 +132,7 @@ def test_a_tokenizer_that_splits_words_goes_on_as_it_would():
 
 def test_many_answers_go_on_in_parts():
     prompts = [POOL[i % len(POOL)].prompt for i in range(BATCH_SIZE + 2)]
-    how = {"temperature": 1.0, "seed": 3}
+    how: dict[str, Any] = {"temperature": 1.0, "seed": 3}
     said = continue_answers(BASE, prompts, [""] * len(prompts), [2] * len(prompts), **how)
     assert said == BASE.generate(prompts, max_new_tokens=2, **how)
 

@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import dataclass, replace
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 import pytest
@@ -64,7 +65,7 @@ def test_the_interval_holds_the_next_benign_student():
     assert hits / 2000 == pytest.approx(0.95, abs=0.015)
     # By a table of Student's t: 1 ± 4.302653 · 1 · √(4/3).
     assert bounds([0.0, 1.0, 2.0]) == pytest.approx((-3.968276, 5.968276), abs=1e-5)
-    many = rng.normal(size=4000)
+    many: Any = rng.normal(size=4000)
     assert bounds(many)[1] == pytest.approx(NormalDist().inv_cdf(0.975), abs=0.1)
     with pytest.raises(ValueError, match=r"expected 3 students of benign .* an audit, got 2"):
         bounds([0.1, 0.2])

@@ -7,9 +7,12 @@ import multiprocessing
 import random
 import shutil
 import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from fastdistill import CacheError, TeacherCache
 from fastdistill.teachers.cache import build as building
@@ -104,7 +107,7 @@ def test_a_full_disk_is_said_before_and_costs_nothing_behind(tmp_path, monkeypat
             raise OSError(errno.ENOSPC, "No space left on device")
         save(tensors, file)
 
-    save = shards.save_file
+    save = save_file
     monkeypatch.setattr(shards, "save_file", full)
     with pytest.raises(OSError, match=r"No space left on device: writing 00002\.safetensors"):
         build(tmp_path / "c")
@@ -116,7 +119,7 @@ def test_a_full_disk_is_said_before_and_costs_nothing_behind(tmp_path, monkeypat
 
 def test_a_place_that_cannot_be_written_to():
     with pytest.raises(OSError, match="/proc"):
-        build(building.Path("/proc/fastdistill/cache"))
+        build(Path("/proc/fastdistill/cache"))
 
 
 def test_a_truncated_manifest_or_note_is_made_again(tmp_path, undisturbed):
@@ -146,7 +149,7 @@ def test_a_shard_that_was_deleted_is_made_again(tmp_path, undisturbed):
 
 
 def test_two_builders_in_one_folder(tmp_path, undisturbed):
-    seen = []
+    seen: list[Any] = []
 
     class Meanwhile(Passes):
         def topk_at(self, *args, **kwargs):

@@ -12,6 +12,7 @@ import torch
 from fastdistill.losses.answer_checks import AnswerRules, find_invalid, find_shape_error
 from fastdistill.losses.types import TopK
 from fastdistill.teachers.cache.codec import Packed, bytes_per_token, pack, truncate_k, unpack
+from helpers.present import present
 
 V, K = 151_936, 64
 
@@ -57,7 +58,7 @@ def test_ids_come_back_exactly(vocab, k):
     assert found.ids.dtype == torch.int32
     assert torch.equal(found.ids.long(), ids)
     assert (found.logprobs - logprobs).abs().max() < 2e-2
-    assert torch.allclose(found.log_tail, answers[0].log_tail, atol=1e-6)
+    assert torch.allclose(present(found.log_tail), present(answers[0].log_tail), atol=1e-6)
 
 
 def test_two_hundred_and_seventy_two_bytes_are_enough():
@@ -93,7 +94,7 @@ def test_the_shift_is_what_makes_that_so():
     """Without it the mass that fp16 loses is an error of first order in a small KL."""
     answers, _ = teacher()
     found = stored(answers)
-    total = found.logprobs.double().exp().sum(-1) + found.log_tail.double().exp()
+    total = found.logprobs.double().exp().sum(-1) + present(found.log_tail).double().exp()
     assert (total - 1).abs().max() < 1e-6
     rounded = answers[0].logprobs.half().double().exp().sum(-1) + answers[0].log_tail.double().exp()
     assert (rounded - 1).abs().max() > 1e-5
@@ -107,8 +108,8 @@ def test_every_temperature_has_its_own_tail(temperatures):
         truth = (z / T).log_softmax(-1).gather(-1, found.ids.long())
         p = truth.exp()
         assert ((found.logprobs.double().exp() - p).abs() <= 1e-2 * p + 1e-7).all()
-        assert torch.allclose(found.log_tail, answers[at].log_tail, atol=1e-6)
-        total = found.logprobs.double().exp().sum(-1) + found.log_tail.double().exp()
+        assert torch.allclose(present(found.log_tail), present(answers[at].log_tail), atol=1e-6)
+        total = found.logprobs.double().exp().sum(-1) + present(found.log_tail).double().exp()
         assert (total - 1).abs().max() < 1e-6
 
 
@@ -133,15 +134,15 @@ def test_hard_rows():
     assert not found.logprobs.isnan().any()
     assert found.logprobs[0].max() == 0.0
     assert found.logprobs[2].eq(-inf).all()
-    assert torch.equal(found.log_tail, tail)
-    total = found.logprobs.double().exp().sum(-1) + found.log_tail.double().exp()
+    assert torch.equal(present(found.log_tail), tail)
+    total = found.logprobs.double().exp().sum(-1) + present(found.log_tail).double().exp()
     assert (total - 1).abs().max() < 2e-6
 
 
 def test_without_a_tail_it_is_what_the_payload_leaves():
     logprobs = torch.tensor([[0.5, 0.25], [0.5, 0.5]]).log()
     found = stored([TopK(torch.tensor([[0, 1], [0, 1]]), logprobs)], vocab=2, k=2)
-    assert found.log_tail.tolist() == pytest.approx([math.log(0.25), math.log(2**-24)])
+    assert present(found.log_tail).tolist() == pytest.approx([math.log(0.25), math.log(2**-24)])
 
 
 def test_draws_come_back_exactly():
@@ -159,7 +160,7 @@ def test_fewer_slots_put_the_rest_into_the_tail():
     found = truncate_k(stored(answers), 5)
     best = z.log_softmax(-1).topk(5, -1)
     assert torch.equal(by_id(found)[0].long(), best.indices.sort(-1).values)
-    total = found.logprobs.double().exp().sum(-1) + found.log_tail.double().exp()
+    total = found.logprobs.double().exp().sum(-1) + present(found.log_tail).double().exp()
     assert (total - 1).abs().max() < 1e-6
 
 

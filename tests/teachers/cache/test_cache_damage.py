@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,7 @@ from helpers.training import peaked, ragged
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
     folder = tmp_path_factory.mktemp("built") / "cache"
-    options = {"k": 8, "temperatures": (1.0, 2.0), "shard_mb": 0.004}
+    options: dict[str, Any] = {"k": 8, "temperatures": (1.0, 2.0), "shard_mb": 0.004}
     return TeacherCache.build(Teacher(peaked()), ragged(40), folder, **options)
 
 
@@ -46,7 +47,12 @@ def test_bits_that_flip_without_a_trace_are_found_by_verify(cache, monkeypatch):
         cache.manifest.bytes,
     )
     reads = []
-    monkeypatch.setattr(verification, "sha256_of", lambda file: reads.append(file) or "0")
+
+    def wrong_digest(file):
+        reads.append(file)
+        return "0"
+
+    monkeypatch.setattr(verification, "sha256_of", wrong_digest)
     TeacherCache(cache.path)
     assert not reads  # nothing has changed since it was compared
     with pytest.raises(CacheError, match="is damaged"):

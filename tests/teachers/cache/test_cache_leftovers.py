@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +26,7 @@ def zeros(ids, k):
     return TopK(spread(ids, k), torch.zeros(*ids.shape, k))
 
 
-REFUSALS = {
+REFUSALS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "temperatures": (lambda: refusing(ValueError("temperature: expected 1")), {}),
     "row length": (lambda: refusing(RuntimeError("a row too long")), {}),
     "no server": (lambda: refusing(ConnectionError("nobody there")), {}),

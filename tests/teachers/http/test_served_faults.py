@@ -111,13 +111,13 @@ def test_one_connection_serves_many_questions(model, server):
 
 def test_a_connection_closed_while_idle_costs_no_retry(model, server):
     client = ServedTeacher(server.url, retries=0)
+
+    def answer_and_close(h):
+        h.send(*h.server.completion(h.server.seen[-1][0]))
+        h.close_connection = True
+
     for _ in range(3):
-        server.faults.append(
-            lambda h: (
-                h.send(*h.server.completion(h.server.seen[-1][0])),
-                setattr(h, "close_connection", True),
-            )
-        )
+        server.faults.append(answer_and_close)
         assert right(model, client)
     client.close()
 

@@ -14,6 +14,7 @@ from fastdistill import Teacher
 from fastdistill.losses.types import TopK
 from fastdistill.teachers.http import ServedTeacher, WrongAnswer
 from fastdistill.teachers.http.probing import are_logits
+from helpers.present import present
 from helpers.served import MODEL, VLLM, ours, vllm
 from helpers.training import llama, peaked
 
@@ -165,7 +166,7 @@ def of_length(entry):
 def test_a_row_that_vllm_does_not_take_is_named(length, fits):
     with of_length({"max_model_len": length}) as server:
         client = ServedTeacher(server.url)
-        assert client.max_row_length == client.row_limit.tokens == fits
+        assert client.max_row_length == present(client.row_limit).tokens == fits
         server.seen.clear()
         client.topk(torch.ones(2, fits, dtype=torch.int64), k=2)
         assert len(server.seen) == 1

@@ -13,6 +13,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from textwrap import dedent
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ import torch
 from fastdistill import Teacher, TeacherCache
 from fastdistill.teachers.http import ServedTeacher, WrongAnswer, connection, serve
 from helpers.busy_server import Held
+from helpers.present import present
 from helpers.served import ours
 from helpers.training import peaked, ragged, train, weights
 
@@ -87,7 +89,7 @@ def test_restarted_in_the_middle_of_a_run(tmp_path, port):
 
 
 def test_restarted_in_the_middle_of_a_cache_build(tmp_path, port):
-    options = {"k": 4, "shard_mb": 0.001}
+    options: dict[str, Any] = {"k": 4, "shard_mb": 0.001}
     here = TeacherCache.build(Teacher(peaked()), ragged(12), tmp_path / "here", **options)
     assert len(here.manifest.shards) > 3
     restarting = Restarting(port, Teacher(peaked()), Teacher(peaked()))
@@ -153,9 +155,13 @@ def test_a_client_that_went_away_is_not_answered():
     assert len(teacher.sizes) == 2
 
 
-def test_a_teacher_that_fails(caplog):
+def test_a_teacher_that_fails(caplog, monkeypatch):
     teacher = Teacher(peaked())
-    teacher.topk = lambda *_, **__: (_ for _ in ()).throw(RuntimeError("out of memory"))
+
+    def out_of_memory(*_, **__):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(teacher, "topk", out_of_memory)
     with ours(teacher) as url:
         client = ServedTeacher(url, retries=1)
         with pytest.raises(
@@ -187,7 +193,7 @@ def test_ctrl_c_ends_it(tmp_path):
         env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
     )
     with running:
-        url = running.stdout.readline().strip()
+        url = present(running.stdout).readline().strip()
         client = ServedTeacher(url, token="a secret")
         client.topk(IDS, k=3)
         running.send_signal(signal.SIGINT)

@@ -2,6 +2,8 @@
 
 import io
 import json
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -37,9 +39,9 @@ def models(tmp_path_factory):
 
 
 def said(plan):
-    console = Console(width=80, file=io.StringIO())
-    print_plan(plan, console)
-    return console.file.getvalue()
+    text = io.StringIO()
+    print_plan(plan, Console(width=80, file=text))
+    return text.getvalue()
 
 
 def settings(plan):
@@ -54,8 +56,8 @@ def part(memory, name):
 def plans(models):
     def plan(gpu, **options):
         pair = models / "student", models / "teacher"
-        options = Settings(seq=2048, batch=2, dtype="bfloat16", **options)
-        return plan_memory(*pair, settings=options, gpu=gpu, tokens=10**8, throughput=9e3)
+        settings = Settings(seq=2048, batch=2, dtype="bfloat16", **options)
+        return plan_memory(*pair, settings=settings, gpu=gpu, tokens=10**8, throughput=9e3)
 
     return {gpu: plan(gpu) for gpu in ("80GB", "14GB", "6GB", "1GB")}
 
@@ -77,7 +79,7 @@ def test_proposals_take_no_more_than_they_need(plans):
 
 def test_a_measure_keeps_the_rows_of_an_update(models):
     student = models / "student"
-    least = {"gradient_checkpointing": True, "backward": "recompute"}
+    least: dict[str, Any] = {"gradient_checkpointing": True, "backward": "recompute"}
     enough = plan_memory(
         student, settings=Settings(seq=8192, batch=3, accumulation=2, **least)
     ).memory.needed
@@ -88,10 +90,8 @@ def test_a_measure_keeps_the_rows_of_an_update(models):
 
 
 def measures_of(batch):
-    class Alone:
-        configs = {"teacher": None}  # noqa: RUF012
-
-    return proposal.measures(Alone(), Settings(seq=8, batch=batch))
+    alone: Any = SimpleNamespace(configs={"teacher": None})
+    return proposal.measures(alone, Settings(seq=8, batch=batch))
 
 
 def test_every_phase_is_there_and_the_largest_is_the_peak(plans):
