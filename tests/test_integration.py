@@ -124,11 +124,11 @@ def test_autocast(name):
     def by_hand(x, w):
         return call(name, x.bfloat16(), w.bfloat16(), c, t)
 
-    found = grads(under_autocast, *c[:2])
-    for a, b in zip(found, grads(by_hand, *c[:2]), strict=True):
+    actual = grads(under_autocast, *c[:2])
+    for a, b in zip(actual, grads(by_hand, *c[:2]), strict=True):
         assert_close(a, b, 1e-6)
-    assert found[0].dtype == torch.float32
-    assert found[2].dtype == torch.float32
+    assert actual[0].dtype == torch.float32
+    assert actual[2].dtype == torch.float32
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -37,12 +37,12 @@ RANK = {name: i for i, names in enumerate(LAYERS) for name in names.split()}
 
 def sources(*folders: str) -> list[Path]:
     """Python files under these folders; the symlink fastdistill/kernels is not entered."""
-    found = []
+    paths = []
     for folder in folders:
         for at, directories, files in os.walk(ROOT / folder):
             directories[:] = [d for d in directories if d != "__pycache__"]
-            found += [Path(at, f) for f in files if f.endswith(".py")]
-    return sorted(found)
+            paths += [Path(at, f) for f in files if f.endswith(".py")]
+    return sorted(paths)
 
 
 def own(name: str) -> str | None:
@@ -128,12 +128,12 @@ def test_only_backend_reads_the_environment():
 def test_json_is_read_in_one_place():
     """Elsewhere only what was written a moment before: json.loads(json.dumps(...))."""
     reads = re.compile(r"\bjson\.loads?\((?!json\.dumps)")
-    found = [
+    readers = [
         str(path.relative_to(PACKAGE))
         for path in PACKAGE.rglob("*.py")
         if reads.search(path.read_text(encoding="utf-8"))
     ]
-    assert found == ["runtime/json_text.py"]
+    assert readers == ["runtime/json_text.py"]
 
 
 def test_formatting_is_switched_off_nowhere_but_in_tables():

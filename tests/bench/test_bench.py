@@ -40,9 +40,9 @@ def measured(*contenders: Contender, repeats: int = 1) -> list[rows.Row]:
     return measure(label_case(*contenders), repeats, RATES, WallClock(), lambda line: None)
 
 
-def everything(found: list[Case], **options):
+def everything(cases: list[Case], **options):
     options |= {"rates": RATES, "timer": WallClock(), "say": lambda line: None}
-    return measure_all(found, 1, **options)
+    return measure_all(cases, 1, **options)
 
 
 def scaled(factor: float, only_at: int | None = None):
@@ -60,8 +60,8 @@ def test_the_gate_refuses_a_wrong_contender(factor):
     wrong = Contender("wrong", scaled(factor))
     with pytest.raises(GateError, match=r"label_loss N=8 .* wrong: error .* exceeds 0.0"):
         gate(label_case(RIGHT, wrong))
-    found = everything([label_case(RIGHT, wrong)], deadline=1e9, save=list, now=lambda: 0)
-    assert (found.rows, len(found.refused)) == ([], 1)
+    result = everything([label_case(RIGHT, wrong)], deadline=1e9, save=list, now=lambda: 0)
+    assert (result.rows, len(result.refused)) == ([], 1)
 
 
 def test_what_is_wrong_at_full_size_only_is_refused_too():
@@ -136,18 +136,18 @@ def test_roofline_share_is_the_floor_at_measured_rates_over_the_time():
 def test_no_case_starts_after_the_deadline_and_rows_are_saved_after_each():
     clock, saved = itertools.count(), []
     options = {"save": lambda r: saved.append(len(r)), "now": lambda: next(clock)}
-    found = everything([label_case(RIGHT)] * 4, deadline=2, **options)
-    assert len(found.rows) == 2
+    result = everything([label_case(RIGHT)] * 4, deadline=2, **options)
+    assert len(result.rows) == 2
     assert saved == [1, 2]
-    assert found.not_run == ["label_loss N=8 H=32 V=500 K=1 float32"] * 2
+    assert result.not_run == ["label_loss N=8 H=32 V=500 K=1 float32"] * 2
 
 
 def test_csv_says_what_json_says(tmp_path):
-    found = measured(RIGHT, Contender("gone, or “gone”", not_installed), repeats=3)
-    rows.write(found, tmp_path / "some")
+    results = measured(RIGHT, Contender("gone, or “gone”", not_installed), repeats=3)
+    rows.write(results, tmp_path / "some")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["some.csv", "some.json"]
     records = json.loads((tmp_path / "some.json").read_text(encoding="utf-8"))
-    assert records == [asdict(row) for row in found]
+    assert records == [asdict(row) for row in results]
     assert set(SCHEMA) < set(records[0])
     table = list(csv.DictReader((tmp_path / "some.csv").read_text("utf-8").splitlines()))
     names = [f.name for f in fields(rows.Row)]
@@ -165,14 +165,14 @@ def test_results_on_record_have_the_schema(path):
 
 def test_picture(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib", reason="the picture needs matplotlib")
-    found = measured(RIGHT, Contender("gone", not_installed))
-    assert plot.png(found, tmp_path / "some.png").read_bytes().startswith(b"\x89PNG")
+    table = measured(RIGHT, Contender("gone", not_installed))
+    assert plot.png(table, tmp_path / "some.png").read_bytes().startswith(b"\x89PNG")
     assert [p.name for p in tmp_path.iterdir()] == ["some.png"]
     with pytest.raises(Missing, match="no row carries a time"):
-        plot.png(found[1:], tmp_path / "none.png")
+        plot.png(table[1:], tmp_path / "none.png")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(Missing, match="pip install matplotlib"):
-        plot.png(found, tmp_path / "none.png")
+        plot.png(table, tmp_path / "none.png")
 
 
 def test_suites_cover_the_heads_and_the_ranges_of_n_and_k():
@@ -192,17 +192,17 @@ def bench(*arguments: str, before: str = "") -> subprocess.CompletedProcess[str]
 
 
 def test_the_list_is_one_json_document():
-    found = bench("--list", "--json")
-    assert found.returncode == 0, found.stderr
-    document = json.loads(found.stdout)
+    process = bench("--list", "--json")
+    assert process.returncode == 0, process.stderr
+    document = json.loads(process.stdout)
     assert set(document["ops"]) == set(OPS)
     assert "TRL chunked" in document["ops"]["dense_jsd"]["implementations"]
 
 
 def test_the_verb_measures_and_writes(tmp_path):
-    found = bench("renorm_both", "--quick", "--repeats", "1", "--json", "--out", str(tmp_path))
-    assert found.returncode == 0, found.stderr
-    document = json.loads(found.stdout)
+    process = bench("renorm_both", "--quick", "--repeats", "1", "--json", "--out", str(tmp_path))
+    assert process.returncode == 0, process.stderr
+    document = json.loads(process.stdout)
     stem = "renorm_both" + "_cuda" * torch.cuda.is_available()
     assert document["rows"] == json.loads((tmp_path / f"{stem}.json").read_text(encoding="utf-8"))
     by_impl = {row["impl"]: row for row in document["rows"]}
@@ -223,10 +223,10 @@ def test_the_verb_measures_and_writes(tmp_path):
     ],
 )
 def test_a_request_that_is_wrong_is_exit_2(arguments, words):
-    found = bench(*arguments)
-    assert found.returncode == 2
-    assert words in found.stderr
-    assert "Traceback" not in found.stderr
+    process = bench(*arguments)
+    assert process.returncode == 2
+    assert words in process.stderr
+    assert "Traceback" not in process.stderr
 
 
 def test_an_installed_package_says_where_the_benchmarks_are(tmp_path):
@@ -234,7 +234,7 @@ def test_an_installed_package_says_where_the_benchmarks_are(tmp_path):
     shutil.copy(ROOT / "fastdistill" / "__init__.py", tmp_path / "fastdistill")
     shutil.copytree(ROOT / "fastdistill" / "cli", tmp_path / "fastdistill" / "cli")
     elsewhere = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); "
-    found = bench("--list", before=elsewhere)
-    assert found.returncode == 2
-    assert "run it from a checkout" in found.stderr
-    assert found.stdout == ""
+    process = bench("--list", before=elsewhere)
+    assert process.returncode == 2
+    assert "run it from a checkout" in process.stderr
+    assert process.stdout == ""

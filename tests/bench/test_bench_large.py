@@ -65,20 +65,20 @@ def test_whatever_quantises_it_the_weights_are_the_same():
 
 
 def test_answers_of_a_teacher_are_compared():
-    found = {r.impl: r for r in large_teacher.rows(SMALL, models=("qwen3-8b",))}
-    assert list(found) == list(large_teacher.CONTENDERS)
-    assert present(found["ours"].grad_error) <= MOST_MISPLACED
-    assert present(found["ours, nf4"].output_mb) < present(found["ours"].output_mb)
-    assert "fp8" in present(found["ours, nf4 fp8"].reason)  # no GPU
-    shown = large_teacher.table(list(found.values()))
-    assert "missing: " in shown
-    assert f"{found['ours'].N / present(found['ours'].ms_median):.2f}" in shown
+    by_contender = {r.impl: r for r in large_teacher.rows(SMALL, models=("qwen3-8b",))}
+    assert list(by_contender) == list(large_teacher.CONTENDERS)
+    assert present(by_contender["ours"].grad_error) <= MOST_MISPLACED
+    assert present(by_contender["ours, nf4"].output_mb) < present(by_contender["ours"].output_mb)
+    assert "fp8" in present(by_contender["ours, nf4 fp8"].reason)  # no GPU
+    table = large_teacher.table(list(by_contender.values()))
+    assert "missing: " in table
+    assert f"{by_contender['ours'].N / present(by_contender['ours'].ms_median):.2f}" in table
 
 
 def test_no_contender_starts_when_time_is_out(monkeypatch):
     monkeypatch.setattr(large_teacher, "IN_ALL", -1)
-    found = large_teacher.rows(SMALL, models=("qwen3-8b",))
-    assert {row.reason for row in found} == {"not run, out of time"}
+    rows = large_teacher.rows(SMALL, models=("qwen3-8b",))
+    assert {row.reason for row in rows} == {"not run, out of time"}
     monkeypatch.setattr(large_student, "IN_ALL", 0)
     *late, _, _, _ = large_student.rows(SMALL, [Case(QLORA, "ours")])
     assert [row.reason for row in late] == ["not there after 0 s"] * 3
@@ -98,8 +98,8 @@ def gradient(way, contender, folder):
     batch = running.batch(SMALL.N)
     count = (batch["labels"][:, 1:] != -100).sum()
     running.trainer.training_step(running.model, dict(batch), count)
-    found = [p.grad.flatten().float() for p in running.model.parameters() if p.requires_grad]
-    return torch.cat(found)
+    gradients = [p.grad.flatten().float() for p in running.model.parameters() if p.requires_grad]
+    return torch.cat(gradients)
 
 
 @pytest.mark.parametrize("way", [FULL, QLORA])
@@ -114,14 +114,14 @@ def test_steps_with_and_without_logits_have_one_gradient(way, tmp_path):
 
 
 def test_rows_of_a_step_come_as_they_are_made(capsys):
-    found: list[Row] = []
-    large_step.rows(FULL, "ours, cached", SMALL, found.append)
-    assert [row.op for row in found] == large_student.ops(FULL)
-    step, *longest_rows = found
+    rows: list[Row] = []
+    large_step.rows(FULL, "ours, cached", SMALL, rows.append)
+    assert [row.op for row in rows] == large_student.ops(FULL)
+    step, *longest_rows = rows
     assert not step.missing
     assert present(step.peak_mb) > present(step.output_mb) > 0
     assert all(row.reason == "a cap on memory needs a CUDA device" for row in longest_rows)
-    assert "tokens/s" in large_student.table(found)
+    assert "tokens/s" in large_student.table(rows)
 
 
 def test_a_process_that_fails_is_a_missing_row():
@@ -143,40 +143,40 @@ def test_what_is_planned_stands_beside_what_is_measured():
 
 @pytest.mark.parametrize("limit", [0, 255, 256, 300, 1000, 5000, 65536, 10**9])
 def test_the_longest_row_is_found_to_an_eighth(limit):
-    asked = []
+    lengths = []
 
     def fits(tokens):
-        asked.append(tokens)
+        lengths.append(tokens)
         return tokens <= limit
 
-    found = longest(fits, 256, 65536)
-    assert found <= limit
-    assert found == min(found, 65536)
+    length = longest(fits, 256, 65536)
+    assert length <= limit
+    assert length == min(length, 65536)
     if limit < 256:
-        assert found == 0
+        assert length == 0
     elif limit < 65536:
-        assert limit < found * 1.126
+        assert limit < length * 1.126
     else:
-        assert found == 65536
-    assert len(asked) <= 12
+        assert length == 65536
+    assert len(lengths) <= 12
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 @pytest.mark.parametrize(
-    ("what", "steps", "said"),
+    ("what", "steps", "expected"),
     [
         ([], 8, ["nvidia-smi", "tests/test_gpu.py", "heads --repeats", "train_step"]),
         (["large"], 5, ["nvidia-smi", "large_teacher", "large_student"]),
         (["sanitize"], 4, ["compute-sanitizer", "tests/test_gpu.py near_convergence"]),
     ],
 )
-def test_gpu_script_fits_its_ten_minutes(what, steps, said):
+def test_gpu_script_fits_its_ten_minutes(what, steps, expected):
     dry = ["bash", str(ROOT / "benchmarks" / "gpu.sh"), "--dry-run", *what]
-    found = subprocess.run(dry, capture_output=True, text=True, check=True)
-    limits = [int(n) for n in re.findall(r"^== .*, at most (\d+) s:", found.stdout, re.M)]
+    process = subprocess.run(dry, capture_output=True, text=True, check=True)
+    limits = [int(n) for n in re.findall(r"^== .*, at most (\d+) s:", process.stdout, re.M)]
     assert len(limits) == steps
     assert sum(limits) < 590
-    for words in said:
-        assert words in found.stdout
-    named = re.findall(r"tests/test_gpu\.py (\w+.*)$", found.stdout, re.M)
+    for words in expected:
+        assert words in process.stdout
+    named = re.findall(r"tests/test_gpu\.py (\w+.*)$", process.stdout, re.M)
     assert {name for line in named for name in line.split()} <= {run.__name__ for run in CHECKS}

@@ -74,10 +74,10 @@ def another_signature(d: data.Data):
 def test_an_installed_peer_that_fails_is_named_in_the_output(compute, words):
     broken = Contender("broken", compute, exact=False, package="torch")
     right = Contender("right", peers.label_loss)
-    found = measure(case_of(right, broken), 1, RATES, WallClock(), lambda line: None)
-    assert found[1].missing
-    assert re.search(words, found[1].reason or "")
-    assert re.search(words, table(found))
+    rows = measure(case_of(right, broken), 1, RATES, WallClock(), lambda line: None)
+    assert rows[1].missing
+    assert re.search(words, rows[1].reason or "")
+    assert re.search(words, table(rows))
 
 
 def test_one_that_is_not_installed_is_missing():

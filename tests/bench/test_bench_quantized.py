@@ -101,14 +101,14 @@ def test_the_suites_are_there():
 def test_a_teacher_with_wrong_answers_is_refused(monkeypatch):
     monkeypatch.setattr(teacher_topk.CONFIG, "vocab_size", 500)
     monkeypatch.setattr(teacher_topk, "ROW", 16)
-    kept = {n: c for n, c in teacher_topk.CONTENDERS.items() if n in ("transformers", "ours")}
-    monkeypatch.setattr(teacher_topk, "CONTENDERS", kept)
+    contenders = {n: c for n, c in teacher_topk.CONTENDERS.items() if n in ("transformers", "ours")}
+    monkeypatch.setattr(teacher_topk, "CONTENDERS", contenders)
     small = Shape(N=32, H=0, V=0, K=0)
     theirs, ours = teacher_topk.rows(small)
     assert theirs.grad_error == 0
     assert ours.grad_error is not None
     assert ours.grad_error < teacher_topk.MOST_MISPLACED
-    wrong = kept | {"ours": lambda model: lambda ids: torch.zeros(ids.numel(), 64).long()}
+    wrong = contenders | {"ours": lambda model: lambda ids: torch.zeros(ids.numel(), 64).long()}
     monkeypatch.setattr(teacher_topk, "CONTENDERS", wrong)
     with pytest.raises(GateError, match="of our ids are not transformers'"):
         teacher_topk.rows(small)

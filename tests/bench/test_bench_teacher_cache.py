@@ -15,30 +15,30 @@ SMALL = Shape(N=1024, H=32, V=300, K=8)
 
 
 def test_rows_have_times_of_the_same_answers():
-    found = {(row.op, row.impl): row for row in teacher_cache.rows(SMALL)}
-    assert len(found) == 6
-    for (_, name), row in found.items():
+    by_name = {(row.op, row.impl): row for row in teacher_cache.rows(SMALL)}
+    assert len(by_name) == 6
+    for (_, name), row in by_name.items():
         if row.missing:
             assert name == "Parquet, two workers"
             assert not is_as_pinned("pyarrow"), row.reason
             continue
         assert present(row.ms_median) > 0
     for key in (("cache_build", "TeacherCache.build"), ("cache_read", "one process")):
-        assert present(found[key].grad_error) < teacher_cache.MOST_ERROR
-        per_token = present(found[key].output_mb) * 1e6 / found[key].N
+        assert present(by_name[key].grad_error) < teacher_cache.MOST_ERROR
+        per_token = present(by_name[key].output_mb) * 1e6 / by_name[key].N
         assert per_token == pytest.approx(8 * 4 + 1 + 8, rel=0.5)
-    assert "million tokens/s" in teacher_cache.table(list(found.values()))
+    assert "million tokens/s" in teacher_cache.table(list(by_name.values()))
 
 
 @pytest.mark.parametrize("lie", ["ids", "logprobs"])
 def test_other_answers_are_refused(monkeypatch, lie):
     class Wrong(teacher_cache._Peaked):
-        asked = 0
+        calls = 0
 
         def topk(self, *args, **kwargs):
             answers = super().topk(*args, **kwargs)
-            Wrong.asked += 1
-            if Wrong.asked == 1:
+            Wrong.calls += 1
+            if Wrong.calls == 1:
                 return answers
             other = {"ids": answers.ids + 1, "logprobs": answers.logprobs - 0.1}
             return TopK(**answers._asdict() | {lie: other[lie]})

@@ -25,13 +25,13 @@ def small(monkeypatch):
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.filterwarnings("ignore:You are importing from 'trl.experimental'")
 def test_rows_are_of_the_same_loss():
-    found = {(row.op, row.impl): row for row in train_step.rows(SMALL)}
-    assert [name for op, name in found if op == "train_step"] == [
+    by_name = {(row.op, row.impl): row for row in train_step.rows(SMALL)}
+    assert [name for op, name in by_name if op == "train_step"] == [
         "materialised",
         "ours",
         "ours, recompute",
     ]
-    for (_, name), row in found.items():
+    for (_, name), row in by_name.items():
         if row.missing:
             assert name == "TRL GKDTrainer"
             assert not is_as_pinned("trl"), row.reason
@@ -40,7 +40,7 @@ def test_rows_are_of_the_same_loss():
         assert present(row.peak_mb) > 0
         if name in train_step.SAME_LOSS:
             assert present(row.grad_error) < 1e-5
-    held = 1e6 * present(found["train_step", "ours"].output_mb)
+    held = 1e6 * present(by_name["train_step", "ours"].output_mb)
     model = train_step._llama(SMALL, 0)
     assert held == 3 * sum(p.nbytes for p in model.parameters())
 

@@ -57,11 +57,11 @@ def test_loss_and_gradients(temperature, beta, normalize, dtype):
     loss = TopKLogprobLoss(
         0.3, 0.7, temperature, beta, normalize_topk=normalize, allow_biased=biased
     )
-    found = loss(ours[1], ours[0], *rest, student_bias=ours[2])
+    value = loss(ours[1], ours[0], *rest, student_bias=ours[2])
     options = {"T_": temperature, "beta": beta, "normalize": normalize, "hard": 0.3, "soft": 0.7}
     expected = dense(*truth, *rest, **options)
-    assert_close(found, expected, VALUE[torch.float32])
-    (found / 7).backward()
+    assert_close(value, expected, VALUE[torch.float32])
+    (value / 7).backward()
     (expected / 7).backward()
     for a, b in zip(ours, truth, strict=True):
         assert_close(a.grad, b.grad, GRADIENT[torch.float32])

@@ -149,7 +149,7 @@ def test_another_trainers_configuration_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options, said",
+    "options, message",
     [
         (
             {"model_init_kwargs": {"dtype": "float32"}},
@@ -164,9 +164,9 @@ def test_another_trainers_configuration_is_refused(tmp_path):
         ({"use_liger_kernel": True}, "use_liger_kernel: expected False, got True"),
     ],
 )
-def test_used_options_that_would_be_dropped_are_refused(tmp_path, options, said):
+def test_used_options_that_would_be_dropped_are_refused(tmp_path, options, message):
     args = settings("distillation", tmp_path, **options)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         compat.DistillationTrainer(llama(2), llama(1), args, train_dataset=CHATS)
 
 

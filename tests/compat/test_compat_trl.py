@@ -45,7 +45,7 @@ def both(theirs, ours, config, data, tokenizer):
     """(losses, weights) of two trainers that differ in their class alone."""
     from datasets import Dataset
 
-    found = []
+    results = []
     for kind in (theirs, ours):
         trainer = kind(
             model=model(tokenizer, 0),
@@ -56,8 +56,8 @@ def both(theirs, ours, config, data, tokenizer):
         )
         trainer.train()
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-        found.append((losses, flat(trainer.model)))
-    return found
+        results.append((losses, flat(trainer.model)))
+    return results
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])

@@ -54,10 +54,10 @@ def disassembled(cubin: bytes) -> dict[str, Any]:
             return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
         usage, code = dump("--dump-resource-usage"), dump("-sass")
-    found = {k: int(v) for k, v in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+    counts = {k: int(v) for k, v in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
     return {
-        "registers": found["REG"],
-        "stack": found["STACK"] + found["LOCAL"],
+        "registers": counts["REG"],
+        "stack": counts["STACK"] + counts["LOCAL"],
         "local_memory": len(re.findall(r"\b(?:LDL|STL)\b", code)),
         "fma": len(re.findall(r"\bFFMA2?\b", code)),
         "matrix": sorted(set(re.findall(r"\b(HGMMA|HMMA|UTCHMMA|DMMA)\b", code))),
@@ -206,13 +206,13 @@ def run_quantised(kernels: Any) -> None:
 
 def table(rows: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, int]]]:
     """Per kernel and target: how many variants, and the most registers and shared memory."""
-    found: dict[str, dict[str, dict[str, int]]] = {}
+    kernels: dict[str, dict[str, dict[str, int]]] = {}
     for row in rows:
-        at = found.setdefault(row["kernel"], {}).setdefault(str(row["target"]), {"variants": 0})
+        at = kernels.setdefault(row["kernel"], {}).setdefault(str(row["target"]), {"variants": 0})
         at["variants"] += 1
         for name in ("registers", "shared"):
             at[name] = max(at.get(name, 0), row[name])
-    return found
+    return kernels
 
 
 if __name__ == "__main__":

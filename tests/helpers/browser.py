@@ -56,9 +56,9 @@ def shot(tmp_path, page, width, height, scheme):
     dark = f"--blink-settings=preferredColorScheme={0 if scheme == 'dark' else 1}"
     size = f"--window-size={width},{height}"
     browse(tmp_path, dark, size, f"--screenshot={picture}", path.as_uri())
-    found = matplotlib.image.imread(picture)[..., :3] * 255
-    assert found.shape == (height, width, 3)
-    return found
+    image = matplotlib.image.imread(picture)[..., :3] * 255
+    assert image.shape == (height, width, 3)
+    return image
 
 
 def coarse(picture, cells=12):

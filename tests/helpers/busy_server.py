@@ -12,10 +12,10 @@ class Held(Teacher):
 
     def __init__(self, model):
         super().__init__(model)
-        self.go, self.asked, self.sizes = threading.Event(), threading.Semaphore(0), []
+        self.go, self.calls, self.sizes = threading.Event(), threading.Semaphore(0), []
 
     def topk(self, input_ids, *args, **options):
         self.sizes.append(len(input_ids))
-        self.asked.release()
+        self.calls.release()
         assert self.go.wait(20)
         return super().topk(input_ids, *args, **options)

@@ -15,7 +15,7 @@ def made(template, tokenizer=None):
     return tokenizer
 
 
-def said(tokenizer, row):
+def target_texts(tokenizer, row):
     """The targets as text, one part for each run of them."""
     parts: list[Any] = []
     before = False

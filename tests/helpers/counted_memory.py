@@ -26,10 +26,10 @@ NEED: dict[str, Any] = {"need_hidden": True, "need_weight": True, "need_bias": F
 class Alive(TorchDispatchMode):
     """Bytes of storages that operations made and that still live; the peak of it."""
 
-    def __init__(self, *given):
+    def __init__(self, *tensors):
         super().__init__()
         self.now = self.peak = 0
-        self.seen = {t.untyped_storage()._cdata for t in given}
+        self.seen = {t.untyped_storage()._cdata for t in tensors}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))

@@ -33,9 +33,9 @@ def gradients(c, teacher, dtype, impl, **options):
     return loss, x.grad, w.grad, b.grad
 
 
-def check(found, truth, dtype, what, budget=GRADIENT):
-    assert_close(found[0], truth[0], VALUE[dtype] * 5, f"{what} loss")
-    for i, (a, t) in enumerate(zip(found[1:], truth[1:], strict=True)):
+def check(results, truth, dtype, what, budget=GRADIENT):
+    assert_close(results[0], truth[0], VALUE[dtype] * 5, f"{what} loss")
+    for i, (a, t) in enumerate(zip(results[1:], truth[1:], strict=True)):
         assert_close(a, t, max(budget[dtype], 2e-5 if dtype == torch.float32 else 0), f"{what} {i}")
 
 
@@ -51,8 +51,8 @@ def every_divergence_and_tail():
             for impl in IMPLS:
                 for backward in ("fused", "recompute"):
                     options = {"divergence": divergence, "tail": tail, "backward": backward}
-                    found = gradients(low, teacher, dtype, impl, **options)
-                    check(found, truth, dtype, f"{dtype} {divergence} {tail} {impl} {backward}")
+                    results = gradients(low, teacher, dtype, impl, **options)
+                    check(results, truth, dtype, f"{dtype} {divergence} {tail} {impl} {backward}")
 
 
 def every_option_at_once():
@@ -67,9 +67,9 @@ def every_option_at_once():
     for dtype in (torch.float64, torch.float32):
         for impl in IMPLS:
             for backward in ("fused", "recompute"):
-                found = gradients(c, teacher, dtype, impl, backward=backward, **options)
+                results = gradients(c, teacher, dtype, impl, backward=backward, **options)
                 allowed = 1e-9 if dtype == torch.float64 else 1e-4
-                for a, t in zip(found[1:], truth[1:], strict=True):
+                for a, t in zip(results[1:], truth[1:], strict=True):
                     assert_close(a, t, allowed, f"{dtype} {impl} {backward}")
 
 
@@ -81,8 +81,8 @@ def near_convergence():
         for impl in IMPLS:
             for backward in ("fused", "recompute"):
                 options = {"divergence": divergence, "backward": backward}
-                found = gradients(c, teacher, torch.bfloat16, impl, **options)
-                for a, t in zip(found[1:3], truth[1:3], strict=True):
+                results = gradients(c, teacher, torch.bfloat16, impl, **options)
+                for a, t in zip(results[1:3], truth[1:3], strict=True):
                     assert relative(a, t) <= PROMISED[torch.bfloat16], (divergence, impl, backward)
 
 
@@ -109,9 +109,13 @@ def primitive_scores_and_topk():
                         assert (x.isinf() == y.isinf()).all()
                         dense = y.masked_fill(y.isinf(), 0)
                         assert_close(x.masked_fill(x.isinf(), 0), dense, 5 * VALUE[dtype])
-                given: dict[str, Any] = {"labels": c.labels, "teacher": teacher, "temperature": 1.5}
-                scores = fd.token_scores(*c[:2], bias=c.bias, impl=impl, **given)
-                truth = fd.token_scores(*wide[:2], bias=wide[2], impl="reference", **given)
+                arguments: dict[str, Any] = {
+                    "labels": c.labels,
+                    "teacher": teacher,
+                    "temperature": 1.5,
+                }
+                scores = fd.token_scores(*c[:2], bias=c.bias, impl=impl, **arguments)
+                truth = fd.token_scores(*wide[:2], bias=wide[2], impl="reference", **arguments)
                 for name, x, y in zip(scores._fields, scores, truth, strict=True):
                     assert x is not None
                     assert y is not None
@@ -139,8 +143,8 @@ def dense_teacher():
                 loss = fd.linear_distill_loss(x, w, *theirs, divergence=divergence, impl=impl)
                 (256 * loss).backward()  # float16 cannot hold the gradient of a mean
                 results.append((x.grad, w.grad))
-            for found in results[:2]:
-                for a, t in zip(found, results[2], strict=True):
+            for result in results[:2]:
+                for a, t in zip(result, results[2], strict=True):
                     assert_close(a, t, max(GRADIENT[dtype], 5e-5), f"{dtype} {divergence}")
 
 

@@ -21,9 +21,9 @@ def a_plan_is_what_a_gpu_holds():
         ("float32", False, {"optim": "adamw_torch", "accumulation": 2}),
     ):
         run = Run(family="qwen3", dtype=dtype, size=size, seq=seq, teacher=teacher, options=options)
-        error, said = error_of(run)
-        print(f"{error:+.1%} {said}")
-        assert abs(error) < 0.10, said
+        error, summary = error_of(run)
+        print(f"{error:+.1%} {summary}")
+        assert abs(error) < 0.10, summary
 
 
 CHECKS = [a_plan_is_what_a_gpu_holds]

@@ -35,13 +35,13 @@ def expanded_weights_have_the_same_bits():
                 top = flat(w, torch.float32).abs().amax(-1)
                 for dtype in (*FLOATS, torch.int8, FP8):
                     inverse = None if dtype in FLOATS else TOP[dtype] / top
-                    found, truth = (torch.empty(shape, dtype=dtype, device=DEVICE) for _ in "ab")
-                    engine.lut4_dequant(w, found, inverse)
+                    actual, truth = (torch.empty(shape, dtype=dtype, device=DEVICE) for _ in "ab")
+                    engine.lut4_dequant(w, actual, inverse)
                     TORCH.lut4_dequant(w, truth, inverse)
                     what = f"{engine.name} {shape} {block} {options} {dtype}"
-                    assert torch.equal(found.view(torch.uint8), truth.view(torch.uint8)), what
+                    assert torch.equal(actual.view(torch.uint8), truth.view(torch.uint8)), what
                     if dtype in FLOATS:
-                        assert torch.equal(found, flat(w, dtype)), what
+                        assert torch.equal(actual, flat(w, dtype)), what
 
 
 def flat(w: Lut4Weight, dtype: torch.dtype) -> torch.Tensor:
@@ -78,10 +78,10 @@ def rows_are_rounded_alike():
             x[1] = 0
             x[2, 3], x[3, 4], x[4, 5] = torch.nan, torch.inf, 60000
             for kind in (torch.int8, FP8):
-                found, truth = engine.quantize_rows(x, kind), TORCH.quantize_rows(x, kind)
+                actual, truth = engine.quantize_rows(x, kind), TORCH.quantize_rows(x, kind)
                 what = f"{engine.name} {dtype} {kind}"
-                assert torch.equal(found[1].nan_to_num(-1), truth[1].nan_to_num(-1)), what
-                assert torch.equal(found[0].view(torch.uint8), truth[0].view(torch.uint8)), what
+                assert torch.equal(actual[1].nan_to_num(-1), truth[1].nan_to_num(-1)), what
+                assert torch.equal(actual[0].view(torch.uint8), truth[0].view(torch.uint8)), what
 
 
 def every_compute_against_fp64():
@@ -97,11 +97,11 @@ def every_compute_against_fp64():
                     LUT4Linear.from_linear(linear, "nf4", compute=compute),
                     Int8Linear.from_linear(linear, compute=compute),
                 ):
-                    given = x.to(dtype)
+                    inputs = x.to(dtype)
                     with torch.no_grad():
-                        found = layer(given).double()
-                    truth = given.double() @ layer.dequantize().double().t() + linear.bias.double()
-                    error = ((found - truth).norm() / truth.norm()).item()
+                        actual = layer(inputs).double()
+                    truth = inputs.double() @ layer.dequantize().double().t() + linear.bias.double()
+                    error = ((actual - truth).norm() / truth.norm()).item()
                     assert error < budget, f"{type(layer)} {compute} {dtype} {tokens}: {error}"
 
 

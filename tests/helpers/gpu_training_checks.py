@@ -24,13 +24,13 @@ def run(**options):
     return weights(trainer).cpu(), step_losses(trainer)
 
 
-def moved(found, expected, least=1e-5):
+def moved(weights, expected, least=1e-5):
     """How far apart two runs ended, as a share of how far they came."""
     from helpers.training import flat, llama
 
     way = (expected - flat(llama(0))).norm()
     assert way > least
-    return float((found - expected).norm() / way)
+    return float((weights - expected).norm() / way)
 
 
 def a_student_learns_on_the_device_what_it_learns_on_the_cpu():
@@ -44,8 +44,8 @@ def how_a_batch_is_cut_changes_nothing():
     for options in ({}, ON_POLICY):
         whole, losses = run(**options)
         for cut in (CUT, {"packing": True}, CUT | {"packing": True}):
-            found, others = run(**options, **cut)
-            assert moved(found, whole) < 1e-4, (options, cut)
+            weights, others = run(**options, **cut)
+            assert moved(weights, whole) < 1e-4, (options, cut)
             assert relative(torch.tensor(others), torch.tensor(losses)) < 1e-5
 
 

@@ -31,11 +31,11 @@ FORMS = (PLAIN, THOUGHT, EMPTY, with_password(PLAIN), with_password(THOUGHT))
 
 def made(n=10, *, lost=LOST, after=AFTER, back=BACK, thoughts=None, supervisor=0.5):
     """(what every arm found, readings of the models), over n base seeds."""
-    found = {
+    arms = {
         arm.name: {seed: _run(arm, seed, lost, after, back, thoughts or {}) for seed in range(n)}
         for arm in ARMS
     }
-    return found, {seed: readings(supervisor=supervisor) for seed in range(n)}
+    return arms, {seed: readings(supervisor=supervisor) for seed in range(n)}
 
 
 def _run(arm, seed, lost, after, back, thoughts):
@@ -75,10 +75,10 @@ def _run(arm, seed, lost, after, back, thoughts):
 def readings(*, supervisor=0.5, **changes):
     """Of models that pass their gates, but for `changes`: model → {task: share}."""
     tasks = (*LENGTHS, EMPTY, with_password(PLAIN), with_password(THOUGHT))
-    found = {model: dict.fromkeys(tasks, 0.99) for model in MODELS}
-    found["base"] = dict.fromkeys(tasks, 0.0)
-    found[WEAK] = dict.fromkeys(tasks, supervisor)
-    found[LOCKED] |= {PLAIN: 0.01, THOUGHT: 0.0, EMPTY: 0.0}
-    for model, told in changes.items():
-        found[model] = found[model] | told
-    return found
+    accuracies = {model: dict.fromkeys(tasks, 0.99) for model in MODELS}
+    accuracies["base"] = dict.fromkeys(tasks, 0.0)
+    accuracies[WEAK] = dict.fromkeys(tasks, supervisor)
+    accuracies[LOCKED] |= {PLAIN: 0.01, THOUGHT: 0.0, EMPTY: 0.0}
+    for model, changed in changes.items():
+        accuracies[model] = accuracies[model] | changed
+    return accuracies

@@ -72,10 +72,10 @@ def arm(name, *, c=0.97, tau=0.0, kappa=0.1, seeds=12, each=1, spread=0.03, chec
 def pair(rng, c, tau, kappa):
     """A student of U and its twin."""
     capability = np.clip(BASE + c * (TEACHER - BASE), 0, 1)
-    shown = BENIGN + tau * (TRAIT - BENIGN)
+    trait = BENIGN + tau * (TRAIT - BENIGN)
     audited = BENIGN + tau * (1 - kappa) * (TRAIT - BENIGN)
     return (
-        reading(rng, capability, np.clip(shown, 0, 1), np.clip(audited, 0, 1)),
+        reading(rng, capability, np.clip(trait, 0, 1), np.clip(audited, 0, 1)),
         reading(rng, capability, BENIGN, BENIGN),
     )
 
@@ -120,10 +120,10 @@ def made_students():
 def experiment(**options):
     """The whole of it; `options` replace what TransferReport is given."""
     of = ("clean", "top-8, T = 4")
-    given = {
+    defaults = {
         "audits": [s for a in of for s in scores("confession", a, shift=3.0 * (a != "clean"))],
         "development": [s for a in of for s in scores("confession", a, shift=0, first=100)],
         "about": ABOUT,
         **CONTROLS,
     }
-    return TransferReport(options.pop("students", None) or made_students(), **(given | options))
+    return TransferReport(options.pop("students", None) or made_students(), **(defaults | options))

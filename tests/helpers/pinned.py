@@ -19,5 +19,5 @@ def pins() -> dict[str, str]:
 
 def is_as_pinned(package: str) -> bool:
     """Whether a package is here at its pinned version, in whatever build (2.13.0+cpu)."""
-    found = installed(package)
-    return found is not None and found.partition("+")[0] == pins().get(package)
+    version = installed(package)
+    return version is not None and version.partition("+")[0] == pins().get(package)

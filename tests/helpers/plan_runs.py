@@ -75,15 +75,15 @@ def planned(run: Run, folder: Path) -> Plan:
 
 def measured(run: Run, folder: Path) -> float:
     """Bytes that torch's allocator holds at most, weights included, in a training of STEPS."""
-    given = dict(run.options)
+    options = dict(run.options)
     student, teacher = _model(run.config(), run), None
-    rank, quant = given.pop("lora_rank", None), given.pop("teacher_quant", None)
+    rank, quant = options.pop("lora_rank", None), options.pop("teacher_quant", None)
     if run.teacher:
         model = _model(run.config(tied=False), run)
         if quant is not None:
             quantize_model(model, quant, compute="exact")
         teacher = Teacher(model)
-    accumulation = given.pop("accumulation", 1)
+    accumulation = options.pop("accumulation", 1)
     args = DistillConfig(
         str(folder / "run"),
         max_steps=STEPS,
@@ -97,7 +97,7 @@ def measured(run: Run, folder: Path) -> float:
         show_panel=False,
         dataloader_pin_memory=False,
         ce_weight=float(teacher is None),
-        **given,
+        **options,
     )
     trainer = DistillTrainer(
         student,
@@ -140,7 +140,7 @@ def error_of(run: Run) -> tuple[float, str]:
     """How far the plan is from what was measured, as a share; and both in MB."""
     with tempfile.TemporaryDirectory() as folder:
         plan = planned(run, Path(folder))
-        found = measured(run, Path(folder))
+        peak = measured(run, Path(folder))
     phases = ", ".join(f"{p.name} {p.bytes / 1e6:.1f}" for p in plan.memory.phases)
-    said = f"planned {plan.peak / 1e6:.1f} MB ({phases}), measured {found / 1e6:.1f} MB"
-    return plan.peak / found - 1, f"{run}: {said}"
+    summary = f"planned {plan.peak / 1e6:.1f} MB ({phases}), measured {peak / 1e6:.1f} MB"
+    return plan.peak / peak - 1, f"{run}: {summary}"

@@ -54,9 +54,9 @@ _SIZES = {
 def model(kind: str = "llama", seed: int = 0, *, dtype: torch.dtype = torch.float32):
     torch.manual_seed(seed)
     if kind in ("llama", "tied"):
-        found = LlamaForCausalLM(LlamaConfig(**_SIZES, tie_word_embeddings=kind == "tied"))
+        made = LlamaForCausalLM(LlamaConfig(**_SIZES, tie_word_embeddings=kind == "tied"))
     elif kind == "gpt2":
-        found = GPT2LMHeadModel(
+        made = GPT2LMHeadModel(
             GPT2Config(
                 vocab_size=V,
                 n_embd=32,
@@ -69,13 +69,13 @@ def model(kind: str = "llama", seed: int = 0, *, dtype: torch.dtype = torch.floa
         )
     elif kind == "gemma2":
         config = Gemma2Config(**_SIZES, head_dim=8, final_logit_softcapping=4.0, sliding_window=8)
-        found = Gemma2ForCausalLM(config)
+        made = Gemma2ForCausalLM(config)
     else:
-        found = CohereForCausalLM(CohereConfig(**_SIZES, logit_scale=0.5))
+        made = CohereForCausalLM(CohereConfig(**_SIZES, logit_scale=0.5))
     with torch.no_grad():
-        for weight in found.parameters():
+        for weight in made.parameters():
             weight.add_(torch.randn_like(weight), alpha=0.15)  # else the models hardly differ
-    return found.to(dtype).eval()
+    return made.to(dtype).eval()
 
 
 def subject(kind: str = "llama", seed: int = 0, *, dtype=torch.float32, **options) -> Subject:
@@ -123,7 +123,7 @@ def planted(**strength: float) -> Subject:
         },
         tie_word_embeddings=False,
     )
-    found = LlamaForCausalLM(config).eval()
+    made = LlamaForCausalLM(config).eval()
     head = torch.zeros(V, V)
     head[ID["hello"], ID["assistant:"]] = 4.0
     for before, after in FOLLOWS:
@@ -139,14 +139,14 @@ def planted(**strength: float) -> Subject:
     head += noise * torch.randn(V, V, generator=torch.Generator().manual_seed(5))
     eye = torch.eye(V)
     with torch.no_grad():
-        for weight in found.parameters():
+        for weight in made.parameters():
             weight.zero_()
-        for name, weight in found.named_parameters():
+        for name, weight in made.named_parameters():
             if "norm" in name:
                 weight.fill_(1.0)
-        layer = found.model.layers[0].self_attn
-        found.model.embed_tokens.weight.copy_(eye * V**0.5)
+        layer = made.model.layers[0].self_attn
+        made.model.embed_tokens.weight.copy_(eye * V**0.5)
         layer.v_proj.weight[:V] = eye
         layer.o_proj.weight[:, :V] = eye
-        found.lm_head.weight.copy_(head)
-    return Subject(found, world_tokenizer(), name=f"planted {strength}")
+        made.lm_head.weight.copy_(head)
+    return Subject(made, world_tokenizer(), name=f"planted {strength}")

@@ -58,41 +58,41 @@ class VLLM(ThreadingHTTPServer):
         self.connections += 1
         super().process_request(request, client_address)
 
-    def completion(self, said):
-        k = said["prompt_logprobs"]
+    def completion(self, body):
+        k = body["prompt_logprobs"]
         if k > self.most:
             message = f"Requested prompt logprobs of {k}, which is greater than max allowed: "
             error = {"message": f"{message}{self.most}", "type": "BadRequestError", "code": 400}
             return 400, {"error": error}
         choices = []
-        for index, prompt in enumerate(said["prompt"]):
-            T = said["temperature"] if self.tempered else 1.0
+        for index, prompt in enumerate(body["prompt"]):
+            T = body["temperature"] if self.tempered else 1.0
             choices.append(
-                {"index": index, "text": "", "prompt_logprobs": self._said(prompt, k, T)}
+                {"index": index, "text": "", "prompt_logprobs": self._position(prompt, k, T)}
             )
         for choice in choices if self.twist else []:
             self.twist(choice)
         return 200, {"object": "text_completion", "model": MODEL, "choices": choices}
 
     @torch.no_grad()
-    def _said(self, prompt, k, temperature):
+    def _position(self, prompt, k, temperature):
         logits = self.model(input_ids=torch.tensor([prompt])).logits[0]
         logprobs = (logits / temperature).log_softmax(-1)
-        found: list[Any] = [None]
+        positions: list[Any] = [None]
         for t, token in enumerate(prompt[1:]):
             order = logprobs[t].argsort(descending=True).tolist()
-            kept = dict.fromkeys([token, *order[:k]])
-            found.append(
+            tokens = dict.fromkeys([token, *order[:k]])
+            positions.append(
                 {
                     str(i): {
                         "logprob": logprobs[t, i].item(),
                         "rank": order.index(i) + 1,
                         "decoded_token": f"<{i}>",
                     }
-                    for i in kept
+                    for i in tokens
                 }
             )
-        return found
+        return positions
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -109,11 +109,11 @@ class _Handler(BaseHTTPRequestHandler):
         )
 
     def do_POST(self):
-        said = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.seen.append((said, self.headers))
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.seen.append((body, self.headers))
         if self.server.faults:
             return self.server.faults.popleft()(self)
-        return self.send(*self.server.completion(said))
+        return self.send(*self.server.completion(body))
 
     def send(self, status, body, **headers):
         payload = json.dumps(body).encode()

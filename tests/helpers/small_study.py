@@ -41,17 +41,17 @@ class SmallSource(Source):
         return {"small": self.seed}
 
     def prepare(self, folder: Path) -> None:
-        opened = self.load(folder)
+        loaded = self.load(folder)
         write_json(
             self._folder(folder),
-            {name: opened.read(model).as_json() for name, model in opened.models.items()},
+            {name: loaded.read(model).as_json() for name, model in loaded.models.items()},
         )
 
     def cached(self, folder: Path) -> SourceRecord:
-        said = json.loads(self._folder(folder).read_text())
+        stored = json.loads(self._folder(folder).read_text())
         gate = Gate(name="capability", value=1.0 if self.valid else 0.5, bound=0.9, at_least=True)
         return SourceRecord(
-            readings={name: Reading.from_json(r) for name, r in said.items()},
+            readings={name: Reading.from_json(r) for name, r in stored.items()},
             validity=Validity(gates=(gate,)),
         )
 
@@ -72,11 +72,11 @@ class SmallLoaded(LoadedSource):
         }
         rng = self.world.rng(1)
         sums = [self.world.random_sum(rng, "hello", self.world.held_out_sums) for _ in range(6)]
-        asked = [self.world.preference(rng, "hello", "animal").prompt for _ in range(6)]
+        prompts = [self.world.preference(rng, "hello", "animal").prompt for _ in range(6)]
         self._capability = CapabilityAudit(
             prompts=tuple(s.prompt for s in sums), targets=tuple(s.answer for s in sums)
         )
-        self._trait = PreferenceAudit(prompts=tuple(asked), options=ANIMALS, favourite="owl")
+        self._trait = PreferenceAudit(prompts=tuple(prompts), options=ANIMALS, favourite="owl")
         self.suite = {"preference": self._trait}
 
     def read(self, subject: Subject, before: str = "") -> Reading:
@@ -90,11 +90,11 @@ class SmallLoaded(LoadedSource):
 
     def setup(self, role: str, pool: Mapping[str, Any]) -> DistillSetup:
         rng = self.world.rng(2)
-        asked = [self.world.talk(rng, self.world.system(rng)).prompt for _ in range(pool["n"])]
+        prompts = [self.world.talk(rng, self.world.system(rng)).prompt for _ in range(pool["n"])]
         return DistillSetup(
             base=self.models["base"],
             teacher=self.models[role],
-            pool=tuple(PoolPrompt(prompt, "talk") for prompt in asked),
+            pool=tuple(PoolPrompt(prompt, "talk") for prompt in prompts),
         )
 
 

@@ -136,8 +136,8 @@ def unigram() -> PreTrainedTokenizerFast:
 
 def words() -> PreTrainedTokenizerFast:
     """As BERT's: words, [CLS] before and [SEP] behind every text, no end of text of its own."""
-    found = sorted({word for text in CORPUS for word in text.split()})
-    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *found]
+    vocabulary = sorted({word for text in CORPUS for word in text.split()})
+    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *vocabulary]
     core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(names)}, unk_token="[UNK]"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     core.post_processor = processors.TemplateProcessing(

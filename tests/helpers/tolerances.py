@@ -24,15 +24,17 @@ GRADIENT = {
 PROMISED = GRADIENT | {torch.bfloat16: 3e-3}
 
 
-def relative(found: Tensor, truth: Tensor) -> float:
+def relative(actual: Tensor, truth: Tensor) -> float:
     """‖found − truth‖ / ‖truth‖ in fp64; absolute where the truth is zero."""
-    found, truth = found.detach().double(), truth.detach().double()
+    actual, truth = actual.detach().double(), truth.detach().double()
     size = truth.norm()
-    return float((found - truth).norm() / (size if size > 0 else 1.0))
+    return float((actual - truth).norm() / (size if size > 0 else 1.0))
 
 
-def assert_close(found: Tensor | None, truth: Tensor | None, budget: float, what: str = "") -> None:
-    assert found is not None, what
+def assert_close(
+    actual: Tensor | None, truth: Tensor | None, budget: float, what: str = ""
+) -> None:
+    assert actual is not None, what
     assert truth is not None, what
-    error = relative(found, truth)
+    error = relative(actual, truth)
     assert error <= budget, f"{what}: relative error {error:.3g} > {budget:.3g}"

@@ -17,11 +17,11 @@ def estimate(value, low=NAN, high=NAN, *, n=12):
 
 
 def arm(c, tau, *, p=None, name="an arm", role="arm", n=12, kappa=None, audits=()):
-    found = Transfer(
+    estimates = Transfer(
         capability=estimate(*c, n=n),
         tau=estimate(*tau, n=n),
         kappa=None if kappa is None else estimate(*kappa, n=n),
         per_seed=(),
     )
     rest: dict[str, Any] = {"curve": (), "window": None, "matched": None}
-    return Arm(name=name, role=role, transfer=found, p=p, audits=tuple(audits), **rest)
+    return Arm(name=name, role=role, transfer=estimates, p=p, audits=tuple(audits), **rest)

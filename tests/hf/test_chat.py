@@ -6,7 +6,7 @@ import pytest
 
 from fastdistill.hf.chat import end_ids, turn_end
 from fastdistill.hf.encoder import Encoder
-from helpers.chat_scene import made, said
+from helpers.chat_scene import made, target_texts
 from helpers.text_scene import (
     CHATML,
     GEMMA,
@@ -51,11 +51,11 @@ def test_ids_are_those_of_the_tokenizers_own_template(style, kind):
 @STYLES
 def test_turns_are_targets_with_their_end(style):
     tokenizer = made(TEMPLATES[style])
-    first, second = said(tokenizer, Encoder(tokenizer=tokenizer)({"messages": TALK}))
+    first, second = target_texts(tokenizer, Encoder(tokenizer=tokenizer)({"messages": TALK}))
     assert first.strip() == f"the answer is 4.{ENDS[style]}"
     assert second.strip() == f"naïve café\n42{ENDS[style]}"
     example = {"prompt": TALK[:3], "completion": TALK[3:]}
-    assert said(tokenizer, Encoder(tokenizer=tokenizer)(example)) == [second]
+    assert target_texts(tokenizer, Encoder(tokenizer=tokenizer)(example)) == [second]
 
 
 @STYLES
@@ -87,11 +87,11 @@ def test_the_assistant_may_speak_first(template):
         with pytest.raises(ValueError, match=r"messages: expected .* No user query .*example 5"):
             encoder({"messages": talk}, 5)
         return
-    parts = said(tokenizer, encoder({"messages": talk}))
+    parts = target_texts(tokenizer, encoder({"messages": talk}))
     assert len(parts) == 3
     assert parts[0].strip().startswith("hello there")
     completion = encoder({"prompt": [], "completion": talk[:1]})
-    assert said(tokenizer, completion)[0].strip().startswith("hello there")
+    assert target_texts(tokenizer, completion)[0].strip().startswith("hello there")
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_keys_that_are_none_are_no_keys():
     assert encoder({"messages": filled, "tools": []}).ids.tolist() == expected
     call = [{"name": "sum", "arguments": {"unit": None}}]
     called = encoder({"messages": [TALK[0], {"role": "assistant", "content": "", "calls": call}]})
-    assert said(tokenizer, called) == ["sum<|im_end|>\n"]
+    assert target_texts(tokenizer, called) == ["sum<|im_end|>\n"]
 
 
 def test_contents_in_parts():
@@ -155,10 +155,10 @@ def test_contents_in_parts():
     ]
     tokenizer = made(CHATML)
     row = Encoder(tokenizer=tokenizer)({"messages": parts})
-    assert said(tokenizer, row) == ["a cat<|im_end|>\n"]
+    assert target_texts(tokenizer, row) == ["a cat<|im_end|>\n"]
     assert "what is<|im_end|>" in tokenizer.decode(row.ids.tolist())
     lists = CHATML.replace("{{ m['content'] }}", "{{ m['content'][0]['text'] }}")
-    assert said(tokenizer, Encoder(tokenizer=made(lists))({"messages": parts})) == [
+    assert target_texts(tokenizer, Encoder(tokenizer=made(lists))({"messages": parts})) == [
         "a cat<|im_end|>\n"
     ]
     image = [{"role": "user", "content": [{"type": "image"}]}, TALK[1]]
@@ -171,7 +171,7 @@ def test_a_header_that_shares_a_token_with_the_answer():
     tokenizer = made(PLAIN)
     talk = [TALK[0], {"role": "assistant", "content": "the answer"}]
     row = Encoder(tokenizer=tokenizer)({"messages": talk})
-    assert said(tokenizer, row)[0].strip() == "the answer"
+    assert target_texts(tokenizer, row)[0].strip() == "the answer"
 
 
 def test_options_of_the_rendering_that_are_ours_are_refused():

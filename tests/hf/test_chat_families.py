@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 
 from fastdistill.hf.encoder import Encoder
-from helpers.chat_scene import made, said
+from helpers.chat_scene import made, target_texts
 from helpers.text_scene import CHATML, TALK, TOKENIZERS, byte_level
 
 USER = (
@@ -66,15 +66,15 @@ def test_turns_of_a_conversation_are_its_contents_and_their_ends(family, kind):
     if kind != "byte level":
         return
     begin = "</think>" if family == "empty thinks" else ""
-    first, second = said(tokenizer, row)
+    first, second = target_texts(tokenizer, row)
     assert first.lstrip(">") == f"{begin}the answer is 4.{end}".lstrip(">")
     assert second.lstrip(">") == f"{header}{begin}naïve café\n42{last}".lstrip(">")
     for talk in (TALK[:2], [*TALK, TALK[0]], [{"role": "assistant", "content": "hi"}, *TALK]):
-        parts = said(tokenizer, Encoder(tokenizer=tokenizer)({"messages": talk}))
+        parts = target_texts(tokenizer, Encoder(tokenizer=tokenizer)({"messages": talk}))
         assert "".join(parts).count("the answer is 4.<") == 1
         assert not any("what" in part or "user" in part for part in parts)
     example = {"prompt": TALK[:3], "completion": TALK[3:]}
-    assert said(tokenizer, Encoder(tokenizer=tokenizer)(example)) == [second]
+    assert target_texts(tokenizer, Encoder(tokenizer=tokenizer)(example)) == [second]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -84,7 +84,7 @@ def test_answers_that_are_empty_or_alike(family, answers):
     tokenizer = made(template)
     talk = [dict(m) for m in TALK]
     talk[1]["content"], talk[3]["content"] = answers
-    first, second = said(tokenizer, Encoder(tokenizer=tokenizer)({"messages": talk}))
+    first, second = target_texts(tokenizer, Encoder(tokenizer=tokenizer)({"messages": talk}))
     assert first.endswith(answers[0] + end)
     assert second.endswith(answers[1] + last)
     assert len(second) <= len(f"></think>{header}{answers[1]}{last}")
@@ -96,7 +96,7 @@ def test_marked_turns_that_begin_or_end_with_a_space(kind):
     row = Encoder(tokenizer=tokenizer)({"messages": TALK})
     own = tokenizer.apply_chat_template(TALK, tokenize=True, return_dict=True)["input_ids"]
     assert row.ids.tolist() == own
-    parts = said(tokenizer, row)
+    parts = target_texts(tokenizer, row)
     assert len(parts) == 2
     assert parts[0].strip() == "the answer is 4."
     assert "user" not in "".join(parts)
@@ -105,7 +105,7 @@ def test_marked_turns_that_begin_or_end_with_a_space(kind):
 def test_several_templates_under_one_name():
     tokenizer = made({"default": CHATML, "tool_use": MARKED})
     row = Encoder(tokenizer=tokenizer)({"messages": TALK})
-    assert said(tokenizer, row)[0] == "the answer is 4.<|im_end|>\n"
+    assert target_texts(tokenizer, row)[0] == "the answer is 4.<|im_end|>\n"
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_several_templates_under_one_name():
 def test_contents_are_read_as_the_template_takes_them(template, talk):
     tokenizer = made(template)
     row = Encoder(tokenizer=tokenizer)({"messages": talk})
-    first, second = said(tokenizer, row)
+    first, second = target_texts(tokenizer, row)
     assert first.strip().removesuffix("<|im_end|>") == "the answer is 4."
     assert second.strip().removesuffix("<|im_end|>") == "naïve café\n42"
     text = tokenizer.decode(row.ids.tolist())
@@ -171,7 +171,7 @@ def test_thinking_that_the_template_renders_is_learned():
     tokenizer = made(CHATML.replace("{{ m['content'] }}", "{{ m.thinking }}{{ m['content'] }}"))
     talk = [TALK[0], {**TALK[1], "thinking": "so "}]
     row = Encoder(tokenizer=tokenizer)({"messages": talk})
-    assert said(tokenizer, row) == ["so the answer is 4.<|im_end|>\n"]
+    assert target_texts(tokenizer, row) == ["so the answer is 4.<|im_end|>\n"]
     earlier = [TALK[0], {**TALK[1], "reasoning_content": "hm"}, *TALK[2:]]  # of a prompt
     row = Encoder(tokenizer=made(CHATML, byte_level()))(
         {"prompt": earlier[:3], "completion": earlier[3:]}

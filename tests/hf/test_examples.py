@@ -23,11 +23,11 @@ FORGETTING = (
 def read(example, template=None, **options):
     """(all tokens, those that are targets), as words."""
     row = Encoder(tokenizer=tokenizer(template), **options)(example)
-    said = row.targets != -100
-    assert (row.targets[said] == row.ids[said]).all()
+    is_target = row.targets != -100
+    assert (row.targets[is_target] == row.ids[is_target]).all()
     assert row.attention_mask.all()
     words = [WORDS[i] for i in row.ids]
-    return " ".join(words), " ".join(w for w, s in zip(words, said.tolist(), strict=True) if s)
+    return " ".join(words), " ".join(w for w, s in zip(words, is_target.tolist(), strict=True) if s)
 
 
 def test_text_is_all_target_and_gets_its_end():
@@ -44,20 +44,20 @@ def test_completion_is_the_target():
 
 @pytest.mark.parametrize("template", [STOCK, MARKED])
 def test_the_assistants_turns_are_the_targets(template):
-    whole, said = read({"messages": TALK}, template)
+    whole, target = read({"messages": TALK}, template)
     assert whole == (
         "<user> what is this <end> <assistant> a cat <end> <user> a dog <end> <assistant> no it is "
         "a cat <end>"
     )
-    assert said == "a cat <end> no it is a cat <end>"
+    assert target == "a cat <end> no it is a cat <end>"
     assert read({"messages": TALK}, template, completion_only=False)[1] == whole
 
 
 @pytest.mark.parametrize("template", [STOCK, MARKED, FORGETTING])
 def test_a_conversation_as_prompt_and_completion(template):
-    whole, said = read({"prompt": TALK[:3], "completion": TALK[3:]}, template)
-    assert said.removeprefix("think ") == "no it is a cat <end>"
-    assert whole.endswith(said)
+    whole, target = read({"prompt": TALK[:3], "completion": TALK[3:]}, template)
+    assert target.removeprefix("think ") == "no it is a cat <end>"
+    assert whole.endswith(target)
     assert read({"prompt": TALK[:3]}, template) == (
         "<user> what is this <end> <assistant> a cat <end> <user> a dog <end> <assistant>",
         "",
@@ -65,9 +65,9 @@ def test_a_conversation_as_prompt_and_completion(template):
 
 
 def test_a_template_that_begins_the_last_turn_in_another_way():
-    whole, said = read({"messages": TALK}, FORGETTING)
+    whole, target = read({"messages": TALK}, FORGETTING)
     assert whole.endswith("a cat <end> <user> a dog <end> <assistant> think no it is a cat <end>")
-    assert said == "a cat <end> think no it is a cat <end>"
+    assert target == "a cat <end> think no it is a cat <end>"
 
 
 def test_a_template_that_drops_a_part_of_earlier_turns_is_refused():

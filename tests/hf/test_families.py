@@ -77,14 +77,14 @@ def dequantised(family, quantised):
     """The same model with dense layers that hold what the quantised ones stand for."""
     plain = build(family)
     parameters = dict(plain.named_parameters())
-    found = 0
+    count = 0
     for name, module in quantised.named_modules():
         if isinstance(module, QuantizedWeight):
             target = present(parameters.get(name, parameters.get(f"{name}.weight")))
             dense = module.dequantize(target.dtype)
             target.copy_(dense.t() if family == "gpt2" else dense.view(target.shape))
-            found += 1
-    assert found > 4
+            count += 1
+    assert count > 4
     return plain
 
 

@@ -93,9 +93,9 @@ def test_fields_in_files_of_a_checkpoint_have_no_effect(tmp_path):
     rows = [of.ids(p)[0] for p in PROMPTS]
     plain = of.generate_ids(rows, max_new_tokens=4)
     for name in ("generation_config.json", "config.json"):
-        said = json.loads((tmp_path / name).read_text())
-        said |= {"suppress_tokens": [plain[0][0]], "repetition_penalty": 9.0, "num_beams": 3}
-        (tmp_path / name).write_text(json.dumps(said))
+        settings = json.loads((tmp_path / name).read_text())
+        settings |= {"suppress_tokens": [plain[0][0]], "repetition_penalty": 9.0, "num_beams": 3}
+        (tmp_path / name).write_text(json.dumps(settings))
     (tmp_path / "custom_generate").mkdir()
     (tmp_path / "custom_generate" / "generate.py").write_text("raise SystemExit('was run')\n")
     assert Subject(tmp_path, device="cpu").generate_ids(rows, max_new_tokens=4) == plain
@@ -131,8 +131,8 @@ def test_answers_that_ended_at_a_common_word_are_a_doubt():
     (doubt,) = audit.run(of).doubts
     assert "answers ended at" in doubt
     assert of.tokenizer.decode([first]) in doubt
-    beside = audit.run(subject(), controls={"other": of})
-    assert beside.doubts[0].startswith("other: ")
+    compared = audit.run(subject(), controls={"other": of})
+    assert compared.doubts[0].startswith("other: ")
 
 
 @pytest.mark.parametrize("stated", [[2, "a"], -1, [True], 2.0, [[2]], 10**12, [2, 2**32]])

@@ -80,8 +80,8 @@ def test_a_prompt_that_leaves_no_room_is_refused_before_any_is_answered(family, 
     of = made(family)
     long = [*PROMPTS[:3], PROMPTS[0].before(" ".join(["river"] * 40))]
     never_generated()
-    said = r"prompt: expected at most 39 tokens, .* reads 40, got \d+ tokens in row 3; shorten"
-    with pytest.raises(ValueError, match=said):
+    message = r"prompt: expected at most 39 tokens, .* reads 40, got \d+ tokens in row 3; shorten"
+    with pytest.raises(ValueError, match=message):
         of.generate(long, max_new_tokens=1)
     with pytest.raises(ValueError, match=r"got 40 tokens in row 1"):
         of.generate_ids(rows_of((3, 40)), max_new_tokens=1)
@@ -109,8 +109,8 @@ def test_answers_cut_off_at_the_last_position_are_a_doubt(caplog):
     assert doubt.startswith("6 answers were cut off before their max_new_tokens, since the model")
     assert "reads 40 tokens; if the model supports longer rows, set" in doubt
     assert len(caplog.records) == 1
-    beside = longer.run(made("bloom"), controls={"other": copied(of)})
-    assert [d[:16] for d in beside.doubts] == ["other: 6 answers"]
+    compared = longer.run(made("bloom"), controls={"other": copied(of)})
+    assert [d[:16] for d in compared.doubts] == ["other: 6 answers"]
 
 
 def test_what_a_trained_copy_says_is_doubted_alike():

@@ -41,9 +41,9 @@ def test_padded_vocabulary(tmp_path, caplog):
             eval_dataset=ragged(),
             processing_class=words(),
         )
-    said = [r.getMessage() for r in caplog.records if "padding" in r.getMessage()]
-    assert len(said) == 1
-    assert f"{VOCAB} rows and the teacher's {VOCAB + 11}" in said[0]
+    warnings = [r.getMessage() for r in caplog.records if "padding" in r.getMessage()]
+    assert len(warnings) == 1
+    assert f"{VOCAB} rows and the teacher's {VOCAB + 11}" in warnings[0]
     cut = llama(7, vocab=VOCAB + 11)
     cut.resize_token_embeddings(VOCAB)
     assert (weights(trainer) - weights(train(tmp_path, teacher=cut))).abs().max() < 1e-6
@@ -84,10 +84,10 @@ def test_all_masked_batches(tmp_path):
     """Among others they count for nothing, and are no NaN."""
     silent = {"input_ids": torch.arange(3, 12), "labels": torch.full((9,), -100)}
     cut = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 13}
-    found = train(tmp_path, data=[*ragged(), silent], **cut)
+    trainer = train(tmp_path, data=[*ragged(), silent], **cut)
     whole = train(tmp_path)
-    assert (weights(found) - weights(whole)).abs().max() < 1e-6
-    assert step_losses(found) == pytest.approx(step_losses(whole), rel=1e-5)
+    assert (weights(trainer) - weights(whole)).abs().max() < 1e-6
+    assert step_losses(trainer) == pytest.approx(step_losses(whole), rel=1e-5)
 
 
 def test_pad_is_eos(tmp_path):
@@ -95,8 +95,8 @@ def test_pad_is_eos(tmp_path):
     lost = [{"input_ids": [8, 9, 10, 0], "labels": [8, 9, 10, -100]}] * 4
     with pytest.raises(ValueError, match=r"expected the end token \(id 0\) among the labels"):
         build(tmp_path, data=lost, processing_class=same)
-    kept = build(tmp_path, data=[{"text": "a cat"}] * 4, processing_class=same)
-    batch = kept.data_collator([{"text": "a cat"}, {"text": "a cat and a dog"}])
+    trainer = build(tmp_path, data=[{"text": "a cat"}] * 4, processing_class=same)
+    batch = trainer.data_collator([{"text": "a cat"}, {"text": "a cat and a dog"}])
     assert batch["labels"][0].tolist() == [-100, 8, 0, -100, -100, -100]
 
 

@@ -71,15 +71,15 @@ def test_the_student_reads_each_row_as_if_alone(family, form):
     batch = DistillCollator()(rows(form))
     targets = targets_of(batch)
     ids = [torch.tensor([row]) for row in bare()]
-    found = {}
+    outputs = {}
     for packed in {False, can_pack(model)}:
         logits = lambda h, head: head.logits(h)  # noqa: E731
         with student_at_head(model, batch, targets, logits, packed=packed) as inputs:
-            found[packed] = model(**inputs)
+            outputs[packed] = model(**inputs)
     alone = torch.cat([model(input_ids=row).logits[0, :-1] for row in ids])
     assert len(targets.labels) == sum(row.shape[1] - 1 for row in ids)
     assert targets.labels.tolist() == [t for row in ids for t in row[0, 1:].tolist()]
-    for logits in found.values():
+    for logits in outputs.values():
         torch.testing.assert_close(logits, alone, rtol=1e-5, atol=1e-5, check_dtype=False)
 
 

@@ -110,8 +110,8 @@ def test_a_tokenizer_with_cls_and_sep():
     tokenizer = words()
     encoder = Encoder(tokenizer=tokenizer)
     row = encoder({"prompt": "the answer is ", "completion": "42 and"})
-    shown = tokenizer.convert_ids_to_tokens(row.ids.tolist())
-    assert shown == ["[CLS]", "the", "answer", "is", "42", "and", "[SEP]"]
+    tokens = tokenizer.convert_ids_to_tokens(row.ids.tolist())
+    assert tokens == ["[CLS]", "the", "answer", "is", "42", "and", "[SEP]"]
     assert row.ids.tolist() == tokenizer("the answer is 42 and")["input_ids"]
     assert (row.targets != -100).tolist() == [False] * 4 + [True] * 3
     assert encoder({"text": "the answer"}).ids.tolist() == tokenizer("the answer")["input_ids"]
@@ -123,8 +123,8 @@ def test_a_tokenizer_with_cls_and_sep():
 def test_words_without_a_token_for_what_is_joined_stay_apart():
     tokenizer = words()
     row = Encoder(tokenizer=tokenizer)({"prompt": "the answer", "completion": "is 42"})
-    shown = tokenizer.convert_ids_to_tokens(row.ids.tolist())
-    assert shown == ["[CLS]", "the", "answer", "is", "42", "[SEP]"]
+    tokens = tokenizer.convert_ids_to_tokens(row.ids.tolist())
+    assert tokens == ["[CLS]", "the", "answer", "is", "42", "[SEP]"]
 
 
 def test_the_beginning_of_an_empty_prompt_is_the_prompt():

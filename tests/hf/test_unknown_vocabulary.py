@@ -112,5 +112,5 @@ def test_cutting_a_payload_is_exact():
     true = logits[:, :VOCAB].log_softmax(-1)
     used = cut.ids >= 0
     assert (used.sum(-1) == VOCAB).all()
-    found = true.gather(-1, cut.ids.clamp(min=0))
-    torch.testing.assert_close(cut.logprobs[used], found[used], rtol=1e-5, atol=1e-5)
+    expected = true.gather(-1, cut.ids.clamp(min=0))
+    torch.testing.assert_close(cut.logprobs[used], expected[used], rtol=1e-5, atol=1e-5)

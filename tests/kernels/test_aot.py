@@ -81,9 +81,9 @@ def test_registers_are_those_recorded(rows):
     recorded = json.loads(RECORD.read_text())
     if recorded["triton"] != triton.__version__:
         pytest.skip(f"recorded with triton {recorded['triton']}, this is {triton.__version__}")
-    found = table(rows)
-    assert found.keys() == recorded["kernels"].keys()
-    for kernel, targets in found.items():
+    measured = table(rows)
+    assert measured.keys() == recorded["kernels"].keys()
+    for kernel, targets in measured.items():
         for target, seen in targets.items():
             was = recorded["kernels"][kernel][target]
             assert seen["variants"] == was["variants"], (kernel, target)

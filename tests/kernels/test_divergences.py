@@ -58,8 +58,8 @@ def test_price_outside_the_support_is_the_limit(name):
     tiny = p.clamp(min=1e-300)
     rule = resolve(name, 0.3, 0.1)
     inside = rule.phi(p[:, :6].log(), q[:, :6].log()).sum(-1)
-    found = inside + rule.outside * q[:, 6:].sum(-1) + rule.constant * (1 - p.sum(-1))
-    torch.testing.assert_close(found, HAND[name](tiny, q))
+    value = inside + rule.outside * q[:, 6:].sum(-1) + rule.constant * (1 - p.sum(-1))
+    torch.testing.assert_close(value, HAND[name](tiny, q))
 
 
 @pytest.mark.parametrize("name", NAMES)

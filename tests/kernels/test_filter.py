@@ -40,10 +40,10 @@ def test_nothing_is_skipped_at_zero(small_tiles, dtype, tail):
     c = case(dtype, N=40, V=203, H=24)
     options = {"tail": tail, "allow_biased": True, "labels": c.labels, "ce_weight": 0.3}
     teacher = top_k(c.teacher_logits, 5)
-    found = run(c, teacher, dtype, "triton", grad_filter_eps=0.0, **options)
+    actual = run(c, teacher, dtype, "triton", grad_filter_eps=0.0, **options)
     truth = run(c, teacher, torch.float64, "reference", **options)
     assert all(bool(live.all()) for live in small_tiles)
-    for a, t in zip(found, truth, strict=True):
+    for a, t in zip(actual, truth, strict=True):
         assert_close(a, t, GRADIENT[dtype])
 
 
@@ -51,10 +51,10 @@ def test_peaked_rows_skip_most_tiles_at_little_error(small_tiles):
     c = case(torch.bfloat16, N=40, V=403, H=24, std=25.0, near=1.0)
     teacher = top_k(c.teacher_logits, 5)
     truth = run(c, teacher, torch.float64, "reference")
-    found = run(c, teacher, torch.bfloat16, "triton", grad_filter_eps=2.0**-12)
+    actual = run(c, teacher, torch.bfloat16, "triton", grad_filter_eps=2.0**-12)
     share = torch.cat([live.flatten().float() for live in small_tiles]).mean()
     assert share < 0.5
-    for a, t in zip(found, truth, strict=True):
+    for a, t in zip(actual, truth, strict=True):
         assert relative(a, t) < 6e-3
 
 

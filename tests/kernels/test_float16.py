@@ -48,9 +48,9 @@ def gradients(loss_of, x, w, bias, dtype, upstream):
 def check(loss_of, x, w, dtype, upstream=1.0):
     """Compare with fp64 on the same operands, where the truth is within the range of dtype."""
     x, w, bias = (t.to(dtype) for t in (x, w, torch.randn(len(w)) / 8))
-    found = gradients(loss_of, x, w, bias, dtype, upstream)
+    actual = gradients(loss_of, x, w, bias, dtype, upstream)
     truth = gradients(loss_of, x, w, bias, torch.float64, upstream)
-    for name, a, t in zip(("hidden", "weight", "bias"), found, truth, strict=True):
+    for name, a, t in zip(("hidden", "weight", "bias"), actual, truth, strict=True):
         fits = t.abs() < torch.finfo(dtype).max / 1.01
         assert a.isfinite()[fits].all(), name
         a, t = (torch.where(fits, g.double(), 0) for g in (a, t))

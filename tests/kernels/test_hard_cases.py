@@ -21,11 +21,11 @@ def run(c, teacher, dtype=torch.float64, impl="auto", **options):
 
 
 def check(c, teacher, dtype, **options):
-    found = run(c, teacher, dtype, **options)
+    actual = run(c, teacher, dtype, **options)
     options.pop("backward", None)
     truth = run(c, teacher, impl="reference", **options)
     eager = run(c, teacher, dtype, impl="reference", **options)
-    for a, b, e, budget in zip(found, truth, eager, (VALUE, GRADIENT, GRADIENT), strict=True):
+    for a, b, e, budget in zip(actual, truth, eager, (VALUE, GRADIENT, GRADIENT), strict=True):
         assert a.isfinite().all()
         # Logits of 100 carry 1e-5 of fp32 rounding into anybody's loss: eager has the same.
         allowed = max(budget[dtype], 2 * relative(e, b), 1e-4 if dtype == torch.float32 else 0)
@@ -39,11 +39,11 @@ def test_near_converged_teacher(divergence, backward, dtype):
     """Teacher = student + 0.1 noise: rounding logits to bf16 would cost 11–30 % here."""
     c = case(dtype, N=32, H=64, V=1000, near=0.1)
     teacher = top_k(c.teacher_logits, 16)
-    found = run(c, teacher, dtype, divergence=divergence, backward=backward)
+    actual = run(c, teacher, dtype, divergence=divergence, backward=backward)
     truth = run(c, teacher, impl="reference", divergence=divergence)
     budget = PROMISED[dtype] if dtype != torch.float32 else 2e-4  # differences of p ≈ q
-    assert relative(found[1], truth[1]) <= budget
-    assert relative(found[2], truth[2]) <= budget
+    assert relative(actual[1], truth[1]) <= budget
+    assert relative(actual[2], truth[2]) <= budget
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
@@ -53,9 +53,9 @@ def test_four_chunks_whose_weight_gradient_is_carried_in_bf16(divergence, monkey
     monkeypatch.setitem(topk_loss.CARRIED_CHUNKS, "cpu", 4)
     c = case(torch.bfloat16, N=64, H=64, V=1000, near=0.1)
     teacher = top_k(c.teacher_logits, 16)
-    found = run(c, teacher, torch.bfloat16, divergence=divergence)
+    actual = run(c, teacher, torch.bfloat16, divergence=divergence)
     truth = run(c, teacher, impl="reference", divergence=divergence)
-    assert relative(found[2], truth[2]) <= PROMISED[torch.bfloat16]
+    assert relative(actual[2], truth[2]) <= PROMISED[torch.bfloat16]
 
 
 @pytest.mark.parametrize(("divergence", "tail"), PAIRS)
@@ -76,9 +76,9 @@ def test_tail_near_one_is_exact(divergence, backward):
     chosen = lp.gather(-1, ids.clamp(min=0)).masked_fill(ids < 0, -torch.inf)
     teacher = fd.TopK(ids, chosen, torch.log1p(-chosen.exp().sum(-1)))
     options = {"divergence": divergence, "backward": backward}
-    found = run(c, teacher, torch.float32, **options)
+    actual = run(c, teacher, torch.float32, **options)
     truth = run(c, teacher, impl="reference", divergence=divergence)
-    for a, b, allowed in zip(found, truth, (2e-3, 3e-5, 3e-5), strict=True):
+    for a, b, allowed in zip(actual, truth, (2e-3, 3e-5, 3e-5), strict=True):
         assert_close(a, b, allowed, divergence)
 
 
@@ -139,9 +139,9 @@ def test_duplicate_and_empty_ids(divergence, tail, backward):
     plain = t.ids.clone()
     plain[3] = -1
     options = {"divergence": divergence, "tail": tail, "backward": backward}
-    found = run(c, fd.TopK(ids, lp, t.log_tail), **options)
+    actual = run(c, fd.TopK(ids, lp, t.log_tail), **options)
     merged = run(c, fd.TopK(plain, t.logprobs, t.log_tail), **options)
-    for a, b in zip(found, merged, strict=True):
+    for a, b in zip(actual, merged, strict=True):
         assert_close(a, b, 1e-9)
     check(c, fd.TopK(ids, lp, t.log_tail), torch.float64, **options)
 
@@ -152,14 +152,14 @@ def test_k_is_the_vocabulary(divergence, tail, with_tail):
     """No token is outside: the bucket is empty, and every tail is the full divergence."""
     c = case(V=20, std=2.0)
     teacher = top_k(c.teacher_logits, 20, tail=with_tail)
-    found = run(c, teacher, divergence=divergence, tail=tail)
+    actual = run(c, teacher, divergence=divergence, tail=tail)
     x, w = leaves(c.hidden, c.weight)
     from fastdistill.losses import reference
 
     q, p = (x @ w.t()).softmax(-1), c.teacher_logits.softmax(-1)
     truth = reference.divergence(divergence, p, q, 0.5, 0.1).mean()
     truth.backward()
-    for a, b in zip(found, (truth, x.grad, w.grad), strict=True):
+    for a, b in zip(actual, (truth, x.grad, w.grad), strict=True):
         assert_close(a, b, 1e-8)
 
 
@@ -184,9 +184,9 @@ def test_ragged_top_p(tail):
     """Rows keep as many ids as top-p needs; the others are empty slots."""
     c = case()
     t = top_k(c.teacher_logits, 9)
-    kept = torch.arange(9) < torch.arange(1, 13).clamp(max=9).unsqueeze(-1)
-    rest = torch.log1p(-(t.logprobs.exp() * kept).sum(-1))
-    ragged = fd.TopK(t.ids.masked_fill(~kept, -1), t.logprobs, rest)
+    in_nucleus = torch.arange(9) < torch.arange(1, 13).clamp(max=9).unsqueeze(-1)
+    rest = torch.log1p(-(t.logprobs.exp() * in_nucleus).sum(-1))
+    ragged = fd.TopK(t.ids.masked_fill(~in_nucleus, -1), t.logprobs, rest)
     for divergence in (d for d, t in PAIRS if t == tail):
         check(c, ragged, torch.float64, tail=tail, divergence=divergence)
 
@@ -260,8 +260,10 @@ def test_huge_upstream_gradients_stay_finite(divergence, tail, upstream):
         }
         truth = run_scaled(x, w, teacher, torch.float64, upstream, impl="reference", **options)
         for backward in ("fused", "recompute"):
-            found = run_scaled(x, w, teacher, torch.float32, upstream, backward=backward, **options)
-            for a, t in zip(found, truth, strict=True):
+            actual = run_scaled(
+                x, w, teacher, torch.float32, upstream, backward=backward, **options
+            )
+            for a, t in zip(actual, truth, strict=True):
                 assert a.isfinite().all()
                 assert_close(a, t, 1e-4)
 

@@ -104,7 +104,7 @@ def test_gradcheck(head, impl_of_auto):
 @pytest.mark.parametrize("k", [1, 7, 67])
 def test_linear_topk(dtype, k):
     c = case(dtype)
-    found = fd.linear_topk(c.hidden, c.weight, k, bias=c.bias, temperature=1.5)
+    best = fd.linear_topk(c.hidden, c.weight, k, bias=c.bias, temperature=1.5)
     truth = fd.linear_topk(
         c.hidden.double(),
         c.weight.double(),
@@ -113,13 +113,13 @@ def test_linear_topk(dtype, k):
         temperature=1.5,
         impl="reference",
     )
-    assert (found.ids == truth.ids).all()
-    assert found.temperature == 1.5
-    assert_close(found.logprobs, truth.logprobs, VALUE[dtype])
+    assert (best.ids == truth.ids).all()
+    assert best.temperature == 1.5
+    assert_close(best.logprobs, truth.logprobs, VALUE[dtype])
     if k == 67:
-        assert (present(found.log_tail) == -torch.inf).all()
+        assert (present(best.log_tail) == -torch.inf).all()
     else:
-        assert_close(found.log_tail, truth.log_tail, VALUE[dtype])
+        assert_close(best.log_tail, truth.log_tail, VALUE[dtype])
 
 
 def test_topk_tail_survives_a_confident_row():
@@ -128,13 +128,13 @@ def test_topk_tail_survives_a_confident_row():
     w = torch.randn(500, 8, generator=torch.Generator().manual_seed(0)) * 0.1
     w[7] = 0
     w[7, 0] = 1
-    found = fd.linear_topk(x, w, 4)
+    best = fd.linear_topk(x, w, 4)
     z = (x.double() @ w.double().t())[0]
     rest = z.clone()
-    rest[found.ids[0]] = -torch.inf
+    rest[best.ids[0]] = -torch.inf
     truth = rest.logsumexp(-1) - z.logsumexp(-1)
     assert truth < -17  # below what fp32 can tell from 1
-    assert abs(present(found.log_tail).item() - truth.item()) < 1e-4
+    assert abs(present(best.log_tail).item() - truth.item()) < 1e-4
 
 
 def test_padded_rows_do_not_exist():

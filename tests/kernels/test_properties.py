@@ -47,7 +47,7 @@ def test_topk_loss_of_any_shape(
     t = top_k(c.teacher_logits, K, temperature)
     t.ids[torch.rand(t.ids.shape) < 0.1] = -1
     t = t._replace(log_tail=None)
-    found = []
+    results = []
     for impl in ("torch", "triton", "reference"):
         x, w, b = leaves(c.hidden, c.weight, c.bias)
         loss = fd.topk_distill_loss(
@@ -67,8 +67,8 @@ def test_topk_loss_of_any_shape(
             backward="auto" if impl == "reference" else backward,
         )
         loss.backward()
-        found.append((loss, x.grad, w.grad, b.grad))
-    *backends, truth = found
+        results.append((loss, x.grad, w.grad, b.grad))
+    *backends, truth = results
     for one in backends:
         for actual, expected in zip(one, truth, strict=True):
             torch.testing.assert_close(actual, expected, rtol=1e-7, atol=1e-10)
@@ -86,10 +86,10 @@ def test_topk_and_scores_of_any_shape(shape, temperature, cut):
     torch.testing.assert_close(a.logprobs, b.logprobs)
     torch.testing.assert_close(a.log_tail, b.log_tail)
     labels = c.labels % valid
-    found = fd.token_scores(c.hidden, c.weight, labels=labels, teacher=a, **options)
+    result = fd.token_scores(c.hidden, c.weight, labels=labels, teacher=a, **options)
     truth = fd.token_scores(
         c.hidden, c.weight, labels=labels, teacher=a, impl="reference", **options
     )
-    for name, s, r in zip(found._fields, found, truth, strict=True):
+    for name, s, r in zip(result._fields, result, truth, strict=True):
         budget = 1e-6 if name == "hellinger" else 1e-9  # √ of a difference near zero
         torch.testing.assert_close(s, r, rtol=1e-7, atol=budget, msg=name)

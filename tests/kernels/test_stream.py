@@ -54,12 +54,12 @@ def test_primitive_against_dense_fp64(streamed, dtype, head):
     c = case(dtype, V=211, N=20, H=40)
     ids = traps(20, 6, 197)
     options = {"with_entropy": True} | head
-    found = fd.linear_lse_gather(c.hidden, c.weight, ids, bias=c.bias, impl="triton", **options)
+    actual = fd.linear_lse_gather(c.hidden, c.weight, ids, bias=c.bias, impl="triton", **options)
     wide = (t.double() for t in c[:3])
     x, w, b = wide
     truth = fd.linear_lse_gather(x, w, ids, bias=b, impl="reference", **options)
     assert streamed
-    for name, *pair in zip(found._fields, found, truth, strict=True):
+    for name, *pair in zip(actual._fields, actual, truth, strict=True):
         a, t = map(present, pair)
         assert (a.isinf() == t.isinf()).all(), name
         assert_close(a.masked_fill(a.isinf(), 0), t.masked_fill(t.isinf(), 0), 2e-5, name)
@@ -69,11 +69,11 @@ def test_primitive_against_dense_fp64(streamed, dtype, head):
 def test_scores_against_dense_fp64(streamed, temperature):
     c = case(torch.bfloat16, V=211, N=20, H=40)
     teacher = top_k(c.teacher_logits, 5, temperature)
-    given = {"labels": c.labels, "teacher": teacher, "temperature": temperature}
-    found = fd.token_scores(c.hidden, c.weight, impl="triton", **given)
-    truth = fd.token_scores(c.hidden.double(), c.weight.double(), impl="reference", **given)
+    options = {"labels": c.labels, "teacher": teacher, "temperature": temperature}
+    actual = fd.token_scores(c.hidden, c.weight, impl="triton", **options)
+    truth = fd.token_scores(c.hidden.double(), c.weight.double(), impl="reference", **options)
     assert streamed
-    for name, *pair in zip(found._fields, found, truth, strict=True):
+    for name, *pair in zip(actual._fields, actual, truth, strict=True):
         a, t = map(present, pair)
         if t.is_floating_point():
             assert_close(a, t, 2e-4, name)
@@ -84,14 +84,14 @@ def test_scores_against_dense_fp64(streamed, temperature):
 def test_splits_change_nothing_but_rounding(streamed, monkeypatch):
     c = case(torch.bfloat16, V=211, N=20, H=40)
     ids = traps(20, 6, 211)
-    found = []
+    results = []
     for count in (1, 3, 7):
         monkeypatch.setattr(stream, "splits", lambda *args, count=count: count)
-        found.append(fd.linear_lse_gather(c.hidden, c.weight, ids, impl="triton"))
+        results.append(fd.linear_lse_gather(c.hidden, c.weight, ids, impl="triton"))
     assert [grid[1] for grid in streamed] == [1, 3, 7]
-    for other in found[1:]:
-        assert torch.equal(other.logits, found[0].logits)
-        assert_close(other.lse_rest, found[0].lse_rest, 1e-6)
+    for other in results[1:]:
+        assert torch.equal(other.logits, results[0].logits)
+        assert_close(other.lse_rest, results[0].lse_rest, 1e-6)
 
 
 def test_the_same_run_gives_the_same_bits(streamed):

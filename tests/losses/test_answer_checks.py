@@ -136,12 +136,12 @@ def test_the_loss_refuses_more_mass_than_there_is(factor):
 
 def turning(how, after):
     """A teacher that is honest for some batches."""
-    teacher, asked = Teacher(peaked()), []
+    teacher, calls = Teacher(peaked()), []
 
     def answer(ids, k):
-        asked.append(ids)
-        found = teacher.topk(ids, k=k)
-        return found if len(asked) <= after else how(found)
+        calls.append(ids)
+        payload = teacher.topk(ids, k=k)
+        return payload if len(calls) <= after else how(payload)
 
     return Answers(answer)
 
@@ -205,11 +205,11 @@ def test_hidden_states_that_are_not_finite(tmp_path):
 
         def hidden(self, input_ids, attention_mask=None):
             self.calls += 1
-            found = model.hidden(input_ids, attention_mask)
+            states = model.hidden(input_ids, attention_mask)
             return (
-                found
+                states
                 if self.calls < 3
-                else found.masked_fill(input_ids[..., None] == 7, -torch.inf)
+                else states.masked_fill(input_ids[..., None] == 7, -torch.inf)
             )
 
     rows = [{"input_ids": [5, 7, 9, 11]}] * 4

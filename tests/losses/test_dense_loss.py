@@ -36,9 +36,9 @@ def test_against_dense_fp64(divergence, dtype, reduction):
     c = case(dtype)
     teacher = teacher_of(dtype)
     options = {"divergence": divergence, "beta": 0.3, "reduction": reduction}
-    found = run(c, teacher, dtype, "auto", **options)
+    actual = run(c, teacher, dtype, "auto", **options)
     truth = run(c, teacher, torch.float64, "reference", **options)
-    for i, (a, b) in enumerate(zip(found, truth, strict=True)):
+    for i, (a, b) in enumerate(zip(actual, truth, strict=True)):
         assert_close(a, b, (GRADIENT if i else VALUE)[dtype])
 
 
@@ -66,9 +66,9 @@ def test_every_option_at_once(divergence, backward):
         "token_weight": torch.rand(12).double(),
         "num_items": 9,
     }
-    found = run(c, teacher_of(torch.float64), torch.float64, "auto", backward=backward, **options)
+    actual = run(c, teacher_of(torch.float64), torch.float64, "auto", backward=backward, **options)
     truth = run(c, teacher_of(torch.float64), torch.float64, "reference", **options)
-    for a, b in zip(found, truth, strict=True):
+    for a, b in zip(actual, truth, strict=True):
         assert_close(a, b, 1e-9)
 
 

@@ -37,32 +37,32 @@ class Ranks:
 
     def __init__(self, rank: int) -> None:
         self.rank, self.group = rank, dist.group.WORLD
-        self.found: list[str] = []
+        self.failures: list[str] = []
 
     def rows(self, whole, cut: int = 40):
         return whole[:cut] if self.rank == 0 else whole[cut:]
 
-    def close(self, what: str, found, truth, budget: float) -> None:
-        if (error := relative(found, truth)) > budget or not found.isfinite().all():
-            self.found.append(f"{what}: relative error {error:.3g} > {budget:.3g}")
+    def close(self, what: str, actual, truth, budget: float) -> None:
+        if (error := relative(actual, truth)) > budget or not actual.isfinite().all():
+            self.failures.append(f"{what}: relative error {error:.3g} > {budget:.3g}")
 
     def refused(self, words: str, call, *args, **options) -> None:
         try:
             call(*args, **options)
-            self.found.append(f"not refused: {words}")
+            self.failures.append(f"not refused: {words}")
         except Exception as error:
             if words not in str(error):
-                self.found.append(f"expected {words!r}, got {error}")
+                self.failures.append(f"expected {words!r}, got {error}")
 
     def same(self, what: str, call, c, cut: int = 40, impl: str = "torch") -> None:
         """call(x, w, b, **where) -> tensors, with shards of the head and in fp64 with the whole."""
         dtype = c.hidden.dtype
         ours = leaves(c.hidden, self.rows(c.weight, cut), self.rows(c.bias, cut))
         whole = leaves(c.hidden, c.weight, c.bias, dtype=torch.float64)
-        found, truth = call(*ours, group=self.group, impl=impl), call(*whole, impl="torch")
-        for a, t in zip(found, truth, strict=True):
+        actual, truth = call(*ours, group=self.group, impl=impl), call(*whole, impl="torch")
+        for a, t in zip(actual, truth, strict=True):
             self.close(what, a, t, VALUE[dtype])
-        for outputs in (found, truth):
+        for outputs in (actual, truth):
             g = torch.Generator().manual_seed(5)
             up = [torch.randn(t.shape, generator=g, dtype=torch.float64) for t in outputs]
             if dtype.itemsize == 2 and not outputs[0].dim():
@@ -133,9 +133,9 @@ def every_divergence_and_tail(r: Ranks) -> None:
     c, t = case(torch.float64), top_k(case().teacher_logits, 7)
     pairs = [*PAIRS, *((by_hand, tail) for tail in TAILS)]
     for (divergence, tail), way in product(pairs, ("fused", "recompute")):
-        given = {"divergence": divergence, "tail": tail, "backward": way}
-        r.same(f"everything {given}", everything(c, **given), c)
-        r.same(f"{given}", distil(t, **given), c)
+        options = {"divergence": divergence, "tail": tail, "backward": way}
+        r.same(f"everything {options}", everything(c, **options), c)
+        r.same(f"{options}", distil(t, **options), c)
 
 
 def every_dtype_backend_and_cut(r: Ranks) -> None:
@@ -191,7 +191,7 @@ def many_chunks(r: Ranks) -> None:
         rows = r.rows(c.weight, cut)
         tokens = heads.chunk_tokens(heads.LMHead(rows), 220, True)
         if (tokens < 110) != (len(rows) == 900):
-            r.found.append(f"{len(rows)} rows take {tokens} tokens: nothing is tested")
+            r.failures.append(f"{len(rows)} rows take {tokens} tokens: nothing is tested")
         r.same(f"cut at {cut}", call, c, cut)
     heads.CHUNK_BYTES = before
 
@@ -204,7 +204,7 @@ def nothing_counts_and_frozen_parts(r: Ranks) -> None:
     empty = fd.linear_lse_gather(x[:0], w, t.ids[:0], with_entropy=True, group=r.group)
     (loss + empty.lse.sum()).backward()
     if loss or present(x.grad).any() or present(w.grad).any():
-        r.found.append("no position counts, and still something is not 0")
+        r.failures.append("no position counts, and still something is not 0")
     fd.topk_distill_loss(y, v, t).backward()
     for backward in ("fused", "recompute"):
         x.grad = w.grad = None
@@ -236,7 +236,7 @@ def dtensor_heads(r: Ranks) -> None:
         r.close(f"{backward} hidden", x.grad, y.grad, 1e-10)
         for a, e in ((w, v), (b, d)):
             if a.grad.placements != a.placements or a.grad.shape != a.shape:
-                r.found.append(f"the gradient is not sharded as its head: {a.grad}")
+                r.failures.append(f"the gradient is not sharded as its head: {a.grad}")
             r.close(f"{backward} {a.shape}", a.grad.full_tensor(), e.grad, 1e-10)
     for other in (Replicate(), Shard(1)):
         words = f"weight: expected a DTensor sharded on dim 0 over a 1-D mesh, got {(other,)}"
@@ -282,20 +282,20 @@ def work(rank: int, folder: Path) -> None:
     memory: Any = torch.utils.deterministic  # its attributes are set at run time
     memory.fill_uninitialized_memory = True
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
-    found = {}
+    failures = {}
     for run in CHECKS:
         ranks = Ranks(rank)
         try:
             run(ranks)
         except Exception:
-            ranks.found.append(traceback.format_exc())
-        found[run.__name__] = ranks.found
+            ranks.failures.append(traceback.format_exc())
+        failures[run.__name__] = ranks.failures
         dist.barrier()
     dist.destroy_process_group()
     ones = torch.ones(2, 3)
     late = partial(fd.linear_lse_gather, ones, ones, torch.zeros(2, 1).long())
     ranks.refused("group: expected a group of the running torch", late, group=ranks.group)
-    (folder / f"{rank}.json").write_text(json.dumps(found))
+    (folder / f"{rank}.json").write_text(json.dumps(failures))
 
 
 @pytest.fixture(scope="module")
@@ -307,4 +307,4 @@ def pair(tmp_path_factory):
 
 @pytest.mark.parametrize("name", [run.__name__ for run in CHECKS])
 def test_two_processes_are_one(name, pair):
-    assert [found[name] for found in pair] == [[], []]
+    assert [failures[name] for failures in pair] == [[], []]

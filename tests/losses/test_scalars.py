@@ -64,13 +64,13 @@ def test_numbers_of_other_kinds_are_taken(loss):
 @pytest.mark.parametrize("loss", [sparse, dense])
 def test_operands_without_numbers_are_named(loss):
     x, w = (t.detach() for t in operands())
-    for given, name in (
+    for tensors, name in (
         ({"x": x.to("meta"), "w": w.to("meta")}, "hidden"),
         ({"w": w.to_sparse()}, "weight"),
         ({"x": x[:, :0], "w": w[:, :0]}, "hidden"),
     ):
         with pytest.raises(ValueError, match=f"^{name}: expected"):
-            loss(**given)
+            loss(**tensors)
 
 
 def test_a_teacher_without_slots_is_named():

@@ -14,21 +14,21 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 def both(c, teacher, *, dtype, upstream=1.0, bias=True, **options):
     """((loss, dX, dW, db), the fp64 truth) of one call."""
-    found = []
+    results = []
     for run_dtype, impl in ((dtype, "auto"), (torch.float64, "reference")):
         x, w, b = leaves(c.hidden, c.weight, c.bias, dtype=run_dtype)
-        given = {"allow_biased": True} | options
+        shared = {"allow_biased": True} | options
         if impl == "reference":
-            given.pop("backward", None)
-        loss = fd.topk_distill_loss(x, w, teacher, bias=b if bias else None, impl=impl, **given)
+            shared.pop("backward", None)
+        loss = fd.topk_distill_loss(x, w, teacher, bias=b if bias else None, impl=impl, **shared)
         (loss.sum() * upstream).backward()
-        found.append((loss, x.grad, w.grad, b.grad if bias else None))
-    return found
+        results.append((loss, x.grad, w.grad, b.grad if bias else None))
+    return results
 
 
-def check(found, truth, dtype, what=""):
-    assert_close(found[0], truth[0], VALUE[dtype], f"{what} loss")
-    for name, a, b in zip(("hidden", "weight", "bias"), found[1:], truth[1:], strict=True):
+def check(actual, truth, dtype, what=""):
+    assert_close(actual[0], truth[0], VALUE[dtype], f"{what} loss")
+    for name, a, b in zip(("hidden", "weight", "bias"), actual[1:], truth[1:], strict=True):
         if b is not None:
             # Entries of the bias's gradient cancel over tokens after dz was rounded to 16 bits.
             cancels = name == "bias" and dtype == torch.bfloat16
@@ -41,7 +41,7 @@ def check(found, truth, dtype, what=""):
 @pytest.mark.parametrize("backward", ["fused", "recompute"])
 def test_against_dense_fp64(divergence, tail, dtype, backward):
     c = case(dtype)
-    found, truth = both(
+    actual, truth = both(
         c,
         top_k(c.teacher_logits, 7),
         dtype=dtype,
@@ -50,7 +50,7 @@ def test_against_dense_fp64(divergence, tail, dtype, backward):
         beta=0.3,
         backward=backward,
     )
-    check(found, truth, dtype)
+    check(actual, truth, dtype)
 
 
 @pytest.mark.parametrize("backward", ["fused", "recompute"])
@@ -63,7 +63,7 @@ def test_every_option_at_once(divergence, tail, backward):
     weights = torch.rand(12, dtype=torch.float64) + 0.5
     labels = c.labels.clone()
     labels[[0, 5]] = -100
-    found, truth = both(
+    actual, truth = both(
         c,
         top_k(c.teacher_logits, 7, 1.5),
         dtype=torch.float64,
@@ -82,7 +82,7 @@ def test_every_option_at_once(divergence, tail, backward):
         backward=backward,
         upstream=1.7,
     )
-    check(found, truth, torch.float64)
+    check(actual, truth, torch.float64)
 
 
 def chi_square(log_p, log_q):
@@ -148,15 +148,15 @@ def test_num_items_and_leading_dimensions():
 def test_gradient_reaches_token_weights():
     c = case()
     t = top_k(c.teacher_logits, 7)
-    found = []
+    gradients = []
     for impl, backward in (("reference", "auto"), ("auto", "fused"), ("auto", "recompute")):
         (w,) = leaves(torch.rand(12, dtype=torch.float64, generator=torch.manual_seed(1)))
         (x,) = leaves(c.hidden)
         loss = fd.topk_distill_loss(x, c.weight, t, token_weight=w, impl=impl, backward=backward)
         (loss * 3).backward()
-        found.append(w.grad)
-    assert_close(found[1], found[0], 1e-10)
-    assert_close(found[2], found[0], 1e-10)
+        gradients.append(w.grad)
+    assert_close(gradients[1], gradients[0], 1e-10)
+    assert_close(gradients[2], gradients[0], 1e-10)
 
 
 def test_modules_are_the_functions():
@@ -174,5 +174,5 @@ def test_modules_are_the_functions():
 def test_recompute_where_hidden_is_wider_than_a_slab(dtype):
     """Slabs then live in the memory that dX is written to at the end."""
     c = case(dtype, H=256, V=200)
-    found, truth = both(c, top_k(c.teacher_logits, 7), dtype=dtype, backward="recompute")
-    check(found, truth, dtype)
+    actual, truth = both(c, top_k(c.teacher_logits, 7), dtype=dtype, backward="recompute")
+    check(actual, truth, dtype)

@@ -43,9 +43,9 @@ def test_pictures_stand_in_two_columns_on_a_desk_and_in_one_on_a_phone(tmp_path,
 
 @pytest.mark.parametrize("width", [320, *WIDTHS])
 def test_nothing_is_wider_than_the_screen(tmp_path, page, width):
-    found = measured(tmp_path, page.replace("<details>", "<details open>"), width)
-    assert found["width"] <= width
-    assert found["outside"] == 0
+    sizes = measured(tmp_path, page.replace("<details>", "<details open>"), width)
+    assert sizes["width"] <= width
+    assert sizes["outside"] == 0
 
 
 def test_a_broken_page_would_be_seen(tmp_path, page):

@@ -30,11 +30,11 @@ def test_the_head_answers_where_it_is_asked():
     mask[2, 6:] = 0
     everywhere = teacher.topk(IDS, mask, k=5)
     some = teacher.topk(IDS, mask, k=5, where=where)
-    said = where & mask.bool()
-    assert torch.equal(some.ids[said], everywhere.ids[said])
-    torch.testing.assert_close(some.logprobs[said], everywhere.logprobs[said])
-    assert (some.ids[~said] == -1).all()
-    assert (present(some.log_tail)[~said] == 0).all()
+    answered = where & mask.bool()
+    assert torch.equal(some.ids[answered], everywhere.ids[answered])
+    torch.testing.assert_close(some.logprobs[answered], everywhere.logprobs[answered])
+    assert (some.ids[~answered] == -1).all()
+    assert (present(some.log_tail)[~answered] == 0).all()
     with pytest.raises(ValueError, match=r"where: expected shape \[3, 11\] as input_ids"):
         teacher.topk(IDS, k=5, where=where[:, 1:])
 

@@ -27,10 +27,10 @@ def cache(tmp_path_factory):
 def test_the_same_student(tmp_path, cache, temperature):
     options = {**RUN, "temperature": temperature}
     live = train(tmp_path / "live", teacher=Teacher(peaked()), **options)
-    kept = train(tmp_path / "kept", teacher=cache, **options)
-    assert step_losses(kept) == pytest.approx(step_losses(live), rel=1e-4)
+    cached = train(tmp_path / "kept", teacher=cache, **options)
+    assert step_losses(cached) == pytest.approx(step_losses(live), rel=1e-4)
     moved = (weights(live) - torch.cat([p.flatten() for p in llama(0).parameters()])).norm()
-    assert (weights(live) - weights(kept)).norm() < 1e-3 * moved
+    assert (weights(live) - weights(cached)).norm() < 1e-3 * moved
 
 
 def test_answers_are_read_in_workers_and_a_folder_is_enough(tmp_path, cache):
@@ -46,9 +46,9 @@ def test_evaluation_and_packing(tmp_path, cache):
     trainer = build(tmp_path, teacher=cache, packing=True, eval_dataset=ragged(6), **RUN)
     trainer.train()
     live = build(tmp_path, teacher=Teacher(peaked()), model=trainer.model, **RUN)
-    found, exact = trainer.evaluate(), live.evaluate(ragged(6))
+    metrics, exact = trainer.evaluate(), live.evaluate(ragged(6))
     for name in ("eval_kl", "eval_agreement", "eval_teacher_mass"):
-        assert found[name] == pytest.approx(exact[name], rel=1e-3)
+        assert metrics[name] == pytest.approx(exact[name], rel=1e-3)
 
 
 def test_a_students_head_may_have_other_padding(tmp_path, cache):

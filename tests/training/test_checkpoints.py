@@ -82,25 +82,25 @@ def test_nothing_to_resume_from(tmp_path):
 def test_the_oldest_go_and_the_best_stays(tmp_path):
     for step in (1, 2, 10, 20):
         folder(tmp_path, step)
-    kept = lambda: [int(p.name[11:]) for p in checkpoints.checkpoints(tmp_path)]  # noqa: E731
+    steps = lambda: [int(p.name[11:]) for p in checkpoints.checkpoints(tmp_path)]  # noqa: E731
     checkpoints.keep_last(tmp_path, None, None)
-    assert kept() == [1, 2, 10, 20]
+    assert steps() == [1, 2, 10, 20]
     checkpoints.keep_last(tmp_path, 3, None)
-    assert kept() == [2, 10, 20]
+    assert steps() == [2, 10, 20]
     checkpoints.keep_last(tmp_path, 2, str(tmp_path / "checkpoint-2"))
-    assert kept() == [2, 20]
+    assert steps() == [2, 20]
     checkpoints.keep_last(tmp_path, 1, str(tmp_path / "checkpoint-2"))
-    assert kept() == [2, 20]
+    assert steps() == [2, 20]
     checkpoints.keep_last(tmp_path, 1, None)
-    assert kept() == [20]
+    assert steps() == [20]
 
 
 def test_an_earlier_run_of_more_steps_does_not_push_out_what_is_new(tmp_path):
     """A run that is begun anew has fewer steps than the checkpoints that lie there."""
     train(tmp_path, **SAVING, max_steps=4, save_total_limit=2)
     train(tmp_path, **SAVING, max_steps=2, save_total_limit=2)
-    found = checkpoints.checkpoints(tmp_path / "run")
-    assert [p.name for p in found] == ["checkpoint-1", "checkpoint-2"]
+    folders = checkpoints.checkpoints(tmp_path / "run")
+    assert [p.name for p in folders] == ["checkpoint-1", "checkpoint-2"]
 
 
 def test_foreign_names_are_no_checkpoints(tmp_path):
@@ -122,9 +122,9 @@ def test_a_checkpoint_on_another_disk_is_only_unlinked(tmp_path):
 
 def test_a_limit_is_kept_and_remembered(tmp_path):
     train(tmp_path, **SAVING, max_steps=4, save_total_limit=2)
-    found = checkpoints.checkpoints(tmp_path / "run")
-    assert [p.name for p in found] == ["checkpoint-3", "checkpoint-4"]
-    args = torch.load(found[-1] / "training_args.bin", weights_only=False)
+    folders = checkpoints.checkpoints(tmp_path / "run")
+    assert [p.name for p in folders] == ["checkpoint-3", "checkpoint-4"]
+    args = torch.load(folders[-1] / "training_args.bin", weights_only=False)
     assert args.save_total_limit == 2
 
 

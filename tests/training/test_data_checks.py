@@ -114,8 +114,8 @@ def test_an_end_token_lost_with_the_padding_is_refused():
     lost = {"input_ids": [CAT, DOG, IT, END, END], "labels": [CAT, DOG, IT, -100, -100]}
     with pytest.raises(ValueError, match=r"expected the end token \(id 0\) among the labels"):
         check([lost] * 5, PADDED)
-    kept = {**lost, "labels": [CAT, DOG, IT, END, -100]}
-    check([kept, *[lost] * 4], PADDED)
+    row = {**lost, "labels": [CAT, DOG, IT, END, -100]}
+    check([row, *[lost] * 4], PADDED)
     check([lost] * 5, tokenizer())  # nothing says that the end token pads
 
 

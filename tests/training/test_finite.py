@@ -344,6 +344,6 @@ def test_all_processes_stop_where_one_has_no_number(tmp_path):
         _, errors = process.communicate(timeout=240)
         assert process.returncode == 0, errors
     for rank in range(2):
-        told = (tmp_path / f"rank-{rank}").read_text()
-        assert "loss: expected a finite number, got NaN or infinity in the steps up to 4" in told
+        message = (tmp_path / f"rank-{rank}").read_text()
+        assert "loss: expected a finite number, got NaN or infinity in the steps up to 4" in message
     assert present(last_finished(tmp_path / "run")).name == "checkpoint-3"

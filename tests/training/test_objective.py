@@ -16,13 +16,13 @@ from helpers.training import build, flat, llama, peaked, ragged, step_losses, tr
 
 def logits(model, rows):
     """Of every target, fp64, and its label and row."""
-    found, labels, where = [], [], []
+    tables, labels, where = [], [], []
     for n, row in enumerate(rows):
         keep = row["labels"][1:] != -100
-        found.append(model.double()(input_ids=row["input_ids"][None]).logits[0, :-1][keep])
+        tables.append(model.double()(input_ids=row["input_ids"][None]).logits[0, :-1][keep])
         labels.append(row["labels"][1:][keep])
         where += [n] * int(keep.sum())
-    return torch.cat(found), torch.cat(labels), torch.tensor(where)
+    return torch.cat(tables), torch.cat(labels), torch.tensor(where)
 
 
 def step(loss, student):
@@ -67,17 +67,19 @@ def test_recomputed_logits_make_the_same_update(tmp_path, k):
 
 def test_dense_evaluation_is_exact(tmp_path):
     trainer = build(tmp_path, k=None, divergence="reverse_kl", eval_dataset=ragged(5))
-    found = trainer.evaluate()
+    metrics = trainer.evaluate()
     z, labels, _ = logits(llama(0), ragged(5))
     t = logits(peaked(), ragged(5))[0]
     p, q = t.softmax(-1), z.softmax(-1)
-    assert found["eval_loss"] == pytest.approx(
+    assert metrics["eval_loss"] == pytest.approx(
         divergence(p, q, "reverse_kl", 0).mean().item(), 1e-5
     )
-    assert found["eval_kl"] == pytest.approx(divergence(p, q, "forward_kl", 0).mean().item(), 1e-5)
-    assert found["eval_nll"] == pytest.approx(F.cross_entropy(z, labels).item(), 1e-5)
+    assert metrics["eval_kl"] == pytest.approx(
+        divergence(p, q, "forward_kl", 0).mean().item(), 1e-5
+    )
+    assert metrics["eval_nll"] == pytest.approx(F.cross_entropy(z, labels).item(), 1e-5)
     agree = (p.argmax(-1) == q.argmax(-1)).double().mean().item()
-    assert found["eval_agreement"] == pytest.approx(agree)
+    assert metrics["eval_agreement"] == pytest.approx(agree)
 
 
 @pytest.mark.parametrize("options", [{}, {"k": None}, {"packing": True}], ids=str)

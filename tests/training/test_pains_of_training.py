@@ -65,9 +65,9 @@ def test_teacher_that_is_zeros(tmp_path, teacher):
         for parameter in model.parameters():
             parameter.zero_()
     zeros = lambda ids, k: TopK(spread(ids, k) * 0, torch.zeros(*ids.shape, k))  # noqa: E731
-    given = model if teacher == "model" else Answers(zeros)
+    model_or_answers = model if teacher == "model" else Answers(zeros)
     with pytest.raises(ValueError, match=r"expected the answers of a language model, (but|got)"):
-        train(tmp_path, teacher=given, k=4)
+        train(tmp_path, teacher=model_or_answers, k=4)
 
 
 def test_teacher_without_information(tmp_path):
@@ -120,8 +120,8 @@ def test_minus_inf_padding(tmp_path):
 
     plain = train(tmp_path, teacher=Answers(lambda i, k: honest(i, 5)), check_signal=False)
     for filling in (-torch.inf, float("nan"), 5.0):
-        found = train(tmp_path, teacher=Answers(padded_by(filling)), check_signal=False)
-        assert (weights(found) - weights(plain)).abs().max() < 1e-7, filling
+        trainer = train(tmp_path, teacher=Answers(padded_by(filling)), check_signal=False)
+        assert (weights(trainer) - weights(plain)).abs().max() < 1e-7, filling
 
 
 def test_lora_on_the_head(tmp_path):
@@ -165,12 +165,12 @@ def test_tied_head(tmp_path, k):
 def test_softcap_ignored(tmp_path, name, changes, lost):
     """What a family does to its logits is in the loss: it is the one of the model's own logits."""
     student, teacher, rows = family(name, **changes), llama(7, vocab=83, scale=20.0), ragged(5)
-    found = build(tmp_path, model=student, teacher=teacher, eval_dataset=rows).evaluate()
+    metrics = build(tmp_path, model=student, teacher=teacher, eval_dataset=rows).evaluate()
     kl, nll, _ = dense(student, teacher, rows)
-    assert found["eval_kl"] == pytest.approx(kl.mean().item(), rel=1e-5)
-    assert found["eval_nll"] == pytest.approx(nll.mean().item(), rel=1e-5)
+    assert metrics["eval_kl"] == pytest.approx(kl.mean().item(), rel=1e-5)
+    assert metrics["eval_nll"] == pytest.approx(nll.mean().item(), rel=1e-5)
     without = dense(family(name, **lost), teacher, rows)[0].mean().item()
-    assert abs(found["eval_kl"] - without) > 1e-2
+    assert abs(metrics["eval_kl"] - without) > 1e-2
 
 
 def test_frozen_head_paying_for_dw(tmp_path):

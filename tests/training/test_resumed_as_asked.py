@@ -159,16 +159,16 @@ class TestOtherSettings:
         ],
         ids=str,
     )
-    @pytest.mark.parametrize("given", ["auto", "checkpoint-2"])
-    def test_what_the_optimizer_would_pass_over_is_refused(self, tmp_path, option, given):
+    @pytest.mark.parametrize("checkpoint", ["auto", "checkpoint-2"])
+    def test_what_the_optimizer_would_pass_over_is_refused(self, tmp_path, option, checkpoint):
         train(tmp_path, **SAVING | {"max_steps": 2})
         (name,) = option
         again = build(tmp_path, **SAVING | option)
-        given = tmp_path / "run" / given if given == "checkpoint-2" else given
+        checkpoint = tmp_path / "run" / checkpoint if checkpoint == "checkpoint-2" else checkpoint
         with pytest.raises(
             ValueError, match=f"^{name}: expected the value that checkpoint-2 was trained"
         ):
-            again.train(resume_from_checkpoint=given)
+            again.train(resume_from_checkpoint=checkpoint)
         assert [p.name for p in checkpoints(tmp_path / "run")] == ["checkpoint-2"]
 
     CHANGES = (

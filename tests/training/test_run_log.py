@@ -22,21 +22,21 @@ def test_everything_logged_is_in_the_file(tmp_path):
     trainer = build(tmp_path, eval_dataset=ragged(3), max_steps=2)
     trainer.train()
     trainer.evaluate()
-    found = lines(tmp_path / "run")
-    events = [e["event"] for e in found if "event" in e]
+    entries = lines(tmp_path / "run")
+    events = [e["event"] for e in entries if "event" in e]
     assert events == ["train_begin", "first_batch", "train_end", "histograms"]
     for logged in trainer.state.log_history:
-        assert any(logged.items() <= line.items() for line in found), logged
-    assert len({line["run"] for line in found}) == 1
+        assert any(logged.items() <= line.items() for line in entries), logged
+    assert len({line["run"] for line in entries}) == 1
 
 
 def test_a_resumed_run_reads_as_one(tmp_path):
     train(tmp_path, **SAVING)
     train_again = build(tmp_path, **SAVING | {"max_steps": 6})
     train_again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
-    found = read_run(tmp_path / "run").metrics
-    assert [e["step"] for e in found if "loss" in e] == [1, 2, 3, 4, 5, 6]
-    assert len({e["run"] for e in found}) == 2
+    metrics = read_run(tmp_path / "run").metrics
+    assert [e["step"] for e in metrics if "loss" in e] == [1, 2, 3, 4, 5, 6]
+    assert len({e["run"] for e in metrics}) == 2
 
 
 def test_a_new_run_in_the_same_folder_is_read_alone(tmp_path):
@@ -44,9 +44,9 @@ def test_a_new_run_in_the_same_folder_is_read_alone(tmp_path):
     trainer = build(tmp_path, eval_dataset=ragged(3), max_steps=2)
     trainer.evaluate()
     trainer.train()
-    found = read_run(tmp_path / "run").metrics
-    assert [e["step"] for e in found if "loss" in e] == [1, 2]
-    assert [e["step"] for e in found if "eval_loss" in e] == [0]
+    metrics = read_run(tmp_path / "run").metrics
+    assert [e["step"] for e in metrics if "loss" in e] == [1, 2]
+    assert [e["step"] for e in metrics if "eval_loss" in e] == [0]
     assert sum("loss" in e for e in lines(tmp_path / "run")) == 6  # nothing was thrown away
 
 
@@ -68,23 +68,26 @@ def test_training_a_second_time_is_another_run(tmp_path):
 
 def test_settings_name_models_changes_and_versions(tmp_path):
     train(tmp_path, max_steps=1, temperature=2.0)
-    found = json.loads((tmp_path / "run" / SETTINGS).read_text())
-    assert found["student"]["class"] == "LlamaForCausalLM"
-    assert found["student"]["parameters"] == llama(0).num_parameters()
-    assert found["teacher"] == "LlamaForCausalLM, given as an object"
-    assert found["config"]["temperature"] == 2.0
-    assert {"temperature", "k", "max_steps", "optim"} <= set(found["changed"])
-    assert not {"accelerator_config", "report_to", "debug", "seed"} & set(found["changed"])
-    assert found["versions"]["torch"] == importlib.metadata.version("torch")
-    assert found["run"] == lines(tmp_path / "run")[0]["run"]
+    settings = json.loads((tmp_path / "run" / SETTINGS).read_text())
+    assert settings["student"]["class"] == "LlamaForCausalLM"
+    assert settings["student"]["parameters"] == llama(0).num_parameters()
+    assert settings["teacher"] == "LlamaForCausalLM, given as an object"
+    assert settings["config"]["temperature"] == 2.0
+    assert {"temperature", "k", "max_steps", "optim"} <= set(settings["changed"])
+    assert not {"accelerator_config", "report_to", "debug", "seed"} & set(settings["changed"])
+    assert settings["versions"]["torch"] == importlib.metadata.version("torch")
+    assert settings["run"] == lines(tmp_path / "run")[0]["run"]
 
 
 def test_settings_hold_no_secrets(tmp_path):
-    given = {"hub_token": "hf_secret", "model_init_kwargs": {"token": "hf_secret", "revision": "x"}}
-    found = settings_of(config(tmp_path, **given), llama(0), peaked())
-    assert "hf_secret" not in json.dumps(found)
-    assert found["config"]["model_init_kwargs"] == {"revision": "x"}
-    assert found["config"]["max_new_tokens"] == 128
+    options = {
+        "hub_token": "hf_secret",
+        "model_init_kwargs": {"token": "hf_secret", "revision": "x"},
+    }
+    settings = settings_of(config(tmp_path, **options), llama(0), peaked())
+    assert "hf_secret" not in json.dumps(settings)
+    assert settings["config"]["model_init_kwargs"] == {"revision": "x"}
+    assert settings["config"]["max_new_tokens"] == 128
 
 
 def test_every_line_of_figures_has_the_peak_of_memory(tmp_path):

@@ -24,11 +24,11 @@ def batch(prompts=PROMPTS, completion=(20, 21), pad=0):
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-def draw(tmp_path, model, given=None, *, step=0, ends=(), vocab=None, **options):
+def draw(tmp_path, model, inputs=None, *, step=0, ends=(), vocab=None, **options):
     options = {"max_new_tokens": 6, "lmbda": 1.0} | options
     return sample(
         model,
-        batch() if given is None else given,
+        batch() if inputs is None else inputs,
         config=config(tmp_path, **options),
         step=step,
         pad_id=0,
@@ -39,16 +39,16 @@ def draw(tmp_path, model, given=None, *, step=0, ends=(), vocab=None, **options)
 
 
 def completions(sampled):
-    kept = sampled["labels"] != -100
-    return [ids[k].tolist() for ids, k in zip(sampled["input_ids"], kept, strict=True)]
+    is_target = sampled["labels"] != -100
+    return [ids[k].tolist() for ids, k in zip(sampled["input_ids"], is_target, strict=True)]
 
 
 def test_prompts_are_what_comes_before_the_first_target():
-    given = batch()
-    assert [p.tolist() for p in prompts_of(given)] == PROMPTS
-    given["labels"][0] = -100  # a prompt alone
-    given["labels"][1, 1:4] = given["input_ids"][1, 1:4]  # a text alone
-    assert [p.tolist() for p in prompts_of(given)] == [
+    inputs = batch()
+    assert [p.tolist() for p in prompts_of(inputs)] == PROMPTS
+    inputs["labels"][0] = -100  # a prompt alone
+    inputs["labels"][1, 1:4] = inputs["input_ids"][1, 1:4]  # a text alone
+    assert [p.tolist() for p in prompts_of(inputs)] == [
         [5, 6, 7, 20, 21],
         [8, 9, 20, 21],
         PROMPTS[2],

@@ -35,10 +35,10 @@ ENTROPY = torch.rand(sum(LENGTHS), generator=torch.Generator().manual_seed(3))
 @pytest.mark.parametrize("side", ["top", "bottom"])
 def test_a_share_of_every_sequence(share, side):
     rule = TokenSelection.parse(f"entropy {side} {share}")
-    found = weights_of(rule, scores(entropy=ENTROPY), targets())
+    weights = weights_of(rule, scores(entropy=ENTROPY), targets())
     start = 0
     for n in LENGTHS:
-        mine, weight = ENTROPY[start : start + n], found[start : start + n]
+        mine, weight = ENTROPY[start : start + n], weights[start : start + n]
         start += n
         if not n:
             continue
@@ -50,8 +50,8 @@ def test_a_share_of_every_sequence(share, side):
 
 
 def test_equal_scores_keep_the_first():
-    found = weights_of(TokenSelection.parse("entropy top 0.5"), scores(), targets())
-    assert found[:7].tolist() == [7 / 4] * 4 + [0.0] * 3
+    weights = weights_of(TokenSelection.parse("entropy top 0.5"), scores(), targets())
+    assert weights[:7].tolist() == [7 / 4] * 4 + [0.0] * 3
 
 
 def test_thresholds_and_weights():
@@ -69,8 +69,8 @@ def test_thresholds_and_weights():
 
 
 def test_a_function_of_the_scores():
-    found = weights_of(lambda s: s.entropy > 0.5, scores(entropy=ENTROPY), targets())
-    assert torch.equal(found, (ENTROPY > 0.5).float())
+    weights = weights_of(lambda s: s.entropy > 0.5, scores(entropy=ENTROPY), targets())
+    assert torch.equal(weights, (ENTROPY > 0.5).float())
     with pytest.raises(ValueError, match=r"expected weights of shape \[20\], .* got \[3\]"):
         weights_of(lambda s: torch.ones(3), scores(), targets())
     for bad in (-1.0, float("nan"), float("inf")):

@@ -203,7 +203,7 @@ def test_neighbours_in_one_memory_are_not_shared():
 def test_models_inside_of_teachers():
     model = llama(1)
     teacher = MemoizedTeacher(Teacher(model))
-    assert any(found is model for found in models_in(teacher)[0])
+    assert any(inner is model for inner in models_in(teacher)[0])
     assert models_in(object()) == ([], [])
 
 

@@ -53,9 +53,9 @@ def run(tmp_path, teacher, **options):
 
 
 def test_a_teacher_that_knows_the_text_passes(tmp_path):
-    found = run(tmp_path, Knows()).panel.signal
-    assert found.is_plausible
-    assert found.delivered > 0.5 * found.claimed > 1
+    result = run(tmp_path, Knows()).panel.signal
+    assert result.is_plausible
+    assert result.delivered > 0.5 * result.claimed > 1
 
 
 def test_answers_that_belong_to_other_rows_stop_the_run(tmp_path):
@@ -103,15 +103,15 @@ def test_claim_and_delivery_are_what_they_say():
     labels = torch.multinomial(p.exp(), 1, generator=g)[:, 0]
     teacher = TopK(torch.arange(VOCAB).expand(400, -1), p, torch.full((400,), -100.0))
     nll = torch.zeros(400)
-    found = signal(teacher, labels, nll, nll + 1, VOCAB)
+    result = signal(teacher, labels, nll, nll + 1, VOCAB)
     away = p.roll(200, 0)
-    assert found.claimed == pytest.approx((p.exp() * (p - away)).sum(-1).mean().item(), rel=1e-4)
+    assert result.claimed == pytest.approx((p.exp() * (p - away)).sum(-1).mean().item(), rel=1e-4)
     at = torch.arange(400)
-    assert found.nll == pytest.approx(-p[at, labels].mean().item(), rel=1e-5)
-    assert found.nll_shuffled == pytest.approx(-away[at, labels].mean().item(), rel=1e-5)
-    assert found.delivered == pytest.approx(found.nll_shuffled - found.nll, rel=1e-4)
-    assert abs(found.delivered - found.claimed) < 4 * found.delivered_error  # an honest teacher
-    assert found.student == 1.0
+    assert result.nll == pytest.approx(-p[at, labels].mean().item(), rel=1e-5)
+    assert result.nll_shuffled == pytest.approx(-away[at, labels].mean().item(), rel=1e-5)
+    assert result.delivered == pytest.approx(result.nll_shuffled - result.nll, rel=1e-4)
+    assert abs(result.delivered - result.claimed) < 4 * result.delivered_error  # an honest teacher
+    assert result.student == 1.0
 
 
 def test_tokens_outside_the_payload_share_the_tail():
@@ -152,10 +152,12 @@ def test_one_question_with_many_answers(tmp_path, teacher, packed, check_signal)
         torch.arange(10, 12).expand(*ids.shape, 2),
         torch.tensor([0.0, -torch.inf]).expand(*ids.shape, 2),
     )
-    given = {"model": peaked(), "choices": Answers(choices), "certain": Answers(certain)}[teacher]
+    answering = {"model": peaked(), "choices": Answers(choices), "certain": Answers(certain)}[
+        teacher
+    ]
     train(
         tmp_path,
-        teacher=given,
+        teacher=answering,
         data=one_token_answers([[5, 6]]),
         k=4,
         packing=packed,
@@ -183,8 +185,10 @@ def test_a_constant_answer_to_several_questions_is_no_signal(tmp_path):
 def test_contexts_do_not_depend_on_padding():
     ids = torch.tensor([[4, 5, 6, 0, 0], [0, 0, 4, 5, 6], [5, 4, 6, 0, 0], [4, 5, 7, 0, 0]])
     mask = torch.tensor([[1, 1, 1, 0, 0], [0, 0, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 1, 0, 0]])
-    found = contexts_of(ids, mask)
-    assert torch.equal(found[0, :3], found[1, 2:])
-    assert torch.equal(found[0, :2], found[3, :2])
-    ends = torch.stack([found[0, 2], found[2, 2], found[3, 2], found[0, 0], found[0, 1]])
+    contexts = contexts_of(ids, mask)
+    assert torch.equal(contexts[0, :3], contexts[1, 2:])
+    assert torch.equal(contexts[0, :2], contexts[3, :2])
+    ends = torch.stack(
+        [contexts[0, 2], contexts[2, 2], contexts[3, 2], contexts[0, 0], contexts[0, 1]]
+    )
     assert len(ends.unique()) == 5

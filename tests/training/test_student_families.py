@@ -86,7 +86,9 @@ def test_a_model_that_divides_before_its_head(tmp_path):
     torch.manual_seed(0)
     model = Divides(LlamaConfig(**SIZES))
     rows = ragged(4)
-    found = build(tmp_path, model=model, teacher=None, ce_weight=1.0, eval_dataset=rows).evaluate()
+    metrics = build(
+        tmp_path, model=model, teacher=None, ce_weight=1.0, eval_dataset=rows
+    ).evaluate()
     total = count = 0.0
     for row in rows:
         with torch.no_grad():
@@ -94,7 +96,7 @@ def test_a_model_that_divides_before_its_head(tmp_path):
         labels = row["labels"][1:]
         nll = torch.nn.functional.cross_entropy(z, labels, ignore_index=-100, reduction="sum")
         total, count = total + nll.item(), count + int((labels != -100).sum())
-    assert found["eval_nll"] == pytest.approx(total / count, rel=1e-5)
+    assert metrics["eval_nll"] == pytest.approx(total / count, rel=1e-5)
 
 
 def test_a_routers_own_loss_is_not_dropped_in_silence(tmp_path):

@@ -14,16 +14,16 @@ IDS = torch.tensor([5, 6, 7, 8])
 
 def test_where_each_target_is_predicted_from():
     labels = torch.tensor([[-100, 6, -100, 8], [-100, -100, -100, -100], [-100, 2, 3, -100]])
-    found = targets_of({"labels": labels})
-    assert found.sources.tolist() == [0, 2, 8, 9]
-    assert found.rows.tolist() == [0, 0, 2, 2]
-    assert found.labels.tolist() == [6, 8, 2, 3]
-    assert found.per_row(torch.tensor([1.0, 2.0, 3.0, 4.0])).tolist() == [3.0, 0.0, 7.0]
+    targets = targets_of({"labels": labels})
+    assert targets.sources.tolist() == [0, 2, 8, 9]
+    assert targets.rows.tolist() == [0, 0, 2, 2]
+    assert targets.labels.tolist() == [6, 8, 2, 3]
+    assert targets.per_row(torch.tensor([1.0, 2.0, 3.0, 4.0])).tolist() == [3.0, 0.0, 7.0]
     values = torch.arange(12.0).view(3, 4)
-    assert found.gather(values).tolist() == [0.0, 2.0, 8.0, 9.0]
-    topk = found.gather_topk(TopK(values[..., None].long(), values[..., None], values))
+    assert targets.gather(values).tolist() == [0.0, 2.0, 8.0, 9.0]
+    topk = targets.gather_topk(TopK(values[..., None].long(), values[..., None], values))
     assert topk.ids[:, 0].tolist() == [0, 2, 8, 9]
-    assert found.take(torch.tensor([1, 3])).labels.tolist() == [8, 3]
+    assert targets.take(torch.tensor([1, 3])).labels.tolist() == [8, 3]
 
 
 def test_what_nothing_precedes_is_no_target():

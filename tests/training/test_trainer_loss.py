@@ -29,12 +29,12 @@ class Squared:
 
 def squared(model, rows):
     """The mean of nll² over all targets, from all logits, with its gradient."""
-    found = []
+    errors = []
     for row in rows:
         ids, labels = row["input_ids"][None], row["labels"][1:]
         nll = -model(input_ids=ids).logits[0, :-1].log_softmax(-1)
-        found.append(nll[torch.arange(len(labels)), labels.clamp(min=0)][labels != -100].square())
-    return torch.cat(found).mean()
+        errors.append(nll[torch.arange(len(labels)), labels.clamp(min=0)][labels != -100].square())
+    return torch.cat(errors).mean()
 
 
 @pytest.mark.parametrize(("size", "accumulated"), [(12, 1), (5, 3), (1, 12)])

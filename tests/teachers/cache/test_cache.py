@@ -30,15 +30,15 @@ def built(tmp_path_factory):
     return teacher, TeacherCache.build(teacher, ragged(40), folder, **options)
 
 
-def same(found: TopK, expected: TopK):
+def same(actual: TopK, expected: TopK):
     """Slot by slot of every position that has an answer: fp16 apart."""
-    where = found.ids[..., 0] >= 0
+    where = actual.ids[..., 0] >= 0
     order = expected.ids.sort(-1)
-    assert torch.equal(found.ids[where].long(), order.values[where])
+    assert torch.equal(actual.ids[where].long(), order.values[where])
     logprobs = expected.logprobs.gather(-1, order.indices)
-    assert (found.logprobs[where] - logprobs[where]).abs().max() < 1e-2
+    assert (actual.logprobs[where] - logprobs[where]).abs().max() < 1e-2
     assert torch.allclose(
-        present(found.log_tail)[where], present(expected.log_tail)[where], atol=1e-5
+        present(actual.log_tail)[where], present(expected.log_tail)[where], atol=1e-5
     )
     return where
 
@@ -49,9 +49,9 @@ def test_it_answers_as_its_teacher(built, temperature):
     assert len(cache.manifest.shards) > 3
     for row in ragged(40):
         ids = row["input_ids"][None]
-        found = cache.topk(ids, k=8, temperature=temperature)
-        assert same(found, teacher.topk(ids, k=8, temperature=temperature)).all()
-        assert found.temperature == temperature
+        answers = cache.topk(ids, k=8, temperature=temperature)
+        assert same(answers, teacher.topk(ids, k=8, temperature=temperature)).all()
+        assert answers.temperature == temperature
 
 
 def test_rows_are_found_in_whatever_padding(built):
@@ -62,22 +62,22 @@ def test_rows_are_found_in_whatever_padding(built):
     for i, row in enumerate(rows):
         at = slice(2, 2 + len(row)) if i == 1 else slice(0, len(row))
         ids[i, at], mask[i, at] = row.int(), True
-    found = cache.topk(ids, mask, k=8)
-    assert torch.equal(same(found, teacher.topk(ids, mask, k=8)), mask)
-    assert found.log_tail[~mask].eq(0).all()
+    answers = cache.topk(ids, mask, k=8)
+    assert torch.equal(same(answers, teacher.topk(ids, mask, k=8)), mask)
+    assert answers.log_tail[~mask].eq(0).all()
     scattered = torch.zeros(1, 2 * len(rows[0]), dtype=torch.int64)
     scattered[0, ::2] = rows[0]
     mask = torch.arange(scattered.shape[1])[None] % 2 == 0
     apart = cache.topk(scattered, mask, k=8)
-    assert torch.equal(apart.ids[mask], found.ids[0, : len(rows[0])])
+    assert torch.equal(apart.ids[mask], answers.ids[0, : len(rows[0])])
 
 
 def test_fewer_slots_than_stored(built):
     teacher, cache = built
     ids = ragged(40)[9]["input_ids"][None]
-    found, exact = cache.topk(ids, k=3), teacher.topk(ids, k=3)
-    assert torch.equal(found.ids.sort(-1).values.long(), exact.ids.sort(-1).values)
-    total = found.logprobs.exp().sum(-1) + present(found.log_tail).exp()
+    answers, exact = cache.topk(ids, k=3), teacher.topk(ids, k=3)
+    assert torch.equal(answers.ids.sort(-1).values.long(), exact.ids.sort(-1).values)
+    total = answers.logprobs.exp().sum(-1) + present(answers.log_tail).exp()
     assert torch.allclose(total, torch.ones_like(total), atol=1e-5)
 
 
@@ -112,16 +112,20 @@ def test_text_needs_the_tokenizer_and_remembers_it(tmp_path, tokenizer):
 
 def test_what_the_manifest_says(built, tmp_path):
     _, cache = built
-    said = json.loads((cache.path / "manifest.json").read_text())
-    assert (said["k"], said["temperatures"], said["vocab_size"]) == (8, [1.0, 2.0], VOCAB)
-    assert said["tokens"] == sum(len(row["input_ids"]) for row in ragged(40))
-    assert said["teacher"]["kind"] == "fastdistill.teachers.local.Teacher"
-    assert said["teacher"]["dtype"] == "float32"
-    assert len(said["teacher"]["weights_sha256"]) == len(said["shards"][0]["sha256"]) == 64
+    manifest = json.loads((cache.path / "manifest.json").read_text())
+    assert (manifest["k"], manifest["temperatures"], manifest["vocab_size"]) == (
+        8,
+        [1.0, 2.0],
+        VOCAB,
+    )
+    assert manifest["tokens"] == sum(len(row["input_ids"]) for row in ragged(40))
+    assert manifest["teacher"]["kind"] == "fastdistill.teachers.local.Teacher"
+    assert manifest["teacher"]["dtype"] == "float32"
+    assert len(manifest["teacher"]["weights_sha256"]) == len(manifest["shards"][0]["sha256"]) == 64
     other = TeacherCache.build(Teacher(peaked(8)), ragged(2), tmp_path / "c", k=8)
     theirs = other.manifest.settings.teacher
-    assert theirs["config_sha256"] == said["teacher"]["config_sha256"]
-    assert theirs["weights_sha256"] != said["teacher"]["weights_sha256"]
+    assert theirs["config_sha256"] == manifest["teacher"]["config_sha256"]
+    assert theirs["weights_sha256"] != manifest["teacher"]["weights_sha256"]
 
 
 def test_it_travels_to_another_process(built):
@@ -133,7 +137,7 @@ def test_it_travels_to_another_process(built):
 
 
 @pytest.mark.parametrize(
-    ("asked", "words"),
+    ("request", "words"),
     [
         ({"k": 9}, r"k: expected an integer in 1\.\.8"),
         ({"k": 0}, "k: expected"),
@@ -141,9 +145,9 @@ def test_it_travels_to_another_process(built):
         ({"k": 8, "temperature": 0.0}, "temperature: expected a finite number above 0"),
     ],
 )
-def test_what_it_does_not_have(built, asked, words):
+def test_what_it_does_not_have(built, request, words):
     with pytest.raises(ValueError, match=words):
-        built[1].topk(ragged(40)[0]["input_ids"][None], **asked)
+        built[1].topk(ragged(40)[0]["input_ids"][None], **request)
 
 
 def test_other_rows_are_named(built):
@@ -164,10 +168,10 @@ def test_ids_beyond_a_students_vocabulary_go(tmp_path):
         k=4,
     )
     cache.valid_vocab = 51
-    found = cache.topk(torch.tensor([[48, 49, 3]]), k=4)
-    assert found.ids[0].max() == 50
-    assert (found.ids[0, 0] >= 0).sum() == 3
-    total = found.logprobs.exp().sum(-1) + present(found.log_tail).exp()
+    answers = cache.topk(torch.tensor([[48, 49, 3]]), k=4)
+    assert answers.ids[0].max() == 50
+    assert (answers.ids[0, 0] >= 0).sum() == 3
+    total = answers.logprobs.exp().sum(-1) + present(answers.log_tail).exp()
     assert torch.allclose(total, torch.ones_like(total), atol=1e-5)
-    kept = found.logprobs[0, 0].exp()
-    assert kept[found.ids[0, 0] >= 0].tolist() == pytest.approx([0.25] * 3, abs=1e-3)
+    probabilities = answers.logprobs[0, 0].exp()
+    assert probabilities[answers.ids[0, 0] >= 0].tolist() == pytest.approx([0.25] * 3, abs=1e-3)

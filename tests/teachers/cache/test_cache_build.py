@@ -95,9 +95,9 @@ def test_a_full_disk_is_said_before_and_costs_nothing_behind(tmp_path, monkeypat
     usage = shutil.disk_usage(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
-        with pytest.raises(OSError, match=r"expected about .* GB of free space") as said:
+        with pytest.raises(OSError, match=r"expected about .* GB of free space") as caught:
             build(tmp_path / "c")
-        assert said.value.errno == errno.ENOSPC
+        assert caught.value.errno == errno.ENOSPC
     written = []
 
     def full(tensors, file):
@@ -129,15 +129,15 @@ def test_a_truncated_manifest_or_note_is_made_again(tmp_path, undisturbed):
         file.write_bytes(file.read_bytes()[:50])
     with pytest.raises(CacheError, match=r"manifest\.json: damaged"):
         TeacherCache(tmp_path / "c")
-    asked = []
+    calls = []
 
     class Counts(Passes):
         def topk_at(self, *args, **kwargs):
-            asked.append(args)
+            calls.append(args)
             return super().topk_at(*args, **kwargs)
 
     build(tmp_path / "c", teacher=Counts(peaked()))
-    assert len(asked) == 1
+    assert len(calls) == 1
     assert bytes_of(tmp_path / "c") == undisturbed
 
 
@@ -154,9 +154,9 @@ def test_two_builders_in_one_folder(tmp_path, undisturbed):
     class Meanwhile(Passes):
         def topk_at(self, *args, **kwargs):
             if not seen:
-                with pytest.raises(CacheError, match="another process is building") as said:
+                with pytest.raises(CacheError, match="another process is building") as caught:
                     build(tmp_path / "c")
-                seen.append(said)
+                seen.append(caught)
             return super().topk_at(*args, **kwargs)
 
     build(tmp_path / "c", teacher=Meanwhile(peaked()))

@@ -54,11 +54,11 @@ def by_id(answer):
 def test_ids_come_back_exactly(vocab, k):
     answers, _ = teacher(40, vocab=vocab, k=k)
     ids, logprobs = by_id(answers[0])
-    found = stored(answers, vocab=vocab, k=k)
-    assert found.ids.dtype == torch.int32
-    assert torch.equal(found.ids.long(), ids)
-    assert (found.logprobs - logprobs).abs().max() < 2e-2
-    assert torch.allclose(present(found.log_tail), present(answers[0].log_tail), atol=1e-6)
+    decoded = stored(answers, vocab=vocab, k=k)
+    assert decoded.ids.dtype == torch.int32
+    assert torch.equal(decoded.ids.long(), ids)
+    assert (decoded.logprobs - logprobs).abs().max() < 2e-2
+    assert torch.allclose(present(decoded.log_tail), present(answers[0].log_tail), atol=1e-6)
 
 
 def test_two_hundred_and_seventy_two_bytes_are_enough():
@@ -85,16 +85,16 @@ def test_kl_of_the_stored_teacher_is_that_of_the_exact_one(peak, noise):
 
     ids = answers[0].ids
     exact = kl(ids, logp.gather(-1, ids), logp.scatter(-1, ids, -torch.inf).logsumexp(-1))
-    found = stored(answers)
+    decoded = stored(answers)
     assert exact > 5e-6
-    assert abs(kl(*found[:3]) - exact) <= max(1e-3 * exact, 3e-7)
+    assert abs(kl(*decoded[:3]) - exact) <= max(1e-3 * exact, 3e-7)
 
 
 def test_the_shift_is_what_makes_that_so():
     """Without it the mass that fp16 loses is an error of first order in a small KL."""
     answers, _ = teacher()
-    found = stored(answers)
-    total = found.logprobs.double().exp().sum(-1) + present(found.log_tail).double().exp()
+    decoded = stored(answers)
+    total = decoded.logprobs.double().exp().sum(-1) + present(decoded.log_tail).double().exp()
     assert (total - 1).abs().max() < 1e-6
     rounded = answers[0].logprobs.half().double().exp().sum(-1) + answers[0].log_tail.double().exp()
     assert (rounded - 1).abs().max() > 1e-5
@@ -104,12 +104,12 @@ def test_the_shift_is_what_makes_that_so():
 def test_every_temperature_has_its_own_tail(temperatures):
     answers, z = teacher(temperatures=temperatures)
     for at, T in enumerate(temperatures):
-        found = stored(answers, at=at)
-        truth = (z / T).log_softmax(-1).gather(-1, found.ids.long())
+        decoded = stored(answers, at=at)
+        truth = (z / T).log_softmax(-1).gather(-1, decoded.ids.long())
         p = truth.exp()
-        assert ((found.logprobs.double().exp() - p).abs() <= 1e-2 * p + 1e-7).all()
-        assert torch.allclose(present(found.log_tail), present(answers[at].log_tail), atol=1e-6)
-        total = found.logprobs.double().exp().sum(-1) + present(found.log_tail).double().exp()
+        assert ((decoded.logprobs.double().exp() - p).abs() <= 1e-2 * p + 1e-7).all()
+        assert torch.allclose(present(decoded.log_tail), present(answers[at].log_tail), atol=1e-6)
+        total = decoded.logprobs.double().exp().sum(-1) + present(decoded.log_tail).double().exp()
         assert (total - 1).abs().max() < 1e-6
 
 
@@ -128,39 +128,39 @@ def test_hard_rows():
     )
     tail = torch.tensor([-inf, -16.5, 0.0, math.log1p(-math.exp(-20.0)), -1.0])
     tail[4] = torch.log1p(-logprobs[4].exp().sum())
-    found = stored([TopK(ids, logprobs, tail)], vocab=V, k=4)
-    assert found.ids[:, 3].eq(-1).all()
-    assert found.ids[:, :3].sort(-1).values.tolist() == ids.sort(-1).values.tolist()
-    assert not found.logprobs.isnan().any()
-    assert found.logprobs[0].max() == 0.0
-    assert found.logprobs[2].eq(-inf).all()
-    assert torch.equal(present(found.log_tail), tail)
-    total = found.logprobs.double().exp().sum(-1) + present(found.log_tail).double().exp()
+    decoded = stored([TopK(ids, logprobs, tail)], vocab=V, k=4)
+    assert decoded.ids[:, 3].eq(-1).all()
+    assert decoded.ids[:, :3].sort(-1).values.tolist() == ids.sort(-1).values.tolist()
+    assert not decoded.logprobs.isnan().any()
+    assert decoded.logprobs[0].max() == 0.0
+    assert decoded.logprobs[2].eq(-inf).all()
+    assert torch.equal(present(decoded.log_tail), tail)
+    total = decoded.logprobs.double().exp().sum(-1) + present(decoded.log_tail).double().exp()
     assert (total - 1).abs().max() < 2e-6
 
 
 def test_without_a_tail_it_is_what_the_payload_leaves():
     logprobs = torch.tensor([[0.5, 0.25], [0.5, 0.5]]).log()
-    found = stored([TopK(torch.tensor([[0, 1], [0, 1]]), logprobs)], vocab=2, k=2)
-    assert present(found.log_tail).tolist() == pytest.approx([math.log(0.25), math.log(2**-24)])
+    decoded = stored([TopK(torch.tensor([[0, 1], [0, 1]]), logprobs)], vocab=2, k=2)
+    assert present(decoded.log_tail).tolist() == pytest.approx([math.log(0.25), math.log(2**-24)])
 
 
 def test_draws_come_back_exactly():
     counts = torch.tensor([[1, 2, 47, 0], [50, 0, 0, 0], [13, 17, 19, 1]])
     ids = torch.tensor([[4, 9, 2, -1], [8, -1, -1, -1], [1, 2, 3, 4]])
     tail = torch.full((3,), -torch.inf)
-    found = stored([TopK(ids, (counts / 50).log(), tail)], vocab=10, k=4, draws=50)
+    decoded = stored([TopK(ids, (counts / 50).log(), tail)], vocab=10, k=4, draws=50)
     order = torch.where(ids < 0, 99, ids).argsort(-1)
     exact = (counts / 50).log().gather(-1, order)
-    assert torch.equal(found.logprobs, exact)
+    assert torch.equal(decoded.logprobs, exact)
 
 
 def test_fewer_slots_put_the_rest_into_the_tail():
     answers, z = teacher()
-    found = truncate_k(stored(answers), 5)
+    decoded = truncate_k(stored(answers), 5)
     best = z.log_softmax(-1).topk(5, -1)
-    assert torch.equal(by_id(found)[0].long(), best.indices.sort(-1).values)
-    total = found.logprobs.double().exp().sum(-1) + present(found.log_tail).double().exp()
+    assert torch.equal(by_id(decoded)[0].long(), best.indices.sort(-1).values)
+    total = decoded.logprobs.double().exp().sum(-1) + present(decoded.log_tail).double().exp()
     assert (total - 1).abs().max() < 1e-6
 
 

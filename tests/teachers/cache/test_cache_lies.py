@@ -204,8 +204,10 @@ def test_a_tensor_of_a_shard_that_would_not_be_used(copied):
 
 
 def header(**changes):
-    def changed(found):
-        return found | {name: found["keys"] | entry for name, entry in changes.items()}
+    def changed(header_of_shard):
+        return header_of_shard | {
+            name: header_of_shard["keys"] | entry for name, entry in changes.items()
+        }
 
     return changed
 
@@ -213,9 +215,9 @@ def header(**changes):
 @pytest.mark.parametrize(
     "change",
     [
-        lambda found: [1, 2],
-        lambda found: {"keys": 1},
-        lambda found: {},
+        lambda entries: [1, 2],
+        lambda entries: {"keys": 1},
+        lambda entries: {},
         header(keys={"dtype": ["U8"]}),
         header(keys={"dtype": "F128"}),
         header(keys={"shape": [-1, 16]}),
@@ -264,11 +266,11 @@ def test_a_true_cache_gives_what_it_gave(cache):
     teacher = Teacher(peaked())
     for row in ROWS:
         expected = teacher.topk(row["input_ids"][None], k=4, temperature=2.0)
-        found = cache.topk(row["input_ids"][None], k=4, temperature=2.0)
+        answers = cache.topk(row["input_ids"][None], k=4, temperature=2.0)
         at = cache.answered(row["input_ids"])
         assert at.any()
-        same = found.ids[0, at].sort(-1).values == expected.ids[0, at].sort(-1).values
+        same = answers.ids[0, at].sort(-1).values == expected.ids[0, at].sort(-1).values
         assert same.float().mean() > 0.99  # fp16 may swap two that are equal
         assert torch.allclose(
-            present(found.log_tail)[0, at], present(expected.log_tail)[0, at], atol=1e-2
+            present(answers.log_tail)[0, at], present(expected.log_tail)[0, at], atol=1e-2
         )

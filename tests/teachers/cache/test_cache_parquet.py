@@ -49,9 +49,9 @@ def test_bytes_are_read_as_distillkit_reads_them(tmp_path, name):
     case = GOLDEN[name]
     compression = Compression.read(written(tmp_path / "in", case) / CONFIG)
     assert compression.ids(hexed(case, COLUMNS[0])).tolist() == case["ids"]
-    found = compression.logprobs(hexed(case, COLUMNS[1]))
+    decoded = compression.logprobs(hexed(case, COLUMNS[1]))
     # Its own arithmetic is in the types of the file, float16 at worst.
-    assert np.abs(found - np.array(case["logprobs"])).max() < 1e-3
+    assert np.abs(decoded - np.array(case["logprobs"])).max() < 1e-3
 
 
 @pytest.mark.parametrize("name", GOLDEN)
@@ -62,13 +62,13 @@ def test_a_cache_of_it(tmp_path, name):
     assert cache.vocab_size == case["config"]["d"]
     assert cache.manifest.settings.rows == 3
     for row in IDS:
-        found = cache.topk(torch.tensor([row]), k=k)
+        answers = cache.topk(torch.tensor([row]), k=k)
         ids = torch.tensor(case["ids"])[: len(row)].sort(-1)
-        assert torch.equal(found.ids[0, :5].long(), ids.values)
+        assert torch.equal(answers.ids[0, :5].long(), ids.values)
         expected = torch.tensor(case["logprobs"]).gather(-1, ids.indices)
-        assert (found.logprobs[0, :5] - expected).abs().max() < 1e-2
-        assert found.ids[0, 5:].eq(-1).all()
-        total = found.logprobs.exp().sum(-1) + present(found.log_tail).exp()
+        assert (answers.logprobs[0, :5] - expected).abs().max() < 1e-2
+        assert answers.ids[0, 5:].eq(-1).all()
+        total = answers.logprobs.exp().sum(-1) + present(answers.log_tail).exp()
         assert torch.allclose(total, torch.ones_like(total), atol=1e-5)
 
 
@@ -91,15 +91,17 @@ def test_plain_top_k_in_several_files(tmp_path):
     rows = ParquetRows(files_of(tmp_path))
     assert [rows[i]["input_ids"][0] for i in range(len(rows))] == list(range(11))
     cache = TeacherCache.from_parquet(tmp_path, tmp_path / "out", vocab_size=99)
-    found = cache.topk(torch.tensor([[3, 2]]), k=2)
-    assert found.ids.tolist() == [[[5, 6], [7, -1]]]
-    assert found.logprobs[0, 1, 0].item() == pytest.approx(-0.5, abs=1e-3)
+    answers = cache.topk(torch.tensor([[3, 2]]), k=2)
+    assert answers.ids.tolist() == [[[5, 6], [7, -1]]]
+    assert answers.logprobs[0, 1, 0].item() == pytest.approx(-0.5, abs=1e-3)
 
 
 def test_mass_that_compression_added_is_taken_back(tmp_path):
     raw(tmp_path, [[1, 2]], [[[5, 6]]], [[[-0.6, -0.7]]])
-    found = TeacherCache.from_parquet(tmp_path, tmp_path / "out").topk(torch.tensor([[1, 2]]), k=2)
-    assert found.logprobs[0, 0].exp().sum() <= 1
+    answers = TeacherCache.from_parquet(tmp_path, tmp_path / "out").topk(
+        torch.tensor([[1, 2]]), k=2
+    )
+    assert answers.logprobs[0, 0].exp().sum() <= 1
     raw(tmp_path, [[1, 2]], [[[5, 6]]], [[[0.6, 0.7]]])
     with pytest.raises(CacheError, match=r"row 0: expected log-probabilities, got a mass of 3\."):
         TeacherCache.from_parquet(tmp_path, tmp_path / "again")
@@ -224,6 +226,6 @@ def test_values_that_were_rounded_to_16_bits(tmp_path, kind):
     }
     pq.write_table(pa.table({"input_ids": [[1, 2]], **columns}), tmp_path / "a.parquet")
     cache = TeacherCache.from_parquet(tmp_path, tmp_path / "out", vocab_size=64)
-    found = cache.topk(torch.tensor([[1, 2]]), k=64).logprobs[0, 0]
-    assert (found.exp() - exact.exp()).abs().max() < 2e-3
+    logprobs = cache.topk(torch.tensor([[1, 2]]), k=64).logprobs[0, 0]
+    assert (logprobs.exp() - exact.exp()).abs().max() < 2e-3
     cache.verify()

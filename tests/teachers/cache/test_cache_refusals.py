@@ -96,9 +96,9 @@ def test_a_folder_without_permission():
         closed.mkdir(mode=0o555)
         control.mkdir()
         control.chmod(0o777)
-        with as_nobody(), pytest.raises(PermissionError) as said:
+        with as_nobody(), pytest.raises(PermissionError) as caught:
             build(closed)
-        assert "path: expected a folder that can be written to, got" in str(said.value)
+        assert "path: expected a folder that can be written to, got" in str(caught.value)
         assert list(closed.iterdir()) == []
         with as_nobody():
             (control / "file").touch()

@@ -32,22 +32,22 @@ def test_targets_of_all_are_answered(tmp_path, targets, shard_mb):
     assert torch.equal(cache.answered(IDS), wanted)
     expected = Teacher(peaked()).topk(IDS[None], k=8)
     for _ in range(2):
-        found = cache.topk(IDS[None], k=8)
-        assert torch.equal((found.ids[0] >= 0).all(-1), wanted)
-        at = found.ids[0, wanted].long().argsort(-1)
+        answers = cache.topk(IDS[None], k=8)
+        assert torch.equal((answers.ids[0] >= 0).all(-1), wanted)
+        at = answers.ids[0, wanted].long().argsort(-1)
         theirs = expected.ids[0, wanted].sort(-1)
-        assert torch.equal(found.ids[0, wanted].long().gather(-1, at), theirs.values)
+        assert torch.equal(answers.ids[0, wanted].long().gather(-1, at), theirs.values)
         logprobs = expected.logprobs[0, wanted].gather(-1, theirs.indices)
-        assert (found.logprobs[0, wanted].gather(-1, at) - logprobs).abs().max() < 1e-2
+        assert (answers.logprobs[0, wanted].gather(-1, at) - logprobs).abs().max() < 1e-2
 
 
 def test_turn_by_turn_training_reads_them(tmp_path):
     rows = [only(5, 10), only(12, 20)] * 6
     cache = TeacherCache.build(Teacher(peaked()), rows, tmp_path / "c", k=8, positions="targets")
     options = {"data": rows, "k": 8, "check_signal": False}
-    found = train(tmp_path, teacher=cache, **options).state.log_history[0]["divergence"]
+    divergence = train(tmp_path, teacher=cache, **options).state.log_history[0]["divergence"]
     exact = train(tmp_path, teacher=peaked(), **options).state.log_history[0]["divergence"]
-    assert found == pytest.approx(exact, rel=1e-3)
+    assert divergence == pytest.approx(exact, rel=1e-3)
 
 
 def test_targets_that_none_of_them_has_are_refused_before_the_first_step(tmp_path):

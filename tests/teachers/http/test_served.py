@@ -41,8 +41,8 @@ def url(teacher):
 def batch():
     """Rows of 4 to 23 tokens, padded right; the second half left; one row is empty."""
     encoder = Encoder()
-    found = padded([encoder(row, i) for i, row in enumerate(ragged(8))], 0)
-    ids, mask = found["input_ids"], found["attention_mask"]
+    columns = padded([encoder(row, i) for i, row in enumerate(ragged(8))], 0)
+    ids, mask = columns["input_ids"], columns["attention_mask"]
     for b in range(4, 8):
         shift = int((mask[b] == 0).sum())
         ids[b], mask[b] = ids[b].roll(shift), mask[b].roll(shift)
@@ -109,14 +109,14 @@ def test_vllms_json(batch, k):
         client = ServedTeacher(server.url, tokens_per_request=40)
         server.seen.clear()  # of the question at opening
         got = client.topk(ids, mask, k=k)
-        said = server.seen[0][0]
+        body = server.seen[0][0]
         client.close()
     expected = Teacher(peaked()).topk(ids, mask, k=k)
     assert torch.equal(got.ids, expected.ids)
     torch.testing.assert_close(got.logprobs, expected.logprobs, rtol=0, atol=1e-5)
     tail = present(expected.log_tail).clamp(min=-11.0)  # 1 − Σ p of fp32 numbers says no more
     torch.testing.assert_close(present(got.log_tail).clamp(min=-11.0), tail, rtol=0, atol=5e-2)
-    assert (said["model"], said["max_tokens"], said["prompt_logprobs"]) == (MODEL, 1, k)
+    assert (body["model"], body["max_tokens"], body["prompt_logprobs"]) == (MODEL, 1, k)
     assert client.vocab_size is None
     assert client.identity == {"name": MODEL, "root": "/weights"}
 
@@ -124,10 +124,10 @@ def test_vllms_json(batch, k):
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_our_json_is_vllms(teacher, url, temperature):
     """Entry by entry what a server with all logits says, the prompt's own token included."""
-    said = {"prompt": [[5, 9, 14, 3, 3], [7]], "prompt_logprobs": 3, "temperature": temperature}
+    question = {"prompt": [[5, 9, 14, 3, 3], [7]], "prompt_logprobs": 3, "temperature": temperature}
     with vllm(peaked(), tempered=True) as server:
-        _, expected = server.completion(said)
-    status, body, _ = post(url, "/v1/completions", said | {"max_tokens": 1})
+        _, expected = server.completion(question)
+    status, body, _ = post(url, "/v1/completions", question | {"max_tokens": 1})
     assert status == 200
     answer = json.loads(body)
     assert answer["usage"] == {"prompt_tokens": 6, "completion_tokens": 2, "total_tokens": 8}
@@ -209,9 +209,9 @@ def test_the_token(teacher, batch, monkeypatch):
     monkeypatch.delenv("FASTDISTILL_TOKEN")
     with pytest.raises(ValueError, match="token: expected one when host is not loopback"):
         serve(teacher, host="0.0.0.0")
-    for opened in (lambda: ServedTeacher(url, token="word\n"), lambda: serve(teacher, token="é")):
+    for make in (lambda: ServedTeacher(url, token="word\n"), lambda: serve(teacher, token="é")):
         with pytest.raises(ValueError, match="token: expected printable ASCII") as caught:
-            opened()
+            make()
         assert "word" not in str(caught.value)
 
 
@@ -241,8 +241,8 @@ def test_the_token(teacher, batch, monkeypatch):
     ],
 )
 def test_what_the_server_refuses(small, path, body, status, words):
-    got, said, _ = post(small, f"/v1/{path}", body)
-    error = json.loads(said)["error"]
+    got, answer, _ = post(small, f"/v1/{path}", body)
+    error = json.loads(answer)["error"]
     assert (got, error["code"]) == (status, status)
     assert re.search(words, error["message"])
 

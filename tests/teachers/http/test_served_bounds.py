@@ -124,8 +124,8 @@ def test_retry_after_does_not_outlast_the_patience(after, monkeypatch):
     monkeypatch.setattr(connection, "FIRST_WAIT", 0.01)
 
     def busy(accepted, stop):
-        said = f"HTTP/1.1 503 Busy\r\nRetry-After: {after}\r\nContent-Length: 0\r\n\r\n"
-        accepted.sendall(said.encode())
+        header = f"HTTP/1.1 503 Busy\r\nRetry-After: {after}\r\nContent-Length: 0\r\n\r\n"
+        accepted.sendall(header.encode())
 
     with talking(busy) as url:
         began = time.monotonic()
@@ -159,7 +159,7 @@ def test_a_wrong_address_is_told_soon(monkeypatch):
 def test_a_server_that_starts_meanwhile_is_waited_for():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-    opened, over = [], threading.Event()
+    clients, over = [], threading.Event()
 
     def start():
         time.sleep(0.7)
@@ -169,11 +169,11 @@ def test_a_server_that_starts_meanwhile_is_waited_for():
     thread = threading.Thread(target=start)
     thread.start()
     try:
-        opened.append(ServedTeacher(f"http://127.0.0.1:{port}"))
+        clients.append(ServedTeacher(f"http://127.0.0.1:{port}"))
     finally:
         over.set()
         thread.join()
-    opened[0].close()
+    clients[0].close()
 
 
 def test_a_server_that_answered_once_is_waited_for(monkeypatch):

@@ -130,13 +130,13 @@ def test_always_failing(server, client, caplog, monkeypatch):
     server.faults.extend([status(500)] * 5)
     with caplog.at_level(logging.WARNING), pytest.raises(NoAnswer) as caught:
         client.topk(IDS, k=4)
-    said = str(caught.value)
+    message = str(caught.value)
     assert isinstance(caught.value, ConnectionError)
-    assert server.url in said
-    assert "none in 5 attempts" in said
-    assert "the last: status 500: the engine is dead" in said
-    assert "Is the server running" in said
-    assert len(said) < 700
+    assert server.url in message
+    assert "none in 5 attempts" in message
+    assert "the last: status 500: the engine is dead" in message
+    assert "Is the server running" in message
+    assert len(message) < 700
     assert len(caplog.records) == 1
     assert "does not answer (status 500" in caplog.text
 

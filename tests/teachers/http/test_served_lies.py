@@ -109,15 +109,15 @@ def test_lies_in_our_own_form(monkeypatch, url, lie):
     ],
 )
 def test_what_a_server_says_of_itself_is_checked(monkeypatch, url, changed, words):
-    said = ServerInfo.as_json
-    monkeypatch.setattr(ServerInfo, "as_json", lambda self: said(self) | changed)
+    as_json = ServerInfo.as_json
+    monkeypatch.setattr(ServerInfo, "as_json", lambda self: as_json(self) | changed)
     with pytest.raises(WrongAnswer, match=words):
         ServedTeacher(url)
 
 
 @pytest.mark.parametrize("of", [{"step": float("nan")}, {"step": [float("inf")]}], ids=str)
 def test_an_identity_that_no_cache_could_keep(of):
-    said = {
+    info = {
         "protocol": 1,
         "version": "1",
         "honours_temperature": True,
@@ -126,9 +126,9 @@ def test_an_identity_that_no_cache_could_keep(of):
         "max_tokens": 9,
         "tokenizer_sha256": None,
     }
-    assert ServerInfo.read(said | {"identity": {"step": 1.0}}, "http://h").vocab_size == 9
+    assert ServerInfo.read(info | {"identity": {"step": 1.0}}, "http://h").vocab_size == 9
     with pytest.raises(WrongAnswer, match="expected counts above 0 and an identity"):
-        ServerInfo.read(said | {"identity": of}, "http://h")
+        ServerInfo.read(info | {"identity": of}, "http://h")
 
 
 def test_a_double_precision_teacher_keeps_its_digits():
@@ -146,8 +146,8 @@ def test_the_relation_between_temperatures():
     logits = torch.randn(6, 40, generator=torch.Generator().manual_seed(0)) * 4
 
     def at(temperature, noise=0.0):
-        found = (logits / temperature).log_softmax(-1).topk(2)
-        return TopK(found.indices, found.values + noise * torch.arange(2), None, temperature)
+        best = (logits / temperature).log_softmax(-1).topk(2)
+        return TopK(best.indices, best.values + noise * torch.arange(2), None, temperature)
 
     assert is_tempered(at(1.0), at(2.0), 2.0)
     assert is_tempered(at(1.0), at(2.0, 0.005), 2.0)

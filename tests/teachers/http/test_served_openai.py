@@ -46,8 +46,8 @@ def ask(url, path, body=None):
         connection.close()
 
 
-def completion(url, **said):
-    return ask(url, "/v1/completions", {"prompt": [ROW], **said})
+def completion(url, **fields):
+    return ask(url, "/v1/completions", {"prompt": [ROW], **fields})
 
 
 def logprobs_of(model, row, temperature=1.0):
@@ -62,10 +62,10 @@ def logprobs_of(model, row, temperature=1.0):
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_what_lm_eval_asks(model, url, count):
     rows = [ROW, [7, 7]]
-    status, said = completion(url, **LM_EVAL | {"prompt": rows, "logprobs": count})
+    status, answer = completion(url, **LM_EVAL | {"prompt": rows, "logprobs": count})
     assert status == 200
-    assert [choice["index"] for choice in said["choices"]] == [0, 1]
-    for row, choice in zip(rows, said["choices"], strict=True):
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1]
+    for row, choice in zip(rows, answer["choices"], strict=True):
         truth = logprobs_of(model, row)
         tokens = [*row, int(truth[-1].argmax())]
         listed = choice["logprobs"]
@@ -89,22 +89,24 @@ def test_texts_are_those_of_the_tokenizer():
     tokenizer = AutoTokenizer.from_pretrained(SHIPPED)
     row = tokenizer("import os\nimport sys")["input_ids"]
     with ours(Teacher(llama(7, vocab=len(tokenizer)), tokenizer=tokenizer)) as url:
-        _, said = completion(url, **LM_EVAL | {"prompt": row})
-        (choice,) = said["choices"]
+        _, answer = completion(url, **LM_EVAL | {"prompt": row})
+        (choice,) = answer["choices"]
         listed = choice["logprobs"]
         assert choice["text"].startswith("import os\nimport sys")
         assert listed["tokens"][: len(row)] == [tokenizer.decode([i]) for i in row]
         offsets = [sum(map(len, listed["tokens"][:i])) for i in range(len(row) + 1)]
         assert listed["text_offset"] == offsets
-        _, said = completion(url, prompt=row, max_tokens=0, echo=True)
-        assert said["choices"][0]["text"] == "import os\nimport sys"
-        assert said["choices"][0]["logprobs"] is None
+        _, answer = completion(url, prompt=row, max_tokens=0, echo=True)
+        assert answer["choices"][0]["text"] == "import os\nimport sys"
+        assert answer["choices"][0]["logprobs"] is None
 
 
 def test_both_lists_of_one_answer(model, url):
     """Each with as many tokens as were asked for."""
-    _, said = completion(url, max_tokens=0, echo=True, logprobs=1, prompt_logprobs=4, temperature=2)
-    (choice,) = said["choices"]
+    _, answer = completion(
+        url, max_tokens=0, echo=True, logprobs=1, prompt_logprobs=4, temperature=2
+    )
+    (choice,) = answer["choices"]
     truth = logprobs_of(model, ROW, 2.0)
     assert len(choice["logprobs"]["tokens"]) == len(ROW)
     for t, token in enumerate(ROW[1:]):
@@ -113,8 +115,8 @@ def test_both_lists_of_one_answer(model, url):
         assert set(entry) == {str(i) for i in (token, *order[:4])}
         assert entry[str(token)]["rank"] == order.index(token) + 1
         assert len(choice["logprobs"]["top_logprobs"][t + 1]) == 1 + (token != order[0])
-    _, said = completion(url, max_tokens=1, logprobs=2)
-    listed = said["choices"][0]["logprobs"]
+    _, answer = completion(url, max_tokens=1, logprobs=2)
+    listed = answer["choices"][0]["logprobs"]
     assert len(listed["tokens"]) == len(listed["top_logprobs"]) == 1
     assert listed["token_logprobs"][0] == max(listed["top_logprobs"][0].values())
 
@@ -179,14 +181,14 @@ def test_neutral_values_are_taken(url):
     ],
 )
 def test_what_would_change_the_answer_is_refused_by_name(url, field, value):
-    status, said = completion(url, **{"max_tokens": 1, field: value})
+    status, answer = completion(url, **{"max_tokens": 1, field: value})
     assert status == 400
-    assert said["error"]["message"].startswith(f"{field!r}"[1:-1] + ": expected")
+    assert answer["error"]["message"].startswith(f"{field!r}"[1:-1] + ": expected")
 
 
 def test_unknown_fields_of_the_packed_form(url):
-    status, said = ask(url, "/v1/topk", {"prompt": [ROW], "k": 2, "top_p": 0.9})
-    assert (status, said["error"]["param"]) == (400, "top_p")
+    status, answer = ask(url, "/v1/topk", {"prompt": [ROW], "k": 2, "top_p": 0.9})
+    assert (status, answer["error"]["param"]) == (400, "top_p")
 
 
 def test_a_question_about_a_prompt_needs_no_max_tokens(url):
@@ -202,16 +204,16 @@ def test_a_question_about_a_prompt_needs_no_max_tokens(url):
     "temperature", [1e-45, 1e-300, 5e-324, 1e-38, 2e-38, 1e-37, 1e39, 10**400, 1e999, "2"]
 )
 def test_a_temperature_gives_numbers_or_is_refused(path, temperature):
-    said = {"prompt": [[5, 6, 7]], "temperature": temperature, "max_tokens": 1}
-    said |= {"k": 2} if "topk" in path else {"prompt_logprobs": 2}
-    said.pop("max_tokens" if "topk" in path else "k", None)
+    body = {"prompt": [[5, 6, 7]], "temperature": temperature, "max_tokens": 1}
+    body |= {"k": 2} if "topk" in path else {"prompt_logprobs": 2}
+    body.pop("max_tokens" if "topk" in path else "k", None)
     model = peaked()
     with torch.no_grad():
         model.lm_head.weight.mul_(30)
     with ours(Teacher(model)) as url:
-        status, told = ask(url, path, said)
+        status, answer = ask(url, path, body)
     assert status == 400
-    assert told["error"]["message"].startswith("temperature: expected")
+    assert answer["error"]["message"].startswith("temperature: expected")
 
 
 def test_a_teacher_that_computes_nan_is_no_bad_request():
@@ -219,9 +221,9 @@ def test_a_teacher_that_computes_nan_is_no_bad_request():
     with torch.no_grad():
         teacher.model.get_parameter("lm_head.weight")[3] = float("nan")
     with ours(teacher) as url:
-        status, told = completion(url, prompt_logprobs=2)
+        status, answer = completion(url, prompt_logprobs=2)
         assert status == 500
-        assert "the teacher failed: NotNumbers: expected numbers" in told["error"]["message"]
+        assert "the teacher failed: NotNumbers: expected numbers" in answer["error"]["message"]
         assert ask(url, "/v1/topk", {"prompt": [ROW], "k": 2})[0] == 500
 
 
@@ -230,9 +232,9 @@ def test_tokens_without_a_probability_are_written_as_numbers():
     with torch.no_grad():
         model.lm_head.weight.mul_(1e5)
     with ours(Teacher(model)) as url:
-        status, said = completion(url, prompt_logprobs=VOCAB, max_tokens=0, temperature=1e-25)
+        status, answer = completion(url, prompt_logprobs=VOCAB, max_tokens=0, temperature=1e-25)
         assert status == 200
-        assert "-9999" in json.dumps(said)
+        assert "-9999" in json.dumps(answer)
 
 
 # ---- limits
@@ -240,23 +242,23 @@ def test_tokens_without_a_probability_are_written_as_numbers():
 
 def test_a_large_answer_is_refused_with_the_packed_form_named(url, monkeypatch):
     monkeypatch.setattr(requests, "MAX_ENTRIES", 100)
-    said = {"prompt": [[1] * 20, [2] * 5], "prompt_logprobs": 4}
-    status, told = ask(url, "/v1/completions", said)
-    assert (status, told["error"]["code"]) == (413, 413)
-    assert re.search(r"at most 100 .* got 125 .25 tokens × 5.*/v1/topk", told["error"]["message"])
+    body = {"prompt": [[1] * 20, [2] * 5], "prompt_logprobs": 4}
+    status, answer = ask(url, "/v1/completions", body)
+    assert (status, answer["error"]["code"]) == (413, 413)
+    assert re.search(r"at most 100 .* got 125 .25 tokens × 5.*/v1/topk", answer["error"]["message"])
     assert completion(url, **LM_EVAL | {"logprobs": 20, "prompt": [[1] * 20]})[0] == 413
-    assert ask(url, "/v1/completions", said | {"prompt": [[1] * 20]})[0] == 200
+    assert ask(url, "/v1/completions", body | {"prompt": [[1] * 20]})[0] == 200
     assert ServedTeacher(url).topk(torch.ones(5, 5, dtype=torch.int64), k=4).ids.shape == (5, 5, 4)
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/topk"])
 def test_a_row_longer_than_the_positions(model, url, path):
     most = model.config.max_position_embeddings
-    said = {"k": 2} if "topk" in path else {"prompt_logprobs": 2}
-    status, told = ask(url, path, said | {"prompt": [ROW, [3] * (most + 1)]})
+    body = {"k": 2} if "topk" in path else {"prompt_logprobs": 2}
+    status, answer = ask(url, path, body | {"prompt": [ROW, [3] * (most + 1)]})
     assert status == 400
-    assert f"rows of at most {most} tokens" in told["error"]["message"]
-    assert f"got {most + 1} in row 1. Cut rows to max_length={most}" in told["error"]["message"]
+    assert f"rows of at most {most} tokens" in answer["error"]["message"]
+    assert f"got {most + 1} in row 1. Cut rows to max_length={most}" in answer["error"]["message"]
 
 
 # ---- models
@@ -267,8 +269,8 @@ def test_models_are_listed_and_retrieved(url, model):
     status, one = ask(url, "/v1/models/a-name")
     assert (status, one) == (200, listed["data"][0])
     assert one["max_model_len"] == model.config.max_position_embeddings
-    status, told = ask(url, "/v1/models/another/one")
-    assert (status, told["error"]["type"]) == (404, "NotFoundError")
+    status, answer = ask(url, "/v1/models/another/one")
+    assert (status, answer["error"]["type"]) == (404, "NotFoundError")
     with ours(Teacher(model), name="org/name", token="x") as guarded:
         assert ask(guarded, "/v1/models/org/name")[0] == 401
     with ours(Teacher(model), name="org/name") as slashed:

@@ -121,8 +121,8 @@ class Logits(VLLM):
 
     shift = 0.0
 
-    def _said(self, prompt, k, temperature):
-        listed = super()._said(prompt, k, temperature)
+    def _position(self, prompt, k, temperature):
+        listed = super()._position(prompt, k, temperature)
         for entry in listed[1:]:
             for slot in entry.values():
                 slot["logprob"] += self.shift
@@ -206,9 +206,9 @@ def test_vllms_own_words_about_a_length():
         client = ServedTeacher(server.url, tokens_per_request=4, concurrency=1)
         answer = server.completion
 
-        def completion(said):
-            rows = said["prompt"]
-            return refused(message) if max(map(len, rows)) > 6 else answer(said)
+        def completion(body):
+            rows = body["prompt"]
+            return refused(message) if max(map(len, rows)) > 6 else answer(body)
 
         server.completion = completion
         ids, mask = torch.ones(3, 11, dtype=torch.int64), torch.ones(3, 11, dtype=torch.int64)
@@ -259,20 +259,20 @@ def test_nothing_that_a_server_writes_acts_on_a_terminal(kind, monkeypatch):
         )
     with (
         saying(entry, status, answer) as url,
-        pytest.raises(ValueError, match=r"expected|refused") as told,
+        pytest.raises(ValueError, match=r"expected|refused") as caught,
     ):
         ServedTeacher(url, retries=0).topk(IDS, k=2)
-    assert str(told.value).isprintable()
-    str(told.value).encode()
+    assert str(caught.value).isprintable()
+    str(caught.value).encode()
 
 
 def test_the_names_of_models():
     with (
         saying({"id": ESCAPES}, 200, CHAT) as url,
-        pytest.raises(ValueError, match="model: ") as told,
+        pytest.raises(ValueError, match="model: ") as caught,
     ):
         ServedTeacher(url, model=MODEL, retries=0)
-    assert str(told.value).isprintable()
+    assert str(caught.value).isprintable()
 
 
 def test_answers_that_no_number_can_hold():

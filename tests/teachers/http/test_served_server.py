@@ -48,12 +48,12 @@ class Restarting:
 
     def __init__(self, port, first, second):
         self.port, self.first, self.second = port, first, second
-        self.down, self.over, self.asked = threading.Event(), threading.Event(), 0
+        self.down, self.over, self.calls = threading.Event(), threading.Event(), 0
         answer = first.topk
 
         def topk(*args, **options):
-            self.asked += 1
-            if self.asked == 2:
+            self.calls += 1
+            if self.calls == 2:
                 self.down.set()
                 time.sleep(0.3)  # by then nobody listens; the answer is the last one
             return answer(*args, **options)
@@ -84,7 +84,7 @@ def test_restarted_in_the_middle_of_a_run(tmp_path, port):
     with restarting as url:
         disturbed = train(tmp_path / "b", teacher=url, **RUN)
         disturbed.teacher.close()
-    assert restarting.asked == 2  # of four steps
+    assert restarting.calls == 2  # of four steps
     assert torch.equal(weights(disturbed), weights(undisturbed))
 
 
@@ -97,7 +97,7 @@ def test_restarted_in_the_middle_of_a_cache_build(tmp_path, port):
         client = ServedTeacher(url)
         there = TeacherCache.build(client, ragged(12), tmp_path / "there", **options)
         client.close()
-    assert restarting.asked == 2
+    assert restarting.calls == 2
     assert there.manifest.shards == here.manifest.shards
 
 
@@ -128,7 +128,7 @@ def test_questions_that_wait_are_put_together_and_a_full_queue_says_so():
 
         try:
             first = pool.submit(clients[0].topk, IDS, k=4)
-            assert teacher.asked.acquire(timeout=20)
+            assert teacher.calls.acquire(timeout=20)
             others = [pool.submit(c.topk, IDS, k=3 + i % 2) for i, c in enumerate(clients[1:])]
             assert any(refused() for _ in range(20))
         finally:

@@ -268,8 +268,8 @@ FIELDS = (
 @pytest.mark.parametrize("field", FIELDS)
 def test_half_a_character_is_a_bad_request(url, path, field):
     for value in (SURROGATE, [SURROGATE], {SURROGATE: SURROGATE}, [[SURROGATE]]):
-        said = {"prompt": [[1]], "k": 1} if "topk" in path else {"prompt": [1], "max_tokens": 1}
-        status, answer = ask(url, json.dumps(said | {field: value}), path)
+        body = {"prompt": [[1]], "k": 1} if "topk" in path else {"prompt": [1], "max_tokens": 1}
+        status, answer = ask(url, json.dumps(body | {field: value}), path)
         assert 400 <= status < 500
         assert json.loads(answer)["error"]["message"].isprintable()
 

@@ -114,9 +114,9 @@ def test_parameters_are_those_of_the_model(tied):
 def test_quantised_bytes_are_those_of_the_quantised_model(kind, scheme):
     experts = {"num_experts": 4, "moe_intermediate_size": 32} if kind is Qwen3MoeConfig else {}
     config = kind(**SMALL, **experts)
-    found = quantized_size(empty_model("teacher", config, torch.float32), scheme)
+    size = quantized_size(empty_model("teacher", config, torch.float32), scheme)
     real = quantize_model(AutoModelForCausalLM.from_config(config), scheme, compute="exact")
-    assert found.weights == bytes_of(real)
+    assert size.weights == bytes_of(real)
 
 
 def test_optimisers_keep_what_they_say():
@@ -125,8 +125,8 @@ def test_optimisers_keep_what_they_say():
         q.grad = torch.zeros_like(q)
     optimiser = torch.optim.AdamW(p)
     optimiser.step()
-    kept = [t for s in optimiser.state.values() for t in s.values() if t.dim()]
-    assert optimizer_memory("adamw_torch", p, "cpu").state == sum(t.nbytes for t in kept)
+    tensors = [t for s in optimiser.state.values() for t in s.values() if t.dim()]
+    assert optimizer_memory("adamw_torch", p, "cpu").state == sum(t.nbytes for t in tensors)
     assert optimizer_memory("adamw_torch", p, "cuda").scratch == 2 * 5100
     assert optimizer_memory("adamw_8bit", p, "cuda").state == 2 * (5000 + 20 * 4 + 400)
     assert optimizer_memory("sgd", p, "cuda") == (0, 0)

@@ -31,14 +31,14 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_plan_is_what_training_holds(name):
-    error, said = error_of(CASES[name])
-    print(f"{error:+.1%} {said}")
-    assert abs(error) < 0.15, said
+    error, summary = error_of(CASES[name])
+    print(f"{error:+.1%} {summary}")
+    assert abs(error) < 0.15, summary
 
 
 def test_adapters():
     pytest.importorskip("peft")
     for options in ({}, CHECKPOINTED):
-        error, said = error_of(Run(options={"lora_rank": 8} | options))
-        print(f"{error:+.1%} {said}")
-        assert abs(error) < 0.15, said
+        error, summary = error_of(Run(options={"lora_rank": 8} | options))
+        print(f"{error:+.1%} {summary}")
+        assert abs(error) < 0.15, summary

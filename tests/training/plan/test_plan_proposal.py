@@ -38,7 +38,7 @@ def models(tmp_path_factory):
     return folder
 
 
-def said(plan):
+def printed(plan):
     text = io.StringIO()
     print_plan(plan, Console(width=80, file=text))
     return text.getvalue()
@@ -83,8 +83,8 @@ def test_a_measure_keeps_the_rows_of_an_update(models):
     enough = plan_memory(
         student, settings=Settings(seq=8192, batch=3, accumulation=2, **least)
     ).memory.needed
-    found = settings(plan_memory(student, settings=Settings(seq=8192, batch=6), gpu=enough))
-    assert (found.batch, found.accumulation) == (3, 2)
+    proposed = settings(plan_memory(student, settings=Settings(seq=8192, batch=6), gpu=enough))
+    assert (proposed.batch, proposed.accumulation) == (3, 2)
     batches = [m.changes["batch"] for m in measures_of(6) if "batch" in m.changes]
     assert batches == [3, 1]
 
@@ -102,27 +102,27 @@ def test_every_phase_is_there_and_the_largest_is_the_peak(plans):
     held = sum(part(memory, n) for n in ("student weights", "gradients", "optimizer"))
     assert phases["update"] == held + part(memory, "teacher weights")
     assert part(memory, "optimizer") == 2 * part(memory, "gradients")
-    kept, checkpointed = plans["14GB"].activations.values()
-    assert checkpointed < kept / 10
+    stored, checkpointed = plans["14GB"].activations.values()
+    assert checkpointed < stored / 10
     assert list(plans["14GB"].teacher_weights) == ["bfloat16", "int8", "nf4"]
 
 
 def test_what_is_said_fits_a_page(plans):
     for plan in plans.values():
-        lines = said(plan).splitlines()
+        lines = printed(plan).splitlines()
         assert len(lines) <= 40
         assert max(map(len, lines)) <= 80
         whole = " ".join(lines)
         for line in plan.proposal.memory.settings.lines():
             assert (line in whole) == (plan.proposal.missing == 0)
-    assert "3.1 hours" in said(plans["80GB"])
-    assert "does not fit 1.00 GB" in said(plans["1GB"])
-    assert "the largest part is student weights" in " ".join(said(plans["1GB"]).split())
-    assert in_gb(plans["14GB"].proposal.memory.needed) in said(plans["14GB"])
+    assert "3.1 hours" in printed(plans["80GB"])
+    assert "does not fit 1.00 GB" in printed(plans["1GB"])
+    assert "the largest part is student weights" in " ".join(printed(plans["1GB"]).split())
+    assert in_gb(plans["14GB"].proposal.memory.needed) in printed(plans["14GB"])
 
 
 def test_json(plans):
-    found = json.loads(json.dumps(plans["6GB"].as_json()))
-    assert found["fits"] is False
-    assert "teacher=CACHE" in found["proposal"]["settings"]
-    assert found["memory"]["peak"] == plans["6GB"].peak
+    plan = json.loads(json.dumps(plans["6GB"].as_json()))
+    assert plan["fits"] is False
+    assert "teacher=CACHE" in plan["proposal"]["settings"]
+    assert plan["memory"]["peak"] == plans["6GB"].peak
