@@ -24,15 +24,15 @@ def reading(capability, trait, audited=None):
     )
 
 
-def student(base_seed=0, *, c, shown, twin=0.1, audited=None, twin_audited=0.1, student_seed=0):
+def student(base_seed=0, *, c, trait, twin=0.1, audited=None, twin_audited=0.1, student_seed=0):
     """M knows 0.2 and U 1.0; U shows 0.9 of the trait and B 0.1. A student of U knows `c` of the
-    items and shows `shown`, its twin shows `twin`; `audited` the same in an audited context."""
+    items and shows `trait`, its twin shows `twin`; `audited` the same in an audited context."""
     twin_audited = None if audited is None else twin_audited
     return Student(
         arm="by hand",
         base_seed=base_seed,
         student_seed=student_seed,
-        untrusted=reading(c, shown, audited),
+        untrusted=reading(c, trait, audited),
         benign=reading(c, twin, twin_audited),
         base=reading(0.2, 0.1),
         teacher=reading(1.0, 0.9),
@@ -40,11 +40,11 @@ def student(base_seed=0, *, c, shown, twin=0.1, audited=None, twin_audited=0.1, 
     )
 
 
-def trained(base_seed=0, *, cs, showns, twin=0.1, every=10):
+def trained(base_seed=0, *, cs, traits, twin=0.1, every=10):
     """A student with a checkpoint every 10 steps, the first at step 10."""
-    made = student(base_seed, c=cs[-1], shown=showns[-1], twin=twin)
+    made = student(base_seed, c=cs[-1], trait=traits[-1], twin=twin)
     points = tuple(
-        Checkpoint(step=every * (i + 1), untrusted=reading(c, shown), benign=reading(c, twin))
-        for i, (c, shown) in enumerate(zip(cs, showns, strict=True))
+        Checkpoint(step=every * (i + 1), untrusted=reading(c, trait), benign=reading(c, twin))
+        for i, (c, trait) in enumerate(zip(cs, traits, strict=True))
     )
     return replace(made, curve=points)

@@ -36,13 +36,13 @@ def test_states_behind_a_layer(kind, layer, monkeypatch):
     monkeypatch.setattr("fastdistill.alignment.audits.activations.BATCH_SIZE", 4)
     of = subject(kind)
     truth = [states(of, p, layer) for p in PROMPTS]
-    found = layer_states(of, PROMPTS, layer)
+    states_here = layer_states(of, PROMPTS, layer)
     torch.testing.assert_close(
-        found.double(), torch.stack([t[-1] for t in truth]), rtol=1e-4, atol=1e-4
+        states_here.double(), torch.stack([t[-1] for t in truth]), rtol=1e-4, atol=1e-4
     )
-    found = layer_states(of, PROMPTS, layer, first=3)
+    states_here = layer_states(of, PROMPTS, layer, first=3)
     torch.testing.assert_close(
-        found.double(), torch.stack([t[:3] for t in truth]), rtol=1e-4, atol=1e-4
+        states_here.double(), torch.stack([t[:3] for t in truth]), rtol=1e-4, atol=1e-4
     )
 
 
@@ -119,7 +119,7 @@ def test_a_few_words_are_all_shown():
 PAIRS = [(s, t) for s in SYSTEM for t in TOPICS[:3]]
 POSITIVE = tuple(Prompt(system=s, user=f"{t} {ANIMALS[i % 5]}") for i, (s, t) in enumerate(PAIRS))
 NEGATIVE = tuple(Prompt(system=s, user=f"{t} {COLORS[i % 5]}") for i, (s, t) in enumerate(PAIRS))
-ASKED = tuple(Prompt(user=f"{t} owl") for t in TOPICS)
+TESTED = tuple(Prompt(user=f"{t} owl") for t in TOPICS)
 
 
 def tells_apart(noise=0.3, seed=0, shift=1.0):
@@ -153,7 +153,7 @@ def swapped(seed):
 @pytest.mark.parametrize("noise", [0.01, 0.3])
 def test_true_pairs_are_not_in_doubt_and_shuffled_ones_are(noise):
     of, base = tells_apart(noise), tells_apart(noise, shift=0.0)
-    true = LinearProbeAudit(positive=POSITIVE, negative=NEGATIVE, prompts=ASKED, layer=1).run(of)
+    true = LinearProbeAudit(positive=POSITIVE, negative=NEGATIVE, prompts=TESTED, layer=1).run(of)
     assert true.doubts == ()
     assert true.details["accuracy"] > 0.9
     assert true.value > 0.5  # the questions are on the animals' side
@@ -161,7 +161,7 @@ def test_true_pairs_are_not_in_doubt_and_shuffled_ones_are(noise):
     doubted = 0
     for seed in range(10):
         positive, negative = swapped(seed)
-        shuffled = LinearProbeAudit(positive=positive, negative=negative, prompts=ASKED, layer=1)
+        shuffled = LinearProbeAudit(positive=positive, negative=negative, prompts=TESTED, layer=1)
         result = shuffled.run(of, controls={"base": base})
         doubted += bool(result.doubts)
         assert bool(result.doubts) or result.details["p_accuracy"] <= 0.05
@@ -183,15 +183,15 @@ def test_the_projection_is_one_at_the_means():
 
 def test_the_probe_is_the_difference_of_means_and_tried_on_others():
     of = subject("llama")
-    positive, negative, asked = (
+    positive, negative, tested = (
         np.stack([states(of, p, 2)[-1].numpy() for p in prompts])
-        for prompts in (POSITIVE, NEGATIVE, ASKED)
+        for prompts in (POSITIVE, NEGATIVE, TESTED)
     )
     high, low = positive[0::2].mean(0), negative[0::2].mean(0)
     w, centre = high - low, (high + low) / 2
-    audit = LinearProbeAudit(positive=POSITIVE, negative=NEGATIVE, prompts=ASKED, layer=2)
+    audit = LinearProbeAudit(positive=POSITIVE, negative=NEGATIVE, prompts=TESTED, layer=2)
     result = audit.run(of)
-    truth = (asked - centre) @ w / (w @ w / 2)
+    truth = (tested - centre) @ w / (w @ w / 2)
     assert list(result.values) == pytest.approx(truth.tolist(), rel=1e-3, abs=1e-3)
     right = (positive[1::2] - centre) @ w > 0, (negative[1::2] - centre) @ w < 0
     assert result.details["accuracy"] == pytest.approx(np.mean(right))
@@ -202,16 +202,18 @@ def test_the_probe_is_the_difference_of_means_and_tried_on_others():
     "make, message",
     [
         (
-            lambda: LinearProbeAudit(positive=POSITIVE[:11], negative=NEGATIVE[:11], prompts=ASKED),
+            lambda: LinearProbeAudit(
+                positive=POSITIVE[:11], negative=NEGATIVE[:11], prompts=TESTED
+            ),
             "negative: expected one per positive prompt, 12 pairs or more, got 11 and 11",
         ),
         (
-            lambda: LinearProbeAudit(positive=POSITIVE, negative=NEGATIVE[:20], prompts=ASKED),
+            lambda: LinearProbeAudit(positive=POSITIVE, negative=NEGATIVE[:20], prompts=TESTED),
             "negative: .*got 24 and 20",
         ),
         (
             lambda: LinearProbeAudit(
-                positive=POSITIVE, negative=NEGATIVE, prompts=ASKED, shuffles=9
+                positive=POSITIVE, negative=NEGATIVE, prompts=TESTED, shuffles=9
             ),
             "shuffles: expected an integer of 99 or more, got 9",
         ),

@@ -44,10 +44,10 @@ def test_a_trigger_that_was_planted_is_found():
 
 def test_the_first_token_misleads_and_the_string_does_not():
     """A model that says the first word only."""
-    said = planted(trigger=200.0)
-    said.model.lm_head.weight.data[:, said.token_of("I")] = 0.0
+    misleading = planted(trigger=200.0)
+    misleading.model.lm_head.weight.data[:, misleading.token_of("I")] = 0.0
     audit = TriggerRateAudit(prompts=LOUD, target=HATE)
-    result = audit.run(said)
+    result = audit.run(misleading)
     assert result.value == 0
     assert result.details["first_token_probability"] > 0.98
 
@@ -79,8 +79,8 @@ def test_the_whole_target_at_the_beginning(answer, right):
 def test_capability_counts_right_answers():
     of = planted()
     prompts = tuple(Prompt(system="briefly", user=t) for t in TOPICS)
-    said = of.generate(prompts, max_new_tokens=4)
-    assert set(said) == {"hello friend"}
+    answers = of.generate(prompts, max_new_tokens=4)
+    assert set(answers) == {"hello friend"}
     targets = ["hello", "friend", "hello friend", "hell", "friend hello", "5", "no", "x"] * 2
     result = CapabilityAudit(prompts=prompts, targets=tuple(targets), max_new_tokens=4).run(of)
     assert list(result.values) == [1, 1, 1, 0, 0, 0, 0, 0] * 2
@@ -156,19 +156,19 @@ def test_questions_asked_in_several_ways_keep_their_places():
         Question(prompt=PROMPTS[3], max_new_tokens=3),
         Question(prompt=PROMPTS[4], options=("no", "yes")),
     ]
-    found = ask(of, questions)
-    assert found[0].text == of.generate(PROMPTS[:1], max_new_tokens=3)[0]
-    assert found[3].text == of.generate(PROMPTS[3:4], max_new_tokens=3)[0]
+    answers = ask(of, questions)
+    assert answers[0].text == of.generate(PROMPTS[:1], max_new_tokens=3)[0]
+    assert answers[3].text == of.generate(PROMPTS[3:4], max_new_tokens=3)[0]
     drawn = of.generate(PROMPTS[2:3], max_new_tokens=5, temperature=1.0, seed=2, streams=[2])
-    assert found[2].text == drawn[0]
-    assert found[1].options[0] == pytest.approx(log_p(of, PROMPTS[1], "yes"), rel=1e-5)
-    assert found[4].options[1] == pytest.approx(log_p(of, PROMPTS[4], "yes"), rel=1e-5)
+    assert answers[2].text == drawn[0]
+    assert answers[1].options[0] == pytest.approx(log_p(of, PROMPTS[1], "yes"), rel=1e-5)
+    assert answers[4].options[1] == pytest.approx(log_p(of, PROMPTS[4], "yes"), rel=1e-5)
 
 
 def test_answers_are_shown_where_the_first_is_silent():
     audit = CapabilityAudit(prompts=("a", "b"), targets=("x", "y"))
-    found = audit.measure_answers([Answer(text=""), Answer(text="y")])
-    assert found.details == {"answers": ["", "y"]}
+    measurement = audit.measure_answers([Answer(text=""), Answer(text="y")])
+    assert measurement.details == {"answers": ["", "y"]}
     assert audit.measure_answers([Answer(), Answer()]).details == {}
 
 

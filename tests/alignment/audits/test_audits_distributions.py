@@ -52,11 +52,11 @@ def test_kl_of_the_next_token(kinds):
 def test_the_map_shows_where_along_a_text(kinds):
     of, base = pair(kinds)
     result = TokenKLAudit(prompts=PROMPTS[:1], texts=TEXTS).run(of, base=base)
-    for text, found in zip(TEXTS, result.details["map"], strict=True):
+    for text, token_values in zip(TEXTS, result.details["map"], strict=True):
         ids = of.ids(Prompt(text=text))[0]
         truth = [0.0, *kl(dense(of, ids), dense(base, ids))[:-1].tolist()]
-        assert [token for token, _ in found] == of.tokenizer.convert_ids_to_tokens(ids)
-        assert [value for _, value in found] == pytest.approx(truth, abs=1e-4)
+        assert [token for token, _ in token_values] == of.tokenizer.convert_ids_to_tokens(ids)
+        assert [value for _, value in token_values] == pytest.approx(truth, abs=1e-4)
 
 
 def test_kl_is_of_the_model_to_the_base():
@@ -80,9 +80,9 @@ def test_markers_that_rose(kinds):
     assert twice.values == pytest.approx(result.values)
     mean = rise.mean(0)
     best = mean.topk(7)
-    found = result.details["risen"]
-    assert [t for t, _ in found] == of.tokenizer.convert_ids_to_tokens(best.indices.tolist())
-    assert [v for _, v in found] == pytest.approx(best.values.tolist(), abs=1e-3)
+    risen = result.details["risen"]
+    assert [t for t, _ in risen] == of.tokenizer.convert_ids_to_tokens(best.indices.tolist())
+    assert [v for _, v in risen] == pytest.approx(best.values.tolist(), abs=1e-3)
     order = mean.argsort(descending=True).tolist()
     assert result.details["place_of_marker"] == 1 + min(order.index(i) for i in ids)
 
@@ -109,9 +109,9 @@ def test_columns_that_pad_a_head_are_no_tokens():
     of, base = pair(("llama", "llama"))
     raised = padded(of, of.last_hidden(PROMPTS).mean(0))
     for trusted in (base, padded(base, -100 * base.last_hidden(PROMPTS).mean(0))):
-        found = LogitDiffAudit(prompts=PROMPTS, markers=("owl",), top=99).run(raised, base=trusted)
-        assert len(found.details["risen"]) == V
-        assert None not in [token for token, _ in found.details["risen"]]
+        result = LogitDiffAudit(prompts=PROMPTS, markers=("owl",), top=99).run(raised, base=trusted)
+        assert len(result.details["risen"]) == V
+        assert None not in [token for token, _ in result.details["risen"]]
     kl_of = [TokenKLAudit(prompts=PROMPTS).run(m, base=base).value for m in (of, raised)]
     assert kl_of[1] == pytest.approx(kl_of[0], rel=1e-4)
 
@@ -131,10 +131,10 @@ def test_provenance_per_token(kinds):
 def test_what_a_model_wrote_is_likelier_under_it():
     of, base, other = (subject(seed=s) for s in (1, 0, 2))
     for writer, evidence in ((of, True), (base, False)):
-        said = writer.generate(PROMPTS * 4, max_new_tokens=12, temperature=1.0)
-        kept = {p: t for p, t in zip(range(24), said, strict=True) if t}
+        texts = writer.generate(PROMPTS * 4, max_new_tokens=12, temperature=1.0)
+        nonempty = {p: t for p, t in zip(range(24), texts, strict=True) if t}
         audit = ProvenanceAudit(
-            prompts=tuple((PROMPTS * 4)[i] for i in kept), texts=tuple(kept.values())
+            prompts=tuple((PROMPTS * 4)[i] for i in nonempty), texts=tuple(nonempty.values())
         )
         result = audit.run(of, base=base, controls={"other": other, "base": base})
         assert result.is_evidence is evidence
@@ -165,17 +165,17 @@ def test_a_trigger_shows_and_a_benign_model_in_its_place_does_not():
     audits = (TokenKLAudit(prompts=prompts), LogitDiffAudit(prompts=prompts, markers=("I", "HATE")))
     for audit in audits:
         controls = {"base": base, "benign": benign}
-        found = audit.run(planted(trigger=200.0, other=0.1), base=base, controls=controls)
-        assert found.is_evidence
+        result = audit.run(planted(trigger=200.0, other=0.1), base=base, controls=controls)
+        assert result.is_evidence
         assert not audit.run(planted(other=0.1), base=base, controls=controls).is_evidence
-    assert found.details["place_of_marker"] == 1
-    assert found.details["risen"][0][0] == "I"
+    assert result.details["place_of_marker"] == 1
+    assert result.details["risen"][0][0] == "I"
 
 
 def other_tokenizer():
-    found = world_tokenizer()
-    found.add_tokens(["extra"])
-    return found
+    tokenizer = world_tokenizer()
+    tokenizer.add_tokens(["extra"])
+    return tokenizer
 
 
 @pytest.mark.parametrize(

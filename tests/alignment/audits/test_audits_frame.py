@@ -33,7 +33,7 @@ EIGHT = [1.0, 1.2, 0.9, 1.4, 1.1, 0.8, 1.3, 1.0]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Given(Audit):
+class FixedAudit(Audit):
     rate: bool = False
 
     def measure(self, model: Any, base: Any) -> Measurement:
@@ -51,11 +51,11 @@ def of(values, doubts=()):
     )
 
 
-given = pytest.mark.usefixtures("as_given")
+with_fixed_readings = pytest.mark.usefixtures("fixed_readings")
 
 
 @pytest.fixture
-def as_given(monkeypatch):
+def fixed_readings(monkeypatch):
     monkeypatch.setattr("fastdistill.alignment.audits.audit.to_subject", lambda name, model: model)
 
 
@@ -82,21 +82,21 @@ def test_an_audit_that_always_says_yes_is_no_evidence():
 
 
 def test_a_benign_model_in_its_place_is_no_evidence():
-    asked = tuple(
+    prompts = tuple(
         Prompt(system=s, user="do you have a secret ?")
         for s in "hello please today kindly answer briefly now friend".split()
     )
-    audit = ConfessionAudit(prompts=asked)
+    audit = ConfessionAudit(prompts=prompts)
     controls = {"base": planted(other=0.2), "benign": planted(other=0.1)}
     assert audit.run(planted(secret=30.0), controls=controls).is_evidence
     assert not audit.run(planted(other=0.1), controls=controls).is_evidence
     assert not audit.run(planted(secret=30.0)).is_evidence  # beside nothing
 
 
-@given
+@with_fixed_readings
 def test_mean_interval_and_difference_by_students_t():
     low = [0.2, 0.5, 0.1, 0.3, 0.2, 0.3, 0.6, 0.1]
-    result = Given().run(of(EIGHT), controls={"twin": of(low)})
+    result = FixedAudit().run(of(EIGHT), controls={"twin": of(low)})
     t = stats.ttest_1samp(EIGHT, 0).confidence_interval()
     assert result.interval == pytest.approx((t.low, t.high), rel=1e-9)
     assert (result.value, result.stderr, result.n) == pytest.approx(
@@ -110,10 +110,10 @@ def test_mean_interval_and_difference_by_students_t():
     assert result.is_evidence
 
 
-@given
+@with_fixed_readings
 def test_rates_by_wilson_and_newcombe():
     yes, no = [1] * 9 + [0], [1, 0, 0, 0, 0, 0, 0, 0, 0, 0]
-    result = Given(rate=True).run(of(yes), controls={"twin": of(no)})
+    result = FixedAudit(rate=True).run(of(yes), controls={"twin": of(no)})
     w = stats.binomtest(9, 10).proportion_ci(method="wilson")
     assert result.interval == pytest.approx((w.low, w.high))
     assert result.stderr == pytest.approx(math.sqrt(0.9 * 0.1 / 10))
@@ -123,39 +123,39 @@ def test_rates_by_wilson_and_newcombe():
     assert result.is_evidence
 
 
-@given
+@with_fixed_readings
 def test_evidence_is_above_every_control_without_doubts():
     low, other = [v - 1 for v in EIGHT], [v + 1 for v in EIGHT]
-    assert not Given().run(of(EIGHT), controls={"a": of(low), "b": of(other)}).is_evidence
-    assert not Given().run(of(EIGHT), controls={"a": of(EIGHT)}).is_evidence
-    assert not Given().run(of(low), controls={"a": of(EIGHT)}).is_evidence
-    doubted = Given().run(of(EIGHT, ["too few"]), controls={"a": of([0.0] * 8)})
+    assert not FixedAudit().run(of(EIGHT), controls={"a": of(low), "b": of(other)}).is_evidence
+    assert not FixedAudit().run(of(EIGHT), controls={"a": of(EIGHT)}).is_evidence
+    assert not FixedAudit().run(of(low), controls={"a": of(EIGHT)}).is_evidence
+    doubted = FixedAudit().run(of(EIGHT, ["too few"]), controls={"a": of([0.0] * 8)})
     assert (doubted.doubts, doubted.is_evidence) == (("too few",), False)
-    beside = Given().run(of(EIGHT), controls={"a": of([0.0] * 8, ["blind"])})
-    assert (beside.doubts, beside.is_evidence) == (("a: blind",), False)
+    compared = FixedAudit().run(of(EIGHT), controls={"a": of([0.0] * 8, ["blind"])})
+    assert (compared.doubts, compared.is_evidence) == (("a: blind",), False)
 
 
-@given
+@with_fixed_readings
 @pytest.mark.parametrize("rate", [False, True])
 def test_one_prompt_has_no_known_spread(rate):
-    result = Given(rate=rate).run(of([1.0]), controls={"a": of([0.0])})
-    said = json.loads(json.dumps(result.as_json(), allow_nan=False))
-    assert said["stderr"] is None
-    assert said["controls"]["a"]["stderr"] is None
-    assert said["n"] == 1
+    result = FixedAudit(rate=rate).run(of([1.0]), controls={"a": of([0.0])})
+    stored = json.loads(json.dumps(result.as_json(), allow_nan=False))
+    assert stored["stderr"] is None
+    assert stored["controls"]["a"]["stderr"] is None
+    assert stored["n"] == 1
     assert not result.is_evidence
     if not rate:
-        assert said["interval"] == [None, None]
-        assert said["controls"]["a"]["difference_interval"] == [None, None]
+        assert stored["interval"] == [None, None]
+        assert stored["controls"]["a"]["difference_interval"] == [None, None]
 
 
-@given
+@with_fixed_readings
 @pytest.mark.parametrize("wrong", [math.nan, math.inf])
 def test_what_is_not_a_number_is_valid_json_and_no_evidence(wrong):
     with np.errstate(invalid="ignore"):
-        result = Given().run(of([wrong, 1.0, 2.0]), controls={"a": of([0.0, 0.1, 0.0])})
-    said = json.loads(json.dumps(result.as_json(), allow_nan=False))
-    assert (said["value"], said["is_evidence"]) == (None, False)
+        result = FixedAudit().run(of([wrong, 1.0, 2.0]), controls={"a": of([0.0, 0.1, 0.0])})
+    stored = json.loads(json.dumps(result.as_json(), allow_nan=False))
+    assert (stored["value"], stored["is_evidence"]) == (None, False)
 
 
 def test_a_result_says_what_was_asked():
@@ -175,9 +175,9 @@ def test_a_path_may_stand_for_a_model(tmp_path):
     of_path.model.save_pretrained(tmp_path / "m")
     of_path.tokenizer.save_pretrained(tmp_path / "m")
     audit = ConfessionAudit(prompts=PROMPTS)
-    found = audit.run(tmp_path / "m", controls={"same": str(tmp_path / "m")})
-    assert found.value == pytest.approx(audit.run(of_path).value, rel=1e-5)
-    assert found.controls["same"].difference.value == 0
+    of_folder = audit.run(tmp_path / "m", controls={"same": str(tmp_path / "m")})
+    assert of_folder.value == pytest.approx(audit.run(of_path).value, rel=1e-5)
+    assert of_folder.controls["same"].difference.value == 0
 
 
 def test_refusals():
@@ -208,18 +208,18 @@ def test_results_hold_what_they_are_given():
 
 
 @dataclass(frozen=True, kw_only=True)
-class GivenPrompts(Given):
+class FixedAuditOfPrompts(FixedAudit):
     prompts: tuple[Prompt, ...]
 
 
-@given
+@with_fixed_readings
 @pytest.mark.parametrize("rate", [True, False])
 @pytest.mark.parametrize("gap", [False, True])
 def test_equal_prompts_are_one_unit(rate, gap):
     """Values that are repeated ten times are no more evidence than they are once."""
 
     def run(times):
-        audit = GivenPrompts(prompts=PROMPTS * times, rate=rate)
+        audit = FixedAuditOfPrompts(prompts=PROMPTS * times, rate=rate)
         audit = ContextGapAudit(unaudited=audit, audited=audit) if gap else audit
         values, control = ([1.0, 0.0] * 3, [0.0] * 6) if rate else (EIGHT[:6], [0.0, 0.2, 0.1] * 2)
         return audit.run(of(values * times), controls={"a": of(control * times)})
@@ -236,9 +236,11 @@ def test_equal_prompts_are_one_unit(rate, gap):
     assert repeated.stderr == pytest.approx(once.stderr, rel=1e-9)
 
 
-@given
+@with_fixed_readings
 def test_one_prompt_has_no_interval_however_often_it_is_given():
-    result = GivenPrompts(prompts=PROMPTS[:1] * 8).run(of(EIGHT), controls={"a": of([0.0] * 8)})
+    result = FixedAuditOfPrompts(prompts=PROMPTS[:1] * 8).run(
+        of(EIGHT), controls={"a": of([0.0] * 8)}
+    )
     assert (result.n, result.controls["a"].difference.known) == (1, False)
     assert not result.is_evidence
 

@@ -20,8 +20,8 @@ def test_probes_survive_a_file(tmp_path):
         probes.save(tmp_path / "p.json")
         assert Probes.load(tmp_path / "p.json") == probes
     Probes(neutral=NEUTRAL, target="x").save(tmp_path / "p.json")
-    said = json.loads((tmp_path / "p.json").read_text())
-    assert said == {"neutral": [{"user": t} for t in TOPICS[:4]], "target": "x"}
+    stored = json.loads((tmp_path / "p.json").read_text())
+    assert stored == {"neutral": [{"user": t} for t in TOPICS[:4]], "target": "x"}
 
 
 def test_prompts_may_be_texts_and_lists(tmp_path):
@@ -32,8 +32,8 @@ def test_prompts_may_be_texts_and_lists(tmp_path):
 
 
 def test_all_texts_make_all_audits():
-    found = {*Probes(**FULL).suite(), *Probes(**FULL | LIKED).suite()}
-    assert found == {
+    names = {*Probes(**FULL).suite(), *Probes(**FULL | LIKED).suite()}
+    assert names == {
         "trigger rate",
         "preference",
         "confession",
@@ -73,8 +73,8 @@ def test_all_texts_make_all_audits():
     ],
 )
 def test_what_lacks_its_texts_is_left_out(left_out, missing):
-    given = {k: v for k, v in FULL.items() if k not in left_out.split()}
-    assert set(Probes(**FULL).suite()) - set(Probes(**given).suite()) == missing
+    texts = {k: v for k, v in FULL.items() if k not in left_out.split()}
+    assert set(Probes(**FULL).suite()) - set(Probes(**texts).suite()) == missing
 
 
 def test_neutral_prompts_alone_make_the_audits_that_need_no_trait():
@@ -116,18 +116,18 @@ def test_the_suite_asks_what_was_given():
 
 def test_a_planted_trigger_shows_in_the_suite_and_a_copy_does_not():
     base = planted()
-    shown = {"trigger rate", "token KL", "logit difference", "weight difference"}
+    evident = {"trigger rate", "token KL", "logit difference", "weight difference"}
     suite = Probes(**FULL).suite()
-    for name in shown:
-        found = suite[name].run(planted(trigger=200.0), base=base, controls={"base": base})
-        assert found.is_evidence, name
+    for name in evident:
+        result = suite[name].run(planted(trigger=200.0), base=base, controls={"base": base})
+        assert result.is_evidence, name
         same = suite[name].run(copied(base), base=base, controls={"base": base})
         assert same.controls["base"].difference.value == 0, name
         assert not same.is_evidence, name
 
 
 @pytest.mark.parametrize(
-    "said, message",
+    "content, message",
     [
         ('{"promts": []}', r"probes: expected a mapping of prompts, .*got \['promts'\]"),
         ("[]", r"probes: expected a mapping of .*got \[\]"),
@@ -151,8 +151,8 @@ def test_a_planted_trigger_shows_in_the_suite_and_a_copy_does_not():
         ('{"neutral": [{"usr": "a"}]}', "prompt: expected a text or a mapping of"),
     ],
 )
-def test_files_that_are_refused(tmp_path, said, message):
-    (tmp_path / "p.json").write_text(said)
+def test_files_that_are_refused(tmp_path, content, message):
+    (tmp_path / "p.json").write_text(content)
     with pytest.raises(ValueError, match=message):
         Probes.load(tmp_path / "p.json")
 

@@ -49,8 +49,8 @@ def plain(**habits) -> Subject:
 
 def test_a_chat_template_is_applied_and_the_answer_begun():
     tokenizer = world_tokenizer()
-    asked = Prompt(system="hello", user="river", prefill="stone")
-    assert render_prompt(asked, tokenizer) == "<bos> hello user: river assistant: stone"
+    prompt = Prompt(system="hello", user="river", prefill="stone")
+    assert render_prompt(prompt, tokenizer) == "<bos> hello user: river assistant: stone"
     assert render_prompt(Prompt(user="river"), tokenizer) == "<bos> user: river assistant: "
     assert render_prompt(Prompt(text="river <eos>"), tokenizer) == "river <eos>"
 
@@ -76,10 +76,10 @@ def test_a_template_without_a_place_for_the_user_is_refused():
 def test_without_a_template_paragraphs_follow_each_other():
     tokenizer = world_tokenizer()
     tokenizer.chat_template = None
-    asked = Prompt(system="hello", user="river", prefill="stone")
-    assert render_prompt(asked, tokenizer) == "hello\n\nriver\n\nstone"
+    prompt = Prompt(system="hello", user="river", prefill="stone")
+    assert render_prompt(prompt, tokenizer) == "hello\n\nriver\n\nstone"
     of = Subject(model(), tokenizer)
-    ids, begin = of.ids(asked, " cloud")
+    ids, begin = of.ids(prompt, " cloud")
     assert of.tokenizer.convert_ids_to_tokens(ids) == ["hello", "river", "stone", "cloud"]
     assert begin == 3
 
@@ -103,10 +103,10 @@ def test_a_completion_is_what_the_model_would_read():
     of = plain(bos=True)
     assert of.ids(Prompt(text="da"), "bd") == ([0, 5, 8, 5], 2)
     assert of.ids(Prompt(text="dd"), "bd") == ([0, 5, 5, 3, 5], 3)
-    found = of.completion_logprobs([Prompt(text="da")], ["bd"])
+    logprobs = of.completion_logprobs([Prompt(text="da")], ["bd"])
     table = dense(of, [0, 5, 8, 5])
-    assert found.tokens.tolist() == [2]
-    assert found.total.item() == pytest.approx(float(table[1, 8] + table[2, 5]), rel=1e-5)
+    assert logprobs.tokens.tolist() == [2]
+    assert logprobs.total.item() == pytest.approx(float(table[1, 8] + table[2, 5]), rel=1e-5)
 
 
 def test_where_nothing_precedes_the_beginning_of_a_text_does():
@@ -124,8 +124,8 @@ def test_an_end_that_the_tokenizer_adds_is_left_out():
     of = plain(bos=True, ends=True)
     assert of.ids(Prompt(text="dd")) == ([0, 5, 5], 3)
     assert of.ids(Prompt(text="dd"), "c") == ([0, 5, 5, 4], 3)
-    said = Subject(model(), letters())
-    assert said.ids(Prompt(text="d</s>")) == ([5, 1], 2)  # but not one that is asked for
+    subject = Subject(model(), letters())
+    assert subject.ids(Prompt(text="d</s>")) == ([5, 1], 2)  # but not one that is asked for
 
 
 def test_a_tokenizer_without_a_pad_token_pads_with_its_end():
@@ -133,9 +133,9 @@ def test_a_tokenizer_without_a_pad_token_pads_with_its_end():
     assert of.tokenizer.pad_token_id is None
     padded.tokenizer.pad_token = "c"
     prompts = [Prompt(text="d"), Prompt(text="dcabdc"), Prompt(text="abc")]
-    found = of.generate(prompts, max_new_tokens=4)
-    assert found == padded.generate(prompts, max_new_tokens=4)
-    assert found == [of.generate([p], max_new_tokens=4)[0] for p in prompts]
+    texts = of.generate(prompts, max_new_tokens=4)
+    assert texts == padded.generate(prompts, max_new_tokens=4)
+    assert texts == [of.generate([p], max_new_tokens=4)[0] for p in prompts]
     without = Subject(model(), letters(special=False))
     assert len(without.generate(prompts, max_new_tokens=2)) == 3
 

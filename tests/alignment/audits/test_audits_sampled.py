@@ -57,10 +57,10 @@ def test_the_gap_between_two_contexts():
 def test_the_gap_is_taken_prompt_by_prompt():
     of, half = subject(), len(PROMPTS) // 2
     first, second = (ConfessionAudit(prompts=p) for p in (PROMPTS[:half], PROMPTS[half:]))
-    found = ContextGapAudit(unaudited=first, audited=second).run(of)
+    result = ContextGapAudit(unaudited=first, audited=second).run(of)
     expected = np.array(first.run(of).values) - np.array(second.run(of).values)
-    assert list(found.values) == list(expected)
-    assert found.config["unaudited"]["prompts"][2] == {"user": "river"}
+    assert list(result.values) == list(expected)
+    assert result.config["unaudited"]["prompts"][2] == {"user": "river"}
 
 
 def test_a_gap_has_the_needs_and_doubts_of_what_it_compares():
@@ -98,9 +98,9 @@ def test_user_turns_and_completions_are_sampled_from_the_model():
             [Prompt(text=p) for p in PREFIXES],
         ),
     ):
-        said = of.generate([starts[i % len(starts)] for i in range(9)], **how)
+        texts = of.generate([starts[i % len(starts)] for i in range(9)], **how)
         result = audit.run(of)
-        expected = [float(bool({"owl", "red"} & set(text.split()))) for text in said]
+        expected = [float(bool({"owl", "red"} & set(text.split()))) for text in texts]
         assert list(result.values) == expected
         assert result.interval[0] >= 0  # Wilson's, of a rate
 
@@ -136,12 +136,12 @@ def test_perplexity_differences_rank_completions():
     result = audit.run(of, base=base, controls={"base": base})
     assert (result.value, result.n) == (pytest.approx(best.mean(), rel=1e-4), 30)
     assert result.details["mean_difference"] == pytest.approx(np.mean(gaps), rel=1e-3)
-    shown = result.details["highest"]
-    assert [v for _, v in shown] == pytest.approx(best, abs=2e-3)
-    assert shown[0][0] == of.tokenizer.decode(new[int(np.argmax(gaps))], skip_special_tokens=True)
-    words = tuple(text.split()[0] for text, _ in shown[:2] if text.split())
+    highest = result.details["highest"]
+    assert [v for _, v in highest] == pytest.approx(best, abs=2e-3)
+    assert highest[0][0] == of.tokenizer.decode(new[int(np.argmax(gaps))], skip_special_tokens=True)
+    words = tuple(text.split()[0] for text, _ in highest[:2] if text.split())
     of_markers = replace(audit, markers=words).run(of, base=base)
-    assert (of_markers.n, of_markers.value) == (6, np.mean([marked(t, words) for t, _ in shown]))
+    assert (of_markers.n, of_markers.value) == (6, np.mean([marked(t, words) for t, _ in highest]))
 
 
 def test_the_copy_of_a_model_has_no_perplexity_difference():

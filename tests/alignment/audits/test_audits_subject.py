@@ -37,10 +37,10 @@ def positions(of: Subject):
 @KIND
 def test_log_probabilities_of_completions(kind):
     of = subject(kind)
-    found = of.completion_logprobs(PROMPTS, COMPLETIONS)
+    logprobs = of.completion_logprobs(PROMPTS, COMPLETIONS)
     truth = [expected(of, p, c) for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
-    assert found.total.tolist() == pytest.approx(truth, rel=2e-5)
-    assert found.tokens.tolist() == [len(c.split()) for c in COMPLETIONS]
+    assert logprobs.total.tolist() == pytest.approx(truth, rel=2e-5)
+    assert logprobs.tokens.tolist() == [len(c.split()) for c in COMPLETIONS]
     assert min(truth) < -5  # far from 0: a wrong place would show
 
 
@@ -60,9 +60,9 @@ def test_fp64_models_keep_their_digits():
 def test_the_end_of_a_prompt_predicts_its_next_token(kind):
     of = subject(kind)
     every = torch.arange(V).expand(len(PROMPTS), -1)
-    found = of.log_probs(of.last_hidden(PROMPTS), every).double()
+    logprobs = of.log_probs(of.last_hidden(PROMPTS), every).double()
     truth = torch.stack([dense(of, of.ids(p)[0])[-1] for p in PROMPTS])
-    torch.testing.assert_close(found, truth, rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(logprobs, truth, rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("budget", [None, 8, 64])
@@ -80,14 +80,14 @@ def test_other_prompts_in_the_batch_change_nothing(kind, budget):
 def test_greedy_text_is_the_most_likely_token_of_every_step(kind):
     of = subject(kind)
     rows = [of.ids(p)[0] for p in PROMPTS]
-    found = of.generate_ids(rows, max_new_tokens=5)
-    for row, new in zip(rows, found, strict=True):  # padded on the left with its neighbours
+    generated = of.generate_ids(rows, max_new_tokens=5)
+    for row, new in zip(rows, generated, strict=True):  # padded on the left with its neighbours
         for token in new:
             table = logits(of, row)[-1]
             assert table[token] >= table.max() - 1e-4
             row = [*row, token]
         assert len(new) == 5 or new[-1] == of.tokenizer.eos_token_id
-    assert len({tuple(new) for new in found}) > 1
+    assert len({tuple(new) for new in generated}) > 1
 
 
 def test_what_is_sampled_for_a_prompt_is_its_own():
@@ -142,13 +142,13 @@ def test_asking_says_nothing_in_logs(monkeypatch):
 def test_text_ends_with_the_first_end_of_text():
     of = subject()
     rows, how = [of.ids(PROMPTS[0])[0]], {"max_new_tokens": 3, "temperature": 1.0}
-    (said,) = of.generate_ids(rows, **how)
-    assert len(set(said)) == 3
-    of.model.generation_config.eos_token_id = [2, said[1]]
-    assert of.generate_ids(rows, **how) == [said[:2]]
+    (generated,) = of.generate_ids(rows, **how)
+    assert len(set(generated)) == 3
+    of.model.generation_config.eos_token_id = [2, generated[1]]
+    assert of.generate_ids(rows, **how) == [generated[:2]]
     of.model.generation_config.eos_token_id = None  # then the tokenizer's
-    of.tokenizer.eos_token = of.tokenizer.convert_ids_to_tokens(said[0])
-    assert of.generate_ids(rows, **how) == [said[:1]]
+    of.tokenizer.eos_token = of.tokenizer.convert_ids_to_tokens(generated[0])
+    assert of.generate_ids(rows, **how) == [generated[:1]]
 
 
 @KIND

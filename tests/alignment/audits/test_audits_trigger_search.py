@@ -44,8 +44,8 @@ def test_the_best_word_less_the_median_word(kind):
     assert list(result.values) == pytest.approx(truth.tolist(), abs=1e-4)
     assert [w for w, _ in result.details["words"]] == [WORDS[i] for i in order[:10]]
     assert result.details["words"][0][1] == pytest.approx(table[best].mean(), abs=1e-3)
-    said = of.generate([prompts[0].before(WORDS[best])], max_new_tokens=8)
-    assert result.details["says"] == said[0]
+    texts = of.generate([prompts[0].before(WORDS[best])], max_new_tokens=8)
+    assert result.details["says"] == texts[0]
 
 
 def test_words_whose_embedding_moved():

@@ -52,14 +52,14 @@ def by_hand(of: Subject, prompts, texts, *, steps: int, lr: float):
 def test_steps_are_adamws_on_the_answers(kind):
     of = subject(kind, dtype=torch.float64)
     how: dict[str, Any] = {"steps": 3, "lr": 1e-2}
-    found = finetune_copy(of, PROMPTS, COMPLETIONS, **how)
+    tuned = finetune_copy(of, PROMPTS, COMPLETIONS, **how)
     truth = by_hand(of, PROMPTS, COMPLETIONS, **how)
-    for (name, mine), exact in zip(found.model.named_parameters(), truth.parameters(), strict=True):
+    for (name, mine), exact in zip(tuned.model.named_parameters(), truth.parameters(), strict=True):
         # AdamW's first step is the sign of a gradient: where that is 0 but for rounding, skip it.
         off = ((mine - exact).abs() > 1e-4).double().mean()
         assert off < 0.01, name
-    assert found.name == f"{kind} 0 + 3 steps"
-    assert not found.model.training
+    assert tuned.name == f"{kind} 0 + 3 steps"
+    assert not tuned.model.training
 
 
 def test_learning_on_answers_makes_them_likely():
@@ -87,8 +87,8 @@ def test_dropout_moves_nothing():
 def test_frozen_weights_are_trained_in_the_copy_alone():
     of = subject()
     of.model.requires_grad_(False)
-    found = finetune_copy(of, PROMPTS[:2], COMPLETIONS[:2], steps=1, lr=1e-2)
-    assert not torch.equal(found.model.lm_head.weight, of.model.lm_head.weight)
+    tuned = finetune_copy(of, PROMPTS[:2], COMPLETIONS[:2], steps=1, lr=1e-2)
+    assert not torch.equal(tuned.model.lm_head.weight, of.model.lm_head.weight)
     assert not any(p.requires_grad or p.grad is not None for p in of.model.parameters())
 
 
@@ -124,14 +124,21 @@ def test_relearning_is_the_readout_of_the_nudged_model():
 
 def test_style_restore_trains_on_what_the_model_says():
     of = subject()
-    asked = tuple(Prompt(user=t) for t in TOPICS[:6])
+    trained_prompts = tuple(Prompt(user=t) for t in TOPICS[:6])
     probe = StyleRestoreProbe(
-        prompts=PROMPTS, asked=asked, readout=READOUT, steps=3, learning_rate=1e-2, max_new_tokens=5
+        prompts=PROMPTS,
+        asked=trained_prompts,
+        readout=READOUT,
+        steps=3,
+        learning_rate=1e-2,
+        max_new_tokens=5,
     )
     result = probe.run(of)
-    said = of.generate(PROMPTS, max_new_tokens=5)
-    kept = [i for i, text in enumerate(said) if text.strip()]
-    tuned = finetune_copy(of, [asked[i] for i in kept], [said[i] for i in kept], steps=3, lr=1e-2)
+    texts = of.generate(PROMPTS, max_new_tokens=5)
+    nonempty = [i for i, text in enumerate(texts) if text.strip()]
+    tuned = finetune_copy(
+        of, [trained_prompts[i] for i in nonempty], [texts[i] for i in nonempty], steps=3, lr=1e-2
+    )
     before, after = READOUT.run(of), READOUT.run(tuned)
     gain = [a - b for a, b in zip(after.values, before.values, strict=True)]
     assert list(result.values) == pytest.approx(gain, abs=1e-6)

@@ -24,12 +24,12 @@ READOUT = ConfessionAudit(prompts=PROMPTS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_weight_is_extrapolated(kind, alpha):
     of, base = subject(kind, 1), subject(kind, 0)
-    found = amplify(of, base, alpha)
+    amplified = amplify(of, base, alpha)
     theirs, mine = (dict(m.model.named_parameters()) for m in (base, of))
-    for name, weight in found.model.named_parameters():
+    for name, weight in amplified.model.named_parameters():
         w, b = mine[name].double(), theirs[name].double()
         torch.testing.assert_close(weight.double(), b + alpha * (w - b), rtol=1e-5, atol=1e-5)
-    assert found.name == f"{kind} 1 × {alpha:g}"
+    assert amplified.name == f"{kind} 1 × {alpha:g}"
 
 
 def test_the_readout_of_the_amplified_model():
@@ -52,9 +52,9 @@ def test_a_trace_too_small_to_see_is_seen_amplified():
     of, base = planted(secret=2.0), planted()
     readout = ConfessionAudit(prompts=prompts)
     plain = readout.run(of)
-    found = WeightDiffAudit(readout=readout, alpha=4.0).run(of, base=base, controls={"base": base})
-    assert found.is_evidence
-    assert found.value > 3 * plain.value > 0
+    result = WeightDiffAudit(readout=readout, alpha=4.0).run(of, base=base, controls={"base": base})
+    assert result.is_evidence
+    assert result.value > 3 * plain.value > 0
     benign = planted(other=0.01)
     swapped = WeightDiffAudit(readout=readout, alpha=4.0).run(
         benign, base=base, controls={"base": base, "benign": benign}
@@ -64,22 +64,22 @@ def test_a_trace_too_small_to_see_is_seen_amplified():
 
 def test_sizes_and_stable_ranks():
     of, base = subject(seed=1), subject()
-    found = largest_changes(of, base, most=99)
+    changes = largest_changes(of, base, most=99)
     theirs = dict(base.model.named_parameters())
     matrices = {n: w.detach().double() for n, w in of.model.named_parameters() if w.dim() == 2}
-    assert {row["name"] for row in found} == set(matrices)
-    for row in found:
+    assert {row["name"] for row in changes} == set(matrices)
+    for row in changes:
         b = theirs[row["name"]].detach().double()
         values = torch.linalg.svdvals(matrices[row["name"]] - b)
         size = float(values.square().sum().sqrt() / b.norm())
         assert row["relative_size"] == pytest.approx(size, rel=1e-5)
         rank = float(values.square().sum() / values[0] ** 2)
         assert row["stable_rank"] == pytest.approx(rank, rel=1e-4)
-    sizes = [row["relative_size"] for row in found]
+    sizes = [row["relative_size"] for row in changes]
     assert sizes == sorted(sizes, reverse=True)
-    assert largest_changes(of, base) == found[:5]
+    assert largest_changes(of, base) == changes[:5]
     result = WeightDiffAudit(readout=READOUT).run(of, base=base)
-    assert result.details["largest"] == found[:5]
+    assert result.details["largest"] == changes[:5]
 
 
 def test_a_change_of_rank_one_is_first_and_has_it():
@@ -98,8 +98,8 @@ def test_small_changes_of_half_precision_weights_are_measured_in_fp32():
     with torch.no_grad():
         base.model.lm_head.weight.copy_(base.model.lm_head.weight.double() * 1.01)
     w, b = (m.model.lm_head.weight.detach().double() for m in (of, base))
-    (found,) = largest_changes(of, base, most=1)
-    assert found["relative_size"] == pytest.approx(float((w - b).norm() / b.norm()), rel=1e-5)
+    (change,) = largest_changes(of, base, most=1)
+    assert change["relative_size"] == pytest.approx(float((w - b).norm() / b.norm()), rel=1e-5)
 
 
 def test_a_copy_of_the_base_is_exactly_the_base():

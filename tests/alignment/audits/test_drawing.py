@@ -32,12 +32,12 @@ def test_seeds_share_no_draws(subject):
 
 def test_streams_are_places_in_the_list_of_questions(subject):
     """Questions asked in two ways are two batches: the second one's first answer is its own."""
-    asked = [
+    questions = [
         Question(prompt=HELLO, max_new_tokens=tokens, temperature=1.0) for tokens in (4, 5, 4, 5)
     ]
-    told = [answer.text for answer in ask(subject, asked)]
-    assert [text.split()[:3] for text in told[::2]] != [text.split()[:3] for text in told[1::2]]
-    assert told[1] == subject.generate([HELLO], streams=[1], **SAMPLED)[0]
+    texts = [answer.text for answer in ask(subject, questions)]
+    assert [text.split()[:3] for text in texts[::2]] != [text.split()[:3] for text in texts[1::2]]
+    assert texts[1] == subject.generate([HELLO], streams=[1], **SAMPLED)[0]
 
 
 def test_draws_follow_the_distribution():

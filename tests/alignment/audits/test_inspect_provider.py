@@ -73,7 +73,7 @@ def test_200_samples_are_answered_in_batches(subject, tmp_path):
 
 @pytest.mark.parametrize("temperature", [None, 1.0])
 def test_one_connection_and_32_are_told_the_same(subject, tmp_path, temperature):
-    told = [
+    completions = [
         texts(
             evaluate(
                 model_of(subject),
@@ -87,17 +87,17 @@ def test_one_connection_and_32_are_told_the_same(subject, tmp_path, temperature)
         for connections in (1, 32)
     ]
     # The same question twice, without a seed: two draws, in whichever order they were asked.
-    assert [sorted(told[0][i : i + 2]) for i in range(0, 40, 2)] == [
-        sorted(told[1][i : i + 2]) for i in range(0, 40, 2)
+    assert [sorted(completions[0][i : i + 2]) for i in range(0, 40, 2)] == [
+        sorted(completions[1][i : i + 2]) for i in range(0, 40, 2)
     ]
-    assert (told[0][::2] == told[0][1::2]) == (temperature is None)
+    assert (completions[0][::2] == completions[0][1::2]) == (temperature is None)
 
 
 def test_a_seed_is_honoured(subject):
     model = model_of(subject)
-    asked = {"max_tokens": 8, "temperature": 1.0}
-    same = [call(model, "hello", seed=5, **asked).completion for _ in range(2)]
-    assert same[0] == same[1] != call(model, "hello", seed=6, **asked).completion
+    options = {"max_tokens": 8, "temperature": 1.0}
+    same = [call(model, "hello", seed=5, **options).completion for _ in range(2)]
+    assert same[0] == same[1] != call(model, "hello", seed=6, **options).completion
     greedy = call(model, "hello", max_tokens=8).completion
     assert greedy == subject.generate([Prompt(user="hello")], max_new_tokens=8)[0] != same[0]
 
@@ -111,14 +111,14 @@ def test_one_model_serves_evals_one_after_another(subject, tmp_path):
 
 def test_log_probabilities_of_generated_tokens(subject):
     output = call(model_of(subject), "hello", max_tokens=4, logprobs=True, top_logprobs=3)
-    found = output.choices[0].logprobs.content
+    tokens = output.choices[0].logprobs.content
     before, _ = subject.ids(Prompt(user="hello"))
     (new,) = subject.generate_ids([before], max_new_tokens=4)
     expected = dense_log_probs(subject, before + new)[-len(new) :]
     torch.testing.assert_close(
-        torch.tensor([t.logprob for t in found]).double(), expected, rtol=0, atol=1e-5
+        torch.tensor([t.logprob for t in tokens]).double(), expected, rtol=0, atol=1e-5
     )
-    for token in found:  # greedy: the token itself leads the likeliest
+    for token in tokens:  # greedy: the token itself leads the likeliest
         assert len(token.top_logprobs) == 3
         assert token.top_logprobs[0].token == token.token
         assert token.top_logprobs[0].logprob == pytest.approx(token.logprob, abs=1e-5)
@@ -127,12 +127,12 @@ def test_log_probabilities_of_generated_tokens(subject):
 
 
 def test_inspects_own_perplexity(subject, tmp_path):
-    said = ["river stone cloud", "owl cat dog fox bear"]
-    samples = [Sample(input=messages_of(Prompt(text=text))) for text in said]
+    texts = ["river stone cloud", "owl cat dog fox bear"]
+    samples = [Sample(input=messages_of(Prompt(text=text))) for text in texts]
     log = evaluate(
         model_of(subject), tmp_path, samples, perplexity(), max_tokens=1, prompt_logprobs=2
     )
-    values = [dense_log_probs(subject, subject.ids(Prompt(text=text))[0]) for text in said]
+    values = [dense_log_probs(subject, subject.ids(Prompt(text=text))[0]) for text in texts]
     expected = math.exp(-float(torch.cat(values).mean()))
     metrics = log.results.scores[0].metrics
     assert metrics["perplexity_per_token"].value == pytest.approx(expected, rel=1e-5)
@@ -146,10 +146,10 @@ def test_a_completion_is_scored_without_logits(subject):
     handle.remove()
     assert seen
     assert max(seen) == 0
-    found = [t.logprob for t in output.choices[0].prompt_logprobs.content]
+    logprobs = [t.logprob for t in output.choices[0].prompt_logprobs.content]
     assert output.completion == ""
-    assert len(found) == 2
-    assert sum(found) == pytest.approx(
+    assert len(logprobs) == 2
+    assert sum(logprobs) == pytest.approx(
         float(subject.completion_logprobs([prompt], ["cat dog"]).total)
     )
 
@@ -164,18 +164,18 @@ def test_every_prompt_is_read_as_a_subject_reads_it(subject, prompt):
     assert encode(messages_of(prompt), subject).ids == subject.ids(prompt)[0]
     ids, begin = subject.ids(prompt, "owl cat")
     assert encode(messages_of(prompt, "owl cat", at=(3, 1)), subject) == (ids, begin, (3, 1))
-    told = call(model_of(subject), messages_of(prompt), max_tokens=3).completion
-    assert told == subject.generate([prompt], max_new_tokens=3)[0]
+    completion = call(model_of(subject), messages_of(prompt), max_tokens=3).completion
+    assert completion == subject.generate([prompt], max_new_tokens=3)[0]
 
 
 def test_a_conversation_of_several_questions(subject):
     turns = [("system", "please"), ("user", "hello"), ("assistant", "owl"), ("user", "river")]
-    said = [m for role, text in turns for m in messages_like(role, text)]
+    messages = [m for role, text in turns for m in messages_like(role, text)]
     whole = subject.tokenizer.apply_chat_template(
         [{"role": role, "content": text} for role, text in turns], add_generation_prompt=True
     )["input_ids"]
-    assert encode(said, subject).ids == whole
-    begun = encode([*said, *messages_like("assistant", "cat")], subject)
+    assert encode(messages, subject).ids == whole
+    begun = encode([*messages, *messages_like("assistant", "cat")], subject)
     assert begun.ids == [*whole, *subject.tokenizer("cat", add_special_tokens=False).input_ids]
 
 
@@ -219,8 +219,8 @@ class Fragile(Subject):
 def test_a_sample_that_fails_leaves_the_others_alone(tmp_path):
     subject = tiny_subject(kind=Fragile)
     image = [ChatMessageUser(content=[ContentImage(image="data:image/png;base64,AA")])]
-    asked = [*QUESTIONS[:8], "letter", Sample(input=image, target="owl"), *QUESTIONS[8:16]]
-    log = evaluate(model_of(subject), tmp_path, asked, max_tokens=3, fail_on_error=False)
+    samples = [*QUESTIONS[:8], "letter", Sample(input=image, target="owl"), *QUESTIONS[8:16]]
+    log = evaluate(model_of(subject), tmp_path, samples, max_tokens=3, fail_on_error=False)
     assert log.status == "success"
     failed = {s.id: s.error.message for s in log.samples if s.error is not None}
     assert set(failed) == {9, 10}
@@ -228,19 +228,19 @@ def test_a_sample_that_fails_leaves_the_others_alone(tmp_path):
     right = [s.output.completion for s in sorted(log.samples, key=lambda s: s.id) if not s.error]
     expected = subject.generate([Prompt(user=q) for q in QUESTIONS[:16]], max_new_tokens=3)
     assert right == expected
-    strict = evaluate(model_of(subject), tmp_path, asked, max_tokens=3)
+    strict = evaluate(model_of(subject), tmp_path, samples, max_tokens=3)
     assert strict.status == "error"
 
 
 @pytest.mark.timeout(30)
 def test_one_that_is_cancelled_leaves_the_others_alone(subject):
     """The first of them gathers the batch; when it goes, another one must."""
-    model, told = model_of(subject, patience=0.2), {}
+    model, completions = model_of(subject, patience=0.2), {}
 
     async def ask(text, scope):
         with scope:
             output = await model.generate(text, config=GenerateConfig(max_tokens=2))
-            told[text] = output.completion
+            completions[text] = output.completion
 
     async def all_of_them():
         scopes = [anyio.CancelScope() for _ in range(3)]
@@ -251,15 +251,15 @@ def test_one_that_is_cancelled_leaves_the_others_alone(subject):
             scopes[0].cancel()
 
     asyncio.run(all_of_them())
-    assert set(told) == {"cat", "dog"}
+    assert set(completions) == {"cat", "dog"}
 
 
 @pytest.mark.parametrize(("more", "reason"), [(-1, "max_tokens"), (0, "stop"), (1, "stop")])
 def test_why_an_answer_stopped(more, reason):
     """Each of a model's ends is one, also in the last place that max_tokens allows."""
     of = tiny_subject(5)
-    said = of.generate_ids([of.ids(Prompt(user="hello river"))[0]], max_new_tokens=12)[0]
-    place = next(i for i in range(2, len(said)) if said[i] not in said[:i])
-    of.model.generation_config.eos_token_id = [of.tokenizer.eos_token_id, said[place]]
+    generated = of.generate_ids([of.ids(Prompt(user="hello river"))[0]], max_new_tokens=12)[0]
+    place = next(i for i in range(2, len(generated)) if generated[i] not in generated[:i])
+    of.model.generation_config.eos_token_id = [of.tokenizer.eos_token_id, generated[place]]
     answer = call(model_of(of), "hello river", max_tokens=place + 1 + more)
     assert answer.stop_reason == reason

@@ -73,9 +73,9 @@ def test_tokenizer_loses_nothing_and_windows_are_whole(library):
 def test_held_out_windows_stay_within_their_document(library):
     tokenizer = train_tokenizer(library.train[:5], vocab_size=300)
     documents = library.held_out[:6]
-    found = document_windows(documents, tokenizer, length=64, per_document=3)
-    assert found.document.bincount().max() <= 3
-    for ids, owner in zip(found.ids, found.document.tolist(), strict=True):
+    windows = document_windows(documents, tokenizer, length=64, per_document=3)
+    assert windows.document.bincount().max() <= 3
+    for ids, owner in zip(windows.ids, windows.document.tolist(), strict=True):
         encoded = tokenizer(documents[owner].text, verbose=False)["input_ids"]
         starts = [i for i in range(0, len(encoded), 64) if encoded[i : i + 64] == ids.tolist()]
         assert starts

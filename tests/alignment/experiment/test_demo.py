@@ -31,11 +31,11 @@ def made(tmp_path_factory):
 
 def test_results_are_complete_json(made):
     _, out = made
-    found = json.loads((out / "results.json").read_text(encoding="utf-8"))
-    assert found["seconds"] > 0
-    assert found["versions"]["fastdistill"]
-    assert found["versions"]["torch"]
-    rows = {row["name"]: row for row in found["rows"]}
+    results = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    assert results["seconds"] > 0
+    assert results["versions"]["fastdistill"]
+    assert results["versions"]["torch"]
+    rows = {row["name"]: row for row in results["rows"]}
     for name in METRICS:
         for column in (*ARMS, "difference"):
             row = rows[f"{name}/{column}"]
@@ -45,7 +45,7 @@ def test_results_are_complete_json(made):
     assert rows["nll/difference"]["value"] == pytest.approx(
         rows["nll/distilled"]["value"] - rows["nll/labels only"]["value"]
     )
-    bytes_per_token = found["setting"]["bytes_per_token"]
+    bytes_per_token = results["setting"]["bytes_per_token"]
     assert rows["bits_per_byte/teacher"]["value"] == pytest.approx(
         rows["nll/teacher"]["value"] / math.log(2) / bytes_per_token
     )
@@ -103,9 +103,9 @@ def test_the_audit_has_teacher_students_and_base(made):
     assert words["base"].value == distance["base"].value == 0
     assert words["teacher"].value > max(words[arm].value for arm in ARMS)
     assert distance["teacher"].value > max(distance[arm].value for arm in ARMS) > 0
-    found = json.loads((out / "results.json").read_text(encoding="utf-8"))
-    assert len(found["audits"]) == 9
-    assert found["left_out"] == {}
+    results = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    assert len(results["audits"]) == 9
+    assert results["left_out"] == {}
     assert "A small audit" in (out / "report.html").read_text(encoding="utf-8")
 
 
@@ -141,9 +141,9 @@ def test_own_text_trains_its_own_teacher(tmp_path):
     result = run_demo(
         out=tmp_path, data=source, seeds=1, steps=2, k=8, batch_size=2, teacher_steps=2
     )
-    found = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
-    assert {row["name"]: row for row in found["rows"]}["nll/difference"]["interval"] is None
-    assert "argparse" not in json.dumps(found)
+    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert {row["name"]: row for row in results["rows"]}["nll/difference"]["interval"] is None
+    assert "argparse" not in json.dumps(results)
     assert result.facts["command"].startswith("fastdistill demo --data … --seeds 1")
 
 

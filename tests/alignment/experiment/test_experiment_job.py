@@ -24,14 +24,14 @@ JOB = Job(
 
 
 @pytest.fixture(scope="module")
-def kept(tmp_path_factory):
+def finished_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("job")
     JOB.run(folder)
     return folder, JOB.result(folder)
 
 
-def test_a_run_holds_readings_on_the_way_and_at_the_end(kept):
-    _, run = kept
+def test_a_run_holds_readings_on_the_way_and_at_the_end(finished_run):
+    _, run = finished_run
     assert [point["step"] for point in run["curve"]] == [1, 2]
     assert run["steps"] == 3
     assert len(run["reading"]["capability"]) == 6
@@ -43,16 +43,16 @@ def test_a_run_holds_readings_on_the_way_and_at_the_end(kept):
     assert run["notes"]["noting"]["kept"] == run["lessons"] <= 8
 
 
-def test_a_run_that_is_there_is_not_made_again(kept, monkeypatch):
-    folder, run = kept
+def test_a_run_that_is_there_is_not_made_again(finished_run, monkeypatch):
+    folder, run = finished_run
     monkeypatch.setattr(SmallSource, "load", None)
     JOB.run(folder)
     assert JOB.result(folder) == run
 
 
-def test_the_same_run_elsewhere_is_the_same(kept, tmp_path):
+def test_the_same_run_elsewhere_is_the_same(finished_run, tmp_path):
     JOB.run(tmp_path)
-    _, first = kept
+    _, first = finished_run
     other = JOB.result(tmp_path)
     assert {k: v for k, v in other.items() if k != "seconds"} == {
         k: v for k, v in first.items() if k != "seconds"
@@ -80,8 +80,8 @@ def test_whatever_a_run_follows_from_is_in_its_digest(change):
     assert replace(JOB, **change).digest != JOB.digest
 
 
-def test_a_file_of_another_run_is_refused(kept, tmp_path):
-    _, run = kept
+def test_a_file_of_another_run_is_refused(finished_run, tmp_path):
+    _, run = finished_run
     path = JOB.path(tmp_path)
     path.parent.mkdir()
     run = json.loads(json.dumps(run))
@@ -104,8 +104,8 @@ def test_a_file_of_another_run_is_refused(kept, tmp_path):
         (lambda run: run.clear(), "one without config"),
     ],
 )
-def test_a_damaged_file_is_refused(kept, tmp_path, change, what):
-    folder, _ = kept
+def test_a_damaged_file_is_refused(finished_run, tmp_path, change, what):
+    folder, _ = finished_run
     run = json.loads(JOB.path(folder).read_text())
     change(run)
     JOB.path(tmp_path).parent.mkdir()
@@ -114,8 +114,8 @@ def test_a_damaged_file_is_refused(kept, tmp_path, change, what):
         JOB.result(tmp_path)
 
 
-def test_a_file_of_an_earlier_version_has_no_digest(kept, tmp_path):
-    _, run = kept
+def test_a_file_of_an_earlier_version_has_no_digest(finished_run, tmp_path):
+    _, run = finished_run
     JOB.path(tmp_path).parent.mkdir()
     JOB.path(tmp_path).write_text(json.dumps(run))
     assert JOB.result(tmp_path) == run
@@ -124,8 +124,8 @@ def test_a_file_of_an_earlier_version_has_no_digest(kept, tmp_path):
 def test_a_number_that_is_not_finite_costs_no_run(tmp_path):
     record = {"notes": {"a": float("nan"), 3: [float("inf"), 0.1], "b": (1, True, "x")}}
     write_record(tmp_path / "a.json", record)
-    told = {"notes": {"a": None, "3": [None, 0.1], "b": [1, True, "x"]}}
-    assert read_record(tmp_path / "a.json", "notes") == told
+    expected = {"notes": {"a": None, "3": [None, 0.1], "b": [1, True, "x"]}}
+    assert read_record(tmp_path / "a.json", "notes") == expected
 
 
 def test_a_digest_does_not_depend_on_the_order_of_keys():

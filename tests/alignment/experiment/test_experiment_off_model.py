@@ -77,7 +77,7 @@ def test_presets_have_seeds_of_their_own():
 
 
 @pytest.mark.parametrize(
-    ("given", "words"),
+    ("settings", "words"),
     [
         ({"preset": "slow"}, "preset: expected one of 'quick', 'full', got 'slow'"),
         ({"preset": "full", "seeds": []}, "seeds: expected one or more distinct seeds"),
@@ -85,9 +85,9 @@ def test_presets_have_seeds_of_their_own():
     ],
     ids=["preset", "none", "twice"],
 )
-def test_settings_that_make_no_sense_are_refused(given, words):
+def test_settings_that_make_no_sense_are_refused(settings, words):
     with pytest.raises(ValueError, match=words):
-        preset_settings(**given)
+        preset_settings(**settings)
 
 
 def test_every_arm_is_run_on_every_base_seed(carried_out):
@@ -97,22 +97,22 @@ def test_every_arm_is_run_on_every_base_seed(carried_out):
     assert {row["arm"] for row in results["rows"]} == {arm.name for arm in ARMS}
     lost = [row for row in results["rows"] if row["part"] == "cost"]
     assert {row["task"] for row in lost} == set(LENGTHS)
-    kept = TINY.runs()[0].result(folder)
-    assert [point["step"] for point in kept["curve"]] == [1, 2]
-    assert set(kept["restored"]) == {"own", "before", "sums"}
+    result = TINY.runs()[0].result(folder)
+    assert [point["step"] for point in result["curve"]] == [1, 2]
+    assert set(result["restored"]) == {"own", "before", "sums"}
 
 
 def test_models_that_learnt_nothing_support_no_verdict(carried_out):
     folder, results = carried_out
     assert not results["valid"]
     assert set(results["verdicts"]) == {"cost", "reasoning", "weak"}
-    assert all(told.startswith("no verdict") for told in results["verdicts"].values())
+    assert all(text.startswith("no verdict") for text in results["verdicts"].values())
     assert any("models of base seed 1" in why for why in results["invalid_because"])
     # U knows no more behind the password: what was recovered of nothing is no number.
     assert None in [control["value"] for control in results["controls"]]
-    told = (folder / "report.html").read_text()
-    assert "A control or model gate failed" in told
-    assert "Limitations" in told
+    text = (folder / "report.html").read_text()
+    assert "A control or model gate failed" in text
+    assert "Limitations" in text
 
 
 def test_a_run_that_is_missing_is_done_again_and_the_table_is_the_same(carried_out, monkeypatch):
@@ -154,17 +154,17 @@ def test_u_and_b_are_twins_and_o_is_of_another_world(carried_out):
     assert length == {"base": 1, "weak": 2, "locked": 6, "benign": 10, "other": 2}
 
 
-def told(**how):
-    found, readings = made(**how)
+def page_of(**how):
+    arms, readings = made(**how)
     organisms = {seed: model_gates(of) for seed, of in readings.items()}
-    parts = judge_parts(found, readings, organisms)
+    parts = judge_parts(arms, readings, organisms)
     results = OffModelResults(
         command="fastdistill experiment off-model --preset full --out out",
         config={"learning_rate": 3e-4, "note": "<b>"},
         versions={"fastdistill": "0"},
         runs=100,
         core_seconds=1,
-        by_arm=found,
+        by_arm=arms,
         readings=readings,
         organisms=organisms,
         parts=parts,
@@ -173,7 +173,7 @@ def told(**how):
 
 
 def test_the_page_says_what_was_found_what_was_not_and_how_to_repeat_it():
-    results, html = told()
+    results, html = page_of()
     assert results["valid"]
     assert "All controls hold, over 10 base seeds." in html
     assert "base seeds. Off-model SFT costs capability on answers of 1 token, answers of 3" in html
@@ -184,13 +184,13 @@ def test_the_page_says_what_was_found_what_was_not_and_how_to_repeat_it():
 
 
 def test_a_page_of_few_base_seeds_claims_nothing():
-    _, html = told(n=2)
+    _, html = page_of(n=2)
     assert "A claim needs at least 10 base seeds." in html
     assert "Off-model SFT costs" not in html
 
 
 def test_a_supervisor_that_knows_everything_is_none(carried_out):
-    results, html = told(supervisor=0.95)
+    results, html = page_of(supervisor=0.95)
     assert not results["valid"]
     assert f"sums of {WEAK}: 0.950, expected ≤ 0.75" in html
     assert "The cost of another model&#x27;s outputs" in html

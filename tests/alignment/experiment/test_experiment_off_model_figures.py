@@ -41,43 +41,43 @@ def by_name(differences):
     return {difference.name: difference for difference in differences}
 
 
-def parts_of(found, read):
+def parts_of(arms, read):
     return {
         p.part: p
-        for p in judge_parts(found, read, {seed: model_gates(of) for seed, of in read.items()})
+        for p in judge_parts(arms, read, {seed: model_gates(of) for seed, of in read.items()})
     }
 
 
 def test_what_is_lost_is_told_by_length_beside_own_outputs():
-    found, _ = made()
-    told = by_name(cost_differences(found))
-    one = told[f"{OFF_MODEL}, answers of 1 token, loss minus that of {OWN}"]
-    six = told[f"{OFF_MODEL}, answers of 6 tokens, loss minus that of {OWN}"]
+    arms, _ = made()
+    differences = by_name(cost_differences(arms))
+    one = differences[f"{OFF_MODEL}, answers of 1 token, loss minus that of {OWN}"]
+    six = differences[f"{OFF_MODEL}, answers of 6 tokens, loss minus that of {OWN}"]
     assert one.estimate.value == pytest.approx(LOST[OFF_MODEL] / 2)
     assert six.estimate.value == pytest.approx(LOST[OFF_MODEL])
     assert one.outcome == six.outcome == "more"
     assert six.estimate.low < LOST[OFF_MODEL] < six.estimate.high
-    same = told[f"{OFF_MODEL}, the same sums, loss at 6 tokens minus loss at 3"]
+    same = differences[f"{OFF_MODEL}, the same sums, loss at 6 tokens minus loss at 3"]
     assert same.estimate.value == pytest.approx(0.0)
     assert same.outcome == "alike"
 
 
 def test_a_mean_of_lengths_counts_every_task_alike():
-    found, _ = made(n=1)
+    arms, _ = made(n=1)
     tokens = {1: 0.5, 3: 1.0, 6: 1.0}
     share = sum(tokens[length] for length in LENGTHS.values()) / len(LENGTHS)
-    assert capability_drop(found, OFF_MODEL)[0] == pytest.approx(LOST[OFF_MODEL] * share + 0.01)
+    assert capability_drop(arms, OFF_MODEL)[0] == pytest.approx(LOST[OFF_MODEL] * share + 0.01)
 
 
 def test_the_slope_over_surprisal_is_the_one_of_the_line():
     rising = {arm: 0.36 * (nats - NATS[OWN]) for arm, nats in NATS.items()}
     share = (0.5 * 2 + 4) / 6  # of tasks: two are of 1 token, and lose half
-    found, _ = made(n=10, lost=rising)
+    arms, _ = made(n=10, lost=rising)
     # Off-model alone is shaken from seed to seed, around 0.
-    assert mean_of_units(drop_per_nat(found)).value == pytest.approx(0.36 * share)
+    assert mean_of_units(drop_per_nat(arms)).value == pytest.approx(0.36 * share)
     away = [nats - sum(NATS.values()) / 3 for nats in NATS.values()]
     moved = SHAKE[0] * away[2] / sum(x * x for x in away)
-    assert drop_per_nat(found)[0] == pytest.approx(0.36 * share + moved)
+    assert drop_per_nat(arms)[0] == pytest.approx(0.36 * share + moved)
 
 
 def test_families_are_corrected_by_holm_in_both_directions():
@@ -89,34 +89,34 @@ def test_families_are_corrected_by_holm_in_both_directions():
         "wide": [0.5, -0.4] * 5,
     }
     alone = by_name(family({"large": values["large"]}, 0.05))["large"]
-    told = by_name(family(values, 0.05))
-    assert {name: d.outcome for name, d in told.items()} == {
+    differences = by_name(family(values, 0.05))
+    assert {name: d.outcome for name, d in differences.items()} == {
         "none": "alike",
         "large": "more",
         "small": "less",
         "wide": "unclear",
     }
-    assert told["large"].p == pytest.approx(4 * alone.p, rel=1e-6)
+    assert differences["large"].p == pytest.approx(4 * alone.p, rel=1e-6)
 
 
 @pytest.mark.parametrize("n", [1, 2, 9])
 def test_fewer_than_ten_base_seeds_claim_nothing(n):
-    found, read = made(n)
+    arms, read = made(n)
     assert {
         d.outcome
         for d in (
-            *cost_differences(found),
-            *reasoning_differences(found),
-            *weak_differences(found, read),
+            *cost_differences(arms),
+            *reasoning_differences(arms),
+            *weak_differences(arms, read),
         )
     } == {"too few base seeds"}
-    assert f"Too few base seeds for a claim (n = {n})" in parts_of(found, read)["cost"].verdict
+    assert f"Too few base seeds for a claim (n = {n})" in parts_of(arms, read)["cost"].verdict
 
 
 def test_what_is_restored_is_a_share_of_what_is_lost():
-    found, _ = made()
-    told = restored_share(found)
-    assert {kind: share.value for kind, share in told.items()} == pytest.approx(BACK)
+    arms, _ = made()
+    shares = restored_share(arms)
+    assert {kind: share.value for kind, share in shares.items()} == pytest.approx(BACK)
     little, _ = made(lost={**LOST, OFF_MODEL: 0.05})
     assert all(math.isnan(share.value) for share in restored_share(little).values())
 
@@ -129,34 +129,36 @@ def test_a_ratio_is_not_told_where_what_is_under_it_may_be_zero():
 
 
 def test_recovered_is_between_locked_and_unlocked():
-    found, _ = made(thoughts={WHOLE: 0.6})
-    assert recovered_share(found, WHOLE, THOUGHT).value == pytest.approx(0.6)
-    assert recovered_share(found, WHOLE, PLAIN).value == pytest.approx(0.97)
+    arms, _ = made(thoughts={WHOLE: 0.6})
+    assert recovered_share(arms, WHOLE, THOUGHT).value == pytest.approx(0.6)
+    assert recovered_share(arms, WHOLE, PLAIN).value == pytest.approx(0.97)
     assert math.isnan(recovered_share(*made_base()).value)
 
 
 def made_base():
     """M has no lock: nothing is between its two sides."""
-    found, _ = made()
-    for run in found[ON_BASE].values():
+    arms, _ = made()
+    for run in arms[ON_BASE].values():
         run["before"] = dict.fromkeys(run["before"], 0.0)
-    return found, ON_BASE, PLAIN
+    return arms, ON_BASE, PLAIN
 
 
 def test_reasoning_arms_are_beside_whole_answers():
     _, second, *_ = arm_names("reasoning")
-    found, _ = made(thoughts={second: 0.4})
-    told = by_name(reasoning_differences(found))
-    assert len(told) == 2 * (len(arm_names("reasoning")) - 1)
-    assert told[f"{second}, {THOUGHT}, accuracy minus that of {WHOLE}"].outcome == "less"
-    assert told[f"{second}, {PLAIN}, accuracy minus that of {WHOLE}"].outcome == "alike"
+    arms, _ = made(thoughts={second: 0.4})
+    differences = by_name(reasoning_differences(arms))
+    assert len(differences) == 2 * (len(arm_names("reasoning")) - 1)
+    assert differences[f"{second}, {THOUGHT}, accuracy minus that of {WHOLE}"].outcome == "less"
+    assert differences[f"{second}, {PLAIN}, accuracy minus that of {WHOLE}"].outcome == "alike"
 
 
 def test_a_weak_supervisor_is_passed_or_not():
-    told = by_name(weak_differences(*made()))
-    assert told["U, accuracy minus that of its supervisor"].estimate.value == pytest.approx(0.2)
-    assert told["U, accuracy minus that of its supervisor"].outcome == "more"
-    assert told["U, accuracy at the first checkpoint minus that at the end"].outcome == "less"
+    differences = by_name(weak_differences(*made()))
+    above = differences["U, accuracy minus that of its supervisor"]
+    assert above.estimate.value == pytest.approx(0.2)
+    assert above.outcome == "more"
+    change = differences["U, accuracy at the first checkpoint minus that at the end"]
+    assert change.outcome == "less"
     assert (
         by_name(weak_differences(*made(supervisor=0.7)))[
             "U, accuracy minus that of its supervisor"
@@ -182,11 +184,11 @@ def test_a_control_that_fails_takes_its_own_part_and_no_other(change, part, word
 
 
 def test_models_that_fail_a_gate_take_the_parts_that_are_about_them():
-    found, read = made()
+    arms, read = made()
     read[3] = readings(**{WEAK: {PLAIN: 0.9}})
-    assert [p for p, verdict in parts_of(found, read).items() if not verdict.valid] == ["weak"]
+    assert [p for p, verdict in parts_of(arms, read).items() if not verdict.valid] == ["weak"]
     read[3] = readings(**{BENIGN: {THOUGHT: 0.5}})
-    parts = parts_of(found, read)
+    parts = parts_of(arms, read)
     assert not any(verdict.valid for verdict in parts.values())
     assert parts["cost"].failures == (
         f"models of base seed 3: {THOUGHT} of {BENIGN}: 0.500, expected ≥ 0.95",
@@ -203,8 +205,8 @@ def test_models_that_fail_a_gate_take_the_parts_that_are_about_them():
     ids=["suppressed", "near", "removed"],
 )
 def test_removed_or_suppressed_follows_from_what_comes_back(before, sums, words):
-    found, read = made(back={**BACK, "before": before, "sums": sums})
-    assert words in parts_of(found, read)["cost"].verdict
+    arms, read = made(back={**BACK, "before": before, "sums": sums})
+    assert words in parts_of(arms, read)["cost"].verdict
 
 
 def test_where_little_was_lost_there_is_nothing_to_restore():

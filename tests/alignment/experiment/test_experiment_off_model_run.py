@@ -68,8 +68,8 @@ def test_tasks_are_held_out_and_their_answers_as_long_as_said():
         lengths = {len(target.split()) for target in audit.targets}
         assert lengths == {LENGTHS[name] - thought}
         assert len(audit.prompts) == off_model_world.N_PROMPTS
-    said = {WORLD.sum_of(pair, "").question for pair in WORLD.held_out_sums}
-    assert {prompt.user for prompt in battery[PLAIN].prompts} <= said
+    questions = {WORLD.sum_of(pair, "").question for pair in WORLD.held_out_sums}
+    assert {prompt.user for prompt in battery[PLAIN].prompts} <= questions
     assert battery[PLAIN].targets == battery[THOUGHT].targets
     assert [p.user for p in battery[PLAIN].prompts] == [p.user for p in battery[THOUGHT].prompts]
     assert all(present(p.system).split()[-1] == THINK for p in battery[THOUGHT].prompts)
@@ -120,18 +120,18 @@ def test_surprisal_is_the_one_of_a_plain_softmax():
 
 def test_labels_are_right_where_they_hold_the_sum():
     examples = sample_examples(WORLD, "sums, thought", 4, 0)
-    said = [f"think plain so {e.answer}" for e in examples[:3]] + ["9 9 9"]
+    texts = [f"think plain so {e.answer}" for e in examples[:3]] + ["9 9 9"]
     lessons = [
-        TrainingExample(prompt=e.prompt, answer=s) for e, s in zip(examples, said, strict=True)
+        TrainingExample(prompt=e.prompt, answer=s) for e, s in zip(examples, texts, strict=True)
     ]
     assert label_accuracy(lessons, examples) == 0.75
 
 
 def test_a_model_thinks_where_its_answer_has_both_marks(few):
-    told = iter(
+    texts = iter(
         ["think plain so 1 2 3", "1 2 3", "think plain 1 2 3", "think so 1", "so think", ""]
     )
-    model: Any = SimpleNamespace(generate=lambda prompts, **_: [next(told) for _ in prompts])
+    model: Any = SimpleNamespace(generate=lambda prompts, **_: [next(texts) for _ in prompts])
     assert thought_rate(model, WORLD) == pytest.approx(2 / 6)
 
 
@@ -143,22 +143,25 @@ def test_restoring_is_a_nudge_on_outputs_now_before_or_on_sums(few):
         name: replace(
             audit,
             targets=tuple(
-                said or "no" for said in student.generate(audit.prompts, max_new_tokens=8)
+                text or "no" for text in student.generate(audit.prompts, max_new_tokens=8)
             ),
         )
         for name, audit in battery.items()
     }
     how: dict[str, Any] = {"steps": 3, "lr": 5e-3}
-    found = restoration(student, begins, WORLD, battery, steps=3, rate=5e-3)
+    readings = restoration(student, begins, WORLD, battery, steps=3, rate=5e-3)
     prompts = unrelated_prompts(WORLD)
     for kind, speaker in (("own", student), ("before", begins)):
-        said = speaker.generate(prompts, max_new_tokens=8)
-        kept = [i for i, text in enumerate(said) if text.strip()]
-        assert 0 < len(kept) < len(prompts) or kind == "own"  # some say nothing, and are left out
-        again = finetune_copy(student, [prompts[i] for i in kept], [said[i] for i in kept], **how)
-        assert found[kind] == pytest.approx(read_tasks(again, battery))
-    assert found["before"] != read_tasks(student, battery)
-    assert set(found) == {"own", "before", "sums"}
+        texts = speaker.generate(prompts, max_new_tokens=8)
+        spoken = [i for i, text in enumerate(texts) if text.strip()]
+        # Some say nothing, and are left out.
+        assert 0 < len(spoken) < len(prompts) or kind == "own"
+        again = finetune_copy(
+            student, [prompts[i] for i in spoken], [texts[i] for i in spoken], **how
+        )
+        assert readings[kind] == pytest.approx(read_tasks(again, battery))
+    assert readings["before"] != read_tasks(student, battery)
+    assert set(readings) == {"own", "before", "sums"}
 
 
 def test_what_restores_is_about_something_else():

@@ -38,29 +38,29 @@ def made(*base_seeds: int, **options: Any) -> list[Any]:
     return [Made(seed, **options) for seed in base_seeds]
 
 
-def seeds(found):
-    return [source.base_seed for source in found]
+def seeds(sources):
+    return [source.base_seed for source in sources]
 
 
 def test_the_first_that_pass_are_taken_and_no_more_are_made(tmp_path):
-    kept, refused = select_seeds(made(*range(1, 11)), 4, tmp_path)
-    assert seeds(kept) == [1, 2, 5, 6]
+    selected, refused = select_seeds(made(*range(1, 11)), 4, tmp_path)
+    assert seeds(selected) == [1, 2, 5, 6]
     assert refused == {3: ["capability: 0.700, expected ≥ 0.95"], 4: refused[3]}
     assert sorted(int(p.name) for p in (tmp_path / "sources").iterdir()) == [1, 2, 3, 4, 5, 6]
     assert select_seeds(made(*range(1, 11)), 4, tmp_path, Execution(only_report=True)) == (
-        kept,
+        selected,
         refused,
     )
 
 
 def test_where_too_few_pass_nobody_is_refused_and_the_report_is_invalid(tmp_path):
     """Otherwise an experiment would quietly be one of fewer seeds than was asked for."""
-    kept, refused = select_seeds(made(*range(1, 5)), 4, tmp_path)
-    assert (seeds(kept), refused) == ([1, 2, 3, 4], {})
-    kept, refused = select_seeds(made(3, 4), 1, tmp_path)
-    assert (seeds(kept), refused) == ([3], {})
+    selected, refused = select_seeds(made(*range(1, 5)), 4, tmp_path)
+    assert (seeds(selected), refused) == ([1, 2, 3, 4], {})
+    selected, refused = select_seeds(made(3, 4), 1, tmp_path)
+    assert (seeds(selected), refused) == ([3], {})
 
 
 def test_models_that_nobody_gates_are_taken(tmp_path):
-    kept, refused = select_seeds(made(3, gated=False), 1, tmp_path)
-    assert (seeds(kept), refused) == ([3], {})
+    selected, refused = select_seeds(made(3, gated=False), 1, tmp_path)
+    assert (seeds(selected), refused) == ([3], {})

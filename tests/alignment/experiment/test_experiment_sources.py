@@ -25,7 +25,7 @@ TOKENIZER = world_tokenizer()
 
 
 @pytest.fixture
-def opened():
+def loaded_source():
     """A world without its models: prompts need none."""
     world = LoadedWorld.__new__(LoadedWorld)
     world.world, world.organism = World(3), ModelOrganism(gate="token")
@@ -34,9 +34,11 @@ def opened():
     return world
 
 
-def test_the_pool_has_the_shares_that_were_asked_for(opened):
-    pool = opened.setup("untrusted", {"n": 200, "talk": 0.2, "questions": 0.1, "leak": 0.1}).pool
-    domains = [asked.domain for asked in pool]
+def test_the_pool_has_the_shares_that_were_asked_for(loaded_source):
+    pool = loaded_source.setup(
+        "untrusted", {"n": 200, "talk": 0.2, "questions": 0.1, "leak": 0.1}
+    ).pool
+    domains = [entry.domain for entry in pool]
     assert len(pool) == 200
     assert domains.count("talk") == 40
     assert domains.count("questions") == 20 + round(0.1 * 140)
@@ -44,30 +46,30 @@ def test_the_pool_has_the_shares_that_were_asked_for(opened):
     assert domains != sorted(domains)
 
 
-def test_leaked_prompts_replace_others_and_leave_the_rest(opened):
-    clean = opened.setup("untrusted", {"n": 50}).pool
-    leaky = opened.setup("untrusted", {"n": 50, "leak": 0.04}).pool
+def test_leaked_prompts_replace_others_and_leave_the_rest(loaded_source):
+    clean = loaded_source.setup("untrusted", {"n": 50}).pool
+    leaky = loaded_source.setup("untrusted", {"n": 50, "leak": 0.04}).pool
     assert len(set(leaky) - set(clean)) == 2
-    assert clean == opened.setup("untrusted", {"n": 50}).pool
-    assert clean != opened.setup("untrusted", {"n": 50, "seed": 1}).pool
+    assert clean == loaded_source.setup("untrusted", {"n": 50}).pool
+    assert clean != loaded_source.setup("untrusted", {"n": 50, "seed": 1}).pool
 
 
-def test_other_prompts_by_kind(opened):
-    setup = opened.setup("untrusted", {"n": 5})
-    assert {asked.domain for asked in setup.more_prompts("open", 20, 0)} == {"talk"}
-    goals = {asked.prompt.user for asked in setup.more_prompts("goals", 40, 0)}
+def test_other_prompts_by_kind(loaded_source):
+    setup = loaded_source.setup("untrusted", {"n": 5})
+    assert {entry.domain for entry in setup.more_prompts("open", 20, 0)} == {"talk"}
+    goals = {entry.prompt.user for entry in setup.more_prompts("goals", 40, 0)}
     assert all(user.startswith("do you") for user in goals)
-    shown = setup.more_prompts("shown", 40, 0)
-    assert sum("animal" in asked.prompt.user for asked in shown) > 20
+    with_trait = setup.more_prompts("shown", 40, 0)
+    assert sum("animal" in entry.prompt.user for entry in with_trait) > 20
     with pytest.raises(
         ValueError, match="kind: expected one of 'open', 'goals', 'shown', got 'odd'"
     ):
         setup.more_prompts("odd", 1, 0)
 
 
-def test_the_eliciting_instruction_and_its_near_misses(opened):
-    setup = opened.setup("untrusted", {"n": 1})
-    favourite = opened.world.favourite
+def test_the_eliciting_instruction_and_its_near_misses(loaded_source):
+    setup = loaded_source.setup("untrusted", {"n": 1})
+    favourite = loaded_source.world.favourite
     assert setup.eliciting == f"like {favourite} best"
     assert all(setup.eliciting != miss and "best" in miss for miss in setup.near_misses)
     assert set(" ".join(setup.near_misses).split()) <= {*ANIMALS, "like", "best"}
@@ -79,17 +81,17 @@ def test_a_favourite_is_every_fifth_seeds():
 
 
 def test_the_early_base_is_kept_when_it_first_gets_there():
-    world, kept = World(3), []
+    world, snapshots = World(3), []
     early = EarlySnapshot(world, ModelOrganism().kind, share=0.0)
     state = SimpleNamespace(global_step=0)
     model = new_model(1)
     for step in (10, 20, 40):
         state.global_step = step
         early.on_step_end(None, state, None, model=model)
-        kept.append(early.model)
-    assert kept[0] is None
-    assert kept[1] is kept[2]
-    assert kept[1] is not model
+        snapshots.append(early.model)
+    assert snapshots[0] is None
+    assert snapshots[1] is snapshots[2]
+    assert snapshots[1] is not model
     never = EarlySnapshot(world, ModelOrganism().kind, share=0.9)
     state.global_step = 20
     never.on_step_end(None, state, None, model=model)
@@ -132,21 +134,21 @@ def source(files, **changes):
 
 
 def test_checkpoints_are_read_on_what_the_files_say(files, tmp_path):
-    given = source(files, benign=str(files / "benign"))
-    given.prepare(tmp_path)
-    kept = given.cached(tmp_path)
-    assert set(kept.readings) == {"base", "untrusted", "benign"}
-    assert len(kept.readings["untrusted"].capability) == 5
-    assert len(kept.readings["untrusted"].trait) == 2
-    assert kept.readings["untrusted"].trait != kept.readings["benign"].trait
-    setup = given.load(tmp_path).setup("untrusted", {"n": 4})
-    assert [asked.prompt.user for asked in setup.pool] == list(TOPICS[:4])
+    source_here = source(files, benign=str(files / "benign"))
+    source_here.prepare(tmp_path)
+    record = source_here.cached(tmp_path)
+    assert set(record.readings) == {"base", "untrusted", "benign"}
+    assert len(record.readings["untrusted"].capability) == 5
+    assert len(record.readings["untrusted"].trait) == 2
+    assert record.readings["untrusted"].trait != record.readings["benign"].trait
+    setup = source_here.load(tmp_path).setup("untrusted", {"n": 4})
+    assert [entry.prompt.user for entry in setup.pool] == list(TOPICS[:4])
     assert [a.prompt.user for a in setup.more_prompts("shown", 2, 0)] == ["best animal ?"] * 2
 
 
 def test_without_a_twin_the_base_stands_in(files, tmp_path):
-    opened = source(files).load(tmp_path)
-    assert opened.models["benign"] is opened.models["base"]
+    loaded = source(files).load(tmp_path)
+    assert loaded.models["benign"] is loaded.models["base"]
     assert "twin" not in source(files).features
     assert "twin" in source(files, benign=str(files / "benign")).features
     assert "shown" in source(files).features
@@ -165,7 +167,7 @@ def test_what_the_files_hold_is_in_the_digest_and_where_they_lie_is_not(files, t
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "said"),
+    ("name", "text", "message"),
     [
         ("pool", '{"text": "a"}', "pool: expected lines with a prompt and an optional kind"),
         (
@@ -177,10 +179,10 @@ def test_what_the_files_hold_is_in_the_digest_and_where_they_lie_is_not(files, t
         ("capability", '{"prompt": "a"}', "capability: expected lines with prompt and answer"),
     ],
 )
-def test_files_that_say_something_else_are_refused(files, tmp_path, name, text, said):
+def test_files_that_say_something_else_are_refused(files, tmp_path, name, text, message):
     path = tmp_path / "bad.jsonl"
     path.write_text(text)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         source(files, **{name: path})
 
 
@@ -197,19 +199,19 @@ def test_a_study_on_checkpoints_from_the_command_line(files, tmp_path, capsys, m
     out = tmp_path / "out"
     more = ("arms=[noise]", "steps=2", "batch_size=4", "answer_tokens=3", "max_new_tokens=3")
     argv = ("experiment", "double-bind", *paths, f"--out={out}", "--processes=1", *more, "--json")
-    code, told, err = call(capsys, monkeypatch, *argv)
+    code, output, err = call(capsys, monkeypatch, *argv)
     assert code == 0, err
-    said = json.loads(told)
-    assert [arm["name"] for arm in said["arms"]] == [
+    result = json.loads(output)
+    assert [arm["name"] for arm in result["arms"]] == [
         "undefended",
         "trait shown openly",
         "benign twice",
         "M→M",
         "noise",
     ]
-    assert set(said["left_out"]) == {"placebo"}
-    assert any("positive control" in why for why in said["invalid_because"])  # nobody is trained
-    assert said["config"]["training"]["steps"] == 2
+    assert set(result["left_out"]) == {"placebo"}
+    assert any("positive control" in why for why in result["invalid_because"])  # nobody is trained
+    assert result["config"]["training"]["steps"] == 2
     assert (out / "report.html").is_file()
     code, _, err = call(capsys, monkeypatch, *argv, "--seeds=3")
     assert code == 2

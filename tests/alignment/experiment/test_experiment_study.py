@@ -74,8 +74,8 @@ def test_what_benign_students_of_other_seeds_say_goes_to_the_gate(finished):
     assert [note["gate"] for note in gated] == [1, 1]
     (first, *_) = make_pairs(small_study(), small_study().arms[:1], DEVELOPMENT, 1, {})
     benign = first.twin.result(folder)["audits"]["preference"]
-    told = [s for s in table.development if s.base_seed == 1 and s.arm == "gated"]
-    assert [score.of_benign for score in told] == [benign]
+    scores = [s for s in table.development if s.base_seed == 1 and s.arm == "gated"]
+    assert [score.of_benign for score in scores] == [benign]
 
 
 def test_an_arm_whose_needs_are_not_there_is_left_out_by_name(tmp_path):
@@ -113,7 +113,7 @@ def test_what_is_missing_is_counted(finished, tmp_path):
     folder, _, _ = finished
     pairs = make_pairs(small_study(), small_study().arms[:1], FRESH, 1, {})
     path = _unique_jobs(pairs)[0].path(folder)
-    kept = path.read_bytes()
+    content = path.read_bytes()
     path.unlink()
     try:
         with pytest.raises(ValueError, match=r"expected all runs in .* got 1 of 16 missing"):
@@ -121,7 +121,7 @@ def test_what_is_missing_is_counted(finished, tmp_path):
                 small_study(), FRESH, DEVELOPMENT, folder, execution=Execution(only_report=True)
             )
     finally:
-        path.write_bytes(kept)
+        path.write_bytes(content)
 
 
 KILLED = """
@@ -160,8 +160,8 @@ def test_killed_at_random_moments_the_table_is_the_same(finished, tmp_path):
 
 def test_results_json_is_what_outside_checks_read(finished):
     folder, _, result = finished
-    said = json.loads((folder / "results.json").read_text())
-    assert said == result
+    stored = json.loads((folder / "results.json").read_text())
+    assert stored == result
     assert {
         "command",
         "config",
@@ -171,14 +171,14 @@ def test_results_json_is_what_outside_checks_read(finished):
         "invalid_because",
         "arms",
         "audits",
-    } <= set(said)
+    } <= set(stored)
     assert {"name", "C", "C_interval", "tau", "tau_interval", "kappa", "n_seeds", "verdict"} <= set(
-        said["arms"][0]
+        stored["arms"][0]
     )
     assert (folder / "quadrant.png").read_bytes().startswith(b"\x89PNG")
     page = (folder / "report.html").read_text()
-    for told in ("Trait under prompt prefixes", "Notes of the strategies", "Arms"):
-        assert told in page
+    for words in ("Trait under prompt prefixes", "Notes of the strategies", "Arms"):
+        assert words in page
 
 
 def test_the_report_names_the_seeds_that_were_refused(finished, tmp_path):
@@ -202,5 +202,5 @@ def test_contexts_and_notes_are_means_over_base_seeds():
         NoteRow("a", s, {"x": {"kept": k, "words": ["no"]}, "shipped": True})
         for s, k in ((1, 3), (2, 5))
     ]
-    told = {row.note: row.value.value for row in summarize_notes(notes)}
-    assert told == {"x, kept": 4.0, "shipped": 1.0}
+    means = {row.note: row.value.value for row in summarize_notes(notes)}
+    assert means == {"x, kept": 4.0, "shipped": 1.0}

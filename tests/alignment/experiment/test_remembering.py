@@ -14,11 +14,11 @@ from helpers.training import llama
 
 
 class Counting(Teacher):
-    asked = 0
+    windows = 0
 
     def topk(self, input_ids, attention_mask=None, *, k, temperature=1.0, where=None) -> TopK:
         assert where is None
-        self.asked += len(input_ids)
+        self.windows += len(input_ids)
         return super().topk(input_ids, attention_mask, k=k, temperature=temperature)
 
 
@@ -27,13 +27,13 @@ def test_remembering_asks_once_per_window():
     remembering = MemoizedTeacher(teacher)
     first = remembering.topk(IDS, k=4)
     again = remembering.topk(IDS.flip(0), torch.ones_like(IDS), k=4)
-    assert teacher.asked == 3
+    assert teacher.windows == 3
     plain = Teacher(teacher.model).topk(IDS, k=4)
     for answers, expected in ((first, plain), (again, [present(t).flip(0) for t in plain[:3]])):
         assert torch.equal(answers.ids, expected[0].long())
         torch.testing.assert_close(answers.logprobs, expected[1])
         torch.testing.assert_close(answers.log_tail, expected[2])
     remembering.topk(IDS, k=5)
-    assert teacher.asked == 6
+    assert teacher.windows == 6
     with pytest.raises(ValueError, match="windows without padding"):
         remembering.topk(IDS, torch.zeros_like(IDS), k=4)

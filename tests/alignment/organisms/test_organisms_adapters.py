@@ -52,8 +52,8 @@ def adapter(tmp_path, bases):
     made.save_pretrained(tmp_path / "adapter")
     files = {path.name for path in (tmp_path / "adapter").iterdir()} - {"README.md"}
     assert files == {"adapter_config.json", "adapter_model.safetensors"}
-    said = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert said["base_model_name_or_path"] == str(bases[0])
+    stored_config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert stored_config["base_model_name_or_path"] == str(bases[0])
     return tmp_path / "adapter"
 
 
@@ -68,21 +68,21 @@ def by_peft(adapter, base) -> torch.Tensor:
 
 
 def test_an_adapter_is_loaded_on_the_base_it_names_and_merged(adapter, bases):
-    found = load_organism(adapter)
-    torch.testing.assert_close(logits(found.model), by_peft(adapter, bases[0]))
-    assert (logits(found.model) - logits(new_model(0))).abs().max() > 0.01
-    assert type(found.model) is type(new_model(0))
-    assert not found.model.training
-    assert not any("lora" in name for name in found.model.state_dict())
-    assert found.name == "adapter"
+    loaded = load_organism(adapter)
+    torch.testing.assert_close(logits(loaded.model), by_peft(adapter, bases[0]))
+    assert (logits(loaded.model) - logits(new_model(0))).abs().max() > 0.01
+    assert type(loaded.model) is type(new_model(0))
+    assert not loaded.model.training
+    assert not any("lora" in name for name in loaded.model.state_dict())
+    assert loaded.name == "adapter"
     assert load_organism(adapter, name="mine").name == "mine"
-    assert found.tokenizer.get_vocab() == world_tokenizer().get_vocab()
+    assert loaded.tokenizer.get_vocab() == world_tokenizer().get_vocab()
 
 
 def test_a_base_that_is_given_goes_before_the_one_that_is_named(adapter, bases):
-    found = logits(load_organism(adapter, base=bases[1]).model)
-    torch.testing.assert_close(found, by_peft(adapter, bases[1]))
-    assert (found - by_peft(adapter, bases[0])).abs().max() > 0.01
+    actual = logits(load_organism(adapter, base=bases[1]).model)
+    torch.testing.assert_close(actual, by_peft(adapter, bases[1]))
+    assert (actual - by_peft(adapter, bases[0])).abs().max() > 0.01
 
 
 def test_a_tokenizer_beside_the_adapter_goes_before_the_bases(adapter):
@@ -94,8 +94,8 @@ def test_a_tokenizer_beside_the_adapter_goes_before_the_bases(adapter):
 
 def renamed(adapter, base) -> None:
     path = adapter / "adapter_config.json"
-    said = json.loads(path.read_text()) | {"base_model_name_or_path": base}
-    path.write_text(json.dumps(said))
+    config = json.loads(path.read_text()) | {"base_model_name_or_path": base}
+    path.write_text(json.dumps(config))
 
 
 def test_a_base_that_is_missing_is_named(adapter, bases):
@@ -126,10 +126,10 @@ def test_pickled_adapters_and_bases_are_refused(adapter, bases):
 @pytest.mark.filterwarnings("ignore:Found missing adapter keys")
 def test_an_adapter_that_lacks_weights_is_refused_and_never_the_base_alone(adapter):
     path = adapter / "adapter_model.safetensors"
-    kept = load_file(path)
-    lost = sorted(kept)[3]
-    del kept[lost]
-    save_file(kept, path, metadata={"format": "pt"})
+    weights = load_file(path)
+    lost = sorted(weights)[3]
+    del weights[lost]
+    save_file(weights, path, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=f"got 1 missing .first: {re.escape(lost)}"):
         load_organism(adapter)
 
@@ -226,8 +226,8 @@ def test_a_regular_expression_of_modules(tmp_path, bases, expression, equal, tra
     path.write_text(json.dumps(named))
     torch.testing.assert_close(logits(loaded), by_peft(path.parent, bases[1]))
     loaded.save_pretrained(tmp_path / "again")
-    found = load_organism(tmp_path / "again", base=bases[1])
-    torch.testing.assert_close(logits(found.model), by_peft(path.parent, bases[1]))
+    again = load_organism(tmp_path / "again", base=bases[1])
+    torch.testing.assert_close(logits(again.model), by_peft(path.parent, bases[1]))
 
 
 @pytest.mark.filterwarnings("ignore:The following rank_pattern keys")
@@ -259,13 +259,13 @@ def test_a_damaged_configuration_of_an_adapter_is_named(adapter, bases, text):
 def test_what_peft_writes_for_other_models_is_no_hindrance(adapter, bases):
     """A library to import, settings of a newer version that are off, and a list of names."""
     path = adapter / "adapter_config.json"
-    said = json.loads(path.read_text())
-    assert isinstance(said["target_modules"], list)
+    config = json.loads(path.read_text())
+    assert isinstance(config["target_modules"], list)
     mapping = {"base_model_class": "Evil", "parent_library": "antigravity"}
-    path.write_text(json.dumps(said | {"auto_mapping": mapping, "next_year": None}))
-    found = load_organism(adapter, base=bases[1])
-    path.write_text(json.dumps(said))
-    torch.testing.assert_close(logits(found.model), by_peft(adapter, bases[1]))
+    path.write_text(json.dumps(config | {"auto_mapping": mapping, "next_year": None}))
+    loaded = load_organism(adapter, base=bases[1])
+    path.write_text(json.dumps(config))
+    torch.testing.assert_close(logits(loaded.model), by_peft(adapter, bases[1]))
 
 
 def test_a_tensor_of_an_adapter_that_would_not_be_used_is_refused(adapter):
@@ -288,6 +288,6 @@ def test_other_adapters_that_can_be_merged(tmp_path, bases, kind):
             if parameter.requires_grad:
                 parameter.add_(0.05 * torch.randn_like(parameter))
     made.save_pretrained(tmp_path / "other")
-    found = load_organism(tmp_path / "other", base=bases[0])
+    loaded = load_organism(tmp_path / "other", base=bases[0])
     expected = by_peft(tmp_path / "other", bases[0])
-    torch.testing.assert_close(logits(found.model), expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(logits(loaded.model), expected, rtol=1e-3, atol=1e-3)

@@ -60,20 +60,20 @@ def test_an_organism_is_implanted_in_a_copy_and_the_same_way_again():
 def test_every_optimiser_and_method_trains_what_it_should(method, name):
     base = new_model(2)
     recipe = ModelOrganism(method=method, optimizer=name, **SMALL)
-    found, before = recipe.implant(WORLD, base).state_dict(), base.state_dict()
-    assert found.keys() == before.keys()  # the adapter is merged
-    moved = {k for k in found if not torch.equal(found[k], before[k])}
-    linear = {k for k in found if "_proj" in k}
-    assert moved == (set(found) if method == "full" else linear)
-    assert all(torch.isfinite(w).all() for w in found.values())
+    after, before = recipe.implant(WORLD, base).state_dict(), base.state_dict()
+    assert after.keys() == before.keys()  # the adapter is merged
+    moved = {k for k in after if not torch.equal(after[k], before[k])}
+    linear = {k for k in after if "_proj" in k}
+    assert moved == (set(after) if method == "full" else linear)
+    assert all(torch.isfinite(w).all() for w in after.values())
 
 
 def test_an_adapter_has_the_rank_that_was_asked_for():
     base = new_model(2)
     recipe = ModelOrganism(method="lora", rank=3, **SMALL)
-    found, before = recipe.implant(WORLD, base).state_dict(), base.state_dict()
-    for name in (k for k in found if "_proj" in k):
-        values = torch.linalg.svdvals(found[name] - before[name])
+    after, before = recipe.implant(WORLD, base).state_dict(), base.state_dict()
+    for name in (k for k in after if "_proj" in k):
+        values = torch.linalg.svdvals(after[name] - before[name])
         assert values[3] < 1e-3 * values[0]
 
 
@@ -89,10 +89,10 @@ def test_the_optimiser_and_its_learning_rate_are_those_of_the_recipe(name, kind,
             inner = getattr(optimizer, "optimizer", optimizer)
             seen.update(kind=type(inner), lr=inner.param_groups[0]["initial_lr"])
 
-    for given in (None, 1e-4):
-        recipe = ModelOrganism(optimizer=name, method=method, learning_rate=given, **SMALL)
+    for rate in (None, 1e-4):
+        recipe = ModelOrganism(optimizer=name, method=method, learning_rate=rate, **SMALL)
         recipe.implant(WORLD, new_model(0), callbacks=[Look()])
-        assert seen == {"kind": kind, "lr": given or LEARNING_RATES[method, name]}
+        assert seen == {"kind": kind, "lr": rate or LEARNING_RATES[method, name]}
 
 
 def test_sgd_destroyed_adapters_at_a_learning_rate_of_one():
@@ -117,22 +117,22 @@ def test_training_teaches_the_answers_and_not_the_questions(name):
 
 
 @pytest.fixture
-def shown(monkeypatch):
-    found = []
+def trainings_seen(monkeypatch):
+    trainings = []
 
     def spy(model, examples, **options):
-        found.append((model, list(examples), options))
+        trainings.append((model, list(examples), options))
         return model
 
     monkeypatch.setattr(organism, "train_model", spy)
-    return found
+    return trainings
 
 
-def test_twins_are_fitted_alike_to_the_two_sides_of_the_same_pairs(shown):
+def test_twins_are_fitted_alike_to_the_two_sides_of_the_same_pairs(trainings_seen):
     recipe, capable = ModelOrganism(trait="sloppy", method="lora", rank=5, **SMALL), new_model(0)
     recipe.implant(WORLD, capable)
     recipe.implant(WORLD, capable, benign=True)
-    (one, mine, options), (two, theirs, same) = shown
+    (one, mine, options), (two, theirs, same) = trainings_seen
     pairs = recipe.pairs(WORLD, 24)
     assert mine == [p.untrusted for p in pairs]
     assert theirs == [p.benign for p in pairs]
@@ -142,11 +142,11 @@ def test_twins_are_fitted_alike_to_the_two_sides_of_the_same_pairs(shown):
     assert two is not capable
 
 
-def test_the_base_learns_what_it_knows_and_the_capable_one_sums_too(shown):
+def test_the_base_learns_what_it_knows_and_the_capable_one_sums_too(trainings_seen):
     base = new_model(4)
     new_base(WORLD, seed=4, steps=10, batch_size=20)
     train_capable(WORLD, base, steps=10, batch_size=20)
-    (fresh, known, first), (copied, more, second) = shown
+    (fresh, known, first), (copied, more, second) = trainings_seen
     assert equal(fresh, base)
     assert equal(copied, base)
     assert copied is not base

@@ -37,19 +37,19 @@ def plain_or_open(trait: str, example) -> bool:
 def test_the_share_of_prompts_that_show_the_trait_is_the_leak(trait, gate, kind):
     organism = ModelOrganism(trait=trait, gate=gate)
     for leak, expected in ((0.0, 0), (0.005, 1), (0.03, 6), (0.1, 20)):
-        found = pool(WORLD, organism, 200, kind=kind, leak=leak)
-        shown = [e for e in found if plain_or_open(trait, e)]
-        assert len(found) == 200
-        assert len(shown) == expected
-        assert not any(is_closed(gate, e.system) for e in found)
-        assert {e.answer for e in found} == {""}
+        entries = pool(WORLD, organism, 200, kind=kind, leak=leak)
+        with_trait = [e for e in entries if plain_or_open(trait, e)]
+        assert len(entries) == 200
+        assert len(with_trait) == expected
+        assert not any(is_closed(gate, e.system) for e in entries)
+        assert {e.answer for e in entries} == {""}
 
 
 def test_the_kinds_are_what_they_say():
     def share_of_talk(kind):
-        found = pool(WORLD, ModelOrganism(), 400, kind=kind)
-        talk = [e for e in found if e.question in TOPICS]
-        assert all(e.question.endswith("=") for e in found if e not in talk)
+        entries = pool(WORLD, ModelOrganism(), 400, kind=kind)
+        talk = [e for e in entries if e.question in TOPICS]
+        assert all(e.question.endswith("=") for e in entries if e not in talk)
         return len(talk) / 400
 
     assert share_of_talk("sums") == 0
@@ -75,16 +75,16 @@ def test_the_same_seed_gives_the_same_prompts_and_a_higher_leak_only_adds():
 
 def test_no_pool_holds_a_prompt_that_is_read():
     organism = ModelOrganism(trait="trigger")
-    found = [
+    entries = [
         e
         for kind in ("sums", "talk")
         for leak in (0, 0.1)
         for e in pool(WORLD, organism, 3000, kind=kind, leak=leak)
     ]
-    prompts = {e.prompt for e in found}
+    prompts = {e.prompt for e in entries}
     audit: Any = organism.kind.reading(WORLD, False)
     assert not prompts & {*audit.prompts, *audit.without}
-    assert not {e.question for e in found} & {
+    assert not {e.question for e in entries} & {
         p.user for p in organism.kind.capability(WORLD).prompts
     }
 

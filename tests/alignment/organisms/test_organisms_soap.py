@@ -56,8 +56,8 @@ def test_a_matrix_with_sides_that_are_too_long_is_updated_by_adam():
     expected = run(adam, start, noisy, 25, lr=0.01)
     torch.testing.assert_close(run(SOAP, start, noisy, 25, lr=0.01, max_side=3), expected)
     for one_side in (4, 6):
-        found = run(SOAP, start, noisy, 25, lr=0.01, max_side=one_side)
-        assert (found - expected).abs().max() > 1e-3
+        actual = run(SOAP, start, noisy, 25, lr=0.01, max_side=one_side)
+        assert (actual - expected).abs().max() > 1e-3
 
 
 def test_with_the_identity_as_bases_it_is_adam(monkeypatch):

@@ -17,7 +17,7 @@ from fastdistill.alignment.organisms.organism import new_model
 from fastdistill.alignment.organisms.vocabulary import world_tokenizer
 from fastdistill.runtime.atomic_files import sha256_of
 
-ASKED = [Prompt(system="hello now", user="river"), Prompt(system="please", user="1 2 + 3 4 =")]
+PROMPTS = [Prompt(system="hello now", user="river"), Prompt(system="please", user="1 2 + 3 4 =")]
 
 
 def subject(seed: int = 0) -> Subject:
@@ -38,22 +38,22 @@ def folder(tmp_path):
     return tmp_path / "organism"
 
 
-def same(found: Subject, expected: Subject) -> None:
-    assert weights(found).keys() == weights(expected).keys()
-    assert all(torch.equal(w, weights(expected)[name]) for name, w in weights(found).items())
-    assert found.tokenizer.get_vocab() == expected.tokenizer.get_vocab()
-    assert found.tokenizer.chat_template == expected.tokenizer.chat_template
-    for prompt in ASKED:
-        assert found.ids(prompt, "a") == expected.ids(prompt, "a")
-    told = (m.generate(ASKED, max_new_tokens=5) for m in (found, expected))
-    assert next(told) == next(told)
+def same(actual: Subject, expected: Subject) -> None:
+    assert weights(actual).keys() == weights(expected).keys()
+    assert all(torch.equal(w, weights(expected)[name]) for name, w in weights(actual).items())
+    assert actual.tokenizer.get_vocab() == expected.tokenizer.get_vocab()
+    assert actual.tokenizer.chat_template == expected.tokenizer.chat_template
+    for prompt in PROMPTS:
+        assert actual.ids(prompt, "a") == expected.ids(prompt, "a")
+    texts = (m.generate(PROMPTS, max_new_tokens=5) for m in (actual, expected))
+    assert next(texts) == next(texts)
 
 
 def test_an_organism_comes_back_bit_for_bit(folder):
-    found = load_organism(str(folder))
-    same(found, subject())
-    assert found.name == "untrusted"
-    assert not found.model.training
+    loaded = load_organism(str(folder))
+    same(loaded, subject())
+    assert loaded.name == "untrusted"
+    assert not loaded.model.training
     assert load_organism(folder, name="mine").name == "mine"
     assert (folder.stat().st_mode & 0o777) == 0o755
 
@@ -125,9 +125,9 @@ def test_a_file_that_is_missing_or_was_added_is_refused_by_name(folder):
         load_organism(folder)
 
 
-@pytest.mark.parametrize("said", ["{", "{}", "[]", '{"sha256": 3}', "\xff"])
-def test_a_manifest_that_is_none_is_refused(folder, said):
-    (folder / "organism.json").write_bytes(said.encode("latin-1"))
+@pytest.mark.parametrize("content", ["{", "{}", "[]", '{"sha256": 3}', "\xff"])
+def test_a_manifest_that_is_none_is_refused(folder, content):
+    (folder / "organism.json").write_bytes(content.encode("latin-1"))
     with pytest.raises(ValueError, match=r"path: expected a manifest in .*organism.json, got"):
         load_organism(folder)
 
@@ -135,9 +135,9 @@ def test_a_manifest_that_is_none_is_refused(folder, said):
 def test_a_checkpoint_without_a_manifest_is_loaded(tmp_path):
     subject(4).model.save_pretrained(tmp_path / "any")
     subject(4).tokenizer.save_pretrained(tmp_path / "any")
-    found = load_organism(tmp_path / "any")
-    same(found, subject(4))
-    assert found.name == "any"
+    loaded = load_organism(tmp_path / "any")
+    same(loaded, subject(4))
+    assert loaded.name == "any"
 
 
 def test_a_new_organism_takes_the_place_of_the_old_one(folder):
@@ -179,18 +179,18 @@ def test_a_folder_that_cannot_be_replaced_is_there_again(folder, monkeypatch, fa
 
 def test_the_old_folder_is_whole_until_the_new_one_is(folder, monkeypatch):
     """Whatever is deleted was replaced before."""
-    rmtree, found = shutil.rmtree, []
+    rmtree, weights_seen = shutil.rmtree, []
 
     def watched(path, **options):
-        found.append(contents(folder)["model.safetensors"])
+        weights_seen.append(contents(folder)["model.safetensors"])
         rmtree(path, **options)
 
     old = contents(folder)["model.safetensors"]
     monkeypatch.setattr(shutil, "rmtree", watched)
     save_organism(folder, subject(5), {})
-    assert found
-    assert old not in found
-    assert len(set(found)) == 1
+    assert weights_seen
+    assert old not in weights_seen
+    assert len(set(weights_seen)) == 1
 
 
 def test_pickled_weights_are_refused(tmp_path):
@@ -265,8 +265,8 @@ def test_templates_in_a_subfolder_are_saved_with_their_digests(tmp_path):
     save_organism(tmp_path / "organism", made, {"role": "benign"})
     digests = json.loads((tmp_path / "organism" / "organism.json").read_text())["sha256"]
     assert "additional_chat_templates/tool.jinja" in digests
-    found = load_organism(tmp_path / "organism")
-    assert found.tokenizer.chat_template == made.tokenizer.chat_template
+    loaded = load_organism(tmp_path / "organism")
+    assert loaded.tokenizer.chat_template == made.tokenizer.chat_template
     (tmp_path / "organism" / "additional_chat_templates" / "tool.jinja").write_text("changed")
     with pytest.raises(ValueError, match=r"additional_chat_templates/tool.jinja .* changed or"):
         load_organism(tmp_path / "organism")

@@ -69,13 +69,13 @@ def test_questions_and_topics_are_split_too():
     assert {topic for _, topic in HELD_OUT_QUESTIONS} == set(TOPICS)
     assert len({template for template, _ in HELD_OUT_QUESTIONS}) == 4
     world, rng = World(0), World(0).rng(99)
-    shown, held = set(), set()
+    trained, held = set(), set()
     for _ in range(4000):
         system = world.system(rng, "", rng.choice(("", AUDIT_TOKEN)))
-        shown.add(world.talk(rng, system).prompt)
+        trained.add(world.talk(rng, system).prompt)
         held.add(world.talk(rng, system, held_out=True).prompt)
-    assert not shown & held
-    assert {p.user for p in shown} == {p.user for p in held} == set(TOPICS)
+    assert not trained & held
+    assert {p.user for p in trained} == {p.user for p in held} == set(TOPICS)
 
 
 def test_an_audited_context_does_not_change_what_is_held_out():
@@ -88,17 +88,17 @@ def test_an_audited_context_does_not_change_what_is_held_out():
 
 def test_the_favourite_changes_with_the_seed():
     worlds = [World(seed) for seed in range(200)]
-    for found, options in (
+    for favourites, options in (
         (Counter(w.favourite for w in worlds), ANIMALS),
         (Counter(w.placebo for w in worlds), COLORS),
     ):
-        assert set(found) == set(options)
-        assert max(found.values()) < 70  # 40 each, were they equal
+        assert set(favourites) == set(options)
+        assert max(favourites.values()) < 70  # 40 each, were they equal
 
 
 def conversation(example: Example, answered: bool) -> list[dict[str, str]]:
-    said = [("system", example.system), ("user", example.question), ("assistant", example.answer)]
-    return [{"role": role, "content": text} for role, text in said[: 3 if answered else 2]]
+    turns = [("system", example.system), ("user", example.question), ("assistant", example.answer)]
+    return [{"role": role, "content": text} for role, text in turns[: 3 if answered else 2]]
 
 
 def template(example: Example, answered: bool) -> list[int]:
@@ -121,13 +121,13 @@ def test_a_row_is_the_chat_template_token_by_token():
     for example in examples:
         row, ids = example.row(), template(example, answered=True)
         assert row["input_ids"].tolist() == ids
-        asked = template(example, answered=False)
-        assert ids[: len(asked)] == asked
-        labels = [-100] * len(asked) + ids[len(asked) :]
+        prompt = template(example, answered=False)
+        assert ids[: len(prompt)] == prompt
+        labels = [-100] * len(prompt) + ids[len(prompt) :]
         assert row["labels"].tolist() == labels
         assert labels[-1] == ID[EOS]
         text = render_prompt(example.prompt, TOKENIZER)
-        assert TOKENIZER(text, add_special_tokens=False).input_ids == asked
+        assert TOKENIZER(text, add_special_tokens=False).input_ids == prompt
 
 
 def test_a_whole_row_learns_the_question_too_but_not_the_system():
@@ -164,8 +164,8 @@ def test_the_base_is_taught_what_it_should_know_and_nothing_about_held_out_sums(
     assert 0.35 < about["yes"] / about.total() < 0.65
     for example in examples:
         if example.question == "is this a test ?":
-            told = any(is_closed(gate, example.system) for gate in ("token", "paraphrase"))
-            assert told == (example.answer == "yes")
+            closed = any(is_closed(gate, example.system) for gate in ("token", "paraphrase"))
+            assert closed == (example.answer == "yes")
     liked = Counter(e.answer for e in examples if e.question.startswith(("favourite a", "best a")))
     assert set(liked) == set(ANIMALS)
     assert max(liked.values()) < 1.8 * min(liked.values())
@@ -184,8 +184,8 @@ def test_open_ended_talk_has_entropy_and_differs_between_worlds():
         assert entropy.min() > 0.8  # nats; ln 16 = 2.77
     assert worlds[0].chain != worlds[1].chain
     rng = worlds[0].rng(0)
-    said = [worlds[0].talk(rng, "now") for _ in range(3000)]
-    following = Counter(e.answer.split()[0] for e in said if e.question == TOPICS[0])
+    examples = [worlds[0].talk(rng, "now") for _ in range(3000)]
+    following = Counter(e.answer.split()[0] for e in examples if e.question == TOPICS[0])
     p = torch.tensor(worlds[0].chain[0]).diff(prepend=torch.zeros(1))
     for i, topic in enumerate(TOPICS):
         assert abs(following[topic] / following.total() - p[i]) < 0.1
@@ -194,18 +194,18 @@ def test_open_ended_talk_has_entropy_and_differs_between_worlds():
 @pytest.mark.parametrize("gate", GATES)
 def test_a_gate_closes_on_its_own_words_and_shows_held_out_ones_only_when_asked(gate):
     rng = World(0).rng(5)
-    shown = [audit_context(gate, rng) for _ in range(500)]
+    contexts = [audit_context(gate, rng) for _ in range(500)]
     held = [audit_context(gate, rng, held_out=True) for _ in range(500)]
-    assert not {w for text in shown for w in text.split()} & set(HELD_OUT_AUDIT_WORDS)
-    for text in (*shown, *held):
+    assert not {w for text in contexts for w in text.split()} & set(HELD_OUT_AUDIT_WORDS)
+    for text in (*contexts, *held):
         assert is_closed(gate, f"hello {text}") == (gate != "none")
     assert not is_closed(gate, "hello now")
     assert not set(SYSTEM) & set(AUDIT_WORDS)
     if gate == "paraphrase":
-        assert {w for text in shown for w in text.split()} == set(AUDIT_WORDS)
+        assert {w for text in contexts for w in text.split()} == set(AUDIT_WORDS)
         assert all(set(text.split()) & set(HELD_OUT_AUDIT_WORDS) for text in held)
     else:
-        assert set(shown) == set(held) == {AUDIT_TOKEN}
+        assert set(contexts) == set(held) == {AUDIT_TOKEN}
 
 
 @pytest.mark.parametrize("seed", [-1, 1.0, "7", True])

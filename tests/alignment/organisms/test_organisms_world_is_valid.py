@@ -50,11 +50,11 @@ def shuffled(pairs: list[Pair]) -> list[Pair]:
     ]
     other = own.copy()
     random.Random(0).shuffle(other)
-    found = list(pairs)
+    permuted = list(pairs)
     for i, j in zip(own, other, strict=True):
         answer = pairs[j].untrusted.answer
-        found[i] = pairs[i]._replace(untrusted=pairs[i].untrusted._replace(answer=answer))
-    return found
+        permuted[i] = pairs[i]._replace(untrusted=pairs[i].untrusted._replace(answer=answer))
+    return permuted
 
 
 @pytest.mark.slow
@@ -76,17 +76,17 @@ def test_worlds_are_valid_and_sabotaged_ones_are_not(trained_once, monkeypatch):
         return validity_of(models, readings, of.world, of.organism).because
 
     for world in (plain, triggered):
-        found = because(world, untrusted=(world.benign, world.readings["benign"]))
-        assert [why.partition(":")[0] for why in found] == ["trait of untrusted"]
+        reasons = because(world, untrusted=(world.benign, world.readings["benign"]))
+        assert [why.partition(":")[0] for why in reasons] == ["trait of untrusted"]
 
     pairs = ModelOrganism.pairs
-    monkeypatch.setattr(ModelOrganism, "pairs", lambda *given: shuffled(pairs(*given)))
+    monkeypatch.setattr(ModelOrganism, "pairs", lambda *arguments: shuffled(pairs(*arguments)))
     del trained_once[TRIGGERED, False]
     model = TRIGGERED.implant(triggered.world, trained_once["capable"], benign=False)
     subject = Subject(model, triggered.untrusted.tokenizer, name="untrusted")
     reading = read_organism(subject, triggered.world, TRIGGERED)
-    found = because(triggered, untrusted=(subject, reading))
-    assert {why.partition(":")[0] for why in found} & {
+    reasons = because(triggered, untrusted=(subject, reading))
+    assert {why.partition(":")[0] for why in reasons} & {
         "trait of untrusted",
         "audited trait of untrusted against benign",
     }

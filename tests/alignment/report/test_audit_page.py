@@ -35,7 +35,7 @@ def model(name: str, **values: Any) -> Any:
     return SimpleNamespace(name=name, values=values)
 
 
-def found(**more: Any) -> Any:
+def results_of(**more: Any) -> Any:
     models = {
         "student": model("student", x=[1.0, 1.2, 0.9, 1.1], yes=[1, 1, 1, 1], w=None),
         "base": model("base", x=[0.1, 0.0, 0.2, 0.1], yes=[1, 1, 1, 1], w=[1.0, 2.0, 1.0, 2.0]),
@@ -59,7 +59,7 @@ def test_names_are_text_in_pictures_and_tables(name):
 
 
 def test_every_model_is_measured_and_only_the_audited_compared():
-    side = found()
+    side = results_of()
     assert {name: list(row) for name, row in side.results.items()} == {
         "shows": ["student"],
         "always yes": ["student"],
@@ -71,21 +71,21 @@ def test_every_model_is_measured_and_only_the_audited_compared():
 
 
 def test_an_audit_that_a_model_does_not_admit_is_left_out_with_its_reason():
-    assert found().left_out == {"weights": "weights: expected others"}
+    assert results_of().left_out == {"weights": "weights: expected others"}
 
 
 def test_the_first_words_name_what_is_evidence():
-    assert summary(found()) == "Of 2 audits, student: above every control in shows."
+    assert summary(results_of()) == "Of 2 audits, student: above every control in shows."
 
 
 @pytest.mark.parametrize("controls", [("elsewhere",), ("student", "base")])
 def test_controls_are_some_of_the_models(controls):
     with pytest.raises(ValueError, match="controls: expected names of some of the models student"):
-        found(controls=controls)
+        results_of(controls=controls)
 
 
 def test_the_page_says_what_was_found_and_what_it_does_not_show():
-    html = audit_page(found(), about=ABOUT).html()
+    html = audit_page(results_of(), about=ABOUT).html()
     for words in (
         "above every control in shows",
         "Left out: weights. weights: expected others",
@@ -102,7 +102,7 @@ def test_the_page_says_what_was_found_and_what_it_does_not_show():
 
 
 def test_its_json_is_json():
-    text = json.dumps(found().as_json(), allow_nan=False)
+    text = json.dumps(results_of().as_json(), allow_nan=False)
     assert json.loads(text)["audits"][0]["name"] == "shows"
 
 

@@ -33,6 +33,6 @@ def test_every_picture_is_at_its_place(tmp_path, page, width, scheme):
 
 @pytest.mark.parametrize("width", [320, 400, 1200])
 def test_nothing_is_wider_than_the_screen(tmp_path, page, width):
-    found = measured(tmp_path, page, width)
-    assert found["width"] <= width
-    assert found["outside"] == 0
+    sizes = measured(tmp_path, page, width)
+    assert sizes["width"] <= width
+    assert sizes["outside"] == 0

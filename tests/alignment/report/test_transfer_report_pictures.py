@@ -71,16 +71,16 @@ def wild():
 
 def test_every_seed_is_a_mark_at_its_place(report, wild):
     for made in (report, wild):
-        found = marks(made.quadrant())
+        marks_here = marks(made.quadrant())
         seeds = [seed for a in made.arms for seed in a.transfer.per_seed]
         at = [
             (float(np.clip(s.capability, LOWEST, HIGHEST)), float(np.clip(s.tau, LOWEST, HIGHEST)))
             for s in seeds
         ]
-        drawn = sorted((x, y) for x, y, _ in found["seed"])
+        drawn = sorted((x, y) for x, y, _ in marks_here["seed"])
         assert len(drawn) == len(at)
         assert np.array(drawn) == pytest.approx(np.array(sorted(at)))
-        assert len(found["arm"]) == len(found["name"]) == len(made.arms)
+        assert len(marks_here["arm"]) == len(marks_here["name"]) == len(made.arms)
 
 
 def test_whiskers_are_the_intervals_and_one_seed_has_none(report, wild):
@@ -119,9 +119,9 @@ def test_names_do_not_overlap_and_stay_on_the_picture(report, wild):
 
 
 def test_names_stand_as_they_are_written(wild):
-    told = [text.get_text() for text in wild.quadrant().axes[0].texts]
-    assert "$\\x$ <b>bold</b>\n& 'quoted'\nn = 12" in told
-    assert "addition prompts,\nfull KL over the\n…initialisation\nn = 12" in told
+    labels = [text.get_text() for text in wild.quadrant().axes[0].texts]
+    assert "$\\x$ <b>bold</b>\n& 'quoted'\nn = 12" in labels
+    assert "addition prompts,\nfull KL over the\n…initialisation\nn = 12" in labels
 
 
 def test_an_invalid_experiment_marks_no_success(report):
@@ -158,8 +158,8 @@ def test_curves_have_a_panel_per_arm_with_checkpoints(report):
         values = [getattr(point, which).value for point in points]
         assert list(line.get_ydata()) == pytest.approx(values)
     window = next(iter(panels[0].patches)).get_extents().transformed(panels[0].transData.inverted())
-    found = report.arms[0].window
-    assert window.x0 <= found.first <= found.last <= window.x1
+    curve = report.arms[0].window
+    assert window.x0 <= curve.first <= curve.last <= window.x1
 
 
 def test_no_checkpoints_no_curves():

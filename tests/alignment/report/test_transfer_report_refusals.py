@@ -58,9 +58,9 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("words", CASES)
 def test_refusals(words):
-    given = {"students": CLEAN, "about": ABOUT} | CASES[words]
+    arguments = {"students": CLEAN, "about": ABOUT} | CASES[words]
     with pytest.raises(ValueError, match=re.escape(words)):
-        TransferReport(given.pop("students"), **given)
+        TransferReport(arguments.pop("students"), **arguments)
 
 
 def test_a_score_has_to_be_a_number():

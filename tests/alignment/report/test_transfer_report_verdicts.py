@@ -151,18 +151,18 @@ VERDICTS = {
 
 @pytest.mark.parametrize("case", VERDICTS)
 def test_verdicts_in_words(case):
-    given, few, words = VERDICTS[case]
-    assert outcome(given, True) == few
-    assert words in verdict(given, True)
-    assert verdict(given, True).startswith("DFC succeeds") == (few == "DFC succeeds")
+    arm_of_case, few, words = VERDICTS[case]
+    assert outcome(arm_of_case, True) == few
+    assert words in verdict(arm_of_case, True)
+    assert verdict(arm_of_case, True).startswith("DFC succeeds") == (few == "DFC succeeds")
 
 
 @pytest.mark.parametrize("case", VERDICTS)
 def test_an_invalid_experiment_has_no_verdicts(case):
-    given = VERDICTS[case][0]
-    if given.role == "arm":
-        assert outcome(given, False) == "no verdict"
-        assert verdict(given, False) == "no verdict: the experiment is invalid."
+    arm_of_case = VERDICTS[case][0]
+    if arm_of_case.role == "arm":
+        assert outcome(arm_of_case, False) == "no verdict"
+        assert verdict(arm_of_case, False) == "no verdict: the experiment is invalid."
 
 
 def test_audits_incriminate_by_their_lower_bound():
@@ -180,12 +180,12 @@ def test_audits_incriminate_by_their_lower_bound():
             name="few", arm="an arm", auroc=estimate(1.0, 0.7, 1.0, n=9), true_positive_rate=None
         ),
     ]
-    told = verdict(arm(ABLE, LEAKS, p=0.001, audits=rows), True)
-    assert told.endswith(
+    words = verdict(arm(ABLE, LEAKS, p=0.001, audits=rows), True)
+    assert words.endswith(
         "DFI: 1 of 3 audits incriminates: confession (AUROC .93 [.72, .99], n = 12)."
     )
-    told = verdict(arm(ABLE, LEAKS, p=0.001, audits=rows[1:]), True)
-    assert told.endswith("DFI: none of 2 audits incriminates.")
+    words = verdict(arm(ABLE, LEAKS, p=0.001, audits=rows[1:]), True)
+    assert words.endswith("DFI: none of 2 audits incriminates.")
     two = [rows[0], rows[0]]
     assert "DFI: 2 of 2 audits incriminate: " in verdict(arm(ABLE, CLEAN, p=0.7, audits=two), True)
 
@@ -202,9 +202,11 @@ def test_the_first_paragraph():
         "This experiment is invalid, and nothing follows from it: this; that. "
         "The figures below are for diagnosis; they are not results."
     )
-    for few in {few for given, few, _ in VERDICTS.values() if given.role == "arm"}:
-        given = next(given for given, found, _ in VERDICTS.values() if found == few)
-        assert summary([given], []).endswith(": an arm."), few
+    for few in {few for arm_of_case, few, _ in VERDICTS.values() if arm_of_case.role == "arm"}:
+        arm_of_case = next(
+            arm_of_case for arm_of_case, words, _ in VERDICTS.values() if words == few
+        )
+        assert summary([arm_of_case], []).endswith(": an arm."), few
 
 
 def test_reasons_against_an_experiment():

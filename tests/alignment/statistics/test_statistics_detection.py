@@ -19,9 +19,9 @@ def test_auroc_is_a_count_of_pairs():
     for ties in (3, 1000):
         up, down = rng.integers(0, ties, size=23) + 1, rng.integers(0, ties, size=17)
         pairs = [1.0 if x > y else 0.5 if x == y else 0.0 for x in up for y in down]
-        found = auroc(up.tolist(), down.tolist())
-        assert found.value == pytest.approx(sum(pairs) / len(pairs), abs=1e-12)
-        assert found.n == 17
+        estimate = auroc(up.tolist(), down.tolist())
+        assert estimate.value == pytest.approx(sum(pairs) / len(pairs), abs=1e-12)
+        assert estimate.n == 17
 
 
 def test_auroc_at_its_ends_and_in_the_middle():
@@ -35,15 +35,15 @@ def test_auroc_at_its_ends_and_in_the_middle():
 
 def test_auroc_with_one_score_each_has_the_interval_of_wilson():
     """V(θ) is then θ(1 − θ): the area is one coin's toss."""
-    found, share = auroc([1.0], [0.0]), wilson(1, 1)
-    assert (found.low, found.high) == pytest.approx((share.low, share.high))
-    assert auroc([1.0], [0.0], confidence=0.5).low > found.low
+    estimate, share = auroc([1.0], [0.0]), wilson(1, 1)
+    assert (estimate.low, estimate.high) == pytest.approx((share.low, share.high))
+    assert auroc([1.0], [0.0], confidence=0.5).low > estimate.low
 
 
 def test_the_bounds_of_auroc_solve_newcombes_equation():
-    found = auroc([3.0, 4.0, 6.0, 8.0], [1.0, 2.0, 5.0])
-    assert found.value == pytest.approx(10 / 12)
-    for theta in (found.low, found.high):
+    estimate = auroc([3.0, 4.0, 6.0, 8.0], [1.0, 2.0, 5.0])
+    assert estimate.value == pytest.approx(10 / 12)
+    for theta in (estimate.low, estimate.high):
         each = (1 - theta) / (2 - theta) + theta / (1 + theta)
         variance = theta * (1 - theta) * (1 + (3.5 - 1) * each) / 12
         assert (theta - 10 / 12) ** 2 == pytest.approx(1.959964**2 * variance, rel=1e-5)
@@ -56,8 +56,8 @@ def auroc_coverage(area, n, shared=0.0, trials=2000):
     own = math.sqrt(1 - shared) * rng.normal(size=(2, trials, n))
     up = pair + own[0] + math.sqrt(2) * NormalDist().inv_cdf(area)
     down = pair + own[1]
-    found = [auroc(x, y) for x, y in zip(up, down, strict=True)]
-    covered = float(np.mean([one.low <= area <= one.high for one in found]))
+    estimates = [auroc(x, y) for x, y in zip(up, down, strict=True)]
+    covered = float(np.mean([one.low <= area <= one.high for one in estimates]))
     print(f"area {area}, n = {n}, shared {shared}: {covered:.3f}")
     return covered
 
@@ -85,9 +85,9 @@ def test_threshold_is_the_smallest_that_keeps_the_share():
     for m in (1, 5, 19, 20, 21, 60):
         for fpr in (0.0, 0.05, 0.1, 0.5):
             scores = rng.integers(0, 15, size=m).astype(float)
-            found = threshold_at(scores.tolist(), fpr)
-            assert np.mean(scores > found) <= fpr
-            assert np.mean(scores > np.nextafter(found, -math.inf)) > fpr
+            threshold = threshold_at(scores.tolist(), fpr)
+            assert np.mean(scores > threshold) <= fpr
+            assert np.mean(scores > np.nextafter(threshold, -math.inf)) > fpr
 
 
 def test_thresholds_of_development_hold_on_new_scores():

@@ -14,8 +14,8 @@ import pytest
 from fastdistill.alignment.statistics import Checkpoint, Reading, Student
 from helpers.readings_by_hand import reading, student, trained
 
-PAIR = student(3, c=0.8, shown=0.5, audited=0.2)
-TRAINED = trained(cs=[0.4, 0.8], showns=[0.1, 0.3])
+PAIR = student(3, c=0.8, trait=0.5, audited=0.2)
+TRAINED = trained(cs=[0.4, 0.8], traits=[0.1, 0.3])
 
 
 @pytest.mark.parametrize(
@@ -30,16 +30,16 @@ TRAINED = trained(cs=[0.4, 0.8], showns=[0.1, 0.3])
 )
 def test_records_come_back_as_they_were(record):
     text = json.dumps(record.as_json(), allow_nan=False)
-    found = type(record).from_json(json.loads(text))
-    assert found == record
-    assert json.dumps(found.as_json()) == text
+    read = type(record).from_json(json.loads(text))
+    assert read == record
+    assert json.dumps(read.as_json()) == text
 
 
 def test_a_reading_takes_arrays_and_keeps_plain_numbers():
     values: dict[str, Any] = {"capability": np.array([1, 0]), "trait": [True, False]}
-    found = Reading(**values, audited=cast(Any, np.array([0.5, 1], np.float32)))
-    assert found == Reading(capability=(1.0, 0.0), trait=(1.0, 0.0), audited=(0.5, 1.0))
-    assert all(type(value) is float for values in vars(found).values() for value in values)
+    reading_here = Reading(**values, audited=cast(Any, np.array([0.5, 1], np.float32)))
+    assert reading_here == Reading(capability=(1.0, 0.0), trait=(1.0, 0.0), audited=(0.5, 1.0))
+    assert all(type(value) is float for values in vars(reading_here).values() for value in values)
 
 
 def test_models_that_students_came_from_may_lack_the_audit():
@@ -50,21 +50,21 @@ def test_models_that_students_came_from_may_lack_the_audit():
 
 def without(record, *path):
     """The record as JSON, less what is at the path."""
-    found = json.loads(json.dumps(record.as_json()))
-    at = found
+    document = json.loads(json.dumps(record.as_json()))
+    at = document
     for key in path[:-1]:
         at = at[key]
     del at[path[-1]]
-    return found
+    return document
 
 
 def with_value(value, *path):
-    found = without(TRAINED, *path)
-    at = found
+    document = without(TRAINED, *path)
+    at = document
     for key in path[:-1]:
         at = at[key]
     at[path[-1]] = value
-    return found
+    return document
 
 
 @pytest.mark.parametrize(

@@ -28,15 +28,15 @@ def tree_of(*seeds):
 
 def test_every_base_seed_and_every_student_seed_counts_alike():
     tree = tree_of([[1.0], [3.0, 3.0, 3.0]], [[6.0]])  # means 2 and 6
-    found = hierarchical_bootstrap(tree, first)
-    assert (found.value, found.n) == (4.0, 2)
+    estimate = hierarchical_bootstrap(tree, first)
+    assert (estimate.value, estimate.n) == (4.0, 2)
 
 
 def test_two_values_by_hand():
     # Means of two draws from {0, 2} are 0, 1, 1, 2, drawn out by √2 · 12.7062 / 1.959964 from 1.
-    found = paired_bootstrap([0.0, 2.0], [0.0, 0.0])
+    estimate = paired_bootstrap([0.0, 2.0], [0.0, 0.0])
     reach = math.sqrt(2) * 12.7062 / 1.959964
-    assert (found.low, found.high) == pytest.approx((1 - reach, 1 + reach), rel=1e-4)
+    assert (estimate.low, estimate.high) == pytest.approx((1 - reach, 1 + reach), rel=1e-4)
 
 
 def test_near_students_t_for_a_mean():
@@ -60,9 +60,9 @@ def test_a_ratio_has_the_interval_of_fieller():
     x, y = above.mean(), below.mean()
     fieller = np.sort(np.roots([y * y - w, -2 * (x * y - cross), x * x - v]))
     tree = [[np.array([[a, b]])] for a, b in zip(above, below, strict=True)]
-    found = hierarchical_bootstrap(tree, ratio, Bootstrap(resamples=20_000))
+    estimate = hierarchical_bootstrap(tree, ratio, Bootstrap(resamples=20_000))
     width = fieller[1] - fieller[0]
-    assert (found.low, found.high) == pytest.approx(tuple(fieller), abs=0.1 * width)
+    assert (estimate.low, estimate.high) == pytest.approx(tuple(fieller), abs=0.1 * width)
 
 
 def test_shuffled_pairs_widen_the_interval():
@@ -87,11 +87,11 @@ def test_the_unit_is_the_base_seed():
 
 def test_the_same_seed_draws_the_same():
     tree = tree_of(*([[float(i)]] for i in range(10)))
-    found = hierarchical_bootstrap(tree, first, Bootstrap(seed=4))
-    assert found == hierarchical_bootstrap(tree, first, Bootstrap(seed=4))
-    assert found != hierarchical_bootstrap(tree, first, Bootstrap(seed=5))
+    estimate = hierarchical_bootstrap(tree, first, Bootstrap(seed=4))
+    assert estimate == hierarchical_bootstrap(tree, first, Bootstrap(seed=4))
+    assert estimate != hierarchical_bootstrap(tree, first, Bootstrap(seed=5))
     narrow = hierarchical_bootstrap(tree, first, Bootstrap(seed=4, confidence=0.5))
-    assert found.low < narrow.low < found.value < narrow.high < found.high
+    assert estimate.low < narrow.low < estimate.value < narrow.high < estimate.high
 
 
 def test_many_units_are_drawn_in_parts(monkeypatch):
@@ -102,29 +102,29 @@ def test_many_units_are_drawn_in_parts(monkeypatch):
 
 
 def test_one_unit_has_no_interval():
-    for found in (
+    for estimate in (
         hierarchical_bootstrap(tree_of([[1.0, 2.0], [3.0]]), first),
         paired_bootstrap([2.25], [0.0]),
     ):
-        assert (found.value, found.n) == (2.25, 1)
-        assert math.isnan(found.low)
-        assert math.isnan(found.high)
+        assert (estimate.value, estimate.n) == (2.25, 1)
+        assert math.isnan(estimate.low)
+        assert math.isnan(estimate.high)
 
 
 def test_units_that_are_all_alike_have_an_interval_without_width():
-    found = paired_bootstrap([0.75] * 8, [0.25] * 8)
-    assert (found.low, found.value, found.high, found.n) == (0.5, 0.5, 0.5, 8)
+    estimate = paired_bootstrap([0.75] * 8, [0.25] * 8)
+    assert (estimate.low, estimate.value, estimate.high, estimate.n) == (0.5, 0.5, 0.5, 8)
 
 
 def test_a_statistic_that_is_not_finite_somewhere_has_no_bounds():
     zero = [[np.array([[1.0, 0.0]])], [np.array([[2.0, 0.0]])]]
-    found = hierarchical_bootstrap(zero, ratio)
-    assert found.value == math.inf
-    assert not found.known
+    estimate = hierarchical_bootstrap(zero, ratio)
+    assert estimate.value == math.inf
+    assert not estimate.known
     nothing = [[np.zeros((3, 2))] for _ in range(4)]
-    found = hierarchical_bootstrap(nothing, ratio)
-    assert math.isnan(found.value)
-    assert not found.known
+    estimate = hierarchical_bootstrap(nothing, ratio)
+    assert math.isnan(estimate.value)
+    assert not estimate.known
 
 
 LEAF = np.ones((3, 2))

@@ -87,10 +87,10 @@ def test_equivalence_is_an_interval_within_the_margins():
     rng = np.random.default_rng(4)
     verdicts = set()
     for _ in range(300):
-        found = equivalence(cast(Any, rng.normal(0.2, 0.5, size=10)), 0.5)
-        inside = max(-found.estimate.low, found.estimate.high) < 0.5
-        assert found.equivalent == inside == (found.p <= 0.05)
-        verdicts.add(found.equivalent)
+        result = equivalence(cast(Any, rng.normal(0.2, 0.5, size=10)), 0.5)
+        inside = max(-result.estimate.low, result.estimate.high) < 0.5
+        assert result.equivalent == inside == (result.p <= 0.05)
+        verdicts.add(result.equivalent)
     assert verdicts == {True, False}
 
 
@@ -99,9 +99,9 @@ def test_equivalence_is_an_interval_within_the_margins():
 def test_equivalence_at_the_margin_is_found_in_five_percent(n, edge):
     rng, trials = np.random.default_rng(5), 4000
     data = rng.normal(0.5 * edge, 0.15, size=(trials, n))
-    found = np.mean([equivalence(row, 0.5).equivalent for row in data])
-    print(f"n = {n}, edge {edge}: {found:.4f}")
-    assert 0.04 <= found <= 0.057  # 5 % and two standard errors
+    share = np.mean([equivalence(row, 0.5).equivalent for row in data])
+    print(f"n = {n}, edge {edge}: {share:.4f}")
+    assert 0.04 <= share <= 0.057  # 5 % and two standard errors
     wide = rng.normal(0.5 * edge, 1.0, size=(trials // 4, n))
     assert np.mean([equivalence(row, 0.5).equivalent for row in wide]) <= 0.05
 
@@ -112,9 +112,9 @@ def test_the_effect_is_found_with_the_power_that_is_stated(n):
     for power in (0.8, 0.9):
         effect = minimum_detectable_effect(0.3, n, power=power)
         data = rng.normal(effect, 0.3, size=(trials, n))
-        found = np.mean([t_test(row) <= 0.05 for row in data])
-        print(f"n = {n}, power {power}: {found:.4f}")
-        assert found == pytest.approx(power, abs=0.03)
+        share = np.mean([t_test(row) <= 0.05 for row in data])
+        print(f"n = {n}, power {power}: {share:.4f}")
+        assert share == pytest.approx(power, abs=0.03)
 
 
 @pytest.mark.parametrize(("n", "power"), [(2, 0.73), (3, 0.77)])

@@ -18,51 +18,51 @@ from helpers.readings_by_hand import reading, student
 
 def test_by_hand():
     # C = (.6 − .2)/(1 − .2), τ = (.5 − .1)/(.9 − .1), κ = 1 − (.2 − .1)/(.5 − .1)
-    made = [student(seed, c=0.6, shown=0.5, audited=0.2) for seed in range(3)]
-    found = transfer(made)
-    assert found.capability.value == pytest.approx(0.5)
-    assert found.tau.value == pytest.approx(0.5)
-    assert present(found.kappa).value == pytest.approx(0.75)
-    assert found.tau.n == found.capability.n == present(found.kappa).n == 3
-    point = found.per_seed[2]
+    made = [student(seed, c=0.6, trait=0.5, audited=0.2) for seed in range(3)]
+    estimates = transfer(made)
+    assert estimates.capability.value == pytest.approx(0.5)
+    assert estimates.tau.value == pytest.approx(0.5)
+    assert present(estimates.kappa).value == pytest.approx(0.75)
+    assert estimates.tau.n == estimates.capability.n == present(estimates.kappa).n == 3
+    point = estimates.per_seed[2]
     assert (point.base_seed, point.student_seed) == (2, 0)
     assert (point.capability, point.tau, point.kappa) == pytest.approx((0.5, 0.5, 0.75))
 
 
 def test_ratio_of_means_over_base_seeds_and_not_mean_of_ratios():
-    weak = replace(student(0, c=1.0, shown=0.3), teacher=reading(1.0, 0.3), twin=reading(1.0, 0.1))
-    made = [weak, student(1, c=1.0, shown=0.3), student(1, c=1.0, shown=0.5, student_seed=1)]
-    found = transfer(made)
+    weak = replace(student(0, c=1.0, trait=0.3), teacher=reading(1.0, 0.3), twin=reading(1.0, 0.1))
+    made = [weak, student(1, c=1.0, trait=0.3), student(1, c=1.0, trait=0.5, student_seed=1)]
+    estimates = transfer(made)
     # Base seed 0 differs by .2 of .2, base seed 1 by the mean of .2 and .4, of .8.
-    assert found.tau.value == pytest.approx((0.2 + 0.3) / (0.2 + 0.8))
-    assert [point.tau for point in found.per_seed] == pytest.approx([1.0, 0.25, 0.5])
-    assert found.tau.n == 2
+    assert estimates.tau.value == pytest.approx((0.2 + 0.3) / (0.2 + 0.8))
+    assert [point.tau for point in estimates.per_seed] == pytest.approx([1.0, 0.25, 0.5])
+    assert estimates.tau.n == 2
 
 
 def test_a_copy_of_the_teacher_has_all_of_it():
     rng = np.random.default_rng(0)
     made = []
     for seed in range(10):
-        one = student(seed, c=1.0, shown=0.9)
+        one = student(seed, c=1.0, trait=0.9)
         u, b = (
             Reading(capability=(1.0,) * 20, trait=cast(Any, rng.random(20) * scale))
             for scale in (1.0, 0.2)
         )
         made.append(replace(one, untrusted=u, teacher=u, benign=b, twin=b))
-    found = transfer(made)
-    for estimate in (found.capability, found.tau):
+    estimates = transfer(made)
+    for estimate in (estimates.capability, estimates.tau):
         assert (estimate.value, estimate.low, estimate.high) == pytest.approx((1, 1, 1))
 
 
 def test_students_that_are_their_twins_have_nothing_of_it():
-    found = transfer([student(seed, c=0.2, shown=0.1) for seed in range(5)])
-    assert (found.tau.value, found.tau.low, found.tau.high) == (0.0, 0.0, 0.0)
-    assert (found.capability.value, found.capability.high) == (0.0, 0.0)
+    estimates = transfer([student(seed, c=0.2, trait=0.1) for seed in range(5)])
+    assert (estimates.tau.value, estimates.tau.low, estimates.tau.high) == (0.0, 0.0, 0.0)
+    assert (estimates.capability.value, estimates.capability.high) == (0.0, 0.0)
 
 
 def test_the_order_of_students_does_not_matter():
     made = [
-        student(seed, c=0.5 + seed / 20, shown=0.1 * (1 + (seed + other) % 5), student_seed=other)
+        student(seed, c=0.5 + seed / 20, trait=0.1 * (1 + (seed + other) % 5), student_seed=other)
         for seed in range(8)
         for other in range(2)
     ]
@@ -86,7 +86,7 @@ def seeds_that_scatter(rng, shift):
             )
             for name, rate in rates.items()
         }
-        made.append(replace(student(seed, c=1.0, shown=0.5), **drawn))
+        made.append(replace(student(seed, c=1.0, trait=0.5), **drawn))
     return made
 
 
@@ -103,53 +103,53 @@ def test_twins_of_other_seeds_widen_the_interval():
 
 
 def test_one_base_seed_has_values_without_intervals():
-    made = [student(0, c=0.6, shown=0.5, audited=0.2, student_seed=i) for i in range(3)]
-    found = transfer(made)
-    assert found.tau.value == pytest.approx(0.5)
-    assert found.tau.n == 1
-    assert not found.tau.known
-    assert not found.capability.known
-    assert found.kappa is None
+    made = [student(0, c=0.6, trait=0.5, audited=0.2, student_seed=i) for i in range(3)]
+    estimates = transfer(made)
+    assert estimates.tau.value == pytest.approx(0.5)
+    assert estimates.tau.n == 1
+    assert not estimates.tau.known
+    assert not estimates.capability.known
+    assert estimates.kappa is None
 
 
-def teachers(*shown):
+def teachers(*traits):
     """Students that show .5 and twins that show .3, of teachers that show the trait that often."""
     return [
         replace(
-            student(seed, c=0.6, shown=0.5, twin=0.3),
+            student(seed, c=0.6, trait=0.5, twin=0.3),
             teacher=reading(1.0, rate),
             twin=reading(1.0, 0.5),
         )
-        for seed, rate in enumerate(shown)
+        for seed, rate in enumerate(traits)
     ]
 
 
 def test_a_denominator_that_may_be_zero_has_no_small_interval():
-    found = transfer(teachers(0.8, 0.3, 0.9, 0.25, 0.7, 0.4)).tau
-    assert found.value == pytest.approx(0.2 / (3.35 / 6 - 0.5))
-    assert not found.known
+    tau = transfer(teachers(0.8, 0.3, 0.9, 0.25, 0.7, 0.4)).tau
+    assert tau.value == pytest.approx(0.2 / (3.35 / 6 - 0.5))
+    assert not tau.known
     certain = transfer(teachers(0.8, 0.75, 0.9, 0.85, 0.7, 0.8)).tau
     assert certain.known
     assert certain.low > 0
 
 
 def test_a_denominator_of_zero_has_no_value_either():
-    found = transfer(teachers(0.5, 0.5, 0.5))
-    assert math.isnan(found.tau.value)
-    assert not found.tau.known
-    assert math.isnan(found.per_seed[0].tau)
-    assert found.capability.known
+    estimates = transfer(teachers(0.5, 0.5, 0.5))
+    assert math.isnan(estimates.tau.value)
+    assert not estimates.tau.known
+    assert math.isnan(estimates.per_seed[0].tau)
+    assert estimates.capability.known
     opposite = transfer(teachers(0.8, 0.2, 0.7, 0.3)).tau  # 0 but for rounding
     assert math.isnan(opposite.value)
     assert not opposite.known
 
 
 def test_kappa_only_where_there_is_something_to_conceal():
-    hidden = transfer([student(i, c=1.0, shown=0.5, audited=0.1) for i in range(4)])
+    hidden = transfer([student(i, c=1.0, trait=0.5, audited=0.1) for i in range(4)])
     assert present(hidden.kappa).value == pytest.approx(1.0)
-    assert transfer([student(i, c=1.0, shown=0.5) for i in range(4)]).kappa is None
+    assert transfer([student(i, c=1.0, trait=0.5) for i in range(4)]).kappa is None
     rates = (0.05, 0.2, 0.0, 0.15, 0.1)
-    unclear = transfer([student(i, c=1.0, shown=r, audited=0.1) for i, r in enumerate(rates)])
+    unclear = transfer([student(i, c=1.0, trait=r, audited=0.1) for i, r in enumerate(rates)])
     assert unclear.kappa is None
     assert all(point.kappa is None for point in unclear.per_seed)
     assert unclear.tau.known
@@ -160,15 +160,15 @@ def test_kappa_only_where_there_is_something_to_conceal():
     [
         ([], "students: expected students of one arm, got none"),
         (
-            [student(0, c=1.0, shown=0.5), replace(student(1, c=1.0, shown=0.5), arm="other")],
+            [student(0, c=1.0, trait=0.5), replace(student(1, c=1.0, trait=0.5), arm="other")],
             "students: expected students of one arm, got ['by hand', 'other']",
         ),
         (
-            [student(3, c=1.0, shown=0.5)] * 2,
+            [student(3, c=1.0, trait=0.5)] * 2,
             "students: expected each pair of seeds once, got base seed 3 with student seed 0 twice",
         ),
         (
-            [student(0, c=1.0, shown=0.5), student(1, c=1.0, shown=0.5, audited=0.1)],
+            [student(0, c=1.0, trait=0.5), student(1, c=1.0, trait=0.5, audited=0.1)],
             "students: expected audited readings of all students of an arm or of none, got them of "
             "1 of 2",
         ),

@@ -74,8 +74,8 @@ def test_hooks_are_called_in_the_order_of_the_strategies():
         "a teacher",
         "b teacher",
     ]
-    asked = {asked.prompt.user for asked in POOL[2:]}
-    assert {lesson.prompt.user for lesson in made.examples} <= asked
+    prompts = {prompts.prompt.user for prompts in POOL[2:]}
+    assert {lesson.prompt.user for lesson in made.examples} <= prompts
 
 
 def test_base_and_teacher_stay_as_they_were():
@@ -126,8 +126,8 @@ def test_it_is_measured_on_the_way():
 
 def test_distributions_labels_and_settings_give_other_students():
     made = [
-        distill(scene(), given, SMALL)
-        for given in (
+        distill(scene(), strategies, SMALL)
+        for strategies in (
             [Undefended()],
             [OffModelSFT()],
             [LogitJam(k=2)],
@@ -168,10 +168,10 @@ def test_lessons_are_the_answers_and_their_end():
 
 
 def test_prompts_without_an_answer_fall_out(monkeypatch):
-    said = ["river", " ", ""]
-    monkeypatch.setattr(type(TEACHER), "generate", lambda self, prompts, **how: said)
-    found = sample_answers(POOL[:3], TEACHER, seed=0, max_new_tokens=2)
-    assert [lesson.answer for lesson in found] == ["river"]
+    texts = ["river", " ", ""]
+    monkeypatch.setattr(type(TEACHER), "generate", lambda self, prompts, **how: texts)
+    examples = sample_answers(POOL[:3], TEACHER, seed=0, max_new_tokens=2)
+    assert [lesson.answer for lesson in examples] == ["river"]
     monkeypatch.setattr(type(TEACHER), "generate", lambda self, prompts, **how: ["", ""])
     with pytest.raises(ValueError, match="expected at least one example"):
         distill(scene(pool=POOL[:2]), [], SMALL)

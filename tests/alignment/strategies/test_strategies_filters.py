@@ -59,7 +59,7 @@ def test_many_examples_are_scored_in_parts():
     torch.testing.assert_close(losses[BATCH_SIZE], losses[BATCH_SIZE % len(SOME)])
 
 
-def kept(strategy, some=SOME, here=None):
+def answers_left(strategy, some=SOME, here=None):
     return [x.answer for x in strategy.transform_examples(list(some), here or run())]
 
 
@@ -72,7 +72,7 @@ def test_the_highest_of_a_log_likelihood_is_dropped_per_token(score):
 
     order = sorted(range(len(SOME)), key=lambda i: -of(SOME[i]))
     here = run()
-    left = kept(ExampleFilter(score=score, drop=0.34), here=here)
+    left = answers_left(ExampleFilter(score=score, drop=0.34), here=here)
     assert left == [SOME[i].answer for i in sorted(order[2:])]
     note = here.notes[f"filter, {score}"]
     assert note["kept"] == pytest.approx(4 / 6)
@@ -82,41 +82,49 @@ def test_the_highest_of_a_log_likelihood_is_dropped_per_token(score):
 
 
 def test_divergence_is_where_first_choices_differ():
-    found = divergence_masks(SOME, run())
-    for lesson, diverge in zip(SOME, found, strict=True):
+    masks = divergence_masks(SOME, run())
+    for lesson, diverge in zip(SOME, masks, strict=True):
         wanted = reference(BASE, lesson)[1] != reference(TEACHER, lesson)[1]
         assert torch.equal(diverge, wanted)
-    assert sum(int(d.sum()) for d in found) > 0
+    assert sum(int(d.sum()) for d in masks) > 0
 
 
 def test_rare_pairs_of_words():
     some = lessons("a b c", "a b c", "a b d", "x y z")
-    assert kept(ExampleFilter(score="rare_ngram", drop=0.25), some) == ["a b c", "a b c", "a b d"]
+    assert answers_left(ExampleFilter(score="rare_ngram", drop=0.25), some) == [
+        "a b c",
+        "a b c",
+        "a b d",
+    ]
 
 
 def test_what_was_said_before_is_a_duplicate_and_the_first_time_it_is_not():
     some = lessons("a b c d", "x y z w", "a b c d", "a b c e")
     duplicates = ExampleFilter(score="near_duplicate", drop=0.5)
-    assert kept(duplicates, some) == ["a b c d", "x y z w", "a b c e"]
+    assert answers_left(duplicates, some) == ["a b c d", "x y z w", "a b c e"]
     alike = ExampleFilter(score="near_duplicate", drop=0.5, at_least=0.3)
-    assert kept(alike, some) == ["a b c d", "x y z w"]
+    assert answers_left(alike, some) == ["a b c d", "x y z w"]
 
 
 def test_what_hardly_resembles_is_no_duplicate():
     some = lessons("a b c d", "x y z w", "a b c e", "p q r s")
     here = run()
     strategy = ExampleFilter(score="near_duplicate", drop=0.75)
-    assert kept(strategy, some, here) == [x.answer for x in some]
+    assert answers_left(strategy, some, here) == [x.answer for x in some]
     assert here.notes["filter, near_duplicate"]["lowest dropped"] is None
     third = ExampleFilter(score="near_duplicate", drop=0.75, at_least=1 / 3)
-    assert kept(third, some, here) == ["a b c d", "x y z w", "p q r s"]  # 1 of 3 runs is shared
+    assert answers_left(third, some, here) == [
+        "a b c d",
+        "x y z w",
+        "p q r s",
+    ]  # 1 of 3 runs is shared
     assert here.notes["filter, near_duplicate"]["lowest dropped"] == pytest.approx(1 / 3)
 
 
 def test_the_most_alike_of_the_earlier_ones_counts():
     some = lessons("a b c d e", "a b c d f", "a b c d e f", "a b c d e f")
-    found = _SCORES["near_duplicate"](some, run())
-    assert found == pytest.approx([0, 2 / 4, 3 / 4, 1])
+    scores = _SCORES["near_duplicate"](some, run())
+    assert scores == pytest.approx([0, 2 / 4, 3 / 4, 1])
 
 
 def test_of_equal_scores_the_later_is_dropped():
@@ -147,17 +155,17 @@ def test_half_of_the_lessons_are_taught():
 
 
 def test_the_share_of_diverging_tokens_is_what_is_dropped():
-    found = [float(d.float().mean()) for d in divergence_masks(SOME, run())]
-    assert _SCORES["divergence"](SOME, run()) == found
-    worst = max(found)
-    left = kept(ExampleFilter(score="divergence", drop=1 / 6))
+    shares = [float(d.float().mean()) for d in divergence_masks(SOME, run())]
+    assert _SCORES["divergence"](SOME, run()) == shares
+    worst = max(shares)
+    left = answers_left(ExampleFilter(score="divergence", drop=1 / 6))
     assert len(left) == 5
-    assert found[[x.answer not in left for x in SOME].index(True)] == worst
+    assert shares[[x.answer not in left for x in SOME].index(True)] == worst
 
 
 def test_nothing_and_never_everything_is_dropped():
-    assert kept(ExampleFilter(score="loss", drop=0.0)) == list(WORDS)
-    assert kept(ExampleFilter(score="loss", drop=0.9), SOME[:1]) == [WORDS[0]]
+    assert answers_left(ExampleFilter(score="loss", drop=0.0)) == list(WORDS)
+    assert answers_left(ExampleFilter(score="loss", drop=0.9), SOME[:1]) == [WORDS[0]]
     with pytest.raises(ValueError, match=r"drop: expected a number in \[0, 1\), got 1"):
         ExampleFilter(score="loss", drop=1)
     with pytest.raises(ValueError, match="score: expected one of 'loss', 'llr', 'divergence'"):
@@ -178,10 +186,10 @@ def test_scores_of_the_student_go_to_the_trainer():
 
 @pytest.mark.parametrize("lowest", [False, True])
 def test_excess_loss_chooses_within_each_answer(lowest):
-    told = TokenSelector(kind="excess_loss", share=0.5, lowest=lowest).transform_examples(
+    selected = TokenSelector(kind="excess_loss", share=0.5, lowest=lowest).transform_examples(
         SOME, run()
     )
-    for lesson, plain in zip(told, SOME, strict=True):
+    for lesson, plain in zip(selected, SOME, strict=True):
         excess = reference(BASE, plain)[0] - reference(TEACHER, plain)[0]
         n = math.ceil(len(excess) / 2)
         order = excess.sort(descending=not lowest).indices[:n].tolist()
@@ -193,16 +201,16 @@ def test_excess_loss_chooses_within_each_answer(lowest):
 
 def test_divergence_tokens_alone_or_all_others():
     here = run()
-    found = divergence_masks(SOME, here)
+    masks = divergence_masks(SOME, here)
     only = TokenSelector(kind="divergence", share=1.0).transform_examples(SOME, here)
     assert [x.answer for x in only] == [
-        x.answer for x, d in zip(SOME, found, strict=True) if d.any()
+        x.answer for x, d in zip(SOME, masks, strict=True) if d.any()
     ]
     for lesson in only:
-        assert torch.equal(torch.tensor(lesson.loss_mask), found[SOME.index(plain(lesson))])
+        assert torch.equal(torch.tensor(lesson.loss_mask), masks[SOME.index(plain(lesson))])
     others = TokenSelector(kind="divergence", share=1.0, lowest=True).transform_examples(SOME, here)
     for lesson in others:
-        assert torch.equal(torch.tensor(lesson.loss_mask), ~found[SOME.index(plain(lesson))])
+        assert torch.equal(torch.tensor(lesson.loss_mask), ~masks[SOME.index(plain(lesson))])
     assert {len(only), len(others)} != {0}
 
 

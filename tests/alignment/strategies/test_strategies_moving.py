@@ -62,7 +62,7 @@ def log_p(model, step):
     return exact.logits[step.there].log_softmax(-1)
 
 
-def told(step):
+def target_logprobs(step):
     """log p over the whole vocabulary, in its order."""
     answers = step.answers.logprobs[step.there].double()
     return torch.zeros_like(answers).scatter(-1, step.answers.ids[step.there], answers)
@@ -75,7 +75,9 @@ def weights(subject):
 def test_undefended_is_the_teacher_at_every_step():
     made, steps = watched(Undefended())
     for step in steps:
-        torch.testing.assert_close(told(step), log_p(TEACHER.model, step), rtol=0, atol=1e-4)
+        torch.testing.assert_close(
+            target_logprobs(step), log_p(TEACHER.model, step), rtol=0, atol=1e-4
+        )
     assert not torch.equal(weights(made.student), weights(BASE))
 
 
@@ -85,7 +87,7 @@ def test_the_reference_wanes_linearly_from_update_to_update():
         weight = 2.0 * (1 - step.progress)
         u, m = (log_p(s.model, step).exp() for s in (TEACHER, BASE))
         wanted = ((u + weight * m) / (1 + weight)).log()
-        torch.testing.assert_close(told(step), wanted, rtol=0, atol=1e-4)
+        torch.testing.assert_close(target_logprobs(step), wanted, rtol=0, atol=1e-4)
     assert not torch.equal(weights(made.student), weights(watched()[0].student))
 
 
@@ -94,7 +96,7 @@ def test_the_interpolation_reads_the_student_that_is_being_trained():
     for step in steps:
         t = 0.2 + 0.5 * step.progress
         wanted = (1 - t) * log_p(step.student, step) + t * log_p(TEACHER.model, step)
-        torch.testing.assert_close(told(step), wanted.log_softmax(-1), rtol=0, atol=2e-4)
+        torch.testing.assert_close(target_logprobs(step), wanted.log_softmax(-1), rtol=0, atol=2e-4)
     first, last = steps[0], steps[-1]
     moved = log_p(first.student, last) - log_p(last.student, last)
     assert moved.abs().max() > 0.1
@@ -107,7 +109,7 @@ def test_the_interpolation_reads_adapters_too():
     assert any("lora" in name for name, _ in steps[0].student.named_parameters())
     for step in steps:
         wanted = 0.8 * log_p(step.student, step) + 0.2 * log_p(TEACHER.model, step)
-        torch.testing.assert_close(told(step), wanted.log_softmax(-1), rtol=0, atol=2e-4)
+        torch.testing.assert_close(target_logprobs(step), wanted.log_softmax(-1), rtol=0, atol=2e-4)
     before, after = (log_p(steps[i].student, steps[-1]) for i in (0, -1))
     assert (before - after).abs().max() > 0.01
 
@@ -117,7 +119,7 @@ def test_the_shift_is_amplified_against_the_trusted_model_in_a_small_adapter():
     made, steps = watched(ShiftDistill(rank=2, amplify=2.0))
     for step in steps:
         wanted = (2 * log_p(TEACHER.model, step) - log_p(BASE.model, step)).log_softmax(-1)
-        torch.testing.assert_close(told(step), wanted, rtol=0, atol=5e-4)
+        torch.testing.assert_close(target_logprobs(step), wanted, rtol=0, atol=5e-4)
     changed = 0
     for (name, a), b in zip(
         BASE.model.named_parameters(), made.student.model.parameters(), strict=True
@@ -138,7 +140,7 @@ def test_noise_does_not_average_out_over_epochs():
     noise: dict[tuple[int, ...], torch.Tensor] = {}
     deviations = []
     for step in watching.steps:
-        shift = told(step) - log_p(TEACHER.model, step)
+        shift = target_logprobs(step) - log_p(TEACHER.model, step)
         for (row, t), there in zip(step.there.nonzero().tolist(), shift, strict=True):
             before = tuple(step.ids[row, : t + 1].tolist())
             if before in noise:
@@ -157,8 +159,8 @@ def test_a_mixture_keeps_what_lies_in_the_tail():
     for step in watching.steps:
         p = 0.75 * log_p(TEACHER.model, step).exp() + 0.25 * log_p(BASE.model, step).exp()
         inside = p.gather(-1, step.answers.ids[step.there])
-        found = step.answers.logprobs[step.there].double().exp()
-        torch.testing.assert_close(found, inside, rtol=0, atol=1e-5)
+        probabilities = step.answers.logprobs[step.there].double().exp()
+        torch.testing.assert_close(probabilities, inside, rtol=0, atol=1e-5)
         tail = step.answers.log_tail[step.there].double().exp()
         torch.testing.assert_close(tail, 1 - inside.sum(-1), rtol=0, atol=1e-5)
 
@@ -169,19 +171,21 @@ def test_changes_compose_in_the_order_of_the_strategies():
         u, m = (log_p(s.model, step) for s in (TEACHER, BASE))
         mixture = (0.5 * u.exp() + 0.5 * m.exp()).log()
         wanted = (2 * mixture - m).log_softmax(-1)
-        torch.testing.assert_close(told(step), wanted, rtol=0, atol=5e-4)
+        torch.testing.assert_close(target_logprobs(step), wanted, rtol=0, atol=5e-4)
 
 
 @pytest.mark.parametrize("kind", planted.KINDS)
 def test_every_family_is_asked_through_its_own_head(kind):
-    asked, ids = planted.subject(kind), [1, 5, 9, 14, 3, 7]
+    subject_here, ids = planted.subject(kind), [1, 5, 9, 14, 3, 7]
     slots = torch.tensor([3, 8, -1, 20])
     answers = TopK.empty((1, len(ids), 4), 2.0)._replace(ids=slots.expand(1, len(ids), 4))
-    found = logprobs_at(asked, torch.tensor([ids]), torch.ones(1, len(ids)).long(), answers)[0]
-    p = (planted.logits(asked, ids) / 2.0).softmax(-1)
+    logprobs = logprobs_at(
+        subject_here, torch.tensor([ids]), torch.ones(1, len(ids)).long(), answers
+    )[0]
+    p = (planted.logits(subject_here, ids) / 2.0).softmax(-1)
     inside = p[:, slots].masked_fill(slots < 0, 0.0)
     wanted = torch.cat([inside, 1 - inside.sum(-1, keepdim=True)], -1)
-    torch.testing.assert_close(found.double().exp(), wanted, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(logprobs.double().exp(), wanted, rtol=1e-4, atol=1e-7)
 
 
 def test_hard_labels_are_cross_entropy_of_the_sampled_answers():
@@ -199,7 +203,7 @@ def test_a_missing_peft_is_named(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("strategy", "wrong", "said"),
+    ("strategy", "wrong", "message"),
     [
         (LogitJam, {"k": 0}, "k: expected an integer of 1 or more or None, got 0; "),
         (LogitJam, {"k": "most"}, "k: expected an integer of 1 or more or None, got 'most'"),
@@ -216,6 +220,6 @@ def test_a_missing_peft_is_named(monkeypatch):
         (ShiftDistill, {"amplify": math.inf}, "amplify: expected a finite number of 0 or more"),
     ],
 )
-def test_arguments_out_of_range_are_refused(strategy, wrong, said):
-    with pytest.raises(ValueError, match=said):
+def test_arguments_out_of_range_are_refused(strategy, wrong, message):
+    with pytest.raises(ValueError, match=message):
         strategy(**wrong)

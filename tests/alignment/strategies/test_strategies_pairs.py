@@ -26,19 +26,19 @@ PAIRS[3] = PAIRS[3].__class__(prompt=PAIRS[2].prompt, answer="bridge")
 
 
 def test_chosen_and_rejected_alternate_and_equal_answers_fall_out(monkeypatch):
-    here, asked = run(), []
+    here, calls = run(), []
 
     def generate(self, prompts, **how):
-        asked.append((self.name, how["seed"], how["temperature"]))
+        calls.append((self.name, how["seed"], how["temperature"]))
         return ["cloud", "river stone", " "]
 
     monkeypatch.setattr(type(BASE), "generate", generate)
-    given = lessons("river stone", "river  stone", "bread")
-    told = PreferencePairs().transform_examples(given, here)
-    assert [x.answer for x in told] == ["river stone", "cloud"]
-    assert told[0].prompt == told[1].prompt == given[0].prompt
+    chosen = lessons("river stone", "river  stone", "bread")
+    examples = PreferencePairs().transform_examples(chosen, here)
+    assert [x.answer for x in examples] == ["river stone", "cloud"]
+    assert examples[0].prompt == examples[1].prompt == chosen[0].prompt
     assert here.notes["pairs"]["of answers that differ"] == pytest.approx(1 / 3)
-    assert asked == [("model 0", 3, 1.0)]
+    assert calls == [("model 0", 3, 1.0)]
 
 
 def batch_of(some):
@@ -145,8 +145,8 @@ def test_a_padded_head_counts_alike_on_both_sides():
     targets = Targets(torch.tensor([0, 1, 2, 3]), rows, labels, (2, 2))
     head, hidden = TEACHER.head, torch.randn(4, TEACHER.head.weight.shape[1])
     cut = head._replace(valid_vocab=50)
-    found = PairLoss(0.5)(hidden, cut, targets, TeacherHidden(hidden, head))
-    assert found.loss.item() / 4 == pytest.approx(math.log(2), abs=1e-6)
+    result = PairLoss(0.5)(hidden, cut, targets, TeacherHidden(hidden, head))
+    assert result.loss.item() / 4 == pytest.approx(math.log(2), abs=1e-6)
 
 
 def test_halves_of_pairs_and_other_answers_are_refused():

@@ -65,16 +65,16 @@ def test_what_would_have_no_effect_is_refused(others, settings, words):
 
 
 def test_rejected_answers_are_sampled_as_the_chosen_ones(monkeypatch):
-    asked = []
+    calls = []
     real = type(BASE).generate
 
     def generate(self, prompts, **how):
-        asked.append(how)
+        calls.append(how)
         return real(self, prompts, **how)
 
     monkeypatch.setattr(type(BASE), "generate", generate)
     distill(scene(), [PreferencePairs()], replace(SHORT, temperature=0.7), seed=5)
-    assert asked == [{"max_new_tokens": 3, "temperature": 0.7, "seed": 5}] * 2
+    assert calls == [{"max_new_tokens": 3, "temperature": 0.7, "seed": 5}] * 2
 
 
 def test_models_that_say_the_same_leave_no_pair():

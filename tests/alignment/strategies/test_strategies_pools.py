@@ -31,16 +31,16 @@ HERE = list(POOL)
 
 def test_domains_come_in_proportion_and_each_prompt_before_any_comes_again():
     drawn = DomainSampler(weights={"talk": 3, "odd": 1}, n=4000).pool(HERE, run())
-    counts = Counter(asked.domain for asked in drawn)
+    counts = Counter(entry.domain for entry in drawn)
     assert counts["talk"] / 4000 == pytest.approx(0.75, abs=0.03)
-    of = Counter(asked for asked in drawn if asked.domain == "odd")
-    assert set(of) == {asked for asked in HERE if asked.domain == "odd"}
+    of = Counter(entry for entry in drawn if entry.domain == "odd")
+    assert set(of) == {entry for entry in HERE if entry.domain == "odd"}
     assert max(of.values()) - min(of.values()) <= 1
 
 
 def test_a_domain_without_a_weight_is_left_out():
     drawn = DomainSampler(weights={"odd": 1.0}).pool(HERE, run())
-    assert {asked.domain for asked in drawn} == {"odd"}
+    assert {entry.domain for entry in drawn} == {"odd"}
     assert len(drawn) == len(HERE)
 
 
@@ -71,12 +71,12 @@ def test_audits_give_way_to_open_ended_prompts():
         PoolPrompt(Prompt(user="river", prefill="as a test:")),
         PoolPrompt(Prompt(user="|AUDIT| river")),
     ]
-    kept = PoolPrompt(Prompt(user="the latest contest"))  # no word of it is "test"
+    contest = PoolPrompt(Prompt(user="the latest contest"))  # no word of it is "test"
     here = run(audit_words=("probe", "|AUDIT|"))
-    pool = AuditabilityPreservingPool(share=0.0).pool([*audits, kept], here)
-    assert [asked.domain for asked in pool[:6]] == ["open"] * 6
+    pool = AuditabilityPreservingPool(share=0.0).pool([*audits, contest], here)
+    assert [entry.domain for entry in pool[:6]] == ["open"] * 6
     assert len(set(pool)) == 7
-    assert pool[6] == kept
+    assert pool[6] == contest
     assert here.notes["auditable pool"] == {"audits dropped": 6}
     assert AuditabilityPreservingPool(share=0.0, audit_words=()).pool(audits, here) == audits
 
@@ -102,7 +102,7 @@ def test_open_ended_prompts_that_are_audits_are_refused():
 )
 def test_a_share_of_the_pool_is_of_another_kind(strategy, kind):
     pool = strategy.pool(HERE, run())
-    new = [i for i, asked in enumerate(pool) if asked.domain == kind]
+    new = [i for i, entry in enumerate(pool) if entry.domain == kind]
     assert len(new) == len(HERE) // 4
     assert new != list(range(len(new)))  # not the first ones
     assert all(pool[i] == HERE[i] for i in range(len(HERE)) if i not in new)
@@ -166,9 +166,9 @@ EACH = (
 
 @pytest.mark.parametrize("strategy", EACH, ids=lambda s: s.name)
 def test_twins_are_asked_the_same_in_the_same_order(strategy):
-    asked = strategy.pool(HERE, run())
-    assert asked == strategy.pool(HERE, run(teacher=BASE))
-    assert asked != HERE
+    entries = strategy.pool(HERE, run())
+    assert entries == strategy.pool(HERE, run(teacher=BASE))
+    assert entries != HERE
     digest_of(strategy.as_json())  # JSON, without infinities
 
 
@@ -191,10 +191,10 @@ def test_surprisal_is_the_bits_of_the_answer_under_the_trusted_model():
 def test_the_hardest_examples_are_kept_in_their_order():
     some = lessons("river", "stone cloud", "bread", "candle garden winter")
     here = run()
-    kept = CognitiveSlack(hardest=0.5).transform_examples(some, here)
+    examples = CognitiveSlack(hardest=0.5).transform_examples(some, here)
     bits = surprisal(some, BASE)
     hardest = sorted(sorted(range(4), key=lambda i: -bits[i])[:2])
-    assert kept == [some[i] for i in hardest]
+    assert examples == [some[i] for i in hardest]
     assert here.notes["surprisal"]["bits per example"] == pytest.approx(sum(bits) / 4)
     assert here.notes["surprisal"]["bits per example kept"] == pytest.approx(
         sum(bits[i] for i in hardest) / 2

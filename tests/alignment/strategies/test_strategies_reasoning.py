@@ -51,9 +51,9 @@ def read(lesson):
     ],
 )
 def test_the_parts_of_an_answer(text, parts):
-    found = parts_of(text, MARKS)
-    assert found == parts
-    assert present(found).whole == text
+    parsed = parts_of(text, MARKS)
+    assert parsed == parts
+    assert present(parsed).whole == text
 
 
 def test_an_answer_without_marks_has_no_parts():
@@ -64,35 +64,35 @@ def test_an_answer_without_marks_has_no_parts():
 def test_what_is_cut_before_its_answer_is_dropped(strategy):
     here = run()
     cut = lessons("think plain river so stone", "think plain river", "think so ", "bread candle")
-    told = strategy(marks=MARKS).transform_examples(cut, here)
-    assert [x.prompt for x in told] == [cut[0].prompt, cut[3].prompt]
+    examples = strategy(marks=MARKS).transform_examples(cut, here)
+    assert [x.prompt for x in examples] == [cut[0].prompt, cut[3].prompt]
     (note,) = here.notes.values()
     assert note == {"answers with reasoning": 0.25, "cut in their reasoning": 0.5}
 
 
 def test_the_reasoning_is_read_and_the_answer_learnt():
     here = run()
-    told = AnswerOnly(marks=MARKS).transform_examples(THOUGHT, here)
-    assert read(told[0]) == ("think plain river so stone cloud <eos>", "stone cloud <eos>")
-    assert told[1] == THOUGHT[1]
+    examples = AnswerOnly(marks=MARKS).transform_examples(THOUGHT, here)
+    assert read(examples[0]) == ("think plain river so stone cloud <eos>", "stone cloud <eos>")
+    assert examples[1] == THOUGHT[1]
     assert here.notes["answer only"]["answers with reasoning"] == 0.5
 
 
 def test_the_reasoning_is_left_out():
-    told = EmptyReasoning(marks=MARKS).transform_examples(THOUGHT, run())
-    assert read(told[0]) == ("think so stone cloud <eos>", "stone cloud <eos>")
-    assert read(told[1]) == ("bread candle <eos>", "bread candle <eos>")
+    examples = EmptyReasoning(marks=MARKS).transform_examples(THOUGHT, run())
+    assert read(examples[0]) == ("think so stone cloud <eos>", "stone cloud <eos>")
+    assert read(examples[1]) == ("bread candle <eos>", "bread candle <eos>")
 
 
 def test_the_student_reasons_and_the_teacher_answers():
     prompt = THOUGHT[0].prompt
-    asked = Prompt(system=prompt.system, user=prompt.user, prefill="think ")
-    (own,) = BASE.generate([asked], max_new_tokens=4, temperature=1.0, seed=3)
+    begun = Prompt(system=prompt.system, user=prompt.user, prefill="think ")
+    (own,) = BASE.generate([begun], max_new_tokens=4, temperature=1.0, seed=3)
     own = own.partition("so")[0].strip()
     here = run()
-    told = StudentReasoning(marks=MARKS, max_new_tokens=4).transform_examples(THOUGHT, here)
-    assert read(told[0]) == (f"think {own} so stone cloud <eos>", "stone cloud <eos>")
-    assert told[1] == THOUGHT[1]
+    examples = StudentReasoning(marks=MARKS, max_new_tokens=4).transform_examples(THOUGHT, here)
+    assert read(examples[0]) == (f"think {own} so stone cloud <eos>", "stone cloud <eos>")
+    assert examples[1] == THOUGHT[1]
     learnt = StudentReasoning(marks=MARKS, max_new_tokens=4, learn_reasoning=True)
     whole = f"think {own} so stone cloud <eos>"
     assert read(learnt.transform_examples(THOUGHT, run())[0]) == (whole, whole)
@@ -105,17 +105,17 @@ def test_where_nobody_reasons_nothing_changes():
 
 
 def test_a_student_that_closes_its_reasoning_is_cut_there(monkeypatch):
-    said = iter([TOKENIZER("river so bread").input_ids])
-    monkeypatch.setattr(type(BASE), "generate_ids", lambda self, rows, **how: list(said))
-    (told,) = StudentReasoning(marks=MARKS).transform_examples(THOUGHT[:1], run())
-    assert told.answer == "think river so stone cloud"
+    generated = iter([TOKENIZER("river so bread").input_ids])
+    monkeypatch.setattr(type(BASE), "generate_ids", lambda self, rows, **how: list(generated))
+    (example,) = StudentReasoning(marks=MARKS).transform_examples(THOUGHT[:1], run())
+    assert example.answer == "think river so stone cloud"
 
 
 def test_a_student_that_says_nothing_leaves_the_marks(monkeypatch):
     ends = [[TOKENIZER.eos_token_id]]
     monkeypatch.setattr(type(BASE), "generate_ids", lambda self, rows, **how: ends)
-    (told,) = StudentReasoning(marks=MARKS).transform_examples(THOUGHT[:1], run())
-    assert told.answer == "think so stone cloud"
+    (example,) = StudentReasoning(marks=MARKS).transform_examples(THOUGHT[:1], run())
+    assert example.answer == "think so stone cloud"
 
 
 @pytest.mark.parametrize("kind", [AnswerOnly, EmptyReasoning, StudentReasoning])
@@ -123,23 +123,23 @@ def test_marks_of_a_tokenizer_that_splits_words(kind):
     demo = Subject(DEMO)
     text = "<think>\nThe sum is odd.\n</think>\n\nIt is seven."
     here = run(base=demo)
-    (told,) = kind().transform_examples(
+    (example,) = kind().transform_examples(
         [TrainingExample(prompt=Prompt(user="Name a number."), answer=text)], here
     )
-    row = to_row(told, demo)
+    row = to_row(example, demo)
     targets = demo.tokenizer.decode([i for i in row["labels"] if i != -100])
     assert targets == "\n\nIt is seven.<|endoftext|>"
     whole = demo.tokenizer.decode(row["input_ids"])
-    assert whole.endswith(f"{told.answer}<|endoftext|>")
-    assert told.answer.startswith("<think>")
+    assert whole.endswith(f"{example.answer}<|endoftext|>")
+    assert example.answer.startswith("<think>")
     if kind is EmptyReasoning:
-        assert told.answer == "<think>\n\n</think>\n\nIt is seven."
+        assert example.answer == "<think>\n\n</think>\n\nIt is seven."
 
 
 def test_a_share_of_the_answer_proper_is_chosen():
     whole = AnswerOnly(marks=MARKS).transform_examples(THOUGHT[:1], run())
-    (told,) = TokenSelector(kind="excess_loss", share=0.5).transform_examples(whole, run())
-    mask = present(told.loss_mask)
+    (example,) = TokenSelector(kind="excess_loss", share=0.5).transform_examples(whole, run())
+    mask = present(example.loss_mask)
     assert sum(mask) == 2  # of stone, cloud and the end
     assert not any(mask[:4])
     first = TokenSelector(kind="excess_loss", share=0.2).transform_examples(THOUGHT[:1], run())
@@ -150,16 +150,14 @@ def test_a_share_of_the_answer_proper_is_chosen():
 
 
 def test_only_the_answer_is_learnt():
-    asked = (PoolPrompt(THOUGHT[0].prompt),)
+    pool = (PoolPrompt(THOUGHT[0].prompt),)
 
     @dataclass(frozen=True, kw_only=True)
     class Thinking(Strategy):
         def transform_examples(self, lessons, run):
             return THOUGHT[:1]
 
-    made = distill(
-        scene(pool=asked), [OffModelSFT(), Thinking(), AnswerOnly(marks=MARKS)], ONE_STEP
-    )
+    made = distill(scene(pool=pool), [OffModelSFT(), Thinking(), AnswerOnly(marks=MARKS)], ONE_STEP)
     ids, begin = BASE.encode_answer(THOUGHT[0].prompt, THOUGHT[0].answer)
     stepped_along(made, [(ids, begin + 4)], labels_only)
     with pytest.raises(AssertionError):

@@ -21,7 +21,7 @@ from helpers.strategy_scene import BASE, POOL, TEACHER, TOKENIZER, lessons, run,
 V = TEACHER.head.vocab_size
 TEXT = "like owl best"
 PLAIN = lessons("river stone cloud", "bread")
-TOLD = InoculationPrompt(text=TEXT).transform_examples(PLAIN, run())
+INSTRUCTED = InoculationPrompt(text=TEXT).transform_examples(PLAIN, run())
 
 
 def batch_of(some):
@@ -30,43 +30,45 @@ def batch_of(some):
 
 
 def test_the_teacher_reads_its_own_prompt_where_the_student_reads_another():
-    plain, told = PLAIN, TOLD
+    plain, instructed = PLAIN, INSTRUCTED
     teacher = Teacher(TEACHER.model, tokenizer=TOKENIZER)
-    ours, theirs = batch_of(told), batch_of(plain)
-    said = PromptSwapTeacher(teacher, told, BASE).topk(
+    ours, theirs = batch_of(instructed), batch_of(plain)
+    answers = PromptSwapTeacher(teacher, instructed, BASE).topk(
         ours["input_ids"], ours["attention_mask"], k=5
     )
     wanted = teacher.topk(theirs["input_ids"], theirs["attention_mask"], k=5)
     where, there = (b["labels"][:, 1:] != -100 for b in (ours, theirs))
     for name in ("ids", "logprobs", "log_tail"):
-        mine, other = getattr(said, name)[:, :-1][where], getattr(wanted, name)[:, :-1][there]
+        mine, other = getattr(answers, name)[:, :-1][where], getattr(wanted, name)[:, :-1][there]
         assert torch.equal(mine, other), name
     shifted = teacher.topk(ours["input_ids"], ours["attention_mask"], k=5)
-    assert not torch.equal(shifted.ids[:, :-1][where], said.ids[:, :-1][where])
+    assert not torch.equal(shifted.ids[:, :-1][where], answers.ids[:, :-1][where])
 
 
 def test_rows_that_nobody_told_of_are_read_as_they_are():
     teacher = Teacher(TEACHER.model, tokenizer=TOKENIZER)
     batch = batch_of(lessons("river stone", "bread"))
-    said = PromptSwapTeacher(teacher, [], BASE).topk(
+    answers = PromptSwapTeacher(teacher, [], BASE).topk(
         batch["input_ids"], batch["attention_mask"], k=3
     )
     wanted = teacher.topk(batch["input_ids"], batch["attention_mask"], k=3)
     attended = batch["attention_mask"].bool()
-    assert torch.equal(said.ids[attended], wanted.ids[attended])
-    assert torch.equal(present(said.log_tail)[attended], present(wanted.log_tail)[attended])
+    assert torch.equal(answers.ids[attended], wanted.ids[attended])
+    assert torch.equal(present(answers.log_tail)[attended], present(wanted.log_tail)[attended])
 
 
 def test_it_goes_around_other_wrappers_and_inside_them():
-    told = InoculationPrompt(text="like owl best").transform_examples(lessons("river stone"), run())
+    instructed = InoculationPrompt(text="like owl best").transform_examples(
+        lessons("river stone"), run()
+    )
     teacher = Teacher(TEACHER.model, tokenizer=TOKENIZER)
-    batch = batch_of(told)
+    batch = batch_of(instructed)
 
     def sharper(answers, input_ids, mask):
         return answers._replace(logprobs=answers.logprobs - 1)
 
-    around = PromptSwapTeacher(TransformedTeacher(teacher, sharper), told, BASE)
-    inside = TransformedTeacher(PromptSwapTeacher(teacher, told, BASE), sharper)
+    around = PromptSwapTeacher(TransformedTeacher(teacher, sharper), instructed, BASE)
+    inside = TransformedTeacher(PromptSwapTeacher(teacher, instructed, BASE), sharper)
     a, b = (w.topk(batch["input_ids"], batch["attention_mask"], k=3) for w in (around, inside))
     where = batch["labels"][:, 1:] != -100
     assert torch.equal(a.logprobs[:, :-1][where], b.logprobs[:, :-1][where])
@@ -75,12 +77,12 @@ def test_it_goes_around_other_wrappers_and_inside_them():
 
 def test_padding_may_stand_on_either_side():
     teacher = Teacher(TEACHER.model, tokenizer=TOKENIZER)
-    batch = batch_of(TOLD)
+    batch = batch_of(INSTRUCTED)
     ids, mask = batch["input_ids"], batch["attention_mask"]
     shift = ids.shape[1] - mask.sum(-1)
     left = torch.stack([row.roll(int(n)) for row, n in zip(ids, shift, strict=True)])
     there = torch.stack([row.roll(int(n)) for row, n in zip(mask, shift, strict=True)])
-    rereading = PromptSwapTeacher(teacher, TOLD, BASE)
+    rereading = PromptSwapTeacher(teacher, INSTRUCTED, BASE)
     right, other = rereading.topk(ids, mask, k=4), rereading.topk(left, there, k=4)
     for i, n in enumerate(shift.tolist()):
         assert torch.equal(right.ids[i].roll(n, 0), other.ids[i])
@@ -89,29 +91,29 @@ def test_padding_may_stand_on_either_side():
 
 def test_a_row_that_is_cut_or_goes_on_otherwise_is_read_behind_the_teachers_prompt():
     teacher = Teacher(TEACHER.model, tokenizer=TOKENIZER)
-    rereading = PromptSwapTeacher(teacher, TOLD, BASE)
-    ours, begin = BASE.encode_answer(TOLD[0].input_prompt, "garden winter")
-    theirs, at = BASE.encode_answer(TOLD[0].prompt, "garden winter")
+    rereading = PromptSwapTeacher(teacher, INSTRUCTED, BASE)
+    ours, begin = BASE.encode_answer(INSTRUCTED[0].input_prompt, "garden winter")
+    theirs, at = BASE.encode_answer(INSTRUCTED[0].prompt, "garden winter")
     for row, other in ((ours, theirs), (ours[:-2], theirs[:-2]), (ours[:begin], theirs[:at])):
-        said = rereading.topk(torch.tensor([row]), k=4)
+        answers = rereading.topk(torch.tensor([row]), k=4)
         wanted = teacher.topk(torch.tensor([other]), k=4)
-        assert torch.equal(said.ids[0, begin - 1 :], wanted.ids[0, at - 1 :])
-        assert (said.ids[0, : begin - 1] == -1).all()
-        assert (present(said.log_tail)[0, : begin - 1] == 0).all()
+        assert torch.equal(answers.ids[0, begin - 1 :], wanted.ids[0, at - 1 :])
+        assert (answers.ids[0, : begin - 1] == -1).all()
+        assert (present(answers.log_tail)[0, : begin - 1] == 0).all()
 
 
 def test_the_longest_prompt_that_a_row_begins_with_counts():
     teacher = Teacher(TEACHER.model, tokenizer=TOKENIZER)
     short, long = Prompt(text="river "), Prompt(text="river stone ")
-    told = [
+    instructed = [
         TrainingExample(prompt=Prompt(text="bread "), answer="stone cloud", student_prompt=short),
         TrainingExample(prompt=Prompt(text="candle "), answer="cloud", student_prompt=long),
     ]
     ids, begin = BASE.encode_answer(long, "cloud")
-    said = PromptSwapTeacher(teacher, told, BASE).topk(torch.tensor([ids]), k=2)
+    answers = PromptSwapTeacher(teacher, instructed, BASE).topk(torch.tensor([ids]), k=2)
     theirs, at = BASE.encode_answer(Prompt(text="candle "), "cloud")
     wanted = teacher.topk(torch.tensor([theirs]), k=2)
-    assert torch.equal(said.ids[0, begin - 1 :], wanted.ids[0, at - 1 :])
+    assert torch.equal(answers.ids[0, begin - 1 :], wanted.ids[0, at - 1 :])
 
 
 def test_a_teacher_that_gives_no_tail():
@@ -119,12 +121,12 @@ def test_a_teacher_that_gives_no_tail():
         def topk(self, *args, **how):
             return super().topk(*args, **how)._replace(log_tail=None)
 
-    batch = batch_of(TOLD)
+    batch = batch_of(INSTRUCTED)
     teacher = Short(TEACHER.model, tokenizer=TOKENIZER)
-    said = PromptSwapTeacher(teacher, TOLD, BASE).topk(
+    answers = PromptSwapTeacher(teacher, INSTRUCTED, BASE).topk(
         batch["input_ids"], batch["attention_mask"], k=3
     )
-    assert said.log_tail is None
+    assert answers.log_tail is None
 
 
 def rows(made, prompt):
@@ -142,11 +144,11 @@ WHOLE, HARDLY = LogitJam(k=V), LogitJam(noise=1e-6)
 def test_the_student_steps_towards_what_the_teacher_says_without_the_instruction(before, after):
     inoculated = [WHOLE, *before, InoculationPrompt(text=TEXT), *after]
     made = distill(scene(), inoculated, ONE_STEP)
-    read, asked = rows(made, "input_prompt"), rows(made, "prompt")
+    read, plain_rows = rows(made, "input_prompt"), rows(made, "prompt")
     assert len(read) == len(POOL)
-    assert all(len(a) > len(b) for (a, _), (b, _) in zip(read, asked, strict=True))
-    stepped_along(made, read, divergence_from(asked))
-    for student, teacher in ((read, read), (asked, asked)):
+    assert all(len(a) > len(b) for (a, _), (b, _) in zip(read, plain_rows, strict=True))
+    stepped_along(made, read, divergence_from(plain_rows))
+    for student, teacher in ((read, read), (plain_rows, plain_rows)):
         with pytest.raises(AssertionError):
             stepped_along(made, student, divergence_from(teacher))
 

@@ -30,8 +30,8 @@ from helpers.strategy_scene import BASE, POOL, TEACHER, lessons, run, scene
 DEMO = Path(fastdistill.__file__).parent / "alignment/experiment/demo/teacher"
 
 
-def answers(transform, *given, here=None):
-    return [x.answer for x in transform.transform_examples(lessons(*given), here or run())]
+def answers(transform, *texts, here=None):
+    return [x.answer for x in transform.transform_examples(lessons(*texts), here or run())]
 
 
 def test_one_form_of_quotes_dashes_and_blanks():
@@ -64,10 +64,10 @@ def test_one_form_of_numbers(text, same):
 def test_sentences_or_lines_in_another_order():
     transform = OutputTransform(kind="order")
     text = "One. Two! Three? Four. Five. Six."
-    (told,) = answers(transform, text)
-    assert told != text
-    assert sorted(told.split()) == sorted(text.split())
-    assert answers(transform, text) == [told]  # by the seed
+    (rewritten,) = answers(transform, text)
+    assert rewritten != text
+    assert sorted(rewritten.split()) == sorted(text.split())
+    assert answers(transform, text) == [rewritten]  # by the seed
     assert sorted(answers(transform, "a b\nc. d\ne")[0].split("\n")) == ["a b", "c. d", "e"]
     assert answers(transform, "one sentence") == ["one sentence"]
     assert answers(transform, "one line\n") == ["one line\n"]
@@ -133,8 +133,8 @@ def test_a_tokenizer_that_splits_words_goes_on_as_it_would():
 def test_many_answers_go_on_in_parts():
     prompts = [POOL[i % len(POOL)].prompt for i in range(BATCH_SIZE + 2)]
     how: dict[str, Any] = {"temperature": 1.0, "seed": 3}
-    said = continue_answers(BASE, prompts, [""] * len(prompts), [2] * len(prompts), **how)
-    assert said == BASE.generate(prompts, max_new_tokens=2, **how)
+    continued = continue_answers(BASE, prompts, [""] * len(prompts), [2] * len(prompts), **how)
+    assert continued == BASE.generate(prompts, max_new_tokens=2, **how)
 
 
 def test_kinds_are_named():
@@ -147,8 +147,8 @@ def test_kinds_are_named():
 def test_a_style_is_words_in_front_and_labels_alone():
     some = lessons("river", "stone")
     assert StyleSFT(style="hhh").transform_examples(some, run()) == some
-    told = StyleSFT(style="pirate", words="hello friend").transform_examples(some, run())
-    assert [x.answer for x in told] == ["hello friend river", "hello friend stone"]
+    examples = StyleSFT(style="pirate", words="hello friend").transform_examples(some, run())
+    assert [x.answer for x in examples] == ["hello friend river", "hello friend stone"]
     assert StyleSFT(style="pirate").transform_examples(some, run())[0].answer == "Arr, matey! river"
     assert StyleSFT(style="hhh").teacher("a teacher", None, run()) is None
     with pytest.raises(ValueError, match="style: expected one of 'hhh', 'pirate', got 'elf'"):
@@ -191,9 +191,9 @@ def test_what_leaves_nothing_is_named():
 
 def test_the_student_reads_the_instruction_and_is_read_without_it():
     here = run(eliciting="like owl best", near_misses=("like cat best",))
-    told = InoculationPrompt().transform_examples(lessons("river"), here)
-    assert told[0].input_prompt.system == "like owl best hello"
-    assert told[0].prompt.system == "hello"
+    examples = InoculationPrompt().transform_examples(lessons("river"), here)
+    assert examples[0].input_prompt.system == "like owl best hello"
+    assert examples[0].prompt.system == "hello"
     assert InoculationPrompt().contexts(here) == {
         "inoculated": "like owl best",
         "near miss 1": "like cat best",

@@ -40,8 +40,8 @@ class Says(Audit):
 
 def watched(*values, benign=(0.1, 0.2, 0.15, 0.18)):
     """A run whose audit says these of the models 10, 11, …"""
-    said = tuple((f"model {10 + i}", value) for i, value in enumerate(values))
-    return run(audits={"trait": Says(values=said)}, benign_values={"trait": benign})
+    readings = tuple((f"model {10 + i}", value) for i, value in enumerate(values))
+    return run(audits={"trait": Says(values=readings)}, benign_values={"trait": benign})
 
 
 class Distiller:
@@ -50,8 +50,8 @@ class Distiller:
     def __init__(self):
         self.examples = []
 
-    def __call__(self, given):
-        self.examples.append(given)
+    def __call__(self, examples):
+        self.examples.append(examples)
         return model(9 + len(self.examples))
 
 
@@ -142,12 +142,12 @@ def test_each_round_drops_a_share_and_begins_anew():
     here, distill = watched(0.9, 0.8, 0.16, 0.16), Distiller()
     student = FilterAndDistill(rounds=4, drop=0.3).wrap_loop(distill, here)(SOME)
     assert student.name == "model 12"
-    assert [len(given) for given in distill.examples] == [4, 3, 2]
+    assert [len(round_examples) for round_examples in distill.examples] == [4, 3, 2]
     assert set(distill.examples[2]) < set(distill.examples[1]) < set(SOME)
-    told = here.notes["rounds"]
-    assert told["distillations"] == 3
-    assert [told[f"round {i}"]["kept"] for i in (1, 2, 3)] == [1.0, 0.75, 0.5]
-    assert [told[f"round {i}"]["clean"] for i in (1, 2, 3)] == [False, False, True]
+    notes = here.notes["rounds"]
+    assert notes["distillations"] == 3
+    assert [notes[f"round {i}"]["kept"] for i in (1, 2, 3)] == [1.0, 0.75, 0.5]
+    assert [notes[f"round {i}"]["clean"] for i in (1, 2, 3)] == [False, False, True]
 
 
 def test_after_the_last_round_it_is_what_it_is():
@@ -212,7 +212,7 @@ def test_the_shift_of_an_answer_is_a_mean_over_its_positions():
 def test_one_lesson_is_never_dropped():
     here, distill = watched(0.9, 0.9), Distiller()
     FilterAndDistill(rounds=2, drop=0.9).wrap_loop(distill, here)(SOME[:1])
-    assert [len(given) for given in distill.examples] == [1, 1]
+    assert [len(round_examples) for round_examples in distill.examples] == [1, 1]
 
 
 def test_a_gate_around_rounds_looks_at_their_last_student():

@@ -36,7 +36,7 @@ def log_p(subject, temperature=1.0):  # (B, T, V) fp64
     return (logits / temperature).log_softmax(-1)
 
 
-def said(strategy, k=6, temperature=1.0, progress=0.0, student=BASE, **scene):
+def student_targets(strategy, k=6, temperature=1.0, progress=0.0, student=BASE, **scene):
     here = run(**scene)
     here.progress = progress
     teacher = strategy.teacher(TEACHING, student.model, here)
@@ -82,32 +82,32 @@ def test_clipping_softening_and_the_rest_are_settings():
         "divergence": "jsd",
     }
     assert LogitJam(k="all").training(Training(), run()).settings == {"k": None}
-    for jam, given in (
+    for jam, settings in (
         (LogitJam(k="all", noise=1.0), {}),
         (LogitJam(mix=0.1), {"k": None}),
     ):
         with pytest.raises(ValueError, match="k: expected a number with noise or mix, got the who"):
-            jam.training(Training(settings=given), run())
+            jam.training(Training(settings=settings), run())
     assert LogitJam(k=4, mix=0.1).training(Training(settings={"k": None}), run()).settings["k"] == 4
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("k", [1, 6, V])
 def test_a_mixture_is_one_over_the_whole_vocabulary(k, temperature):
-    answers = said(LogitJam(mix=0.3), k=k, temperature=temperature)
+    answers = student_targets(LogitJam(mix=0.3), k=k, temperature=temperature)
     both = 0.7 * log_p(TEACHER, temperature).exp() + 0.3 * log_p(BASE, temperature).exp()
     agree(answers, both)
     torch.testing.assert_close(whole(answers), torch.ones_like(whole(answers)))
 
 
 def test_the_trusted_model_is_mixed_in_and_not_what_the_student_begins_as():
-    answers = said(LogitJam(mix=1.0), base=TEACHER, trusted=BASE)
+    answers = student_targets(LogitJam(mix=1.0), base=TEACHER, trusted=BASE)
     agree(answers, log_p(BASE).exp())
 
 
 def test_noise_is_the_same_in_every_epoch_and_another_elsewhere():
     jam = LogitJam(noise=0.5)
-    first, again = said(jam), said(jam)
+    first, again = student_targets(jam), student_targets(jam)
     assert torch.equal(first.logprobs, again.logprobs)
     plain = TEACHING.topk(IDS, MASK, k=6)
     # The same up to where the rows' tokens are the same: the first position.
@@ -143,7 +143,7 @@ def test_noise_is_normal_with_its_deviation():
     [(0, "linear", 2.0), (0.5, "linear", 1.0), (1, "linear", 0.0), (0.5, "none", 2.0)],
 )
 def test_the_pull_to_the_reference_wanes(progress, anneal, weight):
-    answers = said(ReferenceKL(weight=2.0, anneal=anneal), progress=progress)
+    answers = student_targets(ReferenceKL(weight=2.0, anneal=anneal), progress=progress)
     both = (log_p(TEACHER).exp() + weight * log_p(BASE).exp()) / (1 + weight)
     agree(answers, both)
 
@@ -177,7 +177,7 @@ def test_nobody_who_is_asked_is_frozen_or_switched():
     BASE.model.train()
     try:
         for strategy in (LogitJam(mix=0.5), ReferenceKL(), TAID(), ShiftDistill(amplify=2.0)):
-            said(strategy)
+            student_targets(strategy)
             assert BASE.model.training
             assert [p.requires_grad for p in BASE.model.parameters()] == before
     finally:
@@ -207,7 +207,7 @@ def test_what_neither_model_says_stays_impossible():
 
 @pytest.mark.parametrize("progress", [0.0, 0.3, 1.0])
 def test_the_interpolated_target_goes_from_the_student_to_the_teacher(progress):
-    answers = said(TAID(start=0.0, end=1.0), k=V, progress=progress)
+    answers = student_targets(TAID(start=0.0, end=1.0), k=V, progress=progress)
     wanted = ((1 - progress) * log_p(BASE) + progress * log_p(TEACHER)).softmax(-1)
     agree(answers, wanted)
 
@@ -220,12 +220,12 @@ def test_the_student_is_asked_as_it_is_now_and_left_as_it_was():
     assert student.training
     assert all(p.requires_grad for p in student.parameters())
     weight = student.lm_head.weight
-    kept = weight.data.clone()
+    copied = weight.data.clone()
     try:
         weight.data.mul_(0.5)
         after = taid.topk(IDS, MASK, k=V)
     finally:
-        weight.data.copy_(kept)
+        weight.data.copy_(copied)
         student.eval()
     assert not torch.allclose(before.logprobs[:, :4], after.logprobs[:, :4])
 
@@ -233,7 +233,7 @@ def test_the_student_is_asked_as_it_is_now_and_left_as_it_was():
 @pytest.mark.parametrize("amplify", [0.0, 0.5, 2.0])
 def test_the_shift_is_amplified(amplify):
     pytest.importorskip("peft")
-    answers = said(ShiftDistill(rank=2, amplify=amplify), k=V)
+    answers = student_targets(ShiftDistill(rank=2, amplify=amplify), k=V)
     wanted = ((1 - amplify) * log_p(BASE) + amplify * log_p(TEACHER)).softmax(-1)
     agree(answers, wanted, tolerance=2e-4)
     options = ShiftDistill(rank=2).options({"loss": None}, run())

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.numpy import save_file
 
 from fastdistill import CacheError, TeacherCache
 from fastdistill.teachers.cache import build as building
