@@ -8,6 +8,7 @@ import ast
 import re
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import typer
@@ -47,7 +48,8 @@ def test_the_commands_of_a_page_exist(page, tmp_path, monkeypatch, capsys):
     """Options are parsed; where the command prints its settings, their values are checked too."""
     monkeypatch.chdir(tmp_path)
     for words in commands(page):
-        command, arguments = typer.main.get_command(app), list(words)
+        command: Any = typer.main.get_command(app)
+        arguments = list(words)
         while getattr(command, "commands", None) and arguments[:1] and arguments[0][0] != "-":
             command = command.commands[arguments.pop(0)]
         if "--help" in words or not words:

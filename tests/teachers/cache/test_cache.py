@@ -137,7 +137,7 @@ def test_it_travels_to_another_process(built):
 
 
 @pytest.mark.parametrize(
-    ("request", "words"),
+    ("options", "words"),
     [
         ({"k": 9}, r"k: expected an integer in 1\.\.8"),
         ({"k": 0}, "k: expected"),
@@ -145,9 +145,9 @@ def test_it_travels_to_another_process(built):
         ({"k": 8, "temperature": 0.0}, "temperature: expected a finite number above 0"),
     ],
 )
-def test_what_it_does_not_have(built, request, words):
+def test_what_it_does_not_have(built, options, words):
     with pytest.raises(ValueError, match=words):
-        built[1].topk(ragged(40)[0]["input_ids"][None], **request)
+        built[1].topk(ragged(40)[0]["input_ids"][None], **options)
 
 
 def test_other_rows_are_named(built):
