@@ -73,8 +73,8 @@ def test_without_triton_it_says_what_to_install(monkeypatch):
 def test_the_environment_chooses_the_cpu_kernels(variables, expected):
     code = (
         "import torch\n"
-        "from fastdistill import backend\n"
-        "from fastdistill.quant import engines\n"
+        "from fastdistill.runtime import backend\n"
+        "from fastdistill.quant.backends import table as engines\n"
         "chosen = engines.engine_for(torch.device('cpu'))\n"
         "name = 'CPU' if chosen is engines.CPU else 'TORCH'\n"
         "print(backend.describe()['cpu_isa'], name)\n"
