@@ -7,6 +7,7 @@ import importlib
 import re
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -50,7 +51,7 @@ def test_links_of_the_readme_lead_to_files():
 def test_the_losses_run_as_printed():
     c = case(torch.float32, V=200)
     lm_head = nn.Linear(16, 200, bias=False)
-    names = {
+    names: dict[str, Any] = {
         "hidden": c.hidden.requires_grad_(),
         "lm_head": lm_head,
         "labels": c.labels,
@@ -100,7 +101,8 @@ def test_trls_trainers_run_as_printed(tmp_path, monkeypatch, config):
 
 def test_a_served_teacher_runs_as_printed():
     (block,) = page("teachers/served.md")
-    tokenizer, names = shipped_teacher()[1], {}
+    tokenizer = shipped_teacher()[1]
+    names: dict[str, Any] = {}
     with ours(Teacher(small(tokenizer, 7, hidden=48))) as url:
         exec(block.replace("http://127.0.0.1:8000", url), names)
         assert names["teacher"].vocab_size == len(tokenizer)

@@ -20,8 +20,8 @@ def test_the_committed_picture_has_the_figures_of_the_committed_rows():
         for pair in shares(group):
             expected += ["not measured"] * 2 if pair is None else [f"{x:.2f}" for x in pair]
     drawn = texts(PICTURE.read_text(encoding="utf-8"))
-    shown = [text for text in drawn if re.fullmatch(r"\d\.\d\d|not measured", text)]
-    assert sorted(shown) == sorted(expected)
+    labels = [text for text in drawn if re.fullmatch(r"\d\.\d\d|not measured", text)]
+    assert sorted(labels) == sorted(expected)
     assert {name for group in GROUPS for name, _ in group.bars} <= set(drawn)
 
 

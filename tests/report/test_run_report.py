@@ -83,9 +83,9 @@ def test_figures_are_those_of_the_log(watched):
 def test_settings_that_differ_come_first(watched):
     page = page_of(watched[1])
     assert page.table["learning_rate"] == ["0.01"]
-    shown, _, folded = page.source.partition(" settings at their defaults</summary>")
-    assert "<summary>" in shown.rpartition("<details>")[2]
-    assert "<td>eval_on_start</td><td>true</td>" in shown
+    first_part, _, folded = page.source.partition(" settings at their defaults</summary>")
+    assert "<summary>" in first_part.rpartition("<details>")[2]
+    assert "<td>eval_on_start</td><td>true</td>" in first_part
     assert "<td>weight_decay</td><td>0.0</td>" in folded
     assert "weight_decay" not in first_part
     assert "It ended at step 4 of 4." in page.text

@@ -60,13 +60,13 @@ def test_organisms_that_miss_a_gate_are_not_counted(gate):
 
 
 def test_the_overview_shows_the_committed_table():
-    found = json.loads(RESULT.read_text())
-    assert markdown(found["rows"]) in (ROOT / "docs" / "audits" / "overview.md").read_text(
+    result = json.loads(RESULT.read_text())
+    assert markdown(result["rows"]) in (ROOT / "docs" / "audits" / "overview.md").read_text(
         encoding="utf-8"
     )
-    assert len(found["seeds"]) - len(found["refused_by_gates"]) >= 10
-    assert {row["n"] for row in found["rows"]} == {
-        len(found["seeds"]) - len(found["refused_by_gates"])
+    assert len(result["seeds"]) - len(result["refused_by_gates"]) >= 10
+    assert {row["n"] for row in result["rows"]} == {
+        len(result["seeds"]) - len(result["refused_by_gates"])
     }
 
 
