@@ -196,9 +196,9 @@ def test_samples_are_shown_the_last_first(watched, tmp_path):
     page = page_of(with_events(watched[1], tmp_path / "sampled", *events))
     assert page.table["4"] == ["p4", "<b>"]
     assert page.table["2"] == ["p2", "<b>"]
-    shown, _, folded = page.source.partition("<summary>Earlier samples</summary>")
-    assert "p4" in shown
-    assert "p2" not in shown
+    last_samples, _, folded = page.source.partition("<summary>Earlier samples</summary>")
+    assert "p4" in last_samples
+    assert "p2" not in last_samples
     assert "p2" in folded
 
 
