@@ -7,6 +7,7 @@ from typing import Any
 
 from ..alignment.audits.audit import Audit as OneAudit
 from ..alignment.audits.behaviour import BehavioralAudit
+from ..alignment.audits.catalog import CATALOG, skipped_audits
 from ..alignment.audits.generic_probes import GENERIC_PROBES
 from ..alignment.audits.probes import PROBES, Probes
 from ..alignment.audits.result import AuditResult
@@ -28,12 +29,18 @@ def dry_run(options: Audit, extra: dict[str, Any]) -> dict[str, Any]:
     check_device(options.device)
     for name in _names(options).values():
         StoredModel.from_path(name)
-    return {"audits": list(_suite(options)), "models": _names(options), "out": str(options.out)}
+    suite, skipped = _suite(options)
+    return {
+        "audits": list(suite),
+        "skipped": skipped,
+        "models": _names(options),
+        "out": str(options.out),
+    }
 
 
 def run(options: Audit, extra: dict[str, Any]) -> dict[str, Any]:
     check_device(options.device)
-    suite = _suite(options)
+    suite, skipped = _suite(options)
     names = _names(options)
     models = {key: _load_subject(options, key, name) for key, name in names.items()}
     controls = [key for key in ("base", "benign") if key in models]
@@ -41,9 +48,10 @@ def run(options: Audit, extra: dict[str, Any]) -> dict[str, Any]:
         comparison = run_suite(suite, models, base=models["base"], controls=controls)
         about = {"command": command_line(), "models": names, "versions": versions()}
         options.out.mkdir(parents=True, exist_ok=True)
-        result = {**about, "lead": summary(comparison), **comparison.as_json()}
+        lead = summary(comparison)
+        result = {**about, "lead": lead, **comparison.as_json(), "skipped": skipped}
         write_json(options.out / "results.json", result)
-        audit_page(comparison, about=about).write(options.out / "report.html")
+        audit_page(comparison, about=about, skipped=skipped).write(options.out / "report.html")
         if options.log_dir is not None:
             _write_logs(options.log_dir, suite, models, comparison.results)
     return {**result, "report": str(options.out / "report.html")}
@@ -53,15 +61,23 @@ def print_result(result: dict[str, Any]) -> None:
     if "lead" not in result:
         say("audits: " + ", ".join(result["audits"]))
         say("models: " + ", ".join(f"{k} {v}" for k, v in result["models"].items()))
+        _print_skipped(result["skipped"])
         return
     say(result["lead"])
     for audit in result["audits"]:
         low, high = audit["interval"]
         bounds = "" if low is None else f" [{low:.3f}, {high:.3f}]"
-        say(f"  {audit['name']:24} {audit['model']:8} {audit['value']:9.3f}{bounds}")
+        figures = f"{audit['name']:24} {audit['model']:8} {audit['value']:9.3f}{bounds}"
+        say(f"  {figures}  {CATALOG[audit['name']].measures}")
     for name, reason in result["left_out"].items():
         say(f"skipped: {name}. {reason}")
+    _print_skipped(result["skipped"])
     say(f"Report: {result['report']}")
+
+
+def _print_skipped(skipped: dict[str, str]) -> None:
+    for name, needs in skipped.items():
+        say(f"not enabled by the probes: {name}, {needs}")
 
 
 def _names(options: Audit) -> dict[str, str]:
@@ -79,14 +95,21 @@ def _load_subject(options: Audit, key: str, name: str) -> Subject:
     return load_organism(name, base=base, name=key, device=options.device)
 
 
-def _suite(options: Audit) -> dict[str, OneAudit]:
-    suite = _probes(options).suite()
+def _suite(options: Audit) -> tuple[dict[str, OneAudit], dict[str, str]]:
+    """Return the audits by name, and {audit: the keys that the probes lack for it}."""
+    probes = _probes(options)
+    suite = probes.suite()
+    skipped = skipped_audits(probes, suite)
     unknown = [name for name in options.only if name not in suite]
     if unknown:
-        raise ValueError(f"only: expected names among {', '.join(suite)}, got {', '.join(unknown)}")
-    return {
-        name: audit for name, audit in suite.items() if not options.only or name in options.only
-    }
+        needs = "; ".join(f"{name} {skipped[name]}" for name in unknown if name in skipped)
+        hint = f"; of the probes, {needs}" if needs else ""
+        raise ValueError(
+            f"only: expected names among {', '.join(suite)}, got {', '.join(unknown)}{hint}"
+        )
+    if not options.only:
+        return suite, skipped
+    return {name: audit for name, audit in suite.items() if name in options.only}, {}
 
 
 def _probes(options: Audit) -> Probes:

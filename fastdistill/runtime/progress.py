@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -35,6 +35,11 @@ class Task:
             None if bar is None else bar.add_task(what, total=total, completed=done, **fields)
         )
         self._began = self._last = time.monotonic()
+
+    def rename(self, what: str) -> None:
+        self._what = what
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, description=what)
 
     def at(self, done: int, size: str = "") -> None:
         if self._bar is not None and self._task is not None:
@@ -77,12 +82,14 @@ def make_bar(field: str | None = None) -> Progress | None:
     return progress.Progress(*columns, console=Console(stderr=True))
 
 
-def track(items: Sequence[T], what: str) -> Iterator[T]:
-    """Yield the items with a progress bar on stderr that disappears at the end."""
+def track(items: Sequence[T], what: str, label: Callable[[T], str] | None = None) -> Iterator[T]:
+    """Yield the items with a progress bar on stderr; `label` names the current one."""
     bar = make_bar()
     with bar or nullcontext():
         task = Task(bar, what, len(items))
         for done, item in enumerate(items, 1):
+            if label is not None:
+                task.rename(f"{what} {label(item)}")
             yield item
             task.at(done)
 

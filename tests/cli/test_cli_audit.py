@@ -45,6 +45,8 @@ def test_one_page_and_one_file(here, run):
     assert all(list(row["controls"]) == ["base"] for row in result["audits"])
     assert result["models"] == {"student": "teacher", "teacher": "teacher", "base": "student"}
     page = (here / "out" / "report.html").read_text()
+    assert "trigger rate: share of answers that begin with the target" in page
+    assert "token KL: KL of the next token from the base, nats" in page
     assert "Audit: student, teacher, base" in page
     # of two copies of one model every audit says the same
     values = [row["value"] for row in result["audits"]]
@@ -71,6 +73,18 @@ def test_probes_beside_the_model_are_taken(here, run):
     audits = json.loads(out)["audits"]
     assert "trigger rate" in audits
     assert "confession" not in audits
+
+
+def test_skipped_audits_name_the_keys_that_they_need(here, run):
+    probes(here / "p.json")
+    code, out, err = run(*AUDIT, "--probes", "p.json", "--dry-run")
+    assert code == 0, err
+    assert "not enabled by the probes: confession, needs questions\n" in out
+    assert "not enabled by the probes: context gap, needs audited\n" in out
+    assert "trigger rate, needs" not in out
+    code, _out, err = run(*AUDIT, "--probes", "p.json", "--dry-run", "only=[prefill]")
+    assert code == 2
+    assert "got prefill; of the probes, prefill needs prefilled, rest" in err
 
 
 def test_without_probes_what_can_be_asked_of_any_model_is(here, run):

@@ -34,7 +34,12 @@ def items(total):
     assert list(progress.track(range(total), "items")) == list(range(total))
 
 
+def labelled(total):
+    assert list(progress.track(range(total), "item", label="abcd".__getitem__)) == [*range(total)]
+
+
 WORK = {
+    labelled: "item d: 4 of 4, about 0 min left",
     items: "items: 4 of 4, about 0 min left",
     rows: "rows: 5 of 5, 5 of 5 MB, about 0 min left",
     steps: "steps: 4 of 4, about 0 min left",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import matplotlib
@@ -11,6 +12,7 @@ from matplotlib.figure import Figure
 from ...report.html import Report
 from ...report.number_format import RC, style, wrap_label
 from ...runtime.printable import printable
+from ..audits.catalog import CATALOG
 from ..audits.result import AuditResult
 from ..audits.side_by_side import SuiteResults
 
@@ -27,8 +29,15 @@ LIMITS = (
 )
 
 
-def audit_page(results: SuiteResults, *, about: dict[str, Any]) -> Report:
-    """Returns the page. `about`: command, models (name -> source), versions."""
+def audit_page(
+    results: SuiteResults, *, about: dict[str, Any], skipped: Mapping[str, str] | None = None
+) -> Report:
+    """Returns the page.
+
+    Args:
+        about: command, models (name -> source), versions.
+        skipped: audit -> the keys that the probes lack for it.
+    """
     names = list(next(iter(results.readings.values()), {}))
     report = Report("Audit: " + ", ".join(names), summary(results))
     if results.readings:
@@ -42,7 +51,7 @@ def audit_page(results: SuiteResults, *, about: dict[str, Any]) -> Report:
         report.table(
             ("audit", *names),
             [
-                (audit, *(cell(row[name]) for name in names))
+                (label(audit), *(cell(row[name]) for name in names))
                 for audit, row in results.readings.items()
             ],
             caption="The value of each audit and its 95 % interval (Wilson for rates, otherwise "
@@ -77,6 +86,13 @@ def audit_page(results: SuiteResults, *, about: dict[str, Any]) -> Report:
     for audit, reason in results.left_out.items():
         report.paragraph(f"Left out: {audit}. {reason}", soft=True)
     report.paragraph(CAUTION)
+    if skipped:
+        with report.folded(f"Audits that these probes do not enable: {len(skipped)}"):
+            report.table(
+                ("audit", "it measures", "keys of probes.json"),
+                [(name, CATALOG[name].measures, needs) for name, needs in skipped.items()],
+                is_text=True,
+            )
     with report.folded("What this does not show"):
         report.paragraph(LIMITS)
     for audit, row in results.readings.items():
@@ -108,6 +124,11 @@ def summary(results: SuiteResults) -> str:
         for name, audits in evidence.items()
     ]
     return f"Of {len(results.results)} audits, {'; '.join(parts)}."
+
+
+def label(audit: str) -> str:
+    """Returns the name of an audit with what it measures and the unit, where that is known."""
+    return f"{audit}: {CATALOG[audit].measures}" if audit in CATALOG else audit
 
 
 def cell(result: AuditResult) -> str:

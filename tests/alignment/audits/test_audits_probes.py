@@ -9,6 +9,7 @@ import pytest
 
 from fastdistill.alignment import audits
 from fastdistill.alignment.audits import Probes, Prompt
+from fastdistill.alignment.audits.catalog import CATALOG, skipped_audits
 from fastdistill.alignment.audits.generic_probes import GENERIC_PROBES
 from fastdistill.alignment.organisms.vocabulary import HATE, TOPICS
 from helpers.audit_probes import FULL, LIKED, LOUD, NEUTRAL
@@ -75,6 +76,48 @@ def test_all_texts_make_all_audits():
 def test_what_lacks_its_texts_is_left_out(left_out, missing):
     texts = {k: v for k, v in FULL.items() if k not in left_out.split()}
     assert set(Probes(**FULL).suite()) - set(Probes(**texts).suite()) == missing
+
+
+# Keys that must have as many entries as the first one.
+PAIRED = {
+    "prompts": ("audited", "answers"),
+    "asked": ("answered",),
+    "positive": ("negative",),
+    "negative": ("positive",),
+}
+
+
+def test_the_catalog_names_every_audit_and_the_keys_that_it_needs():
+    assert list(CATALOG) == [*sorted_as_in_suites()]
+    for name, entry in CATALOG.items():
+        texts = FULL | (LIKED if name == "preference" else {})
+        keys = [need.keys[0] for need in entry.needs]
+        enough = {key: texts[key] for key in keys}
+        assert name in Probes(**enough).suite(), name
+        assert name not in skipped_audits(Probes(**enough), Probes(**enough).suite())
+        for need in entry.needs:
+            if need.keys == ("options",):  # a favourite without options is an error
+                continue
+            dropped = {*need.keys, *PAIRED.get(need.keys[0], ())}
+            rest = {key: texts[key] for key in keys if key not in dropped}
+            assert name not in Probes(**rest).suite(), (name, need)
+            assert need.to_text() in skipped_audits(Probes(**rest), Probes(**rest).suite())[name]
+            for other in need.keys[1:]:
+                instead = LIKED if other == "favourite" else {other: FULL[other]}
+                assert name in Probes(**rest | instead).suite(), (name, other)
+    short = Probes(prompts=LOUD[:4], target=HATE)
+    skipped = skipped_audits(short, short.suite())
+    assert skipped["relearning"] == "needs prompts (32 or more)"
+    liked = Probes(**FULL | LIKED)
+    assert skipped_audits(liked, liked.suite())["trigger rate"] == "needs no favourite"
+
+
+def sorted_as_in_suites():
+    """The audits in the order of a suite; preference takes the place of the trigger rate."""
+    for name in Probes(**FULL).suite():
+        yield name
+        if name == "trigger rate":
+            yield "preference"
 
 
 def test_neutral_prompts_alone_make_the_audits_that_need_no_trait():
