@@ -6,6 +6,7 @@ none, in Triton's interpreter.
 """
 
 import os
+from collections import defaultdict
 from typing import Any
 
 import pytest
@@ -32,9 +33,28 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_collection_modifyitems(items):
-    """Files with a slow test first: one that starts last keeps a single process busy at the end."""
+    """Mark as slow what `fast_cases` leaves out; then files with a slow test first.
+
+    A file with a slow test that starts last keeps a single process busy at the end.
+    """
+    cases: dict[tuple[str, str], list[Any]] = defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("fast_cases"):
+            cases[item.parent.nodeid, item.originalname].append(item)
+    for group in cases.values():
+        fast = spread(len(group), group[0].get_closest_marker("fast_cases").args[0])
+        for i, item in enumerate(group):
+            if i not in fast:
+                item.add_marker(pytest.mark.slow)
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+def spread(total, count):
+    """Indices of `count` of `total` cases, evenly spaced from the first to the last."""
+    if count == 1:
+        return {0}
+    return {round(i * (total - 1) / (count - 1)) for i in range(min(count, total))}
 
 
 @pytest.fixture(autouse=True)

@@ -99,6 +99,7 @@ def test_without_probes_what_can_be_asked_of_any_model_is(here, run):
     assert not (here / "fastdistill-audit").exists()
 
 
+@pytest.mark.fast_cases(2)
 @pytest.mark.parametrize(
     ("more", "words"),
     [

@@ -78,6 +78,7 @@ WRONG = {
 }
 
 
+@pytest.mark.fast_cases(5)
 @pytest.mark.parametrize("case", WRONG)
 def test_a_dry_run_fails_as_the_run_does(run, folder, tmp_path, case):
     changes, more = WRONG[case]

@@ -70,6 +70,7 @@ def test_what_cannot_be_run_is_said_at_once(run, arguments, words):
     assert words in err
 
 
+@pytest.mark.slow
 def test_a_study_runs_from_the_command_line(run, monkeypatch, tmp_path):
     def small(options):
         return small_study(), [SmallSource(seed=1001)], [], 1

@@ -37,6 +37,7 @@ def commands(folder, server, out):
     }
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize("dry", [("--dry-run",), ()], ids=["dry", "run"])
 @pytest.mark.parametrize("verb", ["train", "build"])
 def test_a_row_that_is_too_long_is_named_before_the_start(run, folder, server, tmp_path, verb, dry):

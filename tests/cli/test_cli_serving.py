@@ -81,6 +81,7 @@ def test_other_machines_need_a_token(run, folder, monkeypatch):
     assert "token: expected one when host is not loopback" in err
 
 
+@pytest.mark.slow
 def test_served_until_it_is_interrupted(run, folder, tmp_path, monkeypatch):
     command = ["serve", "--teacher", str(folder / "teacher"), "--port", "0", "--token", "s3cret"]
     with subprocess.Popen(

@@ -65,6 +65,7 @@ def test_a_student_a_log_and_a_report(run, folder, tmp_path):
     assert (code, json.loads(out)["report"]) == (0, str(tmp_path / "run" / "report.html"))
 
 
+@pytest.mark.slow
 def test_stopped_and_started_again(run, folder, tmp_path):
     command, out = train(folder, tmp_path / "run", "save_steps=2"), tmp_path / "run"
     began = lambda: read_run(out).events("train_begin")[-1]["step"]  # noqa: E731
@@ -81,6 +82,7 @@ def test_stopped_and_started_again(run, folder, tmp_path):
     assert began() == 0
 
 
+@pytest.mark.slow
 def test_from_a_cache_and_from_labels(run, folder, tmp_path):
     paths = ("--teacher", folder / "teacher", "--data", folder / "train.jsonl", "--k", 8)
     assert run("cache", "build", *paths, "--out", tmp_path / "c")[0] == 0
@@ -153,6 +155,7 @@ def test_exit_codes(run, folder, tmp_path, more, code, words):
     assert "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_a_bar_on_a_terminal_and_no_colours_where_none_are_wanted(folder, tmp_path):
     def on_terminal(**environment) -> tuple[str, bytes]:
         here, terminal = pty.openpty()
@@ -188,6 +191,7 @@ def test_a_bar_on_a_terminal_and_no_colours_where_none_are_wanted(folder, tmp_pa
     assert not COLOR.search(screen)
 
 
+@pytest.mark.slow
 def test_the_same_command_after_a_finished_run(run, folder, tmp_path):
     command = train(folder, tmp_path / "run", "--eval-data", folder / "held-out.jsonl")
     out = tmp_path
@@ -209,6 +213,7 @@ def test_the_same_command_after_a_finished_run(run, folder, tmp_path):
     assert "Already finished at step 4; nothing was trained." in run(*command)[1]
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_says_so(run, folder, tmp_path):
     command = train(folder, tmp_path / "run", "learning_rate=0.3", "lr_scheduler_type=constant")
     code, out, err = run(*command, "--eval-data", folder / "held-out.jsonl")
@@ -249,6 +254,7 @@ def test_samples_of_an_on_policy_run_are_logged(run, folder, tmp_path):
     assert html.escape(sample["completion"], quote=True) in page
 
 
+@pytest.mark.slow
 def test_what_an_interrupted_run_leaves_is_said(folder, tmp_path):
     command = [*RUN, *map(str, train(folder, tmp_path / "run", "max_steps=4000"))]
     # A test process that runs in the background ignores SIGINT, and its children inherit that.

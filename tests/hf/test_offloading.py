@@ -69,6 +69,7 @@ def test_offloaded_by_accelerate_alone(stored, tmp_path):
     same_answers(model, whole(stored))
 
 
+@pytest.mark.slow
 def test_a_run_and_a_cache(stored, tmp_path):
     model, reference = on_disk(stored, tmp_path, PARTS), whole(stored)
     assert weights_digest(model) == weights_digest(reference)

@@ -53,6 +53,7 @@ def test_padded_vocabulary(tmp_path, caplog):
     assert not torch.equal(padded.model.lm_head.weight[:VOCAB], start[:VOCAB])
 
 
+@pytest.mark.slow
 def test_padded_vocabulary_of_a_dense_teacher(tmp_path):
     wide = llama(7, vocab=VOCAB + 11, scale=20.0)
     cut = llama(7, vocab=VOCAB + 11, scale=20.0)
@@ -80,6 +81,7 @@ def test_all_zero_mask(tmp_path):
     assert (talk.data_collator([{"messages": TALK}])["labels"] != -100).sum() == 9
 
 
+@pytest.mark.slow
 def test_all_masked_batches(tmp_path):
     """Among others they count for nothing, and are no NaN."""
     silent = {"input_ids": torch.arange(3, 12), "labels": torch.full((9,), -100)}

@@ -98,6 +98,7 @@ def test_rows_that_fill_more_than_a_table_of_what_sees_what(tmp_path):
         build(tmp_path, model=model, teacher=model, data=examples, packing=True)
 
 
+@pytest.mark.fast_cases(2)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("family", ["gpt2", "opt", "bloom"])
 def test_an_update_does_not_depend_on_where_padding_is(tmp_path, family, form):

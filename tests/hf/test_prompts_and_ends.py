@@ -88,6 +88,7 @@ def test_an_empty_prompt_is_refused_by_name_where_the_student_samples():
         )
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize("prompt", ["cat", "a cat"])
 @pytest.mark.parametrize("only", [True, False])
 def test_the_student_continues_the_prompt(tmp_path, prompt, only):
@@ -137,6 +138,7 @@ def test_samples_stop_where_turns_end(tmp_path):
     assert all(0 not in row[:-1] for row in tails)
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize("form", ["messages", "ids", "stream"])
 def test_a_student_of_conversations_is_saved_with_their_end(tmp_path, form):
     student = llama(0)

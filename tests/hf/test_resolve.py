@@ -79,6 +79,7 @@ def test_a_quantised_adapter_is_merged_first(folders):
     assert report.kl < 0.01  # against the adapter's full precision, and not the base's
 
 
+@pytest.mark.slow
 def test_a_cache_and_a_run_of_an_adapter(folders, tmp_path):
     _, adapter, model = folders
     cache = TeacherCache.build(adapter, ragged(), tmp_path / "cache", k=8)

@@ -55,6 +55,7 @@ def losses(tmp_path, teacher):
     return step_losses(trainer)
 
 
+@pytest.mark.slow
 def test_behind_a_server_as_in_process(tmp_path, serve, caplog):
     here = losses(tmp_path, larger())
     with caplog.at_level(logging.WARNING):
@@ -64,6 +65,7 @@ def test_behind_a_server_as_in_process(tmp_path, serve, caplog):
     assert f"the {VOCAB} tokens of the student's head are assumed" in caplog.text
 
 
+@pytest.mark.slow
 def test_from_a_cache_of_a_server(tmp_path, serve):
     served = ServedTeacher(serve(larger()))
     cache = TeacherCache.build(served, ragged(), tmp_path / "cache", k=K)
@@ -71,6 +73,7 @@ def test_from_a_cache_of_a_server(tmp_path, serve):
     assert losses(tmp_path, cache) == pytest.approx(losses(tmp_path, served), rel=0.02)
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize("wrap", [Honest, lambda m: RememberOnly(m)])
 def test_a_teacher_of_ones_own_that_says_its_size_is_cut(tmp_path, wrap):
     expected = losses(tmp_path, larger())

@@ -34,6 +34,7 @@ def run(c, teacher, dtype, impl, **options):
     return x.grad, w.grad, b.grad
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("tail", ["bucket", "truncate"])
 def test_nothing_is_skipped_at_zero(small_tiles, dtype, tail):
@@ -47,6 +48,7 @@ def test_nothing_is_skipped_at_zero(small_tiles, dtype, tail):
         assert_close(a, t, GRADIENT[dtype])
 
 
+@pytest.mark.slow
 def test_peaked_rows_skip_most_tiles_at_little_error(small_tiles):
     c = case(torch.bfloat16, N=40, V=403, H=24, std=25.0, near=1.0)
     teacher = top_k(c.teacher_logits, 5)
@@ -58,6 +60,7 @@ def test_peaked_rows_skip_most_tiles_at_little_error(small_tiles):
         assert relative(a, t) < 6e-3
 
 
+@pytest.mark.slow
 def test_a_high_bar_leaves_the_slots_alone(small_tiles):
     """With every tile skipped, what is left is exactly the K entries of each token."""
     c = case(torch.bfloat16, N=40, V=203, H=24)

@@ -79,6 +79,7 @@ ROUTES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.fast_cases(8)
 @pytest.mark.parametrize("dtype", list(BUDGET), ids=str)
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("which", CASES)
@@ -93,6 +94,7 @@ def test_sparse(which, route, dtype, impl_of_auto):
     check(loss_of, x, w, dtype)
 
 
+@pytest.mark.fast_cases(4)
 @pytest.mark.parametrize("upstream", UPSTREAM)
 @pytest.mark.parametrize("backward", ["fused", "recompute"])
 def test_upstream_factors(backward, upstream):
@@ -115,6 +117,7 @@ def test_upstream_factors(backward, upstream):
     check(loss_of, x, w, torch.float16, upstream)
 
 
+@pytest.mark.fast_cases(5)
 @pytest.mark.parametrize("chunk", [None, 12])
 @pytest.mark.parametrize("dtype", list(BUDGET), ids=str)
 @pytest.mark.parametrize("backward", ["fused", "recompute"])
@@ -135,6 +138,7 @@ def test_dense(which, backward, dtype, chunk, monkeypatch):
     check(loss_of, x, w, dtype)
 
 
+@pytest.mark.fast_cases(2)
 @pytest.mark.parametrize("upstream", UPSTREAM)
 def test_dense_callable_and_upstream(upstream):
     """psi of a callable has any size."""
@@ -155,6 +159,7 @@ def test_dense_callable_and_upstream(upstream):
     check(loss_of, x, w, torch.float16, upstream / 2000)
 
 
+@pytest.mark.fast_cases(3)
 @pytest.mark.parametrize("weights", ["equal", "one chunk without weight", "falling", "rising"])
 def test_chunks_whose_tokens_weigh_differently(weights, monkeypatch):
     """The lift follows the chunk, and dW is one sum over chunks."""
@@ -177,6 +182,7 @@ def test_chunks_whose_tokens_weigh_differently(weights, monkeypatch):
     check(loss_of, x, w, torch.float16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", list(BUDGET), ids=str)
 def test_8192_tokens_that_agree(dtype, impl_of_auto):
     """A frequent token's gradient is the sum over all of them."""
@@ -206,6 +212,7 @@ def test_a_gradient_kept_for_a_second_backward():
     torch.testing.assert_close(w.grad, 2 * first)
 
 
+@pytest.mark.fast_cases(1)
 def test_float16_autocast_trains(impl_of_auto):
     """Master weights in fp32, autocast, a loss scale: steps are taken and the loss falls."""
     interpreted = impl_of_auto == "triton" and not torch.cuda.is_available()

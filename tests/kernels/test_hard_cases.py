@@ -32,6 +32,7 @@ def check(c, teacher, dtype, **options):
         assert_close(a, b, allowed)
 
 
+@pytest.mark.fast_cases(12)
 @pytest.mark.parametrize("dtype", list(GRADIENT), ids=str)
 @pytest.mark.parametrize("backward", ["fused", "recompute"])
 @pytest.mark.parametrize("divergence", NAMES)
@@ -46,6 +47,7 @@ def test_near_converged_teacher(divergence, backward, dtype):
     assert relative(actual[2], truth[2]) <= budget
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
 def test_four_chunks_whose_weight_gradient_is_carried_in_bf16(divergence, monkeypatch):
     """As on a GPU at full size: dW is rounded with every chunk, and keeps the promise."""
@@ -58,6 +60,7 @@ def test_four_chunks_whose_weight_gradient_is_carried_in_bf16(divergence, monkey
     assert relative(actual[2], truth[2]) <= PROMISED[torch.bfloat16]
 
 
+@pytest.mark.fast_cases(10)
 @pytest.mark.parametrize(("divergence", "tail"), PAIRS)
 def test_confident_rows(divergence, tail):
     """q → 1 on one token, and a teacher as sure: tails of 1e-13 and less."""
@@ -65,6 +68,7 @@ def test_confident_rows(divergence, tail):
     check(c, top_k(c.teacher_logits, 5), torch.float32, divergence=divergence, tail=tail)
 
 
+@pytest.mark.fast_cases(4)
 @pytest.mark.parametrize("backward", ["fused", "recompute"])
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd", "hellinger"])
 def test_tail_near_one_is_exact(divergence, backward):
@@ -123,6 +127,7 @@ def test_nan_at_ignored_positions_stays_there():
     assert present(x.grad).isfinite().all()
 
 
+@pytest.mark.fast_cases(12)
 @pytest.mark.parametrize(("divergence", "tail"), PAIRS)
 @pytest.mark.parametrize("backward", ["fused", "recompute"])
 def test_duplicate_and_empty_ids(divergence, tail, backward):
@@ -146,6 +151,7 @@ def test_duplicate_and_empty_ids(divergence, tail, backward):
     check(c, fd.TopK(ids, lp, t.log_tail), torch.float64, **options)
 
 
+@pytest.mark.fast_cases(12)
 @pytest.mark.parametrize(("divergence", "tail"), PAIRS)
 @pytest.mark.parametrize("with_tail", [True, False])
 def test_k_is_the_vocabulary(divergence, tail, with_tail):
@@ -179,6 +185,7 @@ def test_padded_vocabulary():
     assert (present(w.grad)[67:] == 0).all()
 
 
+@pytest.mark.fast_cases(3)
 @pytest.mark.parametrize("tail", TAILS)
 def test_ragged_top_p(tail):
     """Rows keep as many ids as top-p needs; the others are empty slots."""
@@ -211,6 +218,7 @@ def test_upstream_gradient_and_backward_twice(backward):
     assert_close(w.grad, 2 * once[2], 1e-9)
 
 
+@pytest.mark.slow
 def test_float16_with_many_tokens():
     """dz of a mean over many tokens lies below float16's smallest number unless it is lifted."""
     c = case(torch.float16, N=64, H=16, V=5000, std=0.5)
@@ -240,6 +248,7 @@ def test_more_than_2_to_the_31_logits(impl_of_auto):
     torch.testing.assert_close(out.lse_rest[-5:], truth.lse_rest)
 
 
+@pytest.mark.fast_cases(12)
 @pytest.mark.parametrize("upstream", [65536.0, 1e30])
 @pytest.mark.parametrize(("divergence", "tail"), PAIRS)
 def test_huge_upstream_gradients_stay_finite(divergence, tail, upstream):

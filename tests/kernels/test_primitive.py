@@ -26,6 +26,7 @@ def ids_with_traps(N: int, K: int, V: int) -> torch.Tensor:
     return ids
 
 
+@pytest.mark.fast_cases(12)
 @pytest.mark.parametrize("head", HEADS, ids=str)
 @pytest.mark.parametrize("dtype", list(VALUE), ids=str)
 def test_against_dense_fp64(dtype, head):
@@ -85,6 +86,7 @@ def test_ids_covering_the_vocabulary_leave_no_rest():
     assert_close(w.grad, v.grad, 1e-9)
 
 
+@pytest.mark.fast_cases(5)
 @pytest.mark.parametrize("head", HEADS, ids=str)
 def test_gradcheck(head, impl_of_auto):
     if impl_of_auto == "triton" and "softcap" not in head and not torch.cuda.is_available():
@@ -100,6 +102,7 @@ def test_gradcheck(head, impl_of_auto):
     assert gradcheck(run, (x, w, b))
 
 
+@pytest.mark.fast_cases(8)
 @pytest.mark.parametrize("dtype", list(VALUE), ids=str)
 @pytest.mark.parametrize("k", [1, 7, 67])
 def test_linear_topk(dtype, k):

@@ -59,6 +59,7 @@ def test_every_kind_of_pair_is_here():
     }
 
 
+@pytest.mark.fast_cases(10)
 @pytest.mark.parametrize("impl", ["torch", "reference"])
 @pytest.mark.parametrize("pair", PROPER, ids=str)
 def test_a_proper_loss_is_smallest_at_the_teacher(pair, impl):
@@ -74,6 +75,7 @@ def test_a_proper_loss_is_smallest_at_the_teacher(pair, impl):
         assert leaf.grad.abs().max() < 1e-12
 
 
+@pytest.mark.fast_cases(6)
 @pytest.mark.parametrize("pair", PROPER, ids=str)
 def test_a_student_that_is_the_teacher_stays_it(pair):
     """With an optimizer that takes steps of one size, whatever the gradient."""

@@ -305,6 +305,7 @@ def pair(tmp_path_factory):
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize("name", [run.__name__ for run in CHECKS])
 def test_two_processes_are_one(name, pair):
     assert [failures[name] for failures in pair] == [[], []]

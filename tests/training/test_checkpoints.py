@@ -32,6 +32,7 @@ def dropping(seed):
     return model
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize("stop", [1, 5, 7])
 def test_resumed_weights_are_those_of_an_undisturbed_run(tmp_path, stop):
     options = {**SAVING, **MIXED, "max_steps": 8, "per_device_train_batch_size": 4}

@@ -48,6 +48,7 @@ def finite(folder):
     return all(w.isfinite().all() for w in saved.values())
 
 
+@pytest.mark.fast_cases(4)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize(
     "options",

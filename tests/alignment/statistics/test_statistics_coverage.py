@@ -69,6 +69,7 @@ SCATTER = {
 }
 
 
+@pytest.mark.fast_cases(2)
 @pytest.mark.parametrize("what", SCATTER)
 def test_the_hierarchical_bootstrap(what):
     tau = SCATTER[what]["tau"]
