@@ -1,6 +1,5 @@
 """Settings of the documentation: `make docs` writes it to docs/_build/html, without a network."""
 
-import logging
 import os
 import sys
 from pathlib import Path
@@ -33,7 +32,6 @@ myst_heading_anchors = 3
 default_role = "literal"
 add_module_names = False
 python_maximum_signature_line_length = 88
-autodoc_class_signature = "separated"
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 autodoc_inherit_docstrings = False
@@ -47,7 +45,7 @@ napoleon_custom_sections = [("Returns", "notes_style"), ("Raises", "notes_style"
 # FASTDISTILL_DOCS_LINKS=1 to link to the pages of other libraries; that needs a network.
 nitpick_ignore_regex = [
     ("py:.*", r"(collections|matplotlib|numpy|pathlib|random|torch|transformers)\..*"),
-    ("py:.*", r"fastdistill\.(?!compat)(alignment|hf|teachers|training)\..*"),
+    ("py:.*", r"fastdistill\.(?!compat)(alignment|hf|quant|teachers|training)\..*"),
     ("py:.*", r"(Divergence|Module|Path|PreTrainedModel|ProcessGroup|Tensor)"),
 ]
 if os.environ.get("FASTDISTILL_DOCS_LINKS"):
@@ -57,8 +55,3 @@ if os.environ.get("FASTDISTILL_DOCS_LINKS"):
         "torch": ("https://docs.pytorch.org/docs/stable", None),
         "transformers": ("https://huggingface.co/docs/transformers/main/en", None),
     }
-
-# A folder without pages is not an error.
-logging.getLogger("sphinx.sphinx.directives.other").addFilter(
-    lambda record: getattr(record, "subtype", None) != "empty_glob"
-)

@@ -10,12 +10,15 @@ Without a list of names it documents the whole of the module's `__all__`.
 from __future__ import annotations
 
 import inspect
+from dataclasses import MISSING, Field, fields
 from importlib import import_module
 from typing import Any, ClassVar
 
 from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
+
+from fastdistill import DistillConfig
 
 
 class Public(SphinxDirective):
@@ -41,6 +44,42 @@ def _autodoc(module: str, name: str, value: Any) -> str:
     return f".. autoclass:: {module}.{name}\n   :members:\n   :exclude-members: __init__, __new__\n"
 
 
+class ConfigFields(SphinxDirective):
+    """The directive `config-fields`: a table of the fields of DistillConfig with their defaults."""
+
+    def run(self) -> list[nodes.Node]:
+        own = DistillConfig.__annotations__
+        rows = [
+            f"| `{field.name}` | `{_plain(field.type)}` | `{_default(field)}` |"
+            for field in fields(DistillConfig)
+            if field.name in own
+        ]
+        return self.parse_text_to_nodes(
+            "| field | type | default |\n|---|---|---|\n" + "\n".join(rows)
+        )
+
+
+def _plain(annotation: Any) -> str:
+    return str(annotation).replace(" | ", " or ")
+
+
+def _default(field: Field[Any]) -> str:
+    if field.default is not MISSING:
+        return repr(field.default)
+    return getattr(field.default_factory, "__name__", "") + "()"
+
+
+def _readable(
+    app: Sphinx, what: str, name: str, value: Any, options: Any, signature: str | None, returns: Any
+) -> tuple[str | None, Any]:
+    """Change two signatures: the hundred fields of TrainingArguments, and what is no Python."""
+    if name == "fastdistill.DistillConfig":
+        signature = "(output_dir, **fields)"
+    return signature and signature.replace("<factory>", "..."), returns
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
+    app.connect("autodoc-process-signature", _readable)
+    app.add_directive("config-fields", ConfigFields)
     app.add_directive("public", Public)
     return {"parallel_read_safe": True}
