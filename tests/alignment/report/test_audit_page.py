@@ -103,11 +103,11 @@ def test_the_page_says_what_was_found_and_what_it_does_not_show():
 
 def test_the_page_lists_what_the_probes_do_not_enable():
     skipped = {"prefill": "needs prefilled, rest"}
-    html = audit_page(found(), about=ABOUT, skipped=skipped).html()
+    html = audit_page(results_of(), about=ABOUT, skipped=skipped).html()
     assert "<summary>Audits that these probes do not enable: 1</summary>" in html
     assert "<td>prefill</td>" in html
     assert "<td>needs prefilled, rest</td>" in html
-    assert "do not enable" not in audit_page(found(), about=ABOUT).html()
+    assert "do not enable" not in audit_page(results_of(), about=ABOUT).html()
 
 
 def test_its_json_is_json():
