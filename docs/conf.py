@@ -45,7 +45,7 @@ napoleon_custom_sections = [("Returns", "notes_style"), ("Raises", "notes_style"
 # FASTDISTILL_DOCS_LINKS=1 to link to the pages of other libraries; that needs a network.
 nitpick_ignore_regex = [
     ("py:.*", r"(collections|matplotlib|numpy|pathlib|random|torch|transformers)\..*"),
-    ("py:.*", r"fastdistill\.(?!compat)(alignment|hf|quant|teachers|training)\..*"),
+    ("py:.*", r"fastdistill\.(alignment|hf|quant|teachers|training)\..*"),
     ("py:.*", r"(Divergence|Module|Path|PreTrainedModel|ProcessGroup|Tensor)"),
 ]
 if os.environ.get("FASTDISTILL_DOCS_LINKS"):

@@ -109,6 +109,15 @@ def test_the_list_of_errors_has_every_argument():
     assert len(named) > 60
 
 
+@pytest.mark.parametrize("page", [ROOT / "DESIGN.md", *PAGES], ids=lambda page: page.name)
+def test_the_source_files_of_a_page_exist(page):
+    roots = (ROOT, ROOT / "fastdistill", ROOT / "fastdistill" / "alignment")
+    text = page.read_text()
+    paths = re.findall(r"`(\w+(?:/\w+)+\.(?:py|h|cu|cpp|sh))`", text)
+    paths += re.findall(r"^## .*\((fastdistill/[\w/]+)\)$", text, re.M)
+    assert [path for path in paths if not any((root / path).exists() for root in roots)] == []
+
+
 @pytest.mark.slow
 def test_the_documentation_builds(tmp_path):
     pytest.importorskip("sphinx")
