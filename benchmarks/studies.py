@@ -1,4 +1,4 @@
-"""python -m benchmarks.studies RESULTS.JSON: the README's table of a finished study.
+"""python -m benchmarks.studies RESULTS.JSON: the table of a finished study, as in docs/studies.
 
 fastdistill experiment double-bind --preset full --out out/double-bind
 python -m benchmarks.studies out/double-bind/results.json
