@@ -20,7 +20,9 @@ STUB = "fastdistill/runtime/_ext.pyi"
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="a bash script")
 
 
-def check(folder: Path, version: str | None = "v1.2.3", **wheels: list[str]) -> tuple[int, str]:
+def check(
+    folder: Path, wheels: dict[str, list[str]], version: str | None = "v1.2.3"
+) -> tuple[int, str]:
     """Return (exit code, errors) for a dist/ with an sdist and wheels of these files.
 
     The commands of pip and twine do nothing.
@@ -31,7 +33,7 @@ def check(folder: Path, version: str | None = "v1.2.3", **wheels: list[str]) -> 
     shutil.copy(ROOT / ".ci" / "check-dist", folder / ".ci")
     (folder / "dist" / SDIST).write_bytes(b"")
     for name, files in wheels.items():
-        with zipfile.ZipFile(folder / "dist" / (WHEEL if name == "wheel" else name), "w") as file:
+        with zipfile.ZipFile(folder / "dist" / name, "w") as file:
             for each in files:
                 file.writestr(each, "")
     python = folder / "bin" / "python"
@@ -49,28 +51,28 @@ def check(folder: Path, version: str | None = "v1.2.3", **wheels: list[str]) -> 
 
 @pytest.mark.parametrize("version", ["1.2.3", "v1.2.3"])
 def test_files_of_the_version_pass(tmp_path: Path, version: str) -> None:
-    assert check(tmp_path, version, wheel=[EXTENSION, STUB]) == (0, "")
+    assert check(tmp_path, {WHEEL: [EXTENSION, STUB]}, version) == (0, "")
 
 
 def test_a_wheel_without_the_extension_fails(tmp_path: Path) -> None:
-    code, errors = check(tmp_path, wheel=[STUB])
+    code, errors = check(tmp_path, {WHEEL: [STUB]})
     assert code == 1
     assert errors == f"error: dist/{WHEEL} has no C++ extension\n"
 
 
 def test_a_file_of_another_version_fails(tmp_path: Path) -> None:
-    code, errors = check(tmp_path, "v1.2.4", wheel=[EXTENSION])
+    code, errors = check(tmp_path, {WHEEL: [EXTENSION]}, "v1.2.4")
     assert code == 1
     assert errors.count("is no distribution of version 1.2.4") == 2
 
 
 def test_another_file_fails(tmp_path: Path) -> None:
-    code, errors = check(tmp_path, **{"other-1.2.3-py3-none-any.whl": [EXTENSION]})
+    code, errors = check(tmp_path, {"other-1.2.3-py3-none-any.whl": [EXTENSION]})
     assert code == 1
     assert "other-1.2.3-py3-none-any.whl is no distribution" in errors
 
 
 def test_a_version_is_required(tmp_path: Path) -> None:
-    code, errors = check(tmp_path, None, wheel=[EXTENSION])
+    code, errors = check(tmp_path, {WHEEL: [EXTENSION]}, None)
     assert code != 0
     assert "expected the version of the files in dist/" in errors
