@@ -7,6 +7,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from ..runtime.progress import BarContext, Task, make_bar, say_on_stderr
+from .logs.metrics import format_short
 
 
 class PhaseProgress(BarContext):
@@ -51,10 +52,7 @@ class TrainingProgress(TrainerCallback):
         figures = {k: v for k, v in (logs or {}).items() if k in ("loss", "eval_loss", "eval_kl")}
         if not state.is_world_process_zero or not figures:
             return
-        line = "  ".join(
-            f"{name} {value:.4f}" if value < 1e6 else f"{name} > 1e6"
-            for name, value in figures.items()
-        )
+        line = "  ".join(f"{name} {format_short(value)}" for name, value in figures.items())
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, loss=line)
         elif self._bar is None:

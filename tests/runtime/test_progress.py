@@ -68,3 +68,12 @@ def test_a_training_goes_on_when_nobody_reads_its_lines(monkeypatch):
     monkeypatch.setattr("sys.stderr", Gone())
     state = type("State", (), {"global_step": 1, "max_steps": 2, "is_world_process_zero": True})
     training_progress.TrainingProgress().on_log(None, state, None, logs={"loss": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("loss", "text"), [(1.5, "1.5000"), (1e300, "> 1e6"), (float("nan"), "not a number")]
+)
+def test_a_line_of_training_names_a_loss_that_is_no_number(loss, text, capsys):
+    state = type("State", (), {"global_step": 1, "max_steps": 2, "is_world_process_zero": True})
+    training_progress.TrainingProgress().on_log(None, state, None, logs={"loss": loss})
+    assert capsys.readouterr().err == f"step 1 of 2  loss {text}\n"
