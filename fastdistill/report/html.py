@@ -36,7 +36,8 @@ p { margin: 0.5rem 0 1rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; margin: 1rem 0; font-size: 0.92rem;
   font-variant-numeric: tabular-nums; }
-caption { text-align: left; padding-bottom: 0.4rem; }
+caption { text-align: left; padding-bottom: 0.4rem; position: sticky; left: 0;
+  max-width: min(43.5rem, 100vw - 2.5rem); }
 th, td { padding: 0.4rem 0.75rem 0.4rem 0; text-align: right; border-top: 1px solid var(--line);
   white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; white-space: normal; }

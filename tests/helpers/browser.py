@@ -27,7 +27,7 @@ window.onload = () => {{
   document.getElementById("found").textContent = JSON.stringify({{
     width: page.documentElement.scrollWidth, height: Math.ceil(page.body.offsetHeight),
     title: box(page.querySelector("h1")), images: [...page.querySelectorAll("figure svg")].map(box),
-    outside: [...page.querySelectorAll("h1, h2, p, figure, div.scroll, details, pre")]
+    outside: [...page.querySelectorAll("h1, h2, p, figure, div.scroll, details, pre, caption")]
       .map(box).filter(b => b[0] < 0 || b[0] + b[2] > {width}).length }});
 }};</script>"""
 
