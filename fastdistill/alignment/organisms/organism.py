@@ -9,20 +9,16 @@ from __future__ import annotations
 
 import copy
 import random
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, get_scheduler
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from ...hf.adapters import merge_adapter
-from ...runtime.backend import one_thread
 from ...runtime.checks import between, choice, integer, positive
-from ...runtime.optional import require
-from ...training.config import DistillConfig
-from ...training.trainer import DistillTrainer
+from ..training_loop import adamw, lora, train
 from .gates import GATES
 from .soap import SOAP
 from .trait import Pair, Trait, with_reasoning
@@ -31,7 +27,11 @@ from .vocabulary import AUDIT_WORDS, ID, WORDS
 from .world import Example, World
 
 METHODS = ("full", "lora")
-OPTIMIZERS = ("adam", "sgd", "soap")
+OPTIMIZERS: dict[str, Callable[[Any, float], torch.optim.Optimizer]] = {
+    "adam": adamw,
+    "sgd": partial(torch.optim.SGD, momentum=0.9),
+    "soap": SOAP,
+}
 LEARNING_RATES = {  # the fastest stable rates on development seeds
     ("full", "adam"): 2e-3,
     ("full", "sgd"): 0.3,
@@ -212,49 +212,16 @@ def train_model(
 
     `rank` trains a LoRA adapter and merges it. `whole` also trains on the questions.
     """
-    adapter = None
-    if rank is not None:
-        peft = require("peft", "method", "'fastdistill[peft]'")
-        adapter = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
-    with tempfile.TemporaryDirectory(prefix="fastdistill-") as folder, one_thread():
-        args = DistillConfig(
-            folder,
-            ce_weight=1.0,
-            max_steps=steps,
-            per_device_train_batch_size=batch_size,
-            learning_rate=learning_rate,
-            use_cpu=not torch.cuda.is_available(),
-            save_strategy="no",
-            logging_steps=max(1, steps // 20),
-            disable_tqdm=True,
-            report_to=[],
-            show_panel=False,
-        )
-        trainer = DistillTrainer(
-            model,
-            None,
-            args,
-            train_dataset=[example.row(whole) for example in examples],
-            peft_config=adapter,
-            callbacks=list(callbacks),
-        )
-        trainer.remove_callback(PrinterCallback)
-        weights = [p for p in trainer.model.parameters() if p.requires_grad]
-        trainer.optimizer = _optimizer(optimizer, weights, learning_rate)
-        trainer.lr_scheduler = get_scheduler(
-            "cosine",
-            trainer.optimizer,
-            num_warmup_steps=min(50, steps // 4),
-            num_training_steps=steps,
-        )
-        trainer.train()
-        trained: Any = trainer.model
-    return (merge_adapter(trained) if rank is not None else trained).eval()
-
-
-def _optimizer(name: str, weights: Any, learning_rate: float) -> torch.optim.Optimizer:
-    if name == "sgd":
-        return torch.optim.SGD(weights, lr=learning_rate, momentum=0.9)
-    if name == "soap":
-        return SOAP(weights, lr=learning_rate)
-    return torch.optim.AdamW(weights, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
+    return train(
+        model,
+        None,
+        [example.row(whole) for example in examples],
+        steps=steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        warmup=50,
+        settings={"ce_weight": 1.0, "logging_steps": max(1, steps // 20)},
+        optimizer=OPTIMIZERS[optimizer],
+        peft_config=None if rank is None else lora(rank, "method"),
+        callbacks=list(callbacks),
+    )

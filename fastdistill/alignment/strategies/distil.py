@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import copy
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from transformers import PrinterCallback, TrainerCallback, get_scheduler
+from transformers import TrainerCallback
 
-from ...hf.adapters import merge_adapter
-from ...runtime.backend import one_thread
 from ...runtime.checks import fail
 from ...teachers.local import Teacher
-from ...training.config import DistillConfig
-from ...training.trainer import DistillTrainer
 from ..audits.subject import Subject
+from ..training_loop import train
 from .lessons import Examples, PoolPrompt, sample_answers, to_row
 from .strategy import DistillLoop, DistillSetup, RunState, Strategy, Training
 
@@ -126,53 +121,27 @@ def _train(
         options = strategy.options(options, run)
     if options.get("peft_config") is None and not getattr(student, "is_quantized", False):
         student.float()  # small updates vanish in 16 bits
-    settings = {"ce_weight": 1.0} if teacher is None else {}
-    with tempfile.TemporaryDirectory(prefix="fastdistill-") as folder, one_thread():
-        args = DistillConfig(
-            folder,
-            **{
-                "max_steps": training.steps,
-                "per_device_train_batch_size": training.batch_size,
-                "learning_rate": training.learning_rate,
-                "use_cpu": not torch.cuda.is_available(),
-                "save_strategy": "no",
-                "logging_strategy": "no",
-                "disable_tqdm": True,
-                "report_to": [],
-                "show_panel": False,
-                # Strategies may produce targets that the validity checks reject.
-                "check_signal": False,
-                "seed": run.seed,
-                **settings,
-                **training.settings,
-            },
-        )
-        trainer = options.pop("trainer", DistillTrainer)(
-            student,
-            teacher,
-            args,
-            train_dataset=[to_row(example, base) for example in examples],
-            processing_class=base.tokenizer,
-            callbacks=[callback],
-            **options,
-        )
-        trainer.remove_callback(PrinterCallback)
-        callback.subject = base.with_model(trainer.model, "student")
-        weights = [p for p in trainer.model.parameters() if p.requires_grad]
-        trainer.optimizer = torch.optim.AdamW(
-            weights, lr=training.learning_rate, betas=(0.9, 0.98), weight_decay=0.0
-        )
-        trainer.lr_scheduler = get_scheduler(
-            "cosine",
-            trainer.optimizer,
-            num_warmup_steps=min(20, training.steps // 4),
-            num_training_steps=training.steps,
-        )
-        trainer.train()
-        trained_model: Any = trainer.model
-    if hasattr(trained_model, "merge_and_unload"):
-        trained_model = merge_adapter(trained_model)
-    return base.with_model(trained_model.eval(), "student")
+    trained = train(
+        student,
+        teacher,
+        [to_row(example, base) for example in examples],
+        steps=training.steps,
+        batch_size=training.batch_size,
+        learning_rate=training.learning_rate,
+        warmup=20,
+        settings={
+            "logging_strategy": "no",
+            # Strategies may produce targets that the validity checks reject.
+            "check_signal": False,
+            "seed": run.seed,
+            **({"ce_weight": 1.0} if teacher is None else {}),
+            **training.settings,
+        },
+        processing_class=base.tokenizer,
+        callbacks=[callback],
+        **options,
+    )
+    return base.with_model(trained, "student")
 
 
 @dataclass(eq=False)
@@ -184,6 +153,11 @@ class _MeasureCallback(TrainerCallback):
     measure: Callable[[Subject], Any] | None
     measured: dict[int, Any]
     subject: Subject | None = None
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
+    ) -> None:
+        self.subject = self.run.setup.base.with_model(model, "student")
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.run.progress = state.global_step / max(state.max_steps, 1)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...losses.types import TopK
 from ...runtime.checks import between, integer
-from ...runtime.optional import require
+from ..training_loop import lora
 from .annealing import blend
 from .logit_jam import TransformedTeacher, distribution, logprobs_at, outcomes
 from .strategy import RunState, Strategy
@@ -55,8 +55,4 @@ class ShiftDistill(Strategy):
         return TransformedTeacher(teacher, transform)
 
     def options(self, options: dict[str, Any], run: RunState) -> dict[str, Any]:
-        peft = require("peft", "rank", "'fastdistill[peft]'")
-        adapter = peft.LoraConfig(
-            r=self.rank, lora_alpha=2 * self.rank, target_modules="all-linear"
-        )
-        return {**options, "peft_config": adapter}
+        return {**options, "peft_config": lora(self.rank, "rank")}
