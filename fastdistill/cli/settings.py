@@ -10,6 +10,7 @@ import difflib
 import re
 import types
 import typing
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from enum import Enum
@@ -212,60 +213,40 @@ def _yaml(text: str, where: str) -> Any:
         Loader.add_constructor(_TAG + tag, lambda loader, node, kind=kind: kind(node.value))
     where = printable(where)
     try:
-        check_yaml(text, where)
-        return yaml.load(text, Loader=Loader)
-    except (yaml.YAMLError, RecursionError) as error:
+        loader = Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _count_values(node, where, 1, {}) >= _MAX_VALUES:
+            raise ValueError(f"{where}: expected at most {_MAX_VALUES:,} values, got more")
+        return loader.construct_document(node)
+    except RecursionError:
+        raise ValueError(f"{where}: expected at most {_MAX_DEPTH} levels, got more") from None
+    except yaml.YAMLError as error:
         reason = printable(" ".join(str(error).split()))
         raise ValueError(f"{where}: expected YAML, got {reason}") from None
 
 
-def check_yaml(text: str, where: str) -> None:
-    """Raise ValueError for YAML that is too deep, too large, or repeats a setting."""
-    import yaml
+def _count_values(node: Any, where: str, depth: int, counts: dict[Any, int]) -> int:
+    """Return the number of values in a YAML node, where an alias counts as what it stands for.
 
-    sizes: dict[str, int] = {}  # anchor -> number of values
-    parents: list[_Node] = [_Node(None, False)]
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):
-        if isinstance(event, (yaml.SequenceStartEvent, yaml.MappingStartEvent)):
-            parents.append(_Node(event.anchor, isinstance(event, yaml.MappingStartEvent)))
-            if len(parents) > _MAX_DEPTH:
-                raise ValueError(f"{where}: expected at most {_MAX_DEPTH} levels, got more")
-            continue
-        node, key = _Node(None, False), None
-        if isinstance(event, (yaml.SequenceEndEvent, yaml.MappingEndEvent)):
-            node = parents.pop()
-        elif isinstance(event, yaml.ScalarEvent):
-            node.anchor, key = event.anchor, event.value
-        elif isinstance(event, yaml.AliasEvent):
-            # An unknown anchor is that of a collection that contains itself.
-            node.size = sizes.get(event.anchor, _MAX_VALUES + 1)
-        else:
-            continue
-        if node.anchor is not None:
-            sizes[node.anchor] = node.size
-        if parents[-1].add(node.size, key):
-            raise ValueError(f"{where}: expected each setting once, got {printable(key)} twice")
-        if parents[-1].size > _MAX_VALUES:
-            raise ValueError(f"{where}: expected at most {_MAX_VALUES:,} values, got more")
-
-
-class _Node:
-    """A collection that is being parsed: its number of values and its keys so far."""
-
-    def __init__(self, anchor: str | None, is_mapping: bool) -> None:
-        self.anchor, self.is_mapping = anchor, is_mapping
-        self.size, self.entries = 1, 0
-        self.keys: set[str] = set()
-
-    def add(self, size: int, key: str | None) -> bool:
-        """Count one more entry; return whether it repeats a key."""
-        is_key = self.is_mapping and self.entries % 2 == 0 and key is not None
-        self.size, self.entries = self.size + size, self.entries + 1
-        if not is_key or key is None:
-            return False
-        is_duplicate = key in self.keys
-        self.keys.add(key)
-        return is_duplicate
+    Raises:
+        ValueError: a setting is repeated. RecursionError: there are too many levels.
+    """
+    if node in counts:
+        return counts[node]
+    counts[node] = _MAX_VALUES  # of a collection that contains itself
+    parts = node.value if isinstance(node.value, list) else []
+    if isinstance(node.value, list) and depth >= _MAX_DEPTH:
+        raise RecursionError
+    if parts and isinstance(parts[0], tuple):
+        keys = Counter(key.value for key, _ in parts if isinstance(key.value, str))
+        for key, times in keys.items():
+            if times > 1:
+                raise ValueError(f"{where}: expected each setting once, got {printable(key)} twice")
+        parts = [part for pair in parts for part in pair]
+    counts[node] = 1 + sum(_count_values(part, where, depth + 1, counts) for part in parts)
+    return counts[node]
 
 
 def _add_resolvers(kind: Any) -> None:
