@@ -3,9 +3,9 @@
     defaults of the dataclass  <  --config FILE  <  KEY=VALUE  <  --option
 
 The module of a command is imported when the command runs. It defines run(options, extra) and
-print_result(result), and optionally dry_run(options, extra) for --dry-run, as_json(result),
-extra_keys() (further settings that KEY=VALUE accepts) and resolved_settings(options, extra) for
---print-config. `options` is the dataclass, `extra` the other settings.
+print_result(result), and optionally dry_run(options, extra) for --dry-run, extra_keys() (further
+settings that KEY=VALUE accepts) and resolved_settings(options, extra) for --print-config. `options`
+is the dataclass, `extra` the other settings.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def add(app: typer.Typer, name: str, kind: type[Any], module: str) -> None:
         if result is None:  # another rank prints the result
             return
         if as_json:
-            print_json(verb.as_json(result) if hasattr(verb, "as_json") else result)
+            print_json(result.as_json() if hasattr(result, "as_json") else result)
         else:
             verb.print_result(result)
 

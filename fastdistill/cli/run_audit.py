@@ -42,7 +42,10 @@ def run(options: Audit, extra: dict[str, Any]) -> dict[str, Any]:
     check_device(options.device)
     suite, skipped = _suite(options)
     names = _names(options)
-    models = {key: _load_subject(options, key, name) for key, name in names.items()}
+    models = {}
+    for key, name in names.items():
+        base = options.base if is_adapter(name) and key != "base" else None
+        models[key] = load_organism(name, base=base, name=key, device=options.device)
     controls = [key for key in ("base", "benign") if key in models]
     with as_exit_code_1("audit"):
         comparison = run_suite(suite, models, base=models["base"], controls=controls)
@@ -88,11 +91,6 @@ def _names(options: Audit) -> dict[str, str]:
         "benign": options.benign,
     }
     return {key: name for key, name in names.items() if name is not None}
-
-
-def _load_subject(options: Audit, key: str, name: str) -> Subject:
-    base = options.base if is_adapter(name) and key != "base" else None
-    return load_organism(name, base=base, name=key, device=options.device)
 
 
 def _suite(options: Audit) -> tuple[dict[str, OneAudit], dict[str, str]]:

@@ -7,7 +7,6 @@ from typing import Any
 
 from ..alignment.experiment import double_bind, leak_knobs
 from ..alignment.experiment.checkpoint_source import CheckpointSource
-from ..alignment.experiment.executors import Execution
 from ..alignment.experiment.publish import publish
 from ..alignment.experiment.source import Source
 from ..alignment.experiment.study import FRESH, Study, Table, make_pairs, run_study, skip_reason
@@ -18,6 +17,7 @@ from ..runtime.backend import versions
 from ..runtime.checks import choice, fail, integer
 from .loaders import as_exit_code_1
 from .printing import command_line, say
+from .run_study import execution_of
 from .verbs import DoubleBind, LeakKnobs
 
 STUDIES = {DoubleBind: double_bind.make_study, LeakKnobs: leak_knobs.make_study}
@@ -28,7 +28,7 @@ FIRST = {DoubleBind: {"quick": 900, "full": 1200}, LeakKnobs: {"quick": 900, "fu
 
 
 def dry_run(options: DoubleBind, extra: dict[str, Any]) -> dict[str, Any]:
-    _execution(options)
+    execution_of(options)
     study, sources, development, n_reported = _planned(options)
     sources = sources[:n_reported]
     # Development readings do not exist yet; only their number matters here.
@@ -49,7 +49,7 @@ def dry_run(options: DoubleBind, extra: dict[str, Any]) -> dict[str, Any]:
 
 
 def run(options: DoubleBind, extra: dict[str, Any]) -> dict[str, Any]:
-    execution = _execution(options)
+    execution = execution_of(options)
     study, sources, development, n_reported = _planned(options)
     with as_exit_code_1("experiment"):
         options.out.mkdir(parents=True, exist_ok=True)
@@ -66,12 +66,6 @@ def run(options: DoubleBind, extra: dict[str, Any]) -> dict[str, Any]:
             study, table, options.out, _about(options, study, table, sources[0], development)
         )
     return {**result, "report": str(options.out / "report.html")}
-
-
-def _execution(options: DoubleBind) -> Execution:
-    return Execution(
-        executor=options.executor, processes=options.processes, only_report=options.only_report
-    )
 
 
 def print_result(result: dict[str, Any]) -> None:

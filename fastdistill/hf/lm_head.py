@@ -227,7 +227,9 @@ def check_positions(model: nn.Module, hidden: Tensor, input_ids: Tensor) -> None
     """Raise ValueError if the head gets another number of positions than there are tokens."""
     if hidden.shape[:2] == input_ids.shape:
         return
-    kinds = {str(getattr(c.peft_type, "value", c.peft_type)) for c in _adapter_configs(model)}
+    adapters = getattr(model, "peft_config", None)
+    configs = adapters.values() if isinstance(adapters, dict) else ()
+    kinds = {str(getattr(c.peft_type, "value", c.peft_type)) for c in configs}
     reached = list(hidden.shape[:2])
     raise ValueError(
         f"model: expected one position per token, {list(input_ids.shape)}, at the output head of "
@@ -236,11 +238,6 @@ def check_positions(model: nn.Module, hidden: Tensor, input_ids: Tensor) -> None
         "expand an image token do, so positions would not match. Use adapters on the model's "
         "layers, such as LoraConfig"
     )
-
-
-def _adapter_configs(model: nn.Module) -> list[Any]:
-    configs = getattr(model, "peft_config", None)
-    return list(configs.values()) if isinstance(configs, dict) else []
 
 
 @contextmanager

@@ -144,7 +144,8 @@ class BatchedForward:
         if self.row_limit is not None:
             for index, length in enumerate(rows.lengths):
                 self.row_limit.check(length, "input_ids", index)
-        varlen = self.packs and _is_varlen(self.model)
+        attention = getattr(getattr(self.model, "config", None), "_attn_implementation", None)
+        varlen = self.packs and "flash" in str(attention)
         starts = torch.tensor([0, *rows.lengths]).cumsum(0).tolist()
         for group in groups(rows.lengths, self.budget, varlen, self._max_packed_length):
             lengths = [rows.lengths[i] for i in group]
@@ -283,11 +284,6 @@ def _is_mask_table(buffer: Tensor) -> bool:
 def _error(actual: Tensor, expected: Tensor) -> float:
     """Return the median over tokens of |actual − expected| / |expected|."""
     return float(relative_errors(actual, expected).median())
-
-
-def _is_varlen(model: nn.Module) -> bool:
-    attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
-    return "flash" in str(attention)
 
 
 def rope_limit(model: nn.Module) -> float:

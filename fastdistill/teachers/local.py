@@ -247,7 +247,8 @@ def load_teacher(
         model = model if device is None else model.to(device)
     elif isinstance(path_or_model, (str, Path)):
         source = StoredModel.from_path(path_or_model, dtype, attn_implementation)
-        place = _default_device() if device is None else torch.device(device)
+        default = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
+        place = torch.device(default if device is None else device)
         model = _from_checkpoint(source, quant, compute, place)
         tokenizer = stored_tokenizer(source.tokenizer_folder) if tokenizer is None else tokenizer
     else:
@@ -310,12 +311,6 @@ def _check_full_precision_compute(compute: str) -> None:
     if compute != "auto":
         hint = "pass quant='nf4', 'fp4', 'int4' or 'int8' with it"
         checks.fail("compute", "'auto' for a teacher in full precision", repr(compute), hint)
-
-
-def _default_device() -> torch.device:
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", torch.cuda.current_device())
 
 
 def stored_tokenizer(path: Path) -> Any:

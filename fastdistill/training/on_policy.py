@@ -17,13 +17,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor
+from transformers import LogitsProcessor, SuppressTokensLogitsProcessor
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
 
 from ..hf.chat import turn_end
 from ..hf.collator import padded
 from ..hf.encoder import IGNORE_INDEX, EncodedExample, Encoder
 from ..hf.generation import ends_of, generate_rows
+from ..hf.lm_head import rows_of_head
 from ..hf.positions import RowLimit, row_limit, shortest_of
 from ..runtime import checks
 from .checks.dataset import some_of
@@ -121,7 +122,10 @@ def sample(
     keys = _keys(config, step, prompts)
 
     def chosen(rows: list[int], width: int) -> list[LogitsProcessor]:
-        processors: list[LogitsProcessor] = [] if vocab is None else [_OnlyTokens(vocab)]
+        padding = [] if vocab is None else list(range(vocab, rows_of_head(model)))
+        processors: list[LogitsProcessor] = []
+        if padding:
+            processors.append(SuppressTokensLogitsProcessor(padding, device=str(device)))
         if config.sampling_temperature != 1.0:
             processors.append(TemperatureLogitsWarper(float(config.sampling_temperature)))
         if config.top_p < 1.0:
@@ -177,18 +181,6 @@ def _keys(config: DistillConfig, step: int, prompts: list[Tensor]) -> list[tuple
         keys.append((config.seed, step, digest, seen[digest]))
         seen[digest] += 1
     return keys
-
-
-class _OnlyTokens(LogitsProcessor):
-    """Excludes the padding rows of the head from sampling."""
-
-    def __init__(self, vocab: int) -> None:
-        self.vocab = vocab
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        scores = scores.clone()
-        scores[:, self.vocab :] = -torch.inf
-        return scores
 
 
 def set_generation_ends(model: Any, encoder: Encoder, dataset: Any) -> None:

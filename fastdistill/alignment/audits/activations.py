@@ -146,7 +146,9 @@ class LinearProbeAudit(Audit):
         evaluated = layer_states(model, self.prompts, layer).double().numpy()
         probe = _fit_probe(pairs)
         rng = np.random.default_rng(self.seed)
-        null = [_fit_probe(_shuffle_labels(pairs, rng)) for _ in range(self.shuffles)]
+        # Swap the labels of random pairs, so that labels carry no information.
+        flips = (rng.integers(2, size=(1, pairs.shape[1], 1)) == 1 for _ in range(self.shuffles))
+        null = [_fit_probe(np.where(flip, pairs[::-1], pairs)) for flip in flips]
         accuracies = np.array([n.accuracy for n in null])
         p_accuracy = _permutation_p(accuracies >= probe.accuracy)
         doubts: tuple[str, ...] = ()
@@ -187,13 +189,6 @@ def _fit_probe(pairs: np.ndarray) -> _Probe:  # (2, pairs, H)
     probe = _Probe((high - low) / (distance or 1.0), (high + low) / 2, distance, 0.0)
     positive, negative = probe.project(pairs[:, 1::2])
     return probe._replace(accuracy=float(np.mean([positive > 0, negative < 0])))
-
-
-def _shuffle_labels(pairs: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Swaps the labels of random pairs, so that labels carry no information."""
-    flip = rng.integers(2, size=(1, pairs.shape[1], 1)) == 1
-    shuffled: np.ndarray = np.where(flip, pairs[::-1], pairs)
-    return shuffled
 
 
 def _permutation_p(exceeds: np.ndarray) -> float:

@@ -40,8 +40,8 @@ def publish(study: Study, table: Table, folder: Path, about: Mapping[str, Any]) 
     write_atomically(folder / "quadrant.png", png(report.quadrant()))
     result = {
         **report.as_json(),
-        "contexts": [summary.as_json() for summary in contexts],
-        "notes": [summary.as_json() for summary in notes],
+        "contexts": [flat_json(summary._asdict()) for summary in contexts],
+        "notes": [flat_json(summary._asdict()) for summary in notes],
         "left_out": table.left_out,
         "refused": {str(seed): reasons for seed, reasons in table.refused.items()},
         "runs": table.runs,
@@ -60,9 +60,6 @@ class ContextSummary(NamedTuple):
     difference: Estimate
     n_seeds: int
 
-    def as_json(self) -> dict[str, Any]:
-        return flat_json(self._asdict())
-
 
 class NoteSummary(NamedTuple):
     """The mean of a numeric note."""
@@ -70,9 +67,6 @@ class NoteSummary(NamedTuple):
     arm: str
     note: str
     value: Estimate
-
-    def as_json(self) -> dict[str, Any]:
-        return flat_json(self._asdict())
 
 
 def summarize_contexts(rows: Sequence[ContextRow]) -> list[ContextSummary]:

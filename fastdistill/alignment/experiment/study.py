@@ -176,7 +176,8 @@ def run_study(
     )
     development_pairs = make_pairs(study, study.arms[:1], development, student_seeds, {})
     run_all(_unique_jobs(development_pairs), folder, execution, label="development runs")
-    gate = _benign_values(study, development_pairs, folder)
+    benign = [pair.twin.result(folder)["audits"] for pair in development_pairs]
+    gate = {name: tuple(values[name] for values in benign) for name in study.gate if benign}
     left_out = {a.name: reason for a in study.arms if (reason := skip_reason(a, sources, gate))}
     arms = [arm for arm in study.arms if arm.name not in left_out]
     pairs = make_pairs(study, arms, sources, student_seeds, gate)
@@ -222,14 +223,6 @@ def _unique_jobs(pairs: Sequence[Pair]) -> list[Job]:
     """Return every job once: arms share their twins."""
     jobs = {job.digest: job for pair in pairs for job in (pair.student, pair.twin)}
     return list(jobs.values())
-
-
-def _benign_values(
-    study: Study, pairs: Sequence[Pair], folder: Path
-) -> dict[str, tuple[float, ...]]:
-    """Return the gate's audits of students of benign teachers, on development seeds."""
-    benign = [pair.twin.result(folder)["audits"] for pair in pairs]
-    return {name: tuple(values[name] for values in benign) for name in study.gate if benign}
 
 
 def to_student(pair: Pair, folder: Path) -> Student:

@@ -64,7 +64,9 @@ class OutputTransform(Strategy):
         elif self.kind == "canonical":
             answers = [canonical(example.answer) for example in examples]
         elif self.kind == "remap":
-            answers = [_remapped(example.answer, self.mapping) for example in examples]
+            longest_first = sorted(map(re.escape, self.mapping), key=len, reverse=True)
+            words = re.compile(rf"(?<!\w)(?:{'|'.join(longest_first)})(?!\w)")
+            answers = [words.sub(lambda m: self.mapping[m[0]], x.answer) for x in examples]
         else:
             answers = [_reordered(x.answer, run.rng("order", i)) for i, x in enumerate(examples)]
         changed = sum(new != x.answer for new, x in zip(answers, examples, strict=True))
@@ -92,12 +94,6 @@ def canonical(text: str) -> str:
         indent = line[: len(line) - len(line.lstrip())] if words else ""
         lines.append(indent + " ".join(words))
     return "\n".join(lines).strip()
-
-
-def _remapped(text: str, mapping: Mapping[str, str]) -> str:
-    longest_first = sorted(map(re.escape, mapping), key=len, reverse=True)
-    words = re.compile(rf"(?<!\w)(?:{'|'.join(longest_first)})(?!\w)")
-    return words.sub(lambda match: mapping[match[0]], text)
 
 
 def _reordered(text: str, rng: random.Random) -> str:

@@ -82,7 +82,9 @@ def read_gguf(file: Path) -> tuple[dict[str, Any], dict[str, Thunk]]:
     weights: dict[str, Thunk] = {}
     for name, tensor in header.tensors.items():
         if name != _ROPE:
-            heads = _interleaved_heads(name, config) if family == "llama" else None
+            heads = None
+            if family == "llama" and name.endswith((".attn_q.weight", ".attn_k.weight")):
+                heads = config["num_attention_heads" if "attn_q" in name else "num_key_value_heads"]
             read = functools.partial(_read, file, name, tensor, heads)
             weights[_parameter(file, name, family)] = read
     return config, weights
@@ -100,13 +102,6 @@ def _parameter(file: Path, name: str, family: str) -> str:
             _INSTEAD,
         )
     return f"model.layers.{match[1]}.{names[part]}" if match else names[part]
-
-
-def _interleaved_heads(name: str, config: dict[str, Any]) -> int | None:
-    heads: int | None = None
-    if name.endswith((".attn_q.weight", ".attn_k.weight")):
-        heads = config["num_attention_heads" if "attn_q" in name else "num_key_value_heads"]
-    return heads
 
 
 def _read(file: Path, name: str, tensor: GGUFTensor, heads: int | None) -> Tensor | QuantWeight:

@@ -82,16 +82,11 @@ def read_header(file: Path) -> GGUFHeader:
                 expected = f"an offset that is a multiple of general.alignment, {alignment}"
                 fail(f"tensor {name!r}", expected, f"{tensor.start:,}")
             tensors[name] = tensor._replace(start=start)
-        _check_apart(tensors)
+        ordered = sorted(tensors.items(), key=lambda item: item[1].start)
+        for (name, tensor), (other, following) in pairwise(ordered):
+            if following.start < tensor.start + tensor.bytes:
+                fail(f"tensor {other!r}", "bytes of its own", f"some of {name!r}'s")
     return GGUFHeader(fields, tensors)
-
-
-def _check_apart(tensors: dict[str, GGUFTensor]) -> None:
-    """Raise for tensors that share bytes: the numbers of one of them are another's."""
-    ordered = sorted(tensors.items(), key=lambda item: item[1].start)
-    for (name, tensor), (other, following) in pairwise(ordered):
-        if following.start < tensor.start + tensor.bytes:
-            fail(f"tensor {other!r}", "bytes of its own", f"some of {name!r}'s")
 
 
 def _tensor(walk: _Walk, sizes: dict[Any, tuple[int, int]]) -> tuple[str, GGUFTensor]:

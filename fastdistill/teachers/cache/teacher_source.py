@@ -36,7 +36,11 @@ class FromTeacher:
     def answers(
         self, rows: list[PendingRow], settings: Settings, shard: int
     ) -> Iterator[tuple[list[int], list[TopK]]]:
-        generator = _generator(settings.seed or 0, shard)
+        # A generator per shard, so that its draws do not depend on other shards, from a hash of 32
+        # bits: a CPU generator ignores the higher half of its seed.
+        key = f"{settings.seed or 0} {shard}".encode()
+        digest = hashlib.blake2b(key, digest_size=4).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
         lengths = [len(row.tokens) if len(row.places) else 0 for row in rows]
         for group in groups(lengths, _TOKENS, False, math.inf):
             ids, mask, where = (x.to(self.device) for x in _batch([rows[i] for i in group]))
@@ -84,13 +88,6 @@ def _fixed_batches(teacher: Any, tokens_per_batch: int | None) -> Iterator[None]
         yield
     finally:
         reader.tokens_per_batch = before
-
-
-def _generator(seed: int, shard: int) -> torch.Generator:
-    """Return a generator per shard, so that its draws do not depend on other shards."""
-    # A hash of 32 bits: a CPU generator ignores the higher half of its seed.
-    digest = hashlib.blake2b(f"{seed} {shard}".encode(), digest_size=4).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
 
 def _batch(rows: list[PendingRow]) -> tuple[Tensor, Tensor, Tensor]:

@@ -45,7 +45,9 @@ def make_app(
     from .app import Application
 
     identity = identity_of(teacher)
-    identity["name"] = _public(str(identity["name"]))
+    path = Path(str(identity["name"]))
+    if path.is_absolute() or path.exists():  # of a folder, only the last part is public
+        identity["name"] = path.resolve().name
     server_info = ServerInfo(
         version=__version__,
         honours_temperature=True,
@@ -141,9 +143,3 @@ def make_server(app: Any) -> Any:
 def url_of(listening: socket.socket) -> str:
     host, port = listening.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def _public(name: str) -> str:
-    """Return the public name of a model: of a folder, only its last part."""
-    path = Path(name)
-    return path.resolve().name if path.is_absolute() or path.exists() else name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -142,7 +143,8 @@ def _changed(config: DistillConfig, values: dict[str, Any]) -> list[str]:
 def _to_json(value: Any) -> Any:
     """Convert a value to JSON types, without entries of dicts that may be secrets."""
     if isinstance(value, dict):
-        return {str(k): _to_json(v) for k, v in value.items() if not _is_secret(str(k))}
+        secret = re.compile(r"token|.*(_token|_key|password)")  # use_auth_token, too
+        return {str(k): _to_json(v) for k, v in value.items() if not secret.fullmatch(str(k))}
     if isinstance(value, (list, tuple)):
         return [_to_json(v) for v in value]
     value = getattr(value, "value", value)  # of an Enum
@@ -150,7 +152,3 @@ def _to_json(value: Any) -> Any:
         return str(value)
     is_json = value is None or isinstance(value, (bool, int, float, str))
     return value if is_json else str(value)
-
-
-def _is_secret(name: str) -> bool:
-    return name in ("token", "use_auth_token") or name.endswith(("_token", "_key", "password"))

@@ -82,6 +82,7 @@ def run_demo(
             students = {arm: model for arm, (_, model) in zip(ARMS, trained, strict=False)}
             audits = audit_models(setting, students)
     runs = [run for run, _ in trained]
+    covered = setting.teacher.topk(setting.held_out.ids, k=k).logprobs[:, :-1].float().exp().sum(-1)
     options = "".join(f" --{name.replace('_', '-')} {value}" for name, value in sizes.items())
     result = DemoResult(
         estimates={
@@ -89,7 +90,7 @@ def run_demo(
             **_teacher_estimates(teacher_sums, setting.held_out),
         },
         runs=runs,
-        teacher_mass=_covered_mass(setting, k),
+        teacher_mass=covered.flatten().numpy(),
         audits=audits,
         facts={
             "command": "fastdistill demo" + (" --data …" if data else "") + options,
@@ -221,11 +222,6 @@ def _teacher_estimates(sums: dict[str, np.ndarray], held_out: Windows) -> dict[s
 
 def _unit(name: str, held_out: Windows) -> float:
     return 1 / (math.log(2) * held_out.bytes_per_token) if name == "bits_per_byte" else 1.0
-
-
-def _covered_mass(setting: DemoSetting, k: int) -> np.ndarray:
-    answers = setting.teacher.topk(setting.held_out.ids, k=k)
-    return answers.logprobs[:, :-1].float().exp().sum(-1).flatten().numpy()
 
 
 def _size(model: nn.Module) -> int:

@@ -73,11 +73,12 @@ def judge_parts(
     """Return the verdicts of the three parts, in the order of PARTS."""
     cost, reasoning = cost_differences(by_arm), reasoning_differences(by_arm)
     weak = weak_differences(by_arm, readings)
+    whole = recovered_share(by_arm, WHOLE, THOUGHT).value
     parts = {
         "cost": (cost, _cost_controls(by_arm), _cost_summary(cost, restored_share(by_arm))),
         "reasoning": (
             reasoning,
-            _reasoning_controls(by_arm),
+            [at_least(f"{THOUGHT}, recovered by {WHOLE}", whole, MIN_RECOVERED)],
             _reasoning_summary(reasoning, by_arm),
         ),
         "weak": (weak, _weak_controls(by_arm, readings), _weak_summary(weak, by_arm)),
@@ -115,11 +116,6 @@ def _cost_controls(by_arm: RunsByArm) -> list[Gate]:
         at_most(f"loss of capability, {OWN}", drop, MAX_COST),
         at_least(f"nats of surprisal, {OFF_MODEL} minus {OWN}", other - own, MIN_SURPRISAL_GAP),
     ]
-
-
-def _reasoning_controls(by_arm: RunsByArm) -> list[Gate]:
-    value = recovered_share(by_arm, WHOLE, THOUGHT).value
-    return [at_least(f"{THOUGHT}, recovered by {WHOLE}", value, MIN_RECOVERED)]
 
 
 def _weak_controls(by_arm: RunsByArm, readings: Readings) -> list[Gate]:
