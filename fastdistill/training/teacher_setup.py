@@ -145,9 +145,8 @@ def check_own_weights(teacher: Any, student: nn.Module) -> None:
 def _shared_vocabulary(teacher: Any, student: nn.Module, processing_class: Any) -> int | None:
     """Return the number of token ids that both have, or None if both heads have equal rows."""
     teacher_tokenizer = getattr(teacher, "tokenizer", None)
-    described = getattr(teacher, "described", None)  # of a server
-    if isinstance(teacher, TeacherCache):
-        described = teacher.manifest.settings
+    is_cache = isinstance(teacher, TeacherCache)
+    described = teacher.manifest.settings if is_cache else getattr(teacher, "server_info", None)
     digest = getattr(described, "tokenizer_sha256", None)
     can_compare = teacher_tokenizer is not None or digest is not None
     has_compared = processing_class is not None and can_compare

@@ -68,16 +68,15 @@ class PromptSwapTeacher:
             device=input_ids.device,
             id_dtype=answers.ids.dtype,
         )
+        has_tail = answers.log_tail is not None
+        if not has_tail:
+            answers = answers._replace(log_tail=torch.zeros_like(answers.logprobs[..., 0]))
         for i, (prompt, n) in enumerate(swaps):
             # Position t predicts t + 1: the prompt's last position predicts the first answer token.
-            target = positions[i][max(n - 1, 0) :]
+            target = i * input_ids.shape[1] + positions[i][max(n - 1, 0) :]
             source = slice(max(len(prompt) - 1, 0), len(teacher_rows[i]))
-            aligned.ids[i, target] = answers.ids[i, source]
-            aligned.logprobs[i, target] = answers.logprobs[i, source]
-            if answers.log_tail is not None:
-                assert aligned.log_tail is not None
-                aligned.log_tail[i, target] = answers.log_tail[i, source]
-        return aligned if answers.log_tail is not None else aligned._replace(log_tail=None)
+            aligned.put(target, answers.at((i, source)))
+        return aligned if has_tail else aligned._replace(log_tail=None)
 
     def _swap(self, row: list[int]) -> tuple[list[int], int]:
         """Return the teacher's prompt and the number of the row's tokens that it replaces."""

@@ -8,12 +8,12 @@ manifest.json         the settings and the records of all shards; written last
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from ...hf.resolve import MANIFEST, SETTINGS
+from ...runtime import checks
 from ...runtime.atomic_files import write_json
 from ...runtime.json_text import JSONError, read_json
 from ...runtime.printable import printable, printable_lines
@@ -201,47 +201,36 @@ def _settings(file: Path, entries: dict[str, Any]) -> Settings:
 
 def _check_settings(file: Path, entries: dict[str, Any]) -> None:
     """Check the entries before use: k and the vocabulary determine how much is allocated."""
-    vocab = entries["vocab_size"]
-    limit = min(MAX_K, vocab) if _is_count(vocab) else MAX_K
-    temperatures = entries["temperatures"]
-    sampled = entries["targets"] == "sampled"
-    texts = ("tokenizer_sha256", "chat_template_sha256")
-    counts = ("max_length", "tokens_per_batch")
-    rules = {
-        "vocab_size": (vocab is None or _is_count(vocab, MAX_VOCAB), f"1..{MAX_VOCAB} or null"),
-        "k": (_is_count(entries["k"], limit), f"an integer in 1..{limit}"),
-        "temperatures": (
-            isinstance(temperatures, list)
-            and all(type(T) in (int, float) and 0 < T < 1e30 for T in temperatures)  # NaN is not
-            and 0 < len(set(temperatures)) == len(temperatures)
-            and not (sampled and len(temperatures) > 1),
-            "different finite numbers above 0 (one of sampled targets)",
-        ),
-        "targets": (entries["targets"] in TARGETS, f"one of {', '.join(TARGETS)}"),
-        "positions": (entries["positions"] in POSITIONS, f"one of {', '.join(POSITIONS)}"),
-        "seed": (entries["seed"] is None or type(entries["seed"]) is int, "an integer or null"),
-        "completion_only": (type(entries["completion_only"]) is bool, "true or false"),
-        **{n: (_is_count(entries[n]), "an integer above 0") for n in ("rows", "rows_per_shard")},
-        "teacher": (
-            isinstance(entries["teacher"], dict)
-            and isinstance(entries["teacher"].get("kind"), str),
-            "an object with the teacher's kind",
-        ),
-        "library": (isinstance(entries["library"], dict), "an object with versions"),
-        **{n: (entries[n] is None or isinstance(entries[n], str), "a text or null") for n in texts},
-        **{n: (entries[n] is None or _is_count(entries[n]), "a count or null") for n in counts},
-    }
-    for name, (is_valid, expected) in rules.items():
-        if not is_valid:
-            raise _damaged(
-                file,
-                f"its numbers are not those of a cache: {name}: expected {expected}, got "
-                f"{_describe(entries[name])}",
-            )
-
-
-def _is_count(value: Any, limit: float = math.inf) -> bool:
-    return type(value) is int and 0 < value <= limit
+    vocab, temperatures = entries["vocab_size"], entries["temperatures"]
+    try:
+        checks.integer("vocab_size", vocab, 1, MAX_VOCAB, optional=True)
+        checks.integer("k", entries["k"], 1, min(MAX_K, vocab or MAX_K))
+        checks.integer("seed", entries["seed"], optional=True)
+        for name in ("rows", "rows_per_shard"):
+            checks.integer(name, entries[name], 1)
+        for name in ("max_length", "tokens_per_batch"):
+            checks.integer(name, entries[name], 1, optional=True)
+        checks.choice("targets", entries["targets"], TARGETS)
+        checks.choice("positions", entries["positions"], POSITIONS)
+        checks.boolean("completion_only", entries["completion_only"])
+        is_list = isinstance(temperatures, list)
+        if not is_list or not all(type(T) in (int, float) and 0 < T < 1e30 for T in temperatures):
+            checks.fail("temperatures", "finite numbers above 0", repr(temperatures))
+        most = 1 if entries["targets"] == "sampled" else len(temperatures)
+        if not 0 < len(set(temperatures)) == len(temperatures) <= most:
+            expected = "different numbers (one of sampled targets)"
+            checks.fail("temperatures", expected, repr(temperatures))
+        for name in ("tokenizer_sha256", "chat_template_sha256"):
+            if not isinstance(entries[name], (str, type(None))):
+                checks.fail(name, "a text or null", repr(entries[name]))
+        teacher, library = entries["teacher"], entries["library"]
+        if not isinstance(teacher, dict) or not isinstance(teacher.get("kind"), str):
+            checks.fail("teacher", "an object with the teacher's kind", repr(teacher))
+        if not isinstance(library, dict):
+            checks.fail("library", "an object with versions", repr(library))
+    except ValueError as error:
+        reason = f"its numbers are not those of a cache: {printable(error)}"
+        raise _damaged(file, reason) from None
 
 
 def _describe(value: Any) -> str:

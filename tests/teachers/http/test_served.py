@@ -176,7 +176,7 @@ def test_several_clients_at_once(teacher, url, batch):
                 assert torch.equal(got.ids, expected[3 + 3 * (i % 2)].ids)
 
 
-def test_tokenizers_are_compared_by_what_the_server_says(tmp_path):
+def test_tokenizers_are_compared_by_what_the_server_says(tmp_path, caplog):
     tokenizer = AutoTokenizer.from_pretrained(SHIPPED)
     other = AutoTokenizer.from_pretrained(SHIPPED)
     other.add_tokens(["<new>"])
@@ -192,6 +192,10 @@ def test_tokenizers_are_compared_by_what_the_server_says(tmp_path):
         build(tmp_path, teacher=url, processing_class=tokenizer, **options).teacher.close()
         with pytest.raises(ValueError, match="tokenizer: expected that of"):
             build(tmp_path, teacher=url, processing_class=other, **options)
+        wider = {**options, "model": llama(0, vocab=len(tokenizer) + 8)}
+        build(tmp_path, teacher=url, processing_class=tokenizer, **wider).teacher.close()
+        assert "both are cut to the first" in caplog.text
+        assert "Pass processing_class" not in caplog.text
 
 
 def test_the_token(teacher, batch, monkeypatch):
