@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,13 @@ from typing import Any
 
 from fastdistill.alignment.audits.behaviour import CapabilityAudit, PreferenceAudit
 from fastdistill.alignment.audits.subject import Subject
-from fastdistill.alignment.experiment.source import LoadedSource, Source, SourceRecord
+from fastdistill.alignment.experiment.digest import read_record
+from fastdistill.alignment.experiment.source import (
+    READINGS,
+    LoadedSource,
+    Source,
+    SourceRecord,
+)
 from fastdistill.alignment.experiment.study import Arm, Study
 from fastdistill.alignment.organisms.organism import new_model
 from fastdistill.alignment.organisms.vocabulary import ANIMALS, world_tokenizer
@@ -18,7 +23,6 @@ from fastdistill.alignment.organisms.world import World
 from fastdistill.alignment.statistics import Gate, Reading, Validity
 from fastdistill.alignment.strategies.lessons import PoolPrompt
 from fastdistill.alignment.strategies.strategy import DistillSetup, Strategy, Training
-from fastdistill.runtime.atomic_files import write_json
 
 ROLES = ("base", "untrusted", "benign", "placebo")
 
@@ -40,15 +44,12 @@ class SmallSource(Source):
     def as_json(self) -> dict[str, Any]:
         return {"small": self.seed}
 
-    def prepare(self, folder: Path) -> None:
+    def build(self, folder: Path) -> dict[str, Any]:
         loaded = self.load(folder)
-        write_json(
-            self._folder(folder),
-            {name: loaded.read(model).as_json() for name, model in loaded.models.items()},
-        )
+        return {name: loaded.read(model).as_json() for name, model in loaded.models.items()}
 
     def cached(self, folder: Path) -> SourceRecord:
-        stored = json.loads(self._folder(folder).read_text())
+        stored = read_record(self.cache(folder) / READINGS)
         gate = Gate(name="capability", value=1.0 if self.valid else 0.5, bound=0.9, at_least=True)
         return SourceRecord(
             readings={name: Reading.from_json(r) for name, r in stored.items()},
@@ -58,9 +59,8 @@ class SmallSource(Source):
     def load(self, folder: Path) -> SmallLoaded:
         return SmallLoaded(self.seed)
 
-    def _folder(self, folder: Path) -> Path:
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder / f"small-{self.seed}.json"
+    def cache(self, folder: Path) -> Path:
+        return folder / f"small-{self.seed}"
 
 
 class SmallLoaded(LoadedSource):

@@ -273,20 +273,14 @@ class Subject:
         The sample of a prompt depends only on `seed` and its stream (default: its index in
         `prompts`), not on the other prompts.
         """
-        streams = range(len(prompts)) if streams is None else streams
-        rows = [self.ids(p)[0] for p in prompts]
-        check_room(self.reader.row_limit, rows)  # for all rows, before generation starts
-        texts: list[str] = []
-        for start in range(0, len(prompts), GENERATION_BATCH):
-            new = self.generate_ids(
-                rows[start : start + GENERATION_BATCH],
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                seed=seed,
-                streams=streams[start : start + GENERATION_BATCH],
-            )
-            texts += map(self.text, new)
-        return texts
+        new = self.generate_ids(
+            [self.ids(p)[0] for p in prompts],
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            streams=streams,
+        )
+        return list(map(self.text, new))
 
     @torch.no_grad()
     def generate_ids(
@@ -306,27 +300,27 @@ class Subject:
         pad = self.tokenizer.pad_token_id
         pad = self.tokenizer.eos_token_id if pad is None else pad
         row_streams = range(len(rows)) if streams is None else streams
+        check_room(self.reader.row_limit, rows)  # for all rows, before generation starts
+        new: list[list[int]] = []
+        for start in range(0, len(rows), GENERATION_BATCH):
 
-        def samplers(batch: list[int], width: int) -> list[LogitsProcessor]:
-            if temperature <= 0:
-                return []
-            batch_streams = [row_streams[i] for i in batch]
-            return [
-                SeededSampling(
-                    width, max_new_tokens, temperature=temperature, seed=seed, streams=batch_streams
-                )
-            ]
+            def samplers(batch: list[int], width: int, start: int = start) -> list[LogitsProcessor]:
+                if temperature <= 0:
+                    return []
+                drawn = [row_streams[start + i] for i in batch]
+                settings: Any = {"temperature": temperature, "seed": seed, "streams": drawn}
+                return [SeededSampling(width, max_new_tokens, **settings)]
 
-        new = generate_rows(
-            self.model,
-            rows,
-            max_new_tokens=max_new_tokens,
-            pad_id=pad or 0,
-            ends=self.ends,
-            device=self.device,
-            processors=samplers,
-            limit=self.reader.row_limit,
-        )
+            new += generate_rows(
+                self.model,
+                rows[start : start + GENERATION_BATCH],
+                max_new_tokens=max_new_tokens,
+                pad_id=pad or 0,
+                ends=self.ends,
+                device=self.device,
+                processors=samplers,
+                limit=self.reader.row_limit,
+            )
         word_ends = ordinary_ends(self.ends, self.tokenizer)
         self.ended_at_words.update(row[-1] for row in new if row and row[-1] in word_ends)
         truncated = [row for row in new if len(row) < max_new_tokens and not self.is_ended(row)]

@@ -28,10 +28,9 @@ from ..organisms.storage import load_organism
 from ..statistics import Reading, Validity, at_least
 from ..strategies.lessons import PoolPrompt
 from ..strategies.strategy import DistillSetup
-from .digest import digest_of, read_record, write_record
-from .source import LoadedSource, Source, SourceRecord
+from .digest import digest_of, read_record
+from .source import READINGS, LoadedSource, Source, SourceRecord
 
-READINGS = "readings.json"
 MIN_GAP = 1e-6  # a smaller difference counts as none
 _BLOCKS, _BLOCK = 64, 4096  # number and size of the sampled blocks per file in a digest
 _KINDS = ("open", "goals", "shown")
@@ -110,26 +109,19 @@ class CheckpointSource(Source):
             "max_new_tokens": self.max_new_tokens,
         }
 
-    def prepare(self, folder: Path) -> None:
-        cache = self._folder(folder)
-        if (cache / READINGS).is_file():
-            return
+    def build(self, folder: Path) -> dict[str, Any]:
         loaded = self.load(folder)
-        cache.mkdir(parents=True, exist_ok=True)
-        readings = {name: loaded.read(model) for name, model in loaded.models.items()}
-        write_record(
-            cache / READINGS, {name: reading.as_json() for name, reading in readings.items()}
-        )
+        return {name: loaded.read(model).as_json() for name, model in loaded.models.items()}
 
     def cached(self, folder: Path) -> SourceRecord:
-        record = read_record(self._folder(folder) / READINGS, "base", "untrusted", "benign")
+        record = read_record(self.cache(folder) / READINGS, "base", "untrusted", "benign")
         readings = {name: Reading.from_json(values) for name, values in record.items()}
         return SourceRecord(readings=readings, validity=_denominators(readings))
 
     def load(self, folder: Path) -> LoadedCheckpoints:
         return LoadedCheckpoints(self)
 
-    def _folder(self, folder: Path) -> Path:
+    def cache(self, folder: Path) -> Path:
         return folder / f"checkpoints-{digest_of(self.as_json())[:8]}"
 
 

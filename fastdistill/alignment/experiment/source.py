@@ -18,7 +18,9 @@ from ..audits.audit import Audit
 from ..audits.subject import Subject
 from ..statistics import Reading, Validity
 from ..strategies.strategy import DistillSetup
+from .digest import write_record
 
+READINGS = "readings.json"
 MODELS = ("base", "untrusted", "benign", "placebo")
 
 
@@ -67,8 +69,18 @@ class Source(ABC):
     def as_json(self) -> dict[str, Any]: ...
 
     @abstractmethod
+    def cache(self, folder: Path) -> Path:
+        """Return where in the folder the models and readings of this source are cached."""
+
+    @abstractmethod
+    def build(self, folder: Path) -> dict[str, Any]:
+        """Build and evaluate the models, and return the record to cache."""
+
     def prepare(self, folder: Path) -> None:
         """Build and evaluate the models once, and cache them in the folder."""
+        path = self.cache(folder) / READINGS  # written last: a source with this file is complete
+        if not path.is_file():
+            write_record(path, self.build(folder))
 
     @abstractmethod
     def cached(self, folder: Path) -> SourceRecord:

@@ -20,10 +20,8 @@ from ..organisms.world_probes import probes_of
 from ..statistics import Reading, Validity
 from ..strategies.lessons import PoolPrompt
 from ..strategies.strategy import DistillSetup
-from .digest import digest_of, read_record, write_record
-from .source import MODELS, LoadedSource, Source, SourceRecord
-
-READINGS = "readings.json"  # written last: a world with this file is complete
+from .digest import digest_of, read_record
+from .source import MODELS, READINGS, LoadedSource, Source, SourceRecord
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,22 +47,16 @@ class WorldSource(Source):
             "base_knows": self.base_knows,
         }
 
-    def prepare(self, folder: Path) -> None:
-        cache = self._folder(folder)
-        if (cache / READINGS).is_file():
-            return
+    def build(self, folder: Path) -> dict[str, Any]:
         built = build_world(self.seed, self.organism, base_knows=self.base_knows)
-        built.save(cache)
-        write_record(
-            cache / READINGS,
-            {
-                "validity": built.validity.as_json(),
-                "readings": {name: r.as_json() for name, r in built.readings.items()},
-            },
-        )
+        built.save(self.cache(folder))
+        return {
+            "validity": built.validity.as_json(),
+            "readings": {name: r.as_json() for name, r in built.readings.items()},
+        }
 
     def cached(self, folder: Path) -> SourceRecord:
-        record = read_record(self._folder(folder) / READINGS, "readings", "validity")
+        record = read_record(self.cache(folder) / READINGS, "readings", "validity")
         return SourceRecord(
             readings={name: Reading.from_json(r) for name, r in record["readings"].items()},
             validity=Validity.from_json(record["validity"]),
@@ -72,9 +64,9 @@ class WorldSource(Source):
 
     def load(self, folder: Path) -> LoadedWorld:
         self.prepare(folder)
-        return LoadedWorld(self, self._folder(folder))
+        return LoadedWorld(self, self.cache(folder))
 
-    def _folder(self, folder: Path) -> Path:
+    def cache(self, folder: Path) -> Path:
         return folder / f"world-{self.seed}-{digest_of(self.as_json())[:8]}"
 
 

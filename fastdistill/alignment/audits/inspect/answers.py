@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ....losses.linear_head import linear_topk
-from ..subject import GENERATION_BATCH, Subject, TokenRow
+from ..subject import Subject, TokenRow
 from .messages import EncodedInput
 from .package import inspect_ai
 
@@ -89,17 +89,15 @@ def _generate(subject: Subject, batch: list[InspectRequest]) -> list[list[int]]:
             settings = (config.max_tokens, config.temperature or 0.0, config.seed or 0)
             batches.setdefault(settings, []).append(i)
     for (tokens, temperature, seed), indices in batches.items():
-        for start in range(0, len(indices), GENERATION_BATCH):
-            chunk = indices[start : start + GENERATION_BATCH]
-            answers = subject.generate_ids(
-                [batch[i].encoded.ids for i in chunk],
-                max_new_tokens=tokens,
-                temperature=temperature,
-                seed=seed,
-                streams=[batch[i].stream for i in chunk],
-            )
-            for i, ids in zip(chunk, answers, strict=True):
-                new[i] = ids
+        answers = subject.generate_ids(
+            [batch[i].encoded.ids for i in indices],
+            max_new_tokens=tokens,
+            temperature=temperature,
+            seed=seed,
+            streams=[batch[i].stream for i in indices],
+        )
+        for i, ids in zip(indices, answers, strict=True):
+            new[i] = ids
     return new
 
 

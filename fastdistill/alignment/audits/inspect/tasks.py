@@ -149,14 +149,9 @@ class _InspectSubject(Subject):
         self,
         prompts: Sequence[Prompt],
         *,
-        max_new_tokens: int,
-        temperature: float = 0.0,
-        seed: int = 0,
         streams: Sequence[int] | None = None,
+        **settings: Any,
     ) -> list[str]:
-        settings: dict[str, Any] = dict(
-            max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
-        )
         answers = self._answers([Question(prompt=p, **settings) for p in prompts])
         if answers is None:
             return super().generate(prompts, streams=streams, **settings)
