@@ -85,10 +85,13 @@ class _TRLTrainer(DistillTrainer):
             for module in model.modules():
                 if isinstance(module, nn.Dropout):
                     module.p = 0.0
+        names = {f.name for f in fields(TrainingArguments) if f.init} - _NOT_COPIED
+        names -= {old for old, new in _OLD_NAMES.items() if new in names}
+        shared = {name: getattr(args, name) for name in names}
         super().__init__(
             model,
             teacher_model,
-            DistillConfig(**(_shared(args) | self.options(args))),
+            DistillConfig(**(shared | self.options(args))),
             train_dataset=self.examples(train_dataset),
             eval_dataset=self.examples(eval_dataset),
             processing_class=processing_class,
@@ -216,13 +219,6 @@ def _check_options(args: Any, used: frozenset[str], same: Mapping[str, Any], kin
         if value is not None and value != default and value != same.get(field.name):
             got, hint = f"{value!r:.80}", "it has no counterpart here"
             fail(field.name, f"{default!r} in our {kind}", got, hint)
-
-
-def _shared(args: TrainingArguments) -> dict[str, Any]:
-    """Return the options that every TrainingArguments has."""
-    names = {f.name for f in fields(TrainingArguments) if f.init}
-    old = {name for name, new in _OLD_NAMES.items() if new in names}
-    return {name: getattr(args, name) for name in names - old - _NOT_COPIED}
 
 
 def _load(argument: str, model: Any, options: Mapping[str, Any]) -> Any:

@@ -245,7 +245,6 @@ def _as_key(key: str) -> str:
 
 
 def _either(names: list[str]) -> str:
-    """Return an expression of these names alone."""
     return f"(?:{'|'.join(map(re.escape, names))})"
 
 
@@ -306,7 +305,6 @@ def _check_weights(model: Any, config: Any, files: TensorFiles) -> None:
 
 
 def _without_memory(model: Any) -> nn.Module:
-    """Return a copy of the model on the meta device."""
     memo: dict[int, Any] = {}
     for tensor in (*model.parameters(), *model.buffers()):
         empty = tensor.detach().to("meta")

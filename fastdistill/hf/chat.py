@@ -295,7 +295,6 @@ def _fail_lost(name: str, content: Any) -> NoReturn:
 
 
 def _common(a: str, b: str) -> int:
-    """Return the length of the common prefix of two texts."""
     pairs = zip(a, b, strict=False)
     return next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))
 

@@ -196,13 +196,11 @@ def _length(tokenizer: Any, text: str, column: str, at: int, ids: list[int]) -> 
 
 
 def _beginnings(tokenizer: Any) -> set[int]:
-    """Return the ids that begin a text."""
     names = ("bos_token_id", "cls_token_id")
     return {i for i in (getattr(tokenizer, name, None) for name in names) if i is not None}
 
 
 def _unknown(tokenizer: Any) -> set[int]:
-    """Return the ids of unknown tokens."""
     model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
     token = getattr(model, "unk_token", None)
     ids = {getattr(tokenizer, "unk_token_id", None)}

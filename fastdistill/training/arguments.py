@@ -171,7 +171,6 @@ def _check_names(config: TrainingArguments) -> None:
 
 
 def _names_of(optim_args: Any) -> list[str]:
-    """Return the option names in "name=value,name=value"."""
     parts = [part.partition("=") for part in str(optim_args or "").replace(" ", "").split(",")]
     if optim_args and not all(name and equals and value for name, equals, value in parts):
         checks.fail("optim_args", "name=value,name=value", repr(optim_args))

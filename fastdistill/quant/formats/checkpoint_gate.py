@@ -125,7 +125,6 @@ def load_config(source: str | Path, **options: Any) -> tuple[Any, dict[str, Any]
 
 
 def _parts_of(config: Any) -> Iterator[Any]:
-    """Yield a configuration and its sub-configurations."""
     yield config
     for name in getattr(config, "sub_configs", ()):
         if (part := getattr(config, name, None)) is not None:

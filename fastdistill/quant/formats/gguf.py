@@ -91,7 +91,6 @@ def read_gguf(file: Path) -> tuple[dict[str, Any], dict[str, Thunk]]:
 
 
 def _parameter(file: Path, name: str, family: str) -> str:
-    """Return the parameter's name in transformers."""
     match = re.fullmatch(r"blk\.(\d+)\.(.+)", name)
     names, part = (_LAYER[family], match[2]) if match else (_MODEL, name)
     if part not in names:

@@ -60,7 +60,6 @@ def models_in(teacher: Any) -> tuple[list[nn.Module | Tensor], list[nn.Parameter
 
 
 def _held_by(value: Any) -> Iterator[Any]:
-    """Yield an object's attributes and items."""
     if isinstance(value, (type, ModuleType, FunctionType, str, bytes)):
         return
     if isinstance(value, Mapping):
@@ -113,7 +112,6 @@ def _merged(spans: list[tuple[str, int, int]]) -> list[tuple[str, int, int]]:
 
 
 def _is_within(span: tuple[str, int, int], merged: list[tuple[str, int, int]]) -> bool:
-    """Whether a span overlaps one of the merged spans."""
     device, begin, end = span
     before = bisect_right(merged, (device, end - 1, 2**63)) - 1
     return before >= 0 and merged[before][0] == device and merged[before][2] > begin

@@ -33,15 +33,14 @@ class DemoSetting(NamedTuple):
 class Metric(NamedTuple):
     title: str
     column: str  # of EVAL_COLUMNS
-    lower_is_better: bool
 
 
 METRICS = {
-    "nll": Metric("NLL, nats per token", "nll", True),
-    "bits_per_byte": Metric("bits per byte", "nll", True),
-    "top1": Metric("top-1 accuracy", "top1", False),
-    "agreement": Metric("top-1 agreement with teacher", "agreement", False),
-    "kl": Metric("KL to teacher, nats", "kl", True),
+    "nll": Metric("NLL, nats per token", "nll"),
+    "bits_per_byte": Metric("bits per byte", "nll"),
+    "top1": Metric("top-1 accuracy", "top1"),
+    "agreement": Metric("top-1 agreement with teacher", "agreement"),
+    "kl": Metric("KL to teacher, nats", "kl"),
 }
 
 

