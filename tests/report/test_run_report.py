@@ -235,6 +235,16 @@ def test_several_runs_are_compared(tmp_path):
     assert len(page.images) == 4
 
 
+def test_a_comparison_names_the_runs_that_failed(watched, tmp_path):
+    stop = {"step": 4, "event": "nonfinite", "of": "loss"}
+    with_events(watched[1], tmp_path / "a", stop)
+    shutil.copytree(watched[1], tmp_path / "b")
+    page = page_of(tmp_path)
+    assert page.blocks[0][1] == "2 runs: a, b. Unusable, as stated below the table: a."
+    after = [text for tag, text in page.blocks if tag == "p"][1]
+    assert after == "a: The run stopped after step 4 because of NaN or infinity (loss)."
+
+
 def test_the_names_of_runs_are_text(watched, tmp_path):
     for name in (r"run-$\\frac$", "run-<script>"):
         shutil.copytree(watched[1], tmp_path / name)

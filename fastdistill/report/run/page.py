@@ -260,6 +260,9 @@ def comparison(name: str, runs: dict[str, RunRecord]) -> Report:
         best = min(kls, key=lambda run: kls[run].last)
         text = TRAINING["kl"].text(kls[best].last)
         sentences.append(f"{best} has the lowest KL in its last evaluation: {text} nats per token.")
+    failed = [run for run, record in runs.items() if failure(record)]
+    if failed:
+        sentences[1:] = [f"Unusable, as stated below the table: {', '.join(failed)}."]
     report = Report(f"Runs of {name}", " ".join(sentences))
     in_evaluation = any(evaluations(record) for record in runs.values())
     by_key = {key: _series_of_runs(runs, key, in_evaluation) for key in _COMPARED}
