@@ -5,6 +5,7 @@ Blocks of Python run in the order of their page, in one namespace and an empty f
 """
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -116,6 +117,19 @@ def test_the_source_files_of_a_page_exist(page):
     paths = re.findall(r"`(\w+(?:/\w+)+\.(?:py|h|cu|cpp|sh))`", text)
     paths += re.findall(r"^## .*\((fastdistill/[\w/]+)\)$", text, re.M)
     assert [path for path in paths if not any((root / path).exists() for root in roots)] == []
+
+
+def test_the_figures_are_drawn(tmp_path):
+    """The committed files may come from another release of matplotlib, so texts are compared."""
+    script = [sys.executable, ROOT / "docs" / "figures.py", tmp_path]
+    subprocess.run(script, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    for name in ("tails.svg", "support.svg"):
+        drawn, committed = (
+            re.findall(r">([^<>\n]+)</text>", (folder / name).read_text())
+            for folder in (tmp_path, ROOT / "docs" / "losses")
+        )
+        assert drawn == committed
+        assert len(drawn) > 10
 
 
 @pytest.mark.slow

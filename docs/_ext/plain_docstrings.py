@@ -1,7 +1,7 @@
 """Turns the package's docstrings into reStructuredText, before napoleon reads their sections.
 
 The docstrings are plain text: code in single backticks, equations as indented lines, and `|` and
-`*` as themselves. A public name in backticks becomes a link.
+`*` as themselves.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ import re
 from typing import Any
 
 from sphinx.application import Sphinx
-
-import fastdistill
 
 _SECTION = re.compile(r"(Args|Example|Returns|Raises|Yields):$")
 _EXCEPTION = re.compile(r"    (\w+(?:, \w+)*): ")
@@ -46,16 +44,10 @@ def _item(line: str) -> str:
 
 
 def _escape(line: str) -> str:
-    """Escape what reStructuredText would read as markup, and link the public names."""
+    """Escape what reStructuredText would read as markup."""
     parts = _CODE.split(line)
     parts[::2] = [re.sub(r"[*|]|(?<=\w)_(?!\w)", r"\\\g<0>", text) for text in parts[::2]]
-    parts[1::2] = [_link(code) for code in parts[1::2]]
     return "".join(parts)
-
-
-def _link(code: str) -> str:
-    name = code.strip("`")
-    return f":py:obj:`~fastdistill.{name}`" if name in fastdistill.__all__ else code
 
 
 def _process(app: Sphinx, what: str, name: str, value: Any, options: Any, lines: list[str]) -> None:

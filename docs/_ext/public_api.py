@@ -1,10 +1,11 @@
-"""The directive `public`: autodoc of the public names of a module.
+"""Links to the public names, and the directive `public`: autodoc of the names of a module.
 
     ```{public} fastdistill
     linear_topk linear_lse_gather
     ```
 
-Without a list of names it documents the whole of the module's `__all__`.
+Without a list of names it documents the whole of the module's `__all__`. Wherever a name of
+`fastdistill.__all__` is written as code, it links to its documentation.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from importlib import import_module
 from typing import Any, ClassVar
 
 from docutils import nodes
+from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
+import fastdistill
 from fastdistill import DistillConfig
 
 
@@ -78,7 +81,25 @@ def _readable(
     return signature and signature.replace("<factory>", "..."), returns
 
 
+def _link_names(app: Sphinx, doctree: nodes.document) -> None:
+    for literal in list(doctree.findall(nodes.literal)):
+        name = literal.astext()
+        inside = literal.parent
+        if name in fastdistill.__all__ and not isinstance(inside, (nodes.title, nodes.reference)):
+            link = pending_xref(
+                "",
+                refdomain="py",
+                reftype="obj",
+                reftarget=f"fastdistill.{name}",
+                refexplicit=True,
+                refdoc=app.env.docname,
+            )
+            link.append(literal.deepcopy())
+            literal.replace_self(link)
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
+    app.connect("doctree-read", _link_names)
     app.connect("autodoc-process-signature", _readable)
     app.add_directive("config-fields", ConfigFields)
     app.add_directive("public", Public)
