@@ -28,7 +28,7 @@ from fastdistill.cli.run_experiment import print_result
 from helpers.made_students import ABOUT, arm
 from helpers.transfer_arms import arm as transfer_arm
 
-TWO = SimpleNamespace(_folder=lambda folder: folder / "checkpoints")
+TWO = SimpleNamespace(cache=lambda folder: folder / "checkpoints")
 NULL_ARMS = ("M→M", "placebo", "benign twice")
 NAN, INF = math.nan, math.inf
 
@@ -167,7 +167,7 @@ def test_checkpoints_without_a_denominator_are_named_before_training(
     assert why.startswith(f"{what}, without which {ratio} is undefined (")
     assert "over 4 prompts" in why
     write_record(
-        TWO._folder(tmp_path) / READINGS,
+        TWO.cache(tmp_path) / READINGS,
         {name: reading.as_json() for name, reading in readings(**how).items()},
     )
     record = CheckpointSource.cached(cast(Any, TWO), tmp_path)
