@@ -51,9 +51,7 @@ def _settings(kind: type[Any]) -> str:
     ]
     if not rows:
         return ""
-    table = "| setting | type | default |\n|---|---|---|\n".replace(
-        "|---|---|---|", "|---|---|---|"
-    )
+    table = "| setting | type | default |\n|---|---|---|\n"
     return "Settings of the form `KEY=VALUE`:\n\n" + table + "\n".join(rows) + "\n"
 
 
