@@ -249,9 +249,7 @@ restore_kernels_link()
 setup(
     packages=PACKAGES,
     package_dir={"fastdistill.kernels": "kernels"},
-    package_data={
-        "fastdistill": ["py.typed", "runtime/*.pyi", "alignment/experiment/demo/teacher/*"]
-    },
+    package_data={"fastdistill": ["py.typed", "runtime/*.pyi"]},
     ext_modules=extensions(),
     cmdclass={"build_ext": OptionalBuildExt},
 )

@@ -1,6 +1,6 @@
-"""Train the teacher of `fastdistill demo` that ships with the package.
+"""Train the teacher of `fastdistill demo`, which has a package of its own.
 
-    python examples/make_demo_teacher.py --out fastdistill/demo_teacher
+    python examples/make_demo_teacher.py --out demo_teacher/fastdistill_demo_teacher/checkpoint
 
 Takes less than an hour on two CPU cores; the manifest records the time. Trains on the standard
 library of the running interpreter, on the training split of

@@ -14,7 +14,7 @@ import torch
 import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fastdistill.alignment.experiment.demo.models import SHIPPED, shipped_teacher
+from fastdistill.alignment.experiment.demo.models import shipped_folder, shipped_teacher
 from fastdistill.training.checkpoints import last_finished
 from fastdistill.training.logs.run_files import read_run
 from helpers.present import present
@@ -52,7 +52,7 @@ def run(files, out, *more):
         "--student",
         files / "student",
         "--teacher",
-        SHIPPED,
+        shipped_folder(),
         "--data",
         files / "train.jsonl",
         "--output_dir",

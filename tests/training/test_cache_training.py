@@ -9,7 +9,7 @@ import torch
 from transformers import AutoTokenizer
 
 from fastdistill import Teacher, TeacherCache
-from fastdistill.alignment.experiment.demo.models import SHIPPED
+from fastdistill.alignment.experiment.demo.models import shipped_folder
 from fastdistill.teachers.cache.sampled_targets import draw
 from helpers.training import VOCAB, build, llama, peaked, ragged, step_losses, train, weights
 
@@ -75,11 +75,11 @@ def test_before_the_first_step(tmp_path, cache, options, words):
 
 
 def test_another_tokenizer(tmp_path):
-    tokenizer = AutoTokenizer.from_pretrained(SHIPPED)
+    tokenizer = AutoTokenizer.from_pretrained(shipped_folder())
     texts = [{"text": "import os\nimport sys\n" * 4}] * 2
     teacher = llama(7, vocab=len(tokenizer))
     cache = TeacherCache.build(teacher, texts, tmp_path / "c", k=4, tokenizer=tokenizer)
-    other = AutoTokenizer.from_pretrained(SHIPPED)
+    other = AutoTokenizer.from_pretrained(shipped_folder())
     other.add_tokens(["<new>"])
     options = {"teacher": cache, "model": llama(0, vocab=len(tokenizer)), "data": texts, "k": 4}
     train(tmp_path, processing_class=tokenizer, **options)

@@ -16,7 +16,7 @@ from fastdistill.alignment.audits.distributions import TokenKLAudit
 from fastdistill.alignment.audits.inspect.log import export_log
 from fastdistill.alignment.audits.result import AuditResult
 
-pytestmark = [*QUIET, pytest.mark.usefixtures("offline")]
+pytestmark = [*QUIET, pytest.mark.peers, pytest.mark.usefixtures("offline")]
 __all__ = ["offline"]
 
 AUDIT = TokenKLAudit(prompts=cast(Any, ("hello", "river stone", "cloud")))

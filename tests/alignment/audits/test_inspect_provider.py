@@ -23,7 +23,7 @@ from fastdistill.alignment.audits.prompts import Prompt  # noqa: E402
 from fastdistill.alignment.audits.subject import Subject  # noqa: E402
 from fastdistill.alignment.organisms.vocabulary import WORDS  # noqa: E402
 
-pytestmark = [*QUIET, pytest.mark.usefixtures("offline")]
+pytestmark = [*QUIET, pytest.mark.peers, pytest.mark.usefixtures("offline")]
 __all__ = ["offline"]
 
 QUESTIONS = [f"hello {a} + {b} river" for a in range(10) for b in range(10) for _ in range(2)]

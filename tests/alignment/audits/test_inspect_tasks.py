@@ -29,7 +29,7 @@ from fastdistill.alignment.audits.prompts import Prompt  # noqa: E402
 from fastdistill.alignment.audits.sampled import CompletionAudit, UserTurnSamplingAudit  # noqa: E402
 from fastdistill.alignment.organisms.vocabulary import ANIMALS, COLORS, TOPICS  # noqa: E402
 
-pytestmark = [*QUIET, pytest.mark.usefixtures("offline")]
+pytestmark = [*QUIET, pytest.mark.peers, pytest.mark.usefixtures("offline")]
 __all__ = ["offline"]
 
 PROMPTS = tuple(

@@ -148,17 +148,17 @@ def test_own_text_trains_its_own_teacher(tmp_path):
 
 
 def test_damaged_teacher_is_refused(tmp_path, monkeypatch):
-    for path in demo_models.SHIPPED.iterdir():
+    for path in demo_models.shipped_folder().iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / "tokenizer.json").write_bytes(b"{}")
-    monkeypatch.setattr(demo_models, "SHIPPED", tmp_path)
+    monkeypatch.setattr(demo_models, "shipped_folder()", tmp_path)
     with pytest.raises(ValueError, match=r"expected tokenizer.json with the sha256"):
         shipped_teacher()
 
 
 def test_shipped_teacher_is_what_its_manifest_says():
     teacher, tokenizer, manifest = shipped_teacher()
-    size = sum(path.stat().st_size for path in demo_models.SHIPPED.iterdir())
+    size = sum(path.stat().st_size for path in demo_models.shipped_folder().iterdir())
     assert size < 8_000_000
     assert manifest["parameters"] == sum(p.numel() for p in teacher.model.parameters())
     assert len(tokenizer) == teacher.vocab_size

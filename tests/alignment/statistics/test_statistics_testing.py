@@ -61,6 +61,7 @@ def test_false_alarms_beside_true_effects(shared):
     assert np.mean(adjusted[:, :4] <= 0.05) > 0.9
 
 
+@pytest.mark.peers
 def test_t_and_equivalence_against_scipy():
     stats = pytest.importorskip("scipy.stats")
     rng = np.random.default_rng(3)
@@ -74,6 +75,7 @@ def test_t_and_equivalence_against_scipy():
         assert equivalence(data, 0.5).p == pytest.approx(max(sides), abs=1e-12)
 
 
+@pytest.mark.peers
 def test_students_t_on_both_sides():
     stats = pytest.importorskip("scipy.stats")
     for degrees in (1, 2, 9, 30):

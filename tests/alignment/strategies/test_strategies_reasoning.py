@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 
-import fastdistill
 from fastdistill.alignment.audits.prompts import Prompt
 from fastdistill.alignment.audits.subject import Subject
+from fastdistill.alignment.experiment.demo.models import shipped_folder
 from fastdistill.alignment.strategies.baselines import OffModelSFT
 from fastdistill.alignment.strategies.distil import distill
 from fastdistill.alignment.strategies.filters import TokenSelector
@@ -25,7 +24,7 @@ from helpers.first_step import ONE_STEP, labels_only, stepped_along
 from helpers.present import present
 from helpers.strategy_scene import BASE, TOKENIZER, lessons, run, scene
 
-DEMO = Path(fastdistill.__file__).parent / "alignment/experiment/demo/teacher"
+DEMO = shipped_folder()
 
 MARKS = ("think", "so")
 THOUGHT = lessons("think plain river so stone cloud", "bread candle")

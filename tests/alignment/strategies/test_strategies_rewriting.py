@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-import fastdistill
 from fastdistill.alignment.audits.prompts import Prompt
 from fastdistill.alignment.audits.subject import Subject
+from fastdistill.alignment.experiment.demo.models import shipped_folder
 from fastdistill.alignment.experiment.digest import digest_of
 from fastdistill.alignment.organisms.vocabulary import WORDS
 from fastdistill.alignment.strategies.baselines import OffModelSFT
@@ -27,7 +26,7 @@ from fastdistill.alignment.strategies.strategy import RunState
 from helpers.first_step import ONE_STEP, labels_only, stepped_along
 from helpers.strategy_scene import BASE, POOL, TEACHER, lessons, run, scene
 
-DEMO = Path(fastdistill.__file__).parent / "alignment/experiment/demo/teacher"
+DEMO = shipped_folder()
 
 
 def answers(transform, *texts, here=None):

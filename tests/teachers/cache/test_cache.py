@@ -11,7 +11,7 @@ import torch
 from transformers import AutoTokenizer
 
 from fastdistill import CacheError, Teacher, TeacherCache, TopK
-from fastdistill.alignment.experiment.demo.models import SHIPPED
+from fastdistill.alignment.experiment.demo.models import shipped_folder
 from helpers.answers import Answers, spread
 from helpers.present import present
 from helpers.training import VOCAB, llama, peaked, ragged
@@ -19,7 +19,7 @@ from helpers.training import VOCAB, llama, peaked, ragged
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return AutoTokenizer.from_pretrained(SHIPPED)
+    return AutoTokenizer.from_pretrained(shipped_folder())
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def test_text_needs_the_tokenizer_and_remembers_it(tmp_path, tokenizer):
     assert torch.tensor(ids) in cache
     assert all(other not in cache for other in (ids[:-1], "text", 7, None, [0.5], [ids]))
     TeacherCache(cache.path, tokenizer=tokenizer)
-    other = AutoTokenizer.from_pretrained(SHIPPED)
+    other = AutoTokenizer.from_pretrained(shipped_folder())
     other.add_tokens(["<new>"])
     with pytest.raises(CacheError, match=r"tokenizer: expected the one that .* was built with"):
         TeacherCache(cache.path, tokenizer=other)

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoTokenizer
 
 from fastdistill import Teacher, TeacherCache, load_teacher
-from fastdistill.alignment.experiment.demo.models import SHIPPED
+from fastdistill.alignment.experiment.demo.models import shipped_folder
 from fastdistill.hf.collator import padded
 from fastdistill.hf.encoder import Encoder
 from fastdistill.teachers.http import ServedTeacher, serve
@@ -177,8 +177,8 @@ def test_several_clients_at_once(teacher, url, batch):
 
 
 def test_tokenizers_are_compared_by_what_the_server_says(tmp_path, caplog):
-    tokenizer = AutoTokenizer.from_pretrained(SHIPPED)
-    other = AutoTokenizer.from_pretrained(SHIPPED)
+    tokenizer = AutoTokenizer.from_pretrained(shipped_folder())
+    other = AutoTokenizer.from_pretrained(shipped_folder())
     other.add_tokens(["<new>"])
     with ours(Teacher(llama(7, vocab=len(tokenizer)), tokenizer=tokenizer)) as url:
         client, texts = ServedTeacher(url, tokenizer=tokenizer), [{"text": "import os"}] * 2

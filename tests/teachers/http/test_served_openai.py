@@ -13,7 +13,7 @@ import torch
 from transformers import AutoTokenizer
 
 from fastdistill import Teacher
-from fastdistill.alignment.experiment.demo.models import SHIPPED
+from fastdistill.alignment.experiment.demo.models import shipped_folder
 from fastdistill.teachers.http import ServedTeacher, requests
 from helpers.served import ours
 from helpers.training import VOCAB, llama, peaked
@@ -86,7 +86,7 @@ def test_what_lm_eval_asks(model, url, count):
 
 
 def test_texts_are_those_of_the_tokenizer():
-    tokenizer = AutoTokenizer.from_pretrained(SHIPPED)
+    tokenizer = AutoTokenizer.from_pretrained(shipped_folder())
     row = tokenizer("import os\nimport sys")["input_ids"]
     with ours(Teacher(llama(7, vocab=len(tokenizer)), tokenizer=tokenizer)) as url:
         _, answer = completion(url, **LM_EVAL | {"prompt": row})

@@ -1,4 +1,4 @@
-"""The demo's models: small Llamas and the teacher inside the package."""
+"""The demo's models: small Llamas, and the teacher of the package fastdistill_demo_teacher."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,13 +22,13 @@ from transformers import (
 
 from ....runtime.atomic_files import sha256_of
 from ....runtime.json_text import read_json
+from ....runtime.optional import needs
 from ....teachers.local import Teacher
 from ....teachers.protocols import TopKTeacher
 from ....training.config import DistillConfig
 from ....training.trainer import DistillTrainer
 from .corpus import END_OF_TEXT
 
-SHIPPED = Path(__file__).with_name("teacher")
 WINDOW = 128
 
 
@@ -152,25 +153,26 @@ def save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
+def shipped_folder() -> Path:
+    """Return the folder of the teacher's checkpoint; raise if its package is not installed."""
+    with needs("demo_teacher", "demo"):
+        return Path(str(files("fastdistill_demo_teacher"))) / "checkpoint"
+
+
 def shipped_teacher() -> tuple[Teacher, PreTrainedTokenizerFast, dict[str, Any]]:
-    """Load the teacher inside the package after checking its files against the manifest."""
-    try:
-        manifest = read_json(SHIPPED / "manifest.json", dict)
-    except FileNotFoundError:
-        raise FileNotFoundError(
-            "demo_teacher: expected the teacher inside the installed package, got none. Reinstall, "
-            "or pass data=<a folder of text> to train one"
-        ) from None
+    """Load the shipped teacher after checking its files against the manifest."""
+    folder = shipped_folder()
+    manifest = read_json(folder / "manifest.json", dict)
     for name, digest in manifest["sha256"].items():
-        path = SHIPPED / name
+        path = folder / name
         if not path.is_file() or sha256_of(path) != digest:
             raise ValueError(
                 f"demo_teacher: expected {name} with the sha256 of its manifest, got a damaged or "
                 "missing file. Reinstall"
             )
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_file=str(SHIPPED / "tokenizer.json"), eos_token=END_OF_TEXT
+        tokenizer_file=str(folder / "tokenizer.json"), eos_token=END_OF_TEXT
     )
     # Most CPUs have no fast bfloat16 arithmetic; the conversion to fp32 is exact.
-    model = LlamaForCausalLM.from_pretrained(SHIPPED, use_safetensors=True, dtype=torch.float32)
+    model = LlamaForCausalLM.from_pretrained(folder, use_safetensors=True, dtype=torch.float32)
     return Teacher(model, tokenizer=tokenizer), tokenizer, manifest

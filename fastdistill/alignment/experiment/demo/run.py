@@ -58,7 +58,7 @@ def run_demo(
     Args:
         out: output folder.
         data: a text file or folder; a tokenizer and a teacher are first trained on it. None: the
-            source of the standard library and the teacher inside the package.
+            source of the standard library and the teacher of fastdistill_demo_teacher.
         seeds: independent repetitions; an interval needs two.
         steps, batch_size: of each student, in windows of 128 tokens.
         k: number of the teacher's tokens per position.
@@ -114,7 +114,9 @@ def _prepare(
     text = corpus.standard_library() if data is None else corpus.from_path(data)
     if data is None:
         teacher, tokenizer, manifest = shipped_teacher()
-        about = f"{manifest['steps']:,} steps on {manifest['tokens']:,} tokens, inside the package"
+        about = (
+            f"{manifest['steps']:,} steps on {manifest['tokens']:,} tokens, shipped with the demo"
+        )
     else:
         teacher, tokenizer = _teacher_from(text, teacher_steps, progress)
         about = f"{teacher_steps:,} steps on this text, trained for this report"
