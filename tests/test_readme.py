@@ -76,6 +76,7 @@ def test_the_commands_exist():
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.peers
 @pytest.mark.parametrize("config", ["GKDConfig", "DistillationConfig"])
 def test_trls_trainers_run_as_printed(tmp_path, monkeypatch, config):
     pytest.importorskip("trl")

@@ -14,6 +14,7 @@ from helpers.training import llama
 
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 pytestmark = [
+    pytest.mark.peers,
     pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning:trl"),
 ]

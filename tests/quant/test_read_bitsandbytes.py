@@ -63,6 +63,7 @@ def test_golden_bytes(tmp_path, case):
     assert isinstance(getattr(weight, "scale", None), Nested) == (case == "nf4_nested")
 
 
+@pytest.mark.peers
 @pytest.mark.parametrize("block", [32, 64, 128, 256, 512, 1024])
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @pytest.mark.parametrize("nested", [False, True])
@@ -76,6 +77,7 @@ def test_equals_bitsandbytes(tmp_path, kind, block, nested):
         assert torch.equal(values(weight, dtype), flat_blocks(packed, state, dtype))
 
 
+@pytest.mark.peers
 @pytest.mark.parametrize("shape", [(7, 100), (33, 36), (5, 2), (3, 5), (64, 65)])
 @pytest.mark.parametrize("nested", [False, True])
 def test_blocks_that_cross_rows(tmp_path, shape, nested):
@@ -93,6 +95,7 @@ def test_bytes_stored_under_another_type(tmp_path, storage):
     assert torch.equal(values(read(tmp_path / "other", tensors)), expected)
 
 
+@pytest.mark.peers
 @pytest.mark.parametrize("nested", [False, True])
 def test_a_layer_saved_before_and_after_it_was_used(tmp_path, nested):
     """On some CPUs one eval forward repacks the weight; state_dict undoes that, but its absmax went
@@ -117,6 +120,7 @@ def test_a_layer_saved_before_and_after_it_was_used(tmp_path, nested):
         assert torch.equal(values(weight), flat_blocks(layer.weight.data, state, torch.float32))
 
 
+@pytest.mark.peers
 @pytest.mark.filterwarnings("ignore")  # transformers' and bitsandbytes' own
 @pytest.mark.parametrize(
     "settings",

@@ -38,6 +38,7 @@ def test_student_t_is_the_published_table(degrees):
     assert student_t_quantile(0.5, degrees) == pytest.approx(0.0, abs=1e-9)
 
 
+@pytest.mark.peers
 def test_student_t_and_wilson_against_scipy():
     stats = pytest.importorskip("scipy.stats")
     for degrees in (1, 2, 5, 17, 200):
@@ -121,6 +122,7 @@ def test_what_is_wrong_is_named(call, words):
         call()
 
 
+@pytest.mark.peers
 def test_clusters_of_one_value_are_runs_and_shares():
     stats = pytest.importorskip("scipy.stats")
     values, alone = [0.3, 0.9, 0.4, 0.1, 0.7], list(range(5))
@@ -130,6 +132,7 @@ def test_clusters_of_one_value_are_runs_and_shares():
     assert vars(share_of_clusters([1, 0, 0, 1, 1], alone)) == pytest.approx(vars(wilson(3, 5)))
 
 
+@pytest.mark.peers
 def test_clusters_of_other_sizes():
     """The ratio estimator's variance, by hand, and Kish's effective sample size."""
     stats = pytest.importorskip("scipy.stats")

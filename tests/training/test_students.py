@@ -168,6 +168,7 @@ def test_a_student_from_a_path(tmp_path):
         build(tmp_path, model=str(tmp_path / "nowhere"))
 
 
+@pytest.mark.peers
 class TestQuantised:
     """QLoRA: a frozen 4-bit student under adapters."""
 
