@@ -70,7 +70,9 @@ _NAMES_OF = {
     "training.trainer": ("DistillTrainer",),
 }
 _import_name = lazy_names(
-    __name__, {name: module for module, names in _NAMES_OF.items() for name in names}
+    __name__,
+    {name: module for module, names in _NAMES_OF.items() for name in names},
+    extra_of={"teachers.cache": "cache", "teachers.http": "cache"},
 )
 
 

@@ -13,7 +13,7 @@ from helpers.project_files import ROOT, pyproject, read_text, read_yaml
 TEXT = read_text("docs/stability.md")
 FORMATS = re.findall(r"^\| .+ \| (\d+) \| .+ \| `([\w.]+)` \|$", TEXT, re.M)
 # Extras that only developers install, and unions of others.
-NOT_OF_USERS = {"all", "dev", "docs"}
+NOT_OF_USERS = {"all", "dev", "docs", "lint", "peers", "test"}
 NEWER, OLDER = 'python_version >= "3.11"', 'python_version < "3.11"'
 
 
@@ -32,7 +32,7 @@ def requirements() -> dict[str, tuple[str, list[str]]]:
             match = re.match(r"([\w.-]+)(?:\[[\w,]+\])?([^;]*)", line)
             assert match is not None
             name, versions = match[1].lower(), match[2].strip()
-            if name == "fastdistill":  # an extra of another extra
+            if name.startswith("fastdistill"):  # an extra of another extra, and our demo
                 continue
             known, used = packages.setdefault(name, (versions, []))
             assert known == versions, f"{name}: {known} and {versions}"

@@ -17,6 +17,7 @@ import typer
 
 from ..runtime.version import __version__
 from .command import Json, add
+from .extras import command_needs
 from .printing import print_json, say
 from .verbs import (
     Audit,
@@ -209,7 +210,8 @@ app.add_typer(experiment)
 def main() -> None:
     """Run the console script; bad input is one line on stderr and exit code 2, no traceback."""
     try:
-        app(prog_name="fastdistill")
+        with command_needs():
+            app(prog_name="fastdistill")
     except KeyboardInterrupt:
         say("fastdistill: interrupted", file=sys.stderr)
         raise SystemExit(1) from None

@@ -11,10 +11,13 @@ from ..runtime.printable import printable
 
 _OPTIONAL = {
     "flash-attn": ("models loaded with attn_implementation", "pip install flash-attn"),
-    "peft": ("LoRA adapters", "pip install peft"),
+    "peft": ("LoRA adapters", "pip install 'fastdistill[peft]'"),
     "bitsandbytes": ("4-bit students and 8-bit optimizers", "pip install bitsandbytes"),
     "uvicorn": ("fastdistill serve", "pip install 'fastdistill[serve]'"),
-    "pyarrow": ("TeacherCache.from_parquet (DistillKit files)", "pip install pyarrow"),
+    "pyarrow": (
+        "TeacherCache.from_parquet (DistillKit files)",
+        "pip install 'fastdistill[parquet]'",
+    ),
 }
 _REQUIRED = {"torch": (2, 8), "transformers": (5, 0), "accelerate": (1, 10)}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from ..runtime.optional import check_installed
 from ..teachers.http import serve
 from ..teachers.local import load_teacher
 from .loaders import device
@@ -13,6 +14,7 @@ from .verbs import Serve
 
 
 def run(options: Serve, extra: dict[str, Any]) -> dict[str, Any]:
+    check_installed("fastdistill serve", "serve", "starlette", "uvicorn")
     teacher = load_teacher(
         options.teacher,
         quant=options.teacher_quant,

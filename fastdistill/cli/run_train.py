@@ -315,7 +315,7 @@ def _lengths(name: str, lines: Sequence[Line] | None, encoder: Encoder) -> Lengt
 def _adapters(rank: int | None) -> Any:
     if rank is None:
         return None
-    peft = require("peft", "lora_rank")
+    peft = require("peft", "lora_rank", "'fastdistill[peft]'")
     return peft.LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM")
 
 

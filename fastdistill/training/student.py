@@ -126,7 +126,7 @@ def _keep_differentiable(model: nn.Module) -> None:
 
 
 def _adapted(model: Any, peft_config: Any) -> nn.Module:
-    peft = require("peft", "peft_config")
+    peft = require("peft", "peft_config", "'fastdistill[peft]'")
     if not isinstance(peft_config, peft.PeftConfig):
         raise TypeError(
             "peft_config: expected a peft.PeftConfig such as LoraConfig, got "

@@ -18,13 +18,10 @@ OF_EXTRAS = (
 
 _BLOCK = """
 import sys
-import torch  # it uses numpy where it is installed
 class Blocked:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in {blocked!r}:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
-for name in [name for name in sys.modules if name.partition(".")[0] in {blocked!r}]:
-    del sys.modules[name]
 sys.meta_path.insert(0, Blocked())
 """
 

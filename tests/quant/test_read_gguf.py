@@ -126,7 +126,7 @@ def test_what_is_not_understood_is_refused(tmp_path, made, words):
 def test_without_the_gguf_package(tmp_path, monkeypatch):
     (tmp_path / "tiny.gguf").write_bytes(b"GGUF")
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(CheckpointError, match=r"tiny.gguf.*not installed; pip install gguf"):
+    with pytest.raises(CheckpointError, match=r"tiny.gguf.*pip install 'fastdistill\[gguf\]'"):
         open_checkpoint(tmp_path)
 
 

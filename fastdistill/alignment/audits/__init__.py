@@ -35,7 +35,7 @@ _MODULE_OF = {
 
 __all__ = sorted(_MODULE_OF)
 
-__getattr__ = lazy_names(__name__, _MODULE_OF)
+__getattr__ = lazy_names(__name__, _MODULE_OF, extra="audit")
 
 
 def __dir__() -> list[str]:

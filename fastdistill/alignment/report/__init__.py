@@ -15,7 +15,7 @@ __all__ = ["AuditScore", "TransferReport"]
 
 _MODULE_OF = {"AuditScore": "audit_scores", "TransferReport": "transfer"}
 
-__getattr__ = lazy_names(__name__, _MODULE_OF)
+__getattr__ = lazy_names(__name__, _MODULE_OF, extra="audit")
 
 
 def __dir__() -> list[str]:

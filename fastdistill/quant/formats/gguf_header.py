@@ -42,7 +42,7 @@ class GGUFHeader(NamedTuple):
 
 def gguf_package(file: Path) -> Any:
     try:
-        return require("gguf", str(file))
+        return require("gguf", str(file), "'fastdistill[gguf]'")
     except ImportError as error:
         raise CheckpointError(str(error)) from None
 

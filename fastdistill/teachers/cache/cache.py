@@ -15,6 +15,7 @@ from ...hf.positions import check_row_lengths
 from ...hf.tokenizers import tokenizer_fingerprint
 from ...losses.types import TopK
 from ...runtime import checks, tensor_checks
+from ...runtime.optional import needs
 from . import verification
 from .build import Examples, build
 from .manifest import CacheError, Manifest, read_manifest
@@ -125,7 +126,8 @@ class TeacherCache:
             shard_mb=shard_mb,
         )
         if isinstance(teacher, (nn.Module, str, Path)):
-            from ..local import load_teacher
+            with needs("TeacherCache.build", "train"):
+                from ..local import load_teacher
 
             teacher = load_teacher(teacher, tokenizer=tokenizer)
         check_teacher_supports(teacher, targets)
@@ -181,7 +183,8 @@ class TeacherCache:
             CacheError: other columns, or answers that are no distributions. ImportError: no
             pyarrow.
         """
-        from .distillkit_parquet import ParquetRows, files_of
+        with needs("TeacherCache.from_parquet", "parquet"):
+            from .distillkit_parquet import ParquetRows, files_of
 
         rows = ParquetRows(files_of(parquet))
         examples = Examples(rows, Encoder(tokenizer=tokenizer))

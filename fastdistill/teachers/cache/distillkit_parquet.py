@@ -217,7 +217,7 @@ class ParquetRows:
     answers_all = False  # a row's last token may have none
 
     def __init__(self, files: list[Path]) -> None:
-        self._pq = require("pyarrow.parquet", "from_parquet")
+        self._pq = require("pyarrow.parquet", "from_parquet", "'fastdistill[parquet]'")
         self.compression = None
         if (config := files[0].parent / CONFIG).is_file():
             self.compression = Compression.read(config)

@@ -16,4 +16,4 @@ if TYPE_CHECKING:
 
 __all__ = ["NoAnswer", "ServedTeacher", "WrongAnswer", "is_url", "make_app", "serve"]
 
-__getattr__ = lazy_names(__name__, {"make_app": "server", "serve": "server"})
+__getattr__ = lazy_names(__name__, {"make_app": "server", "serve": "server"}, extra="serve")

@@ -56,7 +56,7 @@ class Planner:
         model = empty_model("student", self.configs["student"], DTYPES[dtype or "float32"])
         if lora_rank is None:
             return model
-        peft = require("peft", "lora_rank")
+        peft = require("peft", "lora_rank", "'fastdistill[peft]'")
         adapters = peft.LoraConfig(r=lora_rank, target_modules="all-linear", task_type="CAUSAL_LM")
         return peft.get_peft_model(model, adapters)
 
