@@ -95,7 +95,7 @@ def test_a_name_without_its_extra_says_what_to_install(tmp_path: Path):
     cache = {"CacheError", "ServedTeacher", "TeacherCache"}
     train = {"DistillConfig", "DistillTrainer", "FidelityReport", "Teacher", "load_teacher"}
     train |= {"save_quantized", "DistillationTrainer", "GKDTrainer"}
-    assert dict(match.groups() for match in matches if match) == {
+    assert {match[1]: match[2] for match in matches if match} == {
         **dict.fromkeys(cache, "cache"),
         **dict.fromkeys(train, "train"),
     }
