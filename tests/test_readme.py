@@ -43,6 +43,16 @@ def test_the_readme_is_short():
     assert len(README.split()) <= 1200
 
 
+def test_the_extras_that_the_pages_name_exist():
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    table = project.split("[project.optional-dependencies]")[1].split("\n[")[0]
+    extras = set(re.findall(r"^(\w+) = \[", table, re.M))
+    pages = [ROOT / "README.md", *DOCS.rglob("*.md")]
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
+    named = set(re.findall(r"'(?:\.|fastdistill)\[(\w+)\]'", text))
+    assert {"report", "serve", "all"} <= named <= extras
+
+
 def test_links_of_the_readme_lead_to_files():
     targets = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", README)
     assert targets
