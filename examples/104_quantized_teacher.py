@@ -35,7 +35,9 @@ settings += [("int4", "exact"), ("fp4", "exact")]
 names, reports, sizes = [], [], []
 for quant, compute in settings:
     # Any folder or hub name of safetensors; the layers are quantized while they are read.
-    teacher = load_teacher(models.shipped_folder(), quant=quant, compute=compute, dtype=torch.float32)
+    teacher = load_teacher(
+        models.shipped_folder(), quant=quant, compute=compute, dtype=torch.float32
+    )
     report = teacher.fidelity(batch, against=full)
     names.append(f"{quant}, {compute} products")
     reports.append(report)
