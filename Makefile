@@ -51,9 +51,8 @@ test-all: test test-slow
 
 # Line coverage of the fast tests. Python 3.12 and newer counts lines with sys.monitoring, which costs less time.
 coverage: $(STAMP)-test
-	OMP_NUM_THREADS=1 COVERAGE_CORE=$$($(BIN)/python -c 'import sys; print("sysmon" if sys.version_info >= (3, 12) else "ctrace")') \
-	  $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder --timeout 900 -m 'not slow' \
-	  --cov --cov-report=term $(or $(ARGS),tests)
+	COVERAGE_CORE=$$($(BIN)/python -c 'import sys; print("sysmon" if sys.version_info >= (3, 12) else "ctrace")') \
+	  $(PYTEST) --timeout 900 -m "not slow and not peers" --cov --cov-report=term $(or $(ARGS),tests)
 	@for folder in fastdistill kernels; do \
 	  echo "line coverage of $$folder/: $$($(BIN)/coverage report --include="$$folder/*" --format=total) %"; done
 
@@ -70,7 +69,7 @@ bench: $(STAMP)-peers
 
 # Keeps .venv but rebuilds it on the next run, because the compiled extension is deleted.
 clean:
-	rm -rf build dist docs/_build out fastdistill-demo *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .coverage* build dist docs/_build out fastdistill-demo *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	rm -rf demo_teacher/build demo_teacher/*.egg-info
 	rm -f fastdistill/runtime/_ext*.so fastdistill/runtime/_cuda*.so $(STAMP) $(STAMP)-*
 	find fastdistill kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
