@@ -6,13 +6,12 @@ their arguments are positional, the scalars keyword-only: an operator unpacks th
 
 from __future__ import annotations
 
-import functools
-import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._dynamo import eval_frame
 
 library = torch.library.Library("fastdistill", "FRAGMENT")
 BODIES: dict[str, Callable[..., Any]] = {}  # the Python function of each operator
@@ -36,25 +35,20 @@ def define_operator(schema: str, body: Callable[..., Any], fake: Callable[..., A
     """
     name = schema.partition("(")[0]
     library.define(schema, tags=torch.Tag.pt2_compliant_tag)
-    library.impl(name, _untraced(body), "CompositeExplicitAutograd")
+    _skip_tracing(body)
+    library.impl(name, body, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastdistill::{name}", fake, lib=library)
     BODIES[name] = body
     return getattr(torch.ops.fastdistill, name).default
 
 
-def _untraced(body: Callable[..., Any]) -> Callable[..., Any]:
-    """`body` under torch.compiler.disable, as soon as something has imported torch._dynamo."""
-    disabled: list[Callable[..., Any]] = []
+def _skip_tracing(body: Callable[..., Any]) -> None:
+    """Keep torch.compile out of `body` and what it calls, as torch.compiler.disable does.
 
-    @functools.wraps(body)
-    def call(*args: Any, **scalars: Any) -> Any:
-        if not disabled:
-            if "torch._dynamo" not in sys.modules:
-                return body(*args, **scalars)
-            disabled.append(torch.compiler.disable(body))
-        return disabled[0](*args, **scalars)
-
-    return call
+    That one wraps the function, and imports torch._dynamo at the first call.
+    """
+    skip = eval_frame._FrameAction.SKIP
+    eval_frame.set_code_exec_strategy(body.__code__, eval_frame._FrameExecStrategy(skip, skip))
 
 
 def or_empty(value: Tensor | None, like: Tensor) -> Tensor:

@@ -247,3 +247,22 @@ def test_backward_makes_no_second_weight_gradient(impl_of_auto):
     x.grad, w.grad = torch.zeros_like(x), torch.zeros_like(w)
     peak = peak_mb(lambda: fd.topk_distill_loss(x, w, t).backward())
     assert peak < 1.2 * w.numel() * 4 / 1e6
+
+
+def test_torch_compile_does_not_trace_the_body_of_an_operator():
+    """An operator that runs outside a graph is called from C++ while torch.compile is watching."""
+    from torch._dynamo.testing import CompileCounter
+
+    counter = CompileCounter()
+    hidden, weight = torch.randn(4, 8), torch.randn(16, 8)
+    head = {"logit_scale": 1.0, "softcap": None, "valid_vocab": 16, "temperature": 1.0}
+    ids = torch.zeros(4, 2, dtype=torch.int64)
+
+    @torch._dynamo.disable(recursive=False)
+    def outside_a_graph():
+        return torch.ops.fastdistill.lse_gather(
+            hidden, weight, None, ids, **head, moment=False, base=False, impl="torch"
+        )
+
+    torch.compile(lambda: outside_a_graph(), backend=counter)()
+    assert counter.frame_count == 0

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from ..hf.encoder import Encoder
 from ..hf.generation import ends_of
 from ..hf.lm_head import LMHead, is_partitioned, rows_of_head, verify_head
 from ..losses.answer_checks import AnswerMonitor
+from ..losses.types import TopK
 from ..runtime import checks
 from .arguments import check_metric, check_sampling
 from .cached_answers import cache_lookup, check_cache_covers, open_teacher
@@ -232,11 +234,10 @@ class DistillTrainer(WholeCheckpoints):
         first = self.args.check_signal and self.panel is None and not sampled
         targets, answers = self._get_answers(inputs, check=first and self.model.training)
 
-        def use(hidden: Tensor, head: LMHead) -> LossResult:
-            if self.model.training and self.panel is None:
-                self._first_batch(hidden, head, targets, answers, inputs)
-            return self._loss(hidden, head, targets, answers, labels_count=not sampled)
-
+        use = partial(self._loss, targets=targets, answers=answers, labels_count=not sampled)
+        first_batch_left = self.model.training and self.panel is None and len(targets.labels) > 0
+        if first_batch_left and answers is not None:
+            use = partial(self._first_loss, use, targets, answers, inputs)
         with self._at_head(model, inputs, targets, use) as student_inputs:
             result: LossResult = model(**student_inputs)
         if self.model.training:
@@ -278,16 +279,16 @@ class DistillTrainer(WholeCheckpoints):
             valid_vocab=self._valid_vocab,
         )
 
-    def _first_batch(
+    def _first_loss(
         self,
+        loss: Callable[[Tensor, LMHead], LossResult],
+        targets: Targets,
+        answers: TopK | TeacherHidden,
+        inputs: dict[str, Any],
         hidden: Tensor,
         head: LMHead,
-        targets: Targets,
-        answers: Answers,
-        inputs: dict[str, Any],
-    ) -> None:
-        if answers is None or not len(targets.labels):
-            return
+    ) -> LossResult:
+        """Show and check the first batch, then return its loss."""
         sampled = "sampled" in inputs
         attended = int(inputs["attention_mask"][:, 1:].sum())
         contexts = targets.gather(contexts_of(inputs["input_ids"], inputs["attention_mask"]))
@@ -300,6 +301,7 @@ class DistillTrainer(WholeCheckpoints):
         if self.args.check_signal and not sampled:
             trusted = isinstance(answers, TeacherHidden) or has_trusted_positions(self.teacher)
             check_teacher_matches_text(self.panel.signal, positions_trusted=trusted)
+        return loss(hidden, head)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         self._monitor.read()
