@@ -139,6 +139,7 @@ def test_demo_json_is_pure_and_files_are_written(tmp_path):
     assert document == json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     assert "\x1b" not in result.stderr
     assert "kernels" not in result.stderr
+    assert "it/s" not in result.stderr  # a bar of tqdm
     assert (tmp_path / "report.html").is_file()
 
 

@@ -104,7 +104,8 @@ def run_demo(
 
     demo_report(result).write(folder / "report.html")
     write_json(folder / "results.json", result.as_json())
-    save_files(folder, setting)
+    with _quiet_transformers():
+        save_files(folder, setting)
     return result
 
 
