@@ -43,7 +43,12 @@ def _rounded(hidden, weight, teacher, divergence: str) -> Outputs:
     z = x @ w.t()
     wide = z.float()
     rest = wide.scatter(-1, teacher.ids, -torch.inf).logsumexp(-1)
-    from fastdistill.kernels.rows import Gathered, LossOptions, TeacherTopK, token_loss_forward
+    from fastdistill.kernels.token_loss import (
+        Gathered,
+        LossOptions,
+        TeacherTopK,
+        token_loss_forward,
+    )
 
     options = LossOptions(divergence)
     rounded_teacher = TeacherTopK(teacher.ids, teacher.logprobs.float(), teacher.log_tail.float())

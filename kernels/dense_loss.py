@@ -19,7 +19,7 @@ from .backends import get_backend
 from .engines import Backend
 from .head import DenseRows, LMHead, blocks, chunk_tokens, needed, round_scaled
 from .op_common import full_precision, or_empty
-from .rows import LossOptions
+from .token_loss import LossOptions
 
 
 class DenseLoss(NamedTuple):

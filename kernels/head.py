@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .rows import ABSENT, NEG
+from .token_loss import ABSENT, NEG
 
 CHUNK_BYTES = {"cpu": (32 << 20, 512 << 20), "cuda": (64 << 20, 1 << 30)}
 MIN_CHUNK_TOKENS = 96

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .engines import Backend
 from .head import LMHead, blocks
-from .rows import ABSENT, NEG, first_slots
+from .token_loss import ABSENT, NEG, first_slots
 
 
 class HeadScores(NamedTuple):

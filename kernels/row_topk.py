@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .head import blocks
-from .rows import ABSENT, NEG
+from .token_loss import ABSENT, NEG
 
 _AT_ONCE = 8 << 20  # bytes of exponentials that logsumexp stores
 

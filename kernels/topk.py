@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .engines import Backend
 from .head import LMHead, blocks
-from .rows import ABSENT, log_tail_of
+from .token_loss import ABSENT, log_tail_of
 
 # Logits of one chunk: enough tokens to hide the reading of W behind the products.
 CHUNK_BYTES = 512 << 20

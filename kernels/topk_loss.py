@@ -1,6 +1,6 @@
 """Fused sparse distillation loss: loss, statistics and gradients in one pass over chunks.
 
-    loss = Σ_n coef_n · ℓ_n(z_ids, lse_rest, lse_base)        (ℓ: kernels/rows.py)
+    loss = Σ_n coef_n · ℓ_n(z_ids, lse_rest, lse_base)        (ℓ: kernels/token_loss.py)
 
 The logits of each chunk of tokens are computed once and stored in fp32. Once ℓ is known they become
 dz in place, the K entries are overwritten in fp32, and both gradient GEMMs
@@ -21,7 +21,7 @@ from .backends import get_backend
 from .engines import Backend
 from .head import LMHead, Stats, blocks, chunk_tokens, needed, round_scaled, sums_in_16_bits
 from .op_common import full_precision, or_empty
-from .rows import (
+from .token_loss import (
     Gathered,
     LossOptions,
     TeacherTopK,
@@ -31,7 +31,7 @@ from .rows import (
     lse_of,
     token_loss_backward,
 )
-from .rows import token_loss_forward as _token_loss_forward
+from .token_loss import token_loss_forward as _token_loss_forward
 
 # A bfloat16 dW is rounded after every chunk; with more chunks than this it is summed in fp32.
 CARRIED_CHUNKS = {"cpu": 2, "cuda": 4}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .divergences import call_divergence, floor_of, resolve
 from .head import DenseRows, LMHead, blocks
-from .rows import LossOptions
+from .token_loss import LossOptions
 from .torch_slabs import Matmul, logits_view, slabs
 
 

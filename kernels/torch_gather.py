@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .head import LMHead, blocks, slot_grads
-from .rows import ABSENT, NEG
+from .token_loss import ABSENT, NEG
 
 GATHER_BYTES = 16 << 20
 

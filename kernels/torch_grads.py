@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .head import LMHead, Stats, slot_grads, sums_in_16_bits
-from .rows import Gathered
+from .token_loss import Gathered
 from .torch_gather import hidden_grad
 from .torch_slabs import Matmul, Slots, grad_slab_, logits_view, slabs
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .head import LMHead, RunningLSE, Scanned, Stats, Top2, grad_scale_of
 from .row_topk import row_topk
-from .rows import ABSENT, NEG
+from .token_loss import ABSENT, NEG
 
 SLAB_BYTES = 8 << 20  # stays in the last-level cache of a CPU and the L2 of a data center GPU
 SLAB_ROWS = (64, 4096)

@@ -33,8 +33,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .head import LMHead
-from .rows import ABSENT as _ABSENT
-from .rows import NEG as _NEG
+from .token_loss import ABSENT as _ABSENT
+from .token_loss import NEG as _NEG
 
 NEG = tl.constexpr(_NEG)
 ABSENT = tl.constexpr(_ABSENT)

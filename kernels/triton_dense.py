@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .divergences import call_divergence, floor_of
 from .head import DenseRows, LMHead, blocks, grad_scale_of
-from .rows import LossOptions
+from .token_loss import LossOptions
 from .triton_common import (
     add_product,
     launch,

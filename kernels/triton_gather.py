@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .head import LMHead, slot_grads
-from .rows import ABSENT
+from .token_loss import ABSENT
 from .triton_common import NEG, launch, round_to, scalars, shape_logits
 
 GATHER_TILE = {"SB": 16, "BH": 256, "num_warps": 4, "maxnreg": 128}

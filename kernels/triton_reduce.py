@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .head import LMHead, RunningLSE, Scanned, Top2
-from .rows import NEG as _NEG
+from .token_loss import NEG as _NEG
 from .triton_common import ABSENT, NEG, SLOT_TILE, launch, scalars, shape_logits
 
 # Without this bound ptxas spills two registers to fit one more program.

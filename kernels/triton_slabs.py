@@ -19,7 +19,7 @@ from torch import Tensor
 from . import triton_filter, triton_gather, triton_stream
 from .engines import TRITON_BLOCK_TOKENS, TRITON_RECOMPUTE_BYTES, triton_slab_columns
 from .head import LMHead, RunningLSE, Scanned, Stats, blocks, scaled_grads, slot_grads
-from .rows import Gathered
+from .token_loss import Gathered
 from .triton_common import add_product, product, sums_at_scale
 from .triton_grad import grad_rows_
 from .triton_reduce import Running

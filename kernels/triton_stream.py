@@ -20,8 +20,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .head import LMHead, RunningLSE, Scanned, Top2
-from .rows import ABSENT as _ABSENT
-from .rows import NEG as _NEG
+from .token_loss import ABSENT as _ABSENT
+from .token_loss import NEG as _NEG
 from .triton_common import INTERPRETED, NEG, launch, scalars, shape_logits
 from .triton_reduce import rescale
 

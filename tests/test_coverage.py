@@ -17,7 +17,7 @@ PARENT = """
 import subprocess, sys
 subprocess.run([sys.executable, "-c", sys.argv[1]], cwd=sys.argv[2], check=True)
 """
-CHILD = "import fastdistill.kernels.rows, fastdistill.runtime.json_text"
+CHILD = "import fastdistill.kernels.token_loss, fastdistill.runtime.json_text"
 
 
 def test_a_started_process_is_counted_and_the_link_is_resolved(tmp_path: Path) -> None:
@@ -35,5 +35,5 @@ def test_a_started_process_is_counted_and_the_link_is_resolved(tmp_path: Path) -
         # Files that nothing imported are listed too, without lines.
         run = [file for file in measured.measured_files() if measured.lines(file)]
         files |= {Path(file).relative_to(ROOT).as_posix() for file in run}
-    assert {"kernels/rows.py", "fastdistill/runtime/json_text.py"} <= files
+    assert {"kernels/token_loss.py", "fastdistill/runtime/json_text.py"} <= files
     assert not [file for file in files if file.startswith("fastdistill/kernels/")]

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(
     reason="builds without isolation, so it needs setuptools, pybind11 and pip here",
 )
 HERE = [p for p in sys.path if p.endswith("-packages")]
-WHERE = "import {0} as a, fastdistill.kernels.rows as b; print(a.__file__, b.__file__)"
+WHERE = "import {0} as a, fastdistill.kernels.token_loss as b; print(a.__file__, b.__file__)"
 no_compiler = {"CC": "/bin/false", "CXX": "/bin/false"}
 no_ext = {"FASTDISTILL_NO_EXT": "1"}
 
@@ -155,9 +155,7 @@ def test_editable_install(origin: str, mode: str, sdist: Path, tmp_path: Path):
     options += ["--config-settings", f"editable_mode={mode}"]
     pip = [sys.executable, "-m", "pip", "--python", bin_dir / "python", "install"]
     run(*pip, *options, "-e", tree, cwd=tmp_path, env=no_ext)
-    code = (
-        "import fastdistill, fastdistill.kernels.rows as r; print(fastdistill.__file__, r.__file__)"
-    )
+    code = "import fastdistill, fastdistill.kernels.token_loss as r; print(fastdistill.__file__, r.__file__)"
     for file in run(bin_dir / "python", "-c", code, cwd=at).split():
         assert Path(file).is_relative_to(tree)
 
@@ -171,9 +169,9 @@ def test_lives_beside_the_package_called_kernels(cwd: str, tmp_path: Path):
     # With -c the working directory comes first on sys.path, before the package.
     code = """
 import kernels
-import fastdistill.kernels.rows as rows
-print(kernels.MARK, rows.__name__)
+import fastdistill.kernels.token_loss as module
+print(kernels.MARK, module.__name__)
 """
     at = ROOT if cwd == "repository root" else tmp_path
     out = run(sys.executable, "-c", code, cwd=at, env={"PYTHONPATH": str(tmp_path / "site")})
-    assert out.strip() == "from PyPI fastdistill.kernels.rows"
+    assert out.strip() == "from PyPI fastdistill.kernels.token_loss"

@@ -13,7 +13,7 @@ from fastdistill.kernels.head import LMHead
 from fastdistill.kernels.op_common import BODIES
 from fastdistill.kernels.op_dense import dense_rows
 from fastdistill.kernels.op_gather import gather_logits, lse_gather
-from fastdistill.kernels.rows import LossOptions
+from fastdistill.kernels.token_loss import LossOptions
 from helpers.cases import case, leaves, top_k
 from helpers.present import present
 from helpers.tolerances import assert_close

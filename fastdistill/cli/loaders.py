@@ -16,7 +16,7 @@ from ..quant.formats.checkpoint_gate import load_tokenizer
 from ..runtime.backend import local_rank
 from ..runtime.printable import printable
 from ..teachers.local import check_quantization, load_teacher, stored_tokenizer
-from ..training.cached_answers import open_teacher
+from ..teachers.open import open_teacher
 from ..training.plan.shapes import config_of, empty_model
 from ..training.teacher_setup import TeacherSpec
 

@@ -16,7 +16,7 @@ from ..alignment.audits.subject import Subject
 from ..alignment.organisms.storage import load_organism
 from ..alignment.report.audit_page import audit_page, summary
 from ..hf.checkpoint import StoredModel
-from ..hf.resolve import is_adapter
+from ..hf.source import is_adapter
 from ..runtime.atomic_files import write_json
 from ..runtime.backend import versions
 from .loaders import as_exit_code_1, check_device

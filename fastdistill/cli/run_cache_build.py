@@ -11,7 +11,7 @@ from typing import Any
 from ..hf.encoder import Encoder, check_example
 from ..hf.jsonl import JsonLines
 from ..hf.positions import check_row_lengths
-from ..hf.resolve import SETTINGS
+from ..hf.source import SETTINGS
 from ..runtime.backend import rank_and_world
 from ..teachers.cache import TeacherCache
 from ..teachers.cache.build import Examples, check_existing_build

@@ -34,7 +34,7 @@ from ..quant.formats.tensor_files import (
 from ..runtime.bounded_regex import BoundedPattern, PatternError
 from ..runtime.optional import require
 from ..runtime.printable import printable
-from .resolve import ADAPTER_WEIGHTS as WEIGHTS
+from .source import ADAPTER_WEIGHTS as WEIGHTS
 
 # peft matches these against module names; a leading ^ is the only pattern that peft itself writes.
 _PATTERNS = (

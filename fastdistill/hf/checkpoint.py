@@ -24,7 +24,7 @@ from ..quant.formats.header import check_header, keep_untied
 from ..quant.formats.tensor_files import TensorFiles, read_json
 from ..runtime import checks
 from ..runtime.printable import printable
-from .resolve import is_adapter, resolve
+from .source import is_adapter, source_of
 
 _HALF = (torch.float16, torch.bfloat16)
 _DECIDED = {"use_safetensors": True, "trust_remote_code": False, "local_files_only": True}
@@ -54,7 +54,7 @@ class StoredModel:
         """Return the checkpoint at a path or hub name, "owner/model".
 
         Hub files other than code and pickles are downloaded first, or taken from the hub cache."""
-        source = resolve("path_or_model", path_or_name)
+        source = source_of("path_or_model", path_or_name)
         path = fetched_folder(source.name) if source.kind == "hub" else source.path
         if source.kind in ("server", "cache"):
             got = f"{printable(source.name)}, a {source.kind} without weights"
@@ -64,11 +64,11 @@ class StoredModel:
 
     def __post_init__(self) -> None:
         """Raise FileNotFoundError if nothing is there, ValueError for pickled or no weights."""
-        resolve("path_or_model", self.path)
+        source_of("path_or_model", self.path)
 
     @property
     def is_adapter(self) -> bool:
-        return resolve("path_or_model", self.path).kind == "adapter"
+        return source_of("path_or_model", self.path).kind == "adapter"
 
     @property
     def base(self) -> StoredModel:
@@ -222,7 +222,7 @@ def tokenizer_folder(path_or_name: str | Path) -> Path:
     path = Path(path_or_name).expanduser()
     if is_adapter(path):
         return StoredModel.from_path(path).tokenizer_folder
-    if not path.exists() and resolve("tokenizer", path_or_name).kind == "hub":
+    if not path.exists() and source_of("tokenizer", path_or_name).kind == "hub":
         return fetched_folder(str(path_or_name), [p for p in _FETCHED if "tensors" not in p])
     return path
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..kernels.divergences import NAMES, floor_of, minimum_of
 from ..kernels.head import LMHead
-from ..kernels.rows import TAILS, LossOptions, TeacherTopK, merge_repeats
+from ..kernels.token_loss import TAILS, LossOptions, TeacherTopK, merge_repeats
 from ..runtime import checks, tensor_checks
 from .checks import check_head, check_labels, check_vocabulary
 from .types import TopK

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.head import LMHead
-from ..kernels.rows import LossOptions
+from ..kernels.token_loss import LossOptions
 from ..runtime.checks import fail, number, positive
 from ..runtime.tensor_checks import FLOATS, INTS, like_tokens, same_device, tensor, values_readable
 from .answer_checks import AnswerRules, find_invalid

@@ -11,7 +11,7 @@ from ..kernels.backends import get_backend
 from ..kernels.dense_loss import DenseLoss, dense
 from ..kernels.head import LMHead, needed
 from ..kernels.op_dense import dense_loss, dense_rows
-from ..kernels.rows import LossOptions
+from ..kernels.token_loss import LossOptions
 from ..runtime import checks, tensor_checks
 from ..runtime.backend import resolve_impl
 from .arguments import (

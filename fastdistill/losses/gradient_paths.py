@@ -19,7 +19,7 @@ from ..kernels.backends import get_backend
 from ..kernels.head import LMHead, needed, round_scaled
 from ..kernels.op_common import or_none
 from ..kernels.op_losses import raise_no_second_derivative, scale_saved
-from ..kernels.rows import (
+from ..kernels.token_loss import (
     Gathered,
     LossOptions,
     entropy_of,

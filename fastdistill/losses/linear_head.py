@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..kernels.backends import get_backend
 from ..kernels.head import LMHead
-from ..kernels.rows import ABSENT, entropy_of, first_slots, lse_of
+from ..kernels.token_loss import ABSENT, entropy_of, first_slots, lse_of
 from ..kernels.topk import topk
 from ..runtime import checks
 from ..runtime.backend import resolve_impl

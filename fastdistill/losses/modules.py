@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..kernels.rows import LossOptions
+from ..kernels.token_loss import LossOptions
 from .arguments import check_options
 from .dense import linear_distill_loss
 from .topk import topk_distill_loss

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.head import LMHead
-from ..kernels.rows import LossOptions, TeacherTopK
+from ..kernels.token_loss import LossOptions, TeacherTopK
 from .arguments import LossTerms
 from .types import SelectedLogits, TokenScores, TopK
 

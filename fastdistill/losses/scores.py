@@ -8,7 +8,7 @@ from torch import Tensor
 from ..kernels.backends import get_backend
 from ..kernels.head import LMHead
 from ..kernels.row_scores import scores
-from ..kernels.rows import Gathered, LossOptions, TeacherTopK, token_loss_forward
+from ..kernels.token_loss import Gathered, LossOptions, TeacherTopK, token_loss_forward
 from ..runtime.backend import resolve_impl
 from .arguments import Operands, Reduction, TeacherRows, operands, to_teacher_rows
 from .checks import check_labels, check_teacher

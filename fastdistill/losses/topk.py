@@ -3,8 +3,9 @@
     ℓ = (1 − ce_weight) · D(p, q) [· T² if t2_scale] + ce_weight · CE(label) + z_loss · LSE²
 
 CE and LSE at T=1. The teacher p is known on K tokens per position and on its tail. D and the four
-tails are in kernels/rows.py and kernels/divergences.py, the gradient paths in gradient_paths.py:
-gradients in the forward pass, recomputation through the primitive, or K rows only.
+tails are in kernels/token_loss.py and kernels/divergences.py. The gradient paths are in
+gradient_paths.py: gradients in the forward pass, recomputation through the primitive, or K rows
+only.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from ..kernels.head import LMHead
 from ..kernels.op_losses import topk_loss
-from ..kernels.rows import LossOptions
+from ..kernels.token_loss import LossOptions
 from ..runtime.backend import resolve_impl
 from .arguments import (
     LossTerms,

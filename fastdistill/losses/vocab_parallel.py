@@ -26,7 +26,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..kernels import op_gather
 from ..kernels.head import LMHead, Stats, chunk_tokens
 from ..kernels.op_common import or_empty, or_none
-from ..kernels.rows import ABSENT, NEG
+from ..kernels.token_loss import ABSENT, NEG
 from ..runtime import checks, tensor_checks
 
 if TYPE_CHECKING:

@@ -1,38 +1,21 @@
-"""Remote and cached teachers.
-
-A server behind a URL is queried like a model. Cached answers are read in the DataLoader's workers
-and travel in the batch.
-"""
+"""Cached answers: read in the DataLoader's workers, they travel in the batch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NoReturn
 
 from torch import Tensor
 
 from ..hf.encoder import IGNORE_INDEX, Encoder
-from ..hf.resolve import resolve
 from ..losses.types import TopK
 from ..runtime import checks
 from ..teachers.cache import TeacherCache
-from ..teachers.http import ServedTeacher
 from .checks.dataset import some_of
 from .config import DistillConfig
 
 _COLUMNS = ("teacher_ids", "teacher_logprobs", "teacher_log_tail")
-
-
-def open_teacher(teacher: Any) -> Any:
-    """Return the server behind a URL or the cache in a folder; return anything else unchanged."""
-    if not isinstance(teacher, (str, Path)):
-        return teacher
-    source = resolve("teacher", teacher)
-    if source.kind == "server":
-        return ServedTeacher(source.name)
-    return TeacherCache(source.path) if source.kind == "cache" else teacher
 
 
 @dataclass(frozen=True)

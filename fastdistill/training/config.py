@@ -10,7 +10,7 @@ import torch
 from transformers import TrainingArguments
 
 from ..kernels.divergences import NAMES as DIVERGENCES
-from ..kernels.rows import TAILS
+from ..kernels.token_loss import TAILS
 from ..losses.arguments import check_divergence
 from ..runtime import checks
 from ..runtime.backend import resolve_impl

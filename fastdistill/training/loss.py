@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..hf.lm_head import LMHead
-from ..kernels.rows import LossOptions
+from ..kernels.token_loss import LossOptions
 from ..losses.arguments import Reduction
 from ..losses.dense import distill_dense
 from ..losses.linear_head import linear_topk

@@ -19,8 +19,8 @@ from ..hf.adapters import load_adapted
 from ..hf.checkpoint import StoredModel
 from ..hf.lm_head import LMHead, at_head, check_positions, evaluating, head_of
 from ..hf.offloading import is_offloaded
-from ..hf.resolve import is_adapter
 from ..hf.row_reader import can_pack
+from ..hf.source import is_adapter
 from ..runtime.optional import require
 from ..runtime.printable import printable
 from .config import DistillConfig

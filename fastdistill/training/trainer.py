@@ -27,8 +27,9 @@ from ..hf.lm_head import LMHead, is_partitioned, rows_of_head, verify_head
 from ..losses.answer_checks import AnswerMonitor
 from ..losses.types import TopK
 from ..runtime import checks
+from ..teachers.open import open_teacher
 from .arguments import check_metric, check_sampling
-from .cached_answers import cache_lookup, check_cache_covers, open_teacher
+from .cached_answers import cache_lookup, check_cache_covers
 from .checkpoints import check_named_checkpoint
 from .checks.dataset import check_datasets, check_kinds, datasets_by_name
 from .checks.lengths import check_lengths, row_limits

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastdistill import TopK
 from fastdistill.kernels.divergences import NAMES, minimum_of
-from fastdistill.kernels.rows import TAILS
+from fastdistill.kernels.token_loss import TAILS
 
 # (divergence, tail) of every pair that is not refused.
 PAIRS = [(d, t) for d in NAMES for t in TAILS if minimum_of(d, 0.3, 0.1, t) is not None]

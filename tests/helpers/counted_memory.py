@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastdistill.kernels import dense_loss, head, lse_gather, topk, topk_loss
 from fastdistill.kernels.backends import get_backend
 from fastdistill.kernels.head import Stats
-from fastdistill.kernels.rows import LossOptions
+from fastdistill.kernels.token_loss import LossOptions
 from fastdistill.losses.arguments import to_teacher_rows
 
 N, H, V, K = 8192, 4096, 128256, 64

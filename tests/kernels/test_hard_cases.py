@@ -6,7 +6,7 @@ import torch
 import fastdistill as fd
 from fastdistill.kernels import topk_loss
 from fastdistill.kernels.divergences import NAMES
-from fastdistill.kernels.rows import TAILS
+from fastdistill.kernels.token_loss import TAILS
 from helpers.cases import PAIRS, case, leaves, top_k
 from helpers.present import present
 from helpers.tolerances import GRADIENT, PROMISED, VALUE, assert_close, relative

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import fastdistill as fd
-from fastdistill.kernels.rows import TAILS
+from fastdistill.kernels.token_loss import TAILS
 from helpers.present import present
 
 HIDDEN, WEIGHT = torch.randn(1, 8), torch.randn(20, 8)

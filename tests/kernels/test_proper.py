@@ -10,7 +10,7 @@ import torch
 
 import fastdistill as fd
 from fastdistill.kernels.divergences import NAMES, minimum_of
-from fastdistill.kernels.rows import TAILS
+from fastdistill.kernels.token_loss import TAILS
 
 V, K = 12, 4
 VARIANTS = [

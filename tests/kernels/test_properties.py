@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 import fastdistill as fd
 from fastdistill.kernels.divergences import NAMES, minimum_of
-from fastdistill.kernels.rows import TAILS
+from fastdistill.kernels.token_loss import TAILS
 from helpers.cases import case, leaves, top_k
 
 

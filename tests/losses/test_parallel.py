@@ -21,7 +21,7 @@ from torch.multiprocessing.spawn import spawn
 import fastdistill as fd
 from fastdistill.kernels import head as heads
 from fastdistill.kernels.divergences import NAMES
-from fastdistill.kernels.rows import TAILS
+from fastdistill.kernels.token_loss import TAILS
 from helpers.cases import PAIRS, case, leaves, top_k
 from helpers.present import present
 from helpers.tolerances import GRADIENT, VALUE, relative

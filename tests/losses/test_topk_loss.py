@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import fastdistill as fd
-from fastdistill.kernels.rows import TAILS
+from fastdistill.kernels.token_loss import TAILS
 from helpers.cases import PAIRS, case, leaves, top_k
 from helpers.present import present
 from helpers.tolerances import GRADIENT, VALUE, assert_close

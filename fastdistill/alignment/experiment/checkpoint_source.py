@@ -15,7 +15,7 @@ from statistics import fmean
 from typing import Any
 
 from ...hf.jsonl import JsonLines
-from ...hf.resolve import is_adapter
+from ...hf.source import is_adapter
 from ...quant.formats.checkpoint_gate import DOCUMENTS
 from ...runtime.atomic_files import sha256_of
 from ...runtime.checks import fail

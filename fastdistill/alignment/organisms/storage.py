@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ...hf.checkpoint import StoredModel, fetched_folder
-from ...hf.resolve import is_adapter, is_url, resolve
+from ...hf.source import is_adapter, is_url, source_of
 from ...quant.formats.checkpoint_gate import DOCUMENTS
 from ...quant.formats.tensor_files import CheckpointError, check_inside, read_json
 from ...runtime.atomic_files import sha256_of, sync, write_json
@@ -102,7 +102,7 @@ def load_organism(
             with missing weights, or a base without an adapter.
     """
     folder = Path(path).expanduser()
-    if not is_url(path) and not folder.exists() and resolve("path", path).kind == "hub":
+    if not is_url(path) and not folder.exists() and source_of("path", path).kind == "hub":
         folder = fetched_folder(str(path))
     role = read_manifest(folder).get("role")
     if is_adapter(folder):

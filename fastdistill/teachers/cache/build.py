@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from ...hf.encoder import Encoder
-from ...hf.resolve import MANIFEST, SETTINGS
+from ...hf.source import MANIFEST, SETTINGS
 from ...losses.answer_checks import AnswerRules, find_invalid, find_shape_error, row_and_position
 from ...losses.types import TopK
 from ...runtime.atomic_files import write_json

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ...hf.resolve import MANIFEST, SETTINGS
+from ...hf.source import MANIFEST, SETTINGS
 from ...runtime import checks
 from ...runtime.atomic_files import write_json
 from ...runtime.json_text import JSONError, read_json

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from ...hf.resolve import MANIFEST
+from ...hf.source import MANIFEST
 from ...runtime.atomic_files import sha256_of, sync
 from ...runtime.json_text import parse_json
 from ...runtime.printable import printable

@@ -5,7 +5,7 @@ The server is imported on first use, because it needs transformers.
 
 from typing import TYPE_CHECKING
 
-from ...hf.resolve import is_url
+from ...hf.source import is_url
 from ...runtime.lazy import lazy_names
 from .client import ServedTeacher
 from .connection import NoAnswer

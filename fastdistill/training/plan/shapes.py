@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from ...hf.checkpoint import StoredModel, fetched_folder
 from ...hf.lm_head import head_module
-from ...hf.resolve import is_adapter, resolve
+from ...hf.source import is_adapter, source_of
 from ...quant.formats.checkpoint_gate import load_config
 from ...quant.formats.file_names import CONFIG
 from ...quant.model import stacks, targets
@@ -55,7 +55,7 @@ def config_of(role: str, source: str | Path) -> Any:
     try:
         if is_adapter(path):
             path = StoredModel.from_path(path).base.path
-        elif not path.exists() and resolve(role, source).kind == "hub":
+        elif not path.exists() and source_of(role, source).kind == "hub":
             path = fetched_folder(str(source), (CONFIG,))
         return load_config(path)[0]
     except (OSError, ValueError) as error:

@@ -14,9 +14,9 @@ from fastdistill import TeacherCache
 from fastdistill.alignment.audits.subject import Subject
 from fastdistill.cli.loaders import load_any_teacher, open_tokenizer
 from fastdistill.hf.checkpoint import StoredModel
-from fastdistill.hf.resolve import resolve
+from fastdistill.hf.source import source_of
 from fastdistill.teachers.local import Teacher, load_teacher
-from fastdistill.training.cached_answers import open_teacher
+from fastdistill.teachers.open import open_teacher
 from fastdistill.training.plan.shapes import config_of
 from helpers.training import VOCAB, build, llama, ragged, step_losses
 
@@ -162,21 +162,21 @@ def test_a_cache_and_a_server_are_no_models(folders, tmp_path):
 
 def test_kinds(folders, tmp_path):
     base, adapter, _ = folders
-    assert resolve("teacher", base).kind == "model"
-    assert resolve("teacher", adapter).kind == "adapter"
-    assert resolve("teacher", "http://host:1").kind == "server"
-    assert resolve("teacher", "owner/model-of-nobody").kind == "hub"
+    assert source_of("teacher", base).kind == "model"
+    assert source_of("teacher", adapter).kind == "adapter"
+    assert source_of("teacher", "http://host:1").kind == "server"
+    assert source_of("teacher", "owner/model-of-nobody").kind == "hub"
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
-    assert resolve("teacher", tmp_path / "a.gguf").kind == "gguf"
+    assert source_of("teacher", tmp_path / "a.gguf").kind == "gguf"
     (base / "manifest.json").write_text("{}")  # of an application, beside a model
-    assert resolve("teacher", base).kind == "model"
+    assert source_of("teacher", base).kind == "model"
     (base / "manifest.json").unlink()
 
 
 @pytest.mark.parametrize("name", ["x" * 5000, "/x/" + "y" * 300, "~nobody-of-this-name/x", "\0"])
 def test_a_name_that_no_system_takes_is_of_nothing(folders, tmp_path, name):
     with pytest.raises(FileNotFoundError, match=r"expected a checkpoint or the hub's name of one"):
-        resolve("teacher", name)
+        source_of("teacher", name)
     adapter = shutil.copytree(folders[1], tmp_path / "adapter")
     file = adapter / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": name}))

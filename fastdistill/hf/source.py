@@ -44,7 +44,7 @@ def is_adapter(path_or_name: str | Path) -> bool:
     return _exists(file) and file.is_file()
 
 
-def resolve(role: str, path_or_name: str | Path) -> Source:
+def source_of(role: str, path_or_name: str | Path) -> Source:
     """Return the source that `path_or_name` refers to; errors name it by `role`.
 
     Raises:
