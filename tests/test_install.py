@@ -155,7 +155,8 @@ def test_editable_install(origin: str, mode: str, sdist: Path, tmp_path: Path):
     options += ["--config-settings", f"editable_mode={mode}"]
     pip = [sys.executable, "-m", "pip", "--python", bin_dir / "python", "install"]
     run(*pip, *options, "-e", tree, cwd=tmp_path, env=no_ext)
-    code = "import fastdistill, fastdistill.kernels.token_loss as r; print(fastdistill.__file__, r.__file__)"
+    code = "import fastdistill, fastdistill.kernels.token_loss as module\n"
+    code += "print(fastdistill.__file__, module.__file__)"
     for file in run(bin_dir / "python", "-c", code, cwd=at).split():
         assert Path(file).is_relative_to(tree)
 
