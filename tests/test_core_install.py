@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+import pytest
+
 from helpers.blocked_imports import OF_EXTRAS, run_without
 from helpers.served import vllm
 from helpers.source_imports import PACKAGE, imports_of
@@ -174,6 +176,7 @@ def test_a_command_on_torch_alone_is_one_sentence(tmp_path: Path):
     check_commands(OF_EXTRAS, WITHOUT_EVERYTHING, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_command_on_the_extra_of_the_trainer(tmp_path: Path):
     extra_of = {
         ("audit", "--model", "x", "--base", "y"): "audit",

@@ -59,6 +59,7 @@ def probes(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict], list[P
     return runs, list(home.rglob("*"))
 
 
+@pytest.mark.slow
 def test_import_adds_little_to_importing_torch(probes):
     best = min(run["seconds"] for run in probes[0])
     assert best <= SECONDS_BEYOND_TORCH, f"{best:.2f} s beyond `import torch`"

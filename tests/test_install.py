@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,10 @@ from typing import Any
 
 import pytest
 
+from helpers.blocked_imports import OF_EXTRAS, block
+
 ROOT = Path(__file__).resolve().parent.parent
+LOSS_TESTS = ("refusals", "scalars", "scores")
 KERNELS = sorted(p.name for p in (ROOT / "kernels").glob("*.py"))
 SHIPPED = ["setup.py", "constraints.txt", "LICENSE", "csrc/bind.cpp", "csrc/cpu_features.h"]
 TREE = ["fastdistill", "kernels", "csrc", "LICENSE", "MANIFEST.in", "README.md"]
@@ -97,6 +101,7 @@ def test_sdist_holds_the_sources_once(sdist: Path):
     assert not (sdist / "fastdistill" / "kernels").exists(), "kernels/ would be there twice"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++") and not shutil.which("clang++"), reason="no compiler")
 def test_wheel_from_sdist_works(sdist: Path, tmp_path: Path):
     wheel, _ = build("wheel", sdist, tmp_path / "dist")
@@ -117,6 +122,26 @@ def test_wheel_from_sdist_works(sdist: Path, tmp_path: Path):
         assert Path(file).is_relative_to(tmp_path / "site")
 
 
+@pytest.mark.slow
+def test_an_installed_wheel_passes_the_tests_of_the_losses_on_torch_alone(
+    sdist: Path, tmp_path: Path
+):
+    """In a folder without the checkout, where importing a package of any extra fails."""
+    wheel, _ = build("wheel", sdist, tmp_path / "dist")
+    with zipfile.ZipFile(wheel) as z:
+        z.extractall(tmp_path / "site")
+    shutil.copytree(ROOT / "tests", tmp_path / "tests", ignore=shutil.ignore_patterns("*.pyc"))
+    shutil.copy2(ROOT / "pyproject.toml", tmp_path)
+    files = [f"tests/losses/test_{name}.py" for name in LOSS_TESTS]
+    options = ["-q", "-m", "not slow", "-k", "not triton", "-p", "no:cacheprovider", *files]
+    code = block([*OF_EXTRAS, "filelock"]) + "import fastdistill, pytest, torch\n"
+    code += f"print(fastdistill.__file__)\nraise SystemExit(pytest.main({options!r}))"
+    log = python_with(tmp_path / "site", code, tmp_path)
+    assert Path(log.splitlines()[0]).is_relative_to(tmp_path / "site")
+    assert re.search(r"^\d{3,} passed", log.splitlines()[-1]), log
+
+
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize(
     "env, reason", [(no_compiler, "/bin/false"), (no_ext, "FASTDISTILL_NO_EXT=1")]
 )

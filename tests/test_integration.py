@@ -47,6 +47,7 @@ def check_compiled(run, c):
         assert_close(a, b, 1e-6)
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize("name", list(CALLS))
 def test_compile_fullgraph(name):
     c = case(torch.float32)
@@ -70,6 +71,7 @@ def test_compile_fullgraph_of_the_others():
     check_compiled(run, c)
 
 
+@pytest.mark.fast_cases(1)
 def test_opcheck(impl_of_auto):
     c = case(torch.float32, V=70)
     x, w, b = leaves(c.hidden, c.weight, c.bias)
@@ -212,6 +214,7 @@ class Largest(TorchDispatchMode):
         return max(int(torch.Size(s).numel()) for s in self.shapes)
 
 
+@pytest.mark.fast_cases(2)
 @pytest.mark.parametrize("name", [*CALLS, "primitive", "dense", "scores", "topk"])
 def test_never_n_by_v(name):
     """No operation returns as many numbers as N·V; a dense loss would show up here at once."""

@@ -124,6 +124,7 @@ def test_rows_of_a_step_come_as_they_are_made(capsys):
     assert "tokens/s" in large_student.table(rows)
 
 
+@pytest.mark.peers
 def test_a_process_that_fails_is_a_missing_row():
     rows = large_student.of_process(Case(FULL, "nobody"), SMALL)
     assert [row.missing for row in rows] == [True] * 3
@@ -133,6 +134,7 @@ def test_a_process_that_fails_is_a_missing_row():
     assert late.reason == "not there after 0.01 s"
 
 
+@pytest.mark.slow
 def test_what_is_planned_stands_beside_what_is_measured():
     row = large_student.planned("ours, cached", large_step.SHAPE)
     with_teacher = large_student.planned("ours, top 64", large_step.SHAPE)

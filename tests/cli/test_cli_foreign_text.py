@@ -54,7 +54,7 @@ def test_what_a_cache_and_audits_say_is_safe():
         bytes_per_token=3.0,
     )
     assert is_safe(printed(run_cache.show, summary))
-    report = dict(lead=EVIL, audits=[], left_out={EVIL: EVIL}, report=EVIL)
+    report = dict(lead=EVIL, audits=[], left_out={EVIL: EVIL}, skipped={EVIL: EVIL}, report=EVIL)
     assert is_safe(printed(run_audit.print_result, report))
     assert is_safe(
         printed(run_audit.print_result, {"audits": [EVIL], "models": {"base": EVIL}, "out": ""})

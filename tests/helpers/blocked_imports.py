@@ -26,12 +26,17 @@ sys.meta_path.insert(0, Blocked())
 """
 
 
+def block(packages: Iterable[str]) -> str:
+    """Code after which importing one of `packages` fails."""
+    return _BLOCK.format(blocked=set(packages))
+
+
 def run_without(
     packages: Iterable[str], code: str, cwd: Path, *args: str
 ) -> subprocess.CompletedProcess[str]:
     """Run `code` in `cwd` with sys.argv[1:] = args; importing one of `packages` fails."""
     return subprocess.run(
-        [sys.executable, "-c", _BLOCK.format(blocked=set(packages)) + code, *args],
+        [sys.executable, "-c", block(packages) + code, *args],
         cwd=cwd,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from safetensors.torch import load
+
 from fastdistill import Teacher, TeacherCache
 from helpers.training import peaked, ragged
 
@@ -12,6 +14,18 @@ OPTIONS: dict[str, Any] = {"k": 8, "temperatures": (1.0, 2.0), "shard_mb": 0.003
 
 def bytes_of(folder):
     return {p.name: p.read_bytes() for p in folder.iterdir() if not p.name.startswith(".")}
+
+
+def assert_same_bytes(folder, expected):
+    """The files of a cache are byte for byte the expected ones; names what differs in a shard."""
+    files = bytes_of(folder)
+    assert sorted(files) == sorted(expected)
+    for name in files:
+        if name.endswith(".safetensors"):
+            built, wanted = load(files[name]), load(expected[name])
+            for key in wanted:
+                assert built[key].equal(wanted[key]), f"{name} {key}: {built[key]}, {wanted[key]}"
+    assert files == expected
 
 
 def build(folder, data=None, teacher=None, **options):

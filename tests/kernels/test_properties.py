@@ -1,5 +1,6 @@
 """Any shape: hypothesis draws N, H, V, K, masks and options; torch equals the reference."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,6 +23,7 @@ def shapes(draw):
     }
 
 
+@pytest.mark.slow
 @settings(max_examples=120, deadline=None, derandomize=True)
 @given(
     shape=shapes(),

@@ -29,6 +29,7 @@ def run(c, teacher, dtype, impl, **options):
     return loss, x.grad, w.grad, b.grad
 
 
+@pytest.mark.fast_cases(12)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("divergence", NAMES)
@@ -42,6 +43,7 @@ def test_against_dense_fp64(divergence, dtype, reduction):
         assert_close(a, b, (GRADIENT if i else VALUE)[dtype])
 
 
+@pytest.mark.fast_cases(8)
 @pytest.mark.parametrize(
     ("divergence", "backward"),
     [*[(n, b) for n in NAMES for b in ("fused", "recompute")], ("callable", "fused")],

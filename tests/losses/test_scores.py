@@ -11,6 +11,7 @@ from helpers.tolerances import VALUE, assert_close
 ARGUMENTS = [(), ("labels",), ("teacher",), ("labels", "teacher")]
 
 
+@pytest.mark.fast_cases(12)
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("names", ARGUMENTS, ids=str)
 @pytest.mark.parametrize("dtype", list(VALUE), ids=str)
@@ -45,6 +46,7 @@ def test_shapes_and_no_gradient():
     assert not any(t.requires_grad for t in actual if t is not None)
 
 
+@pytest.mark.slow
 def test_the_top_label_has_rank_0_and_margin_is_its_lead():
     c = case(torch.float32, V=500)
     z = c.hidden @ c.weight.t()

@@ -36,6 +36,7 @@ def check(actual, truth, dtype, what=""):
             assert_close(a, b, budget, f"{what} {name}.grad")
 
 
+@pytest.mark.fast_cases(24)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("divergence", "tail"), PAIRS)
 @pytest.mark.parametrize("backward", ["fused", "recompute"])

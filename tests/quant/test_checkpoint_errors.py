@@ -68,6 +68,7 @@ def test_truncated_anywhere(tmp_path, kind):
             open_checkpoint(checkpoint)
 
 
+@pytest.mark.fast_cases(2)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bit", [0x01, 0x80, 0xFF])
 def test_flipped_anywhere_in_the_header(tmp_path, kind, bit):

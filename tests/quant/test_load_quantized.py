@@ -56,6 +56,7 @@ def test_types(folders):
     assert torch.equal(logits(half), logits(fd.quantize_model(whole, "nf4")))
 
 
+@pytest.mark.fast_cases(3)
 @pytest.mark.parametrize("limit", [20_000, 1 << 30])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_saved_and_loaded(name, limit, tmp_path):
@@ -207,6 +208,7 @@ print(max(seen) - before, size)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_peak_memory_is_near_the_quantised_size(tmp_path):
     config = LlamaConfig(

@@ -10,6 +10,7 @@ from helpers.report_pages import PAGES
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize("name", PAGES)
 def test_nothing_is_wider_than_a_phone(tmp_path, name):
     page = PAGES[name](tmp_path).replace("<details>", "<details open>")

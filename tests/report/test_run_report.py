@@ -92,6 +92,7 @@ def test_settings_that_differ_come_first(watched):
     assert "forward_kl over the teacher's top 8 tokens" in page.text
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_one_run(tmp_path):
     train(tmp_path, **SAVED)
     again = build(tmp_path, **SAVED | {"max_steps": 6})
@@ -176,6 +177,7 @@ def with_events(source, target, *events):
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_that_stopped_at_no_number_says_so_first(watched, tmp_path):
     stop = {"step": 4, "event": "nonfinite", "of": "gradient of the loss"}
     page = page_of(with_events(watched[1], tmp_path / "stopped", stop))
@@ -202,6 +204,7 @@ def test_samples_are_shown_the_last_first(watched, tmp_path):
     assert "p2" in folded
 
 
+@pytest.mark.slow
 def test_a_first_batch_without_numbers_is_shown(watched, tmp_path):
     lost = lambda e: e | {"kl": None} if e.get("event") == "first_batch" else e  # noqa: E731
     page = page_of(edited(watched[1], tmp_path / "lost", lost))

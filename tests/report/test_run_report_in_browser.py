@@ -22,6 +22,7 @@ def page(tmp_path_factory):
     return PAGES["run"](tmp_path_factory.mktemp("watched"))
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize("scheme", PAPER)
 @pytest.mark.parametrize("width", WIDTHS)
 def test_every_picture_is_at_its_place(tmp_path, page, width, scheme):
@@ -48,6 +49,7 @@ def test_nothing_is_wider_than_the_screen(tmp_path, page, width):
     assert sizes["outside"] == 0
 
 
+@pytest.mark.slow
 def test_a_broken_page_would_be_seen(tmp_path, page):
     bare = page.replace('<div class="scroll">', "<div>")
     assert measured(tmp_path, bare.replace("<details>", "<details open>"), 320)["width"] > 320

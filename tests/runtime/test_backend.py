@@ -60,6 +60,7 @@ def test_without_triton_it_says_what_to_install(monkeypatch):
     backend.triton_problem.cache_clear()
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.skipif(backend.extension() is None, reason="the C++ extension was not built")
 @pytest.mark.parametrize(
     ("variables", "expected"),

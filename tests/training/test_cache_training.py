@@ -147,6 +147,7 @@ def test_sampled_targets_train_and_are_reproducible(tmp_path):
         build(tmp_path, teacher=made[0], k=8, data=ragged(12))
 
 
+@pytest.mark.slow
 def test_steps_on_draws_are_right_on_average(tmp_path):
     """The mean of many steps on draws points where a step on the whole vocabulary does."""
     options = {"max_steps": 1, "data": ragged(12), "optim": "sgd", "learning_rate": 0.1}

@@ -45,6 +45,7 @@ def divergence(p, q, name, beta):
     }[name]()
 
 
+@pytest.mark.fast_cases(3)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_dense_teacher_is_compared_over_the_whole_vocabulary(tmp_path, name):
     options = {"k": None, "divergence": name, "beta": 0.3, "ce_weight": 0.25, "temperature": 1.5}

@@ -16,6 +16,7 @@ def prompts(n=12):
     return [{**row, "labels": torch.full_like(row["labels"], -100)} for row in ragged(n)]
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
 def test_an_update_does_not_depend_on_how_it_is_cut(tmp_path, divergence):
     options = {"lmbda": 0.5, "max_new_tokens": 6, "max_steps": 4, "divergence": divergence}

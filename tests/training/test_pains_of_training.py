@@ -14,6 +14,7 @@ from helpers.processes import launch
 from helpers.training import build, dense, flat, llama, peaked, ragged, step_losses, train, weights
 
 
+@pytest.mark.slow
 def test_accumulation(tmp_path):
     whole = train(tmp_path)
     assert (weights(whole) - flat(llama(0))).abs().max() > 1e-3

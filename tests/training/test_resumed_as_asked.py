@@ -67,6 +67,7 @@ class StopsAt(TrainerCallback):
 class TestFamilies:
     """transformers stores experts one by one and holds them in one tensor."""
 
+    @pytest.mark.fast_cases(1)
     def test_resumed_as_undisturbed(self, tmp_path, make):
         whole = train(tmp_path / "whole", model=made(make), **SAVING)
         train(tmp_path, model=made(make), callbacks=[StopsAt(2)], **SAVING)
@@ -180,6 +181,7 @@ class TestOtherSettings:
         {"lr_scheduler_type": "linear"},
     )
 
+    @pytest.mark.fast_cases(1)
     @pytest.mark.parametrize("change", CHANGES, ids=[next(iter(c)) for c in CHANGES])
     def test_a_run_that_is_done_is_not_passed_off_as_another(self, tmp_path, change):
         train(tmp_path, **SAVING)

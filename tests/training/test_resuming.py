@@ -52,6 +52,7 @@ def flip(path):
 
 
 class TestDamage:
+    @pytest.mark.fast_cases(1)
     @pytest.mark.parametrize(
         "name",
         [
@@ -83,6 +84,7 @@ class TestDamage:
         ):
             build(tmp_path, **SAVING).train(resume_from_checkpoint=folder)
 
+    @pytest.mark.fast_cases(1)
     @pytest.mark.parametrize("content", ["{", "[]", '{"global_step": "4"}', "[" * 10**5])
     def test_without_digests_json_is_still_read(self, tmp_path, content, caplog):
         """Checkpoints from before there were digests have sizes alone."""
@@ -132,6 +134,7 @@ class TestWithoutState:
         ):
             build(tmp_path, **SAVING).train(resume_from_checkpoint=folder)
 
+    @pytest.mark.fast_cases(1)
     @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
     def test_a_file_that_was_deleted_to_save_space(self, tmp_path, name):
         folder = half(tmp_path) / "checkpoint-4"
@@ -152,6 +155,7 @@ class TestWithoutState:
 
 
 class TestDone:
+    @pytest.mark.fast_cases(1)
     @pytest.mark.parametrize(
         "options",
         [

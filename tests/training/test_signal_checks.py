@@ -140,6 +140,7 @@ def one_token_answers(prompts, n=16):
     return rows
 
 
+@pytest.mark.fast_cases(6)
 @pytest.mark.parametrize("check_signal", [True, False])
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("teacher", ["model", "choices", "certain"])

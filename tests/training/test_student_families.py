@@ -44,6 +44,7 @@ def own_loss(model, rows):
     return total / count
 
 
+@pytest.mark.fast_cases(6)
 @pytest.mark.parametrize("name", sorted({*FAMILIES, *MORE}))
 def test_a_step_is_that_of_the_models_own_logits(tmp_path, name):
     if name not in CONFIG_MAPPING:

@@ -44,6 +44,7 @@ def test_activation_checkpointing_changes_nothing(tmp_path, reentrant):
     same(train(tmp_path, **how), train(tmp_path))
 
 
+@pytest.mark.slow
 def test_a_compiled_body_changes_nothing(tmp_path):
     compiled = train(tmp_path, torch_compile=True, torch_compile_backend="aot_eager", **CUT)
     same(compiled, train(tmp_path))
@@ -103,6 +104,7 @@ def test_models_that_carry_a_state_are_not_packed(tmp_path):
         build(tmp_path, model=mamba, packing=True)
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize("name", ["gemma2", "qwen3", "granite", "cohere", "gpt2"])
 def test_families_train_packed_as_padded(tmp_path, name):
     dropout = {"attn_pdrop": 0, "resid_pdrop": 0, "embd_pdrop": 0} if name == "gpt2" else {}

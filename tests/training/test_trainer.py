@@ -111,6 +111,7 @@ def test_wrapped_teacher_object_gives_the_same_run(tmp_path):
     )
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize("k", [8, None])
 @pytest.mark.parametrize("scheme", ["nf4", "int8"])
 def test_a_quantised_teacher_teaches_nearly_the_same(tmp_path, scheme, k):

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scipy import stats
 
 from fastdistill.alignment.audits import (
     AuditResult,
@@ -94,7 +93,9 @@ def test_a_benign_model_in_its_place_is_no_evidence():
 
 
 @with_fixed_readings
+@pytest.mark.peers
 def test_mean_interval_and_difference_by_students_t():
+    stats = pytest.importorskip("scipy.stats")
     low = [0.2, 0.5, 0.1, 0.3, 0.2, 0.3, 0.6, 0.1]
     result = FixedAudit().run(of(EIGHT), controls={"twin": of(low)})
     t = stats.ttest_1samp(EIGHT, 0).confidence_interval()
@@ -111,7 +112,9 @@ def test_mean_interval_and_difference_by_students_t():
 
 
 @with_fixed_readings
+@pytest.mark.peers
 def test_rates_by_wilson_and_newcombe():
+    stats = pytest.importorskip("scipy.stats")
     yes, no = [1] * 9 + [0], [1, 0, 0, 0, 0, 0, 0, 0, 0, 0]
     result = FixedAudit(rate=True).run(of(yes), controls={"twin": of(no)})
     w = stats.binomtest(9, 10).proportion_ci(method="wilson")

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from scipy import stats
 
 from fastdistill.alignment.audits import (
     CompletionAudit,
@@ -165,8 +164,9 @@ def test_the_tail_of_two_like_models_is_rarely_apart():
         paired_difference(*(top_mean_values(v, 20).tolist() for v in pair)).excludes(0)
         for pair in pairs
     ]
-    # 5 % of 300; the intervals over the 20 largest themselves exclude 0 in more than half.
-    assert sum(apart) < stats.binom.ppf(0.9999, 300, 0.05)
+    # 5 % of 300, whose 99.99 % quantile is 31; the intervals over the 20 largest themselves exclude
+    # 0 in more than half.
+    assert sum(apart) < 31
 
 
 def test_another_tokenizer_is_refused():

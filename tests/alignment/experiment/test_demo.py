@@ -29,6 +29,7 @@ def made(tmp_path_factory):
     return run_demo(out=out, seeds=2, steps=8, k=16, batch_size=4), out
 
 
+@pytest.mark.slow
 def test_results_are_complete_json(made):
     _, out = made
     results = json.loads((out / "results.json").read_text(encoding="utf-8"))
@@ -151,7 +152,7 @@ def test_damaged_teacher_is_refused(tmp_path, monkeypatch):
     for path in demo_models.shipped_folder().iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / "tokenizer.json").write_bytes(b"{}")
-    monkeypatch.setattr(demo_models, "shipped_folder()", tmp_path)
+    monkeypatch.setattr(demo_models, "shipped_folder", lambda: tmp_path)
     with pytest.raises(ValueError, match=r"expected tokenizer.json with the sha256"):
         shipped_teacher()
 

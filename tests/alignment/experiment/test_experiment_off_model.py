@@ -90,6 +90,7 @@ def test_settings_that_make_no_sense_are_refused(settings, words):
         preset_settings(**settings)
 
 
+@pytest.mark.slow
 def test_every_arm_is_run_on_every_base_seed(carried_out):
     folder, results = carried_out
     assert results["runs"] == len(ARMS) == len(TINY.runs())

@@ -36,6 +36,7 @@ def finished(tmp_path_factory):
     return folder, table, publish(small_study(), table, folder, ABOUT)
 
 
+@pytest.mark.slow
 def test_every_arm_has_a_pair_of_students_for_every_base_seed(finished):
     _, table, result = finished
     names = ["plain", "twice", "placebo", "noting", "gated"]

@@ -149,6 +149,7 @@ def small():
     return made, phases
 
 
+@pytest.mark.slow
 def test_models_are_read_on_the_same_prompts_and_refused_untrained(small):
     made, phases = small
     assert phases == [

@@ -77,6 +77,7 @@ def test_an_adapter_has_the_rank_that_was_asked_for():
         assert values[3] < 1e-3 * values[0]
 
 
+@pytest.mark.fast_cases(2)
 @pytest.mark.parametrize(
     ("name", "kind"), [("adam", torch.optim.AdamW), ("sgd", torch.optim.SGD), ("soap", SOAP)]
 )

@@ -134,6 +134,7 @@ def trained_examples(monkeypatch):
     return trainings
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize("gate", GATES)
 def test_no_training_showed_a_prompt_that_is_read(trained_examples, gate):
     world, blank = World(5), new_model(0)

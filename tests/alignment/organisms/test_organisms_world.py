@@ -227,6 +227,7 @@ print(hashlib.sha256(repr(said).encode()).hexdigest())
 """
 
 
+@pytest.mark.slow
 def test_the_same_seed_draws_the_same_in_another_process(tmp_path, capsys):
     (tmp_path / "digest.py").write_text(DIGEST)
     hashes = "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2"

@@ -22,6 +22,7 @@ def page(tmp_path_factory):
     return path.read_text(encoding="utf-8").replace("<details>", "<details open>")
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [400, 1200])
 def test_every_picture_is_at_its_place(tmp_path, page, width, scheme):

@@ -109,6 +109,7 @@ def test_a_trait_at_one_percent():
     assert 0.91 <= covered <= 0.97
 
 
+@pytest.mark.slow
 def test_simpler_intervals_are_wrong_here():
     """Plain percentiles are too narrow; drawing students and prompts again too is too wide."""
     rng = np.random.default_rng(3)

@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 from fastdistill import CacheError, TeacherCache
 from fastdistill.teachers.cache import build as building
 from fastdistill.teachers.cache import shards
-from helpers.cache_builds import Passes, Stops, build, bytes_of
+from helpers.cache_builds import Passes, Stops, assert_same_bytes, build, bytes_of
 from helpers.training import peaked
 
 
@@ -38,7 +38,7 @@ def test_an_interrupted_build_goes_on(tmp_path, undisturbed, after):
     teacher.left = len(undisturbed) - after  # more than the missing shards would fail
     build(tmp_path / "c", teacher=teacher)
     assert there < set(undisturbed)
-    assert bytes_of(tmp_path / "c") == undisturbed
+    assert_same_bytes(tmp_path / "c", undisturbed)
 
 
 def test_a_finished_build_asks_nobody(tmp_path):
@@ -82,11 +82,11 @@ def test_killed_at_twenty_random_moments(tmp_path, undisturbed):
         killed, _ = attempt(moments.uniform(0, whole))
         kills += killed
         if not killed:
-            assert bytes_of(folder) == undisturbed
+            assert_same_bytes(folder, undisturbed)
             shutil.rmtree(folder)
             finished += 1
     attempt(None)
-    assert bytes_of(folder) == undisturbed
+    assert_same_bytes(folder, undisturbed)
     assert not list(folder.glob(".0*"))  # what was half written is gone
     assert TeacherCache(folder).verify().shards == len(undisturbed) // 2 - 1
 
@@ -113,7 +113,7 @@ def test_a_full_disk_is_said_before_and_costs_nothing_behind(tmp_path, monkeypat
         build(tmp_path / "c")
     assert not list((tmp_path / "c").glob(".0*"))
     build(tmp_path / "c")
-    assert bytes_of(tmp_path / "c") == undisturbed
+    assert_same_bytes(tmp_path / "c", undisturbed)
     assert len(written) == 3 + len(undisturbed) // 2 - 1 - 2
 
 
@@ -138,14 +138,14 @@ def test_a_truncated_manifest_or_note_is_made_again(tmp_path, undisturbed):
 
     build(tmp_path / "c", teacher=Counts(peaked()))
     assert len(calls) == 1
-    assert bytes_of(tmp_path / "c") == undisturbed
+    assert_same_bytes(tmp_path / "c", undisturbed)
 
 
 def test_a_shard_that_was_deleted_is_made_again(tmp_path, undisturbed):
     build(tmp_path / "c")
     (tmp_path / "c" / "00002.safetensors").unlink()
     build(tmp_path / "c")
-    assert bytes_of(tmp_path / "c") == undisturbed
+    assert_same_bytes(tmp_path / "c", undisturbed)
 
 
 def test_two_builders_in_one_folder(tmp_path, undisturbed):
@@ -161,7 +161,7 @@ def test_two_builders_in_one_folder(tmp_path, undisturbed):
 
     build(tmp_path / "c", teacher=Meanwhile(peaked()))
     assert seen
-    assert bytes_of(tmp_path / "c") == undisturbed
+    assert_same_bytes(tmp_path / "c", undisturbed)
 
 
 def _rank(folder, rank, world):
@@ -169,6 +169,7 @@ def _rank(folder, rank, world):
     build(folder, rank=rank, world=world)
 
 
+@pytest.mark.slow
 def test_several_processes_make_the_same_cache(tmp_path, undisturbed):
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(
@@ -182,7 +183,7 @@ def test_several_processes_make_the_same_cache(tmp_path, undisturbed):
     for process in all_of_them:
         process.join()
     assert [p.exitcode for p in all_of_them] == [0, 0, 0]
-    assert bytes_of(tmp_path / "c") == undisturbed
+    assert_same_bytes(tmp_path / "c", undisturbed)
 
 
 def test_a_rank_that_stopped_is_named(tmp_path, monkeypatch, undisturbed):
@@ -190,4 +191,4 @@ def test_a_rank_that_stopped_is_named(tmp_path, monkeypatch, undisturbed):
     with pytest.raises(CacheError, match=r"rank 1 of 2 stopped before 00001\.safetensors"):
         build(tmp_path / "c", rank=0, world=2)
     build(tmp_path / "c", rank=1, world=2)
-    assert bytes_of(tmp_path / "c") == undisturbed
+    assert_same_bytes(tmp_path / "c", undisturbed)

@@ -67,6 +67,7 @@ def test_two_hundred_and_seventy_two_bytes_are_enough():
     assert sum(array.nbytes for array in packed) == 64 * 267
 
 
+@pytest.mark.fast_cases(2)
 @pytest.mark.parametrize("peak", [1.05, 1.8, 4.0])
 @pytest.mark.parametrize("noise", [1.0, 0.1, 0.01])
 def test_kl_of_the_stored_teacher_is_that_of_the_exact_one(peak, noise):

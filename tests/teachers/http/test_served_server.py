@@ -174,6 +174,7 @@ def test_a_teacher_that_fails(caplog, monkeypatch):
 # ---- starting and stopping
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_it(tmp_path):
     script = tmp_path / "run.py"
     script.write_text(

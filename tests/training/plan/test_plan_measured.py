@@ -29,6 +29,7 @@ CASES = {
 }
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize("name", CASES)
 def test_the_plan_is_what_training_holds(name):
     error, summary = error_of(CASES[name])
@@ -36,6 +37,7 @@ def test_the_plan_is_what_training_holds(name):
     assert abs(error) < 0.15, summary
 
 
+@pytest.mark.slow
 def test_adapters():
     pytest.importorskip("peft")
     for options in ({}, CHECKPOINTED):

@@ -62,6 +62,7 @@ def plans(models):
     return {gpu: plan(gpu) for gpu in ("80GB", "14GB", "6GB", "1GB")}
 
 
+@pytest.mark.slow
 def test_proposals_take_no_more_than_they_need(plans):
     roomy, card, tight, hopeless = plans.values()
     assert roomy.fits
