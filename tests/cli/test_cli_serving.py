@@ -107,7 +107,7 @@ def test_served_until_it_is_interrupted(run, folder, tmp_path, monkeypatch):
         other = AutoTokenizer.from_pretrained(folder / "teacher")
         other.add_tokens(["<new>"])
         other.save_pretrained(tmp_path / "other")
-        code, _, err = run(*command, "--tokenizer", tmp_path / "other")
+        code, _, err = run(*training, "--tokenizer", tmp_path / "other")
         assert (code, "tokenizer: expected that of" in err) == (2, True)
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=30)
