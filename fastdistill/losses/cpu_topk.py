@@ -1,11 +1,11 @@
-"""Register the C++ kernel of fastdistill::row_topk for CPUs."""
+"""The C++ kernel of fastdistill::row_topk for CPUs."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ..kernels.row_topk import by_sorting, library, row_topk
+from ..kernels.row_topk import by_sorting, library
 from ..runtime import backend
 
 
@@ -33,6 +33,6 @@ def _on_cpu(z: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     return values, ids, rest
 
 
-library.impl("row_topk", _on_cpu, "CPU")
-
-__all__ = ["row_topk"]
+def register() -> None:
+    """Make the C++ kernel that of fastdistill::row_topk on CPUs."""
+    library.impl("row_topk", _on_cpu, "CPU")

@@ -13,6 +13,7 @@ from ..kernels.token_loss import ABSENT, entropy_of, first_slots, lse_of
 from ..kernels.topk import topk
 from ..runtime import checks
 from ..runtime.backend import resolve_impl
+from . import cpu_topk
 from .arguments import operands
 from .checks import check_ids
 from .types import SelectedLogits, TopK
@@ -20,6 +21,8 @@ from .vocab_parallel import check_same_on_all_ranks, distribute_head, lse_gather
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+cpu_topk.register()
 
 
 def linear_lse_gather(

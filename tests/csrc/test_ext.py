@@ -6,14 +6,18 @@ import importlib.util
 import platform
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from helpers.present import present
 
 if importlib.util.find_spec("fastdistill.runtime._ext") is None:
     pytest.skip("the C++ extension is not built", allow_module_level=True)
 
+from fastdistill import linear_topk
+from fastdistill.losses import cpu_topk
 from fastdistill.runtime import _ext
 
 CPUINFO = Path("/proc/cpuinfo")
@@ -53,3 +57,16 @@ def test_build_info_names_the_toolchain():
     assert re.match(r"(gcc|clang|msvc) \d+", str(info["compiler"]))
     assert re.fullmatch(r"C\+\+(17|20|23)", str(info["cpp_standard"]))
     assert type(info["openmp"]) is bool
+
+
+def test_topk_on_a_cpu_runs_the_kernel_of_the_extension(monkeypatch):
+    rows = []
+
+    def recorded(*arguments):
+        rows.append(arguments[3])
+        return _ext.lse_topk(*arguments)
+
+    extension = SimpleNamespace(**(vars(_ext) | {"lse_topk": recorded}))
+    monkeypatch.setattr(cpu_topk.backend, "extension", lambda: extension)
+    linear_topk(torch.randn(5, 8), torch.randn(40, 8), k=4)
+    assert rows == [5]
