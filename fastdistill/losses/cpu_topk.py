@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -33,6 +35,7 @@ def _on_cpu(z: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     return values, ids, rest
 
 
+@functools.cache  # once in a process
 def register() -> None:
     """Make the C++ kernel that of fastdistill::row_topk on CPUs."""
     library.impl("row_topk", _on_cpu, "CPU")

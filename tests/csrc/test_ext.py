@@ -17,7 +17,6 @@ if importlib.util.find_spec("fastdistill.runtime._ext") is None:
     pytest.skip("the C++ extension is not built", allow_module_level=True)
 
 from fastdistill import linear_topk
-from fastdistill.losses import cpu_topk
 from fastdistill.runtime import _ext
 
 CPUINFO = Path("/proc/cpuinfo")
@@ -67,6 +66,6 @@ def test_topk_on_a_cpu_runs_the_kernel_of_the_extension(monkeypatch):
         return _ext.lse_topk(*arguments)
 
     extension = SimpleNamespace(**(vars(_ext) | {"lse_topk": recorded}))
-    monkeypatch.setattr(cpu_topk.backend, "extension", lambda: extension)
+    monkeypatch.setattr("fastdistill.runtime.backend.extension", lambda: extension)
     linear_topk(torch.randn(5, 8), torch.randn(40, 8), k=4)
     assert rows == [5]
