@@ -1,4 +1,4 @@
-"""The alignment instrument: audits, organisms, strategies, statistics, experiments, reports."""
+"""Alignment experiments: audits, organisms, strategies, statistics, studies and their reports."""
 
 from ..runtime.optional import check_installed
 
