@@ -5,6 +5,7 @@ PyTorch the first time and the Triton kernels the second, on this machine's GPU 
 none, in Triton's interpreter.
 """
 
+import gc
 import os
 from collections import defaultdict
 from typing import Any
@@ -94,6 +95,12 @@ def poisoned_memory(request):
     yield
     torch.use_deterministic_algorithms(False)
     memory.fill_uninitialized_memory = before
+
+
+@pytest.fixture(autouse=True, scope="module")
+def frozen_modules():
+    """Accelerate collects garbage after every training; let it skip what imports have created."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

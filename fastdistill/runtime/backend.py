@@ -95,6 +95,7 @@ def resolve_impl(impl: str, device: torch.device | None = None) -> str:
     return resolved
 
 
+@functools.cache
 def package_versions() -> dict[str, str | None]:
     """Installed versions of the packages this library works with; None if missing."""
     versions_by_name: dict[str, str | None] = {}

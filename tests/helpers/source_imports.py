@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -46,5 +47,6 @@ def imports(source: str, name: str, is_package: bool = False) -> Iterator[Import
     yield from visit(ast.parse(source), False)
 
 
+@functools.cache
 def imports_of(path: Path) -> list[Import]:
     return list(imports(path.read_text(), module_name(path), path.name == "__init__.py"))
