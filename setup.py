@@ -6,6 +6,9 @@ are a separate module, compiled if nvcc is available, with or without a GPU:
 
     FASTDISTILL_CUDA=auto | 0 | 1        build if nvcc is available (default) | never | or fail
     FASTDISTILL_CUDA_ARCHS="80;89;90"    compute capabilities, and PTX of the newest for later GPUs
+
+FASTDISTILL_REPOSITORY is the address of the repository that builds a release. The links of the
+package's metadata start with it; without it there are none.
 """
 
 from __future__ import annotations
@@ -245,8 +248,22 @@ def restore_kernels_link() -> None:
             KERNELS_LINK.symlink_to(Path("..", "kernels"), target_is_directory=True)
 
 
+def project_urls() -> dict[str, str]:
+    """Return the links of the metadata."""
+    repository = os.environ.get("FASTDISTILL_REPOSITORY", "").rstrip("/")
+    if not repository:
+        return {}
+    return {
+        "Source": repository,
+        "Documentation": f"{repository}/tree/main/docs",
+        "Changelog": f"{repository}/blob/main/CHANGELOG.md",
+        "Issues": f"{repository}/issues",
+    }
+
+
 restore_kernels_link()
 setup(
+    project_urls=project_urls(),
     packages=PACKAGES,
     package_dir={"fastdistill.kernels": "kernels"},
     package_data={"fastdistill": ["py.typed", "runtime/*.pyi"]},

@@ -30,7 +30,9 @@ def check(
     (folder / ".ci").mkdir()
     (folder / "dist").mkdir()
     (folder / "bin").mkdir()
+    (folder / "demo_teacher").mkdir()
     shutil.copy(ROOT / ".ci" / "check-dist", folder / ".ci")
+    shutil.copy(ROOT / "demo_teacher" / "pyproject.toml", folder / "demo_teacher")
     (folder / "dist" / SDIST).write_bytes(b"")
     for name, files in wheels.items():
         with zipfile.ZipFile(folder / "dist" / name, "w") as file:
@@ -76,3 +78,14 @@ def test_a_version_is_required(tmp_path: Path) -> None:
     code, errors = check(tmp_path, {WHEEL: [EXTENSION]}, None)
     assert code != 0
     assert "expected the version of the files in dist/" in errors
+
+
+def test_the_demos_teacher_has_its_own_version(tmp_path: Path) -> None:
+    teacher = "fastdistill_demo_teacher-1.0-py3-none-any.whl"
+    assert check(tmp_path, {WHEEL: [EXTENSION], teacher: []}) == (0, "")
+
+
+def test_another_version_of_the_demos_teacher_fails(tmp_path: Path) -> None:
+    code, errors = check(tmp_path, {"fastdistill_demo_teacher-0.9-py3-none-any.whl": []})
+    assert code == 1
+    assert "fastdistill_demo_teacher-0.9-py3-none-any.whl is no distribution" in errors
