@@ -8,17 +8,16 @@ device if it belongs to a linear layer, and assigned.
 
 from __future__ import annotations
 
-import copy
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
-from transformers.core_model_loading import WeightRenaming
 
 from ..runtime import checks
 from ..runtime.progress import track
@@ -26,8 +25,9 @@ from .formats.checkpoint_gate import as_checkpoint_error, load_config
 from .formats.conversion import check_all_used, check_no_duplicates, conversion_of
 from .formats.detect import Checkpoint, open_checkpoint
 from .formats.header import check_header, keep_untied
-from .formats.tensor_files import CheckpointError, fail_checkpoint, reading
+from .formats.tensor_files import CheckpointError, Expanded, fail_checkpoint, reading
 from .linear import QuantizedWeight
+from .merging import merge_weights, runner
 from .model import is_conv1d, put, quantizable, rows_of, warn_about_full_precision
 from .ops import COMPUTE
 from .schemes import SCHEMES, QuantWeight, quantize
@@ -122,6 +122,7 @@ class _Loader:
         self.empty = model.state_dict()  # on the meta device: names, shapes and types
         self.stored: dict[str, str] = {}  # model name -> (first) name in the checkpoint
         self.filled: set[str] = set()  # names of the model that have a value
+        self.expanded: list[tuple[str, str, int, int]] = []  # name, kind, bytes stored and now
 
     def steps(self) -> list[Callable[[], None]]:
         """Return one callable per parameter of the model, which reads its tensors when called."""
@@ -130,45 +131,61 @@ class _Loader:
             unknown = [name for name in named if name not in self.empty]
             check_all_used(self.checkpoint.path, self.model, unknown, None)
             return [partial(self._read, name, read) for name, read in named.items()]
-        return [partial(self._merged, name, merge) for name, merge in self._conversions().items()]
+        return [partial(self._convert, *planned) for planned in self._conversions()]
 
     def _read(self, name: str, read: Read) -> None:
         self.assign(name, read())
 
-    def _conversions(self) -> dict[str, Any]:
-        """Return model name -> the transformers rule that builds it from stored tensors."""
+    def _conversions(self) -> list[tuple[str, Any, list[tuple[str, str | None]]]]:
+        """Return (model name, converter of transformers or None, its stored names and patterns)."""
         conversion = conversion_of(self.model, self.checkpoint.weights, self.empty)
         check_all_used(self.checkpoint.path, self.model, conversion.unused, self.checkpoint.files)
         check_no_duplicates(self.checkpoint.path, conversion)
-        plan: dict[str, Any] = {}
+        plan = []
         for name, sources in conversion.sources.items():
-            for stored, pattern in sources:
-                if name not in plan:
-                    rule = None if pattern is None else copy.deepcopy(conversion.rules[pattern])
-                    plan[name] = rule or WeightRenaming(stored, name)
-                read: Read = self.checkpoint.weights[stored]
-                if pattern is not None:
-                    read = partial(self._dense, stored)
-                plan[name].add_tensor(name, stored, pattern or stored, read)
-                self.stored.setdefault(name, stored)
+            self.stored[name], pattern = sources[0]
+            plan.append((name, conversion.rules[pattern] if pattern else None, sources))
         return plan
 
-    def _dense(self, stored: str) -> Tensor:
-        value = self.checkpoint.weights[stored]()
-        if not isinstance(value, Tensor):
-            fail_checkpoint(
-                f"{self.checkpoint.path}: tensor {stored!r}",
-                "full precision, or fastdistill's own format",
-                "a quantized weight that the model merges with others (experts of a mixture)",
-                "load the full-precision checkpoint with quant=",
-            )
-        return value
+    def _stored(self, name: str, target: str) -> Tensor | QuantWeight:
+        """Return a stored weight; one that had to be expanded in the type of the model."""
+        value = self.checkpoint.weights[name]()
+        if not isinstance(value, Expanded):
+            return value
+        dense = value.values.to(self.empty[target].dtype)
+        self.expanded.append((name, value.kind, value.stored, dense.nbytes))
+        return dense
 
-    def _merged(self, target: str, merge: Any) -> None:
+    def _convert(self, target: str, rule: Any, sources: list[tuple[str, str | None]]) -> None:
+        """Read the stored tensors of a weight, convert them if there is a rule, and assign it."""
+        first = self._stored(sources[0][0], target)
+        if rule is None:
+            self.assign(target, first)
+            return
+        run = runner(rule, target, sources, model=self.model, config=self.model.config)
+        reads: list[Read] = [partial(self._stored, name, target) for name, _ in sources]
+        reads[0] = partial(_identity, first)
         with reading(self._file(target), target):  # parts may have inconsistent shapes
-            tensors = merge.convert(target, model=self.model, config=self.model.config)
-        for name, value in tensors.items():
-            self.assign(name, value[0] if isinstance(value, list) else value)
+            if isinstance(first, Tensor):
+                del first
+                converted = run([partial(self._dense, target, read) for read in reads])
+            else:
+                weight = merge_weights([read() for read in reads], rule, run)
+                converted = {target: self._not_merged(target) if weight is None else weight}
+        for name, value in converted.items():
+            self.assign(name, value)
+
+    def _dense(self, target: str, read: Read) -> Tensor:
+        value = read()
+        return value if isinstance(value, Tensor) else self._not_merged(target)
+
+    def _not_merged(self, target: str) -> NoReturn:
+        fail_checkpoint(
+            f"{self.checkpoint.path}: tensor {self.stored[target]!r}",
+            "full precision, or quantized weights of one kind and block, without act-order",
+            f"others, which the model merges into {target} (experts of a mixture)",
+            "load the full-precision checkpoint with quant=",
+        )
 
     def assign(self, name: str, value: Tensor | QuantWeight) -> None:
         """Assign one value to the model."""
@@ -237,3 +254,18 @@ class _Loader:
             fail_checkpoint(self.checkpoint.path, expected, got)
         self.model.to(self.device)
         warn_about_full_precision(self.model)
+        if self.expanded and self.quant is None:
+            warnings.warn(self._expansion(), stacklevel=3)
+
+    def _expansion(self) -> str:
+        """Return what was expanded, and the memory that it takes."""
+        names, kinds, stored, taken = zip(*self.expanded, strict=True)
+        return (
+            f"{self.checkpoint.path}: {len(names)} weights ({names[0]}, …) are stored as "
+            f"{' and '.join(dict.fromkeys(kinds))}, which no quantized layer represents exactly: "
+            f"expanded from {sum(stored) / 1e6:,.1f} MB to {sum(taken) / 1e6:,.1f} MB"
+        )
+
+
+def _identity(value: Any) -> Any:
+    return value

@@ -5,6 +5,7 @@ golden/bitsandbytes.json holds bytes that bitsandbytes 0.50.2 wrote, so that thi
 """
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -143,7 +144,7 @@ def test_a_model_that_transformers_saved_in_shards(tmp_path, settings):
     assert set(checkpoint.weights) == {name for name, _ in model.named_parameters()}
     assert len(list((tmp_path / "small").glob("*.safetensors"))) > 1
     for name, theirs in model.named_parameters():
-        ours = checkpoint.weights[name]()
+        ours: Any = checkpoint.weights[name]()
         if isinstance(ours, Int8Weight):
             ours, theirs = ours.qdata, theirs.data
         elif isinstance(ours, Lut4Weight):

@@ -4,11 +4,14 @@ The writers below pack as AutoGPTQ's and AutoAWQ's QuantLinear do, one nibble at
 codes; what a layer means is computed from the codes before they are packed.
 """
 
+from typing import Any
+
 import pytest
 import torch
 
 from fastdistill.quant.formats.awq import ORDER
 from fastdistill.quant.formats.detect import CheckpointError, open_checkpoint
+from fastdistill.quant.formats.tensor_files import Expanded
 from fastdistill.quant.schemes import UNSIGNED
 from helpers.stored import DTYPES, golden, store, values, write_golden
 
@@ -59,7 +62,8 @@ def read(folder, tensors, settings):
     checkpoint = open_checkpoint(store(folder, tensors, settings))
     assert list(checkpoint.weights) == [f"{LAYER}.weight"]
     assert checkpoint.method == settings["quant_method"]
-    return checkpoint.weights[f"{LAYER}.weight"]()
+    weight: Any = checkpoint.weights[f"{LAYER}.weight"]()
+    return weight
 
 
 def assert_means(weight, expected):
@@ -138,6 +142,54 @@ def test_awq(tmp_path, group, version):
     assert_means(read(tmp_path, awq(q, zero, scale), settings), expected)
 
 
+def gptq_of_8_bits(N, K, groups, symmetric, less):
+    """(tensors, their values): four bytes to a word."""
+    torch.manual_seed(3)
+    count = int(groups.max()) + 1
+    q = torch.randint(256, (K, N))
+    zero = torch.full((count, N), 128) if symmetric else torch.randint(256, (count, N))
+    scale = (torch.randn(count, N) * 0.01).half()
+
+    def words(bytes_):  # [rows, columns] -> int32 [rows, columns / 4]
+        return bytes_.to(torch.uint8).contiguous().view(torch.int32)
+
+    tensors = {
+        f"{LAYER}.qweight": words(q.t()).t().contiguous(),
+        f"{LAYER}.qzeros": words((zero - less) % 256),
+        f"{LAYER}.scales": scale,
+        f"{LAYER}.g_idx": groups.int(),
+    }
+    return tensors, ((q - zero[groups]) * scale[groups].double()).t()
+
+
+@pytest.mark.parametrize(
+    ("version", "less", "symmetric", "K", "group"),
+    [("gptq", 1, True, 128, 32), ("gptq_v2", 0, True, 80, 32), ("gptq", 1, False, 128, -1)],
+)
+def test_gptq_of_8_bits(tmp_path, version, less, symmetric, K, group):
+    groups = torch.arange(K) // (K if group == -1 else group)
+    tensors, expected = gptq_of_8_bits(12, K, groups, symmetric, less)
+    settings = GPTQ | {"bits": 8, "group_size": group, "checkpoint_format": version}
+    weight = read(tmp_path, tensors, settings)
+    if symmetric:
+        assert weight.block == (32 if K == 128 else 16)
+        assert_means(weight, expected)
+    else:
+        assert isinstance(weight, Expanded)
+        assert torch.equal(weight.values.double(), expected)
+
+
+def test_act_order_of_8_bits_is_expanded(tmp_path):
+    groups = (torch.arange(64) // 32)[
+        torch.randperm(64, generator=torch.Generator().manual_seed(0))
+    ]
+    tensors, expected = gptq_of_8_bits(8, 64, groups, True, 1)
+    weight = read(tmp_path, tensors, GPTQ | {"bits": 8})
+    assert isinstance(weight, Expanded)
+    assert torch.equal(weight.values.double(), expected)
+    assert weight.stored == 8 * 64 + 2 * 8 + 2 * 2 * 8
+
+
 def test_awq_with_old_names_of_the_settings(tmp_path):
     q, zero, scale, expected = codes_of(16, 64, torch.arange(64) // 32)
     settings = {"quant_method": "awq", "w_bit": 4, "q_group_size": 32, "version": "gemm"}
@@ -158,7 +210,7 @@ def test_other_tensors_come_as_stored(tmp_path):
 @pytest.mark.parametrize(
     "settings, words",
     [
-        (GPTQ | {"bits": 3}, "bits: expected 4, got 3"),
+        (GPTQ | {"bits": 3}, "bits: expected 4 or 8, got 3"),
         (GPTQ | {"bits": "4"}, "bits: expected an integer, got '4'"),
         (GPTQ | {"group_size": 0}, "group_size: expected a positive number or -1, got 0"),
         (GPTQ | {"group_size": None}, "group_size: expected an integer, got None"),

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ...runtime.checks import fail
 from ..schemes import Lut4Weight
-from .gptq import by_layer, group_size, grouped, nibbles_of, scales_of
+from .gptq import bits_and_group, by_layer, grouped, nibbles_of, scales_of
 from .tensor_files import TensorFiles, Thunk, reading
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -36,7 +36,7 @@ def weights(files: TensorFiles, config: dict[str, Any]) -> dict[str, Thunk]:
         if str(layout).lower() != "gemm":
             hint = "save it as 'gemm', or use the unquantized checkpoint"
             fail("version", "'gemm'", repr(layout), hint)
-        group = group_size(settings)
+        _, group = bits_and_group(settings, (4,))
     return by_layer(files, functools.partial(_read, files, group=group))
 
 

@@ -1,8 +1,8 @@
-"""Reads 4-bit GPTQ checkpoints (Frantar et al. 2022) of AutoGPTQ and GPTQModel.
+"""Reads GPTQ checkpoints (Frantar et al. 2022) of 4 and 8 bits, by AutoGPTQ and GPTQModel.
 
     w[n, k] = (q[n, k] − zero[g(k), n]) · scale[g(k), n],    g(k) = g_idx[k], or k / group_size
 
-A layer X is stored as
+A layer X with 4 bits is stored as
 
     X.qweight   int32 [K/8, N]   bits 4r … 4r+3 of word [i, n] are q[n, 8i + r]
     X.qzeros    int32 [G, N/8]   bits 4r … 4r+3 of word [g, i] are zero[g, 8i + r], less 1 (modulo
@@ -18,6 +18,10 @@ exactly.
 Each byte of a word, least significant first, holds two consecutive columns, the first one in the
 low nibble: swapping nibbles and transposing bytes gives our layout. Act-order columns are sorted by
 group once, and `perm` holds their original order.
+
+With 8 bits a word has four bytes instead of eight nibbles, and zero is stored modulo 256. If every
+zero is 128, as in symmetric quantization, the layer becomes an Int8Weight of q − 128. Other zeros
+and act-order do not fit one, and such a layer is expanded.
 """
 
 from __future__ import annotations
@@ -31,8 +35,8 @@ import torch
 from torch import Tensor
 
 from ...runtime.checks import fail
-from ..schemes import Lut4Weight, table
-from .tensor_files import TensorFiles, Thunk, integer, reading, with_plain
+from ..schemes import Int8Weight, Lut4Weight, table
+from .tensor_files import Expanded, TensorFiles, Thunk, integer, reading, with_plain
 
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 FORMATS = ("gptq", "gptq_v2")
@@ -45,23 +49,27 @@ def weights(files: TensorFiles, config: dict[str, Any]) -> dict[str, Thunk]:
         if layout not in FORMATS:
             hint = "convert the checkpoint with GPTQModel, or use the unquantized one"
             fail("checkpoint_format", f"one of {FORMATS}", repr(layout), hint)
-        group = group_size(settings)
-    read = functools.partial(_read, files, group=group, stored_less=int(layout == "gptq"))
-    return by_layer(files, read)
+        bits, group = bits_and_group(settings, (4, 8))
+    read = {4: _four_bits, 8: _eight_bits}[bits]
+    stored_less = int(layout == "gptq")
+    return by_layer(files, functools.partial(read, files, group=group, stored_less=stored_less))
 
 
-def group_size(settings: dict[str, Any]) -> int:
-    """Return the columns per scale, −1 for all; check for 4 bits. Call it inside `reading`."""
+def bits_and_group(settings: dict[str, Any], widths: tuple[int, ...]) -> tuple[int, int]:
+    """Return (bits, columns per scale or −1 for all). Call it inside `reading`."""
     bits = integer(settings, "w_bit" if "w_bit" in settings else "bits")
-    if bits != 4:
-        fail("bits", "4", bits, "use a 4-bit or the unquantized checkpoint")
+    if bits not in widths:
+        expected = " or ".join(map(str, widths))
+        fail("bits", expected, bits, "use a checkpoint of that width, or the unquantized one")
     group = integer(settings, "q_group_size" if "q_group_size" in settings else "group_size")
     if group < 1 and group != -1:
         fail("group_size", "a positive number or -1", group)
-    return group
+    return bits, group
 
 
-def by_layer(files: TensorFiles, read: Callable[[str], Lut4Weight]) -> dict[str, Thunk]:
+def by_layer(
+    files: TensorFiles, read: Callable[[str], Lut4Weight | Int8Weight | Expanded]
+) -> dict[str, Thunk]:
     """Return thunks of X.weight for the layers X with a qweight, and of the plain tensors."""
     names = (name for name in files.names() if name.endswith(".qweight"))
     layers = [name.removesuffix(".qweight") for name in names]
@@ -72,7 +80,7 @@ def by_layer(files: TensorFiles, read: Callable[[str], Lut4Weight]) -> dict[str,
     return with_plain(files, thunks, [f"{layer}.{part}" for layer in layers for part in PARTS])
 
 
-def _read(files: TensorFiles, layer: str, *, group: int, stored_less: int) -> Lut4Weight:
+def _four_bits(files: TensorFiles, layer: str, *, group: int, stored_less: int) -> Lut4Weight:
     name = f"{layer}.qweight"
     words = files.matrix(name, torch.int32, None, None)
     K, N = 8 * words.shape[0], words.shape[1]
@@ -91,6 +99,39 @@ def _read(files: TensorFiles, layer: str, *, group: int, stored_less: int) -> Lu
     else:
         packed = pairs << 4 | pairs >> 4
     return grouped(files, layer, packed.t(), groups, scale, zero, perm)
+
+
+def _eight_bits(
+    files: TensorFiles, layer: str, *, group: int, stored_less: int
+) -> Int8Weight | Expanded:
+    name = f"{layer}.qweight"
+    words = files.matrix(name, torch.int32, None, None)
+    K, N = 4 * words.shape[0], words.shape[1]
+    if not N or N % 4 or not K:
+        files.fail(name, "[K/4, N] with N a multiple of 4", list(words.shape))
+    scale = scales_of(files, layer, N)
+    zeros = files.matrix(f"{layer}.qzeros", torch.int32, len(scale), N // 4).contiguous()
+    zero = zeros.view(torch.uint8).view(len(scale), N) + stored_less  # modulo 256
+    groups = _groups(files, layer, K, len(scale), group)
+    codes = words.t().contiguous().view(torch.uint8).view(N, K)
+    if bool((zero != 128).any()) or bool((groups[1:] < groups[:-1]).any()):
+        steps = codes.float() - zero.float()[groups].t()
+        values = steps.mul_(scale[groups].t())
+        kind = "GPTQ of 8 bits with act-order or zeros other than 128"
+        return Expanded(values, kind, words.nbytes + zeros.nbytes + 2 * scale.numel())
+    block = _shared_size(groups)
+    with reading(files.file_of(name), name):
+        return Int8Weight(
+            shape=(N, K),
+            block=block,
+            qdata=(codes ^ 128).view(torch.int8),
+            scale=scale[groups[::block]].t().reshape(-1),
+        )
+
+
+def _shared_size(groups: Tensor) -> int:
+    """Return the greatest common divisor of the sizes of ascending groups."""
+    return math.gcd(*torch.unique_consecutive(groups, return_counts=True)[1].tolist())
 
 
 def _columns(pairs: Tensor, which: Tensor) -> Tensor:
@@ -131,7 +172,7 @@ def grouped(
     If groups differ (the last one is shorter if K % group_size ≠ 0), the block is the greatest
     common divisor of their sizes, with repeated scales."""
     K, N = len(groups), scale.shape[1]
-    block = math.gcd(*torch.unique_consecutive(groups, return_counts=True)[1].tolist())
+    block = _shared_size(groups)
     name = f"{layer}.qweight"
     if block % 2:
         expected = "groups of columns whose sizes share an even divisor"

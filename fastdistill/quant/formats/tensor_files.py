@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,7 +21,17 @@ from ...runtime import checks, json_text
 from ...runtime.printable import printable, printable_lines
 from ..schemes import QuantWeight, short
 
-Thunk = Callable[[], Tensor | QuantWeight]  # reads one weight when called
+
+@dataclass(frozen=True)
+class Expanded:
+    """A quantized weight that neither LUT4 nor INT8 represents exactly, as its values."""
+
+    values: Tensor  # fp32, in the weight's own shape
+    kind: str  # what it was, for the loader's message
+    stored: int  # bytes in the checkpoint
+
+
+Thunk = Callable[[], Tensor | QuantWeight | Expanded]  # reads one weight when called
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
