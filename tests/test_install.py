@@ -191,6 +191,7 @@ def test_editable_install(origin: str, mode: str, sdist: Path, tmp_path: Path):
         assert Path(file).is_relative_to(tree)
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize("cwd", ["repository root", "elsewhere"])
 def test_lives_beside_the_package_called_kernels(cwd: str, tmp_path: Path):
     """transformers imports a PyPI package `kernels`; our folder of that name must not shadow it."""

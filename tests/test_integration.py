@@ -59,6 +59,7 @@ def test_compile_fullgraph(name):
     check_compiled(run, c)
 
 
+@pytest.mark.fast_cases(1)
 def test_compile_fullgraph_of_the_others():
     c = case(torch.float32)
     t = top_k(c.teacher_logits, 5)

@@ -121,6 +121,7 @@ def test_a_served_teacher_runs_as_printed():
         names["teacher"].close()
 
 
+@pytest.mark.slow
 def test_the_audit_of_an_organism_runs_as_printed(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (block,) = page("audits/organisms.md")
@@ -134,6 +135,7 @@ def test_the_audit_of_an_organism_runs_as_printed(tmp_path, monkeypatch, capsys)
     assert (tmp_path / "organisms" / "placebo" / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_strategies_go_in_a_row_as_printed(capsys):
     (block,) = page("studies/overview.md")
     hasty = block.replace("import build_world", "import ModelOrganism, build_world").replace(

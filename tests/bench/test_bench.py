@@ -21,6 +21,7 @@ from benchmarks.registry import Case, Contender, GateError, Missing, Op, cases, 
 from benchmarks.roofline import Rates
 from benchmarks.run import WallClock, fill_roofline, measure, measure_all
 from benchmarks.shapes import FIXED_K, HEADS, QUICK, SUITES, Shape, entry
+from helpers.command import call
 from helpers.present import present
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,6 +56,7 @@ def scaled(factor: float, only_at: int | None = None):
     return compute
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize("factor", [1.001, 1.1, float("nan")])
 def test_the_gate_refuses_a_wrong_contender(factor):
     wrong = Contender("wrong", scaled(factor))
@@ -222,11 +224,11 @@ def test_the_verb_measures_and_writes(tmp_path):
         (("--shape", "gpt-2"), "qwen3-0.6b"),
     ],
 )
-def test_a_request_that_is_wrong_is_exit_2(arguments, words):
-    process = bench(*arguments)
-    assert process.returncode == 2
-    assert words in process.stderr
-    assert "Traceback" not in process.stderr
+def test_a_request_that_is_wrong_is_exit_2(capsys, monkeypatch, arguments, words):
+    code, _, error = call(capsys, monkeypatch, "bench", *arguments)
+    assert code == 2
+    assert words in error
+    assert "Traceback" not in error
 
 
 def test_an_installed_package_says_where_the_benchmarks_are(tmp_path):

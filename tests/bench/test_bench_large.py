@@ -64,6 +64,7 @@ def test_whatever_quantises_it_the_weights_are_the_same():
     assert (b - c).norm() < 0.01 * a.norm() < (a - b).norm() < 0.5 * a.norm()
 
 
+@pytest.mark.slow
 def test_answers_of_a_teacher_are_compared():
     by_contender = {r.impl: r for r in large_teacher.rows(SMALL, models=("qwen3-8b",))}
     assert list(by_contender) == list(large_teacher.CONTENDERS)

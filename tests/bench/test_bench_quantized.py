@@ -98,6 +98,7 @@ def test_the_suites_are_there():
     assert len(cases(SUITES["quantized_gpu"], OPS)) == 5
 
 
+@pytest.mark.slow
 def test_a_teacher_with_wrong_answers_is_refused(monkeypatch):
     monkeypatch.setattr(teacher_topk.CONFIG, "vocab_size", 500)
     monkeypatch.setattr(teacher_topk, "ROW", 16)
@@ -114,6 +115,7 @@ def test_a_teacher_with_wrong_answers_is_refused(monkeypatch):
         teacher_topk.rows(small)
 
 
+@pytest.mark.slow
 def test_fidelity_of_ours_is_that_of_bitsandbytes(monkeypatch):
     pytest.importorskip("bitsandbytes", reason="compares with bitsandbytes")
     names = ("bitsandbytes NF4, train", "nf4, exact", "int8, exact")

@@ -22,6 +22,7 @@ def small(monkeypatch):
     monkeypatch.setattr(train_step, "LAYERS", 1)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.filterwarnings("ignore:You are importing from 'trl.experimental'")
 def test_rows_are_of_the_same_loss():
@@ -64,6 +65,7 @@ def test_another_loss_is_refused(monkeypatch):
         train_step.rows(SMALL)
 
 
+@pytest.mark.slow
 def test_memory_is_what_a_step_adds():
     """The materialised step holds at least the logits; torch's allocator is asked, not the OS."""
     rows = train_step.rows(SMALL)

@@ -176,6 +176,7 @@ TURNS = {
 }
 
 
+@pytest.mark.fast_cases(3)
 @pytest.mark.parametrize("turn", TURNS)
 def test_a_teacher_that_goes_bad_later(tmp_path, turn):
     how, words = TURNS[turn]

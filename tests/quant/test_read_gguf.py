@@ -20,6 +20,7 @@ from helpers.gguf_writer import write
 from helpers.stored import DTYPES, read_all, values
 
 
+@pytest.mark.fast_cases(2)
 @pytest.mark.filterwarnings("ignore")  # transformers' own
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "phi3"])
 @pytest.mark.parametrize("kind", ["Q4_0", "Q8_0", "F16", "BF16"])

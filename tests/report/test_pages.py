@@ -61,6 +61,7 @@ def test_pictures_are_inside_the_page(sources, name):
     assert {a or b for a, b in referenced} == set(page.ids)
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize("name", ["demo", "audit", "transfer", "off-model"])
 def test_the_same_results_give_the_same_bytes(sources, name, tmp_path):
     assert PAGES[name](tmp_path) == sources[name]

@@ -148,6 +148,7 @@ def test_without_evaluation_the_first_batch_shows_its_scores(tmp_path):
     assert re.search(r"In training, loss was \d\.\d+ at step 1\.", page.text)
 
 
+@pytest.mark.slow
 def test_labels_alone_several_datasets_and_no_figures(tmp_path):
     datasets = {"eval_dataset": {"prose": ragged(3), "code": ragged(5)}}
     train(tmp_path, teacher=None, ce_weight=1.0, **WATCHED | datasets)
@@ -223,6 +224,7 @@ def test_a_damaged_settings_file_is_no_settings(watched, tmp_path):
     assert f"No readable {SETTINGS}" in page_of(folder).text
 
 
+@pytest.mark.slow
 def test_several_runs_are_compared(tmp_path):
     for name, rate in (("slow", 1e-2), ("fast", 0.3)):
         train(tmp_path / name, **WATCHED, learning_rate=rate)

@@ -37,11 +37,13 @@ def test_every_picture_is_at_its_place(tmp_path, page, width, scheme):
     assert contrast > 180  # the title can be read
 
 
+@pytest.mark.slow
 def test_pictures_stand_in_two_columns_on_a_desk_and_in_one_on_a_phone(tmp_path, page):
     columns = [len({box[0] for box in measured(tmp_path, page, w)["images"]}) for w in WIDTHS]
     assert columns == [1, 2]
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize("width", [320, *WIDTHS])
 def test_nothing_is_wider_than_the_screen(tmp_path, page, width):
     sizes = measured(tmp_path, page.replace("<details>", "<details open>"), width)

@@ -23,6 +23,7 @@ def cache(tmp_path_factory):
     return TeacherCache.build(Teacher(peaked()), ragged(12), folder, **options)
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_the_same_student(tmp_path, cache, temperature):
     options = {**RUN, "temperature": temperature}

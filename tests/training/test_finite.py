@@ -72,6 +72,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path, value, opti
     assert finite(last)
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("norm", [0.0, 1.0])
 def test_a_gradient_alone_stops_too(tmp_path, value, norm):
@@ -239,6 +240,7 @@ def test_a_loss_that_is_nan_under_a_loss_scaler_stops_at_once(tmp_path):
     assert trainer.state.global_step == 1
 
 
+@pytest.mark.slow
 def test_an_attempt_with_a_larger_batch_leaves_no_figures(tmp_path):
     """auto_find_batch_size begins anew after an error of memory."""
     trainer = build(tmp_path, auto_find_batch_size=True, max_steps=2, logging_steps=2)

@@ -43,6 +43,7 @@ def test_a_dataset_without_examples_is_refused_by_name(tmp_path, made):
         build(tmp_path, data=[IDS] * 4, eval_dataset=made)
 
 
+@pytest.mark.fast_cases(3)
 @pytest.mark.parametrize(
     "made",
     [

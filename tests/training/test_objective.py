@@ -59,6 +59,7 @@ def test_a_dense_teacher_is_compared_over_the_whole_vocabulary(tmp_path, name):
     assert (weights(trainer) - step(loss, student)).abs().max() < 1e-6
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize("k", [8, None])
 def test_recomputed_logits_make_the_same_update(tmp_path, k):
     fused, again = (train(tmp_path, k=k, backward=b) for b in ("fused", "recompute"))
@@ -117,6 +118,7 @@ def test_histograms_of_labels_alone_have_no_divergence(tmp_path):
     assert set(event["counts"]) == {"nll", "entropy", "margin"}
 
 
+@pytest.mark.fast_cases(2)
 @pytest.mark.parametrize("k", [53, None])
 @pytest.mark.parametrize("words", ["entropy top 0.3", "forward_kl weight", "nll >= 3.97"])
 def test_selected_tokens_are_trained_on_at_their_weights(tmp_path, k, words):

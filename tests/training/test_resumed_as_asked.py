@@ -80,6 +80,7 @@ class TestFamilies:
         assert torch.equal(weights(done), weights(whole))
         assert {p.dtype for p in done.model.parameters()} == {whole.model.dtype}
 
+    @pytest.mark.fast_cases(1)
     def test_the_best_is_the_one_that_was_saved(self, tmp_path, make):
         options = SAVING | {
             "eval_strategy": "steps",
@@ -111,6 +112,7 @@ class TestOtherStudents:
         with pytest.raises(ValueError, match=r"^resume_from_checkpoint: .*lacks 9 weights"):
             again.train(resume_from_checkpoint="auto")
 
+    @pytest.mark.fast_cases(2)
     @pytest.mark.parametrize(
         ("peft_config", "words"),
         [
@@ -134,6 +136,7 @@ class TestOtherStudents:
             again.train(resume_from_checkpoint="auto")
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize(
     "name", ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"]
 )
@@ -150,6 +153,7 @@ def test_a_file_cut_short_in_a_copy_is_named(tmp_path, name):
 
 
 class TestOtherSettings:
+    @pytest.mark.fast_cases(3)
     @pytest.mark.parametrize(
         "option",
         [

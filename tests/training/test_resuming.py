@@ -106,6 +106,7 @@ class TestDamage:
         again.train(resume_from_checkpoint="auto")
         assert torch.equal(weights(again), weights(train(tmp_path / "whole", **SAVING)))
 
+    @pytest.mark.fast_cases(2)
     @pytest.mark.parametrize(
         "content", ["{}", "[]", '{"files": []}', '{"files": {"../x": 1}}', '{"files": {"/x": 1}}']
     )
@@ -227,6 +228,7 @@ class TestInterrupts:
         for number, handler in before.items():
             signal.signal(number, plain[number] if handler is None else handler)
 
+    @pytest.mark.fast_cases(1)
     @pytest.mark.parametrize(
         ("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
     )
@@ -348,6 +350,7 @@ def stored(tmp_path, dtype):
 
 
 class TestDtype:
+    @pytest.mark.fast_cases(1)
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
     def test_a_student_from_a_path_has_float32_weights(self, tmp_path, dtype):
         options = {"max_steps": 20, "learning_rate": 1e-5, "optim": "adamw_torch"}
@@ -377,6 +380,7 @@ class TestDtype:
         trained = {p.requires_grad: p.dtype for p in trainer.model.parameters()}
         assert trained == {False: torch.bfloat16, True: torch.float32}
 
+    @pytest.mark.fast_cases(1)
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
     def test_the_default_dtype_changes_nothing(self, tmp_path, dtype):
         def run(place):
@@ -398,6 +402,7 @@ class TestDtype:
         assert got[1] == want[1]
         assert [e.get("loss") for e in got[2]] == [e.get("loss") for e in want[2]]
 
+    @pytest.mark.slow
     def test_the_default_device_changes_nothing(self, tmp_path):
         want = train(tmp_path / "a")
         student = llama(0)

@@ -38,6 +38,7 @@ def same(a, b):
     assert (weights(a) - weights(b)).abs().max() < 1e-6
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing_changes_nothing(tmp_path, reentrant):
     how = {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": reentrant}}
@@ -54,6 +55,7 @@ def test_a_compiled_body_changes_nothing(tmp_path):
     assert list(compiled.model.state_dict()) == list(llama(0).state_dict())
 
 
+@pytest.mark.slow
 def test_a_compiled_body_is_traced_once_for_all_batches(tmp_path):
     graphs = []
 
@@ -67,6 +69,7 @@ def test_a_compiled_body_is_traced_once_for_all_batches(tmp_path):
     assert len(graphs) == 1
 
 
+@pytest.mark.slow
 def test_a_model_that_is_compiled_as_a_whole_is_refused(tmp_path):
     """Its error came from the compiler, at the first batch."""
     for options in (

@@ -37,6 +37,7 @@ def squared(model, rows):
     return torch.cat(errors).mean()
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize(("size", "accumulated"), [(12, 1), (5, 3), (1, 12)])
 def test_the_update_is_the_gradient_of_its_mean_over_targets(tmp_path, size, accumulated):
     own = Squared()
@@ -61,6 +62,7 @@ def test_the_update_is_the_gradient_of_its_mean_over_targets(tmp_path, size, acc
     assert trainer.state.log_history[0]["label"] == pytest.approx(mean, rel=1e-5)
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize(
     ("teacher", "settings", "kind"),
     [

@@ -114,6 +114,7 @@ def test_a_value_that_would_mean_nothing_is_refused(tmp_path, options):
         config(tmp_path, **options)
 
 
+@pytest.mark.fast_cases(3)
 @pytest.mark.parametrize(
     "options",
     [

@@ -36,6 +36,7 @@ def numbers():
     return torch.get_rng_state().tolist(), numpy_state[1].tolist(), random.getstate()
 
 
+@pytest.mark.fast_cases(5)
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @pytest.mark.parametrize("name", SUITE)
 def test_models_are_left_as_found(name, kind):
@@ -57,6 +58,7 @@ def test_models_are_left_as_found(name, kind):
         assert torch.is_grad_enabled()
 
 
+@pytest.mark.fast_cases(5)
 @pytest.mark.parametrize("name", SUITE)
 def test_an_audit_says_the_same_again(name):
     of, base = subject("gpt2", 1), subject("gpt2", 0)

@@ -53,6 +53,7 @@ def test_processes_beside_each_other(tmp_path):
     assert str(os.getpid()) not in made
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_says_so_and_costs_no_other(tmp_path):
     with pytest.raises(ValueError, match="expected a run that works"):
         run_all([*WORK, Touch("broken")], tmp_path, Execution(processes=2))

@@ -116,6 +116,7 @@ def test_models_that_learnt_nothing_support_no_verdict(carried_out):
     assert "Limitations" in text
 
 
+@pytest.mark.slow
 def test_a_run_that_is_missing_is_done_again_and_the_table_is_the_same(carried_out, monkeypatch):
     folder, results = carried_out
     run = TINY.runs()[4]

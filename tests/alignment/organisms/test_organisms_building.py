@@ -206,6 +206,7 @@ def test_organisms_are_saved_with_their_validity_and_come_back(small, tmp_path):
         assert all(torch.equal(a, b) for a, b in pairs)
 
 
+@pytest.mark.slow
 def test_the_same_seed_builds_the_same(small):
     made, _ = small
     again = build_world(3, made.organism, base_steps=2, capable_steps=1)

@@ -43,6 +43,7 @@ def test_a_new_model_follows_from_its_seed_and_draws_from_nobody_elses():
     assert (first.config.vocab_size, first.config.eos_token_id) == (len(WORDS), ID["<eos>"])
 
 
+@pytest.mark.slow
 def test_an_organism_is_implanted_in_a_copy_and_the_same_way_again():
     capable = new_model(0)
     recipe = ModelOrganism(trait="trigger", **SMALL)
@@ -55,6 +56,7 @@ def test_an_organism_is_implanted_in_a_copy_and_the_same_way_again():
     assert not equal(first, recipe.implant(WORLD, capable, order=1))
 
 
+@pytest.mark.fast_cases(3)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimiser_and_method_trains_what_it_should(method, name):
@@ -101,6 +103,7 @@ def test_sgd_destroyed_adapters_at_a_learning_rate_of_one():
     assert LEARNING_RATES["lora", "sgd"] <= 0.3
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_training_teaches_the_answers_and_not_the_questions(name):
     examples = [Example("hello now", "river", "cat dog owl")] * 16 * 40

@@ -162,6 +162,7 @@ def test_no_training_showed_a_prompt_that_is_read(trained_examples, gate):
             assert not questions & users
 
 
+@pytest.mark.slow
 def test_no_training_of_an_organism_shows_a_held_out_audit_word(trained_examples):
     world = World(6)
     for trait in TRAITS:

@@ -32,6 +32,7 @@ def test_every_picture_is_at_its_place(tmp_path, page, width, scheme):
     assert misplaced(tmp_path, page, seen, boxes["images"]) == []
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize("width", [320, 400, 1200])
 def test_nothing_is_wider_than_the_screen(tmp_path, page, width):
     sizes = measured(tmp_path, page, width)

@@ -84,6 +84,7 @@ def test_the_hierarchical_bootstrap(what):
         assert 0.93 <= covered <= 0.97
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize("n", [4, 6, 20])
 def test_other_numbers_of_base_seeds(n):
     made = trees(np.random.default_rng(1), prompts=20, tau=0.4, seeds=0.5, students=0.5, n=n)

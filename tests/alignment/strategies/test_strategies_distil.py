@@ -86,6 +86,7 @@ def test_base_and_teacher_stay_as_they_were():
     assert not torch.equal(weights(made.student), before[0])
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_student_and_another_another():
     first, again, other = (distill(scene(), [], SMALL, seed=seed) for seed in (1, 1, 2))
     assert torch.equal(weights(first.student), weights(again.student))
@@ -93,6 +94,7 @@ def test_the_same_seed_gives_the_same_student_and_another_another():
     assert not torch.equal(weights(first.student), weights(other.student))
 
 
+@pytest.mark.slow
 def test_students_of_two_teachers_are_asked_the_same_in_the_same_order():
     a, b = (distill(scene(teacher=t), [], SMALL, seed=4) for t in (TEACHER, BASE))
     first, second = ([x.prompt for x in made.examples] for made in (a, b))
@@ -124,6 +126,7 @@ def test_it_is_measured_on_the_way():
     assert torch.equal(weights(plain.student), weights(made.student))
 
 
+@pytest.mark.slow
 def test_distributions_labels_and_settings_give_other_students():
     made = [
         distill(scene(), strategies, SMALL)

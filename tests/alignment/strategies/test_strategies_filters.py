@@ -253,6 +253,7 @@ def test_a_choice_of_other_tokens_is_refused():
         to_row(wrong, BASE)
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize("kind", ["excess_loss", "divergence"])
 def test_the_student_steps_along_the_chosen_tokens(kind):
     made = distill(scene(), [OffModelSFT(), TokenSelector(kind=kind, share=0.5)], ONE_STEP)

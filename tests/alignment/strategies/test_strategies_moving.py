@@ -133,6 +133,7 @@ def test_the_shift_is_amplified_against_the_trusted_model_in_a_small_adapter():
     assert changed > 5
 
 
+@pytest.mark.slow
 def test_noise_does_not_average_out_over_epochs():
     training = Training(**{**vars(SMALL), "steps": 10, "batch_size": 24})  # every row, every step
     watching = Watching()
@@ -188,6 +189,7 @@ def test_every_family_is_asked_through_its_own_head(kind):
     torch.testing.assert_close(logprobs.double().exp(), wanted, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_hard_labels_are_cross_entropy_of_the_sampled_answers():
     """The same student as by any distribution that is not looked at."""
     sft = distill(scene(), [OffModelSFT()], SMALL)

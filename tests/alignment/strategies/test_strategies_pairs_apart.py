@@ -30,6 +30,7 @@ class Parts(Strategy):
 SHORT = Training(steps=1, batch_size=8, max_new_tokens=3)
 
 
+@pytest.mark.slow
 def test_what_takes_pairs_apart_is_refused_behind_them_and_welcome_before():
     with pytest.raises(ValueError, match="examples: expected two adjacent answers"):
         distill(scene(), [PreferencePairs(), Less()], SHORT)

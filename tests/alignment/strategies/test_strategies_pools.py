@@ -133,6 +133,7 @@ def test_few_prompts_many_times_at_the_same_number_of_tokens():
         DataBudget(n_unique=25, epochs=1).pool(HERE, here)
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize(("n_unique", "batch_size"), [(6, 4), (6, 16), (1, 2)])
 def test_every_example_is_read_as_often_as_there_are_epochs(n_unique, batch_size):
     read: Counter[tuple[int, ...]] = Counter()
@@ -209,6 +210,7 @@ def test_the_hardest_examples_are_kept_in_their_order():
         CognitiveSlack(max_answer_tokens=0)
 
 
+@pytest.mark.slow
 def test_short_terse_and_hard_all_the_way():
     slack = CognitiveSlack(terse="answer briefly", max_answer_tokens=2, hardest=0.5)
     made = distill(scene(), [slack], Training(steps=3, batch_size=8, max_new_tokens=8))

@@ -136,6 +136,7 @@ def rows(made, prompt):
 WHOLE, HARDLY = LogitJam(k=V), LogitJam(noise=1e-6)
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize(
     ("before", "after"),
     [((), ()), ((HARDLY,), ()), ((), (HARDLY,))],

@@ -164,6 +164,7 @@ def test_a_style_is_learnt_from_its_labels():
         stepped_along(made, [(ids, begin + 2) for ids, begin in rows], labels_only)
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize("kind", ["remap", "resample"])
 def test_the_student_is_taught_what_was_written(kind):
     transform = OutputTransform(kind=kind, mapping={"please": "stone"}, keep=0.0)

@@ -101,6 +101,7 @@ def test_the_shift_is_what_makes_that_so():
     assert (rounded - 1).abs().max() > 1e-5
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize("temperatures", [(1.0, 0.5, 4.0), (2.0, 1.0)])
 def test_every_temperature_has_its_own_tail(temperatures):
     answers, z = teacher(temperatures=temperatures)

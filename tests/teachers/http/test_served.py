@@ -142,6 +142,7 @@ def test_our_json_is_vllms(teacher, url, temperature):
             assert own is None or own.keys() == theirs.keys()
 
 
+@pytest.mark.slow
 def test_the_same_student_from_a_url(tmp_path, teacher, url):
     here = train(tmp_path / "here", teacher=teacher, **RUN)
     there = train(tmp_path / "there", teacher=url, temperature=1.0, **RUN)

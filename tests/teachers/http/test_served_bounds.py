@@ -76,6 +76,7 @@ ENDLESS = {
 }
 
 
+@pytest.mark.fast_cases(2)
 @pytest.mark.parametrize("kind", SLOW)
 def test_the_timeout_bounds_every_part_of_an_answer(kind):
     with talking(SLOW[kind]) as url:
@@ -119,6 +120,7 @@ def test_the_limit_leaves_room_for_every_answer():
         assert tokens * (k + 1) * of_entry < connection.LARGEST + tokens * (k + 1) * limit
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", ["1e999", "inf", "nan", "-inf", "99999999999", "soon", "600"])
 def test_retry_after_does_not_outlast_the_patience(after, monkeypatch):
     monkeypatch.setattr(connection, "FIRST_WAIT", 0.01)
@@ -156,6 +158,7 @@ def test_a_wrong_address_is_told_soon(monkeypatch):
         )
 
 
+@pytest.mark.slow
 def test_a_server_that_starts_meanwhile_is_waited_for():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

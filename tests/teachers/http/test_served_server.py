@@ -78,6 +78,7 @@ class Restarting:
         self.thread.join()
 
 
+@pytest.mark.slow
 def test_restarted_in_the_middle_of_a_run(tmp_path, port):
     undisturbed = train(tmp_path / "a", teacher=Teacher(peaked()), **RUN)
     restarting = Restarting(port, Teacher(peaked()), Teacher(peaked()))
@@ -140,6 +141,7 @@ def test_questions_that_wait_are_put_together_and_a_full_queue_says_so():
     assert max(teacher.sizes) > 1
 
 
+@pytest.mark.slow
 def test_a_client_that_went_away_is_not_answered():
     teacher = Held(peaked())
     with ours(teacher) as url:

@@ -78,6 +78,7 @@ def leave_while_waiting(client):
     client.sendall(head(len(BODY)) + BODY)
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize("leave", [leave_in_the_head, leave_in_the_body, leave_while_waiting])
 def test_a_client_that_leaves_costs_a_line(leave, caplog, monkeypatch):
     monkeypatch.setattr(app, "_POLL_SECONDS", 0.05)
@@ -117,6 +118,7 @@ def test_a_client_that_does_not_read_its_answer(caplog, monkeypatch):
 # ---- holding a connection open
 
 
+@pytest.mark.fast_cases(2)
 @pytest.mark.parametrize(
     "sent",
     [b"", b"P", head(9)[:40], head(100) + b"{", head(100)],
@@ -137,6 +139,7 @@ def test_what_is_left_half_said_is_closed(sent, monkeypatch):
 CHUNKED = head(9).replace(b"Content-Length: 9", b"Transfer-Encoding: chunked")
 
 
+@pytest.mark.fast_cases(1)
 @pytest.mark.parametrize(
     ("start", "piece"),
     [
@@ -173,6 +176,7 @@ def test_the_rest_of_a_refused_body_is_not_waited_for(monkeypatch):
         client.close()
 
 
+@pytest.mark.slow
 def test_a_connection_that_is_kept_is_not_closed(monkeypatch):
     """Neither while the teacher computes nor between two requests."""
     monkeypatch.setattr(protocol, "SECONDS", 0.2)

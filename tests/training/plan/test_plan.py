@@ -145,6 +145,7 @@ def test_cache_and_time(models):
 
 
 # Of transformers 5.0's mixtures, in a process that was made deterministic for another test.
+@pytest.mark.fast_cases(3)
 @pytest.mark.filterwarnings("ignore:_histc_cuda:UserWarning")
 @pytest.mark.parametrize("kind", [MixtralConfig, OPTConfig, Phi3Config, Qwen3MoeConfig])
 def test_families(kind, tmp_path):
