@@ -50,8 +50,8 @@ def load_quantized(
 
     Args:
         path: full-precision weights, which `quant` may quantize, or a quantized checkpoint of
-            `save_quantized`, bitsandbytes (NF4, FP4, 8-bit), GPTQ, AWQ, or GGUF Q4_0 and Q8_0,
-            whose bits are kept.
+            `save_quantized`, bitsandbytes (NF4, FP4, 8-bit), GPTQ, AWQ or GGUF, whose bits are
+            kept. GGUF weights of types without an exact 4- or 8-bit form become fp32.
         quant: "nf4", "fp4", "int4" or "int8" for full-precision weights; None keeps them.
         compute: how quantized layers multiply: "exact", "int8", "fp8" or "auto" (ops.py).
         dtype: of everything that is not quantized; "auto" keeps the checkpoint's.
@@ -91,9 +91,7 @@ def _skeleton(
     if dtype == "auto":
         dtype = config.dtype or torch.float32
     plain = checkpoint.files if checkpoint.method is None else None
-    files = checkpoint.files
-    stored = checkpoint.path.stat().st_size if files is None else files.bytes
-    check_header(checkpoint.path, config, checkpoint.weights, plain, stored=stored)
+    check_header(checkpoint.path, config, checkpoint.weights, plain, stored=checkpoint.bytes)
     with as_checkpoint_error(folder, expected), init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=False

@@ -316,7 +316,9 @@ def _check_full_precision_compute(compute: str) -> None:
 def stored_tokenizer(path: Path) -> Any:
     """Return the tokenizer stored with the weights, or None."""
     files = ("tokenizer.json", "tokenizer_config.json")
-    if path.is_file() or (path.is_dir() and not any((path / n).is_file() for n in files)):
+    if path.is_dir() and not any((path / name).is_file() for name in files):
+        return None
+    if path.is_file() and path.suffix != ".gguf":
         return None
     try:
         return load_tokenizer(path)

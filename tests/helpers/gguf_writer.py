@@ -1,4 +1,6 @@
-"""Shared by test_read_gguf and others."""
+"""Tiny .gguf files, written as llama.cpp's converter would. Shared by test_read_gguf and others."""
+
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +18,23 @@ SIZES = dict(
 )
 
 
+MODEL_TYPES = {"qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe", "gemma3": "gemma3_text"}
+MIXTURE = dict(
+    num_experts=4,
+    num_experts_per_tok=2,
+    moe_intermediate_size=32,
+    shared_expert_intermediate_size=64,
+)
+GEMMA = dict(head_dim=32, query_pre_attn_scalar=32, sliding_window=16, tie_word_embeddings=True)
+OWN_SIZES: dict[str, dict[str, Any]] = {
+    "qwen3": dict(head_dim=32),
+    "gemma2": GEMMA,
+    "gemma3": GEMMA,
+    "phi3": dict(pad_token_id=0),  # it is 32000 otherwise, outside the vocabulary
+    "stablelm": dict(use_qkv_bias=True),
+    "qwen2moe": MIXTURE,
+    "qwen3moe": MIXTURE | dict(head_dim=32, norm_topk_prob=True),
+}
 PARTS = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
@@ -28,20 +47,70 @@ PARTS = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
     "mlp.gate_up_proj": "ffn_up",
+    "mlp.gate": "ffn_gate_inp",
+    "mlp.experts.down_proj": "ffn_down_exps",
+    "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
+    "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
+    "mlp.shared_expert.up_proj": "ffn_up_shexp",
+    "mlp.shared_expert.down_proj": "ffn_down_shexp",
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
     "lm_head": "output",
 }
+GEMMA_PARTS = PARTS | {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+GATE_UP = "mlp.experts.gate_up_proj"
+# Where the fp16 numbers of a block are.
+HALVES = {"Q2_K": [80, 82], "Q3_K": [108], "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208]}
 
 
-def gguf_name(name):
+def gguf_name(name, family="llama"):
+    parts = GEMMA_PARTS if family.startswith("gemma") else PARTS
     module, _, kind = name.rpartition(".")
+    if name.endswith("_proj"):  # the experts of a mixture
+        module, kind = name, "weight"
     if not module.startswith("model.layers."):
-        return f"{PARTS[module]}.{kind}"
+        return f"{parts[module]}.{kind}"
     _, _, block, part = module.split(".", 3)
-    return f"blk.{block}.{PARTS[part]}.{kind}"
+    return f"blk.{block}.{parts[part]}.{kind}"
+
+
+def blocks(tensor, kind):
+    """The bytes of a tensor; of a type that gguf only reads, random ones with small scales."""
+    gguf = pytest.importorskip("gguf")
+    kind = gguf.GGMLQuantizationType[kind]
+    if kind.name not in HALVES:
+        return gguf.quantize(np.ascontiguousarray(tensor.numpy()), kind)
+    values, size = gguf.GGML_QUANT_SIZES[kind]
+    rng = np.random.default_rng(tensor.numel())
+    data = rng.integers(0, 256, (tensor.numel() // values, size), dtype=np.uint8)
+    for at in HALVES[kind.name]:
+        scale = rng.standard_normal((len(data), 1)).astype(np.float16) / 4096
+        data[:, at : at + 2] = scale.view(np.uint8)
+    return data.reshape(*tensor.shape[:-1], -1)
+
+
+def stored(name, tensor, family, config):
+    """Yield the (name, tensor)s of a file for one of the model."""
+    if family == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
+        heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
+        halves = tensor.view(heads, 2, -1, tensor.shape[1])
+        tensor = halves.transpose(1, 2).reshape(tensor.shape)
+    if family.startswith("gemma") and name.endswith("norm.weight"):
+        tensor = tensor + 1
+    if name.endswith(GATE_UP):
+        block = name.split(".")[2]
+        for part, half in zip(("gate", "up"), tensor.chunk(2, 1), strict=True):
+            yield f"blk.{block}.ffn_{part}_exps.weight", half.contiguous()
+    elif name.endswith("shared_expert_gate.weight"):
+        yield gguf_name(name, family), tensor[0]
+    else:
+        yield gguf_name(name, family), tensor
 
 
 def write(
@@ -52,17 +121,59 @@ def write(
     extra=(),
     fields=(),
     architecture=None,
+    parts=1,
+    kinds=(),
     **sizes,
 ):
-    """A tiny random model as llama.cpp's converter would write it. Returns its state dict."""
+    """A tiny random model in `parts` files. Returns its state dict.
+
+    `kinds` are the types of some tensors by a part of their names, such as ffn_down."""
     gguf = pytest.importorskip("gguf")
     types = gguf.GGMLQuantizationType
     torch.manual_seed(0)
-    sizes = SIZES | ({"head_dim": 32} if family == "qwen3" else {}) | sizes
-    sizes |= {"vocab_size": 32064} if family == "phi3" else {}  # its padding is 32000
-    config = CONFIG_MAPPING[family](**sizes)
+    sizes = SIZES | OWN_SIZES.get(family, {}) | sizes
+    config = CONFIG_MAPPING[MODEL_TYPES.get(family, family)](**sizes)
     state = AutoModelForCausalLM.from_config(config).state_dict()
-    writer = gguf.GGUFWriter(file, architecture or family)
+    if config.tie_word_embeddings:
+        del state["lm_head.weight"]
+    written = {}
+    for name, tensor in state.items():
+        if tensor.dim() == 1:
+            state[name] = tensor = tensor + torch.randn_like(tensor)
+        for gguf_name, part in stored(name, tensor, family, config):
+            plain = part.dim() == 1 or "ffn_gate_inp" in gguf_name
+            own = [value for key, value in dict(kinds).items() if f".{key}." in gguf_name]
+            own += [head_kind] if head_kind and gguf_name == "output.weight" else []
+            of = "F32" if plain else [*own, kind][0]
+            written[gguf_name] = (blocks(part, of), types[of])
+    written |= {name: (data, types.F32) for name, data in extra}
+    names = list(written)
+    for number in range(parts):
+        own = names[number::parts]
+        path = file if parts == 1 else part_of(file, number, parts)
+        writer = gguf.GGUFWriter(path, architecture or family)
+        if number == 0:
+            _fields(writer, family, config, fields)
+        if parts > 1:
+            writer.add_uint16("split.no", number)
+            writer.add_uint16("split.count", parts)
+            writer.add_int32("split.tensors.count", len(names))
+        for name in own:
+            data, of = written[name]
+            writer.add_tensor(name, data, raw_dtype=of)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    return state
+
+
+def part_of(file, number, parts):
+    """The path of a part of a split file, counted from 0."""
+    return file.with_name(f"{file.stem}-{number + 1:05}-of-{parts:05}.gguf")
+
+
+def _fields(writer, family, config, fields):
     writer.add_name("tiny")
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(128)
@@ -70,31 +181,29 @@ def write(
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_rope_freq_base(500000.0)
     writer.add_vocab_size(config.vocab_size)
-    writer.add_token_list([f"<{i}>" for i in range(96)])
-    if family == "qwen3":
+    if family == "stablelm":
+        writer.add_layer_norm_eps(1e-5)
+        writer.add_rope_dimension_count(4)  # a quarter of a head
+    else:
+        writer.add_layer_norm_rms_eps(1e-6)
+        writer.add_rope_freq_base(500000.0)
+    if "head_dim" in OWN_SIZES.get(family, {}):
         writer.add_key_length(config.head_dim)
+        writer.add_value_length(config.head_dim)
+    if family == "phi3":
+        writer.add_pad_token_id(config.pad_token_id)
+    if family.startswith("gemma"):
+        writer.add_sliding_window(config.sliding_window)
+    if family == "gemma2":
+        writer.add_attn_logit_softcapping(20.0)
+        writer.add_final_logit_softcapping(10.0)
+    if family.endswith("moe"):
+        writer.add_expert_count(config.num_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    if family == "qwen2moe":
+        writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
     for key, value in fields:
-        (writer.add_string if isinstance(value, str) else writer.add_uint32)(key, value)
-    for name, tensor in state.items():
-        if tensor.dim() == 1:
-            tensor = tensor + torch.randn_like(tensor)
-        if family == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
-            heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
-            halves = tensor.view(heads, 2, -1, tensor.shape[1])
-            tensor = halves.transpose(1, 2).reshape(tensor.shape)
-        stored = "F32" if tensor.dim() == 1 else kind
-        if name == "lm_head.weight" and head_kind:
-            stored = head_kind
-        stored = types[stored]
-        data = gguf.quantize(np.ascontiguousarray(tensor.numpy()), stored)
-        writer.add_tensor(gguf_name(name), data, raw_dtype=stored)
-    for name, data in extra:
-        writer.add_tensor(name, data)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return state
+        adders = {str: writer.add_string, bool: writer.add_bool, list: writer.add_array}
+        adders.get(type(value), writer.add_uint32)(key, value)

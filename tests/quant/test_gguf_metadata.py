@@ -1,6 +1,7 @@
 """The metadata of a .gguf file is used, or refused by the name of the field."""
 
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +9,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fastdistill.quant.formats.detect import CheckpointError, open_checkpoint
+from fastdistill.quant.formats.gguf_config import read_config
+from fastdistill.quant.formats.gguf_header import GGUFHeader, GGUFTensor
 from fastdistill.quant.formats.gguf_metadata import read_metadata
+from fastdistill.quant.formats.gguf_types import TYPES
 from helpers.gguf_writer import write
 
 REQUIRED = {
@@ -170,3 +174,63 @@ def test_rotary_frequencies_of_another_width(tmp_path):
     write(tmp_path / "tiny.gguf", kind="F16", extra=extra)
     with pytest.raises(CheckpointError, match=r"rope_freqs.weight: expected 8 numbers.*got \[3\]"):
         open_checkpoint(tmp_path / "tiny.gguf")
+
+
+def config_of(family, layers, shapes=(), **fields):
+    """The config of a file of tensors without data."""
+    own = REQUIRED | {"block_count": layers} | fields
+    if "attention.layer_norm_epsilon" in own:
+        del own["attention.layer_norm_rms_epsilon"]
+    fields = {f"{family}.{key}": value for key, value in own.items()}
+    shapes = {f"blk.{i}.ffn_norm.weight": (64,) for i in range(layers)} | dict(shapes)
+    tensors = {
+        name: GGUFTensor(Path("x.gguf"), TYPES[0], shape, 0, 4)
+        for name, shape in {"token_embd.weight": (96, 64), **shapes}.items()
+    }
+    return read_config(Path("x.gguf"), GGUFHeader(fields, tensors, []), family, {})
+
+
+@pytest.mark.parametrize(("family", "largest"), [("gemma2", 46), ("gemma3", 62)])
+def test_attention_of_the_largest_gemma_is_scaled_by_its_hidden_size(family, largest):
+    fields = {"attention.key_length": 32, "attention.sliding_window": 16}
+    assert config_of(family, 2, **fields)["query_pre_attn_scalar"] == 32
+    assert config_of(family, largest, **fields)["query_pre_attn_scalar"] == 64 // 4
+    scaled = config_of(family, 2, **fields, **{"attention.scale": 24**-0.5})
+    assert scaled["query_pre_attn_scalar"] == 24
+
+
+def test_gemma_3_has_other_rotary_frequencies_in_local_layers():
+    fields = {"attention.sliding_window": 16, "rope.freq_base": 1e6, "rope.scaling.factor": 8.0}
+    config = AutoConfig.for_model(**config_of("gemma3", 6, **fields))
+    assert config.rope_parameters["full_attention"] == {
+        "rope_theta": 1e6,
+        "rope_type": "linear",
+        "factor": 8.0,
+    }
+    assert config.rope_parameters["sliding_attention"]["rope_theta"] == 10000.0
+    assert config.layer_types == ["sliding_attention"] * 5 + ["full_attention"]
+    with pytest.raises(
+        CheckpointError, match=r"x.gguf: gemma3.*sliding_window_pattern: expected 6"
+    ):
+        config_of("gemma3", 2, **fields, **{"attention.sliding_window_pattern": 4})
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "words"),
+    [
+        ("gemma2", {}, "sliding_window: expected an integer of 1"),
+        ("phi3", {"rope.scaling.type": "longrope"}, "expected longrope with rope_factors_long"),
+        ("phi3", {"rope.scaling.attn_factor": 1.19}, "attn_factor: expected 1 without"),
+        (
+            "stablelm",
+            {"attention.layer_norm_epsilon": 1e-5, "use_parallel_residual": True},
+            "False",
+        ),
+        ("qwen3moe", {"expert_count": 4}, "expert_used_count: expected a number"),
+        ("qwen3moe", {"expert_count": 4, "expert_used_count": 2}, "ffn_gate_exps.weight: expected"),
+        ("llama", {"attention.key_length": -4}, "key_length: expected an integer of 1"),
+    ],
+)
+def test_fields_of_a_family_are_checked(family, fields, words):
+    with pytest.raises(CheckpointError, match=rf"x.gguf: .*{words}"):
+        config_of(family, 2, **fields)

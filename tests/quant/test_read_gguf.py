@@ -9,36 +9,59 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from fastdistill import load_teacher
+from fastdistill.quant import load_quantized
 from fastdistill.quant.formats.detect import (
     CheckpointError,
     is_quantized_checkpoint,
     open_checkpoint,
 )
-from fastdistill.quant.formats.gguf import q4_0, q8_0
-from fastdistill.quant.schemes import CENTERED, Int8Weight, Lut4Weight
-from helpers.gguf_writer import write
-from helpers.stored import DTYPES, read_all, values
+from fastdistill.quant.schemes import Int8Weight, Lut4Weight
+from helpers.gguf_writer import part_of, write
+from helpers.stored import read_all, values
+
+LARGE = dict(hidden_size=256, intermediate_size=256, num_hidden_layers=1)  # whole blocks of 256
 
 
 @pytest.mark.fast_cases(2)
 @pytest.mark.filterwarnings("ignore")  # transformers' own
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "phi3"])
-@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0", "F16", "BF16"])
-def test_equals_transformers(tmp_path, family, kind):
-    write(tmp_path / "tiny.gguf", family, kind)
+@pytest.mark.parametrize(
+    "family, kind, sizes",
+    [
+        ("llama", "Q4_0", {}),
+        ("llama", "Q4_1", {}),
+        ("qwen2", "Q8_0", {}),
+        ("qwen3", "F16", {}),
+        ("phi3", "BF16", {}),
+        ("phi3", "Q5_0", {}),
+        ("gemma2", "Q5_1", {}),
+        ("gemma3", "Q4_K", LARGE | dict(head_dim=64)),
+        ("stablelm", "Q6_K", LARGE),
+        ("qwen2moe", "Q4_1", {}),
+        ("qwen2moe", "Q5_1", {}),
+        ("qwen3moe", "Q8_0", {}),
+    ],
+)
+def test_equals_transformers(tmp_path, family, kind, sizes):
+    write(tmp_path / "tiny.gguf", family, kind, **sizes)
     checkpoint = open_checkpoint(tmp_path / "tiny.gguf")
     assert checkpoint.method == "gguf"
     config = AutoConfig.for_model(**checkpoint.config)
-    for dtype in DTYPES:
-        theirs = AutoModelForCausalLM.from_pretrained(
-            tmp_path, gguf_file="tiny.gguf", dtype=dtype, config=config
-        ).state_dict()
-        assert set(checkpoint.weights) == set(theirs)
-        for name, read in checkpoint.weights.items():
-            weight = read()
-            if not isinstance(weight, torch.Tensor):
-                weight = values(weight, dtype)
-            assert torch.equal(weight.to(dtype), theirs[name]), name
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file="tiny.gguf", dtype=torch.float32, config=config
+    )
+    expected = theirs.state_dict()
+    if config.tie_word_embeddings:
+        del expected["lm_head.weight"]
+    assert set(checkpoint.weights) == set(expected)
+    for name, read in checkpoint.weights.items():
+        weight = read()
+        weight = weight if isinstance(weight, torch.Tensor) else values(weight)
+        assert torch.equal(weight.float().view(expected[name].shape), expected[name]), name
+    with torch.no_grad():
+        ids = torch.arange(24)[None]
+        model = load_quantized(tmp_path / "tiny.gguf", compute="exact")
+        torch.testing.assert_close(model(ids).logits, theirs(ids).logits, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind, of", [("Q4_0", Lut4Weight), ("Q8_0", Int8Weight)])
@@ -105,8 +128,7 @@ def test_rescaled_rotary_frequencies_of_llama_3(tmp_path):
 @pytest.mark.parametrize(
     "made, words",
     [
-        (dict(architecture="gemma2"), r"architecture: expected one of .*'llama'.*got 'gemma2'"),
-        (dict(kind="Q5_0"), r"attn_\w+.weight.*of type Q4_0, Q8_0.*of Q5_0"),
+        (dict(architecture="falcon"), r"architecture: expected one of .*'llama'.*got 'falcon'"),
         (dict(extra=[("blk.0.ffn_gate_exps.weight", np.ones((2, 32), np.float32))]), "experts"),
         (dict(extra=[("blk.0.attn_q.bias", np.ones(64, np.float32))]), "attn_q.bias"),
         (dict(extra=[("rope_factors_long.weight", np.ones(8, np.float32))]), "rotary"),
@@ -124,29 +146,129 @@ def test_what_is_not_understood_is_refused(tmp_path, made, words):
     assert "tiny.gguf" in str(caught.value)
 
 
-def test_without_the_gguf_package(tmp_path, monkeypatch):
-    (tmp_path / "tiny.gguf").write_bytes(b"GGUF")
-    monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(CheckpointError, match=r"tiny.gguf.*pip install 'fastdistill\[gguf\]'"):
-        open_checkpoint(tmp_path)
+def test_the_tokenizer_is_that_of_the_file(tmp_path):
+    """Not that of its folder, which may be of another model."""
+    letters = [*"abcdefgh", "<s>", "ab"]
+    tokenizer = {
+        "model": "gpt2",
+        "tokens": letters,
+        "token_type": [1] * 8 + [3, 1],
+        "merges": ["a b"],
+        "bos_token_id": 8,
+        "add_bos_token": True,
+    }
+    fields = [(f"tokenizer.ggml.{key}", value) for key, value in tokenizer.items()]
+    fields += [("tokenizer.chat_template", "{{ messages[0].content }}")]
+    write(tmp_path / "tiny.gguf", fields=fields)
+    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "another"}')
+    read = load_teacher(tmp_path / "tiny.gguf", device="cpu").tokenizer
+    assert read("abc")["input_ids"] == [8, 9, 2]
+    assert read.apply_chat_template([{"content": "abc"}], tokenize=False) == "abc"
+    assert read.name_or_path == str(tmp_path / "tiny.gguf")
+    fields[1] = ("tokenizer.ggml.tokens", letters[:4])  # without that of bos_token_id
+    write(tmp_path / "tiny.gguf", fields=fields)
+    with pytest.raises(CheckpointError, match=r"tiny.gguf: expected a tokenizer .*tokenizer="):
+        load_teacher(tmp_path / "tiny.gguf", device="cpu")
 
 
-def test_blocks_of_q4_0_and_q8_0():
-    """By hand, without the gguf package: 2 rows of 64, two blocks each."""
-    rng = np.random.default_rng(0)
-    scales = rng.standard_normal(4).astype(np.float16)
-    nibbles = rng.integers(0, 256, (4, 16), dtype=np.uint8)
-    data = b"".join(
-        struct.pack("<e", d) + n.tobytes() for d, n in zip(scales, nibbles, strict=True)
-    )
-    weight = q4_0(torch.frombuffer(bytearray(data), dtype=torch.uint8), (2, 64))
-    q = np.concatenate([nibbles & 15, nibbles >> 4], 1).astype(np.float32) - 8
-    expected = (q * scales.astype(np.float32)[:, None]).reshape(2, 64)
-    assert torch.equal(values(weight), torch.from_numpy(expected))
-    assert weight.lut.tolist() == list(CENTERED)
+def test_a_file_without_a_tokenizer(tmp_path, monkeypatch):
+    write(tmp_path / "tiny.gguf")
+    monkeypatch.setitem(sys.modules, "gguf", None)  # it is not needed
+    assert load_teacher(tmp_path / "tiny.gguf", device="cpu").tokenizer is None
 
-    ints = rng.integers(-128, 128, (4, 32), dtype=np.int8)
-    data = b"".join(struct.pack("<e", d) + n.tobytes() for d, n in zip(scales, ints, strict=True))
-    eight_bit = q8_0(torch.frombuffer(bytearray(data), dtype=torch.uint8), (2, 64))
-    expected = (ints.astype(np.float32) * scales.astype(np.float32)[:, None]).reshape(2, 64)
-    assert torch.equal(values(eight_bit), torch.from_numpy(expected))
+
+def test_a_mixed_file_stays_quantized_where_it_can(tmp_path, caplog):
+    """As Q4_K_M: other types for some matrices, and Q6_K for the head."""
+    sizes = dict(hidden_size=256, intermediate_size=256, num_hidden_layers=1)
+    mixed = {"ffn_down": "Q6_K", "attn_v": "Q5_K", "attn_k": "Q2_K", "attn_q": "Q3_K"}
+    write(tmp_path / "tiny.gguf", kind="Q4_K", head_kind="Q6_K", kinds=mixed, **sizes)
+    with caplog.at_level("INFO", "fastdistill"):
+        model = load_quantized(tmp_path / "tiny.gguf")
+    layer = model.model.layers[0]
+    layers = {
+        name: type(part).__name__ for name, part in layer.named_modules() if name.endswith("_proj")
+    }
+    assert layers == {
+        "self_attn.q_proj": "LUT4Linear",
+        "self_attn.k_proj": "LUT4Linear",
+        "self_attn.v_proj": "Linear",
+        "self_attn.o_proj": "LUT4Linear",
+        "mlp.gate_proj": "LUT4Linear",
+        "mlp.up_proj": "LUT4Linear",
+        "mlp.down_proj": "Int8Linear",
+    }
+    assert model.lm_head.weight.dtype == torch.float32
+    (record,) = [r for r in caplog.records if r.name == "fastdistill.quant.formats.gguf"]
+    assert record.levelname == "WARNING"  # Q5_K costs most
+    for words in ("3 × Q4_K in 4 or 8 bits", "1 × Q5_K as fp32", "MB of weights in all"):
+        assert words in record.message
+
+
+def test_parts_are_one_model(tmp_path):
+    file = tmp_path / "tiny.gguf"
+    write(file)
+    write(file, parts=3)
+    whole = read_all(file)
+    for number in (0, 2):
+        split = read_all(part_of(file, number, 3))
+        assert split.keys() == whole.keys()
+        for name, weight in whole.items():
+            a, b = (w if isinstance(w, torch.Tensor) else values(w) for w in (weight, split[name]))
+            assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda part: part(1).unlink(), r"00002-of-00002.gguf: expected this part.*download it"),
+        (lambda part: part(1).write_bytes(part(0).read_bytes()), "split.no 1 and split.count 2"),
+        (
+            lambda part: part(1).write_bytes(
+                part(1).read_bytes().replace(b"blk.1.attn_norm", b"blk.0.attn_norm")
+            ),
+            "00002-of-00002.gguf: tensor 'blk.0.attn_norm.weight': expected a tensor of one part",
+        ),
+        (lambda part: part(0).rename(part(0).with_name("x.gguf")), "00001-of-00002.gguf: expected"),
+        (
+            lambda part: part(1).write_bytes(part(1).read_bytes()[:-1]),
+            "00002-of-00002.gguf: tensor .*expected once, and bytes",
+        ),
+    ],
+    ids=["missing", "copied", "twice", "renamed", "truncated"],
+)
+def test_parts_that_do_not_fit_are_refused(tmp_path, change, words):
+    file = tmp_path / "tiny.gguf"
+    write(file, kind="F16", parts=2)
+
+    def part(number):
+        return part_of(file, number, 2)
+
+    change(part)
+    with pytest.raises(CheckpointError, match=words):
+        open_checkpoint(next(path for path in (part(0), part(1)) if path.exists()))
+
+
+@pytest.mark.parametrize("number, name", [(16, "IQ2_XXS"), (35, "TQ2_0"), (39, "MXFP4")])
+def test_other_types_are_refused_with_a_command(tmp_path, number, name):
+    write(tmp_path / "tiny.gguf", kind="F16")
+    data = bytearray((tmp_path / "tiny.gguf").read_bytes())
+    entry = b"blk.0.attn_q.weight"
+    struct.pack_into("<I", data, data.index(entry) + len(entry) + 4 + 16, number)
+    (tmp_path / "tiny.gguf").write_bytes(data)
+    words = rf"tensor 'blk.0.attn_q.weight': expected .*Q4_K.*got {name}; .*llama-quantize"
+    with pytest.raises(CheckpointError, match=words):
+        open_checkpoint(tmp_path / "tiny.gguf")
+
+
+def test_rotary_factors_of_phi3(tmp_path):
+    long, short = np.linspace(1, 9, 8, dtype=np.float32), np.ones(8, np.float32)
+    extra = [("rope_factors_long.weight", long), ("rope_factors_short.weight", short)]
+    fields = [("phi3.rope.scaling.original_context_length", 32)]
+    write(tmp_path / "tiny.gguf", "phi3", extra=extra, fields=fields)
+    config = AutoConfig.for_model(**open_checkpoint(tmp_path / "tiny.gguf").config)
+    rotary = AutoModelForCausalLM.from_config(config).model.rotary_emb
+    plain = 500000.0 ** -(torch.arange(8) / 8)
+    for length, factors in ((16, short), (64, long)):
+        rotary(torch.zeros(1), torch.arange(length)[None])
+        torch.testing.assert_close(rotary.inv_freq, plain / torch.from_numpy(factors))
+    assert rotary.attention_scaling == pytest.approx((1 + math.log(4) / math.log(32)) ** 0.5)

@@ -12,16 +12,24 @@ from __future__ import annotations
 import contextlib
 import math
 import re
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
 from ...runtime.printable import printable
 from .file_names import CONFIG, TOKENIZER
+from .gguf_header import read_headers
 from .tensor_files import PICKLE_SUFFIXES, CheckpointError, check_inside, fail_entry, read_json
 
 TEMPLATES = "additional_chat_templates"
@@ -47,6 +55,8 @@ _MAX_MODULES = {"layer": 1 << 12, "block": 1 << 12}  # modules are built one by 
 _MAX_OTHERS = 1 << 16
 _ROTARY, _LARGEST_ROTARY = ("rope_theta", "rotary_emb_base", "factor"), 1e30
 _NAMES = re.compile(r"[\w.\-]*")
+_LINK = "model.gguf"
+_NO_TOKENIZER = ("none", "no_vocab")  # of llama.cpp
 _TRIAL = "Is this a text? 1 + 2 = 3."
 
 
@@ -132,13 +142,16 @@ def _parts_of(config: Any) -> Iterator[Any]:
 
 
 def load_tokenizer(folder: str | Path) -> Any:
-    """Return the tokenizer in a folder, without remote code and downloads.
+    """Return the tokenizer in a folder or a .gguf file, without remote code and downloads.
 
     Raises:
         CheckpointError: its files are damaged, link out of the folder, or name a class that is no
-        tokenizer. OSError: there is none.
+        tokenizer. OSError: there is none. ImportError: an older transformers needs the package gguf
+        for the tokenizer of a .gguf file.
     """
     folder = Path(folder)
+    if folder.is_file() and folder.suffix == ".gguf":
+        return _gguf_tokenizer(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: expected a folder with a tokenizer, got none")
     check_folder(folder)
@@ -149,8 +162,34 @@ def load_tokenizer(folder: str | Path) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(
             folder.as_posix(), trust_remote_code=False, local_files_only=True
         )
-    with as_checkpoint_error(folder, "a tokenizer that can read and write text"):
+    _try(folder, tokenizer)
+    return tokenizer
+
+
+def _try(source: Path, tokenizer: Any) -> None:
+    with as_checkpoint_error(source, "a tokenizer that can read and write text"):
         tokenizer.decode(tokenizer(_TRIAL)["input_ids"])
+
+
+def _gguf_tokenizer(file: Path) -> Any:
+    """Return the tokenizer that transformers makes of a .gguf file, with its chat template.
+
+    transformers would also read the configuration of a tokenizer beside the file, which may be of
+    another model. So it is shown a folder with a link to the file alone. AutoTokenizer would read
+    the file's vocabulary three times, to choose a class for what is in the file anyway."""
+    header = read_headers(file)
+    file = header.files[0].resolve()
+    if header.fields.get("tokenizer.ggml.model") in (None, *_NO_TOKENIZER):
+        raise FileNotFoundError(f"{file}: expected a tokenizer (tokenizer.ggml.model), got none")
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / _LINK).symlink_to(file)
+        expected = "a tokenizer that transformers can read, unless one is passed as tokenizer="
+        with as_checkpoint_error(file, expected):
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(
+                folder, gguf_file=_LINK, local_files_only=True
+            )
+    tokenizer.name_or_path = tokenizer.init_kwargs["name_or_path"] = str(file)
+    _try(file, tokenizer)
     return tokenizer
 
 

@@ -47,6 +47,12 @@ class Checkpoint:
     method: str | None  # "bitsandbytes" | "gptq" | "awq" | "gguf" | "fastdistill"; None: plain
     weights: dict[str, Thunk]  # by parameter name
     files: TensorFiles | None = None  # None: a .gguf file
+    gguf_bytes: int = 0  # of all parts of a .gguf file
+
+    @property
+    def bytes(self) -> int:
+        """The total size of the files with tensors."""
+        return self.gguf_bytes if self.files is None else self.files.bytes
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -58,8 +64,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     path = Path(path)
     gguf = _gguf_file(path)
     if gguf is not None:
-        config, weights = read_gguf(gguf)
-        return Checkpoint(gguf, config, "gguf", weights)
+        model = read_gguf(gguf)
+        return Checkpoint(gguf, model.config, "gguf", model.weights, gguf_bytes=model.bytes)
     files = TensorFiles(path)
     config = read_json(files.config_file) if files.config_file.is_file() else {}
     method = check_stored_method(files, config)

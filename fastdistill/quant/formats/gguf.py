@@ -1,224 +1,242 @@
-"""Reads models in one .gguf file (llama.cpp): weights of type Q4_0, Q8_0, F32, F16 and BF16.
+"""Reads models in .gguf files (llama.cpp).
 
-    Q4_0   w = (q − 8) · d    blocks of 32 in 18 bytes: fp16 d, then 16 bytes, byte j with element j
-                              in its low nibble and element j + 16 in its high one
-    Q8_0   w = q · d          blocks of 32 in 34 bytes: fp16 d, then 32 int8
+Matrices of the layers stay in 4 or 8 bits if their type is one of the two formats bit for bit
+(gguf_types.py). Everything else is expanded to fp32: matrices of Q5_1 and Q5_K; embedding, head and
+norms of any type, since losses read the head as a matrix. A file may mix types: Q4_K_M is Q4_K with
+some matrices and the head in Q6_K. F16 and BF16 are read as they are.
 
-become Lut4Weight and Int8Weight; both multiply in fp32 as llama.cpp does. Embedding, head and norms
-may be of any type that the gguf package can expand, and are read as fp32 (Q4_0 files often have a
-Q6_K output.weight).
-
-Tensor names differ from transformers, and some families have reordered rows. The names of each
-family are below. The query and key projections of Llama, and of Mistral, which is "llama" here,
-interleave the two halves of each head's rotary dimensions (LlamaModel.permute of llama.cpp's
-convert_hf_to_gguf.py): row (h, i, half) there is row (h, half, i) of the model. Unknown tensors
-raise an error.
-
-The config is that of transformers (load_gguf_checkpoint), plus the entries that it leaves out.
+Tensor names differ from transformers, and some families store other rows or norms (gguf_names.py).
+Unknown tensors raise an error. gguf_config.py makes the config.
 """
 
 from __future__ import annotations
 
 import functools
-import math
+import logging
 import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ...runtime import checks
 from ...runtime.checks import fail
-from ..schemes import Int8Weight, Lut4Weight, QuantWeight, pack_nibbles, table
-from .gguf_header import GGUFHeader, GGUFTensor, gguf_package, read_header
-from .gguf_metadata import check_scale, read_metadata
+from ..schemes import Int8Weight, Lut4Weight, QuantWeight
+from .gguf_config import ROPE, read_config
+from .gguf_header import GGUFHeader, GGUFTensor, read_headers
+from .gguf_names import FAMILIES, GATE_UP, Family
+from .gguf_types import expanded, quantized
 from .tensor_files import Thunk, fail_checkpoint, reading
 
-_MODEL = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
-_COMMON = {
-    "attn_norm.weight": "input_layernorm.weight",
-    "attn_output.weight": "self_attn.o_proj.weight",
-    "ffn_norm.weight": "post_attention_layernorm.weight",
-    "ffn_down.weight": "mlp.down_proj.weight",
-}
-_LLAMA = _COMMON | {
-    "attn_q.weight": "self_attn.q_proj.weight",
-    "attn_k.weight": "self_attn.k_proj.weight",
-    "attn_v.weight": "self_attn.v_proj.weight",
-    "ffn_gate.weight": "mlp.gate_proj.weight",
-    "ffn_up.weight": "mlp.up_proj.weight",
-}
-_LAYER = {  # the tensors of a layer, by general.architecture
-    "llama": _LLAMA,
-    "qwen2": _LLAMA | {f"attn_{x}.bias": f"self_attn.{x}_proj.bias" for x in "qkv"},
-    "qwen3": _LLAMA | {f"attn_{x}_norm.weight": f"self_attn.{x}_norm.weight" for x in "qk"},
-    "phi3": _COMMON
-    | {"attn_qkv.weight": "self_attn.qkv_proj.weight", "ffn_up.weight": "mlp.gate_up_proj.weight"},
-}
-FAMILIES = tuple(_LAYER)
-_ROPE = "rope_freqs.weight"
+logger = logging.getLogger(__name__)
+
+_MATRIX = re.compile(
+    r"blk\.\d+\.(attn_(q|k|v|qkv|output)|ffn_(gate|up|down)(_exps|_shexp)?)\.weight"
+)
 _INSTEAD = "use the model's safetensors checkpoint"
-BLOCK = 32
+_CHUNK = 1 << 18  # values unpacked at a time
 
 
-def read_gguf(file: Path) -> tuple[dict[str, Any], dict[str, Thunk]]:
-    """Return (the transformers config, a thunk for each of the model's parameters)."""
-    header = read_header(file)
-    family = header.fields.get("general.architecture")
-    if family not in FAMILIES:
-        expected = f"one of {FAMILIES}, whose layout is known"
-        fail_checkpoint(f"{file}: general.architecture", expected, repr(family), _INSTEAD)
-    if (parts := header.fields.get("split.count", 1)) != 1:
-        hint = "join them with llama-gguf-split --merge"
-        fail_checkpoint(file, "a model in one file", f"one of {parts}", hint)
-    config = _config(file, header, family)
+class GGUFModel(NamedTuple):
+    """config: for transformers. weights: a thunk for each parameter. bytes: of all files."""
+
+    config: dict[str, Any]
+    weights: dict[str, Thunk]
+    bytes: int
+
+
+def read_gguf(file: Path) -> GGUFModel:
+    """Return the model in a file, or in the parts that it belongs to.
+
+    Only headers and rotary factors are read until a thunk is called. The log says which types stay
+    quantized, which are expanded, and the memory of both."""
+    header = read_headers(file)
+    file = header.files[0]
+    name = header.fields.get("general.architecture")
+    if name not in FAMILIES:
+        expected = f"one of {tuple(FAMILIES)}, whose layout is known"
+        fail_checkpoint(f"{file}: general.architecture", expected, repr(name), _INSTEAD)
+    family = FAMILIES[name]
+    parts: dict[str, list[str]] = defaultdict(list)
+    factors = {}
+    for stored, tensor in header.tensors.items():
+        if stored in ROPE:
+            factors[stored] = _dense(stored, tensor).flatten()
+        else:
+            parts[_parameter(tensor.file, stored, name, family)].append(stored)
+    config = read_config(file, header, name, factors)
     weights: dict[str, Thunk] = {}
-    for name, tensor in header.tensors.items():
-        if name != _ROPE:
+    for parameter, names in parts.items():
+        tensors = {stored: header.tensors[stored] for stored in names}
+        if parameter.endswith(GATE_UP):
+            weights[parameter] = functools.partial(_gate_up, file, tensors)
+        else:
             heads = None
-            if family == "llama" and name.endswith((".attn_q.weight", ".attn_k.weight")):
-                heads = config["num_attention_heads" if "attn_q" in name else "num_key_value_heads"]
-            read = functools.partial(_read, file, name, tensor, heads)
-            weights[_parameter(file, name, family)] = read
-    return config, weights
+            if family.interleaved and (match := re.search(r"\.attn_([qk])\.weight", names[0])):
+                heads = config[f"num_{'attention' if match[1] == 'q' else 'key_value'}_heads"]
+            minus = float(family.norms_plus_one and names[0].endswith("norm.weight"))
+            shape = (1, -1) if parameter.endswith("shared_expert_gate.weight") else None
+            weights[parameter] = functools.partial(
+                _weight, names[0], tensors[names[0]], heads, minus, shape
+            )
+    _log(file, header)
+    return GGUFModel(config, weights, header.bytes)
 
 
-def _parameter(file: Path, name: str, family: str) -> str:
-    match = re.fullmatch(r"blk\.(\d+)\.(.+)", name)
-    names, part = (_LAYER[family], match[2]) if match else (_MODEL, name)
+def _parameter(file: Path, stored: str, name: str, family: Family) -> str:
+    match = re.fullmatch(r"blk\.(\d+)\.(.+)", stored)
+    names, part = (family.layer, match[2]) if match else (family.model, stored)
     if part not in names:
         fail_checkpoint(
-            f"{file}: tensor {name!r}",
-            f"a tensor of a {family} model as transformers has it",
+            f"{file}: tensor {stored!r}",
+            f"a tensor of a {name} model as transformers has it",
             "an unknown one (of a mixture of experts, of rescaled rotary frequencies, a bias)",
             _INSTEAD,
         )
     return f"model.layers.{match[1]}.{names[part]}" if match else names[part]
 
 
-def _read(file: Path, name: str, tensor: GGUFTensor, heads: int | None) -> Tensor | QuantWeight:
-    with reading(file, name):
-        data = np.fromfile(file, np.uint8, tensor.bytes, offset=tensor.start)
+def _stays(name: str, tensor: GGUFTensor) -> bool:
+    """Whether a tensor stays in 4 or 8 bits."""
+    matrix = len(tensor.shape) == (3 if "_exps." in name else 2)
+    return matrix and tensor.type.is_exact and _MATRIX.fullmatch(name) is not None
+
+
+def _log(file: Path, header: GGUFHeader) -> None:
+    """Log the types that stay quantized and those that are expanded, with their memory."""
+    count: Counter[tuple[str, str]] = Counter()
+    stored: Counter[tuple[str, str]] = Counter()
+    taken: Counter[tuple[str, str]] = Counter()
+    costly = False
+    for name, tensor in header.tensors.items():
+        stays, values = _stays(name, tensor), tensor.bytes // tensor.type.bytes * tensor.type.values
+        plain = tensor.type.unpack is None
+        key = ("as stored" if plain else "in 4 or 8 bits" if stays else "as fp32", tensor.type.name)
+        count[key] += 1
+        stored[key] += tensor.bytes
+        taken[key] += int(values * (tensor.type.bits if stays or plain else 32) / 8)
+        costly |= _MATRIX.fullmatch(name) is not None and not plain and not stays
+    lines = [
+        f"{count[key]} × {key[1]} {key[0]} ({stored[key] / 1e6:,.0f} MB in the file, "
+        f"{taken[key] / 1e6:,.0f} MB in memory)"
+        for key in sorted(count)
+    ]
+    text = f"{file.name}: {'; '.join(lines)}; {sum(taken.values()) / 1e6:,.0f} MB of weights in all"
+    if costly:
+        logger.warning("%s. Q5_1 and Q5_K have no exact form in 4 or 8 bits", text)
+    else:
+        logger.info("%s", text)
+
+
+def _chunks(name: str, tensor: GGUFTensor) -> Iterator[Tensor]:
+    """Yield a tensor's blocks, uint8 [B, bytes of a block]."""
+    kind, blocks = tensor.type, tensor.bytes // tensor.type.bytes
+    step = max(1, _CHUNK // kind.values)
+    with tensor.file.open("rb") as stream:
+        stream.seek(tensor.start)
+        for start in range(0, blocks, step):
+            size = min(step, blocks - start) * kind.bytes
+            data = np.fromfile(stream, np.uint8, size)
+            if data.size != size:
+                fail("data", f"{tensor.bytes:,} bytes", f"{start * kind.bytes + data.size:,}")
+            yield torch.from_numpy(data).view(-1, kind.bytes)
+
+
+def _read(name: str, tensor: GGUFTensor) -> Tensor | QuantWeight:
+    """Return a tensor; a matrix of a layer in its quantized form, if there is one."""
+    if not _stays(name, tensor):
+        return _dense(name, tensor)
+    *rows, K = tensor.shape
+    with reading(tensor.file, name):
+        return quantized(tensor.type, (int(np.prod(rows)), K), _chunks(name, tensor))
+
+
+def _dense(name: str, tensor: GGUFTensor) -> Tensor:
+    """Return a tensor in full precision."""
+    with reading(tensor.file, name):
+        if tensor.type.unpack is not None:
+            return expanded(tensor.type, tensor.shape, _chunks(name, tensor))
+        data = np.fromfile(tensor.file, np.uint8, tensor.bytes, offset=tensor.start)
         if data.size != tensor.bytes:
             fail("data", f"{tensor.bytes:,} bytes", f"{data.size:,}")
-        weight = _expand(file, name, data, tensor)
-        return weight if heads is None else _halves_together(weight, tensor.shape[0], heads)
+        return torch.from_numpy(data).view(tensor.type.dtype).view(tensor.shape)
 
 
-def _expand(file: Path, name: str, data: Any, tensor: GGUFTensor) -> Tensor | QuantWeight:
-    kind, bits = tensor.type.name, torch.from_numpy(data)
-    plain = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    if kind in plain:
-        return bits.view(plain[kind]).view(tensor.shape)
-    if name.startswith("blk.") and not name.endswith(("_norm.weight", ".bias")):
-        if kind in ("Q4_0", "Q8_0") and len(tensor.shape) == 2:
-            return (q4_0 if kind == "Q4_0" else q8_0)(bits, (tensor.shape[0], tensor.shape[1]))
-        expected = "a matrix of type Q4_0, Q8_0, F32, F16 or BF16"
-        hint = "make one with llama-quantize --pure, or use the safetensors checkpoint"
-        fail("data", expected, f"{list(tensor.shape)} of {kind}", hint)
-    rows = data.reshape(*tensor.shape[:-1], -1)
-    with np.errstate(all="ignore"):  # NaN and infinity are kept
-        return torch.from_numpy(np.array(gguf_package(file).dequantize(rows, tensor.type)))
+def _weight(
+    name: str,
+    tensor: GGUFTensor,
+    heads: int | None,
+    minus: float,
+    shape: tuple[int, ...] | None,
+) -> Tensor | QuantWeight:
+    """Return the parameter of one tensor, undoing what the converter changed."""
+    weight = _read(name, tensor)
+    with reading(tensor.file, name):
+        if heads is not None:
+            return _take_rows(weight, _halves_together(tensor.shape[0], heads))
+        if isinstance(weight, Tensor):
+            weight = weight.float() - minus if minus else weight
+            return weight if shape is None else weight.view(shape)
+    return weight
 
 
-def q4_0(data: Tensor, shape: tuple[int, int]) -> Lut4Weight:  # data uint8 [N·K / 32 · 18]
-    blocks = data.view(-1, 18)
-    low_then_high = torch.cat([blocks[:, 2:] & 15, blocks[:, 2:] >> 4], 1)
-    return Lut4Weight(
-        shape=shape,
-        block=BLOCK,
-        qdata=pack_nibbles(low_then_high),
-        scale=blocks[:, :2].contiguous().view(torch.float16).view(-1).float(),
-        lut=table("q4_0"),
-    )
-
-
-def q8_0(data: Tensor, shape: tuple[int, int]) -> Int8Weight:  # data uint8 [N·K / 32 · 34]
-    blocks = data.view(-1, 34)
-    return Int8Weight(
-        shape=shape,
-        block=BLOCK,
-        qdata=blocks[:, 2:].contiguous().view(torch.int8).view(shape),
-        scale=blocks[:, :2].contiguous().view(torch.float16).view(-1).float(),
-    )
-
-
-def _halves_together(
-    weight: Tensor | QuantWeight, rows: int, heads: int
-) -> Tensor | QuantWeight:  # inside `reading`
-    """Reorder rows (h, i, half) to (h, half, i)."""
+def _halves_together(rows: int, heads: int) -> Tensor:  # inside `reading`
+    """Return the order that takes rows (h, i, half) to (h, half, i)."""
     if heads < 1 or rows % (2 * heads):
         fail("data", f"{heads} heads of an even number of rows each", f"{rows} rows")
-    order = torch.arange(rows).view(heads, -1, 2).transpose(1, 2).reshape(-1)
+    return torch.arange(rows).view(heads, -1, 2).transpose(1, 2).reshape(-1)
+
+
+def _take_rows(weight: Tensor | QuantWeight, order: Tensor) -> Tensor | QuantWeight:
+    """Return the rows of a matrix in another order."""
     if isinstance(weight, Tensor):
         return weight[order]
-    assert isinstance(weight.scale, Tensor)  # as q4_0 and q8_0 make it
+    rows = weight.shape[0]
+    assert isinstance(weight.scale, Tensor)  # as `quantized` makes it
     scale = weight.scale.view(rows, -1)[order].view(-1)
     qdata = weight.qdata.view(rows, -1)[order]
-    flat = isinstance(weight, Lut4Weight)
-    return replace(weight, qdata=qdata.view(-1) if flat else qdata, scale=scale)
+    if isinstance(weight, Int8Weight):
+        return replace(weight, qdata=qdata, scale=scale)
+    offset = None if weight.offset is None else weight.offset.view(rows, -1)[order].view(-1)
+    return replace(weight, qdata=qdata.view(-1), scale=scale, offset=offset)
 
 
-def _config(file: Path, header: GGUFHeader, family: str) -> dict[str, Any]:
-    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
-
-    fields = header.fields
-    with reading(file, advice=_INSTEAD):
-        metadata = read_metadata(fields, family)
-        config: dict[str, Any] = dict(load_gguf_checkpoint(str(file))["config"])
-        config |= {"model_type": family, **metadata}  # transformers may derive it from the name
-        blocks = {name.split(".")[1] for name in header.tensors if name.startswith("blk.")}
-        if config["num_hidden_layers"] != len(blocks):
-            expected = f"{len(blocks)}, as many as there are tensors of"
-            fail(f"{family}.block_count", expected, repr(config["num_hidden_layers"]))
-        heads = config["num_attention_heads"]
-        config.setdefault("num_key_value_heads", heads)
-        for key in ("num_attention_heads", "num_key_value_heads", "hidden_size"):
-            checks.integer(key, config[key], 1)
-        width = fields.get(f"{family}.attention.key_length") or config["hidden_size"] // heads
-        rotated = fields.get(f"{family}.rope.dimension_count", width)
-        if type(width) is not int or rotated != width:
-            expected = f"the {width} dimensions of a head"
-            fail(f"{family}.rope.dimension_count", expected, rotated)
-        if width * heads != config["hidden_size"] or family == "qwen3":
-            config["head_dim"] = width
-        check_scale(fields, family, width)
-        if _ROPE in header.tensors:
-            if "rope_scaling" in metadata:
-                factor = metadata["rope_scaling"]["factor"]
-                fail(f"{family}.rope.scaling.factor", f"none with {_ROPE}", factor)
-            stored = _read(file, _ROPE, header.tensors[_ROPE], None)
-            if not isinstance(stored, Tensor) or stored.numel() != width // 2:
-                expected = f"{width // 2} numbers, one for 2 dimensions of a head"
-                fail(_ROPE, expected, list(stored.shape))
-            config["rope_scaling"] = _llama3_scaling(stored, float(config["rope_theta"]))
-    return config
+def _gate_up(file: Path, tensors: dict[str, GGUFTensor]) -> Tensor | QuantWeight:
+    """Return the stack [E, 2 I, H] of gates [E, I, H] and ups [E, I, H]."""
+    names = sorted(tensors)  # ffn_gate_exps, ffn_up_exps
+    if len(names) != 2 or tensors[names[0]].shape != tensors[names[1]].shape:
+        got = ", ".join(f"{name} {list(tensors[name].shape)}" for name in names)
+        fail_checkpoint(file, "ffn_gate_exps and ffn_up_exps of one shape in each layer", got)
+    first, second = (tensors[name] for name in names)
+    with reading(first.file, names[0]):
+        if len(first.shape) != 3:
+            fail("shape", "[experts, rows, columns]", list(first.shape))
+    same = first.type is second.type and all(_stays(name, tensors[name]) for name in names)
+    if not same:
+        return torch.cat([_dense(name, tensors[name]) for name in names], 1)
+    gate, up = (_read(name, tensors[name]) for name in names)
+    assert not isinstance(gate, Tensor)
+    assert not isinstance(up, Tensor)
+    experts, rows, _ = first.shape
+    both = _below(gate, up)
+    order = torch.arange(2 * experts * rows).view(2, experts, rows).transpose(0, 1).reshape(-1)
+    return _take_rows(both, order)
 
 
-def _llama3_scaling(stored: Any, theta: float) -> dict[str, Any]:  # inside `reading`
-    """Return the llama3 rope_scaling that gives these divisors of the rotary frequencies.
-
-    Wavelengths below context / 4 are kept, those above context / 1 grow by `factor`, and between
-    them 1 / divisor is linear in context / wavelength, with context = 8192.
-    """
-    divisors = stored.double().view(-1)
-    inverse = theta ** -(torch.arange(len(divisors)).double() / len(divisors))
-    factor, context = divisors.max().item(), 8192
-    smooth = ((context * inverse / (2 * math.pi) - 1) / (4 - 1)).clamp(0, 1)
-    expected = 1 / ((1 - smooth) / factor + smooth)
-    if not torch.allclose(divisors, expected, rtol=1e-5, atol=0):
-        fail(_ROPE, "the rotary frequencies of Llama 3.1", "others")
-    return {
-        "rope_type": "llama3",
-        "factor": factor,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": context,
-    }
+def _below(top: QuantWeight, bottom: QuantWeight) -> QuantWeight:
+    """Return two matrices of one type, one below the other."""
+    shape = (top.shape[0] + bottom.shape[0], top.shape[1])
+    assert isinstance(top.scale, Tensor)
+    assert isinstance(bottom.scale, Tensor)
+    scale, qdata = torch.cat([top.scale, bottom.scale]), torch.cat([top.qdata, bottom.qdata])
+    if isinstance(top, Int8Weight):
+        return replace(top, shape=shape, scale=scale, qdata=qdata)
+    assert isinstance(bottom, Lut4Weight)
+    offset = None
+    if top.offset is not None and bottom.offset is not None:
+        offset = torch.cat([top.offset, bottom.offset])
+    return replace(top, shape=shape, scale=scale, qdata=qdata, offset=offset)

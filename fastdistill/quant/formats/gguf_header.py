@@ -1,35 +1,42 @@
-"""Reads the header of a .gguf file (GGUF version 2 and 3, little-endian) within its bounds.
+"""Reads the headers of .gguf files (GGUF version 2 and 3, little-endian) within their bounds.
 
     "GGUF" | u32 version | u64 tensors | u64 fields
     field    string key | u32 type | value          string: u64 length | bytes
     tensor   string name | u32 n | u64 dims[n], the innermost first | u32 type | u64 offset
     padding to general.alignment, then the data, where each tensor begins at its offset
 
-The reader of the gguf package trusts counts and lengths, so a flipped bit may make it allocate
-without bound. This reader runs first and checks that every length fits into the file.
+A reader that trusts counts and lengths may allocate without bound after a flipped bit. This one
+checks that every length fits into the file, and runs before any other.
+
+llama-gguf-split stores a model in parts, NAME-00001-of-00003.gguf and so on. The first has the
+fields of the model; each has split.no, split.count and split.tensors.count, and its own tensors.
 """
 
 from __future__ import annotations
 
 import math
+import re
 import struct
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from ...runtime.checks import fail
-from ...runtime.optional import require
-from .tensor_files import CheckpointError, check_not_pickle, reading
+from .gguf_types import OTHERS, TYPES, GGUFType
+from .tensor_files import check_inside, check_not_pickle, fail_checkpoint, reading
 
 MAGIC = b"GGUF"
 # Far above real models (vocabularies of 300,000 words, chat templates of 100 kB).
 _MAX_FIELDS, _MAX_TENSORS, _MAX_ITEMS, _MAX_LENGTH = 1 << 12, 1 << 16, 1 << 22, 1 << 22
 _SCALARS = dict(enumerate("BbHhIif?", start=0)) | {10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+_MAX_PARTS = 99_999  # five digits in a name
+_PART = re.compile(r"(.+-)(\d{5})(-of-(\d{5})\.gguf)")
 
 
 class GGUFTensor(NamedTuple):
-    type: Any  # gguf.GGMLQuantizationType
+    file: Path
+    type: GGUFType
     shape: tuple[int, ...]  # outermost first, as in PyTorch
     start: int  # first byte in the file
     bytes: int
@@ -38,18 +45,60 @@ class GGUFTensor(NamedTuple):
 class GGUFHeader(NamedTuple):
     fields: dict[str, Any]  # scalars and strings; None for arrays
     tensors: dict[str, GGUFTensor]
+    files: list[Path]  # all parts, in order
+
+    @property
+    def bytes(self) -> int:
+        return sum(file.stat().st_size for file in self.files)
 
 
-def gguf_package(file: Path) -> Any:
-    try:
-        return require("gguf", str(file), "'fastdistill[gguf]'")
-    except ImportError as error:
-        raise CheckpointError(str(error)) from None
+def read_headers(file: Path) -> GGUFHeader:
+    """Return the header of a model; `file` may be any of its parts.
+
+    Raises CheckpointError for a part that is missing, damaged or of another model."""
+    header = read_header(file)
+    count = header.fields.get("split.count", 1)
+    if count in (0, 1):
+        return header
+    if type(count) is not int or count > _MAX_PARTS:
+        fail_checkpoint(f"{file}: split.count", f"at most {_MAX_PARTS} parts", repr(count))
+    match = _PART.fullmatch(file.name)
+    if match is None or int(match[4]) != count:
+        expected = (
+            f"a name that ends with -00001-of-{count:05}.gguf, since it is one of {count} parts"
+        )
+        hint = "give the parts their names, or join them with llama-gguf-split --merge"
+        fail_checkpoint(file, expected, file.name, hint)
+    parts = []
+    for number in range(1, count + 1):
+        part = file.with_name(f"{match[1]}{number:05}{match[3]}")
+        if not part.is_file():
+            expected = f"this part, because {file.name} is one of {count}"
+            fail_checkpoint(part, expected, "no such file", "download it")
+        if part != file:
+            check_inside(file.parent, part)
+        parts.append(header if part == file else read_header(part))
+        place = tuple(parts[-1].fields.get(f"split.{key}") for key in ("no", "count"))
+        if place != (number - 1, count):
+            expected = f"split.no {number - 1} and split.count {count}, as its name says"
+            fail_checkpoint(part, expected, f"{place[0]!r} and {place[1]!r}")
+    tensors: dict[str, GGUFTensor] = {}
+    for part_header in parts:
+        for name, tensor in part_header.tensors.items():
+            if name in tensors:
+                expected, got = "a tensor of one part", f"one of {tensors[name].file.name} too"
+                fail_checkpoint(f"{tensor.file}: tensor {name!r}", expected, got)
+            tensors[name] = tensor
+    total = parts[0].fields.get("split.tensors.count", len(tensors))
+    if total != len(tensors):
+        expected = f"{total!r} tensors in all parts (split.tensors.count)"
+        fail_checkpoint(parts[0].files[0], expected, len(tensors), "download all parts again")
+    return GGUFHeader(parts[0].fields, tensors, [each.files[0] for each in parts])
 
 
 def read_header(file: Path) -> GGUFHeader:
+    """Return the header of one file."""
     check_not_pickle(file)
-    sizes = gguf_package(file).GGML_QUANT_SIZES
     with (
         reading(file, advice="Not a whole .gguf file: download it again"),
         file.open("rb") as stream,
@@ -67,7 +116,7 @@ def read_header(file: Path) -> GGUFHeader:
             if key in fields:
                 fail(key, "one field of this name", "another one")
             fields[key] = walk.value(walk.number("I"))
-        entries = [_tensor(walk, sizes) for _ in range(count)]
+        entries = [_tensor(walk, file) for _ in range(count)]
         alignment = fields.get("general.alignment", 32)
         if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
             fail("general.alignment", "a power of 2", repr(alignment))
@@ -86,24 +135,30 @@ def read_header(file: Path) -> GGUFHeader:
         for (name, tensor), (other, following) in pairwise(ordered):
             if following.start < tensor.start + tensor.bytes:
                 fail(f"tensor {other!r}", "bytes of its own", f"some of {name!r}'s")
-    return GGUFHeader(fields, tensors)
+    return GGUFHeader(fields, tensors, [file])
 
 
-def _tensor(walk: _Walk, sizes: dict[Any, tuple[int, int]]) -> tuple[str, GGUFTensor]:
+def _tensor(walk: _Walk, file: Path) -> tuple[str, GGUFTensor]:
     name = walk.string()
     at, n = f"tensor {name!r}", walk.number("I")
     if not 1 <= n <= 4:
         fail(at, "1 to 4 dimensions", n)
     shape = tuple(reversed([walk.number("Q") for _ in range(n)]))
-    kind, offset = walk.number("I"), walk.number("Q")
-    known = {int(t): t for t in sizes}
-    if kind not in known:
-        fail(at, "a type that gguf knows", kind)
-    per_block, block_bytes = sizes[known[kind]]
-    if 0 in shape or shape[-1] % per_block:
-        fail(at, f"rows of whole blocks of {per_block}", list(shape))
-    size = math.prod(shape) // per_block * block_bytes
-    return name, GGUFTensor(known[kind], shape, offset, size)
+    number, offset = walk.number("I"), walk.number("Q")
+    if number not in TYPES:
+        if number not in OTHERS:
+            fail(at, "a type of ggml", number)
+        fail_checkpoint(
+            f"{file}: {at}",
+            f"one of the types {', '.join(kind.name for kind in TYPES.values())}",
+            OTHERS[number],
+            f"convert the file: llama-quantize --allow-requantize {file.name} out.gguf Q8_0",
+        )
+    kind = TYPES[number]
+    if 0 in shape or shape[-1] % kind.values:
+        fail(at, f"rows of whole blocks of {kind.values}", list(shape))
+    size = math.prod(shape) // kind.values * kind.bytes
+    return name, GGUFTensor(file, kind, shape, offset, size)
 
 
 class _Walk:

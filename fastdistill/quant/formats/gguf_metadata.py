@@ -21,9 +21,8 @@ _REQUIRED = (
     "attention.head_count",
     "attention.layer_norm_rms_epsilon",
 )
-# What `read_gguf._config` and transformers read.
+# What gguf_config.py and transformers read of every family.
 _READ = {
-    *_REQUIRED,
     "vocab_size",
     "attention.head_count_kv",
     "attention.key_length",
@@ -35,6 +34,15 @@ _READ = {
     "rope.scaling.type",
     "rope.scaling.factor",
     "rope.scale_linear",
+}
+_EXPERTS = {"expert_count", "expert_used_count", "expert_feed_forward_length"}
+_READ_OF = {  # by family, besides
+    "gemma2": {"attn_logit_softcapping", "final_logit_softcapping"},
+    "gemma3": {"rope.freq_base_swa", "attention.sliding_window_pattern"},
+    "phi3": {"rope.scaling.attn_factor", "rope.scaling.original_context_length"},
+    "qwen2moe": _EXPERTS | {"expert_shared_feed_forward_length"},
+    "qwen3moe": _EXPERTS,
+    "stablelm": {"use_parallel_residual"},
 }
 # Details of non-linear scalings, which are refused by their type; the origin of the model.
 _SILENT = {"rope.scaling.original_context_length", "rope.scaling.finetuned", "tensor_data_layout"}
@@ -69,25 +77,37 @@ def read_metadata(fields: dict[str, Any], family: str) -> dict[str, Any]:
         for key, value in fields.items()
         if key.startswith(f"{family}.")
     }
-    for key in _REQUIRED:
+    needed, known = required(family), _READ | _READ_OF.get(family, set())
+    for key in needed:
         if entries.get(key) is None:
             fail(f"{family}.{key}", "a number for all layers", "none")
         checks.positive(f"{family}.{key}", entries[key])
     for key, value in entries.items():
+        if key in known or key in needed:
+            continue
         if key in _NEUTRAL:
             if value not in _NEUTRAL[key]:
                 fail(f"{family}.{key}", " or ".join(map(str, _NEUTRAL[key])), _short(value))
-        elif key not in _READ | _SILENT:
+        elif key not in _SILENT:
             fail(f"{family}.{key}", "no such field", _short(value))
     base = entries.get("rope.freq_base")
     rope = {"rope_theta": 10000.0 if base is None else float(base)}  # llama.cpp's default
     return _scaling(entries, family) | _window(entries, family) | rope
 
 
+def required(family: str) -> tuple[str, ...]:
+    """Return the keys that a file must have, with a number for all layers."""
+    moe = ("expert_count", "expert_used_count") if family.endswith("moe") else ()
+    if family == "stablelm":
+        return *_REQUIRED[:-1], "attention.layer_norm_epsilon"
+    return *_REQUIRED, *moe
+
+
 def check_scale(fields: dict[str, Any], family: str, width: int) -> None:
     """Raise ValueError for heads whose scale or value size does not follow from their width."""
     scale, values = (fields.get(f"{family}.attention.{key}") for key in ("scale", "value_length"))
-    if scale and not math.isclose(scale, width**-0.5, rel_tol=1e-5):
+    is_free = family.startswith("gemma")  # their config has the scale
+    if scale and not is_free and not math.isclose(scale, width**-0.5, rel_tol=1e-5):
         expected = f"{width**-0.5:g}, 1/√{width}"
         fail(f"{family}.attention.scale", expected, _short(scale))
     if values not in (None, width):
@@ -97,6 +117,8 @@ def check_scale(fields: dict[str, Any], family: str, width: int) -> None:
 def _scaling(entries: dict[str, Any], family: str) -> dict[str, Any]:
     """Return rope_scaling. As in llama.cpp, a factor without a type is linear."""
     kind = entries.get("rope.scaling.type") or "linear"
+    if kind == "longrope" and family == "phi3":
+        return {}  # its factors are tensors
     factor = entries.get("rope.scaling.factor") or entries.get("rope.scale_linear") or 1.0
     if kind not in ("none", "linear"):
         expected = "none or linear, as transformers' config of a .gguf file knows no other"
@@ -108,9 +130,12 @@ def _scaling(entries: dict[str, Any], family: str) -> dict[str, Any]:
 
 
 def _window(entries: dict[str, Any], family: str) -> dict[str, Any]:
-    """Return sliding_window of phi3; raise for a real window in other families."""
+    """Return sliding_window of families that have one; raise for a real one in others."""
     window = entries.get("attention.sliding_window") or None
     if family == "phi3":
+        return {"sliding_window": window}
+    if family.startswith("gemma"):
+        checks.integer(f"{family}.attention.sliding_window", window, 1)
         return {"sliding_window": window}
     if window is not None and window < entries["context_length"]:
         expected = f"none, or one of the whole context of {entries['context_length']}"

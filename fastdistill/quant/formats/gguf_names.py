@@ -1,0 +1,100 @@
+"""The tensor names of llama.cpp, and what its converter changes, by general.architecture."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+_PROJECTIONS = {
+    "attn_q.weight": "self_attn.q_proj.weight",
+    "attn_k.weight": "self_attn.k_proj.weight",
+    "attn_v.weight": "self_attn.v_proj.weight",
+    "attn_output.weight": "self_attn.o_proj.weight",
+    "attn_norm.weight": "input_layernorm.weight",
+}
+_MLP = {
+    "ffn_gate.weight": "mlp.gate_proj.weight",
+    "ffn_up.weight": "mlp.up_proj.weight",
+    "ffn_down.weight": "mlp.down_proj.weight",
+}
+_LLAMA = _PROJECTIONS | _MLP | {"ffn_norm.weight": "post_attention_layernorm.weight"}
+_QKV_BIASES = {f"attn_{x}.bias": f"self_attn.{x}_proj.bias" for x in "qkv"}
+_QK_NORMS = {f"attn_{x}_norm.weight": f"self_attn.{x}_norm.weight" for x in "qk"}
+_GEMMA = (
+    _PROJECTIONS
+    | _MLP
+    | {
+        "post_attention_norm.weight": "post_attention_layernorm.weight",
+        "ffn_norm.weight": "pre_feedforward_layernorm.weight",
+        "post_ffw_norm.weight": "post_feedforward_layernorm.weight",
+    }
+)
+# transformers stacks gate and up, [E, 2 I, H].
+GATE_UP = "mlp.experts.gate_up_proj"
+_EXPERTS = _PROJECTIONS | {
+    "ffn_norm.weight": "post_attention_layernorm.weight",
+    "ffn_gate_inp.weight": "mlp.gate.weight",
+    "ffn_gate_exps.weight": GATE_UP,
+    "ffn_up_exps.weight": GATE_UP,
+    "ffn_down_exps.weight": "mlp.experts.down_proj",
+}
+_SHARED_EXPERT = {
+    "ffn_gate_inp_shexp.weight": "mlp.shared_expert_gate.weight",
+    "ffn_gate_shexp.weight": "mlp.shared_expert.gate_proj.weight",
+    "ffn_up_shexp.weight": "mlp.shared_expert.up_proj.weight",
+    "ffn_down_shexp.weight": "mlp.shared_expert.down_proj.weight",
+}
+MODEL = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+
+
+class Family(NamedTuple):
+    """An architecture that is read.
+
+    Args:
+        model_type: of transformers.
+        layer: the tensors of a layer. model: those outside the layers.
+        interleaved: the rows of the query and key projections alternate between the two halves of
+            each head's rotary dimensions (LlamaModel.permute of convert_hf_to_gguf.py).
+        norms_plus_one: norms are stored as w + 1.
+    """
+
+    model_type: str
+    layer: dict[str, str]
+    model: dict[str, str] = MODEL
+    interleaved: bool = False
+    norms_plus_one: bool = False
+
+
+FAMILIES = {
+    "llama": Family("llama", _LLAMA, interleaved=True),  # and Mistral, SmolLM
+    "qwen2": Family("qwen2", _LLAMA | _QKV_BIASES),
+    "qwen2moe": Family("qwen2_moe", _EXPERTS | _SHARED_EXPERT | _QKV_BIASES),
+    "qwen3": Family("qwen3", _LLAMA | _QK_NORMS),
+    "qwen3moe": Family("qwen3_moe", _EXPERTS | _QK_NORMS),
+    "gemma2": Family("gemma2", _GEMMA, norms_plus_one=True),
+    "gemma3": Family("gemma3_text", _GEMMA | _QK_NORMS, norms_plus_one=True),
+    "phi3": Family(
+        "phi3",
+        {
+            "attn_norm.weight": "input_layernorm.weight",
+            "attn_qkv.weight": "self_attn.qkv_proj.weight",
+            "attn_output.weight": "self_attn.o_proj.weight",
+            "ffn_norm.weight": "post_attention_layernorm.weight",
+            "ffn_up.weight": "mlp.gate_up_proj.weight",
+            "ffn_down.weight": "mlp.down_proj.weight",
+        },
+    ),
+    "stablelm": Family(
+        "stablelm",
+        _LLAMA
+        | _QKV_BIASES
+        | {
+            "attn_norm.bias": "input_layernorm.bias",
+            "ffn_norm.bias": "post_attention_layernorm.bias",
+        },
+        MODEL | {"output_norm.bias": "model.norm.bias"},
+    ),
+}
