@@ -44,6 +44,7 @@ def run(options: CacheBuild, extra: dict[str, Any]) -> dict[str, Any] | None:
             tokenizer=None if options.tokenizer is None else open_tokenizer(options.tokenizer),
             max_length=options.max_length,
             completion_only_loss=options.completion_only_loss,
+            chat_template=options.chat_template,
             seed=options.seed,
             shard_mb=options.shard_mb,
             rank=rank,
@@ -79,6 +80,7 @@ def dry_run(options: CacheBuild, extra: dict[str, Any]) -> dict[str, Any]:
         tokenizer=None if name is None else open_tokenizer(name),
         completion_only=options.completion_only_loss,
         max_length=options.max_length,
+        chat_template=options.chat_template,
     )
     for index in range(len(data)):
         encoder(data[index], index, "data")  # raises for a row that the build would reject

@@ -16,6 +16,7 @@ from transformers import PrinterCallback, TrainingArguments
 
 from ..hf.encoder import Encoder, check_example
 from ..hf.jsonl import JsonLines, Line
+from ..hf.tokenizers import with_chat_template
 from ..report.run.page import write_run_report
 from ..report.run.series import has_diverged
 from ..runtime.checks import integer
@@ -239,10 +240,12 @@ def dry_run(options: Train, extra: dict[str, Any]) -> Checked:
         outline_model("student", options.student), config, _adapters(options.lora_rank)
     )
     tokenizer = open_tokenizer(options.tokenizer or options.student)
+    tokenizer = with_chat_template(tokenizer, config.chat_template)
     encoder = Encoder(
         tokenizer=tokenizer,
         completion_only=config.completion_only_loss,
         max_length=config.max_length,
+        template_tokens=config.train_on_template_tokens,
     )
     if config.check_data:
         check_datasets(encoder, data, held_out, prompts_only=config.lmbda == 1.0)

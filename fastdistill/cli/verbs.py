@@ -46,8 +46,8 @@ class CacheBuild:
 
     Re-run the same command to resume. Under torchrun each process builds a share of the files.
 
-    KEY=VALUE also accepts teacher_compute, max_length and completion_only_loss (as in training),
-    seed (of sampled targets) and shard_mb (file size in MB).
+    KEY=VALUE also accepts teacher_compute; max_length, completion_only_loss and chat_template as in
+    training; seed (of sampled targets) and shard_mb (file size in MB).
     """
 
     SHORT_HELP: ClassVar[str] = "Store a teacher's probabilities for a dataset."
@@ -65,6 +65,7 @@ class CacheBuild:
     teacher_compute: str = "auto"
     max_length: int | None = None
     completion_only_loss: bool = True
+    chat_template: str | None = None
     seed: int = 0
     shard_mb: float = 256.0
 

@@ -3,32 +3,61 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from ..runtime.checks import fail
 from ..runtime.printable import printable
+from .messages import (
+    Messages,
+    as_parts,
+    check_inputs,
+    check_turn,
+    forms,
+    is_mangled,
+    is_whole,
+    joined,
+    names,
+)
 from .tokenized import Span, added_ends, tokenize
-
-Message = Mapping[str, Any]
-Messages = Sequence[Message]
 
 _GENERATION = re.compile(r"\{%([-+]?)\s*generation\s*([-+]?)%\}")
 _END_OF_GENERATION = re.compile(r"\{%([-+]?)\s*endgeneration\s*([-+]?)%\}")
-_INPUT_ROLES = ("system", "developer", "user")  # roles whose contents a template does not rewrite
-_THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # keys of an assistant's message
-_ANSWER = "Zq0"  # placeholder answer, to locate the end of a turn
-_TURN_ENDS: WeakKeyDictionary[Any, tuple[str, int | None]] = WeakKeyDictionary()
+_ANSWER = "Zq0"  # placeholder answer, to locate what is around it
+_NEXT = "Zq1"  # placeholder of the message after it
 _MARK = re.compile(r"\W.*\w.*\W", re.DOTALL)  # as <end> or [/INST]
+_MARK_AT = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
+_SPACE_AFTER_MARK = re.compile(r"(?<=[>\]]) +\Z")
+_PART_OF_MARK = re.compile(r"[<\[][^<>\[\]\s]*$")
+
+
+class _Turn(NamedTuple):
+    """What a template writes around an answer to a user turn."""
+
+    header: str  # the generation prompt
+    end: str  # after the answer, if it is the last message, stripped
+    following: str  # between the answer and the content of a user turn after it, stripped
+
+    @property
+    def has_no_end(self) -> bool:
+        """Whether a turn ends only where the mark of the next message begins."""
+        return not self.end and _MARK_AT.match(self.following) is not None
+
+
+_TURNS: WeakKeyDictionary[Any, dict[str, _Turn]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
 class ChatRenderer:
     """Renders conversations with a tokenizer's chat template, or encodes them.
 
-    column: the name in errors. rendering: further arguments of apply_chat_template, as `tools`.
+    Args:
+        column: the name in errors.
+        rendering: further arguments of apply_chat_template, as `tools`.
+        template_tokens: whether the assistant's turns have what the template writes before an
+            answer, as an empty block of thinking.
 
     Raises:
         ValueError: the template or transformers rejects a conversation, or the text lacks a part
@@ -38,33 +67,35 @@ class ChatRenderer:
     tokenizer: Any
     column: str
     rendering: Mapping[str, Any] = field(default_factory=dict)
+    template_tokens: bool = True
 
     def render(self, messages: Messages, prompt: bool = False) -> tuple[str, Messages]:
         """Return a conversation as text, and its messages in the form that the template reads.
 
-        `prompt` adds the start of the assistant's next turn. A template reads contents as strings,
-        as lists of parts, or both. One that reads only strings prints a list's repr, drops it, or
-        raises; one that reads only parts drops a string.
+        `prompt` adds the start of the assistant's next turn. The form is the first in which the
+        text has everything: a template may raise, drop a content, or print the repr of a list.
         """
-        in_parts = any(isinstance(message.get("content"), list) for message in messages)
-        other = [_joined(m) if in_parts else _in_parts(m) for m in messages]
-        incomplete: list[tuple[str, Messages]] = []
+        tools = self.rendering.get("tools")
+        rendered: list[tuple[str, Messages]] = []
         errors: list[ValueError] = []
-        for form in (messages, other):
+        for form in forms(messages):
             try:
                 text = self._apply(form, prompt)
             except ValueError as error:
                 errors.append(error)
                 continue
-            if _prints_parts(text, form):
+            if is_mangled(text, form):
                 continue
-            if all(_has(text, message.get("content")) for message in form):
-                self._check_inputs(text, form)
-                return text, form
-            incomplete.append((text, form))
-        if incomplete:
-            self._check_inputs(*incomplete[0])
-            return incomplete[0]
+            if is_whole(text, form, tools):
+                rendered = [(text, form)]
+                break
+            rendered.append((text, form))
+        if rendered:
+            text, form = rendered[0]
+            check_inputs(text, form, self.column)
+            if tools:
+                self._check_tools(text, form, prompt)
+            return text, form
         if errors:
             raise errors[0]
         return fail(
@@ -72,7 +103,19 @@ class ChatRenderer:
         )
 
     def encode(self, messages: Messages, first: int = 0) -> tuple[list[int], list[bool]]:
-        """Return a conversation's ids, and which belong to assistant turns from `first` on.
+        """Return a conversation's ids, and which belong to assistant turns from `first` on."""
+        text, spans = self._spans(messages, first)
+        if not self.template_tokens:
+            written = self._before_answer()
+            spans = [
+                (begin + len(written) if text.startswith(written, begin) else begin, end)
+                for begin, end in spans
+            ]
+        tokens = tokenize(self.tokenizer, text, self.column, spans, special=False)
+        return tokens.ids, tokens.inside
+
+    def _spans(self, messages: Messages, first: int = 0) -> tuple[str, list[Span]]:
+        """Return a conversation as text, and the spans of assistant turns from `first` on.
 
         A template with {% generation %} marks them. For other templates the span of a turn follows
         from the text up to it and from the text with another answer in its place.
@@ -80,20 +123,60 @@ class ChatRenderer:
         text, messages = self.render(messages)
         template = self._template()
         marked = first == 0 and _GENERATION.search(template) is not None
+        turns = [
+            turn
+            for turn, message in enumerate(messages)
+            if turn >= first and message.get("role") == "assistant"
+        ]
         spans: list[Span] = []
-        for turn, message in enumerate(messages):
-            if turn < first or message.get("role") != "assistant":
-                continue
+        for turn in turns:
             part = text
             if not marked:
                 previous_end = spans[-1][1] if spans else 0
                 spans.append(self._turn(text, messages, turn, previous_end))
                 part = text[previous_end : spans[-1][1]]
-            _check_turn(part, message, f"{self.column}[{turn}]")
+            check_turn(part, messages[turn], f"{self.column}[{turn}]")
         if marked:
-            spans = self._generated(text, messages, template)
-        tokens = tokenize(self.tokenizer, text, self.column, spans, special=False)
-        return tokens.ids, tokens.inside
+            return text, self._generated(text, messages, template)
+        if not _turn_of(self.tokenizer, template).has_no_end:
+            return text, spans
+        text += self._next_mark(text, messages)
+        return text, [(begin, end + len(self._mark(text, end))) for begin, end in spans]
+
+    def _before_answer(self) -> str:
+        """Return what the template writes in a turn before an answer without thinking."""
+        talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _ANSWER}]
+        text, spans = self._spans(talk)
+        before, answer, _ = text[min(spans, default=(0, 0))[0] :].partition(_ANSWER)
+        return before if spans and answer else ""
+
+    def _next_mark(self, text: str, messages: Messages) -> str:
+        """Return the mark with which a message after these would begin; "" if it has none."""
+        if messages[-1].get("role") != "assistant":
+            return ""
+        if not messages[-1].get("tool_calls"):
+            return self._mark(_turn_of(self.tokenizer, self._template()).following, 0)
+        try:
+            longer = self._apply([*messages, {"role": "tool", "content": _NEXT}])
+        except ValueError:
+            return ""
+        return self._mark(longer, len(text)) if longer.startswith(text) else ""
+
+    def _check_tools(self, text: str, messages: Messages, prompt: bool) -> None:
+        """Raise ValueError if the text lacks a tool, or is the same without tools."""
+        tools = self.rendering["tools"]
+        try:
+            without = self._apply(messages, prompt, tools=None)
+        except ValueError:  # it needs them
+            without = ""
+        for name in names(tools):
+            if name not in text or text == without:
+                fail(
+                    "tools",
+                    "a chat template that renders them",
+                    f"one that leaves out {printable(repr(name), 60)}",
+                    "remove the tools, or use a template for them",
+                )
 
     def _apply(self, messages: Messages, prompt: bool = False, **options: Any) -> str:
         try:
@@ -153,20 +236,6 @@ class ChatRenderer:
             )
         return spans
 
-    def _check_inputs(self, text: str, messages: Messages) -> None:
-        """Raise ValueError if the text lacks a system or user turn, or a tool."""
-        for turn, message in enumerate(messages):
-            if message.get("role") in _INPUT_ROLES and not _has(text, message.get("content")):
-                _fail_lost(f"{self.column}[{turn}].content", message["content"])
-        for name in _names(self.rendering.get("tools")):
-            if name not in text:
-                fail(
-                    "tools",
-                    "a chat template that renders them",
-                    f"one that leaves out {printable(repr(name), 60)}",
-                    "remove the tools, or use a template for them",
-                )
-
     def _turn(self, text: str, messages: Messages, turn: int, previous_end: int) -> Span:
         """Return the span in `text` of one assistant turn, its end token included.
 
@@ -183,11 +252,15 @@ class ChatRenderer:
         before = rendered(turn, prompt=True) if turn else None
         if before is not None and text.startswith(before):
             begin = len(before)
+            header = _turn_of(self.tokenizer, self._template()).header
+            # No generation prompt here, but the turn has one, as after tools of Gemma 4.
+            if header and text.startswith(header, begin) and before == rendered(turn):
+                begin += len(header)
         else:  # the turn begins otherwise than the generation prompt, for example with <think>
             begin = self._content(text, messages, turn)[0]
             plain = rendered(turn) if turn else None
             if before is not None and plain is not None and text.startswith(plain):
-                begin = min(max(_common(before, text), len(plain)), begin)
+                begin = min(max(_shared(before, text), len(plain)), begin)
         end: int | None
         after = text
         if turn + 1 < len(messages):
@@ -198,6 +271,8 @@ class ChatRenderer:
             content_end = self._content(text, messages, turn)[1]
             tail = after[self._content(after, messages[: turn + 1], turn)[1] :]
             end = self._end(text, content_end, tail)
+        if end is not None and (space := _SPACE_AFTER_MARK.search(text, begin, end)):
+            end = space.start()  # it may be a part of the next turn's first token
         if end is None or not previous_end <= begin <= end:
             fail(
                 self.column,
@@ -212,86 +287,34 @@ class ChatRenderer:
         """Return the end of a turn whose content ends at `at`.
 
         It is after `tail`, the text after this content as a last turn (with or without its end of
-        text), or else after the added token at that place."""
+        text), or else after the mark at that place."""
         eos = str(getattr(self.tokenizer, "eos_token", None) or "")
         for same in (tail, tail.removesuffix(eos)):
-            if same and text.startswith(same, at):
+            if (same or not tail) and text.startswith(same, at):
                 return at + len(same)
-        marks = [
-            str(token) for token in getattr(self.tokenizer, "added_tokens_decoder", {}).values()
-        ]
-        matches = [mark for mark in marks if mark.strip() and text.startswith(mark, at)]
-        return at + max(map(len, matches)) if matches else None
+        mark = self._mark(text, at)
+        return at + len(mark) if mark else None
+
+    def _mark(self, text: str, at: int) -> str:
+        """Return the added token, or the mark such as <end>, that begins at `at`; "" if none."""
+        added = map(str, getattr(self.tokenizer, "added_tokens_decoder", {}).values())
+        found = [token for token in added if token.strip() and text.startswith(token, at)]
+        mark = _MARK_AT.match(text, at)
+        return max([*found, mark.group() if mark else ""], key=len)
 
     def _content(self, text: str, messages: Messages, turn: int) -> Span:
         """Return the span of a message's content in the conversation's text.
 
         The text before and after it is the same when the content is replaced."""
-        words = str(_joined(messages[turn]).get("content") or "").strip()
+        words = str(joined(messages[turn]).get("content") or "").strip()
         other = ("b" if words[:1] == "a" else "a") + _ANSWER + ("b" if words[-1:] == "a" else "a")
         changed = {**messages[turn], "content": other}
         if isinstance(messages[turn].get("content"), list):
-            changed = _in_parts(changed)
+            changed = as_parts(changed)
         rendered = self._apply([*messages[:turn], changed, *messages[turn + 1 :]])
         begin = _common(text, rendered)
         suffix_length = _common(text[begin:][::-1], rendered[begin:][::-1])
         return begin, len(text) - suffix_length
-
-
-def _joined(message: Message) -> dict[str, Any]:
-    content = message.get("content")
-    if isinstance(content, list):
-        return {**message, "content": "".join(part["text"] for part in content)}
-    return dict(message)
-
-
-def _in_parts(message: Message) -> dict[str, Any]:
-    content = message.get("content")
-    if isinstance(content, str):
-        return {**message, "content": [{"type": "text", "text": content}]}
-    return dict(message)
-
-
-def _prints_parts(text: str, messages: Messages) -> bool:
-    """Whether the template printed the repr of a list of parts."""
-    contents = [m["content"] for m in messages if isinstance(m.get("content"), list)]
-    return any(str(content) in text for content in contents if content)
-
-
-def _has(text: str, content: Any) -> bool:
-    """Whether a text contains a message's content, ignoring whitespace."""
-    if isinstance(content, list):
-        return all(_has(text, part["text"]) for part in content)
-    if not isinstance(content, str) or content.strip() in text:
-        return True
-    return "".join(content.split()) in "".join(text.split())
-
-
-def _check_turn(text: str, message: Message, name: str) -> None:
-    """Raise ValueError if the text of an assistant turn lacks a part of its message."""
-    for key in ("content", *_THOUGHTS):
-        if not _has(text, message.get(key)):
-            _fail_lost(f"{name}.{key}", message[key])
-    for function in _names(message.get("tool_calls")):
-        if function not in text:
-            _fail_lost(f"{name}.tool_calls", function)
-
-
-def _names(calls: Any) -> list[str]:
-    """Return the function names in a list of tools or tool calls."""
-    functions = [c.get("function", c) for c in calls or () if isinstance(c, Mapping)]
-    names = [f.get("name") for f in functions if isinstance(f, Mapping)]
-    return [name for name in names if isinstance(name, str)]
-
-
-def _fail_lost(name: str, content: Any) -> NoReturn:
-    fail(
-        name,
-        "a chat template that renders it whole",
-        f"one that leaves out a part of {printable(repr(content), 60)}",
-        "some templates drop reasoning or tools: remove what the student should not learn, "
-        "pass prompt and completion as texts, or use another chat template",
-    )
 
 
 def _common(a: str, b: str) -> int:
@@ -299,29 +322,51 @@ def _common(a: str, b: str) -> int:
     return next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))
 
 
+def _shared(a: str, b: str) -> int:
+    """Return how many characters two texts begin with alike, without a part of a mark."""
+    begin = a[: _common(a, b)]
+    part = _PART_OF_MARK.search(begin)
+    return part.start() if part else len(begin)
+
+
+def _turn_of(tokenizer: Any, template: str) -> _Turn:
+    known = _TURNS.setdefault(tokenizer, {})
+    if template not in known:
+        known[template] = _measured_turn(ChatRenderer(tokenizer, "", {"chat_template": template}))
+    return known[template]
+
+
+def _measured_turn(chat: ChatRenderer) -> _Turn:
+    def text(*messages: dict[str, str], prompt: bool = False) -> str:
+        try:
+            return chat.render(messages, prompt)[0]
+        except ValueError:  # the template rejects this conversation
+            return ""
+
+    user, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": _ANSWER}
+    plain, prompt = text(user), text(user, prompt=True)
+    following = text(user, answer, {"role": "user", "content": _NEXT})
+    return _Turn(
+        header=prompt.removeprefix(plain) if plain and prompt.startswith(plain) else "",
+        end=text(user, answer).partition(_ANSWER)[2].strip(),
+        following=following.partition(_ANSWER)[2].partition(_NEXT)[0].strip(),
+    )
+
+
 def turn_end(tokenizer: Any) -> int | None:
     """Return the token with which the chat template ends an assistant turn, or None.
 
     It is the first token after the answer in a rendered conversation, if that is a special or
-    added token or a mark such as <end>. Spaces and ordinary words do not count.
+    added token or a mark such as <end>. Spaces and ordinary words do not count. If nothing follows
+    a last answer, it is the token with which the next user turn begins.
     """
-    template = getattr(tokenizer, "chat_template", None)
-    if not template:
+    if not getattr(tokenizer, "chat_template", None):
         return None
-    cached = _TURN_ENDS.get(tokenizer)
-    if cached is None or cached[0] != str(template):
-        cached = _TURN_ENDS[tokenizer] = (str(template), _turn_end(tokenizer))
-    return cached[1]
-
-
-def _turn_end(tokenizer: Any) -> int | None:
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _ANSWER}]
     try:
-        text = ChatRenderer(tokenizer, "chat_template")._apply(turns)
-    except ValueError:  # the template rejects this conversation
+        turn = _turn_of(tokenizer, ChatRenderer(tokenizer, "chat_template")._template())
+    except ValueError:  # several templates, and none is the default
         return None
-    at = text.rfind(_ANSWER)
-    after = text[at + len(_ANSWER) :].strip() if at >= 0 else ""
+    after = turn.end or turn.following
     if not after:
         return None
     ids = list(tokenizer(after, add_special_tokens=False)["input_ids"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from ..runtime.checks import fail, integer
 from .chat import ChatRenderer, turn_end
 from .columns import MASKS, check_columns, check_integers, check_mask, check_positions
 from .tokenized import append_end, tokenize, tokenize_pair
+from .tokenizers import with_chat_template
 
 IGNORE_INDEX = -100
 
@@ -83,14 +85,21 @@ class Encoder:
         tokenizer: needed for all forms but input_ids.
         completion_only: False makes prompts and other turns targets as well.
         max_length: tokens beyond it are cut off.
+        chat_template: used instead of the tokenizer's: a path or the text of a template.
+        template_tokens: False leaves out what the template writes before an answer, as an empty
+            block of thinking.
     """
 
     tokenizer: Any = None
     completion_only: bool = True
     max_length: int | None = None
+    chat_template: str | Path | None = None
+    template_tokens: bool = True
 
     def __post_init__(self) -> None:
         integer("max_length", self.max_length, 1, optional=True)
+        tokenizer = with_chat_template(self.tokenizer, self.chat_template)
+        object.__setattr__(self, "tokenizer", tokenizer)
 
     def __call__(
         self, example: Mapping[str, Any], index: int = 0, dataset: str = ""
@@ -159,7 +168,7 @@ class Encoder:
                 column, first = "prompt and completion", len(messages)
                 messages = [*messages, *columns["completion"]]
         rendering = {"tools": columns["tools"], **columns["chat_template_kwargs"]}
-        chat = ChatRenderer(self.tokenizer, column, rendering)
+        chat = ChatRenderer(self.tokenizer, column, rendering, self.template_tokens)
         if has_answer:
             return chat.encode(messages, first)
         text, _ = chat.render(messages, prompt=True)

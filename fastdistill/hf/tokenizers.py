@@ -1,10 +1,15 @@
-"""Compares tokenizers by their map from tokens to ids."""
+"""Compares tokenizers by their map from tokens to ids, and sets their chat template."""
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
+from pathlib import Path
 from typing import Any
+
+from ..runtime.checks import fail
+from ..runtime.printable import printable
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
@@ -37,3 +42,33 @@ def check_same_tokenizer(student: Any, teacher: Any) -> None:
         f"{b.get(example)} for the teacher). Top-k distillation compares probabilities id by id: "
         "use a teacher and a student of one tokenizer"
     )
+
+
+def with_chat_template(tokenizer: Any, chat_template: str | Path | None) -> Any:
+    """Return a copy of a tokenizer with another chat template, or the tokenizer if that is None.
+
+    Args:
+        chat_template: the Jinja text of a template, or the path of a file with it. A text with {{
+            or {% is a template.
+
+    Raises:
+        ValueError: no such file, or no tokenizer.
+    """
+    if chat_template is None:
+        return tokenizer
+    if tokenizer is None:
+        fail("chat_template", "None without a tokenizer", "a template", "pass the tokenizer")
+    text = str(chat_template)
+    if isinstance(chat_template, Path) or not ("{{" in text or "{%" in text):
+        try:
+            text = Path(chat_template).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+            fail(
+                "chat_template",
+                "a template with {{ or {%, or the path of a file with one",
+                f"{printable(repr(str(chat_template)), 200)}: {reason}",
+            )
+    changed = copy.copy(tokenizer)
+    changed.chat_template = text
+    return changed

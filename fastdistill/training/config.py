@@ -57,6 +57,11 @@ class DistillConfig(TrainingArguments):
         max_length: cut longer examples to this length. None does not cut.
         completion_only_loss: in messages and prompt + completion, only the assistant's tokens are
             targets.
+        chat_template: used instead of the tokenizer's, and saved with the student: the Jinja text
+            of a template, or the path of a file with it.
+        train_on_template_tokens: False leaves out what the chat template writes between the
+            generation prompt and an answer, such as Qwen3's empty block of thinking. Marks that a
+            model has to write there, such as the channel of gpt-oss, are then not learned either.
         packing: concatenate the sequences of a batch in one row without padding, separated by
             their positions. Gives the same update; a model whose attention does not support it
             raises an error.
@@ -111,6 +116,8 @@ class DistillConfig(TrainingArguments):
 
     max_length: int | None = None
     completion_only_loss: bool = True
+    chat_template: str | None = None
+    train_on_template_tokens: bool = True
     packing: bool = False
     dtype: str | None = None
     model_init_kwargs: dict[str, Any] | str | None = None
@@ -142,6 +149,8 @@ class DistillConfig(TrainingArguments):
         checks.choice("backward", self.backward, ("auto", "fused", "recompute"))
         checks.choice("nonfinite", self.nonfinite, ("stop", "skip"))
         checks.choice("dtype", self.dtype, ("float32", "bfloat16", "float16", "auto", None))
+        if self.chat_template is not None:
+            self.chat_template = str(self.chat_template)  # a Path is not saved
         options = self.model_init_kwargs
         if isinstance(options, str):  # from the command line
             options = parse_json(options, "model_init_kwargs", dict)

@@ -24,6 +24,7 @@ from ..hf.collator import DistillCollator
 from ..hf.encoder import Encoder
 from ..hf.generation import ends_of
 from ..hf.lm_head import LMHead, is_partitioned, rows_of_head, verify_head
+from ..hf.tokenizers import with_chat_template
 from ..losses.answer_checks import AnswerMonitor
 from ..losses.types import TopK
 from ..runtime import checks
@@ -116,10 +117,12 @@ class DistillTrainer(WholeCheckpoints):
         check_kinds(train_dataset, eval_dataset)
         check_named_checkpoint(args.resume_from_checkpoint)
         student = prepare_student(model, args, peft_config)
+        processing_class = with_chat_template(processing_class, args.chat_template)
         encoder = Encoder(
             tokenizer=processing_class,
             completion_only=args.completion_only_loss,
             max_length=args.max_length,
+            template_tokens=args.train_on_template_tokens,
         )
         teacher = open_teacher(teacher)
         if args.check_data:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 
 import pytest
@@ -47,6 +48,23 @@ def test_a_dry_run_says_the_size_and_writes_nothing(run, folder, tmp_path):
     built = json.loads(run(*command)[1])
     assert promised["tokens"] == built["tokens"]
     assert promised["bytes"] == pytest.approx(built["bytes"], rel=0.2)
+
+
+def test_a_chat_template_for_the_cache_and_the_run(run, folder, tmp_path):
+    talk = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    data = tmp_path / "chat.jsonl"
+    data.write_text(json.dumps(talk) + "\n")
+    template = tmp_path / "chat.jinja"
+    template.write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
+    command = build(folder, tmp_path / "c", "--data", data, f"chat_template={template}", "--json")
+    tokens = json.loads(run(*command)[1])["tokens"]
+    assert json.loads(run(*command, "--dry-run")[1])["tokens"] == tokens
+    digest = hashlib.sha256(template.read_bytes()).hexdigest()
+    assert TeacherCache(tmp_path / "c").manifest.settings.chat_template_sha256 == digest
+    train = ("train", "--student", folder / "student", "--teacher", tmp_path / "c", "--data", data)
+    options = ("k=8", "use_cpu=true", f"chat_template={template}", "--dry-run", "--json")
+    code, out, _ = run(*train, *options)
+    assert (code, json.loads(out)["tokens"]) == (0, tokens)
 
 
 def test_what_is_printed_can_be_pasted_back(run, folder, tmp_path):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastdistill.alignment.audits.prompts import Prompt
 from fastdistill.alignment.audits.subject import Subject
@@ -252,3 +253,24 @@ def test_answers_of_strategies_end_as_turns_do():
     text = to_row(TrainingExample(prompt=Prompt(text="what is "), answer="a cat"), subject)
     assert text["labels"][-3:] == [7, 8, EOS]
     assert {0, EOS} <= {*subject.ends}
+
+
+def test_a_run_has_a_chat_template_of_its_own(tmp_path):
+    path = tmp_path / "chat.jinja"
+    path.write_text(STOCK, encoding="utf-8")
+    thinks = STOCK.replace("{{ m['content'] }} <end>", "think {{ m['content'] }} <end>")
+    plain = turns(None)
+    for template, options in ((path, {}), (thinks, {"train_on_template_tokens": False})):
+        trainer = build(
+            tmp_path, data=CHAT, processing_class=plain, chat_template=template, **options
+        )
+        row = trainer.data_collator.encoder(CHAT[0])
+        assert plain.decode(row.targets[row.targets != -100]) == "cat <end>"
+        saved = trainer.processing_class.chat_template
+        assert saved == (STOCK if template == path else thinks)
+    assert plain.chat_template is None
+    trainer.save_model(str(tmp_path / "saved"))
+    assert AutoTokenizer.from_pretrained(tmp_path / "saved").chat_template == thinks
+    json.dumps(trainer.args.to_dict(), default=float)
+    with pytest.raises(ValueError, match=r"chat_template: expected a template .*No such file"):
+        build(tmp_path, data=CHAT, processing_class=plain, chat_template=tmp_path / "none")

@@ -78,6 +78,7 @@ class TeacherCache:
         tokenizer: Any = None,
         max_length: int | None = None,
         completion_only_loss: bool = True,
+        chat_template: str | Path | None = None,
         seed: int = 0,
         shard_mb: float = 256,
         rank: int = 0,
@@ -103,7 +104,8 @@ class TeacherCache:
             positions: "all" answers after every token; "targets" only where the next token is a
                 target, which leaves out prompts.
             tokenizer: of teacher and student; reads text. None is the teacher's.
-            max_length, completion_only_loss: as in DistillConfig, since rows must be equal.
+            max_length, completion_only_loss, chat_template: as in DistillConfig, since rows must be
+                equal.
             seed: of sampled targets.
             shard_mb: approximate size of a file, in units of 1e6 bytes.
             rank, world: this process and the number of processes. Each builds its share of the
@@ -135,6 +137,7 @@ class TeacherCache:
             tokenizer=tokenizer_for(teacher, tokenizer),
             completion_only=completion_only_loss,
             max_length=max_length,
+            chat_template=chat_template,
         )
         examples = Examples(dataset, encoder)
         settings, bytes_per_row = settings_for(teacher, examples, options, vocabulary_of(teacher))
