@@ -298,9 +298,9 @@ class ChatRenderer:
     def _mark(self, text: str, at: int) -> str:
         """Return the added token, or the mark such as <end>, that begins at `at`; "" if none."""
         added = map(str, getattr(self.tokenizer, "added_tokens_decoder", {}).values())
-        found = [token for token in added if token.strip() and text.startswith(token, at)]
+        tokens = [token for token in added if token.strip() and text.startswith(token, at)]
         mark = _MARK_AT.match(text, at)
-        return max([*found, mark.group() if mark else ""], key=len)
+        return max([*tokens, mark.group() if mark else ""], key=len)
 
     def _content(self, text: str, messages: Messages, turn: int) -> Span:
         """Return the span of a message's content in the conversation's text.

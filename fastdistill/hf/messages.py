@@ -80,8 +80,8 @@ def _with_empty_content(message: Message) -> dict[str, Any]:
 
 
 def _without_content(message: Message) -> dict[str, Any]:
-    kept = {key: value for key, value in message.items() if key != "content"}
-    return kept if _only_calls(message) else dict(message)
+    others = {key: value for key, value in message.items() if key != "content"}
+    return others if _only_calls(message) else dict(message)
 
 
 def _only_calls(message: Message) -> bool:
@@ -131,8 +131,8 @@ def check_turn(text: str, message: Message, name: str) -> None:
 
 def names(calls: Any) -> list[str]:
     """Return the function names in a list of tools or tool calls."""
-    found = [function.get("name") for function in _functions(calls)]
-    return [name for name in found if isinstance(name, str)]
+    values = [function.get("name") for function in _functions(calls)]
+    return [name for name in values if isinstance(name, str)]
 
 
 def _functions(calls: Any) -> list[Mapping[str, Any]]:

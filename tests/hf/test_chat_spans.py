@@ -182,8 +182,8 @@ def test_calls_are_passed_in_the_form_that_the_template_reads(call, empty, argum
     body = f"{{% if {empty} %}}{calls}{{% else %}}{{{{ '' + m['content'] }}}}{{% endif %}}"
     template = CHATML.replace("{{ m['content'] }}", body)
     function = {"name": "add", "arguments": arguments}
-    for given in ({"content": ""}, {"content": None}, {}):
-        turn = {"role": "assistant", **given, "tool_calls": [{"function": function}]}
+    for content in ({"content": ""}, {"content": None}, {}):
+        turn = {"role": "assistant", **content, "tool_calls": [{"function": function}]}
         assert turns(template, [TALK[0], turn]) == ['add{"a": 1}<|im_end|>\n']
 
 

@@ -157,8 +157,8 @@ def runs(ids, mask):
 def generation_prompt(talk, more):
     """What asks for the next turn of a conversation under the tokenizer's template."""
     chat = ChatRenderer(by_bytes(), "messages", more)
-    asked, plain = (chat.render(talk, prompt)[0] for prompt in (True, False))
-    return asked.removeprefix(plain.removesuffix("<eos>"))
+    prompt, plain = (chat.render(talk, has_prompt)[0] for has_prompt in (True, False))
+    return prompt.removeprefix(plain.removesuffix("<eos>"))
 
 
 def check(name, talk, more):
