@@ -18,6 +18,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.modeling_utils import set_zero3_state
 
 from ..runtime import checks
 from ..runtime.progress import track
@@ -92,7 +93,11 @@ def _skeleton(
         dtype = config.dtype or torch.float32
     plain = checkpoint.files if checkpoint.method is None else None
     check_header(checkpoint.path, config, checkpoint.weights, plain, stored=checkpoint.bytes)
-    with as_checkpoint_error(folder, expected), init_empty_weights(include_buffers=False):
+    with (
+        as_checkpoint_error(folder, expected),
+        init_empty_weights(include_buffers=False),
+        set_zero3_state(),  # or DeepSpeed would partition the empty model
+    ):
         model = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=False
         )

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, modeling_utils
 
 import fastdistill as fd
 from fastdistill.quant import CheckpointError, load_quantized
@@ -40,6 +40,14 @@ def test_streamed_is_loaded_and_quantised(name, scheme, folders):
     actual = load_quantized(folders[name], quant=scheme, compute="exact")
     assert torch.equal(logits(actual), logits(expected))
     assert not any(p.requires_grad for p in actual.parameters())
+
+
+def test_zero3_partitions_no_quantized_model(folders, monkeypatch):
+    """Under DeepSpeed's ZeRO-3, transformers partitions every model that it creates."""
+    expected = logits(load_quantized(folders["llama with biases"], quant="int8"))
+    monkeypatch.setattr(modeling_utils, "is_deepspeed_zero3_enabled", lambda: True)
+    monkeypatch.setitem(sys.modules, "deepspeed", None)  # what it would import for that
+    assert torch.equal(logits(load_quantized(folders["llama with biases"], quant="int8")), expected)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

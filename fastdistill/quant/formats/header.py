@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.modeling_utils import set_zero3_state
 
 from .checkpoint_gate import as_checkpoint_error
 from .conversion import check_no_duplicates, conversion_of
@@ -49,6 +50,7 @@ def check_header(
         ),
         warnings.catch_warnings(),
         torch.device("meta"),
+        set_zero3_state(),  # or DeepSpeed would partition the empty model
     ):
         warnings.simplefilter("ignore")
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
