@@ -104,10 +104,12 @@ def test_trls_trainers_run_as_printed(tmp_path, monkeypatch, config):
         "prompts": [{"prompt": "a"}] * 4,
         "student": small(tokenizer, 0),
         "big": small(tokenizer, 7, hidden=48),
-        config: lambda folder, **options: settings(kind, folder, max_steps=1, **more),
+        "short": settings(kind, "out", max_steps=1, **more),
     }
     (block,) = (b for b in page("integrations/trl.md") if f" {config}(" in b)
-    exec(block, names)
+    assert f' {config}("out"),' in block
+    exec(block.replace(f' {config}("out"),', " short,"), names)
+    assert names[config] is kind
     assert names["trainer"].state.global_step == 1
 
 
@@ -147,12 +149,12 @@ def test_strategies_go_in_a_row_as_printed(capsys):
 
 def test_the_teacher_of_the_readme_runs_as_printed(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    demo, tokenizer = tmp_path / "fastdistill-demo", shipped_teacher()[1]
-    tokenizer.save_pretrained(demo / "teacher")
-    small(tokenizer, 0).save_pretrained(demo / "teacher")
-    small(tokenizer, 1).save_pretrained(demo / "run")
+    tokenizer = shipped_teacher()[1]
+    tokenizer.save_pretrained("teacher")
+    small(tokenizer, 0).save_pretrained("teacher")
+    small(tokenizer, 1).save_pretrained("run")
     rows = [json.dumps({"text": f"def f{i}(x): return x + {i}"}) for i in range(8)]
-    (demo / "held-out.jsonl").write_text("\n".join(rows))
+    Path("held-out.jsonl").write_text("\n".join(rows))
     (block,) = (b for b in blocks(README) if "load_teacher" in b)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # a random student is near a random teacher
