@@ -55,8 +55,8 @@ folder, file = Path(spec.origin).parent, "SmolLM2-135M-Instruct.Q4_1.gguf"
 # %% [markdown]
 # ## The teacher
 #
-# `load_teacher` reads GGUF files of type Q4_0 and Q8_0 directly. This one is Q4_1, so transformers
-# reads it and expands it to fp32.
+# `load_teacher(folder / file)` would keep the layers in 4 bits. The student below copies some of
+# them in full precision, so transformers reads the file and expands it to fp32.
 
 # %%
 tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)

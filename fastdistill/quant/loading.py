@@ -52,7 +52,7 @@ def load_quantized(
     Args:
         path: full-precision weights, which `quant` may quantize, or a quantized checkpoint of
             `save_quantized`, bitsandbytes (NF4, FP4, 8-bit), GPTQ, AWQ or GGUF, whose bits are
-            kept. GGUF weights of types without an exact 4- or 8-bit form become fp32.
+            kept. Weights that are in neither format exactly are expanded, with a warning.
         quant: "nf4", "fp4", "int4" or "int8" for full-precision weights; None keeps them.
         compute: how quantized layers multiply: "exact", "int8", "fp8" or "auto" (ops.py).
         dtype: of everything that is not quantized; "auto" keeps the checkpoint's.
@@ -133,11 +133,11 @@ class _Loader:
             named = self.checkpoint.weights  # stored under the model's own names
             unknown = [name for name in named if name not in self.empty]
             check_all_used(self.checkpoint.path, self.model, unknown, None)
-            return [partial(self._read, name, read) for name, read in named.items()]
+            return [partial(self._read, name) for name in named]
         return [partial(self._convert, *planned) for planned in self._conversions()]
 
-    def _read(self, name: str, read: Read) -> None:
-        self.assign(name, read())
+    def _read(self, name: str) -> None:
+        self.assign(name, self._stored(name, name))
 
     def _conversions(self) -> list[tuple[str, Any, list[tuple[str, str | None]]]]:
         """Return (model name, converter of transformers or None, its stored names and patterns)."""

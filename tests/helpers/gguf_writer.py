@@ -28,7 +28,7 @@ MIXTURE = dict(
 GEMMA = dict(head_dim=32, query_pre_attn_scalar=32, sliding_window=16, tie_word_embeddings=True)
 OWN_SIZES: dict[str, dict[str, Any]] = {
     "qwen3": dict(head_dim=32),
-    "gemma2": GEMMA,
+    "gemma2": GEMMA | dict(attn_logit_softcapping=2.0, final_logit_softcapping=1.0),
     "gemma3": GEMMA,
     "phi3": dict(pad_token_id=0),  # it is 32000 otherwise, outside the vocabulary
     "stablelm": dict(use_qkv_bias=True),
@@ -67,6 +67,13 @@ GEMMA_PARTS = PARTS | {
 GATE_UP = "mlp.experts.gate_up_proj"
 # Where the fp16 numbers of a block are.
 HALVES = {"Q2_K": [80, 82], "Q3_K": [108], "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208]}
+
+
+def config_of(family, **sizes):
+    """The config of the model that `write` stores."""
+    theta = {} if family == "stablelm" else {"rope_theta": 500000.0, "rms_norm_eps": 1e-6}
+    sizes = SIZES | theta | OWN_SIZES.get(family, {}) | sizes
+    return CONFIG_MAPPING[MODEL_TYPES.get(family, family)](max_position_embeddings=128, **sizes)
 
 
 def gguf_name(name, family="llama"):
@@ -131,8 +138,7 @@ def write(
     gguf = pytest.importorskip("gguf")
     types = gguf.GGMLQuantizationType
     torch.manual_seed(0)
-    sizes = SIZES | OWN_SIZES.get(family, {}) | sizes
-    config = CONFIG_MAPPING[MODEL_TYPES.get(family, family)](**sizes)
+    config = config_of(family, **sizes)
     state = AutoModelForCausalLM.from_config(config).state_dict()
     if config.tie_word_embeddings:
         del state["lm_head.weight"]
@@ -176,17 +182,17 @@ def part_of(file, number, parts):
 def _fields(writer, family, config, fields):
     writer.add_name("tiny")
     writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(128)
+    writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_vocab_size(config.vocab_size)
     if family == "stablelm":
-        writer.add_layer_norm_eps(1e-5)
+        writer.add_layer_norm_eps(config.layer_norm_eps)
         writer.add_rope_dimension_count(4)  # a quarter of a head
     else:
-        writer.add_layer_norm_rms_eps(1e-6)
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
         writer.add_rope_freq_base(500000.0)
     if "head_dim" in OWN_SIZES.get(family, {}):
         writer.add_key_length(config.head_dim)
@@ -196,8 +202,8 @@ def _fields(writer, family, config, fields):
     if family.startswith("gemma"):
         writer.add_sliding_window(config.sliding_window)
     if family == "gemma2":
-        writer.add_attn_logit_softcapping(20.0)
-        writer.add_final_logit_softcapping(10.0)
+        writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
+        writer.add_final_logit_softcapping(config.final_logit_softcapping)
     if family.endswith("moe"):
         writer.add_expert_count(config.num_experts)
         writer.add_expert_used_count(config.num_experts_per_tok)
@@ -206,4 +212,6 @@ def _fields(writer, family, config, fields):
         writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
     for key, value in fields:
         adders = {str: writer.add_string, bool: writer.add_bool, list: writer.add_array}
+        if key in writer.kv_data[0]:
+            del writer.kv_data[0][key]
         adders.get(type(value), writer.add_uint32)(key, value)

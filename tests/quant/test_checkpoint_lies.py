@@ -3,6 +3,7 @@
 import math
 import os
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,6 +12,7 @@ from fastdistill.hf.checkpoint import load_whole
 from fastdistill.hf.positions import row_limit
 from fastdistill.quant import load_quantized, quantize_model, save_quantized
 from fastdistill.quant.formats.checkpoint_gate import check_folder, load_tokenizer
+from fastdistill.quant.formats.detect import open_checkpoint
 from fastdistill.quant.formats.tensor_files import CheckpointError
 from fastdistill.runtime.checks import fail
 from helpers.gguf_writer import write
@@ -69,6 +71,47 @@ def test_a_gguf_file_does_not_ask_for_more_than_it_holds(tmp_path):
     data[at : at + 4] = (1 << 24).to_bytes(4, "little")
     (tmp_path / "tiny.gguf").write_bytes(data)
     with pytest.raises(CheckpointError, match=r"expected a configuration of the weights in [\d,]+"):
+        load_quantized(tmp_path / "tiny.gguf")
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3moe"])
+def test_a_gguf_file_that_is_cut_while_it_is_read(tmp_path, family):
+    file = tmp_path / "tiny.gguf"
+    write(file, family, "Q4_1", num_hidden_layers=1)
+    weights = open_checkpoint(file).weights
+    file.write_bytes(file.read_bytes()[:3000])
+    read = weights["model.layers.0.self_attn.o_proj.weight"]
+    words = rf"{file}: tensor 'blk.0.attn_output.weight': data: expected [\d,]+ bytes"
+    with pytest.raises(CheckpointError, match=words):
+        read()
+
+
+UPS = ("blk.0.ffn_up_exps.weight", np.ones((4, 16, 64), np.float32))
+FACTORS = [(f"rope_factors_{x}.weight", np.full(8, np.inf, np.float32)) for x in ("long", "short")]
+
+
+@pytest.mark.parametrize(
+    ("family", "made", "words"),
+    [
+        ("llama", {"fields": [("split.count", 1 << 30)]}, "split.count: expected at most 99999"),
+        ("llama", {"fields": [("split.count", [2, 3])]}, "split.count: expected at most 99999"),
+        (
+            "llama",
+            {"fields": [("split.count", 2)]},
+            "a name that ends with -00001-of-00002",
+        ),
+        ("llama", {"fields": [("llama.rope.freq_base", 0)]}, "rope.freq_base: expected a finite"),
+        ("llama", {"extra": [("blk.0.attn_q.weight", UPS[1])]}, "tensor 'blk.0.attn_q.weight'"),
+        ("phi3", {"extra": FACTORS}, "rope_factors_long.weight: expected finite rotary factors"),
+        ("qwen3moe", {"extra": [UPS]}, "expected ffn_gate_exps and ffn_up_exps of one shape"),
+        ("qwen3moe", {"num_experts_per_tok": 5}, "expert_used_count: expected 1 to 4, got 5"),
+        ("gemma3", {"fields": [("gemma3.rope.freq_base_swa", 0)]}, "base_swa: expected a finite"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_gguf_file_that_lies(tmp_path, family, made, words):
+    write(tmp_path / "tiny.gguf", family, "F16", **{"num_hidden_layers": 1} | made)
+    with pytest.raises(CheckpointError, match=rf"tiny.gguf: .*{words}"):
         load_quantized(tmp_path / "tiny.gguf")
 
 

@@ -1,9 +1,10 @@
 """Reads models in .gguf files (llama.cpp).
 
 Matrices of the layers stay in 4 or 8 bits if their type is one of the two formats bit for bit
-(gguf_types.py). Everything else is expanded to fp32: matrices of Q5_1 and Q5_K; embedding, head and
-norms of any type, since losses read the head as a matrix. A file may mix types: Q4_K_M is Q4_K with
-some matrices and the head in Q6_K. F16 and BF16 are read as they are.
+(gguf_types.py). Everything else is expanded to fp32: matrices of Q5_1 and Q5_K; embedding, head
+and norms of any type, since losses read the head as a matrix. A file may mix types: Q4_K_M is Q4_K
+with some matrices and the head in Q6_K. F16 and BF16 are read as they are. The log, at level INFO,
+has the memory of each type.
 
 Tensor names differ from transformers, and some families store other rows or norms (gguf_names.py).
 Unknown tensors raise an error. gguf_config.py makes the config.
@@ -30,7 +31,7 @@ from .gguf_config import ROPE, read_config
 from .gguf_header import GGUFHeader, GGUFTensor, read_headers
 from .gguf_names import FAMILIES, GATE_UP, Family
 from .gguf_types import expanded, quantized
-from .tensor_files import Thunk, fail_checkpoint, reading
+from .tensor_files import Expanded, Thunk, fail_checkpoint, reading
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +112,6 @@ def _log(file: Path, header: GGUFHeader) -> None:
     count: Counter[tuple[str, str]] = Counter()
     stored: Counter[tuple[str, str]] = Counter()
     taken: Counter[tuple[str, str]] = Counter()
-    costly = False
     for name, tensor in header.tensors.items():
         stays, values = _stays(name, tensor), tensor.bytes // tensor.type.bytes * tensor.type.values
         plain = tensor.type.unpack is None
@@ -119,17 +119,15 @@ def _log(file: Path, header: GGUFHeader) -> None:
         count[key] += 1
         stored[key] += tensor.bytes
         taken[key] += int(values * (tensor.type.bits if stays or plain else 32) / 8)
-        costly |= _MATRIX.fullmatch(name) is not None and not plain and not stays
     lines = [
         f"{count[key]} × {key[1]} {key[0]} ({stored[key] / 1e6:,.0f} MB in the file, "
         f"{taken[key] / 1e6:,.0f} MB in memory)"
         for key in sorted(count)
     ]
-    text = f"{file.name}: {'; '.join(lines)}; {sum(taken.values()) / 1e6:,.0f} MB of weights in all"
-    if costly:
-        logger.warning("%s. Q5_1 and Q5_K have no exact form in 4 or 8 bits", text)
-    else:
-        logger.info("%s", text)
+    total = sum(taken.values())
+    logger.info(
+        "%s: %s; %s MB of weights in all", file.name, "; ".join(lines), f"{total / 1e6:,.0f}"
+    )
 
 
 def _chunks(name: str, tensor: GGUFTensor) -> Iterator[Tensor]:
@@ -172,15 +170,17 @@ def _weight(
     heads: int | None,
     minus: float,
     shape: tuple[int, ...] | None,
-) -> Tensor | QuantWeight:
+) -> Tensor | QuantWeight | Expanded:
     """Return the parameter of one tensor, undoing what the converter changed."""
     weight = _read(name, tensor)
     with reading(tensor.file, name):
         if heads is not None:
-            return _take_rows(weight, _halves_together(tensor.shape[0], heads))
+            weight = _take_rows(weight, _halves_together(tensor.shape[0], heads))
         if isinstance(weight, Tensor):
             weight = weight.float() - minus if minus else weight
-            return weight if shape is None else weight.view(shape)
+            weight = weight if shape is None else weight.view(shape)
+            if _MATRIX.fullmatch(name) and tensor.type.unpack is not None:
+                return Expanded(weight, f"GGUF {tensor.type.name}", tensor.bytes)
     return weight
 
 
@@ -205,7 +205,7 @@ def _take_rows(weight: Tensor | QuantWeight, order: Tensor) -> Tensor | QuantWei
     return replace(weight, qdata=qdata.view(-1), scale=scale, offset=offset)
 
 
-def _gate_up(file: Path, tensors: dict[str, GGUFTensor]) -> Tensor | QuantWeight:
+def _gate_up(file: Path, tensors: dict[str, GGUFTensor]) -> Tensor | QuantWeight | Expanded:
     """Return the stack [E, 2 I, H] of gates [E, I, H] and ups [E, I, H]."""
     names = sorted(tensors)  # ffn_gate_exps, ffn_up_exps
     if len(names) != 2 or tensors[names[0]].shape != tensors[names[1]].shape:
@@ -217,7 +217,11 @@ def _gate_up(file: Path, tensors: dict[str, GGUFTensor]) -> Tensor | QuantWeight
             fail("shape", "[experts, rows, columns]", list(first.shape))
     same = first.type is second.type and all(_stays(name, tensors[name]) for name in names)
     if not same:
-        return torch.cat([_dense(name, tensors[name]) for name in names], 1)
+        values = torch.cat([_dense(name, tensors[name]) for name in names], 1)
+        if first.type.unpack is None and second.type.unpack is None:
+            return values
+        kinds = dict.fromkeys(tensor.type.name for tensor in (first, second))
+        return Expanded(values, f"GGUF {' beside '.join(kinds)}", first.bytes + second.bytes)
     gate, up = (_read(name, tensors[name]) for name in names)
     assert not isinstance(gate, Tensor)
     assert not isinstance(up, Tensor)

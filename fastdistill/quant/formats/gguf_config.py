@@ -132,12 +132,14 @@ def _gemma(
     if family == "gemma2":
         for cap in ("attn_logit_softcapping", "final_logit_softcapping"):
             if f"gemma2.{cap}" in fields:
+                checks.between(f"gemma2.{cap}", fields[f"gemma2.{cap}"], 0)
                 entries[cap] = float(fields[f"gemma2.{cap}"]) or None
         return entries
     pattern = fields.get("gemma3.attention.sliding_window_pattern", _GEMMA3_PATTERN)
     if pattern != _GEMMA3_PATTERN:
         fail("gemma3.attention.sliding_window_pattern", str(_GEMMA3_PATTERN), pattern)
     local = fields.get("gemma3.rope.freq_base_swa", _GEMMA3_LOCAL_BASE)
+    checks.positive("gemma3.rope.freq_base_swa", local)
     scaled = config.pop("rope_scaling", {"rope_type": "default"})  # of the global layers only
     entries["rope_parameters"] = {
         "full_attention": {"rope_theta": config.pop("rope_theta"), **scaled},
@@ -158,6 +160,10 @@ def _stablelm(header: GGUFHeader) -> dict[str, Any]:
 
 def _mixture(header: GGUFHeader, family: str) -> dict[str, Any]:
     """Return the widths of the experts, and how a router's probabilities are used."""
+    fields = header.fields
+    experts = fields[f"{family}.expert_count"]
+    checks.integer(f"{family}.expert_count", experts, 1)
+    checks.integer(f"{family}.expert_used_count", fields[f"{family}.expert_used_count"], 1, experts)
     entries: dict[str, Any] = {"norm_topk_prob": family == "qwen3moe"}  # as llama.cpp
     widths = {"moe_intermediate_size": ("blk.0.ffn_gate_exps.weight", 1)}
     if family == "qwen2moe":
@@ -180,8 +186,8 @@ def _long_rope(fields: dict[str, Any], factors: dict[str, Tensor]) -> dict[str, 
             fail("phi3.rope.scaling.attn_factor", f"1 without {_LONG}", attention)
         return {}
     for name in (_LONG, _SHORT):
-        if name not in factors or not bool((factors[name] > 0).all()):
-            fail(name, "positive rotary factors beside the other's", "none or others")
+        if name not in factors or not bool((factors[name].isfinite() & (factors[name] > 0)).all()):
+            fail(name, "finite rotary factors above 0 beside the other's", "none or others")
     original = fields.get("phi3.rope.scaling.original_context_length")
     checks.integer("phi3.rope.scaling.original_context_length", original, 1)
     scaling = {

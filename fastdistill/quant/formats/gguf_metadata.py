@@ -90,8 +90,9 @@ def read_metadata(fields: dict[str, Any], family: str) -> dict[str, Any]:
                 fail(f"{family}.{key}", " or ".join(map(str, _NEUTRAL[key])), _short(value))
         elif key not in _SILENT:
             fail(f"{family}.{key}", "no such field", _short(value))
-    base = entries.get("rope.freq_base")
-    rope = {"rope_theta": 10000.0 if base is None else float(base)}  # llama.cpp's default
+    base = entries.get("rope.freq_base", 10000.0)  # llama.cpp's default
+    checks.positive(f"{family}.rope.freq_base", base)
+    rope = {"rope_theta": float(base)}
     return _scaling(entries, family) | _window(entries, family) | rope
 
 
