@@ -70,7 +70,7 @@ class Teacher:
         check_whole("teacher", model)
         # The trainer checks that no student shares these, since they would not be trained.
         self.frozen = tuple(p for p in model.parameters() if p.requires_grad)
-        self.model = model.eval().requires_grad_(False)
+        self.model: PreTrainedModel = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.impl = impl
         self.valid_vocab: int | None = None

@@ -9,7 +9,6 @@ from transformers.utils import logging
 
 from fastdistill.alignment.experiment.demo import corpus
 from fastdistill.alignment.experiment.demo.files import save_files
-from fastdistill.alignment.experiment.demo.memo_teacher import MemoizedTeacher
 from fastdistill.alignment.experiment.demo.models import shipped_teacher
 from fastdistill.alignment.experiment.demo.result import DemoSetting
 from fastdistill.cli import main
@@ -43,6 +42,6 @@ def files(folder: Path, rows: int = 12) -> Path:
     text = corpus.standard_library()
     train = corpus.packed_windows(text.train[:20], tokenizer, length=32, max_windows=rows)
     held_out = corpus.packed_windows(text.held_out[:5], tokenizer, length=32, max_windows=4)
-    setting = DemoSetting(MemoizedTeacher(teacher), tokenizer, train, held_out, {})
+    setting = DemoSetting(teacher, tokenizer, train, held_out, {})
     save_files(folder, setting)
     return folder

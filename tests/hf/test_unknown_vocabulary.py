@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from fastdistill import ServedTeacher, TeacherCache
-from fastdistill.alignment.experiment.demo.memo_teacher import MemoizedTeacher
 from fastdistill.losses.types import TopK
 from fastdistill.teachers.local import Teacher
 from helpers.served import vllm
@@ -73,22 +72,20 @@ def test_from_a_cache_of_a_server(tmp_path, serve):
     assert losses(tmp_path, cache) == pytest.approx(losses(tmp_path, served), rel=0.02)
 
 
+def honest(model, folder):
+    return Honest(model)
+
+
+def cached(model, folder):
+    return TeacherCache.build(model, ragged(), folder, k=K)
+
+
 @pytest.mark.fast_cases(1)
-@pytest.mark.parametrize("wrap", [Honest, lambda m: RememberOnly(m)])
-def test_a_teacher_of_ones_own_that_says_its_size_is_cut(tmp_path, wrap):
+@pytest.mark.parametrize("make", [honest, cached])
+def test_a_teacher_that_says_its_size_is_cut(tmp_path, make):
     expected = losses(tmp_path, larger())
-    assert losses(tmp_path, wrap(larger())) == pytest.approx(expected, rel=0.05)
-
-
-class RememberOnly:
-    """MemoizedTeacher reads windows without padding."""
-
-    def __init__(self, model):
-        self.inner = MemoizedTeacher(Teacher(model))
-        self.vocab_size = self.inner.vocab_size
-
-    def topk(self, input_ids, attention_mask=None, *, k, temperature=1.0):
-        return self.inner.topk(input_ids, k=k, temperature=temperature)
+    teacher = make(larger(), tmp_path / "cache")
+    assert losses(tmp_path, teacher) == pytest.approx(expected, rel=0.05)
 
 
 def test_a_teacher_of_ones_own_that_says_nothing_is_refused_by_its_first_id(tmp_path):

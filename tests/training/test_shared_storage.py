@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import nn
 
-from fastdistill.alignment.experiment.demo.memo_teacher import MemoizedTeacher
 from fastdistill.teachers.local import Teacher, load_teacher
 from fastdistill.training.checks.shared_storage import models_in, shared_parameters
 from helpers.training import build, llama, ragged
@@ -63,7 +62,7 @@ STUDENTS = {
 }
 
 
-@pytest.mark.parametrize("wrap", [lambda m: m, Teacher, lambda m: MemoizedTeacher(Teacher(m))])
+@pytest.mark.parametrize("wrap", [lambda m: m, Teacher, lambda m: Around(Teacher(m))])
 @pytest.mark.parametrize("make", STUDENTS)
 def test_shared_weights_are_named(tmp_path, make, wrap):
     model = llama(1)
@@ -202,7 +201,7 @@ def test_neighbours_in_one_memory_are_not_shared():
 
 def test_models_inside_of_teachers():
     model = llama(1)
-    teacher = MemoizedTeacher(Teacher(model))
+    teacher = Around(Teacher(model))
     assert any(inner is model for inner in models_in(teacher)[0])
     assert models_in(object()) == ([], [])
 

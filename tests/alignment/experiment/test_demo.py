@@ -24,9 +24,22 @@ from fastdistill.runtime.intervals import Estimate
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    out = tmp_path_factory.mktemp("demo")
-    return run_demo(out=out, seeds=2, steps=8, k=16, batch_size=4), out
+def answered():
+    """The number of rows of each question to a teacher."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, answered):
+    out, topk_at = tmp_path_factory.mktemp("demo"), Teacher.topk_at
+
+    def counted(self, input_ids, *args, **options):
+        answered.append(len(input_ids))
+        return topk_at(self, input_ids, *args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Teacher, "topk_at", counted)
+        return run_demo(out=out, seeds=2, steps=8, k=16, batch_size=4), out
 
 
 @pytest.mark.slow
@@ -60,6 +73,14 @@ def test_twins_start_alike_and_read_alike(made):
         assert first[-1]["nll"] != second[-1]["nll"]
     openings = {round(run.history[0]["nll"], 5) for run in result.runs}
     assert len(openings) == 2  # another seed is another start
+
+
+def test_the_teacher_answers_each_window_once_into_a_cache(made, answered):
+    result, out = made
+    tokens = result.facts["setting"]["train_tokens"] + result.facts["setting"]["held_out_tokens"]
+    assert sum(answered) == tokens / demo_models.WINDOW
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "a cache, which stores their log-probabilities in fp16" in page
 
 
 def test_report_needs_nothing_from_outside(made):

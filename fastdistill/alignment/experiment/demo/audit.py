@@ -22,7 +22,7 @@ WORDS = ("def", "class", "import", "return", "self", "None", "lambda", "yield")
 def audit_models(setting: DemoSetting, students: Mapping[str, PreTrainedModel]) -> SuiteResults:
     """Audit the models; students and base have seed 0."""
     base = new_llama(STUDENT, vocab_size=setting.teacher.vocab_size, seed=0)
-    models = {"teacher": setting.model, **students, "base": base}
+    models = {"teacher": setting.teacher.model, **students, "base": base}
     tokenizer = setting.tokenizer
     subjects = {name: Subject(model, tokenizer, name=name) for name, model in models.items()}
     starts = tokenizer.batch_decode(setting.held_out.ids[:N_PROMPTS, :PREFIX])

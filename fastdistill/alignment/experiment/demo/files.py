@@ -13,7 +13,7 @@ from .result import DemoSetting
 def save_files(folder: Path, setting: DemoSetting) -> None:
     """Write teacher/, student/ (initial weights of seed 0), train.jsonl and held-out.jsonl."""
     student = new_llama(STUDENT, vocab_size=setting.teacher.vocab_size, seed=0)
-    for name, model in (("teacher", setting.model), ("student", student)):
+    for name, model in (("teacher", setting.teacher.model), ("student", student)):
         model.save_pretrained(folder / name)
         save_tokenizer(folder / name, setting.tokenizer)
     for name, windows in (("train", setting.train), ("held-out", setting.held_out)):

@@ -93,13 +93,15 @@ def demo_report(result: DemoResult) -> Report:
             f"{facts['train_tokens']:,} tokens in the same order, {facts['steps']} steps each. One "
             f"learns from the top {facts['k']} tokens of a teacher with "
             f"{facts['teacher_parameters']:,} parameters ({facts['teacher']}), by forward KL with "
-            "the remaining mass as one additional outcome; the other learns from labels."
+            "the remaining mass as one additional outcome; the other learns from labels. The "
+            "teacher's answers are computed once and read from a cache, which stores their "
+            "log-probabilities in fp16."
         )
         seconds = {arm: result.estimates[f"train_seconds/{arm}"].value for arm in ARMS}
         report.paragraph(
             f"Training one student took {seconds['distilled']:.1f} s with distillation and "
-            f"{seconds['labels only']:.1f} s on labels (the teacher answers each window once; "
-            f"later seeds reuse it). Total: {result.seconds:.0f} s.",
+            f"{seconds['labels only']:.1f} s on labels, and the cache of the teacher's answers "
+            f"{result.cache_seconds:.1f} s. Total: {result.seconds:.0f} s.",
             soft=True,
         )
     with report.folded("What this does not show"):

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ....runtime.intervals import Estimate
+from ....teachers.local import Teacher
 from ...audits.side_by_side import SuiteResults
 from .corpus import Windows
-from .memo_teacher import MemoizedTeacher
 
 ARMS = ("distilled", "labels only")
 
@@ -19,15 +19,11 @@ ARMS = ("distilled", "labels only")
 class DemoSetting(NamedTuple):
     """What all students of the demo share; `facts` describe it in the report."""
 
-    teacher: MemoizedTeacher
+    teacher: Teacher
     tokenizer: PreTrainedTokenizerBase
     train: Windows
     held_out: Windows
     facts: dict[str, Any]
-
-    @property
-    def model(self) -> PreTrainedModel:
-        return self.teacher.teacher.model
 
 
 class Metric(NamedTuple):
@@ -63,6 +59,7 @@ class DemoResult:
         estimates: by name ("nll/distilled", "nll/difference", "nll/teacher", ...).
         teacher_mass: teacher probability inside its top k, by held-out position.
         audits: of the teacher, the students of the first seed, and their base.
+        cache_seconds: of the teacher's answers on all windows.
     """
 
     estimates: dict[str, Estimate]
@@ -70,6 +67,7 @@ class DemoResult:
     teacher_mass: np.ndarray
     audits: SuiteResults
     facts: dict[str, Any]
+    cache_seconds: float
     seconds: float
 
     def as_json(self) -> dict[str, Any]:

@@ -7,7 +7,6 @@ held-out text is due to the teacher.
 
 from __future__ import annotations
 
-import copy
 import math
 import platform
 import tempfile
@@ -17,7 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.backends.cpu import get_cpu_capability as cpu_capability
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
@@ -26,6 +26,7 @@ from ....runtime.atomic_files import check_folder, write_json
 from ....runtime.backend import one_thread, versions
 from ....runtime.checks import fail, integer
 from ....runtime.intervals import Estimate, bootstrap_ratio, mean_of_runs, paired_difference
+from ....teachers.cache import TeacherCache
 from ....teachers.local import Teacher
 from ....training.config import DistillConfig
 from ....training.loss import EVAL_COLUMNS
@@ -35,7 +36,6 @@ from . import corpus
 from .audit import audit_models
 from .corpus import Corpus, Windows
 from .files import save_files
-from .memo_teacher import MemoizedTeacher
 from .models import STUDENT, TEACHER, WINDOW, new_llama, shipped_teacher, train_model
 from .result import ARMS, METRICS, DemoResult, DemoRun, DemoSetting
 
@@ -70,19 +70,20 @@ def run_demo(
     folder = Path(out)
     check_folder("out", folder)  # before minutes of training
     start = time.perf_counter()
-    with _quiet_transformers(), PhaseProgress() as progress:
-        setting = _prepare(data, steps * batch_size, k, teacher_steps, progress)
-        with one_thread():
+    with _quiet_transformers(), tempfile.TemporaryDirectory(prefix="fastdistill-") as temporary:
+        setting = _prepare(data, steps * batch_size, k, teacher_steps)
+        cache, cache_seconds = _build_cache(setting, temporary, k)
+        with one_thread(), PhaseProgress() as progress:
             trained = [
-                _run(arm, seed, setting, sizes, progress) for seed in range(seeds) for arm in ARMS
+                _run(arm, seed, setting, cache, sizes, progress)
+                for seed in range(seeds)
+                for arm in ARMS
             ]
-            # A copy: a student must not share weights with its teacher.
-            teacher_copy = copy.deepcopy(setting.model).requires_grad_()
-            teacher_sums = _held_out_sums(teacher_copy, setting, k)
+            teacher_sums = _held_out_sums(setting.teacher.model, setting, cache, k)
             students = {arm: model for arm, (_, model) in zip(ARMS, trained, strict=False)}
             audits = audit_models(setting, students)
+        covered = cache.topk(setting.held_out.ids, k=k).logprobs[:, :-1].exp().sum(-1)
     runs = [run for run, _ in trained]
-    covered = setting.teacher.topk(setting.held_out.ids, k=k).logprobs[:, :-1].float().exp().sum(-1)
     options = "".join(f" --{name.replace('_', '-')} {value}" for name, value in sizes.items())
     result = DemoResult(
         estimates={
@@ -95,9 +96,10 @@ def run_demo(
         facts={
             "command": "fastdistill demo" + (" --data …" if data else "") + options,
             "versions": versions(),
-            "machine": f"{platform.machine()} CPU ({cpu_capability()}), one thread",
+            "machine": f"{platform.machine()} CPU ({cpu_capability()}), students on one thread",
             "setting": {**sizes, **setting.facts},
         },
+        cache_seconds=cache_seconds,
         seconds=time.perf_counter() - start,
     )
     from .report import demo_report  # matplotlib is slow to import
@@ -109,9 +111,7 @@ def run_demo(
     return result
 
 
-def _prepare(
-    data: str | Path | None, n_windows: int, k: int, teacher_steps: int, progress: PhaseProgress
-) -> DemoSetting:
+def _prepare(data: str | Path | None, n_windows: int, k: int, teacher_steps: int) -> DemoSetting:
     text = corpus.standard_library() if data is None else corpus.from_path(data)
     if data is None:
         teacher, tokenizer, manifest = shipped_teacher()
@@ -119,7 +119,8 @@ def _prepare(
             f"{manifest['steps']:,} steps on {manifest['tokens']:,} tokens, shipped with the demo"
         )
     else:
-        teacher, tokenizer = _teacher_from(text, teacher_steps, progress)
+        with PhaseProgress() as progress:
+            teacher, tokenizer = _teacher_from(text, teacher_steps, progress)
         about = f"{teacher_steps:,} steps on this text, trained for this report"
     if k > teacher.vocab_size:
         fail("k", f"at most the vocabulary's {teacher.vocab_size}", k)
@@ -137,7 +138,19 @@ def _prepare(
         "bytes_per_token": held_out.bytes_per_token,
         "learning_rate": STUDENT_LEARNING_RATE,
     }
-    return DemoSetting(MemoizedTeacher(teacher), tokenizer, train, held_out, facts)
+    return DemoSetting(teacher, tokenizer, train, held_out, facts)
+
+
+def _build_cache(setting: DemoSetting, folder: str, k: int) -> tuple[TeacherCache, float]:
+    """Return the teacher's answers on all windows, and the seconds that they took."""
+    start = time.perf_counter()
+    windows = torch.cat([setting.train.ids, setting.held_out.ids])
+    cache = TeacherCache.build(setting.teacher, _examples(windows), folder, k=k)
+    return cache, time.perf_counter() - start
+
+
+def _examples(windows: Tensor) -> list[dict[str, Tensor]]:
+    return [{"input_ids": row} for row in windows]
 
 
 def _teacher_from(
@@ -159,12 +172,17 @@ def _teacher_from(
 
 
 def _run(
-    arm: str, seed: int, setting: DemoSetting, sizes: dict[str, int], progress: PhaseProgress
+    arm: str,
+    seed: int,
+    setting: DemoSetting,
+    cache: TeacherCache,
+    sizes: dict[str, int],
+    progress: PhaseProgress,
 ) -> tuple[DemoRun, PreTrainedModel]:
     trained = train_model(
         new_llama(STUDENT, vocab_size=setting.teacher.vocab_size, seed=seed),
         setting.train.ids,
-        teacher=setting.teacher if arm == "distilled" else None,
+        teacher=cache if arm == "distilled" else None,
         steps=sizes["steps"],
         batch_size=sizes["batch_size"],
         learning_rate=STUDENT_LEARNING_RATE,
@@ -172,7 +190,7 @@ def _run(
         k=sizes["k"],
         callbacks=progress.phase(f"seed {seed + 1}, {arm}", total=sizes["steps"]),
     )
-    sums = _held_out_sums(trained.model, setting, sizes["k"])
+    sums = _held_out_sums(trained.model, setting, cache, sizes["k"])
     metrics = {
         name: float(sums[metric.column].sum() / sums["tokens"].sum())
         * _unit(name, setting.held_out)
@@ -184,7 +202,9 @@ def _run(
     return run, trained.model
 
 
-def _held_out_sums(model: nn.Module, setting: DemoSetting, k: int) -> dict[str, np.ndarray]:
+def _held_out_sums(
+    model: nn.Module, setting: DemoSetting, cache: TeacherCache, k: int
+) -> dict[str, np.ndarray]:
     """Return the sums of EVAL_COLUMNS within each held-out window."""
     with tempfile.TemporaryDirectory(prefix="fastdistill-") as folder:
         args = DistillConfig(
@@ -195,8 +215,8 @@ def _held_out_sums(model: nn.Module, setting: DemoSetting, k: int) -> dict[str, 
             disable_tqdm=True,
             report_to=[],
         )
-        trainer = DistillTrainer(model, setting.teacher, args)
-        rows = trainer.predict([{"input_ids": row} for row in setting.held_out.ids]).predictions
+        trainer = DistillTrainer(model, cache, args)
+        rows = trainer.predict(_examples(setting.held_out.ids)).predictions
     return dict(zip(EVAL_COLUMNS, rows.astype(np.float64).T, strict=True))
 
 
