@@ -74,7 +74,8 @@ def nearest(key: str, known: Sequence[str]) -> list[str]:
     """Return the known settings closest to an unknown key; empty if none is close.
 
     Tried in this order: typing errors; initials (wd); names whose words start with the words of the
-    key (batch_size, grad_accum), first those of training, then the shortest; the most similar name.
+    key (batch_size, grad_accum), first those that start with the key, then those of training, then
+    the shortest; the most similar name.
     """
     typos = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
     if typos:
@@ -87,7 +88,12 @@ def nearest(key: str, known: Sequence[str]) -> list[str]:
     candidates = [name for name in known if _matches_words(_words_in(name), _words_in(key))]
     if candidates:
         ranks = {
-            name: ("train" not in _words_in(name), len(_words_in(name))) for name in candidates
+            name: (
+                not name.startswith(key.lower()),
+                "train" not in _words_in(name),
+                len(_words_in(name)),
+            )
+            for name in candidates
         }
         best = min(ranks.values())
         return [name for name in candidates if ranks[name] == best][:_MAX_SUGGESTIONS]
