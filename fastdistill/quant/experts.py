@@ -2,7 +2,8 @@
 
 transformers keeps the experts of a layer in 3-D parameters and, in its "eager" forward, uses them
 one by one: F.linear(x, self.gate_up_proj[e]). Indexing an ExpertStack returns a handle that
-F.linear accepts as a weight, so that no model code is patched.
+F.linear accepts as a weight, so that no model code is patched. gpt-oss stores them transposed,
+[E, K, N], and computes x @ self.gate_up_proj[e]: the handle of such a stack accepts that product.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..runtime import checks
@@ -18,11 +21,20 @@ from .linear import Parts, QuantizedWeight, product, row_scale
 from .ops import COMPUTE
 from .schemes import Lut4Weight, QuantWeight
 
+_PRODUCTS = (torch.matmul, torch.Tensor.matmul)
+
 
 class ExpertStack(QuantizedWeight):
     """E weights [N, K] in one QuantWeight [E · N, K]; stack[e] is a handle to the e-th."""
 
-    def __init__(self, weight: QuantWeight, experts: int, *, compute: str = "auto") -> None:
+    def __init__(
+        self,
+        weight: QuantWeight,
+        experts: int,
+        *,
+        compute: str = "auto",
+        transposed: bool = False,
+    ) -> None:
         checks.choice("compute", compute, COMPUTE)
         rows, K = weight.shape
         if rows % experts or (rows // experts * K) % (2 * weight.block):
@@ -31,7 +43,7 @@ class ExpertStack(QuantizedWeight):
         if isinstance(weight, Lut4Weight):  # blocks of nested scales may span two experts
             weight = replace(weight, scale=weight.scales)
         super().__init__(weight)
-        self.experts, self.compute = experts, compute
+        self.experts, self.compute, self.transposed = experts, compute, transposed
         self.register_buffer("row_scale", row_scale(weight, compute), persistent=False)
 
     def __len__(self) -> int:
@@ -60,7 +72,7 @@ class ExpertStack(QuantizedWeight):
 
 
 class Expert:
-    """A handle to one expert; it supports F.linear(x, stack[e]) only."""
+    """A handle to one expert: the weight of F.linear, or of a product if it is transposed."""
 
     def __init__(self, stack: ExpertStack, index: int) -> None:
         self.stack, self.index = stack, index
@@ -71,13 +83,16 @@ class Expert:
     ) -> Tensor:
         arguments = dict(zip(("input", "weight", "bias"), args, strict=False), **(kwargs or {}))
         expert = arguments.get("weight")
-        if function is not nn.functional.linear or not isinstance(expert, Expert):
-            raise TypeError(
-                f"quantized experts: expected torch.nn.functional.linear(x, experts[e]), got "
-                f"{getattr(function, '__name__', function)}. Set the model's experts "
-                "implementation to 'eager'"
-            )
-        return expert.product(arguments["input"], arguments.get("bias"))
+        if isinstance(expert, Expert):
+            products = _PRODUCTS if expert.stack.transposed else (F.linear,)
+            if function in products:
+                return expert.product(arguments["input"], arguments.get("bias"))
+        raise TypeError(
+            f"quantized experts: expected torch.nn.functional.linear(x, experts[e]), or "
+            f"x @ experts[e] if they are stored transposed, got "
+            f"{getattr(function, '__name__', function)}. Set the model's experts "
+            "implementation to 'eager'"
+        )
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         stack, steps = self.stack, self.stack._buffers["row_scale"]
@@ -86,11 +101,16 @@ class Expert:
         return product(stack.parts_of(self.index), x, bias, steps, stack.compute)
 
 
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a module stores its experts as [E, K, N]."""
+    return bool(getattr(module, "is_transposed", False))
+
+
 def expert_parameters(module: nn.Module) -> list[str]:
     """Return the names of a module's stacked [E, N, K] weights; empty if there are none.
 
-    Weights that are stored transposed are not supported, and not returned."""
-    if not hasattr(module, "num_experts") or getattr(module, "is_transposed", False):
+    Weights that are stored transposed are not quantized here, and not returned."""
+    if not hasattr(module, "num_experts") or is_transposed(module):
         return []
     return [
         name

@@ -31,7 +31,7 @@ from .linear import QuantizedWeight
 from .merging import merge_weights, runner
 from .model import is_conv1d, put, quantizable, rows_of, warn_about_full_precision
 from .ops import COMPUTE
-from .schemes import SCHEMES, QuantWeight, quantize
+from .schemes import SCHEMES, QuantWeight, quantize, short
 
 Read = Callable[[], Any]
 
@@ -51,8 +51,9 @@ def load_quantized(
 
     Args:
         path: full-precision weights, which `quant` may quantize, or a quantized checkpoint of
-            `save_quantized`, bitsandbytes (NF4, FP4, 8-bit), GPTQ, AWQ or GGUF, whose bits are
-            kept. Weights that are in neither format exactly are expanded, with a warning.
+            `save_quantized`, bitsandbytes (NF4, FP4, 8-bit), GPTQ, AWQ, compressed-tensors, MXFP4
+            or GGUF, whose bits are kept. Weights that are in neither format exactly, such as FP8,
+            are expanded, with a warning.
         quant: "nf4", "fp4", "int4" or "int8" for full-precision weights; None keeps them.
         compute: how quantized layers multiply: "exact", "int8", "fp8" or "auto" (ops.py).
         dtype: of everything that is not quantized; "auto" keeps the checkpoint's.
@@ -125,7 +126,7 @@ class _Loader:
         self.empty = model.state_dict()  # on the meta device: names, shapes and types
         self.stored: dict[str, str] = {}  # model name -> (first) name in the checkpoint
         self.filled: set[str] = set()  # names of the model that have a value
-        self.expanded: list[tuple[str, str, int, int]] = []  # name, kind, bytes stored and now
+        self.expanded: list[tuple[str, str, int]] = []  # stored name, kind, bytes of the values
 
     def steps(self) -> list[Callable[[], None]]:
         """Return one callable per parameter of the model, which reads its tensors when called."""
@@ -156,7 +157,7 @@ class _Loader:
         if not isinstance(value, Expanded):
             return value
         dense = value.values.to(self.empty[target].dtype)
-        self.expanded.append((name, value.kind, value.stored, dense.nbytes))
+        self.expanded.append((name, value.kind, dense.nbytes))
         return dense
 
     def _convert(self, target: str, rule: Any, sources: list[tuple[str, str | None]]) -> None:
@@ -257,17 +258,19 @@ class _Loader:
             fail_checkpoint(self.checkpoint.path, expected, got)
         self.model.to(self.device)
         warn_about_full_precision(self.model)
-        if self.expanded and self.quant is None:
-            warnings.warn(self._expansion(), stacklevel=3)
+        for note in (*self.checkpoint.notes, *self._expansion()):
+            warnings.warn(f"{self.checkpoint.path}: {note}", stacklevel=3)
 
-    def _expansion(self) -> str:
-        """Return what was expanded, and the memory that it takes."""
-        names, kinds, stored, taken = zip(*self.expanded, strict=True)
-        return (
-            f"{self.checkpoint.path}: {len(names)} weights ({names[0]}, …) are stored as "
-            f"{' and '.join(dict.fromkeys(kinds))}, which no quantized layer represents exactly: "
-            f"expanded from {sum(stored) / 1e6:,.1f} MB to {sum(taken) / 1e6:,.1f} MB"
-        )
+    def _expansion(self) -> list[str]:
+        """Return what was expanded and not quantized again, and the memory that it takes."""
+        if not self.expanded or self.quant is not None:
+            return []
+        names, kinds, sizes = zip(*self.expanded, strict=True)
+        return [
+            f"{len(names)} weights ({names[0]}, …) are expanded to {short(self.model.dtype)}, "
+            f"because no quantized layer represents {' and '.join(dict.fromkeys(kinds))} exactly: "
+            f"they take {sum(sizes) / 1e6:,.1f} MB"
+        ]
 
 
 def _identity(value: Any) -> Any:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..runtime import checks
-from .experts import ExpertStack, expert_parameters, put_experts
+from .experts import ExpertStack, expert_parameters, is_transposed, put_experts
 from .linear import linear_of
 from .ops import COMPUTE, unsupported_reason
 from .schemes import SCHEMES, QuantWeight, quantize
@@ -64,6 +64,8 @@ def quantizable(model: nn.Module, skip: Sequence[str]) -> list[str]:
 def rows_of(module: nn.Module, weight: Tensor) -> Tensor:  # [N, K]
     """Return a parameter as the rows that are quantized."""
     if weight.dim() == 3:  # [E, N, K]
+        if is_transposed(module):
+            weight = weight.transpose(1, 2)
         return weight.reshape(-1, weight.shape[-1]).contiguous()
     return weight.t().contiguous() if is_conv1d(module) else weight
 
@@ -75,7 +77,8 @@ def put(model: nn.Module, name: str, weight: QuantWeight, compute: str) -> None:
     parameter: Tensor = getattr(module, leaf)
     if parameter.dim() == 3:
         try:
-            stack = ExpertStack(weight, parameter.shape[0], compute=compute)
+            transposed = is_transposed(module)
+            stack = ExpertStack(weight, len(parameter), compute=compute, transposed=transposed)
         except ValueError as error:
             raise ValueError(f"{name}: {error}, or name it in skip=") from None
         put_experts(module, leaf, stack)
@@ -141,8 +144,7 @@ def warn_about_full_precision(model: nn.Module) -> None:
     full_precision = [
         name
         for name, module in model.named_modules()
-        if getattr(module, "is_transposed", False)
-        and any(p.dim() == 3 for p in module.parameters(recurse=False))
+        if is_transposed(module) and any(p.dim() == 3 for p in module.parameters(recurse=False))
     ]
     if full_precision:
         warnings.warn(

@@ -7,8 +7,8 @@ are computed in fp32, with separate rounding of product and sum, and then rounde
 dtype. i indexes the flattened [N, K] tensor: if K is no multiple of the block, blocks cross rows,
 as in bitsandbytes. Element 2j is the high nibble of byte j, 2j + 1 the low one.
 
-NF4 and FP4 (Dettmers et al. 2023, QLoRA), GPTQ, AWQ and GGUF Q4_0 are LUT4 with other tables,
-scales and offsets; GGUF Q8_0 is INT8 with a block of 32.
+NF4 and FP4 (Dettmers et al. 2023, QLoRA), GPTQ, AWQ, MXFP4, NVFP4 and GGUF Q4_0 are LUT4 with other
+tables, scales and offsets; GGUF Q8_0 is INT8 with a block of 32.
 """
 
 from __future__ import annotations

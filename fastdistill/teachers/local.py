@@ -211,9 +211,9 @@ def load_teacher(
 
     Args:
         path_or_model: the directory or hub name of a safetensors checkpoint, in full precision or
-            quantized (own format, bitsandbytes, GPTQ, AWQ); of an adapter, which is merged into the
-            base that it names; a .gguf file; or a loaded model, which is frozen and quantized in
-            place. No code of a checkpoint runs.
+            quantized (own format, bitsandbytes, GPTQ, AWQ, compressed-tensors, FP8, MXFP4); of an
+            adapter, which is merged into the base that it names; a .gguf file; or a loaded model,
+            which is frozen and quantized in place. No code of a checkpoint runs.
         quant: "nf4", "fp4", "int4" or "int8" quantizes the linear layers, except the output head,
             while loading; None keeps the stored format.
         compute: how quantized layers multiply: "exact" (weights expanded), "int8", "fp8" (GPU), or

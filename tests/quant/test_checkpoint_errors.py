@@ -16,11 +16,13 @@ from fastdistill.quant.formats.detect import (
     is_quantized_checkpoint,
     open_checkpoint,
 )
+from fastdistill.quant.formats.tensor_files import Expanded
 from helpers.gguf_writer import write as write_gguf
+from helpers.peer_formats import fp4, fp8, integers, settings
 from helpers.stored import golden, int4, nested_weight, read_all, store, store_own, values
 
 W = "model.layers.0.mlp.up_proj.weight"
-KINDS = ("bitsandbytes", "gptq", "awq", "fastdistill", "gguf")
+KINDS = ("bitsandbytes", "gptq", "awq", "compressed-tensors", "mxfp4", "fastdistill", "gguf")
 
 
 def checkpoint_of(kind, folder):
@@ -32,6 +34,20 @@ def checkpoint_of(kind, folder):
     if kind == "fastdistill":
         nested = nested_weight(folder / "source")
         store_own(folder, {W: int4(perm=torch.randperm(32)), "lm_head.weight": nested})
+    elif kind == "compressed-tensors":
+        groups = (integers(4, 6, 32, 16, False), fp8(6, 9, "channel"), fp4(4, 16, "nvfp4"))
+        config = settings(None, "mixed-precision")
+        config["config_groups"] = {str(i): {"weights": group[1]} for i, group in enumerate(groups)}
+        parts = [
+            (f"layers.{i}.{part}", t) for i, g in enumerate(groups) for part, t in g[0].items()
+        ]
+        store(folder, dict(parts), config)
+    elif kind == "mxfp4":
+        tensors = {
+            "x_blocks": torch.ones(2, 2, 1, 16).byte(),
+            "x_scales": torch.ones(2, 2, 1).byte(),
+        }
+        store(folder, tensors, {"quant_method": kind})
     elif kind == "bitsandbytes":
         tensors = golden("bitsandbytes")["nf4_nested"]["tensors"]
         store(folder, tensors, {"quant_method": kind, "load_in_4bit": True})
@@ -47,7 +63,7 @@ def survives(path):
     tracemalloc.start()
     try:
         for weight in read_all(path).values():
-            if not isinstance(weight, torch.Tensor):
+            if not isinstance(weight, (torch.Tensor, Expanded)):
                 values(weight)
     except CheckpointError as error:
         message = str(error)
@@ -80,7 +96,8 @@ def test_flipped_anywhere_in_the_header(tmp_path, kind, bit):
         survives(checkpoint)
 
 
-@pytest.mark.parametrize("kind", ["bitsandbytes", "gptq", "awq", "fastdistill"])
+@pytest.mark.fast_cases(4)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "gguf"])
 def test_flipped_anywhere_in_the_config_or_the_values(tmp_path, kind):
     checkpoint, file = checkpoint_of(kind, tmp_path / "whole")
     for damaged in (checkpoint / "config.json", file):
@@ -190,7 +207,7 @@ def test_unknown_type_of_a_tensor(tmp_path):
     "settings, words",
     [
         ({"quant_method": "hqq"}, r"expected one of .*'bitsandbytes'.*'awq'.*got 'hqq'"),
-        ({"quant_method": "fp8"}, "got 'fp8'"),
+        ({"quant_method": "torchao"}, "got 'torchao'"),
         ({"quant_method": ["gptq"]}, r"got \['gptq'\]"),
         ({"bits": 4}, "got None"),
         (["gptq"], "expected an object, got list"),

@@ -40,9 +40,8 @@ TYPES = ("nf4", "fp4")
 _PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
 
 
-def is_bitsandbytes(names: list[str]) -> bool:
-    """Whether these tensor names are a bitsandbytes checkpoint's."""
-    return any(STATE in name or name.endswith(".SCB") for name in names)
+def is_stored(files: TensorFiles) -> bool:
+    return any(STATE in name or name.endswith(".SCB") for name in files.names())
 
 
 def weights(files: TensorFiles, config: dict[str, Any]) -> dict[str, Thunk]:

@@ -55,6 +55,7 @@ _MAX_MODULES = {"layer": 1 << 12, "block": 1 << 12}  # modules are built one by 
 _MAX_OTHERS = 1 << 16
 _ROTARY, _LARGEST_ROTARY = ("rope_theta", "rotary_emb_base", "factor"), 1e30
 _NAMES = re.compile(r"[\w.\-]*")
+_MODULES = re.compile(r"[\w.\-]*(\*[\w.\-]*){0,2}")  # "model.layers.*.self_attn" of gpt-oss
 _LINK = "model.gguf"
 _NO_TOKENIZER = ("none", "no_vocab")  # of llama.cpp
 _TRIAL = "Is this a text? 1 + 2 = 3."
@@ -250,5 +251,5 @@ def _check_entry(file: Path, key: str, name: str, value: Any) -> None:
     elif key.endswith(("modules", "modules_to_not_convert")) and isinstance(value, list):
         # Libraries use them as regular expressions, which may backtrack without end.
         for entry in value:
-            if isinstance(entry, str) and not _NAMES.fullmatch(entry):
+            if isinstance(entry, str) and not _MODULES.fullmatch(entry):
                 fail_entry(file, name, "names of modules", entry)

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from . import awq, bnb, gptq, own_format
+from . import awq, bnb, compressed_tensors, fp8, gptq, mxfp4, own_format
 from .gguf import read_gguf
 from .gguf_header import MAGIC
 from .tensor_files import (
@@ -32,11 +32,26 @@ __all__ = [
     "open_checkpoint",
 ]
 
-_READERS: dict[str, Callable[[TensorFiles, dict[str, Any]], dict[str, Thunk]]] = {
-    "bitsandbytes": bnb.weights,
-    "gptq": gptq.weights,
-    "awq": awq.weights,
-    own_format.KEY: own_format.weights,
+
+class Format(NamedTuple):
+    """A quant_method of config.json: how its tensors are read and recognized."""
+
+    weights: Callable[[TensorFiles, dict[str, Any]], dict[str, Thunk]]
+    is_stored: Callable[[TensorFiles], bool]
+    has_own_settings: bool = False  # with the tensors, so that config.json may lack them
+    notes: Callable[[dict[str, Any]], list[str]] | None = None  # what has no effect here
+
+
+_FORMATS: dict[str, Format] = {
+    own_format.KEY: Format(own_format.weights, own_format.is_own_format, True),
+    "bitsandbytes": Format(bnb.weights, bnb.is_stored, True),
+    "gptq": Format(gptq.weights, gptq.is_stored),
+    "awq": Format(awq.weights, gptq.is_stored),
+    compressed_tensors.KEY: Format(
+        compressed_tensors.weights, compressed_tensors.is_stored, notes=compressed_tensors.notes
+    ),
+    "fp8": Format(fp8.weights, fp8.is_stored, notes=fp8.notes),
+    "mxfp4": Format(mxfp4.weights, mxfp4.is_stored),
 }
 
 
@@ -44,10 +59,11 @@ _READERS: dict[str, Callable[[TensorFiles, dict[str, Any]], dict[str, Thunk]]] =
 class Checkpoint:
     path: Path  # the folder or file; for a folder with one .gguf file, that file
     config: dict[str, Any]  # config.json, or the equivalent of a .gguf file; {} without either
-    method: str | None  # "bitsandbytes" | "gptq" | "awq" | "gguf" | "fastdistill"; None: plain
+    method: str | None  # a key of _FORMATS, or "gguf"; None: plain
     weights: dict[str, Thunk]  # by parameter name
     files: TensorFiles | None = None  # None: a .gguf file
     gguf_bytes: int = 0  # of all parts of a .gguf file
+    notes: tuple[str, ...] = ()  # what it quantizes besides the weights, which has no effect
 
     @property
     def bytes(self) -> int:
@@ -69,8 +85,12 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     files = TensorFiles(path)
     config = read_json(files.config_file) if files.config_file.is_file() else {}
     method = check_stored_method(files, config)
-    weights = _READERS[method](files, config) if method else with_plain(files, {}, ())
-    return Checkpoint(path, config, method, weights, files)
+    if method is None:
+        return Checkpoint(path, config, None, with_plain(files, {}, ()), files)
+    kind = _FORMATS[method]
+    weights = kind.weights(files, config)
+    notes = tuple(kind.notes(config)) if kind.notes else ()
+    return Checkpoint(path, config, method, weights, files, notes)
 
 
 def is_quantized_checkpoint(path: str | Path) -> bool:
@@ -109,12 +129,8 @@ def _gguf_file(path: Path) -> Path | None:
 
 def _stored_as(files: TensorFiles) -> tuple[str, ...]:
     """Return the methods that fit the tensor names; GPTQ and AWQ have the same names."""
-    names = files.names()
-    if own_format.is_own_format(files):
-        return (own_format.KEY,)
-    if bnb.is_bitsandbytes(names):
-        return ("bitsandbytes",)
-    return ("gptq", "awq") if any(name.endswith(".qweight") for name in names) else ()
+    methods = tuple(method for method, kind in _FORMATS.items() if kind.is_stored(files))
+    return methods[:1] if own_format.KEY in methods else methods
 
 
 def method_of(settings: dict[str, Any]) -> Any:
@@ -130,21 +146,21 @@ def check_stored_method(files: TensorFiles, config: dict[str, Any]) -> str | Non
     settings = config.get("quantization_config")
     stored = _stored_as(files)
     if settings is None:
-        if len(stored) > 1:
+        if stored and not _FORMATS[stored[0]].has_own_settings:
             fail_checkpoint(
                 files.config_file,
-                "a quantization_config, because the tensors are GPTQ's or AWQ's",
+                f"a quantization_config, because the tensors are those of {' or '.join(stored)}",
                 "none",
                 "older checkpoints keep it in quantize_config.json or quant_config.json: copy it "
-                'here, with "quant_method": "gptq" or "awq"',
+                'here, with its "quant_method"',
             )
         return stored[0] if stored else None
     if not isinstance(settings, dict):
         got = type(settings).__name__
         fail_checkpoint(f"{files.config_file}: quantization_config", "an object", got)
     method = method_of(settings)
-    if not isinstance(method, str) or method not in _READERS:
-        expected = f"one of {tuple(_READERS)}, or a .gguf file"
+    if not isinstance(method, str) or method not in _FORMATS:
+        expected = f"one of {tuple(_FORMATS)}, or a .gguf file"
         hint = "use the unquantized checkpoint, and quantize it here"
         fail_checkpoint(f"{files.config_file}: quant_method", expected, repr(method), hint)
     if method not in stored:

@@ -42,6 +42,10 @@ PARTS = ("qweight", "qzeros", "scales", "g_idx")
 FORMATS = ("gptq", "gptq_v2")
 
 
+def is_stored(files: TensorFiles) -> bool:
+    return any(name.endswith(".qweight") for name in files.names())
+
+
 def weights(files: TensorFiles, config: dict[str, Any]) -> dict[str, Thunk]:
     with reading(files.config_file, "quantization_config"):
         settings = config["quantization_config"]
@@ -110,15 +114,15 @@ def _eight_bits(
     if not N or N % 4 or not K:
         files.fail(name, "[K/4, N] with N a multiple of 4", list(words.shape))
     scale = scales_of(files, layer, N)
-    zeros = files.matrix(f"{layer}.qzeros", torch.int32, len(scale), N // 4).contiguous()
-    zero = zeros.view(torch.uint8).view(len(scale), N) + stored_less  # modulo 256
+    zeros = files.matrix(f"{layer}.qzeros", torch.int32, len(scale), N // 4)
+    zero = zeros.reshape(-1).view(torch.uint8).view(len(scale), N) + stored_less  # modulo 256
     groups = _groups(files, layer, K, len(scale), group)
-    codes = words.t().contiguous().view(torch.uint8).view(N, K)
+    codes = words.t().reshape(-1).view(torch.uint8).view(N, K)
     if bool((zero != 128).any()) or bool((groups[1:] < groups[:-1]).any()):
         steps = codes.float() - zero.float()[groups].t()
         values = steps.mul_(scale[groups].t())
         kind = "GPTQ of 8 bits with act-order or zeros other than 128"
-        return Expanded(values, kind, words.nbytes + zeros.nbytes + 2 * scale.numel())
+        return Expanded(values, kind)
     block = _shared_size(groups)
     with reading(files.file_of(name), name):
         return Int8Weight(

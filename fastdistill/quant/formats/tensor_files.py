@@ -28,7 +28,6 @@ class Expanded:
 
     values: Tensor  # fp32, in the weight's own shape
     kind: str  # what it was, for the loader's message
-    stored: int  # bytes in the checkpoint
 
 
 Thunk = Callable[[], Tensor | QuantWeight | Expanded]  # reads one weight when called

@@ -1,0 +1,179 @@
+"""Whole models in the formats of other libraries load as the dense models of their values."""
+
+import json
+import warnings
+from typing import Any, cast
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, GptOssConfig
+
+from fastdistill.quant import CheckpointError, load_quantized, save_quantized
+from fastdistill.quant.experts import ExpertStack
+from fastdistill.quant.linear import Int8Linear, LUT4Linear
+from helpers.peer_formats import E2M1, fp8_blocks, integers, settings
+from helpers.quant_models import SIZES, logits, model_of
+
+PROJECTIONS = ("_proj.weight", ".w1.weight", ".w2.weight", ".w3.weight")
+
+
+def write(root, model, make, config):
+    """(a checkpoint with the projections of a model in another format, the one of their values).
+
+    Args:
+        make: (name, N, K) -> (tensors by the end of their name, their values), or None.
+    """
+    torch.manual_seed(1)
+    model.save_pretrained(root / "dense")
+    stored = load_file(root / "dense" / "model.safetensors")
+    ours, dense = dict(stored), dict(stored)
+    for name, weight in stored.items():
+        made = make(name, *weight.shape) if name.endswith(PROJECTIONS) else None
+        if made is not None:
+            ours.pop(name)
+            layer = name.removesuffix(".weight")
+            ours |= {f"{layer}.{part}": tensor for part, tensor in made[0].items()}
+            dense[name] = made[1].to(weight.dtype)
+    (root / "ours").mkdir()
+    save_file(dense, root / "dense" / "model.safetensors", {"format": "pt"})
+    save_file(ours, root / "ours" / "model.safetensors", {"format": "pt"})
+    own = json.loads((root / "dense" / "config.json").read_text())
+    (root / "ours" / "config.json").write_text(json.dumps(own | {"quantization_config": config}))
+    return root / "ours", root / "dense"
+
+
+def load(path, **options):
+    """(the model, the warnings of loading it)"""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model: Any = load_quantized(path, compute="exact", **options)
+    return model, " | ".join(str(warning.message) for warning in caught)
+
+
+def int4(name, N, K):
+    tensors, _, expected = integers(4, N, K, 32)
+    return tensors, expected
+
+
+INT4 = integers(4, 4, 32, 32)[1]
+
+
+def test_mixed_groups_of_compressed_tensors(tmp_path):
+    def make(name, N, K):
+        if "v_proj" in name:
+            return None  # ignored
+        if "down_proj" not in name:
+            return int4(name, N, K)
+        tensors, _, expected = integers(8, N, K, -1, False, written="plain")
+        activations = {"input_scale": torch.ones(1), "input_zero_point": torch.ones(1).char()}
+        return tensors | activations, expected
+
+    w8 = integers(8, 4, 32, -1, False, written="plain")[1]
+    config = settings(INT4, "mixed-precision", kv_cache_scheme={"num_bits": 8, "type": "float"})
+    static = {"num_bits": 8, "type": "int"}
+    config["config_groups"]["group_1"] = {"targets": ["re:.*down_proj"], "weights": w8}
+    config["config_groups"]["group_1"]["input_activations"] = static
+    ours, dense = write(tmp_path, model_of("llama"), make, config)
+    model, said = load(ours)
+    assert torch.equal(logits(model), logits(load(dense)[0]))
+    layer = model.model.layers[0]
+    assert isinstance(layer.mlp.up_proj, LUT4Linear)
+    assert type(layer.self_attn.v_proj) is type(layer.mlp.down_proj) is torch.nn.Linear
+    assert "ours: input_activations are not quantized to int8 here" in said
+    assert "key-value cache is not quantized here" in said
+    assert "2 weights (model.layers.0.mlp.down_proj.weight, …) are expanded to float32" in said
+    assert "integers of 8 bits with zero points or act-order exactly: they take 0.1 MB" in said
+
+
+def test_a_head_of_its_own_is_read_and_saved_again(tmp_path):
+    def make(name, N, K):
+        tensors, _, expected = integers(8, N, K, 16)
+        return tensors, expected
+
+    config = settings(integers(8, 4, 32, 16)[1])
+    model = model_of("llama")
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    ours, dense = write(tmp_path, model, make, config)
+    loaded, said = load(ours)
+    assert said == ""
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert isinstance(loaded.model.layers[0].mlp.down_proj, Int8Linear)
+    assert torch.equal(logits(loaded), logits(load(dense)[0]))
+    again, _ = load(save_quantized(loaded, tmp_path / "again"))
+    assert torch.equal(logits(again), logits(loaded))
+
+
+def test_experts_keep_their_bits(tmp_path):
+    ours, dense = write(tmp_path, model_of("mixtral"), int4, settings(INT4))
+    model, said = load(ours)
+    experts = model.model.layers[0].mlp.experts
+    assert isinstance(experts.gate_up_proj, ExpertStack)
+    assert experts.gate_up_proj.block == 32
+    assert said == ""
+    torch.testing.assert_close(logits(model), logits(load(dense)[0]), rtol=1e-5, atol=1e-5)
+
+
+def test_experts_of_two_kinds_are_refused(tmp_path):
+    def make(name, N, K):
+        return None if "experts.2.w1" in name else int4(name, N, K)
+
+    ours, _ = write(tmp_path, model_of("mixtral"), make, settings(INT4))
+    with pytest.raises(CheckpointError, match=r"w1.weight': expected full precision, or quantized"):
+        load_quantized(ours)
+
+
+FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+
+
+def test_fp8_in_blocks(tmp_path):
+    def make(name, N, K):
+        return fp8_blocks(N, K)
+
+    ours, dense = write(tmp_path, model_of("qwen3 moe"), make, FP8)
+    model, said = load(ours)
+    assert torch.equal(logits(model), logits(load(dense)[0]))
+    assert (
+        "are expanded to float32, because no quantized layer represents FP8 in blocks of 128"
+        in said
+    )
+    assert "activations are not quantized to FP8 here" in said
+
+
+def test_gpt_oss(tmp_path):
+    config = GptOssConfig(
+        **SIZES | {"hidden_size": 64, "intermediate_size": 96},
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        head_dim=16,
+        layer_types=["sliding_attention", "full_attention"],
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for name in [name for name in state if name.endswith(("gate_up_proj", "down_proj"))]:
+        E, K, N = state[name].shape
+        codes, exponents = torch.randint(16, (E, N, K)), torch.randint(110, 122, (E, N, K // 32))
+        expected = E2M1[codes % 8] * (1 - 2 * (codes // 8))
+        expected *= (exponents.double() - 127).exp2().repeat_interleave(32, -1)
+        model.get_parameter(name).data = expected.float().transpose(1, 2).contiguous()
+        byte = codes[..., ::2] | codes[..., 1::2] << 4
+        state[f"{name}_blocks"] = byte.to(torch.uint8).view(E, N, K // 32, 16)
+        state[f"{name}_scales"] = exponents.to(torch.uint8)
+        del state[name]
+    model.config.save_pretrained(tmp_path)
+    own = json.loads((tmp_path / "config.json").read_text())
+    skipped = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "lm_head"]
+    own["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": skipped}
+    (tmp_path / "config.json").write_text(json.dumps(own))
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    loaded, said = load(tmp_path, attn_implementation="eager")
+    experts = loaded.model.layers[0].mlp.experts
+    assert isinstance(experts.gate_up_proj, ExpertStack)
+    assert said == ""
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-5, atol=1e-5)
+    with pytest.raises(TypeError, match=r"functional.linear.* if they are stored"):
+        torch.nn.functional.linear(torch.ones(2, 64), cast(Any, experts.gate_up_proj[0]))
+    again, _ = load(save_quantized(loaded, tmp_path / "again"), attn_implementation="eager")
+    assert torch.equal(logits(again), logits(loaded))
