@@ -75,15 +75,15 @@ def test_mixed_groups_of_compressed_tensors(tmp_path):
     config["config_groups"]["group_1"] = {"targets": ["re:.*down_proj"], "weights": w8}
     config["config_groups"]["group_1"]["input_activations"] = static
     ours, dense = write(tmp_path, model_of("llama"), make, config)
-    model, said = load(ours)
+    model, messages = load(ours)
     assert torch.equal(logits(model), logits(load(dense)[0]))
     layer = model.model.layers[0]
     assert isinstance(layer.mlp.up_proj, LUT4Linear)
     assert type(layer.self_attn.v_proj) is type(layer.mlp.down_proj) is torch.nn.Linear
-    assert "ours: input_activations are not quantized to int8 here" in said
-    assert "key-value cache is not quantized here" in said
-    assert "2 weights (model.layers.0.mlp.down_proj.weight, …) are expanded to float32" in said
-    assert "integers of 8 bits with zero points or act-order exactly: they take 0.1 MB" in said
+    assert "ours: input_activations are not quantized to int8 here" in messages
+    assert "key-value cache is not quantized here" in messages
+    assert "2 weights (model.layers.0.mlp.down_proj.weight, …) are expanded to float32" in messages
+    assert "integers of 8 bits with zero points or act-order exactly: they take 0.1 MB" in messages
 
 
 def test_a_head_of_its_own_is_read_and_saved_again(tmp_path):
@@ -96,8 +96,8 @@ def test_a_head_of_its_own_is_read_and_saved_again(tmp_path):
     model.config.tie_word_embeddings = True
     model.tie_weights()
     ours, dense = write(tmp_path, model, make, config)
-    loaded, said = load(ours)
-    assert said == ""
+    loaded, messages = load(ours)
+    assert messages == ""
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
     assert isinstance(loaded.model.layers[0].mlp.down_proj, Int8Linear)
     assert torch.equal(logits(loaded), logits(load(dense)[0]))
@@ -107,11 +107,11 @@ def test_a_head_of_its_own_is_read_and_saved_again(tmp_path):
 
 def test_experts_keep_their_bits(tmp_path):
     ours, dense = write(tmp_path, model_of("mixtral"), int4, settings(INT4))
-    model, said = load(ours)
+    model, messages = load(ours)
     experts = model.model.layers[0].mlp.experts
     assert isinstance(experts.gate_up_proj, ExpertStack)
     assert experts.gate_up_proj.block == 32
-    assert said == ""
+    assert messages == ""
     torch.testing.assert_close(logits(model), logits(load(dense)[0]), rtol=1e-5, atol=1e-5)
 
 
@@ -132,13 +132,13 @@ def test_fp8_in_blocks(tmp_path):
         return fp8_blocks(N, K)
 
     ours, dense = write(tmp_path, model_of("qwen3 moe"), make, FP8)
-    model, said = load(ours)
+    model, messages = load(ours)
     assert torch.equal(logits(model), logits(load(dense)[0]))
     assert (
         "are expanded to float32, because no quantized layer represents FP8 in blocks of 128"
-        in said
+        in messages
     )
-    assert "activations are not quantized to FP8 here" in said
+    assert "activations are not quantized to FP8 here" in messages
 
 
 def test_gpt_oss(tmp_path):
@@ -168,10 +168,10 @@ def test_gpt_oss(tmp_path):
     own["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": skipped}
     (tmp_path / "config.json").write_text(json.dumps(own))
     save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
-    loaded, said = load(tmp_path, attn_implementation="eager")
+    loaded, messages = load(tmp_path, attn_implementation="eager")
     experts = loaded.model.layers[0].mlp.experts
     assert isinstance(experts.gate_up_proj, ExpertStack)
-    assert said == ""
+    assert messages == ""
     torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-5, atol=1e-5)
     with pytest.raises(TypeError, match=r"functional.linear.* if they are stored"):
         torch.nn.functional.linear(torch.ones(2, 64), cast(Any, experts.gate_up_proj[0]))

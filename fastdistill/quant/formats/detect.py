@@ -90,7 +90,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     kind = _FORMATS[method]
     weights = kind.weights(files, config)
     notes = tuple(kind.notes(config)) if kind.notes else ()
-    return Checkpoint(path, config, method, weights, files, notes)
+    return Checkpoint(path, config, method, weights, files, notes=notes)
 
 
 def is_quantized_checkpoint(path: str | Path) -> bool:
