@@ -194,7 +194,7 @@ def test_a_mixed_file_stays_quantized_where_it_can(tmp_path, caplog):
     sizes = dict(hidden_size=256, intermediate_size=256, num_hidden_layers=1)
     mixed = {"ffn_down": "Q6_K", "attn_v": "Q5_K", "attn_k": "Q2_K", "attn_q": "Q3_K"}
     write(tmp_path / "tiny.gguf", kind="Q4_K", head_kind="Q6_K", kinds=mixed, **sizes)
-    words = "1 weights .*v_proj.* are stored as GGUF Q5_K.*expanded"
+    words = "1 weights .*v_proj.* are expanded to .*GGUF Q5_K exactly"
     with caplog.at_level("INFO", "fastdistill"), pytest.warns(UserWarning, match=words):
         model = load_quantized(tmp_path / "tiny.gguf")
     layer = model.model.layers[0]

@@ -180,7 +180,7 @@ def _weight(
             weight = weight.float() - minus if minus else weight
             weight = weight if shape is None else weight.view(shape)
             if _MATRIX.fullmatch(name) and tensor.type.unpack is not None:
-                return Expanded(weight, f"GGUF {tensor.type.name}", tensor.bytes)
+                return Expanded(weight, f"GGUF {tensor.type.name}")
     return weight
 
 
@@ -221,7 +221,7 @@ def _gate_up(file: Path, tensors: dict[str, GGUFTensor]) -> Tensor | QuantWeight
         if first.type.unpack is None and second.type.unpack is None:
             return values
         kinds = dict.fromkeys(tensor.type.name for tensor in (first, second))
-        return Expanded(values, f"GGUF {' beside '.join(kinds)}", first.bytes + second.bytes)
+        return Expanded(values, f"GGUF {' beside '.join(kinds)}")
     gate, up = (_read(name, tensors[name]) for name in names)
     assert not isinstance(gate, Tensor)
     assert not isinstance(up, Tensor)
