@@ -37,8 +37,8 @@ class _Turn(NamedTuple):
     """What a template writes around an answer to a user turn."""
 
     header: str  # the generation prompt
-    end: str  # after the answer, if it is the last message, stripped
-    following: str  # between the answer and the content of a user turn after it, stripped
+    end: str  # after the answer, if it is the last message
+    following: str  # between the answer and the content of a user turn after it
 
     @property
     def has_no_end(self) -> bool:
@@ -348,8 +348,8 @@ def _measured_turn(chat: ChatRenderer) -> _Turn:
     following = text(user, answer, {"role": "user", "content": _NEXT})
     return _Turn(
         header=prompt.removeprefix(plain) if plain and prompt.startswith(plain) else "",
-        end=text(user, answer).partition(_ANSWER)[2].strip(),
-        following=following.partition(_ANSWER)[2].partition(_NEXT)[0].strip(),
+        end=text(user, answer).partition(_ANSWER)[2],
+        following=following.partition(_ANSWER)[2].partition(_NEXT)[0],
     )
 
 
@@ -358,7 +358,7 @@ def turn_end(tokenizer: Any) -> int | None:
 
     It is the first token after the answer in a rendered conversation, if that is a special or
     added token or a mark such as <end>. Spaces and ordinary words do not count. If nothing follows
-    a last answer, it is the token with which the next user turn begins.
+    a last answer, it is the mark with which a user turn after it begins.
     """
     if not getattr(tokenizer, "chat_template", None):
         return None
@@ -366,7 +366,7 @@ def turn_end(tokenizer: Any) -> int | None:
         turn = _turn_of(tokenizer, ChatRenderer(tokenizer, "chat_template")._template())
     except ValueError:  # several templates, and none is the default
         return None
-    after = turn.end or turn.following
+    after = turn.following if turn.has_no_end else turn.end.strip()
     if not after:
         return None
     ids = list(tokenizer(after, add_special_tokens=False)["input_ids"])

@@ -124,7 +124,8 @@ def test_the_next_turns_mark_is_where_a_turn_without_end_stops():
     thinking = [TALK[0], {**TALK[1], "thinking": "2 and 2: "}]
     assert turns(OPEN, thinking) == ["\n2 and 2: the answer is 4.<|user|>"]
     lines = "{% for m in messages %}<{{ m.role }}>\n{{ m.content }}\n{% endfor %}"
-    assert turns(lines, TALK[:3]) == ["<assistant>\nthe answer is 4.\n<user>"]
+    assert turns(lines, TALK[:3]) == ["<assistant>\nthe answer is 4.\n"]  # a line is an end
+    assert turn_end(made(lines)) is None
     strict = "{% if messages[0].role != 'system' %}{{ raise_exception('no') }}{% endif %}" + CHATML
     system = [{"role": "system", "content": "be kind"}, *TALK]
     assert turns(strict, system) == [f"{answer}<|im_end|>\n" for answer in ANSWERS]
