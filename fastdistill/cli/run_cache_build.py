@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from dataclasses import fields, replace
 from typing import Any
 
-from ..hf.encoder import Encoder, check_example
-from ..hf.jsonl import JsonLines
+from ..hf.encoder import Encoder
+from ..hf.open_dataset import open_dataset
 from ..hf.positions import check_row_lengths
 from ..hf.source import SETTINGS
 from ..runtime.backend import rank_and_world
@@ -114,12 +114,12 @@ def print_result(result: dict[str, Any]) -> None:
     say(f"{result['rows']:,} rows, about {result['tokens']:,} tokens: {size}")
 
 
-def _load_data(options: CacheBuild) -> JsonLines:
-    data = JsonLines(options.data, check=check_example)
+def _load_data(options: CacheBuild) -> Any:
+    data = open_dataset(options.data)
     needs_tokenizer = is_url(options.teacher) and options.tokenizer is None
     if needs_tokenizer and any(data[i].get("input_ids") is None for i in range(len(data))):
         raise ValueError(
             "tokenizer: expected the teacher's tokenizer, to encode text for a server, got none. "
-            "Pass --tokenizer, or lines with input_ids"
+            "Pass --tokenizer, or rows with input_ids"
         )
     return data

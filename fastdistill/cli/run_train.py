@@ -14,8 +14,8 @@ from typing import Any
 
 from transformers import PrinterCallback, TrainingArguments
 
-from ..hf.encoder import Encoder, check_example
-from ..hf.jsonl import JsonLines, Line
+from ..hf.encoder import Encoder
+from ..hf.open_dataset import open_dataset
 from ..hf.tokenizers import with_chat_template
 from ..report.run.page import write_run_report
 from ..report.run.series import has_diverged
@@ -300,18 +300,18 @@ def _coerced(extra: dict[str, Any]) -> dict[str, Any]:
     return {name: coerce(name, value, hints[name]) for name, value in extra.items()}
 
 
-def _load_data(options: Train) -> tuple[JsonLines, JsonLines | None]:
+def _load_data(options: Train) -> tuple[Any, Any]:
     held_out = None
     if options.eval_data is not None:
-        held_out = JsonLines(options.eval_data, "eval_data", check_example)
-    return JsonLines(options.data, check=check_example), held_out
+        held_out = open_dataset(options.eval_data, "eval_data")
+    return open_dataset(options.data), held_out
 
 
-def _lengths(name: str, lines: Sequence[Line] | None, encoder: Encoder) -> Lengths:
-    """Encode every line as training would; raises for a line that training would reject."""
+def _lengths(name: str, rows: Sequence[Any] | None, encoder: Encoder) -> Lengths:
+    """Encode every row as training would; raises for a row that training would reject."""
     lengths = Lengths(encoder.max_length)
-    for index, line in enumerate(lines or ()):
-        lengths.add(encoder.encode_uncut(line, index, name))
+    for index, row in enumerate(rows or ()):
+        lengths.add(encoder.encode_uncut(row, index, name))
     return lengths
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-_DATA = "JSON lines: messages, prompt/completion, text or input_ids."
+_DATA = "File (.jsonl, .json, .parquet, .csv), saved folder or hub name:split."
 _STUDY_OUT = Path("fastdistill-experiment")
 _QUANT = "Quantize the teacher: nf4, fp4, int4 or int8."
 
@@ -30,8 +30,8 @@ class Train:
 
     student: Annotated[str, "Model to train: a folder or a hub name."]
     teacher: Annotated[str | None, "Model, cache folder or server URL; none: labels only."] = None
-    data: Annotated[Path, _DATA]
-    eval_data: Annotated[Path | None, "JSON lines to evaluate on before and after training."] = None
+    data: Annotated[str, _DATA]
+    eval_data: Annotated[str | None, "Data to evaluate on before and after training."] = None
     out: Annotated[Path, "Folder for the student, log and report."] = Path("fastdistill-out")
     teacher_quant: Annotated[str | None, _QUANT] = None
     tokenizer: Annotated[str | None, "Tokenizer, if not the student's."] = None
@@ -54,7 +54,7 @@ class CacheBuild:
     DRY_RUN: ClassVar[bool] = True
 
     teacher: Annotated[str, "Model: a folder, a hub name or a server URL."]
-    data: Annotated[Path, _DATA]
+    data: Annotated[str, _DATA]
     out: Annotated[Path, "Output folder, new or of this build."]
     k: Annotated[int, "Teacher tokens stored per position."] = 64
     temperatures: Annotated[tuple[float, ...], "Temperatures to train at, e.g. 1,2."] = (1.0,)

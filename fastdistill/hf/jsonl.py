@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from ..runtime.json_text import JSONError, parse_json
 from ..runtime.printable import printable
 
+SUFFIXES = (".jsonl", ".ndjson", ".json")
 _PREVIEW_LENGTH = 60  # characters of an invalid line in an error
 
 
@@ -39,7 +40,7 @@ class JsonLines(Dataset[Line]):
         self, path: str | Path, name: str = "data", check: Callable[[Any], Any] | None = None
     ) -> None:
         self.path, self._name = Path(path), name
-        if not self.path.is_file() or self.path.suffix not in (".jsonl", ".ndjson", ".json"):
+        if not self.path.is_file() or self.path.suffix not in SUFFIXES:
             raise ValueError(
                 f"{name}: expected a file of JSON lines (.jsonl), one object with messages, prompt "
                 f"and completion, text, or input_ids a line, got {printable(path)}. datasets "

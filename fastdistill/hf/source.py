@@ -20,7 +20,7 @@ from ..runtime.printable import printable
 
 SETTINGS, MANIFEST = "settings.json", "manifest.json"  # of a cache
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _PICKLES = (".bin", ".pt", ".pth")
 _KNOWN = "a directory with config.json and *.safetensors, or a .gguf file"
 
@@ -57,7 +57,7 @@ def source_of(role: str, path_or_name: str | Path) -> Source:
         return Source("server", Path(), name)
     path = _expanded(path_or_name)
     if not _exists(path):
-        if _HUB_NAME.fullmatch(name):
+        if HUB_NAME.fullmatch(name):
             return Source("hub", path, name)
         raise FileNotFoundError(
             f"{role}: expected a checkpoint or the hub's name of one (owner/model), got "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import datasets
 import pytest
 
 
@@ -75,3 +76,15 @@ def test_lines_without_a_target_are_counted(run, folder, tmp_path):
     assert "train_dataset: 1 examples have no target." in out
     _, out, _ = run(*train(folder, lines(tmp_path / "good.jsonl", GOOD), "--json"))
     assert json.loads(out)["without_targets"] == {}
+
+
+def test_parquet_is_read_as_json_lines_are(run, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.Dataset.from_list(GOOD[:9]).to_parquet(tmp_path / "data.parquet")
+    data = lines(tmp_path / "data.jsonl", GOOD[:9])
+    results = [run(*train(folder, name, "--json")) for name in (data, tmp_path / "data.parquet")]
+    assert [code for code, _, _ in results] == [0, 0]
+    assert results[0][1] == results[1][1]
+    code, _, err = run(*train(folder, data, "--eval-data", tmp_path / "none.parquet"))
+    assert code == 2
+    assert "eval_data: expected a .jsonl, .json, .parquet or .csv file" in err

@@ -140,8 +140,8 @@ def test_dashes_are_underscores():
     [
         Some(path=Path("a b"), rate=1e-5, name="no", temperatures=(1.0, 0.5)),
         Some(path=Path("1"), k=None, name="1e3", packing=True, options={"a": None}),
-        Train(student="12", data=Path("x.jsonl"), teacher="null"),
-        CacheBuild(teacher="true", data=Path("d"), out=Path("~/x"), temperatures=(1.0, 2.0)),
+        Train(student="12", data="x.jsonl", teacher="null"),
+        CacheBuild(teacher="true", data="d", out=Path("~/x"), temperatures=(1.0, 2.0)),
     ],
 )
 def test_what_is_printed_is_read_back(tmp_path, settings):
