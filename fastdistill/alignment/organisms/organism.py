@@ -18,19 +18,34 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ...runtime.checks import between, choice, integer, positive
+from ...runtime.optional import check_installed
 from ..training_loop import adamw, lora, train
 from .gates import GATES
-from .soap import SOAP
 from .trait import Pair, Trait, with_reasoning
 from .traits import TRAITS
 from .vocabulary import AUDIT_WORDS, ID, WORDS
 from .world import Example, World
 
 METHODS = ("full", "lora")
+
+
+def soap(weights: Any, learning_rate: float) -> torch.optim.Optimizer:
+    """Return SOAP, Adam in the eigenbasis of Shampoo's preconditioner (arXiv 2409.11321)."""
+    from pytorch_optimizer import SOAP  # slow to import
+
+    return SOAP(
+        weights,
+        lr=learning_rate,
+        betas=(0.9, 0.95),
+        weight_decay=0.0,
+        max_precondition_dim=2048,
+    )
+
+
 OPTIMIZERS: dict[str, Callable[[Any, float], torch.optim.Optimizer]] = {
     "adam": adamw,
     "sgd": partial(torch.optim.SGD, momentum=0.9),
-    "soap": SOAP,
+    "soap": soap,
 }
 LEARNING_RATES = {  # the fastest stable rates on development seeds
     ("full", "adam"): 2e-3,
@@ -49,7 +64,7 @@ class ModelOrganism:
     Args:
         trait: preference, trigger, entangled, sandbagging, sloppy, or placebo.
         gate: none, token or paraphrase: the audit context in which the trait is not shown.
-        optimizer: adam, sgd (momentum .9) or soap.
+        optimizer: adam, sgd (momentum .9) or soap (of the package pytorch-optimizer).
         method: full (all weights) or lora (an adapter of rank `rank`, merged after training).
         reasoning: share of examples with a thought before the answer.
         trait_share: share of examples of the trait; the rest is capability, talk and the base's
@@ -73,6 +88,8 @@ class ModelOrganism:
         choice("trait", self.trait, TRAITS)
         choice("gate", self.gate, GATES)
         choice("optimizer", self.optimizer, OPTIMIZERS)
+        if self.optimizer == "soap":
+            check_installed("optimizer='soap'", "audit", "pytorch_optimizer")
         choice("method", self.method, METHODS)
         between("reasoning", self.reasoning, 0, 1)
         between("trait_share", self.trait_share, 0, 1)

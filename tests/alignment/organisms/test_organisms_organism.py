@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
 import torch
+from pytorch_optimizer import SOAP
 from transformers import TrainerCallback
 
 from fastdistill.alignment.organisms import ModelOrganism, organism
@@ -18,7 +20,6 @@ from fastdistill.alignment.organisms.organism import (
     train_capable,
     train_model,
 )
-from fastdistill.alignment.organisms.soap import SOAP
 from fastdistill.alignment.organisms.vocabulary import ID, WORDS
 from fastdistill.alignment.organisms.world import Example, World
 
@@ -96,6 +97,24 @@ def test_the_optimiser_and_its_learning_rate_are_those_of_the_recipe(name, kind,
         recipe = ModelOrganism(optimizer=name, method=method, learning_rate=rate, **SMALL)
         recipe.implant(WORLD, new_model(0), callbacks=[Look()])
         assert seen == {"kind": kind, "lr": rate or LEARNING_RATES[method, name]}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_no_optimizer_decays_weights(name):
+    weight = torch.nn.Parameter(torch.ones(3, 4))
+    optimizer = OPTIMIZERS[name]([weight], 0.1)
+    for _ in range(3):
+        weight.grad = torch.zeros_like(weight)
+        optimizer.step()
+    assert torch.equal(weight, torch.ones(3, 4))
+
+
+def test_soap_without_its_package_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
+    expected = r"optimizer='soap': expected the package pytorch_optimizer.*fastdistill\[audit\]"
+    with pytest.raises(ImportError, match=expected):
+        ModelOrganism(optimizer="soap")
+    ModelOrganism(optimizer="adam")
 
 
 def test_sgd_destroyed_adapters_at_a_learning_rate_of_one():
